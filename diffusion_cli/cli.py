@@ -1,0 +1,280 @@
+"""`diffuse <command> [group=option] [key=value]`: help, completion, and the way to the commands.
+
+Nothing here imports torch: help and mistakes are answered from the YAML files and the source.
+"""
+
+import importlib
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+import yaml
+
+from diffusion_cli import __version__, config
+from diffusion_cli.config import COMMANDS, CONF, Config, Mistakes, did_you_mean
+
+FLAGS = ["--help", "--cfg", "--config-dir", "--multirun", "-h", "-m"]
+USER_ERROR = 2
+
+
+@dataclass
+class Request:
+    """A command line, taken apart."""
+
+    overrides: list[str] = field(default_factory=list)
+    dirs: list[Path] = field(default_factory=list)
+    help: bool = False
+    show: bool = False
+    multirun: bool = False
+
+
+def main() -> None:
+    """The `diffuse` entry point."""
+    sys.exit(run(sys.argv[1:]))
+
+
+def run(words: Sequence[str]) -> int:
+    """Carry out a command line and return its exit code: 0 done, 1 failed, 2 a mistake of the user's."""
+    try:
+        return _dispatch(list(words))
+    except Mistakes as mistakes:
+        for line in mistakes.lines:
+            print(f"diffuse: {line}", file=sys.stderr)
+        return USER_ERROR
+
+
+def _dispatch(words: list[str]) -> int:
+    if not words or words[0] in ("--help", "-h", "help"):
+        print(overview())
+    elif words[0] == "--version":
+        print(f"diffuse {__version__}")
+    elif words[0] == "completion":
+        print(completion_script(words[1] if len(words) > 1 else ""))
+    elif words[0] == "__complete":
+        print("\n".join(complete(words[1:])))
+    elif words[0] not in COMMANDS:
+        raise Mistakes(f"{words[0]}: unknown command{did_you_mean(words[0], [*COMMANDS, 'completion'])}")
+    else:
+        return _command(words[0], parse(words[1:]))
+    return 0
+
+
+def _command(command: str, request: Request) -> int:
+    if request.help:
+        print(command_help(command, request))
+        return 0
+    if request.show:
+        checked = config.load(command, request.overrides, request.dirs)
+        print(yaml.safe_dump(checked.model_dump(), sort_keys=False), end="")
+        return 0
+    if request.multirun:
+        return sweep(command, request)
+    return execute(command, config.load(command, request.overrides, request.dirs))
+
+
+def parse(words: Sequence[str]) -> Request:
+    """Take apart the words after a command; raises Mistakes for unknown flags."""
+    request, mistakes = Request(), []
+    rest = iter(words)
+    for word in rest:
+        flag, _, value = word.partition("=")
+        if word in ("--help", "-h"):
+            request.help = True
+        elif word in ("--multirun", "-m"):
+            request.multirun = True
+        elif flag == "--cfg":
+            request.show = True
+            kind = value or next(rest, "")
+            if kind != "job":
+                mistakes.append(f"--cfg {kind}: shows the configuration of the job; write --cfg job")
+        elif flag in ("--config-dir", "-cd"):
+            folder = Path(value or next(rest, ""))
+            request.dirs.append(folder)
+            if not folder.is_dir():
+                mistakes.append(f"--config-dir {folder}: is not a folder; give one with <group>/<option>.yaml files")
+        elif word.startswith("-"):
+            mistakes.append(f"{word}: unknown flag{did_you_mean(word, FLAGS)}")
+        else:
+            request.overrides.append(word)
+    if mistakes:
+        raise Mistakes(*mistakes)
+    return request
+
+
+def execute(command: str, checked: Config) -> int:
+    """Run a command; what this package or the file system says is wrong becomes one line, not a traceback."""
+    try:
+        return importlib.import_module(f"diffusion_cli.commands.{command}").run(checked) or 0
+    except KeyboardInterrupt:
+        print("diffuse: stopped; the same command goes on from what is saved", file=sys.stderr)
+        return 130
+    except (ValueError, OSError, ImportError) as error:
+        if os.environ.get("DIFFUSE_TRACEBACK") or not _is_message(error):
+            raise
+        raise Mistakes(str(error).strip().replace("\n", " ")) from error
+
+
+def _is_message(error: BaseException) -> bool:
+    """Whether an exception was meant for the user: of the file system, or raised by this package itself."""
+    frames = traceback.extract_tb(error.__traceback__)
+    ours = bool(frames) and Path(frames[-1].filename).is_relative_to(config.HERE)
+    return ours or (isinstance(error, OSError) and error.errno is not None)
+
+
+def sweep(command: str, request: Request) -> int:
+    """Check every value of a sweep, then leave its jobs to Hydra."""
+    mistakes: list[str] = []
+    for variant in config.expand(request.overrides):
+        try:
+            config.load(command, variant, request.dirs)
+        except Mistakes as found:
+            mistakes += found.lines
+    if mistakes:
+        raise Mistakes(*dict.fromkeys(mistakes))
+    import hydra
+
+    output_dir = config.compose(command, config.expand(request.overrides)[0], request.dirs)["output_dir"]
+    quiet = [
+        "hydra/job_logging=none",
+        "hydra.output_subdir=null",
+        f"hydra.sweep.dir={output_dir}",
+        "hydra.sweep.subdir=.",
+        *(f"hydra.searchpath=[file://{folder.resolve()}]" for folder in request.dirs),
+    ]
+    sys.argv = ["diffuse", *request.overrides, *quiet, "--multirun"]
+    job = partial(_sweep_job, command, request.dirs)
+    hydra.main(config_path=str(CONF), config_name=command, version_base="1.3")(job)()
+    return 0
+
+
+def _sweep_job(command: str, dirs: Sequence[Path], _: object) -> None:
+    from hydra.core.global_hydra import GlobalHydra
+    from hydra.core.hydra_config import HydraConfig
+
+    overrides = list(HydraConfig.get().overrides.task)
+    GlobalHydra.instance().clear()
+    code = run_job(command, overrides, dirs)
+    if code:
+        sys.exit(code)
+
+
+def run_job(command: str, overrides: Sequence[str], dirs: Sequence[Path]) -> int:
+    """One job of a sweep."""
+    print(f"\ndiffuse {command} {' '.join(overrides)}", flush=True)
+    try:
+        return execute(command, config.load(command, overrides, dirs))
+    except Mistakes as mistakes:
+        for line in mistakes.lines:
+            print(f"diffuse: {line}", file=sys.stderr)
+        return USER_ERROR
+
+
+# --- Help -------------------------------------------------------------------------------------------------------
+
+
+def overview() -> str:
+    """The page of `diffuse --help`."""
+    commands = "\n".join(f"  {name:<12}{config.summary(CONF / f'{name}.yaml')}" for name in COMMANDS)
+    return f"""diffuse {__version__}: train, sample and evaluate diffusion models.
+
+Usage: diffuse <command> [group=option ...] [key=value ...]
+
+Commands
+{commands}
+  completion  Print a completion script for bash, zsh or fish.
+
+Flags
+  --help              of a command: its groups, options and keys
+  --cfg job           print the configuration and stop
+  --config-dir DIR    also look for options in DIR/<group>/<option>.yaml
+  -m, --multirun      one run for each combination of values: diffuse train -m seed=0,1,2
+
+First steps
+  diffuse train                      # real digits on a laptop, in minutes
+  diffuse sample num_samples=64      # pictures from the newest run
+  diffuse eval                       # and a number for them"""
+
+
+def command_help(command: str, request: Request) -> str:
+    """The page of `diffuse <command> --help`: groups, options, and keys with their comments."""
+    groups = config.defaults(command)
+    chosen = dict(groups)
+    for word in request.overrides:
+        group, _, option = word.partition("=")
+        if group in groups:
+            chosen[group] = [name.strip() for name in option.strip("[]").split(",")]
+    lines = [f"diffuse {command}: {config.summary(CONF / f'{command}.yaml')}", ""]
+    lines += [f"Usage: diffuse {command} [group=option ...] [key=value ...]", "", "Groups (* the default)"]
+    for group in sorted(groups):
+        names = config.options(group, request.dirs)
+        preset = groups[group] if isinstance(groups[group], list) else [groups[group]]
+        lines.append(f"  {group:<18}{' '.join(f'*{name}' if name in (preset or []) else name for name in names)}")
+    lines += ["", "Keys", *_keys(CONF / f"{command}.yaml", "")]
+    for group, option in sorted(chosen.items()):
+        for name in option if isinstance(option, list) else [option]:
+            file = config.options(group, request.dirs).get(str(name))
+            if file is not None:
+                lines += ["", f"{group}={name}: {config.summary(file)}", *_keys(file, group)]
+    return "\n".join(lines)
+
+
+def _keys(file: Path, prefix: str) -> list[str]:
+    return [
+        f"  {f'{key}={value}':<34}{comment}".rstrip() for key, value, comment in config.documented(file, prefix)
+    ]
+
+
+# --- Shell completion ---------------------------------------------------------------------------------------------
+
+SCRIPTS = {
+    # "=" breaks words in bash: the words are put together again, and the part already typed is taken off.
+    "bash": """_diffuse() {
+  local line="${COMP_LINE:0:COMP_POINT}" word
+  word="${line##*[[:space:]]}"
+  local stem=""; [[ "$word" == *=* ]] && stem="${word%=*}="
+  local IFS=$'\\n'
+  COMPREPLY=($(IFS=' '; diffuse __complete ${line#* } ${word:+""} "$([[ -z $word ]] && echo '')" 2>/dev/null))
+  COMPREPLY=("${COMPREPLY[@]#"$stem"}")
+}
+complete -o nospace -F _diffuse diffuse""",
+    "zsh": """#compdef diffuse
+_diffuse() { compadd -S '' -- ${(f)"$(diffuse __complete ${words[2,CURRENT]} 2>/dev/null)"} }
+compdef _diffuse diffuse""",
+    "fish": """complete -c diffuse -f -a '(diffuse __complete (commandline -opc)[2..] (commandline -ct) 2>/dev/null)'""",
+}
+
+
+def completion_script(shell: str) -> str:
+    """The script that teaches a shell to complete `diffuse`; raises Mistakes for an unknown shell."""
+    if shell not in SCRIPTS:
+        raise Mistakes(f"completion {shell}: give a shell, one of {', '.join(SCRIPTS)}: eval \"$(diffuse completion bash)\"")
+    return SCRIPTS[shell]
+
+
+def complete(words: Sequence[str]) -> list[str]:
+    """What the last word may become: a command, `group=`, `key=`, or `group=option`."""
+    last = words[-1] if words else ""
+    if len(words) <= 1:
+        candidates = [*COMMANDS, "completion", "--help", "--version"]
+    elif words[0] == "completion":
+        candidates = list(SCRIPTS)
+    elif words[0] not in COMMANDS:
+        return []
+    elif "=" in last:
+        group = last.partition("=")[0]
+        candidates = [f"{group}={name}" for name in config.options(group)]
+    elif last.startswith("-"):
+        candidates = FLAGS
+    else:
+        groups = config.defaults(words[0])
+        keys = [f"{key}=" for key, _, _ in config.documented(CONF / f"{words[0]}.yaml")]
+        for group, option in groups.items():
+            for name in option if isinstance(option, list) else [option]:
+                file = config.options(group).get(str(name))
+                keys += [f"{key}=" for key, _, _ in config.documented(file, group)] if file else []
+        candidates = [*(f"{group}=" for group in groups), *keys]
+    return [word for word in dict.fromkeys(candidates) if word.startswith(last)]

@@ -1,0 +1,163 @@
+"""`diffuse train`: from a configuration to a trained model in a run folder."""
+
+import logging
+import math
+import signal
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from lightning.pytorch import Trainer
+
+from diffusion_cli.checkpoint import FORMAT, LAST, read, whole_file
+from diffusion_cli.config import NOT_IDENTITY, Mistakes, TrainConfig, build, flatten, seconds
+from diffusion_cli.data import Batch, Batches, Dataset, Images, hold, normalised
+from diffusion_cli.denoiser import Denoiser
+from diffusion_cli.precision import resolve
+from diffusion_cli.seeding import mix
+from diffusion_cli.training.callbacks import Checkpoints, HeldOutLoss, Preview, Progress, Stop, WholeFileIO
+from diffusion_cli.training.ema import EMA
+from diffusion_cli.training.module import DiffusionModule
+
+LIGHTNING_PRECISION = {"fp32": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed"}
+
+
+def run(config: TrainConfig) -> int:
+    """Train, or take a run up again; the exit code is that of a signal if one stopped it."""
+    assert config.name is not None
+    folder = Path(config.output_dir) / config.name
+    last = folder / LAST
+    done = read(last)["global_step"] if last.is_file() else 0
+    _claim(folder, config)
+
+    dataset: Dataset = build(config.dataset, config.data_dir)
+    schedule = build(config.schedule)
+    sampler = build(config.sampler, schedule)
+    sampler.grid(config.preview_steps)  # refused now rather than at the first preview
+    device = build(config.trainer)
+    precision = resolve(config.precision, device.torch_device)
+    torch.manual_seed(mix(config.seed, "weights"))
+    channels, height, _ = dataset.shape
+    network = build(config.model, channels, height, dataset.num_classes)
+    optimizer = build(config.optimizer)
+    images = dataset.load("train")
+    max_steps = _max_steps(config, len(images))
+    if max_steps is not None and done >= max_steps:
+        print(f"{folder} is complete at step {done}; a larger budget, as max_steps={2 * done}, goes on with it")
+        return 0
+
+    denoiser = Denoiser(network, schedule, build(config.parameterization))
+    module = DiffusionModule(denoiser, build(config.objective), optimizer, config.seed, _about(config, dataset))
+    ema = EMA(network, config.ema.decay, config.ema.warm_up)
+    stop = Stop(seconds(config.max_time))
+    callbacks = [
+        ema,
+        Preview(config.preview_every, folder, ema, sampler, config.preview_steps, dataset.shape),
+        Progress(config.log_every, folder, config.batch_size, max_steps),
+        stop,
+        Checkpoints(config.checkpoint_every, folder, config.keep_last),
+    ]
+    held_out = dataset.load("held_out")
+    if len(held_out):
+        batches = _once(held_out, config.batch_size // config.accumulate, device.torch_device)
+        callbacks.insert(1, HeldOutLoss(config.validate_every, batches, ema))
+    if config.compile is True or (config.compile == "auto" and device.torch_device.type == "cuda"):
+        network.compile()  # in place: torch.compile(network) would rename every weight
+    print(
+        f"{'Going on with' if done else 'Training'} {folder}: {_describe(network)} on {len(images)} images of "
+        f"{dataset.name}, {device.torch_device.type}, {precision}",
+        file=sys.stderr,
+    )
+    _quiet_lightning()
+    trainer = Trainer(
+        max_steps=max_steps or -1,
+        max_epochs=-1,
+        accumulate_grad_batches=config.accumulate,
+        gradient_clip_val=optimizer.clip_norm,
+        precision=LIGHTNING_PRECISION[precision],
+        logger=[build(node).logger(folder, done) for node in config.logger.values()],
+        callbacks=callbacks,
+        plugins=[WholeFileIO()],
+        default_root_dir=folder,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+        log_every_n_steps=config.log_every,
+        **device.trainer_arguments,
+    )
+    batches = Batches(
+        images,
+        config.batch_size // config.accumulate,
+        config.seed,
+        dataset.flip,
+        start=done * config.accumulate,
+        device=device.torch_device,
+        num_workers=getattr(dataset, "num_workers", 0),
+    )
+    trainer.fit(module, batches, ckpt_path=last if done else None, weights_only=True)
+    if stop.signal is not None:
+        name = signal.Signals(stop.signal).name
+        print(f"\n{name}: saved {folder} at step {trainer.global_step}; the same command goes on from there")
+        return 128 + stop.signal
+    print(f"\nTrained {trainer.global_step} steps; the run is {folder}\nNext: diffuse sample run={folder}")
+    return 0
+
+
+def _claim(folder: Path, config: TrainConfig) -> None:
+    """Write the configuration into the run's folder; refuse a folder that holds another one."""
+    path = folder / "config.yaml"
+    new = config.model_dump()
+    if path.is_file():
+        old = yaml.safe_load(path.read_text())
+        before, now = (flatten({k: v for k, v in c.items() if k not in NOT_IDENTITY}) for c in (old, new))
+        keys = sorted(key for key in before | now if before.get(key, ...) != now.get(key, ...))
+        if keys:
+            raise Mistakes(
+                *(f"{key}={now.get(key, '(none)')}: the run in {folder} has {before.get(key, '(none)')}" for key in keys),
+                f"name={config.name}: holds a run of another configuration; choose another name",
+            )
+    with whole_file(path) as temporary:
+        temporary.write_text(yaml.safe_dump(new, sort_keys=False))
+
+
+def _max_steps(config: TrainConfig, num_images: int) -> int | None:
+    limits = [config.max_steps] if config.max_steps else []
+    limits += [math.ceil(config.max_epochs * num_images / config.batch_size)] if config.max_epochs else []
+    return min(limits, default=None)
+
+
+def _about(config: TrainConfig, dataset: Dataset) -> dict[str, Any]:
+    return {
+        "format": FORMAT,
+        "config": config.model_dump(),
+        "shape": list(dataset.shape),
+        "num_classes": dataset.num_classes,
+        "class_names": list(dataset.class_names) if dataset.class_names else None,
+    }
+
+
+def _once(images: Images, batch_size: int, device: torch.device) -> Callable[[], Iterator[Batch]]:
+    """A maker of one pass over images, in order and unaugmented."""
+    held = hold(images, device)
+
+    def batches() -> Iterator[Batch]:
+        for number, rows in enumerate(torch.arange(len(held), device=held.device).split(batch_size)):
+            labels = None if held.labels is None else held.labels[rows].to(device)
+            yield Batch(number, normalised(held.gather(rows).to(device)), labels, rows)
+
+    return batches
+
+
+def _describe(network: torch.nn.Module) -> str:
+    return f"{type(network).__name__} of {sum(p.numel() for p in network.parameters()) / 1e6:.2f}M parameters"
+
+
+def _quiet_lightning() -> None:
+    """Keep Lightning's advice to itself: the progress bar and our own lines say what matters."""
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", module=r"lightning\.")

@@ -1,0 +1,25 @@
+"""Data: a source becomes uint8 images with labels, and those become batches in [-1, 1]."""
+
+from diffusion_cli.data.array import Array
+from diffusion_cli.data.base import Dataset, Images
+from diffusion_cli.data.batches import Batch, Batches, normalised
+from diffusion_cli.data.digits import Digits
+from diffusion_cli.data.folder import Folder
+from diffusion_cli.data.gaussian_mixture import GaussianMixture
+from diffusion_cli.data.memory import hold
+from diffusion_cli.data.published import CIFAR10, MNIST, FashionMNIST
+
+__all__ = [
+    "CIFAR10",
+    "MNIST",
+    "Array",
+    "Batch",
+    "Batches",
+    "Dataset",
+    "Digits",
+    "FashionMNIST",
+    "Folder",
+    "GaussianMixture",
+    "Images",
+    "hold",
+]

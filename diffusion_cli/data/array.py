@@ -1,0 +1,157 @@
+"""Images in a NumPy file."""
+
+from pathlib import Path
+from typing import Annotated, Any
+from zipfile import ZipFile
+
+import numpy as np
+import torch
+from numpy.lib import format as npy
+from pydantic import Field
+from torch import Tensor
+
+from diffusion_cli.data.base import Dataset, Images, Split, shuffled_mask, split_rows
+from diffusion_cli.data.memory import MemoryImages, fits_in_memory
+
+IMAGE_KEYS = ("images", "arr_0", "x")
+LABEL_KEYS = ("labels", "arr_1", "y")
+
+
+class Array(Dataset):
+    """A .npy or .npz file of uint8 images [N, H, W], [N, H, W, C] or [N, C, H, W] with 1 or 3 channels.
+
+    Where the shape allows both, channels are last. A .npz holds the images as `images`, `arr_0` or `x`, and
+    maybe their classes 0..K - 1 as `labels`, `arr_1` or `y` (integers [N]). Pickled objects are refused.
+
+    Raises FileNotFoundError or ValueError, before pixels are read, if the file is missing or is not this.
+    """
+
+    def __init__(
+        self,
+        data_dir: str,
+        *,
+        path: str,
+        flip: bool,
+        held_out: Annotated[float, Field(ge=0, lt=1)],
+        in_memory: bool | None,
+    ) -> None:
+        super().__init__(data_dir)
+        self.path = Path(path).expanduser()
+        self.name = self.path.stem
+        self.flip = flip
+        self.held_out = held_out
+        compressed = self.path.suffix == ".npz"
+        if not self.path.is_file() or self.path.suffix not in (".npy", ".npz"):
+            raise FileNotFoundError(f"dataset.path={path}: no such file; give a .npy or .npz file of images")
+        if compressed and in_memory is False:
+            raise ValueError(
+                "dataset.in_memory=False: a .npz cannot be read in parts; save the images as .npy"
+            )
+        self.in_memory = compressed or in_memory
+        try:
+            self.key, self.labels = find_keys(self.path) if compressed else (None, None)
+            self.count, self.layout, self.shape = read_layout(self.path, self.key)
+            self.class_names = None if self.labels is None else class_numbers(self.labels, self.count)
+        except Exception as error:  # damaged files fail in many ways in the parsers of ZIP and NumPy headers
+            raise ValueError(f"dataset.path={path}: {error}") from error
+
+    def load(self, split: Split) -> Images:
+        rows = split_rows(shuffled_mask(self.count, self.held_out), self.held_out, split)
+        labels = None if self.labels is None else self.labels[rows]
+        images = ArrayImages(self.path, self.key, self.layout, self.shape, rows, labels)
+        in_memory = self.in_memory
+        if in_memory is None:
+            in_memory = fits_in_memory(len(images) * int(np.prod(self.shape)))
+        return MemoryImages(images.gather(torch.arange(len(images))), labels) if in_memory else images
+
+
+class ArrayImages(Images):
+    """Some rows of a NumPy file; a .npy stays on disk, mapped into memory by each process for itself."""
+
+    def __init__(
+        self,
+        path: Path,
+        key: str | None,
+        layout: str,
+        shape: tuple[int, int, int],
+        rows: Tensor,
+        labels: Tensor | None,
+    ) -> None:
+        self.path, self.key, self.layout = path, key, layout
+        self.shape = shape
+        self.rows = rows
+        self.labels = labels
+        self._array: np.ndarray | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_array": None}  # a mapped array would be pickled with all its pixels
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def gather(self, index: Tensor) -> Tensor:
+        if self._array is None:
+            self._array = self._open()
+        return torch.from_numpy(np.ascontiguousarray(self._array[self.rows[index].numpy()]))
+
+    def _open(self) -> np.ndarray:
+        """All images of the file as [N, C, H, W]."""
+        array = np.load(self.path, mmap_mode="r", allow_pickle=False)
+        if self.key is not None:
+            with array:
+                array = array[self.key]
+        if self.layout == "NHW":
+            return array[:, None]
+        return array.transpose(0, 3, 1, 2) if self.layout == "NHWC" else array
+
+
+def find_keys(path: Path) -> tuple[str, Tensor | None]:
+    """The name of the images in a .npz, and its labels."""
+    with np.load(path, allow_pickle=False) as arrays:
+        images = [key for key in IMAGE_KEYS if key in arrays]
+        labels = [key for key in LABEL_KEYS if key in arrays]
+        if not images:
+            raise ValueError(
+                f"holds {', '.join(arrays)}; images must be called one of {', '.join(IMAGE_KEYS)}"
+            )
+        if not labels:
+            return images[0], None
+        numbers = arrays[labels[0]]
+        if not np.issubdtype(numbers.dtype, np.integer):
+            raise ValueError(f"'{labels[0]}' holds {numbers.dtype}; labels must be integers")
+        return images[0], torch.from_numpy(numbers.astype(np.int64))
+
+
+def read_layout(path: Path, key: str | None) -> tuple[int, str, tuple[int, int, int]]:
+    """Number, order of axes, and shape [C, H, W] of the images, from the header of their array."""
+    if key is None:
+        array = np.load(path, mmap_mode="r", allow_pickle=False)
+        shape, dtype = array.shape, array.dtype
+    else:
+        with ZipFile(path) as archive, archive.open(f"{key}.npy") as file:
+            version = npy.read_magic(file)
+            header = npy.read_array_header_1_0 if version == (1, 0) else npy.read_array_header_2_0
+            shape, _, dtype = header(file)
+    if dtype != np.uint8:
+        raise ValueError(f"holds {dtype}; images must be uint8 in 0..255")
+    match shape:
+        case (0, *_):
+            raise ValueError("holds no image")
+        case (count, height, width):
+            return count, "NHW", (1, height, width)
+        case (count, height, width, (1 | 3) as channels):
+            return count, "NHWC", (channels, height, width)
+        case (count, (1 | 3) as channels, height, width):
+            return count, "NCHW", (channels, height, width)
+    raise ValueError(
+        f"has shape {shape}; images must be [N, H, W], [N, H, W, C] or [N, C, H, W] with C 1 or 3"
+    )
+
+
+def class_numbers(labels: Tensor, count: int) -> tuple[str, ...]:
+    """The names "0".."K - 1" of the classes."""
+    if labels.shape != (count,) or labels.min() < 0:
+        raise ValueError(
+            f"labels of shape {tuple(labels.shape)}, from {labels.min()}; must be {count} from 0 on"
+        )
+    return tuple(str(number) for number in range(int(labels.max()) + 1))

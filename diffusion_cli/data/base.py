@@ -1,0 +1,116 @@
+"""What every source of images offers: a dataset has splits, a split gives images by row number."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from hashlib import sha256
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+Split = Literal["train", "held_out"]
+
+
+class Images(ABC):
+    """The images of one split by row number, as the source holds them: not augmented, not normalised."""
+
+    shape: tuple[int, int, int]
+    """Channels, height and width of every image."""
+    labels: Tensor | None
+    """The class of every image, int64 [N] in 0..num_classes - 1, or None without classes."""
+    device: torch.device = torch.device("cpu")
+    """Where `gather` wants its row numbers and returns its images; `labels` lie there too."""
+    _digest: str | None = None
+
+    @abstractmethod
+    def __len__(self) -> int:
+        """The number of images N."""
+
+    @abstractmethod
+    def gather(self, index: Tensor) -> Tensor:
+        """The images of the rows `index` (int64 [B]): uint8 [B, C, H, W], or float32 where pixels are real.
+
+        Raises ValueError naming the files that cannot be decoded.
+        """
+
+    def digest(self) -> str:
+        """The SHA-256, in hex, of shape, pixels and labels: equal for equal content, wherever it is held."""
+        if self._digest is None:
+            state = sha256(f"{len(self)} {self.shape}".encode())
+            for rows in row_chunks(len(self), "hashing images"):
+                pixels = self.gather(rows.to(self.device)).cpu().numpy()
+                state.update(pixels.dtype.str.encode())
+                state.update(pixels.tobytes())
+            if self.labels is not None:
+                state.update(b"labels" + self.labels.cpu().numpy().tobytes())
+            self._digest = state.hexdigest()
+        return self._digest
+
+
+class Dataset(ABC):
+    """A named source of images with a `train` and a `held_out` split; one subclass and one YAML each.
+
+    `data_dir`, which the program supplies to every dataset, is the folder of the published datasets.
+    """
+
+    name: str
+    """The word for the dataset in tables and file names."""
+    shape: tuple[int, int, int]
+    """Channels, height and width of every image; known before any pixel is read."""
+    class_names: tuple[str, ...] | None
+    """The name of every class, in the order of the labels, or None without classes."""
+    flip: bool
+    """Whether training may mirror the images left to right."""
+    num_workers: int = 0
+    """Processes worth starting to read images that are not held in memory."""
+
+    def __init__(self, data_dir: str) -> None:
+        self.data_dir = Path(data_dir).expanduser()
+
+    @property
+    def num_classes(self) -> int | None:
+        """The number of classes, or None without classes."""
+        return None if self.class_names is None else len(self.class_names)
+
+    @abstractmethod
+    def load(self, split: Split) -> Images:
+        """One split; the two have no row in common. `held_out` has no images where `held_out=0` says so.
+
+        Raises FileNotFoundError or ValueError naming the file that is missing or cannot be used.
+        """
+
+
+def row_chunks(count: int, title: str) -> Iterator[Tensor]:
+    """The rows 0..count - 1 in order, some at a time, under a progress bar on stderr once it takes long."""
+    with tqdm(total=count, desc=title, unit="image", unit_scale=True, delay=2.0) as progress:
+        for rows in torch.arange(count).split(256):
+            yield rows
+            progress.update(len(rows))
+
+
+def shuffled_mask(count: int, held_out: float) -> np.ndarray:
+    """Which of `count` rows are held out, bool [count]: a fraction `held_out`, always the same one.
+
+    NumPy guarantees the stream of RandomState for ever; a generator whose stream may change with a release
+    would one day move held-out images into training.
+    """
+    mask = np.zeros(count, dtype=bool)
+    mask[np.random.RandomState(0).permutation(count)[: round(held_out * count)]] = True
+    return mask
+
+
+def split_rows(is_held_out: np.ndarray, held_out: float, split: Split) -> Tensor:
+    """The rows of one split, int64 in rising order.
+
+    Raises ValueError where the split is empty, unless that was asked for with `held_out=0`.
+    """
+    rows = np.flatnonzero(is_held_out if split == "held_out" else ~is_held_out)
+    if len(rows) == 0 and (split == "train" or held_out > 0):
+        raise ValueError(
+            f"dataset.held_out={held_out}: leaves none of the {len(is_held_out)} images in the split "
+            f"'{split}'; add images, change the fraction, or set 0 to train on all"
+        )
+    return torch.from_numpy(rows)

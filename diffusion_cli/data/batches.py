@@ -1,0 +1,153 @@
+"""An endless, seekable stream of training batches, the same for any number of processes."""
+
+from collections.abc import Iterable, Iterator
+from itertools import count
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+from torch.utils.data import Dataset as MapDataset
+
+from diffusion_cli.data.base import Images
+from diffusion_cli.data.memory import MemoryImages, hold
+from diffusion_cli.seeding import mix
+
+
+class Batch(NamedTuple):
+    """B images with what is known about them, all on one device."""
+
+    number: int
+    """The batch's place k in the stream."""
+    images: Tensor
+    """float32 [B, C, H, W] in [-1, 1]."""
+    labels: Tensor | None
+    """int64 [B], or None without classes."""
+    index: Tensor  # pyright: ignore[reportIncompatibleMethodOverride]  # a tuple has a method of this name
+    """int64 [B], the rows of the dataset that the images are."""
+
+
+class Batches:
+    """The batches k = start, start + 1, ... without end, each a function of (images, batch_size, seed, k).
+
+    Batch k holds the positions k B .. (k + 1) B - 1 of an endless stream, in which position p is row
+    `order(p // N)[p % N]`: every epoch is a permutation of the N rows, and batches run across its end.
+    With `flip`, each image is mirrored left to right with probability 1/2.
+
+    `batch_size` is that of all `world_size` processes together; process `rank` gets its contiguous share, so
+    that the union of the shares is the batch of a single process. Images held in memory are moved to `device`
+    once and batched there; others are decoded by `num_workers` processes (0: by this one).
+
+    Raises ValueError if there are no images, or the batch cannot be shared out evenly; while iterating, as
+    `Images.gather`.
+    """
+
+    def __init__(
+        self,
+        images: Images,
+        batch_size: int,
+        seed: int,
+        flip: bool,
+        start: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+        device: torch.device | str | None = None,
+        num_workers: int = 0,
+    ) -> None:
+        if len(images) == 0:
+            raise ValueError("dataset: this split has no images to make batches of")
+        if batch_size % world_size:
+            raise ValueError(
+                f"batch_size={batch_size}: is the size over all processes and must be a multiple of their "
+                f"number, {world_size}"
+            )
+        self.device = images.device if device is None else torch.device(device)
+        self.images = hold(images, self.device)
+        self.batch_size, self.seed, self.flip, self.start = batch_size, seed, flip, start
+        self.share = slice(rank * batch_size // world_size, (rank + 1) * batch_size // world_size)
+        self.num_workers = 0 if isinstance(self.images, MemoryImages) else num_workers
+        self._order = (-1, torch.empty(0, dtype=torch.int64))
+
+    def __iter__(self) -> Iterator[Batch]:
+        for k, rows, pixels in self._fetch():
+            # Pixels travel as uint8, and are flipped before they are cast: a quarter of the bytes.
+            pixels = pixels.to(self.device, non_blocking=True)
+            if self.flip:
+                pixels = mirrored(pixels, self.coins(k)[self.share].to(self.device, non_blocking=True))
+            labels = self.images.labels
+            if labels is not None:
+                labels = labels[rows.to(labels.device, non_blocking=True)].to(self.device, non_blocking=True)
+            yield Batch(k, normalised(pixels), labels, rows.to(self.device, non_blocking=True))
+
+    def rows(self, k: int) -> Tensor:
+        """The rows of the dataset in batch k of all processes together, int64 [batch_size]."""
+        size, position, end = len(self.images), k * self.batch_size, (k + 1) * self.batch_size
+        pieces = []
+        while position < end:
+            epoch, offset = divmod(position, size)
+            pieces.append(self.order(epoch)[offset : offset + end - position])
+            position += len(pieces[-1])
+        return torch.cat(pieces)
+
+    def order(self, epoch: int) -> Tensor:
+        """The permutation of the rows in one epoch, a function of (seed, epoch) and their number."""
+        if self._order[0] != epoch:
+            generator = torch.Generator().manual_seed(mix(self.seed, "order", epoch))
+            self._order = (epoch, torch.randperm(len(self.images), generator=generator))
+        return self._order[1]
+
+    def coins(self, k: int) -> Tensor:
+        """Which images of batch k of all processes are mirrored, int64 [batch_size] of 0 and 1."""
+        generator = torch.Generator().manual_seed(mix(self.seed, "flip", k))
+        return torch.randint(2, (self.batch_size,), generator=generator)
+
+    def _stream(self) -> Iterator[tuple[int, Tensor]]:
+        for k in count(self.start):
+            yield k, self.rows(k)[self.share]
+
+    def _fetch(self) -> Iterator[tuple[int, Tensor, Tensor]]:
+        """This process's share of every batch, as (k, rows, pixels)."""
+        if self.num_workers == 0:
+            for k, rows in self._stream():
+                yield k, rows, self.images.gather(rows.to(self.images.device, non_blocking=True))
+            return
+        loader: Iterable = DataLoader(
+            _Fetcher(self.images),
+            sampler=self._stream(),
+            batch_size=None,  # every item is a whole batch already
+            num_workers=self.num_workers,
+            pin_memory=self.device.type == "cuda",
+            generator=torch.Generator(),  # otherwise a draw from the global one
+        )
+        for item in loader:
+            if isinstance(item, Exception):
+                raise item
+            yield item
+
+
+class _Fetcher(MapDataset):
+    """What a worker process runs: rows in, pixels out."""
+
+    def __init__(self, images: Images) -> None:
+        self.images = images
+
+    def __getitem__(self, item: tuple[int, Tensor]) -> tuple[int, Tensor, Tensor] | Exception:
+        k, rows = item
+        try:
+            return k, rows, self.images.gather(rows)
+        except (OSError, ValueError) as error:  # raised here, it would reach the user as a traceback of text
+            return error
+
+
+def mirrored(images: Tensor, coins: Tensor) -> Tensor:
+    """The images [B, C, H, W], those with coin 1 of `coins` (int64 [B], 0 or 1) mirrored left to right."""
+    # Row copies, for they run at memory speed; torch.where is four times slower on bytes.
+    rows = torch.arange(len(images), device=images.device) + len(images) * coins
+    return torch.cat([images, images.flip(3)]).index_select(0, rows)
+
+
+def normalised(images: Tensor) -> Tensor:
+    """Bytes 0..255 as float32 x / 127.5 - 1 in [-1, 1], both ends exact; real numbers as they are."""
+    if images.is_floating_point():
+        return images
+    return images.to(torch.float32).div_(127.5).sub_(1)

@@ -1,0 +1,53 @@
+"""An image file of any kind becomes bytes [C, R, R]."""
+
+from io import BytesIO
+from typing import Literal, NamedTuple
+
+import numpy as np
+from PIL import Image, ImageOps
+
+FORMATS = {"PNG": (".png",), "JPEG": (".jpg", ".jpeg"), "WEBP": (".webp",), "TIFF": (".tif", ".tiff")}
+
+
+class Decoder(NamedTuple):
+    """Decodes PNG, JPEG, WebP and TIFF to uint8 [channels, resolution, resolution].
+
+    In this order: EXIF orientation applied; 16-bit gray v becomes round(v / 257); transparency laid on
+    `background`; gray (ITU-R 601 luma) or RGB; the largest centred square, resized by an antialiased Lanczos
+    filter, which is resizing the short side and cropping the centre. A square of the right size is untouched.
+    """
+
+    resolution: int
+    channels: int
+    background: Literal["white", "black"]
+
+    def __call__(self, data: bytes) -> np.ndarray:
+        """Raises ValueError, or one of Pillow's many errors, if the file cannot be decoded faithfully."""
+        image = Image.open(BytesIO(data), formats=list(FORMATS))
+        limit = Image.MAX_IMAGE_PIXELS
+        if limit is not None and image.width * image.height > limit:
+            raise ValueError(f"{image.width} x {image.height} pixels exceed Pillow's limit of {limit}")
+        image = self._resized(self._flattened(ImageOps.exif_transpose(image)))
+        return np.asarray(image).reshape(self.resolution, self.resolution, self.channels).transpose(2, 0, 1)
+
+    def _flattened(self, image: Image.Image) -> Image.Image:
+        """The image in 8 bits, without transparency, in gray or RGB."""
+        if image.mode.startswith("I"):  # 16-bit gray, which Pillow's own conversion clips at 255
+            values = np.asarray(image).astype(np.int64)
+            if values.min() < 0 or values.max() > 65535:
+                raise ValueError("has 32-bit pixels; convert it to 8 or 16 bits")
+            image = Image.fromarray(((values + 128) // 257).astype(np.uint8))
+        elif image.mode == "F":
+            raise ValueError("has floating-point pixels; convert it to 8 or 16 bits")
+        elif image.has_transparency_data:
+            image = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, self.background), image)
+        return image.convert("L" if self.channels == 1 else "RGB")
+
+    def _resized(self, image: Image.Image) -> Image.Image:
+        side = min(image.size)
+        left, top = (image.width - side) // 2, (image.height - side) // 2
+        square = (left, top, left + side, top + side)
+        if side == self.resolution:
+            return image.crop(square)
+        return image.resize((self.resolution, self.resolution), Image.Resampling.LANCZOS, box=square)

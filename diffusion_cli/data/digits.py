@@ -1,0 +1,34 @@
+"""The small set of real images that is there without a download."""
+
+from typing import Annotated
+
+import numpy as np
+import torch
+from pydantic import Field
+
+from diffusion_cli.data.base import Dataset, Split, shuffled_mask, split_rows
+from diffusion_cli.data.memory import MemoryImages
+
+
+class Digits(Dataset):
+    """1,797 handwritten digits in 8x8 gray, scikit-learn's copy of the UCI set (Alpaydin and Kaynak 1998).
+
+    Their 17 gray values v in 0..16 become the bytes round(255 v / 16).
+    """
+
+    name = "digits"
+    shape = (1, 8, 8)
+    class_names = tuple("0123456789")
+
+    def __init__(self, data_dir: str, *, held_out: Annotated[float, Field(ge=0, lt=1)], flip: bool) -> None:
+        super().__init__(data_dir)
+        self.held_out = held_out
+        self.flip = flip
+
+    def load(self, split: Split) -> MemoryImages:
+        from sklearn.datasets import load_digits  # takes a second to import
+
+        values, labels = load_digits(return_X_y=True)
+        rows = split_rows(shuffled_mask(len(values), self.held_out), self.held_out, split)
+        pixels = torch.from_numpy(np.rint(values * (255 / 16)).astype(np.uint8)).reshape(-1, *self.shape)
+        return MemoryImages(pixels[rows], torch.from_numpy(labels.astype(np.int64))[rows])

@@ -1,0 +1,191 @@
+"""A folder or ZIP archive of image files."""
+
+import os
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path, PurePosixPath
+from typing import Annotated, Any, Literal
+from zipfile import BadZipFile, ZipFile
+
+import numpy as np
+import torch
+from pydantic import Field, NonNegativeInt, PositiveInt
+from torch import Tensor
+from torch.utils.data import get_worker_info
+
+from diffusion_cli.data.base import Dataset, Images, Split, row_chunks, split_rows
+from diffusion_cli.data.decoding import FORMATS, Decoder
+from diffusion_cli.data.memory import MemoryImages, fits_in_memory
+from diffusion_cli.seeding import mix
+
+SUFFIXES = tuple(suffix for suffixes in FORMATS.values() for suffix in suffixes)
+
+
+class Folder(Dataset):
+    """All PNG, JPEG, WebP and TIFF files in a folder or ZIP archive, at any depth, as squares of one size.
+
+    Hidden files and `__MACOSX` are ignored. With labels "auto" the classes are the first-level folders (of
+    the deepest folder that holds all images), in alphabetical order, if all images lie in two or more of
+    them; otherwise there are no labels. Whether an image is held out is a hash of its name: it stays in its
+    split when files are added or removed. See `Decoder` for how a file becomes pixels.
+
+    Raises FileNotFoundError or ValueError if `path` is missing, is no archive, or holds no image; `load` and
+    `Images.gather` raise ValueError naming the files that cannot be decoded.
+    """
+
+    def __init__(
+        self,
+        data_dir: str,
+        *,
+        path: str,
+        resolution: PositiveInt,
+        channels: Literal[1, 3],
+        labels: Literal["auto", "none"],
+        background: Literal["white", "black"],
+        flip: bool,
+        held_out: Annotated[float, Field(ge=0, lt=1)],
+        in_memory: bool | None,
+        num_workers: NonNegativeInt,
+    ) -> None:
+        super().__init__(data_dir)
+        self.path = Path(path).expanduser()
+        self.name = self.path.stem
+        self.shape = (channels, resolution, resolution)
+        self.flip = flip
+        self.held_out = held_out
+        self.in_memory = in_memory
+        self.num_workers = num_workers
+        self.decoder = Decoder(resolution, channels, background)
+        self.files = image_files(self.path)
+        classes = class_folders(self.files) if labels == "auto" else None
+        self.class_names = None if classes is None else tuple(sorted(set(classes)))
+        self.labels = None
+        if classes is not None:
+            number = {name: label for label, name in enumerate(sorted(set(classes)))}
+            self.labels = torch.tensor([number[name] for name in classes])
+
+    def load(self, split: Split) -> Images:
+        mask = np.array([mix("held_out", name) < self.held_out * 2**63 for name in self.files])
+        rows = split_rows(mask, self.held_out, split)
+        files = [self.files[row] for row in rows.tolist()]
+        images = FileImages(
+            self.path, files, None if self.labels is None else self.labels[rows], self.decoder
+        )
+        in_memory = self.in_memory
+        if in_memory is None:
+            in_memory = fits_in_memory(len(files) * int(np.prod(self.shape)))
+        return images.in_memory() if in_memory else images
+
+
+class FileImages(Images):
+    """Image files `names` in a folder or ZIP archive `path`, decoded whenever they are asked for.
+
+    May be sent to, and forked into, other processes: each opens the archive for itself.
+    """
+
+    def __init__(self, path: Path, names: list[str], labels: Tensor | None, decoder: Decoder) -> None:
+        self.shape = (decoder.channels, decoder.resolution, decoder.resolution)
+        self.labels = labels
+        self.path = path
+        self.names = names
+        self.decoder = decoder
+        self._archive: tuple[int, ZipFile] | None = None  # with the process that opened it
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_archive": None}
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def gather(self, index: Tensor) -> Tensor:
+        pixels, broken = self._decode(index)
+        if broken:
+            raise self._error(broken)
+        return pixels
+
+    def in_memory(self) -> MemoryImages:
+        """All images decoded at once, under a progress bar; raises ValueError naming all that are broken."""
+        pixels = torch.empty((len(self), *self.shape), dtype=torch.uint8)
+        broken: list[str] = []
+        for rows in row_chunks(len(self), f"reading {self.path.name}"):
+            pixels[rows], failures = self._decode(rows)
+            broken += failures
+        if broken:
+            raise self._error(broken)
+        return MemoryImages(pixels, self.labels)
+
+    def _decode(self, index: Tensor) -> tuple[Tensor, list[str]]:
+        """The images of the rows, and for each file that cannot be decoded its name and why."""
+        pixels = np.zeros((len(index), *self.shape), dtype=np.uint8)
+        archive = self._open()
+
+        def fill(slot: int, row: int) -> str | None:
+            name = self.names[row]
+            try:
+                data = archive.read(name) if archive else (self.path / name).read_bytes()
+                pixels[slot] = self.decoder(data)
+            except Exception as error:  # decoders meet broken data with errors of every type
+                return f"{name} ({' '.join(str(error).split()) or type(error).__name__})"
+            return None
+
+        # A worker process is one of many already; pixel work in threads runs in parallel.
+        threads = 1 if get_worker_info() else min(os.cpu_count() or 1, len(index))
+        if threads <= 1:
+            outcomes = list(map(fill, range(len(index)), index.tolist()))
+        else:
+            with ThreadPoolExecutor(threads) as pool:
+                outcomes = list(pool.map(fill, range(len(index)), index.tolist()))
+        return torch.from_numpy(pixels), [outcome for outcome in outcomes if outcome]
+
+    def _open(self) -> ZipFile | None:
+        """This process's own handle of the archive, for a position in a file is shared across a fork."""
+        if self.path.is_dir():
+            return None
+        if self._archive is None or self._archive[0] != os.getpid():
+            self._archive = (os.getpid(), ZipFile(self.path))
+        return self._archive[1]
+
+    def _error(self, broken: list[str]) -> ValueError:
+        shown = "; ".join(broken[:10]) + ("; ..." if len(broken) > 10 else "")
+        return ValueError(
+            f"dataset.path={self.path}: cannot decode {len(broken)} of the images, repair or remove: {shown}"
+        )
+
+
+def image_files(path: Path) -> list[str]:
+    """The names of all image files below a folder or in a ZIP archive, relative, with `/`, in sorted order.
+
+    Raises FileNotFoundError or ValueError as `Folder`.
+    """
+    if not path.exists():
+        raise FileNotFoundError(f"dataset.path={path}: does not exist; give a folder or .zip of images")
+    try:
+        names = folder_names(path) if path.is_dir() else ZipFile(path).namelist()
+    except BadZipFile as error:
+        raise ValueError(f"dataset.path={path}: is neither a folder nor a readable .zip ({error})") from error
+    images = sorted(name for name in names if is_image(PurePosixPath(name)))
+    if not images:
+        raise ValueError(f"dataset.path={path}: holds no image; wanted are {' '.join(SUFFIXES)}")
+    return images
+
+
+def folder_names(path: Path) -> Iterable[str]:
+    for folder, _, files in os.walk(path, followlinks=True):
+        for file in files:
+            yield (Path(folder) / file).relative_to(path).as_posix()
+
+
+def is_image(name: PurePosixPath) -> bool:
+    """Whether the name is that of an image, and not of the hidden files that systems leave beside them."""
+    hidden = any(part.startswith(".") or part == "__MACOSX" for part in name.parts)
+    return name.suffix.lower() in SUFFIXES and not hidden
+
+
+def class_folders(files: list[str]) -> list[str] | None:
+    """For every file its class folder, or None unless all files lie in two or more."""
+    folders = [PurePosixPath(file).parts[:-1] for file in files]
+    levels = enumerate(zip(*folders, strict=False))
+    depth = next((depth for depth, level in levels if len(set(level)) > 1), min(map(len, folders)))
+    if any(len(folder) == depth for folder in folders):
+        return None
+    return [folder[depth] for folder in folders]

@@ -1,0 +1,126 @@
+"""A dataset whose density, score and posterior mean are known in closed form at every noise level."""
+
+import math
+
+import torch
+from pydantic import NonNegativeInt, PositiveInt
+from torch import Tensor
+
+from diffusion_cli.data.base import Dataset, Split
+from diffusion_cli.data.memory import MemoryImages
+from diffusion_cli.seeding import mix
+
+
+class GaussianMixture(Dataset):
+    """Points x_0 ~ sum_k w_k N(m_k, s_k^2 I), as real-valued images whose label is the component k.
+
+    At x_t = alpha x_0 + sigma eps the mixture has the means alpha m_k and variances
+    v_k = alpha^2 s_k^2 + sigma^2, from which `log_prob`, `score` and the perfect denoiser `denoise` follow.
+    These take any number of points [..., C, H, W]; alpha, sigma and labels are one for all or [...], one for
+    each; they compute and return float64, and are differentiable.
+
+    Raises ValueError unless there are as many weights and stds (all > 0) as means, each of C*H*W numbers.
+    """
+
+    name = "gaussian_mixture"
+    flip = False
+
+    def __init__(
+        self,
+        data_dir: str,
+        *,
+        means: list[list[float]],
+        stds: list[float],
+        weights: list[float],
+        shape: list[int],
+        size: PositiveInt,
+        seed: NonNegativeInt,
+    ) -> None:
+        super().__init__(data_dir)
+        if len(shape) != 3 or min(shape) < 1:
+            raise ValueError(f"dataset.shape={list(shape)}: must be channels, height and width")
+        channels, height, width = shape
+        self.shape = (channels, height, width)
+        if any(len(mean) != math.prod(shape) for mean in means):
+            raise ValueError(
+                f"dataset.means={means}: every mean needs {math.prod(shape)} numbers, one a pixel"
+            )
+        for key, values in {"stds": stds, "weights": weights}.items():
+            if len(values) != len(means) or not min(values, default=0) > 0:
+                raise ValueError(f"dataset.{key}={values}: must be {len(means)} positive numbers, one a mean")
+        self.means = torch.tensor(means, dtype=torch.float64)
+        self.stds = torch.tensor(stds, dtype=torch.float64)
+        self.weights = torch.tensor(weights, dtype=torch.float64)
+        self.weights /= self.weights.sum()
+        self.class_names = tuple(str(component) for component in range(len(means)))
+        self.size = size
+        self.seed = seed
+
+    def load(self, split: Split) -> MemoryImages:
+        """`size` points, drawn independently for each split."""
+        generator = torch.Generator().manual_seed(mix(self.seed, split))
+        labels = torch.multinomial(self.weights, self.size, replacement=True, generator=generator)
+        noise = torch.randn((self.size, self.means.shape[1]), generator=generator, dtype=torch.float64)
+        points = self.means[labels] + self.stds[labels, None] * noise
+        return MemoryImages(points.reshape(-1, *self.shape).float(), labels)
+
+    def mean(self) -> Tensor:
+        """E[x_0] = sum_k w_k m_k, float64 [C, H, W]."""
+        return (self.weights @ self.means).reshape(self.shape)
+
+    def covariance(self) -> Tensor:
+        """Cov[x_0] = sum_k w_k (s_k^2 I + m_k m_k^T) - m m^T, float64 [C*H*W, C*H*W]."""
+        centred = self.means - self.weights @ self.means
+        within = (self.weights * self.stds**2).sum() * torch.eye(self.means.shape[1], dtype=torch.float64)
+        return within + (self.weights[:, None] * centred).T @ centred
+
+    def log_prob(
+        self,
+        x: Tensor,
+        alpha: float | Tensor = 1.0,
+        sigma: float | Tensor = 0.0,
+        label: int | Tensor | None = None,
+    ) -> Tensor:
+        """log p_t(x) in nats, or log p_t(x | label), float64 [...]."""
+        return torch.logsumexp(self._components(x, alpha, sigma, label)[0], -1)
+
+    def score(
+        self, x_t: Tensor, alpha: float | Tensor, sigma: float | Tensor, label: int | Tensor | None = None
+    ) -> Tensor:
+        """The gradient of log p_t at x_t, sum_k r_k (alpha m_k - x_t) / v_k, float64 [..., C, H, W].
+
+        r_k is the posterior probability of component k.
+        """
+        log_joint, offset, variance, _ = self._components(x_t, alpha, sigma, label)
+        weight = torch.softmax(log_joint, -1) / variance
+        return -(weight[..., None] * offset).sum(-2).reshape(x_t.shape)
+
+    def denoise(
+        self, x_t: Tensor, alpha: float | Tensor, sigma: float | Tensor, label: int | Tensor | None = None
+    ) -> Tensor:
+        """E[x_0 | x_t] = sum_k r_k (m_k + alpha s_k^2 / v_k (x_t - alpha m_k)), float64 [..., C, H, W]."""
+        log_joint, offset, variance, alpha = self._components(x_t, alpha, sigma, label)
+        gain = alpha * self.stds.to(x_t.device) ** 2 / variance
+        means = self.means.to(x_t.device) + gain[..., None] * offset
+        return (torch.softmax(log_joint, -1)[..., None] * means).sum(-2).reshape(x_t.shape)
+
+    def _components(
+        self, x_t: Tensor, alpha: float | Tensor, sigma: float | Tensor, label: int | Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """log(w_k N(x_t; alpha m_k, v_k I)) [..., K], x_t - alpha m_k [..., K, d], v_k [..., K], alpha [..., 1].
+
+        Given a label, its component has weight 1 and the others none.
+        """
+        means, stds, weights = (value.to(x_t.device) for value in (self.means, self.stds, self.weights))
+        alpha = torch.as_tensor(alpha, dtype=torch.float64, device=x_t.device)[..., None]
+        sigma = torch.as_tensor(sigma, dtype=torch.float64, device=x_t.device)[..., None]
+        offset = x_t.to(means).flatten(-3)[..., None, :] - alpha[..., None] * means
+        variance = alpha**2 * stds**2 + sigma**2
+        log_weights = weights.log()
+        if label is not None:
+            components = torch.arange(len(means), device=x_t.device)
+            chosen = torch.as_tensor(label, device=x_t.device)[..., None] == components
+            log_weights = torch.where(chosen, 0.0, -math.inf).to(means)
+        squares = offset.square().sum(-1) / variance
+        log_joint = log_weights - 0.5 * (squares + means.shape[1] * torch.log(2 * math.pi * variance))
+        return log_joint, offset, variance, alpha

@@ -1,0 +1,38 @@
+"""Which number format and which device to compute in."""
+
+import contextlib
+from typing import ContextManager
+
+import torch
+
+
+def device_of(name: str) -> torch.device:
+    """The device called auto, cpu or cuda; ValueError if there is no such device here."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device=cuda: torch sees no GPU here; use device=cpu, or install a torch build for it")
+    return torch.device(name)
+
+
+def resolve(precision: str, device: torch.device) -> str:
+    """fp32, bf16 or fp16 for `auto`, by what the hardware computes fast; ValueError if it cannot at all."""
+    if precision == "auto":
+        return "bf16" if has_fast_bf16(device) else "fp32"
+    if precision == "fp16" and device.type == "cpu":
+        raise ValueError("precision=fp16: needs a GPU; use bf16 or fp32 on a CPU")
+    return precision
+
+
+def has_fast_bf16(device: torch.device) -> bool:
+    """Whether bfloat16 runs on units of its own: Ampere and later GPUs, CPUs with AVX512-BF16 or AMX."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
+def autocast(device: torch.device, precision: str) -> ContextManager:
+    """The context in which a network computes in the given precision; weights and images stay float32."""
+    kinds = {"bf16": torch.bfloat16, "fp16": torch.float16}
+    kind = kinds.get(resolve(precision, device))
+    return contextlib.nullcontext() if kind is None else torch.autocast(device.type, kind)

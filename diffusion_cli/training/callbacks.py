@@ -1,0 +1,237 @@
+"""What watches over a run: progress and logs, checkpoints, held-out loss, sample grids, the end."""
+
+import os
+import shutil
+import signal
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from lightning.fabric.plugins import TorchCheckpointIO
+from lightning.pytorch import Callback, LightningModule, Trainer
+from tqdm import tqdm
+
+from diffusion_cli.checkpoint import LAST, whole_file
+from diffusion_cli.data import Batch
+from diffusion_cli.denoiser import Denoiser, clip_x0
+from diffusion_cli.generate import labels_of, sample, to_bytes
+from diffusion_cli.report import save_grid
+from diffusion_cli.samplers import Sampler
+from diffusion_cli.seeding import mix
+from diffusion_cli.training.ema import EMA
+from diffusion_cli.training.module import DiffusionModule
+
+
+class DivergedError(ValueError):
+    """The loss is no longer a finite number."""
+
+
+class WholeFileIO(TorchCheckpointIO):
+    """Lightning's checkpoint files, written whole or not at all."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        with whole_file(Path(path)) as temporary:
+            torch.save(checkpoint, temporary)
+
+
+class EveryStep(Callback):
+    """A callback that acts after optimizer steps, not after the parts of an accumulated batch."""
+
+    def __init__(self, every: int) -> None:
+        self.every = every
+        self._seen = -1
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._seen = trainer.global_step
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        step = trainer.global_step
+        if step > self._seen:
+            self._seen = step
+            if step % self.every == 0:
+                assert isinstance(pl_module, DiffusionModule)
+                self.act(trainer, pl_module, step)
+
+    def act(self, trainer: Trainer, module: DiffusionModule, step: int) -> None:
+        """Do it, at every multiple of `every`."""
+        raise NotImplementedError
+
+
+def stop_if_diverged(module: DiffusionModule, last: Path) -> None:
+    """Raise DivergedError if any loss so far was not finite."""
+    step = module.meter.first_bad_step()
+    if step is not None:
+        rate = module.optimizer_config.factor(step) * module.optimizer_config.lr
+        kept = f"the last good checkpoint is {last}" if last.is_file() else "there is no checkpoint yet"
+        raise DivergedError(
+            f"loss: not a finite number at step {step}, learning rate {rate:.3g}; {kept}; try a smaller "
+            "optimizer.lr, a longer optimizer.warm_up_steps or precision=fp32"
+        )
+
+
+class Progress(EveryStep):
+    """The progress bar, and the log of losses."""
+
+    def __init__(self, every: int, run: Path, batch_size: int, max_steps: int | None) -> None:
+        super().__init__(every)
+        self.run, self.batch_size, self.max_steps = run, batch_size, max_steps
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        super().on_train_start(trainer, pl_module)
+        self.bar = tqdm(
+            total=self.max_steps,
+            initial=trainer.global_step,
+            unit="step",
+            desc="train",
+            dynamic_ncols=True,
+            mininterval=0.5 if os.isatty(2) else 15,
+            disable=not trainer.is_global_zero,
+        )
+        self._mark = (trainer.global_step, time.perf_counter())
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        self.bar.update(trainer.global_step - self.bar.n)
+        super().on_train_batch_end(trainer, pl_module)
+
+    def act(self, trainer: Trainer, module: DiffusionModule, step: int) -> None:
+        stop_if_diverged(module, self.run / LAST)
+        values = module.meter.read()
+        (before, then), now = self._mark, time.perf_counter()
+        self._mark = (step, now)
+        rate = (step - before) * self.batch_size / (now - then)
+        values |= {"lr": trainer.optimizers[0].param_groups[0]["lr"], "images_per_second": rate}
+        for logger in trainer.loggers:
+            logger.log_metrics(values, step=step)
+        self.bar.set_postfix_str(f"loss {values['loss']:.4f}, {rate:.0f} images/s", refresh=False)
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if hasattr(self, "bar"):
+            self.bar.close()
+
+
+class Checkpoints(EveryStep):
+    """Save `last.ckpt` and the newest few by number, never a diverged state."""
+
+    def __init__(self, every: int, run: Path, keep_last: int) -> None:
+        super().__init__(every)
+        self.run, self.keep_last = run, keep_last
+        self.saved: int | None = None
+
+    def act(self, trainer: Trainer, module: DiffusionModule, step: int) -> None:
+        self.save(trainer, module)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        assert isinstance(pl_module, DiffusionModule)
+        if self.saved != trainer.global_step:
+            self.save(trainer, pl_module)
+
+    def save(self, trainer: Trainer, module: DiffusionModule) -> None:
+        """Write the state of now."""
+        last = self.run / LAST
+        stop_if_diverged(module, last)
+        numbered = last.with_name(f"step_{trainer.global_step:08d}.ckpt")
+        trainer.save_checkpoint(numbered)
+        with whole_file(last) as temporary:
+            try:
+                os.link(numbered, temporary)
+            except OSError:  # a file system without hard links
+                shutil.copyfile(numbered, temporary)
+        for old in sorted(last.parent.glob("step_*.ckpt"))[: -self.keep_last]:
+            old.unlink()
+        self.saved = trainer.global_step
+
+
+class Stop(Callback):
+    """End the run at its time budget, or at the next step after Ctrl-C or SIGTERM, with everything saved."""
+
+    state_key = "Stop"
+
+    def __init__(self, max_seconds: float | None) -> None:
+        self.max_seconds = max_seconds
+        self.elapsed = 0.0
+        self.signal: int | None = None
+        self._handlers: dict[int, Any] = {}
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._mark = time.monotonic()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self._handlers[number] = signal.signal(number, self._on_signal)
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        if self.signal is not None:  # a second time: at once
+            raise KeyboardInterrupt
+        self.signal = number
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        now = time.monotonic()
+        self.elapsed, self._mark = self.elapsed + now - self._mark, now
+        spent = self.max_seconds is not None and self.elapsed >= self.max_seconds
+        if self.signal is not None or spent:
+            trainer.should_stop = True
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
+        self._handlers.clear()
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"elapsed": self.elapsed}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.elapsed = state_dict["elapsed"]
+
+
+class HeldOutLoss(EveryStep):
+    """The loss of the averaged weights on held-out images, at the same times and noise every time."""
+
+    def __init__(self, every: int, batches: Callable[[], Iterable[Batch]], ema: EMA) -> None:
+        super().__init__(every)
+        self.batches, self.ema = batches, ema
+
+    @torch.no_grad()
+    def act(self, trainer: Trainer, module: DiffusionModule, step: int) -> None:
+        denoiser = self.ema.denoiser(module)
+        total, count = torch.zeros((), device=module.device), 0
+        for i, batch in enumerate(self.batches()):
+            generator = torch.Generator().manual_seed(mix(module.seed, "held-out", i))
+            size = len(batch.images)
+            # Stratified times: the estimate over a few images is less noisy.
+            u = (torch.arange(size) + torch.rand(size, generator=generator)) / size
+            eps = torch.randn(batch.images.shape, generator=generator).to(module.device)
+            with trainer.precision_plugin.forward_context():
+                loss = module.objective(denoiser, batch.images, batch.labels, u.to(module.device), eps)
+            total, count = total + loss.value.sum(), count + size
+        for logger in trainer.loggers:
+            logger.log_metrics({"held_out_loss": total.item() / count}, step=step)
+
+
+class Preview(EveryStep):
+    """A grid of samples from the averaged weights, of the same seeds every time."""
+
+    SEEDS = range(64)
+
+    def __init__(
+        self, every: int, run: Path, ema: EMA, sampler: Sampler, steps: int, shape: tuple[int, int, int]
+    ) -> None:
+        super().__init__(every)
+        self.folder, self.ema, self.sampler, self.steps, self.shape = run / "previews", ema, sampler, steps, shape
+
+    @torch.no_grad()
+    def act(self, trainer: Trainer, module: DiffusionModule, step: int) -> None:
+        if not trainer.is_global_zero:
+            return
+        denoiser: Denoiser = self.ema.denoiser(module)
+        labels = labels_of(self.SEEDS, getattr(self.ema.network, "num_classes", None), module.device)
+        with trainer.precision_plugin.forward_context():
+            images = sample(
+                clip_x0(lambda x, t: denoiser(x, t, labels), denoiser.schedule),
+                self.sampler,
+                self.sampler.grid(self.steps),
+                self.SEEDS,
+                self.shape,
+                module.device,
+            )
+        save_grid(to_bytes(images), self.folder / f"step_{step:08d}.png")

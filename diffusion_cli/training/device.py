@@ -1,0 +1,19 @@
+"""Where training runs."""
+
+from typing import Literal
+
+import torch
+
+from diffusion_cli.precision import device_of
+
+
+class Device:
+    """One device of this machine."""
+
+    def __init__(self, *, accelerator: Literal["auto", "cpu", "cuda"]) -> None:
+        self.torch_device: torch.device = device_of(accelerator)
+
+    @property
+    def trainer_arguments(self) -> dict[str, object]:
+        """What Lightning's Trainer is told."""
+        return {"accelerator": self.torch_device.type, "devices": 1}

@@ -1,0 +1,80 @@
+"""Where the numbers of a run are written."""
+
+import csv
+from abc import ABC, abstractmethod
+from argparse import Namespace
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch.loggers import Logger, TensorBoardLogger
+from lightning.pytorch.utilities import rank_zero_only
+
+from diffusion_cli.checkpoint import whole_file
+
+
+class LoggerConfig(ABC):
+    """A kind of log, as configured."""
+
+    @abstractmethod
+    def logger(self, run: Path, step: int) -> Logger:
+        """Return the logger of a run that is at `step`."""
+
+
+class CSV(LoggerConfig):
+    """One CSV file, `metrics.csv`."""
+
+    def logger(self, run: Path, step: int) -> Logger:
+        return CSVFile(run / "metrics.csv", step)
+
+
+class TensorBoard(LoggerConfig):
+    """TensorBoard event files."""
+
+    def logger(self, run: Path, step: int) -> Logger:
+        return TensorBoardLogger(run, name="", version="tensorboard")
+
+
+class CSVFile(Logger):
+    """A CSV file with a row a log, taken up again with the run.
+
+    Lightning's own CSV logger deletes the file of an earlier start. This one keeps it, less the rows that lie
+    after the step that the run goes on from.
+    """
+
+    def __init__(self, path: Path, step: int) -> None:
+        super().__init__()
+        self.path = path
+        self.rows: list[dict[str, Any]] = []
+        if path.exists():
+            with path.open(newline="") as file:
+                self.rows = [row for row in csv.DictReader(file) if int(row["step"]) <= step]
+
+    @property
+    def name(self) -> str:
+        """Part of Lightning's interface."""
+        return self.path.stem
+
+    @property
+    def version(self) -> str:
+        """Part of Lightning's interface."""
+        return ""
+
+    def log_hyperparams(self, params: dict[str, Any] | Namespace, *args: Any, **kwargs: Any) -> None:
+        """Nothing: the run's config.yaml holds them."""
+
+    @rank_zero_only
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        """Add a row; the file is appended to, or written anew where a column is new."""
+        row = {"step": step, **metrics}
+        known = list(self.rows[-1]) if self.rows else []
+        columns = list(dict.fromkeys([*known, *row]))
+        self.rows.append({column: row.get(column, "") for column in columns})
+        if columns == known and self.path.exists():
+            with self.path.open("a", newline="") as file:
+                csv.DictWriter(file, columns).writerow(self.rows[-1])
+            return
+        with whole_file(self.path) as temporary, temporary.open("w", newline="") as file:
+            writer = csv.DictWriter(file, columns, restval="")
+            writer.writeheader()
+            writer.writerows(self.rows)

@@ -1,0 +1,94 @@
+"""The LightningModule: one training step, and the randomness of it."""
+
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule
+from torch import Tensor
+
+from diffusion_cli.data import Batch
+from diffusion_cli.denoiser import Denoiser
+from diffusion_cli.objective import Loss, Objective
+from diffusion_cli.seeding import mix
+from diffusion_cli.training.optimizers import OptimizerConfig
+
+QUARTILES = 4
+
+
+class LossMeter:
+    """The mean loss since the last reading, whole and by quartile of the noise level, kept on the device.
+
+    Nothing is synchronised until it is read: a step that went bad is remembered by its number.
+    """
+
+    def __init__(self) -> None:
+        self._sums: Tensor | None = None
+        self._first_bad: Tensor | None = None
+
+    def add(self, loss: Loss, step: int) -> None:
+        """Count the losses [B] of a step."""
+        value, device = loss.value.detach(), loss.value.device
+        if self._sums is None or self._first_bad is None:
+            self._sums = torch.zeros(2, QUARTILES, device=device)
+            self._first_bad = torch.full((), -1, device=device)
+        # t in (0, 1] is uniform, so its quarters are the quartiles.
+        quartile = (loss.t * QUARTILES).ceil().long().sub_(1).clamp_(0, QUARTILES - 1)
+        self._sums.index_add_(1, quartile, torch.stack([value, torch.ones_like(value)]))
+        bad = ~value.sum().isfinite() & (self._first_bad < 0)
+        self._first_bad.masked_fill_(bad, step)
+
+    def first_bad_step(self) -> int | None:
+        """The first step whose loss was not finite, or None."""
+        step = -1 if self._first_bad is None else int(self._first_bad)
+        return None if step < 0 else step
+
+    def read(self) -> dict[str, float]:
+        """The means since the last reading, and a new start."""
+        if self._sums is None:
+            return {}
+        totals, counts = self._sums.tolist()
+        self._sums.zero_()
+        values = {"loss": sum(totals) / max(1.0, sum(counts))}
+        return values | {
+            f"loss_q{i + 1}": total / count
+            for i, (total, count) in enumerate(zip(totals, counts, strict=True))
+            if count
+        }
+
+
+class DiffusionModule(LightningModule):
+    """A denoiser in training; `about` is what its checkpoints say to build it again."""
+
+    def __init__(
+        self, denoiser: Denoiser, objective: Objective, optimizer: OptimizerConfig, seed: int, about: dict[str, Any]
+    ) -> None:
+        super().__init__()
+        self.denoiser = denoiser
+        self.objective = objective
+        self.optimizer_config = optimizer
+        self.seed = seed
+        self.about = about
+        self.meter = LossMeter()
+
+    def training_step(self, batch: Batch, batch_index: int) -> Tensor:
+        """Return the mean loss of a batch; its noise and times are a function of (seed, batch number) alone."""
+        torch.manual_seed(mix(self.seed, "step", batch.number))
+        # Drawn for the batch of all processes, then cut: the same whatever their number.
+        local = len(batch.images)
+        share = slice(self.global_rank * local, (self.global_rank + 1) * local)
+        size = self.trainer.world_size * local
+        u = torch.rand(size, device=self.device)[share]
+        eps = torch.randn(size, *batch.images.shape[1:], device=self.device)[share]
+        loss = self.objective(self.denoiser, batch.images, batch.labels, u, eps)
+        self.meter.add(loss, self.trainer.global_step)
+        return loss.value.mean()
+
+    def configure_optimizers(self) -> Any:
+        """Return the optimizer and its scheduler, stepped every step."""
+        optimizer = self.optimizer_config.optimizer(self.parameters())
+        scheduler = self.optimizer_config.scheduler(optimizer)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Add what is needed to build the model again."""
+        checkpoint["diffuse"] = self.about

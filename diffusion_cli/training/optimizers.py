@@ -1,0 +1,80 @@
+"""Optimizers with their learning-rate schedule and gradient clipping."""
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Iterable
+
+from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from torch import nn, optim
+from torch.optim.lr_scheduler import LambdaLR
+
+
+class OptimizerConfig(ABC):
+    """What makes an optimizer, and how its learning rate moves."""
+
+    warm_up_steps: int
+    decay_steps: int | None
+    clip_norm: float | None
+
+    @abstractmethod
+    def optimizer(self, parameters: Iterable[nn.Parameter]) -> optim.Optimizer:
+        """Return the optimizer of the given parameters."""
+
+    def factor(self, step: int) -> float:
+        """The learning rate at a step in units of lr: a linear warm-up, then constant or a half cosine to 0."""
+        warm_up = min(1.0, (step + 1) / max(1, self.warm_up_steps))
+        if self.decay_steps is None:
+            return warm_up
+        progress = min(1.0, step / self.decay_steps)
+        return warm_up * 0.5 * (1 + math.cos(math.pi * progress))
+
+    def scheduler(self, optimizer: optim.Optimizer) -> LambdaLR:
+        """Return the scheduler that moves the learning rate each step."""
+        return LambdaLR(optimizer, self.factor)
+
+
+class Adam(OptimizerConfig):
+    """Adam (Kingma and Ba 2015)."""
+
+    def __init__(
+        self,
+        *,
+        lr: PositiveFloat,
+        betas: list[float],
+        eps: PositiveFloat,
+        warm_up_steps: NonNegativeInt,
+        decay_steps: PositiveInt | None,
+        clip_norm: PositiveFloat | None,
+    ) -> None:
+        if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
+            raise ValueError(f"optimizer.betas={betas}: should be two numbers from 0 to below 1")
+        self.lr, self.betas, self.eps = lr, (betas[0], betas[1]), eps
+        self.warm_up_steps, self.decay_steps, self.clip_norm = warm_up_steps, decay_steps, clip_norm
+
+    def optimizer(self, parameters: Iterable[nn.Parameter]) -> optim.Optimizer:
+        return optim.Adam(parameters, lr=self.lr, betas=self.betas, eps=self.eps, fused=True)
+
+
+class AdamW(Adam):
+    """Adam with decoupled weight decay (Loshchilov and Hutter 2019)."""
+
+    def __init__(
+        self,
+        *,
+        lr: PositiveFloat,
+        betas: list[float],
+        eps: PositiveFloat,
+        weight_decay: NonNegativeFloat,
+        warm_up_steps: NonNegativeInt,
+        decay_steps: PositiveInt | None,
+        clip_norm: PositiveFloat | None,
+    ) -> None:
+        super().__init__(
+            lr=lr, betas=betas, eps=eps, warm_up_steps=warm_up_steps, decay_steps=decay_steps, clip_norm=clip_norm
+        )
+        self.weight_decay = weight_decay
+
+    def optimizer(self, parameters: Iterable[nn.Parameter]) -> optim.Optimizer:
+        return optim.AdamW(
+            parameters, lr=self.lr, betas=self.betas, eps=self.eps, weight_decay=self.weight_decay, fused=True
+        )

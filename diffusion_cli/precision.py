@@ -16,11 +16,9 @@ def device_of(name: str) -> torch.device:
 
 
 def resolve(precision: str, device: torch.device) -> str:
-    """fp32, bf16 or fp16 for `auto`, by what the hardware computes fast; ValueError if it cannot at all."""
+    """fp32 or bf16 for `auto`, by what the hardware computes fast."""
     if precision == "auto":
         return "bf16" if has_fast_bf16(device) else "fp32"
-    if precision == "fp16" and device.type == "cpu":
-        raise ValueError("precision=fp16: needs a GPU; use bf16 or fp32 on a CPU")
     return precision
 
 
@@ -33,6 +31,6 @@ def has_fast_bf16(device: torch.device) -> bool:
 
 def autocast(device: torch.device, precision: str) -> ContextManager:
     """The context in which a network computes in the given precision; weights and images stay float32."""
-    kinds = {"bf16": torch.bfloat16, "fp16": torch.float16}
-    kind = kinds.get(resolve(precision, device))
-    return contextlib.nullcontext() if kind is None else torch.autocast(device.type, kind)
+    if resolve(precision, device) == "fp32":
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, torch.bfloat16)

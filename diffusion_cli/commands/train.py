@@ -23,7 +23,7 @@ from diffusion_cli.training.callbacks import Checkpoints, HeldOutLoss, Preview, 
 from diffusion_cli.training.ema import EMA
 from diffusion_cli.training.module import DiffusionModule
 
-LIGHTNING_PRECISION = {"fp32": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed"}
+LIGHTNING_PRECISION = {"fp32": "32-true", "bf16": "bf16-mixed"}
 
 
 def run(config: TrainConfig) -> int:
@@ -77,7 +77,6 @@ def run(config: TrainConfig) -> int:
         max_steps=max_steps or -1,
         max_epochs=-1,
         accumulate_grad_batches=config.accumulate,
-        gradient_clip_val=optimizer.clip_norm,
         precision=LIGHTNING_PRECISION[precision],
         logger=[build(node).logger(folder, done) for node in config.logger.values()],
         callbacks=callbacks,

@@ -1,0 +1,3 @@
+from diffusion_cli.networks.unet import UNet
+
+__all__ = ["UNet"]

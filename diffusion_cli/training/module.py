@@ -4,7 +4,8 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule
-from torch import Tensor
+from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from diffusion_cli.data import Batch
 from diffusion_cli.denoiser import Denoiser
@@ -88,6 +89,13 @@ class DiffusionModule(LightningModule):
         optimizer = self.optimizer_config.optimizer(self.parameters())
         scheduler = self.optimizer_config.scheduler(optimizer)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def configure_gradient_clipping(
+        self, optimizer: Optimizer, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
+    ) -> None:
+        """Clip to the configured norm; Lightning's own refuses fused optimizers, which matters only in fp16."""
+        if self.optimizer_config.clip_norm is not None:
+            nn.utils.clip_grad_norm_(self.parameters(), self.optimizer_config.clip_norm)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add what is needed to build the model again."""

@@ -12,6 +12,7 @@ from torch.optim.lr_scheduler import LambdaLR
 class OptimizerConfig(ABC):
     """What makes an optimizer, and how its learning rate moves."""
 
+    lr: float
     warm_up_steps: int
     decay_steps: int | None
     clip_norm: float | None

@@ -1,0 +1,69 @@
+"""What images are compared by: the activations and class scores of a fixed network."""
+
+from abc import ABC, abstractmethod
+from contextlib import AbstractContextManager
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class FeatureBatch(NamedTuple):
+    """What a feature network says of B images, on the network's device."""
+
+    features: Tensor
+    """float32 [B, dim], the last activations before the class scores."""
+    logits: Tensor
+    """float32 [B, classes], class scores before the softmax."""
+
+
+class Features(ABC):
+    """A fixed network that maps uint8 images [B, C, H, W] to features and class scores.
+
+    The call raises ValueError for images that are not uint8, or have channels that the network cannot take.
+    """
+
+    name: str
+    """The word for the network in tables and protocols."""
+    dim: int
+    """Numbers in a feature vector."""
+    classes: int
+    """Number of class scores."""
+    digest: str
+    """SHA-256, in hex, of the weights."""
+    resize: str
+    """How images are brought to the size of the network, with the filter."""
+    note: str
+    """What a reader of the numbers must know of the network; may be empty."""
+    device: torch.device
+    knows_labels: bool = False
+    """Whether class k of the scores is class k of the dataset."""
+    held_out_accuracy: float | None = None
+    """For a network that knows the labels: its accuracy on the real held-out images, where there are any."""
+    chunk: int = 1024
+    """Images that go through the network at a time."""
+
+    @torch.inference_mode()
+    def __call__(self, images: Tensor) -> FeatureBatch:
+        check_pixels(images)
+        with exact_convolutions():
+            parts = [self.extract(part.to(self.device)) for part in images.split(self.chunk)]
+        return FeatureBatch(*(torch.cat(tensors) for tensors in zip(*parts, strict=True)))
+
+    @abstractmethod
+    def extract(self, images: Tensor) -> FeatureBatch:
+        """The features of a few uint8 images on the network's device."""
+
+
+def check_pixels(images: Tensor) -> None:
+    """Raise ValueError for images that are not bytes, as a saved PNG has them."""
+    if images.dtype != torch.uint8:
+        raise ValueError(
+            f"features: the images are {images.dtype}, and features are taken of uint8 pixels; "
+            "a dataset of real numbers has no image metrics"
+        )
+
+
+def exact_convolutions() -> AbstractContextManager[None]:
+    """A context in which a GPU convolves in full float32, the same way every time, as the CPU does."""
+    return torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False)

@@ -224,7 +224,7 @@ def command_help(command: str, request: Request) -> str:
 
 def _keys(file: Path, prefix: str) -> list[str]:
     return [
-        f"  {f'{key}={value}':<34}{comment}".rstrip() for key, value, comment in config.documented(file, prefix)
+        f"  {f'{key}={value}':<36}  {comment}".rstrip() for key, value, comment in config.documented(file, prefix)
     ]
 
 

@@ -309,7 +309,7 @@ def _remedy(detail: Any, model: type[BaseModel]) -> str:
         return "should be a duration such as 90s, 45m, 2h30m or 1d"
     if kind == "value_error":
         return str(detail["ctx"]["error"])
-    return message.replace("Input should be", "should be").replace("a valid ", "a ")
+    return message.replace("Input should be", "should be")
 
 
 # --- Composition ----------------------------------------------------------------------------------------------

@@ -22,4 +22,5 @@ __all__ = [
     "GaussianMixture",
     "Images",
     "hold",
+    "normalised",
 ]

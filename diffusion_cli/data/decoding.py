@@ -4,7 +4,7 @@ from io import BytesIO
 from typing import Literal, NamedTuple
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 FORMATS = {"PNG": (".png",), "JPEG": (".jpg", ".jpeg"), "WEBP": (".webp",), "TIFF": (".tif", ".tiff")}
 
@@ -23,7 +23,10 @@ class Decoder(NamedTuple):
 
     def __call__(self, data: bytes) -> np.ndarray:
         """Raises ValueError, or one of Pillow's many errors, if the file cannot be decoded faithfully."""
-        image = Image.open(BytesIO(data), formats=list(FORMATS))
+        try:
+            image = Image.open(BytesIO(data), formats=list(FORMATS))
+        except UnidentifiedImageError as error:  # whose text names a memory address
+            raise ValueError(f"is not an image in {', '.join(FORMATS)}") from error
         limit = Image.MAX_IMAGE_PIXELS
         if limit is not None and image.width * image.height > limit:
             raise ValueError(f"{image.width} x {image.height} pixels exceed Pillow's limit of {limit}")

@@ -160,7 +160,7 @@ def image_files(path: Path) -> list[str]:
     if not path.exists():
         raise FileNotFoundError(f"dataset.path={path}: does not exist; give a folder or .zip of images")
     try:
-        names = folder_names(path) if path.is_dir() else ZipFile(path).namelist()
+        names = folder_names(path) if path.is_dir() else archive_names(path)
     except BadZipFile as error:
         raise ValueError(f"dataset.path={path}: is neither a folder nor a readable .zip ({error})") from error
     images = sorted(name for name in names if is_image(PurePosixPath(name)))
@@ -173,6 +173,11 @@ def folder_names(path: Path) -> Iterable[str]:
     for folder, _, files in os.walk(path, followlinks=True):
         for file in files:
             yield (Path(folder) / file).relative_to(path).as_posix()
+
+
+def archive_names(path: Path) -> list[str]:
+    with ZipFile(path) as archive:
+        return archive.namelist()
 
 
 def is_image(name: PurePosixPath) -> bool:

@@ -107,9 +107,10 @@ class GaussianMixture(Dataset):
     def _components(
         self, x_t: Tensor, alpha: float | Tensor, sigma: float | Tensor, label: int | Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """log(w_k N(x_t; alpha m_k, v_k I)) [..., K], x_t - alpha m_k [..., K, d], v_k [..., K], alpha [..., 1].
+        """log(w_k N(x_t; alpha m_k, v_k I)), x_t - alpha m_k, v_k and alpha, shaped to work together.
 
-        Given a label, its component has weight 1 and the others none.
+        They are [..., K], [..., K, d], [..., K] and [..., 1]. Given a label, its component has weight 1 and
+        the others none.
         """
         means, stds, weights = (value.to(x_t.device) for value in (self.means, self.stds, self.weights))
         alpha = torch.as_tensor(alpha, dtype=torch.float64, device=x_t.device)[..., None]

@@ -58,9 +58,7 @@ class MNIST(_Published):
 
     name = "mnist"
     source = "MNIST"
-    files = (
-        "the four *-ubyte.gz files of https://ossci-datasets.s3.amazonaws.com/mnist/ and gunzip them"
-    )
+    files = "the four *-ubyte.gz files of https://ossci-datasets.s3.amazonaws.com/mnist/ and gunzip them"
     class_names = tuple("0123456789")
 
     def __init__(self, data_dir: str, *, size: Literal[28, 32], flip: bool) -> None:

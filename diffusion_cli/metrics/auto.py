@@ -25,7 +25,7 @@ def auto_features(
     shift: NonNegativeInt,
     seed: NonNegativeInt,
 ) -> Features:
-    """Inception for colour images, a classifier for labelled images of one channel; its note says which and why.
+    """Inception for colour images, a classifier for labelled images of one channel; its note says so.
 
     Raises ValueError for images of one channel without classes, and as the features it takes.
     """
@@ -49,5 +49,7 @@ def auto_features(
         shift=shift,
         seed=seed,
     )
-    features.note = f"features=auto took the classifier, as images have {channels} channel(s); {features.note}"
+    features.note = (
+        f"features=auto took the classifier, as images have {channels} channel(s); {features.note}"
+    )
     return features

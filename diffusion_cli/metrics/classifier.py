@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from pydantic import NonNegativeInt, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -85,14 +84,21 @@ class ClassifierFeatures(Features):
         check_pixels(train.gather(torch.zeros(1, dtype=torch.int64, device=train.device)))
         self.network = self._initial(dataset.shape[0]).to(device)
         path = self._path(cache_dir, dataset, train, held_out)
-        if not self._restore(path):
+        saved = restored(path, self.network)
+        if saved is None:
             with exact_convolutions():
                 self._train(Batches(train, batch_size, seed, dataset.flip, device=device))
-            self.network.requires_grad_(False).eval()
+            self.network.eval()
             self.held_out_accuracy = self._accuracy(held_out) if len(held_out) else None
             self._save(path)
+        else:
+            self.network.load_state_dict(saved["state"])
+            self.network.eval()
+            self.held_out_accuracy = saved["held_out_accuracy"]
         self.digest = digest(self.network.state_dict())
-        accuracy = "" if self.held_out_accuracy is None else f"; held-out accuracy {self.held_out_accuracy:.4f}"
+        accuracy = (
+            "" if self.held_out_accuracy is None else f"; held-out accuracy {self.held_out_accuracy:.4f}"
+        )
         self.note = (
             f"features are those of a classifier trained on {dataset.name}/train (weights "
             f"{self.digest[:12]}{accuracy}), not of Inception: compare only numbers with the same weights"
@@ -111,7 +117,7 @@ class ClassifierFeatures(Features):
         return cache_dir / f"classifier-{dataset.name}-{key[:16]}.pt"
 
     def _initial(self, channels: int) -> Classifier:
-        """The untrained network, a function of the seed; the caller's random numbers are left as they were."""
+        """The untrained network, a function of the seed; global random numbers are left as they were."""
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(mix(self.seed, "classifier"))
             return Classifier(channels, self.width, self.dim, self.classes)
@@ -123,7 +129,8 @@ class ClassifierFeatures(Features):
         progress = tqdm(range(self.steps), desc="training the feature classifier", unit="step", delay=1.0)
         for step, batch in zip(progress, batches, strict=False):
             _, logits = self.network(shifted(batch.images, self.shift, mix(self.seed, "shift", step)))
-            loss = F.cross_entropy(logits, batch.labels)
+            assert batch.labels is not None
+            loss = nn.functional.cross_entropy(logits, batch.labels)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -146,22 +153,21 @@ class ClassifierFeatures(Features):
                 temporary,
             )
 
-    def _restore(self, path: Path) -> bool:
-        """Take the weights from the cache; False, with a warning if it is damaged, if they must be trained."""
-        if not path.is_file():
-            return False
-        try:
-            saved = torch.load(path, map_location="cpu", weights_only=True)
-            if digest(saved["state"]) != saved["digest"]:
-                raise ValueError("the weights are not those that were saved")
-            self.network.load_state_dict(saved["state"])
-        except Exception as error:  # a damaged file fails in many ways in the parsers of ZIP and pickle
-            reason = str(error).partition("\n")[0]
-            warnings.warn(f"{path}: is damaged and made anew ({reason})", stacklevel=2)
-            return False
-        self.network.requires_grad_(False).eval()
-        self.held_out_accuracy = saved["held_out_accuracy"]
-        return True
+
+def restored(path: Path, network: Classifier) -> dict[str, Any] | None:
+    """What `path` holds of a network trained like this one; None without a file, or if it is damaged."""
+    if not path.is_file():
+        return None
+    try:
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+        state = saved["state"]
+        if digest(state) != saved["digest"] or state.keys() != network.state_dict().keys():
+            raise ValueError("the weights are not those that were saved")
+    except Exception as error:  # a damaged file fails in many ways in the parsers of ZIP and pickle
+        reason = str(error).partition("\n")[0]
+        warnings.warn(f"{path}: is damaged and made anew ({reason})", stacklevel=3)
+        return None
+    return saved
 
 
 def shifted(images: Tensor, reach: int, seed: int) -> Tensor:
@@ -171,6 +177,6 @@ def shifted(images: Tensor, reach: int, seed: int) -> Tensor:
     down, right = torch.randint(2 * reach + 1, (2, count, 1), generator=generator).to(images.device)
     rows = torch.arange(height, device=images.device) + down
     columns = torch.arange(width, device=images.device) + right
-    padded = F.pad(images, (reach, reach, reach, reach), mode="replicate")
+    padded = nn.functional.pad(images, (reach, reach, reach, reach), mode="replicate")
     batch = torch.arange(count, device=images.device)[:, None, None]
     return padded.permute(0, 2, 3, 1)[batch, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)

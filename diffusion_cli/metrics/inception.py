@@ -37,10 +37,14 @@ class InceptionFeatures(Features):
     ) -> None:
         channels = dataset.shape[0]
         if channels not in (1, 3):
-            raise ValueError(f"features=inception: takes 1 or 3 channels; images of {dataset.name} have {channels}")
+            raise ValueError(
+                f"features=inception: takes 1 or 3 channels; images of {dataset.name} have {channels}"
+            )
         path = fetched_weights() if weights is None else Path(weights).expanduser()
         if not path.is_file():
-            raise FileNotFoundError(f"features.weights={weights}: no such file; null fetches the published one")
+            raise FileNotFoundError(
+                f"features.weights={weights}: no such file; null fetches the published one"
+            )
         content = path.read_bytes()
         self.digest = hashlib.sha256(content).hexdigest()
         self.device = device
@@ -51,7 +55,7 @@ class InceptionFeatures(Features):
 
 
 def fetched_weights() -> Path:
-    """Where the published weights lie, in torch's download folder, after fetching them if they are not there."""
+    """Where the published weights lie, in torch's download folder, fetched if they are not there."""
     from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3
 
     name = URL_INCEPTION_V3.rpartition("/")[2]

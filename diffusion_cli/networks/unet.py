@@ -1,17 +1,30 @@
-"""The convolutional U-Net of DDPM, improved-diffusion and their relatives."""
+"""The convolutional U-Net of DDPM, improved-diffusion and their kin."""
 
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from typing import Annotated, Literal
 
 import torch
-import torch.nn.functional as F
 from pydantic import Field, PositiveInt
 from torch import Tensor, nn
+from torch.nn.functional import pad, silu
 from torch.utils.checkpoint import checkpoint
 
-from diffusion_cli.networks.layers import Attention, Downsample, ResBlock, Upsample, timestep_embedding, zero_init, NORM_EPS
+from diffusion_cli.networks.layers import (
+    NORM_EPS,
+    Attention,
+    Downsample,
+    ResBlock,
+    Upsample,
+    timestep_embedding,
+    zero_init,
+)
 
 
 class Block(nn.ModuleList):
+    """Layers at work between two skip connections, one after the other; `skip` joins as further channels."""
+
     def forward(self, x: Tensor, emb: Tensor, skip: Tensor | None = None) -> Tensor:
         if skip is not None:
             x = torch.cat([x, skip], dim=1)
@@ -21,6 +34,20 @@ class Block(nn.ModuleList):
 
 
 class UNet(nn.Module):
+    """F(x, c_noise, y) as a U-Net of residual blocks with self-attention.
+
+    Level l works at image_size / 2^l with channels * channel_mult[l] feature maps: `num_res_blocks` residual
+    blocks down, one more up, each fed by the skip connection of its partner. Attention follows the residual
+    blocks of the levels named in `attention_resolutions`, and stands in the middle always. The last layer of
+    every branch and of the network starts at zero, so that F = 0 before training.
+
+    A class-conditional network knows the classes 0 .. num_classes - 1 and the null class num_classes, which
+    stands for "no label"; otherwise its `num_classes` is None.
+
+    Raises ValueError where two arguments do not go together.
+    Sources: Ho et al. 2020, Appendix B; Nichol & Dhariwal 2021, Section 3 and Appendix A.
+    """
+
     def __init__(
         self,
         in_channels: int,
@@ -43,56 +70,57 @@ class UNet(nn.Module):
         gradient_checkpointing: bool,
     ) -> None:
         super().__init__()
+        if not channel_mult:
+            raise ValueError("channel_mult=[]: the network needs a level; name a multiplier, as [1, 2]")
+        if channels % norm_groups:
+            raise ValueError(f"norm_groups={norm_groups}: does not divide channels={channels}; use a divisor")
+        if class_conditional and num_classes is None:
+            raise ValueError(
+                "class_conditional=true: the data set has no classes; use class_conditional=false"
+            )
         self.num_classes = num_classes if class_conditional else None
         self.channels = channels
-        self.embedding_layout = embedding_layout
+        self.embedding_layout: Literal["sin_cos", "cos_sin"] = embedding_layout
         self.gradient_checkpointing = gradient_checkpointing
         self.multiple = 2 ** (len(channel_mult) - 1)
-        self.memory_format = torch.channels_last
-        padded = -(-image_size // self.multiple) * self.multiple
         emb_channels = 4 * channels
-
-        def res(c_in, c_out, rs=None):
-            return ResBlock(c_in, c_out, emb_channels, norm_groups=norm_groups, dropout=dropout,
-                            scale_shift=time_embedding == "scale_shift", resample=rs)
-
-        def attn(c):
-            return Attention(c, num_heads or c // head_channels, norm_groups)
-
-        self.time_mlp = nn.Sequential(nn.Linear(channels, emb_channels), nn.SiLU(), nn.Linear(emb_channels, emb_channels))
-        self.class_embedding = nn.Embedding(num_classes + 1, emb_channels) if class_conditional else None
+        parts = _Parts(
+            widths=[mult * channels for mult in channel_mult],
+            num_res_blocks=num_res_blocks,
+            attended=_attended_levels(image_size, len(channel_mult), attention_resolutions),
+            heads=partial(_heads, num_heads=num_heads, head_channels=head_channels),
+            norm_groups=norm_groups,
+            resample=resample,
+            res=partial(
+                ResBlock,
+                emb_channels=emb_channels,
+                norm_groups=norm_groups,
+                dropout=dropout,
+                scale_shift=time_embedding == "scale_shift",
+            ),
+        )
+        self.time_mlp = nn.Sequential(
+            nn.Linear(channels, emb_channels), nn.SiLU(), nn.Linear(emb_channels, emb_channels)
+        )
+        if self.num_classes is not None:
+            self.class_embedding = nn.Embedding(self.num_classes + 1, emb_channels)
         self.stem = nn.Conv2d(in_channels, channels, 3, padding=1)
-        skips = [channels]
-        width = channels
-        self.down = nn.ModuleList()
-        for level, mult in enumerate(channel_mult):
-            at = padded >> level in attention_resolutions
-            for _ in range(num_res_blocks):
-                self.down.append(Block([res(width, mult * channels)] + ([attn(mult * channels)] if at else [])))
-                width = mult * channels
-                skips.append(width)
-            if level < len(channel_mult) - 1:
-                self.down.append(Block([res(width, width, "down") if resample == "block" else Downsample(width, resample == "conv_same")]))
-                skips.append(width)
-        self.middle = Block([res(width, width), attn(width), res(width, width)])
-        self.up = nn.ModuleList()
-        for level, mult in reversed(list(enumerate(channel_mult))):
-            at = padded >> level in attention_resolutions
-            for i in range(num_res_blocks + 1):
-                b = Block([res(width + skips.pop(), mult * channels)] + ([attn(mult * channels)] if at else []))
-                width = mult * channels
-                if level and i == num_res_blocks:
-                    b.append(res(width, width, "up") if resample == "block" else Upsample(width))
-                self.up.append(b)
-        self.out_norm = nn.GroupNorm(norm_groups, width, eps=NORM_EPS)
-        self.out_conv = nn.Conv2d(width, in_channels * (2 if learn_variance else 1), 3, padding=1)
+        self.down, skips = parts.down_path(channels)
+        self.middle = parts.middle()
+        self.up = parts.up_path(skips)
+        self.out_norm = nn.GroupNorm(norm_groups, parts.widths[0], eps=NORM_EPS)
+        self.out_conv = nn.Conv2d(parts.widths[0], (2 if learn_variance else 1) * in_channels, 3, padding=1)
         zero_init(self.out_conv)
 
     def forward(self, x: Tensor, c_noise: Tensor, y: Tensor | None = None) -> Tensor:
+        """Return F [B, C, H, W], or [B, 2C, H, W] with the variance values last, in the dtype of x.
+
+        x: [B, C, H, W] of any size, extended within to what the depth divides; c_noise: [B], the timestep
+        number; y: int64 [B], or None for the null class. An unconditional network takes no notice of y.
+        """
         height, width = x.shape[2:]
-        h = F.pad(x, (0, -width % self.multiple, 0, -height % self.multiple), mode="replicate") if (-width % self.multiple or -height % self.multiple) else x
         emb = self._embed(c_noise, y)
-        h = self.stem(h).contiguous(memory_format=self.memory_format)
+        h = self.stem(self._extend(x))
         skips = [h]
         for block in self.down:
             h = self._run(block, h, emb)
@@ -100,20 +128,117 @@ class UNet(nn.Module):
         h = self._run(self.middle, h, emb)
         for block in self.up:
             h = self._run(block, h, emb, skips.pop())
-        h = self.out_conv(F.silu(self.out_norm(h)))
-        return h[..., :height, :width].to(x.dtype, memory_format=torch.contiguous_format)
+        h = self.out_conv(silu(self.out_norm(h)))
+        return h[..., :height, :width].to(x.dtype)
 
-    def _embed(self, c_noise, y):
+    def check_labels(self, y: Tensor) -> None:
+        """Raise ValueError if the network does not know a label of y [B]; on a GPU this waits for y."""
+        if self.num_classes is None:
+            raise ValueError("labels were given, but the network was trained with class_conditional=false")
+        unknown = sorted({int(label) for label in y.flatten().tolist() if not 0 <= label <= self.num_classes})
+        if unknown:
+            raise ValueError(
+                f"unknown labels {unknown}: the classes are 0..{self.num_classes - 1}, "
+                f"and {self.num_classes} stands for no label"
+            )
+
+    def _embed(self, c_noise: Tensor, y: Tensor | None) -> Tensor:
+        # Not in bfloat16: its 8 bits would take neighbouring timesteps for one.
         with torch.autocast(c_noise.device.type, enabled=False):
             features = timestep_embedding(c_noise, self.channels, self.embedding_layout)
-            emb = self.time_mlp(features.to(self.time_mlp[0].weight.dtype))
-            if self.class_embedding is not None:
+            emb = self.time_mlp(features.to(self.stem.weight.dtype))
+            if self.num_classes is not None:
                 if y is None:
-                    y = c_noise.new_full(c_noise.shape, self.num_classes, dtype=torch.int64)
+                    y = torch.full_like(c_noise, self.num_classes, dtype=torch.int64)
                 emb = emb + self.class_embedding(y)
-            return F.silu(emb)
+            return silu(emb)
 
-    def _run(self, block, *a):
+    def _extend(self, x: Tensor) -> Tensor:
+        height, width = x.shape[2:]
+        below, right = -height % self.multiple, -width % self.multiple
+        return pad(x, (0, right, 0, below), mode="replicate") if below or right else x
+
+    def _run(self, block: nn.Module, *inputs: Tensor) -> Tensor:
         if self.gradient_checkpointing and torch.is_grad_enabled():
-            return checkpoint(block, *a, use_reentrant=False)
-        return block(*a)
+            return checkpoint(block, *inputs, use_reentrant=False)
+        return block(*inputs)
+
+
+@dataclass(frozen=True)
+class _Parts:
+    """What the two paths of a U-Net are put together from."""
+
+    widths: list[int]  # feature maps of each level
+    num_res_blocks: int
+    attended: set[int]  # levels with attention
+    heads: Callable[[int], int]  # by number of feature maps
+    norm_groups: int
+    resample: Literal["conv", "conv_same", "block"]
+    res: Callable[..., ResBlock]
+
+    def down_path(self, width: int) -> tuple[nn.ModuleList, list[int]]:
+        """Return the blocks and the widths of the skip connections, of which the stem's `width` is first."""
+        blocks, skips = nn.ModuleList(), [width]
+        for level, width in enumerate(self.widths):
+            for _ in range(self.num_res_blocks):
+                blocks.append(self._stage(skips[-1], level))
+                skips.append(width)
+            if level < len(self.widths) - 1:
+                blocks.append(Block([self._resampling(width, "down")]))
+                skips.append(width)
+        return blocks, skips
+
+    def middle(self) -> Block:
+        width = self.widths[-1]
+        return Block([self.res(width, width), self._attention(width), self.res(width, width)])
+
+    def up_path(self, skips: list[int]) -> nn.ModuleList:
+        blocks, width = nn.ModuleList(), self.widths[-1]
+        for level in reversed(range(len(self.widths))):
+            for i in range(self.num_res_blocks + 1):
+                block = self._stage(width + skips.pop(), level)
+                width = self.widths[level]
+                if level and i == self.num_res_blocks:
+                    block.append(self._resampling(width, "up"))
+                blocks.append(block)
+        return blocks
+
+    def _stage(self, in_channels: int, level: int) -> Block:
+        block = Block([self.res(in_channels, self.widths[level])])
+        if level in self.attended:
+            block.append(self._attention(self.widths[level]))
+        return block
+
+    def _attention(self, width: int) -> Attention:
+        return Attention(width, num_heads=self.heads(width), norm_groups=self.norm_groups)
+
+    def _resampling(self, width: int, direction: Literal["up", "down"]) -> nn.Module:
+        if self.resample == "block":
+            return self.res(width, width, resample=direction)
+        return Upsample(width) if direction == "up" else Downsample(width, same=self.resample == "conv_same")
+
+
+def _attended_levels(image_size: int, levels: int, attention_resolutions: list[int]) -> set[int]:
+    finest = image_size + -image_size % 2 ** (levels - 1)
+    resolutions = [finest >> level for level in range(levels)]
+    unreached = [r for r in attention_resolutions if r not in resolutions]
+    if unreached:
+        raise ValueError(
+            f"attention_resolutions={attention_resolutions}: not reached: {unreached}; "
+            f"{levels} levels at image size {image_size} work at {resolutions}, choose among these"
+        )
+    return {resolutions.index(r) for r in attention_resolutions}
+
+
+def _heads(width: int, num_heads: int | None, head_channels: int | None) -> int:
+    if (num_heads is None) == (head_channels is None):
+        raise ValueError(
+            f"num_heads={num_heads}, head_channels={head_channels}: set one of them, the other null"
+        )
+    key, value = ("num_heads", num_heads) if head_channels is None else ("head_channels", head_channels)
+    assert value is not None
+    if width % value:
+        raise ValueError(
+            f"{key}={value}: does not divide the {width} channels of an attention layer; use a divisor"
+        )
+    return value if head_channels is None else width // value

@@ -46,6 +46,7 @@ class CSVFile(Logger):
         super().__init__()
         self.path = path
         self.rows: list[dict[str, Any]] = []
+        self._columns: list[str] | None = None  # of the file; None: it is to be written anew
         if path.exists():
             with path.open(newline="") as file:
                 self.rows = [row for row in csv.DictReader(file) if int(row["step"]) <= step]
@@ -67,10 +68,9 @@ class CSVFile(Logger):
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
         """Add a row; the file is appended to, or written anew where a column is new."""
         row = {"step": step, **metrics}
-        known = list(self.rows[-1]) if self.rows else []
-        columns = list(dict.fromkeys([*known, *row]))
+        columns = list(dict.fromkeys([*(self.rows[-1] if self.rows else ()), *row]))
         self.rows.append({column: row.get(column, "") for column in columns})
-        if columns == known and self.path.exists():
+        if columns == self._columns:
             with self.path.open("a", newline="") as file:
                 csv.DictWriter(file, columns).writerow(self.rows[-1])
             return
@@ -78,3 +78,4 @@ class CSVFile(Logger):
             writer = csv.DictWriter(file, columns, restval="")
             writer.writeheader()
             writer.writerows(self.rows)
+        self._columns = columns

@@ -1,0 +1,49 @@
+"""What a metric is: a measurement that sees the features of all samples go by once."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from diffusion_cli.metrics.features import FeatureBatch, Features
+from diffusion_cli.metrics.real import RealImages
+
+
+class Finding(NamedTuple):
+    """What was measured, and what must be known to compare it."""
+
+    value: float
+    details: Mapping[str, float]
+    """Further numbers by name, in the order to show them in."""
+    protocol: Mapping[str, Any]
+    """The settings of the metric that the value depends on, as plain data."""
+    notes: tuple[str, ...] = ()
+
+
+class Measurement(ABC):
+    """One metric at work: it is told of every batch of samples, and then asked for its finding."""
+
+    @abstractmethod
+    def update(self, batch: FeatureBatch, labels: Tensor | None) -> None:
+        """Take in B more samples, with the classes (int64 [B]) they were made as, if they were."""
+
+    @abstractmethod
+    def finding(self) -> Finding | None:
+        """The result for all samples taken in, or None where they had nothing to measure."""
+
+
+class Metric(ABC):
+    """A number that says how good samples are, given features of them and of real images."""
+
+    @abstractmethod
+    def title(self, features: Features) -> str:
+        """The name of the number in reports; only Inception's features give the published names."""
+
+    @abstractmethod
+    def check(self, count: int, real: RealImages, force: bool) -> list[str]:
+        """Raise ValueError if `count` samples are too few, or with `force` where one can, return warnings."""
+
+    @abstractmethod
+    def begin(self, real: RealImages) -> Measurement:
+        """Start on a set of samples; what is needed of real images is computed now."""

@@ -1,0 +1,71 @@
+"""Mean and covariance of any number of features, in the memory of one covariance."""
+
+from pathlib import Path
+from typing import Self
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from diffusion_cli.checkpoint import whole_file
+
+
+class Moments:
+    """The number, mean and scatter of feature vectors, in float64 on the CPU, taken in piece by piece.
+
+    Two sets with means a, b and scatters A, B (sums of centred squares) join as
+    n = n_a + n_b, mean = a + d n_b / n, scatter = A + B + d d^T n_a n_b / n with d = b - a.
+
+    Source: Chan, Golub, LeVeque 1979.
+    """
+
+    def __init__(self, dim: int) -> None:
+        self.n = 0
+        self.mean = torch.zeros(dim, dtype=torch.float64)
+        """float64 [dim]."""
+        self.scatter = torch.zeros(dim, dim, dtype=torch.float64)
+        """float64 [dim, dim], the sum of (x - mean) (x - mean)^T."""
+
+    @property
+    def covariance(self) -> Tensor:
+        """scatter / (n - 1), float64 [dim, dim]; n must be at least 2."""
+        assert self.n > 1, self.n
+        return self.scatter / (self.n - 1)
+
+    def update(self, features: Tensor) -> None:
+        """Take in feature vectors [B, dim] of any type, on any device; B may be 0."""
+        if len(features) == 0:
+            return
+        values = features.detach().cpu().double()
+        new = Moments(values.shape[1])
+        new.n, new.mean = len(values), values.mean(0)
+        centred = values - new.mean
+        new.scatter = centred.T @ centred
+        self.merge(new)
+
+    def merge(self, other: "Moments") -> None:
+        """Take in all vectors that `other` has taken in."""
+        total = self.n + other.n
+        if total == 0:
+            return
+        difference = other.mean - self.mean
+        self.mean = self.mean + difference * (other.n / total)
+        self.scatter = self.scatter + other.scatter
+        self.scatter += torch.outer(difference, difference) * (self.n * other.n / total)
+        self.n = total
+
+    def save(self, path: Path) -> None:
+        """Write `mu` [dim], `sigma` [dim, dim] and `n` as .npz, whole or not at all."""
+        with whole_file(path) as temporary, temporary.open("wb") as file:
+            np.savez(file, mu=self.mean.numpy(), sigma=self.covariance.numpy(), n=np.int64(self.n))
+
+    @classmethod
+    def load(cls, path: Path, dim: int) -> Self:
+        """Read what `save` wrote; ValueError or an error of NumPy's if it is damaged or of another size."""
+        with np.load(path, allow_pickle=False) as arrays:
+            mean, covariance, n = (torch.from_numpy(np.asarray(arrays[key])) for key in ("mu", "sigma", "n"))
+        if mean.shape != (dim,) or covariance.shape != (dim, dim) or not covariance.isfinite().all() or n < 2:
+            raise ValueError(f"does not hold the mean and covariance of {dim} features")
+        moments = cls(dim)
+        moments.n, moments.mean, moments.scatter = int(n), mean, covariance * (int(n) - 1)
+        return moments

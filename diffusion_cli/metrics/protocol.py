@@ -1,0 +1,85 @@
+"""Numbers with what they mean: the protocol by which each was measured is written next to it."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Self
+
+from diffusion_cli.checkpoint import whole_file
+
+
+@dataclass(frozen=True)
+class Result:
+    """One number of a report."""
+
+    name: str
+    value: float
+    details: dict[str, float]
+    """Numbers that belong to it, by name."""
+    protocol: dict[str, Any]
+    """All that it depends on, as plain data; how the samples were made is under `sampling`."""
+
+
+@dataclass(frozen=True)
+class Report:
+    """The results of one evaluation, and what a reader must know of them."""
+
+    results: list[Result]
+    notes: list[str]
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain data for JSON."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Self:
+        """The report that `to_dict` gave the data of."""
+        return cls([Result(**result) for result in data["results"]], list(data["notes"]))
+
+    def table(self) -> str:
+        """The numbers one a line, details indented below theirs, and then the notes."""
+        rows: list[tuple[str, float]] = []
+        for result in self.results:
+            rows.append((result.name, result.value))
+            rows += [(f"  {name}", value) for name, value in result.details.items()]
+        width = max((len(name) for name, _ in rows), default=0)
+        lines = [f"{name:<{width}}  {_shown(value):>10}" for name, value in rows]
+        return "\n".join([*lines, *(f"note: {note}" for note in self.notes)])
+
+
+def _shown(value: float) -> str:
+    return str(value) if isinstance(value, int) else f"{value:.5g}"
+
+
+def unlike(first: Mapping[str, Any], second: Mapping[str, Any]) -> list[str]:
+    """The keys in which two protocols measure differently, `sampling`, which is what is measured, apart."""
+    keys = dict.fromkeys([*first, *second])
+    return [key for key in keys if key != "sampling" and first.get(key) != second.get(key)]
+
+
+def read_history(path: Path) -> list[dict[str, Any]]:
+    """The entries of a metrics.json, oldest first; none if there is no such file.
+
+    Raises ValueError if it is not a JSON list of objects.
+    """
+    if not path.exists():
+        return []
+    try:
+        history = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: is not JSON ({error}); move it away or mend it") from error
+    if not isinstance(history, list) or not all(isinstance(entry, dict) for entry in history):
+        raise ValueError(f"{path}: is not a list of results; move it away or mend it")
+    return history
+
+
+def append_history(path: Path, entry: Mapping[str, Any]) -> None:
+    """Add an entry of plain data to a metrics.json, which is replaced in one move.
+
+    Raises ValueError, and leaves the file as it is, if that is not a list of entries.
+    """
+    history: Sequence[Mapping[str, Any]] = [*read_history(path), entry]
+    text = json.dumps(history, indent=2, allow_nan=False)
+    with whole_file(path) as temporary:
+        temporary.write_text(text + "\n", encoding="utf-8")

@@ -1,0 +1,620 @@
+"""Metrics: reference numbers, closed forms, one streaming pass, caches, and what is refused."""
+
+import json
+import urllib.error
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+from torch import Tensor
+
+from diffusion_cli.config import CONF
+from diffusion_cli.data import Dataset, Digits, Images
+from diffusion_cli.data.memory import MemoryImages
+from diffusion_cli.metrics import (
+    ClassifierFeatures,
+    FeatureBatch,
+    Features,
+    FrechetDistance,
+    InceptionFeatures,
+    InceptionScore,
+    Moments,
+    RealImages,
+    Report,
+    append_history,
+    auto_features,
+    evaluate,
+    frechet_distance,
+    inception_score,
+    read_history,
+    unlike,
+)
+
+CPU = torch.device("cpu")
+
+
+def option(name: str) -> dict:
+    node = yaml.safe_load((CONF / "features" / f"{name}.yaml").read_text())
+    return {key: value for key, value in node.items() if key != "_target_"}
+
+
+QUICK = option("classifier") | {"steps": 20, "width": 8}
+
+
+class Held(Dataset):
+    """Two splits given as tensors."""
+
+    def __init__(self, train: Tensor, held_out: Tensor, classes: int | None = None) -> None:
+        super().__init__("")
+        self.name, self.flip = "held", False
+        self.shape = (train.shape[1], train.shape[2], train.shape[3])
+        self.class_names = None if classes is None else tuple(map(str, range(classes)))
+        self.splits = {"train": train, "held_out": held_out}
+
+    def load(self, split) -> Images:
+        pixels = self.splits[split]
+        labels = None if self.num_classes is None else torch.arange(len(pixels)) % self.num_classes
+        return MemoryImages(pixels, labels)
+
+
+class Projection(Features):
+    """A fixed linear map of pixels; it remembers how many images it was shown."""
+
+    name, resize, note, device = "projection", "none", "", CPU
+    dim, classes = 5, 3
+    digest = "0" * 64
+
+    def __init__(self) -> None:
+        generator = torch.Generator().manual_seed(0)
+        self.matrix = torch.randn(64, self.dim + self.classes, generator=generator) / 64
+        self.seen = 0
+
+    def extract(self, images: Tensor) -> FeatureBatch:
+        self.seen += len(images)
+        values = images.flatten(1).float() @ self.matrix
+        return FeatureBatch(values[:, : self.dim], values[:, self.dim :])
+
+
+def pixels(count: int, seed: int, high: int = 256) -> Tensor:
+    return torch.randint(
+        high, (count, 1, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed)
+    )
+
+
+def moments_of(features: Tensor) -> Moments:
+    moments = Moments(features.shape[1])
+    moments.update(features)
+    return moments
+
+
+def distance(first: Tensor, second: Tensor) -> float:
+    a, b = moments_of(first), moments_of(second)
+    return frechet_distance(a.mean, a.covariance, b.mean, b.covariance)
+
+
+def covariance(dim: int, seed: int) -> Tensor:
+    root = torch.randn(dim, 2 * dim, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    return root @ root.T / dim
+
+
+def rotation(dim: int) -> Tensor:
+    return torch.linalg.qr(
+        torch.randn(dim, dim, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    )[0]
+
+
+# --- The Frechet distance ----------------------------------------------------------------------------------
+
+
+def test_frechet_distance_of_full_rank_equals_the_reference(reference) -> None:
+    arrays = reference("metrics")
+    value = distance(arrays["fake_d16"], arrays["real_d16"])
+    assert value == pytest.approx(float(arrays["fid_d16_exact"]), rel=1e-11)
+    assert arrays["fid_d16"].numpy() == pytest.approx(value, rel=1e-9)  # six published implementations
+
+
+@pytest.mark.parametrize(("case", "count"), [("both", 20), ("n2", 2)])
+def test_frechet_distance_of_too_few_samples_is_exact(reference, case, count) -> None:
+    arrays = reference("metrics")
+    fake, real = arrays["fake_d64_first20"][:count], arrays["real_d64_first20"][:count]
+    assert distance(fake, real) == pytest.approx(float(arrays[f"fid_degenerate_{case}_exact"]), rel=1e-11)
+
+
+def test_frechet_distance_to_itself_is_zero_and_never_negative(reference) -> None:
+    arrays = reference("metrics")
+    for name in ("real_d16", "real_d64_first20"):  # the second has no full rank
+        assert 0 <= distance(arrays[name], arrays[name]) < 1e-11
+
+
+def test_frechet_distance_of_diagonal_gaussians(reference) -> None:
+    mu1, mu2, var1, var2 = reference("metrics")["fid_analytic_inputs"]
+    value = frechet_distance(mu1, var1.diag(), mu2, var2.diag())
+    assert value == pytest.approx(float(reference("metrics")["fid_analytic"]), rel=1e-13)
+
+
+def test_frechet_distance_of_commuting_covariances() -> None:
+    """In a common basis the distance is |mu1 - mu2|^2 + sum (sqrt(l1) - sqrt(l2))^2."""
+    dim, basis = 12, rotation(12)
+    first, second = torch.rand(2, dim, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    second[:3] = 0  # a singular covariance
+    mu = torch.linspace(-1, 2, dim, dtype=torch.float64)
+    expected = mu.square().sum() + (first.sqrt() - second.sqrt()).square().sum()
+    sigmas = [basis @ values.diag() @ basis.T for values in (first, second)]
+    value = frechet_distance(mu, sigmas[0], torch.zeros_like(mu), sigmas[1])
+    assert value == pytest.approx(float(expected), rel=1e-12)
+
+
+def test_frechet_distance_is_symmetric_and_blind_to_a_common_rotation() -> None:
+    dim, basis = 10, rotation(10)
+    mu1, mu2 = torch.randn(2, dim, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    sigma1, sigma2 = covariance(dim, 4), covariance(dim, 5)
+    value = frechet_distance(mu1, sigma1, mu2, sigma2)
+    rotated = frechet_distance(basis @ mu1, basis @ sigma1 @ basis.T, basis @ mu2, basis @ sigma2 @ basis.T)
+    assert value > 1
+    assert rotated == pytest.approx(value, rel=1e-12)
+    assert frechet_distance(mu2, sigma2, mu1, sigma1) == pytest.approx(value, rel=1e-12)
+
+
+# --- Moments -----------------------------------------------------------------------------------------------
+
+
+def test_moments_taken_in_pieces_equal_those_of_the_whole() -> None:
+    values = torch.randn(1000, 6, generator=torch.Generator().manual_seed(0)) + 1e3
+    streamed = Moments(6)
+    for part in values.split([1, 299, 0, 699, 1]):
+        streamed.update(part)
+    whole = values.double().numpy()
+    assert streamed.n == 1000
+    assert streamed.mean.numpy() == pytest.approx(whole.mean(0), rel=1e-14)
+    assert streamed.covariance.numpy() == pytest.approx(np.cov(whole, rowvar=False), rel=1e-10, abs=1e-12)
+
+
+def test_merging_moments_is_associative_and_blind_to_order() -> None:
+    parts = torch.randn(60, 4, generator=torch.Generator().manual_seed(0)).split([10, 20, 30])
+
+    def merged(order: list[int]) -> Moments:
+        total = Moments(4)
+        for index in order:
+            total.merge(moments_of(parts[index]))
+        return total
+
+    pair = moments_of(parts[1])
+    pair.merge(moments_of(parts[2]))
+    nested = moments_of(parts[0])
+    nested.merge(pair)
+    for other in (merged([0, 1, 2]), merged([2, 0, 1])):
+        assert other.n == nested.n == 60
+        assert torch.allclose(other.mean, nested.mean, rtol=0, atol=1e-14)
+        assert torch.allclose(other.covariance, nested.covariance, rtol=0, atol=1e-14)
+
+
+def test_saved_moments_come_back_and_go_on(tmp_path) -> None:
+    values = torch.randn(50, 3, generator=torch.Generator().manual_seed(0))
+    moments_of(values[:30]).save(tmp_path / "m.npz")
+    loaded = Moments.load(tmp_path / "m.npz", 3)
+    loaded.update(values[30:])
+    assert torch.allclose(loaded.covariance, moments_of(values).covariance, rtol=1e-12)
+    with pytest.raises(ValueError, match="4 features"):
+        Moments.load(tmp_path / "m.npz", 4)
+
+
+# --- The Inception score -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("case", ["a", "b"])
+def test_inception_score_equals_the_reference(reference, case) -> None:
+    arrays = reference("metrics")
+    logits = arrays[f"is_logits_{case}"]
+    expected = arrays[f"is_{case}_splits10_shuffle1"].tolist()
+    assert inception_score(logits, 10) == pytest.approx(expected, rel=1e-12)
+    assert inception_score(logits, 1) == pytest.approx((float(arrays[f"is_{case}_one"]), 0), rel=1e-12)
+
+
+def test_inception_score_runs_from_one_to_the_number_of_classes() -> None:
+    assert inception_score(torch.zeros(20, 7), 4) == pytest.approx((1, 0), abs=1e-12)
+    sure = 1e4 * torch.eye(7).repeat(5, 1)  # so sure that other probabilities are zero in float64
+    assert inception_score(sure, 1)[0] == pytest.approx(7, rel=1e-12)
+    assert inception_score(sure[:1].repeat(9, 1), 3) == pytest.approx((1, 0), abs=1e-12)
+
+
+def test_inception_score_refuses_more_splits_than_samples() -> None:
+    with pytest.raises(ValueError, match=r"splits=10: is more than the 9 samples"):
+        inception_score(torch.zeros(9, 3), 10)
+
+
+# --- Evaluation --------------------------------------------------------------------------------------------
+
+
+METRICS = {"fid": FrechetDistance(reference="train", floor=True), "is": InceptionScore(splits=4)}
+DATA = Held(pixels(200, 0), pixels(40, 1, high=200))
+
+
+def test_one_pass_over_samples_and_real_images_serves_all_metrics(tmp_path) -> None:
+    features = Projection()
+    samples = pixels(100, 2)
+    report = evaluate(METRICS, features, samples.split(33), DATA, tmp_path)
+    assert [result.name for result in report.results] == ["frechet_projection", "is_projection"]
+    assert features.seen == 100 + 200 + 40
+    again = evaluate(METRICS, features, [samples], DATA, tmp_path)
+    assert features.seen == 340 + 100  # the statistics of real images were kept
+    for first, second in zip(report.results, again.results, strict=True):
+        assert second.value == pytest.approx(first.value, rel=1e-6)
+        assert second.protocol == first.protocol
+
+
+def test_the_numbers_beside_the_distance_are_what_their_names_say(tmp_path) -> None:
+    features, samples = Projection(), pixels(100, 2, high=250)
+    result = evaluate(METRICS, features, samples.split(30), DATA, tmp_path).results[0]
+    train, held_out = (features(DATA.splits[name]).features for name in ("train", "held_out"))
+    seen = features(samples).features
+    floor, equal = distance(held_out, train), distance(seen[:40], train)
+    assert result.value == pytest.approx(distance(seen, train), rel=1e-5)
+    assert result.details == pytest.approx(
+        {
+            "floor": floor,
+            "floor_images": 40,
+            "ratio_to_floor": distance(seen, train) / floor,
+            "equal_size_images": 40,
+            "equal_size_distance": equal,
+            "equal_size_floor": floor,
+            "equal_size_ratio": equal / floor,
+        },
+        rel=1e-5,
+    )
+    assert result.protocol["samples"] == 100
+    assert result.protocol["reference"]["images"] == 200
+
+
+def test_fewer_samples_than_held_out_are_matched_by_as_many_real_images(tmp_path) -> None:
+    features, samples = Projection(), pixels(10, 2)
+    details = evaluate({"fid": METRICS["fid"]}, features, [samples], DATA, tmp_path).results[0].details
+    spread = DATA.splits["held_out"][::4]
+    train = features(DATA.splits["train"]).features
+    assert details["floor_images"] == 40
+    assert details["equal_size_images"] == 10
+    assert details["equal_size_floor"] == pytest.approx(distance(features(spread).features, train), rel=1e-5)
+
+
+def test_real_held_out_images_as_samples_have_ratio_one(tmp_path) -> None:
+    report = evaluate(METRICS, Projection(), [DATA.splits["held_out"]], DATA, tmp_path)
+    details = report.results[0].details
+    assert details["ratio_to_floor"] == pytest.approx(1, abs=1e-6)
+    assert details["equal_size_ratio"] == pytest.approx(1, abs=1e-6)
+
+
+def test_the_held_out_split_can_be_the_reference(tmp_path) -> None:
+    metric = FrechetDistance(reference="held_out", floor=False)
+    report = evaluate({"fid": metric}, Projection(), [DATA.splits["held_out"]], DATA, tmp_path)
+    assert report.results[0].value == pytest.approx(0, abs=1e-9)
+    assert report.results[0].details == {}
+    assert report.results[0].protocol["reference"]["split"] == "held_out"
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_too_few_samples_are_refused(tmp_path, known) -> None:
+    features, samples = Projection(), pixels(5, 2)
+
+    def batches():
+        assert not known, "a sample was made although it could be known that they are too few"
+        yield samples
+
+    with pytest.raises(ValueError, match=r"num_samples=5: .* 6 .* 5 features of projection .*; raise"):
+        evaluate(METRICS, features, batches(), DATA, tmp_path, count=5 if known else None)
+
+
+def test_too_few_samples_can_be_forced_with_a_warning(tmp_path) -> None:
+    metrics = {"fid": METRICS["fid"]}
+    report = evaluate(metrics, Projection(), [pixels(5, 2)], DATA, tmp_path, count=5, force=True)
+    assert any("num_samples=5" in note and "biased" in note for note in report.notes)
+    assert "num_samples=5" in report.table()
+    with pytest.raises(ValueError, match="num_samples=1"):
+        evaluate(metrics, Projection(), [pixels(1, 2)], DATA, tmp_path, force=True)
+
+
+def test_a_reference_of_too_few_images_is_refused(tmp_path) -> None:
+    tiny = Held(pixels(4, 0), pixels(3, 1))
+    with pytest.raises(ValueError, match=r"metric.fid.reference=train: 4 images .* 6"):
+        evaluate(METRICS, Projection(), [pixels(50, 2)], tiny, tmp_path)
+
+
+def test_without_held_out_images_there_is_no_floor_and_a_note(tmp_path) -> None:
+    alone = Held(pixels(50, 0), pixels(0, 1))
+    report = evaluate(METRICS, Projection(), [pixels(50, 2)], alone, tmp_path)
+    assert report.results[0].details == {}
+    assert any("no floor" in note for note in report.notes)
+
+
+def test_samples_of_another_shape_or_kind_are_refused(tmp_path) -> None:
+    with pytest.raises(ValueError, match=r"dataset=held: .*\(1, 8, 8\).*\(3, 8, 8\)"):
+        evaluate(METRICS, Projection(), [pixels(50, 2).expand(-1, 3, -1, -1)], DATA, tmp_path)
+    with pytest.raises(ValueError, match="uint8"):
+        evaluate(METRICS, Projection(), [pixels(50, 2).float()], DATA, tmp_path)
+
+
+def test_damaged_statistics_are_made_anew_with_a_warning(tmp_path) -> None:
+    features = Projection()
+    expected = RealImages(DATA, features, tmp_path).moments("train")
+    (file,) = tmp_path.glob("moments-*.npz")
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+    with pytest.warns(UserWarning, match="damaged"):
+        again = RealImages(DATA, features, tmp_path).moments("train")
+    assert torch.equal(again.covariance, expected.covariance)
+    seen = features.seen
+    RealImages(DATA, features, tmp_path).moments("train")
+    assert features.seen == seen
+
+
+def test_statistics_are_kept_apart_by_images_and_by_weights(tmp_path) -> None:
+    features = Projection()
+    RealImages(DATA, features, tmp_path).moments("train")
+    RealImages(Held(pixels(200, 7), pixels(40, 1)), features, tmp_path).moments("train")
+    assert features.seen == 400
+    features.digest = "1" * 64
+    RealImages(DATA, features, tmp_path).moments("train")
+    assert features.seen == 600
+
+
+# --- The classifier ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def digits() -> Digits:
+    return Digits("", held_out=0.2, flip=False)
+
+
+@pytest.fixture(scope="module")
+def trained(digits, tmp_path_factory) -> tuple[ClassifierFeatures, Path]:
+    cache_dir = tmp_path_factory.mktemp("cache")
+    return ClassifierFeatures(digits, cache_dir, CPU, **option("classifier")), cache_dir
+
+
+def test_the_classifier_knows_unseen_digits(trained, digits) -> None:
+    features, _ = trained
+    held_out = digits.load("held_out")
+    predicted = features(held_out.gather(torch.arange(len(held_out)))).logits.argmax(1)
+    accuracy = (predicted == held_out.labels).float().mean().item()
+    assert accuracy >= 0.97
+    assert features.held_out_accuracy == pytest.approx(accuracy)
+
+
+def test_a_trained_classifier_is_taken_from_the_cache(trained, digits, monkeypatch) -> None:
+    features, cache_dir = trained
+    monkeypatch.setattr(ClassifierFeatures, "_train", None)
+    again = ClassifierFeatures(digits, cache_dir, CPU, **option("classifier"))
+    assert again.digest == features.digest
+    assert again.held_out_accuracy == features.held_out_accuracy
+    images = digits.load("train").gather(torch.arange(9))
+    assert torch.equal(again(images).features, features(images).features)
+
+
+def test_classifier_features_do_not_depend_on_the_batch(trained, digits) -> None:
+    images = digits.load("train").gather(torch.arange(9))
+    whole = trained[0](images).features
+    alone = torch.cat([trained[0](image[None]).features for image in images])
+    assert torch.allclose(alone, whole, rtol=1e-4, atol=1e-5)
+
+
+def test_an_evaluation_with_the_classifier_says_what_its_numbers_are(trained, digits, tmp_path) -> None:
+    features, _ = trained
+    held_out = digits.load("held_out")
+    images, labels = held_out.gather(torch.arange(len(held_out))), held_out.labels.clone()
+    labels[: len(labels) // 2] = (labels[: len(labels) // 2] + 1) % 10
+    sampling = {"sampler": "ddim", "steps": 50}
+    batches = list(zip(images.split(100), labels.split(100), strict=True))
+    report = evaluate(METRICS, features, batches, digits, tmp_path, sampling=sampling)
+    by_name = {result.name: result for result in report.results}
+    assert list(by_name) == ["frechet_classifier", "is_classifier", "class_accuracy"]
+    assert by_name["class_accuracy"].value == pytest.approx(0.5, abs=0.02)
+    assert by_name["class_accuracy"].details["on_real_held_out"] == features.held_out_accuracy
+    assert by_name["frechet_classifier"].details["ratio_to_floor"] == pytest.approx(1, abs=1e-6)
+    for result in report.results:
+        assert result.protocol["features"]["digest"] == features.digest
+        assert result.protocol["sampling"] == sampling
+    for word in ("frechet_classifier", "floor", "equal_size_ratio", "not of Inception"):
+        assert word in report.table()
+    assert Report.from_dict(json.loads(json.dumps(report.to_dict(), allow_nan=False))) == report
+
+
+def test_equal_training_gives_equal_weights_and_leaves_random_numbers_alone(digits, tmp_path) -> None:
+    torch.manual_seed(1)
+    state = torch.get_rng_state()
+    first = ClassifierFeatures(digits, tmp_path / "a", CPU, **QUICK)
+    assert torch.equal(torch.get_rng_state(), state)
+    torch.manual_seed(2)
+    second = ClassifierFeatures(digits, tmp_path / "b", CPU, **QUICK)
+    other = ClassifierFeatures(digits, tmp_path / "b", CPU, **QUICK | {"seed": 1})
+    assert first.digest == second.digest != other.digest
+
+
+def test_a_damaged_classifier_is_trained_anew_with_a_warning(digits, tmp_path) -> None:
+    expected = ClassifierFeatures(digits, tmp_path, CPU, **QUICK).digest
+    (file,) = tmp_path.glob("classifier-*.pt")
+    content = file.read_bytes()
+    saved = torch.load(file, weights_only=True)
+    saved["state"]["head.bias"][0] += 1
+    torch.save(saved, tmp_path / "other.pt")
+    for damaged in (content[: len(content) // 2], b"", (tmp_path / "other.pt").read_bytes()):
+        file.write_bytes(damaged)
+        with pytest.warns(UserWarning, match="damaged"):
+            assert ClassifierFeatures(digits, tmp_path, CPU, **QUICK).digest == expected
+        assert torch.load(file, weights_only=True)["digest"] == expected
+
+
+def test_the_classifier_takes_other_sizes_and_colours(tmp_path) -> None:
+    colour = pixels(60, 0)[:, :, :5, :7].expand(-1, 3, -1, -1)
+    features = ClassifierFeatures(Held(colour, colour[:0], classes=4), tmp_path, CPU, **QUICK | {"steps": 1})
+    assert features(colour[:2]).features.shape == (2, QUICK["dim"])
+    assert features(colour[:2]).logits.shape == (2, 4)
+    assert features.held_out_accuracy is None
+
+
+# --- The choice of features --------------------------------------------------------------------------------
+
+
+def test_auto_holds_the_same_values_as_the_options_it_chooses_from() -> None:
+    assert option("auto") == option("inception") | option("classifier")
+
+
+def test_auto_takes_a_classifier_for_gray_images_and_says_so(digits, tmp_path) -> None:
+    features = auto_features(digits, tmp_path, CPU, weights=None, **QUICK)
+    assert features.name == "classifier"
+    assert "features=auto" in features.note
+    with pytest.raises(ValueError, match=r"features=auto: held .* no classes.*features=inception"):
+        auto_features(DATA, tmp_path, CPU, weights=None, **QUICK)
+
+
+def test_auto_takes_inception_for_colour_images(tmp_path) -> None:
+    colour = pixels(9, 0).expand(-1, 3, -1, -1)
+    with pytest.raises(FileNotFoundError, match=r"features.weights=nowhere.pth: no such file"):
+        auto_features(Held(colour, colour, classes=3), tmp_path, CPU, weights="nowhere.pth", **QUICK)
+
+
+def test_the_classifier_refuses_images_without_classes_or_pixels(tmp_path) -> None:
+    with pytest.raises(ValueError, match=r"features=classifier: held has no classes"):
+        ClassifierFeatures(DATA, tmp_path, CPU, **QUICK)
+    real = Held(pixels(9, 0).float(), pixels(9, 0).float(), classes=2)
+    with pytest.raises(ValueError, match="uint8"):
+        ClassifierFeatures(real, tmp_path, CPU, **QUICK)
+
+
+# --- Inception ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def offline(tmp_path, monkeypatch) -> Path:
+    """The path where the weights would lie, on a machine without them and without a network."""
+
+    def refuse(*args, **kwargs):
+        raise urllib.error.URLError("no network")
+
+    monkeypatch.setattr(torch.hub, "download_url_to_file", refuse)
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    return tmp_path / "checkpoints" / "weights-inception-2015-12-05-6726825d.pth"
+
+
+def test_without_weights_and_network_the_error_says_what_to_put_where(offline) -> None:
+    with pytest.raises(FileNotFoundError) as caught:
+        InceptionFeatures(DATA, Path(), CPU, weights=None)
+    message = str(caught.value)
+    for part in ("no network", offline.name, str(offline), "torch-fidelity's GitHub releases"):
+        assert part in message
+    assert "\n" not in message
+
+
+class Malicious:
+    """Touches a file when it is unpickled."""
+
+    def __init__(self, mark: Path) -> None:
+        self.mark = mark
+
+    def __reduce__(self):
+        return Path.touch, (self.mark,)
+
+
+def test_a_weights_file_runs_no_code(tmp_path) -> None:
+    path, mark = tmp_path / "weights.pth", tmp_path / "mark"
+    torch.save({"fc.weight": Malicious(mark)}, path)
+    with pytest.raises(ValueError, match=r"features.weights=.*weights.pth: does not hold the weights"):
+        InceptionFeatures(DATA, Path(), CPU, weights=str(path))
+    assert not mark.exists()
+    torch.load(path, weights_only=False)  # the danger was real
+    assert mark.exists()
+
+
+def png_folder(folder: Path, images: Tensor) -> str:
+    folder.mkdir()
+    for number, image in enumerate(images):
+        Image.fromarray(image.permute(1, 2, 0).numpy()).save(folder / f"{number:03}.png")
+    return str(folder)
+
+
+@pytest.mark.slow
+def test_inception_numbers_equal_those_of_torch_fidelity(tmp_path, monkeypatch) -> None:
+    """On random weights, as the published ones cannot be had here."""
+    torch_fidelity = pytest.importorskip("torch_fidelity")
+    from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3 as Theirs
+
+    with monkeypatch.context() as patch, torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        torch.save({}, tmp_path / "empty.pth")
+        patch.setattr(Theirs, "load_state_dict", lambda self, state: None)
+        network = Theirs("random", ["2048"], str(tmp_path / "empty.pth"))
+        for module in network.modules():
+            if isinstance(module, torch.nn.Conv2d):
+                torch.nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
+        network.fc.weight.mul_(100)  # for a score that is not all but 1
+    weights = tmp_path / "random.pth"
+    torch.save(network.state_dict(), weights)
+
+    size, generator = (8, 3, 16, 16), torch.Generator().manual_seed(0)
+    samples = torch.randint(256, size, dtype=torch.uint8, generator=generator)
+    real = torch.randint(128, size, dtype=torch.uint8, generator=generator)
+    features = InceptionFeatures(Held(real, real), tmp_path, CPU, weights=str(weights))
+    report = evaluate(
+        {"fid": FrechetDistance(reference="train", floor=True), "is": InceptionScore(splits=3)},
+        features,
+        samples.split(5),
+        Held(real, real),
+        tmp_path,
+        force=True,
+    )
+    theirs = torch_fidelity.calculate_metrics(
+        input1=png_folder(tmp_path / "samples", samples),
+        input2=png_folder(tmp_path / "real", real),
+        fid=True,
+        isc=True,
+        isc_splits=3,
+        cuda=False,
+        cache=False,
+        verbose=False,
+        save_cpu_ram=True,
+        feature_extractor_weights_path=str(weights),
+    )
+    assert theirs["inception_score_mean"] > 1.1
+    ours = {result.name: result.value for result in report.results}
+    assert ours["fid"] == pytest.approx(theirs["frechet_inception_distance"], rel=1e-6)
+    assert ours["is"] == pytest.approx(theirs["inception_score_mean"], rel=1e-6)
+    assert report.results[1].details["std"] == pytest.approx(theirs["inception_score_std"], rel=1e-6)
+
+    gray = samples[:2, :1]
+    assert torch.equal(features(gray).features, features(gray.repeat(1, 3, 1, 1)).features)
+
+
+# --- The record --------------------------------------------------------------------------------------------
+
+
+def test_history_grows_and_is_never_clobbered(tmp_path) -> None:
+    path = tmp_path / "metrics.json"
+    append_history(path, {"value": 1.5})
+    append_history(path, {"value": 2.5})
+    assert read_history(path) == [{"value": 1.5}, {"value": 2.5}]
+    for content in ("[{", '{"value": 1}', "[1]"):
+        path.write_text(content)
+        with pytest.raises(ValueError, match=r"metrics.json: is not"):
+            append_history(path, {"value": 3.5})
+        assert path.read_text() == content
+    path.unlink()
+    with pytest.raises(ValueError, match="JSON"):
+        append_history(path, {"value": float("nan")})
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_protocols_are_unlike_by_how_they_measure_not_by_what(tmp_path) -> None:
+    protocols = []
+    for count, steps, splits in ((100, 10, 4), (100, 20, 4), (90, 10, 5)):
+        report = evaluate(
+            {"is": InceptionScore(splits=splits)},
+            Projection(),
+            [pixels(count, 2)],
+            DATA,
+            tmp_path,
+            sampling={"steps": steps},
+        )
+        protocols.append(report.results[0].protocol)
+    assert unlike(protocols[0], protocols[1]) == []
+    assert unlike(protocols[0], protocols[2]) == ["samples", "splits"]

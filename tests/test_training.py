@@ -1,0 +1,299 @@
+"""Training: runs go on to the last bit, nothing is lost, and mistakes are caught."""
+
+import csv
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from diffusion_cli.checkpoint import LAST, load_model, read, whole_file
+from diffusion_cli.cli import run
+from diffusion_cli.objective import Loss
+from diffusion_cli.training.ema import EMA
+from diffusion_cli.training.module import LossMeter
+
+TINY = [
+    "train", "model.channels=8", "model.norm_groups=4", "model.num_heads=1", "batch_size=16", "precision=fp32",
+    "optimizer.decay_steps=null", "optimizer.warm_up_steps=3", "log_every=5", "checkpoint_every=5", "name=tiny",
+    "preview_every=1000", "validate_every=1000", "logger=csv", "trainer=cpu",
+]  # fmt: skip
+
+
+def train(folder: Path, *words: str) -> int:
+    return run([*TINY, f"output_dir={folder}", *words])
+
+
+def state(folder: Path) -> dict:
+    return read(folder / "tiny" / LAST)
+
+
+def assert_same(one, other, path="") -> None:
+    assert type(one) is type(other), path
+    if isinstance(one, dict):
+        assert one.keys() == other.keys(), path
+        for key in one:
+            assert_same(one[key], other[key], f"{path}.{key}")
+    elif isinstance(one, list | tuple):
+        assert len(one) == len(other), path
+        for i, (a, b) in enumerate(zip(one, other, strict=True)):
+            assert_same(a, b, f"{path}[{i}]")
+    elif isinstance(one, torch.Tensor):
+        assert torch.equal(one, other), path
+    else:
+        assert one == other, path
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Tiny networks run faster so, and the test machine may be busy."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("extra", [[], ["accumulate=2", "model.dropout=0.1", "dataset.flip=true"]])
+def test_a_run_taken_up_again_equals_one_without_a_stop(tmp_path, extra):
+    assert train(tmp_path / "whole", "max_steps=14", *extra) == 0
+    assert train(tmp_path / "parts", "max_steps=5", *extra) == 0
+    assert train(tmp_path / "parts", "max_steps=14", *extra) == 0
+    whole, parts = state(tmp_path / "whole"), state(tmp_path / "parts")
+    assert whole["global_step"] == 14
+    for key in ("state_dict", "optimizer_states", "lr_schedulers"):
+        assert_same(whole[key], parts[key], key)
+    assert_same(whole["callbacks"]["EMA"], parts["callbacks"]["EMA"])
+
+
+def test_the_optimizer_steps_once_a_batch_whatever_the_parts(tmp_path):
+    assert train(tmp_path / "one", "max_steps=4") == 0
+    assert train(tmp_path / "two", "max_steps=4", "accumulate=2") == 0
+    one, two = state(tmp_path / "one"), state(tmp_path / "two")
+    assert one["global_step"] == two["global_step"] == 4
+    assert one["callbacks"]["EMA"]["updates"] == two["callbacks"]["EMA"]["updates"] == 4
+
+
+def test_a_complete_run_is_left_alone(tmp_path, capsys):
+    train(tmp_path, "max_steps=5")
+    before = (tmp_path / "tiny" / LAST).stat().st_mtime_ns
+    assert train(tmp_path, "max_steps=5") == 0
+    assert "complete at step 5" in capsys.readouterr().out
+    assert (tmp_path / "tiny" / LAST).stat().st_mtime_ns == before
+
+
+def test_another_configuration_in_the_folder_is_refused(tmp_path, capsys):
+    train(tmp_path, "max_steps=5")
+    assert train(tmp_path, "max_steps=9", "optimizer.lr=0.5", "seed=3") == 2
+    err = capsys.readouterr().err
+    assert "optimizer.lr=0.5: the run in" in err
+    assert "has 0.001" in err
+    assert "seed=3" in err
+    assert "max_steps" not in err
+    assert state(tmp_path)["global_step"] == 5
+
+
+def test_the_log_keeps_earlier_rows_and_drops_those_after_the_checkpoint(tmp_path):
+    train(tmp_path, "max_steps=10", "checkpoint_every=10")
+    log = tmp_path / "tiny" / "metrics.csv"
+    lines = log.read_text().splitlines()
+    # As if the run had been killed at step 15, after logging and before the next checkpoint.
+    log.write_text("\n".join([*lines, lines[-1].replace("10", "15", 1)]) + "\n")
+    train(tmp_path, "max_steps=20")
+    rows = list(csv.DictReader(log.open()))
+    assert [int(row["step"]) for row in rows if row["loss"]] == [5, 10, 15, 20]
+    assert float(rows[-1]["loss"]) > 0
+
+
+def test_checkpoints_are_few_and_plain(tmp_path):
+    train(tmp_path, "max_steps=20", "keep_last=2")
+    folder = tmp_path / "tiny" / "checkpoints"
+    assert sorted(file.name for file in folder.iterdir()) == ["last.ckpt", "step_00000015.ckpt", "step_00000020.ckpt"]
+    checkpoint = torch.load(folder / "last.ckpt", weights_only=True)
+    assert checkpoint["diffuse"]["config"]["schedule"]["_target_"] == "diffusion_cli.schedules.Cosine"
+    assert yaml.safe_load((tmp_path / "tiny" / "config.yaml").read_text())["batch_size"] == 16
+
+
+def test_averaged_and_raw_weights_are_both_there(tmp_path):
+    train(tmp_path, "max_steps=10")
+    cpu = torch.device("cpu")
+    averaged, raw = (load_model(tmp_path / "tiny", kind, cpu) for kind in ("ema", "raw"))
+    assert averaged.digest != raw.digest
+    expected = state(tmp_path)["state_dict"]
+    assert_same(
+        {f"denoiser.network.{k}": v for k, v in raw.denoiser.network.state_dict().items()}, dict(expected)
+    )
+
+
+def test_the_loss_falls(tmp_path):
+    train(tmp_path, "max_steps=120", "log_every=20", "optimizer.lr=0.003", "checkpoint_every=120")
+    losses = [float(row["loss"]) for row in csv.DictReader((tmp_path / "tiny" / "metrics.csv").open()) if row["loss"]]
+    assert losses[0] > 0.6
+    assert losses[-1] < 0.4
+
+
+def test_previews_and_held_out_loss(tmp_path):
+    train(tmp_path, "max_steps=10", "preview_every=10", "validate_every=5", "preview_steps=2")
+    assert (tmp_path / "tiny" / "previews" / "step_00000010.png").is_file()
+    rows = list(csv.DictReader((tmp_path / "tiny" / "metrics.csv").open()))
+    held_out = [float(row["held_out_loss"]) for row in rows if row["held_out_loss"]]
+    assert len(held_out) == 2
+    assert held_out[1] < held_out[0]
+
+
+def test_watching_a_run_does_not_change_it(tmp_path):
+    train(tmp_path / "plain", "max_steps=10")
+    train(tmp_path / "watched", "max_steps=10", "preview_every=3", "validate_every=2", "preview_steps=2", "log_every=1")
+    assert_same(state(tmp_path / "plain")["state_dict"], state(tmp_path / "watched")["state_dict"])
+
+
+def test_divergence_stops_with_step_rate_and_checkpoint(tmp_path, capsys):
+    assert train(tmp_path, "max_steps=5") == 0
+    last = tmp_path / "tiny" / LAST
+    checkpoint = torch.load(last, weights_only=True)
+    for value in checkpoint["state_dict"].values():
+        value.fill_(float("nan"))
+    torch.save(checkpoint, last)
+    before = last.read_bytes()
+    assert train(tmp_path, "max_steps=20") == 2
+    err = capsys.readouterr().err
+    assert "not a finite number at step 5, learning rate 0.001" in err
+    assert str(last) in err
+    assert last.read_bytes() == before
+
+
+def test_time_is_a_budget_over_all_starts(tmp_path):
+    assert train(tmp_path, "max_steps=null", "max_time=1s") == 0
+    first = state(tmp_path)
+    assert first["callbacks"]["Stop"]["elapsed"] >= 1
+    assert train(tmp_path, "max_steps=null", "max_time=1s") == 0
+    assert state(tmp_path)["global_step"] <= first["global_step"] + 1
+
+
+def test_epochs_are_a_budget(tmp_path):
+    assert train(tmp_path, "max_steps=null", "max_epochs=1", "batch_size=256", "checkpoint_every=100") == 0
+    assert state(tmp_path)["global_step"] == 6  # 1,438 images / 256, rounded up
+
+
+def start(folder: Path, *words: str) -> subprocess.Popen:
+    command = "import sys; from diffusion_cli.cli import main; main()"
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        [sys.executable, "-c", command, *TINY, f"output_dir={folder}", *words],
+        env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+
+
+def wait_for(path: Path, process: subprocess.Popen) -> None:
+    while not path.exists():
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.02)
+
+
+@pytest.mark.slow
+def test_killed_again_and_again_equals_one_without_a_stop(tmp_path):
+    words = ["max_steps=60", "checkpoint_every=7"]
+    assert train(tmp_path / "whole", *words) == 0
+    folder = tmp_path / "parts" / "tiny" / "checkpoints"
+    for target in (7, 21, 35):
+        process = start(tmp_path / "parts", *words)
+        wait_for(folder / f"step_{target:08d}.ckpt", process)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        process.communicate()
+    assert train(tmp_path / "parts", *words) == 0
+    whole, parts = state(tmp_path / "whole"), state(tmp_path / "parts")
+    for key in ("state_dict", "optimizer_states"):
+        assert_same(whole[key], parts[key], key)
+    assert_same(whole["callbacks"]["EMA"], parts["callbacks"]["EMA"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_saves_and_says_how_to_go_on(tmp_path, number):
+    process = start(tmp_path, "max_steps=100000", "checkpoint_every=5")
+    wait_for(tmp_path / "tiny" / LAST, process)
+    process.send_signal(number)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 128 + number, err
+    assert "the same command goes on" in out
+    assert "Traceback" not in err
+    step = state(tmp_path)["global_step"]
+    assert f"at step {step}" in out
+
+
+# --- Pieces -----------------------------------------------------------------------------------------------------
+
+
+def test_ema_decay_equals_score_sde(reference):
+    arrays = reference("ema")
+    ema = EMA(torch.nn.Linear(1, 1), decay=0.9999, warm_up=True)
+    mine = torch.tensor([ema.decay_at(int(n)) for n in arrays["steps"]], dtype=torch.float64)
+    torch.testing.assert_close(mine, arrays["scoresde"], rtol=1e-12, atol=0)
+
+
+def test_ema_is_the_weighted_sum_of_the_past():
+    network = torch.nn.Linear(1, 1, bias=False)
+    ema = EMA(network, decay=0.9, warm_up=False)
+    start = network.weight.item()
+    expected = start
+    for value in (1.0, -2.0, 5.0):
+        with torch.no_grad():
+            network.weight.fill_(value)
+            ema.update(network)
+        expected = 0.9 * expected + 0.1 * value
+    assert ema.network.weight.item() == pytest.approx(expected, rel=1e-6)
+    assert not ema.network.weight.requires_grad
+
+
+def test_meter_separates_noise_levels_and_finds_the_first_bad_step():
+    meter = LossMeter()
+    t = torch.tensor([0.001, 0.25, 0.26, 0.75, 1.0], dtype=torch.float64)
+    meter.add(Loss(torch.tensor([1.0, 2.0, 3.0, 5.0, 7.0]), t), step=0)
+    assert meter.read() == {"loss": 3.6, "loss_q1": 1.5, "loss_q2": 3.0, "loss_q3": 5.0, "loss_q4": 7.0}
+    assert meter.first_bad_step() is None
+    for step in (4, 5):
+        meter.add(Loss(torch.tensor([float("nan")]), torch.tensor([0.5])), step=step)
+    assert meter.first_bad_step() == 4
+
+
+def test_a_file_is_written_whole_or_not_at_all(tmp_path):
+    path = tmp_path / "file"
+    path.write_text("old")
+    with pytest.raises(RuntimeError, match="power cut"), whole_file(path) as temporary:
+        temporary.write_text("half")
+        raise RuntimeError("power cut")
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_damaged_checkpoint_is_named(tmp_path):
+    path = tmp_path / "last.ckpt"
+    path.write_bytes(b"PK\x03\x04 not really")
+    with pytest.raises(ValueError, match=r"last\.ckpt: is not a whole checkpoint"):
+        read(path)
+
+
+def test_a_checkpoint_runs_no_code(tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return (os.mkdir, (str(tmp_path / "owned"),))
+
+    torch.save({"diffuse": Evil()}, tmp_path / "last.ckpt")
+    with pytest.raises(ValueError, match="is not a whole checkpoint"):
+        read(tmp_path / "last.ckpt")
+    assert not (tmp_path / "owned").exists()
+
+
+def test_a_checkpoint_builds_only_our_classes(tmp_path):
+    train(tmp_path, "max_steps=5")
+    path = tmp_path / "tiny" / LAST
+    checkpoint = torch.load(path, weights_only=True)
+    checkpoint["diffuse"]["config"]["model"] = {"_target_": "os.mkdir", "path": str(tmp_path / "owned")}
+    torch.save(checkpoint, path)
+    with pytest.raises(ValueError, match="os.mkdir: is not a class of diffusion_cli"):
+        load_model(tmp_path / "tiny", "ema", torch.device("cpu"))

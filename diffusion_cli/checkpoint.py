@@ -56,9 +56,13 @@ def read(path: Path) -> dict[str, Any]:
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        raise ValueError(f"{path}: is not a whole checkpoint; take an earlier one from {path.parent}") from error
+        raise ValueError(
+            f"{path}: is not a whole checkpoint; take an earlier one from {path.parent}"
+        ) from error
     if not isinstance(checkpoint, dict) or checkpoint.get("diffuse", {}).get("format") != FORMAT:
-        raise ValueError(f"{path}: is not a checkpoint of diffuse, format {FORMAT}; give a run made by diffuse train")
+        raise ValueError(
+            f"{path}: is not a checkpoint of diffuse, format {FORMAT}; give a run made by diffuse train"
+        )
     return checkpoint
 
 
@@ -83,7 +87,9 @@ def load_model(run: Path, weights: Literal["ema", "raw"], device: torch.device) 
     checkpoint = read(path)
     about = checkpoint["diffuse"]
     config = about["config"]
-    mistakes = [line for key in ("schedule", "parameterization", "model") for line in check_node(key, config[key])]
+    mistakes = [
+        line for key in ("schedule", "parameterization", "model") for line in check_node(key, config[key])
+    ]
     if mistakes:
         raise ValueError(f"{path}: was made by another version of diffuse: {'; '.join(mistakes)}")
     channels, size, _ = about["shape"]

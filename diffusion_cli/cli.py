@@ -95,7 +95,9 @@ def parse(words: Sequence[str]) -> Request:
             folder = Path(value or next(rest, ""))
             request.dirs.append(folder)
             if not folder.is_dir():
-                mistakes.append(f"--config-dir {folder}: is not a folder; give one with <group>/<option>.yaml files")
+                mistakes.append(
+                    f"--config-dir {folder}: is not a folder; give one with <group>/<option>.yaml files"
+                )
         elif word.startswith("-"):
             mistakes.append(f"{word}: unknown flag{did_you_mean(word, FLAGS)}")
         else:
@@ -137,7 +139,7 @@ def sweep(command: str, request: Request) -> int:
         raise Mistakes(*dict.fromkeys(mistakes))
     import hydra
 
-    output_dir = config.compose(command, config.expand(request.overrides)[0], request.dirs)["output_dir"]
+    output_dir = config.compose(command, config.expand(request.overrides)[0], request.dirs)[0]["output_dir"]
     quiet = [
         "hydra/job_logging=none",
         "hydra.output_subdir=null",
@@ -212,7 +214,9 @@ def command_help(command: str, request: Request) -> str:
     for group in sorted(groups):
         names = config.options(group, request.dirs)
         preset = groups[group] if isinstance(groups[group], list) else [groups[group]]
-        lines.append(f"  {group:<18}{' '.join(f'*{name}' if name in (preset or []) else name for name in names)}")
+        lines.append(
+            f"  {group:<18}{' '.join(f'*{name}' if name in (preset or []) else name for name in names)}"
+        )
     lines += ["", "Keys", *_keys(CONF / f"{command}.yaml", "")]
     for group, option in sorted(chosen.items()):
         for name in option if isinstance(option, list) else [option]:
@@ -224,20 +228,22 @@ def command_help(command: str, request: Request) -> str:
 
 def _keys(file: Path, prefix: str) -> list[str]:
     return [
-        f"  {f'{key}={value}':<36}  {comment}".rstrip() for key, value, comment in config.documented(file, prefix)
+        f"  {f'{key}={value}':<36}  {comment}".rstrip()
+        for key, value, comment in config.documented(file, prefix)
     ]
 
 
 # --- Shell completion ---------------------------------------------------------------------------------------------
 
 SCRIPTS = {
-    # "=" breaks words in bash: the words are put together again, and the part already typed is taken off.
+    # "=" breaks words in bash: the line is split anew, and the part before it taken off the answers.
     "bash": """_diffuse() {
-  local line="${COMP_LINE:0:COMP_POINT}" word
-  word="${line##*[[:space:]]}"
-  local stem=""; [[ "$word" == *=* ]] && stem="${word%=*}="
-  local IFS=$'\\n'
-  COMPREPLY=($(IFS=' '; diffuse __complete ${line#* } ${word:+""} "$([[ -z $word ]] && echo '')" 2>/dev/null))
+  local line="${COMP_LINE:0:COMP_POINT}" words stem="" IFS=$' \\t\\n'
+  read -ra words <<< "$line"
+  [[ "$line" == *[[:space:]] ]] && words+=("")
+  [[ "${words[-1]}" == *=* ]] && stem="${words[-1]%%=*}="
+  IFS=$'\\n'
+  COMPREPLY=($(diffuse __complete "${words[@]:1}" 2>/dev/null))
   COMPREPLY=("${COMPREPLY[@]#"$stem"}")
 }
 complete -o nospace -F _diffuse diffuse""",
@@ -251,7 +257,9 @@ compdef _diffuse diffuse""",
 def completion_script(shell: str) -> str:
     """The script that teaches a shell to complete `diffuse`; raises Mistakes for an unknown shell."""
     if shell not in SCRIPTS:
-        raise Mistakes(f"completion {shell}: give a shell, one of {', '.join(SCRIPTS)}: eval \"$(diffuse completion bash)\"")
+        raise Mistakes(
+            f'completion {shell}: give a shell, one of {", ".join(SCRIPTS)}: eval "$(diffuse completion bash)"'
+        )
     return SCRIPTS[shell]
 
 

@@ -16,7 +16,6 @@ from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-import pydantic
 import yaml
 from pydantic import (
     BaseModel,
@@ -143,8 +142,7 @@ COMMANDS: dict[str, type[TrainConfig] | type[SampleConfig] | type[EvalConfig]] =
 
 # Keys that say how far, how fast and where, but not what: a run may go on with other values of them.
 NOT_IDENTITY = frozenset(
-    "name max_steps max_epochs max_time checkpoint_every keep_last log_every validate_every preview_every "
-    "preview_steps compile data_dir output_dir sampler trainer logger".split()
+    ["name", "max_steps", "max_epochs", "max_time", "checkpoint_every", "keep_last", "log_every", "validate_every", "preview_every", "preview_steps", "compile", "data_dir", "output_dir", "sampler", "trainer", "logger"]
 )
 
 
@@ -193,7 +191,7 @@ def summary(file: Path) -> str:
 
 
 def did_you_mean(word: str, words: Sequence[str]) -> str:
-    """"; did you mean X?" where a word is near, else the list of them."""
+    """ "; did you mean X?" where a word is near, else the list of them."""
     near = difflib.get_close_matches(word, words, n=1, cutoff=0.6)
     return f"; did you mean {near[0]}?" if near else f"; there are: {', '.join(words)}"
 
@@ -275,7 +273,9 @@ def _validate(model: type[BaseModel], values: Mapping[str, Any], prefix: str = "
         for detail in error.errors(include_url=False):
             path, value = _path(values, detail["loc"], prefix)
             lines.setdefault(f"{path}={_shown(value)}" if path else "", []).append(_remedy(detail, model))
-        return None, [f"{where}: {' or '.join(dict.fromkeys(what))}".lstrip(": ") for where, what in lines.items()]
+        return None, [
+            f"{where}: {' or '.join(dict.fromkeys(what))}".lstrip(": ") for where, what in lines.items()
+        ]
 
 
 def _path(values: Any, location: tuple[int | str, ...], prefix: str) -> tuple[str, Any]:
@@ -287,7 +287,13 @@ def _path(values: Any, location: tuple[int | str, ...], prefix: str) -> tuple[st
         if not isinstance(values, Mapping | list):
             break
         keys.append(str(part))
-        values = values.get(part) if isinstance(values, Mapping) else values[part] if isinstance(part, int) else None
+        values = (
+            values.get(part)
+            if isinstance(values, Mapping)
+            else values[part]
+            if isinstance(part, int)
+            else None
+        )
     return ".".join(keys), values
 
 
@@ -320,7 +326,7 @@ def load(command: str, overrides: Sequence[str], dirs: Sequence[Path] = ()) -> C
     good, mistakes = _check_overrides(command, overrides, dirs)
     config = None
     try:
-        composed = compose(command, good, dirs)
+        composed, choices = compose(command, good, dirs)
     except Exception as error:  # Hydra and OmegaConf have no common base class
         mistakes.append(_first_line(error))
     else:
@@ -329,7 +335,7 @@ def load(command: str, overrides: Sequence[str], dirs: Sequence[Path] = ()) -> C
     if mistakes or config is None:
         raise Mistakes(*dict.fromkeys(mistakes))
     if isinstance(config, TrainConfig) and config.name is None:
-        config = config.model_copy(update={"name": _run_name(config, good, dirs)})
+        config = config.model_copy(update={"name": _run_name(config, choices, dirs)})
     return config
 
 
@@ -345,24 +351,37 @@ def expand(overrides: Sequence[str]) -> list[list[str]]:
         for item in parsed
     ]
     first = [values[0] for values in choices]
-    variants = [first[:i] + [value] + first[i + 1 :] for i, values in enumerate(choices) for value in values[1:]]
+    variants = [
+        first[:i] + [value] + first[i + 1 :] for i, values in enumerate(choices) for value in values[1:]
+    ]
     return [first, *variants]
 
 
-def compose(command: str, overrides: Sequence[str], dirs: Sequence[Path] = ()) -> Node:
-    """Hydra's composition of a command's configuration, as plain data."""
+def compose(command: str, overrides: Sequence[str], dirs: Sequence[Path] = ()) -> tuple[Node, Node]:
+    """Hydra's composition of a command's configuration, and the option chosen for each group, as plain data."""
     import hydra
-    from omegaconf import OmegaConf
+    from omegaconf import OmegaConf, flag_override
 
-    searchpath = [f"hydra.searchpath=[{','.join(f'file://{folder.resolve()}' for folder in dirs)}]"] if dirs else []
+    searchpath = (
+        [f"hydra.searchpath=[{','.join(f'file://{folder.resolve()}' for folder in dirs)}]"] if dirs else []
+    )
     with hydra.initialize_config_dir(str(CONF), job_name="diffuse", version_base="1.3"):
-        composed = hydra.compose(command, overrides=[*overrides, *searchpath])
+        composed = hydra.compose(command, overrides=[*overrides, *searchpath], return_hydra_config=True)
+    choices = OmegaConf.to_container(composed.hydra.runtime.choices)
+    with flag_override(composed, ["struct", "readonly"], False):
+        del composed["hydra"]
     plain = OmegaConf.to_container(composed, resolve=True)
     assert isinstance(plain, dict)
-    return {str(key): value for key, value in plain.items()}
+    assert isinstance(choices, dict)
+    return (
+        {str(key): value for key, value in plain.items()},
+        {str(group): option for group, option in choices.items() if group in defaults(command)},
+    )
 
 
-def _check_overrides(command: str, overrides: Sequence[str], dirs: Sequence[Path]) -> tuple[list[str], list[str]]:
+def _check_overrides(
+    command: str, overrides: Sequence[str], dirs: Sequence[Path]
+) -> tuple[list[str], list[str]]:
     """The overrides that name something that exists, and what is wrong with the others."""
     from hydra.core.override_parser.overrides_parser import OverridesParser
 
@@ -390,7 +409,7 @@ def _check_overrides(command: str, overrides: Sequence[str], dirs: Sequence[Path
         else:
             mistakes.append(f"{text}: keys are neither added nor removed; write key=value")
     try:
-        known_keys = list(flatten(compose(command, chosen, dirs)))
+        known_keys = list(flatten(compose(command, chosen, dirs)[0]))
     except Exception as error:
         return chosen, [*mistakes, _first_line(error)]
     for key, text in valued:
@@ -407,11 +426,15 @@ def _check_overrides(command: str, overrides: Sequence[str], dirs: Sequence[Path
 
 def _check(command: str, composed: Node) -> tuple[Config | None, list[str]]:
     config, mistakes = _validate(COMMANDS[command], composed)
-    mistakes += [f"{key}: missing; give it a value" for key, value in flatten(composed).items() if value == "???"]
+    mistakes += [
+        f"{key}: missing; give it a value" for key, value in flatten(composed).items() if value == "???"
+    ]
     for key in defaults(command):
         node = composed.get(key)
         if isinstance(node, dict):
-            nodes = {key: node} if "_target_" in node else {f"{key}.{name}": item for name, item in node.items()}
+            nodes = (
+                {key: node} if "_target_" in node else {f"{key}.{name}": item for name, item in node.items()}
+            )
             for path, item in nodes.items():
                 mistakes += check_node(path, item) if isinstance(item, dict) else []
     return config, mistakes
@@ -424,9 +447,9 @@ def _first_line(error: Exception) -> str:
 # --- Runs -------------------------------------------------------------------------------------------------------
 
 
-def identity(config: TrainConfig) -> dict[str, Any]:
+def identity(config: Mapping[str, Any]) -> dict[str, Any]:
     """The part of a training configuration that says what is trained, as flat dotted keys."""
-    return flatten({k: v for k, v in config.model_dump().items() if k not in NOT_IDENTITY})
+    return flatten({key: value for key, value in config.items() if key not in NOT_IDENTITY})
 
 
 def flatten(node: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -451,23 +474,15 @@ def seconds(duration: str | None) -> float | None:
     return float(sum(int(number) * units[unit] for number, unit in re.findall(r"(\d+)([dhms])", duration)))
 
 
-def _run_name(config: TrainConfig, overrides: Sequence[str], dirs: Sequence[Path]) -> str:
-    """A folder name that follows from the configuration: its main choices, then each key that they do not imply."""
-    from hydra.core.override_parser.overrides_parser import OverridesParser
-
-    groups = defaults("train")
-    parsed = OverridesParser.create().parse_overrides(list(overrides))
-    chosen = {item.key_or_group: item for item in parsed if item.key_or_group in groups}
-    implied = compose("train", [item.input_line or "" for item in chosen.values()], dirs)
-    before = identity(TrainConfig.model_validate(implied))
-    changed = {key: value for key, value in identity(config).items() if before.get(key, ...) != value}
-    words = [str(chosen[g].value() if g in chosen else groups[g]) for g in ("dataset", "schedule")]
-    words += [
-        str(item.value())
-        for group, item in sorted(chosen.items())
-        if group not in NOT_IDENTITY | {"dataset", "schedule"} and item.value() != groups[group]
-    ]
-    words += [f"{key.removeprefix('dataset.')}={_shown(value)}" for key, value in sorted(changed.items())]
+def _run_name(config: TrainConfig, choices: Mapping[str, Any], dirs: Sequence[Path]) -> str:
+    """A folder name that follows from the configuration: its main choices, then all that they do not imply."""
+    named = {group: option for group, option in choices.items() if group not in NOT_IDENTITY and option}
+    _, usual = compose("train", [f"dataset={named['dataset']}"], dirs)
+    plain, _ = compose("train", [f"{group}={option}" for group, option in named.items()], dirs)
+    before, now = identity(plain), identity(config.model_dump())
+    words = [named["dataset"], named["schedule"]]
+    words += [option for group, option in named.items() if group != "schedule" and option != usual[group]]
+    words += [f"{key}={_shown(value)}" for key, value in sorted(now.items()) if before.get(key, ...) != value]
     name = re.sub(r"[^\w.=+,-]+", "_", "-".join(words))
     if len(name) > 120:
         name = f"{name[:100]}-{hashlib.sha256(name.encode()).hexdigest()[:10]}"

@@ -6,7 +6,6 @@ Division by alpha or sigma happens here and nowhere else.
 from collections.abc import Callable
 from typing import NamedTuple
 
-import torch
 from torch import Tensor, nn
 
 from diffusion_cli.parameterizations import Parameterization

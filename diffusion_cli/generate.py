@@ -10,14 +10,14 @@ from diffusion_cli.checkpoint import Model
 from diffusion_cli.denoiser import Denoise, clip_x0
 from diffusion_cli.precision import autocast
 from diffusion_cli.samplers import Sampler, integrate
-from diffusion_cli.seeding import mix
 
 
 class SeededNoise:
     """Standard normal noise from one generator a seed, so that no image depends on its neighbours."""
 
     def __init__(self, seeds: Sequence[int], shape: Sequence[int], device: torch.device) -> None:
-        self.generators = [torch.Generator().manual_seed(mix("image", seed)) for seed in seeds]
+        # The seed itself, not a hash of it: the generator keeps 32 bits, and no two images may share them.
+        self.generators = [torch.Generator().manual_seed(seed) for seed in seeds]
         self.shape, self.device = tuple(shape), device
 
     def draw(self) -> Tensor:
@@ -27,7 +27,12 @@ class SeededNoise:
 
 
 def sample(
-    denoise: Denoise, sampler: Sampler, times: Tensor, seeds: Sequence[int], shape: Sequence[int], device: torch.device
+    denoise: Denoise,
+    sampler: Sampler,
+    times: Tensor,
+    seeds: Sequence[int],
+    shape: Sequence[int],
+    device: torch.device,
 ) -> Tensor:
     """Images of the given seeds, float32 [B, C, H, W], around [-1, 1]."""
     noise = SeededNoise(seeds, shape, device)
@@ -49,7 +54,14 @@ def labels_of(seeds: Sequence[int], num_classes: int | None, device: torch.devic
 
 @torch.inference_mode()
 def generate(
-    model: Model, sampler: Sampler, steps: int, seeds: Sequence[int], batch_size: int, *, clip: bool, precision: str
+    model: Model,
+    sampler: Sampler,
+    steps: int,
+    seeds: Sequence[int],
+    batch_size: int,
+    *,
+    clip: bool,
+    precision: str,
 ) -> Iterator[tuple[list[int], Tensor, Tensor | None]]:
     """Yield (seeds, images as uint8 [B, C, H, W], labels or None), `batch_size` images at a time."""
     device = next(model.denoiser.parameters()).device

@@ -11,7 +11,9 @@ def device_of(name: str) -> torch.device:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cuda" and not torch.cuda.is_available():
-        raise ValueError("device=cuda: torch sees no GPU here; use device=cpu, or install a torch build for it")
+        raise ValueError(
+            "device=cuda: torch sees no GPU here; use device=cpu, or install a torch build for it"
+        )
     return torch.device(name)
 
 

@@ -123,7 +123,9 @@ class Linear(Discrete):
         self, *, num_timesteps: PositiveInt, beta_start: PositiveFloat, beta_end: PositiveFloat
     ) -> None:
         scale = 1000 / num_timesteps
-        super().__init__(torch.linspace(scale * beta_start, scale * beta_end, num_timesteps, dtype=torch.float64))
+        super().__init__(
+            torch.linspace(scale * beta_start, scale * beta_end, num_timesteps, dtype=torch.float64)
+        )
 
 
 class ScaledLinear(Discrete):

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from diffusion_cli.data import GaussianMixture
 from diffusion_cli.denoiser import Prediction
-from diffusion_cli.schedules import Cosine, Linear, Schedule, ScaledLinear
+from diffusion_cli.schedules import Cosine, Linear, ScaledLinear, Schedule
 
 REFERENCE = Path(__file__).parent / "reference"
 
@@ -30,9 +30,7 @@ def reference() -> Callable[[str], dict[str, Tensor]]:
 def mixture(reference) -> GaussianMixture:
     arrays = reference("gmm")
     means, stds, weights = (arrays[key].tolist() for key in ("means", "stds", "weights"))
-    return GaussianMixture(
-        "", means=means, stds=stds, weights=weights, shape=[1, 2, 2], size=64, seed=0
-    )
+    return GaussianMixture("", means=means, stds=stds, weights=weights, shape=[1, 2, 2], size=64, seed=0)
 
 
 @pytest.fixture(scope="session")

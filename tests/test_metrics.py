@@ -551,9 +551,10 @@ def test_inception_numbers_equal_those_of_torch_fidelity(tmp_path, monkeypatch) 
     weights = tmp_path / "random.pth"
     torch.save(network.state_dict(), weights)
 
-    size, generator = (8, 3, 16, 16), torch.Generator().manual_seed(0)
-    samples = torch.randint(256, size, dtype=torch.uint8, generator=generator)
-    real = torch.randint(128, size, dtype=torch.uint8, generator=generator)
+    generator = torch.Generator().manual_seed(0)
+    colours = torch.randint(256, (16, 3, 1, 1), generator=generator)
+    noise = torch.randint(-40, 40, (16, 3, 16, 16), generator=generator)
+    samples, real = (colours + noise).clamp(0, 255).to(torch.uint8).split(8)
     features = InceptionFeatures(Held(real, real), tmp_path, CPU, weights=str(weights))
     report = evaluate(
         {"fid": FrechetDistance(reference="train", floor=True), "is": InceptionScore(splits=3)},

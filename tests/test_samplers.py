@@ -12,14 +12,14 @@ F64 = torch.float64
 def run(sampler, denoise, noise, times, dtype=F64):
     """All states of a run from the stored start, with the stored noise."""
     draws = iter(noise["noise"].to(dtype))
-    return torch.stack(
-        list(integrate(sampler, denoise, noise["x_T"].to(dtype), times, lambda: next(draws)))
-    )
+    return torch.stack(list(integrate(sampler, denoise, noise["x_T"].to(dtype), times, lambda: next(draws))))
 
 
 def times_of(schedule, timesteps):
     """Falling times that visit the given rising timesteps (DDPM numbering from 0)."""
-    return torch.cat([(timesteps.double().sort(descending=True).values + 1) / 1000, torch.zeros(1, dtype=F64)])
+    return torch.cat(
+        [(timesteps.double().sort(descending=True).values + 1) / 1000, torch.zeros(1, dtype=F64)]
+    )
 
 
 @pytest.mark.parametrize("tag", ["linear", "cosine"])
@@ -162,4 +162,6 @@ def test_deterministic_sampler_draws_no_noise(reference, schedules, exact):
 
     schedule = schedules["linear"]
     sampler = DDIM(schedule, eta=0.0, spacing="trailing")
-    assert len(list(integrate(sampler, exact(schedule), reference("noise")["x_T"], sampler.grid(5), draw))) == 5
+    assert (
+        len(list(integrate(sampler, exact(schedule), reference("noise")["x_T"], sampler.grid(5), draw))) == 5
+    )

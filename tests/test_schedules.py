@@ -14,8 +14,6 @@ def named(tag: str, T: int):
     return Cosine(num_timesteps=T, offset=0.008, max_beta=0.999)
 
 
-
-
 @pytest.mark.parametrize("tag", ["linear", "cosine"])
 @pytest.mark.parametrize("T", [100, 1000])
 def test_table_and_posterior_equal_guided_diffusion(reference, tag, T):
@@ -37,7 +35,8 @@ def test_table_and_posterior_equal_guided_diffusion(reference, tag, T):
 
 
 @pytest.mark.parametrize(
-    ("tag", "key"), [("linear", "linear"), ("scaled_linear", "scaled_linear"), ("cosine", "squaredcos_cap_v2")]
+    ("tag", "key"),
+    [("linear", "linear"), ("scaled_linear", "scaled_linear"), ("cosine", "squaredcos_cap_v2")],
 )
 def test_alpha_bar_equals_diffusers(reference, schedules, tag, key):
     theirs = reference("schedules_diffusers")[f"df_{key}_T1000_alphas_cumprod"]
@@ -62,7 +61,9 @@ def test_laws(schedules, tag):
 def test_transitions_compose(schedules, tag):
     """q(x_t | x_r) is q(x_t | x_s) after q(x_s | x_r), for any r < s < t, on the table or off it."""
     schedule = schedules[tag]
-    r, s, t = torch.tensor([[0.0, 0.2, 0.5], [0.013, 0.3141, 0.99], [0.5, 0.5004, 1.0]], dtype=torch.float64).T
+    r, s, t = torch.tensor(
+        [[0.0, 0.2, 0.5], [0.013, 0.3141, 0.99], [0.5, 0.5004, 1.0]], dtype=torch.float64
+    ).T
     (a_tr, v_tr), (a_ts, v_ts), (a_sr, v_sr) = (
         schedule.transition(*pair) for pair in ((t, r), (t, s), (s, r))
     )
@@ -118,4 +119,6 @@ def test_training_times_are_the_table(schedules):
     schedule = schedules["linear"]
     assert schedule.time(torch.tensor([0.0, 1 - 1e-9], dtype=torch.float64)).tolist() == [1 / 1000, 1.0]
     times = schedule.time(torch.arange(1000, dtype=torch.float64) / 1000 + 1e-6)
-    torch.testing.assert_close(schedule.timestep(times), torch.arange(1000.0, dtype=torch.float64), rtol=0, atol=1e-9)
+    torch.testing.assert_close(
+        schedule.timestep(times), torch.arange(1000.0, dtype=torch.float64), rtol=0, atol=1e-9
+    )

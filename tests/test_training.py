@@ -112,7 +112,11 @@ def test_the_log_keeps_earlier_rows_and_drops_those_after_the_checkpoint(tmp_pat
 def test_checkpoints_are_few_and_plain(tmp_path):
     train(tmp_path, "max_steps=20", "keep_last=2")
     folder = tmp_path / "tiny" / "checkpoints"
-    assert sorted(file.name for file in folder.iterdir()) == ["last.ckpt", "step_00000015.ckpt", "step_00000020.ckpt"]
+    assert sorted(file.name for file in folder.iterdir()) == [
+        "last.ckpt",
+        "step_00000015.ckpt",
+        "step_00000020.ckpt",
+    ]
     checkpoint = torch.load(folder / "last.ckpt", weights_only=True)
     assert checkpoint["diffuse"]["config"]["schedule"]["_target_"] == "diffusion_cli.schedules.Cosine"
     assert yaml.safe_load((tmp_path / "tiny" / "config.yaml").read_text())["batch_size"] == 16
@@ -131,7 +135,11 @@ def test_averaged_and_raw_weights_are_both_there(tmp_path):
 
 def test_the_loss_falls(tmp_path):
     train(tmp_path, "max_steps=120", "log_every=20", "optimizer.lr=0.003", "checkpoint_every=120")
-    losses = [float(row["loss"]) for row in csv.DictReader((tmp_path / "tiny" / "metrics.csv").open()) if row["loss"]]
+    losses = [
+        float(row["loss"])
+        for row in csv.DictReader((tmp_path / "tiny" / "metrics.csv").open())
+        if row["loss"]
+    ]
     assert losses[0] > 0.6
     assert losses[-1] < 0.4
 
@@ -147,7 +155,14 @@ def test_previews_and_held_out_loss(tmp_path):
 
 def test_watching_a_run_does_not_change_it(tmp_path):
     train(tmp_path / "plain", "max_steps=10")
-    train(tmp_path / "watched", "max_steps=10", "preview_every=3", "validate_every=2", "preview_steps=2", "log_every=1")
+    train(
+        tmp_path / "watched",
+        "max_steps=10",
+        "preview_every=3",
+        "validate_every=2",
+        "preview_steps=2",
+        "log_every=1",
+    )
     assert_same(state(tmp_path / "plain")["state_dict"], state(tmp_path / "watched")["state_dict"])
 
 

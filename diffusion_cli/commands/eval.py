@@ -45,7 +45,13 @@ def run(config: EvalConfig) -> None:
     def samples() -> Iterator[tuple[Tensor, Tensor | None]]:
         seeds = range(config.seed, config.seed + config.num_samples)
         for _, images, labels in generate(
-            model, sampler, config.steps, seeds, config.batch_size, clip=config.clip_x0, precision=config.precision
+            model,
+            sampler,
+            config.steps,
+            seeds,
+            config.batch_size,
+            clip=config.clip_x0,
+            precision=config.precision,
         ):
             yield images, labels
 

@@ -42,11 +42,20 @@ def run(config: SampleConfig) -> None:
     seeds = range(config.seed, config.seed + config.num_samples)
     todo = [seed for seed in seeds if not image_path(output, seed).is_file()]
     if len(todo) < len(seeds):
-        print(f"{output} has {len(seeds) - len(todo)} of {len(seeds)} images; making the others", file=sys.stderr)
+        print(
+            f"{output} has {len(seeds) - len(todo)} of {len(seeds)} images; making the others",
+            file=sys.stderr,
+        )
 
     with tqdm(total=len(todo), unit="image", desc="sample", dynamic_ncols=True) as bar:
         for batch, images, _ in generate(
-            model, sampler, config.steps, todo, config.batch_size, clip=config.clip_x0, precision=config.precision
+            model,
+            sampler,
+            config.steps,
+            todo,
+            config.batch_size,
+            clip=config.clip_x0,
+            precision=config.precision,
         ):
             for seed, image in zip(batch, images, strict=True):
                 save_png(image, image_path(output, seed))
@@ -78,7 +87,10 @@ def claim(output: Path, settings: dict[str, Any], model: Model) -> dict[str, Any
         keys = sorted(key for key in before | now if before.get(key) != now.get(key))
         if keys:
             raise Mistakes(
-                *(f"{key}={now.get(key)}: the images in {output} were made with {before.get(key)}" for key in keys),
+                *(
+                    f"{key}={now.get(key)}: the images in {output} were made with {before.get(key)}"
+                    for key in keys
+                ),
                 f"output={output}: holds images of other settings; choose another folder",
             )
         return manifest

@@ -14,7 +14,7 @@ import yaml
 from lightning.pytorch import Trainer
 
 from diffusion_cli.checkpoint import FORMAT, LAST, read, whole_file
-from diffusion_cli.config import NOT_IDENTITY, Mistakes, TrainConfig, build, flatten, seconds
+from diffusion_cli.config import Mistakes, TrainConfig, build, identity, seconds
 from diffusion_cli.data import Batch, Batches, Dataset, Images, hold, normalised
 from diffusion_cli.denoiser import Denoiser
 from diffusion_cli.precision import resolve
@@ -47,11 +47,15 @@ def run(config: TrainConfig) -> int:
     images = dataset.load("train")
     max_steps = _max_steps(config, len(images))
     if max_steps is not None and done >= max_steps:
-        print(f"{folder} is complete at step {done}; a larger budget, as max_steps={2 * done}, goes on with it")
+        print(
+            f"{folder} is complete at step {done}; a larger budget, as max_steps={2 * done}, goes on with it"
+        )
         return 0
 
     denoiser = Denoiser(network, schedule, build(config.parameterization))
-    module = DiffusionModule(denoiser, build(config.objective), optimizer, config.seed, _about(config, dataset))
+    module = DiffusionModule(
+        denoiser, build(config.objective), optimizer, config.seed, _about(config, dataset)
+    )
     ema = EMA(network, config.ema.decay, config.ema.warm_up)
     stop = Stop(seconds(config.max_time))
     callbacks = [
@@ -113,11 +117,14 @@ def _claim(folder: Path, config: TrainConfig) -> None:
     new = config.model_dump()
     if path.is_file():
         old = yaml.safe_load(path.read_text())
-        before, now = (flatten({k: v for k, v in c.items() if k not in NOT_IDENTITY}) for c in (old, new))
+        before, now = identity(old), identity(new)
         keys = sorted(key for key in before | now if before.get(key, ...) != now.get(key, ...))
         if keys:
             raise Mistakes(
-                *(f"{key}={now.get(key, '(none)')}: the run in {folder} has {before.get(key, '(none)')}" for key in keys),
+                *(
+                    f"{key}={now.get(key, '(none)')}: the run in {folder} has {before.get(key, '(none)')}"
+                    for key in keys
+                ),
                 f"name={config.name}: holds a run of another configuration; choose another name",
             )
     with whole_file(path) as temporary:

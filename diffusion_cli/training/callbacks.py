@@ -217,7 +217,13 @@ class Preview(EveryStep):
         self, every: int, run: Path, ema: EMA, sampler: Sampler, steps: int, shape: tuple[int, int, int]
     ) -> None:
         super().__init__(every)
-        self.folder, self.ema, self.sampler, self.steps, self.shape = run / "previews", ema, sampler, steps, shape
+        self.folder, self.ema, self.sampler, self.steps, self.shape = (
+            run / "previews",
+            ema,
+            sampler,
+            steps,
+            shape,
+        )
 
     @torch.no_grad()
     def act(self, trainer: Trainer, module: DiffusionModule, step: int) -> None:

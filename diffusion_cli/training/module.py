@@ -61,7 +61,12 @@ class DiffusionModule(LightningModule):
     """A denoiser in training; `about` is what its checkpoints say to build it again."""
 
     def __init__(
-        self, denoiser: Denoiser, objective: Objective, optimizer: OptimizerConfig, seed: int, about: dict[str, Any]
+        self,
+        denoiser: Denoiser,
+        objective: Objective,
+        optimizer: OptimizerConfig,
+        seed: int,
+        about: dict[str, Any],
     ) -> None:
         super().__init__()
         self.denoiser = denoiser
@@ -91,7 +96,10 @@ class DiffusionModule(LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def configure_gradient_clipping(
-        self, optimizer: Optimizer, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
+        self,
+        optimizer: Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
     ) -> None:
         """Clip to the configured norm; Lightning's own refuses fused optimizers, which matters only in fp16."""
         if self.optimizer_config.clip_norm is not None:

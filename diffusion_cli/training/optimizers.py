@@ -71,7 +71,12 @@ class AdamW(Adam):
         clip_norm: PositiveFloat | None,
     ) -> None:
         super().__init__(
-            lr=lr, betas=betas, eps=eps, warm_up_steps=warm_up_steps, decay_steps=decay_steps, clip_norm=clip_norm
+            lr=lr,
+            betas=betas,
+            eps=eps,
+            warm_up_steps=warm_up_steps,
+            decay_steps=decay_steps,
+            clip_norm=clip_norm,
         )
         self.weight_decay = weight_decay
 

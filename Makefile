@@ -1,0 +1,33 @@
+# `make demo` trains, samples and evaluates; `make test` passes the tests. Both set up .venv where it is not there.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: demo test fast lint clean
+
+demo: .venv/installed
+	$(BIN)/diffuse train name=demo
+	$(BIN)/diffuse sample run=demo num_samples=100
+	$(BIN)/diffuse eval run=demo metric=fid features=classifier num_samples=2000
+	@echo
+	@echo "The samples:          $$(ls -td outputs/demo/samples/*/ | head -1)grid.png"
+	@echo "How they took shape:  outputs/demo/previews/"
+
+test: .venv/installed
+	$(BIN)/python -m pytest
+
+fast: .venv/installed
+	$(BIN)/python -m pytest -m "not slow"
+
+lint: .venv/installed
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/pyright
+
+.venv/installed: pyproject.toml
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or later is needed; give one as PYTHON=")'
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	touch $@
+
+clean:
+	rm -rf .venv

@@ -1,0 +1,175 @@
+"""The command line: help, mistakes, completion, sweeps; all of it without torch where it can be."""
+
+import subprocess
+import sys
+
+import pytest
+
+from diffusion_cli import config
+from diffusion_cli.cli import complete, run
+
+HEAVY = ("torch", "lightning", "torchvision", "numpy", "scipy", "sklearn")
+
+
+def mistakes(capsys, *words: str) -> list[str]:
+    """The lines that a wrong command line is answered with."""
+    assert run(words) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    return err.splitlines()
+
+
+def test_every_mistake_at_once_one_line_each(capsys):
+    lines = mistakes(
+        capsys, "train", "scheduel=cosine", "schedule=cosin", "batch_size=many", "max_step=5", "optimizer.lr=-1",
+        "sampler.spacing=trailin", "ema.decay=1.5", "dataset.flip=3", "logger=[csv,tensorbord]",
+    )  # fmt: skip
+    assert sorted(lines) == sorted(
+        [
+            "diffuse: scheduel=cosine: unknown key; did you mean schedule?",
+            "diffuse: schedule=cosin: unknown option; did you mean cosine?",
+            "diffuse: logger=tensorbord: unknown option; did you mean tensorboard?",
+            "diffuse: batch_size=many: should be a valid integer",
+            "diffuse: max_step=5: unknown key; did you mean max_steps?",
+            "diffuse: optimizer.lr=-1: should be greater than 0",
+            "diffuse: sampler.spacing=trailin: should be leading or trailing or linspace or quadratic; "
+            "did you mean trailing?",
+            "diffuse: ema.decay=1.5: should be less than 1",
+            "diffuse: dataset.flip=3: should be a valid boolean",
+        ]
+    )
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["trian"], "trian: unknown command; did you mean train?"),
+        (["train", "--hlep"], "--hlep: unknown flag; did you mean --help?"),
+        (["train", "--config-dir", "/nowhere"], "--config-dir /nowhere: is not a folder"),
+        (["train", "dataset=folder"], "dataset.path: missing; give it a value"),
+        (
+            ["train", "batch_size=10", "accumulate=3"],
+            "accumulate=3: does not divide batch_size=10; take a divisor",
+        ),
+        (["train", "max_steps=null"], "max_steps: no budget; set max_steps, max_epochs or max_time"),
+        (["train", "max_time=5x"], "max_time=5x: should be a duration such as 90s"),
+        (["train", "+extra=1"], "+extra=1: keys are neither added nor removed"),
+        (["train", "no equals"], "no equals: is not of the form key=value"),
+        (["train", "lr=1"], "lr=1: unknown key; did you mean optimizer.lr?"),
+        (["train", "-m", "seed=0,x"], "seed=x: should be a valid integer"),
+        (["eval", "metric=[fid,iss]"], "metric=iss: unknown option; did you mean is?"),
+        (["completion", "tcsh"], "completion tcsh: give a shell, one of bash, zsh, fish"),
+    ],
+)
+def test_a_mistake_says_what_to_do(capsys, words, expected):
+    (line,) = mistakes(capsys, *words)
+    assert line.startswith(f"diffuse: {expected}")
+
+
+def test_mistakes_found_at_work_are_lines_too(capsys, tmp_path):
+    (line,) = mistakes(capsys, "sample", f"output_dir={tmp_path}")
+    assert line == f"diffuse: output_dir={tmp_path}: holds no run; make one with: diffuse train"
+    (line,) = mistakes(capsys, "train", f"output_dir={tmp_path}", "preview_steps=2000")
+    assert "steps=2000: the schedule has 1000 timesteps" in line
+
+
+def imports_of(*words: str) -> set[str]:
+    code = (
+        "import sys; from diffusion_cli.cli import run; run(sys.argv[1:]); "
+        f"print('IMPORTED', *[m for m in {HEAVY} if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, check=True)
+    return set(done.stdout.rpartition("IMPORTED")[2].split())
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        [],
+        ["--help"],
+        ["train", "--help"],
+        ["train", "schedule=cosin", "x=1"],
+        ["train", "--cfg", "job"],
+        ["eval", "--cfg", "job"],
+    ],
+)
+def test_help_and_mistakes_import_nothing_heavy(words):
+    assert imports_of(*words) == set()
+
+
+def test_sampling_and_evaluation_do_without_lightning():
+    code = (
+        "import sys, diffusion_cli.commands.sample, diffusion_cli.commands.eval; "
+        "print([m for m in ('lightning', 'torchvision', 'torch_fidelity', 'torchmetrics', 'sklearn') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_help_shows_every_key_with_its_comment(capsys):
+    for command in config.COMMANDS:
+        run([command, "--help"])
+        page = capsys.readouterr().out
+        for key, value, comment in config.documented(config.CONF / f"{command}.yaml"):
+            line = next(line for line in page.splitlines() if line.strip().startswith(f"{key}={value}"))
+            assert comment
+            assert comment in line
+        for group in config.defaults(command):
+            assert f"\n  {group} " in page
+
+
+def test_help_follows_the_chosen_options(capsys):
+    run(["sample", "sampler=ddpm", "--help"])
+    assert "sampler.variance=small" in capsys.readouterr().out
+
+
+def test_cfg_job_prints_the_configuration(capsys):
+    import yaml
+
+    assert run(["train", "--cfg", "job", "schedule=linear", "seed=7"]) == 0
+    shown = yaml.safe_load(capsys.readouterr().out)
+    assert shown["seed"] == 7
+    assert shown["schedule"]["_target_"] == "diffusion_cli.schedules.Linear"
+
+
+def test_users_own_options_are_found_and_checked(capsys, tmp_path):
+    (tmp_path / "schedule").mkdir()
+    mine = tmp_path / "schedule" / "mine.yaml"
+    text = "_target_: diffusion_cli.schedules.Cosine\nnum_timesteps: 50\noffset: 0.01\nmax_beta: 0.9\n"
+    mine.write_text(text)
+    assert run(["train", "--config-dir", str(tmp_path), "schedule=mine", "--cfg", "job"]) == 0
+    assert "num_timesteps: 50" in capsys.readouterr().out
+    mine.write_text(text + "max_betta: 1\n")
+    (line,) = mistakes(capsys, "train", "--config-dir", str(tmp_path), "schedule=mine")
+    assert line == "diffuse: schedule.max_betta=1: unknown key; did you mean max_beta?"
+    mine.write_text("_target_: os.system\ncommand: ls\n")
+    (line,) = mistakes(capsys, "train", "--config-dir", str(tmp_path), "schedule=mine")
+    assert line.startswith("diffuse: schedule._target_=os.system: is not a class of diffusion_cli")
+
+
+@pytest.mark.parametrize(
+    ("words", "some"),
+    [
+        (["tr"], "train"),
+        (["train", "sched"], "schedule="),
+        (["train", "schedule=c"], "schedule=cosine"),
+        (["train", "optimizer.l"], "optimizer.lr="),
+        (["train", "max_s"], "max_steps="),
+        (["sample", "sampler=dd"], "sampler=ddim"),
+        (["train", "--c"], "--cfg"),
+        (["completion", "z"], "zsh"),
+    ],
+)
+def test_completion(words, some):
+    assert some in complete(words)
+    assert all(word.startswith(words[-1]) for word in complete(words))
+
+
+def test_bash_completion_script_works():
+    script = (
+        'eval "$(diffuse completion bash)"; COMP_LINE="diffuse train schedule=co"; COMP_POINT=${#COMP_LINE}; '
+        '_diffuse; echo "${COMPREPLY[@]}"'
+    )
+    shim = f'diffuse() {{ "{sys.executable}" -c "from diffusion_cli.cli import main; main()" "$@"; }}; '
+    done = subprocess.run(["bash", "-c", shim + script], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "cosine"

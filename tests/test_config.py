@@ -1,0 +1,154 @@
+"""The YAML files against the classes they name, and what follows from a configuration."""
+
+import ast
+import importlib
+import inspect
+from pathlib import Path
+
+import pytest
+import yaml
+
+from diffusion_cli import config
+from diffusion_cli.config import COMMANDS, CONF, check_node, load, seconds, signature
+
+OPTIONS = sorted(file for file in CONF.glob("*/*.yaml"))
+
+
+def nodes(file: Path) -> dict:
+    """The `_target_` nodes of an option file, wherever they stand."""
+    content = yaml.safe_load(file.read_text()) or {}
+    if "_target_" in content:
+        return {file.parent.name: content}
+    return {key: node for key, node in content.items() if isinstance(node, dict) and "_target_" in node}
+
+
+@pytest.mark.parametrize("file", OPTIONS, ids=lambda file: f"{file.parent.name}/{file.stem}")
+def test_every_option_names_every_argument_of_a_class_of_ours_and_says_what_it_is(file):
+    for key, node in nodes(file).items():
+        module, _, name = node["_target_"].rpartition(".")
+        target = getattr(importlib.import_module(module), name)
+        parameters = inspect.signature(target).parameters.values()
+        configurable = {p.name for p in parameters if p.kind is p.KEYWORD_ONLY}
+        assert set(node) - {"_target_"} == configurable
+        assert all(p.default is p.empty for p in parameters if p.kind is p.KEYWORD_ONLY), (
+            "defaults live in the YAML"
+        )
+        assert set(signature(node["_target_"]) or {}) == configurable, (
+            "the static reading agrees with Python's"
+        )
+        plain = {k: v for k, v in node.items() if v != "???" and not str(v).startswith("${")}
+        complaints = [line for line in check_node(key, plain) if "missing" not in line]
+        assert complaints == []
+    assert config.summary(file)
+    for key, _, comment in config.documented(file, file.parent.name):
+        assert comment or key in ("dataset", "ema", *nodes(file)), f"{key} has no comment"
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_the_schema_has_the_keys_of_the_yaml(command):
+    written = set(yaml.safe_load((CONF / f"{command}.yaml").read_text())) - {"defaults"}
+    groups = set(config.defaults(command)) - {"experiment"}
+    assert written | groups == set(COMMANDS[command].model_fields)
+
+
+@pytest.mark.parametrize("file", OPTIONS, ids=lambda file: f"{file.parent.name}/{file.stem}")
+def test_every_option_composes_into_a_valid_configuration(file):
+    group, option = file.parent.name, file.stem
+    for command in COMMANDS:
+        if group in config.defaults(command):
+            extra = ["dataset.path=x"] if option in ("folder", "array") else []
+            load(command, [f"{group}={option}", *extra])
+
+
+def test_a_list_of_options_composes():
+    checked = load("eval", ["metric=[fid,is]"])
+    assert isinstance(checked, config.EvalConfig)
+    assert set(checked.metric) == {"fid", "is"}
+
+
+@pytest.mark.parametrize(
+    ("words", "name"),
+    [
+        ([], "digits-cosine"),
+        (["seed=0", "max_time=3m", "sampler=ddpm", "checkpoint_every=7", "data_dir=/x"], "digits-cosine"),
+        (["schedule=linear", "optimizer.lr=0.5", "seed=3"], "digits-linear-optimizer.lr=0.5-seed=3"),
+        (["dataset=cifar10"], "cifar10-cosine"),
+        (["dataset=cifar10", "model=unet_tiny"], "cifar10-cosine-unet_tiny"),
+        (["experiment=ddpm_cifar10"], "cifar10-linear-ddpm_cifar10"),
+        (["dataset=folder", "dataset.path=a b/c.zip"], "folder-cosine-dataset.path=a_b_c.zip"),
+        (["name=mine"], "mine"),
+    ],
+)
+def test_the_name_of_a_run_follows_from_what_is_trained(words, name):
+    checked = load("train", words)
+    assert isinstance(checked, config.TrainConfig)
+    assert checked.name == name
+
+
+def test_a_dataset_brings_its_published_training_unless_told_otherwise():
+    checked = load("train", ["dataset=cifar10", "batch_size=64"])
+    assert isinstance(checked, config.TrainConfig)
+    assert (checked.max_steps, checked.ema.decay, checked.optimizer["lr"], checked.batch_size) == (
+        800000,
+        0.9999,
+        2e-4,
+        64,
+    )
+
+
+@pytest.mark.parametrize(("text", "value"), [("90s", 90), ("2h30m", 9000), ("1d", 86400), (None, None)])
+def test_durations(text, value):
+    assert seconds(text) == value
+
+
+def test_sweeps_are_checked_value_by_value():
+    variants = config.expand(["seed=0,1", "schedule=linear,cosine", "batch_size=8"])
+    assert variants == [
+        ["seed=0", "schedule=linear", "batch_size=8"],
+        ["seed=1", "schedule=linear", "batch_size=8"],
+        ["seed=0", "schedule=cosine", "batch_size=8"],
+    ]
+
+
+# --- The plan of the house ------------------------------------------------------------------------------------------
+
+PACKAGE = Path(config.__file__).parent
+ORDER = [
+    "precision seeding schedules", "config", "parameterizations data", "denoiser networks", "objective samplers checkpoint",
+    "metrics generate report", "training", "commands", "cli",
+]  # fmt: skip
+LEVEL = {name: level for level, names in enumerate(ORDER) for name in names.split()}
+MATHEMATICS = ["schedules", "parameterizations", "denoiser", "objective", "samplers", "networks"]
+
+
+def imports(file: Path) -> set[str]:
+    tree = ast.walk(ast.parse(file.read_text()))
+    names = set()
+    for node in tree:
+        if isinstance(node, ast.ImportFrom):
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+        elif isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+    return names
+
+
+@pytest.mark.parametrize("file", sorted(PACKAGE.rglob("*.py")), ids=lambda f: str(f.relative_to(PACKAGE)))
+def test_imports_run_one_way(file):
+    room = file.relative_to(PACKAGE).parts[0].removesuffix(".py")
+    if room == "__init__":
+        return
+    names = imports(file)
+    for name in names:
+        first, _, rest = name.partition(".")
+        other = rest.split(".")[0]
+        if first == "diffusion_cli" and other in LEVEL and other != room:
+            assert LEVEL[other] <= LEVEL[room], f"{room} imports {other}"
+        if first in ("hydra", "omegaconf"):
+            assert room in ("cli", "config"), name
+        if first == "lightning":
+            assert room == "training" or file.name == "train.py", name
+        if first in ("torch", "numpy", "lightning"):
+            assert room not in ("cli", "config"), name
+    if room in MATHEMATICS:
+        ours = {name.split(".")[1] for name in names if name.startswith("diffusion_cli.")}
+        assert ours <= {*MATHEMATICS, "seeding"}

@@ -119,5 +119,5 @@ def digest(state: Mapping[str, Tensor]) -> str:
     sha = hashlib.sha256()
     for key, value in sorted(state.items()):
         sha.update(f"{key} {value.dtype} {tuple(value.shape)}".encode())
-        sha.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+        sha.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return sha.hexdigest()

@@ -175,7 +175,7 @@ def run_job(command: str, overrides: Sequence[str], dirs: Sequence[Path]) -> int
         return USER_ERROR
 
 
-# --- Help -------------------------------------------------------------------------------------------------------
+# --- Help ------------------------------------------------------------
 
 
 def overview() -> str:
@@ -233,7 +233,7 @@ def _keys(file: Path, prefix: str) -> list[str]:
     ]
 
 
-# --- Shell completion ---------------------------------------------------------------------------------------------
+# --- Shell completion --------------------------------------------------
 
 SCRIPTS = {
     # "=" breaks words in bash: the line is split anew, and the part before it taken off the answers.
@@ -250,7 +250,8 @@ complete -o nospace -F _diffuse diffuse""",
     "zsh": """#compdef diffuse
 _diffuse() { compadd -S '' -- ${(f)"$(diffuse __complete ${words[2,CURRENT]} 2>/dev/null)"} }
 compdef _diffuse diffuse""",
-    "fish": """complete -c diffuse -f -a '(diffuse __complete (commandline -opc)[2..] (commandline -ct) 2>/dev/null)'""",
+    "fish": """complete -c diffuse -f -a \\
+  '(diffuse __complete (commandline -opc)[2..] (commandline -ct) 2>/dev/null)'""",
 }
 
 

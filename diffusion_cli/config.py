@@ -142,11 +142,28 @@ COMMANDS: dict[str, type[TrainConfig] | type[SampleConfig] | type[EvalConfig]] =
 
 # Keys that say how far, how fast and where, but not what: a run may go on with other values of them.
 NOT_IDENTITY = frozenset(
-    ["name", "max_steps", "max_epochs", "max_time", "checkpoint_every", "keep_last", "log_every", "validate_every", "preview_every", "preview_steps", "compile", "data_dir", "output_dir", "sampler", "trainer", "logger"]
+    [
+        "name",
+        "max_steps",
+        "max_epochs",
+        "max_time",
+        "checkpoint_every",
+        "keep_last",
+        "log_every",
+        "validate_every",
+        "preview_every",
+        "preview_steps",
+        "compile",
+        "data_dir",
+        "output_dir",
+        "sampler",
+        "trainer",
+        "logger",
+    ]
 )
 
 
-# --- The catalogue: what groups, options and keys there are ------------------------------------------------
+# --- The catalogue: what groups, options and keys there are --------------------------------------------------
 
 
 @cache
@@ -196,7 +213,7 @@ def did_you_mean(word: str, words: Sequence[str]) -> str:
     return f"; did you mean {near[0]}?" if near else f"; there are: {', '.join(words)}"
 
 
-# --- The check of a node against the class it names ---------------------------------------------------------
+# --- The check of a node against the class it names --------------------------------------------------
 
 # What annotations of configurable arguments may be made of.
 VOCABULARY = {
@@ -260,8 +277,8 @@ def check_node(key: str, node: Mapping[str, Any]) -> list[str]:
     types = signature(target) if isinstance(target, str) else None
     if types is None:
         return [f"{key}._target_={target}: is not a class of {PACKAGE}; only its own classes are built"]
-    model: Any = create_model(key, __config__=STRICT, **{name: (kind, ...) for name, kind in types.items()})
-    return _validate(model, arguments, key)[1]
+    fields: dict[str, Any] = {name: (kind, ...) for name, kind in types.items()}
+    return _validate(create_model(key, __config__=STRICT, **fields), arguments, key)[1]
 
 
 def _validate(model: type[BaseModel], values: Mapping[str, Any], prefix: str = "") -> tuple[Any, list[str]]:
@@ -318,22 +335,19 @@ def _remedy(detail: Any, model: type[BaseModel]) -> str:
     return message.replace("Input should be", "should be")
 
 
-# --- Composition ----------------------------------------------------------------------------------------------
+# --- Composition --------------------------------------------------
 
 
 def load(command: str, overrides: Sequence[str], dirs: Sequence[Path] = ()) -> Config:
     """Compose and check the configuration of a command; raises Mistakes with all of them at once."""
     good, mistakes = _check_overrides(command, overrides, dirs)
-    config = None
     try:
         composed, choices = compose(command, good, dirs)
     except Exception as error:  # Hydra and OmegaConf have no common base class
-        mistakes.append(_first_line(error))
-    else:
-        config, wrong = _check(command, composed)
-        mistakes += wrong
-    if mistakes or config is None:
-        raise Mistakes(*dict.fromkeys(mistakes))
+        raise Mistakes(*mistakes, _first_line(error)) from error
+    config, wrong = _check(command, composed)
+    if mistakes or wrong or config is None:
+        raise Mistakes(*dict.fromkeys([*mistakes, *wrong]))
     if isinstance(config, TrainConfig) and config.name is None:
         config = config.model_copy(update={"name": _run_name(config, choices, dirs)})
     return config
@@ -352,7 +366,9 @@ def expand(overrides: Sequence[str]) -> list[list[str]]:
     ]
     first = [values[0] for values in choices]
     variants = [
-        first[:i] + [value] + first[i + 1 :] for i, values in enumerate(choices) for value in values[1:]
+        [*first[:place], value, *first[place + 1 :]]
+        for place, values in enumerate(choices)
+        for value in values[1:]
     ]
     return [first, *variants]
 
@@ -397,7 +413,8 @@ def _check_overrides(
             continue
         key = item.key_or_group
         if key in groups:
-            names = item.value() if isinstance(item.value(), list) else [item.value()]
+            value = item.value()
+            names = value if isinstance(value, list) else [value]
             known = options(key, dirs)
             wrong = [str(name) for name in names if name is not None and str(name) not in known]
             mistakes += [f"{key}={name}: unknown option{did_you_mean(name, list(known))}" for name in wrong]
@@ -444,7 +461,7 @@ def _first_line(error: Exception) -> str:
     return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
 
 
-# --- Runs -------------------------------------------------------------------------------------------------------
+# --- Runs ------------------------------------------------------------
 
 
 def identity(config: Mapping[str, Any]) -> dict[str, Any]:

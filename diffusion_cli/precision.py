@@ -1,7 +1,7 @@
 """Which number format and which device to compute in."""
 
 import contextlib
-from typing import ContextManager
+from contextlib import AbstractContextManager
 
 import torch
 
@@ -31,7 +31,7 @@ def has_fast_bf16(device: torch.device) -> bool:
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
-def autocast(device: torch.device, precision: str) -> ContextManager:
+def autocast(device: torch.device, precision: str) -> AbstractContextManager[object]:
     """The context in which a network computes in the given precision; weights and images stay float32."""
     if resolve(precision, device) == "fp32":
         return contextlib.nullcontext()

@@ -110,11 +110,12 @@ def test_sweeps_are_checked_value_by_value():
     ]
 
 
-# --- The plan of the house ------------------------------------------------------------------------------------------
+# --- The plan of the house --------------------
 
 PACKAGE = Path(config.__file__).parent
 ORDER = [
-    "precision seeding schedules", "config", "parameterizations data", "denoiser networks", "objective samplers checkpoint",
+    "precision seeding schedules", "config", "parameterizations data", "denoiser networks",
+    "objective samplers checkpoint",
     "metrics generate report", "training", "commands", "cli",
 ]  # fmt: skip
 LEVEL = {name: level for level, names in enumerate(ORDER) for name in names.split()}

@@ -1,5 +1,7 @@
 """Samplers on a problem that is known in closed form: against independent code, and against exact laws."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 
@@ -136,7 +138,7 @@ def test_ddim_converges_at_first_order(reference, schedules, exact):
     ends = {n: run(sampler, exact(schedule), noise, sampler.grid(n))[-1] for n in (25, 50, 100, 200)}
     # Richardson: for a method of order p, successive differences shrink by 2^p.
     gaps = [(ends[n] - ends[2 * n]).abs().max() for n in (25, 50, 100)]
-    orders = [torch.log2(coarse / fine).item() for coarse, fine in zip(gaps, gaps[1:], strict=False)]
+    orders = [torch.log2(coarse / fine).item() for coarse, fine in pairwise(gaps)]
     assert all(abs(order - sampler.order) < 0.25 for order in orders), orders
 
 

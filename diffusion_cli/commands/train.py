@@ -23,7 +23,6 @@ from diffusion_cli.training.callbacks import Checkpoints, HeldOutLoss, Preview, 
 from diffusion_cli.training.ema import EMA
 from diffusion_cli.training.module import DiffusionModule
 
-LIGHTNING_PRECISION = {"fp32": "32-true", "bf16": "bf16-mixed"}
 
 
 def run(config: TrainConfig) -> int:
@@ -81,7 +80,7 @@ def run(config: TrainConfig) -> int:
         max_steps=max_steps or -1,
         max_epochs=-1,
         accumulate_grad_batches=config.accumulate,
-        precision=LIGHTNING_PRECISION[precision],
+        precision="bf16-mixed" if precision == "bf16" else "32-true",
         logger=[build(node).logger(folder, done) for node in config.logger.values()],
         callbacks=callbacks,
         plugins=[WholeFileIO()],

@@ -18,7 +18,6 @@ class DDPM(Sampler):
     """
 
     order = 1
-    stochastic = True
 
     def __init__(
         self,
@@ -30,6 +29,10 @@ class DDPM(Sampler):
         super().__init__(schedule)
         self.variance = variance
         self.spacing = spacing
+
+    @property
+    def stochastic(self) -> bool:
+        return True
 
     def step(
         self, denoise: Denoise, x: Tensor, t: Tensor, s: Tensor, noise: Tensor | None, state: Any

@@ -47,7 +47,9 @@ class EveryStep(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._seen = trainer.global_step
 
-    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
         step = trainer.global_step
         if step > self._seen:
             self._seen = step
@@ -92,9 +94,11 @@ class Progress(EveryStep):
         )
         self._mark = (trainer.global_step, time.perf_counter())
 
-    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
         self.bar.update(trainer.global_step - self.bar.n)
-        super().on_train_batch_end(trainer, pl_module)
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
 
     def act(self, trainer: Trainer, module: DiffusionModule, step: int) -> None:
         stop_if_diverged(module, self.run / LAST)
@@ -147,13 +151,15 @@ class Checkpoints(EveryStep):
 class Stop(Callback):
     """End the run at its time budget, or at the next step after Ctrl-C or SIGTERM, with everything saved."""
 
-    state_key = "Stop"
-
     def __init__(self, max_seconds: float | None) -> None:
         self.max_seconds = max_seconds
         self.elapsed = 0.0
         self.signal: int | None = None
         self._handlers: dict[int, Any] = {}
+
+    @property
+    def state_key(self) -> str:
+        return "Stop"
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._mark = time.monotonic()
@@ -165,7 +171,9 @@ class Stop(Callback):
             raise KeyboardInterrupt
         self.signal = number
 
-    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
         now = time.monotonic()
         self.elapsed, self._mark = self.elapsed + now - self._mark, now
         spent = self.max_seconds is not None and self.elapsed >= self.max_seconds

@@ -17,12 +17,15 @@ class EMA(Callback):
     Song et al. 2021b, so that the first weights are soon forgotten.
     """
 
-    state_key = "EMA"
-
     def __init__(self, network: nn.Module, decay: float, warm_up: bool) -> None:
         self.network = copy.deepcopy(network).requires_grad_(False).eval()
         self.decay, self.warm_up = decay, warm_up
         self.updates = 0
+
+    @property
+    def state_key(self) -> str:
+        """The name under which a checkpoint holds it."""
+        return "EMA"
 
     def decay_at(self, update: int) -> float:
         """The decay at update n = 1, 2, ..."""
@@ -45,7 +48,9 @@ class EMA(Callback):
         """Follow the module to its device."""
         self.network.to(pl_module.device)
 
-    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
         """Update once an optimizer step, however many parts the batch has."""
         if trainer.global_step > self.updates:
             assert isinstance(pl_module.denoiser, Denoiser)

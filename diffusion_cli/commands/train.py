@@ -24,7 +24,6 @@ from diffusion_cli.training.ema import EMA
 from diffusion_cli.training.module import DiffusionModule
 
 
-
 def run(config: TrainConfig) -> int:
     """Train, or take a run up again; the exit code is that of a signal if one stopped it."""
     assert config.name is not None

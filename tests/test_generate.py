@@ -1,0 +1,173 @@
+"""From seeds to images: each image is its own, and nothing of the user's is overwritten."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from diffusion_cli.checkpoint import Model
+from diffusion_cli.cli import run
+from diffusion_cli.denoiser import Denoiser
+from diffusion_cli.generate import SeededNoise, generate, to_bytes
+from diffusion_cli.networks import UNet
+from diffusion_cli.parameterizations import Eps
+from diffusion_cli.report import grid
+from diffusion_cli.samplers import DDIM, DDPM
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A run of a few steps."""
+    root = tmp_path_factory.mktemp("outputs")
+    words = ["model.channels=8", "model.norm_groups=4", "model.num_heads=1", "batch_size=64", "max_steps=20"]
+    assert run(["train", *words, "logger=csv", "name=small", f"output_dir={root}", "trainer=cpu"]) == 0
+    return root
+
+
+@pytest.fixture(scope="module")
+def model(schedules):
+    """An untrained network with random weights everywhere, so that inputs matter."""
+    torch.manual_seed(0)
+    network = UNet(
+        1, 8, 3, channels=8, channel_mult=[1, 2], num_res_blocks=1, attention_resolutions=[4], num_heads=1,
+        head_channels=None, norm_groups=4, time_embedding="scale_shift", embedding_layout="cos_sin", resample="conv",
+        dropout=0.5, class_conditional=True, learn_variance=False, gradient_checkpointing=False,
+    )  # fmt: skip
+    for parameter in network.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    denoiser = Denoiser(network, schedules["cosine"], Eps()).eval()
+    return Model(denoiser, (1, 8, 8), 3, {}, 0, "")
+
+
+@pytest.mark.parametrize("kind", ["ddim", "ddpm"])
+def test_an_image_does_not_depend_on_its_batch(model, kind):
+    schedule = model.denoiser.schedule
+    sampler = (
+        DDIM(schedule, eta=0.0, spacing="trailing")
+        if kind == "ddim"
+        else DDPM(schedule, variance="large", spacing="trailing")
+    )
+
+    def images(seeds, batch_size):
+        batches = generate(model, sampler, 6, seeds, batch_size, clip=True, precision="fp32")
+        return {seed: image for part, out, _ in batches for seed, image in zip(part, out, strict=True)}
+
+    together, alone, others = images(range(10), 10), images(range(10), 1), images([7, 3, 100], 2)
+    for seed in range(10):
+        assert (together[seed].int() - alone[seed].int()).abs().max() <= 1
+    for seed in (3, 7):
+        assert (together[seed].int() - others[seed].int()).abs().max() <= 1
+    assert not torch.equal(together[0], together[3])
+
+
+def test_labels_go_round_and_matter(model):
+    sampler = DDIM(model.denoiser.schedule, eta=0.0, spacing="trailing")
+    parts = list(generate(model, sampler, 3, range(5), 3, clip=True, precision="fp32"))
+    assert [label for _, _, labels in parts for label in labels.tolist()] == [0, 1, 2, 0, 1]
+    x, t = torch.randn(1, 1, 8, 8), torch.tensor(0.5, dtype=torch.float64)
+    one, other = (model.denoiser(x, t, torch.tensor([label])).eps for label in (0, 1))
+    assert not torch.allclose(one, other)
+
+
+def test_noise_is_one_stream_a_seed():
+    together, alone = SeededNoise([3, 4], (1, 4, 4), CPU), SeededNoise([4], (1, 4, 4), CPU)
+    for _ in range(3):
+        assert torch.equal(together.draw()[1], alone.draw()[0])
+
+
+def test_bytes_are_the_nearest_levels():
+    levels = torch.arange(256.0)
+    assert torch.equal(to_bytes(levels / 127.5 - 1), levels.byte())
+    assert to_bytes(torch.tensor([-3.0, 3.0])).tolist() == [0, 255]
+    assert to_bytes((levels[:-1] + 0.49) / 127.5 - 1).tolist() == list(range(255))
+
+
+def test_grid_shows_each_image_in_its_place():
+    images = torch.arange(6, dtype=torch.uint8).view(6, 1, 1, 1).expand(6, 1, 40, 40) * 10
+    picture = grid(images, columns=3)
+    assert picture.shape == (1, 84, 126)
+    assert picture[0, 21::42, 21::42].tolist() == [[0, 10, 20], [30, 40, 50]]
+
+
+def sample(folder, *words):
+    return run(["sample", f"output_dir={folder}", "steps=4", "num_samples=6", "device=cpu", *words])
+
+
+def pngs(output):
+    return {file.name: file.read_bytes() for file in output.glob("0*.png")}
+
+
+def test_samples_are_files_named_by_seed_with_a_manifest(folder, tmp_path):
+    assert sample(folder, f"output={tmp_path}/out", "seed=5", "run=small") == 0
+    assert sorted(pngs(tmp_path / "out")) == [f"{seed:06d}.png" for seed in range(5, 11)]
+    manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
+    assert manifest["seeds"] == list(range(5, 11))
+    assert manifest["settings"]["steps"] == 4
+    assert len(manifest["settings"]["weights_sha256"]) == 64
+    assert manifest["step"] == 20
+    pixels = np.array(Image.open(tmp_path / "out" / "000005.png"))
+    assert pixels.shape == (8, 8)
+    assert pixels.dtype == np.uint8
+
+
+def test_a_stopped_run_is_completed_and_equals_a_whole_one(folder, tmp_path, capsys):
+    sample(folder, f"output={tmp_path}/whole")
+    sample(folder, f"output={tmp_path}/parts", "num_samples=3", "batch_size=2")
+    kept = tmp_path / "parts" / "000001.png"
+    before = kept.stat().st_mtime_ns
+    (tmp_path / "parts" / "000000.png").unlink()
+    sample(folder, f"output={tmp_path}/parts")
+    assert "has 2 of 6 images" in capsys.readouterr().err
+    assert kept.stat().st_mtime_ns == before
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    assert pngs(whole).keys() == pngs(parts).keys()
+    for name in pngs(whole):
+        one, other = (np.array(Image.open(place / name)).astype(int) for place in (whole, parts))
+        assert abs(one - other).max() <= 1
+
+
+def test_other_settings_in_the_folder_are_refused(folder, tmp_path, capsys):
+    sample(folder, f"output={tmp_path}")
+    before = pngs(tmp_path)
+    assert sample(folder, f"output={tmp_path}", "steps=3", "sampler.eta=1") == 2
+    err = capsys.readouterr().err
+    assert "diffuse: steps=3: the images in" in err
+    assert "sampler.eta=1" in err
+    assert "choose another folder" in err
+    assert pngs(tmp_path) == before
+
+
+def test_a_folder_of_someone_else_is_left_alone(folder, tmp_path, capsys):
+    (tmp_path / "000000.png").write_text("mine")
+    assert sample(folder, f"output={tmp_path}") == 2
+    assert "is not empty and has no manifest.json" in capsys.readouterr().err
+    assert (tmp_path / "000000.png").read_text() == "mine"
+
+
+def test_the_newest_run_is_taken_and_others_are_found_by_name_or_path(folder, capsys):
+    assert sample(folder, "steps=2") == 0
+    assert str(folder / "small") in capsys.readouterr().out
+    assert sample(folder, "steps=2", f"run={folder / 'small'}") == 0
+    assert sample(folder, "run=smal") == 2
+    assert "the newest runs in" in capsys.readouterr().err
+
+
+def test_evaluation_writes_numbers_with_their_protocol(folder, capsys, tmp_path):
+    words = [f"output_dir={folder}", "steps=2", "num_samples=80", "metric=[fid,is]", f"cache_dir={tmp_path}"]
+    few = ["features=classifier", "features.steps=20"]
+    assert run(["eval", *words, *few]) == 0
+    table = capsys.readouterr().out
+    (entry,) = json.loads((folder / "small" / "metrics.json").read_text())
+    results = {result["name"]: result for result in entry["results"]}
+    assert set(results) == {"frechet_classifier", "is_classifier"}
+    assert all(name in table for name in results)
+    protocol = results["frechet_classifier"]["protocol"]
+    assert protocol["samples"] == 80
+    assert protocol["sampling"]["steps"] == 2
+    assert protocol["sampling"]["seeds"] == [0, 79]
+    assert run(["eval", *words, *few, "num_samples=30"]) == 2
+    assert "raise num_samples, or set force=true" in capsys.readouterr().err

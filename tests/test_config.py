@@ -112,7 +112,7 @@ def test_sweeps_are_checked_value_by_value():
 
 # --- The plan of the house --------------------
 
-PACKAGE = Path(config.__file__).parent
+PACKAGE = config.HERE
 ORDER = [
     "precision seeding schedules", "config", "parameterizations data", "denoiser networks",
     "objective samplers checkpoint",

@@ -1,0 +1,155 @@
+"""Values against types: those of a command's schema, and those of the class that a node names.
+
+What an argument may be is said once, by the annotation of the class; it is read from the source, so that a
+mistake costs no import.
+"""
+
+import ast
+import difflib
+import importlib
+import re
+from collections.abc import Mapping
+from functools import cache
+from typing import Annotated, Any, Literal
+
+from pydantic import (
+    BaseModel,
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    ValidationError,
+    create_model,
+)
+
+from diffusion_cli.config.catalogue import HERE, PACKAGE, did_you_mean
+from diffusion_cli.config.schema import STRICT
+
+# What annotations of configurable arguments may be made of.
+VOCABULARY = {
+    "int": int, "float": float, "bool": bool, "str": str, "list": list, "dict": dict,
+    "Literal": Literal, "Annotated": Annotated, "Field": Field,
+    "PositiveInt": PositiveInt, "NonNegativeInt": NonNegativeInt,
+    "PositiveFloat": PositiveFloat, "NonNegativeFloat": NonNegativeFloat,
+}  # fmt: skip
+
+
+@cache
+def _definitions(module: str) -> dict[str, ast.AST]:
+    """The top-level names of a module of this package, each with the node that makes it; not imported."""
+    path = HERE.joinpath(*module.split(".")[1:])
+    file = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
+    if not file.is_file():
+        return {}
+    found: dict[str, ast.AST] = {}
+    for node in ast.parse(file.read_text()).body:
+        if isinstance(node, ast.ClassDef | ast.FunctionDef):
+            found[node.name] = node
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith(f"{PACKAGE}."):
+            found |= {alias.asname or alias.name: node for alias in node.names}
+    return found
+
+
+def _find(module: str, name: str) -> tuple[str, ast.ClassDef | ast.FunctionDef] | None:
+    """Where a name is defined, following imports within the package."""
+    node = _definitions(module).get(name)
+    if isinstance(node, ast.ImportFrom):
+        return _find(node.module or "", name)
+    return (module, node) if isinstance(node, ast.ClassDef | ast.FunctionDef) else None
+
+
+def signature(target: str) -> dict[str, Any] | None:
+    """The configurable (keyword-only) arguments of a class of this package by name, with their types.
+
+    None if there is no such class. The source is read, nothing is imported.
+    """
+    found = _find(*target.rpartition(".")[::2]) if target.startswith(f"{PACKAGE}.") else None
+    if found is None:
+        return None
+    module, node = found
+    if isinstance(node, ast.ClassDef):
+        inits = [item for item in node.body if isinstance(item, ast.FunctionDef) and item.name == "__init__"]
+        if not inits:
+            bases = (signature(f"{module}.{base.id}") for base in node.bases if isinstance(base, ast.Name))
+            return next((arguments for arguments in bases if arguments is not None), {})
+        node = inits[0]
+    return {
+        argument.arg: eval(compile(ast.Expression(argument.annotation), target, "eval"), {}, VOCABULARY)
+        for argument in node.args.kwonlyargs
+        if argument.annotation is not None
+    }
+
+
+def check_node(key: str, node: Mapping[str, Any]) -> list[str]:
+    """What is wrong with a node `{_target_: class, argument: value, ...}`, one line each."""
+    arguments = {str(name): value for name, value in node.items() if name != "_target_"}
+    target = node.get("_target_")
+    types = signature(target) if isinstance(target, str) else None
+    if types is None:
+        return [f"{key}._target_={target}: is not a class of {PACKAGE}; only its own classes are built"]
+    fields: dict[str, Any] = {name: (kind, ...) for name, kind in types.items()}
+    return validate(create_model(key, __config__=STRICT, **fields), arguments, key)[1]
+
+
+def validate(model: type[BaseModel], values: Mapping[str, Any], prefix: str = "") -> tuple[Any, list[str]]:
+    """The model made of values, or None and what is wrong with them, one line a key."""
+    try:
+        return model.model_validate(dict(values)), []
+    except ValidationError as error:
+        lines: dict[str, list[str]] = {}
+        for detail in error.errors(include_url=False):
+            path, value = _path(values, detail["loc"], prefix)
+            lines.setdefault(f"{path}={shown(value)}" if path else "", []).append(_remedy(detail, model))
+        return None, [
+            f"{where}: {' or '.join(dict.fromkeys(what))}".lstrip(": ") for where, what in lines.items()
+        ]
+
+
+def _path(values: Any, location: tuple[int | str, ...], prefix: str) -> tuple[str, Any]:
+    """The dotted key that an error is about, and its value; a union's member names are left out."""
+    keys = [prefix] if prefix else []
+    for part in location:
+        if isinstance(values, Mapping) and part not in values and len(keys) > bool(prefix):
+            break
+        if not isinstance(values, Mapping | list):
+            break
+        keys.append(str(part))
+        values = (
+            values.get(part)
+            if isinstance(values, Mapping)
+            else values[part]
+            if isinstance(part, int)
+            else None
+        )
+    return ".".join(keys), values
+
+
+def shown(value: Any) -> str:
+    """A value as one writes it on the command line."""
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _remedy(detail: Any, model: type[BaseModel]) -> str:
+    kind, message, value = detail["type"], detail["msg"], detail["input"]
+    if kind == "extra_forbidden":
+        return f"unknown key{did_you_mean(str(detail['loc'][-1]), list(model.model_fields))}"
+    if kind == "missing":
+        return "missing; give it a value"
+    if kind == "literal_error":
+        expected = re.findall(r"'([^']*)'", detail["ctx"]["expected"])
+        near = difflib.get_close_matches(str(value), expected, n=1)
+        return f"should be {' or '.join(expected)}" + (f"; did you mean {near[0]}?" if near else "")
+    if kind == "string_pattern_mismatch":
+        return "should be a duration such as 90s, 45m, 2h30m or 1d"
+    if kind == "value_error":
+        return str(detail["ctx"]["error"])
+    return message.replace("Input should be", "should be")
+
+
+def build(node: Mapping[str, Any], *supplied: Any) -> Any:
+    """Make what a checked node names: `target(*supplied, **arguments)`."""
+    module, _, name = node["_target_"].rpartition(".")
+    assert module.split(".")[0] == PACKAGE, node
+    target = getattr(importlib.import_module(module), name)
+    return target(*supplied, **{str(key): value for key, value in node.items() if key != "_target_"})

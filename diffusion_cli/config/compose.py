@@ -1,0 +1,144 @@
+"""From the words of a command line to a checked configuration."""
+
+import difflib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from diffusion_cli.config.catalogue import CONF, defaults, did_you_mean, options
+from diffusion_cli.config.check import check_node, validate
+from diffusion_cli.config.runs import flatten, run_name
+from diffusion_cli.config.schema import COMMANDS, Config, Node, TrainConfig
+
+
+class Mistakes(Exception):
+    """Everything that is wrong with what the user asked for, one line each."""
+
+    def __init__(self, *lines: str) -> None:
+        super().__init__("\n".join(lines))
+        self.lines = lines
+
+
+def load(command: str, overrides: Sequence[str], dirs: Sequence[Path] = ()) -> Config:
+    """Compose and check the configuration of a command; raises Mistakes with all of them at once."""
+    choosing, setting, mistakes = _sort(command, overrides, dirs)
+    try:
+        implied, choices = compose(command, choosing, dirs)
+        known, unknown = _known(command, setting, implied)
+        composed = compose(command, [*choosing, *known], dirs)[0] if known else implied
+    except Exception as error:  # Hydra and OmegaConf have no common base class
+        raise Mistakes(*mistakes, _first_line(error)) from error
+    config, wrong = _check(command, composed)
+    mistakes += [*unknown, *wrong]
+    if mistakes or config is None:
+        raise Mistakes(*dict.fromkeys(mistakes))
+    if isinstance(config, TrainConfig) and config.name is None:
+        config = config.model_copy(update={"name": run_name(composed, implied, choices, dirs)})
+    return config
+
+
+def expand(overrides: Sequence[str]) -> list[list[str]]:
+    """The overrides of a sweep with each of its values tried once: enough to check every one of them."""
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+
+    parsed = OverridesParser.create().parse_overrides(list(overrides))
+    choices = [
+        [f"{item.get_key_element()}={value}" for value in item.sweep_string_iterator()]
+        if item.is_sweep_override()
+        else [item.input_line or ""]
+        for item in parsed
+    ]
+    first = [values[0] for values in choices]
+    variants = [
+        [*first[:place], value, *first[place + 1 :]]
+        for place, values in enumerate(choices)
+        for value in values[1:]
+    ]
+    return [first, *variants]
+
+
+def compose(command: str, overrides: Sequence[str], dirs: Sequence[Path] = ()) -> tuple[Node, Node]:
+    """Hydra's composition of a command's configuration, and the option chosen for each group, as plain data."""
+    import hydra
+    from omegaconf import OmegaConf, flag_override
+
+    searchpath = (
+        [f"hydra.searchpath=[{','.join(f'file://{folder.resolve()}' for folder in dirs)}]"] if dirs else []
+    )
+    with hydra.initialize_config_dir(str(CONF), job_name="diffuse", version_base="1.3"):
+        composed = hydra.compose(command, overrides=[*overrides, *searchpath], return_hydra_config=True)
+    choices = OmegaConf.to_container(composed.hydra.runtime.choices)
+    with flag_override(composed, ["struct", "readonly"], False):
+        del composed["hydra"]
+    plain = OmegaConf.to_container(composed, resolve=True)
+    assert isinstance(plain, dict)
+    assert isinstance(choices, dict)
+    return (
+        {str(key): value for key, value in plain.items()},
+        {str(group): option for group, option in choices.items() if group in defaults(command)},
+    )
+
+
+def _sort(
+    command: str, overrides: Sequence[str], dirs: Sequence[Path]
+) -> tuple[list[str], dict[str, str], list[str]]:
+    """Overrides that choose an option, those that set a key (text by key), and what is wrong with the others."""
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+
+    groups = defaults(command)
+    choosing: list[str] = []
+    setting: dict[str, str] = {}
+    mistakes: list[str] = []
+    for text in overrides:
+        try:
+            item = OverridesParser.create().parse_override(text)
+        except Exception as error:  # antlr's and Hydra's own classes
+            mistakes.append(f"{text}: is not of the form key=value ({_first_line(error)})")
+            continue
+        key = item.key_or_group
+        if item.is_force_add() or item.is_add() or item.is_delete():
+            mistakes.append(f"{text}: keys are neither added nor removed; write key=value")
+        elif key in groups:
+            value = item.value()
+            names = value if isinstance(value, list) else [value]
+            known = options(key, dirs)
+            wrong = [str(name) for name in names if name is not None and str(name) not in known]
+            mistakes += [f"{key}={name}: unknown option{did_you_mean(name, list(known))}" for name in wrong]
+            choosing += [] if wrong else [text]
+        else:
+            setting[key] = text
+    return choosing, setting, mistakes
+
+
+def _known(command: str, setting: Mapping[str, str], implied: Node) -> tuple[list[str], list[str]]:
+    """The overrides whose key exists in the configuration that the chosen options make, and a line for the others."""
+    keys = [*flatten(implied), *defaults(command)]
+    known, unknown = [], []
+    for key, text in setting.items():
+        if key.startswith("hydra") or any(other == key or other.startswith(f"{key}.") for other in keys):
+            known.append(text)
+            continue
+        near = difflib.get_close_matches(key, keys, n=1, cutoff=0.6)
+        near = near or [other for other in keys if other.rpartition(".")[2] == key]
+        hint = f"did you mean {near[0]}?" if near else f"see diffuse {command} --help"
+        unknown.append(f"{text}: unknown key; {hint}")
+    return known, unknown
+
+
+def _check(command: str, composed: Node) -> tuple[Config | None, list[str]]:
+    config, mistakes = validate(COMMANDS[command], composed)
+    mistakes += [
+        f"{key}: missing; give it a value" for key, value in flatten(composed).items() if value == "???"
+    ]
+    for key in defaults(command):
+        node = composed.get(key)
+        if isinstance(node, dict):
+            nodes = (
+                {key: node} if "_target_" in node else {f"{key}.{name}": item for name, item in node.items()}
+            )
+            for path, item in nodes.items():
+                mistakes += check_node(path, item) if isinstance(item, dict) else []
+    return config, mistakes
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

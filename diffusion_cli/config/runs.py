@@ -1,0 +1,84 @@
+"""What a run is called, and what makes it the same run."""
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from diffusion_cli.config.catalogue import defaults, options
+from diffusion_cli.config.check import shown
+
+# Keys that say how far, how fast and where, but not what: a run may go on with other values of them.
+NOT_IDENTITY = frozenset(
+    [
+        "name",
+        "max_steps",
+        "max_epochs",
+        "max_time",
+        "checkpoint_every",
+        "keep_last",
+        "log_every",
+        "validate_every",
+        "preview_every",
+        "preview_steps",
+        "compile",
+        "data_dir",
+        "output_dir",
+        "sampler",
+        "trainer",
+        "logger",
+    ]
+)
+
+
+def identity(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The part of a training configuration that says what is trained, as flat dotted keys."""
+    return flatten({key: value for key, value in config.items() if key not in NOT_IDENTITY})
+
+
+def flatten(node: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested mappings as one mapping of dotted keys."""
+    flat: dict[str, Any] = {}
+    for key, value in node.items():
+        nested = isinstance(value, Mapping) and value
+        flat |= flatten(value, f"{prefix}{key}.") if nested else {f"{prefix}{key}": value}
+    return flat
+
+
+def fingerprint(node: Mapping[str, Any]) -> str:
+    """Eight hex digits that follow from a configuration's keys and values."""
+    return hashlib.sha256(json.dumps(node, sort_keys=True).encode()).hexdigest()[:8]
+
+
+def run_name(
+    config: Mapping[str, Any], implied: Mapping[str, Any], choices: Mapping[str, Any], dirs: Sequence[Path]
+) -> str:
+    """A folder name that follows from the configuration: its main choices, then all that they do not imply.
+
+    `implied` is the configuration that the `choices` alone, an option for each group, make.
+    """
+    dataset = str(choices["dataset"])
+    usual = {**defaults("train"), **_brought_by(options("dataset", dirs)[dataset])}
+    words = [dataset, str(choices["schedule"])]
+    words += [
+        str(option)
+        for group, option in choices.items()
+        if group not in NOT_IDENTITY | {"dataset", "schedule"} and option != usual[group]
+    ]
+    before, now = identity(implied), identity(config)
+    words += [f"{key}={shown(value)}" for key, value in sorted(now.items()) if before.get(key, ...) != value]
+    name = re.sub(r"[^\w.=+,-]+", "_", "-".join(words))
+    if len(name) > 120:
+        name = f"{name[:100]}-{hashlib.sha256(name.encode()).hexdigest()[:10]}"
+    return name
+
+
+def _brought_by(file: Path) -> dict[str, str]:
+    """The options that an option file chooses for other groups: its `override /group: option` lines."""
+    entries = (yaml.safe_load(file.read_text()) or {}).get("defaults", [])
+    pairs = (pair for entry in entries if isinstance(entry, dict) for pair in entry.items())
+    return {group.removeprefix("override /"): option for group, option in pairs}

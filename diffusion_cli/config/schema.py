@@ -1,0 +1,114 @@
+"""The keys of each command, with their types and ranges; the YAML files hold the values and the comments."""
+
+import re
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, model_validator
+
+STRICT = ConfigDict(strict=True, extra="forbid", frozen=True, regex_engine="python-re")
+Node = dict[str, Any]
+Duration = Annotated[str, Field(pattern=r"^(?=.)(\d+d)?(\d+h)?(\d+m)?(\d+s)?$")]
+Precision = Literal["auto", "fp32", "bf16"]
+Device = Literal["auto", "cpu", "cuda"]
+
+
+class EMAConfig(BaseModel):
+    """`ema.*`: the average of the weights that is validated, sampled and evaluated."""
+
+    model_config = STRICT
+    decay: Annotated[float, Field(ge=0, lt=1)]
+    warm_up: bool
+
+
+class TrainConfig(BaseModel):
+    """The keys of `conf/train.yaml`."""
+
+    model_config = STRICT
+    seed: NonNegativeInt
+    name: str | None
+    batch_size: PositiveInt
+    accumulate: PositiveInt
+    precision: Precision
+    compile: Literal["auto"] | bool
+    max_steps: PositiveInt | None
+    max_epochs: PositiveInt | None
+    max_time: Duration | None
+    checkpoint_every: PositiveInt
+    keep_last: PositiveInt
+    log_every: PositiveInt
+    validate_every: PositiveInt
+    preview_every: PositiveInt
+    preview_steps: PositiveInt
+    data_dir: str
+    output_dir: str
+    ema: EMAConfig
+    dataset: Node
+    schedule: Node
+    parameterization: Node
+    model: Node
+    objective: Node
+    sampler: Node
+    optimizer: Node
+    trainer: Node
+    logger: dict[str, Node]
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.max_steps is self.max_epochs is self.max_time is None:
+            raise ValueError("max_steps: no budget; set max_steps, max_epochs or max_time")
+        if self.batch_size % self.accumulate:
+            raise ValueError(
+                f"accumulate={self.accumulate}: does not divide batch_size={self.batch_size}; take a divisor"
+            )
+        return self
+
+
+class _Generation(BaseModel):
+    """What sampling and evaluation share."""
+
+    model_config = STRICT
+    run: str | None
+    steps: PositiveInt
+    num_samples: PositiveInt
+    batch_size: PositiveInt
+    seed: NonNegativeInt
+    weights: Literal["ema", "raw"]
+    clip_x0: bool
+    precision: Precision
+    device: Device
+    output_dir: str
+    sampler: Node
+
+
+class SampleConfig(_Generation):
+    """The keys of `conf/sample.yaml`."""
+
+    output: str | None
+
+
+class EvalConfig(_Generation):
+    """The keys of `conf/eval.yaml`."""
+
+    force: bool
+    data_dir: str
+    cache_dir: str | None
+    metric: dict[str, Node]
+    features: Node
+
+
+Config = TrainConfig | SampleConfig | EvalConfig
+COMMANDS: dict[str, type[TrainConfig] | type[SampleConfig] | type[EvalConfig]] = {
+    "train": TrainConfig,
+    "sample": SampleConfig,
+    "eval": EvalConfig,
+}
+
+# Keys that say how far, how fast and where, but not what: a run may go on with other values of them.
+
+
+def seconds(duration: str | None) -> float | None:
+    """The seconds of a duration such as 2h30m, or None."""
+    if duration is None:
+        return None
+    units = {"d": 86400, "h": 3600, "m": 60, "s": 1}
+    return float(sum(int(number) * units[unit] for number, unit in re.findall(r"(\d+)([dhms])", duration)))

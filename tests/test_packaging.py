@@ -1,0 +1,68 @@
+"""The wheel: everything is in it, and it works from an empty folder."""
+
+import os
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from diffusion_cli import config
+
+ROOT = Path(__file__).parent.parent
+DIFFUSE = [sys.executable, "-c", "from diffusion_cli.cli import main; main()"]
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("wheel")
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        "-q",
+        "--no-deps",
+        "--no-build-isolation",
+        "-w",
+        str(folder),
+    ]
+    subprocess.run([*command, str(ROOT)], check=True)
+    (file,) = folder.glob("*.whl")
+    return file
+
+
+@pytest.mark.slow
+def test_the_wheel_holds_the_package_and_its_configuration(wheel):
+    names = set(zipfile.ZipFile(wheel).namelist())
+    for file in config.CONF.rglob("*.yaml"):
+        assert f"diffusion_cli/conf/{file.relative_to(config.CONF)}" in names
+    for file in config.HERE.rglob("*.py"):
+        assert f"diffusion_cli/{file.relative_to(config.HERE)}" in names
+    assert {name.split("/")[0].partition("-")[0] for name in names} == {"diffusion_cli", "diffuse_cli"}
+
+
+@pytest.mark.slow
+def test_the_wheel_trains_samples_and_evaluates_in_an_empty_folder(wheel, tmp_path):
+    site, work = tmp_path / "site", tmp_path / "work"
+    work.mkdir()
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(site)
+    env = os.environ | {"PYTHONPATH": str(site), "PYTHONSAFEPATH": "1", "OMP_NUM_THREADS": "1"}
+    for words in (
+        ["train", "max_steps=10", "log_every=5", "preview_steps=2", "preview_every=10"],
+        ["sample", "steps=2", "num_samples=4"],
+        ["eval", "steps=2", "num_samples=70", f"cache_dir={work}/cache", "features.steps=20"],
+    ):
+        done = subprocess.run([*DIFFUSE, *words], cwd=work, env=env, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+    where = subprocess.run(
+        [sys.executable, "-c", "import diffusion_cli; print(diffusion_cli.__file__)"],
+        cwd=work, env=env, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert Path(where.stdout.strip()).is_relative_to(site)
+    (run,) = (work / "outputs").iterdir()
+    assert {"checkpoints", "config.yaml", "metrics.csv", "previews", "samples", "metrics.json"} <= {
+        path.name for path in run.iterdir()
+    }

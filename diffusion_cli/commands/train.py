@@ -59,7 +59,7 @@ def run(config: TrainConfig) -> int:
     callbacks = [
         ema,
         Preview(config.preview_every, folder, ema, sampler, config.preview_steps, dataset.shape),
-        Progress(config.log_every, folder, config.batch_size, max_steps),
+        Progress(config.log_every, folder, config.batch_size, max_steps, stop),
         stop,
         Checkpoints(config.checkpoint_every, folder, config.keep_last),
     ]

@@ -70,7 +70,9 @@ def run_name(
         if group not in NOT_IDENTITY | {"dataset", "schedule"} and option != usual[group]
     ]
     before, now = identity(implied), identity(config)
-    words += [f"{key}={shown(value)}" for key, value in sorted(now.items()) if before.get(key, ...) != value]
+    changed = [(key, value) for key, value in sorted(now.items()) if before.get(key, ...) != value]
+    # Last parts of keys and paths only: the folder's config.yaml tells apart what this does not.
+    words += [f"{key.rpartition('.')[2]}={Path(shown(value)).name}" for key, value in changed]
     name = re.sub(r"[^\w.=+,-]+", "_", "-".join(words))
     if len(name) > 120:
         name = f"{name[:100]}-{hashlib.sha256(name.encode()).hexdigest()[:10]}"

@@ -77,9 +77,9 @@ def stop_if_diverged(module: DiffusionModule, last: Path) -> None:
 class Progress(EveryStep):
     """The progress bar, and the log of losses."""
 
-    def __init__(self, every: int, run: Path, batch_size: int, max_steps: int | None) -> None:
+    def __init__(self, every: int, run: Path, batch_size: int, max_steps: int | None, stop: "Stop") -> None:
         super().__init__(every)
-        self.run, self.batch_size, self.max_steps = run, batch_size, max_steps
+        self.run, self.batch_size, self.max_steps, self.stop = run, batch_size, max_steps, stop
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
@@ -109,7 +109,9 @@ class Progress(EveryStep):
         values |= {"lr": trainer.optimizers[0].param_groups[0]["lr"], "images_per_second": rate}
         for logger in trainer.loggers:
             logger.log_metrics(values, step=step)
-        self.bar.set_postfix_str(f"loss {values['loss']:.4f}, {rate:.0f} images/s", refresh=False)
+        left = self.stop.seconds_left()
+        limit = "" if left is None else f", {tqdm.format_interval(left)} of max_time left"
+        self.bar.set_postfix_str(f"loss {values['loss']:.4f}, {rate:.0f} images/s{limit}", refresh=False)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if hasattr(self, "bar"):
@@ -160,6 +162,10 @@ class Stop(Callback):
     @property
     def state_key(self) -> str:
         return "Stop"
+
+    def seconds_left(self) -> float | None:
+        """What is left of the time budget, or None without one."""
+        return None if self.max_seconds is None else max(0.0, self.max_seconds - self.elapsed)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._mark = time.monotonic()

@@ -309,6 +309,14 @@ def test_bfloat16_autocast_stays_close(time_embedding):
     assert (coarse_grad - grad).norm() < 0.05 * grad.norm()
 
 
+def test_bfloat16_weights_work_too():
+    network, (x, c_noise) = small(), inputs()
+    expected = network(x, c_noise)
+    out = network.bfloat16()(x.bfloat16(), c_noise)
+    assert out.dtype == torch.bfloat16
+    assert (out - expected).norm() < 0.05 * expected.norm()
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

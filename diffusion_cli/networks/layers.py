@@ -98,7 +98,7 @@ class Attention(nn.Module):
         if x.device.type == "cpu" and qkv.shape[3] < 256:
             qkv = qkv.to(torch.promote_types(qkv.dtype, torch.float32))
         with torch.autocast(x.device.type, enabled=False):
-            out = scaled_dot_product_attention(*qkv.unbind(2))
+            out = scaled_dot_product_attention(*qkv.unbind(2)).to(x.dtype)
         out = self.proj(out.transpose(1, 2).flatten(2))
         return x + out.transpose(1, 2).unflatten(2, x.shape[2:])
 

@@ -34,8 +34,6 @@ class Request:
 
 def main() -> None:
     """The `diffuse` entry point."""
-    # Threads that wait for each other by spinning lose ten times their speed to any other busy process.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     sys.exit(run(sys.argv[1:]))
 
 

@@ -3,6 +3,7 @@
 from typing import Literal
 
 import torch
+from pydantic import PositiveInt
 
 from diffusion_cli.precision import device_of
 
@@ -10,8 +11,10 @@ from diffusion_cli.precision import device_of
 class Device:
     """One device of this machine."""
 
-    def __init__(self, *, accelerator: Literal["auto", "cpu", "cuda"]) -> None:
+    def __init__(self, *, accelerator: Literal["auto", "cpu", "cuda"], threads: PositiveInt | None) -> None:
         self.torch_device: torch.device = device_of(accelerator)
+        if threads is not None:
+            torch.set_num_threads(threads)
 
     @property
     def trainer_arguments(self) -> dict[str, object]:

@@ -1,0 +1,288 @@
+"""Side-by-side timings, as a Markdown table: `python scripts/benchmark.py [startup loading loop sampling step]`.
+
+Each pair runs A B A B ... in one process; the table gives the median of each and the ratio of the medians, since
+absolute times mean little on a shared machine. `step` also needs diffusers.
+"""
+
+import argparse
+import importlib
+import importlib.metadata
+import platform
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from itertools import islice, pairwise
+from pathlib import Path
+from statistics import median
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from diffusion_cli import config
+from diffusion_cli.commands import sample as sample_command
+from diffusion_cli.commands import train as train_command
+from diffusion_cli.config import build
+from diffusion_cli.data import Batches
+from diffusion_cli.data.memory import MemoryImages
+from diffusion_cli.denoiser import Denoiser
+from diffusion_cli.objective import Simple
+from diffusion_cli.parameterizations import Eps
+from diffusion_cli.precision import autocast, device_of, resolve
+from diffusion_cli.samplers import DDIM
+from diffusion_cli.schedules import Linear
+from diffusion_cli.seeding import mix
+from diffusion_cli.training.ema import EMA
+from diffusion_cli.training.module import DiffusionModule
+
+Row = tuple[str, float, float, str]
+
+
+def alternate(ours: Callable[[], float], theirs: Callable[[], float], rounds: int) -> tuple[float, float]:
+    """Medians over A B A B ..., after one round that does not count."""
+    ours()
+    theirs()
+    pairs = [(ours(), theirs()) for _ in range(rounds)]
+    return median(a for a, _ in pairs), median(b for _, b in pairs)
+
+
+def timed(function: Callable[[], object], device: torch.device) -> Callable[[], float]:
+    """A function that returns how many seconds another takes."""
+
+    def run() -> float:
+        start = time.perf_counter()
+        function()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter() - start
+
+    return run
+
+
+def startup(rounds: int, device: torch.device) -> Iterator[Row]:
+    """`diffuse --help`, and a misspelt option, in a process of their own."""
+    code = "import sys; from diffusion_cli.cli import run; code = run(sys.argv[1:]); sys.exit('torch' in sys.modules)"
+    for words, limit in (["--help"], 0.4), (["train", "schedule=cosin"], 1.0):
+
+        def once(words: list[str] = words) -> None:
+            subprocess.run([sys.executable, "-c", code, *words], capture_output=True, check=True)
+
+        seconds = median(timed(once, device)() for _ in range(rounds))
+        yield f"`diffuse {' '.join(words)}`, s (limit, torch not imported)", seconds, limit, "at most 1"
+
+
+def loading(rounds: int, device: torch.device) -> Iterator[Row]:
+    """Images per second of in-memory batches, and of ImageFolder with a DataLoader of two workers."""
+    from torchvision import transforms
+    from torchvision.datasets import ImageFolder
+
+    count, size = 10_000, 128
+    pixels = torch.randint(256, (count, 3, 32, 32), dtype=torch.uint8)
+    ours = iter(Batches(MemoryImages(pixels, None), size, seed=0, flip=True, device=device))
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "class").mkdir()
+        for i, image in enumerate(pixels.permute(0, 2, 3, 1).numpy()):
+            Image.fromarray(np.ascontiguousarray(image)).save(f"{folder}/class/{i}.jpg", quality=95)
+        steps = [
+            transforms.RandomHorizontalFlip(),
+            transforms.ToTensor(),
+            transforms.Normalize([0.5] * 3, [0.5] * 3),
+        ]
+        files = ImageFolder(folder, transforms.Compose(steps))
+        loader = torch.utils.data.DataLoader(files, size, shuffle=True, num_workers=2, drop_last=True)
+        batches = count // size
+        a, b = alternate(
+            timed(lambda: [None for _ in islice(ours, 10 * batches)], device),
+            timed(lambda: [None for _ in loader], device),
+            rounds,
+        )
+    yield "loading 32x32, images/s", 10 * batches * size / a, batches * size / b, "at least 50"
+
+
+class Clock:
+    """When each training step of `diffuse train` starts."""
+
+    def __init__(self) -> None:
+        self.starts: list[float] = []
+        original = DiffusionModule.training_step
+
+        def stamped(module: DiffusionModule, batch: object, index: int) -> Tensor:
+            self.starts.append(time.perf_counter())
+            return original(module, batch, index)  # pyright: ignore[reportArgumentType]
+
+        DiffusionModule.training_step = stamped  # pyright: ignore[reportAttributeAccessIssue]
+
+    def period(self) -> float:
+        """The median time from one start to the next, and a new start."""
+        periods = [after - before for before, after in pairwise(self.starts[5:])]
+        self.starts.clear()
+        return median(periods)
+
+
+def loop(rounds: int, device: torch.device) -> Iterator[Row]:
+    """A step of `diffuse train` on the digits at batch 128, and the same step in a bare loop."""
+    clock, steps = Clock(), 40
+
+    def ours() -> float:
+        with tempfile.TemporaryDirectory() as folder:
+            words = [f"output_dir={folder}", f"max_steps={steps}", "batch_size=128", "precision=fp32"]
+            train_command.run(config.load("train", words))  # pyright: ignore[reportArgumentType]
+        return clock.period()
+
+    checked = config.load("train", ["batch_size=128"])
+    assert isinstance(checked, config.TrainConfig)
+    images = build(checked.dataset, "").load("train")
+    optimizer_config = build(checked.optimizer)
+
+    def bare() -> float:
+        network = build(checked.model, 1, 8, None).to(device)
+        denoiser, objective = Denoiser(network, build(checked.schedule), Eps()), Simple()
+        ema = EMA(network, 0.999, warm_up=True)
+        optimizer = optimizer_config.optimizer(network.parameters())
+        scheduler = optimizer_config.scheduler(optimizer)
+        starts = []
+        for batch in islice(Batches(images, 128, 0, flip=False, device=device), steps):
+            starts.append(time.perf_counter())
+            torch.manual_seed(mix(0, "step", batch.number))
+            u, eps = torch.rand(128, device=device), torch.randn_like(batch.images)
+            loss = objective(denoiser, batch.images, None, u, eps).value.mean()
+            optimizer.zero_grad()
+            loss.backward()
+            nn.utils.clip_grad_norm_(network.parameters(), 1.0)
+            optimizer.step()
+            scheduler.step()
+            ema.update(network)
+        return median(after - before for before, after in pairwise(starts[5:]))
+
+    a, b = alternate(ours, bare, rounds)
+    yield "training step, Lightning / bare loop, s", a, b, "at most 1.05"
+
+
+def sampling(rounds: int, device: torch.device) -> Iterator[Row]:
+    """`diffuse sample` of 16 images in 50 steps, PNGs and all, and its network calls alone."""
+    from diffusion_cli.checkpoint import Model
+    from diffusion_cli.generate import generate
+    from diffusion_cli.report import save_png
+
+    network = build(_option("model", "unet_cifar10"), 3, 32, None).to(device).eval().requires_grad_(False)
+    schedule = Linear(num_timesteps=1000, beta_start=1e-4, beta_end=0.02)
+    model = Model(Denoiser(network, schedule, Eps()), (3, 32, 32), None, {}, 0, "")
+    sampler, x, t = (
+        DDIM(schedule, eta=0.0, spacing="trailing"),
+        torch.randn(16, 3, 32, 32),
+        torch.full((16,), 500.0),
+    )
+    x, t = x.to(device), t.to(device)
+
+    def ours() -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            for seeds, images, _ in generate(model, sampler, 50, range(16), 16, clip=True, precision="fp32"):
+                for seed, image in zip(seeds, images, strict=True):
+                    save_png(image, sample_command.image_path(Path(folder), seed))
+
+    @torch.inference_mode()
+    def calls() -> None:
+        for _ in range(50):
+            network(x, t)
+
+    a, b = alternate(timed(ours, device), timed(calls, device), rounds)
+    yield "sampling 16 images, DDIM-50 / its network calls, s", a, b, "at most 1.03"
+
+
+def step(rounds: int, device: torch.device) -> Iterator[Row]:
+    """A training step of the DDPM network at batch 8, and diffusers' as its script runs it."""
+    try:
+        diffusers = importlib.import_module("diffusers")
+        ema_model = importlib.import_module("diffusers.training_utils").EMAModel
+    except ImportError:
+        sys.exit("step: compares with diffusers; install it with: pip install diffusers")
+
+    x0 = torch.randn(8, 3, 32, 32, device=device)
+    network = build(_option("model", "unet_cifar10"), 3, 32, None).to(device)
+    denoiser = Denoiser(network, Linear(num_timesteps=1000, beta_start=1e-4, beta_end=0.02), Eps())
+    ema = EMA(network, 0.9999, warm_up=True)
+    optimizer = torch.optim.AdamW(network.parameters(), 1e-4, fused=True)
+
+    def ours(precision: str) -> Callable[[], None]:
+        def run() -> None:
+            with autocast(device, precision):
+                u, eps = torch.rand(8, device=device), torch.randn_like(x0)
+                loss = Simple()(denoiser, x0, None, u, eps).value.mean()
+            optimizer.zero_grad()
+            loss.backward()
+            nn.utils.clip_grad_norm_(network.parameters(), 1.0)
+            optimizer.step()
+            ema.update(network)
+
+        return run
+
+    down, attention = "DownBlock2D", "AttnDownBlock2D"
+    their_network = diffusers.UNet2DModel(
+        sample_size=32, in_channels=3, out_channels=3, layers_per_block=2, block_out_channels=(128, 256, 256, 256),
+        dropout=0.1, down_block_types=(down, attention, down, down), norm_eps=1e-6, downsample_padding=0,
+        flip_sin_to_cos=False, freq_shift=1, attention_head_dim=None,
+        up_block_types=("UpBlock2D", "UpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
+    ).to(device)  # fmt: skip
+    scheduler = diffusers.DDPMScheduler(num_train_timesteps=1000)
+    their_ema = ema_model(their_network.parameters(), decay=0.9999, use_ema_warmup=True)
+    their_optimizer = torch.optim.AdamW(their_network.parameters(), 1e-4)
+
+    def theirs() -> None:
+        eps, t = torch.randn_like(x0), torch.randint(1000, (8,), device=device)
+        noised = scheduler.add_noise(x0, eps, t)
+        loss = nn.functional.mse_loss(their_network(noised, t).sample, eps)
+        loss.backward()
+        nn.utils.clip_grad_norm_(their_network.parameters(), 1.0)
+        their_optimizer.step()
+        their_optimizer.zero_grad()
+        their_ema.step(their_network.parameters())
+
+    sizes = [sum(p.numel() for p in net.parameters()) for net in (network, their_network)]
+    assert sizes[0] == sizes[1], sizes
+    for precision in dict.fromkeys([resolve("auto", device), "fp32"]):
+        a, b = alternate(timed(ours(precision), device), timed(theirs, device), rounds)
+        yield (
+            f"step of the DDPM network, diffusers fp32 / ours {precision}, s",
+            b,
+            a,
+            "at least 1.5 with bf16",
+        )
+
+
+def _option(group: str, name: str) -> dict[str, object]:
+    import yaml
+
+    return yaml.safe_load(config.options(group)[name].read_text())
+
+
+BENCHMARKS = {item.__name__: item for item in (startup, loading, loop, sampling, step)}
+
+
+def main() -> None:
+    """Run the named benchmarks, or all, and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument(
+        "names", nargs="*", choices=[*BENCHMARKS, []], metavar="name", help=", ".join(BENCHMARKS)
+    )
+    parser.add_argument("--rounds", type=int, default=5, help="A B pairs that count (default 5)")
+    parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"])
+    arguments = parser.parse_args()
+    device = device_of(arguments.device)
+    where = (
+        torch.cuda.get_device_name() if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
+    )
+    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("torch", "lightning"))
+    print(
+        f"{where}, {platform.system()} {platform.machine()}, Python {platform.python_version()}, {versions}"
+    )
+    print("\n| what | A | B | A / B | target |\n|---|---|---|---|---|")
+    for name in arguments.names or BENCHMARKS:
+        for what, a, b, target in BENCHMARKS[name](arguments.rounds, device):
+            print(f"| {what} | {a:.4g} | {b:.4g} | {a / b:.3g} | {target} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()

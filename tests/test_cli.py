@@ -53,6 +53,7 @@ def test_every_mistake_at_once_one_line_each(capsys):
         ),
         (["train", "max_steps=null"], "max_steps: no budget; set max_steps, max_epochs or max_time"),
         (["train", "max_time=5x"], "max_time=5x: should be a duration such as 90s"),
+        (["train", "name=../x"], "name=../x: should be a folder name of letters"),
         (["train", "+extra=1"], "+extra=1: keys are neither added nor removed"),
         (["train", "no equals"], "no equals: is not of the form key=value"),
         (["train", "lr=1"], "lr=1: unknown key; did you mean optimizer.lr?"),

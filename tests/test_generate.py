@@ -23,7 +23,14 @@ CPU = torch.device("cpu")
 def folder(tmp_path_factory):
     """A run of a few steps."""
     root = tmp_path_factory.mktemp("outputs")
-    words = ["model.channels=8", "model.norm_groups=4", "model.num_heads=1", "batch_size=64", "max_steps=20"]
+    words = [
+        "model.channels=8",
+        "model.norm_groups=4",
+        "model.num_heads=1",
+        "model.head_channels=null",
+        "batch_size=64",
+        "max_steps=20",
+    ]
     assert run(["train", *words, "logger=csv", "name=small", f"output_dir={root}", "trainer=cpu"]) == 0
     return root
 
@@ -147,6 +154,12 @@ def test_a_folder_of_someone_else_is_left_alone(folder, tmp_path, capsys):
     assert sample(folder, f"output={tmp_path}") == 2
     assert "is not empty and has no manifest.json" in capsys.readouterr().err
     assert (tmp_path / "000000.png").read_text() == "mine"
+
+
+def test_a_damaged_manifest_is_named(folder, tmp_path, capsys):
+    (tmp_path / "manifest.json").write_text("{")
+    assert sample(folder, f"output={tmp_path}") == 2
+    assert "manifest.json: is not a manifest of diffuse sample" in capsys.readouterr().err
 
 
 def test_the_newest_run_is_taken_and_others_are_found_by_name_or_path(folder, capsys):

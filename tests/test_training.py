@@ -2,6 +2,7 @@
 
 import csv
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -19,10 +20,9 @@ from diffusion_cli.training.ema import EMA
 from diffusion_cli.training.module import LossMeter
 
 TINY = [
-    "train", "name=tiny", "model.channels=8", "model.norm_groups=4", "model.num_heads=1", "batch_size=16",
-    "optimizer.decay_steps=null", "optimizer.lr=0.001", "optimizer.warm_up_steps=3", "precision=fp32",
-    "trainer=cpu", "logger=csv",
-    "log_every=5", "checkpoint_every=5", "preview_every=1000", "validate_every=1000",
+    "train", "name=tiny", "model.channels=8", "model.norm_groups=4", "model.num_heads=1", "model.head_channels=null",
+    "batch_size=16", "optimizer.decay_steps=null", "optimizer.lr=0.001", "optimizer.warm_up_steps=3", "precision=fp32",
+    "trainer=cpu", "logger=csv", "log_every=5", "checkpoint_every=5", "preview_every=1000", "validate_every=1000",
 ]  # fmt: skip
 
 
@@ -96,6 +96,19 @@ def test_another_configuration_in_the_folder_is_refused(tmp_path, capsys):
     assert "seed=3" in err
     assert "max_steps" not in err
     assert state(tmp_path)["global_step"] == 5
+
+
+def test_a_run_that_could_not_start_leaves_no_claim(tmp_path, capsys):
+    assert train(tmp_path, "dataset=array", f"dataset.path={tmp_path}/none.npy", "max_steps=5") == 2
+    assert "none.npy" in capsys.readouterr().err
+    assert train(tmp_path, "max_steps=5") == 0
+
+
+def test_a_damaged_configuration_is_named(tmp_path, capsys):
+    train(tmp_path, "max_steps=5")
+    (tmp_path / "tiny" / "config.yaml").write_text("a: [")
+    assert train(tmp_path, "max_steps=9") == 2
+    assert "config.yaml: is not a run's configuration" in capsys.readouterr().err
 
 
 def test_the_log_keeps_earlier_rows_and_drops_those_after_the_checkpoint(tmp_path):
@@ -211,16 +224,19 @@ def wait_for(path: Path, process: subprocess.Popen) -> None:
 
 
 @pytest.mark.slow
-def test_killed_again_and_again_equals_one_without_a_stop(tmp_path):
-    words = ["max_steps=60", "checkpoint_every=7"]
+def test_killed_ten_times_equals_one_without_a_stop(tmp_path):
+    words = ["max_steps=130", "checkpoint_every=7", "keep_last=20"]
     assert train(tmp_path / "whole", *words) == 0
     folder = tmp_path / "parts" / "tiny" / "checkpoints"
-    for target in (7, 21, 35):
+    chance = random.Random(0)
+    for target in sorted(chance.sample(range(1, 18), 10)):
         process = start(tmp_path / "parts", *words)
-        wait_for(folder / f"step_{target:08d}.ckpt", process)
+        wait_for(folder / f"step_{7 * target:08d}.ckpt", process)
+        time.sleep(chance.uniform(0, 0.1))  # a few steps further, or in the middle of the next checkpoint
         process.send_signal(signal.SIGKILL)
         process.wait()
         process.communicate()
+        assert state(tmp_path / "parts")["global_step"] < 130
     assert train(tmp_path / "parts", *words) == 0
     whole, parts = state(tmp_path / "whole"), state(tmp_path / "parts")
     for key in ("state_dict", "optimizer_states"):

@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from diffusion_cli import __version__
 from diffusion_cli.checkpoint import Model, find_run, load_model, whole_file
-from diffusion_cli.config import Mistakes, SampleConfig, build, fingerprint, flatten
+from diffusion_cli.config import Mistakes, SampleConfig, build, fingerprint, flatten, shown
 from diffusion_cli.generate import generate
 from diffusion_cli.precision import device_of, resolve
 from diffusion_cli.report import save_grid, save_png
@@ -82,13 +82,16 @@ def claim(output: Path, settings: dict[str, Any], model: Model) -> dict[str, Any
     """Return the manifest of the folder, made now if it is new; Mistakes if it is someone else's."""
     path = output / "manifest.json"
     if path.is_file():
-        manifest = json.loads(path.read_text())
-        before, now = flatten(manifest["settings"]), flatten(settings)
+        try:
+            manifest = json.loads(path.read_text())
+            before, now = flatten(manifest["settings"]), flatten(settings)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise Mistakes(f"{path}: is not a manifest of diffuse sample; choose another output=") from error
         keys = sorted(key for key in before | now if before.get(key) != now.get(key))
         if keys:
             raise Mistakes(
                 *(
-                    f"{key}={now.get(key)}: the images in {output} were made with {before.get(key)}"
+                    f"{key}={shown(now.get(key))}: the images in {output} were made with {shown(before.get(key))}"
                     for key in keys
                 ),
                 f"output={output}: holds images of other settings; choose another folder",

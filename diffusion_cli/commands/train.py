@@ -14,7 +14,7 @@ import yaml
 from lightning.pytorch import Trainer
 
 from diffusion_cli.checkpoint import FORMAT, LAST, read, whole_file
-from diffusion_cli.config import Mistakes, TrainConfig, build, identity, seconds
+from diffusion_cli.config import Mistakes, TrainConfig, build, identity, seconds, shown
 from diffusion_cli.data import Batch, Batches, Dataset, Images, hold, normalised
 from diffusion_cli.denoiser import Denoiser
 from diffusion_cli.precision import resolve
@@ -30,7 +30,7 @@ def run(config: TrainConfig) -> int:
     folder = Path(config.output_dir) / config.name
     last = folder / LAST
     done = read(last)["global_step"] if last.is_file() else 0
-    _claim(folder, config)
+    _refuse_another(folder / "config.yaml", config)
 
     dataset: Dataset = build(config.dataset, config.data_dir)
     schedule = build(config.schedule)
@@ -50,6 +50,7 @@ def run(config: TrainConfig) -> int:
         )
         return 0
 
+    _write_config(folder / "config.yaml", config)
     denoiser = Denoiser(network, schedule, build(config.parameterization))
     module = DiffusionModule(
         denoiser, build(config.objective), optimizer, config.seed, _about(config, dataset)
@@ -109,24 +110,28 @@ def run(config: TrainConfig) -> int:
     return 0
 
 
-def _claim(folder: Path, config: TrainConfig) -> None:
-    """Write the configuration into the run's folder; refuse a folder that holds another one."""
-    path = folder / "config.yaml"
-    new = config.model_dump()
-    if path.is_file():
-        old = yaml.safe_load(path.read_text())
-        before, now = identity(old), identity(new)
-        keys = sorted(key for key in before | now if before.get(key, ...) != now.get(key, ...))
-        if keys:
-            raise Mistakes(
-                *(
-                    f"{key}={now.get(key, '(none)')}: the run in {folder} has {before.get(key, '(none)')}"
-                    for key in keys
-                ),
-                f"name={config.name}: holds a run of another configuration; choose another name",
-            )
+def _refuse_another(path: Path, config: TrainConfig) -> None:
+    """Raise Mistakes if a run's configuration file says that something else is trained there."""
+    if not path.is_file():
+        return
+    try:
+        before, now = identity(yaml.safe_load(path.read_text())), identity(config.model_dump())
+    except (yaml.YAMLError, AttributeError) as error:
+        raise Mistakes(f"{path}: is not a run's configuration; mend it, or choose another name=") from error
+    keys = sorted(key for key in before | now if before.get(key, ...) != now.get(key, ...))
+    if keys:
+        raise Mistakes(
+            *(
+                f"{key}={shown(now.get(key))}: the run in {path.parent} has {shown(before.get(key))}"
+                for key in keys
+            ),
+            f"name={config.name}: holds a run of another configuration; choose another name",
+        )
+
+
+def _write_config(path: Path, config: TrainConfig) -> None:
     with whole_file(path) as temporary:
-        temporary.write_text(yaml.safe_dump(new, sort_keys=False))
+        temporary.write_text(yaml.safe_dump(config.model_dump(), sort_keys=False))
 
 
 def _max_steps(config: TrainConfig, num_images: int) -> int | None:

@@ -24,7 +24,7 @@ from pydantic import (
 )
 
 from diffusion_cli.config.catalogue import HERE, PACKAGE, did_you_mean
-from diffusion_cli.config.schema import STRICT
+from diffusion_cli.config.schema import FORMS, STRICT
 
 # What annotations of configurable arguments may be made of.
 VOCABULARY = {
@@ -141,7 +141,7 @@ def _remedy(detail: Any, model: type[BaseModel]) -> str:
         near = difflib.get_close_matches(str(value), expected, n=1)
         return f"should be {' or '.join(expected)}" + (f"; did you mean {near[0]}?" if near else "")
     if kind == "string_pattern_mismatch":
-        return "should be a duration such as 90s, 45m, 2h30m or 1d"
+        return f"should be {FORMS[detail['ctx']['pattern']]}"
     if kind == "value_error":
         return str(detail["ctx"]["error"])
     return message.replace("Input should be", "should be")

@@ -7,7 +7,15 @@ from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, 
 
 STRICT = ConfigDict(strict=True, extra="forbid", frozen=True, regex_engine="python-re")
 Node = dict[str, Any]
-Duration = Annotated[str, Field(pattern=r"^(?=.)(\d+d)?(\d+h)?(\d+m)?(\d+s)?$")]
+DURATION = r"^(?=.)(\d+d)?(\d+h)?(\d+m)?(\d+s)?$"
+NAME = r"^\w[\w.=+,-]*$"
+Duration = Annotated[str, Field(pattern=DURATION)]
+Name = Annotated[str, Field(pattern=NAME)]
+# What a text should look like, by the pattern that it did not match.
+FORMS = {
+    DURATION: "a duration such as 90s, 45m, 2h30m or 1d",
+    NAME: "a folder name of letters, digits and _ . = + , -",
+}
 Precision = Literal["auto", "fp32", "bf16"]
 Device = Literal["auto", "cpu", "cuda"]
 
@@ -25,7 +33,7 @@ class TrainConfig(BaseModel):
 
     model_config = STRICT
     seed: NonNegativeInt
-    name: str | None
+    name: Name | None
     batch_size: PositiveInt
     accumulate: PositiveInt
     precision: Precision

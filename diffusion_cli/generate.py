@@ -1,5 +1,6 @@
 """From seeds to images: image n of a model and its settings is a function of seed n alone."""
 
+from collections import deque
 from collections.abc import Iterator, Sequence
 from functools import partial
 
@@ -37,8 +38,7 @@ def sample(
     """Images of the given seeds, float32 [B, C, H, W], around [-1, 1]."""
     noise = SeededNoise(seeds, shape, device)
     x = noise.draw()
-    for x in integrate(sampler, denoise, x, times, noise.draw):  # noqa: B007, B020 - the last state is the result
-        pass
+    (x,) = deque(integrate(sampler, denoise, x, times, noise.draw), maxlen=1)
     return x
 
 

@@ -8,21 +8,18 @@ import torch
 from torch import Tensor
 
 from diffusion_cli import __version__
-from diffusion_cli.checkpoint import find_run, load_model
+from diffusion_cli.commands.trained import open_run
 from diffusion_cli.config import EvalConfig, build
 from diffusion_cli.data import Dataset
 from diffusion_cli.generate import generate
 from diffusion_cli.metrics import Features, Metric, append_history, evaluate
-from diffusion_cli.precision import device_of, resolve
 
 
 def run(config: EvalConfig) -> None:
     """Measure every metric in one pass over fresh samples; print them and add them to the run's metrics.json."""
-    folder = find_run(config.run, config.output_dir)
-    device = device_of(config.device)
-    model = load_model(folder, config.weights, device)
-    sampler = build(config.sampler, model.denoiser.schedule)
-    sampler.grid(config.steps)
+    trained = open_run(config)
+    folder, model = trained.folder, trained.model
+    device = next(model.denoiser.parameters()).device
     dataset: Dataset = build(model.config["dataset"], config.data_dir)
     cache_dir = Path(config.cache_dir or "~/.cache/diffuse").expanduser()
     metrics: dict[str, Metric] = {name: build(node) for name, node in config.metric.items()}
@@ -30,14 +27,9 @@ def run(config: EvalConfig) -> None:
     sampling: dict[str, Any] = {
         "run": folder.name,
         "step": model.step,
-        "weights": config.weights,
-        "weights_sha256": model.digest,
         "ema": model.config["ema"],
-        "sampler": config.sampler,
-        "steps": config.steps,
-        "clip_x0": config.clip_x0,
+        **trained.settings,
         "seeds": [config.seed, config.seed + config.num_samples - 1],
-        "precision": resolve(config.precision, device),
         "device": device.type,
         "versions": {"diffuse": __version__, "torch": torch.__version__},
     }
@@ -46,7 +38,7 @@ def run(config: EvalConfig) -> None:
         seeds = range(config.seed, config.seed + config.num_samples)
         for _, images, labels in generate(
             model,
-            sampler,
+            trained.sampler,
             config.steps,
             seeds,
             config.batch_size,

@@ -12,10 +12,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from diffusion_cli import __version__
-from diffusion_cli.checkpoint import Model, find_run, load_model, whole_file
-from diffusion_cli.config import Mistakes, SampleConfig, build, fingerprint, flatten, shown
+from diffusion_cli.checkpoint import Model, whole_file
+from diffusion_cli.commands.trained import open_run
+from diffusion_cli.config import Mistakes, SampleConfig, fingerprint, flatten, shown
 from diffusion_cli.generate import generate
-from diffusion_cli.precision import device_of, resolve
 from diffusion_cli.report import save_grid, save_png
 
 GRID_IMAGES = 100
@@ -23,21 +23,10 @@ GRID_IMAGES = 100
 
 def run(config: SampleConfig) -> None:
     """Make the images that are not there yet, a grid of the first ones, and the manifest."""
-    run_folder = find_run(config.run, config.output_dir)
-    device = device_of(config.device)
-    model = load_model(run_folder, config.weights, device)
-    sampler = build(config.sampler, model.denoiser.schedule)
-    sampler.grid(config.steps)
-    settings = {
-        "weights": config.weights,
-        "weights_sha256": model.digest,
-        "sampler": config.sampler,
-        "steps": config.steps,
-        "clip_x0": config.clip_x0,
-        "precision": resolve(config.precision, device),
-    }
+    trained = open_run(config)
+    model, settings = trained.model, trained.settings
     name = f"{config.sampler['_target_'].rpartition('.')[2].lower()}-{config.steps}-{fingerprint(settings)}"
-    output = Path(config.output) if config.output else run_folder / "samples" / name
+    output = Path(config.output) if config.output else trained.folder / "samples" / name
     manifest = claim(output, settings, model)
     seeds = range(config.seed, config.seed + config.num_samples)
     todo = [seed for seed in seeds if not image_path(output, seed).is_file()]
@@ -50,7 +39,7 @@ def run(config: SampleConfig) -> None:
     with tqdm(total=len(todo), unit="image", desc="sample", dynamic_ncols=True) as bar:
         for batch, images, _ in generate(
             model,
-            sampler,
+            trained.sampler,
             config.steps,
             todo,
             config.batch_size,

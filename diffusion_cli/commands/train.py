@@ -52,22 +52,17 @@ def run(config: TrainConfig) -> int:
 
     _write_config(folder / "config.yaml", config)
     denoiser = Denoiser(network, schedule, build(config.parameterization))
-    module = DiffusionModule(
-        denoiser, build(config.objective), optimizer, config.seed, _about(config, dataset)
-    )
+    about = _about(config, dataset)
+    module = DiffusionModule(denoiser, build(config.objective), optimizer, config.seed, about)
     ema = EMA(network, config.ema.decay, config.ema.warm_up)
     stop = Stop(seconds(config.max_time))
-    callbacks = [
-        ema,
-        Preview(config.preview_every, folder, ema, sampler, config.preview_steps, dataset.shape),
-        Progress(config.log_every, folder, config.batch_size, max_steps, stop),
-        stop,
-        Checkpoints(config.checkpoint_every, folder, config.keep_last),
-    ]
+    part = config.batch_size // config.accumulate
     held_out = dataset.load("held_out")
-    if len(held_out):
-        batches = _once(held_out, config.batch_size // config.accumulate, device.torch_device)
-        callbacks.insert(1, HeldOutLoss(config.validate_every, batches, ema))
+    watchers = (
+        [HeldOutLoss(config.validate_every, _once(held_out, part, device.torch_device), ema)]
+        if held_out
+        else []
+    )
     if config.compile is True or (config.compile == "auto" and device.torch_device.type == "cuda"):
         network.compile()  # in place: torch.compile(network) would rename every weight
     print(
@@ -75,31 +70,27 @@ def run(config: TrainConfig) -> int:
         f"{dataset.name}, {device.torch_device.type}, {precision}",
         file=sys.stderr,
     )
-    _quiet_lightning()
-    trainer = Trainer(
-        max_steps=max_steps or -1,
-        max_epochs=-1,
-        accumulate_grad_batches=config.accumulate,
-        precision="bf16-mixed" if precision == "bf16" else "32-true",
+    trainer = _trainer(
+        config,
+        callbacks=[
+            ema,  # first: the others look at the average
+            *watchers,
+            Preview(config.preview_every, folder, ema, sampler, config.preview_steps, dataset.shape),
+            Progress(config.log_every, folder, config.batch_size, max_steps, stop),
+            stop,
+            Checkpoints(
+                config.checkpoint_every, folder, config.keep_last
+            ),  # last: it saves what the others know
+        ],
         logger=[build(node).logger(folder, done) for node in config.logger.values()],
-        callbacks=callbacks,
-        plugins=[WholeFileIO()],
+        max_steps=max_steps or -1,
+        precision="bf16-mixed" if precision == "bf16" else "32-true",
         default_root_dir=folder,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        use_distributed_sampler=False,
-        log_every_n_steps=config.log_every,
         **device.trainer_arguments,
     )
+    start, workers = done * config.accumulate, dataset.num_workers
     batches = Batches(
-        images,
-        config.batch_size // config.accumulate,
-        config.seed,
-        dataset.flip,
-        start=done * config.accumulate,
-        device=device.torch_device,
-        num_workers=getattr(dataset, "num_workers", 0),
+        images, part, config.seed, dataset.flip, start, device=device.torch_device, num_workers=workers
     )
     trainer.fit(module, batches, ckpt_path=last if done else None, weights_only=True)
     if stop.signal is not None:
@@ -108,6 +99,23 @@ def run(config: TrainConfig) -> int:
         return 128 + stop.signal
     print(f"\nTrained {trainer.global_step} steps; the run is {folder}\nNext: diffuse sample run={folder}")
     return 0
+
+
+def _trainer(config: TrainConfig, **arguments: Any) -> Trainer:
+    """Lightning's Trainer, with all that the run's own callbacks do switched off, and its advice kept to itself."""
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", module=r"lightning\.")
+    return Trainer(
+        max_epochs=-1,
+        accumulate_grad_batches=config.accumulate,
+        plugins=[WholeFileIO()],
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+        log_every_n_steps=config.log_every,
+        **arguments,
+    )
 
 
 def _refuse_another(path: Path, config: TrainConfig) -> None:
@@ -164,9 +172,3 @@ def _once(images: Images, batch_size: int, device: torch.device) -> Callable[[],
 
 def _describe(network: torch.nn.Module) -> str:
     return f"{type(network).__name__} of {sum(p.numel() for p in network.parameters()) / 1e6:.2f}M parameters"
-
-
-def _quiet_lightning() -> None:
-    """Keep Lightning's advice to itself: the progress bar and our own lines say what matters."""
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-    warnings.filterwarnings("ignore", module=r"lightning\.")

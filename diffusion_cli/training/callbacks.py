@@ -4,6 +4,7 @@ import os
 import shutil
 import signal
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from types import FrameType
@@ -37,7 +38,7 @@ class WholeFileIO(TorchCheckpointIO):
             torch.save(checkpoint, temporary)
 
 
-class EveryStep(Callback):
+class EveryStep(Callback, ABC):
     """A callback that acts after optimizer steps, not after the parts of an accumulated batch."""
 
     def __init__(self, every: int) -> None:
@@ -57,9 +58,9 @@ class EveryStep(Callback):
                 assert isinstance(pl_module, DiffusionModule)
                 self.act(trainer, pl_module, step)
 
+    @abstractmethod
     def act(self, trainer: Trainer, module: DiffusionModule, step: int) -> None:
         """Do it, at every multiple of `every`."""
-        raise NotImplementedError
 
 
 def stop_if_diverged(module: DiffusionModule, last: Path) -> None:

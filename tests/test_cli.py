@@ -55,6 +55,8 @@ def test_every_mistake_at_once_one_line_each(capsys):
         (["train", "max_time=5x"], "max_time=5x: should be a duration such as 90s"),
         (["train", "name=../x"], "name=../x: should be a folder name of letters"),
         (["train", "+extra=1"], "+extra=1: keys are neither added nor removed"),
+        (["train", "seed=0,1"], "seed=0,1: has several values; add -m for a run of each"),
+        (["eval", "metric=[]"], "metric=null: missing; give it a value"),
         (["train", "no equals"], "no equals: is not of the form key=value"),
         (["train", "lr=1"], "lr=1: unknown key; did you mean optimizer.lr?"),
         (["train", "-m", "seed=0,x"], "seed=x: should be a valid integer"),

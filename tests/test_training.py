@@ -98,6 +98,11 @@ def test_another_configuration_in_the_folder_is_refused(tmp_path, capsys):
     assert state(tmp_path)["global_step"] == 5
 
 
+def test_a_run_needs_no_log(tmp_path):
+    assert train(tmp_path, "max_steps=5", "logger=[]") == 0
+    assert not (tmp_path / "tiny" / "metrics.csv").exists()
+
+
 def test_a_run_that_could_not_start_leaves_no_claim(tmp_path, capsys):
     assert train(tmp_path, "dataset=array", f"dataset.path={tmp_path}/none.npy", "max_steps=5") == 2
     assert "none.npy" in capsys.readouterr().err

@@ -86,6 +86,8 @@ def claim(output: Path, settings: dict[str, Any], model: Model) -> dict[str, Any
                 f"output={output}: holds images of other settings; choose another folder",
             )
         return manifest
+    if output.exists() and not output.is_dir():
+        raise Mistakes(f"output={output}: is a file; give a folder")
     if output.is_dir() and any(output.iterdir()):
         raise Mistakes(f"output={output}: is not empty and has no manifest.json; choose another folder")
     manifest = {

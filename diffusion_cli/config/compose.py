@@ -97,6 +97,8 @@ def _sort(
         key = item.key_or_group
         if item.is_force_add() or item.is_add() or item.is_delete():
             mistakes.append(f"{text}: keys are neither added nor removed; write key=value")
+        elif item.is_sweep_override():
+            mistakes.append(f"{text}: has several values; add -m for a run of each, or [...] for a list")
         elif key in groups:
             value = item.value()
             names = value if isinstance(value, list) else [value]

@@ -58,7 +58,7 @@ class TrainConfig(BaseModel):
     sampler: Node
     optimizer: Node
     trainer: Node
-    logger: dict[str, Node]
+    logger: dict[str, Node] = {}
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
-from diffusion_cli.parameterizations import Parameterization
+from diffusion_cli.parameterizations import Coefficients, Parameterization
 from diffusion_cli.schedules import Schedule
 
 
@@ -17,17 +17,31 @@ class Prediction(NamedTuple):
 
     x0: Tensor
     eps: Tensor
+    sigma: Tensor
+    """The level of the noise, one for all or [B, 1, 1, 1]."""
     variance: Tensor | None = None
+
+    @property
+    def score(self) -> Tensor:
+        """The gradient of log p_t at x_t, `-eps / sigma` (Vincent 2011; Song et al. 2021b)."""
+        return -self.eps / self.sigma
 
 
 Denoise = Callable[[Tensor, Tensor], Prediction]
 
 
+def per_image(coefficient: Tensor, x: Tensor) -> Tensor:
+    """A coefficient of one time, or of one time an image, in the type and with the dimensions of images x."""
+    coefficient = coefficient.to(x)
+    return coefficient.view(-1, *[1] * (x.ndim - 1)) if coefficient.ndim else coefficient
+
+
 class Denoiser(nn.Module):
-    """A network read as an estimate of x_0 and eps."""
+    """A network read as an estimate of x_0 and eps; ValueError if the parameterization has no meaning here."""
 
     def __init__(self, network: nn.Module, schedule: Schedule, parameterization: Parameterization) -> None:
         super().__init__()
+        parameterization.check(schedule)
         self.network = network
         self.schedule = schedule
         self.parameterization = parameterization
@@ -39,19 +53,23 @@ class Denoiser(nn.Module):
         `x_0 = c_skip x_t + c_out F`, the noise is `eps = (x_t - alpha x_0) / sigma`; its two coefficients are
         combined in float64 before they meet an image, so that eps loses no digits where sigma is small.
         """
-        c_skip, c_out, c_in, c_noise = self.parameterization(self.schedule, t)
+        output, variance, (c_skip, c_out, _, _) = self.output(x_t, t, y)
         alpha, sigma = self.schedule(t)
+        x0 = per_image(c_skip, x_t) * x_t + per_image(c_out, x_t) * output
+        eps = (
+            per_image((1 - alpha * c_skip) / sigma, x_t) * x_t
+            - per_image(alpha * c_out / sigma, x_t) * output
+        )
+        return Prediction(x0, eps, per_image(sigma, x_t), variance)
 
-        def image(coefficient: Tensor) -> Tensor:
-            return coefficient.to(x_t).view(-1, *[1] * (x_t.ndim - 1)) if t.ndim else coefficient.to(x_t)
-
-        output = self.network(image(c_in) * x_t, c_noise.to(x_t).expand(len(x_t)), y).to(x_t.dtype)
-        variance = None
+    def output(self, x_t: Tensor, t: Tensor, y: Tensor | None) -> tuple[Tensor, Tensor | None, Coefficients]:
+        """Return the network's F [B, C, H, W], its variance values if it has any, and the map that reads it."""
+        coefficients = self.parameterization(self.schedule, t)
+        c_noise = coefficients.c_noise.to(x_t).expand(len(x_t))
+        output = self.network(per_image(coefficients.c_in, x_t) * x_t, c_noise, y).to(x_t.dtype)
         if output.shape[1] == 2 * x_t.shape[1]:
-            output, variance = output.chunk(2, dim=1)
-        x0 = image(c_skip) * x_t + image(c_out) * output
-        eps = image((1 - alpha * c_skip) / sigma) * x_t - image(alpha * c_out / sigma) * output
-        return Prediction(x0, eps, variance)
+            return *output.chunk(2, dim=1), coefficients
+        return output, None, coefficients
 
 
 def clip_x0(denoise: Denoise, schedule: Schedule) -> Denoise:

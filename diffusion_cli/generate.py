@@ -3,12 +3,13 @@
 from collections import deque
 from collections.abc import Iterator, Sequence
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from diffusion_cli.checkpoint import Model
-from diffusion_cli.denoiser import Denoise, clip_x0
+from diffusion_cli.denoiser import Denoise, Prediction, clip_x0
 from diffusion_cli.precision import autocast
 from diffusion_cli.samplers import Sampler, integrate
 
@@ -34,12 +35,19 @@ def sample(
     seeds: Sequence[int],
     shape: Sequence[int],
     device: torch.device,
-) -> Tensor:
-    """Images of the given seeds, float32 [B, C, H, W], around [-1, 1]."""
+) -> tuple[Tensor, int]:
+    """Images of the given seeds, float32 [B, C, H, W], around [-1, 1], and the number of network calls for them."""
+    calls = 0
+
+    def counted(x_t: Tensor, t: Tensor) -> Prediction:
+        nonlocal calls
+        calls += 1
+        return denoise(x_t, t)
+
     noise = SeededNoise(seeds, shape, device)
-    x = noise.draw()
-    (x,) = deque(integrate(sampler, denoise, x, times, noise.draw), maxlen=1)
-    return x
+    x = sampler.schedule.prior_std(times[0]) * noise.draw()
+    (x,) = deque(integrate(sampler, counted, x, times, noise.draw), maxlen=1)
+    return x, calls
 
 
 def to_bytes(images: Tensor) -> Tensor:
@@ -52,6 +60,18 @@ def labels_of(seeds: Sequence[int], num_classes: int | None, device: torch.devic
     return None if num_classes is None else torch.tensor(seeds, device=device) % num_classes
 
 
+class Generated(NamedTuple):
+    """A batch of images."""
+
+    seeds: list[int]
+    images: Tensor
+    """uint8 [B, C, H, W]."""
+    labels: Tensor | None
+    """The classes that they were made as, int64 [B], or None."""
+    calls: int
+    """Network calls that each of them took (NFE)."""
+
+
 @torch.inference_mode()
 def generate(
     model: Model,
@@ -62,9 +82,10 @@ def generate(
     *,
     clip: bool,
     precision: str,
-) -> Iterator[tuple[list[int], Tensor, Tensor | None]]:
-    """Yield (seeds, images as uint8 [B, C, H, W], labels or None), `batch_size` images at a time."""
+) -> Iterator[Generated]:
+    """Yield the images of the seeds in order, `batch_size` at a time."""
     device = next(model.denoiser.parameters()).device
+    batch_size = 1 if sampler.one_by_one else batch_size
     times = sampler.grid(steps)
     for first in range(0, len(seeds), batch_size):
         batch = list(seeds[first : first + batch_size])
@@ -73,5 +94,5 @@ def generate(
         if clip:
             denoise = clip_x0(denoise, model.denoiser.schedule)
         with autocast(device, precision):
-            images = sample(denoise, sampler, times, batch, model.shape, device)
-        yield batch, to_bytes(images), labels
+            images, calls = sample(denoise, sampler, times, batch, model.shape, device)
+        yield Generated(batch, to_bytes(images), labels, calls)

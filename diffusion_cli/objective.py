@@ -1,36 +1,189 @@
-"""Training objectives: a distribution over times and a weighting of the errors, over any denoiser."""
+"""Training objectives: a weighting of a denoiser's errors; `diffusion_cli.times` says at which times they are taken."""
 
 from abc import ABC, abstractmethod
-from typing import NamedTuple
+from typing import Literal
 
+import torch
+from pydantic import PositiveFloat
 from torch import Tensor
 
-from diffusion_cli.denoiser import Denoiser, Prediction
-
-
-class Loss(NamedTuple):
-    """The loss of each image [B], and the time [B] at which it was taken."""
-
-    value: Tensor
-    t: Tensor
+from diffusion_cli.denoiser import Denoiser, Prediction, per_image
+from diffusion_cli.posterior import bound_term
+from diffusion_cli.schedules import Discrete, Schedule
 
 
 class Objective(ABC):
-    """The expected error of a denoiser over noised images."""
+    """The error of a denoiser on noised images."""
 
     @abstractmethod
-    def error(self, prediction: Prediction, x0: Tensor, eps: Tensor) -> Tensor:
-        """Return the weighted error of each image, [B]."""
+    def __call__(self, denoiser: Denoiser, x0: Tensor, y: Tensor | None, t: Tensor, eps: Tensor) -> Tensor:
+        """Noise x0 [B, C, H, W] with eps to the times t [B], and return the loss of each image, [B]."""
 
-    def __call__(self, denoiser: Denoiser, x0: Tensor, y: Tensor | None, u: Tensor, eps: Tensor) -> Loss:
-        """Noise x0 [B, C, H, W] with eps at the times that u [B] in [0, 1) picks, and score the denoiser."""
-        t = denoiser.schedule.time(u)
-        alpha, sigma = (level.to(x0).view(-1, *[1] * (x0.ndim - 1)) for level in denoiser.schedule(t))
-        return Loss(self.error(denoiser(alpha * x0 + sigma * eps, t, y), x0, eps), t)
+    @abstractmethod
+    def check(self, denoiser: Denoiser) -> None:
+        """Raise ValueError if the denoiser cannot be trained by it, or has a part that it leaves untrained."""
 
 
-class Simple(Objective):
-    """The mean squared error on eps at uniform times, `L_simple` (Ho et al. 2020, Eq. 14)."""
+def noised(schedule: Schedule, x0: Tensor, t: Tensor, eps: Tensor) -> Tensor:
+    """`x_t = alpha_t x_0 + sigma_t eps`."""
+    alpha, sigma = (per_image(level, x0) for level in schedule(t))
+    return alpha * x0 + sigma * eps
 
-    def error(self, prediction: Prediction, x0: Tensor, eps: Tensor) -> Tensor:
-        return (prediction.eps - eps).square().flatten(1).mean(1)
+
+def residual(
+    denoiser: Denoiser, x0: Tensor, y: Tensor | None, t: Tensor, eps: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The network's output less its target `(x_0 - c_skip x_t) / c_out`, and c_out.
+
+    The target's coefficients of x_0 and eps are combined in float64 first: no digits are lost where c_out is small.
+    """
+    output, _, (c_skip, c_out, _, _) = denoiser.output(noised(denoiser.schedule, x0, t, eps), t, y)
+    alpha, sigma = denoiser.schedule(t)
+    target = per_image((1 - alpha * c_skip) / c_out, x0) * x0 - per_image(sigma * c_skip / c_out, x0) * eps
+    return output - target, c_out
+
+
+class Weighted(Objective):
+    """The squared error of the network's output, weighted: `w(t) c_out^2 |F - F_target|^2 = w(t) |x_0 - x_0hat|^2`.
+
+    With `huber_delta` the square r^2 of each pixel's error gives way to the pseudo-Huber distance
+    `2 delta^2 (sqrt(1 + (r / delta)^2) - 1)`, which grows like |r| for outliers. A weighting is a function of the
+    signal-to-noise ratio, in terms of the error of x_0; the mean is over pixels.
+    """
+
+    def __init__(self, *, huber_delta: PositiveFloat | None) -> None:
+        self.huber_delta = huber_delta
+
+    @abstractmethod
+    def weight(self, schedule: Schedule, t: Tensor) -> Tensor | None:
+        """Return w(t) float64 [B], for the squared error of x_0; None for 1 / c_out^2."""
+
+    def check(self, denoiser: Denoiser) -> None:
+        if _has_variance_head(denoiser):
+            raise ValueError(
+                "model.learn_variance=true: this objective does not train the variance; take objective=hybrid or "
+                "vlb, or model.learn_variance=false"
+            )
+
+    def __call__(self, denoiser: Denoiser, x0: Tensor, y: Tensor | None, t: Tensor, eps: Tensor) -> Tensor:
+        error, c_out = residual(denoiser, x0, y, t, eps)
+        if self.huber_delta is None:
+            distance = error.square()
+        else:
+            distance = 2 * self.huber_delta**2 * (torch.sqrt(1 + (error / self.huber_delta) ** 2) - 1)
+        loss = distance.flatten(1).mean(1)
+        weight = self.weight(denoiser.schedule, t)
+        return loss if weight is None else (weight * c_out**2).to(loss) * loss
+
+
+class Simple(Weighted):
+    """The error of eps, `w = alpha^2 / sigma^2`: L_simple (Ho et al. 2020, Eq. 14)."""
+
+    def weight(self, schedule: Schedule, t: Tensor) -> Tensor:
+        return torch.exp(schedule.log_snr(t))
+
+
+class Target(Weighted):
+    """The error of the network's own output, `w = 1 / c_out^2`.
+
+    That is L_simple for eps, the v-loss for v, flow matching for flow (Lipman et al. 2023, Eq. 14) and EDM's loss for
+    edm (Karras et al. 2022, Eq. 8).
+    """
+
+    def weight(self, schedule: Schedule, t: Tensor) -> None:
+        return None
+
+
+class Likelihood(Weighted):
+    """`w = -d SNR / dt`, that is g^2 for the error of the score: a bound on the likelihood, at uniform times.
+
+    Source: Song et al. 2021c, Eq. 7; Kingma et al. 2021, Eq. 17.
+    """
+
+    def weight(self, schedule: Schedule, t: Tensor) -> Tensor:
+        (alpha, sigma), (d_alpha, d_sigma) = schedule(t), schedule.derivatives(t)
+        return 2 * alpha * (alpha * d_sigma - sigma * d_alpha) / sigma**3
+
+
+class MinSNR(Weighted):
+    """`w = min(SNR, gamma)`: no level counts for more than its share (Hang et al. 2023, Eq. 10)."""
+
+    def __init__(self, *, gamma: PositiveFloat, huber_delta: PositiveFloat | None) -> None:
+        super().__init__(huber_delta=huber_delta)
+        self.gamma = gamma
+
+    def weight(self, schedule: Schedule, t: Tensor) -> Tensor:
+        return torch.exp(schedule.log_snr(t)).clamp(max=self.gamma)
+
+
+class EDM(Weighted):
+    """`w = SNR + 1 / sigma_data^2`, so that every level starts with the same loss (Karras et al. 2022, Table 1)."""
+
+    def __init__(self, *, sigma_data: PositiveFloat, huber_delta: PositiveFloat | None) -> None:
+        super().__init__(huber_delta=huber_delta)
+        self.sigma_data = sigma_data
+
+    def weight(self, schedule: Schedule, t: Tensor) -> Tensor:
+        return torch.exp(schedule.log_snr(t)) + 1 / self.sigma_data**2
+
+
+class VLB(Objective):
+    """T times the term of the variational bound, in bits per dimension: L_vlb (Nichol & Dhariwal 2021, Eq. 4).
+
+    Its mean over uniform times is the bound, less the constant prior term.
+    """
+
+    def __init__(self, *, variance: Literal["learned", "small", "large"]) -> None:
+        self.variance: Literal["learned", "small", "large"] = variance
+
+    def check(self, denoiser: Denoiser) -> None:
+        _check_bound(denoiser)
+        if _has_variance_head(denoiser) != (self.variance == "learned"):
+            raise ValueError(
+                f"objective.variance={self.variance}: goes with model.learn_variance="
+                f"{str(self.variance == 'learned').lower()}; change one of them"
+            )
+
+    def __call__(self, denoiser: Denoiser, x0: Tensor, y: Tensor | None, t: Tensor, eps: Tensor) -> Tensor:
+        schedule = denoiser.schedule
+        assert isinstance(schedule, Discrete)
+        x_t = noised(schedule, x0, t, eps)
+        return schedule.num_timesteps * bound_term(schedule, denoiser(x_t, t, y), x0, x_t, t, self.variance)
+
+
+class Hybrid(Objective):
+    """`L_simple + vlb_weight L_vlb`, the bound training only the variance (Nichol & Dhariwal 2021, Eq. 16)."""
+
+    def __init__(self, *, vlb_weight: PositiveFloat) -> None:
+        self.vlb_weight = vlb_weight
+
+    def check(self, denoiser: Denoiser) -> None:
+        _check_bound(denoiser)
+        if not _has_variance_head(denoiser):
+            raise ValueError(
+                "objective=hybrid: trains a variance; set model.learn_variance=true, or take simple"
+            )
+
+    def __call__(self, denoiser: Denoiser, x0: Tensor, y: Tensor | None, t: Tensor, eps: Tensor) -> Tensor:
+        schedule = denoiser.schedule
+        assert isinstance(schedule, Discrete)
+        x_t = noised(schedule, x0, t, eps)
+        prediction = denoiser(x_t, t, y)
+        simple = (prediction.eps - eps).square().flatten(1).mean(1)
+        frozen = Prediction(
+            prediction.x0.detach(), prediction.eps.detach(), prediction.sigma, prediction.variance
+        )
+        bound = bound_term(schedule, frozen, x0, x_t, t, "learned")
+        return simple + self.vlb_weight * schedule.num_timesteps * bound
+
+
+def _has_variance_head(denoiser: Denoiser) -> bool:
+    return bool(getattr(denoiser.network, "learn_variance", False))
+
+
+def _check_bound(denoiser: Denoiser) -> None:
+    if not isinstance(denoiser.schedule, Discrete):
+        raise ValueError(
+            f"objective: the bound is a sum over timesteps, and the {type(denoiser.schedule).__name__} schedule has "
+            "none; take linear, scaled_linear, cosine or sigmoid"
+        )

@@ -139,7 +139,7 @@ def loop(rounds: int, device: torch.device) -> Iterator[Row]:
 
     def bare() -> float:
         network = build(checked.model, 1, 8, None).to(device)
-        denoiser, objective = Denoiser(network, build(checked.schedule), Eps()), Simple()
+        denoiser, objective = Denoiser(network, build(checked.schedule), Eps()), Simple(huber_delta=None)
         ema = EMA(network, 0.999, warm_up=True)
         optimizer = optimizer_config.optimizer(network.parameters())
         scheduler = optimizer_config.scheduler(optimizer)
@@ -148,7 +148,7 @@ def loop(rounds: int, device: torch.device) -> Iterator[Row]:
             starts.append(time.perf_counter())
             torch.manual_seed(mix(0, "step", batch.number))
             u, eps = torch.rand(128, device=device), torch.randn_like(batch.images)
-            loss = objective(denoiser, batch.images, None, u, eps).value.mean()
+            loss = objective(denoiser, batch.images, None, denoiser.schedule.time(u), eps).mean()
             optimizer.zero_grad()
             loss.backward()
             nn.utils.clip_grad_norm_(network.parameters(), 1.0)
@@ -168,7 +168,7 @@ def sampling(rounds: int, device: torch.device) -> Iterator[Row]:
     from diffusion_cli.report import save_png
 
     network = build(_option("model", "unet_cifar10"), 3, 32, None).to(device).eval().requires_grad_(False)
-    schedule = Linear(num_timesteps=1000, beta_start=1e-4, beta_end=0.02)
+    schedule = Linear(num_timesteps=1000, beta_start=1e-4, beta_end=0.02, zero_terminal_snr=False)
     model = Model(Denoiser(network, schedule, Eps()), (3, 32, 32), None, {}, 0, "")
     sampler, x, t = (
         DDIM(schedule, eta=0.0, spacing="trailing"),
@@ -179,7 +179,9 @@ def sampling(rounds: int, device: torch.device) -> Iterator[Row]:
 
     def ours() -> None:
         with tempfile.TemporaryDirectory() as folder:
-            for seeds, images, _ in generate(model, sampler, 50, range(16), 16, clip=True, precision="fp32"):
+            for seeds, images, _, _ in generate(
+                model, sampler, 50, range(16), 16, clip=True, precision="fp32"
+            ):
                 for seed, image in zip(seeds, images, strict=True):
                     save_png(image, sample_command.image_path(Path(folder), seed))
 
@@ -202,7 +204,9 @@ def step(rounds: int, device: torch.device) -> Iterator[Row]:
 
     x0 = torch.randn(8, 3, 32, 32, device=device)
     network = build(_option("model", "unet_cifar10"), 3, 32, None).to(device)
-    denoiser = Denoiser(network, Linear(num_timesteps=1000, beta_start=1e-4, beta_end=0.02), Eps())
+    denoiser = Denoiser(
+        network, Linear(num_timesteps=1000, beta_start=1e-4, beta_end=0.02, zero_terminal_snr=False), Eps()
+    )
     ema = EMA(network, 0.9999, warm_up=True)
     optimizer = torch.optim.AdamW(network.parameters(), 1e-4, fused=True)
 
@@ -210,7 +214,7 @@ def step(rounds: int, device: torch.device) -> Iterator[Row]:
         def run() -> None:
             with autocast(device, precision):
                 u, eps = torch.rand(8, device=device), torch.randn_like(x0)
-                loss = Simple()(denoiser, x0, None, u, eps).value.mean()
+                loss = Simple(huber_delta=None)(denoiser, x0, None, denoiser.schedule.time(u), eps).mean()
             optimizer.zero_grad()
             loss.backward()
             nn.utils.clip_grad_norm_(network.parameters(), 1.0)

@@ -1,6 +1,6 @@
 """Shared fixtures: reference arrays, and a denoiser that is known in closed form."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +10,18 @@ from torch import Tensor
 
 from diffusion_cli.data import GaussianMixture
 from diffusion_cli.denoiser import Prediction
-from diffusion_cli.schedules import Cosine, Linear, ScaledLinear, Schedule
+from diffusion_cli.schedules import (
+    EDM,
+    VE,
+    VP,
+    Cosine,
+    Linear,
+    Rectified,
+    ScaledLinear,
+    Schedule,
+    Sigmoid,
+    SubVP,
+)
 
 REFERENCE = Path(__file__).parent / "reference"
 
@@ -21,9 +32,39 @@ def reference() -> Callable[[str], dict[str, Tensor]]:
 
     def load(name: str) -> dict[str, Tensor]:
         with np.load(REFERENCE / f"{name}.npz") as arrays:
-            return {key: torch.from_numpy(arrays[key]) for key in arrays.files}
+            return {
+                key: torch.from_numpy(arrays[key]) for key in arrays.files if arrays[key].dtype.kind in "if"
+            }
 
     return load
+
+
+def pytest_addoption(parser):
+    parser.addoption("--agreement", help="file for a table of the differences from the reference arrays")
+
+
+@pytest.fixture(scope="session")
+def agree(request) -> Iterator[Callable[[str, Tensor, Tensor, float], None]]:
+    """Assert that arrays differ by no more than a tolerance, absolute or `relative`; and keep a table of it."""
+    rows: dict[str, tuple[float, float, str]] = {}
+
+    def check(name: str, mine: Tensor, theirs: Tensor, tolerance: float, relative: bool = False) -> None:
+        difference = (mine - theirs.reshape(mine.shape)).abs()
+        if relative:
+            difference = difference / theirs.reshape(mine.shape).abs().clamp(min=1e-300)
+        error = difference.max().item()
+        rows[name] = (error, tolerance, "relative" if relative else "absolute")
+        assert error <= tolerance, f"{name}: differs by {error:.3g}, allowed {tolerance:.3g}"
+
+    yield check
+    path = request.config.getoption("--agreement")
+    if path:
+        lines = [
+            f"| `{name}` | {error:.1e} | {tolerance:.0e} | {kind} |"
+            for name, (error, tolerance, kind) in sorted(rows.items())
+        ]
+        head = ["| array | largest difference | tolerance | kind |", "|---|---|---|---|"]
+        Path(path).write_text("\n".join(head + lines) + "\n")
 
 
 @pytest.fixture(scope="session")
@@ -36,9 +77,20 @@ def mixture(reference) -> GaussianMixture:
 @pytest.fixture(scope="session")
 def schedules() -> dict[str, Schedule]:
     return {
-        "linear": Linear(num_timesteps=1000, beta_start=1e-4, beta_end=0.02),
-        "scaled_linear": ScaledLinear(num_timesteps=1000, beta_start=0.00085, beta_end=0.012),
-        "cosine": Cosine(num_timesteps=1000, offset=0.008, max_beta=0.999),
+        "linear": Linear(num_timesteps=1000, beta_start=1e-4, beta_end=0.02, zero_terminal_snr=False),
+        "scaled_linear": ScaledLinear(
+            num_timesteps=1000, beta_start=0.00085, beta_end=0.012, zero_terminal_snr=False
+        ),
+        "cosine": Cosine(num_timesteps=1000, offset=0.008, max_beta=0.999, zero_terminal_snr=False),
+        "sigmoid": Sigmoid(
+            num_timesteps=1000, start=-3.0, end=3.0, tau=1.0, max_beta=0.999, zero_terminal_snr=False
+        ),
+        "zero_snr": Linear(num_timesteps=1000, beta_start=1e-4, beta_end=0.02, zero_terminal_snr=True),
+        "vp": VP(beta_min=0.1, beta_max=20.0, grid_t_min=1e-3),
+        "subvp": SubVP(beta_min=0.1, beta_max=20.0, grid_t_min=1e-3),
+        "ve": VE(sigma_min=0.01, sigma_max=50.0, grid_t_min=1e-5),
+        "edm": EDM(sigma_min=0.002, sigma_max=80.0),
+        "rectified": Rectified(grid_t_min=1e-3),
     }
 
 
@@ -49,8 +101,12 @@ def exact(mixture) -> Callable:
     def build(schedule: Schedule, gain: float = 1.0) -> Callable[[Tensor, Tensor], Prediction]:
         def denoise(x_t: Tensor, t: Tensor) -> Prediction:
             alpha, sigma = schedule(t)
-            eps = gain * (x_t - alpha * mixture.denoise(x_t, alpha, sigma)) / sigma
-            return Prediction((x_t - sigma * eps) / alpha, eps)
+            x0 = mixture.denoise(x_t, alpha, sigma)
+            eps = (x_t - alpha * x0) / sigma
+            if gain != 1:
+                eps = gain * eps
+                x0 = (x_t - sigma * eps) / alpha
+            return Prediction(x0, eps, sigma)
 
         return denoise
 

@@ -32,8 +32,8 @@ def test_every_mistake_at_once_one_line_each(capsys):
             "diffuse: batch_size=many: should be a valid integer",
             "diffuse: max_step=5: unknown key; did you mean max_steps?",
             "diffuse: optimizer.lr=-1: should be greater than 0",
-            "diffuse: sampler.spacing=trailin: should be leading or trailing or linspace or quadratic; "
-            "did you mean trailing?",
+            "diffuse: sampler.spacing=trailin: should be leading or trailing or linspace or quadratic or karras "
+            "or log_snr or time; did you mean trailing?",
             "diffuse: ema.decay=1.5: should be less than 1",
             "diffuse: dataset.flip=3: should be a valid boolean",
         ]
@@ -139,7 +139,7 @@ def test_cfg_job_prints_the_configuration(capsys):
 def test_users_own_options_are_found_and_checked(capsys, tmp_path):
     (tmp_path / "schedule").mkdir()
     mine = tmp_path / "schedule" / "mine.yaml"
-    text = "_target_: diffusion_cli.schedules.Cosine\nnum_timesteps: 50\noffset: 0.01\nmax_beta: 0.9\n"
+    text = "_target_: diffusion_cli.schedules.Cosine\nnum_timesteps: 50\noffset: 0.01\nmax_beta: 0.9\nzero_terminal_snr: false\n"
     mine.write_text(text)
     assert run(["train", "--config-dir", str(tmp_path), "schedule=mine", "--cfg", "job"]) == 0
     assert "num_timesteps: 50" in capsys.readouterr().out

@@ -61,7 +61,7 @@ def test_an_image_does_not_depend_on_its_batch(model, kind):
 
     def images(seeds, batch_size):
         batches = generate(model, sampler, 6, seeds, batch_size, clip=True, precision="fp32")
-        return {seed: image for part, out, _ in batches for seed, image in zip(part, out, strict=True)}
+        return {seed: image for part, out, _, _ in batches for seed, image in zip(part, out, strict=True)}
 
     together, alone, others = images(range(10), 10), images(range(10), 1), images([7, 3, 100], 2)
     for seed in range(10):
@@ -74,7 +74,7 @@ def test_an_image_does_not_depend_on_its_batch(model, kind):
 def test_labels_go_round_and_matter(model):
     sampler = DDIM(model.denoiser.schedule, eta=0.0, spacing="trailing")
     parts = list(generate(model, sampler, 3, range(5), 3, clip=True, precision="fp32"))
-    given = [label for _, _, labels in parts if labels is not None for label in labels.tolist()]
+    given = [label for _, _, labels, _ in parts if labels is not None for label in labels.tolist()]
     assert given == [0, 1, 2, 0, 1]
     x, t = torch.randn(1, 1, 8, 8), torch.tensor(0.5, dtype=torch.float64)
     one, other = (model.denoiser(x, t, torch.tensor([label])).eps for label in (0, 1))

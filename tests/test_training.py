@@ -15,7 +15,6 @@ import yaml
 
 from diffusion_cli.checkpoint import LAST, load_model, read, whole_file
 from diffusion_cli.cli import run
-from diffusion_cli.objective import Loss
 from diffusion_cli.training.ema import EMA
 from diffusion_cli.training.module import LossMeter
 
@@ -290,12 +289,12 @@ def test_ema_is_the_weighted_sum_of_the_past():
 
 def test_meter_separates_noise_levels_and_finds_the_first_bad_step():
     meter = LossMeter()
-    t = torch.tensor([0.001, 0.25, 0.26, 0.75, 1.0], dtype=torch.float64)
-    meter.add(Loss(torch.tensor([1.0, 2.0, 3.0, 5.0, 7.0]), t), step=0)
+    quantile = torch.tensor([0.0, 0.24, 0.26, 0.74, 1.0], dtype=torch.float64)
+    meter.add(torch.tensor([1.0, 2.0, 3.0, 5.0, 7.0]), quantile, step=0)
     assert meter.read() == {"loss": 3.6, "loss_q1": 1.5, "loss_q2": 3.0, "loss_q3": 5.0, "loss_q4": 7.0}
     assert meter.first_bad_step() is None
     for step in (4, 5):
-        meter.add(Loss(torch.tensor([float("nan")]), torch.tensor([0.5])), step=step)
+        meter.add(torch.tensor([float("nan")]), torch.tensor([0.5]), step=step)
     assert meter.first_bad_step() == 4
 
 

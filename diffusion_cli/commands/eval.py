@@ -36,7 +36,7 @@ def run(config: EvalConfig) -> None:
 
     def samples() -> Iterator[tuple[Tensor, Tensor | None]]:
         seeds = range(config.seed, config.seed + config.num_samples)
-        for _, images, labels in generate(
+        for _, images, labels, calls in generate(
             model,
             trained.sampler,
             config.steps,
@@ -45,6 +45,7 @@ def run(config: EvalConfig) -> None:
             clip=config.clip_x0,
             precision=config.precision,
         ):
+            sampling["network_calls"] = max(sampling.get("network_calls", 0), calls)
             yield images, labels
 
     report = evaluate(
@@ -54,6 +55,7 @@ def run(config: EvalConfig) -> None:
     append_history(folder / "metrics.json", report.to_dict())
     name = config.sampler["_target_"].rpartition(".")[2]
     print(
-        f"\n{folder.name} at step {model.step}, {config.num_samples} samples by {name} in {config.steps} steps, "
+        f"\n{folder.name} at step {model.step}, {config.num_samples} samples by {name} in "
+        f"{sampling['network_calls']} network calls each, "
         f"{config.weights} weights\n{report.table()}\nWith their protocol in {folder / 'metrics.json'}"
     )

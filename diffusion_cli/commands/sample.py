@@ -36,8 +36,9 @@ def run(config: SampleConfig) -> None:
             file=sys.stderr,
         )
 
+    most_calls = 0
     with tqdm(total=len(todo), unit="image", desc="sample", dynamic_ncols=True) as bar:
-        for batch, images, _ in generate(
+        for batch, images, _, calls in generate(
             model,
             trained.sampler,
             config.steps,
@@ -49,10 +50,12 @@ def run(config: SampleConfig) -> None:
             for seed, image in zip(batch, images, strict=True):
                 save_png(image, image_path(output, seed))
             bar.update(len(batch))
+            most_calls = max(most_calls, calls)
     write_manifest(output, manifest | {"seeds": sorted({*manifest.get("seeds", []), *seeds})})
     grid = output / "grid.png"
     save_grid(read_images(output, list(seeds)[:GRID_IMAGES]), grid)
-    print(f"{len(seeds)} images of step {model.step} in {output}\nGrid: {grid}")
+    made = f", {most_calls} network calls each" if todo else ""
+    print(f"{len(seeds)} images of step {model.step}{made}, in {output}\nGrid: {grid}")
 
 
 def image_path(output: Path, seed: int) -> Path:

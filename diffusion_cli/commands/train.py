@@ -17,6 +17,7 @@ from diffusion_cli.checkpoint import FORMAT, LAST, read, whole_file
 from diffusion_cli.config import Mistakes, TrainConfig, build, identity, seconds, shown
 from diffusion_cli.data import Batch, Batches, Dataset, Images, hold, normalised
 from diffusion_cli.denoiser import Denoiser
+from diffusion_cli.objective import Objective
 from diffusion_cli.precision import resolve
 from diffusion_cli.seeding import mix
 from diffusion_cli.training.callbacks import Checkpoints, HeldOutLoss, Preview, Progress, Stop, WholeFileIO
@@ -41,6 +42,9 @@ def run(config: TrainConfig) -> int:
     torch.manual_seed(mix(config.seed, "weights"))
     channels, height, _ = dataset.shape
     network = build(config.model, channels, height, dataset.num_classes)
+    denoiser = Denoiser(network, schedule, build(config.parameterization))
+    objective: Objective = build(config.objective)
+    objective.check(denoiser)
     optimizer = build(config.optimizer)
     images = dataset.load("train")
     max_steps = _max_steps(config, len(images))
@@ -51,9 +55,8 @@ def run(config: TrainConfig) -> int:
         return 0
 
     _write_config(folder / "config.yaml", config)
-    denoiser = Denoiser(network, schedule, build(config.parameterization))
     about = _about(config, dataset)
-    module = DiffusionModule(denoiser, build(config.objective), optimizer, config.seed, about)
+    module = DiffusionModule(denoiser, objective, build(config.times), optimizer, config.seed, about)
     ema = EMA(network, config.ema.decay, config.ema.warm_up)
     stop = Stop(seconds(config.max_time))
     part = config.batch_size // config.accumulate

@@ -46,17 +46,38 @@ def _definitions(module: str) -> dict[str, ast.AST]:
     for node in ast.parse(file.read_text()).body:
         if isinstance(node, ast.ClassDef | ast.FunctionDef):
             found[node.name] = node
+        elif isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
+            found[node.targets[0].id] = node
         elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith(f"{PACKAGE}."):
             found |= {alias.asname or alias.name: node for alias in node.names}
     return found
 
 
-def _find(module: str, name: str) -> tuple[str, ast.ClassDef | ast.FunctionDef] | None:
+def _find(module: str, name: str) -> tuple[str, ast.AST] | None:
     """Where a name is defined, following imports within the package."""
     node = _definitions(module).get(name)
     if isinstance(node, ast.ImportFrom):
         return _find(node.module or "", name)
-    return (module, node) if isinstance(node, ast.ClassDef | ast.FunctionDef) else None
+    return None if node is None else (module, node)
+
+
+class _Names(dict[str, Any]):
+    """The vocabulary, and the names that a module gives to types made of it (`Fraction = Annotated[...]`)."""
+
+    def __init__(self, module: str) -> None:
+        super().__init__(VOCABULARY)
+        self.module = module
+
+    def __missing__(self, name: str) -> Any:
+        found = _find(self.module, name)
+        if found is None or not isinstance(found[1], ast.Assign):
+            raise NameError(f"{self.module}: {name} is not a word for annotations")
+        return _type(found[1].value, found[0])
+
+
+def _type(annotation: ast.expr, module: str) -> Any:
+    """What an annotation in a module means, its names looked up without importing anything."""
+    return eval(compile(ast.Expression(annotation), module, "eval"), {}, _Names(module))
 
 
 def signature(target: str) -> dict[str, Any] | None:
@@ -68,14 +89,17 @@ def signature(target: str) -> dict[str, Any] | None:
     if found is None:
         return None
     module, node = found
+    if isinstance(node, ast.Assign):
+        return None
     if isinstance(node, ast.ClassDef):
         inits = [item for item in node.body if isinstance(item, ast.FunctionDef) and item.name == "__init__"]
         if not inits:
             bases = (signature(f"{module}.{base.id}") for base in node.bases if isinstance(base, ast.Name))
             return next((arguments for arguments in bases if arguments is not None), {})
         node = inits[0]
+    assert isinstance(node, ast.FunctionDef)
     return {
-        argument.arg: eval(compile(ast.Expression(argument.annotation), target, "eval"), {}, VOCABULARY)
+        argument.arg: _type(argument.annotation, module)
         for argument in node.args.kwonlyargs
         if argument.annotation is not None
     }

@@ -55,6 +55,7 @@ class TrainConfig(BaseModel):
     parameterization: Node
     model: Node
     objective: Node
+    times: Node
     sampler: Node
     optimizer: Node
     trainer: Node
@@ -110,8 +111,6 @@ COMMANDS: dict[str, type[TrainConfig] | type[SampleConfig] | type[EvalConfig]] =
     "sample": SampleConfig,
     "eval": EvalConfig,
 }
-
-# Keys that say how far, how fast and where, but not what: a run may go on with other values of them.
 
 
 def seconds(duration: str | None) -> float | None:

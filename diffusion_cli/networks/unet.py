@@ -80,6 +80,7 @@ class UNet(nn.Module):
             )
         self.num_classes = num_classes if class_conditional else None
         self.channels = channels
+        self.learn_variance = learn_variance
         self.embedding_layout: Literal["sin_cos", "cos_sin"] = embedding_layout
         self.gradient_checkpointing = gradient_checkpointing
         self.multiple = 2 ** (len(channel_mult) - 1)

@@ -1,7 +1,15 @@
 """Samplers: ways from noise to an image, one step at a time."""
 
-from diffusion_cli.samplers.base import Sampler, integrate
-from diffusion_cli.samplers.ddim import DDIM
+from diffusion_cli.samplers.base import Draw, Sampler, integrate
+from diffusion_cli.samplers.ddim import DDIM, invert
 from diffusion_cli.samplers.ddpm import DDPM
+from diffusion_cli.samplers.dpm_solver import DPMSolver2S, DPMSolverMultistep, DPMSolverSDE, UniPC
+from diffusion_cli.samplers.multistep import DEIS, LMS, PLMS
+from diffusion_cli.samplers.ode import ODE
+from diffusion_cli.samplers.sde import PC, EulerMaruyama, ReverseDiffusion
+from diffusion_cli.samplers.second_order import DPM2, EDM, Heun
 
-__all__ = ["DDIM", "DDPM", "Sampler", "integrate"]
+__all__ = [
+    "DDIM", "DDPM", "DEIS", "DPM2", "EDM", "LMS", "ODE", "PC", "PLMS", "DPMSolver2S", "DPMSolverMultistep",
+    "DPMSolverSDE", "Draw", "EulerMaruyama", "Heun", "ReverseDiffusion", "Sampler", "UniPC", "integrate", "invert",
+]  # fmt: skip

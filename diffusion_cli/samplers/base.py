@@ -5,10 +5,14 @@ from collections.abc import Callable, Iterator
 from itertools import pairwise
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from diffusion_cli.denoiser import Denoise
+from diffusion_cli.denoiser import Denoise, Prediction
 from diffusion_cli.schedules import Schedule, Spacing
+
+Draw = Callable[[], Tensor]
+"""Gives the next standard normal noise, of the shape of the images."""
 
 
 class Sampler(ABC):
@@ -16,40 +20,59 @@ class Sampler(ABC):
 
     order: int  # of convergence to the exact solution, in the largest step
     spacing: Spacing
+    one_by_one = False  # whether images of a batch would depend on each other
 
     def __init__(self, schedule: Schedule) -> None:
         self.schedule = schedule
 
-    @property
-    @abstractmethod
-    def stochastic(self) -> bool:
-        """Whether steps use their noise."""
-
     @abstractmethod
     def step(
-        self, denoise: Denoise, x: Tensor, t: Tensor, s: Tensor, noise: Tensor | None, state: Any
+        self, denoise: Denoise, x: Tensor, t: Tensor, s: Tensor, draw: Draw, state: Any
     ) -> tuple[Tensor, Any]:
         """Take x from t to s < t (0-d float64 times on the CPU) and return it with the solver's state.
 
-        `noise` is standard normal of x's shape for a stochastic sampler, else None: the step is a function
-        of it. `state` is None at the first step, and then what the step before returned.
+        The step is a function of what `draw` gives, of which it takes the same number whatever x is; onto the
+        data at s = 0 it adds no noise. `state` is what `start` or the step before returned.
         """
 
+    def start(self, times: Tensor) -> Any:
+        """Return the solver's state before a run through falling times."""
+        return None
+
     def grid(self, steps: int) -> Tensor:
-        """Return the falling times of a run of `steps` steps."""
+        """Return the falling times of a run of `steps` steps; ValueError where there is none."""
         return self.schedule.grid(steps, self.spacing)
 
+    def half_log_snr(self, t: Tensor) -> Tensor:
+        """`lambda = log(alpha / sigma)`, the time in which the DPM-Solvers count."""
+        return self.schedule.log_snr(t) / 2
 
-def integrate(
-    sampler: Sampler, denoise: Denoise, x: Tensor, times: Tensor, draw: Callable[[], Tensor]
-) -> Iterator[Tensor]:
-    """Step x through the falling `times` and yield the state after each step.
+    def ratio(self, t: Tensor) -> Tensor:
+        """`sigma / alpha`, the time in which x / alpha moves along eps (Song et al. 2021a, Eq. 14)."""
+        alpha, sigma = self.schedule(t)
+        return sigma / alpha
 
-    `draw()` returns the next standard normal noise of x's shape; it is called once before each step of a
-    stochastic sampler, except a step onto the data at time 0, which takes none.
-    """
-    state = None
-    for t, s in pairwise(times.double().cpu()):
-        noise = draw() if sampler.stochastic and s > 0 else None
-        x, state = sampler.step(denoise, x, t, s, noise, state)
+    def onto(self, prediction: Prediction, s: Tensor) -> Tensor:
+        """`alpha_s x_0 + sigma_s eps`, where the straight line of a prediction meets time s: Euler's step."""
+        alpha, sigma = self.schedule(s)
+        return alpha * prediction.x0 + sigma * prediction.eps
+
+    def ancestral(self, t: Tensor, s: Tensor, eta: float) -> tuple[Tensor, Tensor]:
+        """Split sigma_s into what a step keeps and the fresh noise that it adds: `sigma_s^2 = kept^2 + fresh^2`.
+
+        fresh = eta sigma_s sqrt(1 - SNR_t / SNR_s), at most sigma_s: with eta 1 that of DDPM's small variance
+        (Song et al. 2021a, Eq. 16).
+        """
+        _, sigma_s = self.schedule(s)
+        gap = -torch.expm1(self.schedule.log_snr(t) - self.schedule.log_snr(s))
+        share = (eta**2 * gap).clamp(max=1)
+        return sigma_s * (1 - share).sqrt(), sigma_s * share.sqrt()
+
+
+def integrate(sampler: Sampler, denoise: Denoise, x: Tensor, times: Tensor, draw: Draw) -> Iterator[Tensor]:
+    """Step x through the falling `times` and yield the state after each step."""
+    times = times.double().cpu()
+    state = sampler.start(times)
+    for t, s in pairwise(times):
+        x, state = sampler.step(denoise, x, t, s, draw, state)
         yield x

@@ -1,48 +1,53 @@
-"""Denoising diffusion implicit models."""
+"""Denoising diffusion implicit models, and their inversion."""
 
-from typing import Any, Literal
+from collections.abc import Iterator
+from typing import Any
 
 from pydantic import NonNegativeFloat
 from torch import Tensor
 
 from diffusion_cli.denoiser import Denoise
-from diffusion_cli.samplers.base import Sampler
-from diffusion_cli.schedules import Schedule
+from diffusion_cli.samplers.base import Draw, Sampler, integrate
+from diffusion_cli.schedules import Schedule, Spacing
 
 
 class DDIM(Sampler):
     """`x_s = alpha_s x_0 + sqrt(sigma_s^2 - sigma_eta^2) eps + sigma_eta z` (Song et al. 2021a, Eq. 12).
 
     `sigma_eta^2 = eta^2 v sigma_s^2 / sigma_t^2` (their Eq. 16): eta 0 is deterministic, eta 1 is DDPM with
-    the small variance.
+    the small variance. In x / alpha and sigma / alpha these are Euler's method and its ancestral variant (Karras et
+    al. 2022; k-diffusion), and for straight paths Euler's method in t: the same map, so the same class.
     """
 
     order = 1
 
-    def __init__(
-        self,
-        schedule: Schedule,
-        *,
-        eta: NonNegativeFloat,
-        spacing: Literal["leading", "trailing", "linspace", "quadratic"],
-    ) -> None:
+    def __init__(self, schedule: Schedule, *, eta: NonNegativeFloat, spacing: Spacing) -> None:
         super().__init__(schedule)
         self.eta = eta
         self.spacing = spacing
 
-    @property
-    def stochastic(self) -> bool:
-        return self.eta > 0
-
     def step(
-        self, denoise: Denoise, x: Tensor, t: Tensor, s: Tensor, noise: Tensor | None, state: Any
+        self, denoise: Denoise, x: Tensor, t: Tensor, s: Tensor, draw: Draw, state: Any
     ) -> tuple[Tensor, Any]:
         prediction = denoise(x, t)
-        alpha_s, sigma_s = self.schedule(s)
-        if noise is None:
-            return alpha_s * prediction.x0 + sigma_s * prediction.eps, None
-        _, v = self.schedule.transition(t, s)
-        _, sigma_t = self.schedule(t)
-        variance = (self.eta**2 * v * sigma_s**2 / sigma_t**2).clamp(max=sigma_s**2)
-        x_s = alpha_s * prediction.x0 + (sigma_s**2 - variance).sqrt() * prediction.eps
-        return x_s + variance.sqrt() * noise, None
+        if self.eta == 0 or s == 0:
+            return self.onto(prediction, s), None
+        alpha_s, _ = self.schedule(s)
+        kept, fresh = self.ancestral(t, s, self.eta)
+        return alpha_s * prediction.x0 + kept * prediction.eps + fresh * draw(), None
+
+
+def invert(schedule: Schedule, denoise: Denoise, x: Tensor, times: Tensor) -> Iterator[Tensor]:
+    """Encode images x by DDIM run backwards, and yield the state at each time after the first.
+
+    `times` are those of a sampling grid, falling to 0: x is taken to lie at the smallest positive one, where the
+    network is first asked, and the last state is noise at times[0]. Each step uses the prediction at its start, where
+    the way down used that at its end, so that the two meet as steps grow small: at first order.
+    Source: Song et al. 2021a, Sec. 4.3 and 5.4; Dhariwal & Nichol 2021's code.
+    """
+
+    def draw() -> Tensor:
+        raise AssertionError("DDIM at eta 0 draws nothing")
+
+    rising = times[times > 0].flip(0)
+    return integrate(DDIM(schedule, eta=0.0, spacing="trailing"), denoise, x, rising, draw)

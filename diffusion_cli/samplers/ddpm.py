@@ -5,8 +5,9 @@ from typing import Any, Literal
 from torch import Tensor
 
 from diffusion_cli.denoiser import Denoise
-from diffusion_cli.samplers.base import Sampler
-from diffusion_cli.schedules import Schedule
+from diffusion_cli.posterior import learned_log_variance, posterior
+from diffusion_cli.samplers.base import Draw, Sampler
+from diffusion_cli.schedules import Schedule, Spacing
 
 
 class DDPM(Sampler):
@@ -14,7 +15,8 @@ class DDPM(Sampler):
 
     With a and v of the transition from s to t, the mean is
     `a sigma_s^2 / sigma_t^2 x_t + alpha_s v / sigma_t^2 x_0`, the variance `v sigma_s^2 / sigma_t^2`
-    ("small", exact for data that is one point) or `v` ("large", exact for standard normal data).
+    ("small", exact for data that is one point), `v` ("large", exact for standard normal data) or what the network
+    learned between the two (Nichol & Dhariwal 2021, Eq. 15). ValueError for "learned" if it did not.
     """
 
     order = 1
@@ -23,25 +25,26 @@ class DDPM(Sampler):
         self,
         schedule: Schedule,
         *,
-        variance: Literal["small", "large"],
-        spacing: Literal["leading", "trailing", "linspace", "quadratic"],
+        variance: Literal["small", "large", "learned"],
+        spacing: Spacing,
     ) -> None:
         super().__init__(schedule)
         self.variance = variance
         self.spacing = spacing
 
-    @property
-    def stochastic(self) -> bool:
-        return True
-
     def step(
-        self, denoise: Denoise, x: Tensor, t: Tensor, s: Tensor, noise: Tensor | None, state: Any
+        self, denoise: Denoise, x: Tensor, t: Tensor, s: Tensor, draw: Draw, state: Any
     ) -> tuple[Tensor, Any]:
-        a, v = self.schedule.transition(t, s)
-        _, sigma_t = self.schedule(t)
-        alpha_s, sigma_s = self.schedule(s)
-        mean = a * sigma_s**2 / sigma_t**2 * x + alpha_s * v / sigma_t**2 * denoise(x, t).x0
-        if noise is None:
+        step = posterior(self.schedule, t, s)
+        prediction = denoise(x, t)
+        mean = step.c_t * x + step.c_0 * prediction.x0
+        if s == 0:
             return mean, None
-        variance = v if self.variance == "large" else v * sigma_s**2 / sigma_t**2
-        return mean + variance.sqrt() * noise, None
+        if self.variance != "learned":
+            return mean + (step.small if self.variance == "small" else step.large).sqrt() * draw(), None
+        if prediction.variance is None:
+            raise ValueError(
+                "sampler.variance=learned: the model was trained without a variance head; take small or large"
+            )
+        log_variance = learned_log_variance(prediction.variance, step.small.log(), step.large.log())
+        return mean + (log_variance / 2).exp() * draw(), None

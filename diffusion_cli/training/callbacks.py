@@ -215,10 +215,11 @@ class HeldOutLoss(EveryStep):
             size = len(batch.images)
             # Stratified times: the estimate over a few images is less noisy.
             u = (torch.arange(size) + torch.rand(size, generator=generator)) / size
+            t, weight, _ = module.times(denoiser.schedule, u.to(module.device))
             eps = torch.randn(batch.images.shape, generator=generator).to(module.device)
             with trainer.precision_plugin.forward_context():
-                loss = module.objective(denoiser, batch.images, batch.labels, u.to(module.device), eps)
-            total, count = total + loss.value.sum(), count + size
+                loss = module.objective(denoiser, batch.images, batch.labels, t, eps)
+            total, count = total + (weight * loss).sum(), count + size
         for logger in trainer.loggers:
             logger.log_metrics({"held_out_loss": total.item() / count}, step=step)
 
@@ -247,7 +248,7 @@ class Preview(EveryStep):
         denoiser: Denoiser = self.ema.denoiser(module)
         labels = labels_of(self.SEEDS, getattr(self.ema.network, "num_classes", None), module.device)
         with trainer.precision_plugin.forward_context():
-            images = sample(
+            images, _ = sample(
                 clip_x0(lambda x, t: denoiser(x, t, labels), denoiser.schedule),
                 self.sampler,
                 self.sampler.grid(self.steps),

@@ -9,15 +9,16 @@ from torch.optim import Optimizer
 
 from diffusion_cli.data import Batch
 from diffusion_cli.denoiser import Denoiser
-from diffusion_cli.objective import Loss, Objective
+from diffusion_cli.objective import Objective
 from diffusion_cli.seeding import mix
+from diffusion_cli.times import Times
 from diffusion_cli.training.optimizers import OptimizerConfig
 
 QUARTILES = 4
 
 
 class LossMeter:
-    """The mean loss since the last reading, whole and by quartile of the noise level, kept on the device.
+    """The mean loss since the last reading, whole and by quartile of the noise levels drawn, kept on the device.
 
     Nothing is synchronised until it is read: a step that went bad is remembered by its number.
     """
@@ -26,14 +27,13 @@ class LossMeter:
         self._sums: Tensor | None = None
         self._first_bad: Tensor | None = None
 
-    def add(self, loss: Loss, step: int) -> None:
-        """Count the losses [B] of a step."""
-        value, device = loss.value.detach(), loss.value.device
+    def add(self, loss: Tensor, quantile: Tensor, step: int) -> None:
+        """Count the losses [B] of a step, at levels that lie at these quantiles [B] of all levels drawn."""
+        value, device = loss.detach(), loss.device
         if self._sums is None or self._first_bad is None:
             self._sums = torch.zeros(2, QUARTILES, device=device)
             self._first_bad = torch.full((), -1, device=device)
-        # t in (0, 1] is uniform, so its quarters are the quartiles.
-        quartile = (loss.t * QUARTILES).ceil().long().sub_(1).clamp_(0, QUARTILES - 1)
+        quartile = (quantile * QUARTILES).long().clamp_(0, QUARTILES - 1)
         self._sums.index_add_(1, quartile, torch.stack([value, torch.ones_like(value)]))
         bad = ~value.sum().isfinite() & (self._first_bad < 0)
         self._first_bad.masked_fill_(bad, step)
@@ -64,6 +64,7 @@ class DiffusionModule(LightningModule):
         self,
         denoiser: Denoiser,
         objective: Objective,
+        times: Times,
         optimizer: OptimizerConfig,
         seed: int,
         about: dict[str, Any],
@@ -71,6 +72,7 @@ class DiffusionModule(LightningModule):
         super().__init__()
         self.denoiser = denoiser
         self.objective = objective
+        self.times = times
         self.optimizer_config = optimizer
         self.seed = seed
         self.about = about
@@ -83,11 +85,14 @@ class DiffusionModule(LightningModule):
         local = len(batch.images)
         share = slice(self.global_rank * local, (self.global_rank + 1) * local)
         size = self.trainer.world_size * local
-        u = torch.rand(size, device=self.device)[share]
+        drawn = self.times(self.denoiser.schedule, torch.rand(size, device=self.device))
+        t, weight, quantile = (part[share] for part in drawn)
         eps = torch.randn(size, *batch.images.shape[1:], device=self.device)[share]
-        loss = self.objective(self.denoiser, batch.images, batch.labels, u, eps)
-        self.meter.add(loss, self.trainer.global_step)
-        return loss.value.mean()
+        loss = self.objective(self.denoiser, batch.images, batch.labels, t, eps)
+        self.times.observe(t, loss)
+        loss = weight * loss
+        self.meter.add(loss, quantile, self.trainer.global_step)
+        return loss.mean()
 
     def configure_optimizers(self) -> Any:
         """Return the optimizer and its scheduler, stepped every step."""

@@ -1,0 +1,236 @@
+"""DPM-Solver++ and its stochastic relatives: exponential integrators of x_0 in lambda = log(alpha / sigma)."""
+
+from typing import Any, Literal
+
+import torch
+from pydantic import NonNegativeFloat
+from torch import Tensor
+
+from diffusion_cli.denoiser import Denoise
+from diffusion_cli.samplers.base import Draw, Sampler
+from diffusion_cli.schedules import Schedule, Spacing
+
+History = tuple[tuple[Tensor, Tensor], ...]
+"""(lambda, x_0) of the steps before, newest first."""
+
+
+class DPMSolverMultistep(Sampler):
+    """DPM-Solver++(2M), (3M) and their SDE variants: one network call a step (Lu et al. 2022b, Alg. 2, Sec. 5).
+
+    With h = lambda_s - lambda_t, H = (1 + eta) h and D_0 the x_0 of now,
+    `x_s = sigma_s / sigma_t exp(-eta h) x_t + alpha_s ((1 - exp(-H)) D_0 + w_1 D_1 - w_2 D_2)
+    + sigma_s sqrt(1 - exp(-2 eta h)) z`, where D_1 and D_2 are differences of the x_0 before, in units of h.
+    w_1 = (1 - exp(-H)) / 2 at second order (`midpoint`), or 1 - (1 - exp(-H)) / H (`heun`, and third order), and
+    w_2 = w_1 / H - 1/2. The first steps, and the one onto the data, are of lower order.
+
+    The published third-order step counts half of the second difference that Taylor's theorem asks for, and so converges
+    at second order; `taylor` is `heun` with the whole of it, and converges at third.
+    """
+
+    def __init__(
+        self,
+        schedule: Schedule,
+        *,
+        order: Literal[1, 2, 3],
+        eta: NonNegativeFloat,
+        solver_type: Literal["midpoint", "heun", "taylor"],
+        spacing: Spacing,
+    ) -> None:
+        super().__init__(schedule)
+        self.eta, self.solver_type, self.spacing = eta, solver_type, spacing
+        self.points = order
+        self.order = order if solver_type == "taylor" else min(order, 2)
+
+    def start(self, times: Tensor) -> History:
+        return ()
+
+    def step(
+        self, denoise: Denoise, x: Tensor, t: Tensor, s: Tensor, draw: Draw, state: History
+    ) -> tuple[Tensor, History]:
+        x0 = denoise(x, t).x0
+        now, then = self.half_log_snr(t), self.half_log_snr(s)
+        (_, sigma_t), (alpha_s, sigma_s) = self.schedule(t), self.schedule(s)
+        # No signal at all (lambda = -inf) is no support for a polynomial.
+        history: History = ((now, x0), *state)[: self.points] if now.isfinite() else ()
+        if s == 0:
+            return x0, history
+        h = then - now
+        H = (1 + self.eta) * h
+        decay = torch.exp(-self.eta * h) if self.eta > 0 else 1.0  # h may be infinite
+        x = sigma_s / sigma_t * decay * x - alpha_s * torch.expm1(-H) * x0
+        if len(history) > 1:
+            first, second = self._differences(history, h)
+            w_1 = torch.expm1(-H) / H + 1
+            if len(history) == 2 and self.solver_type == "midpoint":
+                x = x - alpha_s * torch.expm1(-H) / 2 * first
+            else:
+                x = x + alpha_s * w_1 * first
+            if second is not None:
+                whole = 2 if self.solver_type == "taylor" else 1
+                x = x - alpha_s * (w_1 / H - 0.5) * whole * second
+        if self.eta > 0:
+            x = x + sigma_s * torch.sqrt(-torch.expm1(-2 * self.eta * h)) * draw()
+        return x, history
+
+    @staticmethod
+    def _differences(history: History, h: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The first and second derivatives of x_0 now, times h and h^2, as far as the history goes."""
+        (l0, d0), (l1, d1), *rest = history
+        r0 = (l0 - l1) / h
+        newer = (d0 - d1) / r0
+        if not rest:
+            return newer, None
+        ((l2, d2),) = rest
+        r1 = (l1 - l2) / h
+        older = (d1 - d2) / r1
+        second = (newer - older) / (r0 + r1)
+        return newer + r0 * second, second
+
+
+class DPMSolver2S(Sampler):
+    """DPM-Solver++(2S): x_0 at the middle of lambda, two network calls a step, one onto the data.
+
+    With eta > 0 the ancestral variant: the step ends below s, and noise lifts it to s (k-diffusion).
+    Source: Lu et al. 2022b, Alg. 1.
+    """
+
+    order = 2
+
+    def __init__(self, schedule: Schedule, *, eta: NonNegativeFloat, spacing: Spacing) -> None:
+        super().__init__(schedule)
+        self.eta, self.spacing = eta, spacing
+
+    def step(
+        self, denoise: Denoise, x: Tensor, t: Tensor, s: Tensor, draw: Draw, state: Any
+    ) -> tuple[Tensor, Any]:
+        alpha_s, _ = self.schedule(s)
+        kept, fresh = self.ancestral(t, s, self.eta)
+        noise = fresh * draw() if self.eta > 0 and s > 0 else 0.0
+        end = (alpha_s / kept).log()  # lambda; infinite where nothing is kept
+        middle = self.schedule.time_of(self.half_log_snr(t) + end)
+        return self.through(denoise, x, t, middle, alpha_s, kept) + noise, None
+
+    def through(
+        self, denoise: Denoise, x: Tensor, t: Tensor, middle: Tensor, alpha_s: Tensor, sigma_s: Tensor
+    ) -> Tensor:
+        """The step from t to the levels of s, by way of a time in the middle."""
+        first = denoise(x, t)
+        alpha_t, sigma_t = self.schedule(t)
+        if sigma_s == 0 or alpha_t == 0:
+            return alpha_s * first.x0 + sigma_s * first.eps
+        second = denoise(self.onto(first, middle), middle)
+        start, end = self.half_log_snr(t), (alpha_s / sigma_s).log()
+        share = (self.half_log_snr(middle) - start) / (end - start)
+        x0 = first.x0 + (second.x0 - first.x0) / (2 * share)
+        return sigma_s / sigma_t * x - alpha_s * torch.expm1(start - end) * x0
+
+
+class DPMSolverSDE(Sampler):
+    """DPM-Solver++ for the reverse SDE, two ancestral stages a step, the first to the middle of lambda (k-diffusion).
+
+    Both stages add noise of their own; eta scales it. Onto the data it is one Euler step.
+    """
+
+    order = 1  # in distribution; it is the error of each path that the second stage lowers
+
+    def __init__(self, schedule: Schedule, *, eta: NonNegativeFloat, spacing: Spacing) -> None:
+        super().__init__(schedule)
+        self.eta, self.spacing = eta, spacing
+
+    def step(
+        self, denoise: Denoise, x: Tensor, t: Tensor, s: Tensor, draw: Draw, state: Any
+    ) -> tuple[Tensor, Any]:
+        first = denoise(x, t)
+        if s == 0:
+            return first.x0, None
+        middle = self.schedule.time_of(self.half_log_snr(t) + self.half_log_snr(s))
+        if not self.half_log_snr(t).isfinite():
+            return self._stage(x, first.x0, t, s, draw), None
+        second = denoise(self._stage(x, first.x0, t, middle, draw), middle)
+        return self._stage(x, second.x0, t, s, draw), None
+
+    def _stage(self, x: Tensor, x0: Tensor, t: Tensor, s: Tensor, draw: Draw) -> Tensor:
+        """The exact step for a constant x_0 to the part of sigma_s that is kept, and fresh noise."""
+        (alpha_t, sigma_t), (alpha_s, _) = self.schedule(t), self.schedule(s)
+        kept, fresh = self.ancestral(t, s, self.eta)
+        shrink = kept / sigma_t
+        x = shrink * x + (alpha_s - shrink * alpha_t) * x0
+        return x + fresh * draw() if self.eta > 0 else x
+
+
+class UniPC(Sampler):
+    """UniPC: a multistep predictor, and a corrector that uses the next call's x_0, one network call a step.
+
+    `order` is that of the predictor. `variant` is the paper's B(h): bh1 is h, bh2 is exp(h) - 1. The step onto the
+    data is of first order. Source: Zhao et al. 2023, Alg. 5-8.
+    """
+
+    def __init__(
+        self,
+        schedule: Schedule,
+        *,
+        order: Literal[1, 2, 3],
+        variant: Literal["bh1", "bh2"],
+        spacing: Spacing,
+    ) -> None:
+        super().__init__(schedule)
+        self.predictor_order, self.variant, self.spacing = order, variant, spacing
+        self.order = min(order + 1, 3)  # the first steps, of lower order, allow no more
+
+    def start(self, times: Tensor) -> tuple[History, Tensor | None]:
+        """The history, and the state that the last step was taken from."""
+        return (), None
+
+    def step(
+        self,
+        denoise: Denoise,
+        x: Tensor,
+        t: Tensor,
+        s: Tensor,
+        draw: Draw,
+        state: tuple[History, Tensor | None],
+    ) -> tuple[Tensor, tuple[History, Tensor | None]]:
+        x0 = denoise(x, t).x0
+        now = self.half_log_snr(t)
+        history, before = state
+        if history and before is not None:
+            x = self._update(before, history, t, corrector=x0)
+        history: History = ((now, x0), *history)[: self.predictor_order] if now.isfinite() else ()
+        if s == 0:
+            return x0, (history, x)
+        if not history:
+            (_, sigma_t), (alpha_s, sigma_s) = self.schedule(t), self.schedule(s)
+            return sigma_s / sigma_t * x + alpha_s * x0, ((), None)
+        return self._update(x, history, s), (history, x)
+
+    def _update(self, x: Tensor, history: History, s: Tensor, corrector: Tensor | None = None) -> Tensor:
+        """From x, where the newest of the history was predicted, to s; `corrector` is the x_0 predicted there."""
+        (now, x0), *older = history
+        alpha_s, sigma_s = self.schedule(s)
+        h = self.half_log_snr(s) - now
+        (_, sigma_t) = self.schedule(self.schedule.time_of(2 * now))
+        places = [(past - now) / h for past, _ in older]
+        slopes = [(value - x0) / place for (_, value), place in zip(older, places, strict=True)]
+        if corrector is not None:
+            places.append(torch.ones_like(h))
+            slopes.append(corrector - x0)
+        x = sigma_s / sigma_t * x - alpha_s * torch.expm1(-h) * x0
+        B = -h if self.variant == "bh1" else torch.expm1(-h)
+        weights = self._weights(places, -h, B)
+        for weight, slope in zip(weights, slopes, strict=True):
+            x = x - alpha_s * B * weight * slope
+        return x
+
+    @staticmethod
+    def _weights(places: list[Tensor], h: Tensor, B: Tensor) -> Tensor:
+        """The rho of Eq. 5-6, which make the powers of h agree; for one point the paper's own 1/2."""
+        if len(places) <= 1:
+            return h.new_full((len(places),), 0.5)
+        powers = torch.arange(len(places), dtype=h.dtype)
+        rows = torch.stack(places) ** powers[:, None]
+        phi, factorial, right = torch.expm1(h) / h - 1, 1.0, []
+        for k in range(1, len(places) + 1):
+            right.append(phi * factorial / B)
+            factorial *= k + 1
+            phi = phi / h - 1 / factorial
+        return torch.linalg.solve(rows, torch.stack(right))

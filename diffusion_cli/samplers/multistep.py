@@ -1,0 +1,141 @@
+"""Adams-Bashforth methods on eps: one network call a step, the steps before remembered."""
+
+from typing import Annotated, NamedTuple
+
+import numpy as np
+from pydantic import Field
+from torch import Tensor
+
+from diffusion_cli.denoiser import Denoise
+from diffusion_cli.samplers.base import Draw, Sampler
+from diffusion_cli.schedules import Schedule, Spacing
+
+QUADRATURE = 32  # Gauss-Legendre nodes; exact for polynomials, and to rounding for them times exp
+
+
+class Slope(NamedTuple):
+    """eps at a step before, and the place it has in the polynomial."""
+
+    place: float
+    eps: Tensor
+
+
+class _AdamsBashforth(Sampler):
+    """`x_s / alpha_s = x_t / alpha_t + sum_j eps_j int l_j(phi) dr` from r_t to r_s, with r = sigma / alpha.
+
+    l_j are Lagrange's polynomials through the last `order` steps, in a variable phi(r).
+    """
+
+    def __init__(
+        self, schedule: Schedule, *, order: Annotated[int, Field(ge=1, le=4)], spacing: Spacing
+    ) -> None:
+        super().__init__(schedule)
+        self.order, self.spacing = order, spacing
+
+    def start(self, times: Tensor) -> tuple[Slope, ...]:
+        return ()
+
+    def place(self, ratio: float) -> float:
+        """phi(r)."""
+        raise NotImplementedError
+
+    def slope_of_ratio(self, places: np.ndarray) -> np.ndarray:
+        """dr / dphi at values of phi."""
+        raise NotImplementedError
+
+    def reaches(self, s: Tensor) -> bool:
+        """Whether phi is finite at s."""
+        raise NotImplementedError
+
+    def step(
+        self, denoise: Denoise, x: Tensor, t: Tensor, s: Tensor, draw: Draw, state: tuple[Slope, ...]
+    ) -> tuple[Tensor, tuple[Slope, ...]]:
+        prediction = denoise(x, t)
+        (alpha_t, _), (alpha_s, _) = self.schedule(t), self.schedule(s)
+        if alpha_t == 0:
+            return self.onto(prediction, s), ()
+        start = self.place(self.ratio(t).item())
+        history = (Slope(start, prediction.eps), *state)[: self.order]
+        if not self.reaches(s):
+            return self.onto(prediction, s), history
+        weights = self._weights([slope.place for slope in history], start, self.place(self.ratio(s).item()))
+        x = alpha_s / alpha_t * x
+        for weight, slope in zip(weights, history, strict=True):
+            x = x + alpha_s * weight * slope.eps
+        return x, history
+
+    def _weights(self, places: list[float], start: float, end: float) -> list[float]:
+        """The integrals of Lagrange's polynomials through the places, from start to end."""
+        nodes, shares = np.polynomial.legendre.leggauss(QUADRATURE)
+        points = start + (nodes + 1) / 2 * (end - start)
+        measure = shares * (end - start) / 2 * self.slope_of_ratio(points)
+        return [
+            float(
+                measure
+                @ np.prod(
+                    [(points - other) / (place - other) for other in places if other != place]
+                    or [np.ones_like(points)],
+                    axis=0,
+                )
+            )
+            for place in places
+        ]
+
+
+class LMS(_AdamsBashforth):
+    """The linear multistep method, its polynomials in sigma / alpha (k-diffusion's `lms`)."""
+
+    def place(self, ratio: float) -> float:
+        return ratio
+
+    def slope_of_ratio(self, places: np.ndarray) -> np.ndarray:
+        return np.ones_like(places)
+
+    def reaches(self, s: Tensor) -> bool:
+        return True
+
+
+class DEIS(_AdamsBashforth):
+    """DEIS, its polynomials in log(sigma / alpha) ("log-rho AB"; Zhang & Chen 2023, Eq. 15-16); Euler onto the data."""
+
+    def place(self, ratio: float) -> float:
+        return float(np.log(ratio))
+
+    def slope_of_ratio(self, places: np.ndarray) -> np.ndarray:
+        return np.exp(places)
+
+    def reaches(self, s: Tensor) -> bool:
+        return bool(s > 0)
+
+
+class PLMS(Sampler):
+    """Pseudo linear multistep: DDIM's step with an Adams-Bashforth mean of eps, as if steps were equal.
+
+    The mean is that of the last four calls, of as many as there are at first. The first step is repeated with the mean
+    of both its ends, which takes a call more, unless it leads onto the data. Of second order on even grids, in time or
+    log-SNR. Source: Liu et al. 2022, Eq. 9-13, with diffusers' start.
+    """
+
+    order = 2
+    WEIGHTS = ((1.0,), (3 / 2, -1 / 2), (23 / 12, -16 / 12, 5 / 12), (55 / 24, -59 / 24, 37 / 24, -9 / 24))
+
+    def __init__(self, schedule: Schedule, *, spacing: Spacing) -> None:
+        super().__init__(schedule)
+        self.spacing = spacing
+
+    def start(self, times: Tensor) -> tuple[Tensor, ...]:
+        return ()
+
+    def step(
+        self, denoise: Denoise, x: Tensor, t: Tensor, s: Tensor, draw: Draw, state: tuple[Tensor, ...]
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        prediction = denoise(x, t)
+        (alpha_t, _), (alpha_s, _) = self.schedule(t), self.schedule(s)
+        if alpha_t == 0:
+            return self.onto(prediction, s), ()
+        history = (prediction.eps, *state)[:4]
+        if len(history) == 1 and s > 0:
+            eps = (prediction.eps + denoise(self.onto(prediction, s), s).eps) / 2
+        else:
+            eps = sum(w * e for w, e in zip(self.WEIGHTS[len(history) - 1], history, strict=True))
+        return alpha_s / alpha_t * x + alpha_s * (self.ratio(s) - self.ratio(t)) * eps, history

@@ -1,0 +1,122 @@
+"""The reverse-time SDE: Euler-Maruyama, reverse diffusion, and predictor-corrector sampling (Song et al. 2021b)."""
+
+from typing import Any, Literal
+
+import torch
+from pydantic import PositiveFloat, PositiveInt
+from torch import Tensor
+
+from diffusion_cli.denoiser import Denoise, per_image
+from diffusion_cli.samplers.base import Draw, Sampler
+from diffusion_cli.samplers.ddim import DDIM
+from diffusion_cli.samplers.ddpm import DDPM
+from diffusion_cli.schedules import Schedule, Spacing
+
+
+class EulerMaruyama(Sampler):
+    """`x_s = x - (f x - g^2 score) (t - s) + g sqrt(t - s) z` (Song et al. 2021b, Eq. 6, App. D).
+
+    ValueError where the process has no finite drift at the first time, as where alpha = 0.
+    """
+
+    order = 1
+
+    def __init__(self, schedule: Schedule, *, spacing: Spacing) -> None:
+        super().__init__(schedule)
+        self.spacing = spacing
+
+    def grid(self, steps: int) -> Tensor:
+        times = super().grid(steps)
+        f, g2 = self.schedule.sde(times[0])
+        if not (f.isfinite() and g2.isfinite()):
+            raise ValueError(
+                f"sampler=euler_maruyama: the SDE of the {type(self.schedule).__name__} schedule has no finite drift "
+                "at t = 1, where alpha is 0; take ddpm, or euler_ancestral"
+            )
+        return times
+
+    def step(
+        self, denoise: Denoise, x: Tensor, t: Tensor, s: Tensor, draw: Draw, state: Any
+    ) -> tuple[Tensor, Any]:
+        f, g2 = self.schedule.sde(t)
+        x = x - (f * x - g2 * denoise(x, t).score) * (t - s)
+        return (x if s <= 0 else x + (g2 * (t - s)).sqrt() * draw()), None
+
+
+class ReverseDiffusion(Sampler):
+    """The step forwards turned round: `x_s = (2 - a) x + v score + sqrt(v) z` (Song et al. 2021b, App. E).
+
+    a and v are those of the transition from s to t.
+    """
+
+    order = 1
+
+    def __init__(self, schedule: Schedule, *, spacing: Spacing) -> None:
+        super().__init__(schedule)
+        self.spacing = spacing
+
+    def step(
+        self, denoise: Denoise, x: Tensor, t: Tensor, s: Tensor, draw: Draw, state: Any
+    ) -> tuple[Tensor, Any]:
+        a, v = self.schedule.transition(t, s)
+        x = (2 - a) * x + v * denoise(x, t).score
+        return (x if s == 0 else x + v.sqrt() * draw()), None
+
+
+class PC(Sampler):
+    """Predictor-corrector sampling: at each time some Langevin steps, then a step of another sampler.
+
+    A corrector's step is `x + d score + sqrt(2 d) z`, with `d = 2 a^2 (snr |z| / |score|)^2` for `langevin` and
+    `d = 2 a^2 (snr sigma_t)^2` for `ald`, annealed Langevin dynamics; a = alpha_t / alpha_s. Norms are each image's
+    own, where the published code takes their mean over the batch: so no image depends on its neighbours.
+    Source: Song et al. 2021b, Alg. 1, 4 and 5.
+    """
+
+    order = 1
+
+    def __init__(
+        self,
+        schedule: Schedule,
+        *,
+        predictor: Literal["reverse_diffusion", "euler_maruyama", "ddpm", "ddim", "none"],
+        corrector: Literal["langevin", "ald"],
+        corrector_steps: PositiveInt,
+        snr: PositiveFloat,
+        spacing: Spacing,
+    ) -> None:
+        super().__init__(schedule)
+        self.spacing = spacing
+        self.predictor: Sampler | None = {
+            "reverse_diffusion": lambda: ReverseDiffusion(schedule, spacing=spacing),
+            "euler_maruyama": lambda: EulerMaruyama(schedule, spacing=spacing),
+            "ddpm": lambda: DDPM(schedule, variance="small", spacing=spacing),
+            "ddim": lambda: DDIM(schedule, eta=0.0, spacing=spacing),
+            "none": lambda: None,
+        }[predictor]()
+        self.corrector, self.corrector_steps, self.snr = corrector, corrector_steps, snr
+
+    def grid(self, steps: int) -> Tensor:
+        return super().grid(steps) if self.predictor is None else self.predictor.grid(steps)
+
+    def step(
+        self, denoise: Denoise, x: Tensor, t: Tensor, s: Tensor, draw: Draw, state: Any
+    ) -> tuple[Tensor, Any]:
+        for _ in range(self.corrector_steps):
+            x = self.correct(denoise, x, t, s, draw)
+        return (x, None) if self.predictor is None else self.predictor.step(denoise, x, t, s, draw, state)
+
+    def correct(self, denoise: Denoise, x: Tensor, t: Tensor, s: Tensor, draw: Draw) -> Tensor:
+        """One Langevin step at time t."""
+        score, noise = denoise(x, t).score, draw()
+        a, _ = self.schedule.transition(t, s)
+        if self.corrector == "langevin":
+            scale = per_image(self.norm(noise) / self.norm(score), x)
+        else:
+            _, scale = self.schedule(t)
+        d = 2 * a**2 * (self.snr * scale) ** 2
+        return x + d * score + torch.sqrt(2 * d) * noise
+
+    @staticmethod
+    def norm(x: Tensor) -> Tensor:
+        """The Euclidean norm of each image, [B]."""
+        return x.flatten(1).norm(dim=1)

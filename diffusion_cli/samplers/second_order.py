@@ -1,0 +1,115 @@
+"""Two-stage methods in x / alpha and sigma / alpha, where the probability flow is `dx = eps dsigma`."""
+
+import math
+from typing import Any, Literal
+
+import torch
+from pydantic import NonNegativeFloat, PositiveFloat
+from torch import Tensor
+
+from diffusion_cli.denoiser import Denoise, Prediction
+from diffusion_cli.samplers.base import Draw, Sampler
+from diffusion_cli.schedules import Schedule, Spacing
+
+
+class Heun(Sampler):
+    """Euler's step, corrected by the slope at its end: two network calls, one onto the data.
+
+    The corrected step is Euler's own at the mean of the two slopes eps. Where alpha_t = 0 it stays Euler's.
+    Source: Karras et al. 2022, Alg. 1.
+    """
+
+    order = 2
+
+    def __init__(self, schedule: Schedule, *, spacing: Spacing) -> None:
+        super().__init__(schedule)
+        self.spacing = spacing
+
+    def step(
+        self, denoise: Denoise, x: Tensor, t: Tensor, s: Tensor, draw: Draw, state: Any
+    ) -> tuple[Tensor, Any]:
+        return self.corrected(denoise, x, t, s, denoise(x, t)), None
+
+    def corrected(self, denoise: Denoise, x: Tensor, t: Tensor, s: Tensor, first: Prediction) -> Tensor:
+        """The step from x at t, where `first` was predicted, to s."""
+        x_s = self.onto(first, s)
+        alpha_t, _ = self.schedule(t)
+        if s == 0 or alpha_t == 0:
+            return x_s
+        second = denoise(x_s, s)
+        alpha_s, _ = self.schedule(s)
+        return x_s + alpha_s * (self.ratio(s) - self.ratio(t)) * (second.eps - first.eps) / 2
+
+
+class EDM(Heun):
+    """Heun's method with churn: noise is added before each step, which then goes further (Karras et al. 2022, Alg. 2).
+
+    At sigma / alpha in [s_min, s_max] the step starts from (1 + gamma) sigma / alpha, with
+    gamma = min(s_churn / steps, sqrt(2) - 1), as far as the schedule's noisiest time; the noise added has the standard
+    deviation s_noise times what that takes. `solver: euler` leaves out the correction.
+    """
+
+    def __init__(
+        self,
+        schedule: Schedule,
+        *,
+        s_churn: NonNegativeFloat,
+        s_min: NonNegativeFloat,
+        s_max: PositiveFloat,
+        s_noise: PositiveFloat,
+        solver: Literal["heun", "euler"],
+        spacing: Spacing,
+    ) -> None:
+        super().__init__(schedule, spacing=spacing)
+        self.s_churn, self.s_min, self.s_max, self.s_noise = s_churn, s_min, s_max, s_noise
+        self.solver = solver
+        self.order = 2 if solver == "heun" else 1
+
+    def start(self, times: Tensor) -> float:
+        """gamma, which depends on the number of steps."""
+        return min(self.s_churn / (len(times) - 1), math.sqrt(2) - 1)
+
+    def step(
+        self, denoise: Denoise, x: Tensor, t: Tensor, s: Tensor, draw: Draw, state: float
+    ) -> tuple[Tensor, float]:
+        ratio = self.ratio(t)
+        if state > 0 and self.s_min <= ratio <= self.s_max:
+            x, t = self._churn(x, t, ratio * (1 + state), draw)
+        first = denoise(x, t)
+        return self.onto(first, s) if self.solver == "euler" else self.corrected(
+            denoise, x, t, s, first
+        ), state
+
+    def _churn(self, x: Tensor, t: Tensor, target: Tensor, draw: Draw) -> tuple[Tensor, Tensor]:
+        """x with noise added until sigma / alpha reaches the target, or the noisiest time, and its time."""
+        hat = torch.maximum(self.schedule.time_of(-2 * target.log()), t)
+        a, v = self.schedule.transition(hat, t)
+        return a * x + self.s_noise * v.clamp(min=0).sqrt() * draw(), hat
+
+
+class DPM2(Sampler):
+    """The midpoint method, its midpoint halfway in log(sigma / alpha): two network calls, one onto the data.
+
+    With eta > 0 the ancestral variant. Source: Karras et al. 2022's DPM-Solver-2 as in k-diffusion; Lu et al. 2022a,
+    Alg. 1, up to the exponential weights.
+    """
+
+    order = 2
+
+    def __init__(self, schedule: Schedule, *, eta: NonNegativeFloat, spacing: Spacing) -> None:
+        super().__init__(schedule)
+        self.eta, self.spacing = eta, spacing
+
+    def step(
+        self, denoise: Denoise, x: Tensor, t: Tensor, s: Tensor, draw: Draw, state: Any
+    ) -> tuple[Tensor, Any]:
+        first = denoise(x, t)
+        (alpha_t, sigma_t), (alpha_s, _) = self.schedule(t), self.schedule(s)
+        kept, fresh = self.ancestral(t, s, self.eta)
+        noise = fresh * draw() if self.eta > 0 and s > 0 else 0.0
+        if kept == 0 or alpha_t == 0:
+            return alpha_s * first.x0 + kept * first.eps + noise, None
+        start, end = sigma_t / alpha_t, kept / alpha_s
+        middle = self.schedule.time_of(-(start.log() + end.log()))
+        second = denoise(self.onto(first, middle), middle)
+        return alpha_s / alpha_t * x + alpha_s * (end - start) * second.eps + noise, None

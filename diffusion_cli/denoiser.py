@@ -77,7 +77,7 @@ def clip_x0(denoise: Denoise, schedule: Schedule) -> Denoise:
 
     def clipped(x_t: Tensor, t: Tensor) -> Prediction:
         prediction = denoise(x_t, t)
-        alpha, sigma = schedule(t)
+        alpha, sigma = (per_image(level, x_t) for level in schedule(t))
         x0 = prediction.x0.clamp(-1, 1)
         return prediction._replace(x0=x0, eps=(x_t - alpha * x0) / sigma)
 

@@ -139,7 +139,8 @@ def test_cfg_job_prints_the_configuration(capsys):
 def test_users_own_options_are_found_and_checked(capsys, tmp_path):
     (tmp_path / "schedule").mkdir()
     mine = tmp_path / "schedule" / "mine.yaml"
-    text = "_target_: diffusion_cli.schedules.Cosine\nnum_timesteps: 50\noffset: 0.01\nmax_beta: 0.9\nzero_terminal_snr: false\n"
+    text = "_target_: diffusion_cli.schedules.Cosine\nnum_timesteps: 50\noffset: 0.01\nmax_beta: 0.9\n"
+    text += "zero_terminal_snr: false\n"
     mine.write_text(text)
     assert run(["train", "--config-dir", str(tmp_path), "schedule=mine", "--cfg", "job"]) == 0
     assert "num_timesteps: 50" in capsys.readouterr().out

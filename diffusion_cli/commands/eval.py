@@ -1,4 +1,4 @@
-"""`diffuse eval`: sample a trained model, and compare with real images."""
+"""`diffuse eval`: sample a trained model and compare with real images, or ask it about real images."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -8,36 +8,66 @@ import torch
 from torch import Tensor
 
 from diffusion_cli import __version__
-from diffusion_cli.commands.trained import open_run
+from diffusion_cli.commands.trained import Trained, open_run
 from diffusion_cli.config import EvalConfig, build
 from diffusion_cli.data import Dataset
 from diffusion_cli.generate import generate
-from diffusion_cli.metrics import Features, Metric, append_history, evaluate
+from diffusion_cli.metrics import (
+    Features,
+    Metric,
+    ModelMetric,
+    Report,
+    Subject,
+    append_history,
+    evaluate,
+    examine,
+)
 
 
 def run(config: EvalConfig) -> None:
-    """Measure every metric in one pass over fresh samples; print them and add them to the run's metrics.json."""
+    """Measure every metric, those of samples in one pass; print them and add them to the run's metrics.json."""
     trained = open_run(config)
     folder, model = trained.folder, trained.model
-    device = next(model.denoiser.parameters()).device
     dataset: Dataset = build(model.config["dataset"], config.data_dir)
-    cache_dir = Path(config.cache_dir or "~/.cache/diffuse").expanduser()
-    metrics: dict[str, Metric] = {name: build(node) for name, node in config.metric.items()}
-    features: Features = build(config.features, dataset, cache_dir, device)
-    sampling: dict[str, Any] = {
+    metrics = {name: build(node) for name, node in config.metric.items()}
+    of_model = [metric for metric in metrics.values() if isinstance(metric, ModelMetric)]
+    of_samples = {name: metric for name, metric in metrics.items() if isinstance(metric, Metric)}
+    about = {
         "run": folder.name,
         "step": model.step,
         "ema": model.config["ema"],
         **trained.settings,
-        "seeds": [config.seed, config.seed + config.num_samples - 1],
-        "device": device.type,
+        "device": trained.device.type,
         "versions": {"diffuse": __version__, "torch": torch.__version__},
     }
+    reports = []
+    if of_model:
+        subject = Subject(
+            model, dataset, folder, trained.device, config.seed, config.batch_size, config.clip_x0, config.precision
+        )  # fmt: skip
+        keys = ("run", "step", "ema", "weights", "weights_sha256", "precision", "device", "versions")
+        reports.append(examine(of_model, subject, {key: about[key] for key in keys}))
+    if of_samples:
+        reports.append(_of_samples(config, trained, dataset, of_samples, about))
+    for report in reports:
+        if report.results:
+            append_history(folder / "metrics.json", report.to_dict())
+        print(report.table())
+    print(f"With their protocol in {folder / 'metrics.json'}")
+
+
+def _of_samples(
+    config: EvalConfig, trained: Trained, dataset: Dataset, metrics: dict[str, Metric], about: dict[str, Any]
+) -> Report:
+    """Sample the model and measure the samples."""
+    cache_dir = Path(config.cache_dir or "~/.cache/diffuse").expanduser()
+    features: Features = build(config.features, dataset, cache_dir, trained.device)
+    seeds = range(config.seed, config.seed + config.num_samples)
+    sampling = about | {"seeds": [seeds[0], seeds[-1]], "network_calls": 0}
 
     def samples() -> Iterator[tuple[Tensor, Tensor | None]]:
-        seeds = range(config.seed, config.seed + config.num_samples)
-        for _, images, labels, calls in generate(
-            model,
+        for batch in generate(
+            trained.model,
             trained.sampler,
             config.steps,
             seeds,
@@ -45,17 +75,16 @@ def run(config: EvalConfig) -> None:
             clip=config.clip_x0,
             precision=config.precision,
         ):
-            sampling["network_calls"] = max(sampling.get("network_calls", 0), calls)
-            yield images, labels
+            sampling["network_calls"] = max(sampling["network_calls"], batch.calls)
+            yield batch.images, batch.labels
 
     report = evaluate(
         metrics, features, samples(), dataset, cache_dir,
         count=config.num_samples, sampling=sampling, force=config.force,
     )  # fmt: skip
-    append_history(folder / "metrics.json", report.to_dict())
     name = config.sampler["_target_"].rpartition(".")[2]
     print(
-        f"\n{folder.name} at step {model.step}, {config.num_samples} samples by {name} in "
-        f"{sampling['network_calls']} network calls each, "
-        f"{config.weights} weights\n{report.table()}\nWith their protocol in {folder / 'metrics.json'}"
+        f"\n{trained.folder.name} at step {trained.model.step}, {config.num_samples} samples by {name} in "
+        f"{sampling['network_calls']} network calls each, {config.weights} weights"
     )
+    return report

@@ -4,6 +4,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from diffusion_cli.checkpoint import Model, find_run, load_model
 from diffusion_cli.config import EvalConfig, SampleConfig, build
 from diffusion_cli.precision import device_of, resolve
@@ -17,6 +19,7 @@ class Trained:
     folder: Path
     model: Model
     sampler: Sampler
+    device: torch.device
     settings: dict[str, Any]
     """All that an image depends on, its seed apart, as plain data."""
 
@@ -36,4 +39,4 @@ def open_run(config: SampleConfig | EvalConfig) -> Trained:
         "clip_x0": config.clip_x0,
         "precision": resolve(config.precision, device),
     }
-    return Trained(folder, model, sampler, settings)
+    return Trained(folder, model, sampler, device, settings)

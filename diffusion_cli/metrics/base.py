@@ -2,10 +2,15 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
+from diffusion_cli.checkpoint import Model
+from diffusion_cli.data import Dataset
 from diffusion_cli.metrics.features import FeatureBatch, Features
 from diffusion_cli.metrics.real import RealImages
 
@@ -13,7 +18,8 @@ from diffusion_cli.metrics.real import RealImages
 class Finding(NamedTuple):
     """What was measured, and what must be known to compare it."""
 
-    value: float
+    value: float | None
+    """None where there is no number, and the notes say why."""
     details: Mapping[str, float]
     """Further numbers by name, in the order to show them in."""
     protocol: Mapping[str, Any]
@@ -31,6 +37,33 @@ class Measurement(ABC):
     @abstractmethod
     def finding(self) -> Finding | None:
         """The result for all samples taken in, or None where they had nothing to measure."""
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A trained model to be measured on real images, and how."""
+
+    model: Model
+    dataset: Dataset
+    folder: Path
+    """The run's."""
+    device: torch.device
+    seed: int
+    batch_size: int
+    clip: bool
+    """Whether predicted images are kept in [-1, 1]."""
+    precision: str
+
+
+class ModelMetric(ABC):
+    """A number that says how well a model knows real images; no samples are made for it."""
+
+    name: str
+    """Of the number in reports."""
+
+    @abstractmethod
+    def measure(self, subject: Subject) -> Finding | None:
+        """The number for a model."""
 
 
 class Metric(ABC):

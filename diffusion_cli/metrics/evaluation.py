@@ -8,7 +8,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from diffusion_cli.data import Dataset
-from diffusion_cli.metrics.base import Finding, Measurement, Metric
+from diffusion_cli.metrics.base import Finding, Measurement, Metric, ModelMetric, Subject
 from diffusion_cli.metrics.features import FeatureBatch, Features
 from diffusion_cli.metrics.protocol import Report, Result
 from diffusion_cli.metrics.real import RealImages
@@ -55,11 +55,25 @@ def evaluate(
     results = []
     for name, measurement in measurements:
         finding = measurement.finding()
-        if finding is not None:
+        if finding is not None and finding.value is not None:
             protocol = {**common, **finding.protocol, **made}
             results.append(Result(name, finding.value, dict(finding.details), protocol))
             notes += finding.notes
     return Report(results, list(dict.fromkeys(notes)))
+
+
+def examine(metrics: Iterable[ModelMetric], subject: Subject, about: Mapping[str, Any]) -> Report:
+    """Measure a model itself; `about` is plain data on it, for the protocol."""
+    results, notes = [], []
+    for metric in metrics:
+        finding = metric.measure(subject)
+        if finding is None:
+            continue
+        notes += finding.notes
+        if finding.value is not None:
+            protocol = {**finding.protocol, "dataset": subject.dataset.name, "model": dict(about)}
+            results.append(Result(metric.name, finding.value, dict(finding.details), protocol))
+    return Report(results, notes)
 
 
 def _take_in(

@@ -1,0 +1,70 @@
+"""How well images survive the way to noise and back."""
+
+import math
+from collections import deque
+from functools import partial
+from typing import Literal
+
+import torch
+from pydantic import PositiveInt
+from tqdm import tqdm
+
+from diffusion_cli.data import normalised
+from diffusion_cli.generate import to_bytes
+from diffusion_cli.metrics.base import Finding, ModelMetric, Subject
+from diffusion_cli.precision import autocast
+from diffusion_cli.samplers import DDIM, integrate, invert
+from diffusion_cli.schedules import Spacing
+
+
+class Inversion(ModelMetric):
+    """The root mean square error, in values of 0..255, of real images encoded to noise by DDIM inversion and decoded.
+
+    The noise's mean square is given beside it: 1 where the flow leads to the prior.
+    Source: Song et al. 2021a, Sec. 5.4.
+    """
+
+    name = "inversion_rmse"
+
+    def __init__(
+        self,
+        *,
+        steps: PositiveInt,
+        spacing: Spacing,
+        split: Literal["held_out", "train"],
+        num_images: PositiveInt | None,
+    ) -> None:
+        self.steps, self.num_images = steps, num_images
+        self.spacing: Spacing = spacing
+        self.split: Literal["held_out", "train"] = split
+
+    @torch.inference_mode()
+    def measure(self, subject: Subject) -> Finding:
+        images, schedule = subject.dataset.load(self.split), subject.model.denoiser.schedule
+        count = min(self.num_images or len(images), len(images))
+        if count < 1 or images.gather(torch.zeros(1, dtype=torch.int64)).is_floating_point():
+            raise ValueError(
+                f"metric.split={self.split}: inversion is measured on images of 256 values; there are none"
+            )
+        sampler = DDIM(schedule, eta=0.0, spacing=self.spacing)
+        times = sampler.grid(self.steps)
+        prior = schedule.prior_std(times[0])
+        errors, squares = 0.0, 0.0
+        with tqdm(total=count, desc=self.name, unit="image", delay=1.0) as bar:
+            for rows in torch.arange(count).split(subject.batch_size):
+                batch = images.gather(rows.to(images.device)).to(subject.device)
+                labels = None
+                if subject.model.num_classes is not None and images.labels is not None:
+                    labels = images.labels[rows.to(images.device)].to(subject.device)
+                denoise = partial(subject.model.denoiser, y=labels)
+                with autocast(subject.device, subject.precision):
+                    (noise,) = deque(invert(schedule, denoise, normalised(batch), times), maxlen=1)
+                    (back,) = deque(integrate(sampler, denoise, noise, times, noise.clone), maxlen=1)
+                errors += (to_bytes(back).double() - batch.double()).square().flatten(1).mean(1).sum().item()
+                squares += (noise.double() / prior).square().flatten(1).mean(1).sum().item()
+                bar.update(len(rows))
+        return Finding(
+            math.sqrt(errors / count),
+            {"noise_mean_square": squares / count, "images": count, "steps": self.steps},
+            {"split": self.split, "images_sha256": images.digest(), "spacing": self.spacing},
+        )

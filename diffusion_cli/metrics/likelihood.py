@@ -1,0 +1,265 @@
+"""Bits per dimension of real images, one by one: resumable, divisible among processes, with standard error."""
+
+import json
+import math
+from abc import abstractmethod
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from pydantic import NonNegativeInt, PositiveFloat, PositiveInt
+from torch import Tensor
+from tqdm import tqdm
+
+from diffusion_cli.checkpoint import whole_file
+from diffusion_cli.config import fingerprint
+from diffusion_cli.data import normalised
+from diffusion_cli.denoiser import Denoise, Prediction, clip_x0
+from diffusion_cli.generate import SeededNoise
+from diffusion_cli.likelihood import bound_terms, flow_likelihood, prior_term
+from diffusion_cli.metrics.base import Finding, ModelMetric, Subject
+from diffusion_cli.precision import autocast
+from diffusion_cli.schedules import Discrete
+
+Columns = dict[str, Tensor]
+"""Numbers of each image of a batch by name, [B]; `bits` is the one that is reported."""
+
+
+class PerImage(ModelMetric):
+    """A number of each image of a split; the mean is reported, with its standard error.
+
+    Image n has noise of its own, from seed + n. Batches are stored as they are finished, under the run's folder, so
+    that the same command goes on where it was stopped. Of several shards each does every num_shards-th batch; the mean
+    comes with the last.
+    """
+
+    def __init__(
+        self, split: Literal["held_out", "train"], num_images: int | None, shard: int, num_shards: int
+    ) -> None:
+        if shard >= num_shards:
+            raise ValueError(f"metric.shard={shard}: the {num_shards} shards are numbered from 0")
+        self.split: Literal["held_out", "train"] = split
+        self.num_images, self.shard, self.num_shards = num_images, shard, num_shards
+
+    @abstractmethod
+    def settings(self, subject: Subject) -> dict[str, Any]:
+        """All that the number depends on, as plain data."""
+
+    @abstractmethod
+    def refusal(self, subject: Subject) -> str | None:
+        """Why there is no such number for this model, or None."""
+
+    @abstractmethod
+    def columns(
+        self,
+        subject: Subject,
+        images: Tensor,
+        labels: Tensor | None,
+        noise: SeededNoise,
+        advance: Callable[[float], Any],
+    ) -> Columns:
+        """The numbers of a batch as the source holds it; `advance` is told of shares of a batch done."""
+
+    def measure(self, subject: Subject) -> Finding | None:
+        refusal = self.refusal(subject)
+        if refusal is not None:
+            return Finding(None, {}, {}, (refusal,))
+        images = subject.dataset.load(self.split)
+        count = min(self.num_images or len(images), len(images))
+        if count < 2:
+            raise ValueError(f"metric.split={self.split}: has {count} images, and a standard error needs 2")
+        settings = self.settings(subject) | {
+            "split": self.split,
+            "images_sha256": images.digest(),
+            "count": count,
+        }
+        folder = subject.folder / self.name / fingerprint(settings | {"weights_sha256": subject.model.digest})
+        batches = list(torch.arange(count).split(subject.batch_size))
+        paths = [folder / f"{int(rows[0]):06d}.json" for rows in batches]
+        mine = [i for i in range(self.shard, len(batches), self.num_shards) if not paths[i].is_file()]
+        with tqdm(
+            total=sum(len(batches[i]) for i in mine), desc=self.name, unit="image", unit_scale=True, delay=1.0
+        ) as bar:
+            for i in mine:
+                self._do(subject, images, batches[i], paths[i], bar)
+        missing = sum(not path.is_file() for path in paths)
+        if missing:
+            note = f"{self.name}: {missing} of {len(paths)} batches are left to other shards; the last gives the mean"
+            return Finding(None, {}, {}, (note,))
+        return self._collect(paths, settings)
+
+    def _do(self, subject: Subject, images: Any, rows: Tensor, path: Path, bar: Any) -> None:
+        model, device = subject.model, subject.device
+        batch = images.gather(rows.to(images.device)).to(device)
+        labels = None
+        if model.num_classes is not None and images.labels is not None:
+            labels = images.labels[rows.to(images.device)].to(device)
+        noise = SeededNoise([subject.seed + int(row) for row in rows], model.shape, device)
+        end = bar.n + len(rows)
+
+        def advance(share: float) -> None:
+            bar.update(min(share * len(rows), end - bar.n))
+
+        with autocast(device, subject.precision):
+            columns = self.columns(subject, batch, labels, noise, advance)
+        with whole_file(path) as temporary:
+            temporary.write_text(json.dumps({name: value.tolist() for name, value in columns.items()}))
+
+    def _collect(self, paths: list[Path], settings: dict[str, Any]) -> Finding:
+        parts = [json.loads(path.read_text()) for path in paths]
+        columns = {
+            name: torch.tensor([number for part in parts for number in part[name]], dtype=torch.float64)
+            for name in parts[0]
+        }
+        bits = columns.pop("bits")
+        details = {"standard_error": float(bits.std() / math.sqrt(len(bits))), "images": len(bits)}
+        details |= {name: float(values.mean()) for name, values in columns.items()}
+        return Finding(
+            float(bits.mean()), details, settings, (f"{self.name}: each image's in {paths[0].parent}",)
+        )
+
+
+class VariationalBound(PerImage):
+    """The variational bound on the bits per dimension: prior, the T terms in between, and the decoder.
+
+    The middle terms are reported as their sum, and in ten equal parts of time, from the data to the noise. With
+    `cdf: tanh` the decoder uses the published codes' approximation of the normal distribution function.
+    Source: Ho et al. 2020; Nichol & Dhariwal 2021.
+    """
+
+    name = "bits_per_dim_bound"
+
+    def __init__(
+        self,
+        *,
+        variance: Literal["small", "large", "learned"],
+        cdf: Literal["tanh", "exact"],
+        split: Literal["held_out", "train"],
+        num_images: PositiveInt | None,
+        shard: NonNegativeInt,
+        num_shards: PositiveInt,
+    ) -> None:
+        super().__init__(split, num_images, shard, num_shards)
+        self.variance: Literal["small", "large", "learned"] = variance
+        self.cdf = cdf
+
+    def settings(self, subject: Subject) -> dict[str, Any]:
+        return {
+            "variance": self.variance, "cdf": self.cdf, "clip_x0": subject.clip, "noise_seed": subject.seed,
+        }  # fmt: skip
+
+    def refusal(self, subject: Subject) -> str | None:
+        schedule = subject.model.denoiser.schedule
+        if not isinstance(schedule, Discrete):
+            return f"{self.name}: the {type(schedule).__name__} schedule has no timesteps to sum over"
+        if schedule.zero_terminal_snr:
+            return f"{self.name}: not defined where the schedule ends without signal (zero_terminal_snr)"
+        if subject.dataset.load(self.split).gather(torch.zeros(1, dtype=torch.int64)).is_floating_point():
+            return f"{self.name}: is for pixels of 256 values, and those of {subject.dataset.name} are real numbers"
+        return None
+
+    def columns(
+        self,
+        subject: Subject,
+        images: Tensor,
+        labels: Tensor | None,
+        noise: SeededNoise,
+        advance: Callable[[float], Any],
+    ) -> Columns:
+        schedule = subject.model.denoiser.schedule
+        assert isinstance(schedule, Discrete)
+        x_0 = normalised(images).double()
+        denoise = _in_float32(partial(subject.model.denoiser, y=labels))
+        if subject.clip:
+            denoise = clip_x0(denoise, schedule)
+        terms = []
+        with torch.inference_mode():
+            draw = lambda: noise.draw().double()  # noqa: E731
+            for term in bound_terms(schedule, denoise, x_0, draw, self.variance, self.cdf == "exact"):
+                terms.append(term)
+                advance(1 / schedule.num_timesteps)
+            *middle, decoder = terms
+            prior = prior_term(schedule, x_0)
+        columns = {"prior": prior, "decoder": decoder}
+        if middle:
+            rising = torch.stack(middle[::-1])
+            columns["middle"] = rising.sum(0)
+            columns |= {f"middle_{i}": part.sum(0) for i, part in enumerate(rising.tensor_split(10))}
+        return {"bits": torch.stack(terms).sum(0) + prior} | columns
+
+
+class FlowLikelihood(PerImage):
+    """The bits per dimension under the probability flow, of images spread evenly over the bins of their 256 values.
+
+    `trace: hutchinson` estimates the divergence without bias by num_probes vectors an image; `exact` takes a backward
+    pass a pixel. The predicted images are not clipped, as the flow must be smooth. Pixels that are real numbers are
+    taken as they are, and their density in bits. Source: Song et al. 2021b, Sec. 4.3 and App. D.2; Theis et al. 2016.
+    """
+
+    name = "bits_per_dim_flow"
+
+    def __init__(
+        self,
+        *,
+        trace: Literal["hutchinson", "exact"],
+        probe: Literal["rademacher", "gaussian"],
+        num_probes: PositiveInt,
+        rtol: PositiveFloat,
+        atol: PositiveFloat,
+        max_steps: PositiveInt,
+        split: Literal["held_out", "train"],
+        num_images: PositiveInt | None,
+        shard: NonNegativeInt,
+        num_shards: PositiveInt,
+    ) -> None:
+        super().__init__(split, num_images, shard, num_shards)
+        self.trace, self.probe, self.num_probes = trace, probe, num_probes
+        self.rtol, self.atol, self.max_steps = rtol, atol, max_steps
+
+    def settings(self, subject: Subject) -> dict[str, Any]:
+        # The images of a batch share their steps, so the batch size counts, within the tolerances.
+        return {
+            "trace": self.trace, "probe": self.probe, "num_probes": self.num_probes, "rtol": self.rtol,
+            "atol": self.atol, "t_min": subject.model.denoiser.schedule.t_min, "noise_seed": subject.seed,
+            "batch_size": subject.batch_size,
+        }  # fmt: skip
+
+    def refusal(self, subject: Subject) -> str | None:
+        return None
+
+    def columns(
+        self,
+        subject: Subject,
+        images: Tensor,
+        labels: Tensor | None,
+        noise: SeededNoise,
+        advance: Callable[[float], Any],
+    ) -> Columns:
+        x, offset = images.double(), 0.0
+        if not images.is_floating_point():
+            # Uniform in the bin of each value; [0, 256) becomes [-1, 1), a factor of 128 = 2^7 in density.
+            uniform = torch.special.ndtr(noise.draw().double())
+            x, offset = (x + uniform) / 128 - 1, 7.0
+        probes = None
+        if self.trace == "hutchinson":
+            normal = torch.stack([noise.draw() for _ in range(self.num_probes)])
+            probes = normal if self.probe == "gaussian" else torch.where(normal < 0, -1.0, 1.0)
+        denoise = partial(subject.model.denoiser, y=labels)
+        found = flow_likelihood(subject.model.denoiser.schedule, denoise, x.float(), probes, self)
+        advance(1.0)
+        bits = -found.log_p / (x[0].numel() * math.log(2)) + offset
+        return {"bits": bits, "network_calls": torch.full_like(bits, found.calls)}
+
+
+def _in_float32(denoise: Denoise) -> Denoise:
+    """A denoiser of float64 images, whose network is asked in float32."""
+
+    def wide(x: Tensor, t: Tensor) -> Prediction:
+        x0, eps, sigma, variance = denoise(x.float(), t)
+        return Prediction(
+            x0.double(), eps.double(), sigma.double(), None if variance is None else variance.double()
+        )
+
+    return wide

@@ -1,0 +1,132 @@
+"""Every sampler at the same numbers of network calls, on one trained model: a table of Frechet distances.
+
+    diffuse train name=demo
+    python scripts/compare_samplers.py outputs/demo --table docs/samplers.md
+
+Each sampler runs as its YAML file has it, with the most steps that stay within the calls; its distance is that of
+`diffuse eval metric=fid features=classifier`. Results are kept beside the run as they come, so that the command goes on
+where it was stopped, and several may run at once.
+"""
+
+import argparse
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from torch import Tensor
+
+from diffusion_cli.checkpoint import Model, load_model, whole_file
+from diffusion_cli.config import CONF, build, summary
+from diffusion_cli.denoiser import Prediction
+from diffusion_cli.generate import generate
+from diffusion_cli.metrics import FrechetDistance, evaluate
+from diffusion_cli.samplers import Sampler, integrate
+
+CALLS = (5, 10, 20, 50)
+
+
+def calls_of(sampler: Sampler, steps: int) -> int:
+    """The network calls of a run, counted on a network that answers 0."""
+    count = 0
+
+    def denoise(x: torch.Tensor, t: torch.Tensor) -> Prediction:
+        nonlocal count
+        count += 1
+        return Prediction(torch.zeros_like(x), x, sampler.schedule(t)[1])
+
+    x = torch.ones(1, 1, 1, 1, dtype=torch.float64)
+    for _ in integrate(sampler, denoise, x, sampler.grid(steps), lambda: x):
+        pass
+    return count
+
+
+def steps_for(sampler: Sampler, calls: int) -> int:
+    """The most steps that take no more than `calls`; 0 if even one does."""
+    return max((n for n in range(1, calls + 1) if calls_of(sampler, n) <= calls), default=0)
+
+
+def measure(
+    model: Model, sampler: Sampler, steps: int, arguments: argparse.Namespace, cache: Path
+) -> dict[str, Any]:
+    """The distance of samples, and the calls that each took."""
+    dataset = build(model.config["dataset"], arguments.data_dir)
+    node = yaml.safe_load((CONF / "features" / "classifier.yaml").read_text())
+    features = build(node, dataset, cache, torch.device("cpu"))
+    calls = 0
+
+    def samples() -> Iterator[tuple[Tensor, Tensor | None]]:
+        nonlocal calls
+        for batch in generate(
+            model, sampler, steps, range(arguments.num_samples), 500, clip=True, precision=arguments.precision
+        ):
+            calls = max(calls, batch.calls)
+            yield batch.images, batch.labels
+
+    metric = {"fid": FrechetDistance(reference="train", floor=True)}
+    report = evaluate(metric, features, samples(), dataset, cache, count=arguments.num_samples)
+    result = report.results[0]
+    return {"distance": result.value, "floor": result.details["floor"], "calls": calls, "steps": steps}
+
+
+def main() -> None:
+    """Measure what is not measured yet, and write the table."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("run", type=Path, help="folder of a trained run")
+    parser.add_argument("--num-samples", type=int, default=5000)
+    parser.add_argument("--precision", default="auto", choices=["auto", "fp32", "bf16"])
+    parser.add_argument("--data-dir", default="data")
+    parser.add_argument("--samplers", nargs="*", help="only these")
+    parser.add_argument("--table", type=Path, help="Markdown file to write the table into")
+    arguments = parser.parse_args()
+
+    model = load_model(arguments.run, "ema", torch.device("cpu"))
+    cache = Path("~/.cache/diffuse").expanduser()
+    files = {file.stem: file for file in sorted(CONF.glob("sampler/*.yaml"))}
+    folder = arguments.run / "samplers"
+    for name in arguments.samplers or files:
+        sampler: Sampler = build(yaml.safe_load(files[name].read_text()), model.denoiser.schedule)
+        sampler.one_by_one = False  # the distance is that of the whole set
+        for calls in CALLS if name != "ode" else (0,):
+            path = folder / f"{name}-{calls}.json"
+            steps = steps_for(sampler, calls) if calls else 1
+            if path.is_file() or steps == 0:
+                continue
+            torch.manual_seed(0)
+            result = measure(model, sampler, steps, arguments, cache)
+            with whole_file(path) as temporary:
+                temporary.write_text(json.dumps(result))
+            print(name, calls, result, flush=True)
+    if arguments.table:
+        write_table(arguments.table, folder, files)
+
+
+def write_table(path: Path, folder: Path, files: dict[str, Path]) -> None:
+    """Put the table between the marks in a Markdown file."""
+    heads = " | ".join(f"{calls} calls" for calls in CALLS)
+    lines = [f"| sampler | {heads} | what it is |", "|---" * (len(CALLS) + 2) + "|"]
+    for name, file in files.items():
+        cells = []
+        for calls in CALLS:
+            result = folder / f"{name}-{calls}.json"
+            cells.append(_cell(json.loads(result.read_text())) if result.is_file() else "")
+        adaptive = folder / f"{name}-0.json"
+        if adaptive.is_file():
+            result = json.loads(adaptive.read_text())
+            cells[-1] = f"{_cell(result)} at {result['calls']}"
+        lines.append(f"| `{name}` | {' | '.join(cells)} | {summary(file)} |")
+    text = path.read_text()
+    start, end = text.index("<!-- table -->\n") + len("<!-- table -->\n"), text.index("<!-- end -->")
+    path.write_text(text[:start] + "\n" + "\n".join(lines) + "\n\n" + text[end:])
+
+
+def _cell(result: dict[str, Any]) -> str:
+    return f"{result['distance']:.2f}"
+
+
+if __name__ == "__main__":
+    main()

@@ -115,13 +115,13 @@ def test_sweeps_are_checked_value_by_value():
 PACKAGE = config.HERE
 ORDER = [
     "precision seeding schedules", "config", "parameterizations data times", "denoiser networks",
-    "posterior probability_flow", "objective samplers checkpoint",
+    "posterior probability_flow", "objective samplers likelihood checkpoint",
     "metrics generate report", "training", "commands", "cli",
 ]  # fmt: skip
 LEVEL = {name: level for level, names in enumerate(ORDER) for name in names.split()}
 MATHEMATICS = [
     "schedules", "parameterizations", "times", "denoiser", "posterior", "probability_flow", "objective", "samplers",
-    "networks",
+    "likelihood", "networks",
 ]  # fmt: skip
 
 

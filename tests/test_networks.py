@@ -12,13 +12,15 @@ from diffusion_cli.networks import UNet
 from diffusion_cli.networks.layers import (
     Attention,
     Downsample,
+    FourierFeatures,
     ResBlock,
     Upsample,
+    fir_resample,
     timestep_embedding,
     zero_init,
 )
 
-OPTIONS = sorted((Path(__file__).parents[1] / "conf" / "model").glob("unet_*.yaml"))
+OPTIONS = sorted((Path(__file__).parents[1] / "conf" / "model").glob("*.yaml"))
 SMALL = {
     "channels": 8,
     "channel_mult": [1, 2],
@@ -29,7 +31,11 @@ SMALL = {
     "norm_groups": 4,
     "time_embedding": "scale_shift",
     "embedding_layout": "cos_sin",
+    "fourier_scale": 16.0,
     "resample": "conv",
+    "fir": False,
+    "skip_rescale": False,
+    "progressive_input": "none",
     "dropout": 0.0,
     "class_conditional": False,
     "learn_variance": False,
@@ -85,7 +91,7 @@ def test_published_parameter_counts(name, changes, count):
 
 @pytest.mark.parametrize("path", OPTIONS, ids=lambda path: path.stem)
 def test_every_option_starts_at_zero(path):
-    size = {"unet_tiny": 8, "unet_small": 64}.get(path.stem, 32)
+    size = 8 if "tiny" in path.stem else 64 if path.stem == "unet_small" else 32
     network = UNet(3, size, 10, **option(path.stem, class_conditional=True, learn_variance=True)).eval()
     with torch.no_grad():
         out = network(torch.randn(1, 3, size, size), torch.tensor([500.0]), torch.tensor([3]))
@@ -327,6 +333,7 @@ def test_bfloat16_weights_work_too():
         ({"num_heads": 2, "head_channels": 4}, "num_heads=2, head_channels=4: set one"),
         ({"num_heads": None}, "num_heads=None, head_channels=None: set one"),
         ({"attention_resolutions": [4, 16, 3]}, r"\[4, 16, 3\]: not reached: \[16, 3\]; .* work at \[8, 4\]"),
+        ({"fir": True}, "fir=true: filters what resamples in a block, not resample=conv"),
         ({"class_conditional": True}, "class_conditional=true: the data set has no classes"),
     ],
 )
@@ -340,3 +347,81 @@ def test_head_channels_and_num_heads_say_the_same():
     close(by_number(*inputs()), by_size(*inputs()))
     other = small(num_heads=2)(*inputs())
     assert (by_number(*inputs()) - other).abs().max() > 1e-6
+
+
+# --- NCSN++ and DDPM++ --------------------
+
+NCSNPP = {
+    "embedding_layout": "fourier",
+    "resample": "block",
+    "fir": True,
+    "skip_rescale": True,
+    "progressive_input": "residual",
+}
+
+
+def test_filtered_resampling_keeps_constants_and_removes_the_finest_pattern():
+    x = torch.full((1, 2, 8, 8), 3.0, dtype=torch.float64)
+    close(fir_resample(x, "down")[..., 1:-1, 1:-1], torch.full((1, 2, 2, 2), 3.0, dtype=torch.float64))
+    close(fir_resample(x, "up")[..., 2:-2, 2:-2], torch.full((1, 2, 12, 12), 3.0, dtype=torch.float64))
+    checkered = (-1.0) ** torch.arange(8, dtype=torch.float64).expand(1, 1, 8, 8)
+    close(fir_resample(checkered, "down")[..., 1:-1], torch.zeros(1, 1, 4, 2, dtype=torch.float64))
+
+
+def test_filtered_resampling_is_centred_on_nearest_neighbour():
+    """A slope keeps its place: the new pixels are where the old ones' halves or pairs were."""
+    slope = torch.arange(8, dtype=torch.float64).expand(1, 1, 8, 8)
+    close(fir_resample(slope, "down")[..., 1:-1, 1:-1], avg_pool2d(slope, 2)[..., 1:-1, 1:-1])
+    place = (torch.arange(16, dtype=torch.float64) - 0.5) / 2
+    close(fir_resample(slope, "up")[..., 2:-2, 2:-2], place.expand(1, 1, 16, 16)[..., 2:-2, 2:-2])
+
+
+def test_filtered_resampling_up_is_the_transpose_of_down():
+    generator = torch.Generator().manual_seed(0)
+    fine = torch.randn(1, 3, 8, 8, dtype=torch.float64, generator=generator)
+    coarse = torch.randn(1, 3, 4, 4, dtype=torch.float64, generator=generator)
+    close((fir_resample(fine, "down") * coarse).sum(), (fine * fir_resample(coarse, "up")).sum() / 4)
+
+
+def test_fourier_features_equal_their_formula_and_are_kept_not_trained():
+    torch.manual_seed(3)
+    layer, other = FourierFeatures(400, 16.0), FourierFeatures(400, 16.0)
+    assert list(layer.parameters()) == []
+    assert abs(layer.frequencies.std() - 16) < 2
+    c_noise = torch.tensor([0.3, -1.2], dtype=torch.float64)
+    angles = 2 * torch.pi * c_noise[:, None] * layer.frequencies.double()
+    close(layer(c_noise), torch.cat([angles.sin(), angles.cos()], 1))
+    other.load_state_dict(layer.state_dict())
+    assert torch.equal(other(c_noise), layer(c_noise))
+
+
+def test_rescaled_sums_are_halved_in_variance_in_every_block():
+    x, emb = torch.randn(2, 8, 4, 4, dtype=torch.float64), torch.randn(2, 4, dtype=torch.float64)
+    plain = randomised(ResBlock(8, 8, emb_channels=4, norm_groups=4, dropout=0.0, scale_shift=False)).double()
+    halved = ResBlock(8, 8, emb_channels=4, norm_groups=4, dropout=0.0, scale_shift=False, gain=0.5**0.5)
+    halved.double().load_state_dict(plain.state_dict())
+    close(halved(x, emb), plain(x, emb) / 2**0.5)
+    network = small(skip_rescale=True)
+    gains = [m.gain for m in network.modules() if isinstance(m, ResBlock | Attention)]
+    assert len(gains) > 5
+    assert set(gains) == {0.5**0.5}
+
+
+def test_progressive_input_carries_the_image_past_the_first_level():
+    """With the stem at nothing, only the image on its own way can be seen below."""
+    for progressive, seen in (("none", False), ("residual", True)):
+        network = UNet(2, 8, None, **(SMALL | NCSNPP | {"progressive_input": progressive}))
+        network = randomised(network).double().eval()
+        for parameter in network.stem.parameters():
+            nn.init.zeros_(parameter)
+        x, c_noise = inputs()
+        changed = (network(x, c_noise) - network(-x, c_noise)).abs().max() > 1e-6
+        assert changed == seen
+
+
+def test_ncsnpp_serves_odd_sizes_and_half_precision():
+    network = randomised(UNet(2, 7, None, **(SMALL | NCSNPP))).double().eval()
+    x, c_noise = inputs(height=7, width=7)
+    assert network(x, c_noise).shape == x.shape
+    with torch.autocast("cpu", torch.bfloat16):
+        assert network.float()(x.float(), c_noise.float()).isfinite().all()

@@ -1,12 +1,14 @@
 """Layers of the convolutional networks: timestep features, resampling, attention, residual block."""
 
 import math
+from functools import cache
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import (
     avg_pool2d,
+    conv2d,
     conv_transpose2d,
     interpolate,
     pad,
@@ -33,6 +35,50 @@ def timestep_embedding(c_noise: Tensor, dim: int, layout: Literal["sin_cos", "co
     angles = c_noise.to(dtype)[:, None] * torch.exp(-math.log(10000.0) * exponents)
     halves = (angles.sin(), angles.cos()) if layout == "sin_cos" else (angles.cos(), angles.sin())
     return pad(torch.cat(halves, dim=1), (0, dim % 2))
+
+
+class FourierFeatures(nn.Module):
+    """Features at random frequencies, `[sin(2 pi w c) | cos(2 pi w c)]` with w ~ N(0, scale^2), drawn once and kept.
+
+    c_noise: [B], such as log sigma. Returns float64 [B, 2 * count].
+    Source: Tancik et al. 2020; Song et al. 2021b, App. C.
+    """
+
+    frequencies: Tensor
+
+    def __init__(self, count: int, scale: float) -> None:
+        super().__init__()
+        self.register_buffer("frequencies", scale * torch.randn(count))
+
+    def forward(self, c_noise: Tensor) -> Tensor:
+        dtype = torch.float32 if c_noise.device.type == "mps" else torch.float64
+        angles = 2 * math.pi * c_noise.to(dtype)[:, None] * self.frequencies.to(dtype)
+        return torch.cat([angles.sin(), angles.cos()], dim=1)
+
+
+def fir_resample(x: Tensor, direction: Literal["up", "down"]) -> Tensor:
+    """Halve or double height and width through the low-pass filter [1, 3, 3, 1] along both axes.
+
+    Both keep a constant, zeros beyond the edges apart; they are each other's transpose, up to a factor of 4.
+    Source: Zhang 2019; Karras et al. 2020 (StyleGAN2).
+    """
+    kernel = _fir_kernel(x.device, x.dtype).expand(x.shape[1], 1, 4, 4)
+    if direction == "down":
+        return conv2d(x, kernel, stride=2, padding=1, groups=x.shape[1])
+    return conv_transpose2d(x, 4 * kernel, stride=2, padding=1, groups=x.shape[1])
+
+
+@cache
+def _fir_kernel(device: torch.device, dtype: torch.dtype) -> Tensor:
+    taps = torch.tensor([1.0, 3.0, 3.0, 1.0], device=device, dtype=dtype) / 8
+    return torch.outer(taps, taps)
+
+
+def resampled(x: Tensor, direction: Literal["up", "down"], fir: bool) -> Tensor:
+    """Halve or double height and width, filtered, or else by 2x2 means or nearest neighbour."""
+    if fir:
+        return fir_resample(x, direction)
+    return avg_pool2d(x, 2) if direction == "down" else interpolate(x, scale_factor=2.0)
 
 
 def zero_init(layer: nn.Module) -> None:
@@ -77,15 +123,16 @@ class Upsample(nn.Conv2d):
 
 
 class Attention(nn.Module):
-    """Self-attention among all pixels, added to its input: x + proj(softmax(q k^T / sqrt(d)) v).
+    """Self-attention among all pixels, added to its input: (x + proj(softmax(q k^T / sqrt(d)) v)) * gain.
 
     q, k, v are linear in norm(x); d = channels / num_heads. [B, C, H, W] to the same shape.
     Source: Ho et al. 2020, Appendix B.
     """
 
-    def __init__(self, channels: int, *, num_heads: int, norm_groups: int) -> None:
+    def __init__(self, channels: int, *, num_heads: int, norm_groups: int, gain: float = 1.0) -> None:
         super().__init__()
         self.num_heads = num_heads
+        self.gain = gain
         self.norm = nn.GroupNorm(norm_groups, channels, eps=NORM_EPS)
         self.qkv = nn.Linear(channels, 3 * channels)
         self.proj = nn.Linear(channels, channels)
@@ -100,15 +147,16 @@ class Attention(nn.Module):
         with torch.autocast(x.device.type, enabled=False):
             out = scaled_dot_product_attention(*qkv.unbind(2)).to(x.dtype)
         out = self.proj(out.transpose(1, 2).flatten(2))
-        return x + out.transpose(1, 2).unflatten(2, x.shape[2:])
+        return scaled(x + out.transpose(1, 2).unflatten(2, x.shape[2:]), self.gain)
 
 
 class ResBlock(nn.Module):
-    """Residual block steered by the time embedding: skip(x) + conv2(silu(norm2(conv1(silu(norm1(x)))))).
+    """Residual block steered by the time embedding: (skip(x) + conv2(silu(norm2(conv1(silu(norm1(x))))))) * gain.
 
     The embedding enters at norm2: norm2(h) * (1 + scale) + shift with `scale_shift` (Nichol & Dhariwal 2021),
     norm2(h + shift) without (Ho et al. 2020). `resample` changes the resolution of both branches inside
-    the block, by 2x2 means or nearest neighbour (Dhariwal & Nichol 2021).
+    the block, by 2x2 means or nearest neighbour (Dhariwal & Nichol 2021), or with `fir` filtered (Song et al. 2021b).
+    A gain of 1 / sqrt(2) keeps the variance of the sum of two.
 
     x: [B, in_channels, H, W]; emb: [B, emb_channels], already through silu, which all blocks share.
     """
@@ -123,10 +171,13 @@ class ResBlock(nn.Module):
         dropout: float,
         scale_shift: bool,
         resample: Literal["up", "down"] | None = None,
+        fir: bool = False,
+        gain: float = 1.0,
     ) -> None:
         super().__init__()
         self.scale_shift = scale_shift
-        self.resample = resample
+        self.resample: Literal["up", "down"] | None = resample
+        self.fir, self.gain = fir, gain
         self.norm1 = nn.GroupNorm(norm_groups, in_channels, eps=NORM_EPS)
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
         self.emb = nn.Linear(emb_channels, 2 * out_channels if scale_shift else out_channels)
@@ -139,7 +190,7 @@ class ResBlock(nn.Module):
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
         h = silu(self.norm1(x))
         if self.resample is not None:
-            h, x = self._resample(h), self._resample(x)
+            h, x = resampled(h, self.resample, self.fir), resampled(x, self.resample, self.fir)
         h = self.conv1(h)
         emb = self.emb(emb)[:, :, None, None]
         if self.scale_shift:
@@ -147,7 +198,9 @@ class ResBlock(nn.Module):
             h = torch.addcmul(shift, self.norm2(h), 1 + scale)
         else:
             h = self.norm2(h + emb)
-        return self.skip(x) + self.conv2(self.dropout(silu(h)))
+        return scaled(self.skip(x) + self.conv2(self.dropout(silu(h))), self.gain)
 
-    def _resample(self, x: Tensor) -> Tensor:
-        return avg_pool2d(x, 2) if self.resample == "down" else interpolate(x, scale_factor=2.0)
+
+def scaled(x: Tensor, gain: float) -> Tensor:
+    """gain * x, at no cost where that is x."""
+    return x if gain == 1 else gain * x

@@ -3,10 +3,11 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from itertools import pairwise
 from typing import Annotated, Literal
 
 import torch
-from pydantic import Field, PositiveInt
+from pydantic import Field, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 from torch.nn.functional import pad, silu
 from torch.utils.checkpoint import checkpoint
@@ -15,8 +16,11 @@ from diffusion_cli.networks.layers import (
     NORM_EPS,
     Attention,
     Downsample,
+    FourierFeatures,
     ResBlock,
     Upsample,
+    resampled,
+    scaled,
     timestep_embedding,
     zero_init,
 )
@@ -44,8 +48,12 @@ class UNet(nn.Module):
     A class-conditional network knows the classes 0 .. num_classes - 1 and the null class num_classes, which
     stands for "no label"; otherwise its `num_classes` is None.
 
+    The options of NCSN++ and DDPM++: `fourier` features of c_noise; residual sums scaled by 1 / sqrt(2)
+    (`skip_rescale`); filtered resampling (`fir`); and with `progressive_input: residual` the image itself, resampled
+    and convolved, added to the features at each lower resolution, and what comes of it at the next.
+
     Raises ValueError where two arguments do not go together.
-    Sources: Ho et al. 2020, Appendix B; Nichol & Dhariwal 2021, Section 3 and Appendix A.
+    Sources: Ho et al. 2020, App. B; Nichol & Dhariwal 2021, Sec. 3 and App. A; Song et al. 2021b, App. H.
     """
 
     def __init__(
@@ -62,8 +70,12 @@ class UNet(nn.Module):
         head_channels: PositiveInt | None,
         norm_groups: PositiveInt,
         time_embedding: Literal["additive", "scale_shift"],
-        embedding_layout: Literal["sin_cos", "cos_sin"],
+        embedding_layout: Literal["sin_cos", "cos_sin", "fourier"],
+        fourier_scale: PositiveFloat,
         resample: Literal["conv", "conv_same", "block"],
+        fir: bool,
+        skip_rescale: bool,
+        progressive_input: Literal["none", "residual"],
         dropout: Annotated[float, Field(ge=0, lt=1)],
         class_conditional: bool,
         learn_variance: bool,
@@ -78,10 +90,15 @@ class UNet(nn.Module):
             raise ValueError(
                 "class_conditional=true: the data set has no classes; use class_conditional=false"
             )
+        if fir and resample != "block":
+            raise ValueError(
+                f"fir=true: filters what resamples in a block, not resample={resample}; use block"
+            )
         self.num_classes = num_classes if class_conditional else None
         self.channels = channels
         self.learn_variance = learn_variance
-        self.embedding_layout: Literal["sin_cos", "cos_sin"] = embedding_layout
+        self.embedding_layout: Literal["sin_cos", "cos_sin", "fourier"] = embedding_layout
+        self.fir, self.gain = fir, 0.5**0.5 if skip_rescale else 1.0
         self.gradient_checkpointing = gradient_checkpointing
         self.multiple = 2 ** (len(channel_mult) - 1)
         emb_channels = 4 * channels
@@ -92,21 +109,29 @@ class UNet(nn.Module):
             heads=partial(_heads, num_heads=num_heads, head_channels=head_channels),
             norm_groups=norm_groups,
             resample=resample,
+            gain=self.gain,
             res=partial(
                 ResBlock,
                 emb_channels=emb_channels,
                 norm_groups=norm_groups,
                 dropout=dropout,
                 scale_shift=time_embedding == "scale_shift",
+                fir=fir,
+                gain=self.gain,
             ),
         )
+        features = channels
+        if embedding_layout == "fourier":
+            self.fourier = FourierFeatures(channels, fourier_scale)
+            features = 2 * channels
         self.time_mlp = nn.Sequential(
-            nn.Linear(channels, emb_channels), nn.SiLU(), nn.Linear(emb_channels, emb_channels)
+            nn.Linear(features, emb_channels), nn.SiLU(), nn.Linear(emb_channels, emb_channels)
         )
         if self.num_classes is not None:
             self.class_embedding = nn.Embedding(self.num_classes + 1, emb_channels)
         self.stem = nn.Conv2d(in_channels, channels, 3, padding=1)
         self.down, skips = parts.down_path(channels)
+        self.pyramid = parts.pyramid(in_channels) if progressive_input == "residual" else None
         self.middle = parts.middle()
         self.up = parts.up_path(skips)
         self.out_norm = nn.GroupNorm(norm_groups, parts.widths[0], eps=NORM_EPS)
@@ -121,10 +146,14 @@ class UNet(nn.Module):
         """
         height, width = x.shape[2:]
         emb = self._embed(c_noise, y)
-        h = self.stem(self._extend(x))
+        image = self._extend(x)
+        h = self.stem(image)
         skips = [h]
+        pyramid = iter(self.pyramid or ())
         for block in self.down:
-            h = self._run(block, h, emb)
+            finer, h = h, self._run(block, h, emb)
+            if self.pyramid is not None and h.shape[2:] != finer.shape[2:]:
+                h = image = scaled(h + next(pyramid)(resampled(image, "down", self.fir)), self.gain)
             skips.append(h)
         h = self._run(self.middle, h, emb)
         for block in self.up:
@@ -146,7 +175,10 @@ class UNet(nn.Module):
     def _embed(self, c_noise: Tensor, y: Tensor | None) -> Tensor:
         # Not in bfloat16: its 8 bits would take neighbouring timesteps for one.
         with torch.autocast(c_noise.device.type, enabled=False):
-            features = timestep_embedding(c_noise, self.channels, self.embedding_layout)
+            if self.embedding_layout == "fourier":
+                features = self.fourier(c_noise)
+            else:
+                features = timestep_embedding(c_noise, self.channels, self.embedding_layout)
             emb = self.time_mlp(features.to(self.stem.weight.dtype))
             if self.num_classes is not None:
                 if y is None:
@@ -175,6 +207,7 @@ class _Parts:
     heads: Callable[[int], int]  # by number of feature maps
     norm_groups: int
     resample: Literal["conv", "conv_same", "block"]
+    gain: float  # of residual sums
     res: Callable[..., ResBlock]
 
     def down_path(self, width: int) -> tuple[nn.ModuleList, list[int]]:
@@ -192,6 +225,13 @@ class _Parts:
     def middle(self) -> Block:
         width = self.widths[-1]
         return Block([self.res(width, width), self._attention(width), self.res(width, width)])
+
+    def pyramid(self, in_channels: int) -> nn.ModuleList:
+        """The convolutions that bring the image, and then what it was added to, to the widths below the first."""
+        return nn.ModuleList(
+            nn.Conv2d(before, width, 3, padding=1)
+            for before, width in pairwise([in_channels, *self.widths[:-1]])
+        )
 
     def up_path(self, skips: list[int]) -> nn.ModuleList:
         blocks, width = nn.ModuleList(), self.widths[-1]
@@ -211,7 +251,7 @@ class _Parts:
         return block
 
     def _attention(self, width: int) -> Attention:
-        return Attention(width, num_heads=self.heads(width), norm_groups=self.norm_groups)
+        return Attention(width, num_heads=self.heads(width), norm_groups=self.norm_groups, gain=self.gain)
 
     def _resampling(self, width: int, direction: Literal["up", "down"]) -> nn.Module:
         if self.resample == "block":

@@ -1,6 +1,7 @@
 """The U-Net against published counts and independent formulas, and the laws of its parts."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -21,7 +22,7 @@ from diffusion_cli.networks.layers import (
 )
 
 OPTIONS = sorted((Path(__file__).parents[1] / "conf" / "model").glob("*.yaml"))
-SMALL = {
+SMALL: dict[str, Any] = {
     "channels": 8,
     "channel_mult": [1, 2],
     "num_res_blocks": 1,
@@ -351,7 +352,7 @@ def test_head_channels_and_num_heads_say_the_same():
 
 # --- NCSN++ and DDPM++ --------------------
 
-NCSNPP = {
+NCSNPP: dict[str, Any] = {
     "embedding_layout": "fourier",
     "resample": "block",
     "fir": True,

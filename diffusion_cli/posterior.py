@@ -5,7 +5,6 @@ from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.special import ndtr
 
 from diffusion_cli.denoiser import Prediction, per_image
 from diffusion_cli.schedules import Discrete, Schedule
@@ -97,13 +96,17 @@ def discretised_log_likelihood(x: Tensor, mean: Tensor, log_std: Tensor, exact_c
     if exact_cdf:
         # Differences are taken in the lower tail, where they keep their digits.
         flip = x > mean
-        inner = ndtr(torch.where(flip, -below, above)) - ndtr(torch.where(flip, -above, below))
-        first, last = ndtr(above), ndtr(-below)
+        inner = _cdf(torch.where(flip, -below, above)) - _cdf(torch.where(flip, -above, below))
+        first, last = _cdf(above), _cdf(-below)
     else:
         first, last = _tanh_cdf(above), 1 - _tanh_cdf(below)
         inner = first - _tanh_cdf(below)
     probability = torch.where(x < -0.999, first, torch.where(x > 0.999, last, inner))
     return probability.clamp(min=1e-12).log()
+
+
+def _cdf(z: Tensor) -> Tensor:
+    return torch.erfc(-z / math.sqrt(2)) / 2  # torch.special.ndtr has no relative accuracy in the lower tail
 
 
 def _tanh_cdf(z: Tensor) -> Tensor:

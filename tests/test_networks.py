@@ -411,7 +411,8 @@ def test_rescaled_sums_are_halved_in_variance_in_every_block():
 def test_progressive_input_carries_the_image_past_the_first_level():
     """With the stem at nothing, only the image on its own way can be seen below."""
     for progressive, seen in (("none", False), ("residual", True)):
-        network = UNet(2, 8, None, **(SMALL | NCSNPP | {"progressive_input": progressive}))
+        arguments: dict[str, Any] = SMALL | NCSNPP | {"progressive_input": progressive}
+        network = UNet(2, 8, None, **arguments)
         network = randomised(network).double().eval()
         for parameter in network.stem.parameters():
             nn.init.zeros_(parameter)

@@ -40,6 +40,8 @@ def run(config: EvalConfig) -> None:
         "device": trained.device.type,
         "versions": {"diffuse": __version__, "torch": torch.__version__},
     }
+    if of_samples:
+        trained.sampler.grid(config.steps)  # refused before anything is measured
     reports = []
     if of_model:
         subject = Subject(

@@ -25,12 +25,11 @@ class Trained:
 
 
 def open_run(config: SampleConfig | EvalConfig) -> Trained:
-    """Load what a command names; ValueError if there is no such run, device or grid of steps."""
+    """Load what a command names; ValueError if there is no such run or device."""
     folder = find_run(config.run, config.output_dir)
     device = device_of(config.device)
     model = load_model(folder, config.weights, device)
     sampler: Sampler = build(config.sampler, model.denoiser.schedule)
-    sampler.grid(config.steps)
     settings = {
         "weights": config.weights,
         "weights_sha256": model.digest,

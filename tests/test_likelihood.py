@@ -1,0 +1,189 @@
+"""The likelihood of the probability flow against closed forms and independent code, and `diffuse eval` of it."""
+
+import json
+import math
+from dataclasses import dataclass
+
+import pytest
+import torch
+
+from diffusion_cli.cli import run
+from diffusion_cli.likelihood import flow_likelihood
+from diffusion_cli.probability_flow import angle, velocity
+
+F64 = torch.float64
+BITS = 4 * math.log(2)  # nats of a bit a dimension, of four
+
+
+@dataclass
+class Tight:
+    rtol: float = 1e-5
+    atol: float = 1e-5
+    max_steps: int = 1000
+
+
+PROCESSES = ["linear", "cosine", "sigmoid", "vp", "subvp", "ve", "edm", "rectified", "zero_snr"]
+
+
+@pytest.mark.parametrize("tag", PROCESSES)
+def test_bits_per_dim_equal_the_exact_density(schedules, exact, mixture, reference, tag):
+    """Within 1e-4, less what a Gaussian prior costs: the exact density of where the flow ends, against N(0, prior)."""
+    schedule, x = schedules[tag], reference("noise")["x0_data"]
+    found = flow_likelihood(schedule, exact(schedule), x, None, Tight())
+    ends = torch.tensor([schedule.t_min, 1.0], dtype=F64)
+    alpha, sigma = schedule(ends)
+    truth = mixture.log_prob(x, alpha[0], sigma[0])
+    prior = torch.distributions.Normal(0, schedule.prior_std(ends[1]))
+    gap = prior.log_prob(found.latents).flatten(1).sum(1) - mixture.log_prob(
+        found.latents, alpha[1], sigma[1]
+    )
+    assert ((found.log_p - gap - truth) / BITS).abs().max() < 1e-4
+    if tag in ("cosine", "sigmoid", "rectified", "zero_snr"):
+        assert ((found.log_p - truth) / BITS).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("probe", ["rademacher", "gaussian"])
+def test_hutchinson_is_unbiased_within_three_standard_errors(schedules, exact, mixture, reference, probe):
+    schedule, x = schedules["cosine"], reference("noise")["x0_data"][:1]
+    generator = torch.Generator().manual_seed(0)
+    normal = torch.randn(1, 2000, 1, 2, 2, dtype=F64, generator=generator)
+    probes = normal if probe == "gaussian" else normal.sign()
+    many = flow_likelihood(schedule, exact(schedule), x.expand(2000, -1, -1, -1), probes, Tight())
+    alpha, sigma = schedule(torch.tensor(schedule.t_min, dtype=F64))
+    error = many.log_p.mean() - mixture.log_prob(x, alpha, sigma)
+    assert abs(error) < 3 * many.log_p.std() / math.sqrt(2000)
+    assert many.log_p.std() > 0.01
+
+
+@pytest.mark.parametrize("tag", ["vp", "subvp", "ve"])
+def test_equals_score_sde(reference, schedules, exact, agree, tag):
+    arrays, schedule, x = reference("sde_likelihood"), schedules[tag], reference("noise")["x0_data"]
+    whole = flow_likelihood(schedule, exact(schedule), x, None, Tight())
+    agree(
+        f"sde_likelihood/{tag}_logp_ode_exact",
+        whole.log_p / BITS,
+        arrays[f"{tag}_logp_ode_exact"] / BITS,
+        2e-4,
+    )
+    agree(
+        f"sde_likelihood/{tag}_bpd_hadamard_f64",
+        7 - whole.log_p / BITS,
+        arrays[f"{tag}_bpd_hadamard_f64"],
+        2e-4,
+    )
+    one = flow_likelihood(schedule, exact(schedule), x, arrays["rademacher"][None], Tight())
+    agree(f"sde_likelihood/{tag}_bpd_rad_f64", 7 - one.log_p / BITS, arrays[f"{tag}_bpd_rad_f64"], 2e-4)
+
+
+def test_hadamard_probes_give_the_exact_trace(reference, schedules, exact):
+    schedule, x = schedules["vp"], reference("noise")["x0_data"]
+    probes = reference("sde_likelihood")["hadamard"].view(4, 1, 1, 2, 2).expand(-1, 4, -1, -1, -1)
+    by_probes = flow_likelihood(schedule, exact(schedule), x, probes, Tight(1e-8, 1e-8))
+    by_pixels = flow_likelihood(schedule, exact(schedule), x, None, Tight(1e-8, 1e-8))
+    torch.testing.assert_close(by_probes.log_p, by_pixels.log_p, rtol=0, atol=1e-6)
+
+
+def test_velocity_is_the_slope_of_the_flow(schedules, exact, mixture):
+    """dz/dphi in the process's own time is alpha' x_0 + sigma' eps of the unscaled path."""
+    schedule = schedules["subvp"]
+    t = torch.tensor(0.4, dtype=F64)
+    x = torch.randn(2, 1, 2, 2, dtype=F64, generator=torch.Generator().manual_seed(0))
+    (alpha, sigma), (d_alpha, d_sigma) = schedule(t), schedule.derivatives(t)
+    radius = torch.sqrt(alpha**2 + sigma**2)
+    prediction = exact(schedule)(x, t)
+    dx = d_alpha * prediction.x0 + d_sigma * prediction.eps
+    d_radius = (alpha * d_alpha + sigma * d_sigma) / radius
+    d_phi = (alpha * d_sigma - sigma * d_alpha) / radius**2
+    expected = (dx / radius - x * d_radius / radius**2) / d_phi
+    mine = velocity(schedule, exact(schedule), F64)(angle(schedule, t), x / radius)
+    torch.testing.assert_close(mine, expected, rtol=1e-9, atol=1e-9)
+
+
+def test_a_solver_without_enough_steps_says_so(schedules, exact, reference):
+    with pytest.raises(ValueError, match=r"max_steps=2: .*rtol=1e-05 and atol=1e-05.*raise them"):
+        flow_likelihood(
+            schedules["vp"], exact(schedules["vp"]), reference("noise")["x0_data"], None, Tight(max_steps=2)
+        )
+
+
+# --- diffuse eval metric=bits_per_dim --------------------
+
+SMALL = [
+    "model.channels=8", "model.norm_groups=4", "model.num_heads=1", "model.head_channels=null", "batch_size=64",
+    "max_steps=20", "logger=csv", "trainer=cpu",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    root = tmp_path_factory.mktemp("outputs")
+    words = [*SMALL, f"output_dir={root}"]
+    assert run(["train", *words, "name=discrete", "schedule.num_timesteps=10", "preview_steps=5"]) == 0
+    assert run(["train", *words, "name=continuous", "schedule=vp"]) == 0
+    real = ["dataset=gaussian_mixture", "model.channel_mult=[1,2]"]
+    assert run(["train", *words, *real, "name=real", "schedule=rectified", "parameterization=flow"]) == 0
+    return root
+
+
+def evaluate(root, name, *words):
+    return run(["eval", f"run={name}", f"output_dir={root}", "device=cpu", "batch_size=8", *words])
+
+
+def results(root, name):
+    return {
+        r["name"]: r
+        for entry in json.loads((root / name / "metrics.json").read_text())
+        for r in entry["results"]
+    }
+
+
+BOTH = ["metric=bits_per_dim", "metric.bound.num_images=12", "metric.flow_likelihood.num_images=12",
+        "metric.flow_likelihood.rtol=0.01", "metric.flow_likelihood.atol=0.01"]  # fmt: skip
+
+
+def test_both_bits_per_dim_of_a_run(runs, capsys):
+    assert evaluate(runs, "discrete", *BOTH) == 0
+    found = results(runs, "discrete")
+    bound, flow = found["bits_per_dim_bound"], found["bits_per_dim_flow"]
+    parts = bound["details"]
+    assert bound["value"] == pytest.approx(parts["prior"] + parts["decoder"] + parts["middle"])
+    assert parts["middle"] == pytest.approx(sum(parts[f"middle_{i}"] for i in range(10)))
+    assert bound["details"]["images"] == flow["details"]["images"] == 12
+    assert 0 < flow["value"] < 100
+    assert bound["protocol"]["model"]["weights_sha256"]
+    per_image = [
+        bits
+        for file in sorted((runs / "discrete" / "bits_per_dim_bound").glob("*/*.json"))
+        for bits in json.loads(file.read_text())["bits"]
+    ]
+    assert len(per_image) == 12
+    assert sum(per_image) / 12 == pytest.approx(bound["value"])
+
+
+def test_shards_and_a_stopped_run_give_the_same_numbers(runs, capsys):
+    words = ["metric=bound", "metric.bound.num_images=20", "seed=3"]
+    assert evaluate(runs, "discrete", *words, "metric.bound.num_shards=2", "metric.bound.shard=1") == 0
+    assert "2 of 3 batches are left to other shards" in capsys.readouterr().out
+    assert evaluate(runs, "discrete", *words, "metric.bound.num_shards=2") == 0
+    halves = results(runs, "discrete")["bits_per_dim_bound"]
+    for file in (runs / "discrete" / "bits_per_dim_bound").glob("*/000008.json"):
+        file.unlink()
+    assert evaluate(runs, "discrete", *words) == 0
+    assert results(runs, "discrete")["bits_per_dim_bound"]["value"] == halves["value"]
+    assert evaluate(runs, "discrete", *words, "metric.bound.shard=1") == 2
+    assert "metric.shard=1" in capsys.readouterr().err
+
+
+def test_what_has_no_bound_says_why_and_has_a_flow(runs, capsys):
+    assert evaluate(runs, "continuous", *BOTH) == 0
+    assert "bits_per_dim_bound: the VP schedule has no timesteps" in capsys.readouterr().out
+    assert set(results(runs, "continuous")) == {"bits_per_dim_flow"}
+    assert evaluate(runs, "real", *BOTH, "metric.flow_likelihood.trace=exact") == 0
+    assert results(runs, "real")["bits_per_dim_flow"]["details"]["images"] == 12
+
+
+def test_inversion_of_a_run(runs):
+    assert evaluate(runs, "discrete", "metric=inversion", "metric.inversion.steps=5") == 0
+    found = results(runs, "discrete")["inversion_rmse"]
+    assert found["value"] > 0
+    assert found["details"]["images"] == 359

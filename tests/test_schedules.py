@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from diffusion_cli.schedules import Cosine, Linear
+from diffusion_cli.schedules import EDM, VE, VP, Cosine, Linear, ScaledLinear, Sigmoid, Spacing
 
 SPACINGS = ["leading", "trailing", "linspace", "quadratic"]
 
@@ -44,17 +44,23 @@ def test_alpha_bar_equals_diffusers(reference, schedules, tag, key):
     torch.testing.assert_close(alpha**2, theirs, rtol=1e-12, atol=0)
 
 
-@pytest.mark.parametrize("tag", ["linear", "scaled_linear", "cosine"])
+PRESERVING = ["linear", "scaled_linear", "cosine", "sigmoid", "zero_snr", "vp"]
+ALL = [*PRESERVING, "subvp", "ve", "edm", "rectified"]
+
+
+@pytest.mark.parametrize("tag", ALL)
 def test_laws(schedules, tag):
     schedule = schedules[tag]
     t = torch.linspace(0, 1, 4567, dtype=torch.float64)
     alpha, sigma = schedule(t)
-    torch.testing.assert_close(alpha**2 + sigma**2, torch.ones_like(t), rtol=1e-14, atol=0)
+    if tag in PRESERVING:
+        torch.testing.assert_close(alpha**2 + sigma**2, torch.ones_like(t), rtol=1e-14, atol=0)
     assert (alpha[0], sigma[0]) == (1, 0)
+    assert 0 < schedule.t_min <= schedule.grid_t_min < 1
     log_snr = schedule.log_snr(t)
     assert log_snr[0] == torch.inf
     assert (log_snr.diff() < 0).all()
-    torch.testing.assert_close(log_snr[1:], 2 * (alpha / sigma)[1:].log(), rtol=1e-11, atol=1e-11)
+    torch.testing.assert_close(log_snr[1:], 2 * (alpha / sigma)[1:].log(), rtol=1e-11, atol=1e-9)
 
 
 @pytest.mark.parametrize("tag", ["linear", "scaled_linear", "cosine"])
@@ -122,3 +128,147 @@ def test_training_times_are_the_table(schedules):
     torch.testing.assert_close(
         schedule.timestep(times), torch.arange(1000.0, dtype=torch.float64), rtol=0, atol=1e-9
     )
+
+
+@pytest.mark.parametrize("tag", ALL)
+def test_derivatives_equal_autograd(schedules, tag):
+    schedule = schedules[tag]
+    t = torch.linspace(0.01234, 0.98765, 91, dtype=torch.float64, requires_grad=True)
+    for level, derivative in zip(schedule(t), schedule.derivatives(t), strict=True):
+        if level.requires_grad:
+            (expected,) = torch.autograd.grad(level.sum(), t, retain_graph=True)
+        else:
+            expected = torch.zeros_like(t)  # alpha = 1
+        torch.testing.assert_close(derivative, expected, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("tag", ALL)
+def test_time_of_inverts_log_snr(schedules, tag):
+    schedule = schedules[tag]
+    t = torch.linspace(schedule.t_min, 1, 1237, dtype=torch.float64)
+    torch.testing.assert_close(schedule.time_of(schedule.log_snr(t)), t, rtol=0, atol=1e-12)
+    ends = schedule.time_of(torch.tensor([torch.inf, -torch.inf], dtype=torch.float64))
+    assert ends.tolist() == [0, 1]
+
+
+@pytest.mark.parametrize("tag", ALL)
+def test_sde_moves_the_levels(schedules, tag):
+    """Mean and variance of dx = f x dt + g dw are those of x_t: alpha' = f alpha, (sigma^2)' = 2 f sigma^2 + g^2."""
+    schedule = schedules[tag]
+    t = torch.tensor([0.2004, 0.5504, 0.9204], dtype=torch.float64)
+    (alpha, sigma), (d_alpha, d_sigma), (f, g2) = schedule(t), schedule.derivatives(t), schedule.sde(t)
+    torch.testing.assert_close(f * alpha, d_alpha, rtol=1e-12, atol=1e-14)
+    torch.testing.assert_close(2 * f * sigma**2 + g2, 2 * sigma * d_sigma, rtol=1e-11, atol=1e-14)
+    assert (g2 > 0).all()
+
+
+@pytest.mark.parametrize("tag", ["linear", "scaled_linear"])
+def test_zero_terminal_snr_equals_diffusers(reference, agree, tag):
+    kind, start, end = {"linear": (Linear, 1e-4, 0.02), "scaled_linear": (ScaledLinear, 0.00085, 0.012)}[tag]
+    schedule = kind(num_timesteps=1000, beta_start=start, beta_end=end, zero_terminal_snr=True)
+    alpha, _ = schedule(torch.arange(1, 1001, dtype=torch.float64) / 1000)
+    name = f"df_{tag}_zsnr_T1000_alphas_cumprod"
+    theirs = reference("schedules_diffusers")[name]
+    agree(f"schedules_diffusers/{name}", alpha[:-1] ** 2, theirs[:-1], 1e-11, relative=True)
+    assert alpha[-1] == theirs[-1] == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "T", "start", "tau"),
+    [
+        ("lucid_sigmoid_T1000", 1000, -3.0, 1.0),
+        ("lucid_sigmoid_T100", 100, -3.0, 1.0),
+        ("lucid_sigmoid_alt", 1000, 0.0, 0.9),
+    ],
+)
+def test_sigmoid_equals_denoising_diffusion_pytorch(reference, agree, name, T, start, tau):
+    schedule = Sigmoid(
+        num_timesteps=T, start=start, end=3.0, tau=tau, max_beta=0.999, zero_terminal_snr=False
+    )
+    alpha, _ = schedule(torch.arange(1, T + 1, dtype=torch.float64) / T)
+    theirs = torch.cumprod(1 - reference("schedules_diffusers")[f"{name}_betas"], 0)
+    # Their logistic constants are rounded to float32.
+    agree(f"schedules_diffusers/{name}_betas", alpha**2, theirs, 1e-7)
+
+
+@pytest.mark.parametrize(("steps", "low", "high"), [(10, 0.002, 80.0), (50, 0.01, 50.0)])
+def test_karras_and_log_snr_grids_equal_k_diffusion(reference, agree, steps, low, high):
+    arrays, schedule = reference("schedules_diffusers"), EDM(sigma_min=low, sigma_max=high)
+    names: dict[Spacing, str] = {"karras": "karras", "log_snr": "exponential"}
+    for spacing, name in names.items():
+        _, sigmas = schedule(schedule.grid(steps, spacing))
+        theirs = arrays[f"kd_{name}_n{steps}"]
+        agree(f"schedules_diffusers/kd_{name}_n{steps}", sigmas[:-1], theirs[:-1], 1e-12, relative=True)
+
+
+def test_time_grid_equals_k_diffusion(reference, agree):
+    schedule = VP(beta_min=0.1, beta_max=20.0, grid_t_min=1e-3)
+    alpha, sigma = schedule(schedule.grid(12, "time")[:-1])
+    theirs = reference("schedules_diffusers")["kd_vp_n12"][:-1]
+    agree("schedules_diffusers/kd_vp_n12", sigma / alpha, theirs, 1e-11, relative=True)
+
+
+@pytest.mark.parametrize("spacing", ["leading", "trailing", "linspace"])
+@pytest.mark.parametrize("steps", [10, 30, 50])
+def test_grids_visit_the_sigmas_of_diffusers(reference, schedules, agree, steps, spacing):
+    """Their Euler sampler interpolates sigmas, and spreads linspace over fractions of timesteps, as our `time`."""
+    name = f"sig_EulerDiscreteScheduler_{spacing}_{steps}"
+    grid = schedules["linear"].grid(steps, "time" if spacing == "linspace" else spacing)[:-1]
+    alpha, sigma = schedules["linear"](grid)
+    whole = (grid * 1000 - (grid * 1000).round()).abs() < 1e-6
+    theirs = reference("schedules_diffusers")[name][:-1]
+    agree(f"schedules_diffusers/{name}", (sigma / alpha)[whole], theirs[whole], 1e-11, relative=True)
+    assert whole.sum() >= 2
+
+
+@pytest.mark.parametrize("tag", ["vp", "subvp", "ve"])
+def test_coefficients_equal_score_sde(reference, schedules, agree, tag):
+    arrays, schedule = reference("sde_likelihood"), schedules[tag]
+    t = arrays["coef_t"]
+    alpha, sigma = schedule(t)
+    f, g2 = schedule.sde(t)
+    agree(
+        f"sde_likelihood/coef_{tag}_mean_coef", alpha, arrays[f"coef_{tag}_mean_coef"], 1e-12, relative=True
+    )
+    # theirs is sqrt(1 - exp(.)), which loses digits near 0
+    agree(f"sde_likelihood/coef_{tag}_std", sigma, arrays[f"coef_{tag}_std"], 1e-12)
+    agree(f"sde_likelihood/coef_{tag}_drift", f, arrays[f"coef_{tag}_drift"], 1e-12 * 20)
+    agree(
+        f"sde_likelihood/coef_{tag}_diffusion",
+        g2.sqrt(),
+        arrays[f"coef_{tag}_diffusion"],
+        1e-9,
+        relative=True,
+    )
+
+
+def test_times_between_entries_equal_dpm_solver(reference, schedules, agree):
+    arrays, schedule = reference("samplers_kdiff_edm"), schedules["linear"]
+    t = arrays["lu_interp_t"]
+    alpha, _ = schedule(t)
+    inside = t >= 1 / 1000
+    agree(
+        "samplers_kdiff_edm/lu_interp_logalpha",
+        alpha.log()[inside],
+        arrays["lu_interp_logalpha"][inside],
+        1e-12,
+    )
+    agree(
+        "samplers_kdiff_edm/lu_interp_lambda",
+        schedule.log_snr(t)[inside] / 2,
+        arrays["lu_interp_lambda"][inside],
+        1e-11,
+    )
+
+
+def test_ends_that_cross_are_refused():
+    with pytest.raises(ValueError, match=r"schedule.sigma_min=2.0: must lie below schedule.sigma_max=1.0"):
+        VE(sigma_min=2.0, sigma_max=1.0, grid_t_min=1e-5)
+    with pytest.raises(ValueError, match=r"schedule.sigma_min=2.0: must lie below"):
+        EDM(sigma_min=2.0, sigma_max=1.0)
+    with pytest.raises(ValueError, match=r"schedule.beta_min=2.0: must lie below"):
+        VP(beta_min=2.0, beta_max=1.0, grid_t_min=1e-3)
+    with pytest.raises(ValueError, match=r"schedule.start=3.0: must lie below"):
+        Sigmoid(num_timesteps=10, start=3.0, end=3.0, tau=1.0, max_beta=0.999, zero_terminal_snr=False)
+    with pytest.raises(ValueError, match="zero_terminal_snr=true: needs at least 2"):
+        Cosine(num_timesteps=1, offset=0.008, max_beta=0.999, zero_terminal_snr=True)

@@ -23,7 +23,8 @@ def _integral(t: Tensor, beta_min: float, beta_max: float) -> Tensor:
 
 
 def _time_of_integral(B: Tensor, beta_min: float, beta_max: float) -> Tensor:
-    """The time at which the integral of beta is B, written without the difference of near numbers."""
+    """The time up to 1 at which the integral of beta is B, written without the difference of near numbers."""
+    B = B.clamp(max=(beta_min + beta_max) / 2)
     return 2 * B / (beta_min + torch.sqrt(beta_min**2 + 2 * (beta_max - beta_min) * B))
 
 
@@ -66,7 +67,7 @@ class VP(_LinearBeta):
 
     def time_of(self, log_snr: Tensor) -> Tensor:
         B = torch.log1p(torch.exp(-log_snr.double()))
-        return _time_of_integral(B, self.beta_min, self.beta_max).clamp(0, 1)
+        return _time_of_integral(B, self.beta_min, self.beta_max)
 
 
 class SubVP(_LinearBeta):
@@ -86,7 +87,7 @@ class SubVP(_LinearBeta):
 
     def time_of(self, log_snr: Tensor) -> Tensor:
         B = 2 * torch.asinh(torch.exp(-log_snr.double() / 2) / 2)
-        return _time_of_integral(B, self.beta_min, self.beta_max).clamp(0, 1)
+        return _time_of_integral(B, self.beta_min, self.beta_max)
 
 
 class VE(Schedule):

@@ -1,14 +1,12 @@
 """Layers of the convolutional networks: timestep features, resampling, attention, residual block."""
 
 import math
-from functools import cache
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import (
     avg_pool2d,
-    conv2d,
     conv_transpose2d,
     interpolate,
     pad,
@@ -62,16 +60,16 @@ def fir_resample(x: Tensor, direction: Literal["up", "down"]) -> Tensor:
     Both keep a constant, zeros beyond the edges apart; they are each other's transpose, up to a factor of 4.
     Source: Zhang 2019; Karras et al. 2020 (StyleGAN2).
     """
-    kernel = _fir_kernel(x.device, x.dtype).expand(x.shape[1], 1, 4, 4)
-    if direction == "down":
-        return conv2d(x, kernel, stride=2, padding=1, groups=x.shape[1])
-    return conv_transpose2d(x, 4 * kernel, stride=2, padding=1, groups=x.shape[1])
-
-
-@cache
-def _fir_kernel(device: torch.device, dtype: torch.dtype) -> Tensor:
-    taps = torch.tensor([1.0, 3.0, 3.0, 1.0], device=device, dtype=dtype) / 8
-    return torch.outer(taps, taps)
+    for axis in (-2, -1):
+        x = x.transpose(axis, -1)
+        edged = pad(x, (1, 1))
+        if direction == "down":
+            x = (edged[..., :-2:2] + edged[..., 3::2]) / 8 + (x[..., ::2] + x[..., 1::2]) * (3 / 8)
+        else:
+            left, right = (edged[..., :-2] + 3 * x) / 4, (3 * x + edged[..., 2:]) / 4
+            x = torch.stack([left, right], -1).flatten(-2)
+        x = x.transpose(axis, -1)
+    return x
 
 
 def resampled(x: Tensor, direction: Literal["up", "down"], fir: bool) -> Tensor:

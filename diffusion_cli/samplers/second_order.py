@@ -9,13 +9,14 @@ from torch import Tensor
 
 from diffusion_cli.denoiser import Denoise, Prediction
 from diffusion_cli.samplers.base import Draw, Sampler
-from diffusion_cli.schedules import Schedule, Spacing
+from diffusion_cli.schedules import NO_SIGNAL, Schedule, Spacing
 
 
 class Heun(Sampler):
     """Euler's step, corrected by the slope at its end: two network calls, one onto the data.
 
-    The corrected step is Euler's own at the mean of the two slopes eps. Where alpha_t = 0 it stays Euler's.
+    The corrected step is Euler's own at the mean of the two slopes eps; it stays Euler's where it starts without signal
+    (NO_SIGNAL).
     Source: Karras et al. 2022, Alg. 1.
     """
 
@@ -33,8 +34,7 @@ class Heun(Sampler):
     def corrected(self, denoise: Denoise, x: Tensor, t: Tensor, s: Tensor, first: Prediction) -> Tensor:
         """The step from x at t, where `first` was predicted, to s."""
         x_s = self.onto(first, s)
-        alpha_t, _ = self.schedule(t)
-        if s == 0 or alpha_t == 0:
+        if s == 0 or self.ratio(t) > NO_SIGNAL:
             return x_s
         second = denoise(x_s, s)
         alpha_s, _ = self.schedule(s)
@@ -107,7 +107,7 @@ class DPM2(Sampler):
         (alpha_t, sigma_t), (alpha_s, _) = self.schedule(t), self.schedule(s)
         kept, fresh = self.ancestral(t, s, self.eta)
         noise = fresh * draw() if self.eta > 0 and s > 0 else 0.0
-        if kept == 0 or alpha_t == 0:
+        if kept == 0 or self.ratio(t) > NO_SIGNAL:
             return alpha_s * first.x0 + kept * first.eps + noise, None
         start, end = sigma_t / alpha_t, kept / alpha_s
         middle = self.schedule.time_of(-(start.log() + end.log()))

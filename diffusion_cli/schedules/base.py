@@ -1,5 +1,6 @@
 """What a schedule is."""
 
+import math
 from abc import ABC, abstractmethod
 from typing import Literal
 
@@ -8,6 +9,9 @@ from torch import Tensor
 
 Spacing = Literal["leading", "trailing", "linspace", "quadratic", "karras", "log_snr", "time"]
 RHO = 7.0  # of the karras grid (Karras et al. 2022, App. D.1)
+# sigma / alpha beyond which there is no signal to speak of: above that of DDPM's last timestep, 157, and far below that
+# of the cosine schedule's, 20,000, of which Karras et al. 2022 (App. C.3) too leave out what lies above 80.
+NO_SIGNAL = 160.0
 
 
 class Schedule(ABC):
@@ -72,13 +76,14 @@ class Schedule(ABC):
         return alpha_t / alpha_s, -(sigma_t**2) * torch.expm1(self.log_snr(t) - self.log_snr(s))
 
     def grid(self, steps: int, spacing: Spacing) -> Tensor:
-        """Return steps + 1 falling times, from 1 (`leading`, `quadratic`: short of it) to grid_t_min, then 0.
+        """Return steps + 1 falling times, from 1 or somewhat below to grid_t_min, then 0.
 
         With k = 0..steps - 1: `leading`, `trailing`, `linspace` and `quadratic` are the published lists of the
         T-step process, on its table (`Discrete.grid`), or their limits for many T: k / steps + grid_t_min,
         1 - k / steps, an even grid, an even grid squared. Off the table: `time` is even in t, `log_snr` in
-        log(alpha / sigma), `karras` in (sigma / alpha)^(1/7) (Karras et al. 2022, Eq. 5). A single step always
-        starts at 1, because that is where pure noise lives. ValueError where there is no such grid.
+        log(alpha / sigma), `karras` in (sigma / alpha)^(1/7) (Karras et al. 2022, Eq. 5), these two from where
+        sigma / alpha is NO_SIGNAL if it goes beyond. A single step always starts at 1, because that is where pure noise
+        lives. ValueError where there is no such grid.
         """
         if steps < 1:
             raise ValueError(f"steps={steps}: give a number from 1")
@@ -98,16 +103,14 @@ class Schedule(ABC):
         return torch.cat([times, torch.zeros(1, dtype=torch.float64)])
 
     def _even_in_noise(self, share: Tensor, spacing: Spacing) -> Tensor:
-        """Times from 1 to grid_t_min, even in the logarithm or a root of sigma / alpha."""
+        """Times to grid_t_min, even in the logarithm or a root of sigma / alpha."""
         ends = torch.tensor([1.0, self.grid_t_min], dtype=torch.float64)
-        noisiest, cleanest = self.log_snr(ends)
-        if noisiest.isinf():  # no signal is left at t = 1: even from a little before
-            noisiest = self.log_snr(1 - ends[1])
+        noisiest, cleanest = self.log_snr(ends).clamp(min=-2 * math.log(NO_SIGNAL))
         if spacing == "log_snr":
             log_snr = noisiest + share * (cleanest - noisiest)
         else:
             first, last = torch.exp(-noisiest / (2 * RHO)), torch.exp(-cleanest / (2 * RHO))
             log_snr = -2 * RHO * torch.log(first + share * (last - first))
         times = self.time_of(log_snr)
-        times[0], times[-1] = ends
+        times[-1] = ends[1]
         return times

@@ -1,7 +1,8 @@
 """The U-Net against published counts and independent formulas, and the laws of its parts."""
 
+import math
+from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -13,16 +14,19 @@ from diffusion_cli.networks import UNet
 from diffusion_cli.networks.layers import (
     Attention,
     Downsample,
-    FourierFeatures,
+    ProgressiveInput,
     ResBlock,
     Upsample,
-    fir_resample,
+    double,
+    fourier_embedding,
+    halve,
+    residual_sum,
     timestep_embedding,
     zero_init,
 )
 
 OPTIONS = sorted((Path(__file__).parents[1] / "conf" / "model").glob("*.yaml"))
-SMALL: dict[str, Any] = {
+SMALL = {
     "channels": 8,
     "channel_mult": [1, 2],
     "num_res_blocks": 1,
@@ -35,12 +39,25 @@ SMALL: dict[str, Any] = {
     "fourier_scale": 16.0,
     "resample": "conv",
     "fir": False,
-    "skip_rescale": False,
     "progressive_input": "none",
+    "up_attention": "all",
+    "skip_rescale": False,
     "dropout": 0.0,
     "class_conditional": False,
     "learn_variance": False,
     "gradient_checkpointing": False,
+}
+
+
+NCSNPP: dict = {
+    "time_embedding": "additive",
+    "embedding_layout": "fourier",
+    "fourier_scale": 0.01,
+    "resample": "block_proj",
+    "fir": True,
+    "progressive_input": "residual",
+    "up_attention": "last",
+    "skip_rescale": True,
 }
 
 
@@ -60,6 +77,7 @@ def randomised(module, seed: int = 0):
 
 
 def small(image_size: int = 8, num_classes: int | None = None, **changes) -> UNet:
+    torch.manual_seed(0)
     return randomised(UNet(2, image_size, num_classes, **(SMALL | changes))).double().eval()
 
 
@@ -90,18 +108,60 @@ def test_published_parameter_counts(name, changes, count):
     assert sum(parameter.numel() for parameter in network.parameters()) == count
 
 
+def census(widths: list[int], blocks: int, attended: set[int], features: int, pyramid: bool) -> int:
+    """Parameters of DDPM++ and NCSN++ for RGB images, as the code of Song et al. 2021b lists the layers."""
+    emb = 4 * 128
+
+    def res(i: int, o: int, resample: bool = False) -> int:
+        beside = i * o + o if i != o or resample else 0
+        return 2 * i + (9 * i + 1) * o + (emb + 1) * o + 2 * o + (9 * o + 1) * o + beside
+
+    def attention(level: int) -> int:
+        return 2 * widths[level] + 4 * (widths[level] + 1) * widths[level]
+
+    last = len(widths) - 1
+    total = (features + 1) * emb + (emb + 1) * emb + (9 * 3 + 1) * 128
+    total += 2 * res(widths[last], widths[last]) + attention(last)
+    for level, (before, width) in enumerate(pairwise([128, *widths])):
+        after = widths[min(level + 1, last)]
+        total += res(before, width) + (blocks - 1) * res(width, width)
+        total += (blocks + 1) * attention(level) if level in attended else 0
+        # On the way up: the level's own skip connections, and at the end the one that came from the level above.
+        total += res(after + width, width) + (blocks - 1) * res(2 * width, width) + res(width + before, width)
+        if level < last:
+            total += res(width, width, resample=True) + res(after, after, resample=True)
+            total += (9 * (widths[level - 1] if level else 3) + 1) * width if pyramid else 0
+    return total + 2 * widths[0] + (9 * widths[0] + 1) * 3
+
+
+@pytest.mark.parametrize(
+    ("name", "layers", "count"),
+    [
+        ("ddpmpp_cifar10", ([128, 256, 256, 256], 4, {1}, 128, False), 61_804_419),
+        ("ncsnpp_cifar10", ([128, 256, 256, 256], 4, {1}, 256, True), 62_758_787),
+        # Karras et al. 2022: 55.7 million; their code adds 9 * 128 weights for labels of augmentations.
+        ("ddpmpp_edm_cifar10", ([256, 256, 256], 4, {1}, 128, False), 55_732_739),
+    ],
+)
+def test_parameter_counts_of_song(name, layers, count):
+    with torch.device("meta"):
+        network = UNet(3, 32, None, **option(name))
+    assert sum(parameter.numel() for parameter in network.parameters()) == count == census(*layers)
+
+
 @pytest.mark.parametrize("path", OPTIONS, ids=lambda path: path.stem)
 def test_every_option_starts_at_zero(path):
-    size = 8 if "tiny" in path.stem else 64 if path.stem == "unet_small" else 32
+    size = {"unet_tiny": 8, "unet_small": 64}.get(path.stem, 32)
     network = UNet(3, size, 10, **option(path.stem, class_conditional=True, learn_variance=True)).eval()
     with torch.no_grad():
         out = network(torch.randn(1, 3, size, size), torch.tensor([500.0]), torch.tensor([3]))
     assert torch.equal(out, torch.zeros(1, 6, size, size))
 
 
+@pytest.mark.parametrize("name", ["unet_tiny", "ddpmpp_tiny", "ncsnpp_tiny"])
 @pytest.mark.parametrize("size", [8, 16, 28, 32])
-def test_default_network_serves_every_small_size(size):
-    network = randomised(UNet(1, size, None, **option("unet_tiny")))
+def test_tiny_networks_serve_every_small_size(name, size):
+    network = randomised(UNet(1, size, None, **option(name)))
     x = torch.randn(1, 1, size, size)
     assert network(x, torch.tensor([5.0])).std() > 0
 
@@ -124,8 +184,49 @@ def test_timestep_embedding_equals_published(reference, layout, source, dim):
         close(timestep_embedding(arrays["t"], dim, layout), expected, 1e-12)
 
 
-def test_time_reaches_the_blocks_unrounded_under_autocast():
-    network, (x, c_noise) = small().float(), inputs()
+def test_inner_products_of_fourier_features_are_the_gaussian_kernel():
+    a, b = torch.tensor([0.3], dtype=torch.float64), torch.linspace(-1, 2, 31, dtype=torch.float64)
+    scale, n = 0.4, 200_000
+    frequencies = scale * torch.randn(n, generator=torch.Generator().manual_seed(0))
+    products = fourier_embedding(a, frequencies) @ fourier_embedding(b, frequencies).T / n
+    close(products, torch.exp(-2 * (math.pi * scale * (a - b)) ** 2)[None], 0.01)
+
+
+def test_fourier_features_stand_in_the_published_order():
+    c_noise, w = torch.tensor([0.25, -2.0], dtype=torch.float64), torch.tensor([1.0, 0.5, 3.0])
+    close(
+        fourier_embedding(c_noise[:1], w), torch.tensor([[1.0, 0.5**0.5, -1, 0, 0.5**0.5, 0]]).double(), 1e-7
+    )
+    expected = torch.polar(torch.ones(2, 3).double(), 2 * math.pi * c_noise[:, None] * w)
+    close(fourier_embedding(c_noise, w), torch.cat([expected.imag, expected.real], 1))
+
+
+def test_fourier_frequencies_are_state_and_not_trained():
+    arguments: dict = SMALL | NCSNPP | {"channels": 64}
+    one, other = (UNet(2, 8, None, **arguments) for _ in range(2))
+    assert "frequencies" in one.state_dict()
+    assert "frequencies" not in dict(one.named_parameters())
+    assert not torch.equal(one.frequencies, other.frequencies)
+    assert 0.006 < one.frequencies.std() < 0.014
+    before = one.frequencies.clone()
+    optimizer = torch.optim.AdamW(one.parameters(), 0.1, weight_decay=0.1)
+    x, c_noise = (tensor.float() for tensor in inputs())
+    one(x, c_noise).square().sum().backward()
+    optimizer.step()
+    assert torch.equal(one.frequencies, before)
+    randomised(one)
+    other.load_state_dict(one.state_dict())
+    assert torch.equal(one.eval()(x, c_noise), other.eval()(x, c_noise))
+
+
+def test_no_frequencies_without_fourier():
+    changes = {key: value for key, value in NCSNPP.items() if key != "embedding_layout"}
+    assert not list(small(**changes).buffers())
+
+
+@pytest.mark.parametrize("changes", [{}, NCSNPP])
+def test_time_reaches_the_blocks_unrounded_under_autocast(changes):
+    network, (x, c_noise) = small(**changes).float(), inputs()
     seen = []
     network.time_mlp.register_forward_hook(lambda module, args, output: seen.append(output))
     network(x.float(), c_noise)
@@ -155,6 +256,162 @@ def test_downsample_centres_on_the_published_pixels(same, first):
     nn.init.dirac_(layer.weight)
     x = torch.randn(1, 1, 6, 8)
     assert torch.equal(layer(x), x[..., first::2, first::2])
+
+
+SIZES = [(8, 8), (2, 6), (34, 40)]  # the last too large for one product of matrices
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("fir", [False, True])
+def test_resampling_keeps_constants_and_is_adjoint(fir, size):
+    x = torch.randn(2, 3, *size, dtype=torch.float64, requires_grad=True)
+    y = torch.randn(2, 3, size[0] // 2, size[1] // 2, dtype=torch.float64)
+    close(halve(torch.ones_like(x), fir=fir), torch.ones_like(y))
+    close(double(torch.ones_like(y), fir=fir), torch.ones_like(x))
+    close((halve(x, fir=fir) * y).sum() * 4, (x * double(y, fir=fir)).sum())
+    (gradient,) = torch.autograd.grad(halve(x, fir=fir), x, y)
+    close(4 * gradient, double(y, fir=fir))
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_filtered_resampling_equals_convolution_and_bilinear_interpolation(size):
+    x = torch.randn(2, 1, *size, dtype=torch.float64)
+    taps = torch.tensor([1.0, 3, 3, 1], dtype=torch.float64) / 8
+    kernel = torch.outer(taps, taps)[None, None]
+    close(halve(x, fir=True), conv2d(pad(x, (1, 1, 1, 1), mode="replicate"), kernel, stride=2))
+    close(double(x, fir=True), interpolate(x, scale_factor=2.0, mode="bilinear"))
+
+
+@pytest.mark.parametrize("axis", [2, 3])
+def test_filter_does_not_alias(axis):
+    pixels = torch.arange(32, dtype=torch.float64)
+    for frequency, limit in [(1.0, 1e-12), (0.9, 0.004), (0.8, 0.03)]:  # in units of Nyquist's
+        wave = torch.cos(math.pi * frequency * pixels).view(1, 1, *([32, 1] if axis == 2 else [1, 32]))
+        wave = wave.expand(1, 1, 32, 32)
+        inside = halve(wave, fir=True).narrow(axis, 1, 14)
+        assert inside.abs().max() < limit
+        # A mean lets the cube root of it through.
+        close(inside.abs().max() ** (1 / 3), halve(wave, fir=False).narrow(axis, 1, 14).abs().max(), 0.02)
+    board = torch.cos(math.pi * (pixels[:, None] + pixels)).view(1, 1, 32, 32)
+    assert halve(board, fir=True)[..., 1:-1, 1:-1].abs().max() < 1e-12
+    assert double(board[..., ::2, :], fir=True).abs().max() < 2  # and no ringing
+
+
+def test_filter_moves_nothing():
+    ramp = torch.arange(16, dtype=torch.float64).expand(1, 1, 16, 16)
+    close(halve(ramp, fir=True)[..., 1:-1], halve(ramp, fir=False)[..., 1:-1])
+    again = double(halve(ramp, fir=True), fir=True)
+    close(again[..., 3:-3], ramp[..., 3:-3])
+
+
+def test_residual_sums_keep_the_variance():
+    generator = torch.Generator().manual_seed(0)
+    x, branch = torch.randn(2, 100_000, generator=generator).unbind()
+    assert 0.98 < residual_sum(x, branch, rescale=True).var() < 1.02
+    assert 1.96 < residual_sum(x, branch, rescale=False).var() < 2.04
+
+
+@pytest.mark.parametrize(("rescale", "low", "high"), [(True, 0.7, 1.4), (False, 10, 30)])
+def test_a_deep_stack_keeps_its_variance_with_skip_rescale(rescale, low, high):
+    torch.manual_seed(0)
+    h, emb = torch.randn(4, 32, 8, 8), torch.zeros(4, 5)
+    for _ in range(16):
+        block = ResBlock(
+            32, 32, emb_channels=5, norm_groups=8, dropout=0.0, scale_shift=True, skip_rescale=rescale
+        )
+        branch = block.conv2.weight  # 1 out for silu(normal), whose mean square is 0.36
+        nn.init.normal_(branch, std=(0.36 * branch[0].numel()) ** -0.5)
+        with torch.no_grad():
+            h = block(h, emb)
+    assert low < h.var() < high
+
+
+@pytest.mark.parametrize(
+    ("make", "arguments"),
+    [
+        (lambda r: ResBlock(4, 8, emb_channels=5, norm_groups=2, dropout=0.0, scale_shift=False, skip_rescale=r),
+         [(2, 4, 6, 6), (2, 5)]),
+        (lambda r: Attention(4, num_heads=2, norm_groups=2, skip_rescale=r), [(2, 4, 6, 6)]),
+        (lambda r: ProgressiveInput(3, 4, fir=True, skip_rescale=r), [(2, 4, 6, 6), (2, 3, 12, 12)]),
+    ],
+    ids=["block", "attention", "input"],
+)  # fmt: skip
+def test_every_residual_sum_is_rescaled(make, arguments):
+    plain, rescaled = (randomised(make(rescale)).double() for rescale in (False, True))
+    tensors = [torch.randn(shape, dtype=torch.float64) for shape in arguments]
+    close(rescaled(*tensors) * 2**0.5, plain(*tensors))
+
+
+@pytest.mark.parametrize("fir", [False, True])
+def test_progressive_input_equals_its_formula(fir):
+    layer = randomised(ProgressiveInput(2, 3, fir=fir, skip_rescale=False)).double()
+    h, image = torch.randn(2, 3, 4, 4).double(), torch.randn(2, 2, 8, 8).double()
+    taps = torch.tensor([1.0, 3, 3, 1] if fir else [0.0, 1, 1, 0], dtype=torch.float64)
+    kernel = torch.outer(taps, taps)[None, None] / taps.sum() ** 2
+    shrunk = conv2d(pad(image, (1, 1, 1, 1), mode="replicate").flatten(0, 1)[:, None], kernel, stride=2)
+    expected = h + conv2d(shrunk.view(2, 2, 4, 4), layer.conv.weight, layer.conv.bias, padding=1)
+    close(layer(h, image), expected)
+
+
+@pytest.mark.parametrize("resample", ["conv", "block"])
+@pytest.mark.parametrize("progressive_input", ["none", "residual"])
+def test_progressive_input_takes_the_image_past_the_stem_to_every_coarser_level(progressive_input, resample):
+    network = small(channel_mult=[1, 1, 2], progressive_input=progressive_input, resample=resample)
+    zero_init(network.stem)
+    seen = []
+    for module in [*network.down, network.middle]:
+        module.register_forward_hook(lambda module, args, output: seen.append(output))
+    x, c_noise = inputs(2)
+    outputs = [network(image, c_noise[:2]) for image in (x, x.flip(0))]
+    first, second = seen[: len(seen) // 2], seen[len(seen) // 2 :]
+    levels = {a.shape[-1] for a, b in zip(first, second, strict=True) if (a - b).abs().max() > 1e-6}
+    reached = progressive_input == "residual"
+    assert levels == ({4, 2} if reached else set())
+    assert ((outputs[0] - outputs[1]).abs().max() > 1e-6) == reached
+
+
+def test_what_joined_the_image_goes_on_as_skip_connection_and_pyramid():
+    network = small(channel_mult=[1, 1, 2], **NCSNPP)
+    joined, pyramids, skips = [], [], []
+    for module in network.down:
+        if isinstance(module, ProgressiveInput):
+            module.register_forward_hook(lambda module, args, output: joined.append(output))
+            module.register_forward_pre_hook(lambda module, args: pyramids.append(args[1]))
+    for module in network.up:
+        module.register_forward_pre_hook(lambda module, args: skips.append(args[2]))
+    x, c_noise = inputs()
+    network(x, c_noise)
+    assert len(joined) == 2
+    assert pyramids[0] is x
+    assert pyramids[1] is joined[0]
+    assert all(any(skip is each for skip in skips) for each in joined)
+
+
+@pytest.mark.parametrize("wanted", [False, True])
+def test_all_sums_are_rescaled_and_all_resamplings_filtered_or_none(wanted):
+    network = small(channel_mult=[1, 1, 2], **NCSNPP | {"skip_rescale": wanted, "fir": wanted})
+    sums = [m for m in network.modules() if isinstance(m, ResBlock | Attention | ProgressiveInput)]
+    resampling = [m for m in sums if isinstance(m, ProgressiveInput) or getattr(m, "resample", None)]
+    assert {module.skip_rescale for module in sums} == {wanted}
+    assert [module.fir for module in resampling] == 6 * [wanted]
+
+
+def test_last_up_attention_leaves_one_a_level_on_the_way_up():
+    def counts(**changes) -> list[int]:
+        network = small(
+            32, channel_mult=[1, 1, 2], num_res_blocks=3, attention_resolutions=[16, 8], **changes
+        )
+        paths = (network.down, network.middle, network.up)
+        return [sum(isinstance(module, Attention) for module in path.modules()) for path in paths]
+
+    assert counts() == [6, 1, 8]
+    assert counts(up_attention="last") == [6, 1, 2]
+
+
+def test_last_up_attention_comes_before_the_level_is_left():
+    network = small(channel_mult=[1, 2], up_attention="last", resample="block")
+    kinds = [[type(layer) for layer in block] for block in network.up]  # pyright: ignore[reportGeneralTypeIssues]
+    assert kinds == [[ResBlock], [ResBlock, Attention, ResBlock], [ResBlock], [ResBlock]]
 
 
 def test_attention_equals_its_formula():
@@ -189,10 +446,36 @@ def test_resampling_block_starts_as_plain_resampling(direction):
     assert torch.equal(block(x, torch.randn(1, 5)), plain)
 
 
-@pytest.mark.parametrize("resample", ["conv", "conv_same", "block"])
+@pytest.mark.parametrize("fir", [False, True])
+@pytest.mark.parametrize("direction", ["down", "up"])
+def test_projected_resampling_block_starts_as_resampling_then_a_linear_map(direction, fir):
+    block = ResBlock(
+        4, 4, emb_channels=5, norm_groups=2, dropout=0.0, scale_shift=True, resample=direction, fir=fir,
+        project=True,
+    )  # fmt: skip
+    x = torch.randn(1, 4, 6, 6)
+    resampled = halve(x, fir=fir) if direction == "down" else double(x, fir=fir)
+    assert isinstance(block.skip, nn.Conv2d)
+    mixed = torch.einsum("oi,bihw->bohw", block.skip.weight[..., 0, 0], resampled)
+    assert block.skip.bias is not None
+    close(block(x, torch.randn(1, 5)), mixed + block.skip.bias[:, None, None], 1e-5)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"resample": "conv"},
+        {"resample": "conv_same"},
+        {"resample": "block"},
+        {"resample": "block_proj"},
+        NCSNPP,
+    ],
+    ids=lambda changes: "ncsnpp" if changes is NCSNPP else changes["resample"],
+)
 @pytest.mark.parametrize("time_embedding", ["additive", "scale_shift"])
-def test_output_depends_on_time_and_class(resample, time_embedding):
-    network = small(num_classes=3, class_conditional=True, resample=resample, time_embedding=time_embedding)
+def test_output_depends_on_time_and_class(changes, time_embedding):
+    changes = changes | {"time_embedding": time_embedding}
+    network = small(num_classes=3, class_conditional=True, **changes)
     x, c_noise = inputs()
     labels = torch.tensor([0, 1, 2])
     out = network(x, c_noise, labels)
@@ -221,9 +504,9 @@ def test_labels_are_checked_on_request():
         small(num_classes=3).check_labels(torch.tensor([0]))
 
 
-@pytest.mark.parametrize("resample", ["conv", "block"])
-def test_gradient_checkpointing_changes_nothing(resample):
-    changes = {"dropout": 0.3, "resample": resample}
+@pytest.mark.parametrize("changes", [{"resample": "conv"}, {"resample": "block"}, NCSNPP])
+def test_gradient_checkpointing_changes_nothing(changes):
+    changes = changes | {"dropout": 0.3}
     plain = small(**changes).train()
     thrifty = small(**changes, gradient_checkpointing=True).train()
     x, c_noise = inputs()
@@ -241,9 +524,10 @@ def test_gradient_checkpointing_changes_nothing(resample):
     assert not torch.equal(run(plain, 0)[0], run(plain, 1)[0])
 
 
+@pytest.mark.parametrize("changes", [{}, NCSNPP])
 @pytest.mark.parametrize(("height", "width"), [(5, 7), (1, 3), (10, 4), (8, 9)])
-def test_other_sizes_are_extended_by_their_edge(height, width):
-    network = small(channel_mult=[1, 1, 2])
+def test_other_sizes_are_extended_by_their_edge(height, width, changes):
+    network = small(channel_mult=[1, 1, 2], **changes)
     x, c_noise = inputs(2, height, width)
     extended = pad(x, (0, -width % 4, 0, -height % 4), mode="replicate")
     close(network(x, c_noise), network(extended, c_noise)[..., :height, :width])
@@ -286,8 +570,9 @@ def test_attention_joins_what_convolutions_do_not(named):
     assert (grad[0, :, -1, -1] != 0).all()
 
 
-def test_an_image_does_not_depend_on_its_batch():
-    network = small(num_classes=3, class_conditional=True)
+@pytest.mark.parametrize("changes", [{}, NCSNPP])
+def test_an_image_does_not_depend_on_its_batch(changes):
+    network = small(num_classes=3, class_conditional=True, **changes)
     x, c_noise = inputs(4)
     y = torch.tensor([0, 1, 2, 3])
     together = network(x, c_noise, y)
@@ -295,10 +580,12 @@ def test_an_image_does_not_depend_on_its_batch():
         close(network(x[i : i + 1], c_noise[i : i + 1], y[i : i + 1]), together[i : i + 1])
 
 
-@pytest.mark.parametrize("time_embedding", ["additive", "scale_shift"])
-def test_bfloat16_autocast_stays_close(time_embedding):
-    network = UNet(2, 8, None, **SMALL | {"time_embedding": time_embedding, "channels": 16})
+@pytest.mark.parametrize(
+    "changes", [{"time_embedding": "additive"}, {"time_embedding": "scale_shift"}, NCSNPP]
+)
+def test_bfloat16_autocast_stays_close(changes):
     torch.manual_seed(0)
+    network = UNet(2, 8, None, **SMALL | changes | {"channels": 16})
     for parameter in network.parameters():  # only what starts at zero, so that activations keep their size
         if not parameter.any():
             nn.init.normal_(parameter, std=0.1)
@@ -334,7 +621,8 @@ def test_bfloat16_weights_work_too():
         ({"num_heads": 2, "head_channels": 4}, "num_heads=2, head_channels=4: set one"),
         ({"num_heads": None}, "num_heads=None, head_channels=None: set one"),
         ({"attention_resolutions": [4, 16, 3]}, r"\[4, 16, 3\]: not reached: \[16, 3\]; .* work at \[8, 4\]"),
-        ({"fir": True}, "fir=true: filters what resamples in a block, not resample=conv"),
+        ({"fir": True}, "fir=true: .* resample=conv; use resample=block or block_proj, or fir=false"),
+        ({"fir": True, "resample": "conv_same"}, "fir=true: .* resample=conv_same; use resample=block"),
         ({"class_conditional": True}, "class_conditional=true: the data set has no classes"),
     ],
 )
@@ -348,82 +636,3 @@ def test_head_channels_and_num_heads_say_the_same():
     close(by_number(*inputs()), by_size(*inputs()))
     other = small(num_heads=2)(*inputs())
     assert (by_number(*inputs()) - other).abs().max() > 1e-6
-
-
-# --- NCSN++ and DDPM++ --------------------
-
-NCSNPP: dict[str, Any] = {
-    "embedding_layout": "fourier",
-    "resample": "block",
-    "fir": True,
-    "skip_rescale": True,
-    "progressive_input": "residual",
-}
-
-
-def test_filtered_resampling_keeps_constants_and_removes_the_finest_pattern():
-    x = torch.full((1, 2, 8, 8), 3.0, dtype=torch.float64)
-    close(fir_resample(x, "down")[..., 1:-1, 1:-1], torch.full((1, 2, 2, 2), 3.0, dtype=torch.float64))
-    close(fir_resample(x, "up")[..., 2:-2, 2:-2], torch.full((1, 2, 12, 12), 3.0, dtype=torch.float64))
-    checkered = (-1.0) ** torch.arange(8, dtype=torch.float64).expand(1, 1, 8, 8)
-    close(fir_resample(checkered, "down")[..., 1:-1], torch.zeros(1, 1, 4, 2, dtype=torch.float64))
-
-
-def test_filtered_resampling_is_centred_on_nearest_neighbour():
-    """A slope keeps its place: the new pixels are where the old ones' halves or pairs were."""
-    slope = torch.arange(8, dtype=torch.float64).expand(1, 1, 8, 8)
-    close(fir_resample(slope, "down")[..., 1:-1, 1:-1], avg_pool2d(slope, 2)[..., 1:-1, 1:-1])
-    place = (torch.arange(16, dtype=torch.float64) - 0.5) / 2
-    close(fir_resample(slope, "up")[..., 2:-2, 2:-2], place.expand(1, 1, 16, 16)[..., 2:-2, 2:-2])
-
-
-def test_filtered_resampling_up_is_the_transpose_of_down():
-    generator = torch.Generator().manual_seed(0)
-    fine = torch.randn(1, 3, 8, 8, dtype=torch.float64, generator=generator)
-    coarse = torch.randn(1, 3, 4, 4, dtype=torch.float64, generator=generator)
-    close((fir_resample(fine, "down") * coarse).sum(), (fine * fir_resample(coarse, "up")).sum() / 4)
-
-
-def test_fourier_features_equal_their_formula_and_are_kept_not_trained():
-    torch.manual_seed(3)
-    layer, other = FourierFeatures(400, 16.0), FourierFeatures(400, 16.0)
-    assert list(layer.parameters()) == []
-    assert abs(layer.frequencies.std() - 16) < 2
-    c_noise = torch.tensor([0.3, -1.2], dtype=torch.float64)
-    angles = 2 * torch.pi * c_noise[:, None] * layer.frequencies.double()
-    close(layer(c_noise), torch.cat([angles.sin(), angles.cos()], 1))
-    other.load_state_dict(layer.state_dict())
-    assert torch.equal(other(c_noise), layer(c_noise))
-
-
-def test_rescaled_sums_are_halved_in_variance_in_every_block():
-    x, emb = torch.randn(2, 8, 4, 4, dtype=torch.float64), torch.randn(2, 4, dtype=torch.float64)
-    plain = randomised(ResBlock(8, 8, emb_channels=4, norm_groups=4, dropout=0.0, scale_shift=False)).double()
-    halved = ResBlock(8, 8, emb_channels=4, norm_groups=4, dropout=0.0, scale_shift=False, gain=0.5**0.5)
-    halved.double().load_state_dict(plain.state_dict())
-    close(halved(x, emb), plain(x, emb) / 2**0.5)
-    network = small(skip_rescale=True)
-    gains = [m.gain for m in network.modules() if isinstance(m, ResBlock | Attention)]
-    assert len(gains) > 5
-    assert set(gains) == {0.5**0.5}
-
-
-def test_progressive_input_carries_the_image_past_the_first_level():
-    """With the stem at nothing, only the image on its own way can be seen below."""
-    for progressive, seen in (("none", False), ("residual", True)):
-        arguments: dict[str, Any] = SMALL | NCSNPP | {"progressive_input": progressive}
-        network = UNet(2, 8, None, **arguments)
-        network = randomised(network).double().eval()
-        for parameter in network.stem.parameters():
-            nn.init.zeros_(parameter)
-        x, c_noise = inputs()
-        changed = (network(x, c_noise) - network(-x, c_noise)).abs().max() > 1e-6
-        assert changed == seen
-
-
-def test_ncsnpp_serves_odd_sizes_and_half_precision():
-    network = randomised(UNet(2, 7, None, **(SMALL | NCSNPP))).double().eval()
-    x, c_noise = inputs(height=7, width=7)
-    assert network(x, c_noise).shape == x.shape
-    with torch.autocast("cpu", torch.bfloat16):
-        assert network.float()(x.float(), c_noise.float()).isfinite().all()

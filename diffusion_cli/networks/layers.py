@@ -26,63 +26,102 @@ def timestep_embedding(c_noise: Tensor, dim: int, layout: Literal["sin_cos", "co
 
     c_noise: [B], usually 0..T-1, fractions welcome. Returns [B, dim], in -1..1.
     """
-    dtype = torch.float32 if c_noise.device.type == "mps" else torch.float64  # MPS has no float64
+    c_noise = _exact(c_noise)
     half = dim // 2
     n = half if layout == "cos_sin" else max(half - 1, 1)
-    exponents = torch.arange(half, device=c_noise.device, dtype=dtype) / n
-    angles = c_noise.to(dtype)[:, None] * torch.exp(-math.log(10000.0) * exponents)
+    exponents = torch.arange(half, device=c_noise.device, dtype=c_noise.dtype) / n
+    angles = c_noise[:, None] * torch.exp(-math.log(10000.0) * exponents)
     halves = (angles.sin(), angles.cos()) if layout == "sin_cos" else (angles.cos(), angles.sin())
     return pad(torch.cat(halves, dim=1), (0, dim % 2))
 
 
-class FourierFeatures(nn.Module):
-    """Features at random frequencies, `[sin(2 pi w c) | cos(2 pi w c)]` with w ~ N(0, scale^2), drawn once and kept.
+def fourier_embedding(c_noise: Tensor, frequencies: Tensor) -> Tensor:
+    """Features [sin(2 pi w c_noise) | cos(2 pi w c_noise)] of the frequencies w, computed in float64.
 
-    c_noise: [B], such as log sigma. Returns float64 [B, 2 * count].
-    Source: Tancik et al. 2020; Song et al. 2021b, App. C.
+    c_noise: [B], the logarithm of a noise level as published; frequencies: [n]. Returns [B, 2n], in -1..1.
+    Source: Tancik et al. 2020, Section 5; Song et al. 2021b, Appendix C.
     """
-
-    frequencies: Tensor
-
-    def __init__(self, count: int, scale: float) -> None:
-        super().__init__()
-        self.register_buffer("frequencies", scale * torch.randn(count))
-
-    def forward(self, c_noise: Tensor) -> Tensor:
-        dtype = torch.float32 if c_noise.device.type == "mps" else torch.float64
-        angles = 2 * math.pi * c_noise.to(dtype)[:, None] * self.frequencies.to(dtype)
-        return torch.cat([angles.sin(), angles.cos()], dim=1)
+    c_noise = _exact(c_noise)
+    angles = 2 * math.pi * c_noise[:, None] * frequencies.to(c_noise.dtype)
+    return torch.cat([angles.sin(), angles.cos()], dim=1)
 
 
-def fir_resample(x: Tensor, direction: Literal["up", "down"]) -> Tensor:
-    """Halve or double height and width through the low-pass filter [1, 3, 3, 1] along both axes.
-
-    Both keep a constant, zeros beyond the edges apart; they are each other's transpose, up to a factor of 4.
-    Source: Zhang 2019; Karras et al. 2020 (StyleGAN2).
-    """
-    for axis in (-2, -1):
-        x = x.transpose(axis, -1)
-        edged = pad(x, (1, 1))
-        if direction == "down":
-            x = (edged[..., :-2:2] + edged[..., 3::2]) / 8 + (x[..., ::2] + x[..., 1::2]) * (3 / 8)
-        else:
-            left, right = (edged[..., :-2] + 3 * x) / 4, (3 * x + edged[..., 2:]) / 4
-            x = torch.stack([left, right], -1).flatten(-2)
-        x = x.transpose(axis, -1)
-    return x
-
-
-def resampled(x: Tensor, direction: Literal["up", "down"], fir: bool) -> Tensor:
-    """Halve or double height and width, filtered, or else by 2x2 means or nearest neighbour."""
-    if fir:
-        return fir_resample(x, direction)
-    return avg_pool2d(x, 2) if direction == "down" else interpolate(x, scale_factor=2.0)
+def _exact(x: Tensor) -> Tensor:
+    return x.to(torch.float32 if x.device.type == "mps" else torch.float64)  # MPS has no float64
 
 
 def zero_init(layer: nn.Module) -> None:
     """Set all parameters to zero, so that the branch that ends in the layer starts as nothing."""
     for parameter in layer.parameters():
         nn.init.zeros_(parameter)
+
+
+def halve(x: Tensor, *, fir: bool) -> Tensor:
+    """Half the height and width: [B, C, H, W] to [B, C, H/2, W/2], H and W even.
+
+    By 2x2 means, or with `fir` by the anti-aliasing filter (1, 3, 3, 1) / 8 along each axis, output i in the
+    middle of inputs 2i and 2i + 1. Beyond the edge the last pixel goes on, so that constants stay constant (the
+    published code continues with zeros). Source: Karras et al. 2020; Song et al. 2021b, Appendix H.
+    """
+    if not fir:
+        return avg_pool2d(x, 2)
+    rows, columns = (_fir_matrix(size, x) for size in x.shape[2:])
+    return _along_both_axes(x, rows, columns)
+
+
+def double(x: Tensor, *, fir: bool) -> Tensor:
+    """Twice the height and width, 4 times the adjoint of `halve`: [B, C, H, W] to [B, C, 2H, 2W].
+
+    Nearest neighbour, or with `fir` weights of 3/4 and 1/4 along each axis, which is bilinear interpolation.
+    """
+    if not fir:
+        return interpolate(x, scale_factor=2.0)
+    rows, columns = (2 * _fir_matrix(2 * size, x).T for size in x.shape[2:])
+    return _along_both_axes(x, rows, columns)
+
+
+def _fir_matrix(size: int, like: Tensor) -> Tensor:
+    # [size / 2, size]; its products bring the edge with them and have gradients that add up in a fixed order.
+    pixels = torch.arange(size, device=like.device, dtype=torch.float32)
+    distance = (pixels - (pixels[::2, None] + 0.5)).abs()  # 0.5, 1.5, ... from the middle of an output
+    matrix = (2 - distance).clamp(min=0) / 4
+    matrix[0, 0] += 1 / 8
+    matrix[-1, -1] += 1 / 8
+    return matrix.to(like.dtype)
+
+
+def _along_both_axes(x: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    # Matrix products rather than depthwise convolutions, which in bfloat16 take a CPU ten times as long; for
+    # small images one product rather than one an image and feature map.
+    if rows.numel() * columns.numel() <= 2**14:
+        both = torch.einsum("ih,jw->hwij", rows, columns).flatten(2).flatten(0, 1)
+        return (x.flatten(2) @ both).unflatten(2, (len(rows), len(columns)))
+    return rows @ (x @ columns.T)
+
+
+def residual_sum(x: Tensor, branch: Tensor, *, rescale: bool) -> Tensor:
+    """x + branch, with `rescale` over sqrt(2), which keeps the variance (Song et al. 2021b, Appendix H)."""
+    total = x + branch
+    return total * math.sqrt(0.5) if rescale else total
+
+
+class ProgressiveInput(nn.Module):
+    """Feeds the image to a coarser level: h + conv(halve(pyramid)), a 3x3 convolution.
+
+    The pyramid is the image before the first level and this layer's output after, the "residual" progressive
+    input of Song et al. 2021b, Appendix H (their code filters and then strides the convolution).
+
+    h: [B, channels, H, W]; pyramid: [B, pyramid_channels, 2H, 2W]. Returns the shape of h.
+    """
+
+    def __init__(self, pyramid_channels: int, channels: int, *, fir: bool, skip_rescale: bool) -> None:
+        super().__init__()
+        self.fir = fir
+        self.skip_rescale = skip_rescale
+        self.conv = nn.Conv2d(pyramid_channels, channels, 3, padding=1)
+
+    def forward(self, h: Tensor, pyramid: Tensor) -> Tensor:
+        return residual_sum(h, self.conv(halve(pyramid, fir=self.fir)), rescale=self.skip_rescale)
 
 
 class Downsample(nn.Conv2d):
@@ -121,16 +160,18 @@ class Upsample(nn.Conv2d):
 
 
 class Attention(nn.Module):
-    """Self-attention among all pixels, added to its input: (x + proj(softmax(q k^T / sqrt(d)) v)) * gain.
+    """Self-attention among all pixels, added to its input: x + proj(softmax(q k^T / sqrt(d)) v).
 
-    q, k, v are linear in norm(x); d = channels / num_heads. [B, C, H, W] to the same shape.
-    Source: Ho et al. 2020, Appendix B.
+    q, k, v are linear in norm(x); d = channels / num_heads. [B, C, H, W] to the same shape. `skip_rescale`
+    divides the sum by sqrt(2). Source: Ho et al. 2020, Appendix B.
     """
 
-    def __init__(self, channels: int, *, num_heads: int, norm_groups: int, gain: float = 1.0) -> None:
+    def __init__(
+        self, channels: int, *, num_heads: int, norm_groups: int, skip_rescale: bool = False
+    ) -> None:
         super().__init__()
         self.num_heads = num_heads
-        self.gain = gain
+        self.skip_rescale = skip_rescale
         self.norm = nn.GroupNorm(norm_groups, channels, eps=NORM_EPS)
         self.qkv = nn.Linear(channels, 3 * channels)
         self.proj = nn.Linear(channels, channels)
@@ -145,16 +186,17 @@ class Attention(nn.Module):
         with torch.autocast(x.device.type, enabled=False):
             out = scaled_dot_product_attention(*qkv.unbind(2)).to(x.dtype)
         out = self.proj(out.transpose(1, 2).flatten(2))
-        return scaled(x + out.transpose(1, 2).unflatten(2, x.shape[2:]), self.gain)
+        out = out.transpose(1, 2).unflatten(2, x.shape[2:])
+        return residual_sum(x, out, rescale=self.skip_rescale)
 
 
 class ResBlock(nn.Module):
-    """Residual block steered by the time embedding: (skip(x) + conv2(silu(norm2(conv1(silu(norm1(x))))))) * gain.
+    """Residual block steered by the time embedding: skip(x) + conv2(silu(norm2(conv1(silu(norm1(x)))))).
 
     The embedding enters at norm2: norm2(h) * (1 + scale) + shift with `scale_shift` (Nichol & Dhariwal 2021),
     norm2(h + shift) without (Ho et al. 2020). `resample` changes the resolution of both branches inside
-    the block, by 2x2 means or nearest neighbour (Dhariwal & Nichol 2021), or with `fir` filtered (Song et al. 2021b).
-    A gain of 1 / sqrt(2) keeps the variance of the sum of two.
+    the block (Dhariwal & Nichol 2021), filtered with `fir`. `skip` is a 1x1 convolution where the number of
+    feature maps changes, and with `project` always. `skip_rescale` divides the sum by sqrt(2).
 
     x: [B, in_channels, H, W]; emb: [B, emb_channels], already through silu, which all blocks share.
     """
@@ -168,14 +210,16 @@ class ResBlock(nn.Module):
         norm_groups: int,
         dropout: float,
         scale_shift: bool,
+        skip_rescale: bool = False,
         resample: Literal["up", "down"] | None = None,
         fir: bool = False,
-        gain: float = 1.0,
+        project: bool = False,
     ) -> None:
         super().__init__()
         self.scale_shift = scale_shift
-        self.resample: Literal["up", "down"] | None = resample
-        self.fir, self.gain = fir, gain
+        self.skip_rescale = skip_rescale
+        self.resample = resample
+        self.fir = fir
         self.norm1 = nn.GroupNorm(norm_groups, in_channels, eps=NORM_EPS)
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
         self.emb = nn.Linear(emb_channels, 2 * out_channels if scale_shift else out_channels)
@@ -183,12 +227,13 @@ class ResBlock(nn.Module):
         self.dropout = nn.Dropout(dropout)
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
         zero_init(self.conv2)
-        self.skip = nn.Identity() if in_channels == out_channels else nn.Conv2d(in_channels, out_channels, 1)
+        same = in_channels == out_channels and not project
+        self.skip = nn.Identity() if same else nn.Conv2d(in_channels, out_channels, 1)
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
         h = silu(self.norm1(x))
         if self.resample is not None:
-            h, x = resampled(h, self.resample, self.fir), resampled(x, self.resample, self.fir)
+            h, x = self._resample(h), self._resample(x)
         h = self.conv1(h)
         emb = self.emb(emb)[:, :, None, None]
         if self.scale_shift:
@@ -196,9 +241,7 @@ class ResBlock(nn.Module):
             h = torch.addcmul(shift, self.norm2(h), 1 + scale)
         else:
             h = self.norm2(h + emb)
-        return scaled(self.skip(x) + self.conv2(self.dropout(silu(h))), self.gain)
+        return residual_sum(self.skip(x), self.conv2(self.dropout(silu(h))), rescale=self.skip_rescale)
 
-
-def scaled(x: Tensor, gain: float) -> Tensor:
-    """gain * x, at no cost where that is x."""
-    return x if gain == 1 else gain * x
+    def _resample(self, x: Tensor) -> Tensor:
+        return halve(x, fir=self.fir) if self.resample == "down" else double(x, fir=self.fir)

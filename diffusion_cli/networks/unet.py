@@ -1,9 +1,8 @@
-"""The convolutional U-Net of DDPM, improved-diffusion and their kin."""
+"""The convolutional U-Net of DDPM, improved-diffusion, score-based SDEs and their kin."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from itertools import pairwise
 from typing import Annotated, Literal
 
 import torch
@@ -16,11 +15,10 @@ from diffusion_cli.networks.layers import (
     NORM_EPS,
     Attention,
     Downsample,
-    FourierFeatures,
+    ProgressiveInput,
     ResBlock,
     Upsample,
-    resampled,
-    scaled,
+    fourier_embedding,
     timestep_embedding,
     zero_init,
 )
@@ -42,19 +40,24 @@ class UNet(nn.Module):
 
     Level l works at image_size / 2^l with channels * channel_mult[l] feature maps: `num_res_blocks` residual
     blocks down, one more up, each fed by the skip connection of its partner. Attention follows the residual
-    blocks of the levels named in `attention_resolutions`, and stands in the middle always. The last layer of
-    every branch and of the network starts at zero, so that F = 0 before training.
+    blocks of the levels named in `attention_resolutions`, on the way up all of them or the `last` of a level,
+    and stands in the middle always. The last layer of every branch and of the network starts at zero, so that
+    F = 0 before training.
+
+    The time enters by a sinusoidal embedding of `channels` features, or with embedding_layout=fourier by
+    2 * channels features of random frequencies w ~ N(0, fourier_scale^2), drawn once and kept in the state.
+    `skip_rescale` divides all residual sums by sqrt(2), `fir` filters where blocks change the resolution, and
+    the progressive input adds the downsampled image to the features of each coarser level.
 
     A class-conditional network knows the classes 0 .. num_classes - 1 and the null class num_classes, which
     stands for "no label"; otherwise its `num_classes` is None.
 
-    The options of NCSN++ and DDPM++: `fourier` features of c_noise; residual sums scaled by 1 / sqrt(2)
-    (`skip_rescale`); filtered resampling (`fir`); and with `progressive_input: residual` the image itself, resampled
-    and convolved, added to the features at each lower resolution, and what comes of it at the next.
-
     Raises ValueError where two arguments do not go together.
-    Sources: Ho et al. 2020, App. B; Nichol & Dhariwal 2021, Sec. 3 and App. A; Song et al. 2021b, App. H.
+    Sources: Ho et al. 2020, Appendix B; Nichol & Dhariwal 2021, Section 3 and Appendix A; Song et al. 2021b,
+    Appendix H (NCSN++ and DDPM++); Karras et al. 2022, Appendix F.
     """
+
+    frequencies: Tensor
 
     def __init__(
         self,
@@ -72,10 +75,11 @@ class UNet(nn.Module):
         time_embedding: Literal["additive", "scale_shift"],
         embedding_layout: Literal["sin_cos", "cos_sin", "fourier"],
         fourier_scale: PositiveFloat,
-        resample: Literal["conv", "conv_same", "block"],
+        resample: Literal["conv", "conv_same", "block", "block_proj"],
         fir: bool,
-        skip_rescale: bool,
         progressive_input: Literal["none", "residual"],
+        up_attention: Literal["all", "last"],
+        skip_rescale: bool,
         dropout: Annotated[float, Field(ge=0, lt=1)],
         class_conditional: bool,
         learn_variance: bool,
@@ -90,15 +94,15 @@ class UNet(nn.Module):
             raise ValueError(
                 "class_conditional=true: the data set has no classes; use class_conditional=false"
             )
-        if fir and resample != "block":
+        if fir and not resample.startswith("block"):
             raise ValueError(
-                f"fir=true: filters what resamples in a block, not resample={resample}; use block"
+                f"fir=true: filters inside blocks, not with resample={resample}; "
+                "use resample=block or block_proj, or fir=false"
             )
         self.num_classes = num_classes if class_conditional else None
         self.channels = channels
         self.learn_variance = learn_variance
         self.embedding_layout: Literal["sin_cos", "cos_sin", "fourier"] = embedding_layout
-        self.fir, self.gain = fir, 0.5**0.5 if skip_rescale else 1.0
         self.gradient_checkpointing = gradient_checkpointing
         self.multiple = 2 ** (len(channel_mult) - 1)
         emb_channels = 4 * channels
@@ -109,29 +113,29 @@ class UNet(nn.Module):
             heads=partial(_heads, num_heads=num_heads, head_channels=head_channels),
             norm_groups=norm_groups,
             resample=resample,
-            gain=self.gain,
+            fir=fir,
+            skip_rescale=skip_rescale,
+            up_attention=up_attention,
             res=partial(
                 ResBlock,
                 emb_channels=emb_channels,
                 norm_groups=norm_groups,
                 dropout=dropout,
                 scale_shift=time_embedding == "scale_shift",
-                fir=fir,
-                gain=self.gain,
+                skip_rescale=skip_rescale,
             ),
         )
         features = channels
         if embedding_layout == "fourier":
-            self.fourier = FourierFeatures(channels, fourier_scale)
             features = 2 * channels
+            self.register_buffer("frequencies", fourier_scale * torch.randn(channels))
         self.time_mlp = nn.Sequential(
             nn.Linear(features, emb_channels), nn.SiLU(), nn.Linear(emb_channels, emb_channels)
         )
         if self.num_classes is not None:
             self.class_embedding = nn.Embedding(self.num_classes + 1, emb_channels)
         self.stem = nn.Conv2d(in_channels, channels, 3, padding=1)
-        self.down, skips = parts.down_path(channels)
-        self.pyramid = parts.pyramid(in_channels) if progressive_input == "residual" else None
+        self.down, skips = parts.down_path(channels, in_channels if progressive_input == "residual" else None)
         self.middle = parts.middle()
         self.up = parts.up_path(skips)
         self.out_norm = nn.GroupNorm(norm_groups, parts.widths[0], eps=NORM_EPS)
@@ -142,19 +146,20 @@ class UNet(nn.Module):
         """Return F [B, C, H, W], or [B, 2C, H, W] with the variance values last, in the dtype of x.
 
         x: [B, C, H, W] of any size, extended within to what the depth divides; c_noise: [B], the timestep
-        number; y: int64 [B], or None for the null class. An unconditional network takes no notice of y.
+        number or what else the parameterization names; y: int64 [B], or None for the null class. An
+        unconditional network takes no notice of y.
         """
         height, width = x.shape[2:]
         emb = self._embed(c_noise, y)
-        image = self._extend(x)
-        h = self.stem(image)
+        pyramid = self._extend(x)
+        h = self.stem(pyramid)
         skips = [h]
-        pyramid = iter(self.pyramid or ())
         for block in self.down:
-            finer, h = h, self._run(block, h, emb)
-            if self.pyramid is not None and h.shape[2:] != finer.shape[2:]:
-                h = image = scaled(h + next(pyramid)(resampled(image, "down", self.fir)), self.gain)
-            skips.append(h)
+            if isinstance(block, ProgressiveInput):
+                h = skips[-1] = pyramid = self._run(block, h, pyramid)
+            else:
+                h = self._run(block, h, emb)
+                skips.append(h)
         h = self._run(self.middle, h, emb)
         for block in self.up:
             h = self._run(block, h, emb, skips.pop())
@@ -176,7 +181,7 @@ class UNet(nn.Module):
         # Not in bfloat16: its 8 bits would take neighbouring timesteps for one.
         with torch.autocast(c_noise.device.type, enabled=False):
             if self.embedding_layout == "fourier":
-                features = self.fourier(c_noise)
+                features = fourier_embedding(c_noise, self.frequencies)
             else:
                 features = timestep_embedding(c_noise, self.channels, self.embedding_layout)
             emb = self.time_mlp(features.to(self.stem.weight.dtype))
@@ -206,56 +211,63 @@ class _Parts:
     attended: set[int]  # levels with attention
     heads: Callable[[int], int]  # by number of feature maps
     norm_groups: int
-    resample: Literal["conv", "conv_same", "block"]
-    gain: float  # of residual sums
+    resample: Literal["conv", "conv_same", "block", "block_proj"]
+    fir: bool
+    skip_rescale: bool
+    up_attention: Literal["all", "last"]
     res: Callable[..., ResBlock]
 
-    def down_path(self, width: int) -> tuple[nn.ModuleList, list[int]]:
-        """Return the blocks and the widths of the skip connections, of which the stem's `width` is first."""
+    def down_path(self, width: int, pyramid: int | None) -> tuple[nn.ModuleList, list[int]]:
+        """Return the blocks and the widths of the skip connections, of which the stem's `width` is first.
+
+        `pyramid` is the number of maps that a progressive input starts with, None without one.
+        """
         blocks, skips = nn.ModuleList(), [width]
         for level, width in enumerate(self.widths):
             for _ in range(self.num_res_blocks):
-                blocks.append(self._stage(skips[-1], level))
+                blocks.append(self._stage(skips[-1], level, attended=level in self.attended))
                 skips.append(width)
             if level < len(self.widths) - 1:
                 blocks.append(Block([self._resampling(width, "down")]))
                 skips.append(width)
+                if pyramid is not None:
+                    join = ProgressiveInput(pyramid, width, fir=self.fir, skip_rescale=self.skip_rescale)
+                    blocks.append(join)
+                    pyramid = width
         return blocks, skips
 
     def middle(self) -> Block:
         width = self.widths[-1]
         return Block([self.res(width, width), self._attention(width), self.res(width, width)])
 
-    def pyramid(self, in_channels: int) -> nn.ModuleList:
-        """The convolutions that bring the image, and then what it was added to, to the widths below the first."""
-        return nn.ModuleList(
-            nn.Conv2d(before, width, 3, padding=1)
-            for before, width in pairwise([in_channels, *self.widths[:-1]])
-        )
-
     def up_path(self, skips: list[int]) -> nn.ModuleList:
         blocks, width = nn.ModuleList(), self.widths[-1]
         for level in reversed(range(len(self.widths))):
             for i in range(self.num_res_blocks + 1):
-                block = self._stage(width + skips.pop(), level)
+                last = i == self.num_res_blocks
+                attended = level in self.attended and (last or self.up_attention == "all")
+                block = self._stage(width + skips.pop(), level, attended=attended)
                 width = self.widths[level]
-                if level and i == self.num_res_blocks:
+                if level and last:
                     block.append(self._resampling(width, "up"))
                 blocks.append(block)
         return blocks
 
-    def _stage(self, in_channels: int, level: int) -> Block:
+    def _stage(self, in_channels: int, level: int, *, attended: bool) -> Block:
         block = Block([self.res(in_channels, self.widths[level])])
-        if level in self.attended:
+        if attended:
             block.append(self._attention(self.widths[level]))
         return block
 
     def _attention(self, width: int) -> Attention:
-        return Attention(width, num_heads=self.heads(width), norm_groups=self.norm_groups, gain=self.gain)
+        return Attention(
+            width, num_heads=self.heads(width), norm_groups=self.norm_groups, skip_rescale=self.skip_rescale
+        )
 
     def _resampling(self, width: int, direction: Literal["up", "down"]) -> nn.Module:
-        if self.resample == "block":
-            return self.res(width, width, resample=direction)
+        if self.resample in ("block", "block_proj"):
+            project = self.resample == "block_proj"
+            return self.res(width, width, resample=direction, fir=self.fir, project=project)
         return Upsample(width) if direction == "up" else Downsample(width, same=self.resample == "conv_same")
 
 

@@ -92,11 +92,12 @@ def parse(words: Sequence[str]) -> Request:
             if kind != "job":
                 mistakes.append(f"--cfg {kind}: shows the configuration of the job; write --cfg job")
         elif flag in ("--config-dir", "-cd"):
-            folder = Path(value or next(rest, ""))
+            given = value or next(rest, "")
+            folder = Path(given)
             request.dirs.append(folder)
-            if not folder.is_dir():
+            if not given or not folder.is_dir():
                 mistakes.append(
-                    f"--config-dir {folder}: is not a folder; give one with <group>/<option>.yaml files"
+                    f"--config-dir {given}: is not a folder; give one with <group>/<option>.yaml files"
                 )
         elif word.startswith("-"):
             mistakes.append(f"{word}: unknown flag{did_you_mean(word, FLAGS)}")
@@ -145,7 +146,11 @@ def sweep(command: str, request: Request) -> int:
         "hydra.output_subdir=null",
         f"hydra.sweep.dir={output_dir}",
         "hydra.sweep.subdir=.",
-        *(f"hydra.searchpath=[file://{folder.resolve()}]" for folder in request.dirs),
+        *(
+            [f"hydra.searchpath=[{','.join(f'file://{d.resolve()}' for d in request.dirs)}]"]
+            if request.dirs
+            else []
+        ),
     ]
     sys.argv = ["diffuse", *request.overrides, *quiet, "--multirun"]
     job = partial(_sweep_job, command, request.dirs)

@@ -10,6 +10,7 @@ from torch import Tensor
 from diffusion_cli.denoiser import Denoiser, Prediction, per_image
 from diffusion_cli.posterior import bound_term
 from diffusion_cli.schedules import Discrete, Schedule
+from diffusion_cli.times import Times
 
 
 class Objective(ABC):
@@ -20,8 +21,8 @@ class Objective(ABC):
         """Noise x0 [B, C, H, W] with eps to the times t [B], and return the loss of each image, [B]."""
 
     @abstractmethod
-    def check(self, denoiser: Denoiser) -> None:
-        """Raise ValueError if the denoiser cannot be trained by it, or has a part that it leaves untrained."""
+    def check(self, denoiser: Denoiser, times: Times) -> None:
+        """Raise ValueError if the denoiser cannot be trained by it at such times, or has a part left untrained."""
 
 
 def noised(schedule: Schedule, x0: Tensor, t: Tensor, eps: Tensor) -> Tensor:
@@ -58,7 +59,7 @@ class Weighted(Objective):
     def weight(self, schedule: Schedule, t: Tensor) -> Tensor | None:
         """Return w(t) float64 [B], for the squared error of x_0; None for 1 / c_out^2."""
 
-    def check(self, denoiser: Denoiser) -> None:
+    def check(self, denoiser: Denoiser, times: Times) -> None:
         if _has_variance_head(denoiser):
             raise ValueError(
                 "model.learn_variance=true: this objective does not train the variance; take objective=hybrid or "
@@ -136,8 +137,8 @@ class VLB(Objective):
     def __init__(self, *, variance: Literal["learned", "small", "large"]) -> None:
         self.variance: Literal["learned", "small", "large"] = variance
 
-    def check(self, denoiser: Denoiser) -> None:
-        _check_bound(denoiser)
+    def check(self, denoiser: Denoiser, times: Times) -> None:
+        _check_bound(denoiser, times)
         if _has_variance_head(denoiser) != (self.variance == "learned"):
             raise ValueError(
                 f"objective.variance={self.variance}: goes with model.learn_variance="
@@ -157,8 +158,8 @@ class Hybrid(Objective):
     def __init__(self, *, vlb_weight: PositiveFloat) -> None:
         self.vlb_weight = vlb_weight
 
-    def check(self, denoiser: Denoiser) -> None:
-        _check_bound(denoiser)
+    def check(self, denoiser: Denoiser, times: Times) -> None:
+        _check_bound(denoiser, times)
         if not _has_variance_head(denoiser):
             raise ValueError(
                 "objective=hybrid: trains a variance; set model.learn_variance=true, or take simple"
@@ -181,9 +182,14 @@ def _has_variance_head(denoiser: Denoiser) -> bool:
     return bool(getattr(denoiser.network, "learn_variance", False))
 
 
-def _check_bound(denoiser: Denoiser) -> None:
+def _check_bound(denoiser: Denoiser, times: Times) -> None:
     if not isinstance(denoiser.schedule, Discrete):
         raise ValueError(
             f"objective: the bound is a sum over timesteps, and the {type(denoiser.schedule).__name__} schedule has "
             "none; take linear, scaled_linear, cosine or sigmoid"
+        )
+    if not times.uniform:
+        name = "".join(f"_{c.lower()}" if c.isupper() else c for c in type(times).__name__).strip("_")
+        raise ValueError(
+            f"times={name}: the bound is a mean over the timesteps; take uniform, stratified or loss_second_moment"
         )

@@ -70,6 +70,6 @@ def solve(
     except AssertionError as error:
         raise ValueError(
             f"max_steps={tolerances.max_steps}: the solver needs more, or cannot meet rtol={tolerances.rtol} and "
-            f"atol={tolerances.atol} ({error}); raise them"
+            f"atol={tolerances.atol} ({error}); raise them, and take precision=fp32"
         ) from error
     return tuple(part[-1] for part in path)

@@ -1,13 +1,13 @@
 """The times at which training looks: distributions over noise levels, each a function of uniform numbers."""
 
 from abc import ABC, abstractmethod
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import torch
-from pydantic import PositiveFloat, PositiveInt
+from pydantic import Field, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
-from diffusion_cli.schedules import Schedule
+from diffusion_cli.schedules import Discrete, Schedule
 
 
 class Draw(NamedTuple):
@@ -19,21 +19,28 @@ class Draw(NamedTuple):
     """What the loss at that time counts for: the uniform density over the one it was drawn from, or 1."""
     quantile: Tensor
     """Where t stands in the distribution, in [0, 1]: rising with t."""
+    bins: Tensor | None = None
+    """Where a distribution that learns wants to remember the losses, int64."""
 
 
 class Times(nn.Module, ABC):
     """A distribution over times."""
 
+    uniform = False
+    """Whether the weighted mean of a loss is its mean over uniform times, or over the timesteps."""
+
     @abstractmethod
     def forward(self, schedule: Schedule, u: Tensor) -> Draw:
         """Turn independent uniform numbers u in [0, 1), [B], for the batch of all processes, into times."""
 
-    def observe(self, t: Tensor, loss: Tensor) -> None:
-        """Learn from the unweighted losses [B] at times t [B] of a training step."""
+    def observe(self, bins: Tensor, loss: Tensor) -> None:
+        """Learn from the unweighted losses [B] of a training step, at the bins [B] that were drawn."""
 
 
 class Uniform(Times):
     """Uniform in t, or over the entries of a table (Ho et al. 2020, Alg. 1)."""
+
+    uniform = True
 
     def forward(self, schedule: Schedule, u: Tensor) -> Draw:
         return Draw(schedule.time(u), torch.ones_like(u), u)
@@ -41,6 +48,8 @@ class Uniform(Times):
 
 class Stratified(Times):
     """Uniform, one time in each of B equal intervals: the same mean, less noise (Kingma et al. 2021, App. I.1)."""
+
+    uniform = True
 
     def forward(self, schedule: Schedule, u: Tensor) -> Draw:
         quantile = (torch.arange(len(u), device=u.device) + u.double()) / len(u)
@@ -74,14 +83,18 @@ class LogitNormal(Times):
 class LossSecondMoment(Times):
     """Times in proportion to sqrt(E[loss^2]), the loss divided by that proportion (Nichol & Dhariwal 2021, Eq. 18).
 
-    [t_min, 1] is cut into `bins`, one an entry for a table of as many; each remembers its last `memory` losses, in
-    the checkpoint. Times are uniform until every bin is full. A share `uniform_share` always stays uniform.
+    The times that training draws are cut into `bins` alike, one an entry for a table of as many; each remembers its
+    last `memory` losses, in the checkpoint. Times are uniform until every bin is full. A share `uniform_share` always
+    stays uniform. Raises ValueError for more bins than timesteps, as some would stay empty.
     """
 
+    uniform = True
     history: Tensor
     count: Tensor
 
-    def __init__(self, *, bins: PositiveInt, memory: PositiveInt, uniform_share: PositiveFloat) -> None:
+    def __init__(
+        self, *, bins: PositiveInt, memory: PositiveInt, uniform_share: Annotated[float, Field(gt=0, le=1)]
+    ) -> None:
         super().__init__()
         self.bins, self.memory, self.uniform_share = bins, memory, uniform_share
         self.register_buffer("history", torch.zeros(bins, memory))
@@ -96,19 +109,29 @@ class LossSecondMoment(Times):
         return torch.where((self.count >= self.memory).all(), learned, uniform)
 
     def forward(self, schedule: Schedule, u: Tensor) -> Draw:
+        if isinstance(schedule, Discrete) and self.bins > schedule.num_timesteps:
+            raise ValueError(
+                f"times.bins={self.bins}: some would stay empty; take {schedule.num_timesteps}, the number of "
+                "timesteps, or fewer"
+            )
         p = self.probabilities()
         cumulative = p.cumsum(0)
         u = u.double() * cumulative[-1]
         chosen = torch.searchsorted(cumulative, u, right=True).clamp(max=self.bins - 1)
         within = ((u - (cumulative - p)[chosen]) / p[chosen]).clamp(0, 1 - 1e-9)
         weight = 1 / (self.bins * p[chosen])
-        return Draw(schedule.time((chosen + within) / self.bins), weight.float(), u)
+        return Draw(schedule.time((chosen + within) / self.bins), weight.float(), u, chosen)
 
-    def observe(self, t: Tensor, loss: Tensor) -> None:
+    def observe(self, bins: Tensor, loss: Tensor) -> None:
         """Remember the losses, each in the place of its bin's oldest."""
-        bins = (t * self.bins).ceil().long().sub(1).clamp(0, self.bins - 1)
-        earlier = (bins[:, None] == bins).tril(-1).sum(1)  # of the same bin in this batch
-        self.history[bins, (self.count[bins] + earlier) % self.memory] = loss.detach().to(self.history)
+        same = bins[:, None] == bins
+        earlier, later = same.tril(-1).sum(1), same.triu(1).sum(1)  # of the same bin in this batch
+        places = (self.count[bins] + earlier) % self.memory
+        # Of more than a bin can hold only the last count, so that no place is written twice; the others go to a spare.
+        rows = torch.where(later < self.memory, bins, self.bins)
+        history = torch.cat([self.history, self.history[:1]])
+        history[rows, places] = loss.detach().to(history)
+        self.history.copy_(history[:-1])
         self.count.index_add_(0, bins, torch.ones_like(bins))
 
 

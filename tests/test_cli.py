@@ -178,3 +178,13 @@ def test_bash_completion_script_works():
     shim = f'diffuse() {{ "{sys.executable}" -c "from diffusion_cli.cli import main; main()" "$@"; }}; '
     done = subprocess.run(["bash", "-c", shim + script], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "cosine"
+
+
+def test_a_flag_without_its_folder_starts_nothing(capsys):
+    (line,) = mistakes(capsys, "train", "--config-dir")
+    assert line.startswith("diffuse: --config-dir : is not a folder")
+
+
+def test_seeds_that_would_come_round_again_are_refused(capsys):
+    (line,) = mistakes(capsys, "sample", "seed=4294967295", "num_samples=2")
+    assert "seed=4294967295: the last image's seed passes 4294967295" in line

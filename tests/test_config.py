@@ -71,11 +71,11 @@ def test_a_list_of_options_composes():
     [
         ([], "digits-cosine"),
         (["seed=0", "max_time=3m", "sampler=ddpm", "checkpoint_every=7", "data_dir=/x"], "digits-cosine"),
-        (["schedule=linear", "optimizer.lr=0.5", "seed=3"], "digits-linear-lr=0.5-seed=3"),
+        (["schedule=linear", "optimizer.lr=0.5", "seed=3"], "digits-linear-lr_0.5-seed_3"),
         (["dataset=cifar10"], "cifar10-cosine"),
         (["dataset=cifar10", "model=unet_tiny"], "cifar10-cosine-unet_tiny"),
         (["experiment=ddpm_cifar10"], "cifar10-linear-ddpm_cifar10"),
-        (["dataset=folder", "dataset.path=/a/b c.zip"], "folder-cosine-path=b_c.zip"),
+        (["dataset=folder", "dataset.path=/a/b c.zip"], "folder-cosine-path_b_c.zip"),
         (["name=mine"], "mine"),
     ],
 )

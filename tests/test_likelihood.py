@@ -100,7 +100,7 @@ def test_velocity_is_the_slope_of_the_flow(schedules, exact, mixture):
 
 
 def test_a_solver_without_enough_steps_says_so(schedules, exact, reference):
-    with pytest.raises(ValueError, match=r"max_steps=2: .*rtol=1e-05 and atol=1e-05.*raise them"):
+    with pytest.raises(ValueError, match=r"max_steps=2: .*rtol=1e-05 and atol=1e-05.*raise them, and"):
         flow_likelihood(
             schedules["vp"], exact(schedules["vp"]), reference("noise")["x0_data"], None, Tight(max_steps=2)
         )
@@ -171,7 +171,18 @@ def test_shards_and_a_stopped_run_give_the_same_numbers(runs, capsys):
     assert evaluate(runs, "discrete", *words) == 0
     assert results(runs, "discrete")["bits_per_dim_bound"]["value"] == halves["value"]
     assert evaluate(runs, "discrete", *words, "metric.bound.shard=1") == 2
-    assert "metric.shard=1" in capsys.readouterr().err
+    assert "metric.bound.shard=1" in capsys.readouterr().err
+
+
+def test_batches_of_another_size_or_precision_are_not_taken_for_these(runs):
+    words = ["metric=bound", "metric.bound.num_images=20", "seed=5"]
+    found = []
+    for extra in ("batch_size=12", "batch_size=5", "precision=bf16"):
+        assert evaluate(runs, "discrete", *words, extra) == 0
+        found.append(results(runs, "discrete")["bits_per_dim_bound"])
+        assert found[-1]["details"]["images"] == 20
+    assert found[0]["value"] == pytest.approx(found[1]["value"], rel=1e-4)
+    assert found[2]["value"] != found[0]["value"]
 
 
 def test_what_has_no_bound_says_why_and_has_a_flow(runs, capsys):

@@ -315,7 +315,14 @@ def test_what_cannot_be_trained_is_refused(schedules, objective, learn, tag, mes
     network = nn.Identity()
     network.learn_variance = learn
     with pytest.raises(ValueError, match=message):
-        objective.check(Denoiser(network, schedules[tag], Eps()))
+        objective.check(Denoiser(network, schedules[tag], Eps()), Uniform())
+
+
+def test_the_bound_wants_the_timesteps(schedules):
+    denoiser = Denoiser(nn.Identity(), schedules["cosine"], Eps())
+    with pytest.raises(ValueError, match="times=log_normal: the bound is a mean over the timesteps"):
+        VLB(variance="small").check(denoiser, LogNormal(mean=0.0, std=1.0))
+    VLB(variance="small").check(denoiser, LossSecondMoment(bins=10, memory=2, uniform_share=0.1))
 
 
 @pytest.mark.parametrize("file", sorted(CONF.glob("objective/*.yaml")), ids=lambda file: file.stem)
@@ -392,7 +399,7 @@ def test_importance_sampling_is_unbiased_and_goes_where_the_loss_is(schedules):
     assert torch.equal(first.weight, torch.ones(1000))
     for _ in range(20):
         draw = times(schedule, torch.rand(1000, generator=generator))
-        times.observe(draw.t, loss(draw.t))
+        times.observe(draw.bins, loss(draw.t))
     draw = times(schedule, torch.rand(100_000, generator=generator))
     # In proportion to the loss: 10 percent of the times have 100/10.9 of the mean.
     assert abs((draw.t > 0.9).double().mean() - 10 / 10.9) < 0.01
@@ -406,13 +413,33 @@ def test_importance_sampling_is_unbiased_and_goes_where_the_loss_is(schedules):
 
 def test_bins_remember_their_last_losses():
     times = LossSecondMoment(bins=2, memory=3, uniform_share=0.001)
-    t = torch.tensor([0.2, 0.3, 0.9, 0.1, 0.4], dtype=F64)
-    times.observe(t, torch.tensor([1.0, 2.0, 9.0, 3.0, 4.0]))
+    times.observe(torch.tensor([0, 0, 1, 0, 0]), torch.tensor([1.0, 2.0, 9.0, 3.0, 4.0]))
     assert sorted(times.history[0].tolist()) == [2.0, 3.0, 4.0]
-    times.observe(torch.tensor([0.8, 0.7], dtype=F64), torch.tensor([9.0, 9.0]))
+    times.observe(torch.tensor([1, 1]), torch.tensor([9.0, 9.0]))
     p = times.probabilities()
     ratio = math.sqrt((4 + 9 + 16) / 3) / 9
     torch.testing.assert_close(p[0] / p[1], torch.tensor(ratio, dtype=F64), rtol=1e-2, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("tag", "bins"), [("process 4000", 4000), ("linear", 1000), ("edm", 100), ("vp", 64)]
+)
+def test_every_bin_fills_and_sampling_by_importance_begins(schedules, tag, bins):
+    schedule = process("cosine", 4000) if tag == "process 4000" else schedules[tag]
+    times = LossSecondMoment(bins=bins, memory=2, uniform_share=0.001)
+    # Each bin is met before importance sampling can begin, which is when all have seen two.
+    for u in ((torch.arange(bins, dtype=F64) + 0.5) / bins,) * 2:
+        for part in u.split(1000):
+            draw = times(schedule, part)
+            times.observe(draw.bins, 1 + draw.quantile)
+    assert (times.count == 2).all()
+    assert times.probabilities()[-1] > 1.5 * times.probabilities()[0]
+
+
+def test_more_bins_than_timesteps_are_refused():
+    times = LossSecondMoment(bins=101, memory=2, uniform_share=0.001)
+    with pytest.raises(ValueError, match=r"times.bins=101: .*take 100"):
+        times(process("cosine", 100), torch.rand(4))
 
 
 @pytest.mark.parametrize("file", sorted(CONF.glob("times/*.yaml")), ids=lambda file: file.stem)
@@ -420,7 +447,9 @@ def test_every_distribution_stays_within_every_process(schedules, file):
     times = build(yaml.safe_load(file.read_text()))
     for tag in SCHEDULES:
         u = torch.cat([torch.zeros(1), torch.rand(200), torch.tensor([1 - 2**-24])])
-        t, weight, quantile = times(schedules[tag], u)
+        if file.stem == "loss_second_moment":
+            times = LossSecondMoment(bins=50, memory=2, uniform_share=0.1)
+        t, weight, quantile, _ = times(schedules[tag], u)
         assert t.dtype == F64
         assert t.min() >= schedules[tag].t_min
         assert t.max() <= 1

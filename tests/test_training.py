@@ -9,12 +9,15 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import yaml
+from PIL import Image
 
 from diffusion_cli.checkpoint import LAST, load_model, read, whole_file
 from diffusion_cli.cli import run
+from diffusion_cli.commands.train import only_one
 from diffusion_cli.training.ema import EMA
 from diffusion_cli.training.module import LossMeter
 
@@ -207,17 +210,70 @@ def test_time_is_a_budget_over_all_starts(tmp_path):
     assert state(tmp_path)["global_step"] <= first["global_step"] + 1
 
 
+def test_weights_that_left_the_numbers_are_not_saved(tmp_path, capsys):
+    train(tmp_path, "max_steps=5")
+    last = tmp_path / "tiny" / LAST
+    broken = torch.load(last, weights_only=True)  # not mapped: it is written over
+    broken["optimizer_states"][0]["state"][0]["exp_avg"].fill_(torch.inf)
+    torch.save(broken, last)
+    assert train(tmp_path, "max_steps=6", "checkpoint_every=1") == 2
+    assert "weights: not a finite number at step 6" in capsys.readouterr().err
+    assert not (tmp_path / "tiny" / "checkpoints" / "step_00000006.ckpt").exists()
+
+
+def test_a_larger_budget_goes_on_with_the_run_as_it_says(tmp_path):
+    """Though the default learning rate falls over the budget."""
+    words = ["optimizer.decay_steps=${max_steps}"]
+    assert train(tmp_path, "max_steps=3", *words) == 0
+    assert train(tmp_path, "max_steps=6", *words) == 0
+    assert state(tmp_path)["global_step"] == 6
+
+
+def test_the_checkpoint_tells_which_run_it_is_without_its_configuration_file(tmp_path, capsys):
+    train(tmp_path, "max_steps=3")
+    (tmp_path / "tiny" / "config.yaml").unlink()
+    assert train(tmp_path, "max_steps=6", "seed=9") == 2
+    assert "seed=9: the run in" in capsys.readouterr().err
+
+
+def test_a_run_begun_on_other_data_is_refused(tmp_path, capsys):
+    np.save(tmp_path / "images.npy", np.zeros((40, 8, 8), np.uint8))
+    words = ["dataset=array", f"dataset.path={tmp_path}/images.npy", "max_steps=3"]
+    assert train(tmp_path, *words) == 0
+    np.save(tmp_path / "images.npy", np.zeros((60, 8, 8), np.uint8))
+    assert train(tmp_path, *words, "max_steps=6") == 2
+    assert "num_images=54: the run in" in capsys.readouterr().err
+
+
+def test_two_processes_do_not_train_in_one_folder(tmp_path, capsys):
+    with only_one(tmp_path / "tiny"):
+        assert train(tmp_path, "max_steps=3") == 2
+    assert "name=tiny: another process is training in" in capsys.readouterr().err
+    assert train(tmp_path, "max_steps=3") == 0
+
+
+def test_importance_sampling_is_taken_up_again_too(tmp_path):
+    words = ["times=loss_second_moment", "times.bins=4", "times.memory=3"]
+    assert train(tmp_path / "whole", "max_steps=8", *words) == 0
+    assert train(tmp_path / "parts", "max_steps=5", *words) == 0
+    assert train(tmp_path / "parts", "max_steps=8", *words) == 0
+    whole, parts = state(tmp_path / "whole"), state(tmp_path / "parts")
+    assert whole["state_dict"]["times.count"].sum() == 8 * 16
+    assert_same(whole["state_dict"], parts["state_dict"])
+
+
 def test_epochs_are_a_budget(tmp_path):
     assert train(tmp_path, "max_steps=null", "max_epochs=1", "batch_size=256", "checkpoint_every=100") == 0
     assert state(tmp_path)["global_step"] == 6  # 1,438 images / 256, rounded up
 
 
-def start(folder: Path, *words: str) -> subprocess.Popen:
+def start(folder: Path, *words: str, start_new_session: bool = False) -> subprocess.Popen:
     command = "import sys; from diffusion_cli.cli import main; main()"
     env = os.environ | {"OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
         [sys.executable, "-c", command, *TINY, f"output_dir={folder}", *words],
         env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        start_new_session=start_new_session,
     )  # fmt: skip
 
 
@@ -246,6 +302,36 @@ def test_killed_ten_times_equals_one_without_a_stop(tmp_path):
     for key in ("state_dict", "optimizer_states"):
         assert_same(whole[key], parts[key], key)
     assert_same(whole["callbacks"]["EMA"], parts["callbacks"]["EMA"])
+
+
+@pytest.mark.slow
+def test_a_signal_between_the_parts_of_a_batch_waits_for_the_whole(tmp_path):
+    words = ["max_steps=40", "accumulate=4", "checkpoint_every=5"]
+    process = start(tmp_path / "parts", *words)
+    wait_for(tmp_path / "parts" / "tiny" / LAST, process)
+    for _ in range(3):
+        process.send_signal(signal.SIGTERM)
+        process.communicate(timeout=60)
+        process = start(tmp_path / "parts", *words)
+        time.sleep(0.3)
+    process.communicate(timeout=60)
+    assert train(tmp_path / "parts", *words) == 0
+    assert train(tmp_path / "whole", *words) == 0
+    assert_same(state(tmp_path / "whole")["state_dict"], state(tmp_path / "parts")["state_dict"])
+
+
+@pytest.mark.slow
+def test_a_signal_to_the_whole_group_spares_the_workers_until_all_is_saved(tmp_path):
+    for i in range(20):
+        Image.new("RGB", (8, 8), (i, 0, 0)).save(tmp_path / f"{i}.png")
+    words = ["dataset=folder", f"dataset.path={tmp_path}", "dataset.resolution=8", "dataset.in_memory=false",
+             "dataset.num_workers=2", "model=unet_tiny", "batch_size=4", "max_steps=100000"]  # fmt: skip
+    process = start(tmp_path, *words, start_new_session=True)
+    wait_for(tmp_path / "tiny" / LAST, process)
+    os.killpg(process.pid, signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGINT, err
+    assert "the same command goes on" in out
 
 
 @pytest.mark.slow

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from diffusion_cli import __version__
 from diffusion_cli.commands.trained import Trained, open_run
-from diffusion_cli.config import EvalConfig, build
+from diffusion_cli.config import EvalConfig, build, check_node
 from diffusion_cli.data import Dataset
 from diffusion_cli.generate import generate
 from diffusion_cli.metrics import (
@@ -21,6 +21,7 @@ from diffusion_cli.metrics import (
     append_history,
     evaluate,
     examine,
+    read_history,
 )
 
 
@@ -28,6 +29,10 @@ def run(config: EvalConfig) -> None:
     """Measure every metric, those of samples in one pass; print them and add them to the run's metrics.json."""
     trained = open_run(config)
     folder, model = trained.folder, trained.model
+    read_history(folder / "metrics.json")  # a damaged one is refused before anything is measured
+    mistakes = check_node("dataset", model.config["dataset"])
+    if mistakes:
+        raise ValueError(f"{folder}: was made by another version of diffuse: {'; '.join(mistakes)}")
     dataset: Dataset = build(model.config["dataset"], config.data_dir)
     metrics = {name: build(node) for name, node in config.metric.items()}
     of_model = [metric for metric in metrics.values() if isinstance(metric, ModelMetric)]
@@ -41,7 +46,8 @@ def run(config: EvalConfig) -> None:
         "versions": {"diffuse": __version__, "torch": torch.__version__},
     }
     if of_samples:
-        trained.sampler.grid(config.steps)  # refused before anything is measured
+        trained.sampler.check(model.denoiser)  # refused before anything is measured
+        trained.sampler.grid(config.steps)
     reports = []
     if of_model:
         subject = Subject(
@@ -52,10 +58,11 @@ def run(config: EvalConfig) -> None:
     if of_samples:
         reports.append(_of_samples(config, trained, dataset, of_samples, about))
     for report in reports:
+        print(report.table())
         if report.results:
             append_history(folder / "metrics.json", report.to_dict())
-        print(report.table())
-    print(f"With their protocol in {folder / 'metrics.json'}")
+    if any(report.results for report in reports):
+        print(f"With their protocol in {folder / 'metrics.json'}")
 
 
 def _of_samples(

@@ -25,7 +25,8 @@ def run(config: SampleConfig) -> None:
     """Make the images that are not there yet, a grid of the first ones, and the manifest."""
     trained = open_run(config)
     model, settings = trained.model, trained.settings
-    trained.sampler.grid(config.steps)  # refused before a folder is made
+    trained.sampler.check(model.denoiser)  # refused before a folder is made
+    trained.sampler.grid(config.steps)
     name = f"{config.sampler['_target_'].rpartition('.')[2].lower()}-{config.steps}-{fingerprint(settings)}"
     output = Path(config.output) if config.output else trained.folder / "samples" / name
     manifest = claim(output, settings, model)

@@ -1,5 +1,6 @@
 """`diffuse train`: from a configuration to a trained model in a run folder."""
 
+import contextlib
 import logging
 import math
 import signal
@@ -8,6 +9,11 @@ import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+
+try:
+    import fcntl
+except ImportError:
+    fcntl = None
 
 import torch
 import yaml
@@ -20,6 +26,7 @@ from diffusion_cli.denoiser import Denoiser
 from diffusion_cli.objective import Objective
 from diffusion_cli.precision import resolve
 from diffusion_cli.seeding import mix
+from diffusion_cli.times import Times
 from diffusion_cli.training.callbacks import Checkpoints, HeldOutLoss, Preview, Progress, Stop, WholeFileIO
 from diffusion_cli.training.ema import EMA
 from diffusion_cli.training.module import DiffusionModule
@@ -30,13 +37,45 @@ def run(config: TrainConfig) -> int:
     assert config.name is not None
     folder = Path(config.output_dir) / config.name
     last = folder / LAST
-    done = read(last)["global_step"] if last.is_file() else 0
-    _refuse_another(folder / "config.yaml", config)
+    with only_one(folder):
+        return _train(config, folder, last)
+
+
+@contextlib.contextmanager
+def only_one(folder: Path) -> Iterator[None]:
+    """Hold a run's folder; Mistakes if another process on this machine or file system holds it."""
+    if fcntl is None:  # Windows
+        yield
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / ".lock"
+    with path.open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise Mistakes(
+                f"name={folder.name}: another process is training in {folder}; wait, or end it"
+            ) from error
+        try:
+            yield
+        finally:
+            if list(folder.iterdir()) == [path]:  # a run that could not start leaves nothing
+                path.unlink()
+                folder.rmdir()
+
+
+def _train(config: TrainConfig, folder: Path, last: Path) -> int:
+    before = read(last) if last.is_file() else None
+    done = before["global_step"] if before else 0
+    _refuse_another(folder, config, before)
 
     dataset: Dataset = build(config.dataset, config.data_dir)
     schedule = build(config.schedule)
     sampler = build(config.sampler, schedule)
-    sampler.grid(config.preview_steps)  # refused now rather than at the first preview
+    try:  # refused now rather than at the first preview
+        sampler.grid(config.preview_steps)
+    except ValueError as error:
+        raise ValueError(str(error).replace("steps=", "preview_steps=", 1)) from error
     device = build(config.trainer)
     precision = resolve(config.precision, device.torch_device)
     torch.manual_seed(mix(config.seed, "weights"))
@@ -44,9 +83,13 @@ def run(config: TrainConfig) -> int:
     network = build(config.model, channels, height, dataset.num_classes)
     denoiser = Denoiser(network, schedule, build(config.parameterization))
     objective: Objective = build(config.objective)
-    objective.check(denoiser)
+    times: Times = build(config.times)
+    objective.check(denoiser, times)
+    sampler.check(denoiser)
     optimizer = build(config.optimizer)
     images = dataset.load("train")
+    about = _about(config, dataset, len(images))
+    _refuse_other_data(folder, about, before)
     max_steps = _max_steps(config, len(images))
     if max_steps is not None and done >= max_steps:
         print(
@@ -55,8 +98,7 @@ def run(config: TrainConfig) -> int:
         return 0
 
     _write_config(folder / "config.yaml", config)
-    about = _about(config, dataset)
-    module = DiffusionModule(denoiser, objective, build(config.times), optimizer, config.seed, about)
+    module = DiffusionModule(denoiser, objective, times, optimizer, config.seed, about)
     ema = EMA(network, config.ema.decay, config.ema.warm_up)
     stop = Stop(seconds(config.max_time))
     part = config.batch_size // config.accumulate
@@ -121,19 +163,27 @@ def _trainer(config: TrainConfig, **arguments: Any) -> Trainer:
     )
 
 
-def _refuse_another(path: Path, config: TrainConfig) -> None:
-    """Raise Mistakes if a run's configuration file says that something else is trained there."""
-    if not path.is_file():
+def _refuse_another(folder: Path, config: TrainConfig, checkpoint: dict[str, Any] | None) -> None:
+    """Raise Mistakes if a run's checkpoint, or else its configuration file, says that another run lies there."""
+    path = folder / "config.yaml"
+    written = None
+    if path.is_file():
+        try:
+            written = yaml.safe_load(path.read_text())
+        except yaml.YAMLError:
+            written = ()
+        if not isinstance(written, dict):
+            raise Mistakes(f"{path}: is not a run's configuration; mend it, or choose another name=")
+    if checkpoint is not None:
+        written = checkpoint["diffuse"]["config"]
+    if written is None:
         return
-    try:
-        before, now = identity(yaml.safe_load(path.read_text())), identity(config.model_dump())
-    except (yaml.YAMLError, AttributeError) as error:
-        raise Mistakes(f"{path}: is not a run's configuration; mend it, or choose another name=") from error
+    before, now = identity(written), identity(config.model_dump())
     keys = sorted(key for key in before | now if before.get(key, ...) != now.get(key, ...))
     if keys:
         raise Mistakes(
             *(
-                f"{key}={shown(now.get(key))}: the run in {path.parent} has {shown(before.get(key))}"
+                f"{key}={shown(now.get(key))}: the run in {folder} has {shown(before.get(key))}"
                 for key in keys
             ),
             f"name={config.name}: holds a run of another configuration; choose another name",
@@ -151,8 +201,22 @@ def _max_steps(config: TrainConfig, num_images: int) -> int | None:
     return min(limits, default=None)
 
 
-def _about(config: TrainConfig, dataset: Dataset) -> dict[str, Any]:
+def _refuse_other_data(folder: Path, about: dict[str, Any], checkpoint: dict[str, Any] | None) -> None:
+    """Raise Mistakes if a run was begun on another number of images, or on other classes."""
+    before = checkpoint["diffuse"] if checkpoint else about
+    lines = [
+        f"{key}={about[key]}: the run in {folder} was begun on {before.get(key)}; give back the data, or take "
+        "another name="
+        for key in ("num_images", "class_names", "shape")
+        if before.get(key) != about[key]
+    ]
+    if lines:
+        raise Mistakes(*lines)
+
+
+def _about(config: TrainConfig, dataset: Dataset, num_images: int) -> dict[str, Any]:
     return {
+        "num_images": num_images,
         "format": FORMAT,
         "config": config.model_dump(),
         "shape": list(dataset.shape),

@@ -37,7 +37,10 @@ NOT_IDENTITY = frozenset(
 
 def identity(config: Mapping[str, Any]) -> dict[str, Any]:
     """The part of a training configuration that says what is trained, as flat dotted keys."""
-    return flatten({key: value for key, value in config.items() if key not in NOT_IDENTITY})
+    flat = flatten({key: value for key, value in config.items() if key not in NOT_IDENTITY})
+    # A budget too: with a larger one the learning rate's curve is drawn anew over the whole of it.
+    flat.pop("optimizer.decay_steps", None)
+    return flat
 
 
 def flatten(node: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -72,8 +75,8 @@ def run_name(
     before, now = identity(implied), identity(config)
     changed = [(key, value) for key, value in sorted(now.items()) if before.get(key, ...) != value]
     # Last parts of keys and paths only: the folder's config.yaml tells apart what this does not.
-    words += [f"{key.rpartition('.')[2]}={Path(shown(value)).name}" for key, value in changed]
-    name = re.sub(r"[^\w.=+,-]+", "_", "-".join(words))
+    words += [f"{key.rpartition('.')[2]}_{Path(shown(value)).name}" for key, value in changed]
+    name = re.sub(r"[^\w.+-]+", "_", "-".join(words))
     if len(name) > 120:
         name = f"{name[:100]}-{hashlib.sha256(name.encode()).hexdigest()[:10]}"
     return name

@@ -8,13 +8,13 @@ from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, 
 STRICT = ConfigDict(strict=True, extra="forbid", frozen=True, regex_engine="python-re")
 Node = dict[str, Any]
 DURATION = r"^(?=.)(\d+d)?(\d+h)?(\d+m)?(\d+s)?$"
-NAME = r"^\w[\w.=+,-]*$"
+NAME = r"^\w[\w.+-]*$"
 Duration = Annotated[str, Field(pattern=DURATION)]
 Name = Annotated[str, Field(pattern=NAME)]
 # What a text should look like, by the pattern that it did not match.
 FORMS = {
     DURATION: "a duration such as 90s, 45m, 2h30m or 1d",
-    NAME: "a folder name of letters, digits and _ . = + , -",
+    NAME: "a folder name of letters, digits and _ . + -",
 }
 Precision = Literal["auto", "fp32", "bf16"]
 Device = Literal["auto", "cpu", "cuda"]
@@ -87,6 +87,15 @@ class _Generation(BaseModel):
     device: Device
     output_dir: str
     sampler: Node
+
+    @model_validator(mode="after")
+    def _seeds_in_range(self) -> Self:
+        # The noise of an image comes from the low 32 bits of its seed: none may come round again.
+        if self.seed + self.num_samples > 2**32:
+            raise ValueError(
+                f"seed={self.seed}: the last image's seed passes {2**32 - 1}; take a smaller one"
+            )
+        return self
 
 
 class SampleConfig(_Generation):

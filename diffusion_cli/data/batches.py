@@ -1,5 +1,6 @@
 """An endless, seekable stream of training batches, the same for any number of processes."""
 
+import signal
 from collections.abc import Iterable, Iterator
 from itertools import count
 from typing import NamedTuple
@@ -117,12 +118,19 @@ class Batches:
             batch_size=None,  # every item is a whole batch already
             num_workers=self.num_workers,
             pin_memory=self.device.type == "cuda",
+            worker_init_fn=_leave_signals_to_the_parent,
             generator=torch.Generator(),  # otherwise a draw from the global one
         )
         for item in loader:
             if isinstance(item, Exception):
                 raise item
             yield item
+
+
+def _leave_signals_to_the_parent(worker: int) -> None:
+    """Ctrl-C and a scheduler's SIGTERM reach the whole process group; only the parent knows how to end a run."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
 
 
 class _Fetcher(MapDataset):

@@ -3,10 +3,10 @@
 import math
 from collections import deque
 from functools import partial
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
-from pydantic import PositiveInt
+from pydantic import Field, PositiveInt
 from tqdm import tqdm
 
 from diffusion_cli.data import normalised
@@ -29,7 +29,7 @@ class Inversion(ModelMetric):
     def __init__(
         self,
         *,
-        steps: PositiveInt,
+        steps: Annotated[int, Field(ge=2)],
         spacing: Spacing,
         split: Literal["held_out", "train"],
         num_images: PositiveInt | None,
@@ -44,7 +44,7 @@ class Inversion(ModelMetric):
         count = min(self.num_images or len(images), len(images))
         if count < 1 or images.gather(torch.zeros(1, dtype=torch.int64)).is_floating_point():
             raise ValueError(
-                f"metric.split={self.split}: inversion is measured on images of 256 values; there are none"
+                f"metric.inversion.split={self.split}: is measured on images of 256 values; there are none"
             )
         sampler = DDIM(schedule, eta=0.0, spacing=self.spacing)
         times = sampler.grid(self.steps)

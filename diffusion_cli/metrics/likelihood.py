@@ -20,7 +20,7 @@ from diffusion_cli.denoiser import Denoise, Prediction, clip_x0
 from diffusion_cli.generate import SeededNoise
 from diffusion_cli.likelihood import bound_terms, flow_likelihood, prior_term
 from diffusion_cli.metrics.base import Finding, ModelMetric, Subject
-from diffusion_cli.precision import autocast
+from diffusion_cli.precision import autocast, resolve
 from diffusion_cli.schedules import Discrete
 
 Columns = dict[str, Tensor]
@@ -35,11 +35,14 @@ class PerImage(ModelMetric):
     comes with the last.
     """
 
+    key: str
+    """Of the node in the configuration."""
+
     def __init__(
         self, split: Literal["held_out", "train"], num_images: int | None, shard: int, num_shards: int
     ) -> None:
         if shard >= num_shards:
-            raise ValueError(f"metric.shard={shard}: the {num_shards} shards are numbered from 0")
+            raise ValueError(f"metric.{self.key}.shard={shard}: the {num_shards} shards are numbered from 0")
         self.split: Literal["held_out", "train"] = split
         self.num_images, self.shard, self.num_shards = num_images, shard, num_shards
 
@@ -69,12 +72,14 @@ class PerImage(ModelMetric):
         images = subject.dataset.load(self.split)
         count = min(self.num_images or len(images), len(images))
         if count < 2:
-            raise ValueError(f"metric.split={self.split}: has {count} images, and a standard error needs 2")
+            raise ValueError(
+                f"metric.{self.key}.split={self.split}: has {count} images, and a standard error needs 2"
+            )
+        # Batches are stored whole, and the images of one may share a solver's steps: so their size counts too.
         settings = self.settings(subject) | {
-            "split": self.split,
-            "images_sha256": images.digest(),
-            "count": count,
-        }
+            "split": self.split, "images_sha256": images.digest(), "count": count, "batch_size": subject.batch_size,
+            "precision": resolve(subject.precision, subject.device), "device": subject.device.type,
+        }  # fmt: skip
         folder = subject.folder / self.name / fingerprint(settings | {"weights_sha256": subject.model.digest})
         batches = list(torch.arange(count).split(subject.batch_size))
         paths = [folder / f"{int(rows[0]):06d}.json" for rows in batches]
@@ -130,6 +135,7 @@ class VariationalBound(PerImage):
     """
 
     name = "bits_per_dim_bound"
+    key = "bound"
 
     def __init__(
         self,
@@ -154,6 +160,12 @@ class VariationalBound(PerImage):
         schedule = subject.model.denoiser.schedule
         if not isinstance(schedule, Discrete):
             return f"{self.name}: the {type(schedule).__name__} schedule has no timesteps to sum over"
+        if self.variance == "learned" and not getattr(
+            subject.model.denoiser.network, "learn_variance", False
+        ):
+            raise ValueError(
+                "metric.bound.variance=learned: the model has no variance head; take small or large"
+            )
         if schedule.zero_terminal_snr:
             return f"{self.name}: not defined where the schedule ends without signal (zero_terminal_snr)"
         if subject.dataset.load(self.split).gather(torch.zeros(1, dtype=torch.int64)).is_floating_point():
@@ -199,6 +211,7 @@ class FlowLikelihood(PerImage):
     """
 
     name = "bits_per_dim_flow"
+    key = "flow_likelihood"
 
     def __init__(
         self,
@@ -219,11 +232,9 @@ class FlowLikelihood(PerImage):
         self.rtol, self.atol, self.max_steps = rtol, atol, max_steps
 
     def settings(self, subject: Subject) -> dict[str, Any]:
-        # The images of a batch share their steps, so the batch size counts, within the tolerances.
         return {
             "trace": self.trace, "probe": self.probe, "num_probes": self.num_probes, "rtol": self.rtol,
             "atol": self.atol, "t_min": subject.model.denoiser.schedule.t_min, "noise_seed": subject.seed,
-            "batch_size": subject.batch_size,
         }  # fmt: skip
 
     def refusal(self, subject: Subject) -> str | None:

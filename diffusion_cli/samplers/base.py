@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffusion_cli.denoiser import Denoise, Prediction
+from diffusion_cli.denoiser import Denoise, Denoiser, Prediction
 from diffusion_cli.schedules import Schedule, Spacing
 
 Draw = Callable[[], Tensor]
@@ -34,6 +34,9 @@ class Sampler(ABC):
         The step is a function of what `draw` gives, of which it takes the same number whatever x is; onto the
         data at s = 0 it adds no noise. `state` is what `start` or the step before returned.
         """
+
+    def check(self, denoiser: Denoiser) -> None:  # noqa: B027
+        """Raise ValueError if the denoiser lacks what the sampler asks of it."""
 
     def start(self, times: Tensor) -> Any:
         """Return the solver's state before a run through falling times."""

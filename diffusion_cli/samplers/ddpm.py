@@ -4,7 +4,7 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from diffusion_cli.denoiser import Denoise
+from diffusion_cli.denoiser import Denoise, Denoiser
 from diffusion_cli.posterior import learned_log_variance, posterior
 from diffusion_cli.samplers.base import Draw, Sampler
 from diffusion_cli.schedules import Schedule, Spacing
@@ -16,7 +16,7 @@ class DDPM(Sampler):
     With a and v of the transition from s to t, the mean is
     `a sigma_s^2 / sigma_t^2 x_t + alpha_s v / sigma_t^2 x_0`, the variance `v sigma_s^2 / sigma_t^2`
     ("small", exact for data that is one point), `v` ("large", exact for standard normal data) or what the network
-    learned between the two (Nichol & Dhariwal 2021, Eq. 15). ValueError for "learned" if it did not.
+    learned between the two (Nichol & Dhariwal 2021, Eq. 15).
     """
 
     order = 1
@@ -32,6 +32,13 @@ class DDPM(Sampler):
         self.variance = variance
         self.spacing = spacing
 
+    def check(self, denoiser: Denoiser) -> None:
+        if self.variance == "learned" and not getattr(denoiser.network, "learn_variance", False):
+            raise ValueError(
+                "sampler.variance=learned: the model has no variance head (model.learn_variance=false); "
+                "take small or large"
+            )
+
     def step(
         self, denoise: Denoise, x: Tensor, t: Tensor, s: Tensor, draw: Draw, state: Any
     ) -> tuple[Tensor, Any]:
@@ -42,9 +49,6 @@ class DDPM(Sampler):
             return mean, None
         if self.variance != "learned":
             return mean + (step.small if self.variance == "small" else step.large).sqrt() * draw(), None
-        if prediction.variance is None:
-            raise ValueError(
-                "sampler.variance=learned: the model was trained without a variance head; take small or large"
-            )
+        assert prediction.variance is not None
         log_variance = learned_log_variance(prediction.variance, step.small.log(), step.large.log())
         return mean + (log_variance / 2).exp() * draw(), None

@@ -79,7 +79,7 @@ class Schedule(ABC):
         """Return steps + 1 falling times, from 1 or somewhat below to grid_t_min, then 0.
 
         With k = 0..steps - 1: `leading`, `trailing`, `linspace` and `quadratic` are the published lists of the
-        T-step process, on its table (`Discrete.grid`), or their limits for many T: k / steps + grid_t_min,
+        T-step process, on its table (`Discrete.grid`), or their limits for large T on [grid_t_min, 1]: k / steps,
         1 - k / steps, an even grid, an even grid squared. Off the table: `time` is even in t, `log_snr` in
         log(alpha / sigma), `karras` in (sigma / alpha)^(1/7) (Karras et al. 2022, Eq. 5), these two from where
         sigma / alpha is NO_SIGNAL if it goes beyond. A single step always starts at 1, because that is where pure noise
@@ -94,9 +94,9 @@ class Schedule(ABC):
         elif spacing in ("log_snr", "karras"):
             times = self._even_in_noise(share, spacing)
         elif spacing == "leading":
-            times = (self.grid_t_min + k / steps).flip(0)
+            times = (self.grid_t_min + k / steps * (1 - self.grid_t_min)).flip(0)
         elif spacing == "trailing":
-            times = 1 - k / steps
+            times = 1 - k / steps * (1 - self.grid_t_min)
         else:
             rising = share**2 if spacing == "quadratic" else share
             times = (self.grid_t_min + (1 - self.grid_t_min) * rising).flip(0)

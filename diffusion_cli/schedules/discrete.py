@@ -29,7 +29,7 @@ class Discrete(Schedule):
         if not (betas.gt(0).all() and betas.lt(1).all()):
             raise ValueError(
                 f"schedule.num_timesteps={len(betas)}: beta leaves (0, 1), it runs from {betas.min():.3g} to "
-                f"{betas.max():.3g}; take more timesteps or smaller betas"
+                f"{betas.max():.3g}; take more timesteps, smaller betas or, of a sigmoid, a larger tau"
             )
         alpha_bar = torch.cumprod(1 - betas.double(), 0)
         if zero_terminal_snr:
@@ -45,7 +45,8 @@ class Discrete(Schedule):
 
     def _table(self, device: torch.device) -> Tensor:
         if device not in self._log_alpha_bar:
-            self._log_alpha_bar[device] = self._log_alpha_bar[torch.device("cpu")].to(device)
+            with torch.inference_mode(False):  # kept, and perhaps differentiated through later
+                self._log_alpha_bar[device] = self._log_alpha_bar[torch.device("cpu")].to(device)
         return self._log_alpha_bar[device]
 
     def _interval(self, t: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import nn
 from tqdm import tqdm
 
 from diffusion_cli.checkpoint import LAST, whole_file
@@ -22,6 +23,7 @@ from diffusion_cli.generate import labels_of, sample, to_bytes
 from diffusion_cli.report import save_grid
 from diffusion_cli.samplers import Sampler
 from diffusion_cli.seeding import mix
+from diffusion_cli.times import Uniform
 from diffusion_cli.training.ema import EMA
 from diffusion_cli.training.module import DiffusionModule
 
@@ -63,14 +65,20 @@ class EveryStep(Callback, ABC):
         """Do it, at every multiple of `every`."""
 
 
-def stop_if_diverged(module: DiffusionModule, last: Path) -> None:
-    """Raise DivergedError if any loss so far was not finite."""
-    step = module.meter.first_bad_step()
+def stop_if_diverged(module: DiffusionModule, last: Path, step: int | None = None) -> None:
+    """Raise DivergedError if any loss so far was not finite, or if the weights, after a given step, are not."""
+    bad_loss = module.meter.first_bad_step()
+    if bad_loss is None and step is not None:
+        norm = nn.utils.get_total_norm([p.detach() for p in module.denoiser.parameters()])
+        step = None if norm.isfinite() else step
+    else:
+        step = bad_loss
     if step is not None:
+        what = "loss" if bad_loss is not None else "weights"
         rate = module.optimizer_config.factor(step) * module.optimizer_config.lr
         kept = f"the last good checkpoint is {last}" if last.is_file() else "there is no checkpoint yet"
         raise DivergedError(
-            f"loss: not a finite number at step {step}, learning rate {rate:.3g}; {kept}; try a smaller "
+            f"{what}: not a finite number at step {step}, learning rate {rate:.3g}; {kept}; try a smaller "
             "optimizer.lr, a longer optimizer.warm_up_steps or precision=fp32"
         )
 
@@ -138,23 +146,24 @@ class Checkpoints(EveryStep):
     def save(self, trainer: Trainer, module: DiffusionModule) -> None:
         """Write the state of now."""
         last = self.run / LAST
-        stop_if_diverged(module, last)
+        stop_if_diverged(module, last, trainer.global_step)
         numbered = last.with_name(f"step_{trainer.global_step:08d}.ckpt")
         trainer.save_checkpoint(numbered)
         with whole_file(last) as temporary:
-            try:
-                os.link(numbered, temporary)
-            except OSError:  # a file system without hard links
-                shutil.copyfile(numbered, temporary)
+            shutil.copyfile(numbered, temporary)  # not a link: what befalls one must not befall the other
         for old in sorted(last.parent.glob("step_*.ckpt"))[: -self.keep_last]:
-            old.unlink()
+            old.unlink(missing_ok=True)
         self.saved = trainer.global_step
 
 
-class Stop(Callback):
-    """End the run at its time budget, or at the next step after Ctrl-C or SIGTERM, with everything saved."""
+class Stop(EveryStep):
+    """End the run at its time budget, or at the next step after Ctrl-C or SIGTERM, with everything saved.
+
+    At a whole step, never between the parts of an accumulated batch, whose place a checkpoint does not hold.
+    """
 
     def __init__(self, max_seconds: float | None) -> None:
+        super().__init__(every=1)
         self.max_seconds = max_seconds
         self.elapsed = 0.0
         self.signal: int | None = None
@@ -169,6 +178,7 @@ class Stop(Callback):
         return None if self.max_seconds is None else max(0.0, self.max_seconds - self.elapsed)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        super().on_train_start(trainer, pl_module)
         self._mark = time.monotonic()
         for number in (signal.SIGINT, signal.SIGTERM):
             self._handlers[number] = signal.signal(number, self._on_signal)
@@ -178,9 +188,7 @@ class Stop(Callback):
             raise KeyboardInterrupt
         self.signal = number
 
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def act(self, trainer: Trainer, module: DiffusionModule, step: int) -> None:
         now = time.monotonic()
         self.elapsed, self._mark = self.elapsed + now - self._mark, now
         spent = self.max_seconds is not None and self.elapsed >= self.max_seconds
@@ -215,11 +223,13 @@ class HeldOutLoss(EveryStep):
             size = len(batch.images)
             # Stratified times: the estimate over a few images is less noisy.
             u = (torch.arange(size) + torch.rand(size, generator=generator)) / size
-            t, weight, _ = module.times(denoiser.schedule, u.to(module.device))
+            # The mean over uniform times is taken at the same ones, whatever training has learned to draw.
+            times = Uniform() if module.times.uniform else module.times
+            t = times(denoiser.schedule, u.to(module.device)).t
             eps = torch.randn(batch.images.shape, generator=generator).to(module.device)
             with trainer.precision_plugin.forward_context():
                 loss = module.objective(denoiser, batch.images, batch.labels, t, eps)
-            total, count = total + (weight * loss).sum(), count + size
+            total, count = total + loss.sum(), count + size
         for logger in trainer.loggers:
             logger.log_metrics({"held_out_loss": total.item() / count}, step=step)
 

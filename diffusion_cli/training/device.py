@@ -12,7 +12,12 @@ class Device:
     """One device of this machine."""
 
     def __init__(self, *, accelerator: Literal["auto", "cpu", "cuda"], threads: PositiveInt | None) -> None:
-        self.torch_device: torch.device = device_of(accelerator)
+        try:
+            self.torch_device: torch.device = device_of(accelerator)
+        except ValueError as error:
+            raise ValueError(
+                f"trainer={accelerator}: torch sees no GPU here; take trainer=cpu or auto"
+            ) from error
         if threads is not None:
             torch.set_num_threads(threads)
 

@@ -86,10 +86,11 @@ class DiffusionModule(LightningModule):
         share = slice(self.global_rank * local, (self.global_rank + 1) * local)
         size = self.trainer.world_size * local
         drawn = self.times(self.denoiser.schedule, torch.rand(size, device=self.device))
-        t, weight, quantile = (part[share] for part in drawn)
+        t, weight, quantile = drawn.t[share], drawn.weight[share], drawn.quantile[share]
         eps = torch.randn(size, *batch.images.shape[1:], device=self.device)[share]
         loss = self.objective(self.denoiser, batch.images, batch.labels, t, eps)
-        self.times.observe(t, loss)
+        if drawn.bins is not None:
+            self.times.observe(drawn.bins[share], loss)
         loss = weight * loss
         self.meter.add(loss, quantile, self.trainer.global_step)
         return loss.mean()

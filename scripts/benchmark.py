@@ -1,4 +1,4 @@
-"""Side-by-side timings, as a Markdown table: `python scripts/benchmark.py [startup loading loop sampling step]`.
+"""Side-by-side timings, as a Markdown table: `python scripts/benchmark.py [startup loading loop sampling samplers step]`.
 
 Each pair runs A B A B ... in one process; the table gives the median of each and the ratio of the medians, since
 absolute times mean little on a shared machine. `step` also needs diffusers.
@@ -32,7 +32,7 @@ from diffusion_cli.denoiser import Denoiser
 from diffusion_cli.objective import Simple
 from diffusion_cli.parameterizations import Eps
 from diffusion_cli.precision import autocast, device_of, resolve
-from diffusion_cli.samplers import DDIM
+from diffusion_cli.samplers import DDIM, Sampler
 from diffusion_cli.schedules import Linear
 from diffusion_cli.seeding import mix
 from diffusion_cli.training.ema import EMA
@@ -194,6 +194,50 @@ def sampling(rounds: int, device: torch.device) -> Iterator[Row]:
     yield "sampling 16 images, DDIM-50 / its network calls, s", a, b, "at most 1.03"
 
 
+def samplers(rounds: int, device: torch.device) -> Iterator[Row]:
+    """Sampling 16 images in 5 steps with each sampler, PNGs and all, and the time within its network calls."""
+    from diffusion_cli.checkpoint import Model
+    from diffusion_cli.generate import generate
+    from diffusion_cli.report import save_png
+
+    network = build(_option("model", "unet_cifar10"), 3, 32, None).to(device).eval().requires_grad_(False)
+    schedule = Linear(num_timesteps=1000, beta_start=1e-4, beta_end=0.02, zero_terminal_snr=False)
+    clock = _NetworkClock(network, device)
+    model = Model(Denoiser(clock, schedule, Eps()), (3, 32, 32), None, {}, 0, "")
+    for name in config.options("sampler"):
+        node = _option("sampler", name) | ({"rtol": 0.1, "atol": 0.1} if name == "ode" else {})
+        sampler = build(node, schedule)
+
+        def run(sampler: Sampler = sampler) -> None:
+            clock.seconds = 0.0
+            with tempfile.TemporaryDirectory() as folder:
+                for batch in generate(model, sampler, 5, range(16), 16, clip=True, precision="fp32"):
+                    for seed, image in zip(batch.seeds, batch.images, strict=True):
+                        save_png(image, sample_command.image_path(Path(folder), seed))
+
+        pairs = [(timed(run, device)(), clock.seconds) for _ in range(rounds)]
+        whole, within = median(a for a, _ in pairs), median(b for _, b in pairs)
+        yield (
+            f"sampling 16 images by `{name}` in 5 steps / within its network calls, s",
+            whole,
+            within,
+            "at most 1.03",
+        )
+
+
+class _NetworkClock(nn.Module):
+    """A network that adds up the time it takes."""
+
+    def __init__(self, network: nn.Module, device: torch.device) -> None:
+        super().__init__()
+        self.network, self.device, self.seconds = network, device, 0.0
+
+    def forward(self, x: Tensor, c_noise: Tensor, y: Tensor | None) -> Tensor:
+        out: list[Tensor] = []
+        self.seconds += timed(lambda: out.append(self.network(x, c_noise, y)), self.device)()
+        return out[0]
+
+
 def step(rounds: int, device: torch.device) -> Iterator[Row]:
     """A training step of the DDPM network at batch 8, and diffusers' as its script runs it."""
     try:
@@ -262,7 +306,7 @@ def _option(group: str, name: str) -> dict[str, object]:
     return yaml.safe_load(config.options(group)[name].read_text())
 
 
-BENCHMARKS = {item.__name__: item for item in (startup, loading, loop, sampling, step)}
+BENCHMARKS = {item.__name__: item for item in (startup, loading, loop, sampling, samplers, step)}
 
 
 def main() -> None:

@@ -138,7 +138,7 @@ class VLB(Objective):
         self.variance: Literal["learned", "small", "large"] = variance
 
     def check(self, denoiser: Denoiser, times: Times) -> None:
-        _check_bound(denoiser, times)
+        _check_bound(self, denoiser, times)
         if _has_variance_head(denoiser) != (self.variance == "learned"):
             raise ValueError(
                 f"objective.variance={self.variance}: goes with model.learn_variance="
@@ -159,7 +159,7 @@ class Hybrid(Objective):
         self.vlb_weight = vlb_weight
 
     def check(self, denoiser: Denoiser, times: Times) -> None:
-        _check_bound(denoiser, times)
+        _check_bound(self, denoiser, times)
         if not _has_variance_head(denoiser):
             raise ValueError(
                 "objective=hybrid: trains a variance; set model.learn_variance=true, or take simple"
@@ -182,11 +182,11 @@ def _has_variance_head(denoiser: Denoiser) -> bool:
     return bool(getattr(denoiser.network, "learn_variance", False))
 
 
-def _check_bound(denoiser: Denoiser, times: Times) -> None:
+def _check_bound(objective: Objective, denoiser: Denoiser, times: Times) -> None:
     if not isinstance(denoiser.schedule, Discrete):
         raise ValueError(
-            f"objective: the bound is a sum over timesteps, and the {type(denoiser.schedule).__name__} schedule has "
-            "none; take linear, scaled_linear, cosine or sigmoid"
+            f"objective={type(objective).__name__.lower()}: the bound is a sum over timesteps, and the "
+            f"{type(denoiser.schedule).__name__} schedule has none; take linear, scaled_linear, cosine or sigmoid"
         )
     if not times.uniform:
         name = "".join(f"_{c.lower()}" if c.isupper() else c for c in type(times).__name__).strip("_")

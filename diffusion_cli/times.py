@@ -29,6 +29,9 @@ class Times(nn.Module, ABC):
     uniform = False
     """Whether the weighted mean of a loss is its mean over uniform times, or over the timesteps."""
 
+    def check(self, schedule: Schedule) -> None:
+        """Raise ValueError if it cannot draw times of the schedule."""
+
     @abstractmethod
     def forward(self, schedule: Schedule, u: Tensor) -> Draw:
         """Turn independent uniform numbers u in [0, 1), [B], for the batch of all processes, into times."""
@@ -85,7 +88,7 @@ class LossSecondMoment(Times):
 
     The times that training draws are cut into `bins` alike, one an entry for a table of as many; each remembers its
     last `memory` losses, in the checkpoint. Times are uniform until every bin is full. A share `uniform_share` always
-    stays uniform. Raises ValueError for more bins than timesteps, as some would stay empty.
+    stays uniform.
     """
 
     uniform = True
@@ -100,6 +103,13 @@ class LossSecondMoment(Times):
         self.register_buffer("history", torch.zeros(bins, memory))
         self.register_buffer("count", torch.zeros(bins, dtype=torch.int64))
 
+    def check(self, schedule: Schedule) -> None:
+        if isinstance(schedule, Discrete) and self.bins > schedule.num_timesteps:
+            raise ValueError(
+                f"times.bins={self.bins}: some would stay empty; take {schedule.num_timesteps}, the number of "
+                "timesteps, or fewer"
+            )
+
     def probabilities(self) -> Tensor:
         """The probability of each bin, float64 [bins]."""
         uniform = torch.full((self.bins,), 1 / self.bins, dtype=torch.float64, device=self.history.device)
@@ -109,11 +119,6 @@ class LossSecondMoment(Times):
         return torch.where((self.count >= self.memory).all(), learned, uniform)
 
     def forward(self, schedule: Schedule, u: Tensor) -> Draw:
-        if isinstance(schedule, Discrete) and self.bins > schedule.num_timesteps:
-            raise ValueError(
-                f"times.bins={self.bins}: some would stay empty; take {schedule.num_timesteps}, the number of "
-                "timesteps, or fewer"
-            )
         p = self.probabilities()
         cumulative = p.cumsum(0)
         u = u.double() * cumulative[-1]

@@ -1,4 +1,4 @@
-"""Side-by-side timings, as a Markdown table: `python scripts/benchmark.py [startup loading loop sampling samplers step]`.
+"""Side-by-side timings as a Markdown table: `python scripts/benchmark.py [startup loading loop sampling ...]`.
 
 Each pair runs A B A B ... in one process; the table gives the median of each and the ratio of the medians, since
 absolute times mean little on a shared machine. `step` also needs diffusers.

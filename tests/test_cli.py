@@ -188,3 +188,8 @@ def test_a_flag_without_its_folder_starts_nothing(capsys):
 def test_seeds_that_would_come_round_again_are_refused(capsys):
     (line,) = mistakes(capsys, "sample", "seed=4294967295", "num_samples=2")
     assert "seed=4294967295: the last image's seed passes 4294967295" in line
+
+
+def test_choices_among_numbers_are_named(capsys):
+    (line,) = mistakes(capsys, "train", "sampler=dpmpp_2m", "sampler.order=5")
+    assert line == "diffuse: sampler.order=5: should be 1 or 2 or 3"

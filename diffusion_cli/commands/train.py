@@ -84,6 +84,7 @@ def _train(config: TrainConfig, folder: Path, last: Path) -> int:
     denoiser = Denoiser(network, schedule, build(config.parameterization))
     objective: Objective = build(config.objective)
     times: Times = build(config.times)
+    times.check(schedule)
     objective.check(denoiser, times)
     sampler.check(denoiser)
     optimizer = build(config.optimizer)

@@ -161,7 +161,8 @@ def _remedy(detail: Any, model: type[BaseModel]) -> str:
     if kind == "missing":
         return "missing; give it a value"
     if kind == "literal_error":
-        expected = re.findall(r"'([^']*)'", detail["ctx"]["expected"])
+        expected = re.findall(r"'([^']*)'|(\d+)", detail["ctx"]["expected"])
+        expected = [word or number for word, number in expected]
         near = difflib.get_close_matches(str(value), expected, n=1)
         return f"should be {' or '.join(expected)}" + (f"; did you mean {near[0]}?" if near else "")
     if kind == "string_pattern_mismatch":

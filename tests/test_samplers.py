@@ -279,3 +279,23 @@ def test_learned_variance_lies_where_it_is_told(schedules, reference, exact):
         torch.testing.assert_close(learned, fixed, rtol=0, atol=1e-10)
     with pytest.raises(ValueError, match=r"sampler.variance=learned: the model has no variance head"):
         DDPM(schedule, variance="learned", spacing="trailing").check(Denoiser(nn.Identity(), schedule, Eps()))
+
+
+@pytest.mark.parametrize(
+    "name", ["heun", "edm still", "dpm2", "plms", "deis", "lms", "dpmpp_2m", "dpmpp_2s", "unipc"]
+)
+def test_higher_orders_bear_a_start_without_signal(schedules, exact, mixture, name):
+    """The cosine schedule's last step takes sigma / alpha from 20,000 to 32: no slope reaches that far."""
+    schedule = schedules["cosine"]
+    denoise = exact(schedule)
+
+    def wrong(x, t):  # by as much as a trained network is
+        prediction = denoise(x, t)
+        eps = prediction.eps + 1e-3 * torch.sin(7 * x)
+        alpha, sigma = schedule(t)
+        return prediction._replace(eps=eps, x0=((x - sigma * eps) / alpha).clamp(-1, 1))
+
+    sampler = build(SAMPLERS[name] | {"spacing": "trailing"}, schedule)
+    mean, covariance = moments(sampler, wrong, schedule, sampler.grid(50), 2000)
+    torch.testing.assert_close(mean, mixture.mean().flatten(), rtol=0, atol=0.1)
+    torch.testing.assert_close(covariance, mixture.covariance(), rtol=0, atol=0.1)

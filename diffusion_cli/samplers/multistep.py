@@ -8,7 +8,7 @@ from torch import Tensor
 
 from diffusion_cli.denoiser import Denoise
 from diffusion_cli.samplers.base import Draw, Sampler
-from diffusion_cli.schedules import Schedule, Spacing
+from diffusion_cli.schedules import NO_SIGNAL, Schedule, Spacing
 
 QUADRATURE = 32  # Gauss-Legendre nodes; exact for polynomials, and to rounding for them times exp
 
@@ -131,7 +131,7 @@ class PLMS(Sampler):
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
         prediction = denoise(x, t)
         (alpha_t, _), (alpha_s, _) = self.schedule(t), self.schedule(s)
-        if alpha_t == 0:
+        if self.ratio(t) > NO_SIGNAL:  # eps of pure noise is no slope to go on with
             return self.onto(prediction, s), ()
         history = (prediction.eps, *state)[:4]
         if len(history) == 1 and s > 0:

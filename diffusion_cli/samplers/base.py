@@ -19,11 +19,11 @@ class Sampler(ABC):
     """A rule for one step from time t to the next smaller time s."""
 
     order: int  # of convergence to the exact solution, in the largest step
-    spacing: Spacing
     one_by_one = False  # whether images of a batch would depend on each other
 
-    def __init__(self, schedule: Schedule) -> None:
+    def __init__(self, schedule: Schedule, *, spacing: Spacing) -> None:
         self.schedule = schedule
+        self.spacing: Spacing = spacing
 
     @abstractmethod
     def step(

@@ -22,9 +22,8 @@ class DDIM(Sampler):
     order = 1
 
     def __init__(self, schedule: Schedule, *, eta: NonNegativeFloat, spacing: Spacing) -> None:
-        super().__init__(schedule)
+        super().__init__(schedule, spacing=spacing)
         self.eta = eta
-        self.spacing = spacing
 
     def step(
         self, denoise: Denoise, x: Tensor, t: Tensor, s: Tensor, draw: Draw, state: Any

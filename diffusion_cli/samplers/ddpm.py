@@ -28,9 +28,8 @@ class DDPM(Sampler):
         variance: Literal["small", "large", "learned"],
         spacing: Spacing,
     ) -> None:
-        super().__init__(schedule)
+        super().__init__(schedule, spacing=spacing)
         self.variance = variance
-        self.spacing = spacing
 
     def check(self, denoiser: Denoiser) -> None:
         if self.variance == "learned" and not getattr(denoiser.network, "learn_variance", False):

@@ -36,8 +36,8 @@ class DPMSolverMultistep(Sampler):
         solver_type: Literal["midpoint", "heun", "taylor"],
         spacing: Spacing,
     ) -> None:
-        super().__init__(schedule)
-        self.eta, self.solver_type, self.spacing = eta, solver_type, spacing
+        super().__init__(schedule, spacing=spacing)
+        self.eta, self.solver_type = eta, solver_type
         self.points = order
         self.order = order if solver_type == "taylor" else min(order, 2)
 
@@ -97,8 +97,8 @@ class DPMSolver2S(Sampler):
     order = 2
 
     def __init__(self, schedule: Schedule, *, eta: NonNegativeFloat, spacing: Spacing) -> None:
-        super().__init__(schedule)
-        self.eta, self.spacing = eta, spacing
+        super().__init__(schedule, spacing=spacing)
+        self.eta = eta
 
     def step(
         self, denoise: Denoise, x: Tensor, t: Tensor, s: Tensor, draw: Draw, state: Any
@@ -134,8 +134,8 @@ class DPMSolverSDE(Sampler):
     order = 1  # in distribution; it is the error of each path that the second stage lowers
 
     def __init__(self, schedule: Schedule, *, eta: NonNegativeFloat, spacing: Spacing) -> None:
-        super().__init__(schedule)
-        self.eta, self.spacing = eta, spacing
+        super().__init__(schedule, spacing=spacing)
+        self.eta = eta
 
     def step(
         self, denoise: Denoise, x: Tensor, t: Tensor, s: Tensor, draw: Draw, state: Any
@@ -173,8 +173,8 @@ class UniPC(Sampler):
         variant: Literal["bh1", "bh2"],
         spacing: Spacing,
     ) -> None:
-        super().__init__(schedule)
-        self.predictor_order, self.variant, self.spacing = order, variant, spacing
+        super().__init__(schedule, spacing=spacing)
+        self.predictor_order, self.variant = order, variant
         self.order = min(order + 1, 3)  # the first steps, of lower order, allow no more
 
     def start(self, times: Tensor) -> tuple[History, Tensor | None]:

@@ -29,8 +29,8 @@ class _AdamsBashforth(Sampler):
     def __init__(
         self, schedule: Schedule, *, order: Annotated[int, Field(ge=1, le=4)], spacing: Spacing
     ) -> None:
-        super().__init__(schedule)
-        self.order, self.spacing = order, spacing
+        super().__init__(schedule, spacing=spacing)
+        self.order = order
 
     def start(self, times: Tensor) -> tuple[Slope, ...]:
         return ()
@@ -118,10 +118,6 @@ class PLMS(Sampler):
 
     order = 2
     WEIGHTS = ((1.0,), (3 / 2, -1 / 2), (23 / 12, -16 / 12, 5 / 12), (55 / 24, -59 / 24, 37 / 24, -9 / 24))
-
-    def __init__(self, schedule: Schedule, *, spacing: Spacing) -> None:
-        super().__init__(schedule)
-        self.spacing = spacing
 
     def start(self, times: Tensor) -> tuple[Tensor, ...]:
         return ()

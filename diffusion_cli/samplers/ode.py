@@ -26,7 +26,7 @@ class ODE(Sampler):
     def __init__(
         self, schedule: Schedule, *, rtol: PositiveFloat, atol: PositiveFloat, max_steps: PositiveInt
     ) -> None:
-        super().__init__(schedule)
+        super().__init__(schedule, spacing="time")
         self.rtol, self.atol, self.max_steps = rtol, atol, max_steps
 
     def grid(self, steps: int) -> Tensor:

@@ -21,10 +21,6 @@ class EulerMaruyama(Sampler):
 
     order = 1
 
-    def __init__(self, schedule: Schedule, *, spacing: Spacing) -> None:
-        super().__init__(schedule)
-        self.spacing = spacing
-
     def grid(self, steps: int) -> Tensor:
         times = super().grid(steps)
         f, g2 = self.schedule.sde(times[0])
@@ -50,10 +46,6 @@ class ReverseDiffusion(Sampler):
     """
 
     order = 1
-
-    def __init__(self, schedule: Schedule, *, spacing: Spacing) -> None:
-        super().__init__(schedule)
-        self.spacing = spacing
 
     def step(
         self, denoise: Denoise, x: Tensor, t: Tensor, s: Tensor, draw: Draw, state: Any
@@ -84,8 +76,7 @@ class PC(Sampler):
         snr: PositiveFloat,
         spacing: Spacing,
     ) -> None:
-        super().__init__(schedule)
-        self.spacing = spacing
+        super().__init__(schedule, spacing=spacing)
         self.predictor: Sampler | None = {
             "reverse_diffusion": lambda: ReverseDiffusion(schedule, spacing=spacing),
             "euler_maruyama": lambda: EulerMaruyama(schedule, spacing=spacing),

@@ -22,10 +22,6 @@ class Heun(Sampler):
 
     order = 2
 
-    def __init__(self, schedule: Schedule, *, spacing: Spacing) -> None:
-        super().__init__(schedule)
-        self.spacing = spacing
-
     def step(
         self, denoise: Denoise, x: Tensor, t: Tensor, s: Tensor, draw: Draw, state: Any
     ) -> tuple[Tensor, Any]:
@@ -97,8 +93,8 @@ class DPM2(Sampler):
     order = 2
 
     def __init__(self, schedule: Schedule, *, eta: NonNegativeFloat, spacing: Spacing) -> None:
-        super().__init__(schedule)
-        self.eta, self.spacing = eta, spacing
+        super().__init__(schedule, spacing=spacing)
+        self.eta = eta
 
     def step(
         self, denoise: Denoise, x: Tensor, t: Tensor, s: Tensor, draw: Draw, state: Any

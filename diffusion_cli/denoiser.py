@@ -36,6 +36,12 @@ def per_image(coefficient: Tensor, x: Tensor) -> Tensor:
     return coefficient.view(-1, *[1] * (x.ndim - 1)) if coefficient.ndim else coefficient
 
 
+def noised(schedule: Schedule, x0: Tensor, t: Tensor, eps: Tensor) -> Tensor:
+    """`x_t = alpha_t x_0 + sigma_t eps`."""
+    alpha, sigma = (per_image(level, x0) for level in schedule(t))
+    return alpha * x0 + sigma * eps
+
+
 class Denoiser(nn.Module):
     """A network read as an estimate of x_0 and eps; ValueError if the parameterization has no meaning here."""
 
@@ -45,6 +51,11 @@ class Denoiser(nn.Module):
         self.network = network
         self.schedule = schedule
         self.parameterization = parameterization
+
+    @property
+    def learns_variance(self) -> bool:
+        """Whether the network has a head for the variance of a step."""
+        return bool(getattr(self.network, "learn_variance", False))
 
     def forward(self, x_t: Tensor, t: Tensor, y: Tensor | None = None) -> Prediction:
         """Estimate x_0 and eps from x_t [B, C, H, W] at times t in (0, 1], one for all or one an image.

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from diffusion_cli.denoiser import Denoise, per_image
+from diffusion_cli.denoiser import Denoise, noised
 from diffusion_cli.posterior import Variance, bound_term, normal_kl
 from diffusion_cli.probability_flow import Tolerances, angle, scale, solve, velocity
 from diffusion_cli.schedules import Discrete, Schedule
@@ -16,8 +16,8 @@ from diffusion_cli.schedules import Discrete, Schedule
 def prior_term(schedule: Schedule, x_0: Tensor) -> Tensor:
     """KL(q(x_1 | x_0) || N(0, I)) in bits per dimension, [B]: what the bound pays for not ending in pure noise."""
     alpha, sigma = schedule(torch.ones((), dtype=torch.float64))
-    zero = torch.zeros((), dtype=x_0.dtype)
-    kl = normal_kl(alpha * x_0, 2 * sigma.log().to(x_0), zero.to(x_0), zero.to(x_0))
+    zero = x_0.new_zeros(())
+    kl = normal_kl(alpha * x_0, 2 * sigma.log().to(x_0), zero, zero)
     return kl.flatten(1).mean(1) / math.log(2)
 
 
@@ -36,8 +36,7 @@ def bound_terms(
     """
     for entry in range(schedule.num_timesteps, 0, -1):
         t = torch.full((len(x_0),), entry / schedule.num_timesteps, dtype=torch.float64, device=x_0.device)
-        alpha, sigma = (per_image(level, x_0) for level in schedule(t))
-        x_t = alpha * x_0 + sigma * draw()
+        x_t = noised(schedule, x_0, t, draw())
         yield bound_term(schedule, denoise(x_t, t), x_0, x_t, t, variance, exact_cdf)
 
 

@@ -7,7 +7,7 @@ import torch
 from pydantic import PositiveFloat
 from torch import Tensor
 
-from diffusion_cli.denoiser import Denoiser, Prediction, per_image
+from diffusion_cli.denoiser import Denoiser, Prediction, noised, per_image
 from diffusion_cli.posterior import bound_term
 from diffusion_cli.schedules import Discrete, Schedule
 from diffusion_cli.times import Times
@@ -23,12 +23,6 @@ class Objective(ABC):
     @abstractmethod
     def check(self, denoiser: Denoiser, times: Times) -> None:
         """Raise ValueError if the denoiser cannot be trained by it at such times, or has a part left untrained."""
-
-
-def noised(schedule: Schedule, x0: Tensor, t: Tensor, eps: Tensor) -> Tensor:
-    """`x_t = alpha_t x_0 + sigma_t eps`."""
-    alpha, sigma = (per_image(level, x0) for level in schedule(t))
-    return alpha * x0 + sigma * eps
 
 
 def residual(
@@ -60,7 +54,7 @@ class Weighted(Objective):
         """Return w(t) float64 [B], for the squared error of x_0; None for 1 / c_out^2."""
 
     def check(self, denoiser: Denoiser, times: Times) -> None:
-        if _has_variance_head(denoiser):
+        if denoiser.learns_variance:
             raise ValueError(
                 "model.learn_variance=true: this objective does not train the variance; take objective=hybrid or "
                 "vlb, or model.learn_variance=false"
@@ -139,7 +133,7 @@ class VLB(Objective):
 
     def check(self, denoiser: Denoiser, times: Times) -> None:
         _check_bound(self, denoiser, times)
-        if _has_variance_head(denoiser) != (self.variance == "learned"):
+        if denoiser.learns_variance != (self.variance == "learned"):
             raise ValueError(
                 f"objective.variance={self.variance}: goes with model.learn_variance="
                 f"{str(self.variance == 'learned').lower()}; change one of them"
@@ -160,7 +154,7 @@ class Hybrid(Objective):
 
     def check(self, denoiser: Denoiser, times: Times) -> None:
         _check_bound(self, denoiser, times)
-        if not _has_variance_head(denoiser):
+        if not denoiser.learns_variance:
             raise ValueError(
                 "objective=hybrid: trains a variance; set model.learn_variance=true, or take simple"
             )
@@ -176,10 +170,6 @@ class Hybrid(Objective):
         )
         bound = bound_term(schedule, frozen, x0, x_t, t, "learned")
         return simple + self.vlb_weight * schedule.num_timesteps * bound
-
-
-def _has_variance_head(denoiser: Denoiser) -> bool:
-    return bool(getattr(denoiser.network, "learn_variance", False))
 
 
 def _check_bound(objective: Objective, denoiser: Denoiser, times: Times) -> None:

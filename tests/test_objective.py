@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from diffusion_cli import parameterizations as maps
 from diffusion_cli import schedules as processes
 from diffusion_cli.config import CONF, build
-from diffusion_cli.denoiser import Denoiser, Prediction, clip_x0
+from diffusion_cli.denoiser import Denoiser, Prediction, clip_x0, noised
 from diffusion_cli.likelihood import bound_terms, prior_term
-from diffusion_cli.objective import EDM, VLB, Hybrid, Likelihood, MinSNR, Simple, Target, noised
+from diffusion_cli.objective import EDM, VLB, Hybrid, Likelihood, MinSNR, Simple, Target
 from diffusion_cli.parameterizations import X0, Eps, Flow, Parameterization, Score, V
 from diffusion_cli.posterior import Variance, bound_term, discretised_log_likelihood
 from diffusion_cli.schedules import VP, Cosine, Linear

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from diffusion_cli.checkpoint import Model
-from diffusion_cli.data import Dataset
+from diffusion_cli.data import Dataset, Images
 from diffusion_cli.metrics.features import FeatureBatch, Features
 from diffusion_cli.metrics.real import RealImages
 
@@ -53,6 +53,14 @@ class Subject:
     clip: bool
     """Whether predicted images are kept in [-1, 1]."""
     precision: str
+
+    def batch(self, images: Images, rows: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Some of the images, and their labels if the model is told them, on the model's device."""
+        rows = rows.to(images.device)
+        labels = None
+        if self.model.num_classes is not None and images.labels is not None:
+            labels = images.labels[rows].to(self.device)
+        return images.gather(rows).to(self.device), labels
 
 
 class ModelMetric(ABC):

@@ -52,10 +52,7 @@ class Inversion(ModelMetric):
         errors, squares = 0.0, 0.0
         with tqdm(total=count, desc=self.name, unit="image", delay=1.0) as bar:
             for rows in torch.arange(count).split(subject.batch_size):
-                batch = images.gather(rows.to(images.device)).to(subject.device)
-                labels = None
-                if subject.model.num_classes is not None and images.labels is not None:
-                    labels = images.labels[rows.to(images.device)].to(subject.device)
+                batch, labels = subject.batch(images, rows)
                 denoise = partial(subject.model.denoiser, y=labels)
                 with autocast(subject.device, subject.precision):
                     (noise,) = deque(invert(schedule, denoise, normalised(batch), times), maxlen=1)

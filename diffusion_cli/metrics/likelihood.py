@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from diffusion_cli.checkpoint import whole_file
 from diffusion_cli.config import fingerprint
-from diffusion_cli.data import normalised
+from diffusion_cli.data import Images, normalised
 from diffusion_cli.denoiser import Denoise, Prediction, clip_x0
 from diffusion_cli.generate import SeededNoise
 from diffusion_cli.likelihood import bound_terms, flow_likelihood, prior_term
@@ -95,19 +95,15 @@ class PerImage(ModelMetric):
             return Finding(None, {}, {}, (note,))
         return self._collect(paths, settings)
 
-    def _do(self, subject: Subject, images: Any, rows: Tensor, path: Path, bar: Any) -> None:
-        model, device = subject.model, subject.device
-        batch = images.gather(rows.to(images.device)).to(device)
-        labels = None
-        if model.num_classes is not None and images.labels is not None:
-            labels = images.labels[rows.to(images.device)].to(device)
-        noise = SeededNoise([subject.seed + int(row) for row in rows], model.shape, device)
+    def _do(self, subject: Subject, images: Images, rows: Tensor, path: Path, bar: Any) -> None:
+        batch, labels = subject.batch(images, rows)
+        noise = SeededNoise([subject.seed + int(row) for row in rows], subject.model.shape, subject.device)
         end = bar.n + len(rows)
 
         def advance(share: float) -> None:
             bar.update(min(share * len(rows), end - bar.n))
 
-        with autocast(device, subject.precision):
+        with autocast(subject.device, subject.precision):
             columns = self.columns(subject, batch, labels, noise, advance)
         with whole_file(path) as temporary:
             temporary.write_text(json.dumps({name: value.tolist() for name, value in columns.items()}))
@@ -160,9 +156,7 @@ class VariationalBound(PerImage):
         schedule = subject.model.denoiser.schedule
         if not isinstance(schedule, Discrete):
             return f"{self.name}: the {type(schedule).__name__} schedule has no timesteps to sum over"
-        if self.variance == "learned" and not getattr(
-            subject.model.denoiser.network, "learn_variance", False
-        ):
+        if self.variance == "learned" and not subject.model.denoiser.learns_variance:
             raise ValueError(
                 "metric.bound.variance=learned: the model has no variance head; take small or large"
             )

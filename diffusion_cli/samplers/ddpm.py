@@ -32,7 +32,7 @@ class DDPM(Sampler):
         self.variance = variance
 
     def check(self, denoiser: Denoiser) -> None:
-        if self.variance == "learned" and not getattr(denoiser.network, "learn_variance", False):
+        if self.variance == "learned" and not denoiser.learns_variance:
             raise ValueError(
                 "sampler.variance=learned: the model has no variance head (model.learn_variance=false); "
                 "take small or large"

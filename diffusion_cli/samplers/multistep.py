@@ -1,5 +1,6 @@
 """Adams-Bashforth methods on eps: one network call a step, the steps before remembered."""
 
+from abc import abstractmethod
 from typing import Annotated, NamedTuple
 
 import numpy as np
@@ -10,7 +11,8 @@ from diffusion_cli.denoiser import Denoise
 from diffusion_cli.samplers.base import Draw, Sampler
 from diffusion_cli.schedules import NO_SIGNAL, Schedule, Spacing
 
-QUADRATURE = 32  # Gauss-Legendre nodes; exact for polynomials, and to rounding for them times exp
+# Gauss-Legendre on [-1, 1]: exact for polynomials, and to rounding for them times exp.
+NODES, SHARES = np.polynomial.legendre.leggauss(32)
 
 
 class Slope(NamedTuple):
@@ -35,17 +37,17 @@ class _AdamsBashforth(Sampler):
     def start(self, times: Tensor) -> tuple[Slope, ...]:
         return ()
 
+    @abstractmethod
     def place(self, ratio: float) -> float:
         """phi(r)."""
-        raise NotImplementedError
 
+    @abstractmethod
     def slope_of_ratio(self, places: np.ndarray) -> np.ndarray:
         """dr / dphi at values of phi."""
-        raise NotImplementedError
 
+    @abstractmethod
     def reaches(self, s: Tensor) -> bool:
         """Whether phi is finite at s."""
-        raise NotImplementedError
 
     def step(
         self, denoise: Denoise, x: Tensor, t: Tensor, s: Tensor, draw: Draw, state: tuple[Slope, ...]
@@ -66,9 +68,8 @@ class _AdamsBashforth(Sampler):
 
     def _weights(self, places: list[float], start: float, end: float) -> list[float]:
         """The integrals of Lagrange's polynomials through the places, from start to end."""
-        nodes, shares = np.polynomial.legendre.leggauss(QUADRATURE)
-        points = start + (nodes + 1) / 2 * (end - start)
-        measure = shares * (end - start) / 2 * self.slope_of_ratio(points)
+        points = start + (NODES + 1) / 2 * (end - start)
+        measure = SHARES * (end - start) / 2 * self.slope_of_ratio(points)
         return [
             float(
                 measure

@@ -376,6 +376,151 @@ def test_class_folders_become_labels(tmp_path):
     assert folder(tmp_path).class_names is None
 
 
+def write_labelled(path: Path, table: str | bytes, name: str = "labels.csv") -> Path:
+    """The images a/0.png, a/1.png and b.png, and a table of labels."""
+    for number, image in enumerate(("a/0.png", "a/1.png", "b.png")):
+        save(path / image, np.full((8, 8), number, np.uint8))
+    (path / name).write_bytes(table if isinstance(table, bytes) else table.encode())
+    return path
+
+
+@pytest.fixture(params=["folder", "zip"])
+def as_source(request, tmp_path):
+    """A folder as it is, or zipped: both must be the same dataset."""
+    return lambda path: path if request.param == "folder" else zipped(path, tmp_path / "source.zip")
+
+
+def test_a_table_gives_labels(tmp_path, as_source):
+    table = 'note, label ,file\r\n1,"red, dark",b.png\r\n\r\n2, blue , a/1.png\r\n,,\r\n3,blue,a/0.png\r\n'
+    source = as_source(write_labelled(tmp_path / "images", b"\xef\xbb\xbf" + table.encode()))
+    for labels in ("auto", "csv"):
+        dataset = folder(source, labels=labels)
+        assert dataset.class_names == ("blue", "red, dark")
+        images = dataset.load("train")
+        assert_close(images.labels, torch.tensor([0, 0, 1]))
+        assert labels_of(images).dtype == torch.int64
+    assert folder(source, labels="none").class_names is None
+
+
+@pytest.mark.parametrize(
+    ("labels", "names", "expected"),
+    [
+        (("10", "9", "-1"), ("-1", "9", "10"), [2, 1, 0]),
+        (("10", "9", "x"), ("10", "9", "x"), [0, 1, 2]),
+        (("07", "7", "6"), ("6", "07", "7"), [1, 2, 0]),
+        (("one", "one", "one"), ("one",), [0, 0, 0]),
+    ],
+)
+def test_classes_are_in_numeric_order_if_all_are_numbers(tmp_path, labels, names, expected):
+    table = "file,label\na/0.png,{}\na/1.png,{}\nb.png,{}\n".format(*labels)
+    dataset = folder(write_labelled(tmp_path, table))
+    assert dataset.class_names == names
+    assert_close(dataset.load("train").labels, torch.tensor(expected))
+
+
+@pytest.mark.parametrize(
+    ("place", "prefix"), [("", "outer/wrapped/"), ("outer/", "wrapped/"), ("outer/wrapped/", "")]
+)
+def test_a_table_lies_in_any_folder_that_holds_all_images(tmp_path, as_source, place, prefix):
+    table = "file,label\n" + "".join(f"{prefix}{name},{name}\n" for name in ("a/0.png", "a/1.png", "b.png"))
+    write_labelled(tmp_path / "images/outer/wrapped", table, "x")
+    (tmp_path / "images/outer/wrapped/x").rename(tmp_path / f"images/{place}labels.csv")
+    for below in ("a/labels.csv", "../labels.csv" if place == "" else "x.csv"):  # of these, none counts
+        (tmp_path / "images/outer/wrapped" / below).write_text("junk")
+    dataset = folder(as_source(tmp_path / "images"), labels="csv")
+    assert dataset.class_names == ("a/0.png", "a/1.png", "b.png")
+    assert_close(dataset.load("train").labels, torch.tensor([0, 1, 2]))
+
+
+def test_auto_takes_the_table_then_the_folders(tmp_path, as_source):
+    source = write_images(tmp_path / "images", 2)
+    table = source / "labels.csv"
+    assert folder(as_source(source)).class_names == ("a", "b")
+    table.write_text("file,label\na/0.png,second\nb/1.png,first\n")
+    dataset = folder(as_source(source))
+    assert dataset.class_names == ("first", "second")
+    assert_close(dataset.load("train").labels, torch.tensor([1, 0]))
+    assert folder(as_source(source), labels="folders").class_names == ("a", "b")
+    table.write_text("junk")
+    with pytest.raises(ValueError, match=r"labels\.csv needs a header"):
+        folder(as_source(source))
+    assert folder(as_source(source), labels="folders").class_names == ("a", "b")
+    assert folder(as_source(source), labels="none").class_names is None
+
+
+def test_labels_asked_for_must_be_there(tmp_path, as_source):
+    source = as_source(write_labelled(tmp_path / "images", "file,label\n", "other.csv"))
+    with pytest.raises(ValueError, match=r"^dataset\.labels=csv: there is no labels\.csv.*; write one"):
+        folder(source, labels="csv")
+    with pytest.raises(ValueError, match=r"^dataset\.labels=folders: .* two or more folders; sort"):
+        folder(source, labels="folders")
+    assert folder(source).class_names is None
+
+
+ROWS = "a/0.png,x\na/1.png,x\nb.png,y\n"
+
+
+@pytest.mark.parametrize(
+    ("table", "message"),
+    [
+        ("", "needs a header line .* begins with ''; write 'file,label'"),
+        (ROWS, r"needs a header line .* begins with 'a/0\.png,x'; write"),
+        ("file,class\n" + ROWS, "needs a header line .* begins with 'file,class'; write"),
+        ("file;label\na/0.png;x\n", "needs a header line .* begins with 'file;label'; write"),
+        ("file,label,label\n" + ROWS, "one column label, .*'file,label,label'; write"),
+        ("file,label\n", r"has no row for 'a/0\.png', 'a/1\.png', 'b\.png'; add"),
+        ("file,label\nb.png,y\n", r"has no row for 'a/0\.png', 'a/1\.png'; add"),
+        ("file,label\n" + ROWS + "c.png,x\n,x\n", r"finds no image for 'c\.png', ''; remove"),
+        (
+            "file,label\n" + ROWS.replace("/", "\\") + "1,x\n2,x\n3,x\n",
+            r"finds no image for 'a\\\\0\.png', 'a\\\\1\.png', '1' and 2 more; .* with /",
+        ),
+        ('file,label\n"c\n.png",x\n' + ROWS, r"finds no image for 'c\\n\.png'; remove"),
+        ("file,label\n" + ROWS + "b.png,y\n", r"has more than one row for 'b\.png'; keep"),
+        ("file,label\na/0.png, \na/1.png\nb.png,y\n", r"has no label for 'a/0\.png', 'a/1\.png'; fill"),
+        ("file,label\n" + ROWS.replace("y", "y,z"), r"more fields than its header in 'b\.png,y,z'; put"),
+        ('file,label\n"a/0.png,x\n', r"is no CSV \(line 2: .*\); repair"),
+        (
+            ("file,label\n" + ROWS.replace("y", "é")).encode("latin-1"),
+            r"is not UTF-8 \(line 4: .*\); save it",
+        ),
+        (b"\xef\xbb\xbf\n\n\n\xff", r"is not UTF-8 \(line 4: .*\); save it"),
+        (("file,label\n" + ROWS).encode("utf-16"), r"is not UTF-8 \(line 1: .*\); save it"),
+    ],
+)
+def test_a_table_that_does_not_match_the_images_is_refused(tmp_path, as_source, table, message):
+    source = as_source(write_labelled(tmp_path / "images", table))
+    for labels in ("auto", "csv"):
+        with pytest.raises(ValueError, match=rf"^dataset\.path=.*: labels\.csv .*{message}") as caught:
+            folder(source, labels=labels)
+        assert "\n" not in str(caught.value)
+    assert folder(source, labels="none").class_names is None
+
+
+def test_a_damaged_table_in_an_archive_is_refused(tmp_path):
+    archive = zipped(write_labelled(tmp_path / "images", "file,label\n" + ROWS), tmp_path / "x.zip")
+    archive.write_bytes(archive.read_bytes().replace(b"b.png,y", b"b.png,z"))
+    with pytest.raises(ValueError, match=r"x\.zip: labels\.csv cannot be read \(.*CRC.*\); repair"):
+        folder(archive)
+
+
+def test_labels_of_a_table_stay_with_their_images_in_both_splits(tmp_path, as_source):
+    for number in range(40):
+        save(tmp_path / f"images/{number}.png", np.full((8, 8), number, np.uint8))
+    rows = "".join(f"{number}.png,{number}\n" for number in reversed(range(40)))
+    (tmp_path / "images/labels.csv").write_text("file,label\n" + rows)
+    dataset = folder(as_source(tmp_path / "images"), held_out=0.5)
+    assert dataset.class_names == tuple(map(str, range(40)))
+    seen = []
+    for split in ("train", "held_out"):
+        images = dataset.load(split)
+        assert len(images) > 0
+        pixels = images.gather(torch.arange(len(images)))
+        assert_close(labels_of(images), pixels[:, 0, 0, 0].long())
+        seen += labels_of(images).tolist()
+    assert sorted(seen) == list(range(40))
+
+
 def test_what_systems_leave_behind_is_ignored(tmp_path):
     write_images(tmp_path, 2)
     for name in ("a/.DS_Store", "a/._0.png", "__MACOSX/a/0.png", ".cache/1.png", "a/notes.txt"):

@@ -15,6 +15,7 @@ from torch.utils.data import get_worker_info
 
 from diffusion_cli.data.base import Dataset, Images, Split, row_chunks, split_rows
 from diffusion_cli.data.decoding import FORMATS, Decoder
+from diffusion_cli.data.labels import class_labels
 from diffusion_cli.data.memory import MemoryImages, fits_in_memory
 from diffusion_cli.seeding import mix
 
@@ -24,13 +25,18 @@ SUFFIXES = tuple(suffix for suffixes in FORMATS.values() for suffix in suffixes)
 class Folder(Dataset):
     """All PNG, JPEG, WebP and TIFF files in a folder or ZIP archive, at any depth, as squares of one size.
 
-    Hidden files and `__MACOSX` are ignored. With labels "auto" the classes are the first-level folders (of
-    the deepest folder that holds all images), in alphabetical order, if all images lie in two or more of
-    them; otherwise there are no labels. Whether an image is held out is a hash of its name: it stays in its
+    Hidden files and `__MACOSX` are ignored. With labels "folders" the classes are the first-level folders
+    (of the deepest folder that holds all images), in alphabetical order; all images lie in two or more of
+    them. With "csv" they are the distinct labels in `labels.csv`, in numeric order if all are whole numbers,
+    else in alphabetical order. It is UTF-8 and has a header line with columns `file`, relative to its own
+    folder with `/`, and `label`, and one row an image. It lies at the top, or in another folder that holds
+    all images; of several, the topmost counts. "auto" is "csv" if there is such a file, else "folders" if
+    they give classes, else "none". Whether an image is held out is a hash of its name: it stays in its
     split when files are added or removed. See `Decoder` for how a file becomes pixels.
 
-    Raises FileNotFoundError or ValueError if `path` is missing, is no archive, or holds no image; `load` and
-    `Images.gather` raise ValueError naming the files that cannot be decoded.
+    Raises FileNotFoundError or ValueError if `path` is missing, is no archive, or holds no image, and
+    ValueError if the labels asked for are missing, or those in `labels.csv` do not match the images; `load`
+    and `Images.gather` raise ValueError naming the files that cannot be decoded.
     """
 
     def __init__(
@@ -40,7 +46,7 @@ class Folder(Dataset):
         path: str,
         resolution: PositiveInt,
         channels: Literal[1, 3],
-        labels: Literal["auto", "none"],
+        labels: Literal["auto", "folders", "csv", "none"],
         background: Literal["white", "black"],
         flip: bool,
         held_out: Annotated[float, Field(ge=0, lt=1)],
@@ -56,13 +62,9 @@ class Folder(Dataset):
         self.in_memory = in_memory
         self.num_workers = num_workers
         self.decoder = Decoder(resolution, channels, background)
-        self.files = image_files(self.path)
-        classes = class_folders(self.files) if labels == "auto" else None
-        self.class_names = None if classes is None else tuple(sorted(set(classes)))
-        self.labels = None
-        if classes is not None:
-            number = {name: label for label, name in enumerate(sorted(set(classes)))}
-            self.labels = torch.tensor([number[name] for name in classes])
+        names = file_names(self.path)
+        self.files = image_files(self.path, names)
+        self.class_names, self.labels = class_labels(self.path, names, self.files, labels)
 
     def load(self, split: Split) -> Images:
         mask = np.array([mix("held_out", name) < self.held_out * 2**63 for name in self.files])
@@ -152,17 +154,21 @@ class FileImages(Images):
         )
 
 
-def image_files(path: Path) -> list[str]:
-    """The names of all image files below a folder or in a ZIP archive, relative, with `/`, in sorted order.
+def file_names(path: Path) -> list[str]:
+    """The names of all files below a folder or in a ZIP archive, relative, with `/`.
 
     Raises FileNotFoundError or ValueError as `Folder`.
     """
     if not path.exists():
         raise FileNotFoundError(f"dataset.path={path}: does not exist; give a folder or .zip of images")
     try:
-        names = folder_names(path) if path.is_dir() else archive_names(path)
+        return list(folder_names(path)) if path.is_dir() else archive_names(path)
     except BadZipFile as error:
         raise ValueError(f"dataset.path={path}: is neither a folder nor a readable .zip ({error})") from error
+
+
+def image_files(path: Path, names: list[str]) -> list[str]:
+    """Those of the names that are images, in sorted order; raises ValueError if there are none."""
     images = sorted(name for name in names if is_image(PurePosixPath(name)))
     if not images:
         raise ValueError(f"dataset.path={path}: holds no image; wanted are {' '.join(SUFFIXES)}")
@@ -184,13 +190,3 @@ def is_image(name: PurePosixPath) -> bool:
     """Whether the name is that of an image, and not of the hidden files that systems leave beside them."""
     hidden = any(part.startswith(".") or part == "__MACOSX" for part in name.parts)
     return name.suffix.lower() in SUFFIXES and not hidden
-
-
-def class_folders(files: list[str]) -> list[str] | None:
-    """For every file its class folder, or None unless all files lie in two or more."""
-    folders = [PurePosixPath(file).parts[:-1] for file in files]
-    levels = enumerate(zip(*folders, strict=False))
-    depth = next((depth for depth, level in levels if len(set(level)) > 1), min(map(len, folders)))
-    if any(len(folder) == depth for folder in folders):
-        return None
-    return [folder[depth] for folder in folders]

@@ -1,0 +1,150 @@
+"""The classes of the images in a folder or ZIP archive: those of its `labels.csv`, or its folders."""
+
+import csv
+from collections import Counter
+from io import StringIO
+from pathlib import Path, PurePosixPath
+from typing import Literal
+from zipfile import ZipFile
+
+import torch
+from torch import Tensor
+
+LABELS_CSV = "labels.csv"
+
+
+def class_labels(
+    path: Path, names: list[str], images: list[str], labels: Literal["auto", "folders", "csv", "none"]
+) -> tuple[tuple[str, ...], Tensor] | tuple[None, None]:
+    """The names of the classes, and the class of each of `images`, int64 [N]; or two None without classes.
+
+    `names` are all files below `path`. Raises ValueError if there are no classes where `labels` asks for
+    "csv" or "folders", or if the `labels.csv` to be used is not as `csv_rows` and `csv_classes` want it.
+    """
+    if labels == "none":
+        return None, None
+    table = None if labels == "folders" else find_csv(names, images)
+    if table is not None:
+        try:
+            classes = csv_classes(csv_rows(read(path, table)), table, images)
+        except ValueError as error:
+            raise ValueError(f"dataset.path={path}: {table} {error}") from error
+        return numbered(classes, in_order(set(classes)))
+    if labels == "csv":
+        raise ValueError(
+            f"dataset.labels=csv: there is no {LABELS_CSV} at the top of {path}; "
+            "write one with the columns file and label, or set folders or none"
+        )
+    classes = class_folders(images)
+    if classes is not None:
+        return numbered(classes, sorted(set(classes)))
+    if labels == "folders":
+        raise ValueError(
+            f"dataset.labels=folders: the images of {path} do not all lie in two or more folders; "
+            "sort them into one folder a class, or set csv or none"
+        )
+    return None, None
+
+
+def numbered(classes: list[str], order: list[str]) -> tuple[tuple[str, ...], Tensor]:
+    number = {name: label for label, name in enumerate(order)}
+    return tuple(order), torch.tensor([number[name] for name in classes])
+
+
+def in_order(names: set[str]) -> list[str]:
+    """In numeric order if all are whole numbers, else in alphabetical order."""
+    try:
+        return sorted(names, key=lambda name: (int(name), name))
+    except ValueError:
+        return sorted(names)
+
+
+def class_folders(images: list[str]) -> list[str] | None:
+    """For every image its class folder, or None unless all images lie in two or more."""
+    folders = [PurePosixPath(image).parts[:-1] for image in images]
+    depth = common_depth(folders)
+    if any(len(folder) == depth for folder in folders):
+        return None
+    return [folder[depth] for folder in folders]
+
+
+def common_depth(folders: list[tuple[str, ...]]) -> int:
+    """How many levels of folders all have in common."""
+    levels = enumerate(zip(*folders, strict=False))
+    return next((depth for depth, level in levels if len(set(level)) > 1), min(map(len, folders)))
+
+
+def find_csv(names: list[str], images: list[str]) -> str | None:
+    """The name of the topmost `labels.csv` in a folder that holds all images, or None without one."""
+    folders = [PurePosixPath(image).parts[:-1] for image in images]
+    levels = range(common_depth(folders) + 1)
+    places = [str(PurePosixPath(*folders[0][:depth], LABELS_CSV)) for depth in levels]
+    return next((place for place in places if place in names), None)
+
+
+def read(path: Path, name: str) -> bytes:
+    """The content of one file in a folder or ZIP archive."""
+    try:
+        if path.is_dir():
+            return (path / name).read_bytes()
+        with ZipFile(path) as archive:
+            return archive.read(name)
+    except Exception as error:  # damaged, encrypted and exotic archives fail with errors of many types
+        why = " ".join(str(error).split()) or type(error).__name__
+        raise ValueError(f"cannot be read ({why}); repair or remove it") from error
+
+
+def csv_rows(data: bytes) -> list[tuple[str, str]]:
+    """The columns `file` and `label` of a CSV file, without surrounding blanks; empty lines are skipped.
+
+    Raises ValueError if it is not UTF-8 (with or without a byte-order mark), is no CSV, lacks a header
+    line with each of the two columns once, or has rows longer than the header.
+    """
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = error.object.count(b"\n", 0, error.start) + 1
+        raise ValueError(f"is not UTF-8 (line {line}: {error.reason}); save it as UTF-8") from error
+    reader = csv.reader(StringIO(text, newline=""), skipinitialspace=True, strict=True)
+    try:
+        fields = [[field.strip() for field in row] for row in reader]
+    except csv.Error as error:
+        raise ValueError(f"is no CSV (line {reader.line_num}: {error}); repair it") from error
+    header, *rows = [row for row in fields if any(row)] or [[]]
+    if not header.count("file") == header.count("label") == 1:
+        raise ValueError(
+            f"needs a header line with one column file and one column label, and begins with "
+            f"{','.join(header)[:80]!r}; write 'file,label' there, or set dataset.labels=folders or none"
+        )
+    long = [",".join(row)[:80] for row in rows if any(row[len(header) :])]
+    if long:
+        raise ValueError(f'has more fields than its header in {examples(long)}; put "..." around commas')
+    padded = [row + [""] * len(header) for row in rows]
+    return [(row[header.index("file")], row[header.index("label")]) for row in padded]
+
+
+def csv_classes(rows: list[tuple[str, str]], table: str, images: list[str]) -> list[str]:
+    """For every image the label in its row of the file `table`, relative to which rows name the images.
+
+    Raises ValueError unless the rows name every image once, nothing else, and give each a label.
+    """
+    files = [image.removeprefix(table.removesuffix(LABELS_CSV)) for image in images]
+    known = set(files)
+    label_of = dict(rows)
+    if unknown := [file for file, _ in rows if file not in known]:
+        raise ValueError(
+            f"finds no image for {examples(unknown)}; remove these rows, or name images "
+            f"as seen from the folder of {LABELS_CSV}, with /"
+        )
+    if repeated := [file for file, count in Counter(file for file, _ in rows).items() if count > 1]:
+        raise ValueError(f"has more than one row for {examples(repeated)}; keep one row an image")
+    if empty := [file for file, label in rows if not label]:
+        raise ValueError(f"has no label for {examples(empty)}; fill in the column label")
+    if missing := [file for file in files if file not in label_of]:
+        raise ValueError(f"has no row for {examples(missing)}; add rows for them, or remove the images")
+    return [label_of[file] for file in files]
+
+
+def examples(names: list[str]) -> str:
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return ", ".join(map(repr, names[:3])) + more

@@ -1,7 +1,7 @@
 """Checkpoints and the run folders they lie in: written whole or not at all, read without running code.
 
 A checkpoint is Lightning's, with a plain `diffuse` entry that says how to build the model again:
-`{"format": 1, "config": {...}, "shape": [C, H, W], "num_classes": K | None, "class_names": [...] | None}`.
+`{"format": 2, "task": ..., "config": {...}, "shape": [C, H, W], "num_classes": K | None, "class_names": [...] | None}`.
 """
 
 import contextlib
@@ -11,30 +11,48 @@ import pickle
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor
 
 from diffusion_cli.config import build, check_node
-from diffusion_cli.denoiser import Denoiser
+from diffusion_cli.denoiser import Denoiser, NoiseConditioned, NoisyClassifier
 
-FORMAT = 1
+FORMAT = 2
 LAST = Path("checkpoints", "last.ckpt")
 
 
 @dataclass(frozen=True)
-class Model:
-    """A trained denoiser, and what is known of where it came from."""
+class Origin:
+    """Where trained weights come from."""
 
-    denoiser: Denoiser
     shape: tuple[int, int, int]
-    num_classes: int | None
-    """Number of classes that the network is conditioned on, or None."""
+    class_names: tuple[str, ...] | None
+    """Of the data, in the order of the labels, or None without classes."""
     config: dict[str, Any]
     step: int
     digest: str
     """SHA-256 of the weights."""
+
+
+@dataclass(frozen=True)
+class Model(Origin):
+    """A trained denoiser."""
+
+    denoiser: Denoiser
+
+    @property
+    def num_classes(self) -> int | None:
+        """Number of classes that the network is conditioned on, or None."""
+        return self.denoiser.num_classes
+
+
+@dataclass(frozen=True)
+class Classifier(Origin):
+    """A trained classifier of noised images."""
+
+    classifier: NoisyClassifier
 
 
 @contextlib.contextmanager
@@ -66,50 +84,93 @@ def read(path: Path) -> dict[str, Any]:
     return checkpoint
 
 
-def find_run(run: str | None, output_dir: str) -> Path:
-    """The folder of a run by path or name, or the newest under `output_dir`; ValueError if there is none."""
+def find_run(run: str | None, output_dir: str, key: str = "run") -> Path:
+    """The folder of a run by path or name, or that of the newest denoiser under `output_dir`.
+
+    Raises ValueError, about the option called `key`, if there is none.
+    """
     root = Path(output_dir)
     runs = sorted((file for file in root.glob(f"*/{LAST}")), key=lambda file: file.stat().st_mtime)
     if run is None:
-        if not runs:
-            raise ValueError(f"output_dir={output_dir}: holds no run; make one with: diffuse train")
-        return runs[-1].parent.parent
+        for last in reversed(runs):
+            if read(last)["diffuse"]["task"] == Denoiser.task:
+                return last.parent.parent
+        raise ValueError(f"output_dir={output_dir}: holds no run; make one with: diffuse train")
     for folder in (Path(run), root / run):
         if (folder / LAST).is_file():
             return folder
     known = ", ".join(file.parent.parent.name for file in reversed(runs[-5:])) or "none"
-    raise ValueError(f"run={run}: holds no {LAST}; the newest runs in {output_dir} are: {known}")
+    raise ValueError(f"{key}={run}: holds no {LAST}; the newest runs in {output_dir} are: {known}")
 
 
-def load_model(run: Path, weights: Literal["ema", "raw"], device: torch.device) -> Model:
-    """Build the model of a run again from its newest checkpoint, in evaluation mode."""
+def load_model(
+    run: Path, weights: Literal["ema", "raw"], device: torch.device, step: int | None = None
+) -> Model:
+    """Build the denoiser of a run again from its newest checkpoint, or that of a step, in evaluation mode."""
+    checkpoint, origin = _origin(run, step, weights, Denoiser.task)
+    return Model(**origin, denoiser=_restored(Denoiser, checkpoint, weights, device))
+
+
+def load_classifier(run: Path, device: torch.device) -> Classifier:
+    """Build the classifier of a run again, with its averaged weights, in evaluation mode."""
+    checkpoint, origin = _origin(run, None, "ema", NoisyClassifier.task)
+    return Classifier(**origin, classifier=_restored(NoisyClassifier, checkpoint, "ema", device))
+
+
+def _origin(
+    run: Path, step: int | None, weights: Literal["ema", "raw"], task: str
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """A checkpoint of a run, checked to be of the task, and what is known of it."""
     path = run / LAST
+    if step is not None:
+        path = path.with_name(numbered(step))
+        if not path.is_file():
+            kept = ", ".join(str(int(file.stem[5:])) for file in sorted(path.parent.glob("step_*.ckpt")))
+            raise ValueError(f"step={step}: {run} keeps no such checkpoint; it has those of steps {kept}")
     checkpoint = read(path)
     about = checkpoint["diffuse"]
-    config = about["config"]
+    if about["task"] != task:
+        raise ValueError(f"{run}: was trained with task={about['task']}; give a run of task={task}")
     mistakes = [
-        line for key in ("schedule", "parameterization", "model") for line in check_node(key, config[key])
+        line
+        for key in ("schedule", "parameterization", "model")
+        for line in check_node(key, about["config"][key])
     ]
     if mistakes:
         raise ValueError(f"{path}: was made by another version of diffuse: {'; '.join(mistakes)}")
-    channels, size, _ = about["shape"]
+    names = about["class_names"]
+    return checkpoint, {
+        "shape": tuple(about["shape"]),
+        "class_names": None if names is None else tuple(names),
+        "config": about["config"],
+        "step": checkpoint["global_step"],
+        "digest": digest(_network_state(checkpoint, weights)),
+    }
+
+
+Kind = TypeVar("Kind", bound=NoiseConditioned)
+
+
+def _restored(
+    kind: type[Kind], checkpoint: Mapping[str, Any], weights: Literal["ema", "raw"], device: torch.device
+) -> Kind:
+    about = checkpoint["diffuse"]
+    config, (channels, size, _) = about["config"], about["shape"]
     network = build(config["model"], channels, size, about["num_classes"])
-    denoiser = Denoiser(network, build(config["schedule"]), build(config["parameterization"]))
     network.load_state_dict(_network_state(checkpoint, weights))
-    return Model(
-        denoiser.to(device).eval().requires_grad_(False),
-        tuple(about["shape"]),
-        getattr(network, "num_classes", None),
-        config,
-        checkpoint["global_step"],
-        digest(network.state_dict()),
-    )
+    model = kind(network, build(config["schedule"]), build(config["parameterization"]))
+    return model.to(device).eval().requires_grad_(False)
+
+
+def numbered(step: int) -> str:
+    """The name of the checkpoint of a step."""
+    return f"step_{step:08d}.ckpt"
 
 
 def _network_state(checkpoint: Mapping[str, Any], weights: Literal["ema", "raw"]) -> dict[str, Tensor]:
     if weights == "ema":
         return checkpoint["callbacks"]["EMA"]["network"]
-    prefix = "denoiser.network."
+    prefix = "model.network."
     state = checkpoint["state_dict"]
     return {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
 

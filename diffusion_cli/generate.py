@@ -2,14 +2,14 @@
 
 from collections import deque
 from collections.abc import Iterator, Sequence
-from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from diffusion_cli.checkpoint import Model
-from diffusion_cli.denoiser import Denoise, Prediction, clip_x0
+from diffusion_cli.denoiser import Denoise, Denoiser, clip_x0
+from diffusion_cli.guidance import Guidance
 from diffusion_cli.precision import autocast
 from diffusion_cli.samplers import Sampler, integrate
 
@@ -35,19 +35,12 @@ def sample(
     seeds: Sequence[int],
     shape: Sequence[int],
     device: torch.device,
-) -> tuple[Tensor, int]:
-    """Images of the given seeds, float32 [B, C, H, W], around [-1, 1], and the number of network calls for them."""
-    calls = 0
-
-    def counted(x_t: Tensor, t: Tensor) -> Prediction:
-        nonlocal calls
-        calls += 1
-        return denoise(x_t, t)
-
+) -> Tensor:
+    """Images of the given seeds, float32 [B, C, H, W], around [-1, 1]."""
     noise = SeededNoise(seeds, shape, device)
     x = sampler.schedule.prior_std(times[0]) * noise.draw()
-    (x,) = deque(integrate(sampler, counted, x, times, noise.draw), maxlen=1)
-    return x, calls
+    (x,) = deque(integrate(sampler, denoise, x, times, noise.draw), maxlen=1)
+    return x
 
 
 def to_bytes(images: Tensor) -> Tensor:
@@ -55,9 +48,31 @@ def to_bytes(images: Tensor) -> Tensor:
     return images.float().add(1).mul(127.5).clamp(0, 255).round().to(torch.uint8)
 
 
-def labels_of(seeds: Sequence[int], num_classes: int | None, device: torch.device) -> Tensor | None:
-    """The classes in turn for a class-conditional model, int64 [B]: seed n gets class n mod K."""
-    return None if num_classes is None else torch.tensor(seeds, device=device) % num_classes
+def all_labels(denoiser: Denoiser) -> list[int] | None:
+    """Every class that a denoiser knows, or None if it knows none."""
+    return None if denoiser.num_classes is None else list(range(denoiser.num_classes))
+
+
+def labels_of(seeds: Sequence[int], labels: Sequence[int] | None, device: torch.device) -> Tensor | None:
+    """The labels in turn, int64 [B]: seed n gets number n mod K of these K; None for None."""
+    if labels is None:
+        return None
+    return torch.tensor([labels[seed % len(labels)] for seed in seeds], device=device)
+
+
+class Calls:
+    """Counts the network calls that each image of a batch takes: those of the denoiser and of its guide."""
+
+    def __init__(self, denoisers: Sequence[Denoiser]) -> None:
+        self.denoisers = denoisers
+        self.before = self._evaluations()
+
+    def _evaluations(self) -> int:
+        return sum(denoiser.evaluations for denoiser in self.denoisers)
+
+    def each(self, batch_size: int) -> int:
+        """The calls since the start, an image of the batch."""
+        return (self._evaluations() - self.before) // batch_size
 
 
 class Generated(NamedTuple):
@@ -80,19 +95,22 @@ def generate(
     seeds: Sequence[int],
     batch_size: int,
     *,
+    guidance: Guidance,
+    labels: Sequence[int] | None,
     clip: bool,
     precision: str,
 ) -> Iterator[Generated]:
-    """Yield the images of the seeds in order, `batch_size` at a time."""
+    """Yield the images of the seeds in order, `batch_size` at a time, the `labels` in turn."""
     device = next(model.denoiser.parameters()).device
     batch_size = 1 if sampler.one_by_one else batch_size
     times = sampler.grid(steps)
     for first in range(0, len(seeds), batch_size):
         batch = list(seeds[first : first + batch_size])
-        labels = labels_of(batch, model.num_classes, device)
-        denoise: Denoise = partial(model.denoiser, y=labels)
+        y = labels_of(batch, labels, device)
+        denoise = guidance(model.denoiser, y)
         if clip:
             denoise = clip_x0(denoise, model.denoiser.schedule)
+        calls = Calls([model.denoiser, *guidance.denoisers()])
         with autocast(device, precision):
-            images, calls = sample(denoise, sampler, times, batch, model.shape, device)
-        yield Generated(batch, to_bytes(images), labels, calls)
+            images = sample(denoise, sampler, times, batch, model.shape, device)
+        yield Generated(batch, to_bytes(images), y, calls.each(len(batch)))

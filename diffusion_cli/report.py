@@ -1,6 +1,7 @@
 """Pictures of results."""
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -16,16 +17,20 @@ def grid(images: Tensor, columns: int | None = None) -> Tensor:
 
     Small images are enlarged by a whole factor to at least 32 pixels, each pixel a square.
     """
-    count = len(images)
-    columns = columns or math.ceil(math.sqrt(count))
-    rows = math.ceil(count / columns)
-    scale = max(1, 32 // images.shape[-1])
-    images = images.repeat_interleave(scale, 2).repeat_interleave(scale, 3)
-    blank = images.new_full((rows * columns - count, *images.shape[1:]), 255)
-    framed = F.pad(torch.cat([images, blank]), (1, 1, 1, 1), value=255)
-    _, channels, height, width = framed.shape
-    cells = framed.view(rows, columns, channels, height, width).permute(2, 0, 3, 1, 4)
-    return cells.reshape(channels, rows * height, columns * width)
+    columns = columns or math.ceil(math.sqrt(len(images)))
+    return rows(images.split(columns))
+
+
+def rows(images: Sequence[Tensor]) -> Tensor:
+    """Lay out uint8 images in rows of unlike lengths, each [n, C, H, W], as `grid` does."""
+    columns = max(map(len, images))
+    blanks = [row.new_full((columns - len(row), *row.shape[1:]), 255) for row in images]
+    cells = torch.stack([torch.cat(pair) for pair in zip(images, blanks, strict=True)])
+    scale = max(1, 32 // cells.shape[-1])
+    cells = cells.repeat_interleave(scale, 3).repeat_interleave(scale, 4)
+    framed = F.pad(cells, (1, 1, 1, 1), value=255)
+    lines, columns, channels, height, width = framed.shape
+    return framed.permute(2, 0, 3, 1, 4).reshape(channels, lines * height, columns * width)
 
 
 def save_png(image: Tensor, path: Path) -> None:
@@ -38,3 +43,8 @@ def save_png(image: Tensor, path: Path) -> None:
 def save_grid(images: Tensor, path: Path, columns: int | None = None) -> None:
     """Write uint8 images [N, C, H, W] as one PNG."""
     save_png(grid(images.cpu(), columns), path)
+
+
+def save_rows(images: Sequence[Tensor], path: Path) -> None:
+    """Write rows of uint8 images, each [n, C, H, W], as one PNG."""
+    save_png(rows([row.cpu() for row in images]), path)

@@ -36,7 +36,7 @@ from diffusion_cli.samplers import DDIM, Sampler
 from diffusion_cli.schedules import Linear
 from diffusion_cli.seeding import mix
 from diffusion_cli.training.ema import EMA
-from diffusion_cli.training.module import DiffusionModule
+from diffusion_cli.training.module import TrainingModule
 
 Row = tuple[str, float, float, str]
 
@@ -107,13 +107,13 @@ class Clock:
 
     def __init__(self) -> None:
         self.starts: list[float] = []
-        original = DiffusionModule.training_step
+        original = TrainingModule.training_step
 
-        def stamped(module: DiffusionModule, batch: object, index: int) -> Tensor:
+        def stamped(module: TrainingModule, batch: object, index: int) -> Tensor:
             self.starts.append(time.perf_counter())
             return original(module, batch, index)  # pyright: ignore[reportArgumentType]
 
-        DiffusionModule.training_step = stamped  # pyright: ignore[reportAttributeAccessIssue]
+        TrainingModule.training_step = stamped  # pyright: ignore[reportAttributeAccessIssue]
 
     def period(self) -> float:
         """The median time from one start to the next, and a new start."""
@@ -139,7 +139,10 @@ def loop(rounds: int, device: torch.device) -> Iterator[Row]:
 
     def bare() -> float:
         network = build(checked.model, 1, 8, None).to(device)
-        denoiser, objective = Denoiser(network, build(checked.schedule), Eps()), Simple(huber_delta=None)
+        denoiser, objective = (
+            Denoiser(network, build(checked.schedule), Eps()),
+            Simple(huber_delta=None, label_dropout=0.0),
+        )
         ema = EMA(network, 0.999, warm_up=True)
         optimizer = optimizer_config.optimizer(network.parameters())
         scheduler = optimizer_config.scheduler(optimizer)
@@ -165,11 +168,12 @@ def sampling(rounds: int, device: torch.device) -> Iterator[Row]:
     """`diffuse sample` of 16 images in 50 steps, PNGs and all, and its network calls alone."""
     from diffusion_cli.checkpoint import Model
     from diffusion_cli.generate import generate
+    from diffusion_cli.guidance import Unguided
     from diffusion_cli.report import save_png
 
     network = build(_option("model", "unet_cifar10"), 3, 32, None).to(device).eval().requires_grad_(False)
     schedule = Linear(num_timesteps=1000, beta_start=1e-4, beta_end=0.02, zero_terminal_snr=False)
-    model = Model(Denoiser(network, schedule, Eps()), (3, 32, 32), None, {}, 0, "")
+    model = Model((3, 32, 32), None, {}, 0, "", Denoiser(network, schedule, Eps()))
     sampler, x, t = (
         DDIM(schedule, eta=0.0, spacing="trailing"),
         torch.randn(16, 3, 32, 32),
@@ -180,7 +184,15 @@ def sampling(rounds: int, device: torch.device) -> Iterator[Row]:
     def ours() -> None:
         with tempfile.TemporaryDirectory() as folder:
             for seeds, images, _, _ in generate(
-                model, sampler, 50, range(16), 16, clip=True, precision="fp32"
+                model,
+                sampler,
+                50,
+                range(16),
+                16,
+                guidance=Unguided(),
+                labels=None,
+                clip=True,
+                precision="fp32",
             ):
                 for seed, image in zip(seeds, images, strict=True):
                     save_png(image, sample_command.image_path(Path(folder), seed))
@@ -198,12 +210,13 @@ def samplers(rounds: int, device: torch.device) -> Iterator[Row]:
     """Sampling 16 images in 5 steps with each sampler, PNGs and all, and the time within its network calls."""
     from diffusion_cli.checkpoint import Model
     from diffusion_cli.generate import generate
+    from diffusion_cli.guidance import Unguided
     from diffusion_cli.report import save_png
 
     network = build(_option("model", "unet_cifar10"), 3, 32, None).to(device).eval().requires_grad_(False)
     schedule = Linear(num_timesteps=1000, beta_start=1e-4, beta_end=0.02, zero_terminal_snr=False)
     clock = _NetworkClock(network, device)
-    model = Model(Denoiser(clock, schedule, Eps()), (3, 32, 32), None, {}, 0, "")
+    model = Model((3, 32, 32), None, {}, 0, "", Denoiser(clock, schedule, Eps()))
     for name in config.options("sampler"):
         node = _option("sampler", name) | ({"rtol": 0.1, "atol": 0.1} if name == "ode" else {})
         sampler = build(node, schedule)
@@ -211,7 +224,17 @@ def samplers(rounds: int, device: torch.device) -> Iterator[Row]:
         def run(sampler: Sampler = sampler) -> None:
             clock.seconds = 0.0
             with tempfile.TemporaryDirectory() as folder:
-                for batch in generate(model, sampler, 5, range(16), 16, clip=True, precision="fp32"):
+                for batch in generate(
+                    model,
+                    sampler,
+                    5,
+                    range(16),
+                    16,
+                    guidance=Unguided(),
+                    labels=None,
+                    clip=True,
+                    precision="fp32",
+                ):
                     for seed, image in zip(batch.seeds, batch.images, strict=True):
                         save_png(image, sample_command.image_path(Path(folder), seed))
 
@@ -258,7 +281,9 @@ def step(rounds: int, device: torch.device) -> Iterator[Row]:
         def run() -> None:
             with autocast(device, precision):
                 u, eps = torch.rand(8, device=device), torch.randn_like(x0)
-                loss = Simple(huber_delta=None)(denoiser, x0, None, denoiser.schedule.time(u), eps).mean()
+                loss = Simple(huber_delta=None, label_dropout=0.0)(
+                    denoiser, x0, None, denoiser.schedule.time(u), eps
+                ).mean()
             optimizer.zero_grad()
             loss.backward()
             nn.utils.clip_grad_norm_(network.parameters(), 1.0)

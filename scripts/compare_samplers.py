@@ -21,7 +21,8 @@ from torch import Tensor
 from diffusion_cli.checkpoint import Model, load_model, whole_file
 from diffusion_cli.config import CONF, build, summary
 from diffusion_cli.denoiser import Prediction
-from diffusion_cli.generate import generate
+from diffusion_cli.generate import all_labels, generate
+from diffusion_cli.guidance import Unguided
 from diffusion_cli.metrics import FrechetDistance, evaluate
 from diffusion_cli.samplers import Sampler, integrate
 
@@ -60,8 +61,9 @@ def measure(
     def samples() -> Iterator[tuple[Tensor, Tensor | None]]:
         nonlocal calls
         for batch in generate(
-            model, sampler, steps, range(arguments.num_samples), 500, clip=True, precision=arguments.precision
-        ):
+            model, sampler, steps, range(arguments.num_samples), 500, guidance=Unguided(),
+            labels=all_labels(model.denoiser), clip=True, precision=arguments.precision,
+        ):  # fmt: skip
             calls = max(calls, batch.calls)
             yield batch.images, batch.labels
 

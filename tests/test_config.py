@@ -47,7 +47,7 @@ def test_every_option_names_every_argument_of_a_class_of_ours_and_says_what_it_i
 @pytest.mark.parametrize("command", COMMANDS)
 def test_the_schema_has_the_keys_of_the_yaml(command):
     written = set(yaml.safe_load((CONF / f"{command}.yaml").read_text())) - {"defaults"}
-    groups = set(config.defaults(command)) - {"experiment"}
+    groups = set(config.defaults(command)) - {"experiment", "task"}
     assert written | groups == set(COMMANDS[command].model_fields)
 
 
@@ -56,7 +56,7 @@ def test_every_option_composes_into_a_valid_configuration(file):
     group, option = file.parent.name, file.stem
     for command in COMMANDS:
         if group in config.defaults(command):
-            extra = ["dataset.path=x"] if option in ("folder", "array") else []
+            extra = [f"{key}=x" for key, value, _ in config.documented(file, group) if value == "???"]
             load(command, [f"{group}={option}", *extra])
 
 
@@ -77,6 +77,11 @@ def test_a_list_of_options_composes():
         (["experiment=ddpm_cifar10"], "cifar10-linear-ddpm_cifar10"),
         (["dataset=folder", "dataset.path=/a/b c.zip"], "folder-cosine-path_b_c.zip"),
         (["name=mine"], "mine"),
+        (["task=classifier"], "digits-cosine-classifier"),
+        (
+            ["dataset=cifar10", "task=classifier", "model=classifier_cifar10"],
+            "cifar10-cosine-classifier-classifier_cifar10",
+        ),
     ],
 )
 def test_the_name_of_a_run_follows_from_what_is_trained(words, name):
@@ -114,14 +119,14 @@ def test_sweeps_are_checked_value_by_value():
 
 PACKAGE = config.HERE
 ORDER = [
-    "precision seeding schedules", "config", "parameterizations data times", "denoiser networks",
+    "precision seeding schedules", "config", "parameterizations data times", "denoiser networks", "guidance",
     "posterior probability_flow", "objective samplers likelihood checkpoint",
     "metrics generate report", "training", "commands", "cli",
 ]  # fmt: skip
 LEVEL = {name: level for level, names in enumerate(ORDER) for name in names.split()}
 MATHEMATICS = [
     "schedules", "parameterizations", "times", "denoiser", "posterior", "probability_flow", "objective", "samplers",
-    "likelihood", "networks",
+    "likelihood", "networks", "guidance",
 ]  # fmt: skip
 
 

@@ -11,6 +11,7 @@ from diffusion_cli.checkpoint import Model
 from diffusion_cli.cli import run
 from diffusion_cli.denoiser import Denoiser
 from diffusion_cli.generate import SeededNoise, generate, to_bytes
+from diffusion_cli.guidance import Unguided
 from diffusion_cli.networks import UNet
 from diffusion_cli.parameterizations import Eps
 from diffusion_cli.report import grid
@@ -48,7 +49,7 @@ def model(schedules):
     for parameter in network.parameters():
         torch.nn.init.normal_(parameter, std=0.2)
     denoiser = Denoiser(network, schedules["cosine"], Eps()).eval()
-    return Model(denoiser, (1, 8, 8), 3, {}, 0, "")
+    return Model((1, 8, 8), ("a", "b", "c"), {}, 0, "", denoiser)
 
 
 @pytest.mark.parametrize("kind", ["ddim", "ddpm"])
@@ -61,7 +62,17 @@ def test_an_image_does_not_depend_on_its_batch(model, kind):
     )
 
     def images(seeds, batch_size):
-        batches = generate(model, sampler, 6, seeds, batch_size, clip=True, precision="fp32")
+        batches = generate(
+            model,
+            sampler,
+            6,
+            seeds,
+            batch_size,
+            guidance=Unguided(None),
+            labels=[0, 1, 2],
+            clip=True,
+            precision="fp32",
+        )
         return {seed: image for part, out, _, _ in batches for seed, image in zip(part, out, strict=True)}
 
     together, alone, others = images(range(10), 10), images(range(10), 1), images([7, 3, 100], 2)
@@ -74,7 +85,19 @@ def test_an_image_does_not_depend_on_its_batch(model, kind):
 
 def test_labels_go_round_and_matter(model):
     sampler = DDIM(model.denoiser.schedule, eta=0.0, spacing="trailing")
-    parts = list(generate(model, sampler, 3, range(5), 3, clip=True, precision="fp32"))
+    parts = list(
+        generate(
+            model,
+            sampler,
+            3,
+            range(5),
+            3,
+            guidance=Unguided(None),
+            labels=[0, 1, 2],
+            clip=True,
+            precision="fp32",
+        )
+    )
     given = [label for _, _, labels, _ in parts if labels is not None for label in labels.tolist()]
     assert given == [0, 1, 2, 0, 1]
     x, t = torch.randn(1, 1, 8, 8), torch.tensor(0.5, dtype=torch.float64)
@@ -160,7 +183,7 @@ def test_a_folder_of_someone_else_is_left_alone(folder, tmp_path, capsys):
 def test_a_damaged_manifest_is_named(folder, tmp_path, capsys):
     (tmp_path / "manifest.json").write_text("{")
     assert sample(folder, f"output={tmp_path}") == 2
-    assert "manifest.json: is not a manifest of diffuse sample" in capsys.readouterr().err
+    assert "manifest.json: is not a manifest of diffuse" in capsys.readouterr().err
 
 
 def test_the_newest_run_is_taken_and_others_are_found_by_name_or_path(folder, capsys):

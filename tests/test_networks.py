@@ -25,7 +25,11 @@ from diffusion_cli.networks.layers import (
     zero_init,
 )
 
-OPTIONS = sorted((Path(__file__).parents[1] / "conf" / "model").glob("*.yaml"))
+OPTIONS = [
+    file
+    for file in sorted((Path(__file__).parents[1] / "conf" / "model").glob("*.yaml"))
+    if "networks.UNet" in file.read_text()
+]
 SMALL = {
     "channels": 8,
     "channel_mult": [1, 2],

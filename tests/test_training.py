@@ -19,7 +19,7 @@ from diffusion_cli.checkpoint import LAST, load_model, read, whole_file
 from diffusion_cli.cli import run
 from diffusion_cli.commands.train import only_one
 from diffusion_cli.training.ema import EMA
-from diffusion_cli.training.module import LossMeter
+from diffusion_cli.training.module import LevelMeter
 
 TINY = [
     "train", "name=tiny", "model.channels=8", "model.norm_groups=4", "model.num_heads=1", "model.head_channels=null",
@@ -150,7 +150,7 @@ def test_averaged_and_raw_weights_are_both_there(tmp_path):
     assert averaged.digest != raw.digest
     expected = state(tmp_path)["state_dict"]
     assert_same(
-        {f"denoiser.network.{k}": v for k, v in raw.denoiser.network.state_dict().items()}, dict(expected)
+        {f"model.network.{k}": v for k, v in raw.denoiser.network.state_dict().items()}, dict(expected)
     )
 
 
@@ -374,7 +374,7 @@ def test_ema_is_the_weighted_sum_of_the_past():
 
 
 def test_meter_separates_noise_levels_and_finds_the_first_bad_step():
-    meter = LossMeter()
+    meter = LevelMeter()
     quantile = torch.tensor([0.0, 0.24, 0.26, 0.74, 1.0], dtype=torch.float64)
     meter.add(torch.tensor([1.0, 2.0, 3.0, 5.0, 7.0]), quantile, step=0)
     assert meter.read() == {"loss": 3.6, "loss_q1": 1.5, "loss_q2": 3.0, "loss_q3": 5.0, "loss_q4": 7.0}

@@ -46,8 +46,7 @@ def run(config: EvalConfig) -> None:
         "versions": {"diffuse": __version__, "torch": torch.__version__},
     }
     if of_samples:
-        trained.sampler.check(model.denoiser)  # refused before anything is measured
-        trained.sampler.grid(config.steps)
+        trained.check(config.steps)  # refused before anything is measured
     reports = []
     if of_model:
         subject = Subject(
@@ -81,6 +80,8 @@ def _of_samples(
             config.steps,
             seeds,
             config.batch_size,
+            guidance=trained.guidance,
+            labels=trained.labels,
             clip=config.clip_x0,
             precision=config.precision,
         ):

@@ -8,7 +8,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 try:
     import fcntl
@@ -17,19 +17,30 @@ except ImportError:
 
 import torch
 import yaml
-from lightning.pytorch import Trainer
+from lightning.pytorch import Callback, Trainer
 
 from diffusion_cli.checkpoint import FORMAT, LAST, read, whole_file
 from diffusion_cli.config import Mistakes, TrainConfig, build, identity, seconds, shown
 from diffusion_cli.data import Batch, Batches, Dataset, Images, hold, normalised
-from diffusion_cli.denoiser import Denoiser
+from diffusion_cli.denoiser import Denoiser, NoiseConditioned, NoisyClassifier
 from diffusion_cli.objective import Objective
 from diffusion_cli.precision import resolve
+from diffusion_cli.samplers import Sampler
 from diffusion_cli.seeding import mix
 from diffusion_cli.times import Times
-from diffusion_cli.training.callbacks import Checkpoints, HeldOutLoss, Preview, Progress, Stop, WholeFileIO
+from diffusion_cli.training.callbacks import (
+    Checkpoints,
+    HeldOutAccuracy,
+    HeldOutLoss,
+    Preview,
+    Progress,
+    Stop,
+    WholeFileIO,
+)
+from diffusion_cli.training.device import Device
 from diffusion_cli.training.ema import EMA
-from diffusion_cli.training.module import DiffusionModule
+from diffusion_cli.training.module import TrainingModule
+from diffusion_cli.training.optimizers import OptimizerConfig
 
 
 def run(config: TrainConfig) -> int:
@@ -64,32 +75,50 @@ def only_one(folder: Path) -> Iterator[None]:
                 folder.rmdir()
 
 
+class _Parts(NamedTuple):
+    """What a configuration is made of."""
+
+    dataset: Dataset
+    model: NoiseConditioned
+    objective: Objective[Any]
+    times: Times
+    sampler: Sampler
+    optimizer: OptimizerConfig
+    device: Device
+
+
+def _build(config: TrainConfig) -> _Parts:
+    """Build everything but the images; ValueError where two parts do not go together."""
+    dataset: Dataset = build(config.dataset, config.data_dir)
+    schedule = build(config.schedule)
+    sampler: Sampler = build(config.sampler, schedule)
+    device: Device = build(config.trainer)
+    torch.manual_seed(mix(config.seed, "weights"))
+    channels, height, _ = dataset.shape
+    network = build(config.model, channels, height, dataset.num_classes)
+    objective: Objective[Any] = build(config.objective)
+    model = objective.trains(network, schedule, build(config.parameterization))
+    times: Times = build(config.times)
+    times.check(schedule)
+    objective.check(model, times)
+    if isinstance(model, Denoiser):
+        try:  # refused now rather than at the first preview
+            sampler.grid(config.preview_steps)
+        except ValueError as error:
+            raise ValueError(str(error).replace("steps=", "preview_steps=", 1)) from error
+        sampler.check(model)
+    return _Parts(dataset, model, objective, times, sampler, build(config.optimizer), device)
+
+
 def _train(config: TrainConfig, folder: Path, last: Path) -> int:
     before = read(last) if last.is_file() else None
     done = before["global_step"] if before else 0
     _refuse_another(folder, config, before)
 
-    dataset: Dataset = build(config.dataset, config.data_dir)
-    schedule = build(config.schedule)
-    sampler = build(config.sampler, schedule)
-    try:  # refused now rather than at the first preview
-        sampler.grid(config.preview_steps)
-    except ValueError as error:
-        raise ValueError(str(error).replace("steps=", "preview_steps=", 1)) from error
-    device = build(config.trainer)
-    precision = resolve(config.precision, device.torch_device)
-    torch.manual_seed(mix(config.seed, "weights"))
-    channels, height, _ = dataset.shape
-    network = build(config.model, channels, height, dataset.num_classes)
-    denoiser = Denoiser(network, schedule, build(config.parameterization))
-    objective: Objective = build(config.objective)
-    times: Times = build(config.times)
-    times.check(schedule)
-    objective.check(denoiser, times)
-    sampler.check(denoiser)
-    optimizer = build(config.optimizer)
+    parts = _build(config)
+    dataset, model, device = parts.dataset, parts.model, parts.device.torch_device
     images = dataset.load("train")
-    about = _about(config, dataset, len(images))
+    about = _about(config, dataset, model.task, len(images))
     _refuse_other_data(folder, about, before)
     max_steps = _max_steps(config, len(images))
     if max_steps is not None and done >= max_steps:
@@ -99,29 +128,23 @@ def _train(config: TrainConfig, folder: Path, last: Path) -> int:
         return 0
 
     _write_config(folder / "config.yaml", config)
-    module = DiffusionModule(denoiser, objective, times, optimizer, config.seed, about)
-    ema = EMA(network, config.ema.decay, config.ema.warm_up)
+    module = TrainingModule(model, parts.objective, parts.times, parts.optimizer, config.seed, about)
+    ema = EMA(model.network, config.ema.decay, config.ema.warm_up)
     stop = Stop(seconds(config.max_time))
-    part = config.batch_size // config.accumulate
-    held_out = dataset.load("held_out")
-    watchers = (
-        [HeldOutLoss(config.validate_every, _once(held_out, part, device.torch_device), ema)]
-        if held_out
-        else []
-    )
-    if config.compile is True or (config.compile == "auto" and device.torch_device.type == "cuda"):
-        network.compile()  # in place: torch.compile(network) would rename every weight
+    if config.compile is True or (config.compile == "auto" and device.type == "cuda"):
+        model.network.compile()  # in place: torch.compile(network) would rename every weight
+    precision = resolve(config.precision, device)
     print(
-        f"{'Going on with' if done else 'Training'} {folder}: {_describe(network)} on {len(images)} images of "
-        f"{dataset.name}, {device.torch_device.type}, {precision}",
+        f"{'Going on with' if done else 'Training'} {folder}: {_describe(model.network)} on {len(images)} images of "
+        f"{dataset.name}, {device.type}, {precision}",
         file=sys.stderr,
     )
+    watchers = _watchers(config, folder, parts, ema)
     trainer = _trainer(
         config,
         callbacks=[
             ema,  # first: the others look at the average
             *watchers,
-            Preview(config.preview_every, folder, ema, sampler, config.preview_steps, dataset.shape),
             Progress(config.log_every, folder, config.batch_size, max_steps, stop),
             stop,
             Checkpoints(
@@ -132,19 +155,43 @@ def _train(config: TrainConfig, folder: Path, last: Path) -> int:
         max_steps=max_steps or -1,
         precision="bf16-mixed" if precision == "bf16" else "32-true",
         default_root_dir=folder,
-        **device.trainer_arguments,
+        **parts.device.trainer_arguments,
     )
-    start, workers = done * config.accumulate, dataset.num_workers
+    part, start = config.batch_size // config.accumulate, done * config.accumulate
     batches = Batches(
-        images, part, config.seed, dataset.flip, start, device=device.torch_device, num_workers=workers
+        images, part, config.seed, dataset.flip, start, device=device, num_workers=dataset.num_workers
     )
     trainer.fit(module, batches, ckpt_path=last if done else None, weights_only=True)
+    for watcher in watchers:
+        if isinstance(watcher, HeldOutAccuracy) and watcher.accuracy:
+            print(
+                "\nHeld-out accuracy, whole and from the least noise to the most: "
+                + ", ".join(f"{value:.3f}" for value in watcher.accuracy.values())
+            )
     if stop.signal is not None:
         name = signal.Signals(stop.signal).name
         print(f"\n{name}: saved {folder} at step {trainer.global_step}; the same command goes on from there")
         return 128 + stop.signal
-    print(f"\nTrained {trainer.global_step} steps; the run is {folder}\nNext: diffuse sample run={folder}")
+    print(f"\nTrained {trainer.global_step} steps; the run is {folder}\nNext: {_next(model, folder)}")
     return 0
+
+
+def _watchers(config: TrainConfig, folder: Path, parts: _Parts, ema: EMA) -> list[Callback]:
+    """What looks at the averaged weights on the way: their loss on held-out images, and what the model is for."""
+    held_out = parts.dataset.load("held_out")
+    part = config.batch_size // config.accumulate
+    watchers: list[Callback] = []
+    if held_out:
+        once = _once(held_out, part, parts.device.torch_device)
+        watchers.append(HeldOutLoss(config.validate_every, once, ema))
+        if isinstance(parts.model, NoisyClassifier):
+            watchers.append(HeldOutAccuracy(config.validate_every, once, ema))
+    if isinstance(parts.model, Denoiser):
+        shape = parts.dataset.shape
+        watchers.append(
+            Preview(config.preview_every, folder, ema, parts.sampler, config.preview_steps, shape)
+        )
+    return watchers
 
 
 def _trainer(config: TrainConfig, **arguments: Any) -> Trainer:
@@ -215,8 +262,15 @@ def _refuse_other_data(folder: Path, about: dict[str, Any], checkpoint: dict[str
         raise Mistakes(*lines)
 
 
-def _about(config: TrainConfig, dataset: Dataset, num_images: int) -> dict[str, Any]:
+def _next(model: NoiseConditioned, folder: Path) -> str:
+    if isinstance(model, NoisyClassifier):
+        return f"diffuse sample run=<a diffusion run> guidance=classifier guidance.run={folder}"
+    return f"diffuse sample run={folder}"
+
+
+def _about(config: TrainConfig, dataset: Dataset, task: str, num_images: int) -> dict[str, Any]:
     return {
+        "task": task,
         "num_images": num_images,
         "format": FORMAT,
         "config": config.model_dump(),

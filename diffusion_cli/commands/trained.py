@@ -1,41 +1,153 @@
-"""What `sample` and `eval` begin with: a trained model, a sampler, and a record of both."""
+"""What `sample`, `eval` and `edit` begin with: a trained model, how it is sampled and guided, and a record of it."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from diffusion_cli.checkpoint import Model, find_run, load_model
-from diffusion_cli.config import EvalConfig, SampleConfig, build
+from diffusion_cli.checkpoint import Classifier, Model, find_run, load_classifier, load_model
+from diffusion_cli.config import EditConfig, EvalConfig, SampleConfig, build, did_you_mean
+from diffusion_cli.denoiser import Denoiser, NoisyClassifier
+from diffusion_cli.generate import all_labels
+from diffusion_cli.guidance import Guidance
 from diffusion_cli.precision import device_of, resolve
 from diffusion_cli.samplers import Sampler
 
 
 @dataclass(frozen=True)
 class Trained:
-    """A run's model with the sampler that the command line chose for it."""
+    """A run's model with what the command line chose for it."""
 
     folder: Path
     model: Model
     sampler: Sampler
+    guidance: Guidance
+    labels: list[int] | None
+    """The classes to make in turn, or None for no label."""
     device: torch.device
     settings: dict[str, Any]
     """All that an image depends on, its seed apart, as plain data."""
 
+    def check(self, steps: int) -> None:
+        """Raise ValueError if the sampler cannot sample the model in so many steps."""
+        self.sampler.check(self.model.denoiser)
+        self.sampler.grid(steps)
 
-def open_run(config: SampleConfig | EvalConfig) -> Trained:
-    """Load what a command names; ValueError if there is no such run or device."""
+
+def open_run(config: SampleConfig | EvalConfig | EditConfig) -> Trained:
+    """Load what a command names; ValueError if there is no such run or device, or parts do not go together."""
     folder = find_run(config.run, config.output_dir)
     device = device_of(config.device)
     model = load_model(folder, config.weights, device)
     sampler: Sampler = build(config.sampler, model.denoiser.schedule)
+    guides = Guides(model, folder, config, device)
+    guidance: Guidance = build(config.guidance, guides)
+    labels = labels_named(config.label, model, guidance)
+    dropout = model.config["objective"].get("label_dropout", 0.0)
+    guidance.check(model.denoiser, dropout, labels is not None)
     settings = {
         "weights": config.weights,
         "weights_sha256": model.digest,
         "sampler": config.sampler,
         "steps": config.steps,
+        "guidance": {**config.guidance, **guides.digests},
+        "labels": labels,
         "clip_x0": config.clip_x0,
         "precision": resolve(config.precision, device),
     }
-    return Trained(folder, model, sampler, device, settings)
+    return Trained(folder, model, sampler, guidance, labels, device, settings)
+
+
+class Guides:
+    """The networks that a guidance names, loaded and held against the model that they are to guide."""
+
+    def __init__(
+        self,
+        model: Model,
+        folder: Path,
+        config: SampleConfig | EvalConfig | EditConfig,
+        device: torch.device,
+    ) -> None:
+        self.model, self.folder, self.config, self.device = model, folder, config, device
+        self.digests: dict[str, str] = {}
+        """SHA-256 of the weights of each."""
+
+    def denoiser(self, run: str | None, step: int | None) -> Denoiser:
+        """The denoiser of a checkpoint, null standing for the model's own run."""
+        key = f"guidance.run={run}" if run else f"guidance.step={step}"
+        folder = self.folder if run is None else find_run(run, self.config.output_dir, "guidance.run")
+        try:
+            guide = load_model(folder, self.config.weights, self.device, step)
+        except ValueError as error:
+            raise ValueError(f"guidance.{error}" if str(error).startswith("step=") else str(error)) from error
+        if guide.digest == self.model.digest:
+            raise ValueError(
+                f"{key}: these are the weights of the model itself; name a weaker one by guidance.run, or an earlier "
+                "checkpoint by guidance.step"
+            )
+        self._compare(key, guide, "parameterization")
+        if guide.num_classes not in (None, self.model.num_classes):
+            raise ValueError(f"{key}: knows {guide.num_classes} classes, the model {self.model.num_classes}")
+        self.digests = {"guide_sha256": guide.digest}
+        return guide.denoiser
+
+    def classifier(self, run: str) -> NoisyClassifier:
+        """The classifier of a run."""
+        key = f"guidance.run={run}"
+        guide = load_classifier(find_run(run, self.config.output_dir, "guidance.run"), self.device)
+        self._compare(key, guide)
+        if guide.class_names != self.model.class_names:
+            raise ValueError(
+                f"{key}: tells {guide.class_names}; the model's data has {self.model.class_names}"
+            )
+        self.digests = {"classifier_sha256": guide.digest}
+        return guide.classifier
+
+    def _compare(self, key: str, guide: Model | Classifier, *parts: str) -> None:
+        """Raise ValueError unless a guide sees images of the same shape at the same noise levels."""
+        if guide.shape != self.model.shape:
+            raise ValueError(f"{key}: is for images {guide.shape}, the model makes {self.model.shape}")
+        for part in ("schedule", *parts):
+            if guide.config[part] != self.model.config[part]:
+                raise ValueError(f"{key}: has another {part} than the model; take one trained with the same")
+
+
+def labels_named(
+    label: int | str | list[int | str] | None, model: Model, guidance: Guidance
+) -> list[int] | None:
+    """The classes that a `label=` names: numbers, names, a list of them, all or none; null is all, if there are any.
+
+    Raises ValueError for classes that the data does not have, or any if the model is told of none.
+    """
+    names = model.class_names
+    if model.num_classes is None and not guidance.tells_labels:
+        if label is None or label == "none":
+            return None
+        raise ValueError(
+            f"label={_shown(label)}: the model knows no classes; train one with model.class_conditional=true, or guide "
+            "it with guidance=classifier"
+        )
+    assert names is not None
+    if label == "none":
+        return None
+    if label is None or label == "all":
+        return all_labels(model.denoiser) or list(range(len(names)))
+    wanted = label if isinstance(label, list) else [label]
+    return [class_number(one, names) for one in wanted]
+
+
+def class_number(label: int | str, names: Sequence[str], key: str = "label") -> int:
+    """The class of a name, or of a number where no class is called so; ValueError if there is none."""
+    if str(label) in names:
+        return names.index(str(label))
+    if isinstance(label, int) and 0 <= label < len(names):
+        return label
+    if isinstance(label, int):
+        raise ValueError(f"{key}={label}: there are the classes 0..{len(names) - 1}")
+    raise ValueError(f"{key}={label}: unknown class{did_you_mean(label, names)}")
+
+
+def _shown(label: int | str | list[int | str]) -> str:
+    return str(label).replace("'", "").replace(" ", "")

@@ -8,10 +8,18 @@ from diffusion_cli.config.catalogue import CONF, HERE, defaults, did_you_mean, d
 from diffusion_cli.config.check import build, check_node, shown, signature
 from diffusion_cli.config.compose import Mistakes, compose, expand, load
 from diffusion_cli.config.runs import fingerprint, flatten, identity
-from diffusion_cli.config.schema import COMMANDS, Config, EvalConfig, SampleConfig, TrainConfig, seconds
+from diffusion_cli.config.schema import (
+    COMMANDS,
+    Config,
+    EditConfig,
+    EvalConfig,
+    SampleConfig,
+    TrainConfig,
+    seconds,
+)
 
 __all__ = [
-    "COMMANDS", "CONF", "HERE", "Config", "EvalConfig", "Mistakes", "SampleConfig", "TrainConfig", "build",
-    "check_node", "compose", "defaults", "did_you_mean", "documented", "expand", "fingerprint", "flatten",
+    "COMMANDS", "CONF", "HERE", "Config", "EditConfig", "EvalConfig", "Mistakes", "SampleConfig", "TrainConfig",
+    "build", "check_node", "compose", "defaults", "did_you_mean", "documented", "expand", "fingerprint", "flatten",
     "identity", "load", "options", "seconds", "shown", "signature", "summary",
 ]  # fmt: skip

@@ -65,7 +65,9 @@ def run_name(
     `implied` is the configuration that the `choices` alone, an option for each group, make.
     """
     dataset = str(choices["dataset"])
-    usual = {**defaults("train"), **_brought_by(options("dataset", dirs)[dataset])}
+    usual: dict[str, Any] = {**defaults("train")}
+    for group in ("dataset", "task"):
+        usual |= _brought_by(options(group, dirs)[choices[group]])
     words = [dataset, str(choices["schedule"])]
     words += [
         str(option)

@@ -16,6 +16,8 @@ FORMS = {
     DURATION: "a duration such as 90s, 45m, 2h30m or 1d",
     NAME: "a folder name of letters, digits and _ . + -",
 }
+Class = int | str
+Label = Class | Annotated[list[Class], Field(min_length=1)] | None
 Precision = Literal["auto", "fp32", "bf16"]
 Device = Literal["auto", "cpu", "cuda"]
 
@@ -73,12 +75,12 @@ class TrainConfig(BaseModel):
 
 
 class _Generation(BaseModel):
-    """What sampling and evaluation share."""
+    """What sampling, evaluation and editing share."""
 
     model_config = STRICT
     run: str | None
     steps: PositiveInt
-    num_samples: PositiveInt
+    label: Label
     batch_size: PositiveInt
     seed: NonNegativeInt
     weights: Literal["ema", "raw"]
@@ -87,6 +89,13 @@ class _Generation(BaseModel):
     device: Device
     output_dir: str
     sampler: Node
+    guidance: Node
+
+
+class _Samples(_Generation):
+    """What sampling and evaluation share."""
+
+    num_samples: PositiveInt
 
     @model_validator(mode="after")
     def _seeds_in_range(self) -> Self:
@@ -98,13 +107,13 @@ class _Generation(BaseModel):
         return self
 
 
-class SampleConfig(_Generation):
+class SampleConfig(_Samples):
     """The keys of `conf/sample.yaml`."""
 
     output: str | None
 
 
-class EvalConfig(_Generation):
+class EvalConfig(_Samples):
     """The keys of `conf/eval.yaml`."""
 
     force: bool
@@ -114,8 +123,21 @@ class EvalConfig(_Generation):
     features: Node
 
 
-Config = TrainConfig | SampleConfig | EvalConfig
-COMMANDS: dict[str, type[TrainConfig] | type[SampleConfig] | type[EvalConfig]] = {
+class EditConfig(_Generation):
+    """The keys of `conf/edit.yaml`."""
+
+    input: str | Annotated[list[str], Field(min_length=1)] | None
+    num_images: PositiveInt | None
+    variations: PositiveInt
+    fit: bool
+    output: str | None
+    data_dir: str
+    edit: Node
+    method: Node | None
+
+
+Config = TrainConfig | SampleConfig | EvalConfig | EditConfig
+COMMANDS: dict[str, type[TrainConfig] | type[SampleConfig] | type[EvalConfig] | type[EditConfig]] = {
     "train": TrainConfig,
     "sample": SampleConfig,
     "eval": EvalConfig,

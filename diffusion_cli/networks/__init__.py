@@ -1,5 +1,6 @@
-"""Networks: F(x, c_noise, y), what a denoiser is built on."""
+"""Networks: F(x, c_noise, y), what a denoiser is built on, and the classifiers that guide one."""
 
+from diffusion_cli.networks.classifier import Classifier
 from diffusion_cli.networks.unet import UNet
 
-__all__ = ["UNet"]
+__all__ = ["Classifier", "UNet"]

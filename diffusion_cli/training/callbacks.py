@@ -5,7 +5,7 @@ import shutil
 import signal
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -13,19 +13,19 @@ from typing import Any
 import torch
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch import Callback, LightningModule, Trainer
-from torch import nn
+from torch import Tensor, nn
 from tqdm import tqdm
 
-from diffusion_cli.checkpoint import LAST, whole_file
+from diffusion_cli.checkpoint import LAST, numbered, whole_file
 from diffusion_cli.data import Batch
-from diffusion_cli.denoiser import Denoiser, clip_x0
-from diffusion_cli.generate import labels_of, sample, to_bytes
+from diffusion_cli.denoiser import Denoiser, NoisyClassifier, clip_x0, noised
+from diffusion_cli.generate import all_labels, labels_of, sample, to_bytes
 from diffusion_cli.report import save_grid
 from diffusion_cli.samplers import Sampler
 from diffusion_cli.seeding import mix
 from diffusion_cli.times import Uniform
 from diffusion_cli.training.ema import EMA
-from diffusion_cli.training.module import DiffusionModule
+from diffusion_cli.training.module import LevelMeter, TrainingModule
 
 
 class DivergedError(ValueError):
@@ -57,19 +57,19 @@ class EveryStep(Callback, ABC):
         if step > self._seen:
             self._seen = step
             if step % self.every == 0:
-                assert isinstance(pl_module, DiffusionModule)
+                assert isinstance(pl_module, TrainingModule)
                 self.act(trainer, pl_module, step)
 
     @abstractmethod
-    def act(self, trainer: Trainer, module: DiffusionModule, step: int) -> None:
+    def act(self, trainer: Trainer, module: TrainingModule, step: int) -> None:
         """Do it, at every multiple of `every`."""
 
 
-def stop_if_diverged(module: DiffusionModule, last: Path, step: int | None = None) -> None:
+def stop_if_diverged(module: TrainingModule, last: Path, step: int | None = None) -> None:
     """Raise DivergedError if any loss so far was not finite, or if the weights, after a given step, are not."""
     bad_loss = module.meter.first_bad_step()
     if bad_loss is None and step is not None:
-        norm = nn.utils.get_total_norm([p.detach() for p in module.denoiser.parameters()])
+        norm = nn.utils.get_total_norm([p.detach() for p in module.model.parameters()])
         step = None if norm.isfinite() else step
     else:
         step = bad_loss
@@ -109,7 +109,7 @@ class Progress(EveryStep):
         self.bar.update(trainer.global_step - self.bar.n)
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
 
-    def act(self, trainer: Trainer, module: DiffusionModule, step: int) -> None:
+    def act(self, trainer: Trainer, module: TrainingModule, step: int) -> None:
         stop_if_diverged(module, self.run / LAST)
         values = module.meter.read()
         (before, then), now = self._mark, time.perf_counter()
@@ -135,22 +135,22 @@ class Checkpoints(EveryStep):
         self.run, self.keep_last = run, keep_last
         self.saved: int | None = None
 
-    def act(self, trainer: Trainer, module: DiffusionModule, step: int) -> None:
+    def act(self, trainer: Trainer, module: TrainingModule, step: int) -> None:
         self.save(trainer, module)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        assert isinstance(pl_module, DiffusionModule)
+        assert isinstance(pl_module, TrainingModule)
         if self.saved != trainer.global_step:
             self.save(trainer, pl_module)
 
-    def save(self, trainer: Trainer, module: DiffusionModule) -> None:
+    def save(self, trainer: Trainer, module: TrainingModule) -> None:
         """Write the state of now."""
         last = self.run / LAST
         stop_if_diverged(module, last, trainer.global_step)
-        numbered = last.with_name(f"step_{trainer.global_step:08d}.ckpt")
-        trainer.save_checkpoint(numbered)
+        path = last.with_name(numbered(trainer.global_step))
+        trainer.save_checkpoint(path)
         with whole_file(last) as temporary:
-            shutil.copyfile(numbered, temporary)  # not a link: what befalls one must not befall the other
+            shutil.copyfile(path, temporary)  # not a link: what befalls one must not befall the other
         for old in sorted(last.parent.glob("step_*.ckpt"))[: -self.keep_last]:
             old.unlink(missing_ok=True)
         self.saved = trainer.global_step
@@ -188,7 +188,7 @@ class Stop(EveryStep):
             raise KeyboardInterrupt
         self.signal = number
 
-    def act(self, trainer: Trainer, module: DiffusionModule, step: int) -> None:
+    def act(self, trainer: Trainer, module: TrainingModule, step: int) -> None:
         now = time.monotonic()
         self.elapsed, self._mark = self.elapsed + now - self._mark, now
         spent = self.max_seconds is not None and self.elapsed >= self.max_seconds
@@ -215,23 +215,56 @@ class HeldOutLoss(EveryStep):
         self.batches, self.ema = batches, ema
 
     @torch.no_grad()
-    def act(self, trainer: Trainer, module: DiffusionModule, step: int) -> None:
-        denoiser = self.ema.denoiser(module)
+    def act(self, trainer: Trainer, module: TrainingModule, step: int) -> None:
+        model = self.ema.model(module)
         total, count = torch.zeros((), device=module.device), 0
-        for i, batch in enumerate(self.batches()):
-            generator = torch.Generator().manual_seed(mix(module.seed, "held-out", i))
-            size = len(batch.images)
-            # Stratified times: the estimate over a few images is less noisy.
-            u = (torch.arange(size) + torch.rand(size, generator=generator)) / size
-            # The mean over uniform times is taken at the same ones, whatever training has learned to draw.
-            times = Uniform() if module.times.uniform else module.times
-            t = times(denoiser.schedule, u.to(module.device)).t
-            eps = torch.randn(batch.images.shape, generator=generator).to(module.device)
+        for batch, t, eps, _ in at_levels(self.batches(), module):
             with trainer.precision_plugin.forward_context():
-                loss = module.objective(denoiser, batch.images, batch.labels, t, eps)
-            total, count = total + loss.sum(), count + size
+                loss = module.objective(model, batch.images, batch.labels, t, eps)
+            total, count = total + loss.sum(), count + len(batch.images)
         for logger in trainer.loggers:
             logger.log_metrics({"held_out_loss": total.item() / count}, step=step)
+
+
+def at_levels(
+    batches: Iterable[Batch], module: TrainingModule
+) -> Iterator[tuple[Batch, Tensor, Tensor, Tensor]]:
+    """Batches with times, noise and the quantiles [B] of the times, the same ones whenever it is called."""
+    for i, batch in enumerate(batches):
+        generator = torch.Generator().manual_seed(mix(module.seed, "held-out", i))
+        size = len(batch.images)
+        # Stratified times: the estimate over a few images is less noisy.
+        u = (torch.arange(size) + torch.rand(size, generator=generator)) / size
+        # The mean over uniform times is taken at the same ones, whatever training has learned to draw.
+        times = Uniform() if module.times.uniform else module.times
+        drawn = times(module.model.schedule, u.to(module.device))
+        eps = torch.randn(batch.images.shape, generator=generator).to(module.device)
+        yield batch, drawn.t, eps, drawn.quantile
+
+
+class HeldOutAccuracy(EveryStep):
+    """The share of held-out images whose class the averaged weights tell, whole and by quartile of the noise levels."""
+
+    def __init__(self, every: int, batches: Callable[[], Iterable[Batch]], ema: EMA) -> None:
+        super().__init__(every)
+        self.batches, self.ema = batches, ema
+        self.accuracy: dict[str, float] = {}
+        """What was last measured."""
+
+    @torch.no_grad()
+    def act(self, trainer: Trainer, module: TrainingModule, step: int) -> None:
+        model = self.ema.model(module)
+        assert isinstance(model, NoisyClassifier)
+        meter = LevelMeter("accuracy")
+        for batch, t, eps, quantile in at_levels(self.batches(), module):
+            with trainer.precision_plugin.forward_context():
+                guess = model(noised(model.schedule, batch.images, t, eps), t).argmax(1)
+            meter.add((guess == batch.labels).float(), quantile, step)
+        self.accuracy = meter.read()
+        for logger in trainer.loggers:
+            logger.log_metrics(
+                {f"held_out_{name}": value for name, value in self.accuracy.items()}, step=step
+            )
 
 
 class Preview(EveryStep):
@@ -252,13 +285,14 @@ class Preview(EveryStep):
         )
 
     @torch.no_grad()
-    def act(self, trainer: Trainer, module: DiffusionModule, step: int) -> None:
+    def act(self, trainer: Trainer, module: TrainingModule, step: int) -> None:
         if not trainer.is_global_zero:
             return
-        denoiser: Denoiser = self.ema.denoiser(module)
-        labels = labels_of(self.SEEDS, getattr(self.ema.network, "num_classes", None), module.device)
+        denoiser = self.ema.model(module)
+        assert isinstance(denoiser, Denoiser)
+        labels = labels_of(self.SEEDS, all_labels(denoiser), module.device)
         with trainer.precision_plugin.forward_context():
-            images, _ = sample(
+            images = sample(
                 clip_x0(lambda x, t: denoiser(x, t, labels), denoiser.schedule),
                 self.sampler,
                 self.sampler.grid(self.steps),

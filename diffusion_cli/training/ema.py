@@ -7,7 +7,8 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from diffusion_cli.denoiser import Denoiser
+from diffusion_cli.denoiser import NoiseConditioned
+from diffusion_cli.training.module import TrainingModule
 
 
 class EMA(Callback):
@@ -39,10 +40,9 @@ class EMA(Callback):
         for mine, theirs in zip(self.network.buffers(), network.buffers(), strict=True):
             mine.copy_(theirs)
 
-    def denoiser(self, module: LightningModule) -> Denoiser:
-        """The module's denoiser with the averaged network."""
-        assert isinstance(module.denoiser, Denoiser)
-        return Denoiser(self.network, module.denoiser.schedule, module.denoiser.parameterization)
+    def model(self, module: TrainingModule) -> NoiseConditioned:
+        """What the module trains, with the averaged network."""
+        return type(module.model)(self.network, module.model.schedule, module.model.parameterization)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Follow the module to its device."""
@@ -53,8 +53,8 @@ class EMA(Callback):
     ) -> None:
         """Update once an optimizer step, however many parts the batch has."""
         if trainer.global_step > self.updates:
-            assert isinstance(pl_module.denoiser, Denoiser)
-            self.update(pl_module.denoiser.network)
+            assert isinstance(pl_module, TrainingModule)
+            self.update(pl_module.model.network)
 
     def state_dict(self) -> dict[str, Any]:
         """The average and how often it was updated."""

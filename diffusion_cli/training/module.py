@@ -8,8 +8,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from diffusion_cli.data import Batch
-from diffusion_cli.denoiser import Denoiser
-from diffusion_cli.objective import Objective
+from diffusion_cli.denoiser import NoiseConditioned
+from diffusion_cli.objective import Objective, withheld
 from diffusion_cli.seeding import mix
 from diffusion_cli.times import Times
 from diffusion_cli.training.optimizers import OptimizerConfig
@@ -17,13 +17,15 @@ from diffusion_cli.training.optimizers import OptimizerConfig
 QUARTILES = 4
 
 
-class LossMeter:
-    """The mean loss since the last reading, whole and by quartile of the noise levels drawn, kept on the device.
+class LevelMeter:
+    """The mean of a number of images, as their loss, since the last reading; kept on the device.
 
-    Nothing is synchronised until it is read: a step that went bad is remembered by its number.
+    Whole and by quartile of the noise levels drawn. Nothing is synchronised until it is read: a step at which it
+    went bad is remembered by its number.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, name: str = "loss") -> None:
+        self.name = name
         self._sums: Tensor | None = None
         self._first_bad: Tensor | None = None
 
@@ -49,34 +51,36 @@ class LossMeter:
             return {}
         totals, counts = self._sums.tolist()
         self._sums.zero_()
-        values = {"loss": sum(totals) / max(1.0, sum(counts))}
+        values = {self.name: sum(totals) / max(1.0, sum(counts))}
         return values | {
-            f"loss_q{i + 1}": total / count
+            f"{self.name}_q{i + 1}": total / count
             for i, (total, count) in enumerate(zip(totals, counts, strict=True))
             if count
         }
 
 
-class DiffusionModule(LightningModule):
-    """A denoiser in training; `about` is what its checkpoints say to build it again."""
+class TrainingModule(LightningModule):
+    """A denoiser or classifier in training; `about` is what its checkpoints say to build it again."""
+
+    model: NoiseConditioned
 
     def __init__(
         self,
-        denoiser: Denoiser,
-        objective: Objective,
+        model: NoiseConditioned,
+        objective: Objective[Any],
         times: Times,
         optimizer: OptimizerConfig,
         seed: int,
         about: dict[str, Any],
     ) -> None:
         super().__init__()
-        self.denoiser = denoiser
+        self.model = model
         self.objective = objective
         self.times = times
         self.optimizer_config = optimizer
         self.seed = seed
         self.about = about
-        self.meter = LossMeter()
+        self.meter = LevelMeter()
 
     def training_step(self, batch: Batch, batch_index: int) -> Tensor:
         """Return the mean loss of a batch; its noise and times are a function of (seed, batch number) alone."""
@@ -85,10 +89,14 @@ class DiffusionModule(LightningModule):
         local = len(batch.images)
         share = slice(self.global_rank * local, (self.global_rank + 1) * local)
         size = self.trainer.world_size * local
-        drawn = self.times(self.denoiser.schedule, torch.rand(size, device=self.device))
+        drawn = self.times(self.model.schedule, torch.rand(size, device=self.device))
         t, weight, quantile = drawn.t[share], drawn.weight[share], drawn.quantile[share]
         eps = torch.randn(size, *batch.images.shape[1:], device=self.device)[share]
-        loss = self.objective(self.denoiser, batch.images, batch.labels, t, eps)
+        labels, num_classes = batch.labels, getattr(self.model, "num_classes", None)
+        if labels is not None and num_classes is not None and self.objective.label_dropout:
+            u = torch.rand(size, device=self.device)[share]
+            labels = withheld(labels, num_classes, self.objective.label_dropout, u)
+        loss = self.objective(self.model, batch.images, labels, t, eps)
         if drawn.bins is not None:
             self.times.observe(drawn.bins[share], loss)
         loss = weight * loss

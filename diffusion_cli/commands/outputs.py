@@ -1,0 +1,60 @@
+"""The folder that a command writes images to: claimed by a manifest, so that nothing is overwritten."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from diffusion_cli import __version__
+from diffusion_cli.checkpoint import Model, whole_file
+from diffusion_cli.config import Mistakes, flatten, shown
+
+
+def read_images(files: list[Path]) -> Tensor:
+    """The saved images, uint8 [N, C, H, W]."""
+    pixels = np.stack([np.array(Image.open(file)) for file in files])
+    images = torch.from_numpy(pixels)
+    return images.unsqueeze(1) if images.ndim == 3 else images.permute(0, 3, 1, 2)
+
+
+def claim(output: Path, settings: dict[str, Any], model: Model) -> dict[str, Any]:
+    """Return the manifest of the folder, made now if it is new; Mistakes if it is someone else's."""
+    path = output / "manifest.json"
+    if path.is_file():
+        try:
+            manifest = json.loads(path.read_text())
+            before, now = flatten(manifest["settings"]), flatten(settings)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise Mistakes(f"{path}: is not a manifest of diffuse; choose another output=") from error
+        keys = sorted(key for key in before | now if before.get(key) != now.get(key))
+        if keys:
+            raise Mistakes(
+                *(
+                    f"{key}={shown(now.get(key))}: the images in {output} were made with {shown(before.get(key))}"
+                    for key in keys
+                ),
+                f"output={output}: holds images of other settings; choose another folder",
+            )
+        return manifest
+    if output.exists() and not output.is_dir():
+        raise Mistakes(f"output={output}: is a file; give a folder")
+    if output.is_dir() and any(output.iterdir()):
+        raise Mistakes(f"output={output}: is not empty and has no manifest.json; choose another folder")
+    manifest = {
+        "settings": settings,
+        "step": model.step,
+        "model": model.config,
+        "versions": {"diffuse": __version__, "torch": torch.__version__},
+    }
+    write_manifest(output, manifest)
+    return manifest
+
+
+def write_manifest(output: Path, manifest: dict[str, Any]) -> None:
+    """Write `manifest.json`."""
+    with whole_file(output / "manifest.json") as temporary:
+        temporary.write_text(json.dumps(manifest, indent=2))

@@ -1,0 +1,69 @@
+"""The classifier that guides a diffusion model: the way down of its U-Net, and scores of the classes."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field, PositiveFloat, PositiveInt
+from torch import Tensor, nn
+from torch.nn.functional import silu
+
+from diffusion_cli.networks.encoder import Encoder, Parts
+from diffusion_cli.networks.layers import NORM_EPS
+
+
+class Classifier(Encoder):
+    """Class scores F(x, c_noise) [B, K] of noised images: the first half of a U-Net, averaged over the image.
+
+    The options are those of `UNet`. Raises ValueError where two do not go together, or without classes.
+    Source: Dhariwal & Nichol 2021, Sec. 4 and Appendix H, whose average is weighted by attention.
+    """
+
+    task = "classifier"
+
+    def __init__(
+        self,
+        in_channels: int,
+        image_size: int,
+        num_classes: int | None,
+        *,
+        channels: PositiveInt,
+        channel_mult: list[PositiveInt],
+        num_res_blocks: PositiveInt,
+        attention_resolutions: list[PositiveInt],
+        num_heads: PositiveInt | None,
+        head_channels: PositiveInt | None,
+        norm_groups: PositiveInt,
+        time_embedding: Literal["additive", "scale_shift"],
+        embedding_layout: Literal["sin_cos", "cos_sin", "fourier"],
+        fourier_scale: PositiveFloat,
+        resample: Literal["conv", "conv_same", "block", "block_proj"],
+        dropout: Annotated[float, Field(ge=0, lt=1)],
+        gradient_checkpointing: bool,
+    ) -> None:
+        if num_classes is None:
+            raise ValueError("task=classifier: the data set has no classes to learn; take one with labels")
+        parts = Parts.of(
+            image_size,
+            channels=channels,
+            channel_mult=channel_mult,
+            num_res_blocks=num_res_blocks,
+            attention_resolutions=attention_resolutions,
+            num_heads=num_heads,
+            head_channels=head_channels,
+            norm_groups=norm_groups,
+            time_embedding=time_embedding,
+            resample=resample,
+            fir=False,
+            up_attention="all",
+            skip_rescale=False,
+            dropout=dropout,
+        )
+        super().__init__(
+            in_channels, parts, None, embedding_layout, fourier_scale, "none", gradient_checkpointing
+        )
+        self.out_norm = nn.GroupNorm(norm_groups, parts.widths[-1], eps=NORM_EPS)
+        self.head = nn.Linear(parts.widths[-1], num_classes)
+
+    def forward(self, x: Tensor, c_noise: Tensor) -> Tensor:
+        """Return the scores [B, K] of images x [B, C, H, W] at the noise levels c_noise [B], before the softmax."""
+        *_, h = self.encode(x, self.embed(c_noise))
+        return self.head(silu(self.out_norm(h)).mean(dim=(2, 3))).to(x.dtype)

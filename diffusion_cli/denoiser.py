@@ -27,6 +27,11 @@ class Prediction(NamedTuple):
         """The gradient of log p_t at x_t, `-eps / sigma` (Vincent 2011; Song et al. 2021b)."""
         return -self.eps / self.sigma
 
+    def detach(self) -> "Prediction":
+        """Return the same numbers, through which no gradient flows."""
+        variance = None if self.variance is None else self.variance.detach()
+        return Prediction(self.x0.detach(), self.eps.detach(), self.sigma, variance)
+
 
 Denoise = Callable[[Tensor, Tensor], Prediction]
 

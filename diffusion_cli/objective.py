@@ -8,7 +8,7 @@ from pydantic import Field, PositiveFloat
 from torch import Tensor
 from torch.nn.functional import nll_loss
 
-from diffusion_cli.denoiser import Denoiser, NoiseConditioned, NoisyClassifier, Prediction, noised, per_image
+from diffusion_cli.denoiser import Denoiser, NoiseConditioned, NoisyClassifier, noised, per_image
 from diffusion_cli.posterior import bound_term
 from diffusion_cli.schedules import Discrete, Schedule
 from diffusion_cli.times import Times
@@ -183,9 +183,7 @@ class Hybrid(Objective[Denoiser]):
         x_t = noised(schedule, x0, t, eps)
         prediction = model(x_t, t, y)
         simple = (prediction.eps - eps).square().flatten(1).mean(1)
-        frozen = Prediction(
-            prediction.x0.detach(), prediction.eps.detach(), prediction.sigma, prediction.variance
-        )
+        frozen = prediction.detach()._replace(variance=prediction.variance)
         bound = bound_term(schedule, frozen, x0, x_t, t, "learned")
         return simple + self.vlb_weight * schedule.num_timesteps * bound
 

@@ -48,3 +48,15 @@ def save_grid(images: Tensor, path: Path, columns: int | None = None) -> None:
 def save_rows(images: Sequence[Tensor], path: Path) -> None:
     """Write rows of uint8 images, each [n, C, H, W], as one PNG."""
     save_png(rows([row.cpu() for row in images]), path)
+
+
+def save_gif(images: Tensor, path: Path, milliseconds: int = 120) -> None:
+    """Write uint8 images [N, C, H, W] as an animation there and back without end, whole or not at all."""
+    frames = [
+        Image.fromarray(grid(image[None].cpu()).permute(1, 2, 0).squeeze(2).numpy())
+        for image in [*images, *images.flip(0)[1:-1]]
+    ]
+    with whole_file(path) as temporary:
+        frames[0].save(
+            temporary, format="GIF", save_all=True, append_images=frames[1:], duration=milliseconds, loop=0
+        )

@@ -119,14 +119,15 @@ def test_sweeps_are_checked_value_by_value():
 
 PACKAGE = config.HERE
 ORDER = [
-    "precision seeding schedules", "config", "parameterizations data times", "denoiser networks", "guidance",
-    "posterior probability_flow", "objective samplers likelihood checkpoint",
+    "precision seeding schedules", "config", "parameterizations data times", "denoiser networks",
+    "posterior probability_flow guidance", "objective samplers likelihood checkpoint", "editing",
     "metrics generate report", "training", "commands", "cli",
 ]  # fmt: skip
 LEVEL = {name: level for level, names in enumerate(ORDER) for name in names.split()}
 MATHEMATICS = [
     "schedules", "parameterizations", "times", "denoiser", "posterior", "probability_flow", "objective", "samplers",
     "likelihood", "networks", "guidance",
+    "editing",
 ]  # fmt: skip
 
 

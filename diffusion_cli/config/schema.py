@@ -133,13 +133,14 @@ class EditConfig(_Generation):
     output: str | None
     data_dir: str
     edit: Node
-    method: Node | None
+    method: Node | None = None
 
 
 Config = TrainConfig | SampleConfig | EvalConfig | EditConfig
 COMMANDS: dict[str, type[TrainConfig] | type[SampleConfig] | type[EvalConfig] | type[EditConfig]] = {
     "train": TrainConfig,
     "sample": SampleConfig,
+    "edit": EditConfig,
     "eval": EvalConfig,
 }
 

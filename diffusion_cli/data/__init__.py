@@ -3,8 +3,9 @@
 from diffusion_cli.data.array import Array
 from diffusion_cli.data.base import Dataset, Images
 from diffusion_cli.data.batches import Batch, Batches, normalised
+from diffusion_cli.data.decoding import flattened, opened
 from diffusion_cli.data.digits import Digits
-from diffusion_cli.data.folder import Folder
+from diffusion_cli.data.folder import Folder, file_names, image_files
 from diffusion_cli.data.gaussian_mixture import GaussianMixture
 from diffusion_cli.data.memory import hold
 from diffusion_cli.data.published import CIFAR10, MNIST, FashionMNIST
@@ -21,6 +22,10 @@ __all__ = [
     "Folder",
     "GaussianMixture",
     "Images",
+    "file_names",
+    "flattened",
     "hold",
+    "image_files",
     "normalised",
+    "opened",
 ]

@@ -23,29 +23,8 @@ class Decoder(NamedTuple):
 
     def __call__(self, data: bytes) -> np.ndarray:
         """Raises ValueError, or one of Pillow's many errors, if the file cannot be decoded faithfully."""
-        try:
-            image = Image.open(BytesIO(data), formats=list(FORMATS))
-        except UnidentifiedImageError as error:  # whose text names a memory address
-            raise ValueError(f"is not an image in {', '.join(FORMATS)}") from error
-        limit = Image.MAX_IMAGE_PIXELS
-        if limit is not None and image.width * image.height > limit:
-            raise ValueError(f"{image.width} x {image.height} pixels exceed Pillow's limit of {limit}")
-        image = self._resized(self._flattened(ImageOps.exif_transpose(image)))
+        image = self._resized(flattened(opened(data), self.channels, self.background))
         return np.asarray(image).reshape(self.resolution, self.resolution, self.channels).transpose(2, 0, 1)
-
-    def _flattened(self, image: Image.Image) -> Image.Image:
-        """The image in 8 bits, without transparency, in gray or RGB."""
-        if image.mode.startswith("I"):  # 16-bit gray, which Pillow's own conversion clips at 255
-            values = np.asarray(image).astype(np.int64)
-            if values.min() < 0 or values.max() > 65535:
-                raise ValueError("has 32-bit pixels; convert it to 8 or 16 bits")
-            image = Image.fromarray(((values + 128) // 257).astype(np.uint8))
-        elif image.mode == "F":
-            raise ValueError("has floating-point pixels; convert it to 8 or 16 bits")
-        elif image.has_transparency_data:
-            image = image.convert("RGBA")
-            image = Image.alpha_composite(Image.new("RGBA", image.size, self.background), image)
-        return image.convert("L" if self.channels == 1 else "RGB")
 
     def _resized(self, image: Image.Image) -> Image.Image:
         side = min(image.size)
@@ -54,3 +33,30 @@ class Decoder(NamedTuple):
         if side == self.resolution:
             return image.crop(square)
         return image.resize((self.resolution, self.resolution), Image.Resampling.LANCZOS, box=square)
+
+
+def opened(data: bytes) -> Image.Image:
+    """An image file of one of the FORMATS, upright by its EXIF orientation; ValueError if it is none, or too large."""
+    try:
+        image = Image.open(BytesIO(data), formats=list(FORMATS))
+    except UnidentifiedImageError as error:  # whose text names a memory address
+        raise ValueError(f"is not an image in {', '.join(FORMATS)}") from error
+    limit = Image.MAX_IMAGE_PIXELS
+    if limit is not None and image.width * image.height > limit:
+        raise ValueError(f"{image.width} x {image.height} pixels exceed Pillow's limit of {limit}")
+    return ImageOps.exif_transpose(image)
+
+
+def flattened(image: Image.Image, channels: int, background: Literal["white", "black"]) -> Image.Image:
+    """The image in 8 bits, without transparency, in gray or RGB."""
+    if image.mode.startswith("I"):  # 16-bit gray, which Pillow's own conversion clips at 255
+        values = np.asarray(image).astype(np.int64)
+        if values.min() < 0 or values.max() > 65535:
+            raise ValueError("has 32-bit pixels; convert it to 8 or 16 bits")
+        image = Image.fromarray(((values + 128) // 257).astype(np.uint8))
+    elif image.mode == "F":
+        raise ValueError("has floating-point pixels; convert it to 8 or 16 bits")
+    elif image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, background), image)
+    return image.convert("L" if channels == 1 else "RGB")

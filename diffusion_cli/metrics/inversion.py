@@ -2,7 +2,6 @@
 
 import math
 from collections import deque
-from functools import partial
 from typing import Annotated, Literal
 
 import torch
@@ -10,7 +9,8 @@ from pydantic import Field, PositiveInt
 from tqdm import tqdm
 
 from diffusion_cli.data import normalised
-from diffusion_cli.generate import to_bytes
+from diffusion_cli.denoiser import clip_x0
+from diffusion_cli.guidance import Unguided
 from diffusion_cli.metrics.base import Finding, ModelMetric, Subject
 from diffusion_cli.precision import autocast
 from diffusion_cli.samplers import DDIM, integrate, invert
@@ -20,7 +20,7 @@ from diffusion_cli.schedules import Spacing
 class Inversion(ModelMetric):
     """The root mean square error, in values of 0..255, of real images encoded to noise by DDIM inversion and decoded.
 
-    The noise's mean square is given beside it: 1 where the flow leads to the prior.
+    They are encoded to the time `strength`; the noise's mean square there, in units of sigma, is given beside it.
     Source: Song et al. 2021a, Sec. 5.4.
     """
 
@@ -30,11 +30,12 @@ class Inversion(ModelMetric):
         self,
         *,
         steps: Annotated[int, Field(ge=2)],
+        strength: Annotated[float, Field(gt=0, le=1)],
         spacing: Spacing,
         split: Literal["held_out", "train"],
         num_images: PositiveInt | None,
     ) -> None:
-        self.steps, self.num_images = steps, num_images
+        self.steps, self.strength, self.num_images = steps, strength, num_images
         self.spacing: Spacing = spacing
         self.split: Literal["held_out", "train"] = split
 
@@ -48,20 +49,33 @@ class Inversion(ModelMetric):
             )
         sampler = DDIM(schedule, eta=0.0, spacing=self.spacing)
         times = sampler.grid(self.steps)
+        times = times[times <= self.strength]
+        if len(times) < 2:
+            raise ValueError(
+                f"metric.inversion.strength={self.strength}: no time of the grid lies below; take more, or more steps"
+            )
         prior = schedule.prior_std(times[0])
         errors, squares = 0.0, 0.0
         with tqdm(total=count, desc=self.name, unit="image", delay=1.0) as bar:
             for rows in torch.arange(count).split(subject.batch_size):
                 batch, labels = subject.batch(images, rows)
-                denoise = partial(subject.model.denoiser, y=labels)
+                denoise = Unguided()(subject.model.denoiser, labels)
+                if subject.clip:
+                    denoise = clip_x0(denoise, schedule)
+                x = normalised(batch)
                 with autocast(subject.device, subject.precision):
-                    (noise,) = deque(invert(schedule, denoise, normalised(batch), times), maxlen=1)
+                    (noise,) = deque(invert(schedule, denoise, x, times), maxlen=1)
                     (back,) = deque(integrate(sampler, denoise, noise, times, noise.clone), maxlen=1)
-                errors += (to_bytes(back).double() - batch.double()).square().flatten(1).mean(1).sum().item()
+                errors += (127.5 * (back - x).double()).square().flatten(1).mean(1).sum().item()
                 squares += (noise.double() / prior).square().flatten(1).mean(1).sum().item()
                 bar.update(len(rows))
         return Finding(
             math.sqrt(errors / count),
             {"noise_mean_square": squares / count, "images": count, "steps": self.steps},
-            {"split": self.split, "images_sha256": images.digest(), "spacing": self.spacing},
+            {
+                "split": self.split,
+                "images_sha256": images.digest(),
+                "spacing": self.spacing,
+                "strength": self.strength,
+            },
         )

@@ -37,16 +37,21 @@ class DDIM(Sampler):
 
 
 def invert(schedule: Schedule, denoise: Denoise, x: Tensor, times: Tensor) -> Iterator[Tensor]:
-    """Encode images x by DDIM run backwards, and yield the state at each time after the first.
+    """Encode images x by DDIM run backwards through the falling `times`, and yield the state at each but the last.
 
-    `times` are those of a sampling grid, falling to 0: x is taken to lie at the smallest positive one, where the
-    network is first asked, and the last state is noise at times[0]. Each step uses the prediction at its start, where
-    the way down used that at its end, so that the two meet as steps grow small: at first order.
-    Source: Song et al. 2021a, Sec. 4.3 and 5.4; Dhariwal & Nichol 2021's code.
+    x is the state at the last time. Each step uses the prediction at its start, where the way down used that at its
+    end, so that the two meet as steps grow small, at first order; but at time 0 there is no noise to predict, and the
+    first step uses the network's prediction for its end.
+    Source: Song et al. 2021a, Sec. 4.3 and 5.4; Dhariwal & Nichol 2021's code, which starts at the least noise.
     """
 
     def draw() -> Tensor:
         raise AssertionError("DDIM at eta 0 draws nothing")
 
-    rising = times[times > 0].flip(0)
-    return integrate(DDIM(schedule, eta=0.0, spacing="trailing"), denoise, x, rising, draw)
+    rising = times.flip(0)
+    if rising[0] == 0:
+        alpha, sigma = schedule(rising[1])
+        x = alpha * x + sigma * denoise(x, rising[1]).eps
+        rising = rising[1:]
+        yield x
+    yield from integrate(DDIM(schedule, eta=0.0, spacing="trailing"), denoise, x, rising, draw)

@@ -1,0 +1,211 @@
+"""`diffuse edit`: images changed by a trained model, with a picture of before and after."""
+
+import math
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from diffusion_cli.commands.inputs import Input, read_input, read_mask, real_images
+from diffusion_cli.commands.outputs import claim, read_images, write_manifest
+from diffusion_cli.commands.trained import Trained, class_number, open_run
+from diffusion_cli.config import EditConfig, build, check_node, fingerprint
+from diffusion_cli.data import normalised
+from diffusion_cli.denoiser import Denoise, clip_x0
+from diffusion_cli.editing import Edit, Edited, Interpolate, Method, Process
+from diffusion_cli.generate import Calls, SeededNoise, labels_of, to_bytes
+from diffusion_cli.guidance import Unguided
+from diffusion_cli.precision import autocast
+from diffusion_cli.report import save_gif, save_png, save_rows
+
+SHOWN = 10  # rows in the picture of all
+SEEDS = "seeds"  # stands for the input of an edit that starts from noise
+
+
+class Job(NamedTuple):
+    """One result to make."""
+
+    name: str
+    """Of its file, or of its series of files."""
+    seed: int
+    inputs: list[Tensor]
+    """uint8 [C, H, W] each, or noise."""
+
+
+def run(config: EditConfig) -> None:
+    """Edit what is not edited yet; write the results, a picture of the first ones, and the manifest."""
+    trained = open_run(config)
+    trained.check(config.steps)
+    edit: Edit = build(config.edit, trained.model.shape, read_mask)
+    method: Method | None = None if config.method is None else build(config.method)
+    _refuse(config, trained, edit, method)
+    given = _inputs(config, trained, edit)
+    jobs = _jobs(config, edit, given)
+    kind = config.edit["_target_"].rpartition(".")[2].lower()
+    settings = {
+        **trained.settings,
+        "edit": config.edit,
+        "method": config.method,
+        "seed": config.seed,
+        "variations": config.variations,
+        "inputs": {item.name: item.digest for item in given},
+    }
+    output = (
+        Path(config.output) if config.output else trained.folder / "edits" / f"{kind}-{fingerprint(settings)}"
+    )
+    manifest = claim(output, settings, trained.model)
+    results: dict[str, dict[str, float]] = manifest.get("results", {})
+    todo = [job for job in jobs if job.name not in results or not _files(output, job)]
+    if len(todo) < len(jobs):
+        print(
+            f"{output} has {len(jobs) - len(todo)} of {len(jobs)} results; making the others", file=sys.stderr
+        )
+
+    most_calls = 0
+    batch_size = 1 if trained.sampler.one_by_one else config.batch_size
+    with tqdm(total=len(todo), unit="image", desc=kind, dynamic_ncols=True) as bar:
+        for first in range(0, len(todo), batch_size):
+            batch = todo[first : first + batch_size]
+            calls = Calls([trained.model.denoiser, *trained.guidance.denoisers()])
+            edited = _edit(config, trained, edit, method, batch)
+            most_calls = max(most_calls, calls.each(len(batch)))
+            results |= _save(output, batch, edited)
+            write_manifest(output, manifest | {"results": results})
+            bar.update(len(batch))
+    grid = output / "grid.png"
+    rows = [_row(output, jobs[at : at + config.variations]) for at in range(0, len(jobs), config.variations)]
+    save_rows(rows[:SHOWN], grid)
+    made = f", at most {most_calls} network calls each" if todo else ""
+    print(
+        f"{len(jobs)} results of {kind}{made}, in {output}{_summary(results, jobs)}\nBefore and after: {grid}"
+    )
+
+
+def _refuse(config: EditConfig, trained: Trained, edit: Edit, method: Method | None) -> None:
+    """Raise ValueError where an edit is asked for what it does not do."""
+    kind = config.edit["_target_"].rpartition(".")[2].lower()
+    if edit.restores and method is None:
+        raise ValueError(f"method=null: edit={kind} needs one; take replacement, repaint or dps")
+    if not edit.restores and method is not None:
+        raise ValueError(f"method: edit={kind} restores nothing that is known; leave it out")
+    if edit.needs_label and trained.labels is None:
+        raise ValueError(f"label=null: edit={kind} leads to a class; name it")
+    if isinstance(edit, Interpolate) and edit.seeds is not None:
+        if config.input is not None:
+            raise ValueError(f"input={config.input}: edit.seeds is given too; leave one of them out")
+    elif config.input is None:
+        raise ValueError(
+            "input=null: give an image file or a folder, or held_out for real images of the run's dataset"
+        )
+
+
+def _inputs(config: EditConfig, trained: Trained, edit: Edit) -> list[Input]:
+    if isinstance(edit, Interpolate) and edit.seeds is not None:
+        noise = SeededNoise(edit.seeds, edit.results, torch.device("cpu")).draw()
+        return [Input(f"seed_{seed}", image) for seed, image in zip(edit.seeds, noise, strict=True)]
+    if config.input in ("held_out", "train"):
+        mistakes = check_node("dataset", trained.model.config["dataset"])
+        if mistakes:
+            raise ValueError(
+                f"{trained.folder}: was made by another version of diffuse: {'; '.join(mistakes)}"
+            )
+        dataset = build(trained.model.config["dataset"], config.data_dir)
+        given = real_images(dataset, config.input, config.num_images)
+    else:
+        assert config.input is not None
+        given = read_input(config.input, edit.accepts(), config.fit, config.num_images)
+    if not given or len(given) % edit.inputs_each:
+        raise ValueError(
+            f"input: there are {len(given)} images, and this edit takes {edit.inputs_each} at a time"
+        )
+    return given
+
+
+def _jobs(config: EditConfig, edit: Edit, given: Sequence[Input]) -> list[Job]:
+    jobs = []
+    for at in range(0, len(given), edit.inputs_each):
+        some = given[at : at + edit.inputs_each]
+        for variation in range(config.variations):
+            name = "-".join(item.name for item in some) + (f"_{variation}" if config.variations > 1 else "")
+            jobs.append(Job(name, config.seed + len(jobs), [item.pixels for item in some]))
+    return jobs
+
+
+def _edit(
+    config: EditConfig, trained: Trained, edit: Edit, method: Method | None, batch: list[Job]
+) -> Edited:
+    model, device = trained.model, trained.device
+    seeds = [job.seed for job in batch]
+
+    def clipped(denoise: Denoise) -> Denoise:
+        return clip_x0(denoise, model.denoiser.schedule) if config.clip_x0 else denoise
+
+    def told(label: int | str | None) -> Denoise:
+        if label is None or model.class_names is None:
+            return clipped(Unguided()(model.denoiser, None))
+        number = torch.full(
+            (len(batch),), class_number(label, model.class_names, "edit.source"), device=device
+        )
+        return clipped(Unguided()(model.denoiser, number))
+
+    process = Process(
+        trained.sampler,
+        trained.sampler.grid(config.steps),
+        labels_of(seeds, trained.labels, device),
+        lambda y: clipped(trained.guidance(model.denoiser, y)),
+        told,
+        method,
+        SeededNoise(seeds, edit.results, device).draw,
+    )
+    inputs = normalised(torch.stack([image for job in batch for image in job.inputs]).to(device))
+    with torch.no_grad(), autocast(device, config.precision):
+        return edit(inputs, process)
+
+
+def _files(output: Path, job: Job) -> list[Path]:
+    """The files of a result that are there: one image, or a series."""
+    single = output / f"{job.name}.png"
+    return [single] if single.is_file() else sorted((output / job.name).glob("*.png"))
+
+
+def _save(output: Path, batch: list[Job], edited: Edited) -> dict[str, dict[str, float]]:
+    """Write the results, and what to show before them; the numbers known of each."""
+    images = to_bytes(edited.images)
+    for row, job in enumerate(batch):
+        for place, picture in enumerate(edited.shown):
+            save_png(to_bytes(picture[row]), output / "before" / f"{job.name}.{place}.png")
+        if len(images[row]) == 1:
+            save_png(images[row, 0], output / f"{job.name}.png")
+        else:
+            for place, image in enumerate(images[row]):
+                save_png(image, output / job.name / f"{place:03d}.png")
+            save_gif(images[row], output / f"{job.name}.gif")
+    if edited.misfit is None:
+        return {job.name: {} for job in batch}
+    levels = 127.5 * edited.misfit(normalised(images[:, 0])).flatten(1)
+    rms, largest = levels.square().mean(1).sqrt().tolist(), levels.abs().amax(1).tolist()
+    return {
+        job.name: {"rmse": one, "largest": other} for job, one, other in zip(batch, rms, largest, strict=True)
+    }
+
+
+def _row(output: Path, jobs: Sequence[Job]) -> Tensor:
+    """The pictures of one input: what to show before, then its results."""
+    before = sorted((output / "before").glob(f"{jobs[0].name}.?.png"))
+    return read_images([*before, *(file for job in jobs for file in _files(output, job))])
+
+
+def _summary(results: dict[str, dict[str, float]], jobs: Sequence[Job]) -> str:
+    numbers = [results[job.name] for job in jobs if results[job.name]]
+    if not numbers:
+        return ""
+    rmse = math.sqrt(sum(number["rmse"] ** 2 for number in numbers) / len(numbers))
+    largest = max(number["largest"] for number in numbers)
+    ratio = f" (PSNR {20 * math.log10(255 / rmse):.1f} dB)" if rmse else ""
+    return (
+        f"\nDifference from what is known: root mean square {rmse:.3g}, at most {largest:.3g} of 255{ratio}"
+    )

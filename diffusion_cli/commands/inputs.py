@@ -1,0 +1,120 @@
+"""The images that a command is given: files, or real images of a run's dataset, held to a shape."""
+
+import hashlib
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+
+from diffusion_cli.config import Mistakes
+from diffusion_cli.data import Dataset, file_names, flattened, image_files, opened
+
+Shape = tuple[int, int, int]
+MOST_LINES = 10
+
+
+class Input(NamedTuple):
+    """An image to work on."""
+
+    name: str
+    """For the files made of it; unique."""
+    pixels: Tensor
+    """uint8 [C, H, W]."""
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of shape and pixels."""
+        return hashlib.sha256(
+            f"{tuple(self.pixels.shape)}".encode() + self.pixels.numpy().tobytes()
+        ).hexdigest()
+
+
+def real_images(dataset: Dataset, split: str, count: int | None) -> list[Input]:
+    """The first images of the `train` or `held_out` split of a dataset; ValueError if they are not of 256 values."""
+    images = dataset.load("train" if split == "train" else "held_out")
+    count = len(images) if count is None else min(count, len(images))
+    pixels = images.gather(torch.arange(count, device=images.device)).cpu() if count else torch.empty(0)
+    if pixels.dtype != torch.uint8:
+        raise ValueError(f"input={split}: {dataset.name} has no images of 256 values there; give image files")
+    return [Input(f"{split}_{row:05d}", image) for row, image in enumerate(pixels)]
+
+
+def read_input(given: str | list[str], shapes: list[Shape], fit: bool, count: int | None) -> list[Input]:
+    """The images of a file, a folder or a list of files; Mistakes naming all that do not have one of the shapes.
+
+    With `fit` those are cropped around the centre, resized and converted to the first of the shapes.
+    """
+    files = [Path(file).expanduser() for file in ([given] if isinstance(given, str) else given)]
+    if len(files) == 1 and files[0].is_dir():
+        folder = files[0]
+        try:
+            names = image_files(folder, file_names(folder))
+        except ValueError as error:
+            raise Mistakes(str(error).replace("dataset.path", "input", 1)) from error
+        files = [folder / name for name in names]
+    files = files[:count]
+    labels = _names(files)
+    images: list[Input] = []
+    lines: list[str] = []
+    for file, name in zip(files, labels, strict=True):
+        try:
+            pixels = _pixels(file, shapes, fit)
+        except Exception as error:  # decoders meet broken data with errors of every type
+            lines.append(f"input={file}: {' '.join(str(error).split()) or type(error).__name__}")
+        else:
+            images.append(Input(name, pixels))
+    if lines:
+        more = [f"input: and {len(lines) - MOST_LINES} more"] if len(lines) > MOST_LINES else []
+        raise Mistakes(*lines[:MOST_LINES], *more)
+    if len({image.pixels.shape for image in images}) > 1:
+        sizes = " and ".join(dict.fromkeys(described(image.pixels.shape) for image in images))
+        raise Mistakes(f"input={given}: holds images of {sizes}; give one kind at a time, or set fit=true")
+    return images
+
+
+def read_mask(path: str) -> Tensor:
+    """A gray image file as uint8 [H, W]; ValueError if it cannot be read."""
+    try:
+        return torch.from_numpy(np.array(flattened(opened(Path(path).expanduser().read_bytes()), 1, "black")))
+    except Exception as error:  # decoders meet broken data with errors of every type
+        reason = "does not exist" if isinstance(error, FileNotFoundError) else str(error)
+        raise ValueError(
+            f"edit.mask={path}: {reason}; give an image file, a box [left,top,right,bottom], or centre"
+        ) from error
+
+
+def _pixels(file: Path, shapes: list[Shape], fit: bool) -> Tensor:
+    if not file.is_file():
+        raise ValueError("is no file; give an image, a folder or a list of images")
+    image = opened(file.read_bytes())
+    channels = 1 if image.mode.startswith(("1", "L", "I", "F")) and "A" not in image.mode else 3
+    shape = (channels, image.height, image.width)
+    if shape not in shapes:
+        if not fit:
+            raise ValueError(
+                f"is {described(shape)}, and wanted is {' or '.join(map(described, shapes))}; "
+                "convert it, or set fit=true to crop, resize and convert it"
+            )
+        channels, height, width = shapes[0]
+        image = ImageOps.fit(flattened(image, channels, "white"), (width, height), Image.Resampling.LANCZOS)
+    pixels = torch.from_numpy(np.array(flattened(image, channels, "white")))
+    return pixels[None] if channels == 1 else pixels.permute(2, 0, 1).contiguous()
+
+
+def described(shape: Sequence[int]) -> str:
+    """A shape in the words of image files."""
+    channels, height, width = shape
+    return f"{width} x {height} {'gray' if channels == 1 else 'colour'}"
+
+
+def _names(files: list[Path]) -> list[str]:
+    """The stems of files; the whole names of those with the same stem, and numbers where even these are the same."""
+    stems = Counter(file.stem for file in files)
+    names = [file.stem if stems[file.stem] == 1 else file.name for file in files]
+    again = Counter(names)
+    return [name if again[name] == 1 else f"{row:05d}_{name}" for row, name in enumerate(names)]

@@ -1,0 +1,82 @@
+"""What an edit is, and what it is given to work with."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from diffusion_cli.denoiser import Denoise
+from diffusion_cli.editing.methods import Method
+from diffusion_cli.samplers import Draw, Sampler
+
+Shape = tuple[int, int, int]
+ReadMask = Callable[[str], Tensor]
+"""Gives a gray image file as uint8 [H, W]."""
+
+
+@dataclass(frozen=True)
+class Process:
+    """How images are sampled in an edit of a batch."""
+
+    sampler: Sampler
+    times: Tensor
+    """The falling grid of the sampler."""
+    labels: Tensor | None
+    """The classes of the B results, int64 [B], or None."""
+    guided: Callable[[Tensor | None], Denoise]
+    """Gives the guided denoiser, told labels."""
+    told: Callable[[int | str | None], Denoise]
+    """Gives the unguided denoiser, told that all images are of the class of a name or number; None: not told any."""
+    method: Method | None
+    draw: Draw
+    """Noise of the shape of the results, [B, C, H, W], one stream an image."""
+
+    def denoise(self, repeat: int = 1) -> Denoise:
+        """Return the guided denoiser for `repeat` images in a row of each result."""
+        return self.guided(None if self.labels is None else self.labels.repeat_interleave(repeat))
+
+    def until(self, strength: float) -> Tensor:
+        """The grid from the time `strength` down."""
+        below = self.times[self.times < strength - 1e-9]
+        return torch.cat([self.times.new_full((1,), min(strength, float(self.times[0]))), below])
+
+
+@dataclass(frozen=True)
+class Edited:
+    """B edited images, or as many series of them."""
+
+    images: Tensor
+    """[B, N, C, H, W], around [-1, 1]."""
+    shown: list[Tensor]
+    """Pictures [B, C, H, W] of what the edit began with, to show before the results."""
+    misfit: Callable[[Tensor], Tensor] | None = None
+    """Gives for images [B, C, H, W] how far they are from what is known, by pixel or measured value, [B, ...]."""
+
+
+class Edit(ABC):
+    """A change of images by a trained model; `shape` is that of the model's images."""
+
+    inputs_each = 1
+    """Images that go into one result."""
+    restores = False
+    """Whether it takes a method of restoration."""
+    needs_label = False
+    """Whether the class of the results must be named."""
+
+    def __init__(self, shape: Shape, read_mask: ReadMask) -> None:
+        self.shape = shape
+
+    @property
+    def results(self) -> Shape:
+        """Channels, height and width of the results."""
+        return self.shape
+
+    def accepts(self) -> list[Shape]:
+        """Return the shapes that input may have, that which `fit` gives it first."""
+        return [self.shape]
+
+    @abstractmethod
+    def __call__(self, images: Tensor, process: Process) -> Edited:
+        """Edit images [B, C, H, W] in [-1, 1], each `inputs_each` of which give a result."""

@@ -1,0 +1,121 @@
+"""How sampling is held to a measurement: steps of any sampler, and what is done to the image between them."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from itertools import pairwise
+
+import torch
+from pydantic import PositiveFloat, PositiveInt
+from torch import Tensor
+
+from diffusion_cli.denoiser import Denoise, Prediction, noised
+from diffusion_cli.editing.operators import LinearOperator
+from diffusion_cli.samplers import Draw, Sampler
+
+
+class Method(ABC):
+    """A way to sample images that agree with a measurement."""
+
+    @abstractmethod
+    def restore(
+        self,
+        sampler: Sampler,
+        denoise: Denoise,
+        x: Tensor,
+        times: Tensor,
+        draw: Draw,
+        operator: LinearOperator,
+        y: Tensor,
+    ) -> Iterator[Tensor]:
+        """Take noise x [B, C, H, W] down the falling times, to images whose measurement is about y."""
+
+
+class Replacement(Method):
+    """After each step, let what is known of the image be the measurement, noised to the same time.
+
+    `x_s + A^+ A (x'_s - x_s)` with `x'_s = alpha_s A^+ y + sigma_s z` (Song et al. 2021b, App. I; Choi et al. 2021).
+    """
+
+    num_resamples = 1
+    jump_length = 1
+
+    def restore(
+        self,
+        sampler: Sampler,
+        denoise: Denoise,
+        x: Tensor,
+        times: Tensor,
+        draw: Draw,
+        operator: LinearOperator,
+        y: Tensor,
+    ) -> Iterator[Tensor]:
+        known, schedule = operator.pseudo_inverse(y), sampler.schedule
+
+        def replaced(x: Tensor, s: Tensor) -> Tensor:
+            if s == 0:
+                return operator.project(x, y)
+            return operator.project(x, operator(noised(schedule, known, s, draw())))
+
+        times = times.double().cpu()
+        x = replaced(x, times[0])
+        for first in range(0, len(times) - 1, self.jump_length):
+            run = times[first : first + self.jump_length + 1]
+            for again in range(self.num_resamples):
+                if again:
+                    a, v = schedule.transition(run[0], run[-1])
+                    x = a * x + v.sqrt() * draw()
+                state = sampler.start(run)
+                for t, s in pairwise(run):
+                    x, state = sampler.step(denoise, x, t, s, draw, state)
+                    x = replaced(x, s)
+            yield x
+
+
+class RePaint(Replacement):
+    """Replacement that goes every stretch of `jump_length` steps `num_resamples` times, noising the image in between.
+
+    So the unknown part gets to agree with the known one (Lugmayr et al. 2022, Alg. 1).
+    """
+
+    def __init__(self, *, num_resamples: PositiveInt, jump_length: PositiveInt) -> None:
+        self.num_resamples, self.jump_length = num_resamples, jump_length
+
+
+class DPS(Method):
+    """Diffusion posterior sampling: after each step, go down the gradient of the misfit of the predicted image.
+
+    `x_s - scale * grad_{x_t} |y - A x_0(x_t)|`, the norm of each image (Chung et al. 2023, Alg. 1 and its code); a step
+    that asks the denoiser several times takes the first prediction. It needs the gradient through the network.
+    """
+
+    def __init__(self, *, scale: PositiveFloat) -> None:
+        self.scale = scale
+
+    def restore(
+        self,
+        sampler: Sampler,
+        denoise: Denoise,
+        x: Tensor,
+        times: Tensor,
+        draw: Draw,
+        operator: LinearOperator,
+        y: Tensor,
+    ) -> Iterator[Tensor]:
+        times = times.double().cpu()
+        state = sampler.start(times)
+        for t, s in pairwise(times):
+            gradients: list[Tensor] = []
+
+            def asked(x: Tensor, t: Tensor, gradients: list[Tensor] = gradients) -> Prediction:
+                if gradients:
+                    return denoise(x, t)
+                with torch.enable_grad():
+                    x = x.detach().requires_grad_()
+                    prediction = denoise(x, t)
+                    misfit = torch.linalg.vector_norm((y - operator(prediction.x0)).flatten(1), dim=1)
+                    gradients.append(torch.autograd.grad(misfit.sum(), x)[0])
+                return prediction.detach()
+
+            x, state = sampler.step(asked, x, t, s, draw, state)
+            x = x - self.scale * gradients[0]
+            yield x

@@ -1,0 +1,68 @@
+"""What is known of an image: linear measurements, and the images that agree with them."""
+
+from abc import ABC, abstractmethod
+
+import torch
+from torch import Tensor
+from torch.nn.functional import avg_pool2d, interpolate
+
+LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601, as Pillow's gray
+
+
+class LinearOperator(ABC):
+    """A measurement `y = A x` with `A A^+ = 1`, where the Moore-Penrose inverse A^+ makes `A^+ A` a projection."""
+
+    @abstractmethod
+    def __call__(self, x: Tensor) -> Tensor:
+        """Return `A x` of images x [B, C, H, W]."""
+
+    @abstractmethod
+    def pseudo_inverse(self, y: Tensor) -> Tensor:
+        """Return `A^+ y`, the image [B, C, H, W] of least norm that agrees with y."""
+
+    def project(self, x: Tensor, y: Tensor) -> Tensor:
+        """Return `x + A^+ (y - A x)`, the image nearest to x that agrees with y."""
+        return x + self.pseudo_inverse(y - self(x))
+
+
+class Mask(LinearOperator):
+    """The pixels where `known` (bool, [1, 1, H, W]) holds; the others measure as 0."""
+
+    def __init__(self, known: Tensor) -> None:
+        self.known = known
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return x * self.known
+
+    def pseudo_inverse(self, y: Tensor) -> Tensor:
+        return y * self.known
+
+    def project(self, x: Tensor, y: Tensor) -> Tensor:
+        return torch.where(self.known, y, x)  # to the bit, which a sum would not be
+
+
+class Luma(LinearOperator):
+    """The gray image [B, 1, H, W] of a colour one, with Pillow's weights w: `A^+ y = w y / |w|^2`."""
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return (x * self._weights(x)).sum(1, keepdim=True)
+
+    def pseudo_inverse(self, y: Tensor) -> Tensor:
+        weights = self._weights(y)
+        return y * weights / weights.square().sum()
+
+    def _weights(self, like: Tensor) -> Tensor:
+        return torch.tensor(LUMA, device=like.device, dtype=like.dtype).view(1, 3, 1, 1)
+
+
+class BlockMean(LinearOperator):
+    """The image [B, C, H/f, W/f] of the means of blocks of f x f pixels; A^+ repeats each pixel f x f times."""
+
+    def __init__(self, factor: int) -> None:
+        self.factor = factor
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return avg_pool2d(x, self.factor)
+
+    def pseudo_inverse(self, y: Tensor) -> Tensor:
+        return interpolate(y, scale_factor=float(self.factor), mode="nearest")

@@ -1,0 +1,129 @@
+"""Edits that take an image part of the way to noise and back by another path."""
+
+from collections import deque
+from typing import Annotated
+
+import torch
+from pydantic import Field, NonNegativeInt
+from torch import Tensor
+
+from diffusion_cli.denoiser import Denoise, noised
+from diffusion_cli.editing.base import Edit, Edited, Process, ReadMask, Shape
+from diffusion_cli.samplers import integrate, invert
+
+Strength = Annotated[float, Field(gt=0, le=1)]
+
+
+def decode(process: Process, x: Tensor, times: Tensor, repeat: int = 1) -> Tensor:
+    """Sample from the state x at times[0], `repeat` in a row of each result, which share its noise."""
+
+    def draw() -> Tensor:
+        return process.draw().repeat_interleave(repeat, dim=0)
+
+    (x,) = deque(integrate(process.sampler, process.denoise(repeat), x, times, draw), maxlen=1)
+    return x
+
+
+def encode(process: Process, denoise: Denoise, x: Tensor, times: Tensor) -> Tensor:
+    """Encode images x to the state at times[0] by DDIM inversion."""
+    (x,) = deque(invert(process.sampler.schedule, denoise, x, times), maxlen=1)
+    return x
+
+
+class Img2Img(Edit):
+    """Noise an image to the time `strength` and sample from there: SDEdit (Meng et al. 2022, Alg. 1).
+
+    A source drawn in another style, as strokes, comes back in the style of the model's data.
+    """
+
+    def __init__(self, shape: Shape, read_mask: ReadMask, *, strength: Strength) -> None:
+        super().__init__(shape, read_mask)
+        self.strength = strength
+
+    def __call__(self, images: Tensor, process: Process) -> Edited:
+        times = process.until(self.strength)
+        x = noised(process.sampler.schedule, images, times[0], process.draw())
+        return Edited(decode(process, x, times)[:, None], [images, x])
+
+
+class Reconstruct(Edit):
+    """Encode an image to the time `strength` by DDIM inversion, and decode it again."""
+
+    def __init__(self, shape: Shape, read_mask: ReadMask, *, strength: Strength) -> None:
+        super().__init__(shape, read_mask)
+        self.strength = strength
+
+    def __call__(self, images: Tensor, process: Process) -> Edited:
+        times = process.until(self.strength)
+        x = encode(process, process.denoise(), images, times)
+        back = decode(process, x, times)
+        return Edited(back[:, None], [images, x], lambda x: x - images)
+
+
+class Attribute(Edit):
+    """Turn an image of the class `source` into one of the class that `label` names (Su et al. 2023).
+
+    It is encoded to the time `strength` by DDIM inversion, told the source class, and decoded by the guided
+    denoiser, told the other.
+    """
+
+    needs_label = True
+
+    def __init__(
+        self, shape: Shape, read_mask: ReadMask, *, source: int | str | None, strength: Strength
+    ) -> None:
+        super().__init__(shape, read_mask)
+        self.source, self.strength = source, strength
+
+    def __call__(self, images: Tensor, process: Process) -> Edited:
+        times = process.until(self.strength)
+        x = encode(process, process.told(self.source), images, times)
+        return Edited(decode(process, x, times)[:, None], [images, x])
+
+
+class Interpolate(Edit):
+    """The way from one image to the next in `frames` images, both ends included.
+
+    Both are encoded to the time `strength` by DDIM inversion, or are the noise of two seeds, and what lies between is
+    taken on the great circle: `sin((1 - u) w) / sin(w) x_1 + sin(u w) / sin(w) x_2`, w the angle between them
+    (Song et al. 2021a, Sec. 5.3). The input is taken in pairs.
+    """
+
+    inputs_each = 2
+
+    def __init__(
+        self,
+        shape: Shape,
+        read_mask: ReadMask,
+        *,
+        frames: Annotated[int, Field(ge=2)],
+        seeds: list[NonNegativeInt] | None,
+        strength: Strength,
+    ) -> None:
+        super().__init__(shape, read_mask)
+        self.frames, self.seeds, self.strength = frames, seeds, strength
+        if seeds is not None and (len(seeds) < 2 or len(seeds) % 2):
+            raise ValueError(f"edit.seeds={seeds}: should be pairs of seeds, as [0,1]")
+
+    def __call__(self, images: Tensor, process: Process) -> Edited:
+        if self.seeds is None:
+            times = process.until(self.strength)
+            x = encode(process, process.denoise(2), images, times)
+        else:
+            times = process.times
+            x = process.sampler.schedule.prior_std(times[0]) * images
+        first, second = x[0::2], x[1::2]
+        path = torch.stack(
+            [slerp(first, second, u) for u in torch.linspace(0, 1, self.frames).tolist()], dim=1
+        )
+        frames = decode(process, path.flatten(0, 1), times, self.frames)
+        return Edited(frames.unflatten(0, path.shape[:2]), [])
+
+
+def slerp(first: Tensor, second: Tensor, u: float) -> Tensor:
+    """The point a share u of the way from one to the other of two states [B, ...] on the great circle between them."""
+    a, b = first.flatten(1).double(), second.flatten(1).double()
+    cosine = (a * b).sum(1) / (a.norm(dim=1) * b.norm(dim=1))
+    angle = torch.arccos(cosine.clamp(-1, 1)).clamp(min=1e-6)[:, None]  # parallel ends: a straight line
+    point = torch.sin((1 - u) * angle) / torch.sin(angle) * a + torch.sin(u * angle) / torch.sin(angle) * b
+    return point.view_as(first).to(first)

@@ -164,7 +164,9 @@ class ClassifierFree(Mixed):
                 "guidance=classifier"
             )
         if not labelled:
-            raise ValueError("label=none: guidance=cfg leads to a class; name one, or take guidance=none")
+            raise ValueError(
+                "label: guidance=cfg leads to a class, and none is named; name one, or take guidance=none"
+            )
         if self.scale != self.off and label_dropout == 0:
             raise ValueError(
                 "guidance=cfg: the model was trained with objective.label_dropout=0, never without a label; train it "

@@ -16,7 +16,7 @@ from diffusion_cli.commands.trained import Trained, class_number, open_run
 from diffusion_cli.config import EditConfig, build, check_node, fingerprint
 from diffusion_cli.data import normalised
 from diffusion_cli.denoiser import Denoise, clip_x0
-from diffusion_cli.editing import Edit, Edited, Interpolate, Method, Process
+from diffusion_cli.editing import Attribute, Edit, Edited, Interpolate, Method, Process
 from diffusion_cli.generate import Calls, SeededNoise, labels_of, to_bytes
 from diffusion_cli.guidance import Unguided
 from diffusion_cli.precision import autocast
@@ -89,11 +89,13 @@ def _refuse(config: EditConfig, trained: Trained, edit: Edit, method: Method | N
     """Raise ValueError where an edit is asked for what it does not do."""
     kind = config.edit["_target_"].rpartition(".")[2].lower()
     if edit.restores and method is None:
-        raise ValueError(f"method=null: edit={kind} needs one; take replacement, repaint or dps")
+        raise ValueError(f"method: edit={kind} needs one; take replacement, repaint or dps")
     if not edit.restores and method is not None:
         raise ValueError(f"method: edit={kind} restores nothing that is known; leave it out")
     if edit.needs_label and trained.labels is None:
         raise ValueError(f"label=null: edit={kind} leads to a class; name it")
+    if isinstance(edit, Attribute) and edit.source is not None:
+        class_number(edit.source, trained.model.class_names or (), "edit.source")
     if isinstance(edit, Interpolate) and edit.seeds is not None:
         if config.input is not None:
             raise ValueError(f"input={config.input}: edit.seeds is given too; leave one of them out")

@@ -44,7 +44,9 @@ def open_run(config: SampleConfig | EvalConfig | EditConfig) -> Trained:
     sampler: Sampler = build(config.sampler, model.denoiser.schedule)
     guides = Guides(model, folder, config, device)
     guidance: Guidance = build(config.guidance, guides)
-    labels = labels_named(config.label, model, guidance)
+    labels = labels_named(
+        config.label, model, guidance, unnamed="none" if isinstance(config, EditConfig) else "all"
+    )
     dropout = model.config["objective"].get("label_dropout", 0.0)
     guidance.check(model.denoiser, dropout, labels is not None)
     settings = {
@@ -115,9 +117,9 @@ class Guides:
 
 
 def labels_named(
-    label: int | str | list[int | str] | None, model: Model, guidance: Guidance
+    label: int | str | list[int | str] | None, model: Model, guidance: Guidance, unnamed: str
 ) -> list[int] | None:
-    """The classes that a `label=` names: numbers, names, a list of them, all or none; null is all, if there are any.
+    """The classes that a `label=` names: numbers, names, a list of them, all or none; null stands for `unnamed`.
 
     Raises ValueError for classes that the data does not have, or any if the model is told of none.
     """
@@ -130,9 +132,10 @@ def labels_named(
             "it with guidance=classifier"
         )
     assert names is not None
+    label = unnamed if label is None else label
     if label == "none":
         return None
-    if label is None or label == "all":
+    if label == "all":
         return all_labels(model.denoiser) or list(range(len(names)))
     wanted = label if isinstance(label, list) else [label]
     return [class_number(one, names) for one in wanted]

@@ -103,7 +103,7 @@ def _sort(
             value = item.value()
             names = value if isinstance(value, list) else [value]
             known = options(key, dirs)
-            wrong = [str(name) for name in names if name is not None and str(name) not in known]
+            wrong = ["null" if name is None else str(name) for name in names if str(name) not in known]
             mistakes += [f"{key}={name}: unknown option{did_you_mean(name, list(known))}" for name in wrong]
             choosing += [] if wrong else [text]
         else:

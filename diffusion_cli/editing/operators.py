@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import avg_pool2d, interpolate
 
+FARTHEST = 1000.0  # measured, that an image is moved by
+HALVINGS = 40
 LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601, as Pillow's gray
 
 
@@ -21,8 +23,20 @@ class LinearOperator(ABC):
         """Return `A^+ y`, the image [B, C, H, W] of least norm that agrees with y."""
 
     def project(self, x: Tensor, y: Tensor) -> Tensor:
-        """Return `x + A^+ (y - A x)`, the image nearest to x that agrees with y."""
+        """Return `x + A^+ (y - A x)`, the nearest to x that agrees with y."""
         return x + self.pseudo_inverse(y - self(x))
+
+    def nearest_image(self, x: Tensor, y: Tensor) -> Tensor:
+        """Return the nearest to x that agrees with y and has values in [-1, 1].
+
+        That is `clip(x + A^+ l)`, with l found by bisection: each of its numbers moves pixels of its own.
+        """
+        low, high = torch.full_like(y, -FARTHEST), torch.full_like(y, FARTHEST)
+        for _ in range(HALVINGS):
+            middle = (low + high) / 2
+            below = self((x + self.pseudo_inverse(middle)).clamp(-1, 1)) < y
+            low, high = torch.where(below, middle, low), torch.where(below, high, middle)
+        return (x + self.pseudo_inverse((low + high) / 2)).clamp(-1, 1)
 
 
 class Mask(LinearOperator):
@@ -39,6 +53,9 @@ class Mask(LinearOperator):
 
     def project(self, x: Tensor, y: Tensor) -> Tensor:
         return torch.where(self.known, y, x)  # to the bit, which a sum would not be
+
+    def nearest_image(self, x: Tensor, y: Tensor) -> Tensor:
+        return self.project(x.clamp(-1, 1), y)
 
 
 class Luma(LinearOperator):

@@ -12,8 +12,6 @@ from torch.nn.functional import pad
 from diffusion_cli.editing.base import Edit, Edited, Process, ReadMask, Shape
 from diffusion_cli.editing.operators import BlockMean, LinearOperator, Luma, Mask
 
-ROUNDS = 50  # of projections by turns, which end where an image agrees with both
-
 
 class Restoration(Edit):
     """Sample the images whose measurement is that of the input."""
@@ -34,15 +32,7 @@ class Restoration(Edit):
         (x,) = deque(steps, maxlen=1)
         known = operator.pseudo_inverse(y)
         shown = [images, known] if tuple(images.shape[1:]) == self.results else [known]
-        return Edited(agreeing(x, operator, y)[:, None], shown, lambda x: operator(x) - y)
-
-
-def agreeing(x: Tensor, operator: LinearOperator, y: Tensor) -> Tensor:
-    """The images near x with the measurement y and values in [-1, 1], by projecting on either by turns."""
-    x = operator.project(x, y)
-    for _ in range(0 if isinstance(operator, Mask) else ROUNDS):
-        x = operator.project(x.clamp(-1, 1), y)
-    return x
+        return Edited(operator.nearest_image(x, y)[:, None], shown, lambda x: operator(x) - y)
 
 
 class Inpaint(Restoration):

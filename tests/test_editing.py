@@ -1,0 +1,540 @@
+"""Edits: what is known stays, what is unknown has the right distribution, and the command is safe to use."""
+
+import json
+from collections import deque
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+
+from diffusion_cli.cli import run
+from diffusion_cli.config import CONF, build
+from diffusion_cli.data import GaussianMixture, normalised
+from diffusion_cli.denoiser import Prediction
+from diffusion_cli.editing import (
+    DPS,
+    Attribute,
+    BlockMean,
+    Colorize,
+    Img2Img,
+    Inpaint,
+    Interpolate,
+    Luma,
+    Mask,
+    Outpaint,
+    Process,
+    Reconstruct,
+    RePaint,
+    Replacement,
+    SuperResolution,
+)
+from diffusion_cli.editing.transform import slerp
+from diffusion_cli.generate import to_bytes
+from diffusion_cli.samplers import DDIM, DDPM, integrate, invert
+
+F64 = torch.float64
+GRAY = (1, 8, 8)
+SAMPLERS = {file.stem: yaml.safe_load(file.read_text()) for file in sorted(CONF.glob("sampler/*.yaml"))}
+METHODS = {
+    "replacement": Replacement(),
+    "repaint": RePaint(num_resamples=2, jump_length=3),
+    "dps": DPS(scale=0.5),
+}
+
+
+def noise(*shape, seed=0):
+    return torch.randn(*shape, dtype=F64, generator=torch.Generator().manual_seed(seed))
+
+
+def no_file(path):
+    raise AssertionError(path)
+
+
+# --- Operators --------------------
+
+HALF = torch.arange(64).view(1, 1, 8, 8) % 2 == 0
+OPERATORS = {
+    "mask": (Mask(HALF), (2, 3, 8, 8)),
+    "luma": (Luma(), (2, 3, 8, 8)),
+    "blocks": (BlockMean(4), (2, 1, 8, 8)),
+}
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+def test_a_measurement_and_its_inverse(name):
+    """`A^+` is Moore-Penrose's: `A A^+ y = y`, and `A^+ A` is a projection that is its own adjoint."""
+    operator, shape = OPERATORS[name]
+    u, v = noise(*shape, seed=1), noise(*shape, seed=2)
+    y = operator(u)
+    torch.testing.assert_close(operator(operator.pseudo_inverse(y)), y)
+
+    def projected(x):
+        return operator.pseudo_inverse(operator(x))
+
+    torch.testing.assert_close((projected(u) * v).sum(), (u * projected(v)).sum())
+    moved = operator.project(v, y)
+    torch.testing.assert_close(operator(moved), y)
+    torch.testing.assert_close(moved - v, projected(moved - v))  # only what is measured has moved
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+def test_the_nearest_image_agrees_and_is_in_range(name):
+    operator, shape = OPERATORS[name]
+    x, truth = 2 * noise(*shape, seed=1), noise(*shape, seed=2).clamp(-1, 1)
+    image = operator.nearest_image(x, operator(truth))
+    assert image.abs().max() <= 1
+    torch.testing.assert_close(operator(image), operator(truth), rtol=0, atol=1e-6)
+    assert ((image - x).square().sum() <= (truth - x).square().sum()).all()
+    # From the nearest point the way to any other that agrees leads away (Kolmogorov's criterion).
+    assert ((x - image) * (truth - image)).sum() <= 1e-6
+
+
+def test_luma_is_pillows_gray():
+    pixels = np.random.default_rng(0).integers(0, 256, (8, 8, 3), dtype=np.uint8)
+    theirs = np.array(Image.fromarray(pixels).convert("L")).astype(float)
+    mine = Luma()(torch.from_numpy(pixels).double().permute(2, 0, 1)[None])
+    assert np.abs(mine[0, 0].numpy() - theirs).max() <= 1
+
+
+# --- The right distribution --------------------
+
+
+@pytest.fixture(scope="module")
+def wide() -> GaussianMixture:
+    means = [[-0.6, -0.2, 0.3, 0.5], [0.5, 0.4, -0.4, 0.1], [0.1, -0.7, 0.6, -0.5]]
+    return GaussianMixture(
+        "", means=means, stds=[0.3] * 3, weights=[0.5, 0.3, 0.2], shape=[1, 2, 2], size=64, seed=0
+    )
+
+
+def denoiser_of(mixture, schedule):
+    def denoise(x, t):
+        alpha, sigma = schedule(t)
+        x0 = mixture.denoise(x, alpha, sigma)
+        return Prediction(x0, (x - alpha * x0) / sigma, sigma)
+
+    return denoise
+
+
+def conditional_error(method, mixture, schedule, steps, seen=0.25, count=3000):
+    """How far the mean of the unknown pixels is from that of the exact conditional distribution given the first."""
+    weights = (
+        mixture.weights.log() - 0.5 * ((seen - mixture.means[:, 0]) / mixture.stds) ** 2 - mixture.stds.log()
+    ).softmax(0)
+    exact = weights @ mixture.means[:, 1:]
+    operator = Mask(torch.tensor([[True, False], [False, False]])[None, None])
+    y = torch.zeros(count, 1, 2, 2, dtype=F64)
+    y[:, :, 0, 0] = seen
+    generator = torch.Generator().manual_seed(0)
+
+    def draw():
+        return torch.randn(count, 1, 2, 2, dtype=F64, generator=generator)
+
+    sampler = DDPM(schedule, variance="small", spacing="trailing")
+    restored = method.restore(
+        sampler, denoiser_of(mixture, schedule), draw(), sampler.grid(steps), draw, operator, y
+    )
+    (x,) = deque(restored, maxlen=1)
+    return (x.flatten(1)[:, 1:].mean(0) - exact).abs().max().item()
+
+
+def test_resampling_approaches_the_exact_conditional_distribution(wide, schedules):
+    errors = [
+        conditional_error(method, wide, schedules["linear"], 50)
+        for method in (
+            Replacement(),
+            RePaint(num_resamples=4, jump_length=1),
+            RePaint(num_resamples=16, jump_length=1),
+        )
+    ]
+    assert errors[0] > 0.15, errors
+    assert errors[1] < 0.75 * errors[0], errors
+    assert errors[2] < 0.5 * errors[0], errors
+
+
+def test_replacement_is_repaint_without_resampling(wide, schedules):
+    once = RePaint(num_resamples=1, jump_length=1)
+    one, other = (
+        conditional_error(m, wide, schedules["cosine"], 10, count=50) for m in (once, Replacement())
+    )
+    assert one == other
+
+
+def test_posterior_sampling_goes_towards_the_measurement(wide, schedules):
+    """Without projection: the misfit of the images falls with the scale of the gradient."""
+    schedule, operator = schedules["linear"], BlockMean(2)
+    y = torch.full((200, 1, 1, 1), 0.3, dtype=F64)
+    misfits, start = [], noise(200, 1, 2, 2)
+    for scale in (1e-9, 0.1, 0.5):
+        sampler = DDIM(schedule, eta=0.0, spacing="trailing")
+        steps = DPS(scale=scale).restore(
+            sampler, denoiser_of(wide, schedule), start, sampler.grid(50), lambda: start, operator, y
+        )
+        (x,) = deque(steps, maxlen=1)
+        misfits.append((operator(x) - y).abs().mean().item())
+    assert misfits[1] < 0.7 * misfits[0], misfits
+    assert misfits[2] < 0.5 * misfits[1], misfits
+
+
+# --- Every edit with every sampler --------------------
+
+
+def process(schedule, sampler, denoise, shape, method=None, steps=8, count=2):
+    generator = torch.Generator().manual_seed(3)
+
+    def draw():
+        return torch.randn(count, *shape, dtype=F64, generator=generator)
+
+    times = sampler.grid(steps)
+    return Process(sampler, times, None, lambda y: denoise, lambda label: denoise, method, draw)
+
+
+def shrinking(schedule):
+    """A denoiser of standard normal pixels."""
+
+    def denoise(x, t):
+        alpha, sigma = schedule(t)
+        x0 = alpha * x / (alpha**2 + sigma**2)
+        return Prediction(x0, (x - alpha * x0) / sigma, sigma)
+
+    return denoise
+
+
+RESTORATIONS = {
+    "inpaint": (Inpaint(GRAY, no_file, mask=[2, 1, 6, 7]), GRAY),
+    "outpaint": (Outpaint(GRAY, no_file, left=1, right=2, top=0, bottom=3, canvas="grow"), GRAY),
+    "outpaint keep": (Outpaint(GRAY, no_file, left=3, right=0, top=0, bottom=0, canvas="keep"), (1, 8, 5)),
+    "colorize": (Colorize((3, 8, 8), no_file), (1, 8, 8)),
+    "super_resolution": (SuperResolution(GRAY, no_file, factor=4), (1, 2, 2)),
+}
+
+
+@pytest.mark.parametrize("sampler_name", SAMPLERS)
+@pytest.mark.parametrize("kind", RESTORATIONS)
+def test_what_is_known_stays_with_every_sampler(schedules, kind, sampler_name):
+    edit, shape = RESTORATIONS[kind]
+    schedule = schedules["linear"]
+    sampler = build(SAMPLERS[sampler_name], schedule)
+    images = torch.randint(0, 256, (2, *shape), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    edited = edit(normalised(images).double(), process(
+        schedule, sampler, shrinking(schedule), edit.results, METHODS["repaint"]
+    ))  # fmt: skip
+    assert edited.images.shape == (2, 1, *edit.results)
+    assert edited.images.isfinite().all()
+    assert edited.misfit is not None
+    known = 127.5 * edited.misfit(normalised(to_bytes(edited.images[:, 0])).double())
+    exact = kind in ("inpaint", "outpaint", "outpaint keep")
+    assert known.abs().max() == 0 if exact else known.abs().max() < 0.51
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("tag", ["cosine", "zero_snr", "vp", "subvp", "ve", "edm", "rectified"])
+def test_what_is_known_stays_in_every_process_by_every_method(schedules, exact, tag, method):
+    schedule = schedules[tag]
+    edit = Inpaint((1, 2, 2), no_file, mask=[0, 0, 1, 2])
+    sampler = DDIM(schedule, eta=1.0, spacing="log_snr")
+    images = (
+        normalised(torch.tensor([[10, 240], [60, 200]], dtype=torch.uint8).view(1, 1, 2, 2))
+        .double()
+        .repeat(2, 1, 1, 1)
+    )
+    edited = edit(images, process(schedule, sampler, exact(schedule), (1, 2, 2), METHODS[method], steps=20))
+    assert to_bytes(edited.images)[:, 0, 0, :, 1].tolist() == [[240, 200], [240, 200]]
+    assert edited.images.isfinite().all()
+    assert edited.images[:, 0, 0, :, 0].abs().max() < 3
+
+
+TRANSFORMS = {
+    "img2img": Img2Img(GRAY, no_file, strength=0.6),
+    "reconstruct": Reconstruct(GRAY, no_file, strength=0.7),
+    "attribute": Attribute(GRAY, no_file, source=None, strength=0.5),
+    "interpolate": Interpolate(GRAY, no_file, frames=3, seeds=None, strength=0.9),
+}
+
+
+@pytest.mark.parametrize("sampler_name", SAMPLERS)
+@pytest.mark.parametrize("kind", TRANSFORMS)
+def test_every_transformation_goes_with_every_sampler(schedules, kind, sampler_name):
+    edit, schedule = TRANSFORMS[kind], schedules["vp"]
+    sampler = build(SAMPLERS[sampler_name], schedule)
+    images = noise(2 * edit.inputs_each, *GRAY).clamp(-1, 1)
+    edited = edit(images, process(schedule, sampler, shrinking(schedule), GRAY))
+    assert edited.images.shape == (2, 3 if kind == "interpolate" else 1, *GRAY)
+    assert edited.images.isfinite().all()
+
+
+def test_a_weak_edit_leaves_the_image_and_a_strong_one_does_not(schedules, exact, mixture, reference):
+    schedule, images = schedules["linear"], reference("noise")["x0_data"]
+    moved = []
+    for strength in (0.01, 0.3, 0.6, 1.0):
+        sampler = DDIM(schedule, eta=0.0, spacing="trailing")
+        given = process(schedule, sampler, exact(schedule), (1, 2, 2), steps=100, count=len(images))
+        edited = Img2Img((1, 2, 2), no_file, strength=strength)(images, given)
+        moved.append((edited.images[:, 0] - images).square().mean().item())
+    assert all(a < b for a, b in pairwise(moved)), moved
+    assert moved[0] < 1e-2
+
+
+@pytest.mark.parametrize("tag", ["linear", "cosine", "vp", "edm", "rectified"])
+def test_reconstruction_is_of_first_order(schedules, exact, reference, tag):
+    schedule, images = schedules[tag], reference("noise")["x0_data"]
+    errors = []
+    for steps in (50, 100, 200):
+        sampler = DDIM(schedule, eta=0.0, spacing="karras" if tag == "edm" else "time")
+        given = process(schedule, sampler, exact(schedule), (1, 2, 2), steps=steps, count=len(images))
+        edited = Reconstruct((1, 2, 2), no_file, strength=0.9)(images, given)
+        assert edited.misfit is not None
+        errors.append(edited.misfit(edited.images[:, 0]).square().mean().sqrt().item())
+    orders = [np.log2(a / b) for a, b in pairwise(errors)]
+    assert all(order > 0.75 for order in orders), (errors, orders)
+    assert errors[-1] < 0.02
+
+
+def test_inversion_starts_at_the_data_or_at_the_least_noise(schedules, exact, reference):
+    schedule, x = schedules["linear"], reference("noise")["x0_data"]
+    times = schedule.grid(50, "trailing")
+    from_data = list(invert(schedule, exact(schedule), x, times))
+    assert len(from_data) == 50
+    eps = exact(schedule)(x, times[-2]).eps
+    alpha, sigma = schedule(times[-2])
+    torch.testing.assert_close(from_data[0], alpha * x + sigma * eps)
+    rest = list(invert(schedule, exact(schedule), from_data[0], times[:-1]))
+    torch.testing.assert_close(rest[-1], from_data[-1])
+
+
+def test_the_ends_of_an_interpolation_are_the_samples_of_its_seeds(schedules, exact):
+    schedule = schedules["cosine"]
+    sampler = DDIM(schedule, eta=0.0, spacing="trailing")
+    start = noise(2, 1, 2, 2)
+    given = process(schedule, sampler, exact(schedule), (1, 2, 2), steps=20, count=1)
+    frames = Interpolate((1, 2, 2), no_file, frames=5, seeds=[4, 9], strength=0.5)(start, given).images[0]
+    *_, ends = integrate(sampler, exact(schedule), start, sampler.grid(20), lambda: start)
+    torch.testing.assert_close(frames[[0, -1]], ends)
+
+
+def test_the_great_circle_keeps_the_norm_and_meets_both_ends():
+    a, b = noise(3, 1, 8, 8, seed=1), noise(3, 1, 8, 8, seed=2)
+    b = b * (a.flatten(1).norm(dim=1) / b.flatten(1).norm(dim=1)).view(-1, 1, 1, 1)
+    torch.testing.assert_close(slerp(a, b, 0.0), a)
+    torch.testing.assert_close(slerp(a, b, 1.0), b)
+    for u in (0.2, 0.5):
+        torch.testing.assert_close(slerp(a, b, u).flatten(1).norm(dim=1), a.flatten(1).norm(dim=1))
+    torch.testing.assert_close(slerp(a, a, 0.3), a)
+
+
+# --- The command --------------------
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Runs of a few steps: class-conditional, unconditional, a classifier; and images."""
+    root = tmp_path_factory.mktemp("outputs")
+    common = [
+        "train", "model.channels=8", "model.norm_groups=4", "model.num_heads=1", "model.head_channels=null",
+        "max_steps=20", "checkpoint_every=10", "logger=csv", "trainer=cpu", f"output_dir={root}",
+    ]  # fmt: skip
+    assert run([*common, "task=classifier", "name=judge", "validate_every=10"]) == 0
+    assert run([*common, "name=plain"]) == 0
+    assert run([*common, "name=told", "model.class_conditional=true"]) == 0
+    generator = np.random.default_rng(0)
+    (root / "images").mkdir()
+    for name in "abc":
+        Image.fromarray(generator.integers(0, 256, (8, 8), dtype=np.uint8)).save(
+            root / "images" / f"{name}.png"
+        )
+    return root
+
+
+def edit(folder, *words):
+    return run(["edit", f"output_dir={folder}", "run=told", "steps=4", "device=cpu", *words])
+
+
+def pixels(file):
+    return np.array(Image.open(file)).astype(int)
+
+
+def test_edits_are_files_named_by_input_with_a_manifest(folder, tmp_path, capsys):
+    mask = np.zeros((8, 8), dtype=np.uint8)
+    mask[2:5, 3:8] = 255
+    Image.fromarray(mask).save(tmp_path / "mask.png")
+    words = [f"input={folder}/images", f"edit.mask={tmp_path}/mask.png", f"output={tmp_path}/out", "seed=5"]
+    assert edit(folder, *words, "variations=2") == 0
+    assert "at most 0 of 255" in capsys.readouterr().out
+    names = sorted(file.name for file in (tmp_path / "out").glob("*.png"))
+    assert names == ["a_0.png", "a_1.png", "b_0.png", "b_1.png", "c_0.png", "c_1.png", "grid.png"]
+    for name in "abc":
+        before = pixels(folder / "images" / f"{name}.png")
+        for variation in "01":
+            after = pixels(tmp_path / "out" / f"{name}_{variation}.png")
+            assert (after == before)[mask == 0].all()
+            assert (after != before)[mask > 0].any()
+    assert (pixels(tmp_path / "out" / "a_0.png") != pixels(tmp_path / "out" / "a_1.png")).any()
+    manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
+    assert manifest["settings"]["seed"] == 5
+    assert sorted(manifest["settings"]["inputs"]) == ["a", "b", "c"]
+    assert manifest["results"]["a_0"] == {"rmse": 0.0, "largest": 0.0}
+
+
+def test_a_stopped_edit_is_completed_whatever_the_batch(folder, tmp_path, capsys):
+    words = [f"input={folder}/images", "method.num_resamples=2"]
+    edit(folder, *words, f"output={tmp_path}/whole")
+    edit(folder, *words, f"output={tmp_path}/parts", "batch_size=1")
+    (tmp_path / "parts" / "b.png").unlink()
+    kept = (tmp_path / "parts" / "a.png").stat().st_mtime_ns
+    edit(folder, *words, f"output={tmp_path}/parts", "batch_size=2")
+    assert "has 2 of 3 results" in capsys.readouterr().err
+    assert (tmp_path / "parts" / "a.png").stat().st_mtime_ns == kept
+    for name in "abc":
+        one, other = (pixels(tmp_path / place / f"{name}.png") for place in ("whole", "parts"))
+        assert abs(one - other).max() <= 1
+    assert edit(folder, *words, f"output={tmp_path}/whole", "seed=3") == 2
+    assert "holds images of other settings" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["edit=outpaint", "edit.right=3"],
+        ["edit=outpaint", "edit.top=2", "edit.canvas=keep"],
+        ["edit=super_resolution", "method=dps", "method.scale=0.3"],
+        ["edit=img2img", "label=3", "guidance=cfg"],
+        ["edit=img2img", "label=[0,3]", "guidance=classifier", "guidance.run=judge"],
+        ["edit=img2img", "guidance=auto", "guidance.step=10"],
+        ["edit=reconstruct"],
+        ["edit=attribute", "edit.source=4", "label=9", "guidance=cfg"],
+        ["edit=interpolate", "edit.frames=4"],
+        ["method=replacement", "sampler=unipc"],
+    ],
+)
+def test_every_kind_of_edit_of_real_images(folder, tmp_path, words):
+    assert edit(folder, *words, "input=held_out", "num_images=4", f"output={tmp_path}/out") == 0
+    grid = pixels(tmp_path / "out" / "grid.png")
+    assert grid.shape[0] % (2 if "edit=interpolate" in words else 4) == 0
+    assert grid.std() > 0
+
+
+def test_an_interpolation_is_a_strip_and_an_animation(folder, tmp_path):
+    words = ["edit=interpolate", "edit.seeds=[2,7]", "edit.frames=4", f"output={tmp_path}/out"]
+    assert edit(folder, *words) == 0
+    (series,) = [path for path in (tmp_path / "out").iterdir() if path.is_dir()]
+    assert [file.name for file in sorted(series.iterdir())] == ["000.png", "001.png", "002.png", "003.png"]
+    (animation,) = (tmp_path / "out").glob("*.gif")
+    assert getattr(Image.open(animation), "n_frames", 1) == 6  # there and back
+    run(
+        [
+            "sample",
+            f"output_dir={folder}",
+            "run=told",
+            "steps=4",
+            "label=none",
+            "num_samples=8",
+            f"output={tmp_path}/s",
+        ]
+    )
+    for frame, seed in (("000", 2), ("003", 7)):
+        assert abs(pixels(series / f"{frame}.png") - pixels(tmp_path / "s" / f"{seed:06d}.png")).max() <= 1
+
+
+def test_images_that_do_not_fit_are_refused_or_fitted(folder, tmp_path, capsys):
+    colour = np.random.default_rng(0).integers(0, 256, (20, 30, 3), dtype=np.uint8)
+    Image.fromarray(colour).save(tmp_path / "photo.png")
+    (tmp_path / "broken.png").write_text("no image")
+    assert edit(folder, f"input=[{tmp_path}/photo.png,{tmp_path}/broken.png,{tmp_path}/none.png]") == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 3
+    assert "photo.png: is 30 x 20 colour, and wanted is 8 x 8 gray; convert it, or set fit=true" in lines[0]
+    assert "broken.png: is not an image in PNG" in lines[1]
+    assert "none.png: is no file" in lines[2]
+    assert edit(folder, f"input={tmp_path}/photo.png", "fit=true", f"output={tmp_path}/out") == 0
+    assert pixels(tmp_path / "out" / "photo.png").shape == (8, 8)
+
+
+def test_files_of_one_name_do_not_overwrite_each_other(folder, tmp_path):
+    for name in ("a.png", "a.tif", "x/a.png"):
+        (tmp_path / "in" / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.full((8, 8), 7, dtype=np.uint8)).save(tmp_path / "in" / name)
+    assert edit(folder, "edit=reconstruct", f"input={tmp_path}/in", f"output={tmp_path}/out") == 0
+    assert len(list((tmp_path / "out").glob("*a*.png"))) == 3
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["input=null"], "input=null: give an image file or a folder, or held_out"),
+        (["input=/nowhere"], "input=/nowhere: is no file"),
+        (["edit.mask=/nowhere.png"], "edit.mask=/nowhere.png: does not exist"),
+        (["edit.mask=MASK"], "is 4 x 4 pixels and the images are 8 x 8"),
+        (
+            ["edit.mask=[2,2,9,9]"],
+            "edit.mask=[2, 2, 9, 9]: should be [left,top,right,bottom] in pixels within 8 x 8",
+        ),
+        (["label=12"], "label=12: there are the classes 0..9"),
+        (["label=frog"], "label=frog: unknown class; there are: 0, 1"),
+        (["run=plain", "label=3"], "label=3: the model knows no classes"),
+        (["run=plain", "guidance=cfg"], "guidance=cfg: the model knows no classes"),
+        (["run=judge"], "was trained with task=classifier"),
+        (["guidance=cfg"], "label: guidance=cfg leads to a class"),
+        (["guidance=auto"], "these are the weights of the model itself"),
+        (["guidance=auto", "guidance.step=11"], "guidance.step=11: "),
+        (
+            ["guidance=auto", "guidance.run=plain", "guidance.interval=[3,1]"],
+            "guidance.interval=[3, 1]: should be",
+        ),
+        (["guidance=classifier", "guidance.run=plain", "label=1"], "was trained with task=diffusion"),
+        (["method=null"], "method=null: unknown option; there are: dps, repaint, replacement"),
+        (["edit=img2img", "method=dps"], "method: edit=img2img restores nothing"),
+        (["edit=attribute"], "label=null: edit=attribute leads to a class"),
+        (["edit=attribute", "label=1", "edit.source=12"], "edit.source=12: there are the classes 0..9"),
+        (["edit=colorize"], "edit=colorize: the model makes gray images"),
+        (["edit=super_resolution", "edit.factor=3"], "edit.factor=3: does not divide 8 x 8"),
+        (["edit=outpaint"], "edit.left=0: no side is to be continued"),
+        (["edit=interpolate", "num_images=3"], "there are 3 images, and this edit takes 2 at a time"),
+        (["edit=interpolate", "edit.seeds=[1]"], "edit.seeds=[1]: should be pairs"),
+        (["edit=img2img", "edit.strength=1.5"], "edit.strength=1.5: should be less than or equal to 1"),
+    ],
+)
+def test_wrong_input_gets_one_line(folder, tmp_path, capsys, words, expected):
+    Image.fromarray(np.full((4, 4), 255, dtype=np.uint8)).save(tmp_path / "mask.png")
+    words = [word.replace("MASK", str(tmp_path / "mask.png")) for word in words]
+    given = [] if any(word.startswith("input=") for word in words) else ["input=held_out"]
+    assert edit(folder, *given, *words) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert expected in line
+
+
+def test_labels_are_chosen_by_name_number_list_and_all(folder, tmp_path):
+    def sample(*words):
+        return run(["sample", f"output_dir={folder}", "run=told", "steps=2", "num_samples=6", *words])
+
+    def manifest(place):
+        return json.loads((tmp_path / place / "manifest.json").read_text())["settings"]["labels"]
+
+    for label, numbers in (
+        ("7", [7]),
+        ("[4,2]", [4, 2]),
+        ("all", list(range(10))),
+        ("null", list(range(10))),
+    ):
+        place = label.strip("[]").replace(",", "_")
+        assert sample(f"label={label}", f"output={tmp_path}/{place}") == 0
+        assert manifest(place) == numbers
+    assert sample("label=none", f"output={tmp_path}/none") == 0
+    assert manifest("none") is None
+    two = pixels(tmp_path / "4_2" / "grid.png")
+    assert two.shape == (2 * 34, 3 * 34)  # a row a class
+
+
+def test_the_newest_run_is_that_of_a_denoiser(folder, capsys):
+    (folder / "judge" / "checkpoints" / "last.ckpt").touch()
+    assert run(["sample", f"output_dir={folder}", "steps=2", "num_samples=2"]) == 0
+    assert "judge" not in capsys.readouterr().out
+
+
+def test_a_classifier_run_shows_its_accuracy_by_noise_level(folder):
+    header = (folder / "judge" / "metrics.csv").read_text().splitlines()[0].split(",")
+    assert {"held_out_accuracy", "held_out_accuracy_q1", "held_out_accuracy_q4", "held_out_loss"} <= set(
+        header
+    )

@@ -438,6 +438,15 @@ def test_an_interpolation_is_a_strip_and_an_animation(folder, tmp_path):
         assert abs(pixels(series / f"{frame}.png") - pixels(tmp_path / "s" / f"{seed:06d}.png")).max() <= 1
 
 
+def test_results_of_a_command_are_input_of_the_next(folder, tmp_path):
+    words = [f"output_dir={folder}", "run=told", "steps=2", "num_samples=3", "label=3"]
+    assert run(["sample", *words, f"output={tmp_path}/threes"]) == 0
+    assert edit(folder, "edit=reconstruct", f"input={tmp_path}/threes", f"output={tmp_path}/one") == 0
+    assert edit(folder, "edit=reconstruct", f"input={tmp_path}/one", f"output={tmp_path}/two") == 0
+    made = sorted(file.name for file in (tmp_path / "two").glob("*.png"))
+    assert made == ["000000.png", "000001.png", "000002.png", "grid.png"]
+
+
 def test_images_that_do_not_fit_are_refused_or_fitted(folder, tmp_path, capsys):
     colour = np.random.default_rng(0).integers(0, 256, (20, 30, 3), dtype=np.uint8)
     Image.fromarray(colour).save(tmp_path / "photo.png")

@@ -1,6 +1,7 @@
 """`diffuse edit`: images changed by a trained model, with a picture of before and after."""
 
 import math
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -45,7 +46,7 @@ def run(config: EditConfig) -> None:
     _refuse(config, trained, edit, method)
     given = _inputs(config, trained, edit)
     jobs = _jobs(config, edit, given)
-    kind = config.edit["_target_"].rpartition(".")[2].lower()
+    kind = _kind(config)
     settings = {
         **trained.settings,
         "edit": config.edit,
@@ -85,9 +86,14 @@ def run(config: EditConfig) -> None:
     )
 
 
+def _kind(config: EditConfig) -> str:
+    """The word for an edit: SuperResolution is super_resolution."""
+    return re.sub(r"(?<=[a-z])(?=[A-Z])", "_", config.edit["_target_"].rpartition(".")[2]).lower()
+
+
 def _refuse(config: EditConfig, trained: Trained, edit: Edit, method: Method | None) -> None:
     """Raise ValueError where an edit is asked for what it does not do."""
-    kind = config.edit["_target_"].rpartition(".")[2].lower()
+    kind = _kind(config)
     if edit.restores and method is None:
         raise ValueError(f"method: edit={kind} needs one; take replacement, repaint or dps")
     if not edit.restores and method is not None:

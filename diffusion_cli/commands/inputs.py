@@ -35,13 +35,14 @@ class Input(NamedTuple):
 
 
 def real_images(dataset: Dataset, split: str, count: int | None) -> list[Input]:
-    """The first images of the `train` or `held_out` split of a dataset; ValueError if they are not of 256 values."""
+    """Images of the `train` or `held_out` split of a dataset, evenly spread over it; ValueError if not of 256 values."""
     images = dataset.load("train" if split == "train" else "held_out")
     count = len(images) if count is None else min(count, len(images))
-    pixels = images.gather(torch.arange(count, device=images.device)).cpu() if count else torch.empty(0)
+    rows = torch.arange(count) * len(images) // max(1, count)
+    pixels = images.gather(rows.to(images.device)).cpu() if count else torch.empty(0)
     if pixels.dtype != torch.uint8:
         raise ValueError(f"input={split}: {dataset.name} has no images of 256 values there; give image files")
-    return [Input(f"{split}_{row:05d}", image) for row, image in enumerate(pixels)]
+    return [Input(f"{split}_{row:05d}", image) for row, image in zip(rows.tolist(), pixels, strict=True)]
 
 
 def read_input(given: str | list[str], shapes: list[Shape], fit: bool, count: int | None) -> list[Input]:
@@ -56,6 +57,10 @@ def read_input(given: str | list[str], shapes: list[Shape], fit: bool, count: in
             names = image_files(folder, file_names(folder))
         except ValueError as error:
             raise Mistakes(str(error).replace("dataset.path", "input", 1)) from error
+        if (
+            folder / "manifest.json"
+        ).is_file():  # made by this program: its results, not its pictures of them
+            names = [name for name in names if "/" not in name and name != "grid.png"]
         files = [folder / name for name in names]
     files = files[:count]
     labels = _names(files)

@@ -22,6 +22,10 @@ class LinearOperator(ABC):
     def pseudo_inverse(self, y: Tensor) -> Tensor:
         """Return `A^+ y`, the image [B, C, H, W] of least norm that agrees with y."""
 
+    def picture(self, y: Tensor) -> Tensor:
+        """Return images [B, C, H, W] to look at, which show the measurement."""
+        return self.pseudo_inverse(y)
+
     def project(self, x: Tensor, y: Tensor) -> Tensor:
         """Return `x + A^+ (y - A x)`, the nearest to x that agrees with y."""
         return x + self.pseudo_inverse(y - self(x))
@@ -67,6 +71,9 @@ class Luma(LinearOperator):
     def pseudo_inverse(self, y: Tensor) -> Tensor:
         weights = self._weights(y)
         return y * weights / weights.square().sum()
+
+    def picture(self, y: Tensor) -> Tensor:
+        return y.expand(-1, 3, -1, -1)
 
     def _weights(self, like: Tensor) -> Tensor:
         return torch.tensor(LUMA, device=like.device, dtype=like.dtype).view(1, 3, 1, 1)

@@ -30,7 +30,7 @@ class Restoration(Edit):
             process.sampler, process.denoise(), x, process.times, process.draw, operator, y
         )
         (x,) = deque(steps, maxlen=1)
-        known = operator.pseudo_inverse(y)
+        known = operator.picture(y)
         shown = [images, known] if tuple(images.shape[1:]) == self.results else [known]
         return Edited(operator.nearest_image(x, y)[:, None], shown, lambda x: operator(x) - y)
 

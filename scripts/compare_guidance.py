@@ -1,0 +1,87 @@
+"""Class accuracy and Frechet distance against the scale of guidance: a table, and a plot of it.
+
+    diffuse train name=digits_cfg model.class_conditional=true
+    diffuse eval -m run=digits_cfg features=classifier guidance=cfg guidance.scale=1,1.5,2,3,5
+    python scripts/compare_guidance.py outputs/digits_cfg --plot docs/guidance.png
+
+Reads the newest number of each guidance and scale from the `metrics.json` of the runs.
+"""
+
+import argparse
+import json
+from pathlib import Path
+from typing import NamedTuple
+
+
+class Row(NamedTuple):
+    """What was measured at one scale."""
+
+    guidance: str
+    scale: float
+    accuracy: float
+    distance: float
+    calls: int
+
+
+def rows(run: Path) -> list[Row]:
+    """The newest evaluation of every guidance and scale of a run, by scale."""
+    newest: dict[tuple[str, float], Row] = {}
+    for entry in json.loads((run / "metrics.json").read_text()):
+        results = {result["name"]: result for result in entry["results"]}
+        if not {"class_accuracy", "frechet_classifier"} <= set(results):
+            continue
+        sampling = results["frechet_classifier"]["protocol"]["sampling"]
+        guidance = sampling["guidance"]
+        kind, scale = guidance["_target_"].rpartition(".")[2], guidance.get("scale")
+        if scale is not None:
+            values = (results[name]["value"] for name in ("class_accuracy", "frechet_classifier"))
+            newest[kind, scale] = Row(kind, scale, *values, sampling["network_calls"])
+    return sorted(newest.values())
+
+
+def main() -> None:
+    """Print the table and draw the plot."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("runs", type=Path, nargs="+", help="folders of evaluated runs")
+    parser.add_argument("--plot", type=Path, help="PNG to draw")
+    arguments = parser.parse_args()
+    measured = {run.name: rows(run) for run in arguments.runs}
+    print(
+        "| run | guidance | scale | class accuracy | Frechet distance | network calls |\n|---|---|---|---|---|---|"
+    )
+    for name, some in measured.items():
+        for row in some:
+            print(
+                f"| {name} | {row.guidance} | {row.scale:g} | {row.accuracy:.4f} | {row.distance:.3f} | {row.calls} |"
+            )
+    if arguments.plot:
+        draw(measured, arguments.plot)
+
+
+def draw(measured: dict[str, list[Row]], path: Path) -> None:
+    """Plot the distance against the accuracy, a line a guidance of a run, its scales written beside the points."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(6, 4), dpi=120)
+    for name, some in measured.items():
+        for kind in dict.fromkeys(row.guidance for row in some):
+            line = [row for row in some if row.guidance == kind]
+            x, y = [1 - row.accuracy for row in line], [row.distance for row in line]
+            axes.plot([max(value, 1e-4) for value in x], y, "o-", label=f"{name}, {kind}")
+            for row, right, up in zip(line, x, y, strict=True):
+                axes.annotate(f"{row.scale:g}", (max(right, 1e-4), up), (4, 4), textcoords="offset points")
+    axes.set_xscale("log")
+    axes.set_xlabel("share of samples taken for another class (left edge: none)")
+    axes.set_ylabel("Frechet distance")
+    axes.legend()
+    figure.tight_layout()
+    figure.savefig(path)
+
+
+if __name__ == "__main__":
+    main()

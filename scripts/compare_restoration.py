@@ -1,0 +1,85 @@
+"""Inpainting against a conditional distribution that is known exactly, by method: a table of errors.
+
+    python scripts/compare_restoration.py
+
+Images of 2x2 pixels from a mixture of three Gaussians, of which the first pixel is known; denoised by the mixture's
+perfect denoiser, sampled by DDPM. The mixture given that pixel is known in closed form.
+"""
+
+import argparse
+from collections import deque
+
+import torch
+
+from diffusion_cli.data import GaussianMixture
+from diffusion_cli.denoiser import Prediction
+from diffusion_cli.editing import DPS, Mask, Method, RePaint, Replacement
+from diffusion_cli.samplers import DDPM
+from diffusion_cli.schedules import Linear
+
+MEANS = [[-0.6, -0.2, 0.3, 0.5], [0.5, 0.4, -0.4, 0.1], [0.1, -0.7, 0.6, -0.5]]
+STD = 0.3
+SEEN = 0.25
+
+
+def main() -> None:
+    """Print the table."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--count", type=int, default=20000, help="samples")
+    parser.add_argument("--steps", type=int, default=100)
+    arguments = parser.parse_args()
+    mixture = GaussianMixture(
+        "", means=MEANS, stds=[STD] * 3, weights=[0.5, 0.3, 0.2], shape=[1, 2, 2], size=1, seed=0
+    )
+    print(
+        "| method | resampling steps | network calls | error of component frequencies | of means | of deviations |"
+    )
+    print("|---|---|---|---|---|---|")
+    cases: list[tuple[str, int, Method]] = [("replacement", 1, Replacement())]
+    cases += [("repaint", n, RePaint(num_resamples=n, jump_length=1)) for n in (2, 5, 10, 20, 50)]
+    cases += [(f"dps, scale {scale:g}", 1, DPS(scale=scale)) for scale in (0.1, 0.3, 1.0)]
+    for name, resamples, method in cases:
+        errors = measure(mixture, method, arguments.steps, arguments.count)
+        cells = " | ".join(f"{error:.3f}" for error in errors)
+        print(f"| {name} | {resamples} | {resamples * arguments.steps} | {cells} |", flush=True)
+
+
+def measure(mixture: GaussianMixture, method: Method, steps: int, count: int) -> tuple[float, float, float]:
+    """The total variation of the component frequencies, and the largest errors of a mean and a standard deviation."""
+    schedule = Linear(num_timesteps=1000, beta_start=1e-4, beta_end=0.02, zero_terminal_snr=False)
+    sampler = DDPM(schedule, variance="small", spacing="trailing")
+    operator = Mask(torch.tensor([[True, False], [False, False]])[None, None])
+    y = torch.zeros(count, 1, 2, 2, dtype=torch.float64)
+    y[:, :, 0, 0] = SEEN
+    generator = torch.Generator().manual_seed(0)
+
+    def draw() -> torch.Tensor:
+        return torch.randn(count, 1, 2, 2, dtype=torch.float64, generator=generator)
+
+    def denoise(x: torch.Tensor, t: torch.Tensor) -> Prediction:
+        alpha, sigma = schedule(t)
+        x0 = mixture.denoise(x, alpha, sigma)
+        return Prediction(x0, (x - alpha * x0) / sigma, sigma)
+
+    (x,) = deque(method.restore(sampler, denoise, draw(), sampler.grid(steps), draw, operator, y), maxlen=1)
+    x = operator.project(x, y)
+    # Given the pixel, component k has weight w_k N(seen; m_k, s_k^2), and its other pixels are as before.
+    weights = (
+        mixture.weights.log() - 0.5 * ((SEEN - mixture.means[:, 0]) / mixture.stds) ** 2 - mixture.stds.log()
+    ).softmax(0)
+    mean = weights @ mixture.means[:, 1:]
+    variance = weights @ (mixture.stds[:, None] ** 2 + mixture.means[:, 1:] ** 2) - mean**2
+    density = torch.stack([mixture.log_prob(x, label=k) for k in range(3)]) + mixture.weights.log()[:, None]
+    frequencies = density.softmax(0).mean(1)
+    unknown = x.flatten(1)[:, 1:]
+    return (
+        0.5 * (frequencies - weights).abs().sum().item(),
+        (unknown.mean(0) - mean).abs().max().item(),
+        (unknown.std(0) - variance.sqrt()).abs().max().item(),
+    )
+
+
+if __name__ == "__main__":
+    main()

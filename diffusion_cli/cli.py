@@ -186,7 +186,7 @@ def run_job(command: str, overrides: Sequence[str], dirs: Sequence[Path]) -> int
 def overview() -> str:
     """The page of `diffuse --help`."""
     commands = "\n".join(f"  {name:<12}{config.summary(CONF / f'{name}.yaml')}" for name in COMMANDS)
-    return f"""diffuse {__version__}: train, sample and evaluate diffusion models.
+    return f"""diffuse {__version__}: train, sample, edit and evaluate diffusion models.
 
 Usage: diffuse <command> [group=option ...] [key=value ...]
 

@@ -171,8 +171,9 @@ def threshold_x0(denoise: Denoise, schedule: Schedule, quantile: float, largest:
 
     def thresholded(x_t: Tensor, t: Tensor) -> Prediction:
         prediction = denoise(x_t, t)
-        s = prediction.x0.abs().flatten(1).quantile(quantile, dim=1).clamp(1, largest)
-        s = per_image(s, x_t)
+        # Image by image, because quantile takes at most 2^24 numbers.
+        s = torch.stack([image.abs().quantile(quantile) for image in prediction.x0])
+        s = per_image(s.clamp(1, largest), x_t)
         return with_x0(prediction, prediction.x0.clamp(-s, s) / s, schedule, x_t, t)
 
     return thresholded

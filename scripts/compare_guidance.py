@@ -34,8 +34,8 @@ def rows(run: Path) -> list[Row]:
         guidance = sampling["guidance"]
         kind, scale = guidance["_target_"].rpartition(".")[2], guidance.get("scale")
         if scale is not None:
-            values = (results[name]["value"] for name in ("class_accuracy", "frechet_classifier"))
-            newest[kind, scale] = Row(kind, scale, *values, sampling["network_calls"])
+            accuracy, distance = (results[name]["value"] for name in ("class_accuracy", "frechet_classifier"))
+            newest[kind, scale] = Row(kind, scale, accuracy, distance, sampling["network_calls"])
     return sorted(newest.values())
 
 

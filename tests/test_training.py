@@ -18,6 +18,7 @@ from PIL import Image
 from diffusion_cli.checkpoint import LAST, load_model, read, whole_file
 from diffusion_cli.cli import run
 from diffusion_cli.commands.train import only_one
+from diffusion_cli.objective import withheld
 from diffusion_cli.training.ema import EMA
 from diffusion_cli.training.module import LevelMeter
 
@@ -425,3 +426,47 @@ def test_a_checkpoint_builds_only_our_classes(tmp_path):
     torch.save(checkpoint, path)
     with pytest.raises(ValueError, match=r"os\.mkdir: is not a class of diffusion_cli"):
         load_model(tmp_path / "tiny", "ema", torch.device("cpu"))
+
+
+@pytest.mark.parametrize(("dropout", "untouched"), [(0.0, slice(10, 11)), (1.0, slice(0, 10))])
+def test_labels_are_withheld_as_often_as_asked(tmp_path, dropout, untouched):
+    """With every label withheld only the embedding of the null class learns, with none withheld all others."""
+    words = ["model.class_conditional=true", f"objective.label_dropout={dropout}"]
+    for place, steps in (("short", 1), ("long", 12)):
+        assert train(tmp_path / place, *words, f"max_steps={steps}") == 0
+    key = "model.network.class_embedding.weight"
+    one, other = (state(tmp_path / place)["state_dict"][key] for place in ("short", "long"))
+    same = (one == other).all(dim=1)
+    assert same[untouched].all()
+    assert not same.all()
+
+
+def test_withheld_labels_are_a_share_of_them():
+    y, u = torch.arange(10).repeat(100), torch.rand(1000, generator=torch.Generator().manual_seed(0))
+    mixed = withheld(y, 10, 0.3, u)
+    assert abs((mixed == 10).float().mean().item() - 0.3) < 0.05
+    assert torch.equal(mixed[u >= 0.3], y[u >= 0.3])
+
+
+def test_a_classifier_goes_on_to_the_last_bit(tmp_path):
+    words = ["task=classifier", "validate_every=5"]
+    train(tmp_path / "whole", *words, "max_steps=10")
+    train(tmp_path / "parts", *words, "max_steps=5")
+    train(tmp_path / "parts", *words, "max_steps=10")
+    assert_same(state(tmp_path / "whole")["state_dict"], state(tmp_path / "parts")["state_dict"])
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["model=classifier_tiny"], "model=Classifier: is for task=classifier; take one for task=diffusion"),
+        (["objective=cross_entropy"], "model=UNet: is for task=diffusion; take one for task=classifier"),
+        (["task=classifier", "objective=simple"], "model=Classifier: is for task=classifier"),
+    ],
+)
+def test_what_a_task_needs_is_said(tmp_path, capsys, words, message):
+    plain = [word for word in TINY if not word.startswith("model.")]
+    assert run([*plain, f"output_dir={tmp_path}", *words]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert message in line
+    assert not list(tmp_path.iterdir())

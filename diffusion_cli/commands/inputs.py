@@ -35,7 +35,7 @@ class Input(NamedTuple):
 
 
 def real_images(dataset: Dataset, split: str, count: int | None) -> list[Input]:
-    """Images of the `train` or `held_out` split of a dataset, evenly spread over it; ValueError if not of 256 values."""
+    """Images spread evenly over the `train` or `held_out` split; ValueError if they are not of 256 values."""
     images = dataset.load("train" if split == "train" else "held_out")
     count = len(images) if count is None else min(count, len(images))
     rows = torch.arange(count) * len(images) // max(1, count)

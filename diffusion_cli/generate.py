@@ -53,11 +53,11 @@ def all_labels(denoiser: Denoiser) -> list[int] | None:
     return None if denoiser.num_classes is None else list(range(denoiser.num_classes))
 
 
-def labels_of(seeds: Sequence[int], labels: Sequence[int] | None, device: torch.device) -> Tensor | None:
-    """The labels in turn, int64 [B]: seed n gets number n mod K of these K; None for None."""
+def labels_of(numbers: Sequence[int], labels: Sequence[int] | None, device: torch.device) -> Tensor | None:
+    """The labels in turn, int64 [B]: image n gets number n mod K of these K; None for None."""
     if labels is None:
         return None
-    return torch.tensor([labels[seed % len(labels)] for seed in seeds], device=device)
+    return torch.tensor([labels[number % len(labels)] for number in numbers], device=device)
 
 
 class Calls:

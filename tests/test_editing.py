@@ -438,6 +438,21 @@ def test_an_interpolation_is_a_strip_and_an_animation(folder, tmp_path):
         assert abs(pixels(series / f"{frame}.png") - pixels(tmp_path / "s" / f"{seed:06d}.png")).max() <= 1
 
 
+def test_labels_are_given_to_inputs_in_turn(folder, tmp_path):
+    """Whatever the number of variations: input 1 gets the second label."""
+    words = [f"input={folder}/images", "edit=img2img", "edit.strength=1.0", "variations=2", "clip_x0=false"]
+    for place, label in (("one", "[4,2,7]"), ("other", "[1,2,3]")):
+        assert edit(folder, *words, f"label={label}", f"output={tmp_path}/{place}") == 0
+
+    def same(name):
+        return (pixels(tmp_path / "one" / name) == pixels(tmp_path / "other" / name)).all()
+
+    assert same("b_0.png")
+    assert same("b_1.png")
+    assert not same("a_1.png")
+    assert not same("c_0.png")
+
+
 def test_results_of_a_command_are_input_of_the_next(folder, tmp_path):
     words = [f"output_dir={folder}", "run=told", "steps=2", "num_samples=3", "label=3"]
     assert run(["sample", *words, f"output={tmp_path}/threes"]) == 0

@@ -33,6 +33,8 @@ class Job(NamedTuple):
     name: str
     """Of its file, or of its series of files."""
     seed: int
+    place: int
+    """Of its input among all, by which labels are given out in turn."""
     inputs: list[Tensor]
     """uint8 [C, H, W] each, or noise."""
 
@@ -139,7 +141,9 @@ def _jobs(config: EditConfig, edit: Edit, given: Sequence[Input]) -> list[Job]:
         some = given[at : at + edit.inputs_each]
         for variation in range(config.variations):
             name = "-".join(item.name for item in some) + (f"_{variation}" if config.variations > 1 else "")
-            jobs.append(Job(name, config.seed + len(jobs), [item.pixels for item in some]))
+            jobs.append(
+                Job(name, config.seed + len(jobs), at // edit.inputs_each, [item.pixels for item in some])
+            )
     return jobs
 
 
@@ -163,7 +167,7 @@ def _edit(
     process = Process(
         trained.sampler,
         trained.sampler.grid(config.steps),
-        labels_of(seeds, trained.labels, device),
+        labels_of([job.place for job in batch], trained.labels, device),
         lambda y: clipped(trained.guidance(model.denoiser, y)),
         told,
         method,

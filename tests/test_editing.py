@@ -420,7 +420,13 @@ def test_an_interpolation_is_a_strip_and_an_animation(folder, tmp_path):
     words = ["edit=interpolate", "edit.seeds=[2,7]", "edit.frames=4", f"output={tmp_path}/out"]
     assert edit(folder, *words) == 0
     (series,) = [path for path in (tmp_path / "out").iterdir() if path.is_dir()]
-    assert [file.name for file in sorted(series.iterdir())] == ["000.png", "001.png", "002.png", "003.png"]
+    assert [file.name for file in sorted(series.iterdir())] == [
+        "000.png",
+        "001.png",
+        "002.png",
+        "003.png",
+        "strip.png",
+    ]
     (animation,) = (tmp_path / "out").glob("*.gif")
     assert getattr(Image.open(animation), "n_frames", 1) == 6  # there and back
     run(

@@ -181,7 +181,7 @@ def _edit(
 def _files(output: Path, job: Job) -> list[Path]:
     """The files of a result that are there: one image, or a series."""
     single = output / f"{job.name}.png"
-    return [single] if single.is_file() else sorted((output / job.name).glob("*.png"))
+    return [single] if single.is_file() else sorted((output / job.name).glob("[0-9]*.png"))
 
 
 def _save(output: Path, batch: list[Job], edited: Edited) -> dict[str, dict[str, float]]:
@@ -195,6 +195,7 @@ def _save(output: Path, batch: list[Job], edited: Edited) -> dict[str, dict[str,
         else:
             for place, image in enumerate(images[row]):
                 save_png(image, output / job.name / f"{place:03d}.png")
+            save_rows([images[row]], output / job.name / "strip.png")
             save_gif(images[row], output / f"{job.name}.gif")
     if edited.misfit is None:
         return {job.name: {} for job in batch}

@@ -4,7 +4,6 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from diffusion_cli.denoiser import Denoise
@@ -36,11 +35,6 @@ class Process:
     def denoise(self, repeat: int = 1) -> Denoise:
         """Return the guided denoiser for `repeat` images in a row of each result."""
         return self.guided(None if self.labels is None else self.labels.repeat_interleave(repeat))
-
-    def until(self, strength: float) -> Tensor:
-        """The grid from the time `strength` down."""
-        below = self.times[self.times < strength - 1e-9]
-        return torch.cat([self.times.new_full((1,), min(strength, float(self.times[0]))), below])
 
 
 @dataclass(frozen=True)

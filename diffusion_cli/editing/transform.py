@@ -9,7 +9,7 @@ from torch import Tensor
 
 from diffusion_cli.denoiser import Denoise, noised
 from diffusion_cli.editing.base import Edit, Edited, Process, ReadMask, Shape
-from diffusion_cli.samplers import integrate, invert
+from diffusion_cli.samplers import integrate, invert, until
 
 Strength = Annotated[float, Field(gt=0, le=1)]
 
@@ -41,7 +41,7 @@ class Img2Img(Edit):
         self.strength = strength
 
     def __call__(self, images: Tensor, process: Process) -> Edited:
-        times = process.until(self.strength)
+        times = until(process.times, self.strength)
         x = noised(process.sampler.schedule, images, times[0], process.draw())
         return Edited(decode(process, x, times)[:, None], [images, x])
 
@@ -54,7 +54,7 @@ class Reconstruct(Edit):
         self.strength = strength
 
     def __call__(self, images: Tensor, process: Process) -> Edited:
-        times = process.until(self.strength)
+        times = until(process.times, self.strength)
         x = encode(process, process.denoise(), images, times)
         back = decode(process, x, times)
         return Edited(back[:, None], [images, x], lambda x: x - images)
@@ -76,7 +76,7 @@ class Attribute(Edit):
         self.source, self.strength = source, strength
 
     def __call__(self, images: Tensor, process: Process) -> Edited:
-        times = process.until(self.strength)
+        times = until(process.times, self.strength)
         x = encode(process, process.told(self.source), images, times)
         return Edited(decode(process, x, times)[:, None], [images, x])
 
@@ -107,7 +107,7 @@ class Interpolate(Edit):
 
     def __call__(self, images: Tensor, process: Process) -> Edited:
         if self.seeds is None:
-            times = process.until(self.strength)
+            times = until(process.times, self.strength)
             x = encode(process, process.denoise(2), images, times)
         else:
             times = process.times

@@ -13,7 +13,7 @@ from diffusion_cli.denoiser import clip_x0
 from diffusion_cli.guidance import Unguided
 from diffusion_cli.metrics.base import Finding, ModelMetric, Subject
 from diffusion_cli.precision import autocast
-from diffusion_cli.samplers import DDIM, integrate, invert
+from diffusion_cli.samplers import DDIM, integrate, invert, until
 from diffusion_cli.schedules import Spacing
 
 
@@ -48,12 +48,7 @@ class Inversion(ModelMetric):
                 f"metric.inversion.split={self.split}: is measured on images of 256 values; there are none"
             )
         sampler = DDIM(schedule, eta=0.0, spacing=self.spacing)
-        times = sampler.grid(self.steps)
-        times = times[times <= self.strength]
-        if len(times) < 2:
-            raise ValueError(
-                f"metric.inversion.strength={self.strength}: no time of the grid lies below; take more, or more steps"
-            )
+        times = until(sampler.grid(self.steps), self.strength)
         prior = schedule.prior_std(times[0])
         errors, squares = 0.0, 0.0
         with tqdm(total=count, desc=self.name, unit="image", delay=1.0) as bar:

@@ -72,6 +72,12 @@ class Sampler(ABC):
         return sigma_s * (1 - share).sqrt(), sigma_s * share.sqrt()
 
 
+def until(times: Tensor, t: float) -> Tensor:
+    """The falling times from t down, t among them, where they do not begin below it."""
+    below = times[times < t - 1e-9]
+    return torch.cat([times.new_full((1,), min(t, float(times[0]))), below])
+
+
 def integrate(sampler: Sampler, denoise: Denoise, x: Tensor, times: Tensor, draw: Draw) -> Iterator[Tensor]:
     """Step x through the falling `times` and yield the state after each step."""
     times = times.double().cpu()

@@ -11,5 +11,6 @@ from diffusion_cli.samplers.second_order import DPM2, EDM, Heun
 
 __all__ = [
     "DDIM", "DDPM", "DEIS", "DPM2", "EDM", "LMS", "ODE", "PC", "PLMS", "DPMSolver2S", "DPMSolverMultistep",
-    "DPMSolverSDE", "Draw", "EulerMaruyama", "Heun", "ReverseDiffusion", "Sampler", "UniPC", "integrate", "invert", "until",
+    "DPMSolverSDE", "Draw", "EulerMaruyama", "Heun", "ReverseDiffusion", "Sampler", "UniPC", "integrate", "invert",
+    "until",
 ]  # fmt: skip

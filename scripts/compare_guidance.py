@@ -12,6 +12,10 @@ import json
 from pathlib import Path
 from typing import NamedTuple
 
+import yaml
+
+from diffusion_cli.config import options
+
 
 class Row(NamedTuple):
     """What was measured at one scale."""
@@ -25,6 +29,7 @@ class Row(NamedTuple):
 
 def rows(run: Path) -> list[Row]:
     """The newest evaluation of every guidance and scale of a run, by scale."""
+    names = {yaml.safe_load(file.read_text())["_target_"]: name for name, file in options("guidance").items()}
     newest: dict[tuple[str, float], Row] = {}
     for entry in json.loads((run / "metrics.json").read_text()):
         results = {result["name"]: result for result in entry["results"]}
@@ -32,7 +37,7 @@ def rows(run: Path) -> list[Row]:
             continue
         sampling = results["frechet_classifier"]["protocol"]["sampling"]
         guidance = sampling["guidance"]
-        kind, scale = guidance["_target_"].rpartition(".")[2], guidance.get("scale")
+        kind, scale = names[guidance["_target_"]], guidance.get("scale")
         if scale is not None:
             accuracy, distance = (results[name]["value"] for name in ("class_accuracy", "frechet_classifier"))
             newest[kind, scale] = Row(kind, scale, accuracy, distance, sampling["network_calls"])
@@ -67,7 +72,7 @@ def draw(measured: dict[str, list[Row]], path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(figsize=(6, 4), dpi=120)
+    figure, axes = pyplot.subplots(figsize=(6, 4), dpi=100)
     for name, some in measured.items():
         for kind in dict.fromkeys(row.guidance for row in some):
             line = [row for row in some if row.guidance == kind]

@@ -61,6 +61,20 @@ def test_every_mistake_at_once_one_line_each(capsys):
         (["train", "lr=1"], "lr=1: unknown key; did you mean optimizer.lr?"),
         (["train", "-m", "seed=0,x"], "seed=x: should be a valid integer"),
         (["eval", "metric=[fid,iss]"], "metric=iss: unknown option; did you mean is?"),
+        (
+            ["sample", "guidance.scale=2"],
+            "guidance.scale=2: goes with guidance=auto or guidance=cfg or guidance=class",
+        ),
+        (
+            ["edit", "edit=img2img", "edit.mask=x.png"],
+            "edit.mask=x.png: goes with edit=inpaint; choose it too",
+        ),
+        (["sample", "label=true"], "label=true: should be a valid integer or a valid string or a valid list"),
+        (
+            ["sample", "label=[]"],
+            "label=[]: should be a valid integer or a valid string or should have at least 1",
+        ),
+        (["sample", "guidance=null"], "guidance=null: unknown option; there are: auto, cfg"),
         (["completion", "tcsh"], "completion tcsh: give a shell, one of bash, zsh, fish"),
     ],
 )

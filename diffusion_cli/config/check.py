@@ -126,7 +126,8 @@ def validate(model: type[BaseModel], values: Mapping[str, Any], prefix: str = ""
             path, value = _path(values, detail["loc"], prefix)
             lines.setdefault(f"{path}={shown(value)}" if path else "", []).append(_remedy(detail, model))
         return None, [
-            f"{where}: {' or '.join(dict.fromkeys(what))}".lstrip(": ") for where, what in lines.items()
+            f"{where}: {' or '.join(dict.fromkeys(what))}".lstrip(": ").replace(" or should be ", " or ")
+            for where, what in lines.items()
         ]
 
 
@@ -136,7 +137,7 @@ def _path(values: Any, location: tuple[int | str, ...], prefix: str) -> tuple[st
     for part in location:
         if isinstance(values, Mapping) and part not in values and len(keys) > bool(prefix):
             break
-        if not isinstance(values, Mapping | list):
+        if not isinstance(values, Mapping | list) or (isinstance(values, list) and not isinstance(part, int)):
             break
         keys.append(str(part))
         values = (
@@ -169,6 +170,8 @@ def _remedy(detail: Any, model: type[BaseModel]) -> str:
         return f"should be {FORMS[detail['ctx']['pattern']]}"
     if kind == "value_error":
         return str(detail["ctx"]["error"])
+    if kind == "too_short":
+        return f"should have at least {detail['ctx']['min_length']}"
     return message.replace("Input should be", "should be")
 
 

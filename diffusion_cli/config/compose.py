@@ -4,7 +4,7 @@ import difflib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from diffusion_cli.config.catalogue import CONF, defaults, did_you_mean, options
+from diffusion_cli.config.catalogue import CONF, defaults, did_you_mean, documented, options
 from diffusion_cli.config.check import check_node, validate
 from diffusion_cli.config.runs import flatten, run_name
 from diffusion_cli.config.schema import COMMANDS, Config, Node, TrainConfig
@@ -119,11 +119,27 @@ def _known(command: str, setting: Mapping[str, str], implied: Node) -> tuple[lis
         if key.startswith("hydra") or any(other == key or other.startswith(f"{key}.") for other in keys):
             known.append(text)
             continue
+        having = _options_with(key, command)
+        if having:
+            unknown.append(f"{text}: goes with {' or '.join(having)}; choose it too")
+            continue
         near = difflib.get_close_matches(key, keys, n=1, cutoff=0.6)
         near = near or [other for other in keys if other.rpartition(".")[2] == key]
         hint = f"did you mean {near[0]}?" if near else f"see diffuse {command} --help"
         unknown.append(f"{text}: unknown key; {hint}")
     return known, unknown
+
+
+def _options_with(key: str, command: str) -> list[str]:
+    """The options, as `group=option`, that have a key: the group's own ones."""
+    group = key.partition(".")[0]
+    if group == key or group not in defaults(command):
+        return []
+    return [
+        f"{group}={name}"
+        for name, file in options(group).items()
+        if any(other == key for other, _, _ in documented(file, group))
+    ]
 
 
 def _check(command: str, composed: Node) -> tuple[Config | None, list[str]]:

@@ -77,9 +77,10 @@ def read(path: Path) -> dict[str, Any]:
         raise ValueError(
             f"{path}: is not a whole checkpoint; take an earlier one from {path.parent}"
         ) from error
-    if not isinstance(checkpoint, dict) or checkpoint.get("diffuse", {}).get("format") != FORMAT:
+    about = checkpoint.get("diffuse") if isinstance(checkpoint, dict) else None
+    if not isinstance(about, dict) or about.get("format") != FORMAT:
         raise ValueError(
-            f"{path}: is not a checkpoint of diffuse, format {FORMAT}; give a run made by diffuse train"
+            f"{path}: is not a checkpoint of this version of diffuse (format {FORMAT}); name another run, or train anew"
         )
     return checkpoint
 

@@ -48,6 +48,15 @@ def to_bytes(images: Tensor) -> Tensor:
     return images.float().add(1).mul(127.5).clamp(0, 255).round().to(torch.uint8)
 
 
+def check_finite(images: Tensor) -> None:
+    """Raise ValueError if images hold a value that is not a finite number, which no file can show."""
+    if not images.isfinite().all():
+        raise ValueError(
+            "images: sampling left numbers that are not finite; try a smaller guidance.scale or method.scale, "
+            "clip_x0=true, precision=fp32, or more steps"
+        )
+
+
 def all_labels(denoiser: Denoiser) -> list[int] | None:
     """Every class that a denoiser knows, or None if it knows none."""
     return None if denoiser.num_classes is None else list(range(denoiser.num_classes))
@@ -61,14 +70,14 @@ def labels_of(numbers: Sequence[int], labels: Sequence[int] | None, device: torc
 
 
 class Calls:
-    """Counts the network calls that each image of a batch takes: those of the denoiser and of its guide."""
+    """Counts the network calls that each image of a batch takes: those of the denoiser and of what guides it."""
 
-    def __init__(self, denoisers: Sequence[Denoiser]) -> None:
-        self.denoisers = denoisers
+    def __init__(self, denoiser: Denoiser, guidance: Guidance) -> None:
+        self.networks = [denoiser, *guidance.guides()]
         self.before = self._evaluations()
 
     def _evaluations(self) -> int:
-        return sum(denoiser.evaluations for denoiser in self.denoisers)
+        return sum(network.evaluations for network in self.networks)
 
     def each(self, batch_size: int) -> int:
         """The calls since the start, an image of the batch."""
@@ -110,7 +119,8 @@ def generate(
         denoise = guidance(model.denoiser, y)
         if clip:
             denoise = clip_x0(denoise, model.denoiser.schedule)
-        calls = Calls([model.denoiser, *guidance.denoisers()])
+        calls = Calls(model.denoiser, guidance)
         with autocast(device, precision):
             images = sample(denoise, sampler, times, batch, model.shape, device)
+        check_finite(images)
         yield Generated(batch, to_bytes(images), y, calls.each(len(batch)))

@@ -13,7 +13,15 @@ import torch
 from pydantic import Field, NonNegativeFloat, NonNegativeInt
 from torch import Tensor
 
-from diffusion_cli.denoiser import Denoise, Denoiser, NoisyClassifier, Prediction, threshold_x0, tilted
+from diffusion_cli.denoiser import (
+    Denoise,
+    Denoiser,
+    NoiseConditioned,
+    NoisyClassifier,
+    Prediction,
+    threshold_x0,
+    tilted,
+)
 from diffusion_cli.schedules import Schedule
 
 Quantile = Annotated[float, Field(gt=0, le=1)]
@@ -36,8 +44,8 @@ class Guides(Protocol):
 class Guidance(ABC):
     """How a denoiser is told the class; with None as labels it is not."""
 
-    def denoisers(self) -> Sequence[Denoiser]:
-        """Return the denoisers that it asks beside the one it guides."""
+    def guides(self) -> Sequence[NoiseConditioned]:
+        """Return the networks that it asks beside the one it guides."""
         return ()
 
     tells_labels = False
@@ -201,7 +209,7 @@ class Auto(Mixed):
         super().__init__(scale, interval, rescale, dynamic_threshold, max_threshold)
         self.guide = guides.denoiser(run, step)
 
-    def denoisers(self) -> Sequence[Denoiser]:
+    def guides(self) -> Sequence[NoiseConditioned]:
         return (self.guide,)
 
     def guided(self, denoiser: Denoiser, x_t: Tensor, t: Tensor, y: Tensor | None) -> Prediction:
@@ -239,6 +247,9 @@ class ByClassifier(Guided):
             raise ValueError(
                 "label=none: guidance=classifier leads to a class; name one, or take guidance=none"
             )
+
+    def guides(self) -> Sequence[NoiseConditioned]:
+        return (self.classifier,)
 
     def guided(self, denoiser: Denoiser, x_t: Tensor, t: Tensor, y: Tensor | None) -> Prediction:
         assert y is not None

@@ -13,7 +13,7 @@ from diffusion_cli.posterior import bound_term
 from diffusion_cli.schedules import Discrete, Schedule
 from diffusion_cli.times import Times
 
-Dropout = Annotated[float, Field(ge=0, le=1)]
+Dropout = Annotated[float, Field(ge=0, lt=1)]
 Model = TypeVar("Model", bound=NoiseConditioned, contravariant=True)
 
 

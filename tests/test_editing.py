@@ -33,7 +33,7 @@ from diffusion_cli.editing import (
 )
 from diffusion_cli.editing.transform import slerp
 from diffusion_cli.generate import to_bytes
-from diffusion_cli.samplers import DDIM, DDPM, integrate, invert
+from diffusion_cli.samplers import DDIM, DDPM, draws, integrate, invert, until
 
 F64 = torch.float64
 GRAY = (1, 8, 8)
@@ -266,6 +266,51 @@ def test_every_transformation_goes_with_every_sampler(schedules, kind, sampler_n
     assert edited.images.isfinite().all()
 
 
+@pytest.mark.parametrize(
+    "spacing", ["leading", "trailing", "linspace", "quadratic", "karras", "log_snr", "time"]
+)
+@pytest.mark.parametrize("tag", ["linear", "cosine", "zero_snr", "vp", "ve", "edm", "rectified"])
+def test_a_grid_cut_short_falls_strictly_from_the_time_asked_for(schedules, tag, spacing):
+    times = schedules[tag].grid(10, spacing)
+    for strength in (1.0, 0.97, 0.5, 0.001):
+        cut = until(times, strength)
+        assert (cut.diff() < 0).all()
+        assert cut[0] == min(strength, times[0])
+        assert cut[-1] == 0
+
+
+def test_a_solver_remembers_its_steps_between_replacements(schedules, wide):
+    """Of second order it is not the first-order one; after a jump back it begins anew."""
+    schedule = schedules["linear"]
+    operator, start = Mask(torch.tensor([[True, False], [False, False]])[None, None]), noise(5, 1, 2, 2)
+
+    def end(sampler_name, method):
+        sampler = build(SAMPLERS[sampler_name] | {"spacing": "trailing"}, schedule)
+        steps = method.restore(
+            sampler,
+            denoiser_of(wide, schedule),
+            start,
+            sampler.grid(10),
+            lambda: start,
+            operator,
+            operator(start),
+        )
+        return deque(steps, maxlen=1)[0]
+
+    once = Replacement()
+    assert not torch.allclose(end("ddim", once), end("dpmpp_2m", once), atol=1e-3)
+
+
+def test_samplers_that_draw_are_known(schedules):
+    def stochastic(name, **changes):
+        sampler = build(SAMPLERS[name] | changes, schedules["vp"])
+        return draws(sampler, sampler.grid(6))
+
+    assert not any(map(stochastic, ["ddim", "heun", "dpmpp_2m", "unipc", "plms", "ode", "dpm2"]))
+    assert all(map(stochastic, ["ddpm", "euler_ancestral", "dpmpp_2m_sde", "edm", "pc", "euler_maruyama"]))
+    assert stochastic("ddim", eta=0.5)
+
+
 def test_a_weak_edit_leaves_the_image_and_a_strong_one_does_not(schedules, exact, mixture, reference):
     schedule, images = schedules["linear"], reference("noise")["x0_data"]
     moved = []
@@ -374,8 +419,12 @@ def test_edits_are_files_named_by_input_with_a_manifest(folder, tmp_path, capsys
     assert (pixels(tmp_path / "out" / "a_0.png") != pixels(tmp_path / "out" / "a_1.png")).any()
     manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
     assert manifest["settings"]["seed"] == 5
-    assert sorted(manifest["settings"]["inputs"]) == ["a", "b", "c"]
-    assert manifest["results"]["a_0"] == {"rmse": 0.0, "largest": 0.0}
+    assert [name for name, _ in manifest["settings"]["inputs"]] == ["a", "b", "c"]
+    assert manifest["results"]["a_0"] == {"rmse": 0.0, "largest": 0.0, "rmse_sampled": 0.0}
+    # The same command with another drawing in the file does not take these results for its own.
+    Image.fromarray(255 - mask).save(tmp_path / "mask.png")
+    assert edit(folder, *words, "variations=2") == 2
+    assert "read_sha256.mask=" in capsys.readouterr().err
 
 
 def test_a_stopped_edit_is_completed_whatever_the_batch(folder, tmp_path, capsys):
@@ -524,6 +573,20 @@ def test_files_of_one_name_do_not_overwrite_each_other(folder, tmp_path):
         (["edit=outpaint"], "edit.left=0: no side is to be continued"),
         (["edit=interpolate", "num_images=3"], "there are 3 images, and this edit takes 2 at a time"),
         (["edit=interpolate", "edit.seeds=[1]"], "edit.seeds=[1]: should be pairs"),
+        (["edit=reconstruct", "sampler=ddpm"], "sampler: edit=reconstruct measures an error, to which"),
+        (["edit=interpolate", "edit.seeds=[0,4294967296]"], "edit.seeds.1=4294967296: should be less than"),
+        (["seed=4294967290"], "seed=4294967290: the last result's seed passes"),
+        (
+            [
+                "run=plain",
+                "edit=attribute",
+                "label=1",
+                "guidance=classifier",
+                "guidance.run=judge",
+                "edit.source=2",
+            ],
+            "edit.source=2: the model knows no classes",
+        ),
         (["edit=img2img", "edit.strength=1.5"], "edit.strength=1.5: should be less than or equal to 1"),
     ],
 )
@@ -534,6 +597,65 @@ def test_wrong_input_gets_one_line(folder, tmp_path, capsys, words, expected):
     assert edit(folder, *given, *words) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert expected in line
+
+
+def test_what_is_not_finite_is_not_saved(folder, tmp_path, capsys):
+    assert (
+        edit(
+            folder,
+            "method=dps",
+            "method.scale=1e38",
+            "input=held_out",
+            "num_images=1",
+            f"output={tmp_path}/a",
+        )
+        == 2
+    )
+    assert "images: sampling left numbers that are not finite; try a smaller" in capsys.readouterr().err
+    words = [f"output_dir={folder}", "run=told", "steps=2", "num_samples=1", "label=1", "clip_x0=false"]
+    assert run(["sample", *words, "guidance=cfg", "guidance.scale=1e39", f"output={tmp_path}/b"]) == 2
+    assert not list((tmp_path / "b").glob("*.png"))
+
+
+def test_the_order_of_the_input_is_part_of_an_edit(folder, tmp_path, capsys):
+    files = [f"{folder}/images/{name}.png" for name in "ab"]
+    words = ["edit=reconstruct", f"output={tmp_path}/out"]
+    assert edit(folder, *words, f"input=[{','.join(files)}]") == 0
+    assert edit(folder, *words, f"input=[{','.join(reversed(files))}]") == 2
+    assert "inputs=" in capsys.readouterr().err
+
+
+def test_names_that_would_clash_or_match_others(folder, tmp_path):
+    (tmp_path / "in").mkdir()
+    names = ["grid", "img[1]", "n" * 220]
+    for name in names:
+        Image.fromarray(np.full((8, 8), 7, dtype=np.uint8)).save(tmp_path / "in" / f"{name}.png")
+    assert edit(folder, "edit=reconstruct", f"input={tmp_path}/in", f"output={tmp_path}/out") == 0
+    assert pixels(tmp_path / "out" / "00000_grid.png").shape == (8, 8)
+    assert pixels(tmp_path / "out" / "grid.png").shape == (3 * 34, 3 * 34)
+    assert (tmp_path / "out" / "img[1].png").is_file()
+
+
+def test_a_series_with_a_frame_missing_is_made_again(folder, tmp_path, capsys):
+    words = ["edit=interpolate", "edit.seeds=[2,7]", "edit.frames=3", f"output={tmp_path}/out"]
+    assert edit(folder, *words) == 0
+    frame = tmp_path / "out" / "seed_2-seed_7" / "001.png"
+    before = frame.read_bytes()
+    frame.unlink()
+    assert edit(folder, *words) == 0
+    assert frame.read_bytes() == before
+
+
+def test_a_null_class_that_was_never_trained_is_refused(folder, tmp_path, capsys):
+    words = ["train", "max_steps=2", "logger=csv", "trainer=cpu", f"output_dir={tmp_path}", "name=sure"]
+    assert run([*words, "model.class_conditional=true", "objective.label_dropout=0"]) == 0
+    for command in (["sample", "label=none"], ["edit", "edit=reconstruct", "input=held_out"]):
+        assert run([*command, f"output_dir={tmp_path}", "steps=2"]) == 2
+        assert "label=null: the model was trained with objective.label_dropout=0" in capsys.readouterr().err
+    assert (
+        run(["edit", "edit=attribute", "label=3", "input=held_out", f"output_dir={tmp_path}", "steps=2"]) == 2
+    )
+    assert "edit.source=null: the model was trained with" in capsys.readouterr().err
 
 
 def test_labels_are_chosen_by_name_number_list_and_all(folder, tmp_path):

@@ -9,6 +9,7 @@ from PIL import Image
 
 from diffusion_cli.checkpoint import Model
 from diffusion_cli.cli import run
+from diffusion_cli.commands.trained import class_number
 from diffusion_cli.denoiser import Denoiser
 from diffusion_cli.generate import SeededNoise, generate, to_bytes
 from diffusion_cli.guidance import Unguided
@@ -209,3 +210,13 @@ def test_evaluation_writes_numbers_with_their_protocol(folder, capsys, tmp_path)
     assert protocol["sampling"]["seeds"] == [0, 79]
     assert run(["eval", *words, *few, "num_samples=30"]) == 2
     assert "raise num_samples, or set force=true" in capsys.readouterr().err
+
+
+def test_a_number_is_a_name_where_classes_are_called_by_numbers():
+    assert class_number(2, ("1", "2", "3")) == 1
+    assert class_number("2", ("1", "2", "3")) == 1
+    assert class_number(2, ("ant", "bee", "cat")) == 2
+    assert class_number(9, tuple("0123456789")) == 9
+    for label, names in ((0, ("1", "2", "3")), (3, ("ant", "bee", "cat")), ("dog", ("ant",)), (-1, ("ant",))):
+        with pytest.raises(ValueError, match=f"^label={label}: "):
+            class_number(label, names)

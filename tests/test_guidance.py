@@ -261,7 +261,7 @@ def test_autoguidance_extrapolates_from_the_guide(mixture, schedule, denoiser):
         torch.testing.assert_close(
             eps, guide(x, t, y).eps + 2.5 * (denoiser(x, t, y).eps - guide(x, t, y).eps)
         )
-        assert auto.denoisers() == (guide,)
+        assert auto.guides() == (guide,)
 
 
 def test_thresholding_keeps_images_in_range_and_agrees_with_eps(denoiser, schedule):

@@ -1,5 +1,6 @@
 """`diffuse edit`: images changed by a trained model, with a picture of before and after."""
 
+import glob
 import math
 import re
 import sys
@@ -11,20 +12,21 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from diffusion_cli.commands.inputs import Input, read_input, read_mask, real_images
+from diffusion_cli.checkpoint import digest
+from diffusion_cli.commands.inputs import Input, read_input, read_mask, real_images, shortened
 from diffusion_cli.commands.outputs import claim, read_images, write_manifest
-from diffusion_cli.commands.trained import Trained, class_number, open_run
+from diffusion_cli.commands.trained import Trained, open_run
 from diffusion_cli.config import EditConfig, build, check_node, fingerprint
 from diffusion_cli.data import normalised
 from diffusion_cli.denoiser import Denoise, clip_x0
-from diffusion_cli.editing import Attribute, Edit, Edited, Interpolate, Method, Process
-from diffusion_cli.generate import Calls, SeededNoise, labels_of, to_bytes
+from diffusion_cli.editing import Edit, Edited, Method, Process
+from diffusion_cli.generate import Calls, SeededNoise, check_finite, labels_of, to_bytes
 from diffusion_cli.guidance import Unguided
 from diffusion_cli.precision import autocast
 from diffusion_cli.report import save_gif, save_png, save_rows
+from diffusion_cli.samplers import draws
 
 SHOWN = 10  # rows in the picture of all
-SEEDS = "seeds"  # stands for the input of an edit that starts from noise
 
 
 class Job(NamedTuple):
@@ -48,6 +50,8 @@ def run(config: EditConfig) -> None:
     _refuse(config, trained, edit, method)
     given = _inputs(config, trained, edit)
     jobs = _jobs(config, edit, given)
+    if config.seed + len(jobs) > 2**32:
+        raise ValueError(f"seed={config.seed}: the last result's seed passes {2**32 - 1}; take a smaller one")
     kind = _kind(config)
     settings = {
         **trained.settings,
@@ -55,14 +59,15 @@ def run(config: EditConfig) -> None:
         "method": config.method,
         "seed": config.seed,
         "variations": config.variations,
-        "inputs": {item.name: item.digest for item in given},
+        "read_sha256": {key: digest({key: value}) for key, value in edit.content().items()},
+        "inputs": [[item.name, item.digest] for item in given],
     }
     output = (
         Path(config.output) if config.output else trained.folder / "edits" / f"{kind}-{fingerprint(settings)}"
     )
     manifest = claim(output, settings, trained.model)
     results: dict[str, dict[str, float]] = manifest.get("results", {})
-    todo = [job for job in jobs if job.name not in results or not _files(output, job)]
+    todo = [job for job in jobs if job.name not in results or len(_files(output, job)) < edit.results_each]
     if len(todo) < len(jobs):
         print(
             f"{output} has {len(jobs) - len(todo)} of {len(jobs)} results; making the others", file=sys.stderr
@@ -73,7 +78,7 @@ def run(config: EditConfig) -> None:
     with tqdm(total=len(todo), unit="image", desc=kind, dynamic_ncols=True) as bar:
         for first in range(0, len(todo), batch_size):
             batch = todo[first : first + batch_size]
-            calls = Calls([trained.model.denoiser, *trained.guidance.denoisers()])
+            calls = Calls(trained.model.denoiser, trained.guidance)
             edited = _edit(config, trained, edit, method, batch)
             most_calls = max(most_calls, calls.each(len(batch)))
             results |= _save(output, batch, edited)
@@ -100,11 +105,13 @@ def _refuse(config: EditConfig, trained: Trained, edit: Edit, method: Method | N
         raise ValueError(f"method: edit={kind} needs one; take replacement, repaint or dps")
     if not edit.restores and method is not None:
         raise ValueError(f"method: edit={kind} restores nothing that is known; leave it out")
-    if edit.needs_label and trained.labels is None:
-        raise ValueError(f"label=null: edit={kind} leads to a class; name it")
-    if isinstance(edit, Attribute) and edit.source is not None:
-        class_number(edit.source, trained.model.class_names or (), "edit.source")
-    if isinstance(edit, Interpolate) and edit.seeds is not None:
+    if edit.noiseless and draws(trained.sampler, trained.sampler.grid(config.steps)):
+        raise ValueError(
+            f"sampler: edit={kind} measures an error, to which this sampler would add noise; take one without, as "
+            "ddim, heun or dpmpp_2m"
+        )
+    edit.check(trained.labels is not None, lambda name: trained.number(name, "edit.source"))
+    if edit.seeds is not None:
         if config.input is not None:
             raise ValueError(f"input={config.input}: edit.seeds is given too; leave one of them out")
     elif config.input is None:
@@ -114,7 +121,7 @@ def _refuse(config: EditConfig, trained: Trained, edit: Edit, method: Method | N
 
 
 def _inputs(config: EditConfig, trained: Trained, edit: Edit) -> list[Input]:
-    if isinstance(edit, Interpolate) and edit.seeds is not None:
+    if edit.seeds is not None:
         noise = SeededNoise(edit.seeds, edit.results, torch.device("cpu")).draw()
         return [Input(f"seed_{seed}", image) for seed, image in zip(edit.seeds, noise, strict=True)]
     if config.input in ("held_out", "train"):
@@ -140,7 +147,8 @@ def _jobs(config: EditConfig, edit: Edit, given: Sequence[Input]) -> list[Job]:
     for at in range(0, len(given), edit.inputs_each):
         some = given[at : at + edit.inputs_each]
         for variation in range(config.variations):
-            name = "-".join(item.name for item in some) + (f"_{variation}" if config.variations > 1 else "")
+            name = shortened("-".join(item.name for item in some))
+            name += f"_{variation}" if config.variations > 1 else ""
             jobs.append(
                 Job(name, config.seed + len(jobs), at // edit.inputs_each, [item.pixels for item in some])
             )
@@ -157,12 +165,9 @@ def _edit(
         return clip_x0(denoise, model.denoiser.schedule) if config.clip_x0 else denoise
 
     def told(label: int | str | None) -> Denoise:
-        if label is None or model.class_names is None:
-            return clipped(Unguided()(model.denoiser, None))
-        number = torch.full(
-            (len(batch),), class_number(label, model.class_names, "edit.source"), device=device
-        )
-        return clipped(Unguided()(model.denoiser, number))
+        number = trained.number(label, "edit.source")
+        y = None if number is None else torch.full((len(batch),), number, device=device)
+        return clipped(Unguided()(model.denoiser, y))
 
     process = Process(
         trained.sampler,
@@ -175,7 +180,9 @@ def _edit(
     )
     inputs = normalised(torch.stack([image for job in batch for image in job.inputs]).to(device))
     with torch.no_grad(), autocast(device, config.precision):
-        return edit(inputs, process)
+        edited = edit(inputs, process)
+    check_finite(edited.images)
+    return edited
 
 
 def _files(output: Path, job: Job) -> list[Path]:
@@ -200,15 +207,18 @@ def _save(output: Path, batch: list[Job], edited: Edited) -> dict[str, dict[str,
     if edited.misfit is None:
         return {job.name: {} for job in batch}
     levels = 127.5 * edited.misfit(normalised(images[:, 0])).flatten(1)
-    rms, largest = levels.square().mean(1).sqrt().tolist(), levels.abs().amax(1).tolist()
+    numbers = {"rmse": levels.square().mean(1).sqrt(), "largest": levels.abs().amax(1)}
+    if edited.found is not None:
+        numbers["rmse_sampled"] = (127.5 * edited.misfit(edited.found)).flatten(1).square().mean(1).sqrt()
     return {
-        job.name: {"rmse": one, "largest": other} for job, one, other in zip(batch, rms, largest, strict=True)
+        job.name: {name: float(values[row]) for name, values in numbers.items()}
+        for row, job in enumerate(batch)
     }
 
 
 def _row(output: Path, jobs: Sequence[Job]) -> Tensor:
     """The pictures of one input: what to show before, then its results."""
-    before = sorted((output / "before").glob(f"{jobs[0].name}.?.png"))
+    before = sorted((output / "before").glob(f"{glob.escape(jobs[0].name)}.?.png"))
     return read_images([*before, *(file for job in jobs for file in _files(output, job))])
 
 
@@ -216,9 +226,15 @@ def _summary(results: dict[str, dict[str, float]], jobs: Sequence[Job]) -> str:
     numbers = [results[job.name] for job in jobs if results[job.name]]
     if not numbers:
         return ""
-    rmse = math.sqrt(sum(number["rmse"] ** 2 for number in numbers) / len(numbers))
-    largest = max(number["largest"] for number in numbers)
+
+    def mean(name: str) -> float:
+        return math.sqrt(sum(number[name] ** 2 for number in numbers) / len(numbers))
+
+    rmse, largest = mean("rmse"), max(number["largest"] for number in numbers)
     ratio = f" (PSNR {20 * math.log10(255 / rmse):.1f} dB)" if rmse else ""
-    return (
+    line = (
         f"\nDifference from what is known: root mean square {rmse:.3g}, at most {largest:.3g} of 255{ratio}"
     )
+    if "rmse_sampled" in numbers[0]:
+        line += f"; {mean('rmse_sampled'):.3g} as sampled, before it was put in"
+    return line

@@ -16,6 +16,8 @@ from diffusion_cli.data import Dataset, file_names, flattened, image_files, open
 
 Shape = tuple[int, int, int]
 MOST_LINES = 10
+LONGEST = 200  # bytes of a name
+RESERVED = ("grid", "grid.png")  # names of the picture of all results
 
 
 class Input(NamedTuple):
@@ -118,8 +120,16 @@ def described(shape: Sequence[int]) -> str:
 
 
 def _names(files: list[Path]) -> list[str]:
-    """The stems of files; the whole names of those with the same stem, and numbers where even these are the same."""
+    """The stems of files; the whole names of those with the same stem, with a number where these are taken too."""
     stems = Counter(file.stem for file in files)
     names = [file.stem if stems[file.stem] == 1 else file.name for file in files]
-    again = Counter(names)
+    again = Counter([*names, *RESERVED])
     return [name if again[name] == 1 else f"{row:05d}_{name}" for row, name in enumerate(names)]
+
+
+def shortened(name: str) -> str:
+    """A name that file systems bear, with suffixes to come: of a long one the beginning and a digest."""
+    if len(name.encode()) <= LONGEST:
+        return name
+    end = hashlib.sha256(name.encode()).hexdigest()[:10]
+    return f"{name.encode()[: LONGEST - 11].decode(errors='ignore')}-{end}"

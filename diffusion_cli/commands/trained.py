@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from diffusion_cli.checkpoint import Classifier, Model, find_run, load_classifier, load_model
-from diffusion_cli.config import EditConfig, EvalConfig, SampleConfig, build, did_you_mean
+from diffusion_cli.config import EditConfig, EvalConfig, SampleConfig, build, did_you_mean, shown
 from diffusion_cli.denoiser import Denoiser, NoisyClassifier
 from diffusion_cli.generate import all_labels
 from diffusion_cli.guidance import Guidance
@@ -30,6 +30,14 @@ class Trained:
     settings: dict[str, Any]
     """All that an image depends on, its seed apart, as plain data."""
 
+    def number(self, label: int | str | None, key: str) -> int | None:
+        """The class that a name or number stands for, None for None; ValueError, about a key, if there is none."""
+        if label is None:
+            _refuse_untrained_null(self.model, key)
+            return None
+        known = self.model.num_classes is not None and self.model.class_names
+        return class_number(label, known or (), key)
+
     def check(self, steps: int) -> None:
         """Raise ValueError if the sampler cannot sample the model in so many steps."""
         self.sampler.check(self.model.denoiser)
@@ -47,7 +55,9 @@ def open_run(config: SampleConfig | EvalConfig | EditConfig) -> Trained:
     labels = labels_named(
         config.label, model, guidance, unnamed="none" if isinstance(config, EditConfig) else "all"
     )
-    dropout = model.config["objective"].get("label_dropout", 0.0)
+    dropout = model.config["objective"]["label_dropout"]
+    if labels is None:
+        _refuse_untrained_null(model, "label")
     guidance.check(model.denoiser, dropout, labels is not None)
     settings = {
         "weights": config.weights,
@@ -78,7 +88,7 @@ class Guides:
 
     def denoiser(self, run: str | None, step: int | None) -> Denoiser:
         """The denoiser of a checkpoint, null standing for the model's own run."""
-        key = f"guidance.run={run}" if run else f"guidance.step={step}"
+        key = f"guidance.run={run}" if run else f"guidance.step={shown(step)}"
         folder = self.folder if run is None else find_run(run, self.config.output_dir, "guidance.run")
         try:
             guide = load_model(folder, self.config.weights, self.device, step)
@@ -90,8 +100,15 @@ class Guides:
                 "checkpoint by guidance.step"
             )
         self._compare(key, guide, "parameterization")
-        if guide.num_classes not in (None, self.model.num_classes):
-            raise ValueError(f"{key}: knows {guide.num_classes} classes, the model {self.model.num_classes}")
+        if guide.num_classes is not None and (
+            self.model.num_classes is None or guide.class_names != self.model.class_names
+        ):
+            known = (
+                "no classes" if self.model.num_classes is None else f"the classes {self.model.class_names}"
+            )
+            raise ValueError(
+                f"{key}: knows the classes {guide.class_names}, and the model {known}; take another guide"
+            )
         self.digests = {"guide_sha256": guide.digest}
         return guide.denoiser
 
@@ -141,15 +158,26 @@ def labels_named(
     return [class_number(one, names) for one in wanted]
 
 
+def _refuse_untrained_null(model: Model, key: str) -> None:
+    if model.num_classes is not None and model.config["objective"]["label_dropout"] == 0:
+        raise ValueError(
+            f"{key}=null: the model was trained with objective.label_dropout=0, never without a label; name a class"
+        )
+
+
 def class_number(label: int | str, names: Sequence[str], key: str = "label") -> int:
     """The class of a name, or of a number where no class is called so; ValueError if there is none."""
     if str(label) in names:
         return names.index(str(label))
-    if isinstance(label, int) and 0 <= label < len(names):
+    in_order = [str(number) for number in range(len(names))]
+    named_by_numbers = list(names) != in_order and any(name.lstrip("-").isdigit() for name in names)
+    if isinstance(label, int) and 0 <= label < len(names) and not named_by_numbers:
         return label
-    if isinstance(label, int):
+    if not names:
+        raise ValueError(f"{key}={label}: the model knows no classes; leave it null")
+    if isinstance(label, int) and not named_by_numbers:
         raise ValueError(f"{key}={label}: there are the classes 0..{len(names) - 1}")
-    raise ValueError(f"{key}={label}: unknown class{did_you_mean(label, names)}")
+    raise ValueError(f"{key}={label}: unknown class{did_you_mean(str(label), names)}")
 
 
 def _shown(label: int | str | list[int | str]) -> str:

@@ -82,7 +82,7 @@ class _Generation(BaseModel):
     steps: PositiveInt
     label: Label
     batch_size: PositiveInt
-    seed: NonNegativeInt
+    seed: Annotated[int, Field(ge=0, lt=2**32)]
     weights: Literal["ema", "raw"]
     clip_x0: bool
     precision: Precision

@@ -47,6 +47,8 @@ class Edited:
     """Pictures [B, C, H, W] of what the edit began with, to show before the results."""
     misfit: Callable[[Tensor], Tensor] | None = None
     """Gives for images [B, C, H, W] how far they are from what is known, by pixel or measured value, [B, ...]."""
+    found: Tensor | None = None
+    """The images [B, C, H, W] as sampling left them, before they were made to agree with what is known."""
 
 
 class Edit(ABC):
@@ -56,11 +58,22 @@ class Edit(ABC):
     """Images that go into one result."""
     restores = False
     """Whether it takes a method of restoration."""
-    needs_label = False
-    """Whether the class of the results must be named."""
+    noiseless = False
+    """Whether it is for samplers that draw no noise."""
+    results_each = 1
+    """Images that a result is a series of."""
+    seeds: list[int] | None = None
+    """Seeds whose noise is the input, instead of images."""
 
     def __init__(self, shape: Shape, read_mask: ReadMask) -> None:
         self.shape = shape
+
+    def check(self, labelled: bool, number: Callable[[int | str | None], int | None]) -> None:  # noqa: B027
+        """Raise ValueError if it lacks a label for the results, or names a class of which there is no `number`."""
+
+    def content(self) -> dict[str, Tensor]:
+        """Return by name what it read from files, on which the results depend."""
+        return {}
 
     @property
     def results(self) -> Shape:

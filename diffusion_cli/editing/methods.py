@@ -58,13 +58,14 @@ class Replacement(Method):
 
         times = times.double().cpu()
         x = replaced(x, times[0])
+        state = sampler.start(times)
         for first in range(0, len(times) - 1, self.jump_length):
             run = times[first : first + self.jump_length + 1]
             for again in range(self.num_resamples):
                 if again:
                     a, v = schedule.transition(run[0], run[-1])
                     x = a * x + v.sqrt() * draw()
-                state = sampler.start(run)
+                    state = sampler.start(times)  # what a solver remembers is of another path
                 for t, s in pairwise(run):
                     x, state = sampler.step(denoise, x, t, s, draw, state)
                     x = replaced(x, s)
@@ -74,7 +75,8 @@ class Replacement(Method):
 class RePaint(Replacement):
     """Replacement that goes every stretch of `jump_length` steps `num_resamples` times, noising the image in between.
 
-    So the unknown part gets to agree with the known one (Lugmayr et al. 2022, Alg. 1).
+    So the unknown part gets to agree with the known one (Lugmayr et al. 2022, Alg. 1). A multistep solver begins anew
+    after each jump back, and is of first order where the stretches are one step long.
     """
 
     def __init__(self, *, num_resamples: PositiveInt, jump_length: PositiveInt) -> None:

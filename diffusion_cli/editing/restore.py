@@ -32,7 +32,7 @@ class Restoration(Edit):
         (x,) = deque(steps, maxlen=1)
         known = operator.picture(y)
         shown = [images, known] if tuple(images.shape[1:]) == self.results else [known]
-        return Edited(operator.nearest_image(x, y)[:, None], shown, lambda x: operator(x) - y)
+        return Edited(operator.nearest_image(x, y)[:, None], shown, lambda x: operator(x) - y, x)
 
 
 class Inpaint(Restoration):
@@ -67,6 +67,9 @@ class Inpaint(Restoration):
             raise ValueError(
                 f"edit.mask={mask}: has no white pixel, and so leaves nothing to paint; draw one"
             )
+
+    def content(self) -> dict[str, Tensor]:
+        return {"mask": self.known}
 
     def measure(self, images: Tensor) -> tuple[LinearOperator, Tensor]:
         operator = Mask(self.known.to(images.device))

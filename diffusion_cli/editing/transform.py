@@ -1,25 +1,23 @@
 """Edits that take an image part of the way to noise and back by another path."""
 
 from collections import deque
+from collections.abc import Callable
 from typing import Annotated
 
 import torch
-from pydantic import Field, NonNegativeInt
+from pydantic import Field
 from torch import Tensor
 
 from diffusion_cli.denoiser import Denoise, noised
 from diffusion_cli.editing.base import Edit, Edited, Process, ReadMask, Shape
-from diffusion_cli.samplers import integrate, invert, until
+from diffusion_cli.samplers import Draw, integrate, invert, until
 
-Strength = Annotated[float, Field(gt=0, le=1)]
+Seed = Annotated[int, Field(ge=0, le=4294967295)]
+Strength = Annotated[float, Field(ge=0.001, le=1)]
 
 
-def decode(process: Process, x: Tensor, times: Tensor, repeat: int = 1) -> Tensor:
-    """Sample from the state x at times[0], `repeat` in a row of each result, which share its noise."""
-
-    def draw() -> Tensor:
-        return process.draw().repeat_interleave(repeat, dim=0)
-
+def decode(process: Process, x: Tensor, times: Tensor, draw: Draw, repeat: int = 1) -> Tensor:
+    """Sample from the state x at times[0], `repeat` in a row of each result."""
     (x,) = deque(integrate(process.sampler, process.denoise(repeat), x, times, draw), maxlen=1)
     return x
 
@@ -43,11 +41,13 @@ class Img2Img(Edit):
     def __call__(self, images: Tensor, process: Process) -> Edited:
         times = until(process.times, self.strength)
         x = noised(process.sampler.schedule, images, times[0], process.draw())
-        return Edited(decode(process, x, times)[:, None], [images, x])
+        return Edited(decode(process, x, times, process.draw)[:, None], [images, x])
 
 
 class Reconstruct(Edit):
-    """Encode an image to the time `strength` by DDIM inversion, and decode it again."""
+    """Encode an image to the time `strength` by DDIM inversion, and decode it again, without noise."""
+
+    noiseless = True
 
     def __init__(self, shape: Shape, read_mask: ReadMask, *, strength: Strength) -> None:
         super().__init__(shape, read_mask)
@@ -56,7 +56,7 @@ class Reconstruct(Edit):
     def __call__(self, images: Tensor, process: Process) -> Edited:
         times = until(process.times, self.strength)
         x = encode(process, process.denoise(), images, times)
-        back = decode(process, x, times)
+        back = decode(process, x, times, process.draw)
         return Edited(back[:, None], [images, x], lambda x: x - images)
 
 
@@ -67,18 +67,21 @@ class Attribute(Edit):
     denoiser, told the other.
     """
 
-    needs_label = True
-
     def __init__(
         self, shape: Shape, read_mask: ReadMask, *, source: int | str | None, strength: Strength
     ) -> None:
         super().__init__(shape, read_mask)
         self.source, self.strength = source, strength
 
+    def check(self, labelled: bool, number: Callable[[int | str | None], int | None]) -> None:
+        if not labelled:
+            raise ValueError("label=null: edit=attribute leads to a class; name it")
+        number(self.source)
+
     def __call__(self, images: Tensor, process: Process) -> Edited:
         times = until(process.times, self.strength)
         x = encode(process, process.told(self.source), images, times)
-        return Edited(decode(process, x, times)[:, None], [images, x])
+        return Edited(decode(process, x, times, process.draw)[:, None], [images, x])
 
 
 class Interpolate(Edit):
@@ -97,11 +100,12 @@ class Interpolate(Edit):
         read_mask: ReadMask,
         *,
         frames: Annotated[int, Field(ge=2)],
-        seeds: list[NonNegativeInt] | None,
+        seeds: list[Seed] | None,
         strength: Strength,
     ) -> None:
         super().__init__(shape, read_mask)
-        self.frames, self.seeds, self.strength = frames, seeds, strength
+        self.seeds, self.strength = seeds, strength
+        self.results_each = frames
         if seeds is not None and (len(seeds) < 2 or len(seeds) % 2):
             raise ValueError(f"edit.seeds={seeds}: should be pairs of seeds, as [0,1]")
 
@@ -114,9 +118,13 @@ class Interpolate(Edit):
             x = process.sampler.schedule.prior_std(times[0]) * images
         first, second = x[0::2], x[1::2]
         path = torch.stack(
-            [slerp(first, second, u) for u in torch.linspace(0, 1, self.frames).tolist()], dim=1
+            [slerp(first, second, u) for u in torch.linspace(0, 1, self.results_each).tolist()], dim=1
         )
-        frames = decode(process, path.flatten(0, 1), times, self.frames)
+
+        def draw() -> Tensor:  # all frames of a series share their noise
+            return process.draw().repeat_interleave(self.results_each, dim=0)
+
+        frames = decode(process, path.flatten(0, 1), times, draw, self.results_each)
         return Edited(frames.unflatten(0, path.shape[:2]), [])
 
 

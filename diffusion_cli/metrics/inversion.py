@@ -30,7 +30,7 @@ class Inversion(ModelMetric):
         self,
         *,
         steps: Annotated[int, Field(ge=2)],
-        strength: Annotated[float, Field(gt=0, le=1)],
+        strength: Annotated[float, Field(ge=0.001, le=1)],
         spacing: Spacing,
         split: Literal["held_out", "train"],
         num_images: PositiveInt | None,

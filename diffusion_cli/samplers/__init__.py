@@ -1,6 +1,6 @@
 """Samplers: ways from noise to an image, one step at a time."""
 
-from diffusion_cli.samplers.base import Draw, Sampler, integrate, until
+from diffusion_cli.samplers.base import Draw, Sampler, draws, integrate, until
 from diffusion_cli.samplers.ddim import DDIM, invert
 from diffusion_cli.samplers.ddpm import DDPM
 from diffusion_cli.samplers.dpm_solver import DPMSolver2S, DPMSolverMultistep, DPMSolverSDE, UniPC
@@ -11,6 +11,6 @@ from diffusion_cli.samplers.second_order import DPM2, EDM, Heun
 
 __all__ = [
     "DDIM", "DDPM", "DEIS", "DPM2", "EDM", "LMS", "ODE", "PC", "PLMS", "DPMSolver2S", "DPMSolverMultistep",
-    "DPMSolverSDE", "Draw", "EulerMaruyama", "Heun", "ReverseDiffusion", "Sampler", "UniPC", "integrate", "invert",
-    "until",
+    "DPMSolverSDE", "Draw", "EulerMaruyama", "Heun", "ReverseDiffusion", "Sampler", "UniPC", "draws",
+    "integrate", "invert", "until",
 ]  # fmt: skip

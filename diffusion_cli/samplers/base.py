@@ -72,10 +72,26 @@ class Sampler(ABC):
         return sigma_s * (1 - share).sqrt(), sigma_s * share.sqrt()
 
 
+def draws(sampler: Sampler, times: Tensor) -> bool:
+    """Whether a run of the sampler through falling times takes any noise; tried on one pixel."""
+    taken = 0
+
+    def draw() -> Tensor:
+        nonlocal taken
+        taken += 1
+        return x
+
+    x = torch.ones(1, 1, 1, 1, dtype=torch.float64)
+    run = integrate(
+        sampler, lambda x, t: Prediction(torch.zeros_like(x), x, sampler.schedule(t)[1]), x, times, draw
+    )
+    return any(taken for _ in run)
+
+
 def until(times: Tensor, t: float) -> Tensor:
-    """The falling times from t down, t among them, where they do not begin below it."""
-    below = times[times < t - 1e-9]
-    return torch.cat([times.new_full((1,), min(t, float(times[0]))), below])
+    """The falling times from t down, t the first of them, or from their own first where that is less."""
+    first = min(t, float(times[0]))
+    return torch.cat([times.new_full((1,), first), times[times < first - 1e-9]])
 
 
 def integrate(sampler: Sampler, denoise: Denoise, x: Tensor, times: Tensor, draw: Draw) -> Iterator[Tensor]:

@@ -75,7 +75,7 @@ def read(path: Path) -> dict[str, Any]:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
         raise ValueError(
-            f"{path}: is not a whole checkpoint; take an earlier one from {path.parent}"
+            f"{path}: is not a whole checkpoint; put an earlier one from its folder in its place, or name another run"
         ) from error
     about = checkpoint.get("diffuse") if isinstance(checkpoint, dict) else None
     if not isinstance(about, dict) or about.get("format") != FORMAT:
@@ -94,7 +94,9 @@ def find_run(run: str | None, output_dir: str, key: str = "run") -> Path:
     runs = sorted((file for file in root.glob(f"*/{LAST}")), key=lambda file: file.stat().st_mtime)
     if run is None:
         for last in reversed(runs):
-            if read(last)["diffuse"]["task"] == Denoiser.task:
+            if (
+                read(last)["diffuse"]["task"] == Denoiser.task
+            ):  # a damaged newest run is said, not passed over
                 return last.parent.parent
         raise ValueError(f"output_dir={output_dir}: holds no run; make one with: diffuse train")
     for folder in (Path(run), root / run):

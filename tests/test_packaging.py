@@ -1,6 +1,7 @@
 """The wheel: everything is in it, and it works from an empty folder."""
 
 import os
+import re
 import subprocess
 import sys
 import zipfile
@@ -66,3 +67,12 @@ def test_the_wheel_trains_samples_and_evaluates_in_an_empty_folder(wheel, tmp_pa
     assert {"checkpoints", "config.yaml", "metrics.csv", "previews", "samples", "metrics.json"} <= {
         path.name for path in run.iterdir()
     }
+
+
+@pytest.mark.parametrize(
+    "page", ["README.md", "CONTRIBUTING.md", *(f"docs/{file.name}" for file in (ROOT / "docs").glob("*.md"))]
+)
+def test_every_link_of_a_page_leads_somewhere(page):
+    links = re.findall(r"\]\(([^)#]+)[^)]*\)", (ROOT / page).read_text())
+    lost = [link for link in links if "://" not in link and not ((ROOT / page).parent / link).exists()]
+    assert lost == []

@@ -470,3 +470,29 @@ def test_what_a_task_needs_is_said(tmp_path, capsys, words, message):
     (line,) = capsys.readouterr().err.splitlines()
     assert message in line
     assert not list(tmp_path.iterdir())
+
+
+def test_a_run_is_not_gone_on_with_on_other_labels(tmp_path, capsys):
+    (tmp_path / "images").mkdir()
+    for i in range(8):
+        Image.fromarray(np.full((8, 8), 30 * i, dtype=np.uint8)).save(tmp_path / "images" / f"{i}.png")
+    words = ["dataset=folder", f"dataset.path={tmp_path}/images", "dataset.resolution=8", "dataset.channels=1",
+             "dataset.held_out=0", "model=unet_tiny", "batch_size=4"]  # fmt: skip
+
+    def label(first: str, second: str) -> None:
+        rows = [f"{i}.png,{first if i < 4 else second}" for i in range(8)]
+        (tmp_path / "images" / "labels.csv").write_text("file,label\n" + "\n".join(rows))
+
+    label("ant", "bee")
+    assert train(tmp_path, *words, "max_steps=2") == 0
+    label("bee", "ant")
+    assert train(tmp_path, *words, "max_steps=4") == 2
+    assert "labels_sha256=" in capsys.readouterr().err
+
+
+def test_a_classifier_is_measured_at_its_end(tmp_path, capsys):
+    assert train(tmp_path, "task=classifier", "max_steps=4", "validate_every=3") == 0
+    assert "held-out accuracy 0." in capsys.readouterr().out
+    with (tmp_path / "tiny" / "metrics.csv").open() as file:
+        rows = [row for row in csv.DictReader(file) if row["held_out_accuracy"]]
+    assert [row["step"] for row in rows] == ["3", "4"]

@@ -12,6 +12,7 @@ from diffusion_cli.commands.trained import Trained, open_run
 from diffusion_cli.config import EvalConfig, build, check_node
 from diffusion_cli.data import Dataset
 from diffusion_cli.generate import generate
+from diffusion_cli.guidance import Unguided
 from diffusion_cli.metrics import (
     Features,
     Metric,
@@ -47,6 +48,10 @@ def run(config: EvalConfig) -> None:
     }
     if of_samples:
         trained.check(config.steps)  # refused before anything is measured
+    elif config.label is not None or not isinstance(trained.guidance, Unguided):
+        raise ValueError(
+            f"metric={','.join(metrics)}: makes no samples, which label and guidance are for; leave them out"
+        )
     reports = []
     if of_model:
         subject = Subject(
@@ -92,6 +97,8 @@ def _of_samples(
         metrics, features, samples(), dataset, cache_dir,
         count=config.num_samples, sampling=sampling, force=config.force,
     )  # fmt: skip
+    if trained.labels is not None and set(trained.labels) != set(range(dataset.num_classes or 0)):
+        report.notes.append("the samples are of some classes only, the real images of all")
     name = config.sampler["_target_"].rpartition(".")[2]
     print(
         f"\n{trained.folder.name} at step {trained.model.step}, {config.num_samples} samples by {name} in "

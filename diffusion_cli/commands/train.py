@@ -19,7 +19,7 @@ import torch
 import yaml
 from lightning.pytorch import Callback, Trainer
 
-from diffusion_cli.checkpoint import FORMAT, LAST, read, whole_file
+from diffusion_cli.checkpoint import FORMAT, LAST, digest, read, whole_file
 from diffusion_cli.config import Mistakes, TrainConfig, build, identity, seconds, shown
 from diffusion_cli.data import Batch, Batches, Dataset, Images, hold, normalised
 from diffusion_cli.denoiser import Denoiser, NoiseConditioned, NoisyClassifier
@@ -118,7 +118,7 @@ def _train(config: TrainConfig, folder: Path, last: Path) -> int:
     parts = _build(config)
     dataset, model, device = parts.dataset, parts.model, parts.device.torch_device
     images = dataset.load("train")
-    about = _about(config, dataset, model.task, len(images))
+    about = _about(config, dataset, model.task, images)
     _refuse_other_data(folder, about, before)
     max_steps = _max_steps(config, len(images))
     if max_steps is not None and done >= max_steps:
@@ -163,10 +163,9 @@ def _train(config: TrainConfig, folder: Path, last: Path) -> int:
     )
     trainer.fit(module, batches, ckpt_path=last if done else None, weights_only=True)
     for watcher in watchers:
-        if isinstance(watcher, HeldOutAccuracy) and watcher.accuracy:
+        if isinstance(watcher, HeldOutAccuracy):
             print(
-                "\nHeld-out accuracy, whole and from the least noise to the most: "
-                + ", ".join(f"{value:.3f}" for value in watcher.accuracy.values())
+                "\n" + ", ".join(f"held-out {name} {value:.3f}" for name, value in watcher.accuracy.items())
             )
     if stop.signal is not None:
         name = signal.Signals(stop.signal).name
@@ -255,7 +254,7 @@ def _refuse_other_data(folder: Path, about: dict[str, Any], checkpoint: dict[str
     lines = [
         f"{key}={about[key]}: the run in {folder} was begun on {before.get(key)}; give back the data, or take "
         "another name="
-        for key in ("num_images", "class_names", "shape")
+        for key in ("num_images", "class_names", "shape", "labels_sha256")
         if before.get(key) != about[key]
     ]
     if lines:
@@ -268,10 +267,12 @@ def _next(model: NoiseConditioned, folder: Path) -> str:
     return f"diffuse sample run={folder}"
 
 
-def _about(config: TrainConfig, dataset: Dataset, task: str, num_images: int) -> dict[str, Any]:
+def _about(config: TrainConfig, dataset: Dataset, task: str, images: Images) -> dict[str, Any]:
+    labels = None if images.labels is None else images.labels.cpu()
     return {
         "task": task,
-        "num_images": num_images,
+        "num_images": len(images),
+        "labels_sha256": None if labels is None else digest({"labels": labels}),
         "format": FORMAT,
         "config": config.model_dump(),
         "shape": list(dataset.shape),

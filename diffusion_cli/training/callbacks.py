@@ -250,6 +250,12 @@ class HeldOutAccuracy(EveryStep):
         self.batches, self.ema = batches, ema
         self.accuracy: dict[str, float] = {}
         """What was last measured."""
+        self._measured = -1
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._measured != trainer.global_step:
+            assert isinstance(pl_module, TrainingModule)
+            self.act(trainer, pl_module, trainer.global_step)
 
     @torch.no_grad()
     def act(self, trainer: Trainer, module: TrainingModule, step: int) -> None:
@@ -260,7 +266,7 @@ class HeldOutAccuracy(EveryStep):
             with trainer.precision_plugin.forward_context():
                 guess = model(noised(model.schedule, batch.images, t, eps), t).argmax(1)
             meter.add((guess == batch.labels).float(), quantile, step)
-        self.accuracy = meter.read()
+        self.accuracy, self._measured = meter.read(), step
         for logger in trainer.loggers:
             logger.log_metrics(
                 {f"held_out_{name}": value for name, value in self.accuracy.items()}, step=step

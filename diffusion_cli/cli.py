@@ -209,11 +209,7 @@ First steps
 def command_help(command: str, request: Request) -> str:
     """The page of `diffuse <command> --help`: groups, options, and keys with their comments."""
     groups = config.defaults(command)
-    chosen = dict(groups)
-    for word in request.overrides:
-        group, _, option = word.partition("=")
-        if group in groups:
-            chosen[group] = [name.strip() for name in option.strip("[]").split(",")]
+    chosen = _chosen(groups, request)
     lines = [f"diffuse {command}: {config.summary(CONF / f'{command}.yaml')}", ""]
     lines += [f"Usage: diffuse {command} [group=option ...] [key=value ...]", "", "Groups (* the default)"]
     for group in sorted(groups):
@@ -229,6 +225,26 @@ def command_help(command: str, request: Request) -> str:
             if file is not None:
                 lines += ["", f"{group}={name}: {config.summary(file)}", *_keys(file, group)]
     return "\n".join(lines)
+
+
+def _chosen(groups: dict[str, str | list[str] | None], request: Request) -> dict[str, str | list[str] | None]:
+    """The option of each group that a command line makes, with what options choose for other groups."""
+    words = (word.partition("=") for word in request.overrides)
+    asked = {group: option.strip("[]").split(",") for group, _, option in words if group in groups}
+    chosen = {**groups, **asked}
+    for _ in groups:  # an option may bring one that brings another
+        before = dict(chosen)
+        for option_of, option in before.items():
+            for name in option if isinstance(option, list) else [option]:
+                file = config.options(option_of, request.dirs).get(str(name).strip())
+                brought = config.brought_by(file) if file else {}
+                chosen |= {other: brought[other] for other in brought if other not in asked}
+        if chosen == before:
+            break
+    return {
+        group: [name.strip() for name in option] if isinstance(option, list) else option
+        for group, option in chosen.items()
+    }
 
 
 def _keys(file: Path, prefix: str) -> list[str]:

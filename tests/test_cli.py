@@ -139,6 +139,16 @@ def test_help_shows_every_key_with_its_comment(capsys):
 def test_help_follows_the_chosen_options(capsys):
     run(["sample", "sampler=ddpm", "--help"])
     assert "sampler.variance=small" in capsys.readouterr().out
+    run(["train", "experiment=edm_cifar10", "--help"])
+    page = capsys.readouterr().out
+    assert "\nmodel=ddpmpp_edm_cifar10: " in page
+    assert "\ndataset=cifar10: " in page
+    run(["edit", "edit=inpaint", "--help"])  # which brings a method and a sampler
+    page = capsys.readouterr().out
+    assert "method.num_resamples=" in page
+    assert "sampler.variance=" in page
+    run(["edit", "edit=inpaint", "sampler=heun", "--help"])
+    assert "\nsampler=heun: " in capsys.readouterr().out
 
 
 def test_cfg_job_prints_the_configuration(capsys):

@@ -67,7 +67,7 @@ def run_name(
     dataset = str(choices["dataset"])
     usual: dict[str, Any] = {**defaults("train")}
     for group in ("dataset", "task"):
-        usual |= _brought_by(options(group, dirs)[choices[group]])
+        usual |= brought_by(options(group, dirs)[choices[group]])
     words = [dataset, str(choices["schedule"])]
     words += [
         str(option)
@@ -84,7 +84,7 @@ def run_name(
     return name
 
 
-def _brought_by(file: Path) -> dict[str, str]:
+def brought_by(file: Path) -> dict[str, str]:
     """The options that an option file chooses for other groups: its `override /group: option` lines."""
     entries = (yaml.safe_load(file.read_text()) or {}).get("defaults", [])
     pairs = (pair for entry in entries if isinstance(entry, dict) for pair in entry.items())

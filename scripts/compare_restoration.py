@@ -13,7 +13,7 @@ import torch
 
 from diffusion_cli.data import GaussianMixture
 from diffusion_cli.denoiser import Prediction
-from diffusion_cli.editing import DPS, Mask, Method, RePaint, Replacement
+from diffusion_cli.editing import DPS, Mask, Method, Process, RePaint, Replacement
 from diffusion_cli.samplers import DDPM
 from diffusion_cli.schedules import Linear
 
@@ -63,7 +63,10 @@ def measure(mixture: GaussianMixture, method: Method, steps: int, count: int) ->
         x0 = mixture.denoise(x, alpha, sigma)
         return Prediction(x0, (x - alpha * x0) / sigma, sigma)
 
-    (x,) = deque(method.restore(sampler, denoise, draw(), sampler.grid(steps), draw, operator, y), maxlen=1)
+    process = Process(
+        sampler, sampler.grid(steps), None, lambda y: denoise, lambda label: denoise, method, draw
+    )
+    (x,) = deque(method.restore(process, operator, y), maxlen=1)
     x = operator.project(x, y)
     # Given the pixel, component k has weight w_k N(seen; m_k, s_k^2), and its other pixels are as before.
     weights = (

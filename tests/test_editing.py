@@ -110,6 +110,11 @@ def wide() -> GaussianMixture:
     )
 
 
+def plain(sampler, denoise, steps, draw, method=None):
+    """Sampling without labels by one denoiser."""
+    return Process(sampler, sampler.grid(steps), None, lambda y: denoise, lambda label: denoise, method, draw)
+
+
 def denoiser_of(mixture, schedule):
     def denoise(x, t):
         alpha, sigma = schedule(t)
@@ -134,10 +139,8 @@ def conditional_error(method, mixture, schedule, steps, seen=0.25, count=3000):
         return torch.randn(count, 1, 2, 2, dtype=F64, generator=generator)
 
     sampler = DDPM(schedule, variance="small", spacing="trailing")
-    restored = method.restore(
-        sampler, denoiser_of(mixture, schedule), draw(), sampler.grid(steps), draw, operator, y
-    )
-    (x,) = deque(restored, maxlen=1)
+    denoise = denoiser_of(mixture, schedule)
+    (x,) = deque(method.restore(plain(sampler, denoise, steps, draw), operator, y), maxlen=1)
     return (x.flatten(1)[:, 1:].mean(0) - exact).abs().max().item()
 
 
@@ -170,10 +173,8 @@ def test_posterior_sampling_goes_towards_the_measurement(wide, schedules):
     misfits, start = [], noise(200, 1, 2, 2)
     for scale in (1e-9, 0.1, 0.5):
         sampler = DDIM(schedule, eta=0.0, spacing="trailing")
-        steps = DPS(scale=scale).restore(
-            sampler, denoiser_of(wide, schedule), start, sampler.grid(50), lambda: start, operator, y
-        )
-        (x,) = deque(steps, maxlen=1)
+        given = plain(sampler, denoiser_of(wide, schedule), 50, lambda: start)
+        (x,) = deque(DPS(scale=scale).restore(given, operator, y), maxlen=1)
         misfits.append((operator(x) - y).abs().mean().item())
     assert misfits[1] < 0.7 * misfits[0], misfits
     assert misfits[2] < 0.5 * misfits[1], misfits
@@ -188,8 +189,7 @@ def process(schedule, sampler, denoise, shape, method=None, steps=8, count=2):
     def draw():
         return torch.randn(count, *shape, dtype=F64, generator=generator)
 
-    times = sampler.grid(steps)
-    return Process(sampler, times, None, lambda y: denoise, lambda label: denoise, method, draw)
+    return plain(sampler, denoise, steps, draw, method)
 
 
 def shrinking(schedule):
@@ -286,16 +286,8 @@ def test_a_solver_remembers_its_steps_between_replacements(schedules, wide):
 
     def end(sampler_name, method):
         sampler = build(SAMPLERS[sampler_name] | {"spacing": "trailing"}, schedule)
-        steps = method.restore(
-            sampler,
-            denoiser_of(wide, schedule),
-            start,
-            sampler.grid(10),
-            lambda: start,
-            operator,
-            operator(start),
-        )
-        return deque(steps, maxlen=1)[0]
+        given = plain(sampler, denoiser_of(wide, schedule), 10, lambda: start)
+        return deque(method.restore(given, operator, operator(start)), maxlen=1)[0]
 
     once = Replacement()
     assert not torch.allclose(end("ddim", once), end("dpmpp_2m", once), atol=1e-3)

@@ -1,7 +1,7 @@
 """Edits of images with a trained model, in any sampler, guidance and schedule."""
 
-from diffusion_cli.editing.base import Edit, Edited, Process
-from diffusion_cli.editing.methods import DPS, Method, RePaint, Replacement
+from diffusion_cli.editing.base import Edit, Edited, Method, Process
+from diffusion_cli.editing.methods import DPS, RePaint, Replacement
 from diffusion_cli.editing.operators import BlockMean, LinearOperator, Luma, Mask
 from diffusion_cli.editing.restore import Colorize, Inpaint, Outpaint, SuperResolution
 from diffusion_cli.editing.transform import Attribute, Img2Img, Interpolate, Reconstruct

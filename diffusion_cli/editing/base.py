@@ -1,13 +1,13 @@
 """What an edit is, and what it is given to work with."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from torch import Tensor
 
 from diffusion_cli.denoiser import Denoise
-from diffusion_cli.editing.methods import Method
+from diffusion_cli.editing.operators import LinearOperator
 from diffusion_cli.samplers import Draw, Sampler
 
 Shape = tuple[int, int, int]
@@ -28,13 +28,25 @@ class Process:
     """Gives the guided denoiser, told labels."""
     told: Callable[[int | str | None], Denoise]
     """Gives the unguided denoiser, told that all images are of the class of a name or number; None: not told any."""
-    method: Method | None
+    method: "Method | None"
     draw: Draw
     """Noise of the shape of the results, [B, C, H, W], one stream an image."""
+
+    def start(self) -> Tensor:
+        """Return noise as sampling starts from it."""
+        return self.sampler.schedule.prior_std(self.times[0]) * self.draw()
 
     def denoise(self, repeat: int = 1) -> Denoise:
         """Return the guided denoiser for `repeat` images in a row of each result."""
         return self.guided(None if self.labels is None else self.labels.repeat_interleave(repeat))
+
+
+class Method(ABC):
+    """A way to sample images that agree with a measurement."""
+
+    @abstractmethod
+    def restore(self, process: Process, operator: LinearOperator, y: Tensor) -> Iterator[Tensor]:
+        """Take noise to images [B, C, H, W] whose measurement is about y, and yield the states on the way."""
 
 
 @dataclass(frozen=True)

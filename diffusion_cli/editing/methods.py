@@ -1,6 +1,5 @@
 """How sampling is held to a measurement: steps of any sampler, and what is done to the image between them."""
 
-from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from itertools import pairwise
 
@@ -8,26 +7,9 @@ import torch
 from pydantic import PositiveFloat, PositiveInt
 from torch import Tensor
 
-from diffusion_cli.denoiser import Denoise, Prediction, noised
+from diffusion_cli.denoiser import Prediction, noised
+from diffusion_cli.editing.base import Method, Process
 from diffusion_cli.editing.operators import LinearOperator
-from diffusion_cli.samplers import Draw, Sampler
-
-
-class Method(ABC):
-    """A way to sample images that agree with a measurement."""
-
-    @abstractmethod
-    def restore(
-        self,
-        sampler: Sampler,
-        denoise: Denoise,
-        x: Tensor,
-        times: Tensor,
-        draw: Draw,
-        operator: LinearOperator,
-        y: Tensor,
-    ) -> Iterator[Tensor]:
-        """Take noise x [B, C, H, W] down the falling times, to images whose measurement is about y."""
 
 
 class Replacement(Method):
@@ -39,16 +21,8 @@ class Replacement(Method):
     num_resamples = 1
     jump_length = 1
 
-    def restore(
-        self,
-        sampler: Sampler,
-        denoise: Denoise,
-        x: Tensor,
-        times: Tensor,
-        draw: Draw,
-        operator: LinearOperator,
-        y: Tensor,
-    ) -> Iterator[Tensor]:
+    def restore(self, process: Process, operator: LinearOperator, y: Tensor) -> Iterator[Tensor]:
+        sampler, times, draw, denoise = process.sampler, process.times, process.draw, process.denoise()
         known, schedule = operator.pseudo_inverse(y), sampler.schedule
 
         def replaced(x: Tensor, s: Tensor) -> Tensor:
@@ -56,8 +30,7 @@ class Replacement(Method):
                 return operator.project(x, y)
             return operator.project(x, operator(noised(schedule, known, s, draw())))
 
-        times = times.double().cpu()
-        x = replaced(x, times[0])
+        x = replaced(process.start(), times[0])
         state = sampler.start(times)
         for first in range(0, len(times) - 1, self.jump_length):
             run = times[first : first + self.jump_length + 1]
@@ -93,19 +66,10 @@ class DPS(Method):
     def __init__(self, *, scale: PositiveFloat) -> None:
         self.scale = scale
 
-    def restore(
-        self,
-        sampler: Sampler,
-        denoise: Denoise,
-        x: Tensor,
-        times: Tensor,
-        draw: Draw,
-        operator: LinearOperator,
-        y: Tensor,
-    ) -> Iterator[Tensor]:
-        times = times.double().cpu()
-        state = sampler.start(times)
-        for t, s in pairwise(times):
+    def restore(self, process: Process, operator: LinearOperator, y: Tensor) -> Iterator[Tensor]:
+        sampler, denoise, x = process.sampler, process.denoise(), process.start()
+        state = sampler.start(process.times)
+        for t, s in pairwise(process.times):
             gradients: list[Tensor] = []
 
             def asked(x: Tensor, t: Tensor, gradients: list[Tensor] = gradients) -> Prediction:
@@ -118,6 +82,6 @@ class DPS(Method):
                     gradients.append(torch.autograd.grad(misfit.sum(), x)[0])
                 return prediction.detach()
 
-            x, state = sampler.step(asked, x, t, s, draw, state)
+            x, state = sampler.step(asked, x, t, s, process.draw, state)
             x = x - self.scale * gradients[0]
             yield x

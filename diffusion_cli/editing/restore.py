@@ -25,11 +25,7 @@ class Restoration(Edit):
     def __call__(self, images: Tensor, process: Process) -> Edited:
         operator, y = self.measure(images)
         assert process.method is not None
-        x = process.sampler.schedule.prior_std(process.times[0]) * process.draw()
-        steps = process.method.restore(
-            process.sampler, process.denoise(), x, process.times, process.draw, operator, y
-        )
-        (x,) = deque(steps, maxlen=1)
+        (x,) = deque(process.method.restore(process, operator, y), maxlen=1)
         known = operator.picture(y)
         shown = [images, known] if tuple(images.shape[1:]) == self.results else [known]
         return Edited(operator.nearest_image(x, y)[:, None], shown, lambda x: operator(x) - y, x)

@@ -487,7 +487,7 @@ def test_a_run_is_not_gone_on_with_on_other_labels(tmp_path, capsys):
     assert train(tmp_path, *words, "max_steps=2") == 0
     label("bee", "ant")
     assert train(tmp_path, *words, "max_steps=4") == 2
-    assert "labels_sha256=" in capsys.readouterr().err
+    assert "labels: are not those that the run was begun on" in capsys.readouterr().err
 
 
 def test_a_classifier_is_measured_at_its_end(tmp_path, capsys):

@@ -4,6 +4,7 @@ import glob
 import math
 import re
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -68,7 +69,7 @@ def run(config: EditConfig) -> None:
     manifest = claim(output, settings, trained.model)
     results: dict[str, dict[str, float]] = manifest.get("results", {})
     todo = [job for job in jobs if job.name not in results or len(_files(output, job)) < edit.results_each]
-    if len(todo) < len(jobs):
+    if 0 < len(todo) < len(jobs):
         print(
             f"{output} has {len(jobs) - len(todo)} of {len(jobs)} results; making the others", file=sys.stderr
         )
@@ -105,15 +106,23 @@ def _refuse(config: EditConfig, trained: Trained, edit: Edit, method: Method | N
         raise ValueError(f"method: edit={kind} needs one; take replacement, repaint or dps")
     if not edit.restores and method is not None:
         raise ValueError(f"method: edit={kind} restores nothing that is known; leave it out")
-    if edit.noiseless and draws(trained.sampler, trained.sampler.grid(config.steps)):
+    noisy = draws(trained.sampler, trained.sampler.grid(config.steps))
+    if edit.noiseless and noisy:
         raise ValueError(
             f"sampler: edit={kind} measures an error, to which this sampler would add noise; take one without, as "
             "ddim, heun or dpmpp_2m"
         )
+    if config.variations > 1 and not (
+        edit.starts_from_noise or draws(trained.sampler, trained.sampler.grid(config.steps))
+    ):
+        raise ValueError(
+            f"variations={config.variations}: edit={kind} takes no noise with this sampler, and all would be the same; "
+            "leave it 1, or take a sampler that draws, as ddpm"
+        )
     edit.check(trained.labels is not None, lambda name: trained.number(name, "edit.source"))
     if edit.seeds is not None:
-        if config.input is not None:
-            raise ValueError(f"input={config.input}: edit.seeds is given too; leave one of them out")
+        if config.input is not None or config.num_images is not None or config.fit:
+            raise ValueError("edit.seeds: takes no input, num_images or fit; leave one of them out")
     elif config.input is None:
         raise ValueError(
             "input=null: give an image file or a folder, or held_out for real images of the run's dataset"
@@ -125,6 +134,11 @@ def _inputs(config: EditConfig, trained: Trained, edit: Edit) -> list[Input]:
         noise = SeededNoise(edit.seeds, edit.results, torch.device("cpu")).draw()
         return [Input(f"seed_{seed}", image) for seed, image in zip(edit.seeds, noise, strict=True)]
     if config.input in ("held_out", "train"):
+        if Path(config.input).exists():
+            raise ValueError(
+                f"input={config.input}: is a file or folder too; write ./{config.input} for it, or for images of "
+                "the run's dataset move it"
+            )
         mistakes = check_node("dataset", trained.model.config["dataset"])
         if mistakes:
             raise ValueError(
@@ -143,16 +157,19 @@ def _inputs(config: EditConfig, trained: Trained, edit: Edit) -> list[Input]:
 
 
 def _jobs(config: EditConfig, edit: Edit, given: Sequence[Input]) -> list[Job]:
-    jobs = []
+    jobs: list[Job] = []
     for at in range(0, len(given), edit.inputs_each):
         some = given[at : at + edit.inputs_each]
+        place, inputs = at // edit.inputs_each, [item.pixels for item in some]
         for variation in range(config.variations):
             name = shortened("-".join(item.name for item in some))
             name += f"_{variation}" if config.variations > 1 else ""
-            jobs.append(
-                Job(name, config.seed + len(jobs), at // edit.inputs_each, [item.pixels for item in some])
-            )
-    return jobs
+            jobs.append(Job(name, config.seed + len(jobs), place, inputs))
+    times = Counter(job.name for job in jobs)  # names put together may meet where their parts do not
+    return [
+        job if times[job.name] == 1 else job._replace(name=f"{number:05d}_{job.name}")
+        for number, job in enumerate(jobs)
+    ]
 
 
 def _edit(
@@ -181,7 +198,7 @@ def _edit(
     inputs = normalised(torch.stack([image for job in batch for image in job.inputs]).to(device))
     with torch.no_grad(), autocast(device, config.precision):
         edited = edit(inputs, process)
-    check_finite(edited.images)
+    check_finite(edited.images if edited.found is None else edited.found)
     return edited
 
 

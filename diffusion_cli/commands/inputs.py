@@ -3,7 +3,7 @@
 import hashlib
 from collections import Counter
 from collections.abc import Sequence
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
 import numpy as np
@@ -56,13 +56,15 @@ def read_input(given: str | list[str], shapes: list[Shape], fit: bool, count: in
     if len(files) == 1 and files[0].is_dir():
         folder = files[0]
         try:
-            names = image_files(folder, file_names(folder))
+            names = image_files(folder, _but_results(file_names(folder)))
         except ValueError as error:
             raise Mistakes(str(error).replace("dataset.path", "input", 1)) from error
         if (
             folder / "manifest.json"
         ).is_file():  # made by this program: its results, not its pictures of them
             names = [name for name in names if "/" not in name and name != "grid.png"]
+            if not names:
+                raise Mistakes(f"input={folder}: holds series of images; give one of its folders")
         files = [folder / name for name in names]
     files = files[:count]
     labels = _names(files)
@@ -117,6 +119,13 @@ def described(shape: Sequence[int]) -> str:
     """A shape in the words of image files."""
     channels, height, width = shape
     return f"{width} x {height} {'gray' if channels == 1 else 'colour'}"
+
+
+def _but_results(names: list[str]) -> list[str]:
+    """The names of a folder's files, but for those in subfolders that this program wrote its results to."""
+    written = {PurePosixPath(name).parent for name in names if PurePosixPath(name).name == "manifest.json"}
+    written -= {PurePosixPath()}
+    return [name for name in names if written.isdisjoint(PurePosixPath(name).parents)]
 
 
 def _names(files: list[Path]) -> list[str]:

@@ -34,7 +34,7 @@ def claim(output: Path, settings: dict[str, Any], model: Model) -> dict[str, Any
         if keys:
             raise Mistakes(
                 *(
-                    f"{key}={shown(now.get(key))}: the images in {output} were made with {shown(before.get(key))}"
+                    f"{key}={brief(now.get(key))}: the images in {output} were made with {brief(before.get(key))}"
                     for key in keys
                 ),
                 f"output={output}: holds images of other settings; choose another folder",
@@ -52,6 +52,12 @@ def claim(output: Path, settings: dict[str, Any], model: Model) -> dict[str, Any
     }
     write_manifest(output, manifest)
     return manifest
+
+
+def brief(value: Any) -> str:
+    """A value as on the command line, cut short where it is long."""
+    text = shown(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def write_manifest(output: Path, manifest: dict[str, Any]) -> None:

@@ -252,7 +252,9 @@ def _refuse_other_data(folder: Path, about: dict[str, Any], checkpoint: dict[str
     """Raise Mistakes if a run was begun on another number of images, or on other classes."""
     before = checkpoint["diffuse"] if checkpoint else about
     lines = [
-        f"{key}={about[key]}: the run in {folder} was begun on {before.get(key)}; give back the data, or take "
+        "labels: are not those that the run was begun on; give back the labels, or take another name="
+        if key == "labels_sha256"
+        else f"{key}={about[key]}: the run in {folder} was begun on {before.get(key)}; give back the data, or take "
         "another name="
         for key in ("num_images", "class_names", "shape", "labels_sha256")
         if before.get(key) != about[key]
@@ -263,7 +265,7 @@ def _refuse_other_data(folder: Path, about: dict[str, Any], checkpoint: dict[str
 
 def _next(model: NoiseConditioned, folder: Path) -> str:
     if isinstance(model, NoisyClassifier):
-        return f"diffuse sample run=<a diffusion run> guidance=classifier guidance.run={folder}"
+        return f"diffuse sample run=RUN guidance=classifier guidance.run={folder}"
     return f"diffuse sample run={folder}"
 
 

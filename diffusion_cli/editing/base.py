@@ -70,6 +70,8 @@ class Edit(ABC):
     """Images that go into one result."""
     restores = False
     """Whether it takes a method of restoration."""
+    starts_from_noise = False
+    """Whether results of unlike seeds differ with any sampler."""
     noiseless = False
     """Whether it is for samplers that draw no noise."""
     results_each = 1

@@ -26,8 +26,8 @@ class Replacement(Method):
         known, schedule = operator.pseudo_inverse(y), sampler.schedule
 
         def replaced(x: Tensor, s: Tensor) -> Tensor:
-            if s == 0:
-                return operator.project(x, y)
+            if s == 0:  # as it is: what becomes of the image is not this method's to say
+                return x
             return operator.project(x, operator(noised(schedule, known, s, draw())))
 
         x = replaced(process.start(), times[0])
@@ -36,6 +36,7 @@ class Replacement(Method):
             run = times[first : first + self.jump_length + 1]
             for again in range(self.num_resamples):
                 if again:
+                    x = operator.project(x, y) if run[-1] == 0 else x
                     a, v = schedule.transition(run[0], run[-1])
                     x = a * x + v.sqrt() * draw()
                     state = sampler.start(times)  # what a solver remembers is of another path

@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.nn.functional import avg_pool2d, interpolate
 
 FARTHEST = 1000.0  # measured, that an image is moved by
+WILDEST = 100.0  # value of a pixel that is looked at
 HALVINGS = 40
 LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601, as Pillow's gray
 
@@ -35,6 +36,7 @@ class LinearOperator(ABC):
 
         That is `clip(x + A^+ l)`, with l found by bisection: each of its numbers moves pixels of its own.
         """
+        x = x.clamp(-WILDEST, WILDEST)
         low, high = torch.full_like(y, -FARTHEST), torch.full_like(y, FARTHEST)
         for _ in range(HALVINGS):
             middle = (low + high) / 2

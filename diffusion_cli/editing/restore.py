@@ -17,6 +17,7 @@ class Restoration(Edit):
     """Sample the images whose measurement is that of the input."""
 
     restores = True
+    starts_from_noise = True
 
     @abstractmethod
     def measure(self, images: Tensor) -> tuple[LinearOperator, Tensor]:

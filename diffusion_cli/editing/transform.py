@@ -34,6 +34,8 @@ class Img2Img(Edit):
     A source drawn in another style, as strokes, comes back in the style of the model's data.
     """
 
+    starts_from_noise = True
+
     def __init__(self, shape: Shape, read_mask: ReadMask, *, strength: Strength) -> None:
         super().__init__(shape, read_mask)
         self.strength = strength

@@ -112,9 +112,7 @@ def _refuse(config: EditConfig, trained: Trained, edit: Edit, method: Method | N
             f"sampler: edit={kind} measures an error, to which this sampler would add noise; take one without, as "
             "ddim, heun or dpmpp_2m"
         )
-    if config.variations > 1 and not (
-        edit.starts_from_noise or draws(trained.sampler, trained.sampler.grid(config.steps))
-    ):
+    if config.variations > 1 and not (edit.starts_from_noise or noisy):
         raise ValueError(
             f"variations={config.variations}: edit={kind} takes no noise with this sampler, and all would be the same; "
             "leave it 1, or take a sampler that draws, as ddpm"

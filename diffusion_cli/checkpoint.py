@@ -94,9 +94,8 @@ def find_run(run: str | None, output_dir: str, key: str = "run") -> Path:
     runs = sorted((file for file in root.glob(f"*/{LAST}")), key=lambda file: file.stat().st_mtime)
     if run is None:
         for last in reversed(runs):
-            if (
-                read(last)["diffuse"]["task"] == Denoiser.task
-            ):  # a damaged newest run is said, not passed over
+            # A damaged newest run is said, not passed over.
+            if read(last)["diffuse"]["task"] == Denoiser.task:
                 return last.parent.parent
         raise ValueError(f"output_dir={output_dir}: holds no run; make one with: diffuse train")
     for folder in (Path(run), root / run):

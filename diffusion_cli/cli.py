@@ -230,21 +230,22 @@ def command_help(command: str, request: Request) -> str:
 def _chosen(groups: dict[str, str | list[str] | None], request: Request) -> dict[str, str | list[str] | None]:
     """The option of each group that a command line makes, with what options choose for other groups."""
     words = (word.partition("=") for word in request.overrides)
-    asked = {group: option.strip("[]").split(",") for group, _, option in words if group in groups}
+    asked = {
+        group: [name.strip() for name in option.strip("[]").split(",")]
+        for group, _, option in words
+        if group in groups
+    }
     chosen = {**groups, **asked}
     for _ in groups:  # an option may bring one that brings another
         before = dict(chosen)
         for option_of, option in before.items():
             for name in option if isinstance(option, list) else [option]:
-                file = config.options(option_of, request.dirs).get(str(name).strip())
+                file = config.options(option_of, request.dirs).get(str(name))
                 brought = config.brought_by(file) if file else {}
                 chosen |= {other: brought[other] for other in brought if other not in asked}
         if chosen == before:
             break
-    return {
-        group: [name.strip() for name in option] if isinstance(option, list) else option
-        for group, option in chosen.items()
-    }
+    return chosen
 
 
 def _keys(file: Path, prefix: str) -> list[str]:

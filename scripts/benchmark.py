@@ -23,15 +23,19 @@ from PIL import Image
 from torch import Tensor, nn
 
 from diffusion_cli import config
+from diffusion_cli.checkpoint import Model
 from diffusion_cli.commands import sample as sample_command
 from diffusion_cli.commands import train as train_command
 from diffusion_cli.config import build
 from diffusion_cli.data import Batches
 from diffusion_cli.data.memory import MemoryImages
 from diffusion_cli.denoiser import Denoiser
+from diffusion_cli.generate import generate
+from diffusion_cli.guidance import Unguided
 from diffusion_cli.objective import Simple
 from diffusion_cli.parameterizations import Eps
 from diffusion_cli.precision import autocast, device_of, resolve
+from diffusion_cli.report import save_png
 from diffusion_cli.samplers import DDIM, Sampler
 from diffusion_cli.schedules import Linear
 from diffusion_cli.seeding import mix
@@ -166,11 +170,6 @@ def loop(rounds: int, device: torch.device) -> Iterator[Row]:
 
 def sampling(rounds: int, device: torch.device) -> Iterator[Row]:
     """`diffuse sample` of 16 images in 50 steps, PNGs and all, and its network calls alone."""
-    from diffusion_cli.checkpoint import Model
-    from diffusion_cli.generate import generate
-    from diffusion_cli.guidance import Unguided
-    from diffusion_cli.report import save_png
-
     network = build(_option("model", "unet_cifar10"), 3, 32, None).to(device).eval().requires_grad_(False)
     schedule = Linear(num_timesteps=1000, beta_start=1e-4, beta_end=0.02, zero_terminal_snr=False)
     model = Model((3, 32, 32), None, {}, 0, "", Denoiser(network, schedule, Eps()))
@@ -182,20 +181,7 @@ def sampling(rounds: int, device: torch.device) -> Iterator[Row]:
     x, t = x.to(device), t.to(device)
 
     def ours() -> None:
-        with tempfile.TemporaryDirectory() as folder:
-            for seeds, images, _, _ in generate(
-                model,
-                sampler,
-                50,
-                range(16),
-                16,
-                guidance=Unguided(),
-                labels=None,
-                clip=True,
-                precision="fp32",
-            ):
-                for seed, image in zip(seeds, images, strict=True):
-                    save_png(image, sample_command.image_path(Path(folder), seed))
+        _write_samples(model, sampler, 50)
 
     @torch.inference_mode()
     def calls() -> None:
@@ -206,13 +192,26 @@ def sampling(rounds: int, device: torch.device) -> Iterator[Row]:
     yield "sampling 16 images, DDIM-50 / its network calls, s", a, b, "at most 1.03"
 
 
+def _write_samples(model: Model, sampler: Sampler, steps: int) -> None:
+    """What `diffuse sample` does for 16 images: sample them and write their PNGs."""
+    with tempfile.TemporaryDirectory() as folder:
+        for seeds, images, _, _ in generate(
+            model,
+            sampler,
+            steps,
+            range(16),
+            16,
+            guidance=Unguided(),
+            labels=None,
+            clip=True,
+            precision="fp32",
+        ):
+            for seed, image in zip(seeds, images, strict=True):
+                save_png(image, sample_command.image_path(Path(folder), seed))
+
+
 def samplers(rounds: int, device: torch.device) -> Iterator[Row]:
     """Sampling 16 images in 5 steps with each sampler, PNGs and all, and the time within its network calls."""
-    from diffusion_cli.checkpoint import Model
-    from diffusion_cli.generate import generate
-    from diffusion_cli.guidance import Unguided
-    from diffusion_cli.report import save_png
-
     network = build(_option("model", "unet_cifar10"), 3, 32, None).to(device).eval().requires_grad_(False)
     schedule = Linear(num_timesteps=1000, beta_start=1e-4, beta_end=0.02, zero_terminal_snr=False)
     clock = _NetworkClock(network, device)
@@ -223,20 +222,7 @@ def samplers(rounds: int, device: torch.device) -> Iterator[Row]:
 
         def run(sampler: Sampler = sampler) -> None:
             clock.seconds = 0.0
-            with tempfile.TemporaryDirectory() as folder:
-                for batch in generate(
-                    model,
-                    sampler,
-                    5,
-                    range(16),
-                    16,
-                    guidance=Unguided(),
-                    labels=None,
-                    clip=True,
-                    precision="fp32",
-                ):
-                    for seed, image in zip(batch.seeds, batch.images, strict=True):
-                        save_png(image, sample_command.image_path(Path(folder), seed))
+            _write_samples(model, sampler, 5)
 
         pairs = [(timed(run, device)(), clock.seconds) for _ in range(rounds)]
         whole, within = median(a for a, _ in pairs), median(b for _, b in pairs)

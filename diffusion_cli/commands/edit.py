@@ -17,7 +17,7 @@ from diffusion_cli.checkpoint import digest
 from diffusion_cli.commands.inputs import Input, read_input, read_mask, real_images, shortened
 from diffusion_cli.commands.outputs import claim, read_images, write_manifest
 from diffusion_cli.commands.trained import Trained, open_run
-from diffusion_cli.config import EditConfig, build, check_node, fingerprint
+from diffusion_cli.config import EditConfig, build, fingerprint
 from diffusion_cli.data import normalised
 from diffusion_cli.denoiser import Denoise, clip_x0
 from diffusion_cli.editing import Edit, Edited, Method, Process
@@ -61,7 +61,7 @@ def run(config: EditConfig) -> None:
         "seed": config.seed,
         "variations": config.variations,
         "read_sha256": {key: digest({key: value}) for key, value in edit.content().items()},
-        "inputs": [[item.name, item.digest] for item in given],
+        "inputs": [[item.name, digest({"pixels": item.pixels})] for item in given],
     }
     output = (
         Path(config.output) if config.output else trained.folder / "edits" / f"{kind}-{fingerprint(settings)}"
@@ -137,13 +137,7 @@ def _inputs(config: EditConfig, trained: Trained, edit: Edit) -> list[Input]:
                 f"input={config.input}: is a file or folder too; write ./{config.input} for it, or for images of "
                 "the run's dataset move it"
             )
-        mistakes = check_node("dataset", trained.model.config["dataset"])
-        if mistakes:
-            raise ValueError(
-                f"{trained.folder}: was made by another version of diffuse: {'; '.join(mistakes)}"
-            )
-        dataset = build(trained.model.config["dataset"], config.data_dir)
-        given = real_images(dataset, config.input, config.num_images)
+        given = real_images(trained.dataset(config.data_dir), config.input, config.num_images)
     else:
         assert config.input is not None
         given = read_input(config.input, edit.accepts(), config.fit, config.num_images)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from diffusion_cli import __version__
 from diffusion_cli.commands.trained import Trained, open_run
-from diffusion_cli.config import EvalConfig, build, check_node
+from diffusion_cli.config import EvalConfig, build
 from diffusion_cli.data import Dataset
 from diffusion_cli.generate import generate
 from diffusion_cli.guidance import Unguided
@@ -31,10 +31,7 @@ def run(config: EvalConfig) -> None:
     trained = open_run(config)
     folder, model = trained.folder, trained.model
     read_history(folder / "metrics.json")  # a damaged one is refused before anything is measured
-    mistakes = check_node("dataset", model.config["dataset"])
-    if mistakes:
-        raise ValueError(f"{folder}: was made by another version of diffuse: {'; '.join(mistakes)}")
-    dataset: Dataset = build(model.config["dataset"], config.data_dir)
+    dataset = trained.dataset(config.data_dir)
     metrics = {name: build(node) for name, node in config.metric.items()}
     of_model = [metric for metric in metrics.values() if isinstance(metric, ModelMetric)]
     of_samples = {name: metric for name, metric in metrics.items() if isinstance(metric, Metric)}

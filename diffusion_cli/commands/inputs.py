@@ -28,13 +28,6 @@ class Input(NamedTuple):
     pixels: Tensor
     """uint8 [C, H, W]."""
 
-    @property
-    def digest(self) -> str:
-        """SHA-256 of shape and pixels."""
-        return hashlib.sha256(
-            f"{tuple(self.pixels.shape)}".encode() + self.pixels.numpy().tobytes()
-        ).hexdigest()
-
 
 def real_images(dataset: Dataset, split: str, count: int | None) -> list[Input]:
     """Images spread evenly over the `train` or `held_out` split; ValueError if they are not of 256 values."""

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 
 from diffusion_cli.checkpoint import Classifier, Model, find_run, load_classifier, load_model
-from diffusion_cli.config import EditConfig, EvalConfig, SampleConfig, build, did_you_mean, shown
+from diffusion_cli.config import EditConfig, EvalConfig, SampleConfig, build, check_node, did_you_mean, shown
+from diffusion_cli.data import Dataset
 from diffusion_cli.denoiser import Denoiser, NoisyClassifier
 from diffusion_cli.generate import all_labels
 from diffusion_cli.guidance import Guidance
@@ -37,6 +38,14 @@ class Trained:
             return None
         known = self.model.num_classes is not None and self.model.class_names
         return class_number(label, known or (), key)
+
+    def dataset(self, data_dir: str) -> Dataset:
+        """The dataset that the model was trained on; ValueError if this version cannot build it."""
+        node = self.model.config["dataset"]
+        mistakes = check_node("dataset", node)
+        if mistakes:
+            raise ValueError(f"{self.folder}: was made by another version of diffuse: {'; '.join(mistakes)}")
+        return build(node, data_dir)
 
     def check(self, steps: int) -> None:
         """Raise ValueError if the sampler cannot sample the model in so many steps."""

@@ -28,7 +28,15 @@ def encode(process: Process, denoise: Denoise, x: Tensor, times: Tensor) -> Tens
     return x
 
 
-class Img2Img(Edit):
+class PartOfTheWay(Edit):
+    """An edit that goes to the time `strength` and back."""
+
+    def __init__(self, shape: Shape, read_mask: ReadMask, *, strength: Strength) -> None:
+        super().__init__(shape, read_mask)
+        self.strength = strength
+
+
+class Img2Img(PartOfTheWay):
     """Noise an image to the time `strength` and sample from there: SDEdit (Meng et al. 2022, Alg. 1).
 
     A source drawn in another style, as strokes, comes back in the style of the model's data.
@@ -36,24 +44,16 @@ class Img2Img(Edit):
 
     starts_from_noise = True
 
-    def __init__(self, shape: Shape, read_mask: ReadMask, *, strength: Strength) -> None:
-        super().__init__(shape, read_mask)
-        self.strength = strength
-
     def __call__(self, images: Tensor, process: Process) -> Edited:
         times = until(process.times, self.strength)
         x = noised(process.sampler.schedule, images, times[0], process.draw())
         return Edited(decode(process, x, times, process.draw)[:, None], [images, x])
 
 
-class Reconstruct(Edit):
+class Reconstruct(PartOfTheWay):
     """Encode an image to the time `strength` by DDIM inversion, and decode it again, without noise."""
 
     noiseless = True
-
-    def __init__(self, shape: Shape, read_mask: ReadMask, *, strength: Strength) -> None:
-        super().__init__(shape, read_mask)
-        self.strength = strength
 
     def __call__(self, images: Tensor, process: Process) -> Edited:
         times = until(process.times, self.strength)

@@ -177,6 +177,12 @@ def _network_state(checkpoint: Mapping[str, Any], weights: Literal["ema", "raw"]
     return {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
 
 
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def digest(state: Mapping[str, Tensor]) -> str:
     """SHA-256 of named tensors: names, types, shapes and bytes."""
     sha = hashlib.sha256()

@@ -10,20 +10,20 @@ where it was stopped, and several may run at once.
 
 import argparse
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
-from torch import Tensor
 
 from diffusion_cli.checkpoint import Model, load_model, whole_file
 from diffusion_cli.config import CONF, build, summary
+from diffusion_cli.data import Given
+from diffusion_cli.data.memory import MemoryImages
 from diffusion_cli.denoiser import Prediction
 from diffusion_cli.generate import all_labels, generate
 from diffusion_cli.guidance import Unguided
-from diffusion_cli.metrics import FrechetDistance, evaluate
+from diffusion_cli.metrics import DatasetReference, FrechetDistance, GivenSamples, Networks, evaluate
 from diffusion_cli.samplers import Sampler, integrate
 
 CALLS = (5, 10, 20, 50)
@@ -55,22 +55,32 @@ def measure(
     """The distance of samples, and the calls that each took."""
     dataset = build(model.config["dataset"], arguments.data_dir)
     node = yaml.safe_load((CONF / "features" / "classifier.yaml").read_text())
-    features = build(node, dataset, cache, torch.device("cpu"))
-    calls = 0
-
-    def samples() -> Iterator[tuple[Tensor, Tensor | None]]:
-        nonlocal calls
-        for batch in generate(
-            model, sampler, steps, range(arguments.num_samples), 500, guidance=Unguided(),
-            labels=all_labels(model.denoiser), clip=True, precision=arguments.precision,
-        ):  # fmt: skip
-            calls = max(calls, batch.calls)
-            yield batch.images, batch.labels
-
-    metric = {"fid": FrechetDistance(reference="train", floor=True)}
-    report = evaluate(metric, features, samples(), dataset, cache, count=arguments.num_samples)
-    result = report.results[0]
-    return {"distance": result.value, "floor": result.details["floor"], "calls": calls, "steps": steps}
+    batches = list(
+        generate(
+            model,
+            sampler,
+            steps,
+            range(arguments.num_samples),
+            500,
+            guidance=Unguided(),
+            labels=all_labels(model.denoiser),
+            clip=True,
+            precision=arguments.precision,
+        )
+    )
+    images = MemoryImages(torch.cat([batch.images for batch in batches]), None)
+    evaluation = evaluate(
+        {"fid": FrechetDistance(floor=True, infinity=0, bootstrap=0)},
+        Networks(node, dataset, cache, torch.device("cpu")),
+        GivenSamples(Given(images, None), None, {}, "samples"),
+        DatasetReference(dataset, split="train", stats=None),
+        batch_size=500,
+        cache_dir=cache,
+    )
+    result = evaluation.report.results[0]
+    return {
+        "distance": result.value, "floor": result.details["floor"], "calls": batches[0].calls, "steps": steps,
+    }  # fmt: skip
 
 
 def main() -> None:

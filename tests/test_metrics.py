@@ -3,6 +3,7 @@
 import json
 import urllib.error
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -12,26 +13,41 @@ from PIL import Image
 from torch import Tensor
 
 from diffusion_cli.config import CONF
-from diffusion_cli.data import Dataset, Digits, Images
+from diffusion_cli.data import Dataset, Digits, Given, Images, NoDataset
 from diffusion_cli.data.memory import MemoryImages
 from diffusion_cli.metrics import (
     ClassifierFeatures,
+    ClassifierScore,
+    DatasetReference,
+    DensityCoverage,
     FeatureBatch,
     Features,
     FrechetDistance,
+    GivenSamples,
+    GrowingRows,
     InceptionFeatures,
     InceptionScore,
+    KernelDistance,
+    Memorization,
     Moments,
+    Networks,
+    PrecisionRecall,
     RealImages,
     Report,
+    Rows,
+    Seen,
+    Shown,
     append_history,
     auto_features,
     evaluate,
     frechet_distance,
+    gaussian_mmd,
     inception_score,
+    polynomial_mmd,
     read_history,
     unlike,
 )
+from diffusion_cli.metrics.neighbours import nearest, within
 
 CPU = torch.device("cpu")
 
@@ -228,18 +244,70 @@ def test_inception_score_refuses_more_splits_than_samples() -> None:
 # --- Evaluation ------------------------------------------------------------
 
 
-METRICS = {"fid": FrechetDistance(reference="train", floor=True), "is": InceptionScore(splits=4)}
+METRICS = {
+    "fid": FrechetDistance(floor=True, infinity=0, bootstrap=0),
+    "is": InceptionScore(splits=4),
+}
 DATA = Held(pixels(200, 0), pixels(40, 1, high=200))
+
+
+class Through(Networks):
+    """Networks whose chosen one is there already."""
+
+    def __init__(self, features: Features, dataset: Dataset, cache_dir: Path) -> None:
+        super().__init__({}, dataset, cache_dir, CPU)
+        self.chosen = features
+
+    def classifier(self) -> Features:
+        return self.chosen
+
+
+def measured(
+    metrics,
+    features: Features,
+    images: Tensor,
+    dataset: Dataset,
+    cache_dir: Path,
+    labels: Tensor | None = None,
+    split: Literal["train", "held_out"] = "train",
+    stats: str | None = None,
+    batch_size: int = 33,
+    made: dict | None = None,
+    **settings,
+) -> Report:
+    """What an evaluation of images finds."""
+    given = Given(MemoryImages(images, labels), dataset.class_names if labels is not None else None)
+    return evaluate(
+        metrics,
+        Through(features, dataset, cache_dir),
+        GivenSamples(given, dataset.class_names, made or {}, "samples"),
+        DatasetReference(dataset, split=split, stats=stats),
+        batch_size=batch_size,
+        cache_dir=cache_dir,
+        **settings,
+    ).report
 
 
 def test_one_pass_over_samples_and_real_images_serves_all_metrics(tmp_path) -> None:
     features = Projection()
     samples = pixels(100, 2)
-    report = evaluate(METRICS, features, samples.split(33), DATA, tmp_path)
-    assert [result.name for result in report.results] == ["frechet_projection", "is_projection"]
+    metrics = METRICS | {
+        "kid": KernelDistance(subsets=3, subset_size=20, seed=0),
+        "precision_recall": PrecisionRecall(k=3),
+        "memorization": Memorization(pairs=4),
+    }
+    report = measured(metrics, features, samples, DATA, tmp_path)
+    assert [result.name for result in report.results] == [
+        "frechet_projection",
+        "is_projection",
+        "kid_projection",
+        "precision_projection",
+        "recall_projection",
+        "memorization_projection",
+    ]
     assert features.seen == 100 + 200 + 40
-    again = evaluate(METRICS, features, [samples], DATA, tmp_path)
-    assert features.seen == 340 + 100  # the statistics of real images were kept
+    again = measured(metrics, features, samples, DATA, tmp_path, batch_size=100)
+    assert features.seen == 340 + 100  # what is known of real images was kept
     for first, second in zip(report.results, again.results, strict=True):
         assert second.value == pytest.approx(first.value, rel=1e-6)
         assert second.protocol == first.protocol
@@ -247,7 +315,7 @@ def test_one_pass_over_samples_and_real_images_serves_all_metrics(tmp_path) -> N
 
 def test_the_numbers_beside_the_distance_are_what_their_names_say(tmp_path) -> None:
     features, samples = Projection(), pixels(100, 2, high=250)
-    result = evaluate(METRICS, features, samples.split(30), DATA, tmp_path).results[0]
+    result = measured(METRICS, features, samples, DATA, tmp_path).results[0]
     train, held_out = (features(DATA.splits[name]).features for name in ("train", "held_out"))
     seen = features(samples).features
     floor, equal = distance(held_out, train), distance(seen[:40], train)
@@ -270,7 +338,7 @@ def test_the_numbers_beside_the_distance_are_what_their_names_say(tmp_path) -> N
 
 def test_fewer_samples_than_held_out_are_matched_by_as_many_real_images(tmp_path) -> None:
     features, samples = Projection(), pixels(10, 2)
-    details = evaluate({"fid": METRICS["fid"]}, features, [samples], DATA, tmp_path).results[0].details
+    details = measured({"fid": METRICS["fid"]}, features, samples, DATA, tmp_path).results[0].details
     spread = DATA.splits["held_out"][::4]
     train = features(DATA.splits["train"]).features
     assert details["floor_images"] == 40
@@ -279,84 +347,359 @@ def test_fewer_samples_than_held_out_are_matched_by_as_many_real_images(tmp_path
 
 
 def test_real_held_out_images_as_samples_have_ratio_one(tmp_path) -> None:
-    report = evaluate(METRICS, Projection(), [DATA.splits["held_out"]], DATA, tmp_path)
+    report = measured(METRICS, Projection(), DATA.splits["held_out"], DATA, tmp_path)
     details = report.results[0].details
     assert details["ratio_to_floor"] == pytest.approx(1, abs=1e-6)
     assert details["equal_size_ratio"] == pytest.approx(1, abs=1e-6)
 
 
 def test_the_held_out_split_can_be_the_reference(tmp_path) -> None:
-    metric = FrechetDistance(reference="held_out", floor=False)
-    report = evaluate({"fid": metric}, Projection(), [DATA.splits["held_out"]], DATA, tmp_path)
-    assert report.results[0].value == pytest.approx(0, abs=1e-9)
-    assert report.results[0].details == {}
-    assert report.results[0].protocol["reference"]["split"] == "held_out"
+    metric = FrechetDistance(floor=False, infinity=0, bootstrap=0)
+    images = DATA.splits["held_out"]
+    result = measured({"fid": metric}, Projection(), images, DATA, tmp_path, split="held_out").results[0]
+    assert result.value == pytest.approx(0, abs=1e-9)
+    assert result.details == {}
+    assert result.protocol["reference"]["name"] == "held/held_out"
 
 
-@pytest.mark.parametrize("known", [True, False])
-def test_too_few_samples_are_refused(tmp_path, known) -> None:
-    features, samples = Projection(), pixels(5, 2)
+def test_published_statistics_take_the_place_of_the_images(tmp_path) -> None:
+    features, samples = Projection(), pixels(100, 2)
+    moments = moments_of(features(DATA.splits["train"]).features)
+    path = tmp_path / "stats.npz"
+    np.savez(path, mu=moments.mean.numpy(), sigma=moments.covariance.numpy())
+    metrics, nothing = {"fid": METRICS["fid"]}, NoDataset("samples", (1, 8, 8))
+    expected = measured(metrics, features, samples, DATA, tmp_path).results[0]
+    seen = features.seen
+    report = measured(metrics, features, samples, nothing, tmp_path, stats=str(path))
+    assert report.results[0].value == pytest.approx(expected.value, rel=1e-9)
+    assert features.seen == seen + 100
+    assert set(report.results[0].protocol["reference"]) == {"stats", "sha256"}
+    with pytest.raises(ValueError, match=r"reference=dataset: there are no real images"):
+        measured(metrics, features, samples, nothing, tmp_path)
+    np.savez(path, mu=moments.mean.numpy()[:3], sigma=moments.covariance.numpy())
+    with pytest.raises(ValueError, match=r"reference.stats=.*holds \(3,\) features, and the network gives 5"):
+        measured(metrics, features, samples, nothing, tmp_path, stats=str(path))
+    np.savez(path, mean=moments.mean.numpy())
+    with pytest.raises(ValueError, match=r"reference.stats=.*holds mean, and not mu and sigma"):
+        measured(metrics, features, samples, nothing, tmp_path, stats=str(path))
 
-    def batches():
-        assert not known, "a sample was made although it could be known that they are too few"
-        yield samples
 
+def test_too_few_samples_are_refused_before_any_is_made(tmp_path) -> None:
+    class Never(GivenSamples):
+        def batch(self, numbers):
+            raise AssertionError("a sample was made although it could be known that they are too few")
+
+    samples = Never(Given(MemoryImages(pixels(5, 2), None), None), None, {}, "samples")
+    networks, reference = (
+        Through(Projection(), DATA, tmp_path),
+        DatasetReference(DATA, split="train", stats=None),
+    )
     with pytest.raises(ValueError, match=r"num_samples=5: .* 6 .* 5 features of projection .*; raise"):
-        evaluate(METRICS, features, batches(), DATA, tmp_path, count=5 if known else None)
+        evaluate(METRICS, networks, samples, reference, batch_size=9, cache_dir=tmp_path)
 
 
 def test_too_few_samples_can_be_forced_with_a_warning(tmp_path) -> None:
     metrics = {"fid": METRICS["fid"]}
-    report = evaluate(metrics, Projection(), [pixels(5, 2)], DATA, tmp_path, count=5, force=True)
+    report = measured(metrics, Projection(), pixels(5, 2), DATA, tmp_path, force=True)
     assert any("num_samples=5" in note and "biased" in note for note in report.notes)
     assert "num_samples=5" in report.table()
     with pytest.raises(ValueError, match="num_samples=1"):
-        evaluate(metrics, Projection(), [pixels(1, 2)], DATA, tmp_path, force=True)
+        measured(metrics, Projection(), pixels(1, 2), DATA, tmp_path, force=True)
 
 
 def test_a_reference_of_too_few_images_is_refused(tmp_path) -> None:
     tiny = Held(pixels(4, 0), pixels(3, 1))
-    with pytest.raises(ValueError, match=r"metric.fid.reference=train: 4 images .* 6"):
-        evaluate(METRICS, Projection(), [pixels(50, 2)], tiny, tmp_path)
+    with pytest.raises(ValueError, match=r"reference=held/train: 4 images .* 6"):
+        measured(METRICS, Projection(), pixels(50, 2), tiny, tmp_path)
 
 
 def test_without_held_out_images_there_is_no_floor_and_a_note(tmp_path) -> None:
     alone = Held(pixels(50, 0), pixels(0, 1))
-    report = evaluate(METRICS, Projection(), [pixels(50, 2)], alone, tmp_path)
+    report = measured(METRICS, Projection(), pixels(50, 2), alone, tmp_path)
     assert report.results[0].details == {}
     assert any("no floor" in note for note in report.notes)
 
 
 def test_samples_of_another_shape_or_kind_are_refused(tmp_path) -> None:
     with pytest.raises(ValueError, match=r"dataset=held: .*\(1, 8, 8\).*\(3, 8, 8\)"):
-        evaluate(METRICS, Projection(), [pixels(50, 2).expand(-1, 3, -1, -1)], DATA, tmp_path)
+        measured(METRICS, Projection(), pixels(50, 2).expand(-1, 3, -1, -1), DATA, tmp_path)
     with pytest.raises(ValueError, match="uint8"):
-        evaluate(METRICS, Projection(), [pixels(50, 2).float()], DATA, tmp_path)
+        measured(METRICS, Projection(), pixels(50, 2).float(), DATA, tmp_path)
 
 
-def test_damaged_statistics_are_made_anew_with_a_warning(tmp_path) -> None:
+def real_images(features: Features, cache_dir: Path, dataset: Dataset = DATA) -> RealImages:
+    return RealImages(DatasetReference(dataset, split="train", stats=None), features, cache_dir)
+
+
+@pytest.mark.parametrize("kind", ["moments", "features"])
+def test_damaged_statistics_are_made_anew_with_a_warning(tmp_path, kind) -> None:
+    def known() -> Tensor:
+        real = real_images(features, tmp_path)
+        return real.moments().covariance if kind == "moments" else real.rows()[:]
+
     features = Projection()
-    expected = RealImages(DATA, features, tmp_path).moments("train")
-    (file,) = tmp_path.glob("moments-*.npz")
+    expected = known()
+    (file,) = tmp_path.glob(f"{kind}-*.np[yz]") if kind == "moments" else tmp_path.glob("features-*.npy")
     content = bytearray(file.read_bytes())
-    content[len(content) // 2] ^= 1
+    content[len(content) // 2 if kind == "moments" else 2] ^= 1
     file.write_bytes(content)
     with pytest.warns(UserWarning, match="damaged"):
-        again = RealImages(DATA, features, tmp_path).moments("train")
-    assert torch.equal(again.covariance, expected.covariance)
+        again = known()
+    assert torch.equal(again, expected)
     seen = features.seen
-    RealImages(DATA, features, tmp_path).moments("train")
+    known()
     assert features.seen == seen
 
 
-def test_statistics_are_kept_apart_by_images_and_by_weights(tmp_path) -> None:
+def test_statistics_are_kept_apart_by_images_weights_and_precision(tmp_path) -> None:
     features = Projection()
-    RealImages(DATA, features, tmp_path).moments("train")
-    RealImages(Held(pixels(200, 7), pixels(40, 1)), features, tmp_path).moments("train")
+    real_images(features, tmp_path).moments()
+    real_images(features, tmp_path, Held(pixels(200, 7), pixels(40, 1))).moments()
     assert features.seen == 400
+    real_images(features, tmp_path, Held(pixels(200, 7), pixels(40, 1), classes=2)).moments()
+    assert features.seen == 400  # labels are not looked at
     features.digest = "1" * 64
-    RealImages(DATA, features, tmp_path).moments("train")
+    real_images(features, tmp_path).moments()
     assert features.seen == 600
+    features.precision = "bf16"
+    real_images(features, tmp_path).moments()
+    assert features.seen == 800
+
+
+def test_rows_come_back_in_the_order_they_were_taken_in(tmp_path) -> None:
+    values = torch.randn(9000, 3, generator=torch.Generator().manual_seed(0))
+    rows = GrowingRows(3, tmp_path)
+    for part in values.split([1, 4999, 4000]):
+        rows.append(part.double())
+    assert list(tmp_path.iterdir()) == []  # the file has no name, and goes with the object
+    order = np.random.RandomState(0).permutation(9000)
+    assert torch.equal(torch.cat(list(rows.blocks())), values)
+    assert torch.equal(torch.cat(list(rows.blocks(order))), values[order])
+    with (tmp_path / "rows.npy").open("wb") as file:
+        rows.write(file)
+    assert torch.equal(Rows(np.load(tmp_path / "rows.npy", mmap_mode="r"))[:], values)
+
+
+# --- Kernel distances ------------------------------------------------------------
+
+
+def number(value: float | None) -> Tensor:
+    return torch.tensor(value, dtype=torch.float64)
+
+
+def array_rows(features: Tensor) -> Rows:
+    return Rows(features.float().numpy())
+
+
+@pytest.mark.parametrize("dim", [16, 64])
+@pytest.mark.parametrize(
+    ("name", "subsets", "size", "seed"), [("s20x100_seed2020", 20, 100, 2020), ("s10x250_seed7", 10, 250, 7)]
+)
+def test_kernel_distance_equals_the_reference(
+    reference, agree, tmp_path, dim, name, subsets, size, seed
+) -> None:
+    arrays = reference("metrics")
+    seen = AsSeen(arrays[f"fake_d{dim}"], arrays[f"real_d{dim}"])
+    (found,) = KernelDistance(subsets=subsets, subset_size=size, seed=seed).begin(seen).findings()
+    mean, std = arrays[f"kid_d{dim}_{name}"]
+    agree(f"kid_d{dim}_{name}", number(found.value), mean, 1e-12)
+    agree(f"kid_d{dim}_{name}_std", number(found.details["std"]), std, 1e-12)
+
+
+@pytest.mark.parametrize("dim", [16, 64])
+def test_polynomial_mmd_of_whole_sets_equals_the_reference(reference, agree, dim) -> None:
+    arrays = reference("metrics")
+    fake, real = arrays[f"fake_d{dim}"], arrays[f"real_d{dim}"]
+    for name, x in (("kid_full", real), ("kid_equal", real[:400])):
+        agree(f"{name}_d{dim}", number(polynomial_mmd(fake, x)), arrays[f"{name}_d{dim}"], 1e-12)
+
+
+def test_the_standard_error_of_the_kernel_distance_is_its_spread() -> None:
+    """Over independent sets: the error given for one of them is the deviation of the estimates, within a third."""
+    values, errors = [], []
+    for seed in range(60):
+        x = torch.randn(2, 120, 4, generator=torch.Generator().manual_seed(seed)).double()
+        (found,) = (
+            KernelDistance(subsets=20, subset_size=40, seed=seed)
+            .begin(AsSeen(x[0], 1.3 * x[1] + 0.5))
+            .findings()
+        )
+        values.append(found.value)
+        errors.append(found.details["standard_error"])
+    assert np.mean(errors) == pytest.approx(np.std(values), rel=0.34)
+
+
+def test_gaussian_mmd_is_that_of_its_definition_and_zero_for_equal_sets() -> None:
+    x, y = (torch.randn(30, 5, generator=torch.Generator().manual_seed(seed)) for seed in (0, 1))
+
+    def k(a: Tensor, b: Tensor) -> Tensor:
+        return torch.stack([(-(p - b).double().square().sum(1) / (2 * 1.5**2)).exp() for p in a]).mean()
+
+    expected = float(k(x, x) + k(y, y) - 2 * k(x, y))
+    assert gaussian_mmd(array_rows(x), array_rows(y), 1.5, CPU) == pytest.approx(expected, rel=1e-6)
+    assert gaussian_mmd(array_rows(x), array_rows(x), 1.5, CPU) == pytest.approx(0, abs=1e-14)
+
+
+# --- Neighbours ------------------------------------------------------------
+
+
+class AsSeen(Seen):
+    """Features of samples and of real images that are there already."""
+
+    def __init__(self, samples: Tensor, real: Tensor, other: Tensor | None = None) -> None:
+        self.network = Projection()
+        self.network.dim = samples.shape[1]
+        self._samples = array_rows(samples)
+        self.real = RealRows(real, other)
+
+    def rows(self) -> Rows:
+        return self._samples
+
+
+class RealRows(RealImages):
+    def __init__(self, real: Tensor, other: Tensor | None) -> None:
+        self._parts = {"images": real, "other": other}
+        self.reference = DatasetReference(
+            Held(pixels(9, 0), pixels(9 if other is not None else 0, 1)), split="train", stats=None
+        )
+
+    def rows(self, part="images") -> Rows:
+        return array_rows(self._parts[part])
+
+    def moments(self, part="images", count=None, stream="features") -> Moments:
+        return moments_of(self._parts[part][:count])
+
+
+TIES = (
+    "ties",
+    lambda a: torch.cat([a["fake_d16"][:50], a["real_d16"][:50], a["real_d16"][:50]]),
+    lambda a: a["real_d16"],
+)
+SETS = [
+    ("d16", lambda a: a["fake_d16"], lambda a: a["real_d16"]),
+    ("d64", lambda a: a["fake_d64"], lambda a: a["real_d64"]),
+    TIES,
+    ("grid", lambda a: a["grid_fake"], lambda a: a["grid_real"]),
+]
+
+
+@pytest.mark.parametrize("k", [3, 5])
+@pytest.mark.parametrize(("name", "fake", "real"), SETS, ids=[case[0] for case in SETS])
+def test_precision_recall_density_and_coverage_equal_the_reference(
+    reference, agree, name, fake, real, k
+) -> None:
+    """Counts are exact, ties too: torch-fidelity counts the rim in, prdc does not."""
+    arrays = reference("metrics")
+    seen = AsSeen(fake(arrays), real(arrays))
+    found = [*PrecisionRecall(k=k).begin(seen).findings(), *DensityCoverage(k=k).begin(seen).findings()]
+    precision, recall, density, coverage = (number(finding.value) for finding in found)
+    agree(f"pr_tf_{name}_k{k}", torch.stack([precision, recall]), arrays[f"pr_tf_{name}_k{k}"][:2], 1e-7)
+    agree(f"prdc_{name}_k{k}", torch.stack([density, coverage]), arrays[f"prdc_{name}_k{k}"][2:], 1e-12)
+
+
+def test_neighbours_do_not_depend_on_blocks(monkeypatch) -> None:
+    x, y = (
+        torch.randn(50, 3, generator=torch.Generator().manual_seed(seed)).round(decimals=1) for seed in (0, 1)
+    )
+    whole = nearest(array_rows(x), array_rows(y), 4, CPU, "")[0]
+    counts = within(array_rows(x), array_rows(y), whole[:, 2], False, CPU, "")
+    monkeypatch.setattr("diffusion_cli.metrics.rows.BLOCK", 7)
+    assert torch.equal(nearest(array_rows(x), array_rows(y), 4, CPU, "")[0], whole)
+    for one, other in zip(
+        counts, within(array_rows(x), array_rows(y), whole[:, 2], False, CPU, ""), strict=True
+    ):
+        assert torch.equal(one, other)
+    brute = torch.stack([(p.double() - y.double()).square().sum(1).sort().values[:4] for p in x])
+    assert torch.equal(whole, brute)
+
+
+# --- Extrapolation and intervals ------------------------------------------------------------
+
+
+def test_the_distance_at_infinity_comes_nearer_to_that_of_the_distributions() -> None:
+    """Of N(0, I) and N(m, I) in 20 dimensions it is |m|^2; with 400 samples it is more."""
+    metric = FrechetDistance(floor=False, infinity=15, bootstrap=0)
+    finite, infinite = [], []
+    for seed in range(8):
+        generator = torch.Generator().manual_seed(seed)
+        real, fake = (
+            torch.randn(200000, 20, generator=generator),
+            torch.randn(400, 20, generator=generator) + 0.1,
+        )
+        measurement = metric.begin(AsSeen(fake, real))
+        measurement.update(Shown(pixels(400, 0), None, FeatureBatch(fake, None)))
+        (found,) = measurement.findings()
+        assert found.value is not None
+        finite.append(found.value)
+        infinite.append(found.details["at_infinity"])
+    assert np.mean(finite) > 0.4
+    assert np.mean(infinite) == pytest.approx(0.2, abs=0.06)
+
+
+def test_the_interval_holds_the_expected_distance_nearly_always() -> None:
+    metric = FrechetDistance(floor=False, infinity=0, bootstrap=60)
+    real = torch.randn(50000, 4, generator=torch.Generator().manual_seed(99))
+    found = []
+    for seed in range(40):
+        fake = 1.2 * torch.randn(150, 4, generator=torch.Generator().manual_seed(seed)) + 0.3
+        measurement = metric.begin(AsSeen(fake, real))
+        measurement.update(Shown(pixels(150, 0), None, FeatureBatch(fake, None)))
+        found += measurement.findings()
+    expected = np.mean([finding.value for finding in found])
+    inside = [finding.details["low"] < expected < finding.details["high"] for finding in found]
+    assert 0.8 <= np.mean(inside) <= 1
+    errors = [finding.details["standard_error"] for finding in found]
+    assert np.mean(errors) == pytest.approx(np.std([finding.value for finding in found]), rel=0.3)
+
+
+@pytest.mark.parametrize(("key", "value"), [("infinity", 2), ("bootstrap", 5)])
+def test_too_few_points_or_resamples_are_refused(key, value) -> None:
+    with pytest.raises(ValueError, match=rf"metric.fid.{key}={value}: is too few"):
+        FrechetDistance(**{"floor": False, "infinity": 0, "bootstrap": 0, key: value})
+
+
+# --- Memorization ------------------------------------------------------------
+
+
+def test_a_planted_training_image_is_found_among_a_thousand(digits, trained, tmp_path) -> None:
+    features, _ = trained
+    train, held_out = digits.load("train"), digits.load("held_out")
+    noise = torch.randint(-24, 25, (1000, 1, 8, 8), generator=torch.Generator().manual_seed(0))
+    others = held_out.gather(torch.arange(1000) % len(held_out))
+    samples = (others + noise).clamp(0, 255).to(torch.uint8)
+    samples[617] = train.gather(torch.tensor([1234]))[0]
+    evaluation = evaluate(
+        {"memorization": Memorization(pairs=3)},
+        Through(features, digits, tmp_path),
+        GivenSamples(Given(MemoryImages(samples, None), None), None, {}, "samples"),
+        DatasetReference(digits, split="train", stats=None),
+        batch_size=250,
+        cache_dir=tmp_path,
+    )
+    (result,) = evaluation.report.results
+    assert result.details["copies"] == 1
+    assert result.value >= 0.001
+    picture = evaluation.pictures["memorization"]
+    size = 8 * 4 + 2  # enlarged four times, and framed
+    assert torch.equal(picture[:, :size, :size], picture[:, size : 2 * size, :size])  # the pair comes first
+    assert not torch.equal(picture[:, :size, size : 2 * size], picture[:, size : 2 * size, size : 2 * size])
+
+
+def test_real_held_out_images_are_not_memorized(digits, trained, tmp_path) -> None:
+    images = digits.load("held_out").gather(torch.arange(359))
+    (result,) = measured(
+        {"memorization": Memorization(pairs=2)}, trained[0], images, digits, tmp_path
+    ).results
+    assert (result.value, result.details["copies"], result.details["median_distance_ratio"]) == (0, 0, 1)
+
+
+def test_held_out_copies_of_training_images_hide_no_copy(tmp_path) -> None:
+    train = pixels(50, 0)
+    data = Held(train, torch.cat([train[:2], pixels(20, 1)]))
+    samples = torch.cat([pixels(30, 2), train[7:8]])
+    report = measured({"memorization": Memorization(pairs=2)}, Projection(), samples, data, tmp_path)
+    assert report.results[0].details["copies"] == 1
+    assert any("2 images of held/held_out are copies there" in note for note in report.notes)
 
 
 # --- The classifier ------------------------------------------------------------
@@ -404,20 +747,32 @@ def test_an_evaluation_with_the_classifier_says_what_its_numbers_are(trained, di
     held_out = digits.load("held_out")
     images, labels = held_out.gather(torch.arange(len(held_out))), held_out.labels.clone()
     labels[: len(labels) // 2] = (labels[: len(labels) // 2] + 1) % 10
-    sampling = {"sampler": "ddim", "steps": 50}
-    batches = list(zip(images.split(100), labels.split(100), strict=True))
-    report = evaluate(METRICS, features, batches, digits, tmp_path, sampling=sampling)
+    made = {"sampler": "ddim", "steps": 50}
+    metrics = METRICS | {"classifier": ClassifierScore()}
+    report = measured(metrics, features, images, digits, tmp_path, labels, made=made)
     by_name = {result.name: result for result in report.results}
-    assert list(by_name) == ["frechet_classifier", "is_classifier", "class_accuracy"]
+    assert list(by_name) == ["frechet_classifier", "is_classifier", "class_accuracy", "class_entropy"]
     assert by_name["class_accuracy"].value == pytest.approx(0.5, abs=0.02)
     assert by_name["class_accuracy"].details["on_real_held_out"] == features.held_out_accuracy
     assert by_name["frechet_classifier"].details["ratio_to_floor"] == pytest.approx(1, abs=1e-6)
+    assert by_name["class_entropy"].details["entropy_of_classes"] == pytest.approx(np.log(10), abs=0.02)
     for result in report.results:
         assert result.protocol["features"]["digest"] == features.digest
-        assert result.protocol["sampling"] == sampling
+        assert result.protocol["sampling"] == made | {"pixels_sha256": held_out.pixel_digest()}
     for word in ("frechet_classifier", "floor", "equal_size_ratio", "not of Inception"):
         assert word in report.table()
     assert Report.from_dict(json.loads(json.dumps(report.to_dict(), allow_nan=False))) == report
+
+
+def test_entropies_are_those_of_their_definition(tmp_path) -> None:
+    features, samples = Projection(), pixels(30, 2)
+    (result,) = measured({"classifier": ClassifierScore()}, features, samples, DATA, tmp_path).results
+    logits = features(samples).logits
+    assert logits is not None
+    p = logits.double().softmax(1)
+    assert result.value == pytest.approx(float(torch.special.entr(p).sum(1).mean()), rel=1e-6)
+    expected = float(torch.special.entr(p.mean(0)).sum())
+    assert result.details == pytest.approx({"entropy_of_classes": expected, "most": np.log(3)}, rel=1e-6)
 
 
 def test_equal_training_gives_equal_weights_and_leaves_random_numbers_alone(digits, tmp_path) -> None:
@@ -449,7 +804,9 @@ def test_the_classifier_takes_other_sizes_and_colours(tmp_path) -> None:
     colour = pixels(60, 0)[:, :, :5, :7].expand(-1, 3, -1, -1)
     features = ClassifierFeatures(Held(colour, colour[:0], classes=4), tmp_path, CPU, **QUICK | {"steps": 1})
     assert features(colour[:2]).features.shape == (2, QUICK["dim"])
-    assert features(colour[:2]).logits.shape == (2, 4)
+    logits = features(colour[:2]).logits
+    assert logits is not None
+    assert logits.shape == (2, 4)
     assert features.held_out_accuracy is None
 
 
@@ -556,14 +913,8 @@ def test_inception_numbers_equal_those_of_torch_fidelity(tmp_path, monkeypatch) 
     noise = torch.randint(-40, 40, (16, 3, 16, 16), generator=generator)
     samples, real = (colours + noise).clamp(0, 255).to(torch.uint8).split(8)
     features = InceptionFeatures(Held(real, real), tmp_path, CPU, weights=str(weights))
-    report = evaluate(
-        {"fid": FrechetDistance(reference="train", floor=True), "is": InceptionScore(splits=3)},
-        features,
-        samples.split(5),
-        Held(real, real),
-        tmp_path,
-        force=True,
-    )
+    metrics = {"fid": FrechetDistance(floor=True, infinity=0, bootstrap=0), "is": InceptionScore(splits=3)}
+    report = measured(metrics, features, samples, Held(real, real), tmp_path, batch_size=5, force=True)
     theirs = torch_fidelity.calculate_metrics(
         input1=png_folder(tmp_path / "samples", samples),
         input2=png_folder(tmp_path / "real", real),
@@ -614,14 +965,8 @@ def test_history_grows_and_is_never_clobbered(tmp_path) -> None:
 def test_protocols_are_unlike_by_how_they_measure_not_by_what(tmp_path) -> None:
     protocols = []
     for count, steps, splits in ((100, 10, 4), (100, 20, 4), (90, 10, 5)):
-        report = evaluate(
-            {"is": InceptionScore(splits=splits)},
-            Projection(),
-            [pixels(count, 2)],
-            DATA,
-            tmp_path,
-            sampling={"steps": steps},
-        )
+        metrics = {"is": InceptionScore(splits=splits)}
+        report = measured(metrics, Projection(), pixels(count, 2), DATA, tmp_path, made={"steps": steps})
         protocols.append(report.results[0].protocol)
     assert unlike(protocols[0], protocols[1]) == []
     assert unlike(protocols[0], protocols[2]) == ["samples", "splits"]

@@ -1,104 +1,191 @@
-"""`diffuse eval`: sample a trained model and compare with real images, or ask it about real images."""
+"""`diffuse eval`: measure samples, of a model or of anyone, against real images; or ask a model about these."""
 
-from collections.abc import Iterator
+import platform
+from importlib.metadata import version
 from pathlib import Path
-from typing import Any
-
-import torch
-from torch import Tensor
+from typing import Any, NamedTuple
 
 from diffusion_cli import __version__
+from diffusion_cli.checkpoint import find_run
+from diffusion_cli.commands.outputs import claim, keep_seeds
+from diffusion_cli.commands.sample import samples_folder
+from diffusion_cli.commands.samples import ModelSamples, about, given_samples, run_of
 from diffusion_cli.commands.trained import Trained, open_run
 from diffusion_cli.config import EvalConfig, build
-from diffusion_cli.data import Dataset
-from diffusion_cli.generate import generate
+from diffusion_cli.data import Dataset, NoDataset
 from diffusion_cli.guidance import Unguided
 from diffusion_cli.metrics import (
-    Features,
     Metric,
     ModelMetric,
+    Networks,
+    Reference,
     Report,
+    Samples,
     Subject,
     append_history,
     evaluate,
     examine,
+    history_table,
     read_history,
 )
+from diffusion_cli.precision import device_of
+from diffusion_cli.ranks import Ranks, run_in_processes
+from diffusion_cli.report import save_png
+
+SAMPLES = 2000  # made where num_samples does not say
 
 
 def run(config: EvalConfig) -> None:
-    """Measure every metric, those of samples in one pass; print them and add them to the run's metrics.json."""
-    trained = open_run(config)
-    folder, model = trained.folder, trained.model
-    read_history(folder / "metrics.json")  # a damaged one is refused before anything is measured
-    dataset = trained.dataset(config.data_dir)
-    metrics = {name: build(node) for name, node in config.metric.items()}
-    of_model = [metric for metric in metrics.values() if isinstance(metric, ModelMetric)]
-    of_samples = {name: metric for name, metric in metrics.items() if isinstance(metric, Metric)}
-    about = {
-        "run": folder.name,
-        "step": model.step,
-        "ema": model.config["ema"],
-        **trained.settings,
-        "device": trained.device.type,
-        "versions": {"diffuse": __version__, "torch": torch.__version__},
-    }
-    if of_samples:
-        trained.check(config.steps)  # refused before anything is measured
-    elif config.label is not None or not isinstance(trained.guidance, Unguided):
-        raise ValueError(
-            f"metric={','.join(metrics)}: makes no samples, which label and guidance are for; leave them out"
+    """Measure every metric, those of samples in one pass; print them and add them to a metrics.json."""
+    if config.compare is not None:
+        folders = [find_run(name, config.output_dir, "compare") for name in config.compare]
+        print(
+            history_table(
+                {folder.name: read_history(folder / "metrics.json") for folder in folders}, config.force
+            )
         )
-    reports = []
-    if of_model:
+    elif config.processes > 1:
+        run_in_processes(config.processes, measure, config)
+    else:
+        measure(config)
+
+
+class Scene(NamedTuple):
+    """What is measured, and where the numbers go."""
+
+    folder: Path
+    """Of metrics.json: the run's, or one for these samples."""
+    dataset: Dataset
+    trained: Trained | None
+    samples: Samples | None
+    """None where only the model itself is asked."""
+
+
+def measure(config: EvalConfig) -> list[Report]:
+    """Carry out an evaluation, as one of the processes that share it; the numbers are the first one's."""
+    metrics = {name: build(node) for name, node in config.metric.items()}
+    of_model = {name: metric for name, metric in metrics.items() if isinstance(metric, ModelMetric)}
+    of_samples = {name: metric for name, metric in metrics.items() if isinstance(metric, Metric)}
+    scene = (
+        _model_scene(config, bool(of_samples)) if config.samples is None else _given_scene(config, of_model)
+    )
+    history = scene.folder / "metrics.json"
+    read_history(history)  # a damaged one is refused before anything is measured
+    environment = {"device": device_of(config.device).type, "versions": versions()}
+    first, reports = Ranks().first, []
+    if of_model and first:
+        assert scene.trained is not None
         subject = Subject(
-            model, dataset, folder, trained.device, config.seed, config.batch_size, config.clip_x0, config.precision
+            scene.trained.model, scene.dataset, scene.folder, scene.trained.device, config.seed, config.batch_size,
+            config.clip_x0, config.precision,
         )  # fmt: skip
-        keys = ("run", "step", "ema", "weights", "weights_sha256", "precision", "device", "versions")
-        reports.append(examine(of_model, subject, {key: about[key] for key in keys}))
-    if of_samples:
-        reports.append(_of_samples(config, trained, dataset, of_samples, about))
+        keys = ("run", "step", "ema", "weights", "weights_sha256", "precision")
+        known = {key: about(scene.trained)[key] for key in keys}
+        reports.append(examine(of_model.values(), subject, known | environment))
+    if scene.samples is not None:
+        reports.append(_of_samples(config, scene, scene.samples, of_samples, environment))
+    if not first:
+        return []
     for report in reports:
         print(report.table())
         if report.results:
-            append_history(folder / "metrics.json", report.to_dict())
+            append_history(history, report.to_dict())
     if any(report.results for report in reports):
-        print(f"With their protocol in {folder / 'metrics.json'}")
+        print(f"With their protocol in {history}")
+    return reports
+
+
+def _model_scene(config: EvalConfig, sampled: bool) -> Scene:
+    """A run's model, and its samples if any metric looks at samples."""
+    trained = open_run(config)
+    dataset = (
+        trained.dataset(config.data_dir) if config.dataset is None else build(config.dataset, config.data_dir)
+    )
+    if not sampled:
+        if config.label is not None or not isinstance(trained.guidance, Unguided) or config.keep:
+            raise ValueError(
+                f"metric={','.join(config.metric)}: makes no samples, which label, guidance and keep are for; leave "
+                "them out"
+            )
+        return Scene(trained.folder, dataset, trained, None)
+    trained.check(config.steps)  # refused before anything is measured
+    folder = samples_folder(trained, config) if config.keep else None
+    if folder is not None:
+        Ranks().one_by_one(lambda: claim(folder, trained.settings, trained.model))
+    samples = ModelSamples(trained, config, config.num_samples or SAMPLES, folder)
+    return Scene(trained.folder, dataset, trained, samples)
+
+
+def _given_scene(config: EvalConfig, of_model: dict[str, Any]) -> Scene:
+    """Images of anyone, and the dataset that they are compared with, if one is named or they lie in a run's folder."""
+    assert config.samples is not None
+    path = Path(config.samples).expanduser()
+    for key, wrong in (
+        ("metric", ",".join(of_model)),
+        ("label", config.label),
+        ("keep", config.keep),
+        ("guidance.scale", config.guidance.get("scale")),
+    ):
+        if wrong:
+            raise ValueError(
+                f"{key}={wrong}: is for samples made of a model, not for samples={path}; leave it out"
+            )
+    run = None
+    if config.dataset is None:
+        run = find_run(config.run, config.output_dir) if config.run else run_of(path)
+    if run is not None:
+        dataset = open_run(config.model_copy(update={"run": str(run)})).dataset(config.data_dir)
+    else:
+        dataset = None if config.dataset is None else build(config.dataset, config.data_dir)
+    samples = given_samples(path, dataset, config.num_samples)
+    name = "-".join(path.resolve().parts[-2:]) if run else path.stem
+    folder = Path(config.output_dir) / "evaluations" / name
+    return Scene(folder, dataset or NoDataset(path.name, samples.shape), None, samples)
 
 
 def _of_samples(
-    config: EvalConfig, trained: Trained, dataset: Dataset, metrics: dict[str, Metric], about: dict[str, Any]
+    config: EvalConfig,
+    scene: Scene,
+    samples: Samples,
+    metrics: dict[str, Metric],
+    environment: dict[str, Any],
 ) -> Report:
-    """Sample the model and measure the samples."""
+    """Show the samples to every metric, and keep the pictures that come of it."""
     cache_dir = Path(config.cache_dir or "~/.cache/diffuse").expanduser()
-    features: Features = build(config.features, dataset, cache_dir, trained.device)
-    seeds = range(config.seed, config.seed + config.num_samples)
-    sampling = about | {"seeds": [seeds[0], seeds[-1]], "network_calls": 0}
-
-    def samples() -> Iterator[tuple[Tensor, Tensor | None]]:
-        for batch in generate(
-            trained.model,
-            trained.sampler,
-            config.steps,
-            seeds,
-            config.batch_size,
-            guidance=trained.guidance,
-            labels=trained.labels,
-            clip=config.clip_x0,
-            precision=config.precision,
-        ):
-            sampling["network_calls"] = max(sampling["network_calls"], batch.calls)
-            yield batch.images, batch.labels
-
-    report = evaluate(
-        metrics, features, samples(), dataset, cache_dir,
-        count=config.num_samples, sampling=sampling, force=config.force,
+    networks = Networks(config.features, scene.dataset, cache_dir, device_of(config.device))
+    reference: Reference = build(config.reference, scene.dataset)
+    report, pictures = evaluate(
+        metrics, networks, samples, reference,
+        batch_size=config.batch_size, cache_dir=cache_dir, force=config.force, environment=environment,
     )  # fmt: skip
-    if trained.labels is not None and set(trained.labels) != set(range(dataset.num_classes or 0)):
-        report.notes.append("the samples are of some classes only, the real images of all")
-    name = config.sampler["_target_"].rpartition(".")[2]
-    print(
-        f"\n{trained.folder.name} at step {trained.model.step}, {config.num_samples} samples by {name} in "
-        f"{sampling['network_calls']} network calls each, {config.weights} weights"
-    )
+    if not Ranks().first:
+        return report
+    made = f"{len(samples)} images of {config.samples}"
+    if isinstance(samples, ModelSamples) and scene.trained is not None:
+        trained, sampler = scene.trained, config.sampler["_target_"].rpartition(".")[2]
+        labels = trained.labels
+        if labels is not None and set(labels) != set(range(scene.dataset.num_classes or 0)):
+            report.notes.append("the samples are of some classes only, the real images of all")
+        if samples.folder is not None:
+            keep_seeds(samples.folder, claim(samples.folder, trained.settings, trained.model), samples.seeds)
+        made = (
+            f"{trained.folder.name} at step {trained.model.step}, {len(samples)} samples by {sampler} in "
+            f"{samples.calls} network calls each, {config.weights} weights"
+        )
+    print(f"\n{made}")
+    for name, picture in pictures.items():
+        digest = report.results[0].protocol["sampling"]["pixels_sha256"]
+        path = scene.folder / "pictures" / f"{name}-{digest[:8]}.png"
+        save_png(picture, path)
+        report.notes.append(f"{name}: its picture is {path}")
     return report
+
+
+def versions() -> dict[str, str]:
+    """Of what numbers may depend on."""
+    names = ("torch", "torch-fidelity", "torchmetrics", "numpy")
+    return {
+        "diffuse": __version__,
+        "python": platform.python_version(),
+        **{name: version(name) for name in names},
+    }

@@ -12,7 +12,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from diffusion_cli.config import Mistakes
-from diffusion_cli.data import Dataset, file_names, flattened, image_files, opened
+from diffusion_cli.data import Dataset, file_names, flattened, image_files, is_gray, opened
 
 Shape = tuple[int, int, int]
 MOST_LINES = 10
@@ -49,9 +49,9 @@ def read_input(given: str | list[str], shapes: list[Shape], fit: bool, count: in
     if len(files) == 1 and files[0].is_dir():
         folder = files[0]
         try:
-            names = image_files(folder, _but_results(file_names(folder)))
+            names = image_files(folder, _but_results(file_names(folder, "input")), "input")
         except ValueError as error:
-            raise Mistakes(str(error).replace("dataset.path", "input", 1)) from error
+            raise Mistakes(str(error)) from error
         if (
             folder / "manifest.json"
         ).is_file():  # made by this program: its results, not its pictures of them
@@ -94,7 +94,7 @@ def _pixels(file: Path, shapes: list[Shape], fit: bool) -> Tensor:
     if not file.is_file():
         raise ValueError("is no file; give an image, a folder or a list of images")
     image = opened(file.read_bytes())
-    channels = 1 if image.mode.startswith(("1", "L", "I", "F")) and "A" not in image.mode else 3
+    channels = 1 if is_gray(image) else 3
     shape = (channels, image.height, image.width)
     if shape not in shapes:
         if not fit:

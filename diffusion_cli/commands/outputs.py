@@ -60,6 +60,11 @@ def brief(value: Any) -> str:
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 
+def keep_seeds(output: Path, manifest: dict[str, Any], seeds: range) -> None:
+    """Add the seeds whose images are there now to the manifest."""
+    write_manifest(output, manifest | {"seeds": sorted({*manifest.get("seeds", []), *seeds})})
+
+
 def write_manifest(output: Path, manifest: dict[str, Any]) -> None:
     """Write `manifest.json`."""
     with whole_file(output / "manifest.json") as temporary:

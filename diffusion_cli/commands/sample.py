@@ -5,9 +5,10 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from diffusion_cli.commands.outputs import claim, read_images, write_manifest
-from diffusion_cli.commands.trained import open_run
-from diffusion_cli.config import SampleConfig, fingerprint
+from diffusion_cli.commands.outputs import claim, keep_seeds, read_images
+from diffusion_cli.commands.samples import image_path
+from diffusion_cli.commands.trained import Trained, open_run
+from diffusion_cli.config import EvalConfig, SampleConfig, fingerprint
 from diffusion_cli.generate import generate
 from diffusion_cli.report import save_grid, save_png, save_rows
 
@@ -18,10 +19,9 @@ def run(config: SampleConfig) -> None:
     """Make the images that are not there yet, a grid of the first ones, and the manifest."""
     trained = open_run(config)
     trained.check(config.steps)
-    model, settings = trained.model, trained.settings
-    name = f"{config.sampler['_target_'].rpartition('.')[2].lower()}-{config.steps}-{fingerprint(settings)}"
-    output = Path(config.output) if config.output else trained.folder / "samples" / name
-    manifest = claim(output, settings, model)
+    model = trained.model
+    output = Path(config.output) if config.output else samples_folder(trained, config)
+    manifest = claim(output, trained.settings, model)
     seeds = range(config.seed, config.seed + config.num_samples)
     todo = [seed for seed in seeds if not image_path(output, seed).is_file()]
     if len(todo) < len(seeds):
@@ -47,7 +47,7 @@ def run(config: SampleConfig) -> None:
                 save_png(image, image_path(output, seed))
             bar.update(len(batch))
             most_calls = max(most_calls, calls)
-    write_manifest(output, manifest | {"seeds": sorted({*manifest.get("seeds", []), *seeds})})
+    keep_seeds(output, manifest, seeds)
     grid = output / "grid.png"
     first = list(seeds)[:GRID_IMAGES]
     if config.label is None or trained.labels is None:
@@ -59,6 +59,7 @@ def run(config: SampleConfig) -> None:
     print(f"{len(seeds)} images of step {model.step}{made}, in {output}\nGrid: {grid}")
 
 
-def image_path(output: Path, seed: int) -> Path:
-    """The PNG of a seed."""
-    return output / f"{seed:06d}.png"
+def samples_folder(trained: Trained, config: SampleConfig | EvalConfig) -> Path:
+    """Where the samples of a model and these settings lie, unless told otherwise."""
+    sampler = config.sampler["_target_"].rpartition(".")[2].lower()
+    return trained.folder / "samples" / f"{sampler}-{config.steps}-{fingerprint(trained.settings)}"

@@ -1,6 +1,7 @@
 """From the words of a command line to a checked configuration."""
 
 import difflib
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -57,7 +58,23 @@ def expand(overrides: Sequence[str]) -> list[list[str]]:
 
 
 def compose(command: str, overrides: Sequence[str], dirs: Sequence[Path] = ()) -> tuple[Node, Node]:
-    """Hydra's composition of a command's configuration, and the option chosen for each group, as plain data."""
+    """Hydra's composition of a command's configuration, and the option chosen for each group, as plain data.
+
+    A dataset's option also sets how one trains on it: where nothing is trained, its node is taken from training's.
+    """
+    if command != "train" and "dataset" in defaults(command):
+        mine, others = [], []
+        for text in overrides:
+            (mine if re.match(r"dataset[=.]", text) else others).append(text)
+        composed, choices = _compose(command, others, dirs)
+        if mine:
+            trained, chosen = _compose("train", mine, dirs)
+            composed["dataset"], choices["dataset"] = trained["dataset"], chosen["dataset"]
+        return composed, choices
+    return _compose(command, overrides, dirs)
+
+
+def _compose(command: str, overrides: Sequence[str], dirs: Sequence[Path]) -> tuple[Node, Node]:
     import hydra
     from omegaconf import OmegaConf, flag_override
 

@@ -3,7 +3,14 @@
 import re
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeInt,
+    PositiveInt,
+    model_validator,
+)
 
 STRICT = ConfigDict(strict=True, extra="forbid", frozen=True, regex_engine="python-re")
 Node = dict[str, Any]
@@ -91,36 +98,38 @@ class _Generation(BaseModel):
     sampler: Node
     guidance: Node
 
-
-class _Samples(_Generation):
-    """What sampling and evaluation share."""
-
-    num_samples: PositiveInt
-
     @model_validator(mode="after")
     def _seeds_in_range(self) -> Self:
         # The noise of an image comes from the low 32 bits of its seed: none may come round again.
-        if self.seed + self.num_samples > 2**32:
+        if self.seed + (getattr(self, "num_samples", None) or 1) > 2**32:
             raise ValueError(
                 f"seed={self.seed}: the last image's seed passes {2**32 - 1}; take a smaller one"
             )
         return self
 
 
-class SampleConfig(_Samples):
+class SampleConfig(_Generation):
     """The keys of `conf/sample.yaml`."""
 
+    num_samples: PositiveInt
     output: str | None
 
 
-class EvalConfig(_Samples):
+class EvalConfig(_Generation):
     """The keys of `conf/eval.yaml`."""
 
+    num_samples: PositiveInt | None
+    samples: str | None
+    keep: bool
+    compare: Annotated[list[str], Field(min_length=2)] | None
+    processes: PositiveInt
     force: bool
     data_dir: str
     cache_dir: str | None
     metric: dict[str, Node]
     features: Node
+    reference: Node
+    dataset: Node | None = None
 
 
 class EditConfig(_Generation):

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 from typing import Annotated, Any
-from zipfile import ZipFile
+from zipfile import ZIP_STORED, ZipFile
 
 import numpy as np
 import torch
@@ -96,13 +96,35 @@ class ArrayImages(Images):
 
     def _open(self) -> np.ndarray:
         """All images of the file as [N, C, H, W]."""
-        array = np.load(self.path, mmap_mode="r", allow_pickle=False)
-        if self.key is not None:
-            with array:
-                array = array[self.key]
+        array = opened_array(self.path, self.key)
         if self.layout == "NHW":
             return array[:, None]
         return array.transpose(0, 3, 1, 2) if self.layout == "NHWC" else array
+
+
+def opened_array(path: Path, key: str | None) -> np.ndarray:
+    """The array of a .npy, or the one called `key` of a .npz: mapped from disk, but where it is compressed."""
+    if key is None:
+        return np.load(path, mmap_mode="r", allow_pickle=False)
+    with ZipFile(path) as archive:
+        member = archive.getinfo(f"{key}.npy")
+        if member.compress_type == ZIP_STORED:
+            with archive.open(member) as file:
+                shape, fortran_order, dtype = read_header(file)
+                header = file.tell()
+            with path.open("rb") as file:  # the member's own header stands before it in the archive
+                file.seek(member.header_offset + 26)
+                name, extra = np.frombuffer(file.read(4), "<u2")
+            start = member.header_offset + 30 + int(name) + int(extra) + header
+            return np.memmap(path, dtype, "r", start, shape, "F" if fortran_order else "C")
+    with np.load(path, allow_pickle=False) as arrays:
+        return arrays[key]
+
+
+def read_header(file: Any) -> tuple[tuple[int, ...], bool, np.dtype]:
+    """Shape, whether the order is Fortran's, and type of the array in an open .npy file."""
+    version = npy.read_magic(file)
+    return npy.read_array_header_1_0(file) if version == (1, 0) else npy.read_array_header_2_0(file)
 
 
 def find_keys(path: Path) -> tuple[str, Tensor | None]:
@@ -129,9 +151,7 @@ def read_layout(path: Path, key: str | None) -> tuple[int, str, tuple[int, int, 
         shape, dtype = array.shape, array.dtype
     else:
         with ZipFile(path) as archive, archive.open(f"{key}.npy") as file:
-            version = npy.read_magic(file)
-            header = npy.read_array_header_1_0 if version == (1, 0) else npy.read_array_header_2_0
-            shape, _, dtype = header(file)
+            shape, _, dtype = read_header(file)
     if dtype != np.uint8:
         raise ValueError(f"holds {dtype}; images must be uint8 in 0..255")
     match shape:

@@ -23,7 +23,7 @@ class Images(ABC):
     """The class of every image, int64 [N] in 0..num_classes - 1, or None without classes."""
     device: torch.device = torch.device("cpu")
     """Where `gather` wants its row numbers and returns its images; `labels` lie there too."""
-    _digest: str | None = None
+    _digest: str | None = None  # of the pixels alone
 
     @abstractmethod
     def __len__(self) -> int:
@@ -37,17 +37,38 @@ class Images(ABC):
         """
 
     def digest(self) -> str:
-        """The SHA-256, in hex, of shape, pixels and labels: equal for equal content, wherever it is held."""
+        """The SHA-256, in hex, of pixels and labels: equal for equal content, wherever it is held."""
+        labels = b"" if self.labels is None else b"labels" + self.labels.cpu().numpy().tobytes()
+        return sha256(self.pixel_digest().encode() + labels).hexdigest()
+
+    def pixel_digest(self) -> str:
+        """The SHA-256, in hex, of the images, as `PixelDigest` has it; their labels do not count."""
         if self._digest is None:
-            state = sha256(f"{len(self)} {self.shape}".encode())
+            state = PixelDigest()
             for rows in row_chunks(len(self), "hashing images"):
-                pixels = self.gather(rows.to(self.device)).cpu().numpy()
-                state.update(pixels.dtype.str.encode())
-                state.update(pixels.tobytes())
-            if self.labels is not None:
-                state.update(b"labels" + self.labels.cpu().numpy().tobytes())
+                state.update(self.gather(rows.to(self.device)))
             self._digest = state.hexdigest()
         return self._digest
+
+
+class PixelDigest:
+    """The SHA-256 of images [B, C, H, W] taken in batch by batch: of their shape, type and bytes."""
+
+    def __init__(self) -> None:
+        self._state = sha256()
+        self._kind: str | None = None
+
+    def update(self, images: Tensor) -> None:
+        """Take in some more images, all of one shape and type."""
+        pixels = images.cpu().numpy()
+        if self._kind is None:
+            self._kind = f"{pixels.shape[1:]} {pixels.dtype.str}"
+            self._state.update(self._kind.encode())
+        self._state.update(np.ascontiguousarray(pixels).data)
+
+    def hexdigest(self) -> str:
+        """The hash of all images so far."""
+        return self._state.hexdigest()
 
 
 class Dataset(ABC):
@@ -81,6 +102,23 @@ class Dataset(ABC):
 
         Raises FileNotFoundError or ValueError naming the file that is missing or cannot be used.
         """
+
+
+class NoDataset(Dataset):
+    """What stands for the dataset where only images are given: their name and shape, and no real images."""
+
+    class_names = None
+    flip = False
+
+    def __init__(self, name: str, shape: tuple[int, int, int]) -> None:
+        super().__init__("")
+        self.name, self.shape = name, shape
+
+    def load(self, split: Split) -> Images:
+        raise ValueError(
+            f"reference=dataset: there are no real images to compare {self.name} with; name them by dataset=, run= or "
+            "reference=images reference.path=, or give published statistics as reference.stats="
+        )
 
 
 def row_chunks(count: int, title: str) -> Iterator[Tensor]:

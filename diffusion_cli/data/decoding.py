@@ -21,6 +21,11 @@ class Decoder(NamedTuple):
     channels: int
     background: Literal["white", "black"]
 
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Channels, height and width of what it returns."""
+        return self.channels, self.resolution, self.resolution
+
     def __call__(self, data: bytes) -> np.ndarray:
         """Raises ValueError, or one of Pillow's many errors, if the file cannot be decoded faithfully."""
         image = self._resized(flattened(opened(data), self.channels, self.background))
@@ -33,6 +38,36 @@ class Decoder(NamedTuple):
         if side == self.resolution:
             return image.crop(square)
         return image.resize((self.resolution, self.resolution), Image.Resampling.LANCZOS, box=square)
+
+
+class Exact(NamedTuple):
+    """Decodes images that have exactly one size, as they are, not cropped or resized; gray becomes RGB where asked.
+
+    The call raises ValueError for another size, colours where `channels` is 1, and as `Decoder`.
+    """
+
+    channels: int
+    height: int
+    width: int
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Channels, height and width of what it returns."""
+        return self.channels, self.height, self.width
+
+    def __call__(self, data: bytes) -> np.ndarray:
+        image = opened(data)
+        if (image.height, image.width) != (self.height, self.width):
+            raise ValueError(f"is {image.width} x {image.height}, not {self.width} x {self.height} pixels")
+        if self.channels == 1 and not is_gray(image):
+            raise ValueError("is in colour, not gray")
+        pixels = np.asarray(flattened(image, self.channels, "white"))
+        return pixels[None] if self.channels == 1 else pixels.transpose(2, 0, 1)
+
+
+def is_gray(image: Image.Image) -> bool:
+    """Whether an image has one channel and no transparency."""
+    return image.mode.startswith(("1", "L", "I", "F")) and "A" not in image.mode
 
 
 def opened(data: bytes) -> Image.Image:

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.data import get_worker_info
 
 from diffusion_cli.data.base import Dataset, Images, Split, row_chunks, split_rows
-from diffusion_cli.data.decoding import FORMATS, Decoder
+from diffusion_cli.data.decoding import FORMATS, Decoder, Exact
 from diffusion_cli.data.labels import class_labels
 from diffusion_cli.data.memory import MemoryImages, fits_in_memory
 from diffusion_cli.seeding import mix
@@ -82,11 +82,21 @@ class Folder(Dataset):
 class FileImages(Images):
     """Image files `names` in a folder or ZIP archive `path`, decoded whenever they are asked for.
 
+    `key` is what the path was given as, for errors.
+
     May be sent to, and forked into, other processes: each opens the archive for itself.
     """
 
-    def __init__(self, path: Path, names: list[str], labels: Tensor | None, decoder: Decoder) -> None:
-        self.shape = (decoder.channels, decoder.resolution, decoder.resolution)
+    def __init__(
+        self,
+        path: Path,
+        names: list[str],
+        labels: Tensor | None,
+        decoder: Decoder | Exact,
+        key: str = "dataset.path",
+    ) -> None:
+        self.key = key
+        self.shape = decoder.shape
         self.labels = labels
         self.path = path
         self.names = names
@@ -150,28 +160,28 @@ class FileImages(Images):
     def _error(self, broken: list[str]) -> ValueError:
         shown = "; ".join(broken[:10]) + ("; ..." if len(broken) > 10 else "")
         return ValueError(
-            f"dataset.path={self.path}: cannot decode {len(broken)} of the images, repair or remove: {shown}"
+            f"{self.key}={self.path}: cannot use {len(broken)} of the images, repair or remove: {shown}"
         )
 
 
-def file_names(path: Path) -> list[str]:
-    """The names of all files below a folder or in a ZIP archive, relative, with `/`.
+def file_names(path: Path, key: str = "dataset.path") -> list[str]:
+    """The names of all files below a folder or in a ZIP archive, relative, with `/`; `key` is for errors.
 
     Raises FileNotFoundError or ValueError as `Folder`.
     """
     if not path.exists():
-        raise FileNotFoundError(f"dataset.path={path}: does not exist; give a folder or .zip of images")
+        raise FileNotFoundError(f"{key}={path}: does not exist; give a folder or .zip of images")
     try:
         return list(folder_names(path)) if path.is_dir() else archive_names(path)
     except BadZipFile as error:
-        raise ValueError(f"dataset.path={path}: is neither a folder nor a readable .zip ({error})") from error
+        raise ValueError(f"{key}={path}: is neither a folder nor a readable .zip ({error})") from error
 
 
-def image_files(path: Path, names: list[str]) -> list[str]:
+def image_files(path: Path, names: list[str], key: str = "dataset.path") -> list[str]:
     """Those of the names that are images, in sorted order; raises ValueError if there are none."""
     images = sorted(name for name in names if is_image(PurePosixPath(name)))
     if not images:
-        raise ValueError(f"dataset.path={path}: holds no image; wanted are {' '.join(SUFFIXES)}")
+        raise ValueError(f"{key}={path}: holds no image; wanted are {' '.join(SUFFIXES)}")
     return images
 
 

@@ -1,44 +1,46 @@
 """Metrics: how good samples are, and the protocol by which that was measured."""
 
 from diffusion_cli.metrics.auto import auto_features
-from diffusion_cli.metrics.base import Finding, Measurement, Metric, ModelMetric, Subject
+from diffusion_cli.metrics.base import Finding, Measurement, Metric, ModelMetric, Seen, Shown, Subject
+from diffusion_cli.metrics.classes import ClassifierScore
 from diffusion_cli.metrics.classifier import ClassifierFeatures
-from diffusion_cli.metrics.evaluation import evaluate, examine
+from diffusion_cli.metrics.evaluation import Evaluation, evaluate, examine
 from diffusion_cli.metrics.features import FeatureBatch, Features
-from diffusion_cli.metrics.frechet import FrechetDistance, frechet_distance
+from diffusion_cli.metrics.frechet import (
+    FrechetDistance,
+    FrechetDistanceDINOv2,
+    SpatialFrechetDistance,
+    frechet_distance,
+)
 from diffusion_cli.metrics.inception import InceptionFeatures
 from diffusion_cli.metrics.inception_score import InceptionScore, inception_score
 from diffusion_cli.metrics.inversion import Inversion
+from diffusion_cli.metrics.kernel import CLIPDistance, KernelDistance, gaussian_mmd, polynomial_mmd
 from diffusion_cli.metrics.likelihood import FlowLikelihood, VariationalBound
+from diffusion_cli.metrics.manifold import DensityCoverage, PrecisionRecall
+from diffusion_cli.metrics.memorization import Memorization
 from diffusion_cli.metrics.moments import Moments
-from diffusion_cli.metrics.protocol import Report, Result, append_history, read_history, unlike
-from diffusion_cli.metrics.real import RealImages
+from diffusion_cli.metrics.networks import Networks
+from diffusion_cli.metrics.protocol import (
+    Report,
+    Result,
+    append_history,
+    history_table,
+    newest,
+    read_history,
+    unlike,
+)
+from diffusion_cli.metrics.reference import DatasetReference, GivenReference, RealImages, Reference
+from diffusion_cli.metrics.rows import GrowingRows, Rows
+from diffusion_cli.metrics.samples import GivenSamples, Samples
 
 __all__ = [
-    "ClassifierFeatures",
-    "FeatureBatch",
-    "Features",
-    "Finding",
-    "FlowLikelihood",
-    "FrechetDistance",
-    "InceptionFeatures",
-    "InceptionScore",
-    "Inversion",
-    "Measurement",
-    "Metric",
-    "ModelMetric",
-    "Moments",
-    "RealImages",
-    "Report",
-    "Result",
-    "Subject",
-    "VariationalBound",
-    "append_history",
-    "auto_features",
-    "evaluate",
-    "examine",
-    "frechet_distance",
-    "inception_score",
-    "read_history",
-    "unlike",
-]
+    "CLIPDistance", "ClassifierFeatures", "ClassifierScore", "DatasetReference", "DensityCoverage", "Evaluation",
+    "FeatureBatch", "Features", "Finding", "FlowLikelihood", "FrechetDistance", "FrechetDistanceDINOv2",
+    "GivenReference", "GivenSamples", "GrowingRows", "InceptionFeatures", "InceptionScore", "Inversion",
+    "KernelDistance", "Measurement", "Memorization", "Metric", "ModelMetric", "Moments", "Networks",
+    "PrecisionRecall", "RealImages", "Reference", "Report", "Result", "Rows", "Samples", "Seen", "Shown",
+    "SpatialFrechetDistance", "Subject", "VariationalBound", "append_history", "auto_features", "evaluate",
+    "examine", "frechet_distance", "gaussian_mmd", "history_table", "inception_score", "newest", "polynomial_mmd",
+    "read_history", "unlike",
+]  # fmt: skip

@@ -1,8 +1,8 @@
-"""What a metric is: a measurement that sees the features of all samples go by once."""
+"""What a metric is: a measurement that sees all samples go by once."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,31 +12,102 @@ from torch import Tensor
 from diffusion_cli.checkpoint import Model
 from diffusion_cli.data import Dataset, Images
 from diffusion_cli.metrics.features import FeatureBatch, Features
-from diffusion_cli.metrics.real import RealImages
+from diffusion_cli.metrics.networks import Networks
+from diffusion_cli.metrics.reference import RealImages
+from diffusion_cli.metrics.rows import GrowingRows, Rows
+from diffusion_cli.metrics.samples import Samples
 
 
-class Finding(NamedTuple):
+@dataclass(frozen=True)
+class Finding:
     """What was measured, and what must be known to compare it."""
 
+    name: str
+    """Of the number in reports."""
     value: float | None
     """None where there is no number, and the notes say why."""
-    details: Mapping[str, float]
+    details: Mapping[str, float] = field(default_factory=dict)
     """Further numbers by name, in the order to show them in."""
-    protocol: Mapping[str, Any]
+    protocol: Mapping[str, Any] = field(default_factory=dict)
     """The settings of the metric that the value depends on, as plain data."""
     notes: tuple[str, ...] = ()
+    pictures: Mapping[str, Tensor] = field(default_factory=dict)
+    """Pictures that belong to it by name, uint8 [C, H, W]."""
+
+
+class Shown(NamedTuple):
+    """A batch of samples, and what a network says of it."""
+
+    images: Tensor
+    """uint8 [B, C, H, W], on the CPU."""
+    labels: Tensor | None
+    """The classes that they were made as, int64 [B], if they were."""
+    seen: FeatureBatch
+
+
+class Seen:
+    """The samples and the real images as one network sees them.
+
+    What a metric asks for at its beginning is kept, on disk, for all of them: rows of features and of class scores.
+    """
+
+    def __init__(
+        self, network: Features, real: RealImages, samples: Samples, dataset: Dataset, cache_dir: Path
+    ) -> None:
+        self.network, self.real, self.samples, self.cache_dir = network, real, samples, cache_dir
+        self.class_names = dataset.class_names
+        self._rows: GrowingRows | None = None
+        self._logits: GrowingRows | None = None
+
+    def rows(self) -> Rows:
+        """The features of the samples, which are all there after the pass."""
+        if self._rows is None:
+            self._rows = GrowingRows(self.network.dim, self.cache_dir)
+        return self._rows
+
+    def logits(self) -> Rows:
+        """The class scores of the samples, which are all there after the pass."""
+        if self._logits is None:
+            self._logits = GrowingRows(self.network.classes, self.cache_dir)
+        return self._logits
+
+    def update(self, batch: FeatureBatch) -> None:
+        """Keep of a batch what was asked for."""
+        if self._rows is not None:
+            self._rows.append(batch.features)
+        if self._logits is not None:
+            assert batch.logits is not None
+            self._logits.append(batch.logits)
 
 
 class Measurement(ABC):
-    """One metric at work: it is told of every batch of samples, and then asked for its finding."""
+    """One metric at work: it is shown every batch of samples, and then asked for its findings."""
+
+    def update(self, batch: Shown) -> None:  # noqa: B027 - nothing to do for a metric that asked for rows
+        """Take in B more samples."""
 
     @abstractmethod
-    def update(self, batch: FeatureBatch, labels: Tensor | None) -> None:
-        """Take in B more samples, with the classes (int64 [B]) they were made as, if they were."""
+    def findings(self) -> list[Finding]:
+        """The results for all samples; none where there was nothing to measure."""
+
+
+class Metric(ABC):
+    """A number that says how good samples are."""
+
+    keeps_rows: bool = False
+    """Whether it asks for the features of all images, samples and real ones."""
+
+    def network(self, networks: Networks) -> Features:
+        """The network that it looks through: the evaluation's own, unless a metric is defined on another."""
+        return networks.chosen
 
     @abstractmethod
-    def finding(self) -> Finding | None:
-        """The result for all samples taken in, or None where they had nothing to measure."""
+    def check(self, count: int, seen: Seen, force: bool) -> list[str]:
+        """Raise ValueError if `count` samples are too few, or with `force` where one can, return warnings."""
+
+    @abstractmethod
+    def begin(self, seen: Seen) -> Measurement:
+        """Start on a set of samples; what is needed of real images is computed now."""
 
 
 @dataclass(frozen=True)
@@ -66,25 +137,6 @@ class Subject:
 class ModelMetric(ABC):
     """A number that says how well a model knows real images; no samples are made for it."""
 
-    name: str
-    """Of the number in reports."""
-
     @abstractmethod
     def measure(self, subject: Subject) -> Finding | None:
         """The number for a model."""
-
-
-class Metric(ABC):
-    """A number that says how good samples are, given features of them and of real images."""
-
-    @abstractmethod
-    def title(self, features: Features) -> str:
-        """The name of the number in reports; only Inception's features give the published names."""
-
-    @abstractmethod
-    def check(self, count: int, real: RealImages, force: bool) -> list[str]:
-        """Raise ValueError if `count` samples are too few, or with `force` where one can, return warnings."""
-
-    @abstractmethod
-    def begin(self, real: RealImages) -> Measurement:
-        """Start on a set of samples; what is needed of real images is computed now."""

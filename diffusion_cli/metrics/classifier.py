@@ -141,7 +141,9 @@ class ClassifierFeatures(Features):
         assert images.labels is not None
         correct = 0
         for rows in torch.arange(len(images), device=images.device).split(self.chunk):
-            predicted = self(images.gather(rows)).logits.argmax(1)
+            logits = self(images.gather(rows)).logits
+            assert logits is not None
+            predicted = logits.argmax(1)
             correct += int((predicted == images.labels[rows.to(images.labels.device)].to(self.device)).sum())
         return correct / len(images)
 

@@ -1,65 +1,90 @@
 """One pass over samples, for all metrics at once."""
 
-from collections.abc import Iterable, Mapping
+import sys
+import time
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 from tqdm import tqdm
 
-from diffusion_cli.data import Dataset
-from diffusion_cli.metrics.base import Finding, Measurement, Metric, ModelMetric, Subject
-from diffusion_cli.metrics.features import FeatureBatch, Features
+from diffusion_cli.data import PixelDigest
+from diffusion_cli.metrics.base import Finding, Measurement, Metric, ModelMetric, Seen, Shown, Subject
+from diffusion_cli.metrics.features import Features
+from diffusion_cli.metrics.networks import Networks
 from diffusion_cli.metrics.protocol import Report, Result
-from diffusion_cli.metrics.real import RealImages
+from diffusion_cli.metrics.reference import RealImages, Reference
+from diffusion_cli.metrics.samples import Samples
+from diffusion_cli.ranks import Ranks
 
-Samples = Tensor | tuple[Tensor, Tensor | None]
-"""uint8 images [B, C, H, W], maybe with the classes (int64 [B]) they were made as."""
+LONG = 60  # seconds from which on the time that an evaluation will take is announced
+
+
+class Evaluation(NamedTuple):
+    """What came out of a pass."""
+
+    report: Report
+    pictures: dict[str, Tensor]
+    """By name, uint8 [C, H, W]."""
 
 
 def evaluate(
     metrics: Mapping[str, Metric],
-    features: Features,
-    sample_batches: Iterable[Samples],
-    dataset: Dataset,
-    cache_dir: Path,
+    networks: Networks,
+    samples: Samples,
+    reference: Reference,
     *,
-    count: int | None = None,
-    sampling: Mapping[str, Any] | None = None,
+    batch_size: int,
+    cache_dir: Path,
     force: bool = False,
-) -> Report:
-    """Measure samples by every metric, taking features of each sample once and keeping no image.
+    environment: Mapping[str, Any] | None = None,
+) -> Evaluation:
+    """Measure samples by every metric, showing each sample once to each network that any of them looks through.
 
-    `count` is the number of samples to come, if known: what is wrong with it is then said before the first
-    is made. `sampling` is plain data on how they were made, for the protocol. Statistics of real images are
-    kept in `cache_dir`. If the features know the classes, the share of labelled samples that are taken for
-    what they were made as is reported too.
+    Nothing of the size of all samples is held in memory. Of several processes each makes and looks at every n-th batch,
+    and the first measures; the others return an empty report. Statistics of real images are kept in `cache_dir`;
+    `environment` is plain data on programs and machine, for the protocol.
 
-    Raises ValueError if samples are too few for a metric (with `force`, a warning in the report where that
-    is possible), have another shape than the dataset's images, or are not uint8.
+    Raises ValueError, before any sample is made, if they are too few for a metric (with `force`, a warning in the
+    report where that is possible), or have another shape than the real images.
     """
-    real = RealImages(dataset, features, cache_dir)
-    if count is not None:
-        for metric in metrics.values():
-            metric.check(count, real, force)
-    measurements = [(metric.title(features), metric.begin(real)) for metric in metrics.values()]
-    if features.knows_labels:
-        measurements.append(("class_accuracy", ClassAccuracy(features.held_out_accuracy)))
-    number = _take_in(sample_batches, count, dataset, features, [item for _, item in measurements])
+    dataset, ranks = networks.dataset, Ranks()
+    if samples.shape != dataset.shape:
+        raise ValueError(
+            f"dataset={dataset.name}: its images are {dataset.shape}, and the samples {samples.shape}; compare with "
+            "the dataset the model was trained on"
+        )
+    seen: dict[str, Seen] = {}
+    for name, metric in metrics.items():
+        network = ranks.one_by_one(lambda metric=metric: metric.network(networks))
+        real = RealImages(reference, network, cache_dir, ranks)
+        view = Seen(network, real, samples, dataset, cache_dir)
+        seen[name] = next((other for other in seen.values() if other.network is network), view)
+    views = list(dict.fromkeys(seen.values()))
+    notes = [view.network.note for view in views if view.network.note]
+    for name, metric in metrics.items():
+        notes += metric.check(len(samples), seen[name], force)
+    # Those that keep rows of features begin first: what others need of real images comes from these.
+    order = sorted(metrics, key=lambda name: not metrics[name].keeps_rows)
+    begun = {name: metrics[name].begin(seen[name]) for name in order}
+    shown_to = [[begun[name] for name in metrics if seen[name] is view] for view in views]
+    digest = _pass(samples, batch_size, list(zip(views, shown_to, strict=True)), ranks)
+    if not ranks.first:
+        return Evaluation(Report([], []), {})
 
-    notes = [features.note] if features.note else []
-    for metric in metrics.values():
-        notes += metric.check(number, real, force)
-    common = _protocol(number, features, dataset)
-    made = {} if sampling is None else {"sampling": dict(sampling)}
-    results = []
-    for name, measurement in measurements:
-        finding = measurement.finding()
-        if finding is not None and finding.value is not None:
-            protocol = {**common, **finding.protocol, **made}
-            results.append(Result(name, finding.value, dict(finding.details), protocol))
+    made = {
+        "sampling": {**samples.protocol(), "pixels_sha256": digest},
+        "environment": dict(environment or {}),
+    }
+    results, pictures = [], {}
+    for name in metrics:
+        common = _protocol(samples, seen[name].network)
+        for finding in begun[name].findings():
             notes += finding.notes
-    return Report(results, list(dict.fromkeys(notes)))
+            pictures |= finding.pictures
+            results += _result(finding, {**common, **finding.protocol, **made})
+    return Evaluation(Report(results, list(dict.fromkeys(notes))), pictures)
 
 
 def examine(metrics: Iterable[ModelMetric], subject: Subject, about: Mapping[str, Any]) -> Report:
@@ -67,67 +92,73 @@ def examine(metrics: Iterable[ModelMetric], subject: Subject, about: Mapping[str
     results, notes = [], []
     for metric in metrics:
         finding = metric.measure(subject)
-        if finding is None:
-            continue
-        notes += finding.notes
-        if finding.value is not None:
+        if finding is not None:
+            notes += finding.notes
             protocol = {**finding.protocol, "dataset": subject.dataset.name, "model": dict(about)}
-            results.append(Result(metric.name, finding.value, dict(finding.details), protocol))
+            results += _result(finding, protocol)
     return Report(results, notes)
 
 
-def _take_in(
-    batches: Iterable[Samples],
-    count: int | None,
-    dataset: Dataset,
-    features: Features,
-    measurements: list[Measurement],
-) -> int:
-    """Show every batch to every measurement; the number of samples."""
-    number = 0
-    with tqdm(total=count, desc="evaluating samples", unit="image", delay=1.0) as progress:
-        for batch in batches:
-            images, labels = batch if isinstance(batch, tuple) else (batch, None)
-            if images.shape[1:] != dataset.shape:
-                raise ValueError(
-                    f"dataset={dataset.name}: its images are {dataset.shape}, and the samples "
-                    f"{tuple(images.shape[1:])}; compare with the dataset the model was trained on"
-                )
-            seen = features(images)
-            for measurement in measurements:
-                measurement.update(seen, labels)
-            number += len(images)
-            progress.update(len(images))
-    return number
+def _pass(
+    samples: Samples, batch_size: int, views: Sequence[tuple[Seen, list[Measurement]]], ranks: Ranks
+) -> str:
+    """Show every batch to every network and what measures by it, in order; the SHA-256 of all images."""
+    digest, count, start = PixelDigest(), len(samples), time.monotonic()
+    each_round = batch_size * ranks.world
+    with tqdm(
+        total=count, desc="evaluating samples", unit="image", delay=1.0, disable=not ranks.first
+    ) as progress:
+        for first in range(0, count, each_round):
+            mine = range(first + ranks.rank * batch_size, min(first + (ranks.rank + 1) * batch_size, count))
+            looked = _look(samples, mine, [view.network for view, _ in views], ranks) if mine else None
+            for batches in ranks.gather(looked):
+                if batches is None or not ranks.first:
+                    continue
+                for (view, measurements), batch in zip(views, batches, strict=True):
+                    view.update(batch.seen)
+                    for measurement in measurements:
+                        measurement.update(batch)
+                digest.update(batches[0].images)
+                progress.update(len(batches[0].images))
+            if first == 0 and ranks.first:
+                _announce(count, each_round, time.monotonic() - start)
+    return digest.hexdigest()
 
 
-def _protocol(number: int, features: Features, dataset: Dataset) -> dict[str, Any]:
+def _look(samples: Samples, numbers: range, networks: Sequence[Features], ranks: Ranks) -> list[Shown]:
+    """Some samples, as each network sees them; sent between processes, it has to lie on the CPU."""
+    images, labels = samples.batch(numbers)
+    said = [network(images) for network in networks]
+    images, labels = images.cpu(), None if labels is None else labels.cpu()
+    return [Shown(images, labels, batch if ranks.world == 1 else batch.cpu()) for batch in said]
+
+
+def _announce(count: int, done: int, seconds: float) -> None:
+    """Say how long a long evaluation will take, when its first batches are done."""
+    left = seconds / min(done, count) * (count - done)
+    if left > LONG:
+        rate = min(done, count) / seconds
+        print(
+            f"about {tqdm.format_interval(left)} for the {count} samples, at {rate:.3g} images/s",
+            file=sys.stderr,
+        )
+
+
+def _result(finding: Finding, protocol: Mapping[str, Any]) -> list[Result]:
+    if finding.value is None:
+        return []
+    return [Result(finding.name, finding.value, dict(finding.details), dict(protocol))]
+
+
+def _protocol(samples: Samples, features: Features) -> dict[str, Any]:
     return {
-        "samples": number,
-        "shape": list(dataset.shape),
+        "samples": len(samples),
+        "shape": list(samples.shape),
         "features": {
             "name": features.name,
             "dim": features.dim,
             "digest": features.digest,
             "resize": features.resize,
+            "precision": features.precision,
         },
     }
-
-
-class ClassAccuracy(Measurement):
-    """The share, 0 to 1, of labelled samples that the network takes for the class they were made as."""
-
-    def __init__(self, held_out_accuracy: float | None) -> None:
-        self.held_out_accuracy = held_out_accuracy
-        self.correct = self.labelled = 0
-
-    def update(self, batch: FeatureBatch, labels: Tensor | None) -> None:
-        if labels is not None:
-            self.correct += int((batch.logits.argmax(1) == labels.to(batch.logits.device)).sum())
-            self.labelled += len(labels)
-
-    def finding(self) -> Finding | None:
-        if self.labelled == 0:
-            return None
-        real = {} if self.held_out_accuracy is None else {"on_real_held_out": self.held_out_accuracy}
-        return Finding(self.correct / self.labelled, {"labelled": self.labelled, **real}, {})

@@ -13,8 +13,15 @@ class FeatureBatch(NamedTuple):
 
     features: Tensor
     """float32 [B, dim], the last activations before the class scores."""
-    logits: Tensor
-    """float32 [B, classes], class scores before the softmax."""
+    logits: Tensor | None
+    """float32 [B, classes], class scores before the softmax; None of a network that knows no classes."""
+    spatial: Tensor | None = None
+    """float32 [B, spatial_dim], where things are: a few channels of an early map; None of most networks."""
+
+    def cpu(self) -> "FeatureBatch":
+        """The same on the CPU."""
+        logits, spatial = (None if stream is None else stream.cpu() for stream in self[1:])
+        return FeatureBatch(self.features.cpu(), logits, spatial)
 
 
 class Features(ABC):
@@ -28,11 +35,15 @@ class Features(ABC):
     dim: int
     """Numbers in a feature vector."""
     classes: int
-    """Number of class scores."""
+    """Number of class scores, 0 of a network that knows no classes."""
+    spatial_dim: int = 0
+    """Numbers in a spatial feature vector, 0 of a network without."""
     digest: str
     """SHA-256, in hex, of the weights."""
     resize: str
     """How images are brought to the size of the network, with the filter."""
+    precision: str = "fp32"
+    """In which the network calculates."""
     note: str
     """What a reader of the numbers must know of the network; may be empty."""
     device: torch.device
@@ -48,7 +59,13 @@ class Features(ABC):
         check_pixels(images)
         with exact_convolutions():
             parts = [self.extract(part.to(self.device)) for part in images.split(self.chunk)]
-        return FeatureBatch(*(torch.cat(tensors) for tensors in zip(*parts, strict=True)))
+        features, *others = zip(*parts, strict=True)
+        logits, spatial = (None if tensors[0] is None else torch.cat(tensors) for tensors in others)
+        return FeatureBatch(torch.cat(features), logits, spatial)
+
+    def named(self, metric: str) -> str:
+        """The name of a metric in these features: as published of Inception's, else with the network's name."""
+        return metric if self.name == "inception" else f"{metric}_{self.name}"
 
     @abstractmethod
     def extract(self, images: Tensor) -> FeatureBatch:

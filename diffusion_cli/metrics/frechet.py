@@ -1,15 +1,18 @@
 """The Frechet distance of Gaussians fitted to features: FID, where the features are Inception's."""
 
-from typing import Literal
-
+import numpy as np
 import torch
+from pydantic import NonNegativeInt
 from torch import Tensor
+from tqdm import tqdm
 
-from diffusion_cli.data.base import Split
-from diffusion_cli.metrics.base import Finding, Measurement, Metric
-from diffusion_cli.metrics.features import FeatureBatch, Features
+from diffusion_cli.checkpoint import file_digest
+from diffusion_cli.metrics.base import Finding, Measurement, Metric, Seen, Shown
+from diffusion_cli.metrics.features import Features
 from diffusion_cli.metrics.moments import Moments
-from diffusion_cli.metrics.real import RealImages
+from diffusion_cli.metrics.networks import Networks
+from diffusion_cli.metrics.reference import Stream
+from diffusion_cli.metrics.rows import Rows
 
 
 def frechet_distance(mu1: Tensor, sigma1: Tensor, mu2: Tensor, sigma2: Tensor) -> float:
@@ -36,37 +39,51 @@ def _root(sigma: Tensor) -> Tensor:
 
 
 class FrechetDistance(Metric):
-    """The Frechet distance between samples and one split of the real images, over features.
+    """The Frechet distance between samples and real images, over features: FID, where they are Inception's.
 
-    With `floor`, the distance between the two real splits is reported beside it: that of a perfect model, but
-    for the number of images, with which the distance falls. So both are given once more for equal numbers,
-    the first m samples against m images of the other split. A model that copies training images goes below.
+    With `floor`, the distance between the two splits of real images is reported beside it: that of a perfect model, but
+    for the number of images, with which the distance falls. So both are given once more for equal numbers, the first m
+    samples against m images of the other split. A model that copies training images goes below.
 
-    Raises ValueError for fewer samples, or reference images, than features + 1, as their covariance has no
-    full rank.
+    With `infinity` points, the distance is extrapolated to infinitely many samples; with `bootstrap` resamples, an
+    interval of 95% is given for it.
 
-    Source: Heusel et al. 2017.
+    Raises ValueError for fewer samples, or reference images, than features + 1, as their covariance has no full rank.
+
+    Source: Heusel et al. 2017; Chong & Forsyth 2020.
     """
 
-    def __init__(self, *, reference: Literal["train", "held_out"], floor: bool) -> None:
-        self.reference: Split = reference
-        self.floor = floor
+    stream: Stream = "features"
+
+    def __init__(self, *, floor: bool, infinity: NonNegativeInt, bootstrap: NonNegativeInt) -> None:
+        for key, value, least in (("infinity", infinity, 3), ("bootstrap", bootstrap, 20)):
+            if 0 < value < least:
+                raise ValueError(
+                    f"metric.fid.{key}={value}: is too few; take at least {least}, or 0 for none"
+                )
+        self.floor, self.infinity, self.bootstrap = floor, infinity, bootstrap
 
     def title(self, features: Features) -> str:
-        return "fid" if features.name == "inception" else f"frechet_{features.name}"
+        """The name of the number in reports."""
+        return {"inception": "fid", "dinov2": "fd_dinov2"}.get(features.name, f"frechet_{features.name}")
 
-    def check(self, count: int, real: RealImages, force: bool) -> list[str]:
-        dim, images = real.features.dim, len(real.images(self.reference))
+    def dim(self, features: Features) -> int:
+        """The number of features it looks at; ValueError if the network has none of the kind."""
+        return features.dim
+
+    def check(self, count: int, seen: Seen, force: bool) -> list[str]:
+        dim, reference = self.dim(seen.network), seen.real.reference
+        sets = [("num_samples", count, "raise num_samples")]
+        if reference.stats is None:
+            sets.append(("reference", len(reference.images), "take a larger split or dataset"))
         warnings = []
-        for key, value, number, remedy in (
-            ("num_samples", count, count, "raise num_samples"),
-            ("metric.fid.reference", self.reference, images, "take a larger split or dataset"),
-        ):
+        for key, number, remedy in sets:
             if number > dim:
                 continue
+            value = number if key == "num_samples" else reference.name
             wrong = (
                 f"{key}={value}: {number} images are fewer than the {dim + 1} that the covariance of {dim} "
-                f"features of {real.features.name} needs"
+                f"features of {seen.network.name} needs"
             )
             if number < 2 or not force:
                 forced = "" if number < 2 else ", or set force=true to have a biased number"
@@ -74,50 +91,98 @@ class FrechetDistance(Metric):
             warnings.append(f"{wrong}, so the distance is biased and fit for no comparison")
         return warnings
 
-    def begin(self, real: RealImages) -> Measurement:
-        return FrechetMeasurement(real, self.reference, self.floor)
+    def begin(self, seen: Seen) -> Measurement:
+        return FrechetMeasurement(self, seen)
+
+
+class FrechetDistanceDINOv2(FrechetDistance):
+    """The Frechet distance over the features of DINOv2, whatever network the evaluation chose: FD-DINOv2.
+
+    Source: Stein et al. 2023.
+    """
+
+    def __init__(
+        self, *, weights: str, floor: bool, infinity: NonNegativeInt, bootstrap: NonNegativeInt
+    ) -> None:
+        super().__init__(floor=floor, infinity=infinity, bootstrap=bootstrap)
+        self.weights = weights
+
+    def network(self, networks: Networks) -> Features:
+        return networks.option("dinov2", weights=self.weights)
+
+
+class SpatialFrechetDistance(FrechetDistance):
+    """The Frechet distance over where things are: sFID, of 7 channels of a 17x17 map of Inception.
+
+    Source: Nash et al. 2021; Dhariwal & Nichol 2021.
+    """
+
+    stream = "spatial"
+
+    def __init__(self, *, floor: bool) -> None:
+        super().__init__(floor=floor, infinity=0, bootstrap=0)
+
+    def title(self, features: Features) -> str:
+        return "sfid"
+
+    def dim(self, features: Features) -> int:
+        if not features.spatial_dim:
+            raise ValueError(
+                f"metric=sfid: is defined on maps of Inception, and features={features.name} has none; take "
+                "features=inception"
+            )
+        return features.spatial_dim
 
 
 class FrechetMeasurement(Measurement):
-    """The moments of all samples, and of as many first ones as the other real split has images."""
+    """The moments of all samples, and of as many first ones as there are other real images."""
 
-    def __init__(self, real: RealImages, reference: Split, floor: bool) -> None:
-        self.real = real
-        self.split: Split = reference
-        self.other_split: Split = "held_out" if reference == "train" else "train"
-        self.reference = real.moments(reference)
-        self.floor = floor
-        others = len(real.images(self.other_split)) if floor else 0
-        self.other = real.moments(self.other_split) if others > real.features.dim else None
-        self.all = Moments(real.features.dim)
-        self.head = Moments(real.features.dim)
+    def __init__(self, metric: FrechetDistance, seen: Seen) -> None:
+        self.metric, self.seen, self.real = metric, seen, seen.real
+        dim, stats = metric.dim(seen.network), seen.real.reference.stats
+        moments = None if stats is not None else seen.real.moments(stream=metric.stream)
+        if moments is None:
+            self.mean, self.covariance = seen.real.reference.published(metric.stream, dim)
+        else:
+            self.mean, self.covariance = moments.mean, moments.covariance
+        other = seen.real.reference.other if metric.floor and stats is None else None
+        enough = other is not None and len(other) > dim
+        self.other = seen.real.moments("other", stream=metric.stream) if enough else None
+        self.all, self.head = Moments(dim), Moments(dim)
+        self.rows = seen.rows() if metric.infinity or metric.bootstrap else None
 
-    def update(self, batch: FeatureBatch, labels: Tensor | None) -> None:
-        self.all.update(batch.features)
+    def update(self, batch: Shown) -> None:
+        values = getattr(batch.seen, self.metric.stream)
+        self.all.update(values)
         if self.other is not None:
-            self.head.update(batch.features[: self.other.n - self.head.n])
+            self.head.update(values[: self.other.n - self.head.n])
 
-    def finding(self) -> Finding:
-        value = self._distance(self.all)
-        details: dict[str, float] = {}
-        notes: list[str] = []
+    def findings(self) -> list[Finding]:
+        value, details, notes = self._distance(self.all), {}, []
+        if self.rows is not None:
+            details = self._extrapolated(self.rows) | self._interval(self.rows, value)
         if self.other is not None:
-            details, notes = self._beside_real(value, self.other)
-        elif self.floor:
-            notes = [f"no floor: {self.real.dataset.name}/{self.other_split} has too few images for one"]
-        return Finding(value, details, {"reference": self.real.protocol(self.split)}, tuple(notes))
+            more, notes = self._beside_real(value, self.other)
+            details |= more
+        elif self.metric.floor:
+            notes = [f"no floor: beside {self.real.name()} there are too few real images for one"]
+        protocol = {"reference": self._reference()}
+        return [Finding(self.metric.title(self.seen.network), value, details, protocol, tuple(notes))]
+
+    def _reference(self) -> dict[str, object]:
+        stats = self.real.reference.stats
+        return self.real.protocol() if stats is None else {"stats": stats.name, "sha256": file_digest(stats)}
 
     def _beside_real(self, value: float, other: Moments) -> tuple[dict[str, float], list[str]]:
         """The distance between the real splits, then both distances for equal numbers of images."""
-        name = self.real.dataset.name
-        reference = f"the {self.reference.n} of {name}/{self.split}"
+        reference = f"the {len(self.real.images())} of {self.real.name()}"
         floor = self._distance(other)
         details = {"floor": floor, "floor_images": other.n} | _ratio("ratio_to_floor", value, floor)
-        notes = [f"floor: {other.n} real images of {name}/{self.other_split} against {reference}"]
+        notes = [f"floor: {other.n} real images of {self.real.name('other')} against {reference}"]
         number = self.head.n
-        if number > self.real.features.dim:
+        if number > len(self.mean):
             if number < other.n:
-                floor = self._distance(self.real.moments(self.other_split, number))
+                floor = self._distance(self.real.moments("other", number, self.metric.stream))
             if number < self.all.n:
                 value = self._distance(self.head)
             details |= {
@@ -127,13 +192,49 @@ class FrechetMeasurement(Measurement):
             } | _ratio("equal_size_ratio", value, floor)
             notes.append(
                 f"equal_size: the first {number} samples, and {number} real images of "
-                f"{name}/{self.other_split}, each against {reference}"
+                f"{self.real.name('other')}, each against {reference}"
             )
         return details, notes
 
+    def _extrapolated(self, rows: Rows) -> dict[str, float]:
+        """The distance of subsets falls as one over their size: where that line meets infinity, with its points."""
+        points, count = self.metric.infinity, len(rows)
+        if not points:
+            return {}
+        least = max(len(self.mean) + 1, count // 10)
+        sizes = np.linspace(least, count, points).astype(int)
+        if sizes[0] == sizes[-1]:
+            raise ValueError(
+                f"metric.fid.infinity={points}: takes subsets of {least} and more of the samples, and there are "
+                f"{count}; raise num_samples"
+            )
+        random = np.random.RandomState(0)
+        bar = tqdm(sizes, desc="extrapolating", unit="subset", delay=1.0, leave=False)
+        values = [self._subset(rows, random.permutation(count)[:size]) for size in bar]
+        slope, limit = np.polyfit(1 / sizes, values, 1)
+        return {"at_infinity": float(limit), "at_infinity_slope": float(slope), "at_infinity_points": points}
+
+    def _interval(self, rows: Rows, value: float) -> dict[str, float]:
+        """The 2.5 and 97.5 percentiles of resampled distances, shifted so that their mean lies at the distance.
+
+        A resample has fewer different samples, which biases it as a smaller set would: only its spread counts.
+        """
+        count, random = len(rows), np.random.RandomState(0)
+        if not self.metric.bootstrap:
+            return {}
+        bar = tqdm(range(self.metric.bootstrap), desc="resampling", unit="resample", delay=1.0, leave=False)
+        values = np.array([self._subset(rows, np.sort(random.randint(count, size=count))) for _ in bar])
+        low, high = np.percentile(values - values.mean(), [2.5, 97.5]) + value
+        return {"low": float(low), "high": float(high), "standard_error": float(values.std(ddof=1))}
+
+    def _subset(self, rows: Rows, order: np.ndarray) -> float:
+        moments = Moments(len(self.mean))
+        for block in rows.blocks(order):
+            moments.update(block.to(self.seen.network.device))
+        return self._distance(moments)
+
     def _distance(self, moments: Moments) -> float:
-        reference = self.reference
-        return frechet_distance(moments.mean, moments.covariance, reference.mean, reference.covariance)
+        return frechet_distance(moments.mean, moments.covariance, self.mean, self.covariance)
 
 
 def _ratio(name: str, value: float, floor: float) -> dict[str, float]:

@@ -4,29 +4,27 @@ from itertools import pairwise
 from typing import Any
 
 import numpy as np
-import torch
 from pydantic import PositiveInt
 from torch import Tensor
 
-from diffusion_cli.metrics.base import Finding, Measurement, Metric
-from diffusion_cli.metrics.features import FeatureBatch, Features
-from diffusion_cli.metrics.real import RealImages
+from diffusion_cli.metrics.base import Finding, Measurement, Metric, Seen
+from diffusion_cli.metrics.rows import Rows
 
 SHUFFLE_SEED = 2020  # of torch-fidelity, whose numbers these are
 
 
-def inception_score(logits: Tensor, splits: int) -> tuple[float, float]:
+def inception_score(logits: Rows | Tensor, splits: int) -> tuple[float, float]:
     """Mean and standard deviation over `splits` of exp E_x KL(p(y|x) || p(y)), each from 1 to K.
 
-    `logits` [N, K] of any type are shuffled with torch-fidelity's seed; split i is the rows i N // splits to
-    (i + 1) N // splits, p(y) its mean, and the deviation that of the population (N, not N - 1). It is the
-    number of torch-fidelity, a split at a time, so that float64 is needed for one split only.
+    `logits` [N, K] are shuffled with torch-fidelity's seed; split i is the rows i N // splits to (i + 1) N // splits,
+    p(y) its mean, and the deviation that of the population (N, not N - 1). It is the number of torch-fidelity, a split
+    at a time, so that float64 is needed for one split only.
 
     Raises ValueError if there are fewer rows than splits. Source: Salimans et al. 2016, Eq. 1.
     """
     count = len(logits)
     require_splits(count, splits)
-    order = torch.from_numpy(np.random.RandomState(SHUFFLE_SEED).permutation(count)).to(logits.device)
+    order = np.random.RandomState(SHUFFLE_SEED).permutation(count)
     bounds = [i * count // splits for i in range(splits + 1)]
     scores = []
     for first, last in pairwise(bounds):
@@ -47,34 +45,31 @@ class InceptionScore(Metric):
 
     It looks at no real image. The mean over `splits` parts is reported, as is usual, with their deviation.
 
-    Raises ValueError for fewer samples than splits. Source: Salimans et al. 2016.
+    Raises ValueError for fewer samples than splits, and a network without class scores. Source: Salimans et al. 2016.
     """
 
     def __init__(self, *, splits: PositiveInt) -> None:
         self.splits = splits
 
-    def title(self, features: Features) -> str:
-        return "is" if features.name == "inception" else f"is_{features.name}"
-
-    def check(self, count: int, real: RealImages, force: bool) -> list[str]:
+    def check(self, count: int, seen: Seen, force: bool) -> list[str]:
+        if not seen.network.classes:
+            raise ValueError(
+                f"metric=is: needs class scores, and features={seen.network.name} gives none; take features=inception"
+            )
         require_splits(count, self.splits)
         return []
 
-    def begin(self, real: RealImages) -> Measurement:
-        return InceptionScoreMeasurement(self.splits)
+    def begin(self, seen: Seen) -> Measurement:
+        return InceptionScoreMeasurement(seen, self.splits)
 
 
 class InceptionScoreMeasurement(Measurement):
-    """The class scores of all samples, 4 KB each with Inception: their shuffle depends on their number."""
+    """The class scores of all samples: their shuffle depends on their number."""
 
-    def __init__(self, splits: int) -> None:
-        self.splits = splits
-        self.logits: list[Tensor] = []
+    def __init__(self, seen: Seen, splits: int) -> None:
+        self.network, self.splits, self.logits = seen.network, splits, seen.logits()
 
-    def update(self, batch: FeatureBatch, labels: Tensor | None) -> None:
-        self.logits.append(batch.logits.cpu())
-
-    def finding(self) -> Finding:
-        mean, deviation = inception_score(torch.cat(self.logits), self.splits)
+    def findings(self) -> list[Finding]:
+        mean, deviation = inception_score(self.logits, self.splits)
         protocol: dict[str, Any] = {"splits": self.splits, "shuffle_seed": SHUFFLE_SEED}
-        return Finding(mean, {"std": deviation}, protocol)
+        return [Finding(self.network.named("is"), mean, {"std": deviation}, protocol)]

@@ -24,7 +24,7 @@ class Inversion(ModelMetric):
     Source: Song et al. 2021a, Sec. 5.4.
     """
 
-    name = "inversion_rmse"
+    NAME = "inversion_rmse"
 
     def __init__(
         self,
@@ -51,7 +51,7 @@ class Inversion(ModelMetric):
         times = until(sampler.grid(self.steps), self.strength)
         prior = schedule.prior_std(times[0])
         errors, squares = 0.0, 0.0
-        with tqdm(total=count, desc=self.name, unit="image", delay=1.0) as bar:
+        with tqdm(total=count, desc=self.NAME, unit="image", delay=1.0) as bar:
             for rows in torch.arange(count).split(subject.batch_size):
                 batch, labels = subject.batch(images, rows)
                 denoise = Unguided()(subject.model.denoiser, labels)
@@ -65,6 +65,7 @@ class Inversion(ModelMetric):
                 squares += (noise.double() / prior).square().flatten(1).mean(1).sum().item()
                 bar.update(len(rows))
         return Finding(
+            self.NAME,
             math.sqrt(errors / count),
             {"noise_mean_square": squares / count, "images": count, "steps": self.steps},
             {

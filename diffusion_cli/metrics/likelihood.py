@@ -35,6 +35,8 @@ class PerImage(ModelMetric):
     comes with the last.
     """
 
+    name: str
+    """Of the number in reports."""
     key: str
     """Of the node in the configuration."""
 
@@ -68,7 +70,7 @@ class PerImage(ModelMetric):
     def measure(self, subject: Subject) -> Finding | None:
         refusal = self.refusal(subject)
         if refusal is not None:
-            return Finding(None, {}, {}, (refusal,))
+            return Finding(self.name, None, notes=(refusal,))
         images = subject.dataset.load(self.split)
         count = min(self.num_images or len(images), len(images))
         if count < 2:
@@ -92,7 +94,7 @@ class PerImage(ModelMetric):
         missing = sum(not path.is_file() for path in paths)
         if missing:
             note = f"{self.name}: {missing} of {len(paths)} batches are left to other shards; the last gives the mean"
-            return Finding(None, {}, {}, (note,))
+            return Finding(self.name, None, notes=(note,))
         return self._collect(paths, settings)
 
     def _do(self, subject: Subject, images: Images, rows: Tensor, path: Path, bar: Any) -> None:
@@ -118,7 +120,11 @@ class PerImage(ModelMetric):
         details = {"standard_error": float(bits.std() / math.sqrt(len(bits))), "images": len(bits)}
         details |= {name: float(values.mean()) for name, values in columns.items()}
         return Finding(
-            float(bits.mean()), details, settings, (f"{self.name}: each image's in {paths[0].parent}",)
+            self.name,
+            float(bits.mean()),
+            details,
+            settings,
+            (f"{self.name}: each image's in {paths[0].parent}",),
         )
 
 

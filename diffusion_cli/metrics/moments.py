@@ -36,11 +36,11 @@ class Moments:
         """Take in feature vectors [B, dim] of any type, on any device; B may be 0."""
         if len(features) == 0:
             return
-        values = features.detach().cpu().double()
+        values = features.detach().double()  # where they lie: the product takes as long as a small network
         new = Moments(values.shape[1])
-        new.n, new.mean = len(values), values.mean(0)
-        centred = values - new.mean
-        new.scatter = centred.T @ centred
+        mean = values.mean(0)
+        centred = values - mean
+        new.n, new.mean, new.scatter = len(values), mean.cpu(), (centred.T @ centred).cpu()
         self.merge(new)
 
     def merge(self, other: "Moments") -> None:

@@ -18,7 +18,7 @@ class Result:
     details: dict[str, float]
     """Numbers that belong to it, by name."""
     protocol: dict[str, Any]
-    """All that it depends on, as plain data; how the samples were made is under `sampling`."""
+    """All that it depends on, as plain data; `sampling` is how the samples were made, `environment` with what."""
 
 
 @dataclass(frozen=True)
@@ -53,9 +53,51 @@ def _shown(value: float) -> str:
 
 
 def unlike(first: Mapping[str, Any], second: Mapping[str, Any]) -> list[str]:
-    """The keys in which two protocols measure differently, `sampling`, which is what is measured, apart."""
+    """The keys in which two protocols measure differently; what is measured, and on what machine, does not count."""
     keys = dict.fromkeys([*first, *second])
-    return [key for key in keys if key != "sampling" and first.get(key) != second.get(key)]
+    measured = ("sampling", "environment")
+    return [key for key in keys if key not in measured and first.get(key) != second.get(key)]
+
+
+def newest(history: Sequence[Mapping[str, Any]]) -> dict[str, Result]:
+    """The newest result of each name in a history."""
+    reports = [Report.from_dict(entry) for entry in history]
+    return {result.name: result for report in reports for result in report.results}
+
+
+def history_table(histories: Mapping[str, Sequence[Mapping[str, Any]]], force: bool) -> str:
+    """The newest numbers of several runs by name, a row a run, as a Markdown table.
+
+    Raises ValueError where the protocols of two numbers of one name are unlike, or with `force` marks them by a `*`.
+    """
+    found = {run: newest(history) for run, history in histories.items()}
+    names = list(dict.fromkeys(name for results in found.values() for name in results))
+    if not names:
+        raise ValueError(
+            f"compare={','.join(found)}: no numbers there; measure some with diffuse eval run=NAME"
+        )
+    mistakes, marked = [], set()
+    for name in names:
+        having = [(run, results[name]) for run, results in found.items() if name in results]
+        (first, wanted), *others = having
+        for run, result in others:
+            keys = unlike(wanted.protocol, result.protocol)
+            if keys:
+                marked.add((run, name))
+                mistakes.append(f"{name} of {first} and {run}: {', '.join(keys)}")
+    if mistakes and not force:
+        raise ValueError(
+            f"compare={','.join(found)}: measured by unlike protocols ({'; '.join(mistakes)}); measure them alike, "
+            "or set force=true"
+        )
+    lines = [f"| run | {' | '.join(names)} |", f"|---{'|---' * len(names)}|"]
+    for run, results in found.items():
+        cells = [
+            f"{_shown(results[name].value)}{'*' if (run, name) in marked else ''}" if name in results else ""
+            for name in names
+        ]
+        lines.append(f"| {run} | {' | '.join(cells)} |")
+    return "\n".join([*lines, *(f"\\* not by the protocol of the first: {line}" for line in mistakes)])
 
 
 def read_history(path: Path) -> list[dict[str, Any]]:

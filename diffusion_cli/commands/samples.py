@@ -1,0 +1,109 @@
+"""The samples to be evaluated: made by a run's model on the way, and maybe kept, or made by anyone."""
+
+import json
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from diffusion_cli.checkpoint import LAST
+from diffusion_cli.commands.outputs import read_images
+from diffusion_cli.commands.trained import Trained
+from diffusion_cli.config import EvalConfig
+from diffusion_cli.data import Dataset, Given, given_images
+from diffusion_cli.generate import generate, labels_of
+from diffusion_cli.metrics import GivenSamples, Samples
+from diffusion_cli.report import save_png
+
+OWN = "[0-9]*.png"  # the images in a folder of `diffuse sample`, and not the pictures of them
+
+
+class ModelSamples(Samples):
+    """Samples of a run's model, by seed; those that lie in `folder` are taken from there, the others kept there."""
+
+    def __init__(self, trained: Trained, config: EvalConfig, count: int, folder: Path | None) -> None:
+        self.trained, self.config, self.folder = trained, config, folder
+        self.shape, self.class_names = trained.model.shape, trained.model.class_names
+        self._count, self.calls, self._made, self._seconds = count, 0, 0, 0.0
+
+    def __len__(self) -> int:
+        return self._count
+
+    @property
+    def seeds(self) -> range:
+        """Of the samples."""
+        return range(self.config.seed, self.config.seed + self._count)
+
+    @property
+    def seconds_per_image(self) -> float | None:
+        """What making an image took, at its place in a batch; None if all were there."""
+        return self._seconds / self._made if self._made else None
+
+    def batch(self, numbers: Sequence[int]) -> tuple[Tensor, Tensor | None]:
+        seeds = [self.seeds[number] for number in numbers]
+        labels = labels_of(seeds, self.trained.labels, torch.device("cpu"))
+        if self.folder is None:
+            return torch.cat([images for _, images in self._generated(seeds)]), labels
+        paths = [image_path(self.folder, seed) for seed in seeds]
+        for some, images in self._generated(
+            [s for s, path in zip(seeds, paths, strict=True) if not path.is_file()]
+        ):
+            for seed, image in zip(some, images, strict=True):
+                save_png(image, image_path(self.folder, seed))
+        return read_images(paths), labels
+
+    def _generated(self, seeds: list[int]) -> list[tuple[list[int], Tensor]]:
+        start, trained, config = time.perf_counter(), self.trained, self.config
+        made = []
+        for batch in generate(
+            trained.model, trained.sampler, config.steps, seeds, config.batch_size,
+            guidance=trained.guidance, labels=trained.labels, clip=config.clip_x0, precision=config.precision,
+        ):  # fmt: skip
+            made.append((batch.seeds, batch.images.cpu()))
+            self.calls = max(self.calls, batch.calls)
+        self._seconds += time.perf_counter() - start
+        self._made += len(seeds)
+        return made
+
+    def protocol(self) -> dict[str, Any]:
+        return about(self.trained) | {"seeds": [self.seeds[0], self.seeds[-1]], "network_calls": self.calls}
+
+
+def about(trained: Trained) -> dict[str, Any]:
+    """What a model's numbers depend on, as plain data."""
+    model = trained.model
+    return {"run": trained.folder.name, "step": model.step, "ema": model.config["ema"], **trained.settings}
+
+
+def image_path(folder: Path, seed: int) -> Path:
+    """The PNG of a seed."""
+    return folder / f"{seed:06d}.png"
+
+
+def given_samples(path: Path, dataset: Dataset | None, count: int | None) -> GivenSamples:
+    """Images that lie there; of a folder that `diffuse sample` wrote, with the classes and settings in its manifest."""
+    manifest = _manifest(path)
+    given = given_images(path, "samples", dataset.shape if dataset else None, OWN if manifest else "")
+    names = dataset.class_names if dataset else None
+    made: dict[str, Any] = {"samples": path.name}
+    if manifest:
+        settings = manifest["settings"]
+        made |= {"step": manifest["step"], "ema": manifest["model"]["ema"], **settings}
+        files = sorted(file.stem for file in path.glob(OWN))
+        labels = labels_of([int(name) for name in files], settings["labels"], torch.device("cpu"))
+        given = Given(given.images, names)
+        given.images.labels = labels
+    return GivenSamples(given, names, made, f"samples={path}", count)
+
+
+def _manifest(path: Path) -> dict[str, Any] | None:
+    file = path / "manifest.json"
+    return json.loads(file.read_text()) if file.is_file() else None
+
+
+def run_of(path: Path) -> Path | None:
+    """The run folder that a folder of samples lies in, or None."""
+    return next((folder for folder in path.resolve().parents if (folder / LAST).is_file()), None)

@@ -1,0 +1,76 @@
+"""Images that somebody else made: a folder, ZIP or NumPy file of them, taken as they are."""
+
+from pathlib import Path, PurePosixPath
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from diffusion_cli.data.array import ArrayImages, class_numbers, find_keys, read_layout
+from diffusion_cli.data.base import Images
+from diffusion_cli.data.decoding import Exact, is_gray, opened
+from diffusion_cli.data.folder import FileImages, file_names, image_files
+from diffusion_cli.data.labels import class_labels, read
+
+Shape = tuple[int, int, int]
+
+
+class Given(NamedTuple):
+    """Images and what their classes are called, None without classes."""
+
+    images: Images
+    class_names: tuple[str, ...] | None
+
+
+def given_images(path: Path, key: str, shape: Shape | None = None, only: str = "") -> Given:
+    """The images of a folder, ZIP, .npz or .npy, in the order of their names or rows: none is resized or cropped.
+
+    All have the size of the first one; with `shape` they have that one, and gray files become RGB where it has three
+    channels. Classes are those of `labels.csv`, of class folders or of the .npz, where there are any. Of a folder only
+    the names that match the pattern `only` count. Files are decoded when asked for.
+
+    Raises FileNotFoundError or ValueError, about `key`, for a path that holds no such images, or another shape.
+    """
+    if path.suffix in (".npy", ".npz") and path.is_file():
+        given = _array(path, key)
+        if shape is not None and given.images.shape != shape:
+            raise ValueError(f"{key}={path}: holds images {given.images.shape}; wanted are {shape}")
+        return given
+    names = file_names(path, key)
+    files = image_files(path, [name for name in names if PurePosixPath(name).match(only or "*")], key)
+    try:
+        class_names, labels = class_labels(path, names, files, "auto")
+        decoder = Exact(*(shape or _shape(read(path, files[0]))))
+    except Exception as error:  # decoders meet broken data with errors of every type
+        reason = str(error).removeprefix(f"dataset.path={path}: ")
+        raise ValueError(f"{key}={path}: {' '.join(reason.split())}") from error
+    return Given(FileImages(path, files, labels, decoder, key), class_names)
+
+
+def _array(path: Path, key: str) -> Given:
+    try:
+        name, labels = find_keys(path) if path.suffix == ".npz" else (None, None)
+        count, layout, shape = read_layout(path, name)
+        class_names = None if labels is None else class_numbers(labels, count)
+    except Exception as error:  # damaged files fail in many ways in the parsers of ZIP and NumPy headers
+        raise ValueError(f"{key}={path}: {error}") from error
+    return Given(ArrayImages(path, name, layout, shape, torch.arange(count), labels), class_names)
+
+
+def _shape(data: bytes) -> Shape:
+    image = opened(data)
+    return (1 if is_gray(image) else 3), image.height, image.width
+
+
+def relabelled(given: Given, class_names: tuple[str, ...] | None) -> Tensor | None:
+    """The labels of images as numbers of the classes `class_names`, int64 [N]; None where they are not among these.
+
+    A name stands for the class of that name; where all names are numbers, as in a .npz, for the class of that number.
+    """
+    labels, names = given.images.labels, given.class_names
+    if labels is None or names is None or class_names is None:
+        return None
+    if set(names) <= set(class_names):
+        return torch.tensor([class_names.index(name) for name in names])[labels]
+    by_number = names == tuple(str(number) for number in range(len(names)))
+    return labels if by_number and len(names) <= len(class_names) else None

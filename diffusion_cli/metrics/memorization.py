@@ -1,0 +1,93 @@
+"""Whether samples are copies of training images."""
+
+import torch
+from pydantic import PositiveInt
+from torch import Tensor
+
+from diffusion_cli.metrics.base import Finding, Measurement, Metric, Seen
+from diffusion_cli.metrics.neighbours import nearest
+from diffusion_cli.report import rows as picture_of_rows
+
+SAME = 1e-6  # of the mean squared length of features: what is nearer shows the same image, but for rounding
+
+
+class Memorization(Metric):
+    """The share of samples, 0 to 1, that lie nearer to a training image than any real held-out image does.
+
+    Distances are between features. Held-out images that are themselves in the training set are left out, and samples
+    that are count always. Beside it: how many samples are copies, the ratio of median distances (below 1, samples crowd
+    around training images), and the `pairs` nearest samples as a picture, each with its training image beneath it.
+    The reference is the training set; where it has no images beside it, each of its own is compared with the others.
+    """
+
+    keeps_rows = True
+
+    def __init__(self, *, pairs: PositiveInt) -> None:
+        self.pairs = pairs
+
+    def check(self, count: int, seen: Seen, force: bool) -> list[str]:
+        if len(seen.real.images()) < 2:
+            raise ValueError(f"metric=memorization: {seen.real.name()} has too few images to be near to")
+        return []
+
+    def begin(self, seen: Seen) -> Measurement:
+        return MemorizationMeasurement(seen, self.pairs)
+
+
+class MemorizationMeasurement(Measurement):
+    def __init__(self, seen: Seen, pairs: int) -> None:
+        self.seen, self.pairs = seen, pairs
+        self.samples, self.train = seen.rows(), seen.real.rows()
+        self.other = None if seen.real.reference.other is None else seen.real.rows("other")
+
+    def findings(self) -> list[Finding]:
+        seen = self.seen
+        distances, which = nearest(
+            self.samples, self.train, 1, seen.network.device, "nearest training images"
+        )
+        distances, real = distances[:, 0], self._real()
+        same = SAME * float(
+            torch.cat([block.double().square().sum(1) for block in self.train.blocks()]).mean()
+        )
+        copies, known = distances <= same, real <= same
+        apart = real[~known]
+        nearer = copies | (distances < apart.min()) if len(apart) else copies
+        details = {
+            "copies": int(copies.sum()),
+            "nearer": int(nearer.sum()),
+            "images": len(distances),
+            "median_distance_ratio": float((distances.median() / real.median()).sqrt())
+            if real.median() > 0
+            else 1.0,
+        }
+        beside = seen.real.name() if self.other is None else seen.real.name("other")
+        notes = [f"memorization: nearer to {seen.real.name()} than any of {len(apart)} images of {beside} is"]
+        if known.any():
+            notes.append(
+                f"memorization: {int(known.sum())} images of {beside} are copies there, and left out"
+            )
+        order = distances.argsort(stable=True)[: self.pairs]
+        return [
+            Finding(
+                seen.network.named("memorization"),
+                float(nearer.double().mean()),
+                details,
+                {"reference": seen.real.protocol()},
+                tuple(notes),
+                {"memorization": self._picture(order.tolist(), which[order, 0])},
+            )
+        ]
+
+    def _real(self) -> Tensor:
+        """Squared distances of images that are not memorized to their nearest training images."""
+        device = self.seen.network.device
+        if self.other is not None:
+            return nearest(self.other, self.train, 1, device, "nearest of held-out images")[0][:, 0]
+        return nearest(self.train, self.train, 2, device, "nearest among training images")[0][:, 1]
+
+    def _picture(self, samples: list[int], training: Tensor) -> Tensor:
+        """Samples above their training images, in lines of 16, nearest first."""
+        images = self.seen.samples.batch(samples)[0].cpu()
+        beneath = self.seen.real.images().gather(training).cpu()
+        lines = zip(images.split(16), beneath.split(16), strict=True)
+        return picture_of_rows([row for pair in lines for row in pair])

@@ -1,0 +1,223 @@
+"""The real images that samples are compared with, or what has been published of them."""
+
+import hashlib
+import warnings
+from abc import ABC, abstractmethod
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from diffusion_cli.checkpoint import whole_file
+from diffusion_cli.data import Dataset, Images, given_images
+from diffusion_cli.data.base import Split
+from diffusion_cli.metrics.features import Features
+from diffusion_cli.metrics.moments import Moments
+from diffusion_cli.metrics.rows import GrowingRows, Rows
+from diffusion_cli.ranks import Ranks
+
+READ = 256  # images read at a time
+Part = Literal["images", "other"]
+Stream = Literal["features", "spatial"]
+STATISTICS = {"features": ("mu", "sigma"), "spatial": ("mu_s", "sigma_s")}
+
+
+class Reference(ABC):
+    """Real images, maybe some others apart from them that show what a perfect model would reach, maybe statistics."""
+
+    name: str
+    other_name: str
+    stats: Path | None
+    """A .npz with `mu` and `sigma` of features that take the place of those of the images."""
+
+    @cached_property
+    @abstractmethod
+    def images(self) -> Images:
+        """The real images; ValueError if there are none."""
+
+    @cached_property
+    @abstractmethod
+    def other(self) -> Images | None:
+        """Real images that are not among them, or None."""
+
+    def protocol(self) -> dict[str, Any]:
+        """What identifies the images."""
+        images = self.images
+        return {"name": self.name, "images": len(images), "pixels_sha256": images.pixel_digest()}
+
+    def published(self, stream: Stream, dim: int) -> tuple[Tensor, Tensor]:
+        """Mean and covariance that `stats` holds; ValueError if it does not, or of another number of features."""
+        assert self.stats is not None
+        keys = STATISTICS[stream]
+        try:
+            with np.load(self.stats, allow_pickle=False) as arrays:
+                missing = [key for key in keys if key not in arrays]
+                if missing:
+                    raise ValueError(f"holds {', '.join(arrays)}, and not {' and '.join(missing)}")
+                mean, covariance = (torch.from_numpy(np.asarray(arrays[key], np.float64)) for key in keys)
+        except OSError as error:
+            raise FileNotFoundError(
+                f"reference.stats={self.stats}: is no readable .npz of mu and sigma"
+            ) from error
+        except Exception as error:  # damaged files fail in many ways in the parsers of ZIP and NumPy
+            raise ValueError(f"reference.stats={self.stats}: {error}") from error
+        if mean.shape != (dim,) or covariance.shape != (dim, dim):
+            raise ValueError(
+                f"reference.stats={self.stats}: holds {tuple(mean.shape)} features, and the network gives {dim}; take "
+                "the statistics of the same network"
+            )
+        return mean, covariance
+
+
+class DatasetReference(Reference):
+    """One split of the dataset as it is, not augmented; the other split shows what a perfect model would reach.
+
+    With `stats` its published statistics take the place of the split's own where a Frechet distance is measured.
+    """
+
+    def __init__(self, dataset: Dataset, *, split: Literal["train", "held_out"], stats: str | None) -> None:
+        self.dataset = dataset
+        self.split: Split = split
+        self.other_split: Split = "held_out" if split == "train" else "train"
+        self.name, self.other_name = (f"{dataset.name}/{part}" for part in (split, self.other_split))
+        self.stats = None if stats is None else Path(stats).expanduser()
+
+    @cached_property
+    def images(self) -> Images:
+        return self.dataset.load(self.split)
+
+    @cached_property
+    def other(self) -> Images | None:
+        images = self.dataset.load(self.other_split)
+        return images if len(images) else None
+
+
+class GivenReference(Reference):
+    """The images of a folder, ZIP or NumPy file, which have the size of the samples."""
+
+    other_name = ""
+    stats = None
+
+    def __init__(self, dataset: Dataset, *, path: str) -> None:
+        self.path, self.shape = Path(path).expanduser(), dataset.shape
+        self.name = self.path.name
+
+    @cached_property
+    def images(self) -> Images:
+        return given_images(self.path, "reference.path", self.shape).images
+
+    @cached_property
+    def other(self) -> None:
+        return None
+
+
+class RealImages:
+    """The images of a reference as a feature network sees them, each computed once and kept in `cache_dir`.
+
+    What is kept is found again by the content of the images and the weights of the network.
+    """
+
+    def __init__(
+        self, reference: Reference, features: Features, cache_dir: Path, ranks: Ranks | None = None
+    ) -> None:
+        self.reference, self.features, self.cache_dir = reference, features, cache_dir
+        self.ranks = ranks or Ranks()
+
+    def images(self, part: Part = "images") -> Images:
+        """The images of a part; ValueError if it has none."""
+        images = self.reference.images if part == "images" else self.reference.other
+        if images is None:
+            raise ValueError(f"reference: {self.reference.name} has no images beside it")
+        return images
+
+    def name(self, part: Part = "images") -> str:
+        """The word for a part in notes."""
+        return self.reference.name if part == "images" else self.reference.other_name
+
+    def protocol(self) -> dict[str, Any]:
+        """What identifies the reference."""
+        return self.reference.protocol()
+
+    def moments(
+        self, part: Part = "images", count: int | None = None, stream: Stream = "features"
+    ) -> Moments:
+        """The moments of a whole part, or of `count` of its images, evenly spread over it."""
+        number = len(self.images(part)) if count is None else count
+        path = self._path(part, f"moments-{stream}", number)
+        if self.ranks.agree(not path.is_file()):
+            self._look(part, spread(len(self.images(part)), number), None)
+        dim = self.features.dim if stream == "features" else self.features.spatial_dim
+        try:
+            return Moments.load(path, dim)
+        except Exception as error:  # a damaged file fails in many ways in the parsers of ZIP and NumPy
+            _make_anew(path, error)
+            return self.moments(part, count, stream)
+
+    def rows(self, part: Part = "images") -> Rows:
+        """The features of all images of a part."""
+        count = len(self.images(part))
+        path = self._path(part, "features", count)
+        if self.ranks.agree(not path.is_file()):
+            rows = GrowingRows(self.features.dim, self.cache_dir)
+            self._look(part, torch.arange(count), rows)
+            if self.ranks.first:
+                with whole_file(path) as temporary, temporary.open("wb") as file:
+                    rows.write(file)
+            self.ranks.agree(None)  # the others read it once it is there
+        try:
+            array = np.load(path, mmap_mode="r", allow_pickle=False)
+            if array.shape != (count, self.features.dim) or array.dtype != np.float32:
+                raise ValueError(f"holds {array.dtype} {array.shape}")
+            return Rows(array)
+        except Exception as error:  # as above
+            _make_anew(path, error)
+            return self.rows(part)
+
+    def _look(self, part: Part, numbers: Tensor, rows: GrowingRows | None) -> None:
+        """One pass of the network over some images of a part: keep all moments it gives, and maybe the features."""
+        dims = {"features": self.features.dim, "spatial": self.features.spatial_dim}
+        moments = {stream: Moments(dim) for stream, dim in dims.items() if dim}
+        images, title, ranks = self.images(part), f"features of {self.name(part)}", self.ranks
+        with tqdm(
+            total=len(numbers), desc=title, unit="image", unit_scale=True, delay=1.0, disable=not ranks.first
+        ) as progress:
+            for round_ in numbers.split(READ * ranks.world):
+                mine = round_[ranks.rank * READ : (ranks.rank + 1) * READ]
+                look = self.features(images.gather(mine.to(images.device))) if len(mine) else None
+                for batch in ranks.gather(look if look is None or ranks.world == 1 else look.cpu()):
+                    if batch is None or not ranks.first:
+                        continue
+                    for stream, taken in moments.items():
+                        taken.update(getattr(batch, stream))
+                    if rows is not None:
+                        rows.append(batch.features)
+                progress.update(len(round_))
+        if ranks.first:
+            for stream, taken in moments.items():
+                if taken.n > 1:
+                    taken.save(self._path(part, f"moments-{stream}", taken.n))
+        ranks.agree(None)  # the others read them once they are there
+
+    def _path(self, part: Part, kind: str, count: int) -> Path:
+        images, features = self.images(part), self.features
+        facts = f"{images.pixel_digest()} {features.digest} {features.precision} {count}"
+        key = hashlib.sha256(facts.encode()).hexdigest()
+        name = self.name(part).replace("/", "-")
+        suffix = "npy" if kind == "features" else "npz"
+        return self.cache_dir / f"{kind}-{name}-{features.name}-{key[:16]}.{suffix}"
+
+
+def spread(count: int, wanted: int) -> Tensor:
+    """`wanted` of the rows 0..count - 1, evenly spread; int64."""
+    return torch.arange(wanted) * count // max(wanted, 1)
+
+
+def _make_anew(path: Path, error: Exception) -> None:
+    """Take away a damaged file of the cache."""
+    reason = str(error).partition("\n")[0]
+    warnings.warn(f"{path}: is damaged and made anew ({reason})", stacklevel=3)
+    path.unlink()

@@ -1,0 +1,67 @@
+"""Where the samples to be measured come from."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from diffusion_cli.data import Given, relabelled
+
+
+class Samples(ABC):
+    """Images to be measured, by number: made when they are asked for, or read."""
+
+    shape: tuple[int, int, int]
+    """Channels, height and width."""
+    class_names: tuple[str, ...] | None
+    """Of the classes that they were made as, or None."""
+
+    @abstractmethod
+    def __len__(self) -> int:
+        """The number of samples."""
+
+    @abstractmethod
+    def batch(self, numbers: Sequence[int]) -> tuple[Tensor, Tensor | None]:
+        """Samples uint8 [B, C, H, W] by number, and the classes (int64 [B]) they were made as, if they were."""
+
+    @abstractmethod
+    def protocol(self) -> dict[str, Any]:
+        """How they were made, as plain data; complete when all have been asked for."""
+
+
+class GivenSamples(Samples):
+    """Images in files, the first `count` of them (null: all).
+
+    `class_names` are those of the dataset: where the images' own classes are among these they are numbered so.
+    """
+
+    def __init__(
+        self,
+        given: Given,
+        class_names: tuple[str, ...] | None,
+        made: dict[str, Any],
+        key: str,
+        count: int | None = None,
+    ) -> None:
+        self.images, self.made = given.images, made
+        self.shape = given.images.shape
+        labels = relabelled(given, class_names)
+        self.labels = given.images.labels if labels is None else labels
+        self.class_names = given.class_names if labels is None else class_names
+        self._count = len(given.images) if count is None else count
+        if self._count > len(given.images):
+            raise ValueError(
+                f"num_samples={count}: {key} holds {len(given.images)} images; give more, or take fewer"
+            )
+
+    def __len__(self) -> int:
+        return self._count
+
+    def batch(self, numbers: Sequence[int]) -> tuple[Tensor, Tensor | None]:
+        rows = torch.tensor(list(numbers))
+        return self.images.gather(rows), None if self.labels is None else self.labels[rows]
+
+    def protocol(self) -> dict[str, Any]:
+        return self.made

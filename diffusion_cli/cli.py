@@ -15,7 +15,7 @@ from pathlib import Path
 import yaml
 
 from diffusion_cli import __version__, config
-from diffusion_cli.config import COMMANDS, CONF, Config, Mistakes, did_you_mean
+from diffusion_cli.config import COMMANDS, CONF, GRIDS, Config, Mistakes, Variant, did_you_mean
 
 FLAGS = ["--help", "--cfg", "--config-dir", "--multirun", "-h", "-m"]
 USER_ERROR = 2
@@ -67,13 +67,20 @@ def _command(command: str, request: Request) -> int:
     if request.help:
         print(command_help(command, request))
         return 0
-    if request.show:
-        checked = config.load(command, request.overrides, request.dirs)
-        print(yaml.safe_dump(checked.model_dump(), sort_keys=False), end="")
-        return 0
-    if request.multirun:
+    if request.multirun and command in GRIDS:
+        raise Mistakes(f"--multirun: {command} takes lists of values; leave it out and write key=[...]")
+    if request.multirun and not request.show:
         return sweep(command, request)
-    return execute(command, config.load(command, request.overrides, request.dirs))
+    if command in GRIDS:
+        variants = config.load_grid(command, request.overrides, request.dirs)
+        return _show([variant.config for variant in variants]) if request.show else execute(command, variants)
+    checked = config.load(command, request.overrides, request.dirs)
+    return _show([checked]) if request.show else execute(command, checked)
+
+
+def _show(configs: Sequence[Config]) -> int:
+    print(yaml.safe_dump_all([checked.model_dump() for checked in configs], sort_keys=False), end="")
+    return 0
 
 
 def parse(words: Sequence[str]) -> Request:
@@ -108,7 +115,7 @@ def parse(words: Sequence[str]) -> Request:
     return request
 
 
-def execute(command: str, checked: Config) -> int:
+def execute(command: str, checked: Config | list[Variant]) -> int:
     """Run a command; what this package or the file system says is wrong becomes one line, not a traceback."""
     try:
         return importlib.import_module(f"diffusion_cli.commands.{command}").run(checked) or 0
@@ -209,7 +216,6 @@ First steps
 def command_help(command: str, request: Request) -> str:
     """The page of `diffuse <command> --help`: groups, options, and keys with their comments."""
     groups = config.defaults(command)
-    chosen = _chosen(groups, request)
     lines = [f"diffuse {command}: {config.summary(CONF / f'{command}.yaml')}", ""]
     lines += [f"Usage: diffuse {command} [group=option ...] [key=value ...]", "", "Groups (* the default)"]
     for group in sorted(groups):
@@ -219,33 +225,12 @@ def command_help(command: str, request: Request) -> str:
             f"  {group:<18}{' '.join(f'*{name}' if name in (preset or []) else name for name in names)}"
         )
     lines += ["", "Keys", *_keys(CONF / f"{command}.yaml", "")]
-    for group, option in sorted(chosen.items()):
+    for group, option in sorted(config.chosen(command, request.overrides, request.dirs).items()):
         for name in option if isinstance(option, list) else [option]:
             file = config.options(group, request.dirs).get(str(name))
             if file is not None:
                 lines += ["", f"{group}={name}: {config.summary(file)}", *_keys(file, group)]
     return "\n".join(lines)
-
-
-def _chosen(groups: dict[str, str | list[str] | None], request: Request) -> dict[str, str | list[str] | None]:
-    """The option of each group that a command line makes, with what options choose for other groups."""
-    words = (word.partition("=") for word in request.overrides)
-    asked = {
-        group: [name.strip() for name in option.strip("[]").split(",")]
-        for group, _, option in words
-        if group in groups
-    }
-    chosen = {**groups, **asked}
-    for _ in groups:  # an option may bring one that brings another
-        before = dict(chosen)
-        for option_of, option in before.items():
-            for name in option if isinstance(option, list) else [option]:
-                file = config.options(option_of, request.dirs).get(str(name))
-                brought = config.brought_by(file) if file else {}
-                chosen |= {other: brought[other] for other in brought if other not in asked}
-        if chosen == before:
-            break
-    return chosen
 
 
 def _keys(file: Path, prefix: str) -> list[str]:

@@ -217,3 +217,31 @@ def test_seeds_that_would_come_round_again_are_refused(capsys):
 def test_choices_among_numbers_are_named(capsys):
     (line,) = mistakes(capsys, "train", "sampler=dpmpp_2m", "sampler.order=5")
     assert line == "diffuse: sampler.order=5: should be 1 or 2 or 3"
+
+
+@pytest.fixture
+def grid_command(monkeypatch):
+    """`sample`, made a command over a grid."""
+    for module in ("diffusion_cli.cli", "diffusion_cli.config.compose"):
+        monkeypatch.setattr(sys.modules[module], "GRIDS", {"sample"})
+
+
+@pytest.mark.usefixtures("grid_command")
+def test_a_command_over_a_grid_gets_all_its_points(monkeypatch, capsys):
+    import yaml
+
+    given = []
+    monkeypatch.setattr("diffusion_cli.commands.sample.run", given.append)
+    assert run(["sample", "steps=[1,2]", "sampler=[ddim,ddpm]"]) == 0
+    (variants,) = given
+    assert [variant.values for variant in variants][1] == {"steps": 1, "sampler": "ddpm"}
+    assert run(["sample", "steps=[1,2]", "--cfg", "job"]) == 0
+    assert [shown["steps"] for shown in yaml.safe_load_all(capsys.readouterr().out)] == [1, 2]
+
+
+@pytest.mark.usefixtures("grid_command")
+def test_a_command_over_a_grid_takes_lists_not_sweeps(capsys):
+    (line,) = mistakes(capsys, "sample", "-m", "steps=1,2")
+    assert line == "diffuse: --multirun: sample takes lists of values; leave it out and write key=[...]"
+    (line,) = mistakes(capsys, "sample", "steps=1,2")
+    assert line == "diffuse: steps=1,2: has several values; write [...]"

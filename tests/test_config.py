@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from diffusion_cli import config
-from diffusion_cli.config import COMMANDS, CONF, check_node, load, seconds, signature
+from diffusion_cli.config import COMMANDS, CONF, check_node, load, load_grid, seconds, signature
 
 OPTIONS = sorted(file for file in CONF.glob("*/*.yaml"))
 
@@ -46,7 +46,8 @@ def test_every_option_names_every_argument_of_a_class_of_ours_and_says_what_it_i
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_the_schema_has_the_keys_of_the_yaml(command):
-    written = set(yaml.safe_load((CONF / f"{command}.yaml").read_text())) - {"defaults"}
+    keys = (key for key, _, _ in config.documented(CONF / f"{command}.yaml"))
+    written = {key.partition(".")[0] for key in keys}
     groups = set(config.defaults(command)) - {"experiment", "task"}
     assert written | groups == set(COMMANDS[command].model_fields)
 
@@ -112,6 +113,76 @@ def test_sweeps_are_checked_value_by_value():
         ["seed=0", "schedule=linear", "batch_size=8"],
         ["seed=1", "schedule=linear", "batch_size=8"],
         ["seed=0", "schedule=cosine", "batch_size=8"],
+    ]
+
+
+# --- Lists of values --------------------
+
+
+def test_lists_for_keys_that_take_one_value_make_a_grid_in_the_order_written():
+    variants = load_grid("sample", ["sampler=[ddpm,ddim]", "label=[1,2]", "steps=[10,20]", "seed=3"])
+    assert [variant.values for variant in variants] == [
+        {"sampler": "ddpm", "steps": 10},
+        {"sampler": "ddpm", "steps": 20},
+        {"sampler": "ddim", "steps": 10},
+        {"sampler": "ddim", "steps": 20},
+    ]
+    words = ["sampler=ddpm", "label=[1,2]", "steps=20", "seed=3"]
+    assert variants[1].config == load("sample", words)
+
+
+@pytest.mark.parametrize(
+    ("command", "words", "values"),
+    [
+        ("eval", ["metric=[fid,is]"], [{}]),
+        ("train", ["logger=[csv,tensorboard]"], [{}]),
+        ("edit", ["input=[a.png,b.png]", "edit.mask=[0,0,4,4]"], [{}]),
+        ("sample", ["guidance=cfg", "guidance.interval=[0.3,3]"], [{}]),
+        ("eval", ["metric=bits_per_dim", "metric.bound.num_shards=[1]"], [{"metric.bound.num_shards": 1}]),
+        ("eval", ["run=[a,'b c']"], [{"run": "a"}, {"run": "b c"}]),
+        ("edit", ["edit=inpaint", "method.num_resamples=[2]"], [{"method.num_resamples": 2}]),  # brought
+        ("sample", ["run=[null,x]"], [{"run": None}, {"run": "x"}]),
+    ],
+)
+def test_a_list_is_a_value_where_the_key_takes_one(command, words, values):
+    assert [variant.values for variant in load_grid(command, words)] == values
+
+
+def test_the_mistakes_of_all_points_of_a_grid_at_once_each_said_once():
+    words = [
+        "sampler=[ddim,ddmi]",
+        "steps=[5,0]",
+        "batch_size=[9,9]",
+        "seed=[]",
+        "guidance.scale=[1,2]",
+        "x=[1,2]",
+    ]
+    with pytest.raises(config.Mistakes) as mistakes:
+        load_grid("sample", [*words, "device=[cpu]", "device=cuda"])
+    assert sorted(mistakes.value.lines) == [
+        "batch_size=[9,9]: names 9 twice; leave one out",
+        "device=cuda: device is given twice; write one list",
+        "guidance.scale=[1,2]: goes with guidance=auto or guidance=cfg or guidance=classifier; choose it too",
+        "sampler=ddmi: unknown option; did you mean ddpm?",
+        "seed=[]: is empty; give at least one value",
+        "steps=0: should be greater than 0",
+        "x=[1,2]: unknown key; see diffuse sample --help",
+    ]
+
+
+def test_a_file_takes_over_the_keys_and_groups_of_another(tmp_path):
+    (tmp_path / "eval.yaml").write_text(
+        "defaults:\n  - _self_\n  - metric: [fid]\n\nsteps: 50  # many\nseed: 0  # one\n"
+    )
+    mine = tmp_path / "compare.yaml"
+    mine.write_text(
+        "defaults: [eval, override metric: [is], _self_]\n\nseed: 1  # mine\nchart: true  # drawn\n"
+    )
+    assert config.brought_by(mine) == {"metric": ["is"]}
+    assert list(config.documented(mine)) == [
+        ("steps", "50", "many"),
+        ("seed", "1", "mine"),
+        ("chart", "true", "drawn"),
     ]
 
 

@@ -4,12 +4,24 @@ The YAML files under `conf` are the reference: one file a command, one folder a 
 Each option names a class by `_target_` and gives every keyword argument of it.
 """
 
-from diffusion_cli.config.catalogue import CONF, HERE, defaults, did_you_mean, documented, options, summary
+from diffusion_cli.config.catalogue import (
+    CONF,
+    HERE,
+    brought_by,
+    chosen,
+    defaults,
+    did_you_mean,
+    documented,
+    options,
+    summary,
+)
 from diffusion_cli.config.check import build, check_node, shown, signature
 from diffusion_cli.config.compose import Mistakes, compose, expand, load
-from diffusion_cli.config.runs import brought_by, fingerprint, flatten, identity
+from diffusion_cli.config.grid import Variant, load_grid
+from diffusion_cli.config.runs import fingerprint, flatten, identity
 from diffusion_cli.config.schema import (
     COMMANDS,
+    GRIDS,
     Config,
     EditConfig,
     EvalConfig,
@@ -19,7 +31,8 @@ from diffusion_cli.config.schema import (
 )
 
 __all__ = [
-    "COMMANDS", "CONF", "HERE", "Config", "EditConfig", "EvalConfig", "Mistakes", "SampleConfig", "TrainConfig",
-    "brought_by", "build", "check_node", "compose", "defaults", "did_you_mean", "documented", "expand", "fingerprint",
-    "flatten", "identity", "load", "options", "seconds", "shown", "signature", "summary",
+    "COMMANDS", "CONF", "GRIDS", "HERE", "Config", "EditConfig", "EvalConfig", "Mistakes", "SampleConfig",
+    "TrainConfig", "Variant", "brought_by", "build", "check_node", "chosen", "compose", "defaults", "did_you_mean",
+    "documented", "expand", "fingerprint", "flatten", "identity", "load", "load_grid", "options", "seconds", "shown",
+    "signature", "summary",
 ]  # fmt: skip

@@ -5,6 +5,7 @@ import re
 from collections.abc import Iterator, Sequence
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -13,12 +14,53 @@ HERE = Path(__file__).resolve().parent.parent
 # Beside the package when installed from a wheel, at the top of a checkout.
 CONF = HERE / "conf" if (HERE / "conf").is_dir() else HERE.parent / "conf"
 
+Choice = str | list[str] | None
+
 
 @cache
-def defaults(command: str) -> dict[str, str | list[str] | None]:
+def defaults(command: str) -> dict[str, Choice]:
     """The groups of a command and the option that each has unless told otherwise."""
-    entries = yaml.safe_load((CONF / f"{command}.yaml").read_text())["defaults"]
-    return {group: option for entry in entries if isinstance(entry, dict) for group, option in entry.items()}
+    return brought_by(CONF / f"{command}.yaml")
+
+
+def brought_by(file: Path) -> dict[str, Choice]:
+    """The options that a YAML file chooses for groups: its `group: option` and `override /group: option` lines."""
+    entries = (entry for part in lineage(file) for entry in _entries(part) if isinstance(entry, dict))
+    pairs = (pair for entry in entries for pair in entry.items())
+    return {group.removeprefix("override ").removeprefix("/"): option for group, option in pairs}
+
+
+def lineage(file: Path) -> list[Path]:
+    """A YAML file after those of its folder that its `defaults` take over by their bare names."""
+    names = (entry for entry in _entries(file) if isinstance(entry, str) and entry != "_self_")
+    parents = (file.with_name(f"{name}.yaml") for name in names)
+    return [*(part for parent in parents if parent.is_file() for part in lineage(parent)), file]
+
+
+def _entries(file: Path) -> list[Any]:
+    return (yaml.safe_load(file.read_text()) or {}).get("defaults", [])
+
+
+def chosen(command: str, overrides: Sequence[str], dirs: Sequence[Path]) -> dict[str, Choice]:
+    """The option of each group that a command line makes, with what options choose for other groups."""
+    groups = defaults(command)
+    words = (word.partition("=") for word in overrides)
+    asked = {
+        group: [name.strip() for name in option.strip("[]").split(",")]
+        for group, _, option in words
+        if group in groups
+    }
+    result: dict[str, Choice] = {**groups, **asked}
+    for _ in groups:  # an option may bring one that brings another
+        before = dict(result)
+        for option_of, option in before.items():
+            for name in option if isinstance(option, list) else [option]:
+                file = options(option_of, dirs).get(str(name))
+                brought = brought_by(file) if file else {}
+                result |= {other: brought[other] for other in brought if other not in asked}
+        if result == before:
+            break
+    return result
 
 
 def options(group: str, dirs: Sequence[Path] = ()) -> dict[str, Path]:
@@ -28,7 +70,15 @@ def options(group: str, dirs: Sequence[Path] = ()) -> dict[str, Path]:
 
 
 def documented(file: Path, prefix: str = "") -> Iterator[tuple[str, str, str]]:
-    """The (key, value, comment) of every line `key: value  # comment` of a YAML file, keys in full."""
+    """The (key, value, comment) of every line `key: value  # comment` of a YAML file, keys in full.
+
+    Those that it takes over from other files come first, with its own values where it gives them anew.
+    """
+    lines = (line for part in lineage(file) for line in _documented(part, prefix))
+    yield from {key: (key, value, comment) for key, value, comment in lines}.values()
+
+
+def _documented(file: Path, prefix: str) -> Iterator[tuple[str, str, str]]:
     text = file.read_text()
     parents: list[tuple[int, str]] = [] if "@package _global_" in text or not prefix else [(-1, prefix)]
     skipping = False

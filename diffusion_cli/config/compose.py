@@ -8,7 +8,7 @@ from pathlib import Path
 from diffusion_cli.config.catalogue import CONF, defaults, did_you_mean, documented, options
 from diffusion_cli.config.check import check_node, validate
 from diffusion_cli.config.runs import flatten, run_name
-from diffusion_cli.config.schema import COMMANDS, Config, Node, TrainConfig
+from diffusion_cli.config.schema import COMMANDS, GRIDS, Config, Node, TrainConfig
 
 
 class Mistakes(Exception):
@@ -115,7 +115,8 @@ def _sort(
         if item.is_force_add() or item.is_add() or item.is_delete():
             mistakes.append(f"{text}: keys are neither added nor removed; write key=value")
         elif item.is_sweep_override():
-            mistakes.append(f"{text}: has several values; add -m for a run of each, or [...] for a list")
+            remedy = "write [...]" if command in GRIDS else "add -m for a run of each, or [...] for a list"
+            mistakes.append(f"{text}: has several values; {remedy}")
         elif key in groups:
             value = item.value()
             names = value if isinstance(value, list) else [value]

@@ -7,9 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from diffusion_cli.config.catalogue import defaults, options
+from diffusion_cli.config.catalogue import brought_by, defaults, options
 from diffusion_cli.config.check import shown
 
 # Keys that say how far, how fast and where, but not what: a run may go on with other values of them.
@@ -82,10 +80,3 @@ def run_name(
     if len(name) > 120:
         name = f"{name[:100]}-{hashlib.sha256(name.encode()).hexdigest()[:10]}"
     return name
-
-
-def brought_by(file: Path) -> dict[str, str]:
-    """The options that an option file chooses for other groups: its `override /group: option` lines."""
-    entries = (yaml.safe_load(file.read_text()) or {}).get("defaults", [])
-    pairs = (pair for entry in entries if isinstance(entry, dict) for pair in entry.items())
-    return {group.removeprefix("override /"): option for group, option in pairs}

@@ -152,6 +152,8 @@ COMMANDS: dict[str, type[TrainConfig] | type[SampleConfig] | type[EvalConfig] | 
     "edit": EditConfig,
     "eval": EvalConfig,
 }
+# Commands that take a list of values where one is due, and get the product of all lists.
+GRIDS: frozenset[str] = frozenset()
 
 
 def seconds(duration: str | None) -> float | None:

@@ -970,3 +970,6 @@ def test_protocols_are_unlike_by_how_they_measure_not_by_what(tmp_path) -> None:
         protocols.append(report.results[0].protocol)
     assert unlike(protocols[0], protocols[1]) == []
     assert unlike(protocols[0], protocols[2]) == ["samples", "splits"]
+    assert unlike({"split": "held_out", "model": {"step": 1}}, {"split": "train", "model": {"step": 2}}) == [
+        "split"
+    ]

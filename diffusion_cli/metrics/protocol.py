@@ -55,7 +55,7 @@ def _shown(value: float) -> str:
 def unlike(first: Mapping[str, Any], second: Mapping[str, Any]) -> list[str]:
     """The keys in which two protocols measure differently; what is measured, and on what machine, does not count."""
     keys = dict.fromkeys([*first, *second])
-    measured = ("sampling", "environment")
+    measured = ("sampling", "model", "environment")
     return [key for key in keys if key not in measured and first.get(key) != second.get(key)]
 
 

@@ -217,7 +217,8 @@ def command_help(command: str, request: Request) -> str:
     """The page of `diffuse <command> --help`: groups, options, and keys with their comments."""
     groups = config.defaults(command)
     lines = [f"diffuse {command}: {config.summary(CONF / f'{command}.yaml')}", ""]
-    lines += [f"Usage: diffuse {command} [group=option ...] [key=value ...]", "", "Groups (* the default)"]
+    words = "[group=option ...] [key=value ...]" if groups else "[key=value ...]"
+    lines += [f"Usage: diffuse {command} {words}", *(["", "Groups (* the default)"] if groups else [])]
     for group in sorted(groups):
         names = config.options(group, request.dirs)
         preset = groups[group] if isinstance(groups[group], list) else [groups[group]]

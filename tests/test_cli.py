@@ -134,6 +134,7 @@ def test_help_shows_every_key_with_its_comment(capsys):
             assert comment in line
         for group in config.defaults(command):
             assert f"\n  {group} " in page
+        assert ("Groups" in page) == bool(config.defaults(command))
 
 
 def test_help_follows_the_chosen_options(capsys):

@@ -39,7 +39,7 @@ def test_the_wheel_holds_the_package_and_its_configuration(wheel):
     names = set(zipfile.ZipFile(wheel).namelist())
     for file in config.CONF.rglob("*.yaml"):
         assert f"diffusion_cli/conf/{file.relative_to(config.CONF)}" in names
-    for file in config.HERE.rglob("*.py"):
+    for file in [*config.HERE.rglob("*.py"), *config.HERE.rglob("*.html")]:
         assert f"diffusion_cli/{file.relative_to(config.HERE)}" in names
     assert {name.split("/")[0].partition("-")[0] for name in names} == {"diffusion_cli", "diffuse_cli"}
 
@@ -55,6 +55,7 @@ def test_the_wheel_trains_samples_and_evaluates_in_an_empty_folder(wheel, tmp_pa
         ["train", "max_steps=10", "log_every=5", "preview_steps=2", "preview_every=10"],
         ["sample", "steps=2", "num_samples=4"],
         ["eval", "steps=2", "num_samples=70", f"cache_dir={work}/cache", "features.steps=20"],
+        ["report"],
     ):
         done = subprocess.run([*DIFFUSE, *words], cwd=work, env=env, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
@@ -64,9 +65,8 @@ def test_the_wheel_trains_samples_and_evaluates_in_an_empty_folder(wheel, tmp_pa
     )  # fmt: skip
     assert Path(where.stdout.strip()).is_relative_to(site)
     (run,) = (work / "outputs").iterdir()
-    assert {"checkpoints", "config.yaml", "metrics.csv", "previews", "samples", "metrics.json"} <= {
-        path.name for path in run.iterdir()
-    }
+    made = {"checkpoints", "config.yaml", "metrics.csv", "previews", "samples", "metrics.json", "report.html"}
+    assert made <= {path.name for path in run.iterdir()}
 
 
 @pytest.mark.parametrize(

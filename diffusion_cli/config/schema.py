@@ -145,12 +145,22 @@ class EditConfig(_Generation):
     method: Node | None = None
 
 
-Config = TrainConfig | SampleConfig | EvalConfig | EditConfig
-COMMANDS: dict[str, type[TrainConfig] | type[SampleConfig] | type[EvalConfig] | type[EditConfig]] = {
+class ReportConfig(BaseModel):
+    """The keys of `conf/report.yaml`."""
+
+    model_config = STRICT
+    run: str | Annotated[list[str], Field(min_length=1)] | None
+    output: str | None
+    output_dir: str
+
+
+Config = TrainConfig | SampleConfig | EvalConfig | EditConfig | ReportConfig
+COMMANDS: dict[str, type[Config]] = {
     "train": TrainConfig,
     "sample": SampleConfig,
     "edit": EditConfig,
     "eval": EvalConfig,
+    "report": ReportConfig,
 }
 # Commands that take a list of values where one is due, and get the product of all lists.
 GRIDS: frozenset[str] = frozenset()

@@ -1,0 +1,31 @@
+"""`diffuse report`: one HTML page about a run, or about several side by side."""
+
+from pathlib import Path
+
+from diffusion_cli.checkpoint import find_run, whole_file
+from diffusion_cli.config import ReportConfig
+from diffusion_cli.report.page import is_ours, page
+from diffusion_cli.report.record import read_record
+
+
+def run(config: ReportConfig) -> None:
+    """Write the page, in the place of an earlier one of ours."""
+    named = config.run if isinstance(config.run, list) else [config.run]
+    found = [find_run(run, config.output_dir) for run in named]
+    folders = list({folder.resolve(): folder for folder in found}.values())
+    place = folders[0] if len(folders) == 1 else Path(config.output_dir)
+    output = Path(config.output) if config.output else place / "report.html"
+    if output.is_dir():
+        raise ValueError(f"output={output}: is a folder; give a file")
+    if output.exists() and not is_ours(output):
+        raise ValueError(f"output={output}: was not written by diffuse report; choose another file")
+    html = page([read_record(folder, name) for folder, name in zip(folders, _names(folders), strict=True)])
+    with whole_file(output) as temporary:
+        temporary.write_text(html, encoding="utf-8", errors="replace")  # a folder's name may be no Unicode
+    print(f"Report: {output}")
+
+
+def _names(folders: list[Path]) -> list[str]:
+    """What to call runs: by their folders, in full where two are called the same."""
+    names = [folder.resolve().name for folder in folders]
+    return names if len(set(names)) == len(names) else [str(folder) for folder in folders]

@@ -1,0 +1,213 @@
+"""What a run's folder holds, read for the page about it."""
+
+import base64
+import csv
+import json
+import math
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+from diffusion_cli.checkpoint import LAST, read
+from diffusion_cli.config import flatten
+from diffusion_cli.metrics import Report, Result, read_history
+from diffusion_cli.report.charts import Points
+
+MOST_PREVIEWS = 50  # in one page, which holds them all
+
+Content = TypeVar("Content")
+
+
+class Samples(NamedTuple):
+    """A grid of samples, and how they were made."""
+
+    name: str
+    picture: str
+    settings: dict[str, Any]
+
+
+class Comparison(NamedTuple):
+    """A table, its head first, and a plot of what was compared; either may be missing."""
+
+    name: str
+    table: list[list[str]]
+    plot: str | None
+
+
+@dataclass(frozen=True)
+class Record:
+    """What is known of a run; pictures are data URIs, nested settings flat with dotted keys."""
+
+    name: str
+    facts: dict[str, str]
+    config: dict[str, Any]
+    environment: dict[str, str]
+    curves: dict[str, Points]
+    """By column of metrics.csv."""
+    previews: dict[int, str]
+    """By step."""
+    samples: Samples | None
+    """The newest."""
+    reports: list[Report]
+    """Of metrics.json, oldest first."""
+    comparisons: list[Comparison]
+    remarks: list[str]
+    """What is left out, a sentence each."""
+
+
+def read_record(folder: Path, name: str) -> Record:
+    """Read the folder of a run; other files than the checkpoint and metrics.json are left out where damaged.
+
+    Raises ValueError if one of these two is damaged.
+    """
+    checkpoint = read(folder / LAST)
+    reports = _reports(folder / "metrics.json")
+    reading = _Reading(folder)
+    return Record(
+        name,
+        _facts(folder, checkpoint),
+        flatten(checkpoint["diffuse"]["config"]),
+        _environment(checkpoint, reports),
+        reading.tried(_curves, folder / "metrics.csv") or {},
+        _previews(reading),
+        _samples(reading),
+        reports,
+        list(_comparisons(reading)),
+        reading.remarks,
+    )
+
+
+@dataclass
+class _Reading:
+    """A folder whose damaged files are passed over with a remark."""
+
+    folder: Path
+    remarks: list[str] = field(default_factory=list)
+
+    def tried(self, content: Callable[[Path], Content], path: Path) -> Content | None:
+        """What a file holds; None if there is no such file or it is damaged."""
+        if not path.is_file():
+            return None
+        try:
+            return content(path)
+        except (OSError, ValueError, LookupError, TypeError, AttributeError, csv.Error) as error:
+            what = str(error).splitlines()[0] if str(error) else type(error).__name__
+            self.remarks.append(
+                f"{path.relative_to(self.folder)} could not be read ({what}), and is left out."
+            )
+            return None
+
+
+def measured(result: Result) -> Mapping[str, Any]:
+    """What the protocol of a result says of the model and of how it was sampled."""
+    about = result.protocol.get("sampling") or result.protocol.get("model")
+    return about if isinstance(about, Mapping) else {}
+
+
+def _facts(folder: Path, checkpoint: Mapping[str, Any]) -> dict[str, str]:
+    about = checkpoint["diffuse"]
+    config, classes = about["config"], about["class_names"]
+    budget = f" of {config['max_steps']:,}" if config["max_steps"] else ""
+    # With the few numbers that a network keeps without training them.
+    weights = sum(tensor.numel() for tensor in checkpoint["callbacks"]["EMA"]["network"].values())
+    dataset = config["dataset"]["_target_"].rpartition(".")[2]
+    facts = {
+        "step": f"{checkpoint['global_step']:,}{budget}",
+        "task": about["task"],
+        "shape": " × ".join(str(size) for size in about["shape"]),
+        "parameters": f"{weights / 1e6:.2f}M",
+        "trained on": f"{about['num_images']:,} images of {dataset}",
+    }
+    return facts | ({"classes": ", ".join(classes)} if classes else {}) | {"folder": str(folder)}
+
+
+def _environment(checkpoint: Mapping[str, Any], reports: list[Report]) -> dict[str, str]:
+    """The versions and devices on record, the newest first."""
+    evaluated = []
+    for result in (result for report in reversed(reports) for result in report.results):
+        versions = measured(result).get("versions")
+        named = versions.items() if isinstance(versions, Mapping) else ()
+        words = [*(f"{name} {version}" for name, version in named), measured(result).get("device")]
+        evaluated.append(", ".join(str(word) for word in words if word))
+    return {
+        "trained with": f"lightning {checkpoint['pytorch-lightning_version']}",
+        "evaluated with": "; ".join(dict.fromkeys(filter(None, evaluated))) or "nothing on record",
+    }
+
+
+def _curves(path: Path) -> dict[str, Points]:
+    """The finite numbers of each column."""
+    curves: dict[str, Points] = {}
+    with path.open(newline="", encoding="utf-8") as file:
+        for row in csv.DictReader(file, restkey="", restval=""):
+            step = int(row.pop("step"))
+            for column, text in row.items():
+                value = float(text) if isinstance(text, str) and text else math.nan
+                if math.isfinite(value):
+                    curves.setdefault(column, []).append((step, value))
+    return curves
+
+
+def _previews(reading: _Reading) -> dict[int, str]:
+    """The sample grids of training by step: all, or as many as a page should hold, from the first to the last."""
+    found = {
+        int(match[1]): path
+        for path in reading.folder.glob("previews/*.png")
+        if (match := re.fullmatch(r"step_(\d+)", path.stem))
+    }
+    steps = sorted(found)
+    if len(steps) > MOST_PREVIEWS:
+        reading.remarks.append(f"{MOST_PREVIEWS} of the {len(steps)} pictures in previews are shown.")
+        steps = [steps[place * (len(steps) - 1) // (MOST_PREVIEWS - 1)] for place in range(MOST_PREVIEWS)]
+    return {step: _data_uri(found[step]) for step in steps}
+
+
+def _samples(reading: _Reading) -> Samples | None:
+    grids = sorted(reading.folder.glob("samples/*/grid.png"), key=lambda path: path.stat().st_mtime)
+    if not grids:
+        return None
+    settings = reading.tried(_settings, grids[-1].with_name("manifest.json"))
+    return Samples(grids[-1].parent.name, _data_uri(grids[-1]), settings or {})
+
+
+def _settings(path: Path) -> dict[str, Any]:
+    """What a manifest says of how images were made, the model's training apart."""
+    manifest = json.loads(path.read_text(encoding="utf-8"))
+    images = {"images": len(manifest["seeds"])} if "seeds" in manifest else {}
+    return (
+        images
+        | {"step": manifest["step"]}
+        | flatten(manifest["settings"] | {"versions": manifest["versions"]})
+    )
+
+
+def _reports(path: Path) -> list[Report]:
+    try:
+        reports = [Report.from_dict(entry) for entry in read_history(path)]
+        for result in (result for report in reports for result in report.results):
+            if not isinstance(result.details, dict) or not isinstance(result.protocol, dict):
+                raise TypeError(f"of {result.name}: details and protocol should be objects")
+    except (LookupError, TypeError) as error:
+        raise ValueError(
+            f"{path}: holds an entry that is no result ({error}); move it away or mend it"
+        ) from error
+    return reports
+
+
+def _comparisons(reading: _Reading) -> Iterator[Comparison]:
+    for folder in sorted(reading.folder.glob("comparisons/*/")):
+        table = reading.tried(_table, folder / "table.csv")
+        plot = reading.tried(_data_uri, folder / "plot.png")
+        if table or plot:
+            yield Comparison(folder.name, table or [], plot)
+
+
+def _table(path: Path) -> list[list[str]]:
+    with path.open(newline="", encoding="utf-8") as file:
+        return [row for row in csv.reader(file) if row]
+
+
+def _data_uri(path: Path) -> str:
+    return f"data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()}"

@@ -1,0 +1,453 @@
+"""The page about runs: all of it in one file, nothing of it markup that a user wrote, and it works in a browser."""
+
+import base64
+import html
+import json
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from diffusion_cli import config
+from diffusion_cli.checkpoint import FORMAT, LAST
+from diffusion_cli.cli import run as diffuse
+from diffusion_cli.metrics import Report, Result
+from diffusion_cli.report.charts import BINS, Axis, Chart, Curve, charts, thinned, tick_label
+from diffusion_cli.report.page import comparable, side_by_side
+from diffusion_cli.report.record import MOST_PREVIEWS, read_record
+
+HOSTILE = """a "b" 'c' & <img src=x onerror=hacked=1><script>hacked=1"""
+
+
+def picture(path: Path, shade: int) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("L", (8, 8), shade).save(path)
+
+
+def result(name: str = "fid", value: float = 1.5, steps: int = 50, **protocol) -> dict:
+    sampling = {
+        "step": 1200,
+        "weights": "ema",
+        "sampler": {"_target_": "diffusion_cli.samplers.DDIM"},
+        "steps": steps,
+        "guidance": {"_target_": "diffusion_cli.guidance.ClassifierFree", "scale": 1.5},
+        "device": "cpu",
+        "versions": {"diffuse": "0.0.7", "torch": "2.99"},
+    }
+    about = {"samples": 100, "features": {"name": "inception"}, "sampling": sampling, **protocol}
+    return {"name": name, "value": value, "details": {"floor": 0.25}, "protocol": about}
+
+
+def make(
+    folder: Path, *words: str, classes: tuple[str, ...] = ("cat", "dog"), steps: tuple[int, ...] = (500, 1000)
+):
+    """A run's folder, with a checkpoint that holds no more than the page reads."""
+    trained = config.load("train", ["name=x", *words]).model_dump()
+    about = {
+        "format": FORMAT, "task": "diffusion", "config": trained, "shape": [1, 8, 8], "num_images": 1438,
+        "num_classes": len(classes), "class_names": list(classes),
+    }  # fmt: skip
+    checkpoint = {
+        "diffuse": about,
+        "global_step": 1200,
+        "pytorch-lightning_version": "2.88",
+        "callbacks": {"EMA": {"network": {"weight": torch.zeros(300, 500)}}},
+    }
+    (folder / LAST).parent.mkdir(parents=True)
+    torch.save(checkpoint, folder / LAST)
+    for shade, step in enumerate(steps):
+        picture(folder / "previews" / f"step_{step:08d}.png", shade)
+    rows = [f"{step},{1 / step},{0.001 * step}" for step in range(50, 1250, 50)]
+    (folder / "metrics.csv").write_text("\n".join(["step,loss,lr", *rows]) + "\n")
+    return folder
+
+
+def written(root: Path, *words: str) -> str:
+    """The page of `diffuse report`, which is to be in `page.html`."""
+    output = root / "page.html"
+    assert diffuse(["report", f"output_dir={root}", f"output={output}", *words]) == 0
+    return output.read_text()
+
+
+def text_of(page: str) -> str:
+    """What a reader sees, markup and style taken away."""
+    body = re.sub(r"<(style|script)>.*?</\1>", "", page, flags=re.DOTALL)
+    return re.sub(r"\s+", " ", html.unescape(re.sub(r"<[^>]*>", " ", body)))
+
+
+# --- Curves --------------------
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "ticks"),
+    [
+        (0, 1200, [0, 500, 1000]),
+        (0, 1, [0, 0.2, 0.4, 0.6, 0.8, 1]),
+        (0.1, 0.3, [0.1, 0.15, 0.2, 0.25, 0.3]),
+        (-3, 4, [-2, 0, 2, 4]),
+        (0, 0.003, [0, 0.001, 0.002, 0.003]),
+        (997.2, 1003.9, [998, 1000, 1002]),
+    ],
+)
+def test_ticks_are_round_numbers(low, high, ticks):
+    assert Axis(low, high).ticks() == ticks
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "ticks"),
+    [
+        (0.008, 20, [0.01, 0.1, 1, 10]),
+        (0.02, 0.9, [0.03, 0.1, 0.3]),
+        (0.15, 0.6, [0.2, 0.3, 0.4, 0.5, 0.6]),
+        (1e-12, 1e12, [1e-12, 1e-8, 1e-4, 1, 1e4, 1e8, 1e12]),
+    ],
+)
+def test_ticks_of_a_logarithmic_axis(low, high, ticks):
+    assert Axis(low, high, log=True).ticks() == ticks
+
+
+def test_an_axis_places_values_by_their_difference_or_by_their_ratio():
+    assert Axis(10, 30).place(15) == 0.25
+    assert Axis(0.01, 100, log=True).place(0.1) == pytest.approx(0.25)
+    assert Axis.around([2.0, 2.0]) == Axis(1, 3)
+    assert Axis.around([0.0]) == Axis(-1, 1)
+
+
+def test_labels_of_ticks_are_short():
+    assert [tick_label(v) for v in (0, 0.05, 2500, 20000, 1500000, -30000, 1e-6)] == [
+        "0", "0.05", "2500", "20k", "1.5M", "-30k", "1e-06",
+    ]  # fmt: skip
+
+
+def test_a_long_curve_keeps_its_extremes():
+    points = [(step, float(step % 7)) for step in range(20000)]
+    points[12345] = (12345, 99.0)
+    few = thinned(points)
+    assert len(few) <= 2 * BINS
+    assert (12345, 99.0) in few
+    assert few == sorted(few)
+    assert set(few) <= set(points)
+
+
+def test_a_curve_is_drawn_where_its_axes_say():
+    chart = Chart(
+        "accuracy", [Curve("accuracy", 0, 0, [(0, 0.0), (100, 0.5), (200, 1.0)])], last=200, log=False
+    )
+    points = [tuple(map(float, pair.split(","))) for pair in chart.polyline(chart.curves[0]).split()]
+    (x0, y0), (x1, y1), (x2, y2) = points
+    assert (x1, y1) == ((x0 + x2) / 2, (y0 + y2) / 2)
+    assert dict(map(reversed, chart.x_ticks()))["100"] == x1  # type: ignore[call-overload]
+    assert dict(map(reversed, chart.y_ticks()))["1"] == y2  # type: ignore[call-overload]
+    assert y2 < y0, "larger values are higher"
+    single = Chart("fid", [Curve("fid", 0, 0, [(500, 3.0)])], last=900, log=False)
+    assert len(set(single.polyline(single.curves[0]).split())) == 1
+
+
+def test_columns_that_belong_together_share_a_chart_whatever_they_are_called():
+    points = [(50, 0.5), (100, 0.25)]
+    columns = ["loss", "loss_q1", "loss_q2", "loss_q3", "lr", "held_out_loss", "fid_ema"]
+    (one, levels, lr, fid) = charts({"a": dict.fromkeys(columns, points)})
+    assert [curve.name for curve in one.curves] == ["loss", "held_out_loss"]
+    assert [curve.name for curve in levels.curves] == ["loss_q1", "loss_q2", "loss_q3"]
+    assert [chart.log for chart in (one, levels, lr, fid)] == [True, True, False, False]
+    assert [curve.colour for curve in levels.curves] == [0, 1, 2]
+    assert [chart.last for chart in charts({"a": {"loss": points, "fid": [(50, 3.0)]}})] == [100, 100]
+    assert [chart.title for chart in charts({"a": {"held_out_accuracy": points}})] == ["held_out_accuracy"]
+    assert not charts({"a": {"loss": [(0, 1.0), (1, -1.0)]}})[0].log, "a bound may be negative"
+
+
+def test_a_run_has_one_colour_in_every_chart():
+    points = [(50, 0.5), (100, 0.25)]
+    a = dict.fromkeys(["loss", "held_out_loss", "loss_q1", "loss_q2", "loss_q3"], points)
+    found = charts({"a": a, "b": {"loss": points, "loss_q3": points}})
+    assert [chart.title for chart in found] == ["loss", "loss_q1", "loss_q2", "loss_q3"]
+    assert [(c.name, c.colour, c.dash) for c in found[0].curves] == [
+        ("a: loss", 0, 0), ("a: held_out_loss", 0, 1), ("b: loss", 1, 0),
+    ]  # fmt: skip
+    assert [(c.name, c.colour) for c in found[3].curves] == [("a", 0), ("b", 1)]
+
+
+# --- What is said of runs --------------------
+
+
+def test_keys_that_differ_come_first_and_an_absent_one_differs_from_null():
+    rows = side_by_side([{"same": 1, "lr": 0.1, "path": None}, {"same": 1, "lr": 0.2}])
+    assert [tuple(row) for row in rows] == [
+        ("lr", ["0.1", "0.2"], True),
+        ("path", ["null", "–"], True),
+        ("same", ["1", "1"], False),
+    ]
+    assert [tuple(row) for row in side_by_side([None, {"a": 1}])] == [("a", ["–", "1"], False)]
+
+
+def report(*results: dict) -> Report:
+    return Report([Result(**one) for one in results], [])
+
+
+def test_the_newest_result_of_a_name_stands_for_it():
+    histories = [[report(result("fid", 9.0), result("is", 4.0)), report(result("fid", 3.0))]]
+    assert [(row.name, row.results[0].value) for row in comparable(histories) if row.results[0]] == [
+        ("fid", 3.0),
+        ("is", 4.0),
+    ]
+
+
+def test_results_of_unlike_protocols_are_not_to_be_compared():
+    first, steps = [report(result(steps=50))], [report(result(steps=10))]
+    fewer = [report(result(samples=70))]
+    assert comparable([first, steps])[0].unlike == [], "how samples are made is what is compared"
+    assert comparable([first, [], fewer])[0].unlike == ["samples"]
+    of_model = [[report(result("bits_per_dim", sampling={}, model={"step": step}))] for step in (1, 2)]
+    assert comparable(of_model)[0].unlike == []
+
+
+def test_a_page_says_what_the_folder_holds(tmp_path):
+    folder = make(tmp_path / "demo", "max_steps=2400")
+    picture(folder / "samples" / "ddim-50-abc" / "grid.png", 99)
+    manifest = {
+        "settings": {"steps": 50, "sampler": {"eta": 0.5}},
+        "step": 1200,
+        "seeds": [0, 1, 2],
+        "versions": {},
+    }
+    (folder / "samples" / "ddim-50-abc" / "manifest.json").write_text(json.dumps(manifest))
+    picture(folder / "comparisons" / "samplers" / "plot.png", 98)
+    (folder / "comparisons" / "samplers" / "table.csv").write_text('sampler,calls\n"ddim, eta 0",50\n')
+    history = [
+        {"results": [result("fid", 9.125), result("is", 4.5)], "notes": ["an old note"]},
+        {"results": [result("fid", 3.0625)], "notes": ["a new note"]},
+    ]
+    (folder / "metrics.json").write_text(json.dumps(history))
+    page = written(tmp_path)
+    seen = text_of(page)
+    for words in (
+        "1,200 of 2,400", "1 × 8 × 8", "0.15M", "1,438 images of Digits", "cat, dog", "sampler.eta 0.5", "images 3",
+        "lightning 2.88", "diffuse 0.0.7, torch 2.99, cpu", f"torch {torch.__version__} and Python",
+        "fid 3.0625 step 1200, DDIM, 50 steps, ClassifierFree of scale 1.5, 100 samples floor 0.25",
+        "features.name inception", "a new note",
+        "sampler calls ddim, eta 0 50", "model.channels", "step 1000",
+    ):  # fmt: skip
+        assert words in seen, words
+    values = re.findall(
+        r'<td class="numeric">(\d+)</td><td>(\w+)</td><td class="numeric">([\d.]+)</td>', page
+    )
+    assert values == [("2", "fid", "3.0625"), ("1", "fid", "9.125"), ("1", "is", "4.5")], (
+        "history, newest first"
+    )
+    for file in [*folder.rglob("*.png")]:
+        assert base64.b64encode(file.read_bytes()).decode() in page
+
+
+def test_everything_is_in_one_file(tmp_path):
+    make(tmp_path / "demo")
+    page = written(tmp_path)
+    asked = re.findall(r"""(?:src|href|srcset|action|data)\s*=\s*["']?([^"'\s>]*)""", page)
+    assert asked
+    assert all(value.startswith("data:") for value in asked)
+    assert not re.search(r"url\(|@import|https?://", page)
+    assert "default-src 'none'" in page, "and a browser would refuse it"
+
+
+def test_what_a_user_wrote_is_text(tmp_path):
+    folder = make(tmp_path / HOSTILE, "data_dir='<b>bold</b>'", classes=("<script>cat", "dog"))
+    (folder / "metrics.csv").write_text('step,loss,"<i>x</i>"\n1,2,3\n2,3,4\n')
+    hostile = {"results": [result("<u>fid</u>", label="<s>x</s>")], "notes": ["<em>note</em>"]}
+    (folder / "metrics.json").write_text(json.dumps([hostile]))
+    (folder / "comparisons" / "<tt>").mkdir(parents=True)
+    (folder / "comparisons" / "<tt>" / "table.csv").write_text("<q>,1\n<q>,2\n")
+    page = written(tmp_path)
+    for words in (
+        HOSTILE, "<b>bold</b>", "<script>cat", "<i>x</i>", "<u>fid</u>", "<s>x</s>", "<em>note</em>", "<tt>", "<q>"
+    ):  # fmt: skip
+        assert html.escape(words).replace("&#x27;", "&#39;").replace("&quot;", "&#34;") in page
+        assert words not in page
+    assert page.count("<script") == 1
+    assert "|safe" not in (config.HERE / "report" / "template.html").read_text().replace(" ", "")
+
+
+def test_runs_side_by_side_mark_the_keys_that_differ(tmp_path):
+    make(tmp_path / "one", "optimizer.lr=0.125")
+    make(tmp_path / "two", "optimizer.lr=0.25", steps=(250, 1000))
+    assert diffuse(["report", "run=[one,two]", f"output_dir={tmp_path}"]) == 0
+    page = (tmp_path / "report.html").read_text()
+    configuration = page[page.index('id="configuration"') : page.index('id="environment"')]
+    rows = re.findall(r"<tr( class=\"differs\")?>\s*<th>([^<]*)</th>((?:<td>[^<]*</td>)*)", configuration)
+    marked = [(key, re.findall(r"<td>([^<]*)</td>", cells)) for differs, key, cells in rows if differs]
+    assert marked == [("optimizer.lr", ["0.125", "0.25"])]
+    assert next(key for _, key, cells in rows if cells) == "optimizer.lr"
+    assert 'data-steps="250 500 1000"' in page
+    assert len(re.findall("<polyline", page)) == 4, "a loss and a learning rate each"
+
+
+def test_runs_of_one_name_are_told_apart_by_their_folders(tmp_path):
+    folders = [make(tmp_path / place / "demo") for place in ("a", "b")]
+    page = text_of(written(tmp_path, f"run=[{folders[0]},{folders[1]},{folders[0]}]"))
+    assert "2 runs side by side" in page, "the same folder twice is one run"
+    assert f"{folders[0]} · {folders[1]}" in page
+
+
+# --- What is missing, damaged or in the way --------------------
+
+
+def test_a_bare_run_has_a_page(tmp_path):
+    folder = make(tmp_path / "demo", steps=())
+    (folder / "metrics.csv").unlink()
+    page = written(tmp_path)
+    assert re.findall(r'<section id="(\w+)"', page) == ["configuration", "environment"]
+    assert "<script" not in page
+    assert "evaluated with nothing on record" in text_of(page)
+
+
+def test_damaged_files_are_left_out_in_a_line(tmp_path):
+    folder = make(tmp_path / "demo")
+    picture(folder / "samples" / "x" / "grid.png", 99)
+    (folder / "samples" / "x" / "manifest.json").write_text("{")
+    (folder / "metrics.csv").write_text("time,loss\n1,2\n")
+    (folder / "comparisons" / "x").mkdir(parents=True)
+    (folder / "comparisons" / "x" / "table.csv").write_bytes(b"\xff\xfe\x00")
+    record = read_record(folder, "demo")
+    assert [remark.partition(" ")[0] for remark in record.remarks] == [
+        "metrics.csv", "samples/x/manifest.json", "comparisons/x/table.csv",
+    ]  # fmt: skip
+    assert record.samples is not None
+    assert record.samples.settings == {}
+    assert all(
+        html.escape(remark).replace("&#x27;", "&#39;") in written(tmp_path) for remark in record.remarks
+    )
+
+
+def test_rows_cut_off_and_numbers_that_are_none_are_passed_over(tmp_path):
+    folder = make(tmp_path / "demo")
+    (folder / "metrics.csv").write_text("step,loss,held_out_loss\n1,nan,0.5\n2,inf,\n3,0.25,0.125\n4,0.2")
+    assert read_record(folder, "demo").curves == {
+        "loss": [(3, 0.25), (4, 0.2)],
+        "held_out_loss": [(1, 0.5), (3, 0.125)],
+    }
+
+
+def test_of_very_many_previews_some_are_shown_and_that_is_said(tmp_path):
+    folder = make(tmp_path / "demo", steps=tuple(range(10, 10 * MOST_PREVIEWS + 300, 10)))
+    record = read_record(folder, "demo")
+    steps = list(record.previews)
+    assert (len(steps), steps[0], steps[-1]) == (MOST_PREVIEWS, 10, 10 * MOST_PREVIEWS + 290)
+    assert record.remarks == [f"{MOST_PREVIEWS} of the {MOST_PREVIEWS + 29} pictures in previews are shown."]
+
+
+@pytest.mark.parametrize(
+    "content", ["{", '{"fid": 3}', '[{"results": [{"name": "fid"}]}]', '[{"results": 3, "notes": []}]']
+)
+def test_a_damaged_metrics_json_is_one_line(tmp_path, capsys, content):
+    folder = make(tmp_path / "demo")
+    (folder / "metrics.json").write_text(content)
+    assert diffuse(["report", f"output_dir={tmp_path}"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"diffuse: {folder / 'metrics.json'}: ")
+    assert line.endswith("; move it away or mend it")
+    assert not (folder / "report.html").exists()
+
+
+def test_only_a_page_of_ours_is_replaced(tmp_path, capsys):
+    folder = make(tmp_path / "demo")
+    page = folder / "report.html"
+    words = ["report", f"output_dir={tmp_path}"]
+    assert diffuse(words) == 0
+    first = page.read_text()
+    page.write_text(first.replace("diffuse 0", "diffuse 99.0", 1) + "<!-- older -->")
+    assert diffuse(words) == 0
+    assert page.read_text() == first, "and the same run has the same page"
+    capsys.readouterr()
+    for mine in ("", "<html>my notes on diffuse</html>"):
+        page.write_text(mine)
+        assert diffuse(words) == 2
+        assert page.read_text() == mine
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line == f"diffuse: output={page}: was not written by diffuse report; choose another file"
+    assert diffuse([*words, f"output={tmp_path}"]) == 2
+    assert capsys.readouterr().err == f"diffuse: output={tmp_path}: is a folder; give a file\n"
+
+
+def test_a_run_that_is_not_there_is_one_line(tmp_path, capsys):
+    make(tmp_path / "demo")
+    assert diffuse(["report", "run=[demo,damo]", f"output_dir={tmp_path}"]) == 2
+    assert capsys.readouterr().err.startswith("diffuse: run=damo: holds no ")
+    assert diffuse(["report", "run=[]", f"output_dir={tmp_path}"]) == 2
+    assert "run=[]: " in capsys.readouterr().err
+
+
+# --- In a browser --------------------
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+
+WATCH = """<script>
+  const wrong = [];
+  addEventListener("error", (event) => wrong.push(event.message || "resource"), true);
+  addEventListener("securitypolicyviolation", (event) => wrong.push(event.blockedURI));
+</script>"""
+
+DRIVE = """<script>
+  const range = document.querySelector("input[type=range]"), seen = [];
+  for (let at = Number(range.max); at >= 0; at--) {
+    range.value = at;
+    range.dispatchEvent(new Event("input"));
+    seen.push({
+      text: document.querySelector("output").textContent,
+      aria: range.getAttribute("aria-valuetext"),
+      steps: [...document.querySelectorAll(".previews")].map((run) =>
+        [...run.querySelectorAll("img")].filter((img) => img.offsetWidth > 0).map((img) => img.dataset.step)),
+    });
+  }
+  addEventListener("load", () => {
+    document.body.dataset.found = JSON.stringify({
+      seen, wrong, hacked: typeof hacked,
+      heading: document.querySelector("h1").textContent,
+      injected: document.querySelectorAll("img[onerror], img[src=x]").length,
+      scripts: document.scripts.length,
+      broken: [...document.images].filter((img) => !img.naturalWidth).length,
+      requests: performance.getEntriesByType("resource").filter((e) => !e.name.startsWith("data:")).length,
+      wider: document.documentElement.scrollWidth - innerWidth,
+      drawn: [...document.querySelectorAll("svg.chart")].map((svg) => svg.getBBox().width > 300),
+    });
+  });
+</script>"""
+
+
+def browse(page: Path, *flags: str) -> tuple[str, str]:
+    """The DOM that a browser makes of a page, and what it logs about it."""
+    command = [
+        str(CHROMIUM), "--headless=new", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr", "--v=0",
+        f"--user-data-dir={page.parent / 'profile'}", *flags, "--dump-dom", page.as_uri(),
+    ]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    return done.stdout, done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(CHROMIUM is None, reason="no chromium")
+@pytest.mark.parametrize("size", ["1280,900", "500,900"])
+def test_the_page_works_in_a_browser(tmp_path, size):
+    make(tmp_path / HOSTILE, classes=(HOSTILE, "dog"))
+    make(tmp_path / "other", steps=(500, 750))
+    page = written(tmp_path, f"run=[{json.dumps(str(tmp_path / HOSTILE))},other]")
+    driven = tmp_path / "driven.html"
+    driven.write_text(page.replace("<head>", f"<head>{WATCH}", 1).replace("</body>", f"{DRIVE}</body>", 1))
+    dom, log = browse(driven, f"--window-size={size}")
+    assert "CONSOLE" not in log, log
+    match = re.search(r'data-found="([^"]*)"', dom)
+    assert match, dom[-2000:]
+    found = json.loads(html.unescape(match[1]))
+    assert [(at["text"], at["aria"], at["steps"]) for at in found["seen"]] == [
+        ("step 1000", "step 1000", [["1000"], ["750"]]),
+        ("step 750", "step 750", [["500"], ["750"]]),
+        ("step 500", "step 500", [["500"], ["500"]]),
+    ]
+    assert found["heading"] == f"{HOSTILE} · other"
+    assert found["wrong"] == []
+    assert found["hacked"] == "undefined"
+    assert (found["injected"], found["broken"], found["requests"]) == (0, 0, 0)
+    assert found["scripts"] == 3, "the page's, and the two of this test"
+    assert found["wider"] <= 0, "nothing to scroll sideways"
+    assert found["drawn"] == [True, True]

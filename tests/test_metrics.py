@@ -680,9 +680,9 @@ def test_a_planted_training_image_is_found_among_a_thousand(digits, trained, tmp
     assert result.details["copies"] == 1
     assert result.value >= 0.001
     picture = evaluation.pictures["memorization"]
-    size = 8 * 4 + 2  # enlarged four times, and framed
-    assert torch.equal(picture[:, :size, :size], picture[:, size : 2 * size, :size])  # the pair comes first
-    assert not torch.equal(picture[:, :size, size : 2 * size], picture[:, size : 2 * size, size : 2 * size])
+    made, training = picture  # a row of samples above a row of training images, the nearest pair first
+    assert torch.equal(made[0], samples[617])
+    assert [torch.equal(*pair) for pair in zip(made, training, strict=True)] == [True, False, False]
 
 
 def test_real_held_out_images_are_not_memorized(digits, trained, tmp_path) -> None:

@@ -35,10 +35,15 @@ def result(name: str = "fid", value: float = 1.5, steps: int = 50, **protocol) -
         "sampler": {"_target_": "diffusion_cli.samplers.DDIM"},
         "steps": steps,
         "guidance": {"_target_": "diffusion_cli.guidance.ClassifierFree", "scale": 1.5},
-        "device": "cpu",
-        "versions": {"diffuse": "0.0.7", "torch": "2.99"},
     }
-    about = {"samples": 100, "features": {"name": "inception"}, "sampling": sampling, **protocol}
+    environment = {"device": "cpu", "versions": {"diffuse": "0.0.7", "torch": "2.99"}}
+    about = {
+        "samples": 100,
+        "features": {"name": "inception"},
+        "sampling": sampling,
+        "environment": environment,
+    }
+    about |= protocol
     return {"name": name, "value": value, "details": {"floor": 0.25}, "protocol": about}
 
 

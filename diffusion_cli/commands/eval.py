@@ -30,7 +30,7 @@ from diffusion_cli.metrics import (
 )
 from diffusion_cli.precision import device_of
 from diffusion_cli.ranks import Ranks, run_in_processes
-from diffusion_cli.report import save_png
+from diffusion_cli.report import save_rows
 
 SAMPLES = 2000  # made where num_samples does not say
 
@@ -81,7 +81,7 @@ def measure(config: EvalConfig) -> list[Report]:
         )  # fmt: skip
         keys = ("run", "step", "ema", "weights", "weights_sha256", "precision")
         known = {key: about(scene.trained)[key] for key in keys}
-        reports.append(examine(of_model.values(), subject, known | environment))
+        reports.append(examine(of_model.values(), subject, known, environment))
     if scene.samples is not None:
         reports.append(_of_samples(config, scene, scene.samples, of_samples, environment))
     if not first:
@@ -176,7 +176,7 @@ def _of_samples(
     for name, picture in pictures.items():
         digest = report.results[0].protocol["sampling"]["pixels_sha256"]
         path = scene.folder / "pictures" / f"{name}-{digest[:8]}.png"
-        save_png(picture, path)
+        save_rows(picture, path)
         report.notes.append(f"{name}: its picture is {path}")
     return report
 

@@ -31,8 +31,8 @@ class Finding:
     protocol: Mapping[str, Any] = field(default_factory=dict)
     """The settings of the metric that the value depends on, as plain data."""
     notes: tuple[str, ...] = ()
-    pictures: Mapping[str, Tensor] = field(default_factory=dict)
-    """Pictures that belong to it by name, uint8 [C, H, W]."""
+    pictures: Mapping[str, list[Tensor]] = field(default_factory=dict)
+    """Pictures that belong to it by name: their rows of images, uint8 [n, C, H, W]."""
 
 
 class Shown(NamedTuple):

@@ -25,8 +25,8 @@ class Evaluation(NamedTuple):
     """What came out of a pass."""
 
     report: Report
-    pictures: dict[str, Tensor]
-    """By name, uint8 [C, H, W]."""
+    pictures: dict[str, list[Tensor]]
+    """By name, their rows of images, uint8 [n, C, H, W]."""
 
 
 def evaluate(
@@ -87,15 +87,17 @@ def evaluate(
     return Evaluation(Report(results, list(dict.fromkeys(notes))), pictures)
 
 
-def examine(metrics: Iterable[ModelMetric], subject: Subject, about: Mapping[str, Any]) -> Report:
-    """Measure a model itself; `about` is plain data on it, for the protocol."""
+def examine(
+    metrics: Iterable[ModelMetric], subject: Subject, about: Mapping[str, Any], environment: Mapping[str, Any]
+) -> Report:
+    """Measure a model itself; `about` is plain data on it, for the protocol, and `environment` as for `evaluate`."""
     results, notes = [], []
     for metric in metrics:
         finding = metric.measure(subject)
         if finding is not None:
             notes += finding.notes
-            protocol = {**finding.protocol, "dataset": subject.dataset.name, "model": dict(about)}
-            results += _result(finding, protocol)
+            model = {"dataset": subject.dataset.name, "model": dict(about), "environment": dict(environment)}
+            results += _result(finding, {**finding.protocol, **model})
     return Report(results, notes)
 
 

@@ -6,7 +6,6 @@ from torch import Tensor
 
 from diffusion_cli.metrics.base import Finding, Measurement, Metric, Seen
 from diffusion_cli.metrics.neighbours import nearest
-from diffusion_cli.report import rows as picture_of_rows
 
 SAME = 1e-6  # of the mean squared length of features: what is nearer shows the same image, but for rounding
 
@@ -85,9 +84,9 @@ class MemorizationMeasurement(Measurement):
             return nearest(self.other, self.train, 1, device, "nearest of held-out images")[0][:, 0]
         return nearest(self.train, self.train, 2, device, "nearest among training images")[0][:, 1]
 
-    def _picture(self, samples: list[int], training: Tensor) -> Tensor:
+    def _picture(self, samples: list[int], training: Tensor) -> list[Tensor]:
         """Samples above their training images, in lines of 16, nearest first."""
         images = self.seen.samples.batch(samples)[0].cpu()
         beneath = self.seen.real.images().gather(training).cpu()
         lines = zip(images.split(16), beneath.split(16), strict=True)
-        return picture_of_rows([row for pair in lines for row in pair])
+        return [row for pair in lines for row in pair]

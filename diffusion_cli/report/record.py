@@ -127,9 +127,11 @@ def _environment(checkpoint: Mapping[str, Any], reports: list[Report]) -> dict[s
     """The versions and devices on record, the newest first."""
     evaluated = []
     for result in (result for report in reversed(reports) for result in report.results):
-        versions = measured(result).get("versions")
+        about = result.protocol.get("environment")
+        about = about if isinstance(about, Mapping) else {}
+        versions = about.get("versions")
         named = versions.items() if isinstance(versions, Mapping) else ()
-        words = [*(f"{name} {version}" for name, version in named), measured(result).get("device")]
+        words = [*(f"{name} {version}" for name, version in named), about.get("device")]
         evaluated.append(", ".join(str(word) for word in words if word))
     return {
         "trained with": f"lightning {checkpoint['pytorch-lightning_version']}",

@@ -27,11 +27,12 @@ from diffusion_cli.checkpoint import Model
 from diffusion_cli.commands import sample as sample_command
 from diffusion_cli.commands import train as train_command
 from diffusion_cli.config import build
-from diffusion_cli.data import Batches
+from diffusion_cli.data import Batches, Digits
 from diffusion_cli.data.memory import MemoryImages
 from diffusion_cli.denoiser import Denoiser
 from diffusion_cli.generate import generate
 from diffusion_cli.guidance import Unguided
+from diffusion_cli.metrics import InceptionFeatures
 from diffusion_cli.objective import Simple
 from diffusion_cli.parameterizations import Eps
 from diffusion_cli.precision import autocast, device_of, resolve
@@ -311,13 +312,48 @@ def step(rounds: int, device: torch.device) -> Iterator[Row]:
         )
 
 
+def inception(rounds: int, device: torch.device) -> Iterator[Row]:
+    """Images per second of 64 images of 32x32 through our Inception, and through torch-fidelity's as it is."""
+    from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+
+    class Untrained(FeatureExtractorInceptionV3):
+        """The network as it is initialised, for the published weights may not be at hand."""
+
+        def load_state_dict(self, *args: object, **kwargs: object) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
+            pass
+
+    images = torch.randint(256, (64, 3, 32, 32), dtype=torch.uint8)
+    digits = Digits("", held_out=0.2, flip=False)
+    with tempfile.TemporaryDirectory() as folder:
+        weights = Path(folder) / "weights.pth"
+        torch.save({}, weights)
+        theirs = Untrained("untrained", ["2048", "logits_unbiased"], str(weights)).to(device)
+        torch.save(theirs.state_dict(), weights)
+        ours = {
+            precision: InceptionFeatures(
+                digits, Path(folder), device, weights=str(weights), precision=precision
+            )
+            for precision in ("fp32", "bf16")
+        }
+
+    @torch.inference_mode()
+    def reference() -> None:
+        theirs(images.to(device))
+
+    for precision, features in ours.items():
+        a, b = alternate(
+            timed(lambda features=features: features(images), device), timed(reference, device), rounds
+        )
+        yield f"Inception {precision}, ours / torch-fidelity's, images/s", 64 / a, 64 / b, "at least 1.4"
+
+
 def _option(group: str, name: str) -> dict[str, object]:
     import yaml
 
     return yaml.safe_load(config.options(group)[name].read_text())
 
 
-BENCHMARKS = {item.__name__: item for item in (startup, loading, loop, sampling, samplers, step)}
+BENCHMARKS = {item.__name__: item for item in (startup, loading, loop, sampling, samplers, step, inception)}
 
 
 def main() -> None:

@@ -47,6 +47,7 @@ from diffusion_cli.metrics import (
     read_history,
     unlike,
 )
+from diffusion_cli.metrics.inception import resized
 from diffusion_cli.metrics.neighbours import nearest, within
 
 CPU = torch.device("cpu")
@@ -405,6 +406,26 @@ def test_too_few_samples_can_be_forced_with_a_warning(tmp_path) -> None:
     assert "num_samples=5" in report.table()
     with pytest.raises(ValueError, match="num_samples=1"):
         measured(metrics, Projection(), pixels(1, 2), DATA, tmp_path, force=True)
+
+
+def test_features_without_class_scores_have_no_inception_score_but_what_else_they_say(tmp_path) -> None:
+    class Wordless(Projection):
+        name, classes, precision, chunk = "wordless", 0, "bf16", 20
+
+        def extract(self, images: Tensor) -> FeatureBatch:
+            return FeatureBatch(images.flatten(1).float() @ self.matrix, None, images.flatten(1).float())
+
+    features, samples = Wordless(), pixels(50, 2)
+    seen = features(samples)
+    assert seen.logits is None
+    assert seen.spatial is not None
+    assert torch.equal(seen.spatial, samples.flatten(1).float())
+    with pytest.raises(
+        ValueError, match=r"metric=is: .*features=wordless gives none; take features=inception"
+    ):
+        measured(METRICS, features, samples, DATA, tmp_path)
+    report = measured({"fid": METRICS["fid"]}, features, samples, DATA, tmp_path)
+    assert report.results[0].protocol["features"]["precision"] == "bf16"
 
 
 def test_a_reference_of_too_few_images_is_refused(tmp_path) -> None:
@@ -807,6 +828,7 @@ def test_the_classifier_takes_other_sizes_and_colours(tmp_path) -> None:
     logits = features(colour[:2]).logits
     assert logits is not None
     assert logits.shape == (2, 4)
+    assert features.classes == 4
     assert features.held_out_accuracy is None
 
 
@@ -818,17 +840,19 @@ def test_auto_holds_the_same_values_as_the_options_it_chooses_from() -> None:
 
 
 def test_auto_takes_a_classifier_for_gray_images_and_says_so(digits, tmp_path) -> None:
-    features = auto_features(digits, tmp_path, CPU, weights=None, **QUICK)
+    features = auto_features(digits, tmp_path, CPU, weights=None, precision="fp32", **QUICK)
     assert features.name == "classifier"
     assert "features=auto" in features.note
     with pytest.raises(ValueError, match=r"features=auto: held .* no classes.*features=inception"):
-        auto_features(DATA, tmp_path, CPU, weights=None, **QUICK)
+        auto_features(DATA, tmp_path, CPU, weights=None, precision="fp32", **QUICK)
 
 
 def test_auto_takes_inception_for_colour_images(tmp_path) -> None:
     colour = pixels(9, 0).expand(-1, 3, -1, -1)
     with pytest.raises(FileNotFoundError, match=r"features.weights=nowhere.pth: no such file"):
-        auto_features(Held(colour, colour, classes=3), tmp_path, CPU, weights="nowhere.pth", **QUICK)
+        auto_features(
+            Held(colour, colour, classes=3), tmp_path, CPU, weights="nowhere.pth", precision="fp32", **QUICK
+        )
 
 
 def test_the_classifier_refuses_images_without_classes_or_pixels(tmp_path) -> None:
@@ -856,7 +880,7 @@ def offline(tmp_path, monkeypatch) -> Path:
 
 def test_without_weights_and_network_the_error_says_what_to_put_where(offline) -> None:
     with pytest.raises(FileNotFoundError) as caught:
-        InceptionFeatures(DATA, Path(), CPU, weights=None)
+        InceptionFeatures(DATA, Path(), CPU, weights=None, precision="fp32")
     message = str(caught.value)
     for part in ("no network", offline.name, str(offline), "torch-fidelity's GitHub releases"):
         assert part in message
@@ -877,7 +901,7 @@ def test_a_weights_file_runs_no_code(tmp_path) -> None:
     path, mark = tmp_path / "weights.pth", tmp_path / "mark"
     torch.save({"fc.weight": Malicious(mark)}, path)
     with pytest.raises(ValueError, match=r"features.weights=.*weights.pth: does not hold the weights"):
-        InceptionFeatures(DATA, Path(), CPU, weights=str(path))
+        inception(path)
     assert not mark.exists()
     torch.load(path, weights_only=False)  # the danger was real
     assert mark.exists()
@@ -890,29 +914,73 @@ def png_folder(folder: Path, images: Tensor) -> str:
     return str(folder)
 
 
-@pytest.mark.slow
-def test_inception_numbers_equal_those_of_torch_fidelity(tmp_path, monkeypatch) -> None:
-    """On random weights, as the published ones cannot be had here."""
-    torch_fidelity = pytest.importorskip("torch_fidelity")
+@pytest.fixture(scope="module")
+def random_inception(tmp_path_factory) -> Path:
+    """A file of random weights, as the published ones cannot be had here."""
     from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3 as Theirs
 
-    with monkeypatch.context() as patch, torch.random.fork_rng(devices=[]):
+    folder = tmp_path_factory.mktemp("inception")
+    torch.save({}, folder / "empty.pth")
+    with pytest.MonkeyPatch.context() as patch, torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        torch.save({}, tmp_path / "empty.pth")
         patch.setattr(Theirs, "load_state_dict", lambda self, state: None)
-        network = Theirs("random", ["2048"], str(tmp_path / "empty.pth"))
+        network = Theirs("random", ["2048"], str(folder / "empty.pth"))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
         for module in network.modules():
             if isinstance(module, torch.nn.Conv2d):
                 torch.nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
-        network.fc.weight.mul_(100)  # for a score that is not all but 1
-    weights = tmp_path / "random.pth"
-    torch.save(network.state_dict(), weights)
+            if isinstance(module, torch.nn.BatchNorm2d):
+                for name in ("weight", "running_var"):
+                    module.state_dict()[name].uniform_(0.7, 1.3)
+    network.fc.weight.mul_(100)  # for a score that is not all but 1
+    torch.save(network.state_dict(), folder / "random.pth")
+    return folder / "random.pth"
 
+
+def inception(weights: Path, precision: Literal["fp32", "bf16"] = "fp32") -> InceptionFeatures:
+    return InceptionFeatures(DATA, Path(), CPU, weights=str(weights), precision=precision)
+
+
+@pytest.mark.parametrize("size", [(8, 8), (32, 32), (7, 13), (299, 299), (400, 301)])
+def test_images_are_resized_bit_for_bit_as_torch_fidelity_does(size) -> None:
+    from torch_fidelity.interpolate_compat_tensorflow import interpolate_bilinear_2d_like_tensorflow1x
+
+    images = torch.randint(256, (2, 3, *size), generator=torch.Generator().manual_seed(0)).float()
+    theirs = interpolate_bilinear_2d_like_tensorflow1x(images, size=(299, 299), align_corners=False)
+    assert torch.equal(resized(images, 299), theirs)
+
+
+@pytest.mark.slow
+def test_inception_features_equal_those_of_torch_fidelity(random_inception) -> None:
+    from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3 as Theirs
+
+    images = pixels(6, 0).view(2, 3, 8, 8)
+    theirs = Theirs("random", ["2048", "logits_unbiased"], str(random_inception))
+    maps = {}
+    theirs.Mixed_6d.branch1x1.register_forward_hook(lambda _, __, out: maps.update(mixed_6_conv=out))
+    features, logits = theirs(images)
+    expected = (features, logits, maps["mixed_6_conv"][:, :7].flatten(1))
+    exact = inception(random_inception)(images)
+    rough = inception(random_inception, "bf16")(images)
+    for ours, rounded, reference in zip(exact, rough, expected, strict=True):
+        assert ours is not None
+        assert rounded is not None
+        assert ours.dtype == rounded.dtype == torch.float32
+        assert (ours - reference).norm() / reference.norm() < 5e-6
+        assert 1e-4 < (rounded - reference).norm() / reference.norm() < 3e-2
+
+
+@pytest.mark.slow
+def test_inception_numbers_equal_those_of_torch_fidelity(tmp_path, random_inception) -> None:
+    import torch_fidelity
+
+    weights = random_inception
     generator = torch.Generator().manual_seed(0)
     colours = torch.randint(256, (16, 3, 1, 1), generator=generator)
     noise = torch.randint(-40, 40, (16, 3, 16, 16), generator=generator)
     samples, real = (colours + noise).clamp(0, 255).to(torch.uint8).split(8)
-    features = InceptionFeatures(Held(real, real), tmp_path, CPU, weights=str(weights))
+    features = inception(weights)
     metrics = {"fid": FrechetDistance(floor=True, infinity=0, bootstrap=0), "is": InceptionScore(splits=3)}
     report = measured(metrics, features, samples, Held(real, real), tmp_path, batch_size=5, force=True)
     theirs = torch_fidelity.calculate_metrics(
@@ -936,8 +1004,8 @@ def test_inception_numbers_equal_those_of_torch_fidelity(tmp_path, monkeypatch) 
     shift = (first.mean(0) - second.mean(0)).square().sum()
     exact = shift + first.var(0).sum() + second.var(0).sum() - 2 * torch.linalg.svdvals(cross).sum()
     assert ours["fid"] == pytest.approx(float(exact), rel=1e-7)
-    assert ours["is"] == pytest.approx(theirs["inception_score_mean"], rel=1e-6)
-    assert report.results[1].details["std"] == pytest.approx(theirs["inception_score_std"], rel=1e-6)
+    assert ours["is"] == pytest.approx(theirs["inception_score_mean"], rel=1e-5)
+    assert report.results[1].details["std"] == pytest.approx(theirs["inception_score_std"], rel=1e-4)
 
     gray = samples[:2, :1]
     assert torch.equal(features(gray).features, features(gray.repeat(1, 3, 1, 1)).features)

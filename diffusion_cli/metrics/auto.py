@@ -1,6 +1,7 @@
 """The features that suit a dataset."""
 
 from pathlib import Path
+from typing import Literal
 
 import torch
 from pydantic import NonNegativeInt, PositiveFloat, PositiveInt
@@ -17,6 +18,7 @@ def auto_features(
     device: torch.device,
     *,
     weights: str | None,
+    precision: Literal["fp32", "bf16"],
     dim: PositiveInt,
     width: PositiveInt,
     steps: PositiveInt,
@@ -31,7 +33,7 @@ def auto_features(
     """
     channels = dataset.shape[0]
     if channels == 3:
-        return InceptionFeatures(dataset, cache_dir, device, weights=weights)
+        return InceptionFeatures(dataset, cache_dir, device, weights=weights, precision=precision)
     if dataset.num_classes is None:
         raise ValueError(
             f"features=auto: {dataset.name} has {channels} channel(s) and no classes, so neither suits it; "

@@ -4,36 +4,47 @@ import hashlib
 import io
 import pickle
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from diffusion_cli.data import Dataset
 from diffusion_cli.metrics.features import FeatureBatch, Features
 
+SIZE = 299
+
 
 class InceptionFeatures(Features):
-    """InceptionV3 of the original FID, by torch-fidelity: 2048 features, 1008 logits without their bias.
+    """InceptionV3 of the original FID: torch-fidelity's layers and numbers, rearranged to run faster.
 
-    `weights` is a file of torch-fidelity's weights; null looks in torch's download folder, and fetches
-    them there once. One channel is repeated to three. FID and Inception score equal those of torch-fidelity.
+    2048 features; 1008 logits without their bias; and as `spatial` the 2023 numbers of sFID, the first 7
+    channels of the 17x17 maps `mixed_6/conv`. `weights` is a file of torch-fidelity's weights; null looks in
+    torch's download folder, and fetches them there once. One channel is repeated to three. In `precision`
+    fp32 features equal those of torch-fidelity to 1e-6; in bf16 to about 1e-2, and so the protocol says which.
 
     Raises FileNotFoundError if there is no such file and it cannot be fetched, ValueError if it holds
     anything but the weights of this network, or images have neither 1 nor 3 channels.
 
-    Source: Heusel et al. 2017 (FID); Salimans et al. 2016 (Inception score).
+    Source: Heusel et al. 2017 (FID); Salimans et al. 2016 (Inception score); Nash et al. 2021 (sFID).
     """
 
     name = "inception"
     dim = 2048
     classes = 1008
+    spatial_dim = 7 * 17 * 17
     resize = "bilinear to 299x299, not antialiased, as TensorFlow 1"
     note = ""
-    chunk = 64
 
     def __init__(
-        self, dataset: Dataset, cache_dir: Path, device: torch.device, *, weights: str | None
+        self,
+        dataset: Dataset,
+        cache_dir: Path,
+        device: torch.device,
+        *,
+        weights: str | None,
+        precision: Literal["fp32", "bf16"],
     ) -> None:
         channels = dataset.shape[0]
         if channels not in (1, 3):
@@ -47,11 +58,58 @@ class InceptionFeatures(Features):
             )
         content = path.read_bytes()
         self.digest = hashlib.sha256(content).hexdigest()
-        self.device = device
-        self.network = load_network(path, content).to(device)
+        self.device, self.precision = device, precision
+        self.chunk = 16 if device.type == "cpu" else 64  # 16 stay in a CPU's caches
+        network = fold_batch_norm(load_network(path, content))
+        self.head = network.fc.weight.to(device, copy=True)  # stays float32
+        # torch-fidelity's blocks, in the order that they are applied in; the last two are the mean and the head.
+        *blocks, _, _ = network.children()
+        self.dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+        network.to(device, self.dtype, memory_format=torch.channels_last)
+        below = blocks.index(network.Mixed_6d)
+        self.lower, self.upper = nn.Sequential(*blocks[:below]), nn.Sequential(*blocks[below:])
+        self.mixed_6_conv = network.Mixed_6d.branch1x1
 
     def extract(self, images: Tensor) -> FeatureBatch:
-        return FeatureBatch(*self.network(images.expand(-1, 3, -1, -1)))
+        x = resized(images.float(), SIZE).sub_(128).div_(128).expand(-1, 3, -1, -1)
+        x = self.lower(x.to(self.dtype, memory_format=torch.channels_last))
+        spatial = self.mixed_6_conv(x)[:, :7].float().flatten(1)
+        features = self.upper(x).float().mean(dim=(2, 3))
+        return FeatureBatch(features, features @ self.head.T, spatial)
+
+
+def resized(images: Tensor, size: int) -> Tensor:
+    """Images [B, C, H, W] as [B, C, size, size], bit for bit as TensorFlow 1 and torch-fidelity resize.
+
+    Pixel i of the result is taken at i H / size of the image, between the two pixels there. Rows are put
+    together after columns, so that no more than H of them are interpolated.
+    """
+    columns, rows = images.shape[3], images.shape[2]
+    left, right, weight = neighbours(columns, size, images)
+    wide = images[..., left]
+    wide += (images[..., right] - wide) * weight
+    top, bottom, weight = neighbours(rows, size, images)
+    tall = wide[:, :, top]
+    tall += (wide[:, :, bottom] - tall) * weight[:, None]
+    return tall
+
+
+def neighbours(length: int, size: int, like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The pixels before and after each of `size` points along `length` pixels, and the weight of the latter."""
+    place = torch.arange(size, dtype=like.dtype, device=like.device) * torch.tensor(length / size)
+    before = place.long()
+    return before, (before + 1).clamp(max=length - 1), place - before
+
+
+def fold_batch_norm(network: Any) -> Any:
+    """The network with each batch norm multiplied into the convolution before it."""
+    from torch_fidelity.feature_extractor_inceptionv3 import BasicConv2d
+
+    for block in network.modules():
+        if isinstance(block, BasicConv2d):
+            block.conv = fuse_conv_bn_eval(block.conv, block.bn)
+            block.add_module("bn", nn.Identity())
+    return network
 
 
 def fetched_weights() -> Path:
@@ -85,7 +143,7 @@ def load_network(path: Path, content: bytes) -> Any:
         torch.save(state, trusted)
         trusted.seek(0)
         return FeatureExtractorInceptionV3(
-            "inception-v3-compat", ["2048", "logits_unbiased"], feature_extractor_weights_path=trusted
+            "inception-v3-compat", ["2048"], feature_extractor_weights_path=trusted
         )
     except (pickle.UnpicklingError, RuntimeError, EOFError, TypeError, KeyError, ValueError) as error:
         reason = str(error).partition("\n")[0]

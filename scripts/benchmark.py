@@ -331,7 +331,7 @@ def inception(rounds: int, device: torch.device) -> Iterator[Row]:
         torch.save(theirs.state_dict(), weights)
         ours = {
             precision: InceptionFeatures(
-                digits, Path(folder), device, weights=str(weights), precision=precision
+                digits, Path(folder), device, weights=str(weights), resize="tensorflow", precision=precision
             )
             for precision in ("fp32", "bf16")
         }

@@ -47,7 +47,7 @@ from diffusion_cli.metrics import (
     read_history,
     unlike,
 )
-from diffusion_cli.metrics.inception import resized
+from diffusion_cli.metrics.inception import prepared, resized
 from diffusion_cli.metrics.neighbours import nearest, within
 
 CPU = torch.device("cpu")
@@ -840,18 +840,26 @@ def test_auto_holds_the_same_values_as_the_options_it_chooses_from() -> None:
 
 
 def test_auto_takes_a_classifier_for_gray_images_and_says_so(digits, tmp_path) -> None:
-    features = auto_features(digits, tmp_path, CPU, weights=None, precision="fp32", **QUICK)
+    features = auto_features(
+        digits, tmp_path, CPU, weights=None, resize="tensorflow", precision="fp32", **QUICK
+    )
     assert features.name == "classifier"
     assert "features=auto" in features.note
     with pytest.raises(ValueError, match=r"features=auto: held .* no classes.*features=inception"):
-        auto_features(DATA, tmp_path, CPU, weights=None, precision="fp32", **QUICK)
+        auto_features(DATA, tmp_path, CPU, weights=None, resize="tensorflow", precision="fp32", **QUICK)
 
 
 def test_auto_takes_inception_for_colour_images(tmp_path) -> None:
     colour = pixels(9, 0).expand(-1, 3, -1, -1)
     with pytest.raises(FileNotFoundError, match=r"features.weights=nowhere.pth: no such file"):
         auto_features(
-            Held(colour, colour, classes=3), tmp_path, CPU, weights="nowhere.pth", precision="fp32", **QUICK
+            Held(colour, colour, classes=3),
+            tmp_path,
+            CPU,
+            weights="nowhere.pth",
+            resize="tensorflow",
+            precision="fp32",
+            **QUICK,
         )
 
 
@@ -880,7 +888,7 @@ def offline(tmp_path, monkeypatch) -> Path:
 
 def test_without_weights_and_network_the_error_says_what_to_put_where(offline) -> None:
     with pytest.raises(FileNotFoundError) as caught:
-        InceptionFeatures(DATA, Path(), CPU, weights=None, precision="fp32")
+        InceptionFeatures(DATA, Path(), CPU, weights=None, resize="tensorflow", precision="fp32")
     message = str(caught.value)
     for part in ("no network", offline.name, str(offline), "torch-fidelity's GitHub releases"):
         assert part in message
@@ -939,7 +947,9 @@ def random_inception(tmp_path_factory) -> Path:
 
 
 def inception(weights: Path, precision: Literal["fp32", "bf16"] = "fp32") -> InceptionFeatures:
-    return InceptionFeatures(DATA, Path(), CPU, weights=str(weights), precision=precision)
+    return InceptionFeatures(
+        DATA, Path(), CPU, weights=str(weights), resize="tensorflow", precision=precision
+    )
 
 
 @pytest.mark.parametrize("size", [(8, 8), (32, 32), (7, 13), (299, 299), (400, 301)])
@@ -949,6 +959,20 @@ def test_images_are_resized_bit_for_bit_as_torch_fidelity_does(size) -> None:
     images = torch.randint(256, (2, 3, *size), generator=torch.Generator().manual_seed(0)).float()
     theirs = interpolate_bilinear_2d_like_tensorflow1x(images, size=(299, 299), align_corners=False)
     assert torch.equal(resized(images, 299), theirs)
+
+
+@pytest.mark.parametrize("size", [32, 400])
+def test_images_are_prepared_as_clean_fid_and_pytorch_fid_do(size) -> None:
+    images = torch.randint(256, (2, 3, size, size), generator=torch.Generator().manual_seed(0)).to(
+        torch.uint8
+    )
+    pillow = torch.tensor(
+        np.array([[np.asarray(Image.fromarray(plane.float().numpy()).resize((299, 299), Image.Resampling.BICUBIC))
+                   for plane in image] for image in images])
+    )  # fmt: skip
+    assert (prepared(images, "clean") - (pillow.clamp(0, 255) - 128) / 128).abs().max() < 1e-4
+    scaled = torch.nn.functional.interpolate(images / 255, (299, 299), mode="bilinear") * 2 - 1
+    assert torch.equal(prepared(images, "pytorch"), scaled)
 
 
 @pytest.mark.slow

@@ -9,7 +9,7 @@ from pydantic import NonNegativeInt, PositiveFloat, PositiveInt
 from diffusion_cli.data import Dataset
 from diffusion_cli.metrics.classifier import ClassifierFeatures
 from diffusion_cli.metrics.features import Features
-from diffusion_cli.metrics.inception import InceptionFeatures
+from diffusion_cli.metrics.inception import InceptionFeatures, Resize
 
 
 def auto_features(
@@ -18,6 +18,7 @@ def auto_features(
     device: torch.device,
     *,
     weights: str | None,
+    resize: Resize,
     precision: Literal["fp32", "bf16"],
     dim: PositiveInt,
     width: PositiveInt,
@@ -33,7 +34,9 @@ def auto_features(
     """
     channels = dataset.shape[0]
     if channels == 3:
-        return InceptionFeatures(dataset, cache_dir, device, weights=weights, precision=precision)
+        return InceptionFeatures(
+            dataset, cache_dir, device, weights=weights, resize=resize, precision=precision
+        )
     if dataset.num_classes is None:
         raise ValueError(
             f"features=auto: {dataset.name} has {channels} channel(s) and no classes, so neither suits it; "

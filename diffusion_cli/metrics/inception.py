@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
@@ -14,6 +15,12 @@ from diffusion_cli.data import Dataset
 from diffusion_cli.metrics.features import FeatureBatch, Features
 
 SIZE = 299
+Resize = Literal["tensorflow", "pytorch", "clean"]
+RESIZES: dict[Resize, str] = {
+    "tensorflow": "bilinear to 299x299, not antialiased, as TensorFlow 1 and torch-fidelity",
+    "pytorch": "bilinear to 299x299, not antialiased, pixels centred, as pytorch-fid",
+    "clean": "bicubic to 299x299, antialiased, as Pillow and clean-fid",
+}
 
 
 class InceptionFeatures(Features):
@@ -23,6 +30,8 @@ class InceptionFeatures(Features):
     channels of the 17x17 maps `mixed_6/conv`. `weights` is a file of torch-fidelity's weights; null looks in
     torch's download folder, and fetches them there once. One channel is repeated to three. In `precision`
     fp32 features equal those of torch-fidelity to 1e-6; in bf16 to about 1e-2, and so the protocol says which.
+    Distances by another `resize` are other numbers: `pytorch` gives those of pytorch-fid, which scales pixels otherwise
+    too, `clean` those of clean-fid.
 
     Raises FileNotFoundError if there is no such file and it cannot be fetched, ValueError if it holds
     anything but the weights of this network, or images have neither 1 nor 3 channels.
@@ -34,7 +43,6 @@ class InceptionFeatures(Features):
     dim = 2048
     classes = 1008
     spatial_dim = 7 * 17 * 17
-    resize = "bilinear to 299x299, not antialiased, as TensorFlow 1"
     note = ""
 
     def __init__(
@@ -44,6 +52,7 @@ class InceptionFeatures(Features):
         device: torch.device,
         *,
         weights: str | None,
+        resize: Resize,
         precision: Literal["fp32", "bf16"],
     ) -> None:
         channels = dataset.shape[0]
@@ -59,6 +68,8 @@ class InceptionFeatures(Features):
         content = path.read_bytes()
         self.digest = hashlib.sha256(content).hexdigest()
         self.device, self.precision = device, precision
+        self.way: Resize = resize
+        self.resize = RESIZES[resize]
         self.chunk = 16 if device.type == "cpu" else 64  # 16 stay in a CPU's caches
         network = fold_batch_norm(load_network(path, content))
         self.head = network.fc.weight.to(device, copy=True)  # stays float32
@@ -71,11 +82,23 @@ class InceptionFeatures(Features):
         self.mixed_6_conv = network.Mixed_6d.branch1x1
 
     def extract(self, images: Tensor) -> FeatureBatch:
-        x = resized(images.float(), SIZE).sub_(128).div_(128).expand(-1, 3, -1, -1)
+        x = prepared(images, self.way).expand(-1, 3, -1, -1)
         x = self.lower(x.to(self.dtype, memory_format=torch.channels_last))
         spatial = self.mixed_6_conv(x)[:, :7].float().flatten(1)
         features = self.upper(x).float().mean(dim=(2, 3))
         return FeatureBatch(features, features @ self.head.T, spatial)
+
+
+def prepared(images: Tensor, resize: Resize) -> Tensor:
+    """uint8 images [B, C, H, W] as the network takes them, float32 [B, C, 299, 299] in about [-1, 1]."""
+    x = images.float()
+    if resize == "pytorch":
+        return F.interpolate(x / 255, (SIZE, SIZE), mode="bilinear", align_corners=False).mul_(2).sub_(1)
+    if resize == "clean":
+        x = F.interpolate(x, (SIZE, SIZE), mode="bicubic", antialias=True).clamp_(0, 255)
+    else:
+        x = resized(x, SIZE)
+    return x.sub_(128).div_(128)
 
 
 def resized(images: Tensor, size: int) -> Tensor:

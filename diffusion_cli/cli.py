@@ -15,7 +15,7 @@ from pathlib import Path
 import yaml
 
 from diffusion_cli import __version__, config
-from diffusion_cli.config import COMMANDS, CONF, GRIDS, Config, Mistakes, Variant, did_you_mean
+from diffusion_cli.config import COMMANDS, CONF, FIRST_WORD, GRIDS, Config, Mistakes, Variant, did_you_mean
 
 FLAGS = ["--help", "--cfg", "--config-dir", "--multirun", "-h", "-m"]
 USER_ERROR = 2
@@ -59,7 +59,7 @@ def _dispatch(words: list[str]) -> int:
     elif words[0] not in COMMANDS:
         raise Mistakes(f"{words[0]}: unknown command{did_you_mean(words[0], [*COMMANDS, 'completion'])}")
     else:
-        return _command(words[0], parse(words[1:]))
+        return _command(words[0], parse(_spelt_out(words[0], words[1:])))
     return 0
 
 
@@ -81,6 +81,12 @@ def _command(command: str, request: Request) -> int:
 def _show(configs: Sequence[Config]) -> int:
     print(yaml.safe_dump_all([checked.model_dump() for checked in configs], sort_keys=False), end="")
     return 0
+
+
+def _spelt_out(command: str, words: list[str]) -> list[str]:
+    """The words after a command, a bare first one as the option that it chooses."""
+    bare = command in FIRST_WORD and words and "=" not in words[0] and not words[0].startswith("-")
+    return [f"{FIRST_WORD[command]}={words[0]}", *words[1:]] if bare else words
 
 
 def parse(words: Sequence[str]) -> Request:
@@ -218,6 +224,7 @@ def command_help(command: str, request: Request) -> str:
     groups = config.defaults(command)
     lines = [f"diffuse {command}: {config.summary(CONF / f'{command}.yaml')}", ""]
     words = "[group=option ...] [key=value ...]" if groups else "[key=value ...]"
+    words = f"[{FIRST_WORD[command]}] {words}" if command in FIRST_WORD else words
     lines += [f"Usage: diffuse {command} {words}", *(["", "Groups (* the default)"] if groups else [])]
     for group in sorted(groups):
         names = config.options(group, request.dirs)
@@ -293,5 +300,6 @@ def complete(words: Sequence[str]) -> list[str]:
             for name in option if isinstance(option, list) else [option]:
                 file = config.options(group).get(str(name))
                 keys += [f"{key}=" for key, _, _ in config.documented(file, group)] if file else []
-        candidates = [*(f"{group}=" for group in groups), *keys]
+        first = config.options(FIRST_WORD[words[0]]) if words[0] in FIRST_WORD and len(words) == 2 else ()
+        candidates = [*first, *(f"{group}=" for group in groups), *keys]
     return [word for word in dict.fromkeys(candidates) if word.startswith(last)]

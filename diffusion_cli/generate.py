@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 
 from diffusion_cli.checkpoint import Model
-from diffusion_cli.denoiser import Denoise, Denoiser, clip_x0
+from diffusion_cli.denoiser import Denoise, Denoiser, clip_x0, per_image
 from diffusion_cli.guidance import Guidance
 from diffusion_cli.precision import autocast
 from diffusion_cli.samplers import Sampler, integrate
+from diffusion_cli.schedules import Schedule
 
 
 class SeededNoise:
@@ -46,6 +47,16 @@ def sample(
 def to_bytes(images: Tensor) -> Tensor:
     """Quantise [-1, 1] to uint8 as a saved PNG has it: the nearest of the 256 values, ties to even."""
     return images.float().add(1).mul(127.5).clamp(0, 255).round().to(torch.uint8)
+
+
+def visible(x_t: Tensor, t: Tensor, schedule: Schedule) -> Tensor:
+    """States at times t as `to_bytes` has images, divided by `sqrt(alpha^2 + sigma^2)`.
+
+    Where the noise outgrows the data, as in VE and EDM, nothing would be seen but black and white; processes that keep
+    the variance are shown as they are.
+    """
+    alpha, sigma = schedule(t)
+    return to_bytes(x_t / per_image(torch.sqrt(alpha**2 + sigma**2), x_t))
 
 
 def check_finite(images: Tensor) -> None:

@@ -8,7 +8,7 @@ import pytest
 from diffusion_cli import config
 from diffusion_cli.cli import complete, run
 
-HEAVY = ("torch", "lightning", "torchvision", "numpy", "scipy", "sklearn")
+HEAVY = ("torch", "lightning", "torchvision", "numpy", "scipy", "sklearn", "matplotlib")
 
 
 def mistakes(capsys, *words: str) -> list[str]:
@@ -108,6 +108,8 @@ def imports_of(*words: str) -> set[str]:
         ["train", "schedule=cosin", "x=1"],
         ["train", "--cfg", "job"],
         ["eval", "--cfg", "job"],
+        ["plot", "loss", "--help"],
+        ["plot", "schedule=[linear,cosin]"],
     ],
 )
 def test_help_and_mistakes_import_nothing_heavy(words):
@@ -115,7 +117,7 @@ def test_help_and_mistakes_import_nothing_heavy(words):
 
 
 def test_sampling_and_evaluation_do_without_lightning():
-    heavy = ("lightning", "torchvision", "torch_fidelity", "torchmetrics", "sklearn")
+    heavy = ("lightning", "torchvision", "matplotlib", "torch_fidelity", "torchmetrics", "sklearn")
     code = (
         "import sys, diffusion_cli.commands.sample, diffusion_cli.commands.eval; "
         f"print([m for m in {heavy} if m in sys.modules])"
@@ -188,6 +190,8 @@ def test_users_own_options_are_found_and_checked(capsys, tmp_path):
         (["sample", "sampler=dd"], "sampler=ddim"),
         (["train", "--c"], "--cfg"),
         (["completion", "z"], "zsh"),
+        (["plot", "lo"], "loss"),
+        (["plot", "figure=lo"], "figure=loss"),
     ],
 )
 def test_completion(words, some):
@@ -220,29 +224,32 @@ def test_choices_among_numbers_are_named(capsys):
     assert line == "diffuse: sampler.order=5: should be 1 or 2 or 3"
 
 
-@pytest.fixture
-def grid_command(monkeypatch):
-    """`sample`, made a command over a grid."""
-    for module in ("diffusion_cli.cli", "diffusion_cli.config.compose"):
-        monkeypatch.setattr(sys.modules[module], "GRIDS", {"sample"})
-
-
-@pytest.mark.usefixtures("grid_command")
 def test_a_command_over_a_grid_gets_all_its_points(monkeypatch, capsys):
     import yaml
 
     given = []
-    monkeypatch.setattr("diffusion_cli.commands.sample.run", given.append)
-    assert run(["sample", "steps=[1,2]", "sampler=[ddim,ddpm]"]) == 0
+    monkeypatch.setattr("diffusion_cli.commands.plot.run", given.append)
+    assert run(["plot", "image=[1,2]", "schedule=[linear,ve]"]) == 0
     (variants,) = given
-    assert [variant.values for variant in variants][1] == {"steps": 1, "sampler": "ddpm"}
-    assert run(["sample", "steps=[1,2]", "--cfg", "job"]) == 0
-    assert [shown["steps"] for shown in yaml.safe_load_all(capsys.readouterr().out)] == [1, 2]
+    assert [variant.values for variant in variants][1] == {"image": 1, "schedule": "ve"}
+    assert run(["plot", "image=[1,2]", "--cfg", "job"]) == 0
+    assert [shown["image"] for shown in yaml.safe_load_all(capsys.readouterr().out)] == [1, 2]
 
 
-@pytest.mark.usefixtures("grid_command")
 def test_a_command_over_a_grid_takes_lists_not_sweeps(capsys):
-    (line,) = mistakes(capsys, "sample", "-m", "steps=1,2")
-    assert line == "diffuse: --multirun: sample takes lists of values; leave it out and write key=[...]"
-    (line,) = mistakes(capsys, "sample", "steps=1,2")
-    assert line == "diffuse: steps=1,2: has several values; write [...]"
+    (line,) = mistakes(capsys, "plot", "-m", "image=1,2")
+    assert line == "diffuse: --multirun: plot takes lists of values; leave it out and write key=[...]"
+    (line,) = mistakes(capsys, "plot", "image=1,2")
+    assert line == "diffuse: image=1,2: has several values; write [...]"
+
+
+def test_a_bare_first_word_chooses_an_option(capsys):
+    import yaml
+
+    assert run(["plot", "loss", "figure.log=false", "--cfg", "job"]) == 0
+    figure = yaml.safe_load(capsys.readouterr().out)["figure"]
+    assert figure == {"_target_": "diffusion_cli.figures.Losses", "log": False}
+    (line,) = mistakes(capsys, "plot", "lss")
+    assert line == "diffuse: figure=lss: unknown option; did you mean loss?"
+    (line,) = mistakes(capsys, "plot", "run=x", "loss")
+    assert line.startswith("diffuse: loss: is not of the form key=value")

@@ -192,7 +192,7 @@ PACKAGE = config.HERE
 ORDER = [
     "precision seeding schedules", "config", "parameterizations data times", "denoiser networks",
     "posterior probability_flow guidance", "objective samplers likelihood checkpoint", "editing",
-    "metrics generate", "report", "training", "commands", "cli",
+    "metrics generate", "report figures", "training", "commands", "cli",
 ]  # fmt: skip
 LEVEL = {name: level for level, names in enumerate(ORDER) for name in names.split()}
 MATHEMATICS = [

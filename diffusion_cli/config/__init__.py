@@ -21,10 +21,12 @@ from diffusion_cli.config.grid import Variant, load_grid
 from diffusion_cli.config.runs import fingerprint, flatten, identity
 from diffusion_cli.config.schema import (
     COMMANDS,
+    FIRST_WORD,
     GRIDS,
     Config,
     EditConfig,
     EvalConfig,
+    PlotConfig,
     ReportConfig,
     SampleConfig,
     TrainConfig,
@@ -34,12 +36,14 @@ from diffusion_cli.config.schema import (
 __all__ = [
     "COMMANDS",
     "CONF",
+    "FIRST_WORD",
     "GRIDS",
     "HERE",
     "Config",
     "EditConfig",
     "EvalConfig",
     "Mistakes",
+    "PlotConfig",
     "ReportConfig",
     "SampleConfig",
     "TrainConfig",

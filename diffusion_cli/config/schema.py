@@ -154,16 +154,33 @@ class ReportConfig(BaseModel):
     output_dir: str
 
 
-Config = TrainConfig | SampleConfig | EvalConfig | EditConfig | ReportConfig
+class PlotConfig(BaseModel):
+    """The keys of `conf/plot.yaml`."""
+
+    model_config = STRICT
+    run: str | None
+    image: NonNegativeInt
+    output: str | None
+    force: bool
+    data_dir: str
+    output_dir: str
+    figure: Node
+    schedule: Node
+
+
+Config = TrainConfig | SampleConfig | EvalConfig | EditConfig | ReportConfig | PlotConfig
 COMMANDS: dict[str, type[Config]] = {
     "train": TrainConfig,
     "sample": SampleConfig,
     "edit": EditConfig,
     "eval": EvalConfig,
     "report": ReportConfig,
+    "plot": PlotConfig,
 }
 # Commands that take a list of values where one is due, and get the product of all lists.
-GRIDS: frozenset[str] = frozenset()
+GRIDS = frozenset(["plot"])
+# The group of a command from which a bare first word chooses: `diffuse plot loss` is `diffuse plot figure=loss`.
+FIRST_WORD = {"plot": "figure"}
 
 
 def seconds(duration: str | None) -> float | None:

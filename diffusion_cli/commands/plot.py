@@ -1,0 +1,65 @@
+"""`diffuse plot`: a figure of schedules, of a noised image, or of runs."""
+
+import re
+from pathlib import Path
+
+from diffusion_cli.config import Mistakes, PlotConfig, Variant, build, fingerprint, shown
+from diffusion_cli.figures import Figure, run_of
+
+LONGEST = 100  # letters of a name, with a fingerprint to come
+
+
+def run(variants: list[Variant]) -> None:
+    """Draw one figure of all the variants, to a file named by their configuration unless told otherwise."""
+    config = _config(variants[0])
+    figure: Figure = build(config.figure)
+    _refuse(figure, variants)
+    configs = {_label(figure, variant): _config(variant) for variant in variants}
+    output = Path(config.output) if config.output else _usual_path(figure, configs)
+    if output.suffix[1:] not in figure.formats:
+        raise Mistakes(
+            f"output={output}: figure={figure.name} is written as {' or '.join(figure.formats)}; end the name in one"
+        )
+    if config.output and output.exists() and not (config.force and output.is_file()):
+        raise Mistakes(
+            f"output={output}: is there already; take another name, or set force=true to write over a file"
+        )
+    figure.draw(configs, output)
+    print(f"{figure.name.capitalize()} of {', '.join(configs)}: {output}")
+
+
+def _config(variant: Variant) -> PlotConfig:
+    assert isinstance(variant.config, PlotConfig)
+    return variant.config
+
+
+def _refuse(figure: Figure, variants: list[Variant]) -> None:
+    """Raise Mistakes for lists that one figure does not show."""
+    wrong = [key for key in variants[0].values if key.partition(".")[0] not in figure.of]
+    if wrong:
+        of = " and ".join(figure.of)
+        raise Mistakes(
+            *(f"{key}: figure={figure.name} takes lists of {of} only; give one value" for key in wrong)
+        )
+
+
+def _label(figure: Figure, variant: Variant) -> str:
+    """What to call a variant: its values where these differ, else the run or the schedule."""
+    if variant.values:
+        words = (
+            shown(value) if key in ("run", "schedule") else f"{key.rpartition('.')[2]}={shown(value)}"
+            for key, value in variant.values.items()
+        )
+        return ", ".join(words)
+    config = _config(variant)
+    if figure.of[0] == "run":
+        return run_of(config).name
+    return config.schedule["_target_"].rpartition(".")[2].lower()
+
+
+def _usual_path(figure: Figure, configs: dict[str, PlotConfig]) -> Path:
+    (first, *_) = configs.values()
+    settings = [config.model_dump(exclude={"output", "force", "output_dir"}) for config in configs.values()]
+    name = re.sub(r"[^\w.+=-]+", "-", "-".join([figure.name, *configs]))[:LONGEST]
+    name += f"-{fingerprint({'settings': settings})}.{figure.formats[0]}"
+    return Path(first.output_dir) / "figures" / name

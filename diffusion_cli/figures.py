@@ -1,0 +1,303 @@
+"""Figures: curves in colours that the colour-blind tell apart, and strips of images."""
+
+import csv
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from pydantic import Field
+from torch import Tensor
+
+from diffusion_cli.checkpoint import find_run, whole_file
+from diffusion_cli.config import Mistakes, PlotConfig, TrainConfig, build, load
+from diffusion_cli.data import Dataset, normalised
+from diffusion_cli.data.base import Split
+from diffusion_cli.denoiser import noised
+from diffusion_cli.generate import SeededNoise, visible
+from diffusion_cli.report import save_gif, save_rows
+from diffusion_cli.schedules import Discrete, Schedule
+
+# Okabe & Ito 2008, "Color Universal Design", without the yellow, which is faint on white.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+STYLES = ("-", "--", ":", "-.")  # one after the other, where the colours are used up
+FEW = 20  # points that are marked each
+WIDTH, HEIGHT = 3.8, 2.9  # of a panel, in inches
+MARGIN = 4  # pixels around a preview
+LOSSES = {
+    "loss": "training",
+    "loss_q1": "1st quartile (least noise)",
+    "loss_q2": "2nd quartile",
+    "loss_q3": "3rd quartile",
+    "loss_q4": "4th quartile (most noise)",
+    "held_out_loss": "held out",
+}
+
+Frames = Annotated[int, Field(ge=2)]
+
+
+# --- Curves ------------------------------------------------------------
+
+
+class Curve(NamedTuple):
+    """A line of a panel; curves of the same label look the same in all panels."""
+
+    label: str
+    x: Sequence[float]
+    y: Sequence[float]
+
+
+class Panel(NamedTuple):
+    """A pair of axes with its curves."""
+
+    x_label: str
+    y_label: str
+    curves: list[Curve]
+    title: str = ""
+    log_x: bool = False
+    log_y: bool = False
+
+
+def save_panels(panels: Sequence[Panel], path: Path) -> None:
+    """Draw panels side by side with one legend, in the format that the suffix of `path` names: png, pdf or svg."""
+    import matplotlib
+    from matplotlib.figure import Figure as Canvas
+
+    columns = len(panels) if len(panels) <= 3 else math.ceil(math.sqrt(len(panels)))
+    rows = math.ceil(len(panels) / columns)
+    labels = list(dict.fromkeys(curve.label for panel in panels for curve in panel.curves))
+    legend = 0.7 + 0.08 * max(map(len, labels))
+    # Text stays text in vector formats, to be searched and edited.
+    with matplotlib.rc_context({"pdf.fonttype": 42, "svg.fonttype": "none"}):
+        canvas = Canvas(figsize=(WIDTH * columns + legend, HEIGHT * rows), dpi=200, layout="constrained")
+        drawn = {}
+        for place, panel in enumerate(panels):
+            axes = canvas.add_subplot(rows, columns, place + 1)
+            for curve in panel.curves:
+                style, colour = divmod(labels.index(curve.label), len(COLOURS))
+                (line,) = axes.plot(
+                    curve.x,
+                    curve.y,
+                    color=COLOURS[colour],
+                    linestyle=STYLES[style % len(STYLES)],
+                    linewidth=1.5,
+                    marker="o" if len(curve.x) <= FEW else "",
+                    markersize=3.5,
+                )
+                drawn.setdefault(curve.label, line)
+            axes.set(xlabel=panel.x_label, ylabel=panel.y_label, title=panel.title)
+            axes.set_xscale("log" if panel.log_x else "linear")
+            axes.set_yscale("log" if panel.log_y else "linear")
+            axes.grid(color="#e6e6e6", linewidth=0.6)
+            axes.spines[["top", "right"]].set_visible(False)
+        canvas.legend(list(drawn.values()), labels, loc="outside right upper", frameon=False)
+        with whole_file(path) as temporary:
+            canvas.savefig(temporary, format=path.suffix[1:])
+
+
+# --- Figures ------------------------------------------------------------
+
+
+class Figure(ABC):
+    """A picture of what one or several configurations name."""
+
+    name: str
+    """The word for it."""
+    of: tuple[str, ...]
+    """The keys that may have several values, the first of them what it is mainly a picture of."""
+    formats: tuple[str, ...]
+    """The suffixes of files that it can be written as, the first of them the usual one."""
+
+    @abstractmethod
+    def draw(self, configs: Mapping[str, PlotConfig], path: Path) -> None:
+        """Draw it for configurations, each with its label, to a file in one of the formats."""
+
+
+class Schedules(Figure):
+    """Curves of schedules from their t_min, or the first of the points where that is less, to 1.
+
+    Those that keep the variance are shown as `alpha_bar = alpha^2`; where one of them does not, `alpha_bar` would not
+    say what its noise is, and alpha and sigma are shown. beta, of schedules with timesteps, is the variance of
+    `q(x_t | x_s)` between neighbours (Ho et al. 2020, Eq. 2).
+    """
+
+    name = "schedule"
+    of = ("schedule",)
+    formats = ("png", "pdf", "svg")
+
+    def __init__(self, *, points: Frames) -> None:
+        self.points = points
+
+    def draw(self, configs: Mapping[str, PlotConfig], path: Path) -> None:
+        save_panels(self.panels({label: build(config.schedule) for label, config in configs.items()}), path)
+
+    def panels(self, schedules: Mapping[str, Schedule]) -> list[Panel]:
+        """The curves of schedules by their labels; log-SNR where it is finite."""
+        levels = {}
+        for label, schedule in schedules.items():
+            t = torch.linspace(max(schedule.t_min, 1 / self.points), 1, self.points, dtype=torch.float64)
+            levels[label] = (t, *schedule(t))
+        if all(
+            torch.allclose(alpha**2 + sigma**2, torch.ones_like(t)) for t, alpha, sigma in levels.values()
+        ):
+            curves = [curve(label, t, alpha**2) for label, (t, alpha, _) in levels.items()]
+            panels = [Panel("$t$", r"$\bar\alpha_t = \alpha_t^2$", curves)]
+        else:
+            alphas = [curve(label, t, alpha) for label, (t, alpha, _) in levels.items()]
+            sigmas = [curve(label, t, sigma) for label, (t, _, sigma) in levels.items()]
+            panels = [Panel("$t$", r"$\alpha_t$", alphas), Panel("$t$", r"$\sigma_t$", sigmas, log_y=True)]
+        betas = [
+            curve(label, *betas_of(schedule))
+            for label, schedule in schedules.items()
+            if isinstance(schedule, Discrete)
+        ]
+        panels += [Panel("$t$", r"$\beta_t$", betas, log_y=True)] if betas else []
+        ratios = [curve(label, t, schedules[label].log_snr(t)) for label, (t, _, _) in levels.items()]
+        return [*panels, Panel("$t$", r"$\log\,(\alpha_t^2 / \sigma_t^2)$", ratios)]
+
+
+class Forward(Figure):
+    """A real image noised over t, `alpha_t x_0 + sigma_t eps` with the same eps at all times, as `visible` shows it."""
+
+    name = "forward"
+    of = ("schedule", "image")
+    formats = ("png",)
+
+    def __init__(self, *, dataset: str, split: Split, frames: Frames) -> None:
+        self.dataset, self.frames = dataset, frames
+        self.split: Split = split
+
+    def draw(self, configs: Mapping[str, PlotConfig], path: Path) -> None:
+        save_rows([self.row(config) for config in configs.values()], path)
+
+    def row(self, config: PlotConfig) -> Tensor:
+        """The image at falling amounts of signal, uint8 [frames, C, H, W]; ValueError if there is no such image."""
+        # An option of that group is made for training: it brings a network and a budget.
+        try:
+            training = load("train", [f"dataset={self.dataset}"])
+        except Mistakes as mistakes:
+            raise ValueError(
+                f"figure.dataset={self.dataset}: cannot be had by its name ({mistakes})"
+            ) from mistakes
+        assert isinstance(training, TrainConfig)
+        dataset: Dataset = build(training.dataset, config.data_dir)
+        images = dataset.load(self.split)
+        if config.image >= len(images):
+            raise ValueError(
+                f"image={config.image}: {dataset.name} has {len(images)} images in its {self.split} split; give a "
+                "smaller number"
+            )
+        image = normalised(images.gather(torch.tensor([config.image])))
+        schedule: Schedule = build(config.schedule)
+        t = torch.linspace(0, 1, self.frames, dtype=torch.float64)
+        eps = SeededNoise([config.image], dataset.shape, image.device).draw()
+        return visible(noised(schedule, image.expand(self.frames, -1, -1, -1), t, eps), t, schedule)
+
+
+class Losses(Figure):
+    """The losses in the metrics.csv of runs: a panel for one run, for several a panel for each loss."""
+
+    name = "loss"
+    of = ("run",)
+    formats = ("png", "pdf", "svg")
+
+    def __init__(self, *, log: bool) -> None:
+        self.log = log
+
+    def draw(self, configs: Mapping[str, PlotConfig], path: Path) -> None:
+        save_panels(
+            self.panels({label: read_losses(run_of(config)) for label, config in configs.items()}), path
+        )
+
+    def panels(self, runs: Mapping[str, Mapping[str, Curve]]) -> list[Panel]:
+        """The curves of runs by their labels."""
+        if len(runs) == 1:
+            ((label, losses),) = runs.items()
+            groups = {label: list(losses.values())}
+        else:
+            groups = {
+                title: [
+                    losses[column]._replace(label=run) for run, losses in runs.items() if column in losses
+                ]
+                for column, title in LOSSES.items()
+            }
+        return [
+            Panel("step", "loss", curves, title, log_y=self.log and all(min(one.y) > 0 for one in curves))
+            for title, curves in groups.items()
+            if curves
+        ]
+
+
+class Previews(Figure):
+    """The sample grids that a run made during training."""
+
+    name = "previews"
+    of = ("run",)
+    formats = ("png", "gif")
+
+    def __init__(self, *, frames: Frames) -> None:
+        self.frames = frames
+
+    def draw(self, configs: Mapping[str, PlotConfig], path: Path) -> None:
+        rows = [self.row(run_of(config)) for config in configs.values()]
+        if path.suffix == ".gif":
+            if len(rows) > 1:
+                raise ValueError(f"output={path}: an animation shows one run; name one, or give a png")
+            save_gif(rows[0], path)
+            return
+        if len({row.shape[1:] for row in rows}) > 1:
+            raise ValueError("run: previews of these runs have unlike sizes; draw them one at a time")
+        save_rows(rows, path)
+
+    def row(self, run: Path) -> Tensor:
+        """Previews of a run, the last among them, uint8 [N, C, H, W]; ValueError if there are none."""
+        files = sorted((run / "previews").glob("step_*.png"))
+        if not files:
+            raise ValueError(f"run={run}: has no previews; training makes them every preview_every steps")
+        pixels = np.stack([np.array(Image.open(files[place])) for place in spread(len(files), self.frames)])
+        images = torch.from_numpy(pixels)
+        images = images.unsqueeze(1) if images.ndim == 3 else images.permute(0, 3, 1, 2)
+        return F.pad(images, (MARGIN, MARGIN, MARGIN, MARGIN), value=255)
+
+
+def curve(label: str, x: Tensor, y: Tensor) -> Curve:
+    """The points of a curve whose y is finite."""
+    finite = y.isfinite()
+    return Curve(label, x[finite].tolist(), y[finite].tolist())
+
+
+def betas_of(schedule: Discrete) -> tuple[Tensor, Tensor]:
+    """The times i / T of a table, i = 1..T, and the beta of each, float64 [T]."""
+    t = torch.arange(schedule.num_timesteps + 1, dtype=torch.float64) / schedule.num_timesteps
+    return t[1:], schedule.transition(t[1:], t[:-1])[1]
+
+
+def spread(count: int, most: int) -> list[int]:
+    """At most so many of the places 0..count - 1, evenly, the first and the last among them."""
+    return torch.linspace(0, count - 1, min(count, most)).round().long().tolist()
+
+
+def run_of(config: PlotConfig) -> Path:
+    """The folder of the run that a figure is of."""
+    return find_run(config.run, config.output_dir)
+
+
+def read_losses(run: Path) -> dict[str, Curve]:
+    """The losses over the steps of a run, by their column in metrics.csv; ValueError if there are none."""
+    path = run / "metrics.csv"
+    if not path.is_file():
+        raise ValueError(f"run={run}: has no metrics.csv; train with logger=csv among the loggers")
+    with path.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    points = {
+        column: [(float(row["step"]), float(row[column])) for row in rows if row.get(column)]
+        for column in LOSSES
+    }
+    return {
+        column: Curve(LOSSES[column], *zip(*some, strict=True)) for column, some in points.items() if some
+    }

@@ -19,7 +19,7 @@ from diffusion_cli.config import Mistakes, PlotConfig, TrainConfig, build, load
 from diffusion_cli.data import Dataset, normalised
 from diffusion_cli.data.base import Split
 from diffusion_cli.denoiser import noised
-from diffusion_cli.generate import SeededNoise, visible
+from diffusion_cli.generate import SeededNoise, spread, visible
 from diffusion_cli.report import save_gif, save_rows
 from diffusion_cli.schedules import Discrete, Schedule
 
@@ -275,11 +275,6 @@ def betas_of(schedule: Discrete) -> tuple[Tensor, Tensor]:
     """The times i / T of a table, i = 1..T, and the beta of each, float64 [T]."""
     t = torch.arange(schedule.num_timesteps + 1, dtype=torch.float64) / schedule.num_timesteps
     return t[1:], schedule.transition(t[1:], t[:-1])[1]
-
-
-def spread(count: int, most: int) -> list[int]:
-    """At most so many of the places 0..count - 1, evenly, the first and the last among them."""
-    return torch.linspace(0, count - 1, min(count, most)).round().long().tolist()
 
 
 def run_of(config: PlotConfig) -> Path:

@@ -29,6 +29,21 @@ class SeededNoise:
         return torch.stack(noise).to(self.device, non_blocking=True)
 
 
+def states(
+    denoise: Denoise,
+    sampler: Sampler,
+    times: Tensor,
+    seeds: Sequence[int],
+    shape: Sequence[int],
+    device: torch.device,
+) -> Iterator[Tensor]:
+    """Yield the noise that the images of the seeds begin as, and what each step makes of it, float32 [B, C, H, W]."""
+    noise = SeededNoise(seeds, shape, device)
+    x = sampler.schedule.prior_std(times[0]) * noise.draw()
+    yield x
+    yield from integrate(sampler, denoise, x, times, noise.draw)
+
+
 def sample(
     denoise: Denoise,
     sampler: Sampler,
@@ -38,9 +53,7 @@ def sample(
     device: torch.device,
 ) -> Tensor:
     """Images of the given seeds, float32 [B, C, H, W], around [-1, 1]."""
-    noise = SeededNoise(seeds, shape, device)
-    x = sampler.schedule.prior_std(times[0]) * noise.draw()
-    (x,) = deque(integrate(sampler, denoise, x, times, noise.draw), maxlen=1)
+    (x,) = deque(states(denoise, sampler, times, seeds, shape, device), maxlen=1)
     return x
 
 
@@ -122,16 +135,60 @@ def generate(
 ) -> Iterator[Generated]:
     """Yield the images of the seeds in order, `batch_size` at a time, the `labels` in turn."""
     device = next(model.denoiser.parameters()).device
-    batch_size = 1 if sampler.one_by_one else batch_size
     times = sampler.grid(steps)
-    for first in range(0, len(seeds), batch_size):
-        batch = list(seeds[first : first + batch_size])
+    for batch in _batches(seeds, sampler, batch_size):
         y = labels_of(batch, labels, device)
-        denoise = guidance(model.denoiser, y)
-        if clip:
-            denoise = clip_x0(denoise, model.denoiser.schedule)
+        denoise = _guided(model, guidance, y, clip)
         calls = Calls(model.denoiser, guidance)
         with autocast(device, precision):
             images = sample(denoise, sampler, times, batch, model.shape, device)
         check_finite(images)
         yield Generated(batch, to_bytes(images), y, calls.each(len(batch)))
+
+
+@torch.inference_mode()
+def trajectories(
+    model: Model,
+    sampler: Sampler,
+    steps: int,
+    seeds: Sequence[int],
+    batch_size: int,
+    *,
+    frames: int,
+    guidance: Guidance,
+    labels: Sequence[int] | None,
+    clip: bool,
+    precision: str,
+) -> Tensor:
+    """The way from noise to the images that `generate` makes of the seeds, uint8 [N, F, C, H, W].
+
+    F states as `visible` shows them, the noise first and the image last: `frames` of them evenly over the steps, or all
+    where there are fewer.
+    """
+    device = next(model.denoiser.parameters()).device
+    times = sampler.grid(steps)
+    places = spread(len(times), frames)
+    ways: list[Tensor] = []
+    for batch in _batches(seeds, sampler, batch_size):
+        denoise = _guided(model, guidance, labels_of(batch, labels, device), clip)
+        with autocast(device, precision):
+            way = enumerate(states(denoise, sampler, times, batch, model.shape, device))
+            shown = [visible(x, times[place], sampler.schedule).cpu() for place, x in way if place in places]
+        ways.append(torch.stack(shown, 1))
+    return torch.cat(ways)
+
+
+def _batches(seeds: Sequence[int], sampler: Sampler, batch_size: int) -> Iterator[list[int]]:
+    size = 1 if sampler.one_by_one else batch_size
+    for first in range(0, len(seeds), size):
+        yield list(seeds[first : first + size])
+
+
+def _guided(model: Model, guidance: Guidance, y: Tensor | None, clip: bool) -> Denoise:
+    denoise = guidance(model.denoiser, y)
+    return clip_x0(denoise, model.denoiser.schedule) if clip else denoise
+
+
+def spread(count: int, most: int) -> list[int]:
+    """At most so many of the places 0..count - 1, evenly, the first and the last among them."""
+    return torch.linspace(0, count - 1, min(count, most)).round().long().tolist()

@@ -8,7 +8,8 @@ from PIL import Image
 from diffusion_cli.cli import run
 from diffusion_cli.config import PlotConfig, load
 from diffusion_cli.data import Digits
-from diffusion_cli.figures import Forward, Losses, Previews, Schedules, read_losses, spread
+from diffusion_cli.figures import Forward, Losses, Previews, Schedules, read_losses
+from diffusion_cli.generate import spread
 from diffusion_cli.report import save_grid
 
 ROWS = """step,loss,loss_q1,lr,held_out_loss

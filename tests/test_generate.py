@@ -11,7 +11,7 @@ from diffusion_cli.checkpoint import Model
 from diffusion_cli.cli import run
 from diffusion_cli.commands.trained import class_number
 from diffusion_cli.denoiser import Denoiser
-from diffusion_cli.generate import SeededNoise, generate, to_bytes
+from diffusion_cli.generate import SeededNoise, generate, to_bytes, trajectories, visible
 from diffusion_cli.guidance import Unguided
 from diffusion_cli.networks import UNet
 from diffusion_cli.parameterizations import Eps
@@ -222,3 +222,68 @@ def test_a_number_is_a_name_where_classes_are_called_by_numbers():
     for label, names in ((0, ("1", "2", "3")), (3, ("ant", "bee", "cat")), ("dog", ("ant",)), (-1, ("ant",))):
         with pytest.raises(ValueError, match=f"^label={label}: "):
             class_number(label, names)
+
+
+# --- How images arise --------------------
+
+
+@pytest.mark.parametrize(("frames", "kept"), [(7, 7), (3, 3), (100, 7)])
+def test_a_trajectory_goes_from_the_noise_to_the_image_itself(model, frames, kept):
+    how = {"guidance": Unguided(None), "labels": [0, 1, 2], "clip": True, "precision": "fp32"}
+    sampler = DDPM(model.denoiser.schedule, variance="large", spacing="trailing")
+    ways = trajectories(model, sampler, 6, range(5), 2, frames=frames, **how)
+    assert ways.shape == (5, kept, 1, 8, 8)
+    images = torch.cat([batch.images for batch in generate(model, sampler, 6, range(5), 2, **how)])
+    assert torch.equal(ways[:, -1], images)
+    noise = torch.cat([SeededNoise([seed], (1, 8, 8), CPU).draw() for seed in range(5)])
+    assert torch.equal(ways[:, 0], to_bytes(noise))
+
+
+@pytest.mark.parametrize("name", ["ve", "edm", "subvp", "rectified", "cosine"])
+def test_states_are_shown_with_the_variance_of_the_data(schedules, name):
+    schedule = schedules[name]
+    image, noise = torch.full((1, 1, 4, 4), 0.3), torch.linspace(-0.9, 0.9, 16).reshape(1, 1, 4, 4)
+    one, zero = torch.ones(1), torch.zeros(1)
+    assert torch.equal(visible(image, zero, schedule), to_bytes(image))
+    _, sigma = schedule(one)
+    state = (sigma * noise).float()
+    difference = visible(state, one, schedule).int() - to_bytes(noise).int()
+    assert difference.abs().max() <= 1
+    if name == "cosine":
+        assert torch.equal(visible(state, one, schedule), to_bytes(state))
+
+
+def test_strips_and_animations_change_no_image_and_are_made_afterwards_too(folder, tmp_path, capsys):
+    words = ["run=small", f"output_dir={folder}", "steps=4", "num_samples=10", "sampler=ddpm"]
+    plain, drawn = tmp_path / "plain", tmp_path / "drawn"
+    assert run(["sample", *words, f"output={plain}"]) == 0
+    assert run(["sample", *words, f"output={drawn}", "strip=true", "gif=true", "frames=3"]) == 0
+    before = {file.name: file.read_bytes() for file in plain.iterdir()}
+    after = {file.name: file.read_bytes() for file in drawn.iterdir()}
+    assert set(after) - set(before) == {"strip.png", "denoising.gif"}
+    assert all(after[name] == content for name, content in before.items())
+    with Image.open(drawn / "strip.png") as strip:
+        assert strip.size == (3 * 34, 8 * 34)  # 8 x 8 pixels, four times as large, and a frame of one
+        pixels = np.array(strip)
+    for row in range(8):
+        with Image.open(drawn / f"{row:06d}.png") as image:
+            last = pixels[34 * row + 1 : 34 * row + 33 : 4, 2 * 34 + 1 : 3 * 34 - 1 : 4]
+            assert np.array_equal(last, np.array(image))
+    with Image.open(drawn / "denoising.gif") as animation:
+        assert getattr(animation, "n_frames", 1) == 4  # there and back
+    assert run(["sample", *words, f"output={plain}", "strip=true", "frames=3"]) == 0
+    assert (plain / "strip.png").read_bytes() == after["strip.png"]
+    assert run(["sample", *words, f"output={plain}", "frames=1", "strip=true"]) == 2
+    assert "frames=1: should be greater than or equal to 2" in capsys.readouterr().err
+
+
+def test_a_strip_is_no_image_to_edit(folder, tmp_path):
+    words = ["run=small", f"output_dir={folder}", "steps=2"]
+    assert run(["sample", *words, "num_samples=2", "strip=true", f"output={tmp_path / 'some'}"]) == 0
+    given = [f"input={tmp_path / 'some'}", f"output={tmp_path / 'edited'}"]
+    assert run(["edit", *words, "edit=img2img", *given]) == 0
+    assert sorted(file.name for file in (tmp_path / "edited").glob("*.png")) == [
+        "000000.png",
+        "000001.png",
+        "grid.png",
+    ]

@@ -17,7 +17,8 @@ from diffusion_cli.data import Dataset, file_names, flattened, image_files, is_g
 Shape = tuple[int, int, int]
 MOST_LINES = 10
 LONGEST = 200  # bytes of a name
-RESERVED = ("grid", "grid.png")  # names of the picture of all results
+PICTURES = ("grid.png", "strip.png")  # of results, in their folder
+RESERVED = ("grid", "grid.png", "strip", "strip.png")  # names that no result has
 
 
 class Input(NamedTuple):
@@ -55,7 +56,7 @@ def read_input(given: str | list[str], shapes: list[Shape], fit: bool, count: in
         if (
             folder / "manifest.json"
         ).is_file():  # made by this program: its results, not its pictures of them
-            names = [name for name in names if "/" not in name and name != "grid.png"]
+            names = [name for name in names if "/" not in name and name not in PICTURES]
             if not names:
                 raise Mistakes(f"input={folder}: holds series of images; give one of its folders")
         files = [folder / name for name in names]

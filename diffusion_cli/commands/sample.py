@@ -2,21 +2,26 @@
 
 import sys
 from pathlib import Path
+from typing import Any
 
+import torch
+from torch import Tensor
 from tqdm import tqdm
 
 from diffusion_cli.commands.outputs import claim, keep_seeds, read_images
 from diffusion_cli.commands.samples import image_path
 from diffusion_cli.commands.trained import Trained, open_run
 from diffusion_cli.config import EvalConfig, SampleConfig, fingerprint
-from diffusion_cli.generate import generate
-from diffusion_cli.report import save_grid, save_png, save_rows
+from diffusion_cli.generate import generate, trajectories
+from diffusion_cli.report import grid, save_gif, save_grid, save_png, save_rows
 
 GRID_IMAGES = 100
+STRIP_IMAGES = 8
+GIF_IMAGES = 64
 
 
 def run(config: SampleConfig) -> None:
-    """Make the images that are not there yet, a grid of the first ones, and the manifest."""
+    """Make the images that are not there yet, a grid of the first ones, how they arose if asked, and the manifest."""
     trained = open_run(config)
     trained.check(config.steps)
     model = trained.model
@@ -30,33 +35,51 @@ def run(config: SampleConfig) -> None:
             file=sys.stderr,
         )
 
+    how: dict[str, Any] = {
+        "guidance": trained.guidance,
+        "labels": trained.labels,
+        "clip": config.clip_x0,
+        "precision": config.precision,
+    }
     most_calls = 0
     with tqdm(total=len(todo), unit="image", desc="sample", dynamic_ncols=True) as bar:
         for batch, images, _, calls in generate(
-            model,
-            trained.sampler,
-            config.steps,
-            todo,
-            config.batch_size,
-            guidance=trained.guidance,
-            labels=trained.labels,
-            clip=config.clip_x0,
-            precision=config.precision,
+            model, trained.sampler, config.steps, todo, config.batch_size, **how
         ):
             for seed, image in zip(batch, images, strict=True):
                 save_png(image, image_path(output, seed))
             bar.update(len(batch))
             most_calls = max(most_calls, calls)
     keep_seeds(output, manifest, seeds)
-    grid = output / "grid.png"
+    overview = output / "grid.png"
     first = list(seeds)[:GRID_IMAGES]
     if config.label is None or trained.labels is None:
-        save_grid(read_images([image_path(output, seed) for seed in first]), grid)
+        save_grid(read_images([image_path(output, seed) for seed in first]), overview)
     else:  # a row a class
         classes = [first[place :: len(trained.labels)] for place in range(len(trained.labels))]
-        save_rows([read_images([image_path(output, seed) for seed in row]) for row in classes if row], grid)
+        save_rows(
+            [read_images([image_path(output, seed) for seed in row]) for row in classes if row], overview
+        )
     made = f", {most_calls} network calls each" if todo else ""
-    print(f"{len(seeds)} images of step {model.step}{made}, in {output}\nGrid: {grid}")
+    print(f"{len(seeds)} images of step {model.step}{made}, in {output}\nGrid: {overview}")
+    shown = seeds[: max(STRIP_IMAGES * config.strip, GIF_IMAGES * config.gif)]
+    if shown:
+        ways = trajectories(
+            model, trained.sampler, config.steps, shown, config.batch_size, frames=config.frames, **how
+        )
+        _draw(ways, output, config)
+
+
+def _draw(ways: Tensor, output: Path, config: SampleConfig) -> None:
+    """Write how images arise, uint8 [N, F, C, H, W], as the pictures that are asked for."""
+    if config.strip:
+        strip = output / "strip.png"
+        save_rows(list(ways[:STRIP_IMAGES]), strip)
+        print(f"Strip: {strip}")
+    if config.gif:
+        animation = output / "denoising.gif"
+        save_gif(torch.stack([grid(images) for images in ways.transpose(0, 1)]), animation)
+        print(f"Animation: {animation}")
 
 
 def samples_folder(trained: Trained, config: SampleConfig | EvalConfig) -> Path:

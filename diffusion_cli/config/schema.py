@@ -112,6 +112,9 @@ class SampleConfig(_Generation):
     """The keys of `conf/sample.yaml`."""
 
     num_samples: PositiveInt
+    strip: bool
+    gif: bool
+    frames: Annotated[int, Field(ge=2)]
     output: str | None
 
 

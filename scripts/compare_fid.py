@@ -109,9 +109,8 @@ def main() -> None:
     )
     if arguments.pytorch_fid:
         ours, theirs = diffuse(arguments, "pytorch")["fid"], pytorch_fid(arguments)["fid"]
-        print(
-            f"pytorch-fid: fid {theirs:.9g}; diffuse with features.resize=pytorch {ours:.9g}: {abs(ours / theirs - 1):.1e}"
-        )
+        difference = abs(ours / theirs - 1)
+        print(f"| fid, features.resize=pytorch | {ours:.9g} | pytorch-fid: {theirs:.9g} | {difference:.1e} |")
 
 
 if __name__ == "__main__":

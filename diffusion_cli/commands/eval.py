@@ -61,38 +61,50 @@ class Scene(NamedTuple):
     """None where only the model itself is asked."""
 
 
-def measure(config: EvalConfig) -> list[Report]:
-    """Carry out an evaluation, as one of the processes that share it; the numbers are the first one's."""
-    metrics = {name: build(node) for name, node in config.metric.items()}
-    of_model = {name: metric for name, metric in metrics.items() if isinstance(metric, ModelMetric)}
-    of_samples = {name: metric for name, metric in metrics.items() if isinstance(metric, Metric)}
-    scene = (
-        _model_scene(config, bool(of_samples)) if config.samples is None else _given_scene(config, of_model)
-    )
+def measure(config: EvalConfig) -> None:
+    """Carry out an evaluation, print its numbers and add them to the history."""
+    scene = look_at(config)
     history = scene.folder / "metrics.json"
     read_history(history)  # a damaged one is refused before anything is measured
-    environment = {"device": device_of(config.device).type, "versions": versions()}
-    first, reports = Ranks().first, []
-    if of_model and first:
-        assert scene.trained is not None
-        subject = Subject(
-            scene.trained.model, scene.dataset, scene.folder, scene.trained.device, config.seed, config.batch_size,
-            config.clip_x0, config.precision,
-        )  # fmt: skip
-        keys = ("run", "step", "ema", "weights", "weights_sha256", "precision")
-        known = {key: about(scene.trained)[key] for key in keys}
-        reports.append(examine(of_model.values(), subject, known, environment))
-    if scene.samples is not None:
-        reports.append(_of_samples(config, scene, scene.samples, of_samples, environment))
-    if not first:
-        return []
+    reports = assess(config, scene)
+    if not Ranks().first:
+        return
+    print(_described(config, scene))
     for report in reports:
         print(report.table())
         if report.results:
             append_history(history, report.to_dict())
     if any(report.results for report in reports):
         print(f"With their protocol in {history}")
+
+
+def assess(config: EvalConfig, scene: Scene) -> list[Report]:
+    """The numbers, if this is the first of the processes that share the work."""
+    metrics = {name: build(node) for name, node in config.metric.items()}
+    environment = {"device": device_of(config.device).type, "versions": versions()}
+    reports = []
+    if scene.trained is not None and Ranks().first:
+        of_model = [metric for metric in metrics.values() if isinstance(metric, ModelMetric)]
+        subject = Subject(
+            scene.trained.model, scene.dataset, scene.folder, scene.trained.device, config.seed, config.batch_size,
+            config.clip_x0, config.precision,
+        )  # fmt: skip
+        keys = ("run", "step", "ema", "weights", "weights_sha256", "precision")
+        known = {key: about(scene.trained)[key] for key in keys}
+        reports += [examine(of_model, subject, known, environment)] if of_model else []
+    if scene.samples is not None:
+        of_samples = {name: metric for name, metric in metrics.items() if isinstance(metric, Metric)}
+        reports.append(_of_samples(config, scene, scene.samples, of_samples, environment))
     return reports
+
+
+def look_at(config: EvalConfig) -> Scene:
+    """What an evaluation is of; ValueError where its parts do not go together."""
+    kinds = {name: build(node) for name, node in config.metric.items()}
+    of_model = [name for name, metric in kinds.items() if isinstance(metric, ModelMetric)]
+    if config.samples is None:
+        return _model_scene(config, len(of_model) < len(kinds))
+    return _given_scene(config, of_model)
 
 
 def _model_scene(config: EvalConfig, sampled: bool) -> Scene:
@@ -116,7 +128,7 @@ def _model_scene(config: EvalConfig, sampled: bool) -> Scene:
     return Scene(trained.folder, dataset, trained, samples)
 
 
-def _given_scene(config: EvalConfig, of_model: dict[str, Any]) -> Scene:
+def _given_scene(config: EvalConfig, of_model: list[str]) -> Scene:
     """Images of anyone, and the dataset that they are compared with, if one is named or they lie in a run's folder."""
     assert config.samples is not None
     path = Path(config.samples).expanduser()
@@ -160,25 +172,30 @@ def _of_samples(
     )  # fmt: skip
     if not Ranks().first:
         return report
-    made = f"{len(samples)} images of {config.samples}"
     if isinstance(samples, ModelSamples) and scene.trained is not None:
-        trained, sampler = scene.trained, config.sampler["_target_"].rpartition(".")[2]
-        labels = trained.labels
+        labels = scene.trained.labels
         if labels is not None and set(labels) != set(range(scene.dataset.num_classes or 0)):
             report.notes.append("the samples are of some classes only, the real images of all")
         if samples.folder is not None:
-            keep_seeds(samples.folder, claim(samples.folder, trained.settings, trained.model), samples.seeds)
-        made = (
-            f"{trained.folder.name} at step {trained.model.step}, {len(samples)} samples by {sampler} in "
-            f"{samples.calls} network calls each, {config.weights} weights"
-        )
-    print(f"\n{made}")
+            manifest = claim(samples.folder, scene.trained.settings, scene.trained.model)
+            keep_seeds(samples.folder, manifest, samples.seeds)
     for name, picture in pictures.items():
         digest = report.results[0].protocol["sampling"]["pixels_sha256"]
         path = scene.folder / "pictures" / f"{name}-{digest[:8]}.png"
         save_rows(picture, path)
         report.notes.append(f"{name}: its picture is {path}")
     return report
+
+
+def _described(config: EvalConfig, scene: Scene) -> str:
+    """What the numbers are of, in a line."""
+    if isinstance(scene.samples, ModelSamples) and scene.trained is not None:
+        sampler = config.sampler["_target_"].rpartition(".")[2]
+        return (
+            f"{scene.trained.folder.name} at step {scene.trained.model.step}, {len(scene.samples)} samples by {sampler} "
+            f"in {scene.samples.calls} network calls each, {config.weights} weights"
+        )
+    return "" if scene.samples is None else f"{len(scene.samples)} images of {config.samples}"
 
 
 def versions() -> dict[str, str]:

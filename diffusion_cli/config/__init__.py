@@ -17,12 +17,13 @@ from diffusion_cli.config.catalogue import (
 )
 from diffusion_cli.config.check import build, check_node, shown, signature
 from diffusion_cli.config.compose import Mistakes, compose, expand, load
-from diffusion_cli.config.grid import Variant, load_grid
+from diffusion_cli.config.grid import Value, Variant, load_grid
 from diffusion_cli.config.runs import fingerprint, flatten, identity
 from diffusion_cli.config.schema import (
     COMMANDS,
     FIRST_WORD,
     GRIDS,
+    CompareConfig,
     Config,
     EditConfig,
     EvalConfig,
@@ -39,6 +40,7 @@ __all__ = [
     "FIRST_WORD",
     "GRIDS",
     "HERE",
+    "CompareConfig",
     "Config",
     "EditConfig",
     "EvalConfig",
@@ -47,6 +49,7 @@ __all__ = [
     "ReportConfig",
     "SampleConfig",
     "TrainConfig",
+    "Value",
     "Variant",
     "brought_by",
     "build",

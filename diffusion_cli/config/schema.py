@@ -135,6 +135,12 @@ class EvalConfig(_Generation):
     dataset: Node | None = None
 
 
+class CompareConfig(EvalConfig):
+    """The keys of `conf/compare.yaml`."""
+
+    output: str | None
+
+
 class EditConfig(_Generation):
     """The keys of `conf/edit.yaml`."""
 
@@ -177,11 +183,12 @@ COMMANDS: dict[str, type[Config]] = {
     "sample": SampleConfig,
     "edit": EditConfig,
     "eval": EvalConfig,
+    "compare": CompareConfig,
     "report": ReportConfig,
     "plot": PlotConfig,
 }
 # Commands that take a list of values where one is due, and get the product of all lists.
-GRIDS = frozenset(["plot"])
+GRIDS = frozenset(["plot", "compare"])
 # The group of a command from which a bare first word chooses: `diffuse plot loss` is `diffuse plot figure=loss`.
 FIRST_WORD = {"plot": "figure"}
 

@@ -192,8 +192,8 @@ def _described(config: EvalConfig, scene: Scene) -> str:
     if isinstance(scene.samples, ModelSamples) and scene.trained is not None:
         sampler = config.sampler["_target_"].rpartition(".")[2]
         return (
-            f"{scene.trained.folder.name} at step {scene.trained.model.step}, {len(scene.samples)} samples by {sampler} "
-            f"in {scene.samples.calls} network calls each, {config.weights} weights"
+            f"{scene.trained.folder.name} at step {scene.trained.model.step}, {len(scene.samples)} samples by "
+            f"{sampler} in {scene.samples.calls} network calls each, {config.weights} weights"
         )
     return "" if scene.samples is None else f"{len(scene.samples)} images of {config.samples}"
 

@@ -21,6 +21,9 @@ from diffusion_cli.denoiser import Denoiser, NoiseConditioned, NoisyClassifier
 
 FORMAT = 2
 LAST = Path("checkpoints", "last.ckpt")
+BEST = LAST.with_name("best.ckpt")
+Step = int | Literal["best"] | None
+"""Which checkpoint of a run: that of a step, the best, or the newest."""
 
 
 @dataclass(frozen=True)
@@ -105,10 +108,8 @@ def find_run(run: str | None, output_dir: str, key: str = "run") -> Path:
     raise ValueError(f"{key}={run}: holds no {LAST}; the newest runs in {output_dir} are: {known}")
 
 
-def load_model(
-    run: Path, weights: Literal["ema", "raw"], device: torch.device, step: int | None = None
-) -> Model:
-    """Build the denoiser of a run again from its newest checkpoint, or that of a step, in evaluation mode."""
+def load_model(run: Path, weights: Literal["ema", "raw"], device: torch.device, step: Step = None) -> Model:
+    """Build the denoiser of a run again from its newest checkpoint, or another one, in evaluation mode."""
     checkpoint, origin = _origin(run, step, weights, Denoiser.task)
     return Model(**origin, denoiser=_restored(Denoiser, checkpoint, weights, device))
 
@@ -120,11 +121,17 @@ def load_classifier(run: Path, device: torch.device) -> Classifier:
 
 
 def _origin(
-    run: Path, step: int | None, weights: Literal["ema", "raw"], task: str
+    run: Path, step: Step, weights: Literal["ema", "raw"], task: str
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """A checkpoint of a run, checked to be of the task, and what is known of it."""
     path = run / LAST
-    if step is not None:
+    if step == "best":
+        path = run / BEST
+        if not path.is_file():
+            raise ValueError(
+                f"step=best: {run} keeps none; train with eval_every= and keep_best=, or name a step"
+            )
+    elif step is not None:
         path = path.with_name(numbered(step))
         if not path.is_file():
             kept = ", ".join(str(int(file.stem[5:])) for file in sorted(path.parent.glob("step_*.ckpt")))

@@ -15,7 +15,7 @@ import torch
 import yaml
 from PIL import Image
 
-from diffusion_cli.checkpoint import LAST, load_model, read, whole_file
+from diffusion_cli.checkpoint import BEST, LAST, load_model, read, whole_file
 from diffusion_cli.cli import run
 from diffusion_cli.commands.train import only_one
 from diffusion_cli.objective import withheld
@@ -72,6 +72,65 @@ def test_a_run_taken_up_again_equals_one_without_a_stop(tmp_path, extra):
     for key in ("state_dict", "optimizer_states", "lr_schedulers"):
         assert_same(whole[key], parts[key], key)
     assert_same(whole["callbacks"]["EMA"], parts["callbacks"]["EMA"])
+
+
+ON_THE_WAY = [
+    "eval_every=4", "eval_samples=70", "eval_steps=2", "metric=[fid,classifier]", "features=classifier", "features.steps=20",
+]  # fmt: skip
+
+
+def test_evaluating_on_the_way_changes_no_weight_and_keeps_the_best(tmp_path):
+    words = ["max_steps=14", "model.class_conditional=true"]
+    assert train(tmp_path / "plain", *words) == 0
+    extra = [*ON_THE_WAY, f"cache_dir={tmp_path}/cache", "keep_best=fid"]
+    assert train(tmp_path / "watched", *words, *extra) == 0
+    assert_same(state(tmp_path / "plain")["state_dict"], state(tmp_path / "watched")["state_dict"])
+    with (tmp_path / "watched" / "tiny" / "metrics.csv").open(newline="") as file:
+        rows = {int(row["step"]): row for row in csv.DictReader(file) if row.get("frechet_classifier")}
+    assert sorted(rows) == [4, 8, 12]
+    distances = {step: float(row["frechet_classifier"]) for step, row in rows.items()}
+    assert all(0 <= float(row["class_accuracy"]) <= 1 for row in rows.values())
+    best = min(distances, key=lambda step: distances[step])
+    model = load_model(tmp_path / "watched" / "tiny", "ema", torch.device("cpu"), "best")
+    assert model.step == best
+    assert read(tmp_path / "watched" / "tiny" / BEST)["callbacks"]["Evaluation"]["best"] == (
+        best,
+        distances[best],
+    )
+
+
+def test_the_best_of_a_run_taken_up_again_is_that_of_one_without_a_stop(tmp_path):
+    extra = [*ON_THE_WAY, f"cache_dir={tmp_path}/cache", "keep_best=fid"]
+    assert train(tmp_path / "whole", "max_steps=13", *extra) == 0
+    for steps in (5, 9, 13):
+        assert train(tmp_path / "parts", f"max_steps={steps}", *extra) == 0
+    whole, parts = (read(tmp_path / name / "tiny" / BEST) for name in ("whole", "parts"))
+    assert whole["callbacks"]["Evaluation"] == parts["callbacks"]["Evaluation"]
+    assert_same(whole["callbacks"]["EMA"], parts["callbacks"]["EMA"])
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        (["keep_best=fid"], "keep_best=fid: nothing is evaluated on the way; set eval_every too"),
+        (["eval_every=5", "keep_best=kid"], "keep_best=kid: is not among metric=[fid]; add it there"),
+        (
+            ["eval_every=5", "metric=kid"],
+            "metric.kid.subset_size=1000: must be 2 or more and at most the 500",
+        ),
+        (["eval_every=5", "metric=bound"], "metric=bound: measures no samples"),
+        (
+            ["eval_every=5", "task=classifier", "model=classifier_tiny"],
+            "eval_every=5: a classifier makes no samples",
+        ),
+        (["eval_every=5", "eval_steps=2000"], "eval_steps=2000: "),
+    ],
+)
+def test_an_evaluation_that_cannot_be_is_refused_before_training(tmp_path, capsys, words, line):
+    quick = ["features=classifier", "features.steps=2", f"cache_dir={tmp_path}/cache"]
+    assert run(["train", "name=tiny", f"output_dir={tmp_path}/o", "max_steps=5", *quick, *words]) == 2
+    assert line in capsys.readouterr().err
+    assert not (tmp_path / "o" / "tiny").exists()
 
 
 def test_the_optimizer_steps_once_a_batch_whatever_the_parts(tmp_path):

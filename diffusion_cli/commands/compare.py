@@ -91,7 +91,7 @@ def _folders(jobs: Sequence[Job]) -> tuple[Path, Path]:
 def _identity(config: CompareConfig) -> str:
     """What the numbers of a variant are kept under: the weights, and all settings that count."""
     folder = find_run(config.run, config.output_dir)
-    digest = load_model(folder, config.weights, torch.device("cpu")).digest
+    digest = load_model(folder, config.weights, torch.device("cpu"), config.step).digest
     return fingerprint(config.model_dump(exclude=ELSEWHERE) | {"weights_sha256": digest})
 
 

@@ -166,7 +166,7 @@ def _of_samples(
     cache_dir = Path(config.cache_dir or "~/.cache/diffuse").expanduser()
     networks = Networks(config.features, scene.dataset, cache_dir, device_of(config.device))
     reference: Reference = build(config.reference, scene.dataset)
-    report, pictures = evaluate(
+    report, pictures, _ = evaluate(
         metrics, networks, samples, reference,
         batch_size=config.batch_size, cache_dir=cache_dir, force=config.force, environment=environment,
     )  # fmt: skip

@@ -23,6 +23,7 @@ from diffusion_cli.checkpoint import FORMAT, LAST, digest, read, whole_file
 from diffusion_cli.config import Mistakes, TrainConfig, build, identity, seconds, shown
 from diffusion_cli.data import Batch, Batches, Dataset, Images, hold, normalised
 from diffusion_cli.denoiser import Denoiser, NoiseConditioned, NoisyClassifier
+from diffusion_cli.metrics import Metric, Networks
 from diffusion_cli.objective import Objective
 from diffusion_cli.precision import resolve
 from diffusion_cli.samplers import Sampler
@@ -39,6 +40,7 @@ from diffusion_cli.training.callbacks import (
 )
 from diffusion_cli.training.device import Device
 from diffusion_cli.training.ema import EMA
+from diffusion_cli.training.evaluation import Evaluation, TrainingSamples
 from diffusion_cli.training.module import TrainingModule
 from diffusion_cli.training.optimizers import OptimizerConfig
 
@@ -106,6 +108,11 @@ def _build(config: TrainConfig) -> _Parts:
             sampler.grid(config.preview_steps)
         except ValueError as error:
             raise ValueError(str(error).replace("steps=", "preview_steps=", 1)) from error
+        if config.eval_every is not None:
+            try:
+                sampler.grid(config.eval_steps)
+            except ValueError as error:
+                raise ValueError(str(error).replace("steps=", "eval_steps=", 1)) from error
         sampler.check(model)
     return _Parts(dataset, model, objective, times, sampler, build(config.optimizer), device)
 
@@ -127,9 +134,10 @@ def _train(config: TrainConfig, folder: Path, last: Path) -> int:
         )
         return 0
 
-    _write_config(folder / "config.yaml", config)
     module = TrainingModule(model, parts.objective, parts.times, parts.optimizer, config.seed, about)
     ema = EMA(model.network, config.ema.decay, config.ema.warm_up)
+    watchers = _watchers(config, folder, parts, ema)
+    _write_config(folder / "config.yaml", config)
     stop = Stop(seconds(config.max_time))
     if config.compile is True or (config.compile == "auto" and device.type == "cuda"):
         model.network.compile()  # in place: torch.compile(network) would rename every weight
@@ -139,7 +147,6 @@ def _train(config: TrainConfig, folder: Path, last: Path) -> int:
         f"{dataset.name}, {device.type}, {precision}",
         file=sys.stderr,
     )
-    watchers = _watchers(config, folder, parts, ema)
     trainer = _trainer(
         config,
         callbacks=[
@@ -185,12 +192,36 @@ def _watchers(config: TrainConfig, folder: Path, parts: _Parts, ema: EMA) -> lis
         watchers.append(HeldOutLoss(config.validate_every, once, ema))
         if isinstance(parts.model, NoisyClassifier):
             watchers.append(HeldOutAccuracy(config.validate_every, once, ema))
+    if config.eval_every is not None and not isinstance(parts.model, Denoiser):
+        raise ValueError(f"eval_every={config.eval_every}: a classifier makes no samples; leave it out")
     if isinstance(parts.model, Denoiser):
         shape = parts.dataset.shape
+        if config.eval_every is not None:
+            watchers.append(_evaluation(config, config.eval_every, folder, parts, ema))
         watchers.append(
             Preview(config.preview_every, folder, ema, parts.sampler, config.preview_steps, shape)
         )
     return watchers
+
+
+def _evaluation(config: TrainConfig, every: int, folder: Path, parts: _Parts, ema: EMA) -> Evaluation:
+    """What measures samples on the way; ValueError where that cannot be done."""
+    metrics = {name: build(node) for name, node in config.metric.items()}
+    for name, metric in metrics.items():
+        if not isinstance(metric, Metric):
+            raise ValueError(
+                f"metric={name}: measures no samples; on the way there are the metrics of samples only"
+            )
+    dataset = parts.dataset
+    names = dataset.class_names if getattr(parts.model, "num_classes", None) is not None else None
+    samples = TrainingSamples(config.eval_samples, parts.sampler, config.eval_steps, dataset.shape, names)
+    cache_dir = Path(config.cache_dir or "~/.cache/diffuse").expanduser()
+    networks = Networks(config.features, dataset, cache_dir, parts.device.torch_device)
+    reference = build(config.reference, dataset)
+    return Evaluation(
+        every, metrics, networks, reference, samples,
+        run=folder, ema=ema, batch_size=config.batch_size, keep_best=config.keep_best,
+    )  # fmt: skip
 
 
 def _trainer(config: TrainConfig, **arguments: Any) -> Trainer:

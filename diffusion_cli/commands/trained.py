@@ -57,7 +57,7 @@ def open_run(config: SampleConfig | EvalConfig | EditConfig) -> Trained:
     """Load what a command names; ValueError if there is no such run or device, or parts do not go together."""
     folder = find_run(config.run, config.output_dir)
     device = device_of(config.device)
-    model = load_model(folder, config.weights, device)
+    model = load_model(folder, config.weights, device, config.step)
     sampler: Sampler = build(config.sampler, model.denoiser.schedule)
     guides = Guides(model, folder, config, device)
     guidance: Guidance = build(config.guidance, guides)

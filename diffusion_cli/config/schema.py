@@ -56,7 +56,12 @@ class TrainConfig(BaseModel):
     validate_every: PositiveInt
     preview_every: PositiveInt
     preview_steps: PositiveInt
+    eval_every: PositiveInt | None
+    eval_samples: Annotated[int, Field(ge=2)]
+    eval_steps: PositiveInt
+    keep_best: str | None
     data_dir: str
+    cache_dir: str | None
     output_dir: str
     ema: EMAConfig
     dataset: Node
@@ -68,12 +73,23 @@ class TrainConfig(BaseModel):
     sampler: Node
     optimizer: Node
     trainer: Node
+    metric: dict[str, Node]
+    features: Node
+    reference: Node
     logger: dict[str, Node] = {}
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         if self.max_steps is self.max_epochs is self.max_time is None:
             raise ValueError("max_steps: no budget; set max_steps, max_epochs or max_time")
+        if self.keep_best is not None and self.eval_every is None:
+            raise ValueError(
+                f"keep_best={self.keep_best}: nothing is evaluated on the way; set eval_every too"
+            )
+        if self.keep_best is not None and self.keep_best not in self.metric:
+            raise ValueError(
+                f"keep_best={self.keep_best}: is not among metric=[{','.join(self.metric)}]; add it there"
+            )
         if self.batch_size % self.accumulate:
             raise ValueError(
                 f"accumulate={self.accumulate}: does not divide batch_size={self.batch_size}; take a divisor"
@@ -86,6 +102,7 @@ class _Generation(BaseModel):
 
     model_config = STRICT
     run: str | None
+    step: PositiveInt | Literal["best"] | None
     steps: PositiveInt
     label: Label
     batch_size: PositiveInt

@@ -4,7 +4,7 @@ from diffusion_cli.metrics.auto import auto_features
 from diffusion_cli.metrics.base import Finding, Measurement, Metric, ModelMetric, Seen, Shown, Subject
 from diffusion_cli.metrics.classes import ClassifierScore
 from diffusion_cli.metrics.classifier import ClassifierFeatures
-from diffusion_cli.metrics.evaluation import Evaluation, evaluate, examine
+from diffusion_cli.metrics.evaluation import Evaluation, evaluate, examine, require
 from diffusion_cli.metrics.features import FeatureBatch, Features
 from diffusion_cli.metrics.frechet import (
     FrechetDistance,
@@ -42,5 +42,5 @@ __all__ = [
     "PrecisionRecall", "RealImages", "Reference", "Report", "Result", "Rows", "Samples", "Seen", "Shown",
     "SpatialFrechetDistance", "Subject", "VariationalBound", "append_history", "auto_features", "evaluate",
     "examine", "frechet_distance", "gaussian_mmd", "history_table", "inception_score", "newest", "polynomial_mmd",
-    "read_history", "unlike",
+    "read_history", "require", "unlike",
 ]  # fmt: skip

@@ -33,6 +33,7 @@ class Finding:
     notes: tuple[str, ...] = ()
     pictures: Mapping[str, list[Tensor]] = field(default_factory=dict)
     """Pictures that belong to it by name: their rows of images, uint8 [n, C, H, W]."""
+    higher_is_better: bool = False
 
 
 class Shown(NamedTuple):

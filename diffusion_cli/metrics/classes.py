@@ -54,7 +54,8 @@ class ClassifierMeasurement(Measurement):
             accuracy = self.network.held_out_accuracy
             real = {} if accuracy is None else {"on_real_held_out": accuracy}
             details = {"labelled": self.labelled, **real}
-            findings.append(Finding("class_accuracy", self.correct / self.labelled, details))
+            share = self.correct / self.labelled
+            findings.append(Finding("class_accuracy", share, details, higher_is_better=True))
         mean = self.mean / self.count
         details = {"entropy_of_classes": _entropy(mean), "most": math.log(len(mean))}
         return [*findings, Finding("class_entropy", self.entropy / self.count, details)]

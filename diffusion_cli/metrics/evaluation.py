@@ -27,6 +27,8 @@ class Evaluation(NamedTuple):
     report: Report
     pictures: dict[str, list[Tensor]]
     """By name, their rows of images, uint8 [n, C, H, W]."""
+    first: dict[str, Finding]
+    """The first number of each metric, by its name in the configuration."""
 
 
 def evaluate(
@@ -49,6 +51,41 @@ def evaluate(
     Raises ValueError, before any sample is made, if they are too few for a metric (with `force`, a warning in the
     report where that is possible), or have another shape than the real images.
     """
+    ranks = Ranks()
+    seen, notes = require(metrics, networks, samples, reference, cache_dir, force)
+    views = list(dict.fromkeys(seen.values()))
+    # Those that keep rows of features begin first: what others need of real images comes from these.
+    order = sorted(metrics, key=lambda name: not metrics[name].keeps_rows)
+    begun = {name: metrics[name].begin(seen[name]) for name in order}
+    shown_to = [[begun[name] for name in metrics if seen[name] is view] for view in views]
+    digest = _pass(samples, batch_size, list(zip(views, shown_to, strict=True)), ranks)
+    if not ranks.first:
+        return Evaluation(Report([], []), {}, {})
+
+    made = {
+        "sampling": {**samples.protocol(), "pixels_sha256": digest},
+        "environment": dict(environment or {}),
+    }
+    results, pictures, first = [], {}, {}
+    for name in metrics:
+        common = _protocol(samples, seen[name].network)
+        for finding in begun[name].findings():
+            first.setdefault(name, finding)
+            notes += finding.notes
+            pictures |= finding.pictures
+            results += _result(finding, {**common, **finding.protocol, **made})
+    return Evaluation(Report(results, list(dict.fromkeys(notes))), pictures, first)
+
+
+def require(
+    metrics: Mapping[str, Metric],
+    networks: Networks,
+    samples: Samples,
+    reference: Reference,
+    cache_dir: Path,
+    force: bool,
+) -> tuple[dict[str, Seen], list[str]]:
+    """What each metric looks at, and what a reader must know; ValueError if any cannot be measured, as `evaluate`."""
     dataset, ranks = networks.dataset, Ranks()
     if samples.shape != dataset.shape:
         raise ValueError(
@@ -58,33 +95,12 @@ def evaluate(
     seen: dict[str, Seen] = {}
     for name, metric in metrics.items():
         network = ranks.one_by_one(lambda metric=metric: metric.network(networks))
-        real = RealImages(reference, network, cache_dir, ranks)
-        view = Seen(network, real, samples, dataset, cache_dir)
+        view = Seen(network, RealImages(reference, network, cache_dir, ranks), samples, dataset, cache_dir)
         seen[name] = next((other for other in seen.values() if other.network is network), view)
-    views = list(dict.fromkeys(seen.values()))
-    notes = [view.network.note for view in views if view.network.note]
+    notes = [view.network.note for view in dict.fromkeys(seen.values()) if view.network.note]
     for name, metric in metrics.items():
         notes += metric.check(len(samples), seen[name], force)
-    # Those that keep rows of features begin first: what others need of real images comes from these.
-    order = sorted(metrics, key=lambda name: not metrics[name].keeps_rows)
-    begun = {name: metrics[name].begin(seen[name]) for name in order}
-    shown_to = [[begun[name] for name in metrics if seen[name] is view] for view in views]
-    digest = _pass(samples, batch_size, list(zip(views, shown_to, strict=True)), ranks)
-    if not ranks.first:
-        return Evaluation(Report([], []), {})
-
-    made = {
-        "sampling": {**samples.protocol(), "pixels_sha256": digest},
-        "environment": dict(environment or {}),
-    }
-    results, pictures = [], {}
-    for name in metrics:
-        common = _protocol(samples, seen[name].network)
-        for finding in begun[name].findings():
-            notes += finding.notes
-            pictures |= finding.pictures
-            results += _result(finding, {**common, **finding.protocol, **made})
-    return Evaluation(Report(results, list(dict.fromkeys(notes))), pictures)
+    return seen, notes
 
 
 def examine(

@@ -72,4 +72,4 @@ class InceptionScoreMeasurement(Measurement):
     def findings(self) -> list[Finding]:
         mean, deviation = inception_score(self.logits, self.splits)
         protocol: dict[str, Any] = {"splits": self.splits, "shuffle_seed": SHUFFLE_SEED}
-        return [Finding(self.network.named("is"), mean, {"std": deviation}, protocol)]
+        return [Finding(self.network.named("is"), mean, {"std": deviation}, protocol, higher_is_better=True)]

@@ -56,7 +56,9 @@ class PrecisionRecallMeasurement(Measurement):
         protocol = {"k": k, "reference": self.seen.real.protocol()}
         shares = {"precision": in_real, "recall": in_samples}
         return [
-            Finding(network.named(name), float((counts > 0).double().mean()), {}, protocol)
+            Finding(
+                network.named(name), float((counts > 0).double().mean()), {}, protocol, higher_is_better=True
+            )
             for name, counts in shares.items()
         ]
 
@@ -88,6 +90,14 @@ class DensityCoverageMeasurement(Measurement):
         counts, held = within(self.samples, self.real, radii, True, network.device, "density")
         protocol = {"k": k, "reference": self.seen.real.protocol()}
         return [
-            Finding(network.named("density"), float(counts.double().mean() / k), {}, protocol),
-            Finding(network.named("coverage"), float(held.double().mean()), {}, protocol),
+            Finding(
+                network.named("density"),
+                float(counts.double().mean() / k),
+                {},
+                protocol,
+                higher_is_better=True,
+            ),
+            Finding(
+                network.named("coverage"), float(held.double().mean()), {}, protocol, higher_is_better=True
+            ),
         ]

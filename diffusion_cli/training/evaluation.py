@@ -1,0 +1,118 @@
+"""Evaluation on the way: what samples of the averaged weights are worth, and the best weights so far."""
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Trainer
+from torch import Tensor
+
+from diffusion_cli.checkpoint import BEST
+from diffusion_cli.denoiser import Denoiser, clip_x0
+from diffusion_cli.generate import all_labels, check_finite, labels_of, sample, to_bytes
+from diffusion_cli.metrics import Finding, Metric, Networks, Reference, Samples, evaluate, require
+from diffusion_cli.ranks import Ranks
+from diffusion_cli.samplers import Sampler
+from diffusion_cli.training.callbacks import EveryStep
+from diffusion_cli.training.ema import EMA
+from diffusion_cli.training.module import TrainingModule
+
+
+class TrainingSamples(Samples):
+    """Samples of a denoiser in training, of the seeds 0, 1, ...; all classes that it knows in turn."""
+
+    def __init__(
+        self,
+        count: int,
+        sampler: Sampler,
+        steps: int,
+        shape: tuple[int, int, int],
+        names: tuple[str, ...] | None,
+    ) -> None:
+        self.count, self.sampler, self.steps = count, sampler, steps
+        self.shape, self.class_names = shape, names
+        self.denoiser: Denoiser | None = None
+        """Of now."""
+        self.precision: Callable[[], AbstractContextManager[Any]] = nullcontext
+        """A context that the denoiser computes in, and the networks that judge it do not."""
+
+    def __len__(self) -> int:
+        return self.count
+
+    @torch.inference_mode()
+    def batch(self, numbers: Sequence[int]) -> tuple[Tensor, Tensor | None]:
+        denoiser = self.denoiser
+        assert denoiser is not None
+        device = next(denoiser.parameters()).device
+        labels = labels_of(numbers, all_labels(denoiser), device)
+        denoise = clip_x0(lambda x, t: denoiser(x, t, labels), denoiser.schedule)
+        with self.precision():
+            images = sample(denoise, self.sampler, self.sampler.grid(self.steps), numbers, self.shape, device)
+        check_finite(images)
+        return to_bytes(images), labels
+
+    def protocol(self) -> dict[str, Any]:
+        return {}
+
+
+class Evaluation(EveryStep):
+    """Measure samples of the averaged weights, log the numbers, and keep the weights of the best in `best.ckpt`.
+
+    Raises ValueError, before training, where a metric cannot be measured on so few samples.
+    """
+
+    def __init__(
+        self,
+        every: int,
+        metrics: Mapping[str, Metric],
+        networks: Networks,
+        reference: Reference,
+        samples: TrainingSamples,
+        *,
+        run: Path,
+        ema: EMA,
+        batch_size: int,
+        keep_best: str | None,
+    ) -> None:
+        super().__init__(every)
+        self.metrics, self.networks, self.reference, self.samples = metrics, networks, reference, samples
+        self.run, self.ema, self.batch_size, self.keep_best = run, ema, batch_size, keep_best
+        self.best: tuple[int, float] | None = None
+        """Its step and number."""
+        require(metrics, networks, samples, reference, networks.cache_dir, force=True)
+
+    @property
+    def state_key(self) -> str:
+        return "Evaluation"
+
+    def act(self, trainer: Trainer, module: TrainingModule, step: int) -> None:
+        denoiser = self.ema.model(module)
+        assert isinstance(denoiser, Denoiser)
+        self.samples.denoiser, self.samples.precision = denoiser, trainer.precision_plugin.forward_context
+        evaluation = evaluate(
+            self.metrics, self.networks, self.samples, self.reference,
+            batch_size=self.batch_size, cache_dir=self.networks.cache_dir, force=True,
+        )  # fmt: skip
+        values = {result.name: result.value for result in evaluation.report.results}
+        if Ranks().first:
+            for logger in trainer.loggers:
+                logger.log_metrics(values, step=step)
+        if self.keep_best is not None:
+            first = evaluation.first.get(self.keep_best)
+            self._keep(trainer, step, Ranks().agree(first))
+
+    def _keep(self, trainer: Trainer, step: int, found: Finding | None) -> None:
+        if found is None or found.value is None:
+            return
+        sign = 1 if found.higher_is_better else -1
+        if self.best is None or sign * found.value > sign * self.best[1]:
+            self.best = step, found.value
+            trainer.save_checkpoint(self.run / BEST)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"best": self.best}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.best = state_dict["best"]

@@ -7,6 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from diffusion_cli.data import Dataset
+
 
 class FeatureBatch(NamedTuple):
     """What a feature network says of B images, on the network's device."""
@@ -70,6 +72,13 @@ class Features(ABC):
     @abstractmethod
     def extract(self, images: Tensor) -> FeatureBatch:
         """The features of a few uint8 images on the network's device."""
+
+
+def check_channels(name: str, dataset: Dataset) -> None:
+    """Raise ValueError for a dataset whose images a network for colour photographs cannot take."""
+    channels = dataset.shape[0]
+    if channels not in (1, 3):
+        raise ValueError(f"features={name}: takes 1 or 3 channels; images of {dataset.name} have {channels}")
 
 
 def check_pixels(images: Tensor) -> None:

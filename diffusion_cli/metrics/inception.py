@@ -2,7 +2,6 @@
 
 import hashlib
 import io
-import pickle
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,7 +11,8 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from diffusion_cli.data import Dataset
-from diffusion_cli.metrics.features import FeatureBatch, Features
+from diffusion_cli.metrics.features import FeatureBatch, Features, check_channels
+from diffusion_cli.metrics.weights import locate, misfit, read
 
 SIZE = 299
 Resize = Literal["tensorflow", "pytorch", "clean"]
@@ -55,16 +55,10 @@ class InceptionFeatures(Features):
         resize: Resize,
         precision: Literal["fp32", "bf16"],
     ) -> None:
-        channels = dataset.shape[0]
-        if channels not in (1, 3):
-            raise ValueError(
-                f"features=inception: takes 1 or 3 channels; images of {dataset.name} have {channels}"
-            )
-        path = fetched_weights() if weights is None else Path(weights).expanduser()
-        if not path.is_file():
-            raise FileNotFoundError(
-                f"features.weights={weights}: no such file; null fetches the published one"
-            )
+        from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3
+
+        check_channels(self.name, dataset)
+        path = locate(weights, URL_INCEPTION_V3, "features.weights")
         content = path.read_bytes()
         self.digest = hashlib.sha256(content).hexdigest()
         self.device, self.precision = device, precision
@@ -135,42 +129,17 @@ def fold_batch_norm(network: Any) -> Any:
     return network
 
 
-def fetched_weights() -> Path:
-    """Where the published weights lie, in torch's download folder, fetched if they are not there."""
-    from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3
-
-    name = URL_INCEPTION_V3.rpartition("/")[2]
-    path = Path(torch.hub.get_dir(), "checkpoints", name)
-    if not path.is_file():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        sha256_start = Path(name).stem.rpartition("-")[2]
-        try:
-            torch.hub.download_url_to_file(URL_INCEPTION_V3, str(path), hash_prefix=sha256_start)
-        except (OSError, RuntimeError) as error:  # no network; or what came is not what was published
-            raise FileNotFoundError(
-                f"features.weights=null: the Inception weights are not at {path} and could not be fetched "
-                f"({error}); get {name} from torch-fidelity's GitHub releases and put it there, or give its "
-                "path as features.weights"
-            ) from error
-    return path
-
-
 def load_network(path: Path, content: bytes) -> Any:
     """torch-fidelity's InceptionV3 with the weights that a file holds, read as tensors and nothing else."""
     from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
+    # torch-fidelity unpickles whatever file it is given, so it is given what was just read, written anew.
+    trusted = io.BytesIO()
+    torch.save(read(content, path, "features.weights"), trusted)
+    trusted.seek(0)
     try:
-        state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
-        # torch-fidelity unpickles whatever file it is given, so it is given what was just read, written anew.
-        trusted = io.BytesIO()
-        torch.save(state, trusted)
-        trusted.seek(0)
         return FeatureExtractorInceptionV3(
             "inception-v3-compat", ["2048"], feature_extractor_weights_path=trusted
         )
-    except (pickle.UnpicklingError, RuntimeError, EOFError, TypeError, KeyError, ValueError) as error:
-        reason = str(error).partition("\n")[0]
-        raise ValueError(
-            f"features.weights={path}: does not hold the weights of torch-fidelity's InceptionV3 ({reason}); "
-            "fetch the file again"
-        ) from error
+    except (RuntimeError, TypeError, KeyError, ValueError) as error:
+        raise misfit(path, "features.weights", error) from error

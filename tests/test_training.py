@@ -75,7 +75,8 @@ def test_a_run_taken_up_again_equals_one_without_a_stop(tmp_path, extra):
 
 
 ON_THE_WAY = [
-    "eval_every=4", "eval_samples=70", "eval_steps=2", "metric=[fid,classifier]", "features=classifier", "features.steps=20",
+    "eval_every=4", "eval_samples=70", "eval_steps=2", "metric=[fid,classifier]", "features=classifier",
+    "features.steps=20",
 ]  # fmt: skip
 
 

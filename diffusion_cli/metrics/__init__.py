@@ -4,6 +4,8 @@ from diffusion_cli.metrics.auto import auto_features
 from diffusion_cli.metrics.base import Finding, Measurement, Metric, ModelMetric, Seen, Shown, Subject
 from diffusion_cli.metrics.classes import ClassifierScore
 from diffusion_cli.metrics.classifier import ClassifierFeatures
+from diffusion_cli.metrics.clip import CLIPFeatures
+from diffusion_cli.metrics.dinov2 import DINOv2Features
 from diffusion_cli.metrics.evaluation import Evaluation, evaluate, examine, require
 from diffusion_cli.metrics.features import FeatureBatch, Features
 from diffusion_cli.metrics.frechet import (
@@ -17,6 +19,7 @@ from diffusion_cli.metrics.inception_score import InceptionScore, inception_scor
 from diffusion_cli.metrics.inversion import Inversion
 from diffusion_cli.metrics.kernel import CLIPDistance, KernelDistance, gaussian_mmd, polynomial_mmd
 from diffusion_cli.metrics.likelihood import FlowLikelihood, VariationalBound
+from diffusion_cli.metrics.lpips import LPIPSDistance
 from diffusion_cli.metrics.manifold import DensityCoverage, PrecisionRecall
 from diffusion_cli.metrics.memorization import Memorization
 from diffusion_cli.metrics.moments import Moments
@@ -35,12 +38,12 @@ from diffusion_cli.metrics.rows import GrowingRows, Rows
 from diffusion_cli.metrics.samples import GivenSamples, Samples
 
 __all__ = [
-    "CLIPDistance", "ClassifierFeatures", "ClassifierScore", "DatasetReference", "DensityCoverage", "Evaluation",
-    "FeatureBatch", "Features", "Finding", "FlowLikelihood", "FrechetDistance", "FrechetDistanceDINOv2",
-    "GivenReference", "GivenSamples", "GrowingRows", "InceptionFeatures", "InceptionScore", "Inversion",
-    "KernelDistance", "Measurement", "Memorization", "Metric", "ModelMetric", "Moments", "Networks",
-    "PrecisionRecall", "RealImages", "Reference", "Report", "Result", "Rows", "Samples", "Seen", "Shown",
-    "SpatialFrechetDistance", "Subject", "VariationalBound", "append_history", "auto_features", "evaluate",
-    "examine", "frechet_distance", "gaussian_mmd", "history_table", "inception_score", "newest", "polynomial_mmd",
-    "read_history", "require", "unlike",
+    "CLIPDistance", "CLIPFeatures", "ClassifierFeatures", "ClassifierScore", "DINOv2Features", "DatasetReference",
+    "DensityCoverage", "Evaluation", "FeatureBatch", "Features", "Finding", "FlowLikelihood", "FrechetDistance",
+    "FrechetDistanceDINOv2", "GivenReference", "GivenSamples", "GrowingRows", "InceptionFeatures", "InceptionScore",
+    "Inversion", "KernelDistance", "LPIPSDistance", "Measurement", "Memorization", "Metric", "ModelMetric",
+    "Moments", "Networks", "PrecisionRecall", "RealImages", "Reference", "Report", "Result", "Rows", "Samples",
+    "Seen", "Shown", "SpatialFrechetDistance", "Subject", "VariationalBound", "append_history", "auto_features",
+    "evaluate", "examine", "frechet_distance", "gaussian_mmd", "history_table", "inception_score", "newest",
+    "polynomial_mmd", "read_history", "require", "unlike",
 ]  # fmt: skip

@@ -204,7 +204,7 @@ class RealImages:
 
     def _path(self, part: Part, kind: str, count: int) -> Path:
         images, features = self.images(part), self.features
-        facts = f"{images.pixel_digest()} {features.digest} {features.precision} {count}"
+        facts = f"{images.pixel_digest()} {features.digest} {features.resize} {features.precision} {count}"
         key = hashlib.sha256(facts.encode()).hexdigest()
         name = self.name(part).replace("/", "-")
         suffix = "npy" if kind == "features" else "npz"

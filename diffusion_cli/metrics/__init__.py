@@ -5,6 +5,7 @@ from diffusion_cli.metrics.base import Finding, Measurement, Metric, ModelMetric
 from diffusion_cli.metrics.classes import ClassifierScore
 from diffusion_cli.metrics.classifier import ClassifierFeatures
 from diffusion_cli.metrics.clip import CLIPFeatures
+from diffusion_cli.metrics.clip_score import CLIPScore
 from diffusion_cli.metrics.dinov2 import DINOv2Features
 from diffusion_cli.metrics.evaluation import Evaluation, evaluate, examine, require
 from diffusion_cli.metrics.features import FeatureBatch, Features
@@ -24,6 +25,7 @@ from diffusion_cli.metrics.manifold import DensityCoverage, PrecisionRecall
 from diffusion_cli.metrics.memorization import Memorization
 from diffusion_cli.metrics.moments import Moments
 from diffusion_cli.metrics.networks import Networks
+from diffusion_cli.metrics.perceptual import LPIPS
 from diffusion_cli.metrics.protocol import (
     Report,
     Result,
@@ -38,12 +40,59 @@ from diffusion_cli.metrics.rows import GrowingRows, Rows
 from diffusion_cli.metrics.samples import GivenSamples, Samples
 
 __all__ = [
-    "CLIPDistance", "CLIPFeatures", "ClassifierFeatures", "ClassifierScore", "DINOv2Features", "DatasetReference",
-    "DensityCoverage", "Evaluation", "FeatureBatch", "Features", "Finding", "FlowLikelihood", "FrechetDistance",
-    "FrechetDistanceDINOv2", "GivenReference", "GivenSamples", "GrowingRows", "InceptionFeatures", "InceptionScore",
-    "Inversion", "KernelDistance", "LPIPSDistance", "Measurement", "Memorization", "Metric", "ModelMetric",
-    "Moments", "Networks", "PrecisionRecall", "RealImages", "Reference", "Report", "Result", "Rows", "Samples",
-    "Seen", "Shown", "SpatialFrechetDistance", "Subject", "VariationalBound", "append_history", "auto_features",
-    "evaluate", "examine", "frechet_distance", "gaussian_mmd", "history_table", "inception_score", "newest",
-    "polynomial_mmd", "read_history", "require", "unlike",
+    "LPIPS",
+    "CLIPDistance",
+    "CLIPFeatures",
+    "CLIPScore",
+    "ClassifierFeatures",
+    "ClassifierScore",
+    "DINOv2Features",
+    "DatasetReference",
+    "DensityCoverage",
+    "Evaluation",
+    "FeatureBatch",
+    "Features",
+    "Finding",
+    "FlowLikelihood",
+    "FrechetDistance",
+    "FrechetDistanceDINOv2",
+    "GivenReference",
+    "GivenSamples",
+    "GrowingRows",
+    "InceptionFeatures",
+    "InceptionScore",
+    "Inversion",
+    "KernelDistance",
+    "LPIPSDistance",
+    "Measurement",
+    "Memorization",
+    "Metric",
+    "ModelMetric",
+    "Moments",
+    "Networks",
+    "PrecisionRecall",
+    "RealImages",
+    "Reference",
+    "Report",
+    "Result",
+    "Rows",
+    "Samples",
+    "Seen",
+    "Shown",
+    "SpatialFrechetDistance",
+    "Subject",
+    "VariationalBound",
+    "append_history",
+    "auto_features",
+    "evaluate",
+    "examine",
+    "frechet_distance",
+    "gaussian_mmd",
+    "history_table",
+    "inception_score",
+    "newest",
+    "polynomial_mmd",
+    "read_history",
+    "require",
+    "unlike",
 ]  # fmt: skip

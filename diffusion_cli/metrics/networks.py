@@ -1,6 +1,6 @@
 """The networks that metrics look through, each built once."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -36,8 +36,12 @@ class Networks:
         names_classes = "auto" not in self.node["_target_"] and "Classifier" not in self.node["_target_"]
         return self.option("classifier") if names_classes or not self.chosen.knows_labels else self.chosen
 
-    def _build(self, node: Mapping[str, Any]) -> Features:
-        key = str(sorted(node.items()))
+    def once(self, key: str, make: Callable[[], Features]) -> Features:
+        """What `make` gives, made the first time that this key comes."""
         if key not in self._built:
-            self._built[key] = build(node, self.dataset, self.cache_dir, self.device)
+            self._built[key] = make()
         return self._built[key]
+
+    def _build(self, node: Mapping[str, Any]) -> Features:
+        arguments = (self.dataset, self.cache_dir, self.device)
+        return self.once(str(sorted(node.items())), lambda: build(node, *arguments))

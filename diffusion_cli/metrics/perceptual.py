@@ -1,0 +1,112 @@
+"""How unlike images look to each other: samples of a class among themselves, or each and its original."""
+
+import math
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from diffusion_cli.data import Images, given_images
+from diffusion_cli.metrics.base import Finding, Measurement, Metric, Seen, Shown
+from diffusion_cli.metrics.features import FeatureBatch, Features
+from diffusion_cli.metrics.lpips import LPIPSDistance
+from diffusion_cli.metrics.networks import Networks
+
+
+class PairNetwork(Features):
+    """LPIPS's network: it compares pairs, and has no features of single images."""
+
+    dim = classes = 0
+    resize = "none"
+    note = ""
+
+    def __init__(self, distance: LPIPSDistance) -> None:
+        self.distance, self.device = distance, distance.device
+        self.name, self.digest = f"lpips_{distance.name}", distance.digest
+
+    def extract(self, images: Tensor) -> FeatureBatch:
+        return FeatureBatch(torch.empty(len(images), 0), None)
+
+
+class LPIPS(Metric):
+    """The mean LPIPS distance of samples: of pairs of one class, their diversity, or to `originals`, as of edits.
+
+    A pair is two samples of a class that follow each other, each in one pair. The n-th sample is compared with the n-th
+    of the originals, a folder, ZIP or NumPy file. With the standard error of the mean. Source: Zhang et al. 2018.
+    """
+
+    def __init__(
+        self, *, network: Literal["alex", "vgg", "squeeze"], weights: str | None, originals: str | None
+    ) -> None:
+        self.kind: Literal["alex", "vgg", "squeeze"] = network
+        self.weights, self.originals = weights, originals
+
+    def network(self, networks: Networks) -> Features:
+        return networks.once(
+            f"lpips {self.kind} {self.weights}",
+            lambda: PairNetwork(
+                LPIPSDistance(self.kind, self.weights, networks.device, "metric.lpips.weights")
+            ),
+        )
+
+    def check(self, count: int, seen: Seen, force: bool) -> list[str]:
+        originals = self._originals(seen)
+        if originals is not None and len(originals) != count:
+            raise ValueError(
+                f"metric.lpips.originals={self.originals}: holds {len(originals)} images, and there are {count} "
+                "samples; give one for each, in order"
+            )
+        if count < 4:
+            raise ValueError(f"num_samples={count}: metric=lpips needs 4 samples; raise num_samples")
+        return []
+
+    def begin(self, seen: Seen) -> Measurement:
+        assert isinstance(seen.network, PairNetwork)
+        return LPIPSMeasurement(seen.network.distance, self._originals(seen))
+
+    def _originals(self, seen: Seen) -> Images | None:
+        if self.originals is None:
+            return None
+        path = Path(self.originals).expanduser()
+        return given_images(path, "metric.lpips.originals", seen.samples.shape).images
+
+
+class LPIPSMeasurement(Measurement):
+    def __init__(self, distance: LPIPSDistance, originals: Images | None) -> None:
+        self.distance, self.originals = distance, originals
+        self.alone: dict[int, Tensor] = {}
+        self.values: list[Tensor] = []
+        self.count = 0
+
+    def update(self, batch: Shown) -> None:
+        if self.originals is None:
+            pairs = self._pairs(batch)
+        else:
+            rows = torch.arange(self.count, self.count + len(batch.images))
+            pairs = list(zip(batch.images, self.originals.gather(rows), strict=True))
+        self.count += len(batch.images)
+        if pairs:
+            first, second = (torch.stack(images) for images in zip(*pairs, strict=True))
+            self.values.append(self.distance(first, second).cpu().double())
+
+    def _pairs(self, batch: Shown) -> list[tuple[Tensor, Tensor]]:
+        classes = [0] * len(batch.images) if batch.labels is None else batch.labels.tolist()
+        pairs = []
+        for image, label in zip(batch.images, classes, strict=True):
+            if label in self.alone:
+                pairs.append((self.alone.pop(label), image))
+            else:
+                self.alone[label] = image
+        return pairs
+
+    def findings(self) -> list[Finding]:
+        values = torch.cat(self.values) if self.values else torch.empty(0)
+        name = "lpips_diversity" if self.originals is None else "lpips"
+        if len(values) < 2:
+            note = f"{name}: fewer than two pairs of samples of one class; make more samples"
+            return [Finding(name, None, notes=(note,))]
+        details = {"standard_error": float(values.std() / math.sqrt(len(values))), "pairs": len(values)}
+        protocol = {} if self.originals is None else {"originals_sha256": self.originals.pixel_digest()}
+        more = self.originals is None
+        return [Finding(name, float(values.mean()), details, protocol, higher_is_better=more)]

@@ -8,6 +8,7 @@ import argparse
 import importlib
 import importlib.metadata
 import platform
+import resource
 import subprocess
 import sys
 import tempfile
@@ -27,12 +28,23 @@ from diffusion_cli.checkpoint import Model
 from diffusion_cli.commands import sample as sample_command
 from diffusion_cli.commands import train as train_command
 from diffusion_cli.config import build
-from diffusion_cli.data import Batches, Digits
+from diffusion_cli.data import Batches, Digits, Given, Images, NoDataset
 from diffusion_cli.data.memory import MemoryImages
 from diffusion_cli.denoiser import Denoiser
 from diffusion_cli.generate import generate
 from diffusion_cli.guidance import Unguided
-from diffusion_cli.metrics import InceptionFeatures
+from diffusion_cli.metrics import (
+    FeatureBatch,
+    Features,
+    FrechetDistance,
+    GivenReference,
+    GivenSamples,
+    InceptionFeatures,
+    InceptionScore,
+    KernelDistance,
+    Networks,
+    evaluate,
+)
 from diffusion_cli.objective import Simple
 from diffusion_cli.parameterizations import Eps
 from diffusion_cli.precision import autocast, device_of, resolve
@@ -347,13 +359,83 @@ def inception(rounds: int, device: torch.device) -> Iterator[Row]:
         yield f"Inception {precision}, ours / torch-fidelity's, images/s", 64 / a, 64 / b, "at least 1.4"
 
 
+class Noise(Images):
+    """Images of 32x32 that are made when they are asked for, and take no memory."""
+
+    shape, labels = (3, 32, 32), None
+
+    def __init__(self, count: int) -> None:
+        self.count = count
+
+    def __len__(self) -> int:
+        return self.count
+
+    def gather(self, index: torch.Tensor) -> torch.Tensor:
+        generator = torch.Generator().manual_seed(int(index[0]))
+        return torch.randint(256, (len(index), *self.shape), dtype=torch.uint8, generator=generator)
+
+
+class Projection(Features):
+    """What stands for Inception: as many features and class scores, made in no time."""
+
+    name, resize, note, digest = "projection", "none", "", "0" * 64
+    dim, classes, chunk = 2048, 1008, 250
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.matrix = torch.randn(3072, self.dim + self.classes, device=device) / 3072
+
+    def extract(self, images: torch.Tensor) -> FeatureBatch:
+        values = images.flatten(1).float() @ self.matrix
+        return FeatureBatch(values[:, : self.dim], values[:, self.dim :])
+
+
+def memory(rounds: int, device: torch.device) -> Iterator[Row]:
+    """Peak memory, in GB, of fid, kid and is of 50,000 images against 50,000, beyond programs and network."""
+    with tempfile.TemporaryDirectory() as folder:
+        dataset = NoDataset("noise", Noise.shape)
+        networks = Networks({}, dataset, Path(folder), device)
+        networks.chosen = Projection(device)
+        reference = GivenReference(dataset, path="noise")
+        reference.images = Noise(50000)
+        before, start = _resident(), time.perf_counter()
+        evaluate(
+            {
+                "fid": FrechetDistance(floor=False, infinity=0, bootstrap=0),
+                "kid": KernelDistance(subsets=100, subset_size=1000, seed=2020),
+                "is": InceptionScore(splits=10),
+            },
+            networks,
+            GivenSamples(Given(Noise(50000), None), None, {}, "samples"),
+            reference,
+            batch_size=250,
+            cache_dir=Path(folder),
+        )
+        seconds = time.perf_counter() - start
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    yield (
+        "memory of fid+kid+is at N = 50,000 beyond the network, GB / limit",
+        (peak - before) / 1e9,
+        3,
+        "at most 1",
+    )
+    yield "its time apart from the network, images/s / 1", 100000 / seconds, 1, ""
+
+
+def _resident() -> int:
+    """Bytes of memory in use now."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+
+
 def _option(group: str, name: str) -> dict[str, object]:
     import yaml
 
     return yaml.safe_load(config.options(group)[name].read_text())
 
 
-BENCHMARKS = {item.__name__: item for item in (startup, loading, loop, sampling, samplers, step, inception)}
+BENCHMARKS = {
+    item.__name__: item for item in (startup, loading, loop, sampling, samplers, step, inception, memory)
+}
 
 
 def main() -> None:

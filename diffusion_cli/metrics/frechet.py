@@ -148,6 +148,10 @@ class FrechetMeasurement(Measurement):
         other = seen.real.reference.other if metric.floor and stats is None else None
         enough = other is not None and len(other) > dim
         self.other = seen.real.moments("other", stream=metric.stream) if enough else None
+        self.equal = self.other
+        if self.other is not None and dim < len(seen.samples) < self.other.n:
+            # Looked at now, together with the other processes: the findings are those of the first alone.
+            self.equal = seen.real.moments("other", len(seen.samples), metric.stream)
         self.all, self.head = Moments(dim), Moments(dim)
         self.rows = seen.rows() if metric.infinity or metric.bootstrap else None
 
@@ -180,9 +184,8 @@ class FrechetMeasurement(Measurement):
         details = {"floor": floor, "floor_images": other.n} | _ratio("ratio_to_floor", value, floor)
         notes = [f"floor: {other.n} real images of {self.real.name('other')} against {reference}"]
         number = self.head.n
-        if number > len(self.mean):
-            if number < other.n:
-                floor = self._distance(self.real.moments("other", number, self.metric.stream))
+        if number > len(self.mean) and self.equal is not None:
+            floor = self._distance(self.equal)
             if number < self.all.n:
                 value = self._distance(self.head)
             details |= {

@@ -1,0 +1,247 @@
+"""`diffuse eval` and `diffuse compare` by their command lines: whose samples, against what, and what is refused."""
+
+import csv
+import json
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from test_training import TINY
+
+from diffusion_cli.cli import run
+from diffusion_cli.data import Digits
+
+WORDS = ["features=classifier", "features.steps=20", "steps=2", "batch_size=50"]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory) -> Path:
+    """A folder with two runs, `a` and `b`, trained for a few steps and told the classes, and a cache."""
+    folder = tmp_path_factory.mktemp("runs")
+    for name, seed in (("a", 0), ("b", 1)):
+        words = ["max_steps=4", f"seed={seed}", "model.class_conditional=true", f"output_dir={folder}/o"]
+        assert run([*TINY, *words, f"name={name}"]) == 0
+    return folder
+
+
+def evaluate(place: Path, *words: str) -> int:
+    return run(["eval", f"output_dir={place}/o", f"cache_dir={place}/cache", *WORDS, *words])
+
+
+def numbers(path: Path) -> dict[str, float]:
+    """The newest entry of a metrics.json."""
+    return {result["name"]: result["value"] for result in json.loads(path.read_text())[-1]["results"]}
+
+
+def protocol(path: Path) -> dict:
+    return json.loads(path.read_text())[-1]["results"][0]["protocol"]
+
+
+@pytest.fixture(scope="module")
+def images(place) -> Path:
+    """A folder of 90 samples of `a`, made by `diffuse sample`."""
+    words = ["run=a", "steps=2", "num_samples=90", f"output={place}/samples", f"output_dir={place}/o"]
+    assert run(["sample", *words]) == 0
+    return place / "samples"
+
+
+def other_forms(images: Path, folder: Path) -> list[Path]:
+    """The same images as a plain folder, a ZIP, an .npz, a compressed one, and an .npy."""
+    files = sorted(images.glob("[0-9]*.png"))
+    plain = folder / "plain"
+    plain.mkdir()
+    with zipfile.ZipFile(folder / "images.zip", "w") as archive:
+        for file in files:
+            (plain / file.name).write_bytes(file.read_bytes())
+            archive.write(file, file.name)
+    array = np.stack([np.asarray(Image.open(file)) for file in files])
+    np.savez(folder / "stored.npz", array)
+    np.savez_compressed(folder / "packed.npz", arr_0=array)
+    np.save(folder / "images.npy", array)
+    return [plain, *(folder / name for name in ("images.zip", "stored.npz", "packed.npz", "images.npy"))]
+
+
+METRICS = ["metric=[fid,kid,is,precision_recall]", "metric.kid.subset_size=40"]
+
+
+def test_the_same_images_have_the_same_numbers_in_any_form_and_batch(place, images, tmp_path):
+    record = place / "o" / "evaluations"
+    assert evaluate(place, f"samples={images}", "dataset=digits", *METRICS) == 0
+    expected = numbers(record / "samples" / "metrics.json")
+    known = protocol(record / "samples" / "metrics.json")["sampling"]
+    assert known["steps"] == 2
+    assert len(known["weights_sha256"]) == 64
+    assert len(expected) == 5
+    digests = {known["pixels_sha256"]}
+    for number, path in enumerate(other_forms(images, tmp_path)):
+        size = (1, 7, 64, 90, 200)[number]
+        assert evaluate(place, f"samples={path}", "dataset=digits", *METRICS, f"batch_size={size}") == 0
+        history = record / path.stem / "metrics.json"
+        assert numbers(history) == pytest.approx(expected, rel=1e-6)
+        digests.add(protocol(history)["sampling"]["pixels_sha256"])
+    assert len(digests) == 1
+
+
+@pytest.mark.slow
+def test_two_processes_find_the_same_numbers(place, images, tmp_path, monkeypatch):
+    words = [*METRICS, "batch_size=7"]
+    assert evaluate(place, f"samples={images}", "dataset=digits", *words) == 0
+    expected = numbers(place / "o" / "evaluations" / "samples" / "metrics.json")
+    cache = f"cache_dir={tmp_path}/cache"  # features of real images are shared out too
+    assert evaluate(place, f"samples={images}", "dataset=digits", *words, "processes=2", cache) == 0
+    assert numbers(place / "o" / "evaluations" / "samples" / "metrics.json") == pytest.approx(
+        expected, rel=1e-6
+    )
+    assert evaluate(place, "run=a", "num_samples=90", *words) == 0
+    alone = numbers(place / "o" / "a" / "metrics.json")
+    assert evaluate(place, "run=a", "num_samples=90", *words, "processes=2") == 0
+    assert numbers(place / "o" / "a" / "metrics.json") == pytest.approx(alone, rel=1e-6)
+
+
+@pytest.mark.slow
+def test_what_a_process_refuses_is_one_line(place, images, capfd):
+    words = [f"samples={images}", "dataset=digits", "processes=2", "metric.kid.subset_size=91", "metric=kid"]
+    assert evaluate(place, *words) == 2
+    lines = [line for line in capfd.readouterr().err.splitlines() if line.startswith("diffuse:")]
+    assert lines == [
+        "diffuse: metric.kid.subset_size=91: must be 2 or more and at most the 90 images of samples; change it, or "
+        "take more images"
+    ]
+
+
+def test_samples_of_a_run_are_kept_once_and_taken_from_there(place):
+    words = ["run=b", "num_samples=70", "metric=is", "keep=true"]
+    assert evaluate(place, *words) == 0
+    (folder,) = (place / "o" / "b" / "samples").iterdir()
+    files = sorted(folder.glob("[0-9]*.png"))
+    assert len(files) == 70
+    assert json.loads((folder / "manifest.json").read_text())["seeds"] == list(range(70))
+    first = numbers(place / "o" / "b" / "metrics.json")
+    assert evaluate(place, "run=b", "num_samples=70", "metric=is") == 0  # made in memory
+    assert numbers(place / "o" / "b" / "metrics.json") == pytest.approx(first, rel=1e-6)
+    Image.fromarray(np.zeros((8, 8), np.uint8)).save(files[3])
+    assert evaluate(place, *words) == 0
+    assert numbers(place / "o" / "b" / "metrics.json") != pytest.approx(first, rel=1e-6)
+
+
+def test_samples_of_a_run_know_their_classes_and_dataset_without_being_told(place):
+    assert run(["sample", "run=a", "steps=2", "num_samples=30", f"output_dir={place}/o"]) == 0
+    folder = next(path for path in (place / "o" / "a" / "samples").iterdir() if (path / "grid.png").exists())
+    assert evaluate(place, f"samples={folder}", "metric=classifier") == 0
+    found = place / "o" / "evaluations" / f"samples-{folder.name}" / "metrics.json"
+    (labelled, _) = json.loads(found.read_text())[-1]["results"]
+    assert labelled["details"]["labelled"] == 30
+
+
+def test_class_folders_are_matched_by_name(place, tmp_path):
+    data = Digits("", held_out=0.2, flip=False).load("held_out")
+    pixels, labels = data.gather(torch.arange(60)), data.labels
+    assert labels is not None
+    for number in range(60):
+        path = tmp_path / "sorted" / str(int(labels[number])) / f"{number:03d}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels[number, 0].numpy()).save(path)
+    words = ["metric=classifier", "dataset=digits", "features.steps=200"]
+    assert evaluate(place, f"samples={tmp_path}/sorted", *words) == 0
+    assert numbers(place / "o" / "evaluations" / "sorted" / "metrics.json")["class_accuracy"] > 0.9
+
+
+def test_the_reference_may_be_another_folder_of_images(place, images, tmp_path):
+    paths = other_forms(images, tmp_path)
+    words = ["dataset=digits", "reference=images", "metric.fid.floor=false", "metric=[fid,precision_recall]"]
+    assert evaluate(place, f"samples={paths[0]}", f"reference.path={paths[2]}", *words) == 0
+    found = numbers(place / "o" / "evaluations" / "plain" / "metrics.json")
+    assert found == {
+        "frechet_classifier": pytest.approx(0, abs=1e-9), "precision_classifier": 1, "recall_classifier": 1,
+    }  # fmt: skip
+
+
+def test_runs_are_set_beside_each_other_and_unlike_protocols_refused(place, capsys):
+    for name in "ab":
+        assert evaluate(place, f"run={name}", "num_samples=70", "metric=is", "metric.is.splits=2") == 0
+    capsys.readouterr()
+    assert run(["eval", f"output_dir={place}/o", "compare=[a,b]"]) == 0
+    head, _, *rows = capsys.readouterr().out.splitlines()
+    assert "is_classifier" in head
+    assert [row.split(" | ")[0] for row in rows[:2]] == ["| a", "| b"]
+    assert evaluate(place, "run=b", "num_samples=70", "metric=is", "metric.is.splits=5") == 0
+    capsys.readouterr()
+    assert run(["eval", f"output_dir={place}/o", "compare=[a,b]"]) == 2
+    assert (
+        "is_classifier of a and b: splits); measure them alike, or set force=true" in capsys.readouterr().err
+    )
+    assert run(["eval", f"output_dir={place}/o", "compare=[a,b]", "force=true"]) == 0
+    assert "*" in capsys.readouterr().out
+
+
+def test_a_comparison_measures_each_combination_once(place, capsys):
+    words = ["compare", "run=a", f"output_dir={place}/o", f"cache_dir={place}/cache", "features=classifier"]
+    words += ["features.steps=20", "num_samples=70", "metric=[fid,is]"]
+    assert run([*words, "sampler=[ddim,ddpm]", "steps=[1,2]"]) == 0
+    seen = capsys.readouterr()
+    assert "[4/4] sampler=ddpm steps=2" in seen.err
+    folder = Path(seen.out.strip().rpartition("Table and plot: ")[2])
+    with (folder / "table.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["sampler"], row["steps"], row["network calls"]) for row in rows] == [
+        ("ddim", "1", "1"), ("ddim", "2", "2"), ("ddpm", "1", "1"), ("ddpm", "2", "2"),
+    ]  # fmt: skip
+    assert all(float(row["frechet_classifier"]) > 0 for row in rows)
+    assert Image.open(folder / "plot.png").size[0] > 500
+    assert run([*words, "sampler=[ddim,ddpm,euler]", "steps=[2,1]"]) == 0
+    told = [line for line in capsys.readouterr().err.splitlines() if line.startswith("[")]
+    assert told == ["[5/6] sampler=euler steps=2", "[6/6] sampler=euler steps=1"]
+    assert "2 samples" not in (place / "o" / "a" / "metrics.json").read_text()
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        (["samples=/nowhere", "dataset=digits"], "samples=/nowhere: does not exist"),
+        (
+            ["samples={plain}", "metric=bits_per_dim", "dataset=digits"],
+            "metric=bound,flow_likelihood: is for samples",
+        ),
+        (["samples={plain}", "label=3", "dataset=digits"], "label=3: is for samples made of a model"),
+        (["samples={plain}", "num_samples=91", "dataset=digits"], "num_samples=91: samples="),
+        (
+            ["samples={plain}", "features=inception", "features.weights=x.pth", "metric=is"],
+            "features.weights=x.pth",
+        ),
+        (["samples={plain}"], "features=auto: plain has 1 channel(s) and no classes"),
+        (
+            ["samples={broken}", "dataset=digits", "force=true"],
+            "cannot use 1 of the images, repair or remove: b.png",
+        ),
+        (["samples={colour}", "dataset=digits"], "samples="),
+        (["run=a", "reference=images", "reference.path=/nowhere"], "reference.path=/nowhere: does not exist"),
+        (["run=a", "reference.stats=/nowhere.npz"], "reference.stats=/nowhere.npz: is no readable .npz"),
+        (["run=a", "metric=sfid"], "metric=sfid: is defined on maps of Inception"),
+        (
+            ["run=a", "metric=lpips", "metric.lpips.weights=/x.pth"],
+            "metric.lpips.weights=/x.pth: no such file",
+        ),
+        (["compare=[a,none]"], "compare=none: holds no checkpoints"),
+        (["compare=[a]"], "compare=['a']: should have at least 2"),
+        (["metric.fid.bootstrap=3", "run=a"], "metric.fid.bootstrap=3: is too few"),
+    ],
+)
+def test_wrong_input_gets_one_line(place, images, tmp_path, capsys, words, line):
+    other_forms(images, tmp_path)
+    for name in ("broken", "colour"):
+        (tmp_path / name).mkdir()
+        Image.new("L", (8, 8)).save(tmp_path / name / "a.png")
+    (tmp_path / "broken" / "b.png").write_bytes(b"no image")
+    Image.new("RGB", (8, 8)).save(tmp_path / "colour" / "a.png")
+    places = {name: tmp_path / name for name in ("plain", "broken", "colour")}
+    filled = [word.format(**places) if word.startswith("samples") else word for word in words]
+    few = [] if any(word.startswith("features=") for word in filled) else ["features.steps=20"]
+    if "features=auto" not in line and not any(word.startswith("features=") for word in filled):
+        few = ["features=classifier", *few]
+    assert run(["eval", f"output_dir={place}/o", f"cache_dir={place}/cache", "steps=2", *few, *filled]) == 2
+    err = [text for text in capsys.readouterr().err.splitlines() if text.startswith("diffuse:")]
+    assert len(err) == 1
+    assert line in err[0]

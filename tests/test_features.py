@@ -12,9 +12,23 @@ from PIL import Image
 from torch import Tensor
 from torchmetrics.functional.image import learned_perceptual_image_patch_similarity
 
-from diffusion_cli.data import Digits
-from diffusion_cli.metrics import CLIPFeatures, DINOv2Features, LPIPSDistance
+from diffusion_cli.data import Digits, Given, NoDataset
+from diffusion_cli.data.memory import MemoryImages
+from diffusion_cli.metrics import (
+    LPIPS,
+    CLIPDistance,
+    CLIPFeatures,
+    CLIPScore,
+    DINOv2Features,
+    FrechetDistanceDINOv2,
+    GivenReference,
+    GivenSamples,
+    LPIPSDistance,
+    Networks,
+    evaluate,
+)
 from diffusion_cli.metrics.dinov2 import resampled
+from diffusion_cli.report import save_png
 
 CPU = torch.device("cpu")
 DIGITS = Digits("", held_out=0.2, flip=False)
@@ -288,3 +302,100 @@ def test_lpips_without_network_says_what_to_put_where(tmp_path, monkeypatch) -> 
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
     with pytest.raises(FileNotFoundError, match=r"weights=null: .*alexnet-owt-7be5be79.pth.*no network"):
         LPIPSDistance("alex", None, CPU)
+
+
+# --- Metrics by these networks ------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def frogs() -> tuple[NoDataset, Tensor, Tensor]:
+    """Twelve images of four classes in turn, and what they belong to."""
+    dataset = NoDataset("frogs", (3, 32, 32))
+    dataset.class_names = ("a", "b", "tree_frog", "d")
+    return dataset, pixels(12, 3, 32, 32), torch.arange(12) % 4
+
+
+def found(metric, frogs, cache_dir: Path, folder: Path, batch_size: int = 5, images: Tensor | None = None):
+    """The one number that a metric finds of the images, or of others in their place."""
+    dataset, own, labels = frogs
+    given = Given(MemoryImages(own if images is None else images, labels), dataset.class_names)
+    (folder / "real").mkdir(exist_ok=True)
+    for row, image in enumerate(own):
+        save_png(image, folder / "real" / f"{row:02d}.png")
+    (result,) = evaluate(
+        {"metric": metric},
+        Networks({}, dataset, cache_dir, CPU),
+        GivenSamples(given, dataset.class_names, {}, "samples"),
+        GivenReference(dataset, path=str(folder / "real")),
+        batch_size=batch_size,
+        cache_dir=cache_dir,
+        force=True,
+    ).report.results
+    return result
+
+
+def test_diversity_is_the_distance_of_pairs_within_a_class(lpips, frogs, tmp_path) -> None:
+    name, backbone, distance = lpips
+    path = tmp_path / "backbone.pth"
+    torch.save(backbone.state_dict(), path)
+    _, images, _ = frogs
+    # Of three images of each class the first two are a pair; the third stays alone.
+    expected = distance(images[:4], images[4:8]).double()
+    for batch_size in (1, 5, 12):
+        result = found(
+            LPIPS(network=name, weights=str(path), originals=None), frogs, tmp_path, tmp_path, batch_size
+        )
+        assert result.name == "lpips_diversity"
+        assert result.value == pytest.approx(float(expected.mean()), rel=1e-5)
+        assert result.details == pytest.approx(
+            {"standard_error": float(expected.std() / 2), "pairs": 4}, rel=1e-5
+        )
+        assert result.protocol["features"]["digest"] == distance.digest
+
+
+def test_edits_are_compared_with_their_originals_in_order(lpips, frogs, tmp_path) -> None:
+    name, backbone, distance = lpips
+    path = tmp_path / "backbone.pth"
+    torch.save(backbone.state_dict(), path)
+    _, images, _ = frogs
+    edits = images.clone()
+    edits[7] = 255 - edits[7]
+    np.save(tmp_path / "originals.npy", images.numpy())
+    metric = LPIPS(network=name, weights=str(path), originals=str(tmp_path / "originals.npy"))
+    result = found(metric, frogs, tmp_path, tmp_path, images=edits)
+    assert result.name == "lpips"
+    assert result.value == pytest.approx(float(distance(edits[7:8], images[7:8])) / 12, rel=1e-5)
+    np.save(tmp_path / "originals.npy", images[:11].numpy())
+    with pytest.raises(
+        ValueError, match=r"metric.lpips.originals=.*holds 11 images, and there are 12 samples"
+    ):
+        found(metric, frogs, tmp_path, tmp_path)
+
+
+def test_clip_score_is_the_cosine_with_the_prompt_of_the_class(folders, frogs, tmp_path) -> None:
+    metric = CLIPScore(weights=str(folders["clip"]), prompt="a {} b")
+    network = made("clip", folders["clip"])
+    assert isinstance(network, CLIPFeatures)
+    _, images, labels = frogs
+    prompts = network.text([f"a {name} b" for name in ("a", "b", "tree frog", "d")])
+    scores = (100 * (network(images).features * prompts[labels]).sum(1)).clamp(min=0).double()
+    result = found(metric, frogs, tmp_path, tmp_path)
+    assert result.value == pytest.approx(float(scores.mean()), rel=1e-4)
+    assert result.details["standard_error"] == pytest.approx(
+        float(scores.std() / 12**0.5), rel=1e-3, abs=1e-6
+    )
+    with pytest.raises(ValueError, match=r"metric.clip_score.prompt=a photo: has no \{\}"):
+        CLIPScore(weights=str(folders["clip"]), prompt="a photo")
+
+
+def test_metrics_take_their_own_network_whatever_the_evaluation_chose(folders, frogs, tmp_path) -> None:
+    """Of the reference itself both distances are zero; of inverted images they are not."""
+    _, images, _ = frogs
+    dino = FrechetDistanceDINOv2(weights=str(folders["dinov2"]), floor=False, infinity=0, bootstrap=0)
+    clip = CLIPDistance(weights=str(folders["clip"]), sigma=10.0, scale=1000.0)
+    for metric, name in ((dino, "fd_dinov2"), (clip, "cmmd")):
+        same = found(metric, frogs, tmp_path, tmp_path)
+        other = found(metric, frogs, tmp_path, tmp_path, images=255 - images)
+        assert same.name == name
+        assert same.value == pytest.approx(0, abs=1e-9)
+        assert other.value > 1e-6

@@ -12,9 +12,10 @@ from PIL import Image
 from test_training import TINY
 
 from diffusion_cli.cli import run
+from diffusion_cli.config import fingerprint
 from diffusion_cli.data import Digits
 
-WORDS = ["features=classifier", "features.steps=20", "steps=2", "batch_size=50"]
+WORDS = ["features=classifier", "features.steps=20", "batch_size=50"]
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +29,14 @@ def place(tmp_path_factory) -> Path:
 
 
 def evaluate(place: Path, *words: str) -> int:
-    return run(["eval", f"output_dir={place}/o", f"cache_dir={place}/cache", *WORDS, *words])
+    made = [] if any(word.startswith("samples=") for word in words) else ["steps=2"]
+    return run(["eval", f"output_dir={place}/o", f"cache_dir={place}/cache", *WORDS, *made, *words])
+
+
+def record(place: Path, samples: Path) -> Path:
+    """The metrics.json of samples that lie somewhere."""
+    key = fingerprint({"path": str(samples.resolve())})[:4]
+    return place / "o" / "evaluations" / f"{samples.name}-{key}" / "metrics.json"
 
 
 def numbers(path: Path) -> dict[str, float]:
@@ -68,10 +76,9 @@ METRICS = ["metric=[fid,kid,is,precision_recall]", "metric.kid.subset_size=40"]
 
 
 def test_the_same_images_have_the_same_numbers_in_any_form_and_batch(place, images, tmp_path):
-    record = place / "o" / "evaluations"
     assert evaluate(place, f"samples={images}", "dataset=digits", *METRICS) == 0
-    expected = numbers(record / "samples" / "metrics.json")
-    known = protocol(record / "samples" / "metrics.json")["sampling"]
+    expected = numbers(record(place, images))
+    known = protocol(record(place, images))["sampling"]
     assert known["steps"] == 2
     assert len(known["weights_sha256"]) == 64
     assert len(expected) == 5
@@ -79,7 +86,7 @@ def test_the_same_images_have_the_same_numbers_in_any_form_and_batch(place, imag
     for number, path in enumerate(other_forms(images, tmp_path)):
         size = (1, 7, 64, 90, 200)[number]
         assert evaluate(place, f"samples={path}", "dataset=digits", *METRICS, f"batch_size={size}") == 0
-        history = record / path.stem / "metrics.json"
+        history = record(place, path)
         assert numbers(history) == pytest.approx(expected, rel=1e-6)
         digests.add(protocol(history)["sampling"]["pixels_sha256"])
     assert len(digests) == 1
@@ -89,12 +96,10 @@ def test_the_same_images_have_the_same_numbers_in_any_form_and_batch(place, imag
 def test_two_processes_find_the_same_numbers(place, images, tmp_path, monkeypatch):
     words = [*METRICS, "batch_size=7"]
     assert evaluate(place, f"samples={images}", "dataset=digits", *words) == 0
-    expected = numbers(place / "o" / "evaluations" / "samples" / "metrics.json")
+    expected = numbers(record(place, images))
     cache = f"cache_dir={tmp_path}/cache"  # features of real images are shared out too
     assert evaluate(place, f"samples={images}", "dataset=digits", *words, "processes=2", cache) == 0
-    assert numbers(place / "o" / "evaluations" / "samples" / "metrics.json") == pytest.approx(
-        expected, rel=1e-6
-    )
+    assert numbers(record(place, images)) == pytest.approx(expected, rel=1e-6)
     assert evaluate(place, "run=a", "num_samples=90", *words) == 0
     alone = numbers(place / "o" / "a" / "metrics.json")
     assert evaluate(place, "run=a", "num_samples=90", *words, "processes=2") == 0
@@ -131,9 +136,49 @@ def test_samples_of_a_run_know_their_classes_and_dataset_without_being_told(plac
     assert run(["sample", "run=a", "steps=2", "num_samples=30", f"output_dir={place}/o"]) == 0
     folder = next(path for path in (place / "o" / "a" / "samples").iterdir() if (path / "grid.png").exists())
     assert evaluate(place, f"samples={folder}", "metric=classifier") == 0
-    found = place / "o" / "evaluations" / f"samples-{folder.name}" / "metrics.json"
+    found = record(place, folder)
     (labelled, _) = json.loads(found.read_text())[-1]["results"]
     assert labelled["details"]["labelled"] == 30
+
+
+@pytest.mark.parametrize("text", ['{"name": "PWA"}', "[1]", "{", '{"settings": 3, "versions": {}}'])
+def test_a_manifest_of_others_is_none_of_ours(place, images, tmp_path, text):
+    plain = other_forms(images, tmp_path)[0]
+    (plain / "manifest.json").write_text(text)
+    assert evaluate(place, f"samples={plain}", "dataset=digits", "metric=is") == 0
+    assert protocol(record(place, plain))["samples"] == 90
+
+
+def test_results_in_a_zip_are_evaluated_without_the_pictures_of_them(place, images, tmp_path):
+    with zipfile.ZipFile(tmp_path / "whole.zip", "w") as archive:
+        for file in images.iterdir():
+            archive.write(file, file.name)
+    assert evaluate(place, f"samples={tmp_path}/whole.zip", "dataset=digits", "metric=classifier") == 0
+    known = json.loads(record(place, tmp_path / "whole.zip").read_text())[-1]["results"]
+    assert known[0]["name"] == "class_accuracy"
+    assert known[0]["details"]["labelled"] == 90
+
+
+def test_results_of_an_edit_are_evaluated(place):
+    words = ["edit=img2img", "input=held_out", "num_images=6", "steps=4", "run=a", f"output_dir={place}/o"]
+    assert run(["edit", *words]) == 0
+    (folder,) = (place / "o" / "a" / "edits").iterdir()
+    assert evaluate(place, f"samples={folder}", "metric=is", "metric.is.splits=2") == 0
+    assert protocol(record(place, folder))["samples"] == 6
+
+
+def test_a_part_of_sorted_files_is_spread_over_the_classes(place, tmp_path):
+    data = Digits("", held_out=0.2, flip=False).load("train")
+    assert data.labels is not None
+    order = data.labels.argsort(stable=True)
+    np.save(tmp_path / "sorted.npy", data.gather(order).numpy())
+    words = [f"samples={tmp_path}/sorted.npy", "dataset=digits", "metric=classifier", "features.steps=200"]
+    assert evaluate(place, *words, "num_samples=100") == 0
+    (result,) = json.loads(record(place, tmp_path / "sorted.npy").read_text())[-1]["results"]
+    assert result["details"]["entropy_of_classes"] > 2.2
+    assert evaluate(place, *words[:2], "metric=fid") == 0
+    (result,) = json.loads(record(place, tmp_path / "sorted.npy").read_text())[-1]["results"]
+    assert result["details"]["equal_size_ratio"] < 2
 
 
 def test_class_folders_are_matched_by_name(place, tmp_path):
@@ -146,14 +191,14 @@ def test_class_folders_are_matched_by_name(place, tmp_path):
         Image.fromarray(pixels[number, 0].numpy()).save(path)
     words = ["metric=classifier", "dataset=digits", "features.steps=200"]
     assert evaluate(place, f"samples={tmp_path}/sorted", *words) == 0
-    assert numbers(place / "o" / "evaluations" / "sorted" / "metrics.json")["class_accuracy"] > 0.9
+    assert numbers(record(place, tmp_path / "sorted"))["class_accuracy"] > 0.9
 
 
 def test_the_reference_may_be_another_folder_of_images(place, images, tmp_path):
     paths = other_forms(images, tmp_path)
     words = ["dataset=digits", "reference=images", "metric.fid.floor=false", "metric=[fid,precision_recall]"]
     assert evaluate(place, f"samples={paths[0]}", f"reference.path={paths[2]}", *words) == 0
-    found = numbers(place / "o" / "evaluations" / "plain" / "metrics.json")
+    found = numbers(record(place, paths[0]))
     assert found == {
         "frechet_classifier": pytest.approx(0, abs=1e-9), "precision_classifier": 1, "recall_classifier": 1,
     }  # fmt: skip
@@ -194,7 +239,42 @@ def test_a_comparison_measures_each_combination_once(place, capsys):
     assert run([*words, "sampler=[ddim,ddpm,euler]", "steps=[2,1]"]) == 0
     told = [line for line in capsys.readouterr().err.splitlines() if line.startswith("[")]
     assert told == ["[5/6] sampler=euler steps=2", "[6/6] sampler=euler steps=1"]
-    assert "2 samples" not in (place / "o" / "a" / "metrics.json").read_text()
+
+
+def test_a_comparison_is_made_anew_where_what_it_depends_on_changed(place, images, tmp_path, capsys):
+    (real,) = [path for path in other_forms(images, tmp_path) if path.suffix == ".npy"]
+    words = ["compare", "run=a", f"output_dir={place}/o", f"cache_dir={place}/cache", "features=classifier"]
+    words += ["features.steps=20", "num_samples=30", "metric=precision_recall", "steps=[1,2]"]
+    words += ["reference=images", f"reference.path={real}", f"output={tmp_path}/table"]
+    assert run(words) == 0
+    first = (tmp_path / "table" / "table.csv").read_text()
+    assert run(words) == 0
+    assert (tmp_path / "table" / "table.csv").read_text() == first  # to the second
+    np.save(real, np.random.RandomState(0).randint(0, 256, (50, 8, 8)).astype(np.uint8))
+    capsys.readouterr()
+    assert run(words) == 0
+    assert "[2/2] steps=2" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        (["steps=2"], "compare: nothing to compare; give a list"),
+        (["processes=[1,2]"], "processes: changes no number; give one value, not a list"),
+        (["steps=[1,2]", "keep=true"], "keep=true: compare makes samples of runs and keeps none"),
+        (["steps=[1,2]", "output={mine}"], "is not empty, and not of a comparison"),
+        (["steps=[1,2]", "num_samples=5"], "num_samples=5: 5 images are fewer than the 65"),
+    ],
+)
+def test_a_wrong_comparison_gets_one_line(place, tmp_path, capsys, words, line):
+    (tmp_path / "table.md").write_text("precious")
+    filled = [word.format(mine=tmp_path) for word in words]
+    common = ["compare", "run=a", f"output_dir={place}/o", f"cache_dir={place}/cache", *WORDS]
+    assert run([*common, *filled]) == 2
+    err = [text for text in capsys.readouterr().err.splitlines() if text.startswith("diffuse:")]
+    assert len(err) == 1
+    assert line in err[0]
+    assert (tmp_path / "table.md").read_text() == "precious"
 
 
 @pytest.mark.parametrize(
@@ -206,6 +286,17 @@ def test_a_comparison_measures_each_combination_once(place, capsys):
             "metric=bound,flow_likelihood: is for samples",
         ),
         (["samples={plain}", "label=3", "dataset=digits"], "label=3: is for samples made of a model"),
+        (["samples={plain}", "steps=3", "dataset=digits"], "steps=3: is for samples made of a model"),
+        (["samples={plain}", "run=a", "dataset=digits"], "run=a: is for samples made of a model"),
+        (["samples={plain}", "compare=[a,b]"], "compare= measures nothing"),
+        (
+            ["run=a", "metric=memorization", "reference.split=held_out"],
+            "reference.split=held_out: metric=memorization",
+        ),
+        (
+            ["run=a", "num_samples=65", "metric.fid.infinity=15"],
+            "metric.fid.infinity=15: takes subsets of 65",
+        ),
         (["samples={plain}", "num_samples=91", "dataset=digits"], "num_samples=91: samples="),
         (
             ["samples={plain}", "features=inception", "features.weights=x.pth", "metric=is"],
@@ -224,7 +315,7 @@ def test_a_comparison_measures_each_combination_once(place, capsys):
             ["run=a", "metric=lpips", "metric.lpips.weights=/x.pth"],
             "metric.lpips.weights=/x.pth: no such file",
         ),
-        (["compare=[a,none]"], "compare=none: holds no checkpoints"),
+        (["compare=[a,none]"], "compare=none: has no metrics.json"),
         (["compare=[a]"], "compare=['a']: should have at least 2"),
         (["metric.fid.bootstrap=3", "run=a"], "metric.fid.bootstrap=3: is too few"),
     ],
@@ -241,7 +332,7 @@ def test_wrong_input_gets_one_line(place, images, tmp_path, capsys, words, line)
     few = [] if any(word.startswith("features=") for word in filled) else ["features.steps=20"]
     if "features=auto" not in line and not any(word.startswith("features=") for word in filled):
         few = ["features=classifier", *few]
-    assert run(["eval", f"output_dir={place}/o", f"cache_dir={place}/cache", "steps=2", *few, *filled]) == 2
+    assert run(["eval", f"output_dir={place}/o", f"cache_dir={place}/cache", *few, *filled]) == 2
     err = [text for text in capsys.readouterr().err.splitlines() if text.startswith("diffuse:")]
     assert len(err) == 1
     assert line in err[0]

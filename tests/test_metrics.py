@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from diffusion_cli.config import CONF
-from diffusion_cli.data import Dataset, Digits, Given, Images, NoDataset
+from diffusion_cli.data import Dataset, Digits, Given, Images, NoDataset, spread
 from diffusion_cli.data.memory import MemoryImages
 from diffusion_cli.metrics import (
     ClassifierFeatures,
@@ -34,6 +34,7 @@ from diffusion_cli.metrics import (
     PrecisionRecall,
     RealImages,
     Report,
+    Result,
     Rows,
     Seen,
     Shown,
@@ -319,7 +320,7 @@ def test_the_numbers_beside_the_distance_are_what_their_names_say(tmp_path) -> N
     result = measured(METRICS, features, samples, DATA, tmp_path).results[0]
     train, held_out = (features(DATA.splits[name]).features for name in ("train", "held_out"))
     seen = features(samples).features
-    floor, equal = distance(held_out, train), distance(seen[:40], train)
+    floor, equal = distance(held_out, train), distance(seen[spread(100, 40)], train)
     assert result.value == pytest.approx(distance(seen, train), rel=1e-5)
     assert result.details == pytest.approx(
         {
@@ -536,10 +537,10 @@ def test_polynomial_mmd_of_whole_sets_equals_the_reference(reference, agree, dim
 
 
 def test_the_standard_error_of_the_kernel_distance_is_its_spread() -> None:
-    """Over independent sets: the error given for one of them is the deviation of the estimates, within a third."""
+    """Over independent sets: the error given for one of them is the deviation of the estimates."""
     values, errors = [], []
-    for seed in range(60):
-        x = torch.randn(2, 120, 4, generator=torch.Generator().manual_seed(seed)).double()
+    for seed in range(100):
+        x = torch.randn(2, 80, 4, generator=torch.Generator().manual_seed(seed)).double()
         (found,) = (
             KernelDistance(subsets=20, subset_size=40, seed=seed)
             .begin(AsSeen(x[0], 1.3 * x[1] + 0.5))
@@ -547,7 +548,7 @@ def test_the_standard_error_of_the_kernel_distance_is_its_spread() -> None:
         )
         values.append(found.value)
         errors.append(found.details["standard_error"])
-    assert np.mean(errors) == pytest.approx(np.std(values), rel=0.34)
+    assert np.mean(errors) == pytest.approx(np.std(values), rel=0.2)
 
 
 def test_gaussian_mmd_is_that_of_its_definition_and_zero_for_equal_sets() -> None:
@@ -571,6 +572,8 @@ class AsSeen(Seen):
         self.network = Projection()
         self.network.dim = samples.shape[1]
         self._samples = array_rows(samples)
+        given = Given(MemoryImages(torch.empty(len(samples), 1, 1, 1, dtype=torch.uint8), None), None)
+        self.samples = GivenSamples(given, None, {}, "samples")
         self.real = RealRows(real, other)
 
     def rows(self) -> Rows:
@@ -984,7 +987,7 @@ def test_inception_features_equal_those_of_torch_fidelity(random_inception) -> N
     maps = {}
     theirs.Mixed_6d.branch1x1.register_forward_hook(lambda _, __, out: maps.update(mixed_6_conv=out))
     features, logits = theirs(images)
-    expected = (features, logits, maps["mixed_6_conv"][:, :7].flatten(1))
+    expected = (features, logits, maps["mixed_6_conv"][:, :7].permute(0, 2, 3, 1).flatten(1))
     exact = inception(random_inception)(images)
     rough = inception(random_inception, "bf16")(images)
     for ours, rounded, reference in zip(exact, rough, expected, strict=True):
@@ -1040,18 +1043,30 @@ def test_inception_numbers_equal_those_of_torch_fidelity(tmp_path, random_incept
 
 def test_history_grows_and_is_never_clobbered(tmp_path) -> None:
     path = tmp_path / "metrics.json"
-    append_history(path, {"value": 1.5})
-    append_history(path, {"value": 2.5})
-    assert read_history(path) == [{"value": 1.5}, {"value": 2.5}]
-    for content in ("[{", '{"value": 1}', "[1]"):
+    first, second, third = (Report([Result("fid", value, {}, {})], []).to_dict() for value in (1.5, 2.5, 3.5))
+    append_history(path, first)
+    append_history(path, second)
+    assert read_history(path) == [first, second]
+    for content in ("[{", '{"value": 1}', "[1]", "[{}]", '[{"results": [{"name": "x"}], "notes": []}]'):
         path.write_text(content)
         with pytest.raises(ValueError, match=r"metrics.json: is not"):
-            append_history(path, {"value": 3.5})
+            append_history(path, third)
         assert path.read_text() == content
     path.unlink()
     with pytest.raises(ValueError, match="JSON"):
         append_history(path, {"value": float("nan")})
     assert list(tmp_path.iterdir()) == []
+
+
+def test_samples_of_other_classes_or_weights_are_unlike() -> None:
+    """Where both are known; another sampler is what one compares."""
+    about = {"weights": "ema", "labels": [0, 1], "steps": 5}
+    for change, expected in (
+        ({"weights": "raw"}, ["sampling.weights"]),
+        ({"labels": [3]}, ["sampling.labels"]),
+        ({"labels": None, "steps": 9}, []),
+    ):
+        assert unlike({"sampling": about}, {"sampling": about | change}) == expected
 
 
 def test_protocols_are_unlike_by_how_they_measure_not_by_what(tmp_path) -> None:

@@ -7,18 +7,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
-
-from diffusion_cli.checkpoint import find_run, load_model, whole_file
-from diffusion_cli.commands.eval import assess, look_at
+from diffusion_cli.checkpoint import find_run, whole_file
+from diffusion_cli.commands.eval import Scene, assess, identity, look_at
 from diffusion_cli.commands.samples import ModelSamples
 from diffusion_cli.config import CompareConfig, Mistakes, Value, Variant, fingerprint, shown
 from diffusion_cli.figures import Curve, Panel, save_panels
 from diffusion_cli.ranks import Ranks, run_in_processes
 
-# What does not change a number, or is told apart by the weights.
+# What no number depends on.
 ELSEWHERE = {"output", "run", "processes", "device", "force", "data_dir", "cache_dir", "output_dir", "keep"}
 CALLS, SECONDS = "network calls", "seconds an image"
+MARK = "comparison.json"
 
 Point = dict[str, Any]
 """A row of the table: the values on the axes, the numbers, and what they cost."""
@@ -36,34 +35,62 @@ def run(variants: list[Variant]) -> None:
     """Evaluate each variant that has not been, and write the table and the plot of all."""
     jobs = [Job(values, config) for values, config in variants if isinstance(config, CompareConfig)]
     first = jobs[0]
-    for key, given in (("samples", first.config.samples), ("compare", first.config.compare)):
+    config = first.config
+    for key, given in (
+        ("samples", config.samples),
+        ("compare", config.compare),
+        ("keep", config.keep or None),
+    ):
         if given is not None:
-            raise Mistakes(f"{key}={shown(given)}: compare makes samples of runs; leave it out")
+            raise Mistakes(
+                f"{key}={shown(given)}: compare makes samples of runs and keeps none; leave it out"
+            )
+    wrong = [key for key in first.values if key in ELSEWHERE - {"run"}]
+    if wrong:
+        raise Mistakes(*(f"{key}: changes no number; give one value, not a list" for key in wrong))
     if not first.values:
         raise Mistakes("compare: nothing to compare; give a list, as sampler=[ddpm,ddim] steps=[10,50]")
-    if first.config.processes > 1:
-        run_in_processes(first.config.processes, compare, jobs)
+    # The newest run now stays the one that is compared, whatever is trained meanwhile.
+    jobs = [
+        Job(values, config.model_copy(update={"run": str(find_run(config.run, config.output_dir))}))
+        for values, config in jobs
+    ]
+    _claim(_folders(jobs)[0])
+    if config.processes > 1:
+        run_in_processes(config.processes, compare, jobs)
     else:
         compare(jobs)
+
+
+def _claim(folder: Path) -> None:
+    """Mark a folder as one of comparisons; Mistakes if it holds anything else."""
+    if folder.exists() and not (folder / MARK).is_file() and (not folder.is_dir() or any(folder.iterdir())):
+        raise Mistakes(f"output={folder}: is not empty, and not of a comparison; choose another folder")
 
 
 def compare(jobs: list[Job]) -> None:
     """Carry out a comparison, as one of the processes that share it."""
     folder, store = _folders(jobs)
-    points: list[Point] = []
+    entries: list[dict[str, Any]] = []
     for number, (values, config) in enumerate(jobs, start=1):
-        path = store / f"{_identity(config)}.json"
+        scene = look_at(config)
+        path = store / f"{fingerprint(identity(config, scene))}.json"
         if Ranks().agree(not path.is_file()):
             words = " ".join(f"{key}={shown(value)}" for key, value in values.items())
             if Ranks().first:
                 print(f"[{number}/{len(jobs)}] {words}", file=sys.stderr, flush=True)
-            _measure(config, path)
+            _measure(config, scene, path)
         if Ranks().first:
-            points.append(values | json.loads(path.read_text(encoding="utf-8"))["row"])
+            entries.append(json.loads(path.read_text(encoding="utf-8")))
     if not Ranks().first:
         return
-    table = _markdown(points)
-    _write(folder / "table.md", table + "\n")
+    points = [job.values | entry["row"] for job, entry in zip(jobs, entries, strict=True)]
+    notes = dict.fromkeys(
+        note for entry in entries for report in entry["reports"] for note in report["notes"]
+    )
+    text = "\n".join([_markdown(points), "", *(f"note: {note}" for note in notes)])
+    _write(folder / MARK, json.dumps({"compared": [job.values for job in jobs]}))
+    _write(folder / "table.md", text + "\n")
     with (
         whole_file(folder / "table.csv") as temporary,
         temporary.open("w", newline="", encoding="utf-8") as file,
@@ -71,8 +98,16 @@ def compare(jobs: list[Job]) -> None:
         writer = csv.DictWriter(file, _columns(points), restval="")
         writer.writeheader()
         writer.writerows(points)
-    save_panels(_panels(points, list(jobs[0].values)), folder / "plot.png")
-    print(f"{table}\nTable and plot: {folder}")
+    floors = [
+        {
+            result["name"]: result["details"].get("floor")
+            for report in entry["reports"]
+            for result in report["results"]
+        }
+        for entry in entries
+    ]
+    save_panels(_panels(points, floors, list(jobs[0].values)), folder / "plot.png")
+    print(f"{text}\nTable and plot: {folder}")
 
 
 def _folders(jobs: Sequence[Job]) -> tuple[Path, Path]:
@@ -88,28 +123,13 @@ def _folders(jobs: Sequence[Job]) -> tuple[Path, Path]:
     return Path(first.output) if first.output else root / "comparisons" / name, root / "compared"
 
 
-def _identity(config: CompareConfig) -> str:
-    """What the numbers of a variant are kept under: the weights, and all settings that count."""
-    folder = find_run(config.run, config.output_dir)
-    digest = load_model(folder, config.weights, torch.device("cpu"), config.step).digest
-    return fingerprint(config.model_dump(exclude=ELSEWHERE) | {"weights_sha256": digest})
-
-
-def _measure(config: CompareConfig, path: Path) -> None:
-    scene = look_at(config)
+def _measure(config: CompareConfig, scene: Scene, path: Path) -> None:
     reports = assess(config, scene)
     if not Ranks().first:
         return
     row: Point = {result.name: result.value for report in reports for result in report.results}
     if isinstance(scene.samples, ModelSamples):
         row |= {CALLS: scene.samples.calls, SECONDS: scene.samples.seconds_per_image}
-    floors = [
-        result.details["floor"]
-        for report in reports
-        for result in report.results
-        if "floor" in result.details
-    ]
-    row |= {"floor": floors[0]} if floors else {}
     entry = {"row": row, "reports": [report.to_dict() for report in reports]}
     _write(path, json.dumps(entry, indent=2, allow_nan=False))
 
@@ -134,16 +154,18 @@ def _cell(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else shown(value)
 
 
-def _panels(points: Sequence[Point], axes: Sequence[str]) -> list[Panel]:
+def _panels(points: Sequence[Point], floors: Sequence[dict[str, Any]], axes: Sequence[str]) -> list[Panel]:
     """Each number against what it costs where the steps differ, else against the last axis of numbers."""
     numbers = [axis for axis in axes if all(isinstance(point[axis], int | float) for point in points)]
-    names = [name for name in _columns(points) if name not in (*axes, CALLS, SECONDS, "floor")]
+    names = [name for name in _columns(points) if name not in (*axes, CALLS, SECONDS)]
     costs = [CALLS, SECONDS] if "steps" in numbers or not numbers else [numbers[-1]]
     apart = [axis for axis in axes if axis not in ("steps", *costs)]
-    return [_panel(points, name, x, apart) for name in names[:3] for x in costs]
+    real = {name: {floor[name] for floor in floors if floor.get(name) is not None} for name in names}
+    return [_panel(points, name, x, apart, real[name]) for name in names for x in costs]
 
 
-def _panel(points: Sequence[Point], name: str, x: str, apart: Sequence[str]) -> Panel:
+def _panel(points: Sequence[Point], name: str, x: str, apart: Sequence[str], floors: set[float]) -> Panel:
+    """A line for each combination of the axes `apart`, and one for real images where there is one floor for all."""
     lines: dict[str, list[tuple[float, float]]] = {}
     for point in points:
         if point.get(name) is not None and point.get(x) is not None:
@@ -151,15 +173,8 @@ def _panel(points: Sequence[Point], name: str, x: str, apart: Sequence[str]) -> 
             lines.setdefault(label, []).append((point[x], point[name]))
     curves = [Curve(label, *map(list, zip(*sorted(line), strict=True))) for label, line in lines.items()]
     places = [place for curve in curves for place in curve.x]
-    floor = next((point["floor"] for point in points if "floor" in point), None)
-    if (
-        floor is not None
-        and places
-        and not name.startswith(("is", "class", "precision", "recall", "density", "cov"))
-    ):
-        curves.append(Curve("real images", [min(places), max(places)], [floor, floor]))
+    if len(floors) == 1 and places:
+        curves.append(Curve("real images", [min(places), max(places)], [*floors] * 2))
     values = [value for curve in curves for value in curve.y]
-    costly = x in (CALLS, SECONDS)
-    return Panel(
-        x, name, curves, log_x=costly, log_y=bool(values) and min(values) > 0 and name.startswith(("f", "k"))
-    )
+    spans = bool(values) and min(values) > 0 and max(values) > 3 * min(values)
+    return Panel(x, name, curves, log_x=x in (CALLS, SECONDS), log_y=spans)

@@ -2,8 +2,11 @@
 
 import platform
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
+
+import yaml
 
 from diffusion_cli import __version__
 from diffusion_cli.checkpoint import find_run
@@ -11,7 +14,7 @@ from diffusion_cli.commands.outputs import claim, keep_seeds
 from diffusion_cli.commands.sample import samples_folder
 from diffusion_cli.commands.samples import ModelSamples, about, given_samples, run_of
 from diffusion_cli.commands.trained import Trained, open_run
-from diffusion_cli.config import EvalConfig, build
+from diffusion_cli.config import CONF, EvalConfig, build, fingerprint, shown
 from diffusion_cli.data import Dataset, NoDataset
 from diffusion_cli.guidance import Unguided
 from diffusion_cli.metrics import (
@@ -27,6 +30,7 @@ from diffusion_cli.metrics import (
     examine,
     history_table,
     read_history,
+    require,
 )
 from diffusion_cli.precision import device_of
 from diffusion_cli.ranks import Ranks, run_in_processes
@@ -38,16 +42,25 @@ SAMPLES = 2000  # made where num_samples does not say
 def run(config: EvalConfig) -> None:
     """Measure every metric, those of samples in one pass; print them and add them to a metrics.json."""
     if config.compare is not None:
-        folders = [find_run(name, config.output_dir, "compare") for name in config.compare]
-        print(
-            history_table(
-                {folder.name: read_history(folder / "metrics.json") for folder in folders}, config.force
-            )
-        )
+        if config.samples is not None:
+            raise ValueError(f"samples={config.samples}: compare= measures nothing; leave one of them out")
+        histories = {name: read_history(_history(name, config.output_dir)) for name in config.compare}
+        print(history_table(histories, config.force))
     elif config.processes > 1:
         run_in_processes(config.processes, measure, config)
     else:
         measure(config)
+
+
+def _history(name: str, output_dir: str) -> Path:
+    """The metrics.json of a run or of evaluated samples, by its folder or name; ValueError if there is none."""
+    root = Path(output_dir)
+    for folder in (Path(name), root / name, root / "evaluations" / name):
+        if (folder / "metrics.json").is_file():
+            return folder / "metrics.json"
+    raise ValueError(
+        f"compare={name}: has no metrics.json; measure it first, with diffuse eval run= or samples="
+    )
 
 
 class Scene(NamedTuple):
@@ -59,6 +72,8 @@ class Scene(NamedTuple):
     trained: Trained | None
     samples: Samples | None
     """None where only the model itself is asked."""
+    networks: Networks
+    reference: Reference
 
 
 def measure(config: EvalConfig) -> None:
@@ -98,6 +113,31 @@ def assess(config: EvalConfig, scene: Scene) -> list[Report]:
     return reports
 
 
+def identity(config: EvalConfig, scene: Scene) -> dict[str, Any]:
+    """All that the numbers of an evaluation depend on, by content: nothing that is measured, nothing left to names.
+
+    Raises ValueError where the evaluation itself would, before any sample is made.
+    """
+    about_samples = {} if scene.samples is None else scene.samples.protocol() | {"network_calls": None}
+    seen = {}
+    if scene.samples is not None:
+        metrics = {name: build(node) for name, node in config.metric.items()}
+        of_samples = {name: metric for name, metric in metrics.items() if isinstance(metric, Metric)}
+        views, _ = require(
+            of_samples, scene.networks, scene.samples, scene.reference, scene.networks.cache_dir, config.force
+        )
+        seen = {
+            name: [view.network.name, view.network.digest, view.network.resize, view.network.precision]
+            for name, view in views.items()
+        }
+    return {
+        "metric": config.metric, "count": config.num_samples, "seed": config.seed, "samples": about_samples,
+        "model": about(scene.trained) if scene.trained else None, "networks": seen, "force": config.force,
+        "reference": scene.reference.identity(), "batch_size": config.batch_size, "processes": config.processes,
+        "device": device_of(config.device).type, "versions": versions(),
+    }  # fmt: skip
+
+
 def look_at(config: EvalConfig) -> Scene:
     """What an evaluation is of; ValueError where its parts do not go together."""
     kinds = {name: build(node) for name, node in config.metric.items()}
@@ -119,13 +159,16 @@ def _model_scene(config: EvalConfig, sampled: bool) -> Scene:
                 f"metric={','.join(config.metric)}: makes no samples, which label, guidance and keep are for; leave "
                 "them out"
             )
-        return Scene(trained.folder, dataset, trained, None)
+        return Scene(trained.folder, dataset, trained, None, *_judges(config, dataset))
     trained.check(config.steps)  # refused before anything is measured
     folder = samples_folder(trained, config) if config.keep else None
+    known = {}
     if folder is not None:
-        Ranks().one_by_one(lambda: claim(folder, trained.settings, trained.model))
-    samples = ModelSamples(trained, config, config.num_samples or SAMPLES, folder)
-    return Scene(trained.folder, dataset, trained, samples)
+        known = Ranks().one_by_one(lambda: claim(folder, trained.settings, trained.model))
+    samples = ModelSamples(
+        trained, config, config.num_samples or SAMPLES, folder, known.get("network_calls", 0)
+    )
+    return Scene(trained.folder, dataset, trained, samples, *_judges(config, dataset))
 
 
 def _given_scene(config: EvalConfig, of_model: list[str]) -> Scene:
@@ -137,6 +180,8 @@ def _given_scene(config: EvalConfig, of_model: list[str]) -> Scene:
         ("label", config.label),
         ("keep", config.keep),
         ("guidance.scale", config.guidance.get("scale")),
+        *_changed(config, "step", "steps", "seed", "weights", "clip_x0", "precision"),
+        ("run", config.run if config.dataset is not None else None),
     ):
         if wrong:
             raise ValueError(
@@ -150,9 +195,27 @@ def _given_scene(config: EvalConfig, of_model: list[str]) -> Scene:
     else:
         dataset = None if config.dataset is None else build(config.dataset, config.data_dir)
     samples = given_samples(path, dataset, config.num_samples)
-    name = "-".join(path.resolve().parts[-2:]) if run else path.stem
-    folder = Path(config.output_dir) / "evaluations" / name
-    return Scene(folder, dataset or NoDataset(path.name, samples.shape), None, samples)
+    # Of the same name in two places are not the same samples.
+    folder = (
+        Path(config.output_dir)
+        / "evaluations"
+        / f"{path.name}-{fingerprint({'path': str(path.resolve())})[:4]}"
+    )
+    dataset = dataset or NoDataset(path.name, samples.shape)
+    return Scene(folder, dataset, None, samples, *_judges(config, dataset))
+
+
+def _judges(config: EvalConfig, dataset: Dataset) -> tuple[Networks, Reference]:
+    cache_dir = Path(config.cache_dir or "~/.cache/diffuse").expanduser()
+    networks = Networks(config.features, dataset, cache_dir, device_of(config.device))
+    return networks, build(config.reference, dataset)
+
+
+def _changed(config: EvalConfig, *keys: str) -> list[tuple[str, Any]]:
+    """Those of the keys that do not have the value of the YAML file, with a text of their own."""
+    usual = yaml.safe_load((CONF / "eval.yaml").read_text())
+    now = config.model_dump()
+    return [(key, shown(now[key])) for key in keys if now[key] != usual[key]]
 
 
 def _of_samples(
@@ -163,12 +226,9 @@ def _of_samples(
     environment: dict[str, Any],
 ) -> Report:
     """Show the samples to every metric, and keep the pictures that come of it."""
-    cache_dir = Path(config.cache_dir or "~/.cache/diffuse").expanduser()
-    networks = Networks(config.features, scene.dataset, cache_dir, device_of(config.device))
-    reference: Reference = build(config.reference, scene.dataset)
     report, pictures, _ = evaluate(
-        metrics, networks, samples, reference,
-        batch_size=config.batch_size, cache_dir=cache_dir, force=config.force, environment=environment,
+        metrics, scene.networks, samples, scene.reference,
+        batch_size=config.batch_size, cache_dir=scene.networks.cache_dir, force=config.force, environment=environment,
     )  # fmt: skip
     if not Ranks().first:
         return report
@@ -178,7 +238,7 @@ def _of_samples(
             report.notes.append("the samples are of some classes only, the real images of all")
         if samples.folder is not None:
             manifest = claim(samples.folder, scene.trained.settings, scene.trained.model)
-            keep_seeds(samples.folder, manifest, samples.seeds)
+            keep_seeds(samples.folder, manifest, samples.seeds, samples.calls)
     for name, picture in pictures.items():
         digest = report.results[0].protocol["sampling"]["pixels_sha256"]
         path = scene.folder / "pictures" / f"{name}-{digest[:8]}.png"
@@ -200,9 +260,6 @@ def _described(config: EvalConfig, scene: Scene) -> str:
 
 def versions() -> dict[str, str]:
     """Of what numbers may depend on."""
-    names = ("torch", "torch-fidelity", "torchmetrics", "numpy")
-    return {
-        "diffuse": __version__,
-        "python": platform.python_version(),
-        **{name: version(name) for name in names},
-    }
+    names = ("torch", "torchvision", "torch-fidelity", "torchmetrics", "numpy", "pillow", "transformers")
+    found = {name: version(name) for name in names if name != "transformers" or find_spec(name)}
+    return {"diffuse": __version__, "python": platform.python_version(), **found}

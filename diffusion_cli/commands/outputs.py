@@ -60,9 +60,10 @@ def brief(value: Any) -> str:
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 
-def keep_seeds(output: Path, manifest: dict[str, Any], seeds: range) -> None:
-    """Add the seeds whose images are there now to the manifest."""
-    write_manifest(output, manifest | {"seeds": sorted({*manifest.get("seeds", []), *seeds})})
+def keep_seeds(output: Path, manifest: dict[str, Any], seeds: range, calls: int) -> None:
+    """Add the seeds whose images are there now to the manifest, and the network calls that each took (0: as before)."""
+    known = {"network_calls": calls} if calls else {}
+    write_manifest(output, manifest | known | {"seeds": sorted({*manifest.get("seeds", []), *seeds})})
 
 
 def write_manifest(output: Path, manifest: dict[str, Any]) -> None:

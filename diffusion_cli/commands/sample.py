@@ -50,7 +50,7 @@ def run(config: SampleConfig) -> None:
                 save_png(image, image_path(output, seed))
             bar.update(len(batch))
             most_calls = max(most_calls, calls)
-    keep_seeds(output, manifest, seeds)
+    keep_seeds(output, manifest, seeds, most_calls)
     overview = output / "grid.png"
     first = list(seeds)[:GRID_IMAGES]
     if config.label is None or trained.labels is None:

@@ -3,31 +3,36 @@
 import json
 import time
 from collections.abc import Sequence
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from diffusion_cli.checkpoint import LAST
+from diffusion_cli.commands.inputs import PICTURES
 from diffusion_cli.commands.outputs import read_images
 from diffusion_cli.commands.trained import Trained
 from diffusion_cli.config import EvalConfig
-from diffusion_cli.data import Dataset, Given, given_images
+from diffusion_cli.data import Dataset, Given, file_names, given_images, is_image
+from diffusion_cli.data.labels import read
 from diffusion_cli.generate import generate, labels_of
 from diffusion_cli.metrics import GivenSamples, Samples
 from diffusion_cli.report import save_png
-
-OWN = "[0-9]*.png"  # the images in a folder of `diffuse sample`, and not the pictures of them
 
 
 class ModelSamples(Samples):
     """Samples of a run's model, by seed; those that lie in `folder` are taken from there, the others kept there."""
 
-    def __init__(self, trained: Trained, config: EvalConfig, count: int, folder: Path | None) -> None:
+    def __init__(
+        self, trained: Trained, config: EvalConfig, count: int, folder: Path | None, calls: int = 0
+    ) -> None:
         self.trained, self.config, self.folder = trained, config, folder
         self.shape, self.class_names = trained.model.shape, trained.model.class_names
-        self._count, self.calls, self._made, self._seconds = count, 0, 0, 0.0
+        self.labelled = trained.labels is not None
+        self.calls = calls
+        """Network calls that an image took; those on record, where none is made."""
+        self._count, self._made, self._seconds = count, 0, 0.0
 
     def __len__(self) -> int:
         return self._count
@@ -84,24 +89,32 @@ def image_path(folder: Path, seed: int) -> Path:
 
 
 def given_samples(path: Path, dataset: Dataset | None, count: int | None) -> GivenSamples:
-    """Images that lie there; of a folder that `diffuse sample` wrote, with the classes and settings in its manifest."""
-    manifest = _manifest(path)
-    given = given_images(path, "samples", dataset.shape if dataset else None, OWN if manifest else "")
-    names = dataset.class_names if dataset else None
+    """Images that lie there; of results of this program without pictures of them, with what their manifest says."""
+    names = [] if path.is_file() and path.suffix in (".npy", ".npz") else file_names(path, "samples")
+    manifest = _manifest(path, names)
+    results = {name for name in names if "/" not in name and name not in PICTURES}
+    shape = dataset.shape if dataset else None
+    given = given_images(path, "samples", shape, results if manifest else None)
     made: dict[str, Any] = {"samples": path.name}
     if manifest:
-        settings = manifest["settings"]
-        made |= {"step": manifest["step"], "ema": manifest["model"]["ema"], **settings}
-        files = sorted(file.stem for file in path.glob(OWN))
-        labels = labels_of([int(name) for name in files], settings["labels"], torch.device("cpu"))
-        given = Given(given.images, names)
-        given.images.labels = labels
-    return GivenSamples(given, names, made, f"samples={path}", count)
+        made |= {"step": manifest.get("step"), **manifest["settings"]}
+        files = sorted(name for name in results if is_image(PurePosixPath(name)))
+        labels, seeds = manifest["settings"].get("labels"), [PurePosixPath(name).stem for name in files]
+        if dataset and isinstance(labels, list) and all(seed.isdigit() for seed in seeds):
+            given = Given(given.images, dataset.class_names)
+            given.images.labels = labels_of([int(seed) for seed in seeds], labels, torch.device("cpu"))
+    return GivenSamples(given, dataset.class_names if dataset else None, made, f"samples={path}", count)
 
 
-def _manifest(path: Path) -> dict[str, Any] | None:
-    file = path / "manifest.json"
-    return json.loads(file.read_text()) if file.is_file() else None
+def _manifest(path: Path, names: Sequence[str]) -> dict[str, Any] | None:
+    """What this program wrote about the images that it made there; None beside images of others."""
+    if "manifest.json" not in names:
+        return None
+    try:
+        manifest = json.loads(read(path, "manifest.json"))
+        return manifest if isinstance(manifest["settings"], dict) and "versions" in manifest else None
+    except (ValueError, LookupError, TypeError):
+        return None
 
 
 def run_of(path: Path) -> Path | None:

@@ -20,7 +20,7 @@ import yaml
 from lightning.pytorch import Callback, Trainer
 
 from diffusion_cli.checkpoint import FORMAT, LAST, digest, read, whole_file
-from diffusion_cli.config import Mistakes, TrainConfig, build, identity, seconds, shown
+from diffusion_cli.config import Mistakes, TrainConfig, build, fingerprint, identity, seconds, shown
 from diffusion_cli.data import Batch, Batches, Dataset, Images, hold, normalised
 from diffusion_cli.denoiser import Denoiser, NoiseConditioned, NoisyClassifier
 from diffusion_cli.metrics import Metric, Networks
@@ -218,9 +218,13 @@ def _evaluation(config: TrainConfig, every: int, folder: Path, parts: _Parts, em
     cache_dir = Path(config.cache_dir or "~/.cache/diffuse").expanduser()
     networks = Networks(config.features, dataset, cache_dir, parts.device.torch_device)
     reference = build(config.reference, dataset)
+    measured = config.model_dump(
+        include={"metric", "features", "reference", "sampler", "eval_samples", "eval_steps", "keep_best"}
+    )
     return Evaluation(
         every, metrics, networks, reference, samples,
-        run=folder, ema=ema, batch_size=config.batch_size, keep_best=config.keep_best,
+        run=folder, ema=ema, batch_size=1 if parts.sampler.one_by_one else config.batch_size,
+        keep_best=config.keep_best, identity=fingerprint(measured),
     )  # fmt: skip
 
 

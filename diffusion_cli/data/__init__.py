@@ -1,11 +1,11 @@
 """Data: a source becomes uint8 images with labels, and those become batches in [-1, 1]."""
 
 from diffusion_cli.data.array import Array
-from diffusion_cli.data.base import Dataset, Images, NoDataset, PixelDigest
+from diffusion_cli.data.base import Dataset, Images, NoDataset, PixelDigest, spread
 from diffusion_cli.data.batches import Batch, Batches, normalised
 from diffusion_cli.data.decoding import flattened, is_gray, opened
 from diffusion_cli.data.digits import Digits
-from diffusion_cli.data.folder import Folder, file_names, image_files
+from diffusion_cli.data.folder import Folder, file_names, image_files, is_image
 from diffusion_cli.data.gaussian_mixture import GaussianMixture
 from diffusion_cli.data.given import Given, given_images, relabelled
 from diffusion_cli.data.memory import hold
@@ -32,7 +32,9 @@ __all__ = [
     "hold",
     "image_files",
     "is_gray",
+    "is_image",
     "normalised",
     "opened",
     "relabelled",
+    "spread",
 ]

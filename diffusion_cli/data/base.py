@@ -129,6 +129,11 @@ def row_chunks(count: int, title: str) -> Iterator[Tensor]:
             progress.update(len(rows))
 
 
+def spread(count: int, wanted: int) -> Tensor:
+    """`wanted` of the rows 0..count - 1, evenly spread; int64."""
+    return torch.arange(wanted) * count // max(wanted, 1)
+
+
 def shuffled_mask(count: int, held_out: float) -> np.ndarray:
     """Which of `count` rows are held out, bool [count]: a fraction `held_out`, always the same one.
 

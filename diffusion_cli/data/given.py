@@ -1,6 +1,7 @@
 """Images that somebody else made: a folder, ZIP or NumPy file of them, taken as they are."""
 
-from pathlib import Path, PurePosixPath
+from collections.abc import Collection
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -22,12 +23,14 @@ class Given(NamedTuple):
     class_names: tuple[str, ...] | None
 
 
-def given_images(path: Path, key: str, shape: Shape | None = None, only: str = "") -> Given:
+def given_images(
+    path: Path, key: str, shape: Shape | None = None, only: Collection[str] | None = None
+) -> Given:
     """The images of a folder, ZIP, .npz or .npy, in the order of their names or rows: none is resized or cropped.
 
     All have the size of the first one; with `shape` they have that one, and gray files become RGB where it has three
-    channels. Classes are those of `labels.csv`, of class folders or of the .npz, where there are any. Of a folder only
-    the names that match the pattern `only` count. Files are decoded when asked for.
+    channels. Classes are those of `labels.csv`, of class folders or of the .npz, where there are any. With `only`,
+    other files of a folder or ZIP do not count. Files are decoded when asked for.
 
     Raises FileNotFoundError or ValueError, about `key`, for a path that holds no such images, or another shape.
     """
@@ -37,7 +40,7 @@ def given_images(path: Path, key: str, shape: Shape | None = None, only: str = "
             raise ValueError(f"{key}={path}: holds images {given.images.shape}; wanted are {shape}")
         return given
     names = file_names(path, key)
-    files = image_files(path, [name for name in names if PurePosixPath(name).match(only or "*")], key)
+    files = image_files(path, [name for name in names if only is None or name in only], key)
     try:
         class_names, labels = class_labels(path, names, files, "auto")
         decoder = Exact(*(shape or _shape(read(path, files[0]))))

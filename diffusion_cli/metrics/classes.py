@@ -56,6 +56,9 @@ class ClassifierMeasurement(Measurement):
             details = {"labelled": self.labelled, **real}
             share = self.correct / self.labelled
             findings.append(Finding("class_accuracy", share, details, higher_is_better=True))
+        else:
+            why = "are not labelled" if self.comparable else "have other classes than the dataset"
+            findings.append(Finding("class_accuracy", None, notes=(f"no class_accuracy: the samples {why}",)))
         mean = self.mean / self.count
         details = {"entropy_of_classes": _entropy(mean), "most": math.log(len(mean))}
         return [*findings, Finding("class_entropy", self.entropy / self.count, details)]

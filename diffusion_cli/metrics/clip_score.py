@@ -28,7 +28,7 @@ class CLIPScore(Metric):
         return networks.option("clip", weights=self.weights)
 
     def check(self, count: int, seen: Seen, force: bool) -> list[str]:
-        if seen.samples.class_names is None:
+        if seen.samples.class_names is None or not seen.samples.labelled:
             raise ValueError(
                 "metric=clip_score: the samples have no classes to ask for; take a class-conditional model, or put the "
                 "images into class folders"
@@ -63,7 +63,9 @@ class CLIPScoreMeasurement(Measurement):
 
     def findings(self) -> list[Finding]:
         if self.count < 2:
-            return [Finding("clip_score", None, notes=("clip_score: the samples have no labels",))]
+            return [
+                Finding("clip_score", None, notes=("clip_score: fewer than two of the samples have labels",))
+            ]
         mean = self.total / self.count
         variance = max(self.squares / self.count - mean**2, 0.0) * self.count / (self.count - 1)
         details = {"standard_error": math.sqrt(variance / self.count), "images": self.count}

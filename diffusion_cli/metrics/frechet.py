@@ -7,6 +7,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from diffusion_cli.checkpoint import file_digest
+from diffusion_cli.data import spread
 from diffusion_cli.metrics.base import Finding, Measurement, Metric, Seen, Shown
 from diffusion_cli.metrics.features import Features
 from diffusion_cli.metrics.moments import Moments
@@ -53,13 +54,14 @@ class FrechetDistance(Metric):
     Source: Heusel et al. 2017; Chong & Forsyth 2020.
     """
 
+    key = "fid"
     stream: Stream = "features"
 
     def __init__(self, *, floor: bool, infinity: NonNegativeInt, bootstrap: NonNegativeInt) -> None:
         for key, value, least in (("infinity", infinity, 3), ("bootstrap", bootstrap, 20)):
             if 0 < value < least:
                 raise ValueError(
-                    f"metric.fid.{key}={value}: is too few; take at least {least}, or 0 for none"
+                    f"metric.{self.key}.{key}={value}: is too few; take at least {least}, or 0 for none"
                 )
         self.floor, self.infinity, self.bootstrap = floor, infinity, bootstrap
 
@@ -73,6 +75,13 @@ class FrechetDistance(Metric):
 
     def check(self, count: int, seen: Seen, force: bool) -> list[str]:
         dim, reference = self.dim(seen.network), seen.real.reference
+        if reference.stats is not None:
+            reference.published(self.stream, dim)
+        if self.infinity and max(dim + 1, count // 10) >= count:
+            raise ValueError(
+                f"metric.{self.key}.infinity={self.infinity}: takes subsets of {dim + 1} and more of the samples, "
+                f"and there are {count}; raise num_samples, or set 0"
+            )
         sets = [("num_samples", count, "raise num_samples")]
         if reference.stats is None:
             sets.append(("reference", len(reference.images), "take a larger split or dataset"))
@@ -101,6 +110,8 @@ class FrechetDistanceDINOv2(FrechetDistance):
     Source: Stein et al. 2023.
     """
 
+    key = "fd_dinov2"
+
     def __init__(
         self, *, weights: str, floor: bool, infinity: NonNegativeInt, bootstrap: NonNegativeInt
     ) -> None:
@@ -117,6 +128,7 @@ class SpatialFrechetDistance(FrechetDistance):
     Source: Nash et al. 2021; Dhariwal & Nichol 2021.
     """
 
+    key = "sfid"
     stream = "spatial"
 
     def __init__(self, *, floor: bool) -> None:
@@ -135,7 +147,7 @@ class SpatialFrechetDistance(FrechetDistance):
 
 
 class FrechetMeasurement(Measurement):
-    """The moments of all samples, and of as many first ones as there are other real images."""
+    """The moments of all samples, and of as many as there are other real images."""
 
     def __init__(self, metric: FrechetDistance, seen: Seen) -> None:
         self.metric, self.seen, self.real = metric, seen, seen.real
@@ -152,14 +164,18 @@ class FrechetMeasurement(Measurement):
         if self.other is not None and dim < len(seen.samples) < self.other.n:
             # Looked at now, together with the other processes: the findings are those of the first alone.
             self.equal = seen.real.moments("other", len(seen.samples), metric.stream)
-        self.all, self.head = Moments(dim), Moments(dim)
+        self.all, self.some = Moments(dim), Moments(dim)
+        # Evenly spread, as real images are where they are fewer: files may be sorted by class.
+        number = 0 if self.other is None else min(self.other.n, len(seen.samples))
+        self.picked = torch.zeros(len(seen.samples), dtype=torch.bool)
+        self.picked[spread(len(seen.samples), number)] = True
         self.rows = seen.rows() if metric.infinity or metric.bootstrap else None
 
     def update(self, batch: Shown) -> None:
         values = getattr(batch.seen, self.metric.stream)
+        picked = self.picked[self.all.n : self.all.n + len(values)]
         self.all.update(values)
-        if self.other is not None:
-            self.head.update(values[: self.other.n - self.head.n])
+        self.some.update(values[picked.to(values.device)])
 
     def findings(self) -> list[Finding]:
         value, details, notes = self._distance(self.all), {}, []
@@ -168,6 +184,8 @@ class FrechetMeasurement(Measurement):
         if self.other is not None:
             more, notes = self._beside_real(value, self.other)
             details |= more
+        elif self.metric.floor and self.real.reference.stats is not None:
+            notes = ["no floor: the reference is statistics, not images"]
         elif self.metric.floor:
             notes = [f"no floor: beside {self.real.name()} there are too few real images for one"]
         protocol = {"reference": self._reference()}
@@ -183,18 +201,18 @@ class FrechetMeasurement(Measurement):
         floor = self._distance(other)
         details = {"floor": floor, "floor_images": other.n} | _ratio("ratio_to_floor", value, floor)
         notes = [f"floor: {other.n} real images of {self.real.name('other')} against {reference}"]
-        number = self.head.n
+        number = self.some.n
         if number > len(self.mean) and self.equal is not None:
             floor = self._distance(self.equal)
             if number < self.all.n:
-                value = self._distance(self.head)
+                value = self._distance(self.some)
             details |= {
                 "equal_size_images": number,
                 "equal_size_distance": value,
                 "equal_size_floor": floor,
             } | _ratio("equal_size_ratio", value, floor)
             notes.append(
-                f"equal_size: the first {number} samples, and {number} real images of "
+                f"equal_size: {number} of the samples, and {number} real images of "
                 f"{self.real.name('other')}, each against {reference}"
             )
         return details, notes
@@ -206,11 +224,6 @@ class FrechetMeasurement(Measurement):
             return {}
         least = max(len(self.mean) + 1, count // 10)
         sizes = np.linspace(least, count, points).astype(int)
-        if sizes[0] == sizes[-1]:
-            raise ValueError(
-                f"metric.fid.infinity={points}: takes subsets of {least} and more of the samples, and there are "
-                f"{count}; raise num_samples"
-            )
         random = np.random.RandomState(0)
         bar = tqdm(sizes, desc="extrapolating", unit="subset", delay=1.0, leave=False)
         values = [self._subset(rows, random.permutation(count)[:size]) for size in bar]

@@ -78,7 +78,9 @@ class InceptionFeatures(Features):
     def extract(self, images: Tensor) -> FeatureBatch:
         x = prepared(images, self.way).expand(-1, 3, -1, -1)
         x = self.lower(x.to(self.dtype, memory_format=torch.channels_last))
-        spatial = self.mixed_6_conv(x)[:, :7].float().flatten(1)
+        spatial = (
+            self.mixed_6_conv(x)[:, :7].float().permute(0, 2, 3, 1).flatten(1)
+        )  # as published statistics have them
         features = self.upper(x).float().mean(dim=(2, 3))
         return FeatureBatch(features, features @ self.head.T, spatial)
 

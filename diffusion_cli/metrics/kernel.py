@@ -36,8 +36,9 @@ class KernelDistance(Metric):
     """The kernel distance between samples and real images, over features: KID, where they are Inception's.
 
     The mean over `subsets` pairs of random subsets of `subset_size` images, drawn as torch-fidelity does, their
-    deviation (`std`, as torch-fidelity reports), and the standard error of the mean: with M the smaller number of
-    images, std sqrt(m/M + (1 - m/M) / subsets), as the subsets share images.
+    deviation (`std`, as torch-fidelity reports), and the standard error of the mean. With M the smaller number of
+    images and r = m/M that is std sqrt(r / (1 - r) + 1 / subsets): subsets share images, so that their deviation is
+    smaller than that of independent ones by a factor sqrt(1 - r). There is none for r = 1.
 
     Raises ValueError for fewer images than a subset has. Source: Binkowski et al. 2018; Blom 1976 (incomplete means).
     """
@@ -77,12 +78,12 @@ class KernelMeasurement(Measurement):
             values.append(polynomial_mmd(*drawn))
         share = size / min(len(self.samples), len(self.real))
         std = float(np.std(values))
-        error = std * math.sqrt(share + (1 - share) / number)
+        error = {"standard_error": std * math.sqrt(share / (1 - share) + 1 / number)} if share < 1 else {}
         protocol = {
             "subsets": number, "subset_size": size, "subset_seed": self.metric.seed,
             "reference": self.seen.real.protocol(),
         }  # fmt: skip
-        details = {"standard_error": error, "std": std}
+        details = error | {"std": std}
         return [Finding(self.seen.network.named("kid"), float(np.mean(values)), details, protocol)]
 
 

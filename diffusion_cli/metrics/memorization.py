@@ -6,6 +6,7 @@ from torch import Tensor
 
 from diffusion_cli.metrics.base import Finding, Measurement, Metric, Seen
 from diffusion_cli.metrics.neighbours import nearest
+from diffusion_cli.metrics.reference import DatasetReference
 
 SAME = 1e-6  # of the mean squared length of features: what is nearer shows the same image, but for rounding
 
@@ -25,6 +26,11 @@ class Memorization(Metric):
         self.pairs = pairs
 
     def check(self, count: int, seen: Seen, force: bool) -> list[str]:
+        reference = seen.real.reference
+        if isinstance(reference, DatasetReference) and reference.split != "train":
+            raise ValueError(
+                f"reference.split={reference.split}: metric=memorization looks for training images; leave it at train"
+            )
         if len(seen.real.images()) < 2:
             raise ValueError(f"metric=memorization: {seen.real.name()} has too few images to be near to")
         return []

@@ -75,6 +75,7 @@ class LPIPS(Metric):
 class LPIPSMeasurement(Measurement):
     def __init__(self, distance: LPIPSDistance, originals: Images | None) -> None:
         self.distance, self.originals = distance, originals
+        self.labelled = False
         self.alone: dict[int, Tensor] = {}
         self.values: list[Tensor] = []
         self.count = 0
@@ -91,6 +92,7 @@ class LPIPSMeasurement(Measurement):
             self.values.append(self.distance(first, second).cpu().double())
 
     def _pairs(self, batch: Shown) -> list[tuple[Tensor, Tensor]]:
+        self.labelled = batch.labels is not None
         classes = [0] * len(batch.images) if batch.labels is None else batch.labels.tolist()
         pairs = []
         for image, label in zip(batch.images, classes, strict=True):
@@ -107,6 +109,10 @@ class LPIPSMeasurement(Measurement):
             note = f"{name}: fewer than two pairs of samples of one class; make more samples"
             return [Finding(name, None, notes=(note,))]
         details = {"standard_error": float(values.std() / math.sqrt(len(values))), "pairs": len(values)}
-        protocol = {} if self.originals is None else {"originals_sha256": self.originals.pixel_digest()}
+        protocol = (
+            {"pairs_of": "one class" if self.labelled else "any samples"}
+            if self.originals is None
+            else {"originals_sha256": self.originals.pixel_digest()}
+        )
         more = self.originals is None
         return [Finding(name, float(values.mean()), details, protocol, higher_is_better=more)]

@@ -56,7 +56,14 @@ def unlike(first: Mapping[str, Any], second: Mapping[str, Any]) -> list[str]:
     """The keys in which two protocols measure differently; what is measured, and on what machine, does not count."""
     keys = dict.fromkeys([*first, *second])
     measured = ("sampling", "model", "environment")
-    return [key for key in keys if key not in measured and first.get(key) != second.get(key)]
+    differing = [key for key in keys if key not in measured and first.get(key) != second.get(key)]
+    # Of how samples were made, what makes them samples of another distribution than was meant to be compared.
+    one, other = (protocol.get("sampling", {}) for protocol in (first, second))
+    for key in ("weights", "labels"):
+        values = [about.get(key) if isinstance(about, Mapping) else None for about in (one, other)]
+        if None not in values and values[0] != values[1]:
+            differing.append(f"sampling.{key}")
+    return differing
 
 
 def newest(history: Sequence[Mapping[str, Any]]) -> dict[str, Result]:
@@ -111,8 +118,13 @@ def read_history(path: Path) -> list[dict[str, Any]]:
         history = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{path}: is not JSON ({error}); move it away or mend it") from error
-    if not isinstance(history, list) or not all(isinstance(entry, dict) for entry in history):
-        raise ValueError(f"{path}: is not a list of results; move it away or mend it")
+    try:
+        if not isinstance(history, list):
+            raise TypeError(f"but {type(history).__name__}")
+        for entry in history:
+            Report.from_dict(entry)
+    except (LookupError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path}: is not a list of results ({error}); move it away or mend it") from error
     return history
 
 

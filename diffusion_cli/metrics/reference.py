@@ -3,17 +3,18 @@
 import hashlib
 import warnings
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from diffusion_cli.checkpoint import whole_file
-from diffusion_cli.data import Dataset, Images, given_images
+from diffusion_cli.checkpoint import file_digest, whole_file
+from diffusion_cli.data import Dataset, Images, given_images, spread
 from diffusion_cli.data.base import Split
 from diffusion_cli.metrics.features import Features
 from diffusion_cli.metrics.moments import Moments
@@ -23,6 +24,7 @@ from diffusion_cli.ranks import Ranks
 READ = 256  # images read at a time
 Part = Literal["images", "other"]
 Stream = Literal["features", "spatial"]
+Kept = TypeVar("Kept")
 STATISTICS = {"features": ("mu", "sigma"), "spatial": ("mu_s", "sigma_s")}
 
 
@@ -45,9 +47,16 @@ class Reference(ABC):
         """Real images that are not among them, or None."""
 
     def protocol(self) -> dict[str, Any]:
-        """What identifies the images."""
-        images = self.images
-        return {"name": self.name, "images": len(images), "pixels_sha256": images.pixel_digest()}
+        """What identifies the images, and those beside them."""
+        images, other = self.images, self.other
+        about = {"name": self.name, "images": len(images), "pixels_sha256": images.pixel_digest()}
+        if other is not None:
+            about["beside"] = {"images": len(other), "pixels_sha256": other.pixel_digest()}
+        return about
+
+    def identity(self) -> dict[str, Any]:
+        """What all numbers that it has a part in depend on: the images, and statistics in their place."""
+        return self.protocol() | ({} if self.stats is None else {"stats_sha256": file_digest(self.stats)})
 
     def published(self, stream: Stream, dim: int) -> tuple[Tensor, Tensor]:
         """Mean and covariance that `stats` holds; ValueError if it does not, or of another number of features."""
@@ -59,17 +68,26 @@ class Reference(ABC):
                 if missing:
                     raise ValueError(f"holds {', '.join(arrays)}, and not {' and '.join(missing)}")
                 mean, covariance = (torch.from_numpy(np.asarray(arrays[key], np.float64)) for key in keys)
+            if not mean.isfinite().all() or not covariance.isfinite().all():
+                raise ValueError("holds numbers that are not finite")
         except OSError as error:
             raise FileNotFoundError(
                 f"reference.stats={self.stats}: is no readable .npz of mu and sigma"
             ) from error
         except Exception as error:  # damaged files fail in many ways in the parsers of ZIP and NumPy
-            raise ValueError(f"reference.stats={self.stats}: {error}") from error
+            raise ValueError(
+                f"reference.stats={self.stats}: {error}; give a .npz of mu and sigma, whole and of finite numbers"
+            ) from error
         if mean.shape != (dim,) or covariance.shape != (dim, dim):
             raise ValueError(
                 f"reference.stats={self.stats}: holds {tuple(mean.shape)} features, and the network gives {dim}; take "
                 "the statistics of the same network"
             )
+        values = torch.linalg.eigvalsh((covariance + covariance.T) / 2)
+        if values[0] < -1e-6 * values[-1].abs() or not torch.allclose(
+            covariance, covariance.T, rtol=1e-4, atol=1e-6
+        ):
+            raise ValueError(f"reference.stats={self.stats}: its {keys[1]} is no covariance; compute it anew")
         return mean, covariance
 
 
@@ -148,34 +166,48 @@ class RealImages:
         """The moments of a whole part, or of `count` of its images, evenly spread over it."""
         number = len(self.images(part)) if count is None else count
         path = self._path(part, f"moments-{stream}", number)
-        if self.ranks.agree(not path.is_file()):
-            self._look(part, spread(len(self.images(part)), number), None)
         dim = self.features.dim if stream == "features" else self.features.spatial_dim
-        try:
-            return Moments.load(path, dim)
-        except Exception as error:  # a damaged file fails in many ways in the parsers of ZIP and NumPy
-            _make_anew(path, error)
-            return self.moments(part, count, stream)
+        return self._kept(
+            path,
+            lambda: Moments.load(path, dim),
+            lambda: self._look(part, spread(len(self.images(part)), number), None),
+        )
 
     def rows(self, part: Part = "images") -> Rows:
         """The features of all images of a part."""
         count = len(self.images(part))
         path = self._path(part, "features", count)
-        if self.ranks.agree(not path.is_file()):
+
+        def load() -> Rows:
+            array = np.load(path, mmap_mode="r", allow_pickle=False)
+            if array.shape != (count, self.features.dim) or array.dtype != np.float32:
+                raise ValueError(f"holds {array.dtype} {array.shape}")
+            return Rows(array)
+
+        def make() -> None:
             rows = GrowingRows(self.features.dim, self.cache_dir)
             self._look(part, torch.arange(count), rows)
             if self.ranks.first:
                 with whole_file(path) as temporary, temporary.open("wb") as file:
                     rows.write(file)
-            self.ranks.agree(None)  # the others read it once it is there
-        try:
-            array = np.load(path, mmap_mode="r", allow_pickle=False)
-            if array.shape != (count, self.features.dim) or array.dtype != np.float32:
-                raise ValueError(f"holds {array.dtype} {array.shape}")
-            return Rows(array)
-        except Exception as error:  # as above
-            _make_anew(path, error)
-            return self.rows(part)
+
+        return self._kept(path, load, make)
+
+    def _kept(self, path: Path, load: Callable[[], Kept], make: Callable[[], None]) -> Kept:
+        """What a file of the cache holds; all processes make it together where the first does not find it whole."""
+        missing = False
+        if self.ranks.first:
+            try:
+                missing = not path.is_file()
+                _ = missing or load()
+            except Exception as error:  # a damaged file fails in many ways in the parsers of ZIP and NumPy
+                reason = str(error).partition("\n")[0]
+                warnings.warn(f"{path}: is damaged and made anew ({reason})", stacklevel=3)
+                missing = True
+        if self.ranks.agree(missing):
+            make()
+        self.ranks.agree(None)  # the others read it once it is there
+        return load()
 
     def _look(self, part: Part, numbers: Tensor, rows: GrowingRows | None) -> None:
         """One pass of the network over some images of a part: keep all moments it gives, and maybe the features."""
@@ -200,7 +232,6 @@ class RealImages:
             for stream, taken in moments.items():
                 if taken.n > 1:
                     taken.save(self._path(part, f"moments-{stream}", taken.n))
-        ranks.agree(None)  # the others read them once they are there
 
     def _path(self, part: Part, kind: str, count: int) -> Path:
         images, features = self.images(part), self.features
@@ -209,15 +240,3 @@ class RealImages:
         name = self.name(part).replace("/", "-")
         suffix = "npy" if kind == "features" else "npz"
         return self.cache_dir / f"{kind}-{name}-{features.name}-{key[:16]}.{suffix}"
-
-
-def spread(count: int, wanted: int) -> Tensor:
-    """`wanted` of the rows 0..count - 1, evenly spread; int64."""
-    return torch.arange(wanted) * count // max(wanted, 1)
-
-
-def _make_anew(path: Path, error: Exception) -> None:
-    """Take away a damaged file of the cache."""
-    reason = str(error).partition("\n")[0]
-    warnings.warn(f"{path}: is damaged and made anew ({reason})", stacklevel=3)
-    path.unlink()

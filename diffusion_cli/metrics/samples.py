@@ -4,10 +4,9 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from diffusion_cli.data import Given, relabelled
+from diffusion_cli.data import Given, relabelled, spread
 
 
 class Samples(ABC):
@@ -17,6 +16,8 @@ class Samples(ABC):
     """Channels, height and width."""
     class_names: tuple[str, ...] | None
     """Of the classes that they were made as, or None."""
+    labelled: bool
+    """Whether it is known which class each was made as."""
 
     @abstractmethod
     def __len__(self) -> int:
@@ -32,7 +33,7 @@ class Samples(ABC):
 
 
 class GivenSamples(Samples):
-    """Images in files, the first `count` of them (null: all).
+    """Images in files, `count` of them evenly spread (null: all), for files may be sorted by class.
 
     `class_names` are those of the dataset: where the images' own classes are among these they are numbered so.
     """
@@ -50,17 +51,18 @@ class GivenSamples(Samples):
         labels = relabelled(given, class_names)
         self.labels = given.images.labels if labels is None else labels
         self.class_names = given.class_names if labels is None else class_names
-        self._count = len(given.images) if count is None else count
-        if self._count > len(given.images):
+        self.labelled = self.labels is not None
+        self.rows = spread(len(given.images), len(given.images) if count is None else count)
+        if len(self.rows) > len(given.images):
             raise ValueError(
                 f"num_samples={count}: {key} holds {len(given.images)} images; give more, or take fewer"
             )
 
     def __len__(self) -> int:
-        return self._count
+        return len(self.rows)
 
     def batch(self, numbers: Sequence[int]) -> tuple[Tensor, Tensor | None]:
-        rows = torch.tensor(list(numbers))
+        rows = self.rows[list(numbers)]
         return self.images.gather(rows), None if self.labels is None else self.labels[rows]
 
     def protocol(self) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from diffusion_cli.checkpoint import BEST
 from diffusion_cli.denoiser import Denoiser, clip_x0
-from diffusion_cli.generate import all_labels, check_finite, labels_of, sample, to_bytes
+from diffusion_cli.generate import all_labels, labels_of, sample, to_bytes
 from diffusion_cli.metrics import Finding, Metric, Networks, Reference, Samples, evaluate, require
 from diffusion_cli.ranks import Ranks
 from diffusion_cli.samplers import Sampler
@@ -33,6 +33,7 @@ class TrainingSamples(Samples):
     ) -> None:
         self.count, self.sampler, self.steps = count, sampler, steps
         self.shape, self.class_names = shape, names
+        self.labelled = names is not None
         self.denoiser: Denoiser | None = None
         """Of now."""
         self.precision: Callable[[], AbstractContextManager[Any]] = nullcontext
@@ -48,10 +49,11 @@ class TrainingSamples(Samples):
         device = next(denoiser.parameters()).device
         labels = labels_of(numbers, all_labels(denoiser), device)
         denoise = clip_x0(lambda x, t: denoiser(x, t, labels), denoiser.schedule)
+        times = self.sampler.grid(self.steps)
         with self.precision():
-            images = sample(denoise, self.sampler, self.sampler.grid(self.steps), numbers, self.shape, device)
-        check_finite(images)
-        return to_bytes(images), labels
+            images = sample(denoise, self.sampler, times, numbers, self.shape, device)
+        # Early weights may fail: that shows in the numbers, and is no reason to stop.
+        return to_bytes(images.nan_to_num(0.0, 1.0, -1.0)), labels
 
     def protocol(self) -> dict[str, Any]:
         return {}
@@ -75,10 +77,13 @@ class Evaluation(EveryStep):
         ema: EMA,
         batch_size: int,
         keep_best: str | None,
+        identity: str,
     ) -> None:
         super().__init__(every)
         self.metrics, self.networks, self.reference, self.samples = metrics, networks, reference, samples
         self.run, self.ema, self.batch_size, self.keep_best = run, ema, batch_size, keep_best
+        self.identity = identity
+        """Of what is measured and how: numbers of another are not compared."""
         self.best: tuple[int, float] | None = None
         """Its step and number."""
         require(metrics, networks, samples, reference, networks.cache_dir, force=True)
@@ -112,7 +117,7 @@ class Evaluation(EveryStep):
             trainer.save_checkpoint(self.run / BEST)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"best": self.best}
+        return {"best": self.best, "identity": self.identity}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.best = state_dict["best"]
+        self.best = state_dict["best"] if state_dict["identity"] == self.identity else None

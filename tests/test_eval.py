@@ -127,6 +127,8 @@ def test_samples_of_a_run_are_kept_once_and_taken_from_there(place):
     first = numbers(place / "o" / "b" / "metrics.json")
     assert evaluate(place, "run=b", "num_samples=70", "metric=is") == 0  # made in memory
     assert numbers(place / "o" / "b" / "metrics.json") == pytest.approx(first, rel=1e-6)
+    assert evaluate(place, *words) == 0  # none is made, and what they took is on record
+    assert protocol(place / "o" / "b" / "metrics.json")["sampling"]["network_calls"] == 2
     Image.fromarray(np.zeros((8, 8), np.uint8)).save(files[3])
     assert evaluate(place, *words) == 0
     assert numbers(place / "o" / "b" / "metrics.json") != pytest.approx(first, rel=1e-6)

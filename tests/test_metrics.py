@@ -381,6 +381,13 @@ def test_published_statistics_take_the_place_of_the_images(tmp_path) -> None:
     np.savez(path, mu=moments.mean.numpy()[:3], sigma=moments.covariance.numpy())
     with pytest.raises(ValueError, match=r"reference.stats=.*holds \(3,\) features, and the network gives 5"):
         measured(metrics, features, samples, nothing, tmp_path, stats=str(path))
+    for sigma, wrong in (
+        (moments.covariance * float("nan"), "finite"),
+        (-moments.covariance, "no covariance"),
+    ):
+        np.savez(path, mu=moments.mean.numpy(), sigma=sigma.numpy())
+        with pytest.raises(ValueError, match=rf"reference.stats=.*{wrong}"):
+            measured(metrics, features, samples, nothing, tmp_path, stats=str(path))
     np.savez(path, mean=moments.mean.numpy())
     with pytest.raises(ValueError, match=r"reference.stats=.*holds mean, and not mu and sigma"):
         measured(metrics, features, samples, nothing, tmp_path, stats=str(path))

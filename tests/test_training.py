@@ -110,6 +110,15 @@ def test_the_best_of_a_run_taken_up_again_is_that_of_one_without_a_stop(tmp_path
     assert_same(whole["callbacks"]["EMA"], parts["callbacks"]["EMA"])
 
 
+def test_the_best_by_another_metric_is_sought_anew(tmp_path):
+    extra = [*ON_THE_WAY, f"cache_dir={tmp_path}/cache", "metric=[fid,is]", "metric.is.splits=2"]
+    assert train(tmp_path, "max_steps=5", *extra, "keep_best=fid") == 0
+    assert train(tmp_path, "max_steps=9", *extra, "keep_best=is") == 0
+    step, value = read(tmp_path / "tiny" / BEST)["callbacks"]["Evaluation"]["best"]
+    assert step == 8  # not the distance of step 4, which is a larger number
+    assert 1 <= value <= 10
+
+
 @pytest.mark.parametrize(
     ("words", "line"),
     [

@@ -156,10 +156,8 @@ def _announce(count: int, done: int, seconds: float) -> None:
     left = seconds / min(done, count) * (count - done)
     if left > LONG:
         rate = min(done, count) / seconds
-        print(
-            f"about {tqdm.format_interval(left)} for the {count} samples, at {rate:.3g} images/s",
-            file=sys.stderr,
-        )
+        text = f"about {tqdm.format_interval(left)} for the {count} samples, at {rate:.3g} images/s"
+        tqdm.write(text, file=sys.stderr)
 
 
 def _result(finding: Finding, protocol: Mapping[str, Any]) -> list[Result]:

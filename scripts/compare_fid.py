@@ -62,7 +62,7 @@ def torch_fidelity(arguments: argparse.Namespace) -> dict[str, float]:
 
 def pytorch_fid(arguments: argparse.Namespace) -> dict[str, float]:
     """FID by pytorch-fid, which resizes and scales pixels otherwise."""
-    from pytorch_fid import fid_score, inception
+    from pytorch_fid import fid_score, inception  # pyright: ignore[reportMissingImports]
 
     state = torch.load(arguments.weights, map_location="cpu", weights_only=True)
     with mock.patch.object(inception, "load_state_dict_from_url", return_value=state):

@@ -312,6 +312,11 @@ def test_a_wrong_comparison_gets_one_line(place, tmp_path, capsys, words, line):
         (["samples={colour}", "dataset=digits"], "samples="),
         (["run=a", "reference=images", "reference.path=/nowhere"], "reference.path=/nowhere: does not exist"),
         (["run=a", "reference.stats=/nowhere.npz"], "reference.stats=/nowhere.npz: is no readable .npz"),
+        (
+            ["run=a", "metric=is", "reference.stats=x.npz"],
+            "reference.stats=x.npz: serves fid, sfid and fd_dinov2 only",
+        ),
+        (["run=a", "metric=bound", "processes=2"], "processes=2: share samples, and metric=bound makes none"),
         (["run=a", "metric=sfid"], "metric=sfid: is defined on maps of Inception"),
         (
             ["run=a", "metric=lpips", "metric.lpips.weights=/x.pth"],

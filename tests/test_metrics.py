@@ -102,6 +102,10 @@ def pixels(count: int, seed: int, high: int = 256) -> Tensor:
     )
 
 
+def number(value: float | None) -> Tensor:
+    return torch.tensor(value, dtype=torch.float64)
+
+
 def moments_of(features: Tensor) -> Moments:
     moments = Moments(features.shape[1])
     moments.update(features)
@@ -127,11 +131,14 @@ def rotation(dim: int) -> Tensor:
 # --- The Frechet distance ------------------------------------------------------------
 
 
-def test_frechet_distance_of_full_rank_equals_the_reference(reference) -> None:
+@pytest.mark.parametrize("dim", [16, 64])
+def test_frechet_distance_of_full_rank_equals_the_reference(reference, agree, dim) -> None:
     arrays = reference("metrics")
-    value = distance(arrays["fake_d16"], arrays["real_d16"])
-    assert value == pytest.approx(float(arrays["fid_d16_exact"]), rel=1e-11)
-    assert arrays["fid_d16"].numpy() == pytest.approx(value, rel=1e-9)  # six published implementations
+    value = number(distance(arrays[f"fake_d{dim}"], arrays[f"real_d{dim}"]))
+    agree(f"metrics/fid_d{dim}_exact", value, arrays[f"fid_d{dim}_exact"], 1e-9, relative=True)
+    assert arrays[f"fid_d{dim}"].numpy() == pytest.approx(
+        float(value), rel=1e-9
+    )  # six published implementations
 
 
 @pytest.mark.parametrize(("case", "count"), [("both", 20), ("n2", 2)])
@@ -223,11 +230,17 @@ def test_saved_moments_come_back_and_go_on(tmp_path) -> None:
 
 
 @pytest.mark.parametrize("case", ["a", "b"])
-def test_inception_score_equals_the_reference(reference, case) -> None:
+def test_inception_score_equals_the_reference(reference, agree, case) -> None:
     arrays = reference("metrics")
     logits = arrays[f"is_logits_{case}"]
-    expected = arrays[f"is_{case}_splits10_shuffle1"].tolist()
-    assert inception_score(logits, 10) == pytest.approx(expected, rel=1e-12)
+    found = torch.tensor(inception_score(logits, 10), dtype=torch.float64)
+    agree(
+        f"metrics/is_{case}_splits10_shuffle1",
+        found,
+        arrays[f"is_{case}_splits10_shuffle1"],
+        1e-12,
+        relative=True,
+    )
     assert inception_score(logits, 1) == pytest.approx((float(arrays[f"is_{case}_one"]), 0), rel=1e-12)
 
 
@@ -512,10 +525,6 @@ def test_rows_come_back_in_the_order_they_were_taken_in(tmp_path) -> None:
 # --- Kernel distances ------------------------------------------------------------
 
 
-def number(value: float | None) -> Tensor:
-    return torch.tensor(value, dtype=torch.float64)
-
-
 def array_rows(features: Tensor) -> Rows:
     return Rows(features.float().numpy())
 
@@ -531,8 +540,8 @@ def test_kernel_distance_equals_the_reference(
     seen = AsSeen(arrays[f"fake_d{dim}"], arrays[f"real_d{dim}"])
     (found,) = KernelDistance(subsets=subsets, subset_size=size, seed=seed).begin(seen).findings()
     mean, std = arrays[f"kid_d{dim}_{name}"]
-    agree(f"kid_d{dim}_{name}", number(found.value), mean, 1e-12)
-    agree(f"kid_d{dim}_{name}_std", number(found.details["std"]), std, 1e-12)
+    agree(f"metrics/kid_d{dim}_{name}", number(found.value), mean, 1e-12)
+    agree(f"metrics/kid_d{dim}_{name}_std", number(found.details["std"]), std, 1e-12)
 
 
 @pytest.mark.parametrize("dim", [16, 64])
@@ -540,7 +549,7 @@ def test_polynomial_mmd_of_whole_sets_equals_the_reference(reference, agree, dim
     arrays = reference("metrics")
     fake, real = arrays[f"fake_d{dim}"], arrays[f"real_d{dim}"]
     for name, x in (("kid_full", real), ("kid_equal", real[:400])):
-        agree(f"{name}_d{dim}", number(polynomial_mmd(fake, x)), arrays[f"{name}_d{dim}"], 1e-12)
+        agree(f"metrics/{name}_d{dim}", number(polynomial_mmd(fake, x)), arrays[f"{name}_d{dim}"], 1e-12)
 
 
 def test_the_standard_error_of_the_kernel_distance_is_its_spread() -> None:
@@ -624,8 +633,12 @@ def test_precision_recall_density_and_coverage_equal_the_reference(
     seen = AsSeen(fake(arrays), real(arrays))
     found = [*PrecisionRecall(k=k).begin(seen).findings(), *DensityCoverage(k=k).begin(seen).findings()]
     precision, recall, density, coverage = (number(finding.value) for finding in found)
-    agree(f"pr_tf_{name}_k{k}", torch.stack([precision, recall]), arrays[f"pr_tf_{name}_k{k}"][:2], 1e-7)
-    agree(f"prdc_{name}_k{k}", torch.stack([density, coverage]), arrays[f"prdc_{name}_k{k}"][2:], 1e-12)
+    agree(
+        f"metrics/pr_tf_{name}_k{k}", torch.stack([precision, recall]), arrays[f"pr_tf_{name}_k{k}"][:2], 1e-7
+    )
+    agree(
+        f"metrics/prdc_{name}_k{k}", torch.stack([density, coverage]), arrays[f"prdc_{name}_k{k}"][2:], 1e-12
+    )
 
 
 def test_neighbours_do_not_depend_on_blocks(monkeypatch) -> None:

@@ -18,6 +18,7 @@ from diffusion_cli.config import CONF, EvalConfig, build, fingerprint, shown
 from diffusion_cli.data import Dataset, NoDataset
 from diffusion_cli.guidance import Unguided
 from diffusion_cli.metrics import (
+    FrechetDistance,
     Metric,
     ModelMetric,
     Networks,
@@ -142,6 +143,13 @@ def look_at(config: EvalConfig) -> Scene:
     """What an evaluation is of; ValueError where its parts do not go together."""
     kinds = {name: build(node) for name, node in config.metric.items()}
     of_model = [name for name, metric in kinds.items() if isinstance(metric, ModelMetric)]
+    if config.processes > 1 and len(of_model) == len(kinds):
+        raise ValueError(
+            f"processes={config.processes}: share samples, and metric={','.join(kinds)} makes none; leave it out"
+        )
+    stats = config.reference.get("stats")
+    if stats is not None and not any(isinstance(metric, FrechetDistance) for metric in kinds.values()):
+        raise ValueError(f"reference.stats={stats}: serves fid, sfid and fd_dinov2 only; leave it out")
     if config.samples is None:
         return _model_scene(config, len(of_model) < len(kinds))
     return _given_scene(config, of_model)

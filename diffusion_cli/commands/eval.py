@@ -85,7 +85,8 @@ def measure(config: EvalConfig) -> None:
     reports = assess(config, scene)
     if not Ranks().first:
         return
-    print(_described(config, scene))
+    if scene.samples is not None:
+        print(_described(config, scene, scene.samples))
     for report in reports:
         print(report.table())
         if report.results:
@@ -255,15 +256,15 @@ def _of_samples(
     return report
 
 
-def _described(config: EvalConfig, scene: Scene) -> str:
+def _described(config: EvalConfig, scene: Scene, samples: Samples) -> str:
     """What the numbers are of, in a line."""
-    if isinstance(scene.samples, ModelSamples) and scene.trained is not None:
-        sampler = config.sampler["_target_"].rpartition(".")[2]
-        return (
-            f"{scene.trained.folder.name} at step {scene.trained.model.step}, {len(scene.samples)} samples by "
-            f"{sampler} in {scene.samples.calls} network calls each, {config.weights} weights"
-        )
-    return "" if scene.samples is None else f"{len(scene.samples)} images of {config.samples}"
+    if scene.trained is None or not isinstance(samples, ModelSamples):
+        return f"{len(samples)} images of {config.samples}"
+    sampler = config.sampler["_target_"].rpartition(".")[2]
+    return (
+        f"{scene.trained.folder.name} at step {scene.trained.model.step}, {len(samples)} samples by {sampler} in "
+        f"{samples.calls} network calls each, {config.weights} weights"
+    )
 
 
 def versions() -> dict[str, str]:

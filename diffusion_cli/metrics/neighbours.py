@@ -1,6 +1,7 @@
 """Nearest neighbours and balls among feature vectors, exact to the tie, in the memory of one block."""
 
 import math
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -73,7 +74,8 @@ def _squares(q: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
     return scale - 2 * q @ c.T, scale
 
 
-def _progress(rows: Rows, title: str):  # noqa: ANN202
+def _progress(rows: Rows, title: str) -> Iterator[Tensor]:
+    """The vectors, some at a time, under a progress bar."""
     with tqdm(total=len(rows), desc=title, unit="image", unit_scale=True, delay=1.0, leave=False) as bar:
         for block in rows.blocks():
             for part in block.split(1024):

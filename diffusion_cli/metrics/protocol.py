@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Self
 
-from diffusion_cli.checkpoint import whole_file
+from diffusion_cli.checkpoint import locked, whole_file
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,7 @@ def history_table(histories: Mapping[str, Sequence[Mapping[str, Any]]], force: b
             for name in names
         ]
         lines.append(f"| {run} | {' | '.join(cells)} |")
-    return "\n".join([*lines, *(f"\\* not by the protocol of the first: {line}" for line in mistakes)])
+    return "\n".join([*lines, *(f"(*) not by the protocol of the first: {line}" for line in mistakes)])
 
 
 def read_history(path: Path) -> list[dict[str, Any]]:
@@ -133,7 +133,8 @@ def append_history(path: Path, entry: Mapping[str, Any]) -> None:
 
     Raises ValueError, and leaves the file as it is, if that is not a list of entries.
     """
-    history: Sequence[Mapping[str, Any]] = [*read_history(path), entry]
-    text = json.dumps(history, indent=2, allow_nan=False)
-    with whole_file(path) as temporary:
-        temporary.write_text(text + "\n", encoding="utf-8")
+    with locked(path.parent):  # two evaluations may end at the same time
+        history: Sequence[Mapping[str, Any]] = [*read_history(path), entry]
+        text = json.dumps(history, indent=2, allow_nan=False)
+        with whole_file(path) as temporary:
+            temporary.write_text(text + "\n", encoding="utf-8")

@@ -263,7 +263,7 @@ def test_a_comparison_is_made_anew_where_what_it_depends_on_changed(place, image
     [
         (["steps=2"], "compare: nothing to compare; give a list"),
         (["processes=[1,2]"], "processes: changes no number; give one value, not a list"),
-        (["steps=[1,2]", "keep=true"], "keep=true: compare makes samples of runs and keeps none"),
+        (["steps=[1,2]", "keep=true"], "keep=true: unknown key"),
         (["steps=[1,2]", "output={mine}"], "is not empty, and not of a comparison"),
         (["steps=[1,2]", "num_samples=5"], "num_samples=5: 5 images are fewer than the 65"),
     ],

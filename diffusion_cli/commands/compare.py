@@ -10,12 +10,12 @@ from typing import Any, NamedTuple
 from diffusion_cli.checkpoint import find_run, whole_file
 from diffusion_cli.commands.eval import Scene, assess, identity, look_at
 from diffusion_cli.commands.samples import ModelSamples
-from diffusion_cli.config import CompareConfig, Mistakes, Value, Variant, fingerprint, shown
+from diffusion_cli.config import CompareConfig, EvalConfig, Mistakes, Value, Variant, fingerprint, shown
 from diffusion_cli.figures import Curve, Panel, save_panels
 from diffusion_cli.ranks import Ranks, run_in_processes
 
 # What no number depends on.
-ELSEWHERE = {"output", "run", "processes", "device", "force", "data_dir", "cache_dir", "output_dir", "keep"}
+ELSEWHERE = {"output", "run", "processes", "device", "force", "data_dir", "cache_dir", "output_dir"}
 CALLS, SECONDS = "network calls", "seconds an image"
 MARK = "comparison.json"
 
@@ -28,38 +28,33 @@ class Job(NamedTuple):
 
     values: dict[str, Value]
     """On each axis, by key."""
-    config: CompareConfig
+    config: EvalConfig
+    """Of its evaluation."""
 
 
 def run(variants: list[Variant]) -> None:
     """Evaluate each variant that has not been, and write the table and the plot of all."""
-    jobs = [Job(values, config) for values, config in variants if isinstance(config, CompareConfig)]
-    first = jobs[0]
-    config = first.config
-    for key, given in (
-        ("samples", config.samples),
-        ("compare", config.compare),
-        ("keep", config.keep or None),
-    ):
-        if given is not None:
-            raise Mistakes(
-                f"{key}={shown(given)}: compare makes samples of runs and keeps none; leave it out"
-            )
-    wrong = [key for key in first.values if key in ELSEWHERE - {"run"}]
+    configs = [config for _, config in variants if isinstance(config, CompareConfig)]
+    first, axes = configs[0], variants[0].values
+    wrong = [key for key in axes if key in ELSEWHERE - {"run"}]
     if wrong:
         raise Mistakes(*(f"{key}: changes no number; give one value, not a list" for key in wrong))
-    if not first.values:
+    if not axes:
         raise Mistakes("compare: nothing to compare; give a list, as sampler=[ddpm,ddim] steps=[10,50]")
-    # The newest run now stays the one that is compared, whatever is trained meanwhile.
-    jobs = [
-        Job(values, config.model_copy(update={"run": str(find_run(config.run, config.output_dir))}))
-        for values, config in jobs
-    ]
-    _claim(_folders(jobs)[0])
-    if config.processes > 1:
-        run_in_processes(config.processes, compare, jobs)
+    jobs = [Job(values, _evaluation(config)) for (values, _), config in zip(variants, configs, strict=True)]
+    folder, store = _folders(jobs, first.output)
+    _claim(folder)
+    if first.processes > 1:
+        run_in_processes(first.processes, compare, jobs, folder, store)
     else:
-        compare(jobs)
+        compare(jobs, folder, store)
+
+
+def _evaluation(config: CompareConfig) -> EvalConfig:
+    """The evaluation of one combination; the newest run now stays it, whatever is trained meanwhile."""
+    run = str(find_run(config.run, config.output_dir))
+    shared = config.model_dump(exclude={"output"})
+    return EvalConfig(**shared | {"run": run, "samples": None, "compare": None, "keep": False})
 
 
 def _claim(folder: Path) -> None:
@@ -68,9 +63,8 @@ def _claim(folder: Path) -> None:
         raise Mistakes(f"output={folder}: is not empty, and not of a comparison; choose another folder")
 
 
-def compare(jobs: list[Job]) -> None:
+def compare(jobs: list[Job], folder: Path, store: Path) -> None:
     """Carry out a comparison, as one of the processes that share it."""
-    folder, store = _folders(jobs)
     entries: list[dict[str, Any]] = []
     for number, (values, config) in enumerate(jobs, start=1):
         scene = look_at(config)
@@ -110,20 +104,17 @@ def compare(jobs: list[Job]) -> None:
     print(f"{text}\nTable and plot: {folder}")
 
 
-def _folders(jobs: Sequence[Job]) -> tuple[Path, Path]:
+def _folders(jobs: Sequence[Job], output: str | None) -> tuple[Path, Path]:
     """Where the table and the plot go, and where the numbers of each combination are kept."""
     first = jobs[0].config
-    runs = {job.config.run for job in jobs}
-    root = find_run(first.run, first.output_dir) if len(runs) == 1 else Path(first.output_dir)
-    about = {
-        "jobs": [job.config.model_dump(exclude=ELSEWHERE) for job in jobs],
-        "runs": sorted(map(str, runs)),
-    }
+    runs = sorted({str(job.config.run) for job in jobs})
+    root = Path(runs[0]) if len(runs) == 1 else Path(first.output_dir)
+    about = {"jobs": [job.config.model_dump(exclude=ELSEWHERE) for job in jobs], "runs": runs}
     name = f"{'-'.join(jobs[0].values)}-{fingerprint(about)}"
-    return Path(first.output) if first.output else root / "comparisons" / name, root / "compared"
+    return Path(output) if output else root / "comparisons" / name, root / "compared"
 
 
-def _measure(config: CompareConfig, scene: Scene, path: Path) -> None:
+def _measure(config: EvalConfig, scene: Scene, path: Path) -> None:
     reports = assess(config, scene)
     if not Ranks().first:
         return

@@ -222,7 +222,7 @@ def _judges(config: EvalConfig, dataset: Dataset) -> tuple[Networks, Reference]:
 
 def _changed(config: EvalConfig, *keys: str) -> list[tuple[str, Any]]:
     """Those of the keys that do not have the value of the YAML file, with a text of their own."""
-    usual = yaml.safe_load((CONF / "eval.yaml").read_text())
+    usual = yaml.safe_load((CONF / "evaluation.yaml").read_text())
     now = config.model_dump()
     return [(key, shown(now[key])) for key in keys if now[key] != usual[key]]
 

@@ -135,13 +135,10 @@ class SampleConfig(_Generation):
     output: str | None
 
 
-class EvalConfig(_Generation):
-    """The keys of `conf/eval.yaml`."""
+class EvaluationConfig(_Generation):
+    """The keys of `conf/evaluation.yaml`: what evaluating and comparing share."""
 
     num_samples: PositiveInt | None
-    samples: str | None
-    keep: bool
-    compare: Annotated[list[str], Field(min_length=2)] | None
     processes: PositiveInt
     force: bool
     data_dir: str
@@ -152,7 +149,15 @@ class EvalConfig(_Generation):
     dataset: Node | None = None
 
 
-class CompareConfig(EvalConfig):
+class EvalConfig(EvaluationConfig):
+    """The keys of `conf/eval.yaml`."""
+
+    samples: str | None
+    compare: Annotated[list[str], Field(min_length=2)] | None
+    keep: bool
+
+
+class CompareConfig(EvaluationConfig):
     """The keys of `conf/compare.yaml`."""
 
     output: str | None
@@ -194,7 +199,7 @@ class PlotConfig(BaseModel):
     schedule: Node
 
 
-Config = TrainConfig | SampleConfig | EvalConfig | EditConfig | ReportConfig | PlotConfig
+Config = TrainConfig | SampleConfig | EvalConfig | CompareConfig | EditConfig | ReportConfig | PlotConfig
 COMMANDS: dict[str, type[Config]] = {
     "train": TrainConfig,
     "sample": SampleConfig,

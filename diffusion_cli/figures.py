@@ -7,10 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, NamedTuple
 
-import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from pydantic import Field
 from torch import Tensor
 
@@ -19,8 +17,8 @@ from diffusion_cli.config import Mistakes, PlotConfig, TrainConfig, build, load
 from diffusion_cli.data import Dataset, normalised
 from diffusion_cli.data.base import Split
 from diffusion_cli.denoiser import noised
-from diffusion_cli.generate import SeededNoise, spread, visible
-from diffusion_cli.report import save_gif, save_rows
+from diffusion_cli.generate import SeededNoise, frame_places, visible
+from diffusion_cli.report import read_images, save_gif, save_rows
 from diffusion_cli.schedules import Discrete, Schedule
 
 # Okabe & Ito 2008, "Color Universal Design", without the yellow, which is faint on white.
@@ -259,9 +257,7 @@ class Previews(Figure):
         files = sorted((run / "previews").glob("step_*.png"))
         if not files:
             raise ValueError(f"run={run}: has no previews; training makes them every preview_every steps")
-        pixels = np.stack([np.array(Image.open(files[place])) for place in spread(len(files), self.frames)])
-        images = torch.from_numpy(pixels)
-        images = images.unsqueeze(1) if images.ndim == 3 else images.permute(0, 3, 1, 2)
+        images = read_images([files[place] for place in frame_places(len(files), self.frames)])
         return F.pad(images, (MARGIN, MARGIN, MARGIN, MARGIN), value=255)
 
 

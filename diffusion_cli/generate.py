@@ -167,7 +167,7 @@ def trajectories(
     """
     device = next(model.denoiser.parameters()).device
     times = sampler.grid(steps)
-    places = spread(len(times), frames)
+    places = frame_places(len(times), frames)
     ways: list[Tensor] = []
     for batch in _batches(seeds, sampler, batch_size):
         denoise = _guided(model, guidance, labels_of(batch, labels, device), clip)
@@ -189,6 +189,6 @@ def _guided(model: Model, guidance: Guidance, y: Tensor | None, clip: bool) -> D
     return clip_x0(denoise, model.denoiser.schedule) if clip else denoise
 
 
-def spread(count: int, most: int) -> list[int]:
+def frame_places(count: int, most: int) -> list[int]:
     """At most so many of the places 0..count - 1, evenly, the first and the last among them."""
     return torch.linspace(0, count - 1, min(count, most)).round().long().tolist()

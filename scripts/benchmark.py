@@ -409,7 +409,6 @@ def memory(rounds: int, device: torch.device) -> Iterator[Row]:
             GivenSamples(Given(Noise(50000), None), None, {}, "samples"),
             reference,
             batch_size=250,
-            cache_dir=Path(folder),
         )
         seconds = time.perf_counter() - start
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

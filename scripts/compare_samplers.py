@@ -75,7 +75,6 @@ def measure(
         GivenSamples(Given(images, None), None, {}, "samples"),
         DatasetReference(dataset, split="train", stats=None),
         batch_size=500,
-        cache_dir=cache,
     )
     result = evaluation.report.results[0]
     return {

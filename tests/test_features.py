@@ -328,7 +328,6 @@ def found(metric, frogs, cache_dir: Path, folder: Path, batch_size: int = 5, ima
         GivenSamples(given, dataset.class_names, {}, "samples"),
         GivenReference(dataset, path=str(folder / "real")),
         batch_size=batch_size,
-        cache_dir=cache_dir,
         force=True,
     ).report.results
     return result

@@ -9,7 +9,7 @@ from diffusion_cli.cli import run
 from diffusion_cli.config import PlotConfig, load
 from diffusion_cli.data import Digits
 from diffusion_cli.figures import Forward, Losses, Previews, Schedules, read_losses
-from diffusion_cli.generate import spread
+from diffusion_cli.generate import frame_places
 from diffusion_cli.report import save_grid
 
 ROWS = """step,loss,loss_q1,lr,held_out_loss
@@ -93,7 +93,7 @@ def test_losses_of_one_run_share_a_panel_and_of_several_have_one_each(runs):
 def test_previews_are_evenly_chosen_and_end_with_the_last(runs):
     row = Previews(frames=3).row(runs / "a")
     assert row[:, 0].flatten(1).amin(1).tolist() == [10, 40, 70]
-    assert spread(3, 10) == [0, 1, 2]
+    assert frame_places(3, 10) == [0, 1, 2]
 
 
 @pytest.mark.parametrize(

@@ -299,7 +299,6 @@ def measured(
         GivenSamples(given, dataset.class_names, made or {}, "samples"),
         DatasetReference(dataset, split=split, stats=stats),
         batch_size=batch_size,
-        cache_dir=cache_dir,
         **settings,
     ).report
 
@@ -418,7 +417,7 @@ def test_too_few_samples_are_refused_before_any_is_made(tmp_path) -> None:
         DatasetReference(DATA, split="train", stats=None),
     )
     with pytest.raises(ValueError, match=r"num_samples=5: .* 6 .* 5 features of projection .*; raise"):
-        evaluate(METRICS, networks, samples, reference, batch_size=9, cache_dir=tmp_path)
+        evaluate(METRICS, networks, samples, reference, batch_size=9)
 
 
 def test_too_few_samples_can_be_forced_with_a_warning(tmp_path) -> None:
@@ -719,7 +718,6 @@ def test_a_planted_training_image_is_found_among_a_thousand(digits, trained, tmp
         GivenSamples(Given(MemoryImages(samples, None), None), None, {}, "samples"),
         DatasetReference(digits, split="train", stats=None),
         batch_size=250,
-        cache_dir=tmp_path,
     )
     (result,) = evaluation.report.results
     assert result.details["copies"] == 1

@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from diffusion_cli.checkpoint import digest
 from diffusion_cli.commands.inputs import Input, read_input, read_mask, real_images, shortened
-from diffusion_cli.commands.outputs import claim, read_images, write_manifest
+from diffusion_cli.commands.outputs import claim, write_manifest
 from diffusion_cli.commands.trained import Trained, open_run
 from diffusion_cli.config import EditConfig, build, fingerprint
 from diffusion_cli.data import normalised
@@ -24,7 +24,7 @@ from diffusion_cli.editing import Edit, Edited, Method, Process
 from diffusion_cli.generate import Calls, SeededNoise, check_finite, labels_of, to_bytes
 from diffusion_cli.guidance import Unguided
 from diffusion_cli.precision import autocast
-from diffusion_cli.report import save_gif, save_png, save_rows
+from diffusion_cli.report import read_images, save_gif, save_png, save_rows
 from diffusion_cli.samplers import draws
 
 SHOWN = 10  # rows in the picture of all

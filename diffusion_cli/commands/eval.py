@@ -27,6 +27,7 @@ from diffusion_cli.metrics import (
     Samples,
     Subject,
     append_history,
+    cache_folder,
     evaluate,
     examine,
     history_table,
@@ -125,9 +126,7 @@ def identity(config: EvalConfig, scene: Scene) -> dict[str, Any]:
     if scene.samples is not None:
         metrics = {name: build(node) for name, node in config.metric.items()}
         of_samples = {name: metric for name, metric in metrics.items() if isinstance(metric, Metric)}
-        views, _ = require(
-            of_samples, scene.networks, scene.samples, scene.reference, scene.networks.cache_dir, config.force
-        )
+        views, _ = require(of_samples, scene.networks, scene.samples, scene.reference, config.force)
         seen = {
             name: [view.network.name, view.network.digest, view.network.resize, view.network.precision]
             for name, view in views.items()
@@ -215,8 +214,7 @@ def _given_scene(config: EvalConfig, of_model: list[str]) -> Scene:
 
 
 def _judges(config: EvalConfig, dataset: Dataset) -> tuple[Networks, Reference]:
-    cache_dir = Path(config.cache_dir or "~/.cache/diffuse").expanduser()
-    networks = Networks(config.features, dataset, cache_dir, device_of(config.device))
+    networks = Networks(config.features, dataset, cache_folder(config.cache_dir), device_of(config.device))
     return networks, build(config.reference, dataset)
 
 
@@ -237,7 +235,7 @@ def _of_samples(
     """Show the samples to every metric, and keep the pictures that come of it."""
     report, pictures, _ = evaluate(
         metrics, scene.networks, samples, scene.reference,
-        batch_size=config.batch_size, cache_dir=scene.networks.cache_dir, force=config.force, environment=environment,
+        batch_size=config.batch_size, force=config.force, environment=environment,
     )  # fmt: skip
     if not Ranks().first:
         return report

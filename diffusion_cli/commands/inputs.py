@@ -12,7 +12,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from diffusion_cli.config import Mistakes
-from diffusion_cli.data import Dataset, file_names, flattened, image_files, is_gray, opened
+from diffusion_cli.data import Dataset, file_names, flattened, image_files, is_gray, opened, spread
 
 Shape = tuple[int, int, int]
 MOST_LINES = 10
@@ -34,7 +34,7 @@ def real_images(dataset: Dataset, split: str, count: int | None) -> list[Input]:
     """Images spread evenly over the `train` or `held_out` split; ValueError if they are not of 256 values."""
     images = dataset.load("train" if split == "train" else "held_out")
     count = len(images) if count is None else min(count, len(images))
-    rows = torch.arange(count) * len(images) // max(1, count)
+    rows = spread(len(images), count)
     pixels = images.gather(rows.to(images.device)).cpu() if count else torch.empty(0)
     if pixels.dtype != torch.uint8:
         raise ValueError(f"input={split}: {dataset.name} has no images of 256 values there; give image files")

@@ -4,21 +4,11 @@ import json
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from PIL import Image
-from torch import Tensor
 
 from diffusion_cli import __version__
 from diffusion_cli.checkpoint import Model, whole_file
 from diffusion_cli.config import Mistakes, flatten, shown
-
-
-def read_images(files: list[Path]) -> Tensor:
-    """The saved images, uint8 [N, C, H, W]."""
-    pixels = np.stack([np.array(Image.open(file)) for file in files])
-    images = torch.from_numpy(pixels)
-    return images.unsqueeze(1) if images.ndim == 3 else images.permute(0, 3, 1, 2)
 
 
 def claim(output: Path, settings: dict[str, Any], model: Model) -> dict[str, Any]:

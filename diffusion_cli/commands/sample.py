@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from diffusion_cli.commands.outputs import claim, keep_seeds, read_images
+from diffusion_cli.commands.outputs import claim, keep_seeds
 from diffusion_cli.commands.samples import image_path
 from diffusion_cli.commands.trained import Trained, open_run
 from diffusion_cli.config import EvalConfig, SampleConfig, fingerprint
 from diffusion_cli.generate import generate, trajectories
-from diffusion_cli.report import grid, save_gif, save_grid, save_png, save_rows
+from diffusion_cli.report import grid, read_images, save_gif, save_grid, save_png, save_rows
 
 GRID_IMAGES = 100
 STRIP_IMAGES = 8

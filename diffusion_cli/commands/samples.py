@@ -11,14 +11,13 @@ from torch import Tensor
 
 from diffusion_cli.checkpoint import LAST
 from diffusion_cli.commands.inputs import PICTURES
-from diffusion_cli.commands.outputs import read_images
 from diffusion_cli.commands.trained import Trained
 from diffusion_cli.config import EvalConfig
 from diffusion_cli.data import Dataset, Given, file_names, given_images, is_image
 from diffusion_cli.data.labels import read
 from diffusion_cli.generate import generate, labels_of
 from diffusion_cli.metrics import GivenSamples, Samples
-from diffusion_cli.report import save_png
+from diffusion_cli.report import read_images, save_png
 
 
 class ModelSamples(Samples):

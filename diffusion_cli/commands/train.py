@@ -23,7 +23,7 @@ from diffusion_cli.checkpoint import FORMAT, LAST, digest, read, whole_file
 from diffusion_cli.config import Mistakes, TrainConfig, build, fingerprint, identity, seconds, shown
 from diffusion_cli.data import Batch, Batches, Dataset, Images, hold, normalised
 from diffusion_cli.denoiser import Denoiser, NoiseConditioned, NoisyClassifier
-from diffusion_cli.metrics import Metric, Networks
+from diffusion_cli.metrics import Metric, Networks, cache_folder
 from diffusion_cli.objective import Objective
 from diffusion_cli.precision import resolve
 from diffusion_cli.samplers import Sampler
@@ -215,7 +215,7 @@ def _evaluation(config: TrainConfig, every: int, folder: Path, parts: _Parts, em
     dataset = parts.dataset
     names = dataset.class_names if getattr(parts.model, "num_classes", None) is not None else None
     samples = TrainingSamples(config.eval_samples, parts.sampler, config.eval_steps, dataset.shape, names)
-    cache_dir = Path(config.cache_dir or "~/.cache/diffuse").expanduser()
+    cache_dir = cache_folder(config.cache_dir)
     networks = Networks(config.features, dataset, cache_dir, parts.device.torch_device)
     reference = build(config.reference, dataset)
     measured = config.model_dump(

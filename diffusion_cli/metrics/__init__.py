@@ -24,7 +24,7 @@ from diffusion_cli.metrics.lpips import LPIPSDistance
 from diffusion_cli.metrics.manifold import DensityCoverage, PrecisionRecall
 from diffusion_cli.metrics.memorization import Memorization
 from diffusion_cli.metrics.moments import Moments
-from diffusion_cli.metrics.networks import Networks
+from diffusion_cli.metrics.networks import Networks, cache_folder
 from diffusion_cli.metrics.perceptual import LPIPS
 from diffusion_cli.metrics.protocol import (
     Report,
@@ -84,6 +84,7 @@ __all__ = [
     "VariationalBound",
     "append_history",
     "auto_features",
+    "cache_folder",
     "evaluate",
     "examine",
     "frechet_distance",

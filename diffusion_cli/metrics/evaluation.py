@@ -3,7 +3,6 @@
 import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -38,21 +37,20 @@ def evaluate(
     reference: Reference,
     *,
     batch_size: int,
-    cache_dir: Path,
     force: bool = False,
     environment: Mapping[str, Any] | None = None,
 ) -> Evaluation:
     """Measure samples by every metric, showing each sample once to each network that any of them looks through.
 
     Nothing of the size of all samples is held in memory. Of several processes each makes and looks at every n-th batch,
-    and the first measures; the others return an empty report. Statistics of real images are kept in `cache_dir`;
-    `environment` is plain data on programs and machine, for the protocol.
+    and the first measures; the others return an empty report. Statistics of real images are kept in the folder
+    of the networks; `environment` is plain data on programs and machine, for the protocol.
 
     Raises ValueError, before any sample is made, if they are too few for a metric (with `force`, a warning in the
     report where that is possible), or have another shape than the real images.
     """
     ranks = Ranks()
-    seen, notes = require(metrics, networks, samples, reference, cache_dir, force)
+    seen, notes = require(metrics, networks, samples, reference, force)
     views = list(dict.fromkeys(seen.values()))
     # Those that keep rows of features begin first: what others need of real images comes from these.
     order = sorted(metrics, key=lambda name: not metrics[name].keeps_rows)
@@ -82,11 +80,10 @@ def require(
     networks: Networks,
     samples: Samples,
     reference: Reference,
-    cache_dir: Path,
     force: bool,
 ) -> tuple[dict[str, Seen], list[str]]:
     """What each metric looks at, and what a reader must know; ValueError if any cannot be measured, as `evaluate`."""
-    dataset, ranks = networks.dataset, Ranks()
+    dataset, cache_dir, ranks = networks.dataset, networks.cache_dir, Ranks()
     if samples.shape != dataset.shape:
         raise ValueError(
             f"dataset={dataset.name}: its images are {dataset.shape}, and the samples {samples.shape}; compare with "

@@ -27,7 +27,11 @@ def frechet_distance(mu1: Tensor, sigma1: Tensor, mu2: Tensor, sigma2: Tensor) -
 
     Source: Dowson and Landau 1982; Heusel et al. 2017, Eq. 6.
     """
-    overlap = torch.linalg.svdvals(_root(sigma1).T @ _root(sigma2)).sum()
+    return _distance(mu1, sigma1, mu2, sigma2, _root(sigma2))
+
+
+def _distance(mu1: Tensor, sigma1: Tensor, mu2: Tensor, sigma2: Tensor, root2: Tensor) -> float:
+    overlap = torch.linalg.svdvals(_root(sigma1).T @ root2).sum()
     distance = (mu1 - mu2).square().sum() + sigma1.trace() + sigma2.trace() - 2 * overlap
     return max(float(distance), 0.0)
 
@@ -43,7 +47,7 @@ class FrechetDistance(Metric):
     """The Frechet distance between samples and real images, over features: FID, where they are Inception's.
 
     With `floor`, the distance between the two splits of real images is reported beside it: that of a perfect model, but
-    for the number of images, with which the distance falls. So both are given once more for equal numbers, the first m
+    for the number of images, with which the distance falls. So both are given once more for equal numbers, m of the
     samples against m images of the other split. A model that copies training images goes below.
 
     With `infinity` points, the distance is extrapolated to infinitely many samples; with `bootstrap` resamples, an
@@ -157,6 +161,7 @@ class FrechetMeasurement(Measurement):
             self.mean, self.covariance = seen.real.reference.published(metric.stream, dim)
         else:
             self.mean, self.covariance = moments.mean, moments.covariance
+        self.root = _root(self.covariance)  # for all distances, and with resamples there are many
         other = seen.real.reference.other if metric.floor and stats is None else None
         enough = other is not None and len(other) > dim
         self.other = seen.real.moments("other", stream=metric.stream) if enough else None
@@ -250,7 +255,7 @@ class FrechetMeasurement(Measurement):
         return self._distance(moments)
 
     def _distance(self, moments: Moments) -> float:
-        return frechet_distance(moments.mean, moments.covariance, self.mean, self.covariance)
+        return _distance(moments.mean, moments.covariance, self.mean, self.covariance, self.root)
 
 
 def _ratio(name: str, value: float, floor: float) -> dict[str, float]:

@@ -13,6 +13,11 @@ from diffusion_cli.data import Dataset
 from diffusion_cli.metrics.features import Features
 
 
+def cache_folder(cache_dir: str | None) -> Path:
+    """The folder of the cache, as configured; None is ~/.cache/diffuse."""
+    return Path(cache_dir or "~/.cache/diffuse").expanduser()
+
+
 class Networks:
     """The network that an evaluation chose, and any other that a metric is defined on; built when first asked for."""
 

@@ -4,6 +4,7 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
@@ -31,6 +32,13 @@ def rows(images: Sequence[Tensor]) -> Tensor:
     framed = F.pad(cells, (1, 1, 1, 1), value=255)
     lines, columns, channels, height, width = framed.shape
     return framed.permute(2, 0, 3, 1, 4).reshape(channels, lines * height, columns * width)
+
+
+def read_images(files: Sequence[Path]) -> Tensor:
+    """Saved pictures of one size, uint8 [N, C, H, W]."""
+    pixels = np.stack([np.array(Image.open(file)) for file in files])
+    images = torch.from_numpy(pixels)
+    return images.unsqueeze(1) if images.ndim == 3 else images.permute(0, 3, 1, 2)
 
 
 def save_png(image: Tensor, path: Path) -> None:

@@ -86,7 +86,7 @@ class Evaluation(EveryStep):
         """Of what is measured and how: numbers of another are not compared."""
         self.best: tuple[int, float] | None = None
         """Its step and number."""
-        require(metrics, networks, samples, reference, networks.cache_dir, force=True)
+        require(metrics, networks, samples, reference, force=True)
 
     @property
     def state_key(self) -> str:
@@ -98,7 +98,7 @@ class Evaluation(EveryStep):
         self.samples.denoiser, self.samples.precision = denoiser, trainer.precision_plugin.forward_context
         evaluation = evaluate(
             self.metrics, self.networks, self.samples, self.reference,
-            batch_size=self.batch_size, cache_dir=self.networks.cache_dir, force=True,
+            batch_size=self.batch_size, force=True,
         )  # fmt: skip
         values = {result.name: result.value for result in evaluation.report.results}
         if Ranks().first:

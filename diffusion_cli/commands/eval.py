@@ -39,6 +39,8 @@ from diffusion_cli.ranks import Ranks, run_in_processes
 from diffusion_cli.report import save_rows
 
 SAMPLES = 2000  # made where num_samples does not say
+Kinds = dict[str, Metric | ModelMetric]
+"""Metrics of both kinds, by their names in the configuration."""
 
 
 def run(config: EvalConfig) -> None:
@@ -76,6 +78,9 @@ class Scene(NamedTuple):
     """None where only the model itself is asked."""
     networks: Networks
     reference: Reference
+    metrics: dict[str, Metric]
+    """Of samples."""
+    of_model: list[ModelMetric]
 
 
 def measure(config: EvalConfig) -> None:
@@ -98,21 +103,18 @@ def measure(config: EvalConfig) -> None:
 
 def assess(config: EvalConfig, scene: Scene) -> list[Report]:
     """The numbers, if this is the first of the processes that share the work."""
-    metrics = {name: build(node) for name, node in config.metric.items()}
     environment = {"device": device_of(config.device).type, "versions": versions()}
     reports = []
-    if scene.trained is not None and Ranks().first:
-        of_model = [metric for metric in metrics.values() if isinstance(metric, ModelMetric)]
+    if scene.trained is not None and scene.of_model and Ranks().first:
         subject = Subject(
             scene.trained.model, scene.dataset, scene.folder, scene.trained.device, config.seed, config.batch_size,
             config.clip_x0, config.precision,
         )  # fmt: skip
         keys = ("run", "step", "ema", "weights", "weights_sha256", "precision")
         known = {key: about(scene.trained)[key] for key in keys}
-        reports += [examine(of_model, subject, known, environment)] if of_model else []
+        reports.append(examine(scene.of_model, subject, known, environment))
     if scene.samples is not None:
-        of_samples = {name: metric for name, metric in metrics.items() if isinstance(metric, Metric)}
-        reports.append(_of_samples(config, scene, scene.samples, of_samples, environment))
+        reports.append(_of_samples(config, scene, scene.samples, environment))
     return reports
 
 
@@ -124,9 +126,7 @@ def identity(config: EvalConfig, scene: Scene) -> dict[str, Any]:
     about_samples = {} if scene.samples is None else scene.samples.protocol() | {"network_calls": None}
     seen = {}
     if scene.samples is not None:
-        metrics = {name: build(node) for name, node in config.metric.items()}
-        of_samples = {name: metric for name, metric in metrics.items() if isinstance(metric, Metric)}
-        views, _ = require(of_samples, scene.networks, scene.samples, scene.reference, config.force)
+        views, _ = require(scene.metrics, scene.networks, scene.samples, scene.reference, config.force)
         seen = {
             name: [view.network.name, view.network.digest, view.network.resize, view.network.precision]
             for name, view in views.items()
@@ -141,7 +141,7 @@ def identity(config: EvalConfig, scene: Scene) -> dict[str, Any]:
 
 def look_at(config: EvalConfig) -> Scene:
     """What an evaluation is of; ValueError where its parts do not go together."""
-    kinds = {name: build(node) for name, node in config.metric.items()}
+    kinds: Kinds = {name: build(node) for name, node in config.metric.items()}
     of_model = [name for name, metric in kinds.items() if isinstance(metric, ModelMetric)]
     if config.processes > 1 and len(of_model) == len(kinds):
         raise ValueError(
@@ -151,11 +151,11 @@ def look_at(config: EvalConfig) -> Scene:
     if stats is not None and not any(isinstance(metric, FrechetDistance) for metric in kinds.values()):
         raise ValueError(f"reference.stats={stats}: serves fid, sfid and fd_dinov2 only; leave it out")
     if config.samples is None:
-        return _model_scene(config, len(of_model) < len(kinds))
-    return _given_scene(config, of_model)
+        return _model_scene(config, kinds, len(of_model) < len(kinds))
+    return _given_scene(config, kinds, of_model)
 
 
-def _model_scene(config: EvalConfig, sampled: bool) -> Scene:
+def _model_scene(config: EvalConfig, kinds: Kinds, sampled: bool) -> Scene:
     """A run's model, and its samples if any metric looks at samples."""
     trained = open_run(config)
     dataset = (
@@ -167,7 +167,7 @@ def _model_scene(config: EvalConfig, sampled: bool) -> Scene:
                 f"metric={','.join(config.metric)}: makes no samples, which label, guidance and keep are for; leave "
                 "them out"
             )
-        return Scene(trained.folder, dataset, trained, None, *_judges(config, dataset))
+        return Scene(trained.folder, dataset, trained, None, *_judges(config, dataset, kinds))
     trained.check(config.steps)  # refused before anything is measured
     folder = samples_folder(trained, config) if config.keep else None
     known = {}
@@ -176,10 +176,10 @@ def _model_scene(config: EvalConfig, sampled: bool) -> Scene:
     samples = ModelSamples(
         trained, config, config.num_samples or SAMPLES, folder, known.get("network_calls", 0)
     )
-    return Scene(trained.folder, dataset, trained, samples, *_judges(config, dataset))
+    return Scene(trained.folder, dataset, trained, samples, *_judges(config, dataset, kinds))
 
 
-def _given_scene(config: EvalConfig, of_model: list[str]) -> Scene:
+def _given_scene(config: EvalConfig, kinds: Kinds, of_model: list[str]) -> Scene:
     """Images of anyone, and the dataset that they are compared with, if one is named or they lie in a run's folder."""
     assert config.samples is not None
     path = Path(config.samples).expanduser()
@@ -210,12 +210,16 @@ def _given_scene(config: EvalConfig, of_model: list[str]) -> Scene:
         / f"{path.name}-{fingerprint({'path': str(path.resolve())})[:4]}"
     )
     dataset = dataset or NoDataset(path.name, samples.shape)
-    return Scene(folder, dataset, None, samples, *_judges(config, dataset))
+    return Scene(folder, dataset, None, samples, *_judges(config, dataset, kinds))
 
 
-def _judges(config: EvalConfig, dataset: Dataset) -> tuple[Networks, Reference]:
+def _judges(
+    config: EvalConfig, dataset: Dataset, kinds: Kinds
+) -> tuple[Networks, Reference, dict[str, Metric], list[ModelMetric]]:
     networks = Networks(config.features, dataset, cache_folder(config.cache_dir), device_of(config.device))
-    return networks, build(config.reference, dataset)
+    of_samples = {name: metric for name, metric in kinds.items() if isinstance(metric, Metric)}
+    of_model = [metric for metric in kinds.values() if isinstance(metric, ModelMetric)]
+    return networks, build(config.reference, dataset), of_samples, of_model
 
 
 def _changed(config: EvalConfig, *keys: str) -> list[tuple[str, Any]]:
@@ -225,16 +229,10 @@ def _changed(config: EvalConfig, *keys: str) -> list[tuple[str, Any]]:
     return [(key, shown(now[key])) for key in keys if now[key] != usual[key]]
 
 
-def _of_samples(
-    config: EvalConfig,
-    scene: Scene,
-    samples: Samples,
-    metrics: dict[str, Metric],
-    environment: dict[str, Any],
-) -> Report:
+def _of_samples(config: EvalConfig, scene: Scene, samples: Samples, environment: dict[str, Any]) -> Report:
     """Show the samples to every metric, and keep the pictures that come of it."""
     report, pictures, _ = evaluate(
-        metrics, scene.networks, samples, scene.reference,
+        scene.metrics, scene.networks, samples, scene.reference,
         batch_size=config.batch_size, force=config.force, environment=environment,
     )  # fmt: skip
     if not Ranks().first:

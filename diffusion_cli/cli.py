@@ -5,9 +5,12 @@ Nothing here imports torch: help and mistakes are answered from the YAML files a
 
 import importlib
 import os
+import signal
 import sys
+import threading
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -15,7 +18,17 @@ from pathlib import Path
 import yaml
 
 from diffusion_cli import __version__, config
-from diffusion_cli.config import COMMANDS, CONF, FIRST_WORD, GRIDS, Config, Mistakes, Variant, did_you_mean
+from diffusion_cli.config import (
+    COMMANDS,
+    CONF,
+    FIRST_WORD,
+    GRIDS,
+    UNFINISHED,
+    Config,
+    Mistakes,
+    Variant,
+    did_you_mean,
+)
 
 FLAGS = ["--help", "--cfg", "--config-dir", "--multirun", "-h", "-m"]
 USER_ERROR = 2
@@ -38,7 +51,7 @@ def main() -> None:
 
 
 def run(words: Sequence[str]) -> int:
-    """Carry out a command line and return its exit code: 0 done, 1 failed, 2 a mistake of the user's."""
+    """Carry out a command line and return its exit code: 0 done, 1 failed, 2 a mistake, 75 stopped by a signal."""
     try:
         return _dispatch(list(words))
     except Mistakes as mistakes:
@@ -124,14 +137,34 @@ def parse(words: Sequence[str]) -> Request:
 def execute(command: str, checked: Config | list[Variant]) -> int:
     """Run a command; what this package or the file system says is wrong becomes one line, not a traceback."""
     try:
-        return importlib.import_module(f"diffusion_cli.commands.{command}").run(checked) or 0
+        with _stoppable():
+            return importlib.import_module(f"diffusion_cli.commands.{command}").run(checked) or 0
     except KeyboardInterrupt:
         print("diffuse: stopped; the same command goes on from what is saved", file=sys.stderr)
-        return 130
+        return UNFINISHED
     except (ValueError, OSError, ImportError) as error:
         if os.environ.get("DIFFUSE_TRACEBACK") or not _is_message(error):
             raise
         raise Mistakes(str(error).strip().replace("\n", " ")) from error
+
+
+@contextmanager
+def _stoppable() -> Iterator[None]:
+    """Take the signals of schedulers as Ctrl-C is taken; training listens to all of them itself, once it can save."""
+
+    def interrupt(number: int, frame: object) -> None:
+        raise KeyboardInterrupt
+
+    if threading.current_thread() is not threading.main_thread():  # which alone may choose
+        yield
+        return
+    numbers = [getattr(signal, name) for name in ("SIGTERM", "SIGUSR1", "SIGUSR2") if hasattr(signal, name)]
+    before = {number: signal.signal(number, interrupt) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _is_message(error: BaseException) -> bool:

@@ -18,6 +18,7 @@ from PIL import Image
 from diffusion_cli.checkpoint import BEST, LAST, load_model, read, whole_file
 from diffusion_cli.cli import run
 from diffusion_cli.commands.train import only_one
+from diffusion_cli.config import UNFINISHED
 from diffusion_cli.objective import withheld
 from diffusion_cli.training.ema import EMA
 from diffusion_cli.training.module import LevelMeter
@@ -400,18 +401,18 @@ def test_a_signal_to_the_whole_group_spares_the_workers_until_all_is_saved(tmp_p
     wait_for(tmp_path / "tiny" / LAST, process)
     os.killpg(process.pid, signal.SIGINT)
     out, err = process.communicate(timeout=60)
-    assert process.returncode == 128 + signal.SIGINT, err
+    assert process.returncode == UNFINISHED, err
     assert "the same command goes on" in out
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
 def test_a_signal_saves_and_says_how_to_go_on(tmp_path, number):
     process = start(tmp_path, "max_steps=100000", "checkpoint_every=5")
     wait_for(tmp_path / "tiny" / LAST, process)
     process.send_signal(number)
     out, err = process.communicate(timeout=60)
-    assert process.returncode == 128 + number, err
+    assert process.returncode == UNFINISHED, err
     assert "the same command goes on" in out
     assert "Traceback" not in err
     step = state(tmp_path)["global_step"]

@@ -12,7 +12,7 @@ from diffusion_cli.commands.eval import Scene, assess, identity, look_at
 from diffusion_cli.commands.samples import ModelSamples
 from diffusion_cli.config import CompareConfig, EvalConfig, Mistakes, Value, Variant, fingerprint, shown
 from diffusion_cli.figures import Curve, Panel, save_panels
-from diffusion_cli.ranks import Ranks, run_in_processes
+from diffusion_cli.ranks import Ranks, work_together
 
 # What no number depends on.
 ELSEWHERE = {"output", "run", "processes", "device", "force", "data_dir", "cache_dir", "output_dir"}
@@ -44,10 +44,7 @@ def run(variants: list[Variant]) -> None:
     jobs = [Job(values, _evaluation(config)) for (values, _), config in zip(variants, configs, strict=True)]
     folder, store = _folders(jobs, first.output)
     _claim(folder)
-    if first.processes > 1:
-        run_in_processes(first.processes, compare, jobs, folder, store)
-    else:
-        compare(jobs, folder, store)
+    work_together(compare, jobs, folder, store, processes=first.processes)
 
 
 def _evaluation(config: CompareConfig) -> EvalConfig:

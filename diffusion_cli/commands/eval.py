@@ -35,7 +35,7 @@ from diffusion_cli.metrics import (
     require,
 )
 from diffusion_cli.precision import device_of
-from diffusion_cli.ranks import Ranks, run_in_processes
+from diffusion_cli.ranks import Ranks, work_together
 from diffusion_cli.report import save_rows
 
 SAMPLES = 2000  # made where num_samples does not say
@@ -50,10 +50,8 @@ def run(config: EvalConfig) -> None:
             raise ValueError(f"samples={config.samples}: compare= measures nothing; leave one of them out")
         histories = {name: read_history(_history(name, config.output_dir)) for name in config.compare}
         print(history_table(histories, config.force))
-    elif config.processes > 1:
-        run_in_processes(config.processes, measure, config)
     else:
-        measure(config)
+        work_together(measure, config, processes=config.processes)
 
 
 def _history(name: str, output_dir: str) -> Path:
@@ -134,7 +132,7 @@ def identity(config: EvalConfig, scene: Scene) -> dict[str, Any]:
     return {
         "metric": config.metric, "count": config.num_samples, "seed": config.seed, "samples": about_samples,
         "model": about(scene.trained) if scene.trained else None, "networks": seen, "force": config.force,
-        "reference": scene.reference.identity(), "batch_size": config.batch_size, "processes": config.processes,
+        "reference": scene.reference.identity(), "batch_size": config.batch_size, "processes": Ranks().world,
         "device": device_of(config.device).type, "versions": versions(),
     }  # fmt: skip
 
@@ -143,9 +141,9 @@ def look_at(config: EvalConfig) -> Scene:
     """What an evaluation is of; ValueError where its parts do not go together."""
     kinds: Kinds = {name: build(node) for name, node in config.metric.items()}
     of_model = [name for name, metric in kinds.items() if isinstance(metric, ModelMetric)]
-    if config.processes > 1 and len(of_model) == len(kinds):
+    if Ranks().world > 1 and len(of_model) == len(kinds):
         raise ValueError(
-            f"processes={config.processes}: share samples, and metric={','.join(kinds)} makes none; leave it out"
+            f"processes={Ranks().world}: share samples, and metric={','.join(kinds)} makes none; take one process"
         )
     stats = config.reference.get("stats")
     if stats is not None and not any(isinstance(metric, FrechetDistance) for metric in kinds.values()):

@@ -13,6 +13,7 @@ from diffusion_cli.commands.samples import image_path
 from diffusion_cli.commands.trained import Trained, open_run
 from diffusion_cli.config import EvalConfig, SampleConfig, fingerprint
 from diffusion_cli.generate import generate, trajectories
+from diffusion_cli.ranks import Ranks, work_together
 from diffusion_cli.report import grid, read_images, save_gif, save_grid, save_png, save_rows
 
 GRID_IMAGES = 100
@@ -20,16 +21,21 @@ STRIP_IMAGES = 8
 GIF_IMAGES = 64
 
 
-def run(config: SampleConfig) -> None:
+def run(config: SampleConfig) -> int:
     """Make the images that are not there yet, a grid of the first ones, how they arose if asked, and the manifest."""
-    trained = open_run(config)
+    return work_together(make, config, processes=config.processes)
+
+
+def make(config: SampleConfig) -> None:
+    """Make samples as one of the processes that share them; the first alone draws and prints."""
+    ranks, trained = Ranks(), open_run(config)
     trained.check(config.steps)
     model = trained.model
     output = Path(config.output) if config.output else samples_folder(trained, config)
-    manifest = claim(output, trained.settings, model)
+    manifest = ranks.one_by_one(lambda: claim(output, trained.settings, model))
     seeds = range(config.seed, config.seed + config.num_samples)
-    todo = [seed for seed in seeds if not image_path(output, seed).is_file()]
-    if len(todo) < len(seeds):
+    todo = ranks.agree([seed for seed in seeds if not image_path(output, seed).is_file()])
+    if len(todo) < len(seeds) and ranks.first:
         print(
             f"{output} has {len(seeds) - len(todo)} of {len(seeds)} images; making the others",
             file=sys.stderr,
@@ -42,14 +48,21 @@ def run(config: SampleConfig) -> None:
         "precision": config.precision,
     }
     most_calls = 0
-    with tqdm(total=len(todo), unit="image", desc="sample", dynamic_ncols=True) as bar:
-        for batch, images, _, calls in generate(
-            model, trained.sampler, config.steps, todo, config.batch_size, **how
-        ):
-            for seed, image in zip(batch, images, strict=True):
-                save_png(image, image_path(output, seed))
-            bar.update(len(batch))
-            most_calls = max(most_calls, calls)
+    with tqdm(
+        total=len(todo), unit="image", desc="sample", dynamic_ncols=True, disable=not ranks.first
+    ) as bar:
+        for share in ranks.rounds(len(todo), 1 if trained.sampler.one_by_one else config.batch_size):
+            mine = [todo[place] for place in share]
+            for batch, images, _, calls in generate(
+                model, trained.sampler, config.steps, mine, config.batch_size, **how
+            ):
+                for seed, image in zip(batch, images, strict=True):
+                    save_png(image, image_path(output, seed))
+                most_calls = max(most_calls, calls)
+            bar.update(sum(ranks.gather(len(mine))))
+    most_calls = max(ranks.gather(most_calls))
+    if not ranks.first:
+        return
     keep_seeds(output, manifest, seeds, most_calls)
     overview = output / "grid.png"
     first = list(seeds)[:GRID_IMAGES]

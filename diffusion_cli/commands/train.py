@@ -1,12 +1,13 @@
 """`diffuse train`: from a configuration to a trained model in a run folder."""
 
-import contextlib
 import logging
 import math
 import signal
 import sys
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,12 +21,22 @@ import yaml
 from lightning.pytorch import Callback, Trainer
 
 from diffusion_cli.checkpoint import FORMAT, LAST, digest, read, whole_file
-from diffusion_cli.config import Mistakes, TrainConfig, build, fingerprint, identity, seconds, shown
+from diffusion_cli.config import (
+    UNFINISHED,
+    Mistakes,
+    TrainConfig,
+    build,
+    fingerprint,
+    identity,
+    seconds,
+    shown,
+)
 from diffusion_cli.data import Batch, Batches, Dataset, Images, hold, normalised
 from diffusion_cli.denoiser import Denoiser, NoiseConditioned, NoisyClassifier
 from diffusion_cli.metrics import Metric, Networks, cache_folder
 from diffusion_cli.objective import Objective
 from diffusion_cli.precision import resolve
+from diffusion_cli.ranks import Place, Ranks, started, work_together
 from diffusion_cli.samplers import Sampler
 from diffusion_cli.seeding import mix
 from diffusion_cli.times import Times
@@ -38,7 +49,7 @@ from diffusion_cli.training.callbacks import (
     Stop,
     WholeFileIO,
 )
-from diffusion_cli.training.device import Device
+from diffusion_cli.training.device import Device, Joined
 from diffusion_cli.training.ema import EMA
 from diffusion_cli.training.evaluation import Evaluation, TrainingSamples
 from diffusion_cli.training.module import TrainingModule
@@ -46,15 +57,35 @@ from diffusion_cli.training.optimizers import OptimizerConfig
 
 
 def run(config: TrainConfig) -> int:
-    """Train, or take a run up again; the exit code is that of a signal if one stopped it."""
+    """Train, or take a run up again, in all processes that were started or are asked for; the exit code."""
+    trainer = config.trainer
+    place, devices, nodes = started(), trainer["devices"], trainer["num_nodes"]
+    if place.world > 1 and devices not in (None, place.local_world):
+        raise ValueError(
+            f"trainer.devices={devices}: torchrun or srun started {place.local_world} on this node; leave it null"
+        )
+    if nodes not in (None, place.nodes):
+        raise ValueError(
+            f"trainer.num_nodes={nodes}: {place.nodes} is at work; start diffuse by torchrun or srun on so many, or "
+            "with -m launcher=slurm"
+        )
+    return work_together(
+        train, config,
+        processes=None if place.world > 1 else devices, timeout=timedelta(seconds=trainer["timeout"]),
+    )  # fmt: skip
+
+
+def train(config: TrainConfig) -> int:
+    """Train as one of the processes that share the work; the first alone writes and prints."""
     assert config.name is not None
     folder = Path(config.output_dir) / config.name
     last = folder / LAST
-    with only_one(folder):
-        return _train(config, folder, last)
+    stop = Stop(seconds(config.max_time), seconds(config.checkpoint_period))
+    with only_one(folder) if Ranks().first else nullcontext(), stop.listening():
+        return _train(config, folder, last, stop)
 
 
-@contextlib.contextmanager
+@contextmanager
 def only_one(folder: Path) -> Iterator[None]:
     """Hold a run's folder; Mistakes if another process on this machine or file system holds it."""
     if fcntl is None:  # Windows
@@ -117,36 +148,45 @@ def _build(config: TrainConfig) -> _Parts:
     return _Parts(dataset, model, objective, times, sampler, build(config.optimizer), device)
 
 
-def _train(config: TrainConfig, folder: Path, last: Path) -> int:
-    before = read(last) if last.is_file() else None
+def _train(config: TrainConfig, folder: Path, last: Path, stop: Stop) -> int:
+    ranks, place = Ranks(), started()
+    before = read(last) if ranks.agree(last.is_file()) else None
     done = before["global_step"] if before else 0
     _refuse_another(folder, config, before)
 
     parts = _build(config)
     dataset, model, device = parts.dataset, parts.model, parts.device.torch_device
+    part = config.batch_size // config.accumulate
+    if part % ranks.world:
+        raise ValueError(
+            f"batch_size={config.batch_size}: is shared out among {ranks.world} devices, in {config.accumulate} parts; "
+            f"take a multiple of {ranks.world * config.accumulate}"
+        )
     images = dataset.load("train")
     about = _about(config, dataset, model.task, images)
     _refuse_other_data(folder, about, before)
     max_steps = _max_steps(config, len(images))
     if max_steps is not None and done >= max_steps:
-        print(
-            f"{folder} is complete at step {done}; a larger budget, as max_steps={2 * done}, goes on with it"
-        )
+        if ranks.first:
+            print(
+                f"{folder} is complete at step {done}; a larger budget, as max_steps={2 * done}, goes on with it"
+            )
         return 0
 
     module = TrainingModule(model, parts.objective, parts.times, parts.optimizer, config.seed, about)
-    ema = EMA(model.network, config.ema.decay, config.ema.warm_up)
+    ema = EMA(model.network, config.ema.decay, config.ema.warm_up, parts.device.offload_ema)
     watchers = _watchers(config, folder, parts, ema)
-    _write_config(folder / "config.yaml", config)
-    stop = Stop(seconds(config.max_time))
+    if ranks.first:
+        _write_config(folder / "config.yaml", config)
     if config.compile is True or (config.compile == "auto" and device.type == "cuda"):
         model.network.compile()  # in place: torch.compile(network) would rename every weight
     precision = resolve(config.precision, device)
-    print(
-        f"{'Going on with' if done else 'Training'} {folder}: {_describe(model.network)} on {len(images)} images of "
-        f"{dataset.name}, {device.type}, {precision}",
-        file=sys.stderr,
-    )
+    if ranks.first:
+        print(
+            f"{'Going on with' if done else 'Training'} {folder}: {_describe(model.network)} on {len(images)} images "
+            f"of {dataset.name}, {_where(device, ranks, place)}, {precision}",
+            file=sys.stderr,
+        )
     trainer = _trainer(
         config,
         callbacks=[
@@ -154,21 +194,27 @@ def _train(config: TrainConfig, folder: Path, last: Path) -> int:
             *watchers,
             Progress(config.log_every, folder, config.batch_size, max_steps, stop),
             stop,
-            Checkpoints(
-                config.checkpoint_every, folder, config.keep_last
-            ),  # last: it saves what the others know
+            # Last: it saves what the others know.
+            Checkpoints(config.checkpoint_every, folder, config.keep_last, stop),
         ],
         logger=[build(node).logger(folder, done) for node in config.logger.values()],
         max_steps=max_steps or -1,
         precision="bf16-mixed" if precision == "bf16" else "32-true",
         default_root_dir=folder,
-        **parts.device.trainer_arguments,
+        **parts.device.trainer_arguments(place),
     )
-    part, start = config.batch_size // config.accumulate, done * config.accumulate
+    start = done * config.accumulate
     batches = Batches(
-        images, part, config.seed, dataset.flip, start, device=device, num_workers=dataset.num_workers
+        images, part, config.seed, dataset.flip, start, ranks.rank, ranks.world, device, dataset.num_workers
     )
     trainer.fit(module, batches, ckpt_path=last if done else None, weights_only=True)
+    if ranks.first:
+        _tell(trainer.global_step, stop, watchers, model, folder)
+    return 0 if stop.signal is None else UNFINISHED
+
+
+def _tell(step: int, stop: Stop, watchers: list[Callback], model: NoiseConditioned, folder: Path) -> None:
+    """Say how a run has ended, and how it goes on."""
     for watcher in watchers:
         if isinstance(watcher, HeldOutAccuracy):
             print(
@@ -176,10 +222,16 @@ def _train(config: TrainConfig, folder: Path, last: Path) -> int:
             )
     if stop.signal is not None:
         name = signal.Signals(stop.signal).name
-        print(f"\n{name}: saved {folder} at step {trainer.global_step}; the same command goes on from there")
-        return 128 + stop.signal
-    print(f"\nTrained {trainer.global_step} steps; the run is {folder}\nNext: {_next(model, folder)}")
-    return 0
+        print(f"\n{name}: saved {folder} at step {step}; the same command goes on from there")
+    else:
+        print(f"\nTrained {step} steps; the run is {folder}\nNext: {_next(model, folder)}")
+
+
+def _where(device: torch.device, ranks: Ranks, place: Place) -> str:
+    """The devices at work, in words."""
+    if ranks.world == 1:
+        return device.type
+    return f"{ranks.world} x {device.type}" + (f" on {place.nodes} nodes" if place.nodes > 1 else "")
 
 
 def _watchers(config: TrainConfig, folder: Path, parts: _Parts, ema: EMA) -> list[Callback]:
@@ -235,7 +287,7 @@ def _trainer(config: TrainConfig, **arguments: Any) -> Trainer:
     return Trainer(
         max_epochs=-1,
         accumulate_grad_batches=config.accumulate,
-        plugins=[WholeFileIO()],
+        plugins=[WholeFileIO(), Joined(started())],
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,

@@ -14,9 +14,13 @@ from diffusion_cli.config.schema import COMMANDS, GRIDS, Config, Node, TrainConf
 class Mistakes(Exception):
     """Everything that is wrong with what the user asked for, one line each."""
 
-    def __init__(self, *lines: str) -> None:
-        super().__init__("\n".join(lines))
-        self.lines = lines
+    @property
+    def lines(self) -> tuple[str, ...]:
+        """As given."""
+        return self.args
+
+    def __str__(self) -> str:
+        return "\n".join(self.lines)
 
 
 def load(command: str, overrides: Sequence[str], dirs: Sequence[Path] = ()) -> Config:

@@ -10,6 +10,9 @@ from typing import Any
 from diffusion_cli.config.catalogue import brought_by, defaults, options
 from diffusion_cli.config.check import shown
 
+UNFINISHED = 75
+"""Exit code of what a signal has stopped: what was done is saved, and the same command goes on (EX_TEMPFAIL)."""
+
 # Keys that say how far, how fast and where, but not what: a run may go on with other values of them.
 NOT_IDENTITY = frozenset(
     [
@@ -18,6 +21,7 @@ NOT_IDENTITY = frozenset(
         "max_epochs",
         "max_time",
         "checkpoint_every",
+        "checkpoint_period",
         "keep_last",
         "log_every",
         "validate_every",
@@ -46,6 +50,7 @@ def identity(config: Mapping[str, Any]) -> dict[str, Any]:
     flat = flatten({key: value for key, value in config.items() if key not in NOT_IDENTITY})
     # A budget too: with a larger one the learning rate's curve is drawn anew over the whole of it.
     flat.pop("optimizer.decay_steps", None)
+    flat.pop("model.gradient_checkpointing", None)  # costs time, saves memory, changes nothing
     return flat
 
 

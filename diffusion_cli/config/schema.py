@@ -51,6 +51,7 @@ class TrainConfig(BaseModel):
     max_epochs: PositiveInt | None
     max_time: Duration | None
     checkpoint_every: PositiveInt
+    checkpoint_period: Duration | None
     keep_last: PositiveInt
     log_every: PositiveInt
     validate_every: PositiveInt
@@ -129,6 +130,7 @@ class SampleConfig(_Generation):
     """The keys of `conf/sample.yaml`."""
 
     num_samples: PositiveInt
+    processes: PositiveInt | None
     strip: bool
     gif: bool
     frames: Annotated[int, Field(ge=2)]
@@ -139,7 +141,7 @@ class EvaluationConfig(_Generation):
     """The keys of `conf/evaluation.yaml`: what evaluating and comparing share."""
 
     num_samples: PositiveInt | None
-    processes: PositiveInt
+    processes: PositiveInt | None
     force: bool
     data_dir: str
     cache_dir: str | None

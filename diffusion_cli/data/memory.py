@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from diffusion_cli.data.base import Images
+from diffusion_cli.ranks import started
 
 SHARE = 4  # a set is held where it takes at most this part of what is free, for it is not alone there
 
@@ -46,8 +47,8 @@ def hold(images: Images, device: torch.device | str) -> Images:
 
 
 def fits_in_memory(size: int) -> bool:
-    """Whether `size` bytes are at most a quarter of the free RAM."""
-    return size <= free_memory() // SHARE
+    """Whether `size` bytes are at most a quarter of the free RAM, in each process of this node."""
+    return size * started().local_world <= free_memory() // SHARE
 
 
 def free_memory() -> int:

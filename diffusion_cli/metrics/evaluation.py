@@ -123,8 +123,7 @@ def _pass(
     with tqdm(
         total=count, desc="evaluating samples", unit="image", delay=1.0, disable=not ranks.first
     ) as progress:
-        for first in range(0, count, each_round):
-            mine = range(first + ranks.rank * batch_size, min(first + (ranks.rank + 1) * batch_size, count))
+        for place, mine in enumerate(ranks.rounds(count, batch_size)):
             looked = _look(samples, mine, [view.network for view, _ in views], ranks) if mine else None
             for batches in ranks.gather(looked):
                 if batches is None or not ranks.first:
@@ -135,7 +134,7 @@ def _pass(
                         measurement.update(batch)
                 digest.update(batches[0].images)
                 progress.update(len(batches[0].images))
-            if first == 0 and ranks.first:
+            if place == 0 and ranks.first:
                 _announce(count, each_round, time.monotonic() - start)
     return digest.hexdigest()
 

@@ -95,13 +95,14 @@ class UNet(Encoder):
         number or what else the parameterization names; y: int64 [B], or None for the null class. An
         unconditional network takes no notice of y.
         """
-        height, width = x.shape[2:]
         emb = self.embed(c_noise, y)
         *skips, h = self.encode(x, emb)
         for block in self.up:
             h = self.run(block, h, emb, skips.pop())
         h = self.out_conv(silu(self.out_norm(h)))
-        return h[..., :height, :width].to(x.dtype)
+        if h.shape[2:] != x.shape[2:]:
+            h = h[..., : x.shape[2], : x.shape[3]]
+        return h.to(x.dtype)
 
     def check_labels(self, y: Tensor) -> None:
         """Raise ValueError if the network does not know a label of y [B]; on a GPU this waits for y."""

@@ -6,6 +6,7 @@ import signal
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -14,12 +15,14 @@ import torch
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
 from diffusion_cli.checkpoint import LAST, numbered, whole_file
 from diffusion_cli.data import Batch
 from diffusion_cli.denoiser import Denoiser, NoisyClassifier, clip_x0, noised
 from diffusion_cli.generate import all_labels, labels_of, sample, to_bytes
+from diffusion_cli.ranks import Ranks
 from diffusion_cli.report import save_grid
 from diffusion_cli.samplers import Sampler
 from diffusion_cli.seeding import mix
@@ -66,10 +69,11 @@ class EveryStep(Callback, ABC):
 
 
 def stop_if_diverged(module: TrainingModule, last: Path, step: int | None = None) -> None:
-    """Raise DivergedError if any loss so far was not finite, or if the weights, after a given step, are not."""
+    """Raise DivergedError, in all processes, if a loss was not finite or, after a given step, a weight is not."""
     bad_loss = module.meter.first_bad_step()
     if bad_loss is None and step is not None:
         norm = nn.utils.get_total_norm([p.detach() for p in module.model.parameters()])
+        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
         step = None if norm.isfinite() else step
     else:
         step = bad_loss
@@ -128,15 +132,16 @@ class Progress(EveryStep):
 
 
 class Checkpoints(EveryStep):
-    """Save `last.ckpt` and the newest few by number, never a diverged state."""
+    """Save `last.ckpt` and the newest few by number, never a diverged state: every so many steps, and as time goes."""
 
-    def __init__(self, every: int, run: Path, keep_last: int) -> None:
-        super().__init__(every)
-        self.run, self.keep_last = run, keep_last
+    def __init__(self, every: int, run: Path, keep_last: int, stop: "Stop") -> None:
+        super().__init__(every=1)
+        self.steps, self.run, self.keep_last, self.stop = every, run, keep_last, stop
         self.saved: int | None = None
 
     def act(self, trainer: Trainer, module: TrainingModule, step: int) -> None:
-        self.save(trainer, module)
+        if step % self.steps == 0 or self.stop.checkpoint_due:
+            self.save(trainer, module)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert isinstance(pl_module, TrainingModule)
@@ -149,25 +154,33 @@ class Checkpoints(EveryStep):
         stop_if_diverged(module, last, trainer.global_step)
         path = last.with_name(numbered(trainer.global_step))
         trainer.save_checkpoint(path)
+        self.saved = trainer.global_step
+        self.stop.saved()
+        if not trainer.is_global_zero:
+            return
         with whole_file(last) as temporary:
             shutil.copyfile(path, temporary)  # not a link: what befalls one must not befall the other
         for old in sorted(last.parent.glob("step_*.ckpt"))[: -self.keep_last]:
             old.unlink(missing_ok=True)
-        self.saved = trainer.global_step
 
 
 class Stop(EveryStep):
-    """End the run at its time budget, or at the next step after Ctrl-C or SIGTERM, with everything saved.
+    """End the run at its time budget, or at the next step after a signal, and say when a checkpoint is due by time.
 
-    At a whole step, never between the parts of an accumulated batch, whose place a checkpoint does not hold.
+    At a whole step, never between the parts of an accumulated batch, whose place a checkpoint does not hold; and in all
+    processes at the same one, whichever of them the signal reached. The clock is that of the first.
     """
 
-    def __init__(self, max_seconds: float | None) -> None:
+    SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+
+    def __init__(self, max_seconds: float | None, checkpoint_seconds: float | None) -> None:
         super().__init__(every=1)
-        self.max_seconds = max_seconds
+        self.max_seconds, self.checkpoint_seconds = max_seconds, checkpoint_seconds
         self.elapsed = 0.0
         self.signal: int | None = None
-        self._handlers: dict[int, Any] = {}
+        self.checkpoint_due = False
+        """Whether the last checkpoint is so old."""
+        self._saved_at = 0.0
 
     @property
     def state_key(self) -> str:
@@ -177,11 +190,25 @@ class Stop(EveryStep):
         """What is left of the time budget, or None without one."""
         return None if self.max_seconds is None else max(0.0, self.max_seconds - self.elapsed)
 
+    def saved(self) -> None:
+        """A checkpoint has been saved now."""
+        self._saved_at = time.monotonic()
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Take note of signals, from the start of the program on."""
+        before = {number: signal.signal(number, self._on_signal) for number in self.SIGNALS}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
-        self._mark = time.monotonic()
-        for number in (signal.SIGINT, signal.SIGTERM):
-            self._handlers[number] = signal.signal(number, self._on_signal)
+        self._mark = self._saved_at = time.monotonic()
+        for number in self.SIGNALS:  # Lightning has put its own in their place
+            signal.signal(number, self._on_signal)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         if self.signal is not None:  # a second time: at once
@@ -191,14 +218,16 @@ class Stop(EveryStep):
     def act(self, trainer: Trainer, module: TrainingModule, step: int) -> None:
         now = time.monotonic()
         self.elapsed, self._mark = self.elapsed + now - self._mark, now
-        spent = self.max_seconds is not None and self.elapsed >= self.max_seconds
-        if self.signal is not None or spent:
+        spent = due = False
+        if trainer.is_global_zero:
+            spent = self.max_seconds is not None and self.elapsed >= self.max_seconds
+            due = self.checkpoint_seconds is not None and now - self._saved_at >= self.checkpoint_seconds
+        number, spent, due = Ranks().highest(self.signal or 0, spent, due)
+        self.checkpoint_due = bool(due)
+        if number:  # else it stays as it is: a signal may have come since it was read
+            self.signal = number
+        if number or spent:
             trainer.should_stop = True
-
-    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        for number, handler in self._handlers.items():
-            signal.signal(number, handler)
-        self._handlers.clear()
 
     def state_dict(self) -> dict[str, Any]:
         return {"elapsed": self.elapsed}
@@ -216,20 +245,21 @@ class HeldOutLoss(EveryStep):
 
     @torch.no_grad()
     def act(self, trainer: Trainer, module: TrainingModule, step: int) -> None:
-        model = self.ema.model(module)
-        total, count = torch.zeros((), device=module.device), 0
-        for batch, t, eps, _ in at_levels(self.batches(), module):
+        model, meter = self.ema.model(module), LevelMeter("held_out_loss")
+        for batch, t, eps, quantile in at_levels(self.batches(), module):
             with trainer.precision_plugin.forward_context():
                 loss = module.objective(model, batch.images, batch.labels, t, eps)
-            total, count = total + loss.sum(), count + len(batch.images)
+            meter.add(loss, quantile, step)
+        value = meter.read()["held_out_loss"]
         for logger in trainer.loggers:
-            logger.log_metrics({"held_out_loss": total.item() / count}, step=step)
+            logger.log_metrics({"held_out_loss": value}, step=step)
 
 
 def at_levels(
     batches: Iterable[Batch], module: TrainingModule
 ) -> Iterator[tuple[Batch, Tensor, Tensor, Tensor]]:
-    """Batches with times, noise and the quantiles [B] of the times, the same ones whenever it is called."""
+    """This process's share of batches, with times, noise and the quantiles [B] of the times, always the same ones."""
+    ranks = Ranks()
     for i, batch in enumerate(batches):
         generator = torch.Generator().manual_seed(mix(module.seed, "held-out", i))
         size = len(batch.images)
@@ -239,7 +269,11 @@ def at_levels(
         times = Uniform() if module.times.uniform else module.times
         drawn = times(module.model.schedule, u.to(module.device))
         eps = torch.randn(batch.images.shape, generator=generator).to(module.device)
-        yield batch, drawn.t, eps, drawn.quantile
+        share = torch.arange(size, device=module.device).tensor_split(ranks.world)[ranks.rank]
+        if len(share):
+            labels = None if batch.labels is None else batch.labels[share]
+            mine = Batch(batch.number, batch.images[share], labels, batch.index[share])
+            yield mine, drawn.t[share], eps[share], drawn.quantile[share]
 
 
 class HeldOutAccuracy(EveryStep):
@@ -292,9 +326,9 @@ class Preview(EveryStep):
 
     @torch.no_grad()
     def act(self, trainer: Trainer, module: TrainingModule, step: int) -> None:
+        denoiser = self.ema.model(module)
         if not trainer.is_global_zero:
             return
-        denoiser = self.ema.model(module)
         assert isinstance(denoiser, Denoiser)
         labels = labels_of(self.SEEDS, all_labels(denoiser), module.device)
         with trainer.precision_plugin.forward_context():

@@ -1,17 +1,35 @@
-"""Where training runs."""
+"""Where training runs: one device, or many on one node or several."""
 
-from typing import Literal
+import os
+from typing import Any, Literal
 
 import torch
+from lightning.fabric.plugins import ClusterEnvironment
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Strategy
 from pydantic import PositiveInt
 
 from diffusion_cli.precision import device_of
+from diffusion_cli.ranks import Place
 
 
 class Device:
-    """One device of this machine."""
+    """The devices of a run: `devices` on each of `num_nodes` nodes; null: as many as were started, or 1.
 
-    def __init__(self, *, accelerator: Literal["auto", "cpu", "cuda"], threads: PositiveInt | None) -> None:
+    With "ddp" each holds the whole model, its average and the optimizer's state (Li et al. 2020), with "fsdp" its part
+    of them (Zhao et al. 2023). Raises ValueError where torch sees no such device.
+    """
+
+    def __init__(
+        self,
+        *,
+        accelerator: Literal["auto", "cpu", "cuda"],
+        devices: PositiveInt | None,
+        num_nodes: PositiveInt | None,
+        strategy: Literal["ddp", "fsdp"],
+        offload_ema: bool,
+        timeout: PositiveInt,
+        threads: PositiveInt | None,
+    ) -> None:
         try:
             self.torch_device: torch.device = device_of(accelerator)
         except ValueError as error:
@@ -20,8 +38,74 @@ class Device:
             ) from error
         if threads is not None:
             torch.set_num_threads(threads)
+        self.offload_ema = offload_ema
+        self.strategy = strategy
+        self.devices, self.num_nodes, self.timeout = devices, num_nodes, timeout
+
+    def trainer_arguments(self, place: Place) -> dict[str, Any]:
+        """What Lightning's Trainer is told in a process that has its place among others."""
+        # A task of srun may see all GPUs of its node, or only its own.
+        visible = torch.cuda.device_count() if self.torch_device.type == "cuda" else 0
+        devices = [
+            torch.device("cuda", number % visible) if visible else torch.device("cpu")
+            for number in range(place.local_world)
+        ]
+        strategy: Strategy | str = "auto"
+        if place.world > 1 and self.strategy == "fsdp":
+            strategy = ModelParallelStrategy(
+                data_parallel_size=place.world, tensor_parallel_size=1, save_distributed_checkpoint=False
+            )
+            strategy.parallel_devices = devices
+        elif place.world > 1:
+            # Buffers are equal in all processes as it is.
+            strategy = DDPStrategy(
+                parallel_devices=devices, broadcast_buffers=False, gradient_as_bucket_view=True
+            )
+        return {
+            "accelerator": self.torch_device.type,
+            "devices": 1 if place.world == 1 else "auto",  # the strategy has its own list
+            "num_nodes": place.nodes,
+            "strategy": strategy,
+        }
+
+
+class Joined(ClusterEnvironment):
+    """Lightning's view of processes that are a group already; it starts none, and asks no scheduler."""
+
+    def __init__(self, place: Place) -> None:
+        super().__init__()
+        self.place = place
 
     @property
-    def trainer_arguments(self) -> dict[str, object]:
-        """What Lightning's Trainer is told."""
-        return {"accelerator": self.torch_device.type, "devices": 1}
+    def creates_processes_externally(self) -> bool:
+        return True
+
+    @property
+    def main_address(self) -> str:
+        return os.environ.get("MASTER_ADDR", "127.0.0.1")
+
+    @property
+    def main_port(self) -> int:
+        return int(os.environ.get("MASTER_PORT", "0"))  # not asked for: the group is there
+
+    @staticmethod
+    def detect() -> bool:
+        return False  # it is given, never found
+
+    def world_size(self) -> int:
+        return self.place.world
+
+    def set_world_size(self, size: int) -> None:
+        assert size == self.place.world
+
+    def global_rank(self) -> int:
+        return self.place.rank
+
+    def set_global_rank(self, rank: int) -> None:
+        assert rank == self.place.rank
+
+    def local_rank(self) -> int:
+        return self.place.local_rank
+
+    def node_rank(self) -> int:
+        return self.place.rank // self.place.local_world

@@ -1,10 +1,12 @@
 """The exponential moving average of the weights."""
 
 import copy
-from typing import Any
+from typing import Any, NamedTuple
 
+import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from torch import nn
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from diffusion_cli.denoiser import NoiseConditioned
@@ -16,12 +18,17 @@ class EMA(Callback):
 
     With warm-up the decay at update n = 1, 2, ... is d = min(decay, (1 + n) / (10 + n)), as in the code of
     Song et al. 2021b, so that the first weights are soon forgotten.
+
+    The copy lies on the network's device, or with `offload` on the CPU. Where processes share out the network's
+    weights, each holds its part of the average too.
     """
 
-    def __init__(self, network: nn.Module, decay: float, warm_up: bool) -> None:
+    def __init__(self, network: nn.Module, decay: float, warm_up: bool, offload: bool = False) -> None:
         self.network = copy.deepcopy(network).requires_grad_(False).eval()
-        self.decay, self.warm_up = decay, warm_up
+        self.decay, self.warm_up, self.offload = decay, warm_up, offload
         self.updates = 0
+        self._parts: dict[str, _Part] = {}
+        """Of each average, where processes share them out; `network` then holds no weights."""
 
     @property
     def state_key(self) -> str:
@@ -32,21 +39,47 @@ class EMA(Callback):
         """The decay at update n = 1, 2, ..."""
         return min(self.decay, (1 + update) / (10 + update)) if self.warm_up else self.decay
 
+    @torch.no_grad()
     def update(self, network: nn.Module) -> None:
         """Move the copy towards the network."""
         self.updates += 1
-        average = get_ema_multi_avg_fn(self.decay_at(self.updates))
-        average(list(self.network.parameters()), list(network.parameters()), self.updates)
+        averages = [part.mine for part in self._parts.values()] or list(self.network.parameters())
+        weights = [_local(weight) for weight in network.parameters()]
+        if self.offload:
+            weights = [weight.to("cpu") for weight in weights]
+        get_ema_multi_avg_fn(self.decay_at(self.updates))(averages, weights, self.updates)
         for mine, theirs in zip(self.network.buffers(), network.buffers(), strict=True):
             mine.copy_(theirs)
 
     def model(self, module: TrainingModule) -> NoiseConditioned:
-        """What the module trains, with the averaged network."""
-        return type(module.model)(self.network, module.model.schedule, module.model.parameterization)
+        """What the module trains, with the averaged network, whole and on the module's device.
 
-    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Follow the module to its device."""
-        self.network.to(pl_module.device)
+        Where processes share out the weights, all must ask together.
+        """
+        network = self.network
+        if self._parts:
+            network = copy.deepcopy(network)
+            whole = {name: part.whole() for name, part in self._parts.items()}
+            network.load_state_dict(whole, strict=False, assign=True)
+            network.requires_grad_(False)
+        elif self.offload:
+            network = copy.deepcopy(network).to(module.device)
+        return type(module.model)(network, module.model.schedule, module.model.parameterization)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Follow the network to its devices."""
+        assert isinstance(pl_module, TrainingModule)
+        weights = dict(pl_module.model.network.named_parameters())
+        if not self.offload:
+            self.network.to(pl_module.device)
+        for name, average in list(self.network.named_parameters()):
+            weight = weights[name]
+            if isinstance(weight, DTensor):
+                part = distribute_tensor(average.to(weight.device), weight.device_mesh, weight.placements)
+                self._parts[name] = _Part(part.to_local().to(average.device), weight)
+                owner, _, key = name.rpartition(".")
+                nothing = nn.Parameter(average.to("meta"), requires_grad=False)
+                self.network.get_submodule(owner).register_parameter(key, nothing)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -57,10 +90,31 @@ class EMA(Callback):
             self.update(pl_module.model.network)
 
     def state_dict(self) -> dict[str, Any]:
-        """The average and how often it was updated."""
-        return {"network": self.network.state_dict(), "updates": self.updates}
+        """The average and how often it was updated; where it is shared out, all processes must ask together."""
+        whole = {name: part.whole().cpu() for name, part in self._parts.items()}
+        return {"network": {**self.network.state_dict(), **whole}, "updates": self.updates}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take up where a checkpoint left off."""
         self.network.load_state_dict(state_dict["network"])
         self.updates = state_dict["updates"]
+
+
+class _Part(NamedTuple):
+    """What this process holds of an average."""
+
+    mine: Tensor
+    weight: DTensor
+    """That it follows, shared out alike."""
+
+    def whole(self) -> Tensor:
+        """The average, put together from all processes, on the weight's device."""
+        weight = self.weight
+        return DTensor.from_local(
+            self.mine.to(weight.device), weight.device_mesh, weight.placements,
+            run_check=False, shape=weight.shape, stride=weight.stride(),
+        ).full_tensor()  # fmt: skip
+
+
+def _local(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

@@ -5,11 +5,14 @@ from typing import Any
 import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
 from torch.optim import Optimizer
 
 from diffusion_cli.data import Batch
 from diffusion_cli.denoiser import NoiseConditioned
+from diffusion_cli.networks import Block
 from diffusion_cli.objective import Objective, withheld
+from diffusion_cli.ranks import Ranks
 from diffusion_cli.seeding import mix
 from diffusion_cli.times import Times
 from diffusion_cli.training.optimizers import OptimizerConfig
@@ -20,8 +23,8 @@ QUARTILES = 4
 class LevelMeter:
     """The mean of a number of images, as their loss, since the last reading; kept on the device.
 
-    Whole and by quartile of the noise levels drawn. Nothing is synchronised until it is read: a step at which it
-    went bad is remembered by its number.
+    Whole and by quartile of the noise levels drawn. Nothing is synchronised until it is read, by all processes
+    together: a step at which it went bad is remembered by its number.
     """
 
     def __init__(self, name: str = "loss") -> None:
@@ -41,17 +44,19 @@ class LevelMeter:
         self._first_bad.masked_fill_(bad, step)
 
     def first_bad_step(self) -> int | None:
-        """The first step whose loss was not finite, or None."""
+        """The first step whose loss was not finite in any process, or None."""
         step = -1 if self._first_bad is None else int(self._first_bad)
-        return None if step < 0 else step
+        return min((bad for bad in Ranks().gather(step) if bad >= 0), default=None)
 
     def read(self) -> dict[str, float]:
         """The means since the last reading, and a new start."""
-        if self._sums is None:
+        mine = torch.zeros(2, QUARTILES) if self._sums is None else self._sums.cpu()
+        totals, counts = torch.stack(Ranks().gather(mine)).sum(0).tolist()
+        if self._sums is not None:
+            self._sums.zero_()
+        if not sum(counts):
             return {}
-        totals, counts = self._sums.tolist()
-        self._sums.zero_()
-        values = {self.name: sum(totals) / max(1.0, sum(counts))}
+        values = {self.name: sum(totals) / sum(counts)}
         return values | {
             f"{self.name}_q{i + 1}": total / count
             for i, (total, count) in enumerate(zip(totals, counts, strict=True))
@@ -85,7 +90,8 @@ class TrainingModule(LightningModule):
     def training_step(self, batch: Batch, batch_index: int) -> Tensor:
         """Return the mean loss of a batch; its noise and times are a function of (seed, batch number) alone."""
         torch.manual_seed(mix(self.seed, "step", batch.number))
-        # Drawn for the batch of all processes, then cut: the same whatever their number.
+        # Drawn for the batch of all processes, then cut: the same whatever their number. Dropout, whose masks would be
+        # too many to draw, is each process's own.
         local = len(batch.images)
         share = slice(self.global_rank * local, (self.global_rank + 1) * local)
         size = self.trainer.world_size * local
@@ -96,9 +102,11 @@ class TrainingModule(LightningModule):
         if labels is not None and num_classes is not None and self.objective.label_dropout:
             u = torch.rand(size, device=self.device)[share]
             labels = withheld(labels, num_classes, self.objective.label_dropout, u)
+        if self.global_rank:
+            torch.manual_seed(mix(self.seed, "dropout", batch.number, self.global_rank))
         loss = self.objective(self.model, batch.images, labels, t, eps)
         if drawn.bins is not None:
-            self.times.observe(drawn.bins[share], loss)
+            self.times.observe(drawn.bins, Ranks().concatenated(loss.detach()))
         loss = weight * loss
         self.meter.add(loss, quantile, self.trainer.global_step)
         return loss.mean()
@@ -118,6 +126,15 @@ class TrainingModule(LightningModule):
         """Clip to the configured norm; Lightning's own refuses fused optimizers, which matters only in fp16."""
         if self.optimizer_config.clip_norm is not None:
             nn.utils.clip_grad_norm_(self.parameters(), self.optimizer_config.clip_norm)
+
+    def configure_model(self) -> None:
+        """Share the weights out among the processes where the strategy says so, block by block."""
+        if self.device_mesh is None:
+            return
+        for block in self.model.network.modules():
+            if isinstance(block, Block):
+                fully_shard(block, mesh=self.device_mesh["data_parallel"])
+        fully_shard(self.model.network, mesh=self.device_mesh["data_parallel"])
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add what is needed to build the model again."""

@@ -190,7 +190,7 @@ def test_a_file_takes_over_the_keys_and_groups_of_another(tmp_path):
 
 PACKAGE = config.HERE
 ORDER = [
-    "precision seeding schedules", "config", "parameterizations data times", "denoiser networks",
+    "precision seeding schedules", "config", "ranks", "parameterizations data times", "denoiser networks",
     "posterior probability_flow guidance", "objective samplers likelihood checkpoint", "editing",
     "metrics generate", "report figures", "training", "commands", "cli",
 ]  # fmt: skip

@@ -6,6 +6,7 @@ gone, are ended after `GRACE` seconds by whoever started them, and where a whole
 """
 
 import os
+import pickle
 import re
 import signal
 import socket
@@ -20,7 +21,6 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, distributed
-from torch.multiprocessing import get_context
 from torch.multiprocessing.spawn import ProcessContext, ProcessException, start_processes
 
 from diffusion_cli.config import Mistakes
@@ -233,13 +233,12 @@ def _finished(code: int | None) -> int:
 def _in_new_processes(
     count: int, timeout: timedelta, work: Callable[..., int | None], arguments: tuple[Any, ...]
 ) -> int:
-    outcomes = get_context("spawn").SimpleQueue()
     with tempfile.TemporaryDirectory() as folder:
-        meeting = (Path(folder) / "meeting").as_uri()
+        outcome = Path(folder) / "outcome"
         signal.pthread_sigmask(signal.SIG_BLOCK, FORWARDED)  # until they can be passed on
         processes = start_processes(
             _be_one,
-            (count, torch.get_num_threads(), meeting, timeout, outcomes, work, arguments),
+            (count, torch.get_num_threads(), Path(folder), timeout, work, arguments),
             nprocs=count,
             join=False,
             start_method="spawn",
@@ -250,12 +249,12 @@ def _in_new_processes(
                 while not processes.join(grace_period=GRACE):
                     pass
             except ProcessException:
-                if not outcomes.empty():
-                    raise outcomes.get() from None
+                if outcome.exists():
+                    raise pickle.loads(outcome.read_bytes()) from None
                 if forwarded:
                     raise KeyboardInterrupt from None
                 raise _why(processes) from None
-        return outcomes.get()
+        return pickle.loads(outcome.read_bytes())
 
 
 @contextmanager
@@ -295,9 +294,8 @@ def _be_one(
     rank: int,
     count: int,
     threads: int,
-    meeting: str,
+    folder: Path,
     timeout: timedelta,
-    outcomes: Any,
     work: Callable[..., int | None],
     arguments: tuple[Any, ...],
 ) -> None:
@@ -308,16 +306,23 @@ def _be_one(
     os.environ.update({key: str(value) for key, value in here.items()})  # as torchrun does
     torch.set_num_threads(max(1, threads // count))
     try:
-        with _group(started(), meeting, timeout):
+        with _group(started(), (folder / "meeting").as_uri(), timeout):
             code = _finished(work(*arguments))
         if rank == 0:
-            outcomes.put(code)
+            _leave(folder, code)
     except KeyboardInterrupt:
         sys.exit(128 + signal.SIGINT)
     except Exception as error:
         if lost_process(error) is None:
             if not isinstance(error, MESSAGES):
                 traceback.print_exc()
-            with suppress(Exception):  # what cannot be sent has been printed
-                outcomes.put(error)
+            _leave(folder, error)
         sys.exit(1)
+
+
+def _leave(folder: Path, outcome: int | Exception) -> None:
+    """Leave what has come of the work to the process that started this one, unless another has been earlier."""
+    with suppress(Exception):  # what cannot be sent has been printed
+        data = pickle.dumps(outcome)
+        with (folder / "outcome").open("xb") as file:
+            file.write(data)

@@ -251,6 +251,7 @@ def _in_new_processes(
             except ProcessException:
                 if outcome.exists():
                     raise pickle.loads(outcome.read_bytes()) from None
+                print(file=sys.stderr)  # the line of a progress bar that nobody has ended
                 if forwarded:
                     raise KeyboardInterrupt from None
                 raise _why(processes) from None

@@ -52,8 +52,10 @@ def losses(folder: Path, column: str = "loss") -> Tensor:
 def distance(one: dict[str, Tensor], other: dict[str, Tensor]) -> float:
     """The relative difference of all weights together, in the Euclidean norm."""
     assert one.keys() == other.keys()
-    square = sum((one[key].double() - other[key].double()).square().sum() for key in one)
-    return float((square / sum(one[key].double().square().sum() for key in one)).sqrt())
+    flat, other_flat = (
+        torch.cat([weights[key].double().flatten() for key in one]) for weights in (one, other)
+    )
+    return float((flat - other_flat).norm() / flat.norm())
 
 
 def free_port() -> int:

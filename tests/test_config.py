@@ -15,11 +15,14 @@ OPTIONS = sorted(file for file in CONF.glob("*/*.yaml"))
 
 
 def nodes(file: Path) -> dict:
-    """The `_target_` nodes of an option file, wherever they stand."""
-    content = yaml.safe_load(file.read_text()) or {}
+    """The `_target_` nodes of an option file by their dotted keys, wherever they stand."""
+    text, group = file.read_text(), file.parent.name
+    content = yaml.safe_load(text) or {}
     if "_target_" in content:
-        return {file.parent.name: content}
-    return {key: node for key, node in content.items() if isinstance(node, dict) and "_target_" in node}
+        return {group: content}
+    prefix = "" if "@package _global_" in text else f"{group}."
+    found = {key: node for key, node in content.items() if isinstance(node, dict) and "_target_" in node}
+    return {f"{prefix}{key}": node for key, node in found.items()}
 
 
 @pytest.mark.parametrize("file", OPTIONS, ids=lambda file: f"{file.parent.name}/{file.stem}")
@@ -190,7 +193,7 @@ def test_a_file_takes_over_the_keys_and_groups_of_another(tmp_path):
 
 PACKAGE = config.HERE
 ORDER = [
-    "precision seeding schedules", "config", "ranks", "parameterizations data times", "denoiser networks",
+    "foreign precision seeding schedules", "config", "ranks", "parameterizations data times", "denoiser networks",
     "posterior probability_flow guidance", "objective samplers likelihood checkpoint", "editing",
     "metrics generate", "report figures", "training", "commands", "cli",
 ]  # fmt: skip

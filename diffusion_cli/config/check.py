@@ -8,10 +8,11 @@ import ast
 import difflib
 import importlib
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import cache
 from typing import Annotated, Any, Literal
 
+import yaml
 from pydantic import (
     BaseModel,
     Field,
@@ -23,7 +24,7 @@ from pydantic import (
     create_model,
 )
 
-from diffusion_cli.config.catalogue import HERE, PACKAGE, did_you_mean
+from diffusion_cli.config.catalogue import CONF, HERE, PACKAGE, did_you_mean
 from diffusion_cli.config.schema import FORMS, STRICT
 
 # What annotations of configurable arguments may be made of.
@@ -105,13 +106,31 @@ def signature(target: str) -> dict[str, Any] | None:
     }
 
 
+@cache
+def classes(group: str) -> frozenset[str]:
+    """What nodes of a group may name: what its own option files do."""
+    contents = (yaml.safe_load(file.read_text()) for file in (CONF / group).glob("*.yaml"))
+    return frozenset(target for content in contents for target in _targets(content))
+
+
+def _targets(node: Any) -> Iterator[str]:
+    """Every `_target_` in the content of an option file."""
+    if isinstance(node, Mapping):
+        yield from ([node["_target_"]] if "_target_" in node else [])
+        for item in node.values():
+            yield from _targets(item)
+
+
 def check_node(key: str, node: Mapping[str, Any]) -> list[str]:
-    """What is wrong with a node `{_target_: class, argument: value, ...}`, one line each."""
+    """What is wrong with a node `{_target_: class, argument: value, ...}` of a group, one line each.
+
+    Nothing but `classes(group)` is ever built, whatever a checkpoint of a stranger names.
+    """
     arguments = {str(name): value for name, value in node.items() if name != "_target_"}
-    target = node.get("_target_")
-    types = signature(target) if isinstance(target, str) else None
+    group, target = key.partition(".")[0], node.get("_target_")
+    types = signature(target) if isinstance(target, str) and target in classes(group) else None
     if types is None:
-        return [f"{key}._target_={target}: is not a class of {PACKAGE}; only its own classes are built"]
+        return [f"{key}._target_={shown(target)[:80]}: is not a class of {PACKAGE} for {group}; only those are built"]
     fields: dict[str, Any] = {name: (kind, ...) for name, kind in types.items()}
     return validate(create_model(key, __config__=STRICT, **fields), arguments, key)[1]
 

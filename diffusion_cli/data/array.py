@@ -1,8 +1,9 @@
 """Images in a NumPy file."""
 
+import math
 from pathlib import Path
-from typing import Annotated, Any
-from zipfile import ZIP_STORED, ZipFile
+from typing import IO, Annotated, Any, Literal, NamedTuple
+from zipfile import ZIP_STORED
 
 import numpy as np
 import torch
@@ -11,10 +12,12 @@ from pydantic import Field
 from torch import Tensor
 
 from diffusion_cli.data.base import Dataset, Images, Split, shuffled_mask, split_rows
-from diffusion_cli.data.memory import MemoryImages, fits_in_memory
+from diffusion_cli.data.memory import MemoryImages, fits_in_memory, free_memory
+from diffusion_cli.foreign import Archive, reason, regular
 
 IMAGE_KEYS = ("images", "arr_0", "x")
 LABEL_KEYS = ("labels", "arr_1", "y")
+MOST_CLASSES = 10**6
 
 
 class Array(Dataset):
@@ -53,7 +56,7 @@ class Array(Dataset):
             self.count, self.layout, self.shape = read_layout(self.path, self.key)
             self.class_names = None if self.labels is None else class_numbers(self.labels, self.count)
         except Exception as error:  # damaged files fail in many ways in the parsers of ZIP and NumPy headers
-            raise ValueError(f"dataset.path={path}: {error}") from error
+            raise ValueError(f"dataset.path={path}: {reason(error)}") from error
 
     def load(self, split: Split) -> Images:
         rows = split_rows(shuffled_mask(self.count, self.held_out), self.held_out, split)
@@ -102,60 +105,102 @@ class ArrayImages(Images):
         return array.transpose(0, 3, 1, 2) if self.layout == "NHWC" else array
 
 
+class Header(NamedTuple):
+    """What a NumPy file says of its array."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    fortran_order: bool
+    start: int
+    """Bytes before the array."""
+
+    @property
+    def order(self) -> Literal["C", "F"]:
+        """In which its numbers lie, as NumPy names it."""
+        return "F" if self.fortran_order else "C"
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the array."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
 def opened_array(path: Path, key: str | None) -> np.ndarray:
-    """The array of a .npy, or the one called `key` of a .npz: mapped from disk, but where it is compressed."""
+    """The array of a .npy, or the one called `key` of a .npz: mapped from disk, but where it is compressed.
+
+    Raises ValueError before anything is allocated if the file does not have all that its header declares.
+    """
     if key is None:
-        return np.load(path, mmap_mode="r", allow_pickle=False)
-    with ZipFile(path) as archive:
-        member = archive.getinfo(f"{key}.npy")
-        if member.compress_type == ZIP_STORED:
-            with archive.open(member) as file:
-                shape, fortran_order, dtype = read_header(file)
-                header = file.tell()
+        header = read_header(path, None)
+        return np.memmap(path, header.dtype, "r", header.start, header.shape, header.order)
+    with Archive(path) as archive:
+        entry = archive.entries[f"{key}.npy"]
+        header = _header(archive, f"{key}.npy")
+        if entry.compress_type == ZIP_STORED:
             with path.open("rb") as file:  # the member's own header stands before it in the archive
-                file.seek(member.header_offset + 26)
+                file.seek(entry.header_offset + 26)
                 name, extra = np.frombuffer(file.read(4), "<u2")
-            start = member.header_offset + 30 + int(name) + int(extra) + header
-            return np.memmap(path, dtype, "r", start, shape, "F" if fortran_order else "C")
-    with np.load(path, allow_pickle=False) as arrays:
-        return arrays[key]
+            start = entry.header_offset + 30 + int(name) + int(extra) + header.start
+            return np.memmap(path, header.dtype, "r", start, header.shape, header.order)
+        if header.nbytes > free_memory() // 2:
+            raise ValueError(f"'{key}' takes {header.nbytes} bytes of memory; save it as .npy")
+        data = archive.read(f"{key}.npy", entry.file_size)
+    return np.frombuffer(data, header.dtype, offset=header.start).reshape(header.shape, order=header.order)
 
 
-def read_header(file: Any) -> tuple[tuple[int, ...], bool, np.dtype]:
-    """Shape, whether the order is Fortran's, and type of the array in an open .npy file."""
+def read_header(path: Path, key: str | None) -> Header:
+    """The header of a .npy, or of the array called `key` of a .npz; ValueError if the file does not hold as much."""
+    if key is not None:
+        with Archive(path) as archive:
+            return _header(archive, f"{key}.npy")
+    size = regular(path)
+    with path.open("rb") as file:
+        return _parsed(file, size)
+
+
+def _header(archive: Archive, name: str) -> Header:
+    with archive.open(name) as file:
+        return _parsed(file, archive.entries[name].file_size)
+
+
+def _parsed(file: IO[bytes], size: int) -> Header:
     version = npy.read_magic(file)
-    return npy.read_array_header_1_0(file) if version == (1, 0) else npy.read_array_header_2_0(file)
+    shape, fortran_order, dtype = (
+        npy.read_array_header_1_0(file) if version == (1, 0) else npy.read_array_header_2_0(file)
+    )
+    if dtype.kind not in "biuf":
+        raise ValueError(f"holds {dtype}; images and labels are numbers")
+    if min(shape, default=0) < 0:
+        raise ValueError(f"has shape {shape}; no length is negative")
+    header = Header(shape, dtype, fortran_order, file.tell())
+    if header.start + header.nbytes > size:
+        raise ValueError(f"has {size} bytes, fewer than an array {shape} of {dtype} takes")
+    return header
 
 
 def find_keys(path: Path) -> tuple[str, Tensor | None]:
     """The name of the images in a .npz, and its labels."""
-    with np.load(path, allow_pickle=False) as arrays:
-        images = [key for key in IMAGE_KEYS if key in arrays]
-        labels = [key for key in LABEL_KEYS if key in arrays]
-        if not images:
-            raise ValueError(
-                f"holds {', '.join(arrays)}; images must be called one of {', '.join(IMAGE_KEYS)}"
-            )
-        if not labels:
-            return images[0], None
-        numbers = arrays[labels[0]]
-        if not np.issubdtype(numbers.dtype, np.integer):
-            raise ValueError(f"'{labels[0]}' holds {numbers.dtype}; labels must be integers")
-        return images[0], torch.from_numpy(numbers.astype(np.int64))
+    with Archive(path) as archive:
+        names = [name.removesuffix(".npy") for name in archive.entries if name.endswith(".npy")]
+    images = [key for key in IMAGE_KEYS if key in names]
+    labels = [key for key in LABEL_KEYS if key in names]
+    if not images:
+        raise ValueError(f"holds {', '.join(names[:10])}; images must be called one of {', '.join(IMAGE_KEYS)}")
+    if not labels:
+        return images[0], None
+    dtype = read_header(path, labels[0]).dtype
+    if dtype.kind not in "iu":
+        raise ValueError(f"'{labels[0]}' holds {dtype}; labels must be integers")
+    return images[0], torch.from_numpy(opened_array(path, labels[0]).astype(np.int64))
 
 
 def read_layout(path: Path, key: str | None) -> tuple[int, str, tuple[int, int, int]]:
     """Number, order of axes, and shape [C, H, W] of the images, from the header of their array."""
-    if key is None:
-        array = np.load(path, mmap_mode="r", allow_pickle=False)
-        shape, dtype = array.shape, array.dtype
-    else:
-        with ZipFile(path) as archive, archive.open(f"{key}.npy") as file:
-            shape, _, dtype = read_header(file)
+    shape, dtype, *_ = read_header(path, key)
     if dtype != np.uint8:
         raise ValueError(f"holds {dtype}; images must be uint8 in 0..255")
     match shape:
-        case (0, *_):
+        case sizes if 0 in sizes:
             raise ValueError("holds no image")
         case (count, height, width):
             return count, "NHW", (1, height, width)
@@ -174,4 +219,6 @@ def class_numbers(labels: Tensor, count: int) -> tuple[str, ...]:
         raise ValueError(
             f"labels of shape {tuple(labels.shape)}, from {labels.min()}; must be {count} from 0 on"
         )
+    if labels.max() >= MOST_CLASSES:
+        raise ValueError(f"labels up to {labels.max()}; classes are numbered from 0, up to {MOST_CLASSES - 1}")
     return tuple(str(number) for number in range(int(labels.max()) + 1))

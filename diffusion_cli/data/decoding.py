@@ -1,11 +1,16 @@
 """An image file of any kind becomes bytes [C, R, R]."""
 
+import warnings
 from io import BytesIO
 from typing import Literal, NamedTuple
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from diffusion_cli.foreign import reason
+
+# Such images are refused with a word of our own. Here, for filters must not be set in threads.
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 FORMATS = {"PNG": (".png",), "JPEG": (".jpg", ".jpeg"), "WEBP": (".webp",), "TIFF": (".tif", ".tiff")}
 
 
@@ -27,7 +32,7 @@ class Decoder(NamedTuple):
         return self.channels, self.resolution, self.resolution
 
     def __call__(self, data: bytes) -> np.ndarray:
-        """Raises ValueError, or one of Pillow's many errors, if the file cannot be decoded faithfully."""
+        """Raises ValueError if the file cannot be decoded faithfully."""
         image = self._resized(flattened(opened(data), self.channels, self.background))
         return np.asarray(image).reshape(self.resolution, self.resolution, self.channels).transpose(2, 0, 1)
 
@@ -71,24 +76,32 @@ def is_gray(image: Image.Image) -> bool:
 
 
 def opened(data: bytes) -> Image.Image:
-    """An image file of one of the FORMATS, upright by its EXIF orientation; ValueError if it is none, or too large."""
+    """An image file of one of the FORMATS, upright by its EXIF orientation, its first frame.
+
+    Raises ValueError if it is none, is damaged, or has more pixels than `PIL.Image.MAX_IMAGE_PIXELS`.
+    """
     try:
         image = Image.open(BytesIO(data), formats=list(FORMATS))
     except UnidentifiedImageError as error:  # whose text names a memory address
         raise ValueError(f"is not an image in {', '.join(FORMATS)}") from error
+    except Exception as error:  # decoders meet broken data with errors of every type
+        raise ValueError(reason(error)) from error
     limit = Image.MAX_IMAGE_PIXELS
     if limit is not None and image.width * image.height > limit:
         raise ValueError(f"{image.width} x {image.height} pixels exceed Pillow's limit of {limit}")
-    return ImageOps.exif_transpose(image)
+    try:
+        return ImageOps.exif_transpose(image)
+    except Exception as error:  # as above, for only now are pixels read
+        raise ValueError(reason(error)) from error
 
 
 def flattened(image: Image.Image, channels: int, background: Literal["white", "black"]) -> Image.Image:
     """The image in 8 bits, without transparency, in gray or RGB."""
     if image.mode.startswith("I"):  # 16-bit gray, which Pillow's own conversion clips at 255
-        values = np.asarray(image).astype(np.int64)
+        values = np.asarray(image)
         if values.min() < 0 or values.max() > 65535:
             raise ValueError("has 32-bit pixels; convert it to 8 or 16 bits")
-        image = Image.fromarray(((values + 128) // 257).astype(np.uint8))
+        image = Image.fromarray(((values.astype(np.uint32) + 128) // 257).astype(np.uint8))
     elif image.mode == "F":
         raise ValueError("has floating-point pixels; convert it to 8 or 16 bits")
     elif image.has_transparency_data:

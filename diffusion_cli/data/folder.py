@@ -1,11 +1,10 @@
 """A folder or ZIP archive of image files."""
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, Literal
-from zipfile import BadZipFile, ZipFile
 
 import numpy as np
 import torch
@@ -17,6 +16,7 @@ from diffusion_cli.data.base import Dataset, Images, Split, row_chunks, split_ro
 from diffusion_cli.data.decoding import FORMATS, Decoder, Exact
 from diffusion_cli.data.labels import class_labels
 from diffusion_cli.data.memory import MemoryImages, fits_in_memory
+from diffusion_cli.foreign import Archive, read, reason
 from diffusion_cli.seeding import mix
 
 SUFFIXES = tuple(suffix for suffixes in FORMATS.values() for suffix in suffixes)
@@ -25,7 +25,8 @@ SUFFIXES = tuple(suffix for suffixes in FORMATS.values() for suffix in suffixes)
 class Folder(Dataset):
     """All PNG, JPEG, WebP and TIFF files in a folder or ZIP archive, at any depth, as squares of one size.
 
-    Hidden files and `__MACOSX` are ignored. With labels "folders" the classes are the first-level folders
+    Links are followed, out of the folder too, and every real folder is visited once; of an archive nothing is
+    unpacked. Hidden files and `__MACOSX` are ignored. With labels "folders" the classes are the first-level folders
     (of the deepest folder that holds all images), in alphabetical order; all images lie in two or more of
     them. With "csv" they are the distinct labels in `labels.csv`, in numeric order if all are whole numbers,
     else in alphabetical order. It is UTF-8 and has a header line with columns `file`, relative to its own
@@ -101,7 +102,7 @@ class FileImages(Images):
         self.path = path
         self.names = names
         self.decoder = decoder
-        self._archive: tuple[int, ZipFile] | None = None  # with the process that opened it
+        self._archive: tuple[int, Archive] | None = None  # with the process that opened it
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_archive": None}
@@ -134,10 +135,9 @@ class FileImages(Images):
         def fill(slot: int, row: int) -> str | None:
             name = self.names[row]
             try:
-                data = archive.read(name) if archive else (self.path / name).read_bytes()
-                pixels[slot] = self.decoder(data)
-            except Exception as error:  # decoders meet broken data with errors of every type
-                return f"{name} ({' '.join(str(error).split()) or type(error).__name__})"
+                pixels[slot] = self.decoder(archive.read(name) if archive else read(self.path / name))
+            except (ValueError, OSError) as error:
+                return f"{name} ({reason(error)})"
             return None
 
         # A worker process is one of many already; pixel work in threads runs in parallel.
@@ -149,12 +149,12 @@ class FileImages(Images):
                 outcomes = list(pool.map(fill, range(len(index)), index.tolist()))
         return torch.from_numpy(pixels), [outcome for outcome in outcomes if outcome]
 
-    def _open(self) -> ZipFile | None:
+    def _open(self) -> Archive | None:
         """This process's own handle of the archive, for a position in a file is shared across a fork."""
         if self.path.is_dir():
             return None
         if self._archive is None or self._archive[0] != os.getpid():
-            self._archive = (os.getpid(), ZipFile(self.path))
+            self._archive = (os.getpid(), Archive(self.path))
         return self._archive[1]
 
     def _error(self, broken: list[str]) -> ValueError:
@@ -171,9 +171,12 @@ def file_names(path: Path, key: str = "dataset.path") -> list[str]:
     """
     if not path.exists():
         raise FileNotFoundError(f"{key}={path}: does not exist; give a folder or .zip of images")
+    if path.is_dir():
+        return list(folder_names(path))
     try:
-        return list(folder_names(path)) if path.is_dir() else archive_names(path)
-    except BadZipFile as error:
+        with Archive(path) as archive:
+            return list(archive.entries)
+    except ValueError as error:
         raise ValueError(f"{key}={path}: is neither a folder nor a readable .zip ({error})") from error
 
 
@@ -185,15 +188,23 @@ def image_files(path: Path, names: list[str], key: str = "dataset.path") -> list
     return images
 
 
-def folder_names(path: Path) -> Iterable[str]:
-    for folder, _, files in os.walk(path, followlinks=True):
+def folder_names(path: Path) -> Iterator[str]:
+    """The files below a folder; a folder that links make reachable by several ways, or by endless ones, once."""
+    visited: set[tuple[int, int]] = set()
+    for folder, folders, files in os.walk(path, followlinks=True, onerror=_refuse):
+        about = Path(folder).stat()
+        if (about.st_dev, about.st_ino) in visited:
+            folders.clear()
+            continue
+        visited.add((about.st_dev, about.st_ino))
+        folders.sort()  # which way comes first is no accident
         for file in files:
             yield (Path(folder) / file).relative_to(path).as_posix()
 
 
-def archive_names(path: Path) -> list[str]:
-    with ZipFile(path) as archive:
-        return archive.namelist()
+def _refuse(error: OSError) -> None:
+    """Pass over no folder that cannot be read: its images would be missing without a word."""
+    raise error
 
 
 def is_image(name: PurePosixPath) -> bool:

@@ -12,6 +12,7 @@ from diffusion_cli.data.base import Images
 from diffusion_cli.data.decoding import Exact, is_gray, opened
 from diffusion_cli.data.folder import FileImages, file_names, image_files
 from diffusion_cli.data.labels import class_labels, read
+from diffusion_cli.foreign import reason
 
 Shape = tuple[int, int, int]
 
@@ -44,9 +45,8 @@ def given_images(
     try:
         class_names, labels = class_labels(path, names, files, "auto")
         decoder = Exact(*(shape or _shape(read(path, files[0]))))
-    except Exception as error:  # decoders meet broken data with errors of every type
-        reason = str(error).removeprefix(f"dataset.path={path}: ")
-        raise ValueError(f"{key}={path}: {' '.join(reason.split())}") from error
+    except ValueError as error:
+        raise ValueError(f"{key}={path}: {reason(error).removeprefix(f'dataset.path={path}: ')}") from error
     return Given(FileImages(path, files, labels, decoder, key), class_names)
 
 
@@ -56,7 +56,7 @@ def _array(path: Path, key: str) -> Given:
         count, layout, shape = read_layout(path, name)
         class_names = None if labels is None else class_numbers(labels, count)
     except Exception as error:  # damaged files fail in many ways in the parsers of ZIP and NumPy headers
-        raise ValueError(f"{key}={path}: {error}") from error
+        raise ValueError(f"{key}={path}: {reason(error)}") from error
     return Given(ArrayImages(path, name, layout, shape, torch.arange(count), labels), class_names)
 
 

@@ -5,12 +5,14 @@ from collections import Counter
 from io import StringIO
 from pathlib import Path, PurePosixPath
 from typing import Literal
-from zipfile import ZipFile
 
 import torch
 from torch import Tensor
 
+from diffusion_cli import foreign
+
 LABELS_CSV = "labels.csv"
+LONGEST_ROW = 2**13  # bytes: two of the longest paths that systems take
 
 
 def class_labels(
@@ -26,7 +28,8 @@ def class_labels(
     table = None if labels == "folders" else find_csv(names, images)
     if table is not None:
         try:
-            classes = csv_classes(csv_rows(read(path, table)), table, images)
+            limit = min(foreign.LARGEST, LONGEST_ROW * (1 + len(images)))
+            classes = csv_classes(csv_rows(read(path, table, limit)), table, images)
         except ValueError as error:
             raise ValueError(f"dataset.path={path}: {table} {error}") from error
         return numbered(classes, in_order(set(classes)))
@@ -82,15 +85,15 @@ def find_csv(names: list[str], images: list[str]) -> str | None:
     return next((place for place in places if place in names), None)
 
 
-def read(path: Path, name: str) -> bytes:
-    """The content of one file in a folder or ZIP archive."""
+def read(path: Path, name: str, limit: int = foreign.LARGEST) -> bytes:
+    """The content of one file in a folder or ZIP archive; ValueError if it cannot be had, or is larger."""
     try:
         if path.is_dir():
-            return (path / name).read_bytes()
-        with ZipFile(path) as archive:
-            return archive.read(name)
-    except Exception as error:  # damaged, encrypted and exotic archives fail with errors of many types
-        why = " ".join(str(error).split()) or type(error).__name__
+            return foreign.read(path / name, limit)
+        with foreign.Archive(path) as archive:
+            return archive.read(name, limit)
+    except (ValueError, OSError) as error:
+        why = foreign.reason(error)
         raise ValueError(f"cannot be read ({why}); repair or remove it") from error
 
 
@@ -147,4 +150,4 @@ def csv_classes(rows: list[tuple[str, str]], table: str, images: list[str]) -> l
 
 def examples(names: list[str]) -> str:
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return ", ".join(map(repr, names[:3])) + more
+    return ", ".join(repr(name[:80]) for name in names[:3]) + more

@@ -1,0 +1,179 @@
+"""What strangers' files may be: regular, of bounded size, and where they are text, plain data of bounded depth.
+
+All raise ValueError with the end of a sentence that begins with the file's name, and OSError of the file system.
+"""
+
+import csv
+import json
+import math
+import stat
+import zipfile
+from io import StringIO
+from pathlib import Path
+from typing import IO, Any
+
+import yaml
+
+LARGEST = 2**28
+"""Bytes of an image or of a table of labels."""
+LONGEST_TEXT = 2**24
+"""Bytes of a text that this program writes: JSON, CSV."""
+LONGEST_YAML = 2**20  # its parser takes seconds for that
+LONGEST_SCALAR = 4096  # characters; YAML reads 1:2:3: ... as one number, in the square of its length
+DEEPEST = 32
+MOST_VALUES = 10**6
+
+
+def read(path: Path, limit: int = LARGEST) -> bytes:
+    """The content of a regular file: of a pipe or a device, which may never end, none is read."""
+    _bounded(regular(path), limit)
+    return path.read_bytes()
+
+
+def regular(path: Path) -> int:
+    """The size of a regular file, which for anything else is not opened: that alone may wait for ever."""
+    about = path.stat()
+    if not stat.S_ISREG(about.st_mode):
+        raise ValueError("is no regular file")
+    return about.st_size
+
+
+def _bounded(size: int, limit: int) -> None:
+    if size > limit:
+        raise ValueError(f"is larger than {limit} bytes")
+
+
+class Archive:
+    """A ZIP archive, of which entries are read one by one and none is unpacked; a context that closes it."""
+
+    def __init__(self, path: Path) -> None:
+        regular(path)
+        try:
+            self._zip = zipfile.ZipFile(path)
+        except OSError:
+            raise
+        except Exception as error:  # its parser meets damaged archives with errors of many types
+            raise ValueError(reason(error)) from error
+        self.entries = {entry.filename: entry for entry in self._zip.infolist()}
+        if len(self.entries) < len(self._zip.infolist()):
+            raise ValueError("has two entries of one name; pack it anew")
+
+    def __enter__(self) -> "Archive":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._zip.close()
+
+    def open(self, name: str) -> IO[bytes]:
+        """An entry, inflated as far as it is read."""
+        entry = self.entries[name]
+        # Other methods inflate a block at once, however little of it is asked for.
+        if entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+            raise ValueError("is compressed by another method than deflate; pack it anew")
+        try:
+            return self._zip.open(entry)
+        except Exception as error:  # encrypted, overlapping, or damaged
+            raise ValueError(reason(error)) from error
+
+    def read(self, name: str, limit: int = LARGEST) -> bytes:
+        """The content of an entry."""
+        size = self.entries[name].file_size
+        _bounded(size, limit)
+        with self.open(name) as file:
+            try:
+                return file.read(size + 1)  # a number, so that no more is inflated than was declared
+            except Exception as error:  # zlib's, of a bad checksum, of an early end
+                raise ValueError(reason(error)) from error
+
+
+def reason(error: BaseException) -> str:
+    """What an error says, in a line that is not too long."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 300 else f"{text[:297]}..."
+
+
+def plain(value: Any) -> Any:
+    """Return plain data: mappings with names as keys, lists, texts, finite or infinite numbers, true, false, null.
+
+    ValueError for anything else, and what is nested so deep or, with what is there many times, so large that
+    walking through it would not end.
+    """
+    todo: list[tuple[Any, int]] = [(value, 0)]
+    seen = 0
+    while todo:
+        item, depth = todo.pop()
+        parts: list[Any] = []
+        if type(item) is dict:
+            if not all(type(key) is str for key in item):
+                raise ValueError("has a key that is no text")
+            parts = [*item, *item.values()]
+        elif type(item) is list:
+            parts = item
+        elif type(item) is int:
+            if abs(item) >= 2**63:
+                raise ValueError("has a whole number that is too large")
+        elif item is not None and type(item) not in (str, float, bool):
+            raise ValueError(f"has a value of type {type(item).__name__}")
+        seen += 1 + len(parts)
+        if depth > DEEPEST:
+            raise ValueError(f"is nested deeper than {DEEPEST} levels")
+        if seen > MOST_VALUES:
+            raise ValueError(f"has more than {MOST_VALUES} values")
+        todo += [(part, depth + 1) for part in parts]
+    return value
+
+
+def from_json(data: bytes) -> Any:
+    """Plain data of JSON, all numbers finite."""
+    try:
+        value = json.loads(data, parse_constant=_refuse, parse_float=_finite)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"is not JSON ({reason(error)})") from error
+    return plain(value)
+
+
+def read_json(path: Path) -> Any:
+    """Plain data of a JSON file."""
+    return from_json(read(path, LONGEST_TEXT))
+
+
+def _refuse(name: str) -> float:
+    raise ValueError(f"{name} is no number there")
+
+
+def _finite(text: str) -> float:
+    number = float(text)
+    if math.isinf(number):
+        raise ValueError(f"{text[:40]} is too large")
+    return number
+
+
+class _Plain(yaml.SafeLoader):
+    """YAML without the few features by which a short text makes a huge tree, or takes hours."""
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        if self.check_event(yaml.AliasEvent):
+            raise ValueError("has an alias (*name); write out what it stands for")
+        event = self.peek_event()
+        if isinstance(event, yaml.ScalarEvent) and len(event.value) > LONGEST_SCALAR:
+            raise ValueError(f"has a text of more than {LONGEST_SCALAR} characters")
+        return super().compose_node(parent, index)
+
+
+def read_yaml(path: Path) -> Any:
+    """Plain data of a YAML file."""
+    data = read(path, LONGEST_YAML)
+    try:
+        value = yaml.load(data, _Plain)  # noqa: S506: a SafeLoader
+    except Exception as error:  # its constructors know no error but Python's own
+        raise ValueError(f"is not plain YAML ({reason(error)})") from error
+    return plain(value)
+
+
+def read_csv(path: Path) -> list[list[str]]:
+    """The lines of a CSV file that are not empty, as fields."""
+    try:
+        text = read(path, LONGEST_TEXT).decode()
+        return [row for row in csv.reader(StringIO(text, newline="")) if row]
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise ValueError(f"is no CSV in UTF-8 ({reason(error)})") from error

@@ -7,7 +7,6 @@ A checkpoint is Lightning's, with a plain `diffuse` entry that says how to build
 import contextlib
 import hashlib
 import os
-import pickle
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,10 +18,12 @@ except ImportError:
     fcntl = None
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
 
-from diffusion_cli.config import build, check_node
+from diffusion_cli.config import build, check_built, check_stored
 from diffusion_cli.denoiser import Denoiser, NoiseConditioned, NoisyClassifier
+from diffusion_cli.foreign import check_tensors, reason, regular
 
 FORMAT = 2
 LAST = Path("checkpoints", "last.ckpt")
@@ -94,18 +95,46 @@ def locked(folder: Path) -> Iterator[None]:
 
 def read(path: Path) -> dict[str, Any]:
     """Read a checkpoint as tensors and plain data; ValueError if it is damaged or not ours."""
+    size = regular(path)
     try:
+        check_tensors(path)
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+    except Exception as error:  # parsers of ZIP and pickle meet damaged files with errors of many types
         raise ValueError(
-            f"{path}: is not a whole checkpoint; put an earlier one from its folder in its place, or name another run"
+            f"{path}: is not a whole checkpoint ({reason(error)}); put an earlier one from its folder in its place, or "
+            "name another run"
         ) from error
     about = checkpoint.get("diffuse") if isinstance(checkpoint, dict) else None
     if not isinstance(about, dict) or about.get("format") != FORMAT:
         raise ValueError(
             f"{path}: is not a checkpoint of this version of diffuse (format {FORMAT}); name another run, or train anew"
         )
+    try:
+        mistakes = [*check_stored(about), *_check_weights(checkpoint, size)]
+    except ValueError as error:
+        mistakes = [str(error)]
+    if mistakes:
+        raise ValueError(f"{path}: is no checkpoint of diffuse: {'; '.join(mistakes)}; name another run")
     return checkpoint
+
+
+def _check_weights(checkpoint: Mapping[str, Any], size: int) -> list[str]:
+    """What is wrong with the entries of a checkpoint of `size` bytes that models are made of, one line each."""
+    step, version = checkpoint.get("global_step"), checkpoint.get("pytorch-lightning_version")
+    mistakes = [] if type(step) is int and 0 <= step < 2**63 else ["global_step: is no number of steps"]
+    mistakes += [] if isinstance(version, str) else ["pytorch-lightning_version: is no text"]
+    for weights in ("ema", "raw"):
+        try:
+            state = _network_state(checkpoint, weights)
+            # A few bytes can be said to be the numbers of a tensor of any size, and of any number of tensors.
+            whole = sum(value.numel() * value.element_size() for value in state.values()) <= size
+            usable = all(isinstance(key, str) and not value.is_neg() for key, value in state.items())
+        except (LookupError, TypeError, AttributeError):
+            whole = usable = False
+        mistakes += (
+            [] if whole and usable else [f"weights={weights}: there are none, or not as many as it says"]
+        )
+    return mistakes
 
 
 def find_run(run: str | None, output_dir: str, key: str = "run") -> Path:
@@ -160,13 +189,10 @@ def _origin(
     about = checkpoint["diffuse"]
     if about["task"] != task:
         raise ValueError(f"{run}: was trained with task={about['task']}; give a run of task={task}")
-    mistakes = [
-        line
-        for key in ("schedule", "parameterization", "model")
-        for line in check_node(key, about["config"][key])
-    ]
+    mistakes = check_built(about["config"])
     if mistakes:
         raise ValueError(f"{path}: was made by another version of diffuse: {'; '.join(mistakes)}")
+    _check_fit(path, about, _network_state(checkpoint, weights))
     names = about["class_names"]
     return checkpoint, {
         "shape": tuple(about["shape"]),
@@ -175,6 +201,32 @@ def _origin(
         "step": checkpoint["global_step"],
         "digest": digest(_network_state(checkpoint, weights)),
     }
+
+
+def _check_fit(path: Path, about: Mapping[str, Any], state: Mapping[str, Tensor]) -> None:
+    """Raise ValueError unless a checkpoint's weights are those of its model, which is built without any for that."""
+    built = 0
+
+    def count(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+        nonlocal built
+        built += parameter is not None
+        if built > len(state):  # the options may ask for a network without end
+            raise ValueError(f"the model has more than the {len(state)} tensors that are there")
+
+    hook = register_module_parameter_registration_hook(count)
+    channels, image_size, _ = about["shape"]
+    try:
+        with torch.device("meta"):
+            network = build(about["config"]["model"], channels, image_size, about["num_classes"])
+        wanted = {key: (value.shape, value.dtype) for key, value in network.state_dict().items()}
+        if wanted != {key: (value.shape, value.dtype) for key, value in state.items()}:
+            raise ValueError("the model has other tensors than are there")
+        for key in ("schedule", "parameterization"):
+            build(about["config"][key])
+    except Exception as error:  # sizes of a stranger's fail in many ways
+        raise ValueError(f"{path}: its model cannot be built ({reason(error)}); name another run") from error
+    finally:
+        hook.remove()
 
 
 Kind = TypeVar("Kind", bound=NoiseConditioned)

@@ -6,6 +6,8 @@ All raise ValueError with the end of a sentence that begins with the file's name
 import csv
 import json
 import math
+import pickletools
+import re
 import stat
 import zipfile
 from io import StringIO
@@ -86,6 +88,51 @@ class Archive:
                 raise ValueError(reason(error)) from error
 
 
+# What names a checkpoint of tensors and plain data. Of what torch allows beside, some takes any memory it is told to.
+NAMES = re.compile(r"collections OrderedDict|torch\._utils _rebuild_tensor_v2|torch \w+Storage")
+TUPLES = ("EMPTY_TUPLE", "TUPLE", "TUPLE1", "TUPLE2", "TUPLE3")
+
+
+def check_tensors(path: Path) -> None:
+    """Raise ValueError, or an error of the parsers, unless a file of `torch.save` names tensors and plain data alone.
+
+    Nothing in it may inflate, and no tuple be nested so deep that to hash it overflows Python's own stack.
+    """
+    with Archive(path) as archive:
+        if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.entries.values()):
+            raise ValueError("is compressed")
+        (name,) = (name for name in archive.entries if name.endswith("/data.pkl"))
+        data = archive.read(name)
+    stack: list[int | None] = []  # how deep the tuples are nested that lie there, None for a mark
+    memo: dict[Any, int] = {}
+    for operation, argument, _ in pickletools.genops(data):
+        if operation.name == "GLOBAL" and not NAMES.fullmatch(argument):
+            raise ValueError(f"names {argument}")
+        if "PUT" in operation.name:
+            memo[argument] = stack[-1] or 0
+        elif "GET" in operation.name:
+            stack.append(memo[argument])
+        elif operation.name == "MARK":
+            stack.append(None)
+        else:
+            depth = _nesting(operation, stack)
+            if depth > DEEPEST:
+                raise ValueError(f"has tuples nested deeper than {DEEPEST} levels")
+            stack += [depth] * len(operation.stack_after)
+
+
+def _nesting(operation: pickletools.OpcodeInfo, stack: list[int | None]) -> int:
+    """Take off a pickle's stack what an operation does, and return how deep the tuple is nested that it makes, or 0."""
+    taken = []
+    if pickletools.markobject in operation.stack_before:
+        while (depth := stack.pop()) is not None:
+            taken.append(depth)
+    for kind in operation.stack_before:
+        if kind not in (pickletools.markobject, pickletools.stackslice):
+            taken.append(stack.pop() or 0)
+    return 1 + max(taken, default=0) if operation.name in TUPLES else 0
+
+
 def reason(error: BaseException) -> str:
     """What an error says, in a line that is not too long."""
     text = " ".join(str(error).split()) or type(error).__name__
@@ -164,7 +211,7 @@ def read_yaml(path: Path) -> Any:
     """Plain data of a YAML file."""
     data = read(path, LONGEST_YAML)
     try:
-        value = yaml.load(data, _Plain)  # noqa: S506: a SafeLoader
+        value = yaml.load(data, _Plain)
     except Exception as error:  # its constructors know no error but Python's own
         raise ValueError(f"is not plain YAML ({reason(error)})") from error
     return plain(value)

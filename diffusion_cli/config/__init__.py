@@ -33,6 +33,7 @@ from diffusion_cli.config.schema import (
     TrainConfig,
     seconds,
 )
+from diffusion_cli.config.stored import check_built, check_stored
 
 __all__ = [
     "COMMANDS",
@@ -54,7 +55,9 @@ __all__ = [
     "Variant",
     "brought_by",
     "build",
+    "check_built",
     "check_node",
+    "check_stored",
     "chosen",
     "compose",
     "defaults",

@@ -130,7 +130,9 @@ def check_node(key: str, node: Mapping[str, Any]) -> list[str]:
     group, target = key.partition(".")[0], node.get("_target_")
     types = signature(target) if isinstance(target, str) and target in classes(group) else None
     if types is None:
-        return [f"{key}._target_={shown(target)[:80]}: is not a class of {PACKAGE} for {group}; only those are built"]
+        return [
+            f"{key}._target_={shown(target)[:80]}: is not a class of {PACKAGE} for {group}; only those are built"
+        ]
     fields: dict[str, Any] = {name: (kind, ...) for name, kind in types.items()}
     return validate(create_model(key, __config__=STRICT, **fields), arguments, key)[1]
 

@@ -185,7 +185,9 @@ def find_keys(path: Path) -> tuple[str, Tensor | None]:
     images = [key for key in IMAGE_KEYS if key in names]
     labels = [key for key in LABEL_KEYS if key in names]
     if not images:
-        raise ValueError(f"holds {', '.join(names[:10])}; images must be called one of {', '.join(IMAGE_KEYS)}")
+        raise ValueError(
+            f"holds {', '.join(names[:10])}; images must be called one of {', '.join(IMAGE_KEYS)}"
+        )
     if not labels:
         return images[0], None
     dtype = read_header(path, labels[0]).dtype
@@ -220,5 +222,7 @@ def class_numbers(labels: Tensor, count: int) -> tuple[str, ...]:
             f"labels of shape {tuple(labels.shape)}, from {labels.min()}; must be {count} from 0 on"
         )
     if labels.max() >= MOST_CLASSES:
-        raise ValueError(f"labels up to {labels.max()}; classes are numbered from 0, up to {MOST_CLASSES - 1}")
+        raise ValueError(
+            f"labels up to {labels.max()}; classes are numbered from 0, up to {MOST_CLASSES - 1}"
+        )
     return tuple(str(number) for number in range(int(labels.max()) + 1))

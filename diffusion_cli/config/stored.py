@@ -1,0 +1,84 @@
+"""What a checkpoint says of its run, checked before anything is made of it."""
+
+import math
+from collections.abc import Iterator, Mapping
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt
+
+from diffusion_cli.config.check import check_node, validate
+from diffusion_cli.foreign import plain
+
+LARGEST_NUMBER = 10**6
+MOST_PIXELS = 2**28
+BUILT = ("schedule", "parameterization", "model")
+
+
+class _Stored(BaseModel):
+    """The `diffuse` entry, as far as anything depends on it."""
+
+    model_config = ConfigDict(strict=True, extra="allow")
+    task: str
+    num_images: NonNegativeInt
+    config: dict[str, Any]
+    shape: Annotated[list[PositiveInt], Field(min_length=3, max_length=3)]
+    num_classes: PositiveInt | None
+    class_names: list[str] | None
+
+
+class _Config(BaseModel):
+    """Those keys of a run's configuration that are read from its checkpoint."""
+
+    model_config = ConfigDict(strict=True, extra="allow")
+    max_steps: PositiveInt | None
+    ema: dict[str, Any]
+    dataset: dict[str, Any]
+    objective: dict[str, Any]
+    schedule: dict[str, Any]
+    parameterization: dict[str, Any]
+    model: dict[str, Any]
+
+
+class _Objective(BaseModel):
+    model_config = ConfigDict(strict=True, extra="allow")
+    label_dropout: Annotated[float, Field(ge=0, lt=1)]
+
+
+def check_stored(about: Mapping[str, Any]) -> list[str]:
+    """What is wrong with the `diffuse` entry of a checkpoint, one line each; ValueError if it is no plain data."""
+    plain(about)
+    stored, mistakes = validate(_Stored, about)
+    if stored is None:
+        return mistakes
+    if math.prod(stored.shape) > MOST_PIXELS:
+        mistakes.append(f"shape={stored.shape}: is too large for an image")
+    names = stored.class_names
+    if (None if names is None else len(names)) != stored.num_classes:
+        mistakes.append(f"num_classes={stored.num_classes}: is not the number of class_names")
+    config, wrong = validate(_Config, stored.config)
+    mistakes += wrong
+    if config is not None:
+        mistakes += [] if "_target_" in config.dataset else ["dataset: names no class"]
+        mistakes += (
+            validate(_Objective, config.objective, "objective")[1] if stored.task == "diffusion" else []
+        )
+    return mistakes
+
+
+def check_built(config: Mapping[str, Any]) -> list[str]:
+    """What is wrong with the nodes of a checkpoint's configuration that its model is built of, one line each."""
+    mistakes = [line for key in BUILT for line in check_node(key, config[key])]
+    # A larger table or network could not be trained, but it could be asked for.
+    large = {
+        f"{key}={number}" for key in BUILT for number in _numbers(config[key]) if number > LARGEST_NUMBER
+    }
+    return mistakes + [f"{words}: is larger than {LARGEST_NUMBER}" for words in sorted(large)]
+
+
+def _numbers(node: Any) -> Iterator[int]:
+    """The whole numbers in plain data."""
+    if isinstance(node, int):
+        yield node
+    elif isinstance(node, Mapping | list):
+        for item in node.values() if isinstance(node, Mapping) else node:
+            yield from _numbers(item)

@@ -110,7 +110,7 @@ def read(path: Path) -> dict[str, Any]:
             f"{path}: is not a checkpoint of this version of diffuse (format {FORMAT}); name another run, or train anew"
         )
     try:
-        mistakes = [*check_stored(about), *_check_weights(checkpoint, size)]
+        mistakes = _mistakes(checkpoint, size)
     except ValueError as error:
         mistakes = [str(error)]
     if mistakes:
@@ -118,23 +118,28 @@ def read(path: Path) -> dict[str, Any]:
     return checkpoint
 
 
-def _check_weights(checkpoint: Mapping[str, Any], size: int) -> list[str]:
-    """What is wrong with the entries of a checkpoint of `size` bytes that models are made of, one line each."""
+def _mistakes(checkpoint: Mapping[str, Any], size: int) -> list[str]:
+    """What is wrong with what every command reads of a checkpoint of `size` bytes, one line each."""
+    mistakes = check_stored(checkpoint["diffuse"])
     step, version = checkpoint.get("global_step"), checkpoint.get("pytorch-lightning_version")
-    mistakes = [] if type(step) is int and 0 <= step < 2**63 else ["global_step: is no number of steps"]
+    mistakes += [] if type(step) is int and 0 <= step < 2**63 else ["global_step: is no number of steps"]
     mistakes += [] if isinstance(version, str) else ["pytorch-lightning_version: is no text"]
-    for weights in ("ema", "raw"):
-        try:
-            state = _network_state(checkpoint, weights)
-            # A few bytes can be said to be the numbers of a tensor of any size, and of any number of tensors.
-            whole = sum(value.numel() * value.element_size() for value in state.values()) <= size
-            usable = all(isinstance(key, str) and not value.is_neg() for key, value in state.items())
-        except (LookupError, TypeError, AttributeError):
-            whole = usable = False
-        mistakes += (
-            [] if whole and usable else [f"weights={weights}: there are none, or not as many as it says"]
-        )
-    return mistakes
+    return mistakes + (
+        [] if _are_whole(checkpoint, "ema", size) else ["its weights: are not there, or not whole"]
+    )
+
+
+def _are_whole(checkpoint: Mapping[str, Any], weights: Literal["ema", "raw"], size: int) -> bool:
+    """Whether a checkpoint of `size` bytes has weights, and the bytes for them.
+
+    A few bytes can be said to be the numbers of a tensor of any size, and of any number of tensors.
+    """
+    try:
+        state = _network_state(checkpoint, weights)
+        usable = all(isinstance(key, str) and not value.is_neg() for key, value in state.items())
+        return usable and 0 < sum(value.numel() * value.element_size() for value in state.values()) <= size
+    except (LookupError, TypeError, AttributeError):
+        return False
 
 
 def find_run(run: str | None, output_dir: str, key: str = "run") -> Path:
@@ -192,6 +197,8 @@ def _origin(
     mistakes = check_built(about["config"])
     if mistakes:
         raise ValueError(f"{path}: was made by another version of diffuse: {'; '.join(mistakes)}")
+    if not _are_whole(checkpoint, weights, path.stat().st_size):
+        raise ValueError(f"{path}: weights={weights}: are not there, or not whole; name another run")
     _check_fit(path, about, _network_state(checkpoint, weights))
     names = about["class_names"]
     return checkpoint, {

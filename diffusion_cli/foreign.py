@@ -106,7 +106,7 @@ def check_tensors(path: Path) -> None:
     stack: list[int | None] = []  # how deep the tuples are nested that lie there, None for a mark
     memo: dict[Any, int] = {}
     for operation, argument, _ in pickletools.genops(data):
-        if operation.name == "GLOBAL" and not NAMES.fullmatch(argument):
+        if operation.name == "GLOBAL" and not NAMES.fullmatch(str(argument)):
             raise ValueError(f"names {argument}")
         if "PUT" in operation.name:
             memo[argument] = stack[-1] or 0
@@ -172,6 +172,7 @@ def plain(value: Any) -> Any:
 
 def from_json(data: bytes) -> Any:
     """Plain data of JSON, all numbers finite."""
+    _bounded(len(data), LONGEST_TEXT)
     try:
         value = json.loads(data, parse_constant=_refuse, parse_float=_finite)
     except (ValueError, RecursionError) as error:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from diffusion_cli.config import Mistakes
 from diffusion_cli.data import Dataset, file_names, flattened, image_files, is_gray, opened, spread
+from diffusion_cli.foreign import read, reason
 
 Shape = tuple[int, int, int]
 MOST_LINES = 10
@@ -67,8 +68,8 @@ def read_input(given: str | list[str], shapes: list[Shape], fit: bool, count: in
     for file, name in zip(files, labels, strict=True):
         try:
             pixels = _pixels(file, shapes, fit)
-        except Exception as error:  # decoders meet broken data with errors of every type
-            lines.append(f"input={file}: {' '.join(str(error).split()) or type(error).__name__}")
+        except (ValueError, OSError) as error:
+            lines.append(f"input={file}: {reason(error)}")
         else:
             images.append(Input(name, pixels))
     if lines:
@@ -83,18 +84,18 @@ def read_input(given: str | list[str], shapes: list[Shape], fit: bool, count: in
 def read_mask(path: str) -> Tensor:
     """A gray image file as uint8 [H, W]; ValueError if it cannot be read."""
     try:
-        return torch.from_numpy(np.array(flattened(opened(Path(path).expanduser().read_bytes()), 1, "black")))
-    except Exception as error:  # decoders meet broken data with errors of every type
-        reason = "does not exist" if isinstance(error, FileNotFoundError) else str(error)
+        return torch.from_numpy(np.array(flattened(opened(read(Path(path).expanduser())), 1, "black")))
+    except (ValueError, OSError) as error:
+        what = "does not exist" if isinstance(error, FileNotFoundError) else reason(error)
         raise ValueError(
-            f"edit.mask={path}: {reason}; give an image file, a box [left,top,right,bottom], or centre"
+            f"edit.mask={path}: {what}; give an image file, a box [left,top,right,bottom], or centre"
         ) from error
 
 
 def _pixels(file: Path, shapes: list[Shape], fit: bool) -> Tensor:
     if not file.is_file():
         raise ValueError("is no file; give an image, a folder or a list of images")
-    image = opened(file.read_bytes())
+    image = opened(read(file))
     channels = 1 if is_gray(image) else 3
     shape = (channels, image.height, image.width)
     if shape not in shapes:

@@ -9,6 +9,7 @@ import torch
 from diffusion_cli import __version__
 from diffusion_cli.checkpoint import Model, whole_file
 from diffusion_cli.config import Mistakes, flatten, shown
+from diffusion_cli.foreign import from_json, read, reason
 
 
 def claim(output: Path, settings: dict[str, Any], model: Model) -> dict[str, Any]:
@@ -16,10 +17,12 @@ def claim(output: Path, settings: dict[str, Any], model: Model) -> dict[str, Any
     path = output / "manifest.json"
     if path.is_file():
         try:
-            manifest = json.loads(path.read_text())
-            before, now = flatten(manifest["settings"]), flatten(settings)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise Mistakes(f"{path}: is not a manifest of diffuse; choose another output=") from error
+            manifest = parsed(read(path))
+        except ValueError as error:
+            raise Mistakes(
+                f"{path}: is not a manifest of diffuse ({reason(error)}); choose another output="
+            ) from error
+        before, now = flatten(manifest["settings"]), flatten(settings)
         keys = sorted(key for key in before | now if before.get(key) != now.get(key))
         if keys:
             raise Mistakes(
@@ -42,6 +45,35 @@ def claim(output: Path, settings: dict[str, Any], model: Model) -> dict[str, Any
     }
     write_manifest(output, manifest)
     return manifest
+
+
+def parsed(content: bytes) -> dict[str, Any]:
+    """A manifest; ValueError if it is none of this program."""
+    manifest = from_json(content)
+    if not isinstance(manifest, dict):
+        raise ValueError("is no object")
+    settings, results = manifest.get("settings"), manifest.get("results", {})
+    if not isinstance(settings, dict) or not isinstance(manifest.get("versions"), dict):
+        raise ValueError("says nothing of settings and versions")
+    labels = [0] if settings.get("labels") is None else settings["labels"]
+    if labels == []:
+        raise ValueError("labels should be some, or null")
+    for key, numbers in (("labels", labels), ("seeds", manifest.get("seeds", []))):
+        if not isinstance(numbers, list) or not all(type(n) is int and 0 <= n < 2**32 for n in numbers):
+            raise ValueError(f"{key} should be whole numbers")
+    for key, number in (
+        ("step", manifest.get("step", 0)),
+        ("network_calls", manifest.get("network_calls", 0)),
+    ):
+        if type(number) is not int or number < 0:
+            raise ValueError(f"{key} should be a whole number")
+    if not isinstance(results, dict) or not all(map(_is_result, results.values())):
+        raise ValueError("results should be numbers by name")
+    return manifest
+
+
+def _is_result(numbers: Any) -> bool:
+    return isinstance(numbers, dict) and all(isinstance(number, int | float) for number in numbers.values())
 
 
 def brief(value: Any) -> str:

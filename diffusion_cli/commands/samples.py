@@ -1,6 +1,5 @@
 """The samples to be evaluated: made by a run's model on the way, and maybe kept, or made by anyone."""
 
-import json
 import time
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
@@ -11,6 +10,7 @@ from torch import Tensor
 
 from diffusion_cli.checkpoint import LAST
 from diffusion_cli.commands.inputs import PICTURES
+from diffusion_cli.commands.outputs import parsed
 from diffusion_cli.commands.trained import Trained
 from diffusion_cli.config import EvalConfig
 from diffusion_cli.data import Dataset, Given, file_names, given_images, is_image
@@ -99,7 +99,10 @@ def given_samples(path: Path, dataset: Dataset | None, count: int | None) -> Giv
         made |= {"step": manifest.get("step"), **manifest["settings"]}
         files = sorted(name for name in results if is_image(PurePosixPath(name)))
         labels, seeds = manifest["settings"].get("labels"), [PurePosixPath(name).stem for name in files]
-        if dataset and isinstance(labels, list) and all(seed.isdigit() for seed in seeds):
+        known = (
+            isinstance(labels, list) and max(labels) < len(dataset.class_names or ()) if dataset else False
+        )
+        if dataset and known and all(seed.isdigit() for seed in seeds):
             given = Given(given.images, dataset.class_names)
             given.images.labels = labels_of([int(seed) for seed in seeds], labels, torch.device("cpu"))
     return GivenSamples(given, dataset.class_names if dataset else None, made, f"samples={path}", count)
@@ -110,9 +113,8 @@ def _manifest(path: Path, names: Sequence[str]) -> dict[str, Any] | None:
     if "manifest.json" not in names:
         return None
     try:
-        manifest = json.loads(read(path, "manifest.json"))
-        return manifest if isinstance(manifest["settings"], dict) and "versions" in manifest else None
-    except (ValueError, LookupError, TypeError):
+        return parsed(read(path, "manifest.json"))
+    except ValueError:
         return None
 
 

@@ -3,7 +3,7 @@
 from diffusion_cli.data.array import Array
 from diffusion_cli.data.base import Dataset, Images, NoDataset, PixelDigest, spread
 from diffusion_cli.data.batches import Batch, Batches, normalised
-from diffusion_cli.data.decoding import flattened, is_gray, opened
+from diffusion_cli.data.decoding import Exact, flattened, is_gray, opened
 from diffusion_cli.data.digits import Digits
 from diffusion_cli.data.folder import Folder, file_names, image_files, is_image
 from diffusion_cli.data.gaussian_mixture import GaussianMixture
@@ -19,6 +19,7 @@ __all__ = [
     "Batches",
     "Dataset",
     "Digits",
+    "Exact",
     "FashionMNIST",
     "Folder",
     "GaussianMixture",

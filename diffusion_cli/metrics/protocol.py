@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from diffusion_cli.checkpoint import locked, whole_file
+from diffusion_cli.foreign import read_json
 
 
 @dataclass(frozen=True)
@@ -34,8 +35,16 @@ class Report:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Self:
-        """The report that `to_dict` gave the data of."""
-        return cls([Result(**result) for result in data["results"]], list(data["notes"]))
+        """The report that `to_dict` gave the data of; LookupError, TypeError or AttributeError for other data."""
+        report = cls([Result(**result) for result in data["results"]], list(data["notes"]))
+        for result in report.results:
+            if not isinstance(result.name, str) or not isinstance(result.protocol, dict):
+                raise TypeError(f"name and protocol of {result.name} should be a text and an object")
+            if not all(isinstance(value, int | float) for value in (result.value, *result.details.values())):
+                raise TypeError(f"value and details of {result.name} should be numbers")
+        if not all(isinstance(note, str) for note in report.notes):
+            raise TypeError("notes should be texts")
+        return report
 
     def table(self) -> str:
         """The numbers one a line, details indented below theirs, and then the notes."""
@@ -115,9 +124,9 @@ def read_history(path: Path) -> list[dict[str, Any]]:
     if not path.exists():
         return []
     try:
-        history = json.loads(path.read_text(encoding="utf-8"))
+        history = read_json(path)
     except ValueError as error:
-        raise ValueError(f"{path}: is not JSON ({error}); move it away or mend it") from error
+        raise ValueError(f"{path}: {error}; move it away or mend it") from error
     try:
         if not isinstance(history, list):
             raise TypeError(f"but {type(history).__name__}")

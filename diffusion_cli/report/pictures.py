@@ -4,13 +4,14 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
 from diffusion_cli.checkpoint import whole_file
+from diffusion_cli.data import Exact, is_gray, opened
+from diffusion_cli.foreign import read, reason
 
 
 def grid(images: Tensor, columns: int | None = None) -> Tensor:
@@ -35,10 +36,19 @@ def rows(images: Sequence[Tensor]) -> Tensor:
 
 
 def read_images(files: Sequence[Path]) -> Tensor:
-    """Saved pictures of one size, uint8 [N, C, H, W]."""
-    pixels = np.stack([np.array(Image.open(file)) for file in files])
-    images = torch.from_numpy(pixels)
-    return images.unsqueeze(1) if images.ndim == 3 else images.permute(0, 3, 1, 2)
+    """Saved pictures of one size, uint8 [N, C, H, W]; ValueError naming one that is no picture, or of another size."""
+    decoder: Exact | None = None
+    images = []
+    for file in files:
+        try:
+            data = read(file)
+            if decoder is None:
+                first = opened(data)
+                decoder = Exact(1 if is_gray(first) else 3, first.height, first.width)
+            images.append(torch.from_numpy(decoder(data).copy()))
+        except ValueError as error:
+            raise ValueError(f"{file}: {reason(error)}; move it away to have it made anew") from error
+    return torch.stack(images)
 
 
 def save_png(image: Tensor, path: Path) -> None:

@@ -1,8 +1,6 @@
 """What a run's folder holds, read for the page about it."""
 
 import base64
-import csv
-import json
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping
@@ -12,10 +10,15 @@ from typing import Any, NamedTuple, TypeVar
 
 from diffusion_cli.checkpoint import LAST, read
 from diffusion_cli.config import flatten
+from diffusion_cli.data import opened
+from diffusion_cli.foreign import read as read_file
+from diffusion_cli.foreign import read_csv, read_json, reason
 from diffusion_cli.metrics import Report, Result, read_history
 from diffusion_cli.report.charts import Points
 
 MOST_PREVIEWS = 50  # in one page, which holds them all
+MOST_COLUMNS = 200
+EXTREME = 1e100  # beyond which, and below one over which, a value cannot be drawn
 
 Content = TypeVar("Content")
 
@@ -92,10 +95,9 @@ class _Reading:
             return None
         try:
             return content(path)
-        except (OSError, ValueError, LookupError, TypeError, AttributeError, csv.Error) as error:
-            what = str(error).splitlines()[0] if str(error) else type(error).__name__
+        except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
             self.remarks.append(
-                f"{path.relative_to(self.folder)} could not be read ({what}), and is left out."
+                f"{path.relative_to(self.folder)} could not be read ({reason(error)}), and is left out."
             )
             return None
 
@@ -140,15 +142,20 @@ def _environment(checkpoint: Mapping[str, Any], reports: list[Report]) -> dict[s
 
 
 def _curves(path: Path) -> dict[str, Points]:
-    """The finite numbers of each column."""
+    """The numbers of each column that can be drawn."""
+    header, *rows = read_csv(path) or [[]]
+    if len(header) > MOST_COLUMNS:
+        raise ValueError(f"has more than {MOST_COLUMNS} columns")
+    place = header.index("step")
     curves: dict[str, Points] = {}
-    with path.open(newline="", encoding="utf-8") as file:
-        for row in csv.DictReader(file, restkey="", restval=""):
-            step = int(row.pop("step"))
-            for column, text in row.items():
-                value = float(text) if isinstance(text, str) and text else math.nan
-                if math.isfinite(value):
-                    curves.setdefault(column, []).append((step, value))
+    for row in rows:
+        step = int(row[place])
+        if not 0 <= step < 2**53:
+            raise ValueError(f"has a step {row[place][:20]}")
+        for column, text in zip(header, row, strict=False):
+            value = float(text) if text and column != "step" else math.nan
+            if value == 0 or 1 / EXTREME < abs(value) < EXTREME:
+                curves.setdefault(column, []).append((step, value))
     return curves
 
 
@@ -163,7 +170,8 @@ def _previews(reading: _Reading) -> dict[int, str]:
     if len(steps) > MOST_PREVIEWS:
         reading.remarks.append(f"{MOST_PREVIEWS} of the {len(steps)} pictures in previews are shown.")
         steps = [steps[place * (len(steps) - 1) // (MOST_PREVIEWS - 1)] for place in range(MOST_PREVIEWS)]
-    return {step: _data_uri(found[step]) for step in steps}
+    pictures = {step: reading.tried(_data_uri, found[step]) for step in steps}
+    return {step: picture for step, picture in pictures.items() if picture is not None}
 
 
 def _samples(reading: _Reading) -> Samples | None:
@@ -171,12 +179,13 @@ def _samples(reading: _Reading) -> Samples | None:
     if not grids:
         return None
     settings = reading.tried(_settings, grids[-1].with_name("manifest.json"))
-    return Samples(grids[-1].parent.name, _data_uri(grids[-1]), settings or {})
+    picture = reading.tried(_data_uri, grids[-1])
+    return None if picture is None else Samples(grids[-1].parent.name, picture, settings or {})
 
 
 def _settings(path: Path) -> dict[str, Any]:
     """What a manifest says of how images were made, the model's training apart."""
-    manifest = json.loads(path.read_text(encoding="utf-8"))
+    manifest = read_json(path)
     images = {"images": len(manifest["seeds"])} if "seeds" in manifest else {}
     return (
         images
@@ -186,30 +195,19 @@ def _settings(path: Path) -> dict[str, Any]:
 
 
 def _reports(path: Path) -> list[Report]:
-    try:
-        reports = [Report.from_dict(entry) for entry in read_history(path)]
-        for result in (result for report in reports for result in report.results):
-            if not isinstance(result.details, dict) or not isinstance(result.protocol, dict):
-                raise TypeError(f"of {result.name}: details and protocol should be objects")
-    except (LookupError, TypeError) as error:
-        raise ValueError(
-            f"{path}: holds an entry that is no result ({error}); move it away or mend it"
-        ) from error
-    return reports
+    return [Report.from_dict(entry) for entry in read_history(path)]
 
 
 def _comparisons(reading: _Reading) -> Iterator[Comparison]:
     for folder in sorted(reading.folder.glob("comparisons/*/")):
-        table = reading.tried(_table, folder / "table.csv")
+        table = reading.tried(read_csv, folder / "table.csv")
         plot = reading.tried(_data_uri, folder / "plot.png")
         if table or plot:
             yield Comparison(folder.name, table or [], plot)
 
 
-def _table(path: Path) -> list[list[str]]:
-    with path.open(newline="", encoding="utf-8") as file:
-        return [row for row in csv.reader(file) if row]
-
-
 def _data_uri(path: Path) -> str:
-    return f"data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()}"
+    """A picture for the page; of a file that is none nothing gets there, whatever a link in the folder points to."""
+    data = read_file(path)
+    opened(data)
+    return f"data:image/png;base64,{base64.b64encode(data).decode()}"

@@ -105,7 +105,8 @@ def read(path: Path) -> dict[str, Any]:
             "name another run"
         ) from error
     about = checkpoint.get("diffuse") if isinstance(checkpoint, dict) else None
-    if not isinstance(about, dict) or about.get("format") != FORMAT:
+    # A tensor in its place would be compared number by number, however many it says that it has.
+    if not isinstance(about, dict) or type(about.get("format")) is not int or about["format"] != FORMAT:
         raise ValueError(
             f"{path}: is not a checkpoint of this version of diffuse (format {FORMAT}); name another run, or train anew"
         )

@@ -99,10 +99,9 @@ def given_samples(path: Path, dataset: Dataset | None, count: int | None) -> Giv
         made |= {"step": manifest.get("step"), **manifest["settings"]}
         files = sorted(name for name in results if is_image(PurePosixPath(name)))
         labels, seeds = manifest["settings"].get("labels"), [PurePosixPath(name).stem for name in files]
-        known = (
-            isinstance(labels, list) and max(labels) < len(dataset.class_names or ()) if dataset else False
-        )
-        if dataset and known and all(seed.isdigit() for seed in seeds):
+        classes = dataset.num_classes or 0 if dataset else 0
+        known = isinstance(labels, list) and max(labels) < classes
+        if dataset and known and all(seed.isdecimal() for seed in seeds):
             given = Given(given.images, dataset.class_names)
             given.images.labels = labels_of([int(seed) for seed in seeds], labels, torch.device("cpu"))
     return GivenSamples(given, dataset.class_names if dataset else None, made, f"samples={path}", count)

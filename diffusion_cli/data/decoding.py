@@ -96,7 +96,14 @@ def opened(data: bytes) -> Image.Image:
 
 
 def flattened(image: Image.Image, channels: int, background: Literal["white", "black"]) -> Image.Image:
-    """The image in 8 bits, without transparency, in gray or RGB."""
+    """The image in 8 bits, without transparency, in gray or RGB; ValueError if it cannot be had so."""
+    try:
+        return _flattened(image, channels, background)
+    except Exception as error:  # a few kinds of colours cannot be converted
+        raise ValueError(reason(error)) from error
+
+
+def _flattened(image: Image.Image, channels: int, background: Literal["white", "black"]) -> Image.Image:
     if image.mode.startswith("I"):  # 16-bit gray, which Pillow's own conversion clips at 255
         values = np.asarray(image)
         if values.min() < 0 or values.max() > 65535:

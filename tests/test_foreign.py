@@ -864,7 +864,7 @@ WORDS = st.builds(
 )  # fmt: skip
 
 
-@FUZZ
+@settings(FUZZ, max_examples=FUZZ.max_examples // 5)  # each is composed by Hydra, which takes long
 @given(st.sampled_from(["train", "plot", "report"]), st.lists(WORDS, min_size=1, max_size=3))
 def test_mutated_words(command, words):
     clean(load, command, words)

@@ -550,7 +550,7 @@ def test_a_result_holds_what_it_should(tmp_path, change):
         "step,loss\n99999999999999999999999999,1\n", "step,loss\n-1,1\n", "step,loss\n" + "9" * 5000 + ",1\n",
         "loss\n1\n", "step\n", "", "step,loss\n1,x\n", "step,loss\nNaN,1\n", 'step,"a\n1,2\n', "\0,step\n1,1\n",
         "step," + "x," * 300 + "\n1\n", "step,loss\n1\n2,3,4\n", "step,loss\n1,1e308\n2,-1e308\n",
-        "step,loss\n1,5e-324\n", "step,step\n1,1\n", "step,loss\n1,1e-99\n2,1e99\n",
+        "step,loss\n1,5e-324\n", "step,step\n1,1\n", "loss,step\n1,1\n2", "step,loss\n1,1e-99\n2,1e99\n",
     ],
 )  # fmt: skip
 def test_any_table_of_losses_leaves_a_page(tmp_path, run, text):

@@ -148,7 +148,7 @@ def _curves(path: Path) -> dict[str, Points]:
         raise ValueError(f"has more than {MOST_COLUMNS} columns")
     place = header.index("step")
     curves: dict[str, Points] = {}
-    for row in rows:
+    for row in (row for row in rows if len(row) > place):  # the last one may be cut off
         step = int(row[place])
         if not 0 <= step < 2**53:
             raise ValueError(f"has a step {row[place][:20]}")

@@ -4,6 +4,8 @@ from contextlib import AbstractContextManager
 
 import torch
 
+FORMATS = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
 
 def device_of(name: str) -> torch.device:
     """The device called auto, cpu or cuda; ValueError if there is no such device here."""
@@ -38,4 +40,4 @@ def autocast(device: torch.device, precision: str) -> AbstractContextManager[obj
             enabled=True, benchmark=torch.backends.cudnn.benchmark, allow_tf32=False,
             deterministic=torch.backends.cudnn.deterministic,
         )  # fmt: skip
-    return torch.autocast(device.type, torch.bfloat16)
+    return torch.autocast(device.type, FORMATS[resolve(precision, device)])

@@ -161,7 +161,7 @@ def loop(rounds: int, device: torch.device) -> Iterator[Row]:
             Simple(huber_delta=None, label_dropout=0.0),
         )
         ema = EMA(network, 0.999, warm_up=True)
-        optimizer = optimizer_config.optimizer(network.parameters())
+        optimizer = optimizer_config.optimizer(network.parameters(), fused=True)
         scheduler = optimizer_config.scheduler(optimizer)
         starts = []
         for batch in islice(Batches(images, 128, 0, flip=False, device=device), steps):

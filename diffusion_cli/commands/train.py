@@ -49,9 +49,10 @@ from diffusion_cli.training.callbacks import (
     Stop,
     WholeFileIO,
 )
-from diffusion_cli.training.device import Device, Joined
+from diffusion_cli.training.device import Device
 from diffusion_cli.training.ema import EMA
 from diffusion_cli.training.evaluation import Evaluation, TrainingSamples
+from diffusion_cli.training.memory import advice, ran_out
 from diffusion_cli.training.module import TrainingModule
 from diffusion_cli.training.optimizers import OptimizerConfig
 
@@ -199,15 +200,26 @@ def _train(config: TrainConfig, folder: Path, last: Path, stop: Stop) -> int:
         ],
         logger=[build(node).logger(folder, done) for node in config.logger.values()],
         max_steps=max_steps or -1,
-        precision="bf16-mixed" if precision == "bf16" else "32-true",
+        precision=precision,
+        device=parts.device,
         default_root_dir=folder,
-        **parts.device.trainer_arguments(place),
     )
     start = done * config.accumulate
     batches = Batches(
         images, part, config.seed, dataset.flip, start, ranks.rank, ranks.world, device, dataset.num_workers
     )
-    trainer.fit(module, batches, ckpt_path=last if done else None, weights_only=True)
+    fits = True
+    try:
+        trainer.fit(module, batches, ckpt_path=last if done else None, weights_only=True)
+    except (RuntimeError, MemoryError) as error:
+        if not ran_out(error):
+            raise
+        fits = False  # to be looked into when the error, and all that it holds, is gone
+    if not fits:
+        context = trainer.precision_plugin.forward_context()
+        raise ValueError(
+            advice(module, dataset.shape, config.batch_size, config.accumulate, ranks.world, context)
+        )
     if ranks.first:
         _tell(trainer.global_step, stop, watchers, model, folder)
     return 0 if stop.signal is None else UNFINISHED
@@ -280,19 +292,20 @@ def _evaluation(config: TrainConfig, every: int, folder: Path, parts: _Parts, em
     )  # fmt: skip
 
 
-def _trainer(config: TrainConfig, **arguments: Any) -> Trainer:
+def _trainer(config: TrainConfig, device: Device, precision: str, **arguments: Any) -> Trainer:
     """Lightning's Trainer, with all that the run's own callbacks do switched off, and its advice kept to itself."""
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", module=r"lightning\.")
     return Trainer(
         max_epochs=-1,
         accumulate_grad_batches=config.accumulate,
-        plugins=[WholeFileIO(), Joined(started())],
+        plugins=[WholeFileIO(), *device.plugins(precision)],
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
         use_distributed_sampler=False,
         log_every_n_steps=config.log_every,
+        **device.trainer_arguments(),
         **arguments,
     )
 

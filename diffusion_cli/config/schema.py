@@ -5,6 +5,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
     NonNegativeInt,
@@ -25,7 +26,12 @@ FORMS = {
 }
 Class = int | str
 Label = Class | Annotated[list[Class], Field(min_length=1)] | None
-Precision = Literal["auto", "fp32", "bf16"]
+# Lightning's names of the number formats, and ours.
+NUMBER_FORMATS = {32: "fp32", "32": "fp32", "bf16-mixed": "bf16", "16-mixed": "fp16"}
+Precision = Annotated[
+    Literal["auto", "fp32", "bf16", "fp16"],
+    BeforeValidator(lambda name: NUMBER_FORMATS.get(name, name) if isinstance(name, int | str) else name),
+]
 Device = Literal["auto", "cpu", "cuda"]
 
 

@@ -5,11 +5,12 @@ from typing import Any, Literal
 
 import torch
 from lightning.fabric.plugins import ClusterEnvironment
+from lightning.pytorch.plugins import MixedPrecision, Precision
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Strategy
 from pydantic import PositiveInt
 
 from diffusion_cli.precision import device_of
-from diffusion_cli.ranks import Place
+from diffusion_cli.ranks import Place, started
 
 
 class Device:
@@ -42,8 +43,22 @@ class Device:
         self.strategy = strategy
         self.devices, self.num_nodes, self.timeout = devices, num_nodes, timeout
 
-    def trainer_arguments(self, place: Place) -> dict[str, Any]:
-        """What Lightning's Trainer is told in a process that has its place among others."""
+    def plugins(self, precision: str) -> list[Any]:
+        """The parts of Lightning's Trainer for the processes that are at work, and for fp32, bf16 or fp16."""
+        if precision == "fp16" and self.strategy == "fsdp":
+            raise ValueError(
+                "precision=fp16: does not go with trainer.strategy=fsdp; take bf16 or fp32, or strategy=ddp"
+            )
+        if precision == "fp32":
+            return [Joined(started()), Precision()]
+        kind = self.torch_device.type
+        if precision == "bf16":
+            return [Joined(started()), MixedPrecision("bf16-mixed", kind)]
+        return [Joined(started()), MixedPrecision("16-mixed", kind, torch.amp.GradScaler(kind))]
+
+    def trainer_arguments(self) -> dict[str, Any]:
+        """What Lightning's Trainer is told of the devices."""
+        place = started()
         # A task of srun may see all GPUs of its node, or only its own.
         visible = torch.cuda.device_count() if self.torch_device.type == "cuda" else 0
         devices = [

@@ -113,7 +113,9 @@ class TrainingModule(LightningModule):
 
     def configure_optimizers(self) -> Any:
         """Return the optimizer and its scheduler, stepped every step."""
-        optimizer = self.optimizer_config.optimizer(self.parameters())
+        # A fused optimizer would take the scale of fp16's gradients off after they are clipped.
+        scaled = self.trainer.precision_plugin.precision == "16-mixed"
+        optimizer = self.optimizer_config.optimizer(self.parameters(), fused=not scaled)
         scheduler = self.optimizer_config.scheduler(optimizer)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 

@@ -18,8 +18,8 @@ class OptimizerConfig(ABC):
     clip_norm: float | None
 
     @abstractmethod
-    def optimizer(self, parameters: Iterable[nn.Parameter]) -> optim.Optimizer:
-        """Return the optimizer of the given parameters."""
+    def optimizer(self, parameters: Iterable[nn.Parameter], fused: bool) -> optim.Optimizer:
+        """Return the optimizer of the given parameters, its step as one kernel or not."""
 
     def factor(self, step: int) -> float:
         """The learning rate at a step in units of lr: a linear warm-up, then constant or a half cosine to 0."""
@@ -52,8 +52,8 @@ class Adam(OptimizerConfig):
         self.lr, self.betas, self.eps = lr, (betas[0], betas[1]), eps
         self.warm_up_steps, self.decay_steps, self.clip_norm = warm_up_steps, decay_steps, clip_norm
 
-    def optimizer(self, parameters: Iterable[nn.Parameter]) -> optim.Optimizer:
-        return optim.Adam(parameters, lr=self.lr, betas=self.betas, eps=self.eps, fused=True)
+    def optimizer(self, parameters: Iterable[nn.Parameter], fused: bool) -> optim.Optimizer:
+        return optim.Adam(parameters, lr=self.lr, betas=self.betas, eps=self.eps, fused=fused)
 
 
 class AdamW(Adam):
@@ -80,7 +80,12 @@ class AdamW(Adam):
         )
         self.weight_decay = weight_decay
 
-    def optimizer(self, parameters: Iterable[nn.Parameter]) -> optim.Optimizer:
+    def optimizer(self, parameters: Iterable[nn.Parameter], fused: bool) -> optim.Optimizer:
         return optim.AdamW(
-            parameters, lr=self.lr, betas=self.betas, eps=self.eps, weight_decay=self.weight_decay, fused=True
+            parameters,
+            lr=self.lr,
+            betas=self.betas,
+            eps=self.eps,
+            weight_decay=self.weight_decay,
+            fused=fused,
         )

@@ -1,0 +1,73 @@
+"""What to do when memory runs out: find, by trying, the parts of a batch that fit."""
+
+import gc
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
+
+import torch
+from torch import Tensor
+
+from diffusion_cli.training.module import TrainingModule
+
+
+def ran_out(error: BaseException) -> bool:
+    """Whether an error says that a device, or the CPU, has no memory left."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
+        isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+    )
+
+
+def advice(
+    module: TrainingModule,
+    shape: tuple[int, int, int],
+    batch_size: int,
+    accumulate: int,
+    world: int,
+    context: AbstractContextManager[object],
+) -> str:
+    """A line on a batch that does not fit: how many parts do, by a trial of each division on this device."""
+    device = module.device
+    began = f"batch_size={batch_size}: parts of {batch_size // accumulate // world} images do not fit in the memory of "
+    began += f"this {device.type}"
+    if any(hasattr(parameter, "device_mesh") for parameter in module.parameters()):
+        return f"{began}; try accumulate={2 * accumulate}"
+    for parts in _more(batch_size // world, accumulate):
+        size = batch_size // world // parts
+        if _fits(module, torch.zeros(size, *shape, device=device), context):
+            return f"{began}, but parts of {size} do: accumulate={parts}"
+    return f"{began}, nor does one image; take a smaller model, or model.gradient_checkpointing=true"
+
+
+def _more(images: int, accumulate: int) -> Iterator[int]:
+    """The numbers of equal parts above `accumulate` that so many images can be cut into."""
+    return (parts for parts in range(accumulate + 1, images + 1) if images % parts == 0)
+
+
+def _fits(module: TrainingModule, images: Tensor, context: AbstractContextManager[object]) -> bool:
+    """Whether a training step on these images fits, with gradients and what Adam keeps."""
+    _free(module)
+    model, parameters = module.model, [p for p in module.model.parameters() if p.requires_grad]
+    labels = None
+    if module.about["num_classes"] is not None:
+        labels = torch.zeros(len(images), dtype=torch.int64, device=images.device)
+    try:
+        kept = [torch.empty_like(parameter) for parameter in parameters for _ in range(2)]
+        t = model.schedule.time(torch.full((len(images),), 0.5, device=images.device))
+        with context, torch.compiler.set_stance("force_eager"):
+            loss = module.objective(model, images, labels, t, torch.zeros_like(images)).mean()
+            # Not backward(), on whose gradients other processes would wait.
+            torch.autograd.grad(loss, parameters, allow_unused=True)
+        del kept, loss
+    except (RuntimeError, MemoryError) as error:
+        if ran_out(error):
+            return False
+        raise
+    return True
+
+
+def _free(module: TrainingModule) -> None:
+    """Give back what the failed step, and its optimizer, hold."""
+    module.zero_grad(set_to_none=True)
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

@@ -3,6 +3,7 @@
 Nothing here imports torch: help and mistakes are answered from the YAML files and the source.
 """
 
+import contextlib
 import importlib
 import os
 import signal
@@ -14,6 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from types import FrameType
 
 import yaml
 
@@ -23,6 +25,7 @@ from diffusion_cli.config import (
     CONF,
     FIRST_WORD,
     GRIDS,
+    LAUNCHERS,
     UNFINISHED,
     Config,
     Mistakes,
@@ -55,9 +58,13 @@ def run(words: Sequence[str]) -> int:
     try:
         return _dispatch(list(words))
     except Mistakes as mistakes:
-        for line in mistakes.lines:
-            print(f"diffuse: {line}", file=sys.stderr)
-        return USER_ERROR
+        return _answer(mistakes)
+
+
+def _answer(mistakes: Mistakes) -> int:
+    for line in mistakes.lines:
+        print(f"diffuse: {line}", file=sys.stderr)
+    return USER_ERROR
 
 
 def _dispatch(words: list[str]) -> int:
@@ -175,22 +182,24 @@ def _is_message(error: BaseException) -> bool:
 
 
 def sweep(command: str, request: Request) -> int:
-    """Check every value of a sweep, then leave its jobs to Hydra."""
+    """Check every value of a sweep, then leave its jobs to Hydra and the launcher."""
+    words, overrides = config.split_launcher(request.overrides)
+    jobs: list[Config] = []
     mistakes: list[str] = []
-    for variant in config.expand(request.overrides):
+    for variant in config.expand(overrides):
         try:
-            config.load(command, variant, request.dirs)
+            jobs.append(config.load(command, variant, request.dirs))
         except Mistakes as found:
             mistakes += found.lines
     if mistakes:
         raise Mistakes(*dict.fromkeys(mistakes))
+    launcher = config.launch(words, jobs, request.dirs)
     import hydra
 
-    output_dir = config.compose(command, config.expand(request.overrides)[0], request.dirs)[0]["output_dir"]
     quiet = [
         "hydra/job_logging=none",
         "hydra.output_subdir=null",
-        f"hydra.sweep.dir={output_dir}",
+        f"hydra.sweep.dir={jobs[0].output_dir}",
         "hydra.sweep.subdir=.",
         *(
             [f"hydra.searchpath=[{','.join(f'file://{d.resolve()}' for d in request.dirs)}]"]
@@ -198,10 +207,32 @@ def sweep(command: str, request: Request) -> int:
             else []
         ),
     ]
-    sys.argv = ["diffuse", *request.overrides, *quiet, "--multirun"]
+    sys.argv = ["diffuse", *overrides, *launcher, *quiet, "--multirun"]
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # a job's failure comes out as it is, and becomes a line
     job = partial(_sweep_job, command, request.dirs)
-    hydra.main(config_path=str(CONF), config_name=command, version_base="1.3")(job)()
+    with _waiting(jobs[0].output_dir):
+        hydra.main(config_path=str(CONF), config_name=command, version_base="1.3")(job)()
     return 0
+
+
+@contextlib.contextmanager
+def _waiting(output_dir: str) -> Iterator[None]:
+    """Say in a line what becomes of a cluster's jobs that the sweep waits for."""
+    logs = Path(output_dir, ".submitit")
+    try:
+        yield
+    except KeyboardInterrupt as interrupt:
+        raise Mistakes(
+            f"stopped waiting, the jobs go on; squeue shows them, scancel ends them, and their logs lie in {logs}"
+        ) from interrupt
+    except Exception as error:
+        if type(error).__module__.partition(".")[0] != "submitit":
+            raise
+        raise Mistakes(f"launcher=slurm: {_first_line(error)}; the logs lie in {logs}") from error
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
 
 
 def _sweep_job(command: str, dirs: Sequence[Path], _: object) -> None:
@@ -210,20 +241,52 @@ def _sweep_job(command: str, dirs: Sequence[Path], _: object) -> None:
 
     overrides = list(HydraConfig.get().overrides.task)
     GlobalHydra.instance().clear()
-    code = run_job(command, overrides, dirs)
+    print(f"\ndiffuse {command} {' '.join(overrides)}", flush=True)
+    on_cluster = "SUBMITIT_EXECUTOR" in os.environ
+    code = (_cluster_job if on_cluster else _local_job)(command, overrides, dirs)
     if code:
         sys.exit(code)
 
 
-def run_job(command: str, overrides: Sequence[str], dirs: Sequence[Path]) -> int:
-    """One job of a sweep."""
-    print(f"\ndiffuse {command} {' '.join(overrides)}", flush=True)
+def _local_job(command: str, overrides: Sequence[str], dirs: Sequence[Path]) -> int:
+    """One job of a sweep here; the first that fails ends the sweep."""
     try:
         return execute(command, config.load(command, overrides, dirs))
     except Mistakes as mistakes:
-        for line in mistakes.lines:
-            print(f"diffuse: {line}", file=sys.stderr)
-        return USER_ERROR
+        return _answer(mistakes)
+
+
+def _cluster_job(command: str, overrides: Sequence[str], dirs: Sequence[Path]) -> int:
+    """One job of a sweep under submitit, which sends SIGUSR2 before its time ends, and queues it again by a handler.
+
+    Raises Mistakes with the reason of a failure, which the sweep is told; the log has it in full.
+    """
+    requeue, idle = signal.getsignal(signal.SIGUSR2), signal.getsignal(signal.SIGTERM)
+    assert callable(requeue)
+    out_of_time = False
+
+    def save_first(number: int, frame: FrameType | None) -> None:
+        nonlocal out_of_time
+        out_of_time = True
+        if signal.getsignal(signal.SIGTERM) is idle:  # no training, which would save and end
+            requeue(number, frame)
+        else:
+            signal.raise_signal(signal.SIGTERM)
+
+    signal.signal(signal.SIGUSR2, save_first)
+    try:
+        code = execute(command, config.load(command, overrides, dirs))
+    except Mistakes as mistakes:
+        _answer(mistakes)
+        reason = mistakes.lines
+    except Exception as error:
+        traceback.print_exc()
+        reason = [_first_line(error)]
+    else:
+        if code and out_of_time:
+            requeue(signal.SIGUSR2, None)
+        return code
+    raise Mistakes(*(f"{' '.join(overrides)}: {line}" for line in reason))
 
 
 # --- Help ------------------------------------------------------------
@@ -265,12 +328,20 @@ def command_help(command: str, request: Request) -> str:
         lines.append(
             f"  {group:<18}{' '.join(f'*{name}' if name in (preset or []) else name for name in names)}"
         )
+    launchers = {} if command in GRIDS else config.options(LAUNCHERS, request.dirs)
+    if launchers:
+        names = (f"*{name}" if name == "local" else name for name in launchers)
+        lines += ["", "With -m, what runs the jobs (* the default)", f"  {'launcher':<18}{' '.join(names)}"]
     lines += ["", "Keys", *_keys(CONF / f"{command}.yaml", "")]
     for group, option in sorted(config.chosen(command, request.overrides, request.dirs).items()):
         for name in option if isinstance(option, list) else [option]:
             file = config.options(group, request.dirs).get(str(name))
             if file is not None:
                 lines += ["", f"{group}={name}: {config.summary(file)}", *_keys(file, group)]
+    for text in config.split_launcher(request.overrides)[0]:
+        file = launchers.get(text.removeprefix("launcher="))
+        if file is not None:
+            lines += ["", f"{text}: {config.summary(file)}", *_keys(file, "launcher")]
     return "\n".join(lines)
 
 
@@ -323,7 +394,8 @@ def complete(words: Sequence[str]) -> list[str]:
         return []
     elif "=" in last:
         group = last.partition("=")[0]
-        candidates = [f"{group}={name}" for name in config.options(group)]
+        folder = LAUNCHERS if group == "launcher" else group
+        candidates = [f"{group}={name}" for name in config.options(folder)]
     elif last.startswith("-"):
         candidates = FLAGS
     else:
@@ -334,5 +406,5 @@ def complete(words: Sequence[str]) -> list[str]:
                 file = config.options(group).get(str(name))
                 keys += [f"{key}=" for key, _, _ in config.documented(file, group)] if file else []
         first = config.options(FIRST_WORD[words[0]]) if words[0] in FIRST_WORD and len(words) == 2 else ()
-        candidates = [*first, *(f"{group}=" for group in groups), *keys]
+        candidates = [*first, *(f"{group}=" for group in groups), "launcher=", *keys]
     return [word for word in dict.fromkeys(candidates) if word.startswith(last)]

@@ -18,6 +18,7 @@ from diffusion_cli.config.catalogue import (
 from diffusion_cli.config.check import build, check_node, shown, signature
 from diffusion_cli.config.compose import Mistakes, compose, expand, load
 from diffusion_cli.config.grid import Value, Variant, load_grid
+from diffusion_cli.config.launch import LAUNCHERS, launch, split_launcher
 from diffusion_cli.config.runs import UNFINISHED, fingerprint, flatten, identity
 from diffusion_cli.config.schema import (
     COMMANDS,
@@ -41,6 +42,7 @@ __all__ = [
     "FIRST_WORD",
     "GRIDS",
     "HERE",
+    "LAUNCHERS",
     "UNFINISHED",
     "CompareConfig",
     "Config",
@@ -67,11 +69,13 @@ __all__ = [
     "fingerprint",
     "flatten",
     "identity",
+    "launch",
     "load",
     "load_grid",
     "options",
     "seconds",
     "shown",
     "signature",
+    "split_launcher",
     "summary",
 ]  # fmt: skip

@@ -4,11 +4,18 @@ import difflib
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from hydra.core.override_parser.types import Override
 
 from diffusion_cli.config.catalogue import CONF, defaults, did_you_mean, documented, options
 from diffusion_cli.config.check import check_node, validate
 from diffusion_cli.config.runs import flatten, run_name
 from diffusion_cli.config.schema import COMMANDS, GRIDS, Config, Node, TrainConfig
+
+# What runs the jobs of a sweep: `launcher=slurm`, or as Hydra spells it.
+LAUNCHER = re.compile(r"(hydra[/.])?launcher(?=[.=])")
 
 
 class Mistakes(Exception):
@@ -41,11 +48,19 @@ def load(command: str, overrides: Sequence[str], dirs: Sequence[Path] = ()) -> C
     return config
 
 
-def expand(overrides: Sequence[str]) -> list[list[str]]:
-    """The overrides of a sweep with each of its values tried once: enough to check every one of them."""
+def parse(text: str) -> "Override":
+    """An override as Hydra reads it; raises Mistakes if it is none."""
     from hydra.core.override_parser.overrides_parser import OverridesParser
 
-    parsed = OverridesParser.create().parse_overrides(list(overrides))
+    try:
+        return OverridesParser.create().parse_override(text)
+    except Exception as error:  # antlr's and Hydra's own classes
+        raise Mistakes(f"{text}: is not of the form key=value ({_first_line(error)})") from error
+
+
+def expand(overrides: Sequence[str]) -> list[list[str]]:
+    """The overrides of a sweep with each of its values tried once: enough to check every one of them."""
+    parsed = [parse(text) for text in overrides]
     choices = [
         [f"{item.get_key_element()}={value}" for value in item.sweep_string_iterator()]
         if item.is_sweep_override()
@@ -103,17 +118,15 @@ def _sort(
     command: str, overrides: Sequence[str], dirs: Sequence[Path]
 ) -> tuple[list[str], dict[str, str], list[str]]:
     """Overrides that choose an option, those that set a key (text by key), and what is wrong with the others."""
-    from hydra.core.override_parser.overrides_parser import OverridesParser
-
     groups = defaults(command)
     choosing: list[str] = []
     setting: dict[str, str] = {}
     mistakes: list[str] = []
     for text in overrides:
         try:
-            item = OverridesParser.create().parse_override(text)
-        except Exception as error:  # antlr's and Hydra's own classes
-            mistakes.append(f"{text}: is not of the form key=value ({_first_line(error)})")
+            item = parse(text)
+        except Mistakes as mistake:
+            mistakes += mistake.lines
             continue
         key = item.key_or_group
         if item.is_force_add() or item.is_add() or item.is_delete():
@@ -138,6 +151,9 @@ def _known(command: str, setting: Mapping[str, str], implied: Node) -> tuple[lis
     keys = [*flatten(implied), *defaults(command)]
     known, unknown = [], []
     for key, text in setting.items():
+        if LAUNCHER.match(text) and command not in GRIDS:
+            unknown.append(f"{text}: is about the jobs of a sweep; add -m")
+            continue
         if key.startswith("hydra") or any(other == key or other.startswith(f"{key}.") for other in keys):
             known.append(text)
             continue

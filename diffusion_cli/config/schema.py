@@ -207,6 +207,27 @@ class PlotConfig(BaseModel):
     schedule: Node
 
 
+class SlurmConfig(BaseModel):
+    """The keys of `conf/hydra/launcher/slurm.yaml`."""
+
+    model_config = STRICT
+    name: str
+    partition: str | None
+    account: str | None
+    qos: str | None
+    constraint: str | None
+    gres: str | None
+    gpus_per_node: NonNegativeInt | None
+    cpus_per_task: PositiveInt | None
+    mem_gb: PositiveInt | None
+    timeout_min: PositiveInt
+    signal_delay_s: NonNegativeInt
+    max_num_timeout: NonNegativeInt
+    array_parallelism: PositiveInt
+    setup: list[str] | None
+    additional_parameters: dict[str, str | int]
+
+
 Config = TrainConfig | SampleConfig | EvalConfig | CompareConfig | EditConfig | ReportConfig | PlotConfig
 COMMANDS: dict[str, type[Config]] = {
     "train": TrainConfig,

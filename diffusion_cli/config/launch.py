@@ -1,0 +1,96 @@
+"""Where the jobs of a sweep run: the option of `hydra/launcher` that a command line chooses, and what it asks for."""
+
+import shutil
+from collections.abc import Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from diffusion_cli.config.catalogue import did_you_mean, options
+from diffusion_cli.config.check import shown, validate
+from diffusion_cli.config.compose import LAUNCHER, Mistakes, parse
+from diffusion_cli.config.schema import Config, SlurmConfig, TrainConfig
+
+LAUNCHERS = "hydra/launcher"
+
+
+def split_launcher(overrides: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The words that choose and set what runs a sweep's jobs, as `launcher=` and `launcher.key=`, and the others."""
+    words = [LAUNCHER.sub("launcher", text) for text in overrides if LAUNCHER.match(text)]
+    return words, [text for text in overrides if not LAUNCHER.match(text)]
+
+
+def launch(words: Sequence[str], jobs: Sequence[Config], dirs: Sequence[Path] = ()) -> list[str]:
+    """What Hydra is told of the launcher that words choose for these jobs; raises Mistakes."""
+    name, given = _parsed(words)
+    files = options(LAUNCHERS, dirs)
+    if name not in files:
+        raise Mistakes(f"launcher={name}: unknown option{did_you_mean(name, list(files))}")
+    keys = {option: _keys(file) for option, file in files.items()}
+    if name == "slurm":
+        mistakes = [*validate(SlurmConfig, keys[name] | given, "launcher")[1], *_missing()]
+    else:
+        having = {
+            key: [option for option in keys if key in keys[option]] for key in given.keys() - keys[name]
+        }
+        mistakes = [
+            f"launcher.{key}={shown(given[key])}: "
+            + (f"goes with launcher={' or '.join(names)}; choose it too" if names else "unknown key")
+            for key, names in having.items()
+        ]
+    if mistakes:
+        raise Mistakes(*mistakes)
+    settings = [f"hydra.{text}" for text in words if not text.startswith("launcher=")]
+    asked = _resources(jobs, given) if name == "slurm" else []
+    return [f"{LAUNCHERS}={name}", *asked, *settings]
+
+
+def _parsed(words: Sequence[str]) -> tuple[str, dict[str, Any]]:
+    """The option that words choose, and the values that they give to its keys."""
+    name, given = "local", {}
+    for text, item in ((text, parse(text)) for text in words):
+        if item.is_sweep_override():
+            raise Mistakes(f"{text}: has several values; a sweep has one launcher")
+        if item.key_or_group == "launcher":
+            name = str(item.value())
+        else:
+            given[item.key_or_group.removeprefix("launcher.")] = item.value()
+    return name, given
+
+
+def _keys(file: Path) -> dict[str, Any]:
+    return {key: value for key, value in yaml.safe_load(file.read_text()).items() if key != "defaults"}
+
+
+def _missing() -> list[str]:
+    """What a machine lacks to submit jobs to SLURM."""
+    if find_spec("submitit") is None or find_spec("hydra_plugins.hydra_submitit_launcher") is None:
+        return ["launcher=slurm: needs hydra-submitit-launcher; pip install 'diffuse-cli[slurm]'"]
+    if shutil.which("srun") is None:
+        return ["launcher=slurm: finds no srun; run it where SLURM's commands are"]
+    return []
+
+
+def _resources(jobs: Sequence[Config], given: dict[str, Any]) -> list[str]:
+    """The nodes, tasks and GPUs that jobs take, as Hydra is told; raises Mistakes if they differ."""
+    asked = {_resources_of(job) for job in jobs}
+    if len(asked) > 1:
+        shapes = " and ".join(f"{nodes} x {tasks}" for nodes, tasks, _ in sorted(asked))
+        raise Mistakes(
+            f"launcher=slurm: the jobs of one array take the same nodes x processes and device, not {shapes}; "
+            "sweep them one by one"
+        )
+    ((nodes, tasks, gpu),) = asked
+    words = [f"hydra.launcher.nodes={nodes}", f"hydra.launcher.tasks_per_node={tasks}"]
+    gpus = gpu and given.get("gpus_per_node") is None
+    return [*words, f"hydra.launcher.gpus_per_node={tasks}"] if gpus else words
+
+
+def _resources_of(job: Config) -> tuple[int, int, bool]:
+    """Nodes, processes on each, and whether each takes a GPU."""
+    if isinstance(job, TrainConfig):
+        trainer = job.trainer
+        return trainer.get("num_nodes", 1), trainer.get("devices") or 1, trainer["accelerator"] != "cpu"
+    return 1, getattr(job, "processes", 1), getattr(job, "device", "cpu") != "cpu"

@@ -232,7 +232,7 @@ def _waiting(output_dir: str) -> Iterator[None]:
 
 
 def _first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+    return str(error).strip().partition("\n")[0]
 
 
 def _sweep_job(command: str, dirs: Sequence[Path], _: object) -> None:
@@ -281,12 +281,13 @@ def _cluster_job(command: str, overrides: Sequence[str], dirs: Sequence[Path]) -
         reason = mistakes.lines
     except Exception as error:
         traceback.print_exc()
-        reason = [_first_line(error)]
+        reason = [f"{type(error).__name__}: {_first_line(error)}"]
     else:
         if code and out_of_time:
             requeue(signal.SIGUSR2, None)
         return code
-    raise Mistakes(*(f"{' '.join(overrides)}: {line}" for line in reason))
+    job = importlib.import_module("submitit").JobEnvironment().job_id
+    raise Mistakes(*(f"job {job}: {line}" for line in reason))
 
 
 # --- Help ------------------------------------------------------------

@@ -240,8 +240,8 @@ def _of_samples(config: EvalConfig, scene: Scene, samples: Samples, environment:
         if labels is not None and set(labels) != set(range(scene.dataset.num_classes or 0)):
             report.notes.append("the samples are of some classes only, the real images of all")
         if samples.folder is not None:
-            manifest = claim(samples.folder, scene.trained.settings, scene.trained.model)
-            keep_seeds(samples.folder, manifest, samples.seeds, samples.calls)
+            claim(samples.folder, scene.trained.settings, scene.trained.model)
+            keep_seeds(samples.folder, samples.seeds, samples.calls)
     for name, picture in pictures.items():
         digest = report.results[0].protocol["sampling"]["pixels_sha256"]
         path = scene.folder / "pictures" / f"{name}-{digest[:8]}.png"

@@ -7,13 +7,20 @@ from typing import Any
 import torch
 
 from diffusion_cli import __version__
-from diffusion_cli.checkpoint import Model, whole_file
+from diffusion_cli.checkpoint import Model, locked, whole_file
 from diffusion_cli.config import Mistakes, flatten, shown
 from diffusion_cli.foreign import from_json, read, reason
 
 
 def claim(output: Path, settings: dict[str, Any], model: Model) -> dict[str, Any]:
     """Return the manifest of the folder, made now if it is new; Mistakes if it is someone else's."""
+    if output.exists() and not output.is_dir():
+        raise Mistakes(f"output={output}: is a file; give a folder")
+    with locked(output):  # the tasks of an array claim one folder at the same time
+        return _claim(output, settings, model)
+
+
+def _claim(output: Path, settings: dict[str, Any], model: Model) -> dict[str, Any]:
     path = output / "manifest.json"
     if path.is_file():
         try:
@@ -33,9 +40,7 @@ def claim(output: Path, settings: dict[str, Any], model: Model) -> dict[str, Any
                 f"output={output}: holds images of other settings; choose another folder",
             )
         return manifest
-    if output.exists() and not output.is_dir():
-        raise Mistakes(f"output={output}: is a file; give a folder")
-    if output.is_dir() and any(output.iterdir()):
+    if any(output.iterdir()):
         raise Mistakes(f"output={output}: is not empty and has no manifest.json; choose another folder")
     manifest = {
         "settings": settings,
@@ -82,10 +87,12 @@ def brief(value: Any) -> str:
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 
-def keep_seeds(output: Path, manifest: dict[str, Any], seeds: range, calls: int) -> None:
+def keep_seeds(output: Path, seeds: range, calls: int) -> None:
     """Add the seeds whose images are there now to the manifest, and the network calls that each took (0: as before)."""
     known = {"network_calls": calls} if calls else {}
-    write_manifest(output, manifest | known | {"seeds": sorted({*manifest.get("seeds", []), *seeds})})
+    with locked(output):  # another task may have added its own since this one claimed the folder
+        manifest = json.loads((output / "manifest.json").read_text())
+        write_manifest(output, manifest | known | {"seeds": sorted({*manifest.get("seeds", []), *seeds})})
 
 
 def write_manifest(output: Path, manifest: dict[str, Any]) -> None:

@@ -32,7 +32,7 @@ def make(config: SampleConfig) -> None:
     trained.check(config.steps)
     model = trained.model
     output = Path(config.output) if config.output else samples_folder(trained, config)
-    manifest = ranks.one_by_one(lambda: claim(output, trained.settings, model))
+    ranks.one_by_one(lambda: claim(output, trained.settings, model))
     seeds = range(config.seed, config.seed + config.num_samples)
     todo = ranks.agree([seed for seed in seeds if not image_path(output, seed).is_file()])
     if len(todo) < len(seeds) and ranks.first:
@@ -63,7 +63,7 @@ def make(config: SampleConfig) -> None:
     most_calls = max(ranks.gather(most_calls))
     if not ranks.first:
         return
-    keep_seeds(output, manifest, seeds, most_calls)
+    keep_seeds(output, seeds, most_calls)
     overview = output / "grid.png"
     first = list(seeds)[:GRID_IMAGES]
     if config.label is None or trained.labels is None:

@@ -14,6 +14,7 @@ usage() {
 [[ $# == 2 && ($1 == start || $1 == stop) ]] || usage
 mkdir -p "$2"
 folder=$(cd "$2" && pwd)
+export PATH=$PATH:/usr/sbin:/sbin  # where the daemons are
 daemons=(slurmd.node2 slurmd.node1 slurmctld munged)
 
 free_ports() { # that nobody listens at; below those that the system hands out itself

@@ -60,6 +60,27 @@ def test_every_mistake_at_once_one_line_each(capsys):
         (["train", "no equals"], "no equals: is not of the form key=value"),
         (["train", "lr=1"], "lr=1: unknown key; did you mean optimizer.lr?"),
         (["train", "-m", "seed=0,x"], "seed=x: should be a valid integer"),
+        (["train", "-m", "seed"], "seed: is not of the form key=value"),
+        (["train", "launcher=slurm"], "launcher=slurm: is about the jobs of a sweep; add -m"),
+        (["train", "hydra/launcher=slurm"], "hydra/launcher=slurm: is about the jobs of a sweep; add -m"),
+        (["train", "-m", "launcher=slrm"], "launcher=slrm: unknown option; did you mean slurm?"),
+        (
+            ["train", "-m", "launcher=slurm,local"],
+            "launcher=slurm,local: has several values; a sweep has one",
+        ),
+        (
+            ["train", "-m", "launcher.partition=gpu"],
+            "launcher.partition=gpu: goes with launcher=slurm; choose it too",
+        ),
+        (["train", "-m", "launcher.nodes=2"], "launcher.nodes=2: unknown key"),
+        (
+            ["train", "-m", "hydra/launcher=slurm", "hydra.launcher.partitoin=gpu"],
+            "launcher.partitoin=gpu: unknown key; did you mean partition?",
+        ),
+        (
+            ["train", "-m", "launcher=slurm", "launcher.timeout_min=2h"],
+            "launcher.timeout_min=2h: should be a valid integer",
+        ),
         (["eval", "metric=[fid,iss]"], "metric=iss: unknown option; did you mean is?"),
         (
             ["sample", "guidance.scale=2"],
@@ -154,6 +175,15 @@ def test_help_follows_the_chosen_options(capsys):
     assert "\nsampler=heun: " in capsys.readouterr().out
 
 
+def test_help_names_what_runs_the_jobs_of_a_sweep(capsys):
+    run(["train", "--help"])
+    assert "\n  launcher          *local slurm" in capsys.readouterr().out
+    run(["train", "launcher=slurm", "--help"])
+    assert "\n  launcher.partition=null " in capsys.readouterr().out
+    run(["plot", "--help"])
+    assert "launcher" not in capsys.readouterr().out
+
+
 def test_cfg_job_prints_the_configuration(capsys):
     import yaml
 
@@ -190,6 +220,7 @@ def test_users_own_options_are_found_and_checked(capsys, tmp_path):
         (["sample", "sampler=dd"], "sampler=ddim"),
         (["train", "--c"], "--cfg"),
         (["completion", "z"], "zsh"),
+        (["train", "launcher=sl"], "launcher=slurm"),
         (["plot", "lo"], "loss"),
         (["plot", "figure=lo"], "figure=loss"),
     ],

@@ -9,7 +9,8 @@ import pytest
 import yaml
 
 from diffusion_cli import config
-from diffusion_cli.config import COMMANDS, CONF, check_node, load, load_grid, seconds, signature
+from diffusion_cli.config import COMMANDS, CONF, check_node, launcher, load, load_grid, seconds, signature
+from diffusion_cli.config.schema import SlurmConfig
 
 OPTIONS = sorted(file for file in CONF.glob("*/*.yaml"))
 
@@ -117,6 +118,63 @@ def test_sweeps_are_checked_value_by_value():
         ["seed=1", "schedule=linear", "batch_size=8"],
         ["seed=0", "schedule=cosine", "batch_size=8"],
     ]
+
+
+# --- What runs the jobs of a sweep --------------------
+
+
+@pytest.fixture
+def slurm(monkeypatch):
+    """A machine that can submit."""
+    monkeypatch.setattr(launcher, "_missing", list)
+
+
+def told(words: list[str], *jobs: list[str], command: str = "train") -> list[str]:
+    return launcher.launch(words, [load(command, job) for job in jobs])
+
+
+def test_the_launcher_has_its_own_words_in_hydras_spelling_too():
+    words, others = config.split_launcher(
+        ["seed=0", "launcher=slurm", "hydra.launcher.qos=q", "hydra/launcher=local", "launchers=1"]
+    )
+    assert words == ["launcher=slurm", "launcher.qos=q", "launcher=local"]
+    assert others == ["seed=0", "launchers=1"]
+    assert told([], []) == ["hydra/launcher=local"]
+
+
+def test_the_processes_of_a_job_are_tasks_and_gpus_of_slurm(slurm):
+    words = ["launcher=slurm", "launcher.partition=gpu"]
+    asked = ["hydra.launcher.nodes=1", "hydra.launcher.tasks_per_node=1"]
+    gpu, chosen = "hydra.launcher.gpus_per_node=1", "hydra.launcher.partition=gpu"
+    assert told(words, ["trainer=gpu"]) == ["hydra/launcher=slurm", *asked, gpu, chosen]
+    assert told(words, ["trainer=cpu"]) == ["hydra/launcher=slurm", *asked, chosen]
+    mine = [*words, "launcher.gpus_per_node=4"]
+    assert gpu not in told(mine, ["trainer=gpu"])
+    four = told(words, ["processes=4", "device=cpu"], command="eval")
+    assert "hydra.launcher.tasks_per_node=4" in four
+
+
+def test_the_jobs_of_one_array_take_the_same(slurm):
+    with pytest.raises(config.Mistakes, match="the jobs of one array take the same nodes x processes"):
+        told(["launcher=slurm"], ["processes=1"], ["processes=2"], command="eval")
+
+
+def test_what_submitting_needs_is_said_before_anything_is_submitted(monkeypatch):
+    monkeypatch.setattr(launcher.shutil, "which", lambda name: None)
+    with pytest.raises(config.Mistakes, match="launcher=slurm: finds no srun"):
+        told(["launcher=slurm"], [])
+    monkeypatch.setattr(launcher, "find_spec", lambda name: None)
+    with pytest.raises(config.Mistakes, match=r"pip install 'diffuse-cli\[slurm\]'"):
+        told(["launcher=slurm"], [])
+
+
+@pytest.mark.parametrize("file", sorted(CONF.glob("hydra/launcher/*.yaml")), ids=lambda file: file.stem)
+def test_every_key_of_a_launcher_is_explained_and_checked(file):
+    documented = {key: comment for key, _, comment in config.documented(file)}
+    assert all(documented.values())
+    assert config.summary(file)
+    if file.stem == "slurm":
+        assert set(documented) == set(SlurmConfig.model_fields)
 
 
 # --- Lists of values --------------------

@@ -1,6 +1,9 @@
 """From seeds to images: each image is its own, and nothing of the user's is overwritten."""
 
 import json
+from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -9,6 +12,7 @@ from PIL import Image
 
 from diffusion_cli.checkpoint import Model
 from diffusion_cli.cli import run
+from diffusion_cli.commands.outputs import claim, keep_seeds
 from diffusion_cli.commands.trained import class_number
 from diffusion_cli.denoiser import Denoiser
 from diffusion_cli.generate import SeededNoise, generate, to_bytes, trajectories, visible
@@ -132,6 +136,18 @@ def sample(folder, *words):
 
 def pngs(output):
     return {file.name: file.read_bytes() for file in output.glob("0*.png")}
+
+
+def test_no_seed_is_lost_where_several_sample_into_one_folder(tmp_path):
+    model: Any = SimpleNamespace(step=1, config={})
+
+    def task(number: int) -> None:
+        claim(tmp_path / "out", {"steps": 4}, model)
+        keep_seeds(tmp_path / "out", range(10 * number, 10 * number + 10), 4)
+
+    with ThreadPoolExecutor(8) as pool:
+        assert list(pool.map(task, range(32))) == [None] * 32
+    assert json.loads((tmp_path / "out" / "manifest.json").read_text())["seeds"] == list(range(320))
 
 
 def test_samples_are_files_named_by_seed_with_a_manifest(folder, tmp_path):

@@ -30,7 +30,7 @@ def launch(words: Sequence[str], jobs: Sequence[Config], dirs: Sequence[Path] = 
         raise Mistakes(f"launcher={name}: unknown option{did_you_mean(name, list(files))}")
     keys = {option: _keys(file) for option, file in files.items()}
     if name == "slurm":
-        mistakes = [*validate(SlurmConfig, keys[name] | given, "launcher")[1], *_missing()]
+        mistakes = validate(SlurmConfig, keys[name] | given, "launcher")[1] or _missing()
     else:
         having = {
             key: [option for option in keys if key in keys[option]] for key in given.keys() - keys[name]
@@ -66,7 +66,8 @@ def _keys(file: Path) -> dict[str, Any]:
 
 def _missing() -> list[str]:
     """What a machine lacks to submit jobs to SLURM."""
-    if find_spec("submitit") is None or find_spec("hydra_plugins.hydra_submitit_launcher") is None:
+    packages = ("hydra_plugins", "hydra_plugins.hydra_submitit_launcher")  # the first may be missing too
+    if any(find_spec(name) is None for name in packages):
         return ["launcher=slurm: needs hydra-submitit-launcher; pip install 'diffuse-cli[slurm]'"]
     if shutil.which("srun") is None:
         return ["launcher=slurm: finds no srun; run it where SLURM's commands are"]

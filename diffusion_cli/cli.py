@@ -3,7 +3,6 @@
 Nothing here imports torch: help and mistakes are answered from the YAML files and the source.
 """
 
-import contextlib
 import importlib
 import os
 import signal
@@ -194,8 +193,6 @@ def sweep(command: str, request: Request) -> int:
     if mistakes:
         raise Mistakes(*dict.fromkeys(mistakes))
     launcher = config.launch(words, jobs, request.dirs)
-    import hydra
-
     quiet = [
         "hydra/job_logging=none",
         "hydra.output_subdir=null",
@@ -208,27 +205,30 @@ def sweep(command: str, request: Request) -> int:
         ),
     ]
     sys.argv = ["diffuse", *overrides, *launcher, *quiet, "--multirun"]
-    os.environ["HYDRA_FULL_ERROR"] = "1"  # a job's failure comes out as it is, and becomes a line
-    job = partial(_sweep_job, command, request.dirs)
-    with _waiting(jobs[0].output_dir):
-        hydra.main(config_path=str(CONF), config_name=command, version_base="1.3")(job)()
-    return 0
+    return _launch(command, request.dirs, Path(jobs[0].output_dir, ".submitit"))
 
 
-@contextlib.contextmanager
-def _waiting(output_dir: str) -> Iterator[None]:
-    """Say in a line what becomes of a cluster's jobs that the sweep waits for."""
-    logs = Path(output_dir, ".submitit")
+def _launch(command: str, dirs: Sequence[Path], logs: Path) -> int:
+    """Let Hydra run the jobs of `sys.argv`; what becomes of those on a cluster, which log to a folder, is a line."""
+    import hydra
+
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # a job's failure comes out as it is
     try:
-        yield
-    except KeyboardInterrupt as interrupt:
-        raise Mistakes(
-            f"stopped waiting, the jobs go on; squeue shows them, scancel ends them, and their logs lie in {logs}"
-        ) from interrupt
+        job = partial(_sweep_job, command, dirs)
+        hydra.main(config_path=str(CONF), config_name=command, version_base="1.3")(job)()
+    except KeyboardInterrupt:
+        if "submitit" not in sys.modules:
+            raise
+        print(
+            f"diffuse: stopped waiting, the jobs go on; squeue shows them, scancel ends them; logs: {logs}",
+            file=sys.stderr,
+        )
+        return 130
     except Exception as error:
         if type(error).__module__.partition(".")[0] != "submitit":
             raise
-        raise Mistakes(f"launcher=slurm: {_first_line(error)}; the logs lie in {logs}") from error
+        raise Mistakes(f"launcher=slurm: {_first_line(error)}; logs: {logs}") from error
+    return 0
 
 
 def _first_line(error: Exception) -> str:

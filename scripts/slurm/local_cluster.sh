@@ -59,7 +59,7 @@ JobRequeue=1
 # a word in its batch file:
 # RequeueExit=75
 KillWait=10
-SchedulerParameters=sched_interval=1,sched_min_interval=100000,batch_sched_delay=1,requeue_delay=0
+SchedulerParameters=sched_interval=1,sched_min_interval=100000,batch_sched_delay=1
 NodeName=node1 NodeHostname=$(hostname -s) NodeAddr=127.0.0.1 Port=${ports[1]} CPUs=8 RealMemory=1024
 NodeName=node2 NodeHostname=$(hostname -s) NodeAddr=127.0.0.1 Port=${ports[2]} CPUs=8 RealMemory=1024
 PartitionName=all Nodes=node[1-2] Default=YES MaxTime=INFINITE State=UP

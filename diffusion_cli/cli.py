@@ -6,6 +6,7 @@ Nothing here imports torch: help and mistakes are answered from the YAML files a
 import importlib
 import os
 import signal
+import subprocess
 import sys
 import threading
 import traceback
@@ -14,7 +15,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from types import FrameType
 
 import yaml
 
@@ -223,7 +223,7 @@ def _launch(command: str, dirs: Sequence[Path], logs: Path) -> int:
             f"diffuse: stopped waiting, the jobs go on; squeue shows them, scancel ends them; logs: {logs}",
             file=sys.stderr,
         )
-        return 130
+        return UNFINISHED
     except Exception as error:
         if type(error).__module__.partition(".")[0] != "submitit":
             raise
@@ -257,23 +257,10 @@ def _local_job(command: str, overrides: Sequence[str], dirs: Sequence[Path]) -> 
 
 
 def _cluster_job(command: str, overrides: Sequence[str], dirs: Sequence[Path]) -> int:
-    """One job of a sweep under submitit, which sends SIGUSR2 before its time ends, and queues it again by a handler.
+    """One job of a sweep under submitit; where its time ends it has saved, and is queued again.
 
     Raises Mistakes with the reason of a failure, which the sweep is told; the log has it in full.
     """
-    requeue, idle = signal.getsignal(signal.SIGUSR2), signal.getsignal(signal.SIGTERM)
-    assert callable(requeue)
-    out_of_time = False
-
-    def save_first(number: int, frame: FrameType | None) -> None:
-        nonlocal out_of_time
-        out_of_time = True
-        if signal.getsignal(signal.SIGTERM) is idle:  # no training, which would save and end
-            requeue(number, frame)
-        else:
-            signal.raise_signal(signal.SIGTERM)
-
-    signal.signal(signal.SIGUSR2, save_first)
     try:
         code = execute(command, config.load(command, overrides, dirs))
     except Mistakes as mistakes:
@@ -283,11 +270,17 @@ def _cluster_job(command: str, overrides: Sequence[str], dirs: Sequence[Path]) -
         traceback.print_exc()
         reason = [f"{type(error).__name__}: {_first_line(error)}"]
     else:
-        if code and out_of_time:
-            requeue(signal.SIGUSR2, None)
+        if code == UNFINISHED and _still_wanted():
+            signal.raise_signal(signal.SIGUSR2)  # by which submitit queues a job again
         return code
     job = importlib.import_module("submitit").JobEnvironment().job_id
     raise Mistakes(*(f"job {job}: {line}" for line in reason))
+
+
+def _still_wanted() -> bool:
+    """Whether SLURM has this job run on: neither cancelled, nor preempted and queued again already."""
+    words = ["squeue", "--noheader", "--format=%T", f"--jobs={os.environ['SLURM_JOB_ID']}"]
+    return subprocess.run(words, capture_output=True, text=True).stdout.strip() == "RUNNING"
 
 
 # --- Help ------------------------------------------------------------

@@ -148,6 +148,10 @@ def test_the_processes_of_a_job_are_tasks_and_gpus_of_slurm(slurm):
     gpu, chosen = "hydra.launcher.gpus_per_node=1", "hydra.launcher.partition=gpu"
     assert told(words, ["trainer=gpu"]) == ["hydra/launcher=slurm", *asked, gpu, chosen]
     assert told(words, ["trainer=cpu"]) == ["hydra/launcher=slurm", *asked, chosen]
+    nodes = told(words, ["trainer=gpu", "trainer.num_nodes=2", "trainer.devices=8"])
+    assert nodes[1:4] == [
+        f"hydra.launcher.{key}" for key in ("nodes=2", "tasks_per_node=8", "gpus_per_node=8")
+    ]
     mine = [*words, "launcher.gpus_per_node=4"]
     assert gpu not in told(mine, ["trainer=gpu"])
     four = told(words, ["processes=4", "device=cpu"], command="eval")

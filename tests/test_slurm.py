@@ -17,6 +17,7 @@ import torch
 
 from diffusion_cli.checkpoint import LAST, read
 from diffusion_cli.cli import run
+from diffusion_cli.config import UNFINISHED
 
 ROOT = Path(__file__).parent.parent
 SCRIPTS = ROOT / "scripts" / "slurm"
@@ -84,8 +85,14 @@ class Cluster:
     def restart(self, job: str) -> None:
         """Start a job at once that is queued again, which SLURM would do after two minutes."""
         until(lambda: self.about(job, "JobState") == "PENDING", f"job {job} in the queue again")
-        self("scontrol", "update", f"JobId={job}", "StartTime=now")
-        until(lambda: self.about(job, "JobState") == "RUNNING", f"the restart of job {job}")
+        until(lambda: self._runs_now(job), f"the restart of job {job}")
+
+    def _runs_now(self, job: str) -> bool:
+        if (
+            self.about(job, "JobState") == "PENDING"
+        ):  # again and again: the end of the last start sets the time anew
+            self("scontrol", "update", f"JobId={job}", "StartTime=now")
+        return self.about(job, "JobState") == "RUNNING"
 
     def log(self, job: str) -> str:
         return "".join(path.read_text() for path in self.folder.glob(f"*-{job}*.log"))
@@ -195,7 +202,7 @@ def test_a_sweep_may_stop_waiting_for_its_jobs(cluster, tmp_path):
     (job,) = submitted(tmp_path)
     sweep.send_signal(signal.SIGINT)
     _, said = sweep.communicate()
-    assert sweep.returncode == 130, said
+    assert sweep.returncode == UNFINISHED, said
     assert said.splitlines()[-1].startswith("diffuse: stopped waiting, the jobs go on; squeue shows them")
     assert cluster.about(job, "JobState") in ("PENDING", "RUNNING")
     cluster("scancel", job)
@@ -237,6 +244,16 @@ def test_training_preempted_three_times_ends_with_the_same_bits(cluster, tmp_pat
     assert (log.count("Training "), log.count("Going on with "), log.count("Trained 250 steps")) == (1, 3, 1)
     assert log.count("saved ") == 3
     assert_same_weights(state(folder), whole)
+
+
+def test_training_that_runs_out_of_time_is_queued_again(cluster, tmp_path, whole):
+    job = cluster.submit("train.sbatch", *TINY, LONG, "name=run", f"output_dir={tmp_path}")
+    until(lambda: steps(tmp_path / "run"), "a checkpoint")
+    cluster("scancel", "--signal=USR1", job)  # as --signal does 120 s before the end of --time
+    cluster.restart(job)
+    cluster.wait(job)
+    assert cluster.about(job, "Restarts") == "1"
+    assert_same_weights(state(tmp_path / "run"), whole)
 
 
 def test_a_cancelled_job_leaves_a_run_that_can_be_taken_up(cluster, tmp_path, whole):

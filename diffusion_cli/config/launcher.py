@@ -93,5 +93,5 @@ def _resources_of(job: Config) -> tuple[int, int, bool]:
     """Nodes, processes on each, and whether each takes a GPU."""
     if isinstance(job, TrainConfig):
         trainer = job.trainer
-        return trainer.get("num_nodes", 1), trainer.get("devices") or 1, trainer["accelerator"] != "cpu"
-    return 1, getattr(job, "processes", 1), getattr(job, "device", "cpu") != "cpu"
+        return trainer["num_nodes"] or 1, trainer["devices"] or 1, trainer["accelerator"] != "cpu"
+    return 1, getattr(job, "processes", None) or 1, getattr(job, "device", "cpu") != "cpu"

@@ -85,14 +85,11 @@ class Cluster:
     def restart(self, job: str) -> None:
         """Start a job at once that is queued again, which SLURM would do after two minutes."""
         until(lambda: self.about(job, "JobState") == "PENDING", f"job {job} in the queue again")
-        until(lambda: self._runs_now(job), f"the restart of job {job}")
-
-    def _runs_now(self, job: str) -> bool:
-        if (
-            self.about(job, "JobState") == "PENDING"
-        ):  # again and again: the end of the last start sets the time anew
-            self("scontrol", "update", f"JobId={job}", "StartTime=now")
-        return self.about(job, "JobState") == "RUNNING"
+        time.sleep(
+            2
+        )  # in the second in which it ended, SLURM takes the new start for the old one and refuses it
+        self("scontrol", "update", f"JobId={job}", "StartTime=now")
+        until(lambda: self.about(job, "JobState") == "RUNNING", f"the restart of job {job}")
 
     def log(self, job: str) -> str:
         return "".join(path.read_text() for path in self.folder.glob(f"*-{job}*.log"))

@@ -5,17 +5,19 @@ A checkpoint is Lightning's, with a plain `diffuse` entry that says how to build
 """
 
 import contextlib
+import errno
 import hashlib
 import os
+import secrets
+import shutil
+import sys
+import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
-from typing import Any, Literal, TypeVar
-
-try:
-    import fcntl
-except ImportError:
-    fcntl = None
+from typing import Any, Literal, NamedTuple, TypeVar
+from zipfile import ZIP_STORED, ZipFile
 
 import torch
 from torch import Tensor, nn
@@ -64,46 +66,167 @@ class Classifier(Origin):
     classifier: NoisyClassifier
 
 
+class DamagedError(ValueError):
+    """A checkpoint is not as it was written."""
+
+
+CANNOT_WRITE = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM})
+
+
 @contextlib.contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
-    """Give a temporary path beside `path` to write to; at the end it takes the place of `path` in one move."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    """Give a temporary path beside `path` to write to; at the end it takes the place of `path` in one move.
+
+    Raises OSError, with what to do, where the disk is full or may not be written to; `path` is left as it was.
+    """
+    # Processes of several machines may have one number, and a stranger's folder may hold a link of a likely name.
+    temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
         with temporary.open("rb+") as file:
             os.fsync(file.fileno())
         temporary.replace(path)
+    except OSError as error:
+        if error.errno not in CANNOT_WRITE:
+            raise
+        raise OSError(
+            f"{path}: cannot be written ({error.strerror}); make room for it, or take a folder that can be written "
+            "to, and give the same command again"
+        ) from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # as of a disk that became read-only
+            temporary.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Wait for a folder that another process of this machine has locked so, and hold it."""
-    folder.mkdir(parents=True, exist_ok=True)
-    if fcntl is None:  # Windows
-        yield
-        return
-    descriptor = os.open(folder, os.O_RDONLY)
+def _whole_checkpoint(path: Path) -> Iterator[Path]:
+    """A `whole_file` that takes its place, durably, only once the disk gives back what was written."""
+    with whole_file(path) as temporary:
+        yield temporary
+        with temporary.open("rb+") as file:
+            os.fsync(file.fileno())
+            if hasattr(os, "posix_fadvise"):  # to be read from the disk, not from memory
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        try:
+            _check_sums(temporary)
+        except DamagedError as error:
+            raise OSError(
+                f"{path}: does not read back as it was written; take a folder on another disk"
+            ) from error
+    if os.name == "posix":  # the move, too, should outlive a power cut
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+
+def save(checkpoint: Mapping[str, Any], path: Path) -> None:
+    """Write a checkpoint; what lies at `path` stays until the new one is whole; OSError as `whole_file`."""
+    with _whole_checkpoint(path) as temporary, temporary.open("wb") as file:
+        try:
+            torch.save(checkpoint, file)
+        except RuntimeError as error:  # torch hides what the file system said
+            if isinstance(error.__context__, OSError):
+                raise error.__context__ from None
+            raise
+
+
+def duplicate(checkpoint: Path, path: Path) -> None:
+    """Copy a checkpoint as `save` writes one: not a link, for what befalls one must not befall the other."""
+    with _whole_checkpoint(path) as temporary:
+        shutil.copyfile(checkpoint, temporary)
+
+
+def _check_sums(path: Path) -> None:
+    """Hold every byte of a checkpoint to the check sums in it, which torch does not; DamagedError if one is wrong."""
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(descriptor)
+        with ZipFile(path) as archive:
+            records = archive.infolist()
+            # As torch writes it: no record is packed, or lies within another, to be read for ever.
+            plain = all(record.compress_type == ZIP_STORED for record in records)
+            whole = plain and sum(record.file_size for record in records) <= path.stat().st_size
+            whole = whole and archive.testzip() is None
+    except (FileNotFoundError, PermissionError):
+        raise
+    except Exception as error:  # damaged archives fail in many ways
+        raise _damaged(path, reason(error)) from error
+    if not whole:
+        raise _damaged(path, "its check sums are wrong")
+
+
+def _damaged(path: Path, why: str) -> DamagedError:
+    return DamagedError(f"{path}: is not a whole checkpoint ({why}); name another step= or another run")
+
+
+class Found(NamedTuple):
+    """The newest whole checkpoint of a run."""
+
+    path: Path
+    checkpoint: dict[str, Any]
+    remark: str | None
+    """Why it is not the last one, and what it is."""
+
+
+def newest(run: Path) -> Found | None:
+    """The last checkpoint of a run, or the newest numbered one where that is damaged or missing; None if it has none.
+
+    Raises ValueError if none is whole, or as `read`.
+    """
+    last = run / LAST
+    earlier = sorted(last.parent.glob("step_*.ckpt"), reverse=True)
+    why = "is not a whole checkpoint" if last.is_file() else "is missing"
+    for path in (last, *earlier):
+        try:
+            checkpoint = read(path)
+        except (DamagedError, FileNotFoundError):
+            continue
+        step = checkpoint["global_step"]
+        return Found(
+            path,
+            checkpoint,
+            None if path == last else f"{last}: {why}; going on from step {step}, {path.name}",
+        )
+    if not earlier and not last.is_file():
+        return None
+    raise DamagedError(
+        f"{last}: {why}, and no other one of the run is whole; put a copy there, or take another run"
+    )
+
+
+def recover(run: Path) -> None:
+    """Make a run's last checkpoint a whole one, the damaged one kept beside it, and remove what was never finished.
+
+    For the holder of the run's lock. Raises ValueError as `newest`, OSError as `whole_file`.
+    """
+    unfinished = ("checkpoints/.*.tmp", "previews/.*.tmp", ".config.yaml.*.tmp", ".metrics.csv.*.tmp")
+    for pattern in unfinished:  # the files that only the holder writes
+        for left in run.glob(pattern):
+            left.unlink(missing_ok=True)
+    found = newest(run)
+    if found is None or found.remark is None:
+        return
+    last = run / LAST
+    kept = ""
+    if last.is_file():
+        names = (last.with_name(f"{last.name}.damaged{number or ''}") for number in count())
+        aside = next(name for name in names if not name.exists())
+        last.rename(aside)
+        kept = f"; the damaged one is {aside.name} now"
+    duplicate(found.path, last)
+    print(f"diffuse: {found.remark}{kept}", file=sys.stderr)
 
 
 def read(path: Path) -> dict[str, Any]:
-    """Read a checkpoint as tensors and plain data; ValueError if it is damaged or not ours."""
+    """Read a checkpoint as tensors and plain data; DamagedError if it is not whole, ValueError if it is not ours."""
     size = regular(path)
+    _check_sums(path)
     try:
         check_tensors(path)
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # parsers of ZIP and pickle meet damaged files with errors of many types
-        raise ValueError(
-            f"{path}: is not a whole checkpoint ({reason(error)}); put an earlier one from its folder in its place, or "
-            "name another run"
-        ) from error
+        raise _damaged(path, reason(error)) from error
     about = checkpoint.get("diffuse") if isinstance(checkpoint, dict) else None
     # A tensor in its place would be compared number by number, however many it says that it has.
     if not isinstance(about, dict) or type(about.get("format")) is not int or about["format"] != FORMAT:
@@ -149,18 +272,33 @@ def find_run(run: str | None, output_dir: str, key: str = "run") -> Path:
     Raises ValueError, about the option called `key`, if there is none.
     """
     root = Path(output_dir)
-    runs = sorted((file for file in root.glob(f"*/{LAST}")), key=lambda file: file.stat().st_mtime)
+    dates = {
+        folder: max(file.stat().st_mtime for file in _checkpoints(folder))
+        for folder in root.glob("*")
+        if _checkpoints(folder)
+    }
+    runs = sorted(dates, key=lambda folder: (dates[folder], folder.name))
     if run is None:
-        for last in reversed(runs):
-            # A damaged newest run is said, not passed over.
-            if read(last)["diffuse"]["task"] == Denoiser.task:
-                return last.parent.parent
+        for folder in reversed(runs):
+            found = newest(folder)  # a run of which nothing is whole is said, not passed over
+            if found is not None and found.checkpoint["diffuse"]["task"] == Denoiser.task:
+                if dates[folder] > time.time() + 3600:
+                    print(
+                        f"diffuse: {folder} is the newest, by a date to come; run= names another",
+                        file=sys.stderr,
+                    )
+                return folder
         raise ValueError(f"output_dir={output_dir}: holds no run; make one with: diffuse train")
     for folder in (Path(run), root / run):
-        if (folder / LAST).is_file():
+        if _checkpoints(folder):
             return folder
-    known = ", ".join(file.parent.parent.name for file in reversed(runs[-5:])) or "none"
+    known = ", ".join(folder.name for folder in reversed(runs[-5:])) or "none"
     raise ValueError(f"{key}={run}: holds no {LAST}; the newest runs in {output_dir} are: {known}")
+
+
+def _checkpoints(run: Path) -> list[Path]:
+    """The files of a run that it can be taken up from."""
+    return [*run.glob(str(LAST)), *run.glob(str(LAST.with_name("step_*.ckpt")))]
 
 
 def load_model(run: Path, weights: Literal["ema", "raw"], device: torch.device, step: Step = None) -> Model:
@@ -191,7 +329,12 @@ def _origin(
         if not path.is_file():
             kept = ", ".join(str(int(file.stem[5:])) for file in sorted(path.parent.glob("step_*.ckpt")))
             raise ValueError(f"step={step}: {run} keeps no such checkpoint; it has those of steps {kept}")
-    checkpoint = read(path)
+    if step is None and (found := newest(run)) is not None:
+        path, checkpoint, remark = found
+        if remark is not None:
+            print(f"diffuse: {remark}", file=sys.stderr)
+    else:
+        checkpoint = read(path)
     about = checkpoint["diffuse"]
     if about["task"] != task:
         raise ValueError(f"{run}: was trained with task={about['task']}; give a run of task={task}")

@@ -255,8 +255,8 @@ def test_a_file_takes_over_the_keys_and_groups_of_another(tmp_path):
 
 PACKAGE = config.HERE
 ORDER = [
-    "foreign precision seeding schedules", "config", "ranks", "parameterizations data times", "denoiser networks",
-    "posterior probability_flow guidance", "objective samplers likelihood checkpoint", "editing",
+    "foreign precision seeding schedules", "config", "ranks locks", "parameterizations data times",
+    "denoiser networks", "posterior probability_flow guidance", "objective samplers likelihood checkpoint", "editing",
     "metrics generate", "report figures", "training", "commands", "cli",
 ]  # fmt: skip
 LEVEL = {name: level for level, names in enumerate(ORDER) for name in names.split()}

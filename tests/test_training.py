@@ -17,8 +17,8 @@ from PIL import Image
 
 from diffusion_cli.checkpoint import BEST, LAST, load_model, read, whole_file
 from diffusion_cli.cli import run
-from diffusion_cli.commands.train import only_one
 from diffusion_cli.config import UNFINISHED
+from diffusion_cli.locks import only_one
 from diffusion_cli.objective import withheld
 from diffusion_cli.training.ema import EMA
 from diffusion_cli.training.module import LevelMeter
@@ -319,7 +319,7 @@ def test_a_run_begun_on_other_data_is_refused(tmp_path, capsys):
 def test_two_processes_do_not_train_in_one_folder(tmp_path, capsys):
     with only_one(tmp_path / "tiny"):
         assert train(tmp_path, "max_steps=3") == 2
-    assert "name=tiny: another process is training in" in capsys.readouterr().err
+    assert "name=tiny: is being trained by process" in capsys.readouterr().err
     assert train(tmp_path, "max_steps=3") == 0
 
 

@@ -7,9 +7,10 @@ from typing import Any
 import torch
 
 from diffusion_cli import __version__
-from diffusion_cli.checkpoint import Model, locked, whole_file
+from diffusion_cli.checkpoint import Model, whole_file
 from diffusion_cli.config import Mistakes, flatten, shown
 from diffusion_cli.foreign import from_json, read, reason
+from diffusion_cli.locks import locked
 
 
 def claim(output: Path, settings: dict[str, Any], model: Model) -> dict[str, Any]:

@@ -6,21 +6,16 @@ import signal
 import sys
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, NamedTuple
-
-try:
-    import fcntl
-except ImportError:
-    fcntl = None
 
 import torch
 import yaml
 from lightning.pytorch import Callback, Trainer
 
-from diffusion_cli.checkpoint import FORMAT, LAST, digest, read, whole_file
+from diffusion_cli.checkpoint import FORMAT, LAST, digest, read, recover, whole_file
 from diffusion_cli.config import (
     UNFINISHED,
     Mistakes,
@@ -33,6 +28,7 @@ from diffusion_cli.config import (
 )
 from diffusion_cli.data import Batch, Batches, Dataset, Images, hold, normalised
 from diffusion_cli.denoiser import Denoiser, NoiseConditioned, NoisyClassifier
+from diffusion_cli.locks import only_one
 from diffusion_cli.metrics import Metric, Networks, cache_folder
 from diffusion_cli.objective import Objective
 from diffusion_cli.precision import resolve
@@ -83,30 +79,9 @@ def train(config: TrainConfig) -> int:
     last = folder / LAST
     stop = Stop(seconds(config.max_time), seconds(config.checkpoint_period))
     with only_one(folder) if Ranks().first else nullcontext(), stop.listening():
+        if Ranks().first:
+            recover(folder)
         return _train(config, folder, last, stop)
-
-
-@contextmanager
-def only_one(folder: Path) -> Iterator[None]:
-    """Hold a run's folder; Mistakes if another process on this machine or file system holds it."""
-    if fcntl is None:  # Windows
-        yield
-        return
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / ".lock"
-    with path.open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise Mistakes(
-                f"name={folder.name}: another process is training in {folder}; wait, or end it"
-            ) from error
-        try:
-            yield
-        finally:
-            if list(folder.iterdir()) == [path]:  # a run that could not start leaves nothing
-                path.unlink()
-                folder.rmdir()
 
 
 class _Parts(NamedTuple):

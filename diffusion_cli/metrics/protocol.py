@@ -6,8 +6,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Self
 
-from diffusion_cli.checkpoint import locked, whole_file
+from diffusion_cli.checkpoint import whole_file
 from diffusion_cli.foreign import read_json
+from diffusion_cli.locks import locked
 
 
 @dataclass(frozen=True)

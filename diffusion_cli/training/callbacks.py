@@ -1,7 +1,6 @@
 """What watches over a run: progress and logs, checkpoints, held-out loss, sample grids, the end."""
 
 import os
-import shutil
 import signal
 import time
 from abc import ABC, abstractmethod
@@ -18,7 +17,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
-from diffusion_cli.checkpoint import LAST, numbered, whole_file
+from diffusion_cli.checkpoint import LAST, duplicate, numbered, save
 from diffusion_cli.data import Batch
 from diffusion_cli.denoiser import Denoiser, NoisyClassifier, clip_x0, noised
 from diffusion_cli.generate import all_labels, labels_of, sample, to_bytes
@@ -39,8 +38,7 @@ class WholeFileIO(TorchCheckpointIO):
     """Lightning's checkpoint files, written whole or not at all."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
-        with whole_file(Path(path)) as temporary:
-            torch.save(checkpoint, temporary)
+        save(checkpoint, Path(path))
 
 
 class EveryStep(Callback, ABC):
@@ -154,14 +152,12 @@ class Checkpoints(EveryStep):
         stop_if_diverged(module, last, trainer.global_step)
         path = last.with_name(numbered(trainer.global_step))
         trainer.save_checkpoint(path)
+        if trainer.is_global_zero:
+            duplicate(path, last)
+            for old in sorted(last.parent.glob("step_*.ckpt"))[: -self.keep_last]:
+                old.unlink(missing_ok=True)
         self.saved = trainer.global_step
         self.stop.saved()
-        if not trainer.is_global_zero:
-            return
-        with whole_file(last) as temporary:
-            shutil.copyfile(path, temporary)  # not a link: what befalls one must not befall the other
-        for old in sorted(last.parent.glob("step_*.ckpt"))[: -self.keep_last]:
-            old.unlink(missing_ok=True)
 
 
 class Stop(EveryStep):

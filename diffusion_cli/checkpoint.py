@@ -74,26 +74,33 @@ CANNOT_WRITE = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, 
 
 
 @contextlib.contextmanager
-def whole_file(path: Path) -> Iterator[Path]:
-    """Give a temporary path beside `path` to write to; at the end it takes the place of `path` in one move.
-
-    Raises OSError, with what to do, where the disk is full or may not be written to; `path` is left as it was.
-    """
-    # Processes of several machines may have one number, and a stranger's folder may hold a link of a likely name.
-    temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
+def writing(path: Path) -> Iterator[None]:
+    """Raise OSError with the file and what to do where the disk is full or may not be written to."""
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        yield temporary
-        with temporary.open("rb+") as file:
-            os.fsync(file.fileno())
-        temporary.replace(path)
+        yield
     except OSError as error:
         if error.errno not in CANNOT_WRITE:
             raise
         raise OSError(
-            f"{path}: cannot be written ({error.strerror}); make room for it, or take a folder that can be written "
-            "to, and give the same command again"
+            f"{path}: cannot be written ({error.strerror}); make room for it, or take a folder that can be written to"
         ) from error
+
+
+@contextlib.contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """Give a temporary path beside `path` to write to; at the end it takes the place of `path` in one move.
+
+    Raises OSError as `writing`; `path` is left as it was.
+    """
+    # Processes of several machines may have one number, and a stranger's folder may hold a link of a likely name.
+    temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
+    try:
+        with writing(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            yield temporary
+            with temporary.open("rb+") as file:
+                os.fsync(file.fileno())
+            temporary.replace(path)
     finally:
         with contextlib.suppress(OSError):  # as of a disk that became read-only
             temporary.unlink(missing_ok=True)

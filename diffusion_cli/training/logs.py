@@ -10,7 +10,7 @@ from typing import Any
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 
-from diffusion_cli.checkpoint import whole_file
+from diffusion_cli.checkpoint import whole_file, writing
 
 
 class LoggerConfig(ABC):
@@ -49,7 +49,9 @@ class CSVFile(Logger):
         self._columns: list[str] | None = None  # of the file; None: it is to be written anew
         if path.exists():
             with path.open(newline="") as file:
-                self.rows = [row for row in csv.DictReader(file) if int(row["step"]) <= step]
+                self.rows = [
+                    row for row in csv.DictReader(file) if _is_whole(row) and int(row["step"]) <= step
+                ]
 
     @property
     def name(self) -> str:
@@ -71,7 +73,7 @@ class CSVFile(Logger):
         columns = list(dict.fromkeys([*(self.rows[-1] if self.rows else ()), *row]))
         self.rows.append({column: row.get(column, "") for column in columns})
         if columns == self._columns:
-            with self.path.open("a", newline="") as file:
+            with writing(self.path), self.path.open("a", newline="") as file:
                 csv.DictWriter(file, columns).writerow(self.rows[-1])
             return
         with whole_file(self.path) as temporary, temporary.open("w", newline="") as file:
@@ -79,3 +81,8 @@ class CSVFile(Logger):
             writer.writeheader()
             writer.writerows(self.rows)
         self._columns = columns
+
+
+def _is_whole(row: Mapping[str | None, Any]) -> bool:
+    """Whether a row was written to its end: the last one may not be, where the process was killed or the disk full."""
+    return None not in row.values() and None not in row and str(row.get("step")).isdigit()

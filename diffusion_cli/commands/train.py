@@ -6,7 +6,7 @@ import signal
 import sys
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,13 +26,13 @@ from diffusion_cli.config import (
     seconds,
     shown,
 )
-from diffusion_cli.data import Batch, Batches, Dataset, Images, hold, normalised
+from diffusion_cli.data import Batch, Batches, Dataset, Images, UnreadableError, hold, normalised
 from diffusion_cli.denoiser import Denoiser, NoiseConditioned, NoisyClassifier
 from diffusion_cli.locks import only_one
 from diffusion_cli.metrics import Metric, Networks, cache_folder
 from diffusion_cli.objective import Objective
 from diffusion_cli.precision import resolve
-from diffusion_cli.ranks import Place, Ranks, started, work_together
+from diffusion_cli.ranks import LostProcess, Place, Ranks, started, work_together
 from diffusion_cli.samplers import Sampler
 from diffusion_cli.seeding import mix
 from diffusion_cli.times import Times
@@ -163,6 +163,7 @@ def _train(config: TrainConfig, folder: Path, last: Path, stop: Stop) -> int:
             f"of {dataset.name}, {_where(device, ranks, place)}, {precision}",
             file=sys.stderr,
         )
+    checkpoints = Checkpoints(config.checkpoint_every, folder, config.keep_last, stop)
     trainer = _trainer(
         config,
         callbacks=[
@@ -170,8 +171,7 @@ def _train(config: TrainConfig, folder: Path, last: Path, stop: Stop) -> int:
             *watchers,
             Progress(config.log_every, folder, config.batch_size, max_steps, stop),
             stop,
-            # Last: it saves what the others know.
-            Checkpoints(config.checkpoint_every, folder, config.keep_last, stop),
+            checkpoints,  # last: it saves what the others know
         ],
         logger=[build(node).logger(folder, done) for node in config.logger.values()],
         max_steps=max_steps or -1,
@@ -185,7 +185,8 @@ def _train(config: TrainConfig, folder: Path, last: Path, stop: Stop) -> int:
     )
     fits = True
     try:
-        trainer.fit(module, batches, ckpt_path=last if done else None, weights_only=True)
+        with _saying_what_is_saved(checkpoints, done):
+            trainer.fit(module, batches, ckpt_path=last if done else None, weights_only=True)
     except (RuntimeError, MemoryError) as error:
         if not ran_out(error):
             raise
@@ -198,6 +199,21 @@ def _train(config: TrainConfig, folder: Path, last: Path, stop: Stop) -> int:
     if ranks.first:
         _tell(trainer.global_step, stop, watchers, model, folder)
     return 0 if stop.signal is None else UNFINISHED
+
+
+@contextmanager
+def _saying_what_is_saved(checkpoints: Checkpoints, done: int) -> Iterator[None]:
+    """Raise what ends a run from outside, a disk or the data, as OSError that says where the run can be taken up."""
+    try:
+        yield
+    except LostProcess:  # the one that failed says why
+        raise
+    except (OSError, UnreadableError) as error:
+        step = checkpoints.saved or done
+        saved = (
+            f"is saved to step {step}; the same command goes on from there" if step else "is not saved yet"
+        )
+        raise OSError(f"{error}; the run {saved}") from error
 
 
 def _tell(step: int, stop: Stop, watchers: list[Callback], model: NoiseConditioned, folder: Path) -> None:

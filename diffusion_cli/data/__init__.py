@@ -2,7 +2,7 @@
 
 from diffusion_cli.data.array import Array
 from diffusion_cli.data.base import Dataset, Images, NoDataset, PixelDigest, spread
-from diffusion_cli.data.batches import Batch, Batches, normalised
+from diffusion_cli.data.batches import Batch, Batches, UnreadableError, normalised
 from diffusion_cli.data.decoding import Exact, flattened, is_gray, opened
 from diffusion_cli.data.digits import Digits
 from diffusion_cli.data.folder import Folder, file_names, image_files, is_image
@@ -27,6 +27,7 @@ __all__ = [
     "Images",
     "NoDataset",
     "PixelDigest",
+    "UnreadableError",
     "file_names",
     "flattened",
     "given_images",

@@ -1,9 +1,10 @@
 """An endless, seekable stream of training batches, the same for any number of processes."""
 
 import signal
+import threading
 from collections.abc import Iterable, Iterator
 from itertools import count
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -28,6 +29,10 @@ class Batch(NamedTuple):
     """int64 [B], the rows of the dataset that the images are."""
 
 
+class UnreadableError(ValueError):
+    """Images that were there at the start cannot be read any more."""
+
+
 class Batches:
     """The batches k = start, start + 1, ... without end, each a function of (images, batch_size, seed, k).
 
@@ -39,8 +44,8 @@ class Batches:
     that the union of the shares is the batch of a single process. Images held in memory are moved to `device`
     once and batched there; others are decoded by `num_workers` processes (0: by this one).
 
-    Raises ValueError if there are no images, or the batch cannot be shared out evenly; while iterating, as
-    `Images.gather`.
+    Raises ValueError if there are no images, or the batch cannot be shared out evenly; while iterating,
+    UnreadableError.
     """
 
     def __init__(
@@ -108,12 +113,15 @@ class Batches:
 
     def _fetch(self) -> Iterator[tuple[int, Tensor, Tensor]]:
         """This process's share of every batch, as (k, rows, pixels)."""
-        if self.num_workers == 0:
-            for k, rows in self._stream():
-                yield k, rows, self.images.gather(rows.to(self.images.device, non_blocking=True))
-            return
+        fetcher = _Fetcher(self.images)
+        for item in self._from_workers(fetcher) if self.num_workers else map(fetcher.fetch, self._stream()):
+            if isinstance(item, Exception):
+                raise UnreadableError(str(item)) from item
+            yield item
+
+    def _from_workers(self, fetcher: "_Fetcher") -> Iterator["Fetched"]:
         loader: Iterable = DataLoader(
-            _Fetcher(self.images),
+            fetcher,
             sampler=self._stream(),
             batch_size=None,  # every item is a whole batch already
             num_workers=self.num_workers,
@@ -121,10 +129,30 @@ class Batches:
             worker_init_fn=_leave_signals_to_the_parent,
             generator=torch.Generator(),  # otherwise a draw from the global one
         )
-        for item in loader:
-            if isinstance(item, Exception):
-                raise item
+        iterator = _deaf_to_deaths(loader)
+        while True:
+            try:
+                item = next(iterator)
+            except (RuntimeError, OSError, EOFError) as error:  # what befalls images comes as an item
+                raise UnreadableError(
+                    f"dataset.num_workers={self.num_workers}: a process that reads the images has died "
+                    f"({' '.join(str(error).split())}), as where memory runs out; take fewer, or 0"
+                ) from error
             yield item
+
+
+def _deaf_to_deaths(loader: Iterable[Any]) -> Iterator[Any]:
+    """The iterator of a loader, without the signal handler by which torch raises wherever the program is.
+
+    It would pass for a fault of what is interrupted, as a checkpoint's writing. The death shows all the same, where
+    the next batch is waited for.
+    """
+    if not hasattr(signal, "SIGCHLD") or threading.current_thread() is not threading.main_thread():
+        return iter(loader)  # torch sets none either
+    before = signal.getsignal(signal.SIGCHLD)
+    iterator = iter(loader)
+    signal.signal(signal.SIGCHLD, before)
+    return iterator
 
 
 def _leave_signals_to_the_parent(worker: int) -> None:
@@ -133,18 +161,35 @@ def _leave_signals_to_the_parent(worker: int) -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
+Fetched = tuple[int, Tensor, Tensor] | Exception
+"""Batch number, rows and pixels; or why there are none, which raised in a worker would be a traceback of text."""
+
+
 class _Fetcher(MapDataset):
-    """What a worker process runs: rows in, pixels out."""
+    """Rows in, pixels out: what a worker process runs."""
 
     def __init__(self, images: Images) -> None:
         self.images = images
 
-    def __getitem__(self, item: tuple[int, Tensor]) -> tuple[int, Tensor, Tensor] | Exception:
+    def fetch(self, item: tuple[int, Tensor]) -> Fetched:
+        """The pixels of the rows of a batch."""
         k, rows = item
         try:
-            return k, rows, self.images.gather(rows)
-        except (OSError, ValueError) as error:  # raised here, it would reach the user as a traceback of text
+            return k, rows, self.images.gather(rows.to(self.images.device, non_blocking=True))
+        except (OSError, ValueError) as error:
             return error
+
+    def __getitem__(self, item: tuple[int, Tensor]) -> Fetched:
+        fetched = self.fetch(item)
+        if isinstance(fetched, Exception):
+            return fetched
+        try:
+            fetched[2].share_memory_()  # now: where the queue finds no room for it, it waits for ever
+        except RuntimeError as error:
+            return OSError(
+                f"dataset.num_workers: no room to pass images on ({error}); enlarge /dev/shm, or take 0"
+            )
+        return fetched
 
 
 def mirrored(images: Tensor, coins: Tensor) -> Tensor:

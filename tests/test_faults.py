@@ -1,0 +1,619 @@
+"""Faults: what a user sees is one line with the remedy, and what was saved takes the run up to the last bit.
+
+Faults that are tried elsewhere: in test_training.py a loss or weights that are no number, another configuration or other
+data in the folder, a second process there, signals and kills; in test_data.py images that cannot be decoded.
+"""
+
+import json
+import multiprocessing
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from test_training import TINY, assert_same, state, train
+
+from diffusion_cli import locks
+from diffusion_cli.checkpoint import BEST, LAST, Model, find_run, load_model, read, recover, save, whole_file
+from diffusion_cli.commands.outputs import claim
+from diffusion_cli.config import Mistakes
+from diffusion_cli.locks import LOCK, Pace, only_one
+from diffusion_cli.training.callbacks import Checkpoints
+from diffusion_cli.training.logs import CSVFile
+
+CPU = torch.device("cpu")
+QUICK = Pace(beat=0.05, patience=0.5, settle=0.1)
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A run of 14 steps that nothing befell."""
+    folder = tmp_path_factory.mktemp("whole")
+    assert train(folder, "max_steps=14") == 0
+    return state(folder)
+
+
+@pytest.fixture(scope="module")
+def half(tmp_path_factory):
+    """A run stopped at step 10, with checkpoints of steps 5 and 10."""
+    folder = tmp_path_factory.mktemp("half")
+    assert train(folder, "max_steps=10") == 0
+    return folder
+
+
+@pytest.fixture
+def begun(half, tmp_path):
+    """A copy of it, to be spoilt."""
+    shutil.copytree(half, tmp_path / "outputs")
+    return tmp_path / "outputs"
+
+
+def assert_goes_on(folder: Path, whole: dict) -> None:
+    """The run in the folder ends as the one that nothing befell."""
+    assert train(folder, "max_steps=14") == 0
+    mine = state(folder)
+    for key in ("global_step", "state_dict", "optimizer_states", "lr_schedulers"):
+        assert_same(mine[key], whole[key], key)
+    assert_same(mine["callbacks"]["EMA"], whole["callbacks"]["EMA"])
+
+
+def said(capsys) -> str:
+    """The one line of an error."""
+    lines = [line for line in capsys.readouterr().err.splitlines() if "diffuse: " in line]
+    (line,) = (line[line.index("diffuse: ") :] for line in lines)  # after the progress bar
+    return line
+
+
+@pytest.fixture
+def disk(tmp_path):
+    """Mounts file systems of a given size; a real disk that is full or may not be written to."""
+    if sys.platform != "linux" or os.geteuid() != 0:
+        pytest.skip("mounting a file system takes root on Linux")
+    folder = tmp_path / "disk"
+    folder.mkdir()
+
+    def mount(options: str) -> Path:
+        action = "remount," if folder.is_mount() else ""
+        subprocess.run(["mount", "-t", "tmpfs", "-o", action + options, "tmpfs", folder], check=True)
+        return folder
+
+    try:
+        mount("size=16k")
+    except subprocess.CalledProcessError:
+        pytest.skip("this machine lets nobody mount a file system")
+    yield mount
+    subprocess.run(["umount", "-l", folder], check=True)
+
+
+# --- Checkpoints -------------------------------------------------------
+
+
+def flip(path: Path) -> None:
+    """Change one bit of a weight, which torch itself does not see."""
+    data = bytearray(path.read_bytes())
+    weight = next(value for value in read(path)["state_dict"].values() if value.numel() > 50)
+    data[data.index(weight.numpy().tobytes()) + 7] ^= 1
+    path.write_bytes(data)
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-1000])
+
+
+DAMAGES = {
+    "a flipped bit": flip,
+    "cut short": cut,
+    "empty": lambda path: path.write_bytes(b""),
+    "zeros": lambda path: path.write_bytes(bytes(path.stat().st_size)),
+    "another file": lambda path: path.write_text("<html>"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
+def test_a_damaged_last_checkpoint_gives_way_to_the_one_before(begun, whole, capsys, damage):
+    last = begun / "tiny" / LAST
+    last.with_name("step_00000010.ckpt").unlink()
+    damage(last)
+    spoilt = last.read_bytes()
+    assert_goes_on(begun, whole)
+    assert said(capsys) == (
+        f"diffuse: {last}: is not a whole checkpoint; going on from step 5, step_00000005.ckpt; the damaged one is "
+        "last.ckpt.damaged now"
+    )
+    assert last.with_name("last.ckpt.damaged").read_bytes() == spoilt
+
+
+def test_a_missing_last_checkpoint_too(begun, whole, capsys):
+    (begun / "tiny" / LAST).unlink()
+    assert find_run(None, str(begun)) == find_run("tiny", str(begun)) == begun / "tiny"
+    assert_goes_on(begun, whole)
+    assert "last.ckpt: is missing; going on from step 10, step_00000010.ckpt" in said(capsys)
+
+
+def test_a_second_damaged_one_does_not_displace_the_first(begun):
+    last = begun / "tiny" / LAST
+    for text in ("one", "two"):
+        last.write_text(text)
+        recover(begun / "tiny")
+    assert last.with_name("last.ckpt.damaged").read_text() == "one"
+    assert last.with_name("last.ckpt.damaged1").read_text() == "two"
+
+
+def test_where_no_checkpoint_is_whole_nothing_is_touched(begun, capsys):
+    files = sorted((begun / "tiny" / LAST).parent.iterdir())
+    for file in files:
+        cut(file)
+    before = [file.read_bytes() for file in files]
+    assert train(begun, "max_steps=14") == 2
+    assert (
+        "last.ckpt: is not a whole checkpoint, and no other one of the run is whole; put a copy there"
+        in said(capsys)
+    )
+    assert [file.read_bytes() for file in sorted(files[0].parent.iterdir())] == before
+
+
+def test_sampling_falls_back_too_and_moves_nothing(begun, capsys):
+    last = begun / "tiny" / LAST
+    cut(last)
+    before = sorted(file.name for file in last.parent.iterdir()), last.read_bytes()
+    model = load_model(begun / "tiny", "ema", CPU)
+    assert model.step == 10
+    assert "going on from step 10, step_00000010.ckpt" in said(capsys)
+    assert (sorted(file.name for file in last.parent.iterdir()), last.read_bytes()) == before
+    assert model.digest == load_model(begun / "tiny", "ema", CPU, 10).digest
+
+
+@pytest.mark.parametrize("step", [10, "best"])
+def test_a_damaged_checkpoint_that_was_asked_for_is_named(begun, step):
+    last = begun / "tiny" / LAST
+    shutil.copy(last, begun / "tiny" / BEST)
+    path = last.with_name("step_00000010.ckpt") if step == 10 else begun / "tiny" / BEST
+    flip(path)
+    with pytest.raises(ValueError, match=rf"{path.name}: is not a whole checkpoint; name another step="):
+        load_model(begun / "tiny", "ema", CPU, step)
+
+
+def test_a_checkpoint_of_an_older_version_is_no_damage(begun, capsys):
+    last = begun / "tiny" / LAST
+    checkpoint = torch.load(last, weights_only=True)
+    checkpoint["diffuse"]["format"] = 1
+    torch.save(checkpoint, last)
+    before = last.read_bytes()
+    assert train(begun, "max_steps=14") == 2
+    assert "last.ckpt: is not a checkpoint of this version of diffuse (format 2)" in said(capsys)
+    assert last.read_bytes() == before
+
+
+def test_a_checkpoint_that_does_not_read_back_replaces_nothing(begun, whole, capsys, monkeypatch):
+    real = torch.save
+
+    def failing(checkpoint, file):
+        real(checkpoint, file)
+        file.seek(file.tell() // 2)
+        file.write(b"\xff\x00\xff")
+
+    monkeypatch.setattr(torch, "save", failing)
+    assert train(begun, "max_steps=14", "checkpoint_every=2") == 2
+    line = said(capsys)
+    assert "step_00000012.ckpt: does not read back as it was written; take a folder on another disk" in line
+    assert line.endswith("the run is saved to step 10; the same command goes on from there")
+    monkeypatch.undo()
+    assert_goes_on(begun, whole)
+
+
+def test_what_a_killed_process_had_begun_to_write_is_removed_and_no_more(begun, whole):
+    run = begun / "tiny"
+    ours = [run / LAST.parent / ".last.ckpt.123-0a.tmp", run / ".metrics.csv.123-0a.tmp"]
+    other = run / ".metrics.json.123-0a.tmp"  # of an evaluation that may be at work
+    for file in (*ours, other):
+        file.write_text("half")
+    assert_goes_on(begun, whole)
+    assert not any(file.exists() for file in ours)
+    assert other.exists()
+
+
+def test_a_link_of_a_temporary_name_leads_nowhere(tmp_path):
+    (tmp_path / "mine").write_text("mine")
+    (tmp_path / f".file.{os.getpid()}.tmp").symlink_to(tmp_path / "mine")
+    with whole_file(tmp_path / "file") as temporary:
+        temporary.write_text("new")
+    assert (tmp_path / "mine").read_text() == "mine"
+
+
+def test_a_packed_checkpoint_is_not_unpacked(tmp_path):
+    import zipfile
+
+    with zipfile.ZipFile(tmp_path / "last.ckpt", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("archive/data.pkl", bytes(10_000_000))
+    with pytest.raises(ValueError, match="is not a whole checkpoint"):
+        read(tmp_path / "last.ckpt")
+
+
+def test_a_run_of_the_future_is_the_newest_but_that_is_said(begun, capsys):
+    shutil.copytree(begun / "tiny", begun / "late")
+    for file in (begun / "tiny" / LAST.parent).iterdir():
+        os.utime(file, (time.time() + 86400,) * 2)
+    assert find_run(None, str(begun)) == begun / "tiny"
+    assert "is the newest, by a date to come; run= names another" in said(capsys)
+
+
+def test_dates_do_not_say_which_checkpoint_is_the_newest(begun, whole):
+    folder = (begun / "tiny" / LAST).parent
+    (folder / "last.ckpt").unlink()
+    os.utime(folder / "step_00000005.ckpt", (time.time() + 86400,) * 2)
+    recover(begun / "tiny")
+    assert state(begun)["global_step"] == 10
+    assert_goes_on(begun, whole)
+
+
+# --- Disks -------------------------------------------------------------
+
+
+def test_a_full_disk_at_a_checkpoint(disk, capsys, whole):
+    size = 8 << 20
+    folder = disk(f"size={size}")
+    assert train(folder, "max_steps=5") == 0
+    left = os.statvfs(folder).f_bavail * os.statvfs(folder).f_frsize
+    (folder / "other").write_bytes(bytes(left - 100_000))
+    capsys.readouterr()
+    assert train(folder, "max_steps=14") == 2
+    line = said(capsys)
+    assert "step_00000010.ckpt: cannot be written (No space left on device); make room for it" in line
+    assert line.endswith("the run is saved to step 5; the same command goes on from there")
+    assert not list(folder.rglob("*.tmp"))
+    disk(f"size={4 * size}")
+    assert_goes_on(folder, whole)
+
+
+def test_a_full_disk_at_a_preview(disk, capsys):
+    folder = disk("size=12k")
+    assert train(folder, "max_steps=14", "preview_every=2", "preview_steps=2") == 2
+    line = said(capsys)
+    assert "step_00000002.png: cannot be written (No space left on device)" in line
+    assert line.endswith("nothing is saved")
+
+
+def test_a_full_disk_at_the_claim_of_a_run(disk, capsys):
+    folder = disk("size=16k")
+    (folder / "other").write_bytes(bytes(16 << 10))
+    assert train(folder, "max_steps=14") == 2
+    assert f"output_dir={folder}: cannot hold the run tiny ([Errno 28] No space left on device" in said(
+        capsys
+    )
+    assert [file.name for file in folder.iterdir()] == ["other"]
+
+
+def test_a_full_disk_at_the_claim_of_a_folder_of_samples(disk, half):
+    folder = disk("size=16k")
+    (folder / "other").write_bytes(bytes(16 << 10))
+    model: Model = load_model(half / "tiny", "ema", CPU)
+    with pytest.raises(
+        OSError, match=r"manifest\.json: cannot be written \(No space left on device\); make room"
+    ):
+        claim(folder / "samples", {}, model)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_a_full_disk_at_the_log(tmp_path):
+    log = CSVFile(tmp_path / "metrics.csv", 0)
+    log.log_metrics({"loss": 1.0}, 1)
+    log.path.unlink()
+    log.path.symlink_to("/dev/full")
+    with pytest.raises(
+        OSError, match=r"metrics\.csv: cannot be written \(No space left on device\); make room"
+    ):
+        log.log_metrics({"loss": 2.0}, 2)
+
+
+def test_a_row_of_the_log_that_was_cut_short_is_passed_over(begun, whole):
+    log = begun / "tiny" / "metrics.csv"
+    for rest in ("7,0.", "\n,", "\nx"):
+        with log.open("a") as file:
+            file.write(rest)
+    assert_goes_on(begun, whole)
+
+
+def test_an_output_that_cannot_be_written_to(disk, capsys, half, whole):
+    folder = disk("size=8m")
+    shutil.copytree(half, folder, dirs_exist_ok=True)
+    disk("ro")
+    for words in ([], ["name=other"]):
+        assert train(folder, "max_steps=14", *words) == 2
+        line = said(capsys)
+        assert f"output_dir={folder}: cannot hold the run" in line
+        assert "Read-only file system" in line
+    disk("rw")
+    assert_goes_on(folder, whole)
+
+
+def test_an_output_that_is_a_file(tmp_path, capsys):
+    (tmp_path / "file").write_text("mine")
+    assert train(tmp_path / "file", "max_steps=3") == 2
+    assert f"output_dir={tmp_path}/file: cannot hold the run tiny" in said(capsys)
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_a_limit_on_the_size_of_files_is_a_full_disk(tmp_path):
+    code = (
+        "import resource, sys; from pathlib import Path; import torch; from diffusion_cli.checkpoint import save;"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000));"
+        "save({'a': torch.zeros(100_000)}, Path(sys.argv[1]))"
+    )
+    done = subprocess.run([sys.executable, "-c", code, tmp_path / "a.ckpt"], capture_output=True, text=True)
+    assert done.stderr.splitlines()[-1].endswith("make room for it, or take a folder that can be written to")
+    assert not list(tmp_path.iterdir())
+
+
+# --- Data --------------------------------------------------------------
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    """A folder of images and the words that read them from disk all the time."""
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    for i in range(8):
+        Image.new("L", (8, 8), 30 * i).save(folder / f"{i}.png")
+    return folder, [
+        "dataset=folder", f"dataset.path={folder}", "dataset.resolution=8", "dataset.channels=1", "dataset.held_out=0",
+        "dataset.in_memory=false", "model=unet_tiny", "batch_size=8", "checkpoint_every=2",
+    ]  # fmt: skip
+
+
+def after_saving(monkeypatch, step: int, fault) -> None:
+    """Let a fault befall the run once the checkpoint of a step is there."""
+    real = Checkpoints.save
+
+    def spoiling(self, trainer, module):
+        real(self, trainer, module)
+        if trainer.global_step == step:
+            fault()
+
+    monkeypatch.setattr(Checkpoints, "save", spoiling)
+
+
+@pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
+def test_a_file_of_the_data_that_is_lost(tmp_path, capsys, monkeypatch, pictures, workers):
+    folder, words = [*pictures]
+    words = [*words, f"dataset.num_workers={workers}"]
+    assert train(tmp_path / "whole", *words, "max_steps=20") == 0
+    file = folder / "3.png"
+    data = file.read_bytes()
+    after_saving(monkeypatch, 4, file.unlink)
+    capsys.readouterr()
+    assert train(tmp_path / "parts", *words, "max_steps=20") == 2
+    line = said(capsys)
+    assert f"dataset.path={folder}: cannot use 1 of the images, repair or remove: 3.png" in line
+    saved = state(tmp_path / "parts")["global_step"]
+    assert line.endswith(f"the run is saved to step {saved}; the same command goes on from there")
+    file.write_bytes(data)
+    monkeypatch.undo()
+    assert train(tmp_path / "parts", *words, "max_steps=20") == 0
+    assert_same(state(tmp_path / "parts")["state_dict"], state(tmp_path / "whole")["state_dict"])
+
+
+@pytest.mark.slow
+def test_a_process_that_reads_images_is_killed(tmp_path, capsys, monkeypatch, pictures):
+    _, words = pictures
+    words = [*words, "dataset.num_workers=2"]
+    after_saving(monkeypatch, 4, lambda: multiprocessing.active_children()[0].kill())
+    assert train(tmp_path, *words, "max_steps=20") == 2
+    line = said(capsys)
+    assert "dataset.num_workers=2: a process that reads the images has died" in line
+    assert "as where memory runs out; take fewer, or 0; the run is saved to step" in line
+    monkeypatch.undo()
+    assert train(tmp_path, *words, "max_steps=20") == 0
+    assert train(tmp_path / "whole", *words, "max_steps=20") == 0
+    assert_same(state(tmp_path)["state_dict"], state(tmp_path / "whole")["state_dict"])
+
+
+@pytest.mark.slow
+def test_shared_memory_that_is_too_small_is_said_and_not_waited_for(tmp_path, pictures):
+    if shutil.which("unshare") is None or os.geteuid() != 0:
+        pytest.skip("a small /dev/shm takes root on Linux")
+    _, words = pictures
+    call = [sys.executable, "-c", "from diffusion_cli.cli import main; main()", *TINY, *words]
+    call += [f"output_dir={tmp_path}", "dataset.num_workers=2", "dataset.resolution=64", "max_steps=20"]
+    script = 'mount -t tmpfs -o size=64k tmpfs /dev/shm && exec "$@"'
+    done = subprocess.run(["unshare", "-m", "bash", "-c", script, "-", *call], capture_output=True, text=True)
+    assert done.returncode == 2, done.stderr
+    assert "dataset.num_workers: no room to pass images on" in done.stderr.splitlines()[-1]
+    assert "enlarge /dev/shm, or take 0" in done.stderr.splitlines()[-1]
+    assert "Traceback" not in done.stderr
+
+
+def test_images_that_are_no_bytes_are_refused(tmp_path, capsys):
+    np.save(tmp_path / "images.npy", np.full((40, 8, 8), np.nan, np.float32))
+    assert train(tmp_path, "dataset=array", f"dataset.path={tmp_path}/images.npy", "max_steps=3") == 2
+    assert "holds float32; images must be uint8 in 0..255" in said(capsys)
+
+
+# --- Locks -------------------------------------------------------------
+
+
+def leave(folder: Path, **changes) -> Path:
+    """A lock as a process of another machine has left it, or keeps it."""
+    folder.mkdir(exist_ok=True)
+    owner = {
+        "host": "n3",
+        "boot": "x",
+        "pid": 123,
+        "job": "45",
+        "restart": None,
+        "since": "2099-01-01 00:00:00+00:00",
+    }
+    (folder / LOCK).write_text(json.dumps(owner | {"token": "t", "beat": 0} | changes))
+    return folder / LOCK
+
+
+def test_the_holder_of_a_run_is_named(begun, whole, capsys):
+    with only_one(begun / "tiny"):
+        assert train(begun, "max_steps=14") == 2
+        assert f"name=tiny: is being trained by process {os.getpid()} on host " in said(capsys)
+    assert_goes_on(begun, whole)
+
+
+def test_the_lock_ends_with_its_process_though_a_child_of_it_lives(tmp_path, capsys):
+    code = (
+        "import os, sys, time; from pathlib import Path; from diffusion_cli.locks import only_one\n"
+        "with only_one(Path(sys.argv[1])):\n"
+        "    if os.fork(): print('held', flush=True)\n"
+        "    else: print('child', os.getpid(), flush=True)\n"
+        "    time.sleep(600)"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, tmp_path / "run"], stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    lines = sorted(process.stdout.readline() for _ in range(2))
+    with pytest.raises(Mistakes, match=f"process {process.pid} on host"), only_one(tmp_path / "run"):
+        pass
+    process.kill()
+    process.wait()
+    try:
+        with only_one(tmp_path / "run"):  # at once: on one machine there is nothing to wait for
+            assert json.loads((tmp_path / "run" / LOCK).read_text())["pid"] == os.getpid()
+    finally:
+        os.kill(int(lines[0].split()[1]), signal.SIGKILL)
+    assert capsys.readouterr().err == ""
+
+
+def test_a_silent_lock_of_another_machine_is_taken_over_whatever_its_clock(tmp_path, capsys):
+    lock = leave(tmp_path / "run")
+    with only_one(tmp_path / "run", QUICK):
+        assert json.loads(lock.read_text())["pid"] == os.getpid()
+    before, after = capsys.readouterr().err.splitlines()
+    assert "is held by process 123 on host n3 (job 45), since 2099-01-01 00:00:00+00:00; waiting" in before
+    assert "taken over from process 123 on host n3 (job 45)" in after
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_lock_of_another_machine_that_shows_signs_of_life_is_respected(tmp_path):
+    lock = leave(tmp_path / "run")
+    threading.Timer(0.2, leave, [tmp_path / "run"], {"beat": 1}).start()
+    words = r"is being trained by process 123 on host n3 \(job 45\), since .*; wait, or end it"
+    with pytest.raises(Mistakes, match=words), only_one(tmp_path / "run", QUICK):
+        pass
+    assert json.loads(lock.read_text())["token"] == "t"
+
+
+def test_a_file_system_without_locks_is_watched(tmp_path, monkeypatch):
+    def refuse(*_):
+        raise OSError(95, "Operation not supported")
+
+    monkeypatch.setattr(locks.fcntl, "flock", refuse)
+    first, second = (only_one(tmp_path / "run", QUICK._replace(patience=patience)) for patience in (0.5, 5))
+    with first, pytest.raises(Mistakes, match=f"process {os.getpid()} on host"), second:
+        pass
+    leave(tmp_path / "run")
+    with only_one(tmp_path / "run", QUICK):
+        pass
+
+
+def test_a_job_that_the_scheduler_began_again_waits_for_nobody(tmp_path, capsys, monkeypatch):
+    leave(tmp_path / "run")
+    monkeypatch.setenv("SLURM_JOB_ID", "45")
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    with only_one(tmp_path / "run"):
+        pass
+    assert capsys.readouterr().err == ""
+
+
+def test_of_two_that_take_one_lock_one_gives_way(tmp_path, monkeypatch):
+    leave(tmp_path / "run")
+    real = locks._Lock._settle
+
+    def settle(self):
+        leave(tmp_path / "run", host="n4", token="other")
+        real(self)
+
+    monkeypatch.setattr(locks._Lock, "_settle", settle)
+    with (
+        pytest.raises(Mistakes, match="is being trained by process 123 on host n4"),
+        only_one(tmp_path / "run", QUICK),
+    ):
+        pass
+    assert json.loads((tmp_path / "run" / LOCK).read_text())["token"] == "other"
+
+
+def test_a_holder_that_was_taken_over_ends_as_at_a_signal(tmp_path, capsys):
+    got = threading.Event()
+    before = signal.signal(signal.SIGTERM, lambda *_: got.set())
+    try:
+        with only_one(tmp_path / "run", QUICK):
+            leave(tmp_path / "run")
+            assert got.wait(10)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert "was taken over by process 123 on host n3" in capsys.readouterr().err
+    assert (tmp_path / "run" / LOCK).exists()  # which is the other's
+
+
+def test_a_lock_that_cannot_be_kept_fresh_is_said_once_and_ends_nothing(tmp_path, capsys):
+    with only_one(tmp_path / "run", QUICK):
+        shutil.rmtree(tmp_path / "run")
+        time.sleep(0.5)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "cannot be kept fresh (No such file or directory)" in line
+
+
+def test_the_lock_shows_that_its_holder_lives(tmp_path):
+    with only_one(tmp_path / "run", QUICK):
+        beats = set()
+        while len(beats) < 3:
+            beats.add(json.loads((tmp_path / "run" / LOCK).read_text())["beat"])
+
+
+@pytest.mark.parametrize("text", [b"", b"{", b"[1]", b"\xff" * 9000, b"[" * 4000], ids=range(5))
+def test_a_lock_that_says_nothing_is_taken_over_once_it_stands_still(tmp_path, text):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / LOCK).write_bytes(text)
+    with only_one(tmp_path / "run", QUICK):
+        assert json.loads((tmp_path / "run" / LOCK).read_text())["pid"] == os.getpid()
+
+
+def test_a_lock_that_leads_elsewhere_is_not_written_through(tmp_path, capsys):
+    (tmp_path / "mine").write_text("mine")
+    (tmp_path / "tiny").mkdir()
+    (tmp_path / "tiny" / LOCK).symlink_to(tmp_path / "mine")
+    assert train(tmp_path, "max_steps=3") == 2
+    assert "cannot hold the run tiny ([Errno 40] Too many levels of symbolic links" in said(capsys)
+    (tmp_path / "tiny" / LOCK).unlink()
+    os.mkfifo(tmp_path / "tiny" / LOCK)
+    assert train(tmp_path, "max_steps=3") == 2
+    assert ".lock: is not a file; remove it" in said(capsys)
+    assert (tmp_path / "mine").read_text() == "mine"
+
+
+def test_a_checkpoint_is_saved_under_its_name_only_once_whole(tmp_path):
+    path = tmp_path / "a.ckpt"
+    save({"a": torch.arange(10)}, path)
+    assert torch.equal(torch.load(path)["a"], torch.arange(10))
+    with pytest.raises(AttributeError):
+        save({"a": lambda: None}, path)
+    assert torch.equal(torch.load(path)["a"], torch.arange(10))
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.slow
+def test_killed_twenty_times_no_bit_is_different():
+    script = Path(__file__).parents[1] / "scripts" / "kill.py"
+    done = subprocess.run([sys.executable, script, "--kills", "20"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "| bits different from the run left alone | 0 |" in done.stdout

@@ -1,7 +1,7 @@
 """Faults: what a user sees is one line with the remedy, and what was saved takes the run up to the last bit.
 
-Faults that are tried elsewhere: in test_training.py a loss or weights that are no number, another configuration or other
-data in the folder, a second process there, signals and kills; in test_data.py images that cannot be decoded.
+Faults that are tried elsewhere: in test_training.py a loss or weights that are no number, another configuration or
+other data in the folder, a second process there, signals and kills; in test_data.py images that cannot be decoded.
 """
 
 import json
@@ -30,6 +30,7 @@ from diffusion_cli.training.callbacks import Checkpoints
 from diffusion_cli.training.logs import CSVFile
 
 CPU = torch.device("cpu")
+TOMORROW = time.time() + 86400
 QUICK = Pace(beat=0.05, patience=0.5, settle=0.1)
 
 
@@ -248,7 +249,7 @@ def test_a_packed_checkpoint_is_not_unpacked(tmp_path):
 def test_a_run_of_the_future_is_the_newest_but_that_is_said(begun, capsys):
     shutil.copytree(begun / "tiny", begun / "late")
     for file in (begun / "tiny" / LAST.parent).iterdir():
-        os.utime(file, (time.time() + 86400,) * 2)
+        os.utime(file, (TOMORROW, TOMORROW))
     assert find_run(None, str(begun)) == begun / "tiny"
     assert "is the newest, by a date to come; run= names another" in said(capsys)
 
@@ -256,7 +257,7 @@ def test_a_run_of_the_future_is_the_newest_but_that_is_said(begun, capsys):
 def test_dates_do_not_say_which_checkpoint_is_the_newest(begun, whole):
     folder = (begun / "tiny" / LAST).parent
     (folder / "last.ckpt").unlink()
-    os.utime(folder / "step_00000005.ckpt", (time.time() + 86400,) * 2)
+    os.utime(folder / "step_00000005.ckpt", (TOMORROW, TOMORROW))
     recover(begun / "tiny")
     assert state(begun)["global_step"] == 10
     assert_goes_on(begun, whole)
@@ -282,7 +283,7 @@ def test_a_full_disk_at_a_checkpoint(disk, capsys, whole):
 
 
 def test_a_full_disk_at_a_preview(disk, capsys):
-    folder = disk("size=12k")
+    folder = disk("size=8k")
     assert train(folder, "max_steps=14", "preview_every=2", "preview_steps=2") == 2
     line = said(capsys)
     assert "step_00000002.png: cannot be written (No space left on device)" in line

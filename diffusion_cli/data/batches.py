@@ -113,16 +113,23 @@ class Batches:
 
     def _fetch(self) -> Iterator[tuple[int, Tensor, Tensor]]:
         """This process's share of every batch, as (k, rows, pixels)."""
-        fetcher = _Fetcher(self.images)
-        for item in self._from_workers(fetcher) if self.num_workers else map(fetcher.fetch, self._stream()):
-            if isinstance(item, Exception):
-                raise UnreadableError(str(item)) from item
-            yield item
+        rows = (rows for _, rows in self._stream())
+        # Named nowhere: a traceback that keeps this frame would keep the worker processes with it.
+        for (k, these), pixels in zip(
+            self._stream(),
+            self._from_workers(rows) if self.num_workers else map(_Fetcher(self.images).fetch, rows),
+            strict=False,
+        ):
+            if isinstance(pixels, Exception):
+                raise UnreadableError(str(pixels)) from pixels
+            yield k, these, pixels
 
-    def _from_workers(self, fetcher: "_Fetcher") -> Iterator["Fetched"]:
+    def _from_workers(self, rows: Iterable[Tensor]) -> Iterator["Fetched"]:
         loader: Iterable = DataLoader(
-            fetcher,
-            sampler=self._stream(),
+            _Fetcher(self.images),
+            sampler=(
+                these.tolist() for these in rows
+            ),  # plain numbers: a tensor would take shared memory too
             batch_size=None,  # every item is a whole batch already
             num_workers=self.num_workers,
             pin_memory=self.device.type == "cuda",
@@ -161,8 +168,8 @@ def _leave_signals_to_the_parent(worker: int) -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
-Fetched = tuple[int, Tensor, Tensor] | Exception
-"""Batch number, rows and pixels; or why there are none, which raised in a worker would be a traceback of text."""
+Fetched = Tensor | Exception
+"""Pixels; or why there are none, which raised in a worker would reach the user as a traceback of text."""
 
 
 class _Fetcher(MapDataset):
@@ -171,25 +178,23 @@ class _Fetcher(MapDataset):
     def __init__(self, images: Images) -> None:
         self.images = images
 
-    def fetch(self, item: tuple[int, Tensor]) -> Fetched:
+    def fetch(self, rows: Tensor) -> Fetched:
         """The pixels of the rows of a batch."""
-        k, rows = item
         try:
-            return k, rows, self.images.gather(rows.to(self.images.device, non_blocking=True))
+            return self.images.gather(rows.to(self.images.device, non_blocking=True))
         except (OSError, ValueError) as error:
             return error
 
-    def __getitem__(self, item: tuple[int, Tensor]) -> Fetched:
-        fetched = self.fetch(item)
-        if isinstance(fetched, Exception):
-            return fetched
-        try:
-            fetched[2].share_memory_()  # now: where the queue finds no room for it, it waits for ever
-        except RuntimeError as error:
-            return OSError(
-                f"dataset.num_workers: no room to pass images on ({error}); enlarge /dev/shm, or take 0"
-            )
-        return fetched
+    def __getitem__(self, rows: list[int]) -> Fetched:
+        pixels = self.fetch(torch.tensor(rows))
+        if isinstance(pixels, Tensor):
+            try:
+                pixels.share_memory_()  # now: where the queue finds no room for it, the parent waits for ever
+            except RuntimeError as error:
+                return OSError(
+                    f"dataset.num_workers: no room to pass images on ({error}); enlarge /dev/shm, or take 0"
+                )
+        return pixels
 
 
 def mirrored(images: Tensor, coins: Tensor) -> Tensor:

@@ -287,7 +287,7 @@ def test_a_full_disk_at_a_preview(disk, capsys):
     assert train(folder, "max_steps=14", "preview_every=2", "preview_steps=2") == 2
     line = said(capsys)
     assert "step_00000002.png: cannot be written (No space left on device)" in line
-    assert line.endswith("nothing is saved")
+    assert line.endswith("the run is not saved yet")
 
 
 def test_a_full_disk_at_the_claim_of_a_run(disk, capsys):

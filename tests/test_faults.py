@@ -26,6 +26,7 @@ from diffusion_cli.checkpoint import BEST, LAST, Model, find_run, load_model, re
 from diffusion_cli.commands.outputs import claim
 from diffusion_cli.config import Mistakes
 from diffusion_cli.locks import LOCK, Pace, only_one
+from diffusion_cli.objective import Weighted
 from diffusion_cli.training.callbacks import Checkpoints
 from diffusion_cli.training.logs import CSVFile
 
@@ -618,3 +619,55 @@ def test_killed_twenty_times_no_bit_is_different():
     done = subprocess.run([sys.executable, script, "--kills", "20"], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "| bits different from the run left alone | 0 |" in done.stdout
+
+
+# --- Memory -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("most", "line"), [(4, "but parts of 4 do: accumulate=4"), (0, "nor does one image")]
+)
+def test_memory_that_runs_out_names_the_parts_that_fit(tmp_path, capsys, monkeypatch, most, line):
+    loss = Weighted.__call__
+
+    def limited(self, model, x0, *rest):
+        if len(x0) > most:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return loss(self, model, x0, *rest)
+
+    monkeypatch.setattr(Weighted, "__call__", limited)
+    assert train(tmp_path, "max_steps=3") == 2
+    (said,) = [row for row in capsys.readouterr().err.splitlines() if row.startswith("diffuse:")]
+    assert said.startswith(
+        "diffuse: batch_size=16: parts of 16 images do not fit in the memory of this cpu, "
+    )
+    assert line in said
+    if most:
+        assert train(tmp_path, "max_steps=3", "accumulate=4") == 0
+
+
+LIMITED = """
+import resource, sys
+import diffusion_cli.commands.train
+from pathlib import Path
+from diffusion_cli.cli import run
+used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (used + 1_000_000_000,) * 2)
+sys.exit(run(sys.argv[1:]))
+"""
+
+
+@pytest.mark.slow
+def test_what_is_said_to_fit_does(tmp_path):
+    def limited(*words: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-c", LIMITED, *TINY, f"output_dir={tmp_path}", "batch_size=4096", *words]
+        env = os.environ | {"OMP_NUM_THREADS": "1"}
+        return subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
+
+    words = ("model.channels=64", "max_steps=1", "validate_every=100")
+    failed = limited(*words)
+    assert failed.returncode == 2, failed.stderr
+    assert "Traceback" not in failed.stderr
+    accumulate = failed.stderr.rpartition("accumulate=")[2].strip()
+    there = limited(*words, f"accumulate={accumulate}")
+    assert there.returncode == 0, there.stderr

@@ -182,11 +182,21 @@ def test_a_run_that_could_not_start_leaves_no_claim(tmp_path, capsys):
     assert train(tmp_path, "max_steps=5") == 0
 
 
-def test_a_damaged_configuration_is_named(tmp_path, capsys):
+def test_a_damaged_configuration_file_is_written_anew(tmp_path):
     train(tmp_path, "max_steps=5")
-    (tmp_path / "tiny" / "config.yaml").write_text("a: [")
-    assert train(tmp_path, "max_steps=9") == 2
-    assert "config.yaml: is not a run's configuration" in capsys.readouterr().err
+    path = tmp_path / "tiny" / "config.yaml"
+    path.write_text("a: [")
+    assert train(tmp_path, "max_steps=9") == 0
+    assert yaml.safe_load(path.read_text())["max_steps"] == 9
+
+
+def test_a_run_that_saved_nothing_gives_way_to_another_configuration(tmp_path):
+    """As where memory ran out in the first step."""
+    train(tmp_path, "max_steps=5")
+    (tmp_path / "tiny" / LAST).unlink()
+    for file in (tmp_path / "tiny" / "checkpoints").iterdir():
+        file.unlink()
+    assert train(tmp_path, "max_steps=5", "accumulate=2") == 0
 
 
 def test_the_log_keeps_earlier_rows_and_drops_those_after_the_checkpoint(tmp_path):

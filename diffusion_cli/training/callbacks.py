@@ -128,6 +128,9 @@ class Progress(EveryStep):
         if hasattr(self, "bar"):
             self.bar.close()
 
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self.teardown(trainer, pl_module, "fit")  # what is said of it has a line of its own
+
 
 class Checkpoints(EveryStep):
     """Save `last.ckpt` and the newest few by number, never a diverged state: every so many steps, and as time goes."""

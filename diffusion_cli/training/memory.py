@@ -1,11 +1,14 @@
 """What to do when memory runs out: find, by trying, the parts of a batch that fit."""
 
 import gc
+import traceback
 from collections.abc import Iterator
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
 
 import torch
+from lightning.pytorch import Trainer
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from diffusion_cli.training.module import TrainingModule
 
@@ -17,24 +20,30 @@ def ran_out(error: BaseException) -> bool:
     )
 
 
-def advice(
-    module: TrainingModule,
-    shape: tuple[int, int, int],
-    batch_size: int,
-    accumulate: int,
-    world: int,
-    context: AbstractContextManager[object],
-) -> str:
-    """A line on a batch that does not fit: how many parts do, by a trial of each division on this device."""
-    device = module.device
-    began = f"batch_size={batch_size}: parts of {batch_size // accumulate // world} images do not fit in the memory of "
-    began += f"this {device.type}"
-    if any(hasattr(parameter, "device_mesh") for parameter in module.parameters()):
-        return f"{began}; try accumulate={2 * accumulate}"
-    for parts in _more(batch_size // world, accumulate):
-        size = batch_size // world // parts
-        if _fits(module, torch.zeros(size, *shape, device=device), context):
-            return f"{began}, but parts of {size} do: accumulate={parts}"
+@contextmanager
+def naming_what_fits(module: TrainingModule, batch_size: int, trainer: Trainer) -> Iterator[None]:
+    """Say how many parts of a batch fit where memory runs out, by trying on this device; raises ValueError then."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not ran_out(error):
+            raise
+        traceback.clear_frames(error.__traceback__)  # which hold all that the failed step had in memory
+        raise ValueError(_advice(module, batch_size, trainer)) from None
+
+
+def _advice(module: TrainingModule, batch_size: int, trainer: Trainer) -> str:
+    share, accumulate = batch_size // trainer.world_size, trainer.accumulate_grad_batches
+    began = (
+        f"batch_size={batch_size}: parts of {share // accumulate} images do not fit in the memory of this "
+    )
+    began += module.device.type
+    if any(isinstance(parameter, DTensor) for parameter in module.parameters()):
+        return f"{began}; try accumulate={2 * accumulate}"  # a trial would wait for the other processes
+    for parts in _more(share, accumulate):
+        images = torch.zeros(share // parts, *module.about["shape"], device=module.device)
+        if _fits(module, images, trainer.precision_plugin.forward_context()):
+            return f"{began}, but parts of {share // parts} do: accumulate={parts}"
     return f"{began}, nor does one image; take a smaller model, or model.gradient_checkpointing=true"
 
 

@@ -1,0 +1,151 @@
+"""From a configuration to the parts of a training: what is trained on what, what watches, and the Trainer."""
+
+import logging
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from lightning.pytorch import Callback, Trainer
+
+from diffusion_cli.config import TrainConfig, build, fingerprint
+from diffusion_cli.data import Batch, Dataset, Images, hold, normalised
+from diffusion_cli.denoiser import Denoiser, NoiseConditioned, NoisyClassifier
+from diffusion_cli.metrics import Metric, Networks, cache_folder
+from diffusion_cli.objective import Objective
+from diffusion_cli.samplers import Sampler
+from diffusion_cli.seeding import mix
+from diffusion_cli.times import Times
+from diffusion_cli.training.callbacks import HeldOutAccuracy, HeldOutLoss, Preview, WholeFileIO
+from diffusion_cli.training.device import Device
+from diffusion_cli.training.ema import EMA
+from diffusion_cli.training.evaluation import Evaluation, TrainingSamples
+from diffusion_cli.training.optimizers import OptimizerConfig
+
+
+class Parts(NamedTuple):
+    """What a configuration is made of."""
+
+    dataset: Dataset
+    model: NoiseConditioned
+    objective: Objective[Any]
+    times: Times
+    sampler: Sampler
+    optimizer: OptimizerConfig
+    device: Device
+
+
+def assemble(config: TrainConfig) -> Parts:
+    """Build everything but the images; ValueError where two parts do not go together."""
+    dataset: Dataset = build(config.dataset, config.data_dir)
+    schedule = build(config.schedule)
+    sampler: Sampler = build(config.sampler, schedule)
+    device: Device = build(config.trainer)
+    torch.manual_seed(mix(config.seed, "weights"))
+    channels, height, _ = dataset.shape
+    network = build(config.model, channels, height, dataset.num_classes)
+    objective: Objective[Any] = build(config.objective)
+    model = objective.trains(network, schedule, build(config.parameterization))
+    times: Times = build(config.times)
+    times.check(schedule)
+    objective.check(model, times)
+    if isinstance(model, Denoiser):
+        try:  # refused now rather than at the first preview
+            sampler.grid(config.preview_steps)
+        except ValueError as error:
+            raise ValueError(str(error).replace("steps=", "preview_steps=", 1)) from error
+        if config.eval_every is not None:
+            try:
+                sampler.grid(config.eval_steps)
+            except ValueError as error:
+                raise ValueError(str(error).replace("steps=", "eval_steps=", 1)) from error
+        sampler.check(model)
+    return Parts(dataset, model, objective, times, sampler, build(config.optimizer), device)
+
+
+def watchers_of(config: TrainConfig, folder: Path, parts: Parts, ema: EMA) -> list[Callback]:
+    """What looks at the averaged weights on the way: their loss on held-out images, and what the model is for."""
+    held_out = parts.dataset.load("held_out")
+    part = config.batch_size // config.accumulate
+    watchers: list[Callback] = []
+    if held_out:
+        once = _once(held_out, part, parts.device.torch_device)
+        watchers.append(HeldOutLoss(config.validate_every, once, ema))
+        if isinstance(parts.model, NoisyClassifier):
+            watchers.append(HeldOutAccuracy(config.validate_every, once, ema))
+    if config.eval_every is not None and not isinstance(parts.model, Denoiser):
+        raise ValueError(f"eval_every={config.eval_every}: a classifier makes no samples; leave it out")
+    if isinstance(parts.model, Denoiser):
+        shape = parts.dataset.shape
+        if config.eval_every is not None:
+            watchers.append(_evaluation(config, config.eval_every, folder, parts, ema))
+        watchers.append(
+            Preview(config.preview_every, folder, ema, parts.sampler, config.preview_steps, shape)
+        )
+    return watchers
+
+
+def _evaluation(config: TrainConfig, every: int, folder: Path, parts: Parts, ema: EMA) -> Evaluation:
+    """What measures samples on the way; ValueError where that cannot be done."""
+    metrics = {name: build(node) for name, node in config.metric.items()}
+    for name, metric in metrics.items():
+        if not isinstance(metric, Metric):
+            raise ValueError(
+                f"metric={name}: measures no samples; on the way there are the metrics of samples only"
+            )
+    dataset = parts.dataset
+    names = dataset.class_names if getattr(parts.model, "num_classes", None) is not None else None
+    samples = TrainingSamples(config.eval_samples, parts.sampler, config.eval_steps, dataset.shape, names)
+    cache_dir = cache_folder(config.cache_dir)
+    networks = Networks(config.features, dataset, cache_dir, parts.device.torch_device)
+    reference = build(config.reference, dataset)
+    measured = config.model_dump(
+        include={"metric", "features", "reference", "sampler", "eval_samples", "eval_steps", "keep_best"}
+    )
+    return Evaluation(
+        every, metrics, networks, reference, samples,
+        run=folder, ema=ema, batch_size=1 if parts.sampler.one_by_one else config.batch_size,
+        keep_best=config.keep_best, identity=fingerprint(measured),
+    )  # fmt: skip
+
+
+def _once(images: Images, batch_size: int, device: torch.device) -> Callable[[], Iterator[Batch]]:
+    """A maker of one pass over images, in order and unaugmented."""
+    held = hold(images, device)
+
+    def batches() -> Iterator[Batch]:
+        for number, rows in enumerate(torch.arange(len(held), device=held.device).split(batch_size)):
+            labels = None if held.labels is None else held.labels[rows].to(device)
+            yield Batch(number, normalised(held.gather(rows).to(device)), labels, rows)
+
+    return batches
+
+
+def trainer_of(
+    config: TrainConfig,
+    device: Device,
+    precision: str,
+    folder: Path,
+    done: int,
+    max_steps: int | None,
+    callbacks: list[Callback],
+) -> Trainer:
+    """Lightning's Trainer, with all that the run's own callbacks do switched off, and its advice kept to itself."""
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", module=r"lightning\.")
+    return Trainer(
+        max_epochs=-1,
+        max_steps=max_steps or -1,
+        accumulate_grad_batches=config.accumulate,
+        callbacks=callbacks,
+        logger=[build(node).logger(folder, done) for node in config.logger.values()],
+        plugins=[WholeFileIO(), *device.plugins(precision)],
+        default_root_dir=folder,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+        log_every_n_steps=config.log_every,
+        **device.trainer_arguments(),
+    )

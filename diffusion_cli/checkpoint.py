@@ -228,10 +228,12 @@ def recover(run: Path) -> None:
 def read(path: Path) -> dict[str, Any]:
     """Read a checkpoint as tensors and plain data; DamagedError if it is not whole, ValueError if it is not ours."""
     size = regular(path)
-    _check_sums(path)
     try:
         check_tensors(path)
+        _check_sums(path)
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except DamagedError:
+        raise
     except Exception as error:  # parsers of ZIP and pickle meet damaged files with errors of many types
         raise _damaged(path, reason(error)) from error
     about = checkpoint.get("diffuse") if isinstance(checkpoint, dict) else None

@@ -25,12 +25,12 @@ from diffusion_cli.config import (
     FIRST_WORD,
     GRIDS,
     LAUNCHERS,
-    UNFINISHED,
     Config,
     Mistakes,
     Variant,
     did_you_mean,
 )
+from diffusion_cli.signals import STOPPING, UNFINISHED
 
 FLAGS = ["--help", "--cfg", "--config-dir", "--multirun", "-h", "-m"]
 USER_ERROR = 2
@@ -164,8 +164,7 @@ def _stoppable() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():  # which alone may choose
         yield
         return
-    numbers = [getattr(signal, name) for name in ("SIGTERM", "SIGUSR1", "SIGUSR2") if hasattr(signal, name)]
-    before = {number: signal.signal(number, interrupt) for number in numbers}
+    before = {number: signal.signal(number, interrupt) for number in STOPPING}
     try:
         yield
     finally:

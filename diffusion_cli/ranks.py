@@ -24,12 +24,12 @@ from torch import Tensor, distributed
 from torch.multiprocessing.spawn import ProcessContext, ProcessException, start_processes
 
 from diffusion_cli.config import Mistakes
+from diffusion_cli.signals import STOPPING
 
 T = TypeVar("T")
 MESSAGES = (Mistakes, ValueError, OSError, ImportError)
 GRACE = 10.0  # seconds that processes have to end by themselves once one of them has failed
 FOREVER = timedelta(days=7)  # for what the first process does alone may take long
-FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 
 
 class LostProcess(ConnectionError):
@@ -82,6 +82,15 @@ def _first_host(hosts: str) -> str:
     match = re.match(r"([^,\[]+)(?:\[(\w+)[^\]]*\]([^,]*))?", hosts)
     assert match is not None, hosts
     return "".join(part or "" for part in match.groups())
+
+
+def _address() -> str:
+    """Where the first process of srun is: its node by name or, where no network knows that, the node of srun itself."""
+    first = _first_host(os.environ["SLURM_STEP_NODELIST"])
+    try:
+        return socket.gethostbyname(first)
+    except OSError:
+        return os.environ["SLURM_LAUNCH_NODE_IPADDR"]
 
 
 class Ranks:
@@ -164,8 +173,7 @@ def _as_one_of(
     env = os.environ
     if "SLURM_STEP_ID" in env:
         job, step = int(env["SLURM_JOB_ID"]), int(env["SLURM_STEP_ID"])
-        first = _first_host(env["SLURM_STEP_NODELIST"])
-        env.setdefault("MASTER_ADDR", first if place.nodes > 1 else "127.0.0.1")
+        env.setdefault("MASTER_ADDR", _address() if place.nodes > 1 else "127.0.0.1")
         env.setdefault("MASTER_PORT", str(15000 + (17 * job + step) % 15000))
     with _group(place, "env://", timeout):
         try:
@@ -235,7 +243,7 @@ def _in_new_processes(
 ) -> int:
     with tempfile.TemporaryDirectory() as folder:
         outcome = Path(folder) / "outcome"
-        signal.pthread_sigmask(signal.SIG_BLOCK, FORWARDED)  # until they can be passed on
+        signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)  # until they can be passed on
         processes = start_processes(
             _be_one,
             (count, torch.get_num_threads(), Path(folder), timeout, work, arguments),
@@ -269,8 +277,8 @@ def _forwarding(processes: ProcessContext) -> Iterator[list[int]]:
             if process.is_alive():
                 os.kill(process.pid, number)
 
-    before = {number: signal.signal(number, forward) for number in FORWARDED}
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, FORWARDED)
+    before = {number: signal.signal(number, forward) for number in STOPPING}
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPPING)
     try:
         yield forwarded
     finally:
@@ -301,7 +309,7 @@ def _be_one(
     arguments: tuple[Any, ...],
 ) -> None:
     """Be one of the new processes."""
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, FORWARDED)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPPING)
     os.setpgid(0, 0)  # Ctrl-C reaches the process that started this one, which passes it on: once, not twice
     here = {"RANK": rank, "WORLD_SIZE": count, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": count}
     os.environ.update({key: str(value) for key, value in here.items()})  # as torchrun does

@@ -188,7 +188,7 @@ def test_a_damaged_checkpoint_that_was_asked_for_is_named(begun, step):
     path = last.with_name("step_00000010.ckpt") if step == 10 else begun / "tiny" / BEST
     flip(path)
     with pytest.raises(
-        ValueError, match=rf"{path.name}: is not a whole checkpoint \\(.*\\); name another step="
+        ValueError, match=rf"{path.name}: is not a whole checkpoint \(.*\); name another step="
     ):
         load_model(begun / "tiny", "ema", CPU, step)
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from diffusion_cli.checkpoint import LAST, read
 from diffusion_cli.cli import run
-from diffusion_cli.config import UNFINISHED, Mistakes
+from diffusion_cli.config import Mistakes
 from diffusion_cli.ranks import (
     GRACE,
     Place,
@@ -27,6 +27,7 @@ from diffusion_cli.ranks import (
     started,
     work_together,
 )
+from diffusion_cli.signals import UNFINISHED
 
 TINY = [
     "train", "name=tiny", "model.channels=8", "model.norm_groups=4", "model.num_heads=1", "model.head_channels=null",

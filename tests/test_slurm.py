@@ -14,10 +14,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from test_ranks import distance
 
 from diffusion_cli.checkpoint import LAST, read
 from diffusion_cli.cli import run
-from diffusion_cli.config import UNFINISHED
+from diffusion_cli.signals import UNFINISHED
 
 ROOT = Path(__file__).parent.parent
 SCRIPTS = ROOT / "scripts" / "slurm"
@@ -163,15 +164,15 @@ def assert_same_weights(one: dict, other: dict) -> None:
 
 
 def test_a_sweep_is_one_array_and_its_runs_those_of_this_machine(cluster, tmp_path):
-    words = ["train", "-m", "launcher=slurm", "launcher.name=three", *TINY, "max_steps=4", "seed=0,1,2"]
-    sweep = cluster.diffuse(*words, "name=run${seed}", f"output_dir={tmp_path}")
+    words = ["train", "-m", "hydra/launcher=slurm", "launcher.name=three", *TINY, "max_steps=4", "seed=0,1,2"]
+    sweep = cluster.diffuse(*words, "name=run${seed}", f"output_dir={tmp_path}", "trainer.num_nodes=2")
     _, said = sweep.communicate()
     assert sweep.returncode == 0, said
     (array,) = submitted(tmp_path)
     assert cluster.about(array, "ArrayTaskId") == "2 1 0"
     assert set(cluster.about(array, "JobName").split()) == {"three"}
     train_here(*TINY, "max_steps=4", "seed=1", "name=here", f"output_dir={tmp_path}")
-    assert_same_weights(state(tmp_path / "run1"), state(tmp_path / "here"))
+    assert distance(state(tmp_path / "run1")["state_dict"], state(tmp_path / "here")["state_dict"]) < 1e-5
     assert steps(tmp_path / "run0") == steps(tmp_path / "run2") == 4
 
 
@@ -243,14 +244,23 @@ def test_training_preempted_three_times_ends_with_the_same_bits(cluster, tmp_pat
     assert_same_weights(state(folder), whole)
 
 
-def test_training_that_runs_out_of_time_is_queued_again(cluster, tmp_path, whole):
-    job = cluster.submit("train.sbatch", *TINY, LONG, "name=run", f"output_dir={tmp_path}")
+def test_training_on_two_nodes_that_runs_out_of_time_is_queued_again(cluster, tmp_path):
+    words = [*TINY, LONG, "name=run", f"output_dir={tmp_path}", "trainer.num_nodes=2"]
+    job = cluster.submit("train.sbatch", *words, options=("--nodes=2",))
     until(lambda: steps(tmp_path / "run"), "a checkpoint")
     cluster("scancel", "--signal=USR1", job)  # as --signal does 120 s before the end of --time
     cluster.restart(job)
     cluster.wait(job)
     assert cluster.about(job, "Restarts") == "1"
-    assert_same_weights(state(tmp_path / "run"), whole)
+    log = cluster.log(job)
+    assert "2 x cpu on 2 nodes" in log
+    assert (log.count("Going on with "), log.count("SIGUSR1: saved "), log.count("Trained 250 steps")) == (
+        1,
+        1,
+        1,
+    )
+    train_here(*TINY, LONG, "name=here", f"output_dir={tmp_path}", "trainer.devices=2")
+    assert_same_weights(state(tmp_path / "run"), state(tmp_path / "here"))
 
 
 def test_a_cancelled_job_leaves_a_run_that_can_be_taken_up(cluster, tmp_path, whole):
@@ -273,7 +283,7 @@ def test_an_array_samples_into_one_folder_and_evaluation_waits_for_training(clus
     array = (*after, "--array=0-1")
     sample = cluster.submit("sample.sbatch", "5", *of_run, f"output={tmp_path}/samples", options=array)
     quick = ["num_samples=70", "features.steps=20", f"cache_dir={tmp_path}/cache"]
-    evaluate = cluster.submit("evaluate.sbatch", *of_run, *quick, options=after)
+    evaluate = cluster.submit("evaluate.sbatch", *of_run, *quick, options=(*after, "--ntasks=2"))
     assert cluster.about(evaluate, "Reason") == "Dependency"
     for job in (train, sample, evaluate):
         cluster.wait(job)

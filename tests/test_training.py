@@ -17,9 +17,9 @@ from PIL import Image
 
 from diffusion_cli.checkpoint import BEST, LAST, load_model, read, whole_file
 from diffusion_cli.cli import run
-from diffusion_cli.config import UNFINISHED
 from diffusion_cli.locks import only_one
 from diffusion_cli.objective import withheld
+from diffusion_cli.signals import UNFINISHED
 from diffusion_cli.training.ema import EMA
 from diffusion_cli.training.module import LevelMeter
 

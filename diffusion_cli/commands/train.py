@@ -14,12 +14,13 @@ import yaml
 from lightning.pytorch import Callback
 
 from diffusion_cli.checkpoint import FORMAT, LAST, digest, read, recover, whole_file
-from diffusion_cli.config import UNFINISHED, Mistakes, TrainConfig, identity, seconds, shown
+from diffusion_cli.config import Mistakes, TrainConfig, identity, seconds, shown
 from diffusion_cli.data import Batches, Dataset, Images, UnreadableError
 from diffusion_cli.denoiser import NoiseConditioned, NoisyClassifier
 from diffusion_cli.locks import only_one
 from diffusion_cli.precision import resolve
 from diffusion_cli.ranks import LostProcess, Ranks, started, work_together
+from diffusion_cli.signals import UNFINISHED
 from diffusion_cli.training.assembly import Parts, assemble, trainer_of, watchers_of
 from diffusion_cli.training.callbacks import Checkpoints, HeldOutAccuracy, Progress, Stop
 from diffusion_cli.training.ema import EMA

@@ -19,7 +19,7 @@ from diffusion_cli.config.check import build, check_node, shown, signature
 from diffusion_cli.config.compose import Mistakes, compose, expand, load
 from diffusion_cli.config.grid import Value, Variant, load_grid
 from diffusion_cli.config.launcher import LAUNCHERS, launch, split_launcher
-from diffusion_cli.config.runs import UNFINISHED, fingerprint, flatten, identity
+from diffusion_cli.config.runs import fingerprint, flatten, identity
 from diffusion_cli.config.schema import (
     COMMANDS,
     FIRST_WORD,
@@ -43,7 +43,6 @@ __all__ = [
     "GRIDS",
     "HERE",
     "LAUNCHERS",
-    "UNFINISHED",
     "CompareConfig",
     "Config",
     "EditConfig",

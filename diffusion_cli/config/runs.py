@@ -10,9 +10,6 @@ from typing import Any
 from diffusion_cli.config.catalogue import brought_by, defaults, options
 from diffusion_cli.config.check import shown
 
-UNFINISHED = 75
-"""Exit code of what a signal has stopped: what was done is saved, and the same command goes on (EX_TEMPFAIL)."""
-
 # Keys that say how far, how fast and where, but not what: a run may go on with other values of them.
 NOT_IDENTITY = frozenset(
     [

@@ -14,6 +14,7 @@ from torch.utils.data import Dataset as MapDataset
 from diffusion_cli.data.base import Images
 from diffusion_cli.data.memory import MemoryImages, hold
 from diffusion_cli.seeding import mix
+from diffusion_cli.signals import STOPPING
 
 
 class Batch(NamedTuple):
@@ -164,7 +165,7 @@ def _deaf_to_deaths(loader: Iterable[Any]) -> Iterator[Any]:
 
 def _leave_signals_to_the_parent(worker: int) -> None:
     """Ctrl-C and a scheduler's SIGTERM reach the whole process group; only the parent knows how to end a run."""
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in STOPPING:
         signal.signal(number, signal.SIG_IGN)
 
 

@@ -25,6 +25,7 @@ from diffusion_cli.ranks import Ranks
 from diffusion_cli.report import save_grid
 from diffusion_cli.samplers import Sampler
 from diffusion_cli.seeding import mix
+from diffusion_cli.signals import STOPPING
 from diffusion_cli.times import Uniform
 from diffusion_cli.training.ema import EMA
 from diffusion_cli.training.module import LevelMeter, TrainingModule
@@ -170,8 +171,6 @@ class Stop(EveryStep):
     processes at the same one, whichever of them the signal reached. The clock is that of the first.
     """
 
-    SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
-
     def __init__(self, max_seconds: float | None, checkpoint_seconds: float | None) -> None:
         super().__init__(every=1)
         self.max_seconds, self.checkpoint_seconds = max_seconds, checkpoint_seconds
@@ -196,7 +195,7 @@ class Stop(EveryStep):
     @contextmanager
     def listening(self) -> Iterator[None]:
         """Take note of signals, from the start of the program on."""
-        before = {number: signal.signal(number, self._on_signal) for number in self.SIGNALS}
+        before = {number: signal.signal(number, self._on_signal) for number in STOPPING}
         try:
             yield
         finally:
@@ -206,7 +205,7 @@ class Stop(EveryStep):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
         self._mark = self._saved_at = time.monotonic()
-        for number in self.SIGNALS:  # Lightning has put its own in their place
+        for number in STOPPING:  # Lightning has put its own in their place
             signal.signal(number, self._on_signal)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:

@@ -1,0 +1,11 @@
+"""The signals that ask a program to end, of a terminal or a scheduler, and how it answers."""
+
+import signal
+
+UNFINISHED = 75
+"""Exit code of what a signal has stopped: what was done is saved, and the same command goes on (EX_TEMPFAIL)."""
+
+STOPPING: tuple[signal.Signals, ...] = tuple(
+    getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGUSR2") if hasattr(signal, name)
+)
+"""Ctrl-C, the end that schedulers announce, and the warnings before it that a job may ask them for."""

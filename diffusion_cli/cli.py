@@ -30,6 +30,7 @@ from diffusion_cli.config import (
     Variant,
     did_you_mean,
 )
+from diffusion_cli.foreign import printable
 from diffusion_cli.signals import STOPPING, UNFINISHED
 
 FLAGS = ["--help", "--cfg", "--config-dir", "--multirun", "-h", "-m"]
@@ -62,7 +63,7 @@ def run(words: Sequence[str]) -> int:
 
 def _answer(mistakes: Mistakes) -> int:
     for line in mistakes.lines:
-        print(f"diffuse: {line}", file=sys.stderr)
+        print(f"diffuse: {printable(line)}", file=sys.stderr)
     return USER_ERROR
 
 

@@ -18,6 +18,8 @@ import yaml
 
 LARGEST = 2**28
 """Bytes of an image or of a table of labels."""
+LONGEST_LINE = 1000
+"""Characters of a line for the terminal."""
 LONGEST_TEXT = 2**24
 """Bytes of a text that this program writes: JSON, CSV."""
 LONGEST_YAML = 2**20  # its parser takes seconds for that
@@ -68,7 +70,7 @@ class Archive:
 
     def open(self, name: str) -> IO[bytes]:
         """An entry, inflated as far as it is read."""
-        entry = self.entries[name]
+        entry = self._entry(name)
         # Other methods inflate a block at once, however little of it is asked for.
         if entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
             raise ValueError("is compressed by another method than deflate; pack it anew")
@@ -79,13 +81,18 @@ class Archive:
 
     def read(self, name: str, limit: int = LARGEST) -> bytes:
         """The content of an entry."""
-        size = self.entries[name].file_size
+        size = self._entry(name).file_size
         _bounded(size, limit)
         with self.open(name) as file:
             try:
                 return file.read(size + 1)  # a number, so that no more is inflated than was declared
             except Exception as error:  # zlib's, of a bad checksum, of an early end
                 raise ValueError(reason(error)) from error
+
+    def _entry(self, name: str) -> zipfile.ZipInfo:
+        if name not in self.entries:  # as where another archive has taken the place of this one
+            raise ValueError("is not in the archive")
+        return self.entries[name]
 
 
 # What names a checkpoint of tensors and plain data. Of what torch allows beside, some takes any memory it is told to.
@@ -137,6 +144,22 @@ def reason(error: BaseException) -> str:
     """What an error says, in a line that is not too long."""
     text = " ".join(str(error).split()) or type(error).__name__
     return text if len(text) <= 300 else f"{text[:297]}..."
+
+
+def printable(text: str) -> str:
+    """A line for the terminal; of a long one the middle is left out, for at the end stands the remedy."""
+    text = escaped(text)
+    if len(text) <= LONGEST_LINE:
+        return text
+    half = LONGEST_LINE // 2
+    return f"{text[: half - 5]} ... {text[-half:]}"
+
+
+def escaped(text: str) -> str:
+    """A text without the characters that command a terminal: what a file holds, and is called, gets into our words."""
+    return "".join(
+        letter if letter.isprintable() else letter.encode("unicode_escape").decode() for letter in text
+    )
 
 
 def plain(value: Any) -> Any:

@@ -284,3 +284,29 @@ def test_a_bare_first_word_chooses_an_option(capsys):
     assert line == "diffuse: figure=lss: unknown option; did you mean loss?"
     (line,) = mistakes(capsys, "plot", "run=x", "loss")
     assert line.startswith("diffuse: loss: is not of the form key=value")
+
+
+def test_what_a_file_is_called_and_holds_does_not_command_the_terminal(capsys, tmp_path):
+    checkpoints = tmp_path / "\x1b]0;owned\x07\u202e" / "checkpoints"
+    checkpoints.mkdir(parents=True)
+    (checkpoints / "last.ckpt").touch()
+    (line,) = mistakes(capsys, "sample", "run=x", f"output_dir={tmp_path}")
+    assert line.endswith(r"are: \x1b]0;owned\x07\u202e")
+    (line,) = mistakes(capsys, "report", f"output_dir={tmp_path}")
+    assert r"/\x1b]0;owned\x07\u202e/checkpoints/last.ckpt: is not a whole checkpoint" in line
+
+
+def test_a_line_is_not_too_long_and_has_its_remedy(capsys, tmp_path):
+    for number in range(10):
+        (tmp_path / f"{number}{'x' * 200}.png").touch()
+    words = [
+        f"dataset.path={tmp_path}",
+        "dataset.resolution=8",
+        "model=unet_tiny",
+        f"output_dir={tmp_path}/o",
+    ]
+    assert run(["train", "dataset=folder", "dataset.labels=none", "dataset.held_out=0", *words]) == 2
+    (line,) = (line for line in capsys.readouterr().err.splitlines() if line.startswith("diffuse: "))
+    assert len(line) == len("diffuse: ") + 1000
+    assert f"dataset.path={tmp_path}: cannot use 10 of the images, repair or remove: 0x" in line
+    assert line.endswith(")")

@@ -197,6 +197,23 @@ def test_a_process_does_not_share_its_handle_of_an_archive(tmp_path, monkeypatch
     assert images._open() is not handle
 
 
+def test_an_archive_that_gave_way_to_another_file_is_said(tmp_path):
+    path = zipped(write_images(tmp_path / "x", 2), tmp_path / "x.zip")
+    images = folder(path, in_memory=False).load("train")
+    content = path.read_bytes()
+    path.write_bytes(b"nothing")
+    with pytest.raises(
+        ValueError, match=r"dataset\.path=.*x\.zip: is no longer a readable \.zip .*; put it back"
+    ):
+        images.gather(torch.tensor([0]))
+    path.unlink()
+    zipped(write_images(tmp_path / "x" / "y", 1), path)
+    with pytest.raises(ValueError, match=r"cannot use 1 of the images, .* \(is not in the archive\)"):
+        images.gather(torch.tensor([1]))
+    path.write_bytes(content)
+    assert len(folder(path, in_memory=False).load("train").gather(torch.tensor([0, 1]))) == 2
+
+
 def test_worker_processes_name_a_broken_file_in_one_line(tmp_path):
     write_images(tmp_path, 3)
     (tmp_path / "bad.png").write_bytes(b"nothing")

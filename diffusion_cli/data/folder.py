@@ -154,7 +154,12 @@ class FileImages(Images):
         if self.path.is_dir():
             return None
         if self._archive is None or self._archive[0] != os.getpid():
-            self._archive = (os.getpid(), Archive(self.path))
+            try:
+                self._archive = (os.getpid(), Archive(self.path))
+            except ValueError as error:  # it was one when the images were listed
+                raise ValueError(
+                    f"{self.key}={self.path}: is no longer a readable .zip ({error}); put it back"
+                ) from error
         return self._archive[1]
 
     def _error(self, broken: list[str]) -> ValueError:

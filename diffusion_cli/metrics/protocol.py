@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from diffusion_cli.checkpoint import whole_file
-from diffusion_cli.foreign import read_json
+from diffusion_cli.foreign import escaped, read_json
 from diffusion_cli.locks import locked
 
 
@@ -114,7 +114,8 @@ def history_table(histories: Mapping[str, Sequence[Mapping[str, Any]]], force: b
             for name in names
         ]
         lines.append(f"| {run} | {' | '.join(cells)} |")
-    return "\n".join([*lines, *(f"(*) not by the protocol of the first: {line}" for line in mistakes)])
+    lines += [f"(*) not by the protocol of the first: {line}" for line in mistakes]
+    return "\n".join(map(escaped, lines))
 
 
 def read_history(path: Path) -> list[dict[str, Any]]:

@@ -305,6 +305,11 @@ def find_run(run: str | None, output_dir: str, key: str = "run") -> Path:
     raise ValueError(f"{key}={run}: holds no {LAST}; the newest runs in {output_dir} are: {known}")
 
 
+def is_run(folder: Path) -> bool:
+    """Whether a folder holds checkpoints, whole or not."""
+    return bool(_checkpoints(folder))
+
+
 def _checkpoints(run: Path) -> list[Path]:
     """The files of a run that it can be taken up from."""
     return [*run.glob(str(LAST)), *run.glob(str(LAST.with_name("step_*.ckpt")))]

@@ -325,6 +325,16 @@ def test_damaged_files_are_left_out_in_a_line(tmp_path):
     )
 
 
+@pytest.mark.parametrize(
+    "damage", [Path.unlink, lambda last: last.write_bytes(b"x")], ids=["gone", "damaged"]
+)
+def test_without_a_whole_last_checkpoint_the_page_is_of_the_one_before(tmp_path, damage):
+    last = make(tmp_path / "demo") / LAST
+    shutil.copy(last, last.with_name("step_00001200.ckpt"))
+    damage(last)
+    assert "going on from step 1200, step_00001200.ckpt." in text_of(written(tmp_path))
+
+
 def test_rows_cut_off_and_numbers_that_are_none_are_passed_over(tmp_path):
     folder = make(tmp_path / "demo")
     (folder / "metrics.csv").write_text("step,loss,held_out_loss\n1,nan,0.5\n2,inf,\n3,0.25,0.125\n4,0.2")

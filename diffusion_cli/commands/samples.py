@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffusion_cli.checkpoint import LAST
+from diffusion_cli.checkpoint import is_run
 from diffusion_cli.commands.inputs import PICTURES
 from diffusion_cli.commands.outputs import parsed
 from diffusion_cli.commands.trained import Trained
@@ -119,4 +119,4 @@ def _manifest(path: Path, names: Sequence[str]) -> dict[str, Any] | None:
 
 def run_of(path: Path) -> Path | None:
     """The run folder that a folder of samples lies in, or None."""
-    return next((folder for folder in path.resolve().parents if (folder / LAST).is_file()), None)
+    return next((folder for folder in path.resolve().parents if is_run(folder)), None)

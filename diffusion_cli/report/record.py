@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
-from diffusion_cli.checkpoint import LAST, read
+from diffusion_cli.checkpoint import LAST, newest
 from diffusion_cli.config import flatten
 from diffusion_cli.data import opened
 from diffusion_cli.foreign import read as read_file
@@ -61,13 +61,16 @@ class Record:
 
 
 def read_record(folder: Path, name: str) -> Record:
-    """Read the folder of a run; other files than the checkpoint and metrics.json are left out where damaged.
+    """Read the folder of a run, of its newest whole checkpoint; other files are left out where damaged.
 
-    Raises ValueError if one of these two is damaged.
+    Raises ValueError if no checkpoint is whole, or metrics.json is damaged.
     """
-    checkpoint = read(folder / LAST)
+    found = newest(folder)
+    if found is None:
+        raise ValueError(f"run={folder}: holds no {LAST}; name another run")
+    checkpoint = found.checkpoint
     reports = _reports(folder / "metrics.json")
-    reading = _Reading(folder)
+    reading = _Reading(folder, [] if found.remark is None else [f"{found.remark}."])
     return Record(
         name,
         _facts(folder, checkpoint),

@@ -11,6 +11,8 @@ import yaml
 from PIL import Image
 
 from diffusion_cli.cli import run
+from diffusion_cli.commands import edit as editing
+from diffusion_cli.commands.outputs import keep_results
 from diffusion_cli.config import CONF, build
 from diffusion_cli.data import GaussianMixture, normalised
 from diffusion_cli.denoiser import Prediction
@@ -630,6 +632,23 @@ def test_names_that_would_clash_or_match_others(folder, tmp_path):
     assert pixels(tmp_path / "out" / "00000_grid.png").shape == (8, 8)
     assert pixels(tmp_path / "out" / "grid.png").shape == (3 * 34, 3 * 34)
     assert (tmp_path / "out" / "img[1].png").is_file()
+
+
+def test_two_edits_at_work_in_one_folder_keep_the_numbers_of_both(folder, tmp_path, monkeypatch):
+    words = [f"input={folder}/images", "edit=img2img", f"output={tmp_path}/out", "batch_size=3"]
+    save = editing._save
+
+    def beside(output, batch, edited):
+        made = save(output, batch, edited)
+        keep_results(
+            output, {"of another": {"rmse": 1.0}}
+        )  # as a process does that claimed the folder before
+        return made
+
+    monkeypatch.setattr(editing, "_save", beside)
+    assert edit(folder, *words) == 0
+    results = json.loads((tmp_path / "out" / "manifest.json").read_text())["results"]
+    assert sorted(results) == ["a", "b", "c", "of another"]
 
 
 def test_results_put_together_from_names_do_not_meet(folder, tmp_path):

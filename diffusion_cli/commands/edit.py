@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from diffusion_cli.checkpoint import digest
 from diffusion_cli.commands.inputs import Input, read_input, read_mask, real_images, shortened
-from diffusion_cli.commands.outputs import claim, write_manifest
+from diffusion_cli.commands.outputs import claim, keep_results
 from diffusion_cli.commands.trained import Trained, open_run
 from diffusion_cli.config import EditConfig, build, fingerprint
 from diffusion_cli.data import normalised
@@ -82,15 +82,16 @@ def run(config: EditConfig) -> None:
             calls = Calls(trained.model.denoiser, trained.guidance)
             edited = _edit(config, trained, edit, method, batch)
             most_calls = max(most_calls, calls.each(len(batch)))
-            results |= _save(output, batch, edited)
-            write_manifest(output, manifest | {"results": results})
+            made = _save(output, batch, edited)
+            keep_results(output, made)
+            results |= made
             bar.update(len(batch))
     grid = output / "grid.png"
     rows = [_row(output, jobs[at : at + config.variations]) for at in range(0, len(jobs), config.variations)]
     save_rows(rows[:SHOWN], grid)
-    made = f", at most {most_calls} network calls each" if todo else ""
+    calls = f", at most {most_calls} network calls each" if todo else ""
     print(
-        f"{len(jobs)} results of {kind}{made}, in {output}{_summary(results, jobs)}\nBefore and after: {grid}"
+        f"{len(jobs)} results of {kind}{calls}, in {output}{_summary(results, jobs)}\nBefore and after: {grid}"
     )
 
 

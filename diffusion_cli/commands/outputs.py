@@ -24,12 +24,7 @@ def claim(output: Path, settings: dict[str, Any], model: Model) -> dict[str, Any
 def _claim(output: Path, settings: dict[str, Any], model: Model) -> dict[str, Any]:
     path = output / "manifest.json"
     if path.is_file():
-        try:
-            manifest = parsed(read(path))
-        except ValueError as error:
-            raise Mistakes(
-                f"{path}: is not a manifest of diffuse ({reason(error)}); choose another output="
-            ) from error
+        manifest = _read(path)
         before, now = flatten(manifest["settings"]), flatten(settings)
         keys = sorted(key for key in before | now if before.get(key) != now.get(key))
         if keys:
@@ -51,6 +46,15 @@ def _claim(output: Path, settings: dict[str, Any], model: Model) -> dict[str, An
     }
     write_manifest(output, manifest)
     return manifest
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        return parsed(read(path))
+    except ValueError as error:
+        raise Mistakes(
+            f"{path}: is not a manifest of diffuse ({reason(error)}); choose another output="
+        ) from error
 
 
 def parsed(content: bytes) -> dict[str, Any]:
@@ -92,8 +96,15 @@ def keep_seeds(output: Path, seeds: range, calls: int) -> None:
     """Add the seeds whose images are there now to the manifest, and the network calls that each took (0: as before)."""
     known = {"network_calls": calls} if calls else {}
     with locked(output):  # another task may have added its own since this one claimed the folder
-        manifest = json.loads((output / "manifest.json").read_text())
+        manifest = _read(output / "manifest.json")
         write_manifest(output, manifest | known | {"seeds": sorted({*manifest.get("seeds", []), *seeds})})
+
+
+def keep_results(output: Path, results: dict[str, dict[str, float]]) -> None:
+    """Add the numbers of results whose images are there now to the manifest."""
+    with locked(output):  # as for seeds
+        manifest = _read(output / "manifest.json")
+        write_manifest(output, manifest | {"results": manifest.get("results", {}) | results})
 
 
 def write_manifest(output: Path, manifest: dict[str, Any]) -> None:

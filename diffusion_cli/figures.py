@@ -1,6 +1,5 @@
 """Figures: curves in colours that the colour-blind tell apart, and strips of images."""
 
-import csv
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
@@ -17,6 +16,7 @@ from diffusion_cli.config import Mistakes, PlotConfig, TrainConfig, build, load
 from diffusion_cli.data import Dataset, normalised
 from diffusion_cli.data.base import Split
 from diffusion_cli.denoiser import noised
+from diffusion_cli.foreign import read_csv
 from diffusion_cli.generate import SeededNoise, frame_places, visible
 from diffusion_cli.report import read_images, save_gif, save_rows
 from diffusion_cli.schedules import Discrete, Schedule
@@ -26,6 +26,7 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#0
 STYLES = ("-", "--", ":", "-.")  # one after the other, where the colours are used up
 FEW = 20  # points that are marked each
 WIDTH, HEIGHT = 3.8, 2.9  # of a panel, in inches
+EXTREME = 1e100  # beyond which nothing is drawn
 MARGIN = 4  # pixels around a preview
 LOSSES = {
     "loss": "training",
@@ -279,16 +280,40 @@ def run_of(config: PlotConfig) -> Path:
 
 
 def read_losses(run: Path) -> dict[str, Curve]:
-    """The losses over the steps of a run, by their column in metrics.csv; ValueError if there are none."""
+    """The losses over the steps of a run, by their column in metrics.csv, without what is no number.
+
+    Raises ValueError if there are none.
+    """
     path = run / "metrics.csv"
     if not path.is_file():
         raise ValueError(f"run={run}: has no metrics.csv; train with logger=csv among the loggers")
-    with path.open(newline="") as file:
-        rows = list(csv.DictReader(file))
+    try:
+        header, *rows = read_csv(path) or [[]]
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}; move it away or mend it") from error
+    table = [
+        {
+            column: _number(text) for column, text in zip(header, row, strict=False)
+        }  # the last may be cut short
+        for row in rows
+    ]
     points = {
-        column: [(float(row["step"]), float(row[column])) for row in rows if row.get(column)]
+        column: [
+            (row["step"], row[column]) for row in table if None not in (row.get("step"), row.get(column))
+        ]
         for column in LOSSES
     }
+    if not any(points.values()):
+        raise ValueError(f"{path}: holds no losses; train longer than log_every=, or name another run")
     return {
         column: Curve(LOSSES[column], *zip(*some, strict=True)) for column, some in points.items() if some
     }
+
+
+def _number(text: str) -> float | None:
+    """What a field says, None where that cannot be drawn."""
+    try:
+        number = float(text)
+    except ValueError:
+        return None
+    return number if abs(number) < EXTREME else None

@@ -12,6 +12,7 @@ from PIL import Image
 from test_training import TINY
 
 from diffusion_cli.cli import run
+from diffusion_cli.commands.samples import run_of
 from diffusion_cli.config import fingerprint
 from diffusion_cli.data import Digits
 
@@ -134,6 +135,13 @@ def test_samples_of_a_run_are_kept_once_and_taken_from_there(place):
     assert numbers(place / "o" / "b" / "metrics.json") != pytest.approx(first, rel=1e-6)
 
 
+def test_samples_belong_to_their_run_though_its_last_checkpoint_is_missing(tmp_path):
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+    (tmp_path / "run" / "checkpoints" / "step_00000004.ckpt").touch()
+    (tmp_path / "run" / "samples" / "x").mkdir(parents=True)
+    assert run_of(tmp_path / "run" / "samples" / "x") == tmp_path / "run"
+
+
 def test_samples_of_a_run_know_their_classes_and_dataset_without_being_told(place):
     assert run(["sample", "run=a", "steps=2", "num_samples=30", f"output_dir={place}/o"]) == 0
     folder = next(path for path in (place / "o" / "a" / "samples").iterdir() if (path / "grid.png").exists())
@@ -241,6 +249,13 @@ def test_a_comparison_measures_each_combination_once(place, capsys):
     assert run([*words, "sampler=[ddim,ddpm,euler]", "steps=[2,1]"]) == 0
     told = [line for line in capsys.readouterr().err.splitlines() if line.startswith("[")]
     assert told == ["[5/6] sampler=euler steps=2", "[6/6] sampler=euler steps=1"]
+    for file, text in zip(
+        sorted((place / "o" / "a" / "compared").iterdir()), ("{", "[]", '{"row": 1}'), strict=False
+    ):
+        file.write_text(text)
+    with pytest.warns(UserWarning, match="is damaged and made anew"):
+        assert run([*words, "sampler=[ddim,ddpm,euler]", "steps=[2,1]"]) == 0
+    assert sum(line.startswith("[") for line in capsys.readouterr().err.splitlines()) == 3
 
 
 def test_a_comparison_is_made_anew_where_what_it_depends_on_changed(place, images, tmp_path, capsys):

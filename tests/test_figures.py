@@ -157,3 +157,24 @@ def test_runs_without_records_are_refused(runs, capsys):
     assert "has no metrics.csv; train with logger=csv" in capsys.readouterr().err
     assert plot("previews", "run=a", f"output_dir={runs}") == 2
     assert "has no previews" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (b"\xff\xfe", "is no CSV in UTF-8"),
+        (b"step,loss\n1,\x1b[2J\nx,1\n2,nan\n3,1e300\n4", "holds no losses"),
+        (b"", "holds no losses"),
+    ],
+)
+def test_a_table_without_losses_is_one_line(runs, capsys, text, message):
+    (runs / "a" / "metrics.csv").write_bytes(text)
+    assert plot("loss", "run=a", f"output_dir={runs}") == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"diffuse: {runs}/a/metrics.csv: {message}")
+
+
+def test_rows_that_are_no_numbers_are_passed_over(runs):
+    with (runs / "a" / "metrics.csv").open("a") as file:
+        file.write("x,1\n3,y,\n4")
+    assert read_losses(runs / "a")["loss"].x == (1, 2)

@@ -174,6 +174,18 @@ def test_shards_and_a_stopped_run_give_the_same_numbers(runs, capsys):
     assert "metric.bound.shard=1" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("text", ["{", "[]", "{}", '{"bits": [1]}', '{"bits": ["x", 1, 1, 1]}', "[" * 5000])
+def test_a_damaged_batch_is_measured_anew_with_a_warning(runs, text):
+    words = ["metric=bound", "metric.bound.num_images=12", "seed=9"]
+    assert evaluate(runs, "discrete", *words) == 0
+    before = results(runs, "discrete")["bits_per_dim_bound"]["value"]
+    newest = max((runs / "discrete" / "bits_per_dim_bound").glob("*"), key=lambda path: path.stat().st_mtime)
+    (newest / "000008.json").write_text(text)
+    with pytest.warns(UserWarning, match=r"000008\.json: is damaged and made anew"):
+        assert evaluate(runs, "discrete", *words) == 0
+    assert results(runs, "discrete")["bits_per_dim_bound"]["value"] == before
+
+
 def test_batches_of_another_size_or_precision_are_not_taken_for_these(runs):
     words = ["metric=bound", "metric.bound.num_images=20", "seed=5"]
     found = []

@@ -3,6 +3,7 @@
 import csv
 import json
 import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,6 +13,8 @@ from diffusion_cli.commands.eval import Scene, assess, identity, look_at
 from diffusion_cli.commands.samples import ModelSamples
 from diffusion_cli.config import CompareConfig, EvalConfig, Mistakes, Value, Variant, fingerprint, shown
 from diffusion_cli.figures import Curve, Panel, save_panels
+from diffusion_cli.foreign import read_json, reason
+from diffusion_cli.metrics import Report
 from diffusion_cli.ranks import Ranks, work_together
 
 # What no number depends on.
@@ -66,13 +69,13 @@ def compare(jobs: list[Job], folder: Path, store: Path) -> None:
     for number, (values, config) in enumerate(jobs, start=1):
         scene = look_at(config)
         path = store / f"{fingerprint(identity(config, scene))}.json"
-        if Ranks().agree(not path.is_file()):
+        if Ranks().agree(_stored(path) is None):
             words = " ".join(f"{key}={shown(value)}" for key, value in values.items())
             if Ranks().first:
                 print(f"[{number}/{len(jobs)}] {words}", file=sys.stderr, flush=True)
             _measure(config, scene, path)
         if Ranks().first:
-            entries.append(json.loads(path.read_text(encoding="utf-8")))
+            entries.append(read_json(path))
     if not Ranks().first:
         return
     points = [job.values | entry["row"] for job, entry in zip(jobs, entries, strict=True)]
@@ -99,6 +102,22 @@ def compare(jobs: list[Job], folder: Path, store: Path) -> None:
     ]
     save_panels(_panels(points, floors, list(jobs[0].values)), folder / "plot.png")
     print(f"{text}\nTable and plot: {folder}")
+
+
+def _stored(path: Path) -> dict[str, Any] | None:
+    """What is kept of a combination; None without a file, or if it is damaged."""
+    if not path.is_file():
+        return None
+    try:
+        entry = read_json(path)
+        for report in entry["reports"]:
+            Report.from_dict(report)
+        if not all(isinstance(number, int | float | None) for number in entry["row"].values()):
+            raise TypeError("the row should be numbers")
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        warnings.warn(f"{path}: is damaged and made anew ({reason(error)})", stacklevel=3)
+        return None
+    return entry
 
 
 def _folders(jobs: Sequence[Job], output: str | None) -> tuple[Path, Path]:

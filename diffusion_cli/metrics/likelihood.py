@@ -2,6 +2,7 @@
 
 import json
 import math
+import warnings
 from abc import abstractmethod
 from collections.abc import Callable
 from functools import partial
@@ -17,6 +18,7 @@ from diffusion_cli.checkpoint import whole_file
 from diffusion_cli.config import fingerprint
 from diffusion_cli.data import Images, normalised
 from diffusion_cli.denoiser import Denoise, Prediction, clip_x0
+from diffusion_cli.foreign import LONGEST_TEXT, plain, read, reason
 from diffusion_cli.generate import SeededNoise
 from diffusion_cli.likelihood import bound_terms, flow_likelihood, prior_term
 from diffusion_cli.metrics.base import Finding, ModelMetric, Subject
@@ -25,6 +27,8 @@ from diffusion_cli.schedules import Discrete
 
 Columns = dict[str, Tensor]
 """Numbers of each image of a batch by name, [B]; `bits` is the one that is reported."""
+Part = dict[str, list[float]]
+"""The same as it is stored."""
 
 
 class PerImage(ModelMetric):
@@ -85,17 +89,21 @@ class PerImage(ModelMetric):
         folder = subject.folder / self.name / fingerprint(settings | {"weights_sha256": subject.model.digest})
         batches = list(torch.arange(count).split(subject.batch_size))
         paths = [folder / f"{int(rows[0]):06d}.json" for rows in batches]
-        mine = [i for i in range(self.shard, len(batches), self.num_shards) if not paths[i].is_file()]
+        shared = range(self.shard, len(batches), self.num_shards)
+        mine = [i for i in shared if _stored(paths[i], len(batches[i])) is None]
         with tqdm(
             total=sum(len(batches[i]) for i in mine), desc=self.name, unit="image", unit_scale=True, delay=1.0
         ) as bar:
             for i in mine:
                 self._do(subject, images, batches[i], paths[i], bar)
-        missing = sum(not path.is_file() for path in paths)
+        # Read now, for other shards have added theirs meanwhile.
+        stored = [_stored(path, len(rows)) for path, rows in zip(paths, batches, strict=True)]
+        parts = [part for part in stored if part is not None]
+        missing = len(paths) - len(parts)
         if missing:
             note = f"{self.name}: {missing} of {len(paths)} batches are left to other shards; the last gives the mean"
             return Finding(self.name, None, notes=(note,))
-        return self._collect(paths, settings)
+        return self._collect(parts, folder, settings)
 
     def _do(self, subject: Subject, images: Images, rows: Tensor, path: Path, bar: Any) -> None:
         batch, labels = subject.batch(images, rows)
@@ -110,8 +118,11 @@ class PerImage(ModelMetric):
         with whole_file(path) as temporary:
             temporary.write_text(json.dumps({name: value.tolist() for name, value in columns.items()}))
 
-    def _collect(self, paths: list[Path], settings: dict[str, Any]) -> Finding:
-        parts = [json.loads(path.read_text()) for path in paths]
+    def _collect(self, parts: list[Part], folder: Path, settings: dict[str, Any]) -> Finding:
+        if any(part.keys() != parts[0].keys() for part in parts):
+            raise ValueError(
+                f"{folder}: its files do not hold the same numbers; remove it, to have them measured anew"
+            )
         columns = {
             name: torch.tensor([number for part in parts for number in part[name]], dtype=torch.float64)
             for name in parts[0]
@@ -124,8 +135,27 @@ class PerImage(ModelMetric):
             float(bits.mean()),
             details,
             settings,
-            (f"{self.name}: each image's in {paths[0].parent}",),
+            (f"{self.name}: each image's in {folder}",),
         )
+
+
+def _stored(path: Path, count: int) -> Part | None:
+    """The numbers of a batch of so many images; None without a file, or if it is damaged."""
+    if not path.is_file():
+        return None
+    try:
+        part = plain(json.loads(read(path, LONGEST_TEXT)))  # infinite bits are a result, too
+        if not all(
+            len(values) == count and all(isinstance(n, int | float) for n in values)
+            for values in part.values()
+        ):
+            raise ValueError(f"should hold {count} numbers of each kind")
+        if "bits" not in part:
+            raise ValueError("holds no bits")
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
+        warnings.warn(f"{path}: is damaged and made anew ({reason(error)})", stacklevel=3)
+        return None
+    return part
 
 
 class VariationalBound(PerImage):

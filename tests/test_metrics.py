@@ -2,6 +2,7 @@
 
 import json
 import urllib.error
+import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Literal
@@ -403,6 +404,16 @@ def test_published_statistics_take_the_place_of_the_images(tmp_path) -> None:
             measured(metrics, features, samples, nothing, tmp_path, stats=str(path))
     np.savez(path, mean=moments.mean.numpy())
     with pytest.raises(ValueError, match=r"reference.stats=.*holds mean, and not mu and sigma"):
+        measured(metrics, features, samples, nothing, tmp_path, stats=str(path))
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:  # a megabyte that says it is a terabyte
+        for key in ("mu", "sigma"):
+            header = (
+                repr({"descr": "<f8", "fortran_order": False, "shape": (2**37,)}).ljust(117).encode() + b"\n"
+            )
+            archive.writestr(f"{key}.npy", b"\x93NUMPY\x01\x00\x76\x00" + header + bytes(2**20))
+    with pytest.raises(
+        ValueError, match=r"reference.stats=.*fewer than an array \(137438953472,\) of float64 takes"
+    ):
         measured(metrics, features, samples, nothing, tmp_path, stats=str(path))
 
 
@@ -836,7 +847,10 @@ def test_a_damaged_classifier_is_trained_anew_with_a_warning(digits, tmp_path) -
     saved = torch.load(file, weights_only=True)
     saved["state"]["head.bias"][0] += 1
     torch.save(saved, tmp_path / "other.pt")
-    for damaged in (content[: len(content) // 2], b"", (tmp_path / "other.pt").read_bytes()):
+    saved["state"]["head.bias"] = torch.zeros(1).expand(2**40)  # which would be digested for hours
+    torch.save(saved, tmp_path / "large.pt")
+    others = [(tmp_path / name).read_bytes() for name in ("other.pt", "large.pt")]
+    for damaged in (content[: len(content) // 2], b"", *others):
         file.write_bytes(damaged)
         with pytest.warns(UserWarning, match="damaged"):
             assert ClassifierFeatures(digits, tmp_path, CPU, **QUICK).digest == expected

@@ -148,6 +148,23 @@ def opened_array(path: Path, key: str | None) -> np.ndarray:
     return np.frombuffer(data, header.dtype, offset=header.start).reshape(header.shape, order=header.order)
 
 
+def read_arrays(path: Path, *keys: str) -> list[np.ndarray]:
+    """Arrays of a .npz, held to its check sums; ValueError, or an error of the parsers, if one is not there whole."""
+    with Archive(path) as archive:
+        held = [name.removesuffix(".npy") for name in archive.entries]
+        missing = [key for key in keys if key not in held]
+        if missing:
+            raise ValueError(f"holds {', '.join(held[:10])}, and not {' and '.join(missing)}")
+        headers = [_header(archive, f"{key}.npy") for key in keys]
+        contents = [archive.read(f"{key}.npy") for key in keys]
+    return [
+        np.frombuffer(content, header.dtype, math.prod(header.shape), header.start)
+        .reshape(header.shape, order=header.order)
+        .copy()
+        for header, content in zip(headers, contents, strict=True)
+    ]
+
+
 def read_header(path: Path, key: str | None) -> Header:
     """The header of a .npy, or of the array called `key` of a .npz; ValueError if the file does not hold as much."""
     if key is not None:

@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from diffusion_cli.checkpoint import digest, whole_file
 from diffusion_cli.data import Batches, Dataset, Images
+from diffusion_cli.foreign import check_tensors, reason
 from diffusion_cli.metrics.features import FeatureBatch, Features, check_pixels, exact_convolutions
 from diffusion_cli.seeding import mix
 
@@ -161,13 +162,20 @@ def restored(path: Path, network: Classifier) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     try:
+        check_tensors(path)
         saved = torch.load(path, map_location="cpu", weights_only=True)
-        state = saved["state"]
-        if digest(state) != saved["digest"] or state.keys() != network.state_dict().keys():
+        state, wanted = saved["state"], network.state_dict()
+        # First, for a few bytes can be said to be the numbers of a tensor of any size.
+        if {key: value.shape for key, value in state.items()} != {
+            key: value.shape for key, value in wanted.items()
+        }:
+            raise ValueError("the weights are those of another network")
+        if digest(state) != saved["digest"]:
             raise ValueError("the weights are not those that were saved")
+        if not isinstance(saved["held_out_accuracy"], float | None):
+            raise ValueError("the accuracy is no number")
     except Exception as error:  # a damaged file fails in many ways in the parsers of ZIP and pickle
-        reason = str(error).partition("\n")[0]
-        warnings.warn(f"{path}: is damaged and made anew ({reason})", stacklevel=3)
+        warnings.warn(f"{path}: is damaged and made anew ({reason(error)})", stacklevel=3)
         return None
     return saved
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from diffusion_cli.checkpoint import whole_file
+from diffusion_cli.data.array import read_arrays
 
 
 class Moments:
@@ -61,10 +62,10 @@ class Moments:
 
     @classmethod
     def load(cls, path: Path, dim: int) -> Self:
-        """Read what `save` wrote; ValueError or an error of NumPy's if it is damaged or of another size."""
-        with np.load(path, allow_pickle=False) as arrays:
-            mean, covariance, n = (torch.from_numpy(np.asarray(arrays[key])) for key in ("mu", "sigma", "n"))
-        if mean.shape != (dim,) or covariance.shape != (dim, dim) or not covariance.isfinite().all() or n < 2:
+        """Read what `save` wrote; ValueError or an error of the parsers if it is damaged or of another size."""
+        mean, covariance, n = map(torch.from_numpy, read_arrays(path, "mu", "sigma", "n"))
+        shapes = mean.shape, covariance.shape, n.shape
+        if shapes != ((dim,), (dim, dim), ()) or not covariance.isfinite().all() or n < 2:
             raise ValueError(f"does not hold the mean and covariance of {dim} features")
         moments = cls(dim)
         moments.n, moments.mean, moments.scatter = int(n), mean, covariance * (int(n) - 1)

@@ -15,7 +15,9 @@ from tqdm import tqdm
 
 from diffusion_cli.checkpoint import file_digest, whole_file
 from diffusion_cli.data import Dataset, Images, given_images, spread
+from diffusion_cli.data.array import opened_array, read_arrays
 from diffusion_cli.data.base import Split
+from diffusion_cli.foreign import reason
 from diffusion_cli.metrics.features import Features
 from diffusion_cli.metrics.moments import Moments
 from diffusion_cli.metrics.rows import GrowingRows, Rows
@@ -63,11 +65,7 @@ class Reference(ABC):
         assert self.stats is not None
         keys = STATISTICS[stream]
         try:
-            with np.load(self.stats, allow_pickle=False) as arrays:
-                missing = [key for key in keys if key not in arrays]
-                if missing:
-                    raise ValueError(f"holds {', '.join(arrays)}, and not {' and '.join(missing)}")
-                mean, covariance = (torch.from_numpy(np.asarray(arrays[key], np.float64)) for key in keys)
+            mean, covariance = (torch.from_numpy(array).double() for array in read_arrays(self.stats, *keys))
             if not mean.isfinite().all() or not covariance.isfinite().all():
                 raise ValueError("holds numbers that are not finite")
         except OSError as error:
@@ -76,7 +74,8 @@ class Reference(ABC):
             ) from error
         except Exception as error:  # damaged files fail in many ways in the parsers of ZIP and NumPy
             raise ValueError(
-                f"reference.stats={self.stats}: {error}; give a .npz of mu and sigma, whole and of finite numbers"
+                f"reference.stats={self.stats}: {reason(error)}; give a .npz of mu and sigma, whole and of finite "
+                "numbers"
             ) from error
         if mean.shape != (dim,) or covariance.shape != (dim, dim):
             raise ValueError(
@@ -179,7 +178,7 @@ class RealImages:
         path = self._path(part, "features", count)
 
         def load() -> Rows:
-            array = np.load(path, mmap_mode="r", allow_pickle=False)
+            array = opened_array(path, None)
             if array.shape != (count, self.features.dim) or array.dtype != np.float32:
                 raise ValueError(f"holds {array.dtype} {array.shape}")
             return Rows(array)
@@ -201,8 +200,7 @@ class RealImages:
                 missing = not path.is_file()
                 _ = missing or load()
             except Exception as error:  # a damaged file fails in many ways in the parsers of ZIP and NumPy
-                reason = str(error).partition("\n")[0]
-                warnings.warn(f"{path}: is damaged and made anew ({reason})", stacklevel=3)
+                warnings.warn(f"{path}: is damaged and made anew ({reason(error)})", stacklevel=3)
                 missing = True
         if self.ranks.agree(missing):
             make()

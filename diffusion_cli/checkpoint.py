@@ -354,7 +354,9 @@ def _origin(
         raise ValueError(f"{run}: was trained with task={about['task']}; give a run of task={task}")
     mistakes = check_built(about["config"])
     if mistakes:
-        raise ValueError(f"{path}: was made by another version of diffuse: {'; '.join(mistakes)}")
+        raise ValueError(
+            f"{path}: was made by another version of diffuse: {'; '.join(mistakes)}; name another run"
+        )
     if not _are_whole(checkpoint, weights, path.stat().st_size):
         raise ValueError(f"{path}: weights={weights}: are not there, or not whole; name another run")
     _check_fit(path, about, _network_state(checkpoint, weights))

@@ -1,6 +1,7 @@
 """Locks: one process trains in a run's folder, and one at a time changes a file that several add to."""
 
 import contextlib
+import errno
 import json
 import os
 import secrets
@@ -58,6 +59,8 @@ def only_one(folder: Path, pace: Pace = PACE) -> Iterator[None]:
             folder.mkdir(parents=True, exist_ok=True)
             lock = _Lock(folder / LOCK, pace)
         except OSError as error:
+            if error.errno == errno.ELOOP and (folder / LOCK).is_symlink():
+                raise Mistakes(f"{folder / LOCK}: is a link; remove it") from error
             raise Mistakes(
                 f"output_dir={folder.parent}: cannot hold the run {folder.name} ({error}); give a folder that can be "
                 "written to, on a disk that has room"

@@ -405,7 +405,9 @@ def test_a_file_of_the_data_that_is_lost(tmp_path, capsys, monkeypatch, pictures
     line = said(capsys)
     assert f"dataset.path={folder}: cannot use 1 of the images, repair or remove: 3.png" in line
     saved = state(tmp_path / "parts")["global_step"]
-    assert line.endswith(f"the run is saved to step {saved}; the same command goes on from there")
+    assert line.endswith(f"is saved to step {saved}; on the same data the same command goes on from there")
+    assert train(tmp_path / "parts", *words, "max_steps=20") == 2
+    assert "num_images=7: the run in " in said(capsys)
     file.write_bytes(data)
     monkeypatch.undo()
     assert train(tmp_path / "parts", *words, "max_steps=20") == 0
@@ -597,7 +599,7 @@ def test_a_lock_that_leads_elsewhere_is_not_written_through(tmp_path, capsys):
     (tmp_path / "tiny").mkdir()
     (tmp_path / "tiny" / LOCK).symlink_to(tmp_path / "mine")
     assert train(tmp_path, "max_steps=3") == 2
-    assert "cannot hold the run tiny ([Errno 40] Too many levels of symbolic links" in said(capsys)
+    assert said(capsys).endswith(".lock: is a link; remove it")
     (tmp_path / "tiny" / LOCK).unlink()
     os.mkfifo(tmp_path / "tiny" / LOCK)
     assert train(tmp_path, "max_steps=3") == 2

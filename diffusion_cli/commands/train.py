@@ -130,8 +130,12 @@ def _saying_what_is_saved(checkpoints: Checkpoints, done: int) -> Iterator[None]
         raise
     except (OSError, UnreadableError) as error:
         step = checkpoints.saved or done
+        # With an image less it would not be the run that it was.
+        same = "on the same data " if isinstance(error, UnreadableError) else ""
         saved = (
-            f"is saved to step {step}; the same command goes on from there" if step else "is not saved yet"
+            f"is saved to step {step}; {same}the same command goes on from there"
+            if step
+            else "is not saved yet"
         )
         raise OSError(f"{error}; the run {saved}") from error
 

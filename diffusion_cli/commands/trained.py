@@ -44,7 +44,9 @@ class Trained:
         node = self.model.config["dataset"]
         mistakes = check_node("dataset", node)
         if mistakes:
-            raise ValueError(f"{self.folder}: was made by another version of diffuse: {'; '.join(mistakes)}")
+            raise ValueError(
+                f"{self.folder}: was made by another version of diffuse: {'; '.join(mistakes)}; name another run"
+            )
         return build(node, data_dir)
 
     def check(self, steps: int) -> None:

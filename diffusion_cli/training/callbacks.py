@@ -79,10 +79,12 @@ def stop_if_diverged(module: TrainingModule, last: Path, step: int | None = None
     if step is not None:
         what = "loss" if bad_loss is not None else "weights"
         rate = module.optimizer_config.factor(step) * module.optimizer_config.lr
-        kept = f"the last good checkpoint is {last}" if last.is_file() else "there is no checkpoint yet"
+        kept, place = "there is no checkpoint yet", ""
+        if last.is_file():
+            kept, place = f"the last good checkpoint is {last}", " under another name="
         raise DivergedError(
             f"{what}: not a finite number at step {step}, learning rate {rate:.3g}; {kept}; try a smaller "
-            "optimizer.lr, a longer optimizer.warm_up_steps or precision=fp32"
+            f"optimizer.lr, a longer optimizer.warm_up_steps or precision=fp32{place}"
         )
 
 

@@ -7,6 +7,8 @@ absolute times mean little on a shared machine. `step` also needs diffusers.
 import argparse
 import importlib
 import importlib.metadata
+import json
+import os
 import platform
 import resource
 import subprocess
@@ -14,17 +16,22 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from itertools import islice, pairwise
+from multiprocessing import get_context
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import numpy as np
 import torch
+from lightning.pytorch import Trainer
 from PIL import Image
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from diffusion_cli import config
-from diffusion_cli.checkpoint import Model
+from diffusion_cli.checkpoint import LAST, Model, digest, read
 from diffusion_cli.commands import sample as sample_command
 from diffusion_cli.commands import train as train_command
 from diffusion_cli.config import build
@@ -48,14 +55,17 @@ from diffusion_cli.metrics import (
 from diffusion_cli.objective import Simple
 from diffusion_cli.parameterizations import Eps
 from diffusion_cli.precision import autocast, device_of, resolve
+from diffusion_cli.ranks import Ranks, work_together
 from diffusion_cli.report import save_png
 from diffusion_cli.samplers import DDIM, Sampler
 from diffusion_cli.schedules import Linear
 from diffusion_cli.seeding import mix
+from diffusion_cli.training.callbacks import Stop
 from diffusion_cli.training.ema import EMA
 from diffusion_cli.training.module import TrainingModule
 
 Row = tuple[str, float, float, str]
+Cells = tuple[str, ...]
 
 
 def alternate(ours: Callable[[], float], theirs: Callable[[], float], rounds: int) -> tuple[float, float]:
@@ -432,16 +442,195 @@ def _option(group: str, name: str) -> dict[str, object]:
     return yaml.safe_load(config.options(group)[name].read_text())
 
 
+class Probe:
+    """When each optimizer step of `diffuse train` ends in this process, and what it has taken of memory by then.
+
+    On a GPU the peak is of what torch has allotted; on the CPU it is the most that was ever resident, which Linux keeps
+    as VmHWM, beyond what the program held before the model was made.
+    """
+
+    def __init__(self) -> None:
+        self.ends: list[float] = []
+        self.peak = self.optimizer_state = 0
+        before, original = _resident(), Stop.act
+
+        def watched(stop: Stop, trainer: Trainer, module: TrainingModule, step: int) -> None:
+            original(stop, trainer, module, step)
+            if module.device.type == "cuda":
+                torch.cuda.synchronize()
+            self.ends.append(time.perf_counter())
+            on_gpu = module.device.type == "cuda"
+            self.peak = torch.cuda.max_memory_allocated() if on_gpu else _most_resident() - before
+            self.optimizer_state = sum(
+                _local_bytes(value)
+                for values in trainer.optimizers[0].state.values()
+                for value in values.values()
+            )
+
+        Stop.act = watched  # pyright: ignore[reportAttributeAccessIssue]
+
+    def seconds(self) -> float:
+        """The median time from the end of a step to that of the next; the first step, which warms up, is none."""
+        return median(after - before for before, after in pairwise(self.ends))
+
+
+def _local_bytes(value: object) -> int:
+    """What this process holds of a tensor."""
+    local = value.to_local() if isinstance(value, DTensor) else value
+    return local.nbytes if isinstance(local, Tensor) else 0
+
+
+def _most_resident() -> int:
+    """The most bytes of memory that were ever in use."""
+    lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return int(lines["VmHWM"].split()[0]) * 1024
+
+
+def observed(words: list[str]) -> dict[str, Any]:
+    """What the processes of a short `diffuse train` on random images of 32x32 took, and what came of it.
+
+    `seconds`, `peak` and `optimizer_state` are lists over the processes; `weights` are the SHA-256 of the last ones.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        images = Path(folder) / "images.npy"
+        np.save(images, np.random.default_rng(0).integers(256, size=(256, 32, 32, 3), dtype=np.uint8))
+        fixed = [
+            f"output_dir={folder}", "name=run", "dataset=array", f"dataset.path={images}", "dataset.held_out=0",
+            "compile=false", "logger=csv", "preview_every=100000", "log_every=100000",
+        ]  # fmt: skip
+        checked = config.load("train", [*fixed, *words])
+        assert isinstance(checked, config.TrainConfig)
+        found = Path(folder) / "found.json"
+        work_together(_observe, checked, found, processes=checked.trainer["devices"])
+        weights = digest(read(Path(folder) / "run" / LAST)["state_dict"])
+        return {**json.loads(found.read_text()), "weights": weights}
+
+
+def _observe(checked: config.TrainConfig, found: Path) -> None:
+    """Train as one of the processes, and note down what all of them took."""
+    probe = Probe()
+    train_command.train(checked)
+    mine = {"seconds": probe.seconds(), "peak": probe.peak, "optimizer_state": probe.optimizer_state}
+    all_of_them = Ranks().gather(mine)
+    if Ranks().first:
+        found.write_text(json.dumps({key: [each[key] for each in all_of_them] for key in mine}))
+
+
+def afresh(function: Callable[..., Any], *arguments: object) -> Any:
+    """What a function returns in a new process, of which nothing is heard."""
+    with ProcessPoolExecutor(1, get_context("spawn"), _be_silent) as pool:
+        return pool.submit(function, *arguments).result()
+
+
+def _be_silent() -> None:
+    sink = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(sink, 1)
+    os.dup2(sink, 2)
+
+
+def processes(rounds: int, device: torch.device) -> Iterator[Cells]:
+    """Training by one process and by several, of 8 images and one thread each: images/s, and over N times one's."""
+    several = max(2, torch.cuda.device_count()) if device.type == "cpu" else torch.cuda.device_count()
+    runs = {"1 process": (1, "ddp")}
+    if several > 1:
+        runs |= {f"{several} processes, {strategy}": (several, strategy) for strategy in ("ddp", "fsdp")}
+    rates: dict[str, list[float]] = {name: [] for name in runs}
+    for _ in range(rounds):
+        for name, (count, strategy) in runs.items():
+            words = [
+                "model=unet_small", f"batch_size={8 * count}", "max_steps=8", f"trainer={device.type}",
+                "trainer.threads=1", f"trainer.devices={count}", f"trainer.strategy={strategy}",
+            ]  # fmt: skip
+            rates[name].append(8 * count / max(afresh(observed, words)["seconds"]))
+    yield "`unet_small`, 8 images of 32x32 a process", "median", "over N times one's", "rounds"
+    one = median(rates["1 process"])
+    for name, (count, _) in runs.items():
+        rate = median(rates[name])
+        yield f"{name}, images/s", f"{rate:.3g}", f"{rate / (count * one):.3g}", _in_a_row(rates[name])
+    if several > 1:
+        times = [afresh(agreement, several) for _ in range(rounds)]
+        yield (
+            f"what {several} agree on at each step, ms", f"{1000 * median(times):.3g}",
+            f"{median(times) * one / 8:.2g} of a step", _in_a_row([1000 * each for each in times]),
+        )  # fmt: skip
+
+
+def _in_a_row(numbers: list[float]) -> str:
+    return " ".join(f"{number:.3g}" for number in numbers)
+
+
+def agreement(count: int) -> float:
+    """The seconds that so many processes take to agree whether to stop, or to save, where none waits for another."""
+    with tempfile.TemporaryDirectory() as folder:
+        found = Path(folder) / "found.json"
+        work_together(_agree, found, processes=count)
+        return json.loads(found.read_text())
+
+
+def _agree(found: Path) -> None:
+    ranks, seconds = Ranks(), []
+    for _ in range(1000):
+        start = time.perf_counter()
+        ranks.highest(0, False, False)
+        seconds.append(time.perf_counter() - start)
+    if ranks.first:
+        found.write_text(json.dumps(median(seconds[100:])))
+
+
+MEMORY_OPTIONS = {
+    "plain": ([], ""),
+    "precision=bf16": (["precision=bf16"], "rounding"),
+    "precision=fp16": (["precision=fp16"], "rounding"),
+    "model.gradient_checkpointing=true": (["model.gradient_checkpointing=true"], ""),
+    "accumulate=4": (["accumulate=4"], "noise"),
+    "bf16, checkpointing and accumulate=4": (
+        ["precision=bf16", "model.gradient_checkpointing=true", "accumulate=4"], "rounding, noise",
+    ),
+    "trainer.offload_ema=true": (["trainer.offload_ema=true"], ""),
+    "2 processes, ddp": (["trainer.devices=2"], "dropout, order of sums"),
+    "2 processes, fsdp": (["trainer.devices=2", "trainer.strategy=fsdp"], "dropout, order of sums"),
+    "plain, again": ([], ""),
+}  # fmt: skip
+"""The words of each option, and why the weights are then not those of the plain one."""
+
+
+def training_memory(rounds: int, device: torch.device) -> Iterator[Cells]:
+    """Peak memory and time of a training step of the DDPM network by option, in fresh processes; largest of them."""
+    yield "option", "peak, MB", "over plain", "optimizer state, MB", "step time over plain", "weights"
+    fixed = [
+        "model=unet_cifar10", f"batch_size={64 if device.type == 'cuda' else 8}", "max_steps=3", "precision=fp32",
+        f"trainer={device.type}", "trainer.threads=1",
+    ]  # fmt: skip
+    of_option: dict[str, dict[str, Any]] = {}
+    for name, (words, why) in MEMORY_OPTIONS.items():
+        if device.type == "cuda" and "trainer.devices=2" in words and torch.cuda.device_count() < 2:
+            continue
+        taken = of_option[name] = afresh(observed, [*fixed, *words])
+        plain = of_option["plain"]
+        peak, state, seconds = (max(taken[key]) for key in ("peak", "optimizer_state", "seconds"))
+        yield (
+            name, f"{peak / 1e6:.0f}", f"{peak / max(plain['peak']):.3g}", f"{state / 1e6:.0f}",
+            f"{seconds / max(plain['seconds']):.3g}",
+            "the same bits" if taken["weights"] == plain["weights"] else f"others: {why}",
+        )  # fmt: skip
+
+
 BENCHMARKS = {
     item.__name__: item for item in (startup, loading, loop, sampling, samplers, step, inception, memory)
 }
+TABLES = {item.__name__: item for item in (processes, training_memory)}
+"""Those that have columns of their own: of what they yield, the first is the head."""
 
 
 def main() -> None:
     """Run the named benchmarks, or all, and print the table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument(
-        "names", nargs="*", choices=[*BENCHMARKS, []], metavar="name", help=", ".join(BENCHMARKS)
+        "names",
+        nargs="*",
+        choices=[*BENCHMARKS, *TABLES, []],
+        metavar="name",
+        help=", ".join([*BENCHMARKS, *TABLES]),
     )
     parser.add_argument("--rounds", type=int, default=5, help="A B pairs that count (default 5)")
     parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"])
@@ -454,10 +643,23 @@ def main() -> None:
     print(
         f"{where}, {platform.system()} {platform.machine()}, Python {platform.python_version()}, {versions}"
     )
-    print("\n| what | A | B | A / B | target |\n|---|---|---|---|---|")
-    for name in arguments.names or BENCHMARKS:
+    names = arguments.names or [*BENCHMARKS, *TABLES]
+    pairs = [name for name in names if name in BENCHMARKS]
+    if pairs:
+        print("\n| what | A | B | A / B | target |\n|---|---|---|---|---|")
+    for name in pairs:
         for what, a, b, target in BENCHMARKS[name](arguments.rounds, device):
             print(f"| {what} | {a:.4g} | {b:.4g} | {a / b:.3g} | {target} |", flush=True)
+    for name in names:
+        if name in TABLES:
+            _print_table(TABLES[name](arguments.rounds, device))
+
+
+def _print_table(rows: Iterator[Cells]) -> None:
+    head = next(rows)
+    print(f"\n| {' | '.join(head)} |\n{'|---' * len(head)}|", flush=True)
+    for cells in rows:
+        print(f"| {' | '.join(cells)} |", flush=True)
 
 
 if __name__ == "__main__":

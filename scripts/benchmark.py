@@ -451,6 +451,7 @@ class Probe:
 
     def __init__(self) -> None:
         self.ends: list[float] = []
+        self.cpu_ends: list[float] = []
         self.peak = self.optimizer_state = 0
         before, original = _resident(), Stop.act
 
@@ -459,6 +460,7 @@ class Probe:
             if module.device.type == "cuda":
                 torch.cuda.synchronize()
             self.ends.append(time.perf_counter())
+            self.cpu_ends.append(time.process_time())
             on_gpu = module.device.type == "cuda"
             self.peak = torch.cuda.max_memory_allocated() if on_gpu else _most_resident() - before
             self.optimizer_state = sum(
@@ -469,9 +471,14 @@ class Probe:
 
         Stop.act = watched  # pyright: ignore[reportAttributeAccessIssue]
 
-    def seconds(self) -> float:
-        """The median time from the end of a step to that of the next; the first step, which warms up, is none."""
-        return median(after - before for before, after in pairwise(self.ends))
+    def taken(self) -> dict[str, float]:
+        """Median seconds, of the clock and of the CPU, from the end of a step to that of the next; memory in bytes."""
+        seconds, cpu_seconds = (
+            median(after - before for before, after in pairwise(ends)) for ends in (self.ends, self.cpu_ends)
+        )
+        return {
+            "seconds": seconds, "cpu_seconds": cpu_seconds, "peak": self.peak, "optimizer_state": self.optimizer_state,
+        }  # fmt: skip
 
 
 def _local_bytes(value: object) -> int:
@@ -487,9 +494,9 @@ def _most_resident() -> int:
 
 
 def observed(words: list[str]) -> dict[str, Any]:
-    """What the processes of a short `diffuse train` on random images of 32x32 took, and what came of it.
+    """What a short `diffuse train` on random images of 32x32 took, and the SHA-256 of the weights it came to.
 
-    `seconds`, `peak` and `optimizer_state` are lists over the processes; `weights` are the SHA-256 of the last ones.
+    Where processes work together it is the most that one of them took.
     """
     with tempfile.TemporaryDirectory() as folder:
         images = Path(folder) / "images.npy"
@@ -510,10 +517,9 @@ def _observe(checked: config.TrainConfig, found: Path) -> None:
     """Train as one of the processes, and note down what all of them took."""
     probe = Probe()
     train_command.train(checked)
-    mine = {"seconds": probe.seconds(), "peak": probe.peak, "optimizer_state": probe.optimizer_state}
-    all_of_them = Ranks().gather(mine)
+    taken = Ranks().gather(probe.taken())
     if Ranks().first:
-        found.write_text(json.dumps({key: [each[key] for each in all_of_them] for key in mine}))
+        found.write_text(json.dumps({key: max(each[key] for each in taken) for key in taken[0]}))
 
 
 def afresh(function: Callable[..., Any], *arguments: object) -> Any:
@@ -534,24 +540,40 @@ def processes(rounds: int, device: torch.device) -> Iterator[Cells]:
     runs = {"1 process": (1, "ddp")}
     if several > 1:
         runs |= {f"{several} processes, {strategy}": (several, strategy) for strategy in ("ddp", "fsdp")}
-    rates: dict[str, list[float]] = {name: [] for name in runs}
+    taken: dict[str, list[dict[str, float]]] = {name: [] for name in runs}
     for _ in range(rounds):
         for name, (count, strategy) in runs.items():
             words = [
                 "model=unet_small", f"batch_size={8 * count}", "max_steps=8", f"trainer={device.type}",
                 "trainer.threads=1", f"trainer.devices={count}", f"trainer.strategy={strategy}",
             ]  # fmt: skip
-            rates[name].append(8 * count / max(afresh(observed, words)["seconds"]))
-    yield "`unet_small`, 8 images of 32x32 a process", "median", "over N times one's", "rounds"
+            taken[name].append(afresh(observed, words))
+    yield (
+        "`unet_small`, 8 images of 32x32 a process",
+        "median",
+        "over N times one's",
+        "CPU time over one's",
+        "rounds",
+    )
+    work = {name: median(each["cpu_seconds"] for each in all_of_it) for name, all_of_it in taken.items()}
+    rates = {
+        name: [8 * runs[name][0] / each["seconds"] for each in all_of_it] for name, all_of_it in taken.items()
+    }
     one = median(rates["1 process"])
     for name, (count, _) in runs.items():
-        rate = median(rates[name])
-        yield f"{name}, images/s", f"{rate:.3g}", f"{rate / (count * one):.3g}", _in_a_row(rates[name])
+        rate, ratio = median(rates[name]), work[name] / work["1 process"]
+        yield (
+            f"{name}, images/s",
+            f"{rate:.3g}",
+            f"{rate / (count * one):.3g}",
+            f"{ratio:.3g}",
+            _in_a_row(rates[name]),
+        )
     if several > 1:
         times = [afresh(agreement, several) for _ in range(rounds)]
         yield (
             f"what {several} agree on at each step, ms", f"{1000 * median(times):.3g}",
-            f"{median(times) * one / 8:.2g} of a step", _in_a_row([1000 * each for each in times]),
+            f"{median(times) * one / 8:.2g} of a step", "", _in_a_row([1000 * each for each in times]),
         )  # fmt: skip
 
 
@@ -596,7 +618,15 @@ MEMORY_OPTIONS = {
 
 def training_memory(rounds: int, device: torch.device) -> Iterator[Cells]:
     """Peak memory and time of a training step of the DDPM network by option, in fresh processes; largest of them."""
-    yield "option", "peak, MB", "over plain", "optimizer state, MB", "step time over plain", "weights"
+    yield (
+        "option",
+        "peak, MB",
+        "over plain",
+        "optimizer state, MB",
+        "step time over plain",
+        "its CPU time",
+        "weights",
+    )
     fixed = [
         "model=unet_cifar10", f"batch_size={64 if device.type == 'cuda' else 8}", "max_steps=3", "precision=fp32",
         f"trainer={device.type}", "trainer.threads=1",
@@ -607,10 +637,10 @@ def training_memory(rounds: int, device: torch.device) -> Iterator[Cells]:
             continue
         taken = of_option[name] = afresh(observed, [*fixed, *words])
         plain = of_option["plain"]
-        peak, state, seconds = (max(taken[key]) for key in ("peak", "optimizer_state", "seconds"))
+        peak, seconds, cpu = (taken[key] / plain[key] for key in ("peak", "seconds", "cpu_seconds"))
         yield (
-            name, f"{peak / 1e6:.0f}", f"{peak / max(plain['peak']):.3g}", f"{state / 1e6:.0f}",
-            f"{seconds / max(plain['seconds']):.3g}",
+            name, f"{taken['peak'] / 1e6:.0f}", f"{peak:.3g}", f"{taken['optimizer_state'] / 1e6:.0f}",
+            f"{seconds:.3g}", f"{cpu:.3g}",
             "the same bits" if taken["weights"] == plain["weights"] else f"others: {why}",
         )  # fmt: skip
 

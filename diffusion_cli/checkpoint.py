@@ -26,6 +26,7 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 from diffusion_cli.config import build, check_built, check_stored
 from diffusion_cli.denoiser import Denoiser, NoiseConditioned, NoisyClassifier
 from diffusion_cli.foreign import check_tensors, reason, regular
+from diffusion_cli.ranks import Ranks
 
 FORMAT = 2
 LAST = Path("checkpoints", "last.ckpt")
@@ -291,7 +292,7 @@ def find_run(run: str | None, output_dir: str, key: str = "run") -> Path:
         for folder in reversed(runs):
             found = newest(folder)  # a run of which nothing is whole is said, not passed over
             if found is not None and found.checkpoint["diffuse"]["task"] == Denoiser.task:
-                if dates[folder] > time.time() + 3600:
+                if dates[folder] > time.time() + 3600 and Ranks().first:
                     print(
                         f"diffuse: {folder} is the newest, by a date to come; run= names another",
                         file=sys.stderr,
@@ -345,7 +346,7 @@ def _origin(
             raise ValueError(f"step={step}: {run} keeps no such checkpoint; it has those of steps {kept}")
     if step is None and (found := newest(run)) is not None:
         path, checkpoint, remark = found
-        if remark is not None:
+        if remark is not None and Ranks().first:
             print(f"diffuse: {remark}", file=sys.stderr)
     else:
         checkpoint = read(path)

@@ -114,6 +114,14 @@ class Ranks:
         distributed.all_gather_object(items, item)
         return items
 
+    def collect(self, item: T) -> list[T]:
+        """What each process gave, for the first; nothing for the others."""
+        if self.world == 1:
+            return [item]
+        items: list[Any] | None = [None] * self.world if self.first else None
+        distributed.gather_object(item, items)
+        return items or []
+
     def agree(self, item: T) -> T:
         """What the first process gave."""
         return self.gather(item)[0]
@@ -153,8 +161,8 @@ def work_together(
     """Call `work(*arguments)` in every process, and return what the first one's call did (None: 0).
 
     The processes are those that torchrun or srun started; else so many `processes` (None: 1) of this machine, which
-    are started now. Each has its share of the CPU's threads, and a GPU of its own as far as there are. What one of
-    them raises is raised here, once. Raises ValueError where other processes were started than asked for.
+    are started now, each with its share of the CPU's threads. Each has a GPU of its own as far as there are. What one
+    of them raises is raised here, once. Raises ValueError where other processes were started than asked for.
     """
     place = started()
     if place.world > 1:
@@ -201,7 +209,8 @@ def lost_process(error: BaseException) -> LostProcess | None:
     of_group = isinstance(error, distributed.DistError) or (
         isinstance(error, RuntimeError) and re.search(r"gloo|nccl", text, re.IGNORECASE)
     )
-    if not of_group:
+    # Of a connection that ended, or of a wait that did: not of memory, or of a set-up that cannot work.
+    if not of_group or not re.search(r"clos|reset|time|broken|refused|remote|peer", text, re.IGNORECASE):
         return None
     reason = text.strip().splitlines()[0]
     return LostProcess(
@@ -290,7 +299,8 @@ def _why(processes: ProcessContext) -> LostProcess:
     """What to say of processes that have ended without a word."""
     codes = [process.exitcode for process in processes.processes]
     killed = [(rank, -code) for rank, code in enumerate(codes) if code is not None and code < 0]
-    rank, number = killed[0] if killed else (0, 0)
+    # SIGTERM is what those get here that do not end by themselves.
+    rank, number = min(killed, key=lambda one: one[1] == signal.SIGTERM, default=(0, 0))
     how = f"was ended by {signal.Signals(number).name}" if number else "failed"
     hint = ", as by the kernel for want of memory" if number == signal.SIGKILL else ""
     return LostProcess(

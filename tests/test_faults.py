@@ -14,10 +14,12 @@ import sys
 import threading
 import time
 from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 import pytest
 import torch
+from lightning.pytorch.plugins import Precision
 from PIL import Image
 from test_training import TINY, assert_same, state, train
 
@@ -27,6 +29,7 @@ from diffusion_cli.commands.outputs import claim
 from diffusion_cli.config import Mistakes
 from diffusion_cli.locks import LOCK, Pace, only_one
 from diffusion_cli.objective import Weighted
+from diffusion_cli.training import memory
 from diffusion_cli.training.callbacks import Checkpoints
 from diffusion_cli.training.logs import CSVFile
 
@@ -558,16 +561,19 @@ def test_of_two_that_take_one_lock_one_gives_way(tmp_path, monkeypatch):
     assert json.loads((tmp_path / "run" / LOCK).read_text())["token"] == "other"
 
 
-def test_a_holder_that_was_taken_over_ends_as_at_a_signal(tmp_path, capsys):
-    got = threading.Event()
-    before = signal.signal(signal.SIGTERM, lambda *_: got.set())
-    try:
+def test_a_holder_that_was_taken_over_ends_at_once_and_saves_nothing(tmp_path, capfd):
+    def hold() -> None:
         with only_one(tmp_path / "run", QUICK):
             leave(tmp_path / "run")
-            assert got.wait(10)
-    finally:
-        signal.signal(signal.SIGTERM, before)
-    assert "was taken over by process 123 on host n3" in capsys.readouterr().err
+            time.sleep(30)
+            (tmp_path / "saved").touch()
+
+    holder = multiprocessing.get_context("fork").Process(target=hold)
+    holder.start()
+    holder.join(20)
+    assert holder.exitcode == 1
+    assert not (tmp_path / "saved").exists()
+    assert "was taken over by process 123 on host n3" in capfd.readouterr().err
     assert (tmp_path / "run" / LOCK).exists()  # which is the other's
 
 
@@ -659,6 +665,37 @@ used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesi
 resource.setrlimit(resource.RLIMIT_AS, (used + 1_000_000_000,) * 2)
 sys.exit(run(sys.argv[1:]))
 """
+
+
+def test_the_trial_is_on_the_device_that_ran_out(monkeypatch):
+    """Lightning moves the module to the CPU before anyone can look into the error."""
+    module = torch.nn.Linear(1, 1)
+    module.__dict__["about"] = {"shape": (1, 2, 2)}
+    tried = []
+
+    def fits(module, images, context):
+        tried.append((images.device.type, module.weight.device.type, len(images)))
+        return len(images) <= 2
+
+    class Failed:
+        world_size, accumulate_grad_batches, optimizers = 2, 1, ()
+        precision_plugin = Precision()
+
+    monkeypatch.setattr(memory, "_fits", fits)
+    failed: Any = Failed()
+    said = memory._advice(cast(Any, module), torch.device("meta"), 16, failed)
+    assert said.endswith("of this meta, but parts of 2 do: accumulate=4")
+    assert tried == [("meta", "meta", 4), ("meta", "meta", 2)]
+
+
+def test_whole_checkpoints_are_not_removed_for_damaged_ones_of_later_steps(tmp_path):
+    words = ["max_steps=20", "keep_last=3"]
+    assert train(tmp_path, *words) == 0
+    for name in ("last.ckpt", "step_00000020.ckpt"):
+        os.truncate(tmp_path / "tiny" / "checkpoints" / name, 1000)
+    assert train(tmp_path, "max_steps=17", "keep_last=1") == 0
+    os.truncate(tmp_path / "tiny" / LAST, 1000)
+    assert train(tmp_path, "max_steps=18") == 0
 
 
 @pytest.mark.slow

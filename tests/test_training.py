@@ -150,6 +150,26 @@ def test_the_optimizer_steps_once_a_batch_whatever_the_parts(tmp_path):
     one, two = state(tmp_path / "one"), state(tmp_path / "two")
     assert one["global_step"] == two["global_step"] == 4
     assert one["callbacks"]["EMA"]["updates"] == two["callbacks"]["EMA"]["updates"] == 4
+    for key, weight in one["state_dict"].items():  # and its noise is that of the whole batch
+        torch.testing.assert_close(weight, two["state_dict"][key], rtol=1e-4, atol=1e-6)
+
+
+def test_a_run_goes_on_in_more_parts_where_memory_is_short(tmp_path):
+    words = ["dataset.flip=true", "times=stratified"]
+    assert train(tmp_path / "whole", "max_steps=6", *words) == 0
+    assert train(tmp_path / "parts", "max_steps=3", *words) == 0
+    assert train(tmp_path / "parts", "max_steps=6", *words, "accumulate=4") == 0
+    whole, parts = state(tmp_path / "whole"), state(tmp_path / "parts")
+    for key, weight in whole["state_dict"].items():
+        torch.testing.assert_close(weight, parts["state_dict"][key], rtol=1e-4, atol=1e-5)
+
+
+def test_automatic_precision_stays_that_of_the_start(tmp_path, monkeypatch):
+    words = [word for word in TINY if not word.startswith("precision")]
+    for steps, fast in ((2, False), (4, True)):
+        monkeypatch.setattr("diffusion_cli.precision.has_fast_bf16", lambda device, fast=fast: fast)
+        assert run([*words, f"output_dir={tmp_path}", f"max_steps={steps}"]) == 0
+    assert state(tmp_path)["diffuse"]["precision"] == "fp32"
 
 
 def test_a_complete_run_is_left_alone(tmp_path, capsys):

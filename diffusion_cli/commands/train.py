@@ -19,7 +19,7 @@ from diffusion_cli.data import Batches, Dataset, Images, UnreadableError
 from diffusion_cli.denoiser import NoiseConditioned, NoisyClassifier
 from diffusion_cli.locks import only_one
 from diffusion_cli.precision import resolve
-from diffusion_cli.ranks import LostProcess, Ranks, started, work_together
+from diffusion_cli.ranks import Ranks, started, work_together
 from diffusion_cli.signals import UNFINISHED
 from diffusion_cli.training.assembly import Parts, assemble, trainer_of, watchers_of
 from diffusion_cli.training.callbacks import Checkpoints, HeldOutAccuracy, Progress, Stop
@@ -32,6 +32,7 @@ def run(config: TrainConfig) -> int:
     """Train, or take a run up again, in all processes that were started or are asked for; the exit code."""
     trainer = config.trainer
     place, devices, nodes = started(), trainer["devices"], trainer["num_nodes"]
+    _refuse_absent(trainer["accelerator"], devices or 1)
     if place.world > 1 and devices not in (None, place.local_world):
         raise ValueError(
             f"trainer.devices={devices}: torchrun or srun started {place.local_world} on this node; leave it null"
@@ -45,6 +46,15 @@ def run(config: TrainConfig) -> int:
         train, config,
         processes=None if place.world > 1 else devices, timeout=timedelta(seconds=trainer["timeout"]),
     )  # fmt: skip
+
+
+def _refuse_absent(accelerator: str, devices: int) -> None:
+    """Raise ValueError if this machine has GPUs, but not so many."""
+    there = 0 if accelerator == "cpu" else torch.cuda.device_count()
+    if 0 < there < devices:
+        raise ValueError(
+            f"trainer.devices={devices}: there are {there} GPUs here; take so many, or trainer=cpu"
+        )
 
 
 def train(config: TrainConfig) -> int:
@@ -68,6 +78,9 @@ def _train(config: TrainConfig, folder: Path, stop: Stop) -> int:
     _refuse_uneven(config, ranks.world)
     images = parts.dataset.load("train")
     about = _about(config, parts.dataset, parts.model.task, images)
+    # What "auto" once meant it goes on to mean, on whatever machine the run is taken up.
+    known = before["diffuse"].get("precision") if before and config.precision == "auto" else None
+    about["precision"] = known or resolve(config.precision, parts.device.torch_device)
     _refuse_other_data(folder, about, before)
     max_steps = _max_steps(config, len(images))
     if max_steps is not None and done >= max_steps:
@@ -91,15 +104,14 @@ def _fit(
 ) -> int:
     """Train from step `done` to the end, or to a signal."""
     ranks, model = Ranks(), parts.model
-    precision = resolve(config.precision, parts.device.torch_device)
+    precision = about["precision"]
     module = TrainingModule(model, parts.objective, parts.times, parts.optimizer, config.seed, about)
     ema = EMA(model.network, config.ema.decay, config.ema.warm_up, parts.device.offload_ema)
-    watchers = watchers_of(config, folder, parts, ema)
+    watchers = watchers_of(config, folder, parts, ema, stop)
     checkpoints = Checkpoints(config.checkpoint_every, folder, config.keep_last, stop)
+    progress = Progress(config.log_every, folder, config.batch_size, max_steps, stop)
     # The average first, for the others look at it; checkpoints last: they hold what the others know.
-    callbacks = [
-        ema, *watchers, Progress(config.log_every, folder, config.batch_size, max_steps, stop), stop, checkpoints,
-    ]  # fmt: skip
+    callbacks = [ema, progress, stop, *watchers, checkpoints]
     trainer = trainer_of(config, parts.device, precision, folder, done, max_steps, callbacks)
     if config.compile is True or (config.compile == "auto" and parts.device.torch_device.type == "cuda"):
         model.network.compile()  # in place: torch.compile(network) would rename every weight
@@ -112,13 +124,20 @@ def _fit(
         )
     batches = Batches(
         images, config.batch_size // config.accumulate, config.seed, parts.dataset.flip, done * config.accumulate,
-        ranks.rank, ranks.world, parts.device.torch_device, parts.dataset.num_workers,
+        ranks.rank, ranks.world, parts.device.torch_device, parts.dataset.num_workers, config.accumulate,
     )  # fmt: skip
-    with _saying_what_is_saved(checkpoints, done), naming_what_fits(module, config.batch_size, trainer):
-        trainer.fit(module, batches, ckpt_path=folder / LAST if done else None, weights_only=True)
+    device = parts.device.torch_device
+    with (
+        _saying_what_is_saved(checkpoints, done),
+        naming_what_fits(module, device, config.batch_size, trainer),
+    ):
+        try:
+            trainer.fit(module, batches, ckpt_path=folder / LAST if done else None, weights_only=True)
+        except SystemExit as error:  # Lightning's answer to a second Ctrl-C
+            raise KeyboardInterrupt from error
     if ranks.first:
         _tell(trainer.global_step, stop, watchers, model, folder)
-    return 0 if stop.signal is None else UNFINISHED
+    return UNFINISHED if stop.stopping else 0
 
 
 @contextmanager
@@ -126,8 +145,6 @@ def _saying_what_is_saved(checkpoints: Checkpoints, done: int) -> Iterator[None]
     """Raise what ends a run from outside, a disk or the data, as OSError that says where the run can be taken up."""
     try:
         yield
-    except LostProcess:  # the one that failed says why
-        raise
     except (OSError, UnreadableError) as error:
         step = checkpoints.saved or done
         # With an image less it would not be the run that it was.
@@ -147,7 +164,7 @@ def _tell(step: int, stop: Stop, watchers: list[Callback], model: NoiseCondition
             print(
                 "\n" + ", ".join(f"held-out {name} {value:.3f}" for name, value in watcher.accuracy.items())
             )
-    if stop.signal is not None:
+    if stop.stopping and stop.signal is not None:
         name = signal.Signals(stop.signal).name
         print(f"\n{name}: saved {folder} at step {step}; the same command goes on from there")
     else:

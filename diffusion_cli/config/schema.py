@@ -15,7 +15,7 @@ from pydantic import (
 
 STRICT = ConfigDict(strict=True, extra="forbid", frozen=True, regex_engine="python-re")
 Node = dict[str, Any]
-DURATION = r"^(?=.)(\d+d)?(\d+h)?(\d+m)?(\d+s)?$"
+DURATION = r"^(?=.*[1-9])(\d+d)?(\d+h)?(\d+m)?(\d+s)?$"
 NAME = r"^\w[\w.+-]*$"
 Duration = Annotated[str, Field(pattern=DURATION)]
 Name = Annotated[str, Field(pattern=NAME)]

@@ -39,7 +39,8 @@ class Batches:
 
     Batch k holds the positions k B .. (k + 1) B - 1 of an endless stream, in which position p is row
     `order(p // N)[p % N]`: every epoch is a permutation of the N rows, and batches run across its end.
-    With `flip`, each image is mirrored left to right with probability 1/2.
+    With `flip`, each image is mirrored left to right with probability 1/2. Where they are the `parts` that larger
+    batches are cut into, what is mirrored does not depend on the cut.
 
     `batch_size` is that of all `world_size` processes together; process `rank` gets its contiguous share, so
     that the union of the shares is the batch of a single process. Images held in memory are moved to `device`
@@ -60,6 +61,7 @@ class Batches:
         world_size: int = 1,
         device: torch.device | str | None = None,
         num_workers: int = 0,
+        parts: int = 1,
     ) -> None:
         if len(images) == 0:
             raise ValueError("dataset: this split has no images to make batches of")
@@ -71,6 +73,7 @@ class Batches:
         self.device = images.device if device is None else torch.device(device)
         self.images = hold(images, self.device)
         self.batch_size, self.seed, self.flip, self.start = batch_size, seed, flip, start
+        self.parts = parts
         self.share = slice(rank * batch_size // world_size, (rank + 1) * batch_size // world_size)
         self.num_workers = 0 if isinstance(self.images, MemoryImages) else num_workers
         self._order = (-1, torch.empty(0, dtype=torch.int64))
@@ -105,8 +108,10 @@ class Batches:
 
     def coins(self, k: int) -> Tensor:
         """Which images of batch k of all processes are mirrored, int64 [batch_size] of 0 and 1."""
-        generator = torch.Generator().manual_seed(mix(self.seed, "flip", k))
-        return torch.randint(2, (self.batch_size,), generator=generator)
+        step, part = divmod(k, self.parts)
+        generator = torch.Generator().manual_seed(mix(self.seed, "flip", step))
+        coins = torch.randint(2, (self.parts * self.batch_size,), generator=generator)
+        return coins[part * self.batch_size : (part + 1) * self.batch_size]
 
     def _stream(self) -> Iterator[tuple[int, Tensor]]:
         for k in count(self.start):

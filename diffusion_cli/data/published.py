@@ -11,6 +11,7 @@ from torch.nn.functional import pad
 
 from diffusion_cli.data.base import Dataset, Split
 from diffusion_cli.data.memory import MemoryImages
+from diffusion_cli.locks import locked
 
 STALL = 30.0  # seconds without an answer after which a download has failed; by default the wait is endless
 
@@ -30,7 +31,8 @@ class _Published(Dataset):
         socket.setdefaulttimeout(STALL)
         try:
             source = getattr(datasets, self.source)
-            data = source(str(self.data_dir), train=split == "train", download=True)
+            with locked(Path(self.data_dir)):  # of several processes one downloads, and the others find it
+                data = source(str(self.data_dir), train=split == "train", download=True)
         except (RuntimeError, OSError, EOFError, ValueError, AssertionError) as error:
             reason = " ".join(str(error).split()) or type(error).__name__
             raise FileNotFoundError(

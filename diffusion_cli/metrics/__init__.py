@@ -7,7 +7,7 @@ from diffusion_cli.metrics.classifier import ClassifierFeatures
 from diffusion_cli.metrics.clip import CLIPFeatures
 from diffusion_cli.metrics.clip_score import CLIPScore
 from diffusion_cli.metrics.dinov2 import DINOv2Features
-from diffusion_cli.metrics.evaluation import Evaluation, evaluate, examine, require
+from diffusion_cli.metrics.evaluation import CalledOff, Evaluation, evaluate, examine, require
 from diffusion_cli.metrics.features import FeatureBatch, Features
 from diffusion_cli.metrics.frechet import (
     FrechetDistance,
@@ -44,6 +44,7 @@ __all__ = [
     "CLIPDistance",
     "CLIPFeatures",
     "CLIPScore",
+    "CalledOff",
     "ClassifierFeatures",
     "ClassifierScore",
     "DINOv2Features",

@@ -2,7 +2,7 @@
 
 import sys
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -30,6 +30,10 @@ class Evaluation(NamedTuple):
     """The first number of each metric, by its name in the configuration."""
 
 
+class CalledOff(Exception):
+    """An evaluation was left before its end."""
+
+
 def evaluate(
     metrics: Mapping[str, Metric],
     networks: Networks,
@@ -39,6 +43,7 @@ def evaluate(
     batch_size: int,
     force: bool = False,
     environment: Mapping[str, Any] | None = None,
+    called_off: Callable[[], bool] = lambda: False,
 ) -> Evaluation:
     """Measure samples by every metric, showing each sample once to each network that any of them looks through.
 
@@ -46,6 +51,7 @@ def evaluate(
     and the first measures; the others return an empty report. Statistics of real images are kept in the folder
     of the networks; `environment` is plain data on programs and machine, for the protocol.
 
+    Raises CalledOff where `called_off`, which all processes ask before each round of batches, says so.
     Raises ValueError, before any sample is made, if they are too few for a metric (with `force`, a warning in the
     report where that is possible), or have another shape than the real images.
     """
@@ -56,7 +62,7 @@ def evaluate(
     order = sorted(metrics, key=lambda name: not metrics[name].keeps_rows)
     begun = {name: metrics[name].begin(seen[name]) for name in order}
     shown_to = [[begun[name] for name in metrics if seen[name] is view] for view in views]
-    digest = _pass(samples, batch_size, list(zip(views, shown_to, strict=True)), ranks)
+    digest = _pass(samples, batch_size, list(zip(views, shown_to, strict=True)), ranks, called_off)
     if not ranks.first:
         return Evaluation(Report([], []), {}, {})
 
@@ -115,7 +121,11 @@ def examine(
 
 
 def _pass(
-    samples: Samples, batch_size: int, views: Sequence[tuple[Seen, list[Measurement]]], ranks: Ranks
+    samples: Samples,
+    batch_size: int,
+    views: Sequence[tuple[Seen, list[Measurement]]],
+    ranks: Ranks,
+    called_off: Callable[[], bool],
 ) -> str:
     """Show every batch to every network and what measures by it, in order; the SHA-256 of all images."""
     digest, count, start = PixelDigest(), len(samples), time.monotonic()
@@ -124,9 +134,11 @@ def _pass(
         total=count, desc="evaluating samples", unit="image", delay=1.0, disable=not ranks.first
     ) as progress:
         for place, mine in enumerate(ranks.rounds(count, batch_size)):
+            if called_off():
+                raise CalledOff
             looked = _look(samples, mine, [view.network for view, _ in views], ranks) if mine else None
-            for batches in ranks.gather(looked):
-                if batches is None or not ranks.first:
+            for batches in ranks.collect(looked):
+                if batches is None:
                     continue
                 for (view, measurements), batch in zip(views, batches, strict=True):
                     view.update(batch.seen)

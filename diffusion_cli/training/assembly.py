@@ -17,7 +17,7 @@ from diffusion_cli.objective import Objective
 from diffusion_cli.samplers import Sampler
 from diffusion_cli.seeding import mix
 from diffusion_cli.times import Times
-from diffusion_cli.training.callbacks import HeldOutAccuracy, HeldOutLoss, Preview, WholeFileIO
+from diffusion_cli.training.callbacks import HeldOutAccuracy, HeldOutLoss, Preview, Stop, WholeFileIO
 from diffusion_cli.training.device import Device
 from diffusion_cli.training.ema import EMA
 from diffusion_cli.training.evaluation import Evaluation, TrainingSamples
@@ -64,29 +64,39 @@ def assemble(config: TrainConfig) -> Parts:
     return Parts(dataset, model, objective, times, sampler, build(config.optimizer), device)
 
 
-def watchers_of(config: TrainConfig, folder: Path, parts: Parts, ema: EMA) -> list[Callback]:
+def watchers_of(config: TrainConfig, folder: Path, parts: Parts, ema: EMA, stop: Stop) -> list[Callback]:
     """What looks at the averaged weights on the way: their loss on held-out images, and what the model is for."""
     held_out = parts.dataset.load("held_out")
     part = config.batch_size // config.accumulate
     watchers: list[Callback] = []
     if held_out:
         once = _once(held_out, part, parts.device.torch_device)
-        watchers.append(HeldOutLoss(config.validate_every, once, ema))
+        watchers.append(HeldOutLoss(config.validate_every, once, ema, stop))
         if isinstance(parts.model, NoisyClassifier):
-            watchers.append(HeldOutAccuracy(config.validate_every, once, ema))
+            watchers.append(HeldOutAccuracy(config.validate_every, once, ema, stop))
     if config.eval_every is not None and not isinstance(parts.model, Denoiser):
         raise ValueError(f"eval_every={config.eval_every}: a classifier makes no samples; leave it out")
     if isinstance(parts.model, Denoiser):
         shape = parts.dataset.shape
         if config.eval_every is not None:
-            watchers.append(_evaluation(config, config.eval_every, folder, parts, ema))
+            watchers.append(_evaluation(config, config.eval_every, folder, parts, ema, stop))
         watchers.append(
-            Preview(config.preview_every, folder, ema, parts.sampler, config.preview_steps, shape)
+            Preview(
+                config.preview_every,
+                ema,
+                stop,
+                run=folder,
+                sampler=parts.sampler,
+                steps=config.preview_steps,
+                shape=shape,
+            )
         )
     return watchers
 
 
-def _evaluation(config: TrainConfig, every: int, folder: Path, parts: Parts, ema: EMA) -> Evaluation:
+def _evaluation(
+    config: TrainConfig, every: int, folder: Path, parts: Parts, ema: EMA, stop: Stop
+) -> Evaluation:
     """What measures samples on the way; ValueError where that cannot be done."""
     metrics = {name: build(node) for name, node in config.metric.items()}
     for name, metric in metrics.items():
@@ -105,7 +115,7 @@ def _evaluation(config: TrainConfig, every: int, folder: Path, parts: Parts, ema
     )
     return Evaluation(
         every, metrics, networks, reference, samples,
-        run=folder, ema=ema, batch_size=1 if parts.sampler.one_by_one else config.batch_size,
+        run=folder, ema=ema, stop=stop, batch_size=1 if parts.sampler.one_by_one else config.batch_size,
         keep_best=config.keep_best, identity=fingerprint(measured),
     )  # fmt: skip
 
@@ -134,7 +144,7 @@ def trainer_of(
     """Lightning's Trainer, with all that the run's own callbacks do switched off, and its advice kept to itself."""
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", module=r"lightning\.")
-    return Trainer(
+    trainer = Trainer(
         max_epochs=-1,
         max_steps=max_steps or -1,
         accumulate_grad_batches=config.accumulate,
@@ -149,3 +159,6 @@ def trainer_of(
         log_every_n_steps=config.log_every,
         **device.trainer_arguments(),
     )
+    # Its handler of SIGTERM waits for all processes, which need not have got one; Stop has what the run needs.
+    trainer._signal_connector.register_signal_handlers = lambda: None
+    return trainer

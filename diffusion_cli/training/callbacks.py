@@ -160,10 +160,15 @@ class Checkpoints(EveryStep):
         trainer.save_checkpoint(path)
         if trainer.is_global_zero:
             duplicate(path, last)
-            for old in sorted(last.parent.glob("step_*.ckpt"))[: -self.keep_last]:
+            # Later ones are of steps that the run has gone back from, as where they are damaged.
+            earlier = [old for old in sorted(last.parent.glob("step_*.ckpt")) if old.name <= path.name]
+            for old in earlier[: -self.keep_last]:
                 old.unlink(missing_ok=True)
         self.saved = trainer.global_step
         self.stop.saved()
+
+
+IMPATIENT = 1.0  # seconds between two Ctrl-C of which the second means "at once"
 
 
 class Stop(EveryStep):
@@ -178,9 +183,12 @@ class Stop(EveryStep):
         self.max_seconds, self.checkpoint_seconds = max_seconds, checkpoint_seconds
         self.elapsed = 0.0
         self.signal: int | None = None
+        """That has reached this process."""
+        self.stopping = False
+        """Whether one has reached any, as all of them know by now."""
         self.checkpoint_due = False
         """Whether the last checkpoint is so old."""
-        self._saved_at = 0.0
+        self._saved_at = self._signalled_at = 0.0
 
     @property
     def state_key(self) -> str:
@@ -189,6 +197,15 @@ class Stop(EveryStep):
     def seconds_left(self) -> float | None:
         """What is left of the time budget, or None without one."""
         return None if self.max_seconds is None else max(0.0, self.max_seconds - self.elapsed)
+
+    def called(self) -> bool:
+        """Whether a signal has reached any of the processes, which all have to ask."""
+        self._agree(*Ranks().highest(self.signal or 0))
+        return self.stopping
+
+    def _agree(self, number: int) -> None:
+        if number:  # else it stays as it is: a signal may have come since it was read
+            self.signal, self.stopping = number, True
 
     def saved(self) -> None:
         """A checkpoint has been saved now."""
@@ -211,9 +228,12 @@ class Stop(EveryStep):
             signal.signal(number, self._on_signal)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        if self.signal is not None:  # a second time: at once
+        now = time.monotonic()
+        if self.signal is None:
+            self.signal, self._signalled_at = number, now
+        elif number == signal.SIGINT and now - self._signalled_at > IMPATIENT:
+            # Schedulers send several signals, and one may come by two ways; a second Ctrl-C means at once.
             raise KeyboardInterrupt
-        self.signal = number
 
     def act(self, trainer: Trainer, module: TrainingModule, step: int) -> None:
         now = time.monotonic()
@@ -224,9 +244,8 @@ class Stop(EveryStep):
             due = self.checkpoint_seconds is not None and now - self._saved_at >= self.checkpoint_seconds
         number, spent, due = Ranks().highest(self.signal or 0, spent, due)
         self.checkpoint_due = bool(due)
-        if number:  # else it stays as it is: a signal may have come since it was read
-            self.signal = number
-        if number or spent:
+        self._agree(number)
+        if self.stopping or spent:
             trainer.should_stop = True
 
     def state_dict(self) -> dict[str, Any]:
@@ -236,15 +255,50 @@ class Stop(EveryStep):
         self.elapsed = state_dict["elapsed"]
 
 
-class HeldOutLoss(EveryStep):
+class Watcher(EveryStep):
+    """What looks at the averaged weights now and then; where a signal came first, when the run is taken up again."""
+
+    def __init__(self, every: int, ema: EMA, stop: Stop) -> None:
+        super().__init__(every)
+        self.ema, self.stop = ema, stop
+        self.done = -1
+        """The step of its last look."""
+
+    @property
+    def state_key(self) -> str:
+        return type(self).__name__
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        super().on_train_start(trainer, pl_module)
+        step = trainer.global_step
+        if step and step % self.every == 0 and 0 <= self.done < step:
+            assert isinstance(pl_module, TrainingModule)
+            self.act(trainer, pl_module, step)
+
+    def act(self, trainer: Trainer, module: TrainingModule, step: int) -> None:
+        if not self.stop.stopping and self.look(trainer, module, step):
+            self.done = step
+
+    @abstractmethod
+    def look(self, trainer: Trainer, module: TrainingModule, step: int) -> bool:
+        """Look at the averaged weights of a step, and return whether nothing came between."""
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"done": max(self.done, 0)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.done = state_dict["done"]
+
+
+class HeldOutLoss(Watcher):
     """The loss of the averaged weights on held-out images, at the same times and noise every time."""
 
-    def __init__(self, every: int, batches: Callable[[], Iterable[Batch]], ema: EMA) -> None:
-        super().__init__(every)
-        self.batches, self.ema = batches, ema
+    def __init__(self, every: int, batches: Callable[[], Iterable[Batch]], ema: EMA, stop: Stop) -> None:
+        super().__init__(every, ema, stop)
+        self.batches = batches
 
     @torch.no_grad()
-    def act(self, trainer: Trainer, module: TrainingModule, step: int) -> None:
+    def look(self, trainer: Trainer, module: TrainingModule, step: int) -> bool:
         model, meter = self.ema.model(module), LevelMeter("held_out_loss")
         for batch, t, eps, quantile in at_levels(self.batches(), module):
             with trainer.precision_plugin.forward_context():
@@ -253,6 +307,7 @@ class HeldOutLoss(EveryStep):
         value = meter.read()["held_out_loss"]
         for logger in trainer.loggers:
             logger.log_metrics({"held_out_loss": value}, step=step)
+        return True
 
 
 def at_levels(
@@ -276,23 +331,22 @@ def at_levels(
             yield mine, drawn.t[share], eps[share], drawn.quantile[share]
 
 
-class HeldOutAccuracy(EveryStep):
+class HeldOutAccuracy(Watcher):
     """The share of held-out images whose class the averaged weights tell, whole and by quartile of the noise levels."""
 
-    def __init__(self, every: int, batches: Callable[[], Iterable[Batch]], ema: EMA) -> None:
-        super().__init__(every)
-        self.batches, self.ema = batches, ema
+    def __init__(self, every: int, batches: Callable[[], Iterable[Batch]], ema: EMA, stop: Stop) -> None:
+        super().__init__(every, ema, stop)
+        self.batches = batches
         self.accuracy: dict[str, float] = {}
         """What was last measured."""
-        self._measured = -1
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self._measured != trainer.global_step:
+        if self.done != trainer.global_step:
             assert isinstance(pl_module, TrainingModule)
             self.act(trainer, pl_module, trainer.global_step)
 
     @torch.no_grad()
-    def act(self, trainer: Trainer, module: TrainingModule, step: int) -> None:
+    def look(self, trainer: Trainer, module: TrainingModule, step: int) -> bool:
         model = self.ema.model(module)
         assert isinstance(model, NoisyClassifier)
         meter = LevelMeter("accuracy")
@@ -300,35 +354,38 @@ class HeldOutAccuracy(EveryStep):
             with trainer.precision_plugin.forward_context():
                 guess = model(noised(model.schedule, batch.images, t, eps), t).argmax(1)
             meter.add((guess == batch.labels).float(), quantile, step)
-        self.accuracy, self._measured = meter.read(), step
+        self.accuracy = meter.read()
         for logger in trainer.loggers:
             logger.log_metrics(
                 {f"held_out_{name}": value for name, value in self.accuracy.items()}, step=step
             )
+        return True
 
 
-class Preview(EveryStep):
+class Preview(Watcher):
     """A grid of samples from the averaged weights, of the same seeds every time."""
 
     SEEDS = range(64)
 
     def __init__(
-        self, every: int, run: Path, ema: EMA, sampler: Sampler, steps: int, shape: tuple[int, int, int]
+        self,
+        every: int,
+        ema: EMA,
+        stop: Stop,
+        *,
+        run: Path,
+        sampler: Sampler,
+        steps: int,
+        shape: tuple[int, int, int],
     ) -> None:
-        super().__init__(every)
-        self.folder, self.ema, self.sampler, self.steps, self.shape = (
-            run / "previews",
-            ema,
-            sampler,
-            steps,
-            shape,
-        )
+        super().__init__(every, ema, stop)
+        self.folder, self.sampler, self.steps, self.shape = run / "previews", sampler, steps, shape
 
     @torch.no_grad()
-    def act(self, trainer: Trainer, module: TrainingModule, step: int) -> None:
+    def look(self, trainer: Trainer, module: TrainingModule, step: int) -> bool:
         denoiser = self.ema.model(module)
         if not trainer.is_global_zero:
-            return
+            return True
         assert isinstance(denoiser, Denoiser)
         labels = labels_of(self.SEEDS, all_labels(denoiser), module.device)
         with trainer.precision_plugin.forward_context():
@@ -341,3 +398,4 @@ class Preview(EveryStep):
                 module.device,
             )
         save_grid(to_bytes(images), self.folder / f"step_{step:08d}.png")
+        return True

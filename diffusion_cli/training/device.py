@@ -1,13 +1,13 @@
 """Where training runs: one device, or many on one node or several."""
 
 import os
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from lightning.fabric.plugins import ClusterEnvironment
 from lightning.pytorch.plugins import MixedPrecision, Precision
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Strategy
-from pydantic import PositiveInt
+from pydantic import Field, PositiveInt
 
 from diffusion_cli.precision import device_of
 from diffusion_cli.ranks import Place, started
@@ -28,8 +28,8 @@ class Device:
         num_nodes: PositiveInt | None,
         strategy: Literal["ddp", "fsdp"],
         offload_ema: bool,
-        timeout: PositiveInt,
-        threads: PositiveInt | None,
+        timeout: Annotated[int, Field(ge=120, le=7 * 86400)],
+        threads: Annotated[int, Field(ge=1, le=4096)] | None,
     ) -> None:
         try:
             self.torch_device: torch.device = device_of(accelerator)

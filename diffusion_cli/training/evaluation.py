@@ -12,10 +12,19 @@ from torch import Tensor
 from diffusion_cli.checkpoint import BEST
 from diffusion_cli.denoiser import Denoiser, clip_x0
 from diffusion_cli.generate import all_labels, labels_of, sample, to_bytes
-from diffusion_cli.metrics import Finding, Metric, Networks, Reference, Samples, evaluate, require
+from diffusion_cli.metrics import (
+    CalledOff,
+    Finding,
+    Metric,
+    Networks,
+    Reference,
+    Samples,
+    evaluate,
+    require,
+)
 from diffusion_cli.ranks import Ranks
 from diffusion_cli.samplers import Sampler
-from diffusion_cli.training.callbacks import EveryStep
+from diffusion_cli.training.callbacks import Stop, Watcher
 from diffusion_cli.training.ema import EMA
 from diffusion_cli.training.module import TrainingModule
 
@@ -59,7 +68,7 @@ class TrainingSamples(Samples):
         return {}
 
 
-class Evaluation(EveryStep):
+class Evaluation(Watcher):
     """Measure samples of the averaged weights, log the numbers, and keep the weights of the best in `best.ckpt`.
 
     Raises ValueError, before training, where a metric cannot be measured on so few samples.
@@ -75,31 +84,32 @@ class Evaluation(EveryStep):
         *,
         run: Path,
         ema: EMA,
+        stop: Stop,
         batch_size: int,
         keep_best: str | None,
         identity: str,
     ) -> None:
-        super().__init__(every)
+        super().__init__(every, ema, stop)
         self.metrics, self.networks, self.reference, self.samples = metrics, networks, reference, samples
-        self.run, self.ema, self.batch_size, self.keep_best = run, ema, batch_size, keep_best
+        self.run, self.batch_size, self.keep_best = run, batch_size, keep_best
         self.identity = identity
         """Of what is measured and how: numbers of another are not compared."""
         self.best: tuple[int, float] | None = None
         """Its step and number."""
         require(metrics, networks, samples, reference, force=True)
 
-    @property
-    def state_key(self) -> str:
-        return "Evaluation"
-
-    def act(self, trainer: Trainer, module: TrainingModule, step: int) -> None:
+    def look(self, trainer: Trainer, module: TrainingModule, step: int) -> bool:
         denoiser = self.ema.model(module)
         assert isinstance(denoiser, Denoiser)
         self.samples.denoiser, self.samples.precision = denoiser, trainer.precision_plugin.forward_context
-        evaluation = evaluate(
-            self.metrics, self.networks, self.samples, self.reference,
-            batch_size=self.batch_size, force=True,
-        )  # fmt: skip
+        try:
+            evaluation = evaluate(
+                self.metrics, self.networks, self.samples, self.reference,
+                batch_size=self.batch_size, force=True, called_off=self.stop.called,
+            )  # fmt: skip
+        except CalledOff:
+            trainer.should_stop = True
+            return False
         values = {result.name: result.value for result in evaluation.report.results}
         if Ranks().first:
             for logger in trainer.loggers:
@@ -107,6 +117,7 @@ class Evaluation(EveryStep):
         if self.keep_best is not None:
             first = evaluation.first.get(self.keep_best)
             self._keep(trainer, step, Ranks().agree(first))
+        return True
 
     def _keep(self, trainer: Trainer, step: int, found: Finding | None) -> None:
         if found is None or found.value is None:
@@ -117,7 +128,8 @@ class Evaluation(EveryStep):
             trainer.save_checkpoint(self.run / BEST)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"best": self.best, "identity": self.identity}
+        return {**super().state_dict(), "best": self.best, "identity": self.identity}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict(state_dict)
         self.best = state_dict["best"] if state_dict["identity"] == self.identity else None

@@ -21,7 +21,9 @@ def ran_out(error: BaseException) -> bool:
 
 
 @contextmanager
-def naming_what_fits(module: TrainingModule, batch_size: int, trainer: Trainer) -> Iterator[None]:
+def naming_what_fits(
+    module: TrainingModule, device: torch.device, batch_size: int, trainer: Trainer
+) -> Iterator[None]:
     """Say how many parts of a batch fit where memory runs out, by trying on this device; raises ValueError then."""
     try:
         yield
@@ -29,19 +31,22 @@ def naming_what_fits(module: TrainingModule, batch_size: int, trainer: Trainer) 
         if not ran_out(error):
             raise
         traceback.clear_frames(error.__traceback__)  # which hold all that the failed step had in memory
-        raise ValueError(_advice(module, batch_size, trainer)) from None
+        raise ValueError(_advice(module, device, batch_size, trainer)) from None
 
 
-def _advice(module: TrainingModule, batch_size: int, trainer: Trainer) -> str:
+def _advice(module: TrainingModule, device: torch.device, batch_size: int, trainer: Trainer) -> str:
     share, accumulate = batch_size // trainer.world_size, trainer.accumulate_grad_batches
     began = (
         f"batch_size={batch_size}: parts of {share // accumulate} images do not fit in the memory of this "
     )
-    began += module.device.type
+    began += device.type
     if any(isinstance(parameter, DTensor) for parameter in module.parameters()):
         return f"{began}; try accumulate={2 * accumulate}"  # a trial would wait for the other processes
+    for optimizer in trainer.optimizers:
+        optimizer.state.clear()
+    module.to(device)  # Lightning has moved it to the CPU
     for parts in _more(share, accumulate):
-        images = torch.zeros(share // parts, *module.about["shape"], device=module.device)
+        images = torch.zeros(share // parts, *module.about["shape"], device=device)
         if _fits(module, images, trainer.precision_plugin.forward_context()):
             return f"{began}, but parts of {share // parts} do: accumulate={parts}"
     return f"{began}, nor does one image; take a smaller model, or model.gradient_checkpointing=true"
@@ -75,7 +80,7 @@ def _fits(module: TrainingModule, images: Tensor, context: AbstractContextManage
 
 
 def _free(module: TrainingModule) -> None:
-    """Give back what the failed step, and its optimizer, hold."""
+    """Give back what the failed step holds."""
     module.zero_grad(set_to_none=True)
     gc.collect()
     if torch.cuda.is_available():

@@ -88,13 +88,15 @@ class TrainingModule(LightningModule):
         self.meter = LevelMeter()
 
     def training_step(self, batch: Batch, batch_index: int) -> Tensor:
-        """Return the mean loss of a batch; its noise and times are a function of (seed, batch number) alone."""
-        torch.manual_seed(mix(self.seed, "step", batch.number))
-        # Drawn for the batch of all processes, then cut: the same whatever their number. Dropout, whose masks would be
-        # too many to draw, is each process's own.
-        local = len(batch.images)
-        share = slice(self.global_rank * local, (self.global_rank + 1) * local)
-        size = self.trainer.world_size * local
+        """Return the mean loss of a batch; its noise and times are a function of (seed, step) alone."""
+        # Drawn for the whole batch of a step, then cut: the same whatever the number of processes and of parts.
+        # Dropout, whose masks would be too many to draw, is each process's and each part's own.
+        step, part = divmod(batch.number, self.trainer.accumulate_grad_batches)
+        torch.manual_seed(mix(self.seed, "step", step))
+        local, world = len(batch.images), self.trainer.world_size
+        size = local * world * self.trainer.accumulate_grad_batches
+        of_all = slice(part * local * world, (part + 1) * local * world)
+        share = slice(of_all.start + self.global_rank * local, of_all.start + (self.global_rank + 1) * local)
         drawn = self.times(self.model.schedule, torch.rand(size, device=self.device))
         t, weight, quantile = drawn.t[share], drawn.weight[share], drawn.quantile[share]
         eps = torch.randn(size, *batch.images.shape[1:], device=self.device)[share]
@@ -102,11 +104,11 @@ class TrainingModule(LightningModule):
         if labels is not None and num_classes is not None and self.objective.label_dropout:
             u = torch.rand(size, device=self.device)[share]
             labels = withheld(labels, num_classes, self.objective.label_dropout, u)
-        if self.global_rank:
+        if self.global_rank or part:
             torch.manual_seed(mix(self.seed, "dropout", batch.number, self.global_rank))
         loss = self.objective(self.model, batch.images, labels, t, eps)
         if drawn.bins is not None:
-            self.times.observe(drawn.bins, Ranks().concatenated(loss.detach()))
+            self.times.observe(drawn.bins[of_all], Ranks().concatenated(loss.detach()))
         loss = weight * loss
         self.meter.add(loss, quantile, self.trainer.global_step)
         return loss.mean()
@@ -137,6 +139,14 @@ class TrainingModule(LightningModule):
             if isinstance(block, Block):
                 fully_shard(block, mesh=self.device_mesh["data_parallel"])
         fully_shard(self.model.network, mesh=self.device_mesh["data_parallel"])
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Let Lightning count the parts of batches as they are cut now."""
+        parts = checkpoint["global_step"] * self.trainer.accumulate_grad_batches
+        progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
+        for counts in (progress["total"], progress["current"]):
+            shift = parts - counts["ready"]
+            counts |= {stage: number + shift for stage, number in counts.items()}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add what is needed to build the model again."""

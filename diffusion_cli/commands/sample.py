@@ -30,9 +30,8 @@ def make(config: SampleConfig) -> None:
     """Make samples as one of the processes that share them; the first alone draws and prints."""
     ranks, trained = Ranks(), open_run(config)
     trained.check(config.steps)
-    model = trained.model
     output = Path(config.output) if config.output else samples_folder(trained, config)
-    ranks.one_by_one(lambda: claim(output, trained.settings, model))
+    ranks.one_by_one(lambda: claim(output, trained.settings, trained.model))
     seeds = range(config.seed, config.seed + config.num_samples)
     todo = ranks.agree([seed for seed in seeds if not image_path(output, seed).is_file()])
     if len(todo) < len(seeds) and ranks.first:
@@ -40,47 +39,59 @@ def make(config: SampleConfig) -> None:
             f"{output} has {len(seeds) - len(todo)} of {len(seeds)} images; making the others",
             file=sys.stderr,
         )
+    calls = max(ranks.gather(_make(trained, config, todo, output, ranks)))
+    if not ranks.first:
+        return
+    keep_seeds(output, seeds, calls)
+    overview = _overview(trained, config, seeds, output)
+    made = f", {calls} network calls each" if todo else ""
+    print(f"{len(seeds)} images of step {trained.model.step}{made}, in {output}\nGrid: {overview}")
+    shown = seeds[: max(STRIP_IMAGES * config.strip, GIF_IMAGES * config.gif)]
+    if shown:
+        ways = trajectories(
+            trained.model, trained.sampler, config.steps, shown, config.batch_size, frames=config.frames,
+            **_how(trained, config),
+        )  # fmt: skip
+        _draw(ways, output, config)
 
-    how: dict[str, Any] = {
+
+def _how(trained: Trained, config: SampleConfig) -> dict[str, Any]:
+    return {
         "guidance": trained.guidance,
         "labels": trained.labels,
         "clip": config.clip_x0,
         "precision": config.precision,
     }
+
+
+def _make(trained: Trained, config: SampleConfig, todo: list[int], output: Path, ranks: Ranks) -> int:
+    """Make and write this process's share of the images of the seeds; the network calls that each took."""
+    size = 1 if trained.sampler.one_by_one else config.batch_size
     most_calls = 0
     with tqdm(
         total=len(todo), unit="image", desc="sample", dynamic_ncols=True, disable=not ranks.first
     ) as bar:
-        for share in ranks.rounds(len(todo), 1 if trained.sampler.one_by_one else config.batch_size):
+        for share in ranks.rounds(len(todo), size):
             mine = [todo[place] for place in share]
             for batch, images, _, calls in generate(
-                model, trained.sampler, config.steps, mine, config.batch_size, **how
+                trained.model, trained.sampler, config.steps, mine, size, **_how(trained, config)
             ):
                 for seed, image in zip(batch, images, strict=True):
                     save_png(image, image_path(output, seed))
                 most_calls = max(most_calls, calls)
             bar.update(sum(ranks.gather(len(mine))))
-    most_calls = max(ranks.gather(most_calls))
-    if not ranks.first:
-        return
-    keep_seeds(output, seeds, most_calls)
-    overview = output / "grid.png"
-    first = list(seeds)[:GRID_IMAGES]
+    return most_calls
+
+
+def _overview(trained: Trained, config: SampleConfig, seeds: range, output: Path) -> Path:
+    """Draw the first images as a grid, with a row a class where classes are asked for."""
+    path, first = output / "grid.png", list(seeds)[:GRID_IMAGES]
     if config.label is None or trained.labels is None:
-        save_grid(read_images([image_path(output, seed) for seed in first]), overview)
-    else:  # a row a class
+        save_grid(read_images([image_path(output, seed) for seed in first]), path)
+    else:
         classes = [first[place :: len(trained.labels)] for place in range(len(trained.labels))]
-        save_rows(
-            [read_images([image_path(output, seed) for seed in row]) for row in classes if row], overview
-        )
-    made = f", {most_calls} network calls each" if todo else ""
-    print(f"{len(seeds)} images of step {model.step}{made}, in {output}\nGrid: {overview}")
-    shown = seeds[: max(STRIP_IMAGES * config.strip, GIF_IMAGES * config.gif)]
-    if shown:
-        ways = trajectories(
-            model, trained.sampler, config.steps, shown, config.batch_size, frames=config.frames, **how
-        )
-        _draw(ways, output, config)
+        save_rows([read_images([image_path(output, seed) for seed in row]) for row in classes if row], path)
+    return path
 
 
 def _draw(ways: Tensor, output: Path, config: SampleConfig) -> None:

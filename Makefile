@@ -13,10 +13,10 @@ demo: .venv/installed
 	@echo "How they took shape:  outputs/demo/previews/"
 
 test: .venv/installed
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 fast: .venv/installed
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow"
 
 lint: .venv/installed
 	$(BIN)/ruff check

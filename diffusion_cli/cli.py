@@ -31,7 +31,7 @@ from diffusion_cli.config import (
     did_you_mean,
 )
 from diffusion_cli.foreign import printable
-from diffusion_cli.signals import STOPPING, UNFINISHED
+from diffusion_cli.signals import STOPPING, UNFINISHED, end
 
 FLAGS = ["--help", "--cfg", "--config-dir", "--multirun", "-h", "-m"]
 USER_ERROR = 2
@@ -50,7 +50,10 @@ class Request:
 
 def main() -> None:
     """The `diffuse` entry point."""
-    sys.exit(run(sys.argv[1:]))
+    code = run(sys.argv[1:])
+    if "RANK" in os.environ or "SLURM_STEP_ID" in os.environ:
+        end(code)  # one of several processes
+    sys.exit(code)
 
 
 def run(words: Sequence[str]) -> int:
@@ -215,7 +218,8 @@ def _launch(command: str, dirs: Sequence[Path], logs: Path) -> int:
     os.environ["HYDRA_FULL_ERROR"] = "1"  # a job's failure comes out as it is
     try:
         job = partial(_sweep_job, command, dirs)
-        hydra.main(config_path=str(CONF), config_name=command, version_base="1.3")(job)()
+        with _stoppable():
+            hydra.main(config_path=str(CONF), config_name=command, version_base="1.3")(job)()
     except KeyboardInterrupt:
         if "submitit" not in sys.modules:
             raise

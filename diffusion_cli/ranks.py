@@ -24,7 +24,7 @@ from torch import Tensor, distributed
 from torch.multiprocessing.spawn import ProcessContext, ProcessException, start_processes
 
 from diffusion_cli.config import Mistakes
-from diffusion_cli.signals import STOPPING
+from diffusion_cli.signals import STOPPING, end
 
 T = TypeVar("T")
 MESSAGES = (Mistakes, ValueError, OSError, ImportError)
@@ -329,14 +329,15 @@ def _be_one(
             code = _finished(work(*arguments))
         if rank == 0:
             _leave(folder, code)
+        end(0)
     except KeyboardInterrupt:
-        sys.exit(128 + signal.SIGINT)
+        end(128 + signal.SIGINT)
     except Exception as error:
         if lost_process(error) is None:
             if not isinstance(error, MESSAGES):
                 traceback.print_exc()
             _leave(folder, error)
-        sys.exit(1)
+        end(1)
 
 
 def _leave(folder: Path, outcome: int | Exception) -> None:

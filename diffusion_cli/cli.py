@@ -231,12 +231,8 @@ def _launch(command: str, dirs: Sequence[Path], logs: Path) -> int:
     except Exception as error:
         if type(error).__module__.partition(".")[0] != "submitit":
             raise
-        raise Mistakes(f"launcher=slurm: {_first_line(error)}; logs: {logs}") from error
+        raise Mistakes(f"launcher=slurm: {config.first_line(error)}; logs: {logs}") from error
     return 0
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0]
 
 
 def _sweep_job(command: str, dirs: Sequence[Path], _: object) -> None:
@@ -272,7 +268,7 @@ def _cluster_job(command: str, overrides: Sequence[str], dirs: Sequence[Path]) -
         reason = mistakes.lines
     except Exception as error:
         traceback.print_exc()
-        reason = [f"{type(error).__name__}: {_first_line(error)}"]
+        reason = [f"{type(error).__name__}: {config.first_line(error)}"]
     else:
         if code == UNFINISHED and _still_wanted():
             signal.raise_signal(signal.SIGUSR2)  # by which submitit queues a job again

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, distributed
 from torch.multiprocessing.spawn import ProcessContext, ProcessException, start_processes
 
-from diffusion_cli.config import Mistakes
+from diffusion_cli.config import Mistakes, first_line
 from diffusion_cli.signals import STOPPING, end
 
 T = TypeVar("T")
@@ -203,7 +203,7 @@ def _is_told() -> bool:
         return False
 
 
-def lost_process(error: BaseException) -> LostProcess | None:
+def lost_process(error: Exception) -> LostProcess | None:
     """What an error of torch's says about another process that has ended, or None if it is about something else."""
     text = str(error)
     of_group = isinstance(error, distributed.DistError) or (
@@ -212,10 +212,9 @@ def lost_process(error: BaseException) -> LostProcess | None:
     # Of a connection that ended, or of a wait that did: not of memory, or of a set-up that cannot work.
     if not of_group or not re.search(r"clos|reset|time|broken|refused|remote|peer", text, re.IGNORECASE):
         return None
-    reason = text.strip().splitlines()[0]
     return LostProcess(
-        f"processes: one of them has ended, and the others with it ({reason}); what was saved stays, and the same "
-        "command goes on"
+        f"processes: one of them has ended, and the others with it ({first_line(error)}); what was saved stays, and the "
+        "same command goes on"
     )
 
 
@@ -235,7 +234,7 @@ def _group(place: Place, meeting: str, timeout: timedelta) -> Iterator[None]:
         )
     except RuntimeError as error:
         raise LostProcess(
-            f"processes: {place.world} did not find together ({str(error).strip().splitlines()[0]}); see that all were "
+            f"processes: {place.world} did not find together ({first_line(error)}); see that all were "
             "started, and that MASTER_ADDR and MASTER_PORT are free and can be reached"
         ) from error
     yield

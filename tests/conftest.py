@@ -67,6 +67,15 @@ def agree(request) -> Iterator[Callable[[str, Tensor, Tensor, float], None]]:
         Path(path).write_text("\n".join(head + lines) + "\n")
 
 
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Tiny networks run faster so, and the test machine may be busy."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope="session")
 def mixture(reference) -> GaussianMixture:
     arrays = reference("gmm")

@@ -38,12 +38,7 @@ TOMORROW = time.time() + 86400
 QUICK = Pace(beat=0.05, patience=0.5, settle=0.1)
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

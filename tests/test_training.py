@@ -54,13 +54,7 @@ def assert_same(one, other, path="") -> None:
         assert one == other, path
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Tiny networks run faster so, and the test machine may be busy."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.mark.parametrize("extra", [[], ["accumulate=2", "model.dropout=0.1", "dataset.flip=true"]])

@@ -16,7 +16,7 @@ from diffusion_cli.config.catalogue import (
     summary,
 )
 from diffusion_cli.config.check import build, check_node, shown, signature
-from diffusion_cli.config.compose import Mistakes, compose, expand, load
+from diffusion_cli.config.compose import Mistakes, compose, expand, first_line, load
 from diffusion_cli.config.grid import Value, Variant, load_grid
 from diffusion_cli.config.launcher import LAUNCHERS, launch, split_launcher
 from diffusion_cli.config.runs import fingerprint, flatten, identity
@@ -66,6 +66,7 @@ __all__ = [
     "documented",
     "expand",
     "fingerprint",
+    "first_line",
     "flatten",
     "identity",
     "launch",

@@ -38,7 +38,7 @@ def load(command: str, overrides: Sequence[str], dirs: Sequence[Path] = ()) -> C
         known, unknown = _known(command, setting, implied)
         composed = compose(command, [*choosing, *known], dirs)[0] if known else implied
     except Exception as error:  # Hydra and OmegaConf have no common base class
-        raise Mistakes(*mistakes, _first_line(error)) from error
+        raise Mistakes(*mistakes, first_line(error)) from error
     config, wrong = _check(command, composed)
     mistakes += [*unknown, *wrong]
     if mistakes or config is None:
@@ -55,7 +55,7 @@ def parse(text: str) -> "Override":
     try:
         return OverridesParser.create().parse_override(text)
     except Exception as error:  # antlr's and Hydra's own classes
-        raise Mistakes(f"{text}: is not of the form key=value ({_first_line(error)})") from error
+        raise Mistakes(f"{text}: is not of the form key=value ({first_line(error)})") from error
 
 
 def expand(overrides: Sequence[str]) -> list[list[str]]:
@@ -196,5 +196,6 @@ def _check(command: str, composed: Node) -> tuple[Config | None, list[str]]:
     return config, mistakes
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """What an error says first; where it says nothing, its kind."""
     return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

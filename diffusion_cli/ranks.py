@@ -213,8 +213,8 @@ def lost_process(error: Exception) -> LostProcess | None:
     if not of_group or not re.search(r"clos|reset|time|broken|refused|remote|peer", text, re.IGNORECASE):
         return None
     return LostProcess(
-        f"processes: one of them has ended, and the others with it ({first_line(error)}); what was saved stays, and the "
-        "same command goes on"
+        f"processes: one of them has ended, and the others with it ({first_line(error)}); what was saved stays, and "
+        "the same command goes on"
     )
 
 

@@ -14,7 +14,8 @@ from zipfile import ZipFile
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
+from sklearn.datasets import load_sample_images
 from torch.distributions import Categorical, Independent, MixtureSameFamily, Normal
 from torch.testing import assert_close
 
@@ -358,6 +359,28 @@ def test_orientation_of_the_camera_is_honoured(tmp_path, orientation):
     exif[0x0112] = orientation
     save(tmp_path / "x.png", np.ascontiguousarray(stored), exif=exif)
     np.testing.assert_array_equal(pixels_of(tmp_path), upright.transpose(2, 0, 1))
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("size", [(427, 427), (517, 301), (205, 641)])
+def test_a_large_photo_is_within_a_gray_value_of_resizing_all_of_it(tmp_path, size, orientation):
+    photo = Image.fromarray(load_sample_images().images[0]).resize(size, Image.Resampling.LANCZOS)
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    path = save(tmp_path / "x.jpg", photo, quality=90, exif=exif)
+    upright = ImageOps.exif_transpose(Image.open(path))
+    square = ImageOps.fit(upright, (32, 32), Image.Resampling.LANCZOS)
+    difference = np.abs(
+        pixels_of(tmp_path, resolution=32) - np.asarray(square).astype(int).transpose(2, 0, 1)
+    )
+    assert 0 < difference.mean() < 1
+    assert difference.max() < 20
+
+
+def test_a_jpeg_of_less_than_four_times_the_size_is_decoded_whole(tmp_path):
+    path = save(tmp_path / "x.jpg", RNG.integers(0, 256, (31, 31, 3), dtype=np.uint8))
+    square = Image.open(path).resize((8, 8), Image.Resampling.LANCZOS)
+    np.testing.assert_array_equal(pixels_of(tmp_path), np.asarray(square).transpose(2, 0, 1))
 
 
 def test_the_centre_is_kept_and_the_short_side_resized(tmp_path):

@@ -5,10 +5,13 @@ import math
 import os
 import pickle
 import socket
+import threading
 import urllib.error
 import urllib.request
+from collections.abc import Generator
 from itertools import islice
 from pathlib import Path
+from typing import cast
 from zipfile import ZipFile
 
 import numpy as np
@@ -185,6 +188,24 @@ def test_worker_processes_give_the_batches_of_memory(tmp_path, method):
     finally:
         torch.multiprocessing.set_start_method(None, force=True)
     assert_same(take(Batches(memory, 5, seed=1, flip=True, start=2), 8), loaded)
+
+
+def test_what_is_not_in_memory_is_read_ahead_by_a_thread_that_ends_with_the_batches(tmp_path, monkeypatch):
+    images = folder(write_images(tmp_path, 8), in_memory=False).load("train")
+    gather, read_ahead, readers = images.gather, threading.Event(), []
+
+    def counted(index):
+        readers.append(threading.current_thread())
+        if len(readers) > 1:
+            read_ahead.set()
+        return gather(index)
+
+    monkeypatch.setattr(images, "gather", counted)
+    stream = iter(Batches(images, 4, seed=0, flip=False))
+    next(stream)
+    assert read_ahead.wait(60), "while the first batch is worked on"
+    cast(Generator, stream).close()
+    assert not readers[0].is_alive()
 
 
 def test_a_process_does_not_share_its_handle_of_an_archive(tmp_path, monkeypatch):

@@ -2,7 +2,10 @@
 
 import signal
 import threading
-from collections.abc import Iterable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from itertools import count
 from typing import Any, NamedTuple
 
@@ -15,6 +18,8 @@ from diffusion_cli.data.base import Images
 from diffusion_cli.data.memory import MemoryImages, hold
 from diffusion_cli.seeding import mix
 from diffusion_cli.signals import STOPPING
+
+AHEAD = 2  # batches that a thread reads while the last one is worked on
 
 
 class Batch(NamedTuple):
@@ -44,7 +49,7 @@ class Batches:
 
     `batch_size` is that of all `world_size` processes together; process `rank` gets its contiguous share, so
     that the union of the shares is the batch of a single process. Images held in memory are moved to `device`
-    once and batched there; others are decoded by `num_workers` processes (0: by this one).
+    once and batched there; others are read ahead, by `num_workers` processes (0: by threads of this one).
 
     Raises ValueError if there are no images, or the batch cannot be shared out evenly; while iterating,
     UnreadableError.
@@ -119,16 +124,31 @@ class Batches:
 
     def _fetch(self) -> Iterator[tuple[int, Tensor, Tensor]]:
         """This process's share of every batch, as (k, rows, pixels)."""
-        rows = (rows for _, rows in self._stream())
         # Named nowhere: a traceback that keeps this frame would keep the worker processes with it.
         for (k, these), pixels in zip(
-            self._stream(),
-            self._from_workers(rows) if self.num_workers else map(_Fetcher(self.images).fetch, rows),
-            strict=False,
+            self._stream(), self._source()(rows for _, rows in self._stream()), strict=False
         ):
             if isinstance(pixels, Exception):
                 raise UnreadableError(str(pixels)) from pixels
             yield k, these, pixels
+
+    def _source(self) -> Callable[[Iterable[Tensor]], Iterator["Fetched"]]:
+        if self.num_workers:
+            return self._from_workers
+        there = isinstance(self.images, MemoryImages) and self.images.device.type == self.device.type
+        return partial(map, _Fetcher(self.images).fetch) if there else self._from_thread
+
+    def _from_thread(self, rows: Iterable[Tensor]) -> Iterator["Fetched"]:
+        thread = ThreadPoolExecutor(1)
+        fetch = _Fetcher(self.images, pin=self.device.type == "cuda").fetch
+        coming: deque[Future[Fetched]] = deque()
+        try:
+            for these in rows:
+                coming.append(thread.submit(fetch, these))
+                if len(coming) > AHEAD:
+                    yield coming.popleft().result()
+        finally:
+            thread.shutdown(cancel_futures=True)
 
     def _from_workers(self, rows: Iterable[Tensor]) -> Iterator["Fetched"]:
         loader: Iterable = DataLoader(
@@ -181,15 +201,17 @@ Fetched = Tensor | Exception
 class _Fetcher(MapDataset):
     """Rows in, pixels out: what a worker process runs."""
 
-    def __init__(self, images: Images) -> None:
+    def __init__(self, images: Images, pin: bool = False) -> None:
         self.images = images
+        self.pin = pin
 
     def fetch(self, rows: Tensor) -> Fetched:
-        """The pixels of the rows of a batch."""
+        """The pixels of the rows of a batch; with `pin` in memory that a GPU copies from by itself."""
         try:
-            return self.images.gather(rows.to(self.images.device, non_blocking=True))
+            pixels = self.images.gather(rows.to(self.images.device, non_blocking=True))
         except (OSError, ValueError) as error:
             return error
+        return pixels.pin_memory() if self.pin else pixels
 
     def __getitem__(self, rows: list[int]) -> Fetched:
         pixels = self.fetch(torch.tensor(rows))

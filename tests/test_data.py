@@ -22,18 +22,23 @@ from sklearn.datasets import load_sample_images
 from torch.distributions import Categorical, Independent, MixtureSameFamily, Normal
 from torch.testing import assert_close
 
+from diffusion_cli.cli import run
 from diffusion_cli.data import (
     CIFAR10,
     MNIST,
     Array,
     Batches,
+    Dataset,
     Digits,
     FashionMNIST,
     Folder,
     GaussianMixture,
     Images,
+    Pack,
+    given_images,
     hold,
     normalised,
+    packing,
 )
 from diffusion_cli.data.folder import FileImages
 from diffusion_cli.data.memory import MemoryImages
@@ -741,7 +746,7 @@ def test_array_files_that_cannot_be_read_are_refused(tmp_path):
     for name in ("cut.npy", "bad.npz", "objects.npy"):
         with pytest.raises(ValueError, match=rf"^dataset\.path=.*{name}: "):
             array(tmp_path / name)
-    np.savez(tmp_path / "x.npz", images=np.zeros((4, 8, 8), np.uint8))
+    np.savez_compressed(tmp_path / "x.npz", images=np.zeros((4, 8, 8), np.uint8))
     with pytest.raises(ValueError, match=r"in_memory=False.*\.npy"):
         array(tmp_path / "x.npz", in_memory=False)
 
@@ -753,6 +758,111 @@ def test_a_mapped_array_travels_without_its_pixels(tmp_path):
     parcel = pickle.dumps(images)
     assert len(parcel) < 5000
     assert_close(pickle.loads(parcel).gather(torch.arange(50)), before)
+
+
+def pack(dataset: Dataset, path: Path, processes: int = 0) -> Path:
+    Pack(processes=processes)(dataset, path)
+    return path
+
+
+def packed(path: Path, **changes) -> Array:
+    return array(path, held_out=None, **changes)
+
+
+@pytest.mark.parametrize("in_memory", [True, False])
+@pytest.mark.parametrize("kind", ["folder", "plain", "digits"])
+def test_a_packed_dataset_is_the_dataset(tmp_path, kind, in_memory):
+    source = write_images(tmp_path / ("x" if kind == "folder" else "x/y"), 40)
+    dataset = {
+        "folder": lambda: folder(zipped(source, tmp_path / "x.zip"), held_out=0.3),
+        "plain": lambda: folder(source, held_out=0.3, labels="none", channels=1),
+        "digits": lambda: Digits("", held_out=0.2, flip=False),
+    }[kind]()
+    again = packed(pack(dataset, tmp_path / "x.npz"), in_memory=in_memory)
+    assert (again.shape, again.class_names) == (dataset.shape, dataset.class_names)
+    for split in ("train", "held_out"):
+        images = again.load(split)
+        assert isinstance(images, MemoryImages) == in_memory
+        assert images.digest() == dataset.load(split).digest()
+    batches = [take(Batches(d.load("train"), 4, seed=1, flip=True), 20) for d in (dataset, again)]
+    if kind != "plain":
+        assert_same(*batches)
+    given = given_images(tmp_path / "x.npz", "samples")
+    assert given.class_names == dataset.class_names
+    assert len(given.images) == sum(len(dataset.load(split)) for split in ("train", "held_out"))
+
+
+def test_another_share_of_a_packed_dataset_may_be_held_out(tmp_path):
+    path = pack(Digits("", held_out=0.0, flip=False), tmp_path / "x.npz")
+    assert len(packed(path).load("held_out")) == 0
+    assert len(array(path, held_out=0.5).load("held_out")) == round(1797 / 2)
+
+
+def test_a_packed_file_is_the_same_from_any_number_of_processes(tmp_path, monkeypatch):
+    monkeypatch.setattr(packing, "CHUNK", 2000)
+    dataset = folder(write_images(tmp_path / "x", 60), held_out=0.3, in_memory=None)
+    files = [pack(dataset, tmp_path / f"{n}.npz", n).read_bytes() for n in (0, 1, 2)]
+    assert files[0] == files[1] == files[2]
+
+
+def test_what_cannot_be_packed_is_refused(tmp_path):
+    source = write_images(tmp_path / "x", 4)
+    (source / "a/0.png").write_bytes(b"nothing")
+    for processes in (0, 1):
+        with pytest.raises(ValueError, match=r"^dataset\.path=.*a/0\.png"):
+            pack(folder(source, in_memory=False), tmp_path / "x.npz", processes)
+    points = {
+        "means": [[0.0, 0.0]],
+        "stds": [1.0],
+        "weights": [1.0],
+        "shape": [1, 1, 2],
+        "size": 4,
+        "seed": 0,
+    }
+    with pytest.raises(ValueError, match="gaussian_mixture has no images of 256 values"):
+        pack(GaussianMixture("", **points), tmp_path / "x.npz")
+    with pytest.raises(ValueError, match="channels last"):
+        pack(folder(source, resolution=3), tmp_path / "x.npz")
+
+
+def test_marks_and_names_that_do_not_fit_the_images_are_refused(tmp_path):
+    images, labels = np.zeros((4, 8, 8), np.uint8), np.array([0, 1, 2, 0])
+
+    def refusal(**arrays) -> str:
+        np.savez(tmp_path / "x.npz", images=images, labels=labels, **arrays)
+        with pytest.raises(ValueError, match=r"^dataset\.path=.*x\.npz: [^\n]*$") as caught:
+            array(tmp_path / "x.npz")
+        return str(caught.value)
+
+    assert "4 of bool" in refusal(held_out=np.zeros(3, bool))
+    assert "4 of bool" in refusal(held_out=np.zeros(4, np.uint8))
+    assert "2 names" in refusal(class_names=np.array(["a", "b"]))
+    assert "2 names" in refusal(class_names=np.array(["a", "b", "a"]))
+    assert "int64" in refusal(class_names=np.arange(3))
+
+
+def data(tmp_path: Path, *words: str) -> int:
+    return run(["data", "pack", *words, f"output_dir={tmp_path}"])
+
+
+def test_the_command_writes_a_file_whole_or_not_at_all(tmp_path, capsys):
+    source = write_images(tmp_path / "x", 4)
+    words = ["dataset=folder", f"dataset.path={source}", "dataset.resolution=8", "dataset.held_out=0"]
+    assert data(tmp_path, *words) == 0
+    output = tmp_path / "packed/x-8x8.npz"
+    assert f"dataset.path={output} dataset.flip=true" in capsys.readouterr().out
+    before = output.read_bytes()
+    assert data(tmp_path, *words) == 2
+    assert (
+        capsys.readouterr().err.splitlines()[-1].startswith(f"diffuse: output={output}: is there already; ")
+    )
+    assert output.read_bytes() == before
+    (source / "a/0.png").write_bytes(b"nothing")
+    assert data(tmp_path, *words, f"output={tmp_path}/new/x") == 2
+    assert list((tmp_path / "new").iterdir()) == []
+    assert data(tmp_path, *words, f"output={tmp_path}/x.npy") == 2
+    assert data(tmp_path) == 2
+    assert "choose one" in capsys.readouterr().err.splitlines()[-1]
 
 
 # Digests

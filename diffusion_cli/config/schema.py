@@ -207,6 +207,17 @@ class PlotConfig(BaseModel):
     schedule: Node
 
 
+class DataConfig(BaseModel):
+    """The keys of `conf/data.yaml`."""
+
+    model_config = STRICT
+    output: str | None
+    data_dir: str
+    output_dir: str
+    action: Node
+    dataset: Node | None = None
+
+
 class SlurmConfig(BaseModel):
     """The keys of `conf/hydra/launcher/slurm.yaml`."""
 
@@ -228,7 +239,16 @@ class SlurmConfig(BaseModel):
     additional_parameters: dict[str, str | int]
 
 
-Config = TrainConfig | SampleConfig | EvalConfig | CompareConfig | EditConfig | ReportConfig | PlotConfig
+Config = (
+    TrainConfig
+    | SampleConfig
+    | EvalConfig
+    | CompareConfig
+    | EditConfig
+    | ReportConfig
+    | PlotConfig
+    | DataConfig
+)
 COMMANDS: dict[str, type[Config]] = {
     "train": TrainConfig,
     "sample": SampleConfig,
@@ -237,11 +257,12 @@ COMMANDS: dict[str, type[Config]] = {
     "compare": CompareConfig,
     "report": ReportConfig,
     "plot": PlotConfig,
+    "data": DataConfig,
 }
 # Commands that take a list of values where one is due, and get the product of all lists.
 GRIDS = frozenset(["plot", "compare"])
 # The group of a command from which a bare first word chooses: `diffuse plot loss` is `diffuse plot figure=loss`.
-FIRST_WORD = {"plot": "figure"}
+FIRST_WORD = {"plot": "figure", "data": "action"}
 
 
 def seconds(duration: str | None) -> float | None:

@@ -9,6 +9,7 @@ from diffusion_cli.data.folder import Folder, file_names, image_files, is_image
 from diffusion_cli.data.gaussian_mixture import GaussianMixture
 from diffusion_cli.data.given import Given, given_images, relabelled
 from diffusion_cli.data.memory import hold
+from diffusion_cli.data.packing import Pack
 from diffusion_cli.data.published import CIFAR10, MNIST, FashionMNIST
 
 __all__ = [
@@ -26,6 +27,7 @@ __all__ = [
     "Given",
     "Images",
     "NoDataset",
+    "Pack",
     "PixelDigest",
     "UnreadableError",
     "file_names",

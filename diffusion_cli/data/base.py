@@ -103,6 +103,10 @@ class Dataset(ABC):
         Raises FileNotFoundError or ValueError naming the file that is missing or cannot be used.
         """
 
+    def once(self, split: Split) -> Images:
+        """As `load`, for a single pass: read in parts where the source can be, never held in memory for it."""
+        return self.load(split)
+
 
 class NoDataset(Dataset):
     """What stands for the dataset where only images are given: their name and shape, and no real images."""

@@ -3,9 +3,8 @@
 import signal
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from functools import partial
 from itertools import count
 from typing import Any, NamedTuple
 
@@ -126,52 +125,74 @@ class Batches:
         """This process's share of every batch, as (k, rows, pixels)."""
         # Named nowhere: a traceback that keeps this frame would keep the worker processes with it.
         for (k, these), pixels in zip(
-            self._stream(), self._source()(rows for _, rows in self._stream()), strict=False
+            self._stream(),
+            fetched(self.images, (rows for _, rows in self._stream()), self.num_workers, self.device),
+            strict=False,
         ):
             if isinstance(pixels, Exception):
                 raise UnreadableError(str(pixels)) from pixels
             yield k, these, pixels
 
-    def _source(self) -> Callable[[Iterable[Tensor]], Iterator["Fetched"]]:
-        if self.num_workers:
-            return self._from_workers
-        there = isinstance(self.images, MemoryImages) and self.images.device.type == self.device.type
-        return partial(map, _Fetcher(self.images).fetch) if there else self._from_thread
 
-    def _from_thread(self, rows: Iterable[Tensor]) -> Iterator["Fetched"]:
-        thread = ThreadPoolExecutor(1)
-        fetch = _Fetcher(self.images, pin=self.device.type == "cuda").fetch
-        coming: deque[Future[Fetched]] = deque()
+def fetched(
+    images: Images,
+    rows: Iterable[Tensor],
+    num_workers: int,
+    device: torch.device | str = "cpu",
+    key: str = "dataset.num_workers",
+) -> Iterator["Fetched"]:
+    """The pixels of each of the `rows` (int64 [B]) of images that go to `device`, in that order, read ahead.
+
+    They are read by processes, or with `num_workers` 0 by a thread; those in memory where they are wanted, by neither.
+    Raises UnreadableError, about `key`, if a process dies.
+    """
+    pin = torch.device(device).type == "cuda"
+    if isinstance(images, MemoryImages) and images.device.type == torch.device(device).type:
+        return map(_Fetcher(images).fetch, rows)
+    return (
+        _from_workers(images, rows, num_workers, pin, key) if num_workers else _from_thread(images, rows, pin)
+    )
+
+
+def _from_thread(images: Images, rows: Iterable[Tensor], pin: bool) -> Iterator["Fetched"]:
+    thread = ThreadPoolExecutor(1)
+    fetch = _Fetcher(images, pin).fetch
+    coming: deque[Future[Fetched]] = deque()
+    try:
+        for these in rows:
+            coming.append(thread.submit(fetch, these))
+            if len(coming) > AHEAD:
+                yield coming.popleft().result()
+        while coming:
+            yield coming.popleft().result()
+    finally:
+        thread.shutdown(cancel_futures=True)
+
+
+def _from_workers(
+    images: Images, rows: Iterable[Tensor], num_workers: int, pin: bool, key: str
+) -> Iterator["Fetched"]:
+    loader: Iterable = DataLoader(
+        _Fetcher(images, key=key),
+        sampler=(these.tolist() for these in rows),  # plain numbers: a tensor would take shared memory too
+        batch_size=None,  # every item is a whole batch already
+        num_workers=num_workers,
+        pin_memory=pin,
+        worker_init_fn=_leave_signals_to_the_parent,
+        generator=torch.Generator(),  # otherwise a draw from the global one
+    )
+    iterator = _deaf_to_deaths(loader)
+    while True:
         try:
-            for these in rows:
-                coming.append(thread.submit(fetch, these))
-                if len(coming) > AHEAD:
-                    yield coming.popleft().result()
-        finally:
-            thread.shutdown(cancel_futures=True)
-
-    def _from_workers(self, rows: Iterable[Tensor]) -> Iterator["Fetched"]:
-        loader: Iterable = DataLoader(
-            _Fetcher(self.images),
-            sampler=(
-                these.tolist() for these in rows
-            ),  # plain numbers: a tensor would take shared memory too
-            batch_size=None,  # every item is a whole batch already
-            num_workers=self.num_workers,
-            pin_memory=self.device.type == "cuda",
-            worker_init_fn=_leave_signals_to_the_parent,
-            generator=torch.Generator(),  # otherwise a draw from the global one
-        )
-        iterator = _deaf_to_deaths(loader)
-        while True:
-            try:
-                item = next(iterator)
-            except (RuntimeError, OSError, EOFError) as error:  # what befalls images comes as an item
-                raise UnreadableError(
-                    f"dataset.num_workers={self.num_workers}: a process that reads the images has died "
-                    f"({' '.join(str(error).split())}), as where memory runs out; take fewer, or 0"
-                ) from error
-            yield item
+            item = next(iterator, None)
+        except (RuntimeError, OSError, EOFError) as error:  # what befalls images comes as an item
+            raise UnreadableError(
+                f"{key}={num_workers}: a process that reads the images has died "
+                f"({' '.join(str(error).split())}), as where memory runs out; take fewer, or 0"
+            ) from error
+        if item is None:
+            return
+        yield item
 
 
 def _deaf_to_deaths(loader: Iterable[Any]) -> Iterator[Any]:
@@ -201,9 +222,8 @@ Fetched = Tensor | Exception
 class _Fetcher(MapDataset):
     """Rows in, pixels out: what a worker process runs."""
 
-    def __init__(self, images: Images, pin: bool = False) -> None:
-        self.images = images
-        self.pin = pin
+    def __init__(self, images: Images, pin: bool = False, key: str = "") -> None:
+        self.images, self.pin, self.key = images, pin, key
 
     def fetch(self, rows: Tensor) -> Fetched:
         """The pixels of the rows of a batch; with `pin` in memory that a GPU copies from by itself."""
@@ -220,7 +240,7 @@ class _Fetcher(MapDataset):
                 pixels.share_memory_()  # now: where the queue finds no room for it, the parent waits for ever
             except RuntimeError as error:
                 return OSError(
-                    f"dataset.num_workers: no room to pass images on ({error}); enlarge /dev/shm, or take 0"
+                    f"{self.key}: no room to pass images on ({error}); enlarge /dev/shm, or take 0"
                 )
         return pixels
 

@@ -68,16 +68,18 @@ class Folder(Dataset):
         self.class_names, self.labels = class_labels(self.path, names, self.files, labels)
 
     def load(self, split: Split) -> Images:
+        images = self.once(split)
+        in_memory = self.in_memory
+        if in_memory is None:
+            in_memory = fits_in_memory(len(images) * int(np.prod(self.shape)))
+        return images.in_memory() if in_memory else images
+
+    def once(self, split: Split) -> "FileImages":
         mask = np.array([mix("held_out", name) < self.held_out * 2**63 for name in self.files])
         rows = split_rows(mask, self.held_out, split)
         files = [self.files[row] for row in rows.tolist()]
-        images = FileImages(
-            self.path, files, None if self.labels is None else self.labels[rows], self.decoder
-        )
-        in_memory = self.in_memory
-        if in_memory is None:
-            in_memory = fits_in_memory(len(files) * int(np.prod(self.shape)))
-        return images.in_memory() if in_memory else images
+        labels = None if self.labels is None else self.labels[rows]
+        return FileImages(self.path, files, labels, self.decoder)
 
 
 class FileImages(Images):

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from diffusion_cli.data.array import ArrayImages, class_numbers, find_keys, read_layout
+from diffusion_cli.data.array import ArrayImages, read_contents
 from diffusion_cli.data.base import Images
 from diffusion_cli.data.decoding import Exact, is_gray, opened
 from diffusion_cli.data.folder import FileImages, file_names, image_files
@@ -52,12 +52,10 @@ def given_images(
 
 def _array(path: Path, key: str) -> Given:
     try:
-        name, labels = find_keys(path) if path.suffix == ".npz" else (None, None)
-        count, layout, shape = read_layout(path, name)
-        class_names = None if labels is None else class_numbers(labels, count)
+        contents = read_contents(path)
     except Exception as error:  # damaged files fail in many ways in the parsers of ZIP and NumPy headers
         raise ValueError(f"{key}={path}: {reason(error)}") from error
-    return Given(ArrayImages(path, name, layout, shape, torch.arange(count), labels), class_names)
+    return Given(ArrayImages(path, contents, torch.arange(contents.number)), contents.class_names)
 
 
 def _shape(data: bytes) -> Shape:

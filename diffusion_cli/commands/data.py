@@ -1,0 +1,38 @@
+"""`diffuse data`: a data set made ready, once, for all who train on it."""
+
+import shlex
+from pathlib import Path
+
+from diffusion_cli.checkpoint import whole_file
+from diffusion_cli.config import DataConfig, Mistakes, build
+from diffusion_cli.data import Dataset, Pack
+
+SUFFIX = ".npz"
+
+
+def run(config: DataConfig) -> None:
+    """Pack a dataset into a file that was not there, whole or not at all."""
+    if config.dataset is None:
+        raise Mistakes(
+            "dataset=null: there is nothing to pack; choose one, as dataset=folder dataset.path=..."
+        )
+    dataset: Dataset = build(config.dataset, config.data_dir)
+    output = _path(config, dataset)
+    if output.exists():
+        raise Mistakes(f"output={output}: is there already; take another name, or remove it")
+    pack: Pack = build(config.action)
+    with whole_file(output) as temporary:
+        count = pack(dataset, temporary)
+    flip = " dataset.flip=true" if dataset.flip else ""
+    print(f"{count} images: {output}")
+    print(f"diffuse train dataset=array dataset.path={shlex.quote(str(output))}{flip}")
+
+
+def _path(config: DataConfig, dataset: Dataset) -> Path:
+    if config.output is None:
+        _, height, width = dataset.shape
+        return Path(config.output_dir, "packed", f"{dataset.name}-{height}x{width}{SUFFIX}")
+    output = Path(config.output).expanduser()
+    if output.suffix not in ("", SUFFIX):
+        raise Mistakes(f"output={output}: is written as {SUFFIX}; end the name in it")
+    return output if output.suffix else Path(f"{output}{SUFFIX}")

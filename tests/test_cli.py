@@ -223,6 +223,8 @@ def test_users_own_options_are_found_and_checked(capsys, tmp_path):
         (["train", "launcher=sl"], "launcher=slurm"),
         (["plot", "lo"], "loss"),
         (["plot", "figure=lo"], "figure=loss"),
+        (["data", "pa"], "pack"),
+        (["data", "pack", "dataset=fo"], "dataset=folder"),
     ],
 )
 def test_completion(words, some):

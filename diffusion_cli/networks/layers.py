@@ -151,8 +151,10 @@ class Upsample(nn.Conv2d):
     def __init__(self, channels: int) -> None:
         super().__init__(channels, channels, 3, padding=1)
         # Along one axis a kernel (a, b, c) turns into (c, b + c, a + b, a): flipped, then summed in pairs.
-        axis = torch.tensor([[0.0, 0.0, 1.0], [0.0, 1.0, 1.0], [1.0, 1.0, 0.0], [1.0, 0.0, 0.0]])
-        self.register_buffer("taps", torch.kron(axis, axis).T, persistent=False)
+        axis = [[0.0, 0.0, 1.0], [0.0, 1.0, 1.0], [1.0, 1.0, 0.0], [1.0, 0.0, 0.0]]
+        # Of both axes, the Kronecker product; by torch's on the meta device its whole compiler would be imported.
+        taps = [[a * b for a in one for b in other] for one in axis for other in axis]
+        self.register_buffer("taps", torch.tensor(taps).T, persistent=False)
 
     def forward(self, input: Tensor) -> Tensor:
         weight = (self.weight.transpose(0, 1).flatten(2) @ self.taps).unflatten(2, (4, 4))

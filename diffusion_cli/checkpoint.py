@@ -176,17 +176,17 @@ class Found(NamedTuple):
     """Why it is not the last one, and what it is."""
 
 
-def newest(run: Path) -> Found | None:
+def newest(run: Path, sums: bool = True) -> Found | None:
     """The last checkpoint of a run, or the newest numbered one where that is damaged or missing; None if it has none.
 
-    Raises ValueError if none is whole, or as `read`.
+    Raises ValueError if none is whole, or as `read`, with or without `sums`.
     """
     last = run / LAST
     earlier = sorted(last.parent.glob("step_*.ckpt"), reverse=True)
     why = "is not a whole checkpoint" if last.is_file() else "is missing"
     for path in (last, *earlier):
         try:
-            checkpoint = read(path)
+            checkpoint = read(path, sums)
         except (DamagedError, FileNotFoundError):
             continue
         step = checkpoint["global_step"]
@@ -225,12 +225,16 @@ def recover(run: Path) -> None:
     print(f"diffuse: {found.remark}{kept}", file=sys.stderr)
 
 
-def read(path: Path) -> dict[str, Any]:
-    """Read a checkpoint as tensors and plain data; DamagedError if it is not whole, ValueError if it is not ours."""
+def read(path: Path, sums: bool = True) -> dict[str, Any]:
+    """Read a checkpoint as tensors and plain data; DamagedError if it is not whole, ValueError if it is not ours.
+
+    Without `sums` the bytes of its tensors are not read, only mapped.
+    """
     size = regular(path)
     try:
         check_tensors(path)
-        _check_sums(path)
+        if sums:
+            _check_sums(path)
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except DamagedError:
         raise
@@ -289,7 +293,8 @@ def find_run(run: str | None, output_dir: str, key: str = "run") -> Path:
     runs = sorted(dates, key=lambda folder: (dates[folder], folder.name))
     if run is None:
         for folder in reversed(runs):
-            found = newest(folder)  # a run of which nothing is whole is said, not passed over
+            # A run of which nothing is whole is said, not passed over; all bytes are looked at once it is loaded.
+            found = newest(folder, sums=False)
             if found is not None and found.checkpoint["diffuse"]["task"] == Denoiser.task:
                 if dates[folder] > time.time() + 3600 and Ranks().first:
                     print(

@@ -1,6 +1,8 @@
 """From seeds to images: each image is its own, and nothing of the user's is overwritten."""
 
 import json
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 from typing import Any
@@ -161,6 +163,41 @@ def test_samples_are_files_named_by_seed_with_a_manifest(folder, tmp_path):
     pixels = np.array(Image.open(tmp_path / "out" / "000005.png"))
     assert pixels.shape == (8, 8)
     assert pixels.dtype == np.uint8
+
+
+STARTING = """
+import os, sys
+import torch
+before = set(sys.modules)  # torch's own
+from diffusion_cli import checkpoint, cli
+from diffusion_cli.denoiser import Denoiser
+
+sums, read = checkpoint._check_sums, []
+
+def counted(path):
+    read.append(path)
+    sums(path)
+
+def stop(self, *arguments):
+    print(len(read), *(name for name in set(sys.modules) - before))
+    sys.stdout.flush()
+    os._exit(0)
+
+checkpoint._check_sums, Denoiser.forward = counted, stop
+cli.run(sys.argv[1:])
+"""
+
+
+def test_on_the_way_to_the_first_network_call_nothing_is_read_or_imported_in_vain(folder, tmp_path):
+    words = ["sample", f"output_dir={folder}", f"output={tmp_path}/out"]
+    done = subprocess.run([sys.executable, "-c", STARTING, *words], capture_output=True, text=True)
+    read, *imported = done.stdout.split()
+    assert int(read) == 1
+    assert "diffusion_cli.generate" in imported
+    heavy = {
+        "torch.export", "torch._dynamo", "torch._inductor", "torchvision", "lightning", "matplotlib", "scipy", "sklearn",
+    }  # fmt: skip
+    assert not heavy & set(imported)
 
 
 def test_a_stopped_run_is_completed_and_equals_a_whole_one(folder, tmp_path, capsys):

@@ -33,11 +33,11 @@ def has_fast_bf16(device: torch.device) -> bool:
 
 
 def autocast(device: torch.device, precision: str) -> AbstractContextManager[object]:
-    """The context in which a network computes in the given precision; weights and images stay float32."""
-    if resolve(precision, device) == "fp32":
+    """The context in which a network computes in fp32, bf16 or fp16; weights and images stay float32."""
+    if precision == "fp32":
         # Left alone cuDNN convolves in TF32, with 10 bits of 23.
         return torch.backends.cudnn.flags(
             enabled=True, benchmark=torch.backends.cudnn.benchmark, allow_tf32=False,
             deterministic=torch.backends.cudnn.deterministic,
         )  # fmt: skip
-    return torch.autocast(device.type, FORMATS[resolve(precision, device)])
+    return torch.autocast(device.type, FORMATS[precision])

@@ -25,6 +25,7 @@ from test_training import TINY, assert_same, state, train
 
 from diffusion_cli import locks
 from diffusion_cli.checkpoint import BEST, LAST, Model, find_run, load_model, read, recover, save, whole_file
+from diffusion_cli.cli import run
 from diffusion_cli.commands.outputs import claim
 from diffusion_cli.config import Mistakes
 from diffusion_cli.locks import LOCK, Pace, only_one
@@ -309,6 +310,25 @@ def test_a_full_disk_at_the_claim_of_a_folder_of_samples(disk, half):
         OSError, match=r"manifest\.json: cannot be written \(No space left on device\); make room"
     ):
         claim(folder / "samples", {}, model)
+
+
+@pytest.mark.parametrize("batch_size", [4, 64])
+def test_a_full_disk_at_a_sample_leaves_whole_images_and_the_rest_to_be_made(disk, capsys, half, batch_size):
+    folder = disk("size=96k")
+    words = ["sample", f"output_dir={half}", f"output={folder}/samples", "steps=1", "num_samples=64"]
+    assert run([*words, f"batch_size={batch_size}"]) == 2
+    line = said(capsys)
+    assert ".png: cannot be written (No space left on device); make room for it" in line
+    manifest = json.loads((folder / "samples" / "manifest.json").read_text())
+    assert "seeds" not in manifest
+    assert not list(folder.rglob("*.tmp"))
+    there = list(folder.rglob("0*.png"))
+    assert 0 < len(there) < 64
+    for file in there:
+        Image.open(file).load()
+    disk("size=8m")
+    assert run(words) == 0
+    assert f"has {len(there)} of 64 images" in capsys.readouterr().err
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 from typing import Any
@@ -21,7 +22,7 @@ from diffusion_cli.generate import SeededNoise, generate, to_bytes, trajectories
 from diffusion_cli.guidance import Unguided
 from diffusion_cli.networks import UNet
 from diffusion_cli.parameterizations import Eps
-from diffusion_cli.report import grid
+from diffusion_cli.report import Writer, grid
 from diffusion_cli.samplers import DDIM, DDPM
 
 CPU = torch.device("cpu")
@@ -165,6 +166,64 @@ def test_samples_are_files_named_by_seed_with_a_manifest(folder, tmp_path):
     assert pixels.dtype == np.uint8
 
 
+def test_a_writer_counts_what_is_there_and_keeps_no_more_waiting_than_it_may():
+    gate, begun = threading.Event(), []
+
+    def save(number: int) -> None:
+        begun.append(number)
+        assert gate.wait(60)
+
+    with Writer(3) as writer:
+        for number in range(3):
+            writer(save, number)
+        assert writer.written == 0
+        threading.Timer(0.05, gate.set).start()
+        writer(save, 3)  # waits for one of the others
+        assert gate.is_set()
+        assert writer.written >= 1
+    assert writer.written == 4
+    assert sorted(begun) == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("ending", [OSError, KeyboardInterrupt])
+def test_what_was_handed_to_a_writer_is_written_whatever_ends_it(tmp_path, ending):
+    handed = threading.Event()
+
+    def save(number: int) -> None:
+        assert handed.wait(60)
+        if number == 1:
+            raise OSError(f"{number}: cannot be written")
+        (tmp_path / str(number)).touch()
+
+    def hand_over() -> None:
+        with Writer(9) as writer:
+            for number in range(8):
+                writer(save, number)
+            handed.set()
+            if ending is KeyboardInterrupt:
+                raise KeyboardInterrupt
+
+    with pytest.raises(ending):
+        hand_over()
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["0", *"234567"]
+
+
+def test_a_signal_loses_no_image_that_was_made(folder, tmp_path, monkeypatch, capsys):
+    from diffusion_cli.commands import sample as command
+
+    made = generate
+
+    def stopped(*arguments, **how):
+        yield from made(*arguments, **how)
+        if arguments[3][0] >= 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(command, "generate", stopped)
+    assert sample(folder, f"output={tmp_path}/out", "batch_size=2") == 75
+    assert "the same command goes on" in capsys.readouterr().err
+    assert sorted(pngs(tmp_path / "out")) == [f"{seed:06d}.png" for seed in range(4)]
+
+
 STARTING = """
 import os, sys
 import torch
@@ -195,7 +254,8 @@ def test_on_the_way_to_the_first_network_call_nothing_is_read_or_imported_in_vai
     assert int(read) == 1
     assert "diffusion_cli.generate" in imported
     heavy = {
-        "torch.export", "torch._dynamo", "torch._inductor", "torchvision", "lightning", "matplotlib", "scipy", "sklearn",
+        "torch.export", "torch._dynamo", "torch._inductor", "torchvision", "lightning", "matplotlib", "scipy",
+        "sklearn",
     }  # fmt: skip
     assert not heavy & set(imported)
 

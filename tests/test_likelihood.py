@@ -186,15 +186,39 @@ def test_a_damaged_batch_is_measured_anew_with_a_warning(runs, text):
     assert results(runs, "discrete")["bits_per_dim_bound"]["value"] == before
 
 
-def test_batches_of_another_size_or_precision_are_not_taken_for_these(runs):
+def test_batches_of_another_size_are_not_taken_for_these(runs):
     words = ["metric=bound", "metric.bound.num_images=20", "seed=5"]
     found = []
-    for extra in ("batch_size=12", "batch_size=5", "precision=bf16"):
+    for extra in ("batch_size=12", "batch_size=5"):
         assert evaluate(runs, "discrete", *words, extra) == 0
         found.append(results(runs, "discrete")["bits_per_dim_bound"])
         assert found[-1]["details"]["images"] == 20
     assert found[0]["value"] == pytest.approx(found[1]["value"], rel=1e-4)
-    assert found[2]["value"] != found[0]["value"]
+    assert found[0]["value"] != found[1]["value"]
+
+
+def test_a_model_is_asked_in_full_precision_whatever_samples_are_made_in(runs, capsys, monkeypatch):
+    words = [
+        "metric=[bound,inversion]",
+        "metric.bound.num_images=20",
+        "metric.inversion.num_images=10",
+        "steps=2",
+    ]
+    found = []
+    for fast in (False, True):
+        monkeypatch.setattr("diffusion_cli.precision.has_fast_bf16", lambda device, fast=fast: fast)
+        assert evaluate(runs, "discrete", *words) == 0
+        found.append(results(runs, "discrete"))
+    assert found[0].keys() == found[1].keys() == {"bits_per_dim_bound", "inversion_rmse"}
+    for name, result in found[0].items():
+        assert result["value"] == found[1][name]["value"]
+        assert (
+            result["protocol"]["model"]["precision"]
+            == found[1][name]["protocol"]["model"]["precision"]
+            == "fp32"
+        )
+    assert evaluate(runs, "discrete", *words, "precision=bf16") == 2
+    assert "precision=bf16: is of samples, and metric=bound,inversion makes none" in capsys.readouterr().err
 
 
 def test_what_has_no_bound_says_why_and_has_a_flow(runs, capsys):

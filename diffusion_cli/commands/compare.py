@@ -15,6 +15,7 @@ from diffusion_cli.config import CompareConfig, EvalConfig, Mistakes, Value, Var
 from diffusion_cli.figures import Curve, Panel, save_panels
 from diffusion_cli.foreign import read_json, reason
 from diffusion_cli.metrics import Report
+from diffusion_cli.precision import device_of, resolve
 from diffusion_cli.ranks import Ranks, work_together
 
 # What no number depends on.
@@ -52,9 +53,12 @@ def run(variants: list[Variant]) -> None:
 
 def _evaluation(config: CompareConfig) -> EvalConfig:
     """The evaluation of one combination; the newest run now stays it, whatever is trained meanwhile."""
-    run = str(find_run(config.run, config.output_dir))
+    settled = {
+        "run": str(find_run(config.run, config.output_dir)),
+        "precision": resolve(config.precision, device_of(config.device)),
+    }
     shared = config.model_dump(exclude={"output"})
-    return EvalConfig(**shared | {"run": run, "samples": None, "compare": None, "keep": False})
+    return EvalConfig(**shared | settled | {"samples": None, "compare": None, "keep": False})
 
 
 def _claim(folder: Path) -> None:

@@ -24,7 +24,7 @@ from diffusion_cli.editing import Edit, Edited, Method, Process
 from diffusion_cli.generate import Calls, SeededNoise, check_finite, labels_of, to_bytes
 from diffusion_cli.guidance import Unguided
 from diffusion_cli.precision import autocast
-from diffusion_cli.report import read_images, save_gif, save_png, save_rows
+from diffusion_cli.report import Writer, read_images, save_gif, save_png, save_rows
 from diffusion_cli.samplers import draws
 
 SHOWN = 10  # rows in the picture of all
@@ -74,18 +74,7 @@ def run(config: EditConfig) -> None:
             f"{output} has {len(jobs) - len(todo)} of {len(jobs)} results; making the others", file=sys.stderr
         )
 
-    most_calls = 0
-    batch_size = 1 if trained.sampler.one_by_one else config.batch_size
-    with tqdm(total=len(todo), unit="image", desc=kind, dynamic_ncols=True) as bar:
-        for first in range(0, len(todo), batch_size):
-            batch = todo[first : first + batch_size]
-            calls = Calls(trained.model.denoiser, trained.guidance)
-            edited = _edit(config, trained, edit, method, batch)
-            most_calls = max(most_calls, calls.each(len(batch)))
-            made = _save(output, batch, edited)
-            keep_results(output, made)
-            results |= made
-            bar.update(len(batch))
+    most_calls = _make(config, trained, edit, method, todo, output, results)
     grid = output / "grid.png"
     rows = [_row(output, jobs[at : at + config.variations]) for at in range(0, len(jobs), config.variations)]
     save_rows(rows[:SHOWN], grid)
@@ -165,6 +154,39 @@ def _jobs(config: EditConfig, edit: Edit, given: Sequence[Input]) -> list[Job]:
     ]
 
 
+def _make(
+    config: EditConfig,
+    trained: Trained,
+    edit: Edit,
+    method: Method | None,
+    todo: list[Job],
+    output: Path,
+    results: dict[str, dict[str, float]],
+) -> int:
+    """Make and write what is to be made, and add its numbers to the results; the network calls that each took."""
+    most_calls = 0
+    batch_size = 1 if trained.sampler.one_by_one else config.batch_size
+    with tqdm(total=len(todo), unit="image", desc=_kind(config), dynamic_ncols=True) as bar:
+
+        def keep(
+            batch: list[Job], images: Tensor, shown: list[Tensor], made: dict[str, dict[str, float]]
+        ) -> None:
+            _save(output, batch, images, shown)
+            keep_results(output, made)
+            results.update(made)
+            bar.update(len(batch))
+
+        with Writer(2) as writer:
+            for first in range(0, len(todo), batch_size):
+                batch = todo[first : first + batch_size]
+                calls = Calls(trained.model.denoiser, trained.guidance)
+                edited = _edit(config, trained, edit, method, batch)
+                most_calls = max(most_calls, calls.each(len(batch)))
+                images, shown = to_bytes(edited.images), [to_bytes(picture).cpu() for picture in edited.shown]
+                writer(keep, batch, images.cpu(), shown, _measured(batch, images, edited))
+    return most_calls
+
+
 def _edit(
     config: EditConfig, trained: Trained, edit: Edit, method: Method | None, batch: list[Job]
 ) -> Edited:
@@ -189,7 +211,7 @@ def _edit(
         SeededNoise(seeds, edit.results, device).draw,
     )
     inputs = normalised(torch.stack([image for job in batch for image in job.inputs]).to(device))
-    with torch.no_grad(), autocast(device, config.precision):
+    with torch.no_grad(), autocast(device, trained.precision):
         edited = edit(inputs, process)
     check_finite(edited.images if edited.found is None else edited.found)
     return edited
@@ -201,12 +223,11 @@ def _files(output: Path, job: Job) -> list[Path]:
     return [single] if single.is_file() else sorted((output / job.name).glob("[0-9]*.png"))
 
 
-def _save(output: Path, batch: list[Job], edited: Edited) -> dict[str, dict[str, float]]:
-    """Write the results, and what to show before them; the numbers known of each."""
-    images = to_bytes(edited.images)
+def _save(output: Path, batch: list[Job], images: Tensor, shown: list[Tensor]) -> None:
+    """Write the results, uint8 [B, N, C, H, W], and what to show before them."""
     for row, job in enumerate(batch):
-        for place, picture in enumerate(edited.shown):
-            save_png(to_bytes(picture[row]), output / "before" / f"{job.name}.{place}.png")
+        for place, picture in enumerate(shown):
+            save_png(picture[row], output / "before" / f"{job.name}.{place}.png")
         if len(images[row]) == 1:
             save_png(images[row, 0], output / f"{job.name}.png")
         else:
@@ -214,6 +235,10 @@ def _save(output: Path, batch: list[Job], edited: Edited) -> dict[str, dict[str,
                 save_png(image, output / job.name / f"{place:03d}.png")
             save_rows([images[row]], output / job.name / "strip.png")
             save_gif(images[row], output / f"{job.name}.gif")
+
+
+def _measured(batch: list[Job], images: Tensor, edited: Edited) -> dict[str, dict[str, float]]:
+    """The numbers known of each result, uint8 [B, N, C, H, W]."""
     if edited.misfit is None:
         return {job.name: {} for job in batch}
     levels = 127.5 * edited.misfit(normalised(images[:, 0])).flatten(1)

@@ -1,6 +1,7 @@
 """`diffuse eval`: measure samples, of a model or of anyone, against real images; or ask a model about these."""
 
 import platform
+from contextlib import nullcontext
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -39,6 +40,7 @@ from diffusion_cli.ranks import Ranks, work_together
 from diffusion_cli.report import save_rows
 
 SAMPLES = 2000  # made where num_samples does not say
+EXACT = "fp32"  # of metrics of the model itself, whose small differences and solvers no shorter format serves
 Kinds = dict[str, Metric | ModelMetric]
 """Metrics of both kinds, by their names in the configuration."""
 
@@ -106,10 +108,10 @@ def assess(config: EvalConfig, scene: Scene) -> list[Report]:
     if scene.trained is not None and scene.of_model and Ranks().first:
         subject = Subject(
             scene.trained.model, scene.dataset, scene.folder, scene.trained.device, config.seed, config.batch_size,
-            config.clip_x0, config.precision,
+            config.clip_x0, EXACT,
         )  # fmt: skip
-        keys = ("run", "step", "ema", "weights", "weights_sha256", "precision")
-        known = {key: about(scene.trained)[key] for key in keys}
+        keys = ("run", "step", "ema", "weights", "weights_sha256")
+        known = {key: about(scene.trained)[key] for key in keys} | {"precision": EXACT}
         reports.append(examine(scene.of_model, subject, known, environment))
     if scene.samples is not None:
         reports.append(_of_samples(config, scene, scene.samples, environment))
@@ -164,6 +166,11 @@ def _model_scene(config: EvalConfig, kinds: Kinds, sampled: bool) -> Scene:
             raise ValueError(
                 f"metric={','.join(config.metric)}: makes no samples, which label, guidance and keep are for; leave "
                 "them out"
+            )
+        if config.precision not in ("auto", EXACT):
+            raise ValueError(
+                f"precision={config.precision}: is of samples, and metric={','.join(config.metric)} makes none and is "
+                f"computed in {EXACT}; leave it out"
             )
         return Scene(trained.folder, dataset, trained, None, *_judges(config, dataset, kinds))
     trained.check(config.steps)  # refused before anything is measured
@@ -229,10 +236,12 @@ def _changed(config: EvalConfig, *keys: str) -> list[tuple[str, Any]]:
 
 def _of_samples(config: EvalConfig, scene: Scene, samples: Samples, environment: dict[str, Any]) -> Report:
     """Show the samples to every metric, and keep the pictures that come of it."""
-    report, pictures, _ = evaluate(
-        scene.metrics, scene.networks, samples, scene.reference,
-        batch_size=config.batch_size, force=config.force, environment=environment,
-    )  # fmt: skip
+    with samples.writer if isinstance(samples, ModelSamples) else nullcontext():
+        report, pictures, _ = evaluate(
+            scene.metrics, scene.networks, samples, scene.reference,
+            batch_size=config.batch_size, force=config.force, environment=environment,
+        )  # fmt: skip
+    Ranks().gather(None)  # the samples of the others are there too
     if not Ranks().first:
         return report
     if isinstance(samples, ModelSamples) and scene.trained is not None:

@@ -14,7 +14,7 @@ from diffusion_cli.commands.trained import Trained, open_run
 from diffusion_cli.config import EvalConfig, SampleConfig, fingerprint
 from diffusion_cli.generate import generate, trajectories
 from diffusion_cli.ranks import Ranks, work_together
-from diffusion_cli.report import grid, read_images, save_gif, save_grid, save_png, save_rows
+from diffusion_cli.report import Writer, grid, read_images, save_gif, save_grid, save_png, save_rows
 
 GRID_IMAGES = 100
 STRIP_IMAGES = 8
@@ -60,7 +60,7 @@ def _how(trained: Trained, config: SampleConfig) -> dict[str, Any]:
         "guidance": trained.guidance,
         "labels": trained.labels,
         "clip": config.clip_x0,
-        "precision": config.precision,
+        "precision": trained.precision,
     }
 
 
@@ -71,15 +71,17 @@ def _make(trained: Trained, config: SampleConfig, todo: list[int], output: Path,
     with tqdm(
         total=len(todo), unit="image", desc="sample", dynamic_ncols=True, disable=not ranks.first
     ) as bar:
-        for share in ranks.rounds(len(todo), size):
-            mine = [todo[place] for place in share]
-            for batch, images, _, calls in generate(
-                trained.model, trained.sampler, config.steps, mine, size, **_how(trained, config)
-            ):
-                for seed, image in zip(batch, images, strict=True):
-                    save_png(image, image_path(output, seed))
-                most_calls = max(most_calls, calls)
-            bar.update(sum(ranks.gather(len(mine))))
+        with Writer(2 * size) as writer:
+            for share in ranks.rounds(len(todo), size):
+                mine = [todo[place] for place in share]
+                for batch, images, _, calls in generate(
+                    trained.model, trained.sampler, config.steps, mine, size, **_how(trained, config)
+                ):
+                    for seed, image in zip(batch, images.cpu(), strict=True):
+                        writer(save_png, image, image_path(output, seed))
+                    most_calls = max(most_calls, calls)
+                bar.update(sum(ranks.gather(writer.written)) - bar.n)
+        bar.update(sum(ranks.gather(writer.written)) - bar.n)
     return most_calls
 
 

@@ -17,7 +17,7 @@ from diffusion_cli.data import Dataset, Given, file_names, given_images, is_imag
 from diffusion_cli.data.labels import read
 from diffusion_cli.generate import generate, labels_of
 from diffusion_cli.metrics import GivenSamples, Samples
-from diffusion_cli.report import read_images, save_png
+from diffusion_cli.report import Writer, read_images, save_png
 
 
 class ModelSamples(Samples):
@@ -31,6 +31,8 @@ class ModelSamples(Samples):
         self.labelled = trained.labels is not None
         self.calls = calls
         """Network calls that an image took; those on record, where none is made."""
+        self.writer = Writer(2 * config.batch_size)
+        """Of the samples to be kept, to be entered before the first batch; they are there once it is left."""
         self._count, self._made, self._seconds = count, 0, 0.0
 
     def __len__(self) -> int:
@@ -51,20 +53,21 @@ class ModelSamples(Samples):
         labels = labels_of(seeds, self.trained.labels, torch.device("cpu"))
         if self.folder is None:
             return torch.cat([images for _, images in self._generated(seeds)]), labels
-        paths = [image_path(self.folder, seed) for seed in seeds]
-        for some, images in self._generated(
-            [s for s, path in zip(seeds, paths, strict=True) if not path.is_file()]
-        ):
+        paths = {seed: image_path(self.folder, seed) for seed in seeds}
+        there = [seed for seed in seeds if paths[seed].is_file()]
+        found = dict(zip(there, read_images([paths[seed] for seed in there]), strict=True)) if there else {}
+        for some, images in self._generated([seed for seed in seeds if seed not in found]):
             for seed, image in zip(some, images, strict=True):
-                save_png(image, image_path(self.folder, seed))
-        return read_images(paths), labels
+                self.writer(save_png, image, paths[seed])
+                found[seed] = image
+        return torch.stack([found[seed] for seed in seeds]), labels
 
     def _generated(self, seeds: list[int]) -> list[tuple[list[int], Tensor]]:
         start, trained, config = time.perf_counter(), self.trained, self.config
         made = []
         for batch in generate(
             trained.model, trained.sampler, config.steps, seeds, config.batch_size,
-            guidance=trained.guidance, labels=trained.labels, clip=config.clip_x0, precision=config.precision,
+            guidance=trained.guidance, labels=trained.labels, clip=config.clip_x0, precision=trained.precision,
         ):  # fmt: skip
             made.append((batch.seeds, batch.images.cpu()))
             self.calls = max(self.calls, batch.calls)

@@ -28,6 +28,8 @@ class Trained:
     labels: list[int] | None
     """The classes to make in turn, or None for no label."""
     device: torch.device
+    precision: str
+    """fp32, bf16 or fp16."""
     settings: dict[str, Any]
     """All that an image depends on, its seed apart, as plain data."""
 
@@ -59,6 +61,7 @@ def open_run(config: SampleConfig | EvalConfig | EditConfig) -> Trained:
     """Load what a command names; ValueError if there is no such run or device, or parts do not go together."""
     folder = find_run(config.run, config.output_dir)
     device = device_of(config.device)
+    precision = resolve(config.precision, device)
     model = load_model(folder, config.weights, device, config.step)
     sampler: Sampler = build(config.sampler, model.denoiser.schedule)
     guides = Guides(model, folder, config, device)
@@ -78,9 +81,9 @@ def open_run(config: SampleConfig | EvalConfig | EditConfig) -> Trained:
         "guidance": {**config.guidance, **guides.digests},
         "labels": labels,
         "clip_x0": config.clip_x0,
-        "precision": resolve(config.precision, device),
+        "precision": precision,
     }
-    return Trained(folder, model, sampler, guidance, labels, device, settings)
+    return Trained(folder, model, sampler, guidance, labels, device, precision, settings)
 
 
 class Guides:

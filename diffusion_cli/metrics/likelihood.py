@@ -22,7 +22,7 @@ from diffusion_cli.foreign import LONGEST_TEXT, plain, read, reason
 from diffusion_cli.generate import SeededNoise
 from diffusion_cli.likelihood import bound_terms, flow_likelihood, prior_term
 from diffusion_cli.metrics.base import Finding, ModelMetric, Subject
-from diffusion_cli.precision import autocast, resolve
+from diffusion_cli.precision import autocast
 from diffusion_cli.schedules import Discrete
 
 Columns = dict[str, Tensor]
@@ -84,7 +84,7 @@ class PerImage(ModelMetric):
         # Batches are stored whole, and the images of one may share a solver's steps: so their size counts too.
         settings = self.settings(subject) | {
             "split": self.split, "images_sha256": images.digest(), "count": count, "batch_size": subject.batch_size,
-            "precision": resolve(subject.precision, subject.device), "device": subject.device.type,
+            "precision": subject.precision, "device": subject.device.type,
         }  # fmt: skip
         folder = subject.folder / self.name / fingerprint(settings | {"weights_sha256": subject.model.digest})
         batches = list(torch.arange(count).split(subject.batch_size))

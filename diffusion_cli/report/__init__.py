@@ -1,5 +1,14 @@
 """Reports: pictures of results, and the page about a run."""
 
-from diffusion_cli.report.pictures import grid, read_images, rows, save_gif, save_grid, save_png, save_rows
+from diffusion_cli.report.pictures import (
+    Writer,
+    grid,
+    read_images,
+    rows,
+    save_gif,
+    save_grid,
+    save_png,
+    save_rows,
+)
 
-__all__ = ["grid", "read_images", "rows", "save_gif", "save_grid", "save_png", "save_rows"]
+__all__ = ["Writer", "grid", "read_images", "rows", "save_gif", "save_grid", "save_png", "save_rows"]

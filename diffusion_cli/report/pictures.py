@@ -1,8 +1,12 @@
 """Pictures of results."""
 
 import math
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
@@ -12,6 +16,43 @@ from torch import Tensor
 from diffusion_cli.checkpoint import whole_file
 from diffusion_cli.data import Exact, is_gray, opened
 from diffusion_cli.foreign import read, reason
+
+WRITERS = 4  # threads; each waits for the disk most of the time
+
+
+class Writer:
+    """Writes files by a few threads, at most `waiting` of them handed over and not there yet, while others are made.
+
+    Leaving it, for whatever reason, waits for the files that were handed over. What the first of them raised that could
+    not be written is raised at a later call or on leaving, unless something else went wrong first.
+    """
+
+    def __init__(self, waiting: int) -> None:
+        self.waiting, self.written = waiting, 0
+        """What was handed over and is there now, as far as has been looked."""
+        self._under_way: deque[Future[None]] = deque()
+
+    def __enter__(self) -> Self:
+        self._pool = ThreadPoolExecutor(WRITERS)
+        return self
+
+    def __call__(self, save: Callable[..., None], *arguments: Any) -> None:
+        """Have `save(*arguments)` called, once there is room for it."""
+        self._look(self.waiting - 1)
+        self._under_way.append(self._pool.submit(save, *arguments))
+
+    def _look(self, most: int) -> None:
+        """Take what is written off the line, and wait until at most so many are left on it."""
+        while self._under_way and (len(self._under_way) > most or self._under_way[0].done()):
+            self._under_way.popleft().result()
+            self.written += 1
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._pool.shutdown()
+        if kind is None:
+            self._look(0)
 
 
 def grid(images: Tensor, columns: int | None = None) -> Tensor:

@@ -19,7 +19,7 @@ class Prediction(NamedTuple):
     x0: Tensor
     eps: Tensor
     sigma: Tensor
-    """The level of the noise, one for all or [B, 1, 1, 1]."""
+    """The level of the noise, one for all (0-d, float64) or [B, 1, 1, 1]."""
     variance: Tensor | None = None
 
     @property
@@ -37,9 +37,11 @@ Denoise = Callable[[Tensor, Tensor], Prediction]
 
 
 def per_image(coefficient: Tensor, x: Tensor) -> Tensor:
-    """A coefficient of one time, or of one time an image, in the type and with the dimensions of images x."""
-    coefficient = coefficient.to(x)
-    return coefficient.view(-1, *[1] * (x.ndim - 1)) if coefficient.ndim else coefficient
+    """A coefficient of one time, or of one time an image, in the type and with the dimensions of images x.
+
+    That of one time stays on the CPU: as a number it meets images on any device, and none waits for a copy.
+    """
+    return coefficient.to(x).view(-1, *[1] * (x.ndim - 1)) if coefficient.ndim else coefficient
 
 
 def noised(schedule: Schedule, x0: Tensor, t: Tensor, eps: Tensor) -> Tensor:
@@ -76,7 +78,8 @@ class NoiseConditioned(nn.Module):
         """Return what the network makes of x_t [B, C, H, W] at times t, one or [B], and the map that reads it."""
         self.evaluations += len(x_t)
         coefficients = self.parameterization(self.schedule, t)
-        c_noise = coefficients.c_noise.to(x_t).expand(len(x_t))
+        c_noise = coefficients.c_noise
+        c_noise = c_noise.to(x_t) if c_noise.ndim else x_t.new_full((len(x_t),), c_noise.item())
         output = self.network(per_image(coefficients.c_in, x_t) * x_t, c_noise, *labels)
         return output.to(x_t.dtype), coefficients
 

@@ -53,7 +53,7 @@ def run(variants: list[Variant]) -> None:
 
 def _evaluation(config: CompareConfig) -> EvalConfig:
     """The evaluation of one combination; the newest run now stays it, whatever is trained meanwhile."""
-    settled = {
+    settled: dict[str, Any] = {
         "run": str(find_run(config.run, config.output_dir)),
         "precision": resolve(config.precision, device_of(config.device)),
     }

@@ -1,6 +1,7 @@
 """Variance-preserving processes of T steps, given by their betas."""
 
 import math
+from functools import lru_cache
 from typing import Annotated
 
 import torch
@@ -42,6 +43,7 @@ class Discrete(Schedule):
         self.zero_terminal_snr = zero_terminal_snr
         table = torch.cat([torch.ones(1, dtype=torch.float64), alpha_bar]).log()
         self._log_alpha_bar = {torch.device("cpu"): table}
+        self._at = lru_cache(maxsize=8)(self._at_time)  # a step asks for its two times again and again
 
     def _table(self, device: torch.device) -> Tensor:
         if device not in self._log_alpha_bar:
@@ -62,6 +64,15 @@ class Discrete(Schedule):
 
     def log_alpha_bar(self, t: Tensor) -> Tensor:
         """Return float64 `log alpha_bar_t` on the device of t."""
+        if t.ndim == 0 and t.device.type == "cpu" and not t.requires_grad:
+            return self._at(t.item())
+        return self._between_entries(t)
+
+    def _at_time(self, t: float) -> Tensor:
+        with torch.inference_mode(False):  # kept, and perhaps differentiated through later
+            return self._between_entries(torch.tensor(t, dtype=torch.float64, device="cpu"))
+
+    def _between_entries(self, t: Tensor) -> Tensor:
         place, left, rise, endless = self._interval(t)
         return left + torch.where(endless, 2 * torch.log1p(-place.clamp(max=1)), place * rise)
 

@@ -2,6 +2,9 @@
 
 from collections import deque
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager, contextmanager
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -9,24 +12,46 @@ from torch import Tensor
 
 from diffusion_cli.checkpoint import Model
 from diffusion_cli.denoiser import Denoise, Denoiser, clip_x0, per_image
+from diffusion_cli.foreign import reason
 from diffusion_cli.guidance import Guidance
 from diffusion_cli.precision import autocast
 from diffusion_cli.samplers import Sampler, integrate
 from diffusion_cli.schedules import Schedule
 
 
+@cache
+def _drawing() -> ThreadPoolExecutor:
+    """The thread that draws noise ahead."""
+    return ThreadPoolExecutor(1)
+
+
 class SeededNoise:
-    """Standard normal noise from one generator a seed, so that no image depends on its neighbours."""
+    """Standard normal noise from one generator a seed, so that no image depends on its neighbours.
+
+    For a GPU, which leaves the CPU idle, a thread draws the next noise ahead, from the second time on that any is asked
+    for: a sampler that draws nothing but the start has none.
+    """
 
     def __init__(self, seeds: Sequence[int], shape: Sequence[int], device: torch.device) -> None:
         # The seed itself, not a hash of it: the generator keeps 32 bits, and no two images may share them.
         self.generators = [torch.Generator().manual_seed(seed) for seed in seeds]
         self.shape, self.device = tuple(shape), device
+        self._again = False
+        self._ahead: Future[Tensor] | None = None
 
     def draw(self) -> Tensor:
         """The next noise of each image, float32 [B, *shape]."""
-        noise = [torch.randn(self.shape, generator=generator) for generator in self.generators]
-        return torch.stack(noise).to(self.device, non_blocking=True)
+        noise = self._next() if self._ahead is None else self._ahead.result()
+        if self._again and self.device.type == "cuda":
+            self._ahead = _drawing().submit(self._next)
+        self._again = True
+        return noise.to(self.device, non_blocking=True)
+
+    def _next(self) -> Tensor:
+        noise = torch.empty(len(self.generators), *self.shape, pin_memory=self.device.type == "cuda")
+        for image, generator in zip(noise, self.generators, strict=True):
+            image.normal_(generator=generator)
+        return noise
 
 
 def states(
@@ -120,6 +145,28 @@ class Generated(NamedTuple):
     """Network calls that each of them took (NFE)."""
 
 
+@contextmanager
+def compiled(model: Model, whole: bool = True) -> Iterator[None]:
+    """Call the network as it was compiled, if it was, on a `whole` batch; else as it was written."""
+    if model.denoiser.network._compiled_call_impl is None:
+        yield
+        return
+    from torch._dynamo.exc import TorchDynamoException  # as long to import as torch
+
+    with torch.compiler.set_stance("default" if whole else "force_eager"):
+        try:
+            yield
+        except TorchDynamoException as error:
+            raise ValueError(
+                f"compile=true: torch cannot compile the network here ({reason(error)}); leave it out"
+            ) from error
+
+
+def uncompiled(model: Model) -> AbstractContextManager[None]:
+    """Call the network as it was written."""
+    return compiled(model, whole=False)
+
+
 @torch.inference_mode()
 def generate(
     model: Model,
@@ -133,14 +180,17 @@ def generate(
     clip: bool,
     precision: str,
 ) -> Iterator[Generated]:
-    """Yield the images of the seeds in order, `batch_size` at a time, the `labels` in turn."""
+    """Yield the images of the seeds in order, `batch_size` at a time, the `labels` in turn.
+
+    A compiled network is compiled for whole batches; a last smaller one goes without. ValueError if it cannot be.
+    """
     device = next(model.denoiser.parameters()).device
     times = sampler.grid(steps)
     for batch in _batches(seeds, sampler, batch_size):
         y = labels_of(batch, labels, device)
-        denoise = _guided(model, guidance, y, clip)
+        denoise = guided(model, guidance, y, clip)
         calls = Calls(model.denoiser, guidance)
-        with autocast(device, precision):
+        with autocast(device, precision), compiled(model, len(batch) == batch_size):
             images = sample(denoise, sampler, times, batch, model.shape, device)
         check_finite(images)
         yield Generated(batch, to_bytes(images), y, calls.each(len(batch)))
@@ -170,8 +220,8 @@ def trajectories(
     places = frame_places(len(times), frames)
     ways: list[Tensor] = []
     for batch in _batches(seeds, sampler, batch_size):
-        denoise = _guided(model, guidance, labels_of(batch, labels, device), clip)
-        with autocast(device, precision):
+        denoise = guided(model, guidance, labels_of(batch, labels, device), clip)
+        with autocast(device, precision), compiled(model, len(batch) == batch_size):
             way = enumerate(states(denoise, sampler, times, batch, model.shape, device))
             shown = [visible(x, times[place], sampler.schedule).cpu() for place, x in way if place in places]
         ways.append(torch.stack(shown, 1))
@@ -184,7 +234,8 @@ def _batches(seeds: Sequence[int], sampler: Sampler, batch_size: int) -> Iterato
         yield list(seeds[first : first + size])
 
 
-def _guided(model: Model, guidance: Guidance, y: Tensor | None, clip: bool) -> Denoise:
+def guided(model: Model, guidance: Guidance, y: Tensor | None, clip: bool) -> Denoise:
+    """The denoiser of images of the classes y, int64 [B], guided and, with `clip`, kept in [-1, 1]."""
     denoise = guidance(model.denoiser, y)
     return clip_x0(denoise, model.denoiser.schedule) if clip else denoise
 

@@ -257,7 +257,7 @@ PACKAGE = config.HERE
 ORDER = [
     "foreign precision seeding signals schedules", "config", "ranks locks", "parameterizations data times",
     "denoiser networks", "posterior probability_flow guidance", "objective samplers likelihood checkpoint", "editing",
-    "metrics generate", "report figures", "training", "commands", "cli",
+    "metrics generate", "capacity", "report figures", "training", "commands", "cli",
 ]  # fmt: skip
 LEVEL = {name: level for level, names in enumerate(ORDER) for name in names.split()}
 MATHEMATICS = [

@@ -638,12 +638,11 @@ def test_two_edits_at_work_in_one_folder_keep_the_numbers_of_both(folder, tmp_pa
     words = [f"input={folder}/images", "edit=img2img", f"output={tmp_path}/out", "batch_size=3"]
     save = editing._save
 
-    def beside(output, batch, edited):
-        made = save(output, batch, edited)
+    def beside(output, batch, images, shown):
+        save(output, batch, images, shown)
         keep_results(
             output, {"of another": {"rmse": 1.0}}
         )  # as a process does that claimed the folder before
-        return made
 
     monkeypatch.setattr(editing, "_save", beside)
     assert edit(folder, *words) == 0

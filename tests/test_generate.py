@@ -119,6 +119,25 @@ def test_noise_is_one_stream_a_seed():
         assert torch.equal(together.draw()[1], alone.draw()[0])
 
 
+def test_noise_drawn_ahead_is_the_same_and_only_where_there_is_more_than_a_start(monkeypatch):
+    gpu: Any = SimpleNamespace(type="cuda")  # a device that takes no tensor, and draws ahead
+    empty, threads = torch.empty, set()
+
+    def drawn(self, _next=SeededNoise._next):
+        threads.add(threading.current_thread())
+        return _next(self)
+
+    monkeypatch.setattr(torch, "empty", lambda *shape, pin_memory: empty(*shape))
+    monkeypatch.setattr(torch.Tensor, "to", lambda self, device, non_blocking: self)
+    monkeypatch.setattr(SeededNoise, "_next", drawn)
+    ahead, now = SeededNoise([3, 4], (1, 4, 4), gpu), SeededNoise([3, 4], (1, 4, 4), CPU)
+    assert torch.equal(ahead.draw(), now.draw())
+    assert threads == {threading.current_thread()}
+    for _ in range(5):
+        assert torch.equal(ahead.draw(), now.draw())
+    assert len(threads) == 2
+
+
 def test_bytes_are_the_nearest_levels():
     levels = torch.arange(256.0)
     assert torch.equal(to_bytes(levels / 127.5 - 1), levels.byte())
@@ -400,3 +419,49 @@ def test_a_strip_is_no_image_to_edit(folder, tmp_path):
         "000001.png",
         "grid.png",
     ]
+
+
+def test_the_batch_size_is_found_and_said_and_changes_no_image(folder, tmp_path, capsys):
+    assert sample(folder, f"output={tmp_path}/found", "batch_size=auto") == 0
+    (line,) = (line for line in capsys.readouterr().err.splitlines() if line.startswith("batch_size="))
+    assert int(line.removeprefix("batch_size=")) in (1, 2, 4)
+    assert sample(folder, f"output={tmp_path}/given", "batch_size=6") == 0
+    assert_alike(tmp_path / "found", tmp_path / "given")
+
+
+def assert_alike(one, other) -> None:
+    assert pngs(one).keys() == pngs(other).keys() != set()
+    for name in pngs(one):
+        mine, theirs = (np.array(Image.open(place / name)).astype(int) for place in (one, other))
+        assert abs(mine - theirs).max() <= 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("words", [[], ["sampler=ddpm", "strip=true"]], ids=["ddim", "ddpm"])
+def test_a_compiled_network_makes_the_same_images_compiled_once(folder, tmp_path, words):
+    import torch._dynamo
+
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    words = ["precision=fp32", "batch_size=4", *words]
+    assert sample(folder, f"output={tmp_path}/compiled", "compile=true", *words) == 0
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+    assert sample(folder, f"output={tmp_path}/written", *words) == 0
+    assert_alike(tmp_path / "compiled", tmp_path / "written")
+
+
+def test_a_network_that_cannot_be_compiled_here_is_said_to_be_the_option(
+    folder, tmp_path, monkeypatch, capsys
+):
+    from torch._dynamo.exc import TorchDynamoException
+
+    def failing(*arguments):
+        raise TorchDynamoException("No working C++ compiler found\nin a long text")
+
+    monkeypatch.setattr(
+        torch.nn.Module, "compile", lambda self, **how: setattr(self, "_compiled_call_impl", failing)
+    )
+    assert sample(folder, f"output={tmp_path}/out", "compile=true") == 2
+    assert (
+        "diffuse: compile=true: torch cannot compile the network here (No working" in capsys.readouterr().err
+    )

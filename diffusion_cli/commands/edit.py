@@ -165,7 +165,9 @@ def _make(
 ) -> int:
     """Make and write what is to be made, and add its numbers to the results; the network calls that each took."""
     most_calls = 0
-    batch_size = 1 if trained.sampler.one_by_one else config.batch_size
+    each = edit.results_each * math.ceil(math.prod(edit.results) / math.prod(trained.model.shape))
+    gradient = method is not None and method.differentiates
+    batch_size = trained.batch_size(config, len(todo), each, gradient)
     with tqdm(total=len(todo), unit="image", desc=_kind(config), dynamic_ncols=True) as bar:
 
         def keep(

@@ -17,6 +17,7 @@ from diffusion_cli.commands.samples import ModelSamples, about, given_samples, r
 from diffusion_cli.commands.trained import Trained, open_run
 from diffusion_cli.config import CONF, EvalConfig, build, fingerprint, shown
 from diffusion_cli.data import Dataset, NoDataset
+from diffusion_cli.generate import uncompiled
 from diffusion_cli.guidance import Unguided
 from diffusion_cli.metrics import (
     FrechetDistance,
@@ -106,13 +107,15 @@ def assess(config: EvalConfig, scene: Scene) -> list[Report]:
     environment = {"device": device_of(config.device).type, "versions": versions()}
     reports = []
     if scene.trained is not None and scene.of_model and Ranks().first:
+        assert config.batch_size != "auto"
         subject = Subject(
             scene.trained.model, scene.dataset, scene.folder, scene.trained.device, config.seed, config.batch_size,
             config.clip_x0, EXACT,
         )  # fmt: skip
         keys = ("run", "step", "ema", "weights", "weights_sha256")
         known = {key: about(scene.trained)[key] for key in keys} | {"precision": EXACT}
-        reports.append(examine(scene.of_model, subject, known, environment))
+        with uncompiled(scene.trained.model):
+            reports.append(examine(scene.of_model, subject, known, environment))
     if scene.samples is not None:
         reports.append(_of_samples(config, scene, scene.samples, environment))
     return reports
@@ -135,7 +138,7 @@ def identity(config: EvalConfig, scene: Scene) -> dict[str, Any]:
         "metric": config.metric, "count": config.num_samples, "seed": config.seed, "samples": about_samples,
         "model": about(scene.trained) if scene.trained else None, "networks": seen, "force": config.force,
         "reference": scene.reference.identity(), "batch_size": config.batch_size, "processes": Ranks().world,
-        "device": device_of(config.device).type, "versions": versions(),
+        "compile": config.compile, "device": device_of(config.device).type, "versions": versions(),
     }  # fmt: skip
 
 
@@ -143,6 +146,11 @@ def look_at(config: EvalConfig) -> Scene:
     """What an evaluation is of; ValueError where its parts do not go together."""
     kinds: Kinds = {name: build(node) for name, node in config.metric.items()}
     of_model = [name for name, metric in kinds.items() if isinstance(metric, ModelMetric)]
+    if of_model and config.batch_size == "auto":
+        raise ValueError(
+            f"batch_size=auto: is found for samples, and metric={','.join(of_model)} measures the model itself; give a "
+            "number"
+        )
     if Ranks().world > 1 and len(of_model) == len(kinds):
         raise ValueError(
             f"processes={Ranks().world}: share samples, and metric={','.join(kinds)} makes none; take one process"
@@ -162,10 +170,15 @@ def _model_scene(config: EvalConfig, kinds: Kinds, sampled: bool) -> Scene:
         trained.dataset(config.data_dir) if config.dataset is None else build(config.dataset, config.data_dir)
     )
     if not sampled:
-        if config.label is not None or not isinstance(trained.guidance, Unguided) or config.keep:
+        if (
+            config.label is not None
+            or not isinstance(trained.guidance, Unguided)
+            or config.keep
+            or config.compile
+        ):
             raise ValueError(
-                f"metric={','.join(config.metric)}: makes no samples, which label, guidance and keep are for; leave "
-                "them out"
+                f"metric={','.join(config.metric)}: makes no samples, which label, guidance, keep and compile are for; "
+                "leave them out"
             )
         if config.precision not in ("auto", EXACT):
             raise ValueError(
@@ -192,6 +205,8 @@ def _given_scene(config: EvalConfig, kinds: Kinds, of_model: list[str]) -> Scene
         ("metric", ",".join(of_model)),
         ("label", config.label),
         ("keep", config.keep),
+        ("compile", shown(config.compile) if config.compile else None),
+        ("batch_size", "auto" if config.batch_size == "auto" else None),
         ("guidance.scale", config.guidance.get("scale")),
         *_changed(config, "step", "steps", "seed", "weights", "clip_x0", "precision"),
         ("run", config.run if config.dataset is not None else None),
@@ -236,10 +251,15 @@ def _changed(config: EvalConfig, *keys: str) -> list[tuple[str, Any]]:
 
 def _of_samples(config: EvalConfig, scene: Scene, samples: Samples, environment: dict[str, Any]) -> Report:
     """Show the samples to every metric, and keep the pictures that come of it."""
-    with samples.writer if isinstance(samples, ModelSamples) else nullcontext():
+    made = samples if isinstance(samples, ModelSamples) else None
+    size = config.batch_size
+    if size == "auto":  # for samples that are made, look_at has seen to that
+        assert made is not None
+        size = made.batch_size
+    with nullcontext() if made is None else made.writer:
         report, pictures, _ = evaluate(
             scene.metrics, scene.networks, samples, scene.reference,
-            batch_size=config.batch_size, force=config.force, environment=environment,
+            batch_size=size, force=config.force, environment=environment,
         )  # fmt: skip
     Ranks().gather(None)  # the samples of the others are there too
     if not Ranks().first:

@@ -39,17 +39,18 @@ def make(config: SampleConfig) -> None:
             f"{output} has {len(seeds) - len(todo)} of {len(seeds)} images; making the others",
             file=sys.stderr,
         )
-    calls = max(ranks.gather(_make(trained, config, todo, output, ranks)))
+    shown = seeds[: max(STRIP_IMAGES * config.strip, GIF_IMAGES * config.gif)]
+    size = trained.batch_size(config, len(todo) or len(shown))
+    calls = max(ranks.gather(_make(trained, config, todo, output, ranks, size)))
     if not ranks.first:
         return
     keep_seeds(output, seeds, calls)
     overview = _overview(trained, config, seeds, output)
     made = f", {calls} network calls each" if todo else ""
     print(f"{len(seeds)} images of step {trained.model.step}{made}, in {output}\nGrid: {overview}")
-    shown = seeds[: max(STRIP_IMAGES * config.strip, GIF_IMAGES * config.gif)]
     if shown:
         ways = trajectories(
-            trained.model, trained.sampler, config.steps, shown, config.batch_size, frames=config.frames,
+            trained.model, trained.sampler, config.steps, shown, size, frames=config.frames,
             **_how(trained, config),
         )  # fmt: skip
         _draw(ways, output, config)
@@ -64,9 +65,10 @@ def _how(trained: Trained, config: SampleConfig) -> dict[str, Any]:
     }
 
 
-def _make(trained: Trained, config: SampleConfig, todo: list[int], output: Path, ranks: Ranks) -> int:
+def _make(
+    trained: Trained, config: SampleConfig, todo: list[int], output: Path, ranks: Ranks, size: int
+) -> int:
     """Make and write this process's share of the images of the seeds; the network calls that each took."""
-    size = 1 if trained.sampler.one_by_one else config.batch_size
     most_calls = 0
     with tqdm(
         total=len(todo), unit="image", desc="sample", dynamic_ncols=True, disable=not ranks.first

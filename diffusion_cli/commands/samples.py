@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -31,9 +32,17 @@ class ModelSamples(Samples):
         self.labelled = trained.labels is not None
         self.calls = calls
         """Network calls that an image took; those on record, where none is made."""
-        self.writer = Writer(2 * config.batch_size)
-        """Of the samples to be kept, to be entered before the first batch; they are there once it is left."""
         self._count, self._made, self._seconds = count, 0, 0.0
+
+    @cached_property
+    def batch_size(self) -> int:
+        """Samples at a time; for `auto` found when first asked for."""
+        return self.trained.batch_size(self.config, self._count)
+
+    @cached_property
+    def writer(self) -> Writer:
+        """Writes the samples to be kept: to be entered before the first batch, and they are there once it is left."""
+        return Writer(2 * self.batch_size)
 
     def __len__(self) -> int:
         return self._count
@@ -66,7 +75,7 @@ class ModelSamples(Samples):
         start, trained, config = time.perf_counter(), self.trained, self.config
         made = []
         for batch in generate(
-            trained.model, trained.sampler, config.steps, seeds, config.batch_size,
+            trained.model, trained.sampler, config.steps, seeds, self.batch_size,
             guidance=trained.guidance, labels=trained.labels, clip=config.clip_x0, precision=trained.precision,
         ):  # fmt: skip
             made.append((batch.seeds, batch.images.cpu()))

@@ -1,5 +1,7 @@
 """What `sample`, `eval` and `edit` begin with: a trained model, how it is sampled and guided, and a record of it."""
 
+import math
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -7,6 +9,7 @@ from typing import Any
 
 import torch
 
+from diffusion_cli.capacity import images_that_fit, network_call
 from diffusion_cli.checkpoint import Classifier, Model, find_run, load_classifier, load_model
 from diffusion_cli.config import EditConfig, EvalConfig, SampleConfig, build, check_node, did_you_mean, shown
 from diffusion_cli.data import Dataset
@@ -14,6 +17,7 @@ from diffusion_cli.denoiser import Denoiser, NoisyClassifier
 from diffusion_cli.generate import all_labels
 from diffusion_cli.guidance import Guidance
 from diffusion_cli.precision import device_of, resolve
+from diffusion_cli.ranks import Ranks
 from diffusion_cli.samplers import Sampler
 
 
@@ -51,6 +55,32 @@ class Trained:
             )
         return build(node, data_dir)
 
+    def batch_size(
+        self,
+        config: SampleConfig | EvalConfig | EditConfig,
+        count: int,
+        each: int = 1,
+        gradient: bool = False,
+    ) -> int:
+        """Results at a time, `each` of so many images, of `count` in all; found and said here for `auto`.
+
+        All of several processes have to ask, and get the same.
+        """
+        if self.sampler.one_by_one or count == 0:
+            return 1
+        if config.batch_size != "auto":
+            return min(config.batch_size, count)
+        call = network_call(
+            self.model, self.sampler, config.steps, guidance=self.guidance, labels=self.labels, clip=config.clip_x0,
+            precision=self.precision, each=each, gradient=gradient,
+        )  # fmt: skip
+        ranks = Ranks()
+        share = math.ceil(count / ranks.world)
+        size = ranks.agree(images_that_fit(call, share, self.device) if ranks.first else 1)
+        if ranks.first:
+            print(f"batch_size={size}", file=sys.stderr)
+        return size
+
     def check(self, steps: int) -> None:
         """Raise ValueError if the sampler cannot sample the model in so many steps."""
         self.sampler.check(self.model.denoiser)
@@ -73,6 +103,10 @@ def open_run(config: SampleConfig | EvalConfig | EditConfig) -> Trained:
     if labels is None:
         _refuse_untrained_null(model, "label")
     guidance.check(model.denoiser, dropout, labels is not None)
+    if not isinstance(config, EditConfig) and config.compile:
+        # In place: torch.compile(network) would rename every weight.
+        mode = "reduce-overhead" if device.type == "cuda" else None  # by CUDA graphs
+        model.denoiser.network.compile(dynamic=False, mode=mode)
     settings = {
         "weights": config.weights,
         "weights_sha256": model.digest,

@@ -112,7 +112,7 @@ class _Generation(BaseModel):
     step: PositiveInt | Literal["best"] | None
     steps: PositiveInt
     label: Label
-    batch_size: PositiveInt
+    batch_size: PositiveInt | Literal["auto"]
     seed: Annotated[int, Field(ge=0, lt=2**32)]
     weights: Literal["ema", "raw"]
     clip_x0: bool
@@ -136,6 +136,7 @@ class SampleConfig(_Generation):
     """The keys of `conf/sample.yaml`."""
 
     num_samples: PositiveInt
+    compile: bool
     processes: PositiveInt | None
     strip: bool
     gif: bool
@@ -147,6 +148,7 @@ class EvaluationConfig(_Generation):
     """The keys of `conf/evaluation.yaml`: what evaluating and comparing share."""
 
     num_samples: PositiveInt | None
+    compile: bool
     processes: PositiveInt | None
     force: bool
     data_dir: str

@@ -44,6 +44,9 @@ class Process:
 class Method(ABC):
     """A way to sample images that agree with a measurement."""
 
+    differentiates = False
+    """Whether it takes the gradient through the network, which then keeps all that it computes."""
+
     @abstractmethod
     def restore(self, process: Process, operator: LinearOperator, y: Tensor) -> Iterator[Tensor]:
         """Take noise to images [B, C, H, W] whose measurement is about y, and yield the states on the way."""

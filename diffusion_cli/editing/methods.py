@@ -64,6 +64,8 @@ class DPS(Method):
     that asks the denoiser several times takes the first prediction. It needs the gradient through the network.
     """
 
+    differentiates = True
+
     def __init__(self, *, scale: PositiveFloat) -> None:
         self.scale = scale
 

@@ -272,3 +272,17 @@ def test_ends_that_cross_are_refused():
         Sigmoid(num_timesteps=10, start=3.0, end=3.0, tau=1.0, max_beta=0.999, zero_terminal_snr=False)
     with pytest.raises(ValueError, match="zero_terminal_snr=true: needs at least 2"):
         Cosine(num_timesteps=1, offset=0.008, max_beta=0.999, zero_terminal_snr=True)
+
+
+def test_levels_of_one_time_are_those_of_many_and_serve_gradients_later(schedules):
+    times = torch.linspace(0.01, 1, 37, dtype=torch.float64)
+    for name, schedule in schedules.items():
+        alphas, sigmas = schedule(times)
+        with torch.inference_mode():
+            kept = [schedule(t) for t in times]
+        for t, alpha, sigma, (first, _) in zip(times, alphas, sigmas, kept, strict=True):
+            assert schedule(t) == (alpha, sigma), name
+            assert first == alpha, name
+        x = torch.ones(2, requires_grad=True)
+        (gradient,) = torch.autograd.grad((schedule(times[-1])[1] * x).square().sum(), x)
+        assert torch.allclose(gradient, (2 * sigmas[-1] ** 2).float()), name

@@ -28,7 +28,7 @@ from diffusion_cli.denoiser import Denoiser, NoiseConditioned, NoisyClassifier
 from diffusion_cli.foreign import check_tensors, reason, regular
 from diffusion_cli.ranks import Ranks
 
-FORMAT = 2
+FORMAT = 3
 LAST = Path("checkpoints", "last.ckpt")
 BEST = LAST.with_name("best.ckpt")
 Step = int | Literal["best"] | None

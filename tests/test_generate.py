@@ -53,6 +53,7 @@ def model(schedules):
         head_channels=None, norm_groups=4, time_embedding="scale_shift", embedding_layout="cos_sin",
         fourier_scale=16.0, resample="conv", fir=False, progressive_input="none", up_attention="all",
         skip_rescale=False, dropout=0.5, class_conditional=True, learn_variance=False, gradient_checkpointing=False,
+        patch_size=1,
     )  # fmt: skip
     for parameter in network.parameters():
         torch.nn.init.normal_(parameter, std=0.2)
@@ -341,7 +342,7 @@ def test_evaluation_writes_numbers_with_their_protocol(folder, capsys, tmp_path)
     assert protocol["sampling"]["steps"] == 2
     assert protocol["sampling"]["seeds"] == [0, 79]
     assert run(["eval", f"output_dir={folder}", "metric=inversion", "label=none"]) == 2
-    assert "makes no samples, which label, guidance and keep are for" in capsys.readouterr().err
+    assert "makes no samples, which label, guidance, keep and compile are for" in capsys.readouterr().err
     assert run(["eval", *words, *few, "num_samples=30"]) == 2
     assert "raise num_samples, or set force=true" in capsys.readouterr().err
 

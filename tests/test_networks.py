@@ -8,15 +8,27 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 from torch import Tensor, nn
-from torch.nn.functional import avg_pool2d, conv2d, group_norm, interpolate, linear, pad, silu
+from torch.nn.functional import (
+    avg_pool2d,
+    conv2d,
+    group_norm,
+    interpolate,
+    linear,
+    pad,
+    scaled_dot_product_attention,
+    silu,
+)
 
 from diffusion_cli.networks import UNet
 from diffusion_cli.networks.layers import (
     Attention,
     Downsample,
+    Dropout,
+    Pointwise,
     ProgressiveInput,
     ResBlock,
     Upsample,
+    attend,
     double,
     fourier_embedding,
     halve,
@@ -50,6 +62,7 @@ SMALL = {
     "class_conditional": False,
     "learn_variance": False,
     "gradient_checkpointing": False,
+    "patch_size": 1,
 }
 
 
@@ -428,6 +441,74 @@ def test_attention_equals_its_formula():
     ]
     expected = x + layer.proj(torch.cat(heads, dim=-1)).mT.reshape(x.shape)
     close(layer(x), expected)
+
+
+def test_attention_in_bfloat16_is_about_as_near_to_the_exact_one_as_torchs():
+    q, k, v = (torch.randn(3, 2, 64, 8, dtype=torch.float64) for _ in range(3))
+    exact = torch.softmax(q @ k.mT / 8**0.5, dim=-1) @ v
+    of_torch, ours = (
+        (f(q.bfloat16(), k.bfloat16(), v.bfloat16()).double() - exact).norm() / exact.norm()
+        for f in (scaled_dot_product_attention, attend)
+    )
+    assert ours < 2 * of_torch < 0.01
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("share", [0.1, 0.5])
+def test_dropout_keeps_the_mean_and_drops_its_share(share, dtype):
+    x = torch.ones(10, 101, 101, dtype=dtype, requires_grad=True)  # no multiple of 4 numbers
+    y = Dropout(share)(x)
+    dropped = (y == 0).double().mean().item()
+    assert dropped == pytest.approx(share, abs=5 * (share * (1 - share) / y.numel()) ** 0.5)
+    close(y[y != 0].detach().double(), torch.full_like(y[y != 0], 1 / (1 - share)).double(), 1e-2)
+    y.sum().backward()
+    close(x.grad, y)  # pyright: ignore[reportArgumentType]
+    assert not torch.equal(Dropout(share)(x), y)
+    assert torch.equal(Dropout(share).eval()(x), x)
+
+
+def test_dropout_draws_by_the_seed():
+    x = torch.ones(4, 8, 8)
+    torch.manual_seed(3)
+    first = Dropout(0.3)(x)
+    torch.manual_seed(3)
+    assert torch.equal(Dropout(0.3)(x), first)
+
+
+@pytest.mark.parametrize("share", [1e-7, 1 - 1e-7])
+def test_dropout_of_nearly_nothing_and_nearly_all_is_finite(share):
+    assert Dropout(share)(torch.ones(64, 64)).isfinite().all()
+
+
+def test_pointwise_is_a_convolution():
+    layer = Pointwise(6, 4, 1).double()
+    x = torch.randn(3, 6, 5, 7, dtype=torch.float64, requires_grad=True)
+    weights = [x, layer.weight, layer.bias]
+    ours, plain = layer(x), conv2d(x, layer.weight, layer.bias)
+    close(ours, plain)
+    g = torch.randn_like(plain)
+    for one, other in zip(
+        torch.autograd.grad(ours, weights, g), torch.autograd.grad(plain, weights, g), strict=True
+    ):
+        close(one, other)
+
+
+@pytest.mark.parametrize("size", [(8, 8), (7, 10)])
+def test_patches_are_channels_of_one_pixel(size):
+    changes: dict = {"attention_resolutions": [], "class_conditional": True, "learn_variance": True}
+    patched = small(8, 10, patch_size=2, **changes)
+    plain = UNet(8, 4, 10, **(SMALL | changes)).double().eval()
+    plain.load_state_dict(patched.state_dict())
+    (x, c_noise), y = inputs(2, *size), torch.tensor([1, 4])
+    height, width = (-(-side // 4) * 4 for side in size)
+    extended = pad(x, (0, width - size[1], 0, height - size[0]), mode="replicate")
+    places = [(i, j) for i in (0, 1) for j in (0, 1)]
+    patches = torch.stack([extended[:, :, i::2, j::2] for i, j in places], 2).flatten(1, 2)
+    out = plain(patches, c_noise, y).unflatten(1, (4, 4))
+    expected = torch.zeros(2, 4, height, width, dtype=torch.float64)
+    for k, (i, j) in enumerate(places):
+        expected[:, :, i::2, j::2] = out[:, :, k]
+    close(patched(x, c_noise, y), expected[..., : size[0], : size[1]])
 
 
 @pytest.mark.parametrize("scale_shift", [False, True])

@@ -7,7 +7,7 @@ from typing import Literal, Self
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import pad, silu
+from torch.nn.functional import pad, pixel_unshuffle, silu
 from torch.utils.checkpoint import checkpoint
 
 from diffusion_cli.networks.layers import (
@@ -46,13 +46,16 @@ class Encoder(nn.Module):
         fourier_scale: float,
         progressive_input: Literal["none", "residual"],
         gradient_checkpointing: bool,
+        patch_size: int = 1,
     ) -> None:
         super().__init__()
+        in_channels *= patch_size**2
         self.num_classes = num_classes
         self.channels = channels = parts.channels
         self.embedding_layout: Literal["sin_cos", "cos_sin", "fourier"] = embedding_layout
         self.gradient_checkpointing = gradient_checkpointing
-        self.multiple = 2 ** (len(parts.widths) - 1)
+        self.patch_size = patch_size
+        self.multiple = patch_size * 2 ** (len(parts.widths) - 1)
         features = channels
         if embedding_layout == "fourier":
             features = 2 * channels
@@ -70,7 +73,7 @@ class Encoder(nn.Module):
 
     def encode(self, x: Tensor, emb: Tensor) -> list[Tensor]:
         """Return the features of every skip connection, and of the middle last."""
-        pyramid = self._extend(x)
+        pyramid = self._patches(self._extend(x))
         h = self.stem(pyramid)
         skips = [h]
         for block in self.down:
@@ -100,6 +103,9 @@ class Encoder(nn.Module):
         height, width = x.shape[2:]
         below, right = -height % self.multiple, -width % self.multiple
         return pad(x, (0, right, 0, below), mode="replicate") if below or right else x
+
+    def _patches(self, x: Tensor) -> Tensor:
+        return pixel_unshuffle(x, self.patch_size) if self.patch_size > 1 else x
 
     def run(self, block: nn.Module, *inputs: Tensor) -> Tensor:
         """Apply a block, keeping its activations or computing them again in the backward pass."""

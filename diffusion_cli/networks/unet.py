@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, PositiveFloat, PositiveInt
 from torch import Tensor, nn
-from torch.nn.functional import silu
+from torch.nn.functional import pixel_shuffle, silu
 
 from diffusion_cli.networks.encoder import Encoder, Parts
 from diffusion_cli.networks.layers import NORM_EPS, zero_init
@@ -13,8 +13,8 @@ from diffusion_cli.networks.layers import NORM_EPS, zero_init
 class UNet(Encoder):
     """F(x, c_noise, y) as a U-Net of residual blocks with self-attention.
 
-    Level l works at image_size / 2^l with channels * channel_mult[l] feature maps: `num_res_blocks` residual
-    blocks down, one more up, each fed by the skip connection of its partner. Attention follows the residual
+    Level l works at image_size / patch_size / 2^l with channels * channel_mult[l] feature maps: `num_res_blocks`
+    residual blocks down, one more up, each fed by the skip connection of its partner. Attention follows the residual
     blocks of the levels named in `attention_resolutions`, on the way up all of them or the `last` of a level,
     and stands in the middle always. The last layer of every branch and of the network starts at zero, so that
     F = 0 before training.
@@ -22,7 +22,8 @@ class UNet(Encoder):
     The time enters by a sinusoidal embedding of `channels` features, or with embedding_layout=fourier by
     2 * channels features of random frequencies w ~ N(0, fourier_scale^2), drawn once and kept in the state.
     `skip_rescale` divides all residual sums by sqrt(2), `fir` filters where blocks change the resolution, and
-    the progressive input adds the downsampled image to the features of each coarser level.
+    the progressive input adds the downsampled image to the features of each coarser level. With patch_size p the
+    p x p pixels of a patch are the channels of one: 1 / p^2 of the work, and less detail (Luhman & Luhman 2022).
 
     A class-conditional network knows the classes 0 .. num_classes - 1 and the null class num_classes, which
     stands for "no label"; otherwise its `num_classes` is None.
@@ -57,13 +58,14 @@ class UNet(Encoder):
         class_conditional: bool,
         learn_variance: bool,
         gradient_checkpointing: bool,
+        patch_size: PositiveInt,
     ) -> None:
         if class_conditional and num_classes is None:
             raise ValueError(
                 "class_conditional=true: the data set has no classes; use class_conditional=false"
             )
         parts = Parts.of(
-            image_size,
+            -(-image_size // patch_size),
             channels=channels,
             channel_mult=channel_mult,
             num_res_blocks=num_res_blocks,
@@ -80,12 +82,13 @@ class UNet(Encoder):
         )
         super().__init__(
             in_channels, parts, num_classes if class_conditional else None,
-            embedding_layout, fourier_scale, progressive_input, gradient_checkpointing,
+            embedding_layout, fourier_scale, progressive_input, gradient_checkpointing, patch_size,
         )  # fmt: skip
         self.learn_variance = learn_variance
         self.up = parts.up_path(self.skip_widths)
         self.out_norm = nn.GroupNorm(norm_groups, parts.widths[0], eps=NORM_EPS)
-        self.out_conv = nn.Conv2d(parts.widths[0], (2 if learn_variance else 1) * in_channels, 3, padding=1)
+        out_channels = (2 if learn_variance else 1) * in_channels * patch_size**2
+        self.out_conv = nn.Conv2d(parts.widths[0], out_channels, 3, padding=1)
         zero_init(self.out_conv)
 
     def forward(self, x: Tensor, c_noise: Tensor, y: Tensor | None = None) -> Tensor:
@@ -100,6 +103,8 @@ class UNet(Encoder):
         for block in self.up:
             h = self.run(block, h, emb, skips.pop())
         h = self.out_conv(silu(self.out_norm(h)))
+        if self.patch_size > 1:
+            h = pixel_shuffle(h, self.patch_size)
         if h.shape[2:] != x.shape[2:]:
             h = h[..., : x.shape[2], : x.shape[3]]
         return h.to(x.dtype)

@@ -1,0 +1,1 @@
+"""The tables of `scripts/benchmark.py`, one a file: `tables(rounds, device)` yields them."""

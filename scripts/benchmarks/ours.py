@@ -1,0 +1,88 @@
+"""Our networks, and a training made of the parts that `diffuse train` is made of, in a bare loop."""
+
+import torch
+from torch import Tensor, nn
+
+from diffusion_cli import config
+from diffusion_cli.checkpoint import Model
+from diffusion_cli.config import TrainConfig, build
+from diffusion_cli.denoiser import Denoiser
+from diffusion_cli.seeding import mix
+from diffusion_cli.training.ema import EMA
+
+PARAMETERS = {"ddpm": 35_746_307, "small": 1_539_329}
+"""Of each network that a peer has too: of 3 channels, and of 1."""
+
+OF_DIFFUSERS = [
+    "schedule=linear", "optimizer.lr=1e-4", "optimizer.betas=[0.95,0.999]", "optimizer.weight_decay=1e-6",
+    "optimizer.warm_up_steps=500", "max_steps=100000", "ema.decay=0.9999",
+]  # fmt: skip
+"""The settings of diffusers' script that trains unconditional models."""
+
+WORDS = {
+    "ddpm": ["model=unet_cifar10", *OF_DIFFUSERS],
+    "small": [
+        "model=unet_cifar10", "model.channels=32", "model.channel_mult=[1,2,2]", "model.attention_resolutions=[]",
+        "model.num_heads=null", "model.head_channels=32", "model.norm_groups=8", "model.dropout=0", *OF_DIFFUSERS,
+    ],
+}  # fmt: skip
+
+
+def configured(words: list[str]) -> TrainConfig:
+    """The configuration that `diffuse train` makes of these words."""
+    checked = config.load("train", words)
+    assert isinstance(checked, TrainConfig)
+    return checked
+
+
+def denoiser_of(checked: TrainConfig, shape: tuple[int, int, int]) -> Denoiser:
+    """A denoiser of images of a shape, as it is before training."""
+    torch.manual_seed(mix(checked.seed, "weights"))
+    network = build(checked.model, shape[0], shape[1], None)
+    return Denoiser(network, build(checked.schedule), build(checked.parameterization))
+
+
+def model_of(name: str, device: torch.device) -> Model:
+    """A model of 32x32 images, ready to sample."""
+    shape = (3, 32, 32)
+    denoiser = denoiser_of(configured(WORDS[name]), shape).to(device).eval().requires_grad_(False)
+    return Model(shape, None, {}, 0, "", denoiser)
+
+
+def count(network: nn.Module) -> int:
+    """The number of parameters."""
+    return sum(parameter.numel() for parameter in network.parameters())
+
+
+class Training:
+    """What `diffuse train` does at a step, Lightning and callbacks apart."""
+
+    def __init__(
+        self, checked: TrainConfig, shape: tuple[int, int, int], device: torch.device, precision: str
+    ) -> None:
+        self.device, self.precision, self.seed = device, precision, checked.seed
+        self.denoiser = denoiser_of(checked, shape).to(device)
+        self.network = self.denoiser.network
+        self.times, self.objective = build(checked.times), build(checked.objective)
+        self.ema = EMA(self.network, checked.ema.decay, checked.ema.warm_up)
+        settings = build(checked.optimizer)
+        self.clip_norm = settings.clip_norm
+        self.optimizer = settings.optimizer(self.network.parameters(), fused=True)
+        self.scheduler = settings.scheduler(self.optimizer)
+        if device.type == "cuda":
+            self.network.compile()
+
+    def step(self, x0: Tensor, number: int = 0) -> None:
+        """Train on images [B, C, H, W] on the device."""
+        torch.manual_seed(mix(self.seed, "step", number))
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
+            drawn = self.times(self.denoiser.schedule, torch.rand(len(x0), device=self.device))
+            loss = self.objective(self.denoiser, x0, None, drawn.t, torch.randn_like(x0))
+            loss = (drawn.weight * loss).mean()
+        self.optimizer.zero_grad()
+        loss.backward()
+        if self.clip_norm is not None:
+            nn.utils.clip_grad_norm_(self.network.parameters(), self.clip_norm)
+        self.optimizer.step()
+        self.scheduler.step()
+        self.ema.update(self.network)

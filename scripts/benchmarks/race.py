@@ -1,0 +1,199 @@
+"""Races: A B A B ... in one run, medians and ratios, beside what the hardware was seen to do in the same run."""
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from statistics import median
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import conv2d
+from torch.utils.flop_counter import FlopCounterMode
+
+from diffusion_cli.precision import FORMATS
+
+Cells = tuple[str, ...]
+
+LONG_ENOUGH = 0.5  # seconds of a round, by repeating what is shorter
+
+
+@dataclass(frozen=True)
+class Table:
+    """What was measured, for people and for programs."""
+
+    caption: str
+    head: Cells
+    rows: list[Cells]
+    measured: dict[str, Any]
+    """Every round, in seconds unless its key says otherwise, and what it was counted against."""
+
+    def with_column(self, head: str, cells: Sequence[str]) -> "Table":
+        """Return the table with one more column."""
+        rows = [(*row, cell) for row, cell in zip(self.rows, cells, strict=True)]
+        return replace(self, head=(*self.head, head), rows=rows)
+
+    def markdown(self) -> str:
+        """The caption, and the table as Markdown has it."""
+        lines = [self.head, ("---",) * len(self.head), *self.rows]
+        return "\n".join([self.caption, "", *(f"| {' | '.join(cells)} |" for cells in lines)])
+
+
+class Contestant(NamedTuple):
+    """What takes part in a race."""
+
+    name: str
+    once: Callable[[], float]
+    """Do it, and return the seconds it took."""
+    images: int
+    """That it works on each time."""
+    flops: int = 0
+    """Floating point operations that it is credited with each time."""
+    precision: str = "fp32"
+
+
+def timed(
+    function: Callable[[], object],
+    device: torch.device,
+    repeats: int = 1,
+    clock: Callable[[], float] = time.perf_counter,
+) -> Callable[[], float]:
+    """A function that returns how many seconds another takes, the mean of so many times in a row."""
+
+    def once() -> float:
+        start = clock()
+        for _ in range(repeats):
+            function()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        return (clock() - start) / repeats
+
+    return once
+
+
+def paced(function: Callable[[], object], device: torch.device) -> Callable[[], float]:
+    """As `timed`, once it is warm and as often as makes a round long enough to be timed."""
+    timed(function, device)()
+    return timed(function, device, max(1, round(LONG_ENOUGH / timed(function, device)())))
+
+
+def race(contestants: Mapping[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
+    """What each returns in so many rounds A B A B ..."""
+    results: dict[str, list[float]] = {name: [] for name in contestants}
+    for _ in range(rounds):
+        for name, once in contestants.items():
+            results[name].append(once())
+    return results
+
+
+def raced(
+    caption: str,
+    contestants: Sequence[Contestant],
+    rounds: int,
+    ceilings: Mapping[str, float] | None = None,
+) -> Table:
+    """Race, and compare all with the first; where the FLOP/s of each precision are given, with those too."""
+    results = race({each.name: each.once for each in contestants}, rounds)
+    return compared(caption, contestants, results, ceilings or {})
+
+
+def compared(
+    caption: str,
+    contestants: Sequence[Contestant],
+    results: Mapping[str, Sequence[float]],
+    ceilings: Mapping[str, float],
+) -> Table:
+    """The table of a race's results: medians, how many times as fast as the first, and the share of the ceiling."""
+    head = ("", "ms", "images/s", f"times as fast as {contestants[0].name}")
+    first = contestants[0].images / median(results[contestants[0].name])
+    rows: list[Cells] = []
+    for each in contestants:
+        seconds = median(results[each.name])
+        rate = each.images / seconds
+        cells = (each.name, f"{1000 * seconds:.4g}", f"{rate:.4g}", f"{rate / first:.2f}")
+        if ceilings:
+            share = each.flops / seconds / ceilings[each.precision]
+            cells += (f"{each.flops / seconds / 1e9:.4g}", f"{100 * share:.0f} %")
+        rows.append(cells)
+    if ceilings:
+        head += ("GFLOP/s", "of the ceiling")
+        said = ", ".join(f"{name} {ceiling / 1e9:.4g}" for name, ceiling in ceilings.items())
+        caption += f" Ceiling, GFLOP/s: {said}."
+    measured = {
+        each.name: {
+            "seconds": list(results[each.name]), "images": each.images, "flops": each.flops, "precision": each.precision,
+        }
+        for each in contestants
+    }  # fmt: skip
+    return Table(caption, head, rows, {"contestants": measured, "ceilings": dict(ceilings)})
+
+
+class NetworkClock:
+    """Adds up the seconds within the calls of a network."""
+
+    def __init__(self, network: nn.Module, device: torch.device) -> None:
+        self.device, self.seconds, self.start = device, 0.0, 0.0
+        network.register_forward_pre_hook(self._begin)
+        network.register_forward_hook(self._end)
+
+    def __deepcopy__(self, memo: object) -> "NetworkClock":
+        return self  # the calls of a copy of the network count too
+
+    def _now(self) -> float:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+    def _begin(self, module: nn.Module, inputs: object) -> None:
+        self.start = self._now()
+
+    def _end(self, module: nn.Module, inputs: object, output: object) -> None:
+        self.seconds += self._now() - self.start
+
+
+def flops(function: Callable[[], object]) -> int:
+    """Floating point operations of the convolutions, products and attention that a function takes."""
+    with FlopCounterMode(display=False) as counter:
+        function()
+    return counter.get_total_flops()
+
+
+def ceiling(device: torch.device, precision: str) -> float:
+    """FLOP/s of the fastest of some convolutions, in either layout, and a matrix product, forward.
+
+    In fp32 as torch does it unless told otherwise: on a GPU its convolutions are in TF32.
+    """
+    on_gpu, dtype = device.type == "cuda", FORMATS.get(precision, torch.float32)
+    shapes = ((128, 256, 32), (512, 256, 16)) if on_gpu else ((8, 256, 16), (16, 256, 16), (8, 128, 32))
+    n = 8192 if on_gpu else 2048
+    a, b = torch.randn(2, n, n, device=device, dtype=dtype)
+    candidates: list[tuple[int, Callable[[], Tensor]]] = [(2 * n**3, partial(torch.mm, a, b))]
+    for batch, channels, size in shapes:
+        for layout in (torch.contiguous_format, torch.channels_last):
+            x, weight = (
+                torch.randn(shape, device=device, dtype=dtype).to(memory_format=layout)
+                for shape in ((batch, channels, size, size), (channels, channels, 3, 3))
+            )
+            work = 2 * batch * size**2 * channels**2 * 9
+            candidates.append((work, partial(conv2d, x, weight, padding=1)))
+    with torch.inference_mode():
+        return max(work / _settled(function, device) for work, function in candidates)
+
+
+def bandwidth(device: torch.device) -> float:
+    """Bytes/s of memory, read and written, that a copy of 256 MB moves."""
+    source = torch.ones(2**26, device=device)
+    target = torch.empty_like(source)
+    return 2 * source.nbytes / _settled(partial(target.copy_, source), device)
+
+
+def _settled(function: Callable[[], object], device: torch.device) -> float:
+    once = timed(function, device, 10 if device.type == "cuda" else 1)
+    once()
+    return median(once() for _ in range(7))
+
+
+def in_a_row(numbers: Sequence[float]) -> str:
+    """Rounds, as a cell."""
+    return " ".join(f"{number:.3g}" for number in numbers)

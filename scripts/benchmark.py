@@ -1,7 +1,7 @@
 """Benchmarks as Markdown tables: `python scripts/benchmark.py [train_step sample data startup fid memory ...]`.
 
-What is compared runs A B A B ... in one run; the tables give medians and their ratios, since absolute times mean little on
-a shared machine. The peers come with `pip install '.[bench]'`.
+What is compared runs A B A B ... in one run; the tables give medians and their ratios, since absolute times mean little
+on a shared machine. The peers come with `pip install '.[bench]'`.
 """
 
 import argparse

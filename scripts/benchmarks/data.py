@@ -36,7 +36,7 @@ def _in_memory(folder: Path, rounds: int, device: torch.device) -> Table:
     _write(folder, images)
     contestants = [
         _contestant("`ImageFolder`", _image_folder(folder, size, []), size, 20, device),
-        _contestant("`Batches`", _ours(MemoryImages(pixels, None), size, device), size, 200, device),
+        _contestant("`Batches`", _ours(MemoryImages(pixels, None), size, device), size, 20, device),
     ]
     return raced(
         f"Batches of {size} images of 3x32x32: held in memory, and files of them read by {WORKERS} workers.",

@@ -122,10 +122,13 @@ def compared(
         caption += f" Ceiling, GFLOP/s: {said}."
     measured = {
         each.name: {
-            "seconds": list(results[each.name]), "images": each.images, "flops": each.flops, "precision": each.precision,
+            "seconds": list(results[each.name]),
+            "images": each.images,
+            "flops": each.flops,
+            "precision": each.precision,
         }
         for each in contestants
-    }  # fmt: skip
+    }
     return Table(caption, head, rows, {"contestants": measured, "ceilings": dict(ceilings)})
 
 

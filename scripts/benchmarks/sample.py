@@ -53,29 +53,28 @@ def tables(rounds: int, device: torch.device) -> Iterator[Table]:
     def ours(steps: int, precision: str) -> None:
         write_samples(model, sampler, steps, precision)
 
-    clocks = {
-        ours: NetworkClock(model.denoiser.network, device),
-        theirs: NetworkClock(pipeline.unet, device),
-    }
     within: dict[str, list[float]] = {}
 
-    def contestant(name: str, samples: Callable[[int, str], None], precision: str) -> Contestant:
+    def contestant(
+        name: str, samples: Callable[[int, str], None], clock: NetworkClock, precision: str
+    ) -> Contestant:
         samples(WARM_UP_STEPS, precision)
         within[name] = []
 
         def once() -> float:
-            clocks[samples].seconds = 0.0
+            clock.seconds = 0.0
             seconds = timed(lambda: samples(STEPS, precision), device)()
-            within[name].append(clocks[samples].seconds)
+            within[name].append(clock.seconds)
             return seconds
 
         return Contestant(name, once, IMAGES, nominal, precision)
 
+    their_clock, our_clock = (NetworkClock(net, device) for net in (pipeline.unet, model.denoiser.network))
     contestants = [
-        contestant("diffusers fp32", theirs, "fp32"),
-        contestant("diffusers bf16", theirs, "bf16"),
-        contestant("diffuse fp32", ours, "fp32"),
-        contestant("diffuse bf16", ours, "bf16"),
+        contestant("diffusers fp32", theirs, their_clock, "fp32"),
+        contestant("diffusers bf16", theirs, their_clock, "bf16"),
+        contestant("diffuse fp32", ours, our_clock, "fp32"),
+        contestant("diffuse bf16", ours, our_clock, "bf16"),
     ]
     caption = (
         f"{IMAGES} images of 32x32 by the network of {PARAMETERS['ddpm'] / 1e6:.1f}M parameters, DDIM, {STEPS} steps, "

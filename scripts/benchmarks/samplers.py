@@ -35,8 +35,8 @@ def tables(rounds: int, device: torch.device) -> Iterator[Table]:
             "seconds_within_network": [b for _, b in pairs],
         }
     yield Table(
-        f"Sampling 16 images of 32x32 with the DDPM network in {STEPS} steps, PNG files and all, fp32. The target of the "
-        "ratio is below 1.02.",
+        f"Sampling 16 images of 32x32 with the DDPM network in {STEPS} steps, PNG files and all, fp32. The target of "
+        "the ratio is below 1.02.",
         ("sampler", "whole, s", "within network calls, s", "ratio"),
         rows,
         measured,

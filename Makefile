@@ -1,8 +1,9 @@
-# `make demo` trains, samples and evaluates; `make test` passes the tests. Both set up .venv where it is not there.
+# `make demo` trains, samples and evaluates; `make test` passes the tests, `make bench` times all
+# against other packages. Each sets up .venv where it is not there.
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test fast lint clean
+.PHONY: demo test fast lint bench clean
 
 demo: .venv/installed
 	$(BIN)/diffuse train name=demo
@@ -22,6 +23,10 @@ lint: .venv/installed
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/pyright --pythonpath $(BIN)/python
+
+bench: .venv/installed
+	$(BIN)/python -m pip install --quiet --editable '.[bench]'
+	$(BIN)/python scripts/benchmark.py train_step sample data startup fid memory --json benchmark.json --plot roofline.png
 
 .venv/installed: pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or later is needed; give one as PYTHON=")'

@@ -26,7 +26,9 @@ lint: .venv/installed
 
 bench: .venv/installed
 	$(BIN)/python -m pip install --quiet --editable '.[bench]'
-	$(BIN)/python scripts/benchmark.py train_step sample data startup fid memory --json benchmark.json --plot roofline.png
+	mkdir -p outputs
+	$(BIN)/python scripts/benchmark.py train_step sample data startup fid memory \
+		--json outputs/benchmark.json --plot outputs/roofline.png
 
 .venv/installed: pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or later is needed; give one as PYTHON=")'

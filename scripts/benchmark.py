@@ -59,6 +59,9 @@ def main() -> None:
         "--plot", type=Path, metavar="FILE", help="draw the roofline of the DDPM network, PNG or SVG"
     )
     arguments = parser.parse_args()
+    for path in (arguments.json, arguments.plot):
+        if path and not path.parent.is_dir():
+            parser.error(f"{path}: its folder does not exist; make it first")
     device = device_of(arguments.device)
     record: dict[str, Any] = {"machine": machine(device), "rounds": arguments.rounds, "tables": {}}
     print(", ".join(f"{key} {value}" for key, value in record["machine"].items() if value is not None))
@@ -82,7 +85,7 @@ def machine(device: torch.device) -> dict[str, Any]:
     }
     versions = {name: importlib.metadata.version(name) for name in PACKAGES if name in installed}
     return {
-        "command": shlex.join(["python", *sys.argv]),
+        "command": shlex.join(["python", "scripts/benchmark.py", *sys.argv[1:]]),
         "processor": _processor(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),

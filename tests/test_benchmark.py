@@ -76,6 +76,14 @@ def test_ratios_are_of_images_a_second_where_work_differs() -> None:
     assert [row[3] for row in rows] == ["1.00", "0.50"]
 
 
+def test_the_ceiling_is_the_highest_of_all_rounds() -> None:
+    clock, seen = FakeClock(), iter([1e9, 4e9, 2e9])
+    peer = Contestant("peer", timed(clock.work(2.0), CPU, clock=clock), images=1, flops=2 * 10**9)
+    table = raced("", [peer], rounds=3, ceilings={"fp32": lambda: next(seen)})
+    assert table.rows == [("peer", "2000", "0.5", "1.00", "1", "25 %")]
+    assert table.measured["ceilings"] == {"fp32": 4e9}
+
+
 def test_markdown_of_a_table() -> None:
     table = Table("Caption.", ("a",), [("1",), ("2",)], {}).with_column("b", ["3", "4"])
     assert table.markdown() == "Caption.\n\n| a | b |\n| --- | --- |\n| 1 | 3 |\n| 2 | 4 |"

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.peers import imported
-from benchmarks.race import Contestant, Table, ceiling, flops, paced, raced
+from benchmarks.race import Contestant, Table, ceilings, flops, paced, raced
 from diffusion_cli.data import Digits
 from diffusion_cli.metrics import InceptionFeatures
 
@@ -49,7 +49,7 @@ def tables(rounds: int, device: torch.device) -> Iterator[Table]:
         f"Features of {IMAGES} images of 3x32x32 by Inception. GFLOP/s are of the operations of torch-fidelity's.",
         contestants,
         rounds,
-        {precision: ceiling(device, precision) for precision in ours},
+        ceilings(device),
     )
 
 

@@ -91,11 +91,12 @@ def raced(
     caption: str,
     contestants: Sequence[Contestant],
     rounds: int,
-    ceilings: Mapping[str, float] | None = None,
+    ceilings: Mapping[str, Callable[[], float]] | None = None,
 ) -> Table:
-    """Race, and compare all with the first; where the FLOP/s of each precision are given, with those too."""
-    results = race({each.name: each.once for each in contestants}, rounds)
-    return compared(caption, contestants, results, ceilings or {})
+    """Race, and compare all with the first; and with the most FLOP/s of each precision, measured in every round too."""
+    runs = {each.name: each.once for each in contestants}
+    results = race({**runs, **(ceilings or {})}, rounds)
+    return compared(caption, contestants, results, {name: max(results[name]) for name in ceilings or {}})
 
 
 def compared(
@@ -162,6 +163,11 @@ def flops(function: Callable[[], object]) -> int:
     return counter.get_total_flops()
 
 
+def ceilings(device: torch.device) -> dict[str, Callable[[], float]]:
+    """What measures the ceiling of each precision."""
+    return {precision: partial(ceiling, device, precision) for precision in ("fp32", "bf16")}
+
+
 def ceiling(device: torch.device, precision: str) -> float:
     """FLOP/s of the fastest of some convolutions, in either layout, and a matrix product, forward.
 
@@ -194,7 +200,7 @@ def bandwidth(device: torch.device) -> float:
 def _settled(function: Callable[[], object], device: torch.device) -> float:
     once = timed(function, device, 10 if device.type == "cuda" else 1)
     once()
-    return median(once() for _ in range(7))
+    return median(once() for _ in range(3))
 
 
 def in_a_row(numbers: Sequence[float]) -> str:

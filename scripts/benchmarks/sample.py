@@ -9,7 +9,7 @@ import torch
 
 from benchmarks.ours import PARAMETERS, count, model_of
 from benchmarks.peers import ddim_pipeline
-from benchmarks.race import Contestant, NetworkClock, Table, ceiling, flops, raced, timed
+from benchmarks.race import Contestant, NetworkClock, Table, ceilings, flops, raced, timed
 from diffusion_cli.checkpoint import Model
 from diffusion_cli.commands.samples import image_path
 from diffusion_cli.generate import generate
@@ -82,7 +82,7 @@ def tables(rounds: int, device: torch.device) -> Iterator[Table]:
         "upsamples. The last column is the time over that within the network calls of the same round; its target for "
         "ours is below 1.02."
     )
-    table = raced(caption, contestants, rounds, {p: ceiling(device, p) for p in ("fp32", "bf16")})
+    table = raced(caption, contestants, rounds, ceilings(device))
     measured = table.measured["contestants"]
     for name, seconds in within.items():
         measured[name]["seconds_within_network"] = seconds

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from benchmarks.ours import PARAMETERS, WORDS, Training, configured, count
 from benchmarks.peers import Diffusers, Lucidrains
-from benchmarks.race import Contestant, Table, ceiling, flops, paced, raced
+from benchmarks.race import Contestant, Table, ceilings, flops, paced, raced
 from diffusion_cli.precision import resolve
 
 
@@ -58,4 +58,4 @@ def _table(name: str, shape: tuple[int, int, int], batch: int, rounds: int, devi
         f"denoising-diffusion-pytorch's is another network, of {count(lucidrains.network) / 1e6:.2f}M parameters and "
         f"{others / batch / 1e9:.3g} GFLOP an image, by which its GFLOP/s are counted."
     )
-    return raced(caption, contestants, rounds, {p: ceiling(device, p) for p in ("fp32", "bf16")})
+    return raced(caption, contestants, rounds, ceilings(device))

@@ -3,6 +3,8 @@
 import tempfile
 import time
 from collections.abc import Iterator
+from contextlib import redirect_stderr, redirect_stdout
+from io import StringIO
 from itertools import islice, pairwise
 from statistics import median
 
@@ -43,7 +45,11 @@ def tables(rounds: int, device: torch.device) -> Iterator[Table]:
 
     def ours() -> float:
         clock.starts.clear()
-        with tempfile.TemporaryDirectory() as folder:
+        with (
+            tempfile.TemporaryDirectory() as folder,
+            redirect_stdout(StringIO()),
+            redirect_stderr(StringIO()),
+        ):
             train.run(configured([*words, f"output_dir={folder}"]))
         return _period(clock.starts)
 

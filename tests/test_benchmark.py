@@ -7,12 +7,14 @@ from copy import deepcopy
 
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 
 import benchmark
 from benchmarks.ours import PARAMETERS, WORDS, Training, configured, count, denoiser_of
 from benchmarks.peers import OF_LUCIDRAINS, Diffusers, Lucidrains, imported, unet_2d
 from benchmarks.race import Contestant, NetworkClock, Table, compared, flops, race, raced, timed
+from benchmarks.roofline import Operations, draw
 
 CPU = torch.device("cpu")
 SHAPES = {"ddpm": (3, 32, 32), "small": (1, 16, 16)}
@@ -101,6 +103,24 @@ def test_the_clock_of_a_network_runs_within_its_calls_and_those_of_its_copies() 
 def test_operations_of_a_convolution_are_two_a_tap() -> None:
     layer = nn.Conv2d(3, 5, 3, padding=1)
     assert flops(lambda: layer(torch.zeros(2, 3, 8, 8))) == 2 * 2 * 5 * 3 * 9 * 8 * 8
+
+
+def test_operations_know_the_bytes_they_move() -> None:
+    layer, x = nn.Conv2d(3, 5, 3, padding=1), torch.zeros(2, 3, 8, 8)
+    with torch.no_grad(), Operations(CPU) as operations:
+        layer(x).mul_(2)
+    (convolution,) = operations.counted  # the product by 2 is no operation that is counted
+    result = 4 * 2 * 5 * 8 * 8
+    assert convolution.flops == 2 * 2 * 5 * 3 * 9 * 8 * 8
+    assert convolution.bytes == x.nbytes + layer.weight.nbytes + 4 * 5 + result
+    assert operations.bytes == convolution.bytes + 2 * result
+
+
+def test_a_roofline_is_drawn(tmp_path) -> None:
+    call = {"flops": 100, "bytes": 10, "seconds": 1e-9}
+    part = {"ceiling": 1e11, "operations": [call], "forward": call}
+    draw({"batch": 1, "bytes_per_second": 1e10, "fp32": part, "bf16": part}, tmp_path / "a.png")
+    assert Image.open(tmp_path / "a.png").size > (500, 300)
 
 
 @pytest.mark.parametrize("name", WORDS)

@@ -15,7 +15,7 @@ from benchmarks.race import bandwidth, ceiling, paced
 from diffusion_cli.precision import autocast
 
 PRECISIONS = {"fp32": "tab:blue", "bf16": "tab:orange"}
-FASTEST_OF = 3
+ROUNDS = 3  # of which the fastest counts, for operations and ceilings alike
 
 
 class Operation(NamedTuple):
@@ -63,19 +63,20 @@ def measured(device: torch.device) -> dict[str, Any]:
     for precision in PRECISIONS:
         # Not in inference mode, which hands on operators whole that have no count of their own.
         with torch.no_grad(), autocast(device, precision):
-            seconds = paced(lambda: network(x, t), device)()
-            passes = []
-            for _ in range(FASTEST_OF):
+            forward = paced(lambda: network(x, t), device)
+        rounds = []
+        for _ in range(ROUNDS):
+            with torch.no_grad(), autocast(device, precision):
+                seconds = forward()
                 with Operations(device) as operations:
                     network(x, t)
-                passes.append(operations)
-        calls = [
-            min(same, key=lambda each: each.seconds)
-            for same in zip(*(p.counted for p in passes), strict=True)
-        ]
-        whole = Operation(sum(call.flops for call in calls), passes[0].bytes, seconds)
+            rounds.append((ceiling(device, precision), seconds, operations))
+        ceilings, times, passes = zip(*rounds, strict=True)
+        same_calls = zip(*(each.counted for each in passes), strict=True)
+        calls = [min(same, key=lambda call: call.seconds) for same in same_calls]
+        whole = Operation(sum(call.flops for call in calls), passes[0].bytes, min(times))
         found[precision] = {
-            "ceiling": ceiling(device, precision),
+            "ceiling": max(ceilings),
             "operations": [call._asdict() for call in calls],
             "forward": whole._asdict(),
         }

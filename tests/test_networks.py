@@ -480,9 +480,10 @@ def test_dropout_of_nearly_nothing_and_nearly_all_is_finite(share):
     assert Dropout(share)(torch.ones(64, 64)).isfinite().all()
 
 
-def test_pointwise_is_a_convolution():
+@pytest.mark.parametrize("size", [(5, 7), (16, 17)])
+def test_pointwise_is_a_convolution(size):
     layer = Pointwise(6, 4, 1).double()
-    x = torch.randn(3, 6, 5, 7, dtype=torch.float64, requires_grad=True)
+    x = torch.randn(3, 6, *size, dtype=torch.float64, requires_grad=True)
     weights = [x, layer.weight, layer.bias]
     ours, plain = layer(x), conv2d(x, layer.weight, layer.bias)
     close(ours, plain)

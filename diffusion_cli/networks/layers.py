@@ -186,10 +186,10 @@ class Dropout(nn.Dropout):
 
 
 class Pointwise(nn.Conv2d):
-    """A convolution 1x1; on a CPU as a matrix product, which needs no copy of its input in another order."""
+    """A convolution 1x1; for large images on a CPU as a matrix product, which needs no copy in another order."""
 
     def forward(self, input: Tensor) -> Tensor:
-        if input.device.type != "cpu":
+        if input.device.type != "cpu" or input.shape[2] * input.shape[3] < 256:
             return super().forward(input)
         assert self.bias is not None
         weight = self.weight.flatten(1).expand(len(input), -1, -1)

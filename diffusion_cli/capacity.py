@@ -38,7 +38,8 @@ def _fit(call: Call, most: int, device: torch.device) -> int:
     call(1)  # takes what stays: kernels, and room for libraries
     small, large = (_peak(call, count, device) for count in (1, 2))
     unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    free = SHARE * (torch.cuda.mem_get_info(device)[0] + unused)
+    sharing = math.ceil(started().local_world / torch.cuda.device_count())
+    free = SHARE * (torch.cuda.mem_get_info(device)[0] + unused) / sharing
     size = most
     while size > 1:
         if large + (size - 2) * (large - small) <= free:
@@ -49,6 +50,7 @@ def _fit(call: Call, most: int, device: torch.device) -> int:
             else:
                 break
         size //= 2
+    torch.cuda.empty_cache()  # a compiled network's graphs have memory of their own
     return size
 
 

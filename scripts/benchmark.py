@@ -14,6 +14,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
+# All contestants of a race live in one process; more kernels than oneDNN keeps would be made anew at every turn.
+os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "16384")
+
 import torch
 
 from benchmarks import (

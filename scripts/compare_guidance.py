@@ -1,7 +1,8 @@
 """Class accuracy and Frechet distance against the scale of guidance: a table, and a plot of it.
 
     diffuse train name=digits_cfg model.class_conditional=true
-    diffuse eval -m run=digits_cfg features=classifier metric=[fid,classifier] guidance=cfg guidance.scale=1,1.5,2,3,5
+    diffuse eval -m run=digits_cfg precision=fp32 features=classifier metric=[fid,classifier] guidance=cfg \\
+        guidance.scale=1,1.5,2,3,5
     python scripts/compare_guidance.py outputs/digits_cfg --plot docs/guidance.png
 
 Reads the newest number of each guidance and scale from the `metrics.json` of the runs.

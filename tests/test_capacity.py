@@ -5,6 +5,7 @@ import torch
 
 from diffusion_cli import capacity
 from diffusion_cli.capacity import images_that_fit
+from diffusion_cli.ranks import Place
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 MIB = 1 << 20
@@ -65,6 +66,7 @@ class Memory:
         monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: self.peak)
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (self.free, self.free))
         monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
 
     def __call__(self, count: int) -> None:
         self.calls.append(count)
@@ -82,3 +84,10 @@ def test_a_gpu_is_given_what_fits_as_tried(monkeypatch, free, most, more, size):
     assert images_that_fit(memory, most, GPU) == size
     assert memory.calls[-1] == size
     assert len(memory.calls) <= 5
+
+
+def test_processes_that_share_a_gpu_share_its_memory(monkeypatch):
+    memory = Memory(monkeypatch, 1000 * MIB, 10 * MIB)
+    alone = images_that_fit(memory, 512, GPU)
+    monkeypatch.setattr(capacity, "started", lambda: Place(0, 4, 0, 4))
+    assert images_that_fit(memory, 512, GPU) == alone // 4

@@ -199,7 +199,7 @@ def test_a_checkpoint_of_an_older_version_is_no_damage(begun, capsys):
     torch.save(checkpoint, last)
     before = last.read_bytes()
     assert train(begun, "max_steps=14") == 2
-    assert "last.ckpt: is not a checkpoint of this version of diffuse (format 2)" in said(capsys)
+    assert "last.ckpt: is not a checkpoint of this version of diffuse (format 3)" in said(capsys)
     assert last.read_bytes() == before
 
 

@@ -1,5 +1,7 @@
 """Schedules against independent implementations, and the laws that any schedule obeys."""
 
+import pickle
+
 import pytest
 import torch
 
@@ -286,3 +288,12 @@ def test_levels_of_one_time_are_those_of_many_and_serve_gradients_later(schedule
         x = torch.ones(2, requires_grad=True)
         (gradient,) = torch.autograd.grad((schedule(times[-1])[1] * x).square().sum(), x)
         assert torch.allclose(gradient, (2 * sigmas[-1] ** 2).float()), name
+
+
+def test_a_table_travels_and_hands_out_levels_of_its_own():
+    schedule = Linear(num_timesteps=100, beta_start=1e-4, beta_end=0.02, zero_terminal_snr=False)
+    t = torch.tensor(0.3, dtype=torch.float64)
+    before = schedule.log_alpha_bar(t).item()
+    schedule.log_alpha_bar(t).add_(1)
+    assert schedule.log_alpha_bar(t).item() == before
+    assert pickle.loads(pickle.dumps(schedule)).log_alpha_bar(t).item() == before

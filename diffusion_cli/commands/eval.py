@@ -41,6 +41,7 @@ from diffusion_cli.ranks import Ranks, work_together
 from diffusion_cli.report import save_rows
 
 SAMPLES = 2000  # made where num_samples does not say
+SHOWN = 250  # images at a time to the metrics, where batch_size=auto finds fewer for the sampler
 EXACT = "fp32"  # of metrics of the model itself, whose small differences and solvers no shorter format serves
 Kinds = dict[str, Metric | ModelMetric]
 """Metrics of both kinds, by their names in the configuration."""
@@ -251,12 +252,10 @@ def _changed(config: EvalConfig, *keys: str) -> list[tuple[str, Any]]:
 
 def _of_samples(config: EvalConfig, scene: Scene, samples: Samples, environment: dict[str, Any]) -> Report:
     """Show the samples to every metric, and keep the pictures that come of it."""
-    made = samples if isinstance(samples, ModelSamples) else None
     size = config.batch_size
-    if size == "auto":  # for samples that are made, look_at has seen to that
-        assert made is not None
-        size = made.batch_size
-    with nullcontext() if made is None else made.writer:
+    if size == "auto":  # of samples; the metrics' networks see to their own memory
+        size = max(SHOWN, samples.batch_size) if isinstance(samples, ModelSamples) else SHOWN
+    with samples.writer if isinstance(samples, ModelSamples) else nullcontext():
         report, pictures, _ = evaluate(
             scene.metrics, scene.networks, samples, scene.reference,
             batch_size=size, force=config.force, environment=environment,

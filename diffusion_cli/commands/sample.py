@@ -40,14 +40,16 @@ def make(config: SampleConfig) -> None:
             file=sys.stderr,
         )
     shown = seeds[: max(STRIP_IMAGES * config.strip, GIF_IMAGES * config.gif)]
-    size = trained.batch_size(config, len(todo) or len(shown))
+    size = trained.batch_size(config, max(len(todo), len(shown)))
     calls = max(ranks.gather(_make(trained, config, todo, output, ranks, size)))
     if not ranks.first:
         return
     keep_seeds(output, seeds, calls)
     overview = _overview(trained, config, seeds, output)
     made = f", {calls} network calls each" if todo else ""
-    print(f"{len(seeds)} images of step {trained.model.step}{made}, in {output}\nGrid: {overview}")
+    print(
+        f"{len(seeds)} images of step {trained.model.step}{made}, {trained.precision}, in {output}\nGrid: {overview}"
+    )
     if shown:
         ways = trajectories(
             trained.model, trained.sampler, config.steps, shown, size, frames=config.frames,

@@ -68,13 +68,17 @@ class Array(Dataset):
             self.is_held_out = shuffled_mask(self.contents.number, self.held_out)
 
     def load(self, split: Split) -> Images:
-        images = self.once(split)
+        images = self._rows(split)
         in_memory = self.in_memory
         if in_memory is None:
             in_memory = fits_in_memory(len(images) * int(np.prod(self.shape)))
         return MemoryImages(images.gather(torch.arange(len(images))), images.labels) if in_memory else images
 
     def once(self, split: Split) -> Images:
+        # What is compressed would be unpacked whole by every process that reads some of it.
+        return self.load(split) if self.contents.compressed else self._rows(split)
+
+    def _rows(self, split: Split) -> "ArrayImages":
         return ArrayImages(self.path, self.contents, split_rows(self.is_held_out, self.held_out, split))
 
 
@@ -195,12 +199,12 @@ def _header(archive: Archive, name: str) -> Header:
         return _parsed(file, archive.entries[name].file_size)
 
 
-def _parsed(file: IO[bytes], size: int, kinds: str = "biuf") -> Header:
+def _parsed(file: IO[bytes], size: int, kinds: str | None = "biuf") -> Header:
     version = npy.read_magic(file)
     shape, fortran_order, dtype = (
         npy.read_array_header_1_0(file) if version == (1, 0) else npy.read_array_header_2_0(file)
     )
-    if dtype.kind not in kinds:
+    if kinds is not None and dtype.kind not in kinds:
         raise ValueError(f"holds {dtype}; images and labels are numbers")
     if min(shape, default=0) < 0:
         raise ValueError(f"has shape {shape}; no length is negative")
@@ -239,18 +243,23 @@ def read_labels(path: Path, key: str) -> Tensor:
     return torch.from_numpy(opened_array(path, key).astype(np.int64))
 
 
-def read_marks(path: Path, count: int) -> np.ndarray:
-    """Which images of a .npz are held out, bool [count]."""
-    marks = opened_array(path, MARKS)
-    if marks.dtype != np.bool_ or marks.shape != (count,):
-        raise ValueError(f"'{MARKS}' holds {marks.dtype} {marks.shape}; must be {count} of bool")
-    return np.array(marks)
+def read_marks(path: Path, count: int) -> np.ndarray | None:
+    """Which images of a .npz are held out, bool [count], or None where something else is called so."""
+    header = read_header(path, MARKS)
+    if header.dtype != np.bool_:
+        return None
+    if header.shape != (count,):
+        raise ValueError(f"'{MARKS}' has shape {header.shape}; must be of {count}")
+    return np.array(opened_array(path, MARKS))
 
 
-def _texts(archive: Archive) -> list[str]:
+def _texts(archive: Archive) -> list[str] | None:
+    """The names of the classes, or None where something else is called so."""
     name = f"{CLASS_NAMES}.npy"
     with archive.open(name) as file:
-        header = _parsed(file, archive.entries[name].file_size, "U")
+        header = _parsed(file, archive.entries[name].file_size, None)
+    if header.dtype.kind != "U" or len(header.shape) != 1 or header.shape[0] > MOST_CLASSES:
+        return None
     return np.frombuffer(archive.read(name), header.dtype, math.prod(header.shape), header.start).tolist()
 
 

@@ -40,25 +40,25 @@ class Decoder(NamedTuple):
         """Raises ValueError if the file cannot be decoded faithfully."""
         image = _parsed(data)
         size = image.size
-        image.draft(None, (SPARE * self.resolution, SPARE * self.resolution))
-        if image.size == size:
+        drafted = image.draft(None, (SPARE * self.resolution, SPARE * self.resolution))
+        if drafted is None or image.size == size:
             image = self._resized(self._flattened(_upright(image)), size=None)
         else:  # turned at the end: where no eighth of the size is whole, the right and the lower edge reach too far
-            image = _upright(self._resized(self._flattened(image), size))
+            _, (_, _, width, _) = drafted  # of the file's image, in pixels of this one
+            image = _upright(self._resized(self._flattened(image), size, size[0] / width))
         return np.asarray(image).reshape(self.resolution, self.resolution, self.channels).transpose(2, 0, 1)
 
     def _flattened(self, image: Image.Image) -> Image.Image:
         return flattened(image, self.channels, self.background)
 
-    def _resized(self, image: Image.Image, size: tuple[int, int] | None) -> Image.Image:
-        """The centred square of an image that may be a smaller one of what has a `size` in the file."""
+    def _resized(self, image: Image.Image, size: tuple[int, int] | None, scale: float = 1.0) -> Image.Image:
+        """The centred square of an image that may be smaller, by `scale`, than what has a `size` in the file."""
         width, height = size or image.size
         side = min(width, height)
         left, top = (width - side) // 2, (height - side) // 2
         square = (left, top, left + side, top + side)
         if side == self.resolution:
             return image.crop(square)
-        scale = round(width / image.width)
         box = (left / scale, top / scale, (left + side) / scale, (top + side) / scale)
         return image.resize((self.resolution, self.resolution), Image.Resampling.LANCZOS, box=box)
 

@@ -56,7 +56,7 @@ class Pack:
 
     def _pixels(self, dataset: Dataset, splits: list[Images]) -> Iterator[Tensor]:
         """The images of one split after the other, some at a time, under a progress bar on stderr."""
-        wanted = (os.cpu_count() or 1) if self.processes is None else self.processes
+        wanted = _cores() if self.processes is None else self.processes
         size = max(1, CHUNK // int(np.prod(dataset.shape)))
         total = sum(map(len, splits))
         with tqdm(
@@ -74,6 +74,12 @@ class Pack:
                         )
                     yield pixels
                     progress.update(len(pixels))
+
+
+def _cores() -> int:
+    """Those that this process may use: of a node's, what a batch job was given."""
+    allowed = getattr(os, "sched_getaffinity", None)
+    return len(allowed(0)) if allowed else os.cpu_count() or 1
 
 
 def _entry(archive: ZipFile, name: str) -> IO[bytes]:

@@ -15,6 +15,7 @@ from torch.nn.functional import (
 )
 
 NORM_EPS = 1e-6  # Ho et al. 2020
+SMALL = 2**24  # numbers of all attention matrices of a layer: 32 MB in bfloat16
 
 
 def timestep_embedding(c_noise: Tensor, dim: int, layout: Literal["sin_cos", "cos_sin"]) -> Tensor:
@@ -163,9 +164,10 @@ class Upsample(nn.Conv2d):
 
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """softmax(q k^T / sqrt(d)) v, for q, k, v [B, heads, N, d]; in their dtype."""
-    # A CPU's fused kernel takes up to seven times as long in bfloat16 as the products do, whose N x N matrix is
-    # still small here.
-    if q.device.type == "cpu" and q.dtype == torch.bfloat16 and q.shape[2] <= 1024:
+    # A CPU's fused kernel takes up to seven times as long in bfloat16 as the products do, as long as their N x N
+    # matrices are small.
+    small = q.shape[0] * q.shape[1] * q.shape[2] ** 2 <= SMALL
+    if q.device.type == "cpu" and q.dtype == torch.bfloat16 and small:
         return (q * q.shape[3] ** -0.5 @ k.transpose(2, 3)).softmax(3) @ v
     return scaled_dot_product_attention(q, k, v)
 
@@ -179,7 +181,7 @@ class Dropout(nn.Dropout):
     def forward(self, input: Tensor) -> Tensor:
         if not self.training or self.p == 0 or input.device.type != "cpu":
             return super().forward(input)
-        words = torch.empty(-(-input.numel() // 4), dtype=torch.int64).random_(-(2**63), None)
+        words = torch.empty(-(-input.numel() // 4), dtype=torch.int64, device="cpu").random_(-(2**63), None)
         bits = words.view(torch.int16)[: input.numel()].view(input.shape)
         dropped = min(round(self.p * 2**16), 2**16 - 1)
         return input * (bits >= dropped - 2**15).to(input.dtype).mul_(2**16 / (2**16 - dropped))

@@ -1,7 +1,6 @@
 """Variance-preserving processes of T steps, given by their betas."""
 
 import math
-from functools import lru_cache
 from typing import Annotated
 
 import torch
@@ -11,6 +10,7 @@ from torch import Tensor
 from diffusion_cli.schedules.base import Schedule, Spacing
 
 Fraction = Annotated[float, Field(gt=0, lt=1)]
+KNOWN = 8  # times of which the level is kept
 
 
 class Discrete(Schedule):
@@ -43,7 +43,7 @@ class Discrete(Schedule):
         self.zero_terminal_snr = zero_terminal_snr
         table = torch.cat([torch.ones(1, dtype=torch.float64), alpha_bar]).log()
         self._log_alpha_bar = {torch.device("cpu"): table}
-        self._at = lru_cache(maxsize=8)(self._at_time)  # a step asks for its two times again and again
+        self._known: dict[float, Tensor] = {}  # a step asks for its two times again and again
 
     def _table(self, device: torch.device) -> Tensor:
         if device not in self._log_alpha_bar:
@@ -65,12 +65,18 @@ class Discrete(Schedule):
     def log_alpha_bar(self, t: Tensor) -> Tensor:
         """Return float64 `log alpha_bar_t` on the device of t."""
         if t.ndim == 0 and t.device.type == "cpu" and not t.requires_grad:
-            return self._at(t.item())
+            return self._of_time(t.item())
         return self._between_entries(t)
 
-    def _at_time(self, t: float) -> Tensor:
-        with torch.inference_mode(False):  # kept, and perhaps differentiated through later
-            return self._between_entries(torch.tensor(t, dtype=torch.float64, device="cpu"))
+    def _of_time(self, t: float) -> Tensor:
+        found = self._known.get(t)
+        if found is None:
+            with torch.inference_mode(False):  # kept, and perhaps differentiated through later
+                found = self._between_entries(torch.tensor(t, dtype=torch.float64, device="cpu"))
+            if len(self._known) >= KNOWN:
+                self._known.clear()
+            self._known[t] = found
+        return found.clone()
 
     def _between_entries(self, t: Tensor) -> Tensor:
         place, left, rise, endless = self._interval(t)

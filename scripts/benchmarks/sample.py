@@ -14,7 +14,7 @@ from diffusion_cli.checkpoint import Model
 from diffusion_cli.commands.samples import image_path
 from diffusion_cli.generate import generate
 from diffusion_cli.guidance import Unguided
-from diffusion_cli.report import save_png
+from diffusion_cli.report import Writer, save_png
 from diffusion_cli.samplers import DDIM, Sampler
 
 IMAGES, STEPS = 16, 50
@@ -23,13 +23,13 @@ WARM_UP_STEPS = 2
 
 def write_samples(model: Model, sampler: Sampler, steps: int, precision: str) -> None:
     """What `diffuse sample` does for 16 images: sample them and write their PNGs."""
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, Writer(2 * IMAGES) as writer:
         for seeds, images, _, _ in generate(
             model, sampler, steps, range(IMAGES), IMAGES,
             guidance=Unguided(), labels=None, clip=True, precision=precision,
         ):  # fmt: skip
-            for seed, image in zip(seeds, images, strict=True):
-                save_png(image, image_path(Path(folder), seed))
+            for seed, image in zip(seeds, images.cpu(), strict=True):
+                writer(save_png, image, image_path(Path(folder), seed))
 
 
 def tables(rounds: int, device: torch.device) -> Iterator[Table]:

@@ -118,7 +118,7 @@ def test_what_a_process_refuses_is_one_line(place, images, capfd):
     ]
 
 
-def test_samples_of_a_run_are_kept_once_and_taken_from_there(place):
+def test_samples_of_a_run_are_kept_once_and_taken_from_there(place, capsys):
     words = ["run=b", "num_samples=70", "metric=is", "keep=true"]
     assert evaluate(place, *words) == 0
     (folder,) = (place / "o" / "b" / "samples").iterdir()
@@ -133,6 +133,11 @@ def test_samples_of_a_run_are_kept_once_and_taken_from_there(place):
     Image.fromarray(np.zeros((8, 8), np.uint8)).save(files[3])
     assert evaluate(place, *words) == 0
     assert numbers(place / "o" / "b" / "metrics.json") != pytest.approx(first, rel=1e-6)
+    Image.fromarray(np.zeros((9, 8), np.uint8)).save(files[3])
+    capsys.readouterr()
+    files[4].unlink()
+    assert evaluate(place, *words) == 2
+    assert f"{files[3].name}: " in capsys.readouterr().err
 
 
 def test_samples_belong_to_their_run_though_its_last_checkpoint_is_missing(tmp_path):

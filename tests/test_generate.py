@@ -139,6 +139,14 @@ def test_noise_drawn_ahead_is_the_same_and_only_where_there_is_more_than_a_start
     assert len(threads) == 2
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_noise_on_a_gpu_is_that_of_the_cpu():
+    on_gpu, on_cpu = (SeededNoise([3, 4], (1, 64, 64), torch.device(name)) for name in ("cuda", "cpu"))
+    for _ in range(20):
+        assert torch.equal(on_gpu.draw().cpu(), on_cpu.draw())
+
+
 def test_bytes_are_the_nearest_levels():
     levels = torch.arange(256.0)
     assert torch.equal(to_bytes(levels / 127.5 - 1), levels.byte())

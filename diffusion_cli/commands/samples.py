@@ -65,6 +65,11 @@ class ModelSamples(Samples):
         paths = {seed: image_path(self.folder, seed) for seed in seeds}
         there = [seed for seed in seeds if paths[seed].is_file()]
         found = dict(zip(there, read_images([paths[seed] for seed in there]), strict=True)) if there else {}
+        for seed, image in found.items():
+            if image.shape != self.shape:
+                raise ValueError(
+                    f"{paths[seed]}: is of another size than the samples of this run; remove it, and it is made anew"
+                )
         for some, images in self._generated([seed for seed in seeds if seed not in found]):
             for seed, image in zip(some, images, strict=True):
                 self.writer(save_png, image, paths[seed])

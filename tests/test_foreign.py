@@ -26,7 +26,7 @@ from numpy.lib import format as npy
 from PIL import Image
 
 from diffusion_cli import cli, config, foreign
-from diffusion_cli.checkpoint import LAST, load_model, read
+from diffusion_cli.checkpoint import FORMAT, LAST, load_model, read
 from diffusion_cli.commands.inputs import read_input
 from diffusion_cli.commands.outputs import parsed
 from diffusion_cli.config import Mistakes, check_built, check_node, check_stored, load
@@ -87,7 +87,7 @@ def checkpoint() -> dict[str, Any]:
         "state_dict": {f"model.network.{key}": value for key, value in state.items()},
         "callbacks": {"EMA": {"network": state}},
         "diffuse": {
-            "task": "diffusion", "num_images": 20, "labels_sha256": None, "format": 2, "config": checked,
+            "task": "diffusion", "num_images": 20, "labels_sha256": None, "format": FORMAT, "config": checked,
             "shape": [1, 8, 8], "num_classes": None, "class_names": None,
         },
     }  # fmt: skip

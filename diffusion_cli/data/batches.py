@@ -5,7 +5,7 @@ import threading
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from itertools import count
+from itertools import count, tee
 from typing import Any, NamedTuple
 
 import torch
@@ -123,10 +123,11 @@ class Batches:
 
     def _fetch(self) -> Iterator[tuple[int, Tensor, Tensor]]:
         """This process's share of every batch, as (k, rows, pixels)."""
+        stream, ahead = tee(self._stream())
         # Named nowhere: a traceback that keeps this frame would keep the worker processes with it.
         for (k, these), pixels in zip(
-            self._stream(),
-            fetched(self.images, (rows for _, rows in self._stream()), self.num_workers, self.device),
+            stream,
+            fetched(self.images, (rows for _, rows in ahead), self.num_workers, self.device),
             strict=False,
         ):
             if isinstance(pixels, Exception):

@@ -386,10 +386,9 @@ def _check_fit(path: Path, about: Mapping[str, Any], state: Mapping[str, Tensor]
             raise ValueError(f"the model has more than the {len(state)} tensors that are there")
 
     hook = register_module_parameter_registration_hook(count)
-    channels, image_size, _ = about["shape"]
     try:
         with torch.device("meta"):
-            network = build(about["config"]["model"], channels, image_size, about["num_classes"])
+            network = build(about["config"]["model"], tuple(about["shape"]), about["num_classes"])
         wanted = {key: (value.shape, value.dtype) for key, value in network.state_dict().items()}
         if wanted != {key: (value.shape, value.dtype) for key, value in state.items()}:
             raise ValueError("the model has other tensors than are there")
@@ -408,8 +407,8 @@ def _restored(
     kind: type[Kind], checkpoint: Mapping[str, Any], weights: Literal["ema", "raw"], device: torch.device
 ) -> Kind:
     about = checkpoint["diffuse"]
-    config, (channels, size, _) = about["config"], about["shape"]
-    network = build(config["model"], channels, size, about["num_classes"])
+    config = about["config"]
+    network = build(config["model"], tuple(about["shape"]), about["num_classes"])
     network.load_state_dict(_network_state(checkpoint, weights))
     model = kind(network, build(config["schedule"]), build(config["parameterization"]))
     return model.to(device).eval().requires_grad_(False)

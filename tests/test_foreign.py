@@ -79,7 +79,7 @@ def checkpoint() -> dict[str, Any]:
     """A small checkpoint as training writes it."""
     checked = load("train", TINY).model_dump()
     arguments = {key: value for key, value in checked["model"].items() if key != "_target_"}
-    network = UNet(1, 8, None, **arguments)
+    network = UNet((1, 8, 8), None, **arguments)
     state = {key: value.clone() for key, value in network.state_dict().items()}
     return {
         "global_step": 3,

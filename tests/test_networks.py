@@ -95,7 +95,7 @@ def randomised(module, seed: int = 0):
 
 def small(image_size: int = 8, num_classes: int | None = None, **changes) -> UNet:
     torch.manual_seed(0)
-    return randomised(UNet(2, image_size, num_classes, **(SMALL | changes))).double().eval()
+    return randomised(UNet((2, image_size, image_size), num_classes, **(SMALL | changes))).double().eval()
 
 
 def inputs(batch: int = 3, height: int = 8, width: int = 8) -> tuple[Tensor, Tensor]:
@@ -121,7 +121,7 @@ def close(actual: Tensor, expected: Tensor, tolerance: float = 1e-10) -> None:
 )
 def test_published_parameter_counts(name, changes, count):
     with torch.device("meta"):
-        network = UNet(3, 32, None, **option(name, **changes))
+        network = UNet((3, 32, 32), None, **option(name, **changes))
     assert sum(parameter.numel() for parameter in network.parameters()) == count
 
 
@@ -162,14 +162,16 @@ def census(widths: list[int], blocks: int, attended: set[int], features: int, py
 )
 def test_parameter_counts_of_song(name, layers, count):
     with torch.device("meta"):
-        network = UNet(3, 32, None, **option(name))
+        network = UNet((3, 32, 32), None, **option(name))
     assert sum(parameter.numel() for parameter in network.parameters()) == count == census(*layers)
 
 
 @pytest.mark.parametrize("path", OPTIONS, ids=lambda path: path.stem)
 def test_every_option_starts_at_zero(path):
     size = {"unet_tiny": 8, "unet_small": 64}.get(path.stem, 32)
-    network = UNet(3, size, 10, **option(path.stem, class_conditional=True, learn_variance=True)).eval()
+    network = UNet(
+        (3, size, size), 10, **option(path.stem, class_conditional=True, learn_variance=True)
+    ).eval()
     with torch.no_grad():
         out = network(torch.randn(1, 3, size, size), torch.tensor([500.0]), torch.tensor([3]))
     assert torch.equal(out, torch.zeros(1, 6, size, size))
@@ -178,7 +180,7 @@ def test_every_option_starts_at_zero(path):
 @pytest.mark.parametrize("name", ["unet_tiny", "ddpmpp_tiny", "ncsnpp_tiny"])
 @pytest.mark.parametrize("size", [8, 16, 28, 32])
 def test_tiny_networks_serve_every_small_size(name, size):
-    network = randomised(UNet(1, size, None, **option(name)))
+    network = randomised(UNet((1, size, size), None, **option(name)))
     x = torch.randn(1, 1, size, size)
     assert network(x, torch.tensor([5.0])).std() > 0
 
@@ -220,7 +222,7 @@ def test_fourier_features_stand_in_the_published_order():
 
 def test_fourier_frequencies_are_state_and_not_trained():
     arguments: dict = SMALL | NCSNPP | {"channels": 64}
-    one, other = (UNet(2, 8, None, **arguments) for _ in range(2))
+    one, other = (UNet((2, 8, 8), None, **arguments) for _ in range(2))
     assert "frequencies" in one.state_dict()
     assert "frequencies" not in dict(one.named_parameters())
     assert not torch.equal(one.frequencies, other.frequencies)
@@ -498,7 +500,7 @@ def test_pointwise_is_a_convolution(size):
 def test_patches_are_channels_of_one_pixel(size):
     changes: dict = {"attention_resolutions": [], "class_conditional": True, "learn_variance": True}
     patched = small(8, 10, patch_size=2, **changes)
-    plain = UNet(8, 4, 10, **(SMALL | changes)).double().eval()
+    plain = UNet((8, 4, 4), 10, **(SMALL | changes)).double().eval()
     plain.load_state_dict(patched.state_dict())
     (x, c_noise), y = inputs(2, *size), torch.tensor([1, 4])
     height, width = (-(-side // 4) * 4 for side in size)
@@ -671,7 +673,7 @@ def test_an_image_does_not_depend_on_its_batch(changes):
 )
 def test_bfloat16_autocast_stays_close(changes):
     torch.manual_seed(0)
-    network = UNet(2, 8, None, **SMALL | changes | {"channels": 16})
+    network = UNet((2, 8, 8), None, **SMALL | changes | {"channels": 16})
     for parameter in network.parameters():  # only what starts at zero, so that activations keep their size
         if not parameter.any():
             nn.init.normal_(parameter, std=0.1)
@@ -714,7 +716,7 @@ def test_bfloat16_weights_work_too():
 )
 def test_arguments_that_do_not_go_together_are_named(changes, message):
     with pytest.raises(ValueError, match=message):
-        UNet(2, 8, None, **(SMALL | changes))
+        UNet((2, 8, 8), None, **(SMALL | changes))
 
 
 def test_head_channels_and_num_heads_say_the_same():

@@ -21,8 +21,7 @@ class Classifier(Encoder):
 
     def __init__(
         self,
-        in_channels: int,
-        image_size: int,
+        shape: tuple[int, ...],
         num_classes: int | None,
         *,
         channels: PositiveInt,
@@ -41,8 +40,9 @@ class Classifier(Encoder):
     ) -> None:
         if num_classes is None:
             raise ValueError("task=classifier: the data set has no classes to learn; take one with labels")
+        in_channels, height = shape[:2]
         parts = Parts.of(
-            image_size,
+            height,
             channels=channels,
             channel_mult=channel_mult,
             num_res_blocks=num_res_blocks,

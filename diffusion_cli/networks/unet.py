@@ -13,11 +13,11 @@ from diffusion_cli.networks.layers import NORM_EPS, zero_init
 class UNet(Encoder):
     """F(x, c_noise, y) as a U-Net of residual blocks with self-attention.
 
-    Level l works at image_size / patch_size / 2^l with channels * channel_mult[l] feature maps: `num_res_blocks`
-    residual blocks down, one more up, each fed by the skip connection of its partner. Attention follows the residual
-    blocks of the levels named in `attention_resolutions`, on the way up all of them or the `last` of a level,
-    and stands in the middle always. The last layer of every branch and of the network starts at zero, so that
-    F = 0 before training.
+    `shape` is that of an image, [C, H, W]. Level l works at H / patch_size / 2^l with channels * channel_mult[l]
+    feature maps: `num_res_blocks` residual blocks down, one more up, each fed by the skip connection of its partner.
+    Attention follows the residual blocks of the levels named in `attention_resolutions`, on the way up all of them or
+    the `last` of a level, and stands in the middle always. The last layer of every branch and of the network starts
+    at zero, so that F = 0 before training.
 
     The time enters by a sinusoidal embedding of `channels` features, or with embedding_layout=fourier by
     2 * channels features of random frequencies w ~ N(0, fourier_scale^2), drawn once and kept in the state.
@@ -35,8 +35,7 @@ class UNet(Encoder):
 
     def __init__(
         self,
-        in_channels: int,
-        image_size: int,
+        shape: tuple[int, ...],
         num_classes: int | None,
         *,
         channels: PositiveInt,
@@ -64,8 +63,9 @@ class UNet(Encoder):
             raise ValueError(
                 "class_conditional=true: the data set has no classes; use class_conditional=false"
             )
+        in_channels, height = shape[:2]
         parts = Parts.of(
-            -(-image_size // patch_size),
+            -(-height // patch_size),
             channels=channels,
             channel_mult=channel_mult,
             num_res_blocks=num_res_blocks,

@@ -43,8 +43,7 @@ def assemble(config: TrainConfig) -> Parts:
     sampler: Sampler = build(config.sampler, schedule)
     device: Device = build(config.trainer)
     torch.manual_seed(mix(config.seed, "weights"))
-    channels, height, _ = dataset.shape
-    network = build(config.model, channels, height, dataset.num_classes)
+    network = build(config.model, dataset.shape, dataset.num_classes)
     objective: Objective[Any] = build(config.objective)
     model = objective.trains(network, schedule, build(config.parameterization))
     times: Times = build(config.times)

@@ -38,7 +38,7 @@ def configured(words: list[str]) -> TrainConfig:
 def denoiser_of(checked: TrainConfig, shape: tuple[int, int, int]) -> Denoiser:
     """A denoiser of images of a shape, as it is before training."""
     torch.manual_seed(mix(checked.seed, "weights"))
-    network = build(checked.model, shape[0], shape[1], None)
+    network = build(checked.model, shape, None)
     return Denoiser(network, build(checked.schedule), build(checked.parameterization))
 
 

@@ -1,7 +1,8 @@
 """Checkpoints and the run folders they lie in: written whole or not at all, read without running code.
 
 A checkpoint is Lightning's, with a plain `diffuse` entry that says how to build the model again:
-`{"format": 2, "task": ..., "config": {...}, "shape": [C, H, W], "num_classes": K | None, "class_names": [...] | None}`.
+`{"format": 4, "task": ..., "config": {...}, "shape": [C, H, W], "form": {...}, "num_classes": K | None,
+"class_names": [...] | None}`.
 """
 
 import contextlib
@@ -26,9 +27,10 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 from diffusion_cli.config import build, check_built, check_stored
 from diffusion_cli.denoiser import Denoiser, NoiseConditioned, NoisyClassifier
 from diffusion_cli.foreign import check_tensors, reason, regular
+from diffusion_cli.forms import Form, Shape, form_of
 from diffusion_cli.ranks import Ranks
 
-FORMAT = 3
+FORMAT = 4
 LAST = Path("checkpoints", "last.ckpt")
 BEST = LAST.with_name("best.ckpt")
 Step = int | Literal["best"] | None
@@ -39,7 +41,9 @@ Step = int | Literal["best"] | None
 class Origin:
     """Where trained weights come from."""
 
-    shape: tuple[int, int, int]
+    shape: Shape
+    form: Form
+    """How the data is stored, and what is made."""
     class_names: tuple[str, ...] | None
     """Of the data, in the order of the labels, or None without classes."""
     config: dict[str, Any]
@@ -257,7 +261,10 @@ def read(path: Path, sums: bool = True) -> dict[str, Any]:
 
 def _mistakes(checkpoint: Mapping[str, Any], size: int) -> list[str]:
     """What is wrong with what every command reads of a checkpoint of `size` bytes, one line each."""
-    mistakes = check_stored(checkpoint["diffuse"])
+    about = checkpoint["diffuse"]
+    mistakes = check_stored(about)
+    if not mistakes:
+        form_of(about["form"])
     step, version = checkpoint.get("global_step"), checkpoint.get("pytorch-lightning_version")
     mistakes += [] if type(step) is int and 0 <= step < 2**63 else ["global_step: is no number of steps"]
     mistakes += [] if isinstance(version, str) else ["pytorch-lightning_version: is no text"]
@@ -368,6 +375,7 @@ def _origin(
     names = about["class_names"]
     return checkpoint, {
         "shape": tuple(about["shape"]),
+        "form": form_of(about["form"]),
         "class_names": None if names is None else tuple(names),
         "config": about["config"],
         "step": checkpoint["global_step"],

@@ -195,7 +195,8 @@ class Forward(Figure):
         schedule: Schedule = build(config.schedule)
         t = torch.linspace(0, 1, self.frames, dtype=torch.float64)
         eps = SeededNoise([config.image], dataset.shape, image.device).draw()
-        return visible(noised(schedule, image.expand(self.frames, -1, -1, -1), t, eps), t, schedule)
+        seen = visible(noised(schedule, image.expand(self.frames, *image.shape[1:]), t, eps), t, schedule)
+        return dataset.form.pictures(dataset.form.stored(seen))
 
 
 class Losses(Figure):

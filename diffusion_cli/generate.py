@@ -82,19 +82,14 @@ def sample(
     return x
 
 
-def to_bytes(images: Tensor) -> Tensor:
-    """Quantise [-1, 1] to uint8 as a saved PNG has it: the nearest of the 256 values, ties to even."""
-    return images.float().add(1).mul(127.5).clamp(0, 255).round().to(torch.uint8)
-
-
 def visible(x_t: Tensor, t: Tensor, schedule: Schedule) -> Tensor:
-    """States at times t as `to_bytes` has images, divided by `sqrt(alpha^2 + sigma^2)`.
+    """States at times t divided by `sqrt(alpha^2 + sigma^2)`, to be shown as images are.
 
     Where the noise outgrows the data, as in VE and EDM, nothing would be seen but black and white; processes that keep
     the variance are shown as they are.
     """
     alpha, sigma = schedule(t)
-    return to_bytes(x_t / per_image(torch.sqrt(alpha**2 + sigma**2), x_t))
+    return x_t / per_image(torch.sqrt(alpha**2 + sigma**2), x_t)
 
 
 def check_finite(images: Tensor) -> None:
@@ -138,7 +133,7 @@ class Generated(NamedTuple):
 
     seeds: list[int]
     images: Tensor
-    """uint8 [B, C, H, W]."""
+    """As stored, [B, *shape]."""
     labels: Tensor | None
     """The classes that they were made as, int64 [B], or None."""
     calls: int
@@ -193,7 +188,7 @@ def generate(
         with autocast(device, precision), compiled(model, len(batch) == batch_size):
             images = sample(denoise, sampler, times, batch, model.shape, device)
         check_finite(images)
-        yield Generated(batch, to_bytes(images), y, calls.each(len(batch)))
+        yield Generated(batch, model.form.stored(images), y, calls.each(len(batch)))
 
 
 @torch.inference_mode()
@@ -210,7 +205,7 @@ def trajectories(
     clip: bool,
     precision: str,
 ) -> Tensor:
-    """The way from noise to the images that `generate` makes of the seeds, uint8 [N, F, C, H, W].
+    """The way from noise to the images that `generate` makes of the seeds, as pictures, uint8 [N, F, C, H, W].
 
     F states as `visible` shows them, the noise first and the image last: `frames` of them evenly over the steps, or all
     where there are fewer.
@@ -223,7 +218,11 @@ def trajectories(
         denoise = guided(model, guidance, labels_of(batch, labels, device), clip)
         with autocast(device, precision), compiled(model, len(batch) == batch_size):
             way = enumerate(states(denoise, sampler, times, batch, model.shape, device))
-            shown = [visible(x, times[place], sampler.schedule).cpu() for place, x in way if place in places]
+            shown = [
+                model.form.pictures(model.form.stored(visible(x, times[place], sampler.schedule))).cpu()
+                for place, x in way
+                if place in places
+            ]
         ways.append(torch.stack(shown, 1))
     return torch.cat(ways)
 

@@ -34,7 +34,7 @@ from diffusion_cli.editing import (
     SuperResolution,
 )
 from diffusion_cli.editing.transform import slerp
-from diffusion_cli.generate import to_bytes
+from diffusion_cli.forms import to_bytes
 from diffusion_cli.samplers import DDIM, DDPM, draws, integrate, invert, until
 
 F64 = torch.float64
@@ -638,8 +638,8 @@ def test_two_edits_at_work_in_one_folder_keep_the_numbers_of_both(folder, tmp_pa
     words = [f"input={folder}/images", "edit=img2img", f"output={tmp_path}/out", "batch_size=3"]
     save = editing._save
 
-    def beside(output, batch, images, shown):
-        save(output, batch, images, shown)
+    def beside(output, batch, images, shown, form):
+        save(output, batch, images, shown, form)
         keep_results(
             output, {"of another": {"rmse": 1.0}}
         )  # as a process does that claimed the folder before

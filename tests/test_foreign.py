@@ -31,7 +31,8 @@ from diffusion_cli.commands.inputs import read_input
 from diffusion_cli.commands.outputs import parsed
 from diffusion_cli.config import Mistakes, check_built, check_node, check_stored, load
 from diffusion_cli.data import Array, Folder, given_images
-from diffusion_cli.data.decoding import Decoder, opened
+from diffusion_cli.data.decoding import Decoder
+from diffusion_cli.forms.files import opened
 from diffusion_cli.metrics import Report, Result, history_table, read_history
 from diffusion_cli.networks import UNet
 from diffusion_cli.report import read_images
@@ -88,7 +89,7 @@ def checkpoint() -> dict[str, Any]:
         "callbacks": {"EMA": {"network": state}},
         "diffuse": {
             "task": "diffusion", "num_images": 20, "labels_sha256": None, "format": FORMAT, "config": checked,
-            "shape": [1, 8, 8], "num_classes": None, "class_names": None,
+            "shape": [1, 8, 8], "form": {"kind": "picture"}, "num_classes": None, "class_names": None,
         },
     }  # fmt: skip
 
@@ -372,6 +373,8 @@ def test_arrays_of_either_order_are_read_as_numpy_does(tmp_path, save, order):
         (["diffuse", "format"], torch.zeros(1).expand(2**40), "is not a checkpoint of this version"),
         (["diffuse", "shape"], ["1", 8, 8], "shape"),
         (["diffuse", "shape"], [1, 2**20, 2**20], "too large"),
+        (["diffuse", "form"], {"kind": "painting"}, r"form\.kind=painting: is no form"),
+        (["diffuse", "form"], {"kind": "picture", "levels": 3}, r"form\.levels"),
         (["diffuse", "num_classes"], 10**12, "num_classes"),
         (["diffuse", "class_names"], ["a"], "num_classes"),
         (["diffuse", "config", "model", "channels"], 10**12, "larger than"),

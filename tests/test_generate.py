@@ -18,7 +18,8 @@ from diffusion_cli.cli import run
 from diffusion_cli.commands.outputs import claim, keep_seeds
 from diffusion_cli.commands.trained import class_number
 from diffusion_cli.denoiser import Denoiser
-from diffusion_cli.generate import SeededNoise, generate, to_bytes, trajectories, visible
+from diffusion_cli.forms import Picture, to_bytes
+from diffusion_cli.generate import SeededNoise, generate, trajectories, visible
 from diffusion_cli.guidance import Unguided
 from diffusion_cli.networks import UNet
 from diffusion_cli.parameterizations import Eps
@@ -58,7 +59,7 @@ def model(schedules):
     for parameter in network.parameters():
         torch.nn.init.normal_(parameter, std=0.2)
     denoiser = Denoiser(network, schedules["cosine"], Eps()).eval()
-    return Model((1, 8, 8), ("a", "b", "c"), {}, 0, "", denoiser)
+    return Model((1, 8, 8), Picture(), ("a", "b", "c"), {}, 0, "", denoiser)
 
 
 @pytest.mark.parametrize("kind", ["ddim", "ddpm"])
@@ -385,13 +386,13 @@ def test_states_are_shown_with_the_variance_of_the_data(schedules, name):
     schedule = schedules[name]
     image, noise = torch.full((1, 1, 4, 4), 0.3), torch.linspace(-0.9, 0.9, 16).reshape(1, 1, 4, 4)
     one, zero = torch.ones(1), torch.zeros(1)
-    assert torch.equal(visible(image, zero, schedule), to_bytes(image))
+    assert torch.equal(to_bytes(visible(image, zero, schedule)), to_bytes(image))
     _, sigma = schedule(one)
     state = (sigma * noise).float()
-    difference = visible(state, one, schedule).int() - to_bytes(noise).int()
+    difference = to_bytes(visible(state, one, schedule)).int() - to_bytes(noise).int()
     assert difference.abs().max() <= 1
     if name == "cosine":
-        assert torch.equal(visible(state, one, schedule), to_bytes(state))
+        assert torch.equal(to_bytes(visible(state, one, schedule)), to_bytes(state))
 
 
 def test_strips_and_animations_change_no_image_and_are_made_afterwards_too(folder, tmp_path, capsys):

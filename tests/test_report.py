@@ -53,7 +53,8 @@ def make(
     """A run's folder, with a checkpoint that holds no more than the page reads."""
     trained = config.load("train", ["name=x", *words]).model_dump()
     about = {
-        "format": FORMAT, "task": "diffusion", "config": trained, "shape": [1, 8, 8], "num_images": 1438,
+        "format": FORMAT, "task": "diffusion", "config": trained, "shape": [1, 8, 8],
+        "form": {"kind": "picture"}, "num_images": 1438,
         "num_classes": len(classes), "class_names": list(classes),
     }  # fmt: skip
     checkpoint = {

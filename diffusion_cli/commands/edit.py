@@ -21,10 +21,11 @@ from diffusion_cli.config import EditConfig, build, fingerprint
 from diffusion_cli.data import normalised
 from diffusion_cli.denoiser import Denoise, clip_x0
 from diffusion_cli.editing import Edit, Edited, Method, Process
-from diffusion_cli.generate import Calls, SeededNoise, check_finite, labels_of, to_bytes
+from diffusion_cli.forms import Form
+from diffusion_cli.generate import Calls, SeededNoise, check_finite, labels_of
 from diffusion_cli.guidance import Unguided
 from diffusion_cli.precision import autocast
-from diffusion_cli.report import Writer, read_images, save_gif, save_png, save_rows
+from diffusion_cli.report import Writer, read_images, read_stored, save_gif, save_png, save_rows, save_stored
 from diffusion_cli.samplers import draws
 
 SHOWN = 10  # rows in the picture of all
@@ -39,7 +40,7 @@ class Job(NamedTuple):
     place: int
     """Of its input among all, by which labels are given out in turn."""
     inputs: list[Tensor]
-    """uint8 [C, H, W] each, or noise."""
+    """Each as stored, [C, H, W], or noise."""
 
 
 def run(config: EditConfig) -> None:
@@ -68,7 +69,10 @@ def run(config: EditConfig) -> None:
     )
     manifest = claim(output, settings, trained.model)
     results: dict[str, dict[str, float]] = manifest.get("results", {})
-    todo = [job for job in jobs if job.name not in results or len(_files(output, job)) < edit.results_each]
+    form = trained.model.form
+    todo = [
+        job for job in jobs if job.name not in results or len(_files(output, job, form)) < edit.results_each
+    ]
     if 0 < len(todo) < len(jobs):
         print(
             f"{output} has {len(jobs) - len(todo)} of {len(jobs)} results; making the others", file=sys.stderr
@@ -76,11 +80,14 @@ def run(config: EditConfig) -> None:
 
     most_calls = _make(config, trained, edit, method, todo, output, results)
     grid = output / "grid.png"
-    rows = [_row(output, jobs[at : at + config.variations]) for at in range(0, len(jobs), config.variations)]
+    rows = [
+        _row(output, jobs[at : at + config.variations], form, edit.results)
+        for at in range(0, len(jobs), config.variations)
+    ]
     save_rows(rows[:SHOWN], grid)
     calls = f", at most {most_calls} network calls each" if todo else ""
     print(
-        f"{len(jobs)} results of {kind}{calls}, in {output}{_summary(results, jobs)}\nBefore and after: {grid}"
+        f"{len(jobs)} results of {kind}{calls}, in {output}{_summary(results, jobs, form)}\nBefore and after: {grid}"
     )
 
 
@@ -164,7 +171,7 @@ def _make(
     results: dict[str, dict[str, float]],
 ) -> int:
     """Make and write what is to be made, and add its numbers to the results; the network calls that each took."""
-    most_calls = 0
+    most_calls, form = 0, trained.model.form
     each = edit.results_each * math.ceil(math.prod(edit.results) / math.prod(trained.model.shape))
     gradient = method is not None and method.differentiates
     batch_size = trained.batch_size(config, len(todo), each, gradient)
@@ -173,7 +180,7 @@ def _make(
         def keep(
             batch: list[Job], images: Tensor, shown: list[Tensor], made: dict[str, dict[str, float]]
         ) -> None:
-            _save(output, batch, images, shown)
+            _save(output, batch, images, shown, form)
             keep_results(output, made)
             results.update(made)
             bar.update(len(batch))
@@ -184,8 +191,9 @@ def _make(
                 calls = Calls(trained.model.denoiser, trained.guidance)
                 edited = _edit(config, trained, edit, method, batch)
                 most_calls = max(most_calls, calls.each(len(batch)))
-                images, shown = to_bytes(edited.images), [to_bytes(picture).cpu() for picture in edited.shown]
-                writer(keep, batch, images.cpu(), shown, _measured(batch, images, edited))
+                images = form.stored(edited.images)
+                shown = [form.pictures(form.stored(picture)).cpu() for picture in edited.shown]
+                writer(keep, batch, images.cpu(), shown, _measured(batch, images, edited, form))
     return most_calls
 
 
@@ -219,47 +227,51 @@ def _edit(
     return edited
 
 
-def _files(output: Path, job: Job) -> list[Path]:
+def _files(output: Path, job: Job, form: Form) -> list[Path]:
     """The files of a result that are there: one image, or a series."""
-    single = output / f"{job.name}.png"
-    return [single] if single.is_file() else sorted((output / job.name).glob("[0-9]*.png"))
+    single = output / f"{job.name}{form.suffix}"
+    return [single] if single.is_file() else sorted((output / job.name).glob(f"[0-9]*{form.suffix}"))
 
 
-def _save(output: Path, batch: list[Job], images: Tensor, shown: list[Tensor]) -> None:
-    """Write the results, uint8 [B, N, C, H, W], and what to show before them."""
+def _save(output: Path, batch: list[Job], images: Tensor, shown: list[Tensor], form: Form) -> None:
+    """Write the results as stored, [B, N, C, H, W], and the pictures to show before them."""
     for row, job in enumerate(batch):
         for place, picture in enumerate(shown):
             save_png(picture[row], output / "before" / f"{job.name}.{place}.png")
         if len(images[row]) == 1:
-            save_png(images[row, 0], output / f"{job.name}.png")
+            save_stored(images[row, 0], output / f"{job.name}{form.suffix}", form)
         else:
             for place, image in enumerate(images[row]):
-                save_png(image, output / job.name / f"{place:03d}.png")
-            save_rows([images[row]], output / job.name / "strip.png")
-            save_gif(images[row], output / f"{job.name}.gif")
+                save_stored(image, output / job.name / f"{place:03d}{form.suffix}", form)
+            pictures = form.pictures(images[row])
+            save_rows([pictures], output / job.name / "strip.png")
+            save_gif(pictures, output / f"{job.name}.gif")
 
 
-def _measured(batch: list[Job], images: Tensor, edited: Edited) -> dict[str, dict[str, float]]:
-    """The numbers known of each result, uint8 [B, N, C, H, W]."""
+def _measured(batch: list[Job], images: Tensor, edited: Edited, form: Form) -> dict[str, dict[str, float]]:
+    """The numbers known of each result as stored, [B, N, C, H, W], in the numbers of its file."""
     if edited.misfit is None:
         return {job.name: {} for job in batch}
-    levels = 127.5 * edited.misfit(normalised(images[:, 0])).flatten(1)
+    levels = form.half_range * edited.misfit(normalised(images[:, 0])).flatten(1)
     numbers = {"rmse": levels.square().mean(1).sqrt(), "largest": levels.abs().amax(1)}
     if edited.found is not None:
-        numbers["rmse_sampled"] = (127.5 * edited.misfit(edited.found)).flatten(1).square().mean(1).sqrt()
+        numbers["rmse_sampled"] = (
+            (form.half_range * edited.misfit(edited.found)).flatten(1).square().mean(1).sqrt()
+        )
     return {
         job.name: {name: float(values[row]) for name, values in numbers.items()}
         for row, job in enumerate(batch)
     }
 
 
-def _row(output: Path, jobs: Sequence[Job]) -> Tensor:
+def _row(output: Path, jobs: Sequence[Job], form: Form, shape: tuple[int, ...]) -> Tensor:
     """The pictures of one input: what to show before, then its results."""
     before = sorted((output / "before").glob(f"{glob.escape(jobs[0].name)}.?.png"))
-    return read_images([*before, *(file for job in jobs for file in _files(output, job))])
+    results = read_stored([file for job in jobs for file in _files(output, job, form)], form, shape)
+    return torch.cat([*(read_images([file]) for file in before), form.pictures(results)])
 
 
-def _summary(results: dict[str, dict[str, float]], jobs: Sequence[Job]) -> str:
+def _summary(results: dict[str, dict[str, float]], jobs: Sequence[Job], form: Form) -> str:
     numbers = [results[job.name] for job in jobs if results[job.name]]
     if not numbers:
         return ""
@@ -268,10 +280,9 @@ def _summary(results: dict[str, dict[str, float]], jobs: Sequence[Job]) -> str:
         return math.sqrt(sum(number[name] ** 2 for number in numbers) / len(numbers))
 
     rmse, largest = mean("rmse"), max(number["largest"] for number in numbers)
-    ratio = f" (PSNR {20 * math.log10(255 / rmse):.1f} dB)" if rmse else ""
-    line = (
-        f"\nDifference from what is known: root mean square {rmse:.3g}, at most {largest:.3g} of 255{ratio}"
-    )
+    ratio = f" (PSNR {20 * math.log10(2 * form.half_range / rmse):.1f} dB)" if rmse else ""
+    line = f"\nDifference from what is known: root mean square {rmse:.3g}, "
+    line += f"at most {largest:.3g} of {2 * form.half_range:g}{ratio}"
     if "rmse_sampled" in numbers[0]:
         line += f"; {mean('rmse_sampled'):.3g} as sampled, before it was put in"
     return line

@@ -16,7 +16,7 @@ from diffusion_cli.commands.sample import samples_folder
 from diffusion_cli.commands.samples import ModelSamples, about, given_samples, run_of
 from diffusion_cli.commands.trained import Trained, open_run
 from diffusion_cli.config import CONF, EvalConfig, build, fingerprint, shown
-from diffusion_cli.data import Dataset, NoDataset
+from diffusion_cli.data import Dataset, NoDataset, pictured
 from diffusion_cli.generate import uncompiled
 from diffusion_cli.guidance import Unguided
 from diffusion_cli.metrics import (
@@ -237,6 +237,7 @@ def _given_scene(config: EvalConfig, kinds: Kinds, of_model: list[str]) -> Scene
 def _judges(
     config: EvalConfig, dataset: Dataset, kinds: Kinds
 ) -> tuple[Networks, Reference, dict[str, Metric], list[ModelMetric]]:
+    dataset = pictured(dataset)
     networks = Networks(config.features, dataset, cache_folder(config.cache_dir), device_of(config.device))
     of_samples = {name: metric for name, metric in kinds.items() if isinstance(metric, Metric)}
     of_model = [metric for metric in kinds.values() if isinstance(metric, ModelMetric)]

@@ -12,10 +12,11 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from diffusion_cli.config import Mistakes
-from diffusion_cli.data import Dataset, file_names, flattened, image_files, is_gray, opened, spread
+from diffusion_cli.data import Dataset, file_names, image_files, spread, stored
 from diffusion_cli.foreign import read, reason
+from diffusion_cli.forms import Shape
+from diffusion_cli.forms.files import flattened, is_gray, opened
 
-Shape = tuple[int, int, int]
 MOST_LINES = 10
 LONGEST = 200  # bytes of a name
 PICTURES = ("grid.png", "strip.png")  # of results, in their folder
@@ -28,17 +29,17 @@ class Input(NamedTuple):
     name: str
     """For the files made of it; unique."""
     pixels: Tensor
-    """uint8 [C, H, W]."""
+    """As stored, [C, H, W]."""
 
 
 def real_images(dataset: Dataset, split: str, count: int | None) -> list[Input]:
-    """Images spread evenly over the `train` or `held_out` split; ValueError if they are not of 256 values."""
+    """Images spread evenly over the `train` or `held_out` split."""
     images = dataset.load("train" if split == "train" else "held_out")
     count = len(images) if count is None else min(count, len(images))
     rows = spread(len(images), count)
-    pixels = images.gather(rows.to(images.device)).cpu() if count else torch.empty(0)
-    if pixels.dtype != torch.uint8:
-        raise ValueError(f"input={split}: {dataset.name} has no images of 256 values there; give image files")
+    if not count:
+        raise ValueError(f"input={split}: {dataset.name} has no images there; give files")
+    pixels = stored(images.gather(rows.to(images.device)).cpu(), dataset.form)
     return [Input(f"{split}_{row:05d}", image) for row, image in zip(rows.tolist(), pixels, strict=True)]
 
 
@@ -112,8 +113,9 @@ def _pixels(file: Path, shapes: list[Shape], fit: bool) -> Tensor:
 
 def described(shape: Sequence[int]) -> str:
     """A shape in the words of image files."""
-    channels, height, width = shape
-    return f"{width} x {height} {'gray' if channels == 1 else 'colour'}"
+    channels, *sizes = shape
+    colours = {1: "gray", 3: "colour"}.get(channels, f"of {channels} channels")
+    return f"{' x '.join(str(size) for size in reversed(sizes))} {colours}"
 
 
 def _but_results(names: list[str]) -> list[str]:

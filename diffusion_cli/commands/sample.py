@@ -1,4 +1,4 @@
-"""`diffuse sample`: images of a trained model, one PNG a seed."""
+"""`diffuse sample`: images of a trained model, one file a seed."""
 
 import sys
 from pathlib import Path
@@ -9,12 +9,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 from diffusion_cli.commands.outputs import claim, keep_seeds
-from diffusion_cli.commands.samples import image_path
+from diffusion_cli.commands.samples import image_path, read_pictures
 from diffusion_cli.commands.trained import Trained, open_run
 from diffusion_cli.config import EvalConfig, SampleConfig, fingerprint
 from diffusion_cli.generate import generate, trajectories
 from diffusion_cli.ranks import Ranks, work_together
-from diffusion_cli.report import Writer, grid, read_images, save_gif, save_grid, save_png, save_rows
+from diffusion_cli.report import Writer, grid, save_gif, save_grid, save_rows, save_stored
 
 GRID_IMAGES = 100
 STRIP_IMAGES = 8
@@ -33,7 +33,8 @@ def make(config: SampleConfig) -> None:
     output = Path(config.output) if config.output else samples_folder(trained, config)
     ranks.one_by_one(lambda: claim(output, trained.settings, trained.model))
     seeds = range(config.seed, config.seed + config.num_samples)
-    todo = ranks.agree([seed for seed in seeds if not image_path(output, seed).is_file()])
+    form = trained.model.form
+    todo = ranks.agree([seed for seed in seeds if not image_path(output, seed, form).is_file()])
     if len(todo) < len(seeds) and ranks.first:
         print(
             f"{output} has {len(seeds) - len(todo)} of {len(seeds)} images; making the others",
@@ -71,7 +72,7 @@ def _make(
     trained: Trained, config: SampleConfig, todo: list[int], output: Path, ranks: Ranks, size: int
 ) -> int:
     """Make and write this process's share of the images of the seeds; the network calls that each took."""
-    most_calls = 0
+    most_calls, form = 0, trained.model.form
     with tqdm(
         total=len(todo), unit="image", desc="sample", dynamic_ncols=True, disable=not ranks.first
     ) as bar:
@@ -82,7 +83,7 @@ def _make(
                     trained.model, trained.sampler, config.steps, mine, size, **_how(trained, config)
                 ):
                     for seed, image in zip(batch, images.cpu(), strict=True):
-                        writer(save_png, image, image_path(output, seed))
+                        writer(save_stored, image, image_path(output, seed, form), form)
                     most_calls = max(most_calls, calls)
                 bar.update(sum(ranks.gather(writer.written)) - bar.n)
         bar.update(sum(ranks.gather(writer.written)) - bar.n)
@@ -93,10 +94,10 @@ def _overview(trained: Trained, config: SampleConfig, seeds: range, output: Path
     """Draw the first images as a grid, with a row a class where classes are asked for."""
     path, first = output / "grid.png", list(seeds)[:GRID_IMAGES]
     if config.label is None or trained.labels is None:
-        save_grid(read_images([image_path(output, seed) for seed in first]), path)
+        save_grid(read_pictures(output, first, trained.model), path)
     else:
         classes = [first[place :: len(trained.labels)] for place in range(len(trained.labels))]
-        save_rows([read_images([image_path(output, seed) for seed in row]) for row in classes if row], path)
+        save_rows([read_pictures(output, row, trained.model) for row in classes if row], path)
     return path
 
 

@@ -9,16 +9,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffusion_cli.checkpoint import is_run
+from diffusion_cli.checkpoint import Model, is_run
 from diffusion_cli.commands.inputs import PICTURES
 from diffusion_cli.commands.outputs import parsed
 from diffusion_cli.commands.trained import Trained
 from diffusion_cli.config import EvalConfig
-from diffusion_cli.data import Dataset, Given, file_names, given_images, is_image
+from diffusion_cli.data import Dataset, Given, PicturedImages, file_names, given_images, is_sample
 from diffusion_cli.data.labels import read
+from diffusion_cli.forms import Form, Picture
 from diffusion_cli.generate import generate, labels_of
 from diffusion_cli.metrics import GivenSamples, Samples
-from diffusion_cli.report import Writer, read_images, save_png
+from diffusion_cli.report import Writer, read_stored, save_stored
 
 
 class ModelSamples(Samples):
@@ -28,7 +29,8 @@ class ModelSamples(Samples):
         self, trained: Trained, config: EvalConfig, count: int, folder: Path | None, calls: int = 0
     ) -> None:
         self.trained, self.config, self.folder = trained, config, folder
-        self.shape, self.class_names = trained.model.shape, trained.model.class_names
+        model = trained.model
+        self.shape, self.class_names = model.form.picture_shape(model.shape), model.class_names
         self.labelled = trained.labels is not None
         self.calls = calls
         """Network calls that an image took; those on record, where none is made."""
@@ -60,21 +62,18 @@ class ModelSamples(Samples):
     def batch(self, numbers: Sequence[int]) -> tuple[Tensor, Tensor | None]:
         seeds = [self.seeds[number] for number in numbers]
         labels = labels_of(seeds, self.trained.labels, torch.device("cpu"))
+        form, shape = self.trained.model.form, self.trained.model.shape
         if self.folder is None:
-            return torch.cat([images for _, images in self._generated(seeds)]), labels
-        paths = {seed: image_path(self.folder, seed) for seed in seeds}
+            return form.pictures(torch.cat([images for _, images in self._generated(seeds)])), labels
+        paths = {seed: image_path(self.folder, seed, form) for seed in seeds}
         there = [seed for seed in seeds if paths[seed].is_file()]
-        found = dict(zip(there, read_images([paths[seed] for seed in there]), strict=True)) if there else {}
-        for seed, image in found.items():
-            if image.shape != self.shape:
-                raise ValueError(
-                    f"{paths[seed]}: is of another size than the samples of this run; remove it, and it is made anew"
-                )
+        files = [paths[seed] for seed in there]
+        found = dict(zip(there, read_stored(files, form, shape), strict=True)) if there else {}
         for some, images in self._generated([seed for seed in seeds if seed not in found]):
             for seed, image in zip(some, images, strict=True):
-                self.writer(save_png, image, paths[seed])
+                self.writer(save_stored, image, paths[seed], form)
                 found[seed] = image
-        return torch.stack([found[seed] for seed in seeds]), labels
+        return form.pictures(torch.stack([found[seed] for seed in seeds])), labels
 
     def _generated(self, seeds: list[int]) -> list[tuple[list[int], Tensor]]:
         start, trained, config = time.perf_counter(), self.trained, self.config
@@ -99,9 +98,15 @@ def about(trained: Trained) -> dict[str, Any]:
     return {"run": trained.folder.name, "step": model.step, "ema": model.config["ema"], **trained.settings}
 
 
-def image_path(folder: Path, seed: int) -> Path:
-    """The PNG of a seed."""
-    return folder / f"{seed:06d}.png"
+def image_path(folder: Path, seed: int, form: Form) -> Path:
+    """The file of a seed."""
+    return folder / f"{seed:06d}{form.suffix}"
+
+
+def read_pictures(folder: Path, seeds: Sequence[int], model: Model) -> Tensor:
+    """Pictures of the samples of some seeds that lie in a folder, uint8 [N, C, H, W]."""
+    files = [image_path(folder, seed, model.form) for seed in seeds]
+    return model.form.pictures(read_stored(files, model.form, model.shape))
 
 
 def given_samples(path: Path, dataset: Dataset | None, count: int | None) -> GivenSamples:
@@ -109,18 +114,21 @@ def given_samples(path: Path, dataset: Dataset | None, count: int | None) -> Giv
     names = [] if path.is_file() and path.suffix in (".npy", ".npz") else file_names(path, "samples")
     manifest = _manifest(path, names)
     results = {name for name in names if "/" not in name and name not in PICTURES}
+    form = dataset.form if dataset else Picture()
     shape = dataset.shape if dataset else None
-    given = given_images(path, "samples", shape, results if manifest else None)
+    given = given_images(path, "samples", shape, results if manifest else None, form)
     made: dict[str, Any] = {"samples": path.name}
     if manifest:
         made |= {"step": manifest.get("step"), **manifest["settings"]}
-        files = sorted(name for name in results if is_image(PurePosixPath(name)))
+        files = sorted(name for name in results if is_sample(PurePosixPath(name), form))
         labels, seeds = manifest["settings"].get("labels"), [PurePosixPath(name).stem for name in files]
         classes = dataset.num_classes or 0 if dataset else 0
         known = isinstance(labels, list) and max(labels) < classes
         if dataset and known and all(seed.isdecimal() for seed in seeds):
             given = Given(given.images, dataset.class_names)
             given.images.labels = labels_of([int(seed) for seed in seeds], labels, torch.device("cpu"))
+    if not isinstance(form, Picture):
+        given = Given(PicturedImages(given.images, form), given.class_names)
     return GivenSamples(given, dataset.class_names if dataset else None, made, f"samples={path}", count)
 
 

@@ -223,7 +223,7 @@ def _refuse_other_data(folder: Path, about: dict[str, Any], checkpoint: dict[str
         if key == "labels_sha256"
         else f"{key}={about[key]}: the run in {folder} was begun on {before.get(key)}; give back the data, or take "
         "another name="
-        for key in ("num_images", "class_names", "shape", "labels_sha256")
+        for key in ("num_images", "class_names", "shape", "form", "labels_sha256")
         if before.get(key) != about[key]
     ]
     if lines:
@@ -245,6 +245,7 @@ def _about(config: TrainConfig, dataset: Dataset, task: str, images: Images) -> 
         "format": FORMAT,
         "config": config.model_dump(),
         "shape": list(dataset.shape),
+        "form": dataset.form.about(),
         "num_classes": dataset.num_classes,
         "class_names": list(dataset.class_names) if dataset.class_names else None,
     }

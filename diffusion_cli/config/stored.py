@@ -21,7 +21,8 @@ class _Stored(BaseModel):
     task: str
     num_images: NonNegativeInt
     config: dict[str, Any]
-    shape: Annotated[list[PositiveInt], Field(min_length=3, max_length=3)]
+    shape: Annotated[list[PositiveInt], Field(min_length=2, max_length=4)]
+    form: dict[str, Any]
     num_classes: PositiveInt | None
     class_names: list[str] | None
 

@@ -1,15 +1,16 @@
-"""Data: a source becomes uint8 images with labels, and those become batches in [-1, 1]."""
+"""Data: a source becomes images as stored with labels, and those become batches in [-1, 1]."""
 
 from diffusion_cli.data.array import Array
 from diffusion_cli.data.base import Dataset, Images, NoDataset, PixelDigest, spread
 from diffusion_cli.data.batches import Batch, Batches, UnreadableError, normalised
-from diffusion_cli.data.decoding import Exact, flattened, is_gray, opened
+from diffusion_cli.data.decoding import Exact
 from diffusion_cli.data.digits import Digits
-from diffusion_cli.data.folder import Folder, file_names, image_files, is_image
+from diffusion_cli.data.folder import Folder, file_names, image_files
 from diffusion_cli.data.gaussian_mixture import GaussianMixture
-from diffusion_cli.data.given import Given, given_images, relabelled
+from diffusion_cli.data.given import Given, given_images, is_sample, relabelled
 from diffusion_cli.data.memory import hold
 from diffusion_cli.data.packing import Pack
+from diffusion_cli.data.pictured import PicturedImages, pictured, stored
 from diffusion_cli.data.published import CIFAR10, MNIST, FashionMNIST
 
 __all__ = [
@@ -28,17 +29,17 @@ __all__ = [
     "Images",
     "NoDataset",
     "Pack",
+    "PicturedImages",
     "PixelDigest",
     "UnreadableError",
     "file_names",
-    "flattened",
     "given_images",
     "hold",
     "image_files",
-    "is_gray",
-    "is_image",
+    "is_sample",
     "normalised",
-    "opened",
+    "pictured",
     "relabelled",
     "spread",
+    "stored",
 ]

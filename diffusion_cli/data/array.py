@@ -14,6 +14,7 @@ from torch import Tensor
 from diffusion_cli.data.base import Dataset, Images, Split, shuffled_mask, split_rows
 from diffusion_cli.data.memory import MemoryImages, fits_in_memory, free_memory
 from diffusion_cli.foreign import Archive, reason, regular
+from diffusion_cli.forms import Shape
 
 IMAGE_KEYS = ("images", "arr_0", "x")
 LABEL_KEYS = ("labels", "arr_1", "y")
@@ -92,7 +93,7 @@ class Contents(NamedTuple):
     number: int
     layout: str
     """The order of the images' axes."""
-    shape: tuple[int, int, int]
+    shape: Shape
     labels: Tensor | None
     class_names: tuple[str, ...] | None
     held_out: np.ndarray | None
@@ -263,7 +264,7 @@ def _texts(archive: Archive) -> list[str] | None:
     return np.frombuffer(archive.read(name), header.dtype, math.prod(header.shape), header.start).tolist()
 
 
-def read_layout(path: Path, key: str | None) -> tuple[int, str, tuple[int, int, int]]:
+def read_layout(path: Path, key: str | None) -> tuple[int, str, Shape]:
     """Number, order of axes, and shape [C, H, W] of the images, from the header of their array."""
     shape, dtype, *_ = read_header(path, key)
     if dtype != np.uint8:

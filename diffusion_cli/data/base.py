@@ -11,14 +11,16 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from diffusion_cli.forms import Form, Picture, Shape
+
 Split = Literal["train", "held_out"]
 
 
 class Images(ABC):
     """The images of one split by row number, as the source holds them: not augmented, not normalised."""
 
-    shape: tuple[int, int, int]
-    """Channels, height and width of every image."""
+    shape: Shape
+    """Of every image: channels, height and width."""
     labels: Tensor | None
     """The class of every image, int64 [N] in 0..num_classes - 1, or None without classes."""
     device: torch.device = torch.device("cpu")
@@ -31,7 +33,7 @@ class Images(ABC):
 
     @abstractmethod
     def gather(self, index: Tensor) -> Tensor:
-        """The images of the rows `index` (int64 [B]): uint8 [B, C, H, W], or float32 where pixels are real.
+        """The images of the rows `index` (int64 [B]), [B, *shape]: uint8, or float32 in about [-1, 1].
 
         Raises ValueError naming the files that cannot be decoded.
         """
@@ -79,8 +81,10 @@ class Dataset(ABC):
 
     name: str
     """The word for the dataset in tables and file names."""
-    shape: tuple[int, int, int]
-    """Channels, height and width of every image; known before any pixel is read."""
+    shape: Shape
+    """Of every image: channels, height and width; known before any pixel is read."""
+    form: Form = Picture()
+    """How its images, and those of a model trained on them, are stored and shown."""
     class_names: tuple[str, ...] | None
     """The name of every class, in the order of the labels, or None without classes."""
     flip: bool
@@ -114,7 +118,7 @@ class NoDataset(Dataset):
     class_names = None
     flip = False
 
-    def __init__(self, name: str, shape: tuple[int, int, int]) -> None:
+    def __init__(self, name: str, shape: Shape) -> None:
         super().__init__("")
         self.name, self.shape = name, shape
 

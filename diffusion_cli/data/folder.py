@@ -13,10 +13,11 @@ from torch import Tensor
 from torch.utils.data import get_worker_info
 
 from diffusion_cli.data.base import Dataset, Images, Split, row_chunks, split_rows
-from diffusion_cli.data.decoding import FORMATS, Decoder, Exact
+from diffusion_cli.data.decoding import Decoder, Exact
 from diffusion_cli.data.labels import class_labels
 from diffusion_cli.data.memory import MemoryImages, fits_in_memory
 from diffusion_cli.foreign import Archive, read, reason
+from diffusion_cli.forms.files import FORMATS
 from diffusion_cli.seeding import mix
 
 SUFFIXES = tuple(suffix for suffixes in FORMATS.values() for suffix in suffixes)
@@ -215,6 +216,10 @@ def _refuse(error: OSError) -> None:
 
 
 def is_image(name: PurePosixPath) -> bool:
-    """Whether the name is that of an image, and not of the hidden files that systems leave beside them."""
-    hidden = any(part.startswith(".") or part == "__MACOSX" for part in name.parts)
-    return name.suffix.lower() in SUFFIXES and not hidden
+    """Whether the name is that of an image, and not hidden."""
+    return name.suffix.lower() in SUFFIXES and visible_name(name)
+
+
+def visible_name(name: PurePosixPath) -> bool:
+    """Whether no part of a name is hidden, or of the files that systems leave beside others."""
+    return not any(part.startswith(".") or part == "__MACOSX" for part in name.parts)

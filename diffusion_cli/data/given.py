@@ -1,7 +1,7 @@
 """Images that somebody else made: a folder, ZIP or NumPy file of them, taken as they are."""
 
 from collections.abc import Collection
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
 import torch
@@ -9,12 +9,12 @@ from torch import Tensor
 
 from diffusion_cli.data.array import ArrayImages, read_contents
 from diffusion_cli.data.base import Images
-from diffusion_cli.data.decoding import Exact, is_gray, opened
-from diffusion_cli.data.folder import FileImages, file_names, image_files
+from diffusion_cli.data.decoding import Exact
+from diffusion_cli.data.folder import FileImages, file_names, image_files, is_image, visible_name
 from diffusion_cli.data.labels import class_labels, read
 from diffusion_cli.foreign import reason
-
-Shape = tuple[int, int, int]
+from diffusion_cli.forms import Form, Picture, Shape
+from diffusion_cli.forms.files import is_gray, opened
 
 
 class Given(NamedTuple):
@@ -25,7 +25,11 @@ class Given(NamedTuple):
 
 
 def given_images(
-    path: Path, key: str, shape: Shape | None = None, only: Collection[str] | None = None
+    path: Path,
+    key: str,
+    shape: Shape | None = None,
+    only: Collection[str] | None = None,
+    form: Form | None = None,
 ) -> Given:
     """The images of a folder, ZIP, .npz or .npy, in the order of their names or rows: none is resized or cropped.
 
@@ -41,13 +45,31 @@ def given_images(
             raise ValueError(f"{key}={path}: holds images {given.images.shape}; wanted are {shape}")
         return given
     names = file_names(path, key)
-    files = image_files(path, [name for name in names if only is None or name in only], key)
+    form = form or Picture()
+    files = sample_files(path, [name for name in names if only is None or name in only], form, key)
     try:
         class_names, labels = class_labels(path, names, files, "auto")
-        decoder = Exact(*(shape or _shape(read(path, files[0]))))
+        decoder = Exact(form, shape or _shape(read(path, files[0])))
     except ValueError as error:
         raise ValueError(f"{key}={path}: {reason(error).removeprefix(f'dataset.path={path}: ')}") from error
     return Given(FileImages(path, files, labels, decoder, key), class_names)
+
+
+def sample_files(path: Path, names: list[str], form: Form, key: str) -> list[str]:
+    """Those of the names that are files of a form, in sorted order; raises ValueError if there are none."""
+    if isinstance(form, Picture):
+        return image_files(path, names, key)
+    files = sorted(name for name in names if is_sample(PurePosixPath(name), form))
+    if not files:
+        raise ValueError(f"{key}={path}: holds no {form.suffix} file")
+    return files
+
+
+def is_sample(name: PurePosixPath, form: Form) -> bool:
+    """Whether the name is that of a file of a form."""
+    if isinstance(form, Picture):
+        return is_image(name)
+    return name.name.lower().endswith(form.suffix) and visible_name(name)
 
 
 def _array(path: Path, key: str) -> Given:

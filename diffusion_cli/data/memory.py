@@ -16,8 +16,7 @@ class MemoryImages(Images):
     """Images as one tensor `pixels` [N, C, H, W] on any device."""
 
     def __init__(self, pixels: Tensor, labels: Tensor | None) -> None:
-        _, channels, height, width = pixels.shape
-        self.shape = (channels, height, width)
+        self.shape = tuple(pixels.shape[1:])
         self.device = pixels.device
         self.pixels = pixels
         self.labels = labels

@@ -10,7 +10,8 @@ from diffusion_cli.denoiser import Denoise
 from diffusion_cli.editing.operators import LinearOperator
 from diffusion_cli.samplers import Draw, Sampler
 
-Shape = tuple[int, int, int]
+Shape = tuple[int, ...]
+
 ReadMask = Callable[[str], Tensor]
 """Gives a gray image file as uint8 [H, W]."""
 

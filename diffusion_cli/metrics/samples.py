@@ -10,9 +10,9 @@ from diffusion_cli.data import Given, relabelled, spread
 
 
 class Samples(ABC):
-    """Images to be measured, by number: made when they are asked for, or read."""
+    """Pictures to be measured, by number: made when they are asked for, or read."""
 
-    shape: tuple[int, int, int]
+    shape: tuple[int, ...]
     """Channels, height and width."""
     class_names: tuple[str, ...] | None
     """Of the classes that they were made as, or None."""

@@ -4,11 +4,24 @@ from diffusion_cli.report.pictures import (
     Writer,
     grid,
     read_images,
+    read_stored,
     rows,
     save_gif,
     save_grid,
     save_png,
     save_rows,
+    save_stored,
 )
 
-__all__ = ["Writer", "grid", "read_images", "rows", "save_gif", "save_grid", "save_png", "save_rows"]
+__all__ = [
+    "Writer",
+    "grid",
+    "read_images",
+    "read_stored",
+    "rows",
+    "save_gif",
+    "save_grid",
+    "save_png",
+    "save_rows",
+    "save_stored",
+]

@@ -2,8 +2,9 @@
 
 import math
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -14,8 +15,9 @@ from PIL import Image
 from torch import Tensor
 
 from diffusion_cli.checkpoint import whole_file
-from diffusion_cli.data import Exact, is_gray, opened
 from diffusion_cli.foreign import read, reason
+from diffusion_cli.forms import Form, Picture, Shape
+from diffusion_cli.forms.files import is_gray, opened
 
 WRITERS = 4  # threads; each waits for the disk most of the time
 
@@ -78,25 +80,37 @@ def rows(images: Sequence[Tensor]) -> Tensor:
 
 def read_images(files: Sequence[Path]) -> Tensor:
     """Saved pictures of one size, uint8 [N, C, H, W]; ValueError naming one that is no picture, or of another size."""
-    decoder: Exact | None = None
-    images = []
+    with _naming(files[0]):
+        first = opened(read(files[0]))
+    return read_stored(files, Picture(), (1 if is_gray(first) else 3, first.height, first.width))
+
+
+def read_stored(files: Sequence[Path], form: Form, shape: Shape) -> Tensor:
+    """Saved results of a form and shape, as stored, [N, *shape]; ValueError naming one that is none."""
+    samples = []
     for file in files:
-        try:
-            data = read(file)
-            if decoder is None:
-                first = opened(data)
-                decoder = Exact(1 if is_gray(first) else 3, first.height, first.width)
-            images.append(torch.from_numpy(decoder(data).copy()))
-        except ValueError as error:
-            raise ValueError(f"{file}: {reason(error)}; move it away to have it made anew") from error
-    return torch.stack(images)
+        with _naming(file):
+            samples.append(form.read(read(file), shape))
+    return torch.stack(samples)
+
+
+@contextmanager
+def _naming(file: Path) -> Iterator[None]:
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{file}: {reason(error)}; move it away to have it made anew") from error
+
+
+def save_stored(sample: Tensor, path: Path, form: Form) -> None:
+    """Write a sample as stored, [*shape], in a form, whole or not at all."""
+    with whole_file(path) as temporary:
+        form.write(sample.cpu(), temporary)
 
 
 def save_png(image: Tensor, path: Path) -> None:
     """Write a uint8 image [C, H, W] of 1 or 3 channels as PNG, whole or not at all."""
-    pixels = image.cpu().permute(1, 2, 0).squeeze(2).contiguous().numpy()
-    with whole_file(path) as temporary:
-        Image.fromarray(pixels).save(temporary, format="PNG")
+    save_stored(image, path, Picture())
 
 
 def save_grid(images: Tensor, path: Path, columns: int | None = None) -> None:

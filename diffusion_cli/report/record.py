@@ -10,9 +10,9 @@ from typing import Any, NamedTuple, TypeVar
 
 from diffusion_cli.checkpoint import LAST, newest
 from diffusion_cli.config import flatten
-from diffusion_cli.data import opened
 from diffusion_cli.foreign import read as read_file
 from diffusion_cli.foreign import read_csv, read_json, reason
+from diffusion_cli.forms.files import opened
 from diffusion_cli.metrics import Report, Result, read_history
 from diffusion_cli.report.charts import Points
 

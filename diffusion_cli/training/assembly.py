@@ -10,7 +10,7 @@ import torch
 from lightning.pytorch import Callback, Trainer
 
 from diffusion_cli.config import TrainConfig, build, fingerprint
-from diffusion_cli.data import Batch, Dataset, Images, hold, normalised
+from diffusion_cli.data import Batch, Dataset, Images, hold, normalised, pictured
 from diffusion_cli.denoiser import Denoiser, NoiseConditioned, NoisyClassifier
 from diffusion_cli.metrics import Metric, Networks, cache_folder
 from diffusion_cli.objective import Objective
@@ -88,6 +88,7 @@ def watchers_of(config: TrainConfig, folder: Path, parts: Parts, ema: EMA, stop:
                 sampler=parts.sampler,
                 steps=config.preview_steps,
                 shape=shape,
+                form=parts.dataset.form,
             )
         )
     return watchers
@@ -105,8 +106,11 @@ def _evaluation(
             )
     dataset = parts.dataset
     names = dataset.class_names if getattr(parts.model, "num_classes", None) is not None else None
-    samples = TrainingSamples(config.eval_samples, parts.sampler, config.eval_steps, dataset.shape, names)
+    samples = TrainingSamples(
+        config.eval_samples, parts.sampler, config.eval_steps, dataset.shape, dataset.form, names
+    )
     cache_dir = cache_folder(config.cache_dir)
+    dataset = pictured(dataset)
     networks = Networks(config.features, dataset, cache_dir, parts.device.torch_device)
     reference = build(config.reference, dataset)
     measured = config.model_dump(

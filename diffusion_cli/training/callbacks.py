@@ -20,7 +20,8 @@ from tqdm import tqdm
 from diffusion_cli.checkpoint import LAST, duplicate, numbered, save
 from diffusion_cli.data import Batch
 from diffusion_cli.denoiser import Denoiser, NoisyClassifier, clip_x0, noised
-from diffusion_cli.generate import all_labels, labels_of, sample, to_bytes
+from diffusion_cli.forms import Form, Shape
+from diffusion_cli.generate import all_labels, labels_of, sample
 from diffusion_cli.ranks import Ranks
 from diffusion_cli.report import save_grid
 from diffusion_cli.samplers import Sampler
@@ -376,10 +377,12 @@ class Preview(Watcher):
         run: Path,
         sampler: Sampler,
         steps: int,
-        shape: tuple[int, int, int],
+        shape: Shape,
+        form: Form,
     ) -> None:
         super().__init__(every, ema, stop)
         self.folder, self.sampler, self.steps, self.shape = run / "previews", sampler, steps, shape
+        self.form = form
 
     @torch.no_grad()
     def look(self, trainer: Trainer, module: TrainingModule, step: int) -> bool:
@@ -397,5 +400,5 @@ class Preview(Watcher):
                 self.shape,
                 module.device,
             )
-        save_grid(to_bytes(images), self.folder / f"step_{step:08d}.png")
+        save_grid(self.form.pictures(self.form.stored(images)), self.folder / f"step_{step:08d}.png")
         return True

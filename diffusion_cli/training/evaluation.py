@@ -11,7 +11,8 @@ from torch import Tensor
 
 from diffusion_cli.checkpoint import BEST
 from diffusion_cli.denoiser import Denoiser, clip_x0
-from diffusion_cli.generate import all_labels, labels_of, sample, to_bytes
+from diffusion_cli.forms import Form, Shape
+from diffusion_cli.generate import all_labels, labels_of, sample
 from diffusion_cli.metrics import (
     CalledOff,
     Finding,
@@ -37,11 +38,12 @@ class TrainingSamples(Samples):
         count: int,
         sampler: Sampler,
         steps: int,
-        shape: tuple[int, int, int],
+        shape: Shape,
+        form: Form,
         names: tuple[str, ...] | None,
     ) -> None:
         self.count, self.sampler, self.steps = count, sampler, steps
-        self.shape, self.class_names = shape, names
+        self.made, self.form, self.shape, self.class_names = shape, form, form.picture_shape(shape), names
         self.labelled = names is not None
         self.denoiser: Denoiser | None = None
         """Of now."""
@@ -60,9 +62,9 @@ class TrainingSamples(Samples):
         denoise = clip_x0(lambda x, t: denoiser(x, t, labels), denoiser.schedule)
         times = self.sampler.grid(self.steps)
         with self.precision():
-            images = sample(denoise, self.sampler, times, numbers, self.shape, device)
+            images = sample(denoise, self.sampler, times, numbers, self.made, device)
         # Early weights may fail: that shows in the numbers, and is no reason to stop.
-        return to_bytes(images.nan_to_num(0.0, 1.0, -1.0)), labels
+        return self.form.pictures(self.form.stored(images.nan_to_num(0.0, 1.0, -1.0))), labels
 
     def protocol(self) -> dict[str, Any]:
         return {}

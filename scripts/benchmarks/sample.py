@@ -14,7 +14,7 @@ from diffusion_cli.checkpoint import Model
 from diffusion_cli.commands.samples import image_path
 from diffusion_cli.generate import generate
 from diffusion_cli.guidance import Unguided
-from diffusion_cli.report import Writer, save_png
+from diffusion_cli.report import Writer, save_stored
 from diffusion_cli.samplers import DDIM, Sampler
 
 IMAGES, STEPS = 16, 50
@@ -29,7 +29,7 @@ def write_samples(model: Model, sampler: Sampler, steps: int, precision: str) ->
             guidance=Unguided(), labels=None, clip=True, precision=precision,
         ):  # fmt: skip
             for seed, image in zip(seeds, images.cpu(), strict=True):
-                writer(save_png, image, image_path(Path(folder), seed))
+                writer(save_stored, image, image_path(Path(folder), seed, model.form), model.form)
 
 
 def tables(rounds: int, device: torch.device) -> Iterator[Table]:
@@ -48,7 +48,7 @@ def tables(rounds: int, device: torch.device) -> Iterator[Table]:
         ):
             made = pipeline(batch_size=IMAGES, num_inference_steps=steps, output_type="pil").images
             for seed, image in enumerate(made):
-                image.save(image_path(Path(folder), seed))
+                image.save(image_path(Path(folder), seed, model.form))
 
     def ours(steps: int, precision: str) -> None:
         write_samples(model, sampler, steps, precision)

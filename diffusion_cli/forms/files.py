@@ -1,0 +1,73 @@
+"""Image files of 8 bits a channel, as Pillow reads them."""
+
+import warnings
+from io import BytesIO
+from typing import Literal
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from diffusion_cli.foreign import reason
+
+# Such images are refused with a word of our own. Here, for filters must not be set in threads.
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+FORMATS = {"PNG": (".png",), "JPEG": (".jpg", ".jpeg"), "WEBP": (".webp",), "TIFF": (".tif", ".tiff")}
+
+
+def is_gray(image: Image.Image) -> bool:
+    """Whether an image has one channel and no transparency."""
+    return image.mode.startswith(("1", "L", "I", "F")) and "A" not in image.mode
+
+
+def opened(data: bytes) -> Image.Image:
+    """An image file of one of the FORMATS, upright by its EXIF orientation, its first frame.
+
+    Raises ValueError if it is none, is damaged, or has more pixels than `PIL.Image.MAX_IMAGE_PIXELS`.
+    """
+    return upright(parsed(data))
+
+
+def parsed(data: bytes) -> Image.Image:
+    """As `opened`, before pixels are read."""
+    try:
+        image = Image.open(BytesIO(data), formats=list(FORMATS))
+    except UnidentifiedImageError as error:  # whose text names a memory address
+        raise ValueError(f"is not an image in {', '.join(FORMATS)}") from error
+    except Exception as error:  # decoders meet broken data with errors of every type
+        raise ValueError(reason(error)) from error
+    limit = Image.MAX_IMAGE_PIXELS
+    if limit is not None and image.width * image.height > limit:
+        raise ValueError(f"{image.width} x {image.height} pixels exceed Pillow's limit of {limit}")
+    return image
+
+
+def upright(image: Image.Image) -> Image.Image:
+    try:
+        ImageOps.exif_transpose(image, in_place=True)
+    except Exception as error:  # as above, for only now are pixels read
+        raise ValueError(reason(error)) from error
+    return image
+
+
+def flattened(image: Image.Image, channels: int, background: Literal["white", "black"]) -> Image.Image:
+    """The image in 8 bits, without transparency, in gray or RGB; ValueError if it cannot be had so."""
+    try:
+        return _flattened(image, channels, background)
+    except Exception as error:  # a few kinds of colours cannot be converted
+        raise ValueError(reason(error)) from error
+
+
+def _flattened(image: Image.Image, channels: int, background: Literal["white", "black"]) -> Image.Image:
+    if image.mode.startswith("I"):  # 16-bit gray, which Pillow's own conversion clips at 255
+        values = np.asarray(image)
+        if values.min() < 0 or values.max() > 65535:
+            raise ValueError("has 32-bit pixels; convert it to 8 or 16 bits")
+        image = Image.fromarray(((values.astype(np.uint32) + 128) // 257).astype(np.uint8))
+    elif image.mode == "F":
+        raise ValueError("has floating-point pixels; convert it to 8 or 16 bits")
+    elif image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, background), image)
+    mode = "L" if channels == 1 else "RGB"
+    image.load()  # where only the header was read, it fails here
+    return image if image.mode == mode else image.convert(mode)

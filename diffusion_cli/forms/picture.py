@@ -1,0 +1,56 @@
+"""Images in bytes."""
+
+from pathlib import Path
+from typing import ClassVar
+
+import numpy as np
+import torch
+from PIL import Image
+from pydantic.dataclasses import dataclass
+from torch import Tensor
+
+from diffusion_cli.forms.base import STRICT, Form, Shape
+from diffusion_cli.forms.files import flattened, is_gray, opened
+
+
+@dataclass(frozen=True, config=STRICT)
+class Picture(Form):
+    """Gray or RGB images in bytes, as PNG; -1 is 0 and 1 is 255."""
+
+    kind: ClassVar[str] = "picture"
+
+    @property
+    def suffix(self) -> str:
+        return ".png"
+
+    @property
+    def half_range(self) -> float:
+        return 127.5
+
+    def stored(self, x: Tensor) -> Tensor:
+        return to_bytes(x)
+
+    def write(self, sample: Tensor, path: Path) -> None:
+        Image.fromarray(sample.permute(1, 2, 0).squeeze(2).contiguous().numpy()).save(path, format="PNG")
+
+    def read(self, data: bytes, shape: Shape) -> Tensor:
+        """Return the pixels of any kind of image file in bytes; gray becomes RGB where that is wanted."""
+        image, (channels, height, width) = opened(data), shape
+        if (image.height, image.width) != (height, width):
+            raise ValueError(f"is {image.width} x {image.height}, not {width} x {height} pixels")
+        if channels == 1 and not is_gray(image):
+            raise ValueError("is in colour, not gray")
+        pixels = torch.from_numpy(np.array(flattened(image, channels, "white")))
+        return pixels[None] if channels == 1 else pixels.permute(2, 0, 1)
+
+    def pictures(self, samples: Tensor) -> Tensor:
+        return samples
+
+    def picture_shape(self, shape: Shape) -> tuple[int, int, int]:
+        channels, height, width = shape
+        return channels, height, width
+
+
+def to_bytes(images: Tensor) -> Tensor:
+    """Quantise [-1, 1] to uint8 as a saved PNG has it: the nearest of the 256 values, ties to even."""
+    return images.float().add(1).mul(127.5).clamp(0, 255).round().to(torch.uint8)

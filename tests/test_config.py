@@ -256,7 +256,8 @@ def test_a_file_takes_over_the_keys_and_groups_of_another(tmp_path):
 PACKAGE = config.HERE
 ORDER = [
     "foreign precision seeding signals schedules", "config", "ranks locks forms", "parameterizations data times",
-    "denoiser networks", "posterior probability_flow guidance", "objective samplers likelihood checkpoint", "editing",
+    "denoiser networks", "posterior probability_flow guidance", "objective samplers likelihood checkpoint pretrained",
+    "editing",
     "metrics generate", "capacity", "report figures", "training", "commands", "cli",
 ]  # fmt: skip
 LEVEL = {name: level for level, names in enumerate(ORDER) for name in names.split()}

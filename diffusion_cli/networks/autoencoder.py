@@ -1,0 +1,247 @@
+"""The autoencoder of latent diffusion: images to the moments of latents, and latents to images."""
+
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+
+import torch
+from pydantic import PositiveInt
+from torch import Tensor, nn
+from torch.nn.functional import silu
+from torch.utils.checkpoint import checkpoint
+
+from diffusion_cli.networks.layers import NORM_EPS, Downsample, Pointwise, Upsample, attend
+
+LOG_VARIANCE = (-30.0, 20.0)
+"""Between which the log variance of latents is kept, as published."""
+
+
+class AutoencoderKL(nn.Module):
+    """A convolutional encoder to a Gaussian of latents q(z | x) = N(mean, variance), and a decoder p(x | z).
+
+    `shape` is that of an image, [C, H, W]. Level l of the encoder works at H / 2^l with channels * channel_mult[l]
+    feature maps and `num_res_blocks` residual blocks, the decoder's with one more; both have attention in the middle,
+    among all pixels. Latents are [latent_channels, H / factor, W / factor], factor = 2^(levels - 1). With
+    `quant_conv` a 1x1 convolution stands on either side of them. The data's classes are not looked at.
+
+    The state has the names and shapes of AutoencoderKL in diffusers, whose weights it takes and which takes its own.
+
+    Raises ValueError where two arguments do not go together, or `factor` does not divide the image.
+    Source: Rombach et al. 2022, Sec. 3.1 and Appendix G; Esser et al. 2021.
+    """
+
+    task = "autoencoder"
+
+    def __init__(
+        self,
+        shape: tuple[int, ...],
+        num_classes: int | None,
+        *,
+        channels: PositiveInt,
+        channel_mult: list[PositiveInt],
+        num_res_blocks: PositiveInt,
+        latent_channels: PositiveInt,
+        norm_groups: PositiveInt,
+        quant_conv: bool,
+        gradient_checkpointing: bool,
+    ) -> None:
+        super().__init__()
+        if not channel_mult:
+            raise ValueError("channel_mult=[]: the network needs a level; name a multiplier, as [1, 2]")
+        if channels % norm_groups:
+            raise ValueError(f"norm_groups={norm_groups}: does not divide channels={channels}; use a divisor")
+        self.latent_channels = latent_channels
+        self.factor = 2 ** (len(channel_mult) - 1)
+        """Pixels of a side that one latent stands for."""
+        self.latent_shape(shape)  # refused now rather than at the first image
+        widths = [mult * channels for mult in channel_mult]
+        parts = (widths, num_res_blocks, norm_groups, gradient_checkpointing)
+        self.encoder = Encoder(shape[0], 2 * latent_channels, *parts)
+        self.decoder = Decoder(latent_channels, shape[0], *parts)
+        self.quant_conv = nn.Conv2d(2 * latent_channels, 2 * latent_channels, 1) if quant_conv else None
+        self.post_quant_conv = nn.Conv2d(latent_channels, latent_channels, 1) if quant_conv else None
+
+    def latent_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """The shape [L, h, w] of the latents of an image [C, H, W]; ValueError if `factor` does not divide it."""
+        if any(side % self.factor for side in shape[1:]):
+            sides = "x".join(str(side) for side in shape[1:])
+            raise ValueError(
+                f"model=AutoencoderKL: a latent stands for {self.factor} pixels of a side, which do not divide images "
+                f"of {sides}; take fewer levels in model.channel_mult, or images of another size"
+            )
+        return (self.latent_channels, *(side // self.factor for side in shape[1:]))
+
+    def moments(self, x: Tensor) -> Tensor:
+        """Return the mean and the log variance of the latents of images x [B, C, H, W], [B, 2L, h, w]."""
+        h = self.encoder(x)
+        mean, log_variance = (h if self.quant_conv is None else self.quant_conv(h)).chunk(2, dim=1)
+        return torch.cat([mean, log_variance.clamp(*LOG_VARIANCE)], dim=1).to(x.dtype)
+
+    def decode(self, z: Tensor) -> Tensor:
+        """Return the images [B, C, H, W] of latents z [B, L, h, w], not clipped to [-1, 1]."""
+        return self.decoder(z if self.post_quant_conv is None else self.post_quant_conv(z)).to(z.dtype)
+
+    def forward(self, x: Tensor, eps: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the images decoded from `z = mean + exp(log_variance / 2) eps`, and the moments, of images x.
+
+        x: [B, C, H, W]; eps: standard normal [B, L, h, w], or zeros for the mean itself.
+        """
+        moments = self.moments(x)
+        return self.decode(drawn(moments, eps)), moments
+
+
+def drawn(moments: Tensor, eps: Tensor) -> Tensor:
+    """The latents `mean + exp(log_variance / 2) eps` [B, L, h, w] of moments [B, 2L, h, w]."""
+    mean, log_variance = moments.chunk(2, dim=1)
+    return mean + torch.exp(0.5 * log_variance) * eps
+
+
+class Encoder(nn.Module):
+    """The way down: images to features, half the size from level to level."""
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        widths: list[int],
+        num_res_blocks: int,
+        norm_groups: int,
+        gradient_checkpointing: bool,
+    ) -> None:
+        super().__init__()
+        self.gradient_checkpointing = gradient_checkpointing
+        self.conv_in = nn.Conv2d(in_channels, widths[0], 3, padding=1)
+        self.down_blocks = nn.ModuleList()
+        before = widths[0]
+        for level, width in enumerate(widths):
+            last = level == len(widths) - 1
+            resample = {} if last else {"downsamplers": Downsample(width, same=True)}
+            self.down_blocks.append(Level(before, width, num_res_blocks, norm_groups, resample))
+            before = width
+        self.mid_block = Middle(before, norm_groups)
+        self.conv_norm_out = nn.GroupNorm(norm_groups, before, eps=NORM_EPS)
+        self.conv_out = nn.Conv2d(before, out_channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.conv_in(x)
+        for block in (*self.down_blocks, self.mid_block):
+            h = run(block, h, self.gradient_checkpointing)
+        return self.conv_out(silu(self.conv_norm_out(h)))
+
+
+class Decoder(nn.Module):
+    """The way up: latents to images, twice the size from level to level."""
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        widths: list[int],
+        num_res_blocks: int,
+        norm_groups: int,
+        gradient_checkpointing: bool,
+    ) -> None:
+        super().__init__()
+        self.gradient_checkpointing = gradient_checkpointing
+        self.conv_in = nn.Conv2d(in_channels, widths[-1], 3, padding=1)
+        self.mid_block = Middle(widths[-1], norm_groups)
+        self.up_blocks = nn.ModuleList()
+        before = widths[-1]
+        for level, width in reversed(list(enumerate(widths))):
+            resample = {"upsamplers": Upsample(width)} if level else {}
+            self.up_blocks.append(Level(before, width, num_res_blocks + 1, norm_groups, resample))
+            before = width
+        self.conv_norm_out = nn.GroupNorm(norm_groups, before, eps=NORM_EPS)
+        self.conv_out = nn.Conv2d(before, out_channels, 3, padding=1)
+
+    def forward(self, z: Tensor) -> Tensor:
+        h = self.conv_in(z)
+        for block in (self.mid_block, *self.up_blocks):
+            h = run(block, h, self.gradient_checkpointing)
+        return self.conv_out(silu(self.conv_norm_out(h)))
+
+
+def run(block: Callable[[Tensor], Tensor], h: Tensor, recompute: bool) -> Tensor:
+    """Apply a block, keeping its activations or computing them again in the backward pass."""
+    if recompute and torch.is_grad_enabled():
+        return checkpoint(block, h, use_reentrant=False)
+    return block(h)
+
+
+class Level(nn.Module):
+    """Residual blocks of one resolution, then what changes it: `resample` by the name that it has in the state."""
+
+    def __init__(
+        self,
+        in_channels: int,
+        width: int,
+        num_res_blocks: int,
+        norm_groups: int,
+        resample: Mapping[str, nn.Module],
+    ) -> None:
+        super().__init__()
+        before = [in_channels] + [width] * (num_res_blocks - 1)
+        self.resnets = nn.ModuleList(Residual(channels, width, norm_groups) for channels in before)
+        for name, layer in resample.items():
+            self.add_module(name, nn.ModuleList([Named(conv=layer)]))
+
+    def forward(self, h: Tensor) -> Tensor:
+        for layers in self.children():
+            assert isinstance(layers, nn.ModuleList)
+            for layer in layers:
+                h = layer(h)
+        return h
+
+
+class Named(nn.Sequential):
+    """Layers one after the other, each by the name that it has in the state."""
+
+    def __init__(self, **layers: nn.Module) -> None:
+        super().__init__(OrderedDict(layers))
+
+
+class Middle(nn.Module):
+    """A residual block, attention among all pixels, and another residual block."""
+
+    def __init__(self, width: int, norm_groups: int) -> None:
+        super().__init__()
+        self.attentions = nn.ModuleList([MiddleAttention(width, norm_groups)])
+        self.resnets = nn.ModuleList(Residual(width, width, norm_groups) for _ in range(2))
+
+    def forward(self, h: Tensor) -> Tensor:
+        return self.resnets[1](self.attentions[0](self.resnets[0](h)))
+
+
+class Residual(nn.Module):
+    """skip(x) + conv2(silu(norm2(conv1(silu(norm1(x)))))), skip a 1x1 convolution where the number of maps changes.
+
+    [B, in_channels, H, W] to [B, out_channels, H, W].
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, norm_groups: int) -> None:
+        super().__init__()
+        self.norm1 = nn.GroupNorm(norm_groups, in_channels, eps=NORM_EPS)
+        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        self.norm2 = nn.GroupNorm(norm_groups, out_channels, eps=NORM_EPS)
+        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
+        self.conv_shortcut = None if in_channels == out_channels else Pointwise(in_channels, out_channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.conv2(silu(self.norm2(self.conv1(silu(self.norm1(x))))))
+        return h + (x if self.conv_shortcut is None else self.conv_shortcut(x))
+
+
+class MiddleAttention(nn.Module):
+    """Self-attention of one head among all pixels: x + out(softmax(q k^T / sqrt(C)) v). [B, C, H, W] to the same."""
+
+    def __init__(self, channels: int, norm_groups: int) -> None:
+        super().__init__()
+        self.group_norm = nn.GroupNorm(norm_groups, channels, eps=NORM_EPS)
+        self.to_q, self.to_k, self.to_v = (nn.Linear(channels, channels) for _ in range(3))
+        self.to_out = nn.ModuleList([nn.Linear(channels, channels)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        pixels = self.group_norm(x).flatten(2).transpose(1, 2)  # [B, HW, C]
+        q, k, v = (linear(pixels)[:, None] for linear in (self.to_q, self.to_k, self.to_v))
+        with torch.autocast(x.device.type, enabled=False):
+            out = attend(q, k, v)[:, 0]
+        return x + self.to_out[0](out).transpose(1, 2).unflatten(2, x.shape[2:])

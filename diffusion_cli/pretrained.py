@@ -1,0 +1,130 @@
+"""Autoencoders that others have trained and published, in the folders of diffusers."""
+
+import re
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor
+
+from diffusion_cli.config import shown
+from diffusion_cli.config.check import validate
+from diffusion_cli.foreign import read_json, reason, regular
+from diffusion_cli.networks import AutoencoderKL
+
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+Width = Annotated[int, Field(gt=0, le=2**14)]
+Count = Annotated[int, Field(gt=0, le=64)]
+# What the layers of attention were called before they became linear ones like all others.
+RENAMED = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+
+
+class _Config(BaseModel):
+    """Those fields of config.json that the network depends on; what is left out has the value that diffusers gives."""
+
+    model_config = ConfigDict(strict=True, extra="ignore")
+    class_name: Literal["AutoencoderKL"] = Field(alias="_class_name")
+    in_channels: Count = 3
+    out_channels: Count = 3
+    down_block_types: list[Literal["DownEncoderBlock2D"]] = ["DownEncoderBlock2D"]
+    up_block_types: list[Literal["UpDecoderBlock2D"]] = ["UpDecoderBlock2D"]
+    block_out_channels: Annotated[list[Width], Field(min_length=1, max_length=10)] = [64]
+    layers_per_block: Count = 1
+    act_fn: Literal["silu"] = "silu"
+    latent_channels: Count = 4
+    norm_num_groups: Width = 32
+    use_quant_conv: bool = True
+    use_post_quant_conv: bool = True
+    mid_block_add_attention: Literal[True] = True
+
+
+def from_diffusers(folder: Path, key: str) -> AutoencoderKL:
+    """The autoencoder of a folder of diffusers, with its weights, in evaluation mode on the CPU.
+
+    It holds config.json and diffusion_pytorch_model.safetensors. Factors that scale the latents are not looked at.
+
+    Raises ValueError, about the option called `key`, for another network, for files that are damaged or not there,
+    and for pickled weights, which could run code.
+    """
+    try:
+        options = _options(_read_config(folder / "config.json"))
+        state = _read_weights(folder / WEIGHTS)
+        shape = (options.pop("in_channels"), *[2 ** (len(options["channel_mult"]) - 1)] * 2)
+        with torch.device("meta"):  # its size is that of its weights, or it is not built
+            wanted = AutoencoderKL(shape, None, **options).state_dict()
+        _check_fit(wanted, state)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"{key}={folder}: holds no AutoencoderKL that can be read: {reason(error)}; give a folder that diffusers' "
+            "AutoencoderKL.save_pretrained wrote"
+        ) from error
+    network = AutoencoderKL(shape, None, **options)
+    network.load_state_dict(state)
+    return network.eval().requires_grad_(False)
+
+
+def _read_config(path: Path) -> _Config:
+    value = read_json(path)
+    if not isinstance(value, dict):
+        raise ValueError(f"{path.name} holds no fields")
+    config, mistakes = validate(_Config, value)
+    if config is None:
+        raise ValueError(f"{path.name}: {'; '.join(mistakes)}")
+    return config
+
+
+def _options(config: _Config) -> dict[str, Any]:
+    """The arguments of our network that a configuration means, and `in_channels`; ValueError where there are none."""
+    widths = config.block_out_channels
+    same = {
+        "out_channels": config.in_channels,
+        "use_post_quant_conv": config.use_quant_conv,
+        "down_block_types": ["DownEncoderBlock2D"] * len(widths),
+        "up_block_types": ["UpDecoderBlock2D"] * len(widths),
+    }
+    wrong = [name for name, value in same.items() if getattr(config, name) != value]
+    if wrong:
+        raise ValueError(
+            f"config.json: {wrong[0]}={shown(getattr(config, wrong[0]))} does not go with the rest"
+        )
+    if any(width % widths[0] for width in widths):
+        raise ValueError(f"config.json: block_out_channels={widths} are no multiples of the first")
+    return {
+        "in_channels": config.in_channels,
+        "channels": widths[0],
+        "channel_mult": [width // widths[0] for width in widths],
+        "num_res_blocks": config.layers_per_block,
+        "latent_channels": config.latent_channels,
+        "norm_groups": config.norm_num_groups,
+        "quant_conv": config.use_quant_conv,
+        "gradient_checkpointing": False,
+    }
+
+
+def _read_weights(path: Path) -> dict[str, Tensor]:
+    """The tensors of a file by their present names, in float32."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    pickled = [
+        file.name for file in path.parent.glob(f"{path.stem}*") if file.suffix in (".bin", ".pt", ".ckpt")
+    ]
+    if not path.is_file() and pickled:
+        raise ValueError(f"{pickled[0]} is pickled and could run code, save it with safe_serialization=True")
+    regular(path)
+    try:
+        state = load_file(path)
+    except SafetensorError as error:
+        raise ValueError(f"{path.name}: {reason(error)}") from error
+    old = re.compile(rf"(?<=\.attentions\.0\.)({'|'.join(RENAMED)})(?=\.)")
+    return {old.sub(lambda match: RENAMED[match[0]], name): tensor.float() for name, tensor in state.items()}
+
+
+def _check_fit(wanted: dict[str, Tensor], state: dict[str, Tensor]) -> None:
+    """Raise ValueError unless the weights are those of the network, by name and shape."""
+    for name in sorted(wanted.keys() ^ state.keys()):
+        raise ValueError(f"{WEIGHTS}: {name} is {'missing' if name in wanted else 'not of this network'}")
+    for name, tensor in wanted.items():
+        if tensor.shape != state[name].shape:
+            raise ValueError(f"{WEIGHTS}: {name} is {list(state[name].shape)}, not {list(tensor.shape)}")

@@ -1,4 +1,4 @@
-"""Layers of the convolutional networks: timestep features, resampling, attention, residual block."""
+"""Layers of the networks: timestep features, resampling, attention, residual block."""
 
 import math
 from typing import Literal
@@ -55,6 +55,13 @@ def zero_init(layer: nn.Module) -> None:
     """Set all parameters to zero, so that the branch that ends in the layer starts as nothing."""
     for parameter in layer.parameters():
         nn.init.zeros_(parameter)
+
+
+def classes_told(num_classes: int | None, class_conditional: bool) -> int | None:
+    """The number of classes that a network is told of a data set's, None for none; ValueError if there are none."""
+    if class_conditional and num_classes is None:
+        raise ValueError("class_conditional=true: the data set has no classes; use class_conditional=false")
+    return num_classes if class_conditional else None
 
 
 def halve(x: Tensor, *, fir: bool) -> Tensor:
@@ -163,10 +170,10 @@ class Upsample(nn.Conv2d):
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """softmax(q k^T / sqrt(d)) v, for q, k, v [B, heads, N, d]; in their dtype."""
-    # A CPU's fused kernel takes up to seven times as long in bfloat16 as the products do, as long as their N x N
+    """softmax(q k^T / sqrt(d)) v, for q [B, heads, N, d] and k, v [B, heads, M, d]; in their dtype."""
+    # A CPU's fused kernel takes up to seven times as long in bfloat16 as the products do, as long as their N x M
     # matrices are small.
-    small = q.shape[0] * q.shape[1] * q.shape[2] ** 2 <= SMALL
+    small = q.shape[0] * q.shape[1] * q.shape[2] * k.shape[2] <= SMALL
     if q.device.type == "cpu" and q.dtype == torch.bfloat16 and small:
         return (q * q.shape[3] ** -0.5 @ k.transpose(2, 3)).softmax(3) @ v
     return scaled_dot_product_attention(q, k, v)

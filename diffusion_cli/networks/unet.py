@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn.functional import pixel_shuffle, silu
 
 from diffusion_cli.networks.encoder import Encoder, Parts
-from diffusion_cli.networks.layers import NORM_EPS, zero_init
+from diffusion_cli.networks.layers import NORM_EPS, classes_told, zero_init
 
 
 class UNet(Encoder):
@@ -59,10 +59,7 @@ class UNet(Encoder):
         gradient_checkpointing: bool,
         patch_size: PositiveInt,
     ) -> None:
-        if class_conditional and num_classes is None:
-            raise ValueError(
-                "class_conditional=true: the data set has no classes; use class_conditional=false"
-            )
+        num_classes = classes_told(num_classes, class_conditional)
         in_channels, height = shape[:2]
         parts = Parts.of(
             -(-height // patch_size),
@@ -81,7 +78,7 @@ class UNet(Encoder):
             dropout=dropout,
         )
         super().__init__(
-            in_channels, parts, num_classes if class_conditional else None,
+            in_channels, parts, num_classes,
             embedding_layout, fourier_scale, progressive_input, gradient_checkpointing, patch_size,
         )  # fmt: skip
         self.learn_variance = learn_variance

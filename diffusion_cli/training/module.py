@@ -10,7 +10,7 @@ from torch.optim import Optimizer
 
 from diffusion_cli.data import Batch
 from diffusion_cli.denoiser import NoiseConditioned
-from diffusion_cli.networks import Block
+from diffusion_cli.networks import BLOCKS
 from diffusion_cli.objective import Objective, withheld
 from diffusion_cli.ranks import Ranks
 from diffusion_cli.seeding import mix
@@ -136,7 +136,7 @@ class TrainingModule(LightningModule):
         if self.device_mesh is None:
             return
         for block in self.model.network.modules():
-            if isinstance(block, Block):
+            if isinstance(block, BLOCKS):
                 fully_shard(block, mesh=self.device_mesh["data_parallel"])
         fully_shard(self.model.network, mesh=self.device_mesh["data_parallel"])
 

@@ -1,0 +1,125 @@
+"""The diffusion transformer, a vision transformer steered by time and class."""
+
+import math
+from collections.abc import Sequence
+from typing import Annotated
+
+import torch
+from pydantic import Field, PositiveFloat, PositiveInt
+from torch import Tensor, nn
+from torch.nn.functional import pad
+
+from diffusion_cli.networks.layers import classes_told, timestep_embedding
+from diffusion_cli.networks.transformer import SelfAttention, Transformer, TransformerBlock, check_heads
+
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+
+class DiT(Transformer):
+    """F(x, c_noise, y) as a transformer whose tokens are patches of the image, with adaLN-zero.
+
+    `shape` is that of an image, [C, *sizes] with one to three sizes. Cubes of patch_size pixels a side become tokens
+    of hidden_size features by a linear map, their places are told by `position_embedding`, and `depth` blocks work
+    on them. The blocks start as the identity and the last layer at zero, so that F = 0 before training. `dropout`,
+    which the published network has none of, is of the features between the two layers of the MLPs.
+
+    A class-conditional network knows the classes 0 .. num_classes - 1 and the null class num_classes, which
+    stands for "no label"; otherwise its `num_classes` is None. Weights have the published names and shapes; the
+    published `pos_embed` is computed here, and no state.
+
+    Raises ValueError where two arguments do not go together.
+    Source: Peebles & Xie 2023, and their code.
+    """
+
+    def __init__(
+        self,
+        shape: tuple[int, ...],
+        num_classes: int | None,
+        *,
+        hidden_size: PositiveInt,
+        depth: PositiveInt,
+        num_heads: PositiveInt,
+        mlp_ratio: PositiveFloat,
+        patch_size: PositiveInt,
+        dropout: Annotated[float, Field(ge=0, lt=1)],
+        class_conditional: bool,
+        learn_variance: bool,
+        gradient_checkpointing: bool,
+    ) -> None:
+        check_heads(hidden_size, num_heads)
+        channels, axes = shape[0], len(shape) - 1
+        blocks = [
+            TransformerBlock(
+                hidden_size, SelfAttention(hidden_size, num_heads), mlp_ratio=mlp_ratio, dropout=dropout
+            )
+            for _ in range(depth)
+        ]
+        super().__init__(
+            classes_told(num_classes, class_conditional),
+            hidden_size,
+            blocks,
+            (2 if learn_variance else 1) * channels * patch_size**axes,
+            gradient_checkpointing=gradient_checkpointing,
+        )
+        self.learn_variance = learn_variance
+        self.patch_size = patch_size
+        self.x_embedder = PatchEmbedding(channels, hidden_size, patch_size, axes)
+
+    def forward(self, x: Tensor, c_noise: Tensor, y: Tensor | None = None) -> Tensor:
+        """Return F [B, C, *sizes], or [B, 2C, *sizes] with the variance values last, in the dtype of x.
+
+        x: [B, C, *sizes] of any sizes, extended within to what patch_size divides; c_noise: [B], the timestep
+        number or what else the parameterization names; y: int64 [B], or None for the null class. An
+        unconditional network takes no notice of y.
+        """
+        sizes = x.shape[2:]
+        grid = [-(-size // self.patch_size) for size in sizes]
+        tokens = self.x_embedder(self._extend(x))
+        places = position_embedding(grid, tokens.shape[2], tokens.device)
+        h = self.transform(tokens + places.to(tokens.dtype), c_noise, y)
+        h = from_patches(h, grid, self.patch_size)
+        if h.shape[2:] != sizes:
+            h = h[(..., *(slice(size) for size in sizes))]
+        return h.to(x.dtype)
+
+    def _extend(self, x: Tensor) -> Tensor:
+        beyond = [-size % self.patch_size for size in x.shape[2:]]
+        ends = [end for size in reversed(beyond) for end in (0, size)]
+        return pad(x, ends, mode="replicate") if any(beyond) else x
+
+
+class PatchEmbedding(nn.Module):
+    """Tokens linear in the patches of images: [B, C, *sizes] to [B, N, width], patch_size a divisor of the sizes."""
+
+    def __init__(self, channels: int, width: int, patch_size: int, axes: int) -> None:
+        super().__init__()
+        self.proj = CONVOLUTIONS[axes - 1](channels, width, patch_size, stride=patch_size)
+        nn.init.xavier_uniform_(self.proj.weight.detach().flatten(1))
+        assert self.proj.bias is not None
+        nn.init.zeros_(self.proj.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.proj(x).flatten(2).transpose(1, 2)
+
+
+def from_patches(tokens: Tensor, grid: Sequence[int], patch_size: int) -> Tensor:
+    """Images [B, C, *(patch_size grid)] of their patches [B, N, patch_size^axes C], whose channels come last."""
+    axes = len(grid)
+    patches = tokens.unflatten(1, grid).unflatten(-1, (*[patch_size] * axes, -1))
+    order = [
+        axis for pair in zip(range(1, 1 + axes), range(1 + axes, 1 + 2 * axes), strict=True) for axis in pair
+    ]
+    return patches.permute(0, -1, *order).reshape(len(tokens), -1, *(patch_size * side for side in grid))
+
+
+def position_embedding(grid: Sequence[int], dim: int, device: torch.device) -> Tensor:
+    """Sinusoidal features of the places on a grid, float [prod(grid), dim], in -1..1.
+
+    Each axis has 2 m features, m = dim // (2 axes): [sin | cos] of `place 10000^(-i / m)` for i = 0 .. m - 1 and
+    place = 0, 1, ... The last axis comes first, as published ("here w goes first"); what is left of dim is zero.
+    """
+    places = torch.cartesian_prod(*(torch.arange(side, device=device) for side in grid)).view(-1, len(grid))
+    features = timestep_embedding(places.flip(1).flatten(), 2 * (dim // (2 * len(grid))), "cos_sin")
+    cos, sin = features.chunk(2, dim=1)
+    together = torch.cat([sin, cos], dim=1).view(math.prod(grid), -1)
+    return pad(together, (0, dim - together.shape[1]))

@@ -1,0 +1,182 @@
+"""What the transformers are put together from: embeddings, attention, blocks steered by time and class."""
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from diffusion_cli.networks.layers import NORM_EPS, Dropout, attend, timestep_embedding, zero_init
+
+TIME_FEATURES = 256  # Peebles & Xie 2023
+EMBEDDING_STD = 0.02
+
+
+class Linear(nn.Linear):
+    """A linear layer whose weights start as xavier's (Glorot & Bengio 2010), its bias at zero."""
+
+    def reset_parameters(self) -> None:
+        nn.init.xavier_uniform_(self.weight)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+
+
+class TimeEmbedding(nn.Module):
+    """An MLP of the sinusoidal features of c_noise: [B] to [B, width]."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        first, last = Linear(TIME_FEATURES, width), Linear(width, width)
+        for layer in (first, last):
+            nn.init.normal_(layer.weight, std=EMBEDDING_STD)
+        self.mlp = nn.Sequential(first, nn.SiLU(), last)
+
+    def forward(self, c_noise: Tensor) -> Tensor:
+        features = timestep_embedding(c_noise, TIME_FEATURES, "cos_sin")
+        return self.mlp(features.to(next(self.parameters()).dtype))
+
+
+class ClassEmbedding(nn.Module):
+    """A vector for each class 0 .. num_classes - 1 and for the null class num_classes: [B] to [B, width]."""
+
+    def __init__(self, num_classes: int, width: int) -> None:
+        super().__init__()
+        self.embedding_table = nn.Embedding(num_classes + 1, width)
+        nn.init.normal_(self.embedding_table.weight, std=EMBEDDING_STD)
+
+    def forward(self, y: Tensor) -> Tensor:
+        return self.embedding_table(y)
+
+
+class SelfAttention(nn.Module):
+    """Attention of every token to all, at a cost of O(N^2): [B, N, width] to the same shape."""
+
+    def __init__(self, width: int, num_heads: int) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.qkv = Linear(width, 3 * width)
+        self.proj = Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        qkv = self.qkv(x).unflatten(2, (3, self.num_heads, -1)).transpose(1, 3)  # [B, heads, 3, N, d]
+        with torch.autocast(x.device.type, enabled=False):
+            out = attend(*qkv.unbind(2))
+        return self.proj(out.transpose(1, 2).flatten(2))
+
+
+class MLP(nn.Module):
+    """Two layers with a GELU (in the approximation by tanh) between them, at each token by itself."""
+
+    def __init__(self, width: int, hidden: int, dropout: float) -> None:
+        super().__init__()
+        self.fc1 = Linear(width, hidden)
+        self.act = nn.GELU(approximate="tanh")
+        self.dropout = Dropout(dropout)
+        self.fc2 = Linear(hidden, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(self.dropout(self.act(self.fc1(x))))
+
+
+class Modulation(nn.Sequential):
+    """`parts` vectors for all tokens, linear in silu(c) and zero before training: [B, width] to each [B, 1, width]."""
+
+    def __init__(self, width: int, parts: int) -> None:
+        super().__init__(nn.SiLU(), Linear(width, parts * width))
+        self.parts = parts
+        zero_init(self)
+
+    def forward(self, input: Tensor) -> tuple[Tensor, ...]:
+        return super().forward(input)[:, None].chunk(self.parts, dim=2)
+
+
+def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """`x (1 + scale) + shift`."""
+    return torch.addcmul(shift, x, 1 + scale)
+
+
+class TransformerBlock(nn.Module):
+    """Attention and an MLP, each steered by c and added to its input; adaLN-zero (Peebles & Xie 2023, Section 3.2).
+
+    x + gate1 attention(norm(x) (1 + scale1) + shift1), then x + gate2 MLP(norm(x) (1 + scale2) + shift2), where c
+    gives shifts, scales and gates. These are zero before training, when the block is the identity.
+
+    x: [B, N, width]; c: [B, width].
+    """
+
+    def __init__(self, width: int, attention: nn.Module, *, mlp_ratio: float, dropout: float) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(width, elementwise_affine=False, eps=NORM_EPS)
+        self.attn = attention
+        self.norm2 = nn.LayerNorm(width, elementwise_affine=False, eps=NORM_EPS)
+        self.mlp = MLP(width, round(mlp_ratio * width), dropout)
+        self.adaLN_modulation = Modulation(width, 6)
+
+    def forward(self, x: Tensor, c: Tensor) -> Tensor:
+        shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(c)
+        x = x + gate1 * self.attn(modulate(self.norm1(x), shift1, scale1))
+        return x + gate2 * self.mlp(modulate(self.norm2(x), shift2, scale2))
+
+
+class FinalLayer(nn.Module):
+    """What reads the tokens out: linear in norm(x) (1 + scale) + shift, and zero before training."""
+
+    def __init__(self, width: int, outputs: int) -> None:
+        super().__init__()
+        self.norm_final = nn.LayerNorm(width, elementwise_affine=False, eps=NORM_EPS)
+        self.linear = Linear(width, outputs)
+        self.adaLN_modulation = Modulation(width, 2)
+        zero_init(self.linear)
+
+    def forward(self, x: Tensor, c: Tensor) -> Tensor:
+        shift, scale = self.adaLN_modulation(c)
+        return self.linear(modulate(self.norm_final(x), shift, scale))
+
+
+class Transformer(nn.Module):
+    """What the transformers share: the embedding of time and class, the blocks, and the final layer.
+
+    `outputs` numbers are read out of each token. A network told no classes has `num_classes` None.
+    """
+
+    def __init__(
+        self,
+        num_classes: int | None,
+        width: int,
+        blocks: list[TransformerBlock],
+        outputs: int,
+        *,
+        gradient_checkpointing: bool,
+    ) -> None:
+        super().__init__()
+        self.num_classes = num_classes
+        self.gradient_checkpointing = gradient_checkpointing
+        self.t_embedder = TimeEmbedding(width)
+        if num_classes is not None:
+            self.y_embedder = ClassEmbedding(num_classes, width)
+        self.blocks = nn.ModuleList(blocks)
+        self.final_layer = FinalLayer(width, outputs)
+
+    def transform(self, tokens: Tensor, c_noise: Tensor, y: Tensor | None) -> Tensor:
+        """Return what is read out of tokens [B, N, width] at noise levels c_noise [B], [B, N, outputs]."""
+        c = self._embed(c_noise, y)
+        for block in self.blocks:
+            if self.gradient_checkpointing and torch.is_grad_enabled():
+                tokens = checkpoint(block, tokens, c, use_reentrant=False)
+            else:
+                tokens = block(tokens, c)
+        return self.final_layer(tokens, c)
+
+    def _embed(self, c_noise: Tensor, y: Tensor | None) -> Tensor:
+        # Not in bfloat16: its 8 bits would take neighbouring timesteps for one.
+        with torch.autocast(c_noise.device.type, enabled=False):
+            c = self.t_embedder(c_noise)
+            if self.num_classes is not None:
+                if y is None:
+                    y = torch.full_like(c_noise, self.num_classes, dtype=torch.int64)
+                c = c + self.y_embedder(y)
+            return c
+
+
+def check_heads(hidden_size: int, num_heads: int) -> None:
+    """Raise ValueError unless the heads of an attention divide the features of a token."""
+    if hidden_size % num_heads:
+        raise ValueError(f"num_heads={num_heads}: does not divide hidden_size={hidden_size}; use a divisor")

@@ -1,0 +1,264 @@
+"""The transformers against an independent implementation, published counts, and the laws of their parts."""
+
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from torch import Tensor, nn
+from torch.nn.functional import pad
+
+from diffusion_cli.networks import BLOCKS, DiT
+from diffusion_cli.networks.dit import from_patches, position_embedding
+from diffusion_cli.networks.layers import zero_init
+from diffusion_cli.networks.transformer import SelfAttention, TransformerBlock
+
+CONF = Path(__file__).parents[1] / "conf" / "model"
+CPU = torch.device("cpu")
+SMALL: dict = {
+    "hidden_size": 24,
+    "depth": 2,
+    "num_heads": 4,
+    "mlp_ratio": 2.0,
+    "patch_size": 2,
+    "dropout": 0.0,
+    "class_conditional": False,
+    "learn_variance": False,
+    "gradient_checkpointing": False,
+}
+
+
+def option(name: str, **changes) -> dict:
+    arguments = yaml.safe_load((CONF / f"{name}.yaml").read_text())
+    return {key: value for key, value in arguments.items() if key != "_target_"} | changes
+
+
+def randomised(module, std: float = 0.3):
+    """Weights of a trained kind: nothing is zero any more."""
+    torch.manual_seed(0)
+    for parameter in module.parameters():
+        nn.init.normal_(parameter, std=std)
+    return module.double().eval()
+
+
+def small(shape: tuple[int, ...] = (2, 8, 8), num_classes: int | None = None, **changes) -> DiT:
+    return randomised(DiT(shape, num_classes, **(SMALL | changes)))
+
+
+def noise(*shape: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+
+
+def times(batch: int) -> Tensor:
+    return torch.linspace(3, 700, batch, dtype=torch.float64)
+
+
+def close(actual: Tensor, expected: Tensor, tolerance: float = 1e-10) -> None:
+    torch.testing.assert_close(actual, expected, rtol=0, atol=tolerance)
+
+
+# --- DiT: the published network ---------------
+
+
+def test_equals_the_published_network(reference, agree):
+    # tests/reference/README.md says what made the numbers; the names of weights are those of published checkpoints.
+    arrays = reference("dit")
+    weights = {name.removeprefix("weights/"): value for name, value in arrays.items() if "weights/" in name}
+    options = SMALL | {"hidden_size": 32, "mlp_ratio": 4.0, "class_conditional": True, "learn_variance": True}
+    network = DiT((4, 8, 8), 4, **options).eval()
+    network.load_state_dict(weights)
+    x, t, y = arrays["x"], arrays["t"].float(), arrays["y"]
+    with torch.no_grad():
+        agree("dit/F", network(x, t, y).double(), arrays["F"], 1e-5)
+        agree("dit/F in float64", network.double()(x.double(), t, y), arrays["F"], 1e-5)
+    agree("dit/pos_embed", position_embedding([4, 4], 32, CPU), arrays["pos_embed"][0], 1e-6)
+
+
+def census(width: int, depth: int) -> int:
+    """Parameters of a DiT on patches 2x2 of 4 channels with 1,000 classes and a variance, layer by layer."""
+    embedders = (4 * 4 + 1) * width + (256 + 1) * width + (width + 1) * width + 1001 * width
+    block = (
+        (width + 1) * 4 * width + (width + 1) * 4 * width + (4 * width + 1) * width + (width + 1) * 6 * width
+    )
+    return embedders + depth * block + (width + 1) * 2 * width + (width + 1) * 2 * 4 * 4
+
+
+@pytest.mark.parametrize(
+    ("name", "millions", "layers"),  # Peebles & Xie 2023, Table 4
+    [
+        ("dit_s_2", 33, (384, 12)),
+        ("dit_b_2", 130, (768, 12)),
+        ("dit_l_2", 458, (1024, 24)),
+        ("dit_xl_2", 675, (1152, 28)),
+    ],
+)
+def test_published_parameter_counts(name, millions, layers):
+    with torch.device("meta"):
+        network = DiT((4, 32, 32), 1000, **option(name, class_conditional=True, learn_variance=True))
+    parameters = sum(parameter.numel() for parameter in network.parameters())
+    assert parameters == census(*layers)
+    assert round(parameters / 1e6) == millions
+    assert f" {millions}M parameters" in (CONF / f"{name}.yaml").read_text()
+    shared = [p.numel() for part in network.modules() if isinstance(part, BLOCKS) for p in part.parameters()]
+    assert sum(shared) > 0.9 * parameters  # shared out among the processes of FSDP block by block
+
+
+def test_starts_as_published():
+    torch.manual_seed(0)
+    network = DiT((3, 16, 16), 10, **option("dit_tiny", class_conditional=True, learn_variance=True))
+    block = network.blocks[0]
+    assert isinstance(block, TransformerBlock)
+    tokens, c = torch.randn(2, 5, 128), torch.randn(2, 128)
+    assert torch.equal(block(tokens, c), tokens)
+    x = torch.randn(2, 3, 16, 16)
+    assert torch.equal(network(x, torch.rand(2), torch.tensor([3, 10])), torch.zeros(2, 6, 16, 16))
+    stds = {
+        "t_embedder.mlp.0.weight": 0.02,
+        "t_embedder.mlp.2.weight": 0.02,
+        "y_embedder.embedding_table.weight": 0.02,
+        "x_embedder.proj.weight": (2 / (12 + 128)) ** 0.5,  # xavier's of the patch as one vector
+        "blocks.1.attn.qkv.weight": (2 / (128 + 384)) ** 0.5,
+        "blocks.1.mlp.fc1.weight": (2 / (128 + 512)) ** 0.5,
+    }
+    state = network.state_dict()
+    for name, std in stds.items():
+        assert state[name].std() == pytest.approx(std, rel=0.06), name
+    biases = [name for name in state if name.endswith("bias") and "t_embedder" not in name]
+    assert all(not state[name].any() for name in biases)
+
+
+# --- DiT: its parts ---------------------------
+
+
+@pytest.mark.parametrize("grid", [[9], [5, 7], [3, 4, 5]])
+def test_products_of_positions_tell_the_distance_alone(grid):
+    dim = 50  # divided by none of 2, 4 and 6 axes' halves
+    features = position_embedding(grid, dim, CPU).view(*grid, dim)
+    assert features.abs().max() <= 1
+    for axis, side in enumerate(grid):
+        inner = features.narrow(axis, 0, side - 1) * features.narrow(axis, 1, side - 1)
+        products = inner.sum(-1)
+        close(products, products.flatten()[0].expand_as(products))
+        assert products.flatten()[0] < features.square().sum(-1).flatten()[0] - 0.1
+    flat = features.flatten(0, -2)
+    assert torch.cdist(flat, flat).add(torch.eye(len(flat))).min() > 0.05  # no two places are alike
+
+
+@pytest.mark.parametrize("sizes", [(12,), (6, 10), (4, 6, 8), (11,), (7, 9), (3, 5, 4)])
+@pytest.mark.parametrize("patch_size", [1, 2, 3])
+def test_patches_come_back_where_they_were(sizes, patch_size):
+    # Without its blocks a DiT works at each patch by itself.
+    network = small((2, *sizes), patch_size=patch_size)
+    for block in network.blocks:
+        assert isinstance(block, TransformerBlock)
+        zero_init(block.adaLN_modulation)
+    x, c_noise = noise(1, 2, *sizes), times(1)
+    changed = x.clone()
+    place = tuple((size - 1) // 2 for size in sizes)
+    changed[(0, 1, *place)] += 1
+    moved = (network(changed, c_noise) - network(x, c_noise)).abs()[0].amax(0) > 1e-9
+    patch = tuple(slice(p - p % patch_size, p - p % patch_size + patch_size) for p in place)
+    expected = torch.zeros(sizes, dtype=torch.bool)
+    expected[patch] = True
+    # Past the end the last pixel goes on: no other patch than its own sees it.
+    assert torch.equal(moved, expected)
+
+
+def test_patches_hold_rows_then_columns_then_channels():
+    x = noise(2, 3, 4, 6)
+    tokens = x.view(2, 3, 2, 2, 3, 2).permute(0, 2, 4, 3, 5, 1).reshape(2, 6, 12)
+    assert torch.equal(from_patches(tokens, [2, 3], 2), x)
+
+
+@pytest.mark.parametrize("sizes", [(7,), (7, 5), (3, 5, 7)])
+def test_other_sizes_are_extended_and_cut(sizes):
+    network, x = small((2, *sizes), learn_variance=True), noise(2, 2, *sizes)
+    ends = [end for size in reversed(sizes) for end in (0, size % 2)]
+    extended = network(pad(x, ends, mode="replicate"), times(2))
+    close(network(x, times(2)), extended[(..., *(slice(size) for size in sizes))])
+
+
+def test_one_network_serves_every_size():
+    network = small((2, 8, 8))
+    for sizes in [(8, 8), (4, 12), (17, 6)]:
+        assert network(noise(1, 2, *sizes), times(1)).shape == (1, 2, *sizes)
+
+
+def test_every_patch_sees_every_other():
+    network, x = small(), noise(1, 2, 8, 8).requires_grad_()
+    network(x, times(1))[0, 0, 0, 0].backward()
+    assert x.grad is not None
+    assert (x.grad.abs() > 1e-12).all()
+
+
+def test_attention_equals_its_formula():
+    layer, x = randomised(SelfAttention(8, 2)), noise(2, 5, 8)
+    q, k, v = layer.qkv(x).chunk(3, dim=-1)
+    heads = [
+        torch.softmax(q[..., d] @ k[..., d].mT / 4**0.5, dim=-1) @ v[..., d] for d in (slice(4), slice(4, 8))
+    ]
+    close(layer(x), layer.proj(torch.cat(heads, dim=-1)))
+
+
+# --- What all transformers do -----------------
+
+
+@pytest.fixture
+def told() -> DiT:
+    return small(num_classes=3, class_conditional=True)
+
+
+def test_no_label_is_the_null_class(told):
+    x, c_noise = noise(2, 2, 8, 8), times(2)
+    assert torch.equal(told(x, c_noise), told(x, c_noise, torch.tensor([3, 3])))
+    assert (told(x, c_noise) - told(x, c_noise, torch.tensor([0, 1]))).abs().amax((1, 2, 3)).min() > 1e-3
+
+
+def test_each_image_by_its_own_time_and_class(told):
+    x, c_noise, y = noise(3, 2, 8, 8), times(3), torch.tensor([0, 3, 2])
+    together = told(x, c_noise, y)
+    for i in range(3):
+        close(told(x[i : i + 1], c_noise[i : i + 1], y[i : i + 1])[0], together[i])
+    assert (told(x, c_noise.flip(0), y) - together)[0].abs().max() > 1e-3
+
+
+def test_unconditional_network_takes_no_notice_of_labels():
+    network, x = small(num_classes=3), noise(1, 2, 8, 8)
+    assert network.num_classes is None
+    assert torch.equal(network(x, times(1), torch.tensor([2])), network(x, times(1)))
+
+
+def test_checkpointing_changes_no_gradient():
+    x, gradients = noise(2, 2, 8, 8), []
+    for recompute in (False, True):
+        network = small(gradient_checkpointing=recompute)
+        network(x, times(2)).square().mean().backward()
+        gradients.append([parameter.grad for parameter in network.parameters()])
+    for plain, recomputed in zip(*gradients, strict=True):
+        close(recomputed, plain, 1e-12)
+
+
+def test_dropout_is_in_training_only():
+    network, x = small(dropout=0.5), noise(1, 2, 8, 8)
+    assert torch.equal(network(x, times(1)), network(x, times(1)))
+    network.train()
+    assert not torch.equal(network(x, times(1)), network(x, times(1)))
+
+
+def test_time_reaches_the_blocks_unrounded_under_autocast():
+    network, x = small().float(), noise(2, 2, 8, 8).float()
+    seen = []
+    network.t_embedder.register_forward_hook(lambda module, args, output: seen.append(output))
+    plain = network(x, times(2).float())
+    with torch.autocast("cpu", torch.bfloat16):
+        rounded = network(x, times(2).float())
+    assert torch.equal(seen[0], seen[1])
+    assert rounded.dtype == torch.float32
+    assert (rounded - plain).norm() < 0.05 * plain.norm()
+
+
+def test_what_does_not_go_together_is_refused():
+    with pytest.raises(ValueError, match="num_heads=5: does not divide hidden_size=24; use a divisor"):
+        small(num_heads=5)
+    with pytest.raises(ValueError, match="class_conditional=true: the data set has no classes"):
+        small(class_conditional=True)

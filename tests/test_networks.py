@@ -1,6 +1,7 @@
 """The U-Net against published counts and independent formulas, and the laws of its parts."""
 
 import math
+import re
 from itertools import pairwise
 from pathlib import Path
 
@@ -15,12 +16,14 @@ from torch.nn.functional import (
     interpolate,
     linear,
     pad,
+    pixel_unshuffle,
     scaled_dot_product_attention,
     silu,
 )
 
-from diffusion_cli.networks import UNet
+from diffusion_cli.networks import Classifier, UNet
 from diffusion_cli.networks.layers import (
+    CONV,
     Attention,
     Downsample,
     Dropout,
@@ -31,17 +34,20 @@ from diffusion_cli.networks.layers import (
     attend,
     double,
     fourier_embedding,
+    from_patches,
     halve,
     residual_sum,
     timestep_embedding,
+    to_patches,
     zero_init,
 )
 
 OPTIONS = [
     file
     for file in sorted((Path(__file__).parents[1] / "conf" / "model").glob("*.yaml"))
-    if "networks.UNet" in file.read_text()
+    if re.search(r"networks\.(UNet|Classifier)\n", file.read_text())
 ]
+UNETS = [file for file in OPTIONS if "UNet" in file.read_text()]
 SMALL = {
     "channels": 8,
     "channel_mult": [1, 2],
@@ -102,6 +108,17 @@ def inputs(batch: int = 3, height: int = 8, width: int = 8) -> tuple[Tensor, Ten
     generator = torch.Generator().manual_seed(1)
     x = torch.randn(batch, 2, height, width, generator=generator, dtype=torch.float64)
     return x, torch.linspace(3, 700, batch, dtype=torch.float64)
+
+
+def along(*sizes: int, batch: int = 2) -> tuple[Tensor, Tensor]:
+    """Inputs of any number of dimensions."""
+    x = torch.randn(batch, 2, *sizes, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    return x, torch.linspace(3, 700, batch, dtype=torch.float64)
+
+
+def network_in(shape: tuple[int, ...], **changes) -> UNet:
+    torch.manual_seed(0)
+    return randomised(UNet((2, *shape), None, **(SMALL | changes))).double().eval()
 
 
 def close(actual: Tensor, expected: Tensor, tolerance: float = 1e-10) -> None:
@@ -166,7 +183,7 @@ def test_parameter_counts_of_song(name, layers, count):
     assert sum(parameter.numel() for parameter in network.parameters()) == count == census(*layers)
 
 
-@pytest.mark.parametrize("path", OPTIONS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", UNETS, ids=lambda path: path.stem)
 def test_every_option_starts_at_zero(path):
     size = {"unet_tiny": 8, "unet_small": 64}.get(path.stem, 32)
     network = UNet(
@@ -183,6 +200,104 @@ def test_tiny_networks_serve_every_small_size(name, size):
     network = randomised(UNet((1, size, size), None, **option(name)))
     x = torch.randn(1, 1, size, size)
     assert network(x, torch.tensor([5.0])).std() > 0
+
+
+@pytest.mark.parametrize("sizes", [(16,), (16, 16, 16)])
+def test_signals_and_volumes_start_at_zero_too(sizes):
+    network = UNet((1, *sizes), None, **option("unet3d_tiny", attention_resolutions=[8]))
+    out = network(torch.randn(2, 1, *sizes), torch.tensor([5.0, 500.0]))
+    assert torch.equal(out, torch.zeros(2, 1, *sizes))
+
+
+RESAMPLING: list[dict] = [
+    {"resample": "conv"},
+    {"resample": "conv_same"},
+    {"resample": "block"},
+    {"resample": "block_proj", "learn_variance": True},
+    NCSNPP,
+]
+
+
+def in_plane(weights: dict[str, Tensor], like: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A network's weights for one with a further first axis, along which no kernel reaches."""
+    lifted = {}
+    for name, wanted in like.items():
+        weight = weights[name]
+        if weight.dim() < wanted.dim():
+            wanted = torch.zeros_like(wanted)
+            wanted.select(2, wanted.shape[2] // 2).copy_(weight)
+            weight = wanted
+        lifted[name] = weight
+    return lifted
+
+
+@pytest.mark.parametrize("changes", RESAMPLING)
+@pytest.mark.parametrize("sizes", [(8,), (7, 5), (8, 8)])
+def test_a_stack_of_equal_slices_is_done_as_one_slice(sizes, changes):
+    changes = {"channel_mult": [1, 1, 2]} | changes
+    flat, deep = network_in((8,) * len(sizes), **changes), network_in((8, *(8,) * len(sizes)), **changes)
+    deep.load_state_dict(in_plane(flat.state_dict(), deep.state_dict()))
+    x, c_noise = along(*sizes)
+    expected = flat(x, c_noise)
+    close(
+        deep(x[:, :, None].expand(-1, -1, 6, *sizes), c_noise), expected[:, :, None].expand(-1, -1, 6, *sizes)
+    )
+
+
+@pytest.mark.parametrize("changes", RESAMPLING)
+def test_no_axis_of_a_volume_is_preferred(changes):
+    network = network_in((8, 8, 8), **changes)
+    (x, c_noise), turn = along(8, 6, 5), (2, 0, 1)
+    axes = (0, 1, *(axis + 2 for axis in turn))
+    expected = network(x, c_noise).permute(axes)
+    turned = {k: w.permute(axes).clone() if w.dim() == 5 else w for k, w in network.state_dict().items()}
+    assert (network(x.permute(axes), c_noise) - expected).abs().max() > 1e-3
+    network.load_state_dict(turned)
+    close(network(x.permute(axes), c_noise), expected)
+
+
+@pytest.mark.parametrize("sizes", [(8,), (5,), (4, 8, 6), (3, 5, 7)])
+@pytest.mark.parametrize(
+    "changes", [{"patch_size": 2, "attention_resolutions": []}, NCSNPP | {"channel_mult": [1, 1, 2]}]
+)
+def test_other_sizes_of_signals_and_volumes_are_extended_by_their_edge(sizes, changes):
+    network = network_in((8,) * len(sizes), **changes)
+    x, c_noise = along(*sizes)
+    extended = x
+    for axis, size in enumerate(sizes, start=2):
+        last = extended.narrow(axis, size - 1, 1)
+        extended = torch.cat([extended, *[last] * (-size % 4)], axis)
+    out = network(extended, c_noise)
+    close(network(x, c_noise), out[(..., *(slice(size) for size in sizes))])
+
+
+@pytest.mark.parametrize("changes", RESAMPLING)
+def test_gradient_checkpointing_of_volumes_changes_nothing(changes):
+    plain = network_in((4, 4, 4), **changes).train()
+    thrifty = network_in((4, 4, 4), **changes, gradient_checkpointing=True).train()
+    x, c_noise = along(4, 4, 4)
+    for network in (plain, thrifty):
+        network(x, c_noise).square().sum().backward()
+    for mine, theirs in zip(thrifty.parameters(), plain.parameters(), strict=True):
+        assert mine.grad is not None
+        assert theirs.grad is not None
+        assert torch.equal(mine.grad, theirs.grad)
+
+
+@pytest.mark.parametrize("sizes", [(), (4, 4, 4, 4)])
+def test_other_numbers_of_dimensions_are_refused(sizes):
+    with pytest.raises(ValueError, match=f"model: a U-Net takes 1 to 3 dimensions .* not {len(sizes)}"):
+        network_in(sizes)
+
+
+def test_a_classifier_of_volumes_scores_a_stack_of_equal_slices_as_one_slice():
+    flat, deep = (
+        randomised(Classifier((2, *sizes), 3, **option("classifier_tiny"))).double().eval()
+        for sizes in ((8, 8), (8, 8, 8))
+    )
+    deep.load_state_dict(in_plane(flat.state_dict(), deep.state_dict()))
+    x, c_noise = along(8, 8)
+    close(deep(x[:, :, None].expand(-1, -1, 4, -1, -1), c_noise), flat(x, c_noise))
 
 
 def test_branches_start_as_nothing():
@@ -254,11 +369,13 @@ def test_time_reaches_the_blocks_unrounded_under_autocast(changes):
     assert torch.equal(seen[0], seen[1])
 
 
-def test_upsample_is_nearest_neighbour_then_convolution():
-    layer = randomised(Upsample(6)).double()
+@pytest.mark.parametrize("sizes", [(5,), (3, 5), (2, 3, 4)])
+def test_upsample_is_nearest_neighbour_then_convolution(sizes):
+    ndim = len(sizes)
+    layer = randomised(Upsample(6, ndim=ndim)).double()
     assert set(layer.state_dict()) == {"weight", "bias"}
-    x = torch.randn(2, 6, 3, 5, dtype=torch.float64, requires_grad=True)
-    expected = conv2d(interpolate(x, scale_factor=2.0), layer.weight, layer.bias, padding=1)
+    x = torch.randn(2, 6, *sizes, dtype=torch.float64, requires_grad=True)
+    expected = CONV[ndim](interpolate(x, scale_factor=2.0), layer.weight, layer.bias, padding=1)
     close(layer(x), expected)
     pull = torch.randn_like(expected)
     wrt = [x, *layer.parameters()]
@@ -269,36 +386,50 @@ def test_upsample_is_nearest_neighbour_then_convolution():
 
 
 @pytest.mark.parametrize(("same", "first"), [(True, 1), (False, 0)])
-def test_downsample_centres_on_the_published_pixels(same, first):
-    layer = Downsample(1, same=same)
+@pytest.mark.parametrize("sizes", [(8,), (6, 8), (2, 4, 6)])
+def test_downsample_centres_on_the_published_pixels(same, first, sizes):
+    layer = Downsample(1, same=same, ndim=len(sizes))
     zero_init(layer)
     nn.init.dirac_(layer.weight)
-    x = torch.randn(1, 1, 6, 8)
-    assert torch.equal(layer(x), x[..., first::2, first::2])
+    x = torch.randn(1, 1, *sizes)
+    assert torch.equal(layer(x), x[(..., *[slice(first, None, 2)] * len(sizes))])
 
 
-SIZES = [(8, 8), (2, 6), (34, 40)]  # the last too large for one product of matrices
+SIZES = [
+    (6,),
+    (8, 8),
+    (2, 6),
+    (34, 40),
+    (2, 4, 6),
+    (8, 6, 10),
+]  # (34, 40), (8, 6, 10): too large for one product
+LINEAR = {1: "linear", 2: "bilinear", 3: "trilinear"}
 
 
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("fir", [False, True])
 def test_resampling_keeps_constants_and_is_adjoint(fir, size):
     x = torch.randn(2, 3, *size, dtype=torch.float64, requires_grad=True)
-    y = torch.randn(2, 3, size[0] // 2, size[1] // 2, dtype=torch.float64)
+    y = torch.randn(2, 3, *(side // 2 for side in size), dtype=torch.float64)
     close(halve(torch.ones_like(x), fir=fir), torch.ones_like(y))
     close(double(torch.ones_like(y), fir=fir), torch.ones_like(x))
-    close((halve(x, fir=fir) * y).sum() * 4, (x * double(y, fir=fir)).sum())
+    ratio = 2 ** len(size)
+    close((halve(x, fir=fir) * y).sum() * ratio, (x * double(y, fir=fir)).sum())
     (gradient,) = torch.autograd.grad(halve(x, fir=fir), x, y)
-    close(4 * gradient, double(y, fir=fir))
+    close(ratio * gradient, double(y, fir=fir))
 
 
 @pytest.mark.parametrize("size", SIZES)
-def test_filtered_resampling_equals_convolution_and_bilinear_interpolation(size):
+def test_filtered_resampling_equals_convolution_and_linear_interpolation(size):
     x = torch.randn(2, 1, *size, dtype=torch.float64)
     taps = torch.tensor([1.0, 3, 3, 1], dtype=torch.float64) / 8
-    kernel = torch.outer(taps, taps)[None, None]
-    close(halve(x, fir=True), conv2d(pad(x, (1, 1, 1, 1), mode="replicate"), kernel, stride=2))
-    close(double(x, fir=True), interpolate(x, scale_factor=2.0, mode="bilinear"))
+    ndim = len(size)
+    kernel = taps
+    for _ in range(ndim - 1):
+        kernel = kernel[..., None] * taps
+    extended = pad(x, (1, 1) * ndim, mode="replicate")
+    close(halve(x, fir=True), CONV[ndim](extended, kernel[None, None], stride=2))
+    close(double(x, fir=True), interpolate(x, scale_factor=2.0, mode=LINEAR[ndim]))
 
 
 @pytest.mark.parametrize("axis", [2, 3])
@@ -482,18 +613,33 @@ def test_dropout_of_nearly_nothing_and_nearly_all_is_finite(share):
     assert Dropout(share)(torch.ones(64, 64)).isfinite().all()
 
 
-@pytest.mark.parametrize("size", [(5, 7), (16, 17)])
+@pytest.mark.parametrize("size", [(7,), (300,), (5, 7), (16, 17), (2, 3, 4), (4, 8, 9)])
 def test_pointwise_is_a_convolution(size):
-    layer = Pointwise(6, 4, 1).double()
+    ndim = len(size)
+    layer = Pointwise(6, 4, ndim=ndim).double()
     x = torch.randn(3, 6, *size, dtype=torch.float64, requires_grad=True)
     weights = [x, layer.weight, layer.bias]
-    ours, plain = layer(x), conv2d(x, layer.weight, layer.bias)
+    ours, plain = layer(x), CONV[ndim](x, layer.weight, layer.bias)
     close(ours, plain)
     g = torch.randn_like(plain)
     for one, other in zip(
         torch.autograd.grad(ours, weights, g), torch.autograd.grad(plain, weights, g), strict=True
     ):
         close(one, other)
+
+
+@pytest.mark.parametrize(("size", "sizes"), [(3, (6,)), (2, (4, 6)), (3, (3, 6)), (2, (2, 4, 6))])
+def test_patches_are_taken_apart_and_put_together(size, sizes):
+    x = torch.randn(2, 3, *sizes)
+    patches = to_patches(x, size)
+    if len(sizes) == 2:
+        assert torch.equal(patches, pixel_unshuffle(x, size))
+    places = [()]
+    for _ in sizes:
+        places = [(*place, offset) for place in places for offset in range(size)]
+    for place, pixel in zip(places, patches.unflatten(1, (3, -1)).unbind(2), strict=True):
+        assert torch.equal(pixel, x[(..., *(slice(offset, None, size) for offset in place))])
+    assert torch.equal(from_patches(patches, size), x)
 
 
 @pytest.mark.parametrize("size", [(8, 8), (7, 10)])
@@ -543,7 +689,7 @@ def test_projected_resampling_block_starts_as_resampling_then_a_linear_map(direc
     )  # fmt: skip
     x = torch.randn(1, 4, 6, 6)
     resampled = halve(x, fir=fir) if direction == "down" else double(x, fir=fir)
-    assert isinstance(block.skip, nn.Conv2d)
+    assert isinstance(block.skip, Pointwise)
     mixed = torch.einsum("oi,bihw->bohw", block.skip.weight[..., 0, 0], resampled)
     assert block.skip.bias is not None
     close(block(x, torch.randn(1, 5)), mixed + block.skip.bias[:, None, None], 1e-5)

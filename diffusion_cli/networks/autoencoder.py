@@ -223,7 +223,7 @@ class Residual(nn.Module):
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
         self.norm2 = nn.GroupNorm(norm_groups, out_channels, eps=NORM_EPS)
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
-        self.conv_shortcut = None if in_channels == out_channels else Pointwise(in_channels, out_channels, 1)
+        self.conv_shortcut = None if in_channels == out_channels else Pointwise(in_channels, out_channels)
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.conv2(silu(self.norm2(self.conv1(silu(self.norm1(x))))))

@@ -40,9 +40,9 @@ class Classifier(Encoder):
     ) -> None:
         if num_classes is None:
             raise ValueError("task=classifier: the data set has no classes to learn; take one with labels")
-        in_channels, height = shape[:2]
+        in_channels, *sizes = shape
         parts = Parts.of(
-            height,
+            tuple(sizes),
             channels=channels,
             channel_mult=channel_mult,
             num_res_blocks=num_res_blocks,
@@ -64,6 +64,6 @@ class Classifier(Encoder):
         self.head = nn.Linear(parts.widths[-1], num_classes)
 
     def forward(self, x: Tensor, c_noise: Tensor) -> Tensor:
-        """Return the scores [B, K] of images x [B, C, H, W] at the noise levels c_noise [B], before the softmax."""
+        """Return the scores [B, K] of images x [B, C, *sizes] at the noise levels c_noise [B], before the softmax."""
         *_, h = self.encode(x, self.embed(c_noise))
-        return self.head(silu(self.out_norm(h)).mean(dim=(2, 3))).to(x.dtype)
+        return self.head(silu(self.out_norm(h)).flatten(2).mean(2)).to(x.dtype)

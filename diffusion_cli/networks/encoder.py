@@ -7,17 +7,20 @@ from typing import Literal, Self
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import pad, pixel_unshuffle, silu
+from torch.nn.functional import pad, silu
 from torch.utils.checkpoint import checkpoint
 
 from diffusion_cli.networks.layers import (
+    CONV,
     Attention,
+    Conv,
     Downsample,
     ProgressiveInput,
     ResBlock,
     Upsample,
     fourier_embedding,
     timestep_embedding,
+    to_patches,
 )
 
 
@@ -49,7 +52,7 @@ class Encoder(nn.Module):
         patch_size: int = 1,
     ) -> None:
         super().__init__()
-        in_channels *= patch_size**2
+        in_channels *= patch_size**parts.ndim
         self.num_classes = num_classes
         self.channels = channels = parts.channels
         self.embedding_layout: Literal["sin_cos", "cos_sin", "fourier"] = embedding_layout
@@ -65,7 +68,7 @@ class Encoder(nn.Module):
         )
         if num_classes is not None:
             self.class_embedding = nn.Embedding(num_classes + 1, 4 * channels)
-        self.stem = nn.Conv2d(in_channels, channels, 3, padding=1)
+        self.stem = Conv(in_channels, channels, ndim=parts.ndim)
         self.down, self.skip_widths = parts.down_path(
             in_channels if progressive_input == "residual" else None
         )
@@ -100,12 +103,12 @@ class Encoder(nn.Module):
             return silu(emb)
 
     def _extend(self, x: Tensor) -> Tensor:
-        height, width = x.shape[2:]
-        below, right = -height % self.multiple, -width % self.multiple
-        return pad(x, (0, right, 0, below), mode="replicate") if below or right else x
+        beyond = [-size % self.multiple for size in x.shape[2:]]
+        ends = [end for size in reversed(beyond) for end in (0, size)]  # of the last axis first
+        return pad(x, ends, mode="replicate") if any(beyond) else x
 
     def _patches(self, x: Tensor) -> Tensor:
-        return pixel_unshuffle(x, self.patch_size) if self.patch_size > 1 else x
+        return to_patches(x, self.patch_size) if self.patch_size > 1 else x
 
     def run(self, block: nn.Module, *inputs: Tensor) -> Tensor:
         """Apply a block, keeping its activations or computing them again in the backward pass."""
@@ -118,6 +121,7 @@ class Encoder(nn.Module):
 class Parts:
     """What the two paths of a U-Net are put together from."""
 
+    ndim: int  # of the images
     channels: int  # feature maps of the stem
     widths: list[int]  # feature maps of each level
     num_res_blocks: int
@@ -133,7 +137,7 @@ class Parts:
     @classmethod
     def of(
         cls,
-        image_size: int,
+        sizes: tuple[int, ...],
         *,
         channels: int,
         channel_mult: list[int],
@@ -149,7 +153,14 @@ class Parts:
         skip_rescale: bool,
         dropout: float,
     ) -> Self:
-        """Return the parts that a network's options mean; ValueError where two do not go together."""
+        """Return the parts that a network's options mean for images of some `sizes`.
+
+        Raises ValueError where two do not go together, or images have no or more than three dimensions.
+        """
+        if len(sizes) not in CONV:
+            raise ValueError(
+                f"model: a U-Net takes 1 to 3 dimensions beside the channels, not {len(sizes)}; choose another model"
+            )
         if not channel_mult:
             raise ValueError("channel_mult=[]: the network needs a level; name a multiplier, as [1, 2]")
         if channels % norm_groups:
@@ -160,10 +171,11 @@ class Parts:
                 "use resample=block or block_proj, or fir=false"
             )
         return cls(
+            ndim=len(sizes),
             channels=channels,
             widths=[mult * channels for mult in channel_mult],
             num_res_blocks=num_res_blocks,
-            attended=_attended_levels(image_size, len(channel_mult), attention_resolutions),
+            attended=_attended_levels(sizes[0], len(channel_mult), attention_resolutions),
             heads=partial(_heads, num_heads=num_heads, head_channels=head_channels),
             norm_groups=norm_groups,
             resample=resample,
@@ -177,6 +189,7 @@ class Parts:
                 dropout=dropout,
                 scale_shift=time_embedding == "scale_shift",
                 skip_rescale=skip_rescale,
+                ndim=len(sizes),
             ),
         )
 
@@ -194,7 +207,9 @@ class Parts:
                 blocks.append(Block([self._resampling(width, "down")]))
                 skips.append(width)
                 if pyramid is not None:
-                    join = ProgressiveInput(pyramid, width, fir=self.fir, skip_rescale=self.skip_rescale)
+                    join = ProgressiveInput(
+                        pyramid, width, fir=self.fir, skip_rescale=self.skip_rescale, ndim=self.ndim
+                    )
                     blocks.append(join)
                     pyramid = width
         return blocks, skips
@@ -231,7 +246,9 @@ class Parts:
         if self.resample in ("block", "block_proj"):
             project = self.resample == "block_proj"
             return self.res(width, width, resample=direction, fir=self.fir, project=project)
-        return Upsample(width) if direction == "up" else Downsample(width, same=self.resample == "conv_same")
+        if direction == "up":
+            return Upsample(width, ndim=self.ndim)
+        return Downsample(width, same=self.resample == "conv_same", ndim=self.ndim)
 
 
 def _attended_levels(image_size: int, levels: int, attention_resolutions: list[int]) -> set[int]:

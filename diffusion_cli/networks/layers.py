@@ -1,18 +1,36 @@
-"""Layers of the networks: timestep features, resampling, attention, residual block."""
+"""Layers of the networks: timestep features, resampling, attention, residual block.
+
+`ndim` is the number of a layer's dimensions: 1 for signals [B, C, L], 2 for images [B, C, H, W], 3 for volumes
+[B, C, D, H, W].
+"""
 
 import math
+from functools import reduce
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import (
+    avg_pool1d,
     avg_pool2d,
+    avg_pool3d,
+    conv1d,
+    conv2d,
+    conv3d,
+    conv_transpose1d,
     conv_transpose2d,
+    conv_transpose3d,
     interpolate,
     pad,
     scaled_dot_product_attention,
     silu,
 )
+
+# torch's operations by number of dimensions.
+CONV_LAYERS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
+CONV = {1: conv1d, 2: conv2d, 3: conv3d}
+CONV_TRANSPOSE = {1: conv_transpose1d, 2: conv_transpose2d, 3: conv_transpose3d}
+AVG_POOL = {1: avg_pool1d, 2: avg_pool2d, 3: avg_pool3d}
 
 NORM_EPS = 1e-6  # Ho et al. 2020
 SMALL = 2**24  # numbers of all attention matrices of a layer: 32 MB in bfloat16
@@ -64,28 +82,73 @@ def classes_told(num_classes: int | None, class_conditional: bool) -> int | None
     return num_classes if class_conditional else None
 
 
-def halve(x: Tensor, *, fir: bool) -> Tensor:
-    """Half the height and width: [B, C, H, W] to [B, C, H/2, W/2], H and W even.
+class Conv(nn.Module):
+    """A convolution in `ndim` dimensions, `size` long in each, with bias; the weights are drawn as torch's own."""
 
-    By 2x2 means, or with `fir` by the anti-aliasing filter (1, 3, 3, 1) / 8 along each axis, output i in the
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        size: int = 3,
+        *,
+        stride: int = 1,
+        padding: int | None = None,
+        ndim: int = 2,
+    ) -> None:
+        super().__init__()
+        layer = CONV_LAYERS[ndim](in_channels, out_channels, size)
+        assert layer.bias is not None
+        self.weight, self.bias = layer.weight, layer.bias
+        self.ndim, self.stride, self.padding = ndim, stride, size // 2 if padding is None else padding
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return [B, out_channels, *sizes]: those of x, unless a stride or another padding changes them."""
+        return CONV[self.ndim](x, self.weight, self.bias, self.stride, self.padding)
+
+
+def to_patches(x: Tensor, size: int) -> Tensor:
+    """Take patches of `size` pixels along each axis together: [B, C, *sizes] to [B, C size^ndim, *sizes / size].
+
+    The order of the channels is that of `torch.nn.functional.pixel_unshuffle`.
+    """
+    ndim = x.dim() - 2
+    for axis in reversed(range(2, 2 + ndim)):
+        x = x.unflatten(axis, (-1, size))
+    coarse, fine = range(2, 2 + 2 * ndim, 2), range(3, 3 + 2 * ndim, 2)
+    return x.permute(0, 1, *fine, *coarse).flatten(1, 1 + ndim)
+
+
+def from_patches(x: Tensor, size: int) -> Tensor:
+    """Undo `to_patches`: [B, C size^ndim, *sizes] to [B, C, *size sizes]."""
+    ndim = x.dim() - 2
+    x = x.unflatten(1, (-1, *[size] * ndim))
+    pairs = [axis for k in range(2, 2 + ndim) for axis in (k + ndim, k)]
+    x = x.permute(0, 1, *pairs)
+    for axis in range(2, 2 + ndim):
+        x = x.flatten(axis, axis + 1)
+    return x
+
+
+def halve(x: Tensor, *, fir: bool) -> Tensor:
+    """Half the size along each axis: [B, C, *sizes] to [B, C, *sizes / 2], all sizes even.
+
+    By means of 2 each, or with `fir` by the anti-aliasing filter (1, 3, 3, 1) / 8 along each axis, output i in the
     middle of inputs 2i and 2i + 1. Beyond the edge the last pixel goes on, so that constants stay constant (the
     published code continues with zeros). Source: Karras et al. 2020; Song et al. 2021b, Appendix H.
     """
     if not fir:
-        return avg_pool2d(x, 2)
-    rows, columns = (_fir_matrix(size, x) for size in x.shape[2:])
-    return _along_both_axes(x, rows, columns)
+        return AVG_POOL[x.dim() - 2](x, 2)
+    return _along_axes(x, [_fir_matrix(size, x) for size in x.shape[2:]])
 
 
 def double(x: Tensor, *, fir: bool) -> Tensor:
-    """Twice the height and width, 4 times the adjoint of `halve`: [B, C, H, W] to [B, C, 2H, 2W].
+    """Twice the size along each axis, 2^ndim times the adjoint of `halve`: [B, C, *sizes] to [B, C, *2 sizes].
 
-    Nearest neighbour, or with `fir` weights of 3/4 and 1/4 along each axis, which is bilinear interpolation.
+    Nearest neighbour, or with `fir` weights of 3/4 and 1/4 along each axis, which is linear interpolation.
     """
     if not fir:
         return interpolate(x, scale_factor=2.0)
-    rows, columns = (2 * _fir_matrix(2 * size, x).T for size in x.shape[2:])
-    return _along_both_axes(x, rows, columns)
+    return _along_axes(x, [2 * _fir_matrix(2 * size, x).T for size in x.shape[2:]])
 
 
 def _fir_matrix(size: int, like: Tensor) -> Tensor:
@@ -98,13 +161,22 @@ def _fir_matrix(size: int, like: Tensor) -> Tensor:
     return matrix.to(like.dtype)
 
 
-def _along_both_axes(x: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+def _along_axes(x: Tensor, matrices: list[Tensor]) -> Tensor:
     # Matrix products rather than depthwise convolutions, which in bfloat16 take a CPU ten times as long; for
     # small images one product rather than one an image and feature map.
-    if rows.numel() * columns.numel() <= 2**14:
-        both = torch.einsum("ih,jw->hwij", rows, columns).flatten(2).flatten(0, 1)
-        return (x.flatten(2) @ both).unflatten(2, (len(rows), len(columns)))
-    return rows @ (x @ columns.T)
+    if math.prod(matrix.numel() for matrix in matrices) <= 2**14:
+        together = reduce(_along_both, [matrix.T for matrix in matrices])
+        return (x.flatten(2) @ together).unflatten(2, [len(matrix) for matrix in matrices])
+    *others, last = matrices
+    x = x @ last.T
+    for axis, matrix in reversed([*enumerate(others, start=2)]):
+        behind = x.shape[axis + 1 :]
+        x = (matrix @ x.flatten(axis + 1)).unflatten(axis + 1, behind)
+    return x
+
+
+def _along_both(rows: Tensor, columns: Tensor) -> Tensor:
+    return torch.einsum("hi,wj->hwij", rows, columns).flatten(2).flatten(0, 1)
 
 
 def residual_sum(x: Tensor, branch: Tensor, *, rescale: bool) -> Tensor:
@@ -114,59 +186,65 @@ def residual_sum(x: Tensor, branch: Tensor, *, rescale: bool) -> Tensor:
 
 
 class ProgressiveInput(nn.Module):
-    """Feeds the image to a coarser level: h + conv(halve(pyramid)), a 3x3 convolution.
+    """Feeds the image to a coarser level: h + conv(halve(pyramid)), a convolution of size 3.
 
     The pyramid is the image before the first level and this layer's output after, the "residual" progressive
     input of Song et al. 2021b, Appendix H (their code filters and then strides the convolution).
 
-    h: [B, channels, H, W]; pyramid: [B, pyramid_channels, 2H, 2W]. Returns the shape of h.
+    h: [B, channels, *sizes]; pyramid: [B, pyramid_channels, *2 sizes]. Returns the shape of h.
     """
 
-    def __init__(self, pyramid_channels: int, channels: int, *, fir: bool, skip_rescale: bool) -> None:
+    def __init__(
+        self, pyramid_channels: int, channels: int, *, fir: bool, skip_rescale: bool, ndim: int = 2
+    ) -> None:
         super().__init__()
         self.fir = fir
         self.skip_rescale = skip_rescale
-        self.conv = nn.Conv2d(pyramid_channels, channels, 3, padding=1)
+        self.conv = Conv(pyramid_channels, channels, ndim=ndim)
 
     def forward(self, h: Tensor, pyramid: Tensor) -> Tensor:
         return residual_sum(h, self.conv(halve(pyramid, fir=self.fir)), rescale=self.skip_rescale)
 
 
-class Downsample(nn.Conv2d):
-    """Halves height and width by a 3x3 convolution of stride 2: [B, C, H, W] to [B, C, H/2, W/2].
+class Downsample(Conv):
+    """Halves each axis by a convolution of size 3 and stride 2: [B, C, *sizes] to [B, C, *sizes / 2].
 
-    `same`: zeros right and below only, as TensorFlow's "SAME" (Ho et al. 2020); otherwise on all sides
-    (Nichol & Dhariwal 2021). H and W are even.
+    `same`: zeros at the end of each axis only, as TensorFlow's "SAME" (Ho et al. 2020); otherwise on all sides
+    (Nichol & Dhariwal 2021). All sizes are even.
     """
 
-    def __init__(self, channels: int, *, same: bool) -> None:
-        super().__init__(channels, channels, 3, stride=2, padding=0 if same else 1)
+    def __init__(self, channels: int, *, same: bool, ndim: int = 2) -> None:
+        super().__init__(channels, channels, stride=2, padding=0 if same else 1, ndim=ndim)
         self.same = same
 
-    def forward(self, input: Tensor) -> Tensor:
-        return super().forward(pad(input, (0, 1, 0, 1)) if self.same else input)
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(pad(x, (0, 1) * self.ndim) if self.same else x)
 
 
-class Upsample(nn.Conv2d):
-    """Doubles height and width: nearest neighbour, then a 3x3 convolution. [B, C, H, W] to [B, C, 2H, 2W].
+class Upsample(Conv):
+    """Doubles each axis: nearest neighbour, then a convolution of size 3. [B, C, *sizes] to [B, C, *2 sizes].
 
-    Computed as the one transposed 4x4 convolution that equals the two: 4/9 of the multiplications and no
-    enlarged copy of the input, about twice as fast.
+    Computed as the one transposed convolution of size 4 that equals the two: (2/3)^ndim of the multiplications and no
+    enlarged copy of the input, for images about twice as fast.
     """
 
     taps: Tensor
 
-    def __init__(self, channels: int) -> None:
-        super().__init__(channels, channels, 3, padding=1)
+    def __init__(self, channels: int, *, ndim: int = 2) -> None:
+        super().__init__(channels, channels, ndim=ndim)
         # Along one axis a kernel (a, b, c) turns into (c, b + c, a + b, a): flipped, then summed in pairs.
         axis = [[0.0, 0.0, 1.0], [0.0, 1.0, 1.0], [1.0, 1.0, 0.0], [1.0, 0.0, 0.0]]
-        # Of both axes, the Kronecker product; by torch's on the meta device its whole compiler would be imported.
-        taps = [[a * b for a in one for b in other] for one in axis for other in axis]
+        # Of all axes, the Kronecker product; by torch's on the meta device its whole compiler would be imported.
+        taps = reduce(_kronecker, [axis] * ndim)
         self.register_buffer("taps", torch.tensor(taps).T, persistent=False)
 
-    def forward(self, input: Tensor) -> Tensor:
-        weight = (self.weight.transpose(0, 1).flatten(2) @ self.taps).unflatten(2, (4, 4))
-        return conv_transpose2d(input, weight, self.bias, stride=2, padding=1)
+    def forward(self, x: Tensor) -> Tensor:
+        weight = (self.weight.transpose(0, 1).flatten(2) @ self.taps).unflatten(2, [4] * self.ndim)
+        return CONV_TRANSPOSE[self.ndim](x, weight, self.bias, stride=2, padding=1)
+
+
+def _kronecker(left: list[list[float]], right: list[list[float]]) -> list[list[float]]:
+    return [[a * b for a in one for b in other] for one in left for other in right]
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -194,21 +272,23 @@ class Dropout(nn.Dropout):
         return input * (bits >= dropped - 2**15).to(input.dtype).mul_(2**16 / (2**16 - dropped))
 
 
-class Pointwise(nn.Conv2d):
-    """A convolution 1x1; for large images on a CPU as a matrix product, which needs no copy in another order."""
+class Pointwise(Conv):
+    """A convolution of size 1; for large images on a CPU as a matrix product, which needs no copy in another order."""
 
-    def forward(self, input: Tensor) -> Tensor:
-        if input.device.type != "cpu" or input.shape[2] * input.shape[3] < 256:
-            return super().forward(input)
-        assert self.bias is not None
-        weight = self.weight.flatten(1).expand(len(input), -1, -1)
-        return torch.baddbmm(self.bias[:, None], weight, input.flatten(2)).unflatten(2, input.shape[2:])
+    def __init__(self, in_channels: int, out_channels: int, *, ndim: int = 2) -> None:
+        super().__init__(in_channels, out_channels, 1, ndim=ndim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.device.type != "cpu" or math.prod(x.shape[2:]) < 256:
+            return super().forward(x)
+        weight = self.weight.flatten(1).expand(len(x), -1, -1)
+        return torch.baddbmm(self.bias[:, None], weight, x.flatten(2)).unflatten(2, x.shape[2:])
 
 
 class Attention(nn.Module):
     """Self-attention among all pixels, added to its input: x + proj(softmax(q k^T / sqrt(d)) v).
 
-    q, k, v are linear in norm(x); d = channels / num_heads. [B, C, H, W] to the same shape. `skip_rescale`
+    q, k, v are linear in norm(x); d = channels / num_heads. [B, C, *sizes] to the same shape. `skip_rescale`
     divides the sum by sqrt(2). Source: Ho et al. 2020, Appendix B.
     """
 
@@ -224,8 +304,8 @@ class Attention(nn.Module):
         zero_init(self.proj)
 
     def forward(self, x: Tensor) -> Tensor:
-        pixels = self.norm(x).flatten(2).transpose(1, 2)  # [B, HW, C]
-        qkv = self.qkv(pixels).unflatten(2, (3, self.num_heads, -1)).transpose(1, 3)  # [B, heads, 3, HW, d]
+        pixels = self.norm(x).flatten(2).transpose(1, 2)  # [B, N, C]
+        qkv = self.qkv(pixels).unflatten(2, (3, self.num_heads, -1)).transpose(1, 3)  # [B, heads, 3, N, d]
         with torch.autocast(x.device.type, enabled=False):
             out = attend(*qkv.unbind(2))
         out = self.proj(out.transpose(1, 2).flatten(2))
@@ -238,10 +318,10 @@ class ResBlock(nn.Module):
 
     The embedding enters at norm2: norm2(h) * (1 + scale) + shift with `scale_shift` (Nichol & Dhariwal 2021),
     norm2(h + shift) without (Ho et al. 2020). `resample` changes the resolution of both branches inside
-    the block (Dhariwal & Nichol 2021), filtered with `fir`. `skip` is a 1x1 convolution where the number of
+    the block (Dhariwal & Nichol 2021), filtered with `fir`. `skip` is a convolution of size 1 where the number of
     feature maps changes, and with `project` always. `skip_rescale` divides the sum by sqrt(2).
 
-    x: [B, in_channels, H, W]; emb: [B, emb_channels], already through silu, which all blocks share.
+    x: [B, in_channels, *sizes]; emb: [B, emb_channels], already through silu, which all blocks share.
     """
 
     def __init__(
@@ -257,6 +337,7 @@ class ResBlock(nn.Module):
         resample: Literal["up", "down"] | None = None,
         fir: bool = False,
         project: bool = False,
+        ndim: int = 2,
     ) -> None:
         super().__init__()
         self.scale_shift = scale_shift
@@ -264,21 +345,21 @@ class ResBlock(nn.Module):
         self.resample = resample
         self.fir = fir
         self.norm1 = nn.GroupNorm(norm_groups, in_channels, eps=NORM_EPS)
-        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        self.conv1 = Conv(in_channels, out_channels, ndim=ndim)
         self.emb = nn.Linear(emb_channels, 2 * out_channels if scale_shift else out_channels)
         self.norm2 = nn.GroupNorm(norm_groups, out_channels, eps=NORM_EPS)
         self.dropout = Dropout(dropout)
-        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
+        self.conv2 = Conv(out_channels, out_channels, ndim=ndim)
         zero_init(self.conv2)
         same = in_channels == out_channels and not project
-        self.skip = nn.Identity() if same else Pointwise(in_channels, out_channels, 1)
+        self.skip = nn.Identity() if same else Pointwise(in_channels, out_channels, ndim=ndim)
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
         h = silu(self.norm1(x))
         if self.resample is not None:
             h, x = self._resample(h), self._resample(x)
         h = self.conv1(h)
-        emb = self.emb(emb)[:, :, None, None]
+        emb = self.emb(emb).unflatten(1, (-1, *[1] * (x.dim() - 2)))
         if self.scale_shift:
             scale, shift = emb.chunk(2, dim=1)
             h = torch.addcmul(shift, self.norm2(h), 1 + scale)

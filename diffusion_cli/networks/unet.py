@@ -4,26 +4,28 @@ from typing import Annotated, Literal
 
 from pydantic import Field, PositiveFloat, PositiveInt
 from torch import Tensor, nn
-from torch.nn.functional import pixel_shuffle, silu
+from torch.nn.functional import silu
 
 from diffusion_cli.networks.encoder import Encoder, Parts
-from diffusion_cli.networks.layers import NORM_EPS, classes_told, zero_init
+from diffusion_cli.networks.layers import NORM_EPS, Conv, classes_told, from_patches, zero_init
 
 
 class UNet(Encoder):
     """F(x, c_noise, y) as a U-Net of residual blocks with self-attention.
 
-    `shape` is that of an image, [C, H, W]. Level l works at H / patch_size / 2^l with channels * channel_mult[l]
-    feature maps: `num_res_blocks` residual blocks down, one more up, each fed by the skip connection of its partner.
-    Attention follows the residual blocks of the levels named in `attention_resolutions`, on the way up all of them or
-    the `last` of a level, and stands in the middle always. The last layer of every branch and of the network starts
-    at zero, so that F = 0 before training.
+    `shape` is that of a signal [C, L], an image [C, H, W] or a volume [C, D, H, W]: one network in 1, 2 and 3
+    dimensions. Level l works at 1 / (patch_size 2^l) of each size with channels * channel_mult[l] feature maps:
+    `num_res_blocks` residual blocks down, one more up, each fed by the skip connection of its partner.
+    Attention follows the residual blocks of the levels whose first size (of images the height) is named in
+    `attention_resolutions`, on the way up all of them or the `last` of a level, and stands in the middle always. The
+    last layer of every branch and of the network starts at zero, so that F = 0 before training.
 
     The time enters by a sinusoidal embedding of `channels` features, or with embedding_layout=fourier by
     2 * channels features of random frequencies w ~ N(0, fourier_scale^2), drawn once and kept in the state.
     `skip_rescale` divides all residual sums by sqrt(2), `fir` filters where blocks change the resolution, and
     the progressive input adds the downsampled image to the features of each coarser level. With patch_size p the
-    p x p pixels of a patch are the channels of one: 1 / p^2 of the work, and less detail (Luhman & Luhman 2022).
+    p x p pixels of a patch (p^ndim in ndim dimensions) are the channels of one: 1 / p^2 of the work, and less detail
+    (Luhman & Luhman 2022).
 
     A class-conditional network knows the classes 0 .. num_classes - 1 and the null class num_classes, which
     stands for "no label"; otherwise its `num_classes` is None.
@@ -60,9 +62,9 @@ class UNet(Encoder):
         patch_size: PositiveInt,
     ) -> None:
         num_classes = classes_told(num_classes, class_conditional)
-        in_channels, height = shape[:2]
+        in_channels, *sizes = shape
         parts = Parts.of(
-            -(-height // patch_size),
+            tuple(-(-size // patch_size) for size in sizes),
             channels=channels,
             channel_mult=channel_mult,
             num_res_blocks=num_res_blocks,
@@ -84,14 +86,14 @@ class UNet(Encoder):
         self.learn_variance = learn_variance
         self.up = parts.up_path(self.skip_widths)
         self.out_norm = nn.GroupNorm(norm_groups, parts.widths[0], eps=NORM_EPS)
-        out_channels = (2 if learn_variance else 1) * in_channels * patch_size**2
-        self.out_conv = nn.Conv2d(parts.widths[0], out_channels, 3, padding=1)
+        out_channels = (2 if learn_variance else 1) * in_channels * patch_size ** len(sizes)
+        self.out_conv = Conv(parts.widths[0], out_channels, ndim=len(sizes))
         zero_init(self.out_conv)
 
     def forward(self, x: Tensor, c_noise: Tensor, y: Tensor | None = None) -> Tensor:
-        """Return F [B, C, H, W], or [B, 2C, H, W] with the variance values last, in the dtype of x.
+        """Return F [B, C, *sizes], or [B, 2C, *sizes] with the variance values last, in the dtype of x.
 
-        x: [B, C, H, W] of any size, extended within to what the depth divides; c_noise: [B], the timestep
+        x: [B, C, *sizes] of any sizes, extended within to what the depth divides; c_noise: [B], the timestep
         number or what else the parameterization names; y: int64 [B], or None for the null class. An
         unconditional network takes no notice of y.
         """
@@ -101,9 +103,9 @@ class UNet(Encoder):
             h = self.run(block, h, emb, skips.pop())
         h = self.out_conv(silu(self.out_norm(h)))
         if self.patch_size > 1:
-            h = pixel_shuffle(h, self.patch_size)
+            h = from_patches(h, self.patch_size)
         if h.shape[2:] != x.shape[2:]:
-            h = h[..., : x.shape[2], : x.shape[3]]
+            h = h[(..., *(slice(size) for size in x.shape[2:]))]
         return h.to(x.dtype)
 
     def check_labels(self, y: Tensor) -> None:

@@ -118,7 +118,7 @@ def network_call(
     def call(count: int) -> None:
         denoise = guided(model, guidance, labels_of(range(each * count), labels, device), clip)
         with torch.set_grad_enabled(gradient), autocast(device, precision), uncompiled(model):
-            x = torch.zeros(each * count, *model.shape, device=device, requires_grad=gradient)
+            x = torch.zeros(each * count, *model.space.shape, device=device, requires_grad=gradient)
             x0 = denoise(x, [*active, times[0]][0]).x0
             if gradient:
                 torch.autograd.grad(x0.sum(), x)

@@ -2,7 +2,7 @@
 
 A checkpoint is Lightning's, with a plain `diffuse` entry that says how to build the model again:
 `{"format": 4, "task": ..., "config": {...}, "shape": [C, H, W], "form": {...}, "num_classes": K | None,
-"class_names": [...] | None}`.
+"class_names": [...] | None, "latent": {...} | None}`. A denoiser of latents has its autoencoder beside it.
 """
 
 import contextlib
@@ -28,10 +28,13 @@ from diffusion_cli.config import build, check_built, check_stored
 from diffusion_cli.denoiser import Denoiser, NoiseConditioned, NoisyClassifier
 from diffusion_cli.foreign import check_tensors, reason, regular
 from diffusion_cli.forms import Form, Shape, form_of
+from diffusion_cli.latents import Latents, Pixels, Space
+from diffusion_cli.pretrained import check_fit, read_weights
 from diffusion_cli.ranks import Ranks
 
 FORMAT = 4
 LAST = Path("checkpoints", "last.ckpt")
+AUTOENCODER = "autoencoder.safetensors"
 BEST = LAST.with_name("best.ckpt")
 Step = int | Literal["best"] | None
 """Which checkpoint of a run: that of a step, the best, or the newest."""
@@ -57,6 +60,8 @@ class Model(Origin):
     """A trained denoiser."""
 
     denoiser: Denoiser
+    space: Space
+    """Where the denoiser works."""
 
     @property
     def num_classes(self) -> int | None:
@@ -330,7 +335,8 @@ def _checkpoints(run: Path) -> list[Path]:
 def load_model(run: Path, weights: Literal["ema", "raw"], device: torch.device, step: Step = None) -> Model:
     """Build the denoiser of a run again from its newest checkpoint, or another one, in evaluation mode."""
     checkpoint, origin = _origin(run, step, weights, Denoiser.task)
-    return Model(**origin, denoiser=_restored(Denoiser, checkpoint, weights, device))
+    denoiser = _restored(Denoiser, checkpoint, weights, device)
+    return Model(**origin, denoiser=denoiser, space=load_space(run, checkpoint["diffuse"], device))
 
 
 def load_classifier(run: Path, device: torch.device) -> Classifier:
@@ -364,7 +370,7 @@ def _origin(
     about = checkpoint["diffuse"]
     if about["task"] != task:
         raise ValueError(f"{run}: was trained with task={about['task']}; give a run of task={task}")
-    mistakes = check_built(about["config"])
+    mistakes = check_built(about)
     if mistakes:
         raise ValueError(
             f"{path}: was made by another version of diffuse: {'; '.join(mistakes)}; name another run"
@@ -385,18 +391,9 @@ def _origin(
 
 def _check_fit(path: Path, about: Mapping[str, Any], state: Mapping[str, Tensor]) -> None:
     """Raise ValueError unless a checkpoint's weights are those of its model, which is built without any for that."""
-    built = 0
-
-    def count(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
-        nonlocal built
-        built += parameter is not None
-        if built > len(state):  # the options may ask for a network without end
-            raise ValueError(f"the model has more than the {len(state)} tensors that are there")
-
-    hook = register_module_parameter_registration_hook(count)
     try:
-        with torch.device("meta"):
-            network = build(about["config"]["model"], tuple(about["shape"]), about["num_classes"])
+        with torch.device("meta"), _at_most(len(state)):
+            network = build(about["config"]["model"], _seen_shape(about), about["num_classes"])
         wanted = {key: (value.shape, value.dtype) for key, value in network.state_dict().items()}
         if wanted != {key: (value.shape, value.dtype) for key, value in state.items()}:
             raise ValueError("the model has other tensors than are there")
@@ -404,6 +401,22 @@ def _check_fit(path: Path, about: Mapping[str, Any], state: Mapping[str, Tensor]
             build(about["config"][key])
     except Exception as error:  # sizes of a stranger's fail in many ways
         raise ValueError(f"{path}: its model cannot be built ({reason(error)}); name another run") from error
+
+
+@contextlib.contextmanager
+def _at_most(tensors: int) -> Iterator[None]:
+    """Raise ValueError where a network of more tensors is built: a stranger's options may ask for one without end."""
+    built = 0
+
+    def count(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+        nonlocal built
+        built += parameter is not None
+        if built > tensors:
+            raise ValueError(f"the model has more than the {tensors} tensors that are there")
+
+    hook = register_module_parameter_registration_hook(count)
+    try:
+        yield
     finally:
         hook.remove()
 
@@ -416,10 +429,39 @@ def _restored(
 ) -> Kind:
     about = checkpoint["diffuse"]
     config = about["config"]
-    network = build(config["model"], tuple(about["shape"]), about["num_classes"])
+    network = build(config["model"], _seen_shape(about), about["num_classes"])
     network.load_state_dict(_network_state(checkpoint, weights))
     model = kind(network, build(config["schedule"]), build(config["parameterization"]))
     return model.to(device).eval().requires_grad_(False)
+
+
+def _seen_shape(about: Mapping[str, Any]) -> Shape:
+    """The shape of what the network is shown: images, or their latents."""
+    return tuple(about["latent"]["shape"] if about["latent"] else about["shape"])
+
+
+def load_space(run: Path, about: Mapping[str, Any], device: torch.device) -> Space:
+    """Where the network of a run works; ValueError if it is in latents whose autoencoder is not beside it."""
+    shape, latent = tuple(about["shape"]), about["latent"]
+    if latent is None:
+        return Pixels(shape)
+    path = run / AUTOENCODER
+    try:
+        state = read_weights(path)
+        with (
+            torch.device("meta"),
+            _at_most(len(state)),
+        ):  # its size is that of its weights, or it is not built
+            check_fit(path, build(latent["autoencoder"], shape, None), state)
+        if digest(state) != latent["sha256"]:
+            raise ValueError("is not the one that the run was trained with")
+        autoencoder = build(latent["autoencoder"], shape, None)
+        autoencoder.load_state_dict(state)
+        return Latents(autoencoder.to(device), shape, latent["mean"], latent["std"])
+    except (OSError, ValueError, RuntimeError) as error:  # sizes of a stranger's fail in many ways
+        raise ValueError(
+            f"{path}: the autoencoder of the run cannot be read ({reason(error)}); put it back, or name another run"
+        ) from error
 
 
 def numbered(step: int) -> str:

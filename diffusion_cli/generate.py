@@ -186,7 +186,8 @@ def generate(
         denoise = guided(model, guidance, y, clip)
         calls = Calls(model.denoiser, guidance)
         with autocast(device, precision), compiled(model, len(batch) == batch_size):
-            images = sample(denoise, sampler, times, batch, model.shape, device)
+            x = sample(denoise, sampler, times, batch, model.space.shape, device)
+        images = model.space.decode(x)
         check_finite(images)
         yield Generated(batch, model.form.stored(images), y, calls.each(len(batch)))
 
@@ -217,14 +218,19 @@ def trajectories(
     for batch in _batches(seeds, sampler, batch_size):
         denoise = guided(model, guidance, labels_of(batch, labels, device), clip)
         with autocast(device, precision), compiled(model, len(batch) == batch_size):
-            way = enumerate(states(denoise, sampler, times, batch, model.shape, device))
+            way = enumerate(states(denoise, sampler, times, batch, model.space.shape, device))
             shown = [
-                model.form.pictures(model.form.stored(visible(x, times[place], sampler.schedule))).cpu()
+                _picture(model, visible(x, times[place], sampler.schedule))
                 for place, x in way
                 if place in places
             ]
         ways.append(torch.stack(shown, 1))
     return torch.cat(ways)
+
+
+def _picture(model: Model, x: Tensor) -> Tensor:
+    """States as `visible` gives them, as pictures on the CPU."""
+    return model.form.pictures(model.form.stored(model.space.decode(x))).cpu()
 
 
 def _batches(seeds: Sequence[int], sampler: Sampler, batch_size: int) -> Iterator[list[int]]:
@@ -234,9 +240,9 @@ def _batches(seeds: Sequence[int], sampler: Sampler, batch_size: int) -> Iterato
 
 
 def guided(model: Model, guidance: Guidance, y: Tensor | None, clip: bool) -> Denoise:
-    """The denoiser of images of the classes y, int64 [B], guided and, with `clip`, kept in [-1, 1]."""
+    """The denoiser of images of the classes y, int64 [B], guided and, with `clip`, kept in [-1, 1]; latents are not."""
     denoise = guidance(model.denoiser, y)
-    return clip_x0(denoise, model.denoiser.schedule) if clip else denoise
+    return clip_x0(denoise, model.denoiser.schedule) if clip and model.space.bounded else denoise
 
 
 def frame_places(count: int, most: int) -> list[int]:

@@ -1,8 +1,9 @@
 """Autoencoders that others have trained and published, in the folders of diffusers."""
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
@@ -39,7 +40,15 @@ class _Config(BaseModel):
     mid_block_add_attention: Literal[True] = True
 
 
-def from_diffusers(folder: Path, key: str) -> AutoencoderKL:
+class Pretrained(NamedTuple):
+    """An autoencoder with its weights, and the options that it is built of."""
+
+    network: AutoencoderKL
+    in_channels: int
+    options: dict[str, Any]
+
+
+def from_diffusers(folder: Path, key: str) -> Pretrained:
     """The autoencoder of a folder of diffusers, with its weights, in evaluation mode on the CPU.
 
     It holds config.json and diffusion_pytorch_model.safetensors. Factors that scale the latents are not looked at.
@@ -49,11 +58,11 @@ def from_diffusers(folder: Path, key: str) -> AutoencoderKL:
     """
     try:
         options = _options(_read_config(folder / "config.json"))
-        state = _read_weights(folder / WEIGHTS)
-        shape = (options.pop("in_channels"), *[2 ** (len(options["channel_mult"]) - 1)] * 2)
+        channels = options.pop("in_channels")
+        shape = (channels, *[2 ** (len(options["channel_mult"]) - 1)] * 2)
+        state = read_weights(folder / WEIGHTS)
         with torch.device("meta"):  # its size is that of its weights, or it is not built
-            wanted = AutoencoderKL(shape, None, **options).state_dict()
-        _check_fit(wanted, state)
+            check_fit(folder / WEIGHTS, AutoencoderKL(shape, None, **options), state)
     except (OSError, ValueError) as error:
         raise ValueError(
             f"{key}={folder}: holds no AutoencoderKL that can be read: {reason(error)}; give a folder that diffusers' "
@@ -61,7 +70,7 @@ def from_diffusers(folder: Path, key: str) -> AutoencoderKL:
         ) from error
     network = AutoencoderKL(shape, None, **options)
     network.load_state_dict(state)
-    return network.eval().requires_grad_(False)
+    return Pretrained(network.eval().requires_grad_(False), channels, options)
 
 
 def _read_config(path: Path) -> _Config:
@@ -102,8 +111,8 @@ def _options(config: _Config) -> dict[str, Any]:
     }
 
 
-def _read_weights(path: Path) -> dict[str, Tensor]:
-    """The tensors of a file by their present names, in float32."""
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file by their present names, in float32; ValueError if it is none."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
@@ -121,10 +130,11 @@ def _read_weights(path: Path) -> dict[str, Tensor]:
     return {old.sub(lambda match: RENAMED[match[0]], name): tensor.float() for name, tensor in state.items()}
 
 
-def _check_fit(wanted: dict[str, Tensor], state: dict[str, Tensor]) -> None:
-    """Raise ValueError unless the weights are those of the network, by name and shape."""
+def check_fit(path: Path, network: AutoencoderKL, state: Mapping[str, Tensor]) -> None:
+    """Raise ValueError unless the tensors of a file are the weights of a network, by name and shape."""
+    wanted = network.state_dict()
     for name in sorted(wanted.keys() ^ state.keys()):
-        raise ValueError(f"{WEIGHTS}: {name} is {'missing' if name in wanted else 'not of this network'}")
+        raise ValueError(f"{path.name}: {name} is {'missing' if name in wanted else 'not of this network'}")
     for name, tensor in wanted.items():
         if tensor.shape != state[name].shape:
-            raise ValueError(f"{WEIGHTS}: {name} is {list(state[name].shape)}, not {list(tensor.shape)}")
+            raise ValueError(f"{path.name}: {name} is {list(state[name].shape)}, not {list(tensor.shape)}")

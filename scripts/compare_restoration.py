@@ -14,6 +14,7 @@ import torch
 from diffusion_cli.data import GaussianMixture
 from diffusion_cli.denoiser import Prediction
 from diffusion_cli.editing import DPS, Mask, Method, Process, RePaint, Replacement
+from diffusion_cli.latents import Pixels
 from diffusion_cli.samplers import DDPM
 from diffusion_cli.schedules import Linear
 
@@ -64,7 +65,7 @@ def measure(mixture: GaussianMixture, method: Method, steps: int, count: int) ->
         return Prediction(x0, (x - alpha * x0) / sigma, sigma)
 
     process = Process(
-        sampler, sampler.grid(steps), None, lambda y: denoise, lambda label: denoise, method, draw
+        sampler, sampler.grid(steps), None, lambda y: denoise, lambda label: denoise, method, draw, Pixels(())
     )
     (x,) = deque(method.restore(process, operator, y), maxlen=1)
     x = operator.project(x, y)

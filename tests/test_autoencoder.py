@@ -48,7 +48,7 @@ def option(name: str) -> dict:
 
 
 def test_encodes_and_decodes_as_diffusers_does():
-    network, expected = from_diffusers(PUBLISHED, "key"), np.load(PUBLISHED / "expected.npz")
+    network, expected = from_diffusers(PUBLISHED, "key").network, np.load(PUBLISHED / "expected.npz")
     moments = network.moments(torch.from_numpy(expected["x"]))
     decoded = network.decode(torch.from_numpy(expected["z"]))
     np.testing.assert_allclose(moments.numpy(), expected["moments"], rtol=0, atol=1e-5)
@@ -56,7 +56,7 @@ def test_encodes_and_decodes_as_diffusers_does():
 
 
 def test_its_weights_have_the_names_of_diffusers_so_that_they_go_back_as_they_came():
-    network, published = from_diffusers(PUBLISHED, "key"), load_file(PUBLISHED / WEIGHTS)
+    network, published = from_diffusers(PUBLISHED, "key").network, load_file(PUBLISHED / WEIGHTS)
     assert {name: tensor.shape for name, tensor in network.state_dict().items()} == {
         name: tensor.shape for name, tensor in published.items()
     }
@@ -79,7 +79,7 @@ def test_the_attention_of_older_files_is_found_by_its_older_names(folder):
             name = name.replace(f"attentions.0.{new}.", f"attentions.0.{old}.")
         state[name] = tensor
     save_file(state, folder / WEIGHTS)
-    old, new = (from_diffusers(path, "key").state_dict() for path in (folder, PUBLISHED))
+    old, new = (from_diffusers(path, "key").network.state_dict() for path in (folder, PUBLISHED))
     assert all(torch.equal(old[name], tensor) for name, tensor in new.items())
 
 
@@ -87,7 +87,7 @@ def test_without_convolutions_beside_the_latents(folder):
     change(folder, use_quant_conv=False, use_post_quant_conv=False)
     state = {name: tensor for name, tensor in load_file(folder / WEIGHTS).items() if "quant_conv" not in name}
     save_file(state, folder / WEIGHTS)
-    network, with_them = from_diffusers(folder, "key"), from_diffusers(PUBLISHED, "key")
+    network, with_them = (from_diffusers(path, "key").network for path in (folder, PUBLISHED))
     x = torch.randn(1, 2, 8, 8)
     inner = with_them.encoder(x)
     assert torch.equal(network.encoder(x), inner)

@@ -256,14 +256,14 @@ def test_a_file_takes_over_the_keys_and_groups_of_another(tmp_path):
 PACKAGE = config.HERE
 ORDER = [
     "foreign precision seeding signals schedules", "config", "ranks locks forms", "parameterizations data times",
-    "denoiser networks", "posterior probability_flow guidance", "objective samplers likelihood checkpoint pretrained",
-    "editing",
+    "denoiser networks", "posterior probability_flow guidance latents pretrained",
+    "objective samplers likelihood checkpoint", "editing",
     "metrics generate", "capacity", "report figures", "training", "commands", "cli",
 ]  # fmt: skip
 LEVEL = {name: level for level, names in enumerate(ORDER) for name in names.split()}
 MATHEMATICS = [
     "schedules", "parameterizations", "times", "denoiser", "posterior", "probability_flow", "objective", "samplers",
-    "likelihood", "networks", "guidance",
+    "likelihood", "networks", "guidance", "latents",
     "editing",
 ]  # fmt: skip
 

@@ -35,6 +35,7 @@ from diffusion_cli.editing import (
 )
 from diffusion_cli.editing.transform import slerp
 from diffusion_cli.forms import to_bytes
+from diffusion_cli.latents import Pixels
 from diffusion_cli.samplers import DDIM, DDPM, draws, integrate, invert, until
 
 F64 = torch.float64
@@ -114,7 +115,9 @@ def wide() -> GaussianMixture:
 
 def plain(sampler, denoise, steps, draw, method=None):
     """Sampling without labels by one denoiser."""
-    return Process(sampler, sampler.grid(steps), None, lambda y: denoise, lambda label: denoise, method, draw)
+    return Process(
+        sampler, sampler.grid(steps), None, lambda y: denoise, lambda label: denoise, method, draw, Pixels(())
+    )
 
 
 def denoiser_of(mixture, schedule):

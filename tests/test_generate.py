@@ -21,6 +21,7 @@ from diffusion_cli.denoiser import Denoiser
 from diffusion_cli.forms import Picture, to_bytes
 from diffusion_cli.generate import SeededNoise, generate, trajectories, visible
 from diffusion_cli.guidance import Unguided
+from diffusion_cli.latents import Pixels
 from diffusion_cli.networks import UNet
 from diffusion_cli.parameterizations import Eps
 from diffusion_cli.report import Writer, grid
@@ -59,7 +60,7 @@ def model(schedules):
     for parameter in network.parameters():
         torch.nn.init.normal_(parameter, std=0.2)
     denoiser = Denoiser(network, schedules["cosine"], Eps()).eval()
-    return Model((1, 8, 8), Picture(), ("a", "b", "c"), {}, 0, "", denoiser)
+    return Model((1, 8, 8), Picture(), ("a", "b", "c"), {}, 0, "", denoiser, Pixels((1, 8, 8)))
 
 
 @pytest.mark.parametrize("kind", ["ddim", "ddpm"])

@@ -126,7 +126,9 @@ def _refuse(config: EditConfig, trained: Trained, edit: Edit, method: Method | N
 
 def _inputs(config: EditConfig, trained: Trained, edit: Edit) -> list[Input]:
     if edit.seeds is not None:
-        noise = SeededNoise(edit.seeds, edit.results, torch.device("cpu")).draw()
+        noise = SeededNoise(
+            edit.seeds, trained.model.space.shape_of(edit.results), torch.device("cpu")
+        ).draw()
         return [Input(f"seed_{seed}", image) for seed, image in zip(edit.seeds, noise, strict=True)]
     if config.input in ("held_out", "train"):
         if Path(config.input).exists():
@@ -204,7 +206,9 @@ def _edit(
     seeds = [job.seed for job in batch]
 
     def clipped(denoise: Denoise) -> Denoise:
-        return clip_x0(denoise, model.denoiser.schedule) if config.clip_x0 else denoise
+        return (
+            clip_x0(denoise, model.denoiser.schedule) if config.clip_x0 and model.space.bounded else denoise
+        )
 
     def told(label: int | str | None) -> Denoise:
         number = trained.number(label, "edit.source")
@@ -218,7 +222,8 @@ def _edit(
         lambda y: clipped(trained.guidance(model.denoiser, y)),
         told,
         method,
-        SeededNoise(seeds, edit.results, device).draw,
+        SeededNoise(seeds, model.space.shape_of(edit.results), device).draw,
+        model.space,
     )
     inputs = normalised(torch.stack([image for job in batch for image in job.inputs]).to(device))
     with torch.no_grad(), autocast(device, trained.precision):

@@ -246,6 +246,7 @@ def _about(config: TrainConfig, dataset: Dataset, task: str, images: Images) -> 
         "config": config.model_dump(),
         "shape": list(dataset.shape),
         "form": dataset.form.about(),
+        "latent": None,
         "num_classes": dataset.num_classes,
         "class_names": list(dataset.class_names) if dataset.class_names else None,
     }

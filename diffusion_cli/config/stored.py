@@ -2,16 +2,36 @@
 
 import math
 from collections.abc import Iterator, Mapping
-from typing import Annotated, Any
+from typing import Annotated, Any, Self
 
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, model_validator
 
 from diffusion_cli.config.check import check_node, validate
+from diffusion_cli.config.schema import STRICT
 from diffusion_cli.foreign import plain
 
 LARGEST_NUMBER = 10**6
 MOST_PIXELS = 2**28
 BUILT = ("schedule", "parameterization", "model")
+
+
+class _Latent(BaseModel):
+    """The `latent` entry: the space of a denoiser of latents."""
+
+    model_config = STRICT
+    shape: Annotated[list[PositiveInt], Field(min_length=2, max_length=4)]
+    mean: list[Annotated[float, Field(allow_inf_nan=False)]]
+    std: list[Annotated[float, Field(gt=0, allow_inf_nan=False)]]
+    autoencoder: dict[str, Any]
+    sha256: str
+    source: str
+    cache: str
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if not len(self.mean) == len(self.std) == self.shape[0]:
+            raise ValueError(f"latent.mean: should have {self.shape[0]} numbers, as should latent.std")
+        return self
 
 
 class _Stored(BaseModel):
@@ -23,6 +43,7 @@ class _Stored(BaseModel):
     config: dict[str, Any]
     shape: Annotated[list[PositiveInt], Field(min_length=2, max_length=4)]
     form: dict[str, Any]
+    latent: _Latent | None
     num_classes: PositiveInt | None
     class_names: list[str] | None
 
@@ -66,13 +87,13 @@ def check_stored(about: Mapping[str, Any]) -> list[str]:
     return mistakes
 
 
-def check_built(config: Mapping[str, Any]) -> list[str]:
-    """What is wrong with the nodes of a checkpoint's configuration that its model is built of, one line each."""
-    mistakes = [line for key in BUILT for line in check_node(key, config[key])]
+def check_built(about: Mapping[str, Any]) -> list[str]:
+    """What is wrong with the nodes of a checkpoint that its model is built of, one line each."""
+    nodes = [(key, about["config"][key]) for key in BUILT]
+    nodes += [("model", about["latent"]["autoencoder"])] if about["latent"] else []
+    mistakes = [line for key, node in nodes for line in check_node(key, node)]
     # A larger table or network could not be trained, but it could be asked for.
-    large = {
-        f"{key}={number}" for key in BUILT for number in _numbers(config[key]) if number > LARGEST_NUMBER
-    }
+    large = {f"{key}={number}" for key, node in nodes for number in _numbers(node) if number > LARGEST_NUMBER}
     return mistakes + [f"{words}: is larger than {LARGEST_NUMBER}" for words in sorted(large)]
 
 

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from diffusion_cli.denoiser import Denoise
 from diffusion_cli.editing.operators import LinearOperator
+from diffusion_cli.latents import Space
 from diffusion_cli.samplers import Draw, Sampler
 
 Shape = tuple[int, ...]
@@ -31,7 +32,9 @@ class Process:
     """Gives the unguided denoiser, told that all images are of the class of a name or number; None: not told any."""
     method: "Method | None"
     draw: Draw
-    """Noise of the shape of the results, [B, C, H, W], one stream an image."""
+    """Noise of the shape of the states of the results, one stream an image."""
+    space: Space
+    """Where sampling happens: edits are given images and give images."""
 
     def start(self) -> Tensor:
         """Return noise as sampling starts from it."""

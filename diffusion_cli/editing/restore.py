@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from diffusion_cli.editing.base import Edit, Edited, Process, ReadMask, Shape
+from diffusion_cli.editing.latent import known_of
 from diffusion_cli.editing.operators import BlockMean, LinearOperator, Luma, Mask
 
 
@@ -26,7 +27,8 @@ class Restoration(Edit):
     def __call__(self, images: Tensor, process: Process) -> Edited:
         operator, y = self.measure(images)
         assert process.method is not None
-        (x,) = deque(process.method.restore(process, operator, y), maxlen=1)
+        (x,) = deque(process.method.restore(process, *known_of(process.space, operator, y)), maxlen=1)
+        x = process.space.decode(x)
         known = operator.picture(y)
         shown = [images, known] if tuple(images.shape[1:]) == self.results else [known]
         return Edited(operator.nearest_image(x, y)[:, None], shown, lambda x: operator(x) - y, x)

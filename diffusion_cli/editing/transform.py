@@ -17,14 +17,14 @@ Strength = Annotated[float, Field(ge=0.001, le=1)]
 
 
 def decode(process: Process, x: Tensor, times: Tensor, draw: Draw, repeat: int = 1) -> Tensor:
-    """Sample from the state x at times[0], `repeat` in a row of each result."""
+    """Sample images from the state x at times[0], `repeat` in a row of each result."""
     (x,) = deque(integrate(process.sampler, process.denoise(repeat), x, times, draw), maxlen=1)
-    return x
+    return process.space.decode(x)
 
 
-def encode(process: Process, denoise: Denoise, x: Tensor, times: Tensor) -> Tensor:
-    """Encode images x to the state at times[0] by DDIM inversion."""
-    (x,) = deque(invert(process.sampler.schedule, denoise, x, times), maxlen=1)
+def encode(process: Process, denoise: Denoise, images: Tensor, times: Tensor) -> Tensor:
+    """Encode images to the state at times[0] by DDIM inversion."""
+    (x,) = deque(invert(process.sampler.schedule, denoise, process.space.encode(images), times), maxlen=1)
     return x
 
 
@@ -46,8 +46,8 @@ class Img2Img(PartOfTheWay):
 
     def __call__(self, images: Tensor, process: Process) -> Edited:
         times = until(process.times, self.strength)
-        x = noised(process.sampler.schedule, images, times[0], process.draw())
-        return Edited(decode(process, x, times, process.draw)[:, None], [images, x])
+        x = noised(process.sampler.schedule, process.space.encode(images), times[0], process.draw())
+        return Edited(decode(process, x, times, process.draw)[:, None], [images, process.space.decode(x)])
 
 
 class Reconstruct(PartOfTheWay):
@@ -59,7 +59,7 @@ class Reconstruct(PartOfTheWay):
         times = until(process.times, self.strength)
         x = encode(process, process.denoise(), images, times)
         back = decode(process, x, times, process.draw)
-        return Edited(back[:, None], [images, x], lambda x: x - images)
+        return Edited(back[:, None], [images, process.space.decode(x)], lambda x: x - images)
 
 
 class Attribute(Edit):
@@ -83,7 +83,7 @@ class Attribute(Edit):
     def __call__(self, images: Tensor, process: Process) -> Edited:
         times = until(process.times, self.strength)
         x = encode(process, process.told(self.source), images, times)
-        return Edited(decode(process, x, times, process.draw)[:, None], [images, x])
+        return Edited(decode(process, x, times, process.draw)[:, None], [images, process.space.decode(x)])
 
 
 class Interpolate(Edit):

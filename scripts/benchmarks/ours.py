@@ -8,6 +8,7 @@ from diffusion_cli.checkpoint import Model
 from diffusion_cli.config import TrainConfig, build
 from diffusion_cli.denoiser import Denoiser
 from diffusion_cli.forms import Picture
+from diffusion_cli.latents import Pixels
 from diffusion_cli.seeding import mix
 from diffusion_cli.training.ema import EMA
 
@@ -47,7 +48,7 @@ def model_of(name: str, device: torch.device) -> Model:
     """A model of 32x32 images, ready to sample."""
     shape = (3, 32, 32)
     denoiser = denoiser_of(configured(WORDS[name]), shape).to(device).eval().requires_grad_(False)
-    return Model(shape, Picture(), None, {}, 0, "", denoiser)
+    return Model(shape, Picture(), None, {}, 0, "", denoiser, Pixels(shape))
 
 
 def count(network: nn.Module) -> int:

@@ -1,0 +1,39 @@
+"""What is known of an image, as it is known of its latents."""
+
+from torch import Tensor
+from torch.nn.functional import max_pool2d
+
+from diffusion_cli.editing.operators import LinearOperator, Mask
+from diffusion_cli.latents import Pixels, Space
+
+
+def known_of(space: Space, operator: LinearOperator, y: Tensor) -> tuple[LinearOperator, Tensor]:
+    """Return a measurement y of images as one of their states: of pixels itself, of latents what they say of it.
+
+    Where pixels are masked, a latent is known if all the pixels that it stands for are; what the encoder sees in the
+    place of the others is gray. Other measurements are taken of the decoded image.
+    """
+    if isinstance(space, Pixels):
+        return operator, y
+    if not isinstance(operator, Mask):
+        return Decoded(space, operator), y
+    states = space.encode(operator.pseudo_inverse(y))
+    sides = tuple(whole // part for whole, part in zip(y.shape[2:], states.shape[2:], strict=True))
+    known = Mask(max_pool2d((~operator.known).float(), sides) == 0)
+    return known, known(states)
+
+
+class Decoded(LinearOperator):
+    """A measurement of the image that a state is decoded to: no longer linear, and without an inverse."""
+
+    def __init__(self, space: Space, operator: LinearOperator) -> None:
+        self.space, self.operator = space, operator
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.operator(self.space.decode(x))
+
+    def pseudo_inverse(self, y: Tensor) -> Tensor:
+        raise ValueError(
+            "method: puts in what is known of pixels, and the model works in latents, which know only where an image "
+            "is masked; take method=dps"
+        )

@@ -1,0 +1,108 @@
+"""The space that a denoiser works in: pixels, or the latents of an autoencoder (Rombach et al. 2022)."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from math import prod
+
+import torch
+from torch import Tensor
+
+from diffusion_cli.networks import AutoencoderKL
+from diffusion_cli.networks.autoencoder import drawn
+
+PIXELS = 2**18  # that an autoencoder takes at a time: four images of 256x256
+
+
+class Space(ABC):
+    """Where samples are made of noise: states x [B, *shape], of images [B, C, H, W] in [-1, 1]."""
+
+    shape: tuple[int, ...]
+    """Of a state."""
+    bounded: bool
+    """Whether a state without noise has all its values in [-1, 1]."""
+
+    @abstractmethod
+    def shape_of(self, image: tuple[int, ...]) -> tuple[int, ...]:
+        """Return the shape of the state of an image of a shape; ValueError if it has none."""
+
+    @abstractmethod
+    def encode(self, images: Tensor) -> Tensor:
+        """Return the states of images."""
+
+    @abstractmethod
+    def decode(self, x: Tensor) -> Tensor:
+        """Return the images of states, not clipped to [-1, 1]."""
+
+
+class Pixels(Space):
+    """The images themselves."""
+
+    bounded = True
+
+    def __init__(self, shape: tuple[int, ...]) -> None:
+        self.shape = shape
+
+    def shape_of(self, image: tuple[int, ...]) -> tuple[int, ...]:
+        return image
+
+    def encode(self, images: Tensor) -> Tensor:
+        return images
+
+    def decode(self, x: Tensor) -> Tensor:
+        return x
+
+
+class Latents(Space):
+    """Latents of an autoencoder, shifted and scaled to mean 0 and standard deviation 1 in every channel.
+
+    `x = (z - mean) / std`, with z ~ N(moments of the image) in training and its mean where an image is encoded once.
+    `image` is the shape of the images. A few images go through the autoencoder at a time, in float32 whatever the
+    precision around it.
+    """
+
+    bounded = False
+
+    def __init__(
+        self, autoencoder: AutoencoderKL, image: tuple[int, ...], mean: Sequence[float], std: Sequence[float]
+    ) -> None:
+        self.autoencoder = autoencoder.eval().requires_grad_(False)
+        self.shape = autoencoder.latent_shape(image)
+        self.mean, self.std = list(mean), list(std)
+
+    def shape_of(self, image: tuple[int, ...]) -> tuple[int, ...]:
+        return self.autoencoder.latent_shape(image)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the autoencoder is."""
+        return next(self.autoencoder.parameters()).device
+
+    def moments(self, images: Tensor) -> Tensor:
+        """Return the mean and log variance [B, 2L, h, w] of the latents z of images [B, C, H, W]."""
+        with torch.autocast(images.device.type, enabled=False):
+            parts = images.float().split(max(1, PIXELS // prod(images.shape[2:])))
+            return torch.cat([self.autoencoder.moments(part) for part in parts])
+
+    def drawn(self, moments: Tensor, eps: Tensor) -> Tensor:
+        """Return the state [B, L, h, w] of moments, with the noise `eps` of the same shape."""
+        mean, std = self._scale(eps)
+        return (drawn(moments, eps) - mean) / std
+
+    def encode(self, images: Tensor) -> Tensor:
+        moments = self.moments(images)
+        return self.drawn(moments, torch.zeros_like(moments.chunk(2, dim=1)[0]))
+
+    def decode(self, x: Tensor) -> Tensor:
+        mean, std = self._scale(x)
+        count = max(1, PIXELS // (prod(x.shape[2:]) * self.autoencoder.factor ** (x.ndim - 2)))
+        with torch.autocast(x.device.type, enabled=False):
+            parts = (x.float() * std + mean).split(count)
+            return torch.cat([self.autoencoder.decode(part) for part in parts])
+
+    def _scale(self, like: Tensor) -> tuple[Tensor, Tensor]:
+        """The mean and standard deviation of each channel, for states like these."""
+        ones = [1] * (like.ndim - 2)
+        mean, std = (
+            torch.tensor(values, device=like.device).view(-1, *ones) for values in (self.mean, self.std)
+        )
+        return mean, std

@@ -25,6 +25,7 @@ from diffusion_cli.networks import Classifier, UNet
 from diffusion_cli.networks.layers import (
     CONV,
     Attention,
+    Conv,
     Downsample,
     Dropout,
     Pointwise,
@@ -367,6 +368,17 @@ def test_time_reaches_the_blocks_unrounded_under_autocast(changes):
     with torch.autocast("cpu", torch.bfloat16):
         network(x.float(), c_noise)
     assert torch.equal(seen[0], seen[1])
+
+
+@pytest.mark.parametrize(("ndim", "layer"), [(1, nn.Conv1d), (2, nn.Conv2d), (3, nn.Conv3d)])
+def test_convolutions_start_with_the_draws_of_torchs(ndim, layer):
+    torch.manual_seed(0)
+    ours = Conv(6, 4, ndim=ndim)
+    torch.manual_seed(0)
+    theirs = layer(6, 4, 3, padding=1)
+    assert all(map(torch.equal, ours.state_dict().values(), theirs.state_dict().values()))
+    x = torch.randn(2, 6, *[5] * ndim)
+    assert torch.equal(ours(x), theirs(x))
 
 
 @pytest.mark.parametrize("sizes", [(5,), (3, 5), (2, 3, 4)])

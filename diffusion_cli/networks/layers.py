@@ -27,7 +27,6 @@ from torch.nn.functional import (
 )
 
 # torch's operations by number of dimensions.
-CONV_LAYERS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 CONV = {1: conv1d, 2: conv2d, 3: conv3d}
 CONV_TRANSPOSE = {1: conv_transpose1d, 2: conv_transpose2d, 3: conv_transpose3d}
 AVG_POOL = {1: avg_pool1d, 2: avg_pool2d, 3: avg_pool3d}
@@ -96,9 +95,11 @@ class Conv(nn.Module):
         ndim: int = 2,
     ) -> None:
         super().__init__()
-        layer = CONV_LAYERS[ndim](in_channels, out_channels, size)
-        assert layer.bias is not None
-        self.weight, self.bias = layer.weight, layer.bias
+        self.weight = nn.Parameter(torch.empty(out_channels, in_channels, *[size] * ndim))
+        self.bias = nn.Parameter(torch.empty(out_channels))
+        nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))
+        bound = 1 / math.sqrt(in_channels * size**ndim)
+        nn.init.uniform_(self.bias, -bound, bound)
         self.ndim, self.stride, self.padding = ndim, stride, size // 2 if padding is None else padding
 
     def forward(self, x: Tensor) -> Tensor:

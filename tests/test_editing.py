@@ -63,7 +63,37 @@ OPERATORS = {
     "mask": (Mask(HALF), (2, 3, 8, 8)),
     "luma": (Luma(), (2, 3, 8, 8)),
     "blocks": (BlockMean(4), (2, 1, 8, 8)),
+    "mask of a volume": (Mask(HALF.view(1, 1, 4, 4, 4)), (2, 1, 4, 4, 4)),
+    "luma of a volume": (Luma(), (2, 3, 2, 4, 4)),
+    "blocks of a volume": (BlockMean(2), (2, 1, 4, 6, 2)),
 }
+
+
+def test_a_volume_is_painted_anew_in_a_box_and_where_a_mask_of_its_slices_is_white():
+    shape = (1, 4, 6, 8)
+
+    def painted(mask):
+        return ~Inpaint(shape, lambda path: HALF[0, 0, :6] * 255, mask=mask).known[0, 0]
+
+    box = torch.zeros(shape[1:], dtype=torch.bool)
+    box[2:4, 1:5, 0:3] = True
+    assert torch.equal(painted([0, 1, 2, 3, 5, 4]), box)
+    assert torch.equal(
+        painted("centre"), torch.nn.functional.pad(torch.ones(2, 4, 4), (2, 2, 1, 1, 1, 1)) > 0
+    )
+    assert torch.equal(painted("file.png"), HALF[0, :, :6].expand(4, -1, -1))
+    for wrong in ([0, 1, 2, 3], [0, 1, 2, 3, 5, 5], [0, 1, 2, 3, 1, 4]):
+        with pytest.raises(
+            ValueError, match=r"\[left,top,front,right,bottom,back\] in pixels within 8 x 6 x 4"
+        ):
+            painted(wrong)
+
+
+def test_a_volume_is_continued_in_every_slice_and_enlarged_along_every_axis():
+    sides = {"left": 1, "right": 2, "top": 3, "bottom": 0}
+    assert Outpaint((1, 4, 6, 8), no_file, **sides, canvas="grow").results == (1, 4, 9, 11)
+    assert Outpaint((1, 4, 6, 8), no_file, **sides, canvas="keep").accepts() == [(1, 4, 6, 8), (1, 4, 3, 5)]
+    assert SuperResolution((1, 4, 6, 8), no_file, factor=2).accepts() == [(1, 4, 6, 8), (1, 2, 3, 4)]
 
 
 @pytest.mark.parametrize("name", OPERATORS)

@@ -9,7 +9,7 @@ import yaml
 from torch import nn
 
 from diffusion_cli.config import CONF, build
-from diffusion_cli.denoiser import Denoiser, clip_x0
+from diffusion_cli.denoiser import Denoiser, Prediction, clip_x0
 from diffusion_cli.parameterizations import Eps
 from diffusion_cli.samplers import DDIM, DDPM, ODE, PC, integrate, invert
 from diffusion_cli.schedules import Spacing
@@ -209,6 +209,31 @@ def test_stochastic_samples_have_the_moments_of_the_data(schedules, exact, mixtu
     mean, covariance = moments(sampler, exact(schedule), schedule, sampler.grid(steps), 8000)
     torch.testing.assert_close(mean, mixture.mean().flatten(), rtol=0, atol=0.02)
     torch.testing.assert_close(covariance, mixture.covariance(), rtol=0, atol=0.02)
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_signals_and_volumes_are_sampled_as_images_of_as_many_pixels(schedules, name):
+    schedule = schedules["vp"]
+    sampler = build(SAMPLERS[name], schedule)
+    times = sampler.grid(8)
+
+    def denoise(x_t, t):  # exact for pixels of variance 1/4
+        alpha, sigma = schedule(t)
+        x0 = alpha / (alpha**2 + 4 * sigma**2) * x_t
+        return Prediction(x0, (x_t - alpha * x0) / sigma, sigma)
+
+    def sampled(*sizes):
+        generator = torch.Generator().manual_seed(0)
+
+        def draw():
+            return torch.randn(3, 24, generator=generator, dtype=F64).view(3, *sizes)
+
+        *_, x = integrate(sampler, denoise, draw(), times, draw)
+        return x.flatten(1)
+
+    expected = sampled(2, 3, 4)
+    torch.testing.assert_close(sampled(2, 12), expected, rtol=0, atol=1e-12)
+    torch.testing.assert_close(sampled(1, 2, 3, 4), expected, rtol=0, atol=1e-12)
 
 
 PROCESSES = ["linear", "cosine", "sigmoid", "zero_snr", "vp", "subvp", "ve", "edm", "rectified"]

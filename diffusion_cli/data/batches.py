@@ -247,10 +247,10 @@ class _Fetcher(MapDataset):
 
 
 def mirrored(images: Tensor, coins: Tensor) -> Tensor:
-    """The images [B, C, H, W], those with coin 1 of `coins` (int64 [B], 0 or 1) mirrored left to right."""
+    """The images [B, C, *sizes], those with coin 1 of `coins` (int64 [B], 0 or 1) mirrored along the last."""
     # Row copies, for they run at memory speed; torch.where is four times slower on bytes.
     rows = torch.arange(len(images), device=images.device) + len(images) * coins
-    return torch.cat([images, images.flip(3)]).index_select(0, rows)
+    return torch.cat([images, images.flip(-1)]).index_select(0, rows)
 
 
 def normalised(images: Tensor) -> Tensor:

@@ -4,7 +4,7 @@ from abc import ABC, abstractmethod
 
 import torch
 from torch import Tensor
-from torch.nn.functional import avg_pool2d, interpolate
+from torch.nn.functional import interpolate
 
 FARTHEST = 1000.0  # measured, that an image is moved by
 WILDEST = 100.0  # value of a pixel that is looked at
@@ -17,14 +17,14 @@ class LinearOperator(ABC):
 
     @abstractmethod
     def __call__(self, x: Tensor) -> Tensor:
-        """Return `A x` of images x [B, C, H, W]."""
+        """Return `A x` of images x [B, C, *sizes]."""
 
     @abstractmethod
     def pseudo_inverse(self, y: Tensor) -> Tensor:
-        """Return `A^+ y`, the image [B, C, H, W] of least norm that agrees with y."""
+        """Return `A^+ y`, the image [B, C, *sizes] of least norm that agrees with y."""
 
     def picture(self, y: Tensor) -> Tensor:
-        """Return images [B, C, H, W] to look at, which show the measurement."""
+        """Return images [B, C, *sizes] to look at, which show the measurement."""
         return self.pseudo_inverse(y)
 
     def project(self, x: Tensor, y: Tensor) -> Tensor:
@@ -46,7 +46,7 @@ class LinearOperator(ABC):
 
 
 class Mask(LinearOperator):
-    """The pixels where `known` (bool, [1, 1, H, W]) holds; the others measure as 0."""
+    """The pixels where `known` (bool, [1, 1, *sizes]) holds; the others measure as 0."""
 
     def __init__(self, known: Tensor) -> None:
         self.known = known
@@ -65,7 +65,7 @@ class Mask(LinearOperator):
 
 
 class Luma(LinearOperator):
-    """The gray image [B, 1, H, W] of a colour one, with Pillow's weights w: `A^+ y = w y / |w|^2`."""
+    """The gray image [B, 1, *sizes] of a colour one, with Pillow's weights w: `A^+ y = w y / |w|^2`."""
 
     def __call__(self, x: Tensor) -> Tensor:
         return (x * self._weights(x)).sum(1, keepdim=True)
@@ -75,20 +75,20 @@ class Luma(LinearOperator):
         return y * weights / weights.square().sum()
 
     def picture(self, y: Tensor) -> Tensor:
-        return y.expand(-1, 3, -1, -1)
+        return y.expand(-1, 3, *y.shape[2:])
 
     def _weights(self, like: Tensor) -> Tensor:
-        return torch.tensor(LUMA, device=like.device, dtype=like.dtype).view(1, 3, 1, 1)
+        return torch.tensor(LUMA, device=like.device, dtype=like.dtype).view(3, *[1] * (like.dim() - 2))
 
 
 class BlockMean(LinearOperator):
-    """The image [B, C, H/f, W/f] of the means of blocks of f x f pixels; A^+ repeats each pixel f x f times."""
+    """The image [B, C, *sizes / f] of the means of blocks f pixels long on each axis; A^+ fills these."""
 
     def __init__(self, factor: int) -> None:
         self.factor = factor
 
     def __call__(self, x: Tensor) -> Tensor:
-        return avg_pool2d(x, self.factor)
+        return interpolate(x, [size // self.factor for size in x.shape[2:]], mode="area")
 
     def pseudo_inverse(self, y: Tensor) -> Tensor:
         return interpolate(y, scale_factor=float(self.factor), mode="nearest")

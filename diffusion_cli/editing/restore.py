@@ -2,6 +2,7 @@
 
 from abc import abstractmethod
 from collections import deque
+from collections.abc import Sequence
 from typing import Annotated, Literal
 
 import torch
@@ -37,31 +38,24 @@ class Restoration(Edit):
 class Inpaint(Restoration):
     """Paint a part of the image anew: what is white in a mask file, a box [left, top, right, bottom], or the centre.
 
-    Raises ValueError for a mask of another size, a box beyond the image, or one that leaves nothing to paint.
+    Of a volume a box is [left, top, front, right, bottom, back], and a mask that of every slice. Raises ValueError for
+    a mask of another size, a box beyond the image, or one that leaves nothing to paint.
     """
 
     def __init__(self, shape: Shape, read_mask: ReadMask, *, mask: str | list[NonNegativeInt]) -> None:
         super().__init__(shape, read_mask)
-        _, height, width = shape
-        self.known = torch.ones(1, 1, height, width, dtype=torch.bool)
-        centre = [width // 4, height // 4, width - width // 4, height - height // 4]
+        _, *sizes = shape
+        self.known = torch.ones(1, 1, *sizes, dtype=torch.bool)
         if isinstance(mask, str) and mask not in ("centre", "center"):
             pixels = read_mask(mask)
-            if tuple(pixels.shape) != (height, width):
+            if list(pixels.shape) != sizes[-2:]:
                 raise ValueError(
-                    f"edit.mask={mask}: is {pixels.shape[1]} x {pixels.shape[0]} pixels and the images are {width} x "
-                    f"{height}; give a mask of their size"
+                    f"edit.mask={mask}: is {described(pixels.shape)} pixels and the images are "
+                    f"{described(sizes[-2:])}; give a mask of their size"
                 )
-            self.known = (pixels < 128)[None, None]
+            self.known[..., pixels >= 128] = False
         else:
-            box = mask if isinstance(mask, list) else centre
-            if len(box) != 4 or not (box[0] < box[2] <= width and box[1] < box[3] <= height):
-                raise ValueError(
-                    f"edit.mask={mask}: should be [left,top,right,bottom] in pixels within {width} x {height}, centre, "
-                    "or an image file"
-                )
-            left, top, right, bottom = map(int, box)
-            self.known[:, :, top:bottom, left:right] = False
+            self.known[(..., *_box(mask, sizes))] = False
         if self.known.all():
             raise ValueError(
                 f"edit.mask={mask}: has no white pixel, and so leaves nothing to paint; draw one"
@@ -75,8 +69,28 @@ class Inpaint(Restoration):
         return operator, operator(images)
 
 
+def _box(mask: str | list[int], sizes: list[int]) -> list[slice]:
+    """What a box has of each axis; it names the last axis first, and the middle half of each for the centre."""
+    ndim = len(sizes)
+    starts, ends = [size // 4 for size in sizes], [size - size // 4 for size in sizes]
+    if isinstance(mask, list):
+        starts, ends = ([*map(int, reversed(part))] for part in (mask[:ndim], mask[ndim:]))
+    sides = [*zip(starts, ends, sizes, strict=False)]
+    if len(starts) != ndim or len(ends) != ndim or not all(start < end <= size for start, end, size in sides):
+        names = "left,top,front,right,bottom,back" if ndim == 3 else "left,top,right,bottom"
+        raise ValueError(
+            f"edit.mask={mask}: should be [{names}] in pixels within {described(sizes)}, centre, or an image file"
+        )
+    return [slice(start, end) for start, end, _ in sides]
+
+
+def described(sizes: Sequence[int]) -> str:
+    """Sizes in the order of image files, the width first."""
+    return " x ".join(map(str, reversed(sizes)))
+
+
 class Outpaint(Restoration):
-    """Continue the image beyond its sides, by so many pixels on each.
+    """Continue the image beyond its sides, by so many pixels on each; of a volume every slice.
 
     With canvas=grow images of the model's size become larger, which the network was not trained on; with canvas=keep
     those that lack these margins are completed to the model's size, and those of that size lose them first.
@@ -97,12 +111,12 @@ class Outpaint(Restoration):
         super().__init__(shape, read_mask)
         self.sides = (left, right, top, bottom)
         self.canvas = canvas
-        channels, height, width = shape
+        *front, height, width = shape
         if not any(self.sides):
             raise ValueError("edit.left=0: no side is to be continued; set edit.left, right, top or bottom")
         self.inner = shape
         if canvas == "keep":
-            self.inner = (channels, height - top - bottom, width - left - right)
+            self.inner = (*front, height - top - bottom, width - left - right)
             if min(self.inner) < 1:
                 raise ValueError(
                     f"edit.canvas=keep: margins of {self.sides} leave nothing of {width} x {height} pixels; take less"
@@ -110,9 +124,9 @@ class Outpaint(Restoration):
 
     @property
     def results(self) -> Shape:
-        channels, height, width = self.inner
+        *front, height, width = self.inner
         left, right, top, bottom = self.sides
-        return channels, height + top + bottom, width + left + right
+        return *front, height + top + bottom, width + left + right
 
     def accepts(self) -> list[Shape]:
         return list(dict.fromkeys([self.shape, self.inner]))
@@ -145,16 +159,16 @@ class SuperResolution(Restoration):
 
     def __init__(self, shape: Shape, read_mask: ReadMask, *, factor: Annotated[int, Field(ge=2)]) -> None:
         super().__init__(shape, read_mask)
-        _, height, width = shape
-        if height % factor or width % factor:
+        _, *sizes = shape
+        if any(size % factor for size in sizes):
             raise ValueError(
-                f"edit.factor={factor}: does not divide {width} x {height} pixels; take a divisor"
+                f"edit.factor={factor}: does not divide {described(sizes)} pixels; take a divisor"
             )
         self.factor = factor
 
     def accepts(self) -> list[Shape]:
-        channels, height, width = self.shape
-        return [self.shape, (channels, height // self.factor, width // self.factor)]
+        channels, *sizes = self.shape
+        return [self.shape, (channels, *(size // self.factor for size in sizes))]
 
     def measure(self, images: Tensor) -> tuple[LinearOperator, Tensor]:
         operator = BlockMean(self.factor)

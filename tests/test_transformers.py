@@ -8,9 +8,10 @@ import yaml
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
-from diffusion_cli.networks import BLOCKS, DiT
+from diffusion_cli.networks import BLOCKS, DiT, SetTransformer
 from diffusion_cli.networks.dit import from_patches, position_embedding
 from diffusion_cli.networks.layers import zero_init
+from diffusion_cli.networks.set_transformer import CrossAttention, InducedAttention
 from diffusion_cli.networks.transformer import SelfAttention, TransformerBlock
 
 CONF = Path(__file__).parents[1] / "conf" / "model"
@@ -200,38 +201,102 @@ def test_attention_equals_its_formula():
     close(layer(x), layer.proj(torch.cat(heads, dim=-1)))
 
 
+# --- The transformer of sets ------------------
+
+
+def small_set(num_classes: int | None = None, **changes) -> SetTransformer:
+    options: dict = SMALL | {"inducing_points": 5} | changes
+    del options["patch_size"]
+    return randomised(SetTransformer((3, 7), num_classes, **options))
+
+
+@pytest.mark.parametrize("inducing_points", [None, 5])
+def test_order_of_points_has_no_meaning(inducing_points):
+    network, x = small_set(inducing_points=inducing_points), noise(2, 3, 9)
+    order = torch.randperm(9)
+    F = network(x, times(2))
+    close(network(x[:, :, order], times(2)), F[:, :, order], 1e-10)
+    close(network.float()(x[:, :, order].float(), times(2).float()).double(), F[:, :, order], 1e-5)
+
+
+@pytest.mark.parametrize("inducing_points", [None, 5])
+def test_every_point_sees_every_other_and_any_number_of_them(inducing_points):
+    network = small_set(inducing_points=inducing_points)
+    for points in (1, 7, 40):
+        x = noise(1, 3, points).requires_grad_()
+        network(x, times(1))[0, 0, 0].backward()
+        assert x.grad is not None
+        assert (x.grad.abs().amax(1) > 1e-12).all()
+
+
+@pytest.mark.parametrize("inducing_points", [None, 5])
+def test_a_set_and_the_same_set_twice_are_told_alike(inducing_points):
+    # Attention is a mean: each point counts by its share.
+    network, x = small_set(inducing_points=inducing_points), noise(2, 3, 9)
+    close(network(torch.cat([x, x], 2), times(2))[:, :, :9], network(x, times(2)))
+
+
+def test_sets_start_at_zero():
+    network = SetTransformer((3, 7), 4, **option("set_tiny", class_conditional=True, learn_variance=True))
+    assert torch.equal(
+        network(torch.randn(2, 3, 7), torch.rand(2), torch.tensor([0, 4])), torch.zeros(2, 6, 7)
+    )
+
+
+def test_induced_attention_equals_its_formula():
+    layer, x = randomised(InducedAttention(8, 2, 3)), noise(2, 5, 8)
+
+    def attention(part: CrossAttention, x: Tensor, others: Tensor) -> Tensor:
+        q, (k, v) = part.q(x), part.kv(others).chunk(2, dim=-1)
+        halves = (slice(4), slice(4, 8))
+        heads = [torch.softmax(q[..., d] @ k[..., d].mT / 2, dim=-1) @ v[..., d] for d in halves]
+        return part.proj(torch.cat(heads, dim=-1))
+
+    inducing = layer.inducing.expand(2, -1, -1)
+    summary = layer.norm(inducing + attention(layer.gather, inducing, x))
+    close(layer(x), attention(layer.spread, x, summary))
+
+
 # --- What all transformers do -----------------
 
-
-@pytest.fixture
-def told() -> DiT:
-    return small(num_classes=3, class_conditional=True)
+KINDS = {"image": (small, (2, 8, 8)), "set": (small_set, (3, 7))}
 
 
-def test_no_label_is_the_null_class(told):
-    x, c_noise = noise(2, 2, 8, 8), times(2)
+@pytest.fixture(params=KINDS)
+def kind(request):
+    return KINDS[request.param]
+
+
+def test_no_label_is_the_null_class(kind):
+    build, shape = kind
+    told, x, c_noise = build(num_classes=3, class_conditional=True), noise(2, *shape), times(2)
     assert torch.equal(told(x, c_noise), told(x, c_noise, torch.tensor([3, 3])))
-    assert (told(x, c_noise) - told(x, c_noise, torch.tensor([0, 1]))).abs().amax((1, 2, 3)).min() > 1e-3
+    change = told(x, c_noise) - told(x, c_noise, torch.tensor([0, 1]))
+    assert change.abs().flatten(1).amax(1).min() > 1e-3
 
 
-def test_each_image_by_its_own_time_and_class(told):
-    x, c_noise, y = noise(3, 2, 8, 8), times(3), torch.tensor([0, 3, 2])
+def test_each_image_by_its_own_time_and_class(kind):
+    build, shape = kind
+    told, x, c_noise = build(num_classes=3, class_conditional=True), noise(3, *shape), times(3)
+    y = torch.tensor([0, 3, 2])
     together = told(x, c_noise, y)
     for i in range(3):
         close(told(x[i : i + 1], c_noise[i : i + 1], y[i : i + 1])[0], together[i])
     assert (told(x, c_noise.flip(0), y) - together)[0].abs().max() > 1e-3
 
 
-def test_unconditional_network_takes_no_notice_of_labels():
-    network, x = small(num_classes=3), noise(1, 2, 8, 8)
+def test_unconditional_network_takes_no_notice_of_labels(kind):
+    build, shape = kind
+    network, x = build(num_classes=3), noise(1, *shape)
     assert network.num_classes is None
     assert torch.equal(network(x, times(1), torch.tensor([2])), network(x, times(1)))
 
 
-def test_checkpointing_changes_no_gradient():
-    x, gradients = noise(2, 2, 8, 8), []
+def test_checkpointing_changes_no_gradient(kind):
+    build, shape = kind
+    x, gradients = noise(2, *shape), []
     for recompute in (False, True):
-        network = small(gradient_checkpointing=recompute)
+        network = build(gradient_checkpointing=recompute)
         network(x, times(2)).square().mean().backward()
         gradients.append([parameter.grad for parameter in network.parameters()])
     for plain, recomputed in zip(*gradients, strict=True):
@@ -262,3 +327,5 @@ def test_what_does_not_go_together_is_refused():
         small(num_heads=5)
     with pytest.raises(ValueError, match="class_conditional=true: the data set has no classes"):
         small(class_conditional=True)
+    with pytest.raises(ValueError, match=r"is for sets of points, not for data of shape \[1, 8, 8\]"):
+        SetTransformer((1, 8, 8), None, **option("set_tiny"))

@@ -4,10 +4,11 @@ from diffusion_cli.networks.autoencoder import AutoencoderKL
 from diffusion_cli.networks.classifier import Classifier
 from diffusion_cli.networks.dit import DiT
 from diffusion_cli.networks.encoder import Block
+from diffusion_cli.networks.set_transformer import SetTransformer
 from diffusion_cli.networks.transformer import TransformerBlock
 from diffusion_cli.networks.unet import UNet
 
 BLOCKS = (Block, TransformerBlock)
 """What most weights of a network are in, some at a time."""
 
-__all__ = ["BLOCKS", "AutoencoderKL", "Classifier", "DiT", "UNet"]
+__all__ = ["BLOCKS", "AutoencoderKL", "Classifier", "DiT", "SetTransformer", "UNet"]

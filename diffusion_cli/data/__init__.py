@@ -11,6 +11,7 @@ from diffusion_cli.data.given import Given, given_images, is_sample, relabelled
 from diffusion_cli.data.memory import hold
 from diffusion_cli.data.packing import Pack
 from diffusion_cli.data.pictured import PicturedImages, pictured, stored
+from diffusion_cli.data.points import Points
 from diffusion_cli.data.published import CIFAR10, MNIST, FashionMNIST
 
 __all__ = [
@@ -31,6 +32,7 @@ __all__ = [
     "Pack",
     "PicturedImages",
     "PixelDigest",
+    "Points",
     "UnreadableError",
     "file_names",
     "given_images",

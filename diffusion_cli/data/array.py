@@ -1,6 +1,7 @@
 """Images in a NumPy file."""
 
 import math
+from io import BytesIO
 from pathlib import Path
 from typing import IO, Annotated, Any, Literal, NamedTuple
 from zipfile import ZIP_STORED
@@ -166,6 +167,13 @@ def opened_array(path: Path, key: str | None) -> np.ndarray:
             raise ValueError(f"'{key}' takes {header.nbytes} bytes of memory; save it as .npy")
         data = archive.read(f"{key}.npy", entry.file_size)
     return np.frombuffer(data, header.dtype, offset=header.start).reshape(header.shape, order=header.order)
+
+
+def array_of(data: bytes) -> np.ndarray:
+    """The array of numbers that the bytes of a .npy hold; ValueError, or an error of the parser, if they hold none."""
+    header = _parsed(BytesIO(data), len(data))
+    numbers = np.frombuffer(data, header.dtype, math.prod(header.shape), header.start)
+    return numbers.reshape(header.shape, order=header.order)
 
 
 def read_arrays(path: Path, *keys: str) -> list[np.ndarray]:

@@ -1,7 +1,7 @@
 """What every source of images offers: a dataset has splits, a split gives images by row number."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from hashlib import sha256
 from pathlib import Path
 from typing import Literal
@@ -12,6 +12,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from diffusion_cli.forms import Form, Picture, Shape
+from diffusion_cli.seeding import mix
 
 Split = Literal["train", "held_out"]
 
@@ -151,6 +152,11 @@ def shuffled_mask(count: int, held_out: float) -> np.ndarray:
     mask = np.zeros(count, dtype=bool)
     mask[np.random.RandomState(0).permutation(count)[: round(held_out * count)]] = True
     return mask
+
+
+def named_mask(names: Sequence[str], held_out: float) -> np.ndarray:
+    """Which of some names are held out, bool: a fraction `held_out`, each by a hash of its own."""
+    return np.array([mix("held_out", name) < held_out * 2**63 for name in names], dtype=bool)
 
 
 def split_rows(is_held_out: np.ndarray, held_out: float, split: Split) -> Tensor:

@@ -1,14 +1,30 @@
 """An image file of any kind becomes bytes [C, R, R]."""
 
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, Protocol
 
 import numpy as np
 from PIL import Image
 
-from diffusion_cli.forms import Form, Shape
+from diffusion_cli.forms import Form, Picture, Shape
 from diffusion_cli.forms.files import flattened, parsed, upright
 
 SPARE = 2  # times the resolution, from which the Lanczos filter takes what it needs
+
+
+class FileDecoder(Protocol):
+    """What makes an array of the bytes of a file; ValueError if it cannot."""
+
+    @property
+    def shape(self) -> Shape:
+        """Of what it returns."""
+        ...
+
+    @property
+    def dtype(self) -> np.dtype:
+        """Of what it returns."""
+        ...
+
+    def __call__(self, data: bytes) -> np.ndarray: ...
 
 
 class Decoder(NamedTuple):
@@ -31,6 +47,11 @@ class Decoder(NamedTuple):
     def shape(self) -> tuple[int, int, int]:
         """Channels, height and width of what it returns."""
         return self.channels, self.resolution, self.resolution
+
+    @property
+    def dtype(self) -> np.dtype:
+        """Bytes."""
+        return np.dtype(np.uint8)
 
     def __call__(self, data: bytes) -> np.ndarray:
         """Raises ValueError if the file cannot be decoded faithfully."""
@@ -64,6 +85,11 @@ class Exact(NamedTuple):
 
     form: Form
     shape: Shape
+
+    @property
+    def dtype(self) -> np.dtype:
+        """Bytes, or real numbers."""
+        return np.dtype(np.uint8 if isinstance(self.form, Picture) else np.float32)
 
     def __call__(self, data: bytes) -> np.ndarray:
         return self.form.read(data, self.shape).numpy()

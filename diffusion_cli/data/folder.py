@@ -12,13 +12,12 @@ from pydantic import Field, NonNegativeInt, PositiveInt
 from torch import Tensor
 from torch.utils.data import get_worker_info
 
-from diffusion_cli.data.base import Dataset, Images, Split, row_chunks, split_rows
-from diffusion_cli.data.decoding import Decoder, Exact
+from diffusion_cli.data.base import Dataset, Images, Split, named_mask, row_chunks, split_rows
+from diffusion_cli.data.decoding import Decoder, FileDecoder
 from diffusion_cli.data.labels import class_labels
 from diffusion_cli.data.memory import MemoryImages, fits_in_memory
 from diffusion_cli.foreign import Archive, read, reason
 from diffusion_cli.forms.files import FORMATS
-from diffusion_cli.seeding import mix
 
 SUFFIXES = tuple(suffix for suffixes in FORMATS.values() for suffix in suffixes)
 
@@ -76,8 +75,7 @@ class Folder(Dataset):
         return images.in_memory() if in_memory else images
 
     def once(self, split: Split) -> "FileImages":
-        mask = np.array([mix("held_out", name) < self.held_out * 2**63 for name in self.files])
-        rows = split_rows(mask, self.held_out, split)
+        rows = split_rows(named_mask(self.files, self.held_out), self.held_out, split)
         files = [self.files[row] for row in rows.tolist()]
         labels = None if self.labels is None else self.labels[rows]
         return FileImages(self.path, files, labels, self.decoder)
@@ -96,7 +94,7 @@ class FileImages(Images):
         path: Path,
         names: list[str],
         labels: Tensor | None,
-        decoder: Decoder | Exact,
+        decoder: FileDecoder,
         key: str = "dataset.path",
     ) -> None:
         self.key = key
@@ -121,7 +119,7 @@ class FileImages(Images):
 
     def in_memory(self) -> MemoryImages:
         """All images decoded at once, under a progress bar; raises ValueError naming all that are broken."""
-        pixels = torch.empty((len(self), *self.shape), dtype=torch.uint8)
+        pixels = torch.from_numpy(np.empty((len(self), *self.shape), self.decoder.dtype))
         broken: list[str] = []
         for rows in row_chunks(len(self), f"reading {self.path.name}"):
             pixels[rows], failures = self._decode(rows)
@@ -132,7 +130,7 @@ class FileImages(Images):
 
     def _decode(self, index: Tensor) -> tuple[Tensor, list[str]]:
         """The images of the rows, and for each file that cannot be decoded its name and why."""
-        pixels = np.zeros((len(index), *self.shape), dtype=np.uint8)
+        pixels = np.zeros((len(index), *self.shape), self.decoder.dtype)
         archive = self._open()
 
         def fill(slot: int, row: int) -> str | None:

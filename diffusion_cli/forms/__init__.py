@@ -2,5 +2,6 @@
 
 from diffusion_cli.forms.base import Form, Shape, form_of
 from diffusion_cli.forms.picture import Picture, to_bytes
+from diffusion_cli.forms.points import PointSet
 
-__all__ = ["Form", "Picture", "Shape", "form_of", "to_bytes"]
+__all__ = ["Form", "Picture", "PointSet", "Shape", "form_of", "to_bytes"]

@@ -1,0 +1,141 @@
+"""Sets of points in space: a folder or ZIP archive of them, or those of analytic shapes."""
+
+import zlib
+from pathlib import Path, PurePosixPath
+from typing import Annotated, Literal, NamedTuple
+
+import numpy as np
+import torch
+from pydantic import Field, PositiveFloat, PositiveInt
+from torch import Tensor
+
+from diffusion_cli.data.array import array_of
+from diffusion_cli.data.base import Dataset, Split, named_mask, split_rows
+from diffusion_cli.data.folder import FileImages, file_names, visible_name
+from diffusion_cli.data.labels import class_labels
+from diffusion_cli.data.memory import MemoryImages
+from diffusion_cli.data.shapes import SHAPES, shape_points
+from diffusion_cli.foreign import reason
+from diffusion_cli.forms.ply import read_ply
+from diffusion_cli.forms.points import PointSet
+
+SUFFIXES = (".npy", ".ply")
+
+
+class Points(Dataset):
+    """Sets of `num_points` points, [3, num_points], whose order has no meaning.
+
+    Of all .npy ([N, 3]) and .ply files in the folder or ZIP archive `path`, at any depth, see `PointDecoder`; classes
+    are as in `Folder`. Without a path there are `size` sets of points on the surfaces of five SHAPES, which are the
+    classes, see `shape_points`. A hash of its name or number says whether a set is held out.
+
+    Raises FileNotFoundError or ValueError if `path` is missing, is no archive or holds no file of points, or the
+    labels asked for are missing; `load` raises ValueError naming the files that cannot be used.
+    """
+
+    flip = False
+
+    def __init__(
+        self,
+        data_dir: str,
+        *,
+        path: str | None,
+        num_points: PositiveInt,
+        radius: PositiveFloat | None,
+        labels: Literal["auto", "folders", "csv", "none"],
+        size: PositiveInt,
+        held_out: Annotated[float, Field(ge=0, lt=1)],
+    ) -> None:
+        super().__init__(data_dir)
+        self.decoder = PointDecoder(num_points, radius)
+        self.shape = self.decoder.shape
+        self.form = PointSet(radius=radius or 1.0)
+        self.held_out = held_out
+        self.path = None if path is None else Path(path).expanduser()
+        if self.path is None:
+            self.name, self.files = "shapes", [f"{number:06d}" for number in range(size)]
+            self.class_names, self.labels = _shape_labels(size, labels)
+        else:
+            self.name, names = self.path.stem, file_names(self.path)
+            self.files = _point_files(self.path, names)
+            self.class_names, self.labels = class_labels(self.path, names, self.files, labels)
+
+    def load(self, split: Split) -> MemoryImages:
+        rows = split_rows(named_mask(self.files, self.held_out), self.held_out, split)
+        labels = None if self.labels is None else self.labels[rows]
+        if self.path is not None:
+            files = [self.files[row] for row in rows.tolist()]
+            return FileImages(self.path, files, labels, self.decoder).in_memory()
+        made = [self.decoder.scaled(shape_points(row, self.decoder.num_points)) for row in rows.tolist()]
+        points = np.array(made, np.float32).reshape(-1, *reversed(self.shape))
+        return MemoryImages(torch.from_numpy(points).transpose(1, 2).contiguous(), labels)
+
+
+class PointDecoder(NamedTuple):
+    """Reads files of points, .npy [N, 3] and .ply, as float32 [3, num_points] in [-1, 1].
+
+    Of the N >= num_points points of a file those are taken that a hash of the file says. Coordinates are divided by
+    `radius`; with None each set is moved and scaled by itself, so that the middle of the box around all its points
+    lies at 0 and the farthest of them at distance 1.
+    """
+
+    num_points: int
+    radius: float | None
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Of what it returns."""
+        return 3, self.num_points
+
+    @property
+    def dtype(self) -> np.dtype:
+        """Of what it returns."""
+        return np.dtype(np.float32)
+
+    def __call__(self, data: bytes) -> np.ndarray:
+        """Raises ValueError if there are too few points, they reach beyond the radius, or are none."""
+        points = read_ply(data) if data.startswith(b"ply") else _rows(data)
+        if len(points) < self.num_points:
+            raise ValueError(f"has {len(points)} points, fewer than dataset.num_points={self.num_points}")
+        taken = np.random.RandomState(zlib.crc32(data)).permutation(len(points))[: self.num_points]
+        return self.scaled(points)[taken].T.astype(np.float32)
+
+    def scaled(self, points: np.ndarray) -> np.ndarray:
+        """Points [N, 3] of a set, moved and scaled."""
+        if self.radius is None:
+            points = points - (points.min(0) + points.max(0)) / 2
+            return points / (np.linalg.norm(points, axis=1).max() or 1.0)
+        farthest = np.abs(points).max()
+        if farthest > self.radius:
+            raise ValueError(
+                f"reaches to {farthest:.6g}, beyond dataset.radius={self.radius:g}; set it as large, or null"
+            )
+        return points / self.radius
+
+
+def _rows(data: bytes) -> np.ndarray:
+    try:
+        points = array_of(data)
+    except Exception as error:  # damaged headers fail in many ways in NumPy's parser
+        raise ValueError(reason(error)) from error
+    if points.ndim != 2 or points.shape[1] != 3:
+        raise ValueError(f"has shape {points.shape}, not that of points, (N, 3)")
+    if not np.isfinite(points).all():
+        raise ValueError("has coordinates that are no finite numbers")
+    return points.astype(np.float64)
+
+
+def _point_files(path: Path, names: list[str]) -> list[str]:
+    files = [PurePosixPath(name) for name in sorted(names)]
+    points = [str(name) for name in files if name.suffix.lower() in SUFFIXES and visible_name(name)]
+    if not points:
+        raise ValueError(f"dataset.path={path}: holds no points; wanted are {' '.join(SUFFIXES)}")
+    return points
+
+
+def _shape_labels(size: int, labels: str) -> tuple[tuple[str, ...], Tensor] | tuple[None, None]:
+    if labels == "none":
+        return None, None
+    if labels != "auto":
+        raise ValueError(f"dataset.labels={labels}: is of files; for the built-in shapes take auto or none")
+    return tuple(SHAPES), torch.arange(size) % len(SHAPES)

@@ -1,0 +1,97 @@
+"""Points in PLY files, the Stanford polygon format (Turk 1994)."""
+
+import re
+import warnings
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+LONGEST_HEADER = 2**16  # bytes
+FORMATS = {"ascii": "", "binary_little_endian": "<", "binary_big_endian": ">"}
+TYPES = {
+    "char": "i1", "uchar": "u1", "short": "i2", "ushort": "u2", "int": "i4", "uint": "u4", "float": "f4",
+    "double": "f8", "int8": "i1", "uint8": "u1", "int16": "i2", "uint16": "u2", "int32": "i4", "uint32": "u4",
+    "float32": "f4", "float64": "f8",
+}  # fmt: skip
+AXES = ("x", "y", "z")
+
+
+class _Header(NamedTuple):
+    order: str  # of the bytes of a number; none in text
+    vertices: int
+    properties: list[tuple[str, str]]  # of a vertex: names and types
+    start: int  # bytes before the first vertex
+
+
+def read_ply(data: bytes) -> np.ndarray:
+    """The x, y and z of the vertices in a file, float64 [N, 3], all finite; what else it holds is passed over.
+
+    ValueError, with the end of a sentence that begins with the file's name, if it is no PLY, has vertices after other
+    elements or with lists, or ends before its vertices do; nothing is allocated that the file could not fill.
+    """
+    header = _header(data)
+    names = [name for name, _ in header.properties]
+    if any(names.count(axis) != 1 for axis in AXES):
+        raise ValueError(f"has vertices of {', '.join(names)[:80]}, not of one x, y and z each")
+    read = _binary if header.order else _text
+    points = np.stack([read(data, header)[axis] for axis in AXES], axis=1).astype(np.float64)
+    if not np.isfinite(points).all():
+        raise ValueError("has coordinates that are no finite numbers")
+    return points
+
+
+def write_ply(points: np.ndarray, path: Path) -> None:
+    """Write points [N, 3] as binary PLY of float32."""
+    properties = "".join(f"property float {axis}\n" for axis in AXES)
+    header = f"ply\nformat binary_little_endian 1.0\nelement vertex {len(points)}\n{properties}end_header\n"
+    path.write_bytes(header.encode() + np.ascontiguousarray(points, "<f4").tobytes())
+
+
+def _header(data: bytes) -> _Header:
+    ending = re.search(rb"\nend_header[ \t]*\r?\n", data[:LONGEST_HEADER])
+    if not data.startswith(b"ply") or ending is None:
+        raise ValueError("is no PLY file")
+    lines = [line.split() for line in data[: ending.start()].decode("ascii", "replace").splitlines()[1:]]
+    lines = [words for words in lines if words and words[0] not in ("comment", "obj_info")]
+    match lines[:2]:
+        case [["format", kind, _], ["element", "vertex", count]] if kind in FORMATS and count.isdecimal():
+            pass
+        case _:
+            raise ValueError("does not begin with a known format and its vertices")
+    properties = []
+    for words in lines[2:]:
+        match words:
+            case ["property", type_, name] if type_ in TYPES:
+                properties.append((name, TYPES[type_]))
+            case ["element", *_]:
+                break
+            case _:
+                raise ValueError(f"has vertices with '{' '.join(words)[:80]}', which is no number")
+    if len({name for name, _ in properties}) < len(properties):
+        raise ValueError("has vertices with two properties of one name")
+    return _Header(FORMATS[kind], int(count), properties, ending.end())
+
+
+def _binary(data: bytes, header: _Header) -> np.ndarray:
+    vertex = np.dtype([(name, header.order + kind) for name, kind in header.properties])
+    if header.vertices * vertex.itemsize > len(data) - header.start:
+        raise ValueError(f"ends before its {header.vertices} vertices do")
+    return np.frombuffer(data, vertex, header.vertices, header.start)
+
+
+def _text(data: bytes, header: _Header) -> dict[str, np.ndarray]:
+    wanted, width = header.vertices * len(header.properties), len(header.properties)
+    if 2 * wanted - 1 > len(data) - header.start:  # a digit and a blank each
+        raise ValueError(f"ends before its {header.vertices} vertices do")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        try:
+            text = data[header.start :].decode("ascii", "replace")
+            numbers = np.fromstring(text, np.float64, wanted, sep=" ") if wanted else np.empty(0)
+        except (DeprecationWarning, ValueError) as error:
+            raise ValueError("has vertices that are no numbers") from error
+    if len(numbers) < wanted:
+        raise ValueError(f"ends before its {header.vertices} vertices do")
+    columns = numbers.reshape(-1, width).T
+    return {name: column for (name, _), column in zip(header.properties, columns, strict=True)}

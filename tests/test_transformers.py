@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from diffusion_cli.networks import BLOCKS, DiT, SetTransformer
-from diffusion_cli.networks.dit import from_patches, position_embedding
+from diffusion_cli.networks.dit import position_embedding
 from diffusion_cli.networks.layers import zero_init
 from diffusion_cli.networks.set_transformer import CrossAttention, InducedAttention
 from diffusion_cli.networks.transformer import SelfAttention, TransformerBlock
@@ -163,12 +163,6 @@ def test_patches_come_back_where_they_were(sizes, patch_size):
     expected[patch] = True
     # Past the end the last pixel goes on: no other patch than its own sees it.
     assert torch.equal(moved, expected)
-
-
-def test_patches_hold_rows_then_columns_then_channels():
-    x = noise(2, 3, 4, 6)
-    tokens = x.view(2, 3, 2, 2, 3, 2).permute(0, 2, 4, 3, 5, 1).reshape(2, 6, 12)
-    assert torch.equal(from_patches(tokens, [2, 3], 2), x)
 
 
 @pytest.mark.parametrize("sizes", [(7,), (7, 5), (3, 5, 7)])

@@ -9,10 +9,15 @@ from pydantic import Field, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
-from diffusion_cli.networks.layers import classes_told, timestep_embedding
+from diffusion_cli.networks.layers import (
+    CONV_LAYERS,
+    classes_told,
+    cut,
+    extended,
+    from_patches,
+    timestep_embedding,
+)
 from diffusion_cli.networks.transformer import SelfAttention, Transformer, TransformerBlock, check_heads
-
-CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 class DiT(Transformer):
@@ -72,20 +77,14 @@ class DiT(Transformer):
         number or what else the parameterization names; y: int64 [B], or None for the null class. An
         unconditional network takes no notice of y.
         """
-        sizes = x.shape[2:]
-        grid = [-(-size // self.patch_size) for size in sizes]
-        tokens = self.x_embedder(self._extend(x))
+        sizes, patch = x.shape[2:], self.patch_size
+        grid = [-(-size // patch) for size in sizes]
+        tokens = self.x_embedder(extended(x, patch))
         places = position_embedding(grid, tokens.shape[2], tokens.device)
-        h = self.transform(tokens + places.to(tokens.dtype), c_noise, y)
-        h = from_patches(h, grid, self.patch_size)
-        if h.shape[2:] != sizes:
-            h = h[(..., *(slice(size) for size in sizes))]
-        return h.to(x.dtype)
-
-    def _extend(self, x: Tensor) -> Tensor:
-        beyond = [-size % self.patch_size for size in x.shape[2:]]
-        ends = [end for size in reversed(beyond) for end in (0, size)]
-        return pad(x, ends, mode="replicate") if any(beyond) else x
+        tokens = self.transform(tokens + places.to(tokens.dtype), c_noise, y)
+        pixels = tokens.unflatten(2, (patch ** len(grid), -1)).permute(0, 3, 2, 1)  # [B, C, of a patch, N]
+        h = from_patches(pixels.flatten(1, 2).unflatten(2, grid), patch)
+        return cut(h, sizes).to(x.dtype)
 
 
 class PatchEmbedding(nn.Module):
@@ -93,23 +92,13 @@ class PatchEmbedding(nn.Module):
 
     def __init__(self, channels: int, width: int, patch_size: int, axes: int) -> None:
         super().__init__()
-        self.proj = CONVOLUTIONS[axes - 1](channels, width, patch_size, stride=patch_size)
+        self.proj = CONV_LAYERS[axes](channels, width, patch_size, stride=patch_size)
         nn.init.xavier_uniform_(self.proj.weight.detach().flatten(1))
         assert self.proj.bias is not None
         nn.init.zeros_(self.proj.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.proj(x).flatten(2).transpose(1, 2)
-
-
-def from_patches(tokens: Tensor, grid: Sequence[int], patch_size: int) -> Tensor:
-    """Images [B, C, *(patch_size grid)] of their patches [B, N, patch_size^axes C], whose channels come last."""
-    axes = len(grid)
-    patches = tokens.unflatten(1, grid).unflatten(-1, (*[patch_size] * axes, -1))
-    order = [
-        axis for pair in zip(range(1, 1 + axes), range(1 + axes, 1 + 2 * axes), strict=True) for axis in pair
-    ]
-    return patches.permute(0, -1, *order).reshape(len(tokens), -1, *(patch_size * side for side in grid))
 
 
 def position_embedding(grid: Sequence[int], dim: int, device: torch.device) -> Tensor:

@@ -7,7 +7,7 @@ from typing import Literal, Self
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import pad, silu
+from torch.nn.functional import silu
 from torch.utils.checkpoint import checkpoint
 
 from diffusion_cli.networks.layers import (
@@ -18,6 +18,7 @@ from diffusion_cli.networks.layers import (
     ProgressiveInput,
     ResBlock,
     Upsample,
+    extended,
     fourier_embedding,
     timestep_embedding,
     to_patches,
@@ -76,7 +77,7 @@ class Encoder(nn.Module):
 
     def encode(self, x: Tensor, emb: Tensor) -> list[Tensor]:
         """Return the features of every skip connection, and of the middle last."""
-        pyramid = self._patches(self._extend(x))
+        pyramid = self._patches(extended(x, self.multiple))
         h = self.stem(pyramid)
         skips = [h]
         for block in self.down:
@@ -101,11 +102,6 @@ class Encoder(nn.Module):
                     y = torch.full_like(c_noise, self.num_classes, dtype=torch.int64)
                 emb = emb + self.class_embedding(y)
             return silu(emb)
-
-    def _extend(self, x: Tensor) -> Tensor:
-        beyond = [-size % self.multiple for size in x.shape[2:]]
-        ends = [end for size in reversed(beyond) for end in (0, size)]  # of the last axis first
-        return pad(x, ends, mode="replicate") if any(beyond) else x
 
     def _patches(self, x: Tensor) -> Tensor:
         return to_patches(x, self.patch_size) if self.patch_size > 1 else x

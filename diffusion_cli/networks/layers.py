@@ -5,6 +5,7 @@
 """
 
 import math
+from collections.abc import Sequence
 from functools import reduce
 from typing import Literal
 
@@ -128,6 +129,18 @@ def from_patches(x: Tensor, size: int) -> Tensor:
     for axis in range(2, 2 + ndim):
         x = x.flatten(axis, axis + 1)
     return x
+
+
+def extended(x: Tensor, multiple: int) -> Tensor:
+    """Images [B, C, *sizes] whose last pixels go on until `multiple` divides every size."""
+    beyond = [-size % multiple for size in x.shape[2:]]
+    ends = [end for size in reversed(beyond) for end in (0, size)]  # of the last axis first
+    return pad(x, ends, mode="replicate") if any(beyond) else x
+
+
+def cut(x: Tensor, sizes: Sequence[int]) -> Tensor:
+    """Undo `extended`: the first pixels of images along each axis."""
+    return x if tuple(x.shape[2:]) == tuple(sizes) else x[(..., *(slice(size) for size in sizes))]
 
 
 def halve(x: Tensor, *, fir: bool) -> Tensor:

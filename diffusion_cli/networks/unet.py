@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn.functional import silu
 
 from diffusion_cli.networks.encoder import Encoder, Parts
-from diffusion_cli.networks.layers import NORM_EPS, Conv, classes_told, from_patches, zero_init
+from diffusion_cli.networks.layers import NORM_EPS, Conv, classes_told, cut, from_patches, zero_init
 
 
 class UNet(Encoder):
@@ -104,9 +104,7 @@ class UNet(Encoder):
         h = self.out_conv(silu(self.out_norm(h)))
         if self.patch_size > 1:
             h = from_patches(h, self.patch_size)
-        if h.shape[2:] != x.shape[2:]:
-            h = h[(..., *(slice(size) for size in x.shape[2:]))]
-        return h.to(x.dtype)
+        return cut(h, x.shape[2:]).to(x.dtype)
 
     def check_labels(self, y: Tensor) -> None:
         """Raise ValueError if the network does not know a label of y [B]; on a GPU this waits for y."""

@@ -22,7 +22,7 @@ def cube(draw: Stream, count: int) -> np.ndarray:
 
 
 def cylinder(draw: Stream, count: int) -> np.ndarray:
-    """Of radius 1 about z, up to three times as high as wide."""
+    """Of radius 1 about z, half to one and a half times as high as wide."""
     height = draw.uniform(1, 3)
     on_side = draw.uniform(size=count) < height / (height + 1)  # 2 pi h beside 2 pi
     rim = np.where(on_side, 1.0, np.sqrt(draw.uniform(size=count)))

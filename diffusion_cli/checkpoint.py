@@ -2,7 +2,8 @@
 
 A checkpoint is Lightning's, with a plain `diffuse` entry that says how to build the model again:
 `{"format": 4, "task": ..., "config": {...}, "shape": [C, H, W], "form": {...}, "num_classes": K | None,
-"class_names": [...] | None, "latent": {...} | None}`. A denoiser of latents has its autoencoder beside it.
+"class_names": [...] | None, "latent": {...} | None, "stages": [{"first": step, "shape": [C, h, w], "batch_size": B},
+...] | None}`. A denoiser of latents has its autoencoder beside it.
 """
 
 import contextlib
@@ -25,6 +26,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from diffusion_cli.config import build, check_built, check_stored
+from diffusion_cli.data import Stages
 from diffusion_cli.denoiser import Denoiser, NoiseConditioned, NoisyClassifier
 from diffusion_cli.foreign import check_tensors, reason, regular
 from diffusion_cli.forms import Form, Shape, form_of
@@ -45,6 +47,7 @@ class Origin:
     """Where trained weights come from."""
 
     shape: Shape
+    """Of the images that they were trained on."""
     form: Form
     """How the data is stored, and what is made."""
     class_names: tuple[str, ...] | None
@@ -380,13 +383,28 @@ def _origin(
     _check_fit(path, about, _network_state(checkpoint, weights))
     names = about["class_names"]
     return checkpoint, {
-        "shape": tuple(about["shape"]),
+        "shape": _shape(path, checkpoint),
         "form": form_of(about["form"]),
         "class_names": None if names is None else tuple(names),
         "config": about["config"],
         "step": checkpoint["global_step"],
         "digest": digest(_network_state(checkpoint, weights)),
     }
+
+
+def _shape(path: Path, checkpoint: Mapping[str, Any]) -> Shape:
+    """The shape of the images that the weights of a checkpoint were trained on, said where others are to come."""
+    about = checkpoint["diffuse"]
+    whole = tuple(about["shape"])
+    if about.get("stages") is None:
+        return whole
+    stage = Stages.stored(about["stages"]).after(checkpoint["global_step"])
+    if stage.shape != whole and Ranks().first:
+        print(
+            f"diffuse: {path}: is of a run that grows, and knows images of size {stage.size} so far",
+            file=sys.stderr,
+        )
+    return stage.shape
 
 
 def _check_fit(path: Path, about: Mapping[str, Any], state: Mapping[str, Tensor]) -> None:

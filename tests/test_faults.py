@@ -28,6 +28,8 @@ from diffusion_cli.checkpoint import BEST, LAST, Model, find_run, load_model, re
 from diffusion_cli.cli import run
 from diffusion_cli.commands.outputs import claim
 from diffusion_cli.config import Mistakes
+from diffusion_cli.data import Stages
+from diffusion_cli.data.stages import Stage
 from diffusion_cli.locks import LOCK, Pace, only_one
 from diffusion_cli.objective import Weighted
 from diffusion_cli.training import memory
@@ -685,7 +687,6 @@ sys.exit(run(sys.argv[1:]))
 def test_the_trial_is_on_the_device_that_ran_out(monkeypatch):
     """Lightning moves the module to the CPU before anyone can look into the error."""
     module = torch.nn.Linear(1, 1)
-    module.__dict__["about"] = {"shape": (1, 2, 2)}
     tried = []
 
     def fits(module, images, context):
@@ -693,12 +694,12 @@ def test_the_trial_is_on_the_device_that_ran_out(monkeypatch):
         return len(images) <= 2
 
     class Failed:
-        world_size, accumulate_grad_batches, optimizers = 2, 1, ()
+        world_size, accumulate_grad_batches, optimizers, global_step = 2, 1, (), 0
         precision_plugin = Precision()
 
     monkeypatch.setattr(memory, "_fits", fits)
     failed: Any = Failed()
-    said = memory._advice(cast(Any, module), torch.device("meta"), 16, failed)
+    said = memory._advice(cast(Any, module), torch.device("meta"), Stages([Stage(0, (1, 2, 2), 16)]), failed)
     assert said.endswith("of this meta, but parts of 2 do: accumulate=4")
     assert tried == [("meta", "meta", 4), ("meta", "meta", 2)]
 

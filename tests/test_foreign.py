@@ -89,7 +89,8 @@ def checkpoint() -> dict[str, Any]:
         "callbacks": {"EMA": {"network": state}},
         "diffuse": {
             "task": "diffusion", "num_images": 20, "labels_sha256": None, "format": FORMAT, "config": checked,
-            "shape": [1, 8, 8], "form": {"kind": "picture"}, "latent": None, "num_classes": None, "class_names": None,
+            "shape": [1, 8, 8], "form": {"kind": "picture"}, "latent": None, "stages": None,
+            "num_classes": None, "class_names": None,
         },
     }  # fmt: skip
 

@@ -54,7 +54,7 @@ def make(
     trained = config.load("train", ["name=x", *words]).model_dump()
     about = {
         "format": FORMAT, "task": "diffusion", "config": trained, "shape": [1, 8, 8],
-        "form": {"kind": "picture"}, "latent": None, "num_images": 1438,
+        "form": {"kind": "picture"}, "latent": None, "stages": None, "num_images": 1438,
         "num_classes": len(classes), "class_names": list(classes),
     }  # fmt: skip
     checkpoint = {

@@ -1,6 +1,5 @@
 """`diffuse train`: from a configuration to a trained model in a run folder."""
 
-import math
 import signal
 import sys
 from collections.abc import Iterator
@@ -15,13 +14,13 @@ from lightning.pytorch import Callback
 
 from diffusion_cli.checkpoint import FORMAT, LAST, digest, read, recover, whole_file
 from diffusion_cli.config import Mistakes, TrainConfig, identity, seconds, shown
-from diffusion_cli.data import Batches, Dataset, Images, UnreadableError
+from diffusion_cli.data import Dataset, Growing, Images, Stages, UnreadableError
 from diffusion_cli.denoiser import NoiseConditioned, NoisyClassifier
 from diffusion_cli.locks import only_one
 from diffusion_cli.precision import resolve
 from diffusion_cli.ranks import Ranks, started, work_together
 from diffusion_cli.signals import UNFINISHED
-from diffusion_cli.training.assembly import Parts, assemble, trainer_of, watchers_of
+from diffusion_cli.training.assembly import Parts, assemble, stages_of, trainer_of, watchers_of
 from diffusion_cli.training.callbacks import Checkpoints, HeldOutAccuracy, Progress, Stop
 from diffusion_cli.training.ema import EMA
 from diffusion_cli.training.memory import naming_what_fits
@@ -75,27 +74,31 @@ def _train(config: TrainConfig, folder: Path, stop: Stop) -> int:
     done = before["global_step"] if before else 0
     _refuse_another(folder, config, before)
     parts = assemble(config)
-    _refuse_uneven(config, ranks.world)
+    # What null once meant it goes on to mean, whatever the budget is now.
+    stored = before["diffuse"].get("stages") if before else None
+    stages = Stages.stored(stored) if stored else stages_of(config, parts.dataset.shape)
+    _refuse_uneven(config, stages, ranks.world)
     images = parts.dataset.load("train")
-    about = _about(config, parts.dataset, parts.model.task, images)
-    # What "auto" once meant it goes on to mean, on whatever machine the run is taken up.
+    about = _about(config, parts.dataset, parts.model.task, images, stages)
+    # As is what "auto" once meant, on whatever machine the run is taken up.
     known = before["diffuse"].get("precision") if before and config.precision == "auto" else None
     about["precision"] = known or resolve(config.precision, parts.device.torch_device)
     _refuse_other_data(folder, about, before)
-    max_steps = _max_steps(config, len(images))
+    max_steps = _max_steps(config, stages, len(images))
     if max_steps is not None and done >= max_steps:
         if ranks.first:
             print(
                 f"{folder} is complete at step {done}; a larger budget, as max_steps={2 * done}, goes on with it"
             )
         return 0
-    return _fit(config, folder, parts, images, about, done, max_steps, stop)
+    return _fit(config, folder, parts, stages, images, about, done, max_steps, stop)
 
 
 def _fit(
     config: TrainConfig,
     folder: Path,
     parts: Parts,
+    stages: Stages,
     images: Images,
     about: dict[str, Any],
     done: int,
@@ -107,9 +110,9 @@ def _fit(
     precision = about["precision"]
     module = TrainingModule(model, parts.objective, parts.times, parts.optimizer, config.seed, about)
     ema = EMA(model.network, config.ema.decay, config.ema.warm_up, parts.device.offload_ema)
-    watchers = watchers_of(config, folder, parts, ema, stop)
+    watchers = watchers_of(config, folder, parts, stages, ema, stop)
     checkpoints = Checkpoints(config.checkpoint_every, folder, config.keep_last, stop)
-    progress = Progress(config.log_every, folder, config.batch_size, max_steps, stop)
+    progress = Progress(config.log_every, folder, stages, max_steps, stop)
     # The average first, for the others look at it; checkpoints last: they hold what the others know.
     callbacks = [ema, progress, stop, *watchers, checkpoints]
     trainer = trainer_of(config, parts.device, precision, folder, done, max_steps, callbacks)
@@ -119,17 +122,18 @@ def _fit(
         _write_config(folder / "config.yaml", config)
         print(
             f"{'Going on with' if done else 'Training'} {folder}: {_describe(model.network)} on {len(images)} images "
-            f"of {parts.dataset.name}, {_where(parts.device.torch_device)}, {precision}",
+            f"of {parts.dataset.name}, {f'{stages}, ' if stages.grow else ''}{_where(parts.device.torch_device)}, "
+            f"{precision}",
             file=sys.stderr,
         )
-    batches = Batches(
-        images, config.batch_size // config.accumulate, config.seed, parts.dataset.flip, done * config.accumulate,
-        ranks.rank, ranks.world, parts.device.torch_device, parts.dataset.num_workers, config.accumulate,
+    batches = Growing(
+        images, stages, config.seed, parts.dataset.flip, done, config.accumulate,
+        ranks.rank, ranks.world, parts.device.torch_device, parts.dataset.num_workers,
     )  # fmt: skip
     device = parts.device.torch_device
     with (
         _saying_what_is_saved(checkpoints, done),
-        naming_what_fits(module, device, config.batch_size, trainer),
+        naming_what_fits(module, device, stages, trainer),
     ):
         try:
             trainer.fit(module, batches, ckpt_path=folder / LAST if done else None, weights_only=True)
@@ -179,13 +183,14 @@ def _where(device: torch.device) -> str:
     return f"{place.world} x {device.type}" + (f" on {place.nodes} nodes" if place.nodes > 1 else "")
 
 
-def _refuse_uneven(config: TrainConfig, world: int) -> None:
+def _refuse_uneven(config: TrainConfig, stages: Stages, world: int) -> None:
     """Raise ValueError unless each part of a batch is shared out evenly among so many processes."""
-    if config.batch_size // config.accumulate % world:
-        raise ValueError(
-            f"batch_size={config.batch_size}: is shared out among {world} devices, in {config.accumulate} parts; "
-            f"take a multiple of {world * config.accumulate}"
-        )
+    for stage in stages.all:
+        if stage.batch_size // config.accumulate % world:
+            raise ValueError(
+                f"{stages.key(stage)}={stage.batch_size}: is shared out among {world} devices, in {config.accumulate} "
+                f"parts; take a multiple of {world * config.accumulate}"
+            )
 
 
 def _refuse_another(folder: Path, config: TrainConfig, checkpoint: dict[str, Any] | None) -> None:
@@ -193,7 +198,7 @@ def _refuse_another(folder: Path, config: TrainConfig, checkpoint: dict[str, Any
     if checkpoint is None:
         return
     before, now = identity(checkpoint["diffuse"]["config"]), identity(config.model_dump())
-    keys = sorted(key for key in before | now if before.get(key, ...) != now.get(key, ...))
+    keys = sorted(key for key in before | now if before.get(key) != now.get(key))
     if keys:
         raise Mistakes(
             *(
@@ -209,9 +214,9 @@ def _write_config(path: Path, config: TrainConfig) -> None:
         temporary.write_text(yaml.safe_dump(config.model_dump(), sort_keys=False))
 
 
-def _max_steps(config: TrainConfig, num_images: int) -> int | None:
+def _max_steps(config: TrainConfig, stages: Stages, num_images: int) -> int | None:
     limits = [config.max_steps] if config.max_steps else []
-    limits += [math.ceil(config.max_epochs * num_images / config.batch_size)] if config.max_epochs else []
+    limits += [stages.steps(config.max_epochs * num_images)] if config.max_epochs else []
     return min(limits, default=None)
 
 
@@ -236,7 +241,9 @@ def _next(model: NoiseConditioned, folder: Path) -> str:
     return f"diffuse sample run={folder}"
 
 
-def _about(config: TrainConfig, dataset: Dataset, task: str, images: Images) -> dict[str, Any]:
+def _about(
+    config: TrainConfig, dataset: Dataset, task: str, images: Images, stages: Stages
+) -> dict[str, Any]:
     labels = None if images.labels is None else images.labels.cpu()
     return {
         "task": task,
@@ -247,6 +254,7 @@ def _about(config: TrainConfig, dataset: Dataset, task: str, images: Images) -> 
         "shape": list(dataset.shape),
         "form": dataset.form.about(),
         "latent": None,
+        "stages": stages.plain() if stages.grow else None,
         "num_classes": dataset.num_classes,
         "class_names": list(dataset.class_names) if dataset.class_names else None,
     }

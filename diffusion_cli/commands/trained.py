@@ -46,14 +46,20 @@ class Trained:
         return class_number(label, known or (), key)
 
     def dataset(self, data_dir: str) -> Dataset:
-        """The dataset that the model was trained on; ValueError if this version cannot build it."""
+        """The dataset that the model was trained on; ValueError if it cannot be built, or the model still grows."""
         node = self.model.config["dataset"]
         mistakes = check_node("dataset", node)
         if mistakes:
             raise ValueError(
                 f"{self.folder}: was made by another version of diffuse: {'; '.join(mistakes)}; name another run"
             )
-        return build(node, data_dir)
+        dataset: Dataset = build(node, data_dir)
+        if dataset.shape != self.model.shape:
+            raise ValueError(
+                f"run={self.folder}: knows images of size {min(self.model.shape[1:])} at step {self.model.step}, and "
+                f"those of its dataset are of {min(dataset.shape[1:])}; train on, or name a later step="
+            )
+        return dataset
 
     def batch_size(
         self,

@@ -50,6 +50,9 @@ class TrainConfig(BaseModel):
     seed: NonNegativeInt
     name: Name | None
     batch_size: PositiveInt
+    progressive: Annotated[list[PositiveInt], Field(min_length=2)] | None
+    stage_steps: list[PositiveInt] | None
+    stage_batch: list[PositiveInt] | None
     accumulate: PositiveInt
     precision: Precision
     compile: Literal["auto"] | bool
@@ -97,9 +100,30 @@ class TrainConfig(BaseModel):
             raise ValueError(
                 f"keep_best={self.keep_best}: is not among metric=[{','.join(self.metric)}]; add it there"
             )
-        if self.batch_size % self.accumulate:
+        for key, sizes in {"batch_size": [self.batch_size], "stage_batch": self.stage_batch or []}.items():
+            for size in sizes:
+                if size % self.accumulate:
+                    raise ValueError(
+                        f"accumulate={self.accumulate}: does not divide {key}={size}; take a divisor"
+                    )
+        return self
+
+    @model_validator(mode="after")
+    def _stages(self) -> Self:
+        sizes = self.progressive
+        for key, values in {"stage_steps": self.stage_steps, "stage_batch": self.stage_batch}.items():
+            if values is not None and sizes is None:
+                raise ValueError(f"{key}={values}: goes with progressive=; give the sizes too")
+            if values is not None and sizes is not None and len(values) != len(sizes) - 1:
+                raise ValueError(f"{key}={values}: is for each size but the last; give {len(sizes) - 1}")
+        if sizes is None:
+            return self
+        if sorted(set(sizes)) != sizes:
+            raise ValueError(f"progressive={sizes}: should rise from size to size")
+        if self.stage_steps is None and (self.max_steps or 0) < len(sizes):
             raise ValueError(
-                f"accumulate={self.accumulate}: does not divide batch_size={self.batch_size}; take a divisor"
+                f"stage_steps=null: is a share of max_steps={self.max_steps or 'null'}, which is too few; give the "
+                "steps at each size but the last"
             )
         return self
 

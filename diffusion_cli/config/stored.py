@@ -34,6 +34,15 @@ class _Latent(BaseModel):
         return self
 
 
+class _Stage(BaseModel):
+    """One of the `stages` of a run that grows."""
+
+    model_config = ConfigDict(strict=True, extra="forbid")
+    first: NonNegativeInt
+    shape: list[PositiveInt]
+    batch_size: PositiveInt
+
+
 class _Stored(BaseModel):
     """The `diffuse` entry, as far as anything depends on it."""
 
@@ -46,6 +55,7 @@ class _Stored(BaseModel):
     latent: _Latent | None
     num_classes: PositiveInt | None
     class_names: list[str] | None
+    stages: Annotated[list[_Stage], Field(min_length=1)] | None
 
 
 class _Config(BaseModel):
@@ -74,6 +84,8 @@ def check_stored(about: Mapping[str, Any]) -> list[str]:
         return mistakes
     if math.prod(stored.shape) > MOST_PIXELS:
         mistakes.append(f"shape={stored.shape}: is too large for an image")
+    if stored.stages is not None and not _lead_to(stored.shape, stored.stages):
+        mistakes.append("stages: do not lead to the shape step by step")
     names = stored.class_names
     if (None if names is None else len(names)) != stored.num_classes:
         mistakes.append(f"num_classes={stored.num_classes}: is not the number of class_names")
@@ -85,6 +97,18 @@ def check_stored(about: Mapping[str, Any]) -> list[str]:
             validate(_Objective, config.objective, "objective")[1] if stored.task == "diffusion" else []
         )
     return mistakes
+
+
+def _lead_to(shape: list[int], stages: list[_Stage]) -> bool:
+    """Whether stages follow each other, of images like those of a shape and not larger."""
+    firsts = [stage.first for stage in stages]
+    alike = all(len(stage.shape) == len(shape) and stage.shape[0] == shape[0] for stage in stages)
+    return (
+        firsts[0] == 0
+        and sorted(firsts) == firsts
+        and alike
+        and all(side <= most for stage in stages for side, most in zip(stage.shape, shape, strict=True))
+    )
 
 
 def check_built(about: Mapping[str, Any]) -> list[str]:

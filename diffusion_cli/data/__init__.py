@@ -13,6 +13,7 @@ from diffusion_cli.data.packing import Pack
 from diffusion_cli.data.pictured import PicturedImages, pictured, stored
 from diffusion_cli.data.points import Points
 from diffusion_cli.data.published import CIFAR10, MNIST, FashionMNIST
+from diffusion_cli.data.stages import Growing, Stages, reduced
 
 __all__ = [
     "CIFAR10",
@@ -27,12 +28,14 @@ __all__ = [
     "Folder",
     "GaussianMixture",
     "Given",
+    "Growing",
     "Images",
     "NoDataset",
     "Pack",
     "PicturedImages",
     "PixelDigest",
     "Points",
+    "Stages",
     "UnreadableError",
     "file_names",
     "given_images",
@@ -41,6 +44,7 @@ __all__ = [
     "is_sample",
     "normalised",
     "pictured",
+    "reduced",
     "relabelled",
     "spread",
     "stored",

@@ -46,6 +46,8 @@ class Batches:
     With `flip`, each image is mirrored left to right with probability 1/2. Where they are the `parts` that larger
     batches are cut into, what is mirrored does not depend on the cut.
 
+    With `skipped` the stream has moved on by so many more positions, as where earlier batches were of another size.
+
     `batch_size` is that of all `world_size` processes together; process `rank` gets its contiguous share, so
     that the union of the shares is the batch of a single process. Images held in memory are moved to `device`
     once and batched there; others are read ahead, by `num_workers` processes (0: by threads of this one).
@@ -66,6 +68,7 @@ class Batches:
         device: torch.device | str | None = None,
         num_workers: int = 0,
         parts: int = 1,
+        skipped: int = 0,
     ) -> None:
         if len(images) == 0:
             raise ValueError("dataset: this split has no images to make batches of")
@@ -77,7 +80,7 @@ class Batches:
         self.device = images.device if device is None else torch.device(device)
         self.images = hold(images, self.device)
         self.batch_size, self.seed, self.flip, self.start = batch_size, seed, flip, start
-        self.parts = parts
+        self.parts, self.skipped = parts, skipped
         self.share = slice(rank * batch_size // world_size, (rank + 1) * batch_size // world_size)
         self.num_workers = 0 if isinstance(self.images, MemoryImages) else num_workers
         self._order = (-1, torch.empty(0, dtype=torch.int64))
@@ -95,7 +98,8 @@ class Batches:
 
     def rows(self, k: int) -> Tensor:
         """The rows of the dataset in batch k of all processes together, int64 [batch_size]."""
-        size, position, end = len(self.images), k * self.batch_size, (k + 1) * self.batch_size
+        size, position = len(self.images), self.skipped + k * self.batch_size
+        end = position + self.batch_size
         pieces = []
         while position < end:
             epoch, offset = divmod(position, size)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from diffusion_cli.networks.layers import (
-    CONV_LAYERS,
+    Conv,
     classes_told,
     cut,
     extended,
@@ -92,9 +92,8 @@ class PatchEmbedding(nn.Module):
 
     def __init__(self, channels: int, width: int, patch_size: int, axes: int) -> None:
         super().__init__()
-        self.proj = CONV_LAYERS[axes](channels, width, patch_size, stride=patch_size)
+        self.proj = Conv(channels, width, patch_size, stride=patch_size, padding=0, ndim=axes)
         nn.init.xavier_uniform_(self.proj.weight.detach().flatten(1))
-        assert self.proj.bias is not None
         nn.init.zeros_(self.proj.bias)
 
     def forward(self, x: Tensor) -> Tensor:

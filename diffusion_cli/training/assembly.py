@@ -10,7 +10,7 @@ import torch
 from lightning.pytorch import Callback, Trainer
 
 from diffusion_cli.config import TrainConfig, build, fingerprint
-from diffusion_cli.data import Batch, Dataset, Images, hold, normalised, pictured
+from diffusion_cli.data import Batch, Dataset, Images, Stages, hold, normalised, pictured, reduced
 from diffusion_cli.denoiser import Denoiser, NoiseConditioned, NoisyClassifier
 from diffusion_cli.metrics import Metric, Networks, cache_folder
 from diffusion_cli.objective import Objective
@@ -63,22 +63,32 @@ def assemble(config: TrainConfig) -> Parts:
     return Parts(dataset, model, objective, times, sampler, build(config.optimizer), device)
 
 
-def watchers_of(config: TrainConfig, folder: Path, parts: Parts, ema: EMA, stop: Stop) -> list[Callback]:
+def stages_of(config: TrainConfig, shape: tuple[int, ...]) -> Stages:
+    """The sizes that a run on images of a shape trains at; ValueError as `Stages.growing`."""
+    sizes, steps = config.progressive, config.stage_steps
+    if steps is None and sizes is not None:
+        assert config.max_steps is not None
+        steps = [config.max_steps // len(sizes)] * (len(sizes) - 1)
+    return Stages.growing(shape, config.batch_size, sizes, steps or [], config.stage_batch)
+
+
+def watchers_of(
+    config: TrainConfig, folder: Path, parts: Parts, stages: Stages, ema: EMA, stop: Stop
+) -> list[Callback]:
     """What looks at the averaged weights on the way: their loss on held-out images, and what the model is for."""
     held_out = parts.dataset.load("held_out")
     part = config.batch_size // config.accumulate
     watchers: list[Callback] = []
     if held_out:
-        once = _once(held_out, part, parts.device.torch_device)
+        once = _once(held_out, part, parts.device.torch_device, stages)
         watchers.append(HeldOutLoss(config.validate_every, once, ema, stop))
         if isinstance(parts.model, NoisyClassifier):
             watchers.append(HeldOutAccuracy(config.validate_every, once, ema, stop))
     if config.eval_every is not None and not isinstance(parts.model, Denoiser):
         raise ValueError(f"eval_every={config.eval_every}: a classifier makes no samples; leave it out")
     if isinstance(parts.model, Denoiser):
-        shape = parts.dataset.shape
         if config.eval_every is not None:
-            watchers.append(_evaluation(config, config.eval_every, folder, parts, ema, stop))
+            watchers.append(_evaluation(config, config.eval_every, folder, parts, stages, ema, stop))
         watchers.append(
             Preview(
                 config.preview_every,
@@ -87,7 +97,7 @@ def watchers_of(config: TrainConfig, folder: Path, parts: Parts, ema: EMA, stop:
                 run=folder,
                 sampler=parts.sampler,
                 steps=config.preview_steps,
-                shape=shape,
+                stages=stages,
                 form=parts.dataset.form,
             )
         )
@@ -95,7 +105,7 @@ def watchers_of(config: TrainConfig, folder: Path, parts: Parts, ema: EMA, stop:
 
 
 def _evaluation(
-    config: TrainConfig, every: int, folder: Path, parts: Parts, ema: EMA, stop: Stop
+    config: TrainConfig, every: int, folder: Path, parts: Parts, stages: Stages, ema: EMA, stop: Stop
 ) -> Evaluation:
     """What measures samples on the way; ValueError where that cannot be done."""
     metrics = {name: build(node) for name, node in config.metric.items()}
@@ -117,20 +127,23 @@ def _evaluation(
         include={"metric", "features", "reference", "sampler", "eval_samples", "eval_steps", "keep_best"}
     )
     return Evaluation(
-        every, metrics, networks, reference, samples,
+        every, metrics, networks, reference, samples, stages,
         run=folder, ema=ema, stop=stop, batch_size=1 if parts.sampler.one_by_one else config.batch_size,
         keep_best=config.keep_best, identity=fingerprint(measured),
     )  # fmt: skip
 
 
-def _once(images: Images, batch_size: int, device: torch.device) -> Callable[[], Iterator[Batch]]:
-    """A maker of one pass over images, in order and unaugmented."""
+def _once(
+    images: Images, batch_size: int, device: torch.device, stages: Stages
+) -> Callable[[int], Iterator[Batch]]:
+    """A maker of one pass over images, in order and unaugmented, at the size that weights of some steps come from."""
     held = hold(images, device)
 
-    def batches() -> Iterator[Batch]:
+    def batches(steps: int) -> Iterator[Batch]:
+        shape = stages.after(steps).shape
         for number, rows in enumerate(torch.arange(len(held), device=held.device).split(batch_size)):
             labels = None if held.labels is None else held.labels[rows].to(device)
-            yield Batch(number, normalised(held.gather(rows).to(device)), labels, rows)
+            yield Batch(number, reduced(normalised(held.gather(rows).to(device)), shape), labels, rows)
 
     return batches
 

@@ -15,12 +15,13 @@ from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from torch.nn.functional import interpolate
 from tqdm import tqdm
 
 from diffusion_cli.checkpoint import LAST, duplicate, numbered, save
-from diffusion_cli.data import Batch
+from diffusion_cli.data import Batch, Stages
 from diffusion_cli.denoiser import Denoiser, NoisyClassifier, clip_x0, noised
-from diffusion_cli.forms import Form, Shape
+from diffusion_cli.forms import Form
 from diffusion_cli.generate import all_labels, labels_of, sample
 from diffusion_cli.ranks import Ranks
 from diffusion_cli.report import save_grid
@@ -92,9 +93,9 @@ def stop_if_diverged(module: TrainingModule, last: Path, step: int | None = None
 class Progress(EveryStep):
     """The progress bar, and the log of losses."""
 
-    def __init__(self, every: int, run: Path, batch_size: int, max_steps: int | None, stop: "Stop") -> None:
+    def __init__(self, every: int, run: Path, stages: Stages, max_steps: int | None, stop: "Stop") -> None:
         super().__init__(every)
-        self.run, self.batch_size, self.max_steps, self.stop = run, batch_size, max_steps, stop
+        self.run, self.stages, self.max_steps, self.stop = run, stages, max_steps, stop
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
@@ -120,13 +121,19 @@ class Progress(EveryStep):
         values = module.meter.read()
         (before, then), now = self._mark, time.perf_counter()
         self._mark = (step, now)
-        rate = (step - before) * self.batch_size / (now - then)
+        rate = (self.stages.images(step) - self.stages.images(before)) / (now - then)
         values |= {"lr": trainer.optimizers[0].param_groups[0]["lr"], "images_per_second": rate}
+        size = ""
+        if self.stages.grow:
+            values["size"] = self.stages.after(step).size
+            size = f"size {values['size']}, "
         for logger in trainer.loggers:
             logger.log_metrics(values, step=step)
         left = self.stop.seconds_left()
         limit = "" if left is None else f", {tqdm.format_interval(left)} of max_time left"
-        self.bar.set_postfix_str(f"loss {values['loss']:.4f}, {rate:.0f} images/s{limit}", refresh=False)
+        self.bar.set_postfix_str(
+            f"{size}loss {values['loss']:.4f}, {rate:.0f} images/s{limit}", refresh=False
+        )
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if hasattr(self, "bar"):
@@ -294,14 +301,14 @@ class Watcher(EveryStep):
 class HeldOutLoss(Watcher):
     """The loss of the averaged weights on held-out images, at the same times and noise every time."""
 
-    def __init__(self, every: int, batches: Callable[[], Iterable[Batch]], ema: EMA, stop: Stop) -> None:
+    def __init__(self, every: int, batches: Callable[[int], Iterable[Batch]], ema: EMA, stop: Stop) -> None:
         super().__init__(every, ema, stop)
         self.batches = batches
 
     @torch.no_grad()
     def look(self, trainer: Trainer, module: TrainingModule, step: int) -> bool:
         model, meter = self.ema.model(module), LevelMeter("held_out_loss")
-        for batch, t, eps, quantile in at_levels(self.batches(), module):
+        for batch, t, eps, quantile in at_levels(self.batches(step), module):
             with trainer.precision_plugin.forward_context():
                 loss = module.objective(model, batch.images, batch.labels, t, eps)
             meter.add(loss, quantile, step)
@@ -335,7 +342,7 @@ def at_levels(
 class HeldOutAccuracy(Watcher):
     """The share of held-out images whose class the averaged weights tell, whole and by quartile of the noise levels."""
 
-    def __init__(self, every: int, batches: Callable[[], Iterable[Batch]], ema: EMA, stop: Stop) -> None:
+    def __init__(self, every: int, batches: Callable[[int], Iterable[Batch]], ema: EMA, stop: Stop) -> None:
         super().__init__(every, ema, stop)
         self.batches = batches
         self.accuracy: dict[str, float] = {}
@@ -351,7 +358,7 @@ class HeldOutAccuracy(Watcher):
         model = self.ema.model(module)
         assert isinstance(model, NoisyClassifier)
         meter = LevelMeter("accuracy")
-        for batch, t, eps, quantile in at_levels(self.batches(), module):
+        for batch, t, eps, quantile in at_levels(self.batches(step), module):
             with trainer.precision_plugin.forward_context():
                 guess = model(noised(model.schedule, batch.images, t, eps), t).argmax(1)
             meter.add((guess == batch.labels).float(), quantile, step)
@@ -364,7 +371,7 @@ class HeldOutAccuracy(Watcher):
 
 
 class Preview(Watcher):
-    """A grid of samples from the averaged weights, of the same seeds every time."""
+    """A grid of samples from the averaged weights, of the same seeds every time, all drawn as large as the last."""
 
     SEEDS = range(64)
 
@@ -377,11 +384,11 @@ class Preview(Watcher):
         run: Path,
         sampler: Sampler,
         steps: int,
-        shape: Shape,
+        stages: Stages,
         form: Form,
     ) -> None:
         super().__init__(every, ema, stop)
-        self.folder, self.sampler, self.steps, self.shape = run / "previews", sampler, steps, shape
+        self.folder, self.sampler, self.steps, self.stages = run / "previews", sampler, steps, stages
         self.form = form
 
     @torch.no_grad()
@@ -397,8 +404,9 @@ class Preview(Watcher):
                 self.sampler,
                 self.sampler.grid(self.steps),
                 self.SEEDS,
-                self.shape,
+                self.stages.after(step).shape,
                 module.device,
             )
+        images = interpolate(images, self.stages.last.shape[1:])
         save_grid(self.form.pictures(self.form.stored(images)), self.folder / f"step_{step:08d}.png")
         return True

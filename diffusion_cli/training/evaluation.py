@@ -10,6 +10,7 @@ from lightning.pytorch import Trainer
 from torch import Tensor
 
 from diffusion_cli.checkpoint import BEST
+from diffusion_cli.data import Stages
 from diffusion_cli.denoiser import Denoiser, clip_x0
 from diffusion_cli.forms import Form, Shape
 from diffusion_cli.generate import all_labels, labels_of, sample
@@ -73,6 +74,7 @@ class TrainingSamples(Samples):
 class Evaluation(Watcher):
     """Measure samples of the averaged weights, log the numbers, and keep the weights of the best in `best.ckpt`.
 
+    Of weights that have not been trained on images as they are, nothing is measured.
     Raises ValueError, before training, where a metric cannot be measured on so few samples.
     """
 
@@ -83,6 +85,7 @@ class Evaluation(Watcher):
         networks: Networks,
         reference: Reference,
         samples: TrainingSamples,
+        stages: Stages,
         *,
         run: Path,
         ema: EMA,
@@ -93,6 +96,7 @@ class Evaluation(Watcher):
     ) -> None:
         super().__init__(every, ema, stop)
         self.metrics, self.networks, self.reference, self.samples = metrics, networks, reference, samples
+        self.stages = stages
         self.run, self.batch_size, self.keep_best = run, batch_size, keep_best
         self.identity = identity
         """Of what is measured and how: numbers of another are not compared."""
@@ -101,6 +105,8 @@ class Evaluation(Watcher):
         require(metrics, networks, samples, reference, force=True)
 
     def look(self, trainer: Trainer, module: TrainingModule, step: int) -> bool:
+        if self.stages.after(step) is not self.stages.last:
+            return True
         denoiser = self.ema.model(module)
         assert isinstance(denoiser, Denoiser)
         self.samples.denoiser, self.samples.precision = denoiser, trainer.precision_plugin.forward_context

@@ -1,6 +1,7 @@
 """What to do when memory runs out: find, by trying, the parts of a batch that fit."""
 
 import gc
+import math
 import traceback
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -10,6 +11,7 @@ from lightning.pytorch import Trainer
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from diffusion_cli.data import Stages
 from diffusion_cli.training.module import TrainingModule
 
 
@@ -22,7 +24,7 @@ def ran_out(error: BaseException) -> bool:
 
 @contextmanager
 def naming_what_fits(
-    module: TrainingModule, device: torch.device, batch_size: int, trainer: Trainer
+    module: TrainingModule, device: torch.device, stages: Stages, trainer: Trainer
 ) -> Iterator[None]:
     """Say how many parts of a batch fit where memory runs out, by trying on this device; raises ValueError then."""
     try:
@@ -31,23 +33,26 @@ def naming_what_fits(
         if not ran_out(error):
             raise
         traceback.clear_frames(error.__traceback__)  # which hold all that the failed step had in memory
-        raise ValueError(_advice(module, device, batch_size, trainer)) from None
+        raise ValueError(_advice(module, device, stages, trainer)) from None
 
 
-def _advice(module: TrainingModule, device: torch.device, batch_size: int, trainer: Trainer) -> str:
-    share, accumulate = batch_size // trainer.world_size, trainer.accumulate_grad_batches
+def _advice(module: TrainingModule, device: torch.device, stages: Stages, trainer: Trainer) -> str:
+    stage, accumulate = stages.at(trainer.global_step), trainer.accumulate_grad_batches
+    share = stage.batch_size // trainer.world_size
     began = (
-        f"batch_size={batch_size}: parts of {share // accumulate} images do not fit in the memory of this "
+        f"{stages.key(stage)}={stage.batch_size}: parts of {share // accumulate} images do not fit in the memory of "
+        f"this {device.type}"
     )
-    began += device.type
     if any(isinstance(parameter, DTensor) for parameter in module.parameters()):
         return f"{began}; try accumulate={2 * accumulate}"  # a trial would wait for the other processes
     for optimizer in trainer.optimizers:
         optimizer.state.clear()
     module.to(device)  # Lightning has moved it to the CPU
-    for parts in _more(share, accumulate):
-        images = torch.zeros(share // parts, *module.about["shape"], device=device)
-        if _fits(module, images, trainer.precision_plugin.forward_context()):
+    # As many parts are made of a batch at any size, and are to fit when its turn comes.
+    shares = {each.shape: each.batch_size // trainer.world_size for each in stages.all}
+    for parts in _more(math.gcd(*shares.values()), accumulate):
+        batches = (torch.zeros(of // parts, *shape, device=device) for shape, of in shares.items())
+        if all(_fits(module, images, trainer.precision_plugin.forward_context()) for images in batches):
             return f"{began}, but parts of {share // parts} do: accumulate={parts}"
     return f"{began}, nor does one image; take a smaller model, or model.gradient_checkpointing=true"
 

@@ -2,7 +2,8 @@
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, NamedTuple
 
@@ -60,6 +61,8 @@ class Panel(NamedTuple):
     title: str = ""
     log_x: bool = False
     log_y: bool = False
+    marks: Sequence[float] = ()
+    """Places on the x-axis where another stretch begins."""
 
 
 def save_panels(panels: Sequence[Panel], path: Path) -> None:
@@ -89,6 +92,8 @@ def save_panels(panels: Sequence[Panel], path: Path) -> None:
                     markersize=3.5,
                 )
                 drawn.setdefault(curve.label, line)
+            for mark in panel.marks:
+                axes.axvline(mark, color="#999999", linestyle=":", linewidth=1)
             axes.set(xlabel=panel.x_label, ylabel=panel.y_label, title=panel.title)
             axes.set_xscale("log" if panel.log_x else "linear")
             axes.set_yscale("log" if panel.log_y else "linear")
@@ -200,7 +205,10 @@ class Forward(Figure):
 
 
 class Losses(Figure):
-    """The losses in the metrics.csv of runs: a panel for one run, for several a panel for each loss."""
+    """The losses in the metrics.csv of runs: a panel for one run, for several a panel for each loss.
+
+    In that for one run dotted lines stand where it went on to larger images, whose losses are not those of small ones.
+    """
 
     name = "loss"
     of = ("run",)
@@ -210,9 +218,12 @@ class Losses(Figure):
         self.log = log
 
     def draw(self, configs: Mapping[str, PlotConfig], path: Path) -> None:
-        save_panels(
-            self.panels({label: read_losses(run_of(config)) for label, config in configs.items()}), path
-        )
+        runs = {label: run_of(config) for label, config in configs.items()}
+        panels = self.panels({label: read_losses(run) for label, run in runs.items()})
+        if len(runs) == 1:
+            marks = read_borders(*runs.values())
+            panels = [panel._replace(marks=marks) for panel in panels]
+        save_panels(panels, path)
 
     def panels(self, runs: Mapping[str, Mapping[str, Curve]]) -> list[Panel]:
         """The curves of runs by their labels."""
@@ -285,6 +296,22 @@ def read_losses(run: Path) -> dict[str, Curve]:
 
     Raises ValueError if there are none.
     """
+    points = read_points(run, LOSSES)
+    if not points:
+        raise ValueError(
+            f"{run / 'metrics.csv'}: holds no losses; train longer than log_every=, or name another run"
+        )
+    return {column: Curve(LOSSES[column], *zip(*some, strict=True)) for column, some in points.items()}
+
+
+def read_borders(run: Path) -> list[float]:
+    """The last steps of a run on record before it went on to another size of images."""
+    sizes = read_points(run, ["size"]).get("size", [])
+    return [step for (step, size), (_, later) in pairwise(sizes) if size != later]
+
+
+def read_points(run: Path, columns: Iterable[str]) -> dict[str, list[tuple[float, float]]]:
+    """The (step, number) pairs of those columns of a run's metrics.csv that hold any; ValueError if there is none."""
     path = run / "metrics.csv"
     if not path.is_file():
         raise ValueError(f"run={run}: has no metrics.csv; train with logger=csv among the loggers")
@@ -292,23 +319,15 @@ def read_losses(run: Path) -> dict[str, Curve]:
         header, *rows = read_csv(path) or [[]]
     except ValueError as error:
         raise ValueError(f"{path}: {error}; move it away or mend it") from error
-    table = [
-        {
-            column: _number(text) for column, text in zip(header, row, strict=False)
-        }  # the last may be cut short
-        for row in rows
-    ]
-    points = {
-        column: [
-            (row["step"], row[column]) for row in table if None not in (row.get("step"), row.get(column))
-        ]
-        for column in LOSSES
-    }
-    if not any(points.values()):
-        raise ValueError(f"{path}: holds no losses; train longer than log_every=, or name another run")
-    return {
-        column: Curve(LOSSES[column], *zip(*some, strict=True)) for column, some in points.items() if some
-    }
+    points: dict[str, list[tuple[float, float]]] = {}
+    for row in rows:  # the last may be cut short
+        numbers = {column: _number(text) for column, text in zip(header, row, strict=False)}
+        step = numbers.get("step")
+        for column in columns:
+            number = numbers.get(column)
+            if step is not None and number is not None:
+                points.setdefault(column, []).append((step, number))
+    return points
 
 
 def _number(text: str) -> float | None:

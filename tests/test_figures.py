@@ -8,7 +8,7 @@ from PIL import Image
 from diffusion_cli.cli import run
 from diffusion_cli.config import PlotConfig, load
 from diffusion_cli.data import Digits
-from diffusion_cli.figures import Forward, Losses, Previews, Schedules, read_losses
+from diffusion_cli.figures import Forward, Losses, Previews, Schedules, read_borders, read_losses
 from diffusion_cli.generate import frame_places
 from diffusion_cli.report import save_grid
 
@@ -88,6 +88,14 @@ def test_losses_of_one_run_share_a_panel_and_of_several_have_one_each(runs):
     assert [curve.label for curve in panels[0].curves] == ["a", "b"]
     below = {"loss": losses["loss"]._replace(y=(0.1, -0.2))}
     assert not Losses(log=True).panels({"a": below})[0].log_y
+
+
+def test_where_a_run_grew_is_between_the_sizes_on_record(runs):
+    rows = ["step,loss,size", "5,0.5,4", "10,0.4,4", "15,0.9,8", "20,0.8,8"]
+    (runs / "a" / "metrics.csv").write_text("\n".join(rows))
+    assert read_borders(runs / "a") == [10]
+    assert read_borders(runs / "b") == []
+    assert plot("loss", "run=a", f"output_dir={runs}", f"output={runs}/loss.svg") == 0
 
 
 def test_previews_are_evenly_chosen_and_end_with_the_last(runs):

@@ -238,6 +238,18 @@ def test_importance_sampling_and_labels_do_not_depend_on_it_either(tmp_path):
 
 
 @pytest.mark.slow
+def test_a_run_that_grows_does_not_depend_on_it_either(tmp_path):
+    words = ["progressive=[4,8]", "stage_steps=[6]", "stage_batch=[24]", "validate_every=5", "max_steps=10"]
+    assert train(tmp_path / "one", *words, "accumulate=2") == 0
+    assert train(tmp_path / "two", *words, "max_steps=5") == 0
+    assert train(tmp_path / "two", *words, "trainer.devices=2") == 0
+    assert distance(state(tmp_path / "one")["state_dict"], state(tmp_path / "two")["state_dict"]) < 1e-5
+    for column in ("loss", "held_out_loss"):
+        one, two = losses(tmp_path / "one", column), losses(tmp_path / "two", column)
+        torch.testing.assert_close(one, two, rtol=1e-5, atol=0)
+
+
+@pytest.mark.slow
 def test_images_do_not_depend_on_the_number_of_processes(alone, tmp_path):
     words = ["sample", "run=tiny", f"output_dir={alone}", "num_samples=70", "steps=3", "batch_size=16"]
     for count in (1, 2, 4):

@@ -240,7 +240,7 @@ def test_importance_sampling_and_labels_do_not_depend_on_it_either(tmp_path):
 @pytest.mark.slow
 def test_a_run_that_grows_does_not_depend_on_it_either(tmp_path):
     words = ["progressive=[4,8]", "stage_steps=[6]", "stage_batch=[24]", "validate_every=5", "max_steps=10"]
-    assert train(tmp_path / "one", *words, "accumulate=2") == 0
+    assert train(tmp_path / "one", *words) == 0
     assert train(tmp_path / "two", *words, "max_steps=5") == 0
     assert train(tmp_path / "two", *words, "trainer.devices=2") == 0
     assert distance(state(tmp_path / "one")["state_dict"], state(tmp_path / "two")["state_dict"]) < 1e-5

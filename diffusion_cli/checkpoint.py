@@ -396,7 +396,7 @@ def _shape(path: Path, checkpoint: Mapping[str, Any]) -> Shape:
     """The shape of the images that the weights of a checkpoint were trained on, said where others are to come."""
     about = checkpoint["diffuse"]
     whole = tuple(about["shape"])
-    if about.get("stages") is None:
+    if about["stages"] is None:
         return whole
     stage = Stages.stored(about["stages"]).after(checkpoint["global_step"])
     if stage.shape != whole and Ranks().first:

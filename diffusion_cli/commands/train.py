@@ -75,7 +75,7 @@ def _train(config: TrainConfig, folder: Path, stop: Stop) -> int:
     _refuse_another(folder, config, before)
     parts = assemble(config)
     # What null once meant it goes on to mean, whatever the budget is now.
-    stored = before["diffuse"].get("stages") if before else None
+    stored = before["diffuse"]["stages"] if before else None
     stages = Stages.stored(stored) if stored else stages_of(config, parts.dataset.shape)
     _refuse_uneven(config, stages, ranks.world)
     images = parts.dataset.load("train")

@@ -1,7 +1,7 @@
 """The space that a denoiser works in: pixels, or the latents of an autoencoder (Rombach et al. 2022)."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from math import prod
 
 import torch
@@ -11,6 +11,10 @@ from diffusion_cli.networks import AutoencoderKL
 from diffusion_cli.networks.autoencoder import drawn
 
 PIXELS = 2**18  # that an autoencoder takes at a time: four images of 256x256
+
+
+Draw = Callable[[tuple[int, ...]], Tensor]
+"""Gives standard normal noise of a shape, that of a batch of states."""
 
 
 class Space(ABC):
@@ -24,6 +28,10 @@ class Space(ABC):
     @abstractmethod
     def shape_of(self, image: tuple[int, ...]) -> tuple[int, ...]:
         """Return the shape of the state of an image of a shape; ValueError if it has none."""
+
+    @abstractmethod
+    def states(self, given: Tensor, draw: Draw) -> Tensor:
+        """Return the states of what a data set gives, for which noise may be drawn."""
 
     @abstractmethod
     def encode(self, images: Tensor) -> Tensor:
@@ -44,6 +52,9 @@ class Pixels(Space):
 
     def shape_of(self, image: tuple[int, ...]) -> tuple[int, ...]:
         return image
+
+    def states(self, given: Tensor, draw: Draw) -> Tensor:
+        return given
 
     def encode(self, images: Tensor) -> Tensor:
         return images
@@ -83,14 +94,13 @@ class Latents(Space):
             parts = images.float().split(max(1, PIXELS // prod(images.shape[2:])))
             return torch.cat([self.autoencoder.moments(part) for part in parts])
 
-    def drawn(self, moments: Tensor, eps: Tensor) -> Tensor:
-        """Return the state [B, L, h, w] of moments, with the noise `eps` of the same shape."""
-        mean, std = self._scale(eps)
-        return (drawn(moments, eps) - mean) / std
+    def states(self, given: Tensor, draw: Draw) -> Tensor:
+        """Return states [B, L, h, w] drawn from the moments [B, 2L, h, w] that `moments` gives."""
+        mean, std = self._scale(given)
+        return (drawn(given, draw((len(given), *self.shape))) - mean) / std
 
     def encode(self, images: Tensor) -> Tensor:
-        moments = self.moments(images)
-        return self.drawn(moments, torch.zeros_like(moments.chunk(2, dim=1)[0]))
+        return self.states(self.moments(images), lambda shape: images.new_zeros(()))
 
     def decode(self, x: Tensor) -> Tensor:
         mean, std = self._scale(x)

@@ -39,6 +39,12 @@ class Images(ABC):
         Raises ValueError naming the files that cannot be decoded.
         """
 
+    def mirrored(self, images: Tensor, coins: Tensor) -> Tensor:
+        """Some of the images [B, *shape], those with coin 1 of `coins` (int64 [B], 0 or 1) mirrored along the last axis."""
+        # Row copies, for they run at memory speed; torch.where is four times slower on bytes.
+        rows = torch.arange(len(images), device=images.device) + len(images) * coins
+        return torch.cat([images, images.flip(-1)]).index_select(0, rows)
+
     def digest(self) -> str:
         """The SHA-256, in hex, of pixels and labels: equal for equal content, wherever it is held."""
         labels = b"" if self.labels is None else b"labels" + self.labels.cpu().numpy().tobytes()

@@ -90,7 +90,9 @@ class Batches:
             # Pixels travel as uint8, and are flipped before they are cast: a quarter of the bytes.
             pixels = pixels.to(self.device, non_blocking=True)
             if self.flip:
-                pixels = mirrored(pixels, self.coins(k)[self.share].to(self.device, non_blocking=True))
+                pixels = self.images.mirrored(
+                    pixels, self.coins(k)[self.share].to(self.device, non_blocking=True)
+                )
             labels = self.images.labels
             if labels is not None:
                 labels = labels[rows.to(labels.device, non_blocking=True)].to(self.device, non_blocking=True)
@@ -248,13 +250,6 @@ class _Fetcher(MapDataset):
                     f"{self.key}: no room to pass images on ({error}); enlarge /dev/shm, or take 0"
                 )
         return pixels
-
-
-def mirrored(images: Tensor, coins: Tensor) -> Tensor:
-    """The images [B, C, *sizes], those with coin 1 of `coins` (int64 [B], 0 or 1) mirrored along the last."""
-    # Row copies, for they run at memory speed; torch.where is four times slower on bytes.
-    rows = torch.arange(len(images), device=images.device) + len(images) * coins
-    return torch.cat([images, images.flip(-1)]).index_select(0, rows)
 
 
 def normalised(images: Tensor) -> Tensor:

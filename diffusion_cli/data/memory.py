@@ -38,7 +38,7 @@ def hold(images: Images, device: torch.device | str) -> Images:
         return images
     if device.type == "cuda" and images.pixels.nbytes > torch.cuda.mem_get_info(device)[0] // SHARE:
         return images
-    moved = MemoryImages(
+    moved = type(images)(
         images.pixels.to(device), None if images.labels is None else images.labels.to(device)
     )
     moved._digest = images._digest

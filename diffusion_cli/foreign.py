@@ -10,6 +10,7 @@ import pickletools
 import re
 import stat
 import zipfile
+import zlib
 from io import StringIO
 from pathlib import Path
 from typing import IO, Any
@@ -45,6 +46,19 @@ def regular(path: Path) -> int:
 def _bounded(size: int, limit: int) -> None:
     if size > limit:
         raise ValueError(f"is larger than {limit} bytes")
+
+
+def inflated(data: bytes, limit: int = LARGEST) -> bytes:
+    """The content of a gzip file, of which no more is inflated than may be."""
+    stream = zlib.decompressobj(16 + zlib.MAX_WBITS)
+    try:
+        content = stream.decompress(data, limit + 1)
+    except zlib.error as error:
+        raise ValueError(reason(error)) from error
+    _bounded(len(content), limit)
+    if not stream.eof:
+        raise ValueError("ends too early")
+    return content
 
 
 class Archive:

@@ -285,6 +285,7 @@ def folder(path: Path, **changes) -> Folder:
         "resolution": 8,
         "channels": 3,
         "labels": "auto",
+        "range": None,
         "background": "white",
         "flip": False,
         "held_out": 0.0,

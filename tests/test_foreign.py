@@ -110,7 +110,8 @@ def loaded(folder: Path) -> None:
 
 def folder(path: Path, **changes: Any) -> Folder:
     arguments = {
-        "resolution": 8, "channels": 3, "labels": "auto", "background": "white", "flip": False, "held_out": 0.0,
+        "resolution": 8, "channels": 3, "range": None, "labels": "auto",
+        "background": "white", "flip": False, "held_out": 0.0,
         "in_memory": True, "num_workers": 0,
     }  # fmt: skip
     return Folder("", path=str(path), **(arguments | changes))

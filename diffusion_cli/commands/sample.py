@@ -9,7 +9,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from diffusion_cli.commands.outputs import claim, keep_seeds
-from diffusion_cli.commands.samples import image_path, read_pictures
+from diffusion_cli.commands.samples import image_path, read_films, read_pictures
 from diffusion_cli.commands.trained import Trained, open_run
 from diffusion_cli.config import EvalConfig, SampleConfig, fingerprint
 from diffusion_cli.generate import generate, trajectories
@@ -93,6 +93,9 @@ def _make(
 def _overview(trained: Trained, config: SampleConfig, seeds: range, output: Path) -> Path:
     """Draw the first images as a grid, with a row a class where classes are asked for."""
     path, first = output / "grid.png", list(seeds)[:GRID_IMAGES]
+    films = read_films(output, first, trained.model)
+    if films.shape[1] > 1:
+        save_gif(torch.stack([grid(images) for images in films.transpose(0, 1)]), output / "grid.gif")
     if config.label is None or trained.labels is None:
         save_grid(read_pictures(output, first, trained.model), path)
     else:

@@ -109,6 +109,12 @@ def read_pictures(folder: Path, seeds: Sequence[int], model: Model) -> Tensor:
     return model.form.pictures(read_stored(files, model.form, model.shape))
 
 
+def read_films(folder: Path, seeds: Sequence[int], model: Model) -> Tensor:
+    """The samples of some seeds as films to look through, uint8 [N, F, C, H, W]."""
+    files = [image_path(folder, seed, model.form) for seed in seeds]
+    return model.form.frames(read_stored(files, model.form, model.shape))
+
+
 def given_samples(path: Path, dataset: Dataset | None, count: int | None) -> GivenSamples:
     """Images that lie there; of results of this program without pictures of them, with what their manifest says."""
     names = [] if path.is_file() and path.suffix in (".npy", ".npz") else file_names(path, "samples")

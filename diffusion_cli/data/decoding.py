@@ -1,12 +1,16 @@
-"""An image file of any kind becomes bytes [C, R, R]."""
+"""An image file of any kind becomes bytes [C, R, R], a volume float32 [C, D, H, W]."""
 
+import math
 from typing import Literal, NamedTuple, Protocol
 
 import numpy as np
+import torch
 from PIL import Image
+from torch import Tensor
 
-from diffusion_cli.forms import Form, Picture, Shape
+from diffusion_cli.forms import Form, Picture, Shape, Volume
 from diffusion_cli.forms.files import flattened, parsed, upright
+from diffusion_cli.forms.volume import read_volume
 
 SPARE = 2  # times the resolution, from which the Lanczos filter takes what it needs
 
@@ -78,6 +82,43 @@ class Decoder(NamedTuple):
             return image.crop(square)
         box = (left / scale, top / scale, (left + side) / scale, (top + side) / scale)
         return image.resize((self.resolution, self.resolution), Image.Resampling.LANCZOS, box=box)
+
+
+class VolumeDecoder(NamedTuple):
+    """Decodes NIfTI and .npy to float32 [channels, *sizes] in [-1, 1], as the form maps values.
+
+    The largest centred block of the proportions of `sizes`, resized by an antialiased trilinear filter: a triangle as
+    wide as two voxels of the result or of the file, whichever are larger. One of the right size is untouched.
+    """
+
+    form: Volume
+    shape: Shape
+    dtype = np.dtype(np.float32)
+
+    def __call__(self, data: bytes) -> np.ndarray:
+        """Raises ValueError if the file cannot be decoded, or has other channels."""
+        values = torch.from_numpy(read_volume(data).values)
+        channels, *sizes = self.shape
+        if len(values) != channels:
+            raise ValueError(f"has {len(values)} channels; set dataset.channels to that")
+        factor = voxels_each(values.shape[1:], sizes)
+        for axis, size in enumerate(sizes, start=1):
+            matrix = _triangles(values.shape[axis], size, factor)
+            values = (values.movedim(axis, -1) @ matrix.T).movedim(-1, axis)
+        return self.form.scaled(values).numpy()
+
+
+def voxels_each(given: Shape, sizes: Shape | list[int]) -> float:
+    """Voxels of a file's volume along each side of one of the result."""
+    return min(have / want for have, want in zip(given, sizes, strict=True))
+
+
+def _triangles(given: int, wanted: int, factor: float) -> Tensor:
+    """The weights [wanted, given] of the values along an axis."""
+    start = math.floor((given - wanted * factor) / 2)
+    centres = start + (torch.arange(wanted, dtype=torch.float64)[:, None] + 0.5) * factor - 0.5
+    weights = (1 - (torch.arange(given) - centres).abs() / max(factor, 1.0)).clamp(min=0)
+    return weights / weights.sum(1, keepdim=True)
 
 
 class Exact(NamedTuple):

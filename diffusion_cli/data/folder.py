@@ -13,11 +13,14 @@ from torch import Tensor
 from torch.utils.data import get_worker_info
 
 from diffusion_cli.data.base import Dataset, Images, Split, named_mask, row_chunks, split_rows
-from diffusion_cli.data.decoding import Decoder, FileDecoder
+from diffusion_cli.data.decoding import Decoder, FileDecoder, VolumeDecoder, voxels_each
 from diffusion_cli.data.labels import class_labels
 from diffusion_cli.data.memory import MemoryImages, fits_in_memory
 from diffusion_cli.foreign import Archive, read, reason
+from diffusion_cli.forms import Volume
 from diffusion_cli.forms.files import FORMATS
+from diffusion_cli.forms.volume import SUFFIXES as VOLUMES
+from diffusion_cli.forms.volume import read_volume
 
 SUFFIXES = tuple(suffix for suffixes in FORMATS.values() for suffix in suffixes)
 
@@ -45,8 +48,9 @@ class Folder(Dataset):
         data_dir: str,
         *,
         path: str,
-        resolution: PositiveInt,
-        channels: Literal[1, 3],
+        resolution: PositiveInt | list[PositiveInt],
+        channels: PositiveInt,
+        range: list[float] | None,
         labels: Literal["auto", "folders", "csv", "none"],
         background: Literal["white", "black"],
         flip: bool,
@@ -57,21 +61,52 @@ class Folder(Dataset):
         super().__init__(data_dir)
         self.path = Path(path).expanduser()
         self.name = self.path.stem
-        self.shape = (channels, resolution, resolution)
         self.flip = flip
         self.held_out = held_out
         self.in_memory = in_memory
         self.num_workers = num_workers
-        self.decoder = Decoder(resolution, channels, background)
         names = file_names(self.path)
-        self.files = image_files(self.path, names)
+        if isinstance(resolution, list):
+            self.files = volume_files(self.path, names)
+            self.form, self.decoder = self._volumes(resolution, channels, range)
+        else:
+            if channels not in (1, 3) or range is not None:
+                raise ValueError(
+                    f"dataset.channels={channels}: images have 1 or 3, and no dataset.range; of volumes give "
+                    "dataset.resolution=[depth,height,width]"
+                )
+            self.files = image_files(self.path, names)
+            self.decoder = Decoder(resolution, channels, background)
+        self.shape = self.decoder.shape
         self.class_names, self.labels = class_labels(self.path, names, self.files, labels)
+
+    def _volumes(
+        self, sizes: list[int], channels: int, range: list[float] | None
+    ) -> tuple[Volume, VolumeDecoder]:
+        if len(sizes) != 3:
+            raise ValueError(
+                f"dataset.resolution={sizes}: should be [depth,height,width] of volumes, or one number"
+            )
+        if range is None or len(range) != 2 or not range[0] < range[1]:
+            raise ValueError(
+                f"dataset.range={range}: should be the values [low,high] that become -1 and 1; set it, as [-1000,1000]"
+            )
+        first = FileImages(self.path, self.files[:1], None, Decoder(1, 1, "white")).content(0)
+        try:
+            held = read_volume(first)
+        except (ValueError, ModuleNotFoundError) as error:
+            raise ValueError(f"dataset.path={self.path}: {self.files[0]}: {reason(error)}") from error
+        factor = voxels_each(held.values.shape[1:], sizes)
+        about: dict[str, Any] = held.about | {"voxel": [factor * length for length in held.about["voxel"]]}
+        form = Volume(low=float(range[0]), high=float(range[1]), **about)
+        return form, VolumeDecoder(form, (channels, *sizes))
 
     def load(self, split: Split) -> Images:
         images = self.once(split)
         in_memory = self.in_memory
         if in_memory is None:
-            in_memory = fits_in_memory(len(images) * int(np.prod(self.shape)))
+            size = int(np.prod(self.shape)) * self.decoder.dtype.itemsize
+            in_memory = fits_in_memory(len(images) * size)
         return images.in_memory() if in_memory else images
 
     def once(self, split: Split) -> "FileImages":
@@ -131,12 +166,12 @@ class FileImages(Images):
     def _decode(self, index: Tensor) -> tuple[Tensor, list[str]]:
         """The images of the rows, and for each file that cannot be decoded its name and why."""
         pixels = np.zeros((len(index), *self.shape), self.decoder.dtype)
-        archive = self._open()
+        self._open()  # here, once for all threads
 
         def fill(slot: int, row: int) -> str | None:
             name = self.names[row]
             try:
-                pixels[slot] = self.decoder(archive.read(name) if archive else read(self.path / name))
+                pixels[slot] = self.decoder(self.content(row))
             except (ValueError, OSError) as error:
                 return f"{name} ({reason(error)})"
             return None
@@ -149,6 +184,11 @@ class FileImages(Images):
             with ThreadPoolExecutor(threads) as pool:
                 outcomes = list(pool.map(fill, range(len(index)), index.tolist()))
         return torch.from_numpy(pixels), [outcome for outcome in outcomes if outcome]
+
+    def content(self, row: int) -> bytes:
+        """The bytes of a file; ValueError or OSError if it cannot be read."""
+        archive, name = self._open(), self.names[row]
+        return archive.read(name) if archive else read(self.path / name)
 
     def _open(self) -> Archive | None:
         """This process's own handle of the archive, for a position in a file is shared across a fork."""
@@ -192,6 +232,14 @@ def image_files(path: Path, names: list[str], key: str = "dataset.path") -> list
     if not images:
         raise ValueError(f"{key}={path}: holds no image; wanted are {' '.join(SUFFIXES)}")
     return images
+
+
+def volume_files(path: Path, names: list[str]) -> list[str]:
+    """Those of the names that are volumes, in sorted order; raises ValueError if there are none."""
+    volumes = sorted(n for n in names if n.lower().endswith(VOLUMES) and visible_name(PurePosixPath(n)))
+    if not volumes:
+        raise ValueError(f"dataset.path={path}: holds no volume; wanted are {' '.join(VOLUMES)}")
+    return volumes
 
 
 def folder_names(path: Path) -> Iterator[str]:

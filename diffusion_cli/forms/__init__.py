@@ -3,5 +3,6 @@
 from diffusion_cli.forms.base import Form, Shape, form_of
 from diffusion_cli.forms.picture import Picture, to_bytes
 from diffusion_cli.forms.points import PointSet
+from diffusion_cli.forms.volume import Volume
 
-__all__ = ["Form", "Picture", "PointSet", "Shape", "form_of", "to_bytes"]
+__all__ = ["Form", "Picture", "PointSet", "Shape", "Volume", "form_of", "to_bytes"]

@@ -59,6 +59,10 @@ class Form(ABC):
     def pictures(self, samples: Tensor) -> Tensor:
         """Return samples as stored, [B, *shape], as images to look at and to measure, uint8 [B, 1 or 3, H, W]."""
 
+    def frames(self, samples: Tensor) -> Tensor:
+        """Return samples as films to look through, uint8 [B, F, 1 or 3, H, W]; of one frame where nothing moves."""
+        return self.pictures(samples)[:, None]
+
     @abstractmethod
     def picture_shape(self, shape: Shape) -> tuple[int, int, int]:
         """Return the shape of the picture of a sample."""

@@ -1,0 +1,113 @@
+"""Volumes: read and written in the numbers of their files, trained on and sampled."""
+
+import gzip
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from diffusion_cli.cli import run
+from diffusion_cli.data import Folder
+from diffusion_cli.forms import Volume, form_of
+from diffusion_cli.forms.volume import read_volume
+
+nib = pytest.importorskip("nibabel")
+OPTIONS: dict = {
+    "channels": 1, "range": [-1000, 1000], "labels": "none", "background": "white", "flip": False, "held_out": 0,
+    "in_memory": True, "num_workers": 0,
+}  # fmt: skip
+
+
+def nifti(values, slope=2.0, inter=-1000.0) -> bytes:
+    """An int16 NIfTI of the values [W, H, D], whose voxels are 1, 2 and 3 mm."""
+    image = nib.Nifti1Image(((values - inter) / slope).round().astype(np.int16), np.diag([1.0, 2, 3, 1]))
+    image.header.set_slope_inter(slope, inter)
+    return image.to_bytes()
+
+
+def folder(tmp_path, sizes=(10, 8, 6), count=3):
+    random = np.random.RandomState(0)
+    for number in range(count):
+        data = nifti(random.uniform(-900, 900, sizes))
+        (tmp_path / f"{number}.nii.gz").write_bytes(gzip.compress(data))
+    return tmp_path
+
+
+def test_values_pass_through_a_file_in_its_numbers(tmp_path):
+    data = Folder("", path=str(folder(tmp_path)), resolution=[6, 8, 10], **OPTIONS)
+    images = data.load("train").gather(torch.arange(3))
+    given = nib.load(tmp_path / "1.nii.gz").get_fdata()
+    torch.testing.assert_close(images[1, 0], torch.from_numpy(given.T.copy() / 1000).float())
+    assert torch.equal(data.form.stored(images), images)
+    data.form.write(images[1], tmp_path / "out")
+    back = nib.Nifti1Image.from_bytes(gzip.decompress((tmp_path / "out").read_bytes()))
+    assert back.get_data_dtype() == np.int16
+    assert back.header.get_zooms() == (1.0, 2.0, 3.0)
+    np.testing.assert_array_equal(back.get_fdata(), given)
+    assert torch.equal(data.form.read((tmp_path / "out").read_bytes(), data.shape), images[1])
+    assert form_of(json.loads(json.dumps(data.form.about()))) == data.form
+
+
+def test_volumes_are_cropped_and_shrunk_without_aliasing(tmp_path):
+    plane = np.add.outer(np.add.outer(np.arange(24.0), 10 * np.arange(16.0)), 20 * np.arange(16.0))
+    (tmp_path / "a.nii").write_bytes(nifti(plane - 300, slope=1.0, inter=0.0))
+    data = Folder("", path=str(tmp_path), resolution=[8, 8, 8], **OPTIONS)
+    assert isinstance(data.form, Volume)
+    assert data.form.voxel == [6.0, 4.0, 2.0]
+    values = 1000 * data.load("train").gather(torch.arange(1))[0, 0]
+    x = torch.arange(8.0)
+    expected = (4.5 + 2 * x) + 10 * (0.5 + 2 * x)[:, None] + 20 * (0.5 + 2 * x)[:, None, None] - 300
+    torch.testing.assert_close(values[1:-1, 1:-1, :], expected[1:-1, 1:-1, :], rtol=0, atol=1e-3)
+
+
+def test_wrong_volumes_are_named(tmp_path):
+    options: dict = OPTIONS | {"range": None}
+    with pytest.raises(ValueError, match=r"dataset.range=None: should be the values \[low,high\]"):
+        Folder("", path=str(folder(tmp_path)), resolution=[6, 8, 10], **options)
+    data = nifti(np.zeros((4, 4, 4)))
+    for damaged in (
+        data[:-10],
+        data[:100],
+        gzip.compress(data)[:-4],
+        gzip.compress(bytes(2**28 + 1)),
+        b"",
+        b"\x93NUMPY",
+    ):
+        with pytest.raises(ValueError, match=r"."):
+            read_volume(damaged)
+
+
+def test_volumes_are_trained_on_and_sampled(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data").mkdir()
+    files = folder(tmp_path / "data", (8, 8, 8), 6)
+    words = [
+        "dataset=folder",
+        f"dataset.path={files}",
+        "dataset.resolution=[8,8,8]",
+        "dataset.range=[-1000,1000]",
+    ]
+    words += [
+        "dataset.channels=1",
+        "dataset.held_out=0.3",
+        "model=unet3d_tiny",
+        "model.channels=8",
+        "model.head_channels=8",
+    ]
+    words += [
+        "max_steps=2",
+        "batch_size=2",
+        "preview_every=2",
+        "trainer=cpu",
+        "output_dir=.",
+        "name=run",
+        "precision=fp32",
+    ]
+    assert run(["train", *words]) == 0
+    assert run(["sample", "run=run", "num_samples=2", "steps=2", "sampler=ddim", "output=out"]) == 0
+    image = nib.load("out/000001.nii.gz")
+    assert image.shape == (8, 8, 8)
+    assert image.get_data_dtype() == np.int16
+    assert image.header.get_zooms() == (1.0, 2.0, 3.0)
+    assert (tmp_path / "out" / "grid.gif").is_file()

@@ -40,7 +40,7 @@ class Images(ABC):
         """
 
     def mirrored(self, images: Tensor, coins: Tensor) -> Tensor:
-        """Some of the images [B, *shape], those with coin 1 of `coins` (int64 [B], 0 or 1) mirrored along the last axis."""
+        """The images [B, *shape], those with coin 1 of `coins` (int64 [B], 0 or 1) mirrored along the last axis."""
         # Row copies, for they run at memory speed; torch.where is four times slower on bytes.
         rows = torch.arange(len(images), device=images.device) + len(images) * coins
         return torch.cat([images, images.flip(-1)]).index_select(0, rows)

@@ -76,7 +76,7 @@ class LatentDataset(Dataset):
 
 
 class LatentImages(MemoryImages):
-    """The moments of latents, float32 [N, 2L, h, w], mapped from disk; or [N, 4L, h, w], of mirrored images last."""
+    """Moments of latents, float32 [N, 2L, h, w], mapped from disk; or [N, 4L, h, w], of mirrored images last."""
 
     def mirrored(self, images: Tensor, coins: Tensor) -> Tensor:
         """Of each row, the moments of the image, or of the mirrored one where its coin is 1."""

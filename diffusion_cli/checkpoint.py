@@ -31,6 +31,7 @@ from diffusion_cli.denoiser import Denoiser, NoiseConditioned, NoisyClassifier
 from diffusion_cli.foreign import check_tensors, reason, regular
 from diffusion_cli.forms import Form, Shape, form_of
 from diffusion_cli.latents import Latents, Pixels, Space
+from diffusion_cli.networks import AutoencoderKL
 from diffusion_cli.pretrained import check_fit, read_weights
 from diffusion_cli.ranks import Ranks
 
@@ -77,6 +78,13 @@ class Classifier(Origin):
     """A trained classifier of noised images."""
 
     classifier: NoisyClassifier
+
+
+@dataclass(frozen=True)
+class Autoencoder(Origin):
+    """A trained autoencoder."""
+
+    network: AutoencoderKL
 
 
 class DamagedError(ValueError):
@@ -348,6 +356,17 @@ def load_classifier(run: Path, device: torch.device) -> Classifier:
     return Classifier(**origin, classifier=_restored(NoisyClassifier, checkpoint, "ema", device))
 
 
+def load_autoencoder(
+    run: Path, device: torch.device, weights: Literal["ema", "raw"] = "ema", step: Step = None
+) -> Autoencoder:
+    """Build the autoencoder of a run again from its newest checkpoint, or another one, in evaluation mode."""
+    checkpoint, origin = _origin(run, step, weights, AutoencoderKL.task)
+    network = _network(checkpoint, weights)
+    if not isinstance(network, AutoencoderKL):
+        raise ValueError(f"{run}: its model is no autoencoder; give a run of task=autoencoder")
+    return Autoencoder(**origin, network=network.to(device).eval().requires_grad_(False))
+
+
 def _origin(
     run: Path, step: Step, weights: Literal["ema", "raw"], task: str
 ) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -445,12 +464,18 @@ Kind = TypeVar("Kind", bound=NoiseConditioned)
 def _restored(
     kind: type[Kind], checkpoint: Mapping[str, Any], weights: Literal["ema", "raw"], device: torch.device
 ) -> Kind:
-    about = checkpoint["diffuse"]
-    config = about["config"]
-    network = build(config["model"], _seen_shape(about), about["num_classes"])
-    network.load_state_dict(_network_state(checkpoint, weights))
+    config = checkpoint["diffuse"]["config"]
+    network = _network(checkpoint, weights)
     model = kind(network, build(config["schedule"]), build(config["parameterization"]))
     return model.to(device).eval().requires_grad_(False)
+
+
+def _network(checkpoint: Mapping[str, Any], weights: Literal["ema", "raw"]) -> nn.Module:
+    """The network of a checkpoint, built and filled."""
+    about = checkpoint["diffuse"]
+    network = build(about["config"]["model"], _seen_shape(about), about["num_classes"])
+    network.load_state_dict(_network_state(checkpoint, weights))
+    return network
 
 
 def _seen_shape(about: Mapping[str, Any]) -> Shape:

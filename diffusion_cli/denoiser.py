@@ -4,7 +4,7 @@ Division by alpha or sigma happens here and nowhere else.
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
@@ -73,6 +73,10 @@ class NoiseConditioned(nn.Module):
         self.parameterization = parameterization
         self.evaluations = 0
         """Images that went through the network so far."""
+
+    def with_network(self, network: nn.Module) -> Self:
+        """The same with another network."""
+        return type(self)(network, self.schedule, self.parameterization)
 
     def show(self, x_t: Tensor, t: Tensor, *labels: Tensor | None) -> tuple[Tensor, Coefficients]:
         """Return what the network makes of x_t [B, C, H, W] at times t, one or [B], and the map that reads it."""

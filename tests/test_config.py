@@ -258,7 +258,7 @@ ORDER = [
     "foreign precision seeding signals schedules", "config", "ranks locks forms", "parameterizations data times",
     "denoiser networks", "posterior probability_flow guidance latents pretrained",
     "objective samplers likelihood checkpoint", "editing",
-    "metrics generate", "capacity", "report figures", "training", "commands", "cli",
+    "metrics generate", "capacity reconstruction", "report figures", "training", "commands", "cli",
 ]  # fmt: skip
 LEVEL = {name: level for level, names in enumerate(ORDER) for name in names.split()}
 MATHEMATICS = [

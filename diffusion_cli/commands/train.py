@@ -15,16 +15,17 @@ from lightning.pytorch import Callback
 from diffusion_cli.checkpoint import FORMAT, LAST, digest, read, recover, whole_file
 from diffusion_cli.config import Mistakes, TrainConfig, identity, seconds, shown
 from diffusion_cli.data import Dataset, Growing, Images, Stages, UnreadableError
-from diffusion_cli.denoiser import NoiseConditioned, NoisyClassifier
+from diffusion_cli.denoiser import NoisyClassifier
 from diffusion_cli.locks import only_one
 from diffusion_cli.precision import resolve
 from diffusion_cli.ranks import Ranks, started, work_together
+from diffusion_cli.reconstruction import Autoencoding
 from diffusion_cli.signals import UNFINISHED
-from diffusion_cli.training.assembly import Parts, assemble, stages_of, trainer_of, watchers_of
+from diffusion_cli.training.assembly import Parts, assemble, module_of, stages_of, trainer_of, watchers_of
 from diffusion_cli.training.callbacks import Checkpoints, HeldOutAccuracy, Progress, Stop
 from diffusion_cli.training.ema import EMA
 from diffusion_cli.training.memory import naming_what_fits
-from diffusion_cli.training.module import TrainingModule
+from diffusion_cli.training.module import Trainable
 
 
 def run(config: TrainConfig) -> int:
@@ -79,7 +80,7 @@ def _train(config: TrainConfig, folder: Path, stop: Stop) -> int:
     stages = Stages.stored(stored) if stored else stages_of(config, parts.dataset.shape)
     _refuse_uneven(config, stages, ranks.world)
     images = parts.dataset.load("train")
-    about = _about(config, parts.dataset, parts.model.task, images, stages)
+    about = _about(config, parts.dataset, parts.task.model.task, images, stages)
     # As is what "auto" once meant, on whatever machine the run is taken up.
     known = before["diffuse"].get("precision") if before and config.precision == "auto" else None
     about["precision"] = known or resolve(config.precision, parts.device.torch_device)
@@ -106,9 +107,9 @@ def _fit(
     stop: Stop,
 ) -> int:
     """Train from step `done` to the end, or to a signal."""
-    ranks, model = Ranks(), parts.model
+    ranks, model = Ranks(), parts.task.model
     precision = about["precision"]
-    module = TrainingModule(model, parts.objective, parts.times, parts.optimizer, config.seed, about)
+    module = module_of(config, parts, about)
     ema = EMA(model.network, config.ema.decay, config.ema.warm_up, parts.device.offload_ema)
     watchers = watchers_of(config, folder, parts, stages, ema, stop)
     checkpoints = Checkpoints(config.checkpoint_every, folder, config.keep_last, stop)
@@ -161,7 +162,7 @@ def _saying_what_is_saved(checkpoints: Checkpoints, done: int) -> Iterator[None]
         raise OSError(f"{error}; the run {saved}") from error
 
 
-def _tell(step: int, stop: Stop, watchers: list[Callback], model: NoiseConditioned, folder: Path) -> None:
+def _tell(step: int, stop: Stop, watchers: list[Callback], model: Trainable, folder: Path) -> None:
     """Say how a run has ended, and how it goes on."""
     for watcher in watchers:
         if isinstance(watcher, HeldOutAccuracy):
@@ -235,7 +236,9 @@ def _refuse_other_data(folder: Path, about: dict[str, Any], checkpoint: dict[str
         raise Mistakes(*lines)
 
 
-def _next(model: NoiseConditioned, folder: Path) -> str:
+def _next(model: Trainable, folder: Path) -> str:
+    if isinstance(model, Autoencoding):
+        return f"diffuse eval run={folder} metric=[reconstruction,rfid]"
     if isinstance(model, NoisyClassifier):
         return f"diffuse sample run=RUN guidance=classifier guidance.run={folder}"
     return f"diffuse sample run={folder}"

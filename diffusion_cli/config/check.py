@@ -196,8 +196,10 @@ def _remedy(detail: Any, model: type[BaseModel]) -> str:
     return message.replace("Input should be", "should be")
 
 
-def build(node: Mapping[str, Any], *supplied: Any) -> Any:
-    """Make what a checked node names: `target(*supplied, **arguments)`."""
+def build(node: Mapping[str, Any] | None, *supplied: Any) -> Any:
+    """Make what a checked node names: `target(*supplied, **arguments)`; None of a part that there is not."""
+    if node is None:
+        return None
     module, _, name = node["_target_"].rpartition(".")
     assert module.split(".")[0] == PACKAGE, node
     target = getattr(importlib.import_module(module), name)

@@ -78,7 +78,7 @@ def run_name(
     usual: dict[str, Any] = {**defaults("train")}
     for group in ("dataset", "task"):
         usual |= brought_by(options(group, dirs)[choices[group]])
-    words = [dataset, str(choices["schedule"])]
+    words = [dataset] + [str(option) for option in (choices["schedule"],) if option is not None]
     words += [
         str(option)
         for group, option in choices.items()

@@ -75,12 +75,12 @@ class TrainConfig(BaseModel):
     output_dir: str
     ema: EMAConfig
     dataset: Node
-    schedule: Node
-    parameterization: Node
+    schedule: Node | None = None  # without noise there are none of these four
+    parameterization: Node | None = None
+    times: Node | None = None
+    sampler: Node | None = None
     model: Node
     objective: Node
-    times: Node
-    sampler: Node
     optimizer: Node
     trainer: Node
     metric: dict[str, Node]
@@ -99,6 +99,12 @@ class TrainConfig(BaseModel):
         if self.keep_best is not None and self.keep_best not in self.metric:
             raise ValueError(
                 f"keep_best={self.keep_best}: is not among metric=[{','.join(self.metric)}]; add it there"
+            )
+        noising = {key: getattr(self, key) for key in ("schedule", "parameterization", "times", "sampler")}
+        if None in noising.values() and any(noising.values()):
+            named = ", ".join(key for key, node in noising.items() if node)
+            raise ValueError(
+                f"{named}: has no meaning for task=autoencoder, which adds no noise; leave it out"
             )
         for key, sizes in {"batch_size": [self.batch_size], "stage_batch": self.stage_batch or []}.items():
             for size in sizes:

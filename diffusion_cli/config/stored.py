@@ -66,8 +66,8 @@ class _Config(BaseModel):
     ema: dict[str, Any]
     dataset: dict[str, Any]
     objective: dict[str, Any]
-    schedule: dict[str, Any]
-    parameterization: dict[str, Any]
+    schedule: dict[str, Any] | None
+    parameterization: dict[str, Any] | None
     model: dict[str, Any]
 
 
@@ -93,6 +93,9 @@ def check_stored(about: Mapping[str, Any]) -> list[str]:
     mistakes += wrong
     if config is not None:
         mistakes += [] if "_target_" in config.dataset else ["dataset: names no class"]
+        for key in ("schedule", "parameterization"):
+            if (getattr(config, key) is None) != (stored.task == "autoencoder"):
+                mistakes.append(f"{key}: does not go with task={stored.task}")
         mistakes += (
             validate(_Objective, config.objective, "objective")[1] if stored.task == "diffusion" else []
         )
@@ -113,7 +116,7 @@ def _lead_to(shape: list[int], stages: list[_Stage]) -> bool:
 
 def check_built(about: Mapping[str, Any]) -> list[str]:
     """What is wrong with the nodes of a checkpoint that its model is built of, one line each."""
-    nodes = [(key, about["config"][key]) for key in BUILT]
+    nodes = [(key, about["config"][key]) for key in BUILT if about["config"][key] is not None]
     nodes += [("model", about["latent"]["autoencoder"])] if about["latent"] else []
     mistakes = [line for key, node in nodes for line in check_node(key, node)]
     # A larger table or network could not be trained, but it could be asked for.

@@ -33,6 +33,11 @@ class Batch(NamedTuple):
     index: Tensor  # pyright: ignore[reportIncompatibleMethodOverride]  # a tuple has a method of this name
     """int64 [B], the rows of the dataset that the images are."""
 
+    def part(self, share: Tensor) -> "Batch":
+        """Those of its images at the places `share`, int64."""
+        labels = None if self.labels is None else self.labels[share]
+        return Batch(self.number, self.images[share], labels, self.index[share])
+
 
 class UnreadableError(ValueError):
     """Images that were there at the start cannot be read any more."""

@@ -67,7 +67,7 @@ class LPIPSDistance:
         """
         for images in (first, second):
             check_pixels(images)
-            self._check_shape(images)
+            self.check_shape(tuple(images.shape[1:]))
         with exact_convolutions():
             parts = [
                 self.network(self._scaled(a), self._scaled(b)).flatten()
@@ -75,11 +75,19 @@ class LPIPSDistance:
             ]
         return torch.cat(parts)
 
+    def between(self, first: Tensor, second: Tensor) -> Tensor:
+        """The distances, float32 [B], of images [B, C, H, W] in [-1, 1] on any device, with gradients to them."""
+        self.network.to(first.device)
+        pairs = (images.float().clamp(-1, 1).expand(-1, 3, -1, -1) for images in (first, second))
+        with torch.autocast(first.device.type, enabled=False):
+            return self.network(*pairs).flatten()
+
     def _scaled(self, images: Tensor) -> Tensor:
         return (images.to(self.device).float() / 127.5 - 1).expand(-1, 3, -1, -1)
 
-    def _check_shape(self, images: Tensor) -> None:
-        channels, height, width = images.shape[1:]
+    def check_shape(self, shape: tuple[int, ...]) -> None:
+        """Raise ValueError for images [C, H, W] that the network cannot take."""
+        channels, height, width = shape
         if channels not in (1, 3):
             raise ValueError(f"LPIPS takes images of 1 or 3 channels; these have {channels}")
         if min(height, width) < LEAST_SIDE[self.name]:

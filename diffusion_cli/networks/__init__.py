@@ -1,14 +1,15 @@
 """Networks: F(x, c_noise, y), what a denoiser is built on, the classifiers that guide one, and autoencoders."""
 
-from diffusion_cli.networks.autoencoder import AutoencoderKL
+from diffusion_cli.networks.autoencoder import AutoencoderKL, Level, Middle
 from diffusion_cli.networks.classifier import Classifier
+from diffusion_cli.networks.discriminator import PatchDiscriminator
 from diffusion_cli.networks.dit import DiT
 from diffusion_cli.networks.encoder import Block
 from diffusion_cli.networks.set_transformer import SetTransformer
 from diffusion_cli.networks.transformer import TransformerBlock
 from diffusion_cli.networks.unet import UNet
 
-BLOCKS = (Block, TransformerBlock)
+BLOCKS = (Block, TransformerBlock, Level, Middle)
 """What most weights of a network are in, some at a time."""
 
-__all__ = ["BLOCKS", "AutoencoderKL", "Classifier", "DiT", "SetTransformer", "UNet"]
+__all__ = ["BLOCKS", "AutoencoderKL", "Classifier", "DiT", "PatchDiscriminator", "SetTransformer", "UNet"]

@@ -2,6 +2,7 @@
 
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from pydantic import PositiveInt
@@ -45,6 +46,10 @@ class AutoencoderKL(nn.Module):
         gradient_checkpointing: bool,
     ) -> None:
         super().__init__()
+        if len(shape) != 3:
+            raise ValueError(
+                f"model=AutoencoderKL: takes images [C, H, W], and these are {list(shape)}; take a dataset of images"
+            )
         if not channel_mult:
             raise ValueError("channel_mult=[]: the network needs a level; name a multiplier, as [1, 2]")
         if channels % norm_groups:
@@ -87,6 +92,16 @@ class AutoencoderKL(nn.Module):
         """
         moments = self.moments(x)
         return self.decode(drawn(moments, eps)), moments
+
+    def reconstruct(self, x: Tensor) -> Tensor:
+        """Return the images [B, C, H, W] decoded from the mean latents of images x [B, C, H, W]."""
+        return self.decode(self.moments(x).chunk(2, dim=1)[0])
+
+    def compile(self, *args: Any, **kwargs: Any) -> None:
+        """Compile all but the decoder's last layer, at which a discriminator's weight is measured alone."""
+        self.encoder.compile(*args, **kwargs)
+        for block in (self.decoder.mid_block, *self.decoder.up_blocks):
+            block.compile(*args, **kwargs)
 
 
 def drawn(moments: Tensor, eps: Tensor) -> Tensor:

@@ -8,30 +8,50 @@ from typing import Any, NamedTuple
 
 import torch
 from lightning.pytorch import Callback, Trainer
+from torch import nn
 
 from diffusion_cli.config import TrainConfig, build, fingerprint
-from diffusion_cli.data import Batch, Dataset, Images, Stages, hold, normalised, pictured, reduced
+from diffusion_cli.data import Batch, Dataset, Images, Stages, hold, normalised, pictured, reduced, spread
 from diffusion_cli.denoiser import Denoiser, NoiseConditioned, NoisyClassifier
 from diffusion_cli.metrics import Metric, Networks, cache_folder
 from diffusion_cli.objective import Objective
+from diffusion_cli.reconstruction import Autoencoding, Reconstruction
 from diffusion_cli.samplers import Sampler
 from diffusion_cli.seeding import mix
 from diffusion_cli.times import Times
+from diffusion_cli.training.autoencoding import AutoencodingModule, Reconstructions
 from diffusion_cli.training.callbacks import HeldOutAccuracy, HeldOutLoss, Preview, Stop, WholeFileIO
 from diffusion_cli.training.device import Device
 from diffusion_cli.training.ema import EMA
 from diffusion_cli.training.evaluation import Evaluation, TrainingSamples
+from diffusion_cli.training.module import DenoisingModule, TrainingModule
 from diffusion_cli.training.optimizers import OptimizerConfig
+
+PICTURES = 32
+"""Images whose reconstructions are shown."""
+
+
+class Process(NamedTuple):
+    """What a denoiser or classifier learns of noised images."""
+
+    model: NoiseConditioned
+    objective: Objective[Any]
+    times: Times
+    sampler: Sampler
+
+
+class Encoding(NamedTuple):
+    """What an autoencoder learns by."""
+
+    model: Autoencoding
+    objective: Reconstruction
 
 
 class Parts(NamedTuple):
     """What a configuration is made of."""
 
     dataset: Dataset
-    model: NoiseConditioned
-    objective: Objective[Any]
-    times: Times
-    sampler: Sampler
+    task: Process | Encoding
     optimizer: OptimizerConfig
     device: Device
 
@@ -39,12 +59,37 @@ class Parts(NamedTuple):
 def assemble(config: TrainConfig) -> Parts:
     """Build everything but the images; ValueError where two parts do not go together."""
     dataset: Dataset = build(config.dataset, config.data_dir)
-    schedule = build(config.schedule)
-    sampler: Sampler = build(config.sampler, schedule)
     device: Device = build(config.trainer)
+    objective = build(config.objective)
+    noised = config.schedule is not None
+    if isinstance(objective, Reconstruction) == noised:
+        raise ValueError(
+            "objective=autoencoder: adds no noise; leave it out, or take task=autoencoder"
+            if noised
+            else f"objective={type(objective).__name__}: adds noise, and an autoencoder's images have none; leave it "
+            "out, or take task=diffusion"
+        )
     torch.manual_seed(mix(config.seed, "weights"))
     network = build(config.model, dataset.shape, dataset.num_classes)
-    objective: Objective[Any] = build(config.objective)
+    task = _process(config, network, objective) if noised else _encoding(config, network, objective, dataset)
+    return Parts(dataset, task, build(config.optimizer), device)
+
+
+def _encoding(
+    config: TrainConfig, network: nn.Module, objective: Reconstruction, dataset: Dataset
+) -> Encoding:
+    if config.eval_every is not None:
+        raise ValueError(f"eval_every={config.eval_every}: an autoencoder makes no samples; leave it out")
+    if config.progressive is not None:
+        raise ValueError(
+            f"progressive={config.progressive}: is for what noised images are shown to; leave it out"
+        )
+    return Encoding(objective.model(network, dataset.shape), objective)
+
+
+def _process(config: TrainConfig, network: nn.Module, objective: Objective[Any]) -> Process:
+    schedule = build(config.schedule)
+    sampler: Sampler = build(config.sampler, schedule)
     model = objective.trains(network, schedule, build(config.parameterization))
     times: Times = build(config.times)
     times.check(schedule)
@@ -60,7 +105,15 @@ def assemble(config: TrainConfig) -> Parts:
             except ValueError as error:
                 raise ValueError(str(error).replace("steps=", "eval_steps=", 1)) from error
         sampler.check(model)
-    return Parts(dataset, model, objective, times, sampler, build(config.optimizer), device)
+    return Process(model, objective, times, sampler)
+
+
+def module_of(config: TrainConfig, parts: Parts, about: dict[str, Any]) -> TrainingModule:
+    """The LightningModule of a task."""
+    if isinstance(parts.task, Encoding):
+        return AutoencodingModule(*parts.task, parts.optimizer, config.seed, about)
+    model, objective, times, _ = parts.task
+    return DenoisingModule(model, objective, times, parts.optimizer, config.seed, about)
 
 
 def stages_of(config: TrainConfig, shape: tuple[int, ...]) -> Stages:
@@ -82,20 +135,30 @@ def watchers_of(
     if held_out:
         once = _once(held_out, part, parts.device.torch_device, stages)
         watchers.append(HeldOutLoss(config.validate_every, once, ema, stop))
-        if isinstance(parts.model, NoisyClassifier):
+        if isinstance(parts.task.model, NoisyClassifier):
             watchers.append(HeldOutAccuracy(config.validate_every, once, ema, stop))
-    if config.eval_every is not None and not isinstance(parts.model, Denoiser):
+    if isinstance(parts.task, Encoding):
+        images = held_out or parts.dataset.load("train")
+        shown = images.gather(spread(len(images), min(len(images), PICTURES)).to(images.device)).cpu()
+        watchers.append(
+            Reconstructions(
+                config.preview_every, ema, stop, run=folder, images=normalised(shown), form=parts.dataset.form
+            )
+        )
+        return watchers
+    if config.eval_every is not None and not isinstance(parts.task.model, Denoiser):
         raise ValueError(f"eval_every={config.eval_every}: a classifier makes no samples; leave it out")
-    if isinstance(parts.model, Denoiser):
+    if isinstance(parts.task.model, Denoiser):
+        sampler = parts.task.sampler
         if config.eval_every is not None:
-            watchers.append(_evaluation(config, config.eval_every, folder, parts, stages, ema, stop))
+            watchers.append(_evaluation(config, config.eval_every, folder, parts, stages, sampler, ema, stop))
         watchers.append(
             Preview(
                 config.preview_every,
                 ema,
                 stop,
                 run=folder,
-                sampler=parts.sampler,
+                sampler=sampler,
                 steps=config.preview_steps,
                 stages=stages,
                 form=parts.dataset.form,
@@ -105,7 +168,14 @@ def watchers_of(
 
 
 def _evaluation(
-    config: TrainConfig, every: int, folder: Path, parts: Parts, stages: Stages, ema: EMA, stop: Stop
+    config: TrainConfig,
+    every: int,
+    folder: Path,
+    parts: Parts,
+    stages: Stages,
+    sampler: Sampler,
+    ema: EMA,
+    stop: Stop,
 ) -> Evaluation:
     """What measures samples on the way; ValueError where that cannot be done."""
     metrics = {name: build(node) for name, node in config.metric.items()}
@@ -115,9 +185,9 @@ def _evaluation(
                 f"metric={name}: measures no samples; on the way there are the metrics of samples only"
             )
     dataset = parts.dataset
-    names = dataset.class_names if getattr(parts.model, "num_classes", None) is not None else None
+    names = dataset.class_names if getattr(parts.task.model, "num_classes", None) is not None else None
     samples = TrainingSamples(
-        config.eval_samples, parts.sampler, config.eval_steps, dataset.shape, dataset.form, names
+        config.eval_samples, sampler, config.eval_steps, dataset.shape, dataset.form, names
     )
     cache_dir = cache_folder(config.cache_dir)
     dataset = pictured(dataset)
@@ -128,7 +198,7 @@ def _evaluation(
     )
     return Evaluation(
         every, metrics, networks, reference, samples, stages,
-        run=folder, ema=ema, stop=stop, batch_size=1 if parts.sampler.one_by_one else config.batch_size,
+        run=folder, ema=ema, stop=stop, batch_size=1 if sampler.one_by_one else config.batch_size,
         keep_best=config.keep_best, identity=fingerprint(measured),
     )  # fmt: skip
 

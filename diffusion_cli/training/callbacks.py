@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch import Callback, LightningModule, Trainer
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.nn.functional import interpolate
 from tqdm import tqdm
@@ -26,11 +26,9 @@ from diffusion_cli.generate import all_labels, labels_of, sample
 from diffusion_cli.ranks import Ranks
 from diffusion_cli.report import save_grid
 from diffusion_cli.samplers import Sampler
-from diffusion_cli.seeding import mix
 from diffusion_cli.signals import STOPPING
-from diffusion_cli.times import Uniform
 from diffusion_cli.training.ema import EMA
-from diffusion_cli.training.module import LevelMeter, TrainingModule
+from diffusion_cli.training.module import DenoisingModule, LevelMeter, TermMeter, TrainingModule
 
 
 class DivergedError(ValueError):
@@ -299,7 +297,7 @@ class Watcher(EveryStep):
 
 
 class HeldOutLoss(Watcher):
-    """The loss of the averaged weights on held-out images, at the same times and noise every time."""
+    """The loss of the averaged weights on held-out images, with the same noise every time."""
 
     def __init__(self, every: int, batches: Callable[[int], Iterable[Batch]], ema: EMA, stop: Stop) -> None:
         super().__init__(every, ema, stop)
@@ -307,36 +305,14 @@ class HeldOutLoss(Watcher):
 
     @torch.no_grad()
     def look(self, trainer: Trainer, module: TrainingModule, step: int) -> bool:
-        model, meter = self.ema.model(module), LevelMeter("held_out_loss")
-        for batch, t, eps, quantile in at_levels(self.batches(step), module):
-            with trainer.precision_plugin.forward_context():
-                loss = module.objective(model, batch.images, batch.labels, t, eps)
-            meter.add(loss, quantile, step)
-        value = meter.read()["held_out_loss"]
+        meter = TermMeter()
+        with trainer.precision_plugin.forward_context():
+            for loss in module.held_out(self.ema.model(module), self.batches(step)):
+                meter.add({"held_out_loss": loss}, step)
+        values = meter.read()
         for logger in trainer.loggers:
-            logger.log_metrics({"held_out_loss": value}, step=step)
+            logger.log_metrics(values, step=step)
         return True
-
-
-def at_levels(
-    batches: Iterable[Batch], module: TrainingModule
-) -> Iterator[tuple[Batch, Tensor, Tensor, Tensor]]:
-    """This process's share of batches, with times, noise and the quantiles [B] of the times, always the same ones."""
-    ranks = Ranks()
-    for i, batch in enumerate(batches):
-        generator = torch.Generator().manual_seed(mix(module.seed, "held-out", i))
-        size = len(batch.images)
-        # Stratified times: the estimate over a few images is less noisy.
-        u = (torch.arange(size) + torch.rand(size, generator=generator)) / size
-        # The mean over uniform times is taken at the same ones, whatever training has learned to draw.
-        times = Uniform() if module.times.uniform else module.times
-        drawn = times(module.model.schedule, u.to(module.device))
-        eps = torch.randn(batch.images.shape, generator=generator).to(module.device)
-        share = torch.arange(size, device=module.device).tensor_split(ranks.world)[ranks.rank]
-        if len(share):
-            labels = None if batch.labels is None else batch.labels[share]
-            mine = Batch(batch.number, batch.images[share], labels, batch.index[share])
-            yield mine, drawn.t[share], eps[share], drawn.quantile[share]
 
 
 class HeldOutAccuracy(Watcher):
@@ -358,7 +334,8 @@ class HeldOutAccuracy(Watcher):
         model = self.ema.model(module)
         assert isinstance(model, NoisyClassifier)
         meter = LevelMeter("accuracy")
-        for batch, t, eps, quantile in at_levels(self.batches(step), module):
+        assert isinstance(module, DenoisingModule)
+        for batch, t, eps, quantile in module.at_levels(self.batches(step)):
             with trainer.precision_plugin.forward_context():
                 guess = model(noised(model.schedule, batch.images, t, eps), t).argmax(1)
             meter.add((guess == batch.labels).float(), quantile, step)

@@ -9,8 +9,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from diffusion_cli.denoiser import NoiseConditioned
-from diffusion_cli.training.module import TrainingModule
+from diffusion_cli.training.module import Trainable, TrainingModule
 
 
 class EMA(Callback):
@@ -51,7 +50,7 @@ class EMA(Callback):
         for mine, theirs in zip(self.network.buffers(), network.buffers(), strict=True):
             mine.copy_(theirs)
 
-    def model(self, module: TrainingModule) -> NoiseConditioned:
+    def model(self, module: TrainingModule) -> Trainable:
         """What the module trains, with the averaged network, whole and on the module's device.
 
         Where processes share out the weights, all must ask together.
@@ -64,7 +63,7 @@ class EMA(Callback):
             network.requires_grad_(False)
         elif self.offload:
             network = copy.deepcopy(network).to(module.device)
-        return type(module.model)(network, module.model.schedule, module.model.parameterization)
+        return module.model.with_network(network)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Follow the network to its devices."""

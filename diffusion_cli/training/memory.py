@@ -65,15 +65,11 @@ def _more(images: int, accumulate: int) -> Iterator[int]:
 def _fits(module: TrainingModule, images: Tensor, context: AbstractContextManager[object]) -> bool:
     """Whether a training step on these images fits, with gradients and what Adam keeps."""
     _free(module)
-    model, parameters = module.model, [p for p in module.model.parameters() if p.requires_grad]
-    labels = None
-    if module.about["num_classes"] is not None:
-        labels = torch.zeros(len(images), dtype=torch.int64, device=images.device)
+    parameters = [p for p in module.model.parameters() if p.requires_grad]
     try:
         kept = [torch.empty_like(parameter) for parameter in parameters for _ in range(2)]
-        t = model.schedule.time(torch.full((len(images),), 0.5, device=images.device))
         with context, torch.compiler.set_stance("force_eager"):
-            loss = module.objective(model, images, labels, t, torch.zeros_like(images)).mean()
+            loss = module.trial(images)
             # Not backward(), on whose gradients other processes would wait.
             torch.autograd.grad(loss, parameters, allow_unused=True)
         del kept, loss

@@ -1,6 +1,8 @@
-"""The LightningModule: one training step, and the randomness of it."""
+"""The LightningModules, one a task: a training step, and the randomness of it."""
 
-from typing import Any
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
 from lightning.pytorch import LightningModule
@@ -13,34 +15,30 @@ from diffusion_cli.denoiser import NoiseConditioned
 from diffusion_cli.networks import BLOCKS
 from diffusion_cli.objective import Objective, withheld
 from diffusion_cli.ranks import Ranks
+from diffusion_cli.reconstruction import Autoencoding
 from diffusion_cli.seeding import mix
-from diffusion_cli.times import Times
+from diffusion_cli.times import Times, Uniform
 from diffusion_cli.training.optimizers import OptimizerConfig
 
 QUARTILES = 4
+Trainable = NoiseConditioned | Autoencoding
 
 
-class LevelMeter:
-    """The mean of a number of images, as their loss, since the last reading; kept on the device.
+class Meter(ABC):
+    """Means over images since the last reading, kept on the device.
 
-    Whole and by quartile of the noise levels drawn. Nothing is synchronised until it is read, by all processes
-    together: a step at which it went bad is remembered by its number.
+    Nothing is synchronised until it is read, by all processes together: a step at which the loss went bad is remembered
+    by its number.
     """
 
-    def __init__(self, name: str = "loss") -> None:
-        self.name = name
-        self._sums: Tensor | None = None
+    def __init__(self) -> None:
         self._first_bad: Tensor | None = None
 
-    def add(self, loss: Tensor, quantile: Tensor, step: int) -> None:
-        """Count the losses [B] of a step, at levels that lie at these quantiles [B] of all levels drawn."""
-        value, device = loss.detach(), loss.device
-        if self._sums is None or self._first_bad is None:
-            self._sums = torch.zeros(2, QUARTILES, device=device)
-            self._first_bad = torch.full((), -1, device=device)
-        quartile = (quantile * QUARTILES).long().clamp_(0, QUARTILES - 1)
-        self._sums.index_add_(1, quartile, torch.stack([value, torch.ones_like(value)]))
-        bad = ~value.sum().isfinite() & (self._first_bad < 0)
+    def watch(self, loss: Tensor, step: int) -> None:
+        """Remember the step if a loss of it is not finite."""
+        if self._first_bad is None:
+            self._first_bad = torch.full((), -1, device=loss.device)
+        bad = ~loss.detach().sum().isfinite() & (self._first_bad < 0)
         self._first_bad.masked_fill_(bad, step)
 
     def first_bad_step(self) -> int | None:
@@ -48,8 +46,29 @@ class LevelMeter:
         step = -1 if self._first_bad is None else int(self._first_bad)
         return min((bad for bad in Ranks().gather(step) if bad >= 0), default=None)
 
+    @abstractmethod
     def read(self) -> dict[str, float]:
         """The means since the last reading, and a new start."""
+
+
+class LevelMeter(Meter):
+    """The mean of a number of images, as their loss: whole and by quartile of the noise levels drawn."""
+
+    def __init__(self, name: str = "loss") -> None:
+        super().__init__()
+        self.name = name
+        self._sums: Tensor | None = None
+
+    def add(self, loss: Tensor, quantile: Tensor, step: int) -> None:
+        """Count the losses [B] of a step, at levels that lie at these quantiles [B] of all levels drawn."""
+        value = loss.detach()
+        if self._sums is None:
+            self._sums = torch.zeros(2, QUARTILES, device=loss.device)
+        quartile = (quantile * QUARTILES).long().clamp_(0, QUARTILES - 1)
+        self._sums.index_add_(1, quartile, torch.stack([value, torch.ones_like(value)]))
+        self.watch(value, step)
+
+    def read(self) -> dict[str, float]:
         mine = torch.zeros(2, QUARTILES) if self._sums is None else self._sums.cpu()
         totals, counts = torch.stack(Ranks().gather(mine)).sum(0).tolist()
         if self._sums is not None:
@@ -64,54 +83,79 @@ class LevelMeter:
         }
 
 
-class TrainingModule(LightningModule):
-    """A denoiser or classifier in training; `about` is what its checkpoints say to build it again."""
+class TermMeter(Meter):
+    """The means of named numbers of images, as the terms of their loss."""
 
-    model: NoiseConditioned
+    def __init__(self) -> None:
+        super().__init__()
+        self._sums: dict[str, Tensor] = {}
+
+    def add(self, terms: Mapping[str, Tensor], step: int) -> None:
+        """Count the terms of a step, each [B]; the same ones in all processes."""
+        for name, values in terms.items():
+            seen = torch.stack([values.detach().float().sum(), values.new_tensor(len(values)).float()])
+            self._sums[name] = self._sums.get(name, 0) + seen
+            self.watch(values, step)
+
+    def read(self) -> dict[str, float]:
+        parts = Ranks().gather({name: sums.cpu() for name, sums in self._sums.items()})
+        self._sums.clear()
+        totals: dict[str, Tensor] = {}
+        for part in parts:  # a process may have seen no image
+            totals |= {name: totals.get(name, 0) + sums for name, sums in part.items()}
+        return {name: float(total / count) for name, (total, count) in totals.items()}
+
+
+Kind = TypeVar("Kind", bound=Trainable)
+Kept = TypeVar("Kept", bound=Meter)
+
+
+class Share(NamedTuple):
+    """Which images of an optimizer step a process sees at once."""
+
+    size: int
+    """Images of the step, in all processes and parts."""
+    part: slice
+    """Of them, those of this part of the batch, in all processes."""
+    mine: slice
+    """Of them, those of this process."""
+
+
+class TrainingModule(LightningModule, ABC, Generic[Kind, Kept]):
+    """A model in training; `about` is what its checkpoints say to build it again."""
 
     def __init__(
-        self,
-        model: NoiseConditioned,
-        objective: Objective[Any],
-        times: Times,
-        optimizer: OptimizerConfig,
-        seed: int,
-        about: dict[str, Any],
+        self, model: Kind, meter: Kept, optimizer: OptimizerConfig, seed: int, about: dict[str, Any]
     ) -> None:
         super().__init__()
         self.model = model
-        self.objective = objective
-        self.times = times
+        self.meter = meter
         self.optimizer_config = optimizer
         self.seed = seed
         self.about = about
-        self.meter = LevelMeter()
 
     def training_step(self, batch: Batch, batch_index: int) -> Tensor:
-        """Return the mean loss of a batch; its noise and times are a function of (seed, step) alone."""
+        """Return the mean loss of a batch; what is drawn for it is a function of (seed, step) alone."""
         # Drawn for the whole batch of a step, then cut: the same whatever the number of processes and of parts.
-        # Dropout, whose masks would be too many to draw, is each process's and each part's own.
         step, part = divmod(batch.number, self.trainer.accumulate_grad_batches)
         torch.manual_seed(mix(self.seed, "step", step))
         local, world = len(batch.images), self.trainer.world_size
         size = local * world * self.trainer.accumulate_grad_batches
         of_all = slice(part * local * world, (part + 1) * local * world)
-        share = slice(of_all.start + self.global_rank * local, of_all.start + (self.global_rank + 1) * local)
-        drawn = self.times(self.model.schedule, torch.rand(size, device=self.device))
-        t, weight, quantile = drawn.t[share], drawn.weight[share], drawn.quantile[share]
-        eps = torch.randn(size, *batch.images.shape[1:], device=self.device)[share]
-        labels, num_classes = batch.labels, getattr(self.model, "num_classes", None)
-        if labels is not None and num_classes is not None and self.objective.label_dropout:
-            u = torch.rand(size, device=self.device)[share]
-            labels = withheld(labels, num_classes, self.objective.label_dropout, u)
-        if self.global_rank or part:
-            torch.manual_seed(mix(self.seed, "dropout", batch.number, self.global_rank))
-        loss = self.objective(self.model, batch.images, labels, t, eps)
-        if drawn.bins is not None:
-            self.times.observe(drawn.bins[of_all], Ranks().concatenated(loss.detach()))
-        loss = weight * loss
-        self.meter.add(loss, quantile, self.trainer.global_step)
-        return loss.mean()
+        first = of_all.start + self.global_rank * local
+        return self.loss(batch, Share(size, of_all, slice(first, first + local)))
+
+    @abstractmethod
+    def loss(self, batch: Batch, share: Share) -> Tensor:
+        """Return the mean loss of a batch, and count it; what is drawn is drawn for the whole step and cut."""
+
+    @abstractmethod
+    def held_out(self, model: Any, batches: Iterable[Batch]) -> Iterator[Tensor]:
+        """The losses [B] of a model on this process's share of batches, with the same noise every time."""
+
+    @abstractmethod
+    def trial(self, images: Tensor) -> Tensor:
+        """A loss of any images [B, C, H, W], that takes the memory of a training step."""
 
     def configure_optimizers(self) -> Any:
         """Return the optimizer and its scheduler, stepped every step."""
@@ -151,3 +195,66 @@ class TrainingModule(LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add what is needed to build the model again."""
         checkpoint["diffuse"] = self.about
+
+
+class DenoisingModule(TrainingModule[NoiseConditioned, LevelMeter]):
+    """A denoiser or classifier in training: what is shown noised images at times that are drawn."""
+
+    def __init__(
+        self,
+        model: NoiseConditioned,
+        objective: Objective[Any],
+        times: Times,
+        optimizer: OptimizerConfig,
+        seed: int,
+        about: dict[str, Any],
+    ) -> None:
+        super().__init__(model, LevelMeter(), optimizer, seed, about)
+        self.objective = objective
+        self.times = times
+
+    def loss(self, batch: Batch, share: Share) -> Tensor:
+        # Dropout, whose masks would be too many to draw, is each process's and each part's own.
+        size, of_all, mine = share
+        drawn = self.times(self.model.schedule, torch.rand(size, device=self.device))
+        t, weight, quantile = drawn.t[mine], drawn.weight[mine], drawn.quantile[mine]
+        eps = torch.randn(size, *batch.images.shape[1:], device=self.device)[mine]
+        labels, num_classes = batch.labels, getattr(self.model, "num_classes", None)
+        if labels is not None and num_classes is not None and self.objective.label_dropout:
+            u = torch.rand(size, device=self.device)[mine]
+            labels = withheld(labels, num_classes, self.objective.label_dropout, u)
+        if self.global_rank or of_all.start:
+            torch.manual_seed(mix(self.seed, "dropout", batch.number, self.global_rank))
+        loss = self.objective(self.model, batch.images, labels, t, eps)
+        if drawn.bins is not None:
+            self.times.observe(drawn.bins[of_all], Ranks().concatenated(loss.detach()))
+        loss = weight * loss
+        self.meter.add(loss, quantile, self.trainer.global_step)
+        return loss.mean()
+
+    def held_out(self, model: NoiseConditioned, batches: Iterable[Batch]) -> Iterator[Tensor]:
+        for batch, t, eps, _ in self.at_levels(batches):
+            yield self.objective(model, batch.images, batch.labels, t, eps)
+
+    def at_levels(self, batches: Iterable[Batch]) -> Iterator[tuple[Batch, Tensor, Tensor, Tensor]]:
+        """This process's share of batches, with times, noise and the quantiles [B] of the times, always the same."""
+        ranks = Ranks()
+        for i, batch in enumerate(batches):
+            generator = torch.Generator().manual_seed(mix(self.seed, "held-out", i))
+            size = len(batch.images)
+            # Stratified times: the estimate over a few images is less noisy.
+            u = (torch.arange(size) + torch.rand(size, generator=generator)) / size
+            # The mean over uniform times is taken at the same ones, whatever training has learned to draw.
+            times = Uniform() if self.times.uniform else self.times
+            drawn = times(self.model.schedule, u.to(self.device))
+            eps = torch.randn(batch.images.shape, generator=generator).to(self.device)
+            share = torch.arange(size, device=self.device).tensor_split(ranks.world)[ranks.rank]
+            if len(share):
+                yield batch.part(share), drawn.t[share], eps[share], drawn.quantile[share]
+
+    def trial(self, images: Tensor) -> Tensor:
+        labels = None
+        if self.about["num_classes"] is not None:
+            labels = torch.zeros(len(images), dtype=torch.int64, device=images.device)
+        t = self.model.schedule.time(torch.full((len(images),), 0.5, device=images.device))
+        return self.objective(self.model, images, labels, t, torch.zeros_like(images)).mean()

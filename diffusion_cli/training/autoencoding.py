@@ -1,0 +1,90 @@
+"""The training of autoencoders, and the pictures of it."""
+
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Trainer
+from torch import Tensor
+
+from diffusion_cli.data import Batch
+from diffusion_cli.forms import Form
+from diffusion_cli.ranks import Ranks
+from diffusion_cli.reconstruction import Autoencoding, Reconstruction
+from diffusion_cli.report import save_rows
+from diffusion_cli.seeding import mix
+from diffusion_cli.training.callbacks import Stop, Watcher
+from diffusion_cli.training.ema import EMA
+from diffusion_cli.training.module import Share, TermMeter, TrainingModule
+from diffusion_cli.training.optimizers import OptimizerConfig
+
+ROW = 8  # images of a row of a preview
+
+
+class AutoencodingModule(TrainingModule[Autoencoding, TermMeter]):
+    """An autoencoder in training, with the discriminator that it trains against, if any."""
+
+    def __init__(
+        self,
+        model: Autoencoding,
+        objective: Reconstruction,
+        optimizer: OptimizerConfig,
+        seed: int,
+        about: dict[str, Any],
+    ) -> None:
+        super().__init__(model, TermMeter(), optimizer, seed, about)
+        self.objective = objective
+
+    def loss(self, batch: Batch, share: Share) -> Tensor:
+        eps = torch.randn(share.size, *self._latents(batch.images), device=self.device)[share.mine]
+        losses = self.objective(self.model, batch.images, eps, self.trainer.global_step)
+        self.meter.add(losses.terms, self.trainer.global_step)
+        return losses.total
+
+    def held_out(self, model: Autoencoding, batches: Iterable[Batch]) -> Iterator[Tensor]:
+        ranks = Ranks()
+        for i, batch in enumerate(batches):
+            generator = torch.Generator().manual_seed(mix(self.seed, "held-out", i))
+            eps = torch.randn(len(batch.images), *self._latents(batch.images), generator=generator)
+            share = torch.arange(len(eps), device=self.device).tensor_split(ranks.world)[ranks.rank]
+            if len(share):
+                mine = batch.images[share]
+                images, moments = model.network(mine, eps.to(self.device)[share])
+                yield self.objective.terms(images, moments, mine)["loss"]
+
+    def trial(self, images: Tensor) -> Tensor:
+        eps = torch.zeros(len(images), *self._latents(images), device=images.device)
+        return self.objective(self.model, images, eps, self.objective.start or 0).total
+
+    def _latents(self, images: Tensor) -> tuple[int, ...]:
+        return self.model.network.latent_shape(tuple(images.shape[1:]))
+
+    def configure_model(self) -> None:
+        if self.device_mesh is not None and self.model.discriminator is not None:
+            raise ValueError(
+                "trainer.strategy=fsdp: does not go with objective.discriminator_start, whose discriminator each "
+                "process holds whole; take strategy=ddp"
+            )
+        super().configure_model()
+
+
+class Reconstructions(Watcher):
+    """Pictures of what the averaged weights make of images: each row of these above that of their reconstructions."""
+
+    def __init__(self, every: int, ema: EMA, stop: Stop, *, run: Path, images: Tensor, form: Form) -> None:
+        super().__init__(every, ema, stop)
+        self.folder, self.images, self.form = run / "previews", images, form
+
+    @torch.no_grad()
+    def look(self, trainer: Trainer, module: TrainingModule, step: int) -> bool:
+        model = self.ema.model(module)
+        if not trainer.is_global_zero:
+            return True
+        assert isinstance(model, Autoencoding)
+        with trainer.precision_plugin.forward_context():
+            images = model.network.reconstruct(self.images.to(module.device))
+        pairs = zip(self.images.split(ROW), images.cpu().split(ROW), strict=True)
+        rows = [self.form.pictures(self.form.stored(row)) for pair in pairs for row in pair]
+        save_rows(rows, self.folder / f"step_{step:08d}.png")
+        return True

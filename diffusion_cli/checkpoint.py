@@ -161,6 +161,15 @@ def save(checkpoint: Mapping[str, Any], path: Path) -> None:
             raise
 
 
+def save_weights(network: nn.Module, path: Path) -> None:
+    """Write the weights of a network as safetensors; OSError as `whole_file`."""
+    from safetensors.torch import save as packed
+
+    state = {key: value.detach().cpu().contiguous() for key, value in network.state_dict().items()}
+    with whole_file(path) as temporary:
+        temporary.write_bytes(packed(state))
+
+
 def duplicate(checkpoint: Path, path: Path) -> None:
     """Copy a checkpoint as `save` writes one: not a link, for what befalls one must not befall the other."""
     with _whole_checkpoint(path) as temporary:

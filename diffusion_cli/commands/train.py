@@ -12,9 +12,18 @@ import torch
 import yaml
 from lightning.pytorch import Callback
 
-from diffusion_cli.checkpoint import FORMAT, LAST, digest, read, recover, whole_file
+from diffusion_cli.checkpoint import (
+    AUTOENCODER,
+    FORMAT,
+    LAST,
+    digest,
+    read,
+    recover,
+    save_weights,
+    whole_file,
+)
 from diffusion_cli.config import Mistakes, TrainConfig, identity, seconds, shown
-from diffusion_cli.data import Dataset, Growing, Images, Stages, UnreadableError
+from diffusion_cli.data import Growing, Images, Stages, UnreadableError
 from diffusion_cli.denoiser import NoisyClassifier
 from diffusion_cli.locks import only_one
 from diffusion_cli.precision import resolve
@@ -24,6 +33,7 @@ from diffusion_cli.signals import UNFINISHED
 from diffusion_cli.training.assembly import Parts, assemble, module_of, stages_of, trainer_of, watchers_of
 from diffusion_cli.training.callbacks import Checkpoints, HeldOutAccuracy, Progress, Stop
 from diffusion_cli.training.ema import EMA
+from diffusion_cli.training.encoding import LatentDataset
 from diffusion_cli.training.memory import naming_what_fits
 from diffusion_cli.training.module import Trainable
 
@@ -74,13 +84,13 @@ def _train(config: TrainConfig, folder: Path, stop: Stop) -> int:
     before = read(last) if ranks.agree(last.is_file()) else None
     done = before["global_step"] if before else 0
     _refuse_another(folder, config, before)
-    parts = assemble(config)
+    parts = assemble(config, folder, before["diffuse"] if before else None)
     # What null once meant it goes on to mean, whatever the budget is now.
     stored = before["diffuse"]["stages"] if before else None
-    stages = Stages.stored(stored) if stored else stages_of(config, parts.dataset.shape)
+    stages = Stages.stored(stored) if stored else stages_of(config, parts.shown.shape)
     _refuse_uneven(config, stages, ranks.world)
-    images = parts.dataset.load("train")
-    about = _about(config, parts.dataset, parts.task.model.task, images, stages)
+    images = parts.shown.load("train")
+    about = _about(config, parts, images, stages)
     # As is what "auto" once meant, on whatever machine the run is taken up.
     known = before["diffuse"].get("precision") if before and config.precision == "auto" else None
     about["precision"] = known or resolve(config.precision, parts.device.torch_device)
@@ -120,6 +130,8 @@ def _fit(
     if config.compile is True or (config.compile == "auto" and parts.device.torch_device.type == "cuda"):
         model.network.compile()  # in place: torch.compile(network) would rename every weight
     if ranks.first:
+        if parts.latent is not None and not (folder / AUTOENCODER).is_file():
+            save_weights(parts.latent.latents.autoencoder, folder / AUTOENCODER)
         _write_config(folder / "config.yaml", config)
         print(
             f"{'Going on with' if done else 'Training'} {folder}: {_describe(model.network)} on {len(images)} images "
@@ -244,19 +256,21 @@ def _next(model: Trainable, folder: Path) -> str:
     return f"diffuse sample run={folder}"
 
 
-def _about(
-    config: TrainConfig, dataset: Dataset, task: str, images: Images, stages: Stages
-) -> dict[str, Any]:
-    labels = None if images.labels is None else images.labels.cpu()
+def _about(config: TrainConfig, parts: Parts, images: Images, stages: Stages) -> dict[str, Any]:
+    labels, dataset = None if images.labels is None else images.labels.cpu(), parts.dataset
+    latent = None
+    if parts.latent is not None:
+        assert isinstance(parts.shown, LatentDataset)
+        latent = parts.latent.about(parts.shown)
     return {
-        "task": task,
+        "task": parts.task.model.task,
         "num_images": len(images),
         "labels_sha256": None if labels is None else digest({"labels": labels}),
         "format": FORMAT,
         "config": config.model_dump(),
         "shape": list(dataset.shape),
         "form": dataset.form.about(),
-        "latent": None,
+        "latent": latent,
         "stages": stages.plain() if stages.grow else None,
         "num_classes": dataset.num_classes,
         "class_names": list(dataset.class_names) if dataset.class_names else None,

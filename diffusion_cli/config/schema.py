@@ -43,6 +43,20 @@ class EMAConfig(BaseModel):
     warm_up: bool
 
 
+class LatentConfig(BaseModel):
+    """`latent.*`: the autoencoder in whose latents a denoiser works."""
+
+    model_config = STRICT
+    run: str | None
+    pretrained: str | None
+
+    @property
+    def key(self) -> str | None:
+        """The one that is given, as on the command line; None for pixels."""
+        given = [f"latent.{name}={value}" for name, value in self if value is not None]
+        return given[0] if given else None
+
+
 class TrainConfig(BaseModel):
     """The keys of `conf/train.yaml`."""
 
@@ -73,6 +87,7 @@ class TrainConfig(BaseModel):
     data_dir: str
     cache_dir: str | None
     output_dir: str
+    latent: LatentConfig
     ema: EMAConfig
     dataset: Node
     schedule: Node | None = None  # without noise there are none of these four
@@ -92,6 +107,16 @@ class TrainConfig(BaseModel):
     def _consistent(self) -> Self:
         if self.max_steps is self.max_epochs is self.max_time is None:
             raise ValueError("max_steps: no budget; set max_steps, max_epochs or max_time")
+        if self.latent.run is not None and self.latent.pretrained is not None:
+            raise ValueError(
+                f"latent.pretrained={self.latent.pretrained}: is another autoencoder than latent.run; leave one out"
+            )
+        if self.latent.key is not None and self.schedule is None:
+            raise ValueError(f"{self.latent.key}: an autoencoder is trained on pixels; leave it out")
+        if self.latent.key is not None and self.progressive is not None:
+            raise ValueError(
+                f"progressive={self.progressive}: latents are of one size; leave it out, or {self.latent.key}"
+            )
         if self.keep_best is not None and self.eval_every is None:
             raise ValueError(
                 f"keep_best={self.keep_best}: nothing is evaluated on the way; set eval_every too"

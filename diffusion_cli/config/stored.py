@@ -25,7 +25,7 @@ class _Latent(BaseModel):
     autoencoder: dict[str, Any]
     sha256: str
     source: str
-    cache: str
+    cache: dict[str, str]
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:

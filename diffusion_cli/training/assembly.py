@@ -13,6 +13,7 @@ from torch import nn
 from diffusion_cli.config import TrainConfig, build, fingerprint
 from diffusion_cli.data import Batch, Dataset, Images, Stages, hold, normalised, pictured, reduced, spread
 from diffusion_cli.denoiser import Denoiser, NoiseConditioned, NoisyClassifier
+from diffusion_cli.latents import Pixels, Space
 from diffusion_cli.metrics import Metric, Networks, cache_folder
 from diffusion_cli.objective import Objective
 from diffusion_cli.reconstruction import Autoencoding, Reconstruction
@@ -23,6 +24,7 @@ from diffusion_cli.training.autoencoding import AutoencodingModule, Reconstructi
 from diffusion_cli.training.callbacks import HeldOutAccuracy, HeldOutLoss, Preview, Stop, WholeFileIO
 from diffusion_cli.training.device import Device
 from diffusion_cli.training.ema import EMA
+from diffusion_cli.training.encoding import Chosen, LatentDataset, chosen_latents
 from diffusion_cli.training.evaluation import Evaluation, TrainingSamples
 from diffusion_cli.training.module import DenoisingModule, TrainingModule
 from diffusion_cli.training.optimizers import OptimizerConfig
@@ -51,13 +53,24 @@ class Parts(NamedTuple):
     """What a configuration is made of."""
 
     dataset: Dataset
+    shown: Dataset
+    """What the network sees of it: the images themselves, or their latents."""
+    latent: Chosen | None
     task: Process | Encoding
     optimizer: OptimizerConfig
     device: Device
 
+    @property
+    def space(self) -> Space:
+        """Where the network works."""
+        return Pixels(self.dataset.shape) if self.latent is None else self.latent.latents
 
-def assemble(config: TrainConfig) -> Parts:
-    """Build everything but the images; ValueError where two parts do not go together."""
+
+def assemble(config: TrainConfig, folder: Path, before: dict[str, Any] | None) -> Parts:
+    """Build everything but the images; ValueError where two parts do not go together.
+
+    `before` is what the checkpoint in the run's `folder` says of itself, None at its beginning.
+    """
     dataset: Dataset = build(config.dataset, config.data_dir)
     device: Device = build(config.trainer)
     objective = build(config.objective)
@@ -69,10 +82,14 @@ def assemble(config: TrainConfig) -> Parts:
             else f"objective={type(objective).__name__}: adds noise, and an autoencoder's images have none; leave it "
             "out, or take task=diffusion"
         )
+    latent = chosen_latents(config, dataset, device.torch_device, folder, before)
+    shown = dataset
+    if latent is not None:
+        shown = LatentDataset(dataset, latent.latents, cache_folder(config.cache_dir), latent.keys)
     torch.manual_seed(mix(config.seed, "weights"))
-    network = build(config.model, dataset.shape, dataset.num_classes)
+    network = build(config.model, shown.shape, dataset.num_classes)
     task = _process(config, network, objective) if noised else _encoding(config, network, objective, dataset)
-    return Parts(dataset, task, build(config.optimizer), device)
+    return Parts(dataset, shown, latent, task, build(config.optimizer), device)
 
 
 def _encoding(
@@ -113,7 +130,7 @@ def module_of(config: TrainConfig, parts: Parts, about: dict[str, Any]) -> Train
     if isinstance(parts.task, Encoding):
         return AutoencodingModule(*parts.task, parts.optimizer, config.seed, about)
     model, objective, times, _ = parts.task
-    return DenoisingModule(model, objective, times, parts.optimizer, config.seed, about)
+    return DenoisingModule(model, objective, times, parts.space, parts.optimizer, config.seed, about)
 
 
 def stages_of(config: TrainConfig, shape: tuple[int, ...]) -> Stages:
@@ -129,7 +146,7 @@ def watchers_of(
     config: TrainConfig, folder: Path, parts: Parts, stages: Stages, ema: EMA, stop: Stop
 ) -> list[Callback]:
     """What looks at the averaged weights on the way: their loss on held-out images, and what the model is for."""
-    held_out = parts.dataset.load("held_out")
+    held_out = parts.shown.load("held_out")
     part = config.batch_size // config.accumulate
     watchers: list[Callback] = []
     if held_out:
@@ -161,6 +178,7 @@ def watchers_of(
                 sampler=sampler,
                 steps=config.preview_steps,
                 stages=stages,
+                space=parts.space,
                 form=parts.dataset.form,
             )
         )
@@ -187,7 +205,7 @@ def _evaluation(
     dataset = parts.dataset
     names = dataset.class_names if getattr(parts.task.model, "num_classes", None) is not None else None
     samples = TrainingSamples(
-        config.eval_samples, sampler, config.eval_steps, dataset.shape, dataset.form, names
+        config.eval_samples, sampler, config.eval_steps, dataset.shape, parts.space, dataset.form, names
     )
     cache_dir = cache_folder(config.cache_dir)
     dataset = pictured(dataset)

@@ -23,6 +23,7 @@ from diffusion_cli.data import Batch, Stages
 from diffusion_cli.denoiser import Denoiser, NoisyClassifier, clip_x0, noised
 from diffusion_cli.forms import Form
 from diffusion_cli.generate import all_labels, labels_of, sample
+from diffusion_cli.latents import Space
 from diffusion_cli.ranks import Ranks
 from diffusion_cli.report import save_grid
 from diffusion_cli.samplers import Sampler
@@ -362,11 +363,12 @@ class Preview(Watcher):
         sampler: Sampler,
         steps: int,
         stages: Stages,
+        space: Space,
         form: Form,
     ) -> None:
         super().__init__(every, ema, stop)
         self.folder, self.sampler, self.steps, self.stages = run / "previews", sampler, steps, stages
-        self.form = form
+        self.space, self.form = space, form
 
     @torch.no_grad()
     def look(self, trainer: Trainer, module: TrainingModule, step: int) -> bool:
@@ -375,15 +377,18 @@ class Preview(Watcher):
             return True
         assert isinstance(denoiser, Denoiser)
         labels = labels_of(self.SEEDS, all_labels(denoiser), module.device)
+        denoise = lambda x, t: denoiser(x, t, labels)  # noqa: E731
         with trainer.precision_plugin.forward_context():
-            images = sample(
-                clip_x0(lambda x, t: denoiser(x, t, labels), denoiser.schedule),
+            x = sample(
+                clip_x0(denoise, denoiser.schedule) if self.space.bounded else denoise,
                 self.sampler,
                 self.sampler.grid(self.steps),
                 self.SEEDS,
                 self.stages.after(step).shape,
                 module.device,
             )
-        images = interpolate(images, self.stages.last.shape[1:])
+        images = self.space.decode(x)
+        if self.stages.grow:
+            images = interpolate(images, self.stages.last.shape[1:])
         save_grid(self.form.pictures(self.form.stored(images)), self.folder / f"step_{step:08d}.png")
         return True

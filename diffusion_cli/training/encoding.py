@@ -1,4 +1,4 @@
-"""The latents of a data set, encoded once and kept by content."""
+"""The latents of a data set: those of which autoencoder, encoded once and kept by content."""
 
 import json
 import os
@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from contextlib import nullcontext
 from hashlib import sha256
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -13,7 +14,8 @@ from numpy.lib import format as npy
 from torch import Tensor
 from tqdm import tqdm
 
-from diffusion_cli.checkpoint import digest
+from diffusion_cli.checkpoint import digest, find_run, load_autoencoder, load_space
+from diffusion_cli.config import TrainConfig
 from diffusion_cli.data import Dataset, Images, UnreadableError, normalised
 from diffusion_cli.data.array import opened_array
 from diffusion_cli.data.base import Split
@@ -21,10 +23,73 @@ from diffusion_cli.data.batches import fetched
 from diffusion_cli.data.memory import MemoryImages
 from diffusion_cli.latents import Latents
 from diffusion_cli.locks import locked
+from diffusion_cli.networks import AutoencoderKL
+from diffusion_cli.pretrained import from_diffusers
 from diffusion_cli.ranks import Ranks
 
 ENCODED = 64  # images read at a time
 LEAST = 1e-6  # standard deviation of a channel that says anything
+
+
+class Chosen(NamedTuple):
+    """The latents that a run works in."""
+
+    latents: Latents
+    autoencoder: dict[str, Any]
+    """The node that the autoencoder is built of."""
+    source: str
+    """Where it was taken from."""
+    keys: dict[str, str] | None
+    """As `LatentDataset` has them, of an earlier start."""
+
+    def about(self, dataset: "LatentDataset") -> dict[str, Any]:
+        """What a checkpoint says of it, once the scale is known."""
+        return {
+            "shape": list(self.latents.shape), "mean": self.latents.mean, "std": self.latents.std,
+            "autoencoder": self.autoencoder, "sha256": digest(self.latents.autoencoder.state_dict()),
+            "source": self.source, "cache": dataset.keys,
+        }  # fmt: skip
+
+
+def chosen_latents(
+    config: TrainConfig, dataset: Dataset, device: torch.device, folder: Path, before: dict[str, Any] | None
+) -> Chosen | None:
+    """The latents that a configuration names, or that a run was begun in, kept beside it; None for pixels.
+
+    Raises ValueError for an autoencoder that is not there, or of other images.
+    """
+    if config.latent.key is None:
+        return None
+    if before is not None:
+        space, known = load_space(folder, before, device), before["latent"]
+        assert isinstance(space, Latents)
+        return Chosen(space, known["autoencoder"], known["source"], known["cache"])
+    network, node, channels = _autoencoder(config, dataset)
+    if channels != dataset.shape[0]:
+        raise ValueError(
+            f"{config.latent.key}: is of images of {channels} channels, and those of {dataset.name} have "
+            f"{dataset.shape[0]}; take another autoencoder"
+        )
+    ones = [1.0] * network.latent_channels
+    latents = Latents(network.to(device), dataset.shape, [0.0 * one for one in ones], ones)
+    return Chosen(latents, node, config.latent.key.partition("=")[2], None)
+
+
+def _autoencoder(config: TrainConfig, dataset: Dataset) -> tuple[AutoencoderKL, dict[str, Any], int]:
+    """The autoencoder that is named, the node that it is built of, and the channels of its images."""
+    if config.latent.pretrained is not None:
+        network, channels, options = from_diffusers(
+            Path(config.latent.pretrained).expanduser(), "latent.pretrained"
+        )
+        return network, {"_target_": "diffusion_cli.networks.AutoencoderKL", **options}, channels
+    run = find_run(config.latent.run, config.output_dir, "latent.run")
+    trained = load_autoencoder(run, torch.device("cpu"))
+    if trained.form.about() != dataset.form.about():
+        raise ValueError(
+            f"latent.run={config.latent.run}: was trained on images stored as {trained.form.about()}, and those of "
+            f"{dataset.name} are {dataset.form.about()}; train one on these"
+        )
+    return trained.network, trained.config["model"], trained.shape[0]
 
 
 class LatentDataset(Dataset):
@@ -69,8 +134,8 @@ class LatentDataset(Dataset):
         mean, std = measured_scale(moments.pixels.split(ENCODED), self.latents.shape[0])
         if min(std) < LEAST:
             raise ValueError(
-                f"latent: channel {std.index(min(std))} of the latents is the same everywhere; the autoencoder makes no "
-                "use of it: train one with fewer model.latent_channels"
+                f"latent: channel {std.index(min(std))} of the latents is the same everywhere, of no use to the "
+                "autoencoder; train one with fewer model.latent_channels"
             )
         self.latents.mean, self.latents.std, self._scaled = mean, std, True
 

@@ -14,6 +14,7 @@ from diffusion_cli.data import Stages
 from diffusion_cli.denoiser import Denoiser, clip_x0
 from diffusion_cli.forms import Form, Shape
 from diffusion_cli.generate import all_labels, labels_of, sample
+from diffusion_cli.latents import Space
 from diffusion_cli.metrics import (
     CalledOff,
     Finding,
@@ -40,11 +41,12 @@ class TrainingSamples(Samples):
         sampler: Sampler,
         steps: int,
         shape: Shape,
+        space: Space,
         form: Form,
         names: tuple[str, ...] | None,
     ) -> None:
         self.count, self.sampler, self.steps = count, sampler, steps
-        self.made, self.form, self.shape, self.class_names = shape, form, form.picture_shape(shape), names
+        self.space, self.form, self.shape, self.class_names = space, form, form.picture_shape(shape), names
         self.labelled = names is not None
         self.denoiser: Denoiser | None = None
         """Of now."""
@@ -60,10 +62,13 @@ class TrainingSamples(Samples):
         assert denoiser is not None
         device = next(denoiser.parameters()).device
         labels = labels_of(numbers, all_labels(denoiser), device)
-        denoise = clip_x0(lambda x, t: denoiser(x, t, labels), denoiser.schedule)
+        denoise = lambda x, t: denoiser(x, t, labels)  # noqa: E731
+        if self.space.bounded:
+            denoise = clip_x0(denoise, denoiser.schedule)
         times = self.sampler.grid(self.steps)
         with self.precision():
-            images = sample(denoise, self.sampler, times, numbers, self.made, device)
+            x = sample(denoise, self.sampler, times, numbers, self.space.shape, device)
+        images = self.space.decode(x)
         # Early weights may fail: that shows in the numbers, and is no reason to stop.
         return self.form.pictures(self.form.stored(images.nan_to_num(0.0, 1.0, -1.0))), labels
 

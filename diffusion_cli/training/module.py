@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 
 from diffusion_cli.data import Batch
 from diffusion_cli.denoiser import NoiseConditioned
+from diffusion_cli.latents import Space
 from diffusion_cli.networks import BLOCKS
 from diffusion_cli.objective import Objective, withheld
 from diffusion_cli.ranks import Ranks
@@ -205,6 +206,7 @@ class DenoisingModule(TrainingModule[NoiseConditioned, LevelMeter]):
         model: NoiseConditioned,
         objective: Objective[Any],
         times: Times,
+        space: Space,
         optimizer: OptimizerConfig,
         seed: int,
         about: dict[str, Any],
@@ -212,20 +214,24 @@ class DenoisingModule(TrainingModule[NoiseConditioned, LevelMeter]):
         super().__init__(model, LevelMeter(), optimizer, seed, about)
         self.objective = objective
         self.times = times
+        self.space = space
 
     def loss(self, batch: Batch, share: Share) -> Tensor:
         # Dropout, whose masks would be too many to draw, is each process's and each part's own.
         size, of_all, mine = share
         drawn = self.times(self.model.schedule, torch.rand(size, device=self.device))
         t, weight, quantile = drawn.t[mine], drawn.weight[mine], drawn.quantile[mine]
-        eps = torch.randn(size, *batch.images.shape[1:], device=self.device)[mine]
+        x0 = self.space.states(
+            batch.images, lambda shape: torch.randn(size, *shape[1:], device=self.device)[mine]
+        )
+        eps = torch.randn(size, *x0.shape[1:], device=self.device)[mine]
         labels, num_classes = batch.labels, getattr(self.model, "num_classes", None)
         if labels is not None and num_classes is not None and self.objective.label_dropout:
             u = torch.rand(size, device=self.device)[mine]
             labels = withheld(labels, num_classes, self.objective.label_dropout, u)
         if self.global_rank or of_all.start:
             torch.manual_seed(mix(self.seed, "dropout", batch.number, self.global_rank))
-        loss = self.objective(self.model, batch.images, labels, t, eps)
+        loss = self.objective(self.model, x0, labels, t, eps)
         if drawn.bins is not None:
             self.times.observe(drawn.bins[of_all], Ranks().concatenated(loss.detach()))
         loss = weight * loss
@@ -247,7 +253,10 @@ class DenoisingModule(TrainingModule[NoiseConditioned, LevelMeter]):
             # The mean over uniform times is taken at the same ones, whatever training has learned to draw.
             times = Uniform() if self.times.uniform else self.times
             drawn = times(self.model.schedule, u.to(self.device))
-            eps = torch.randn(batch.images.shape, generator=generator).to(self.device)
+            x0 = self.space.states(
+                batch.images, lambda shape, of=generator: torch.randn(shape, generator=of).to(self.device)
+            )
+            batch, eps = batch._replace(images=x0), torch.randn(x0.shape, generator=generator).to(self.device)
             share = torch.arange(size, device=self.device).tensor_split(ranks.world)[ranks.rank]
             if len(share):
                 yield batch.part(share), drawn.t[share], eps[share], drawn.quantile[share]

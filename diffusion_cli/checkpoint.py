@@ -342,6 +342,14 @@ def find_run(run: str | None, output_dir: str, key: str = "run") -> Path:
     raise ValueError(f"{key}={run}: holds no {LAST}; the newest runs in {output_dir} are: {known}")
 
 
+def task_of(run: Path) -> str:
+    """What a run trains: `diffusion`, `classifier` or `autoencoder`; ValueError as `newest`, or if it has nothing."""
+    found = newest(run, sums=False)
+    if found is None:
+        raise ValueError(f"{run}: holds no {LAST}")
+    return found.checkpoint["diffuse"]["task"]
+
+
 def is_run(folder: Path) -> bool:
     """Whether a folder holds checkpoints, whole or not."""
     return bool(_checkpoints(folder))

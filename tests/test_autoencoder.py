@@ -18,6 +18,12 @@ from torch.nn.functional import relu
 from diffusion_cli.checkpoint import LAST, load_autoencoder, read
 from diffusion_cli.cli import run
 from diffusion_cli.config import CONF, build
+from diffusion_cli.data import Digits, normalised
+from diffusion_cli.data.memory import MemoryImages
+from diffusion_cli.forms import Picture
+from diffusion_cli.forms.picture import to_bytes
+from diffusion_cli.metrics import FeatureBatch, Reconstructions, Shown, frechet_distance
+from diffusion_cli.metrics.reconstruction import ReconstructionMeasurement
 from diffusion_cli.networks import AutoencoderKL
 from diffusion_cli.pretrained import WEIGHTS, from_diffusers
 from diffusion_cli.reconstruction import Autoencoding, Reconstruction, divergence, gradient_distance
@@ -354,3 +360,112 @@ def test_an_autoencoder_is_no_denoiser_to_sample_from(tmp_path, capsys):
     assert "was trained with task=autoencoder; give a run of task=diffusion" in capsys.readouterr().err
     assert run(["sample", f"output_dir={tmp_path}"]) == 2
     assert "holds no run" in capsys.readouterr().err
+
+
+# --- Evaluation --------------------
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory) -> Path:
+    """A folder of runs with a short autoencoder, `tiny`."""
+    folder = tmp_path_factory.mktemp("runs")
+    train(folder, "max_steps=40", "optimizer.lr=0.005")
+    return folder
+
+
+def evaluate(folder: Path, *words: str) -> int:
+    return run(
+        ["eval", "run=tiny", f"output_dir={folder}", f"cache_dir={folder}/cache", "device=cpu", *words]
+    )
+
+
+@pytest.fixture(scope="module")
+def pixels(runs) -> tuple[Tensor, Tensor]:
+    """All held-out digits, and what the run makes of them, as bytes in float64."""
+    images = Digits("", held_out=0.2, flip=False).load("held_out")
+    originals = images.gather(torch.arange(len(images)))
+    network = load_autoencoder(runs / "tiny", torch.device("cpu")).network
+    return originals.double(), to_bytes(network.reconstruct(normalised(originals))).double()
+
+
+def test_the_peak_signal_to_noise_ratio_is_the_mean_of_each_images_own(runs, pixels, capsys):
+    assert evaluate(runs, "metric=reconstruction", "batch_size=77") == 0
+    originals, made = pixels
+    ratios = 10 * torch.log10(255**2 / (originals - made).square().flatten(1).mean(1))
+    (report,) = json.loads((runs / "tiny" / "metrics.json").read_text())[-1:]
+    (result,) = report["results"]
+    assert result["name"] == "psnr"
+    assert result["value"] == pytest.approx(ratios.mean().item())
+    assert result["details"]["standard_error"] == pytest.approx((ratios.std() / len(ratios) ** 0.5).item())
+    assert result["details"]["images"] == len(originals) == 359
+    assert result["protocol"]["sampling"]["split"] == "held_out"
+    said = capsys.readouterr().out
+    assert "ssim: its window of 11 pixels a side does not fit" in said
+    assert "its reconstructions of 359 images of digits/held_out, ema weights" in said
+    assert list((runs / "tiny" / "pictures").glob("reconstructions-*.png"))
+
+
+def test_the_frechet_distance_is_between_reconstructions_and_their_originals(runs, pixels):
+    assert evaluate(runs, "metric=rfid", "features=classifier", "features.steps=20") == 0
+    (result,) = json.loads((runs / "tiny" / "metrics.json").read_text())[-1]["results"]
+    dataset = Digits("", held_out=0.2, flip=False)
+    node = yaml.safe_load((CONF / "features" / "classifier.yaml").read_text()) | {"steps": 20}
+    features = build(node, dataset, runs / "cache", torch.device("cpu"))
+    seen = [features(part.to(torch.uint8)).features for part in pixels]
+    assert result["name"] == "rfrechet_classifier"
+    moments = [(values.double().mean(0), values.double().T.cov()) for values in seen]
+    (mean, covariance), (other_mean, other_covariance) = moments
+    expected = frechet_distance(mean, covariance, other_mean, other_covariance)
+    assert result["value"] == pytest.approx(expected, rel=1e-3)
+
+
+@pytest.mark.slow
+def test_reconstructions_do_not_depend_on_the_number_of_processes(runs):
+    values = []
+    for count in (1, 2):
+        assert evaluate(runs, "metric=reconstruction", "batch_size=50", f"processes={count}") == 0
+        (result,) = json.loads((runs / "tiny" / "metrics.json").read_text())[-1]["results"]
+        values.append((result["value"], result["protocol"]["sampling"]["pixels_sha256"]))
+    assert values[0] == values[1]
+
+
+def test_bigger_images_have_a_structural_similarity():
+    originals = (255 * torch.rand(4, 1, 16, 16)).to(torch.uint8)
+    images = MemoryImages(originals, None)
+    samples = Reconstructions(small_of(16), images, Picture(), {})
+    measurement = ReconstructionMeasurement(samples)
+    seen = FeatureBatch(torch.empty(4, 0), None)
+    measurement.update(Shown(originals, None, seen))  # as though the autoencoder were perfect
+    found = {finding.name: finding for finding in measurement.findings()}
+    assert found["ssim"].value == pytest.approx(1)
+    assert found["psnr"].value is None
+    assert found["psnr"].notes == ("psnr: 4 images come back exactly, and are not in the mean",)
+
+
+def small_of(size: int) -> AutoencoderKL:
+    return AutoencoderKL((1, size, size), None, **SMALL)
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        (["metric=fid"], "metric=fid: is not of an autoencoder, which tiny is; take reconstruction and rfid"),
+        (["metric=[reconstruction,inversion]"], "metric=inversion: is not of an autoencoder"),
+        (
+            ["metric=[reconstruction,rfid]", "metric.rfid.split=train"],
+            "reconstruction.split=held_out, rfid.split=train",
+        ),
+        (["metric=reconstruction", "num_samples=5"], "num_samples=5: is of samples of a denoiser"),
+        (["metric=reconstruction", "reference.split=held_out"], "leave it out"),
+        (
+            ["metric=reconstruction", "run=null", "samples=there"],
+            "metric=reconstruction: measures what an autoencoder",
+        ),
+        (["metric=rfid", "run=null"], "name a run of task=autoencoder by run="),
+    ],
+)
+def test_what_is_not_measured_of_an_autoencoder_is_refused_in_a_line(runs, capsys, words, line):
+    assert evaluate(runs, *words) == 2
+    said = capsys.readouterr().err
+    assert line in said
+    assert "Traceback" not in said

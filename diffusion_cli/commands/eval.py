@@ -10,20 +10,23 @@ from typing import Any, NamedTuple
 import yaml
 
 from diffusion_cli import __version__
-from diffusion_cli.checkpoint import find_run
+from diffusion_cli.checkpoint import find_run, load_autoencoder, task_of
 from diffusion_cli.commands.outputs import claim, keep_seeds
 from diffusion_cli.commands.sample import samples_folder
 from diffusion_cli.commands.samples import ModelSamples, about, given_samples, run_of
-from diffusion_cli.commands.trained import Trained, open_run
+from diffusion_cli.commands.trained import Trained, dataset_of, open_run
 from diffusion_cli.config import CONF, EvalConfig, build, fingerprint, shown
 from diffusion_cli.data import Dataset, NoDataset, pictured
+from diffusion_cli.data.base import Split
 from diffusion_cli.generate import uncompiled
 from diffusion_cli.guidance import Unguided
 from diffusion_cli.metrics import (
+    DatasetReference,
     FrechetDistance,
     Metric,
     ModelMetric,
     Networks,
+    Reconstructions,
     Reference,
     Report,
     Samples,
@@ -36,6 +39,7 @@ from diffusion_cli.metrics import (
     read_history,
     require,
 )
+from diffusion_cli.networks import AutoencoderKL
 from diffusion_cli.precision import device_of
 from diffusion_cli.ranks import Ranks, work_together
 from diffusion_cli.report import save_rows
@@ -159,6 +163,21 @@ def look_at(config: EvalConfig) -> Scene:
     stats = config.reference.get("stats")
     if stats is not None and not any(isinstance(metric, FrechetDistance) for metric in kinds.values()):
         raise ValueError(f"reference.stats={stats}: serves fid, sfid and fd_dinov2 only; leave it out")
+    splits: dict[str, Split] = {
+        name: metric.split
+        for name, metric in kinds.items()
+        if isinstance(metric, Metric) and metric.split is not None
+    }
+    folder = None
+    if config.samples is None and config.run is not None:
+        folder = find_run(config.run, config.output_dir)
+    if folder is not None and task_of(folder) == AutoencoderKL.task:
+        return _autoencoder_scene(config, folder, kinds, splits)
+    if splits:
+        raise ValueError(
+            f"metric={','.join(splits)}: measures what an autoencoder makes of real images; name a run of "
+            "task=autoencoder by run="
+        )
     if config.samples is None:
         return _model_scene(config, kinds, len(of_model) < len(kinds))
     return _given_scene(config, kinds, of_model)
@@ -196,6 +215,56 @@ def _model_scene(config: EvalConfig, kinds: Kinds, sampled: bool) -> Scene:
         trained, config, config.num_samples or SAMPLES, folder, known.get("network_calls", 0)
     )
     return Scene(trained.folder, dataset, trained, samples, *_judges(config, dataset, kinds))
+
+
+def _autoencoder_scene(config: EvalConfig, folder: Path, kinds: Kinds, splits: dict[str, Split]) -> Scene:
+    """An autoencoder's reconstructions of one split of a dataset, beside that split."""
+    others = [name for name in kinds if name not in splits]
+    if others:
+        raise ValueError(
+            f"metric={','.join(others)}: is not of an autoencoder, which {folder.name} is; take reconstruction and rfid"
+        )
+    if len(set(splits.values())) > 1:
+        raise ValueError(
+            "metric: " + ", ".join(f"{name}.split={split}" for name, split in splits.items())
+            + "; one evaluation is of one split"
+        )  # fmt: skip
+    usual = yaml.safe_load((CONF / "reference" / "dataset.yaml").read_text())
+    wrong = _changed(config, "steps", "seed", "clip_x0", "label", "num_samples", "compile")
+    wrong += [("keep", "true")] if config.keep else []
+    wrong += [("reference", config.reference)] if config.reference != usual else []
+    wrong += [("precision", config.precision)] if config.precision not in ("auto", EXACT) else []
+    for key, value in wrong:
+        raise ValueError(
+            f"{key}={value}: is of samples of a denoiser, and {folder.name} is an autoencoder, whose images are "
+            f"compared with their originals in {EXACT}; leave it out"
+        )
+    device = device_of(config.device)
+    trained = load_autoencoder(folder, device, config.weights, config.step)
+    dataset = (
+        dataset_of(folder, trained, config.data_dir)
+        if config.dataset is None
+        else build(config.dataset, config.data_dir)
+    )
+    if dataset.shape != trained.shape:
+        raise ValueError(
+            f"dataset={dataset.name}: its images are {dataset.shape}, and the autoencoder's {trained.shape}; take the "
+            "dataset that it was trained on"
+        )
+    (split,) = set(splits.values())
+    images = dataset.once(split)
+    if not len(images):
+        raise ValueError(f"metric.{next(iter(splits))}.split={split}: has no images; take the other split")
+    made = {
+        "run": folder.name, "step": trained.step, "ema": trained.config["ema"], "weights": config.weights,
+        "weights_sha256": trained.digest, "split": split, "precision": EXACT,
+    }  # fmt: skip
+    samples = Reconstructions(trained.network, images, dataset.form, made)
+    pictures = pictured(dataset)
+    networks = Networks(config.features, pictures, cache_folder(config.cache_dir), device)
+    reference = DatasetReference(pictures, split=split, stats=None)
+    metrics = {name: metric for name, metric in kinds.items() if isinstance(metric, Metric)}
+    return Scene(folder, dataset, None, samples, networks, reference, metrics, [])
 
 
 def _given_scene(config: EvalConfig, kinds: Kinds, of_model: list[str]) -> Scene:
@@ -281,6 +350,12 @@ def _of_samples(config: EvalConfig, scene: Scene, samples: Samples, environment:
 
 def _described(config: EvalConfig, scene: Scene, samples: Samples) -> str:
     """What the numbers are of, in a line."""
+    if isinstance(samples, Reconstructions):
+        about = samples.protocol()
+        return (
+            f"{about['run']} at step {about['step']}, its reconstructions of {len(samples)} images of "
+            f"{scene.dataset.name}/{about['split']}, {about['weights']} weights"
+        )
     if scene.trained is None or not isinstance(samples, ModelSamples):
         return f"{len(samples)} images of {config.samples}"
     sampler = config.sampler["_target_"].rpartition(".")[2]

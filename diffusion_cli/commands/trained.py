@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from diffusion_cli.capacity import images_that_fit, network_call
-from diffusion_cli.checkpoint import Classifier, Model, find_run, load_classifier, load_model
+from diffusion_cli.checkpoint import Classifier, Model, Origin, find_run, load_classifier, load_model
 from diffusion_cli.config import EditConfig, EvalConfig, SampleConfig, build, check_node, did_you_mean, shown
 from diffusion_cli.data import Dataset
 from diffusion_cli.denoiser import Denoiser, NoisyClassifier
@@ -47,19 +47,7 @@ class Trained:
 
     def dataset(self, data_dir: str) -> Dataset:
         """The dataset that the model was trained on; ValueError if it cannot be built, or the model still grows."""
-        node = self.model.config["dataset"]
-        mistakes = check_node("dataset", node)
-        if mistakes:
-            raise ValueError(
-                f"{self.folder}: was made by another version of diffuse: {'; '.join(mistakes)}; name another run"
-            )
-        dataset: Dataset = build(node, data_dir)
-        if dataset.shape != self.model.shape:
-            raise ValueError(
-                f"run={self.folder}: knows images of size {min(self.model.shape[1:])} at step {self.model.step}, and "
-                f"those of its dataset are of {min(dataset.shape[1:])}; train on, or name a later step="
-            )
-        return dataset
+        return dataset_of(self.folder, self.model, data_dir)
 
     def batch_size(
         self,
@@ -91,6 +79,23 @@ class Trained:
         """Raise ValueError if the sampler cannot sample the model in so many steps."""
         self.sampler.check(self.model.denoiser)
         self.sampler.grid(steps)
+
+
+def dataset_of(folder: Path, trained: Origin, data_dir: str) -> Dataset:
+    """The dataset that a run was trained on; ValueError if it cannot be built, or the model still grows."""
+    node = trained.config["dataset"]
+    mistakes = check_node("dataset", node)
+    if mistakes:
+        raise ValueError(
+            f"{folder}: was made by another version of diffuse: {'; '.join(mistakes)}; name another run"
+        )
+    dataset: Dataset = build(node, data_dir)
+    if dataset.shape != trained.shape:
+        raise ValueError(
+            f"run={folder}: knows images of size {min(trained.shape[1:])} at step {trained.step}, and those of its "
+            f"dataset are of {min(dataset.shape[1:])}; train on, or name a later step="
+        )
+    return dataset
 
 
 def open_run(config: SampleConfig | EvalConfig | EditConfig) -> Trained:

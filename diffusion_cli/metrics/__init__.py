@@ -35,6 +35,11 @@ from diffusion_cli.metrics.protocol import (
     read_history,
     unlike,
 )
+from diffusion_cli.metrics.reconstruction import (
+    Reconstruction,
+    ReconstructionFrechetDistance,
+    Reconstructions,
+)
 from diffusion_cli.metrics.reference import DatasetReference, GivenReference, RealImages, Reference
 from diffusion_cli.metrics.rows import GrowingRows, Rows
 from diffusion_cli.metrics.samples import GivenSamples, Samples
@@ -73,6 +78,9 @@ __all__ = [
     "Networks",
     "PrecisionRecall",
     "RealImages",
+    "Reconstruction",
+    "ReconstructionFrechetDistance",
+    "Reconstructions",
     "Reference",
     "Report",
     "Result",

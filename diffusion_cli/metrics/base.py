@@ -11,6 +11,7 @@ from torch import Tensor
 
 from diffusion_cli.checkpoint import Model
 from diffusion_cli.data import Dataset, Images
+from diffusion_cli.data.base import Split
 from diffusion_cli.metrics.features import FeatureBatch, Features
 from diffusion_cli.metrics.networks import Networks
 from diffusion_cli.metrics.reference import RealImages
@@ -97,6 +98,8 @@ class Metric(ABC):
 
     keeps_rows: bool = False
     """Whether it asks for the features of all images, samples and real ones."""
+    split: Split | None = None
+    """Of real images, where it looks at an autoencoder's reconstructions of them, and at no other samples."""
 
     def network(self, networks: Networks) -> Features:
         """The network that it looks through: the evaluation's own, unless a metric is defined on another."""

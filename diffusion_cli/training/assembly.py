@@ -198,7 +198,7 @@ def _evaluation(
     """What measures samples on the way; ValueError where that cannot be done."""
     metrics = {name: build(node) for name, node in config.metric.items()}
     for name, metric in metrics.items():
-        if not isinstance(metric, Metric):
+        if not isinstance(metric, Metric) or metric.split is not None:
             raise ValueError(
                 f"metric={name}: measures no samples; on the way there are the metrics of samples only"
             )

@@ -53,7 +53,7 @@ def array() -> bytes:
 
 def read_image(data: bytes) -> None:
     """Decode a file."""
-    Decoder(8, 3, "white")(data)
+    Decoder((3, 8, 8), "white", True)(data)
 
 
 def read_zip(data: bytes) -> None:
@@ -61,9 +61,8 @@ def read_zip(data: bytes) -> None:
     path = PLACE / "x.zip"
     path.write_bytes(data)
     Folder(
-        "", path=str(path), resolution=8, channels=3, range=None, labels="auto",
-        background="white", flip=False, held_out=0.0,
-        in_memory=True, num_workers=0,
+        "", path=str(path), resolution=8, channels=3, range=None, depth="auto", labels="auto", background="white",
+        flip=False, held_out=0.0, in_memory=True, num_workers=0,
     ).load("train")  # fmt: skip
 
 
@@ -71,7 +70,7 @@ def read_npy(data: bytes) -> None:
     """Load a NumPy file as a dataset."""
     path = PLACE / ("x.npz" if data[:2] == b"PK" else "x.npy")
     path.write_bytes(data)
-    dataset = Array("", path=str(path), flip=False, held_out=0.0, in_memory=None)
+    dataset = Array("", path=str(path), range=None, flip=False, held_out=0.0, in_memory=None)
     dataset.load("train").gather(torch.tensor([0]))
 
 

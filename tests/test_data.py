@@ -284,8 +284,9 @@ def folder(path: Path, **changes) -> Folder:
     arguments = {
         "resolution": 8,
         "channels": 3,
-        "labels": "auto",
         "range": None,
+        "depth": "auto",
+        "labels": "auto",
         "background": "white",
         "flip": False,
         "held_out": 0.0,
@@ -361,13 +362,13 @@ def test_transparency_lies_on_the_background(tmp_path, background, beneath):
 def test_sixteen_bit_gray_keeps_its_range(tmp_path, suffix):
     values = np.linspace(0, 65535, 64).round().astype(np.uint16).reshape(8, 8)
     save(tmp_path / f"x.{suffix}", values)
-    np.testing.assert_array_equal(pixels_of(tmp_path, channels=1)[0], np.rint(values / 257))
+    np.testing.assert_array_equal(pixels_of(tmp_path, channels=1, depth=8)[0], np.rint(values / 257))
 
 
 def test_floating_point_pixels_are_refused_by_name(tmp_path):
     save(tmp_path / "x.tif", np.zeros((8, 8), np.float32))
     with pytest.raises(ValueError, match=r"x\.tif.*floating-point"):
-        pixels_of(tmp_path)
+        pixels_of(tmp_path, depth=8)
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
@@ -409,7 +410,7 @@ def test_a_large_photo_is_within_a_gray_value_of_resizing_all_of_it(tmp_path, si
 def test_a_jpeg_far_larger_than_wanted_keeps_to_its_edges(tmp_path, side, resolution):
     gray = np.full((side, side, 3), 90, np.uint8)
     path = save(tmp_path / "x.jpg", gray, quality=95)
-    pixels = Decoder(resolution, 3, "white")(path.read_bytes())
+    pixels = Decoder((3, resolution, resolution), "white", False)(path.read_bytes())
     assert np.abs(pixels.astype(int) - 90).max() <= 2
 
 
@@ -687,7 +688,10 @@ def test_an_empty_split_must_be_asked_for(tmp_path):
 
 
 def array(path: Path, **changes) -> Array:
-    return Array("", **({"path": str(path), "flip": False, "held_out": 0.0, "in_memory": True} | changes))
+    return Array(
+        "",
+        **({"path": str(path), "range": None, "flip": False, "held_out": 0.0, "in_memory": True} | changes),
+    )
 
 
 @pytest.mark.parametrize("in_memory", [True, False])
@@ -737,7 +741,7 @@ def test_arrays_that_are_no_images_are_refused(tmp_path):
         return str(caught.value)
 
     assert "float64" in refusal(images=images / 255)
-    assert "(4, 8, 8, 2)" in refusal(images=images[..., :2])
+    assert "(4, 8, 8, 8)" in refusal(images=np.zeros((4, 8, 8, 8), np.uint8))
     assert "(4, 8)" in refusal(images=images[:, :, 0, 0])
     assert "no image" in refusal(images=images[:0])
     assert "pictures" in refusal(pictures=images)

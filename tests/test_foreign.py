@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tifffile
 import torch
 import yaml
 from hypothesis import HealthCheck, given, settings
@@ -31,8 +32,11 @@ from diffusion_cli.commands.inputs import read_input
 from diffusion_cli.commands.outputs import parsed
 from diffusion_cli.config import Mistakes, check_built, check_node, check_stored, load
 from diffusion_cli.data import Array, Folder, given_images
-from diffusion_cli.data.decoding import Decoder
+from diffusion_cli.data.decoding import Decoder, form_of_files
+from diffusion_cli.forms import Dicom, Picture
+from diffusion_cli.forms.dicom import read_scan
 from diffusion_cli.forms.files import opened
+from diffusion_cli.forms.numbers import depth_of, read_numbers
 from diffusion_cli.metrics import Report, Result, history_table, read_history
 from diffusion_cli.networks import UNet
 from diffusion_cli.report import read_images
@@ -110,15 +114,14 @@ def loaded(folder: Path) -> None:
 
 def folder(path: Path, **changes: Any) -> Folder:
     arguments = {
-        "resolution": 8, "channels": 3, "range": None, "labels": "auto",
-        "background": "white", "flip": False, "held_out": 0.0,
-        "in_memory": True, "num_workers": 0,
+        "resolution": 8, "channels": 3, "range": None, "depth": "auto", "labels": "auto", "background": "white",
+        "flip": False, "held_out": 0.0, "in_memory": True, "num_workers": 0,
     }  # fmt: skip
     return Folder("", path=str(path), **(arguments | changes))
 
 
 def array(path: Path) -> None:
-    dataset = Array("", path=str(path), flip=False, held_out=0.0, in_memory=None)
+    dataset = Array("", path=str(path), range=None, flip=False, held_out=0.0, in_memory=None)
     dataset.load("train").gather(torch.tensor([0]))
 
 
@@ -246,7 +249,7 @@ def png(width: int, height: int, *chunks: tuple[bytes, bytes]) -> bytes:
     ids=["huge", "large", "empty", "text", "profile", "cut png", "cut jpeg", "tiff", "float", "lab"],
 )  # fmt: skip
 def test_a_bad_image_is_one_line_of_ours(data):
-    assert clean(Decoder(8, 1, "white"), data)
+    assert clean(Decoder((1, 8, 8), "white", True), data)
 
 
 def test_only_the_first_frame_of_many_is_read():
@@ -290,7 +293,7 @@ def test_what_is_no_regular_file_is_not_waited_for(tmp_path, kind):
         path.symlink_to({"device": "/dev/zero", "dangling": "nowhere", "loop": path}[kind])
     assert clean(folder(tmp_path).load, "train")
     assert clean(given_images, tmp_path, "samples")
-    assert clean(read_input, str(path), [(3, 8, 8)], False, None)
+    assert clean(read_input, str(path), [(3, 8, 8)], False, None, Picture())
     assert clean(read_images, [path])
     assert clean(foreign.read_json, path)
     assert clean(read, path)
@@ -658,7 +661,48 @@ IMAGES = [
 @FUZZ
 @given(mutated(IMAGES), st.booleans(), st.sampled_from([1, 3]))
 def test_mutated_images(data, fix, channels):
-    clean(Decoder(8, channels, "white"), with_sums(data) if fix else data)
+    clean(Decoder((channels, 8, 8), "white", True), with_sums(data) if fix else data)
+
+
+def tiff(numbers: np.ndarray, **options: Any) -> bytes:
+    buffer = io.BytesIO()
+    tifffile.imwrite(buffer, numbers, **options)
+    return buffer.getvalue()
+
+
+def scan() -> bytes:
+    buffer = io.BytesIO()
+    numbers = np.arange(64, dtype=np.int16).reshape(1, 8, 8)
+    SCAN.write(SCAN.from_numbers(numbers), buffer)  # pyright: ignore[reportArgumentType]  # pydicom takes both
+    return buffer.getvalue()
+
+
+SCAN = Dicom("int16", 16, 1.0, 0.0, [-100.0], [100.0])
+DEEP = [
+    tiff(np.arange(64, dtype=np.uint16).reshape(8, 8)),
+    tiff(np.arange(192, dtype=np.float32).reshape(8, 8, 3), photometric="rgb"),
+    tiff(np.arange(320, dtype=np.int16).reshape(5, 8, 8), photometric="minisblack", compression="zlib"),
+    tiff(np.zeros((32, 32), np.uint16), tile=(16, 16), bigtiff=True),
+    png(8, 8, (b"IDAT", zlib.compress(bytes(8 * 49)))).replace(b"\x08\x02\0\0\0", b"\x10\x02\0\0\0"),
+    *IMAGES[-3:],
+]
+
+
+@FUZZ
+@given(mutated(DEEP), st.booleans(), st.sampled_from([1, 3]))
+def test_mutated_deep_images(data, fix, channels):
+    data = with_sums(data) if fix else data
+    clean(depth_of, data)
+    clean(read_numbers, data)
+    clean(form_of_files, data, channels, [0, 100], "auto")
+
+
+@FUZZ
+@given(mutated([scan()]))
+def test_mutated_scans(data):
+    clean(read_scan, data)
+    clean(SCAN.decode, data)
+    clean(form_of_files, data, 1, "window", "auto")
 
 
 @pytest.fixture(scope="session")

@@ -139,7 +139,7 @@ def _inputs(config: EditConfig, trained: Trained, edit: Edit) -> list[Input]:
         given = real_images(trained.dataset(config.data_dir), config.input, config.num_images)
     else:
         assert config.input is not None
-        given = read_input(config.input, edit.accepts(), config.fit, config.num_images)
+        given = read_input(config.input, edit.accepts(), config.fit, config.num_images, trained.model.form)
     if not given or len(given) % edit.inputs_each:
         raise ValueError(
             f"input: there are {len(given)} images, and this edit takes {edit.inputs_each} at a time"

@@ -12,9 +12,9 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from diffusion_cli.config import Mistakes
-from diffusion_cli.data import Dataset, file_names, image_files, spread, stored
+from diffusion_cli.data import Dataset, file_names, fitted, sample_files, spread, stored
 from diffusion_cli.foreign import read, reason
-from diffusion_cli.forms import Shape
+from diffusion_cli.forms import Form, Ranged, Shape
 from diffusion_cli.forms.files import flattened, is_gray, opened
 
 MOST_LINES = 10
@@ -43,8 +43,10 @@ def real_images(dataset: Dataset, split: str, count: int | None) -> list[Input]:
     return [Input(f"{split}_{row:05d}", image) for row, image in zip(rows.tolist(), pixels, strict=True)]
 
 
-def read_input(given: str | list[str], shapes: list[Shape], fit: bool, count: int | None) -> list[Input]:
-    """The images of a file, a folder or a list of files; Mistakes naming all that do not have one of the shapes.
+def read_input(
+    given: str | list[str], shapes: list[Shape], fit: bool, count: int | None, form: Form
+) -> list[Input]:
+    """The images of a file, a folder or a list of files; Mistakes naming all that are not of a form and of the shapes.
 
     With `fit` those are cropped around the centre, resized and converted to the first of the shapes.
     """
@@ -52,7 +54,7 @@ def read_input(given: str | list[str], shapes: list[Shape], fit: bool, count: in
     if len(files) == 1 and files[0].is_dir():
         folder = files[0]
         try:
-            names = image_files(folder, _but_results(file_names(folder, "input")), "input")
+            names = sample_files(folder, _but_results(file_names(folder, "input")), form, "input")
         except ValueError as error:
             raise Mistakes(str(error)) from error
         if (
@@ -68,7 +70,7 @@ def read_input(given: str | list[str], shapes: list[Shape], fit: bool, count: in
     lines: list[str] = []
     for file, name in zip(files, labels, strict=True):
         try:
-            pixels = _pixels(file, shapes, fit)
+            pixels = _pixels(file, shapes, fit, form)
         except (ValueError, OSError) as error:
             lines.append(f"input={file}: {reason(error)}")
         else:
@@ -93,18 +95,34 @@ def read_mask(path: str) -> Tensor:
         ) from error
 
 
-def _pixels(file: Path, shapes: list[Shape], fit: bool) -> Tensor:
+def _pixels(file: Path, shapes: list[Shape], fit: bool, form: Form) -> Tensor:
     if not file.is_file():
         raise ValueError("is no file; give an image, a folder or a list of images")
-    image = opened(read(file))
+    data = read(file)
+    if not isinstance(form, Ranged):
+        return _bytes(data, shapes, fit)
+    sample = form.decode(data)
+    if tuple(sample.shape) in shapes:
+        return sample
+    _refuse(tuple(sample.shape), shapes, fit and len(sample) == shapes[0][0], "crop and resize it")
+    return fitted(sample, form, shapes[0])
+
+
+def _refuse(shape: Shape, shapes: list[Shape], fit: bool, remedy: str) -> None:
+    """Raise ValueError about an image of another shape than those that are wanted, unless it can be made to `fit`."""
+    if not fit:
+        wanted = " or ".join(map(described, shapes))
+        raise ValueError(
+            f"is {described(shape)}, and wanted is {wanted}; convert it, or set fit=true to {remedy}"
+        )
+
+
+def _bytes(data: bytes, shapes: list[Shape], fit: bool) -> Tensor:
+    image = opened(data)
     channels = 1 if is_gray(image) else 3
     shape = (channels, image.height, image.width)
     if shape not in shapes:
-        if not fit:
-            raise ValueError(
-                f"is {described(shape)}, and wanted is {' or '.join(map(described, shapes))}; "
-                "convert it, or set fit=true to crop, resize and convert it"
-            )
+        _refuse(shape, shapes, fit, "crop, resize and convert it")
         channels, height, width = shapes[0]
         image = ImageOps.fit(flattened(image, channels, "white"), (width, height), Image.Resampling.LANCZOS)
     pixels = torch.from_numpy(np.array(flattened(image, channels, "white")))

@@ -3,11 +3,11 @@
 from diffusion_cli.data.array import Array
 from diffusion_cli.data.base import Dataset, Images, NoDataset, PixelDigest, spread
 from diffusion_cli.data.batches import Batch, Batches, UnreadableError, normalised
-from diffusion_cli.data.decoding import Exact
+from diffusion_cli.data.decoding import Exact, fitted
 from diffusion_cli.data.digits import Digits
-from diffusion_cli.data.folder import Folder, file_names, image_files
+from diffusion_cli.data.folder import Folder, file_names
 from diffusion_cli.data.gaussian_mixture import GaussianMixture
-from diffusion_cli.data.given import Given, given_images, is_sample, relabelled
+from diffusion_cli.data.given import Given, given_images, is_sample, relabelled, sample_files
 from diffusion_cli.data.memory import hold
 from diffusion_cli.data.packing import Pack
 from diffusion_cli.data.pictured import PicturedImages, pictured, stored
@@ -38,14 +38,15 @@ __all__ = [
     "Stages",
     "UnreadableError",
     "file_names",
+    "fitted",
     "given_images",
     "hold",
-    "image_files",
     "is_sample",
     "normalised",
     "pictured",
     "reduced",
     "relabelled",
+    "sample_files",
     "spread",
     "stored",
 ]

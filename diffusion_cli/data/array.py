@@ -14,23 +14,24 @@ from torch import Tensor
 
 from diffusion_cli.data.base import Dataset, Images, Split, shuffled_mask, split_rows
 from diffusion_cli.data.memory import MemoryImages, fits_in_memory, free_memory
-from diffusion_cli.foreign import Archive, reason, regular
-from diffusion_cli.forms import Shape
+from diffusion_cli.foreign import Archive, from_json, reason, regular
+from diffusion_cli.forms import Form, Picture, Range, Ranged, Shape, form_of, image_form
 
 IMAGE_KEYS = ("images", "arr_0", "x")
 LABEL_KEYS = ("labels", "arr_1", "y")
-CLASS_NAMES, MARKS = "class_names", "held_out"
+CLASS_NAMES, MARKS, FORM = "class_names", "held_out", "form"
 HELD_OUT = 0.1  # fraction, where nothing else is said
 MOST_CLASSES = 10**6
 
 
 class Array(Dataset):
-    """A .npy or .npz file of uint8 images [N, H, W], [N, H, W, C] or [N, C, H, W] with 1 or 3 channels.
+    """A .npy or .npz file of images [N, H, W], [N, H, W, C] or [N, C, H, W], uint8, uint16, int16 or float32.
 
-    Where the shape allows both, channels are last. A .npz holds the images as `images`, `arr_0` or `x`, and
-    maybe their classes 0..K - 1 as `labels`, `arr_1` or `y` (integers [N]), what these are called as `class_names`
-    (texts [K]), and which images are held out as `held_out` (bool [N]), which count where the argument `held_out` is
-    None. Pickled objects are refused.
+    Of 1 or 3 channels, which are last where the shape allows both; else of the fewest of the two lengths. A .npz holds
+    the images as `images`, `arr_0` or `x`, and maybe their classes 0..K - 1 as `labels`, `arr_1` or `y`
+    (integers [N]), what these are called as `class_names` (texts [K]), which images are held out as `held_out`
+    (bool [N]), which count where the argument `held_out` is None, and what their numbers mean as `form` (a text of
+    JSON), which counts where `range` is None. Pickled objects are refused.
 
     Raises FileNotFoundError or ValueError, before pixels are read, if the file is missing or is not this.
     """
@@ -40,6 +41,7 @@ class Array(Dataset):
         data_dir: str,
         *,
         path: str,
+        range: Range | list[Range] | None,
         flip: bool,
         held_out: Annotated[float, Field(ge=0, lt=1)] | None,
         in_memory: bool | None,
@@ -52,7 +54,10 @@ class Array(Dataset):
             raise FileNotFoundError(f"dataset.path={path}: no such file; give a .npy or .npz file of images")
         try:
             self.contents = read_contents(self.path)
+            self.form = form_of_array(self.contents, range)
         except Exception as error:  # damaged files fail in many ways in the parsers of ZIP and NumPy headers
+            if str(error).startswith("dataset."):
+                raise
             raise ValueError(f"dataset.path={path}: {reason(error)}") from error
         if self.contents.compressed and in_memory is False:
             raise ValueError(
@@ -73,7 +78,9 @@ class Array(Dataset):
         images = self._rows(split)
         in_memory = self.in_memory
         if in_memory is None:
-            in_memory = fits_in_memory(len(images) * int(np.prod(self.shape)))
+            in_memory = fits_in_memory(
+                len(images) * int(np.prod(self.shape)) * (1 if isinstance(self.form, Picture) else 4)
+            )
         return MemoryImages(images.gather(torch.arange(len(images))), images.labels) if in_memory else images
 
     def once(self, split: Split) -> Images:
@@ -81,7 +88,8 @@ class Array(Dataset):
         return self.load(split) if self.contents.compressed else self._rows(split)
 
     def _rows(self, split: Split) -> "ArrayImages":
-        return ArrayImages(self.path, self.contents, split_rows(self.is_held_out, self.held_out, split))
+        rows = split_rows(self.is_held_out, self.held_out, split)
+        return ArrayImages(self.path, self.contents, self.form, rows)
 
 
 class Contents(NamedTuple):
@@ -91,6 +99,7 @@ class Contents(NamedTuple):
     """What the images of a .npz are called."""
     compressed: bool
     """Whether these cannot be mapped from disk."""
+    dtype: str
     number: int
     layout: str
     """The order of the images' axes."""
@@ -98,13 +107,22 @@ class Contents(NamedTuple):
     labels: Tensor | None
     class_names: tuple[str, ...] | None
     held_out: np.ndarray | None
+    form: Form | None
+    """What is noted of it."""
+
+
+def form_of_array(contents: Contents, given: Range | list[Range] | None) -> Form:
+    """The form of its images, by their range or by what is noted; ValueError where they have none."""
+    if given is None and contents.form is not None:
+        return contents.form
+    return image_form(contents.dtype, contents.shape[0], given)
 
 
 class ArrayImages(Images):
     """Some rows of a NumPy file; a .npy stays on disk, mapped into memory by each process for itself."""
 
-    def __init__(self, path: Path, contents: Contents, rows: Tensor) -> None:
-        self.path, self.key, self.layout = path, contents.key, contents.layout
+    def __init__(self, path: Path, contents: Contents, form: Form, rows: Tensor) -> None:
+        self.path, self.key, self.layout, self.form = path, contents.key, contents.layout, form
         self.shape = contents.shape
         self.rows = rows
         self.labels = None if contents.labels is None else contents.labels[rows]
@@ -120,10 +138,17 @@ class ArrayImages(Images):
         if self._array is None:
             self._array = opened_array(self.path, self.key)
         # Whole images first, as they lie, and then their axes: four times as fast as both at once.
-        pixels = torch.from_numpy(np.ascontiguousarray(self._array[self.rows[index].numpy()]))
-        if self.layout == "NHW":
-            return pixels[:, None]
-        return pixels.permute(0, 3, 1, 2).contiguous() if self.layout == "NHWC" else pixels
+        pixels = np.ascontiguousarray(self._array[self.rows[index].numpy()])
+        if self.layout != "NCHW":
+            pixels = pixels[:, None] if self.layout == "NHW" else pixels.transpose(0, 3, 1, 2)
+        if not isinstance(self.form, Ranged):
+            return torch.from_numpy(pixels).contiguous()
+        try:
+            return self.form.from_numbers(pixels)
+        except ValueError as error:
+            raise ValueError(
+                f"{self.path}: one of the rows {self.rows[index].tolist()[:9]} {error}"
+            ) from error
 
 
 class Header(NamedTuple):
@@ -226,21 +251,25 @@ def _parsed(file: IO[bytes], size: int, kinds: str | None = "biuf") -> Header:
 def read_contents(path: Path) -> Contents:
     """What a .npy or .npz file of images holds; ValueError, or an error of the parsers, if it is none."""
     if path.suffix != ".npz":
-        return Contents(None, False, *read_layout(path, None), labels=None, class_names=None, held_out=None)
+        return Contents(
+            None, False, *read_layout(path, None), labels=None, class_names=None, held_out=None, form=None
+        )
     with Archive(path) as archive:
         entries = {name.removesuffix(".npy"): entry for name, entry in archive.entries.items()}
         names = _texts(archive) if CLASS_NAMES in entries else None
+        form = _noted(archive) if FORM in entries else None
     key = next((key for key in IMAGE_KEYS if key in entries), None)
     if key is None:
         held = ", ".join([*entries][:10])
         raise ValueError(f"holds {held}; images must be called one of {', '.join(IMAGE_KEYS)}")
-    count, layout, shape = read_layout(path, key)
+    dtype, count, layout, shape = read_layout(path, key)
     labels_key = next((key for key in LABEL_KEYS if key in entries), None)
     labels = None if labels_key is None else read_labels(path, labels_key)
     return Contents(
-        key, entries[key].compress_type != ZIP_STORED, count, layout, shape, labels,
+        key, entries[key].compress_type != ZIP_STORED, dtype, count, layout, shape, labels,
         None if labels is None else class_names(labels, count, names),
         read_marks(path, count) if MARKS in entries else None,
+        form if isinstance(form, Ranged) and form.dtype == dtype else None,
     )  # fmt: skip
 
 
@@ -272,23 +301,44 @@ def _texts(archive: Archive) -> list[str] | None:
     return np.frombuffer(archive.read(name), header.dtype, math.prod(header.shape), header.start).tolist()
 
 
-def read_layout(path: Path, key: str | None) -> tuple[int, str, Shape]:
-    """Number, order of axes, and shape [C, H, W] of the images, from the header of their array."""
+def _noted(archive: Archive) -> Form | None:
+    """The form that a packed file names, or None where something else is called so."""
+    name = f"{FORM}.npy"
+    with archive.open(name) as file:
+        header = _parsed(file, archive.entries[name].file_size, None)
+    if header.dtype.kind != "U" or header.shape != ():
+        return None
+    about = from_json(str(np.frombuffer(archive.read(name), header.dtype, 1, header.start)[0]).encode())
+    return form_of(about) if isinstance(about, dict) else None
+
+
+def read_layout(path: Path, key: str | None) -> tuple[str, int, str, Shape]:
+    """Type, number, order of axes, and shape [C, H, W] of the images, from the header of their array."""
     shape, dtype, *_ = read_header(path, key)
-    if dtype != np.uint8:
-        raise ValueError(f"holds {dtype}; images must be uint8 in 0..255")
-    match shape:
-        case sizes if 0 in sizes:
-            raise ValueError("holds no image")
-        case (count, height, width):
-            return count, "NHW", (1, height, width)
-        case (count, height, width, (1 | 3) as channels):
-            return count, "NHWC", (channels, height, width)
-        case (count, (1 | 3) as channels, height, width):
-            return count, "NCHW", (channels, height, width)
-    raise ValueError(
-        f"has shape {shape}; images must be [N, H, W], [N, H, W, C] or [N, C, H, W] with C 1 or 3"
-    )
+    if 0 in shape:
+        raise ValueError("holds no image")
+    if len(shape) == 3:
+        count, height, width = shape
+        return dtype.name, count, "NHW", (1, height, width)
+    order = channel_order(shape[1:])
+    if order is None:
+        raise ValueError(
+            f"has shape {shape}; images must be [N, H, W], [N, H, W, C] or [N, C, H, W], C 1, 3 or less than H and W"
+        )
+    count, channels, height, width = shape if order == "NCHW" else (shape[0], shape[3], *shape[1:3])
+    return dtype.name, count, order, (channels, height, width)
+
+
+def channel_order(sizes: Shape) -> Literal["NHWC", "NCHW"] | None:
+    """Where the channels of images of three sizes are, or None where that cannot be told."""
+    if len(sizes) != 3:
+        return None
+    first, _, last = sizes
+    if 1 in (first, last) or 3 in (first, last):
+        return "NHWC" if last in (1, 3) else "NCHW"
+    if first == last:
+        return None
+    return "NHWC" if last < first else "NCHW"
 
 
 def class_names(labels: Tensor, count: int, names: list[str] | None) -> tuple[str, ...]:

@@ -1,4 +1,4 @@
-"""An image file of any kind becomes bytes [C, R, R], a volume float32 [C, D, H, W]."""
+"""An image file of any kind becomes an image of one shape, a volume float32 [C, D, H, W]."""
 
 import math
 from typing import Literal, NamedTuple, Protocol
@@ -8,11 +8,13 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from diffusion_cli.forms import Form, Picture, Shape, Volume
-from diffusion_cli.forms.files import flattened, parsed, upright
+from diffusion_cli.forms import Form, Picture, Range, Ranged, Shape, Volume, image_form
+from diffusion_cli.forms.dicom import dicom_form, is_dicom
+from diffusion_cli.forms.files import flattened, is_turned, parsed, upright
+from diffusion_cli.forms.numbers import depth_of
 from diffusion_cli.forms.volume import read_volume
 
-SPARE = 2  # times the resolution, from which the Lanczos filter takes what it needs
+SPARE = 2  # times the size, from which the Lanczos filter takes what it needs
 
 
 class FileDecoder(Protocol):
@@ -32,25 +34,21 @@ class FileDecoder(Protocol):
 
 
 class Decoder(NamedTuple):
-    """Decodes PNG, JPEG, WebP and TIFF to uint8 [channels, resolution, resolution].
+    """Decodes PNG, JPEG, WebP and TIFF to uint8 of a `shape`, 1 or 3 channels, height and width.
 
     In this order: EXIF orientation applied; 16-bit gray v becomes round(v / 257); transparency laid on
-    `background`; gray (ITU-R 601 luma) or RGB; the largest centred square, resized by an antialiased Lanczos
-    filter, which is resizing the short side and cropping the centre. A square of the right size is untouched.
+    `background`; gray (ITU-R 601 luma) or RGB; the largest centred part of the shape's aspect, resized by an
+    antialiased Lanczos filter: of a square, that is resizing the short side and cropping the centre. An image of the
+    right size is untouched. Deeper files than of 8 bits are refused but with `reduced`.
 
-    A JPEG of at least 2 SPARE times the resolution is decoded at 1/2, 1/4 or 1/8 of its size, to no less than SPARE
-    times the resolution, and resized from there: in a half to a quarter of the time, and of photographs within one
+    A JPEG of at least 2 SPARE times the size is decoded at 1/2, 1/4 or 1/8 of its own, to no less than SPARE
+    times the size, and resized from there: in a half to a quarter of the time, and of photographs within one
     gray value of 255 on average, less than from one good filter to another.
     """
 
-    resolution: int
-    channels: int
+    shape: tuple[int, int, int]
     background: Literal["white", "black"]
-
-    @property
-    def shape(self) -> tuple[int, int, int]:
-        """Channels, height and width of what it returns."""
-        return self.channels, self.resolution, self.resolution
+    reduced: bool
 
     @property
     def dtype(self) -> np.dtype:
@@ -59,29 +57,107 @@ class Decoder(NamedTuple):
 
     def __call__(self, data: bytes) -> np.ndarray:
         """Raises ValueError if the file cannot be decoded faithfully."""
+        if not self.reduced and (depth := depth_of(data)) != "uint8":
+            raise ValueError(
+                f"holds {depth}, and the first file bytes; separate them, or set dataset.depth=8"
+            )
+        channels, *wanted = self.shape
         image = parsed(data)
-        size = image.size
-        drafted = image.draft(None, (SPARE * self.resolution, SPARE * self.resolution))
+        size, target = image.size, wanted if is_turned(image) else wanted[::-1]
+        drafted = image.draft(None, (SPARE * target[0], SPARE * target[1]))
         if drafted is None or image.size == size:
-            image = self._resized(self._flattened(upright(image)), size=None)
+            image = _resized(self._flattened(upright(image)), wanted)
         else:  # turned at the end: where no eighth of the size is whole, the right and the lower edge reach too far
             _, (_, _, width, _) = drafted  # of the file's image, in pixels of this one
-            image = upright(self._resized(self._flattened(image), size, size[0] / width))
-        return np.asarray(image).reshape(self.resolution, self.resolution, self.channels).transpose(2, 0, 1)
+            image = upright(_resized(self._flattened(image), target[::-1], size, size[0] / width))
+        return np.asarray(image).reshape(*wanted, channels).transpose(2, 0, 1)
 
     def _flattened(self, image: Image.Image) -> Image.Image:
-        return flattened(image, self.channels, self.background)
+        return flattened(image, self.shape[0], self.background)
 
-    def _resized(self, image: Image.Image, size: tuple[int, int] | None, scale: float = 1.0) -> Image.Image:
-        """The centred square of an image that may be smaller, by `scale`, than what has a `size` in the file."""
-        width, height = size or image.size
-        side = min(width, height)
-        left, top = (width - side) // 2, (height - side) // 2
-        square = (left, top, left + side, top + side)
-        if side == self.resolution:
-            return image.crop(square)
-        box = (left / scale, top / scale, (left + side) / scale, (top + side) / scale)
-        return image.resize((self.resolution, self.resolution), Image.Resampling.LANCZOS, box=box)
+
+def _resized(
+    image: Image.Image, wanted: list[int], size: tuple[int, int] | None = None, scale: float = 1.0
+) -> Image.Image:
+    """The centred part of an image that may be smaller, by `scale`, than what has a `size` in the file.
+
+    It has the aspect of the height and width that are wanted, and is resized to these.
+    """
+    (width, height), (rows, columns) = size or image.size, wanted
+    across = min(width, max(1, height * columns // rows))
+    down = min(height, max(1, width * rows // columns))
+    left, top = (width - across) // 2, (height - down) // 2
+    part = (left, top, left + across, top + down)
+    if (across, down) == (columns, rows):
+        return image.crop(part)
+    box = (part[0] / scale, part[1] / scale, part[2] / scale, part[3] / scale)
+    return image.resize((columns, rows), Image.Resampling.LANCZOS, box=box)
+
+
+class DeepDecoder(NamedTuple):
+    """Decodes files of a form of numbers to float32 of a shape in [-1, 1], cropped and resized as by `Decoder`."""
+
+    form: Ranged
+    shape: Shape
+
+    @property
+    def dtype(self) -> np.dtype:
+        """Real numbers."""
+        return np.dtype(np.float32)
+
+    def __call__(self, data: bytes) -> np.ndarray:
+        """Raises ValueError as `Ranged.decode`, and for another number of channels."""
+        sample = self.form.decode(data)
+        if len(sample) != self.shape[0]:
+            raise ValueError(f"has {len(sample)} channels, not {self.shape[0]}")
+        return fitted(sample, self.form, self.shape).numpy()
+
+
+def fitted(sample: Tensor, form: Ranged, shape: Shape) -> Tensor:
+    """An image [C, h, w] of a form with the height and width of a shape, as stored; itself where it has them."""
+    _, *wanted = shape
+    if list(sample.shape[1:]) == wanted:
+        return sample
+    channels = [_resized(Image.fromarray(channel), wanted) for channel in sample.numpy()]
+    return form.stored(torch.from_numpy(np.stack([np.asarray(channel) for channel in channels])))
+
+
+def form_of_files(
+    first: bytes,
+    channels: int,
+    given: Range | list[Range] | Literal["window"] | None,
+    depth: Literal["auto", 8],
+) -> Form:
+    """The form of images like the first one; ValueError, about what was asked for or about the file, if it has none.
+
+    A file that cannot be read passes for one of bytes: what is wrong is told with what is wrong with the others.
+    """
+    if depth == 8:
+        if given is not None or channels not in (1, 3):
+            raise ValueError(
+                "dataset.depth=8: is for gray or colour images, and without dataset.range; leave one out"
+            )
+        return Picture()
+    if is_dicom(first):
+        if channels != 1:
+            raise ValueError(f"dataset.channels={channels}: DICOM images are gray; set dataset.channels=1")
+        return dicom_form(first, given)
+    if given == "window":
+        raise ValueError("dataset.range=window: is of DICOM files; give [low,high]")
+    form = image_form(depth_of(first), channels, given)
+    found = _channels(form, first) if isinstance(form, Ranged) else None
+    if found not in (None, channels):
+        raise ValueError(
+            f"dataset.channels={channels}: the images have {found}; set dataset.channels={found}"
+        )
+    return form
+
+
+def _channels(form: Ranged, data: bytes) -> int | None:
+    try:
+        return len(form.decode(data))
+    except ValueError:
+        return None
 
 
 class VolumeDecoder(NamedTuple):

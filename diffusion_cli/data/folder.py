@@ -13,20 +13,29 @@ from torch import Tensor
 from torch.utils.data import get_worker_info
 
 from diffusion_cli.data.base import Dataset, Images, Split, named_mask, row_chunks, split_rows
-from diffusion_cli.data.decoding import Decoder, FileDecoder, VolumeDecoder, voxels_each
+from diffusion_cli.data.decoding import (
+    Decoder,
+    DeepDecoder,
+    FileDecoder,
+    VolumeDecoder,
+    form_of_files,
+    voxels_each,
+)
 from diffusion_cli.data.labels import class_labels
+from diffusion_cli.data.labels import read as entry
 from diffusion_cli.data.memory import MemoryImages, fits_in_memory
 from diffusion_cli.foreign import Archive, read, reason
-from diffusion_cli.forms import Volume
-from diffusion_cli.forms.files import FORMATS
+from diffusion_cli.forms import Form, Range, Ranged, Volume
+from diffusion_cli.forms.dicom import SUFFIXES as SCANS
+from diffusion_cli.forms.files import SUFFIXES as PICTURES
 from diffusion_cli.forms.volume import SUFFIXES as VOLUMES
 from diffusion_cli.forms.volume import read_volume
 
-SUFFIXES = tuple(suffix for suffixes in FORMATS.values() for suffix in suffixes)
+SUFFIXES = (*PICTURES, *SCANS)
 
 
 class Folder(Dataset):
-    """All PNG, JPEG, WebP and TIFF files in a folder or ZIP archive, at any depth, as squares of one size.
+    """All PNG, JPEG, WebP, TIFF and DICOM files in a folder or ZIP archive, at any depth, as images of one size.
 
     Links are followed, out of the folder too, and every real folder is visited once; of an archive nothing is
     unpacked. Hidden files and `__MACOSX` are ignored. With labels "folders" the classes are the first-level folders
@@ -36,7 +45,8 @@ class Folder(Dataset):
     folder with `/`, and `label`, and one row an image. It lies at the top, or in another folder that holds
     all images; of several, the topmost counts. "auto" is "csv" if there is such a file, else "folders" if
     they give classes, else "none". Whether an image is held out is a hash of its name: it stays in its
-    split when files are added or removed. See `Decoder` for how a file becomes pixels.
+    split when files are added or removed. See `Decoder` for how a file becomes pixels, and `Ranged` for what those
+    of more than 8 bits, of other channels than 1 or 3, or of a `range` become; the first file says which they are.
 
     Raises FileNotFoundError or ValueError if `path` is missing, is no archive, or holds no image, and
     ValueError if the labels asked for are missing, or those in `labels.csv` do not match the images; `load`
@@ -48,9 +58,10 @@ class Folder(Dataset):
         data_dir: str,
         *,
         path: str,
-        resolution: PositiveInt | list[PositiveInt],
+        resolution: PositiveInt | Annotated[list[PositiveInt], Field(min_length=2, max_length=3)],
         channels: PositiveInt,
-        range: list[float] | None,
+        range: Range | list[Range] | Literal["window"] | None,
+        depth: Literal["auto", 8],
         labels: Literal["auto", "folders", "csv", "none"],
         background: Literal["white", "black"],
         flip: bool,
@@ -66,39 +77,54 @@ class Folder(Dataset):
         self.in_memory = in_memory
         self.num_workers = num_workers
         names = file_names(self.path)
-        if isinstance(resolution, list):
+        sizes = resolution if isinstance(resolution, list) else [resolution, resolution]
+        if len(sizes) == 3:
             self.files = volume_files(self.path, names)
-            self.form, self.decoder = self._volumes(resolution, channels, range)
+            self.form, self.decoder = self._volumes(sizes, channels, range)
         else:
-            if channels not in (1, 3) or range is not None:
-                raise ValueError(
-                    f"dataset.channels={channels}: images have 1 or 3, and no dataset.range; of volumes give "
-                    "dataset.resolution=[depth,height,width]"
-                )
             self.files = image_files(self.path, names)
-            self.decoder = Decoder(resolution, channels, background)
+            self.form, self.decoder = self._images((channels, sizes[0], sizes[1]), range, depth, background)
         self.shape = self.decoder.shape
         self.class_names, self.labels = class_labels(self.path, names, self.files, labels)
 
-    def _volumes(
-        self, sizes: list[int], channels: int, range: list[float] | None
-    ) -> tuple[Volume, VolumeDecoder]:
-        if len(sizes) != 3:
+    def _images(
+        self,
+        shape: tuple[int, int, int],
+        given: Range | list[Range] | Literal["window"] | None,
+        depth: Literal["auto", 8],
+        background: Literal["white", "black"],
+    ) -> tuple[Form, FileDecoder]:
+        try:
+            first = entry(self.path, self.files[0])
+        except (ValueError, OSError):  # told with what is wrong with the others, where pixels are read
+            first = b""
+        try:
+            form = form_of_files(first, shape[0], given, depth)
+        except ValueError as error:
+            if str(error).startswith("dataset."):
+                raise
             raise ValueError(
-                f"dataset.resolution={sizes}: should be [depth,height,width] of volumes, or one number"
-            )
-        if range is None or len(range) != 2 or not range[0] < range[1]:
+                f"dataset.path={self.path}: cannot use {self.files[0]} ({reason(error)})"
+            ) from error
+        if isinstance(form, Ranged):
+            return form, DeepDecoder(form, shape)
+        return form, Decoder(shape, background, reduced=depth == 8)
+
+    def _volumes(
+        self, sizes: list[int], channels: int, range: Range | list[Range] | Literal["window"] | None
+    ) -> tuple[Volume, VolumeDecoder]:
+        low, high = range if isinstance(range, list) and len(range) == 2 else (None, None)
+        if not (isinstance(low, float | int) and isinstance(high, float | int) and low < high):
             raise ValueError(
                 f"dataset.range={range}: should be the values [low,high] that become -1 and 1; set it, as [-1000,1000]"
             )
-        first = FileImages(self.path, self.files[:1], None, Decoder(1, 1, "white")).content(0)
         try:
-            held = read_volume(first)
+            held = read_volume(entry(self.path, self.files[0]))
         except (ValueError, ModuleNotFoundError) as error:
             raise ValueError(f"dataset.path={self.path}: {self.files[0]}: {reason(error)}") from error
         factor = voxels_each(held.values.shape[1:], sizes)
         about: dict[str, Any] = held.about | {"voxel": [factor * length for length in held.about["voxel"]]}
-        form = Volume(low=float(range[0]), high=float(range[1]), **about)
+        form = Volume(low=float(low), high=float(high), **about)
         return form, VolumeDecoder(form, (channels, *sizes))
 
     def load(self, split: Split) -> Images:
@@ -226,11 +252,13 @@ def file_names(path: Path, key: str = "dataset.path") -> list[str]:
         raise ValueError(f"{key}={path}: is neither a folder nor a readable .zip ({error})") from error
 
 
-def image_files(path: Path, names: list[str], key: str = "dataset.path") -> list[str]:
-    """Those of the names that are images, in sorted order; raises ValueError if there are none."""
-    images = sorted(name for name in names if is_image(PurePosixPath(name)))
+def image_files(
+    path: Path, names: list[str], key: str = "dataset.path", suffixes: tuple[str, ...] = SUFFIXES
+) -> list[str]:
+    """Those of the names that end as images do, in sorted order; raises ValueError if there are none."""
+    images = sorted(name for name in names if ends_in(PurePosixPath(name), suffixes))
     if not images:
-        raise ValueError(f"{key}={path}: holds no image; wanted are {' '.join(SUFFIXES)}")
+        raise ValueError(f"{key}={path}: holds no image; wanted are {' '.join(suffixes)}")
     return images
 
 
@@ -261,9 +289,9 @@ def _refuse(error: OSError) -> None:
     raise error
 
 
-def is_image(name: PurePosixPath) -> bool:
-    """Whether the name is that of an image, and not hidden."""
-    return name.suffix.lower() in SUFFIXES and visible_name(name)
+def ends_in(name: PurePosixPath, suffixes: tuple[str, ...]) -> bool:
+    """Whether the name ends in one of the suffixes, and is not hidden."""
+    return name.name.lower().endswith(suffixes) and visible_name(name)
 
 
 def visible_name(name: PurePosixPath) -> bool:

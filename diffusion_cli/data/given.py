@@ -10,10 +10,10 @@ from torch import Tensor
 from diffusion_cli.data.array import ArrayImages, read_contents
 from diffusion_cli.data.base import Images
 from diffusion_cli.data.decoding import Exact
-from diffusion_cli.data.folder import FileImages, file_names, image_files, is_image, visible_name
+from diffusion_cli.data.folder import FileImages, ends_in, file_names, image_files
 from diffusion_cli.data.labels import class_labels, read
 from diffusion_cli.foreign import reason
-from diffusion_cli.forms import Form, Picture, Shape
+from diffusion_cli.forms import Form, Picture, Ranged, Shape
 from diffusion_cli.forms.files import is_gray, opened
 
 
@@ -40,7 +40,7 @@ def given_images(
     Raises FileNotFoundError or ValueError, about `key`, for a path that holds no such images, or another shape.
     """
     if path.suffix in (".npy", ".npz") and path.is_file():
-        given = _array(path, key)
+        given = _array(path, key, form or Picture())
         if shape is not None and given.images.shape != shape:
             raise ValueError(f"{key}={path}: holds images {given.images.shape}; wanted are {shape}")
         return given
@@ -57,27 +57,24 @@ def given_images(
 
 def sample_files(path: Path, names: list[str], form: Form, key: str) -> list[str]:
     """Those of the names that are files of a form, in sorted order; raises ValueError if there are none."""
-    if isinstance(form, Picture):
-        return image_files(path, names, key)
-    files = sorted(name for name in names if is_sample(PurePosixPath(name), form))
-    if not files:
-        raise ValueError(f"{key}={path}: holds no {form.suffix} file")
-    return files
+    return image_files(path, names, key, form.suffixes)
 
 
 def is_sample(name: PurePosixPath, form: Form) -> bool:
     """Whether the name is that of a file of a form."""
-    if isinstance(form, Picture):
-        return is_image(name)
-    return name.name.lower().endswith(form.suffix) and visible_name(name)
+    return ends_in(name, form.suffixes)
 
 
-def _array(path: Path, key: str) -> Given:
+def _array(path: Path, key: str, form: Form) -> Given:
     try:
         contents = read_contents(path)
+        if isinstance(form, Ranged) and contents.dtype != form.dtype:
+            raise ValueError(f"holds {contents.dtype}; wanted is {form.dtype}")
+        if isinstance(form, Picture) and contents.dtype != "uint8":
+            raise ValueError(f"holds {contents.dtype}; images must be uint8 in 0..255")
     except Exception as error:  # damaged files fail in many ways in the parsers of ZIP and NumPy headers
         raise ValueError(f"{key}={path}: {reason(error)}") from error
-    return Given(ArrayImages(path, contents, torch.arange(contents.number)), contents.class_names)
+    return Given(ArrayImages(path, contents, form, torch.arange(contents.number)), contents.class_names)
 
 
 def _shape(data: bytes) -> Shape:

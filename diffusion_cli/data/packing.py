@@ -1,5 +1,6 @@
 """A data set in one file, from which training reads images as they are."""
 
+import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,9 +14,10 @@ from pydantic import NonNegativeInt
 from torch import Tensor
 from tqdm import tqdm
 
-from diffusion_cli.data.array import CLASS_NAMES, IMAGE_KEYS, LABEL_KEYS, MARKS
+from diffusion_cli.data.array import CLASS_NAMES, FORM, IMAGE_KEYS, LABEL_KEYS, MARKS, channel_order
 from diffusion_cli.data.base import Dataset, Images
 from diffusion_cli.data.batches import fetched
+from diffusion_cli.forms import Ranged
 
 CHUNK = 2**20  # bytes that a process decodes at a time: of all of them little, where /dev/shm is small
 
@@ -23,8 +25,9 @@ CHUNK = 2**20  # bytes that a process decodes at a time: of all of them little, 
 class Pack:
     """Decodes all images of a dataset once and writes them, as they come, to a .npz that `Array` reads in parts.
 
-    It holds the images of both splits, uint8 [N, C, H, W], which of them are held out, and where there are classes
-    the labels and their names. Its bytes are a function of these alone.
+    It holds the images of both splits, [N, C, H, W] in the numbers of their files, which of them are held out, where
+    there are classes the labels and their names, and of images that are not bytes their form. Its bytes are a function
+    of these alone.
     """
 
     def __init__(self, *, processes: NonNegativeInt | None) -> None:
@@ -33,9 +36,9 @@ class Pack:
     def __call__(self, dataset: Dataset, path: Path) -> int:
         """Write the file and return the number of images.
 
-        Raises ValueError naming files that cannot be decoded, or where images are not of 256 values.
+        Raises ValueError naming files that cannot be decoded, or where images are numbers of no file.
         """
-        if dataset.shape[-1] in (1, 3):
+        if channel_order(dataset.shape) != "NCHW":
             raise ValueError(
                 f"dataset: images {dataset.shape} would pass for others, with their channels last"
             )
@@ -43,18 +46,21 @@ class Pack:
         counts = [len(images) for images in splits]
         with ZipFile(path, "w") as archive:
             with _entry(archive, IMAGE_KEYS[0]) as file:
-                header = {"descr": "|u1", "fortran_order": False, "shape": (sum(counts), *dataset.shape)}
+                dtype = np.dtype(dataset.form.dtype if isinstance(dataset.form, Ranged) else np.uint8)
+                header = {"descr": dtype.str, "fortran_order": False, "shape": (sum(counts), *dataset.shape)}
                 npy.write_array_header_1_0(file, header)
                 for pixels in self._pixels(dataset, splits):
-                    file.write(pixels.contiguous().numpy().data)
+                    file.write(np.ascontiguousarray(pixels).data)
             _write(archive, MARKS, np.arange(sum(counts)) >= counts[0])
+            if isinstance(dataset.form, Ranged):
+                _write(archive, FORM, np.array(json.dumps(dataset.form.about())))
             labels = [images.labels for images in splits if images.labels is not None]
             if dataset.class_names is not None and labels:
                 _write(archive, LABEL_KEYS[0], torch.cat(labels).cpu().numpy())
                 _write(archive, CLASS_NAMES, np.array(dataset.class_names))
         return sum(counts)
 
-    def _pixels(self, dataset: Dataset, splits: list[Images]) -> Iterator[Tensor]:
+    def _pixels(self, dataset: Dataset, splits: list[Images]) -> Iterator[np.ndarray]:
         """The images of one split after the other, some at a time, under a progress bar on stderr."""
         wanted = _cores() if self.processes is None else self.processes
         size = max(1, CHUNK // int(np.prod(dataset.shape)))
@@ -68,12 +74,17 @@ class Pack:
                 for pixels in fetched(images, rows, processes, key="action.processes"):
                     if isinstance(pixels, Exception):
                         raise ValueError(str(pixels)) from pixels
-                    if pixels.dtype != torch.uint8:
-                        raise ValueError(
-                            f"dataset: {dataset.name} has no images of 256 values, and needs no packing"
-                        )
-                    yield pixels
+                    yield _numbers(pixels, dataset)
                     progress.update(len(pixels))
+
+
+def _numbers(pixels: Tensor, dataset: Dataset) -> np.ndarray:
+    """What files hold of images."""
+    if isinstance(dataset.form, Ranged):
+        return dataset.form.numbers(pixels)
+    if pixels.dtype != torch.uint8:
+        raise ValueError(f"dataset: {dataset.name} has no images of 256 values, and needs no packing")
+    return pixels.numpy()
 
 
 def _cores() -> int:

@@ -27,7 +27,8 @@ class Form(ABC):
     kind: ClassVar[str]
 
     def __init_subclass__(cls) -> None:
-        KINDS[cls.kind] = cls
+        if "kind" in cls.__dict__:
+            KINDS[cls.kind] = cls
 
     def about(self) -> dict[str, Any]:
         """Return the form as plain data."""
@@ -37,6 +38,11 @@ class Form(ABC):
     @abstractmethod
     def suffix(self) -> str:
         """Of its files, as .png."""
+
+    @property
+    def suffixes(self) -> tuple[str, ...]:
+        """Of the files that it reads."""
+        return (self.suffix,)
 
     @property
     @abstractmethod

@@ -14,6 +14,10 @@ warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 FORMATS = {"PNG": (".png",), "JPEG": (".jpg", ".jpeg"), "WEBP": (".webp",), "TIFF": (".tif", ".tiff")}
 
 
+SUFFIXES = tuple(suffix for suffixes in FORMATS.values() for suffix in suffixes)
+ORIENTATION, TURNED = 0x0112, (5, 6, 7, 8)  # of EXIF, and those whose width is the height
+
+
 def is_gray(image: Image.Image) -> bool:
     """Whether an image has one channel and no transparency."""
     return image.mode.startswith(("1", "L", "I", "F")) and "A" not in image.mode
@@ -39,6 +43,14 @@ def parsed(data: bytes) -> Image.Image:
     if limit is not None and image.width * image.height > limit:
         raise ValueError(f"{image.width} x {image.height} pixels exceed Pillow's limit of {limit}")
     return image
+
+
+def is_turned(image: Image.Image) -> bool:
+    """Whether an image has height and width changed for each other once it is upright."""
+    try:
+        return image.getexif().get(ORIENTATION) in TURNED
+    except Exception as error:  # as above
+        raise ValueError(reason(error)) from error
 
 
 def upright(image: Image.Image) -> Image.Image:

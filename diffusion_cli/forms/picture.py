@@ -10,7 +10,7 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor
 
 from diffusion_cli.forms.base import STRICT, Form, Shape
-from diffusion_cli.forms.files import flattened, is_gray, opened
+from diffusion_cli.forms.files import SUFFIXES, flattened, is_gray, opened
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -22,6 +22,10 @@ class Picture(Form):
     @property
     def suffix(self) -> str:
         return ".png"
+
+    @property
+    def suffixes(self) -> tuple[str, ...]:
+        return SUFFIXES
 
     @property
     def half_range(self) -> float:

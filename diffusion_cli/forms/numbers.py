@@ -1,0 +1,116 @@
+"""The numbers that image files hold, in their own depth."""
+
+import logging
+import math
+import warnings
+import zlib
+from io import BytesIO
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from diffusion_cli.foreign import LARGEST, reason
+from diffusion_cli.forms.files import parsed, upright
+
+if TYPE_CHECKING:
+    from tifffile import TiffFile, TiffPage
+
+PNG = b"\x89PNG\r\n\x1a\n"
+TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
+DEFLATE = (8, 32946)  # methods of compression in TIFF, by their numbers
+BOUNDED = (1, 5, 32773, *DEFLATE)  # none, LZW and PackBits, which inflate little, and what is measured first
+MOST_PAGES = 1000
+
+# Broken files, of which it writes to stderr, are refused with a word of our own.
+logging.getLogger("tifffile").setLevel(logging.CRITICAL)
+# Its decoders are to move to another package, one day; they still are the only ones for 16 bits of colour.
+warnings.filterwarnings("ignore", message="The image decoding", category=DeprecationWarning)
+
+
+def depth_of(data: bytes) -> str:
+    """The type of the numbers in an image file, as NumPy calls it, by its header; uint8 too where it has none."""
+    if data[:8] == PNG:
+        return "uint16" if data[24:25] == b"\x10" else "uint8"
+    if data[:4] in TIFF:
+        from tifffile import TiffFile
+
+        try:
+            with TiffFile(BytesIO(data)) as file:
+                name = np.dtype(file.pages.first.dtype).name
+        except Exception:  # what is broken is told from where pixels are read
+            return "uint8"
+        return "uint8" if name == "bool" else name
+    return "uint8"
+
+
+def read_numbers(data: bytes) -> np.ndarray:
+    """The numbers [C, H, W] in a PNG, JPEG, WebP or TIFF file, the pages of a TIFF as its channels.
+
+    Where there is a palette, these are the numbers of its colours; where white is low, they are turned round. A
+    file's orientation counts in 8 bits, not beyond. Raises ValueError if it is none, damaged, or too large.
+    """
+    try:
+        if data[:4] in TIFF:
+            return _tiff(data)
+        image = parsed(data)
+        if depth_of(data) == "uint16" and image.mode != "I;16":  # of colour Pillow gives but 8 bits
+            return _deep_png(data)
+        image = upright(image)
+        numbers = np.asarray(image.convert("L") if image.mode == "1" else image)
+    except Exception as error:  # decoders meet broken data with errors of every type
+        raise ValueError(reason(error)) from error
+    return np.atleast_3d(numbers).transpose(2, 0, 1)
+
+
+def _deep_png(data: bytes) -> np.ndarray:
+    from torchvision.io import ImageReadMode, decode_image
+
+    return decode_image(torch.frombuffer(bytearray(data), dtype=torch.uint8), ImageReadMode.UNCHANGED).numpy()
+
+
+def _tiff(data: bytes) -> np.ndarray:
+    from tifffile import TiffFile
+
+    with TiffFile(BytesIO(data)) as file:
+        _check(file, len(data))
+        series = file.series[0]
+        numbers, others = series.asarray(maxworkers=1), series.axes.replace("Y", "").replace("X", "")
+        if "Y" not in series.axes or "X" not in series.axes or len(others) > 1:
+            raise ValueError(
+                f"has axes {series.axes} of {series.shape}; wanted are height, width and channels"
+            )
+        if others:
+            numbers = np.moveaxis(numbers, series.axes.index(others), 0)
+        white_is_low = file.pages.first.photometric == 0
+    numbers = numbers if others else numbers[None]
+    if numbers.dtype == np.bool_:
+        numbers = numbers.astype(np.uint8) * 255
+    return np.iinfo(numbers.dtype).max - numbers if white_is_low and numbers.dtype.kind == "u" else numbers
+
+
+def _check(file: "TiffFile", size: int) -> None:
+    """Raise ValueError unless all that the first series declares is there, and its images take bounded memory."""
+    if len(file.pages) > MOST_PAGES:
+        raise ValueError(f"has more than {MOST_PAGES} pages")
+    series = file.series[0]
+    if series.dtype is None or math.prod(series.shape) * series.dtype.itemsize > LARGEST:
+        raise ValueError(f"has numbers {series.dtype} of {series.shape}, that take more than {LARGEST} bytes")
+    for page in series.pages:
+        if page is not None:
+            _check_page(file, page.aspage(), size)
+
+
+def _check_page(file: "TiffFile", page: "TiffPage", size: int) -> None:
+    if page.compression not in BOUNDED:
+        raise ValueError(f"is compressed by method {page.compression:d}; wanted is none, LZW or deflate")
+    segment = math.prod(page.chunks) * (page.dtype or np.dtype("u1")).itemsize
+    if segment > LARGEST:
+        raise ValueError(f"has parts of {page.chunks}, that take more than {LARGEST} bytes")
+    for offset, count in zip(page.dataoffsets, page.databytecounts, strict=True):
+        if count == 0 or offset + count > size:
+            raise ValueError(f"has {size} bytes, fewer than it names")
+        if page.compression in DEFLATE:
+            file.filehandle.seek(offset)
+            if len(zlib.decompressobj().decompress(file.filehandle.read(count), segment + 1)) > segment:
+                raise ValueError("inflates to more than it declares")

@@ -1,0 +1,87 @@
+"""Images of 8 or 16 bits or of real numbers, in PNG or TIFF."""
+
+from pathlib import Path
+from typing import ClassVar, Literal, get_args
+
+import numpy as np
+from PIL import Image
+from pydantic.dataclasses import dataclass
+from torch import Tensor
+
+from diffusion_cli.forms.base import STRICT, Form
+from diffusion_cli.forms.files import SUFFIXES
+from diffusion_cli.forms.numbers import read_numbers
+from diffusion_cli.forms.picture import Picture
+from diffusion_cli.forms.ranged import Dtype, Finite, Range, Ranged, ranges
+
+
+@dataclass(frozen=True, config=STRICT)
+class Raster(Ranged):
+    """Images of any number of channels in a depth of their own, as PNG or TIFF."""
+
+    kind: ClassVar[str] = "raster"
+    dtype: Dtype
+    low: list[Finite]
+    high: list[Finite]
+    file: Literal["png", "tiff"]
+
+    def __post_init__(self) -> None:
+        self.check_range()
+
+    @property
+    def suffix(self) -> str:
+        return {"png": ".png", "tiff": ".tif"}[self.file]
+
+    @property
+    def suffixes(self) -> tuple[str, ...]:
+        return SUFFIXES
+
+    def numbers(self, samples: Tensor) -> np.ndarray:
+        values = self.values(samples)
+        if self.dtype == "float32":
+            return values.astype(np.float32)
+        limits = np.iinfo(self.dtype)
+        return np.rint(values).clip(limits.min, limits.max).astype(self.dtype)
+
+    def from_numbers(self, numbers: np.ndarray) -> Tensor:
+        return self.samples(numbers)
+
+    def decode(self, data: bytes) -> Tensor:
+        numbers = read_numbers(data)
+        if numbers.dtype.name != self.dtype:
+            raise ValueError(f"holds {numbers.dtype}; wanted is {self.dtype}")
+        return self.samples(numbers)
+
+    def write(self, sample: Tensor, path: Path) -> None:
+        numbers = np.ascontiguousarray(self.numbers(sample).transpose(1, 2, 0))
+        channels = numbers.shape[2]
+        numbers = numbers.squeeze(2) if channels == 1 else numbers
+        if self.file == "png":
+            Image.fromarray(numbers).save(path, format="PNG")
+            return
+        import tifffile
+
+        tifffile.imwrite(
+            path, numbers, photometric="rgb" if channels == 3 else "minisblack",
+            planarconfig=None if channels == 1 else "contig", metadata=None, software=False,
+        )  # fmt: skip
+
+
+def image_form(dtype: str, channels: int, given: Range | list[Range] | None) -> Form:
+    """The form of images of a type of numbers and a range, None for all values of whole numbers.
+
+    Gray and colour in bytes are pictures; with a range they are PNG too, as 16-bit gray is; all else is TIFF.
+    Raises ValueError, about `dataset.range` or the numbers, where that cannot be.
+    """
+    if dtype not in get_args(Dtype):
+        raise ValueError(f"holds {dtype}; images are of {', '.join(get_args(Dtype))}")
+    if given is None and dtype == "float32":
+        raise ValueError("dataset.range=null: real numbers have no range of their own; give [low,high]")
+    if given is None and dtype == "uint8" and channels in (1, 3):
+        return Picture()
+    if given is None:
+        limits = np.iinfo(dtype)
+        given = [float(limits.min), float(limits.max)]
+    low, high = ranges(given, channels)
+    png = (dtype, channels) in (("uint8", 1), ("uint8", 3), ("uint16", 1))
+    return Raster(dtype, low, high, "png" if png else "tiff")  # pyright: ignore[reportArgumentType]

@@ -2,13 +2,13 @@
 
 import logging
 import math
-import warnings
+import struct
 import zlib
+from collections.abc import Iterator
 from io import BytesIO
 from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 
 from diffusion_cli.foreign import LARGEST, reason
 from diffusion_cli.forms.files import parsed, upright
@@ -21,11 +21,10 @@ TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 DEFLATE = (8, 32946)  # methods of compression in TIFF, by their numbers
 BOUNDED = (1, 5, 32773, *DEFLATE)  # none, LZW and PackBits, which inflate little, and what is measured first
 MOST_PAGES = 1000
+MOST_NUMBERS = 2**26  # of an image: 8192 x 8192 gray pixels
 
 # Broken files, of which it writes to stderr, are refused with a word of our own.
 logging.getLogger("tifffile").setLevel(logging.CRITICAL)
-# Its decoders are to move to another package, one day; they still are the only ones for 16 bits of colour.
-warnings.filterwarnings("ignore", message="The image decoding", category=DeprecationWarning)
 
 
 def depth_of(data: bytes) -> str:
@@ -64,9 +63,45 @@ def read_numbers(data: bytes) -> np.ndarray:
 
 
 def _deep_png(data: bytes) -> np.ndarray:
-    from torchvision.io import ImageReadMode, decode_image
+    """The numbers [C, H, W] of 16 bits of colour, by way of two images of their high and of their low bytes.
 
-    return decode_image(torch.frombuffer(bytearray(data), dtype=torch.uint8), ImageReadMode.UNCHANGED).numpy()
+    A filter of PNG takes each byte of a pixel with the same one of its neighbours, and so is undone in each alone.
+    """
+    width, height, _, colour, _, _, interlaced = struct.unpack(">IIBBBBB", data[16:29])
+    channels = {2: 3, 4: 2, 6: 4}[colour]
+    size = height * (1 + 2 * channels * width)
+    if interlaced or size > 2 * MOST_NUMBERS:
+        raise ValueError(f"is interlaced, or has more than {MOST_NUMBERS} numbers; save it as TIFF")
+    content = zlib.decompressobj().decompress(b"".join(_parts(data)), size)
+    if len(content) < size:
+        raise ValueError("ends too early")
+    rows = np.frombuffer(content, np.uint8).reshape(height, -1)
+    halves = rows[:, 1:].reshape(height, channels * width, 2)
+    high, low = (
+        np.asarray(parsed(_png(width, height, colour, np.hstack([rows[:, :1], halves[..., half]]))))
+        for half in (0, 1)
+    )
+    return (high.astype(np.uint16) << 8 | low).transpose(2, 0, 1)
+
+
+def _parts(data: bytes) -> Iterator[bytes]:
+    """The parts of a PNG's pixels."""
+    at = len(PNG)
+    while at + 8 <= len(data):
+        (length,) = struct.unpack(">I", data[at : at + 4])
+        if data[at + 4 : at + 8] == b"IDAT":
+            yield data[at + 8 : at + 8 + length]
+        at += 12 + length
+
+
+def _png(width: int, height: int, colour: int, rows: np.ndarray) -> bytes:
+    """A PNG of 8 bits of filtered rows, uint8 [height, 1 + ...]."""
+    header = struct.pack(">IIBBBBB", width, height, 8, colour, 0, 0, 0)
+    chunks = (b"IHDR", header), (b"IDAT", zlib.compress(rows.tobytes(), 0)), (b"IEND", b"")
+    return PNG + b"".join(
+        struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+        for kind, content in chunks
+    )
 
 
 def _tiff(data: bytes) -> np.ndarray:
@@ -94,8 +129,10 @@ def _check(file: "TiffFile", size: int) -> None:
     if len(file.pages) > MOST_PAGES:
         raise ValueError(f"has more than {MOST_PAGES} pages")
     series = file.series[0]
-    if series.dtype is None or math.prod(series.shape) * series.dtype.itemsize > LARGEST:
-        raise ValueError(f"has numbers {series.dtype} of {series.shape}, that take more than {LARGEST} bytes")
+    if series.dtype is None or math.prod(series.shape) > MOST_NUMBERS:
+        raise ValueError(
+            f"holds {series.dtype} of {series.shape}; images have no more than {MOST_NUMBERS} numbers"
+        )
     for page in series.pages:
         if page is not None:
             _check_page(file, page.aspage(), size)

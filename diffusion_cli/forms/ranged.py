@@ -50,8 +50,10 @@ class Ranged(Form):
         if values.dtype.kind == "f" and not np.isfinite(values).all():
             raise ValueError("has values that are not finite")
         low, half = self._scale(values.shape[-3])
-        x = (values.astype(np.float64) - low) / half - 1
-        return torch.from_numpy(x.clip(-1, 1).astype(np.float32))
+        x = values.astype(np.float64)
+        for step, by in ((np.subtract, low), (np.divide, half), (np.subtract, 1)):
+            step(x, by, out=x)  # in place, for images may be large
+        return torch.from_numpy(x.clip(-1, 1, out=x).astype(np.float32))
 
     def values(self, samples: Tensor) -> np.ndarray:
         """Return the values of samples around [-1, 1], [..., C, H, W], float64."""

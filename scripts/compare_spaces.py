@@ -1,0 +1,86 @@
+"""What a sample costs in pixels and in latents, beside how far the samples are from real images.
+
+    diffuse eval run=pixels metric=fid features=classifier
+    diffuse eval run=latents metric=fid features=classifier
+    python scripts/compare_spaces.py outputs/pixels outputs/latents
+
+Floating point operations are counted for one image: of a network call, of all calls of the newest evaluation, and of
+the decoder.
+"""
+
+import argparse
+import json
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from benchmarks.race import flops
+from diffusion_cli.checkpoint import Model, load_model
+
+GIGA = 1e9
+
+
+class Row(NamedTuple):
+    """What is known of one run."""
+
+    run: str
+    space: str
+    parameters: float
+    call: float
+    sample: float
+    decoder: float
+    distance: float
+    floor: float
+
+    def __str__(self) -> str:
+        numbers = f"{self.call:.3g} | {self.decoder:.3g} | {self.sample:.3g} | {self.distance:.3g}"
+        return (
+            f"| {self.run} | {self.space} | {self.parameters / 1e6:.2f}M | {numbers} | "
+            f"{self.distance / self.floor:.3g} |"
+        )
+
+
+def row(run: Path) -> Row:
+    """The newest Frechet distance of a run, and what its samples cost."""
+    model = load_model(run, "ema", torch.device("cpu"))
+    found = [
+        result
+        for report in json.loads((run / "metrics.json").read_text())
+        for result in report["results"]
+        if result["name"].startswith(("fid", "frechet_"))
+    ]
+    newest = found[-1]
+    call, decoder = costs(model)
+    calls = newest["protocol"]["sampling"]["network_calls"]
+    parameters = sum(parameter.numel() for parameter in model.denoiser.network.parameters())
+    return Row(
+        run.name, "x".join(map(str, model.space.shape)), parameters, call, calls * call + decoder, decoder,
+        newest["value"], newest["details"]["floor"],
+    )  # fmt: skip
+
+
+@torch.inference_mode()
+def costs(model: Model) -> tuple[float, float]:
+    """GFLOP of one network call and of decoding, for one image."""
+    x, t = torch.zeros(1, *model.space.shape), torch.tensor(0.5, dtype=torch.float64)
+    call = flops(lambda: model.denoiser(x, t)) / GIGA
+    return call, flops(lambda: model.space.decode(x)) / GIGA
+
+
+def main() -> None:
+    """Print the table."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("runs", type=Path, nargs="+", help="folders of evaluated runs")
+    print(
+        "| run | space | network | GFLOP a call | of the decoder | a sample | Frechet distance | over the floor |\n"
+        "|---|---|---|---|---|---|---|---|"
+    )
+    for run in parser.parse_args().runs:
+        print(row(run))
+
+
+if __name__ == "__main__":
+    main()

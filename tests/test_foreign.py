@@ -897,7 +897,7 @@ def test_mutated_curves(place, data):
 def test_mutated_configurations(place, checkpoint, data):
     about = data.draw(changed(checkpoint["diffuse"]))
     if isinstance(about, dict) and not clean(lambda: check_stored(about)) and not check_stored(about):
-        check_built(about["config"])
+        check_built(about)
     text = yaml.safe_dump(about["config"] if isinstance(about, dict) and "config" in about else about)
     path = place / "config.yaml"
     path.write_bytes(data.draw(mutated([text.encode()])))

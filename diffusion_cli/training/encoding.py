@@ -5,6 +5,7 @@ import os
 from collections.abc import Iterable
 from contextlib import nullcontext
 from hashlib import sha256
+from io import BytesIO
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,7 +15,7 @@ from numpy.lib import format as npy
 from torch import Tensor
 from tqdm import tqdm
 
-from diffusion_cli.checkpoint import digest, find_run, load_autoencoder, load_space
+from diffusion_cli.checkpoint import digest, find_run, load_autoencoder, load_space, writing
 from diffusion_cli.config import TrainConfig
 from diffusion_cli.data import Dataset, Images, UnreadableError, normalised
 from diffusion_cli.data.array import opened_array
@@ -159,7 +160,8 @@ def encoded(
     """
     ranks, channels = Ranks(), latents.shape[0]
     row = ((4 if flip else 2) * channels, *latents.shape[1:])
-    with locked(path.parent) if ranks.first else nullcontext():  # another run may be at work on the same ones
+    # Another run may be at work on the same ones.
+    with writing(path), locked(path.parent) if ranks.first else nullcontext():
         if not ranks.agree(path.is_file()):
             _encode(images, latents, path, row, flip, num_workers)
     array = opened_array(path, None)
@@ -199,18 +201,24 @@ def _encode(
 
 
 def _begun(part: Path, shape: tuple[int, ...]) -> int:
-    """The images whose latents are there already, of a start that was cut off; the file is cut to these."""
-    if not part.is_file():
-        with part.open("wb") as file:
-            npy.write_array_header_1_0(file, {"descr": "<f4", "fortran_order": False, "shape": shape})
-    with part.open("rb") as file:
-        npy.read_magic(file)
-        npy.read_array_header_1_0(file)
-        start = file.tell()
-    size = 4 * int(np.prod(shape[1:]))
-    done = (part.stat().st_size - start) // size
-    os.truncate(part, start + done * size)
+    """The images whose latents are there already, of a start that was cut off; the file is cut to these.
+
+    They end where a batch did: the later ones are batched as they would have been, and come out the same to the bit.
+    """
+    header = BytesIO()
+    npy.write_array_header_1_0(header, {"descr": "<f4", "fortran_order": False, "shape": shape})
+    head, size = header.getvalue(), 4 * int(np.prod(shape[1:]))
+    if not part.is_file() or not _begins(part, head):
+        part.write_bytes(head)
+    done = (part.stat().st_size - len(head)) // size // ENCODED * ENCODED
+    os.truncate(part, len(head) + done * size)
     return done
+
+
+def _begins(path: Path, head: bytes) -> bool:
+    """Whether a file begins with these bytes."""
+    with path.open("rb") as file:
+        return file.read(len(head)) == head
 
 
 @torch.inference_mode()

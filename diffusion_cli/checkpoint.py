@@ -54,6 +54,8 @@ class Origin:
     class_names: tuple[str, ...] | None
     """Of the data, in the order of the labels, or None without classes."""
     config: dict[str, Any]
+    latent: dict[str, Any] | None
+    """The latents that they were trained on: shape, mean, std, and the autoencoder's sha256; None for pixels."""
     step: int
     digest: str
     """SHA-256 of the weights."""
@@ -417,12 +419,13 @@ def _origin(
     if not _are_whole(checkpoint, weights, path.stat().st_size):
         raise ValueError(f"{path}: weights={weights}: are not there, or not whole; name another run")
     _check_fit(path, about, _network_state(checkpoint, weights))
-    names = about["class_names"]
+    names, latent = about["class_names"], about["latent"]
     return checkpoint, {
         "shape": _shape(path, checkpoint),
         "form": form_of(about["form"]),
         "class_names": None if names is None else tuple(names),
         "config": about["config"],
+        "latent": latent and {key: latent[key] for key in ("shape", "mean", "std", "sha256")},
         "step": checkpoint["global_step"],
         "digest": digest(_network_state(checkpoint, weights)),
     }
@@ -512,7 +515,10 @@ def load_space(run: Path, about: Mapping[str, Any], device: torch.device) -> Spa
             torch.device("meta"),
             _at_most(len(state)),
         ):  # its size is that of its weights, or it is not built
-            check_fit(path, build(latent["autoencoder"], shape, None), state)
+            network = build(latent["autoencoder"], shape, None)
+            if not isinstance(network, AutoencoderKL) or network.latent_shape(shape) != _seen_shape(about):
+                raise ValueError("makes no such latents as the model works in")
+            check_fit(path, network, state)
         if digest(state) != latent["sha256"]:
             raise ValueError("is not the one that the run was trained with")
         autoencoder = build(latent["autoencoder"], shape, None)

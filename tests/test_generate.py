@@ -60,7 +60,7 @@ def model(schedules):
     for parameter in network.parameters():
         torch.nn.init.normal_(parameter, std=0.2)
     denoiser = Denoiser(network, schedules["cosine"], Eps()).eval()
-    return Model((1, 8, 8), Picture(), ("a", "b", "c"), {}, 0, "", denoiser, Pixels((1, 8, 8)))
+    return Model((1, 8, 8), Picture(), ("a", "b", "c"), {}, None, 0, "", denoiser, Pixels((1, 8, 8)))
 
 
 @pytest.mark.parametrize("kind", ["ddim", "ddpm"])

@@ -15,10 +15,12 @@ from diffusion_cli.config import EditConfig, EvalConfig, SampleConfig, build, ch
 from diffusion_cli.data import Dataset
 from diffusion_cli.denoiser import Denoiser, NoisyClassifier
 from diffusion_cli.generate import all_labels
-from diffusion_cli.guidance import Guidance
+from diffusion_cli.guidance import Guidance, Guided
 from diffusion_cli.precision import device_of, resolve
 from diffusion_cli.ranks import Ranks
 from diffusion_cli.samplers import Sampler
+
+SCALE = 1e-3  # by which the scales of the same latents may differ
 
 
 @dataclass(frozen=True)
@@ -114,6 +116,11 @@ def open_run(config: SampleConfig | EvalConfig | EditConfig) -> Trained:
     if labels is None:
         _refuse_untrained_null(model, "label")
     guidance.check(model.denoiser, dropout, labels is not None)
+    if isinstance(guidance, Guided) and guidance.quantile is not None and not model.space.bounded:
+        raise ValueError(
+            f"guidance.dynamic_threshold={guidance.quantile}: keeps pixels in [-1, 1], and the model works in latents, "
+            "which have no such bounds; leave it null"
+        )
     if not isinstance(config, EditConfig) and config.compile:
         # In place: torch.compile(network) would rename every weight.
         mode = "reduce-overhead" if device.type == "cuda" else None  # by CUDA graphs
@@ -184,12 +191,28 @@ class Guides:
         return guide.classifier
 
     def _compare(self, key: str, guide: Model | Classifier, *parts: str) -> None:
-        """Raise ValueError unless a guide sees images of the same shape at the same noise levels."""
+        """Raise ValueError unless a guide sees images of the same shape in the same space at the same noise levels."""
         if guide.shape != self.model.shape:
             raise ValueError(f"{key}: is for images {guide.shape}, the model makes {self.model.shape}")
+        if not _same_latents(guide.latent, self.model.latent):
+            theirs, ours = ("latents" if origin.latent else "pixels" for origin in (guide, self.model))
+            raise ValueError(
+                f"{key}: works in other latents than the model; take one trained with the same latent.run"
+                if theirs == ours
+                else f"{key}: works in {theirs}, and the model in {ours}; take one trained as the model, in {ours}"
+            )
         for part in ("schedule", *parts):
             if guide.config[part] != self.model.config[part]:
                 raise ValueError(f"{key}: has another {part} than the model; take one trained with the same")
+
+
+def _same_latents(one: dict[str, Any] | None, other: dict[str, Any] | None) -> bool:
+    """Whether two models see the same latents; their scales, measured on two machines, may differ by rounding."""
+    if one is None or other is None:
+        return one is other
+    scales = zip(one["mean"] + one["std"], other["mean"] + other["std"], strict=False)
+    alike = all(math.isclose(a, b, rel_tol=SCALE, abs_tol=SCALE) for a, b in scales)
+    return alike and all(one[key] == other[key] for key in ("shape", "sha256"))
 
 
 def labels_named(

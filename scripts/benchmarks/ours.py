@@ -48,7 +48,7 @@ def model_of(name: str, device: torch.device) -> Model:
     """A model of 32x32 images, ready to sample."""
     shape = (3, 32, 32)
     denoiser = denoiser_of(configured(WORDS[name]), shape).to(device).eval().requires_grad_(False)
-    return Model(shape, Picture(), None, {}, 0, "", denoiser, Pixels(shape))
+    return Model(shape, Picture(), None, {}, None, 0, "", denoiser, Pixels(shape))
 
 
 def count(network: nn.Module) -> int:

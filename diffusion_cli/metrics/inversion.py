@@ -9,7 +9,7 @@ from pydantic import Field, PositiveInt
 from tqdm import tqdm
 
 from diffusion_cli.data import normalised
-from diffusion_cli.denoiser import clip_x0
+from diffusion_cli.generate import guided
 from diffusion_cli.guidance import Unguided
 from diffusion_cli.metrics.base import Finding, ModelMetric, Subject
 from diffusion_cli.precision import autocast
@@ -20,7 +20,8 @@ from diffusion_cli.schedules import Spacing
 class Inversion(ModelMetric):
     """The root mean square error, in values of 0..255, of real images encoded to noise by DDIM inversion and decoded.
 
-    They are encoded to the time `strength`; the noise's mean square there, in units of sigma, is given beside it.
+    They are encoded to the time `strength`; the noise's mean square there, in units of sigma, is given beside it. Of a
+    model of latents the error has that of its autoencoder in it.
     Source: Song et al. 2021a, Sec. 5.4.
     """
 
@@ -41,7 +42,8 @@ class Inversion(ModelMetric):
 
     @torch.inference_mode()
     def measure(self, subject: Subject) -> Finding:
-        images, schedule = subject.dataset.load(self.split), subject.model.denoiser.schedule
+        images, space = subject.dataset.load(self.split), subject.model.space
+        schedule = subject.model.denoiser.schedule
         count = min(self.num_images or len(images), len(images))
         if count < 1 or images.gather(torch.zeros(1, dtype=torch.int64)).is_floating_point():
             raise ValueError(
@@ -54,14 +56,12 @@ class Inversion(ModelMetric):
         with tqdm(total=count, desc=self.NAME, unit="image", delay=1.0) as bar:
             for rows in torch.arange(count).split(subject.batch_size):
                 batch, labels = subject.batch(images, rows)
-                denoise = Unguided()(subject.model.denoiser, labels)
-                if subject.clip:
-                    denoise = clip_x0(denoise, schedule)
+                denoise = guided(subject.model, Unguided(), labels, subject.clip)
                 x = normalised(batch)
                 with autocast(subject.device, subject.precision):
-                    (noise,) = deque(invert(schedule, denoise, x, times), maxlen=1)
+                    (noise,) = deque(invert(schedule, denoise, space.encode(x), times), maxlen=1)
                     (back,) = deque(integrate(sampler, denoise, noise, times, noise.clone), maxlen=1)
-                errors += (127.5 * (back - x).double()).square().flatten(1).mean(1).sum().item()
+                errors += (127.5 * (space.decode(back) - x).double()).square().flatten(1).mean(1).sum().item()
                 squares += (noise.double() / prior).square().flatten(1).mean(1).sum().item()
                 bar.update(len(rows))
         return Finding(

@@ -20,6 +20,7 @@ from diffusion_cli.data import Images, normalised
 from diffusion_cli.denoiser import Denoise, Prediction, clip_x0
 from diffusion_cli.foreign import LONGEST_TEXT, plain, read, reason
 from diffusion_cli.generate import SeededNoise
+from diffusion_cli.latents import Pixels
 from diffusion_cli.likelihood import bound_terms, flow_likelihood, prior_term
 from diffusion_cli.metrics.base import Finding, ModelMetric, Subject
 from diffusion_cli.precision import autocast
@@ -72,6 +73,11 @@ class PerImage(ModelMetric):
         """The numbers of a batch as the source holds it; `advance` is told of shares of a batch done."""
 
     def measure(self, subject: Subject) -> Finding | None:
+        if not isinstance(subject.model.space, Pixels):
+            raise ValueError(
+                f"metric={self.key}: is the likelihood of pixels, and the model works in latents, which give pixels "
+                "none; take a metric of samples, as fid"
+            )
         refusal = self.refusal(subject)
         if refusal is not None:
             return Finding(self.name, None, notes=(refusal,))

@@ -21,9 +21,11 @@ from diffusion_cli.config import EditConfig, build, fingerprint
 from diffusion_cli.data import normalised
 from diffusion_cli.denoiser import Denoise, clip_x0
 from diffusion_cli.editing import Edit, Edited, Method, Process
+from diffusion_cli.editing.restore import described
 from diffusion_cli.forms import Form
 from diffusion_cli.generate import Calls, SeededNoise, check_finite, labels_of
 from diffusion_cli.guidance import Unguided
+from diffusion_cli.latents import Latents
 from diffusion_cli.precision import autocast
 from diffusion_cli.report import Writer, read_images, read_stored, save_gif, save_png, save_rows, save_stored
 from diffusion_cli.samplers import draws
@@ -103,6 +105,8 @@ def _refuse(config: EditConfig, trained: Trained, edit: Edit, method: Method | N
         raise ValueError(f"method: edit={kind} needs one; take replacement, repaint or dps")
     if not edit.restores and method is not None:
         raise ValueError(f"method: edit={kind} restores nothing that is known; leave it out")
+    if isinstance(trained.model.space, Latents):
+        _refuse_in_latents(trained.model.space, kind, edit, method)
     noisy = draws(trained.sampler, trained.sampler.grid(config.steps))
     if edit.noiseless and noisy:
         raise ValueError(
@@ -121,6 +125,21 @@ def _refuse(config: EditConfig, trained: Trained, edit: Edit, method: Method | N
     elif config.input is None:
         raise ValueError(
             "input=null: give an image file or a folder, or held_out for real images of the run's dataset"
+        )
+
+
+def _refuse_in_latents(space: Latents, kind: str, edit: Edit, method: Method | None) -> None:
+    """Raise ValueError where an edit needs pixels, and the model works in latents."""
+    if method is not None and not (edit.masks or method.differentiates):
+        raise ValueError(
+            f"method={type(method).__name__.lower()}: puts in what is known, and of latents nothing is known in "
+            f"edit={kind}, only of the pixels that they are decoded to; take method=dps"
+        )
+    factor = space.autoencoder.factor
+    if any(side % factor for side in edit.results[1:]):
+        raise ValueError(
+            f"edit={kind}: its results are of {described(edit.results[1:])} pixels, and a latent stands for {factor} "
+            f"of a side; take margins that are multiples of {factor}"
         )
 
 

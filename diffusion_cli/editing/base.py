@@ -77,6 +77,8 @@ class Edit(ABC):
     """Images that go into one result."""
     restores = False
     """Whether it takes a method of restoration."""
+    masks = False
+    """Whether what it restores is known pixel by pixel."""
     starts_from_noise = False
     """Whether results of unlike seeds differ with any sampler."""
     noiseless = False

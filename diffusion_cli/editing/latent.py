@@ -33,7 +33,4 @@ class Decoded(LinearOperator):
         return self.operator(self.space.decode(x))
 
     def pseudo_inverse(self, y: Tensor) -> Tensor:
-        raise ValueError(
-            "method: puts in what is known of pixels, and the model works in latents, which know only where an image "
-            "is masked; take method=dps"
-        )
+        raise NotImplementedError("a measurement of decoded images has no inverse")

@@ -42,6 +42,8 @@ class Inpaint(Restoration):
     a mask of another size, a box beyond the image, or one that leaves nothing to paint.
     """
 
+    masks = True
+
     def __init__(self, shape: Shape, read_mask: ReadMask, *, mask: str | list[NonNegativeInt]) -> None:
         super().__init__(shape, read_mask)
         _, *sizes = shape
@@ -96,6 +98,8 @@ class Outpaint(Restoration):
     those that lack these margins are completed to the model's size, and those of that size lose them first.
     Raises ValueError where there is nothing to add, or nothing left.
     """
+
+    masks = True
 
     def __init__(
         self,

@@ -1,7 +1,7 @@
 """The space that a denoiser works in: pixels, or the latents of an autoencoder (Rombach et al. 2022)."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from math import prod
 
 import torch
@@ -116,3 +116,19 @@ class Latents(Space):
             torch.tensor(values, device=like.device).view(-1, *ones) for values in (self.mean, self.std)
         )
         return mean, std
+
+
+def measured_scale(parts: Iterable[Tensor], channels: int) -> tuple[list[float], list[float]]:
+    """The mean and standard deviation of z ~ N(mean, variance) in each of L channels, of parts [B, 2L, h, w] of all.
+
+    `Var z = E[variance] + Var[mean]`, over images and places; [B, 4L, h, w] is taken as two images each.
+    """
+    count, sums, squares = 0, torch.zeros(channels).double(), torch.zeros(channels).double()
+    for part in parts:
+        mean, log_variance = part.double().unflatten(1, (-1, 2, channels)).movedim(2, 0)
+        others = [dim for dim in range(mean.ndim) if dim != 2]
+        sums += mean.sum(others)
+        squares += (mean.square() + log_variance.exp()).sum(others)
+        count += mean.numel() // channels
+    mean = sums / count
+    return mean.tolist(), (squares / count - mean.square()).sqrt().tolist()

@@ -19,6 +19,7 @@ from diffusion_cli.metrics.inception import InceptionFeatures
 from diffusion_cli.metrics.inception_score import InceptionScore, inception_score
 from diffusion_cli.metrics.inversion import Inversion
 from diffusion_cli.metrics.kernel import CLIPDistance, KernelDistance, gaussian_mmd, polynomial_mmd
+from diffusion_cli.metrics.latents import LatentMoments
 from diffusion_cli.metrics.likelihood import FlowLikelihood, VariationalBound
 from diffusion_cli.metrics.lpips import LPIPSDistance
 from diffusion_cli.metrics.manifold import DensityCoverage, PrecisionRecall
@@ -70,6 +71,7 @@ __all__ = [
     "Inversion",
     "KernelDistance",
     "LPIPSDistance",
+    "LatentMoments",
     "Measurement",
     "Memorization",
     "Metric",

@@ -2,7 +2,6 @@
 
 import json
 import os
-from collections.abc import Iterable
 from contextlib import nullcontext
 from hashlib import sha256
 from io import BytesIO
@@ -22,7 +21,7 @@ from diffusion_cli.data.array import opened_array
 from diffusion_cli.data.base import Split
 from diffusion_cli.data.batches import fetched
 from diffusion_cli.data.memory import MemoryImages
-from diffusion_cli.latents import Latents
+from diffusion_cli.latents import Latents, measured_scale
 from diffusion_cli.locks import locked
 from diffusion_cli.networks import AutoencoderKL
 from diffusion_cli.pretrained import from_diffusers
@@ -119,13 +118,20 @@ class LatentDataset(Dataset):
         if not len(images):
             return images
         flip = self.flip and split == "train"
-        if split not in self.keys:
-            self.keys[split] = Ranks().agree(self._key(images, flip) if Ranks().first else "")
-        path = self.cache_dir / f"latents-{self.name}-{self.keys[split]}" / "moments.npy"
-        moments = encoded(images, self.latents, path, flip, self.source.num_workers)
+        if Ranks().agree(split not in self.keys or not self._path(split).is_file()):
+            key = Ranks().agree(self._key(images, flip) if Ranks().first else "")
+            if self.keys.setdefault(split, key) != key:
+                raise ValueError(
+                    f"dataset: the {split} images are not those that the run was begun on; give back the data, or take "
+                    "another name="
+                )
+        moments = encoded(images, self.latents, self._path(split), flip, self.source.num_workers)
         if split == "train" and not self._scaled:
             self._scale(moments)
         return moments
+
+    def _path(self, split: Split) -> Path:
+        return self.cache_dir / f"latents-{self.name}-{self.keys[split]}" / "moments.npy"
 
     def _key(self, images: Images, flip: bool) -> str:
         facts = [images.pixel_digest(), digest(self.latents.autoencoder.state_dict()), flip]
@@ -228,19 +234,3 @@ def _moments(pixels: Tensor, latents: Latents, row: tuple[int, ...], flip: bool)
         return torch.empty(0, *row)
     moments = latents.moments(images)
     return torch.cat([moments, latents.moments(images.flip(-1))], 1) if flip else moments
-
-
-def measured_scale(parts: Iterable[Tensor], channels: int) -> tuple[list[float], list[float]]:
-    """The mean and standard deviation of z ~ N(mean, variance) in each of L channels, of parts [B, 2L, h, w] of all.
-
-    `Var z = E[variance] + Var[mean]`, over images and places; [B, 4L, h, w] is taken as two images each.
-    """
-    count, sums, squares = 0, torch.zeros(channels).double(), torch.zeros(channels).double()
-    for part in parts:
-        mean, log_variance = part.double().unflatten(1, (-1, 2, channels)).movedim(2, 0)
-        others = [dim for dim in range(mean.ndim) if dim != 2]
-        sums += mean.sum(others)
-        squares += (mean.square() + log_variance.exp()).sum(others)
-        count += mean.numel() // channels
-    mean = sums / count
-    return mean.tolist(), (squares / count - mean.square()).sqrt().tolist()

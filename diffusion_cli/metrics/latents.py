@@ -1,0 +1,62 @@
+"""How well the scale of a model's latents holds for images that it was not measured on."""
+
+from collections.abc import Iterator
+from typing import Literal
+
+import torch
+from pydantic import PositiveInt
+from torch import Tensor
+from tqdm import tqdm
+
+from diffusion_cli.data import Images, normalised
+from diffusion_cli.latents import Latents, measured_scale
+from diffusion_cli.metrics.base import Finding, ModelMetric, Subject
+
+
+class LatentMoments(ModelMetric):
+    """The farthest that the latents of real images are from mean 0 and standard deviation 1 in any channel.
+
+    `max_c max(|mean_c|, |std_c - 1|)` over images and places, of states as training draws them; each channel's two are
+    given beside it. Raises ValueError for a model of pixels, or without images.
+    """
+
+    NAME = "latents_deviation"
+
+    def __init__(self, *, split: Literal["held_out", "train"], num_images: PositiveInt | None) -> None:
+        self.split: Literal["held_out", "train"] = split
+        self.num_images = num_images
+
+    @torch.inference_mode()
+    def measure(self, subject: Subject) -> Finding:
+        space = subject.model.space
+        if not isinstance(space, Latents):
+            raise ValueError(
+                "metric=latents: is of latents, and the model works in pixels; give a run trained with latent.run= or "
+                "latent.pretrained="
+            )
+        images = subject.dataset.load(self.split)
+        count = min(self.num_images or len(images), len(images))
+        if not count:
+            raise ValueError(
+                f"metric.latents.split={self.split}: has no images; take metric.latents.split=train"
+            )
+        mean, std = measured_scale(_moments(subject, space, images, count), space.shape[0])
+        means = [(value - zero) / one for value, zero, one in zip(mean, space.mean, space.std, strict=True)]
+        stds = [value / one for value, one in zip(std, space.std, strict=True)]
+        details = {f"mean_{channel}": value for channel, value in enumerate(means)}
+        details |= {f"std_{channel}": value for channel, value in enumerate(stds)}
+        return Finding(
+            self.NAME,
+            max(abs(value) for value in [*means, *(value - 1 for value in stds)]),
+            details | {"images": count},
+            {"split": self.split, "images_sha256": images.digest()},
+        )
+
+
+def _moments(subject: Subject, space: Latents, images: Images, count: int) -> Iterator[Tensor]:
+    """The moments of the first images, some at a time."""
+    with tqdm(total=count, desc=LatentMoments.NAME, unit="image", delay=1.0) as bar:
+        for rows in torch.arange(count).split(subject.batch_size):
+            batch, _ = subject.batch(images, rows)
+            yield space.moments(normalised(batch)).cpu()
+            bar.update(len(rows))

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Self
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, model_validator
 
 from diffusion_cli.config.check import check_node, validate
-from diffusion_cli.config.schema import STRICT
+from diffusion_cli.config.schema import STRICT, LatentConfig
 from diffusion_cli.foreign import plain
 
 LARGEST_NUMBER = 10**6
@@ -69,6 +69,7 @@ class _Config(BaseModel):
     schedule: dict[str, Any] | None
     parameterization: dict[str, Any] | None
     model: dict[str, Any]
+    latent: LatentConfig
 
 
 class _Objective(BaseModel):
@@ -93,6 +94,8 @@ def check_stored(about: Mapping[str, Any]) -> list[str]:
     mistakes += wrong
     if config is not None:
         mistakes += [] if "_target_" in config.dataset else ["dataset: names no class"]
+        if (stored.latent is None) != (config.latent.key is None):
+            mistakes.append("latent: does not go with latent.run and latent.pretrained")
         for key in ("schedule", "parameterization"):
             if (getattr(config, key) is None) != (stored.task == "autoencoder"):
                 mistakes.append(f"{key}: does not go with task={stored.task}")

@@ -65,10 +65,16 @@ def chosen_latents(
         assert isinstance(space, Latents)
         return Chosen(space, known["autoencoder"], known["source"], known["cache"])
     network, node, channels = _autoencoder(config, dataset)
-    if channels != dataset.shape[0]:
+    sides = "x".join(map(str, dataset.shape[1:]))
+    if channels != dataset.shape[0] or len(dataset.shape) != 3:
         raise ValueError(
             f"{config.latent.key}: is of images of {channels} channels, and those of {dataset.name} have "
-            f"{dataset.shape[0]}; take another autoencoder"
+            f"{dataset.shape[0]}, of {sides}; take another autoencoder"
+        )
+    if any(side % network.factor for side in dataset.shape[1:]):
+        raise ValueError(
+            f"{config.latent.key}: its latents stand for {network.factor} pixels of a side, which do not divide images "
+            f"of {sides}; take an autoencoder of fewer levels, or images of another size"
         )
     ones = [1.0] * network.latent_channels
     latents = Latents(network.to(device), dataset.shape, [0.0 * one for one in ones], ones)

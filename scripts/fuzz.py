@@ -61,7 +61,8 @@ def read_zip(data: bytes) -> None:
     path = PLACE / "x.zip"
     path.write_bytes(data)
     Folder(
-        "", path=str(path), resolution=8, channels=3, range=None, depth="auto", labels="auto", background="white",
+        "", path=str(path), masks=None,
+        resolution=8, channels=3, range=None, depth="auto", labels="auto", background="white",
         flip=False, held_out=0.0, in_memory=True, num_workers=0,
     ).load("train")  # fmt: skip
 

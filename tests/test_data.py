@@ -282,6 +282,7 @@ def test_hold_moves_only_what_is_in_memory(tmp_path):
 
 def folder(path: Path, **changes) -> Folder:
     arguments = {
+        "masks": None,
         "resolution": 8,
         "channels": 3,
         "range": None,

@@ -114,6 +114,7 @@ def loaded(folder: Path) -> None:
 
 def folder(path: Path, **changes: Any) -> Folder:
     arguments = {
+        "masks": None,
         "resolution": 8, "channels": 3, "range": None, "depth": "auto", "labels": "auto", "background": "white",
         "flip": False, "held_out": 0.0, "in_memory": True, "num_workers": 0,
     }  # fmt: skip

@@ -31,6 +31,7 @@ CT = Dicom("int16", 12, 1.0, -1024.0, [-1000.0], [1000.0])
 
 def folder(path: Path, **changes) -> Folder:
     arguments = {
+        "masks": None,
         "resolution": 8, "channels": 1, "range": None, "depth": "auto", "labels": "none", "background": "white",
         "flip": False, "held_out": 0.0, "in_memory": True, "num_workers": 0,
     }  # fmt: skip

@@ -14,6 +14,7 @@ from diffusion_cli.forms.volume import read_volume
 
 nib = pytest.importorskip("nibabel")
 OPTIONS: dict = {
+    "masks": None,
     "channels": 1, "range": [-1000, 1000], "depth": "auto", "labels": "none", "background": "white", "flip": False,
     "held_out": 0, "in_memory": True, "num_workers": 0,
 }  # fmt: skip

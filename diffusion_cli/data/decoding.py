@@ -55,6 +55,11 @@ class Decoder(NamedTuple):
         """Bytes."""
         return np.dtype(np.uint8)
 
+    def size(self, data: bytes) -> tuple[int, ...]:
+        """Return the height and width of a file's image."""
+        image = parsed(data)
+        return image.size if is_turned(image) else image.size[::-1]
+
     def __call__(self, data: bytes) -> np.ndarray:
         """Raises ValueError if the file cannot be decoded faithfully."""
         if not self.reduced and (depth := depth_of(data)) != "uint8":
@@ -77,7 +82,11 @@ class Decoder(NamedTuple):
 
 
 def _resized(
-    image: Image.Image, wanted: list[int], size: tuple[int, int] | None = None, scale: float = 1.0
+    image: Image.Image,
+    wanted: list[int],
+    size: tuple[int, int] | None = None,
+    scale: float = 1.0,
+    resample: Image.Resampling = Image.Resampling.LANCZOS,
 ) -> Image.Image:
     """The centred part of an image that may be smaller, by `scale`, than what has a `size` in the file.
 
@@ -91,7 +100,7 @@ def _resized(
     if (across, down) == (columns, rows):
         return image.crop(part)
     box = (part[0] / scale, part[1] / scale, part[2] / scale, part[3] / scale)
-    return image.resize((columns, rows), Image.Resampling.LANCZOS, box=box)
+    return image.resize((columns, rows), resample, box=box)
 
 
 class DeepDecoder(NamedTuple):
@@ -105,6 +114,10 @@ class DeepDecoder(NamedTuple):
         """Real numbers."""
         return np.dtype(np.float32)
 
+    def size(self, data: bytes) -> tuple[int, ...]:
+        """Return the height and width of a file's image."""
+        return tuple(self.form.decode(data).shape[1:])
+
     def __call__(self, data: bytes) -> np.ndarray:
         """Raises ValueError as `Ranged.decode`, and for another number of channels."""
         sample = self.form.decode(data)
@@ -113,12 +126,14 @@ class DeepDecoder(NamedTuple):
         return fitted(sample, self.form, self.shape).numpy()
 
 
-def fitted(sample: Tensor, form: Ranged, shape: Shape) -> Tensor:
+def fitted(
+    sample: Tensor, form: Ranged, shape: Shape, resample: Image.Resampling = Image.Resampling.LANCZOS
+) -> Tensor:
     """An image [C, h, w] of a form with the height and width of a shape, as stored; itself where it has them."""
     _, *wanted = shape
     if list(sample.shape[1:]) == wanted:
         return sample
-    channels = [_resized(Image.fromarray(channel), wanted) for channel in sample.numpy()]
+    channels = [_resized(Image.fromarray(channel), wanted, resample=resample) for channel in sample.numpy()]
     return form.stored(torch.from_numpy(np.stack([np.asarray(channel) for channel in channels])))
 
 

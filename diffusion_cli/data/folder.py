@@ -23,9 +23,10 @@ from diffusion_cli.data.decoding import (
 )
 from diffusion_cli.data.labels import class_labels
 from diffusion_cli.data.labels import read as entry
+from diffusion_cli.data.masks import MaskedDecoder, divided, mask_files, masked_decoder
 from diffusion_cli.data.memory import MemoryImages, fits_in_memory
 from diffusion_cli.foreign import Archive, read, reason
-from diffusion_cli.forms import Form, Range, Ranged, Volume
+from diffusion_cli.forms import Dicom, Form, Range, Ranged, Volume
 from diffusion_cli.forms.dicom import SUFFIXES as SCANS
 from diffusion_cli.forms.files import SUFFIXES as PICTURES
 from diffusion_cli.forms.volume import SUFFIXES as VOLUMES
@@ -47,6 +48,7 @@ class Folder(Dataset):
     they give classes, else "none". Whether an image is held out is a hash of its name: it stays in its
     split when files are added or removed. See `Decoder` for how a file becomes pixels, and `Ranged` for what those
     of more than 8 bits, of other channels than 1 or 3, or of a `range` become; the first file says which they are.
+    With `masks`, of images but not of DICOM or volumes, see `MaskedDecoder`: the shape has a channel more.
 
     Raises FileNotFoundError or ValueError if `path` is missing, is no archive, or holds no image, and
     ValueError if the labels asked for are missing, or those in `labels.csv` do not match the images; `load`
@@ -58,6 +60,7 @@ class Folder(Dataset):
         data_dir: str,
         *,
         path: str,
+        masks: str | None,
         resolution: PositiveInt | Annotated[list[PositiveInt], Field(min_length=2, max_length=3)],
         channels: PositiveInt,
         range: Range | list[Range] | Literal["window"] | None,
@@ -76,14 +79,24 @@ class Folder(Dataset):
         self.held_out = held_out
         self.in_memory = in_memory
         self.num_workers = num_workers
+        self.masks: list[str] | None = None
         names = file_names(self.path)
         sizes = resolution if isinstance(resolution, list) else [resolution, resolution]
+        if len(sizes) == 3 and masks is not None:
+            raise ValueError(f"dataset.masks={masks}: is for images, not for volumes; leave it out")
         if len(sizes) == 3:
             self.files = volume_files(self.path, names)
             self.form, self.decoder = self._volumes(sizes, channels, range)
-        else:
+        elif masks is None:
             self.files = image_files(self.path, names)
             self.form, self.decoder = self._images((channels, sizes[0], sizes[1]), range, depth, background)
+        else:
+            beside, names = mask_names(self.path, masks, names)
+            self.files = image_files(self.path, names)
+            own, labelled = divided(range, channels)
+            _, decoder = self._images((channels, sizes[0], sizes[1]), own, depth, background)
+            self.decoder = self._masked(masks, beside, decoder, labelled)
+            self.form = self.decoder.form
         self.shape = self.decoder.shape
         self.class_names, self.labels = class_labels(self.path, names, self.files, labels)
 
@@ -93,7 +106,7 @@ class Folder(Dataset):
         given: Range | list[Range] | Literal["window"] | None,
         depth: Literal["auto", 8],
         background: Literal["white", "black"],
-    ) -> tuple[Form, FileDecoder]:
+    ) -> tuple[Form, Decoder | DeepDecoder]:
         try:
             first = entry(self.path, self.files[0])
         except (ValueError, OSError):  # told with what is wrong with the others, where pixels are read
@@ -109,6 +122,23 @@ class Folder(Dataset):
         if isinstance(form, Ranged):
             return form, DeepDecoder(form, shape)
         return form, Decoder(shape, background, reduced=depth == 8)
+
+    def _masked(
+        self, given: str, beside: dict[str, str], decoder: Decoder | DeepDecoder, range: Range | None
+    ) -> MaskedDecoder:
+        """The decoder with masks, whose files it sets."""
+        if isinstance(decoder, DeepDecoder) and isinstance(decoder.form, Dicom):
+            raise ValueError(
+                f"dataset.masks={given}: is not for DICOM; leave it out, or convert the images to TIFF"
+            )
+        try:
+            self.masks = [beside[name] for name in mask_files(self.files, list(beside))]
+            first = entry(self.path, self.masks[0])
+            return masked_decoder(decoder, first, range)
+        except ValueError as error:
+            if str(error).startswith("dataset."):
+                raise
+            raise ValueError(f"dataset.masks={given}: {error}") from error
 
     def _volumes(
         self, sizes: list[int], channels: int, range: Range | list[Range] | Literal["window"] | None
@@ -139,13 +169,14 @@ class Folder(Dataset):
         rows = split_rows(named_mask(self.files, self.held_out), self.held_out, split)
         files = [self.files[row] for row in rows.tolist()]
         labels = None if self.labels is None else self.labels[rows]
-        return FileImages(self.path, files, labels, self.decoder)
+        masks = None if self.masks is None else [self.masks[row] for row in rows.tolist()]
+        return FileImages(self.path, files, labels, self.decoder, masks=masks)
 
 
 class FileImages(Images):
     """Image files `names` in a folder or ZIP archive `path`, decoded whenever they are asked for.
 
-    `key` is what the path was given as, for errors.
+    `key` is what the path was given as, for errors. For a `MaskedDecoder` each has its file of `masks`.
 
     May be sent to, and forked into, other processes: each opens the archive for itself.
     """
@@ -155,14 +186,16 @@ class FileImages(Images):
         path: Path,
         names: list[str],
         labels: Tensor | None,
-        decoder: FileDecoder,
+        decoder: FileDecoder | MaskedDecoder,
         key: str = "dataset.path",
+        masks: list[str] | None = None,
     ) -> None:
         self.key = key
         self.shape = decoder.shape
         self.labels = labels
         self.path = path
         self.names = names
+        self.masks = masks
         self.decoder = decoder
         self._archive: tuple[int, Archive] | None = None  # with the process that opened it
 
@@ -197,7 +230,7 @@ class FileImages(Images):
         def fill(slot: int, row: int) -> str | None:
             name = self.names[row]
             try:
-                pixels[slot] = self.decoder(self.content(row))
+                pixels[slot] = self._decoded(row)
             except (ValueError, OSError) as error:
                 return f"{name} ({reason(error)})"
             return None
@@ -211,9 +244,16 @@ class FileImages(Images):
                 outcomes = list(pool.map(fill, range(len(index)), index.tolist()))
         return torch.from_numpy(pixels), [outcome for outcome in outcomes if outcome]
 
-    def content(self, row: int) -> bytes:
+    def _decoded(self, row: int) -> np.ndarray:
+        data = self._content(self.names[row])
+        if isinstance(self.decoder, MaskedDecoder):
+            assert self.masks is not None
+            return self.decoder(data, self._content(self.masks[row]))
+        return self.decoder(data)
+
+    def _content(self, name: str) -> bytes:
         """The bytes of a file; ValueError or OSError if it cannot be read."""
-        archive, name = self._open(), self.names[row]
+        archive = self._open()
         return archive.read(name) if archive else read(self.path / name)
 
     def _open(self) -> Archive | None:
@@ -260,6 +300,26 @@ def image_files(
     if not images:
         raise ValueError(f"{key}={path}: holds no image; wanted are {' '.join(suffixes)}")
     return images
+
+
+def mask_names(path: Path, masks: str, names: list[str]) -> tuple[dict[str, str], list[str]]:
+    """The names of the masks in their folder, each with that by which it is read; and all other `names` of a path.
+
+    Raises ValueError if there is no such folder, or no mask.
+    """
+    if path.is_dir():
+        place = Path(masks).expanduser().resolve()
+        top, inside = f"{place.as_posix()}/", list(folder_names(place)) if place.is_dir() else []
+        root = path.resolve()
+        below = f"{place.relative_to(root).as_posix()}/" if place.is_relative_to(root) else top
+    else:
+        top = below = f"{masks.strip('/')}/"
+        inside = [name.removeprefix(top) for name in names if name.startswith(top)]
+    found = {name: top + name for name in inside if ends_in(PurePosixPath(name), PICTURES)}
+    if not found:
+        where = "a folder" if path.is_dir() else f"a folder inside {path}"
+        raise ValueError(f"dataset.masks={masks}: holds no mask; give {where} of {' '.join(PICTURES)}")
+    return found, [name for name in names if not name.startswith(below)]
 
 
 def volume_files(path: Path, names: list[str]) -> list[str]:

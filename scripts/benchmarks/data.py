@@ -92,7 +92,8 @@ def _image_folder(folder: Path, size: int, steps: list[Callable[..., object]]) -
 
 def _folder(path: Path) -> Folder:
     return Folder(
-        "", path=str(path), resolution=64, channels=3, range=None, depth="auto", labels="none", background="white",
+        "", path=str(path), masks=None,
+        resolution=64, channels=3, range=None, depth="auto", labels="none", background="white",
         flip=True, held_out=0.0, in_memory=False, num_workers=WORKERS,
     )  # fmt: skip
 

@@ -1,0 +1,136 @@
+"""Masks: joined to images, cropped alike, and label numbers from file to file."""
+
+from pathlib import Path
+from zipfile import ZipFile
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from diffusion_cli.cli import run
+from diffusion_cli.data import Folder
+from diffusion_cli.forms import Raster
+from diffusion_cli.forms.numbers import read_numbers
+
+RNG = np.random.default_rng(0)
+LABELS = [0, 3, 7, 200]
+
+
+def save(path: Path, pixels: np.ndarray) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(pixels).save(path)
+
+
+def pairs(root: Path, count: int = 4, size: tuple[int, int] = (10, 15), dtype: type = np.uint8) -> np.ndarray:
+    """Colour images in `images` with masks in `masks`, in two classes; the masks."""
+    labels = RNG.choice(np.array(LABELS, dtype), (count, *size))
+    for number, mask in enumerate(labels):
+        save(root / f"images/{number % 2}/{number}.png", RNG.integers(0, 256, (*size, 3), dtype=np.uint8))
+        save(root / f"masks/{number % 2}/{number}.png", mask)
+    return labels
+
+
+def folder(path: Path, masks: Path | str, **changes) -> Folder:
+    arguments = {
+        "resolution": [10, 15], "channels": 3, "range": None, "depth": "auto", "labels": "auto", "flip": False,
+        "background": "white", "held_out": 0.0, "in_memory": True, "num_workers": 0,
+    }  # fmt: skip
+    return Folder("", path=str(path), masks=str(masks), **(arguments | changes))
+
+
+def numbers(dataset: Folder) -> np.ndarray:
+    assert isinstance(dataset.form, Raster)
+    images = dataset.load("train")
+    return dataset.form.numbers(images.gather(torch.arange(len(images))))
+
+
+@pytest.mark.parametrize("place", ["images", "", "zip"])
+def test_a_mask_is_the_last_channel_wherever_it_lies(tmp_path, place):
+    labels = pairs(tmp_path)
+    path, masks = tmp_path / place, str(tmp_path / "masks")
+    if place == "zip":
+        path, masks = tmp_path / "x.zip", "masks"
+        with ZipFile(path, "w") as archive:
+            for file in sorted(tmp_path.rglob("*.png")):
+                archive.write(file, file.relative_to(tmp_path).as_posix())
+    dataset = folder(path, masks)
+    assert dataset.shape == (4, 10, 15)
+    assert dataset.class_names == ("0", "1")
+    found = numbers(dataset)
+    assert found.dtype == np.uint8
+    for file, image in zip(dataset.files, found, strict=True):
+        stem = int(Path(file).stem)
+        given = np.asarray(Image.open(tmp_path / f"images/{stem % 2}/{stem}.png")).transpose(2, 0, 1)
+        np.testing.assert_array_equal(image, [*given, labels[stem]])
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
+@pytest.mark.parametrize("resolution", [6, 24, [7, 5]])
+def test_labels_stay_labels_at_every_size(tmp_path, dtype, resolution):
+    pairs(tmp_path, dtype=dtype)
+    found = numbers(folder(tmp_path / "images", tmp_path / "masks", resolution=resolution))
+    assert found.dtype == dtype
+    assert set(np.unique(found[:, 3])) == set(LABELS)
+    assert found[:, :3].max() <= 255
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
+def test_a_mask_is_cropped_and_shrunk_as_its_image(tmp_path, dtype):
+    """An image that is its own mask, of blocks of one value each."""
+    blocks = RNG.integers(0, 250, (6, 14), dtype=dtype).repeat(4, 0).repeat(4, 1)
+    for kind in ("images", "masks"):
+        save(tmp_path / kind / "a.png", blocks)
+    found = numbers(folder(tmp_path / "images", tmp_path / "masks", channels=1, resolution=24))[0]
+    np.testing.assert_array_equal(found[0], found[1])
+    np.testing.assert_array_equal(found[1], blocks[:, 16:40])
+
+
+def test_a_range_of_its_own_spreads_the_labels(tmp_path):
+    save(tmp_path / "images/a.png", np.zeros((4, 4), np.uint16))
+    save(tmp_path / "masks/a.png", np.eye(4, dtype=np.uint8) * 2)
+    ranges = [[0, 1000], [0, 2]]
+    dataset = folder(tmp_path / "images", tmp_path / "masks", channels=1, resolution=4, range=ranges)
+    assert isinstance(dataset.form, Raster)
+    assert (dataset.form.dtype, dataset.form.high) == ("uint16", [1000.0, 2.0])
+    x = dataset.load("train").gather(torch.tensor([0]))[0]
+    torch.testing.assert_close(x[1], 2 * torch.eye(4) - 1)
+
+
+def test_masks_that_do_not_fit_are_told_by_name(tmp_path):
+    pairs(tmp_path)
+    images, masks = tmp_path / "images", tmp_path / "masks"
+    with pytest.raises(ValueError, match=r"dataset\.masks=.*nowhere: holds no mask; give a folder"):
+        folder(images, tmp_path / "nowhere")
+    with pytest.raises(ValueError, match=r"dataset\.masks=.*: is for images, not for volumes"):
+        folder(images, masks, resolution=[4, 4, 4])
+    save(masks / "0/2.png", np.zeros((9, 15), np.uint8))
+    with pytest.raises(
+        ValueError, match=r"cannot use 1 .*0/2\.png \(its mask is \(1, 9, 15\) .*not \(1, 10, 15\)"
+    ):
+        folder(images, masks).load("train")
+    save(masks / "0/2.png", np.zeros((10, 15), np.uint16))
+    with pytest.raises(ValueError, match=r"0/2\.png \(its mask: holds uint16; wanted is uint8"):
+        folder(images, masks).load("train")
+    save(masks / "0/2.tif", np.zeros((10, 15), np.uint8))
+    with pytest.raises(ValueError, match=r"more than one mask for '0/2\.png'"):
+        folder(images, masks)
+    (masks / "0/2.tif").unlink()
+    (masks / "0/2.png").unlink()
+    with pytest.raises(ValueError, match=r"dataset\.masks=.*: has no mask for '0/2\.png'; give"):
+        folder(images, masks)
+
+
+@pytest.mark.slow
+def test_samples_are_image_and_mask_together(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    pairs(tmp_path, size=(8, 8))
+    data = ["dataset=folder", "dataset.path=images", "dataset.masks=masks", "dataset.resolution=8",
+            "dataset.range=[[0,255],[0,255],[0,255],[0,7]]", "dataset.held_out=0"]  # fmt: skip
+    model = ["model=unet_tiny", "model.channels=32", "model.channel_mult=[1]", "model.num_res_blocks=1",
+             "model.attention_resolutions=[]", "max_steps=2", "batch_size=4"]  # fmt: skip
+    assert run(["train", *data, *model, "name=r", "logger=csv", "trainer=cpu"]) == 0
+    assert run(["sample", "run=r", "sampler=ddim", "steps=2", "device=cpu", "num_samples=2", "output=s"]) == 0
+    made = read_numbers(Path("s/000000.tif").read_bytes())
+    assert (made.shape, made.dtype) == ((4, 8, 8), np.uint8)
+    assert made[3].max() <= 7

@@ -366,7 +366,9 @@ def load_model(run: Path, weights: Literal["ema", "raw"], device: torch.device, 
     """Build the denoiser of a run again from its newest checkpoint, or another one, in evaluation mode."""
     checkpoint, origin = _origin(run, step, weights, Denoiser.task)
     denoiser = _restored(Denoiser, checkpoint, weights, device)
-    return Model(**origin, denoiser=denoiser, space=load_space(run, checkpoint["diffuse"], device))
+    return Model(
+        **origin, denoiser=denoiser, space=_space(run, checkpoint["diffuse"], origin["shape"], device)
+    )
 
 
 def load_classifier(run: Path, device: torch.device) -> Classifier:
@@ -503,12 +505,14 @@ def _seen_shape(about: Mapping[str, Any]) -> Shape:
     return tuple(about["latent"]["shape"] if about["latent"] else about["shape"])
 
 
-def load_space(run: Path, about: Mapping[str, Any], device: torch.device) -> Space:
-    """Where the network of a run works; ValueError if it is in latents whose autoencoder is not beside it."""
-    shape, latent = tuple(about["shape"]), about["latent"]
-    if latent is None:
-        return Pixels(shape)
-    path = run / AUTOENCODER
+def _space(run: Path, about: Mapping[str, Any], shape: Shape, device: torch.device) -> Space:
+    """Where the network of a run works on images of a shape."""
+    return Pixels(shape) if about["latent"] is None else load_latents(run, about, device)
+
+
+def load_latents(run: Path, about: Mapping[str, Any], device: torch.device) -> Latents:
+    """The latents that the network of a run works in; ValueError if their autoencoder is not beside it."""
+    path, shape, latent = run / AUTOENCODER, tuple(about["shape"]), about["latent"]
     try:
         state = read_weights(path)
         with (

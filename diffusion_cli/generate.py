@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from diffusion_cli.checkpoint import Model
-from diffusion_cli.denoiser import Denoise, Denoiser, clip_x0, per_image
+from diffusion_cli.denoiser import Denoise, Denoiser, per_image
 from diffusion_cli.foreign import reason
 from diffusion_cli.guidance import Guidance
 from diffusion_cli.precision import autocast
@@ -242,7 +242,7 @@ def _batches(seeds: Sequence[int], sampler: Sampler, batch_size: int) -> Iterato
 def guided(model: Model, guidance: Guidance, y: Tensor | None, clip: bool) -> Denoise:
     """The denoiser of images of the classes y, int64 [B], guided and, with `clip`, kept in [-1, 1]; latents are not."""
     denoise = guidance(model.denoiser, y)
-    return clip_x0(denoise, model.denoiser.schedule) if clip and model.space.bounded else denoise
+    return model.space.clipped(denoise, model.denoiser.schedule) if clip else denoise
 
 
 def frame_places(count: int, most: int) -> list[int]:

@@ -7,8 +7,10 @@ from math import prod
 import torch
 from torch import Tensor
 
+from diffusion_cli.denoiser import Denoise, clip_x0
 from diffusion_cli.networks import AutoencoderKL
 from diffusion_cli.networks.autoencoder import drawn
+from diffusion_cli.schedules import Schedule
 
 PIXELS = 2**18  # that an autoencoder takes at a time: four images of 256x256
 
@@ -24,6 +26,10 @@ class Space(ABC):
     """Of a state."""
     bounded: bool
     """Whether a state without noise has all its values in [-1, 1]."""
+
+    def clipped(self, denoise: Denoise, schedule: Schedule) -> Denoise:
+        """Wrap a denoiser by `clip_x0` where states are bounded; others are left as they are."""
+        return clip_x0(denoise, schedule) if self.bounded else denoise
 
     @abstractmethod
     def shape_of(self, image: tuple[int, ...]) -> tuple[int, ...]:

@@ -14,7 +14,7 @@ from diffusion_cli.checkpoint import load_model
 from diffusion_cli.cli import run
 from diffusion_cli.commands.train import _refuse_uneven
 from diffusion_cli.config import TrainConfig, load
-from diffusion_cli.data import Batch, Growing, Stages, reduced
+from diffusion_cli.data import Batch, Growing, NoDataset, Stages, reduced
 from diffusion_cli.data.memory import MemoryImages
 from diffusion_cli.training.assembly import stages_of
 
@@ -216,11 +216,11 @@ def test_stages_that_cannot_be_are_refused_before_training(tmp_path, capfd, word
 def test_the_steps_of_stages_are_shares_of_the_budget():
     config = load("train", ["progressive=[2,4,8]", "max_steps=100"])
     assert isinstance(config, TrainConfig)
-    assert [stage.first for stage in stages_of(config, (1, 8, 8)).all] == [0, 33, 66]
+    assert [stage.first for stage in stages_of(config, NoDataset("images", (1, 8, 8))).all] == [0, 33, 66]
 
 
 def test_the_batch_of_each_stage_is_shared_out_evenly():
     config = load("train", ["progressive=[4,8]", "stage_batch=[9]"])
     assert isinstance(config, TrainConfig)
     with pytest.raises(ValueError, match="stage_batch=9: is shared out among 2 devices, in 1 parts"):
-        _refuse_uneven(config, stages_of(config, (1, 8, 8)), 2)
+        _refuse_uneven(config, stages_of(config, NoDataset("images", (1, 8, 8))), 2)

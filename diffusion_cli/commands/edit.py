@@ -19,7 +19,7 @@ from diffusion_cli.commands.outputs import claim, keep_results
 from diffusion_cli.commands.trained import Trained, open_run
 from diffusion_cli.config import EditConfig, build, fingerprint
 from diffusion_cli.data import normalised
-from diffusion_cli.denoiser import Denoise, clip_x0
+from diffusion_cli.denoiser import Denoise
 from diffusion_cli.editing import Edit, Edited, Method, Process
 from diffusion_cli.editing.restore import described
 from diffusion_cli.forms import Form
@@ -101,6 +101,11 @@ def _kind(config: EditConfig) -> str:
 def _refuse(config: EditConfig, trained: Trained, edit: Edit, method: Method | None) -> None:
     """Raise ValueError where an edit is asked for what it does not do."""
     kind = _kind(config)
+    if edit.restores and not trained.model.form.ordered:
+        raise ValueError(
+            f"edit={kind}: restores what is known of places in an image, and the model makes sets of points; take "
+            "img2img, interpolate, attribute or reconstruct"
+        )
     if edit.restores and method is None:
         raise ValueError(f"method: edit={kind} needs one; take replacement, repaint or dps")
     if not edit.restores and method is not None:
@@ -225,9 +230,7 @@ def _edit(
     seeds = [job.seed for job in batch]
 
     def clipped(denoise: Denoise) -> Denoise:
-        return (
-            clip_x0(denoise, model.denoiser.schedule) if config.clip_x0 and model.space.bounded else denoise
-        )
+        return model.space.clipped(denoise, model.denoiser.schedule) if config.clip_x0 else denoise
 
     def told(label: int | str | None) -> Denoise:
         number = trained.number(label, "edit.source")

@@ -87,7 +87,7 @@ def _train(config: TrainConfig, folder: Path, stop: Stop) -> int:
     parts = assemble(config, folder, before["diffuse"] if before else None)
     # What null once meant it goes on to mean, whatever the budget is now.
     stored = before["diffuse"]["stages"] if before else None
-    stages = Stages.stored(stored) if stored else stages_of(config, parts.shown.shape)
+    stages = Stages.stored(stored) if stored else stages_of(config, parts.shown)
     _refuse_uneven(config, stages, ranks.world)
     images = parts.shown.load("train")
     about = _about(config, parts, images, stages)
@@ -130,7 +130,7 @@ def _fit(
     if config.compile is True or (config.compile == "auto" and parts.device.torch_device.type == "cuda"):
         model.network.compile()  # in place: torch.compile(network) would rename every weight
     if ranks.first:
-        if parts.latent is not None and not (folder / AUTOENCODER).is_file():
+        if parts.latent is not None and not done:
             save_weights(parts.latent.latents.autoencoder, folder / AUTOENCODER)
         _write_config(folder / "config.yaml", config)
         print(

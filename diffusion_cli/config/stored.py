@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterator, Mapping
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, model_validator
 
@@ -25,7 +25,7 @@ class _Latent(BaseModel):
     autoencoder: dict[str, Any]
     sha256: str
     source: str
-    cache: dict[str, str]
+    cache: dict[Literal["train", "held_out"], Annotated[str, Field(pattern=r"^[0-9a-f]{16}$")]]
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:

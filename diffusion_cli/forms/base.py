@@ -25,6 +25,8 @@ class Form(ABC):
     """
 
     kind: ClassVar[str]
+    ordered: ClassVar[bool] = True
+    """Whether neighbours in the array are neighbours in space, as pixels are and points of a set are not."""
 
     def __init_subclass__(cls) -> None:
         if "kind" in cls.__dict__:

@@ -1,7 +1,6 @@
 """Points in PLY files, the Stanford polygon format (Turk 1994)."""
 
 import re
-import warnings
 from pathlib import Path
 from typing import NamedTuple
 
@@ -84,13 +83,10 @@ def _text(data: bytes, header: _Header) -> dict[str, np.ndarray]:
     wanted, width = header.vertices * len(header.properties), len(header.properties)
     if 2 * wanted - 1 > len(data) - header.start:  # a digit and a blank each
         raise ValueError(f"ends before its {header.vertices} vertices do")
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        try:
-            text = data[header.start :].decode("ascii", "replace")
-            numbers = np.fromstring(text, np.float64, wanted, sep=" ") if wanted else np.empty(0)
-        except (DeprecationWarning, ValueError) as error:
-            raise ValueError("has vertices that are no numbers") from error
+    try:
+        numbers = np.array(data[header.start :].split(maxsplit=wanted)[:wanted], np.float64)
+    except ValueError as error:
+        raise ValueError("has vertices that are no numbers") from error
     if len(numbers) < wanted:
         raise ValueError(f"ends before its {header.vertices} vertices do")
     columns = numbers.reshape(-1, width).T

@@ -31,6 +31,7 @@ class PointSet(Form):
     """
 
     kind: ClassVar[str] = "points"
+    ordered: ClassVar[bool] = False
     radius: Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
     @property

@@ -133,13 +133,17 @@ def module_of(config: TrainConfig, parts: Parts, about: dict[str, Any]) -> Train
     return DenoisingModule(model, objective, times, parts.space, parts.optimizer, config.seed, about)
 
 
-def stages_of(config: TrainConfig, shape: tuple[int, ...]) -> Stages:
-    """The sizes that a run on images of a shape trains at; ValueError as `Stages.growing`."""
+def stages_of(config: TrainConfig, dataset: Dataset) -> Stages:
+    """The sizes that a run on a data set trains at; ValueError as `Stages.growing`, or for sets of points."""
     sizes, steps = config.progressive, config.stage_steps
+    if sizes is not None and not dataset.form.ordered:
+        raise ValueError(
+            f"progressive={sizes}: points lie in no order in which to take their means; leave it out"
+        )
     if steps is None and sizes is not None:
         assert config.max_steps is not None
         steps = [config.max_steps // len(sizes)] * (len(sizes) - 1)
-    return Stages.growing(shape, config.batch_size, sizes, steps or [], config.stage_batch)
+    return Stages.growing(dataset.shape, config.batch_size, sizes, steps or [], config.stage_batch)
 
 
 def watchers_of(

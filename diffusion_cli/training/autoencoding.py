@@ -1,15 +1,17 @@
 """The training of autoencoders, and the pictures of it."""
 
+import math
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.pytorch import Trainer
-from torch import Tensor
+from torch import Tensor, nn
 
 from diffusion_cli.data import Batch
 from diffusion_cli.forms import Form
+from diffusion_cli.latents import PIXELS
 from diffusion_cli.ranks import Ranks
 from diffusion_cli.reconstruction import Autoencoding, Reconstruction
 from diffusion_cli.report import save_rows
@@ -60,6 +62,10 @@ class AutoencodingModule(TrainingModule[Autoencoding, TermMeter]):
     def _latents(self, images: Tensor) -> tuple[int, ...]:
         return self.model.network.latent_shape(tuple(images.shape[1:]))
 
+    def clipped(self) -> list[nn.Module]:
+        # Each by itself, as by an optimizer of its own: neither's gradient is to be scaled by the other's.
+        return [part for part in (self.model.network, self.model.discriminator) if part is not None]
+
     def configure_model(self) -> None:
         if self.device_mesh is not None and self.model.discriminator is not None:
             raise ValueError(
@@ -83,7 +89,8 @@ class Reconstructions(Watcher):
             return True
         assert isinstance(model, Autoencoding)
         with trainer.precision_plugin.forward_context():
-            images = model.network.reconstruct(self.images.to(module.device))
+            parts = self.images.to(module.device).split(max(1, PIXELS // math.prod(self.images.shape[2:])))
+            images = torch.cat([model.network.reconstruct(part) for part in parts])
         pairs = zip(self.images.split(ROW), images.cpu().split(ROW), strict=True)
         rows = [self.form.pictures(self.form.stored(row)) for pair in pairs for row in pair]
         save_rows(rows, self.folder / f"step_{step:08d}.png")

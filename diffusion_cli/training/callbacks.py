@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from diffusion_cli.checkpoint import LAST, duplicate, numbered, save
 from diffusion_cli.data import Batch, Stages
-from diffusion_cli.denoiser import Denoiser, NoisyClassifier, clip_x0, noised
+from diffusion_cli.denoiser import Denoiser, NoisyClassifier, noised
 from diffusion_cli.forms import Form
 from diffusion_cli.generate import all_labels, labels_of, sample
 from diffusion_cli.latents import Space
@@ -377,10 +377,9 @@ class Preview(Watcher):
             return True
         assert isinstance(denoiser, Denoiser)
         labels = labels_of(self.SEEDS, all_labels(denoiser), module.device)
-        denoise = lambda x, t: denoiser(x, t, labels)  # noqa: E731
         with trainer.precision_plugin.forward_context():
             x = sample(
-                clip_x0(denoise, denoiser.schedule) if self.space.bounded else denoise,
+                self.space.clipped(lambda x, t: denoiser(x, t, labels), denoiser.schedule),
                 self.sampler,
                 self.sampler.grid(self.steps),
                 self.SEEDS,

@@ -14,7 +14,7 @@ from numpy.lib import format as npy
 from torch import Tensor
 from tqdm import tqdm
 
-from diffusion_cli.checkpoint import digest, find_run, load_autoencoder, load_space, writing
+from diffusion_cli.checkpoint import digest, find_run, load_autoencoder, load_latents
 from diffusion_cli.config import TrainConfig
 from diffusion_cli.data import Dataset, Images, UnreadableError, normalised
 from diffusion_cli.data.array import opened_array
@@ -61,9 +61,8 @@ def chosen_latents(
     if config.latent.key is None:
         return None
     if before is not None:
-        space, known = load_space(folder, before, device), before["latent"]
-        assert isinstance(space, Latents)
-        return Chosen(space, known["autoencoder"], known["source"], known["cache"])
+        latents, known = load_latents(folder, before, device), before["latent"]
+        return Chosen(latents, known["autoencoder"], known["source"], known["cache"])
     network, node, channels = _autoencoder(config, dataset)
     sides = "x".join(map(str, dataset.shape[1:]))
     if channels != dataset.shape[0] or len(dataset.shape) != 3:
@@ -140,7 +139,10 @@ class LatentDataset(Dataset):
         return self.cache_dir / f"latents-{self.name}-{self.keys[split]}" / "moments.npy"
 
     def _key(self, images: Images, flip: bool) -> str:
-        facts = [images.pixel_digest(), digest(self.latents.autoencoder.state_dict()), flip]
+        network = (
+            self.latents.autoencoder
+        )  # of the same weights, another one may group its channels otherwise
+        facts = [images.pixel_digest(), digest(network.state_dict()), repr(network), flip]
         return sha256(json.dumps(facts).encode()).hexdigest()[:16]
 
     def _scale(self, moments: "LatentImages") -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from diffusion_cli.checkpoint import BEST
 from diffusion_cli.data import Stages
-from diffusion_cli.denoiser import Denoiser, clip_x0
+from diffusion_cli.denoiser import Denoiser
 from diffusion_cli.forms import Form, Shape
 from diffusion_cli.generate import all_labels, labels_of, sample
 from diffusion_cli.latents import Space
@@ -62,9 +62,7 @@ class TrainingSamples(Samples):
         assert denoiser is not None
         device = next(denoiser.parameters()).device
         labels = labels_of(numbers, all_labels(denoiser), device)
-        denoise = lambda x, t: denoiser(x, t, labels)  # noqa: E731
-        if self.space.bounded:
-            denoise = clip_x0(denoise, denoiser.schedule)
+        denoise = self.space.clipped(lambda x, t: denoiser(x, t, labels), denoiser.schedule)
         times = self.sampler.grid(self.steps)
         with self.precision():
             x = sample(denoise, self.sampler, times, numbers, self.space.shape, device)

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from diffusion_cli.data import Stages
+from diffusion_cli.training.autoencoding import AutoencodingModule
 from diffusion_cli.training.module import TrainingModule
 
 
@@ -43,7 +44,8 @@ def _advice(module: TrainingModule, device: torch.device, stages: Stages, traine
         f"{stages.key(stage)}={stage.batch_size}: parts of {share // accumulate} images do not fit in the memory of "
         f"this {device.type}"
     )
-    if any(isinstance(parameter, DTensor) for parameter in module.parameters()):
+    together = trainer.world_size > 1 and isinstance(module, AutoencodingModule)
+    if together or any(isinstance(parameter, DTensor) for parameter in module.parameters()):
         return f"{began}; try accumulate={2 * accumulate}"  # a trial would wait for the other processes
     for optimizer in trainer.optimizers:
         optimizer.state.clear()

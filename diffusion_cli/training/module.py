@@ -174,7 +174,12 @@ class TrainingModule(LightningModule, ABC, Generic[Kind, Kept]):
     ) -> None:
         """Clip to the configured norm; Lightning's own refuses fused optimizers, which matters only in fp16."""
         if self.optimizer_config.clip_norm is not None:
-            nn.utils.clip_grad_norm_(self.parameters(), self.optimizer_config.clip_norm)
+            for part in self.clipped():
+                nn.utils.clip_grad_norm_(part.parameters(), self.optimizer_config.clip_norm)
+
+    def clipped(self) -> list[nn.Module]:
+        """The parts whose gradients are scaled down together."""
+        return [self.model]
 
     def configure_model(self) -> None:
         """Share the weights out among the processes where the strategy says so, block by block."""

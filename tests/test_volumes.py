@@ -8,6 +8,8 @@ import pytest
 import torch
 
 from diffusion_cli.cli import run
+from diffusion_cli.commands.inputs import read_input
+from diffusion_cli.config import Mistakes
 from diffusion_cli.data import Folder
 from diffusion_cli.forms import Volume, form_of
 from diffusion_cli.forms.volume import read_volume
@@ -60,6 +62,15 @@ def test_volumes_are_cropped_and_shrunk_without_aliasing(tmp_path):
     x = torch.arange(8.0)
     expected = (4.5 + 2 * x) + 10 * (0.5 + 2 * x)[:, None] + 20 * (0.5 + 2 * x)[:, None, None] - 300
     torch.testing.assert_close(values[1:-1, 1:-1, :], expected[1:-1, 1:-1, :], rtol=0, atol=1e-3)
+
+
+def test_inputs_of_an_edit_are_volumes(tmp_path):
+    data = Folder("", path=str(folder(tmp_path)), resolution=[6, 8, 10], **OPTIONS)
+    given = data.load("train").gather(torch.arange(3))
+    found = read_input(str(tmp_path), [data.shape], False, None, data.form)
+    assert torch.equal(torch.stack([item.pixels for item in found]), given)
+    with pytest.raises(Mistakes, match=r"0\.nii\.gz: is a volume \(1, 6, 8, 10\), not \(1, 4, 4, 4\)"):
+        read_input(str(tmp_path), [(1, 4, 4, 4)], False, None, data.form)
 
 
 def test_wrong_volumes_are_named(tmp_path):

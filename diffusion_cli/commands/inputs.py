@@ -14,7 +14,7 @@ from torch import Tensor
 from diffusion_cli.config import Mistakes
 from diffusion_cli.data import Dataset, file_names, fitted, sample_files, spread, stored
 from diffusion_cli.foreign import read, reason
-from diffusion_cli.forms import Form, Ranged, Shape
+from diffusion_cli.forms import Form, Ranged, Shape, Volume
 from diffusion_cli.forms.files import flattened, is_gray, opened
 
 MOST_LINES = 10
@@ -99,6 +99,8 @@ def _pixels(file: Path, shapes: list[Shape], fit: bool, form: Form) -> Tensor:
     if not file.is_file():
         raise ValueError("is no file; give an image, a folder or a list of images")
     data = read(file)
+    if isinstance(form, Volume):
+        return form.read(data, shapes[0])
     if not isinstance(form, Ranged):
         return _bytes(data, shapes, fit)
     sample = form.decode(data)

@@ -14,7 +14,7 @@ from numpy.lib import format as npy
 from torch import Tensor
 from tqdm import tqdm
 
-from diffusion_cli.checkpoint import digest, find_run, load_autoencoder, load_latents
+from diffusion_cli.checkpoint import digest, find_run, load_autoencoder, load_latents, writing
 from diffusion_cli.config import TrainConfig
 from diffusion_cli.data import Dataset, Images, UnreadableError, normalised
 from diffusion_cli.data.array import opened_array

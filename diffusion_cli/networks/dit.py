@@ -30,7 +30,8 @@ class DiT(Transformer):
 
     A class-conditional network knows the classes 0 .. num_classes - 1 and the null class num_classes, which
     stands for "no label"; otherwise its `num_classes` is None. Weights have the published names and shapes; the
-    published `pos_embed` is computed here, and no state.
+    published `pos_embed` is computed here, and no state. Places count tokens at any size, so that a run that grows
+    (`progressive`) has to learn those of its larger images.
 
     Raises ValueError where two arguments do not go together.
     Source: Peebles & Xie 2023, and their code.

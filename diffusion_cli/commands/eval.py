@@ -334,7 +334,9 @@ def _of_samples(config: EvalConfig, scene: Scene, samples: Samples, environment:
     if not Ranks().first:
         return report
     if isinstance(samples, ModelSamples) and scene.trained is not None:
-        labels = scene.trained.labels
+        form, labels = scene.trained.model.form, scene.trained.labels
+        if form.note:
+            report.notes.append(f"the numbers are {form.note}")
         if labels is not None and set(labels) != set(range(scene.dataset.num_classes or 0)):
             report.notes.append("the samples are of some classes only, the real images of all")
         if samples.folder is not None:

@@ -36,7 +36,7 @@ class Ranged(Form):
 
     @property
     def note(self) -> str:
-        return "measured on pictures of 256 grays, the channels of images that are not colour side by side"
+        return "of pictures in 256 grays, the channels of images that are not colour side by side"
 
     def check_range(self) -> None:
         """Raise ValueError unless each range is one."""

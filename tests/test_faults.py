@@ -201,7 +201,7 @@ def test_a_checkpoint_of_an_older_version_is_no_damage(begun, capsys):
     torch.save(checkpoint, last)
     before = last.read_bytes()
     assert train(begun, "max_steps=14") == 2
-    assert "last.ckpt: is not a checkpoint of this version of diffuse (format 3)" in said(capsys)
+    assert "last.ckpt: is not a checkpoint of this version of diffuse (format 4)" in said(capsys)
     assert last.read_bytes() == before
 
 
@@ -464,10 +464,10 @@ def test_shared_memory_that_is_too_small_is_said_and_not_waited_for(tmp_path, pi
     assert "Traceback" not in done.stderr
 
 
-def test_images_that_are_no_bytes_are_refused(tmp_path, capsys):
+def test_real_numbers_want_a_range(tmp_path, capsys):
     np.save(tmp_path / "images.npy", np.full((40, 8, 8), np.nan, np.float32))
     assert train(tmp_path, "dataset=array", f"dataset.path={tmp_path}/images.npy", "max_steps=3") == 2
-    assert "holds float32; images must be uint8 in 0..255" in said(capsys)
+    assert "dataset.range=null: real numbers have no range of their own; give [low,high]" in said(capsys)
 
 
 # --- Locks -------------------------------------------------------------

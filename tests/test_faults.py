@@ -652,7 +652,12 @@ def test_killed_twenty_times_no_bit_is_different():
 
 
 @pytest.mark.parametrize(
-    ("most", "line"), [(4, "but parts of 4 do: accumulate=4"), (0, "nor does one image")]
+    ("most", "line"),
+    [
+        (4, "but parts of 4 do: accumulate=4"),
+        (8, "but parts of 4 do: accumulate=4"),  # 8 would, with nothing to spare
+        (0, "nor does one image"),
+    ],
 )
 def test_memory_that_runs_out_names_the_parts_that_fit(tmp_path, capsys, monkeypatch, most, line):
     loss = Weighted.__call__
@@ -699,9 +704,13 @@ def test_the_trial_is_on_the_device_that_ran_out(monkeypatch):
 
     monkeypatch.setattr(memory, "_fits", fits)
     failed: Any = Failed()
-    said = memory._advice(cast(Any, module), torch.device("meta"), Stages([Stage(0, (1, 2, 2), 16)]), failed)
+    error, stages = torch.OutOfMemoryError(), Stages([Stage(0, (1, 2, 2), 16)])
+    said = memory._advice(error, cast(Any, module), torch.device("meta"), stages, failed)
     assert said.endswith("of this meta, but parts of 2 do: accumulate=4")
-    assert tried == [("meta", "meta", 4), ("meta", "meta", 2)]
+    assert tried == [("meta", "meta", 1), ("meta", "meta", 2), ("meta", "meta", 4)]
+    lasting = RuntimeError("could not create a primitive")  # no trial after this one would go well
+    said = memory._advice(lasting, cast(Any, module), torch.device("meta"), stages, failed)
+    assert said.endswith("of this meta; try accumulate=2") and len(tried) == 3
 
 
 def test_whole_checkpoints_are_not_removed_for_damaged_ones_of_later_steps(tmp_path):

@@ -15,11 +15,15 @@ from diffusion_cli.data import Stages
 from diffusion_cli.training.autoencoding import AutoencodingModule
 from diffusion_cli.training.module import TrainingModule
 
+ONEDNN = "could not create a primitive"  # its words, then and ever after, whatever memory there is
+MARGIN = 8  # one image in so many more is tried than is said to fit, as memory comes apart in longer use
+
 
 def ran_out(error: BaseException) -> bool:
     """Whether an error says that a device, or the CPU, has no memory left."""
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
-        isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+        isinstance(error, RuntimeError)
+        and any(words in str(error) for words in ("can't allocate memory", ONEDNN))
     )
 
 
@@ -34,29 +38,39 @@ def naming_what_fits(
         if not ran_out(error):
             raise
         traceback.clear_frames(error.__traceback__)  # which hold all that the failed step had in memory
-        raise ValueError(_advice(module, device, stages, trainer)) from None
+        raise ValueError(_advice(error, module, device, stages, trainer)) from None
 
 
-def _advice(module: TrainingModule, device: torch.device, stages: Stages, trainer: Trainer) -> str:
+def _advice(
+    error: BaseException, module: TrainingModule, device: torch.device, stages: Stages, trainer: Trainer
+) -> str:
     stage, accumulate = stages.at(trainer.global_step), trainer.accumulate_grad_batches
     share = stage.batch_size // trainer.world_size
     began = (
         f"{stages.key(stage)}={stage.batch_size}: parts of {share // accumulate} images do not fit in the memory of "
         f"this {device.type}"
     )
+    # A trial would wait for the other processes.
     together = trainer.world_size > 1 and isinstance(module, AutoencodingModule)
-    if together or any(isinstance(parameter, DTensor) for parameter in module.parameters()):
-        return f"{began}; try accumulate={2 * accumulate}"  # a trial would wait for the other processes
+    sharded = any(isinstance(parameter, DTensor) for parameter in module.parameters())
+    if together or sharded or ONEDNN in str(error):
+        return f"{began}; try accumulate={2 * accumulate}"
     for optimizer in trainer.optimizers:
         optimizer.state.clear()
     module.to(device)  # Lightning has moved it to the CPU
     # As many parts are made of a batch at any size, and are to fit when its turn comes.
     shares = {each.shape: each.batch_size // trainer.world_size for each in stages.all}
-    for parts in _more(math.gcd(*shares.values()), accumulate):
-        batches = (torch.zeros(of // parts, *shape, device=device) for shape, of in shares.items())
-        if all(_fits(module, images, trainer.precision_plugin.forward_context()) for images in batches):
-            return f"{began}, but parts of {share // parts} do: accumulate={parts}"
-    return f"{began}, nor does one image; take a smaller model, or model.gradient_checkpointing=true"
+    fewest = None
+    # From small ones up: memory that ran out in one trial is not all there for the next.
+    for parts in reversed(list(_more(math.gcd(*shares.values()), accumulate))):
+        sizes = {shape: of // parts for shape, of in shares.items()}
+        batches = (torch.zeros(of + of // MARGIN, *shape, device=device) for shape, of in sizes.items())
+        if not all(_fits(module, images, trainer.precision_plugin.forward_context()) for images in batches):
+            break
+        fewest = parts
+    if fewest is None:
+        return f"{began}, nor does one image; take a smaller model, or model.gradient_checkpointing=true"
+    return f"{began}, but parts of {share // fewest} do: accumulate={fewest}"
 
 
 def _more(images: int, accumulate: int) -> Iterator[int]:

@@ -362,7 +362,11 @@ def test_the_bound_wants_the_timesteps(schedules):
     )
 
 
-DENOISING = [file for file in sorted(CONF.glob("objective/*.yaml")) if file.stem not in ("autoencoder", "cross_entropy")]
+DENOISING = [
+    file
+    for file in sorted(CONF.glob("objective/*.yaml"))
+    if file.stem not in ("autoencoder", "cross_entropy")
+]
 
 
 @pytest.mark.parametrize("file", DENOISING, ids=lambda file: file.stem)

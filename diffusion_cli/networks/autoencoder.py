@@ -1,16 +1,15 @@
 """The autoencoder of latent diffusion: images to the moments of latents, and latents to images."""
 
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from pydantic import PositiveInt
 from torch import Tensor, nn
 from torch.nn.functional import silu
-from torch.utils.checkpoint import checkpoint
 
-from diffusion_cli.networks.layers import NORM_EPS, Downsample, Pointwise, Upsample, attend
+from diffusion_cli.networks.layers import NORM_EPS, Downsample, Pointwise, Recomputing, Upsample, attend
 
 LOG_VARIANCE = (-30.0, 20.0)
 """Between which the log variance of latents is kept, as published."""
@@ -110,7 +109,7 @@ def drawn(moments: Tensor, eps: Tensor) -> Tensor:
     return mean + torch.exp(0.5 * log_variance) * eps
 
 
-class Encoder(nn.Module):
+class Encoder(Recomputing):
     """The way down: images to features, half the size from level to level."""
 
     def __init__(
@@ -139,11 +138,11 @@ class Encoder(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         h = self.conv_in(x)
         for block in (*self.down_blocks, self.mid_block):
-            h = run(block, h, self.gradient_checkpointing)
+            h = self.run(block, h)
         return self.conv_out(silu(self.conv_norm_out(h)))
 
 
-class Decoder(nn.Module):
+class Decoder(Recomputing):
     """The way up: latents to images, twice the size from level to level."""
 
     def __init__(
@@ -171,15 +170,8 @@ class Decoder(nn.Module):
     def forward(self, z: Tensor) -> Tensor:
         h = self.conv_in(z)
         for block in (self.mid_block, *self.up_blocks):
-            h = run(block, h, self.gradient_checkpointing)
+            h = self.run(block, h)
         return self.conv_out(silu(self.conv_norm_out(h)))
-
-
-def run(block: Callable[[Tensor], Tensor], h: Tensor, recompute: bool) -> Tensor:
-    """Apply a block, keeping its activations or computing them again in the backward pass."""
-    if recompute and torch.is_grad_enabled():
-        return checkpoint(block, h, use_reentrant=False)
-    return block(h)
 
 
 class Level(nn.Module):

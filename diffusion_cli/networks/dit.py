@@ -11,13 +11,12 @@ from torch.nn.functional import pad
 
 from diffusion_cli.networks.layers import (
     Conv,
-    classes_told,
     cut,
     extended,
     from_patches,
     timestep_embedding,
 )
-from diffusion_cli.networks.transformer import SelfAttention, Transformer, TransformerBlock, check_heads
+from diffusion_cli.networks.transformer import SelfAttention, Transformer
 
 
 class DiT(Transformer):
@@ -52,22 +51,13 @@ class DiT(Transformer):
         learn_variance: bool,
         gradient_checkpointing: bool,
     ) -> None:
-        check_heads(hidden_size, num_heads)
         channels, axes = shape[0], len(shape) - 1
-        blocks = [
-            TransformerBlock(
-                hidden_size, SelfAttention(hidden_size, num_heads), mlp_ratio=mlp_ratio, dropout=dropout
-            )
-            for _ in range(depth)
-        ]
         super().__init__(
-            classes_told(num_classes, class_conditional),
-            hidden_size,
-            blocks,
-            (2 if learn_variance else 1) * channels * patch_size**axes,
+            num_classes, SelfAttention, channels * patch_size**axes,
+            hidden_size=hidden_size, depth=depth, num_heads=num_heads, mlp_ratio=mlp_ratio, dropout=dropout,
+            class_conditional=class_conditional, learn_variance=learn_variance,
             gradient_checkpointing=gradient_checkpointing,
-        )
-        self.learn_variance = learn_variance
+        )  # fmt: skip
         self.patch_size = patch_size
         self.x_embedder = PatchEmbedding(channels, hidden_size, patch_size, axes)
 

@@ -8,7 +8,6 @@ from typing import Literal, Self
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import silu
-from torch.utils.checkpoint import checkpoint
 
 from diffusion_cli.networks.layers import (
     CONV,
@@ -16,6 +15,7 @@ from diffusion_cli.networks.layers import (
     Conv,
     Downsample,
     ProgressiveInput,
+    Recomputing,
     ResBlock,
     Upsample,
     extended,
@@ -36,7 +36,7 @@ class Block(nn.ModuleList):
         return x
 
 
-class Encoder(nn.Module):
+class Encoder(Recomputing):
     """What a U-Net and a classifier share: the embedding of time and class, the way down, the middle."""
 
     frequencies: Tensor
@@ -105,12 +105,6 @@ class Encoder(nn.Module):
 
     def _patches(self, x: Tensor) -> Tensor:
         return to_patches(x, self.patch_size) if self.patch_size > 1 else x
-
-    def run(self, block: nn.Module, *inputs: Tensor) -> Tensor:
-        """Apply a block, keeping its activations or computing them again in the backward pass."""
-        if self.gradient_checkpointing and torch.is_grad_enabled():
-            return checkpoint(block, *inputs, use_reentrant=False)
-        return block(*inputs)
 
 
 @dataclass(frozen=True)

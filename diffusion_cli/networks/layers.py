@@ -26,6 +26,7 @@ from torch.nn.functional import (
     scaled_dot_product_attention,
     silu,
 )
+from torch.utils.checkpoint import checkpoint
 
 # torch's operations by number of dimensions.
 CONV = {1: conv1d, 2: conv2d, 3: conv3d}
@@ -34,6 +35,18 @@ AVG_POOL = {1: avg_pool1d, 2: avg_pool2d, 3: avg_pool3d}
 
 NORM_EPS = 1e-6  # Ho et al. 2020
 SMALL = 2**24  # numbers of all attention matrices of a layer: 32 MB in bfloat16
+
+
+class Recomputing(nn.Module):
+    """A network whose blocks keep their activations, or with `gradient_checkpointing` compute them a second time."""
+
+    gradient_checkpointing: bool
+
+    def run(self, block: nn.Module, *inputs: Tensor) -> Tensor:
+        """Apply a block."""
+        if self.gradient_checkpointing and torch.is_grad_enabled():
+            return checkpoint(block, *inputs, use_reentrant=False)
+        return block(*inputs)
 
 
 def timestep_embedding(c_noise: Tensor, dim: int, layout: Literal["sin_cos", "cos_sin"]) -> Tensor:

@@ -1,19 +1,14 @@
 """The transformer of point sets, to which the order of points has no meaning."""
 
+from functools import partial
 from typing import Annotated
 
 import torch
 from pydantic import Field, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
-from diffusion_cli.networks.layers import NORM_EPS, attend, classes_told
-from diffusion_cli.networks.transformer import (
-    Linear,
-    SelfAttention,
-    Transformer,
-    TransformerBlock,
-    check_heads,
-)
+from diffusion_cli.networks.layers import NORM_EPS, attend
+from diffusion_cli.networks.transformer import Linear, SelfAttention, Transformer
 
 
 class SetTransformer(Transformer):
@@ -49,25 +44,15 @@ class SetTransformer(Transformer):
             raise ValueError(
                 f"model=SetTransformer: is for sets of points, not for data of shape {list(shape)}; take dataset=points"
             )
-        check_heads(hidden_size, num_heads)
-
-        def attention() -> nn.Module:
-            if inducing_points is None:
-                return SelfAttention(hidden_size, num_heads)
-            return InducedAttention(hidden_size, num_heads, inducing_points)
-
-        blocks = [
-            TransformerBlock(hidden_size, attention(), mlp_ratio=mlp_ratio, dropout=dropout)
-            for _ in range(depth)
-        ]
+        attention = SelfAttention
+        if inducing_points is not None:
+            attention = partial(InducedAttention, inducing_points=inducing_points)
         super().__init__(
-            classes_told(num_classes, class_conditional),
-            hidden_size,
-            blocks,
-            (2 if learn_variance else 1) * shape[0],
+            num_classes, attention, shape[0],
+            hidden_size=hidden_size, depth=depth, num_heads=num_heads, mlp_ratio=mlp_ratio, dropout=dropout,
+            class_conditional=class_conditional, learn_variance=learn_variance,
             gradient_checkpointing=gradient_checkpointing,
-        )
-        self.learn_variance = learn_variance
+        )  # fmt: skip
         self.x_embedder = Linear(shape[0], hidden_size)
 
     def forward(self, x: Tensor, c_noise: Tensor, y: Tensor | None = None) -> Tensor:

@@ -1,10 +1,20 @@
 """What the transformers are put together from: embeddings, attention, blocks steered by time and class."""
 
-import torch
-from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from collections.abc import Callable
 
-from diffusion_cli.networks.layers import NORM_EPS, Dropout, attend, timestep_embedding, zero_init
+import torch
+from pydantic import PositiveFloat, PositiveInt
+from torch import Tensor, nn
+
+from diffusion_cli.networks.layers import (
+    NORM_EPS,
+    Dropout,
+    Recomputing,
+    attend,
+    classes_told,
+    timestep_embedding,
+    zero_init,
+)
 
 TIME_FEATURES = 256  # Peebles & Xie 2023
 EMBEDDING_STD = 0.02
@@ -131,38 +141,54 @@ class FinalLayer(nn.Module):
         return self.linear(modulate(self.norm_final(x), shift, scale))
 
 
-class Transformer(nn.Module):
+class Transformer(Recomputing):
     """What the transformers share: the embedding of time and class, the blocks, and the final layer.
 
-    `outputs` numbers are read out of each token. A network told no classes has `num_classes` None.
+    `attention` makes that of a block, of so many features and heads. `outputs` numbers are read out of each token, or
+    twice as many with `learn_variance`. A network told no classes has `num_classes` None.
+
+    Raises ValueError where the heads do not divide the features.
     """
 
     def __init__(
         self,
         num_classes: int | None,
-        width: int,
-        blocks: list[TransformerBlock],
+        attention: Callable[[int, int], nn.Module],
         outputs: int,
         *,
+        hidden_size: PositiveInt,
+        depth: PositiveInt,
+        num_heads: PositiveInt,
+        mlp_ratio: PositiveFloat,
+        dropout: float,
+        class_conditional: bool,
+        learn_variance: bool,
         gradient_checkpointing: bool,
     ) -> None:
+        if hidden_size % num_heads:
+            raise ValueError(
+                f"num_heads={num_heads}: does not divide hidden_size={hidden_size}; use a divisor"
+            )
         super().__init__()
-        self.num_classes = num_classes
+        self.num_classes = classes_told(num_classes, class_conditional)
+        self.learn_variance = learn_variance
         self.gradient_checkpointing = gradient_checkpointing
-        self.t_embedder = TimeEmbedding(width)
-        if num_classes is not None:
-            self.y_embedder = ClassEmbedding(num_classes, width)
-        self.blocks = nn.ModuleList(blocks)
-        self.final_layer = FinalLayer(width, outputs)
+        self.t_embedder = TimeEmbedding(hidden_size)
+        if self.num_classes is not None:
+            self.y_embedder = ClassEmbedding(self.num_classes, hidden_size)
+        self.blocks = nn.ModuleList(
+            TransformerBlock(
+                hidden_size, attention(hidden_size, num_heads), mlp_ratio=mlp_ratio, dropout=dropout
+            )
+            for _ in range(depth)
+        )
+        self.final_layer = FinalLayer(hidden_size, (2 if learn_variance else 1) * outputs)
 
     def transform(self, tokens: Tensor, c_noise: Tensor, y: Tensor | None) -> Tensor:
         """Return what is read out of tokens [B, N, width] at noise levels c_noise [B], [B, N, outputs]."""
         c = self._embed(c_noise, y)
         for block in self.blocks:
-            if self.gradient_checkpointing and torch.is_grad_enabled():
-                tokens = checkpoint(block, tokens, c, use_reentrant=False)
-            else:
-                tokens = block(tokens, c)
+            tokens = self.run(block, tokens, c)
         return self.final_layer(tokens, c)
 
     def _embed(self, c_noise: Tensor, y: Tensor | None) -> Tensor:
@@ -174,9 +200,3 @@ class Transformer(nn.Module):
                     y = torch.full_like(c_noise, self.num_classes, dtype=torch.int64)
                 c = c + self.y_embedder(y)
             return c
-
-
-def check_heads(hidden_size: int, num_heads: int) -> None:
-    """Raise ValueError unless the heads of an attention divide the features of a token."""
-    if hidden_size % num_heads:
-        raise ValueError(f"num_heads={num_heads}: does not divide hidden_size={hidden_size}; use a divisor")

@@ -57,11 +57,45 @@ def test_volumes_are_cropped_and_shrunk_without_aliasing(tmp_path):
     (tmp_path / "a.nii").write_bytes(nifti(plane - 300, slope=1.0, inter=0.0))
     data = Folder("", path=str(tmp_path), resolution=[8, 8, 8], **OPTIONS)
     assert isinstance(data.form, Volume)
-    assert data.form.voxel == [6.0, 4.0, 2.0]
+    # Twice as large voxels; the first lies in the middle of two, four of the 24 along W being cut off at either side.
+    assert data.form.affine == [[2.0, 0, 0, 4.5], [0, 4.0, 0, 1.0], [0, 0, 6.0, 1.5]]
     values = 1000 * data.load("train").gather(torch.arange(1))[0, 0]
     x = torch.arange(8.0)
     expected = (4.5 + 2 * x) + 10 * (0.5 + 2 * x)[:, None] + 20 * (0.5 + 2 * x)[:, None, None] - 300
     torch.testing.assert_close(values[1:-1, 1:-1, :], expected[1:-1, 1:-1, :], rtol=0, atol=1e-3)
+
+
+def test_volumes_keep_their_places_however_their_axes_run(tmp_path):
+    """One volume with its axes in three orders and directions is read the same, and written where it was."""
+    random = np.random.RandomState(0)
+    values, affine = random.randint(-900, 900, (10, 8, 6)), np.diag([1.0, 2, 3, 1])
+    affine[:3, 3] = -40, 12.5, 7
+    affine[0, 1] = 0.1  # sheared a little
+    given = nib.Nifti1Image(values.astype(np.int16), affine)
+    (tmp_path / "a.nii").write_bytes(given.to_bytes())
+    for name, axes in (("b", "LPS"), ("c", "SAL")):
+        turn = nib.orientations.ornt_transform(
+            nib.io_orientation(affine), nib.orientations.axcodes2ornt(tuple(axes))
+        )
+        turned = given.as_reoriented(turn)
+        assert "".join(nib.aff2axcodes(turned.affine)) == axes
+        (tmp_path / f"{name}.nii").write_bytes(turned.to_bytes())
+    for first in ("a", "b", "c"):
+        (tmp_path / "a.nii").write_bytes((tmp_path / f"{first}.nii").read_bytes())
+        data = Folder("", path=str(tmp_path), resolution=[6, 8, 10], **OPTIONS)
+        images = data.load("train").gather(torch.arange(3))
+        assert torch.equal(images, images[:1].expand(3, -1, -1, -1, -1))
+        data.form.write(images[0], tmp_path / "out")
+        back = nib.Nifti1Image.from_bytes((tmp_path / "out").read_bytes())
+        np.testing.assert_allclose(back.affine, affine, atol=1e-5)
+        np.testing.assert_array_equal(back.get_fdata(), values)
+
+
+def test_a_volume_that_lies_nowhere_is_refused():
+    data = bytearray(nifti(np.zeros((2, 2, 2))))
+    data[254:256], data[280:328] = b"\1\0", bytes(48)  # sform_code, and the rows of the affine
+    with pytest.raises(ValueError, match="says nowhere that its voxels could lie"):
+        read_volume(bytes(data))
 
 
 def test_inputs_of_an_edit_are_volumes(tmp_path):

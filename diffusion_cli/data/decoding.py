@@ -192,22 +192,34 @@ class VolumeDecoder(NamedTuple):
         channels, *sizes = self.shape
         if len(values) != channels:
             raise ValueError(f"has {len(values)} channels; set dataset.channels to that")
-        factor = voxels_each(values.shape[1:], sizes)
+        factor = _voxels_each(values.shape[1:], sizes)
         for axis, size in enumerate(sizes, start=1):
             matrix = _triangles(values.shape[axis], size, factor)
             values = (values.movedim(axis, -1) @ matrix.T).movedim(-1, axis)
         return self.form.scaled(values).numpy()
 
 
-def voxels_each(given: Shape, sizes: Shape | list[int]) -> float:
+def resized_affine(affine: list[list[float]], given: Shape, sizes: list[int]) -> list[list[float]]:
+    """Where the voxels of a file of `given` sizes lie once `VolumeDecoder` has resized it, as `Volume.affine`."""
+    matrix, factor = np.array(affine), _voxels_each(given, sizes)
+    first = [_first(have, want, factor) for have, want in zip(given, sizes, strict=True)]
+    origin = matrix @ [*reversed(first), 1.0]
+    return np.column_stack([factor * matrix[:, :3], origin]).tolist()
+
+
+def _voxels_each(given: Shape, sizes: Shape | list[int]) -> float:
     """Voxels of a file's volume along each side of one of the result."""
     return min(have / want for have, want in zip(given, sizes, strict=True))
 
 
+def _first(given: int, wanted: int, factor: float) -> float:
+    """Where along an axis of a file the first voxel of the result has its centre."""
+    return math.floor((given - wanted * factor) / 2) + factor / 2 - 0.5
+
+
 def _triangles(given: int, wanted: int, factor: float) -> Tensor:
     """The weights [wanted, given] of the values along an axis."""
-    start = math.floor((given - wanted * factor) / 2)
-    centres = start + (torch.arange(wanted, dtype=torch.float64)[:, None] + 0.5) * factor - 0.5
+    centres = _first(given, wanted, factor) + factor * torch.arange(wanted, dtype=torch.float64)[:, None]
     weights = (1 - (torch.arange(given) - centres).abs() / max(factor, 1.0)).clamp(min=0)
     return weights / weights.sum(1, keepdim=True)
 

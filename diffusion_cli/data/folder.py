@@ -19,7 +19,7 @@ from diffusion_cli.data.decoding import (
     FileDecoder,
     VolumeDecoder,
     form_of_files,
-    voxels_each,
+    resized_affine,
 )
 from diffusion_cli.data.labels import class_labels
 from diffusion_cli.data.labels import read as entry
@@ -152,8 +152,8 @@ class Folder(Dataset):
             held = read_volume(entry(self.path, self.files[0]))
         except (ValueError, ModuleNotFoundError) as error:
             raise ValueError(f"dataset.path={self.path}: {self.files[0]}: {reason(error)}") from error
-        factor = voxels_each(held.values.shape[1:], sizes)
-        about: dict[str, Any] = held.about | {"voxel": [factor * length for length in held.about["voxel"]]}
+        about: dict[str, Any] = held.about
+        about |= {"affine": resized_affine(held.about["affine"], held.values.shape[1:], sizes)}
         form = Volume(low=float(low), high=float(high), **about)
         return form, VolumeDecoder(form, (channels, *sizes))
 

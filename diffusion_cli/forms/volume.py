@@ -5,11 +5,12 @@ import math
 from io import BytesIO
 from pathlib import Path
 from types import ModuleType
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
 import numpy as np
 import torch
 from numpy.lib import format as npy
+from pydantic import Field, FiniteFloat
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
@@ -17,16 +18,21 @@ from diffusion_cli.foreign import inflated, reason
 from diffusion_cli.forms.base import STRICT, Form, Shape
 from diffusion_cli.forms.picture import to_bytes
 
+LAST_ROW = [0.0, 0.0, 0.0, 1.0]  # of a matrix that acts on [w, h, d, 1]
 SUFFIXES = (".nii", ".nii.gz", ".npy")
 Numbers = Literal["uint8", "int8", "uint16", "int16", "uint32", "int32", "float16", "float32", "float64"]
+Row = Annotated[list[FiniteFloat], Field(min_length=4, max_length=4)]
+Affine = Annotated[list[Row], Field(min_length=3, max_length=3)]
+"""Where the voxel (w, h, d) lies, as [right, anterior, superior] = A [w, h, d, 1], in the units of the file."""
 
 
 @dataclass(frozen=True, config=STRICT)
 class Volume(Form):
     """Volumes [C, D, H, W] as NIfTI or .npy; -1 is the value `low` and 1 is `high`.
 
-    A file holds `dtype` numbers n of the value slope n + inter; its voxels are `voxel` long along D, H and W, in the
-    units of the data. The axes of a NIfTI are W, H, D and C, those of a .npy [D, H, W] or [C, D, H, W].
+    A file holds `dtype` numbers n of the value slope n + inter. The axes of a NIfTI are W, H, D and C, turned such that
+    W runs to the right of what is imaged, H to its front and D to its top, or nearly so; `affine` says where its voxels
+    lie. Those of a .npy are [D, H, W] or [C, D, H, W].
     """
 
     low: float
@@ -34,7 +40,7 @@ class Volume(Form):
     dtype: Numbers
     slope: float
     inter: float
-    voxel: list[float]
+    affine: Affine
     file: Literal[".nii", ".nii.gz", ".npy"]
     kind: ClassVar[str] = "volume"
 
@@ -60,7 +66,7 @@ class Volume(Form):
             with path.open("wb") as file:
                 np.save(file, numbers)
             return
-        image = nibabel().Nifti1Image(numbers.T, np.diag([*self.voxel[::-1], 1.0]), dtype=numbers.dtype)
+        image = nibabel().Nifti1Image(numbers.T, np.array([*self.affine, LAST_ROW]), dtype=numbers.dtype)
         image.header.set_slope_inter(self.slope, self.inter)  # numbers are as the file has them already
         data = image.to_bytes()
         path.write_bytes(gzip.compress(data, mtime=0) if self.file == ".nii.gz" else data)
@@ -139,7 +145,13 @@ def _read_npy(data: bytes) -> Held:
     _check(shape, dtype, len(data) - file.tell())
     values = npy.read_array(BytesIO(data), allow_pickle=False)
     values = values[None] if values.ndim == 3 else values
-    about = {"dtype": dtype.name, "slope": 1.0, "inter": 0.0, "voxel": [1.0, 1.0, 1.0], "file": ".npy"}
+    about = {
+        "dtype": dtype.name,
+        "slope": 1.0,
+        "inter": 0.0,
+        "affine": np.eye(4)[:3].tolist(),
+        "file": ".npy",
+    }
     return Held(_finite(values), about)
 
 
@@ -149,10 +161,22 @@ def _read_nifti(data: bytes, file: str) -> Held:
     shape, dtype = image.shape, image.header.get_data_dtype()
     _check(shape, dtype, len(data))
     slope, inter = image.dataobj.slope, image.dataobj.inter
-    values = np.asanyarray(image.dataobj).T  # [C, D, H, W], from W, H, D, C
+    if not np.isfinite(image.affine).all() or np.linalg.matrix_rank(image.affine) < 4:
+        raise ValueError("says nowhere that its voxels could lie: its affine is singular, or not finite")
+    orientations = nibabel().orientations
+    turned = orientations.io_orientation(image.affine)
+    values = orientations.apply_orientation(
+        np.asanyarray(image.dataobj), turned
+    ).T  # [C, D, H, W], from W, H, D, C
     values = values[None] if values.ndim == 3 else values
-    voxel = [float(size) for size in reversed(image.header.get_zooms()[:3])]
-    about = {"dtype": dtype.name, "slope": float(slope), "inter": float(inter), "voxel": voxel, "file": file}
+    affine = (image.affine @ orientations.inv_ornt_aff(turned, shape[:3]))[:3].tolist()
+    about = {
+        "dtype": dtype.name,
+        "slope": float(slope),
+        "inter": float(inter),
+        "affine": affine,
+        "file": file,
+    }
     return Held(_finite(values), about)
 
 

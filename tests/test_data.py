@@ -323,6 +323,25 @@ def pixels_of(path: Path, **changes) -> np.ndarray:
     return images.gather(torch.tensor([0]))[0].numpy().astype(int)
 
 
+def test_files_are_known_by_their_bytes_and_how_they_are_decoded(tmp_path, monkeypatch):
+    source = write_images(tmp_path / "images", 4)
+    archive = zipped(source, tmp_path / "images.zip")
+    monkeypatch.setattr(Decoder, "__call__", lambda *_: pytest.fail("decoded"))
+
+    def known(path: Path = source, **changes) -> str:
+        return folder(path, depth="8", in_memory=False, **changes).once("train").source_digest()
+
+    first = known()
+    assert known(archive) == known(flip=True) == first
+    others = {known(resolution=4), known(background="black"), known(channels=1)}
+    data = (source / "a" / "0.png").read_bytes()
+    (source / "a" / "0.png").write_bytes((source / "a" / "2.png").read_bytes())
+    others.add(known())
+    (source / "a" / "2.png").write_bytes(data)  # the two in the other order
+    others.add(known())
+    assert len(others | {first}) == 6
+
+
 @pytest.mark.parametrize("suffix", ["png", "tif", "webp"])
 def test_a_square_of_the_right_size_is_read_exactly(tmp_path, suffix):
     image = RNG.integers(0, 256, (8, 8, 3), dtype=np.uint8)

@@ -59,6 +59,10 @@ class Images(ABC):
             self._digest = state.hexdigest()
         return self._digest
 
+    def source_digest(self) -> str:
+        """A SHA-256, in hex, of what the images are made of, which of files is known before they are decoded."""
+        return self.pixel_digest()
+
 
 class PixelDigest:
     """The SHA-256 of images [B, C, H, W] taken in batch by batch: of their shape, type and bytes."""

@@ -3,6 +3,7 @@
 import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from hashlib import sha256
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, Literal
 
@@ -211,6 +212,19 @@ class FileImages(Images):
             raise self._error(broken)
         return pixels
 
+    def source_digest(self) -> str:
+        state, broken = sha256(repr(self.decoder).encode()), []
+        for rows in row_chunks(len(self), f"hashing {self.path.name}"):
+            for row in rows.tolist():
+                try:
+                    for data in self._contents(row):
+                        state.update(sha256(data).digest())
+                except (ValueError, OSError) as error:
+                    broken.append(f"{self.names[row]} ({reason(error)})")
+        if broken:
+            raise self._error(broken)
+        return state.hexdigest()
+
     def in_memory(self) -> MemoryImages:
         """All images decoded at once, under a progress bar; raises ValueError naming all that are broken."""
         pixels = torch.from_numpy(np.empty((len(self), *self.shape), self.decoder.dtype))
@@ -245,11 +259,12 @@ class FileImages(Images):
         return torch.from_numpy(pixels), [outcome for outcome in outcomes if outcome]
 
     def _decoded(self, row: int) -> np.ndarray:
-        data = self._content(self.names[row])
-        if isinstance(self.decoder, MaskedDecoder):
-            assert self.masks is not None
-            return self.decoder(data, self._content(self.masks[row]))
-        return self.decoder(data)
+        return self.decoder(*self._contents(row))
+
+    def _contents(self, row: int) -> list[bytes]:
+        """The bytes of an image's file, and of its mask's if it has one."""
+        names = [self.names[row]] if self.masks is None else [self.names[row], self.masks[row]]
+        return [self._content(name) for name in names]
 
     def _content(self, name: str) -> bytes:
         """The bytes of a file; ValueError or OSError if it cannot be read."""

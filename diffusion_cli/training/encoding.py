@@ -139,10 +139,9 @@ class LatentDataset(Dataset):
         return self.cache_dir / f"latents-{self.name}-{self.keys[split]}" / "moments.npy"
 
     def _key(self, images: Images, flip: bool) -> str:
-        network = (
-            self.latents.autoencoder
-        )  # of the same weights, another one may group its channels otherwise
-        facts = [images.pixel_digest(), digest(network.state_dict()), repr(network), flip]
+        network = self.latents.autoencoder
+        # By its layers too: of the same weights, another one may group its channels otherwise.
+        facts = [images.source_digest(), digest(network.state_dict()), repr(network), flip]
         return sha256(json.dumps(facts).encode()).hexdigest()[:16]
 
     def _scale(self, moments: "LatentImages") -> None:

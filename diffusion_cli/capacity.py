@@ -121,7 +121,7 @@ def network_call(
             x = torch.zeros(each * count, *model.space.shape, device=device, requires_grad=gradient)
             x0 = denoise(x, [*active, times[0]][0]).x0
             if gradient:
-                torch.autograd.grad(x0.sum(), x)
+                torch.autograd.grad(model.space.decode(x0).sum(), x)
         if device.type == "cuda":
             torch.cuda.synchronize(device)
 

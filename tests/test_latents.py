@@ -16,6 +16,7 @@ from test_autoencoder import PUBLISHED, SMALL
 from test_training import TINY, assert_same
 from torch import Tensor
 
+from diffusion_cli.capacity import network_call
 from diffusion_cli.checkpoint import AUTOENCODER, LAST, load_model, read
 from diffusion_cli.cli import run
 from diffusion_cli.commands.trained import _same_latents
@@ -31,6 +32,7 @@ from diffusion_cli.latents import Latents, Pixels, measured_scale
 from diffusion_cli.networks import AutoencoderKL
 from diffusion_cli.networks.autoencoder import drawn
 from diffusion_cli.pretrained import WEIGHTS
+from diffusion_cli.samplers import DDIM
 from diffusion_cli.training.encoding import LatentDataset, encoded
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -438,6 +440,19 @@ def test_every_edit_works_in_latents(place, tmp_path, words):
     given = ["input=held_out", "num_images=2", "steps=3", f"output={tmp_path}/edit"]
     assert call(place, "edit", *given, *words) == 0
     assert (tmp_path / "edit" / "grid.png").is_file()
+
+
+@pytest.mark.parametrize("gradient", [False, True])
+def test_what_fits_counts_the_decoder_where_gradients_pass_through_it(place, monkeypatch, gradient):
+    model = load_model(place / "o" / "a", "ema", torch.device("cpu"))
+    decode, decoded = model.space.decode, []
+    monkeypatch.setattr(model.space, "decode", lambda x: decoded.append(len(x)) or decode(x))
+    sampler = DDIM(model.denoiser.schedule, eta=0.0, spacing="leading")
+    call = network_call(
+        model, sampler, 3, guidance=Unguided(), labels=None, clip=True, precision="fp32", each=2, gradient=gradient
+    )  # fmt: skip
+    call(3)
+    assert decoded == ([6] if gradient else [])
 
 
 def test_noise_of_seeds_is_interpolated_between_what_they_are_sampled_to(place, tmp_path):

@@ -76,9 +76,9 @@ class LPIPSDistance:
         return torch.cat(parts)
 
     def between(self, first: Tensor, second: Tensor) -> Tensor:
-        """The distances, float32 [B], of images [B, C, H, W] in [-1, 1] on any device, with gradients to them."""
+        """The distances, float32 [B], of images [B, C, H, W] around [-1, 1] on any device, with gradients to them."""
         self.network.to(first.device)
-        pairs = (images.float().clamp(-1, 1).expand(-1, 3, -1, -1) for images in (first, second))
+        pairs = (images.float().expand(-1, 3, -1, -1) for images in (first, second))
         with torch.autocast(first.device.type, enabled=False):
             return self.network(*pairs).flatten()
 

@@ -710,7 +710,8 @@ def test_the_trial_is_on_the_device_that_ran_out(monkeypatch):
     assert tried == [("meta", "meta", 1), ("meta", "meta", 2), ("meta", "meta", 4)]
     lasting = RuntimeError("could not create a primitive")  # no trial after this one would go well
     said = memory._advice(lasting, cast(Any, module), torch.device("meta"), stages, failed)
-    assert said.endswith("of this meta; try accumulate=2") and len(tried) == 3
+    assert said.endswith("of this meta; try accumulate=2")
+    assert len(tried) == 3
 
 
 def test_whole_checkpoints_are_not_removed_for_damaged_ones_of_later_steps(tmp_path):

@@ -4,11 +4,13 @@ import csv
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 import yaml
+from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL as AutoencoderOfDiffusers
 from safetensors.torch import load_file, save_file
 from test_training import assert_same
 from torch import Tensor
@@ -66,6 +68,34 @@ def test_encodes_and_decodes_as_diffusers_does():
     decoded = network.decode(torch.from_numpy(expected["z"]))
     np.testing.assert_allclose(moments.numpy(), expected["moments"], rtol=0, atol=1e-5)
     np.testing.assert_allclose(decoded.numpy(), expected["decoded"], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("widths", "layers", "latents", "groups", "quant_conv"),
+    [((8, 16), 1, 3, 4, True), ((8,), 2, 1, 2, False), ((4, 8, 8), 2, 4, 4, True)],
+)
+def test_what_diffusers_saves_is_loaded_and_agrees(tmp_path, widths, layers, latents, groups, quant_conv):
+    torch.manual_seed(0)
+    options: dict[str, Any] = {
+        "down_block_types": ["DownEncoderBlock2D"] * len(widths),
+        "up_block_types": ["UpDecoderBlock2D"] * len(widths),
+        "block_out_channels": widths,
+        "layers_per_block": layers,
+        "latent_channels": latents,
+        "norm_num_groups": groups,
+        "use_quant_conv": quant_conv,
+        "use_post_quant_conv": quant_conv,
+    }
+    theirs: Any = AutoencoderOfDiffusers(**options).eval()
+    theirs.save_pretrained(tmp_path)
+    ours = from_diffusers(tmp_path, "key").network
+    side = 2 ** (len(widths) - 1)
+    x, z = torch.randn(2, 3, 4 * side, 6 * side), torch.randn(2, latents, 4, 6)
+    with torch.no_grad():
+        torch.testing.assert_close(
+            ours.moments(x), theirs.encode(x).latent_dist.parameters, rtol=0, atol=1e-5
+        )
+        torch.testing.assert_close(ours.decode(z), theirs.decode(z).sample, rtol=0, atol=1e-5)
 
 
 def test_its_weights_have_the_names_of_diffusers_so_that_they_go_back_as_they_came():

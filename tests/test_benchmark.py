@@ -130,7 +130,6 @@ def test_networks_have_the_parameters_that_captions_name(name: str) -> None:
 
 @pytest.mark.parametrize("name", WORDS)
 def test_diffusers_network_is_as_large(name: str) -> None:
-    pytest.importorskip("diffusers")
     assert count(unet_2d(name, SHAPES[name])) == PARAMETERS[name]
 
 
@@ -142,7 +141,6 @@ def test_the_other_peers_network_is_near_in_size(name: str) -> None:
 
 
 def test_peers_steps_move_weights_and_average() -> None:
-    pytest.importorskip("diffusers")
     training = Diffusers("small", (1, 8, 8), CPU, "bf16")
     before = deepcopy(training.network.state_dict())
     for _ in range(2):  # the learning rate rises from zero

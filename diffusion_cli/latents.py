@@ -3,6 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from math import prod
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -124,17 +125,27 @@ class Latents(Space):
         return mean, std
 
 
-def measured_scale(parts: Iterable[Tensor], channels: int) -> tuple[list[float], list[float]]:
-    """The mean and standard deviation of z ~ N(mean, variance) in each of L channels, of parts [B, 2L, h, w] of all.
+class Scale(NamedTuple):
+    """Of z ~ N(mean, variance) over images and places, in each channel."""
 
-    `Var z = E[variance] + Var[mean]`, over images and places; [B, 4L, h, w] is taken as two images each.
-    """
-    count, sums, squares = 0, torch.zeros(channels).double(), torch.zeros(channels).double()
+    mean: list[float]
+    std: list[float]
+    """The root of Var z = E[variance] + Var[mean]."""
+    told: list[float]
+    """Var[mean] / Var z, 0 to 1: how much of z is of the image, and not drawn; 0 where the encoder says nothing."""
+
+
+def measured_scale(parts: Iterable[Tensor], channels: int) -> Scale:
+    """The scale of L channels, of parts [B, 2L, h, w] of all moments; [B, 4L, h, w] is taken as two images each."""
+    count, sums, squares, drawn_squares = 0, *torch.zeros(3, channels).double()
     for part in parts:
         mean, log_variance = part.double().unflatten(1, (-1, 2, channels)).movedim(2, 0)
         others = [dim for dim in range(mean.ndim) if dim != 2]
         sums += mean.sum(others)
-        squares += (mean.square() + log_variance.exp()).sum(others)
+        squares += mean.square().sum(others)
+        drawn_squares += log_variance.exp().sum(others)
         count += mean.numel() // channels
     mean = sums / count
-    return mean.tolist(), (squares / count - mean.square()).sqrt().tolist()
+    of_images = squares / count - mean.square()
+    variance = of_images + drawn_squares / count
+    return Scale(mean.tolist(), variance.sqrt().tolist(), (of_images / variance).tolist())

@@ -13,7 +13,7 @@ from diffusion_cli.networks import AutoencoderKL, PatchDiscriminator
 from diffusion_cli.ranks import Ranks
 
 SCALES = 3  # of gradients, each half as fine as the one before
-LARGEST_RATIO = 1e4  # as published
+LARGEST_RATIO = 1e4  # as published, where distances are summed over the D numbers of an image
 LIFT = 2**8  # of gradients of means over many pixels, so that half precision can tell them from zero
 
 
@@ -50,9 +50,9 @@ class Reconstruction:
     P is LPIPS, or with `perceptual=gradient` the L1 distance of neighbouring pixels' differences, at 3 scales.
 
     From optimizer step `discriminator_start` on (null: never) `-d w mean D(images)` is added, and the discriminator D
-    learns by the hinge loss. w is the published ratio of the gradients' norms of both at the decoder's last layer, over
-    all processes, of one part of an accumulated batch. The discriminator that the images are shown to is a constant: in
-    one backward pass each of the two gets the gradient of its own loss.
+    learns by the hinge loss. w is the published ratio of the gradients' norms of both at the decoder's last layer, at
+    most 10^4 over the numbers of an image, over all processes, of one part of an accumulated batch. The discriminator
+    that the images are shown to is a constant: in one backward pass each of the two gets the gradient of its own loss.
 
     Raises ValueError for another network, and for images that LPIPS or the discriminator cannot take.
     Source: Rombach et al. 2022, Appendix G; Esser et al. 2021, Eq. 5 to 7; their learned scale of the distance is 1.
@@ -102,7 +102,8 @@ class Reconstruction:
             return Losses(total + 0 * sum(weight.sum() for weight in model.discriminator.parameters()), terms)
         frozen = {name: weight.detach() for name, weight in model.discriminator.named_parameters()}
         generator = -per_image_mean(functional_call(model.discriminator, frozen, images))
-        ratio = gradient_ratio(total, generator.mean(), model.network.decoder.conv_out.weight)
+        most = LARGEST_RATIO / x[0].numel()
+        ratio = gradient_ratio(total, generator.mean(), model.network.decoder.conv_out.weight).clamp(max=most)
         real, fake = model.discriminator(x), model.discriminator(images.detach())
         hinge = 0.5 * (per_image_mean(relu(1 - real.float())) + per_image_mean(relu(1 + fake.float())))
         terms |= {"generator": generator, "discriminator": hinge, "generator_weight": ratio.expand(len(x))}
@@ -149,7 +150,7 @@ def gradient_distance(images: Tensor, x: Tensor) -> Tensor:
 
 
 def gradient_ratio(loss: Tensor, other: Tensor, weight: Tensor) -> Tensor:
-    """`|d loss / d weight| / (|d other / d weight| + 1e-4)`, at most 10^4, of means over the images of all processes.
+    """`|d loss / d weight| / (|d other / d weight| + 1e-4)`, 0-d, of means over the images of all processes.
 
     Source: Esser et al. 2021, Eq. 7.
     """
@@ -157,4 +158,4 @@ def gradient_ratio(loss: Tensor, other: Tensor, weight: Tensor) -> Tensor:
     for value in (loss, other):
         (gradient,) = torch.autograd.grad(LIFT * value, weight, retain_graph=True)
         norms.append(Ranks().concatenated(gradient.float()[None] / LIFT).mean(0).norm())
-    return (norms[0] / (norms[1] + 1e-4)).clamp(max=LARGEST_RATIO)
+    return norms[0] / (norms[1] + 1e-4)

@@ -308,6 +308,16 @@ def test_in_one_step_each_of_the_two_gets_the_gradient_of_its_own_loss(adversari
     torch.testing.assert_close(losses.terms["discriminator"].mean(), hinge)
 
 
+def test_the_weight_of_the_discriminator_is_at_most_the_published_one(adversarial):
+    made, model, x, eps = adversarial
+    with torch.no_grad():
+        for parameter in model.discriminator.parameters():
+            parameter.mul_(1e-3)
+    terms = made(model, x, eps, 2).terms
+    # 10^4 beside a sum over the pixels; this loss is a mean of them.
+    assert terms["generator_weight"].tolist() == pytest.approx([1e4 / (8 * 12)] * 4)
+
+
 def test_before_its_start_the_discriminator_changes_nothing_and_learns_nothing(adversarial):
     made, model, x, eps = adversarial
     losses, alone = made(model, x, eps, 1), objective()(Autoencoding(model.network, None), x, eps, 1)

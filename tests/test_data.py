@@ -328,8 +328,9 @@ def test_files_are_known_by_their_bytes_and_how_they_are_decoded(tmp_path, monke
     archive = zipped(source, tmp_path / "images.zip")
     monkeypatch.setattr(Decoder, "__call__", lambda *_: pytest.fail("decoded"))
 
-    def known(path: Path = source, **changes) -> str:
-        return folder(path, depth="8", in_memory=False, **changes).once("train").source_digest()
+    def known(path: Path = source, **changes) -> tuple[bytes, ...]:
+        images = folder(path, depth="8", in_memory=False, **changes).once("train")
+        return tuple(images.sources(torch.arange(len(images))))
 
     first = known()
     assert known(archive) == known(flip=True) == first

@@ -5,6 +5,7 @@ import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -33,6 +34,7 @@ from diffusion_cli.networks import AutoencoderKL
 from diffusion_cli.networks.autoencoder import drawn
 from diffusion_cli.pretrained import WEIGHTS
 from diffusion_cli.samplers import DDIM
+from diffusion_cli.training import encoding
 from diffusion_cli.training.encoding import LatentDataset, encoded
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -102,12 +104,14 @@ def test_neither_the_size_of_a_batch_nor_autocast_changes_what_is_encoded(monkey
 
 def test_the_measured_scale_is_that_of_brute_force_draws():
     space, given = latents(), moments_of(latents(), pixels(20))
-    mean, std = measured_scale(given.split(7), 3)
+    mean, std, told = measured_scale(given.split(7), 3)
     torch.manual_seed(0)
     draws = torch.cat([drawn(given, torch.randn(20, *LATENT)) for _ in range(200)]).double()
     error = 5 * np.array(std) / np.sqrt(200 * 20 * 24)  # five standard errors
     assert (np.abs(np.array(mean) - draws.mean((0, 2, 3)).numpy()) < error).all()
     assert np.array(std) == pytest.approx(draws.std((0, 2, 3)).numpy(), rel=0.02)
+    of_images = given.double().chunk(2, dim=1)[0].transpose(0, 1).flatten(1).var(1, correction=0).numpy()
+    np.testing.assert_allclose(told, of_images / np.square(std))
     assert max(abs(value) for value in mean) > 1  # there was something to take off
     both = torch.cat([given, moments_of(space, pixels(20).flip(-1))], 1)
     apart = torch.cat(both.chunk(2, dim=1))
@@ -259,6 +263,35 @@ def test_an_autoencoder_that_makes_nothing_of_a_channel_is_refused_in_a_line(tmp
         LatentDataset(Some(), space, tmp_path).load("train")
 
 
+def test_a_channel_that_holds_hardly_more_than_noise_is_named(tmp_path, capsys):
+    space = latents()
+    with torch.no_grad():
+        for name in ("weight", "bias"):  # a standard normal, as the divergence wants it
+            space.autoencoder.get_parameter(f"quant_conv.{name}")[1::3] = 0.0
+    LatentDataset(Some(), space, tmp_path).load("train")
+    assert (
+        "latent: channel 1 of the latents says next to nothing of the images (0 of its"
+        in capsys.readouterr().err
+    )
+
+
+def test_latents_that_are_not_finite_are_refused(tmp_path):
+    space = latents()
+    with torch.no_grad():
+        space.autoencoder.get_parameter("quant_conv.bias")[0] = torch.nan
+    with pytest.raises(ValueError, match="latent: the latents of the training images are not finite"):
+        LatentDataset(Some(), space, tmp_path).load("train")
+
+
+def test_a_disk_without_room_for_the_latents_is_named_before_the_work(tmp_path, monkeypatch):
+    monkeypatch.setattr(encoding.shutil, "disk_usage", lambda _: SimpleNamespace(free=10**4))
+    with pytest.raises(
+        ValueError, match=r"cache_dir=.*: the latents take 0.0 GB, and 0.0 GB are free; make room"
+    ):
+        encoded(images(), latents(), tmp_path / "a" / "moments.npy")
+    assert not list(tmp_path.glob("a/*.npy"))
+
+
 def test_a_latent_is_known_where_all_its_pixels_are():
     known = torch.ones(1, 1, 8, 12, dtype=torch.bool)
     known[..., 3, 5] = False
@@ -344,7 +377,7 @@ def test_what_a_run_works_in_are_the_standardised_latents_of_its_training_images
     assert (model.shape, model.space.shape) == ((1, 8, 8), (3, 4, 4))
     given = Digits("", held_out=0.2, flip=False).load("train")
     moments = model.space.moments(given.gather(torch.arange(len(given))).float() / 127.5 - 1)
-    mean, std = measured_scale([moments], 3)
+    mean, std, _ = measured_scale([moments], 3)
     np.testing.assert_allclose(mean, model.space.mean, rtol=0, atol=1e-3)
     np.testing.assert_allclose(std, model.space.std, rtol=1e-3)
 

@@ -59,9 +59,14 @@ class Images(ABC):
             self._digest = state.hexdigest()
         return self._digest
 
-    def source_digest(self) -> str:
-        """A SHA-256, in hex, of what the images are made of, which of files is known before they are decoded."""
-        return self.pixel_digest()
+    def sources(self, index: Tensor) -> list[bytes]:
+        """The SHA-256 of what each image of the rows `index` is made of, which of files is had without decoding.
+
+        Raises ValueError naming the files that cannot be read.
+        """
+        pixels = self.gather(index.to(self.device)).cpu().numpy()
+        kind = f"{pixels.shape[1:]} {pixels.dtype.str}".encode()
+        return [sha256(kind + image.tobytes()).digest() for image in pixels]
 
 
 class PixelDigest:

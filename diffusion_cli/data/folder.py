@@ -212,18 +212,18 @@ class FileImages(Images):
             raise self._error(broken)
         return pixels
 
-    def source_digest(self) -> str:
-        state, broken = sha256(repr(self.decoder).encode()), []
-        for rows in row_chunks(len(self), f"hashing {self.path.name}"):
-            for row in rows.tolist():
-                try:
-                    for data in self._contents(row):
-                        state.update(sha256(data).digest())
-                except (ValueError, OSError) as error:
-                    broken.append(f"{self.names[row]} ({reason(error)})")
+    def sources(self, index: Tensor) -> list[bytes]:
+        digests, broken = [], []
+        for row in index.tolist():
+            try:
+                parts = [sha256(data).digest() for data in self._contents(row)]
+            except (ValueError, OSError) as error:
+                broken.append(f"{self.names[row]} ({reason(error)})")
+            else:
+                digests.append(sha256(repr(self.decoder).encode() + b"".join(parts)).digest())
         if broken:
             raise self._error(broken)
-        return state.hexdigest()
+        return digests
 
     def in_memory(self) -> MemoryImages:
         """All images decoded at once, under a progress bar; raises ValueError naming all that are broken."""

@@ -1,7 +1,10 @@
 """The latents of a data set: those of which autoencoder, encoded once and kept by content."""
 
 import json
+import math
 import os
+import shutil
+import sys
 from contextlib import nullcontext
 from hashlib import sha256
 from io import BytesIO
@@ -29,6 +32,8 @@ from diffusion_cli.ranks import Ranks
 
 ENCODED = 64  # images read at a time
 LEAST = 1e-6  # standard deviation of a channel that says anything
+EMPTY = 0.01  # share of its variance that is of the images, under which it hardly does
+LARGE = 2**30  # bytes of latents that are worth a word
 
 
 class Chosen(NamedTuple):
@@ -124,7 +129,7 @@ class LatentDataset(Dataset):
             return images
         flip = self.flip and split == "train"
         if Ranks().agree(split not in self.keys or not self._path(split).is_file()):
-            key = Ranks().agree(self._key(images, flip) if Ranks().first else "")
+            key = self._key(images, flip)
             if self.keys.setdefault(split, key) != key:
                 raise ValueError(
                     f"dataset: the {split} images are not those that the run was begun on; give back the data, or take "
@@ -141,15 +146,26 @@ class LatentDataset(Dataset):
     def _key(self, images: Images, flip: bool) -> str:
         network = self.latents.autoencoder
         # By its layers too: of the same weights, another one may group its channels otherwise.
-        facts = [images.source_digest(), digest(network.state_dict()), repr(network), flip]
+        facts = [source_digest(images), digest(network.state_dict()), repr(network), flip]
         return sha256(json.dumps(facts).encode()).hexdigest()[:16]
 
     def _scale(self, moments: "LatentImages") -> None:
-        mean, std = measured_scale(moments.pixels.split(ENCODED), self.latents.shape[0])
+        mean, std, told = measured_scale(moments.pixels.split(ENCODED), self.latents.shape[0])
+        if not all(map(math.isfinite, std)):
+            raise ValueError(
+                "latent: the latents of the training images are not finite; take another autoencoder"
+            )
         if min(std) < LEAST:
             raise ValueError(
                 f"latent: channel {std.index(min(std))} of the latents is the same everywhere, of no use to the "
                 "autoencoder; train one with fewer model.latent_channels"
+            )
+        if min(told) < EMPTY and Ranks().first:
+            print(
+                f"latent: channel {told.index(min(told))} of the latents says next to nothing of the images "
+                f"({min(told):.2g} of its variance), so that noise is learned; an autoencoder of a smaller "
+                "objective.kl_weight or fewer model.latent_channels would use all",
+                file=sys.stderr,
             )
         self.latents.mean, self.latents.std, self._scaled = mean, std, True
 
@@ -161,6 +177,19 @@ class LatentImages(MemoryImages):
         """Of each row, the moments of the image, or of the mirrored one where its coin is 1."""
         both = images.unflatten(1, (2, -1))
         return both[torch.arange(len(both), device=both.device), coins]
+
+
+def source_digest(images: Images) -> str:
+    """A SHA-256, in hex, of what images are made of, by all processes together."""
+    ranks, state = Ranks(), sha256()
+    with tqdm(
+        total=len(images), desc="hashing images", unit="image", unit_scale=True, delay=2.0, disable=not ranks.first
+    ) as progress:  # fmt: skip
+        for mine in ranks.rounds(len(images), ENCODED):
+            for digests in ranks.collect(images.sources(torch.arange(mine.start, mine.stop))):
+                state.update(b"".join(digests))
+                progress.update(len(digests))
+    return ranks.agree(state.hexdigest())
 
 
 def encoded(
@@ -191,6 +220,8 @@ def _encode(
     """Write the moments of all images to `path`, by way of a file that grows."""
     ranks, part, device = Ranks(), path.with_name("moments.part"), latents.device
     done = ranks.agree(_begun(part, (len(images), *row)) if ranks.first else 0)
+    if ranks.first:
+        _check_room(part, 4 * (len(images) - done) * math.prod(row))
     rounds = ranks.rounds(len(images) - done, ENCODED)
     rows = (torch.arange(done + mine.start, done + mine.stop) for mine in rounds)
     with (
@@ -211,6 +242,18 @@ def _encode(
             os.fsync(file.fileno())
             part.replace(path)
     ranks.agree(None)
+
+
+def _check_room(part: Path, size: int) -> None:
+    """Say where many bytes of latents go; ValueError if there is no room for them."""
+    free = shutil.disk_usage(part.parent).free
+    if size > free:
+        raise ValueError(
+            f"cache_dir={part.parent.parent}: the latents take {size / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free; "
+            "make room, or take a folder of another disk"
+        )
+    if size > LARGE:
+        print(f"encoding: {size / 1e9:.1f} GB of latents go to {part.parent}", file=sys.stderr)
 
 
 def _begun(part: Path, shape: tuple[int, ...]) -> int:

@@ -2,7 +2,6 @@
 
 import csv
 import os
-import random
 import signal
 import subprocess
 import sys
@@ -377,27 +376,6 @@ def wait_for(path: Path, process: subprocess.Popen) -> None:
     while not path.exists():
         assert process.poll() is None, process.communicate()
         time.sleep(0.02)
-
-
-@pytest.mark.slow
-def test_killed_ten_times_equals_one_without_a_stop(tmp_path):
-    words = ["max_steps=130", "checkpoint_every=7", "keep_last=20"]
-    assert train(tmp_path / "whole", *words) == 0
-    folder = tmp_path / "parts" / "tiny" / "checkpoints"
-    chance = random.Random(0)
-    for target in sorted(chance.sample(range(1, 18), 10)):
-        process = start(tmp_path / "parts", *words)
-        wait_for(folder / f"step_{7 * target:08d}.ckpt", process)
-        time.sleep(chance.uniform(0, 0.1))  # a few steps further, or in the middle of the next checkpoint
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-        process.communicate()
-        assert state(tmp_path / "parts")["global_step"] < 130
-    assert train(tmp_path / "parts", *words) == 0
-    whole, parts = state(tmp_path / "whole"), state(tmp_path / "parts")
-    for key in ("state_dict", "optimizer_states"):
-        assert_same(whole[key], parts[key], key)
-    assert_same(whole["callbacks"]["EMA"], parts["callbacks"]["EMA"])
 
 
 @pytest.mark.slow

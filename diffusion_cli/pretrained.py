@@ -51,12 +51,14 @@ class Pretrained(NamedTuple):
 def from_diffusers(folder: Path, key: str) -> Pretrained:
     """The autoencoder of a folder of diffusers, with its weights, in evaluation mode on the CPU.
 
-    It holds config.json and diffusion_pytorch_model.safetensors. Factors that scale the latents are not looked at.
+    It, or its folder `vae` as in a pipeline, holds config.json and diffusion_pytorch_model.safetensors. Factors that
+    scale the latents are not looked at.
 
     Raises ValueError, about the option called `key`, for another network, for files that are damaged or not there,
     and for pickled weights, which could run code.
     """
     try:
+        folder = folder / "vae" if (folder / "vae" / "config.json").is_file() else folder
         options = _options(_read_config(folder / "config.json"))
         channels = options.pop("in_channels")
         shape = (channels, *[2 ** (len(options["channel_mult"]) - 1)] * 2)

@@ -4,13 +4,11 @@ import csv
 import json
 import shutil
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
 import yaml
-from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL as AutoencoderOfDiffusers
 from safetensors.torch import load_file, save_file
 from test_training import assert_same
 from torch import Tensor
@@ -76,7 +74,8 @@ def test_encodes_and_decodes_as_diffusers_does():
 )
 def test_what_diffusers_saves_is_loaded_and_agrees(tmp_path, widths, layers, latents, groups, quant_conv):
     torch.manual_seed(0)
-    options: dict[str, Any] = {
+    diffusers = pytest.importorskip("diffusers")
+    options = {
         "down_block_types": ["DownEncoderBlock2D"] * len(widths),
         "up_block_types": ["UpDecoderBlock2D"] * len(widths),
         "block_out_channels": widths,
@@ -86,7 +85,7 @@ def test_what_diffusers_saves_is_loaded_and_agrees(tmp_path, widths, layers, lat
         "use_quant_conv": quant_conv,
         "use_post_quant_conv": quant_conv,
     }
-    theirs: Any = AutoencoderOfDiffusers(**options).eval()
+    theirs = diffusers.AutoencoderKL(**options).eval()
     theirs.save_pretrained(tmp_path)
     ours = from_diffusers(tmp_path, "key").network
     side = 2 ** (len(widths) - 1)
@@ -124,6 +123,12 @@ def test_the_attention_of_older_files_is_found_by_its_older_names(folder):
     save_file(state, folder / WEIGHTS)
     old, new = (from_diffusers(path, "key").network.state_dict() for path in (folder, PUBLISHED))
     assert all(torch.equal(old[name], tensor) for name, tensor in new.items())
+
+
+def test_the_autoencoder_of_a_pipeline_is_found(folder, tmp_path):
+    folder.rename(tmp_path / "vae")
+    found, given = (from_diffusers(path, "key").network.state_dict() for path in (tmp_path, PUBLISHED))
+    assert_same(found, given, "weights")
 
 
 def test_without_convolutions_beside_the_latents(folder):
@@ -443,6 +448,25 @@ def test_the_peak_signal_to_noise_ratio_is_the_mean_of_each_images_own(runs, pix
     assert "ssim: its window of 11 pixels a side does not fit" in said
     assert "its reconstructions of 359 images of digits/held_out, ema weights" in said
     assert list((runs / "tiny" / "pictures").glob("reconstructions-*.png"))
+
+
+def test_numbers_of_deep_images_say_over_what_range_they_are(tmp_path, capsys):
+    np.save(tmp_path / "deep.npy", np.random.RandomState(0).randint(0, 4096, (40, 8, 8, 1)).astype(np.uint16))
+    data = [
+        "dataset=array",
+        f"dataset.path={tmp_path}/deep.npy",
+        "dataset.range=[0,4095]",
+        "dataset.held_out=0.2",
+    ]
+    checkpoint = train(tmp_path, *data, "max_steps=2")
+    assert evaluate(tmp_path, "metric=reconstruction") == 0
+    assert "note: the numbers are of pictures in 256 grays over the stated range" in capsys.readouterr().out
+    (result,) = json.loads((tmp_path / "tiny" / "metrics.json").read_text())[-1]["results"]
+    about = result["protocol"]["sampling"]
+    assert about["form"] == checkpoint["diffuse"]["form"]
+    assert (about["form"]["low"], about["form"]["high"]) == ([0], [4095])
+    assert about["dataset"] == "deep"
+    assert len(about["images_sha256"]) == 64
 
 
 def test_the_frechet_distance_is_between_reconstructions_and_their_originals(runs, pixels):

@@ -257,7 +257,8 @@ def _autoencoder_scene(config: EvalConfig, folder: Path, kinds: Kinds, splits: d
         raise ValueError(f"metric.{next(iter(splits))}.split={split}: has no images; take the other split")
     made = {
         "run": folder.name, "step": trained.step, "ema": trained.config["ema"], "weights": config.weights,
-        "weights_sha256": trained.digest, "split": split, "precision": EXACT,
+        "weights_sha256": trained.digest, "dataset": dataset.name, "split": split, "precision": EXACT,
+        "form": dataset.form.about(),
     }  # fmt: skip
     samples = Reconstructions(trained.network, images, dataset.form, made)
     pictures = pictured(dataset)
@@ -333,10 +334,10 @@ def _of_samples(config: EvalConfig, scene: Scene, samples: Samples, environment:
     Ranks().gather(None)  # the samples of the others are there too
     if not Ranks().first:
         return report
+    if scene.dataset.form.note:
+        report.notes.append(f"the numbers are {scene.dataset.form.note}")
     if isinstance(samples, ModelSamples) and scene.trained is not None:
-        form, labels = scene.trained.model.form, scene.trained.labels
-        if form.note:
-            report.notes.append(f"the numbers are {form.note}")
+        labels = scene.trained.labels
         if labels is not None and set(labels) != set(range(scene.dataset.num_classes or 0)):
             report.notes.append("the samples are of some classes only, the real images of all")
         if samples.folder is not None:

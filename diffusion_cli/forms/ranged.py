@@ -36,7 +36,7 @@ class Ranged(Form):
 
     @property
     def note(self) -> str:
-        return "of pictures in 256 grays, the channels of images that are not colour side by side"
+        return "of pictures in 256 grays over the stated range, the channels of images that are not colour side by side"
 
     def check_range(self) -> None:
         """Raise ValueError unless each range is one."""

@@ -47,7 +47,7 @@ class Reconstructions(Samples):
         return self.images.gather(torch.tensor(list(numbers)).to(self.images.device)).cpu()
 
     def protocol(self) -> dict[str, Any]:
-        return self.about
+        return self.about | {"images_sha256": self.images.digest()}
 
 
 class Pixels(Features):
@@ -68,8 +68,9 @@ class Pixels(Features):
 class Reconstruction(Metric):
     """The peak signal-to-noise ratio in dB and the structural similarity of reconstructions: the means over images.
 
-    Of 256 values a pixel, by torchmetrics, with standard errors. An image that comes back exactly has no finite ratio,
-    and one with a side under 11 pixels no similarity. Source: Wang et al. 2004.
+    Of 256 values a pixel, those of deeper images over their stated range, by torchmetrics, with standard errors. An
+    image that comes back exactly has no finite ratio, and one with a side under 11 pixels no similarity. Source: Wang
+    et al. 2004.
     """
 
     def __init__(self, *, split: Split) -> None:

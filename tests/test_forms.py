@@ -311,6 +311,27 @@ def test_scans_are_compared_by_their_rescaled_values():
         dicom_form(first, None).decode(second)
 
 
+def test_values_beyond_what_the_first_scan_may_hold_are_not_cut_without_a_word():
+    """As of PET, where each slice has a slope of its own."""
+    first, second = (
+        dicom(np.full((4, 5), 4000, np.uint16), BitsStored=12, HighBit=11, RescaleSlope=slope)
+        for slope in (1, 2)
+    )
+    with pytest.raises(ValueError, match=r"of 0 to 8190, and the first of 0 to 4095; give .*dataset\.range="):
+        dicom_form(first, None).decode(second)
+    assert_close(2 * dicom_form(second, None).decode(first), dicom_form(second, None).decode(second) - 1)
+    assert_close(dicom_form(first, [0, 8000]).decode(second), torch.ones(1, 4, 5))
+
+
+@pytest.mark.parametrize("slope", [2 / 3, 1.23456789012345678e-5])
+def test_a_scan_of_a_slope_of_many_digits_fits_itself(tmp_path, slope):
+    ends = [0.0], [slope * 4095]
+    form = Dicom("uint16", 12, slope, 0.0, *ends)
+    numbers = np.arange(4096, dtype=np.uint16).reshape(1, 64, 64)
+    data = written(form, form.from_numbers(numbers), tmp_path / "x.dcm")
+    np.testing.assert_array_equal(form.numbers(form.decode(data)), numbers)
+
+
 def test_the_window_is_that_of_the_standard():
     data = dicom(np.zeros((4, 5), np.int16), WindowCenter=[40, 300], WindowWidth=[400, 1500])
     form = dicom_form(data, "window")

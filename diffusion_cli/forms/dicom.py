@@ -68,16 +68,23 @@ class Dicom(Ranged):
 
     def decode(self, data: bytes) -> Tensor:
         scan = read_scan(data)
-        whole = [end * self.slope + self.intercept for end in limits(self.dtype, self.bits)]
-        if (scan.pixels.dtype.name, scan.bits) != (self.dtype, self.bits) and [
-            *self.low,
-            *self.high,
-        ] == whole:
-            raise ValueError(
-                f"has {scan.bits} bits in {scan.pixels.dtype}, and the first has {self.bits} in {self.dtype}; give the "
-                "values that are meant as range=[low,high]"
-            )
+        if [*self.low, *self.high] == whole(self.dtype, self.bits, self.slope, self.intercept):
+            self._check_whole(scan)
         return self.samples((scan.pixels * scan.slope + scan.intercept)[None])
+
+    def _check_whole(self, scan: "Scan") -> None:
+        """Raise ValueError if all that the first file may hold is the range, and this one is of others."""
+        dtype, remedy = scan.pixels.dtype.name, "give the values that are meant as dataset.range=[low,high]"
+        if (dtype, scan.bits) != (self.dtype, self.bits):
+            raise ValueError(
+                f"has {scan.bits} bits in {dtype}, and the first has {self.bits} in {self.dtype}; {remedy}"
+            )
+        low, high = whole(dtype, scan.bits, scan.slope, scan.intercept)
+        spare = self.slope / 2  # which rounds to the same number; a slope is written in 16 characters
+        if low < self.low[0] - spare or high > self.high[0] + spare:
+            raise ValueError(
+                f"holds values of {low:g} to {high:g}, and the first of {self.low[0]:g} to {self.high[0]:g}; {remedy}"
+            )
 
     def write(self, sample: Tensor, path: Path) -> None:
         from pydicom import Dataset
@@ -143,7 +150,7 @@ def dicom_form(data: bytes, given: Range | list[Range] | Literal["window"] | Non
     scan = read_scan(data)
     dtype = scan.pixels.dtype.name
     if given is None:
-        pair = [end * scan.slope + scan.intercept for end in limits(dtype, scan.bits)]
+        pair = whole(dtype, scan.bits, scan.slope, scan.intercept)
     elif given == "window":
         if scan.window is None:
             raise ValueError("dataset.range=window: the first file names none; give [low,high]")
@@ -162,6 +169,11 @@ def is_dicom(data: bytes) -> bool:
 def limits(dtype: str, bits: int) -> tuple[int, int]:
     """The lowest and the highest number of so many bits."""
     return (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) if dtype == "int16" else (0, 2**bits - 1)
+
+
+def whole(dtype: str, bits: int, slope: float, intercept: float) -> list[float]:
+    """The lowest and the highest value that numbers of so many bits may stand for."""
+    return [end * slope + intercept for end in limits(dtype, bits)]
 
 
 def read_scan(data: bytes) -> Scan:

@@ -356,6 +356,10 @@ def test_what_lies_above_the_stored_bits_does_not_count():
     np.testing.assert_array_equal(scan.pixels, numbers)
 
 
+TABLE = pydicom.Dataset()
+TABLE.LUTDescriptor, TABLE.ModalityLUTType = [4096, 0, 16], "HU"
+
+
 @pytest.mark.parametrize(
     ("elements", "message"),
     [
@@ -367,6 +371,7 @@ def test_what_lies_above_the_stored_bits_does_not_count():
         ({"HighBit": 14}, "highest bit"),
         ({"BitsStored": 40}, "40 of 16 bits"),
         ({"RescaleSlope": 0}, "slope 0"),
+        ({"ModalityLUTSequence": [TABLE]}, "has its values in a lookup table"),
     ],
 )
 def test_scans_that_are_not_read_are_refused_in_a_line(elements, message):

@@ -25,7 +25,8 @@ SECONDARY_CAPTURE = "1.2.840.10008.5.1.4.1.1.7"
 LITTLE_ENDIAN = "1.2.840.10008.1.2.1"
 READ = [
     "SamplesPerPixel", "PhotometricInterpretation", "NumberOfFrames", "Rows", "Columns", "BitsAllocated", "BitsStored",
-    "HighBit", "PixelRepresentation", "RescaleSlope", "RescaleIntercept", "WindowCenter", "WindowWidth", "PixelData",
+    "HighBit", "PixelRepresentation", "RescaleSlope", "RescaleIntercept", "ModalityLUTSequence", "WindowCenter",
+    "WindowWidth", "PixelData",
 ]  # fmt: skip
 
 
@@ -204,6 +205,8 @@ def _scan(file: "Dataset", order: Literal["<", ">"]) -> Scan:
         raise ValueError(f"is {what}; images are gray, MONOCHROME1 or MONOCHROME2")
     if int(file.get("NumberOfFrames") or 1) != 1:
         raise ValueError(f"has {file.NumberOfFrames} frames; images have one")
+    if file.get("ModalityLUTSequence"):
+        raise ValueError("has its values in a lookup table; images have a slope and an intercept")
     allocated, bits = int(file.BitsAllocated), int(file.BitsStored)
     signed = int(file.PixelRepresentation) == 1
     if allocated not in (8, 16) or not 0 < bits <= allocated or (signed and allocated == 8):

@@ -124,7 +124,7 @@ def test_wrong_volumes_are_named(tmp_path):
             read_volume(damaged)
 
 
-def test_volumes_are_trained_on_and_sampled(tmp_path, monkeypatch):
+def test_volumes_are_trained_on_and_sampled(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "data").mkdir()
     files = folder(tmp_path / "data", (8, 8, 8), 6)
@@ -157,3 +157,28 @@ def test_volumes_are_trained_on_and_sampled(tmp_path, monkeypatch):
     assert image.get_data_dtype() == np.int16
     assert image.header.get_zooms() == (1.0, 2.0, 3.0)
     assert (tmp_path / "out" / "grid.gif").is_file()
+    moved = np.diag([1.0, 2, 3, 1])
+    moved[:3, 3] = 70, -30, 5
+    for name, axes in (("x", "RAS"), ("y", "LPS")):
+        given = nib.Nifti1Image(np.full((8, 8, 8), 100, np.int16), moved)
+        turn = nib.orientations.axcodes2ornt(tuple(axes))
+        nib.save(
+            given.as_reoriented(nib.orientations.ornt_transform([[0, 1], [1, 1], [2, 1]], turn)),
+            f"{name}.nii",
+        )
+    edit = [
+        "edit",
+        "run=run",
+        "steps=2",
+        "sampler=ddim",
+        "edit=inpaint",
+        "method=replacement",
+        "input=[x.nii,y.nii]",
+    ]
+    assert run([*edit, "output=edits"]) == 0
+    for name in ("x", "y"):
+        edited = nib.load(f"edits/{name}.nii.gz")
+        np.testing.assert_array_equal(edited.affine, moved)
+    nib.save(nib.Nifti1Image(np.full((8, 8, 8), 100, np.int16), np.diag([1.0, 2, 3, 1])), "x.nii")
+    assert run([*edit, "output=edits"]) == 2
+    assert "forms.x.affine=" in capsys.readouterr().err  # the same numbers at another place are another input

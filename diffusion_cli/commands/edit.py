@@ -43,6 +43,8 @@ class Job(NamedTuple):
     """Of its input among all, by which labels are given out in turn."""
     inputs: list[Tensor]
     """Each as stored, [C, H, W], or noise."""
+    form: Form
+    """In which it is written: a volume lies where its input does."""
 
 
 def run(config: EditConfig) -> None:
@@ -53,7 +55,8 @@ def run(config: EditConfig) -> None:
     method: Method | None = None if config.method is None else build(config.method)
     _refuse(config, trained, edit, method)
     given = _inputs(config, trained, edit)
-    jobs = _jobs(config, edit, given)
+    form = trained.model.form
+    jobs = _jobs(config, edit, given, form)
     if config.seed + len(jobs) > 2**32:
         raise ValueError(f"seed={config.seed}: the last result's seed passes {2**32 - 1}; take a smaller one")
     kind = _kind(config)
@@ -66,12 +69,13 @@ def run(config: EditConfig) -> None:
         "read_sha256": {key: digest({key: value}) for key, value in edit.content().items()},
         "inputs": [[item.name, digest({"pixels": item.pixels})] for item in given],
     }
+    if forms := {job.name: job.form.about() for job in jobs if job.form != form}:
+        settings["forms"] = forms
     output = (
         Path(config.output) if config.output else trained.folder / "edits" / f"{kind}-{fingerprint(settings)}"
     )
     manifest = claim(output, settings, trained.model)
     results: dict[str, dict[str, float]] = manifest.get("results", {})
-    form = trained.model.form
     todo = [
         job for job in jobs if job.name not in results or len(_files(output, job, form)) < edit.results_each
     ]
@@ -171,15 +175,16 @@ def _inputs(config: EditConfig, trained: Trained, edit: Edit) -> list[Input]:
     return given
 
 
-def _jobs(config: EditConfig, edit: Edit, given: Sequence[Input]) -> list[Job]:
+def _jobs(config: EditConfig, edit: Edit, given: Sequence[Input], form: Form) -> list[Job]:
     jobs: list[Job] = []
     for at in range(0, len(given), edit.inputs_each):
         some = given[at : at + edit.inputs_each]
         place, inputs = at // edit.inputs_each, [item.pixels for item in some]
+        own = some[0].form if len(some) == 1 and inputs[0].shape == edit.results else None
         for variation in range(config.variations):
             name = shortened("-".join(item.name for item in some))
             name += f"_{variation}" if config.variations > 1 else ""
-            jobs.append(Job(name, config.seed + len(jobs), place, inputs))
+            jobs.append(Job(name, config.seed + len(jobs), place, inputs, own or form))
     times = Counter(job.name for job in jobs)  # names put together may meet where their parts do not
     return [
         job if times[job.name] == 1 else job._replace(name=f"{number:05d}_{job.name}")
@@ -266,7 +271,7 @@ def _save(output: Path, batch: list[Job], images: Tensor, shown: list[Tensor], f
         for place, picture in enumerate(shown):
             save_png(picture[row], output / "before" / f"{job.name}.{place}.png")
         if len(images[row]) == 1:
-            save_stored(images[row, 0], output / f"{job.name}{form.suffix}", form)
+            save_stored(images[row, 0], output / f"{job.name}{form.suffix}", job.form)
         else:
             for place, image in enumerate(images[row]):
                 save_stored(image, output / job.name / f"{place:03d}{form.suffix}", form)

@@ -30,6 +30,8 @@ class Input(NamedTuple):
     """For the files made of it; unique."""
     pixels: Tensor
     """As stored, [C, H, W]."""
+    form: Form | None = None
+    """In which its result is written, if not in the model's."""
 
 
 def real_images(dataset: Dataset, split: str, count: int | None) -> list[Input]:
@@ -70,11 +72,10 @@ def read_input(
     lines: list[str] = []
     for file, name in zip(files, labels, strict=True):
         try:
-            pixels = _pixels(file, shapes, fit, form)
+            data = _content(file)
+            images.append(Input(name, _pixels(data, shapes, fit, form), form.of(data)))
         except (ValueError, OSError) as error:
             lines.append(f"input={file}: {reason(error)}")
-        else:
-            images.append(Input(name, pixels))
     if lines:
         more = [f"input: and {len(lines) - MOST_LINES} more"] if len(lines) > MOST_LINES else []
         raise Mistakes(*lines[:MOST_LINES], *more)
@@ -95,10 +96,13 @@ def read_mask(path: str) -> Tensor:
         ) from error
 
 
-def _pixels(file: Path, shapes: list[Shape], fit: bool, form: Form) -> Tensor:
+def _content(file: Path) -> bytes:
     if not file.is_file():
         raise ValueError("is no file; give an image, a folder or a list of images")
-    data = read(file)
+    return read(file)
+
+
+def _pixels(data: bytes, shapes: list[Shape], fit: bool, form: Form) -> Tensor:
     if isinstance(form, Volume):
         return form.read(data, shapes[0])
     if not isinstance(form, Ranged):

@@ -4,7 +4,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 from pydantic import ConfigDict, ValidationError
 from torch import Tensor
@@ -62,6 +62,10 @@ class Form(ABC):
     @abstractmethod
     def read(self, data: bytes, shape: Shape) -> Tensor:
         """Return the sample as stored that a file holds; ValueError if it is none, or of another shape."""
+
+    def of(self, data: bytes) -> Self:
+        """Return the form that what is made of a file is written in: this one, but for where it lies."""
+        return self
 
     @abstractmethod
     def pictures(self, samples: Tensor) -> Tensor:

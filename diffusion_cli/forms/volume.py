@@ -2,10 +2,11 @@
 
 import gzip
 import math
+from dataclasses import replace
 from io import BytesIO
 from pathlib import Path
 from types import ModuleType
-from typing import Annotated, Any, ClassVar, Literal, NamedTuple
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Self
 
 import numpy as np
 import torch
@@ -76,6 +77,10 @@ class Volume(Form):
         if values.shape != tuple(shape):
             raise ValueError(f"is a volume {values.shape}, not {tuple(shape)}")
         return self.scaled(torch.from_numpy(values))
+
+    def of(self, data: bytes) -> Self:
+        about = read_volume(data).about
+        return self if about["file"] == ".npy" else replace(self, affine=about["affine"])
 
     def scaled(self, values: Tensor) -> Tensor:
         """Return values in the units of the data as float32 in [-1, 1], what is beyond the range at its end."""

@@ -22,9 +22,9 @@ OPTIONS: dict = {
 }  # fmt: skip
 
 
-def nifti(values, slope=2.0, inter=-1000.0) -> bytes:
+def nifti(values, slope=2.0, inter=-1000.0, spacing=(1, 2, 3)) -> bytes:
     """An int16 NIfTI of the values [W, H, D], whose voxels are 1, 2 and 3 mm."""
-    image = nib.Nifti1Image(((values - inter) / slope).round().astype(np.int16), np.diag([1.0, 2, 3, 1]))
+    image = nib.Nifti1Image(((values - inter) / slope).round().astype(np.int16), np.diag([*spacing, 1.0]))
     image.header.set_slope_inter(slope, inter)
     return image.to_bytes()
 
@@ -89,6 +89,19 @@ def test_volumes_keep_their_places_however_their_axes_run(tmp_path):
         back = nib.Nifti1Image.from_bytes((tmp_path / "out").read_bytes())
         np.testing.assert_allclose(back.affine, affine, atol=1e-5)
         np.testing.assert_array_equal(back.get_fdata(), values)
+
+
+def test_volumes_of_other_voxels_than_the_first_are_refused_by_name(tmp_path):
+    """By 1 %, in their own sizes, before they are resized; numbers in .npy have none."""
+    for name, spacing in (("a", (1, 2, 3)), ("b", (1, 2.015, 2.985)), ("c", (1, 2, 3.1)), ("d", (2, 4, 6))):
+        (tmp_path / f"{name}.nii").write_bytes(nifti(np.zeros((8, 8, 8)), spacing=spacing))
+    np.save(tmp_path / "e.npy", np.zeros((8, 8, 8)))
+    told = (
+        r"cannot use 2 of the images, .*: c\.nii \(has voxels of 1 x 2 x 3\.1, and the first file of 1 x 2 x 3; "
+        r"resample them to one spacing\); d\.nii \("
+    )
+    with pytest.raises(ValueError, match=told):
+        Folder("", path=str(tmp_path), resolution=[4, 4, 4], **OPTIONS).load("train")
 
 
 def test_a_volume_that_lies_nowhere_is_refused():

@@ -184,11 +184,21 @@ class VolumeDecoder(NamedTuple):
 
     form: Volume
     shape: Shape
+    spacing: list[float] | None
+    """Of the voxels of all files along W, H and D, or None: those of .npy are of no size."""
     dtype = np.dtype(np.float32)
 
     def __call__(self, data: bytes) -> np.ndarray:
-        """Raises ValueError if the file cannot be decoded, or has other channels."""
-        values = torch.from_numpy(read_volume(data).values)
+        """Raises ValueError if the file cannot be decoded, or has other channels, or voxels of another size by 1 %."""
+        held = read_volume(data)
+        if self.spacing and held.spacing and not np.allclose(held.spacing, self.spacing, rtol=0.01, atol=0):
+            found, wanted = (
+                " x ".join(f"{side:.4g}" for side in each) for each in (held.spacing, self.spacing)
+            )
+            raise ValueError(
+                f"has voxels of {found}, and the first file of {wanted}; resample them to one spacing"
+            )
+        values = torch.from_numpy(held.values)
         channels, *sizes = self.shape
         if len(values) != channels:
             raise ValueError(f"has {len(values)} channels; set dataset.channels to that")

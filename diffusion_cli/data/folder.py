@@ -153,10 +153,11 @@ class Folder(Dataset):
             held = read_volume(entry(self.path, self.files[0]))
         except (ValueError, ModuleNotFoundError) as error:
             raise ValueError(f"dataset.path={self.path}: {self.files[0]}: {reason(error)}") from error
-        about: dict[str, Any] = held.about
-        about |= {"affine": resized_affine(held.about["affine"], held.values.shape[1:], sizes)}
+        about: dict[str, Any] = held.about | {
+            "affine": resized_affine(held.about["affine"], held.values.shape[1:], sizes)
+        }
         form = Volume(low=float(low), high=float(high), **about)
-        return form, VolumeDecoder(form, (channels, *sizes))
+        return form, VolumeDecoder(form, (channels, *sizes), held.spacing)
 
     def load(self, split: Split) -> Images:
         images = self.once(split)

@@ -127,6 +127,13 @@ class Held(NamedTuple):
     about: dict[str, Any]
     """The fields of a `Volume` but for its range."""
 
+    @property
+    def spacing(self) -> list[float] | None:
+        """The sides of a voxel along W, H and D, in the units of the file; a .npy has none."""
+        if self.about["file"] == ".npy":
+            return None
+        return np.linalg.norm(np.array(self.about["affine"])[:, :3], axis=0).tolist()
+
 
 def read_volume(data: bytes) -> Held:
     """The volume of a NIfTI file, compressed or not, or of a .npy; ValueError if it is none or not whole."""

@@ -411,6 +411,16 @@ def test_a_folder_of_sixteen_bits_that_are_not_square_is_held_as_it_is(tmp_path)
     np.testing.assert_array_equal(dataset.form.numbers(images(dataset))[:, 0], numbers)
 
 
+def test_images_are_mirrored_and_scans_of_patients_are_not(tmp_path):
+    fill(tmp_path / "png", 1)
+    (tmp_path / "a.dcm").write_bytes(dicom(np.zeros((8, 8), np.int16)))
+    assert folder(tmp_path / "png", flip=None).flip
+    scans = folder(tmp_path, flip=None)  # by the first file
+    assert isinstance(scans.form, Dicom)
+    assert not scans.flip
+    assert folder(tmp_path, flip=True).flip
+
+
 def test_resizing_is_that_of_bytes(tmp_path):
     """To one of their 255 values, for the numbers 257 times theirs."""
     numbers = fill(tmp_path / "bytes", size=(20, 31), dtype=np.uint8)

@@ -104,6 +104,12 @@ def test_volumes_of_other_voxels_than_the_first_are_refused_by_name(tmp_path):
         Folder("", path=str(tmp_path), resolution=[4, 4, 4], **OPTIONS).load("train")
 
 
+@pytest.mark.parametrize("flip", [None, False, True])
+def test_what_has_a_left_and_a_right_is_mirrored_only_if_asked(tmp_path, flip):
+    options: dict = OPTIONS | {"flip": flip}
+    assert Folder("", path=str(folder(tmp_path)), resolution=[6, 8, 10], **options).flip == bool(flip)
+
+
 def test_a_volume_that_lies_nowhere_is_refused():
     data = bytearray(nifti(np.zeros((2, 2, 2))))
     data[254:256], data[280:328] = b"\1\0", bytes(48)  # sform_code, and the rows of the affine

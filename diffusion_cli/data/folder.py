@@ -68,7 +68,7 @@ class Folder(Dataset):
         depth: Literal["auto", 8],
         labels: Literal["auto", "folders", "csv", "none"],
         background: Literal["white", "black"],
-        flip: bool,
+        flip: bool | None,
         held_out: Annotated[float, Field(ge=0, lt=1)],
         in_memory: bool | None,
         num_workers: NonNegativeInt,
@@ -76,7 +76,6 @@ class Folder(Dataset):
         super().__init__(data_dir)
         self.path = Path(path).expanduser()
         self.name = self.path.stem
-        self.flip = flip
         self.held_out = held_out
         self.in_memory = in_memory
         self.num_workers = num_workers
@@ -99,6 +98,7 @@ class Folder(Dataset):
             self.decoder = self._masked(masks, beside, decoder, labelled)
             self.form = self.decoder.form
         self.shape = self.decoder.shape
+        self.flip = not isinstance(self.form, Dicom | Volume) if flip is None else flip  # hearts lie left
         self.class_names, self.labels = class_labels(self.path, names, self.files, labels)
 
     def _images(

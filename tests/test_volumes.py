@@ -130,6 +130,9 @@ def test_wrong_volumes_are_named(tmp_path):
     options: dict = OPTIONS | {"range": None}
     with pytest.raises(ValueError, match=r"dataset.range=None: should be the values \[low,high\]"):
         Folder("", path=str(folder(tmp_path)), resolution=[6, 8, 10], **options)
+    options = OPTIONS | {"depth": 8}
+    with pytest.raises(ValueError, match=r"dataset.depth=8: is for images, not for volumes; leave it out"):
+        Folder("", path=str(tmp_path), resolution=[6, 8, 10], **options)
     data = nifti(np.zeros((4, 4, 4)))
     for damaged in (
         data[:-10],

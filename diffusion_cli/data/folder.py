@@ -84,6 +84,8 @@ class Folder(Dataset):
         sizes = resolution if isinstance(resolution, list) else [resolution, resolution]
         if len(sizes) == 3 and masks is not None:
             raise ValueError(f"dataset.masks={masks}: is for images, not for volumes; leave it out")
+        if len(sizes) == 3 and depth != "auto":
+            raise ValueError(f"dataset.depth={depth}: is for images, not for volumes; leave it out")
         if len(sizes) == 3:
             self.files = volume_files(self.path, names)
             self.form, self.decoder = self._volumes(sizes, channels, range)

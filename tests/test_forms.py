@@ -260,6 +260,7 @@ def entry(code: int, value: int) -> bytes:
 
 
 FLAT = tiff(np.zeros((8, 8), np.uint16))
+TURNED = tiff(np.zeros((8, 8), np.uint16), extratags=[(274, 3, 1, 6, True)])
 BOMB = tiff(np.zeros((64, 64), np.uint8), compression="zlib", rowsperstrip=64)
 
 
@@ -269,12 +270,13 @@ BOMB = tiff(np.zeros((64, 64), np.uint8), compression="zlib", rowsperstrip=64)
         (FLAT[:-20], "fewer than it names"),
         (FLAT.replace(entry(257, 8), entry(257, 2**30)), "no more than"),
         (BOMB.replace(entry(256, 64), entry(256, 8)), "inflates to more"),
+        (TURNED, "has orientation 6; save it upright"),
         (
             tiff(np.zeros((2, 3, 8, 8), np.uint16), photometric="minisblack"),
             "wanted are height, width and channels",
         ),
     ],
-    ids=["cut", "huge", "bomb", "axes"],
+    ids=["cut", "huge", "bomb", "turned", "axes"],
 )
 def test_tiffs_that_are_damaged_or_too_large_are_refused(data, message):
     with pytest.raises(ValueError, match=message):

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from diffusion_cli.foreign import LARGEST, reason
-from diffusion_cli.forms.files import parsed, upright
+from diffusion_cli.forms.files import ORIENTATION, parsed, upright
 
 if TYPE_CHECKING:
     from tifffile import TiffFile, TiffPage
@@ -47,7 +47,8 @@ def read_numbers(data: bytes) -> np.ndarray:
     """The numbers [C, H, W] in a PNG, JPEG, WebP or TIFF file, the pages of a TIFF as its channels.
 
     Where there is a palette, these are the numbers of its colours; where white is low, they are turned round. A
-    file's orientation counts in 8 bits, not beyond. Raises ValueError if it is none, damaged, or too large.
+    file's orientation counts in 8 bits, not beyond; a TIFF that is not upright by it is refused. Raises ValueError if
+    it is none, damaged, or too large.
     """
     try:
         if data[:4] in TIFF:
@@ -109,6 +110,8 @@ def _tiff(data: bytes) -> np.ndarray:
 
     with TiffFile(BytesIO(data)) as file:
         _check(file, len(data))
+        if (orientation := file.pages.first.tags.valueof(ORIENTATION, default=1)) != 1:
+            raise ValueError(f"has orientation {orientation}; save it upright")
         series = file.series[0]
         numbers, others = series.asarray(maxworkers=1), series.axes.replace("Y", "").replace("X", "")
         if "Y" not in series.axes or "X" not in series.axes or len(others) > 1:

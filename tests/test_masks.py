@@ -97,6 +97,18 @@ def test_a_range_of_its_own_spreads_the_labels(tmp_path):
     torch.testing.assert_close(x[1], 2 * torch.eye(4) - 1)
 
 
+def test_labels_beyond_their_range_are_refused_and_not_made_others(tmp_path):
+    save(tmp_path / "images/a.png", np.zeros((4, 4), np.uint8))
+    save(tmp_path / "masks/a.png", np.array([[0, 20], [255, 1]], np.uint8).repeat(2, 0).repeat(2, 1))
+    given = {"channels": 1, "resolution": 4}
+    dataset = folder(tmp_path / "images", tmp_path / "masks", range=[[0, 255], [0, 20]], **given)
+    said = r"repair or remove: a\.png \(its mask: has labels 0 to 255, and dataset\.range gives masks \[0,20\]; give"
+    with pytest.raises(ValueError, match=said):
+        dataset.load("train")
+    whole = folder(tmp_path / "images", tmp_path / "masks", range=[[0, 255], [0, 255]], **given)
+    assert set(np.unique(numbers(whole)[:, 1])) == {0, 1, 20, 255}
+
+
 def test_masks_that_do_not_fit_are_told_by_name(tmp_path):
     pairs(tmp_path)
     images, masks = tmp_path / "images", tmp_path / "masks"
@@ -126,11 +138,11 @@ def test_samples_are_image_and_mask_together(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     pairs(tmp_path, size=(8, 8))
     data = ["dataset=folder", "dataset.path=images", "dataset.masks=masks", "dataset.resolution=8",
-            "dataset.range=[[0,255],[0,255],[0,255],[0,7]]", "dataset.held_out=0"]  # fmt: skip
+            "dataset.range=[[0,255],[0,255],[0,255],[0,200]]", "dataset.held_out=0"]  # fmt: skip
     model = ["model=unet_tiny", "model.channels=32", "model.channel_mult=[1]", "model.num_res_blocks=1",
              "model.attention_resolutions=[]", "max_steps=2", "batch_size=4"]  # fmt: skip
     assert run(["train", *data, *model, "name=r", "logger=csv", "trainer=cpu"]) == 0
     assert run(["sample", "run=r", "sampler=ddim", "steps=2", "device=cpu", "num_samples=2", "output=s"]) == 0
     made = read_numbers(Path("s/000000.tif").read_bytes())
     assert (made.shape, made.dtype) == ((4, 8, 8), np.uint8)
-    assert made[3].max() <= 7
+    assert made[3].max() <= 200

@@ -42,17 +42,27 @@ class MaskedDecoder(NamedTuple):
         return np.dtype(np.float32)
 
     def __call__(self, data: bytes, mask: bytes) -> np.ndarray:
-        """Raises ValueError if one of them cannot be decoded, or they differ in size."""
+        """Raises ValueError if one cannot be decoded, they differ in size, or a label is beyond its range."""
         pixels = torch.tensor(self.image(data))
         x = pixels if pixels.is_floating_point() else pixels / 127.5 - 1
         try:
-            labels = self.mask.decode(mask)
+            labels = self._labels(mask)
         except ValueError as error:
             raise ValueError(f"its mask: {reason(error)}") from error
         if (found := tuple(labels.shape)) != (wanted := (1, *self.image.size(data))):
             raise ValueError(f"its mask is {found} in channels, height and width, not {wanted}")
         labels = fitted(labels, self.mask, self.shape, Image.Resampling.NEAREST)
         return self.form.stored(torch.cat([x, labels])).numpy()
+
+    def _labels(self, mask: bytes) -> torch.Tensor:
+        """The labels of a file in [-1, 1]; ValueError for those beyond their range, of which none is the nearest."""
+        numbers, low, high = self.mask.held(mask), self.mask.low[0], self.mask.high[0]
+        if numbers.min() < low or numbers.max() > high:
+            raise ValueError(
+                f"has labels {numbers.min()} to {numbers.max()}, and dataset.range gives masks [{low:g},{high:g}]; "
+                "give a pair that includes them"
+            )
+        return self.mask.samples(numbers)
 
 
 def masked_decoder(image: Decoder | DeepDecoder, first: bytes, given: Range | None) -> MaskedDecoder:

@@ -47,10 +47,14 @@ class Raster(Ranged):
         return self.samples(numbers)
 
     def decode(self, data: bytes) -> Tensor:
+        return self.samples(self.held(data))
+
+    def held(self, data: bytes) -> np.ndarray:
+        """Return the numbers [C, H, W] of a file; ValueError if it is none, or of numbers of another type."""
         numbers = read_numbers(data)
         if numbers.dtype.name != self.dtype:
             raise ValueError(f"holds {numbers.dtype}; wanted is {self.dtype}")
-        return self.samples(numbers)
+        return numbers
 
     def write(self, sample: Tensor, path: Path) -> None:
         numbers = np.ascontiguousarray(self.numbers(sample).transpose(1, 2, 0))

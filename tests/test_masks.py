@@ -133,6 +133,16 @@ def test_masks_that_do_not_fit_are_told_by_name(tmp_path):
         folder(images, masks)
 
 
+def test_labels_are_not_averaged_by_growing(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    pairs(tmp_path, size=(8, 8))
+    words = ["dataset=folder", "dataset.path=images", "dataset.masks=masks", "dataset.resolution=8",
+             "dataset.range=null", "trainer=cpu", "logger=csv", "max_steps=4", "name=r"]  # fmt: skip
+    assert run(["train", *words, "model=unet_tiny", "progressive=[4,8]"]) == 2
+    said = "progressive=[4, 8]: the mean of two labels of dataset.masks is a third; leave one of them out"
+    assert said in capsys.readouterr().err
+
+
 @pytest.mark.slow
 def test_samples_are_image_and_mask_together(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

@@ -134,11 +134,15 @@ def module_of(config: TrainConfig, parts: Parts, about: dict[str, Any]) -> Train
 
 
 def stages_of(config: TrainConfig, dataset: Dataset) -> Stages:
-    """The sizes that a run on a data set trains at; ValueError as `Stages.growing`, or for sets of points."""
+    """The sizes that a run on a data set trains at; ValueError as `Stages.growing`, for sets of points or for masks."""
     sizes, steps = config.progressive, config.stage_steps
     if sizes is not None and not dataset.form.ordered:
         raise ValueError(
             f"progressive={sizes}: points lie in no order in which to take their means; leave it out"
+        )
+    if sizes is not None and config.dataset.get("masks") is not None:
+        raise ValueError(
+            f"progressive={sizes}: the mean of two labels of dataset.masks is a third; leave one of them out"
         )
     if steps is None and sizes is not None:
         assert config.max_steps is not None

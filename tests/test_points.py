@@ -278,6 +278,22 @@ def test_files_that_cannot_be_used_are_named(folder):
 # --- From a folder to samples -----------------
 
 
+@pytest.mark.parametrize(
+    ("words", "network"),
+    [
+        (["model=dit_tiny"], "DiT"),
+        (["model=unet_tiny"], "UNet"),
+        (["task=classifier", "model=classifier_tiny"], "Classifier"),
+    ],
+)
+def test_networks_that_go_by_an_order_are_refused(tmp_path, capsys, words, network):
+    data = ["dataset=points", "dataset.num_points=32", "dataset.size=60", "max_steps=1", "batch_size=4"]
+    rest = ["trainer=cpu", "logger=csv", "name=a", f"output_dir={tmp_path}"]
+    assert run(["train", *words, *data, *rest]) == 2
+    said = f"diffuse: model={network}: goes by the order of points, and those of a set have none; take model=set_tiny"
+    assert said in capsys.readouterr().err
+
+
 @pytest.mark.slow
 @pytest.mark.usefixtures("one_thread")
 def test_points_are_trained_on_and_sampled(tmp_path, monkeypatch):

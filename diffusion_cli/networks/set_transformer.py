@@ -25,6 +25,9 @@ class SetTransformer(Transformer):
     Sources: Lee et al. 2019 (sets); Peebles & Xie 2023 (the blocks).
     """
 
+    ordered = False
+    """As `Form.ordered`: it takes what lies in no order; networks that do not say so go by the order."""
+
     def __init__(
         self,
         shape: tuple[int, ...],

@@ -88,6 +88,11 @@ def assemble(config: TrainConfig, folder: Path, before: dict[str, Any] | None) -
         shown = LatentDataset(dataset, latent.latents, cache_folder(config.cache_dir), latent.keys)
     torch.manual_seed(mix(config.seed, "weights"))
     network = build(config.model, shown.shape, dataset.num_classes)
+    if getattr(network, "ordered", True) and not shown.form.ordered:
+        raise ValueError(
+            f"model={type(network).__name__}: goes by the order of points, and those of a set have none; take "
+            "model=set_tiny, for task=diffusion"
+        )
     task = _process(config, network, objective) if noised else _encoding(config, network, objective, dataset)
     return Parts(dataset, shown, latent, task, build(config.optimizer), device)
 

@@ -342,6 +342,14 @@ def test_a_run_with_a_discriminator_taken_up_again_equals_one_without_a_stop(tmp
     assert [row["generator_weight"] != "" for row in rows(tmp_path / "whole")] == [False, True, True]
 
 
+def test_a_run_too_short_for_its_discriminator_says_so(tmp_path, capsys):
+    train(tmp_path, *ADVERSARY, "max_steps=2")
+    said = "diffuse: objective.discriminator_start=2: is not reached, for the run ends at step 2; give it more steps"
+    assert said in capsys.readouterr().err
+    train(tmp_path, *ADVERSARY, "max_steps=3")
+    assert "is not reached" not in capsys.readouterr().err
+
+
 # The discriminator's weight is measured on one part of an accumulated batch: without one, all parts agree.
 @pytest.mark.parametrize(
     ("extra", "words"),

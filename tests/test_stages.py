@@ -120,6 +120,14 @@ def test_a_run_stopped_in_any_stage_or_between_equals_one_without_a_stop(tmp_pat
     assert_same(whole["callbacks"]["EMA"], parts["callbacks"]["EMA"])
 
 
+def test_a_run_too_short_for_its_last_size_says_so(tmp_path, capsys):
+    said = "diffuse: stage_steps: reach size 8 at step 9, and the run ends at step 9; give it more steps, or the stages"
+    assert train(tmp_path, "max_steps=9") == 0
+    assert said in capsys.readouterr().err
+    assert train(tmp_path, "max_steps=10") == 0
+    assert "reach size" not in capsys.readouterr().err
+
+
 def test_shares_of_the_budget_stay_what_they_were_when_the_run_began(tmp_path):
     words = [*TINY, f"output_dir={tmp_path}", "progressive=[4,8]"]
     assert run([*words, "max_steps=6"]) == 0

@@ -30,7 +30,15 @@ from diffusion_cli.precision import resolve
 from diffusion_cli.ranks import Ranks, started, work_together
 from diffusion_cli.reconstruction import Autoencoding
 from diffusion_cli.signals import UNFINISHED
-from diffusion_cli.training.assembly import Parts, assemble, module_of, stages_of, trainer_of, watchers_of
+from diffusion_cli.training.assembly import (
+    Encoding,
+    Parts,
+    assemble,
+    module_of,
+    stages_of,
+    trainer_of,
+    watchers_of,
+)
 from diffusion_cli.training.callbacks import Checkpoints, HeldOutAccuracy, Progress, Stop
 from diffusion_cli.training.ema import EMA
 from diffusion_cli.training.encoding import LatentDataset
@@ -139,6 +147,8 @@ def _fit(
             f"{precision}",
             file=sys.stderr,
         )
+        for line in _beyond_its_end(parts, stages, max_steps):
+            print(f"diffuse: {line}", file=sys.stderr)
     batches = Growing(
         images, stages, config.seed, parts.dataset.flip, done, config.accumulate,
         ranks.rank, ranks.world, parts.device.torch_device, parts.dataset.num_workers,
@@ -231,6 +241,24 @@ def _max_steps(config: TrainConfig, stages: Stages, num_images: int) -> int | No
     limits = [config.max_steps] if config.max_steps else []
     limits += [stages.steps(config.max_epochs * num_images)] if config.max_epochs else []
     return min(limits, default=None)
+
+
+def _beyond_its_end(parts: Parts, stages: Stages, max_steps: int | None) -> Iterator[str]:
+    """What a run is to do only after its last step, in lines; no mistakes, for a larger budget may go on with it."""
+    if max_steps is None:
+        return
+    if stages.last.first >= max_steps:
+        yield (
+            f"stage_steps: reach size {stages.last.size} at step {stages.last.first}, and the run ends at step "
+            f"{max_steps}; give it more steps, or the stages fewer"
+        )
+    if isinstance(parts.task, Encoding):
+        start = parts.task.objective.start
+        if start is not None and start >= max_steps:
+            yield (
+                f"objective.discriminator_start={start}: is not reached, for the run ends at step {max_steps}; give it "
+                "more steps, or an earlier start"
+            )
 
 
 def _refuse_other_data(folder: Path, about: dict[str, Any], checkpoint: dict[str, Any] | None) -> None:

@@ -592,3 +592,43 @@ def test_a_folder_goes_through_every_command_and_comes_back_in_its_depth(tmp_pat
         }
         known = read_scan(before).pixels, scans[1].pixels
     np.testing.assert_array_equal(known[0][:2], known[1][:2])  # above what was painted anew
+
+
+@pytest.mark.parametrize(
+    ("numbers", "given", "said"),
+    [
+        (np.linspace(3000, 4095, 64, dtype=np.uint16), [0, 1], "dataset.range=[0,1]: cuts 100% of the values of the "
+         "first image, 3000 to 4095; give dataset.range=[low,high]"),
+        (np.linspace(0, 4095, 64, dtype=np.uint16), None, "dataset.range=[0,65535]: only 6.2% of it hold the values "
+         "of the first image, 0 to 4095"),
+        (np.linspace(-1, 1, 64, dtype=np.float32), [-1, 1], ""),
+        (np.linspace(-32768, 32767, 64).astype(np.int16), None, ""),
+        (np.linspace(0, 9000, 64, dtype=np.uint16), None, ""),
+        (np.linspace(0, 9, 64, dtype=np.uint8), [0, 255], ""),
+    ],
+)  # fmt: skip
+def test_a_range_that_the_first_image_does_not_have_is_remarked_on(tmp_path, numbers, given, said):
+    image = numbers.reshape(8, 8)
+    np.save(tmp_path / "a.npy", image[None])
+    tifffile.imwrite(tmp_path / "a.tif", image)
+    stacked = Array("", path=f"{tmp_path}/a.npy", range=given, flip=False, held_out=0.0, in_memory=None)
+    for dataset in (folder(tmp_path, range=given), stacked):
+        assert (dataset.remark() or "").startswith(said)
+        assert said or dataset.remark() is None
+
+
+def test_a_training_begins_with_the_remark(tmp_path, capsys):
+    np.save(tmp_path / "a.npy", np.full((20, 8, 8), 3000, np.uint16))
+    words = [
+        "dataset=array",
+        f"dataset.path={tmp_path}/a.npy",
+        "dataset.range=[0,1]",
+        "max_steps=1",
+        "batch_size=4",
+    ]
+    network = ["model=dit_tiny", "model.hidden_size=16", "model.num_heads=1", "model.depth=1"]
+    rest = ["trainer=cpu", "logger=csv", "name=r", f"output_dir={tmp_path}", "preview_steps=1"]
+    assert run(["train", *words, *network, *rest]) == 0
+    assert (
+        "diffuse: dataset.range=[0,1]: cuts 100% of the values of the first image" in capsys.readouterr().err
+    )

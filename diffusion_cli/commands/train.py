@@ -147,7 +147,8 @@ def _fit(
             f"{precision}",
             file=sys.stderr,
         )
-        for line in _beyond_its_end(parts, stages, max_steps):
+        remark = parts.dataset.remark()
+        for line in [*_beyond_its_end(parts, stages, max_steps), *([remark] if remark else [])]:
             print(f"diffuse: {line}", file=sys.stderr)
     batches = Growing(
         images, stages, config.seed, parts.dataset.flip, done, config.accumulate,

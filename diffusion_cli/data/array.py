@@ -83,6 +83,11 @@ class Array(Dataset):
             )
         return MemoryImages(images.gather(torch.arange(len(images))), images.labels) if in_memory else images
 
+    def remark(self) -> str | None:
+        if self.contents.compressed or not isinstance(self.form, Ranged):
+            return None
+        return self.form.remark(self._rows("train").numbers(torch.tensor([0]))[0])
+
     def once(self, split: Split) -> Images:
         # What is compressed would be unpacked whole by every process that reads some of it.
         return self.load(split) if self.contents.compressed else self._rows(split)
@@ -134,13 +139,18 @@ class ArrayImages(Images):
     def __len__(self) -> int:
         return len(self.rows)
 
-    def gather(self, index: Tensor) -> Tensor:
+    def numbers(self, index: Tensor) -> np.ndarray:
+        """What the file holds of rows, [B, C, H, W]."""
         if self._array is None:
             self._array = opened_array(self.path, self.key)
         # Whole images first, as they lie, and then their axes: four times as fast as both at once.
         pixels = np.ascontiguousarray(self._array[self.rows[index].numpy()])
         if self.layout != "NCHW":
             pixels = pixels[:, None] if self.layout == "NHW" else pixels.transpose(0, 3, 1, 2)
+        return pixels
+
+    def gather(self, index: Tensor) -> Tensor:
+        pixels = self.numbers(index)
         if not isinstance(self.form, Ranged):
             return torch.from_numpy(pixels).contiguous()
         try:

@@ -123,6 +123,10 @@ class Dataset(ABC):
         Raises FileNotFoundError or ValueError naming the file that is missing or cannot be used.
         """
 
+    def remark(self) -> str | None:
+        """What a look at the first image says against how it is read, in a line; None where it says nothing."""
+        return None
+
     def once(self, split: Split) -> Images:
         """As `load`, for a single pass: read in parts where the source can be, never held in memory for it."""
         return self.load(split)

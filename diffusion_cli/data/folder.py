@@ -27,7 +27,7 @@ from diffusion_cli.data.labels import read as entry
 from diffusion_cli.data.masks import MaskedDecoder, divided, mask_files, masked_decoder
 from diffusion_cli.data.memory import MemoryImages, fits_in_memory
 from diffusion_cli.foreign import Archive, read, reason
-from diffusion_cli.forms import Dicom, Form, Range, Ranged, Volume
+from diffusion_cli.forms import Dicom, Form, Range, Ranged, Raster, Volume
 from diffusion_cli.forms.dicom import SUFFIXES as SCANS
 from diffusion_cli.forms.files import SUFFIXES as PICTURES
 from diffusion_cli.forms.volume import SUFFIXES as VOLUMES
@@ -168,6 +168,14 @@ class Folder(Dataset):
             size = int(np.prod(self.shape)) * self.decoder.dtype.itemsize
             in_memory = fits_in_memory(len(images) * size)
         return images.in_memory() if in_memory else images
+
+    def remark(self) -> str | None:
+        if not isinstance(self.form, Raster) or self.masks is not None:
+            return None
+        try:
+            return self.form.remark(self.form.held(entry(self.path, self.files[0])))
+        except (ValueError, OSError):  # as for the form
+            return None
 
     def once(self, split: Split) -> "FileImages":
         rows = split_rows(named_mask(self.files, self.held_out), self.held_out, split)

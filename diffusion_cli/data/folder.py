@@ -224,14 +224,14 @@ class FileImages(Images):
         return pixels
 
     def sources(self, index: Tensor) -> list[bytes]:
-        digests, broken = [], []
+        decoder, digests, broken = repr(self.decoder).encode(), [], []
         for row in index.tolist():
             try:
                 parts = [sha256(data).digest() for data in self._contents(row)]
             except (ValueError, OSError) as error:
                 broken.append(f"{self.names[row]} ({reason(error)})")
             else:
-                digests.append(sha256(repr(self.decoder).encode() + b"".join(parts)).digest())
+                digests.append(sha256(decoder + b"".join(parts)).digest())
         if broken:
             raise self._error(broken)
         return digests

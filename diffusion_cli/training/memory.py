@@ -62,7 +62,7 @@ def _advice(
     shares = {each.shape: each.batch_size // trainer.world_size for each in stages.all}
     fewest = None
     # From small ones up: memory that ran out in one trial is not all there for the next.
-    for parts in reversed(list(_more(math.gcd(*shares.values()), accumulate))):
+    for parts in _more(math.gcd(*shares.values()), accumulate):
         sizes = {shape: of // parts for shape, of in shares.items()}
         batches = (torch.zeros(of + of // MARGIN, *shape, device=device) for shape, of in sizes.items())
         if not all(_fits(module, images, trainer.precision_plugin.forward_context()) for images in batches):
@@ -74,8 +74,8 @@ def _advice(
 
 
 def _more(images: int, accumulate: int) -> Iterator[int]:
-    """The numbers of equal parts above `accumulate` that so many images can be cut into."""
-    return (parts for parts in range(accumulate + 1, images + 1) if images % parts == 0)
+    """The numbers of equal parts above `accumulate` that so many images can be cut into, most first."""
+    return (parts for parts in range(images, accumulate, -1) if images % parts == 0)
 
 
 def _fits(module: TrainingModule, images: Tensor, context: AbstractContextManager[object]) -> bool:

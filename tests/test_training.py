@@ -6,21 +6,35 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 import yaml
 from PIL import Image
+from torch import Tensor, nn
 
 from diffusion_cli.checkpoint import BEST, LAST, load_model, read, whole_file
 from diffusion_cli.cli import run
+from diffusion_cli.data import Batch, Stages
+from diffusion_cli.data.stages import Stage
+from diffusion_cli.denoiser import Denoiser, NoisyClassifier
+from diffusion_cli.forms import Picture
+from diffusion_cli.latents import Pixels
 from diffusion_cli.locks import only_one
-from diffusion_cli.objective import withheld
+from diffusion_cli.objective import Objective, Target, withheld
+from diffusion_cli.parameterizations import X0
+from diffusion_cli.samplers import DDIM
+from diffusion_cli.schedules import Rectified
 from diffusion_cli.signals import UNFINISHED
+from diffusion_cli.times import Draw, Times, Uniform
+from diffusion_cli.training.callbacks import HeldOutAccuracy, HeldOutLoss, Preview, Stop
 from diffusion_cli.training.ema import EMA
-from diffusion_cli.training.module import LevelMeter
+from diffusion_cli.training.module import DenoisingModule, LevelMeter
+from diffusion_cli.training.optimizers import Adam, AdamW
 
 TINY = [
     "train", "name=tiny", "model.channels=8", "model.norm_groups=4", "model.num_heads=1", "model.head_channels=null",
@@ -420,6 +434,255 @@ def test_a_signal_saves_and_says_how_to_go_on(tmp_path, number):
     assert "Traceback" not in err
     step = state(tmp_path)["global_step"]
     assert f"at step {step}" in out
+
+
+# --- One step ------------------------------------------------------------
+
+
+class Constant(nn.Module):
+    """A network whose output is its one weight everywhere."""
+
+    def __init__(self, value: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.tensor(value))
+
+    def forward(self, x: Tensor, c_noise: Tensor, y: Tensor | None) -> Tensor:
+        return self.weight.expand(x.shape)
+
+
+class Recorded(Objective):
+    """A loss of 1, 2, ... for the images of a batch; it keeps the times, the noise and a dropout mask of each call."""
+
+    def __init__(self) -> None:
+        self.times: list[Tensor] = []
+        self.noise: list[Tensor] = []
+        self.masks: list[Tensor] = []
+
+    def __call__(self, model, x0, y, t, eps):
+        self.times.append(t)
+        self.noise.append(eps)
+        self.masks.append(nn.functional.dropout(torch.ones(64), 0.5))
+        return torch.arange(1.0, len(x0) + 1)
+
+    def check(self, model, times):
+        pass
+
+
+class Weighing(Times):
+    """Uniform times with the weights 1, 2, 3, ... and a bin an image; it keeps the losses that it is shown."""
+
+    def forward(self, schedule, u):
+        self.observed: list[tuple[Tensor, Tensor]] = []
+        return Draw(schedule.time(u), torch.arange(1.0, len(u) + 1), u, torch.arange(len(u)))
+
+    def observe(self, bins, loss):
+        self.observed.append((bins, loss))
+
+
+def optimizer(**changes) -> Adam:
+    plain = {"lr": 1.0, "betas": [0.9, 0.999], "eps": 1e-8, "warm_up_steps": 0, "decay_steps": None}
+    return Adam(**{**plain, "clip_norm": None, **changes})
+
+
+def step_of(objective: Objective, times: Times, seed: int = 0, **place: int) -> DenoisingModule:
+    """A module in the place of a process, as Lightning would have it; its images are 1 x 2 x 2."""
+    denoiser = Denoiser(Constant(0.0), Rectified(grid_t_min=1e-3), X0())
+    module = DenoisingModule(denoiser, objective, times, Pixels((1, 2, 2)), optimizer(), seed, {})
+    alone = {"accumulate_grad_batches": 1, "world_size": 1, "global_rank": 0, "global_step": 0}
+    module.trainer = SimpleNamespace(**{**alone, **place})  # pyright: ignore[reportAttributeAccessIssue]
+    return module
+
+
+def batch(number: int, count: int = 8) -> Batch:
+    return Batch(number, torch.zeros(count, 1, 2, 2), None, torch.arange(count))
+
+
+def test_noise_and_times_are_a_function_of_seed_and_step():
+    """Equal for equal seeds and steps, whatever was drawn before; unlike for others."""
+    objective = Recorded()
+    for seed, number in ((0, 3), (0, 3), (0, 4), (1, 3)):
+        torch.rand(seed + number)
+        step_of(objective, Uniform(), seed).training_step(batch(number), 0)
+    for first, again, *others in (objective.times, objective.noise, objective.masks):
+        assert torch.equal(first, again)
+        assert not any(torch.equal(first, other) for other in others)
+    assert len(objective.times[0].unique()) == len(objective.noise[0].flatten(1).unique(dim=0)) == 8
+
+
+@pytest.mark.parametrize("place", ["process", "part"])
+def test_processes_and_parts_share_one_draw_and_have_their_own_dropout(place):
+    whole, shares = Recorded(), Recorded()
+    step_of(whole, Uniform()).training_step(batch(5), 0)
+    for n in range(2):
+        if place == "process":
+            step_of(shares, Uniform(), world_size=2, global_rank=n).training_step(batch(5, 4), 0)
+        else:
+            step_of(shares, Uniform(), accumulate_grad_batches=2).training_step(batch(10 + n, 4), 0)
+    assert torch.equal(torch.cat(shares.times), whole.times[0])
+    assert torch.equal(torch.cat(shares.noise), whole.noise[0])
+    assert not torch.equal(*shares.masks)
+
+
+def test_dropout_differs_between_the_steps_of_a_process():
+    objective = Recorded()
+    for number in (0, 1):
+        step_of(objective, Uniform(), world_size=2, global_rank=1).training_step(batch(number), 0)
+    assert not torch.equal(*objective.masks)
+
+
+def test_the_loss_is_the_weighted_mean_and_times_learn_from_the_unweighted_losses():
+    times = Weighing()
+    module = step_of(Recorded(), times)
+    loss = module.training_step(batch(0, 4), 0)
+    assert loss.item() == (1 * 1 + 2 * 2 + 3 * 3 + 4 * 4) / 4
+    assert module.meter.read()["loss"] == loss.item()
+    ((bins, seen),) = times.observed
+    assert (bins.tolist(), seen.tolist()) == ([0, 1, 2, 3], [1.0, 2.0, 3.0, 4.0])
+
+
+def test_gradients_are_scaled_down_to_the_norm():
+    module = step_of(Recorded(), Uniform())
+    module.model.network.bias = nn.Parameter(torch.zeros(()))
+    for clip_norm, expected in ((1.0, (0.6, 0.8)), (10.0, (3.0, 4.0)), (None, (3.0, 4.0))):
+        module.optimizer_config = optimizer(clip_norm=clip_norm)
+        for weight, gradient in zip(module.model.parameters(), (3.0, 4.0), strict=True):
+            weight.grad = torch.tensor(gradient)
+        module.configure_gradient_clipping(torch.optim.SGD(module.parameters(), 1.0))
+        found = [weight.grad.item() for weight in module.model.parameters() if weight.grad is not None]
+        assert found == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_run_clips_and_warms_up(tmp_path):
+    """Adam undoes any scale of gradients but one that its eps drowns: then no weight moves by a millionth."""
+    weights = {}
+    for clip_norm in ("null", "1e-12"):
+        folder = tmp_path / clip_norm
+        assert train(folder, "max_steps=3", "log_every=1", f"optimizer.clip_norm={clip_norm}") == 0
+        weights[clip_norm] = state(folder)
+    rates = [float(row["lr"]) for row in csv.DictReader((tmp_path / "null" / "tiny" / "metrics.csv").open())]
+    assert rates == pytest.approx([0.001 * share for share in (2 / 3, 1, 1)])  # of the steps that come next
+    moved = {}
+    for clip_norm, found in weights.items():
+        average = found["callbacks"]["EMA"]["network"]
+        moved[clip_norm] = max(
+            (weight - average[key.removeprefix("model.network.")]).abs().max().item()
+            for key, weight in found["state_dict"].items()
+        )
+    assert moved["1e-12"] < 1e-6 < 1e-4 < moved["null"]
+
+
+@pytest.mark.parametrize(
+    ("warm_up_steps", "decay_steps", "factors"),
+    [
+        (0, None, {0: 1, 1: 1, 1000: 1}),
+        (4, None, {0: 1 / 4, 1: 2 / 4, 2: 3 / 4, 3: 1, 4: 1, 99: 1}),
+        (0, 8, {0: 1, 2: (2 + 2**0.5) / 4, 4: 1 / 2, 6: (2 - 2**0.5) / 4, 8: 0, 9: 0, 99: 0}),
+        (4, 8, {0: 1 / 4, 2: 3 / 4 * (2 + 2**0.5) / 4, 4: 1 / 2, 8: 0}),
+    ],
+)
+def test_the_learning_rate_at_each_step(warm_up_steps, decay_steps, factors):
+    config = optimizer(lr=2.0, warm_up_steps=warm_up_steps, decay_steps=decay_steps)
+    assert {step: config.factor(step) for step in factors} == pytest.approx(factors, abs=1e-15)
+    steps = config.optimizer([nn.Parameter(torch.zeros(1))], fused=False)
+    scheduler = config.scheduler(steps)
+    for step in range(max(factors) + 1):
+        if step in factors:
+            assert steps.param_groups[0]["lr"] == pytest.approx(2 * factors[step], abs=1e-15)
+        steps.step()
+        scheduler.step()
+
+
+def test_adam_and_adamw_make_their_first_step():
+    """Of size lr along the sign of the gradient; with decoupled decay the weight shrinks by lr * decay before."""
+    settings = {
+        "lr": 0.1,
+        "betas": [0.9, 0.99],
+        "eps": 1e-12,
+        "warm_up_steps": 0,
+        "decay_steps": None,
+        "clip_norm": None,
+    }
+    for config, expected in ((Adam(**settings), 1.9), (AdamW(**settings, weight_decay=0.5), 1.8)):
+        weight = nn.Parameter(torch.tensor([2.0], dtype=torch.float64))
+        weight.grad = torch.tensor([7.0], dtype=torch.float64)
+        config.optimizer([weight], fused=False).step()
+        assert weight.item() == pytest.approx(expected)
+
+
+class Guess(nn.Module):
+    """A classifier whose scores are its weights, whatever it is shown."""
+
+    task = "classifier"
+
+    def __init__(self, scores: list[float]) -> None:
+        super().__init__()
+        self.scores = nn.Parameter(torch.tensor(scores))
+
+    def forward(self, x: Tensor, c_noise: Tensor) -> Tensor:
+        return self.scores.expand(len(x), -1)
+
+
+class Log:
+    """A logger and trainer in one."""
+
+    is_global_zero = True
+    precision_plugin = SimpleNamespace(forward_context=nullcontext)
+
+    def __init__(self) -> None:
+        self.loggers, self.values = [self], {}
+
+    def log_metrics(self, values, step):
+        self.values |= values
+
+
+def averaged(module: DenoisingModule, network: nn.Module) -> EMA:
+    """The average of a module's network, which has another network now."""
+    ema = EMA(module.model.network, decay=0.9, warm_up=False)
+    module.model.network = network
+    return ema
+
+
+def test_the_held_out_loss_and_previews_are_those_of_the_averaged_weights(tmp_path):
+    module = step_of(Target(huber_delta=None, label_dropout=0.0), Uniform())
+    log, stop, ema = Log(), Stop(None, None), averaged(module, Constant(1.0))
+    images = torch.rand(6, 1, 2, 2, generator=torch.Generator().manual_seed(0))
+    held_out = [Batch(0, images[:4], None, torch.arange(4)), Batch(1, images[4:], None, torch.arange(2))]
+    HeldOutLoss(1, lambda step: held_out, ema, stop).look(log, module, 1)  # pyright: ignore[reportArgumentType]
+    assert log.values == {"held_out_loss": pytest.approx(images.square().mean().item(), rel=1e-5)}
+    sampler = DDIM(module.model.schedule, eta=0.0, spacing="time")
+    preview = Preview(
+        1, ema, stop, run=tmp_path, sampler=sampler, steps=2, stages=Stages([Stage(0, (1, 2, 2), 1)]),
+        space=Pixels((1, 2, 2)), form=Picture(),
+    )  # fmt: skip
+    preview.look(log, module, 1)  # pyright: ignore[reportArgumentType]
+    with Image.open(tmp_path / "previews" / "step_00000001.png") as picture:
+        assert picture.getpixel((1, 1)) == 128  # of the value 0; the network of now makes 255
+
+
+def test_the_held_out_accuracy_is_that_of_the_averaged_weights():
+    module = step_of(Recorded(), Uniform())
+    classifier = NoisyClassifier(Guess([0.0, 1.0, 0.0]), module.model.schedule, X0())
+    module.model = classifier  # pyright: ignore[reportAttributeAccessIssue]
+    log, ema = Log(), averaged(module, Guess([1.0, 0.0, 0.0]))
+    held_out = [batch(0, 4)._replace(labels=torch.tensor([0, 1, 2, 1]))]
+    watcher = HeldOutAccuracy(1, lambda step: held_out, ema, Stop(None, None))
+    watcher.look(log, module, 1)  # pyright: ignore[reportArgumentType]
+    assert log.values["held_out_accuracy"] == 0.5
+
+
+def test_held_out_images_meet_the_same_noise_at_spread_times_whenever_they_are_measured():
+    objective = Recorded()
+    for seed, number in ((0, 7), (0, 900), (1, 7)):
+        module = step_of(objective, Uniform(), seed)
+        list(module.held_out(module.model, [batch(number), batch(number + 1)]))
+    (first, second, again, _, other, _), noise = objective.times, objective.noise
+    assert torch.equal(first, again)
+    assert torch.equal(noise[0], noise[2])
+    assert not torch.equal(first, second)
+    assert not torch.equal(noise[0], noise[1])
+    assert not torch.equal(first, other)
+    assert (first * 8).floor().tolist() == list(range(8))  # one in each of 8 equal intervals,
+    assert (first * 8).frac().std() > 0.1  # anywhere in it
 
 
 # --- Pieces ------------------------------------------------------------

@@ -2,8 +2,11 @@
 
 import csv
 import json
+import sys
 import zipfile
+from io import StringIO
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -138,6 +141,26 @@ def test_samples_of_a_run_are_kept_once_and_taken_from_there(place, capsys):
     files[4].unlink()
     assert evaluate(place, *words) == 2
     assert f"{files[3].name}: " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("stream", ["stdout", "history"])
+def test_numbers_are_kept_or_shown_if_either_cannot_be_written(place, images, tmp_path, monkeypatch, stream):
+    def refuse(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    if stream == "stdout":
+        monkeypatch.setattr(sys, "stdout", SimpleNamespace(write=refuse, flush=lambda: None))
+    else:
+        monkeypatch.setattr("diffusion_cli.commands.eval.append_history", refuse)
+        monkeypatch.setattr("diffusion_cli.commands.eval.save_rows", refuse)
+    shown = StringIO()
+    if stream == "history":
+        monkeypatch.setattr(sys, "stdout", shown)
+    words = [f"samples={images}", f"output_dir={tmp_path}", "dataset=digits", "metric=[is,memorization]"]
+    assert evaluate(place, *words) == 2
+    kept = list(tmp_path.glob("evaluations/*/metrics.json"))
+    assert len(kept) == (stream == "stdout")
+    assert ("is_classifier" in shown.getvalue()) == (stream == "history")
 
 
 def test_samples_belong_to_their_run_though_its_last_checkpoint_is_missing(tmp_path):

@@ -1,7 +1,8 @@
 """`diffuse eval`: measure samples, of a model or of anyone, against real images; or ask a model about these."""
 
 import platform
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -90,20 +91,23 @@ class Scene(NamedTuple):
 
 
 def measure(config: EvalConfig) -> None:
-    """Carry out an evaluation, print its numbers and add them to the history."""
+    """Carry out an evaluation, add its numbers to the history and print them."""
     scene = look_at(config)
     history = scene.folder / "metrics.json"
     read_history(history)  # a damaged one is refused before anything is measured
     reports = assess(config, scene)
     if not Ranks().first:
         return
-    if scene.samples is not None:
-        print(_described(config, scene, scene.samples))
-    for report in reports:
-        print(report.table())
-        if report.results:
+    results = [report for report in reports if report.results]
+    try:
+        for report in results:
             append_history(history, report.to_dict())
-    if any(report.results for report in reports):
+    finally:  # the terminal shows the numbers even if the history cannot be written
+        if scene.samples is not None:
+            print(_described(config, scene, scene.samples))
+        for report in reports:
+            print(report.table())
+    if results:
         print(f"With their protocol in {history}")
 
 
@@ -341,14 +345,25 @@ def _of_samples(config: EvalConfig, scene: Scene, samples: Samples, environment:
         if labels is not None and set(labels) != set(range(scene.dataset.num_classes or 0)):
             report.notes.append("the samples are of some classes only, the real images of all")
         if samples.folder is not None:
-            claim(samples.folder, scene.trained.settings, scene.trained.model)
-            keep_seeds(samples.folder, samples.seeds, samples.calls)
+            with _noting(report):
+                claim(samples.folder, scene.trained.settings, scene.trained.model)
+                keep_seeds(samples.folder, samples.seeds, samples.calls)
     for name, picture in pictures.items():
         digest = report.results[0].protocol["sampling"]["pixels_sha256"]
         path = scene.folder / "pictures" / f"{name}-{digest[:8]}.png"
-        save_rows(picture, path)
-        report.notes.append(f"{name}: its picture is {path}")
+        with _noting(report):
+            save_rows(picture, path)
+            report.notes.append(f"{name}: its picture is {path}")
     return report
+
+
+@contextmanager
+def _noting(report: Report) -> Iterator[None]:
+    """Turn a file that cannot be written into a note: it must not cost the numbers of a long evaluation."""
+    try:
+        yield
+    except OSError as error:
+        report.notes.append(str(error))
 
 
 def _described(config: EvalConfig, scene: Scene, samples: Samples) -> str:

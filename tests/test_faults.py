@@ -24,7 +24,18 @@ from PIL import Image
 from test_training import TINY, assert_same, state, train
 
 from diffusion_cli import locks
-from diffusion_cli.checkpoint import BEST, LAST, Model, find_run, load_model, read, recover, save, whole_file
+from diffusion_cli.checkpoint import (
+    BEST,
+    LAST,
+    Model,
+    find_run,
+    load_model,
+    read,
+    recover,
+    remove_unfinished,
+    save,
+    whole_file,
+)
 from diffusion_cli.cli import run
 from diffusion_cli.commands.outputs import claim
 from diffusion_cli.config import Mistakes
@@ -231,6 +242,28 @@ def test_what_a_killed_process_had_begun_to_write_is_removed_and_no_more(begun, 
     assert_goes_on(begun, whole)
     assert not any(file.exists() for file in ours)
     assert other.exists()
+
+
+def test_what_a_killed_process_left_is_removed_but_not_what_another_writes(tmp_path):
+    program = """
+import os, sys
+from pathlib import Path
+from diffusion_cli.checkpoint import whole_file
+with whole_file(Path(sys.argv[1])) as temporary:
+    temporary.write_text("half")
+    os.kill(os.getpid(), 9)
+"""
+    subprocess.run([sys.executable, "-c", program, tmp_path / "pack.npz"], check=False)
+    (left,) = tmp_path.iterdir()
+    with whole_file(tmp_path / "pack.npz") as temporary:
+        temporary.write_text("whole")
+        remove_unfinished(tmp_path, "other.npz")
+        remove_unfinished(tmp_path, "pack.npz", idle=3600)
+        assert left.exists()
+        remove_unfinished(tmp_path, "pack.npz")
+        assert not left.exists()
+        assert temporary.read_text() == "whole"
+    assert [file.name for file in tmp_path.iterdir()] == ["pack.npz"]
 
 
 def test_a_link_of_a_temporary_name_leads_nowhere(tmp_path):

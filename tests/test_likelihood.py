@@ -6,10 +6,20 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+from torch import Tensor, nn
 
+from diffusion_cli.checkpoint import Model
 from diffusion_cli.cli import run
+from diffusion_cli.data import Dataset
+from diffusion_cli.data.memory import MemoryImages
+from diffusion_cli.denoiser import Denoiser
+from diffusion_cli.forms import Picture
+from diffusion_cli.latents import Pixels
 from diffusion_cli.likelihood import flow_likelihood
+from diffusion_cli.metrics import FlowLikelihood, Subject, VariationalBound
+from diffusion_cli.parameterizations import X0, Flow, Parameterization
 from diffusion_cli.probability_flow import angle, velocity
+from diffusion_cli.schedules import Cosine, Rectified, Schedule
 
 F64 = torch.float64
 BITS = 4 * math.log(2)  # nats of a bit a dimension, of four
@@ -104,6 +114,134 @@ def test_a_solver_without_enough_steps_says_so(schedules, exact, reference):
         flow_likelihood(
             schedules["vp"], exact(schedules["vp"]), reference("noise")["x0_data"], None, Tight(max_steps=2)
         )
+
+
+# --- The metrics, on models that are known --------------------
+
+SHAPE = (1, 2, 2)
+SEED = 5
+
+
+class Some(Dataset):
+    """Images that are given."""
+
+    name, shape, class_names, flip = "some", SHAPE, None, False
+
+    def __init__(self, images: Tensor) -> None:
+        super().__init__("")
+        self.images = images
+
+    def load(self, split):
+        return MemoryImages(self.images, None)
+
+
+class Gaussian(nn.Module):
+    """The flow `eps - x_0` of pixels that are normal with a standard deviation, on straight paths."""
+
+    def __init__(self, std: float) -> None:
+        super().__init__()
+        self.std = nn.Parameter(torch.tensor(std))
+
+    def forward(self, x, c_noise, y):
+        sigma = (c_noise / 999).view(-1, 1, 1, 1)
+        alpha, variance = 1 - sigma, self.std.detach() ** 2
+        return (sigma - alpha * variance) * x / (alpha**2 * variance + sigma**2)
+
+
+class Gray(nn.Module):
+    """A network that takes every image for the value 0."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.nothing = nn.Parameter(torch.zeros(()))
+
+    def forward(self, x, c_noise, y):
+        return 0 * x
+
+
+def subject(
+    folder, network: nn.Module, schedule: Schedule, output: Parameterization, images: Tensor
+) -> Subject:
+    """A model as `diffuse eval` measures it, on images of which the last batch is smaller."""
+    model = Model(
+        shape=SHAPE, form=Picture(), class_names=None, config={}, latent=None, step=0, digest="0" * 64,
+        denoiser=Denoiser(network, schedule, output), space=Pixels(SHAPE),
+    )  # fmt: skip
+    return Subject(model, Some(images), folder, torch.device("cpu"), SEED, 3, False, "fp32")
+
+
+def noise_of(count: int, draws: int) -> Tensor:
+    """The draws of each image's own generator, [draws, count, *SHAPE]."""
+    generators = [torch.Generator().manual_seed(SEED + row) for row in range(count)]
+    return torch.stack(
+        [torch.stack([torch.randn(SHAPE, generator=each) for each in generators]) for _ in range(draws)]
+    ).double()
+
+
+def assert_mean(found, bits: Tensor) -> None:
+    """The value is the mean over images, with its standard error."""
+    assert found.value == pytest.approx(bits.mean().item(), rel=1e-4)
+    error = bits.std().item() / math.sqrt(len(bits))
+    assert found.details["standard_error"] == pytest.approx(error, rel=1e-3)
+    assert found.details["images"] == len(bits)
+
+
+BYTES = torch.tensor([0, 17, 90, 128, 131, 255, 200, 64, 30, 3, 250, 77, 5, 99, 180, 140], dtype=torch.uint8)
+
+
+@pytest.mark.parametrize("probe", ["exact", "rademacher", "gaussian"])
+@pytest.mark.parametrize("kind", ["bytes", "real numbers"])
+def test_the_flow_of_normal_pixels_has_their_bits_per_dim(tmp_path, kind, probe):
+    """A linear flow, on which a probe e counts the exact trace e^T e / D times: once, if it is made of -1 and 1."""
+    std, schedule = 0.6, Rectified(grid_t_min=1e-3)
+    images = BYTES.view(4, *SHAPE) if kind == "bytes" else BYTES.view(4, *SHAPE).float() / 128 - 1
+    hutchinson, other = ("exact", "rademacher") if probe == "exact" else ("hutchinson", probe)
+    metric = FlowLikelihood(
+        trace=hutchinson, probe=other, num_probes=2, rtol=1e-5, atol=1e-5, max_steps=1000,
+        split="held_out", num_images=None, shard=0, num_shards=1,
+    )  # fmt: skip
+    found = metric.measure(subject(tmp_path, Gaussian(std), schedule, Flow(), images))
+    noise = noise_of(4, 3)
+    x, offset = images.double(), 0.0
+    if kind == "bytes":  # uniform in the bin of each byte: [0, 256) is [-1, 1)
+        x, offset = (x + torch.special.ndtr(noise[0])) / 128 - 1, 7.0
+    share = torch.ones(4, dtype=F64)
+    if probe == "gaussian":
+        probes = noise[1:] if kind == "bytes" else noise[:2]
+        share = probes.square().mean((0, 2, 3, 4))
+    alpha, sigma = schedule(torch.tensor(schedule.t_min, dtype=F64))
+    radius, spread = torch.sqrt(alpha**2 + sigma**2), torch.sqrt(alpha**2 * std**2 + sigma**2)
+    end = x / spread  # standard normal, as the flow is z / (std of z)
+    log_p = -(end.square() + math.log(2 * math.pi)).flatten(1).mean(1) / 2
+    log_p = log_p - share * torch.log(spread / radius) - radius.log()
+    assert_mean(found, -log_p / math.log(2) + offset)
+
+
+def test_the_bound_of_a_model_of_one_gray_has_its_closed_form(tmp_path):
+    """Its KL terms are those of normal distributions whose means differ by c_0 x_0."""
+    T = 10
+    schedule = Cosine(num_timesteps=T, offset=0.008, max_beta=0.999, zero_terminal_snr=False)
+    images = (100 + BYTES // 5).view(4, *SHAPE)
+    metric = VariationalBound(
+        variance="small", cdf="exact", split="held_out", num_images=None, shard=0, num_shards=1
+    )
+    found = metric.measure(subject(tmp_path, Gray(), schedule, X0(), images))
+    assert found is not None
+    x = images.double() / 127.5 - 1
+    alpha_bar = schedule(torch.arange(T + 1, dtype=F64) / T)[0].square()
+    now, before = alpha_bar[1:], alpha_bar[:-1]
+    beta = 1 - now / before
+    variance, c_0 = beta * (1 - before) / (1 - now), before.sqrt() * beta / (1 - now)
+    square = x.square().flatten(1).mean(1)
+    middle = c_0[1:] ** 2 / (2 * variance[1:]) * square[:, None] / math.log(2)
+    prior = (now[-1] * square + (1 - now[-1]) - 1 - torch.log(1 - now[-1])) / 2 / math.log(2)
+    normal = torch.distributions.Normal(0, variance[1].sqrt())
+    decoder = -torch.log2(normal.cdf(x + 1 / 255) - normal.cdf(x - 1 / 255)).flatten(1).mean(1)
+    assert_mean(found, prior + middle.sum(1) + decoder)
+    parts = {"prior": prior, "decoder": decoder, "middle": middle.sum(1)}
+    parts |= {f"middle_{i}": part for i, part in enumerate(middle.T)}  # from the data to the noise
+    for name, values in parts.items():
+        assert found.details[name] == pytest.approx(values.mean().item(), rel=1e-4), name
 
 
 # --- diffuse eval metric=bits_per_dim --------------------

@@ -201,6 +201,29 @@ def test_replacement_is_repaint_without_resampling(wide, schedules):
     assert one == other
 
 
+@pytest.mark.parametrize(
+    ("resamples", "jump", "visits"),
+    [
+        (1, 2, [0, 1, 2, 3, 4]),
+        (3, 1, [0, 0, 0, 1, 1, 1, 2, 2, 2, 3, 3, 3, 4, 4, 4]),
+        (2, 2, [0, 1, 0, 1, 2, 3, 2, 3, 4, 4]),
+    ],
+)
+def test_resampling_visits_each_stretch_of_steps_as_often_as_asked(schedules, resamples, jump, visits):
+    schedule, visited = schedules["vp"], []
+
+    def denoise(x, t):
+        visited.append(t)
+        return shrinking(schedule)(x, t)
+
+    sampler = DDIM(schedule, eta=0.0, spacing="time")
+    given = process(schedule, sampler, denoise, GRAY, steps=5)
+    y = noise(2, *GRAY)
+    states = list(RePaint(num_resamples=resamples, jump_length=jump).restore(given, Mask(HALF), HALF * y))
+    assert len(states) == -(-5 // jump)
+    assert torch.equal(torch.stack(visited), given.times[visits])
+
+
 def test_posterior_sampling_goes_towards_the_measurement(wide, schedules):
     """Without projection: the misfit of the images falls with the scale of the gradient."""
     schedule, operator = schedules["linear"], BlockMean(2)

@@ -264,6 +264,28 @@ def test_autoguidance_extrapolates_from_the_guide(mixture, schedule, denoiser):
         assert auto.guides() == (guide,)
 
 
+class Learned(Exact):
+    """The perfect eps, and variance values that give away the class, the gain and the image."""
+
+    learn_variance = True
+
+    def forward(self, x, c_noise, y):
+        variance = torch.tanh(x + y.view(-1, 1, 1, 1) + 10 * self.gain)
+        return torch.cat([super().forward(x, c_noise, y), variance], 1)
+
+
+def test_guidance_leaves_the_learned_variance_of_the_model_and_class(mixture, schedule):
+    model = Denoiser(Learned(mixture, schedule), schedule, Eps())
+    guide = Denoiser(Learned(mixture, schedule, gain=0.8), schedule, Eps())
+    x, t = 0.1 * torch.randn(4, 1, 2, 2, dtype=F64), torch.tensor(0.4, dtype=F64)
+    expected = model(x, t, labels(1)).variance
+    auto = Auto(Given(guide), run=None, step=0, scale=2.5, rescale=0.0, **OFF)
+    for guidance in (cfg(2.5), auto, Unguided()):
+        variance = guidance(model, labels(1))(x, t).variance
+        assert variance is not None
+        torch.testing.assert_close(variance, expected)
+
+
 def test_thresholding_keeps_images_in_range_and_agrees_with_eps(denoiser, schedule):
     x, t = 3 * torch.randn(4, 1, 2, 2, dtype=F64), torch.tensor(0.7, dtype=F64)
     prediction = cfg(7.5, dynamic_threshold=0.9)(denoiser, labels(1))(x, t)

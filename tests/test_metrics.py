@@ -756,6 +756,25 @@ def test_held_out_copies_of_training_images_hide_no_copy(tmp_path) -> None:
     assert any("2 images of held/held_out are copies there" in note for note in report.notes)
 
 
+def column(values: list[float]) -> Tensor:
+    return torch.tensor(values)[:, None]
+
+
+@pytest.mark.parametrize(
+    ("other", "value", "ratio"),
+    [(None, 1 / 2, 0.5), ([0.0, 1.4, 5.0, 6.0], 1 / 4, 1.25)],
+    ids=["no held-out images", "held-out images"],
+)
+def test_samples_are_set_against_images_that_are_not_memorized(other, value, ratio) -> None:
+    """On a line. Without held-out images each training image is compared with the others, not with itself."""
+    train, samples = column([0.0, 1.0, 3.0]), column([0.25, 1.5, 5.0, 6.0])
+    seen = AsSeen(samples, train, None if other is None else column(other))
+    (found,) = Memorization(pairs=1).begin(seen).findings()
+    assert found.value == value
+    assert found.details["copies"] == 0
+    assert found.details["median_distance_ratio"] == pytest.approx(ratio)
+
+
 # --- The classifier ------------------------------------------------------------
 
 

@@ -408,6 +408,15 @@ def test_stratified_times_are_uniform_with_less_noise(schedules):
     assert torch.stack(means["stratified"]).std() < torch.stack(means["plain"]).std() / 30
 
 
+def test_stratified_times_lie_anywhere_in_their_own_interval(schedules):
+    u = torch.tensor([0.0, 0.25, 0.75, 0.5], dtype=F64)
+    draw = Stratified()(schedules["rectified"], u)
+    quantile = torch.tensor([0.0, 1.25, 2.75, 3.5], dtype=F64) / 4
+    torch.testing.assert_close(draw.quantile, quantile)
+    torch.testing.assert_close(draw.t, 1e-5 + (1 - 1e-5) * quantile)
+    assert torch.equal(draw.weight, torch.ones_like(u))
+
+
 def test_log_normal_times_equal_edm(reference, agree):
     arrays, schedule = reference("losses"), processes.EDM(sigma_min=1e-4, sigma_max=1e3)
     u = torch.special.ndtr(arrays["edm_loss_z"])

@@ -10,7 +10,6 @@ import contextlib
 import errno
 import hashlib
 import os
-import secrets
 import shutil
 import sys
 import time
@@ -35,6 +34,7 @@ from diffusion_cli.locks import locked_file
 from diffusion_cli.networks import AutoencoderKL
 from diffusion_cli.pretrained import check_fit, read_weights
 from diffusion_cli.ranks import Ranks
+from diffusion_cli.temporary_files import temporary_path
 
 FORMAT = 4
 LAST = Path("checkpoints", "last.ckpt")
@@ -118,8 +118,7 @@ def whole_file(path: Path) -> Iterator[Path]:
 
     Raises OSError as `writing`; `path` is left as it was.
     """
-    # Processes of several machines may have one number, and a stranger's folder may hold a link of a likely name.
-    temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
+    temporary = temporary_path(path)
     try:
         with writing(path):
             path.parent.mkdir(parents=True, exist_ok=True)

@@ -17,6 +17,7 @@ from diffusion_cli.foreign import read_json, reason
 from diffusion_cli.metrics import Report
 from diffusion_cli.precision import device_of, resolve
 from diffusion_cli.ranks import Ranks, work_together
+from diffusion_cli.temporary_files import is_temporary, remove_abandoned
 
 # What no number depends on.
 ELSEWHERE = {"output", "run", "processes", "device", "force", "data_dir", "cache_dir", "output_dir"}
@@ -48,6 +49,7 @@ def run(variants: list[Variant]) -> None:
     jobs = [Job(values, _evaluation(config)) for (values, _), config in zip(variants, configs, strict=True)]
     folder, store = _folders(jobs, first.output)
     _claim(folder)
+    remove_abandoned(folder, store)
     work_together(compare, jobs, folder, store, processes=first.processes)
 
 
@@ -63,7 +65,9 @@ def _evaluation(config: CompareConfig) -> EvalConfig:
 
 def _claim(folder: Path) -> None:
     """Mark a folder as one of comparisons; Mistakes if it holds anything else."""
-    if folder.exists() and not (folder / MARK).is_file() and (not folder.is_dir() or any(folder.iterdir())):
+    if not folder.exists() or (folder / MARK).is_file():
+        return
+    if not folder.is_dir() or not all(map(is_temporary, folder.iterdir())):
         raise Mistakes(f"output={folder}: is not empty, and not of a comparison; choose another folder")
 
 

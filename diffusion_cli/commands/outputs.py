@@ -1,6 +1,7 @@
 """The folder that a command writes images to: claimed by a manifest, so that nothing is overwritten."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from diffusion_cli.checkpoint import Model, whole_file
 from diffusion_cli.config import Mistakes, flatten, shown
 from diffusion_cli.foreign import from_json, read, reason
 from diffusion_cli.locks import locked
+from diffusion_cli.temporary_files import is_temporary, remove_abandoned
 
 
 def claim(output: Path, settings: dict[str, Any], model: Model) -> dict[str, Any]:
@@ -18,7 +20,9 @@ def claim(output: Path, settings: dict[str, Any], model: Model) -> dict[str, Any
     if output.exists() and not output.is_dir():
         raise Mistakes(f"output={output}: is a file; give a folder")
     with locked(output):  # the tasks of an array claim one folder at the same time
-        return _claim(output, settings, model)
+        manifest = _claim(output, settings, model)
+    remove_abandoned(*(Path(folder) for folder, _, _ in os.walk(output)))
+    return manifest
 
 
 def _claim(output: Path, settings: dict[str, Any], model: Model) -> dict[str, Any]:
@@ -36,7 +40,7 @@ def _claim(output: Path, settings: dict[str, Any], model: Model) -> dict[str, An
                 f"output={output}: holds images of other settings; choose another folder",
             )
         return manifest
-    if any(output.iterdir()):
+    if not all(map(is_temporary, output.iterdir())):
         raise Mistakes(f"output={output}: is not empty and has no manifest.json; choose another folder")
     manifest = {
         "settings": settings,

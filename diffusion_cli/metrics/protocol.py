@@ -9,6 +9,7 @@ from typing import Any, Self
 from diffusion_cli.checkpoint import whole_file
 from diffusion_cli.foreign import escaped, read_json
 from diffusion_cli.locks import locked
+from diffusion_cli.temporary_files import remove_abandoned
 
 
 @dataclass(frozen=True)
@@ -144,6 +145,7 @@ def append_history(path: Path, entry: Mapping[str, Any]) -> None:
 
     Raises ValueError, and leaves the file as it is, if that is not a list of entries.
     """
+    remove_abandoned(path.parent)
     with locked(path.parent):  # two evaluations may end at the same time
         history: Sequence[Mapping[str, Any]] = [*read_history(path), entry]
         text = json.dumps(history, indent=2, allow_nan=False)

@@ -1,0 +1,48 @@
+"""The temporary files beside those that are being written, and the removal of those that killed processes left.
+
+A temporary file is named `.NAME.PID-HEX.tmp`. HEX begins with the `machine_id` of the writer, so that a later process
+of the same machine finds out whether the writer has ended. Files of other machines are removed after `EXPIRY` seconds.
+"""
+
+import os
+import re
+import secrets
+import stat
+import time
+from contextlib import suppress
+from pathlib import Path
+
+from diffusion_cli.process_identity import has_ended, machine_id
+
+EXPIRY = 3600.0
+"""Seconds without a change after which the temporary file of any machine is abandoned."""
+NAME = re.compile(r"\..+\.(\d{1,10})-([0-9a-f]{8}(?:[0-9a-f]{8})?)\.tmp", re.DOTALL)
+
+
+def temporary_path(path: Path) -> Path:
+    """A new name beside `path`, which no other process uses and nobody can guess."""
+    return path.with_name(f".{path.name}.{os.getpid()}-{machine_id()}{secrets.token_hex(4)}.tmp")
+
+
+def is_temporary(path: Path) -> bool:
+    """Whether a path has the name of a temporary file of this program."""
+    return NAME.fullmatch(path.name) is not None
+
+
+def remove_abandoned(*folders: Path) -> None:
+    """Remove the temporary files directly in the folders that no process will finish."""
+    for folder in folders:
+        with suppress(OSError):  # a folder that is not there, or may not be read
+            for path in filter(is_temporary, folder.iterdir()):
+                with suppress(OSError):  # removed by another process, or on a read-only disk
+                    if _is_abandoned(path):
+                        path.unlink()
+
+
+def _is_abandoned(path: Path) -> bool:
+    about, match = path.lstat(), NAME.fullmatch(path.name)
+    if match is None or not stat.S_ISREG(about.st_mode):
+        return False
+    pid, digits = match.groups()
+    machine = digits[:8] if len(digits) == 16 else None  # earlier versions wrote eight random digits
+    return has_ended(machine, int(pid)) or time.time() - about.st_mtime > EXPIRY

@@ -23,10 +23,13 @@ LONGEST_LINE = 1000
 """Characters of a line for the terminal."""
 LONGEST_TEXT = 2**24
 """Bytes of a text that this program writes: JSON, CSV."""
+LONGEST_MANIFEST = 2**25
+"""Bytes of a manifest; earlier versions wrote the seed of each sample in it, and there may be millions."""
 LONGEST_YAML = 2**20  # its parser takes seconds for that
 LONGEST_SCALAR = 4096  # characters; YAML reads 1:2:3: ... as one number, in the square of its length
 DEEPEST = 32
 MOST_VALUES = 10**6
+MOST_IN_MANIFEST = 10**7
 
 
 def read(path: Path, limit: int = LARGEST) -> bytes:
@@ -176,11 +179,11 @@ def escaped(text: str) -> str:
     )
 
 
-def plain(value: Any) -> Any:
+def plain(value: Any, most: int = MOST_VALUES) -> Any:
     """Return plain data: mappings with names as keys, lists, texts, finite or infinite numbers, true, false, null.
 
     ValueError for anything else, and what is nested so deep or, with what is there many times, so large that
-    walking through it would not end.
+    walking through it would not end: `most` is the largest number of values.
     """
     todo: list[tuple[Any, int]] = [(value, 0)]
     seen = 0
@@ -201,25 +204,25 @@ def plain(value: Any) -> Any:
         seen += 1 + len(parts)
         if depth > DEEPEST:
             raise ValueError(f"is nested deeper than {DEEPEST} levels")
-        if seen > MOST_VALUES:
-            raise ValueError(f"has more than {MOST_VALUES} values")
+        if seen > most:
+            raise ValueError(f"has more than {most} values")
         todo += [(part, depth + 1) for part in parts]
     return value
 
 
-def from_json(data: bytes) -> Any:
-    """Plain data of JSON, all numbers finite."""
-    _bounded(len(data), LONGEST_TEXT)
+def from_json(data: bytes, limit: int = LONGEST_TEXT, most: int = MOST_VALUES) -> Any:
+    """Plain data of at most `limit` bytes and `most` values of JSON, all numbers finite."""
+    _bounded(len(data), limit)
     try:
         value = json.loads(data, parse_constant=_refuse, parse_float=_finite)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"is not JSON ({reason(error)})") from error
-    return plain(value)
+    return plain(value, most)
 
 
-def read_json(path: Path) -> Any:
-    """Plain data of a JSON file."""
-    return from_json(read(path, LONGEST_TEXT))
+def read_json(path: Path, limit: int = LONGEST_TEXT, most: int = MOST_VALUES) -> Any:
+    """Plain data of a JSON file, as `from_json`."""
+    return from_json(read(path, limit), limit, most)
 
 
 def _refuse(name: str) -> float:

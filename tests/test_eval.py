@@ -127,7 +127,7 @@ def test_samples_of_a_run_are_kept_once_and_taken_from_there(place, capsys):
     (folder,) = (place / "o" / "b" / "samples").iterdir()
     files = sorted(folder.glob("[0-9]*.png"))
     assert len(files) == 70
-    assert json.loads((folder / "manifest.json").read_text())["seeds"] == list(range(70))
+    assert json.loads((folder / "manifest.json").read_text())["seeds"] == [[0, 69]]
     first = numbers(place / "o" / "b" / "metrics.json")
     assert evaluate(place, "run=b", "num_samples=70", "metric=is") == 0  # made in memory
     assert numbers(place / "o" / "b" / "metrics.json") == pytest.approx(first, rel=1e-6)
@@ -141,6 +141,29 @@ def test_samples_of_a_run_are_kept_once_and_taken_from_there(place, capsys):
     files[4].unlink()
     assert evaluate(place, *words) == 2
     assert f"{files[3].name}: " in capsys.readouterr().err
+
+
+def test_network_calls_are_right_after_a_kill_or_said_to_be_unknown(place, capsys, monkeypatch):
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    words = ["run=a", "num_samples=20", "metric=is", "keep=true", "seed=300"]
+    with monkeypatch.context() as patch:
+        patch.setattr("diffusion_cli.commands.eval.keep_seeds", killed)
+        assert evaluate(place, *words) == 75
+    history = place / "o" / "a" / "metrics.json"
+    assert evaluate(place, *words) == 0
+    assert protocol(history)["sampling"]["network_calls"] == 2
+    (file,) = place.glob("o/a/samples/*/manifest.json")
+    manifest = json.loads(file.read_text())
+    del manifest["network_calls"]  # as an earlier version left it
+    file.write_text(json.dumps(manifest))
+    capsys.readouterr()
+    assert evaluate(place, *words) == 0
+    assert protocol(history)["sampling"]["network_calls"] is None
+    shown = capsys.readouterr().out
+    assert "an unknown number of network calls" in shown
+    assert "note: network calls: unknown" in shown
 
 
 @pytest.mark.parametrize("stream", ["stdout", "history"])

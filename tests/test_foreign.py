@@ -516,7 +516,7 @@ def test_a_runs_configuration_reads_as_it_was_written(tmp_path):
 
 MANIFEST = {
     "settings": {"weights": "ema", "labels": [0, 1], "sampler": {"_target_": "x", "eta": 0.0}}, "step": 3,
-    "model": {}, "versions": {"torch": "2"}, "seeds": [0, 1], "results": {"x": {"rmse": 0.5}}, "network_calls": 5,
+    "model": {}, "versions": {"torch": "2"}, "seeds": [[0, 1], 5], "results": {"x": {"rmse": 0.5}}, "network_calls": 5,
 }  # fmt: skip
 
 
@@ -524,7 +524,8 @@ MANIFEST = {
     ("key", "value"),
     [
         ("settings", []), ("settings", {"labels": []}), ("settings", {"labels": ["a"]}), ("settings", {"labels": [-1]}),
-        ("versions", None), ("seeds", {}), ("seeds", [0.5]), ("seeds", [True]), ("step", "3"), ("results", {"x": 1}),
+        ("versions", None), ("seeds", {}), ("seeds", [0.5]), ("seeds", [True]), ("seeds", [[1, 0]]), ("seeds", [[0]]),
+        ("step", "3"), ("results", {"x": 1}),
         ("results", {"x": {"rmse": None}}), ("network_calls", -1),
     ],
 )  # fmt: skip

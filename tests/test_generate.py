@@ -15,7 +15,7 @@ from PIL import Image
 
 from diffusion_cli.checkpoint import Model
 from diffusion_cli.cli import run
-from diffusion_cli.commands.outputs import claim, keep_seeds
+from diffusion_cli.commands.outputs import claim, keep_calls, keep_seeds
 from diffusion_cli.commands.trained import class_number
 from diffusion_cli.denoiser import Denoiser
 from diffusion_cli.forms import Picture, to_bytes
@@ -26,6 +26,7 @@ from diffusion_cli.networks import UNet
 from diffusion_cli.parameterizations import Eps
 from diffusion_cli.report import Writer, grid
 from diffusion_cli.samplers import DDIM, DDPM
+from diffusion_cli.seeding import seed_ranges
 
 CPU = torch.device("cpu")
 
@@ -176,18 +177,34 @@ def test_no_seed_is_lost_where_several_sample_into_one_folder(tmp_path):
 
     def task(number: int) -> None:
         claim(tmp_path / "out", {"steps": 4}, model)
-        keep_seeds(tmp_path / "out", range(10 * number, 10 * number + 10), 4)
+        keep_seeds(tmp_path / "out", range(10 * number, 10 * number + 10))
+        keep_calls(tmp_path / "out", number)
 
     with ThreadPoolExecutor(8) as pool:
         assert list(pool.map(task, range(32))) == [None] * 32
-    assert json.loads((tmp_path / "out" / "manifest.json").read_text())["seeds"] == list(range(320))
+    manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
+    assert (manifest["seeds"], manifest["network_calls"]) == ([[0, 319]], 31)
+
+
+def test_a_manifest_of_a_million_samples_is_small_and_the_older_form_is_read(tmp_path):
+    model: Any = SimpleNamespace(step=1, config={})
+    manifest = claim(tmp_path / "out", {"steps": 4}, model)
+    file = tmp_path / "out" / "manifest.json"
+    file.write_text(json.dumps(manifest | {"seeds": list(range(10**6))}, indent=2))
+    assert claim(tmp_path / "out", {"steps": 4}, model)["step"] == 1
+    keep_seeds(tmp_path / "out", range(10**6, 3 * 10**6))
+    assert json.loads(file.read_text())["seeds"] == [[0, 3 * 10**6 - 1]]
+
+
+def test_seeds_are_joined_to_ranges():
+    assert seed_ranges([[5, 6], 3, [0, 1], 9, 4, [5, 5]]) == [range(2), range(3, 7), range(9, 10)]
 
 
 def test_samples_are_files_named_by_seed_with_a_manifest(folder, tmp_path):
     assert sample(folder, f"output={tmp_path}/out", "seed=5", "run=small") == 0
     assert sorted(pngs(tmp_path / "out")) == [f"{seed:06d}.png" for seed in range(5, 11)]
     manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
-    assert manifest["seeds"] == list(range(5, 11))
+    assert manifest["seeds"] == [[5, 10]]
     assert manifest["settings"]["steps"] == 4
     assert len(manifest["settings"]["weights_sha256"]) == 64
     assert manifest["step"] == 20

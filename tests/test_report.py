@@ -217,7 +217,7 @@ def test_a_page_says_what_the_folder_holds(tmp_path):
     manifest = {
         "settings": {"steps": 50, "sampler": {"eta": 0.5}},
         "step": 1200,
-        "seeds": [0, 1, 2],
+        "seeds": [[0, 1], 2],
         "versions": {},
     }
     (folder / "samples" / "ddim-50-abc" / "manifest.json").write_text(json.dumps(manifest))

@@ -212,12 +212,9 @@ def _model_scene(config: EvalConfig, kinds: Kinds, sampled: bool) -> Scene:
         return Scene(trained.folder, dataset, trained, None, *_judges(config, dataset, kinds))
     trained.check(config.steps)  # refused before anything is measured
     folder = samples_folder(trained, config) if config.keep else None
-    known = {}
     if folder is not None:
-        known = Ranks().one_by_one(lambda: claim(folder, trained.settings, trained.model))
-    samples = ModelSamples(
-        trained, config, config.num_samples or SAMPLES, folder, known.get("network_calls", 0)
-    )
+        Ranks().one_by_one(lambda: claim(folder, trained.settings, trained.model))
+    samples = ModelSamples(trained, config, config.num_samples or SAMPLES, folder)
     return Scene(trained.folder, dataset, trained, samples, *_judges(config, dataset, kinds))
 
 
@@ -347,7 +344,11 @@ def _of_samples(config: EvalConfig, scene: Scene, samples: Samples, environment:
         if samples.folder is not None:
             with _noting(report):
                 claim(samples.folder, scene.trained.settings, scene.trained.model)
-                keep_seeds(samples.folder, samples.seeds, samples.calls)
+                keep_seeds(samples.folder, samples.seeds)
+        if samples.calls is None:
+            report.notes.append(
+                "network calls: unknown, for an earlier start made the samples and ended before it recorded them"
+            )
     for name, picture in pictures.items():
         digest = report.results[0].protocol["sampling"]["pixels_sha256"]
         path = scene.folder / "pictures" / f"{name}-{digest[:8]}.png"
@@ -377,9 +378,10 @@ def _described(config: EvalConfig, scene: Scene, samples: Samples) -> str:
     if scene.trained is None or not isinstance(samples, ModelSamples):
         return f"{len(samples)} images of {config.samples}"
     sampler = config.sampler["_target_"].rpartition(".")[2]
+    calls = "an unknown number of" if samples.calls is None else samples.calls
     return (
         f"{scene.trained.folder.name} at step {scene.trained.model.step}, {len(samples)} samples by {sampler} in "
-        f"{samples.calls} network calls each, {config.weights} weights"
+        f"{calls} network calls each, {config.weights} weights"
     )
 
 

@@ -10,8 +10,9 @@ import torch
 from diffusion_cli import __version__
 from diffusion_cli.checkpoint import Model, whole_file
 from diffusion_cli.config import Mistakes, flatten, shown
-from diffusion_cli.foreign import from_json, read, reason
+from diffusion_cli.foreign import LONGEST_MANIFEST, MOST_IN_MANIFEST, from_json, read, reason
 from diffusion_cli.locks import locked
+from diffusion_cli.seeding import seed_ranges
 from diffusion_cli.temporary_files import is_temporary, remove_abandoned
 
 
@@ -54,7 +55,7 @@ def _claim(output: Path, settings: dict[str, Any], model: Model) -> dict[str, An
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        return parsed(read(path))
+        return parsed(read(path, LONGEST_MANIFEST))
     except ValueError as error:
         raise Mistakes(
             f"{path}: is not a manifest of diffuse ({reason(error)}); choose another output="
@@ -63,7 +64,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 def parsed(content: bytes) -> dict[str, Any]:
     """A manifest; ValueError if it is none of this program."""
-    manifest = from_json(content)
+    manifest = from_json(content, LONGEST_MANIFEST, MOST_IN_MANIFEST)
     if not isinstance(manifest, dict):
         raise ValueError("is no object")
     settings, results = manifest.get("settings"), manifest.get("results", {})
@@ -72,9 +73,9 @@ def parsed(content: bytes) -> dict[str, Any]:
     labels = [0] if settings.get("labels") is None else settings["labels"]
     if labels == []:
         raise ValueError("labels should be some, or null")
-    for key, numbers in (("labels", labels), ("seeds", manifest.get("seeds", []))):
-        if not isinstance(numbers, list) or not all(type(n) is int and 0 <= n < 2**32 for n in numbers):
-            raise ValueError(f"{key} should be whole numbers")
+    if not isinstance(labels, list) or not all(type(n) is int and 0 <= n < 2**32 for n in labels):
+        raise ValueError("labels should be whole numbers")
+    seed_ranges(manifest.get("seeds", []))
     for key, number in (
         ("step", manifest.get("step", 0)),
         ("network_calls", manifest.get("network_calls", 0)),
@@ -96,12 +97,28 @@ def brief(value: Any) -> str:
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 
-def keep_seeds(output: Path, seeds: range, calls: int) -> None:
-    """Add the seeds whose images are there now to the manifest, and the network calls that each took (0: as before)."""
-    known = {"network_calls": calls} if calls else {}
+def keep_seeds(output: Path, seeds: range) -> None:
+    """Add the seeds of images that are in the folder now to the manifest, as ranges [first, last]."""
     with locked(output):  # another task may have added its own since this one claimed the folder
         manifest = _read(output / "manifest.json")
-        write_manifest(output, manifest | known | {"seeds": sorted({*manifest.get("seeds", []), *seeds})})
+        ranges = seed_ranges([*manifest.get("seeds", []), [seeds[0], seeds[-1]]])
+        write_manifest(output, manifest | {"seeds": [[part[0], part[-1]] for part in ranges]})
+
+
+def keep_calls(output: Path, calls: int) -> None:
+    """Record in the manifest that an image took so many network calls, unless another took more.
+
+    It belongs before the image is written, so that no image lies in the folder without this record.
+    """
+    with locked(output):  # as for seeds
+        manifest = _read(output / "manifest.json")
+        if calls > manifest.get("network_calls", 0):
+            write_manifest(output, manifest | {"network_calls": calls})
+
+
+def recorded_calls(output: Path) -> int:
+    """The most network calls that an image of the folder took; 0 if they are not on record."""
+    return _read(output / "manifest.json").get("network_calls", 0)
 
 
 def keep_results(output: Path, results: dict[str, dict[str, float]]) -> None:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from diffusion_cli.commands.outputs import claim, keep_seeds
+from diffusion_cli.commands.outputs import claim, keep_calls, keep_seeds
 from diffusion_cli.commands.samples import image_path, read_films, read_pictures
 from diffusion_cli.commands.trained import Trained, open_run
 from diffusion_cli.config import EvalConfig, SampleConfig, fingerprint
@@ -45,7 +45,7 @@ def make(config: SampleConfig) -> None:
     calls = max(ranks.gather(_make(trained, config, todo, output, ranks, size)))
     if not ranks.first:
         return
-    keep_seeds(output, seeds, calls)
+    keep_seeds(output, seeds)
     overview = _overview(trained, config, seeds, output)
     made = f", {calls} network calls each" if todo else ""
     print(
@@ -82,9 +82,11 @@ def _make(
                 for batch, images, _, calls in generate(
                     trained.model, trained.sampler, config.steps, mine, size, **_how(trained, config)
                 ):
+                    if calls > most_calls:
+                        keep_calls(output, calls)
+                        most_calls = calls
                     for seed, image in zip(batch, images.cpu(), strict=True):
                         writer(save_stored, image, image_path(output, seed, form), form)
-                    most_calls = max(most_calls, calls)
                 bar.update(sum(ranks.gather(writer.written)) - bar.n)
         bar.update(sum(ranks.gather(writer.written)) - bar.n)
     return most_calls

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from diffusion_cli.checkpoint import Model, is_run
 from diffusion_cli.commands.inputs import PICTURES
-from diffusion_cli.commands.outputs import parsed
+from diffusion_cli.commands.outputs import keep_calls, parsed, recorded_calls
 from diffusion_cli.commands.trained import Trained
 from diffusion_cli.config import EvalConfig
 from diffusion_cli.data import Dataset, Given, PicturedImages, file_names, given_images, is_sample
@@ -25,15 +25,12 @@ from diffusion_cli.report import Writer, read_stored, save_stored
 class ModelSamples(Samples):
     """Samples of a run's model, by seed; those that lie in `folder` are taken from there, the others kept there."""
 
-    def __init__(
-        self, trained: Trained, config: EvalConfig, count: int, folder: Path | None, calls: int = 0
-    ) -> None:
+    def __init__(self, trained: Trained, config: EvalConfig, count: int, folder: Path | None) -> None:
         self.trained, self.config, self.folder = trained, config, folder
         model = trained.model
         self.shape, self.class_names = model.form.picture_shape(model.shape), model.class_names
         self.labelled = trained.labels is not None
-        self.calls = calls
-        """Network calls that an image took; those on record, where none is made."""
+        self._calls = 0
         self._count, self._made, self._seconds = count, 0, 0.0
 
     @cached_property
@@ -53,6 +50,12 @@ class ModelSamples(Samples):
     def seeds(self) -> range:
         """Of the samples."""
         return range(self.config.seed, self.config.seed + self._count)
+
+    @property
+    def calls(self) -> int | None:
+        """Most network calls that an image took; None if all were made earlier, without a record of it."""
+        recorded = 0 if self.folder is None else recorded_calls(self.folder)
+        return max(self._calls, recorded) or None
 
     @property
     def seconds_per_image(self) -> float | None:
@@ -83,7 +86,10 @@ class ModelSamples(Samples):
             guidance=trained.guidance, labels=trained.labels, clip=config.clip_x0, precision=trained.precision,
         ):  # fmt: skip
             made.append((batch.seeds, batch.images.cpu()))
-            self.calls = max(self.calls, batch.calls)
+            if batch.calls > self._calls:
+                self._calls = batch.calls
+                if self.folder is not None:
+                    keep_calls(self.folder, self._calls)
         self._seconds += time.perf_counter() - start
         self._made += len(seeds)
         return made

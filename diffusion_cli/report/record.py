@@ -10,11 +10,12 @@ from typing import Any, NamedTuple, TypeVar
 
 from diffusion_cli.checkpoint import LAST, newest
 from diffusion_cli.config import flatten
+from diffusion_cli.foreign import LONGEST_MANIFEST, MOST_IN_MANIFEST, read_csv, read_json, reason
 from diffusion_cli.foreign import read as read_file
-from diffusion_cli.foreign import read_csv, read_json, reason
 from diffusion_cli.forms.files import opened
 from diffusion_cli.metrics import Report, Result, read_history
 from diffusion_cli.report.charts import Points
+from diffusion_cli.seeding import seed_ranges
 
 MOST_PREVIEWS = 50  # in one page, which holds them all
 MOST_COLUMNS = 200
@@ -188,8 +189,8 @@ def _samples(reading: _Reading) -> Samples | None:
 
 def _settings(path: Path) -> dict[str, Any]:
     """What a manifest says of how images were made, the model's training apart."""
-    manifest = read_json(path)
-    images = {"images": len(manifest["seeds"])} if "seeds" in manifest else {}
+    manifest = read_json(path, LONGEST_MANIFEST, MOST_IN_MANIFEST)
+    images = {"images": sum(map(len, seed_ranges(manifest["seeds"])))} if "seeds" in manifest else {}
     return (
         images
         | {"step": manifest["step"]}

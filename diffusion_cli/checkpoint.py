@@ -30,7 +30,6 @@ from diffusion_cli.denoiser import Denoiser, NoiseConditioned, NoisyClassifier
 from diffusion_cli.foreign import check_tensors, reason, regular
 from diffusion_cli.forms import Form, Shape, form_of
 from diffusion_cli.latents import Latents, Pixels, Space
-from diffusion_cli.locks import locked_file
 from diffusion_cli.networks import AutoencoderKL
 from diffusion_cli.pretrained import check_fit, read_weights
 from diffusion_cli.ranks import Ranks
@@ -114,36 +113,19 @@ def writing(path: Path) -> Iterator[None]:
 def whole_file(path: Path) -> Iterator[Path]:
     """Give a temporary path beside `path` to write to; at the end it takes the place of `path` in one move.
 
-    The temporary file is locked while it is written: `remove_unfinished` removes what a killed process leaves.
-
     Raises OSError as `writing`; `path` is left as it was.
     """
     temporary = temporary_path(path)
     try:
         with writing(path):
             path.parent.mkdir(parents=True, exist_ok=True)
-            with locked_file(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL):
-                yield temporary
-                with temporary.open("rb+") as file:
-                    os.fsync(file.fileno())
-                temporary.replace(path)
+            yield temporary
+            with temporary.open("rb+") as file:
+                os.fsync(file.fileno())
+            temporary.replace(path)
     finally:
         with contextlib.suppress(OSError):  # as of a disk that became read-only
             temporary.unlink(missing_ok=True)
-
-
-def remove_unfinished(folder: Path, name: str = "*", idle: float = 0) -> None:
-    """Remove what killed processes left of files called `name` (a glob pattern) in a folder.
-
-    `idle` is the least age in seconds. It is for folders that several machines share, because not every network file
-    system shows the lock of another machine.
-    """
-    for left in folder.glob(f".{name}.*-*.tmp"):
-        with contextlib.suppress(OSError):  # another process has just finished or removed it
-            if time.time() - left.lstat().st_mtime >= idle:
-                with locked_file(left, os.O_RDONLY) as locked:
-                    if locked:
-                        left.unlink()
 
 
 @contextlib.contextmanager

@@ -83,27 +83,6 @@ def locked(folder: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
-@contextlib.contextmanager
-def locked_file(path: Path, flags: int) -> Iterator[bool]:
-    """Open a file with `flags` of `os.open` and lock it, without waiting, until the end of the context.
-
-    Gives whether the lock is ours. It is not if another process has it, or if the file system has no locks.
-    """
-    if fcntl is None:  # Windows removes no file that another process has open
-        yield True
-        return
-    descriptor = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            ours = True
-        except OSError:
-            ours = False
-        yield ours
-    finally:
-        os.close(descriptor)
-
-
 def _remove_if_empty(folder: Path) -> None:
     with contextlib.suppress(OSError):
         folder.rmdir()

@@ -24,18 +24,7 @@ from PIL import Image
 from test_training import TINY, assert_same, state, train
 
 from diffusion_cli import locks
-from diffusion_cli.checkpoint import (
-    BEST,
-    LAST,
-    Model,
-    find_run,
-    load_model,
-    read,
-    recover,
-    remove_unfinished,
-    save,
-    whole_file,
-)
+from diffusion_cli.checkpoint import BEST, LAST, Model, find_run, load_model, read, recover, save, whole_file
 from diffusion_cli.cli import run
 from diffusion_cli.commands.outputs import claim
 from diffusion_cli.config import Mistakes
@@ -244,25 +233,13 @@ def test_what_a_killed_process_had_begun_to_write_is_removed_and_no_more(begun, 
     assert other.exists()
 
 
-def test_what_a_killed_process_left_is_removed_but_not_what_another_writes(tmp_path):
-    program = """
-import os, sys
-from pathlib import Path
-from diffusion_cli.checkpoint import whole_file
-with whole_file(Path(sys.argv[1])) as temporary:
-    temporary.write_text("half")
-    os.kill(os.getpid(), 9)
-"""
-    subprocess.run([sys.executable, "-c", program, tmp_path / "pack.npz"], check=False)
-    (left,) = tmp_path.iterdir()
-    with whole_file(tmp_path / "pack.npz") as temporary:
-        temporary.write_text("whole")
-        remove_unfinished(tmp_path, "other.npz")
-        remove_unfinished(tmp_path, "pack.npz", idle=3600)
-        assert left.exists()
-        remove_unfinished(tmp_path, "pack.npz")
-        assert not left.exists()
-        assert temporary.read_text() == "whole"
+def test_what_a_killed_pack_left_is_removed_by_the_next(tmp_path):
+    words = ["data", "pack", "dataset=digits", f"output={tmp_path}/pack"]
+    kill = "import os; from diffusion_cli.data import Pack; Pack._pixels = lambda *_: os.kill(os.getpid(), 9)"
+    program = f"{kill}; from diffusion_cli.cli import run; run({words})"
+    subprocess.run([sys.executable, "-c", program], check=False)
+    assert [file.suffix for file in tmp_path.iterdir()] == [".tmp"]
+    assert run(words) == 0
     assert [file.name for file in tmp_path.iterdir()] == ["pack.npz"]
 
 

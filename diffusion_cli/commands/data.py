@@ -1,12 +1,12 @@
 """`diffuse data`: a data set made ready, once, for all who train on it."""
 
-import glob
 import shlex
 from pathlib import Path
 
-from diffusion_cli.checkpoint import remove_unfinished, whole_file
+from diffusion_cli.checkpoint import whole_file
 from diffusion_cli.config import DataConfig, Mistakes, build
 from diffusion_cli.data import Dataset, Pack
+from diffusion_cli.temporary_files import remove_abandoned
 
 SUFFIX = ".npz"
 
@@ -22,7 +22,7 @@ def run(config: DataConfig) -> None:
     if output.exists():
         raise Mistakes(f"output={output}: is there already; take another name, or remove it")
     pack: Pack = build(config.action)
-    remove_unfinished(output.parent, glob.escape(output.name))
+    remove_abandoned(output.parent)
     with whole_file(output) as temporary:
         count = pack(dataset, temporary)
     flip = " dataset.flip=true" if dataset.flip else ""

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import math
 import shutil
 from pathlib import Path
 
@@ -27,6 +28,8 @@ from diffusion_cli.metrics.reconstruction import ReconstructionMeasurement
 from diffusion_cli.networks import AutoencoderKL
 from diffusion_cli.pretrained import WEIGHTS, from_diffusers
 from diffusion_cli.reconstruction import Autoencoding, Reconstruction, divergence, gradient_distance
+from diffusion_cli.training.autoencoding import AutoencodingModule
+from diffusion_cli.training.optimizers import Adam
 
 # A random network of diffusers 0.42.1, as `save_pretrained` wrote it, and what it makes of random images and latents:
 #   AutoencoderKL(in_channels=2, out_channels=2, down_block_types=["DownEncoderBlock2D"] * 2,
@@ -328,6 +331,21 @@ def test_before_its_start_the_discriminator_changes_nothing_and_learns_nothing(a
     losses, alone = made(model, x, eps, 1), objective()(Autoencoding(model.network, None), x, eps, 1)
     assert torch.equal(losses.total, alone.total)
     assert not any(gradient.any() for gradient in gradients(losses.total, model.discriminator))
+
+
+def test_autoencoder_and_discriminator_are_clipped_apart(adversarial):
+    made, model, _, _ = adversarial
+    settings = {"lr": 1.0, "betas": [0.9, 0.999], "eps": 1e-8, "warm_up_steps": 0, "decay_steps": None}
+    module = AutoencodingModule(model, made, Adam(**settings, clip_norm=1.0), 0, {})
+    for part, norm in ((model.network, 0.5), (model.discriminator, 40.0)):
+        weights = list(part.parameters())
+        count = sum(weight.numel() for weight in weights)
+        for weight in weights:
+            weight.grad = torch.full_like(weight, norm / math.sqrt(count))
+    module.configure_gradient_clipping(torch.optim.SGD(module.parameters(), 1.0))
+    for part, norm in ((model.network, 0.5), (model.discriminator, 1.0)):
+        found = torch.nn.utils.get_total_norm([weight.grad for weight in part.parameters()])
+        assert found.item() == pytest.approx(norm, rel=1e-4)
 
 
 def test_a_run_with_a_discriminator_taken_up_again_equals_one_without_a_stop(tmp_path):

@@ -1,6 +1,7 @@
 """Edits: what is known stays, what is unknown has the right distribution, and the command is safe to use."""
 
 import json
+import math
 from collections import deque
 from itertools import pairwise
 
@@ -224,6 +225,28 @@ def test_resampling_visits_each_stretch_of_steps_as_often_as_asked(schedules, re
     assert torch.equal(torch.stack(visited), given.times[visits])
 
 
+@pytest.mark.parametrize("resamples", [1, 2])
+def test_what_is_known_has_the_noise_of_each_time(schedules, resamples):
+    """With one noise c for all draws: alpha y + sigma c, and where a jump leads back, that of the time below moved."""
+    schedule, shown = schedules["subvp"], []
+
+    def denoise(x, t):
+        shown.append(x * HALF)
+        return shrinking(schedule)(x, t)
+
+    y, c = HALF * noise(2, *GRAY), noise(2, *GRAY, seed=1)
+    sampler = DDIM(schedule, eta=0.0, spacing="time")
+    given = plain(sampler, denoise, 4, lambda: c)
+    list(RePaint(num_resamples=resamples, jump_length=1).restore(given, Mask(HALF), y))
+    levels = [tuple(level.item() for level in schedule(t)) for t in given.times]
+    expected = []
+    for (alpha, sigma), (alpha_s, sigma_s) in pairwise(levels):
+        a = alpha / alpha_s
+        jumped = a * sigma_s + math.sqrt(sigma**2 - a**2 * sigma_s**2)
+        expected += [HALF * (alpha * y + level * c) for level in (sigma, jumped)[:resamples]]
+    torch.testing.assert_close(torch.stack(shown), torch.stack(expected))
+
+
 def test_posterior_sampling_goes_towards_the_measurement(wide, schedules):
     """Without projection: the misfit of the images falls with the scale of the gradient."""
     schedule, operator = schedules["linear"], BlockMean(2)
@@ -361,6 +384,22 @@ def test_samplers_that_draw_are_known(schedules):
     assert stochastic("ddim", eta=0.5)
 
 
+def test_sampling_from_a_noised_image_starts_at_the_strength(schedules):
+    schedule, shown = schedules["ve"], []
+
+    def denoise(x, t):
+        shown.append((x, t))
+        return shrinking(schedule)(x, t)
+
+    image, c = noise(2, *GRAY), noise(2, *GRAY, seed=1)
+    given = plain(DDIM(schedule, eta=0.0, spacing="time"), denoise, 10, lambda: c)
+    edited = Img2Img(GRAY, no_file, strength=0.55)(image, given)
+    (start, time), times = shown[0], [t.item() for _, t in shown]
+    assert times == [0.55, *(t for t in given.times.tolist() if 0 < t < 0.55)]
+    torch.testing.assert_close(start, image + schedule(time)[1] * c)
+    torch.testing.assert_close(edited.shown[1], start)
+
+
 def test_a_weak_edit_leaves_the_image_and_a_strong_one_does_not(schedules, exact, mixture, reference):
     schedule, images = schedules["linear"], reference("noise")["x0_data"]
     moved = []
@@ -400,13 +439,15 @@ def test_inversion_starts_at_the_data_or_at_the_least_noise(schedules, exact, re
     torch.testing.assert_close(rest[-1], from_data[-1])
 
 
-def test_the_ends_of_an_interpolation_are_the_samples_of_its_seeds(schedules, exact):
-    schedule = schedules["cosine"]
+@pytest.mark.parametrize("tag", ["cosine", "ve"])
+def test_the_ends_of_an_interpolation_are_the_samples_of_its_seeds(schedules, exact, tag):
+    schedule = schedules[tag]
     sampler = DDIM(schedule, eta=0.0, spacing="trailing")
     start = noise(2, 1, 2, 2)
     given = process(schedule, sampler, exact(schedule), (1, 2, 2), steps=20, count=1)
     frames = Interpolate((1, 2, 2), no_file, frames=5, seeds=[4, 9], strength=0.5)(start, given).images[0]
-    *_, ends = integrate(sampler, exact(schedule), start, sampler.grid(20), lambda: start)
+    size = 50 if tag == "ve" else 1
+    *_, ends = integrate(sampler, exact(schedule), size * start, sampler.grid(20), lambda: start)
     torch.testing.assert_close(frames[[0, -1]], ends)
 
 

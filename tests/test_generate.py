@@ -17,9 +17,9 @@ from diffusion_cli.checkpoint import Model
 from diffusion_cli.cli import run
 from diffusion_cli.commands.outputs import claim, keep_calls, keep_seeds
 from diffusion_cli.commands.trained import class_number
-from diffusion_cli.denoiser import Denoiser
+from diffusion_cli.denoiser import Denoiser, Prediction
 from diffusion_cli.forms import Picture, to_bytes
-from diffusion_cli.generate import SeededNoise, generate, trajectories, visible
+from diffusion_cli.generate import SeededNoise, generate, states, trajectories, visible
 from diffusion_cli.guidance import Unguided
 from diffusion_cli.latents import Pixels
 from diffusion_cli.networks import UNet
@@ -121,6 +121,16 @@ def test_noise_is_one_stream_a_seed():
     together, alone = SeededNoise([3, 4], (1, 4, 4), CPU), SeededNoise([4], (1, 4, 4), CPU)
     for _ in range(3):
         assert torch.equal(together.draw()[1], alone.draw()[0])
+
+
+def test_generation_starts_from_the_noise_of_the_process(schedules):
+    def denoise(x, t):
+        return Prediction(x0=0 * x, eps=x, sigma=t)
+
+    for tag, size in (("ve", 50), ("edm", 80), ("vp", 1)):
+        sampler = DDIM(schedules[tag], eta=0.0, spacing="time")
+        start = next(states(denoise, sampler, sampler.grid(3), [3, 4], (1, 4, 4), CPU))
+        torch.testing.assert_close(start, size * SeededNoise([3, 4], (1, 4, 4), CPU).draw())
 
 
 def test_noise_drawn_ahead_is_the_same_and_only_where_there_is_more_than_a_start(monkeypatch):

@@ -286,6 +286,16 @@ def test_guidance_leaves_the_learned_variance_of_the_model_and_class(mixture, sc
         torch.testing.assert_close(variance, expected)
 
 
+def test_guidance_keeps_image_and_noise_together(mixture, schedule, denoiser, classifier):
+    """`x_t = alpha x_0 + sigma eps` for every guided prediction."""
+    guide = Denoiser(Exact(mixture, schedule, gain=0.8), schedule, Eps())
+    auto = Auto(Given(guide), run=None, step=0, scale=2.5, rescale=0.3, **OFF)
+    x, t = torch.randn(4, 1, 2, 2, dtype=F64), torch.tensor(0.4, dtype=F64)
+    for guidance in (cfg(3.0), auto, by(classifier, 2.0)):
+        prediction = guidance(denoiser, labels(1))(x, t)
+        torch.testing.assert_close(noised(schedule, prediction.x0, t, prediction.eps), x)
+
+
 def test_thresholding_keeps_images_in_range_and_agrees_with_eps(denoiser, schedule):
     x, t = 3 * torch.randn(4, 1, 2, 2, dtype=F64), torch.tensor(0.7, dtype=F64)
     prediction = cfg(7.5, dynamic_threshold=0.9)(denoiser, labels(1))(x, t)

@@ -16,10 +16,10 @@ from diffusion_cli.denoiser import Denoiser
 from diffusion_cli.forms import Picture
 from diffusion_cli.latents import Pixels
 from diffusion_cli.likelihood import flow_likelihood
-from diffusion_cli.metrics import FlowLikelihood, Subject, VariationalBound
+from diffusion_cli.metrics import FlowLikelihood, Inversion, Subject, VariationalBound
 from diffusion_cli.parameterizations import X0, Flow, Parameterization
 from diffusion_cli.probability_flow import angle, velocity
-from diffusion_cli.schedules import Cosine, Rectified, Schedule
+from diffusion_cli.schedules import VE, Cosine, Rectified, Schedule
 
 F64 = torch.float64
 BITS = 4 * math.log(2)  # nats of a bit a dimension, of four
@@ -242,6 +242,19 @@ def test_the_bound_of_a_model_of_one_gray_has_its_closed_form(tmp_path):
     parts |= {f"middle_{i}": part for i, part in enumerate(middle.T)}  # from the data to the noise
     for name, values in parts.items():
         assert found.details[name] == pytest.approx(values.mean().item(), rel=1e-4), name
+
+
+def test_inversion_of_a_model_of_one_gray_has_its_closed_form(tmp_path):
+    """It decodes to that gray, whatever the noise, to which the image leads in a straight line."""
+    images = BYTES.view(4, *SHAPE)
+    metric = Inversion(steps=3, strength=1.0, spacing="time", split="held_out", num_images=None)
+    schedule = VE(sigma_min=0.5, sigma_max=50.0, grid_t_min=0.1)
+    found = metric.measure(subject(tmp_path, Gray(), schedule, X0(), images))
+    square = (images.double() / 127.5 - 1).square().mean().item()
+    assert found.value == pytest.approx(127.5 * math.sqrt(square), rel=1e-5)
+    least = 0.5 * 100**0.1  # the noise of the first step: x / least, by which x becomes 2 x
+    assert found.details["noise_mean_square"] == pytest.approx(4 * square / least**2, rel=1e-5)
+    assert found.details["images"] == 4
 
 
 # --- diffuse eval metric=bits_per_dim --------------------

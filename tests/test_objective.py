@@ -474,6 +474,16 @@ def test_bins_remember_their_last_losses():
     torch.testing.assert_close(p[0] / p[1], torch.tensor(ratio, dtype=F64), rtol=1e-2, atol=0)
 
 
+def test_a_share_of_the_times_stays_uniform():
+    times = LossSecondMoment(bins=4, memory=2, uniform_share=0.2)
+    uniform = torch.full((4,), 0.25, dtype=F64)
+    times.observe(torch.tensor([1, 1, 2, 3, 3]), torch.tensor([1.0, 1.0, 2.0, 1.0, 1.0]))
+    torch.testing.assert_close(times.probabilities(), uniform)  # until all bins are full
+    times.observe(torch.tensor([0, 0, 2]), torch.tensor([0.0, 0.0, 2.0]))
+    learned = torch.tensor([0.0, 0.25, 0.5, 0.25], dtype=F64)
+    torch.testing.assert_close(times.probabilities(), 0.8 * learned + 0.2 * uniform)
+
+
 @pytest.mark.parametrize(
     ("tag", "bins"), [("process 4000", 4000), ("linear", 1000), ("edm", 100), ("vp", 64)]
 )

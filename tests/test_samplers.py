@@ -236,6 +236,22 @@ def test_signals_and_volumes_are_sampled_as_images_of_as_many_pixels(schedules, 
     torch.testing.assert_close(sampled(1, 2, 3, 4), expected, rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize("name", [name for name in SAMPLERS if name != "ode"])
+def test_no_image_depends_on_its_batch(schedules, exact, name):
+    schedule = schedules["vp"]
+    sampler = build(SAMPLERS[name], schedule)
+    times = sampler.grid(8)
+    noise = torch.randn(100, 3, 1, 2, 2, dtype=F64, generator=torch.Generator().manual_seed(0))
+
+    def sampled(images):
+        draws = iter(noise[:, images])
+        *_, x = integrate(sampler, exact(schedule), next(draws), times, lambda: next(draws))
+        return x
+
+    alone = torch.cat([sampled(slice(i, i + 1)) for i in range(3)])
+    torch.testing.assert_close(sampled(slice(3)), alone, rtol=0, atol=1e-12)
+
+
 PROCESSES = ["linear", "cosine", "sigmoid", "zero_snr", "vp", "subvp", "ve", "edm", "rectified"]
 NO_DRIFT = [(name, process) for name in ("euler_maruyama",) for process in ("zero_snr", "rectified")]
 

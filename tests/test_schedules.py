@@ -1,5 +1,6 @@
 """Schedules against independent implementations, and the laws that any schedule obeys."""
 
+import math
 import pickle
 
 import pytest
@@ -221,6 +222,17 @@ def test_grids_visit_the_sigmas_of_diffusers(reference, schedules, agree, steps,
     theirs = reference("schedules_diffusers")[name][:-1]
     agree(f"schedules_diffusers/{name}", (sigma / alpha)[whole], theirs[whole], 1e-11, relative=True)
     assert whole.sum() >= 2
+
+
+def test_networks_are_given_the_published_number_of_each_process(schedules):
+    t = torch.tensor([0.25, 1.0], dtype=torch.float64)
+    expected = {
+        "linear": [249, 999], "cosine": [249, 999], "vp": [249.75, 999], "subvp": [249.75, 999],
+        "rectified": [249.75, 999], "ve": [math.log(0.01 * 5000**0.25), math.log(50)],
+        "edm": [math.log(80 * 0.25**7) / 4, math.log(80) / 4],
+    }  # fmt: skip
+    for tag, numbers in expected.items():
+        assert schedules[tag].timestep(t).tolist() == pytest.approx(numbers, rel=1e-9), tag
 
 
 @pytest.mark.parametrize("tag", ["vp", "subvp", "ve"])

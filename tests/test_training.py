@@ -1,6 +1,7 @@
 """Training: runs go on to the last bit, nothing is lost, and mistakes are caught."""
 
 import csv
+import math
 import os
 import signal
 import subprocess
@@ -451,16 +452,18 @@ class Constant(nn.Module):
 
 
 class Recorded(Objective):
-    """A loss of 1, 2, ... for the images of a batch; it keeps the times, the noise and a dropout mask of each call."""
+    """A loss of 1, 2, ... for the images of a batch; it keeps what each call draws."""
 
     def __init__(self) -> None:
         self.times: list[Tensor] = []
         self.noise: list[Tensor] = []
+        self.labels: list[Tensor | None] = []
         self.masks: list[Tensor] = []
 
     def __call__(self, model, x0, y, t, eps):
         self.times.append(t)
         self.noise.append(eps)
+        self.labels.append(y)
         self.masks.append(nn.functional.dropout(torch.ones(64), 0.5))
         return torch.arange(1.0, len(x0) + 1)
 
@@ -523,11 +526,28 @@ def test_processes_and_parts_share_one_draw_and_have_their_own_dropout(place):
     assert not torch.equal(*shares.masks)
 
 
-def test_dropout_differs_between_the_steps_of_a_process():
+def test_processes_have_their_own_dropout_at_each_step():
     objective = Recorded()
-    for number in (0, 1):
-        step_of(objective, Uniform(), world_size=2, global_rank=1).training_step(batch(number), 0)
-    assert not torch.equal(*objective.masks)
+    for rank in range(3):
+        for number in (0, 1):
+            step_of(objective, Uniform(), world_size=3, global_rank=rank).training_step(batch(number), 0)
+    assert len(torch.stack(objective.masks).unique(dim=0)) == 6
+
+
+def test_labels_are_withheld_at_the_share_of_the_objective():
+    objective = Recorded()
+    module = step_of(objective, Uniform())
+    module.model.network.num_classes = 3  # pyright: ignore[reportArgumentType]
+    given = torch.arange(2000) % 3
+    for share in (0.0, 0.3):
+        objective.label_dropout = share
+        module.training_step(batch(0, 2000)._replace(labels=given), 0)
+    kept, withheld = objective.labels
+    assert kept is not None
+    assert withheld is not None
+    assert torch.equal(kept, given)
+    assert abs((withheld == 3).float().mean().item() - 0.3) < 4 * math.sqrt(0.3 * 0.7 / 2000)
+    assert torch.equal(withheld[withheld < 3], given[withheld < 3])
 
 
 def test_the_loss_is_the_weighted_mean_and_times_learn_from_the_unweighted_losses():
@@ -708,6 +728,26 @@ def test_ema_is_the_weighted_sum_of_the_past():
     (weight,) = ema.network.parameters()
     assert weight.item() == pytest.approx(expected, rel=1e-6)
     assert not weight.requires_grad
+
+
+def test_ema_has_the_buffers_of_the_network():
+    network = nn.BatchNorm1d(2)
+    ema = EMA(network, decay=0.9, warm_up=False)
+    network.running_mean = torch.tensor([3.0, 4.0])
+    ema.update(network)
+    for found in (ema.network, network):
+        assert dict(found.named_buffers())["running_mean"].tolist() == [3.0, 4.0]
+
+
+def test_ema_moves_once_an_optimizer_step():
+    """However many parts a batch has, after each of which it is asked."""
+    module = step_of(Recorded(), Uniform())
+    ema, updates = EMA(module.model.network, decay=0.9, warm_up=False), []
+    for step in (0, 0, 1, 1, 1, 2):
+        module.trainer.global_step = step  # pyright: ignore[reportAttributeAccessIssue]
+        ema.on_train_batch_end(module.trainer, module, None, None, 0)
+        updates.append(ema.updates)
+    assert updates == [0, 0, 1, 1, 1, 2]
 
 
 def test_meter_separates_noise_levels_and_finds_the_first_bad_step():

@@ -17,11 +17,12 @@ import torch
 import yaml
 
 from diffusion_cli.checkpoint import Model, load_model, whole_file
+from diffusion_cli.class_shares import label_settings, labels_in_turn
 from diffusion_cli.config import CONF, build, summary
 from diffusion_cli.data import Given
 from diffusion_cli.data.memory import MemoryImages
 from diffusion_cli.denoiser import Prediction
-from diffusion_cli.generate import all_labels, generate
+from diffusion_cli.generate import generate
 from diffusion_cli.guidance import Unguided
 from diffusion_cli.metrics import DatasetReference, FrechetDistance, GivenSamples, Networks, evaluate
 from diffusion_cli.samplers import Sampler, integrate
@@ -54,6 +55,8 @@ def measure(
 ) -> dict[str, Any]:
     """The distance of samples, and the calls that each took."""
     dataset = build(model.config["dataset"], arguments.data_dir)
+    reference = DatasetReference(dataset, split="train", stats=None)
+    counts = None if model.num_classes is None else reference.class_counts(model.class_names or ())
     node = yaml.safe_load((CONF / "features" / "classifier.yaml").read_text())
     batches = list(
         generate(
@@ -63,7 +66,7 @@ def measure(
             range(arguments.num_samples),
             500,
             guidance=Unguided(),
-            labels=all_labels(model.denoiser),
+            labels=labels_in_turn({} if counts is None else label_settings(counts)),
             clip=True,
             precision=arguments.precision,
         )
@@ -73,7 +76,7 @@ def measure(
         {"fid": FrechetDistance(floor=True, infinity=0, bootstrap=0)},
         Networks(node, dataset, cache, torch.device("cpu")),
         GivenSamples(Given(images, None), None, {}, "samples"),
-        DatasetReference(dataset, split="train", stats=None),
+        reference,
         batch_size=500,
     )
     result = evaluation.report.results[0]

@@ -186,6 +186,53 @@ def test_numbers_are_kept_or_shown_if_either_cannot_be_written(place, images, tm
     assert ("is_classifier" in shown.getvalue()) == (stream == "history")
 
 
+def newest_notes(path: Path) -> list[str]:
+    return json.loads(path.read_text())[-1]["notes"]
+
+
+def test_a_run_is_evaluated_in_the_class_shares_of_its_data(place, capsys):
+    words, history = ["num_samples=70", "metric=is", "metric.is.splits=2"], place / "o" / "a" / "metrics.json"
+    assert evaluate(place, "run=a", *words) == 0
+    labels = Digits("", held_out=0.2, flip=False).load("train").labels
+    assert labels is not None
+    assert protocol(history)["sampling"]["labels"] == list(range(10))
+    assert protocol(history)["sampling"]["label_shares"] == labels.bincount().tolist()
+    assert "class shares: those of digits/train; label=all makes equal shares" in newest_notes(history)
+    assert evaluate(place, "run=b", *words, "label=all") == 0
+    assert "label_shares" not in protocol(place / "o" / "b" / "metrics.json")["sampling"]
+    capsys.readouterr()
+    assert run(["eval", f"output_dir={place}/o", "compare=[a,b]"]) == 2
+    assert "is_classifier of a and b: sampling.label_shares" in capsys.readouterr().err
+
+
+def test_kept_samples_bring_their_class_shares(place):
+    words = ["run=b", "num_samples=40", "metric=is", "metric.is.splits=2", "keep=true", "steps=1"]
+    assert evaluate(place, *words) == 0
+    found = [path.parent for path in (place / "o" / "b" / "samples").glob("*/manifest.json")]
+    (folder,) = [
+        path
+        for path in found
+        if "label_shares" in (path / "manifest.json").read_text() and "-1-" in path.name
+    ]
+    assert evaluate(place, f"samples={folder}", "metric=classifier") == 0
+    assert protocol(record(place, folder))["sampling"]["label_shares"]
+    results = json.loads(record(place, folder).read_text())[-1]["results"]
+    assert results[0]["details"]["labelled"] == 40
+
+
+def test_other_class_shares_than_the_reference_has_are_noted(place, tmp_path):
+    data = Digits("", held_out=0.2, flip=False).load("held_out")
+    assert data.labels is not None
+    rows = (data.labels == 3).nonzero()[:30, 0]
+    np.savez(tmp_path / "threes.npz", images=data.gather(rows).numpy(), labels=data.labels[rows].numpy())
+    words = ["dataset=digits", "metric=precision_recall", "metric.precision_recall.k=1"]
+    assert evaluate(place, f"samples={tmp_path}/threes.npz", *words) == 0
+    (note,) = [
+        n for n in newest_notes(record(place, tmp_path / "threes.npz")) if n.startswith("class shares")
+    ]
+    assert note.startswith("class shares: 1 of the samples are of the class 3, and 0.1")
+
+
 def test_samples_belong_to_their_run_though_its_last_checkpoint_is_missing(tmp_path):
     (tmp_path / "run" / "checkpoints").mkdir(parents=True)
     (tmp_path / "run" / "checkpoints" / "step_00000004.ckpt").touch()

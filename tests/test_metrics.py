@@ -1125,6 +1125,8 @@ def test_samples_of_other_classes_or_weights_are_unlike() -> None:
         ({"weights": "raw"}, ["sampling.weights"]),
         ({"labels": [3]}, ["sampling.labels"]),
         ({"labels": None, "steps": 9}, []),
+        ({"label_shares": [19, 1]}, ["sampling.label_shares"]),
+        ({"label_shares": [19, 1], "labels": None}, []),
     ):
         assert unlike({"sampling": about}, {"sampling": about | change}) == expected
 

@@ -14,7 +14,7 @@ from diffusion_cli import __version__
 from diffusion_cli.checkpoint import find_run, load_autoencoder, task_of
 from diffusion_cli.commands.outputs import claim, keep_seeds
 from diffusion_cli.commands.sample import samples_folder
-from diffusion_cli.commands.samples import ModelSamples, about, given_samples, run_of
+from diffusion_cli.commands.samples import ModelSamples, about, given_samples, in_shares_of, run_of
 from diffusion_cli.commands.trained import Trained, dataset_of, open_run
 from diffusion_cli.config import CONF, EvalConfig, build, fingerprint, shown
 from diffusion_cli.data import Dataset, NoDataset, pictured
@@ -88,6 +88,8 @@ class Scene(NamedTuple):
     metrics: dict[str, Metric]
     """Of samples."""
     of_model: list[ModelMetric]
+    notes: tuple[str, ...] = ()
+    """Facts about the samples that a reader of the numbers needs."""
 
 
 def measure(config: EvalConfig) -> None:
@@ -211,11 +213,15 @@ def _model_scene(config: EvalConfig, kinds: Kinds, sampled: bool) -> Scene:
             )
         return Scene(trained.folder, dataset, trained, None, *_judges(config, dataset, kinds))
     trained.check(config.steps)  # refused before anything is measured
+    judges, notes = _judges(config, dataset, kinds), ()
+    if config.label is None and trained.labels is not None:
+        trained, note = in_shares_of(trained, judges[1])
+        notes = (note,)
     folder = samples_folder(trained, config) if config.keep else None
     if folder is not None:
         Ranks().one_by_one(lambda: claim(folder, trained.settings, trained.model))
     samples = ModelSamples(trained, config, config.num_samples or SAMPLES, folder)
-    return Scene(trained.folder, dataset, trained, samples, *_judges(config, dataset, kinds))
+    return Scene(trained.folder, dataset, trained, samples, *judges, notes)
 
 
 def _autoencoder_scene(config: EvalConfig, folder: Path, kinds: Kinds, splits: dict[str, Split]) -> Scene:
@@ -337,10 +343,8 @@ def _of_samples(config: EvalConfig, scene: Scene, samples: Samples, environment:
         return report
     if scene.dataset.form.note:
         report.notes.append(f"the numbers are {scene.dataset.form.note}")
+    report.notes.extend(scene.notes)
     if isinstance(samples, ModelSamples) and scene.trained is not None:
-        labels = scene.trained.labels
-        if labels is not None and set(labels) != set(range(scene.dataset.num_classes or 0)):
-            report.notes.append("the samples are of some classes only, the real images of all")
         if samples.folder is not None:
             with _noting(report):
                 claim(samples.folder, scene.trained.settings, scene.trained.model)

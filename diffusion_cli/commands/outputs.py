@@ -9,6 +9,7 @@ import torch
 
 from diffusion_cli import __version__
 from diffusion_cli.checkpoint import Model, whole_file
+from diffusion_cli.class_shares import are_shares
 from diffusion_cli.config import Mistakes, flatten, shown
 from diffusion_cli.foreign import LONGEST_MANIFEST, MOST_IN_MANIFEST, from_json, read, reason
 from diffusion_cli.locks import locked
@@ -75,6 +76,9 @@ def parsed(content: bytes) -> dict[str, Any]:
         raise ValueError("labels should be some, or null")
     if not isinstance(labels, list) or not all(type(n) is int and 0 <= n < 2**32 for n in labels):
         raise ValueError("labels should be whole numbers")
+    shares = settings.get("label_shares")
+    if shares is not None and not are_shares(shares, len(labels)):
+        raise ValueError("label_shares should be a whole number from 1 on for each of the labels")
     seed_ranges(manifest.get("seeds", []))
     for key, number in (
         ("step", manifest.get("step", 0)),

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 
 from diffusion_cli.checkpoint import Model, is_run
+from diffusion_cli.class_shares import label_settings, labels_in_turn
 from diffusion_cli.commands.inputs import PICTURES
 from diffusion_cli.commands.outputs import keep_calls, parsed, recorded_calls
 from diffusion_cli.commands.trained import Trained
@@ -18,7 +20,7 @@ from diffusion_cli.data import Dataset, Given, PicturedImages, file_names, given
 from diffusion_cli.data.labels import read
 from diffusion_cli.forms import Form, Picture
 from diffusion_cli.generate import generate, labels_of
-from diffusion_cli.metrics import GivenSamples, Samples
+from diffusion_cli.metrics import GivenSamples, Reference, Samples
 from diffusion_cli.report import Writer, read_stored, save_stored
 
 
@@ -104,6 +106,30 @@ def about(trained: Trained) -> dict[str, Any]:
     return {"run": trained.folder.name, "step": model.step, "ema": model.config["ema"], **trained.settings}
 
 
+def in_shares_of(trained: Trained, reference: Reference) -> tuple[Trained, str]:
+    """Return the model with the labels of the reference's images, each as often as there, and a note about them.
+
+    Labels that the model does not make by itself are left out. The labels stay as they are for a reference without
+    labels, or with labels of other classes. Raises ValueError where the reference cannot be read.
+    """
+    names, made = trained.model.class_names, trained.labels
+    assert names is not None
+    assert made is not None
+    try:
+        counts = reference.class_counts(names)
+    except (ValueError, OSError) as error:
+        raise ValueError(
+            f"label=null: needs the labels of the reference ({error}); or set label=all"
+        ) from error
+    if counts is not None:
+        counts = [count if label in made else 0 for label, count in enumerate(counts)]
+    if counts is None or not any(counts):
+        return trained, f"class shares: equal, as {reference.name} has no labels of the model's classes"
+    settings = label_settings(counts)
+    matched = replace(trained, labels=labels_in_turn(settings), settings={**trained.settings, **settings})
+    return matched, f"class shares: those of {reference.name}; label=all makes equal shares"
+
+
 def image_path(folder: Path, seed: int, form: Form) -> Path:
     """The file of a seed."""
     return folder / f"{seed:06d}{form.suffix}"
@@ -133,7 +159,7 @@ def given_samples(path: Path, dataset: Dataset | None, count: int | None) -> Giv
     if manifest:
         made |= {"step": manifest.get("step"), **manifest["settings"]}
         files = sorted(name for name in results if is_sample(PurePosixPath(name), form))
-        labels, seeds = manifest["settings"].get("labels"), [PurePosixPath(name).stem for name in files]
+        labels, seeds = labels_in_turn(manifest["settings"]), [PurePosixPath(name).stem for name in files]
         classes = dataset.num_classes or 0 if dataset else 0
         known = isinstance(labels, list) and max(labels) < classes
         if dataset and known and all(seed.isdecimal() for seed in seeds):

@@ -2,12 +2,14 @@
 
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from torch import Tensor
 from tqdm import tqdm
 
+from diffusion_cli.class_shares import differing_shares
 from diffusion_cli.data import PixelDigest
 from diffusion_cli.metrics.base import Finding, Measurement, Metric, ModelMetric, Seen, Shown, Subject
 from diffusion_cli.metrics.features import Features
@@ -62,7 +64,7 @@ def evaluate(
     order = sorted(metrics, key=lambda name: not metrics[name].keeps_rows)
     begun = {name: metrics[name].begin(seen[name]) for name in order}
     shown_to = [[begun[name] for name in metrics if seen[name] is view] for view in views]
-    digest = _pass(samples, batch_size, list(zip(views, shown_to, strict=True)), ranks, called_off)
+    digest, labels = _pass(samples, batch_size, list(zip(views, shown_to, strict=True)), ranks, called_off)
     if not ranks.first:
         return Evaluation(Report([], []), {}, {})
 
@@ -78,6 +80,8 @@ def evaluate(
             notes += finding.notes
             pictures |= finding.pictures
             results += _result(finding, {**common, **finding.protocol, **made})
+    if any("reference" in result.protocol for result in results):
+        notes += _class_notes(samples, labels, reference)
     return Evaluation(Report(results, list(dict.fromkeys(notes))), pictures, first)
 
 
@@ -126,9 +130,12 @@ def _pass(
     views: Sequence[tuple[Seen, list[Measurement]]],
     ranks: Ranks,
     called_off: Callable[[], bool],
-) -> str:
-    """Show every batch to every network and what measures by it, in order; the SHA-256 of all images."""
-    digest, count, start = PixelDigest(), len(samples), time.monotonic()
+) -> tuple[str, Counter[int]]:
+    """Show every batch to every network and what measures by it, in order.
+
+    Returns the SHA-256 of all images, and the number of samples of each label.
+    """
+    digest, labels, count, start = PixelDigest(), Counter[int](), len(samples), time.monotonic()
     each_round = batch_size * ranks.world
     with tqdm(
         total=count, desc="evaluating samples", unit="image", delay=1.0, disable=not ranks.first
@@ -145,10 +152,30 @@ def _pass(
                     for measurement in measurements:
                         measurement.update(batch)
                 digest.update(batches[0].images)
+                if batches[0].labels is not None:
+                    labels.update(batches[0].labels.tolist())
                 progress.update(len(batches[0].images))
             if place == 0 and ranks.first:
                 _announce(count, each_round, time.monotonic() - start)
-    return digest.hexdigest()
+    return digest.hexdigest(), labels
+
+
+def _class_notes(samples: Samples, labels: Counter[int], reference: Reference) -> list[str]:
+    """A note where the samples have other shares of the classes than the images that they are compared with."""
+    names = samples.class_names
+    if not labels or names is None or reference.stats is not None:
+        return []
+    wanted = reference.class_counts(names)
+    if wanted is None:
+        return []
+    found = differing_shares([labels[label] for label in range(len(names))], wanted, names)
+    if found is None:
+        return []
+    name, share, expected = found
+    return [
+        f"class shares: {share:.3g} of the samples are of the class {name}, and {expected:.3g} of "
+        f"{reference.name}; this difference is part of the distance"
+    ]
 
 
 def _look(samples: Samples, numbers: range, networks: Sequence[Features], ranks: Ranks) -> list[Shown]:

@@ -69,12 +69,15 @@ def unlike(first: Mapping[str, Any], second: Mapping[str, Any]) -> list[str]:
     measured = ("sampling", "model", "environment")
     differing = [key for key in keys if key not in measured and first.get(key) != second.get(key)]
     # Of how samples were made, what makes them samples of another distribution than was meant to be compared.
-    one, other = (protocol.get("sampling", {}) for protocol in (first, second))
-    for key in ("weights", "labels"):
-        values = [about.get(key) if isinstance(about, Mapping) else None for about in (one, other)]
-        if None not in values and values[0] != values[1]:
-            differing.append(f"sampling.{key}")
-    return differing
+    one, other = (_distribution(protocol.get("sampling")) for protocol in (first, second))
+    return differing + [f"sampling.{key}" for key in one if key in other and one[key] != other[key]]
+
+
+def _distribution(sampling: Any) -> dict[str, Any]:
+    """The settings of samples, as far as they are on record, that choose which distribution the samples are of."""
+    about = sampling if isinstance(sampling, Mapping) else {}
+    known = {key: about[key] for key in ("weights", "labels") if about.get(key) is not None}
+    return known | ({"label_shares": about.get("label_shares")} if "labels" in known else {})
 
 
 def newest(history: Sequence[Mapping[str, Any]]) -> dict[str, Result]:

@@ -14,7 +14,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from diffusion_cli.checkpoint import file_digest, whole_file
-from diffusion_cli.data import Dataset, Images, given_images, spread
+from diffusion_cli.data import Dataset, Given, Images, given_images, relabelled, spread
 from diffusion_cli.data.array import opened_array, read_arrays
 from diffusion_cli.data.base import Split
 from diffusion_cli.foreign import reason
@@ -47,6 +47,16 @@ class Reference(ABC):
     @abstractmethod
     def other(self) -> Images | None:
         """Real images that are not among them, or None."""
+
+    @abstractmethod
+    def given(self) -> Given | None:
+        """Return the images with the names of their classes, or None without reading them if they have no classes."""
+
+    def class_counts(self, class_names: tuple[str, ...]) -> list[int] | None:
+        """Return the number of images of each of the classes; None without labels, or with labels of other classes."""
+        given = self.given()
+        labels = None if given is None else relabelled(given, class_names)
+        return None if labels is None else torch.bincount(labels.cpu(), minlength=len(class_names)).tolist()
 
     def protocol(self) -> dict[str, Any]:
         """What identifies the images, and those beside them."""
@@ -112,6 +122,10 @@ class DatasetReference(Reference):
         images = self.dataset.load(self.other_split)
         return images if len(images) else None
 
+    def given(self) -> Given | None:
+        names = self.dataset.class_names
+        return None if names is None else Given(self.images, names)
+
 
 class GivenReference(Reference):
     """The images of a folder, ZIP or NumPy file, which have the size of the samples."""
@@ -124,12 +138,19 @@ class GivenReference(Reference):
         self.name = self.path.name
 
     @cached_property
+    def _given(self) -> Given:
+        return given_images(self.path, "reference.path", self.shape)
+
+    @cached_property
     def images(self) -> Images:
-        return given_images(self.path, "reference.path", self.shape).images
+        return self._given.images
 
     @cached_property
     def other(self) -> None:
         return None
+
+    def given(self) -> Given:
+        return self._given
 
 
 class RealImages:

@@ -10,11 +10,12 @@ import torch
 from lightning.pytorch import Callback, Trainer
 from torch import nn
 
+from diffusion_cli.class_shares import label_settings, labels_in_turn
 from diffusion_cli.config import TrainConfig, build, fingerprint
 from diffusion_cli.data import Batch, Dataset, Images, Stages, hold, normalised, pictured, reduced, spread
 from diffusion_cli.denoiser import Denoiser, NoiseConditioned, NoisyClassifier
 from diffusion_cli.latents import Pixels, Space
-from diffusion_cli.metrics import Metric, Networks, cache_folder
+from diffusion_cli.metrics import Metric, Networks, Reference, cache_folder
 from diffusion_cli.objective import Objective
 from diffusion_cli.reconstruction import Autoencoding, Reconstruction
 from diffusion_cli.samplers import Sampler
@@ -216,22 +217,30 @@ def _evaluation(
                 f"metric={name}: measures no samples; on the way there are the metrics of samples only"
             )
     dataset = parts.dataset
+    seen = pictured(dataset)
+    reference: Reference = build(config.reference, seen)
     names = dataset.class_names if getattr(parts.task.model, "num_classes", None) is not None else None
+    about = {} if names is None else _labels(reference, names)
     samples = TrainingSamples(
-        config.eval_samples, sampler, config.eval_steps, dataset.shape, parts.space, dataset.form, names
-    )
+        config.eval_samples, sampler, config.eval_steps, dataset.shape, parts.space, dataset.form, names,
+        labels_in_turn(about),
+    )  # fmt: skip
     cache_dir = cache_folder(config.cache_dir)
-    dataset = pictured(dataset)
-    networks = Networks(config.features, dataset, cache_dir, parts.device.torch_device)
-    reference = build(config.reference, dataset)
+    networks = Networks(config.features, seen, cache_dir, parts.device.torch_device)
     measured = config.model_dump(
         include={"metric", "features", "reference", "sampler", "eval_samples", "eval_steps", "keep_best"}
     )
+    measured |= {key: about[key] for key in about if key == "label_shares"}
     return Evaluation(
         every, metrics, networks, reference, samples, stages,
         run=folder, ema=ema, stop=stop, batch_size=1 if sampler.one_by_one else config.batch_size,
         keep_best=config.keep_best, identity=fingerprint(measured),
     )  # fmt: skip
+
+
+def _labels(reference: Reference, names: tuple[str, ...]) -> dict[str, list[int]]:
+    """The label settings of samples in the reference's shares of the classes, in equal shares where it has none."""
+    return label_settings(reference.class_counts(names) or [1] * len(names))
 
 
 def _once(

@@ -13,7 +13,7 @@ from diffusion_cli.checkpoint import BEST
 from diffusion_cli.data import Stages
 from diffusion_cli.denoiser import Denoiser
 from diffusion_cli.forms import Form, Shape
-from diffusion_cli.generate import all_labels, labels_of, sample
+from diffusion_cli.generate import labels_of, sample
 from diffusion_cli.latents import Space
 from diffusion_cli.metrics import (
     CalledOff,
@@ -33,7 +33,7 @@ from diffusion_cli.training.module import TrainingModule
 
 
 class TrainingSamples(Samples):
-    """Samples of a denoiser in training, of the seeds 0, 1, ...; all classes that it knows in turn."""
+    """Samples of a denoiser in training, of the seeds 0, 1, ..., and of some labels in turn."""
 
     def __init__(
         self,
@@ -44,10 +44,11 @@ class TrainingSamples(Samples):
         space: Space,
         form: Form,
         names: tuple[str, ...] | None,
+        labels: Sequence[int] | None,
     ) -> None:
         self.count, self.sampler, self.steps = count, sampler, steps
         self.space, self.form, self.shape, self.class_names = space, form, form.picture_shape(shape), names
-        self.labelled = names is not None
+        self.labels, self.labelled = labels, labels is not None
         self.denoiser: Denoiser | None = None
         """Of now."""
         self.precision: Callable[[], AbstractContextManager[Any]] = nullcontext
@@ -61,7 +62,7 @@ class TrainingSamples(Samples):
         denoiser = self.denoiser
         assert denoiser is not None
         device = next(denoiser.parameters()).device
-        labels = labels_of(numbers, all_labels(denoiser), device)
+        labels = labels_of(numbers, self.labels, device)
         denoise = self.space.clipped(lambda x, t: denoiser(x, t, labels), denoiser.schedule)
         times = self.sampler.grid(self.steps)
         with self.precision():

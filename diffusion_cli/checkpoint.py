@@ -3,7 +3,7 @@
 A checkpoint is Lightning's, with a plain `diffuse` entry that says how to build the model again:
 `{"format": 4, "task": ..., "config": {...}, "shape": [C, H, W], "form": {...}, "num_classes": K | None,
 "class_names": [...] | None, "latent": {...} | None, "stages": [{"first": step, "shape": [C, h, w], "batch_size": B},
-...] | None}`. A denoiser of latents has its autoencoder beside it.
+...] | None, "data_rules": version, 1 if absent}`. A denoiser of latents has its autoencoder beside it.
 """
 
 import contextlib
@@ -14,7 +14,7 @@ import shutil
 import sys
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import count
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeVar
@@ -59,6 +59,8 @@ class Origin:
     step: int
     digest: str
     """SHA-256 of the weights."""
+    data_rules: int = field(default=1, kw_only=True)
+    """The version of the rules by which the files of the data became images."""
 
 
 @dataclass(frozen=True)
@@ -426,6 +428,7 @@ def _origin(
         "form": form_of(about["form"]),
         "class_names": None if names is None else tuple(names),
         "config": about["config"],
+        "data_rules": about.get("data_rules", 1),
         "latent": latent and {key: latent[key] for key in ("shape", "mean", "std", "sha256")},
         "step": checkpoint["global_step"],
         "digest": digest(_network_state(checkpoint, weights)),

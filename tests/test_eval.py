@@ -257,10 +257,11 @@ def test_a_manifest_of_others_is_none_of_ours(place, images, tmp_path, text):
     assert protocol(record(place, plain))["samples"] == 90
 
 
-def test_results_in_a_zip_are_evaluated_without_the_pictures_of_them(place, images, tmp_path):
+@pytest.mark.parametrize("folder", ["", "out/"])
+def test_results_in_a_zip_are_evaluated_without_the_pictures_of_them(place, images, tmp_path, folder):
     with zipfile.ZipFile(tmp_path / "whole.zip", "w") as archive:
         for file in images.iterdir():
-            archive.write(file, file.name)
+            archive.write(file, f"{folder}{file.name}")
     assert evaluate(place, f"samples={tmp_path}/whole.zip", "dataset=digits", "metric=classifier") == 0
     known = json.loads(record(place, tmp_path / "whole.zip").read_text())[-1]["results"]
     assert known[0]["name"] == "class_accuracy"

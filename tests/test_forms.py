@@ -524,10 +524,10 @@ def test_a_packed_dataset_keeps_its_numbers_and_its_form(tmp_path, kind):
 def test_files_of_another_form_are_no_samples(tmp_path):
     fill(tmp_path, 2)
     deep = image_form("uint16", 1, None)
-    found = given_images(tmp_path, "samples", (1, 10, 15), None, deep)
+    found = given_images(tmp_path, "samples", (1, 10, 15), deep)
     assert len(found.images) == 2
     with pytest.raises(ValueError, match=r"0\.png \(holds uint16; wanted is int16"):
-        given_images(tmp_path, "samples", (1, 10, 15), None, image_form("int16", 1, None)).images.gather(
+        given_images(tmp_path, "samples", (1, 10, 15), image_form("int16", 1, None)).images.gather(
             torch.tensor([0])
         )
 
@@ -610,11 +610,13 @@ def test_a_folder_goes_through_every_command_and_comes_back_in_its_depth(tmp_pat
 def test_a_range_that_the_first_image_does_not_have_is_remarked_on(tmp_path, numbers, given, said):
     image = numbers.reshape(8, 8)
     np.save(tmp_path / "a.npy", image[None])
-    tifffile.imwrite(tmp_path / "a.tif", image)
+    (tmp_path / "files").mkdir()
+    tifffile.imwrite(tmp_path / "files" / "a.tif", image)
     stacked = Array("", path=f"{tmp_path}/a.npy", range=given, flip=False, held_out=0.0, in_memory=None)
-    for dataset in (folder(tmp_path, range=given), stacked):
-        assert (dataset.remark() or "").startswith(said)
-        assert said or dataset.remark() is None
+    for dataset in (folder(tmp_path / "files", range=given), stacked):
+        remarks = dataset.remarks()
+        assert len(remarks) == bool(said)
+        assert all(remark.startswith(said) for remark in remarks)
 
 
 def test_a_training_begins_with_the_remark(tmp_path, capsys):

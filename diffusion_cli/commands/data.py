@@ -4,6 +4,7 @@ import shlex
 from pathlib import Path
 
 from diffusion_cli.checkpoint import whole_file
+from diffusion_cli.commands.inputs import show_remarks
 from diffusion_cli.config import DataConfig, Mistakes, build
 from diffusion_cli.data import Dataset, Pack
 from diffusion_cli.temporary_files import remove_abandoned
@@ -21,6 +22,7 @@ def run(config: DataConfig) -> None:
     output = _path(config, dataset)
     if output.exists():
         raise Mistakes(f"output={output}: is there already; take another name, or remove it")
+    show_remarks(dataset.remarks())
     pack: Pack = build(config.action)
     remove_abandoned(output.parent)
     with whole_file(output) as temporary:

@@ -12,6 +12,7 @@ import yaml
 
 from diffusion_cli import __version__
 from diffusion_cli.checkpoint import find_run, load_autoencoder, task_of
+from diffusion_cli.commands.inputs import show_remarks
 from diffusion_cli.commands.outputs import claim, keep_seeds
 from diffusion_cli.commands.sample import samples_folder
 from diffusion_cli.commands.samples import ModelSamples, about, given_samples, in_shares_of, run_of
@@ -300,6 +301,8 @@ def _given_scene(config: EvalConfig, kinds: Kinds, of_model: list[str]) -> Scene
         dataset = open_run(config.model_copy(update={"run": str(run)})).dataset(config.data_dir)
     else:
         dataset = None if config.dataset is None else build(config.dataset, config.data_dir)
+    if config.dataset is not None and dataset is not None:
+        show_remarks(dataset.remarks())
     samples = given_samples(path, dataset, config.num_samples)
     # Of the same name in two places are not the same samples.
     folder = (

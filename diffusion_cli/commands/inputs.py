@@ -1,8 +1,9 @@
 """The images that a command is given: files, or real images of a run's dataset, held to a shape."""
 
 import hashlib
+import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
@@ -13,13 +14,14 @@ from torch import Tensor
 
 from diffusion_cli.config import Mistakes
 from diffusion_cli.data import Dataset, file_names, fitted, sample_files, spread, stored
+from diffusion_cli.data.listing import MANIFEST, manifests, passed_over
 from diffusion_cli.foreign import read, reason
 from diffusion_cli.forms import Form, Ranged, Shape, Volume
 from diffusion_cli.forms.files import flattened, is_gray, opened
+from diffusion_cli.ranks import Ranks
 
 MOST_LINES = 10
 LONGEST = 200  # bytes of a name
-PICTURES = ("grid.png", "strip.png")  # of results, in their folder
 RESERVED = ("grid", "grid.png", "strip", "strip.png")  # names that no result has
 
 
@@ -32,6 +34,12 @@ class Input(NamedTuple):
     """As stored, [C, H, W]."""
     form: Form | None = None
     """In which its result is written, if not in the model's."""
+
+
+def show_remarks(lines: Iterable[str]) -> None:
+    """Print remarks about data once, whatever the number of processes."""
+    for line in lines if Ranks().first else ():
+        print(f"diffuse: {line}", file=sys.stderr)
 
 
 def real_images(dataset: Dataset, split: str, count: int | None) -> list[Input]:
@@ -54,18 +62,7 @@ def read_input(
     """
     files = [Path(file).expanduser() for file in ([given] if isinstance(given, str) else given)]
     if len(files) == 1 and files[0].is_dir():
-        folder = files[0]
-        try:
-            names = sample_files(folder, _but_results(file_names(folder, "input")), form, "input")
-        except ValueError as error:
-            raise Mistakes(str(error)) from error
-        if (
-            folder / "manifest.json"
-        ).is_file():  # made by this program: its results, not its pictures of them
-            names = [name for name in names if "/" not in name and name not in PICTURES]
-            if not names:
-                raise Mistakes(f"input={folder}: holds series of images; give one of its folders")
-        files = [folder / name for name in names]
+        files = _files(files[0], form)
     files = files[:count]
     labels = _names(files)
     images: list[Input] = []
@@ -83,6 +80,21 @@ def read_input(
         sizes = " and ".join(dict.fromkeys(described(image.pixels.shape) for image in images))
         raise Mistakes(f"input={given}: holds images of {sizes}; give one kind at a time, or set fit=true")
     return images
+
+
+def _files(folder: Path, form: Form) -> list[Path]:
+    """The images of a folder, without results that this program wrote to its subfolders."""
+    try:
+        inside = _but_results(file_names(folder, "input"))
+        names = sample_files(folder, inside, form, "input")
+    except ValueError as error:
+        raise Mistakes(str(error)) from error
+    if manifests([name for name in inside if name == MANIFEST], lambda name: read(folder / name)):
+        names = [name for name in names if "/" not in name]
+        if not names:
+            raise Mistakes(f"input={folder}: holds series of images; give one of its folders")
+    show_remarks(passed_over(f"input={folder}", inside, form.suffixes))
+    return [folder / name for name in names]
 
 
 def read_mask(path: str) -> Tensor:

@@ -12,12 +12,15 @@ from torch import Tensor
 
 from diffusion_cli.checkpoint import Model, is_run
 from diffusion_cli.class_shares import label_settings, labels_in_turn
-from diffusion_cli.commands.inputs import PICTURES
+from diffusion_cli.commands.inputs import show_remarks
 from diffusion_cli.commands.outputs import keep_calls, parsed, recorded_calls
 from diffusion_cli.commands.trained import Trained
 from diffusion_cli.config import EvalConfig
-from diffusion_cli.data import Dataset, Given, PicturedImages, file_names, given_images, is_sample
+from diffusion_cli.data import Dataset, Given, PicturedImages, given_images
+from diffusion_cli.data.folder import FileImages
 from diffusion_cli.data.labels import read
+from diffusion_cli.data.listing import MANIFEST
+from diffusion_cli.foreign import LONGEST_MANIFEST
 from diffusion_cli.forms import Form, Picture
 from diffusion_cli.generate import generate, labels_of
 from diffusion_cli.metrics import GivenSamples, Reference, Samples
@@ -148,18 +151,16 @@ def read_films(folder: Path, seeds: Sequence[int], model: Model) -> Tensor:
 
 
 def given_samples(path: Path, dataset: Dataset | None, count: int | None) -> GivenSamples:
-    """Images that lie there; of results of this program without pictures of them, with what their manifest says."""
-    names = [] if path.is_file() and path.suffix in (".npy", ".npz") else file_names(path, "samples")
-    manifest = _manifest(path, names)
-    results = {name for name in names if "/" not in name and name not in PICTURES}
+    """Images that lie there; of samples of this program with what their manifest says."""
     form = dataset.form if dataset else Picture()
-    shape = dataset.shape if dataset else None
-    given = given_images(path, "samples", shape, results if manifest else None, form)
+    given = given_images(path, "samples", dataset.shape if dataset else None, form)
+    show_remarks(given.remarks)
     made: dict[str, Any] = {"samples": path.name}
+    manifest = _manifest(path, given)
     if manifest:
         made |= {"step": manifest.get("step"), **manifest["settings"]}
-        files = sorted(name for name in results if is_sample(PurePosixPath(name), form))
-        labels, seeds = labels_in_turn(manifest["settings"]), [PurePosixPath(name).stem for name in files]
+        labels = labels_in_turn(manifest["settings"])
+        seeds = [PurePosixPath(name).stem for name in _names(given)]
         classes = dataset.num_classes or 0 if dataset else 0
         known = isinstance(labels, list) and max(labels) < classes
         if dataset and known and all(seed.isdecimal() for seed in seeds):
@@ -170,12 +171,18 @@ def given_samples(path: Path, dataset: Dataset | None, count: int | None) -> Giv
     return GivenSamples(given, dataset.class_names if dataset else None, made, f"samples={path}", count)
 
 
-def _manifest(path: Path, names: Sequence[str]) -> dict[str, Any] | None:
-    """What this program wrote about the images that it made there; None beside images of others."""
-    if "manifest.json" not in names:
+def _names(given: Given) -> list[str]:
+    """The files of images, in order; none of a NumPy file."""
+    return given.images.names if isinstance(given.images, FileImages) else []
+
+
+def _manifest(path: Path, given: Given) -> dict[str, Any] | None:
+    """What this program wrote about images that all lie in one folder of its own; None of other images."""
+    folders = {PurePosixPath(name).parent for name in _names(given)}
+    if len(folders) != 1:
         return None
     try:
-        return parsed(read(path, "manifest.json"))
+        return parsed(read(path, str(folders.pop() / MANIFEST), LONGEST_MANIFEST))
     except ValueError:
         return None
 

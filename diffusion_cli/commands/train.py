@@ -22,6 +22,7 @@ from diffusion_cli.checkpoint import (
     save_weights,
     whole_file,
 )
+from diffusion_cli.commands.inputs import show_remarks
 from diffusion_cli.config import Mistakes, TrainConfig, identity, seconds, shown
 from diffusion_cli.data import Growing, Images, Stages, UnreadableError
 from diffusion_cli.denoiser import NoisyClassifier
@@ -147,9 +148,7 @@ def _fit(
             f"{precision}",
             file=sys.stderr,
         )
-        remark = parts.dataset.remark()
-        for line in [*_beyond_its_end(parts, stages, max_steps), *([remark] if remark else [])]:
-            print(f"diffuse: {line}", file=sys.stderr)
+        show_remarks([*_beyond_its_end(parts, stages, max_steps), *parts.dataset.remarks()])
     batches = Growing(
         images, stages, config.seed, parts.dataset.flip, done, config.accumulate,
         ranks.rank, ranks.world, parts.device.torch_device, parts.dataset.num_workers,
@@ -294,6 +293,7 @@ def _about(config: TrainConfig, parts: Parts, images: Images, stages: Stages) ->
     return {
         "task": parts.task.model.task,
         "num_images": len(images),
+        "data_rules": dataset.rules,
         "labels_sha256": None if labels is None else digest({"labels": labels}),
         "format": FORMAT,
         "config": config.model_dump(),

@@ -12,7 +12,7 @@ import torch
 from diffusion_cli.capacity import images_that_fit, network_call
 from diffusion_cli.checkpoint import Classifier, Model, Origin, find_run, load_classifier, load_model
 from diffusion_cli.config import EditConfig, EvalConfig, SampleConfig, build, check_node, did_you_mean, shown
-from diffusion_cli.data import Dataset
+from diffusion_cli.data import Dataset, as_begun
 from diffusion_cli.denoiser import Denoiser, NoisyClassifier
 from diffusion_cli.generate import all_labels
 from diffusion_cli.guidance import Guidance, Guided
@@ -91,7 +91,7 @@ def dataset_of(folder: Path, trained: Origin, data_dir: str) -> Dataset:
         raise ValueError(
             f"{folder}: was made by another version of diffuse: {'; '.join(mistakes)}; name another run"
         )
-    dataset: Dataset = build(node, data_dir)
+    dataset: Dataset = build(as_begun(node, trained.data_rules), data_dir)
     if dataset.shape != trained.shape:
         raise ValueError(
             f"run={folder}: knows images of size {min(trained.shape[1:])} at step {trained.step}, and those of its "

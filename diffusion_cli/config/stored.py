@@ -56,6 +56,7 @@ class _Stored(BaseModel):
     num_classes: PositiveInt | None
     class_names: list[str] | None
     stages: Annotated[list[_Stage], Field(min_length=1)] | None
+    data_rules: PositiveInt = 1
 
 
 class _Config(BaseModel):

@@ -5,9 +5,10 @@ from diffusion_cli.data.base import Dataset, Images, NoDataset, PixelDigest, spr
 from diffusion_cli.data.batches import Batch, Batches, UnreadableError, normalised
 from diffusion_cli.data.decoding import Exact, fitted
 from diffusion_cli.data.digits import Digits
-from diffusion_cli.data.folder import Folder, file_names
+from diffusion_cli.data.folder import Folder, as_begun, file_names
 from diffusion_cli.data.gaussian_mixture import GaussianMixture
-from diffusion_cli.data.given import Given, given_images, is_sample, relabelled, sample_files
+from diffusion_cli.data.given import Given, given_images, relabelled, sample_files
+from diffusion_cli.data.listing import manifests, visible_name
 from diffusion_cli.data.memory import hold
 from diffusion_cli.data.packing import Pack
 from diffusion_cli.data.pictured import PicturedImages, pictured, stored
@@ -37,11 +38,12 @@ __all__ = [
     "Points",
     "Stages",
     "UnreadableError",
+    "as_begun",
     "file_names",
     "fitted",
     "given_images",
     "hold",
-    "is_sample",
+    "manifests",
     "normalised",
     "pictured",
     "reduced",
@@ -49,4 +51,5 @@ __all__ = [
     "sample_files",
     "spread",
     "stored",
+    "visible_name",
 ]

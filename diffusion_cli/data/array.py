@@ -83,10 +83,11 @@ class Array(Dataset):
             )
         return MemoryImages(images.gather(torch.arange(len(images))), images.labels) if in_memory else images
 
-    def remark(self) -> str | None:
+    def remarks(self) -> list[str]:
         if self.contents.compressed or not isinstance(self.form, Ranged):
-            return None
-        return self.form.remark(self._rows("train").numbers(torch.tensor([0]))[0])
+            return []
+        remark = self.form.remark(self._rows("train").numbers(torch.tensor([0]))[0])
+        return [remark] if remark else []
 
     def once(self, split: Split) -> Images:
         # What is compressed would be unpacked whole by every process that reads some of it.

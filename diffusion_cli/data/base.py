@@ -105,6 +105,8 @@ class Dataset(ABC):
     """The name of every class, in the order of the labels, or None without classes."""
     flip: bool
     """Whether training may mirror the images left to right."""
+    rules: int = 1
+    """The version of the rules by which the source becomes images."""
     num_workers: int = 0
     """Processes worth starting to read images that are not held in memory."""
 
@@ -123,9 +125,9 @@ class Dataset(ABC):
         Raises FileNotFoundError or ValueError naming the file that is missing or cannot be used.
         """
 
-    def remark(self) -> str | None:
-        """What a look at the first image says against how it is read, in a line; None where it says nothing."""
-        return None
+    def remarks(self) -> list[str]:
+        """Return what a user should see about the files, and about how they are read, one line each."""
+        return []
 
     def once(self, split: Split) -> Images:
         """As `load`, for a single pass: read in parts where the source can be, never held in memory for it."""

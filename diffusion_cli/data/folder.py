@@ -1,7 +1,7 @@
 """A folder or ZIP archive of image files."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from hashlib import sha256
 from pathlib import Path, PurePosixPath
@@ -24,32 +24,47 @@ from diffusion_cli.data.decoding import (
 )
 from diffusion_cli.data.labels import class_labels
 from diffusion_cli.data.labels import read as entry
+from diffusion_cli.data.listing import (
+    MANIFEST,
+    is_result,
+    manifests,
+    passed_over,
+    visible_name,
+    without_pictures,
+)
 from diffusion_cli.data.masks import MaskedDecoder, divided, mask_files, masked_decoder
 from diffusion_cli.data.memory import MemoryImages, fits_in_memory
-from diffusion_cli.foreign import Archive, read, reason
+from diffusion_cli.foreign import LONGEST_MANIFEST, Archive, read, reason
 from diffusion_cli.forms import Dicom, Form, Range, Ranged, Raster, Volume
 from diffusion_cli.forms.dicom import SUFFIXES as SCANS
+from diffusion_cli.forms.files import FIRST_SUFFIXES
 from diffusion_cli.forms.files import SUFFIXES as PICTURES
 from diffusion_cli.forms.volume import SUFFIXES as VOLUMES
 from diffusion_cli.forms.volume import read_volume
 
 SUFFIXES = (*PICTURES, *SCANS)
+RULES = 2
+"""The version of the rules by which files become images.
+
+Version 1 reads only `FIRST_SUFFIXES` and DICOM, and takes pictures that this program drew for images.
+"""
 
 
 class Folder(Dataset):
-    """All PNG, JPEG, WebP, TIFF and DICOM files in a folder or ZIP archive, at any depth, as images of one size.
+    """All image files of `SUFFIXES` in a folder or ZIP archive, at any depth, as images of one size.
 
-    Links are followed, out of the folder too, and every real folder is visited once; of an archive nothing is
-    unpacked. Hidden files and `__MACOSX` are ignored. With labels "folders" the classes are the first-level folders
-    (of the deepest folder that holds all images), in alphabetical order; all images lie in two or more of
-    them. With "csv" they are the distinct labels in `labels.csv`, in numeric order if all are whole numbers,
-    else in alphabetical order. It is UTF-8 and has a header line with columns `file`, relative to its own
-    folder with `/`, and `label`, and one row an image. It lies at the top, or in another folder that holds
-    all images; of several, the topmost counts. "auto" is "csv" if there is such a file, else "folders" if
-    they give classes, else "none". Whether an image is held out is a hash of its name: it stays in its
-    split when files are added or removed. See `Decoder` for how a file becomes pixels, and `Ranged` for what those
-    of more than 8 bits, of other channels than 1 or 3, or of a `range` become; the first file says which they are.
-    With `masks`, of images but not of DICOM or volumes, see `MaskedDecoder`: the shape has a channel more.
+    Links are followed, out of the folder too, and every real folder is visited once; of an archive nothing is unpacked.
+    Hidden files, `__MACOSX` and pictures that this program draws of results are ignored. With labels "folders" the
+    classes are the first-level folders (of the deepest folder that holds all images), in alphabetical order; all images
+    lie in two or more of them. With "csv" they are the distinct labels in `labels.csv`, in numeric order if all are
+    whole numbers, else in alphabetical order. It is UTF-8 and has a header line with columns `file`, relative to its
+    own folder with `/`, and `label`, and one row an image. It lies at the top, or in another folder that holds all
+    images; of several, the topmost counts. "auto" is "csv" if there is such a file, else "folders" if they give
+    classes, else "none". Whether an image is held out is a hash of its name: it stays in its split when files are added
+    or removed. See `Decoder` for how a file becomes pixels, and `Ranged` for what those of more than 8 bits, of other
+    channels than 1 or 3, or of a `range` become; the first file says which they are. With `masks`, of images but not of
+    DICOM or volumes, see `MaskedDecoder`: the shape has a channel more. `rules` is the version by which files become
+    images; a run keeps the version that it was begun with.
 
     Raises FileNotFoundError or ValueError if `path` is missing, is no archive, or holds no image, and
     ValueError if the labels asked for are missing, or those in `labels.csv` do not match the images; `load`
@@ -59,6 +74,7 @@ class Folder(Dataset):
     def __init__(
         self,
         data_dir: str,
+        rules: int = RULES,
         *,
         path: str,
         masks: str | None,
@@ -79,29 +95,42 @@ class Folder(Dataset):
         self.held_out = held_out
         self.in_memory = in_memory
         self.num_workers = num_workers
-        self.masks: list[str] | None = None
-        names = file_names(self.path)
         sizes = resolution if isinstance(resolution, list) else [resolution, resolution]
         if len(sizes) == 3 and masks is not None:
             raise ValueError(f"dataset.masks={masks}: is for images, not for volumes; leave it out")
         if len(sizes) == 3 and depth != "auto":
             raise ValueError(f"dataset.depth={depth}: is for images, not for volumes; leave it out")
+        self.rules = rules
+        self.masks: list[str] | None = None
+        ignored: list[str] = []
+        names = file_names(self.path)
         if len(sizes) == 3:
             self.files = volume_files(self.path, names)
             self.form, self.decoder = self._volumes(sizes, channels, range)
         elif masks is None:
-            self.files = image_files(self.path, names)
+            self.files = self._chosen(names)
             self.form, self.decoder = self._images((channels, sizes[0], sizes[1]), range, depth, background)
         else:
-            beside, names = mask_names(self.path, masks, names)
-            self.files = image_files(self.path, names)
+            beside, names, ignored = mask_names(self.path, masks, names, self._pictures)
+            self.files = self._chosen(names)
             own, labelled = divided(range, channels)
             _, decoder = self._images((channels, sizes[0], sizes[1]), own, depth, background)
             self.decoder = self._masked(masks, beside, decoder, labelled)
             self.form = self.decoder.form
+        read_too = VOLUMES if len(sizes) == 3 else (*self._pictures, *SCANS)
+        self._passed_over = [*passed_over(f"dataset.path={path}", names, read_too), *ignored]
         self.shape = self.decoder.shape
         self.flip = not isinstance(self.form, Dicom | Volume) if flip is None else flip  # hearts lie left
         self.class_names, self.labels = class_labels(self.path, names, self.files, labels)
+
+    def _chosen(self, names: list[str]) -> list[str]:
+        """The names that are images by the rules, in sorted order."""
+        choose = image_files if self.rules == 1 else own_images
+        return choose(self.path, names, "dataset.path", (*self._pictures, *SCANS))
+
+    @property
+    def _pictures(self) -> tuple[str, ...]:
+        return FIRST_SUFFIXES if self.rules == 1 else PICTURES
 
     def _images(
         self,
@@ -169,13 +198,17 @@ class Folder(Dataset):
             in_memory = fits_in_memory(len(images) * size)
         return images.in_memory() if in_memory else images
 
-    def remark(self) -> str | None:
+    def remarks(self) -> list[str]:
+        return [*self._passed_over, *self._range_remarks()]
+
+    def _range_remarks(self) -> list[str]:
         if not isinstance(self.form, Raster) or self.masks is not None:
-            return None
+            return []
         try:
-            return self.form.remark(self.form.held(entry(self.path, self.files[0])))
+            remark = self.form.remark(self.form.held(entry(self.path, self.files[0])))
         except (ValueError, OSError):  # as for the form
-            return None
+            return []
+        return [remark] if remark else []
 
     def once(self, split: Split) -> "FileImages":
         rows = split_rows(named_mask(self.files, self.held_out), self.held_out, split)
@@ -302,6 +335,11 @@ class FileImages(Images):
         )
 
 
+def as_begun(node: Mapping[str, Any], rules: int) -> dict[str, Any]:
+    """Return a dataset's node of a run's configuration with the version of the rules that the run was begun by."""
+    return {**node, "rules": rules} if node["_target_"].endswith(".Folder") else dict(node)
+
+
 def file_names(path: Path, key: str = "dataset.path") -> list[str]:
     """The names of all files below a folder or in a ZIP archive, relative, with `/`; `key` is for errors.
 
@@ -328,8 +366,25 @@ def image_files(
     return images
 
 
-def mask_names(path: Path, masks: str, names: list[str]) -> tuple[dict[str, str], list[str]]:
-    """The names of the masks in their folder, each with that by which it is read; and all other `names` of a path.
+def own_images(path: Path, names: list[str], key: str, suffixes: tuple[str, ...]) -> list[str]:
+    """The names as by `image_files`, but for pictures that this program drew; raises ValueError if none is left."""
+    images = image_files(path, names, key, suffixes)
+    kept = without_pictures(images, names, lambda name: entry(path, name, LONGEST_MANIFEST))
+    if path.is_dir() and (path.parent / MANIFEST).is_file():  # a series among the results of an edit
+        about = manifests([MANIFEST], lambda name: entry(path.parent, name, LONGEST_MANIFEST)).get("", {})
+        if path.name in about.get("results", {}):
+            kept = [name for name in kept if is_result(f"{path.name}/{name}", about)]
+    if not kept:
+        raise ValueError(
+            f"{key}={path}: is an output folder of diffuse without samples or results; give another folder"
+        )
+    return kept
+
+
+def mask_names(
+    path: Path, masks: str, names: list[str], suffixes: tuple[str, ...]
+) -> tuple[dict[str, str], list[str], list[str]]:
+    """The names of the masks in their folder, each with that by which it is read; all other `names`; and remarks.
 
     Raises ValueError if there is no such folder, or no mask.
     """
@@ -341,11 +396,12 @@ def mask_names(path: Path, masks: str, names: list[str]) -> tuple[dict[str, str]
     else:
         top = below = f"{masks.strip('/')}/"
         inside = [name.removeprefix(top) for name in names if name.startswith(top)]
-    found = {name: top + name for name in inside if ends_in(PurePosixPath(name), PICTURES)}
+    found = {name: top + name for name in inside if ends_in(PurePosixPath(name), suffixes)}
     if not found:
         where = "a folder" if path.is_dir() else f"a folder inside {path}"
-        raise ValueError(f"dataset.masks={masks}: holds no mask; give {where} of {' '.join(PICTURES)}")
-    return found, [name for name in names if not name.startswith(below)]
+        raise ValueError(f"dataset.masks={masks}: holds no mask; give {where} of {' '.join(suffixes)}")
+    rest = [name for name in names if not name.startswith(below)]
+    return found, rest, passed_over(f"dataset.masks={masks}", inside, suffixes)
 
 
 def volume_files(path: Path, names: list[str]) -> list[str]:
@@ -378,8 +434,3 @@ def _refuse(error: OSError) -> None:
 def ends_in(name: PurePosixPath, suffixes: tuple[str, ...]) -> bool:
     """Whether the name ends in one of the suffixes, and is not hidden."""
     return name.name.lower().endswith(suffixes) and visible_name(name)
-
-
-def visible_name(name: PurePosixPath) -> bool:
-    """Whether no part of a name is hidden, or of the files that systems leave beside others."""
-    return not any(part.startswith(".") or part == "__MACOSX" for part in name.parts)

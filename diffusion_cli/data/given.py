@@ -1,7 +1,6 @@
 """Images that somebody else made: a folder, ZIP or NumPy file of them, taken as they are."""
 
-from collections.abc import Collection
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -10,8 +9,9 @@ from torch import Tensor
 from diffusion_cli.data.array import ArrayImages, read_contents
 from diffusion_cli.data.base import Images
 from diffusion_cli.data.decoding import Exact
-from diffusion_cli.data.folder import FileImages, ends_in, file_names, image_files
+from diffusion_cli.data.folder import FileImages, file_names, own_images
 from diffusion_cli.data.labels import class_labels, read
+from diffusion_cli.data.listing import passed_over
 from diffusion_cli.foreign import reason
 from diffusion_cli.forms import Form, Picture, Ranged, Shape
 from diffusion_cli.forms.files import is_gray, opened
@@ -22,20 +22,21 @@ class Given(NamedTuple):
 
     images: Images
     class_names: tuple[str, ...] | None
+    remarks: tuple[str, ...] = ()
+    """What a user should see about the files, one line each."""
 
 
 def given_images(
     path: Path,
     key: str,
     shape: Shape | None = None,
-    only: Collection[str] | None = None,
     form: Form | None = None,
 ) -> Given:
     """The images of a folder, ZIP, .npz or .npy, in the order of their names or rows: none is resized or cropped.
 
     All have the size of the first one; with `shape` they have that one, and gray files become RGB where it has three
-    channels. Classes are those of `labels.csv`, of class folders or of the .npz, where there are any. With `only`,
-    other files of a folder or ZIP do not count. Files are decoded when asked for.
+    channels. Classes are those of `labels.csv`, of class folders or of the .npz, where there are any. Pictures that
+    this program drew of results do not count. Files are decoded when asked for.
 
     Raises FileNotFoundError or ValueError, about `key`, for a path that holds no such images, or another shape.
     """
@@ -46,23 +47,19 @@ def given_images(
         return given
     names = file_names(path, key)
     form = form or Picture()
-    files = sample_files(path, [name for name in names if only is None or name in only], form, key)
+    files = sample_files(path, names, form, key)
     try:
         class_names, labels = class_labels(path, names, files, "auto")
         decoder = Exact(form, shape or _shape(read(path, files[0])))
     except ValueError as error:
         raise ValueError(f"{key}={path}: {reason(error).removeprefix(f'dataset.path={path}: ')}") from error
-    return Given(FileImages(path, files, labels, decoder, key), class_names)
+    remarks = passed_over(f"{key}={path}", names, form.suffixes)
+    return Given(FileImages(path, files, labels, decoder, key), class_names, tuple(remarks))
 
 
 def sample_files(path: Path, names: list[str], form: Form, key: str) -> list[str]:
     """Those of the names that are files of a form, in sorted order; raises ValueError if there are none."""
-    return image_files(path, names, key, form.suffixes)
-
-
-def is_sample(name: PurePosixPath, form: Form) -> bool:
-    """Whether the name is that of a file of a form."""
-    return ends_in(name, form.suffixes)
+    return own_images(path, names, key, form.suffixes)
 
 
 def _array(path: Path, key: str, form: Form) -> Given:

@@ -11,8 +11,9 @@ from torch import Tensor
 
 from diffusion_cli.data.array import array_of
 from diffusion_cli.data.base import Dataset, Split, named_mask, split_rows
-from diffusion_cli.data.folder import FileImages, file_names, visible_name
+from diffusion_cli.data.folder import FileImages, file_names
 from diffusion_cli.data.labels import class_labels
+from diffusion_cli.data.listing import visible_name
 from diffusion_cli.data.memory import MemoryImages
 from diffusion_cli.data.shapes import SHAPES, shape_points
 from diffusion_cli.foreign import reason

@@ -11,9 +11,22 @@ from diffusion_cli.foreign import reason
 
 # Such images are refused with a word of our own. Here, for filters must not be set in threads.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
-FORMATS = {"PNG": (".png",), "JPEG": (".jpg", ".jpeg"), "WEBP": (".webp",), "TIFF": (".tif", ".tiff")}
+FIRST_FORMATS = {"PNG": (".png",), "JPEG": (".jpg", ".jpeg"), "WEBP": (".webp",), "TIFF": (".tif", ".tiff")}
+"""The formats and suffixes that the first version of the data rules reads."""
+FORMATS = FIRST_FORMATS | {
+    "PNG": (".png", ".apng"),
+    "JPEG": (".jpg", ".jpeg", ".jpe", ".jfif"),
+    "BMP": (".bmp", ".dib"),
+    "GIF": (".gif",),
+    "PPM": (".ppm", ".pgm", ".pbm", ".pnm"),
+    "JPEG2000": (".jp2", ".j2k", ".j2c", ".jpc", ".jpf", ".jpx"),
+}
+"""The formats of Pillow that are read, each with its suffixes.
 
-
+Each has a signature, runs no code, and declares the number of pixels that its decoder allocates. TGA has no signature,
+so that damaged files would pass for it; AVIF decodes frames of another size than declared.
+"""
+FIRST_SUFFIXES = tuple(suffix for suffixes in FIRST_FORMATS.values() for suffix in suffixes)
 SUFFIXES = tuple(suffix for suffixes in FORMATS.values() for suffix in suffixes)
 ORIENTATION, TURNED = 0x0112, (5, 6, 7, 8)  # of EXIF, and those whose width is the height
 
@@ -21,6 +34,14 @@ ORIENTATION, TURNED = 0x0112, (5, 6, 7, 8)  # of EXIF, and those whose width is 
 def is_gray(image: Image.Image) -> bool:
     """Whether an image has one channel and no transparency."""
     return image.mode.startswith(("1", "L", "I", "F")) and "A" not in image.mode
+
+
+def has_gray_palette(image: Image.Image) -> bool:
+    """Whether all colours of an image's palette are gray, and none is transparent."""
+    if image.mode != "P" or image.has_transparency_data:
+        return False
+    colours = image.getpalette("RGB") or []
+    return colours[::3] == colours[1::3] == colours[2::3]
 
 
 def opened(data: bytes) -> Image.Image:

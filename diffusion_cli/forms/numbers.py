@@ -2,6 +2,7 @@
 
 import logging
 import math
+import re
 import struct
 import zlib
 from collections.abc import Iterator
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from diffusion_cli.foreign import LARGEST, reason
-from diffusion_cli.forms.files import ORIENTATION, parsed, upright
+from diffusion_cli.forms.files import ORIENTATION, has_gray_palette, parsed, upright
 
 if TYPE_CHECKING:
     from tifffile import TiffFile, TiffPage
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
 PNG = b"\x89PNG\r\n\x1a\n"
 TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 DEFLATE = (8, 32946)  # methods of compression in TIFF, by their numbers
+PNM = re.compile(rb"P[2356]" + rb"(?:\s|#[^\n]*\n)+(\d+)" * 3)  # width, height and the largest value
+JPEG2000 = b"\xff\x4f\xff\x51"  # begins the description of its samples
 BOUNDED = (1, 5, 32773, *DEFLATE)  # none, LZW and PackBits, which inflate little, and what is measured first
 MOST_PAGES = 1000
 MOST_NUMBERS = 2**26  # of an image: 8192 x 8192 gray pixels
@@ -40,24 +43,43 @@ def depth_of(data: bytes) -> str:
         except Exception:  # what is broken is told from where pixels are read
             return "uint8"
         return "uint8" if name == "bool" else name
-    return "uint8"
+    return "uint8" if _largest(data) < 256 else "uint16"
+
+
+def _largest(data: bytes) -> int:
+    """Return the largest value that a PNM or JPEG 2000 file declares; 255 for other formats."""
+    if found := PNM.match(data[:4096]):
+        return int(found[3])
+    if data[:4] == JPEG2000 or data[4:8] == b"jP  ":
+        at = data.find(JPEG2000) + 40
+        channels = int.from_bytes(data[at : at + 2])
+        return (
+            2 ** max((1 + (depth & 127) for depth in data[at + 2 : at + 2 + 3 * channels : 3]), default=8) - 1
+        )
+    return 255
 
 
 def read_numbers(data: bytes) -> np.ndarray:
-    """The numbers [C, H, W] in a PNG, JPEG, WebP or TIFF file, the pages of a TIFF as its channels.
+    """The numbers [C, H, W] in an image file, the pages of a TIFF as its channels.
 
-    Where there is a palette, these are the numbers of its colours; where white is low, they are turned round. A
-    file's orientation counts in 8 bits, not beyond; a TIFF that is not upright by it is refused. Raises ValueError if
-    it is none, damaged, or too large.
+    Where there is a palette, these are the numbers of its colours, but of GIF the colours; where white is low, they are
+    turned round. A file's orientation counts in 8 bits, not beyond; a TIFF that is not upright by it is refused. Raises
+    ValueError if it is none, damaged, or too large.
     """
     try:
         if data[:4] in TIFF:
             return _tiff(data)
+        if (largest := _largest(data)) != 255:  # Pillow scales such values
+            raise ValueError(f"has values up to {largest}, not 255; save it as PNG or TIFF")
         image = parsed(data)
         if depth_of(data) == "uint16" and image.mode != "I;16":  # of colour Pillow gives but 8 bits
             return _deep_png(data)
         image = upright(image)
-        numbers = np.asarray(image.convert("L") if image.mode == "1" else image)
+        if image.mode == "1" or (has_gray_palette(image) and image.format == "GIF"):
+            image = image.convert("L")
+        elif image.mode == "P" and image.format == "GIF":  # whose programs order the palette as they like
+            image = image.convert("RGBA" if image.has_transparency_data else "RGB")
+        numbers = np.asarray(image)
     except Exception as error:  # decoders meet broken data with errors of every type
         raise ValueError(reason(error)) from error
     return np.atleast_3d(numbers).transpose(2, 0, 1)

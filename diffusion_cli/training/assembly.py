@@ -12,7 +12,18 @@ from torch import nn
 
 from diffusion_cli.class_shares import label_settings, labels_in_turn
 from diffusion_cli.config import TrainConfig, build, fingerprint
-from diffusion_cli.data import Batch, Dataset, Images, Stages, hold, normalised, pictured, reduced, spread
+from diffusion_cli.data import (
+    Batch,
+    Dataset,
+    Images,
+    Stages,
+    as_begun,
+    hold,
+    normalised,
+    pictured,
+    reduced,
+    spread,
+)
 from diffusion_cli.denoiser import Denoiser, NoiseConditioned, NoisyClassifier
 from diffusion_cli.latents import Pixels, Space
 from diffusion_cli.metrics import Metric, Networks, Reference, cache_folder
@@ -72,7 +83,8 @@ def assemble(config: TrainConfig, folder: Path, before: dict[str, Any] | None) -
 
     `before` is what the checkpoint in the run's `folder` says of itself, None at its beginning.
     """
-    dataset: Dataset = build(config.dataset, config.data_dir)
+    node = config.dataset if before is None else as_begun(config.dataset, before.get("data_rules", 1))
+    dataset: Dataset = build(node, config.data_dir)
     device: Device = build(config.trainer)
     objective = build(config.objective)
     noised = config.schedule is not None

@@ -1,0 +1,97 @@
+"""The files of a folder or archive that count as images, and those that are passed over."""
+
+import re
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable
+from pathlib import PurePosixPath
+from typing import Any
+
+from diffusion_cli.foreign import LONGEST_MANIFEST, MOST_IN_MANIFEST, from_json
+
+MANIFEST = "manifest.json"
+LAST = "checkpoints/last.ckpt"
+SEED = re.compile(r"\d{6,}\.(?!gif$).+")  # the name of a sample's file
+NO_IMAGES = frozenset((
+    ".bib", ".caption", ".cfg", ".conf", ".css", ".csv", ".db", ".doc", ".docx", ".htm", ".html", ".ini",
+    ".ipynb", ".js", ".json", ".jsonl", ".lock", ".log", ".m", ".md", ".md5", ".odt", ".pdf", ".py",
+    ".r", ".rst", ".sh", ".sha256", ".sql", ".sqlite", ".tex", ".toml", ".tsv", ".txt", ".url", ".xls",
+    ".xlsx", ".xml", ".yaml", ".yml",
+))  # fmt: skip
+"""Suffixes of files that lie beside images and are evidently none."""
+NO_IMAGE_NAMES = frozenset(("license", "readme", "dicomdir", "makefile", "copying", "notice", "version"))
+SHOWN = 8  # suffixes in a line
+
+Read = Callable[[str], bytes]
+"""Returns the content of a file by its name; raises ValueError if it cannot be read."""
+
+
+def passed_over(key: str, names: Iterable[str], suffixes: tuple[str, ...]) -> list[str]:
+    """One line that counts the names that may be images and end in none of the suffixes; none without such names."""
+    rest = (PurePosixPath(name) for name in names if not name.lower().endswith((*suffixes, "/")))
+    counts = Counter(path.suffix.lower() for path in rest if _may_be_image(path) and visible_name(path))
+    if not counts:
+        return []
+    by_count = sorted(counts.items(), key=lambda pair: (-pair[1], pair[0]))
+    shown = [f"{suffix or 'without a suffix'} {count}" for suffix, count in by_count[:SHOWN]]
+    shown += ["..."] if len(counts) > SHOWN else []
+    total = counts.total()
+    files = "1 file is" if total == 1 else f"{total} files are"
+    return [f"{key}: {files} passed over: {', '.join(shown)}; convert images among them to PNG"]
+
+
+def _may_be_image(path: PurePosixPath) -> bool:
+    return path.suffix.lower() not in NO_IMAGES if path.suffix else path.name.lower() not in NO_IMAGE_NAMES
+
+
+def manifests(names: Iterable[str], read: Read) -> dict[str, dict[str, Any]]:
+    """The manifests that this program wrote to folders, by the folders' names, each with a final `/`, or empty."""
+    found: dict[str, dict[str, Any]] = {}
+    for name in names:
+        path = PurePosixPath(name)
+        if path.name != MANIFEST or not visible_name(path):
+            continue
+        try:
+            content = from_json(read(name), LONGEST_MANIFEST, MOST_IN_MANIFEST)
+        except ValueError:  # of another program, or damaged
+            continue
+        if isinstance(content, dict) and all(
+            isinstance(content.get(k), dict) for k in ("settings", "versions")
+        ):
+            found[name.removesuffix(MANIFEST)] = content
+    return found
+
+
+def without_pictures(images: list[str], names: Collection[str], read: Read) -> list[str]:
+    """The images but for grids, strips, previews and the like that this program drew in its own folders.
+
+    In a folder with a manifest the images are the samples of seeds or the edit's results. In a run's folder they are
+    those of the folders with a manifest.
+    """
+    results = manifests(names, read)
+    runs = {name.removesuffix(LAST) for name in names if f"/{name}".endswith(f"/{LAST}")}
+    if not results and not runs:
+        return images
+
+    def counts(name: str) -> bool:
+        parents = [f"{parent}/" if parent.name else "" for parent in PurePosixPath(name).parents]
+        own = next((parent for parent in parents if parent in results or parent in runs), None)
+        if own is None:
+            return True
+        return own in results and is_result(name.removeprefix(own), results[own])
+
+    return [name for name in images if counts(name)]
+
+
+def is_result(name: str, manifest: dict[str, Any]) -> bool:
+    """Whether a name in a folder with a manifest is a sample, an edit's result or one of its series."""
+    if "edit" not in manifest["settings"]:
+        return SEED.fullmatch(name) is not None
+    edited, (first, *rest) = manifest.get("results", {}), name.split("/")
+    if rest:
+        return first in edited and re.fullmatch(r"\d{3,}\..+", "/".join(rest)) is not None
+    return not name.endswith(".gif") and any(name[: at.start()] in edited for at in re.finditer(r"\.", name))
+
+
+def visible_name(name: PurePosixPath) -> bool:
+    """Whether no part of a name is hidden, or of the files that systems leave beside others."""
+    return not any(part.startswith(".") or part == "__MACOSX" for part in name.parts)

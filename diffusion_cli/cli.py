@@ -207,7 +207,7 @@ def sweep(command: str, request: Request) -> int:
             else []
         ),
     ]
-    sys.argv = ["diffuse", *overrides, *launcher, *quiet, "--multirun"]
+    sys.argv = ["diffuse", *map(config.as_typed, overrides), *launcher, *quiet, "--multirun"]
     return _launch(command, request.dirs, Path(jobs[0].output_dir, ".submitit"))
 
 

@@ -90,11 +90,7 @@ def test_every_mistake_at_once_one_line_each(capsys):
             ["edit", "edit=img2img", "edit.mask=x.png"],
             "edit.mask=x.png: goes with edit=inpaint; choose it too",
         ),
-        (["sample", "label=true"], "label=true: should be a valid integer or a valid string or a valid list"),
-        (
-            ["sample", "label=[]"],
-            "label=[]: should be a valid integer or a valid string or should have at least 1",
-        ),
+        (["sample", "label=[[a]]"], "label=[['a']]: should be a valid integer or a valid string"),
         (["sample", "guidance=null"], "guidance=null: unknown option; there are: auto, cfg"),
         (["completion", "tcsh"], "completion tcsh: give a shell, one of bash, zsh, fish"),
     ],

@@ -9,7 +9,18 @@ import pytest
 import yaml
 
 from diffusion_cli import config
-from diffusion_cli.config import COMMANDS, CONF, check_node, launcher, load, load_grid, seconds, signature
+from diffusion_cli.config import (
+    COMMANDS,
+    CONF,
+    as_typed,
+    check_node,
+    expand,
+    launcher,
+    load,
+    load_grid,
+    seconds,
+    signature,
+)
 from diffusion_cli.config.schema import SlurmConfig
 
 OPTIONS = sorted(file for file in CONF.glob("*/*.yaml"))
@@ -300,3 +311,42 @@ def test_imports_run_one_way(file):
     if room in MATHEMATICS:
         ours = {name.split(".")[1] for name in names if name.startswith("diffusion_cli.")}
         assert ours <= {*MATHEMATICS, "seeding"}
+
+
+# --- Names of classes ------------------------------
+
+
+@pytest.mark.parametrize(
+    ("value", "label"),
+    [
+        ("1.0", "1.0"),
+        ("1e3", "1e3"),
+        ("1_000", "1_000"),
+        ("007", "007"),
+        ("true", "true"),
+        ("null", "null"),
+        ("cat (1)", "cat (1)"),
+        ("it's", "it's"),
+        ("'a, b'", "a, b"),
+        (r"a\, b", "a, b"),
+        ("[1.0, none,null]", ["1.0", "none", "null"]),
+        ("['a, b',c]", ["a, b", "c"]),
+        ("[]", []),
+    ],
+)
+def test_names_of_classes_are_read_as_they_are_typed(value, label):
+    words = f"label={value}"
+    assert load("sample", [words]).model_dump()["label"] == label
+    assert as_typed(as_typed(words)) == as_typed(words)
+    if isinstance(label, str):
+        edited = load("edit", ["edit=attribute", f"edit.source={value}"])
+        assert edited.model_dump()["edit"]["source"] == label
+
+
+def test_without_a_label_none_is_named():
+    assert load("sample", []).model_dump()["label"] is None
+
+
+def test_names_of_classes_in_a_sweep_are_read_as_they_are_typed():
+    labels = [load("sample", words).model_dump()["label"] for words in expand(["label=1e3,1.0,[true,null]"])]
+    assert labels == ["1e3", "1.0", ["true", "null"]]

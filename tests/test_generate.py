@@ -1,10 +1,12 @@
 """From seeds to images: each image is its own, and nothing of the user's is overwritten."""
 
 import json
+import re
 import subprocess
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -16,7 +18,7 @@ from PIL import Image
 from diffusion_cli.checkpoint import Model
 from diffusion_cli.cli import run
 from diffusion_cli.commands.outputs import claim, keep_calls, keep_seeds
-from diffusion_cli.commands.trained import class_number
+from diffusion_cli.commands.trained import class_number, labels_named
 from diffusion_cli.denoiser import Denoiser, Prediction
 from diffusion_cli.forms import Picture, to_bytes
 from diffusion_cli.generate import SeededNoise, generate, states, trajectories, visible
@@ -392,6 +394,54 @@ def test_a_number_is_a_name_where_classes_are_called_by_numbers():
     for label, names in ((0, ("1", "2", "3")), (3, ("ant", "bee", "cat")), ("dog", ("ant",)), (-1, ("ant",))):
         with pytest.raises(ValueError, match=f"^label={label}: "):
             class_number(label, names)
+
+
+DECIMAL = ("1.0", "10.0", "2.0")
+
+
+@pytest.mark.parametrize(
+    ("label", "names", "expected"),
+    [
+        ("1.0", DECIMAL, 0),
+        ("1e3", ("1e3", "true"), 0),
+        ("true", ("1e3", "true"), 1),
+        ("cafe\u0301", ("ant", "caf\xe9"), 1),
+        ("1", ("1st", "2nd"), 1),
+        ("1", DECIMAL, "did you mean 1.0?"),
+        ("1000", ("1e3", "true"), "did you mean 1e3?"),
+        ("7", DECIMAL, "there are: 1.0, 10.0, 2.0"),
+        ("0", ("1e3", "true"), "there are: 1e3, true"),
+        ("1_0", tuple("abcdefghijkl"), "unknown class"),
+        ("12", tuple("abcdefghijkl"), "there are the classes 0..11"),
+    ],
+)
+def test_a_class_is_named_by_its_own_name_whatever_that_looks_like(label, names, expected):
+    if isinstance(expected, int):
+        assert class_number(label, names) == expected
+    else:
+        with pytest.raises(ValueError, match=f"^label={label}: .*{re.escape(expected)}"):
+            class_number(label, names)
+
+
+def test_the_words_of_label_stand_for_classes_of_that_name_first(model):
+    def labels(label, *names):
+        return labels_named(label, replace(model, class_names=names), Unguided(None), unnamed="all")
+
+    usual = "a", "b", "c"
+    for label, expected in (
+        (None, [0, 1, 2]),
+        ("null", [0, 1, 2]),
+        ("all", [0, 1, 2]),
+        ("none", None),
+        ([], None),
+    ):
+        assert labels(label, *usual) == expected
+    assert labels("none", "mild", "none", "severe") == [1]
+    assert labels("all", "all", "null", "true") == [0]
+    assert labels("null", "all", "null", "true") == [1]
+    assert labels(None, "all", "null", "true") == [0, 1, 2]
+    assert labels([], "none", "null", "all") is None
+    assert labels(["null", "all"], "all", "null", "true") == [1, 0]
 
 
 # --- How images arise --------------------

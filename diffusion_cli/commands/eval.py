@@ -198,7 +198,7 @@ def _model_scene(config: EvalConfig, kinds: Kinds, sampled: bool) -> Scene:
     )
     if not sampled:
         if (
-            config.label is not None
+            trained.chosen_labels
             or not isinstance(trained.guidance, Unguided)
             or config.keep
             or config.compile
@@ -215,7 +215,7 @@ def _model_scene(config: EvalConfig, kinds: Kinds, sampled: bool) -> Scene:
         return Scene(trained.folder, dataset, trained, None, *_judges(config, dataset, kinds))
     trained.check(config.steps)  # refused before anything is measured
     judges, notes = _judges(config, dataset, kinds), ()
-    if config.label is None and trained.labels is not None:
+    if not trained.chosen_labels and trained.labels is not None:
         trained, note = in_shares_of(trained, judges[1])
         notes = (note,)
     folder = samples_folder(trained, config) if config.keep else None
@@ -282,7 +282,7 @@ def _given_scene(config: EvalConfig, kinds: Kinds, of_model: list[str]) -> Scene
     path = Path(config.samples).expanduser()
     for key, wrong in (
         ("metric", ",".join(of_model)),
-        ("label", config.label),
+        ("label", None if config.label == "null" else config.label),
         ("keep", config.keep),
         ("compile", shown(config.compile) if config.compile else None),
         ("batch_size", "auto" if config.batch_size == "auto" else None),

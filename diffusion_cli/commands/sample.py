@@ -98,7 +98,7 @@ def _overview(trained: Trained, config: SampleConfig, seeds: range, output: Path
     films = read_films(output, first, trained.model)
     if films.shape[1] > 1:
         save_gif(torch.stack([grid(images) for images in films.transpose(0, 1)]), output / "grid.gif")
-    if config.label is None or trained.labels is None:
+    if not trained.chosen_labels or trained.labels is None:
         save_grid(read_pictures(output, first, trained.model), path)
     else:
         classes = [first[place :: len(trained.labels)] for place in range(len(trained.labels))]

@@ -36,6 +36,7 @@ from diffusion_cli.config.schema import (
     seconds,
 )
 from diffusion_cli.config.stored import check_built, check_stored
+from diffusion_cli.config.typed import as_typed
 
 __all__ = [
     "COMMANDS",
@@ -56,6 +57,7 @@ __all__ = [
     "TrainConfig",
     "Value",
     "Variant",
+    "as_typed",
     "brought_by",
     "build",
     "check_built",

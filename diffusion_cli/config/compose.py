@@ -13,6 +13,7 @@ from diffusion_cli.config.catalogue import CONF, defaults, did_you_mean, documen
 from diffusion_cli.config.check import check_node, validate
 from diffusion_cli.config.runs import flatten, run_name
 from diffusion_cli.config.schema import COMMANDS, GRIDS, Config, Node, TrainConfig
+from diffusion_cli.config.typed import as_typed
 
 # What runs the jobs of a sweep: `launcher=slurm`, or as Hydra spells it.
 LAUNCHER = re.compile(r"(hydra[/.])?launcher(?=[.=])")
@@ -32,7 +33,7 @@ class Mistakes(Exception):
 
 def load(command: str, overrides: Sequence[str], dirs: Sequence[Path] = ()) -> Config:
     """Compose and check the configuration of a command; raises Mistakes with all of them at once."""
-    choosing, setting, mistakes = _sort(command, overrides, dirs)
+    choosing, setting, mistakes = _sort(command, list(map(as_typed, overrides)), dirs)
     try:
         implied, choices = compose(command, choosing, dirs)
         known, unknown = _known(command, setting, implied)
@@ -60,7 +61,7 @@ def parse(text: str) -> "Override":
 
 def expand(overrides: Sequence[str]) -> list[list[str]]:
     """The overrides of a sweep with each of its values tried once: enough to check every one of them."""
-    parsed = [parse(text) for text in overrides]
+    parsed = [parse(as_typed(text)) for text in overrides]
     choices = [
         [f"{item.get_key_element()}={value}" for value in item.sweep_string_iterator()]
         if item.is_sweep_override()

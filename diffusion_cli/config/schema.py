@@ -25,7 +25,8 @@ FORMS = {
     NAME: "a folder name of letters, digits and _ . + -",
 }
 Class = int | str
-Label = Class | Annotated[list[Class], Field(min_length=1)] | None
+Label = Class | list[Class] | None
+CLASS_KEYS = ("label", "edit.source")  # keys whose values are names of classes, read as they are typed
 # Lightning's names of the number formats, and ours.
 NUMBER_FORMATS = {32: "fp32", "32": "fp32", "bf16-mixed": "bf16", "16-mixed": "fp16"}
 Precision = Annotated[

@@ -8,6 +8,7 @@ from diffusion_cli.data.digits import Digits
 from diffusion_cli.data.folder import Folder, as_begun, file_names
 from diffusion_cli.data.gaussian_mixture import GaussianMixture
 from diffusion_cli.data.given import Given, given_images, relabelled, sample_files
+from diffusion_cli.data.labels import composed
 from diffusion_cli.data.listing import manifests, visible_name
 from diffusion_cli.data.memory import hold
 from diffusion_cli.data.packing import Pack
@@ -39,6 +40,7 @@ __all__ = [
     "Stages",
     "UnreadableError",
     "as_begun",
+    "composed",
     "file_names",
     "fitted",
     "given_images",

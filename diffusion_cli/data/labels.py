@@ -5,6 +5,7 @@ from collections import Counter
 from io import StringIO
 from pathlib import Path, PurePosixPath
 from typing import Literal
+from unicodedata import normalize
 
 import torch
 from torch import Tensor
@@ -47,6 +48,11 @@ def class_labels(
             "sort them into one folder a class, or set csv or none"
         )
     return None, None
+
+
+def composed(name: str) -> str:
+    """The NFC form of a name: systems store one name in several Unicode forms, and names are compared in this one."""
+    return normalize("NFC", name)
 
 
 def numbered(classes: list[str], order: list[str]) -> tuple[tuple[str, ...], Tensor]:

@@ -10,6 +10,7 @@ import contextlib
 import errno
 import hashlib
 import os
+import re
 import shutil
 import sys
 import time
@@ -39,6 +40,10 @@ FORMAT = 4
 LAST = Path("checkpoints", "last.ckpt")
 AUTOENCODER = "autoencoder.safetensors"
 BEST = LAST.with_name("best.ckpt")
+# Lightning rewrites the checkpoints of its versions before 2.0, without a look at what they hold.
+VERSION = re.compile(
+    r"(?:[2-9]|[1-9]\d)(?:\.\d{1,9}){1,3}(?:\.?(?:a|b|rc|dev|post)\d{0,9}){0,3}(?:\+[a-z0-9.]{1,40})?"
+)
 Step = int | Literal["best"] | None
 """Which checkpoint of a run: that of a step, the best, or the newest."""
 
@@ -295,7 +300,8 @@ def _mistakes(checkpoint: Mapping[str, Any], size: int) -> list[str]:
         form_of(about["form"])
     step, version = checkpoint.get("global_step"), checkpoint.get("pytorch-lightning_version")
     mistakes += [] if type(step) is int and 0 <= step < 2**63 else ["global_step: is no number of steps"]
-    mistakes += [] if isinstance(version, str) else ["pytorch-lightning_version: is no text"]
+    readable = isinstance(version, str) and VERSION.fullmatch(version)
+    mistakes += [] if readable else ["pytorch-lightning_version: should be a version from 2.0 on"]
     return mistakes + (
         [] if _are_whole(checkpoint, "ema", size) else ["its weights: are not there, or not whole"]
     )

@@ -45,6 +45,7 @@ from diffusion_cli.training.ema import EMA
 from diffusion_cli.training.encoding import LatentDataset
 from diffusion_cli.training.memory import naming_what_fits
 from diffusion_cli.training.module import Trainable
+from diffusion_cli.training.stored_state import check_state, expected_state
 
 
 def run(config: TrainConfig) -> int:
@@ -111,7 +112,7 @@ def _train(config: TrainConfig, folder: Path, stop: Stop) -> int:
                 f"{folder} is complete at step {done}; a larger budget, as max_steps={2 * done}, goes on with it"
             )
         return 0
-    return _fit(config, folder, parts, stages, images, about, done, max_steps, stop)
+    return _fit(config, folder, parts, stages, images, about, before, max_steps, stop)
 
 
 def _fit(
@@ -121,12 +122,13 @@ def _fit(
     stages: Stages,
     images: Images,
     about: dict[str, Any],
-    done: int,
+    before: dict[str, Any] | None,
     max_steps: int | None,
     stop: Stop,
 ) -> int:
-    """Train from step `done` to the end, or to a signal."""
+    """Train from a checkpoint, or from the start, to the end or to a signal."""
     ranks, model = Ranks(), parts.task.model
+    done = before["global_step"] if before else 0
     precision = about["precision"]
     module = module_of(config, parts, about)
     ema = EMA(model.network, config.ema.decay, config.ema.warm_up, parts.device.offload_ema)
@@ -136,6 +138,8 @@ def _fit(
     # The average first, for the others look at it; checkpoints last: they hold what the others know.
     callbacks = [ema, progress, stop, *watchers, checkpoints]
     trainer = trainer_of(config, parts.device, precision, folder, done, max_steps, callbacks)
+    if before:
+        check_state(folder / LAST, before, expected_state(trainer, module, done))
     if config.compile is True or (config.compile == "auto" and parts.device.torch_device.type == "cuda"):
         model.network.compile()  # in place: torch.compile(network) would rename every weight
     if ranks.first:

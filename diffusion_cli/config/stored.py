@@ -57,6 +57,7 @@ class _Stored(BaseModel):
     class_names: list[str] | None
     stages: Annotated[list[_Stage], Field(min_length=1)] | None
     data_rules: PositiveInt = 1
+    precision: Literal["fp32", "bf16", "fp16"] | None = None
 
 
 class _Config(BaseModel):

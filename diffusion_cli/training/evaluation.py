@@ -30,6 +30,7 @@ from diffusion_cli.samplers import Sampler
 from diffusion_cli.training.callbacks import Stop, Watcher
 from diffusion_cli.training.ema import EMA
 from diffusion_cli.training.module import TrainingModule
+from diffusion_cli.training.stored_state import MOST_STEPS, Maybe, Number
 
 
 class TrainingSamples(Samples):
@@ -141,6 +142,10 @@ class Evaluation(Watcher):
 
     def state_dict(self) -> dict[str, Any]:
         return {**super().state_dict(), "best": self.best, "identity": self.identity}
+
+    def example_state(self) -> dict[str, Any]:
+        """The template of a stored state."""
+        return {**self.state_dict(), "best": Maybe((Number(0, MOST_STEPS, whole=True), Number()))}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(state_dict)

@@ -1,0 +1,232 @@
+"""The training state in a checkpoint, compared with the state that this run itself would store.
+
+A checkpoint may come from a stranger, and a fused optimizer writes to its state without a look at sizes.
+`expected_state` makes a template from the run's own objects; `check_state` compares a checkpoint with it.
+"""
+
+import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Trainer
+from torch import Tensor, nn
+
+from diffusion_cli.training.module import TrainingModule
+from diffusion_cli.training.optimizers import OptimizerConfig
+
+LARGEST = sys.float_info.max
+SMALLEST_SCALE = 2.0**-149
+"""The smallest positive number of float32, the type of the scale of fp16's gradients."""
+MOST_STEPS = 2**53
+LONGEST_TEXT = 1000
+MOST_LINES = 3
+
+
+@dataclass(frozen=True)
+class Like:
+    """A tensor of the shape, strides and type of another; its numbers are finite and from `low` to `high`."""
+
+    tensor: Tensor
+    low: float = -LARGEST
+    high: float = LARGEST
+
+
+@dataclass(frozen=True)
+class Number:
+    """A finite number from `low` to `high`."""
+
+    low: float = -LARGEST
+    high: float = LARGEST
+    whole: bool = False
+
+
+@dataclass(frozen=True)
+class Kind:
+    """Any value of a plain type; a text has at most 1000 characters."""
+
+    type: type
+
+
+@dataclass(frozen=True)
+class Maybe:
+    """A value that may also be missing or null."""
+
+    expected: Any
+
+
+@dataclass(frozen=True)
+class Among:
+    """A mapping with these entries, and others that the run does not read."""
+
+    entries: Mapping[str, Any]
+
+
+def expected_state(trainer: Trainer, module: TrainingModule, step: int) -> dict[str, Any]:
+    """Return the template of this run's checkpoint at a step, before the strategy moves or shards the module."""
+    optimizer, scheduler = _optimizer_state(module, step)
+    # Another choice of callbacks may have stored more of them, or fewer.
+    callbacks: list[Any] = trainer.callbacks  # pyright: ignore[reportAttributeAccessIssue]
+    stored = {
+        callback.state_key: Maybe(_alike(getattr(callback, "example_state", callback.state_dict)(), step))
+        for callback in callbacks
+        if callback.state_dict()
+    }
+    precision = trainer.precision_plugin
+    return {
+        "epoch": Number(0, MOST_STEPS, whole=True),
+        "global_step": step,
+        "pytorch-lightning_version": Kind(str),
+        "diffuse": Kind(dict),
+        "state_dict": _alike(module.state_dict(), step),
+        # Batches are counted in parts; the module counts them anew for the parts of today.
+        "loops": Among({"fit_loop": _alike(trainer.fit_loop.state_dict(), MOST_STEPS)}),
+        "callbacks": Among(stored),
+        "optimizer_states": [optimizer],
+        "lr_schedulers": [scheduler],
+        type(precision).__qualname__: Maybe(_scaler_state(precision.state_dict())),
+    }
+
+
+def _optimizer_state(module: TrainingModule, step: int) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Templates of the optimizer's state and of its scheduler's, from a step on tensors without memory."""
+    config: OptimizerConfig = module.optimizer_config
+    parameters = [nn.Parameter(torch.empty_like(weight, device="meta")) for weight in module.parameters()]
+    optimizer = config.optimizer(parameters, fused=False)
+    scheduler = config.scheduler(optimizer)
+    for parameter in parameters:
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    state = optimizer.state_dict()
+    ranges = {"step": (0, step), "exp_avg_sq": (0, LARGEST)}
+    entries = {
+        number: Maybe({name: Like(tensor, *ranges.get(name, ())) for name, tensor in tensors.items()})
+        for number, tensors in state["state"].items()
+    }
+    rate = Number(0, config.lr)
+    groups = [{**group, "lr": rate, "fused": Kind(bool)} for group in state["param_groups"]]
+    moved = _alike(scheduler.state_dict(), step + 1)
+    exact = {"base_lrs": scheduler.base_lrs, "_last_lr": [rate], "lr_lambdas": [Maybe({})]}
+    return {"state": entries, "param_groups": groups}, moved | exact
+
+
+def _scaler_state(state: Mapping[str, Any]) -> dict[str, Any]:
+    """The template of the scale of fp16's gradients; empty for other number formats."""
+    if not state:
+        return {}
+    tracker = Number(0, state["growth_interval"], whole=True)
+    return {**state, "scale": Number(SMALLEST_SCALE), "_growth_tracker": tracker}
+
+
+def _alike(value: Any, most: int) -> Any:
+    """The template of a value: tensors like it, whole numbers from 0 to `most`, other numbers from 0, any text."""
+    if isinstance(value, Mapping):
+        return {key: _alike(item, most) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_alike(item, most) for item in value]
+    if isinstance(value, Tensor):
+        return Like(value) if value.is_floating_point() else Like(value, low=0)
+    if isinstance(value, bool | str):
+        return Kind(type(value))
+    if isinstance(value, int | float):
+        return Number(0, most, whole=True) if isinstance(value, int) else Number(0)
+    return value
+
+
+def check_state(path: Path, checkpoint: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
+    """Raise ValueError, with the first few differences, unless a checkpoint is as a template expects it."""
+    lines = list(islice(_differences(checkpoint, expected, "", {}), MOST_LINES + 1))
+    if lines:
+        more = "; and more" if len(lines) > MOST_LINES else ""
+        raise ValueError(
+            f"{path}: is not a training state of this run: {'; '.join(lines[:MOST_LINES])}{more}; put back a "
+            "checkpoint that this run saved, or train anew under another name="
+        )
+
+
+def _differences(stored: Any, expected: Any, key: str, owners: dict[int, str]) -> Iterator[str]:
+    """Lines about what differs from a template; `owners` has the key of each tensor's memory so far."""
+    if isinstance(expected, Maybe):
+        if stored is not None:
+            yield from _differences(stored, expected.expected, key, owners)
+    elif isinstance(expected, Mapping | Among):
+        yield from _entry_differences(stored, expected, key, owners)
+    elif isinstance(expected, list | tuple):
+        if not isinstance(stored, list | tuple) or len(stored) != len(expected):
+            yield f"{key}: should have {len(expected)} items"
+            return
+        for number, (item, other) in enumerate(zip(stored, expected, strict=True)):
+            yield from _differences(item, other, f"{key}.{number}", owners)
+    elif isinstance(expected, Like):
+        yield from _tensor_differences(stored, expected, key, owners)
+    elif not _is_as(stored, expected):
+        yield f"{key}: {_wanted(expected)}"
+
+
+def _entry_differences(
+    stored: Any, expected: Mapping[str, Any] | Among, key: str, owners: dict[int, str]
+) -> Iterator[str]:
+    entries = expected.entries if isinstance(expected, Among) else expected
+    if not isinstance(stored, Mapping):
+        yield f"{key}: should have entries"
+        return
+    if not isinstance(expected, Among):
+        unknown = [name for name in stored if name not in entries]
+        names = ", ".join(name[:80] for name in unknown[:MOST_LINES] if isinstance(name, str))
+        if unknown:
+            yield f"{key or 'the checkpoint'}: has {len(unknown)} unknown entries {names}".rstrip()
+    for name, other in entries.items():
+        if name in stored:
+            yield from _differences(stored[name], other, f"{key}.{name}".lstrip("."), owners)
+        elif not isinstance(other, Maybe):
+            yield f"{key}.{name}: is missing".lstrip(".")
+
+
+def _tensor_differences(stored: Any, expected: Like, key: str, owners: dict[int, str]) -> Iterator[str]:
+    like = expected.tensor
+    if type(stored) is not Tensor:
+        yield f"{key}: should be a tensor"
+        return
+    if stored.shape != like.shape or stored.dtype != like.dtype:
+        yield (
+            f"{key}: is {stored.dtype} {list(stored.shape)}".replace("torch.", "")
+            + f" and should be {like.dtype} {list(like.shape)}".replace("torch.", "")
+        )
+        return
+    plain = stored.layout == torch.strided and not (
+        stored.is_neg() or stored.is_conj() or stored.requires_grad
+    )
+    if not plain or stored.stride() != like.stride():
+        yield f"{key}: should be plain numbers in the order of the weights"
+        return
+    if not stored.numel():
+        return
+    owner = owners.setdefault(stored.untyped_storage().data_ptr(), key)
+    if owner != key:
+        yield f"{key}: shares its memory with {owner}"
+    low, high = (bound.item() for bound in stored.aminmax())
+    if not expected.low <= low <= high <= expected.high:
+        yield f"{key}: has numbers from {low:.4g} to {high:.4g}; {_wanted(Number(expected.low, expected.high))}"
+
+
+def _is_as(stored: Any, expected: Any) -> bool:
+    """Whether a plain value is the expected one, or one of those expected."""
+    if isinstance(expected, Kind):
+        return type(stored) is expected.type and (type(stored) is not str or len(stored) <= LONGEST_TEXT)
+    if isinstance(expected, Number):
+        kinds = (int,) if expected.whole else (int, float)
+        return type(stored) in kinds and expected.low <= stored <= expected.high
+    return stored is expected or (type(stored) in (bool, int, float, str) and stored == expected)
+
+
+def _wanted(expected: Any) -> str:
+    if isinstance(expected, Kind):
+        return f"should be of type {expected.type.__name__}"
+    if isinstance(expected, Number):
+        low = "" if expected.low == -LARGEST else f" from {expected.low:.4g}"
+        high = "" if expected.high == LARGEST else f" to {expected.high:.10g}"
+        return f"should be a {'whole' if expected.whole else 'finite'} number{low}{high}"
+    return f"should be {expected}"

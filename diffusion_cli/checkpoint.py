@@ -34,12 +34,15 @@ from diffusion_cli.latents import Latents, Pixels, Space
 from diffusion_cli.networks import AutoencoderKL
 from diffusion_cli.pretrained import check_fit, read_weights
 from diffusion_cli.ranks import Ranks
+from diffusion_cli.run_folder import own_folder
 from diffusion_cli.temporary_files import temporary_path
 
 FORMAT = 4
 LAST = Path("checkpoints", "last.ckpt")
 AUTOENCODER = "autoencoder.safetensors"
 BEST = LAST.with_name("best.ckpt")
+WRITTEN = ("checkpoints", "previews", "tensorboard")
+"""The folders that training writes to."""
 # Lightning rewrites the checkpoints of its versions before 2.0, without a look at what they hold.
 VERSION = re.compile(
     r"(?:[2-9]|[1-9]\d)(?:\.\d{1,9}){1,3}(?:\.?(?:a|b|rc|dev|post)\d{0,9}){0,3}(?:\+[a-z0-9.]{1,40})?"
@@ -242,8 +245,10 @@ def newest(run: Path, sums: bool = True) -> Found | None:
 def recover(run: Path) -> None:
     """Make a run's last checkpoint a whole one, the damaged one kept beside it, and remove what was never finished.
 
-    For the holder of the run's lock. Raises ValueError as `newest`, OSError as `whole_file`.
+    For the holder of the run's lock. Raises ValueError as `newest` and `own_folder`, OSError as `whole_file`.
     """
+    for name in WRITTEN:
+        own_folder(run, name)
     unfinished = ("checkpoints/.*.tmp", "previews/.*.tmp", ".config.yaml.*.tmp", ".metrics.csv.*.tmp")
     for pattern in unfinished:  # the files that only the holder writes
         for left in run.glob(pattern):
@@ -267,7 +272,10 @@ def read(path: Path, sums: bool = True) -> dict[str, Any]:
 
     Without `sums` the bytes of its tensors are not read, only mapped.
     """
-    size = regular(path)
+    try:
+        size = regular(path)
+    except ValueError as error:
+        raise _damaged(path, reason(error)) from error
     try:
         check_tensors(path)
         if sums:
@@ -366,7 +374,8 @@ def is_run(folder: Path) -> bool:
 
 def _checkpoints(run: Path) -> list[Path]:
     """The files of a run that it can be taken up from."""
-    return [*run.glob(str(LAST)), *run.glob(str(LAST.with_name("step_*.ckpt")))]
+    found = [run / LAST, *run.glob(str(LAST.with_name("step_*.ckpt")))]
+    return [file for file in found if file.is_file()]
 
 
 def load_model(run: Path, weights: Literal["ema", "raw"], device: torch.device, step: Step = None) -> Model:

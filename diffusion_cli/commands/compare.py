@@ -17,6 +17,7 @@ from diffusion_cli.foreign import read_json, reason
 from diffusion_cli.metrics import Report
 from diffusion_cli.precision import device_of, resolve
 from diffusion_cli.ranks import Ranks, work_together
+from diffusion_cli.run_folder import own_folder
 from diffusion_cli.temporary_files import is_temporary, remove_abandoned
 
 # What no number depends on.
@@ -135,7 +136,7 @@ def _folders(jobs: Sequence[Job], output: str | None) -> tuple[Path, Path]:
     root = Path(runs[0]) if len(runs) == 1 else Path(first.output_dir)
     about = {"jobs": [job.config.model_dump(exclude=ELSEWHERE) for job in jobs], "runs": runs}
     name = f"{'-'.join(jobs[0].values)}-{fingerprint(about)}"
-    return Path(output) if output else root / "comparisons" / name, root / "compared"
+    return Path(output) if output else own_folder(root, "comparisons", name), own_folder(root, "compared")
 
 
 def _measure(config: EvalConfig, scene: Scene, path: Path) -> None:

@@ -28,6 +28,7 @@ from diffusion_cli.guidance import Unguided
 from diffusion_cli.latents import Latents
 from diffusion_cli.precision import autocast
 from diffusion_cli.report import Writer, read_images, read_stored, save_gif, save_png, save_rows, save_stored
+from diffusion_cli.run_folder import own_folder
 from diffusion_cli.samplers import draws
 
 SHOWN = 10  # rows in the picture of all
@@ -72,7 +73,9 @@ def run(config: EditConfig) -> None:
     if forms := {job.name: job.form.about() for job in jobs if job.form != form}:
         settings["forms"] = forms
     output = (
-        Path(config.output) if config.output else trained.folder / "edits" / f"{kind}-{fingerprint(settings)}"
+        Path(config.output)
+        if config.output
+        else own_folder(trained.folder, "edits", f"{kind}-{fingerprint(settings)}")
     )
     manifest = claim(output, settings, trained.model)
     results: dict[str, dict[str, float]] = manifest.get("results", {})

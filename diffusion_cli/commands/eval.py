@@ -45,6 +45,7 @@ from diffusion_cli.networks import AutoencoderKL
 from diffusion_cli.precision import device_of
 from diffusion_cli.ranks import Ranks, work_together
 from diffusion_cli.report import save_rows
+from diffusion_cli.run_folder import own_folder
 
 SAMPLES = 2000  # made where num_samples does not say
 SHOWN = 250  # images at a time to the metrics, where batch_size=auto finds fewer for the sampler
@@ -358,7 +359,7 @@ def _of_samples(config: EvalConfig, scene: Scene, samples: Samples, environment:
             )
     for name, picture in pictures.items():
         digest = report.results[0].protocol["sampling"]["pixels_sha256"]
-        path = scene.folder / "pictures" / f"{name}-{digest[:8]}.png"
+        path = own_folder(scene.folder, "pictures") / f"{name}-{digest[:8]}.png"
         with _noting(report):
             save_rows(picture, path)
             report.notes.append(f"{name}: its picture is {path}")

@@ -13,6 +13,7 @@ from diffusion_cli.class_shares import are_shares
 from diffusion_cli.config import Mistakes, flatten, shown
 from diffusion_cli.foreign import LONGEST_MANIFEST, MOST_IN_MANIFEST, from_json, read, reason
 from diffusion_cli.locks import locked
+from diffusion_cli.run_folder import own_folder
 from diffusion_cli.seeding import seed_ranges
 from diffusion_cli.temporary_files import is_temporary, remove_abandoned
 
@@ -21,6 +22,7 @@ def claim(output: Path, settings: dict[str, Any], model: Model) -> dict[str, Any
     """Return the manifest of the folder, made now if it is new; Mistakes if it is someone else's."""
     if output.exists() and not output.is_dir():
         raise Mistakes(f"output={output}: is a file; give a folder")
+    own_folder(output)
     with locked(output):  # the tasks of an array claim one folder at the same time
         manifest = _claim(output, settings, model)
     remove_abandoned(*(Path(folder) for folder, _, _ in os.walk(output)))

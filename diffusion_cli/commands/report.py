@@ -17,7 +17,11 @@ def run(config: ReportConfig) -> None:
     output = Path(config.output) if config.output else place / "report.html"
     if output.is_dir():
         raise ValueError(f"output={output}: is a folder; give a file")
-    if output.exists() and not is_ours(output):
+    try:
+        free = not output.exists() or is_ours(output)
+    except ValueError as error:
+        raise ValueError(f"output={output}: {error}; remove it, or choose another file") from error
+    if not free:
         raise ValueError(f"output={output}: was not written by diffuse report; choose another file")
     html = page([read_record(folder, name) for folder, name in zip(folders, _names(folders), strict=True)])
     with whole_file(output) as temporary:

@@ -15,6 +15,7 @@ from diffusion_cli.config import EvalConfig, SampleConfig, fingerprint
 from diffusion_cli.generate import generate, trajectories
 from diffusion_cli.ranks import Ranks, work_together
 from diffusion_cli.report import Writer, grid, save_gif, save_grid, save_rows, save_stored
+from diffusion_cli.run_folder import own_folder
 
 GRID_IMAGES = 100
 STRIP_IMAGES = 8
@@ -121,4 +122,5 @@ def _draw(ways: Tensor, output: Path, config: SampleConfig) -> None:
 def samples_folder(trained: Trained, config: SampleConfig | EvalConfig) -> Path:
     """Where the samples of a model and these settings lie, unless told otherwise."""
     sampler = config.sampler["_target_"].rpartition(".")[2].lower()
-    return trained.folder / "samples" / f"{sampler}-{config.steps}-{fingerprint(trained.settings)}"
+    name = f"{sampler}-{config.steps}-{fingerprint(trained.settings)}"
+    return own_folder(trained.folder, "samples", name)

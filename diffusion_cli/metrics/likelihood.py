@@ -24,6 +24,7 @@ from diffusion_cli.latents import Pixels
 from diffusion_cli.likelihood import bound_terms, flow_likelihood, prior_term
 from diffusion_cli.metrics.base import Finding, ModelMetric, Subject
 from diffusion_cli.precision import autocast
+from diffusion_cli.run_folder import own_folder
 from diffusion_cli.schedules import Discrete
 
 Columns = dict[str, Tensor]
@@ -92,7 +93,8 @@ class PerImage(ModelMetric):
             "split": self.split, "images_sha256": images.digest(), "count": count, "batch_size": subject.batch_size,
             "precision": subject.precision, "device": subject.device.type,
         }  # fmt: skip
-        folder = subject.folder / self.name / fingerprint(settings | {"weights_sha256": subject.model.digest})
+        name = fingerprint(settings | {"weights_sha256": subject.model.digest})
+        folder = own_folder(subject.folder, self.name, name)
         batches = list(torch.arange(count).split(subject.batch_size))
         paths = [folder / f"{int(rows[0]):06d}.json" for rows in batches]
         shared = range(self.shard, len(batches), self.num_shards)

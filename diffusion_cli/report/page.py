@@ -10,6 +10,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from diffusion_cli import __version__
 from diffusion_cli.config import flatten, shown
+from diffusion_cli.foreign import regular
 from diffusion_cli.metrics import Report, Result, unlike
 from diffusion_cli.report import charts
 from diffusion_cli.report.record import Record, measured
@@ -40,7 +41,8 @@ class Comparable(NamedTuple):
 
 
 def is_ours(path: Path) -> bool:
-    """Whether a file is a page that `page` made, of any version."""
+    """Whether a file is a page that `page` made, of any version; ValueError for a pipe or a device."""
+    regular(path)
     with path.open("rb") as file:
         return MARK.encode() in file.read(1000)
 

@@ -4,6 +4,7 @@ import csv
 from abc import ABC, abstractmethod
 from argparse import Namespace
 from collections.abc import Mapping
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 
 from diffusion_cli.checkpoint import whole_file, writing
+from diffusion_cli.foreign import read
 
 
 class LoggerConfig(ABC):
@@ -48,10 +50,7 @@ class CSVFile(Logger):
         self.rows: list[dict[str, Any]] = []
         self._columns: list[str] | None = None  # of the file; None: it is to be written anew
         if path.exists():
-            with path.open(newline="") as file:
-                self.rows = [
-                    row for row in csv.DictReader(file) if _is_whole(row) and int(row["step"]) <= step
-                ]
+            self.rows = [row for row in _read_rows(path) if int(row["step"]) <= step]
 
     @property
     def name(self) -> str:
@@ -83,6 +82,15 @@ class CSVFile(Logger):
         self._columns = columns
 
 
+def _read_rows(path: Path) -> list[dict[str, Any]]:
+    """The whole rows of a log; ValueError if it is not a regular file, as a pipe, or too large."""
+    try:
+        text = read(path).decode(errors="replace")
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}; move it away") from error
+    return [row for row in csv.DictReader(StringIO(text, newline="")) if _is_whole(row)]
+
+
 def _is_whole(row: Mapping[str | None, Any]) -> bool:
     """Whether a row was written to its end: the last one may not be, where the process was killed or the disk full."""
-    return None not in row.values() and None not in row and str(row.get("step")).isdigit()
+    return None not in row.values() and None not in row and str(row.get("step")).isdecimal()

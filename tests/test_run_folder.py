@@ -1,0 +1,112 @@
+"""A stranger's run folder: nothing is written or removed through its links, and its pipes are not waited for."""
+
+import os
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from diffusion_cli.checkpoint import DamagedError, read, recover
+from diffusion_cli.cli import run
+from diffusion_cli.report.page import is_ours
+from diffusion_cli.run_folder import own_folder
+from diffusion_cli.training.logs import CSVFile
+
+
+@pytest.fixture(autouse=True)
+def impatient() -> Iterator[None]:
+    """A pipe that is opened waits for ever: end the test instead."""
+
+    def end(number, frame):
+        raise TimeoutError("waits")
+
+    before = signal.signal(signal.SIGALRM, end)
+    signal.alarm(60)
+    yield
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, before)
+
+
+@pytest.fixture
+def home(tmp_path) -> Path:
+    """A folder elsewhere, with files that the run would prune and overwrite."""
+    home = tmp_path / "home"
+    home.mkdir()
+    for name in (".notes.tmp", "step_00000005.ckpt", "step_00000010.png"):
+        (home / name).write_text("mine")
+    return home
+
+
+def test_a_folder_of_a_run_may_be_missing_or_a_link_to_the_run(tmp_path):
+    folder = tmp_path / "run"
+    (folder / "previews").mkdir(parents=True)
+    (tmp_path / "link").symlink_to(folder)
+    (folder / "pictures").symlink_to("previews")
+    assert own_folder(tmp_path / "link", "samples", "new") == tmp_path / "link" / "samples" / "new"
+    assert own_folder(folder, "pictures") == folder / "pictures"
+
+
+@pytest.mark.parametrize("names", [("samples",), ("samples", "one"), ("samples", "one", "before")])
+@pytest.mark.parametrize("dangling", [False, True])
+def test_a_link_out_of_the_run_is_refused_at_any_depth(tmp_path, home, names, dangling):
+    link = tmp_path.joinpath("run", *names)
+    link.parent.mkdir(parents=True)
+    link.symlink_to(tmp_path / "nowhere" if dangling else home)
+    with pytest.raises(ValueError, match="is a link that leads out of"):
+        own_folder(tmp_path / "run", "samples", "one")
+
+
+def test_a_link_to_a_file_is_left_to_be_replaced(tmp_path, home):
+    (tmp_path / "run" / "samples").mkdir(parents=True)
+    (tmp_path / "run" / "samples" / "0.png").symlink_to(home / "step_00000010.png")
+    own_folder(tmp_path / "run", "samples")
+
+
+@pytest.mark.parametrize("name", ["checkpoints", "previews", "tensorboard"])
+def test_nothing_is_removed_through_a_link(tmp_path, home, name):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / name).symlink_to(home)
+    with pytest.raises(ValueError, match="is a link that leads out of"):
+        recover(tmp_path / "run")
+    assert len(list(home.iterdir())) == 3
+
+
+def test_training_refuses_the_links_of_its_folder_in_one_line(tmp_path, home, capsys):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "previews").symlink_to(home)
+    assert run(["train", "name=run", f"output_dir={tmp_path}", "max_steps=1", "trainer=cpu"]) == 2
+    line = f"diffuse: {tmp_path}/run/previews: is a link that leads out of {tmp_path}/run; put a folder in its place"
+    assert line in capsys.readouterr().err
+    assert len(list(home.iterdir())) == 3
+
+
+def test_pipes_are_not_waited_for(tmp_path):
+    pipe = tmp_path / "samples" / "pipe"
+    pipe.parent.mkdir()
+    os.mkfifo(pipe)
+    with pytest.raises(ValueError, match="is neither a file nor a folder; remove it"):
+        own_folder(tmp_path, "samples")
+    with pytest.raises(ValueError, match="is no regular file; move it away"):
+        CSVFile(pipe, 0)
+    with pytest.raises(ValueError, match="is no regular file"):
+        is_ours(pipe)
+    with pytest.raises(DamagedError, match="is no regular file"):
+        read(pipe)
+
+
+def test_a_report_does_not_wait_for_a_pipe_in_its_place(tmp_path, capsys):
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / "last.ckpt").touch()
+    os.mkfifo(tmp_path / "report.html")
+    assert run(["report", f"run={tmp_path}"]) == 2
+    assert (
+        f"output={tmp_path}/report.html: is no regular file; remove it, or choose another"
+        in capsys.readouterr().err
+    )
+
+
+def test_a_log_with_a_bit_flipped_keeps_its_other_rows(tmp_path):
+    log = tmp_path / "metrics.csv"
+    log.write_bytes(b"step,loss\n1,0.5\n2,\xff.4\n\xb3,0.3\n4,0.2\n")
+    assert [row["step"] for row in CSVFile(log, 9).rows] == ["1", "2", "4"]

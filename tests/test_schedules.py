@@ -224,6 +224,19 @@ def test_grids_visit_the_sigmas_of_diffusers(reference, schedules, agree, steps,
     assert whole.sum() >= 2
 
 
+def test_grids_of_continuous_processes_are_the_limits_of_the_published_lists(schedules):
+    least = 1e-3
+    expected = {
+        "leading": [least + (1 - least) * share for share in (3 / 4, 2 / 4, 1 / 4, 0)],
+        "trailing": [1 - (1 - least) * share for share in (0, 1 / 4, 2 / 4, 3 / 4)],
+        "linspace": [least + (1 - least) * share for share in (1, 2 / 3, 1 / 3, 0)],
+        "quadratic": [least + (1 - least) * share for share in (1, 4 / 9, 1 / 9, 0)],
+    }
+    for spacing, times in expected.items():
+        for tag in ("vp", "rectified"):
+            assert schedules[tag].grid(4, spacing).tolist() == pytest.approx([*times, 0], abs=1e-15)
+
+
 def test_networks_are_given_the_published_number_of_each_process(schedules):
     t = torch.tensor([0.25, 1.0], dtype=torch.float64)
     expected = {

@@ -10,6 +10,7 @@ import time
 from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -26,12 +27,14 @@ from diffusion_cli.denoiser import Denoiser, NoisyClassifier
 from diffusion_cli.forms import Picture
 from diffusion_cli.latents import Pixels
 from diffusion_cli.locks import only_one
+from diffusion_cli.metrics import CalledOff
 from diffusion_cli.objective import Objective, Target, withheld
 from diffusion_cli.parameterizations import X0
 from diffusion_cli.samplers import DDIM
 from diffusion_cli.schedules import Rectified
 from diffusion_cli.signals import UNFINISHED
 from diffusion_cli.times import Draw, Times, Uniform
+from diffusion_cli.training import evaluation
 from diffusion_cli.training.callbacks import HeldOutAccuracy, HeldOutLoss, Preview, Stop
 from diffusion_cli.training.ema import EMA
 from diffusion_cli.training.module import DenoisingModule, LevelMeter
@@ -677,6 +680,27 @@ def test_the_held_out_loss_and_previews_are_those_of_the_averaged_weights(tmp_pa
     preview.look(log, module, 1)  # pyright: ignore[reportArgumentType]
     with Image.open(tmp_path / "previews" / "step_00000001.png") as picture:
         assert picture.getpixel((1, 1)) == 128  # of the value 0; the network of now makes 255
+
+
+def test_samples_on_the_way_are_those_of_the_averaged_weights(tmp_path, monkeypatch):
+    seen: list[Tensor] = []
+
+    def evaluate(metrics, networks, samples, *others, **options):
+        seen.append(samples.batch([0, 1])[0])
+        raise CalledOff
+
+    monkeypatch.setattr(evaluation, "evaluate", evaluate)
+    module, shape = step_of(Recorded(), Uniform()), (1, 2, 2)
+    log, ema = Log(), averaged(module, Constant(1.0))
+    sampler = DDIM(module.model.schedule, eta=0.0, spacing="time")
+    data: Any = SimpleNamespace(dataset=SimpleNamespace(name="some", shape=shape), cache_dir=tmp_path)
+    watcher = evaluation.Evaluation(
+        1, {}, data, data, evaluation.TrainingSamples(2, sampler, 2, shape, Pixels(shape), Picture(), None, None),
+        Stages([Stage(0, shape, 1)]), run=tmp_path, ema=ema, stop=Stop(None, None), batch_size=2, keep_best=None,
+        identity="",
+    )  # fmt: skip
+    assert not watcher.look(log, module, 1)  # pyright: ignore[reportArgumentType]
+    assert seen[0].unique().tolist() == [128]  # of the value 0; the network of now makes 255
 
 
 def test_the_held_out_accuracy_is_that_of_the_averaged_weights():

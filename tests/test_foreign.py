@@ -696,7 +696,7 @@ def test_mutated_deep_images(data, fix, channels):
     data = with_sums(data) if fix else data
     clean(depth_of, data)
     clean(read_numbers, data)
-    clean(form_of_files, data, channels, [0, 100], "auto")
+    clean(form_of_files, data, channels, [0, 100], "auto", 2)
 
 
 @FUZZ
@@ -704,7 +704,7 @@ def test_mutated_deep_images(data, fix, channels):
 def test_mutated_scans(data):
     clean(read_scan, data)
     clean(SCAN.decode, data)
-    clean(form_of_files, data, 1, "window", "auto")
+    clean(form_of_files, data, 1, "window", "auto", 2)
 
 
 @pytest.fixture(scope="session")

@@ -11,7 +11,7 @@ from torch import Tensor
 from diffusion_cli.forms import Form, Picture, Range, Ranged, Shape, Volume, image_form
 from diffusion_cli.forms.dicom import dicom_form, is_dicom
 from diffusion_cli.forms.files import flattened, is_turned, parsed, upright
-from diffusion_cli.forms.numbers import depth_of
+from diffusion_cli.forms.numbers import depth_of, is_cmyk, mode_with_opacity
 from diffusion_cli.forms.volume import read_volume
 
 SPARE = 2  # times the size, from which the Lanczos filter takes what it needs
@@ -142,8 +142,11 @@ def form_of_files(
     channels: int,
     given: Range | list[Range] | Literal["window"] | None,
     depth: Literal["auto", 8],
+    rules: int,
 ) -> Form:
     """The form of images like the first one; ValueError, about what was asked for or about the file, if it has none.
+
+    The first version of the rules has no modes with opacity, and takes CMYK for any four channels.
 
     A file that cannot be read passes for one of bytes: what is wrong is told with what is wrong with the others.
     """
@@ -159,7 +162,14 @@ def form_of_files(
         return dicom_form(first, given)
     if given == "window":
         raise ValueError("dataset.range=window: is of DICOM files; give [low,high]")
-    form = image_form(depth_of(first), channels, given)
+    mode = None
+    if rules > 1:
+        mode = mode_with_opacity(first, channels)
+        if channels == 4 and is_cmyk(first):
+            raise ValueError(
+                "dataset.channels=4: the first image is in CMYK; convert it to RGBA, or set dataset.channels=3"
+            )
+    form = image_form(depth_of(first), channels, given, mode)
     found = _channels(form, first) if isinstance(form, Ranged) else None
     if found not in (None, channels):
         raise ValueError(

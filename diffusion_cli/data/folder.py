@@ -46,7 +46,8 @@ SUFFIXES = (*PICTURES, *SCANS)
 RULES = 2
 """The version of the rules by which files become images.
 
-Version 1 reads only `FIRST_SUFFIXES` and DICOM, and takes pictures that this program drew for images.
+Version 1 reads only `FIRST_SUFFIXES` and DICOM, takes pictures that this program drew for images, and has no modes with
+opacity.
 """
 
 
@@ -144,7 +145,7 @@ class Folder(Dataset):
         except (ValueError, OSError):  # told with what is wrong with the others, where pixels are read
             first = b""
         try:
-            form = form_of_files(first, shape[0], given, depth)
+            form = form_of_files(first, shape[0], given, depth, self.rules)
         except ValueError as error:
             if str(error).startswith("dataset."):
                 raise

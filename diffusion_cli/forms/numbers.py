@@ -7,7 +7,7 @@ import struct
 import zlib
 from collections.abc import Iterator
 from io import BytesIO
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 PNG = b"\x89PNG\r\n\x1a\n"
 TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
+COLOURS = ("1", "L", "LA", "P", "PA", "RGB", "RGBA")  # modes of Pillow that become RGBA without loss
 DEFLATE = (8, 32946)  # methods of compression in TIFF, by their numbers
 PNM = re.compile(rb"P[2356]" + rb"(?:\s|#[^\n]*\n)+(\d+)" * 3)  # width, height and the largest value
 JPEG2000 = b"\xff\x4f\xff\x51"  # begins the description of its samples
@@ -83,6 +84,65 @@ def read_numbers(data: bytes) -> np.ndarray:
     except Exception as error:  # decoders meet broken data with errors of every type
         raise ValueError(reason(error)) from error
     return np.atleast_3d(numbers).transpose(2, 0, 1)
+
+
+def mode_with_opacity(data: bytes, channels: int) -> Literal["LA", "RGBA"] | None:
+    """Return the mode of an image file that holds gray or colours and opacity; None for other channels.
+
+    Opaque colours of 8 bits count where 4 channels are wanted, but not of TIFF, whose channels may be of any kind.
+    """
+    if channels not in (2, 4):
+        return None
+    mode = "LA" if channels == 2 else "RGBA"
+    if data[:4] in TIFF:
+        return mode if _tiff_has_opacity(data) else None
+    if depth_of(data) != "uint8":
+        return mode if data[:8] == PNG and data[25] in (4, 6) else None
+    try:
+        image = parsed(data)
+    except ValueError:  # what is broken is reported where pixels are read
+        return None
+    if image.mode in ("P", "RGB", "RGBA", "PA"):
+        return mode if channels == 4 else None
+    return mode if image.mode in COLOURS and image.has_transparency_data else None
+
+
+def is_cmyk(data: bytes) -> bool:
+    """Whether an image file holds the colours of printing ink."""
+    try:
+        return parsed(data).mode == "CMYK"
+    except ValueError:
+        return False
+
+
+def _tiff_has_opacity(data: bytes) -> bool:
+    from tifffile import TiffFile
+
+    try:
+        with TiffFile(BytesIO(data)) as file:
+            page = file.pages.first
+            return page.photometric in (1, 2) and tuple(page.extrasamples) == (2,)
+    except Exception:  # as in depth_of
+        return False
+
+
+def read_with_opacity(data: bytes, mode: Literal["LA", "RGBA"]) -> np.ndarray:
+    """Return the numbers [C, H, W] of gray or colours with opacity; an image without opacity is opaque.
+
+    Raises ValueError as `read_numbers`, and for colours of another kind, as CMYK.
+    """
+    if data[:4] in TIFF or depth_of(data) != "uint8":
+        return read_numbers(data)
+    image = parsed(data)
+    if image.mode not in COLOURS:
+        raise ValueError(f"is in {image.mode}; convert it to {mode}")
+    if mode == "LA" and not (image.mode in ("1", "L", "LA") or has_gray_palette(image)):
+        raise ValueError("is in colour, not gray")
+    try:
+        numbers = np.asarray(upright(image).convert(mode))
+    except Exception as error:  # decoders meet broken data with errors of every type
+        raise ValueError(reason(error)) from error
+    return numbers.transpose(2, 0, 1)
 
 
 def _deep_png(data: bytes) -> np.ndarray:

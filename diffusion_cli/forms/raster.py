@@ -1,32 +1,40 @@
 """Images of 8 or 16 bits or of real numbers, in PNG or TIFF."""
 
 from pathlib import Path
-from typing import ClassVar, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 import numpy as np
 from PIL import Image
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
-from diffusion_cli.forms.base import STRICT, Form
+from diffusion_cli.forms.base import STRICT, Form, Shape
 from diffusion_cli.forms.files import SUFFIXES
-from diffusion_cli.forms.numbers import read_numbers
-from diffusion_cli.forms.picture import Picture
+from diffusion_cli.forms.numbers import read_numbers, read_with_opacity
+from diffusion_cli.forms.picture import Picture, to_bytes
 from diffusion_cli.forms.ranged import Dtype, Finite, Range, Ranged, ranges
 
 
 @dataclass(frozen=True, config=STRICT)
 class Raster(Ranged):
-    """Images of any number of channels in a depth of their own, as PNG or TIFF."""
+    """Images of any number of channels in a depth of their own, as PNG or TIFF.
+
+    With a `mode` the channels are gray and opacity (LA) or colour and opacity (RGBA), and pictures lie on white.
+    """
 
     kind: ClassVar[str] = "raster"
     dtype: Dtype
     low: list[Finite]
     high: list[Finite]
     file: Literal["png", "tiff"]
+    mode: Literal["LA", "RGBA"] | None = None
 
     def __post_init__(self) -> None:
         self.check_range()
+
+    def about(self) -> dict[str, Any]:
+        """Return the form as plain data; without a mode as versions that had none wrote it."""
+        return {key: value for key, value in super().about().items() if key != "mode" or value}
 
     @property
     def suffix(self) -> str:
@@ -51,7 +59,7 @@ class Raster(Ranged):
 
     def held(self, data: bytes) -> np.ndarray:
         """Return the numbers [C, H, W] of a file; ValueError if it is none, or of numbers of another type."""
-        numbers = read_numbers(data)
+        numbers = read_with_opacity(data, self.mode) if self.mode else read_numbers(data)
         if numbers.dtype.name != self.dtype:
             raise ValueError(f"holds {numbers.dtype}; wanted is {self.dtype}")
         return numbers
@@ -66,15 +74,32 @@ class Raster(Ranged):
         import tifffile
 
         tifffile.imwrite(
-            path, numbers, photometric="rgb" if channels == 3 else "minisblack",
+            path, numbers, photometric="rgb" if channels == 3 or self.mode == "RGBA" else "minisblack",
             planarconfig=None if channels == 1 else "contig", metadata=None, software=False,
+            extrasamples=["unassalpha"] if self.mode else None,
         )  # fmt: skip
 
+    def pictures(self, samples: Tensor) -> Tensor:
+        if self.mode is None:
+            return super().pictures(samples)
+        opacity = (samples[:, -1:].float() + 1) / 2
+        return to_bytes(samples[:, :-1] * opacity + (1 - opacity))
 
-def image_form(dtype: str, channels: int, given: Range | list[Range] | None) -> Form:
+    def picture_shape(self, shape: Shape) -> tuple[int, int, int]:
+        return super().picture_shape((shape[0] - (self.mode is not None), *shape[1:]))
+
+    @property
+    def note(self) -> str:
+        return "of pictures in 256 grays over the stated range, laid on white" if self.mode else super().note
+
+
+def image_form(
+    dtype: str, channels: int, given: Range | list[Range] | None, mode: Literal["LA", "RGBA"] | None = None
+) -> Form:
     """The form of images of a type of numbers and a range, None for all values of whole numbers.
 
-    Gray and colour in bytes are pictures; with a range they are PNG too, as 16-bit gray is; all else is TIFF.
+    Gray and colour in bytes are pictures; with a range they are PNG too, as are 16-bit gray and bytes of a `mode` with
+    opacity; all else is TIFF.
     Raises ValueError, about `dataset.range` or the numbers, where that cannot be.
     """
     if dtype not in get_args(Dtype):
@@ -87,5 +112,5 @@ def image_form(dtype: str, channels: int, given: Range | list[Range] | None) -> 
         limits = np.iinfo(dtype)
         given = [float(limits.min), float(limits.max)]
     low, high = ranges(given, channels)
-    png = (dtype, channels) in (("uint8", 1), ("uint8", 3), ("uint16", 1))
-    return Raster(dtype, low, high, "png" if png else "tiff")  # pyright: ignore[reportArgumentType]
+    png = (dtype, channels) in (("uint8", 1), ("uint8", 3), ("uint16", 1)) or (dtype == "uint8" and mode)
+    return Raster(dtype, low, high, "png" if png else "tiff", mode)  # pyright: ignore[reportArgumentType]

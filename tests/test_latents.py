@@ -34,8 +34,9 @@ from diffusion_cli.networks import AutoencoderKL
 from diffusion_cli.networks.autoencoder import drawn
 from diffusion_cli.pretrained import WEIGHTS
 from diffusion_cli.samplers import DDIM
-from diffusion_cli.training import encoding
-from diffusion_cli.training.encoding import LatentDataset, encoded
+from diffusion_cli.training import latent_cache
+from diffusion_cli.training.encoding import LatentDataset
+from diffusion_cli.training.latent_cache import encoded
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -190,7 +191,47 @@ def test_encoding_cut_off_anywhere_goes_on_to_the_same_file(tmp_path, share):
     os.truncate(path.with_name("moments.part"), int(share * len(whole)))
     encoded(source, space, path)
     assert path.read_bytes() == whole
-    assert sorted(file.name for file in path.parent.iterdir() if not file.name.startswith(".")) == [path.name]
+    assert {file.name for file in path.parent.iterdir()} == {path.name, f"{path.name}.crc32"}
+
+
+@pytest.mark.parametrize("version", ["now", "earlier"])
+@pytest.mark.parametrize("block", [0, 1, 2])
+def test_damaged_latents_are_encoded_again_from_the_damage_on(tmp_path, capsys, monkeypatch, block, version):
+    space, source, path = latents(), images(), tmp_path / "some" / "moments.npy"
+    encoded(source, space, path)
+    whole = path.read_bytes()
+    if version == "earlier":
+        (tmp_path / "some" / "moments.npy.crc32").unlink()
+        encoded(source, space, path)
+    damaged = bytearray(whole)
+    row = (len(whole) - 128) // 150
+    damaged[128 + row * (64 * block + 5)] ^= 1
+    path.write_bytes(damaged)
+    seen: list[int] = []
+    encode = Latents.moments
+    monkeypatch.setattr(
+        Latents, "moments", lambda self, given: seen.append(len(given)) or encode(self, given)
+    )
+    encoded(source, space, path)
+    assert path.read_bytes() == whole
+    assert seen == [64, 64, 22][block:]
+    assert capsys.readouterr().err.startswith(f"diffuse: {path}: is damaged (block {block} of 3 differs")
+
+
+def test_large_latents_are_checked_while_they_are_used(tmp_path, monkeypatch):
+    space, source, path = latents(), images(), tmp_path / "some" / "moments.npy"
+    encoded(source, space, path)
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    monkeypatch.setattr(latent_cache, "CHECKED_AT_ONCE", 0)
+    kept = encoded(source, space, path)
+    kept.gather(torch.tensor([3, 127]))
+    with pytest.raises(
+        ValueError, match=r"moments.npy: is damaged \(block 2 of 3 .*; the next start encodes"
+    ):
+        kept.gather(torch.tensor([3, 128]))
+    encoded(source, space, path)
+    assert path.read_bytes() == whole
 
 
 def test_what_was_encoded_before_a_stop_is_not_encoded_again(tmp_path, monkeypatch):
@@ -284,7 +325,7 @@ def test_latents_that_are_not_finite_are_refused(tmp_path):
 
 
 def test_a_disk_without_room_for_the_latents_is_named_before_the_work(tmp_path, monkeypatch):
-    monkeypatch.setattr(encoding.shutil, "disk_usage", lambda _: SimpleNamespace(free=10**4))
+    monkeypatch.setattr(latent_cache.shutil, "disk_usage", lambda _: SimpleNamespace(free=10**4))
     with pytest.raises(
         ValueError, match=r"cache_dir=.*: the latents take 0.0 GB, and 0.0 GB are free; make room"
     ):

@@ -325,15 +325,19 @@ def test_shards_and_a_stopped_run_give_the_same_numbers(runs, capsys):
     assert "metric.bound.shard=1" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("text", ["{", "[]", "{}", '{"bits": [1]}', '{"bits": ["x", 1, 1, 1]}', "[" * 5000])
-def test_a_damaged_batch_is_measured_anew_with_a_warning(runs, text):
+@pytest.mark.parametrize(
+    "text", ["{", "[]", "{}", '{"bits": [1]}', '{"bits": ["x", 1, 1, 1]}', "[" * 5000, "one digit"]
+)
+def test_a_damaged_batch_is_measured_anew_with_one_line(runs, capsys, text):
     words = ["metric=bound", "metric.bound.num_images=12", "seed=9"]
     assert evaluate(runs, "discrete", *words) == 0
     before = results(runs, "discrete")["bits_per_dim_bound"]["value"]
     newest = max((runs / "discrete" / "bits_per_dim_bound").glob("*"), key=lambda path: path.stat().st_mtime)
-    (newest / "000008.json").write_text(text)
-    with pytest.warns(UserWarning, match=r"000008\.json: is damaged and made anew"):
-        assert evaluate(runs, "discrete", *words) == 0
+    file = newest / "000008.json"
+    file.write_text(file.read_text().replace(".", ".5", 1) if text == "one digit" else text)
+    capsys.readouterr()
+    assert evaluate(runs, "discrete", *words) == 0
+    assert f"diffuse: {file}: is damaged (" in capsys.readouterr().err
     assert results(runs, "discrete")["bits_per_dim_bound"]["value"] == before
 
 

@@ -1,9 +1,13 @@
 """Metrics: reference numbers, closed forms, one streaming pass, caches, and what is refused."""
 
+import errno
 import json
 import urllib.error
 import zipfile
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from io import FileIO
 from pathlib import Path
 from typing import Literal
 
@@ -14,6 +18,7 @@ import yaml
 from PIL import Image
 from torch import Tensor
 
+from diffusion_cli.checkpoint import writing
 from diffusion_cli.config import CONF
 from diffusion_cli.data import Dataset, Digits, Given, Images, NoDataset, spread
 from diffusion_cli.data.memory import MemoryImages
@@ -484,8 +489,9 @@ def real_images(features: Features, cache_dir: Path, dataset: Dataset = DATA) ->
     return RealImages(DatasetReference(dataset, split="train", stats=None), features, cache_dir)
 
 
+@pytest.mark.parametrize("share", [0, 0.5, 0.9])
 @pytest.mark.parametrize("kind", ["moments", "features"])
-def test_damaged_statistics_are_made_anew_with_a_warning(tmp_path, kind) -> None:
+def test_damaged_statistics_are_made_anew_with_one_line(tmp_path, capsys, kind, share) -> None:
     def known() -> Tensor:
         real = real_images(features, tmp_path)
         return real.moments().covariance if kind == "moments" else real.rows()[:]
@@ -494,14 +500,65 @@ def test_damaged_statistics_are_made_anew_with_a_warning(tmp_path, kind) -> None
     expected = known()
     (file,) = tmp_path.glob(f"{kind}-*.np[yz]") if kind == "moments" else tmp_path.glob("features-*.npy")
     content = bytearray(file.read_bytes())
-    content[len(content) // 2 if kind == "moments" else 2] ^= 1
+    content[int(share * len(content))] ^= 1
     file.write_bytes(content)
-    with pytest.warns(UserWarning, match="damaged"):
-        again = known()
+    again = known()
+    assert capsys.readouterr().err.startswith(f"diffuse: {file}: is damaged (")
     assert torch.equal(again, expected)
     seen = features.seen
     known()
     assert features.seen == seen
+
+
+def test_features_of_an_earlier_version_are_used_and_checked_from_then_on(tmp_path, capsys) -> None:
+    features = Projection()
+    expected = real_images(features, tmp_path).rows()[:]
+    (sums,) = tmp_path.glob("*.crc32")
+    sums.unlink()
+    assert torch.equal(real_images(features, tmp_path).rows()[:], expected)
+    assert (features.seen, capsys.readouterr().err) == (200, "")
+    content = bytearray((file := next(tmp_path.glob("features-*.npy"))).read_bytes())
+    content[-2] ^= 64
+    file.write_bytes(content)
+    assert torch.equal(real_images(features, tmp_path).rows()[:], expected)
+    assert "differs from its checksum" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("room", [0, 3000])
+def test_a_full_cache_changes_no_number_and_stops_nothing(tmp_path, capsys, monkeypatch, room) -> None:
+    samples = pixels(50, 2)
+    metrics = {"fid": METRICS["fid"], "kid": KernelDistance(subsets=3, subset_size=20, seed=0)}
+    wanted = measured(metrics, Projection(), samples, DATA, tmp_path / "room")
+    left = room
+
+    class Disk(FileIO):
+        def __init__(self, **_) -> None:
+            super().__init__(tmp_path / "file", "w+")
+
+        def write(self, data) -> int:
+            nonlocal left
+            taken = min(left, len(data))
+            if not taken:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            left -= taken
+            return super().write(data[:taken])
+
+    monkeypatch.setattr("diffusion_cli.metrics.rows.tempfile.TemporaryFile", Disk)
+    monkeypatch.setattr("diffusion_cli.cache.whole_file", refused)
+    monkeypatch.setattr("diffusion_cli.metrics.rows.whole_file", refused)
+    monkeypatch.setattr("diffusion_cli.metrics.moments.whole_file", refused)
+    found = measured(metrics, Projection(), samples, DATA, tmp_path / "cache")
+    assert found.results == wanted.results
+    lines = capsys.readouterr().err.splitlines()
+    assert lines
+    assert all(line.startswith("diffuse: ") and "No space left on device" in line for line in lines)
+
+
+@contextmanager
+def refused(path: Path) -> Iterator[Path]:
+    with writing(path):
+        raise OSError(errno.ENOSPC, "No space left on device")
+    yield path
 
 
 def test_statistics_are_kept_apart_by_images_weights_and_precision(tmp_path) -> None:
@@ -528,8 +585,7 @@ def test_rows_come_back_in_the_order_they_were_taken_in(tmp_path) -> None:
     order = np.random.RandomState(0).permutation(9000)
     assert torch.equal(torch.cat(list(rows.blocks())), values)
     assert torch.equal(torch.cat(list(rows.blocks(order))), values[order])
-    with (tmp_path / "rows.npy").open("wb") as file:
-        rows.write(file)
+    rows.save(tmp_path / "rows.npy")
     assert torch.equal(Rows(np.load(tmp_path / "rows.npy", mmap_mode="r"))[:], values)
 
 
@@ -859,7 +915,7 @@ def test_equal_training_gives_equal_weights_and_leaves_random_numbers_alone(digi
     assert first.digest == second.digest != other.digest
 
 
-def test_a_damaged_classifier_is_trained_anew_with_a_warning(digits, tmp_path) -> None:
+def test_a_damaged_classifier_is_trained_anew_with_one_line(digits, tmp_path, capsys) -> None:
     expected = ClassifierFeatures(digits, tmp_path, CPU, **QUICK).digest
     (file,) = tmp_path.glob("classifier-*.pt")
     content = file.read_bytes()
@@ -871,8 +927,8 @@ def test_a_damaged_classifier_is_trained_anew_with_a_warning(digits, tmp_path) -
     others = [(tmp_path / name).read_bytes() for name in ("other.pt", "large.pt")]
     for damaged in (content[: len(content) // 2], b"", *others):
         file.write_bytes(damaged)
-        with pytest.warns(UserWarning, match="damaged"):
-            assert ClassifierFeatures(digits, tmp_path, CPU, **QUICK).digest == expected
+        assert ClassifierFeatures(digits, tmp_path, CPU, **QUICK).digest == expected
+        assert f"diffuse: {file}: is damaged (" in capsys.readouterr().err
         assert torch.load(file, weights_only=True)["digest"] == expected
 
 

@@ -2,6 +2,7 @@
 
 import os
 from pathlib import Path
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -27,6 +28,12 @@ class MemoryImages(Images):
     def gather(self, index: Tensor) -> Tensor:
         return self.pixels.index_select(0, index)
 
+    def to(self, device: torch.device) -> Self:
+        """The same images on a device."""
+        moved = type(self)(self.pixels.to(device), None if self.labels is None else self.labels.to(device))
+        moved._digest = self._digest
+        return moved
+
 
 def hold(images: Images, device: torch.device | str) -> Images:
     """The same images, moved to `device` once if they are held in memory, to be batched there.
@@ -38,11 +45,7 @@ def hold(images: Images, device: torch.device | str) -> Images:
         return images
     if device.type == "cuda" and images.pixels.nbytes > torch.cuda.mem_get_info(device)[0] // SHARE:
         return images
-    moved = type(images)(
-        images.pixels.to(device), None if images.labels is None else images.labels.to(device)
-    )
-    moved._digest = images._digest
-    return moved
+    return images.to(device)
 
 
 def fits_in_memory(size: int) -> bool:

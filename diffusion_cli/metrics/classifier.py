@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +10,10 @@ from pydantic import NonNegativeInt, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from diffusion_cli.cache import optional, report_damage
 from diffusion_cli.checkpoint import digest, whole_file
 from diffusion_cli.data import Batches, Dataset, Images
-from diffusion_cli.foreign import check_tensors, reason
+from diffusion_cli.foreign import check_tensors
 from diffusion_cli.metrics.features import FeatureBatch, Features, check_pixels, exact_convolutions
 from diffusion_cli.seeding import mix
 
@@ -150,7 +150,7 @@ class ClassifierFeatures(Features):
 
     def _save(self, path: Path) -> None:
         state = {key: value.cpu() for key, value in self.network.state_dict().items()}
-        with whole_file(path) as temporary:
+        with optional(), whole_file(path) as temporary:
             torch.save(
                 {"state": state, "digest": digest(state), "held_out_accuracy": self.held_out_accuracy},
                 temporary,
@@ -175,7 +175,7 @@ def restored(path: Path, network: Classifier) -> dict[str, Any] | None:
         if not isinstance(saved["held_out_accuracy"], float | None):
             raise ValueError("the accuracy is no number")
     except Exception as error:  # a damaged file fails in many ways in the parsers of ZIP and pickle
-        warnings.warn(f"{path}: is damaged and made anew ({reason(error)})", stacklevel=3)
+        report_damage(path, error)
         return None
     return saved
 

@@ -1,8 +1,6 @@
 """Bits per dimension of real images, one by one: resumable, divisible among processes, with standard error."""
 
-import json
 import math
-import warnings
 from abc import abstractmethod
 from collections.abc import Callable
 from functools import partial
@@ -14,11 +12,11 @@ from pydantic import NonNegativeInt, PositiveFloat, PositiveInt
 from torch import Tensor
 from tqdm import tqdm
 
-from diffusion_cli.checkpoint import whole_file
+from diffusion_cli import cache
 from diffusion_cli.config import fingerprint
 from diffusion_cli.data import Images, normalised
 from diffusion_cli.denoiser import Denoise, Prediction, clip_x0
-from diffusion_cli.foreign import LONGEST_TEXT, plain, read, reason
+from diffusion_cli.foreign import LONGEST_TEXT, read
 from diffusion_cli.generate import SeededNoise
 from diffusion_cli.latents import Pixels
 from diffusion_cli.likelihood import bound_terms, flow_likelihood, prior_term
@@ -123,8 +121,7 @@ class PerImage(ModelMetric):
 
         with autocast(subject.device, subject.precision):
             columns = self.columns(subject, batch, labels, noise, advance)
-        with whole_file(path) as temporary:
-            temporary.write_text(json.dumps({name: value.tolist() for name, value in columns.items()}))
+        cache.write_json(path, {name: value.tolist() for name, value in columns.items()})
 
     def _collect(self, parts: list[Part], folder: Path, settings: dict[str, Any]) -> Finding:
         if any(part.keys() != parts[0].keys() for part in parts):
@@ -152,7 +149,7 @@ def _stored(path: Path, count: int) -> Part | None:
     if not path.is_file():
         return None
     try:
-        part = plain(json.loads(read(path, LONGEST_TEXT)))  # infinite bits are a result, too
+        part = cache.parse_json(read(path, LONGEST_TEXT))
         if not all(
             len(values) == count and all(isinstance(n, int | float) for n in values)
             for values in part.values()
@@ -160,8 +157,8 @@ def _stored(path: Path, count: int) -> Part | None:
             raise ValueError(f"should hold {count} numbers of each kind")
         if "bits" not in part:
             raise ValueError("holds no bits")
-    except (ValueError, TypeError, AttributeError, RecursionError) as error:
-        warnings.warn(f"{path}: is damaged and made anew ({reason(error)})", stacklevel=3)
+    except (ValueError, TypeError) as error:
+        cache.report_damage(path, error)
         return None
     return part
 

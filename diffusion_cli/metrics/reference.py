@@ -1,7 +1,6 @@
 """The real images that samples are compared with, or what has been published of them."""
 
 import hashlib
-import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from functools import cached_property
@@ -13,7 +12,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from diffusion_cli.checkpoint import file_digest, whole_file
+from diffusion_cli.cache import Blocks, optional, report_damage
+from diffusion_cli.checkpoint import file_digest
 from diffusion_cli.data import Dataset, Given, Images, given_images, relabelled, spread
 from diffusion_cli.data.array import opened_array, read_arrays
 from diffusion_cli.data.base import Split
@@ -22,6 +22,7 @@ from diffusion_cli.metrics.features import Features
 from diffusion_cli.metrics.moments import Moments
 from diffusion_cli.metrics.rows import GrowingRows, Rows
 from diffusion_cli.ranks import Ranks
+from diffusion_cli.temporary_files import remove_abandoned
 
 READ = 256  # images read at a time
 Part = Literal["images", "other"]
@@ -187,14 +188,17 @@ class RealImages:
         number = len(self.images(part)) if count is None else count
         path = self._path(part, f"moments-{stream}", number)
         dim = self.features.dim if stream == "features" else self.features.spatial_dim
-        return self._kept(
+        kept = self._kept(
             path,
             lambda: Moments.load(path, dim),
-            lambda: self._look(part, spread(len(self.images(part)), number), None),
+            lambda: self._look(part, spread(len(self.images(part)), number), None)[stream],
         )
+        known = self.ranks.agree(kept)
+        assert known is not None  # the first process has it
+        return known
 
     def rows(self, part: Part = "images") -> Rows:
-        """The features of all images of a part."""
+        """The features of all images of a part; none for the processes that only help the first."""
         count = len(self.images(part))
         path = self._path(part, "features", count)
 
@@ -202,36 +206,43 @@ class RealImages:
             array = opened_array(path, None)
             if array.shape != (count, self.features.dim) or array.dtype != np.float32:
                 raise ValueError(f"holds {array.dtype} {array.shape}")
+            Blocks(path).check()
             return Rows(array)
 
-        def make() -> None:
+        def make() -> Rows:
             rows = GrowingRows(self.features.dim, self.cache_dir)
             self._look(part, torch.arange(count), rows)
             if self.ranks.first:
-                with whole_file(path) as temporary, temporary.open("wb") as file:
-                    rows.write(file)
+                with optional():
+                    rows.save(path)
+            return rows
 
-        return self._kept(path, load, make)
+        kept = self._kept(path, load, make)
+        return Rows(np.empty((0, self.features.dim), np.float32)) if kept is None else kept
 
-    def _kept(self, path: Path, load: Callable[[], Kept], make: Callable[[], None]) -> Kept:
-        """What a file of the cache holds; all processes make it together where the first does not find it whole."""
-        missing = False
-        if self.ranks.first:
+    def _kept(self, path: Path, load: Callable[[], Kept], make: Callable[[], Kept]) -> Kept | None:
+        """What a file of the cache holds, or what all processes make together if it is missing or damaged.
+
+        None in all processes but the first, which alone reads and writes the cache.
+        """
+        kept = None
+        if self.ranks.first and path.is_file():
             try:
-                missing = not path.is_file()
-                _ = missing or load()
+                kept = load()
             except Exception as error:  # a damaged file fails in many ways in the parsers of ZIP and NumPy
-                warnings.warn(f"{path}: is damaged and made anew ({reason(error)})", stacklevel=3)
-                missing = True
-        if self.ranks.agree(missing):
-            make()
-        self.ranks.agree(None)  # the others read it once it is there
-        return load()
+                report_damage(path, error)
+        if self.ranks.agree(kept is None):
+            remove_abandoned(path.parent)
+            kept = make()
+        return kept if self.ranks.first else None
 
-    def _look(self, part: Part, numbers: Tensor, rows: GrowingRows | None) -> None:
-        """One pass of the network over some images of a part: keep all moments it gives, and maybe the features."""
-        dims = {"features": self.features.dim, "spatial": self.features.spatial_dim}
-        moments = {stream: Moments(dim) for stream, dim in dims.items() if dim}
+    def _look(self, part: Part, numbers: Tensor, rows: GrowingRows | None) -> dict[Stream, Moments]:
+        """One pass of the network over some images of a part: all moments that it gives, and maybe the features.
+
+        The first process keeps the moments in the cache; the other processes get empty ones.
+        """
+        dims: dict[Stream, int] = {"features": self.features.dim, "spatial": self.features.spatial_dim}
+        moments: dict[Stream, Moments] = {stream: Moments(dim) for stream, dim in dims.items() if dim}
         images, title, ranks = self.images(part), f"features of {self.name(part)}", self.ranks
         with tqdm(
             total=len(numbers), desc=title, unit="image", unit_scale=True, delay=1.0, disable=not ranks.first
@@ -250,7 +261,9 @@ class RealImages:
         if ranks.first:
             for stream, taken in moments.items():
                 if taken.n > 1:
-                    taken.save(self._path(part, f"moments-{stream}", taken.n))
+                    with optional():
+                        taken.save(self._path(part, f"moments-{stream}", taken.n))
+        return moments
 
     def _path(self, part: Part, kind: str, count: int) -> Path:
         images, features = self.images(part), self.features

@@ -1,13 +1,17 @@
 """Any number of vectors, on disk: what a metric needs of every single image does not have to fit in memory."""
 
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from diffusion_cli.cache import write_checksums
+from diffusion_cli.checkpoint import whole_file, writing
+from diffusion_cli.foreign import printable
 
 BLOCK = 4096  # vectors read at a time
 
@@ -39,32 +43,63 @@ class Rows:
 
 
 class GrowingRows(Rows):
-    """Vectors appended batch by batch to a file without a name in `folder`, which is gone with the object."""
+    """Vectors appended batch by batch to a file without a name in `folder`, which is gone with the object.
+
+    If the folder cannot be written to, or its disk becomes full, the vectors are held in memory.
+    """
 
     def __init__(self, dim: int, folder: Path) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        self.dim = dim
+        self.dim, self.folder = dim, folder
         self._count = 0
-        self._file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115
+        self._held: list[np.ndarray] | None = None
         super().__init__(np.empty((0, dim), np.float32))
+        try:
+            with writing(folder):
+                folder.mkdir(parents=True, exist_ok=True)
+                self._file = tempfile.TemporaryFile(dir=folder, buffering=0)  # noqa: SIM115
+        except OSError as error:
+            self._hold(error)
 
     @property
     def array(self) -> np.ndarray:
         if len(self._array) < self._count:
-            self._file.flush()
-            self._array = np.memmap(self._file, np.float32, "r", shape=(self._count, self.dim))
+            if self._held is not None:
+                self._held = [np.concatenate(self._held)]
+                self._array = self._held[0]
+            else:
+                self._array = np.memmap(self._file, np.float32, "r", shape=(self._count, self.dim))
         return self._array
 
     def append(self, vectors: Tensor) -> None:
         """Take in vectors [B, dim] of any type, on any device."""
-        values = vectors.detach().to("cpu", torch.float32)
+        values = vectors.detach().to("cpu", torch.float32).contiguous().numpy()
         assert values.shape[1:] == (self.dim,), values.shape
-        self._file.write(values.contiguous().numpy().data)
+        if self._held is None:
+            try:
+                with writing(self.folder):
+                    self._write(values)
+            except OSError as error:
+                self._hold(error)
+        if self._held is not None:
+            self._held.append(values.copy())
         self._count += len(values)
 
-    def write(self, file: Any) -> None:
-        """Write all vectors as .npy to an open file."""
-        header = {"descr": "<f4", "fortran_order": False, "shape": (self._count, self.dim)}
-        np.lib.format.write_array_header_1_0(file, header)
-        for block in self.blocks():
-            file.write(block.numpy().data)
+    def _write(self, values: np.ndarray) -> None:
+        data = values.reshape(-1).view(np.uint8).data
+        while data:
+            data = data[self._file.write(data) :]
+
+    def _hold(self, error: OSError) -> None:
+        """Hold the vectors in memory from now on, because the disk refuses more."""
+        print(f"diffuse: {printable(str(error))}; features are held in memory", file=sys.stderr)
+        self._held = [np.array(self.array)]
+
+    def save(self, path: Path) -> None:
+        """Write all vectors as .npy with checksums, whole or not at all."""
+        with whole_file(path) as temporary:
+            with temporary.open("wb") as file:
+                header = {"descr": "<f4", "fortran_order": False, "shape": (self._count, self.dim)}
+                np.lib.format.write_array_header_1_0(file, header)
+                for block in self.blocks():
+                    file.write(block.numpy().data)
+            write_checksums(temporary, path)

@@ -2,38 +2,26 @@
 
 import json
 import math
-import os
-import shutil
 import sys
-from contextlib import nullcontext
 from hashlib import sha256
-from io import BytesIO
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
-from numpy.lib import format as npy
-from torch import Tensor
 from tqdm import tqdm
 
-from diffusion_cli.checkpoint import digest, find_run, load_autoencoder, load_latents, writing
+from diffusion_cli.checkpoint import digest, find_run, load_autoencoder, load_latents
 from diffusion_cli.config import TrainConfig
-from diffusion_cli.data import Dataset, Images, UnreadableError, normalised
-from diffusion_cli.data.array import opened_array
+from diffusion_cli.data import Dataset, Images
 from diffusion_cli.data.base import Split
-from diffusion_cli.data.batches import fetched
-from diffusion_cli.data.memory import MemoryImages
 from diffusion_cli.latents import Latents, measured_scale
-from diffusion_cli.locks import locked
 from diffusion_cli.networks import AutoencoderKL
 from diffusion_cli.pretrained import from_diffusers
 from diffusion_cli.ranks import Ranks
+from diffusion_cli.training.latent_cache import ENCODED, LatentImages, encoded
 
-ENCODED = 64  # images read at a time
 LEAST = 1e-6  # standard deviation of a channel that says anything
 EMPTY = 0.01  # share of its variance that is of the images, under which it hardly does
-LARGE = 2**30  # bytes of latents that are worth a word
 
 
 class Chosen(NamedTuple):
@@ -150,6 +138,7 @@ class LatentDataset(Dataset):
         return sha256(json.dumps(facts).encode()).hexdigest()[:16]
 
     def _scale(self, moments: "LatentImages") -> None:
+        moments.check()
         mean, std, told = measured_scale(moments.pixels.split(ENCODED), self.latents.shape[0])
         if not all(map(math.isfinite, std)):
             raise ValueError(
@@ -170,15 +159,6 @@ class LatentDataset(Dataset):
         self.latents.mean, self.latents.std, self._scaled = mean, std, True
 
 
-class LatentImages(MemoryImages):
-    """Moments of latents, float32 [N, 2L, h, w], mapped from disk; or [N, 4L, h, w], of mirrored images last."""
-
-    def mirrored(self, images: Tensor, coins: Tensor) -> Tensor:
-        """Of each row, the moments of the image, or of the mirrored one where its coin is 1."""
-        both = images.unflatten(1, (2, -1))
-        return both[torch.arange(len(both), device=both.device), coins]
-
-
 def source_digest(images: Images) -> str:
     """A SHA-256, in hex, of what images are made of, by all processes together."""
     ranks, state = Ranks(), sha256()
@@ -190,97 +170,3 @@ def source_digest(images: Images) -> str:
                 state.update(b"".join(digests))
                 progress.update(len(digests))
     return ranks.agree(state.hexdigest())
-
-
-def encoded(
-    images: Images, latents: Latents, path: Path, flip: bool = False, num_workers: int = 0
-) -> LatentImages:
-    """The moments of images, from the .npy file `path`, which is made now if it is not there.
-
-    All processes work together; what is made is added to a file as it comes, so that a start that was cut off is gone
-    on with. Raises UnreadableError for images that cannot be read, ValueError for a file of others.
-    """
-    ranks, channels = Ranks(), latents.shape[0]
-    row = ((4 if flip else 2) * channels, *latents.shape[1:])
-    # Another run may be at work on the same ones.
-    with writing(path), locked(path.parent) if ranks.first else nullcontext():
-        if not ranks.agree(path.is_file()):
-            _encode(images, latents, path, row, flip, num_workers)
-    array = opened_array(path, None)
-    if array.shape != (len(images), *row) or array.dtype != np.float32:
-        raise ValueError(f"{path}: does not hold the latents of these images; remove it, and it is made anew")
-    # Mapped to be copied where it is written to, which it never is: torch knows no arrays for reading only.
-    start = path.stat().st_size - array.nbytes
-    return LatentImages(torch.from_numpy(np.memmap(path, np.float32, "c", start, array.shape)), images.labels)
-
-
-def _encode(
-    images: Images, latents: Latents, path: Path, row: tuple[int, ...], flip: bool, num_workers: int
-) -> None:
-    """Write the moments of all images to `path`, by way of a file that grows."""
-    ranks, part, device = Ranks(), path.with_name("moments.part"), latents.device
-    done = ranks.agree(_begun(part, (len(images), *row)) if ranks.first else 0)
-    if ranks.first:
-        _check_room(part, 4 * (len(images) - done) * math.prod(row))
-    rounds = ranks.rounds(len(images) - done, ENCODED)
-    rows = (torch.arange(done + mine.start, done + mine.stop) for mine in rounds)
-    with (
-        part.open("ab" if ranks.first else "rb") as file,
-        tqdm(
-            total=len(images), initial=done, desc="encoding", unit="image", unit_scale=True, delay=2.0,
-            disable=not ranks.first,
-        ) as progress,
-    ):  # fmt: skip
-        for pixels in fetched(images, rows, num_workers, device):
-            if isinstance(pixels, Exception):
-                raise UnreadableError(str(pixels)) from pixels
-            for moments in ranks.collect(_moments(pixels.to(device), latents, row, flip).cpu()):
-                file.write(moments.contiguous().numpy().data)
-                progress.update(len(moments))
-        if ranks.first:
-            file.flush()
-            os.fsync(file.fileno())
-            part.replace(path)
-    ranks.agree(None)
-
-
-def _check_room(part: Path, size: int) -> None:
-    """Say where many bytes of latents go; ValueError if there is no room for them."""
-    free = shutil.disk_usage(part.parent).free
-    if size > free:
-        raise ValueError(
-            f"cache_dir={part.parent.parent}: the latents take {size / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free; "
-            "make room, or take a folder of another disk"
-        )
-    if size > LARGE:
-        print(f"encoding: {size / 1e9:.1f} GB of latents go to {part.parent}", file=sys.stderr)
-
-
-def _begun(part: Path, shape: tuple[int, ...]) -> int:
-    """The images whose latents are there already, of a start that was cut off; the file is cut to these.
-
-    They end where a batch did: the later ones are batched as they would have been, and come out the same to the bit.
-    """
-    header = BytesIO()
-    npy.write_array_header_1_0(header, {"descr": "<f4", "fortran_order": False, "shape": shape})
-    head, size = header.getvalue(), 4 * int(np.prod(shape[1:]))
-    if not part.is_file() or not _begins(part, head):
-        part.write_bytes(head)
-    done = (part.stat().st_size - len(head)) // size // ENCODED * ENCODED
-    os.truncate(part, len(head) + done * size)
-    return done
-
-
-def _begins(path: Path, head: bytes) -> bool:
-    """Whether a file begins with these bytes."""
-    with path.open("rb") as file:
-        return file.read(len(head)) == head
-
-
-@torch.inference_mode()
-def _moments(pixels: Tensor, latents: Latents, row: tuple[int, ...], flip: bool) -> Tensor:
-    images = normalised(pixels)
-    if not len(images):  # a process that has no share in the last round
-        return torch.empty(0, *row)
-    moments = latents.moments(images)
-    return torch.cat([moments, latents.moments(images.flip(-1))], 1) if flip else moments

@@ -13,7 +13,7 @@ import yaml
 from diffusion_cli import __version__
 from diffusion_cli.checkpoint import find_run, load_autoencoder, task_of
 from diffusion_cli.commands.inputs import show_remarks
-from diffusion_cli.commands.outputs import claim, keep_seeds
+from diffusion_cli.commands.outputs import claim, keep_labels, keep_seeds
 from diffusion_cli.commands.sample import samples_folder
 from diffusion_cli.commands.samples import ModelSamples, about, given_samples, in_shares_of, run_of
 from diffusion_cli.commands.trained import Trained, dataset_of, open_run
@@ -353,6 +353,7 @@ def _of_samples(config: EvalConfig, scene: Scene, samples: Samples, environment:
             with _noting(report):
                 claim(samples.folder, scene.trained.settings, scene.trained.model)
                 keep_seeds(samples.folder, samples.seeds)
+                keep_labels(samples.folder, samples.class_names or (), scene.trained.model.form.suffix)
         if samples.calls is None:
             report.notes.append(
                 "network calls: unknown, for an earlier start made the samples and ended before it recorded them"

@@ -1,7 +1,10 @@
 """The folder that a command writes images to: claimed by a manifest, so that nothing is overwritten."""
 
+import csv
 import json
 import os
+from collections.abc import Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +12,9 @@ import torch
 
 from diffusion_cli import __version__
 from diffusion_cli.checkpoint import Model, whole_file
-from diffusion_cli.class_shares import are_shares
+from diffusion_cli.class_shares import are_shares, labels_in_turn
 from diffusion_cli.config import Mistakes, flatten, shown
+from diffusion_cli.data import LABEL_COLUMNS, LABELS_CSV
 from diffusion_cli.foreign import LONGEST_MANIFEST, MOST_IN_MANIFEST, from_json, read, reason
 from diffusion_cli.locks import locked
 from diffusion_cli.run_folder import own_folder
@@ -109,6 +113,30 @@ def keep_seeds(output: Path, seeds: range) -> None:
         manifest = _read(output / "manifest.json")
         ranges = seed_ranges([*manifest.get("seeds", []), [seeds[0], seeds[-1]]])
         write_manifest(output, manifest | {"seeds": [[part[0], part[-1]] for part in ranges]})
+
+
+def keep_labels(output: Path, class_names: Sequence[str], suffix: str) -> None:
+    """Write the class names of all samples in the folder to `labels.csv`, the table that `dataset=folder` reads.
+
+    The manifest gives the seeds and labels, those of other tasks among them. Samples without labels get no table.
+    """
+    with locked(output):  # as for seeds
+        manifest = _read(output / "manifest.json")
+        labels = labels_in_turn(manifest["settings"])
+        if labels is None:
+            return
+        seeds = chain.from_iterable(seed_ranges(manifest.get("seeds", [])))
+        rows = ((sample_name(seed, suffix), class_names[labels[seed % len(labels)]]) for seed in seeds)
+        with (
+            whole_file(output / LABELS_CSV) as temporary,
+            temporary.open("w", newline="", encoding="utf-8") as file,
+        ):
+            csv.writer(file, lineterminator="\n").writerows([LABEL_COLUMNS, *rows])
+
+
+def sample_name(seed: int, suffix: str) -> str:
+    """The file name of the sample of a seed."""
+    return f"{seed:06d}{suffix}"
 
 
 def keep_calls(output: Path, calls: int) -> None:

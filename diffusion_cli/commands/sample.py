@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from diffusion_cli.commands.outputs import claim, keep_calls, keep_seeds
+from diffusion_cli.commands.outputs import claim, keep_calls, keep_labels, keep_seeds
 from diffusion_cli.commands.samples import image_path, read_films, read_pictures
 from diffusion_cli.commands.trained import Trained, open_run
 from diffusion_cli.config import EvalConfig, SampleConfig, fingerprint
@@ -47,6 +47,7 @@ def make(config: SampleConfig) -> None:
     if not ranks.first:
         return
     keep_seeds(output, seeds)
+    keep_labels(output, trained.model.class_names or (), form.suffix)
     overview = _overview(trained, config, seeds, output)
     made = f", {calls} network calls each" if todo else ""
     print(

@@ -13,7 +13,7 @@ from torch import Tensor
 from diffusion_cli.checkpoint import Model, is_run
 from diffusion_cli.class_shares import label_settings, labels_in_turn
 from diffusion_cli.commands.inputs import show_remarks
-from diffusion_cli.commands.outputs import keep_calls, parsed, recorded_calls
+from diffusion_cli.commands.outputs import keep_calls, parsed, recorded_calls, sample_name
 from diffusion_cli.commands.trained import Trained
 from diffusion_cli.config import EvalConfig
 from diffusion_cli.data import Dataset, Given, PicturedImages, given_images
@@ -135,7 +135,7 @@ def in_shares_of(trained: Trained, reference: Reference) -> tuple[Trained, str]:
 
 def image_path(folder: Path, seed: int, form: Form) -> Path:
     """The file of a seed."""
-    return folder / f"{seed:06d}{form.suffix}"
+    return folder / sample_name(seed, form.suffix)
 
 
 def read_pictures(folder: Path, seeds: Sequence[int], model: Model) -> Tensor:

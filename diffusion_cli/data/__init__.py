@@ -8,7 +8,7 @@ from diffusion_cli.data.digits import Digits
 from diffusion_cli.data.folder import Folder, as_begun, file_names
 from diffusion_cli.data.gaussian_mixture import GaussianMixture
 from diffusion_cli.data.given import Given, given_images, relabelled, sample_files
-from diffusion_cli.data.labels import composed
+from diffusion_cli.data.labels import LABEL_COLUMNS, LABELS_CSV, composed
 from diffusion_cli.data.listing import manifests, visible_name
 from diffusion_cli.data.memory import hold
 from diffusion_cli.data.packing import Pack
@@ -19,6 +19,8 @@ from diffusion_cli.data.stages import Growing, Stages, reduced
 
 __all__ = [
     "CIFAR10",
+    "LABELS_CSV",
+    "LABEL_COLUMNS",
     "MNIST",
     "Array",
     "Batch",

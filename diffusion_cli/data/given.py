@@ -11,8 +11,8 @@ from diffusion_cli.data.base import Images
 from diffusion_cli.data.decoding import Exact
 from diffusion_cli.data.folder import FileImages, file_names, own_images
 from diffusion_cli.data.labels import class_labels, read
-from diffusion_cli.data.listing import passed_over
-from diffusion_cli.foreign import reason
+from diffusion_cli.data.listing import MANIFEST, manifests, passed_over
+from diffusion_cli.foreign import LONGEST_MANIFEST, reason
 from diffusion_cli.forms import Form, Picture, Ranged, Shape
 from diffusion_cli.forms.files import is_gray, opened
 
@@ -49,7 +49,11 @@ def given_images(
     form = form or Picture()
     files = sample_files(path, names, form, key)
     try:
-        class_names, labels = class_labels(path, names, files, "auto")
+        # Samples have their labels from the manifest; their table is complete only once all are made.
+        own = manifests(
+            [name for name in names if name == MANIFEST], lambda name: read(path, name, LONGEST_MANIFEST)
+        )
+        class_names, labels = class_labels(path, names, files, "none" if own else "auto")
         decoder = Exact(form, shape or _shape(read(path, files[0])))
     except ValueError as error:
         raise ValueError(f"{key}={path}: {reason(error).removeprefix(f'dataset.path={path}: ')}") from error

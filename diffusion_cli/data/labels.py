@@ -13,6 +13,7 @@ from torch import Tensor
 from diffusion_cli import foreign
 
 LABELS_CSV = "labels.csv"
+LABEL_COLUMNS = ("file", "label")
 LONGEST_ROW = 2**13  # bytes: two of the longest paths that systems take
 
 

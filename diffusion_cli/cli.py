@@ -32,6 +32,7 @@ from diffusion_cli.config import (
 )
 from diffusion_cli.foreign import printable
 from diffusion_cli.signals import STOPPING, UNFINISHED, end
+from diffusion_cli.terminal import guarded, lost_output, open_closed_streams
 
 FLAGS = ["--help", "--cfg", "--config-dir", "--multirun", "-h", "-m"]
 USER_ERROR = 2
@@ -50,6 +51,7 @@ class Request:
 
 def main() -> None:
     """The `diffuse` entry point."""
+    open_closed_streams()
     code = run(sys.argv[1:])
     if "RANK" in os.environ or "SLURM_STEP_ID" in os.environ:
         end(code)  # one of several processes
@@ -58,10 +60,14 @@ def main() -> None:
 
 def run(words: Sequence[str]) -> int:
     """Carry out a command line and return its exit code: 0 done, 1 failed, 2 a mistake, 75 stopped by a signal."""
-    try:
-        return _dispatch(list(words))
-    except Mistakes as mistakes:
-        return _answer(mistakes)
+    with guarded():
+        try:
+            code = _dispatch(list(words))
+            if lost := lost_output():
+                raise Mistakes(lost)
+        except Mistakes as mistakes:
+            return _answer(mistakes)
+        return code
 
 
 def _answer(mistakes: Mistakes) -> int:
@@ -243,7 +249,8 @@ def _sweep_job(command: str, dirs: Sequence[Path], _: object) -> None:
     GlobalHydra.instance().clear()
     print(f"\ndiffuse {command} {' '.join(overrides)}", flush=True)
     on_cluster = "SUBMITIT_EXECUTOR" in os.environ
-    code = (_cluster_job if on_cluster else _local_job)(command, overrides, dirs)
+    with guarded():
+        code = (_cluster_job if on_cluster else _local_job)(command, overrides, dirs)
     if code:
         sys.exit(code)
 

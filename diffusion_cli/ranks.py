@@ -25,6 +25,7 @@ from torch.multiprocessing.spawn import ProcessContext, ProcessException, start_
 
 from diffusion_cli.config import Mistakes, first_line
 from diffusion_cli.signals import STOPPING, end
+from diffusion_cli.terminal import guarded, lost_output
 
 T = TypeVar("T")
 MESSAGES = (Mistakes, ValueError, OSError, ImportError)
@@ -324,8 +325,11 @@ def _be_one(
     os.environ.update({key: str(value) for key, value in here.items()})  # as torchrun does
     torch.set_num_threads(max(1, threads // count))
     try:
-        with _group(started(), (folder / "meeting").as_uri(), timeout):
+        with guarded(), _group(started(), (folder / "meeting").as_uri(), timeout):
             code = _finished(work(*arguments))
+            lost = lost_output()
+        if lost:
+            raise OSError(lost)
         if rank == 0:
             _leave(folder, code)
         end(0)

@@ -56,7 +56,7 @@ class Report:
             rows += [(f"  {name}", value) for name, value in result.details.items()]
         width = max((len(name) for name, _ in rows), default=0)
         lines = [f"{name:<{width}}  {_shown(value):>10}" for name, value in rows]
-        return "\n".join([*lines, *(f"note: {note}" for note in self.notes)])
+        return "\n".join(map(escaped, [*lines, *(f"note: {note}" for note in self.notes)]))
 
 
 def _shown(value: float) -> str:

@@ -24,7 +24,7 @@ from diffusion_cli.data.memory import MemoryImages
 from diffusion_cli.forms import Picture
 from diffusion_cli.forms.picture import to_bytes
 from diffusion_cli.metrics import FeatureBatch, Reconstructions, Shown, frechet_distance
-from diffusion_cli.metrics.reconstruction import ReconstructionMeasurement
+from diffusion_cli.metrics.reconstruction import ReconstructionMeasurement, structural_similarity
 from diffusion_cli.networks import AutoencoderKL
 from diffusion_cli.pretrained import WEIGHTS, from_diffusers
 from diffusion_cli.reconstruction import Autoencoding, Reconstruction, divergence, gradient_distance
@@ -530,6 +530,26 @@ def test_bigger_images_have_a_structural_similarity():
     assert found["ssim"].value == pytest.approx(1)
     assert found["psnr"].value is None
     assert found["psnr"].notes == ("psnr: 4 images come back exactly, and are not in the mean",)
+
+
+def test_structural_similarity_is_as_published():
+    """Wang et al. 2004, window by window: Gaussian weights of sigma 1.5, only windows that lie inside the image."""
+    generator = np.random.RandomState(0)
+    first = generator.randint(0, 256, (2, 3, 14, 17)).astype(float)
+    second = np.clip(first + generator.normal(0, 40, first.shape), 0, 255)
+    place = np.arange(-5, 6)
+    window = np.exp(-(place[:, None] ** 2 + place**2) / (2 * 1.5**2))
+    window /= window.sum()
+    c1, c2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
+    expected = np.zeros((2, 3, 4, 7))
+    for b, c, i, j in np.ndindex(expected.shape):
+        x, y = (images[b, c, i : i + 11, j : j + 11] for images in (first, second))
+        mx, my = (window * x).sum(), (window * y).sum()
+        vx, vy = (window * (x - mx) ** 2).sum(), (window * (y - my) ** 2).sum()
+        both = (window * (x - mx) * (y - my)).sum()
+        expected[b, c, i, j] = (2 * mx * my + c1) * (2 * both + c2) / ((mx**2 + my**2 + c1) * (vx + vy + c2))
+    found = structural_similarity(torch.from_numpy(first), torch.from_numpy(second))
+    np.testing.assert_allclose(found, expected.mean((1, 2, 3)), rtol=1e-10)
 
 
 def small_of(size: int) -> AutoencoderKL:

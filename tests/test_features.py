@@ -25,7 +25,9 @@ from diffusion_cli.metrics import (
     GivenSamples,
     LPIPSDistance,
     Networks,
+    clip,
     evaluate,
+    hub,
 )
 from diffusion_cli.metrics.dinov2 import resampled
 from diffusion_cli.report import save_png
@@ -99,15 +101,35 @@ def by_hand(name: str, folder: Path, picture: Image.Image) -> Tensor:
 
 
 @pytest.mark.parametrize("name", NETWORKS)
-@pytest.mark.parametrize("size", [8, 32, 300])
+@pytest.mark.parametrize("size", [(8, 8), (32, 32), (300, 300), (31, 48), (90, 61)])
 def test_features_are_those_that_transformers_gives_of_a_saved_png(folders, tmp_path, name, size) -> None:
-    image = pixels(3, size, size)
+    image = pixels(3, *size)
     Image.fromarray(image.permute(1, 2, 0).numpy()).save(tmp_path / "image.png")
     expected = by_hand(name, folders[name], Image.open(tmp_path / "image.png"))
     found = made(name, folders[name])(image[None])
     assert torch.allclose(found.features, expected, rtol=1e-4, atol=1e-5)
     assert found.logits is None
     assert found.spatial is None
+
+
+@pytest.mark.parametrize("size", [(16, 16), (16, 23), (23, 16), (225, 400), (301, 224)])
+def test_clip_sees_the_pixels_of_its_published_processor(size) -> None:
+    """The short side is resized to the size of the network and the centre cropped; nothing is squashed."""
+    transformers = pytest.importorskip("transformers")
+    kind = getattr(transformers, "CLIPImageProcessorPil", transformers.CLIPImageProcessor)
+    image = pixels(3, *size)
+    expected = kind()(Image.fromarray(image.permute(1, 2, 0).numpy()), return_tensors="pt")["pixel_values"]
+    found = hub.prepared(image[None], 224, clip.MEAN, clip.STD, crop=True)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
+
+
+def test_the_protocol_states_the_crop_of_clip(folders) -> None:
+    square, wide = (
+        CLIPFeatures(NoDataset("x", (3, 8, width)), Path(), CPU, weights=str(folders["clip"])).resize
+        for width in (8, 12)
+    )
+    assert square == "PIL bicubic to 56x56, antialiased, 8 bits"
+    assert wide == f"{square}, short side first, then centre crop"
 
 
 @pytest.mark.parametrize("name", NETWORKS)

@@ -19,7 +19,8 @@ MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.2757
 class CLIPFeatures(Features):
     """The image embeddings of CLIP, projected and of length 1, as in CMMD: 768 features of ViT-L/14 at 336 pixels.
 
-    `weights` is a folder or a name on the hub, as transformers has them; the network's own image size is taken.
+    `weights` is a folder or a name on the hub, as transformers has them; the network's own image size is taken. Of
+    images that are not square the centre is seen: the short side is resized to that size, the long side is cropped.
     One channel is repeated to three.
 
     Raises ImportError without transformers, FileNotFoundError or ValueError without weights of this network,
@@ -40,12 +41,15 @@ class CLIPFeatures(Features):
         self.digest = digest(network.state_dict())
         self.dim = network.config.projection_dim
         self.size = network.config.vision_config.image_size
-        self.resize = f"PIL bicubic to {self.size}x{self.size}, antialiased, 8 bits"
+        _, height, width = dataset.shape
+        kept = "" if height == width else ", short side first, then centre crop"
+        self.resize = f"PIL bicubic to {self.size}x{self.size}, antialiased, 8 bits{kept}"
         self.device = device
         self.network = network.to(device, torch.float32)
 
     def extract(self, images: Tensor) -> FeatureBatch:
-        seen = self.network.vision_model(hub.prepared(images, self.size, MEAN, STD)).pooler_output
+        pixels = hub.prepared(images, self.size, MEAN, STD, crop=True)
+        seen = self.network.vision_model(pixels).pooler_output
         return FeatureBatch(normalize(self.network.visual_projection(seen), dim=1), None)
 
     @torch.inference_mode()

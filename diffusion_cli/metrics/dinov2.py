@@ -44,7 +44,7 @@ class DINOv2Features(Features):
         self.network = network.to(device, torch.float32)
 
     def extract(self, images: Tensor) -> FeatureBatch:
-        states = self.network(hub.prepared(images, SIZE, MEAN, STD)).last_hidden_state
+        states = self.network(hub.prepared(images, SIZE, MEAN, STD, crop=False)).last_hidden_state
         return FeatureBatch(states[:, 0], None)
 
 

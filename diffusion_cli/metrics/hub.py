@@ -72,15 +72,26 @@ def unfit(weights: str, architecture: str, reason: str) -> ValueError:
 
 
 def prepared(
-    images: Tensor, size: int, mean: tuple[float, float, float], std: tuple[float, float, float]
+    images: Tensor,
+    size: int,
+    mean: tuple[float, float, float],
+    std: tuple[float, float, float],
+    *,
+    crop: bool,
 ) -> Tensor:
     """uint8 images [B, C, H, W], C 1 or 3, as float32 [B, 3, size, size] of the given mean and deviation.
 
-    PIL resizes each by itself, as published numbers were made: torch's bicubic filter keeps what overshoots
-    between its two passes, PIL's cuts it off, and sharp edges come out up to 20 gray values apart.
+    With `crop` the short side is resized to `size` and the centre is cut out, as CLIP does; without, both sides are
+    resized. PIL resizes each image by itself, as published numbers were made: torch's bicubic filter keeps what
+    overshoots between its two passes, PIL's cuts it off, and sharp edges come out up to 20 gray values apart.
     """
+    height, width = images.shape[2:]
+    short = min(height, width)
+    tall, wide = (size * height // short, size * width // short) if crop else (size, size)
+    top, left = (tall - size) // 2, (wide - size) // 2
     arrays = images.expand(-1, 3, -1, -1).permute(0, 2, 3, 1).cpu().numpy()
-    square = [Image.fromarray(array).resize((size, size), Image.Resampling.BICUBIC) for array in arrays]
-    pixels = torch.from_numpy(np.stack([np.asarray(image) for image in square])).to(images.device)
+    resized = [Image.fromarray(array).resize((wide, tall), Image.Resampling.BICUBIC) for array in arrays]
+    square = np.stack([np.asarray(image)[top : top + size, left : left + size] for image in resized])
+    pixels = torch.from_numpy(square).to(images.device)
     scaled = pixels.permute(0, 3, 1, 2).float() / 255
     return (scaled - scaled.new_tensor(mean)[:, None, None]) / scaled.new_tensor(std)[:, None, None]

@@ -1,0 +1,102 @@
+"""Train the feature classifiers that come with the package, and write them with their index.
+
+    python scripts/train_judges.py --data-dir data
+
+Each is trained by the default recipe of `features=classifier` on the default training split of its dataset, on the CPU
+in one thread. Run again on the same kind of processor with the same torch, it writes the same bytes. Another kind
+may round differently: compare `git diff diffusion_cli/metrics/judges` before replacing files, since numbers of other
+weights cannot be compared with published ones.
+"""
+
+import argparse
+import hashlib
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from safetensors.torch import save
+from torch import Tensor
+
+from diffusion_cli.checkpoint import digest, whole_file
+from diffusion_cli.config import CONF, build
+from diffusion_cli.data import Dataset
+from diffusion_cli.metrics.classifier_training import Recipe, accuracy
+from diffusion_cli.metrics.shipped import FOLDER, INDEX
+
+CPU = torch.device("cpu")
+LEAST_ACCURACY = 0.99
+SEEDS = {"digits": (0, 1, 2), "mnist": (0,)}
+LICENCES = {
+    "digits": "CC BY 4.0 (UCI Machine Learning Repository: Optical Recognition of Handwritten Digits)",
+    "mnist": "CC BY-SA 3.0 (LeCun and Cortes, as stated in the documentation of Keras)",
+}
+
+
+def recipe(dataset: Dataset, seed: int) -> Recipe:
+    """The default recipe of `features=classifier` for a dataset, with a seed."""
+    node = yaml.safe_load((CONF / "features" / "classifier.yaml").read_text())
+    settings = {key: value for key, value in node.items() if key != "_target_"}
+    return Recipe(**settings | {"seed": seed}, classes=dataset.num_classes or 0, flip=dataset.flip)
+
+
+def train(dataset: Dataset, seed: int, licence: str, folder: Path) -> dict[str, Any]:
+    """Train and write one classifier; return its entry of the index.
+
+    The accuracy is that of the written float16 weights. Raises ValueError if it is under 0.99.
+    """
+    settings, images, held_out = recipe(dataset, seed), dataset.load("train"), dataset.load("held_out")
+    network = settings.train(images, CPU)
+    halves = {name: halved(value) for name, value in network.state_dict().items()}
+    network.load_state_dict(halves)
+    share = accuracy(network, held_out, CPU)
+    if share is None or share < LEAST_ACCURACY:
+        raise ValueError(f"{dataset.name}, seed {seed}: held-out accuracy {share} is under {LEAST_ACCURACY}")
+    content = save(halves)
+    path = folder / f"{dataset.name}-{seed}.safetensors"
+    with whole_file(path) as temporary:
+        temporary.write_bytes(content)
+    return {
+        "file": path.name,
+        "sha256": hashlib.sha256(content).hexdigest(),
+        "features_digest": digest(network.state_dict()),
+        "dataset": dataset.name,
+        "train_sha256": images.digest(),
+        "held_out_sha256": held_out.digest(),
+        "held_out_accuracy": share,
+        "recipe": asdict(settings),
+        "licence": "Apache-2.0",
+        "data_licence": licence,
+    }
+
+
+def halved(value: Tensor) -> Tensor:
+    """Real numbers as float16; whole numbers as they are."""
+    return value.half() if value.is_floating_point() else value
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--data-dir", default="data", help="folder of downloaded datasets")
+    arguments = parser.parse_args()
+    rows = []
+    for name, seeds in SEEDS.items():
+        node = yaml.safe_load((CONF / "dataset" / f"{name}.yaml").read_text())["dataset"]
+        dataset = build(node, arguments.data_dir)
+        for seed in seeds:
+            row = train(dataset, seed, LICENCES[name], FOLDER)
+            rows.append(row)
+            print(
+                f"| {name} | {seed} | {row['held_out_accuracy']:.4f} | `{row['features_digest'][:12]}` |",
+                flush=True,
+            )
+    with whole_file(INDEX) as temporary:
+        temporary.write_text(json.dumps(rows, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

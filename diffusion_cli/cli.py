@@ -199,6 +199,7 @@ def sweep(command: str, request: Request) -> int:
             jobs.append(config.load(command, variant, request.dirs))
         except Mistakes as found:
             mistakes += found.lines
+    mistakes += config.shared_seeds(jobs)
     if mistakes:
         raise Mistakes(*dict.fromkeys(mistakes))
     launcher = config.launch(words, jobs, request.dirs)

@@ -11,10 +11,19 @@ from typing import Any, NamedTuple
 from diffusion_cli.checkpoint import find_run, whole_file
 from diffusion_cli.commands.eval import Scene, assess, identity, look_at
 from diffusion_cli.commands.samples import ModelSamples
-from diffusion_cli.config import CompareConfig, EvalConfig, Mistakes, Value, Variant, fingerprint, shown
+from diffusion_cli.config import (
+    CompareConfig,
+    EvalConfig,
+    Mistakes,
+    Value,
+    Variant,
+    fingerprint,
+    shared_seeds,
+    shown,
+)
 from diffusion_cli.figures import Curve, Panel, save_panels
 from diffusion_cli.foreign import read_json, reason
-from diffusion_cli.metrics import Report
+from diffusion_cli.metrics import DEVIATION, Report
 from diffusion_cli.precision import device_of, resolve
 from diffusion_cli.ranks import Ranks, work_together
 from diffusion_cli.run_folder import own_folder
@@ -23,6 +32,7 @@ from diffusion_cli.temporary_files import is_temporary, remove_abandoned
 # What no number depends on.
 ELSEWHERE = {"output", "run", "processes", "device", "force", "data_dir", "cache_dir", "output_dir"}
 CALLS, SECONDS = "network calls", "seconds an image"
+SPREAD = " (std)"  # end of the name of a standard deviation over repeats
 MARK = "comparison.json"
 
 Point = dict[str, Any]
@@ -45,6 +55,9 @@ def run(variants: list[Variant]) -> None:
     wrong = [key for key in axes if key in ELSEWHERE - {"run"}]
     if wrong:
         raise Mistakes(*(f"{key}: changes no number; give one value, not a list" for key in wrong))
+    shared = shared_seeds(configs)
+    if shared:
+        raise Mistakes(*shared)
     if not axes:
         raise Mistakes("compare: nothing to compare; give a list, as sampler=[ddpm,ddim] steps=[10,50]")
     jobs = [Job(values, _evaluation(config)) for (values, _), config in zip(variants, configs, strict=True)]
@@ -143,7 +156,11 @@ def _measure(config: EvalConfig, scene: Scene, path: Path) -> None:
     reports = assess(config, scene)
     if not Ranks().first:
         return
-    row: Point = {result.name: result.value for report in reports for result in report.results}
+    row: Point = {}
+    for result in (result for report in reports for result in report.results):
+        row[result.name] = result.value
+        if DEVIATION in result.details:
+            row[result.name + SPREAD] = result.details[DEVIATION]
     if isinstance(scene.samples, ModelSamples):
         row |= {CALLS: scene.samples.calls, SECONDS: scene.samples.seconds_per_image}
     entry = {"row": row, "reports": [report.to_dict() for report in reports]}
@@ -173,7 +190,9 @@ def _cell(value: Any) -> str:
 def _panels(points: Sequence[Point], floors: Sequence[dict[str, Any]], axes: Sequence[str]) -> list[Panel]:
     """Each number against what it costs where the steps differ, else against the last axis of numbers."""
     numbers = [axis for axis in axes if all(isinstance(point[axis], int | float) for point in points)]
-    names = [name for name in _columns(points) if name not in (*axes, CALLS, SECONDS)]
+    names = [
+        name for name in _columns(points) if name not in (*axes, CALLS, SECONDS) and not name.endswith(SPREAD)
+    ]
     costs = [CALLS, SECONDS] if "steps" in numbers or not numbers else [numbers[-1]]
     apart = [axis for axis in axes if axis not in ("steps", *costs)]
     real = {name: {floor[name] for floor in floors if floor.get(name) is not None} for name in names}

@@ -24,6 +24,7 @@ from diffusion_cli.generate import uncompiled
 from diffusion_cli.guidance import Unguided
 from diffusion_cli.metrics import (
     DatasetReference,
+    Evaluation,
     FrechetDistance,
     Metric,
     ModelMetric,
@@ -34,10 +35,13 @@ from diffusion_cli.metrics import (
     Samples,
     Subject,
     append_history,
+    averaged,
     cache_folder,
     evaluate,
     examine,
     history_table,
+    notes_on_seeds,
+    parts,
     read_history,
     require,
 )
@@ -47,7 +51,6 @@ from diffusion_cli.ranks import Ranks, work_together
 from diffusion_cli.report import save_rows
 from diffusion_cli.run_folder import own_folder
 
-SAMPLES = 2000  # made where num_samples does not say
 SHOWN = 250  # images at a time to the metrics, where batch_size=auto finds fewer for the sampler
 EXACT = "fp32"  # of metrics of the model itself, whose small differences and solvers no shorter format serves
 Kinds = dict[str, Metric | ModelMetric]
@@ -98,10 +101,12 @@ def measure(config: EvalConfig) -> None:
     """Carry out an evaluation, add its numbers to the history and print them."""
     scene = look_at(config)
     history = scene.folder / "metrics.json"
-    read_history(history)  # a damaged one is refused before anything is measured
+    earlier = read_history(history)  # a damaged one is refused before anything is measured
     reports = assess(config, scene)
     if not Ranks().first:
         return
+    for report in reports:
+        report.notes.extend(notes_on_seeds(earlier, report))
     results = [report for report in reports if report.results]
     try:
         for report in results:
@@ -142,7 +147,8 @@ def identity(config: EvalConfig, scene: Scene) -> dict[str, Any]:
     about_samples = {} if scene.samples is None else scene.samples.protocol() | {"network_calls": None}
     seen = {}
     if scene.samples is not None:
-        views, _ = require(scene.metrics, scene.networks, scene.samples, scene.reference, config.force)
+        first = parts(scene.samples, config.repeats)[0]
+        views, _ = require(scene.metrics, scene.networks, first, scene.reference, config.force)
         seen = {
             name: [view.network.name, view.network.digest, view.network.resize, view.network.precision]
             for name, view in views.items()
@@ -200,13 +206,14 @@ def _model_scene(config: EvalConfig, kinds: Kinds, sampled: bool) -> Scene:
     if not sampled:
         if (
             trained.chosen_labels
+            or config.repeats > 1
             or not isinstance(trained.guidance, Unguided)
             or config.keep
             or config.compile
         ):
             raise ValueError(
-                f"metric={','.join(config.metric)}: makes no samples, which label, guidance, keep and compile are for; "
-                "leave them out"
+                f"metric={','.join(config.metric)}: makes no samples, which label, repeats, guidance, keep and compile "
+                "are for; leave them out"
             )
         if config.precision not in ("auto", EXACT):
             raise ValueError(
@@ -222,7 +229,7 @@ def _model_scene(config: EvalConfig, kinds: Kinds, sampled: bool) -> Scene:
     folder = samples_folder(trained, config) if config.keep else None
     if folder is not None:
         Ranks().one_by_one(lambda: claim(folder, trained.settings, trained.model))
-    samples = ModelSamples(trained, config, config.num_samples or SAMPLES, folder)
+    samples = ModelSamples(trained, config, folder)
     return Scene(trained.folder, dataset, trained, samples, *judges, notes)
 
 
@@ -239,7 +246,7 @@ def _autoencoder_scene(config: EvalConfig, folder: Path, kinds: Kinds, splits: d
             + "; one evaluation is of one split"
         )  # fmt: skip
     usual = yaml.safe_load((CONF / "reference" / "dataset.yaml").read_text())
-    wrong = _changed(config, "steps", "seed", "clip_x0", "label", "num_samples", "compile")
+    wrong = _changed(config, "steps", "seed", "clip_x0", "label", "num_samples", "repeats", "compile")
     wrong += [("keep", "true")] if config.keep else []
     wrong += [("reference", config.reference)] if config.reference != usual else []
     wrong += [("precision", config.precision)] if config.precision not in ("auto", EXACT) else []
@@ -288,7 +295,7 @@ def _given_scene(config: EvalConfig, kinds: Kinds, of_model: list[str]) -> Scene
         ("compile", shown(config.compile) if config.compile else None),
         ("batch_size", "auto" if config.batch_size == "auto" else None),
         ("guidance.scale", config.guidance.get("scale")),
-        *_changed(config, "step", "steps", "seed", "weights", "clip_x0", "precision"),
+        *_changed(config, "step", "steps", "seed", "weights", "clip_x0", "precision", "repeats"),
         ("run", config.run if config.dataset is not None else None),
     ):
         if wrong:
@@ -338,11 +345,15 @@ def _of_samples(config: EvalConfig, scene: Scene, samples: Samples, environment:
     if size == "auto":  # of samples; the metrics' networks see to their own memory
         size = max(SHOWN, samples.batch_size) if isinstance(samples, ModelSamples) else SHOWN
     with samples.writer if isinstance(samples, ModelSamples) else nullcontext():
-        report, pictures, _ = evaluate(
-            scene.metrics, scene.networks, samples, scene.reference,
-            batch_size=size, force=config.force, environment=environment,
-        )  # fmt: skip
+        evaluations = [
+            evaluate(
+                scene.metrics, scene.networks, part, scene.reference,
+                batch_size=size, force=config.force, environment=environment,
+            )
+            for part in parts(samples, config.repeats)
+        ]  # fmt: skip
     Ranks().gather(None)  # the samples of the others are there too
+    report = averaged([evaluation.report for evaluation in evaluations])
     if not Ranks().first:
         return report
     if scene.dataset.form.note:
@@ -358,13 +369,19 @@ def _of_samples(config: EvalConfig, scene: Scene, samples: Samples, environment:
             report.notes.append(
                 "network calls: unknown, for an earlier start made the samples and ended before it recorded them"
             )
-    for name, picture in pictures.items():
-        digest = report.results[0].protocol["sampling"]["pixels_sha256"]
-        path = own_folder(scene.folder, "pictures") / f"{name}-{digest[:8]}.png"
+    for evaluation in evaluations:
+        _keep_pictures(evaluation, scene.folder, report)
+    return report
+
+
+def _keep_pictures(evaluation: Evaluation, folder: Path, report: Report) -> None:
+    """Write the pictures of an evaluation into a folder's `pictures`, and note in a report where they are."""
+    for name, picture in evaluation.pictures.items():
+        digest = evaluation.report.results[0].protocol["sampling"]["pixels_sha256"]
+        path = own_folder(folder, "pictures") / f"{name}-{digest[:8]}.png"
         with _noting(report):
             save_rows(picture, path)
             report.notes.append(f"{name}: its picture is {path}")
-    return report
 
 
 @contextmanager
@@ -387,9 +404,11 @@ def _described(config: EvalConfig, scene: Scene, samples: Samples) -> str:
     if scene.trained is None or not isinstance(samples, ModelSamples):
         return f"{len(samples)} images of {config.samples}"
     sampler = config.sampler["_target_"].rpartition(".")[2]
+    repeats = f"{config.repeats} repeats of " if config.repeats > 1 else ""
+    number = f"{repeats}{len(samples) // config.repeats}"
     calls = "an unknown number of" if samples.calls is None else samples.calls
     return (
-        f"{scene.trained.folder.name} at step {scene.trained.model.step}, {len(samples)} samples by {sampler} in "
+        f"{scene.trained.folder.name} at step {scene.trained.model.step}, {number} samples by {sampler} in "
         f"{calls} network calls each, {config.weights} weights"
     )
 

@@ -30,18 +30,20 @@ from diffusion_cli.report import Writer, read_stored, save_stored
 class ModelSamples(Samples):
     """Samples of a run's model, by seed; those that lie in `folder` are taken from there, the others kept there."""
 
-    def __init__(self, trained: Trained, config: EvalConfig, count: int, folder: Path | None) -> None:
+    def __init__(self, trained: Trained, config: EvalConfig, folder: Path | None) -> None:
         self.trained, self.config, self.folder = trained, config, folder
         model = trained.model
         self.shape, self.class_names = model.form.picture_shape(model.shape), model.class_names
         self.labelled = trained.labels is not None
         self._calls = 0
-        self._count, self._made, self._seconds = count, 0, 0.0
+        self.seeds = config.seeds
+        """One for each sample, of all repeats."""
+        self._made, self._seconds = 0, 0.0
 
     @cached_property
     def batch_size(self) -> int:
         """Samples at a time; for `auto` found when first asked for."""
-        return self.trained.batch_size(self.config, self._count)
+        return self.trained.batch_size(self.config, len(self))
 
     @cached_property
     def writer(self) -> Writer:
@@ -49,12 +51,7 @@ class ModelSamples(Samples):
         return Writer(2 * self.batch_size)
 
     def __len__(self) -> int:
-        return self._count
-
-    @property
-    def seeds(self) -> range:
-        """Of the samples."""
-        return range(self.config.seed, self.config.seed + self._count)
+        return len(self.seeds)
 
     @property
     def calls(self) -> int | None:

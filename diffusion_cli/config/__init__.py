@@ -35,6 +35,7 @@ from diffusion_cli.config.schema import (
     TrainConfig,
     seconds,
 )
+from diffusion_cli.config.seeds import shared_seeds
 from diffusion_cli.config.stored import check_built, check_stored
 from diffusion_cli.config.typed import as_typed
 
@@ -78,6 +79,7 @@ __all__ = [
     "load_grid",
     "options",
     "seconds",
+    "shared_seeds",
     "shown",
     "signature",
     "split_launcher",

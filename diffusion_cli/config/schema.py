@@ -13,6 +13,7 @@ from pydantic import (
     model_validator,
 )
 
+NUM_SAMPLES = 2000  # samples of an evaluation for num_samples=null
 STRICT = ConfigDict(strict=True, extra="forbid", frozen=True, regex_engine="python-re")
 Node = dict[str, Any]
 DURATION = r"^(?=.*[1-9])(\d+d)?(\d+h)?(\d+m)?(\d+s)?$"
@@ -178,10 +179,15 @@ class _Generation(BaseModel):
     sampler: Node
     guidance: Node
 
+    @property
+    def seeds(self) -> range:
+        """Seeds of the images."""
+        return range(self.seed, self.seed + 1)
+
     @model_validator(mode="after")
     def _seeds_in_range(self) -> Self:
         # The noise of an image comes from the low 32 bits of its seed: none may come round again.
-        if self.seed + (getattr(self, "num_samples", None) or 1) > 2**32:
+        if self.seeds.stop > 2**32:
             raise ValueError(
                 f"seed={self.seed}: the last image's seed passes {2**32 - 1}; take a smaller one"
             )
@@ -199,11 +205,16 @@ class SampleConfig(_Generation):
     frames: Annotated[int, Field(ge=2)]
     output: str | None
 
+    @property
+    def seeds(self) -> range:
+        return range(self.seed, self.seed + self.num_samples)
+
 
 class EvaluationConfig(_Generation):
     """The keys of `conf/evaluation.yaml`: what evaluating and comparing share."""
 
     num_samples: PositiveInt | None
+    repeats: PositiveInt
     compile: bool
     processes: PositiveInt | None
     force: bool
@@ -213,6 +224,11 @@ class EvaluationConfig(_Generation):
     features: Node
     reference: Node
     dataset: Node | None = None
+
+    @property
+    def seeds(self) -> range:
+        """Seeds of a model's samples, of all repeats."""
+        return range(self.seed, self.seed + self.repeats * (self.num_samples or NUM_SAMPLES))
 
 
 class EvalConfig(EvaluationConfig):

@@ -33,6 +33,7 @@ from diffusion_cli.metrics.protocol import (
     append_history,
     history_table,
     newest,
+    notes_on_seeds,
     read_history,
     unlike,
 )
@@ -42,10 +43,12 @@ from diffusion_cli.metrics.reconstruction import (
     Reconstructions,
 )
 from diffusion_cli.metrics.reference import DatasetReference, GivenReference, RealImages, Reference
+from diffusion_cli.metrics.repeats import DEVIATION, averaged, parts
 from diffusion_cli.metrics.rows import GrowingRows, Rows
 from diffusion_cli.metrics.samples import GivenSamples, Samples
 
 __all__ = [
+    "DEVIATION",
     "LPIPS",
     "CLIPDistance",
     "CLIPFeatures",
@@ -95,6 +98,7 @@ __all__ = [
     "VariationalBound",
     "append_history",
     "auto_features",
+    "averaged",
     "cache_folder",
     "evaluate",
     "examine",
@@ -103,6 +107,8 @@ __all__ = [
     "history_table",
     "inception_score",
     "newest",
+    "notes_on_seeds",
+    "parts",
     "polynomial_mmd",
     "read_history",
     "require",

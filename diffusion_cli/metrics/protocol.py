@@ -80,6 +80,36 @@ def _distribution(sampling: Any) -> dict[str, Any]:
     return known | ({"label_shares": about.get("label_shares")} if "labels" in known else {})
 
 
+def notes_on_seeds(history: Sequence[Mapping[str, Any]], report: Report) -> list[str]:
+    """A note where an earlier evaluation of as many samples, made alike, shares some of them, but not all.
+
+    The difference of two such numbers says little about how much they vary from seeds to seeds.
+    """
+    now = _seeds(report.results[0].protocol) if report.results else None
+    if now is None:
+        return []
+    for entry in reversed(history):
+        earlier = [_seeds(result["protocol"]) for result in entry["results"]]
+        for seeds, settings in (found for found in earlier if found is not None):
+            shared = len(now[0]) - abs(seeds.start - now[0].start)
+            if settings == now[1] and len(seeds) == len(now[0]) and 0 < shared < len(seeds):
+                return [
+                    f"seeds: {shared} of the {len(seeds)} samples are also in the evaluation of seeds {seeds[0]} to "
+                    f"{seeds[-1]}; take seed={seeds.stop} for other samples, or repeats= for a standard deviation"
+                ]
+    return []
+
+
+def _seeds(protocol: Mapping[str, Any]) -> tuple[range, dict[str, Any]] | None:
+    """The seeds of samples, and the other settings that they were made by; None without seeds on record."""
+    sampling = protocol.get("sampling")
+    seeds = sampling.get("seeds") if isinstance(sampling, Mapping) else None
+    if not isinstance(sampling, Mapping) or not isinstance(seeds, list) or [*map(type, seeds)] != [int, int]:
+        return None
+    apart = ("seeds", "repeats", "pixels_sha256", "network_calls")
+    return range(seeds[0], seeds[1] + 1), {key: sampling[key] for key in sampling if key not in apart}
+
+
 def newest(history: Sequence[Mapping[str, Any]]) -> dict[str, Result]:
     """The newest result of each name in a history."""
     reports = [Report.from_dict(entry) for entry in history]

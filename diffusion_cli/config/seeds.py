@@ -1,0 +1,42 @@
+"""Seeds of repeated evaluations, which should share no image."""
+
+import json
+from collections import defaultdict
+from collections.abc import Sequence
+from itertools import pairwise
+
+from diffusion_cli.config.schema import CompareConfig, Config, EvaluationConfig
+
+
+def shared_seeds(configs: Sequence[Config]) -> list[str]:
+    """Return a line for each group of evaluations that differ by their seed only, and share some of their images.
+
+    Image n has seed + n, so that seeds nearer to each other than num_samples give mostly the same images, and the
+    numbers a spread that says nothing.
+    """
+    groups: dict[str, list[EvaluationConfig]] = defaultdict(list)
+    for config in configs:
+        if isinstance(config, EvaluationConfig) and _makes_samples(config):
+            groups[json.dumps(config.model_dump(exclude={"seed"}), sort_keys=True)].append(config)
+    return list(dict.fromkeys(line for group in groups.values() if (line := _shared(group)) is not None))
+
+
+def _makes_samples(config: EvaluationConfig) -> bool:
+    """Whether any metric measures samples; those of real images alone have a number of these instead."""
+    return any("num_images" not in node for node in config.metric.values())
+
+
+def _shared(configs: Sequence[EvaluationConfig]) -> str | None:
+    seeds = sorted({config.seed for config in configs})
+    number, list_form = len(configs[0].seeds), "[{}]" if isinstance(configs[0], CompareConfig) else "{}"
+    nearest = min((after - before for before, after in pairwise(seeds)), default=number)
+    if nearest >= number:
+        return None
+    given, apart = (
+        list_form.format(",".join(map(str, values)))
+        for values in (seeds, [seeds[0] + place * number for place in range(len(seeds))])
+    )
+    return (
+        f"seed={given}: image n has seed + n, so that {number - nearest} of {number} images are the same; take "
+        f"seed={apart}, or repeats={len(seeds) * configs[0].repeats}"
+    )

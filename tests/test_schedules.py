@@ -6,6 +6,7 @@ import pickle
 import pytest
 import torch
 
+from diffusion_cli.posterior import posterior
 from diffusion_cli.schedules import EDM, VE, VP, Cosine, Linear, ScaledLinear, Sigmoid, Spacing
 
 SPACINGS = ["leading", "trailing", "linspace", "quadratic"]
@@ -24,17 +25,15 @@ def test_table_and_posterior_equal_guided_diffusion(reference, tag, T):
     get = lambda key: arrays[f"gd_{tag}_T{T}_{key}"]  # noqa: E731
     t = torch.arange(1, T + 1, dtype=torch.float64) / T
     s = torch.arange(T, dtype=torch.float64) / T
-    alpha, sigma = schedule(t)
-    alpha_s, sigma_s = schedule(s)
-    a, v = schedule.transition(t, s)
+    step = posterior(schedule, t, s)
     close = lambda mine, theirs: torch.testing.assert_close(mine, theirs, rtol=1e-12, atol=1e-300)  # noqa: E731
-    close(alpha**2, get("alphas_cumprod"))
+    close(schedule(t)[0] ** 2, get("alphas_cumprod"))
     # The published coefficients subtract alpha_bar from 1, which loses up to four of their sixteen digits.
     loose = lambda mine, theirs: torch.testing.assert_close(mine, theirs, rtol=4e-12, atol=1e-300)  # noqa: E731
-    loose(v, get("betas"))
-    loose(alpha_s * v / sigma**2, get("post_mean_coef1"))
-    loose(a * sigma_s**2 / sigma**2, get("post_mean_coef2"))
-    loose(v * sigma_s**2 / sigma**2, get("post_var"))
+    loose(step.large, get("betas"))
+    loose(step.c_0, get("post_mean_coef1"))
+    loose(step.c_t, get("post_mean_coef2"))
+    loose(step.small, get("post_var"))
 
 
 @pytest.mark.parametrize(

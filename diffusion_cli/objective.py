@@ -23,6 +23,11 @@ class Objective(ABC, Generic[Model]):
     trains: type[NoiseConditioned] = Denoiser
     label_dropout: float = 0.0
     """Share of labels withheld from a class-conditional denoiser in training (Ho & Salimans 2022, Alg. 1)."""
+    compares_to_zero: bool = True
+    """Whether a trained network's loss lies well below that of predicting zero.
+
+    Not where nearly all of the weight is on low noise, of which no network finds much.
+    """
 
     @abstractmethod
     def __call__(self, model: Model, x0: Tensor, y: Tensor | None, t: Tensor, eps: Tensor) -> Tensor:
@@ -108,6 +113,8 @@ class Likelihood(Weighted):
     Source: Song et al. 2021c, Eq. 7; Kingma et al. 2021, Eq. 17.
     """
 
+    compares_to_zero = False
+
     def weight(self, schedule: Schedule, t: Tensor) -> Tensor:
         (alpha, sigma), (d_alpha, d_sigma) = schedule(t), schedule.derivatives(t)
         return 2 * alpha * (alpha * d_sigma - sigma * d_alpha) / sigma**3
@@ -144,6 +151,8 @@ class VLB(Objective[Denoiser]):
 
     Its mean over uniform times is the bound, less the constant prior term.
     """
+
+    compares_to_zero = False
 
     def __init__(self, *, variance: Literal["learned", "small", "large"], label_dropout: Dropout) -> None:
         self.variance: Literal["learned", "small", "large"] = variance

@@ -134,7 +134,7 @@ def _fit(
     ema = EMA(model.network, config.ema.decay, config.ema.warm_up, parts.device.offload_ema)
     watchers = watchers_of(config, folder, parts, stages, ema, stop)
     checkpoints = Checkpoints(config.checkpoint_every, folder, config.keep_last, stop)
-    progress = Progress(config.log_every, folder, stages, max_steps, stop)
+    progress = Progress(config.log_every, folder, stages, max_steps, stop, config.model_dump())
     # The average first, for the others look at it; checkpoints last: they hold what the others know.
     callbacks = [ema, progress, stop, *watchers, checkpoints]
     trainer = trainer_of(config, parts.device, precision, folder, done, max_steps, callbacks)

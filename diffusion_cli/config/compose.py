@@ -9,10 +9,12 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from hydra.core.override_parser.types import Override
 
+from diffusion_cli.config.at_hand import own_images
 from diffusion_cli.config.catalogue import CONF, defaults, did_you_mean, documented, options
 from diffusion_cli.config.check import check_node, validate
+from diffusion_cli.config.recipe import AUTO, chosen_network, resolution, stored_configuration, with_recipe
 from diffusion_cli.config.runs import flatten, run_name
-from diffusion_cli.config.schema import COMMANDS, GRIDS, Config, Node, TrainConfig
+from diffusion_cli.config.schema import COMMANDS, GRIDS, Config, Node
 from diffusion_cli.config.typed import as_typed
 
 # What runs the jobs of a sweep: `launcher=slurm`, or as Hydra spells it.
@@ -35,18 +37,68 @@ def load(command: str, overrides: Sequence[str], dirs: Sequence[Path] = ()) -> C
     """Compose and check the configuration of a command; raises Mistakes with all of them at once."""
     choosing, setting, mistakes = _sort(command, list(map(as_typed, overrides)), dirs)
     try:
-        implied, choices = compose(command, choosing, dirs)
-        known, unknown = _known(command, setting, implied)
-        composed = compose(command, [*choosing, *known], dirs)[0] if known else implied
+        composed, unknown = (
+            _training(choosing, setting, dirs)
+            if command == "train"
+            else _composed(command, choosing, setting, dirs)
+        )
     except Exception as error:  # Hydra and OmegaConf have no common base class
         raise Mistakes(*mistakes, first_line(error)) from error
     config, wrong = _check(command, composed)
     mistakes += [*unknown, *wrong]
     if mistakes or config is None:
         raise Mistakes(*dict.fromkeys(mistakes))
-    if isinstance(config, TrainConfig) and config.name is None:
-        config = config.model_copy(update={"name": run_name(composed, implied, choices, dirs)})
     return config
+
+
+def _composed(
+    command: str, choosing: list[str], setting: Mapping[str, str], dirs: Sequence[Path]
+) -> tuple[Node, list[str]]:
+    """The configuration of a command that does not train, and a line for each unknown key."""
+    implied = compose(command, choosing, dirs)[0]
+    known, unknown = _known(command, setting, implied)
+    composed = compose(command, [*choosing, *known], dirs)[0] if known else implied
+    dataset = composed.get("dataset")
+    if isinstance(dataset, dict) and dataset.get("resolution") == AUTO:
+        dataset["resolution"] = resolution(own_images(dataset), on_gpu=True)  # the same on every machine
+    return composed, unknown
+
+
+def _training(
+    choosing: Sequence[str], setting: Mapping[str, str], dirs: Sequence[Path]
+) -> tuple[Node, list[str]]:
+    """The configuration of a training, named and with its recipe, and a line for each unknown key."""
+    implied, choices = compose("train", choosing, dirs)
+    if choices["model"] == AUTO:
+        others = {key: text for key, text in setting.items() if not key.startswith("model.")}
+        known = _known("train", others, implied)[0]
+        data = compose("train", [*choosing, *known], dirs)[0] if known else implied
+        option = chosen_network(data, {}, setting)
+        composed, unknown, stored = _named(option, choosing, setting, choices, dirs)
+        begun_with = chosen_network(data, stored, setting)
+        if begun_with != option:
+            composed, unknown, stored = _named(begun_with, choosing, setting, choices, dirs)
+    else:
+        composed, unknown, stored = _named(None, choosing, setting, choices, dirs)
+    return with_recipe(composed, stored), unknown
+
+
+def _named(
+    network: str | None,
+    choosing: Sequence[str],
+    setting: Mapping[str, str],
+    choices: Node,
+    dirs: Sequence[Path],
+) -> tuple[Node, list[str], Node]:
+    """A training's configuration with its name, a line for each unknown key, and what its run was begun with."""
+    if network is not None:
+        choosing = [*(text for text in choosing if not text.startswith("model=")), f"model={network}"]
+    implied = compose("train", choosing, dirs)[0]
+    known, unknown = _known("train", setting, implied)
+    composed = compose("train", [*choosing, *known], dirs)[0] if known else implied
+    if composed["name"] is None:
+        composed["name"] = run_name(composed, implied, choices, dirs)
+    return composed, unknown, stored_configuration(Path(str(composed["output_dir"]), str(composed["name"])))
 
 
 def parse(text: str) -> "Override":

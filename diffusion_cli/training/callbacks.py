@@ -2,6 +2,7 @@
 
 import os
 import signal
+import sys
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
@@ -19,6 +20,7 @@ from torch.nn.functional import interpolate
 from tqdm import tqdm
 
 from diffusion_cli.checkpoint import LAST, duplicate, numbered, save
+from diffusion_cli.config.schema import Node
 from diffusion_cli.data import Batch, Stages
 from diffusion_cli.denoiser import Denoiser, NoisyClassifier, noised
 from diffusion_cli.forms import Form
@@ -28,7 +30,9 @@ from diffusion_cli.ranks import Ranks
 from diffusion_cli.report import save_grid
 from diffusion_cli.samplers import Sampler
 from diffusion_cli.signals import STOPPING
+from diffusion_cli.training import duration
 from diffusion_cli.training.ema import EMA
+from diffusion_cli.training.loss_check import LossCheck
 from diffusion_cli.training.module import DenoisingModule, LevelMeter, TermMeter, TrainingModule
 
 
@@ -92,9 +96,18 @@ def stop_if_diverged(module: TrainingModule, last: Path, step: int | None = None
 class Progress(EveryStep):
     """The progress bar, and the log of losses."""
 
-    def __init__(self, every: int, run: Path, stages: Stages, max_steps: int | None, stop: "Stop") -> None:
+    MEASURED = 20.0
+    """Seconds of steps by which the time of a step is measured."""
+
+    def __init__(
+        self, every: int, run: Path, stages: Stages, max_steps: int | None, stop: "Stop", config: Node
+    ) -> None:
         super().__init__(every)
         self.run, self.stages, self.max_steps, self.stop = run, stages, max_steps, stop
+        self.config, self.check = config, LossCheck(config)
+        self._zero: float | None = None
+        self._timed: tuple[int, float] | None = None
+        self._estimated = False
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
@@ -113,7 +126,26 @@ class Progress(EveryStep):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         self.bar.update(trainer.global_step - self.bar.n)
+        if self._timed is None:  # after the first batch, which prepares the kernels
+            assert isinstance(pl_module, TrainingModule)
+            self._zero = pl_module.loss_of_zero(batch)
+            self._timed = (trainer.global_step, time.perf_counter())
+        elif not self._estimated and pl_module.device.type == "cpu":
+            self._estimate(trainer.global_step, *self._timed)
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+
+    def _estimate(self, step: int, first: int, then: float) -> None:
+        """Warn of a training that takes days, once its pace is known."""
+        passed = time.perf_counter() - then
+        if passed < self.MEASURED or step < first + 2:
+            return
+        self._estimated = True
+        if self.max_steps is not None:
+            self._warn(duration.warning(self.config, passed / (step - first), self.max_steps - step))
+
+    def _warn(self, line: str | None) -> None:
+        if line is not None and not self.bar.disable:
+            self.bar.write(f"diffuse: {line}", file=sys.stderr)
 
     def act(self, trainer: Trainer, module: TrainingModule, step: int) -> None:
         stop_if_diverged(module, self.run / LAST)
@@ -126,6 +158,9 @@ class Progress(EveryStep):
         if self.stages.grow:
             values["size"] = self.stages.after(step).size
             size = f"size {values['size']}, "
+        if self._zero is not None:
+            values["relative_loss"] = values["loss"] / self._zero
+            self._warn(self.check.warning(values["loss"], step, self._zero))
         for logger in trainer.loggers:
             logger.log_metrics(values, step=step)
         left = self.stop.seconds_left()

@@ -1,5 +1,6 @@
 """The LightningModules, one a task: a training step, and the randomness of it."""
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Generic, NamedTuple, TypeVar
@@ -11,7 +12,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.optim import Optimizer
 
 from diffusion_cli.data import Batch
-from diffusion_cli.denoiser import NoiseConditioned
+from diffusion_cli.denoiser import Denoiser, NoiseConditioned, NoisyClassifier
 from diffusion_cli.latents import Space
 from diffusion_cli.networks import BLOCKS
 from diffusion_cli.objective import Objective, withheld
@@ -19,9 +20,12 @@ from diffusion_cli.ranks import Ranks
 from diffusion_cli.reconstruction import Autoencoding
 from diffusion_cli.seeding import mix
 from diffusion_cli.times import Times, Uniform
+from diffusion_cli.training.loss_check import ZeroNetwork
 from diffusion_cli.training.optimizers import OptimizerConfig
 
 QUARTILES = 4
+ZERO_SAMPLES = 256
+"""Noised images by which the loss of predicting zero is measured."""
 Trainable = NoiseConditioned | Autoencoding
 
 
@@ -158,6 +162,10 @@ class TrainingModule(LightningModule, ABC, Generic[Kind, Kept]):
     def trial(self, images: Tensor) -> Tensor:
         """A loss of any images [B, C, H, W], that takes the memory of a training step."""
 
+    def loss_of_zero(self, batch: Batch) -> float | None:
+        """Return the loss of a network that predicts zero, about a batch; None where it means nothing."""
+        return None
+
     def configure_optimizers(self) -> Any:
         """Return the optimizer and its scheduler, stepped every step."""
         # A fused optimizer would take the scale of fp16's gradients off after they are clipped.
@@ -242,6 +250,26 @@ class DenoisingModule(TrainingModule[NoiseConditioned, LevelMeter]):
         loss = weight * loss
         self.meter.add(loss, quantile, self.trainer.global_step)
         return loss.mean()
+
+    @torch.no_grad()
+    def loss_of_zero(self, batch: Batch) -> float | None:
+        if isinstance(self.model, NoisyClassifier):
+            return math.log(self.about["num_classes"])
+        if not self.objective.compares_to_zero:
+            return None
+        assert isinstance(self.model, Denoiser)
+        zero = self.model.with_network(ZeroNetwork(self.model.learns_variance))
+        generator = torch.Generator().manual_seed(mix(self.seed, "loss of zero"))
+        # Every level of noise counts, so each image is noised at several of them.
+        copies = -(-ZERO_SAMPLES // len(batch.images))
+        images = batch.images.repeat(copies, *[1] * (batch.images.ndim - 1))
+        u = (torch.randperm(len(images), generator=generator) + 0.5) / len(images)
+        drawn = self.times(self.model.schedule, u.to(self.device))
+        x0 = self.space.states(images, lambda shape: torch.randn(shape, generator=generator).to(self.device))
+        eps = torch.randn(x0.shape, generator=generator).to(self.device)
+        loss = (drawn.weight * self.objective(zero, x0, None, drawn.t, eps)).mean().item()
+        losses = Ranks().gather(loss)
+        return sum(losses) / len(losses)
 
     def held_out(self, model: NoiseConditioned, batches: Iterable[Batch]) -> Iterator[Tensor]:
         for batch, t, eps, _ in self.at_levels(batches):

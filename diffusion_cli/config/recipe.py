@@ -1,0 +1,158 @@
+"""The recipe of a training: the values that `auto` stands for, by network, data and machine.
+
+A learning rate that suits a small network makes a wide one diverge, so no option states one half of a recipe: `auto`
+is replaced here, where the network and the data are both known. docs/recipes.md has the measurements.
+"""
+
+from collections.abc import Callable, Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from diffusion_cli.config.at_hand import OwnImages, gpu, own_images
+from diffusion_cli.config.catalogue import options
+from diffusion_cli.config.runs import flatten
+from diffusion_cli.config.schema import Node
+from diffusion_cli.foreign import read_yaml
+
+AUTO = "auto"
+NETWORKS = ("unet_small", "unet_patch2", "unet_tiny", "unet3d_tiny")
+"""Options of `model` that `auto` chooses from."""
+USUAL_SIZE = 64  # pixels, of own images on a GPU; the size of most published small-scale work
+USUAL_SIZE_ON_CPU = 32
+SMALLEST_SIZE = 8
+
+
+def learning_rate(width: int, batch_size: int) -> float:
+    """Return the learning rate of Adam: `2e-4 (256 / width)^2 sqrt(min(1, batch_size / 64))`, within 1e-4 and 3e-3.
+
+    Args:
+        width: features of the widest layer (see `network_width`).
+        batch_size: images of an optimizer step.
+
+    2e-4 at 256 is DDPM's rate (Ho et al. 2020, App. B), 1e-4 at 384 and more DiT's (Peebles & Xie 2023, Sec. 4), and
+    3e-3 at 64 the best of docs/time_to_quality.md. Small batches take the square-root rule (Malladi et al. 2022).
+    """
+    rate = min(3e-3, max(1e-4, 2e-4 * (256 / width) ** 2))
+    return float(f"{rate * min(1.0, batch_size / 64) ** 0.5:.2g}")
+
+
+def warm_up_steps(max_steps: int | None) -> int:
+    """Return the steps over which the learning rate rises: a 24th of the budget, at most DDPM's 5,000."""
+    return 1000 if max_steps is None else min(5000, max_steps // 24)
+
+
+def ema_decay(max_steps: int | None) -> float:
+    """Return the decay of the averaged weights: an average over a fifth of the budget, at most 10,000 steps.
+
+    DDPM's 0.9999 is an average over 10,000 steps (Ho et al. 2020, App. B).
+    """
+    steps = 10_000 if max_steps is None else min(10_000, max(10, max_steps * 5 // 24))
+    return round(1 - 1 / steps, 6)
+
+
+def budget(images: OwnImages | None, batch_size: int, on_gpu: bool) -> int:
+    """Return the optimizer steps for a user's own images: 1,000 passes, within what a day or an hour allows.
+
+    DDPM trained on CIFAR-10 for 2,000 passes (Ho et al. 2020, App. B). Fewer than 5,000 steps leave a network
+    unfinished, however few its images are.
+    """
+    most = 100_000 if on_gpu else 20_000
+    return most if images is None else max(5000, min(most, 1000 * images.number // batch_size))
+
+
+def network(size: int, dimensions: int, on_gpu: bool) -> str:
+    """Return the option of `model` for images of a height or width of `size` pixels."""
+    if dimensions == 3:
+        return "unet3d_tiny"
+    if size <= 16:
+        return "unet_tiny"
+    return "unet_small" if on_gpu else "unet_patch2"
+
+
+def resolution(images: OwnImages | None, on_gpu: bool) -> int:
+    """Return the height and width to train at: that of the images in steps of 8, up to what is usual."""
+    usual = USUAL_SIZE if on_gpu else USUAL_SIZE_ON_CPU
+    if images is None or images.size is None:
+        return usual
+    return max(SMALLEST_SIZE, min(usual, images.size // 8 * 8))
+
+
+def network_width(model: Mapping[str, Any]) -> int:
+    """Return the features of the widest layer of a `model` node; 256 for a class that states none."""
+    if "hidden_size" in model:
+        return _whole(model["hidden_size"], 256)
+    levels = model.get("channel_mult")
+    widest = max((_whole(level, 1) for level in levels), default=1) if isinstance(levels, list) else 1
+    return _whole(model.get("channels"), 256) * widest
+
+
+def chosen_network(composed: Node, stored: Node, named: Collection[str]) -> str:
+    """Return the option that `model=auto` stands for.
+
+    Args:
+        composed: the configuration but for its network.
+        stored: the configuration that the run was begun with; empty for a new run.
+        named: dotted keys that the user sets.
+    """
+    before = stored.get("model")
+    if not isinstance(before, dict):
+        before = {}
+    for name in NETWORKS if before else ():
+        option = yaml.safe_load(options("model")[name].read_text())
+        if all(before.get(key) == value for key, value in option.items() if f"model.{key}" not in named):
+            return name
+    dataset, on_gpu = composed["dataset"], gpu(composed["trainer"]["accelerator"])
+    images = own_images(dataset)
+    size = dataset.get("resolution", images.size if images else None)
+    sizes = (
+        size if isinstance(size, list) else [size if isinstance(size, int) else resolution(images, on_gpu)]
+    )
+    return network(min(sizes), len(sizes), on_gpu)
+
+
+def with_recipe(composed: Node, stored: Node) -> Node:
+    """Return a training configuration in which each `auto` of a recipe is replaced by its value.
+
+    A run keeps the recipe that it was begun with, whatever its budget, its images or the machine become.
+
+    Args:
+        composed: the configuration, as composed.
+        stored: the configuration that the run was begun with; empty for a new run.
+    """
+    before = flatten(stored)
+    on_gpu = gpu(composed["trainer"]["accelerator"])
+    images = own_images(composed["dataset"])
+    batch_size = _whole(composed["batch_size"], 64)
+
+    def fill(node: Node, key: str, derived: Callable[[], int | float]) -> None:
+        name = key.rpartition(".")[2]
+        if node.get(name) == AUTO:
+            node[name] = before.get(key) if before.get(key, AUTO) != AUTO else derived()
+
+    filled = {key: dict(value) if isinstance(value, dict) else value for key, value in composed.items()}
+    optimizer = filled["optimizer"]
+    fill(filled["dataset"], "dataset.resolution", lambda: resolution(images, on_gpu))
+    fill(filled, "max_steps", lambda: budget(images, batch_size, on_gpu))
+    steps = _whole(filled["max_steps"], None)
+    fill(optimizer, "optimizer.lr", lambda: learning_rate(network_width(filled["model"]), batch_size))
+    fill(optimizer, "optimizer.warm_up_steps", lambda: warm_up_steps(steps))
+    fill(filled["ema"], "ema.decay", lambda: ema_decay(steps))
+    if optimizer.get("decay_steps") == AUTO:  # it is interpolated from max_steps
+        optimizer["decay_steps"] = filled["max_steps"]
+    return filled
+
+
+def stored_configuration(run: Path) -> Node:
+    """Return the configuration that the run in a folder was begun with; empty where there is none to read."""
+    try:
+        value = read_yaml(run / "config.yaml")
+    except (OSError, ValueError):
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+def _whole(value: Any, otherwise: Any) -> Any:
+    """A value if it is a positive whole number; what is wrong with another one is found by the schema."""
+    return value if isinstance(value, int) and value > 0 else otherwise

@@ -34,12 +34,13 @@ class FileDecoder(Protocol):
 
 
 class Decoder(NamedTuple):
-    """Decodes PNG, JPEG, WebP and TIFF to uint8 of a `shape`, 1 or 3 channels, height and width.
+    """Decodes image files to uint8 of a `shape`, 1 or 3 channels, height and width.
 
-    In this order: EXIF orientation applied; 16-bit gray v becomes round(v / 257); transparency laid on
-    `background`; gray (ITU-R 601 luma) or RGB; the largest centred part of the shape's aspect, resized by an
-    antialiased Lanczos filter: of a square, that is resizing the short side and cropping the centre. An image of the
-    right size is untouched. Deeper files than of 8 bits are refused but with `reduced`.
+    In this order: EXIF orientation applied; 16-bit gray v becomes round(v / 257); transparency laid on `background`;
+    with `srgb`, colours converted to sRGB from the file's profile; gray (ITU-R 601 luma) or RGB; the largest centred
+    part of the shape's aspect, resized by an antialiased Lanczos filter: of a square, that is resizing the short side
+    and cropping the centre. An image of the right size is untouched. Deeper files than of 8 bits are refused but with
+    `reduced`.
 
     A JPEG of at least 2 SPARE times the size is decoded at 1/2, 1/4 or 1/8 of its own, to no less than SPARE
     times the size, and resized from there: in a half to a quarter of the time, and of photographs within one
@@ -49,6 +50,7 @@ class Decoder(NamedTuple):
     shape: tuple[int, int, int]
     background: Literal["white", "black"]
     reduced: bool
+    srgb: bool = True
 
     @property
     def dtype(self) -> np.dtype:
@@ -78,7 +80,7 @@ class Decoder(NamedTuple):
         return np.asarray(image).reshape(*wanted, channels).transpose(2, 0, 1)
 
     def _flattened(self, image: Image.Image) -> Image.Image:
-        return flattened(image, self.shape[0], self.background)
+        return flattened(image, self.shape[0], self.background, self.srgb)
 
 
 def _resized(

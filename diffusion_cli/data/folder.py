@@ -46,8 +46,8 @@ SUFFIXES = (*PICTURES, *SCANS)
 RULES = 2
 """The version of the rules by which files become images.
 
-Version 1 reads only `FIRST_SUFFIXES` and DICOM, takes pictures that this program drew for images, and has no modes with
-opacity.
+Version 1 reads only `FIRST_SUFFIXES` and DICOM, takes pictures that this program drew for images, has no modes with
+opacity, and passes over colour profiles.
 """
 
 
@@ -154,7 +154,7 @@ class Folder(Dataset):
             ) from error
         if isinstance(form, Ranged):
             return form, DeepDecoder(form, shape)
-        return form, Decoder(shape, background, reduced=depth == 8)
+        return form, Decoder(shape, background, reduced=depth == 8, srgb=self.rules > 1)
 
     def _masked(
         self, given: str, beside: dict[str, str], decoder: Decoder | DeepDecoder, range: Range | None

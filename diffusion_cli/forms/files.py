@@ -8,6 +8,7 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from diffusion_cli.foreign import reason
+from diffusion_cli.forms.profiles import to_srgb
 
 # Such images are refused with a word of our own. Here, for filters must not be set in threads.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
@@ -82,15 +83,23 @@ def upright(image: Image.Image) -> Image.Image:
     return image
 
 
-def flattened(image: Image.Image, channels: int, background: Literal["white", "black"]) -> Image.Image:
-    """The image in 8 bits, without transparency, in gray or RGB; ValueError if it cannot be had so."""
+def flattened(
+    image: Image.Image, channels: int, background: Literal["white", "black"], srgb: bool = True
+) -> Image.Image:
+    """The image in 8 bits, without transparency, in gray or RGB; ValueError if it cannot be had so.
+
+    With `srgb` its colours are converted from its colour profile.
+    """
     try:
-        return _flattened(image, channels, background)
+        return _flattened(image, channels, background, srgb)
     except Exception as error:  # a few kinds of colours cannot be converted
         raise ValueError(reason(error)) from error
 
 
-def _flattened(image: Image.Image, channels: int, background: Literal["white", "black"]) -> Image.Image:
+def _flattened(
+    image: Image.Image, channels: int, background: Literal["white", "black"], srgb: bool
+) -> Image.Image:
+    profile = image.info.get("icc_profile") if srgb else None
     if image.mode.startswith("I"):  # 16-bit gray, which Pillow's own conversion clips at 255
         values = np.asarray(image)
         if values.min() < 0 or values.max() > 65535:
@@ -103,4 +112,6 @@ def _flattened(image: Image.Image, channels: int, background: Literal["white", "
         image = Image.alpha_composite(Image.new("RGBA", image.size, background), image)
     mode = "L" if channels == 1 else "RGB"
     image.load()  # where only the header was read, it fails here
+    if profile:
+        image = to_srgb(image, profile)
     return image if image.mode == mode else image.convert(mode)

@@ -13,6 +13,7 @@ import numpy as np
 
 from diffusion_cli.foreign import LARGEST, reason
 from diffusion_cli.forms.files import ORIENTATION, has_gray_palette, parsed, upright
+from diffusion_cli.forms.profiles import to_srgb
 
 if TYPE_CHECKING:
     from tifffile import TiffFile, TiffPage
@@ -139,7 +140,9 @@ def read_with_opacity(data: bytes, mode: Literal["LA", "RGBA"]) -> np.ndarray:
     if mode == "LA" and not (image.mode in ("1", "L", "LA") or has_gray_palette(image)):
         raise ValueError("is in colour, not gray")
     try:
-        numbers = np.asarray(upright(image).convert(mode))
+        profile = image.info.get("icc_profile")
+        colours = upright(image).convert(mode)
+        numbers = np.asarray(to_srgb(colours, profile) if profile else colours)
     except Exception as error:  # decoders meet broken data with errors of every type
         raise ValueError(reason(error)) from error
     return numbers.transpose(2, 0, 1)

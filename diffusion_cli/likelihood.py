@@ -1,7 +1,7 @@
 """How probable a model finds images: the variational bound, and the likelihood of the probability flow."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -26,18 +26,20 @@ def bound_terms(
     denoise: Denoise,
     x_0: Tensor,
     draw: Callable[[], Tensor],
-    variance: Variance,
+    variances: Sequence[Variance],
     exact_cdf: bool = False,
 ) -> Iterator[Tensor]:
-    """Yield the terms of the variational bound for t = T..1, each in bits per dimension, [B].
+    """Yield the terms of the variational bound for t = T..1 in bits per dimension, [V, B] for V variances.
 
-    Each noises x_0 [B, C, H, W] with a draw of its own. Their sum and `prior_term` bound the bits per dimension of
-    images of 256 values from above. Source: Ho et al. 2020, Eq. 5; Nichol & Dhariwal 2021.
+    Each noises x_0 [B, C, H, W] with a draw of its own. For each variance, their sum and `prior_term` bound the bits
+    per dimension of images of 256 values from above. Source: Ho et al. 2020, Eq. 5; Nichol & Dhariwal 2021.
     """
     for entry in range(schedule.num_timesteps, 0, -1):
         t = torch.full((len(x_0),), entry / schedule.num_timesteps, dtype=torch.float64, device=x_0.device)
         x_t = noised(schedule, x_0, t, draw())
-        yield bound_term(schedule, denoise(x_t, t), x_0, x_t, t, variance, exact_cdf)
+        prediction = denoise(x_t, t)
+        terms = [bound_term(schedule, prediction, x_0, x_t, t, each, exact_cdf) for each in variances]
+        yield torch.stack(terms)
 
 
 class FlowLikelihood(NamedTuple):

@@ -2,7 +2,7 @@
 
 import json
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from diffusion_cli.checkpoint import Model
 from diffusion_cli.cli import run
-from diffusion_cli.data import Dataset
+from diffusion_cli.data import Dataset, GaussianMixture
 from diffusion_cli.data.memory import MemoryImages
 from diffusion_cli.denoiser import Denoiser
 from diffusion_cli.forms import Picture
@@ -244,6 +244,69 @@ def test_the_bound_of_a_model_of_one_gray_has_its_closed_form(tmp_path):
         assert found.details[name] == pytest.approx(values.mean().item(), rel=1e-4), name
 
 
+class Perfect(nn.Module):
+    """The mean image of a mixture given a noised one."""
+
+    def __init__(self, mixture: GaussianMixture, schedule: Cosine) -> None:
+        super().__init__()
+        self.mixture, self.schedule = mixture, schedule
+        self.nothing = nn.Parameter(torch.zeros(()))
+
+    def forward(self, x, c_noise, y):
+        alpha, sigma = self.schedule((c_noise.double() + 1) / self.schedule.num_timesteps)
+        return self.mixture.denoise(x, alpha, sigma).float()
+
+
+def test_the_best_bound_is_the_lower_one_and_near_the_exact_bits(tmp_path, mixture):
+    """A perfect model with the small variance pays for all that the posterior's variance leaves out."""
+    schedule = Cosine(num_timesteps=50, offset=0.008, max_beta=0.999, zero_terminal_snr=False)
+    x = mixture.load("held_out").gather(torch.arange(64)).clamp(-1, 1).double()
+    values = ((x + 1) * 127.5).round()
+    model = subject(tmp_path, Perfect(mixture, schedule), schedule, X0(), values.to(torch.uint8))
+    found = {}
+    for variance in ("small", "large", "best"):
+        metric = VariationalBound(
+            variance=variance, cdf="exact", split="held_out", num_images=None, shard=0, num_shards=1
+        )
+        found[variance] = metric.measure(replace(model, batch_size=64))
+    pixel = (values / 127.5 - 1).flatten(1)[:, None]
+    below = torch.where(pixel > -0.999, pixel - 1 / 255, -math.inf)
+    above = torch.where(pixel < 0.999, pixel + 1 / 255, math.inf)
+    normal = torch.distributions.Normal(mixture.means, mixture.stds[:, None].expand_as(mixture.means))
+    each = (normal.cdf(above) - normal.cdf(below)).log().sum(-1) + mixture.weights.log()
+    exact = -float(each.logsumexp(-1).mean()) / BITS
+    assert found["small"].value > exact + 0.5
+    assert exact < found["large"].value < exact + 0.35
+    best = found["best"]
+    assert best.value == pytest.approx(found["large"].value)
+    assert best.details["bits_small"] == pytest.approx(found["small"].value)
+    assert best.details["bits_large"] == pytest.approx(found["large"].value)
+    for name, value in found["large"].details.items():
+        assert best.details[name] == pytest.approx(value), name
+    assert "with the large variance" in best.notes[0]
+
+
+class Unsure(Gray):
+    """As Gray, with a variance head."""
+
+    learn_variance = True
+
+    def forward(self, x, c_noise, y):
+        return torch.cat([0 * x, 0 * x + 0.3], dim=1)
+
+
+def test_the_best_variance_of_a_model_with_a_variance_head_is_its_own(tmp_path):
+    schedule = Cosine(num_timesteps=10, offset=0.008, max_beta=0.999, zero_terminal_snr=False)
+    found = {}
+    for variance in ("best", "learned", "small"):
+        metric = VariationalBound(
+            variance=variance, cdf="exact", split="held_out", num_images=None, shard=0, num_shards=1
+        )
+        found[variance] = metric.measure(subject(tmp_path, Unsure(), schedule, X0(), BYTES.view(4, *SHAPE)))
+    assert found["best"].value == found["learned"].value != found["small"].value
+    assert found["best"].details == found["learned"].details
+
+
 def test_inversion_of_a_model_of_one_gray_has_its_closed_form(tmp_path):
     """It decodes to that gray, whatever the noise, to which the image leads in a straight line."""
     images = BYTES.view(4, *SHAPE)
@@ -302,10 +365,11 @@ def test_both_bits_per_dim_of_a_run(runs, capsys):
     assert bound["details"]["images"] == flow["details"]["images"] == 12
     assert 0 < flow["value"] < 100
     assert bound["protocol"]["model"]["weights_sha256"]
+    best = min(("bits_small", "bits_large"), key=parts.get)
     per_image = [
         bits
         for file in sorted((runs / "discrete" / "bits_per_dim_bound").glob("*/*.json"))
-        for bits in json.loads(file.read_text())["bits"]
+        for bits in json.loads(file.read_text())[best]
     ]
     assert len(per_image) == 12
     assert sum(per_image) / 12 == pytest.approx(bound["value"])

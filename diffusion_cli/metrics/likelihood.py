@@ -21,9 +21,12 @@ from diffusion_cli.generate import SeededNoise
 from diffusion_cli.latents import Pixels
 from diffusion_cli.likelihood import bound_terms, flow_likelihood, prior_term
 from diffusion_cli.metrics.base import Finding, ModelMetric, Subject
+from diffusion_cli.posterior import Variance
 from diffusion_cli.precision import autocast
 from diffusion_cli.run_folder import own_folder
 from diffusion_cli.schedules import Discrete
+
+FIXED: tuple[Variance, Variance] = ("small", "large")
 
 Columns = dict[str, Tensor]
 """Numbers of each image of a batch by name, [B]; `bits` is the one that is reported."""
@@ -111,6 +114,10 @@ class PerImage(ModelMetric):
             return Finding(self.name, None, notes=(note,))
         return self._collect(parts, folder, settings)
 
+    def reported(self, columns: Columns) -> tuple[Columns, tuple[str, ...]]:
+        """The columns to report, of all images, with `bits`; and notes on them."""
+        return columns, ()
+
     def _do(self, subject: Subject, images: Images, rows: Tensor, path: Path, bar: Any) -> None:
         batch, labels = subject.batch(images, rows)
         noise = SeededNoise([subject.seed + int(row) for row in rows], subject.model.shape, subject.device)
@@ -132,6 +139,7 @@ class PerImage(ModelMetric):
             name: torch.tensor([number for part in parts for number in part[name]], dtype=torch.float64)
             for name in parts[0]
         }
+        columns, notes = self.reported(columns)
         bits = columns.pop("bits")
         details = {"standard_error": float(bits.std() / math.sqrt(len(bits))), "images": len(bits)}
         details |= {name: float(values.mean()) for name, values in columns.items()}
@@ -140,7 +148,7 @@ class PerImage(ModelMetric):
             float(bits.mean()),
             details,
             settings,
-            (f"{self.name}: each image's in {folder}",),
+            (*notes, f"{self.name}: each image's in {folder}"),
         )
 
 
@@ -155,7 +163,7 @@ def _stored(path: Path, count: int) -> Part | None:
             for values in part.values()
         ):
             raise ValueError(f"should hold {count} numbers of each kind")
-        if "bits" not in part:
+        if not any(name.startswith("bits") for name in part):
             raise ValueError("holds no bits")
     except (ValueError, TypeError) as error:
         cache.report_damage(path, error)
@@ -167,8 +175,10 @@ class VariationalBound(PerImage):
     """The variational bound on the bits per dimension: prior, the T terms in between, and the decoder.
 
     The middle terms are reported as their sum, and in ten equal parts of time, from the data to the noise. With
-    `cdf: tanh` the decoder uses the published codes' approximation of the normal distribution function.
-    Source: Ho et al. 2020; Nichol & Dhariwal 2021.
+    `variance: best` a model with a variance head is measured with the variance that it learned; of any other the bounds
+    with the small and the large variance are both measured, and the lower one is reported. With `cdf: tanh` the decoder
+    uses the published codes' approximation of the normal distribution function.
+    Source: Ho et al. 2020, Sec. 3.2; Nichol & Dhariwal 2021, Sec. 3.1.
     """
 
     name = "bits_per_dim_bound"
@@ -177,7 +187,7 @@ class VariationalBound(PerImage):
     def __init__(
         self,
         *,
-        variance: Literal["small", "large", "learned"],
+        variance: Literal["best", "small", "large", "learned"],
         cdf: Literal["tanh", "exact"],
         split: Literal["held_out", "train"],
         num_images: PositiveInt | None,
@@ -185,7 +195,7 @@ class VariationalBound(PerImage):
         num_shards: PositiveInt,
     ) -> None:
         super().__init__(split, num_images, shard, num_shards)
-        self.variance: Literal["small", "large", "learned"] = variance
+        self.variance: Literal["best", "small", "large", "learned"] = variance
         self.cdf = cdf
 
     def settings(self, subject: Subject) -> dict[str, Any]:
@@ -199,7 +209,7 @@ class VariationalBound(PerImage):
             return f"{self.name}: the {type(schedule).__name__} schedule has no timesteps to sum over"
         if self.variance == "learned" and not subject.model.denoiser.learns_variance:
             raise ValueError(
-                "metric.bound.variance=learned: the model has no variance head; take small or large"
+                "metric.bound.variance=learned: the model has no variance head; take best, small or large"
             )
         if schedule.zero_terminal_snr:
             return f"{self.name}: not defined where the schedule ends without signal (zero_terminal_snr)"
@@ -221,20 +231,41 @@ class VariationalBound(PerImage):
         denoise = _in_float32(partial(subject.model.denoiser, y=labels))
         if subject.clip:
             denoise = clip_x0(denoise, schedule)
+        variances = self._variances(subject)
         terms = []
         with torch.inference_mode():
             draw = lambda: noise.draw().double()  # noqa: E731
-            for term in bound_terms(schedule, denoise, x_0, draw, self.variance, self.cdf == "exact"):
+            for term in bound_terms(schedule, denoise, x_0, draw, variances, self.cdf == "exact"):
                 terms.append(term)
                 advance(1 / schedule.num_timesteps)
-            *middle, decoder = terms
             prior = prior_term(schedule, x_0)
-        columns = {"prior": prior, "decoder": decoder}
-        if middle:
-            rising = torch.stack(middle[::-1])
-            columns["middle"] = rising.sum(0)
-            columns |= {f"middle_{i}": part.sum(0) for i, part in enumerate(rising.tensor_split(10))}
-        return {"bits": torch.stack(terms).sum(0) + prior} | columns
+        rising = torch.stack(terms[::-1])
+        # The decoder, which is the first, has the same term with the small and with the large variance.
+        columns = {"prior": prior, "decoder": rising[0, 0]}
+        for number, variance in enumerate(variances):
+            middle = rising[1:, number]
+            own = {"bits": rising[:, number].sum(0) + prior}
+            if len(middle):
+                own["middle"] = middle.sum(0)
+                own |= {f"middle_{i}": part.sum(0) for i, part in enumerate(middle.tensor_split(10))}
+            suffix = f"_{variance}" if len(variances) > 1 else ""
+            columns |= {name + suffix: values for name, values in own.items()}
+        return columns
+
+    def _variances(self, subject: Subject) -> tuple[Variance, ...]:
+        if self.variance != "best":
+            return (self.variance,)
+        return ("learned",) if subject.model.denoiser.learns_variance else FIXED
+
+    def reported(self, columns: Columns) -> tuple[Columns, tuple[str, ...]]:
+        if "bits" in columns:
+            return columns, ()
+        best = min(FIXED, key=lambda variance: float(columns[f"bits_{variance}"].mean()))
+        shared = {name: columns[name] for name in ("prior", "decoder")}
+        ending = f"_{best}"
+        own = {name.removesuffix(ending): values for name, values in columns.items() if name.endswith(ending)}
+        both = {name: columns[name] for name in (f"bits_{variance}" for variance in FIXED)}
+        return shared | own | both, (f"{self.name}: with the {best} variance, the lower of both bounds",)
 
 
 class FlowLikelihood(PerImage):

@@ -372,6 +372,20 @@ def test_a_comparison_is_made_anew_where_what_it_depends_on_changed(place, image
     assert "[2/2] steps=2" in capsys.readouterr().err
 
 
+def test_a_comparison_of_runs_marks_numbers_of_unlike_protocols(place, tmp_path, capsys):
+    words = ["max_steps=1", "dataset.held_out=0.5", f"output_dir={place}/o", "name=c"]
+    assert run([*TINY, *words]) == 0
+    words = ["steps=1", "num_samples=20", "metric=[is,precision_recall]", "metric.is.splits=2", "run=[b,c]"]
+    common = ["compare", f"output_dir={place}/o", f"cache_dir={place}/cache", *WORDS]
+    assert run([*common, *words, f"output={tmp_path}/table"]) == 0
+    table = (tmp_path / "table" / "table.md").read_text()
+    (first, second) = [line for line in table.splitlines() if line.startswith(("| b ", "| c "))]
+    assert "*" not in first
+    assert second.count("*") == 3
+    assert "(*) precision_classifier of run=c has another protocol than run=b: features, reference" in table
+    assert "*" not in (tmp_path / "table" / "table.csv").read_text()
+
+
 @pytest.mark.parametrize(
     ("words", "line"),
     [

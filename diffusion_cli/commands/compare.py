@@ -4,7 +4,7 @@ import csv
 import json
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,7 +23,7 @@ from diffusion_cli.config import (
 )
 from diffusion_cli.figures import Curve, Panel, save_panels
 from diffusion_cli.foreign import read_json, reason
-from diffusion_cli.metrics import DEVIATION, Report
+from diffusion_cli.metrics import DEVIATION, Report, Result, unlike
 from diffusion_cli.precision import device_of, resolve
 from diffusion_cli.ranks import Ranks, work_together
 from diffusion_cli.run_folder import own_folder
@@ -104,7 +104,9 @@ def compare(jobs: list[Job], folder: Path, store: Path) -> None:
     notes = dict.fromkeys(
         note for entry in entries for report in entry["reports"] for note in report["notes"]
     )
-    text = "\n".join([_markdown(points), "", *(f"note: {note}" for note in notes)])
+    marks = _marks(jobs, entries)
+    unlike_lines = [f"(*) {line}" for line in dict.fromkeys(marks.values())]
+    text = "\n".join([_markdown(points, marks), *unlike_lines, "", *(f"note: {note}" for note in notes)])
     _write(folder / MARK, json.dumps({"compared": [job.values for job in jobs]}))
     _write(folder / "table.md", text + "\n")
     with (
@@ -124,6 +126,26 @@ def compare(jobs: list[Job], folder: Path, store: Path) -> None:
     ]
     save_panels(_panels(points, floors, list(jobs[0].values)), folder / "plot.png")
     print(f"{text}\nTable and plot: {folder}")
+
+
+def _marks(jobs: Sequence[Job], entries: Sequence[dict[str, Any]]) -> dict[tuple[int, str], str]:
+    """Numbers, by row and name, of an unlike protocol than that of the first run with the same settings, and why.
+
+    Runs may have other data sets, and so other real images and feature classifiers; all other axes are columns.
+    """
+    first: dict[tuple[str, str], tuple[str, Result]] = {}
+    marks: dict[tuple[int, str], str] = {}
+    for row, (job, entry) in enumerate(zip(jobs, entries, strict=True)):
+        settings = json.dumps({key: value for key, value in job.values.items() if key != "run"})
+        run = str(job.values.get("run"))
+        for result in (result for report in entry["reports"] for result in Report.from_dict(report).results):
+            other, wanted = first.setdefault((settings, result.name), (run, result))
+            keys = unlike(wanted.protocol, result.protocol)
+            if keys:
+                marks[row, result.name] = (
+                    f"{result.name} of run={run} has another protocol than run={other}: {', '.join(keys)}"
+                )
+    return marks
 
 
 def _stored(path: Path) -> dict[str, Any] | None:
@@ -176,10 +198,13 @@ def _columns(points: Sequence[Point]) -> list[str]:
     return list(dict.fromkeys(key for point in points for key in point))
 
 
-def _markdown(points: Sequence[Point]) -> str:
+def _markdown(points: Sequence[Point], marks: Container[tuple[int, str]]) -> str:
+    """The table, with a * after each number in `marks`, by row and column."""
     columns = _columns(points)
     lines = [f"| {' | '.join(columns)} |", f"|{'---|' * len(columns)}"]
-    lines += [f"| {' | '.join(_cell(point.get(column, '')) for column in columns)} |" for point in points]
+    for row, point in enumerate(points):
+        cells = [_cell(point.get(column, "")) + ("*" if (row, column) in marks else "") for column in columns]
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 

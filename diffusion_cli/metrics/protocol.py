@@ -7,9 +7,16 @@ from pathlib import Path
 from typing import Any, Self
 
 from diffusion_cli.checkpoint import whole_file
+from diffusion_cli.config import flatten, shown
 from diffusion_cli.foreign import escaped, read_json
 from diffusion_cli.locks import locked
 from diffusion_cli.temporary_files import remove_abandoned
+
+SOMETIMES = (
+    "label_shares",
+    "lossy",
+    "repeats",
+)  # settings of sampling that are on record only where they apply
 
 
 @dataclass(frozen=True)
@@ -68,16 +75,64 @@ def unlike(first: Mapping[str, Any], second: Mapping[str, Any]) -> list[str]:
     keys = dict.fromkeys([*first, *second])
     measured = ("sampling", "model", "environment")
     differing = [key for key in keys if key not in measured and first.get(key) != second.get(key)]
-    # Of how samples were made, what makes them samples of another distribution than was meant to be compared.
-    one, other = (_distribution(protocol.get("sampling")) for protocol in (first, second))
-    return differing + [f"sampling.{key}" for key in one if key in other and one[key] != other[key]]
+    one, other = (_distribution(protocol) for protocol in (first, second))
+    return differing + [key for key in one if key in other and one[key] != other[key]]
 
 
-def _distribution(sampling: Any) -> dict[str, Any]:
-    """The settings of samples, as far as they are on record, that choose which distribution the samples are of."""
-    about = sampling if isinstance(sampling, Mapping) else {}
-    known = {key: about[key] for key in ("weights", "labels") if about.get(key) is not None}
-    return known | ({"label_shares": about.get("label_shares")} if "labels" in known else {})
+def _distribution(protocol: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings on record that change the numbers of a model and its sampler, and are rarely what is compared."""
+    found: dict[str, Any] = {}
+    for part in ("sampling", "model"):
+        about = protocol.get(part)
+        about = about if isinstance(about, Mapping) else {}
+        keys = [key for key in ("weights", "labels", "precision", "clip_x0") if about.get(key) is not None]
+        keys += ["label_shares"] if "labels" in keys else []
+        found |= {f"{part}.{key}": about.get(key) for key in keys}
+    return found
+
+
+def sampling_differences(results: Mapping[str, Mapping[str, Result]]) -> dict[str, list[str]]:
+    """The settings of sampling in which results of one name differ, each with its text for every run.
+
+    `results` are those of each run by name. A run whose results were sampled in several ways has all of their texts.
+    """
+    settings = {
+        (run, name): _sampling(result.protocol)
+        for run, named in results.items()
+        for name, result in named.items()
+    }
+    columns: dict[str, list[str]] = {}
+    for key in dict.fromkeys(key for about in settings.values() for key in about):
+        texts: dict[str, dict[str, str]] = {}
+        for (run, name), about in settings.items():
+            if key in about or (about and key.partition(".")[0] in SOMETIMES):
+                texts.setdefault(name, {})[run] = about.get(key, "none")
+        differing = [by_run for by_run in texts.values() if len(set(by_run.values())) > 1]
+        if differing:
+            columns[key] = [
+                " / ".join(dict.fromkeys(by_run[run] for by_run in differing if run in by_run))
+                for run in results
+            ]
+    return columns
+
+
+def _sampling(protocol: Mapping[str, Any]) -> dict[str, str]:
+    """How samples were made, as texts by dotted keys; not of which model."""
+    about = protocol.get("sampling")
+    flat = flatten(about) if isinstance(about, Mapping) else {}
+    texts = {key.removesuffix("._target_"): value for key, value in flat.items() if not _is_of_model(key)}
+    return {
+        key: _brief(str(value).rpartition(".")[2] if f"{key}._target_" in flat else shown(value))
+        for key, value in texts.items()
+    }
+
+
+def _is_of_model(key: str) -> bool:
+    return key.endswith("sha256") or key.partition(".")[0] in ("run", "step", "ema", "samples")
+
+
+def _brief(text: str) -> str:
+    return text if len(text) <= 40 else f"{text[:37]}..."
 
 
 def notes_on_seeds(history: Sequence[Mapping[str, Any]], report: Report) -> list[str]:
@@ -119,7 +174,8 @@ def newest(history: Sequence[Mapping[str, Any]]) -> dict[str, Result]:
 def history_table(histories: Mapping[str, Sequence[Mapping[str, Any]]], force: bool) -> str:
     """The newest numbers of several runs by name, a row a run, as a Markdown table.
 
-    Raises ValueError where the protocols of two numbers of one name are unlike, or with `force` marks them by a `*`.
+    Settings of sampling in which they differ have a column each. Raises ValueError where the protocols of two numbers
+    of one name are unlike, or with `force` marks them by a `*`.
     """
     found = {run: newest(history) for run, history in histories.items()}
     names = list(dict.fromkeys(name for results in found.values() for name in results))
@@ -141,9 +197,12 @@ def history_table(histories: Mapping[str, Sequence[Mapping[str, Any]]], force: b
             f"compare={','.join(found)}: measured by unlike protocols ({'; '.join(mistakes)}); measure them alike, "
             "or set force=true"
         )
-    lines = [f"| run | {' | '.join(names)} |", f"|---{'|---' * len(names)}|"]
-    for run, results in found.items():
-        cells = [
+    differences = sampling_differences(found)
+    heads = ["run", *differences, *names]
+    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
+    for row, (run, results) in enumerate(found.items()):
+        cells = [texts[row] for texts in differences.values()]
+        cells += [
             f"{_shown(results[name].value)}{'*' if (run, name) in marked else ''}" if name in results else ""
             for name in names
         ]

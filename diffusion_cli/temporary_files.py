@@ -4,6 +4,7 @@ A temporary file is named `.NAME.PID-HEX.tmp`. HEX begins with the `machine_id` 
 of the same machine finds out whether the writer has ended. Files of other machines are removed after `EXPIRY` seconds.
 """
 
+import errno
 import os
 import re
 import secrets
@@ -16,6 +17,7 @@ from diffusion_cli.process_identity import has_ended, machine_id
 
 EXPIRY = 3600.0
 """Seconds without a change after which the temporary file of any machine is abandoned."""
+NO_LINKS = frozenset({errno.EPERM, errno.EACCES, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EMLINK})
 NAME = re.compile(r"\..+\.(\d{1,10})-([0-9a-f]{8}(?:[0-9a-f]{8})?)\.tmp", re.DOTALL)
 
 
@@ -27,6 +29,24 @@ def temporary_path(path: Path) -> Path:
 def is_temporary(path: Path) -> bool:
     """Whether a path has the name of a temporary file of this program."""
     return NAME.fullmatch(path.name) is not None
+
+
+def create_linked(temporary: Path, path: Path) -> bool:
+    """Give a complete temporary file a second name that is new, in one step; False if there is a file of that name.
+
+    Where a file system has no hard links, the file is moved if its name is free a moment before.
+    """
+    try:
+        os.link(temporary, path)
+    except FileExistsError:
+        return False
+    except OSError as error:
+        if error.errno not in NO_LINKS:
+            raise
+        if os.path.lexists(path):
+            return False
+        temporary.replace(path)
+    return True
 
 
 def remove_abandoned(*folders: Path) -> None:

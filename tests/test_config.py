@@ -271,7 +271,7 @@ ORDER = [
     "ranks locks temporary_files forms", "parameterizations data times",
     "denoiser networks", "posterior probability_flow guidance latents pretrained",
     "objective samplers likelihood checkpoint", "editing cache",
-    "metrics generate", "capacity reconstruction", "report figures", "training", "commands", "cli",
+    "metrics generate manifest", "capacity reconstruction", "report figures", "training", "commands", "cli",
 ]  # fmt: skip
 LEVEL = {name: level for level, names in enumerate(ORDER) for name in names.split()}
 MATHEMATICS = [

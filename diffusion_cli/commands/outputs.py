@@ -1,8 +1,8 @@
 """The folder that a command writes images to: claimed by a manifest, so that nothing is overwritten."""
 
 import csv
-import json
 import os
+import threading
 from collections.abc import Sequence
 from itertools import chain
 from pathlib import Path
@@ -11,15 +11,27 @@ from typing import Any
 import torch
 
 from diffusion_cli import __version__
-from diffusion_cli.checkpoint import Model, whole_file
+from diffusion_cli.checkpoint import Model, writing
 from diffusion_cli.class_shares import are_shares, labels_in_turn
 from diffusion_cli.config import Mistakes, flatten, shown
 from diffusion_cli.data import LABEL_COLUMNS, LABELS_CSV
 from diffusion_cli.foreign import LONGEST_MANIFEST, MOST_IN_MANIFEST, from_json, read, reason
-from diffusion_cli.locks import locked
+from diffusion_cli.manifest import (
+    MANIFEST,
+    RECORDS,
+    add_record,
+    create,
+    merge,
+    read_records,
+    record_files,
+    replacing,
+    write_json,
+)
 from diffusion_cli.run_folder import own_folder
 from diffusion_cli.seeding import seed_ranges
 from diffusion_cli.temporary_files import is_temporary, remove_abandoned
+
+_adding = threading.Lock()
 
 
 def claim(output: Path, settings: dict[str, Any], model: Model) -> dict[str, Any]:
@@ -27,37 +39,65 @@ def claim(output: Path, settings: dict[str, Any], model: Model) -> dict[str, Any
     if output.exists() and not output.is_dir():
         raise Mistakes(f"output={output}: is a file; give a folder")
     own_folder(output)
-    with locked(output):  # the tasks of an array claim one folder at the same time
-        manifest = _claim(output, settings, model)
+    with writing(output / MANIFEST):
+        output.mkdir(parents=True, exist_ok=True)
+    # Listed before the manifest is looked for: other tasks may claim the folder now.
+    there, old_records = list(output.iterdir()), record_files(output)
+    if not (output / MANIFEST).is_file():
+        if not all(map(_is_internal, there)):
+            raise Mistakes(f"output={output}: is not empty and has no manifest.json; choose another folder")
+        for record in old_records:
+            record.unlink(missing_ok=True)
+        create(output, _new_manifest(settings, model))
+    manifest = read_manifest(output)
+    _refuse_other_settings(output, manifest, settings)
     remove_abandoned(*(Path(folder) for folder, _, _ in os.walk(output)))
     return manifest
 
 
-def _claim(output: Path, settings: dict[str, Any], model: Model) -> dict[str, Any]:
-    path = output / "manifest.json"
-    if path.is_file():
-        manifest = _read(path)
-        before, now = flatten(manifest["settings"]), flatten(settings)
-        keys = sorted(key for key in before | now if before.get(key) != now.get(key))
-        if keys:
-            raise Mistakes(
-                *(
-                    f"{key}={brief(now.get(key))}: the images in {output} were made with {brief(before.get(key))}"
-                    for key in keys
-                ),
-                f"output={output}: holds images of other settings; choose another folder",
-            )
-        return manifest
-    if not all(map(is_temporary, output.iterdir())):
-        raise Mistakes(f"output={output}: is not empty and has no manifest.json; choose another folder")
-    manifest = {
+def _is_internal(path: Path) -> bool:
+    """Whether a file or folder is of this program's records, or of a network file system."""
+    return path.name == RECORDS or path.name.startswith(".nfs") or is_temporary(path)
+
+
+def _new_manifest(settings: dict[str, Any], model: Model) -> dict[str, Any]:
+    return {
         "settings": settings,
         "step": model.step,
         "model": model.config,
         "versions": {"diffuse": __version__, "torch": torch.__version__},
     }
-    write_manifest(output, manifest)
-    return manifest
+
+
+def _refuse_other_settings(output: Path, manifest: dict[str, Any], settings: dict[str, Any]) -> None:
+    before, now = flatten(manifest["settings"]), flatten(settings)
+    keys = sorted(key for key in before | now if before.get(key) != now.get(key))
+    if keys:
+        raise Mistakes(
+            *(
+                f"{key}={brief(now.get(key))}: the images in {output} were made with {brief(before.get(key))}"
+                for key in keys
+            ),
+            f"output={output}: holds images of other settings; choose another folder",
+        )
+
+
+def read_manifest(output: Path) -> dict[str, Any]:
+    """The manifest of a folder, merged with the records of all tasks; Mistakes if one of them is damaged."""
+    return _merged(output, _read(output / MANIFEST))
+
+
+def _merged(output: Path, manifest: dict[str, Any]) -> dict[str, Any]:
+    try:
+        records = read_records(output)
+    except ValueError as error:
+        raise Mistakes(f"{error}; remove it, or choose another output=") from error
+    for path, record in records.items():
+        try:
+            _checked({"settings": {}, "versions": {}} | record)
+        except (ValueError, TypeError) as error:
+            raise Mistakes(f"{path}: {reason(error)}; remove it, or choose another output=") from error
+    return merge(manifest, *records.values())
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -71,7 +111,10 @@ def _read(path: Path) -> dict[str, Any]:
 
 def parsed(content: bytes) -> dict[str, Any]:
     """A manifest; ValueError if it is none of this program."""
-    manifest = from_json(content, LONGEST_MANIFEST, MOST_IN_MANIFEST)
+    return _checked(from_json(content, LONGEST_MANIFEST, MOST_IN_MANIFEST))
+
+
+def _checked(manifest: Any) -> dict[str, Any]:
     if not isinstance(manifest, dict):
         raise ValueError("is no object")
     settings, results = manifest.get("settings"), manifest.get("results", {})
@@ -109,10 +152,7 @@ def brief(value: Any) -> str:
 
 def keep_seeds(output: Path, seeds: range) -> None:
     """Add the seeds of images that are in the folder now to the manifest, as ranges [first, last]."""
-    with locked(output):  # another task may have added its own since this one claimed the folder
-        manifest = _read(output / "manifest.json")
-        ranges = seed_ranges([*manifest.get("seeds", []), [seeds[0], seeds[-1]]])
-        write_manifest(output, manifest | {"seeds": [[part[0], part[-1]] for part in ranges]})
+    _add(output, {"seeds": [[seeds[0], seeds[-1]]]})
 
 
 def keep_labels(output: Path, class_names: Sequence[str], suffix: str) -> None:
@@ -120,18 +160,20 @@ def keep_labels(output: Path, class_names: Sequence[str], suffix: str) -> None:
 
     The manifest gives the seeds and labels, those of other tasks among them. Samples without labels get no table.
     """
-    with locked(output):  # as for seeds
-        manifest = _read(output / "manifest.json")
+    while True:
+        manifest = read_manifest(output)
         labels = labels_in_turn(manifest["settings"])
         if labels is None:
             return
         seeds = chain.from_iterable(seed_ranges(manifest.get("seeds", [])))
         rows = ((sample_name(seed, suffix), class_names[labels[seed % len(labels)]]) for seed in seeds)
         with (
-            whole_file(output / LABELS_CSV) as temporary,
+            replacing(output, LABELS_CSV) as temporary,
             temporary.open("w", newline="", encoding="utf-8") as file,
         ):
             csv.writer(file, lineterminator="\n").writerows([LABEL_COLUMNS, *rows])
+        if read_manifest(output) == manifest:  # else another task may have written an earlier table
+            return
 
 
 def sample_name(seed: int, suffix: str) -> str:
@@ -144,25 +186,34 @@ def keep_calls(output: Path, calls: int) -> None:
 
     It belongs before the image is written, so that no image lies in the folder without this record.
     """
-    with locked(output):  # as for seeds
-        manifest = _read(output / "manifest.json")
-        if calls > manifest.get("network_calls", 0):
-            write_manifest(output, manifest | {"network_calls": calls})
+    _add(output, {"network_calls": calls})
 
 
 def recorded_calls(output: Path) -> int:
     """The most network calls that an image of the folder took; 0 if they are not on record."""
-    return _read(output / "manifest.json").get("network_calls", 0)
+    return read_manifest(output).get("network_calls", 0)
 
 
 def keep_results(output: Path, results: dict[str, dict[str, float]]) -> None:
     """Add the numbers of results whose images are there now to the manifest."""
-    with locked(output):  # as for seeds
-        manifest = _read(output / "manifest.json")
-        write_manifest(output, manifest | {"results": manifest.get("results", {}) | results})
+    _add(output, {"results": results})
 
 
-def write_manifest(output: Path, manifest: dict[str, Any]) -> None:
-    """Write `manifest.json`."""
-    with whole_file(output / "manifest.json") as temporary:
-        temporary.write_text(json.dumps(manifest, indent=2))
+def _add(output: Path, additions: dict[str, Any]) -> None:
+    """Record what this process has done, and publish the merged manifest."""
+    with _adding:  # by several threads
+        manifest = read_manifest(output)
+        if merge(manifest, additions) != manifest:
+            add_record(output, additions)
+        _publish(output)
+
+
+def _publish(output: Path) -> None:
+    """Write the merged manifest until no record of another task is missing."""
+    while True:
+        on_disk = _read(output / MANIFEST)
+        manifest = _merged(output, on_disk)
+        if manifest == on_disk:
+            return
+        with replacing(output, MANIFEST) as temporary:
+            write_json(temporary, manifest)

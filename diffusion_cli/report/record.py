@@ -13,6 +13,7 @@ from diffusion_cli.config import flatten
 from diffusion_cli.foreign import LONGEST_MANIFEST, MOST_IN_MANIFEST, read_csv, read_json, reason
 from diffusion_cli.foreign import read as read_file
 from diffusion_cli.forms.files import opened
+from diffusion_cli.manifest import merge, read_records
 from diffusion_cli.metrics import Report, Result, read_history
 from diffusion_cli.report.charts import Points
 from diffusion_cli.seeding import seed_ranges
@@ -190,6 +191,7 @@ def _samples(reading: _Reading) -> Samples | None:
 def _settings(path: Path) -> dict[str, Any]:
     """What a manifest says of how images were made, the model's training apart."""
     manifest = read_json(path, LONGEST_MANIFEST, MOST_IN_MANIFEST)
+    manifest = merge(manifest, *read_records(path.parent).values())
     images = {"images": sum(map(len, seed_ranges(manifest["seeds"])))} if "seeds" in manifest else {}
     return (
         images

@@ -1,4 +1,19 @@
-"""Locks: one process trains in a run's folder, and one at a time changes a file that several add to."""
+"""Locks that work on file systems which several machines share, with or without support for flock.
+
+A lock is a file. It appears with its content in one step that the file server decides (a hard link, else
+O_CREAT | O_EXCL), so that exactly one process creates it. Its JSON identifies the holder: host, machine, process
+number, start time and the scheduler's job; and it has a count, `beat`, that the holder raises every `Pace.beat`
+seconds. A process that finds the file tests, in this order:
+
+1. The kernel refuses its lock of the open file: the holder lives.
+2. The holder is of this machine: the list of processes shows whether it lives.
+3. The scheduler has started the holder's job again: the earlier process has ended.
+4. The count changes within `Pace.patience`: the holder lives, else it is dead.
+
+The file of a dead holder is overwritten. Where neither the kernel nor the scheduler excludes that two processes do so
+at once, each waits `Pace.settle` seconds, and has the lock if the file still contains its own token. A holder that
+finds another token in its file ends at once and saves nothing. No clock is compared with that of another machine.
+"""
 
 import contextlib
 import errno
@@ -21,6 +36,8 @@ except ImportError:
     fcntl = None
 
 from diffusion_cli.config import Mistakes
+from diffusion_cli.process_identity import boot_id, has_ended, is_running, machine_id, start_time
+from diffusion_cli.temporary_files import NO_LINKS, remove_abandoned, temporary_path
 
 LOCK = ".lock"
 LONGEST = 4096  # bytes read of a lock that may be anyone's
@@ -44,9 +61,6 @@ PACE = Pace(beat=10, patience=60, settle=2)
 def only_one(folder: Path, pace: Pace = PACE) -> Iterator[None]:
     """Hold a run's folder, made if need be; a folder in which nothing else was made is removed at the end.
 
-    On one machine the kernel's lock decides, which ends with its process. Other machines may not see it, so the
-    holder also changes the file now and then: one that stands still for `pace.patience` is taken over.
-
     Raises Mistakes if another process holds it, or no run can be kept there.
     """
     if fcntl is None:  # Windows
@@ -57,6 +71,10 @@ def only_one(folder: Path, pace: Pace = PACE) -> Iterator[None]:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             lock = _Lock(folder / LOCK, pace)
+        except _Held as held:
+            raise Mistakes(
+                f"name={folder.name}: is being trained by {_described(held.owner)}; wait, or end it"
+            ) from held
         except OSError as error:
             if error.errno == errno.ELOOP and (folder / LOCK).is_symlink():
                 raise Mistakes(f"{folder / LOCK}: is a link; remove it") from error
@@ -69,18 +87,36 @@ def only_one(folder: Path, pace: Pace = PACE) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Wait for a folder that another process of this machine has locked so, and hold it."""
-    folder.mkdir(parents=True, exist_ok=True)
+def locked(path: Path, pace: Pace = PACE) -> Iterator[None]:
+    """Wait for the lock of a file that processes of any machine change, and hold it.
+
+    In a folder that cannot be written to nobody changes the file, and it is not locked.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
     if fcntl is None:  # Windows
         yield
         return
-    descriptor = os.open(folder, os.O_RDONLY)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        lock = _waited_for(path.with_name(f".{path.name}{LOCK}"), pace)
+    except OSError as error:
+        if error.errno not in (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOSPC, errno.EDQUOT):
+            raise
+        lock = contextlib.nullcontext()
+    with lock:
         yield
-    finally:
-        os.close(descriptor)
+
+
+def _waited_for(path: Path, pace: Pace) -> "_Lock":
+    """A lock, once its holder has released it; after a second the holder is named."""
+    start, named = time.monotonic(), False
+    while True:
+        try:
+            return _Lock(path, pace, quiet=named)
+        except _Held as held:
+            if not named and time.monotonic() - start > 1:
+                print(f"diffuse: {path}: waiting for {_described(held.owner)}", file=sys.stderr)
+                named = True
+            time.sleep(1 if named else 0.05)
 
 
 def _remove_if_empty(folder: Path) -> None:
@@ -88,42 +124,41 @@ def _remove_if_empty(folder: Path) -> None:
         folder.rmdir()
 
 
-_held: set[int] = set()
+_descriptors: set[int] = set()
 
 
 def _leave_to_the_parent() -> None:
     """Close the locks in a forked process: one that outlives its parent would go on holding them."""
-    while _held:
-        os.close(_held.pop())
+    while _descriptors:
+        os.close(_descriptors.pop())
 
 
 if fcntl is not None:
     os.register_at_fork(after_in_child=_leave_to_the_parent)
 
 
-class _Lock:
-    """A run's lock file while this process holds it: who holds it, and a count that shows that it lives."""
+class _Held(Exception):
+    """A lock has a holder that lives."""
 
-    def __init__(self, path: Path, pace: Pace) -> None:
-        self.path, self.pace = path, pace
+    def __init__(self, owner: dict[str, Any]) -> None:
+        super().__init__(owner)
+        self.owner = owner
+
+
+class _Lock:
+    """A lock while this process holds it. Raises _Held if another does, Mistakes if its file is no file."""
+
+    def __init__(self, path: Path, pace: Pace, quiet: bool = False) -> None:
+        self.path, self.pace, self.quiet = path, pace, quiet
         self.mine: dict[str, Any] = {
             **_whereabouts(),
             "since": datetime.now().astimezone().isoformat(" ", "seconds"),
             "token": secrets.token_hex(8),
             "beat": 0,
         }
-        self.descriptor, made, kernel = self._open()
-        _held.add(self.descriptor)
-        try:
-            watched = not made and self._watched(kernel)
-            self._write()
-            if watched:
-                self._settle()
-        except BaseException:
-            if made:  # on a full disk
-                self.path.unlink(missing_ok=True)
-            self._close()
-            raise
+        self.descriptor = -1
+        while not (self._take_over() if os.path.lexists(path) else self._create()):
+            pass
         self.over = threading.Event()
         self.thread = threading.Thread(target=self._beat, name="lock", daemon=True)
 
@@ -138,72 +173,116 @@ class _Lock:
                 self.path.unlink()
         self._close()
 
-    def _open(self) -> tuple[int, bool, bool]:
-        """The open file, whether this process made it, and whether the kernel's lock on it is ours."""
-        assert fcntl is not None
-        while True:
-            try:
-                descriptor, made = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644), True
-            except FileExistsError:
-                try:
-                    # Never through a link, which may lead to a file of the user's; never waiting for a pipe.
-                    descriptor, made = os.open(self.path, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK), False
-                except FileNotFoundError:  # let go of just now
-                    continue
-            try:
-                kernel = self._flock(descriptor)
-                if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-                    raise Mistakes(f"{self.path}: is not a file; remove it")
-                if os.path.samestat(os.fstat(descriptor), self.path.lstat()):
-                    return descriptor, made, kernel
-            except FileNotFoundError:
-                pass
-            except BaseException:
-                os.close(descriptor)
-                raise
-            os.close(descriptor)  # its holder has let go of it and removed it meanwhile
+    def _create(self) -> bool:
+        """Create the file with its content, and return whether no other process was faster."""
+        temporary = temporary_path(self.path)
+        try:
+            self._write_new(temporary)
+            os.link(temporary, self.path)
+            remove_abandoned(self.path.parent)
+        except FileExistsError:
+            self._close()
+            return False
+        except OSError as error:
+            self._close()
+            if error.errno in NO_LINKS:
+                return self._create_without_links()
+            error.filename, error.filename2 = str(self.path), None
+            raise
+        finally:
+            with contextlib.suppress(OSError):
+                temporary.unlink()
+        return True
 
-    def _flock(self, descriptor: int) -> bool:
+    def _create_without_links(self) -> bool:
+        try:
+            self._write_new(self.path)
+        except FileExistsError:
+            return False
+        except OSError:
+            self._close()
+            self.path.unlink(missing_ok=True)
+            raise
+        return True
+
+    def _write_new(self, path: Path) -> None:
+        self._have(os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644))
+        self._flock()
+        self._write()
+
+    def _take_over(self) -> bool:
+        """Take the file of a dead holder, and return whether it was still there; _Held if the holder lives."""
+        try:
+            # Never through a link, which may lead to a file of the user's; never waiting for a pipe.
+            self._have(os.open(self.path, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK))
+            if not stat.S_ISREG(os.fstat(self.descriptor).st_mode):
+                raise Mistakes(f"{self.path}: is not a file; remove it")
+            kernel = self._flock()
+            if not os.path.samestat(os.fstat(self.descriptor), self.path.lstat()):
+                raise FileNotFoundError(self.path)
+            alone = self._outlived(kernel)
+            self._write()
+            if not alone:
+                self._settle()
+        except FileNotFoundError:  # released now
+            self._close()
+            return False
+        except BaseException:
+            self._close()
+            raise
+        return True
+
+    def _flock(self) -> bool:
+        """Whether the kernel's lock of the file is ours; _Held if it is another's."""
         assert fcntl is not None
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(self.descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            raise self._refusal(self._read()) from error
-        except OSError:  # some clusters' file systems have no locks
+            raise _Held(self._read()) from error
+        except OSError:  # file systems without locks
             return False
         return True
 
-    def _watched(self, kernel: bool) -> bool:
-        """Return whether the holder on record had to be watched until it was sure to be dead; Mistakes if it lives."""
+    def _outlived(self, kernel: bool) -> bool:
+        """Wait until the holder is known to be dead, and return whether no other process can take its file now."""
         owner, here = self._read(), self.mine
+        identity = owner.get("machine"), owner.get("pid"), owner.get("start")
+        if is_running(*identity):
+            raise _Held(owner)
         if kernel and all(owner.get(key) == here[key] for key in ("host", "boot")):
-            return False  # it is dead, or the kernel's lock would not be ours
+            return True  # else the kernel's lock would be the holder's
+        if has_ended(*identity):
+            return kernel
         requeued = here["job"] is not None and owner.get("job") == here["job"]
         if requeued and owner.get("restart") != here["restart"]:
-            return False  # the scheduler has ended it
-        if owner:
+            return True
+        self._watch(owner)
+        return False
+
+    def _watch(self, owner: dict[str, Any]) -> None:
+        """Return if the file does not change for a while; raises _Held if it does, FileNotFoundError if it goes."""
+        # A file without a holder is of an earlier version that creates it now, or was left so by a full disk.
+        patience = self.pace.patience if owner else self.pace.settle
+        if owner and not self.quiet:
             print(
-                f"diffuse: {self.path} is held by {_described(owner)}; waiting {self.pace.patience:.0f} s for a sign "
-                "of life",
+                f"diffuse: {self.path} is held by {_described(owner)}; waiting {patience:.0f} s for a sign of life",
                 file=sys.stderr,
             )
-        # One without a word of its holder is being made just now, or was left so by a full disk.
-        patience = self.pace.patience if owner else self.pace.settle
         start = time.monotonic()
         while time.monotonic() < start + patience:
             time.sleep(min(1.0, patience / 10))
-            if self._read() != owner:
-                raise self._refusal(self._read())
+            now = self._read()
+            if now != owner:
+                raise _Held(now)
         if owner:
             print(f"diffuse: taken over from {_described(owner)}, which gave none", file=sys.stderr)
-        return True
 
     def _settle(self) -> None:
-        """Mistakes if another process took the lock in the same moment."""
+        """Raise _Held if another process took the lock in the same moment."""
         time.sleep(self.pace.settle)
         owner = self._read()
         if owner.get("token") != self.mine["token"]:
-            raise self._refusal(owner)
+            raise _Held(owner)
 
     def _beat(self) -> None:
         said = False
@@ -241,22 +320,25 @@ class _Lock:
         os.ftruncate(self.descriptor, len(text))
         os.fsync(self.descriptor)
 
-    def _close(self) -> None:
-        _held.discard(self.descriptor)
-        os.close(self.descriptor)
+    def _have(self, descriptor: int) -> None:
+        self.descriptor = descriptor
+        _descriptors.add(descriptor)
 
-    def _refusal(self, owner: dict[str, Any]) -> Mistakes:
-        folder = self.path.parent
-        return Mistakes(f"name={folder.name}: is being trained by {_described(owner)}; wait, or end it")
+    def _close(self) -> None:
+        if self.descriptor in _descriptors:
+            _descriptors.discard(self.descriptor)
+            os.close(self.descriptor)
+        self.descriptor = -1
 
 
 def _whereabouts() -> dict[str, Any]:
     """What tells this process from others: machine, its start, number, and the scheduler's job and how often begun."""
-    boot = Path("/proc/sys/kernel/random/boot_id")
     return {
         "host": socket.gethostname(),
-        "boot": boot.read_text().strip() if boot.is_file() else None,
+        "boot": boot_id(),
+        "machine": machine_id(),
         "pid": os.getpid(),
+        "start": start_time(os.getpid()),
         "job": os.environ.get("SLURM_JOB_ID"),
         "restart": os.environ.get("SLURM_RESTART_COUNT"),
     }

@@ -58,3 +58,8 @@ def has_ended(machine: object, pid: object, start: object = None) -> bool:
     if now is None:
         return Path("/proc/self/stat").is_file()  # a zombie, where /proc shows it
     return start is not None and now != start
+
+
+def is_running(machine: object, pid: object, start: object) -> bool:
+    """Whether a process certainly runs: on this machine, with the start time that the process of its number has."""
+    return machine == machine_id() and isinstance(pid, int) and start is not None and start_time(pid) == start

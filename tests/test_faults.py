@@ -509,8 +509,8 @@ def test_the_lock_ends_with_its_process_though_a_child_of_it_lives(tmp_path, cap
     code = (
         "import os, sys, time; from pathlib import Path; from diffusion_cli.locks import only_one\n"
         "with only_one(Path(sys.argv[1])):\n"
-        "    if os.fork(): print('held', flush=True)\n"
-        "    else: print('child', os.getpid(), flush=True)\n"
+        "    if os.fork(): os.write(1, b'held\\n')\n"
+        "    else: os.write(1, f'child {os.getpid()}\\n'.encode())\n"
         "    time.sleep(600)"
     )
     process = subprocess.Popen(

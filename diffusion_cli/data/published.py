@@ -31,7 +31,8 @@ class _Published(Dataset):
         socket.setdefaulttimeout(STALL)
         try:
             source = getattr(datasets, self.source)
-            with locked(Path(self.data_dir)):  # of several processes one downloads, and the others find it
+            # Of several processes one downloads, and the others find it.
+            with locked(Path(self.data_dir) / self.source):
                 data = source(str(self.data_dir), train=split == "train", download=True)
         except (RuntimeError, OSError, EOFError, ValueError, AssertionError) as error:
             reason = " ".join(str(error).split()) or type(error).__name__

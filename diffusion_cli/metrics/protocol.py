@@ -238,7 +238,7 @@ def append_history(path: Path, entry: Mapping[str, Any]) -> None:
     Raises ValueError, and leaves the file as it is, if that is not a list of entries.
     """
     remove_abandoned(path.parent)
-    with locked(path.parent):  # two evaluations may end at the same time
+    with locked(path):  # two evaluations may end at the same time
         history: Sequence[Mapping[str, Any]] = [*read_history(path), entry]
         text = json.dumps(history, indent=2, allow_nan=False)
         with whole_file(path) as temporary:

@@ -86,8 +86,8 @@ def encoded(
     ranks, channels = Ranks(), latents.shape[0]
     row = ((4 if flip else 2) * channels, *latents.shape[1:])
     shape = (len(images), *row)
-    # Another run may be at work on the same ones.
-    with writing(path), locked(path.parent) if ranks.first else nullcontext():
+    # Another run may encode the same images.
+    with writing(path), locked(path) if ranks.first else nullcontext():
         if ranks.first and path.is_file():
             _set_back_if_damaged(path, shape)
         if not ranks.agree(path.is_file()):

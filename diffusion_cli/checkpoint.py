@@ -3,7 +3,8 @@
 A checkpoint is Lightning's, with a plain `diffuse` entry that says how to build the model again:
 `{"format": 4, "task": ..., "config": {...}, "shape": [C, H, W], "form": {...}, "num_classes": K | None,
 "class_names": [...] | None, "latent": {...} | None, "stages": [{"first": step, "shape": [C, h, w], "batch_size": B},
-...] | None, "data_rules": version, 1 if absent}`. A denoiser of latents has its autoencoder beside it.
+...] | None, "data_rules": version, 1 if absent, "class_counts": [images, ...] | None if absent}`. A denoiser of latents
+has its autoencoder beside it.
 """
 
 import contextlib
@@ -69,6 +70,15 @@ class Origin:
     """SHA-256 of the weights."""
     data_rules: int = field(default=1, kw_only=True)
     """The version of the rules by which the files of the data became images."""
+    class_counts: tuple[int, ...] | None = field(default=None, kw_only=True)
+    """Training images of each class, or None without classes, or of a run of an earlier version."""
+
+    @property
+    def trained_classes(self) -> list[int]:
+        """The classes with training images; all classes if their images were not counted."""
+        if self.class_counts is None:
+            return list(range(len(self.class_names or ())))
+        return [label for label, count in enumerate(self.class_counts) if count]
 
 
 @dataclass(frozen=True)
@@ -444,6 +454,7 @@ def _origin(
         "class_names": None if names is None else tuple(names),
         "config": about["config"],
         "data_rules": about.get("data_rules", 1),
+        "class_counts": tuple(counts) if (counts := about.get("class_counts")) else None,
         "latent": latent and {key: latent[key] for key in ("shape", "mean", "std", "sha256")},
         "step": checkpoint["global_step"],
         "digest": digest(_network_state(checkpoint, weights)),

@@ -101,11 +101,6 @@ def check_finite(images: Tensor) -> None:
         )
 
 
-def all_labels(denoiser: Denoiser) -> list[int] | None:
-    """Every class that a denoiser knows, or None if it knows none."""
-    return None if denoiser.num_classes is None else list(range(denoiser.num_classes))
-
-
 def labels_of(numbers: Sequence[int], labels: Sequence[int] | None, device: torch.device) -> Tensor | None:
     """The labels in turn, int64 [B]: image n gets number n mod K of these K; None for None."""
     if labels is None:

@@ -1,20 +1,26 @@
 """The classes of a data set, from its files through a run to samples that are a data set again."""
 
+import json
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import yaml
 from PIL import Image
 
+from diffusion_cli.checkpoint import LAST, Origin, read
 from diffusion_cli.cli import run
 from diffusion_cli.commands.outputs import claim, keep_labels, keep_seeds
 from diffusion_cli.commands.samples import given_samples
-from diffusion_cli.config import CONF
+from diffusion_cli.config import CONF, check_stored
 from diffusion_cli.data import Folder
+from diffusion_cli.forms import Picture
+from diffusion_cli.training import callbacks, evaluation
 
 TINY = [
     "model=unet_tiny",
@@ -122,3 +128,85 @@ def test_tasks_that_share_a_folder_leave_the_labels_of_all_their_samples(tmp_pat
     rows = [line.split(",") for line in (tmp_path / "out" / "labels.csv").read_text().splitlines()[1:]]
     assert [file for file, _ in rows] == [f"{seed:06d}.png" for seed in range(128)]
     assert Counter(label for _, label in rows) == {"a": 96, "c": 32}
+
+
+# --- Classes without a training image --------------------------------
+
+
+@pytest.fixture(scope="module")
+def gap(tmp_path_factory) -> Path:
+    """A run on labels 1 and 3 of 0..3."""
+    root = tmp_path_factory.mktemp("gap")
+    images = np.concatenate([np.full((6, 8, 8), value, np.uint8) for value in (0, 200)])
+    np.savez(root / "data.npz", images=images, labels=np.repeat([1, 3], 6))
+    words = [
+        "dataset=array",
+        f"dataset.path={root / 'data.npz'}",
+        "dataset.held_out=0",
+        "max_steps=1",
+        "name=run",
+    ]
+    assert run(["train", *words, f"output_dir={root}", *TINY]) == 0
+    return root / "run"
+
+
+def labels_in(output: Path) -> list[int]:
+    return json.loads((output / "manifest.json").read_text())["settings"]["labels"]
+
+
+@pytest.mark.parametrize(
+    ("label", "expected"), [("", [1, 3]), ("label=all", [1, 3]), ("label=[0,3]", [0, 3])]
+)
+def test_classes_without_a_training_image_are_made_by_name_only(gap, tmp_path, capsys, label, expected):
+    assert sample(gap, tmp_path, *filter(None, [label]), "num_samples=2") == 0
+    assert labels_in(tmp_path) == expected
+    warned = "label: no training image has the class '0'" in capsys.readouterr().err
+    assert warned == (0 in expected)
+
+
+def test_classes_without_a_training_image_are_neither_drawn_nor_measured_in_training(
+    tmp_path, capsys, monkeypatch
+):
+    for name in ("a", "b"):
+        for image in range(9):
+            write(tmp_path / "data" / name / f"{image}.png", image)
+    write(tmp_path / "data" / "c" / "3.png")  # held out by its name
+    seen: list[Any] = []
+    for module in (callbacks, evaluation):
+        labels_of = module.labels_of
+        monkeypatch.setattr(
+            module, "labels_of", lambda *given, own=labels_of: seen.append(given[1]) or own(*given)
+        )
+    words = [
+        "dataset.resolution=8",
+        "dataset.channels=1",
+        "name=run",
+        f"output_dir={tmp_path}",
+        "max_steps=1",
+    ]
+    words += ["preview_every=1", "eval_every=1", "eval_samples=4", "eval_steps=1"]
+    words += [
+        "features=classifier",
+        "features.steps=1",
+        f"cache_dir={tmp_path}",
+        f"dataset.path={tmp_path / 'data'}",
+    ]
+    assert run(["train", "dataset=folder", *words, *TINY]) == 0
+    assert "classes without a training image: 'c' (1 of 3)" in capsys.readouterr().err
+    assert len(seen) == 2
+    assert all(set(labels) == {0, 1} for labels in seen)
+
+
+def test_a_run_that_did_not_count_its_images_makes_all_classes():
+    about: dict[str, Any] = {"config": {}, "latent": None, "step": 1, "digest": ""}
+    origin = Origin((1, 8, 8), Picture(), ("a", "b", "c"), **about)
+    assert origin.trained_classes == [0, 1, 2]
+    assert replace(origin, class_counts=(0, 5, 2)).trained_classes == [1, 2]
+
+
+def test_images_of_classes_in_a_checkpoint_are_checked(gap):
+    about = read(gap / LAST)["diffuse"]
+    assert (about["class_counts"], check_stored(about)) == ([0, 6, 0, 6], [])
+    assert check_stored({key: value for key, value in about.items() if key != "class_counts"}) == []
+    for counts in ([0, 6, 0], [0, 0, 0, 0], [0, -1, 0, 6], "x"):
+        assert check_stored({**about, "class_counts": counts})

@@ -16,7 +16,7 @@ from tqdm import tqdm
 from diffusion_cli.checkpoint import digest
 from diffusion_cli.commands.inputs import Input, read_input, read_mask, real_images, shortened
 from diffusion_cli.commands.outputs import claim, keep_results
-from diffusion_cli.commands.trained import Trained, open_run
+from diffusion_cli.commands.trained import Trained, open_run, warn_of_untrained
 from diffusion_cli.config import EditConfig, build, fingerprint
 from diffusion_cli.data import normalised
 from diffusion_cli.denoiser import Denoise
@@ -130,7 +130,15 @@ def _refuse(config: EditConfig, trained: Trained, edit: Edit, method: Method | N
             f"variations={config.variations}: edit={kind} takes no noise with this sampler, and all would be the same; "
             "leave it 1, or take a sampler that draws, as ddpm"
         )
-    edit.check(trained.labels is not None, lambda name: trained.number(name, "edit.source"))
+
+    def source(name: int | str | None) -> int | None:
+        number = trained.number(name, "edit.source")
+        warn_of_untrained(
+            "edit.source", [] if number is None else [number], trained.model.trained_classes, trained.model
+        )
+        return number
+
+    edit.check(trained.labels is not None, source)
     if edit.seeds is not None:
         if config.input is not None or config.num_images is not None or config.fit:
             raise ValueError("edit.seeds: takes no input, num_images or fit; leave one of them out")

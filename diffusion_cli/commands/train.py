@@ -25,7 +25,8 @@ from diffusion_cli.checkpoint import (
 from diffusion_cli.commands.inputs import show_remarks
 from diffusion_cli.config import Mistakes, TrainConfig, identity, seconds, shown
 from diffusion_cli.data import Growing, Images, Stages, UnreadableError
-from diffusion_cli.denoiser import NoisyClassifier
+from diffusion_cli.data.labels import examples
+from diffusion_cli.denoiser import Denoiser, NoisyClassifier
 from diffusion_cli.locks import only_one
 from diffusion_cli.precision import resolve
 from diffusion_cli.ranks import Ranks, started, work_together
@@ -132,7 +133,7 @@ def _fit(
     precision = about["precision"]
     module = module_of(config, parts, about)
     ema = EMA(model.network, config.ema.decay, config.ema.warm_up, parts.device.offload_ema)
-    watchers = watchers_of(config, folder, parts, stages, ema, stop)
+    watchers = watchers_of(config, folder, parts, stages, ema, stop, about["class_counts"])
     checkpoints = Checkpoints(config.checkpoint_every, folder, config.keep_last, stop)
     progress = Progress(config.log_every, folder, stages, max_steps, stop, config.model_dump())
     # The average first, for the others look at it; checkpoints last: they hold what the others know.
@@ -152,7 +153,8 @@ def _fit(
             f"{precision}",
             file=sys.stderr,
         )
-        show_remarks([*_beyond_its_end(parts, stages, max_steps), *parts.dataset.remarks()])
+        remarks = [*_beyond_its_end(parts, stages, max_steps), *parts.dataset.remarks()]
+        show_remarks([*remarks, *_without_images(parts, about["class_counts"])])
     batches = Growing(
         images, stages, config.seed, parts.dataset.flip, done, config.accumulate,
         ranks.rank, ranks.world, parts.device.torch_device, parts.dataset.num_workers,
@@ -265,6 +267,22 @@ def _beyond_its_end(parts: Parts, stages: Stages, max_steps: int | None) -> Iter
             )
 
 
+def _without_images(parts: Parts, class_counts: list[int] | None) -> Iterator[str]:
+    """One line that names the classes without a training image, if the model is trained with labels."""
+    if class_counts is None or not parts.conditional:
+        return
+    pairs = zip(parts.dataset.class_names or (), class_counts, strict=True)
+    names = [name for name, count in pairs if not count]
+    if names:
+        effect = (
+            "samples leave them out unless label= names them"
+            if isinstance(parts.task.model, Denoiser)
+            else "the classifier cannot learn them"
+        )
+        part = f"{len(names)} of {len(class_counts)}"
+        yield f"dataset: classes without a training image: {examples(names)} ({part}); {effect}"
+
+
 def _refuse_other_data(folder: Path, about: dict[str, Any], checkpoint: dict[str, Any] | None) -> None:
     """Raise Mistakes if a run was begun on another number of images, or on other classes."""
     before = checkpoint["diffuse"] if checkpoint else about
@@ -307,6 +325,9 @@ def _about(config: TrainConfig, parts: Parts, images: Images, stages: Stages) ->
         "stages": stages.plain() if stages.grow else None,
         "num_classes": dataset.num_classes,
         "class_names": list(dataset.class_names) if dataset.class_names else None,
+        "class_counts": None
+        if labels is None
+        else labels.bincount(minlength=dataset.num_classes or 0).tolist(),
     }
 
 

@@ -1,9 +1,7 @@
 """What `sample`, `eval` and `edit` begin with: a trained model, how it is sampled and guided, and a record of it."""
 
 import math
-import re
 import sys
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,17 +10,15 @@ import torch
 
 from diffusion_cli.capacity import images_that_fit, network_call
 from diffusion_cli.checkpoint import Classifier, Model, Origin, find_run, load_classifier, load_model
-from diffusion_cli.config import EditConfig, EvalConfig, SampleConfig, build, check_node, did_you_mean, shown
-from diffusion_cli.data import Dataset, as_begun, composed
+from diffusion_cli.commands.class_labels import class_number, is_null, labels_named, warn_of_untrained
+from diffusion_cli.config import EditConfig, EvalConfig, SampleConfig, build, check_node, shown
+from diffusion_cli.data import Dataset, as_begun
 from diffusion_cli.denoiser import Denoiser, NoisyClassifier
-from diffusion_cli.generate import all_labels
 from diffusion_cli.guidance import Guidance, Guided
 from diffusion_cli.precision import device_of, resolve
 from diffusion_cli.ranks import Ranks
 from diffusion_cli.samplers import Sampler
 
-INDEX = re.compile(r"0|[1-9][0-9]{0,8}")
-NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?")
 SCALE = 1e-3  # by which the scales of the same latents may differ
 
 
@@ -46,7 +42,7 @@ class Trained:
 
     def number(self, label: int | str | None, key: str) -> int | None:
         """The number of a class by its name or index, None for null; ValueError, about a key, if there is none."""
-        if label is None or _is_null(label, self.model.class_names):
+        if label is None or is_null(label, self.model.class_names):
             _refuse_untrained_null(self.model, key)
             return None
         known = self.model.num_classes is not None and self.model.class_names
@@ -115,8 +111,10 @@ def open_run(config: SampleConfig | EvalConfig | EditConfig) -> Trained:
     guides = Guides(model, folder, config, device)
     guidance: Guidance = build(config.guidance, guides)
     labels = labels_named(
-        config.label, model, guidance, unnamed="none" if isinstance(config, EditConfig) else "all"
-    )
+        config.label, model, guidance, guides.trained_classes,
+        unnamed="none" if isinstance(config, EditConfig) else "all",
+    )  # fmt: skip
+    warn_of_untrained("label", labels or [], guides.trained_classes, model)
     dropout = model.config["objective"]["label_dropout"]
     if labels is None:
         _refuse_untrained_null(model, "label")
@@ -140,7 +138,7 @@ def open_run(config: SampleConfig | EvalConfig | EditConfig) -> Trained:
         "clip_x0": config.clip_x0,
         "precision": precision,
     }
-    chosen = config.label is not None and not _is_null(config.label, model.class_names)
+    chosen = config.label is not None and not is_null(config.label, model.class_names)
     return Trained(folder, model, sampler, guidance, labels, device, precision, settings, chosen)
 
 
@@ -155,6 +153,8 @@ class Guides:
         device: torch.device,
     ) -> None:
         self.model, self.folder, self.config, self.device = model, folder, config, device
+        self.trained_classes = model.trained_classes
+        """The classes of which the model, or the classifier that guides it, has seen images."""
         self.digests: dict[str, str] = {}
         """SHA-256 of the weights of each."""
 
@@ -194,6 +194,8 @@ class Guides:
                 f"{key}: tells {guide.class_names}; the model's data has {self.model.class_names}"
             )
         self.digests = {"classifier_sha256": guide.digest}
+        if self.model.num_classes is None:
+            self.trained_classes = guide.trained_classes
         return guide.classifier
 
     def _compare(self, key: str, guide: Model | Classifier, *parts: str) -> None:
@@ -221,84 +223,8 @@ def _same_latents(one: dict[str, Any] | None, other: dict[str, Any] | None) -> b
     return alike and all(one[key] == other[key] for key in ("shape", "sha256"))
 
 
-def labels_named(
-    label: int | str | list[int | str] | None, model: Model, guidance: Guidance, unnamed: str
-) -> list[int] | None:
-    """The class numbers of `label=`, or None for no label.
-
-    The name of a class stands for that class, even if it is one of the words `all`, `none` and `null`. Otherwise `all`
-    stands for every class, and `none` and an empty list for no label; `null` stands for `unnamed`, "all" or "none".
-
-    Raises ValueError for a class that the data does not have, or for any class if the model uses none.
-    """
-    names = model.class_names
-    if model.num_classes is None and not guidance.tells_labels:
-        if label in (None, "null", "none", []):
-            return None
-        raise ValueError(
-            f"label={_shown(label)}: the model knows no classes; train one with model.class_conditional=true, or guide "
-            "it with guidance=classifier"
-        )
-    assert names is not None
-    if not isinstance(label, list) and (label is None or _place(label, names) is None):
-        word = unnamed if label in (None, "null") else label
-        if word == "none":
-            return None
-        if word == "all":
-            return all_labels(model.denoiser) or list(range(len(names)))
-    wanted = label if isinstance(label, list) else [str(label)]
-    return [class_number(one, names) for one in wanted] or None
-
-
 def _refuse_untrained_null(model: Model, key: str) -> None:
     if model.num_classes is not None and model.config["objective"]["label_dropout"] == 0:
         raise ValueError(
             f"{key}=null: the model was trained with objective.label_dropout=0, never without a label; name a class"
         )
-
-
-def class_number(label: int | str, names: Sequence[str], key: str = "label") -> int:
-    """The number of a class.
-
-    Its name stands for it, in any Unicode form. If no class name is a number, its index from 0 on stands for it too.
-
-    Raises ValueError, about `key`, if there is no such class.
-    """
-    place = _place(label, names)
-    if place is not None:
-        return place
-    if not names:
-        raise ValueError(f"{key}={label}: the model knows no classes; leave it null")
-    counted = list(names) == [str(number) for number in range(len(names))]
-    if INDEX.fullmatch(str(label)) and (counted or not any(map(NUMBER.fullmatch, names))):
-        if int(str(label)) < len(names):
-            return int(str(label))
-        raise ValueError(f"{key}={label}: there are the classes 0..{len(names) - 1}")
-    equal = _spellings(str(label), names)
-    hint = f"; did you mean {equal[0]}?" if equal else did_you_mean(str(label), names)
-    raise ValueError(f"{key}={label}: unknown class{hint}")
-
-
-def _is_null(label: int | str | list[int | str], names: Sequence[str] | None) -> bool:
-    """Whether a label is the word null, and no class has that name."""
-    return label == "null" and _place("null", names or ()) is None
-
-
-def _place(label: int | str, names: Sequence[str]) -> int | None:
-    """The index of the class with a name, or None if no class has it."""
-    for form in (str, composed):
-        wanted, known = form(str(label)), list(map(form, names))
-        if wanted in known:
-            return known.index(wanted)
-    return None
-
-
-def _spellings(number: str, names: Sequence[str]) -> list[str]:
-    """The names that are the same number, written in another way."""
-    if not NUMBER.fullmatch(number):
-        return []
-    return [name for name in names if NUMBER.fullmatch(name) and float(name) == float(number)]
-
-
-def _shown(label: int | str | list[int | str]) -> str:
-    return str(label).replace("'", "").replace(" ", "")

@@ -57,6 +57,7 @@ class _Stored(BaseModel):
     class_names: list[str] | None
     stages: Annotated[list[_Stage], Field(min_length=1)] | None
     data_rules: PositiveInt = 1
+    class_counts: list[NonNegativeInt] | None = None
     precision: Literal["fp32", "bf16", "fp16"] | None = None
 
 
@@ -92,6 +93,9 @@ def check_stored(about: Mapping[str, Any]) -> list[str]:
     names = stored.class_names
     if (None if names is None else len(names)) != stored.num_classes:
         mistakes.append(f"num_classes={stored.num_classes}: is not the number of class_names")
+    counts = stored.class_counts
+    if counts is not None and (len(counts) != stored.num_classes or not any(counts)):
+        mistakes.append("class_counts: should be the images of each class, some of them not 0")
     config, wrong = validate(_Config, stored.config)
     mistakes += wrong
     if config is not None:

@@ -73,6 +73,11 @@ class Parts(NamedTuple):
     device: Device
 
     @property
+    def conditional(self) -> bool:
+        """Whether the model is trained with labels."""
+        return getattr(self.task.model, "num_classes", None) is not None
+
+    @property
     def space(self) -> Space:
         """Where the network works."""
         return Pixels(self.dataset.shape) if self.latent is None else self.latent.latents
@@ -169,9 +174,18 @@ def stages_of(config: TrainConfig, dataset: Dataset) -> Stages:
 
 
 def watchers_of(
-    config: TrainConfig, folder: Path, parts: Parts, stages: Stages, ema: EMA, stop: Stop
+    config: TrainConfig,
+    folder: Path,
+    parts: Parts,
+    stages: Stages,
+    ema: EMA,
+    stop: Stop,
+    class_counts: list[int] | None,
 ) -> list[Callback]:
-    """What looks at the averaged weights on the way: their loss on held-out images, and what the model is for."""
+    """What looks at the averaged weights on the way: their loss on held-out images, and what the model is for.
+
+    `class_counts` are the training images of each class, None without classes.
+    """
     held_out = parts.shown.load("held_out")
     part = config.batch_size // config.accumulate
     watchers: list[Callback] = []
@@ -193,8 +207,11 @@ def watchers_of(
         raise ValueError(f"eval_every={config.eval_every}: a classifier makes no samples; leave it out")
     if isinstance(parts.task.model, Denoiser):
         sampler = parts.task.sampler
+        counts = class_counts if parts.conditional else None
         if config.eval_every is not None:
-            watchers.append(_evaluation(config, config.eval_every, folder, parts, stages, sampler, ema, stop))
+            watchers.append(
+                _evaluation(config, config.eval_every, folder, parts, stages, sampler, ema, stop, counts)
+            )
         watchers.append(
             Preview(
                 config.preview_every,
@@ -206,6 +223,9 @@ def watchers_of(
                 stages=stages,
                 space=parts.space,
                 form=parts.dataset.form,
+                labels=None
+                if counts is None
+                else label_settings([min(count, 1) for count in counts])["labels"],
             )
         )
     return watchers
@@ -220,6 +240,7 @@ def _evaluation(
     sampler: Sampler,
     ema: EMA,
     stop: Stop,
+    class_counts: list[int] | None,
 ) -> Evaluation:
     """What measures samples on the way; ValueError where that cannot be done."""
     metrics = {name: build(node) for name, node in config.metric.items()}
@@ -231,8 +252,8 @@ def _evaluation(
     dataset = parts.dataset
     seen = pictured(dataset)
     reference: Reference = build(config.reference, seen)
-    names = dataset.class_names if getattr(parts.task.model, "num_classes", None) is not None else None
-    about = {} if names is None else _labels(reference, names)
+    names = dataset.class_names if class_counts is not None else None
+    about = {} if names is None or class_counts is None else _labels(reference, names, class_counts)
     samples = TrainingSamples(
         config.eval_samples, sampler, config.eval_steps, dataset.shape, parts.space, dataset.form, names,
         labels_in_turn(about),
@@ -250,9 +271,15 @@ def _evaluation(
     )  # fmt: skip
 
 
-def _labels(reference: Reference, names: tuple[str, ...]) -> dict[str, list[int]]:
-    """The label settings of samples in the reference's shares of the classes, in equal shares where it has none."""
-    return label_settings(reference.class_counts(names) or [1] * len(names))
+def _labels(reference: Reference, names: tuple[str, ...], class_counts: list[int]) -> dict[str, list[int]]:
+    """The label settings of samples in the reference's shares of the classes, in equal shares where it has none.
+
+    Classes without training images are left out.
+    """
+    trained = [min(count, 1) for count in class_counts]
+    counts = reference.class_counts(names) or trained
+    shares = [count * there for count, there in zip(counts, trained, strict=True)]
+    return label_settings(shares if any(shares) else trained)
 
 
 def _once(

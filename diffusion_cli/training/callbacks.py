@@ -5,7 +5,7 @@ import signal
 import sys
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -24,7 +24,7 @@ from diffusion_cli.config.schema import Node
 from diffusion_cli.data import Batch, Stages
 from diffusion_cli.denoiser import Denoiser, NoisyClassifier, noised
 from diffusion_cli.forms import Form
-from diffusion_cli.generate import all_labels, labels_of, sample
+from diffusion_cli.generate import labels_of, sample
 from diffusion_cli.latents import Space
 from diffusion_cli.ranks import Ranks
 from diffusion_cli.report import save_grid
@@ -400,8 +400,11 @@ class Preview(Watcher):
         stages: Stages,
         space: Space,
         form: Form,
+        labels: Sequence[int] | None = None,
     ) -> None:
         super().__init__(every, ema, stop)
+        self.labels = labels
+        """Classes to draw in turn."""
         self.folder, self.sampler, self.steps, self.stages = run / "previews", sampler, steps, stages
         self.space, self.form = space, form
 
@@ -411,7 +414,7 @@ class Preview(Watcher):
         if not trainer.is_global_zero:
             return True
         assert isinstance(denoiser, Denoiser)
-        labels = labels_of(self.SEEDS, all_labels(denoiser), module.device)
+        labels = labels_of(self.SEEDS, self.labels, module.device)
         with trainer.precision_plugin.forward_context():
             x = sample(
                 self.space.clipped(lambda x, t: denoiser(x, t, labels), denoiser.schedule),

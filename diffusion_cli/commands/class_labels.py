@@ -1,0 +1,102 @@
+"""The classes that `label=` and other keys name, as the numbers of the classes of a data set."""
+
+import re
+from collections.abc import Sequence
+
+from diffusion_cli.checkpoint import Model, Origin
+from diffusion_cli.commands.inputs import show_remarks
+from diffusion_cli.config import did_you_mean
+from diffusion_cli.data import composed
+from diffusion_cli.data.labels import examples
+from diffusion_cli.guidance import Guidance
+
+INDEX = re.compile(r"0|[1-9][0-9]{0,8}")
+NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?")
+
+
+def labels_named(
+    label: int | str | list[int | str] | None,
+    model: Model,
+    guidance: Guidance,
+    trained_classes: list[int],
+    unnamed: str,
+) -> list[int] | None:
+    """The class numbers of `label=`, or None for no label.
+
+    The name of a class stands for that class, even if it is one of the words `all`, `none` and `null`. Otherwise `all`
+    stands for the classes with training images, and `none` and an empty list for no label; `null` stands for `unnamed`,
+    "all" or "none".
+
+    Raises ValueError for a class that the data does not have, or for any class if the model uses none.
+    """
+    names = model.class_names
+    if model.num_classes is None and not guidance.tells_labels:
+        if label in (None, "null", "none", []):
+            return None
+        raise ValueError(
+            f"label={_shown(label)}: the model knows no classes; train one with model.class_conditional=true, or guide "
+            "it with guidance=classifier"
+        )
+    assert names is not None
+    if not isinstance(label, list) and (label is None or _place(label, names) is None):
+        word = unnamed if label in (None, "null") else label
+        if word == "none":
+            return None
+        if word == "all":
+            return trained_classes
+    wanted = label if isinstance(label, list) else [str(label)]
+    return [class_number(one, names) for one in wanted] or None
+
+
+def warn_of_untrained(key: str, labels: Sequence[int], trained_classes: Sequence[int], model: Origin) -> None:
+    """Print a line if there is no training image of some of the labels."""
+    names = [(model.class_names or ())[label] for label in labels if label not in trained_classes]
+    if names:
+        show_remarks([f"{key}: no training image has the class {examples(names)}; its samples are arbitrary"])
+
+
+def class_number(label: int | str, names: Sequence[str], key: str = "label") -> int:
+    """The number of a class.
+
+    Its name stands for it, in any Unicode form. If no class name is a number, its index from 0 on stands for it too.
+
+    Raises ValueError, about `key`, if there is no such class.
+    """
+    place = _place(label, names)
+    if place is not None:
+        return place
+    if not names:
+        raise ValueError(f"{key}={label}: the model knows no classes; leave it null")
+    counted = list(names) == [str(number) for number in range(len(names))]
+    if INDEX.fullmatch(str(label)) and (counted or not any(map(NUMBER.fullmatch, names))):
+        if int(str(label)) < len(names):
+            return int(str(label))
+        raise ValueError(f"{key}={label}: there are the classes 0..{len(names) - 1}")
+    equal = _spellings(str(label), names)
+    hint = f"; did you mean {equal[0]}?" if equal else did_you_mean(str(label), names)
+    raise ValueError(f"{key}={label}: unknown class{hint}")
+
+
+def is_null(label: int | str | list[int | str], names: Sequence[str] | None) -> bool:
+    """Whether a label is the word null, and no class has that name."""
+    return label == "null" and _place("null", names or ()) is None
+
+
+def _place(label: int | str, names: Sequence[str]) -> int | None:
+    """The index of the class with a name, or None if no class has it."""
+    for form in (str, composed):
+        wanted, known = form(str(label)), list(map(form, names))
+        if wanted in known:
+            return known.index(wanted)
+    return None
+
+
+def _spellings(number: str, names: Sequence[str]) -> list[str]:
+    """The names that are the same number, written in another way."""
+    if not NUMBER.fullmatch(number):
+        return []
+    return [name for name in names if NUMBER.fullmatch(name) and float(name) == float(number)]
+
+
+def _shown(label: int | str | list[int | str]) -> str:
+    return str(label).replace("'", "").replace(" ", "")

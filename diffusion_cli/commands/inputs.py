@@ -13,10 +13,10 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from diffusion_cli.config import Mistakes
-from diffusion_cli.data import Dataset, file_names, fitted, sample_files, spread, stored
+from diffusion_cli.data import Dataset, file_names, fitted, sample_files, spread, stored, survey
 from diffusion_cli.data.listing import MANIFEST, manifests, passed_over
-from diffusion_cli.foreign import read, reason
-from diffusion_cli.forms import Form, Ranged, Shape, Volume
+from diffusion_cli.foreign import printable, read, reason
+from diffusion_cli.forms import Form, Picture, Ranged, Raster, Shape, Volume, has_own_numbers
 from diffusion_cli.forms.files import flattened, is_gray, opened
 from diffusion_cli.ranks import Ranks
 
@@ -39,7 +39,7 @@ class Input(NamedTuple):
 def show_remarks(lines: Iterable[str]) -> None:
     """Print remarks about data once, whatever the number of processes."""
     for line in lines if Ranks().first else ():
-        print(f"diffuse: {line}", file=sys.stderr)
+        print(printable(f"diffuse: {line}"), file=sys.stderr)
 
 
 def real_images(dataset: Dataset, split: str, count: int | None) -> list[Input]:
@@ -64,6 +64,9 @@ def read_input(
     if len(files) == 1 and files[0].is_dir():
         files = _files(files[0], form)
     files = files[:count]
+    if isinstance(form, Picture | Raster):
+        found = survey.headers(Path(), [str(file) for file in files])
+        show_remarks(survey.remarks("input", found, len(files), own_numbers=has_own_numbers(form)))
     labels = _names(files)
     images: list[Input] = []
     lines: list[str] = []

@@ -13,6 +13,7 @@ from pydantic import Field, NonNegativeInt, PositiveInt
 from torch import Tensor
 from torch.utils.data import get_worker_info
 
+from diffusion_cli.data import survey
 from diffusion_cli.data.base import Dataset, Images, Split, named_mask, row_chunks, split_rows
 from diffusion_cli.data.decoding import (
     Decoder,
@@ -35,7 +36,7 @@ from diffusion_cli.data.listing import (
 from diffusion_cli.data.masks import MaskedDecoder, divided, mask_files, masked_decoder
 from diffusion_cli.data.memory import MemoryImages, fits_in_memory
 from diffusion_cli.foreign import LONGEST_MANIFEST, Archive, read, reason
-from diffusion_cli.forms import Dicom, Form, Range, Ranged, Raster, Volume
+from diffusion_cli.forms import Dicom, Form, Range, Ranged, Raster, Volume, has_own_numbers
 from diffusion_cli.forms.dicom import SUFFIXES as SCANS
 from diffusion_cli.forms.files import FIRST_SUFFIXES
 from diffusion_cli.forms.files import SUFFIXES as PICTURES
@@ -200,7 +201,16 @@ class Folder(Dataset):
         return images.in_memory() if in_memory else images
 
     def remarks(self) -> list[str]:
-        return [*self._passed_over, *self._range_remarks()]
+        return [*self._passed_over, *self._header_remarks(), *self._range_remarks()]
+
+    def _header_remarks(self) -> list[str]:
+        if isinstance(self.form, Dicom | Volume):
+            return []
+        decoder = self.decoder.image if isinstance(self.decoder, MaskedDecoder) else self.decoder
+        return survey.remarks(
+            f"dataset.path={self.path}", survey.headers(self.path, self.files), len(self.files), decoder.shape[1:],
+            own_numbers=isinstance(decoder, DeepDecoder) and has_own_numbers(decoder.form), profiles=self.rules > 1,
+        )  # fmt: skip
 
     def _range_remarks(self) -> list[str]:
         if not isinstance(self.form, Raster) or self.masks is not None:

@@ -6,6 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from diffusion_cli.data import survey
 from diffusion_cli.data.array import ArrayImages, read_contents
 from diffusion_cli.data.base import Images
 from diffusion_cli.data.decoding import Exact
@@ -13,7 +14,7 @@ from diffusion_cli.data.folder import FileImages, file_names, own_images
 from diffusion_cli.data.labels import class_labels, read
 from diffusion_cli.data.listing import MANIFEST, manifests, passed_over
 from diffusion_cli.foreign import LONGEST_MANIFEST, reason
-from diffusion_cli.forms import Form, Picture, Ranged, Shape
+from diffusion_cli.forms import Form, Picture, Ranged, Raster, Shape, has_own_numbers
 from diffusion_cli.forms.files import is_gray, opened
 
 
@@ -58,6 +59,9 @@ def given_images(
     except ValueError as error:
         raise ValueError(f"{key}={path}: {reason(error).removeprefix(f'dataset.path={path}: ')}") from error
     remarks = passed_over(f"{key}={path}", names, form.suffixes)
+    if isinstance(form, Picture | Raster):
+        seen = survey.headers(path, files)
+        remarks += survey.remarks(f"{key}={path}", seen, len(files), own_numbers=has_own_numbers(form))
     return Given(FileImages(path, files, labels, decoder, key), class_names, tuple(remarks))
 
 

@@ -5,7 +5,7 @@ from diffusion_cli.forms.dicom import Dicom
 from diffusion_cli.forms.picture import Picture, to_bytes
 from diffusion_cli.forms.points import PointSet
 from diffusion_cli.forms.ranged import Range, Ranged
-from diffusion_cli.forms.raster import Raster, image_form
+from diffusion_cli.forms.raster import Raster, has_own_numbers, image_form
 from diffusion_cli.forms.volume import Volume
 
 __all__ = [
@@ -19,6 +19,7 @@ __all__ = [
     "Shape",
     "Volume",
     "form_of",
+    "has_own_numbers",
     "image_form",
     "to_bytes",
 ]

@@ -2,7 +2,7 @@
 
 import warnings
 from io import BytesIO
-from typing import Literal
+from typing import IO, Literal
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -53,10 +53,10 @@ def opened(data: bytes) -> Image.Image:
     return upright(parsed(data))
 
 
-def parsed(data: bytes) -> Image.Image:
-    """As `opened`, before pixels are read."""
+def parsed(data: bytes | IO[bytes]) -> Image.Image:
+    """As `opened`, before pixels are read; of an open file no more than the header is read."""
     try:
-        image = Image.open(BytesIO(data), formats=list(FORMATS))
+        image = Image.open(BytesIO(data) if isinstance(data, bytes) else data, formats=list(FORMATS))
     except UnidentifiedImageError as error:  # whose text names a memory address
         raise ValueError(f"is not an image in {', '.join(FORMATS)}") from error
     except Exception as error:  # decoders meet broken data with errors of every type

@@ -93,6 +93,11 @@ class Raster(Ranged):
         return "of pictures in 256 grays over the stated range, laid on white" if self.mode else super().note
 
 
+def has_own_numbers(form: Form) -> bool:
+    """Whether the numbers of files are values of any kind, and no colours."""
+    return not isinstance(form, Picture) and not (isinstance(form, Raster) and form.mode is not None)
+
+
 def image_form(
     dtype: str, channels: int, given: Range | list[Range] | None, mode: Literal["LA", "RGBA"] | None = None
 ) -> Form:

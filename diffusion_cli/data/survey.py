@@ -1,0 +1,129 @@
+"""What the headers of image files show before any pixel is read: their sizes, frames and colour profiles."""
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from typing import NamedTuple
+
+from PIL import Image
+
+from diffusion_cli.data.base import spread
+from diffusion_cli.foreign import LARGEST, Archive, regular
+from diffusion_cli.forms.files import is_turned, parsed
+from diffusion_cli.forms.profiles import conversion
+
+MOST = 256
+"""Files to open at most; of more files these are spread evenly."""
+
+
+class Header(NamedTuple):
+    """What the header of one file shows."""
+
+    name: str
+    size: tuple[int, ...]
+    """Height and width of the upright image."""
+    is_tiff: bool
+    frames: bool
+    """Whether frames or pages follow the first."""
+    profile: str | None
+    """The name of the colour profile that is converted; empty for one that cannot be used."""
+
+
+def headers(path: Path, names: list[str]) -> list[Header]:
+    """Return the headers of at most MOST of the image files in a folder or archive, without those of broken files."""
+    chosen = [names[row] for row in spread(len(names), min(len(names), MOST)).tolist()]
+    return [*_headers(path, chosen)]
+
+
+def _headers(path: Path, names: Sequence[str]) -> Iterator[Header]:
+    with nullcontext() if path.is_dir() else Archive(path) as archive:
+        for name in names:
+            try:
+                if archive is not None:
+                    yield _header(name, parsed(archive.read(name)))
+                elif regular(path / name) <= LARGEST:
+                    with (path / name).open("rb") as file:
+                        yield _header(name, parsed(file))
+            except (ValueError, OSError):  # reported where pixels are read
+                continue
+
+
+def _header(name: str, image: Image.Image) -> Header:
+    # Without this word in its header, Pillow looks for the orientation behind the pixels, and decodes them.
+    turned = (image.format != "PNG" or "exif" in image.info) and is_turned(image)
+    size = image.size if turned else image.size[::-1]
+    found = conversion(
+        image.info.get("icc_profile") or b"", "RGB" if image.mode in ("P", "RGBA") else image.mode
+    )
+    profile = (
+        {"converted": found.name, "broken": ""}.get(found.kind) if image.info.get("icc_profile") else None
+    )
+    return Header(name, size, image.format == "TIFF", _has_frames(image), profile)
+
+
+def _has_frames(image: Image.Image) -> bool:
+    if image.format == "TIFF":
+        try:
+            image.seek(1)
+        except EOFError:
+            return False
+        return True
+    # A second picture in a photo is a preview, a map of brightness or another eye's view.
+    return image.format != "MPO" and getattr(image, "is_animated", False)
+
+
+def remarks(
+    key: str,
+    found: Sequence[Header],
+    total: int,
+    wanted: Sequence[int] | None = None,
+    own_numbers: bool = False,
+    profiles: bool = True,
+) -> list[str]:
+    """One line each about images smaller than the `wanted` height and width, about frames, and about profiles.
+
+    `found` are headers of `total` files. Where images are read by their `own_numbers`, pages are channels and profiles
+    convert nothing.
+    """
+    looked_at = len(found) if total > MOST else None
+    lines = []
+    small = [header.size for header in found if wanted is not None and _is_smaller(header.size, wanted)]
+    if wanted is not None and small:
+        size = " x ".join(map(str, reversed(min(small, key=sorted))))
+        shown = wanted[0] if len(set(wanted)) == 1 else str([*wanted]).replace(" ", "")
+        lines.append(
+            f"dataset.resolution={shown}: {_count(len(small), looked_at)} smaller and enlarged, the smallest from {size} "
+            f"pixels; set dataset.resolution to at most {min(map(min, small))} to enlarge none"
+        )
+    moving = [header.name for header in found if header.frames and not (header.is_tiff and own_numbers)]
+    if moving:
+        lines.append(
+            f"{key}: {_count(len(moving), looked_at)} in files of several frames or pages, and only the first of them "
+            f"is read: {_named(moving)}"
+        )
+    return [*lines, *(_profile_remarks(key, found, looked_at) if profiles and not own_numbers else [])]
+
+
+def _profile_remarks(key: str, found: Sequence[Header], looked_at: int | None) -> Iterator[str]:
+    names = Counter(header.profile for header in found if header.profile)
+    if names:
+        counts = ", ".join(f"{name} {count}" for name, count in sorted(names.items()))
+        yield f"{key}: {_count(names.total(), looked_at)} converted to sRGB from a colour profile: {counts}"
+    broken = [header.name for header in found if header.profile == ""]
+    if broken:
+        yield f"{key}: {_count(len(broken), looked_at)} read as sRGB, for the colour profile is broken: {_named(broken)}"
+
+
+def _is_smaller(size: tuple[int, ...], wanted: Sequence[int]) -> bool:
+    return any(have < want for have, want in zip(size, wanted, strict=True))
+
+
+def _count(count: int, looked_at: int | None) -> str:
+    if looked_at is not None:
+        return f"{count} of the {looked_at} images looked at are"
+    return "1 image is" if count == 1 else f"{count} images are"
+
+
+def _named(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")

@@ -105,7 +105,7 @@ def test_labels_go_round_and_matter(model):
             sampler,
             3,
             range(5),
-            3,
+            2,
             guidance=Unguided(None),
             labels=[0, 1, 2],
             clip=True,

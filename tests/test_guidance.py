@@ -270,7 +270,7 @@ class Learned(Exact):
     learn_variance = True
 
     def forward(self, x, c_noise, y):
-        variance = torch.tanh(x + y.view(-1, 1, 1, 1) + 10 * self.gain)
+        variance = torch.tanh(x + y.view(-1, 1, 1, 1) / 4 + self.gain)
         return torch.cat([super().forward(x, c_noise, y), variance], 1)
 
 

@@ -19,7 +19,7 @@ from diffusion_cli.likelihood import flow_likelihood
 from diffusion_cli.metrics import FlowLikelihood, Inversion, Subject, VariationalBound
 from diffusion_cli.parameterizations import X0, Flow, Parameterization
 from diffusion_cli.probability_flow import angle, velocity
-from diffusion_cli.schedules import VE, Cosine, Rectified, Schedule
+from diffusion_cli.schedules import EDM, VE, Linear, Rectified, Schedule
 
 F64 = torch.float64
 BITS = 4 * math.log(2)  # nats of a bit a dimension, of four
@@ -35,10 +35,11 @@ class Tight:
 PROCESSES = ["linear", "cosine", "sigmoid", "vp", "subvp", "ve", "edm", "rectified", "zero_snr"]
 
 
-@pytest.mark.parametrize("tag", PROCESSES)
+@pytest.mark.parametrize("tag", [*PROCESSES, "edm from 0.5"])
 def test_bits_per_dim_equal_the_exact_density(schedules, exact, mixture, reference, tag):
     """Within 1e-4, less what a Gaussian prior costs: the exact density of where the flow ends, against N(0, prior)."""
-    schedule, x = schedules[tag], reference("noise")["x0_data"]
+    schedule = EDM(sigma_min=0.5, sigma_max=80.0) if tag == "edm from 0.5" else schedules[tag]
+    x = reference("noise")["x0_data"]
     found = flow_likelihood(schedule, exact(schedule), x, None, Tight())
     ends = torch.tensor([schedule.t_min, 1.0], dtype=F64)
     alpha, sigma = schedule(ends)
@@ -220,7 +221,7 @@ def test_the_flow_of_normal_pixels_has_their_bits_per_dim(tmp_path, kind, probe)
 def test_the_bound_of_a_model_of_one_gray_has_its_closed_form(tmp_path):
     """Its KL terms are those of normal distributions whose means differ by c_0 x_0."""
     T = 10
-    schedule = Cosine(num_timesteps=T, offset=0.008, max_beta=0.999, zero_terminal_snr=False)
+    schedule = Linear(num_timesteps=T, beta_start=1e-4, beta_end=2e-3, zero_terminal_snr=False)
     images = (100 + BYTES // 5).view(4, *SHAPE)
     metric = VariationalBound(
         variance="small", cdf="exact", split="held_out", num_images=None, shard=0, num_shards=1

@@ -19,7 +19,7 @@ from diffusion_cli.likelihood import flow_likelihood
 from diffusion_cli.metrics import FlowLikelihood, Inversion, Subject, VariationalBound
 from diffusion_cli.parameterizations import X0, Flow, Parameterization
 from diffusion_cli.probability_flow import angle, velocity
-from diffusion_cli.schedules import EDM, VE, Linear, Rectified, Schedule
+from diffusion_cli.schedules import EDM, VE, Cosine, Linear, Rectified, Schedule
 
 F64 = torch.float64
 BITS = 4 * math.log(2)  # nats of a bit a dimension, of four

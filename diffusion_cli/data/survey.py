@@ -93,8 +93,8 @@ def remarks(
         size = " x ".join(map(str, reversed(min(small, key=sorted))))
         shown = wanted[0] if len(set(wanted)) == 1 else str([*wanted]).replace(" ", "")
         lines.append(
-            f"dataset.resolution={shown}: {_count(len(small), looked_at)} smaller and enlarged, the smallest from {size} "
-            f"pixels; set dataset.resolution to at most {min(map(min, small))} to enlarge none"
+            f"dataset.resolution={shown}: {_count(len(small), looked_at)} smaller and enlarged, the smallest from "
+            f"{size} pixels; set dataset.resolution to at most {min(map(min, small))} to enlarge none"
         )
     moving = [header.name for header in found if header.frames and not (header.is_tiff and own_numbers)]
     if moving:
@@ -112,7 +112,8 @@ def _profile_remarks(key: str, found: Sequence[Header], looked_at: int | None) -
         yield f"{key}: {_count(names.total(), looked_at)} converted to sRGB from a colour profile: {counts}"
     broken = [header.name for header in found if header.profile == ""]
     if broken:
-        yield f"{key}: {_count(len(broken), looked_at)} read as sRGB, for the colour profile is broken: {_named(broken)}"
+        count = _count(len(broken), looked_at)
+        yield f"{key}: {count} read as sRGB, for the colour profile is broken: {_named(broken)}"
 
 
 def _is_smaller(size: tuple[int, ...], wanted: Sequence[int]) -> bool:

@@ -67,6 +67,14 @@ def agree(request) -> Iterator[Callable[[str, Tensor, Tensor, float], None]]:
         Path(path).write_text("\n".join(head + lines) + "\n")
 
 
+@pytest.fixture(scope="session", autouse=True)
+def state_home(tmp_path_factory) -> Iterator[None]:
+    """The record of the data that tests name lies in a folder of their own."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_STATE_HOME", str(tmp_path_factory.mktemp("state")))
+        yield
+
+
 @pytest.fixture
 def one_thread() -> Iterator[None]:
     """Tiny networks run faster so, and the test machine may be busy."""

@@ -175,7 +175,9 @@ def _inputs(config: EditConfig, trained: Trained, edit: Edit) -> list[Input]:
                 f"input={config.input}: is a file or folder too; write ./{config.input} for it, or for images of "
                 "the run's dataset move it"
             )
-        given = real_images(trained.dataset(config.data_dir), config.input, config.num_images)
+        given = real_images(
+            trained.dataset(config.data_dir, config.data_paths), config.input, config.num_images
+        )
     else:
         assert config.input is not None
         given = read_input(config.input, edit.accepts(), config.fit, config.num_images, trained.model.form)

@@ -201,7 +201,9 @@ def _model_scene(config: EvalConfig, kinds: Kinds, sampled: bool) -> Scene:
     """A run's model, and its samples if any metric looks at samples."""
     trained = open_run(config)
     dataset = (
-        trained.dataset(config.data_dir) if config.dataset is None else build(config.dataset, config.data_dir)
+        trained.dataset(config.data_dir, config.data_paths)
+        if config.other_dataset is None
+        else build(config.other_dataset, config.data_dir)
     )
     if not sampled:
         if (
@@ -258,9 +260,9 @@ def _autoencoder_scene(config: EvalConfig, folder: Path, kinds: Kinds, splits: d
     device = device_of(config.device)
     trained = load_autoencoder(folder, device, config.weights, config.step)
     dataset = (
-        dataset_of(folder, trained, config.data_dir)
-        if config.dataset is None
-        else build(config.dataset, config.data_dir)
+        dataset_of(folder, trained, config.data_dir, config.data_paths)
+        if config.other_dataset is None
+        else build(config.other_dataset, config.data_dir)
     )
     if dataset.shape != trained.shape:
         raise ValueError(
@@ -296,20 +298,25 @@ def _given_scene(config: EvalConfig, kinds: Kinds, of_model: list[str]) -> Scene
         ("batch_size", "auto" if config.batch_size == "auto" else None),
         ("guidance.scale", config.guidance.get("scale")),
         *_changed(config, "step", "steps", "seed", "weights", "clip_x0", "precision", "repeats"),
-        ("run", config.run if config.dataset is not None else None),
+        ("run", config.run if config.other_dataset is not None else None),
     ):
         if wrong:
             raise ValueError(
                 f"{key}={wrong}: is for samples made of a model, not for samples={path}; leave it out"
             )
     run = None
-    if config.dataset is None:
+    if config.other_dataset is None:
         run = find_run(config.run, config.output_dir) if config.run else run_of(path)
     if run is not None:
-        dataset = open_run(config.model_copy(update={"run": str(run)})).dataset(config.data_dir)
+        trained = open_run(config.model_copy(update={"run": str(run)}))
+        dataset = trained.dataset(config.data_dir, config.data_paths)
     else:
-        dataset = None if config.dataset is None else build(config.dataset, config.data_dir)
-    if config.dataset is not None and dataset is not None:
+        for key, value in config.data_paths.items():
+            raise ValueError(
+                f"dataset.{key}={value}: is for a run's dataset; name the dataset, as dataset=folder"
+            )
+        dataset = build(config.other_dataset, config.data_dir)
+    if config.other_dataset is not None and dataset is not None:
         show_remarks(dataset.remarks())
     samples = given_samples(path, dataset, config.num_samples)
     # Of the same name in two places are not the same samples.

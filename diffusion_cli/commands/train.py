@@ -28,6 +28,7 @@ from diffusion_cli.data import Growing, Images, Stages, UnreadableError
 from diffusion_cli.data.labels import examples
 from diffusion_cli.denoiser import Denoiser, NoisyClassifier
 from diffusion_cli.locks import only_one
+from diffusion_cli.named_data import remember
 from diffusion_cli.precision import resolve
 from diffusion_cli.ranks import Ranks, started, work_together
 from diffusion_cli.reconstruction import Autoencoding
@@ -147,6 +148,7 @@ def _fit(
         if parts.latent is not None and not done:
             save_weights(parts.latent.latents.autoencoder, folder / AUTOENCODER)
         _write_config(folder / "config.yaml", config)
+        remember(config.dataset)
         print(
             f"{'Going on with' if done else 'Training'} {folder}: {_describe(model.network)} on {len(images)} images "
             f"of {parts.dataset.name}, {f'{stages}, ' if stages.grow else ''}{_where(parts.device.torch_device)}, "

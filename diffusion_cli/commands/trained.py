@@ -2,6 +2,7 @@
 
 import math
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,14 +12,17 @@ import torch
 from diffusion_cli.capacity import images_that_fit, network_call
 from diffusion_cli.checkpoint import Classifier, Model, Origin, find_run, load_classifier, load_model
 from diffusion_cli.commands.class_labels import class_number, is_null, labels_named, warn_of_untrained
-from diffusion_cli.config import EditConfig, EvalConfig, SampleConfig, build, check_node, shown
+from diffusion_cli.config import EditConfig, EvalConfig, SampleConfig, build, check_dataset, shown
 from diffusion_cli.data import Dataset, as_begun
 from diffusion_cli.denoiser import Denoiser, NoisyClassifier
 from diffusion_cli.guidance import Guidance, Guided
+from diffusion_cli.named_data import remember, unnamed
 from diffusion_cli.precision import device_of, resolve
 from diffusion_cli.ranks import Ranks
 from diffusion_cli.samplers import Sampler
 
+FRUGAL = {"in_memory": None, "num_workers": 0}
+"""Settings of a dataset that change time and memory, but no image: those of a checkpoint are not used."""
 SCALE = 1e-3  # by which the scales of the same latents may differ
 
 
@@ -48,9 +52,9 @@ class Trained:
         known = self.model.num_classes is not None and self.model.class_names
         return class_number(label, known or (), key)
 
-    def dataset(self, data_dir: str) -> Dataset:
-        """The dataset that the model was trained on; ValueError if it cannot be built, or the model still grows."""
-        return dataset_of(self.folder, self.model, data_dir)
+    def dataset(self, data_dir: str, paths: Mapping[str, Any]) -> Dataset:
+        """The dataset that the model was trained on; ValueError as `dataset_of`."""
+        return dataset_of(self.folder, self.model, data_dir, paths)
 
     def batch_size(
         self,
@@ -84,20 +88,39 @@ class Trained:
         self.sampler.grid(steps)
 
 
-def dataset_of(folder: Path, trained: Origin, data_dir: str) -> Dataset:
-    """The dataset that a run was trained on; ValueError if it cannot be built, or the model still grows."""
+def dataset_of(folder: Path, trained: Origin, data_dir: str, paths: Mapping[str, Any]) -> Dataset:
+    """The dataset that a run was trained on, at the `paths` that the user names, or at those of its checkpoint.
+
+    Raises ValueError if a path of the checkpoint is not the user's own, if the dataset is too large or cannot be built,
+    or if the model still grows.
+    """
     node = trained.config["dataset"]
-    mistakes = check_node("dataset", node)
+    unknown = [key for key in paths if node.get(key) is None]
+    if unknown:
+        raise ValueError(
+            f"dataset.{unknown[0]}={paths[unknown[0]]}: the run in {folder} was trained on data without; leave it out"
+        )
+    node = node | paths
+    refused = {key: path for key, path in unnamed(node).items() if key not in paths}
+    if refused:
+        named = " ".join(f"dataset.{key}={path}" for key, path in refused.items())
+        raise ValueError(
+            f"{named}: is named by the checkpoint in {folder}, and you have not trained on it here; if you trust the "
+            "checkpoint, add these words to the command"
+        )
+    mistakes = check_dataset(node, trained.shape)
     if mistakes:
         raise ValueError(
             f"{folder}: was made by another version of diffuse: {'; '.join(mistakes)}; name another run"
         )
+    node |= {key: value for key, value in FRUGAL.items() if key in node}
     dataset: Dataset = build(as_begun(node, trained.data_rules), data_dir)
     if dataset.shape != trained.shape:
         raise ValueError(
             f"run={folder}: knows images of size {min(trained.shape[1:])} at step {trained.step}, and those of its "
             f"dataset are of {min(dataset.shape[1:])}; train on, or name a later step="
         )
+    remember(paths)
     return dataset
 
 

@@ -36,7 +36,7 @@ from diffusion_cli.config.schema import (
     seconds,
 )
 from diffusion_cli.config.seeds import shared_seeds
-from diffusion_cli.config.stored import check_built, check_stored
+from diffusion_cli.config.stored import check_built, check_dataset, check_stored
 from diffusion_cli.config.typed import as_typed
 
 __all__ = [
@@ -62,6 +62,7 @@ __all__ = [
     "brought_by",
     "build",
     "check_built",
+    "check_dataset",
     "check_node",
     "check_stored",
     "chosen",

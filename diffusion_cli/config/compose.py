@@ -20,6 +20,11 @@ from diffusion_cli.config.typed import as_typed
 # What runs the jobs of a sweep: `launcher=slurm`, or as Hydra spells it.
 LAUNCHER = re.compile(r"(hydra[/.])?launcher(?=[.=])")
 
+OF_RUNS = ("eval", "compare")
+"""The commands that read the dataset of a run unless they name another."""
+RUN_DATA = ("dataset.path", "dataset.masks")
+"""The keys that say where a run's own dataset lies."""
+
 
 class Mistakes(Exception):
     """Everything that is wrong with what the user asked for, one line each."""
@@ -140,10 +145,18 @@ def compose(command: str, overrides: Sequence[str], dirs: Sequence[Path] = ()) -
             (mine if re.match(r"dataset[=.]", text) else others).append(text)
         composed, choices = _compose(command, others, dirs)
         if mine:
+            if not any(text.startswith("dataset=") for text in mine):
+                return composed | {"dataset": _paths_of_the_run(mine)}, choices
             trained, chosen = _compose("train", mine, dirs)
             composed["dataset"], choices["dataset"] = trained["dataset"], chosen["dataset"]
         return composed, choices
     return _compose(command, overrides, dirs)
+
+
+def _paths_of_the_run(overrides: Sequence[str]) -> Node:
+    """The paths of a run's own dataset, from overrides of `RUN_DATA`."""
+    parsed = [parse(text) for text in overrides]
+    return {item.key_or_group.removeprefix("dataset."): str(item.value()) for item in parsed}
 
 
 def _compose(command: str, overrides: Sequence[str], dirs: Sequence[Path]) -> tuple[Node, Node]:
@@ -202,6 +215,8 @@ def _sort(
 def _known(command: str, setting: Mapping[str, str], implied: Node) -> tuple[list[str], list[str]]:
     """The overrides whose key exists in the configuration that the chosen options make, and a line for the others."""
     keys = [*flatten(implied), *defaults(command)]
+    if command in OF_RUNS and implied.get("dataset") is None:
+        keys += RUN_DATA
     known, unknown = [], []
     for key, text in setting.items():
         if LAUNCHER.match(text) and command not in GRIDS:

@@ -230,6 +230,16 @@ class EvaluationConfig(_Generation):
         """Seeds of a model's samples, of all repeats."""
         return range(self.seed, self.seed + self.repeats * (self.num_samples or NUM_SAMPLES))
 
+    @property
+    def other_dataset(self) -> Node | None:
+        """The dataset that the command names, or None for the run's own."""
+        return self.dataset if self.dataset and "_target_" in self.dataset else None
+
+    @property
+    def data_paths(self) -> Node:
+        """The paths that the command names for the run's own dataset."""
+        return self.dataset if self.dataset and self.other_dataset is None else {}
+
 
 class EvalConfig(EvaluationConfig):
     """The keys of `conf/eval.yaml`."""
@@ -245,8 +255,18 @@ class CompareConfig(EvaluationConfig):
     output: str | None
 
 
+class DataPaths(BaseModel):
+    """`dataset.*` of `conf/edit.yaml`: where the run's own dataset lies."""
+
+    model_config = STRICT
+    path: str | None
+    masks: str | None
+
+
 class EditConfig(_Generation):
     """The keys of `conf/edit.yaml`."""
+
+    dataset: DataPaths
 
     input: str | Annotated[list[str], Field(min_length=1)] | None
     num_images: PositiveInt | None
@@ -256,6 +276,11 @@ class EditConfig(_Generation):
     data_dir: str
     edit: Node
     method: Node | None = None
+
+    @property
+    def data_paths(self) -> Node:
+        """The paths that the command names for the run's own dataset."""
+        return self.dataset.model_dump(exclude_none=True)
 
 
 class ReportConfig(BaseModel):

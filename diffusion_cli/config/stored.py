@@ -1,7 +1,7 @@
 """What a checkpoint says of its run, checked before anything is made of it."""
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, model_validator
@@ -12,6 +12,8 @@ from diffusion_cli.foreign import plain
 
 LARGEST_NUMBER = 10**6
 MOST_PIXELS = 2**28
+MOST_MADE = 2**27
+"""Numbers of a dataset that is made on the spot; a float64 copy of them is 1 GiB."""
 BUILT = ("schedule", "parameterization", "model")
 
 
@@ -131,6 +133,15 @@ def check_built(about: Mapping[str, Any]) -> list[str]:
     # A larger table or network could not be trained, but it could be asked for.
     large = {f"{key}={number}" for key, node in nodes for number in _numbers(node) if number > LARGEST_NUMBER}
     return mistakes + [f"{words}: is larger than {LARGEST_NUMBER}" for words in sorted(large)]
+
+
+def check_dataset(node: Mapping[str, Any], shape: Sequence[int]) -> list[str]:
+    """What is wrong with the dataset of a checkpoint, of samples of a shape, one line each."""
+    mistakes = check_node("dataset", node)
+    # A dataset that is made, not read, takes the memory that its size asks for.
+    if not mistakes and node.get("size", 0) * math.prod(shape) > MOST_MADE:
+        mistakes.append(f"dataset.size={node['size']}: is more than {MOST_MADE} numbers in all")
+    return mistakes
 
 
 def _numbers(node: Any) -> Iterator[int]:

@@ -348,13 +348,51 @@ def test_a_comparison_measures_each_combination_once(place, capsys):
     assert run([*words, "sampler=[ddim,ddpm,euler]", "steps=[2,1]"]) == 0
     told = [line for line in capsys.readouterr().err.splitlines() if line.startswith("[")]
     assert told == ["[5/6] sampler=euler steps=2", "[6/6] sampler=euler steps=1"]
-    for file, text in zip(
-        sorted((place / "o" / "a" / "compared").iterdir()), ("{", "[]", '{"row": 1}'), strict=False
-    ):
+    store = sorted((place / "o" / "a" / "compared").iterdir())
+    for file, text in zip(store, ("{", "[]", '{"row": 1}'), strict=False):
         file.write_text(text)
-    with pytest.warns(UserWarning, match="is damaged and made anew"):
-        assert run([*words, "sampler=[ddim,ddpm,euler]", "steps=[2,1]"]) == 0
-    assert sum(line.startswith("[") for line in capsys.readouterr().err.splitlines()) == 3
+    assert run([*words, "sampler=[ddim,ddpm,euler]", "steps=[2,1]"]) == 0
+    lines = capsys.readouterr().err.splitlines()
+    damaged = {line.partition(" is damaged")[0] for line in lines if line.startswith("diffuse")}
+    assert damaged == {f"diffuse: {file}:" for file in store[:3]}
+    assert sum(line.startswith("[") for line in lines) == 3
+
+
+def poisoned(entry: dict, kind: str) -> None:
+    """Change an entry of a comparison as a bit flip, a stranger, or a copy from another run would."""
+    if kind != "number":
+        del entry["crc32"]
+    if kind in ("number", "row"):
+        entry["row"]["is_classifier"] += 0.5
+    if kind == "number":
+        entry["reports"][0]["results"][0]["value"] += 0.5
+    if kind == "weights":
+        del entry["facts"]
+        entry["reports"][0]["results"][0]["protocol"]["sampling"]["weights_sha256"] = "0" * 64
+    if kind == "settings":
+        entry["facts"]["seed"] = 9
+
+
+@pytest.mark.parametrize("kind", ["number", "row", "weights", "settings", "notes", "earlier version"])
+def test_stored_numbers_are_held_to_their_checksum_weights_and_settings(place, capsys, kind):
+    words = ["compare", "run=b", f"output_dir={place}/o", f"cache_dir={place}/cache", *WORDS]
+    words += ["num_samples=10", "metric=is", "metric.is.splits=1", "steps=[1,2]"]
+    assert run(words) == 0
+    expected = capsys.readouterr().out
+    file = min((place / "o" / "b" / "compared").iterdir())
+    entry = json.loads(file.read_text())
+    poisoned(entry, kind)
+    if kind == "notes":
+        entry["reports"][0]["notes"] = ["\x1b]0;title\x07\nnote: \x1b[31mred"]
+    if kind == "earlier version":
+        del entry["facts"]
+    file.write_text(json.dumps(entry))
+    assert run(words) == 0
+    seen = capsys.readouterr()
+    assert ("is damaged" in seen.err) == (kind not in ("notes", "earlier version"))
+    assert seen.out.replace("\n", "").isprintable()
+    assert len(seen.out.splitlines()) == len(expected.splitlines()) + (kind == "notes")
+    file.unlink()
 
 
 def test_a_comparison_is_made_anew_where_what_it_depends_on_changed(place, images, tmp_path, capsys):

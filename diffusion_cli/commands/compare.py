@@ -3,11 +3,11 @@
 import csv
 import json
 import sys
-import warnings
-from collections.abc import Container, Sequence
+from collections.abc import Container, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from diffusion_cli import cache
 from diffusion_cli.checkpoint import find_run, whole_file
 from diffusion_cli.commands.eval import Scene, assess, identity, look_at
 from diffusion_cli.commands.samples import ModelSamples
@@ -22,7 +22,7 @@ from diffusion_cli.config import (
     shown,
 )
 from diffusion_cli.figures import Curve, Panel, save_panels
-from diffusion_cli.foreign import read_json, reason
+from diffusion_cli.foreign import LONGEST_TEXT, escaped, read
 from diffusion_cli.metrics import DEVIATION, Report, Result, unlike
 from diffusion_cli.precision import device_of, resolve
 from diffusion_cli.ranks import Ranks, work_together
@@ -90,14 +90,16 @@ def compare(jobs: list[Job], folder: Path, store: Path) -> None:
     entries: list[dict[str, Any]] = []
     for number, (values, config) in enumerate(jobs, start=1):
         scene = look_at(config)
-        path = store / f"{fingerprint(identity(config, scene))}.json"
-        if Ranks().agree(_stored(path) is None):
+        facts = json.loads(json.dumps(identity(config, scene)))
+        path = store / f"{fingerprint(facts)}.json"
+        entry = _stored(path, facts) if Ranks().first else None
+        if Ranks().agree(entry is None):
             words = " ".join(f"{key}={shown(value)}" for key, value in values.items())
             if Ranks().first:
                 print(f"[{number}/{len(jobs)}] {words}", file=sys.stderr, flush=True)
-            _measure(config, scene, path)
-        if Ranks().first:
-            entries.append(read_json(path))
+            entry = _measure(config, scene, facts, path)
+        if entry is not None:
+            entries.append(entry)
     if not Ranks().first:
         return
     points = [job.values | entry["row"] for job, entry in zip(jobs, entries, strict=True)]
@@ -106,7 +108,8 @@ def compare(jobs: list[Job], folder: Path, store: Path) -> None:
     )
     marks = _marks(jobs, entries)
     unlike_lines = [f"(*) {line}" for line in dict.fromkeys(marks.values())]
-    text = "\n".join([_markdown(points, marks), *unlike_lines, "", *(f"note: {note}" for note in notes)])
+    lines = [*_markdown(points, marks), *unlike_lines, "", *(f"note: {note}" for note in notes)]
+    text = "\n".join(map(escaped, lines))
     _write(folder / MARK, json.dumps({"compared": [job.values for job in jobs]}))
     _write(folder / "table.md", text + "\n")
     with (
@@ -148,20 +151,47 @@ def _marks(jobs: Sequence[Job], entries: Sequence[dict[str, Any]]) -> dict[tuple
     return marks
 
 
-def _stored(path: Path) -> dict[str, Any] | None:
-    """What is kept of a combination; None without a file, or if it is damaged."""
+def _stored(path: Path, facts: dict[str, Any]) -> dict[str, Any] | None:
+    """The stored numbers of a combination; None without a file, or if it is damaged or of other `facts`.
+
+    The facts are what the numbers depend on, as plain data. An earlier version did not store them.
+    """
     if not path.is_file():
         return None
     try:
-        entry = read_json(path)
-        for report in entry["reports"]:
-            Report.from_dict(report)
-        if not all(isinstance(number, int | float | None) for number in entry["row"].values()):
+        entry = cache.parse_json(read(path, LONGEST_TEXT))
+        results = [result for report in entry["reports"] for result in Report.from_dict(report).results]
+        row: Point = entry["row"]
+        if not all(isinstance(number, int | float | None) for number in row.values()):
             raise TypeError("the row should be numbers")
+        if {key: row[key] for key in row if key not in (CALLS, SECONDS)} != _values(results):
+            raise ValueError("the row has other numbers than its reports")
+        measured = {_weights(result.protocol) for result in results}
+        if entry.get("facts", facts) != facts or not measured <= {_weights(facts)}:
+            raise ValueError("the numbers are of other weights or settings")
     except (ValueError, LookupError, TypeError, AttributeError) as error:
-        warnings.warn(f"{path}: is damaged and made anew ({reason(error)})", stacklevel=3)
+        cache.report_damage(path, error)
         return None
     return entry
+
+
+def _values(results: Sequence[Result]) -> Point:
+    """The numbers of results in a row, each with its standard deviation where it has one."""
+    values: Point = {}
+    for result in results:
+        values[result.name] = result.value
+        if DEVIATION in result.details:
+            values[result.name + SPREAD] = result.details[DEVIATION]
+    return values
+
+
+def _weights(about: Mapping[str, Any]) -> str | None:
+    """The SHA-256 of the weights in facts or in the protocol of a result; None if it has none."""
+    parts = (about.get(key) or {} for key in ("model", "samples", "sampling"))
+    found = [
+        part["weights_sha256"] for part in parts if isinstance(part, Mapping) and "weights_sha256" in part
+    ]
+    return found[0] if found else None
 
 
 def _folders(jobs: Sequence[Job], output: str | None) -> tuple[Path, Path]:
@@ -174,19 +204,18 @@ def _folders(jobs: Sequence[Job], output: str | None) -> tuple[Path, Path]:
     return Path(output) if output else own_folder(root, "comparisons", name), own_folder(root, "compared")
 
 
-def _measure(config: EvalConfig, scene: Scene, path: Path) -> None:
+def _measure(config: EvalConfig, scene: Scene, facts: dict[str, Any], path: Path) -> dict[str, Any] | None:
+    """Measure a combination and store its numbers; None in all processes but the first."""
     reports = assess(config, scene)
     if not Ranks().first:
-        return
-    row: Point = {}
-    for result in (result for report in reports for result in report.results):
-        row[result.name] = result.value
-        if DEVIATION in result.details:
-            row[result.name + SPREAD] = result.details[DEVIATION]
+        return None
+    row = _values([result for report in reports for result in report.results])
     if isinstance(scene.samples, ModelSamples):
         row |= {CALLS: scene.samples.calls, SECONDS: scene.samples.seconds_per_image}
-    entry = {"row": row, "reports": [report.to_dict() for report in reports]}
-    _write(path, json.dumps(entry, indent=2, allow_nan=False))
+    entry = {"facts": facts, "row": row, "reports": [report.to_dict() for report in reports]}
+    with cache.optional():
+        cache.write_json(path, entry)
+    return entry
 
 
 def _write(path: Path, text: str) -> None:
@@ -198,14 +227,14 @@ def _columns(points: Sequence[Point]) -> list[str]:
     return list(dict.fromkeys(key for point in points for key in point))
 
 
-def _markdown(points: Sequence[Point], marks: Container[tuple[int, str]]) -> str:
-    """The table, with a * after each number in `marks`, by row and column."""
+def _markdown(points: Sequence[Point], marks: Container[tuple[int, str]]) -> list[str]:
+    """The lines of the table, with a * after each number in `marks`, by row and column."""
     columns = _columns(points)
     lines = [f"| {' | '.join(columns)} |", f"|{'---|' * len(columns)}"]
     for row, point in enumerate(points):
         cells = [_cell(point.get(column, "")) + ("*" if (row, column) in marks else "") for column in columns]
         lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+    return lines
 
 
 def _cell(value: Any) -> str:

@@ -303,6 +303,23 @@ def test_class_folders_are_matched_by_name(place, tmp_path):
     assert numbers(record(place, tmp_path / "sorted"))["class_accuracy"] > 0.9
 
 
+def test_lossy_files_of_samples_are_noted_and_in_the_protocol(place, images, tmp_path):
+    names = [f"{row:06d}.png" for row in range(40)]
+    for row, name in enumerate(names):
+        with Image.open(images / name) as image:
+            if row < 30:
+                image.save(tmp_path / f"{row:06d}.jpg", quality=75)
+            else:
+                image.save(tmp_path / name)
+    words = [f"samples={tmp_path}", "dataset=digits", "metric=is", "metric.is.splits=2"]
+    assert evaluate(place, *words) == 0
+    assert protocol(record(place, tmp_path))["sampling"]["lossy"] == {"JPEG": 30}
+    note = "samples: 30 of 40 are JPEG files; the numbers include the loss of that compression"
+    assert note in newest_notes(record(place, tmp_path))
+    assert evaluate(place, *words, f"samples={images}") == 0
+    assert "lossy" not in protocol(record(place, images))["sampling"]
+
+
 def test_the_reference_may_be_another_folder_of_images(place, images, tmp_path):
     paths = other_forms(images, tmp_path)
     words = ["dataset=digits", "reference=images", "metric.fid.floor=false", "metric=[fid,precision_recall]"]

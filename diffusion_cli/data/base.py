@@ -59,6 +59,10 @@ class Images(ABC):
             self._digest = state.hexdigest()
         return self._digest
 
+    def lossy(self, index: Tensor) -> dict[str, int]:
+        """Return the number of files with lossy compression among the rows `index`, by the name of that compression."""
+        return {}
+
     def sources(self, index: Tensor) -> list[bytes]:
         """The SHA-256 of what each image of the rows `index` is made of, which of files is had without decoding.
 

@@ -1,6 +1,7 @@
 """A folder or ZIP archive of image files."""
 
 import os
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from hashlib import sha256
@@ -18,6 +19,7 @@ from diffusion_cli.data.base import Dataset, Images, Split, named_mask, row_chun
 from diffusion_cli.data.decoding import (
     Decoder,
     DeepDecoder,
+    Exact,
     FileDecoder,
     VolumeDecoder,
     form_of_files,
@@ -266,6 +268,12 @@ class FileImages(Images):
         if broken:
             raise self._error(broken)
         return pixels
+
+    def lossy(self, index: Tensor) -> dict[str, int]:
+        if not isinstance(self.decoder, Exact):  # which alone keeps the pixels of files as they are
+            return {}
+        found = Counter(self.decoder.form.lossy(self._content(self.names[row])) for row in index.tolist())
+        return {name: count for name, count in found.items() if name is not None}
 
     def sources(self, index: Tensor) -> list[bytes]:
         decoder, digests, broken = repr(self.decoder).encode(), [], []

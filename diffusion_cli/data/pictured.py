@@ -37,6 +37,9 @@ class PicturedImages(Images):
     def gather(self, index: Tensor) -> Tensor:
         return self.form.pictures(stored(self.images.gather(index), self.form))
 
+    def lossy(self, index: Tensor) -> dict[str, int]:
+        return self.images.lossy(index)
+
 
 def stored(images: Tensor, form: Form) -> Tensor:
     """What a dataset gives, as files of a form would hold it."""

@@ -63,6 +63,10 @@ class Form(ABC):
     def read(self, data: bytes, shape: Shape) -> Tensor:
         """Return the sample as stored that a file holds; ValueError if it is none, or of another shape."""
 
+    def lossy(self, data: bytes) -> str | None:
+        """Return the name of a file's lossy compression; None for a lossless file, or one that cannot be read."""
+        return None
+
     def of(self, data: bytes) -> Self:
         """Return the form that what is made of a file is written in: this one, but for where it lies."""
         return self

@@ -73,6 +73,17 @@ class Dicom(Ranged):
             self._check_whole(scan)
         return self.samples((scan.pixels * scan.slope + scan.intercept)[None])
 
+    def lossy(self, data: bytes) -> str | None:
+        from pydicom import dcmread
+
+        try:
+            mark = dcmread(BytesIO(data), specific_tags=["LossyImageCompression"]).get(
+                "LossyImageCompression"
+            )
+        except Exception:  # its parser meets broken data with errors of every type
+            return None
+        return "DICOM with lossy compression" if mark == "01" else None
+
     def _check_whole(self, scan: "Scan") -> None:
         """Raise ValueError if all that the first file may hold is the range, and this one is of others."""
         dtype, remedy = scan.pixels.dtype.name, "give the values that are meant as dataset.range=[low,high]"

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from diffusion_cli.forms.base import STRICT, Form, Shape
 from diffusion_cli.forms.files import SUFFIXES, flattened, has_gray_palette, is_gray, opened
+from diffusion_cli.forms.lossy import lossy_format
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -46,6 +47,9 @@ class Picture(Form):
             raise ValueError("is in colour, not gray")
         pixels = torch.from_numpy(np.array(flattened(image, channels, "white")))
         return pixels[None] if channels == 1 else pixels.permute(2, 0, 1)
+
+    def lossy(self, data: bytes) -> str | None:
+        return lossy_format(data)
 
     def pictures(self, samples: Tensor) -> Tensor:
         return samples

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from diffusion_cli.forms.base import STRICT, Form, Shape
 from diffusion_cli.forms.files import SUFFIXES
+from diffusion_cli.forms.lossy import lossy_format
 from diffusion_cli.forms.numbers import read_numbers, read_with_opacity
 from diffusion_cli.forms.picture import Picture, to_bytes
 from diffusion_cli.forms.ranged import Dtype, Finite, Range, Ranged, ranges
@@ -63,6 +64,9 @@ class Raster(Ranged):
         if numbers.dtype.name != self.dtype:
             raise ValueError(f"holds {numbers.dtype}; wanted is {self.dtype}")
         return numbers
+
+    def lossy(self, data: bytes) -> str | None:
+        return lossy_format(data)
 
     def write(self, sample: Tensor, path: Path) -> None:
         numbers = np.ascontiguousarray(self.numbers(sample).transpose(1, 2, 0))

@@ -80,6 +80,7 @@ def evaluate(
             notes += finding.notes
             pictures |= finding.pictures
             results += _result(finding, {**common, **finding.protocol, **made})
+    notes += samples.notes()
     if any("reference" in result.protocol for result in results):
         notes += _class_notes(samples, labels, reference)
     return Evaluation(Report(results, list(dict.fromkeys(notes))), pictures, first)

@@ -2,6 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any
 
 from torch import Tensor
@@ -30,6 +31,10 @@ class Samples(ABC):
     @abstractmethod
     def protocol(self) -> dict[str, Any]:
         """How they were made, as plain data; complete when all have been asked for."""
+
+    def notes(self) -> list[str]:
+        """Return what a reader of the numbers should consider about the samples."""
+        return []
 
 
 class GivenSamples(Samples):
@@ -65,5 +70,16 @@ class GivenSamples(Samples):
         rows = self.rows[list(numbers)]
         return self.images.gather(rows), None if self.labels is None else self.labels[rows]
 
+    @cached_property
+    def _lossy(self) -> dict[str, int]:
+        """The number of samples in files of each lossy format."""
+        return self.images.lossy(self.rows)
+
     def protocol(self) -> dict[str, Any]:
-        return self.made
+        return self.made | ({"lossy": self._lossy} if self._lossy else {})
+
+    def notes(self) -> list[str]:
+        return [
+            f"samples: {count} of {len(self)} are {name} files; the numbers include the loss of that compression"
+            for name, count in self._lossy.items()
+        ]

@@ -5,8 +5,10 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 
 from diffusion_cli import schedules as processes
+from diffusion_cli.config import CONF, build
 from diffusion_cli.denoiser import Prediction
 from diffusion_cli.samplers import (
     DDIM,
@@ -198,6 +200,43 @@ def test_equals_diffusers(reference, schedules, exact, agree, name):
     ]
     tolerance = 1e-9 if "_cos" not in name else 2e-9
     agree(f"samplers_diffusers/{name}", mine[[s for s, _ in pairs]], theirs[[p for _, p in pairs]], tolerance)
+
+
+@pytest.mark.parametrize(
+    ("name", "sampler"),
+    [
+        ("dpmpp2m_leading_lin_10", "dpmpp_2m"),
+        ("dpmpp2m_lin_10", "dpmpp_2m"),
+        ("dpmpp3m_cos_20", "dpmpp_3m"),
+        ("sde_dpmpp2m_lin_20", "dpmpp_2m_sde"),
+        ("unipc2bh2_lin_20", "unipc"),
+        ("deis2_cos_10", "deis"),
+        ("euler_leading_lin_10", "euler"),
+    ],
+)
+def test_leading_and_linspace_are_the_grids_that_diffusers_has_for_a_sampler(
+    reference, schedules, name, sampler
+):
+    sigmas, schedule = (
+        reference("samplers_diffusers")[f"{name}_sigmas"],
+        schedules["linear" if "_lin" in name else "cosine"],
+    )
+    node = yaml.safe_load((CONF / "sampler" / f"{sampler}.yaml").read_text())
+    spacing = "leading" if "leading" in name else "linspace"
+    *times, end = build(node | {"spacing": spacing}, schedule).grid(len(sigmas))
+    alpha, sigma = schedule(torch.stack(times))
+    torch.testing.assert_close(sigma / alpha, sigmas, rtol=1e-6, atol=0)
+    assert end == 0
+
+
+@pytest.mark.parametrize("spacing", ["leading", "linspace"])
+def test_as_many_steps_as_timesteps_visit_all_of_them(schedules, spacing):
+    sampler = DPMSolverMultistep(
+        schedules["linear"], order=2, eta=0.0, solver_type="midpoint", spacing=spacing
+    )
+    torch.testing.assert_close(sampler.grid(1000), torch.arange(1000, -1, -1, dtype=F64) / 1000)
+    assert len(sampler.grid(999)) == 1000
+    assert float(sampler.grid(1)[0]) == 1
 
 
 def _kept(calls):

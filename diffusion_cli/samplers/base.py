@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from diffusion_cli.denoiser import Denoise, Denoiser, Prediction
-from diffusion_cli.schedules import Schedule, Spacing
+from diffusion_cli.schedules import Discrete, Schedule, Spacing
 
 Draw = Callable[[], Tensor]
 """Gives the next standard normal noise, of the shape of the images."""
@@ -20,6 +20,9 @@ class Sampler(ABC):
 
     order: int  # of convergence to the exact solution, in the largest step
     one_by_one = False  # whether images of a batch would depend on each other
+    omits_cleanest = (
+        False  # whether the grids `leading` and `linspace` omit the visited time next to the data
+    )
 
     def __init__(self, schedule: Schedule, *, spacing: Spacing) -> None:
         self.schedule = schedule
@@ -43,8 +46,16 @@ class Sampler(ABC):
         return None
 
     def grid(self, steps: int) -> Tensor:
-        """Return the falling times of a run of `steps` steps; ValueError where there is none."""
-        return self.schedule.grid(steps, self.spacing)
+        """Return the falling times of a run of `steps` steps; ValueError where there is none.
+
+        With `omits_cleanest`, `leading` and `linspace` are those grids of steps + 1 steps without their last time above
+        0, as diffusers has them for such solvers; a table of exactly `steps` timesteps is visited whole.
+        """
+        whole = isinstance(self.schedule, Discrete) and steps >= self.schedule.num_timesteps
+        if not self.omits_cleanest or self.spacing not in ("leading", "linspace") or steps < 2 or whole:
+            return self.schedule.grid(steps, self.spacing)
+        times = self.schedule.grid(steps + 1, self.spacing)
+        return torch.cat([times[:-2], times[-1:]])
 
     def half_log_snr(self, t: Tensor) -> Tensor:
         """`lambda = log(alpha / sigma)`, the time in which the DPM-Solvers count."""

@@ -27,6 +27,8 @@ class DPMSolverMultistep(Sampler):
     at second order; `taylor` is `heun` with the whole of it, and converges at third.
     """
 
+    omits_cleanest = True
+
     def __init__(
         self,
         schedule: Schedule,
@@ -164,6 +166,8 @@ class UniPC(Sampler):
     `order` is that of the predictor. `variant` is the paper's B(h): bh1 is h, bh2 is exp(h) - 1. The step onto the
     data is of first order. Source: Zhao et al. 2023, Alg. 5-8.
     """
+
+    omits_cleanest = True
 
     def __init__(
         self,

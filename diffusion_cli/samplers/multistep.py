@@ -99,6 +99,8 @@ class LMS(_AdamsBashforth):
 class DEIS(_AdamsBashforth):
     """DEIS, its polynomials in log(sigma / alpha) ("log-rho AB"; Zhang & Chen 2023, Eq. 15-16); Euler onto the data."""
 
+    omits_cleanest = True
+
     def place(self, ratio: float) -> float:
         return float(np.log(ratio))
 

@@ -725,19 +725,69 @@ def test_a_folder_goes_through_every_command_and_comes_back_in_its_depth(tmp_pat
         (np.linspace(-1, 1, 64, dtype=np.float32), [-1, 1], ""),
         (np.linspace(-32768, 32767, 64).astype(np.int16), None, ""),
         (np.linspace(0, 9000, 64, dtype=np.uint16), None, ""),
-        (np.linspace(0, 9, 64, dtype=np.uint8), [0, 255], ""),
+        (np.linspace(0, 9, 64, dtype=np.uint8), [0, 255], "dataset.range=[0,255]: only 3.5% of it hold the values"),
+        (np.linspace(0, 9, 64, dtype=np.uint8), [0, 9], ""),
+        (np.linspace(0, 32, 64, dtype=np.uint8), None, ""),
+        (np.zeros(64, np.uint8), None, "dataset.range=null: bytes have the range [0,255], and only 0.0% of it hold the "
+         "values of the first image, 0 to 0; give dataset.range=[low,high] of all images"),
     ],
 )  # fmt: skip
-def test_a_range_that_the_first_image_does_not_have_is_remarked_on(tmp_path, numbers, given, said):
+def test_a_range_that_images_do_not_have_is_remarked_on(tmp_path, numbers, given, said):
     image = numbers.reshape(8, 8)
     np.save(tmp_path / "a.npy", image[None])
+    np.savez_compressed(tmp_path / "a.npz", images=image[None])
     (tmp_path / "files").mkdir()
     tifffile.imwrite(tmp_path / "files" / "a.tif", image)
-    stacked = Array("", path=f"{tmp_path}/a.npy", range=given, flip=False, held_out=0.0, in_memory=None)
-    for dataset in (folder(tmp_path / "files", range=given), stacked):
+    options = {"range": given, "flip": False, "held_out": 0.0, "in_memory": None}
+    stacked = [Array("", path=f"{tmp_path}/a.{suffix}", **options) for suffix in ("npy", "npz")]
+    for dataset in (folder(tmp_path / "files", range=given), *stacked):
         remarks = dataset.remarks()
         assert len(remarks) == bool(said)
         assert all(remark.startswith(said) for remark in remarks)
+
+
+def test_the_values_of_some_images_count_together(tmp_path):
+    """A label or a night is dark by itself; all of a data set are not."""
+    dark = np.zeros((20, 8, 8, 3), np.uint8)
+    dark[::2] = RNG.integers(0, 2, (10, 8, 8, 3))
+    for number, pixels in enumerate(dark):
+        saved(tmp_path / "dark" / f"{number:02d}.png", pixels)
+    np.savez_compressed(tmp_path / "dark.npz", images=dark.astype(np.uint8))
+    np.save(tmp_path / "turned.npy", np.asfortranarray(dark))
+    line = "bytes have the range [0,255], and only 0.4% of it hold the values of 8 images looked at, 0 to 1"
+    for path in (tmp_path / "dark.npz", tmp_path / "turned.npy", tmp_path / "dark"):
+        options = {"range": None, "flip": False, "held_out": 0.0, "in_memory": None}
+        array = path.is_file()
+        dataset = Array("", path=str(path), **options) if array else folder(path, channels=3)
+        (found,) = dataset.remarks()
+        assert found.startswith(f"dataset.range=null: {line}")
+        (given,) = given_images(path, "samples").remarks
+        assert given == f"samples={path}: {line}; scale them if that is not meant"
+    saved(tmp_path / "dark/19.png", np.full((8, 8, 3), 200, np.uint8))
+    assert folder(tmp_path / "dark", channels=3, range=[0, 1]).remarks() == []
+
+
+@pytest.mark.parametrize(
+    ("shape", "said"),
+    [
+        ((24, 24, 3), "[24,24,3] is read as 24 gray images of height 24 and width 3;"),
+        ((16, 16, 40), "[16,16,40] is read as 16 gray images of height 16 and width 40;"),
+        ((28, 20, 300), "[28,20,300] is read as 28 gray images of height 20 and width 300;"),
+        ((32, 32, 3, 40), "[32,32,3,40] is read as 32 images of 32 channels of height 3 and width 40;"),
+        ((3, 32, 32, 40), "[3,32,32,40] is read as 3 images of 32 channels of height 32 and width 40;"),
+        ((5, 16, 16), ""), ((16, 16, 16), ""), ((5, 16, 24, 3), ""), ((3, 3, 16, 24), ""), ((9, 16, 20, 7), ""),
+    ],
+)  # fmt: skip
+def test_an_array_of_unlikely_axes_is_described_as_it_is_read(tmp_path, shape, said):
+    np.save(tmp_path / "x.npy", RNG.integers(0, 256, shape, dtype=np.uint8))
+    dataset = Array("", path=f"{tmp_path}/x.npy", range=None, flip=False, held_out=0.0, in_memory=None)
+    found = dataset.remarks()
+    assert len(found) == bool(said)
+    assert all(line.startswith(f"dataset.path={tmp_path}/x.npy: the array {said}") for line in found)
+    assert [
+        line.replace("samples=", "dataset.path=")
+        for line in given_images(tmp_path / "x.npy", "samples").remarks
+    ] == found
 
 
 def test_a_training_begins_with_the_remark(tmp_path, capsys):

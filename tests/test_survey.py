@@ -17,7 +17,8 @@ ENLARGED = "smaller and enlarged, the smallest from"
 
 def save(path: Path, size: tuple[int, int] = (8, 8), frames: int = 1, **options) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
-    pictures = [Image.new("RGB", size, (60 * number, 0, 0)) for number in range(frames)]
+    ramp = Image.linear_gradient("L").resize(size).convert("RGB")
+    pictures = [ramp.rotate(90 * number) for number in range(frames)]
     more = {"save_all": True, "append_images": pictures[1:]} if frames > 1 else {}
     pictures[0].save(path, **more, **options)
     return path

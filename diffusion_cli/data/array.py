@@ -12,10 +12,11 @@ from numpy.lib import format as npy
 from pydantic import Field
 from torch import Tensor
 
-from diffusion_cli.data.base import Dataset, Images, Split, shuffled_mask, split_rows
+from diffusion_cli.data.base import Dataset, Images, Split, shuffled_mask, split_rows, spread
 from diffusion_cli.data.memory import MemoryImages, fits_in_memory, free_memory
 from diffusion_cli.foreign import Archive, from_json, reason, regular
 from diffusion_cli.forms import Form, Picture, Range, Ranged, Shape, form_of, image_form
+from diffusion_cli.forms.range_check import LOOKED_AT
 
 IMAGE_KEYS = ("images", "arr_0", "x")
 LABEL_KEYS = ("labels", "arr_1", "y")
@@ -84,10 +85,8 @@ class Array(Dataset):
         return MemoryImages(images.gather(torch.arange(len(images))), images.labels) if in_memory else images
 
     def remarks(self) -> list[str]:
-        if self.contents.compressed or not isinstance(self.form, Ranged):
-            return []
-        remark = self.form.remark(self._rows("train").numbers(torch.tensor([0]))[0])
-        return [remark] if remark else []
+        remark = self.form.remark([*first_images(self.path, self.contents)])
+        return [*shape_remarks(f"dataset.path={self.path}", self.contents), *([remark] if remark else [])]
 
     def once(self, split: Split) -> Images:
         # What is compressed would be unpacked whole by every process that reads some of it.
@@ -124,6 +123,43 @@ def form_of_array(contents: Contents, given: Range | list[Range] | None) -> Form
     return image_form(contents.dtype, contents.shape[0], given)
 
 
+def first_images(path: Path, contents: Contents) -> np.ndarray:
+    """What the file holds of a few images, [B, C, H, W]: of a compressed one the first, else spread over all."""
+    few = min(contents.number, LOOKED_AT)
+    if not contents.compressed:
+        rows = spread(contents.number, few).numpy()
+        return _channels_first(np.ascontiguousarray(opened_array(path, contents.key)[rows]), contents.layout)
+    with Archive(path) as archive, archive.open(f"{contents.key}.npy") as file:
+        header = _parsed(file, archive.entries[f"{contents.key}.npy"].file_size)
+        size = header.nbytes if header.fortran_order else header.nbytes // contents.number * few
+        numbers = np.frombuffer(file.read(size), header.dtype)
+    number = contents.number if header.fortran_order else few
+    numbers = numbers.reshape(number, *header.shape[1:], order=header.order)
+    return _channels_first(np.ascontiguousarray(numbers[:few]), contents.layout)
+
+
+def _channels_first(numbers: np.ndarray, layout: str) -> np.ndarray:
+    if layout == "NCHW":
+        return numbers
+    return numbers[:, None] if layout == "NHW" else numbers.transpose(0, 3, 1, 2)
+
+
+def shape_remarks(key: str, contents: Contents) -> list[str]:
+    """One line that states how an array is read, where its axes are probably others, as of MATLAB or one image."""
+    count, (channels, height, width) = contents.number, contents.shape
+    before = count if contents.layout == "NHW" else channels
+    likely = before != height or before == width or (contents.layout != "NHW" and channels <= 4)
+    if likely and min(height, width) > 4 and max(height, width) < 8 * min(height, width):
+        return []
+    kind = {1: "gray images", 3: "colour images"}.get(channels, f"images of {channels} channels")
+    axes = {"NHW": (count, height, width), "NCHW": (count, channels, height, width)}
+    shown = ",".join(map(str, axes.get(contents.layout, (count, height, width, channels))))
+    return [
+        f"{key}: the array [{shown}] is read as {count} {kind} of height {height} and width {width}; if that is not "
+        "meant, save [N,H,W] or [N,H,W,C], and one image as [1,H,W,C]"
+    ]
+
+
 class ArrayImages(Images):
     """Some rows of a NumPy file; a .npy stays on disk, mapped into memory by each process for itself."""
 
@@ -145,10 +181,7 @@ class ArrayImages(Images):
         if self._array is None:
             self._array = opened_array(self.path, self.key)
         # Whole images first, as they lie, and then their axes: four times as fast as both at once.
-        pixels = np.ascontiguousarray(self._array[self.rows[index].numpy()])
-        if self.layout != "NCHW":
-            pixels = pixels[:, None] if self.layout == "NHW" else pixels.transpose(0, 3, 1, 2)
-        return pixels
+        return _channels_first(np.ascontiguousarray(self._array[self.rows[index].numpy()]), self.layout)
 
     def gather(self, index: Tensor) -> Tensor:
         pixels = self.numbers(index)

@@ -4,6 +4,7 @@ import os
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from hashlib import sha256
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, Literal
@@ -15,7 +16,7 @@ from torch import Tensor
 from torch.utils.data import get_worker_info
 
 from diffusion_cli.data import survey
-from diffusion_cli.data.base import Dataset, Images, Split, named_mask, row_chunks, split_rows
+from diffusion_cli.data.base import Dataset, Images, Split, named_mask, row_chunks, split_rows, spread
 from diffusion_cli.data.decoding import (
     Decoder,
     DeepDecoder,
@@ -38,10 +39,11 @@ from diffusion_cli.data.listing import (
 from diffusion_cli.data.masks import MaskedDecoder, divided, mask_files, masked_decoder
 from diffusion_cli.data.memory import MemoryImages, fits_in_memory
 from diffusion_cli.foreign import LONGEST_MANIFEST, Archive, read, reason
-from diffusion_cli.forms import Dicom, Form, Range, Ranged, Raster, Volume, has_own_numbers
+from diffusion_cli.forms import Dicom, Form, Picture, Range, Ranged, Raster, Volume, has_own_numbers
 from diffusion_cli.forms.dicom import SUFFIXES as SCANS
 from diffusion_cli.forms.files import FIRST_SUFFIXES
 from diffusion_cli.forms.files import SUFFIXES as PICTURES
+from diffusion_cli.forms.range_check import LOOKED_AT
 from diffusion_cli.forms.volume import SUFFIXES as VOLUMES
 from diffusion_cli.forms.volume import read_volume
 
@@ -215,12 +217,19 @@ class Folder(Dataset):
         )  # fmt: skip
 
     def _range_remarks(self) -> list[str]:
-        if not isinstance(self.form, Raster) or self.masks is not None:
+        """What the numbers of a few images show against their range; the labels of masks are not looked at."""
+        decoder = self.decoder.image if isinstance(self.decoder, MaskedDecoder) else self.decoder
+        form = decoder.form if isinstance(decoder, DeepDecoder) else Picture()
+        if isinstance(decoder, VolumeDecoder) or not isinstance(form, Raster | Picture):
             return []
-        try:
-            remark = self.form.remark(self.form.held(entry(self.path, self.files[0])))
-        except (ValueError, OSError):  # as for the form
-            return []
+        images = []
+        for row in spread(len(self.files), min(len(self.files), LOOKED_AT)).tolist():
+            with suppress(
+                ValueError, OSError
+            ):  # reported with what is wrong with the others, where pixels are read
+                data = entry(self.path, self.files[row])
+                images.append(form.held(data) if isinstance(form, Raster) else decoder(data))
+        remark = form.remark(images) if len({len(image) for image in images}) == 1 else None
         return [remark] if remark else []
 
     def once(self, split: Split) -> "FileImages":

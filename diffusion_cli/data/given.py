@@ -1,14 +1,16 @@
 """Images that somebody else made: a folder, ZIP or NumPy file of them, taken as they are."""
 
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from diffusion_cli.data import survey
-from diffusion_cli.data.array import ArrayImages, read_contents
-from diffusion_cli.data.base import Images
+from diffusion_cli.data.array import ArrayImages, first_images, read_contents, shape_remarks
+from diffusion_cli.data.base import Images, spread
 from diffusion_cli.data.decoding import Exact
 from diffusion_cli.data.folder import FileImages, file_names, own_images
 from diffusion_cli.data.labels import class_labels, read
@@ -16,6 +18,7 @@ from diffusion_cli.data.listing import MANIFEST, manifests, passed_over
 from diffusion_cli.foreign import LONGEST_MANIFEST, reason
 from diffusion_cli.forms import Form, Picture, Ranged, Raster, Shape, has_own_numbers
 from diffusion_cli.forms.files import is_gray, opened
+from diffusion_cli.forms.range_check import LOOKED_AT, disagreement
 
 
 class Given(NamedTuple):
@@ -62,7 +65,12 @@ def given_images(
     if isinstance(form, Picture | Raster):
         seen = survey.headers(path, files)
         remarks += survey.remarks(f"{key}={path}", seen, len(files), own_numbers=has_own_numbers(form))
-    return Given(FileImages(path, files, labels, decoder, key), class_names, tuple(remarks))
+    images = FileImages(path, files, labels, decoder, key)
+    if isinstance(form, Picture):
+        with suppress(ValueError):  # files that cannot be decoded are reported where all are read
+            few = images.gather(spread(len(files), min(len(files), LOOKED_AT)))
+            remarks += _byte_remarks(f"{key}={path}", few.numpy())
+    return Given(images, class_names, tuple(remarks))
 
 
 def sample_files(path: Path, names: list[str], form: Form, key: str) -> list[str]:
@@ -79,7 +87,20 @@ def _array(path: Path, key: str, form: Form) -> Given:
             raise ValueError(f"holds {contents.dtype}; images must be uint8 in 0..255")
     except Exception as error:  # damaged files fail in many ways in the parsers of ZIP and NumPy headers
         raise ValueError(f"{key}={path}: {reason(error)}") from error
-    return Given(ArrayImages(path, contents, form, torch.arange(contents.number)), contents.class_names)
+    images = ArrayImages(path, contents, form, torch.arange(contents.number))
+    remarks = shape_remarks(f"{key}={path}", contents)
+    if isinstance(form, Picture):
+        remarks += _byte_remarks(f"{key}={path}", first_images(path, contents))
+    return Given(images, contents.class_names, tuple(remarks))
+
+
+def _byte_remarks(key: str, images: np.ndarray) -> list[str]:
+    found = disagreement([*images], [0.0], [255.0])
+    return (
+        [f"{key}: bytes have the range [0,255], and {found}; scale them if that is not meant"]
+        if found
+        else []
+    )
 
 
 def _shape(data: bytes) -> Shape:

@@ -1,11 +1,12 @@
 """What a form is: the numbers of a file, the file, and a picture of it."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
+import numpy as np
 from pydantic import ConfigDict, ValidationError
 from torch import Tensor
 
@@ -70,6 +71,10 @@ class Form(ABC):
     def of(self, data: bytes) -> Self:
         """Return the form that what is made of a file is written in: this one, but for where it lies."""
         return self
+
+    def remark(self, images: Sequence[np.ndarray]) -> str | None:
+        """Return a line where the numbers of files [C, H, W] disagree with the range that they are read by."""
+        return None
 
     @abstractmethod
     def pictures(self, samples: Tensor) -> Tensor:

@@ -1,5 +1,6 @@
 """Images in bytes."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import ClassVar
 
@@ -12,6 +13,7 @@ from torch import Tensor
 from diffusion_cli.forms.base import STRICT, Form, Shape
 from diffusion_cli.forms.files import SUFFIXES, flattened, has_gray_palette, is_gray, opened
 from diffusion_cli.forms.lossy import lossy_format
+from diffusion_cli.forms.range_check import disagreement
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -50,6 +52,13 @@ class Picture(Form):
 
     def lossy(self, data: bytes) -> str | None:
         return lossy_format(data)
+
+    def remark(self, images: Sequence[np.ndarray]) -> str | None:
+        found = disagreement(images, [0.0], [255.0])
+        if found is None:
+            return None
+        remedy = "give dataset.range=[low,high] of all images if that is not meant"
+        return f"dataset.range=null: bytes have the range [0,255], and {found}; {remedy}"
 
     def pictures(self, samples: Tensor) -> Tensor:
         return samples

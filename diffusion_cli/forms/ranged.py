@@ -1,6 +1,7 @@
 """Images in numbers of a stated range."""
 
 from abc import abstractmethod
+from collections.abc import Sequence
 from typing import Annotated, Literal
 
 import numpy as np
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from diffusion_cli.forms.base import Form, Shape
 from diffusion_cli.forms.picture import to_bytes
+from diffusion_cli.forms.range_check import disagreement
 
 Dtype = Literal["uint8", "uint16", "int16", "float32"]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
@@ -64,21 +66,14 @@ class Ranged(Form):
         low, high = np.array(self.low[:channels]), np.array(self.high[:channels])
         return low[:, None, None], (high - low)[:, None, None] / 2
 
-    def remark(self, values: np.ndarray) -> str | None:
-        """What to say where over 1 % of an image's values [C, H, W] are cut by the range, or fill under 1/8 of it."""
-        low, half = self._scale(len(values))
-        x = (values.astype(np.float64) - low) / half - 1
-        cut = float((np.abs(x) > 1 + 1e-6).mean())  # what an end is in float32 is no value beyond it
-        filled = float((x.max((1, 2)) - x.min((1, 2))).max() / 2)
-        if self.dtype == "uint8" or (cut <= 0.01 and not 0 < filled < 1 / 8):
+    def remark(self, images: Sequence[np.ndarray]) -> str | None:
+        channels = len(images[0])
+        found = disagreement(images, self.low[:channels], self.high[:channels])
+        if found is None:
             return None
         pairs = [f"[{low:g},{high:g}]" for low, high in zip(self.low, self.high, strict=True)]
         shown = pairs[0] if len(pairs) == 1 else f"[{','.join(pairs)}]"
-        what = f"cuts {cut:.0%} of the values" if cut > 0.01 else f"only {filled:.1%} of it hold the values"
-        return (
-            f"dataset.range={shown}: {what} of the first image, {values.min():g} to {values.max():g}; give "
-            "dataset.range=[low,high] of all images if that is not meant"
-        )
+        return f"dataset.range={shown}: {found}; give dataset.range=[low,high] of all images if that is not meant"
 
     @abstractmethod
     def numbers(self, samples: Tensor) -> np.ndarray:

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 import yaml
 from PIL import Image
 
@@ -18,7 +19,7 @@ from diffusion_cli.cli import run
 from diffusion_cli.commands.outputs import claim, keep_labels, keep_seeds
 from diffusion_cli.commands.samples import given_samples
 from diffusion_cli.config import CONF, check_stored
-from diffusion_cli.data import Folder
+from diffusion_cli.data import Array, Folder
 from diffusion_cli.forms import Picture
 from diffusion_cli.training import callbacks, evaluation
 
@@ -210,3 +211,70 @@ def test_images_of_classes_in_a_checkpoint_are_checked(gap):
     assert check_stored({key: value for key, value in about.items() if key != "class_counts"}) == []
     for counts in ([0, 6, 0], [0, 0, 0, 0], [0, -1, 0, 6], "x"):
         assert check_stored({**about, "class_counts": counts})
+
+
+# --- The same data again ---------------------------------------------
+
+
+def known(dataset: Any) -> list[str]:
+    return [dataset.load(split).fingerprint() for split in ("train", "held_out")]
+
+
+def test_a_fingerprint_is_that_of_the_files_in_memory_or_not(tmp_path):
+    for number in range(100):
+        write(tmp_path / "a" / f"{number:03d}.png", number)
+    before = known(folder(tmp_path, in_memory=True, held_out=0.5))
+    assert before == known(folder(tmp_path, in_memory=False, held_out=0.5))
+    assert len(set(before)) == 2
+    write(tmp_path / "a" / "000.png", 200)
+    changed = known(folder(tmp_path, held_out=0.5))
+    assert sum(one != other for one, other in zip(before, changed, strict=True)) == 1
+    write(tmp_path / "a" / "000.png", 0)
+    (tmp_path / "a" / "050.png").rename(tmp_path / "a" / "050b.png")
+    assert known(folder(tmp_path, held_out=0.5)) != before
+
+
+@pytest.mark.parametrize("compressed", [False, True])
+def test_a_fingerprint_is_that_of_the_rows_in_memory_or_not(tmp_path, compressed):
+    path, images = tmp_path / "x.npz", np.arange(200 * 64, dtype=np.uint8).reshape(200, 8, 8)
+
+    def fingerprints(images: np.ndarray, **changes) -> list[str]:
+        (np.savez_compressed if compressed else np.savez)(path, images=images)
+        options = {"range": None, "flip": False, "held_out": 0.5, "in_memory": None, **changes}
+        return known(Array(".", path=str(path), **options))
+
+    before = fingerprints(images)
+    assert before == fingerprints(images, in_memory=True)
+    assert before == fingerprints(images, in_memory=None if compressed else False)
+    assert all(one != other for one, other in zip(before, fingerprints(images + 1), strict=True))
+
+
+def test_a_run_is_not_continued_on_other_pixels_of_the_same_names(tmp_path, capsys):
+    for number in range(6):
+        write(tmp_path / "data" / f"{number}.png", number)
+
+    def train(steps: int) -> int:
+        words = [
+            "dataset=folder",
+            "dataset.resolution=8",
+            "dataset.channels=1",
+            f"dataset.path={tmp_path / 'data'}",
+        ]
+        unlabelled = [word for word in TINY if "conditional" not in word]
+        return run(["train", *words, "name=run", f"output_dir={tmp_path}", f"max_steps={steps}", *unlabelled])
+
+    assert train(1) == train(2) == 0
+    write(tmp_path / "data" / "3.png", 99)
+    assert train(3) == 2
+    assert (
+        "dataset: the images or their names are not those that the run was begun on"
+        in capsys.readouterr().err
+    )
+    write(tmp_path / "data" / "3.png", 3)
+    path = tmp_path / "run" / LAST
+    checkpoint = read(path)
+    del checkpoint["diffuse"]["data_sha256"]  # as of an earlier version
+    torch.save(checkpoint, tmp_path / "old.ckpt")  # the tensors are mapped from the file that is there
+    (tmp_path / "old.ckpt").replace(path)
+    write(tmp_path / "data" / "3.png", 99)
+    assert train(4) == 0

@@ -5,6 +5,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from datetime import timedelta
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -101,8 +102,8 @@ def _train(config: TrainConfig, folder: Path, stop: Stop) -> int:
     stored = before["diffuse"]["stages"] if before else None
     stages = Stages.stored(stored) if stored else stages_of(config, parts.shown)
     _refuse_uneven(config, stages, ranks.world)
-    images = parts.shown.load("train")
-    about = _about(config, parts, images, stages)
+    images, held_out = parts.shown.load("train"), parts.shown.load("held_out")
+    about = _about(config, parts, images, held_out, stages)
     # As is what "auto" once meant, on whatever machine the run is taken up.
     known = before["diffuse"].get("precision") if before and config.precision == "auto" else None
     about["precision"] = known or resolve(config.precision, parts.device.torch_device)
@@ -114,7 +115,7 @@ def _train(config: TrainConfig, folder: Path, stop: Stop) -> int:
                 f"{folder} is complete at step {done}; a larger budget, as max_steps={2 * done}, goes on with it"
             )
         return 0
-    return _fit(config, folder, parts, stages, images, about, before, max_steps, stop)
+    return _fit(config, folder, parts, stages, images, held_out, about, before, max_steps, stop)
 
 
 def _fit(
@@ -123,6 +124,7 @@ def _fit(
     parts: Parts,
     stages: Stages,
     images: Images,
+    held_out: Images,
     about: dict[str, Any],
     before: dict[str, Any] | None,
     max_steps: int | None,
@@ -134,7 +136,7 @@ def _fit(
     precision = about["precision"]
     module = module_of(config, parts, about)
     ema = EMA(model.network, config.ema.decay, config.ema.warm_up, parts.device.offload_ema)
-    watchers = watchers_of(config, folder, parts, stages, ema, stop, about["class_counts"])
+    watchers = watchers_of(config, folder, parts, stages, ema, stop, held_out, about["class_counts"])
     checkpoints = Checkpoints(config.checkpoint_every, folder, config.keep_last, stop)
     progress = Progress(config.log_every, folder, stages, max_steps, stop, config.model_dump())
     # The average first, for the others look at it; checkpoints last: they hold what the others know.
@@ -286,7 +288,7 @@ def _without_images(parts: Parts, class_counts: list[int] | None) -> Iterator[st
 
 
 def _refuse_other_data(folder: Path, about: dict[str, Any], checkpoint: dict[str, Any] | None) -> None:
-    """Raise Mistakes if a run was begun on another number of images, or on other classes."""
+    """Raise Mistakes if a run was begun on another number of images, on other classes or on other images."""
     before = checkpoint["diffuse"] if checkpoint else about
     lines = [
         "labels: are not those that the run was begun on; give back the labels, or take another name="
@@ -298,6 +300,11 @@ def _refuse_other_data(folder: Path, about: dict[str, Any], checkpoint: dict[str
     ]
     if lines:
         raise Mistakes(*lines)
+    if before.get("data_sha256", about["data_sha256"]) != about["data_sha256"]:
+        raise Mistakes(
+            "dataset: the images or their names are not those that the run was begun on; give back the data, or take "
+            "another name="
+        )
 
 
 def _next(model: Trainable, folder: Path) -> str:
@@ -308,14 +315,18 @@ def _next(model: Trainable, folder: Path) -> str:
     return f"diffuse sample run={folder}"
 
 
-def _about(config: TrainConfig, parts: Parts, images: Images, stages: Stages) -> dict[str, Any]:
+def _about(
+    config: TrainConfig, parts: Parts, images: Images, held_out: Images, stages: Stages
+) -> dict[str, Any]:
     labels, dataset = None if images.labels is None else images.labels.cpu(), parts.dataset
     latent = None
     if parts.latent is not None:
         assert isinstance(parts.shown, LatentDataset)
         latent = parts.latent.about(parts.shown)
+    fingerprints = f"{images.fingerprint()} {held_out.fingerprint()}"
     return {
         "task": parts.task.model.task,
+        "data_sha256": Ranks().agree(sha256(fingerprints.encode()).hexdigest()),
         "num_images": len(images),
         "data_rules": dataset.rules,
         "labels_sha256": None if labels is None else digest({"labels": labels}),

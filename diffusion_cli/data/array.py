@@ -1,6 +1,7 @@
 """Images in a NumPy file."""
 
 import math
+from hashlib import sha256
 from io import BytesIO
 from pathlib import Path
 from typing import IO, Annotated, Any, Literal, NamedTuple
@@ -82,7 +83,9 @@ class Array(Dataset):
             in_memory = fits_in_memory(
                 len(images) * int(np.prod(self.shape)) * (1 if isinstance(self.form, Picture) else 4)
             )
-        return MemoryImages(images.gather(torch.arange(len(images))), images.labels) if in_memory else images
+        if not in_memory:
+            return images
+        return MemoryImages(images.gather(torch.arange(len(images))), images.labels, images.fingerprint())
 
     def remarks(self) -> list[str]:
         remark = self.form.remark([*first_images(self.path, self.contents)])
@@ -182,6 +185,11 @@ class ArrayImages(Images):
             self._array = opened_array(self.path, self.key)
         # Whole images first, as they lie, and then their axes: four times as fast as both at once.
         return _channels_first(np.ascontiguousarray(self._array[self.rows[index].numpy()]), self.layout)
+
+    def fingerprint(self) -> str:
+        numbers = self.numbers(self._evenly())
+        kind = f"{len(self)} {numbers.shape} {numbers.dtype.str}".encode()
+        return sha256(kind + numbers.tobytes()).hexdigest()
 
     def gather(self, index: Tensor) -> Tensor:
         pixels = self.numbers(index)

@@ -15,6 +15,8 @@ from diffusion_cli.forms import Form, Picture, Shape
 from diffusion_cli.seeding import mix
 
 Split = Literal["train", "held_out"]
+FINGERPRINTED = 64
+"""Images that a fingerprint looks at."""
 
 
 class Images(ABC):
@@ -62,6 +64,21 @@ class Images(ABC):
     def lossy(self, index: Tensor) -> dict[str, int]:
         """Return the number of files with lossy compression among the rows `index`, by the name of that compression."""
         return {}
+
+    def fingerprint(self) -> str:
+        """Return a SHA-256, in hex, that other images in the same place hardly share, at the cost of a few images.
+
+        It is that of the number of images, and of the bytes of `FINGERPRINTED` evenly spread ones as their source holds
+        them. Images of a file are also known by the names of all files. The images that `Dataset.load` and
+        `Dataset.once` return have the same fingerprint, in memory or not.
+        """
+        state = PixelDigest()
+        state.update(self.gather(self._evenly().to(self.device)))
+        return sha256(f"{len(self)} {state.hexdigest()}".encode()).hexdigest()
+
+    def _evenly(self) -> Tensor:
+        """The rows that a fingerprint is made of."""
+        return spread(len(self), min(len(self), FINGERPRINTED))
 
     def sources(self, index: Tensor) -> list[bytes]:
         """The SHA-256 of what each image of the rows `index` is made of, which of files is had without decoding.

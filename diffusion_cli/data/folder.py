@@ -26,7 +26,7 @@ from diffusion_cli.data.decoding import (
     form_of_files,
     resized_affine,
 )
-from diffusion_cli.data.labels import class_labels
+from diffusion_cli.data.labels import class_labels, composed
 from diffusion_cli.data.labels import read as entry
 from diffusion_cli.data.listing import (
     MANIFEST,
@@ -285,14 +285,23 @@ class FileImages(Images):
         return {name: count for name, count in found.items() if name is not None}
 
     def sources(self, index: Tensor) -> list[bytes]:
-        decoder, digests, broken = repr(self.decoder).encode(), [], []
+        decoder = repr(self.decoder).encode()
+        return [sha256(decoder + content).digest() for content in self._content_digests(index)]
+
+    def fingerprint(self) -> str:
+        # By the bytes of files: versions of a decoder make other pixels of the same JPEG.
+        names = "\n".join(composed(name) for name in [*self.names, *(self.masks or [])])
+        return sha256(b"".join([names.encode(), *self._content_digests(self._evenly())])).hexdigest()
+
+    def _content_digests(self, index: Tensor) -> list[bytes]:
+        """The SHA-256 of each of the files that the images of some rows are read from, put together by image."""
+        digests: list[bytes] = []
+        broken: list[str] = []
         for row in index.tolist():
             try:
-                parts = [sha256(data).digest() for data in self._contents(row)]
+                digests.append(b"".join(sha256(data).digest() for data in self._contents(row)))
             except (ValueError, OSError) as error:
                 broken.append(f"{self.names[row]} ({reason(error)})")
-            else:
-                digests.append(sha256(decoder + b"".join(parts)).digest())
         if broken:
             raise self._error(broken)
         return digests
@@ -306,7 +315,7 @@ class FileImages(Images):
             broken += failures
         if broken:
             raise self._error(broken)
-        return MemoryImages(pixels, self.labels)
+        return MemoryImages(pixels, self.labels, self.fingerprint())
 
     def _decode(self, index: Tensor) -> tuple[Tensor, list[str]]:
         """The images of the rows, and for each file that cannot be decoded its name and why."""

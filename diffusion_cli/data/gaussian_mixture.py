@@ -7,7 +7,7 @@ from pydantic import NonNegativeInt, PositiveInt
 from torch import Tensor
 
 from diffusion_cli.data.base import Dataset, Split
-from diffusion_cli.data.memory import MemoryImages
+from diffusion_cli.data.memory import GENERATED, MemoryImages
 from diffusion_cli.seeding import mix
 
 
@@ -62,7 +62,7 @@ class GaussianMixture(Dataset):
         labels = torch.multinomial(self.weights, self.size, replacement=True, generator=generator)
         noise = torch.randn((self.size, self.means.shape[1]), generator=generator, dtype=torch.float64)
         points = self.means[labels] + self.stds[labels, None] * noise
-        return MemoryImages(points.reshape(-1, *self.shape).float(), labels)
+        return MemoryImages(points.reshape(-1, *self.shape).float(), labels, GENERATED)
 
     def mean(self) -> Tensor:
         """E[x_0] = sum_k w_k m_k, float64 [C, H, W]."""

@@ -10,13 +10,16 @@ from torch import Tensor
 from diffusion_cli.data.base import Images
 from diffusion_cli.ranks import started
 
+GENERATED = "generated"
+"""The fingerprint of images that follow from the configuration, which machines compute to different last digits."""
 SHARE = 4  # a set is held where it takes at most this part of what is free, for it is not alone there
 
 
 class MemoryImages(Images):
-    """Images as one tensor `pixels` [N, C, H, W] on any device."""
+    """Images as one tensor `pixels` [N, C, H, W] on any device; `fingerprint` is that of their source, if any."""
 
-    def __init__(self, pixels: Tensor, labels: Tensor | None) -> None:
+    def __init__(self, pixels: Tensor, labels: Tensor | None, fingerprint: str | None = None) -> None:
+        self._fingerprint = fingerprint
         self.shape = tuple(pixels.shape[1:])
         self.device = pixels.device
         self.pixels = pixels
@@ -24,6 +27,13 @@ class MemoryImages(Images):
 
     def __len__(self) -> int:
         return len(self.pixels)
+
+    def known_as(self, fingerprint: str) -> None:
+        """Set the fingerprint of their source."""
+        self._fingerprint = fingerprint
+
+    def fingerprint(self) -> str:
+        return super().fingerprint() if self._fingerprint is None else self._fingerprint
 
     def gather(self, index: Tensor) -> Tensor:
         return self.pixels.index_select(0, index)

@@ -14,7 +14,7 @@ from diffusion_cli.data.base import Dataset, Split, named_mask, split_rows
 from diffusion_cli.data.folder import FileImages, file_names
 from diffusion_cli.data.labels import class_labels
 from diffusion_cli.data.listing import visible_name
-from diffusion_cli.data.memory import MemoryImages
+from diffusion_cli.data.memory import GENERATED, MemoryImages
 from diffusion_cli.data.shapes import SHAPES, shape_points
 from diffusion_cli.foreign import reason
 from diffusion_cli.forms.ply import read_ply
@@ -69,7 +69,7 @@ class Points(Dataset):
             return FileImages(self.path, files, labels, self.decoder).in_memory()
         made = [self.decoder.scaled(shape_points(row, self.decoder.num_points)) for row in rows.tolist()]
         points = np.array(made, np.float32).reshape(-1, *reversed(self.shape))
-        return MemoryImages(torch.from_numpy(points).transpose(1, 2).contiguous(), labels)
+        return MemoryImages(torch.from_numpy(points).transpose(1, 2).contiguous(), labels, GENERATED)
 
 
 class PointDecoder(NamedTuple):

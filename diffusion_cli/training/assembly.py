@@ -180,13 +180,13 @@ def watchers_of(
     stages: Stages,
     ema: EMA,
     stop: Stop,
+    held_out: Images,
     class_counts: list[int] | None,
 ) -> list[Callback]:
     """What looks at the averaged weights on the way: their loss on held-out images, and what the model is for.
 
     `class_counts` are the training images of each class, None without classes.
     """
-    held_out = parts.shown.load("held_out")
     part = config.batch_size // config.accumulate
     watchers: list[Callback] = []
     if held_out:

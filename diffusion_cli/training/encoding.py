@@ -124,6 +124,7 @@ class LatentDataset(Dataset):
                     "another name="
                 )
         moments = encoded(images, self.latents, self._path(split), flip, self.source.num_workers)
+        moments.known_as(self.keys[split])
         if split == "train" and not self._scaled:
             self._scale(moments)
         return moments

@@ -270,12 +270,16 @@ def recover(run: Path) -> None:
     last = run / LAST
     kept = ""
     if last.is_file():
-        names = (last.with_name(f"{last.name}.damaged{number or ''}") for number in count())
-        aside = next(name for name in names if not name.exists())
-        last.rename(aside)
-        kept = f"; the damaged one is {aside.name} now"
+        kept = f"; the damaged one is {set_aside(last).name} now"
     duplicate(found.path, last)
     print(f"diffuse: {found.remark}{kept}", file=sys.stderr)
+
+
+def set_aside(path: Path) -> Path:
+    """Rename a damaged file to a free name that ends in `.damaged`, or with a number, and return that."""
+    names = (path.with_name(f"{path.name}.damaged{number or ''}") for number in count())
+    aside = next(name for name in names if not name.exists())
+    return path.rename(aside)
 
 
 def read(path: Path, sums: bool = True) -> dict[str, Any]:

@@ -34,7 +34,7 @@ from diffusion_cli.locks import LOCK, Pace, only_one
 from diffusion_cli.objective import Weighted
 from diffusion_cli.training import memory
 from diffusion_cli.training.callbacks import Checkpoints
-from diffusion_cli.training.logs import CSVFile
+from diffusion_cli.training.logs import CSVFile, TensorBoard
 
 CPU = torch.device("cpu")
 TOMORROW = time.time() + 86400
@@ -344,15 +344,71 @@ def test_a_full_disk_at_a_sample_leaves_whole_images_and_the_rest_to_be_made(dis
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
-def test_a_full_disk_at_the_log(tmp_path):
+def test_a_full_disk_at_the_log_holds_its_rows_in_memory(tmp_path, capsys):
     log = CSVFile(tmp_path / "metrics.csv", 0)
     log.log_metrics({"loss": 1.0}, 1)
     log.path.unlink()
     log.path.symlink_to("/dev/full")
-    with pytest.raises(
-        OSError, match=r"metrics\.csv: cannot be written \(No space left on device\); make room"
-    ):
-        log.log_metrics({"loss": 2.0}, 2)
+    for step in (2, 3):
+        log.log_metrics({"loss": 2.0}, step)
+    assert capsys.readouterr().err == (
+        f"diffuse: {log.path}: cannot be written (No space left on device); make room for it, or take a folder that "
+        "can be written to; training continues, and rows are held in memory\n"
+    )
+    assert log.path.read_text().split() == ["step,loss", "1,1.0", "2,2.0", "3,2.0"]
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_training_continues_without_event_files_on_a_full_disk(tmp_path, capsys):
+    def logged(count: int) -> list[str]:
+        for step in range(count):
+            log.log_metrics({"loss": 1.0}, step)
+            log.save()
+        log.save()
+        log.finalize("success")
+        return capsys.readouterr().err.splitlines()
+
+    log = TensorBoard().logger(tmp_path, 0)
+    assert logged(2) == []
+    log = TensorBoard().logger(tmp_path / "full", 0)
+    log.log_metrics({"loss": 1.0}, 0)
+    (file,) = tmp_path.glob("full/tensorboard/events*")
+    file.unlink()
+    file.symlink_to("/dev/full")
+    assert logged(3) == [
+        f"diffuse: {tmp_path}/full/tensorboard: cannot be written (No space left on device); training continues "
+        "without logger=tensorboard"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("place", "damage"),
+    [
+        ("step", b"st\xe5p"),
+        ("loss", b"lo\x00ss"),
+        ("1,", b"q,"),
+        ("2,0.5", b"2,0\xae5"),
+        ("2,0.5", b'2,"0.5'),
+    ],
+)
+def test_a_damaged_log_is_set_aside_and_its_whole_rows_stay(tmp_path, capsys, place, damage):
+    path = tmp_path / "metrics.csv"
+    content = b"step,loss\n1,0.5\n2,0.5\n3,0.5\n".replace(place.encode(), damage, 1)
+    path.write_bytes(content)
+    log = CSVFile(path, 9)
+    log.log_metrics({"loss": 4.0}, 4)
+    kept = path.read_text().split()
+    rows = (
+        [] if place == "step" else [row for row in ("1,0.5", "2,0.5", "3,0.5") if not row.startswith(place)]
+    )
+    expected = ["1,", "2,", "3,", "4,4.0"] if place == "loss" else [*rows, "4,4.0"]
+    assert kept == ["step,loss", *expected]
+    assert (tmp_path / "metrics.csv.damaged").read_bytes() == content
+    assert capsys.readouterr().err == (
+        f"diffuse: {path}: is damaged; it is metrics.csv.damaged now, and its whole rows are kept\n"
+    )
+    assert len(CSVFile(path, 9).rows) == len(kept) - 1
+    assert not capsys.readouterr().err
 
 
 def test_a_row_of_the_log_that_was_cut_short_is_passed_over(begun, whole):

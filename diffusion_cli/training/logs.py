@@ -1,9 +1,13 @@
 """Where the numbers of a run are written."""
 
 import csv
+import sys
+import threading
 from abc import ABC, abstractmethod
 from argparse import Namespace
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -11,8 +15,9 @@ from typing import Any
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 
-from diffusion_cli.checkpoint import whole_file, writing
-from diffusion_cli.foreign import read
+from diffusion_cli.checkpoint import set_aside, whole_file, writing
+from diffusion_cli.foreign import printable, read
+from diffusion_cli.ranks import Ranks
 
 
 class LoggerConfig(ABC):
@@ -34,14 +39,73 @@ class TensorBoard(LoggerConfig):
     """TensorBoard event files."""
 
     def logger(self, run: Path, step: int) -> Logger:
-        return TensorBoardLogger(run, name="", version="tensorboard")
+        threading.excepthook = partial(_on_thread_error, threading.excepthook)
+        return TensorBoardFiles(run, name="", version="tensorboard")
+
+
+def _on_thread_error(otherwise: Callable[[Any], Any], error: threading.ExceptHookArgs) -> None:
+    """Print no traceback for the thread that writes event files: the logger meets its error at the next call."""
+    writes_events = error.thread is not None and type(error.thread).__module__.startswith("tensorboard.")
+    if not (writes_events and isinstance(error.exc_value, OSError)):
+        otherwise(error)
+
+
+class TensorBoardFiles(TensorBoardLogger):
+    """Lightning's logger, which ends itself with one line if its files cannot be written; training continues."""
+
+    _ended = False
+
+    @rank_zero_only
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        """Add a point to the curve of each number."""
+        with self._attempt() as open_:
+            if open_:
+                super().log_metrics(metrics, step)
+
+    @rank_zero_only
+    def log_hyperparams(self, params: dict[str, Any] | Namespace, *args: Any, **kwargs: Any) -> None:
+        """Part of Lightning's interface."""
+        with self._attempt() as open_:
+            if open_:
+                super().log_hyperparams(params, *args, **kwargs)
+
+    @rank_zero_only
+    def save(self) -> None:
+        """Write what is waiting."""
+        with self._attempt() as open_:
+            if open_:
+                super().save()
+
+    @rank_zero_only
+    def finalize(self, status: str) -> None:
+        """Write what is waiting, and close the files."""
+        with self._attempt() as open_:
+            if open_:
+                super().finalize(status)
+
+    @contextmanager
+    def _attempt(self) -> Iterator[bool]:
+        """Give whether the files are still written to; turn their failure into one line."""
+        try:
+            yield not self._ended
+        except (OSError, ValueError) as error:  # Lightning wraps what the writer raised
+            cause = error if isinstance(error, OSError) else error.__cause__
+            if not isinstance(cause, OSError):
+                raise
+            self._ended = True
+            print(
+                f"diffuse: {printable(f'{self.log_dir}: cannot be written ({cause.strerror or cause})')}; training "
+                "continues without logger=tensorboard",
+                file=sys.stderr,
+            )
 
 
 class CSVFile(Logger):
     """A CSV file with a row a log, taken up again with the run.
 
     Lightning's own CSV logger deletes the file of an earlier start. This one keeps it, less the rows that lie
-    after the step that the run goes on from.
+    after the step that the run goes on from. A damaged file is renamed, and its whole rows are kept here too. While the
+    file cannot be written, rows are held in memory.
     """
 
     def __init__(self, path: Path, step: int) -> None:
@@ -49,8 +113,16 @@ class CSVFile(Logger):
         self.path = path
         self.rows: list[dict[str, Any]] = []
         self._columns: list[str] | None = None  # of the file; None: it is to be written anew
-        if path.exists():
-            self.rows = [row for row in _read_rows(path) if int(row["step"]) <= step]
+        self._failed = False
+        if Ranks().first and path.exists():
+            rows, damaged = _read_rows(path)
+            self.rows = [row for row in rows if int(row["step"]) <= step]
+            if damaged:
+                aside = set_aside(path)
+                print(
+                    f"diffuse: {printable(str(path))}: is damaged; it is {aside.name} now, and its whole rows are kept",
+                    file=sys.stderr,
+                )
 
     @property
     def name(self) -> str:
@@ -67,10 +139,24 @@ class CSVFile(Logger):
 
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
-        """Add a row; the file is appended to, or written anew where a column is new."""
+        """Add a row; the file is appended to, or written anew where a column is new or the last write failed."""
         row = {"step": step, **metrics}
         columns = list(dict.fromkeys([*(self.rows[-1] if self.rows else ()), *row]))
         self.rows.append({column: row.get(column, "") for column in columns})
+        try:
+            self._write(columns)
+        except OSError as error:
+            self._columns = None
+            if not self._failed:
+                print(
+                    f"diffuse: {printable(str(error))}; training continues, and rows are held in memory",
+                    file=sys.stderr,
+                )
+            self._failed = True
+        else:
+            self._columns, self._failed = columns, False
+
+    def _write(self, columns: list[str]) -> None:
         if columns == self._columns:
             with writing(self.path), self.path.open("a", newline="") as file:
                 csv.DictWriter(file, columns).writerow(self.rows[-1])
@@ -79,18 +165,42 @@ class CSVFile(Logger):
             writer = csv.DictWriter(file, columns, restval="")
             writer.writeheader()
             writer.writerows(self.rows)
-        self._columns = columns
 
 
-def _read_rows(path: Path) -> list[dict[str, Any]]:
-    """The whole rows of a log; ValueError if it is not a regular file, as a pipe, or too large."""
+def _read_rows(path: Path) -> tuple[list[dict[str, Any]], bool]:
+    """The whole rows of a log, and whether it is damaged elsewhere than in its last row, which a stop may cut short.
+
+    Raises ValueError if it is not a regular file, as a pipe, or too large.
+    """
     try:
         text = read(path).decode(errors="replace")
     except ValueError as error:
         raise ValueError(f"{path}: {error}; move it away") from error
-    return [row for row in csv.DictReader(StringIO(text, newline="")) if _is_whole(row)]
+    damaged = any(letter == "\ufffd" or not (letter.isprintable() or letter in "\r\n") for letter in text)
+    rows: list[dict[Any, Any]] = []
+    try:  # this program writes no quotes: one is damage, and must not join lines
+        rows += csv.DictReader(StringIO(text, newline=""), quoting=csv.QUOTE_NONE)
+    except csv.Error:
+        damaged = True
+    whole = [_readable(row) for row in rows if _is_whole(row)]
+    return whole, damaged or not all(map(_is_whole, rows[:-1])) or (bool(rows) and "step" not in rows[0])
 
 
-def _is_whole(row: Mapping[str | None, Any]) -> bool:
-    """Whether a row was written to its end: the last one may not be, where the process was killed or the disk full."""
-    return None not in row.values() and None not in row and str(row.get("step")).isdecimal()
+def _readable(row: Mapping[str, str]) -> dict[str, Any]:
+    """A row without the columns of damaged names."""
+    return {key: text for key, text in row.items() if key.isprintable() and "\ufffd" not in key}
+
+
+def _is_whole(row: Mapping[Any, Any]) -> bool:
+    """Whether a row has a number, or nothing, in each column and a step."""
+    if None in row or None in row.values() or not str(row.get("step")).isdecimal():
+        return False
+    return all(_is_number(text) for text in row.values() if text)
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True

@@ -56,6 +56,9 @@ def main() -> None:
     parser.add_argument("--rounds", type=_positive, default=5, help="of A B ... (default 5)")
     parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"])
     parser.add_argument(
+        "--short", action="store_true", help="fewer races, where a benchmark has a short form"
+    )
+    parser.add_argument(
         "--json", type=Path, metavar="FILE", help="write every round and all about the machine"
     )
     parser.add_argument(
@@ -71,7 +74,9 @@ def main() -> None:
     names = arguments.names or ([] if arguments.plot else [*BENCHMARKS])
     for name in names:
         tables = record["tables"][name] = []
-        for table in BENCHMARKS[name].tables(arguments.rounds, device):
+        part = BENCHMARKS[name]
+        tables_of = getattr(part, "short_tables", part.tables) if arguments.short else part.tables
+        for table in tables_of(arguments.rounds, device):
             print(f"\n{table.markdown()}", flush=True)
             tables.append({"caption": table.caption, **table.measured})
             _write(arguments.json, record)

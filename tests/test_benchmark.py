@@ -1,9 +1,14 @@
 """The arithmetic of `scripts/benchmark.py`; what it times is not timed here."""
 
+import io
 import json
+import os
+import subprocess
 import sys
+import zipfile
 from collections.abc import Callable, Iterator
 from copy import deepcopy
+from pathlib import Path
 
 import pytest
 import torch
@@ -197,3 +202,44 @@ def test_a_run_writes_its_tables_and_every_round(tmp_path, monkeypatch: pytest.M
     assert record["machine"]["torch"] == torch.__version__.partition("+")[0]
     assert record["tables"]["part"][0]["contestants"]["peer"]["seconds"] == [0.5] * 3
     assert "| peer | 500 | 2 | 1.00 |" in capsys.readouterr().out
+
+
+# --- scripts/check_gpu.sh --------------------
+
+CHECK = Path(__file__).parents[1] / "scripts" / "check_gpu.sh"
+
+
+def check_gpu(*words: str, out: Path, python: str = sys.executable) -> subprocess.CompletedProcess[str]:
+    environment = os.environ | {"PYTHON": python, "OUT": str(out), "CUDA_VISIBLE_DEVICES": ""}
+    return subprocess.run(["bash", str(CHECK), *words], env=environment, capture_output=True, text=True)
+
+
+@pytest.mark.slow
+def test_the_check_of_a_gpu_runs_in_miniature(tmp_path) -> None:
+    images = tmp_path / "images.zip"
+    with zipfile.ZipFile(images, "w") as file:
+        for number in range(12):
+            data = io.BytesIO()
+            Image.new("RGB", (32, 32), (20 * number, 90, 200)).save(data, "PNG")
+            file.writestr(f"{number}.png", data.getvalue())
+    done = check_gpu("--dry-run", str(images), out=tmp_path / "out")
+    assert done.returncode == 0, done.stdout
+    assert [line.split()[0] for line in done.stdout.splitlines()] == [
+        "machine", "tests", "train", "sample", "benchmark", "training", "all",
+    ]  # fmt: skip
+    assert "images/s (median), loss " in done.stdout
+    made = {file.name for file in (tmp_path / "out").iterdir()}
+    assert {"summary.txt", "metrics.csv", "grid.png", "benchmark.json", "tests.log"} <= made
+
+
+def test_the_check_of_a_gpu_names_what_failed(tmp_path) -> None:
+    (tmp_path / "images.zip").touch()
+    done = check_gpu("--dry-run", str(tmp_path / "images.zip"), out=tmp_path / "out", python="false")
+    assert done.returncode == 1
+    assert "failed: machine tests train sample benchmark; see " in done.stdout
+
+
+def test_the_check_of_a_gpu_needs_images(tmp_path) -> None:
+    done = check_gpu(str(tmp_path / "missing.zip"), out=tmp_path / "out")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "is not a file; give a ZIP of 32x32 colour images" in done.stderr

@@ -28,19 +28,30 @@ def tables(rounds: int, device: torch.device) -> Iterator[Table]:
         yield _table("small", (1, size, size), 128, rounds, device)
 
 
-def _table(name: str, shape: tuple[int, int, int], batch: int, rounds: int, device: torch.device) -> Table:
+def short_tables(rounds: int, device: torch.device) -> Iterator[Table]:
+    """One race with diffusers alone: of the DDPM network on a GPU, of the small one on a CPU."""
+    if device.type == "cuda":
+        yield _table("ddpm", (3, 32, 32), 128, rounds, device, short=True)
+    else:
+        yield _table("small", (1, 8, 8), 16, rounds, device, short=True)
+
+
+def _table(
+    name: str, shape: tuple[int, int, int], batch: int, rounds: int, device: torch.device, short: bool = False
+) -> Table:
     on_gpu = device.type == "cuda"
     torch.manual_seed(0)
     x0 = torch.randn(batch, *shape, device=device)
-    diffusers, lucidrains = Diffusers(name, shape, device, "fp32"), Lucidrains(name, shape, device)
+    diffusers = Diffusers(name, shape, device, "fp32")
     advised = Diffusers(name, shape, device, "bf16", recommended=on_gpu)
+    auto = resolve("auto", device)
+    precisions = [auto] if short or auto == "fp32" else [auto, "fp32"]
     ours = {
-        precision: Training(configured(WORDS[name]), shape, device, precision)
-        for precision in dict.fromkeys([resolve("auto", device), "fp32"])
+        precision: Training(configured(WORDS[name]), shape, device, precision) for precision in precisions
     }
     for training in (diffusers, advised, *ours.values()):
         assert count(training.network) == PARAMETERS[name]
-    nominal, others = flops(lambda: diffusers.step(x0)), flops(lambda: lucidrains.step(x0))
+    nominal = flops(lambda: diffusers.step(x0))
 
     def contestant(title: str, training: Step, precision: str, work: int = nominal) -> Contestant:
         return Contestant(title, paced(lambda: training.step(x0), device), batch, work, precision)
@@ -49,13 +60,20 @@ def _table(name: str, shape: tuple[int, int, int], batch: int, rounds: int, devi
         contestant("diffusers fp32", diffusers, "fp32"),
         contestant(f"diffusers bf16{', channels_last, compiled' if on_gpu else ''}", advised, "bf16"),
         *(contestant(f"diffuse {precision}", training, precision) for precision, training in ours.items()),
-        contestant("denoising-diffusion-pytorch fp32 (another network)", lucidrains, "fp32", others),
     ]
     caption = (
         f"Training step of the network of {PARAMETERS[name] / 1e6:.2f}M parameters, {batch} images of "
         f"{'x'.join(map(str, shape))}. GFLOP/s are of the operations that diffusers' network takes, "
-        f"{nominal / batch / 1e9:.3g} GFLOP an image; ours takes fewer where it upsamples. "
-        f"denoising-diffusion-pytorch's is another network, of {count(lucidrains.network) / 1e6:.2f}M parameters and "
-        f"{others / batch / 1e9:.3g} GFLOP an image, by which its GFLOP/s are counted."
+        f"{nominal / batch / 1e9:.3g} GFLOP an image; ours takes fewer where it upsamples."
     )
+    if not short:
+        lucidrains = Lucidrains(name, shape, device)
+        others = flops(lambda: lucidrains.step(x0))
+        contestants += [
+            contestant("denoising-diffusion-pytorch fp32 (another network)", lucidrains, "fp32", others)
+        ]
+        caption += (
+            f" denoising-diffusion-pytorch's is another network, of {count(lucidrains.network) / 1e6:.2f}M parameters "
+            f"and {others / batch / 1e9:.3g} GFLOP an image, by which its GFLOP/s are counted."
+        )
     return raced(caption, contestants, rounds, ceilings(device))

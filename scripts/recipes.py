@@ -1,0 +1,207 @@
+"""Train every default for a few minutes, and compare each loss with the loss of predicting zero.
+
+    python scripts/recipes.py --photos PHOTOS --images CIFAR10.zip --data-dir data --output outputs/recipes
+
+Data sets, networks on data that suits them, and the presets that fit a CPU are trained one after the other by
+`diffuse train`. A training that is finished is not repeated, so the script can be stopped and started again.
+table.md and samples.png in the output folder have the results.
+"""
+
+import argparse
+import csv
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import yaml
+from PIL import Image
+
+DDPM = ["sampler=ddim", "steps=50"]
+HEUN = ["sampler=heun", "steps=25"]
+PICTURES = 8
+
+
+class Case(NamedTuple):
+    """A training by defaults."""
+
+    name: str
+    train: list[str]
+    sample: list[str] | None
+    """Words for `diffuse sample`; None for what makes no samples."""
+
+
+def cases(photos: Path, images: Path, volumes: Path, array: Path) -> list[Case]:
+    """Every data set, network and preset, with what it needs."""
+    own = ["dataset=folder", f"dataset.path={images}"]
+    own_photos, mnist = ["dataset=folder", f"dataset.path={photos}"], ["dataset=mnist"]
+    volume = [
+        "dataset=folder",
+        f"dataset.path={volumes}",
+        "dataset.resolution=[16,16,16]",
+        "dataset.range=[0,255]",
+    ]
+    volume += ["dataset.channels=1"]
+    found = [
+        Case("dataset=digits", ["dataset=digits"], DDPM),
+        Case("dataset=mnist", mnist, HEUN),
+        Case("dataset=folder, 60 photographs", own_photos, DDPM),
+        Case("dataset=folder, 32x32", own, DDPM),
+        Case("dataset=array, 16x16", ["dataset=array", f"dataset.path={array}"], DDPM),
+        Case("dataset=gaussian_mixture", ["dataset=gaussian_mixture"], None),
+        Case("dataset=points", ["dataset=points"], DDPM),
+        Case("dataset=folder, volumes", volume, DDPM),
+    ]
+    for model in ("unet_small", "unet_cifar10", "unet_iddpm_cifar10", "ddpmpp_cifar10", "ddpmpp_edm_cifar10"):
+        found.append(Case(f"model={model}, 16x16", [*own, "dataset.resolution=16", f"model={model}"], DDPM))
+    found += [
+        Case("model=ncsnpp_cifar10, 16x16", [*own, "dataset.resolution=16", "model=ncsnpp_cifar10"], DDPM),
+        Case("model=unet_small, 64x64, batch 16",
+             [*own_photos, "dataset.resolution=64", "model=unet_small", "batch_size=16"], DDPM),
+        Case("model=unet_tiny, 32x32", [*own, "model=unet_tiny"], DDPM),
+        Case("model=ddpmpp_tiny", ["model=ddpmpp_tiny"], DDPM),
+        Case("model=ncsnpp_tiny", ["model=ncsnpp_tiny"], DDPM),
+        Case("model=dit_tiny", ["model=dit_tiny"], DDPM),
+        Case("model=dit_s_2, 16x16", [*own, "dataset.resolution=16", "model=dit_s_2"], DDPM),
+        Case("model=dit_b_2, 16x16", [*own, "dataset.resolution=16", "model=dit_b_2"], DDPM),
+        Case("model=set_tiny", ["dataset=points", "model=set_tiny"], DDPM),
+        Case("task=classifier", ["task=classifier"], None),
+        Case("model=classifier_cifar10, 16x16",
+             [*own, "dataset.resolution=16", "task=classifier", "model=classifier_cifar10"], None),
+        Case("model=kl_tiny", [*mnist, "task=autoencoder"], None),
+        Case("model=kl_f4, 32x32", [*own, "task=autoencoder", "model=kl_f4"], None),
+    ]  # fmt: skip
+    samplers = {
+        "ddpm_digits": ["sampler=ddpm", "steps=100"],
+        "iddpm_digits": ["sampler=ddpm", "sampler.variance=learned", "steps=100"],
+        "iddpm_digits_vlb": ["sampler=ddpm", "sampler.variance=learned", "steps=100"],
+        "score_sde_ve_digits": ["sampler=pc", "steps=100"],
+        "score_sde_vp_digits": ["sampler=euler_maruyama", "steps=200"],
+        "edm_digits": ["sampler=heun", "steps=18"],
+        "flow_digits": HEUN,
+    }
+    found += [Case(f"experiment={name}", [f"experiment={name}"], words) for name, words in samplers.items()]
+    return found
+
+
+def make_volumes(folder: Path) -> None:
+    """Write 200 ellipsoids in 16x16x16 voxels, as NumPy files."""
+    folder.mkdir(parents=True, exist_ok=True)
+    rng = np.random.default_rng(0)
+    grid = np.stack(np.meshgrid(*[np.linspace(-1, 1, 16)] * 3, indexing="ij"))
+    for number in range(200):
+        centre, radii = rng.uniform(-0.3, 0.3, (3, 1, 1, 1)), rng.uniform(0.3, 0.8, (3, 1, 1, 1))
+        inside = (((grid - centre) / radii) ** 2).sum(0) <= 1
+        np.save(folder / f"{number:03d}.npy", (inside * rng.uniform(100, 255)).astype(np.float32))
+
+
+def diffuse(*words: str) -> None:
+    """Run a command; its output goes to the terminal."""
+    print(f"diffuse {' '.join(words)}", flush=True)
+    subprocess.run([sys.executable, "-m", "diffusion_cli", *words], check=True)
+
+
+def trained(case: Case, output: Path, time: str, data_dir: Path) -> dict[str, float | str]:
+    """Train a case and sample from it, unless that is done; return its row."""
+    run = "".join(letter if letter.isalnum() else "_" for letter in case.name)
+    result = output / f"{run}.json"
+    if result.is_file():
+        return json.loads(result.read_text())
+    words = [
+        f"max_time={time}",
+        "log_every=25",
+        "logger=csv",
+        "preview_every=1000000",
+        "validate_every=1000000",
+    ]
+    diffuse("train", *case.train, f"name={run}", f"output_dir={output}", f"data_dir={data_dir}", *words)
+    if case.sample is not None:
+        samples = f"output={output / run / 'shown'}"
+        diffuse("sample", f"run={output / run}", f"num_samples={PICTURES}", *case.sample, samples)
+    row = {"case": case.name, "run": run, **curve(output / run)}
+    result.write_text(json.dumps(row))
+    return row
+
+
+def curve(run: Path) -> dict[str, float]:
+    """The ends of a run's loss, and its recipe."""
+    with (run / "metrics.csv").open(newline="") as file:
+        rows = [row for row in csv.DictReader(file) if row.get("loss")]
+    name = "relative_loss" if rows[-1].get("relative_loss") else "loss"
+    losses = [float(row[name]) for row in rows]
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    return {
+        "steps": float(rows[-1]["step"]),
+        "lr": config["optimizer"]["lr"],
+        "batch_size": config["batch_size"],
+        "first": losses[0],
+        "lowest": min(losses),
+        "last": float(np.mean(losses[-4:])),
+        "images_per_second": float(np.median([float(row["images_per_second"]) for row in rows])),
+        "relative": float(name == "relative_loss"),
+    }
+
+
+def picture(rows: list[dict[str, float | str]], output: Path) -> None:
+    """Draw the samples, a row a training in the order of the table."""
+    side = 64
+    shown = [row for row in rows if (output / str(row["run"]) / "shown" / "grid.png").is_file()]
+    canvas = Image.new("RGB", (PICTURES * side, len(shown) * side), "white")
+    for line, row in enumerate(shown):
+        grid = Image.open(output / str(row["run"]) / "shown" / "grid.png").convert("RGB")
+        canvas.paste(grid.resize((PICTURES * side, side), Image.Resampling.NEAREST), (0, line * side))
+    canvas.save(output / "samples.png")
+
+
+def table(rows: list[dict[str, float | str]]) -> str:
+    """The results as Markdown."""
+    lines = [
+        "| training | learning rate | batch | steps | images/s | loss: first | lowest | last |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        unit = "" if row["relative"] else " (not relative)"
+        numbers = [f"{row[key]:.3g}" for key in ("first", "lowest", "last")]
+        lines.append(
+            f"| `{row['case']}` | {row['lr']:g} | {row['batch_size']} | {row['steps']:.0f} | "
+            f"{row['images_per_second']:.0f} | {' | '.join(numbers)}{unit} |"
+        )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Train what is not trained yet, and write the table and the picture."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--photos", type=Path, required=True, help="folder of a few photographs")
+    parser.add_argument(
+        "--images", type=Path, required=True, help="ZIP of 32x32 colour images in class folders"
+    )
+    parser.add_argument("--data-dir", type=Path, default=Path("data"), help="where MNIST lies")
+    parser.add_argument(
+        "--output", type=Path, default=Path("outputs/recipes"), help="folder of runs and results"
+    )
+    parser.add_argument("--time", default="3m", help="of each training (default 3m)")
+    parser.add_argument("--only", default="", help="part of the names of those to train")
+    arguments = parser.parse_args()
+    output: Path = arguments.output
+    output.mkdir(parents=True, exist_ok=True)
+    make_volumes(output / "volumes")
+    array = output / "array.npz"
+    if not array.is_file():
+        diffuse("data", "pack", "dataset=folder", f"dataset.path={arguments.images}", "dataset.resolution=16",
+                f"output={array.with_suffix('')}")  # fmt: skip
+    rows = []
+    for case in cases(arguments.photos, arguments.images, output / "volumes", array):
+        if arguments.only in case.name:
+            rows.append(trained(case, output, arguments.time, arguments.data_dir))
+            (output / "table.md").write_text(table(rows) + "\n")
+    picture(rows, output)
+    print(table(rows))
+
+
+if __name__ == "__main__":
+    main()

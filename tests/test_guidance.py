@@ -18,6 +18,7 @@ from diffusion_cli.denoiser import (
 )
 from diffusion_cli.guidance import Auto, ByClassifier, ClassifierFree, Unguided
 from diffusion_cli.parameterizations import Eps
+from diffusion_cli.posterior import posterior
 from diffusion_cli.samplers import DDIM, DDPM, integrate
 from diffusion_cli.schedules import Linear
 from diffusion_cli.times import Uniform
@@ -209,6 +210,30 @@ def test_guided_trajectories(mixture, denoiser, classifier, schedule, reference,
     guided = threshold_x0(Unguided()(weak, None), schedule, 0.9, 10.0)
     states = run(guided, schedule, x, 20)
     agree("guidance/ddim_dynthresh_traj", torch.stack(states), arrays["ddim_dynthresh_traj"], 1e-9)
+
+
+@pytest.mark.parametrize(
+    ("label", "end", "way"), [(0, 0.0024, 0.072), (1, 0.0161, 0.104), (2, 0.0299, 0.135)]
+)
+def test_a_step_of_ddpm_is_near_that_of_dhariwal_and_nichol(
+    mixture, classifier, schedule, reference, label, end, way
+):
+    """Their Alg. 1 moves the mean by the step's variance times the gradient, ours by `v / a`; as in conventions.md."""
+    noise, untold = reference("noise"), Denoiser(Untold(mixture, schedule), schedule, Eps())
+    sampler, draws = DDPM(schedule, variance="small", spacing="leading"), iter(noise["noise"])
+    times = sampler.grid(50)
+    guided = by(classifier, 2.0)(untold, labels(label))
+    mine = list(integrate(sampler, guided, noise["x_T"], times, lambda: next(draws)))
+    x, theirs, least = noise["x_T"], [], posterior(schedule, times[-3], times[-2]).small
+    for z, (t, s) in zip(noise["noise"], pairwise(times), strict=False):
+        step, gradient = posterior(schedule, t, s), 2 * classifier.gradient(x, t, labels(label)).double()
+        variance = step.small if s > 0 else least  # of the last step, as in their code
+        fresh = step.small.sqrt() * z if s > 0 else 0
+        x = step.c_t * x + step.c_0 * untold(x, t).x0 + variance * gradient + fresh
+        theirs.append(x)
+    apart = [float((a - b).abs().max()) for a, b in zip(mine, theirs, strict=True)]
+    assert apart[-1] == pytest.approx(end, abs=2e-4)
+    assert max(apart) == pytest.approx(way, abs=1e-3)
 
 
 class Untold(Exact):

@@ -13,6 +13,7 @@ from PIL import Image
 
 from diffusion_cli.cli import run
 from diffusion_cli.commands import edit as editing
+from diffusion_cli.commands.inputs import read_mask
 from diffusion_cli.commands.outputs import keep_results
 from diffusion_cli.config import CONF, build
 from diffusion_cli.data import GaussianMixture, normalised
@@ -490,6 +491,30 @@ def edit(folder, *words):
 
 def pixels(file):
     return np.array(Image.open(file)).astype(int)
+
+
+@pytest.mark.parametrize(
+    ("kind", "left", "said"),
+    [
+        ("erased", False, "its transparent part is painted"), ("strokes", True, "its white part is painted"),
+        ("opaque", True, None), ("nothing", False, None), ("gray", True, None),
+    ],
+)  # fmt: skip
+def test_a_mask_is_what_was_erased_or_drawn_in_white(tmp_path, capsys, kind, left, said):
+    """Left and right halves of a mask, one of which is to be painted."""
+    pixels = np.zeros((4, 4, 4), np.uint8)
+    pixels[:, :2] = [255, 255, 255, 255]
+    if kind == "erased":  # a photo with a bright and a dark corner, of which the right half was erased
+        pixels[2:, :2, :3] = 20
+        pixels[:, 2:, :3] = 200
+    if kind in ("opaque", "nothing"):
+        pixels[..., 3] = 255 * (kind == "opaque")
+    Image.fromarray(pixels[..., 0] if kind == "gray" else pixels).save(tmp_path / "mask.png")
+    found = (read_mask(str(tmp_path / "mask.png")) >= 128).numpy()
+    assert (found[:, :2].all(), found[:, 2:].all()) == (left, kind == "erased")
+    assert found.any() == (kind != "nothing")
+    remark = capsys.readouterr().err
+    assert remark.startswith(f"diffuse: edit.mask={tmp_path}/mask.png: {said}") if said else not remark
 
 
 def test_edits_are_files_named_by_input_with_a_manifest(folder, tmp_path, capsys):

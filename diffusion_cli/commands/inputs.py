@@ -101,14 +101,37 @@ def _files(folder: Path, form: Form) -> list[Path]:
 
 
 def read_mask(path: str) -> Tensor:
-    """A gray image file as uint8 [H, W]; ValueError if it cannot be read."""
+    """Return what an image file has painted, uint8 [H, W], by `painted`; ValueError if it cannot be read."""
     try:
-        return torch.from_numpy(np.array(flattened(opened(read(Path(path).expanduser())), 1, "black")))
+        image = opened(read(Path(path).expanduser()))
+        pixels, remark = painted(image)
+        show_remarks([f"edit.mask={path}: {remark}"] if remark else [])
+        return torch.from_numpy(pixels)
     except (ValueError, OSError) as error:
         what = "does not exist" if isinstance(error, FileNotFoundError) else reason(error)
         raise ValueError(
             f"edit.mask={path}: {what}; give an image file, a box [left,top,right,bottom], or centre"
         ) from error
+
+
+def painted(image: Image.Image) -> tuple[np.ndarray, str | None]:
+    """Return the gray values of a mask, uint8 [H, W], bright where to paint, and a remark on its transparency.
+
+    Where a part of a picture was erased, as other programs ask for, that part is to be painted. White strokes on a
+    transparent ground are painted themselves.
+    """
+    pixels = np.array(flattened(image, 1, "black"))
+    if not image.has_transparency_data:
+        return pixels, None
+    whole = image.convert("RGBA")
+    erased = np.array(whole.getchannel("A")) < 128
+    if erased.all() or not erased.any():
+        return pixels, None
+    if (np.array(whole.convert("L"))[~erased] >= 128).all():
+        return pixels, "its white part is painted, and not the transparent part"
+    return np.where(erased, 255, 0).astype(
+        np.uint8
+    ), "its transparent part is painted, whatever its colours are"
 
 
 def _content(file: Path) -> bytes:

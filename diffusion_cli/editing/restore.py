@@ -36,7 +36,9 @@ class Restoration(Edit):
 
 
 class Inpaint(Restoration):
-    """Paint a part of the image anew: what is white in a mask file, a box [left, top, right, bottom], or the centre.
+    """Paint a part of the image anew: a box [left, top, right, bottom], the centre, or a mask file's part.
+
+    `read_mask` returns what a file has painted, uint8 [H, W], 128 or more where to paint.
 
     Of a volume a box is [left, top, front, right, bottom, back], and a mask that of every slice. Raises ValueError for
     a mask of another size, a box beyond the image, or one that leaves nothing to paint.

@@ -11,6 +11,7 @@ import urllib.request
 from collections.abc import Generator
 from itertools import islice
 from pathlib import Path
+from types import SimpleNamespace
 from typing import cast
 from zipfile import ZipFile
 
@@ -37,6 +38,7 @@ from diffusion_cli.data import (
     Pack,
     given_images,
     hold,
+    member_check,
     normalised,
     packing,
 )
@@ -882,6 +884,41 @@ def test_what_others_call_marks_and_names_is_passed_over(tmp_path, names):
     dataset = array(tmp_path / "x.npz", held_out=None)
     assert dataset.class_names == ("0", "1", "2")
     assert dataset.held_out == 0.1
+
+
+@pytest.mark.parametrize("at_once", [True, False])
+@pytest.mark.parametrize("in_memory", [True, False])
+def test_a_packed_file_with_a_lost_page_is_refused(tmp_path, monkeypatch, in_memory, at_once):
+    path = tmp_path / "x.npz"
+    images = np.random.RandomState(0).randint(1, 256, (40, 8, 8, 3)).astype(np.uint8)
+    np.savez(path, images=images, labels=np.arange(40) % 4)
+    content = bytearray(path.read_bytes())
+    content[1000:5000] = bytes(4000)
+    (tmp_path / "damaged.npz").write_bytes(content)
+    if not at_once:
+        monkeypatch.setattr(member_check, "AT_ONCE", 0)
+        monkeypatch.setattr(member_check, "Thread", lambda target, **_: SimpleNamespace(start=target))
+    assert len(array(path, in_memory=in_memory).load("train").gather(torch.arange(40))) == 40
+    with pytest.raises(
+        ValueError, match=r"damaged\.npz: its images are damaged \(Bad CRC-32 for file 'images"
+    ):
+        array(tmp_path / "damaged.npz", in_memory=in_memory).load("train").gather(torch.tensor([0]))
+
+
+@pytest.mark.parametrize("key", ["labels", "held_out"])
+def test_a_packed_file_with_damaged_labels_or_marks_is_refused(tmp_path, key):
+    path = tmp_path / "x.npz"
+    arrays = {
+        "images": np.ones((40, 8, 8), np.uint8),
+        "labels": np.arange(40) % 4,
+        "held_out": np.arange(40) < 4,
+    }
+    np.savez(path, **arrays)
+    content = bytearray(path.read_bytes())
+    content[content.index(arrays[key].tobytes()) + 9] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=f"Bad CRC-32 for file '{key}.npy'"):
+        array(path)
 
 
 def test_a_compressed_array_is_unpacked_once_to_be_packed(tmp_path):

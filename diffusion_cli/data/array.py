@@ -14,6 +14,7 @@ from pydantic import Field
 from torch import Tensor
 
 from diffusion_cli.data.base import Dataset, Images, Split, shuffled_mask, split_rows, spread
+from diffusion_cli.data.member_check import member_check
 from diffusion_cli.data.memory import MemoryImages, fits_in_memory, free_memory
 from diffusion_cli.foreign import Archive, from_json, reason, regular
 from diffusion_cli.forms import Form, Picture, Range, Ranged, Shape, form_of, image_form
@@ -172,9 +173,12 @@ class ArrayImages(Images):
         self.rows = rows
         self.labels = None if contents.labels is None else contents.labels[rows]
         self._array: np.ndarray | None = None
+        mapped = self.key is not None and not contents.compressed
+        self._check = member_check(path, f"{self.key}.npy") if mapped else None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_array": None}  # a mapped array would be pickled with all its pixels
+        # A mapped array would be pickled with all its pixels; the process that starts others does the check.
+        return {**self.__dict__, "_array": None, "_check": None}
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -183,6 +187,8 @@ class ArrayImages(Images):
         """What the file holds of rows, [B, C, H, W]."""
         if self._array is None:
             self._array = opened_array(self.path, self.key)
+        if self._check is not None:
+            self._check.require()
         # Whole images first, as they lie, and then their axes: four times as fast as both at once.
         return _channels_first(np.ascontiguousarray(self._array[self.rows[index].numpy()]), self.layout)
 
@@ -240,10 +246,18 @@ def opened_array(path: Path, key: str | None) -> np.ndarray:
                 name, extra = np.frombuffer(file.read(4), "<u2")
             start = entry.header_offset + 30 + int(name) + int(extra) + header.start
             return np.memmap(path, header.dtype, "r", start, header.shape, header.order)
+    return loaded_array(path, key)
+
+
+def loaded_array(path: Path, key: str) -> np.ndarray:
+    """The array called `key` of a .npz, held to its checksum; ValueError if it is damaged or takes too much memory."""
+    with Archive(path) as archive:
+        header = _header(archive, f"{key}.npy")
         if header.nbytes > free_memory() // 2:
             raise ValueError(f"'{key}' takes {header.nbytes} bytes of memory; save it as .npy")
-        data = archive.read(f"{key}.npy", entry.file_size)
-    return np.frombuffer(data, header.dtype, offset=header.start).reshape(header.shape, order=header.order)
+        data = archive.read(f"{key}.npy", archive.entries[f"{key}.npy"].file_size)
+    numbers = np.frombuffer(data, header.dtype, math.prod(header.shape), header.start)
+    return numbers.reshape(header.shape, order=header.order)
 
 
 def array_of(data: bytes) -> np.ndarray:
@@ -330,7 +344,7 @@ def read_labels(path: Path, key: str) -> Tensor:
     dtype = read_header(path, key).dtype
     if dtype.kind not in "iu":
         raise ValueError(f"'{key}' holds {dtype}; labels must be integers")
-    return torch.from_numpy(opened_array(path, key).astype(np.int64))
+    return torch.from_numpy(loaded_array(path, key).astype(np.int64))
 
 
 def read_marks(path: Path, count: int) -> np.ndarray | None:
@@ -340,7 +354,7 @@ def read_marks(path: Path, count: int) -> np.ndarray | None:
         return None
     if header.shape != (count,):
         raise ValueError(f"'{MARKS}' has shape {header.shape}; must be of {count}")
-    return np.array(opened_array(path, MARKS))
+    return np.array(loaded_array(path, MARKS))
 
 
 def _texts(archive: Archive) -> list[str] | None:

@@ -24,7 +24,7 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from numpy.lib import format as npy
-from PIL import Image
+from PIL import Image, ImageCms
 
 from diffusion_cli import cli, config, foreign
 from diffusion_cli.checkpoint import FORMAT, LAST, load_model, read
@@ -36,7 +36,7 @@ from diffusion_cli.data.decoding import Decoder, form_of_files
 from diffusion_cli.forms import Dicom, Picture
 from diffusion_cli.forms.dicom import read_scan
 from diffusion_cli.forms.files import opened
-from diffusion_cli.forms.numbers import depth_of, read_numbers
+from diffusion_cli.forms.numbers import depth_of, mode_with_opacity, read_numbers, read_with_opacity
 from diffusion_cli.metrics import Report, Result, history_table, read_history
 from diffusion_cli.networks import UNet
 from diffusion_cli.report import read_images
@@ -651,6 +651,14 @@ IMAGES = [
     encoded(COLOUR, "WEBP", exif=turned()),
     encoded(COLOUR.convert("RGBA"), "WEBP", lossless=True),
     encoded(COLOUR, "WEBP", save_all=True, append_images=[COLOUR.rotate(90)]),
+    encoded(COLOUR, "PNG", icc_profile=ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()),
+    encoded(COLOUR, "BMP"),
+    encoded(COLOUR.quantize(16), "BMP"),
+    encoded(COLOUR, "GIF", save_all=True, append_images=[COLOUR.rotate(90)], transparency=1),
+    encoded(COLOUR, "PPM"),
+    b"P2 # as text\n8 8 15\n" + b" ".join(b"%d" % (number % 16) for number in range(64)),
+    encoded(COLOUR.convert("RGBA"), "JPEG2000"),
+    encoded(COLOUR, "JPEG2000", tile_size=(4, 4), no_jp2=True),
     encoded(COLOUR, "TIFF"),
     encoded(COLOUR, "TIFF", compression="tiff_lzw", exif=turned()),
     encoded(COLOUR, "TIFF", compression="tiff_deflate", save_all=True, append_images=[COLOUR]),
@@ -687,15 +695,20 @@ DEEP = [
     tiff(np.zeros((32, 32), np.uint16), tile=(16, 16), bigtiff=True),
     png(8, 8, (b"IDAT", zlib.compress(bytes(8 * 49)))).replace(b"\x08\x02\0\0\0", b"\x10\x02\0\0\0"),
     *IMAGES[-3:],
+    *IMAGES[2:4],
+    encoded(Image.fromarray(np.arange(64, dtype=np.uint16).reshape(8, 8)), "JPEG2000"),
+    b"P5 8 8 4095\n" + bytes(128),
 ]
 
 
 @FUZZ
-@given(mutated(DEEP), st.booleans(), st.sampled_from([1, 3]))
+@given(mutated(DEEP), st.booleans(), st.sampled_from([1, 3, 4]))
 def test_mutated_deep_images(data, fix, channels):
     data = with_sums(data) if fix else data
     clean(depth_of, data)
     clean(read_numbers, data)
+    clean(read_with_opacity, data, "RGBA")
+    clean(mode_with_opacity, data, channels)
     clean(form_of_files, data, channels, [0, 100], "auto", 2)
 
 

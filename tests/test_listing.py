@@ -12,7 +12,7 @@ from PIL import Image
 from diffusion_cli.cli import run
 from diffusion_cli.commands.inputs import read_input
 from diffusion_cli.config import Mistakes
-from diffusion_cli.data import Folder, as_begun, given_images
+from diffusion_cli.data import Folder, Points, as_begun, given_images
 from diffusion_cli.data.listing import passed_over
 from diffusion_cli.forms import Picture, image_form
 from diffusion_cli.forms.files import FIRST_SUFFIXES, FORMATS, SUFFIXES
@@ -102,14 +102,12 @@ def test_files_that_may_be_images_are_counted_by_suffix(tmp_path):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
     counts = ".heic 2, without a suffix 1, .npy 1, .tga 1"
-    found = f"dataset.path={tmp_path}: 5 files are passed over: {counts}; convert images among them to PNG"
+    found = f"dataset.path={tmp_path}: 5 files are passed over: {counts}; convert those that are data to .png"
     assert folder(tmp_path).remarks() == [found]
     assert given_images(tmp_path, "samples").remarks == (found.replace("dataset.path", "samples"),)
     assert not folder(save(tmp_path / "only/x.png").parent).remarks()
     many = [f"x.{number}" for number in range(20)]
-    assert passed_over("k", many, (".png",))[0].endswith(
-        "..., convert images among them to PNG".replace(",", ";", 1)
-    )
+    assert passed_over("k", many, (".png",))[0].endswith("...; convert those that are data to .png")
 
 
 def test_masks_and_inputs_are_counted_too(tmp_path, capsys):
@@ -227,6 +225,19 @@ def test_a_run_goes_on_with_the_files_that_it_was_begun_on(tmp_path, capsys):
     torch.save(checkpoint, last)  # as the version before wrote it
     assert run([*words, "max_steps=2"]) == 0
     assert torch.load(last, weights_only=True)["diffuse"]["data_rules"] == 1
+
+
+def test_pictures_beside_samples_of_another_form_are_not_counted(tmp_path):
+    points = np.zeros((9, 3), np.float32)
+    for place in ("ours", "theirs"):
+        (tmp_path / place).mkdir()
+        np.save(tmp_path / place / "000000.npy", points)
+        save(tmp_path / place / "grid.png")
+    (tmp_path / "ours/manifest.json").write_text(json.dumps(OURS))
+    arguments = {"num_points": 9, "radius": 1.0, "labels": "none", "size": 1, "held_out": 0.0}
+    assert Points("", path=f"{tmp_path}/ours", **arguments).remarks() == []
+    (line,) = Points("", path=f"{tmp_path}/theirs", **arguments).remarks()
+    assert line.endswith(": 1 file is passed over: .png 1; convert those that are data to .npy")
 
 
 def test_a_form_of_numbers_reads_the_same_suffixes():

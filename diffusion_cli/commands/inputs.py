@@ -14,7 +14,8 @@ from torch import Tensor
 
 from diffusion_cli.config import Mistakes
 from diffusion_cli.data import Dataset, file_names, fitted, sample_files, spread, stored, survey
-from diffusion_cli.data.listing import MANIFEST, manifests, passed_over
+from diffusion_cli.data.folder import ignored_files
+from diffusion_cli.data.listing import MANIFEST, manifests
 from diffusion_cli.foreign import printable, read, reason
 from diffusion_cli.forms import Form, Picture, Ranged, Raster, Shape, Volume, has_own_numbers
 from diffusion_cli.forms.files import flattened, is_gray, opened
@@ -96,7 +97,7 @@ def _files(folder: Path, form: Form) -> list[Path]:
         names = [name for name in names if "/" not in name]
         if not names:
             raise Mistakes(f"input={folder}: holds series of images; give one of its folders")
-    show_remarks(passed_over(f"input={folder}", inside, form.suffixes))
+    show_remarks(ignored_files(folder, inside, "input", form.suffixes))
     return [folder / name for name in names]
 
 

@@ -124,7 +124,7 @@ class Folder(Dataset):
             self.decoder = self._masked(masks, beside, decoder, labelled)
             self.form = self.decoder.form
         read_too = VOLUMES if len(sizes) == 3 else (*self._pictures, *SCANS)
-        self._passed_over = [*passed_over(f"dataset.path={path}", names, read_too), *ignored]
+        self._passed_over = [*ignored_files(self.path, names, "dataset.path", read_too), *ignored]
         self.shape = self.decoder.shape
         self.flip = not isinstance(self.form, Dicom | Volume) if flip is None else flip  # hearts lie left
         self.class_names, self.labels = class_labels(self.path, names, self.files, labels)
@@ -416,6 +416,12 @@ def own_images(path: Path, names: list[str], key: str, suffixes: tuple[str, ...]
             f"{key}={path}: is an output folder of diffuse without samples or results; give another folder"
         )
     return kept
+
+
+def ignored_files(path: Path, names: list[str], key: str, suffixes: tuple[str, ...]) -> list[str]:
+    """A line as by `passed_over`, which counts no pictures that this program drew."""
+    rest = without_pictures(names, names, lambda name: entry(path, name, LONGEST_MANIFEST))
+    return passed_over(f"{key}={path}", rest, suffixes)
 
 
 def mask_names(

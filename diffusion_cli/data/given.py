@@ -12,9 +12,9 @@ from diffusion_cli.data import survey
 from diffusion_cli.data.array import ArrayImages, first_images, read_contents, shape_remarks
 from diffusion_cli.data.base import Images, spread
 from diffusion_cli.data.decoding import Exact
-from diffusion_cli.data.folder import FileImages, file_names, own_images
+from diffusion_cli.data.folder import FileImages, file_names, ignored_files, own_images
 from diffusion_cli.data.labels import class_labels, read
-from diffusion_cli.data.listing import MANIFEST, manifests, passed_over
+from diffusion_cli.data.listing import MANIFEST, manifests
 from diffusion_cli.foreign import LONGEST_MANIFEST, reason
 from diffusion_cli.forms import Form, Picture, Ranged, Raster, Shape, has_own_numbers
 from diffusion_cli.forms.files import is_gray, opened
@@ -61,7 +61,7 @@ def given_images(
         decoder = Exact(form, shape or _shape(read(path, files[0])))
     except ValueError as error:
         raise ValueError(f"{key}={path}: {reason(error).removeprefix(f'dataset.path={path}: ')}") from error
-    remarks = passed_over(f"{key}={path}", names, form.suffixes)
+    remarks = ignored_files(path, names, key, form.suffixes)
     if isinstance(form, Picture | Raster):
         seen = survey.headers(path, files)
         remarks += survey.remarks(f"{key}={path}", seen, len(files), own_numbers=has_own_numbers(form))

@@ -36,7 +36,7 @@ def passed_over(key: str, names: Iterable[str], suffixes: tuple[str, ...]) -> li
     shown += ["..."] if len(counts) > SHOWN else []
     total = counts.total()
     files = "1 file is" if total == 1 else f"{total} files are"
-    return [f"{key}: {files} passed over: {', '.join(shown)}; convert images among them to PNG"]
+    return [f"{key}: {files} passed over: {', '.join(shown)}; convert those that are data to {suffixes[0]}"]
 
 
 def _may_be_image(path: PurePosixPath) -> bool:
@@ -47,8 +47,7 @@ def manifests(names: Iterable[str], read: Read) -> dict[str, dict[str, Any]]:
     """The manifests that this program wrote to folders, by the folders' names, each with a final `/`, or empty."""
     found: dict[str, dict[str, Any]] = {}
     for name in names:
-        path = PurePosixPath(name)
-        if path.name != MANIFEST or not visible_name(path):
+        if not f"/{name}".endswith(f"/{MANIFEST}") or not visible_name(PurePosixPath(name)):
             continue
         try:
             content = from_json(read(name), LONGEST_MANIFEST, MOST_IN_MANIFEST)
@@ -61,8 +60,8 @@ def manifests(names: Iterable[str], read: Read) -> dict[str, dict[str, Any]]:
     return found
 
 
-def without_pictures(images: list[str], names: Collection[str], read: Read) -> list[str]:
-    """The images but for grids, strips, previews and the like that this program drew in its own folders.
+def without_pictures(chosen: list[str], names: Collection[str], read: Read) -> list[str]:
+    """The chosen ones of all names, but for grids, strips and other pictures that this program drew in its folders.
 
     In a folder with a manifest the images are the samples of seeds or the edit's results. In a run's folder they are
     those of the folders with a manifest.
@@ -70,7 +69,7 @@ def without_pictures(images: list[str], names: Collection[str], read: Read) -> l
     results = manifests(names, read)
     runs = {name.removesuffix(LAST) for name in names if f"/{name}".endswith(f"/{LAST}")}
     if not results and not runs:
-        return images
+        return chosen
 
     def counts(name: str) -> bool:
         parents = [f"{parent}/" if parent.name else "" for parent in PurePosixPath(name).parents]
@@ -79,7 +78,7 @@ def without_pictures(images: list[str], names: Collection[str], read: Read) -> l
             return True
         return own in results and is_result(name.removeprefix(own), results[own])
 
-    return [name for name in images if counts(name)]
+    return [name for name in chosen if counts(name)]
 
 
 def is_result(name: str, manifest: dict[str, Any]) -> bool:

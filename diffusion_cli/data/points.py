@@ -11,7 +11,7 @@ from torch import Tensor
 
 from diffusion_cli.data.array import array_of
 from diffusion_cli.data.base import Dataset, Split, named_mask, split_rows
-from diffusion_cli.data.folder import FileImages, file_names
+from diffusion_cli.data.folder import FileImages, file_names, ignored_files
 from diffusion_cli.data.labels import class_labels
 from diffusion_cli.data.listing import visible_name
 from diffusion_cli.data.memory import GENERATED, MemoryImages
@@ -53,13 +53,18 @@ class Points(Dataset):
         self.form = PointSet(radius=radius or 1.0)
         self.held_out = held_out
         self.path = None if path is None else Path(path).expanduser()
+        self._passed_over: list[str] = []
         if self.path is None:
             self.name, self.files = "shapes", [f"{number:06d}" for number in range(size)]
             self.class_names, self.labels = _shape_labels(size, labels)
         else:
             self.name, names = self.path.stem, file_names(self.path)
             self.files = _point_files(self.path, names)
+            self._passed_over = ignored_files(self.path, names, "dataset.path", SUFFIXES)
             self.class_names, self.labels = class_labels(self.path, names, self.files, labels)
+
+    def remarks(self) -> list[str]:
+        return self._passed_over
 
     def load(self, split: Split) -> MemoryImages:
         rows = split_rows(named_mask(self.files, self.held_out), self.held_out, split)

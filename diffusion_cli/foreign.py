@@ -107,6 +107,13 @@ class Archive:
                 raise ValueError(reason(error)) from error
 
     def _entry(self, name: str) -> zipfile.ZipInfo:
+        windows = name.replace("/", "\\")
+        if (
+            name not in self.entries
+            and windows in self.entries
+            and not any("/" in known for known in self.entries)
+        ):
+            return self.entries[windows]
         if name not in self.entries:  # as where another archive has taken the place of this one
             raise ValueError("is not in the archive")
         return self.entries[name]

@@ -1,12 +1,16 @@
 """The classes of a data set, from its files through a run to samples that are a data set again."""
 
+import io
 import json
+import zipfile
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unicodedata import normalize
 
 import numpy as np
 import pytest
@@ -19,7 +23,10 @@ from diffusion_cli.cli import run
 from diffusion_cli.commands.outputs import claim, keep_labels, keep_seeds
 from diffusion_cli.commands.samples import given_samples
 from diffusion_cli.config import CONF, check_stored
-from diffusion_cli.data import Array, Folder
+from diffusion_cli.data import Array, Folder, file_names, given_images, relabelled
+from diffusion_cli.data.folder import RULES, image_files
+from diffusion_cli.data.labels import class_labels
+from diffusion_cli.data.masks import mask_files
 from diffusion_cli.forms import Picture
 from diffusion_cli.training import callbacks, evaluation
 
@@ -278,3 +285,89 @@ def test_a_run_is_not_continued_on_other_pixels_of_the_same_names(tmp_path, caps
     (tmp_path / "old.ckpt").replace(path)
     write(tmp_path / "data" / "3.png", 99)
     assert train(4) == 0
+
+
+# --- Where classes are found -----------------------------------------
+
+
+def classes(path: Path, rules: int = RULES) -> tuple[tuple[str, ...] | None, list[int] | None, list[str]]:
+    found = class_labels(
+        path, names := file_names(path, rules=rules), image_files(path, names), "auto", rules
+    )
+    return found.names, None if found.labels is None else found.labels.tolist(), list(found.remarks)
+
+
+def zipped(path: Path, *entries: str) -> Path:
+    data = io.BytesIO()
+    Image.new("L", (8, 8)).save(data, "PNG")
+    with zipfile.ZipFile(path, "w") as archive:
+        for name in entries:
+            entry = zipfile.ZipInfo("x")
+            entry.filename = name
+            archive.writestr(entry, b"" if name[-1] in "/\\" else data.getvalue())
+    return path
+
+
+def test_backslashes_of_an_archive_separate_folders(tmp_path):
+    path = zipped(tmp_path / "win.zip", "cat\\", "cat\\0.png", "dog\\0.png", "dog\\1.png")
+    assert classes(path) == (("cat", "dog"), [0, 1, 1], [])
+    assert folder(path).load("train").gather(torch.arange(3)).shape == (3, 1, 8, 8)
+    assert classes(path, rules=1)[0] is None
+    assert file_names(zipped(tmp_path / "mixed.zip", "a/0.png", "b\\0.png")) == ["a/0.png", "b\\0.png"]
+
+
+def test_a_folder_of_an_archive_is_no_image_whatever_its_name_ends_in(tmp_path):
+    path = zipped(tmp_path / "x.zip", "birds.jpg/", "birds.jpg/a.png", "fish.jpg/", "fish.jpg/a.png")
+    assert classes(path) == (("birds.jpg", "fish.jpg"), [0, 1], [])
+
+
+def test_an_image_beside_class_folders_is_named(tmp_path, capsys):
+    for name in ("a/0", "a/1", "b/0", "preview"):
+        write(tmp_path / f"{name}.png")
+    line = "'preview.png' lies beside the folders 'a', 'b'; move it into class folders or away, or set "
+    line += "dataset.labels=none"
+    assert classes(tmp_path) == (None, None, [f"dataset.path={tmp_path}: no classes, as {line}"])
+    words = [
+        "dataset=folder",
+        f"dataset.path={tmp_path}",
+        "dataset.resolution=8",
+        "name=x",
+        f"output_dir={tmp_path}",
+    ]
+    assert run(["train", *words, *TINY]) == 2
+    assert (
+        f"model.class_conditional=true: the data set has no classes to learn: {line}"
+        in capsys.readouterr().err
+    )
+    (tmp_path / "preview.png").unlink()
+    assert classes(tmp_path)[0] == ("a", "b")
+
+
+def test_folders_of_splits_are_no_classes(tmp_path):
+    for split, name in product(("Train", "val"), "ab"):
+        write(tmp_path / "data" / split / name / "0.png")
+    names, labels, (line,) = classes(tmp_path)
+    assert (names, labels) == (("a", "b"), [0, 1, 0, 1])
+    assert "the folders Train, val are splits, and the classes are the folders inside" in line
+    assert classes(tmp_path, rules=1) == (("Train", "val"), [0, 0, 1, 1], [])
+
+
+def test_folders_of_a_split_without_class_folders_are_no_classes(tmp_path):
+    write(tmp_path / "train" / "0.png")
+    write(tmp_path / "test" / "0.png")
+    assert classes(tmp_path) == (None, None, [])
+    write(tmp_path / "car" / "0.png")
+    assert classes(tmp_path)[0] == ("car", "test", "train")
+
+
+def test_names_in_two_unicode_forms_are_one(tmp_path):
+    composed, decomposed = (normalize(form, "caf\xe9") for form in ("NFC", "NFD"))
+    for name in (composed, decomposed, "dog"):
+        write(tmp_path / "two" / name / "0.png")
+    assert classes(tmp_path / "two")[1] == [0, 0, 1]
+    write(tmp_path / "table" / f"{decomposed}.png")
+    (tmp_path / "table" / "labels.csv").write_text(f"file,label\n{composed}.png,x\n")
+    assert classes(tmp_path / "table")[:2] == (("x",), [0])
+    assert mask_files([f"{decomposed}.png"], [f"{composed}.png"]) == [f"{composed}.png"]
+    given = given_images(tmp_path / "two", "samples", (1, 8, 8))
+    assert relabelled(given, ("dog", composed)) is not None

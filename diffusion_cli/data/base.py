@@ -124,6 +124,8 @@ class Dataset(ABC):
     """How its images, and those of a model trained on them, are stored and shown."""
     class_names: tuple[str, ...] | None
     """The name of every class, in the order of the labels, or None without classes."""
+    missing_classes: str = ""
+    """Why there are no classes."""
     flip: bool
     """Whether training may mirror the images left to right."""
     rules: int = 1

@@ -52,7 +52,7 @@ RULES = 2
 """The version of the rules by which files become images.
 
 Version 1 reads only `FIRST_SUFFIXES` and DICOM, takes pictures that this program drew for images, has no modes with
-opacity, and passes over colour profiles.
+opacity, and passes over colour profiles. It takes splits for classes, and backslashes in an archive for letters.
 """
 
 
@@ -109,7 +109,7 @@ class Folder(Dataset):
         self.rules = rules
         self.masks: list[str] | None = None
         ignored: list[str] = []
-        names = file_names(self.path)
+        names = file_names(self.path, rules=rules)
         if len(sizes) == 3:
             self.files = volume_files(self.path, names)
             self.form, self.decoder = self._volumes(sizes, channels, range)
@@ -127,7 +127,9 @@ class Folder(Dataset):
         self._passed_over = [*ignored_files(self.path, names, "dataset.path", read_too), *ignored]
         self.shape = self.decoder.shape
         self.flip = not isinstance(self.form, Dicom | Volume) if flip is None else flip  # hearts lie left
-        self.class_names, self.labels = class_labels(self.path, names, self.files, labels)
+        classes = class_labels(self.path, names, self.files, labels, rules)
+        self.class_names, self.labels = classes.names, classes.labels
+        self.missing_classes, self._class_remarks = classes.missing, classes.remarks
 
     def _chosen(self, names: list[str]) -> list[str]:
         """The names that are images by the rules, in sorted order."""
@@ -205,7 +207,7 @@ class Folder(Dataset):
         return images.in_memory() if in_memory else images
 
     def remarks(self) -> list[str]:
-        return [*self._passed_over, *self._header_remarks(), *self._range_remarks()]
+        return [*self._passed_over, *self._class_remarks, *self._header_remarks(), *self._range_remarks()]
 
     def _header_remarks(self) -> list[str]:
         if isinstance(self.form, Dicom | Volume):
@@ -374,11 +376,14 @@ class FileImages(Images):
 
 def as_begun(node: Mapping[str, Any], rules: int) -> dict[str, Any]:
     """Return a dataset's node of a run's configuration with the version of the rules that the run was begun by."""
-    return {**node, "rules": rules} if node["_target_"].endswith(".Folder") else dict(node)
+    return {**node, "rules": rules} if node["_target_"].endswith((".Folder", ".Points")) else dict(node)
 
 
-def file_names(path: Path, key: str = "dataset.path") -> list[str]:
+def file_names(path: Path, key: str = "dataset.path", rules: int = RULES) -> list[str]:
     """The names of all files below a folder or in a ZIP archive, relative, with `/`; `key` is for errors.
+
+    Tools of Windows write backslashes between the folders of an archive. By version 1 of the `rules` these are part of
+    the names.
 
     Raises FileNotFoundError or ValueError as `Folder`.
     """
@@ -388,7 +393,10 @@ def file_names(path: Path, key: str = "dataset.path") -> list[str]:
         return list(folder_names(path))
     try:
         with Archive(path) as archive:
-            return list(archive.entries)
+            names = [name for name in archive.entries if not name.endswith("/")]
+            if rules > 1 and not any("/" in name for name in archive.entries):
+                names = [name.replace("\\", "/") for name in names if not name.endswith("\\")]
+            return names
     except ValueError as error:
         raise ValueError(f"{key}={path}: is neither a folder nor a readable .zip ({error})") from error
 

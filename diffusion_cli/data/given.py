@@ -12,8 +12,8 @@ from diffusion_cli.data import survey
 from diffusion_cli.data.array import ArrayImages, first_images, read_contents, shape_remarks
 from diffusion_cli.data.base import Images, spread
 from diffusion_cli.data.decoding import Exact
-from diffusion_cli.data.folder import FileImages, file_names, ignored_files, own_images
-from diffusion_cli.data.labels import class_labels, read
+from diffusion_cli.data.folder import RULES, FileImages, file_names, ignored_files, own_images
+from diffusion_cli.data.labels import class_labels, composed, read
 from diffusion_cli.data.listing import MANIFEST, manifests
 from diffusion_cli.foreign import LONGEST_MANIFEST, reason
 from diffusion_cli.forms import Form, Picture, Ranged, Raster, Shape, has_own_numbers
@@ -57,7 +57,7 @@ def given_images(
         own = manifests(
             [name for name in names if name == MANIFEST], lambda name: read(path, name, LONGEST_MANIFEST)
         )
-        class_names, labels = class_labels(path, names, files, "none" if own else "auto")
+        class_names, labels, *_ = class_labels(path, names, files, "none" if own else "auto", RULES)
         decoder = Exact(form, shape or _shape(read(path, files[0])))
     except ValueError as error:
         raise ValueError(f"{key}={path}: {reason(error).removeprefix(f'dataset.path={path}: ')}") from error
@@ -116,7 +116,8 @@ def relabelled(given: Given, class_names: tuple[str, ...] | None) -> Tensor | No
     labels, names = given.images.labels, given.class_names
     if labels is None or names is None or class_names is None:
         return None
-    if set(names) <= set(class_names):
-        return torch.tensor([class_names.index(name) for name in names])[labels]
+    number = {composed(name): label for label, name in enumerate(class_names)}
+    if all(composed(name) in number for name in names):
+        return torch.tensor([number[composed(name)] for name in names])[labels]
     by_number = names == tuple(str(number) for number in range(len(names)))
     return labels if by_number and len(names) <= len(class_names) else None

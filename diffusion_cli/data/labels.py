@@ -4,7 +4,7 @@ import csv
 from collections import Counter
 from io import StringIO
 from pathlib import Path, PurePosixPath
-from typing import Literal
+from typing import Literal, NamedTuple
 from unicodedata import normalize
 
 import torch
@@ -14,19 +14,41 @@ from diffusion_cli import foreign
 
 LABELS_CSV = "labels.csv"
 LABEL_COLUMNS = ("file", "label")
+TRAINING = {"train", "training"}
+SPLITS = TRAINING | {"val", "valid", "validation", "dev", "test", "testing"}
 LONGEST_ROW = 2**13  # bytes: two of the longest paths that systems take
 
 
-def class_labels(
-    path: Path, names: list[str], images: list[str], labels: Literal["auto", "folders", "csv", "none"]
-) -> tuple[tuple[str, ...], Tensor] | tuple[None, None]:
-    """The names of the classes, and the class of each of `images`, int64 [N]; or two None without classes.
+class Classes(NamedTuple):
+    """The classes of some images."""
 
-    `names` are all files below `path`. Raises ValueError if there are no classes where `labels` asks for
+    names: tuple[str, ...] | None
+    """In the order of the labels, or None without classes."""
+    labels: Tensor | None
+    """The class of each image, int64 [N], or None without classes."""
+    remarks: tuple[str, ...] = ()
+    """What a user should see about them, one line each."""
+    missing: str = ""
+    """Why there are none."""
+
+
+def class_labels(
+    path: Path,
+    names: list[str],
+    images: list[str],
+    labels: Literal["auto", "folders", "csv", "none"],
+    rules: int,
+) -> Classes:
+    """The classes of `images` by `labels`.
+
+    `names` are all files below `path`. By version 1 of the `rules`, folders such as train and test
+    are classes, and so are two folders whose names differ in their Unicode form only.
+
+    Raises ValueError if there are no classes where `labels` asks for
     "csv" or "folders", or if the `labels.csv` to be used is not as `csv_rows` and `csv_classes` want it.
     """
     if labels == "none":
-        return None, None
+        return Classes(None, None, missing="dataset.labels=none leaves them out")
     table = None if labels == "folders" else find_csv(names, images)
     if table is not None:
         try:
@@ -34,21 +56,73 @@ def class_labels(
             classes = csv_classes(csv_rows(read(path, table, limit)), table, images)
         except ValueError as error:
             raise ValueError(f"dataset.path={path}: {table} {error}") from error
-        return numbered(classes, in_order(set(classes)))
+        classes = in_one_form(classes) if rules > 1 else classes
+        return Classes(*numbered(classes, in_order(set(classes))))
     if labels == "csv":
         raise ValueError(
             f"dataset.labels=csv: there is no {LABELS_CSV} at the top of {path}; "
             "write one with the columns file and label, or set folders or none"
         )
-    classes = class_folders(images)
+    found, inside = split_folders(images) if rules > 1 else ([], images)
+    classes = class_folders(inside)
     if classes is not None:
-        return numbered(classes, sorted(set(classes)))
+        if rules > 1:
+            classes = in_one_form(classes)
+        splits = (_of_splits(path, found),) if found else ()
+        return Classes(*numbered(classes, sorted(set(classes))), splits)
     if labels == "folders":
         raise ValueError(
             f"dataset.labels=folders: the images of {path} do not all lie in two or more folders; "
             "sort them into one folder a class, or set csv or none"
         )
-    return None, None
+    missing = _no_classes(inside)
+    stray = (f"dataset.path={path}: no classes, as {missing}",) if missing else ()
+    return Classes(None, None, stray, missing or f"there are no class folders and no {LABELS_CSV}")
+
+
+def split_folders(images: list[str]) -> tuple[list[str], list[str]]:
+    """The folders that divide images into splits, such as train and test, and the images as they lie in these.
+
+    Without such folders the images are as they were. All images lie in folders called by the words of `SPLITS`, one of
+    them by a word for training.
+    """
+    folders = [PurePosixPath(image).parts[:-1] for image in images]
+    depth = common_depth(folders)
+    tops = {folder[depth] if len(folder) > depth else "" for folder in folders}
+    words = {top.lower() for top in tops}
+    if len(tops) < 2 or not words <= SPLITS or not words & TRAINING:
+        return [], images
+    return sorted(tops), [str(PurePosixPath(*PurePosixPath(image).parts[depth + 1 :])) for image in images]
+
+
+def in_one_form(classes: list[str]) -> list[str]:
+    """The classes with one name for those that differ in their Unicode form only: the first in alphabetical order."""
+    names: dict[str, str] = {}
+    for name in sorted(set(classes)):
+        names.setdefault(composed(name), name)
+    return [names[composed(name)] for name in classes]
+
+
+def _of_splits(path: Path, splits: list[str]) -> str:
+    return (
+        f"dataset.path={path}: the folders {', '.join(splits)} are splits, and the classes are the folders inside; "
+        "images of all splits count, and dataset.held_out chooses among them; for one split give the path of its folder"
+    )
+
+
+def _no_classes(images: list[str]) -> str:
+    """Why images of which most lie in two or more folders have no classes; empty for other images."""
+    folders = [PurePosixPath(image).parts[:-1] for image in images]
+    depth = common_depth(folders)
+    strays = [image for image, folder in zip(images, folders, strict=True) if len(folder) == depth]
+    tops = sorted({folder[depth] for folder in folders if len(folder) > depth})
+    if len(tops) < 2 or 2 * len(strays) >= len(images):
+        return ""
+    lie, them = ("lies", "it") if len(strays) == 1 else ("lie", "them")
+    return (
+        f"{examples(strays)} {lie} beside the folders {examples(tops)}; move {them} into class "
+        "folders or away, or set dataset.labels=none"
+    )
 
 
 def composed(name: str) -> str:
@@ -139,9 +213,11 @@ def csv_classes(rows: list[tuple[str, str]], table: str, images: list[str]) -> l
     Raises ValueError unless the rows name every image once, nothing else, and give each a label.
     """
     files = [image.removeprefix(table.removesuffix(LABELS_CSV)) for image in images]
-    known = set(files)
+    exact = set(files)
+    one_form = {composed(file): file for file in files}
+    rows = [(file if file in exact else one_form.get(composed(file), file), label) for file, label in rows]
     label_of = dict(rows)
-    if unknown := [file for file, _ in rows if file not in known]:
+    if unknown := [file for file, _ in rows if file not in exact]:
         raise ValueError(
             f"finds no image for {examples(unknown)}; remove these rows, or name images "
             f"as seen from the folder of {LABELS_CSV}, with /"

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from diffusion_cli.data.decoding import Decoder, DeepDecoder, fitted
-from diffusion_cli.data.labels import common_depth, examples
+from diffusion_cli.data.labels import common_depth, composed, examples
 from diffusion_cli.foreign import reason
 from diffusion_cli.forms import Range, Raster, Shape, image_form
 from diffusion_cli.forms.numbers import depth_of
@@ -119,5 +119,5 @@ def mask_files(images: list[str], masks: Sequence[str]) -> list[str]:
 
 
 def _stem(name: str, top: int = 0) -> str:
-    """A name without its suffix and its first folders."""
-    return PurePosixPath(*PurePosixPath(name).parts[top:]).with_suffix("").as_posix()
+    """A name without its suffix and its first folders, in one Unicode form."""
+    return composed(PurePosixPath(*PurePosixPath(name).parts[top:]).with_suffix("").as_posix())

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from diffusion_cli.data.array import array_of
 from diffusion_cli.data.base import Dataset, Split, named_mask, split_rows
-from diffusion_cli.data.folder import FileImages, file_names, ignored_files
+from diffusion_cli.data.folder import RULES, FileImages, file_names, ignored_files
 from diffusion_cli.data.labels import class_labels
 from diffusion_cli.data.listing import visible_name
 from diffusion_cli.data.memory import GENERATED, MemoryImages
@@ -39,6 +39,7 @@ class Points(Dataset):
     def __init__(
         self,
         data_dir: str,
+        rules: int = RULES,
         *,
         path: str | None,
         num_points: PositiveInt,
@@ -48,23 +49,27 @@ class Points(Dataset):
         held_out: Annotated[float, Field(ge=0, lt=1)],
     ) -> None:
         super().__init__(data_dir)
+        self.rules = rules
         self.decoder = PointDecoder(num_points, radius)
         self.shape = self.decoder.shape
         self.form = PointSet(radius=radius or 1.0)
         self.held_out = held_out
         self.path = None if path is None else Path(path).expanduser()
-        self._passed_over: list[str] = []
+        self._remarks: list[str] = []
         if self.path is None:
             self.name, self.files = "shapes", [f"{number:06d}" for number in range(size)]
             self.class_names, self.labels = _shape_labels(size, labels)
         else:
-            self.name, names = self.path.stem, file_names(self.path)
+            self.name, names = self.path.stem, file_names(self.path, rules=rules)
             self.files = _point_files(self.path, names)
-            self._passed_over = ignored_files(self.path, names, "dataset.path", SUFFIXES)
-            self.class_names, self.labels = class_labels(self.path, names, self.files, labels)
+            self._remarks = ignored_files(self.path, names, "dataset.path", SUFFIXES)
+            classes = class_labels(self.path, names, self.files, labels, rules)
+            self.class_names, self.labels = classes.names, classes.labels
+            self.missing_classes = classes.missing
+            self._remarks += classes.remarks
 
     def remarks(self) -> list[str]:
-        return self._passed_over
+        return self._remarks
 
     def load(self, split: Split) -> MemoryImages:
         rows = split_rows(named_mask(self.files, self.held_out), self.held_out, split)

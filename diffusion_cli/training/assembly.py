@@ -104,6 +104,10 @@ def assemble(config: TrainConfig, folder: Path, before: dict[str, Any] | None) -
     shown = dataset
     if latent is not None:
         shown = LatentDataset(dataset, latent.latents, cache_folder(config.cache_dir), latent.keys)
+    classifies = getattr(objective, "trains", None) is NoisyClassifier
+    if dataset.missing_classes and (classifies or config.model.get("class_conditional")):
+        key = "task=classifier" if classifies else "model.class_conditional=true"
+        raise ValueError(f"{key}: the data set has no classes to learn: {dataset.missing_classes}")
     torch.manual_seed(mix(config.seed, "weights"))
     network = build(config.model, shown.shape, dataset.num_classes)
     if getattr(network, "ordered", True) and not shown.form.ordered:

@@ -3,7 +3,10 @@
 import math
 import sys
 import time
-from collections.abc import Callable
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Literal
 
 import torch
 
@@ -11,7 +14,7 @@ from diffusion_cli.checkpoint import Model
 from diffusion_cli.data.memory import free_memory
 from diffusion_cli.generate import guided, labels_of, uncompiled
 from diffusion_cli.guidance import Guidance, Guided
-from diffusion_cli.precision import autocast
+from diffusion_cli.precision import autocast, device_of
 from diffusion_cli.ranks import started
 from diffusion_cli.samplers import Sampler
 
@@ -20,8 +23,40 @@ SHARE = 0.8  # of the free memory that is filled
 WORTH = 1.05  # more images at a time are no use unless they raise the rate by so much
 PATIENCE = 4.0  # seconds of trials on a CPU
 
+ONEDNN = "could not create a primitive"
+"""Its words when memory ran out, and from then on whatever memory there is."""
+OUT_OF_MEMORY = ("can't allocate memory", "bad_alloc", "out of memory", "ALLOC_FAILED", ONEDNN)
+"""The words of libraries whose errors have no type of their own."""
+
 Call = Callable[[int], None]
 """Calls the network once on so many images, and waits for it."""
+
+
+def ran_out(error: BaseException) -> bool:
+    """Whether an error says that a device, or the CPU, has no memory left."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
+        isinstance(error, RuntimeError) and any(words in str(error) for words in OUT_OF_MEMORY)
+    )
+
+
+@contextmanager
+def naming_batch_size(batch_size: int | Literal["auto"], device: str) -> Iterator[None]:
+    """Raise ValueError that names the batch size, and what to try, if memory runs out in sampling on a device."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not ran_out(error):
+            raise
+        traceback.clear_frames(error.__traceback__)  # which hold all that was in memory
+        if batch_size == "auto":
+            remedy = "give a number below the one that was found"
+        elif batch_size > 1:
+            remedy = f"try batch_size={batch_size // 2}, or auto"
+        else:
+            remedy = "one image does not fit; use a device with more memory, or precision=bf16"
+        raise ValueError(
+            f"batch_size={batch_size}: the memory of this {device_of(device).type} ran out; {remedy}"
+        ) from None
 
 
 def images_that_fit(call: Call, most: int, device: torch.device) -> int:

@@ -375,6 +375,28 @@ def test_a_comparison_measures_each_combination_once(place, capsys):
     assert sum(line.startswith("[") for line in lines) == 3
 
 
+def test_memory_that_runs_out_names_the_batch_size(place, monkeypatch, capsys):
+    def refuse(*_: object) -> None:
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+
+    monkeypatch.setattr("diffusion_cli.denoiser.Denoiser.forward", refuse)
+    shared = [
+        f"output_dir={place}/o",
+        f"cache_dir={place}/cache",
+        *WORDS,
+        "run=b",
+        "metric=is",
+        "num_samples=11",
+    ]
+    for words in (["eval", "steps=2"], ["compare", "steps=[2,3]"]):
+        assert run([*words, *shared]) == 2
+    lines = [line for line in capsys.readouterr().err.splitlines() if "diffuse: " in line]
+    assert len(lines) == 2
+    assert all(
+        "batch_size=50: the memory of this cpu ran out; try batch_size=25, or auto" in line for line in lines
+    )
+
+
 def poisoned(entry: dict, kind: str) -> None:
     """Change an entry of a comparison as a bit flip, a stranger, or a copy from another run would."""
     if kind != "number":

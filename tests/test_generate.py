@@ -512,6 +512,36 @@ def test_a_strip_is_no_image_to_edit(folder, tmp_path):
     ]
 
 
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError(), RuntimeError("can't allocate memory"), MemoryError()]
+)
+@pytest.mark.parametrize(
+    ("size", "remedy"), [("4", "try batch_size=2, or auto"), ("1", "one image does not fit")]
+)
+def test_memory_that_runs_out_in_sampling_names_the_batch_size(
+    folder, tmp_path, monkeypatch, capsys, error, size, remedy
+):
+    def refuse(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(Denoiser, "forward", refuse)
+    assert sample(folder, f"output={tmp_path}/out", "run=small", f"batch_size={size}") == 2
+    words = [
+        "edit",
+        f"output_dir={folder}",
+        "run=small",
+        "edit=img2img",
+        "input=held_out",
+        "num_images=4",
+        "device=cpu",
+    ]
+    assert run([*words, f"output={tmp_path}/edits", f"batch_size={size}"]) == 2
+    lines = [line for line in capsys.readouterr().err.splitlines() if "diffuse: " in line]
+    assert [line[line.index("diffuse: ") :].partition("; use")[0] for line in lines] == 2 * [
+        f"diffuse: batch_size={size}: the memory of this cpu ran out; {remedy}"
+    ]
+
+
 def test_the_batch_size_is_found_and_said_and_changes_no_image(folder, tmp_path, capsys):
     assert sample(folder, f"output={tmp_path}/found", "batch_size=auto") == 0
     (line,) = (line for line in capsys.readouterr().err.splitlines() if line.startswith("batch_size="))

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from diffusion_cli import cache
+from diffusion_cli.capacity import naming_batch_size
 from diffusion_cli.checkpoint import find_run, whole_file
 from diffusion_cli.commands.eval import Scene, assess, identity, look_at
 from diffusion_cli.commands.samples import ModelSamples
@@ -89,15 +90,8 @@ def compare(jobs: list[Job], folder: Path, store: Path) -> None:
     """Carry out a comparison, as one of the processes that share it."""
     entries: list[dict[str, Any]] = []
     for number, (values, config) in enumerate(jobs, start=1):
-        scene = look_at(config)
-        facts = json.loads(json.dumps(identity(config, scene)))
-        path = store / f"{fingerprint(facts)}.json"
-        entry = _stored(path, facts) if Ranks().first else None
-        if Ranks().agree(entry is None):
-            words = " ".join(f"{key}={shown(value)}" for key, value in values.items())
-            if Ranks().first:
-                print(f"[{number}/{len(jobs)}] {words}", file=sys.stderr, flush=True)
-            entry = _measure(config, scene, facts, path)
+        with naming_batch_size(config.batch_size, config.device):
+            entry = _entry(f"[{number}/{len(jobs)}]", values, config, store)
         if entry is not None:
             entries.append(entry)
     if not Ranks().first:
@@ -129,6 +123,20 @@ def compare(jobs: list[Job], folder: Path, store: Path) -> None:
     ]
     save_panels(_panels(points, floors, list(jobs[0].values)), folder / "plot.png")
     print(f"{text}\nTable and plot: {folder}")
+
+
+def _entry(place: str, values: dict[str, Value], config: EvalConfig, store: Path) -> dict[str, Any] | None:
+    """The numbers of a combination, stored or measured now; None in all processes but the first."""
+    scene = look_at(config)
+    facts = json.loads(json.dumps(identity(config, scene)))
+    path = store / f"{fingerprint(facts)}.json"
+    entry = _stored(path, facts) if Ranks().first else None
+    if Ranks().agree(entry is None):
+        words = " ".join(f"{key}={shown(value)}" for key, value in values.items())
+        if Ranks().first:
+            print(f"{place} {words}", file=sys.stderr, flush=True)
+        entry = _measure(config, scene, facts, path)
+    return entry
 
 
 def _marks(jobs: Sequence[Job], entries: Sequence[dict[str, Any]]) -> dict[tuple[int, str], str]:

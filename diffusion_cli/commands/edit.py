@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from diffusion_cli.capacity import naming_batch_size
 from diffusion_cli.checkpoint import digest
 from diffusion_cli.commands.inputs import Input, read_input, read_mask, real_images, shortened
 from diffusion_cli.commands.outputs import claim, keep_results
@@ -50,6 +51,11 @@ class Job(NamedTuple):
 
 def run(config: EditConfig) -> None:
     """Edit what is not edited yet; write the results, a picture of the first ones, and the manifest."""
+    with naming_batch_size(config.batch_size, config.device):
+        _run(config)
+
+
+def _run(config: EditConfig) -> None:
     trained = open_run(config)
     trained.check(config.steps)
     edit: Edit = build(config.edit, trained.model.shape, read_mask)

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import yaml
 
 from diffusion_cli import __version__
+from diffusion_cli.capacity import naming_batch_size
 from diffusion_cli.checkpoint import find_run, load_autoencoder, task_of
 from diffusion_cli.commands.inputs import show_remarks
 from diffusion_cli.commands.outputs import claim, keep_labels, keep_seeds
@@ -99,10 +100,11 @@ class Scene(NamedTuple):
 
 def measure(config: EvalConfig) -> None:
     """Carry out an evaluation, add its numbers to the history and print them."""
-    scene = look_at(config)
-    history = scene.folder / "metrics.json"
-    earlier = read_history(history)  # a damaged one is refused before anything is measured
-    reports = assess(config, scene)
+    with naming_batch_size(config.batch_size, config.device):
+        scene = look_at(config)
+        history = scene.folder / "metrics.json"
+        earlier = read_history(history)  # a damaged one is refused before anything is measured
+        reports = assess(config, scene)
     if not Ranks().first:
         return
     for report in reports:

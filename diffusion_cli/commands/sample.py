@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from diffusion_cli.capacity import naming_batch_size
 from diffusion_cli.commands.outputs import claim, keep_calls, keep_labels, keep_seeds
 from diffusion_cli.commands.samples import image_path, read_films, read_pictures
 from diffusion_cli.commands.trained import Trained, open_run
@@ -29,6 +30,11 @@ def run(config: SampleConfig) -> int:
 
 def make(config: SampleConfig) -> None:
     """Make samples as one of the processes that share them; the first alone draws and prints."""
+    with naming_batch_size(config.batch_size, config.device):
+        _sample(config)
+
+
+def _sample(config: SampleConfig) -> None:
     ranks, trained = Ranks(), open_run(config)
     trained.check(config.steps)
     output = Path(config.output) if config.output else samples_folder(trained, config)

@@ -11,20 +11,12 @@ from lightning.pytorch import Trainer
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from diffusion_cli.capacity import ONEDNN, ran_out
 from diffusion_cli.data import Stages
 from diffusion_cli.training.autoencoding import AutoencodingModule
 from diffusion_cli.training.module import TrainingModule
 
-ONEDNN = "could not create a primitive"  # its words, then and ever after, whatever memory there is
 MARGIN = 8  # one image in so many more is tried than is said to fit, as memory comes apart in longer use
-
-
-def ran_out(error: BaseException) -> bool:
-    """Whether an error says that a device, or the CPU, has no memory left."""
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
-        isinstance(error, RuntimeError)
-        and any(words in str(error) for words in ("can't allocate memory", ONEDNN))
-    )
 
 
 @contextmanager

@@ -847,7 +847,7 @@ def digits() -> Digits:
 @pytest.fixture(scope="module")
 def trained(digits, tmp_path_factory) -> tuple[ClassifierFeatures, Path]:
     cache_dir = tmp_path_factory.mktemp("cache")
-    return ClassifierFeatures(digits, cache_dir, CPU, **option("classifier")), cache_dir
+    return ClassifierFeatures(digits, cache_dir, CPU, **option("classifier")).prepare(), cache_dir
 
 
 def test_the_classifier_knows_unseen_digits(trained, digits) -> None:
@@ -873,7 +873,7 @@ def untrained(monkeypatch) -> list[Recipe]:
 
 
 def test_a_trained_classifier_is_taken_from_the_cache(digits, tmp_path, untrained) -> None:
-    features, again = (ClassifierFeatures(digits, tmp_path, CPU, **QUICK) for _ in range(2))
+    features, again = (ClassifierFeatures(digits, tmp_path, CPU, **QUICK).prepare() for _ in range(2))
     assert len(untrained) == 1
     assert again.digest == features.digest
     assert again.held_out_accuracy == features.held_out_accuracy
@@ -905,7 +905,7 @@ def test_shipped_classifiers_are_small_accurate_and_intact() -> None:
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_the_classifier_of_digits_is_shipped_for_three_seeds(digits, tmp_path, untrained, seed) -> None:
-    features = ClassifierFeatures(digits, tmp_path, CPU, **option("classifier") | {"seed": seed})
+    features = ClassifierFeatures(digits, tmp_path, CPU, **option("classifier") | {"seed": seed}).prepare()
     row = INDEX[seed]
     assert features.digest == row["features_digest"]
     assert features.held_out_accuracy == row["held_out_accuracy"]
@@ -933,7 +933,7 @@ def test_a_shipped_classifier_is_for_exactly_its_recipe_and_images(
         else:
             images[0, 0, 0, 0] ^= 1
         data.load = lambda split: MemoryImages(images, labels) if split == "train" else digits.load(split)
-    features = ClassifierFeatures(data, tmp_path, CPU, **settings)
+    features = ClassifierFeatures(data, tmp_path, CPU, **settings).prepare()
     assert len(untrained) == 1
     assert features.digest not in [row["features_digest"] for row in INDEX]
     assert "trained here" in features.note
@@ -945,7 +945,7 @@ def test_equal_images_under_another_name_take_the_shipped_classifier(digits, tmp
     data.load = lambda split: (
         digits.load(split) if split == "train" else MemoryImages(pixels(9, 0), torch.arange(9))
     )
-    features = ClassifierFeatures(data, tmp_path, CPU, **option("classifier"))
+    features = ClassifierFeatures(data, tmp_path, CPU, **option("classifier")).prepare()
     assert features.digest == INDEX[0]["features_digest"]
     assert features.held_out_accuracy == accuracy(features.network, data.load("held_out"), CPU)
     assert features.held_out_accuracy != INDEX[0]["held_out_accuracy"]
@@ -958,7 +958,7 @@ def test_a_damaged_shipped_classifier_is_refused(digits, tmp_path, monkeypatch) 
     (tmp_path / INDEX[0]["file"]).write_bytes(content)
     monkeypatch.setattr(shipped, "FOLDER", tmp_path)
     with pytest.raises(ValueError, match=r"features=classifier: .*digits-0.safetensors is damaged; install"):
-        ClassifierFeatures(digits, tmp_path, CPU, **option("classifier"))
+        ClassifierFeatures(digits, tmp_path, CPU, **option("classifier")).prepare()
 
 
 def test_the_script_writes_what_is_then_shipped(tmp_path, monkeypatch) -> None:
@@ -977,7 +977,7 @@ def test_the_script_writes_what_is_then_shipped(tmp_path, monkeypatch) -> None:
     (tmp_path / "index.json").write_text(json.dumps([row]))
     monkeypatch.setattr(shipped, "FOLDER", tmp_path)
     monkeypatch.setattr(shipped, "INDEX", tmp_path / "index.json")
-    features = ClassifierFeatures(data, tmp_path, CPU, **option("classifier") | {"steps": 2})
+    features = ClassifierFeatures(data, tmp_path, CPU, **option("classifier") | {"steps": 2}).prepare()
     assert (features.digest, features.held_out_accuracy) == (row["features_digest"], row["held_out_accuracy"])
     assert "shipped" in features.note
 
@@ -993,10 +993,10 @@ def two_threads() -> Iterator[None]:
 
 def test_threads_change_neither_weights_nor_features(trained, digits, tmp_path, two_threads) -> None:
     images = digits.load("held_out").gather(torch.arange(359))
-    many, many_seen = ClassifierFeatures(digits, tmp_path / "two", CPU, **QUICK), trained[0](images)
+    many, many_seen = ClassifierFeatures(digits, tmp_path / "two", CPU, **QUICK).prepare(), trained[0](images)
     assert torch.get_num_threads() == 2
     torch.set_num_threads(1)
-    one, one_seen = ClassifierFeatures(digits, tmp_path / "one", CPU, **QUICK), trained[0](images)
+    one, one_seen = ClassifierFeatures(digits, tmp_path / "one", CPU, **QUICK).prepare(), trained[0](images)
     assert many.digest == one.digest
     error = (many_seen.features - one_seen.features).norm() / one_seen.features.norm()
     assert error < 1e-6
@@ -1008,7 +1008,9 @@ def test_numbers_of_unlike_classifiers_are_not_compared(digits, tmp_path) -> Non
     images = held_out.gather(torch.arange(len(held_out)))
     histories = {}
     for seed in (0, 1):
-        features = ClassifierFeatures(digits, tmp_path, CPU, **option("classifier") | {"seed": seed})
+        features = ClassifierFeatures(
+            digits, tmp_path, CPU, **option("classifier") | {"seed": seed}
+        ).prepare()
         report = measured({"fid": METRICS["fid"]}, features, images, digits, tmp_path)
         histories[f"seed {seed}"] = [report.to_dict()]
     with pytest.raises(ValueError, match=r"unlike protocols .*features"):
@@ -1058,16 +1060,16 @@ def test_entropies_are_those_of_their_definition(tmp_path) -> None:
 def test_equal_training_gives_equal_weights_and_leaves_random_numbers_alone(digits, tmp_path) -> None:
     torch.manual_seed(1)
     state = torch.get_rng_state()
-    first = ClassifierFeatures(digits, tmp_path / "a", CPU, **QUICK)
+    first = ClassifierFeatures(digits, tmp_path / "a", CPU, **QUICK).prepare()
     assert torch.equal(torch.get_rng_state(), state)
     torch.manual_seed(2)
-    second = ClassifierFeatures(digits, tmp_path / "b", CPU, **QUICK)
-    other = ClassifierFeatures(digits, tmp_path / "b", CPU, **QUICK | {"seed": 1})
+    second = ClassifierFeatures(digits, tmp_path / "b", CPU, **QUICK).prepare()
+    other = ClassifierFeatures(digits, tmp_path / "b", CPU, **QUICK | {"seed": 1}).prepare()
     assert first.digest == second.digest != other.digest
 
 
 def test_a_damaged_classifier_is_trained_anew_with_one_line(digits, tmp_path, capsys) -> None:
-    expected = ClassifierFeatures(digits, tmp_path, CPU, **QUICK).digest
+    expected = ClassifierFeatures(digits, tmp_path, CPU, **QUICK).prepare().digest
     (file,) = tmp_path.glob("classifier-*.pt")
     content = file.read_bytes()
     saved = torch.load(file, weights_only=True)
@@ -1078,14 +1080,16 @@ def test_a_damaged_classifier_is_trained_anew_with_one_line(digits, tmp_path, ca
     others = [(tmp_path / name).read_bytes() for name in ("other.pt", "large.pt")]
     for damaged in (content[: len(content) // 2], b"", *others):
         file.write_bytes(damaged)
-        assert ClassifierFeatures(digits, tmp_path, CPU, **QUICK).digest == expected
+        assert ClassifierFeatures(digits, tmp_path, CPU, **QUICK).prepare().digest == expected
         assert f"diffuse: {file}: is damaged (" in capsys.readouterr().err
         assert torch.load(file, weights_only=True)["digest"] == expected
 
 
 def test_the_classifier_takes_other_sizes_and_colours(tmp_path) -> None:
     colour = pixels(60, 0)[:, :, :5, :7].expand(-1, 3, -1, -1)
-    features = ClassifierFeatures(Held(colour, colour[:0], classes=4), tmp_path, CPU, **QUICK | {"steps": 1})
+    features = ClassifierFeatures(
+        Held(colour, colour[:0], classes=4), tmp_path, CPU, **QUICK | {"steps": 1}
+    ).prepare()
     assert features(colour[:2]).features.shape == (2, QUICK["dim"])
     logits = features(colour[:2]).logits
     assert logits is not None
@@ -1104,11 +1108,32 @@ def test_auto_holds_the_same_values_as_the_options_it_chooses_from() -> None:
 def test_auto_takes_a_classifier_for_gray_images_and_says_so(digits, tmp_path) -> None:
     features = auto_features(
         digits, tmp_path, CPU, weights=None, resize="tensorflow", precision="fp32", **QUICK
-    )
+    ).prepare()
     assert features.name == "classifier"
     assert "features=auto" in features.note
     with pytest.raises(ValueError, match=r"features=auto: held .* no classes.*features=inception"):
         auto_features(DATA, tmp_path, CPU, weights=None, resize="tensorflow", precision="fp32", **QUICK)
+
+
+def test_no_classifier_is_trained_for_an_evaluation_that_is_refused(digits, tmp_path, monkeypatch) -> None:
+    def trained_in_vain(*_: object) -> None:
+        raise AssertionError
+
+    monkeypatch.setattr(Recipe, "train", trained_in_vain)
+    networks = Networks(
+        {"_target_": "diffusion_cli.metrics.ClassifierFeatures", **QUICK}, digits, tmp_path, CPU
+    )
+    for metric, line in (
+        (FrechetDistance(floor=True, infinity=0, bootstrap=0), r"num_samples=5: 5 images are fewer than the"),
+        (KernelDistance(subsets=2, subset_size=6, seed=0), r"metric.kid.subset_size=6: must be 2 or more"),
+    ):
+        given = Given(MemoryImages(digits.load("train").gather(torch.arange(5)), None), None)
+        samples, reference = (
+            GivenSamples(given, None, {}, "samples"),
+            DatasetReference(digits, split="train", stats=None),
+        )
+        with pytest.raises(ValueError, match=line):
+            evaluate({"metric": metric}, networks, samples, reference, batch_size=5)
 
 
 def test_auto_takes_inception_for_colour_images(tmp_path) -> None:
@@ -1127,10 +1152,10 @@ def test_auto_takes_inception_for_colour_images(tmp_path) -> None:
 
 def test_the_classifier_refuses_images_without_classes_or_pixels(tmp_path) -> None:
     with pytest.raises(ValueError, match=r"features=classifier: held has no classes"):
-        ClassifierFeatures(DATA, tmp_path, CPU, **QUICK)
+        ClassifierFeatures(DATA, tmp_path, CPU, **QUICK).prepare()
     real = Held(pixels(9, 0).float(), pixels(9, 0).float(), classes=2)
     with pytest.raises(ValueError, match="uint8"):
-        ClassifierFeatures(real, tmp_path, CPU, **QUICK)
+        ClassifierFeatures(real, tmp_path, CPU, **QUICK).prepare()
 
 
 # --- Inception ------------------------------------------------------------

@@ -126,6 +126,9 @@ def assess(config: EvalConfig, scene: Scene) -> list[Report]:
     """The numbers, if this is the first of the processes that share the work."""
     environment = {"device": device_of(config.device).type, "versions": versions()}
     reports = []
+    if scene.of_model and scene.samples is not None:  # refused before the model is measured, which takes long
+        first = parts(scene.samples, config.repeats)[0]
+        require(scene.metrics, scene.networks, first, scene.reference, config.force)
     if scene.trained is not None and scene.of_model and Ranks().first:
         assert config.batch_size != "auto"
         subject = Subject(
@@ -208,17 +211,7 @@ def _model_scene(config: EvalConfig, kinds: Kinds, sampled: bool) -> Scene:
         else build(config.other_dataset, config.data_dir)
     )
     if not sampled:
-        if (
-            trained.chosen_labels
-            or config.repeats > 1
-            or not isinstance(trained.guidance, Unguided)
-            or config.keep
-            or config.compile
-        ):
-            raise ValueError(
-                f"metric={','.join(config.metric)}: makes no samples, which label, repeats, guidance, keep and compile "
-                "are for; leave them out"
-            )
+        _refuse_sampling(config, trained)
         if config.precision not in ("auto", EXACT):
             raise ValueError(
                 f"precision={config.precision}: is of samples, and metric={','.join(config.metric)} makes none and is "
@@ -235,6 +228,29 @@ def _model_scene(config: EvalConfig, kinds: Kinds, sampled: bool) -> Scene:
         Ranks().one_by_one(lambda: claim(folder, trained.settings, trained.model))
     samples = ModelSamples(trained, config, folder)
     return Scene(trained.folder, dataset, trained, samples, *judges, notes)
+
+
+def _refuse_sampling(config: EvalConfig, trained: Trained) -> None:
+    """Raise ValueError for a setting of samples, where no metric measures samples."""
+    usual = yaml.safe_load((CONF / "sampler" / "ddim.yaml").read_text())
+    given = [
+        *([("label", shown(config.label))] if trained.chosen_labels else []),
+        *([] if config.sampler == usual else [("sampler", _class_name(config.sampler))]),
+        *([] if isinstance(trained.guidance, Unguided) else [("guidance", _class_name(config.guidance))]),
+        *([("keep", "true")] if config.keep else []),
+        *_changed(config, "num_samples", "steps", "repeats", "compile"),
+    ]
+    images = [f"metric.{name}.num_images" for name, node in config.metric.items() if "num_images" in node]
+    for key, value in given:
+        remedy = f", or set {' and '.join(images)}" if key == "num_samples" and images else ""
+        raise ValueError(
+            f"{key}={value}: is for samples, and metric={','.join(config.metric)} makes none; leave it out{remedy}"
+        )
+
+
+def _class_name(node: dict[str, Any]) -> str:
+    """The name of the class of a node of the configuration."""
+    return node["_target_"].rpartition(".")[2]
 
 
 def _autoencoder_scene(config: EvalConfig, folder: Path, kinds: Kinds, splits: dict[str, Split]) -> Scene:
@@ -412,7 +428,7 @@ def _described(config: EvalConfig, scene: Scene, samples: Samples) -> str:
         )
     if scene.trained is None or not isinstance(samples, ModelSamples):
         return f"{len(samples)} images of {config.samples}"
-    sampler = config.sampler["_target_"].rpartition(".")[2]
+    sampler = _class_name(config.sampler)
     repeats = f"{config.repeats} repeats of " if config.repeats > 1 else ""
     number = f"{repeats}{len(samples) // config.repeats}"
     calls = "an unknown number of" if samples.calls is None else samples.calls

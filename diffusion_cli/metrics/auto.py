@@ -54,7 +54,5 @@ def auto_features(
         shift=shift,
         seed=seed,
     )
-    features.note = (
-        f"features=auto took the classifier, as images have {channels} channel(s); {features.note}"
-    )
+    features.choice = f"features=auto took the classifier, as images have {channels} channel(s); "
     return features

@@ -4,6 +4,7 @@ import hashlib
 import json
 from dataclasses import asdict
 from pathlib import Path
+from typing import Self
 
 import torch
 from pydantic import NonNegativeInt, PositiveFloat, PositiveInt
@@ -23,10 +24,10 @@ FORMAT = 2  # 1 was trained in any number of threads, so its weights depended on
 class ClassifierFeatures(Features):
     """The last activations of a small network that is trained to classify the real training images.
 
-    Where the package holds weights for exactly these training images and settings, those are used. Else the network
-    is trained once, for `steps` batches of images shifted by up to `shift` pixels, and kept in `cache_dir` under a
-    name that follows from the images and these settings. Numbers of different weights cannot be compared; `digest`
-    distinguishes them.
+    Where the package holds weights for exactly these training images and settings, `prepare` uses those. Else it
+    trains the network once, for `steps` batches of images shifted by up to `shift` pixels, and keeps it in `cache_dir`
+    under a name that follows from the images and these settings. Numbers of different weights cannot be compared;
+    `digest` distinguishes them.
 
     Raises ValueError for a dataset without classes or without pixels.
     """
@@ -54,6 +55,9 @@ class ClassifierFeatures(Features):
                 f"features=classifier: {dataset.name} has no classes to learn; take features=inception"
             )
         self.dim, self.classes, self.device = dim, dataset.num_classes, device
+        self.cache_dir, self.dataset_name = cache_dir, dataset.name
+        self.choice = ""
+        """Why the network was chosen, at the beginning of its note."""
         self.recipe = Recipe(
             dim=dim, width=width, classes=dataset.num_classes, steps=steps, batch_size=batch_size,
             learning_rate=learning_rate, shift=shift, seed=seed, flip=dataset.flip,
@@ -61,28 +65,36 @@ class ClassifierFeatures(Features):
         train, held_out = dataset.load("train"), dataset.load("held_out")
         check_pixels(train.gather(torch.zeros(1, dtype=torch.int64, device=train.device)))
         self.network = self.recipe.initial(dataset.shape[0]).to(device).eval()
+        self._splits: tuple[Images, Images] | None = train, held_out
+
+    def prepare(self) -> Self:
+        if self._splits is None:
+            return self
+        train, held_out = self._splits
         weights, origin = shipped(self.recipe, train.digest(), held_out.digest()), "shipped with diffuse"
         if weights is None:
-            weights, origin = self._cached(cache_dir, dataset.name, train, held_out), "trained here"
+            weights, origin = self._cached(train, held_out), "trained here"
         self.network.load_state_dict(weights.state)
         self.held_out_accuracy = weights.held_out_accuracy
         if self.held_out_accuracy is None:
-            self.held_out_accuracy = accuracy(self.network, held_out, device)
+            self.held_out_accuracy = accuracy(self.network, held_out, self.device)
         self.digest = digest(self.network.state_dict())
         known = "" if self.held_out_accuracy is None else f"; held-out accuracy {self.held_out_accuracy:.4f}"
         self.note = (
-            f"features are those of a classifier of {dataset.name}/train, {origin} (weights {self.digest[:12]}"
-            f"{known}), not of Inception: compare only numbers with the same weights"
+            f"{self.choice}features are those of a classifier of {self.dataset_name}/train, {origin} (weights "
+            f"{self.digest[:12]}{known}), not of Inception: compare only numbers with the same weights"
         )
+        self._splits = None
+        return self
 
     def extract(self, images: Tensor) -> FeatureBatch:
         return FeatureBatch(*self.network(images.float() / 127.5 - 1))
 
-    def _cached(self, cache_dir: Path, name: str, train: Images, held_out: Images) -> Weights:
+    def _cached(self, train: Images, held_out: Images) -> Weights:
         """The weights in the cache; where there are none, the network is trained and they are written."""
         facts = {"format": FORMAT, **asdict(self.recipe), "data": [train.digest(), held_out.digest()]}
         key = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
-        path = cache_dir / f"classifier-{name}-{key[:16]}.pt"
+        path = self.cache_dir / f"classifier-{self.dataset_name}-{key[:16]}.pt"
         found = restored(path, self.network)
         if found is None:
             network = self.recipe.train(train, self.device)

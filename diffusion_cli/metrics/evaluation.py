@@ -105,10 +105,13 @@ def require(
         network = ranks.one_by_one(lambda metric=metric: metric.network(networks))
         view = Seen(network, RealImages(reference, network, cache_dir, ranks), samples, dataset, cache_dir)
         seen[name] = next((other for other in seen.values() if other.network is network), view)
-    notes = [view.network.note for view in dict.fromkeys(seen.values()) if view.network.note]
-    for name, metric in metrics.items():
-        notes += metric.check(len(samples), seen[name], force)
-    return seen, notes
+    warnings = [
+        note for name, metric in metrics.items() for note in metric.check(len(samples), seen[name], force)
+    ]
+    networks_of = dict.fromkeys(view.network for view in seen.values())
+    for network in networks_of:  # which may train: only now, when all metrics are known to be possible
+        ranks.one_by_one(network.prepare)
+    return seen, [*(network.note for network in networks_of if network.note), *warnings]
 
 
 def examine(

@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from contextlib import AbstractContextManager
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 import torch
 from torch import Tensor
@@ -55,6 +55,13 @@ class Features(ABC):
     """For a network that knows the labels: its accuracy on the real held-out images, where there are any."""
     chunk: int = 1024
     """Images that go through the network at a time."""
+
+    def prepare(self) -> Self:
+        """Load or train the weights, where that takes long, and return the network; its digest and note come with them.
+
+        An evaluation calls this once it is known to be possible, before the network sees an image.
+        """
+        return self
 
     @torch.inference_mode()
     def __call__(self, images: Tensor) -> FeatureBatch:

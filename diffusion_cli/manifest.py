@@ -25,11 +25,11 @@ from pathlib import Path
 from typing import Any
 
 from diffusion_cli.checkpoint import whole_file, writing
+from diffusion_cli.data.listing import MANIFEST
 from diffusion_cli.foreign import LONGEST_MANIFEST, MOST_IN_MANIFEST, read_json
 from diffusion_cli.seeding import seed_ranges
 from diffusion_cli.temporary_files import create_linked, temporary_path
 
-MANIFEST = "manifest.json"
 RECORDS = ".manifest"
 
 

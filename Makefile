@@ -1,9 +1,10 @@
-# `make demo` trains, samples and evaluates; `make test` passes the tests, `make bench` times all
-# against other packages. Each sets up .venv where it is not there.
+# `make demo` trains, samples and evaluates; `make test` passes the tests, `make mutants` checks that
+# they fail for mistakes, `make bench` times all against other packages. Each sets up .venv where it
+# is not there.
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test fast lint bench clean
+.PHONY: demo test fast lint mutants bench clean
 
 demo: .venv/installed
 	$(BIN)/diffuse train name=demo
@@ -23,6 +24,9 @@ lint: .venv/installed
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/pyright --pythonpath $(BIN)/python
+
+mutants: .venv/installed
+	$(BIN)/python scripts/mutate.py --table docs/mutants.md
 
 bench: .venv/installed
 	$(BIN)/python -m pip install --quiet --editable '.[bench]'

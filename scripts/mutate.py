@@ -1,0 +1,325 @@
+"""Make one mistake at a time in a copy of the program, and check that the tests named for it fail.
+
+    python scripts/mutate.py                          # every mutant of scripts/mutants.toml
+    python scripts/mutate.py --only likelihood        # those with this word in their file or sentence
+    python scripts/mutate.py --table docs/mutants.md  # then write the table into a page
+
+A mutant is a text that occurs once in a file, its replacement, the mistake in a sentence, and tests. First the tests
+run on the unchanged code, where they must pass. Results are kept in outputs/mutants.json: a stopped run continues, and
+a run on other code starts anew. The exit code is 1 unless every mutant is caught.
+"""
+
+import argparse
+import compileall
+import hashlib
+import importlib
+import json
+import os
+import shutil
+import signal
+import sys
+import tempfile
+import time
+import tomllib
+import traceback
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from py_compile import PycInvalidationMode
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+TIMEOUT = 300.0  # seconds for the tests of one mutant
+CAUGHT, SURVIVED, STALE, UNCLEAR = "caught", "survived", "stale", "unclear"
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """One mistake."""
+
+    file: str
+    """Path of the changed file from the root."""
+    text: str
+    """What is replaced; it occurs exactly once in the file."""
+    becomes: str
+    mistake: str
+    """The mistake in one plain sentence."""
+    tests: tuple[str, ...]
+    """Node ids of pytest."""
+
+    def applied(self, root: Path) -> str | None:
+        """The changed source, or None if the text does not occur exactly once."""
+        path = root / self.file
+        source = path.read_text() if path.is_file() else ""
+        return source.replace(self.text, self.becomes) if source.count(self.text) == 1 else None
+
+
+@dataclass(frozen=True)
+class Table:
+    """The mutants, what a copy of the program needs, and the modules of others worth importing once."""
+
+    copied: tuple[str, ...]
+    imported: tuple[str, ...]
+    mutants: tuple[Mutant, ...]
+
+
+@dataclass(frozen=True)
+class Job:
+    """Tests to run in a copy, with a mutant or without."""
+
+    tests: tuple[str, ...]
+    mutant: Mutant | None = None
+
+    @property
+    def key(self) -> str:
+        """The name of its result: a hash of all that it consists of."""
+        return hashlib.sha256(repr(self).encode()).hexdigest()[:16]
+
+
+def read_table(path: Path) -> Table:
+    """Read the TOML file of mutants."""
+    table = tomllib.loads(path.read_text())
+    mutants = tuple(Mutant(**{**each, "tests": tuple(each["tests"])}) for each in table["mutant"])
+    return Table(tuple(table["copied"]), tuple(table["imported"]), mutants)
+
+
+def files(root: Path, copied: Iterable[str]) -> Iterator[Path]:
+    """The files of a copy, in a fixed order."""
+    for name in copied:
+        paths = sorted((root / name).rglob("*")) if (root / name).is_dir() else [root / name]
+        yield from (path for path in paths if path.is_file() and "__pycache__" not in path.parts)
+
+
+def digest(root: Path, copied: Iterable[str]) -> str:
+    """A hash of the names and contents of the files of a copy."""
+    state = hashlib.sha256()
+    for path in files(root, copied):
+        state.update(f"{path.relative_to(root)}\0{path.stat().st_size}\0".encode() + path.read_bytes())
+    return state.hexdigest()
+
+
+def copy(root: Path, copied: Iterable[str], target: Path) -> None:
+    """Copy the program, its modules compiled. Compiled files are found by the hash of their source, not its date."""
+    for path in files(root, copied):
+        place = target / path.relative_to(root)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(path, place)
+    compileall.compile_dir(target, quiet=2, invalidation_mode=PycInvalidationMode.CHECKED_HASH)
+
+
+# --- One process of tests --------------------
+
+
+class Failures:
+    """A plugin of pytest that keeps the names of tests that fail."""
+
+    def __init__(self) -> None:
+        self.names: list[str] = []
+
+    def pytest_runtest_logreport(self, report: Any) -> None:
+        if report.failed:
+            self.names.append(report.nodeid)
+
+
+def run_tests(folder: Path, tests: Sequence[str], packages: Iterable[str], output: Path) -> int:
+    """Start a process that runs tests in a folder, and return its number. It writes `output`.json and `output`.txt."""
+    child = os.fork()
+    if child:
+        return child
+    try:
+        os.setsid()
+        sink = os.open(output.with_suffix(".txt"), os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        for stream in (1, 2):
+            os.dup2(sink, stream)
+        os.chdir(folder)
+        os.environ |= {"PYTHONPATH": str(folder), "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
+        sys.path.insert(0, str(folder))
+        failures = Failures()
+        code = int(pytest.main(["-q", "-x", "-p", "no:cacheprovider", *tests], plugins=[failures]))
+        for name in packages:
+            place = Path(importlib.import_module(name).__file__ or "")
+            if not place.is_relative_to(folder):
+                raise ImportError(f"{name} comes from {place}, not from the copy")
+        output.with_suffix(".json").write_text(json.dumps({"code": code, "failed": failures.names}))
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        os._exit(0)
+
+
+class Slot:
+    """A copy of the program, in which one job runs at a time."""
+
+    def __init__(self, root: Path, table: Table, folder: Path) -> None:
+        self.output, self.folder = folder / "result", folder / "copy"
+        self.packages = {mutant.file.split("/")[0] for mutant in table.mutants}
+        self.job: Job | None = None
+        copy(root, table.copied, self.folder)
+
+    def start(self, job: Job) -> bool:
+        """Start a job; False if its mutant is stale."""
+        if job.mutant is not None:
+            source = job.mutant.applied(self.folder)
+            if source is None:
+                return False
+            self.right = (self.folder / job.mutant.file).read_text()
+            (self.folder / job.mutant.file).write_text(source)
+        self.output.with_suffix(".json").unlink(missing_ok=True)
+        self.job, self.begun = job, time.monotonic()
+        self.process = run_tests(self.folder, job.tests, self.packages, self.output)
+        return True
+
+    def result(self) -> dict[str, Any] | None:
+        """What became of the job, the copy unchanged again; None while it runs."""
+        assert self.job is not None
+        seconds = time.monotonic() - self.begun
+        if os.waitpid(self.process, os.WNOHANG)[0] == 0:
+            if seconds < TIMEOUT:
+                return None
+            self.stop()
+        mutant, self.job = self.job.mutant, None
+        if mutant is not None:
+            (self.folder / mutant.file).write_text(self.right)
+        written = self.output.with_suffix(".json")
+        found = json.loads(written.read_text()) if written.is_file() else {"code": None, "failed": []}
+        outcomes = {pytest.ExitCode.OK: SURVIVED, pytest.ExitCode.TESTS_FAILED: CAUGHT}
+        outcome = outcomes.get(found["code"], UNCLEAR)
+        by = found["failed"][0] if found["failed"] else None
+        if outcome == UNCLEAR:
+            print(self.output.with_suffix(".txt").read_text()[-3000:], file=sys.stderr)
+        return {"outcome": outcome, "by": by, "seconds": round(seconds, 1)}
+
+    def stop(self) -> None:
+        """End the process of the job, and all that it has started."""
+        if self.job is not None:
+            os.killpg(self.process, signal.SIGKILL)
+            os.waitpid(self.process, 0)
+
+
+# --- All of them --------------------
+
+
+def run_jobs(jobs: Sequence[Job], slots: Sequence[Slot]) -> Iterator[tuple[Job, dict[str, Any]]]:
+    """Run jobs, one in each slot at a time, and yield each with its result as soon as it ends."""
+    waiting = list(reversed(jobs))
+    try:
+        while waiting or any(slot.job for slot in slots):
+            for slot in slots:
+                if slot.job is None and waiting:
+                    job = waiting.pop()
+                    if not slot.start(job):
+                        yield job, {"outcome": STALE, "by": None, "seconds": 0.0}
+                elif (job := slot.job) is not None and (result := slot.result()) is not None:
+                    yield job, result
+            time.sleep(0.02)
+    finally:
+        for slot in slots:
+            slot.stop()
+
+
+class Results:
+    """Results by the key of their job, kept in a file as long as the code stays as it is."""
+
+    def __init__(self, path: Path, code: str) -> None:
+        self.path, self.code = path, code
+        kept = json.loads(path.read_text()) if path.is_file() else {}
+        self.found: dict[str, dict[str, Any]] = kept["results"] if kept.get("code") == code else {}
+
+    def add(self, job: Job, result: dict[str, Any]) -> None:
+        """Keep a result; the file is written whole."""
+        mutant = job.mutant
+        self.found[job.key] = result | ({"file": mutant.file, "mistake": mutant.mistake} if mutant else {})
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = self.path.with_suffix(".tmp")
+        temporary.write_text(json.dumps({"code": self.code, "results": self.found}, indent=1))
+        temporary.replace(self.path)
+
+
+def measure(root: Path, table: Table, mutants: Sequence[Mutant], results: Results, workers: int) -> None:
+    """Run the tests of the mutants on the unchanged code, then on each of them, as far as it is not done yet."""
+    os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported: the processes share the cores
+    unchanged = [Job(tests) for tests in dict.fromkeys(mutant.tests for mutant in mutants)]
+    for name in table.imported:
+        importlib.import_module(name)
+    with tempfile.TemporaryDirectory() as folder:
+        slots = [Slot(root, table, Path(folder, str(number)).resolve()) for number in range(workers)]
+        for jobs in (unchanged, [Job(mutant.tests, mutant) for mutant in mutants]):
+            left = [job for job in jobs if job.key not in results.found]
+            for done, (job, result) in enumerate(run_jobs(left, slots), 1):
+                if job.mutant is None and result["outcome"] != SURVIVED:
+                    raise ValueError(
+                        f"{' '.join(job.tests)}: do not pass on the unchanged code ({result['by']})"
+                    )
+                results.add(job, result)
+                passed = f"passed without a mutant: {' '.join(job.tests)}"
+                name = f"{result['outcome']}: {job.mutant.mistake}" if job.mutant else passed
+                print(f"{done}/{len(left)} {name} ({result['seconds']} s)", flush=True)
+
+
+def rows(mutants: Sequence[Mutant], results: Results) -> list[str]:
+    """The lines of the Markdown table."""
+
+    def code(text: str) -> str:
+        words = " ".join(text.split())
+        return f"`{words}`".replace("|", "\\|") if words else "nothing"
+
+    lines = ["| mistake | file | right | wrong | outcome | first test to fail |", "|---|---|---|---|---|---|"]
+    for mutant in mutants:
+        result = results.found[Job(mutant.tests, mutant).key]
+        test = (result["by"] or "").split("::")[-1].split("[")[0]
+        change = f"{code(mutant.text)} | {code(mutant.becomes)}"
+        lines.append(
+            f"| {mutant.mistake} | {code(mutant.file)} | {change} | {result['outcome']} | {code(test)} |"
+        )
+    return lines
+
+
+def write_table(page: Path, lines: Sequence[str]) -> None:
+    """Write the table in the place of the one that ends a Markdown page."""
+    before, _, _ = page.read_text().partition("\n|")
+    page.write_text(before.rstrip("\n") + "\n\n" + "\n".join(lines) + "\n")
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    """Print what became of each mutant."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--root", type=Path, default=ROOT, help="the program")
+    parser.add_argument(
+        "--mutants", type=Path, default=None, help="the table, scripts/mutants.toml of the program"
+    )
+    parser.add_argument("--results", type=Path, default=None, help="outputs/mutants.json of the program")
+    parser.add_argument("--only", default="", help="mutants with this text in their file or sentence")
+    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes at a time")
+    parser.add_argument("--table", type=Path, default=None, help="Markdown page that ends in the table")
+    given = parser.parse_args(words)
+    if given.only and given.table:
+        parser.error("--table: is for all mutants; leave out --only")
+    root = given.root.resolve()
+    table = read_table(given.mutants or root / "scripts" / "mutants.toml")
+    mutants = [m for m in table.mutants if given.only.lower() in f"{m.file} {m.mistake}".lower()]
+    results = Results(given.results or root / "outputs" / "mutants.json", digest(root, table.copied))
+    try:
+        measure(root, table, mutants, results, given.workers)
+    except ValueError as error:
+        print(error, file=sys.stderr)
+        return 2
+    counts = Counter[str]()
+    for mutant in mutants:
+        outcome = results.found[Job(mutant.tests, mutant).key]["outcome"]
+        counts[outcome] += 1
+        if outcome != CAUGHT:
+            print(f"{outcome}: {mutant.file}: {mutant.mistake}")
+    print(", ".join(f"{counts[name]} {name}" for name in (CAUGHT, SURVIVED, STALE, UNCLEAR)))
+    if given.table is not None:
+        write_table(given.table, rows(mutants, results))
+    return int(counts[CAUGHT] < len(mutants))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -8,10 +8,8 @@ import os
 import signal
 import subprocess
 import sys
-import threading
 import traceback
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -31,7 +29,7 @@ from diffusion_cli.config import (
     did_you_mean,
 )
 from diffusion_cli.foreign import printable
-from diffusion_cli.signals import STOPPING, UNFINISHED, end
+from diffusion_cli.signals import STOPPED, UNFINISHED, end, end_at_signals, handling
 from diffusion_cli.terminal import guarded, lost_output, open_closed_streams
 
 FLAGS = ["--help", "--cfg", "--config-dir", "--multirun", "-h", "-m"]
@@ -51,8 +49,11 @@ class Request:
 
 def main() -> None:
     """The `diffuse` entry point."""
+    end_at_signals()
     open_closed_streams()
     code = run(sys.argv[1:])
+    sys.stdout.flush()
+    end_at_signals(code, line="")  # the outcome stands, whatever comes while the interpreter ends
     if "RANK" in os.environ or "SLURM_STEP_ID" in os.environ:
         end(code)  # one of several processes
     sys.exit(code)
@@ -153,10 +154,11 @@ def parse(words: Sequence[str]) -> Request:
 def execute(command: str, checked: Config | list[Variant]) -> int:
     """Run a command; what this package or the file system says is wrong becomes one line, not a traceback."""
     try:
-        with _stoppable():
-            return importlib.import_module(f"diffusion_cli.commands.{command}").run(checked) or 0
+        module = importlib.import_module(f"diffusion_cli.commands.{command}")
+        with handling(_interrupt):
+            return module.run(checked) or 0
     except KeyboardInterrupt:
-        print("diffuse: stopped; the same command goes on from what is saved", file=sys.stderr)
+        print(STOPPED, file=sys.stderr)
         return UNFINISHED
     except (ValueError, OSError, ImportError) as error:
         if os.environ.get("DIFFUSE_TRACEBACK") or not _is_message(error):
@@ -164,22 +166,9 @@ def execute(command: str, checked: Config | list[Variant]) -> int:
         raise Mistakes(str(error).strip().replace("\n", " ")) from error
 
 
-@contextmanager
-def _stoppable() -> Iterator[None]:
+def _interrupt(number: int, frame: object) -> None:
     """Take the signals of schedulers as Ctrl-C is taken; training listens to all of them itself, once it can save."""
-
-    def interrupt(number: int, frame: object) -> None:
-        raise KeyboardInterrupt
-
-    if threading.current_thread() is not threading.main_thread():  # which alone may choose
-        yield
-        return
-    before = {number: signal.signal(number, interrupt) for number in STOPPING}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+    raise KeyboardInterrupt
 
 
 def _is_message(error: BaseException) -> bool:
@@ -225,7 +214,7 @@ def _launch(command: str, dirs: Sequence[Path], logs: Path) -> int:
     os.environ["HYDRA_FULL_ERROR"] = "1"  # a job's failure comes out as it is
     try:
         job = partial(_sweep_job, command, dirs)
-        with _stoppable():
+        with handling(_interrupt):
             hydra.main(config_path=str(CONF), config_name=command, version_base="1.3")(job)()
     except KeyboardInterrupt:
         if "submitit" not in sys.modules:

@@ -12,6 +12,8 @@ import signal
 import socket
 import sys
 import tempfile
+import threading
+import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -24,11 +26,12 @@ from torch import Tensor, distributed
 from torch.multiprocessing.spawn import ProcessContext, ProcessException, start_processes
 
 from diffusion_cli.config import Mistakes, first_line
-from diffusion_cli.signals import STOPPING, end
+from diffusion_cli.signals import STOPPING, end, handling
 from diffusion_cli.terminal import guarded, lost_output
 
 T = TypeVar("T")
 MESSAGES = (Mistakes, ValueError, OSError, ImportError)
+PARENT_CHECK = 0.5  # seconds between two looks of a new process whether the one that started it is there
 GRACE = 10.0  # seconds that processes have to end by themselves once one of them has failed
 FOREVER = timedelta(days=7)  # for what the first process does alone may take long
 
@@ -255,7 +258,7 @@ def _in_new_processes(
         signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)  # until they can be passed on
         processes = start_processes(
             _be_one,
-            (count, torch.get_num_threads(), Path(folder), timeout, work, arguments),
+            (count, torch.get_num_threads(), os.getpid(), Path(folder), timeout, work, arguments),
             nprocs=count,
             join=False,
             start_method="spawn",
@@ -286,13 +289,9 @@ def _forwarding(processes: ProcessContext) -> Iterator[list[int]]:
             if process.is_alive():
                 os.kill(process.pid, number)
 
-    before = {number: signal.signal(number, forward) for number in STOPPING}
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPPING)
-    try:
+    with handling(forward):
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPPING)
         yield forwarded
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def _why(processes: ProcessContext) -> LostProcess:
@@ -313,6 +312,7 @@ def _be_one(
     rank: int,
     count: int,
     threads: int,
+    parent: int,
     folder: Path,
     timeout: timedelta,
     work: Callable[..., int | None],
@@ -320,6 +320,7 @@ def _be_one(
 ) -> None:
     """Be one of the new processes."""
     signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPPING)
+    _end_with(parent)
     os.setpgid(0, 0)  # Ctrl-C reaches the process that started this one, which passes it on: once, not twice
     here = {"RANK": rank, "WORLD_SIZE": count, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": count}
     os.environ.update({key: str(value) for key, value in here.items()})  # as torchrun does
@@ -341,6 +342,17 @@ def _be_one(
                 traceback.print_exc()
             _leave(folder, error)
         end(1)
+
+
+def _end_with(parent: int) -> None:
+    """Have this process end, as by SIGTERM, once its parent has: also if that was before now."""
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(PARENT_CHECK)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=watch, name="parent", daemon=True).start()
 
 
 def _leave(folder: Path, outcome: int | Exception) -> None:

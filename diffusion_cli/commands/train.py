@@ -85,7 +85,7 @@ def train(config: TrainConfig) -> int:
     assert config.name is not None
     folder = Path(config.output_dir) / config.name
     stop = Stop(seconds(config.max_time), seconds(config.checkpoint_period))
-    with only_one(folder) if Ranks().first else nullcontext(), stop.listening():
+    with only_one(folder) if Ranks().first else nullcontext():
         if Ranks().first:
             recover(folder)
         return _train(config, folder, stop)
@@ -164,16 +164,17 @@ def _fit(
         ranks.rank, ranks.world, parts.device.torch_device, parts.dataset.num_workers,
     )  # fmt: skip
     device = parts.device.torch_device
-    with (
-        _saying_what_is_saved(checkpoints, done),
-        naming_what_fits(module, device, stages, trainer),
-    ):
-        try:
-            trainer.fit(module, batches, ckpt_path=folder / LAST if done else None, weights_only=True)
-        except SystemExit as error:  # Lightning's answer to a second Ctrl-C
-            raise KeyboardInterrupt from error
-    if ranks.first:
-        _tell(trainer.global_step, stop, watchers, model, folder)
+    with stop.listening():  # before, there is nothing to save, and a signal ends the command at once
+        with (
+            _saying_what_is_saved(checkpoints, done),
+            naming_what_fits(module, device, stages, trainer),
+        ):
+            try:
+                trainer.fit(module, batches, ckpt_path=folder / LAST if done else None, weights_only=True)
+            except SystemExit as error:  # Lightning's answer to a second Ctrl-C
+                raise KeyboardInterrupt from error
+        if ranks.first:
+            _tell(trainer.global_step, stop, watchers, model, folder)
     return UNFINISHED if stop.stopping else 0
 
 

@@ -6,7 +6,7 @@ import sys
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -26,10 +26,11 @@ from diffusion_cli.denoiser import Denoiser, NoisyClassifier, noised
 from diffusion_cli.forms import Form
 from diffusion_cli.generate import labels_of, sample
 from diffusion_cli.latents import Space
+from diffusion_cli.metrics import CalledOff
 from diffusion_cli.ranks import Ranks
 from diffusion_cli.report import save_grid
 from diffusion_cli.samplers import Sampler
-from diffusion_cli.signals import STOPPING
+from diffusion_cli.signals import handled, handling
 from diffusion_cli.training import duration
 from diffusion_cli.training.ema import EMA
 from diffusion_cli.training.loss_check import LossCheck
@@ -231,6 +232,7 @@ class Stop(EveryStep):
         self.checkpoint_due = False
         """Whether the last checkpoint is so old."""
         self._saved_at = self._signalled_at = 0.0
+        self._raises = False
 
     @property
     def state_key(self) -> str:
@@ -253,26 +255,35 @@ class Stop(EveryStep):
         """A checkpoint has been saved now."""
         self._saved_at = time.monotonic()
 
+    def listening(self) -> AbstractContextManager[None]:
+        """Note signals, to end at the next step."""
+        return handling(self._on_signal)
+
     @contextmanager
-    def listening(self) -> Iterator[None]:
-        """Take note of signals, from the start of the program on."""
-        before = {number: signal.signal(number, self._on_signal) for number in STOPPING}
+    def interrupting(self) -> Iterator[None]:
+        """Raise CalledOff at the first signal at once, in what changes nothing of the training.
+
+        Several processes would leave it at different places, so they have to ask `called` at the same ones instead.
+        """
+        self._raises = Ranks().world == 1
         try:
             yield
         finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
+            self._raises = False
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
         self._mark = self._saved_at = time.monotonic()
-        for number in STOPPING:  # Lightning has put its own in their place
+        for number in handled():  # Lightning has put its own in their place
             signal.signal(number, self._on_signal)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         now = time.monotonic()
         if self.signal is None:
             self.signal, self._signalled_at = number, now
+            if self._raises:
+                self.stopping = True
+                raise CalledOff
         elif number == signal.SIGINT and now - self._signalled_at > IMPATIENT:
             # Schedulers send several signals, and one may come by two ways; a second Ctrl-C means at once.
             raise KeyboardInterrupt

@@ -116,10 +116,11 @@ class Evaluation(Watcher):
         assert isinstance(denoiser, Denoiser)
         self.samples.denoiser, self.samples.precision = denoiser, trainer.precision_plugin.forward_context
         try:
-            evaluation = evaluate(
-                self.metrics, self.networks, self.samples, self.reference,
-                batch_size=self.batch_size, force=True, called_off=self.stop.called,
-            )  # fmt: skip
+            with self.stop.interrupting():
+                evaluation = evaluate(
+                    self.metrics, self.networks, self.samples, self.reference,
+                    batch_size=self.batch_size, force=True, called_off=self.stop.called,
+                )  # fmt: skip
         except CalledOff:
             trainer.should_stop = True
             return False

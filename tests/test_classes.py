@@ -371,3 +371,37 @@ def test_names_in_two_unicode_forms_are_one(tmp_path):
     assert mask_files([f"{decomposed}.png"], [f"{composed}.png"]) == [f"{composed}.png"]
     given = given_images(tmp_path / "two", "samples", (1, 8, 8))
     assert relabelled(given, ("dog", composed)) is not None
+
+
+def table(path: Path, *labels: str) -> Path:
+    for number in range(len(labels)):
+        write(path / f"{number}.png")
+    rows = [f"{number}.png,{label}" for number, label in enumerate(labels)]
+    (path / "labels.csv").write_text("\n".join(["file,label", *rows]))
+    return path
+
+
+def test_measured_numbers_are_no_classes_unless_asked_for(tmp_path):
+    path = table(tmp_path / "x", "0.5", "37.2", "1", "nan")
+    found = folder(path)
+    assert found.class_names is None
+    assert (
+        "labels.csv labels images with numbers such as '0.5', '37.2'; set dataset.labels=csv"
+        in found.remarks()[0]
+    )
+    assert folder(path, labels="csv").class_names == ("0.5", "1", "37.2", "nan")
+    assert folder(table(tmp_path / "whole", "1.0", "2.0", "10")).class_names == ("1.0", "10", "2.0")
+    assert folder(table(tmp_path / "mixed", "0.5", "half")).class_names == ("0.5", "half")
+    (path / "manifest.json").write_text("{}")  # as beside samples of classes with such names
+    assert folder(path).class_names == ("0.5", "1", "37.2", "nan")
+
+
+def test_a_line_doubts_classes_of_an_image_each(tmp_path):
+    names = [f"{number}" for number in range(11)]
+    for place, labels, doubted in (
+        ("one", names, True),
+        ("two", [*names, *names], False),
+        ("ten", names[:10], False),
+    ):
+        line = f"{len(set(labels))} classes for {len(labels)} images"
+        assert (line in " ".join(folder(table(tmp_path / place, *labels)).remarks())) == doubted

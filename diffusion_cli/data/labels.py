@@ -11,11 +11,13 @@ import torch
 from torch import Tensor
 
 from diffusion_cli import foreign
+from diffusion_cli.data.listing import MANIFEST
 
 LABELS_CSV = "labels.csv"
 LABEL_COLUMNS = ("file", "label")
 TRAINING = {"train", "training"}
 SPLITS = TRAINING | {"val", "valid", "validation", "dev", "test", "testing"}
+MANY = 10
 LONGEST_ROW = 2**13  # bytes: two of the longest paths that systems take
 
 
@@ -50,26 +52,32 @@ def class_labels(
     if labels == "none":
         return Classes(None, None, missing="dataset.labels=none leaves them out")
     table = None if labels == "folders" else find_csv(names, images)
+    found, inside = split_folders(images) if rules > 1 else ([], images)
     if table is not None:
         try:
             limit = min(foreign.LARGEST, LONGEST_ROW * (1 + len(images)))
             classes = csv_classes(csv_rows(read(path, table, limit)), table, images)
         except ValueError as error:
             raise ValueError(f"dataset.path={path}: {table} {error}") from error
-        classes = in_one_form(classes) if rules > 1 else classes
-        return Classes(*numbered(classes, in_order(set(classes))))
+        if rules > 1:
+            classes = in_one_form(classes)
+            own = str(PurePosixPath(table).with_name(MANIFEST)) in names
+            if labels == "auto" and not own and (missing := _measured(classes)):
+                return Classes(
+                    None, None, (f"dataset.path={path}: no classes, as {table} {missing}",), missing
+                )
+        return Classes(*numbered(classes, in_order(set(classes))), _few(path, classes))
     if labels == "csv":
         raise ValueError(
             f"dataset.labels=csv: there is no {LABELS_CSV} at the top of {path}; "
             "write one with the columns file and label, or set folders or none"
         )
-    found, inside = split_folders(images) if rules > 1 else ([], images)
     classes = class_folders(inside)
     if classes is not None:
         if rules > 1:
             classes = in_one_form(classes)
         splits = (_of_splits(path, found),) if found else ()
-        return Classes(*numbered(classes, sorted(set(classes))), splits)
+        return Classes(*numbered(classes, sorted(set(classes))), (*splits, *_few(path, classes)))
     if labels == "folders":
         raise ValueError(
             f"dataset.labels=folders: the images of {path} do not all lie in two or more folders; "
@@ -108,6 +116,28 @@ def _of_splits(path: Path, splits: list[str]) -> str:
         f"dataset.path={path}: the folders {', '.join(splits)} are splits, and the classes are the folders inside; "
         "images of all splits count, and dataset.held_out chooses among them; for one split give the path of its folder"
     )
+
+
+def _measured(labels: list[str]) -> str:
+    """Why labels are no classes: all are numbers, and not all of them whole; empty for others."""
+    try:
+        numbers = [float(label) for label in labels]
+    except ValueError:
+        return ""
+    parts = sorted({label for label, number in zip(labels, numbers, strict=True) if number % 1 > 0})
+    if not parts:
+        return ""
+    some = examples(parts)
+    return f"labels images with numbers such as {some}; set dataset.labels=csv to make each number a class, or none"
+
+
+def _few(path: Path, labels: list[str]) -> tuple[str, ...]:
+    """A line if there are more than `MANY` classes, of fewer than two images on average."""
+    number = len(set(labels))
+    if number <= MANY or len(labels) >= 2 * number:
+        return ()
+    line = f"{number} classes for {len(labels)} images leave little to learn of each; is label a class?"
+    return (f"dataset.path={path}: {line} set dataset.labels=none for no classes",)
 
 
 def _no_classes(images: list[str]) -> str:

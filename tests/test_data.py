@@ -700,11 +700,36 @@ def test_adding_files_moves_none_between_the_splits(tmp_path):
     assert held_out <= names("held_out")
 
 
-def test_an_empty_split_must_be_asked_for(tmp_path):
-    save(tmp_path / "x.png", np.zeros((8, 8), np.uint8))
-    assert len(folder(tmp_path, held_out=0.0).load("held_out")) == 0
-    with pytest.raises(ValueError, match=r"dataset\.held_out=0\.001.*'held_out'.*set 0"):
-        folder(tmp_path, held_out=0.001).load("held_out")
+def test_a_few_images_are_divided_or_all_trained_on_with_a_line(tmp_path):
+    for count in range(1, 14):
+        save(tmp_path / f"{count}.png", np.zeros((8, 8), np.uint8))
+        for held_out in (0.0, 0.001, 0.1, 0.5, 0.99):
+            images = folder(tmp_path, held_out=held_out)
+            trained, kept = (len(images.load(split)) for split in ("train", "held_out"))
+            assert trained > 0
+            assert trained + kept == count
+            assert kept > 0 or min(round(held_out * count), count - 1) <= 0
+            assert ("too few" in " ".join(images.remarks())) == (held_out > 0 and kept == 0)
+
+
+def test_a_few_rows_are_divided_or_all_trained_on_with_a_line(tmp_path):
+    for count in (1, 3, 9):
+        np.save(tmp_path / "x.npy", np.zeros((count, 8, 8), np.uint8))
+        images = array(tmp_path / "x.npy", held_out=0.1)
+        assert [len(images.load(split)) for split in ("train", "held_out")] == [
+            count - (count > 4),
+            int(count > 4),
+        ]
+        assert ("too few" in " ".join(images.remarks())) == (count < 5)
+
+
+def test_a_folder_has_its_whole_name(tmp_path, monkeypatch):
+    for name in ("faces.v1", "faces.v2"):
+        write_images(tmp_path / name, 3)
+        assert folder(tmp_path / name).name == name
+    assert folder(zipped(tmp_path / "faces.v1", tmp_path / "faces.v1.zip")).name == "faces.v1"
+    monkeypatch.chdir(tmp_path / "faces.v2")
+    assert folder(Path()).name == "faces.v2"
 
 
 # Arrays

@@ -13,7 +13,7 @@ from numpy.lib import format as npy
 from pydantic import Field
 from torch import Tensor
 
-from diffusion_cli.data.base import Dataset, Images, Split, shuffled_mask, split_rows, spread
+from diffusion_cli.data.base import Dataset, Images, Split, shuffled_mask, split_rows, spread, too_few
 from diffusion_cli.data.member_check import member_check
 from diffusion_cli.data.memory import MemoryImages, fits_in_memory, free_memory
 from diffusion_cli.foreign import Archive, from_json, reason, regular
@@ -90,7 +90,9 @@ class Array(Dataset):
 
     def remarks(self) -> list[str]:
         remark = self.form.remark([*first_images(self.path, self.contents)])
-        return [*shape_remarks(f"dataset.path={self.path}", self.contents), *([remark] if remark else [])]
+        lines = [*shape_remarks(f"dataset.path={self.path}", self.contents), *([remark] if remark else [])]
+        none_held_out = self.held_out > 0 and not self.is_held_out.any()
+        return [*lines, too_few(self.contents.number, self.held_out)] if none_held_out else lines
 
     def once(self, split: Split) -> Images:
         # What is compressed would be unpacked whole by every process that reads some of it.

@@ -194,24 +194,48 @@ def shuffled_mask(count: int, held_out: float) -> np.ndarray:
     would one day move held-out images into training.
     """
     mask = np.zeros(count, dtype=bool)
-    mask[np.random.RandomState(0).permutation(count)[: round(held_out * count)]] = True
+    mask[np.random.RandomState(0).permutation(count)[: most_held_out(count, held_out)]] = True
     return mask
 
 
+def most_held_out(count: int, held_out: float) -> int:
+    """The number of images that a fraction of `count` images comes to, which leaves at least one to train on."""
+    return min(round(held_out * count), count - 1)
+
+
 def named_mask(names: Sequence[str], held_out: float) -> np.ndarray:
-    """Which of some names are held out, bool: a fraction `held_out`, each by a hash of its own."""
-    return np.array([mix("held_out", name) < held_out * 2**63 for name in names], dtype=bool)
+    """Which of some names are held out, bool: a fraction `held_out`, each by a hash of its own.
+
+    Of a few names the hash may choose none or all. Then the one nearest to the threshold changes sides, so that one
+    image at least is trained on, and one at least held out if the fraction comes to one image.
+    """
+    hashes = np.array([mix("held_out", name) for name in names], dtype=np.int64)
+    mask = np.array([value < held_out * 2**63 for value in hashes.tolist()], dtype=bool)
+    if len(names) and mask.all():
+        mask[hashes.argmax()] = False
+    elif not mask.any() and most_held_out(len(names), held_out) > 0:
+        mask[hashes.argmin()] = True
+    return mask
+
+
+def named_remarks(names: Sequence[str], held_out: float) -> list[str]:
+    """A line if `named_mask` holds out none of the names, although a fraction is to be held out."""
+    if held_out == 0 or most_held_out(len(names), held_out) > 0 or named_mask(names, held_out).any():
+        return []
+    return [too_few(len(names), held_out)]
+
+
+def too_few(count: int, held_out: float) -> str:
+    """A line about a fraction that comes to no image."""
+    return f"dataset.held_out={held_out}: {count} images are too few to hold any out; all are trained on"
 
 
 def split_rows(is_held_out: np.ndarray, held_out: float, split: Split) -> Tensor:
-    """The rows of one split, int64 in rising order.
-
-    Raises ValueError where the split is empty, unless that was asked for with `held_out=0`.
-    """
+    """The rows of one split, int64 in rising order; ValueError if none is left to train on."""
     rows = np.flatnonzero(is_held_out if split == "held_out" else ~is_held_out)
-    if len(rows) == 0 and (split == "train" or held_out > 0):
+    if len(rows) == 0 and split == "train":
         raise ValueError(
-            f"dataset.held_out={held_out}: leaves none of the {len(is_held_out)} images in the split "
-            f"'{split}'; add images, change the fraction, or set 0 to train on all"
+            f"dataset.held_out={held_out}: leaves none of the {len(is_held_out)} images to train on; add images, "
+            "change the fraction, or set 0 to train on all"
         )
     return torch.from_numpy(rows)

@@ -16,7 +16,16 @@ from torch import Tensor
 from torch.utils.data import get_worker_info
 
 from diffusion_cli.data import survey
-from diffusion_cli.data.base import Dataset, Images, Split, named_mask, row_chunks, split_rows, spread
+from diffusion_cli.data.base import (
+    Dataset,
+    Images,
+    Split,
+    named_mask,
+    named_remarks,
+    row_chunks,
+    split_rows,
+    spread,
+)
 from diffusion_cli.data.decoding import (
     Decoder,
     DeepDecoder,
@@ -97,7 +106,7 @@ class Folder(Dataset):
     ) -> None:
         super().__init__(data_dir)
         self.path = Path(path).expanduser()
-        self.name = self.path.stem
+        self.name = source_name(self.path)
         self.held_out = held_out
         self.in_memory = in_memory
         self.num_workers = num_workers
@@ -207,7 +216,13 @@ class Folder(Dataset):
         return images.in_memory() if in_memory else images
 
     def remarks(self) -> list[str]:
-        return [*self._passed_over, *self._class_remarks, *self._header_remarks(), *self._range_remarks()]
+        return [
+            *self._passed_over,
+            *self._class_remarks,
+            *named_remarks(self.files, self.held_out),
+            *self._header_remarks(),
+            *self._range_remarks(),
+        ]
 
     def _header_remarks(self) -> list[str]:
         if isinstance(self.form, Dicom | Volume):
@@ -372,6 +387,12 @@ class FileImages(Images):
         return ValueError(
             f"{self.key}={self.path}: cannot use {len(broken)} of the images, repair or remove: {shown}"
         )
+
+
+def source_name(path: Path) -> str:
+    """The word for the images of a folder or file: the folder's whole name, or the file's without its last suffix."""
+    whole = path.resolve() if path.name in ("", "..") else path
+    return whole.name if path.is_dir() else whole.stem
 
 
 def as_begun(node: Mapping[str, Any], rules: int) -> dict[str, Any]:

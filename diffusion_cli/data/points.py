@@ -10,8 +10,8 @@ from pydantic import Field, PositiveFloat, PositiveInt
 from torch import Tensor
 
 from diffusion_cli.data.array import array_of
-from diffusion_cli.data.base import Dataset, Split, named_mask, split_rows
-from diffusion_cli.data.folder import RULES, FileImages, file_names, ignored_files
+from diffusion_cli.data.base import Dataset, Split, named_mask, named_remarks, split_rows
+from diffusion_cli.data.folder import RULES, FileImages, file_names, ignored_files, source_name
 from diffusion_cli.data.labels import class_labels
 from diffusion_cli.data.listing import visible_name
 from diffusion_cli.data.memory import GENERATED, MemoryImages
@@ -60,7 +60,7 @@ class Points(Dataset):
             self.name, self.files = "shapes", [f"{number:06d}" for number in range(size)]
             self.class_names, self.labels = _shape_labels(size, labels)
         else:
-            self.name, names = self.path.stem, file_names(self.path, rules=rules)
+            self.name, names = source_name(self.path), file_names(self.path, rules=rules)
             self.files = _point_files(self.path, names)
             self._remarks = ignored_files(self.path, names, "dataset.path", SUFFIXES)
             classes = class_labels(self.path, names, self.files, labels, rules)
@@ -69,7 +69,7 @@ class Points(Dataset):
             self._remarks += classes.remarks
 
     def remarks(self) -> list[str]:
-        return self._remarks
+        return [*self._remarks, *named_remarks(self.files, self.held_out)]
 
     def load(self, split: Split) -> MemoryImages:
         rows = split_rows(named_mask(self.files, self.held_out), self.held_out, split)

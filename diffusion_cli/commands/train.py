@@ -29,7 +29,7 @@ from diffusion_cli.data import Growing, Images, Stages, UnreadableError
 from diffusion_cli.data.labels import examples
 from diffusion_cli.denoiser import Denoiser, NoisyClassifier
 from diffusion_cli.locks import only_one
-from diffusion_cli.named_data import remember
+from diffusion_cli.named_data import remember, remember_run
 from diffusion_cli.precision import resolve
 from diffusion_cli.ranks import Ranks, started, work_together
 from diffusion_cli.reconstruction import Autoencoding
@@ -151,6 +151,7 @@ def _fit(
             save_weights(parts.latent.latents.autoencoder, folder / AUTOENCODER)
         _write_config(folder / "config.yaml", config)
         remember(config.dataset)
+        remember_run(folder)
         print(
             f"{'Going on with' if done else 'Training'} {folder}: {_describe(model.network)} on {len(images)} images "
             f"of {parts.dataset.name}, {f'{stages}, ' if stages.grow else ''}{_where(parts.device.torch_device)}, "
@@ -239,7 +240,8 @@ def _refuse_another(folder: Path, config: TrainConfig, checkpoint: dict[str, Any
                 f"{key}={shown(now.get(key))}: the run in {folder} has {shown(before.get(key))}"
                 for key in keys
             ),
-            f"name={config.name}: holds a run of another configuration; choose another name",
+            f"name={config.name}: holds a run of another configuration; continue with: diffuse train "
+            f"run={config.name if folder == Path('outputs', str(config.name)) else folder}, or choose another name",
         )
 
 

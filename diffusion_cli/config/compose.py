@@ -12,6 +12,7 @@ if TYPE_CHECKING:
 from diffusion_cli.config.at_hand import own_images
 from diffusion_cli.config.catalogue import CONF, defaults, did_you_mean, documented, options
 from diffusion_cli.config.check import check_node, validate
+from diffusion_cli.config.continued import folder_of, foreign_paths, may_change, stored_by, with_values
 from diffusion_cli.config.recipe import AUTO, chosen_network, resolution, stored_configuration, with_recipe
 from diffusion_cli.config.runs import flatten, run_name
 from diffusion_cli.config.schema import COMMANDS, GRIDS, Config, Node
@@ -43,7 +44,9 @@ def load(command: str, overrides: Sequence[str], dirs: Sequence[Path] = ()) -> C
     choosing, setting, mistakes = _sort(command, list(map(as_typed, overrides)), dirs)
     try:
         composed, unknown = (
-            _training(choosing, setting, dirs)
+            _continuing(choosing, setting, dirs)
+            if command == "train" and setting.get("run", "run=null") != "run=null"
+            else _training(choosing, setting, dirs)
             if command == "train"
             else _composed(command, choosing, setting, dirs)
         )
@@ -86,6 +89,38 @@ def _training(
     else:
         composed, unknown, stored = _named(None, choosing, setting, choices, dirs)
     return with_recipe(composed, stored), unknown
+
+
+def _continuing(
+    choosing: Sequence[str], setting: Mapping[str, str], dirs: Sequence[Path]
+) -> tuple[Node, list[str]]:
+    """The configuration of the run that `run=` names, and a line for each word that does not go with it."""
+    groups = {text.partition("=")[0]: text for text in choosing}
+    keys = {key: text for key, text in setting.items() if key != "run"}
+    run = setting["run"].partition("=")[2].strip("'\"")
+    mistakes = [
+        f"{text}: would change what run={run} trains; leave it out, or train anew with another name="
+        for key, text in {**groups, **keys}.items()
+        if not may_change(key)
+    ]
+    chosen = {group: text for group, text in groups.items() if may_change(group)}
+    usual = compose("train", list(chosen.values()), dirs)[0]
+    output_dir = str(parse(keys.pop("output_dir")).value()) if "output_dir" in keys else usual["output_dir"]
+    folder = folder_of(run, output_dir)
+    stored = stored_by(folder)
+    for key, path in foreign_paths(folder, stored, usual, {*groups, *keys}).items():
+        remedy = (
+            f"add {key}="
+            if may_change(key)
+            else f"give the whole command that it was trained with, and name={folder.name}"
+        )
+        mistakes.append(
+            f"{key}={path}: is named by the run in {folder}, and you have not trained it here; {remedy}"
+        )
+    composed = {**usual, **stored, **{group: usual[group] for group in chosen}}
+    known, unknown = _known("train", {key: text for key, text in keys.items() if may_change(key)}, composed)
+    composed = with_values(composed, {item.key_or_group: item.value() for item in map(parse, known)})
+    return composed | {"name": folder.name, "output_dir": str(folder.parent), "run": None}, mistakes + unknown
 
 
 def _named(

@@ -14,6 +14,7 @@ from diffusion_cli.config.check import shown
 NOT_IDENTITY = frozenset(
     [
         "name",
+        "run",
         "max_steps",
         "max_epochs",
         "max_time",

@@ -65,6 +65,7 @@ class TrainConfig(BaseModel):
     model_config = STRICT
     seed: NonNegativeInt
     name: Name | None
+    run: None = None  # another value is replaced by the configuration of that run
     batch_size: PositiveInt
     progressive: Annotated[list[PositiveInt], Field(min_length=2)] | None
     stage_steps: list[PositiveInt] | None

@@ -1,0 +1,90 @@
+"""Which run `diffuse train run=` names, what may be given beside it, and what its folder is trusted with."""
+
+import copy
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+from diffusion_cli.config.runs import flatten, identity
+from diffusion_cli.foreign import read_yaml
+from diffusion_cli.named_data import is_own_run, unnamed
+
+PATHS = (
+    "dataset.path", "dataset.masks", "latent.run", "latent.pretrained", "objective.lpips_weights", "features.weights",
+    "reference.path", "reference.stats", "data_dir", "cache_dir",
+)  # fmt: skip
+"""The keys of a configuration that name files and folders of this machine."""
+
+
+def may_change(key: str) -> bool:
+    """Whether a run may continue with another value of a key: a budget, an interval, a place or a cost."""
+    node: Any = None
+    for name in reversed(key.split(".")):
+        node = {name: node}
+    return key != "name" and not identity(node)
+
+
+def folder_of(run: str, output_dir: str) -> Path:
+    """The folder of a run, by path or by name in `output_dir`; ValueError if there is none."""
+    for folder in (Path(run).expanduser(), Path(output_dir, run)):
+        if (folder / "checkpoints").is_dir():
+            return folder if folder.name else folder.resolve()
+    raise ValueError(f"run={run}: is no run, here or in {output_dir}; name its folder, or give output_dir=")
+
+
+def stored_by(folder: Path) -> dict[str, Any]:
+    """The configuration that a run was last trained with; ValueError if it cannot be read."""
+    try:
+        stored = read_yaml(folder / "config.yaml")
+        if not isinstance(stored, dict):
+            raise ValueError("is not a configuration")
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise ValueError(
+            f"{folder / 'config.yaml'}: {reason}; give the whole command that the run was trained with, and "
+            f"name={folder.name}"
+        ) from error
+    return stored
+
+
+def foreign_paths(
+    folder: Path, stored: Mapping[str, Any], usual: Mapping[str, Any], given: Collection[str]
+) -> dict[str, Any]:
+    """The paths in the configuration of a run that this user neither trained here nor names now.
+
+    Args:
+        folder: the run's folder.
+        stored: its configuration.
+        usual: the configuration without any word.
+        given: the keys and groups on the command line.
+    """
+    if is_own_run(folder):
+        return {}
+    before, now = flatten(usual), flatten(stored)
+    found = {key: now[key] for key in PATHS if now.get(key) not in (None, before.get(key))}
+    named = {key for key in found if {key, key.partition(".")[0]} & set(given)}
+    data = {key: path for key, path in found.items() if key.startswith("dataset.")}
+    trained = set(data) - {
+        f"dataset.{name}"
+        for name in unnamed({key.removeprefix("dataset."): path for key, path in data.items()})
+    }
+    return {key: path for key, path in found.items() if key not in named | trained}
+
+
+def with_values(config: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
+    """A configuration with other values of some dotted keys.
+
+    A learning rate that falls over the whole budget falls over the new one, as where a whole command gives it.
+    """
+    changed = copy.deepcopy(dict(config))
+    optimizer = changed["optimizer"]
+    falls = optimizer.get("decay_steps") == changed["max_steps"]
+    for key, value in values.items():
+        *parents, name = key.split(".")
+        node = changed
+        for parent in parents:
+            node = node[parent]
+        node[name] = value
+    if falls and "optimizer.decay_steps" not in values:
+        optimizer["decay_steps"] = changed["max_steps"]
+    return changed

@@ -10,11 +10,12 @@ from torch import Tensor
 
 from diffusion_cli.forms import Form, Picture, Range, Ranged, Shape, Volume, image_form
 from diffusion_cli.forms.dicom import dicom_form, is_dicom
-from diffusion_cli.forms.files import flattened, is_turned, parsed, upright
+from diffusion_cli.forms.files import DECODING, flattened, is_turned, parsed, upright
 from diffusion_cli.forms.numbers import depth_of, is_cmyk, mode_with_opacity
 from diffusion_cli.forms.volume import read_volume
 
 SPARE = 2  # times the size, from which the Lanczos filter takes what it needs
+BYTES_A_PIXEL = 4  # of a decoded image, with opacity
 
 
 class FileDecoder(Protocol):
@@ -72,11 +73,12 @@ class Decoder(NamedTuple):
         image = parsed(data)
         size, target = image.size, wanted if is_turned(image) else wanted[::-1]
         drafted = image.draft(None, (SPARE * target[0], SPARE * target[1]))
-        if drafted is None or image.size == size:
-            image = _resized(self._flattened(upright(image)), wanted)
-        else:  # turned at the end: where no eighth of the size is whole, the right and the lower edge reach too far
-            _, (_, _, width, _) = drafted  # of the file's image, in pixels of this one
-            image = upright(_resized(self._flattened(image), target[::-1], size, size[0] / width))
+        with DECODING.hold(BYTES_A_PIXEL * image.width * image.height):
+            if drafted is None or image.size == size:
+                image = _resized(self._flattened(upright(image)), wanted)
+            else:  # turned at the end: where no eighth of the size is whole, the right and the lower edge reach too far
+                _, (_, _, width, _) = drafted  # of the file's image, in pixels of this one
+                image = upright(_resized(self._flattened(image), target[::-1], size, size[0] / width))
         return np.asarray(image).reshape(*wanted, channels).transpose(2, 0, 1)
 
     def _flattened(self, image: Image.Image) -> Image.Image:

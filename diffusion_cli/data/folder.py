@@ -46,7 +46,7 @@ from diffusion_cli.data.listing import (
     without_pictures,
 )
 from diffusion_cli.data.masks import MaskedDecoder, divided, mask_files, masked_decoder
-from diffusion_cli.data.memory import MemoryImages, fits_in_memory
+from diffusion_cli.data.memory import MemoryImages, fits_in_memory, usable_cores
 from diffusion_cli.foreign import LONGEST_MANIFEST, Archive, read, reason
 from diffusion_cli.forms import Dicom, Form, Picture, Range, Ranged, Raster, Volume, has_own_numbers
 from diffusion_cli.forms.dicom import SUFFIXES as SCANS
@@ -348,7 +348,7 @@ class FileImages(Images):
             return None
 
         # A worker process is one of many already; pixel work in threads runs in parallel.
-        threads = 1 if get_worker_info() else min(os.cpu_count() or 1, len(index))
+        threads = 1 if get_worker_info() else min(usable_cores(), len(index))
         if threads <= 1:
             outcomes = list(map(fill, range(len(index)), index.tolist()))
         else:

@@ -1,8 +1,10 @@
 """Images held in memory, on the CPU or on the device that trains."""
 
 import os
+from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
-from typing import Self
+from typing import NamedTuple, Self
 
 import torch
 from torch import Tensor
@@ -63,10 +65,64 @@ def fits_in_memory(size: int) -> bool:
     return size * started().local_world <= free_memory() // SHARE
 
 
-def free_memory() -> int:
-    """Bytes of RAM that programs can still use, or half of all RAM where the system does not say."""
+def free_memory(root: Path = Path("/")) -> int:
+    """Bytes of RAM that this process can still use: what is free on the machine, and in the cgroups of its job.
+
+    Half of all RAM where the system gives no number. `root` is the folder in which `proc` and `sys` lie.
+    """
     try:
-        lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
-        return int(lines["MemAvailable"].split()[0]) * 1024
+        lines = dict(line.split(":") for line in (root / "proc/meminfo").read_text().splitlines())
+        free = int(lines["MemAvailable"].split()[0]) * 1024
     except (OSError, KeyError):
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+        free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+    return max(0, min([free, *_free_in_cgroups(root)]))
+
+
+class _Cgroups(NamedTuple):
+    """The names that a version of cgroups gives to the memory of a group."""
+
+    mounts: tuple[str, ...]
+    limit: str
+    usage: str
+    reclaimable: str
+    """The entry of `memory.stat` with the bytes of files that the kernel drops first."""
+
+
+VERSION_1 = _Cgroups(
+    ("sys/fs/cgroup/memory",), "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"
+)
+VERSION_2 = _Cgroups(
+    ("sys/fs/cgroup", "sys/fs/cgroup/unified"), "memory.max", "memory.current", "inactive_file"
+)
+
+
+def _free_in_cgroups(root: Path) -> Iterator[int]:
+    """Bytes that this process's cgroup, and each above it, leaves free."""
+    try:
+        lines = (root / "proc/self/cgroup").read_text().splitlines()
+    except OSError:
+        return
+    for line in lines:
+        number, controllers, path = line.split(":", 2)
+        if number != "0" and "memory" not in controllers.split(","):
+            continue
+        version = VERSION_2 if number == "0" else VERSION_1
+        for mount in (root / name for name in version.mounts):
+            group = mount / path.lstrip("/")
+            for folder in (group, *group.parents):
+                if folder.is_relative_to(mount):
+                    with suppress(OSError, ValueError):  # no such group here, or "max": no limit
+                        yield _free_in(folder, version)
+
+
+def _free_in(folder: Path, version: _Cgroups) -> int:
+    limit = int((folder / version.limit).read_text())
+    used = int((folder / version.usage).read_text())
+    statistics = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+    return limit - used + int(statistics.get(version.reclaimable, 0))
+
+
+def usable_cores() -> int:
+    """Cores that this process may use: of a node's, those that a batch job was given."""
+    allowed = getattr(os, "sched_getaffinity", None)
+    return len(allowed(0)) if allowed else os.cpu_count() or 1

@@ -1,7 +1,6 @@
 """A data set in one file, from which training reads images as they are."""
 
 import json
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
@@ -17,6 +16,7 @@ from tqdm import tqdm
 from diffusion_cli.data.array import CLASS_NAMES, FORM, IMAGE_KEYS, LABEL_KEYS, MARKS, channel_order
 from diffusion_cli.data.base import Dataset, Images
 from diffusion_cli.data.batches import fetched
+from diffusion_cli.data.memory import usable_cores
 from diffusion_cli.forms import Ranged
 
 CHUNK = 2**20  # bytes that a process decodes at a time: of all of them little, where /dev/shm is small
@@ -62,7 +62,7 @@ class Pack:
 
     def _pixels(self, dataset: Dataset, splits: list[Images]) -> Iterator[np.ndarray]:
         """The images of one split after the other, some at a time, under a progress bar on stderr."""
-        wanted = _cores() if self.processes is None else self.processes
+        wanted = usable_cores() if self.processes is None else self.processes
         size = max(1, CHUNK // int(np.prod(dataset.shape)))
         total = sum(map(len, splits))
         with tqdm(
@@ -85,12 +85,6 @@ def _numbers(pixels: Tensor, dataset: Dataset) -> np.ndarray:
     if pixels.dtype != torch.uint8:
         raise ValueError(f"dataset: {dataset.name} has no images of 256 values, and needs no packing")
     return pixels.numpy()
-
-
-def _cores() -> int:
-    """Those that this process may use: of a node's, what a batch job was given."""
-    allowed = getattr(os, "sched_getaffinity", None)
-    return len(allowed(0)) if allowed else os.cpu_count() or 1
 
 
 def _entry(archive: ZipFile, name: str) -> IO[bytes]:

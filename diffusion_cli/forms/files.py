@@ -1,7 +1,10 @@
 """Image files of 8 bits a channel, as Pillow reads them."""
 
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from io import BytesIO
+from threading import Condition
 from typing import IO, Literal
 
 import numpy as np
@@ -30,6 +33,32 @@ so that damaged files would pass for it; AVIF decodes frames of another size tha
 FIRST_SUFFIXES = tuple(suffix for suffixes in FIRST_FORMATS.values() for suffix in suffixes)
 SUFFIXES = tuple(suffix for suffixes in FORMATS.values() for suffix in suffixes)
 ORIENTATION, TURNED = 0x0112, (5, 6, 7, 8)  # of EXIF, and those whose width is the height
+
+
+class Room:
+    """Memory that threads share: one waits until what it takes fits beside the others, or until it is alone."""
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+        self.taken = 0
+        self._changed = Condition()
+
+    @contextmanager
+    def hold(self, size: int) -> Iterator[None]:
+        """Take `size` bytes for a while."""
+        with self._changed:
+            self._changed.wait_for(lambda: not self.taken or self.taken + size <= self.limit)
+            self.taken += size
+        try:
+            yield
+        finally:
+            with self._changed:
+                self.taken -= size
+                self._changed.notify_all()
+
+
+DECODING = Room(2**29)
+"""Bytes of the images that the threads of a process decode at once; a few kilobytes of WebP hold 360 MB of pixels."""
 
 
 def is_gray(image: Image.Image) -> bool:

@@ -1,0 +1,98 @@
+"""The limits of a job: memory of a cgroup, cores that are allowed, images that inflate."""
+
+import io
+import os
+import threading
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from diffusion_cli.data import decoding
+from diffusion_cli.data.decoding import Decoder
+from diffusion_cli.data.memory import free_memory, usable_cores
+from diffusion_cli.forms.files import Room, upright
+
+GIB = 2**30
+
+
+def machine(root: Path, cgroup: str, groups: dict[str, tuple[str, int, int]], version: int) -> Path:
+    """The files of a machine with 24 GiB free; each group has a limit, what it uses, and files that can be dropped."""
+    limit, usage, dropped = {
+        1: ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+        2: ("memory.max", "memory.current", "inactive_file"),
+    }[version]
+    (root / "proc" / "self").mkdir(parents=True)
+    (root / "proc" / "meminfo").write_text(f"MemTotal: 1 kB\nMemAvailable:   {24 * GIB // 1024} kB\n")
+    (root / "proc" / "self" / "cgroup").write_text(cgroup)
+    for name, (most, used, files) in groups.items():
+        folder = root / "sys" / "fs" / "cgroup" / name
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / limit).write_text(f"{most}\n")
+        (folder / usage).write_text(f"{used}\n")
+        (folder / "memory.stat").write_text(f"cache 5\n{dropped} {files}\n")
+    return root
+
+
+def test_the_memory_of_a_job_is_that_of_its_cgroup(tmp_path):
+    job = {"slurm/job_7": (str(2 * GIB), GIB, GIB // 2), "slurm": ("max", 9 * GIB, 0)}
+    assert free_memory(machine(tmp_path, "0::/slurm/job_7\n", job, 2)) == 3 * GIB // 2
+
+
+def test_a_group_above_may_have_the_limit(tmp_path):
+    job = {"slurm/job_7/step": ("max", 0, 0), "slurm/job_7": (str(3 * GIB), GIB, 0)}
+    assert free_memory(machine(tmp_path, "0::/slurm/job_7/step\n", job, 2)) == 2 * GIB
+
+
+def test_the_first_version_of_cgroups_counts_too(tmp_path):
+    words = "9:name=systemd:/\n4:cpu,memory:/job\n0::/\n"
+    job = {"memory/job": (str(GIB), GIB // 4, 0), "memory": (str(2**63 - 4096), 0, 0)}
+    assert free_memory(machine(tmp_path, words, job, 1)) == 3 * GIB // 4
+
+
+@pytest.mark.parametrize("words", ["0::/elsewhere\n", "0::/../../elsewhere\n", "4:memory:/job\n", ""])
+def test_without_a_limit_the_memory_is_that_of_the_machine(tmp_path, words):
+    assert free_memory(machine(tmp_path, words, {}, 2)) == 24 * GIB
+
+
+def test_a_group_over_its_limit_has_nothing_free(tmp_path):
+    assert free_memory(machine(tmp_path, "0::/job\n", {"job": (str(GIB), 2 * GIB, 0)}, 2)) == 0
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="needs Linux")
+def test_cores_are_those_that_are_allowed(monkeypatch):
+    monkeypatch.setattr(os, "cpu_count", lambda: 256)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: {3, 5})
+    assert usable_cores() == 2
+
+
+def test_threads_share_room_and_one_alone_may_exceed_it():
+    room, most, started = Room(10), [0], threading.Barrier(6)
+
+    def take(size: int) -> None:
+        started.wait()
+        for _ in range(200):
+            with room.hold(size):
+                most[0] = max(most[0], room.taken)
+
+    threads = [threading.Thread(target=take, args=(4,)) for _ in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert 0 < most[0] <= 10
+    with room.hold(99):
+        assert room.taken == 99
+    assert room.taken == 0
+
+
+def test_an_image_takes_room_for_its_pixels(monkeypatch):
+    data = io.BytesIO()
+    Image.new("RGB", (300, 200)).save(data, "WEBP", lossless=True)
+    held: list[int] = []
+    room = Room(1)
+    monkeypatch.setattr(decoding, "DECODING", room)
+    monkeypatch.setattr(decoding, "upright", lambda image: (held.append(room.taken), upright(image))[1])
+    Decoder((3, 8, 8), "white", False)(data.getvalue())
+    assert held == [4 * 300 * 200]
+    assert room.taken == 0

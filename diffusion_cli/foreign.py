@@ -11,7 +11,7 @@ import re
 import stat
 import zipfile
 import zlib
-from io import StringIO
+from io import BytesIO, StringIO
 from pathlib import Path
 from typing import IO, Any
 
@@ -121,6 +121,10 @@ class Archive:
 
 # What names a checkpoint of tensors and plain data. Of what torch allows beside, some takes any memory it is told to.
 NAMES = re.compile(r"collections OrderedDict|torch\._utils _rebuild_tensor_v2|torch \w+Storage")
+# Older versions of torch named these too.
+WEIGHT_NAMES = re.compile(
+    rf"{NAMES.pattern}|torch\._utils _rebuild_(?:tensor|parameter)|torch\.nn\.parameter Parameter"
+)
 TUPLES = ("EMPTY_TUPLE", "TUPLE", "TUPLE1", "TUPLE2", "TUPLE3")
 
 
@@ -134,10 +138,32 @@ def check_tensors(path: Path) -> None:
             raise ValueError("is compressed")
         (name,) = (name for name in archive.entries if name.endswith("/data.pkl"))
         data = archive.read(name)
+    _check_pickle(BytesIO(data), NAMES)
+
+
+def check_weights(path: Path) -> None:
+    """Raise ValueError, or an error of the parsers, unless a file of `torch.save` of any version holds tensors alone.
+
+    Versions before 1.6 wrote pickles one after the other: a number, a version, sizes of the machine, then the weights.
+    """
+    with path.open("rb") as file:
+        zipped = file.read(4) == b"PK\x03\x04"
+    if zipped:
+        with Archive(path) as archive:
+            (name,) = (name for name in archive.entries if name.endswith("/data.pkl"))
+            _check_pickle(BytesIO(archive.read(name)), WEIGHT_NAMES)
+        return
+    with path.open("rb") as file:
+        for _ in range(4):
+            _check_pickle(file, WEIGHT_NAMES)
+
+
+def _check_pickle(file: IO[bytes], names: re.Pattern[str]) -> None:
+    """Raise ValueError for a pickle with other names, or with tuples nested so deep that to hash one fails."""
     stack: list[int | None] = []  # how deep the tuples are nested that lie there, None for a mark
     memo: dict[Any, int] = {}
-    for operation, argument, _ in pickletools.genops(data):
-        if operation.name == "GLOBAL" and not NAMES.fullmatch(str(argument)):
+    for operation, argument, _ in pickletools.genops(file):
+        if operation.name == "GLOBAL" and not names.fullmatch(str(argument)):
             raise ValueError(f"names {argument}")
         if "PUT" in operation.name:
             memo[argument] = stack[-1] or 0

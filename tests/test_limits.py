@@ -1,17 +1,21 @@
-"""The limits of a job: memory of a cgroup, cores that are allowed, images that inflate."""
+"""The limits of a job and of a file: memory of a cgroup, cores that are allowed, images that inflate, deep pickles."""
 
 import io
 import os
 import threading
+import zipfile
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 
 from diffusion_cli.data import decoding
 from diffusion_cli.data.decoding import Decoder
 from diffusion_cli.data.memory import free_memory, usable_cores
+from diffusion_cli.foreign import check_weights
 from diffusion_cli.forms.files import Room, upright
+from diffusion_cli.metrics.weights import content_of, read
 
 GIB = 2**30
 
@@ -96,3 +100,45 @@ def test_an_image_takes_room_for_its_pixels(monkeypatch):
     Decoder((3, 8, 8), "white", False)(data.getvalue())
     assert held == [4 * 300 * 200]
     assert room.taken == 0
+
+
+def pickled(path: Path, program: bytes) -> Path:
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, data in (("x/data.pkl", program), ("x/byteorder", b"little"), ("x/version", b"3")):
+            archive.writestr(name, data)
+    return path
+
+
+NESTED = b"\x80\x02}" + b")" + b"\x85" * 10**5 + b"Ns."
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_weights_with_deep_tuples_are_refused_before_torch_reads_them(tmp_path, zipped):
+    path = tmp_path / "w.pth"
+    if zipped:
+        pickled(path, NESTED)
+    else:
+        path.write_bytes(NESTED)
+    with pytest.raises(ValueError, match="has tuples nested deeper than 32 levels"):
+        read(content_of(path, "features.weights"), path, "features.weights")
+
+
+def test_weights_name_nothing_but_tensors(tmp_path):
+    path = pickled(tmp_path / "w.pth", b"\x80\x02cbuiltins\nbytearray\nJ\xff\xff\xff\x7f\x85R.")
+    with pytest.raises(ValueError, match="names builtins bytearray"):
+        read(content_of(path, "features.weights"), path, "features.weights")
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_weights_of_old_and_new_versions_of_torch_are_read(tmp_path, zipped):
+    path = tmp_path / "w.pth"
+    weights = {
+        "a": torch.ones(3),
+        "b": torch.nn.Parameter(torch.ones(2)),
+        "c": torch.zeros(2, dtype=torch.int64),
+    }
+    torch.save(weights, path, _use_new_zipfile_serialization=zipped)
+    check_weights(path)
+    found = read(content_of(path, "features.weights"), path, "features.weights")
+    assert found["a"].tolist() == [1, 1, 1]
+    assert found["b"].tolist() == [1, 1]

@@ -12,7 +12,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from diffusion_cli.data import Dataset
 from diffusion_cli.metrics.features import FeatureBatch, Features, check_channels
-from diffusion_cli.metrics.weights import locate, misfit, read
+from diffusion_cli.metrics.weights import content_of, locate, misfit, read
 
 SIZE = 299
 Resize = Literal["tensorflow", "pytorch", "clean"]
@@ -59,7 +59,7 @@ class InceptionFeatures(Features):
 
         check_channels(self.name, dataset)
         path = locate(weights, URL_INCEPTION_V3, "features.weights")
-        content = path.read_bytes()
+        content = content_of(path, "features.weights")
         self.digest = hashlib.sha256(content).hexdigest()
         self.device, self.precision = device, precision
         self.way: Resize = resize

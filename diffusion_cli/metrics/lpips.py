@@ -9,7 +9,7 @@ from torch import Tensor
 
 from diffusion_cli.checkpoint import digest
 from diffusion_cli.metrics.features import check_pixels, exact_convolutions
-from diffusion_cli.metrics.weights import locate, misfit, read
+from diffusion_cli.metrics.weights import content_of, locate, misfit, read
 
 PUBLISHED = {"alex": "AlexNet_Weights", "vgg": "VGG16_Weights", "squeeze": "SqueezeNet1_1_Weights"}
 # Of images of fewer pixels a side the last maps are empty; the reference implementation fails there.
@@ -52,7 +52,7 @@ class LPIPSDistance:
     def _fill(self, path: Path, key: str) -> None:
         """Give the backbone, which torchmetrics cuts into slices, the weights that a file of torchvision's holds."""
         backbone = self.network.net
-        saved = read(path.read_bytes(), path, key)
+        saved = read(content_of(path, key), path, key)
         try:
             names = {own: "features." + re.sub(r"^slices?\.?\d+\.", "", own) for own in backbone.state_dict()}
             backbone.load_state_dict({own: saved[name] for own, name in names.items()})

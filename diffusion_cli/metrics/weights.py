@@ -6,6 +6,12 @@ from typing import Any
 
 import torch
 
+from diffusion_cli.foreign import check_weights
+from diffusion_cli.foreign import read as read_file
+
+LARGEST = 2**32
+"""Bytes of a file of weights."""
+
 
 def locate(weights: str | None, url: str, key: str) -> Path:
     """The file that the option called `key` names, or, for None, what is published at `url`.
@@ -35,9 +41,18 @@ def locate(weights: str | None, url: str, key: str) -> Path:
     return path
 
 
+def content_of(path: Path, key: str) -> bytes:
+    """The bytes of a file of weights; ValueError, about the option called `key`, if there are too many."""
+    try:
+        return read_file(path, LARGEST)
+    except ValueError as error:
+        raise misfit(path, key, error) from error
+
+
 def read(content: bytes, path: Path, key: str) -> Any:
     """What a file of weights holds; ValueError, about the option called `key`, for anything but tensors."""
     try:
+        check_weights(path)
         return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
     except Exception as error:  # damaged files fail in many ways in the parsers of ZIP and pickle
         raise misfit(path, key, error) from error

@@ -803,7 +803,8 @@ def test_a_training_begins_with_the_remark(tmp_path, capsys):
     rest = ["trainer=cpu", "logger=csv", "name=r", f"output_dir={tmp_path}", "preview_steps=1"]
     assert run(["train", *words, *network, *rest]) == 0
     assert (
-        "diffuse: dataset.range=[0,1]: cuts 100% of the values of the first image" in capsys.readouterr().err
+        "diffuse: dataset.range=[0,1]: cuts 100% of the values of 8 images looked at"
+        in capsys.readouterr().err
     )
 
 

@@ -155,3 +155,21 @@ def processes_with(text: str) -> list[int]:
         if text.encode() in environment and int(folder.name) != os.getpid():
             found.append(int(folder.name))
     return found
+
+
+def test_an_evaluation_during_training_ends_at_a_signal_in_the_middle_of_its_work(
+    tmp_path, monkeypatch, capsys
+):
+    def batch(*_: object) -> None:
+        signal.raise_signal(signal.SIGTERM)
+        raise AssertionError("the signal was only noted")
+
+    words = ["eval_every=2", "eval_steps=1", "eval_samples=70", "features=classifier", "features.steps=2"]
+    words += [f"cache_dir={tmp_path}/cache", f"output_dir={tmp_path}", "max_steps=4", "log_every=1"]
+    with monkeypatch.context() as patch:
+        patch.setattr("diffusion_cli.training.evaluation.TrainingSamples.batch", batch)
+        assert run([*TINY, *words]) == UNFINISHED
+    assert "SIGTERM: saved" in capsys.readouterr().out
+    assert "frechet_classifier" not in (tmp_path / "tiny" / "metrics.csv").read_text()
+    assert run([*TINY, *words]) == 0
+    assert "frechet_classifier" in (tmp_path / "tiny" / "metrics.csv").read_text()

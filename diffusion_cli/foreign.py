@@ -28,6 +28,21 @@ LONGEST_MANIFEST = 2**25
 LONGEST_YAML = 2**20  # its parser takes seconds for that
 LONGEST_SCALAR = 4096  # characters; YAML reads 1:2:3: ... as one number, in the square of its length
 DEEPEST = 32
+IMAGE_FORMATS = {
+    "PNG": (".png", ".apng"),
+    "JPEG": (".jpg", ".jpeg", ".jpe", ".jfif"),
+    "WEBP": (".webp",),
+    "TIFF": (".tif", ".tiff"),
+    "BMP": (".bmp", ".dib"),
+    "GIF": (".gif",),
+    "PPM": (".ppm", ".pgm", ".pbm", ".pnm"),
+    "JPEG2000": (".jp2", ".j2k", ".j2c", ".jpc", ".jpf", ".jpx"),
+}
+"""The formats of Pillow that are read, each with its suffixes.
+
+Each has a signature, runs no code, and declares the number of pixels that its decoder allocates. TGA has no signature,
+so that damaged files would pass for it; AVIF decodes frames of another size than declared.
+"""
 MOST_VALUES = 10**6
 MOST_IN_MANIFEST = 10**7
 

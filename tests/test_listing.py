@@ -14,8 +14,9 @@ from diffusion_cli.commands.inputs import read_input
 from diffusion_cli.config import Mistakes
 from diffusion_cli.data import Folder, Points, as_begun, given_images
 from diffusion_cli.data.listing import passed_over
+from diffusion_cli.foreign import IMAGE_FORMATS
 from diffusion_cli.forms import Picture, image_form
-from diffusion_cli.forms.files import FIRST_SUFFIXES, FORMATS, SUFFIXES
+from diffusion_cli.forms.files import FIRST_SUFFIXES, SUFFIXES
 from diffusion_cli.forms.numbers import depth_of, read_numbers
 
 RNG = np.random.default_rng(0)
@@ -42,7 +43,7 @@ def folder(path: Path, *rules: int, **changes) -> Folder:
 
 @pytest.mark.parametrize("suffix", SUFFIXES)
 def test_files_of_every_suffix_are_read(tmp_path, suffix):
-    kind = next(kind for kind, suffixes in FORMATS.items() if suffix in suffixes)
+    kind = next(kind for kind, suffixes in IMAGE_FORMATS.items() if suffix in suffixes)
     exact = {"WEBP": {"lossless": True}, "JPEG2000": {"irreversible": False}}
     options = {"format": kind} | exact.get(kind, {}) | ({"quality": 100} if kind == "JPEG" else {})
     if suffix == ".pbm":

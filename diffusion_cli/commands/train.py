@@ -154,8 +154,10 @@ def _fit(
         remember_run(folder)
         print(
             f"{'Going on with' if done else 'Training'} {folder}: {_describe(model.network)} on {len(images)} images "
-            f"of {parts.dataset.name}, {f'{stages}, ' if stages.grow else ''}{_where(parts.device.torch_device)}, "
-            f"{precision}",
+            f"of {parts.dataset.name} ({'x'.join(map(str, parts.dataset.shape))}), "
+            f"{f'{stages}, ' if stages.grow else ''}{_where(parts.device.torch_device)}, {precision}, "
+            f"learning rate {config.optimizer['lr']:g}, "
+            f"{'no limit of steps' if max_steps is None else f'{max_steps:,} steps'} of {config.batch_size}",
             file=sys.stderr,
         )
         remarks = [*_beyond_its_end(parts, stages, max_steps), *parts.dataset.remarks()]

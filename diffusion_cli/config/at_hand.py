@@ -10,7 +10,7 @@ from pathlib import Path, PurePosixPath
 from statistics import median_low
 from typing import IO, Any, NamedTuple
 
-from diffusion_cli.foreign import Archive, read
+from diffusion_cli.foreign import IMAGE_FORMATS, Archive, read
 
 MOST_COUNTED = 10_000
 """Images that are counted at most: no recipe depends on more."""
@@ -58,13 +58,13 @@ def _measured(names: list[Any], content: Callable[[Any], bytes]) -> OwnImages | 
     """The images among files, of which a few are opened."""
     from PIL import Image
 
-    kinds = Image.registered_extensions()
+    suffixes = {suffix for suffixes in IMAGE_FORMATS.values() for suffix in suffixes}
     paths = {name: PurePosixPath(name) for name in names}
-    images = [name for name, path in paths.items() if path.suffix.lower() in kinds and path.name[0] != "."]
+    images = [name for name, path in paths.items() if path.suffix.lower() in suffixes and path.name[0] != "."]
     sides = []
     for name in images[:: max(1, len(images) // MOST_OPENED)]:
-        with suppress(Exception), Image.open(BytesIO(content(name))) as image:  # Pillow's own, of many kinds
-            sides.append(min(image.size))
+        with suppress(Exception):  # Pillow's own, of many kinds
+            sides.append(min(Image.open(BytesIO(content(name)), formats=[*IMAGE_FORMATS]).size))
     return OwnImages(len(images), median_low(sides) if sides else None) if images else None
 
 

@@ -10,28 +10,15 @@ from typing import IO, Literal
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from diffusion_cli.foreign import reason
+from diffusion_cli.foreign import IMAGE_FORMATS, reason
 from diffusion_cli.forms.profiles import to_srgb
 
 # Such images are refused with a word of our own. Here, for filters must not be set in threads.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 FIRST_FORMATS = {"PNG": (".png",), "JPEG": (".jpg", ".jpeg"), "WEBP": (".webp",), "TIFF": (".tif", ".tiff")}
 """The formats and suffixes that the first version of the data rules reads."""
-FORMATS = FIRST_FORMATS | {
-    "PNG": (".png", ".apng"),
-    "JPEG": (".jpg", ".jpeg", ".jpe", ".jfif"),
-    "BMP": (".bmp", ".dib"),
-    "GIF": (".gif",),
-    "PPM": (".ppm", ".pgm", ".pbm", ".pnm"),
-    "JPEG2000": (".jp2", ".j2k", ".j2c", ".jpc", ".jpf", ".jpx"),
-}
-"""The formats of Pillow that are read, each with its suffixes.
-
-Each has a signature, runs no code, and declares the number of pixels that its decoder allocates. TGA has no signature,
-so that damaged files would pass for it; AVIF decodes frames of another size than declared.
-"""
 FIRST_SUFFIXES = tuple(suffix for suffixes in FIRST_FORMATS.values() for suffix in suffixes)
-SUFFIXES = tuple(suffix for suffixes in FORMATS.values() for suffix in suffixes)
+SUFFIXES = tuple(suffix for suffixes in IMAGE_FORMATS.values() for suffix in suffixes)
 ORIENTATION, TURNED = 0x0112, (5, 6, 7, 8)  # of EXIF, and those whose width is the height
 
 
@@ -75,7 +62,7 @@ def has_gray_palette(image: Image.Image) -> bool:
 
 
 def opened(data: bytes) -> Image.Image:
-    """An image file of one of the FORMATS, upright by its EXIF orientation, its first frame.
+    """An image file of one of the IMAGE_FORMATS, upright by its EXIF orientation, its first frame.
 
     Raises ValueError if it is none, is damaged, or has more pixels than `PIL.Image.MAX_IMAGE_PIXELS`.
     """
@@ -85,9 +72,9 @@ def opened(data: bytes) -> Image.Image:
 def parsed(data: bytes | IO[bytes]) -> Image.Image:
     """As `opened`, before pixels are read; of an open file no more than the header is read."""
     try:
-        image = Image.open(BytesIO(data) if isinstance(data, bytes) else data, formats=list(FORMATS))
+        image = Image.open(BytesIO(data) if isinstance(data, bytes) else data, formats=list(IMAGE_FORMATS))
     except UnidentifiedImageError as error:  # whose text names a memory address
-        raise ValueError(f"is not an image in {', '.join(FORMATS)}") from error
+        raise ValueError(f"is not an image in {', '.join(IMAGE_FORMATS)}") from error
     except Exception as error:  # decoders meet broken data with errors of every type
         raise ValueError(reason(error)) from error
     limit = Image.MAX_IMAGE_PIXELS

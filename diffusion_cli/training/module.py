@@ -2,7 +2,7 @@
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
@@ -260,16 +260,20 @@ class DenoisingModule(TrainingModule[NoiseConditioned, LevelMeter]):
         assert isinstance(self.model, Denoiser)
         zero = self.model.with_network(ZeroNetwork(self.model.learns_variance))
         generator = torch.Generator().manual_seed(mix(self.seed, "loss of zero"))
-        # Every level of noise counts, so each image is noised at several of them.
+
+        def noise(shape: Sequence[int]) -> Tensor:
+            return torch.randn(*shape, generator=generator).to(self.device)
+
+        # Every level of noise counts: the batch is noised at several of them, a batch at a time as in a step.
         copies = -(-ZERO_SAMPLES // len(batch.images))
-        images = batch.images.repeat(copies, *[1] * (batch.images.ndim - 1))
-        u = (torch.randperm(len(images), generator=generator) + 0.5) / len(images)
-        drawn = self.times(self.model.schedule, u.to(self.device))
-        x0 = self.space.states(images, lambda shape: torch.randn(shape, generator=generator).to(self.device))
-        eps = torch.randn(x0.shape, generator=generator).to(self.device)
-        loss = (drawn.weight * self.objective(zero, x0, None, drawn.t, eps)).mean().item()
-        losses = Ranks().gather(loss)
-        return sum(losses) / len(losses)
+        levels = (torch.randperm(copies * len(batch.images), generator=generator) + 0.5).to(self.device)
+        losses = []
+        for u in (levels / len(levels)).chunk(copies):
+            drawn = self.times(self.model.schedule, u)
+            x0 = self.space.states(batch.images, noise)
+            losses.append((drawn.weight * self.objective(zero, x0, None, drawn.t, noise(x0.shape))).mean())
+        means = Ranks().gather(torch.stack(losses).mean().item())
+        return sum(means) / len(means)
 
     def held_out(self, model: NoiseConditioned, batches: Iterable[Batch]) -> Iterator[Tensor]:
         for batch, t, eps, _ in self.at_levels(batches):

@@ -493,28 +493,68 @@ def pixels(file):
     return np.array(Image.open(file)).astype(int)
 
 
+def mask_file(folder, kind):
+    """A 16 x 16 mask of one kind, and where it is to be painted."""
+    pixels = np.zeros((16, 16, 4), np.uint8)
+    inner = np.zeros((16, 16), bool)
+    inner[4:8, 4:8] = True
+    if kind.endswith("strokes"):
+        pixels[inner] = {
+            "white": 255,
+            "gray": [200, 200, 200, 255],
+            "red": [255, 0, 0, 255],
+            "black": [0, 0, 0, 255],
+        }[kind.split()[0]]
+    elif kind == "strokes and gray pixels":
+        pixels[inner] = 255
+        pixels[8, 4:8] = [100, 100, 100, 255]
+    elif kind == "black and white with a transparent border":
+        pixels[2:12, 2:12] = [0, 0, 0, 255]
+        pixels[inner] = 255
+    elif kind == "page with a hole":
+        inner = ~inner
+        pixels[inner] = 255
+    elif kind == "photograph":
+        pixels = np.random.default_rng(0).integers(0, 256, (16, 16, 4), np.uint8)
+        pixels[:3, :, :3] = 250 + pixels[:3, :, :3] // 50  # a bright sky
+        pixels[..., 3] = np.where(inner, 0, 255)
+    elif kind == "digit":  # gray on black, of which a part was erased
+        pixels[..., :3] = np.pad(np.arange(8 * 8).reshape(8, 8, 1) * 4, ((4, 4), (4, 4), (0, 0)))
+        pixels[..., 3] = np.where(inner, 0, 255)
+    else:  # opaque or transparent all over
+        pixels[inner] = 255
+        pixels[..., 3] = 255 * (kind == "opaque")
+        inner &= kind != "transparent"
+    Image.fromarray(pixels[..., 0] if kind == "without opacity" else pixels).save(folder / "mask.png")
+    return folder / "mask.png", inner
+
+
 @pytest.mark.parametrize(
-    ("kind", "left", "said"),
+    ("kind", "said"),
     [
-        ("erased", False, "its transparent part is painted"), ("strokes", True, "its white part is painted"),
-        ("opaque", True, None), ("nothing", False, None), ("gray", True, None),
+        ("white strokes", "its white part is painted"),
+        ("black and white with a transparent border", "its white part is painted"),
+        ("page with a hole", "its white part is painted"),
+        ("photograph", "its transparent part is painted"),
+        ("opaque", None), ("transparent", None), ("without opacity", None),
     ],
 )  # fmt: skip
-def test_a_mask_is_what_was_erased_or_drawn_in_white(tmp_path, capsys, kind, left, said):
-    """Left and right halves of a mask, one of which is to be painted."""
-    pixels = np.zeros((4, 4, 4), np.uint8)
-    pixels[:, :2] = [255, 255, 255, 255]
-    if kind == "erased":  # a photo with a bright and a dark corner, of which the right half was erased
-        pixels[2:, :2, :3] = 20
-        pixels[:, 2:, :3] = 200
-    if kind in ("opaque", "nothing"):
-        pixels[..., 3] = 255 * (kind == "opaque")
-    Image.fromarray(pixels[..., 0] if kind == "gray" else pixels).save(tmp_path / "mask.png")
-    found = (read_mask(str(tmp_path / "mask.png")) >= 128).numpy()
-    assert (found[:, :2].all(), found[:, 2:].all()) == (left, kind == "erased")
-    assert found.any() == (kind != "nothing")
+def test_a_mask_is_white_or_an_erased_part_of_a_photograph(tmp_path, capsys, kind, said):
+    file, expected = mask_file(tmp_path, kind)
+    assert ((read_mask(str(file)) >= 128).numpy() == expected).all()
     remark = capsys.readouterr().err
-    assert remark.startswith(f"diffuse: edit.mask={tmp_path}/mask.png: {said}") if said else not remark
+    assert remark.startswith(f"diffuse: edit.mask={file}: {said}") if said else not remark
+
+
+@pytest.mark.parametrize(
+    "kind", ["strokes and gray pixels", "gray strokes", "red strokes", "black strokes", "digit"]
+)
+def test_a_mask_whose_transparent_part_may_mean_either_is_refused(tmp_path, kind):
+    file, _ = mask_file(tmp_path, kind)
+    with pytest.raises(
+        ValueError, match=r"mask.png: .*; save the mask as black and white without transparency$"
+    ):
+        read_mask(str(file))
 
 
 def test_edits_are_files_named_by_input_with_a_manifest(folder, tmp_path, capsys):

@@ -23,6 +23,7 @@ from diffusion_cli.ranks import Ranks
 
 MOST_LINES = 10
 LONGEST = 200  # bytes of a name
+MOST_OF_A_COLOUR = 0.1  # of the opaque pixels of a photograph
 RESERVED = ("grid", "grid.png", "strip", "strip.png")  # names that no result has
 
 
@@ -102,37 +103,50 @@ def _files(folder: Path, form: Form) -> list[Path]:
 
 
 def read_mask(path: str) -> Tensor:
-    """Return what an image file has painted, uint8 [H, W], by `painted`; ValueError if it cannot be read."""
+    """Return the gray values of a mask file, uint8 [H, W], 128 or more where to paint.
+
+    A mask is white on black or on a transparent ground. An erased part of a photograph is painted, as other programs
+    ask for. Raises ValueError if the file cannot be read, or if its transparent part has no clear meaning.
+    """
     try:
         image = opened(read(Path(path).expanduser()))
-        pixels, remark = painted(image)
-        show_remarks([f"edit.mask={path}: {remark}"] if remark else [])
-        return torch.from_numpy(pixels)
+        pixels = np.array(flattened(image, 1, "black"))
     except (ValueError, OSError) as error:
         what = "does not exist" if isinstance(error, FileNotFoundError) else reason(error)
         raise ValueError(
             f"edit.mask={path}: {what}; give an image file, a box [left,top,right,bottom], or centre"
         ) from error
-
-
-def painted(image: Image.Image) -> tuple[np.ndarray, str | None]:
-    """Return the gray values of a mask, uint8 [H, W], bright where to paint, and a remark on its transparency.
-
-    Where a part of a picture was erased, as other programs ask for, that part is to be painted. White strokes on a
-    transparent ground are painted themselves.
-    """
-    pixels = np.array(flattened(image, 1, "black"))
     if not image.has_transparency_data:
-        return pixels, None
-    whole = image.convert("RGBA")
-    erased = np.array(whole.getchannel("A")) < 128
+        return torch.from_numpy(pixels)
+    whole = np.array(image.convert("RGBA"))
+    erased = whole[..., 3] < 128
     if erased.all() or not erased.any():
-        return pixels, None
-    if (np.array(whole.convert("L"))[~erased] >= 128).all():
-        return pixels, "its white part is painted, and not the transparent part"
-    return np.where(erased, 255, 0).astype(
-        np.uint8
-    ), "its transparent part is painted, whatever its colours are"
+        return torch.from_numpy(pixels)
+    opaque = whole[~erased][:, :3]
+    if _is_white_on_black(opaque):
+        show_remarks([f"edit.mask={path}: its white part is painted, and not the transparent part"])
+        return torch.from_numpy(pixels)
+    if not _is_photograph(opaque):
+        raise ValueError(
+            f"edit.mask={path}: has a transparent part that may be painted or kept; save the mask as black and white "
+            "without transparency"
+        )
+    show_remarks([f"edit.mask={path}: its transparent part is painted, whatever its colours are"])
+    return torch.from_numpy(np.where(erased, 255, 0).astype(np.uint8))
+
+
+def _is_white_on_black(colours: np.ndarray) -> bool:
+    """Whether colours, uint8 [N, 3], are white, or white and black, and no others."""
+    white, black = (colours == 255).all(1), (colours == 0).all(1)
+    return bool(white.any() and (white | black).all())
+
+
+def _is_photograph(colours: np.ndarray) -> bool:
+    """Whether each of the colours, uint8 [N, 3], fills under a tenth of the pixels."""
+    _, counts = np.unique(
+        colours.astype(np.uint32) @ np.array([65536, 256, 1], np.uint32), return_counts=True
+    )
+    return bool(counts.max() < MOST_OF_A_COLOUR * len(colours))
 
 
 def _content(file: Path) -> bytes:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from PIL import Image, ImageCms
 
+from diffusion_cli.commands.inputs import read_mask
 from diffusion_cli.data import Folder, given_images
 from diffusion_cli.data.decoding import Decoder
 from diffusion_cli.forms import Picture
@@ -98,6 +99,12 @@ def test_grays_are_converted_from_a_profile_of_gray():
         np.testing.assert_allclose(found.reshape(channels, 256), [255 * curve] * channels, atol=1)
     assert conversion(gray(2.2), "L").kind == "converted"  # near black it is another curve
     assert to_srgb(ramp, SRGB) is ramp  # as programs write that drop the colours of a file
+
+
+def test_the_grays_of_a_mask_are_numbers_and_are_not_converted(tmp_path):
+    """110 is under the threshold of a mask; converted from linear light it is 174, over it."""
+    Image.new("L", (4, 4), 110).save(tmp_path / "mask.png", icc_profile=gray(1.0))
+    assert (read_mask(str(tmp_path / "mask.png")) == 110).all()
 
 
 def test_a_large_photo_is_converted_at_the_size_that_it_is_decoded_at():

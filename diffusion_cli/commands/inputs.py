@@ -110,7 +110,7 @@ def read_mask(path: str) -> Tensor:
     """
     try:
         image = opened(read(Path(path).expanduser()))
-        pixels = np.array(flattened(image, 1, "black"))
+        pixels = np.array(flattened(image, 1, "black", srgb=False))
     except (ValueError, OSError) as error:
         what = "does not exist" if isinstance(error, FileNotFoundError) else reason(error)
         raise ValueError(

@@ -346,6 +346,19 @@ def test_other_settings_in_the_folder_are_refused(folder, tmp_path, capsys):
     assert pngs(tmp_path) == before
 
 
+def test_samples_of_the_grid_of_an_earlier_version_are_not_completed(folder, tmp_path, capsys):
+    words = ["sampler=dpmpp_2m", "sampler.spacing=leading", f"output={tmp_path}"]
+    assert sample(folder, *words) == 0
+    manifest = json.loads((tmp_path / "manifest.json").read_text())
+    del manifest["settings"]["grid"]  # as an earlier version wrote it
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+    (tmp_path / "000000.png").unlink()
+    capsys.readouterr()
+    assert sample(folder, *words) == 2
+    assert f"diffuse: output={tmp_path}: holds images of other settings" in capsys.readouterr().err
+    assert not (tmp_path / "000000.png").exists()
+
+
 def test_a_folder_of_someone_else_is_left_alone(folder, tmp_path, capsys):
     (tmp_path / "000000.png").write_text("mine")
     assert sample(folder, f"output={tmp_path}") == 2

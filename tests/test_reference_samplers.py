@@ -239,6 +239,19 @@ def test_as_many_steps_as_timesteps_visit_all_of_them(schedules, spacing):
     assert float(sampler.grid(1)[0]) == 1
 
 
+@pytest.mark.parametrize(
+    "name", ["ddim", "euler", "dpmpp_2s", "dpmpp_2m", "dpmpp_3m", "dpmpp_2m_sde", "unipc", "deis"]
+)
+@pytest.mark.parametrize("spacing", ["leading", "linspace", "trailing", "karras"])
+def test_the_settings_of_images_name_their_grid_only_where_it_has_changed(schedules, name, spacing):
+    schedule = schedules["linear"]
+    node = yaml.safe_load((CONF / "sampler" / f"{name}.yaml").read_text())
+    sampler = build(node | {"spacing": spacing}, schedule)
+    for steps in (1, 2, 10, 1000):
+        before = schedule.grid(steps, spacing)
+        assert bool(sampler.grid_settings(steps)) == (not torch.equal(sampler.grid(steps), before))
+
+
 def _kept(calls):
     """The iterations that a long run stores."""
     half = {20: 10, 19: 9, 39: 19, 21: 10, 11: 5}[calls]

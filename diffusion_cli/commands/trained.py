@@ -160,6 +160,7 @@ def open_run(config: SampleConfig | EvalConfig | EditConfig) -> Trained:
         "labels": labels,
         "clip_x0": config.clip_x0,
         "precision": precision,
+        **sampler.grid_settings(config.steps),
     }
     chosen = config.label is not None and not is_null(config.label, model.class_names)
     return Trained(folder, model, sampler, guidance, labels, device, precision, settings, chosen)

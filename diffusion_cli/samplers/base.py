@@ -48,14 +48,28 @@ class Sampler(ABC):
     def grid(self, steps: int) -> Tensor:
         """Return the falling times of a run of `steps` steps; ValueError where there is none.
 
-        With `omits_cleanest`, `leading` and `linspace` are those grids of steps + 1 steps without their last time above
-        0, as diffusers has them for such solvers; a table of exactly `steps` timesteps is visited whole.
+        Where it `shortens` the grid, that is the grid of steps + 1 steps without its last time above 0, as diffusers
+        has it for such solvers.
         """
-        whole = isinstance(self.schedule, Discrete) and steps >= self.schedule.num_timesteps
-        if not self.omits_cleanest or self.spacing not in ("leading", "linspace") or steps < 2 or whole:
+        if not self.shortens(steps):
             return self.schedule.grid(steps, self.spacing)
         times = self.schedule.grid(steps + 1, self.spacing)
         return torch.cat([times[:-2], times[-1:]])
+
+    def shortens(self, steps: int) -> bool:
+        """Whether the grid of `steps` steps omits the visited time next to the data.
+
+        A table of exactly `steps` timesteps is visited whole.
+        """
+        whole = isinstance(self.schedule, Discrete) and steps >= self.schedule.num_timesteps
+        return self.omits_cleanest and self.spacing in ("leading", "linspace") and steps >= 2 and not whole
+
+    def grid_settings(self, steps: int) -> dict[str, str]:
+        """Return the settings of images that their grid adds: none, except where it `shortens` the grid.
+
+        Earlier versions visited the whole grid there, and recorded nothing about it.
+        """
+        return {"grid": "omits the time next to the data"} if self.shortens(steps) else {}
 
     def half_log_snr(self, t: Tensor) -> Tensor:
         """`lambda = log(alpha / sigma)`, the time in which the DPM-Solvers count."""

@@ -268,6 +268,7 @@ def _evaluation(
         include={"metric", "features", "reference", "sampler", "eval_samples", "eval_steps", "keep_best"}
     )
     measured |= {key: about[key] for key in about if key == "label_shares"}
+    measured |= sampler.grid_settings(config.eval_steps)
     return Evaluation(
         every, metrics, networks, reference, samples, stages,
         run=folder, ema=ema, stop=stop, batch_size=1 if sampler.one_by_one else config.batch_size,

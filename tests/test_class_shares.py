@@ -17,6 +17,7 @@ from diffusion_cli.data import Array, Digits
 from diffusion_cli.generate import labels_of
 from diffusion_cli.metrics import DatasetReference, GivenReference, Reference
 from diffusion_cli.training import evaluation
+from diffusion_cli.training.assembly import _labels as label_settings_in_training
 
 
 def order(counts: list[int]) -> np.ndarray:
@@ -120,6 +121,21 @@ def test_a_reference_that_cannot_be_read_names_the_way_out(unbalanced, tmp_path)
         ValueError, match=r"^label=null: needs the labels .* does not exist.*; or set label=all$"
     ):
         in_shares_of(trained(("0", "1"), [0, 1]), missing)
+
+
+def test_published_statistics_leave_equal_shares_without_the_data_set():
+    class Absent(Digits):
+        def load(self, split):
+            raise AssertionError("the data set is read")
+
+    reference = DatasetReference(Absent("", held_out=0.2, flip=False), split="train", stats="statistics.npz")
+    names = reference.dataset.class_names
+    assert names is not None
+    model = trained(names, [0, 1])
+    found, note = in_shares_of(model, reference)
+    assert found is model
+    assert note == "class shares: equal, as statistics.npz has no labels of the model's classes"
+    assert label_settings_in_training(reference, names, [3, 0, *[5] * 8]) == {"labels": [0, *range(2, 10)]}
 
 
 def test_an_evaluation_while_training_takes_the_shares_of_the_reference(unbalanced, tmp_path, monkeypatch):

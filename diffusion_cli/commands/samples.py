@@ -124,7 +124,8 @@ def in_shares_of(trained: Trained, reference: Reference) -> tuple[Trained, str]:
     if counts is not None:
         counts = [count if label in made else 0 for label, count in enumerate(counts)]
     if counts is None or not any(counts):
-        return trained, f"class shares: equal, as {reference.name} has no labels of the model's classes"
+        source = reference.name if reference.stats is None else reference.stats.name
+        return trained, f"class shares: equal, as {source} has no labels of the model's classes"
     settings = label_settings(counts)
     matched = replace(trained, labels=labels_in_turn(settings), settings={**trained.settings, **settings})
     return matched, f"class shares: those of {reference.name}; label=all makes equal shares"

@@ -167,7 +167,7 @@ def _pass(
 def _class_notes(samples: Samples, labels: Counter[int], reference: Reference) -> list[str]:
     """A note where the samples have other shares of the classes than the images that they are compared with."""
     names = samples.class_names
-    if not labels or names is None or reference.stats is not None:
+    if not labels or names is None:
         return []
     wanted = reference.class_counts(names)
     if wanted is None:

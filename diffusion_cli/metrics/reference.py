@@ -54,7 +54,12 @@ class Reference(ABC):
         """Return the images with the names of their classes, or None without reading them if they have no classes."""
 
     def class_counts(self, class_names: tuple[str, ...]) -> list[int] | None:
-        """Return the number of images of each of the classes; None without labels, or with labels of other classes."""
+        """Return the number of images of each of the classes; None without labels, or with labels of other classes.
+
+        Also None with `stats`, which contain no labels; the images are not read then.
+        """
+        if self.stats is not None:
+            return None
         given = self.given()
         labels = None if given is None else relabelled(given, class_names)
         return None if labels is None else torch.bincount(labels.cpu(), minlength=len(class_names)).tolist()

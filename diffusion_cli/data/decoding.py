@@ -1,7 +1,8 @@
 """An image file of any kind becomes an image of one shape, a volume float32 [C, D, H, W]."""
 
 import math
-from typing import Literal, NamedTuple, Protocol
+from dataclasses import fields, is_dataclass
+from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -16,6 +17,8 @@ from diffusion_cli.forms.volume import read_volume
 
 SPARE = 2  # times the size, from which the Lanczos filter takes what it needs
 BYTES_A_PIXEL = 4  # of a decoded image, with opacity
+ADDED_FIELDS = {("Decoder", "srgb"): False, ("Raster", "mode"): None}
+"""Fields that older versions lacked, each with the value that stands for their behaviour."""
 
 
 class FileDecoder(Protocol):
@@ -32,6 +35,27 @@ class FileDecoder(Protocol):
         ...
 
     def __call__(self, data: bytes) -> np.ndarray: ...
+
+
+def key_text(decoder: Any) -> str:
+    """Return the text that identifies a decoder or form in the keys of cached latents.
+
+    It lists the fields, as `Exact(form=Picture(), shape=(1, 8, 8))`. A field of `ADDED_FIELDS` with the value of older
+    versions is omitted, so that keys of older versions stay valid.
+    """
+    if hasattr(decoder, "_asdict"):
+        values = decoder._asdict()
+    elif is_dataclass(decoder):
+        values = {field.name: getattr(decoder, field.name) for field in fields(decoder)}
+    else:
+        return repr(decoder)
+    kind = type(decoder).__name__
+    parts = [
+        f"{name}={key_text(value)}"
+        for name, value in values.items()
+        if (kind, name) not in ADDED_FIELDS or value != ADDED_FIELDS[kind, name]
+    ]
+    return f"{kind}({', '.join(parts)})"
 
 
 class Decoder(NamedTuple):

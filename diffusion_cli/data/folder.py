@@ -33,6 +33,7 @@ from diffusion_cli.data.decoding import (
     FileDecoder,
     VolumeDecoder,
     form_of_files,
+    key_text,
     resized_affine,
 )
 from diffusion_cli.data.labels import class_labels, composed
@@ -302,7 +303,7 @@ class FileImages(Images):
         return {name: count for name, count in found.items() if name is not None}
 
     def sources(self, index: Tensor) -> list[bytes]:
-        decoder = repr(self.decoder).encode()
+        decoder = key_text(self.decoder).encode()
         return [sha256(decoder + content).digest() for content in self._content_digests(index)]
 
     def fingerprint(self) -> str:

@@ -3,6 +3,7 @@
 import json
 import math
 import sys
+from glob import escape
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -130,7 +131,12 @@ class LatentDataset(Dataset):
         return moments
 
     def _path(self, split: Split) -> Path:
-        return self.cache_dir / f"latents-{self.name}-{self.keys[split]}" / "moments.npy"
+        """Return the file of a split, which an older version, or a run before a renaming, named otherwise."""
+        key = self.keys[split]
+        own = self.cache_dir / f"latents-{self.name}-{key}" / "moments.npy"
+        if own.is_file():
+            return own
+        return next(iter(sorted(self.cache_dir.glob(f"latents-*-{escape(key)}/{own.name}"))), own)
 
     def _key(self, images: Images, flip: bool) -> str:
         network = self.latents.autoencoder

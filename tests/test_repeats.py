@@ -62,6 +62,32 @@ def test_the_mean_keeps_what_all_repeats_have_alike():
     assert averaged(reports).notes == ["n"]
 
 
+def test_the_interval_of_one_repeat_is_not_that_of_the_mean():
+    reports = [
+        Report(
+            [
+                Result(
+                    "fid",
+                    value,
+                    {
+                        "low": value - 0.5,
+                        "high": value + 0.5,
+                        "standard_error": 0.1,
+                        "at_infinity": value - 1,
+                    },
+                    {"sampling": {"pixels_sha256": str(value)}},
+                )
+            ],
+            [],
+        )
+        for value in (1.0, 3.0)
+    ]
+    (result,) = averaged(reports).results
+    assert result.value == 2.0
+    assert result.details.keys().isdisjoint({"low", "high", "standard_error"})
+    assert result.details["at_infinity"] == 1.0
+
+
 @pytest.mark.parametrize(
     ("given", "line"),
     [

@@ -10,6 +10,8 @@ from diffusion_cli.metrics.protocol import Report, Result
 from diffusion_cli.metrics.samples import Samples
 
 DEVIATION = "standard_deviation"
+OF_ONE_REPEAT = ("low", "high", "standard_error")
+"""Details that are the interval and the error of one repeat, and not those of the mean."""
 
 
 class Part(Samples):
@@ -39,7 +41,7 @@ def averaged(reports: Sequence[Report]) -> Report:
     """Return the mean of each number over the reports of all repeats, with the standard deviation of one repeat.
 
     The details of a result become their means, beside the number of each repeat. A number that a repeat lacks is
-    left out.
+    left out, and so are the interval and the error of a repeat: those of the mean are smaller.
     """
     if len(reports) == 1:
         return reports[0]
@@ -53,7 +55,7 @@ def _mean(results: Sequence[Result]) -> Result:
     values = [result.value for result in results]
     details: dict[str, float] = {DEVIATION: stdev(values), "repeats": len(results)}
     details |= {f"repeat_{place}": value for place, value in enumerate(values)}
-    for key in results[0].details:
+    for key in [key for key in results[0].details if key not in OF_ONE_REPEAT]:
         numbers = [result.details[key] for result in results if key in result.details]
         if len(numbers) == len(results):
             details[key] = numbers[0] if len(set(numbers)) == 1 else fmean(numbers)

@@ -1,5 +1,7 @@
 """Lines about what the headers of image files show: small images, several frames, colour profiles."""
 
+import struct
+from contextlib import suppress
 from pathlib import Path
 from zipfile import ZipFile
 
@@ -11,6 +13,8 @@ from test_profiles import SRGB, WIDE
 from diffusion_cli.commands.inputs import read_input
 from diffusion_cli.data import Folder, given_images, survey
 from diffusion_cli.forms import Picture
+from diffusion_cli.forms.files import has_gray_palette, parsed
+from diffusion_cli.forms.lossy import lossy_format
 
 ENLARGED = "smaller and enlarged, the smallest from"
 
@@ -100,3 +104,27 @@ def test_broken_files_are_left_to_where_pixels_are_read(tmp_path):
     (tmp_path / "1.png").write_bytes(b"none")
     (tmp_path / "2.png").symlink_to("/dev/zero")
     assert remarks(tmp_path) == []
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")  # of Pillow, about such pages
+def test_a_broken_page_after_the_first_is_no_frame(tmp_path):
+    data = bytearray(save(tmp_path / "x.tif").read_bytes())
+    (first,) = struct.unpack_from("<I", data, 4)
+    (entries,) = struct.unpack_from("<H", data, first)
+    for place in (1, 2, 3, first + 1, len(data) - 3, len(data) + 9):
+        struct.pack_into("<I", data, first + 2 + 12 * entries, place)
+        (tmp_path / "x.tif").write_bytes(data)
+        (header,) = survey.headers(tmp_path, ["x.tif"])
+        assert not header.frames
+
+
+def test_a_gif_cut_off_anywhere_ends_in_no_other_error(tmp_path):
+    path = save(tmp_path / "x.gif", (20, 20), frames=2)
+    data = path.read_bytes()
+    for size in range(1, len(data)):
+        path.write_bytes(data[:size])
+        for header in survey.headers(tmp_path, ["x.gif"]):
+            assert header.size == (20, 20)
+        assert lossy_format(data[:size]) in (None, "GIF of at most 256 colours")
+        with suppress(ValueError):
+            has_gray_palette(parsed(data[:size]))

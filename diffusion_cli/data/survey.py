@@ -45,7 +45,9 @@ def _headers(path: Path, names: Sequence[str]) -> Iterator[Header]:
                 elif regular(path / name) <= LARGEST:
                     with (path / name).open("rb") as file:
                         yield _header(name, parsed(file))
-            except (ValueError, OSError):  # reported where pixels are read
+            except (
+                Exception
+            ):  # decoders meet broken data with errors of every type; reported where pixels are read
                 continue
 
 
@@ -63,14 +65,19 @@ def _header(name: str, image: Image.Image) -> Header:
 
 
 def _has_frames(image: Image.Image) -> bool:
-    if image.format == "TIFF":
-        try:
-            image.seek(1)
-        except EOFError:
-            return False
-        return True
-    # A second picture in a photo is a preview, a map of brightness or another eye's view.
-    return image.format != "MPO" and getattr(image, "is_animated", False)
+    if (
+        image.format == "MPO"
+    ):  # a second picture in a photo is a preview, a map of brightness or another eye's view
+        return False
+    try:
+        if image.format != "TIFF":
+            return getattr(image, "is_animated", False)
+        image.seek(1)
+    except (
+        Exception
+    ):  # EOFError after the last page; errors of every type if what follows the first is broken
+        return False
+    return True
 
 
 def remarks(

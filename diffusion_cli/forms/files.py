@@ -54,10 +54,13 @@ def is_gray(image: Image.Image) -> bool:
 
 
 def has_gray_palette(image: Image.Image) -> bool:
-    """Whether all colours of an image's palette are gray, and none is transparent."""
-    if image.mode != "P" or image.has_transparency_data:
-        return False
-    colours = image.getpalette("RGB") or []
+    """Whether all colours of an image's palette are gray, and none is transparent; ValueError if it is damaged."""
+    try:
+        if image.mode != "P" or image.has_transparency_data:
+            return False
+        colours = image.getpalette("RGB") or []
+    except Exception as error:  # as in `parsed`, for a palette is had with the pixels
+        raise ValueError(reason(error)) from error
     return colours[::3] == colours[1::3] == colours[2::3]
 
 

@@ -17,9 +17,13 @@ def lossy_format(data: bytes) -> str | None:
     which it has at most 256, and more pixels than that.
     """
     try:
-        image = parsed(data)
+        return _lossy_format(data)
     except ValueError:
         return None
+
+
+def _lossy_format(data: bytes) -> str | None:
+    image = parsed(data)
     match image.format:
         case "JPEG" | "MPO":  # a JPEG with more pictures after the first
             return "JPEG"

@@ -168,8 +168,8 @@ class ClassifierFree(Mixed):
     def check(self, denoiser: Denoiser, label_dropout: float, labelled: bool) -> None:
         if denoiser.num_classes is None:
             raise ValueError(
-                "guidance=cfg: the model knows no classes; train one with model.class_conditional=true, or take "
-                "guidance=classifier"
+                "guidance=cfg: the model is not class-conditional; train one with model.class_conditional=true, or "
+                "take guidance=classifier"
             )
         if not labelled:
             raise ValueError(

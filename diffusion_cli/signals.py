@@ -16,7 +16,7 @@ from typing import NoReturn
 
 UNFINISHED = 75
 """Exit code of what a signal has stopped: what was done is saved, and the same command goes on (EX_TEMPFAIL)."""
-STOPPED = "diffuse: stopped; the same command goes on from what is saved"
+STOPPED = "diffuse: stopped; run the same command again to continue"
 
 STOPPING: tuple[signal.Signals, ...] = tuple(
     getattr(signal, name)

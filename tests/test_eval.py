@@ -523,14 +523,17 @@ def test_a_wrong_comparison_gets_one_line(place, tmp_path, capsys, words, line):
         ),
         (
             ["run=a", "metric=bits_per_dim", "num_samples=100"],
-            "num_samples=100: is for samples, and metric=bound,flow_likelihood makes none; leave it out, or set "
+            "num_samples=100: applies to samples, and metric=bound,flow_likelihood makes none; leave it out, or set "
             "metric.bound.num_images and metric.flow_likelihood.num_images",
         ),
-        (["run=a", "metric=bound", "steps=9"], "steps=9: is for samples, and metric=bound makes none"),
-        (["run=a", "metric=inversion", "sampler=ddpm"], "sampler=DDPM: is for samples, and metric=inversion"),
+        (["run=a", "metric=bound", "steps=9"], "steps=9: applies to samples, and metric=bound makes none"),
+        (
+            ["run=a", "metric=inversion", "sampler=ddpm"],
+            "sampler=DDPM: applies to samples, and metric=inversion",
+        ),
         (
             ["run=a", "metric=latents", "repeats=2"],
-            "repeats=2: is for samples, and metric=latents makes none",
+            "repeats=2: applies to samples, and metric=latents makes none",
         ),
         (["run=a", "metric=[bound,fid]", "num_samples=9"], "num_samples=9: 9 images are fewer than the 65"),
         (["run=a", "metric=bound", "processes=2"], "processes=2: share samples, and metric=bound makes none"),

@@ -353,7 +353,7 @@ def test_a_full_disk_at_the_log_holds_its_rows_in_memory(tmp_path, capsys):
         log.log_metrics({"loss": 2.0}, step)
     assert capsys.readouterr().err == (
         f"diffuse: {log.path}: cannot be written (No space left on device); make room for it, or take a folder that "
-        "can be written to; training continues, and rows are held in memory\n"
+        "can be written to; training continues, and rows are kept in memory\n"
     )
     assert log.path.read_text().split() == ["step,loss", "1,1.0", "2,2.0", "3,2.0"]
 
@@ -405,7 +405,7 @@ def test_a_damaged_log_is_set_aside_and_its_whole_rows_stay(tmp_path, capsys, pl
     assert kept == ["step,loss", *expected]
     assert (tmp_path / "metrics.csv.damaged").read_bytes() == content
     assert capsys.readouterr().err == (
-        f"diffuse: {path}: is damaged; it is metrics.csv.damaged now, and its whole rows are kept\n"
+        f"diffuse: {path}: is damaged; it is metrics.csv.damaged now, and its complete rows are kept\n"
     )
     assert len(CSVFile(path, 9).rows) == len(kept) - 1
     assert not capsys.readouterr().err

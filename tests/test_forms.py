@@ -754,7 +754,7 @@ def test_the_values_of_some_images_count_together(tmp_path):
         saved(tmp_path / "dark" / f"{number:02d}.png", pixels)
     np.savez_compressed(tmp_path / "dark.npz", images=dark.astype(np.uint8))
     np.save(tmp_path / "turned.npy", np.asfortranarray(dark))
-    line = "bytes have the range [0,255], and only 0.4% of it hold the values of 8 images looked at, 0 to 1"
+    line = "bytes have the range [0,255], and only 0.4% of it is used by the values of 8 images looked at, 0 to 1"
     for path in (tmp_path / "dark.npz", tmp_path / "turned.npy", tmp_path / "dark"):
         options = {"range": None, "flip": False, "held_out": 0.0, "in_memory": None}
         array = path.is_file()

@@ -103,7 +103,7 @@ def test_files_that_may_be_images_are_counted_by_suffix(tmp_path):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
     counts = ".heic 2, without a suffix 1, .npy 1, .tga 1"
-    found = f"dataset.path={tmp_path}: 5 files are passed over: {counts}; convert those that are data to .png"
+    found = f"dataset.path={tmp_path}: 5 files are skipped: {counts}; convert those that are data to .png"
     assert folder(tmp_path).remarks() == [found]
     assert given_images(tmp_path, "samples").remarks == (found.replace("dataset.path", "samples"),)
     assert not folder(save(tmp_path / "only/x.png").parent).remarks()
@@ -116,8 +116,8 @@ def test_masks_and_inputs_are_counted_too(tmp_path, capsys):
         save(tmp_path / place / "x.png")
         (tmp_path / place / f"{place}.avif").touch()
     first, second = folder(tmp_path / "images", masks=str(tmp_path / "masks")).remarks()
-    assert first.startswith(f"dataset.path={tmp_path}/images: 1 file is passed over: .avif 1;")
-    assert second.startswith(f"dataset.masks={tmp_path}/masks: 1 file is passed over: .avif 1;")
+    assert first.startswith(f"dataset.path={tmp_path}/images: 1 file is skipped: .avif 1;")
+    assert second.startswith(f"dataset.masks={tmp_path}/masks: 1 file is skipped: .avif 1;")
     read_input(str(tmp_path / "images"), [(1, 8, 8)], False, None, Picture())
     assert "diffuse: input=" in capsys.readouterr().err
 
@@ -238,7 +238,7 @@ def test_pictures_beside_samples_of_another_form_are_not_counted(tmp_path):
     arguments = {"num_points": 9, "radius": 1.0, "labels": "none", "size": 1, "held_out": 0.0}
     assert Points("", path=f"{tmp_path}/ours", **arguments).remarks() == []
     (line,) = Points("", path=f"{tmp_path}/theirs", **arguments).remarks()
-    assert line.endswith(": 1 file is passed over: .png 1; convert those that are data to .npy")
+    assert line.endswith(": 1 file is skipped: .png 1; convert those that are data to .npy")
 
 
 def test_a_form_of_numbers_reads_the_same_suffixes():

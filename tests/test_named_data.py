@@ -77,7 +77,7 @@ def test_a_path_that_only_a_checkpoint_names_is_not_read(tmp_path, stranger, pho
 def test_a_dataset_that_was_moved_is_named_anew(tmp_path, stranger, photos):
     model = origin(**folder_node(tmp_path / "before"))
     assert len(dataset_of(Path("x"), model, "data", {"path": str(photos)}).load("train")) > 8
-    with pytest.raises(ValueError, match=r"masks=m: the run in x was trained on data without"):
+    with pytest.raises(ValueError, match=r"masks=m: the run in x was trained without it"):
         dataset_of(Path("x"), model, "data", {"path": str(photos), "masks": "m"})
 
 

@@ -34,8 +34,8 @@ def labels_named(
         if label in (None, "null", "none", []):
             return None
         raise ValueError(
-            f"label={_shown(label)}: the model knows no classes; train one with model.class_conditional=true, or guide "
-            "it with guidance=classifier"
+            f"label={_shown(label)}: the model is not class-conditional; train one with model.class_conditional=true, "
+            "or guide it with guidance=classifier"
         )
     assert names is not None
     if not isinstance(label, list) and (label is None or _place(label, names) is None):
@@ -66,7 +66,7 @@ def class_number(label: int | str, names: Sequence[str], key: str = "label") -> 
     if place is not None:
         return place
     if not names:
-        raise ValueError(f"{key}={label}: the model knows no classes; leave it null")
+        raise ValueError(f"{key}={label}: the model is not class-conditional; leave it null")
     counted = list(names) == [str(number) for number in range(len(names))]
     if INDEX.fullmatch(str(label)) and (counted or not any(map(NUMBER.fullmatch, names))):
         if int(str(label)) < len(names):

@@ -244,7 +244,7 @@ def _refuse_sampling(config: EvalConfig, trained: Trained) -> None:
     for key, value in given:
         remedy = f", or set {' and '.join(images)}" if key == "num_samples" and images else ""
         raise ValueError(
-            f"{key}={value}: is for samples, and metric={','.join(config.metric)} makes none; leave it out{remedy}"
+            f"{key}={value}: applies to samples, and metric={','.join(config.metric)} makes none; leave it out{remedy}"
         )
 
 

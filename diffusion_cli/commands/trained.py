@@ -98,14 +98,14 @@ def dataset_of(folder: Path, trained: Origin, data_dir: str, paths: Mapping[str,
     unknown = [key for key in paths if node.get(key) is None]
     if unknown:
         raise ValueError(
-            f"dataset.{unknown[0]}={paths[unknown[0]]}: the run in {folder} was trained on data without; leave it out"
+            f"dataset.{unknown[0]}={paths[unknown[0]]}: the run in {folder} was trained without it; leave it out"
         )
     node = node | paths
     refused = {key: path for key, path in unnamed(node).items() if key not in paths}
     if refused:
         named = " ".join(f"dataset.{key}={path}" for key, path in refused.items())
         raise ValueError(
-            f"{named}: is named by the checkpoint in {folder}, and you have not trained on it here; if you trust the "
+            f"{named}: is named by the checkpoint in {folder}, and you have never used it here; if you trust the "
             "checkpoint, add these words to the command"
         )
     mistakes = check_dataset(node, trained.shape)

@@ -44,7 +44,7 @@ def warm_up_steps(max_steps: int | None) -> int:
 
 
 def ema_decay(max_steps: int | None) -> float:
-    """Return the decay of the averaged weights: an average over a fifth of the budget, at most 10,000 steps.
+    """Return the decay of the averaged weights: an average over 5/24 of the budget, at most 10,000 steps.
 
     DDPM's 0.9999 is an average over 10,000 steps (Ho et al. 2020, App. B).
     """

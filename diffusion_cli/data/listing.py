@@ -36,7 +36,7 @@ def passed_over(key: str, names: Iterable[str], suffixes: tuple[str, ...]) -> li
     shown += ["..."] if len(counts) > SHOWN else []
     total = counts.total()
     files = "1 file is" if total == 1 else f"{total} files are"
-    return [f"{key}: {files} passed over: {', '.join(shown)}; convert those that are data to {suffixes[0]}"]
+    return [f"{key}: {files} skipped: {', '.join(shown)}; convert those that are data to {suffixes[0]}"]
 
 
 def _may_be_image(path: PurePosixPath) -> bool:

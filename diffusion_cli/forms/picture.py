@@ -57,7 +57,7 @@ class Picture(Form):
         found = disagreement(images, [0.0], [255.0])
         if found is None:
             return None
-        remedy = "give dataset.range=[low,high] of all images if that is not meant"
+        remedy = "give dataset.range=[low,high] of all images if this is not intended"
         return f"dataset.range=null: bytes have the range [0,255], and {found}; {remedy}"
 
     def pictures(self, samples: Tensor) -> Tensor:

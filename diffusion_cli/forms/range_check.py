@@ -25,5 +25,9 @@ def disagreement(images: Sequence[np.ndarray], low: Sequence[float], high: Seque
         return None
     found = min(values.min() for values in images), max(values.max() for values in images)
     of = "the first image" if len(images) == 1 else f"{len(images)} images looked at"
-    what = f"cuts {cut:.0%} of the values" if cut > MOST_CUT else f"only {filled:.1%} of it hold the values"
+    what = (
+        f"cuts {cut:.0%} of the values"
+        if cut > MOST_CUT
+        else f"only {filled:.1%} of it is used by the values"
+    )
     return f"{what} of {of}, {found[0]:g} to {found[1]:g}"

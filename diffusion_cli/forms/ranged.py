@@ -73,7 +73,7 @@ class Ranged(Form):
             return None
         pairs = [f"[{low:g},{high:g}]" for low, high in zip(self.low, self.high, strict=True)]
         shown = pairs[0] if len(pairs) == 1 else f"[{','.join(pairs)}]"
-        return f"dataset.range={shown}: {found}; give dataset.range=[low,high] of all images if that is not meant"
+        return f"dataset.range={shown}: {found}; give dataset.range=[low,high] of all images if this is not intended"
 
     @abstractmethod
     def numbers(self, samples: Tensor) -> np.ndarray:

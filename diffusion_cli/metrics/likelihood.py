@@ -265,7 +265,9 @@ class VariationalBound(PerImage):
         ending = f"_{best}"
         own = {name.removesuffix(ending): values for name, values in columns.items() if name.endswith(ending)}
         both = {name: columns[name] for name in (f"bits_{variance}" for variance in FIXED)}
-        return shared | own | both, (f"{self.name}: with the {best} variance, the lower of both bounds",)
+        return shared | own | both, (
+            f"{self.name}: with the {best} variance, which gives the lower of the two bounds",
+        )
 
 
 class FlowLikelihood(PerImage):

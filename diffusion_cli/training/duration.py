@@ -20,5 +20,5 @@ def warning(config: Node, seconds: float, steps: int) -> str | None:
     takes = f"{total / 86400:.0f} days" if total >= 2 * 86400 else f"{total / 3600:.0f} hours"
     faster = "a smaller model= and max_steps=, or max_time=1h, take less"
     if config["schedule"] is not None and isinstance(config["dataset"].get("resolution"), int):
-        faster = "model=unet_patch2 dataset.resolution=32 max_steps=20000 takes about an hour"
+        faster = "model=unet_patch2 dataset.resolution=32 max_steps=20000 takes far less"
     return f"{seconds:.1f} s a step without a GPU: {steps:,} steps take about {takes}; {faster}"

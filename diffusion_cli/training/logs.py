@@ -104,8 +104,8 @@ class CSVFile(Logger):
     """A CSV file with a row a log, taken up again with the run.
 
     Lightning's own CSV logger deletes the file of an earlier start. This one keeps it, less the rows that lie
-    after the step that the run goes on from. A damaged file is renamed, and its whole rows are kept here too. While the
-    file cannot be written, rows are held in memory.
+    after the step that the run goes on from. A damaged file is renamed, and its complete rows are kept here too.
+    While the file cannot be written, rows are kept in memory.
     """
 
     def __init__(self, path: Path, step: int) -> None:
@@ -120,7 +120,8 @@ class CSVFile(Logger):
             if damaged:
                 aside = set_aside(path)
                 print(
-                    f"diffuse: {printable(str(path))}: is damaged; it is {aside.name} now, and its whole rows are kept",
+                    f"diffuse: {printable(str(path))}: is damaged; it is {aside.name} now, and its complete rows are "
+                    "kept",
                     file=sys.stderr,
                 )
 
@@ -149,7 +150,7 @@ class CSVFile(Logger):
             self._columns = None
             if not self._failed:
                 print(
-                    f"diffuse: {printable(str(error))}; training continues, and rows are held in memory",
+                    f"diffuse: {printable(str(error))}; training continues, and rows are kept in memory",
                     file=sys.stderr,
                 )
             self._failed = True

@@ -11,9 +11,11 @@ import torch
 import yaml
 from PIL import Image
 
+from diffusion_cli.checkpoint import LAST
 from diffusion_cli.cli import run
 from diffusion_cli.config import CONF, TrainConfig, at_hand, build, load, options, recipe
 from diffusion_cli.config.at_hand import OwnImages, own_images
+from diffusion_cli.config.continued import with_values
 from diffusion_cli.config.recipe import budget, ema_decay, learning_rate, network_width, warm_up_steps
 from diffusion_cli.data import Batch
 from diffusion_cli.denoiser import Denoiser
@@ -79,7 +81,7 @@ def test_the_learning_rate_falls_as_a_network_widens():
 def test_warm_up_and_average_follow_the_budget():
     assert (warm_up_steps(2400), ema_decay(2400)) == (100, 0.998)
     assert (warm_up_steps(800_000), ema_decay(800_000)) == (5000, 0.9999)  # Ho et al. 2020
-    assert (warm_up_steps(None), ema_decay(None)) == (1000, 0.9999)
+    assert (warm_up_steps(None), ema_decay(None)) == (100, 0.999)
     assert 0 < ema_decay(1) < 1
 
 
@@ -172,6 +174,12 @@ def test_archives_and_arrays_are_counted_and_measured(tmp_path):
     assert own_images({"path": str(tmp_path / "d.npz")}) == OwnImages(4, 28)
 
 
+def test_scans_and_volumes_are_counted(tmp_path):
+    for name in ("a.dcm", "b.nii.gz", "c.NPY", ".hidden.png", "notes.txt"):
+        (tmp_path / name).write_bytes(b"x")
+    assert own_images({"path": str(tmp_path)}) == OwnImages(3, None)
+
+
 def test_what_cannot_be_read_is_left_to_the_data_set(tmp_path):
     (tmp_path / "empty").mkdir()
     (tmp_path / "bad.npz").write_bytes(b"no archive")
@@ -192,18 +200,39 @@ def begin(folder: Path, *words: str) -> tuple[TrainConfig, list[str]]:
     """A run's configuration, stored as training stores it."""
     words = (*words, f"output_dir={folder / 'runs'}")
     config = train_config(*words)
-    run_folder = folder / "runs" / str(config.name)
-    run_folder.mkdir(parents=True)
-    (run_folder / "config.yaml").write_text(yaml.safe_dump(config.model_dump()))
+    store(config, folder / "runs" / str(config.name))
     return config, list(words)
 
 
-def test_a_larger_budget_changes_no_recipe(tmp_path):
-    before, words = begin(tmp_path, "max_steps=240")
-    after = train_config(*words, "max_steps=4800")
+def store(config: TrainConfig, run: Path, checkpoint: bool = True) -> None:
+    (run / "checkpoints").mkdir(parents=True)
+    (run / "config.yaml").write_text(yaml.safe_dump(config.model_dump()))
+    if checkpoint:
+        (run / LAST).touch()
+
+
+def test_what_follows_from_the_budget_follows_from_a_larger_one(tmp_path):
+    before, words = begin(tmp_path, "max_steps=24")
+    assert (before.optimizer["warm_up_steps"], before.ema.decay) == (1, 0.9)
+    after = train_config(*words, "max_steps=2400")
     assert after.name == before.name
-    assert (after.ema, after.optimizer["warm_up_steps"]) == (before.ema, before.optimizer["warm_up_steps"])
-    assert after.optimizer["decay_steps"] == 4800
+    assert (after.optimizer["warm_up_steps"], after.ema.decay, after.optimizer["lr"]) == (100, 0.998, 0.003)
+    assert after.optimizer["decay_steps"] == 2400
+    again = with_values(before.model_dump(), {"max_steps": 2400})  # as `diffuse train run=` does
+    assert again == after.model_dump()
+
+
+def test_what_the_user_set_stays_with_a_larger_budget(tmp_path):
+    _, words = begin(tmp_path, "max_steps=24", "ema.decay=0.5", "optimizer.warm_up_steps=7", "name=mine")
+    after = train_config(*words[3:], "max_steps=2400")  # not said again
+    assert (after.optimizer["warm_up_steps"], after.ema.decay) == (7, 0.5)
+
+
+def test_a_folder_without_a_checkpoint_hands_on_no_recipe(tmp_path):
+    other = train_config("model=dit_b_2", "batch_size=8", "max_steps=50")
+    store(other, tmp_path / "x", checkpoint=False)
+    words = ["name=x", f"output_dir={tmp_path}"]
+    assert train_config(*words).optimizer == train_config().optimizer
 
 
 def test_a_run_keeps_its_network_on_another_machine_and_with_more_images(tmp_path, monkeypatch):
@@ -221,15 +250,24 @@ def test_a_run_of_an_earlier_version_keeps_what_it_has(tmp_path, on_cpu):
     folder = photos(tmp_path / "p", (90, 90))
     then = ["dataset.resolution=64", "max_steps=100000", "optimizer.lr=0.003", "optimizer.warm_up_steps=100"]
     words = ["dataset=folder", f"dataset.path={folder}"]
-    before = train_config(*words, "model=unet_small", *then, "ema.decay=0.9999")
-    assert train_config(*words, "model=unet_small").name == train_config(*words).name
-    name = f"output_dir={tmp_path / 'runs'}"
-    run_folder = tmp_path / "runs" / str(train_config(*words).name)
-    run_folder.mkdir(parents=True)
-    (run_folder / "config.yaml").write_text(yaml.safe_dump(before.model_dump()))
-    after = train_config(*words, name)
-    for key in ("model", "dataset", "optimizer", "ema", "max_steps"):
-        assert getattr(after, key) == getattr(before, key), key
+    before = train_config(*words, "model=unet_small", *then, "ema.decay=0.9995")
+    short = train_config(*words).name
+    store(before, tmp_path / "runs" / str(short))
+    for said in ([], ["model=unet_small"]):
+        after = train_config(*words, *said, f"output_dir={tmp_path / 'runs'}")
+        assert after.name == short
+        for key in ("model", "dataset", "optimizer", "ema"):
+            ours, theirs = getattr(after, key), getattr(before, key)
+            if key == "optimizer":
+                ours, theirs = ({**each, "decay_steps": None} for each in (ours, theirs))
+            assert ours == theirs, key
+
+
+def test_another_network_has_another_name(tmp_path, on_cpu):
+    folder = photos(tmp_path / "p", (90, 90))
+    _, words = begin(tmp_path, "dataset=folder", f"dataset.path={folder}")
+    names = {train_config(*words, *said).name for said in ([], ["model=unet_patch2"], ["model=unet_small"])}
+    assert names == {f"folder-cosine-path_{folder.name}", f"folder-cosine-unet_small-path_{folder.name}"}
 
 
 def test_mistakes_stay_readable(capsys):
@@ -340,14 +378,17 @@ def test_training_names_a_time_of_days(tmp_path, monkeypatch, capsys):
 
 
 def test_the_time_of_a_training():
-    config = {"schedule": {}, "dataset": {"resolution": 64}}
+    config = {
+        "schedule": {},
+        "dataset": {"resolution": 64},
+        "model": {"channels": 64, "channel_mult": [1, 3]},
+    }
     assert duration.warning(config, 0.5, 20_000) is None
     assert duration.warning(config, 17.0, 100_000) == (
         "17.0 s a step without a GPU: 100,000 steps take about 20 days; model=unet_patch2 dataset.resolution=32 "
-        "max_steps=20000 takes about an hour"
+        "max_steps=20000 takes less"
     )
-    line = duration.warning({"schedule": {}, "dataset": {}}, 17.0, 5000)
-    assert line == (
-        "17.0 s a step without a GPU: 5,000 steps take about 24 hours; a smaller model= and max_steps=, or "
-        "max_time=1h, take less"
+    small = {"schedule": {}, "dataset": {"resolution": 16}, "model": {"channels": 32}}
+    assert duration.warning(small, 17.0, 5000) == (
+        "17.0 s a step without a GPU: 5,000 steps take about 24 hours; max_time=1h stops after an hour"
     )

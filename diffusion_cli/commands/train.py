@@ -24,7 +24,8 @@ from diffusion_cli.checkpoint import (
     whole_file,
 )
 from diffusion_cli.commands.inputs import show_remarks
-from diffusion_cli.config import Mistakes, TrainConfig, identity, seconds, shown
+from diffusion_cli.config import Mistakes, TrainConfig, flatten, identity, seconds, shown
+from diffusion_cli.config.recipe import follows_budget
 from diffusion_cli.data import Growing, Images, Stages, UnreadableError
 from diffusion_cli.data.labels import examples
 from diffusion_cli.denoiser import Denoiser, NoisyClassifier
@@ -235,7 +236,12 @@ def _refuse_another(folder: Path, config: TrainConfig, checkpoint: dict[str, Any
     if checkpoint is None:
         return
     before, now = identity(checkpoint["diffuse"]["config"]), identity(config.model_dump())
-    keys = sorted(key for key in before | now if before.get(key) != now.get(key))
+    whole = flatten(checkpoint["diffuse"]["config"]), flatten(config.model_dump())
+    keys = sorted(
+        key
+        for key in before | now
+        if before.get(key) != now.get(key) and not all(follows_budget(key, each) for each in whole)
+    )
     if keys:
         raise Mistakes(
             *(

@@ -2,22 +2,21 @@
 
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from io import BytesIO
 from itertools import islice
 from pathlib import Path, PurePosixPath
 from statistics import median_low
 from typing import IO, Any, NamedTuple
 
-from diffusion_cli.foreign import IMAGE_FORMATS, Archive, read
+from diffusion_cli.foreign import IMAGE_FORMATS, Archive, regular
 
-MOST_COUNTED = 10_000
-"""Images that are counted at most: no recipe depends on more."""
+MOST_COUNTED = 1_000_000
+"""Files that are looked at most."""
 MOST_OPENED = 16
 """Images whose size is read."""
-LARGEST_FILE = 2**26
-"""Bytes of an image that is opened for its size."""
+OTHER_SUFFIXES = (".dcm", ".dicom", ".nii", ".nii.gz", ".npy")
+"""Suffixes of scans and volumes, which are counted too."""
 
 LARGEST_HEADER = 2**16
 """Bytes of a `.npy` header."""
@@ -27,7 +26,7 @@ class OwnImages(NamedTuple):
     """A user's own images, as far as a recipe depends on them."""
 
     number: int
-    """Number of images, at most MOST_COUNTED."""
+    """Number of images."""
     size: int | None
     """Typical short side in pixels; None where the files do not show it."""
 
@@ -45,33 +44,44 @@ def own_images(dataset: Mapping[str, Any]) -> OwnImages | None:
         if target.suffix in (".npy", ".npz"):
             return _array(target)
         if target.is_dir():
-            files = (Path(folder, name) for folder, _, names in os.walk(target) for name in names)
-            return _measured([*islice(files, MOST_COUNTED)], lambda file: read(Path(file), LARGEST_FILE))
+            return _measured([*islice(_files(target), MOST_COUNTED)], _opened)
         with Archive(target) as archive:
-            return _measured(
-                [*archive.entries][:MOST_COUNTED], lambda name: archive.read(str(name), LARGEST_FILE)
-            )
+            return _measured([*archive.entries][:MOST_COUNTED], archive.open)
     return None
 
 
-def _measured(names: list[Any], content: Callable[[Any], bytes]) -> OwnImages | None:
-    """The images among files, of which a few are opened."""
+def _files(folder: Path) -> Iterator[str]:
+    """The files below a folder, in the same order on every machine."""
+    for place, folders, names in os.walk(folder):
+        folders.sort()
+        yield from (str(Path(place, name)) for name in sorted(names))
+
+
+def _opened(path: str) -> IO[bytes]:
+    regular(Path(path))
+    return Path(path).open("rb")
+
+
+def _measured(names: Sequence[str], opened: Callable[[str], IO[bytes]]) -> OwnImages | None:
+    """The images among files, of which a few are opened as far as their headers."""
     from PIL import Image
 
-    suffixes = {suffix for suffixes in IMAGE_FORMATS.values() for suffix in suffixes}
-    paths = {name: PurePosixPath(name) for name in names}
-    images = [name for name, path in paths.items() if path.suffix.lower() in suffixes and path.name[0] != "."]
+    suffixes = (*(suffix for suffixes in IMAGE_FORMATS.values() for suffix in suffixes), *OTHER_SUFFIXES)
+    images = [
+        name for name in names if name.lower().endswith(suffixes) and PurePosixPath(name).name[0] != "."
+    ]
     sides = []
-    for name in images[:: max(1, len(images) // MOST_OPENED)]:
-        with suppress(Exception):  # Pillow's own, of many kinds
-            sides.append(min(Image.open(BytesIO(content(name)), formats=[*IMAGE_FORMATS]).size))
+    for name in images[:: max(1, len(images) // MOST_OPENED)][:MOST_OPENED]:
+        # Pillow's own errors are of many kinds; scans and volumes are no pictures.
+        with suppress(Exception), opened(name) as file, Image.open(file, formats=[*IMAGE_FORMATS]) as image:
+            sides.append(min(image.size))
     return OwnImages(len(images), median_low(sides) if sides else None) if images else None
 
 
 def _array(path: Path) -> OwnImages | None:
     """The images of a NumPy file, from its header."""
     if path.suffix == ".npy":
-        with path.open("rb") as file:
+        with _opened(str(path)) as file:
             shape = _shape(file)
     else:
         with Archive(path) as archive:
@@ -83,7 +93,7 @@ def _array(path: Path) -> OwnImages | None:
     if len(shape) not in (3, 4):
         return None
     sides = shape[1:] if len(shape) == 3 else sorted(shape[1:])[1:]  # the channels are the least of the three
-    return OwnImages(min(shape[0], MOST_COUNTED), min(sides))
+    return OwnImages(shape[0], min(sides))
 
 
 def _shape(file: IO[bytes]) -> tuple[int, ...]:

@@ -3,6 +3,7 @@
 import difflib
 import re
 from collections.abc import Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,7 +14,7 @@ from diffusion_cli.config.at_hand import own_images
 from diffusion_cli.config.catalogue import CONF, defaults, did_you_mean, documented, options
 from diffusion_cli.config.check import check_node, validate
 from diffusion_cli.config.continued import folder_of, foreign_paths, may_change, stored_by, with_values
-from diffusion_cli.config.recipe import AUTO, chosen_network, resolution, stored_configuration, with_recipe
+from diffusion_cli.config.recipe import AUTO, begun_with, chosen_network, resolution, with_recipe
 from diffusion_cli.config.runs import flatten, run_name
 from diffusion_cli.config.schema import COMMANDS, GRIDS, Config, Node
 from diffusion_cli.config.typed import as_typed
@@ -77,18 +78,19 @@ def _training(
 ) -> tuple[Node, list[str]]:
     """The configuration of a training, named and with its recipe, and a line for each unknown key."""
     implied, choices = compose("train", choosing, dirs)
+    others = {key: text for key, text in setting.items() if not key.startswith("model.")}
+    known = _known("train", others, implied)[0]
+    data = compose("train", [*choosing, *known], dirs)[0] if known else implied
+    images = cache(lambda: own_images(data["dataset"]))
     if choices["model"] == AUTO:
-        others = {key: text for key, text in setting.items() if not key.startswith("model.")}
-        known = _known("train", others, implied)[0]
-        data = compose("train", [*choosing, *known], dirs)[0] if known else implied
-        option = chosen_network(data, {}, setting)
+        option = chosen_network(data, {}, setting, images)
         composed, unknown, stored = _named(option, choosing, setting, choices, dirs)
-        begun_with = chosen_network(data, stored, setting)
-        if begun_with != option:
-            composed, unknown, stored = _named(begun_with, choosing, setting, choices, dirs)
+        begun = chosen_network(data, stored, setting, images)
+        if begun != option:
+            composed, unknown, stored = _named(begun, choosing, setting, choices, dirs)
     else:
         composed, unknown, stored = _named(None, choosing, setting, choices, dirs)
-    return with_recipe(composed, stored), unknown
+    return with_recipe(composed, stored, images), unknown
 
 
 def _continuing(
@@ -136,9 +138,14 @@ def _named(
     implied = compose("train", choosing, dirs)[0]
     known, unknown = _known("train", setting, implied)
     composed = compose("train", [*choosing, *known], dirs)[0] if known else implied
+    runs = Path(str(composed["output_dir"]))
     if composed["name"] is None:
         composed["name"] = run_name(composed, implied, choices, dirs)
-    return composed, unknown, stored_configuration(Path(str(composed["output_dir"]), str(composed["name"])))
+        # A run whose network was chosen by `auto`, or before there was `auto`, has a name without it.
+        short = run_name(composed, implied, {**choices, "model": AUTO}, dirs)
+        if begun_with(runs / short).get("model") == composed["model"]:
+            composed["name"] = short
+    return composed, unknown, begun_with(runs / str(composed["name"]))
 
 
 def parse(text: str) -> "Override":

@@ -5,6 +5,7 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
+from diffusion_cli.config.recipe import BUDGETED, follows_budget
 from diffusion_cli.config.runs import flatten, identity
 from diffusion_cli.foreign import read_yaml
 from diffusion_cli.named_data import is_own_run, unnamed
@@ -74,8 +75,9 @@ def foreign_paths(
 def with_values(config: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
     """A configuration with other values of some dotted keys.
 
-    A learning rate that falls over the whole budget falls over the new one, as where a whole command gives it.
+    What follows from the whole budget follows from the new one, as where a whole command gives it.
     """
+    followed = [key for key in BUDGETED if key not in values and follows_budget(key, flatten(config))]
     changed = copy.deepcopy(dict(config))
     optimizer = changed["optimizer"]
     falls = optimizer.get("decay_steps") == changed["max_steps"]
@@ -87,4 +89,7 @@ def with_values(config: Mapping[str, Any], values: Mapping[str, Any]) -> dict[st
         node[name] = value
     if falls and "optimizer.decay_steps" not in values:
         optimizer["decay_steps"] = changed["max_steps"]
+    for key in followed:
+        node, _, name = key.partition(".")
+        changed[node][name] = BUDGETED[key](changed["max_steps"])
     return changed

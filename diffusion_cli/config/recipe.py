@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from diffusion_cli.config.at_hand import OwnImages, gpu, own_images
+from diffusion_cli.config.at_hand import OwnImages, gpu
 from diffusion_cli.config.catalogue import options
 from diffusion_cli.config.runs import flatten
 from diffusion_cli.config.schema import Node
@@ -39,16 +39,19 @@ def learning_rate(width: int, batch_size: int) -> float:
 
 
 def warm_up_steps(max_steps: int | None) -> int:
-    """Return the steps over which the learning rate rises: a 24th of the budget, at most DDPM's 5,000."""
-    return 1000 if max_steps is None else min(5000, max_steps // 24)
+    """Return the steps over which the learning rate rises: a 24th of the budget, at most DDPM's 5,000.
+
+    Without a budget in steps it is the 100 steps of the demo.
+    """
+    return 100 if max_steps is None else min(5000, max_steps // 24)
 
 
 def ema_decay(max_steps: int | None) -> float:
     """Return the decay of the averaged weights: an average over 5/24 of the budget, at most 10,000 steps.
 
-    DDPM's 0.9999 is an average over 10,000 steps (Ho et al. 2020, App. B).
+    DDPM's 0.9999 is an average over 10,000 steps (Ho et al. 2020, App. B). Without a budget in steps it is 1,000.
     """
-    steps = 10_000 if max_steps is None else min(10_000, max(10, max_steps * 5 // 24))
+    steps = 1000 if max_steps is None else min(10_000, max(10, max_steps * 5 // 24))
     return round(1 - 1 / steps, 6)
 
 
@@ -88,13 +91,28 @@ def network_width(model: Mapping[str, Any]) -> int:
     return _whole(model.get("channels"), 256) * widest
 
 
-def chosen_network(composed: Node, stored: Node, named: Collection[str]) -> str:
+BUDGETED: dict[str, Callable[[int | None], int | float]] = {
+    "optimizer.warm_up_steps": warm_up_steps,
+    "ema.decay": ema_decay,
+}
+"""The values of a recipe that follow from `max_steps` alone."""
+
+
+def follows_budget(key: str, config: Mapping[str, Any]) -> bool:
+    """Return whether a value of a configuration, given by its dotted keys, is what its budget makes it."""
+    return key in BUDGETED and config.get(key) == BUDGETED[key](_whole(config.get("max_steps"), None))
+
+
+def chosen_network(
+    composed: Node, stored: Node, named: Collection[str], images: Callable[[], OwnImages | None]
+) -> str:
     """Return the option that `model=auto` stands for.
 
     Args:
         composed: the configuration but for its network.
         stored: the configuration that the run was begun with; empty for a new run.
         named: dotted keys that the user sets.
+        images: what returns the user's own images.
     """
     before = stored.get("model")
     if not isinstance(before, dict):
@@ -103,38 +121,42 @@ def chosen_network(composed: Node, stored: Node, named: Collection[str]) -> str:
         option = yaml.safe_load(options("model")[name].read_text())
         if all(before.get(key) == value for key, value in option.items() if f"model.{key}" not in named):
             return name
-    dataset, on_gpu = composed["dataset"], gpu(composed["trainer"]["accelerator"])
-    images = own_images(dataset)
-    size = dataset.get("resolution", images.size if images else None)
+    on_gpu, size = gpu(composed["trainer"]["accelerator"]), composed["dataset"].get("resolution")
+    if size is None:
+        own = images()
+        size = own.size if own else None
     sizes = (
-        size if isinstance(size, list) else [size if isinstance(size, int) else resolution(images, on_gpu)]
+        size if isinstance(size, list) else [size if isinstance(size, int) else resolution(images(), on_gpu)]
     )
     return network(min(sizes), len(sizes), on_gpu)
 
 
-def with_recipe(composed: Node, stored: Node) -> Node:
+def with_recipe(composed: Node, stored: Node, images: Callable[[], OwnImages | None]) -> Node:
     """Return a training configuration in which each `auto` of a recipe is replaced by its value.
 
-    A run keeps the recipe that it was begun with, whatever its budget, its images or the machine become.
+    A run keeps the size of its images and its learning rate, whatever its images or the machine become. What followed
+    from its budget follows from a new one, as the curve of the learning rate does.
 
     Args:
         composed: the configuration, as composed.
         stored: the configuration that the run was begun with; empty for a new run.
+        images: what returns the user's own images.
     """
     before = flatten(stored)
     on_gpu = gpu(composed["trainer"]["accelerator"])
-    images = own_images(composed["dataset"])
     batch_size = _whole(composed["batch_size"], 64)
 
     def fill(node: Node, key: str, derived: Callable[[], int | float]) -> None:
         name = key.rpartition(".")[2]
         if node.get(name) == AUTO:
-            node[name] = before.get(key) if before.get(key, AUTO) != AUTO else derived()
+            kept = before.get(key, AUTO) != AUTO and not follows_budget(key, before)
+            node[name] = before[key] if kept else derived()
 
     filled = {key: dict(value) if isinstance(value, dict) else value for key, value in composed.items()}
     optimizer = filled["optimizer"]
-    fill(filled["dataset"], "dataset.resolution", lambda: resolution(images, on_gpu))
-    fill(filled, "max_steps", lambda: budget(images, batch_size, on_gpu))
+    fill(filled["dataset"], "dataset.resolution", lambda: resolution(images(), on_gpu))
+    if filled["max_steps"] == AUTO:
+        filled["max_steps"] = budget(images(), batch_size, on_gpu)
     steps = _whole(filled["max_steps"], None)
     fill(optimizer, "optimizer.lr", lambda: learning_rate(network_width(filled["model"]), batch_size))
     fill(optimizer, "optimizer.warm_up_steps", lambda: warm_up_steps(steps))
@@ -144,8 +166,10 @@ def with_recipe(composed: Node, stored: Node) -> Node:
     return filled
 
 
-def stored_configuration(run: Path) -> Node:
-    """Return the configuration that the run in a folder was begun with; empty where there is none to read."""
+def begun_with(run: Path) -> Node:
+    """Return the configuration that the run in a folder was begun with; empty without a checkpoint of it."""
+    if not any(run.glob("checkpoints/*.ckpt")):
+        return {}
     try:
         value = read_yaml(run / "config.yaml")
     except (OSError, ValueError):

@@ -42,9 +42,6 @@ NOT_IDENTITY = frozenset(
     ]
 )
 
-# The networks that these data sets had before `model=auto`: naming one still gives the name that such a run has.
-BEFORE_AUTO = {"folder": "unet_small", "array": "unet_tiny"}
-
 
 def identity(config: Mapping[str, Any]) -> dict[str, Any]:
     """The part of a training configuration that says what is trained, as flat dotted keys."""
@@ -82,8 +79,6 @@ def run_name(
     usual: dict[str, Any] = {**defaults("train")}
     for group in ("dataset", "task"):
         usual |= brought_by(options(group, dirs)[choices[group]])
-    if usual["model"] == "auto" and choices["model"] == BEFORE_AUTO.get(dataset):
-        usual["model"] = choices["model"]
     words = [dataset] + [str(option) for option in (choices["schedule"],) if option is not None]
     words += [
         str(option)

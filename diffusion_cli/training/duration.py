@@ -1,5 +1,6 @@
 """A warning about a training that takes days on a CPU."""
 
+from diffusion_cli.config.recipe import network_width
 from diffusion_cli.config.schema import Node
 
 LONG = 12 * 3600.0
@@ -18,7 +19,15 @@ def warning(config: Node, seconds: float, steps: int) -> str | None:
     if total < LONG:
         return None
     takes = f"{total / 86400:.0f} days" if total >= 2 * 86400 else f"{total / 3600:.0f} hours"
-    faster = "a smaller model= and max_steps=, or max_time=1h, take less"
-    if config["schedule"] is not None and isinstance(config["dataset"].get("resolution"), int):
-        faster = "model=unet_patch2 dataset.resolution=32 max_steps=20000 takes far less"
+    size = config["dataset"].get("resolution")
+    words = [
+        *(
+            ["model=unet_patch2"]
+            if config["schedule"] is not None and network_width(config["model"]) > 64
+            else []
+        ),
+        *(["dataset.resolution=32"] if isinstance(size, int) and size > 32 else []),
+        *(["max_steps=20000"] if steps > 20_000 else []),
+    ]
+    faster = f"{' '.join(words)} takes less" if words else "max_time=1h stops after an hour"
     return f"{seconds:.1f} s a step without a GPU: {steps:,} steps take about {takes}; {faster}"

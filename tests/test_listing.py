@@ -186,11 +186,19 @@ def test_a_folder_of_results_gives_them_to_every_command(tmp_path):
         read_input(str(tmp_path / "empty"), [(1, 8, 8)], False, None, Picture())
 
 
-@pytest.mark.parametrize("text", ["{", "{}", '{"settings": {}, "versions": 3}', "[]"])
+FOREIGN = ["{", "{}", '{"settings": {}, "versions": 3}', "[]"]
+FOREIGN += [
+    f'{{"settings": {{"edit": {{}}}}, "versions": {{}}, "results": {value}}}' for value in ("5", "null", "[]")
+]
+
+
+@pytest.mark.parametrize("text", FOREIGN)
 def test_manifests_of_other_programs_leave_out_nothing(tmp_path, text):
-    save(tmp_path / "grid.png")
-    (tmp_path / "manifest.json").write_text(text)
-    assert folder(tmp_path).files == ["grid.png"]
+    save(tmp_path / "series/grid.png")
+    for place in (tmp_path, tmp_path / "series"):
+        (place / "manifest.json").write_text(text)
+        assert folder(tmp_path).files == ["series/grid.png"]
+        assert folder(tmp_path / "series").files == ["grid.png"]
 
 
 # Runs that were begun by the first rules

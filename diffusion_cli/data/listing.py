@@ -53,9 +53,10 @@ def manifests(names: Iterable[str], read: Read) -> dict[str, dict[str, Any]]:
             content = from_json(read(name), LONGEST_MANIFEST, MOST_IN_MANIFEST)
         except ValueError:  # of another program, or damaged
             continue
-        if isinstance(content, dict) and all(
-            isinstance(content.get(k), dict) for k in ("settings", "versions")
-        ):
+        if not isinstance(content, dict):
+            continue
+        parts = (content.get("settings"), content.get("versions"), content.get("results", {}))
+        if all(isinstance(part, dict) for part in parts):
             found[name.removesuffix(MANIFEST)] = content
     return found
 

@@ -80,12 +80,13 @@ def inflated(data: bytes, limit: int = LARGEST) -> bytes:
 
 
 class Archive:
-    """A ZIP archive, of which entries are read one by one and none is unpacked; a context that closes it."""
+    """A ZIP archive, a file or its content, of which entries are read one by one; a context that closes it."""
 
-    def __init__(self, path: Path) -> None:
-        regular(path)
+    def __init__(self, source: Path | bytes) -> None:
+        if isinstance(source, Path):
+            regular(source)
         try:
-            self._zip = zipfile.ZipFile(path)
+            self._zip = zipfile.ZipFile(source if isinstance(source, Path) else BytesIO(source))
         except OSError:
             raise
         except Exception as error:  # its parser meets damaged archives with errors of many types
@@ -156,21 +157,19 @@ def check_tensors(path: Path) -> None:
     _check_pickle(BytesIO(data), NAMES)
 
 
-def check_weights(path: Path) -> None:
-    """Raise ValueError, or an error of the parsers, unless a file of `torch.save` of any version holds tensors alone.
+def check_weights(content: bytes) -> None:
+    """Raise ValueError, or an error of the parsers, unless the content of a file of `torch.save` is tensors alone.
 
     Versions before 1.6 wrote pickles one after the other: a number, a version, sizes of the machine, then the weights.
     """
-    with path.open("rb") as file:
-        zipped = file.read(4) == b"PK\x03\x04"
-    if zipped:
-        with Archive(path) as archive:
+    if content.startswith(b"PK\x03\x04"):
+        with Archive(content) as archive:
             (name,) = (name for name in archive.entries if name.endswith("/data.pkl"))
             _check_pickle(BytesIO(archive.read(name)), WEIGHT_NAMES)
         return
-    with path.open("rb") as file:
-        for _ in range(4):
-            _check_pickle(file, WEIGHT_NAMES)
+    file = BytesIO(content)
+    for _ in range(4):
+        _check_pickle(file, WEIGHT_NAMES)
 
 
 def _check_pickle(file: IO[bytes], names: re.Pattern[str]) -> None:

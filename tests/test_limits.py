@@ -129,6 +129,14 @@ def test_weights_name_nothing_but_tensors(tmp_path):
         read(content_of(path, "features.weights"), path, "features.weights")
 
 
+def test_the_very_bytes_that_torch_reads_are_checked(tmp_path):
+    path = pickled(tmp_path / "w.pth", NESTED)
+    content = content_of(path, "features.weights")
+    torch.save({"a": torch.ones(3)}, path)  # another file took its place meanwhile
+    with pytest.raises(ValueError, match="has tuples nested deeper than 32 levels"):
+        read(content, path, "features.weights")
+
+
 @pytest.mark.parametrize("zipped", [True, False])
 def test_weights_of_old_and_new_versions_of_torch_are_read(tmp_path, zipped):
     path = tmp_path / "w.pth"
@@ -138,7 +146,7 @@ def test_weights_of_old_and_new_versions_of_torch_are_read(tmp_path, zipped):
         "c": torch.zeros(2, dtype=torch.int64),
     }
     torch.save(weights, path, _use_new_zipfile_serialization=zipped)
-    check_weights(path)
+    check_weights(path.read_bytes())
     found = read(content_of(path, "features.weights"), path, "features.weights")
     assert found["a"].tolist() == [1, 1, 1]
     assert found["b"].tolist() == [1, 1]

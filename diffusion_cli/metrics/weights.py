@@ -52,7 +52,7 @@ def content_of(path: Path, key: str) -> bytes:
 def read(content: bytes, path: Path, key: str) -> Any:
     """What a file of weights holds; ValueError, about the option called `key`, for anything but tensors."""
     try:
-        check_weights(path)
+        check_weights(content)
         return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
     except Exception as error:  # damaged files fail in many ways in the parsers of ZIP and pickle
         raise misfit(path, key, error) from error

@@ -12,7 +12,16 @@ import torch
 
 from diffusion_cli.checkpoint import LAST, read
 from diffusion_cli.cli import run
-from diffusion_cli.training.stored_state import Among, Kind, Like, Maybe, Number, check_state
+from diffusion_cli.training.stored_state import (
+    Among,
+    Kind,
+    Like,
+    Maybe,
+    Number,
+    Options,
+    check_state,
+    mend_state,
+)
 
 TINY = [
     "train", "name=tiny", "model.channels=4", "model.channel_mult=[1]", "model.num_res_blocks=1",
@@ -114,7 +123,8 @@ ATTACKS: dict[str, Change] = {
     "param_groups.0.params: should have": group("params", [0]),
     "param_groups.0.capturable: should be False": group("capturable", True),
     "param_groups.0.eps: should be": group("eps", torch.ones(3)),
-    "lr_schedulers.0: has 1 unknown entries optimizer": scheduler("optimizer", "mine"),
+    "lr_schedulers.0: has 1 unknown entries optimizer": scheduler("optimizer", torch.ones(1)),
+    "lr_schedulers.0.last_epoch: is missing": lambda checkpoint: checkpoint["lr_schedulers"][0].pop("last_epoch"),
     "lr_schedulers.0.base_lrs.0: should be": scheduler("base_lrs", [1e9]),
     "lr_schedulers.0.lr_lambdas.0: has 1 unknown": scheduler("lr_lambdas", [{"__wrapped__": 1}]),
     "lr_schedulers.0.last_epoch: should be": scheduler("last_epoch", -5),
@@ -142,6 +152,7 @@ ATTACKS: dict[str, Change] = {
 def test_a_foreign_training_state_is_refused(trained, line):
     checkpoint = copy.deepcopy(trained.checkpoint)
     ATTACKS[line](checkpoint)
+    mend_state(checkpoint, trained.expected)
     with pytest.raises(ValueError, match=re.escape(line)):
         check_state(Path("last.ckpt"), checkpoint, trained.expected)
 
@@ -167,6 +178,49 @@ def test_training_stops_before_it_is_used(tmp_path, capsys, trained):
     assert f"{last}: is not a training state of this run: optimizer_states.0.state." in error
     assert "train anew under another name=" in error
     assert last.read_bytes() == before
+
+
+@pytest.mark.parametrize("trained", ["fp32"], indirect=True)
+def test_options_of_another_version_are_dropped_or_added(tmp_path, trained, monkeypatch):
+    checkpoint = copy.deepcopy(trained.checkpoint)
+    group, scheduler = checkpoint["optimizer_states"][0]["param_groups"][0], checkpoint["lr_schedulers"][0]
+    loops, callers = checkpoint["loops"]["fit_loop"], []
+    for options in (group, scheduler, loops, loops["epoch_progress"]["total"]):
+        options["later"] = [1, "x"]
+    scheduler["step"] = "not a method"
+    del group["foreach"], group["eps"], loops["epoch_progress"]["current"]
+    flags = [scheduler.pop(name) for name, value in list(scheduler.items()) if isinstance(value, bool)]
+    put(checkpoint, tmp_path)
+    load = torch.optim.lr_scheduler.LambdaLR.load_state_dict
+    monkeypatch.setattr(
+        torch.optim.lr_scheduler.LambdaLR,
+        "load_state_dict",
+        lambda self, state: (load(self, state), callers.append(self)),
+    )
+    assert flags
+    assert train(tmp_path, "max_steps=3", "precision=fp32") == 0
+    assert not {"later", "step"} & vars(callers[0]).keys()
+    after = read(tmp_path / "tiny" / LAST)
+    assert after["global_step"] == 3
+    assert after["optimizer_states"][0]["param_groups"][0].keys() == group.keys() - {"later"} | {
+        "foreach",
+        "eps",
+    }
+
+
+@pytest.mark.parametrize("trained", ["fp32"], indirect=True)
+def test_loops_that_would_begin_again_are_refused(tmp_path, trained, capsys):
+    checkpoint = copy.deepcopy(trained.checkpoint)
+    del checkpoint["loops"]["fit_loop"]["epoch_loop.automatic_optimization.optim_progress"]
+    put(checkpoint, tmp_path)
+    assert train(tmp_path, "max_steps=3", "precision=fp32") == 2
+    assert "the checkpoint of step 2 continues at step 0" in capsys.readouterr().err
+
+
+def test_unknown_tensors_are_not_dropped():
+    stored = {"a": {"tensor": torch.ones(1), "tuple": (1, 2), "nested": [torch.ones(1)]}}
+    mend_state(stored, {"a": Options({"b": [1]}, {"b": [1]})})
+    assert stored["a"].keys() == {"tensor", "nested", "b"}
 
 
 @pytest.mark.slow

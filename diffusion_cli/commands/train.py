@@ -49,7 +49,7 @@ from diffusion_cli.training.ema import EMA
 from diffusion_cli.training.encoding import LatentDataset
 from diffusion_cli.training.memory import naming_what_fits
 from diffusion_cli.training.module import Trainable
-from diffusion_cli.training.stored_state import check_state, expected_state
+from diffusion_cli.training.stored_state import StoredOptions, check_state, expected_state, mend_state
 
 
 def run(config: TrainConfig) -> int:
@@ -144,7 +144,11 @@ def _fit(
     callbacks = [ema, progress, stop, *watchers, checkpoints]
     trainer = trainer_of(config, parts.device, precision, folder, done, max_steps, callbacks)
     if before:
-        check_state(folder / LAST, before, expected_state(trainer, module, done))
+        expected = expected_state(trainer, module, done)
+        mend_state(before, expected)
+        check_state(folder / LAST, before, expected)
+        # Lightning reads the file again.
+        trainer.callbacks.append(StoredOptions(expected))  # pyright: ignore[reportAttributeAccessIssue]
     if config.compile is True or (config.compile == "auto" and parts.device.torch_device.type == "cuda"):
         model.network.compile()  # in place: torch.compile(network) would rename every weight
     if ranks.first:

@@ -2,8 +2,10 @@
 
 A checkpoint may come from a stranger, and a fused optimizer writes to its state without a look at sizes.
 `expected_state` makes a template from the run's own objects; `check_state` compares a checkpoint with it.
+Other versions of torch and Lightning store other options: `mend_state` drops unknown ones and adds missing ones.
 """
 
+import copy
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -12,9 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch import Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 
+from diffusion_cli.foreign import plain
 from diffusion_cli.training.module import TrainingModule
 from diffusion_cli.training.optimizers import OptimizerConfig
 
@@ -65,6 +68,35 @@ class Among:
     entries: Mapping[str, Any]
 
 
+@dataclass(frozen=True)
+class Options:
+    """A mapping with these entries; `mend_state` drops unknown plain ones and adds missing `defaults`."""
+
+    entries: Mapping[str, Any]
+    defaults: Mapping[str, Any]
+
+
+class StoredOptions(Callback):
+    """Mends the checkpoint that Lightning reads, and refuses one that does not continue at its step."""
+
+    def __init__(self, expected: Mapping[str, Any]) -> None:
+        # Only the parts with options: the others would keep all weights in memory.
+        self._options = {key: expected[key] for key in ("loops", "optimizer_states", "lr_schedulers")}
+        self._step: int = expected["global_step"]
+
+    def on_load_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        mend_state(checkpoint, self._options)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.global_step != self._step:
+            raise ValueError(
+                f"the checkpoint of step {self._step} continues at step {trainer.global_step}: its loops are those of "
+                "another version of Lightning; install the version that saved it, or train anew under another name="
+            )
+
+
 def expected_state(trainer: Trainer, module: TrainingModule, step: int) -> dict[str, Any]:
     """Return the template of this run's checkpoint at a step, before the strategy moves or shards the module."""
     optimizer, scheduler = _optimizer_state(module, step)
@@ -83,7 +115,7 @@ def expected_state(trainer: Trainer, module: TrainingModule, step: int) -> dict[
         "diffuse": Kind(dict),
         "state_dict": _alike(module.state_dict(), step),
         # Batches are counted in parts; the module counts them anew for the parts of today.
-        "loops": Among({"fit_loop": _alike(trainer.fit_loop.state_dict(), MOST_STEPS)}),
+        "loops": Among({"fit_loop": _alike_options(trainer.fit_loop.state_dict())}),
         "callbacks": Among(stored),
         "optimizer_states": [optimizer],
         "lr_schedulers": [scheduler],
@@ -91,7 +123,7 @@ def expected_state(trainer: Trainer, module: TrainingModule, step: int) -> dict[
     }
 
 
-def _optimizer_state(module: TrainingModule, step: int) -> tuple[dict[str, Any], dict[str, Any]]:
+def _optimizer_state(module: TrainingModule, step: int) -> tuple[dict[str, Any], Options]:
     """Templates of the optimizer's state and of its scheduler's, from a step on tensors without memory."""
     config: OptimizerConfig = module.optimizer_config
     parameters = [nn.Parameter(torch.empty_like(weight, device="meta")) for weight in module.parameters()]
@@ -107,10 +139,17 @@ def _optimizer_state(module: TrainingModule, step: int) -> tuple[dict[str, Any],
         for number, tensors in state["state"].items()
     }
     rate = Number(0, config.lr)
-    groups = [{**group, "lr": rate, "fused": Kind(bool)} for group in state["param_groups"]]
-    moved = _alike(scheduler.state_dict(), step + 1)
+    groups = [
+        Options(
+            {**group, "lr": rate, "fused": Kind(bool)},
+            {name: value for name, value in group.items() if name not in ("params", "lr")},
+        )
+        for group in state["param_groups"]
+    ]
+    moved = scheduler.state_dict()
+    flags = {name: value for name, value in moved.items() if isinstance(value, bool)}
     exact = {"base_lrs": scheduler.base_lrs, "_last_lr": [rate], "lr_lambdas": [Maybe({})]}
-    return {"state": entries, "param_groups": groups}, moved | exact
+    return {"state": entries, "param_groups": groups}, Options(_alike(moved, step + 1) | exact, flags)
 
 
 def _scaler_state(state: Mapping[str, Any]) -> dict[str, Any]:
@@ -136,6 +175,37 @@ def _alike(value: Any, most: int) -> Any:
     return value
 
 
+def _alike_options(value: Any) -> Any:
+    """The template of counters and options, of loops that have not begun: what is missing begins as they do."""
+    if not isinstance(value, Mapping):
+        return _alike(value, MOST_STEPS)
+    return Options({key: _alike_options(item) for key, item in value.items()}, value)
+
+
+def mend_state(stored: Any, expected: Any) -> None:
+    """Drop plain options that a template does not have from a checkpoint, in place, and add those that are missing."""
+    if isinstance(expected, Options) and isinstance(stored, dict):
+        for name in [name for name in stored if name not in expected.entries and _is_plain(stored[name])]:
+            del stored[name]
+        for name, default in expected.defaults.items():
+            stored.setdefault(name, copy.deepcopy(default))
+    entries = expected.entries if isinstance(expected, Among | Options) else expected
+    if isinstance(entries, Mapping) and isinstance(stored, dict):
+        for name, other in entries.items():
+            mend_state(stored.get(name), other)
+    elif isinstance(entries, list) and isinstance(stored, list):
+        for item, other in zip(stored, entries, strict=False):  # `check_state` compares the lengths
+            mend_state(item, other)
+
+
+def _is_plain(value: Any) -> bool:
+    try:
+        plain(list(value) if isinstance(value, tuple) else value)
+    except ValueError:
+        return False
+    return True
+
+
 def check_state(path: Path, checkpoint: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
     """Raise ValueError, with the first few differences, unless a checkpoint is as a template expects it."""
     lines = list(islice(_differences(checkpoint, expected, "", {}), MOST_LINES + 1))
@@ -152,7 +222,7 @@ def _differences(stored: Any, expected: Any, key: str, owners: dict[int, str]) -
     if isinstance(expected, Maybe):
         if stored is not None:
             yield from _differences(stored, expected.expected, key, owners)
-    elif isinstance(expected, Mapping | Among):
+    elif isinstance(expected, Mapping | Among | Options):
         yield from _entry_differences(stored, expected, key, owners)
     elif isinstance(expected, list | tuple):
         if not isinstance(stored, list | tuple) or len(stored) != len(expected):
@@ -167,9 +237,9 @@ def _differences(stored: Any, expected: Any, key: str, owners: dict[int, str]) -
 
 
 def _entry_differences(
-    stored: Any, expected: Mapping[str, Any] | Among, key: str, owners: dict[int, str]
+    stored: Any, expected: Mapping[str, Any] | Among | Options, key: str, owners: dict[int, str]
 ) -> Iterator[str]:
-    entries = expected.entries if isinstance(expected, Among) else expected
+    entries = expected if isinstance(expected, Mapping) else expected.entries
     if not isinstance(stored, Mapping):
         yield f"{key}: should have entries"
         return

@@ -336,6 +336,27 @@ def test_colours_with_opacity_come_back_as_png_of_their_kind(tmp_path, suffix):
     assert form.picture_shape((4, 8, 8)) == (3, 8, 8)
 
 
+@pytest.mark.parametrize("invisible", [0, 255])
+@pytest.mark.parametrize("colour", [[200, 40, 40], [120]], ids=["RGBA", "LA"])
+def test_invisible_colours_leave_no_fringe_on_resized_images(tmp_path, colour, invisible):
+    channels = len(colour) + 1
+    pixels = np.full((24, 24, channels), invisible, np.uint8)
+    pixels[..., -1] = 0
+    pixels[3:17, :13] = [*colour, 255]
+    saved(tmp_path / "in/0.png", pixels)
+    dataset = folder(tmp_path / "in", channels=channels)
+    form, sample = dataset.form, images(dataset)
+    assert isinstance(form, Raster)
+    numbers = form.numbers(sample)[0]
+    seen = numbers[-1] > 0
+    assert 0 < seen.sum() < seen.size
+    assert (numbers[:-1, seen] == np.array(colour)[:, None]).all()
+    shown = form.pictures(sample)[0].numpy().astype(int)
+    assert (shown >= np.array(colour)[:, None, None]).all()
+    opacity = Image.fromarray(pixels[..., -1]).resize((8, 8), Image.Resampling.LANCZOS)
+    np.testing.assert_allclose(numbers[-1].astype(int), np.asarray(opacity).astype(int), rtol=0, atol=1)
+
+
 def test_a_palette_and_opaque_files_among_sprites_are_colours(tmp_path):
     for place in ("palette", "mixed"):
         (tmp_path / place).mkdir()

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from diffusion_cli.forms import Form, Picture, Range, Ranged, Shape, Volume, image_form
+from diffusion_cli.forms import Form, Picture, Range, Ranged, Raster, Shape, Volume, image_form
 from diffusion_cli.forms.dicom import dicom_form, is_dicom
 from diffusion_cli.forms.files import DECODING, flattened, is_turned, parsed, upright
 from diffusion_cli.forms.numbers import depth_of, is_cmyk, mode_with_opacity
@@ -157,12 +157,24 @@ class DeepDecoder(NamedTuple):
 def fitted(
     sample: Tensor, form: Ranged, shape: Shape, resample: Image.Resampling = Image.Resampling.LANCZOS
 ) -> Tensor:
-    """An image [C, h, w] of a form with the height and width of a shape, as stored; itself where it has them."""
+    """An image [C, h, w] of a form with the height and width of a shape, as stored; itself where it has them.
+
+    Colours with opacity are averaged in proportion to it, so that invisible colours do not bleed into edges.
+    """
     _, *wanted = shape
     if list(sample.shape[1:]) == wanted:
         return sample
-    channels = [_resized(Image.fromarray(channel), wanted, resample=resample) for channel in sample.numpy()]
-    return form.stored(torch.from_numpy(np.stack([np.asarray(channel) for channel in channels])))
+
+    def resized(channels: Tensor) -> Tensor:
+        images = [_resized(Image.fromarray(each), wanted, resample=resample) for each in channels.numpy()]
+        return torch.from_numpy(np.stack([np.asarray(image) for image in images]))
+
+    if not (isinstance(form, Raster) and form.mode):
+        return form.stored(resized(sample))
+    colours, opacity = sample[:-1], (sample[-1:] + 1) / 2
+    weights = resized(opacity)
+    colours = torch.where(weights > 0, resized(colours * opacity) / weights, resized(colours))
+    return form.stored(torch.cat([colours, 2 * weights - 1]))
 
 
 def form_of_files(

@@ -57,6 +57,12 @@ def numbered(count: int) -> MemoryImages:
     return MemoryImages(pixels, torch.arange(count) % 3)
 
 
+def test_images_keep_the_fingerprint_of_their_source_on_another_device():
+    images = numbered(5)
+    images.known_as("files")
+    assert images.to(torch.device("meta")).fingerprint() == "files"
+
+
 def rows_and_flips(batch) -> tuple[torch.Tensor, torch.Tensor]:
     values = ((batch.images + 1) * 127.5).round().long().reshape(-1, 2)
     flipped = values[:, 0] == 255

@@ -43,6 +43,7 @@ class MemoryImages(Images):
     def to(self, device: torch.device) -> Self:
         """The same images on a device."""
         moved = type(self)(self.pixels.to(device), None if self.labels is None else self.labels.to(device))
+        moved._fingerprint = self._fingerprint
         moved._digest = self._digest
         return moved
 

@@ -1,6 +1,6 @@
 """The folders that this program writes to: nothing is written, or removed, through a link that leads out of them."""
 
-import os
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -9,16 +9,17 @@ def own_folder(root: Path, *names: str) -> Path:
     """Return the folder `root/names...`, to write to; it need not exist.
 
     `root` may be a link, for its user chose it. Raises ValueError if a folder from there on is a link that leads out of
-    `root`, or if something in the folder is neither a file nor a folder: a pipe, whose reader or writer would wait.
+    `root`, or if something in the folder is a pipe, a socket or a device, whose reader or writer would wait.
+    Other tasks may rename and remove files meanwhile.
     """
     folder = root.joinpath(*names)
     for depth in range(1, len(names) + 1):
         _check_inside(root, root.joinpath(*names[:depth]))
-    for entry in _entries(folder):
-        if entry.is_symlink():
-            _check_inside(root, Path(entry.path))
-        elif not (entry.is_file() or entry.is_dir()):
-            raise ValueError(f"{entry.path}: is neither a file nor a folder; remove it")
+    for path, mode in _entries(folder):
+        if stat.S_ISLNK(mode):
+            _check_inside(root, path)
+        elif not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+            raise ValueError(f"{path}: is neither a file nor a folder; remove it")
     return folder
 
 
@@ -30,12 +31,17 @@ def _check_inside(root: Path, path: Path) -> None:
         )
 
 
-def _entries(folder: Path) -> Iterator[os.DirEntry[str]]:
-    """All that lies in a folder and in its folders, none of them entered through a link."""
-    if not folder.is_dir():
+def _entries(folder: Path) -> Iterator[tuple[Path, int]]:
+    """All entries of a folder and of its folders, with their modes; links are not followed."""
+    try:
+        paths = list(folder.iterdir())
+    except (FileNotFoundError, NotADirectoryError):
         return
-    with os.scandir(folder) as entries:
-        for entry in entries:
-            yield entry
-            if entry.is_dir(follow_symlinks=False):
-                yield from _entries(Path(entry.path))
+    for path in paths:
+        try:
+            mode = path.lstat().st_mode
+        except FileNotFoundError:  # renamed or removed by another task
+            continue
+        yield path, mode
+        if stat.S_ISDIR(mode):
+            yield from _entries(path)

@@ -95,6 +95,39 @@ def test_pipes_are_not_waited_for(tmp_path):
         read(pipe)
 
 
+def test_files_that_other_tasks_rename_are_skipped(tmp_path, monkeypatch):
+    (tmp_path / "samples" / "folder").mkdir(parents=True)
+    (tmp_path / "samples" / ".0.png.tmp").touch()
+    listed = Path.iterdir
+
+    def renamed(folder):
+        paths = list(listed(folder))
+        if folder.name == "samples":  # before an entry is looked at, all are renamed
+            (folder / ".0.png.tmp").rename(tmp_path / "0.png")
+            (folder / "folder").rename(tmp_path / "elsewhere")
+        return iter(paths)
+
+    monkeypatch.setattr(Path, "iterdir", renamed)
+    assert own_folder(tmp_path, "samples") == tmp_path / "samples"
+    assert (tmp_path / "0.png").exists()
+
+
+def test_a_folder_that_vanishes_before_it_is_listed_is_skipped(tmp_path, monkeypatch):
+    folder = tmp_path / "samples" / "folder"
+    folder.mkdir(parents=True)
+    lstat = Path.lstat
+
+    def looked_at(path):
+        about = lstat(path)
+        if path == folder:
+            folder.rmdir()
+        return about
+
+    monkeypatch.setattr(Path, "lstat", looked_at)
+    assert own_folder(tmp_path, "samples") == tmp_path / "samples"
+    assert not folder.exists()
+
+
 def test_a_report_does_not_wait_for_a_pipe_in_its_place(tmp_path, capsys):
     (tmp_path / "checkpoints").mkdir()
     (tmp_path / "checkpoints" / "last.ckpt").touch()

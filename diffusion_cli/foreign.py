@@ -160,7 +160,8 @@ def check_tensors(path: Path) -> None:
 def check_weights(content: bytes) -> None:
     """Raise ValueError, or an error of the parsers, unless the content of a file of `torch.save` is tensors alone.
 
-    Versions before 1.6 wrote pickles one after the other: a number, a version, sizes of the machine, then the weights.
+    Versions before 1.6 wrote five pickles one after the other: a number, a version, sizes of the machine, the weights
+    and the keys of their storages.
     """
     if content.startswith(b"PK\x03\x04"):
         with Archive(content) as archive:
@@ -168,7 +169,7 @@ def check_weights(content: bytes) -> None:
             _check_pickle(BytesIO(archive.read(name)), WEIGHT_NAMES)
         return
     file = BytesIO(content)
-    for _ in range(4):
+    for _ in range(5):
         _check_pickle(file, WEIGHT_NAMES)
 
 

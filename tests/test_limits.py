@@ -2,6 +2,7 @@
 
 import io
 import os
+import pickletools
 import threading
 import zipfile
 from pathlib import Path
@@ -135,6 +136,20 @@ def test_the_very_bytes_that_torch_reads_are_checked(tmp_path):
     torch.save({"a": torch.ones(3)}, path)  # another file took its place meanwhile
     with pytest.raises(ValueError, match="has tuples nested deeper than 32 levels"):
         read(content, path, "features.weights")
+
+
+@pytest.mark.parametrize("position", range(5))
+def test_each_pickle_of_old_weights_is_checked(position):
+    buffer = io.BytesIO()
+    torch.save({"a": torch.ones(1)}, buffer, _use_new_zipfile_serialization=False)
+    content, starts = buffer.getvalue(), [0]
+    buffer.seek(0)
+    for _ in range(5):
+        list(pickletools.genops(buffer))
+        starts.append(buffer.tell())
+    billion = b"\x80\x02cbuiltins\nbytearray\nJ\x00\xca\x9a\x3b\x85R."  # bytearray(10**9)
+    with pytest.raises(ValueError, match="names builtins bytearray"):
+        check_weights(content[: starts[position]] + billion + content[starts[position + 1] :])
 
 
 @pytest.mark.parametrize("zipped", [True, False])

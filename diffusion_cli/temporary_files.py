@@ -1,7 +1,8 @@
 """The temporary files beside those that are being written, and the removal of those that killed processes left.
 
 A temporary file is named `.NAME.PID-HEX.tmp`. HEX begins with the `machine_id` of the writer, so that a later process
-of the same machine finds out whether the writer has ended. Files of other machines are removed after `EXPIRY` seconds.
+of the same machine finds out whether the writer has ended. Files of other machines are removed after `EXPIRY` seconds,
+those of this machine only once their writer has ended.
 """
 
 import errno
@@ -16,7 +17,7 @@ from pathlib import Path
 from diffusion_cli.process_identity import has_ended, machine_id
 
 EXPIRY = 3600.0
-"""Seconds without a change after which the temporary file of any machine is abandoned."""
+"""Seconds without a change after which the temporary file of another machine is abandoned."""
 NO_LINKS = frozenset({errno.EPERM, errno.EACCES, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EMLINK})
 NAME = re.compile(r"\..+\.(\d{1,10})-([0-9a-f]{8}(?:[0-9a-f]{8})?)\.tmp", re.DOTALL)
 
@@ -65,4 +66,6 @@ def _is_abandoned(path: Path) -> bool:
         return False
     pid, digits = match.groups()
     machine = digits[:8] if len(digits) == 16 else None  # earlier versions wrote eight random digits
-    return has_ended(machine, int(pid)) or time.time() - about.st_mtime > EXPIRY
+    if machine == machine_id():
+        return has_ended(machine, int(pid))
+    return time.time() - about.st_mtime > EXPIRY

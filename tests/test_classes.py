@@ -122,12 +122,36 @@ def test_samples_are_evaluated_before_their_table_is_complete(trained, tmp_path)
     assert samples.labels.tolist() == [0, 1, 2, 0]
 
 
+def test_recorded_seeds_without_a_file_get_no_row(tmp_path):
+    model: Any = SimpleNamespace(step=1, config={})
+    claim(tmp_path, {"labels": [0, 1]}, model)
+    for name in (
+        "000002.png",
+        "000005.png",
+        "1000000.png",
+        "9999999.png",
+        "000003.txt",
+        "grid.png",
+        "0000004.png",
+        "0000005.png",
+    ):
+        (tmp_path / name).touch()
+    keep_seeds(tmp_path, range(3))
+    keep_seeds(tmp_path, range(5, 3_000_001))
+    keep_labels(tmp_path, ("a", "b"), ".png")
+    assert (tmp_path / "labels.csv").read_text().splitlines() == [
+        "file,label", "000002.png,a", "000005.png,b", "1000000.png,a"
+    ]  # fmt: skip
+
+
 def test_tasks_that_share_a_folder_leave_the_labels_of_all_their_samples(tmp_path):
     model: Any = SimpleNamespace(step=1, config={})
     settings = {"labels": [0, 2], "label_shares": [3, 1]}
 
     def task(number: int) -> None:
         claim(tmp_path / "out", settings, model)
+        for seed in range(8 * number, 8 * number + 8):
+            (tmp_path / "out" / f"{seed:06d}.png").touch()
         keep_seeds(tmp_path / "out", range(8 * number, 8 * number + 8))
         keep_labels(tmp_path / "out", ("a", "b", "c"), ".png")
 

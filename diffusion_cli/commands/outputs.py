@@ -2,9 +2,10 @@
 
 import csv
 import os
+import re
 import threading
-from collections.abc import Sequence
-from itertools import chain
+from bisect import bisect_left
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -158,14 +159,15 @@ def keep_seeds(output: Path, seeds: range) -> None:
 def keep_labels(output: Path, class_names: Sequence[str], suffix: str) -> None:
     """Write the class names of all samples in the folder to `labels.csv`, the table that `dataset=folder` reads.
 
-    The manifest gives the seeds and labels, those of other tasks among them. Samples without labels get no table.
+    The manifest gives the seeds and labels, those of other tasks among them; a seed without a file gets no row.
+    Samples without labels get no table.
     """
     while True:
         manifest = read_manifest(output)
         labels = labels_in_turn(manifest["settings"])
         if labels is None:
             return
-        seeds = chain.from_iterable(seed_ranges(manifest.get("seeds", [])))
+        seeds = _seeds_there(output, seed_ranges(manifest.get("seeds", [])), suffix)
         rows = ((sample_name(seed, suffix), class_names[labels[seed % len(labels)]]) for seed in seeds)
         with (
             replacing(output, LABELS_CSV) as temporary,
@@ -174,6 +176,15 @@ def keep_labels(output: Path, class_names: Sequence[str], suffix: str) -> None:
             csv.writer(file, lineterminator="\n").writerows([LABEL_COLUMNS, *rows])
         if read_manifest(output) == manifest:  # else another task may have written an earlier table
             return
+
+
+def _seeds_there(output: Path, ranges: list[range], suffix: str) -> Iterator[int]:
+    """The seeds in ascending ranges with a file in the folder; a damaged manifest may record billions of seeds."""
+    stems = (path.name.removesuffix(suffix) for path in output.iterdir())
+    numbers = (int(stem) for stem in stems if re.fullmatch(r"[0-9]{6,10}", stem))
+    there = sorted(seed for seed in set(numbers) if (output / sample_name(seed, suffix)).is_file())
+    for seeds in ranges:
+        yield from there[bisect_left(there, seeds.start) : bisect_left(there, seeds.stop)]
 
 
 def sample_name(seed: int, suffix: str) -> str:

@@ -138,4 +138,7 @@ def test_what_one_trains_on_needs_no_word_later(tmp_path, stranger, photos, caps
         record.unlink()
     assert run([*edit, "seed=1"]) == 2
     assert f"dataset.path={photos}: is named by the checkpoint" in capsys.readouterr().err
+    assert run(["train", "name=mine", *data, *words]) == 0
+    assert "is complete at step 1" in capsys.readouterr().out
+    assert run([*edit, "seed=1"]) == 0
     assert run([*edit, "seed=1", f"dataset.path={photos}"]) == 0

@@ -109,6 +109,8 @@ def _train(config: TrainConfig, folder: Path, stop: Stop) -> int:
     known = before["diffuse"].get("precision") if before and config.precision == "auto" else None
     about["precision"] = known or resolve(config.precision, parts.device.torch_device)
     _refuse_other_data(folder, about, before)
+    if ranks.first:  # also if the run is complete
+        remember(config.dataset)
     max_steps = _max_steps(config, stages, len(images))
     if max_steps is not None and done >= max_steps:
         if ranks.first:
@@ -155,8 +157,7 @@ def _fit(
         if parts.latent is not None and not done:
             save_weights(parts.latent.latents.autoencoder, folder / AUTOENCODER)
         _write_config(folder / "config.yaml", config)
-        remember(config.dataset)
-        remember_run(folder)
+        remember_run(folder)  # not earlier: the file before may be a stranger's
         print(
             f"{'Going on with' if done else 'Training'} {folder}: {_describe(model.network)} on {len(images)} images "
             f"of {parts.dataset.name} ({'x'.join(map(str, parts.dataset.shape))}), "

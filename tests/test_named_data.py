@@ -66,7 +66,7 @@ def folder_node(path: Path) -> dict:
 def test_a_path_that_only_a_checkpoint_names_is_not_read(tmp_path, stranger, photos):
     model = origin(**folder_node(photos))
     with pytest.raises(
-        ValueError, match=rf"dataset.path={photos}: is named by the checkpoint in x, and you have not"
+        ValueError, match=rf"dataset.path={photos}: is named by the checkpoint in x, and you have never"
     ):
         dataset_of(Path("x"), model, "data", {})
     dataset = dataset_of(Path("x"), model, "data", {"path": str(photos)})

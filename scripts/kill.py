@@ -24,7 +24,8 @@ from diffusion_cli.commands import train  # noqa: F401  # imported before the fo
 
 WORDS = [
     "train", "name=run", "model.channels=8", "model.norm_groups=4", "model.num_heads=1", "model.head_channels=null",
-    "batch_size=16", "optimizer.decay_steps=null", "precision=fp32", "trainer=cpu", "trainer.threads=1", "logger=csv",
+    "batch_size=16", "optimizer.decay_steps=null", "optimizer.warm_up_steps=3", "ema.decay=0.99", "precision=fp32",
+    "trainer=cpu", "trainer.threads=1", "logger=csv",
     "checkpoint_every=3", "preview_every=100000", "validate_every=100000",
 ]  # fmt: skip
 PARTS = ("state_dict", "optimizer_states", "lr_schedulers", "EMA")

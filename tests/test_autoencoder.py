@@ -501,6 +501,7 @@ def test_the_frechet_distance_is_between_reconstructions_and_their_originals(run
     dataset = Digits("", held_out=0.2, flip=False)
     node = yaml.safe_load((CONF / "features" / "classifier.yaml").read_text()) | {"steps": 20}
     features = build(node, dataset, runs / "cache", torch.device("cpu"))
+    features.prepare()
     seen = [features(part.to(torch.uint8)).features for part in pixels]
     assert result["name"] == "rfrechet_classifier"
     moments = [(values.double().mean(0), values.double().T.cov()) for values in seen]

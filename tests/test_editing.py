@@ -626,7 +626,7 @@ def test_every_kind_of_edit_of_real_images(folder, tmp_path, words):
 def test_an_interpolation_is_a_strip_and_an_animation(folder, tmp_path):
     words = ["edit=interpolate", "edit.seeds=[2,7]", "edit.frames=4", f"output={tmp_path}/out"]
     assert edit(folder, *words) == 0
-    (series,) = [path for path in (tmp_path / "out").iterdir() if path.is_dir()]
+    (series,) = [path for path in (tmp_path / "out").glob("[!.]*") if path.is_dir()]
     assert [file.name for file in sorted(series.iterdir())] == [
         "000.png",
         "001.png",
@@ -821,7 +821,7 @@ def test_results_put_together_from_names_do_not_meet(folder, tmp_path):
         f"output={tmp_path}/a",
     ]
     assert edit(folder, *words) == 0
-    assert len([path for path in (tmp_path / "a").iterdir() if path.is_dir()]) == 2
+    assert len([path for path in (tmp_path / "a").glob("[!.]*") if path.is_dir()]) == 2
     (tmp_path / "in").mkdir()
     for name in ("a-b", "c", "a", "b-c"):
         Image.fromarray(np.full((8, 8), 7, dtype=np.uint8)).save(tmp_path / "in" / f"{name}.png")

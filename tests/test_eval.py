@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 import sys
 import zipfile
 from io import StringIO
@@ -157,6 +158,7 @@ def test_network_calls_are_right_after_a_kill_or_said_to_be_unknown(place, capsy
     (file,) = place.glob("o/a/samples/*/manifest.json")
     manifest = json.loads(file.read_text())
     del manifest["network_calls"]  # as an earlier version left it
+    shutil.rmtree(file.with_name(".manifest"))
     file.write_text(json.dumps(manifest))
     capsys.readouterr()
     assert evaluate(place, *words) == 0

@@ -494,8 +494,8 @@ def test_strips_and_animations_change_no_image_and_are_made_afterwards_too(folde
     plain, drawn = tmp_path / "plain", tmp_path / "drawn"
     assert run(["sample", *words, f"output={plain}"]) == 0
     assert run(["sample", *words, f"output={drawn}", "strip=true", "gif=true", "frames=3"]) == 0
-    before = {file.name: file.read_bytes() for file in plain.iterdir()}
-    after = {file.name: file.read_bytes() for file in drawn.iterdir()}
+    before = {file.name: file.read_bytes() for file in plain.iterdir() if file.is_file()}
+    after = {file.name: file.read_bytes() for file in drawn.iterdir() if file.is_file()}
     assert set(after) - set(before) == {"strip.png", "denoising.gif"}
     assert all(after[name] == content for name, content in before.items())
     with Image.open(drawn / "strip.png") as strip:

@@ -741,16 +741,16 @@ def test_a_folder_goes_through_every_command_and_comes_back_in_its_depth(tmp_pat
     [
         (np.linspace(3000, 4095, 64, dtype=np.uint16), [0, 1], "dataset.range=[0,1]: cuts 100% of the values of the "
          "first image, 3000 to 4095; give dataset.range=[low,high]"),
-        (np.linspace(0, 4095, 64, dtype=np.uint16), None, "dataset.range=[0,65535]: only 6.2% of it hold the values "
-         "of the first image, 0 to 4095"),
+        (np.linspace(0, 4095, 64, dtype=np.uint16), None, "dataset.range=[0,65535]: only 6.2% of it is used by the "
+         "values of the first image, 0 to 4095"),
         (np.linspace(-1, 1, 64, dtype=np.float32), [-1, 1], ""),
         (np.linspace(-32768, 32767, 64).astype(np.int16), None, ""),
         (np.linspace(0, 9000, 64, dtype=np.uint16), None, ""),
-        (np.linspace(0, 9, 64, dtype=np.uint8), [0, 255], "dataset.range=[0,255]: only 3.5% of it hold the values"),
+        (np.linspace(0, 9, 64, dtype=np.uint8), [0, 255], "dataset.range=[0,255]: only 3.5% of it is used"),
         (np.linspace(0, 9, 64, dtype=np.uint8), [0, 9], ""),
         (np.linspace(0, 32, 64, dtype=np.uint8), None, ""),
-        (np.zeros(64, np.uint8), None, "dataset.range=null: bytes have the range [0,255], and only 0.0% of it hold the "
-         "values of the first image, 0 to 0; give dataset.range=[low,high] of all images"),
+        (np.zeros(64, np.uint8), None, "dataset.range=null: bytes have the range [0,255], and only 0.0% of it is used "
+         "by the values of the first image, 0 to 0; give dataset.range=[low,high] of all images"),
     ],
 )  # fmt: skip
 def test_a_range_that_images_do_not_have_is_remarked_on(tmp_path, numbers, given, said):

@@ -279,7 +279,7 @@ def test_a_signal_loses_no_image_that_was_made(folder, tmp_path, monkeypatch, ca
 
     monkeypatch.setattr(command, "generate", stopped)
     assert sample(folder, f"output={tmp_path}/out", "batch_size=2") == 75
-    assert "the same command goes on" in capsys.readouterr().err
+    assert "run the same command again" in capsys.readouterr().err
     assert sorted(pngs(tmp_path / "out")) == [f"{seed:06d}.png" for seed in range(4)]
 
 

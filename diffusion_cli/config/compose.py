@@ -3,7 +3,7 @@
 import difflib
 import re
 from collections.abc import Mapping, Sequence
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -78,18 +78,23 @@ def _training(
 ) -> tuple[Node, list[str]]:
     """The configuration of a training, named and with its recipe, and a line for each unknown key."""
     implied, choices = compose("train", choosing, dirs)
+    if choices["model"] != AUTO:
+        composed, unknown, stored = _named(implied, choosing, setting, choices, dirs)
+        return with_recipe(composed, stored, cache(partial(own_images, composed["dataset"]))), unknown
     others = {key: text for key, text in setting.items() if not key.startswith("model.")}
     known = _known("train", others, implied)[0]
     data = compose("train", [*choosing, *known], dirs)[0] if known else implied
-    images = cache(lambda: own_images(data["dataset"]))
-    if choices["model"] == AUTO:
-        option = chosen_network(data, {}, setting, images)
-        composed, unknown, stored = _named(option, choosing, setting, choices, dirs)
-        begun = chosen_network(data, stored, setting, images)
-        if begun != option:
-            composed, unknown, stored = _named(begun, choosing, setting, choices, dirs)
-    else:
-        composed, unknown, stored = _named(None, choosing, setting, choices, dirs)
+    images = cache(partial(own_images, data["dataset"]))
+
+    def named_with(option: str) -> tuple[Node, list[str], Node]:
+        words = [*(text for text in choosing if not text.startswith("model=")), f"model={option}"]
+        return _named(compose("train", words, dirs)[0], words, setting, choices, dirs)
+
+    option = chosen_network(data, {}, setting, images)
+    composed, unknown, stored = named_with(option)
+    begun = chosen_network(data, stored, setting, images)
+    if begun != option:
+        composed, unknown, stored = named_with(begun)
     return with_recipe(composed, stored, images), unknown
 
 
@@ -126,16 +131,13 @@ def _continuing(
 
 
 def _named(
-    network: str | None,
+    implied: Node,
     choosing: Sequence[str],
     setting: Mapping[str, str],
     choices: Node,
     dirs: Sequence[Path],
 ) -> tuple[Node, list[str], Node]:
     """A training's configuration with its name, a line for each unknown key, and what its run was begun with."""
-    if network is not None:
-        choosing = [*(text for text in choosing if not text.startswith("model=")), f"model={network}"]
-    implied = compose("train", choosing, dirs)[0]
     known, unknown = _known("train", setting, implied)
     composed = compose("train", [*choosing, *known], dirs)[0] if known else implied
     runs = Path(str(composed["output_dir"]))

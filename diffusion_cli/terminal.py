@@ -10,8 +10,13 @@ from typing import Any, TextIO
 
 from diffusion_cli.foreign import escaped
 
-LAYOUT = re.compile(r"(\x1b\[A|[\n\r\t])")
-"""Line breaks and tabs, and the step up by which progress bars return to their line."""
+LAYOUT = re.compile(r"(\r?\n|\t)")
+"""Line breaks and tabs."""
+BAR = re.compile(r"((?:\x1b\[A)+$|\r)?")
+"""What a progress bar begins a write with: steps up to its line and nothing else, or the start of its line.
+
+Within a text they would write over other lines.
+"""
 
 
 class Output:
@@ -33,8 +38,9 @@ class Output:
     def write(self, text: str) -> int:
         """Write text, escaped."""
         with self._forgiving():
-            parts = (part if LAYOUT.fullmatch(part) else escaped(part) for part in LAYOUT.split(text))
-            self._stream.write("".join(parts))
+            _, move, rest = BAR.split(text, maxsplit=1)
+            parts = (part if LAYOUT.fullmatch(part) else escaped(part) for part in LAYOUT.split(rest))
+            self._stream.write((move or "") + "".join(parts))
         return len(text)
 
     def flush(self) -> None:

@@ -1,6 +1,7 @@
 """Output for a terminal: what may reach it, and what happens if it is full or closed."""
 
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -8,6 +9,7 @@ from io import StringIO
 from pathlib import Path
 
 import pytest
+from tqdm import tqdm
 
 from diffusion_cli.cli import run
 from diffusion_cli.metrics import Report, Result
@@ -36,9 +38,29 @@ def full() -> Iterator:
 
 def test_text_commands_no_terminal_but_keeps_its_lines_and_bars():
     stream = StringIO()
-    text = "a\tß█\r\n\x1b[A\x1b[31mred\x1b]0;title\x07\x9b2J\u202e\udc80"
+    text = "\ra\tß█\r\n\x1b[31mred\x1b]0;title\x07\x9b2J\u202e\udc80"
     assert Output(stream).write(text) == len(text)
-    assert stream.getvalue() == ("a\tß█\r\n\x1b[A\\x1b[31mred\\x1b]0;title\\x07\\x9b2J\\u202e\\udc80")
+    assert stream.getvalue() == "\ra\tß█\r\n\\x1b[31mred\\x1b]0;title\\x07\\x9b2J\\u202e\\udc80"
+
+
+def test_text_writes_over_no_other_line():
+    stream = StringIO()
+    print("real\x1b[A\rfalse", file=Output(stream))
+    assert stream.getvalue() == "real\\x1b[A\\rfalse\n"
+
+
+def test_progress_bars_move_among_their_lines():
+    plain, guarded_stream = StringIO(), StringIO()
+    for stream in (plain, Output(guarded_stream)):
+        with (
+            tqdm(total=2, file=stream, mininterval=0) as outer,
+            tqdm(total=2, file=stream, position=1) as inner,
+        ):
+            inner.update(2)
+            outer.update(2)
+    moves = re.compile(r"\x1b\[A|[\r\n]")
+    assert moves.findall(guarded_stream.getvalue()) == moves.findall(plain.getvalue())
+    assert "\x1b[A" in plain.getvalue()
 
 
 @pytest.mark.parametrize("kind", ["full", "closed_pipe"])

@@ -102,13 +102,16 @@ def test_wrong_words_are_said_as_ever(folder):
 def test_the_paths_of_a_stranger_s_run_are_not_followed(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
     data = ["dataset=array", f"dataset.path={tmp_path}/private.npy", f"cache_dir={tmp_path}/bin"]
-    folder = written(tmp_path / "gift", data)
+    measured = ["metric=[fid,mmd,clip_score]", f"metric.mmd.weights={tmp_path}/clip"]
+    folder = written(tmp_path / "gift", [*data, *measured])
     with pytest.raises(Mistakes) as mistakes:
         load("train", [f"run={folder}"])
     assert mistakes.value.lines == (
+        f"cache_dir={tmp_path}/bin: is named by the run in {folder}, and you have not trained it here; add cache_dir=",
         f"dataset.path={tmp_path}/private.npy: is named by the run in {folder}, and you have not trained it here; give "
         "the whole command that it was trained with, and name=gift",
-        f"cache_dir={tmp_path}/bin: is named by the run in {folder}, and you have not trained it here; add cache_dir=",
+        f"metric.mmd.weights={tmp_path}/clip: is named by the run in {folder}, and you have not trained it "
+        "here; add metric.mmd.weights=",
     )
     remember_run(folder)
     assert continued(f"run={folder}").cache_dir == f"{tmp_path}/bin"

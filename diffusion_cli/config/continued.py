@@ -5,16 +5,14 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
+from diffusion_cli.config.catalogue import defaults, documented, options
 from diffusion_cli.config.recipe import BUDGETED, follows_budget
 from diffusion_cli.config.runs import flatten, identity
 from diffusion_cli.foreign import read_yaml
 from diffusion_cli.named_data import is_own_run, unnamed
 
-PATHS = (
-    "dataset.path", "dataset.masks", "latent.run", "latent.pretrained", "objective.lpips_weights", "features.weights",
-    "reference.path", "reference.stats", "data_dir", "cache_dir",
-)  # fmt: skip
-"""The keys of a configuration that name files and folders of this machine."""
+PATHS = {"path", "masks", "run", "pretrained", "weights", "lpips_weights", "stats", "data_dir", "cache_dir"}
+"""Last names of the keys whose values are files and folders of this machine."""
 
 
 def may_change(key: str) -> bool:
@@ -51,7 +49,7 @@ def stored_by(folder: Path) -> dict[str, Any]:
 def foreign_paths(
     folder: Path, stored: Mapping[str, Any], usual: Mapping[str, Any], given: Collection[str]
 ) -> dict[str, Any]:
-    """The paths in the configuration of a run that this user neither trained here nor names now.
+    """The paths in the configuration of a run that this user neither trained here nor names now, nor any option has.
 
     Args:
         folder: the run's folder.
@@ -61,8 +59,17 @@ def foreign_paths(
     """
     if is_own_run(folder):
         return {}
-    before, now = flatten(usual), flatten(stored)
-    found = {key: now[key] for key in PATHS if now.get(key) not in (None, before.get(key))}
+    shipped = {str(value) for value in flatten(usual).values()} | {
+        value
+        for group in defaults("train")
+        for file in options(group).values()
+        for _, value, _ in documented(file)
+    }
+    found = {
+        key: value
+        for key, value in flatten(stored).items()
+        if key.rpartition(".")[2] in PATHS and isinstance(value, str) and value not in shipped
+    }
     named = {key for key in found if {key, key.partition(".")[0]} & set(given)}
     data = {key: path for key, path in found.items() if key.startswith("dataset.")}
     trained = set(data) - {

@@ -253,7 +253,8 @@ def test_a_run_of_an_earlier_version_keeps_what_it_has(tmp_path, on_cpu):
     before = train_config(*words, "model=unet_small", *then, "ema.decay=0.9995")
     short = train_config(*words).name
     store(before, tmp_path / "runs" / str(short))
-    for said in ([], ["model=unet_small"]):
+    stated = ["model=unet_small", "dataset.resolution=64", "optimizer.lr=0.003", "max_steps=200000"]
+    for said in ([], stated[:1], stated[1:], stated):
         after = train_config(*words, *said, f"output_dir={tmp_path / 'runs'}")
         assert after.name == short
         for key in ("model", "dataset", "optimizer", "ema"):
@@ -261,6 +262,7 @@ def test_a_run_of_an_earlier_version_keeps_what_it_has(tmp_path, on_cpu):
             if key == "optimizer":
                 ours, theirs = ({**each, "decay_steps": None} for each in (ours, theirs))
             assert ours == theirs, key
+    assert train_config(*words, "optimizer.lr=0.001", f"output_dir={tmp_path / 'runs'}").name != short
 
 
 def test_another_network_has_another_name(tmp_path, on_cpu):

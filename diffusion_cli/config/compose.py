@@ -15,7 +15,7 @@ from diffusion_cli.config.catalogue import CONF, defaults, did_you_mean, documen
 from diffusion_cli.config.check import check_node, validate
 from diffusion_cli.config.continued import folder_of, foreign_paths, may_change, stored_by, with_values
 from diffusion_cli.config.recipe import AUTO, begun_with, chosen_network, resolution, with_recipe
-from diffusion_cli.config.runs import flatten, run_name
+from diffusion_cli.config.runs import flatten, identity, run_name
 from diffusion_cli.config.schema import COMMANDS, GRIDS, Config, Node
 from diffusion_cli.config.typed import as_typed
 
@@ -142,12 +142,23 @@ def _named(
     composed = compose("train", [*choosing, *known], dirs)[0] if known else implied
     runs = Path(str(composed["output_dir"]))
     if composed["name"] is None:
-        composed["name"] = run_name(composed, implied, choices, dirs)
-        # A run whose network was chosen by `auto`, or before there was `auto`, has a name without it.
-        short = run_name(composed, implied, {**choices, "model": AUTO}, dirs)
-        if begun_with(runs / short).get("model") == composed["model"]:
-            composed["name"] = short
+        composed["name"] = _name(composed, implied, choices, dirs)
     return composed, unknown, begun_with(runs / str(composed["name"]))
+
+
+def _name(composed: Node, implied: Node, choices: Node, dirs: Sequence[Path]) -> str:
+    """The name of a training; that of a run begun with the same values while `auto` or a default stood for them."""
+    runs = Path(str(composed["output_dir"]))
+    default, now = identity(implied), identity(composed)
+    stated = {key: now[key] for key, value in default.items() if value == AUTO and now.get(key, AUTO) != AUTO}
+    names = [
+        run_name(composed, node, options, dirs)
+        for options in (choices, {**choices, "model": AUTO})
+        for node in (implied, with_values(implied, stated))
+    ]
+    wanted = stated if choices["model"] == AUTO else stated | flatten({"model": composed["model"]})
+    same = (name for name in names[1:] if wanted.items() <= flatten(begun_with(runs / name)).items())
+    return names[0] if begun_with(runs / names[0]) else next(same, names[0])
 
 
 def parse(text: str) -> "Override":

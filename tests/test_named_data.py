@@ -81,7 +81,7 @@ def test_a_dataset_that_was_moved_is_named_anew(tmp_path, stranger, photos):
         dataset_of(Path("x"), model, "data", {"path": str(photos), "masks": "m"})
 
 
-@pytest.mark.parametrize("size", [2**27 // 64 + 1, 10**10])
+@pytest.mark.parametrize("size", [2**27 // 64 + 1, 10**7])
 def test_a_dataset_that_asks_for_any_memory_is_not_built(size):
     target = "diffusion_cli.data.GaussianMixture"
     means, shape = [[0.0] * 64], [1, 8, 8]
@@ -142,3 +142,9 @@ def test_what_one_trains_on_needs_no_word_later(tmp_path, stranger, photos, caps
     assert "is complete at step 1" in capsys.readouterr().out
     assert run([*edit, "seed=1"]) == 0
     assert run([*edit, "seed=1", f"dataset.path={photos}"]) == 0
+
+
+@pytest.mark.parametrize("dataset", ["gaussian_mixture", "points"])
+def test_a_size_beyond_any_memory_is_a_mistake(dataset):
+    with pytest.raises(Mistakes, match="dataset.size=1000000000000: should be less than or equal to 10000000"):
+        load("train", [f"dataset={dataset}", "dataset.size=1000000000000"])

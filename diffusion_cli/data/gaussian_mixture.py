@@ -1,9 +1,10 @@
 """A dataset whose density, score and posterior mean are known in closed form at every noise level."""
 
 import math
+from typing import Annotated
 
 import torch
-from pydantic import NonNegativeInt, PositiveInt
+from pydantic import Field, NonNegativeInt
 from torch import Tensor
 
 from diffusion_cli.data.base import Dataset, Split
@@ -33,7 +34,7 @@ class GaussianMixture(Dataset):
         stds: list[float],
         weights: list[float],
         shape: list[int],
-        size: PositiveInt,
+        size: Annotated[int, Field(ge=1, le=10**7)],
         seed: NonNegativeInt,
     ) -> None:
         super().__init__(data_dir)

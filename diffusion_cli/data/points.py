@@ -45,7 +45,7 @@ class Points(Dataset):
         num_points: PositiveInt,
         radius: PositiveFloat | None,
         labels: Literal["auto", "folders", "csv", "none"],
-        size: PositiveInt,
+        size: Annotated[int, Field(ge=1, le=10**7)],
         held_out: Annotated[float, Field(ge=0, lt=1)],
     ) -> None:
         super().__init__(data_dir)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from diffusion_cli.checkpoint import DamagedError, read, recover
+from diffusion_cli.checkpoint import DamagedError, read, recover, whole_file
 from diffusion_cli.cli import run
 from diffusion_cli.report.page import is_ours
 from diffusion_cli.run_folder import own_folder
@@ -57,10 +57,16 @@ def test_a_link_out_of_the_run_is_refused_at_any_depth(tmp_path, home, names, da
         own_folder(tmp_path / "run", "samples", "one")
 
 
-def test_a_link_to_a_file_is_left_to_be_replaced(tmp_path, home):
+def test_a_link_to_a_file_is_replaced_and_its_target_stays(tmp_path, home):
     (tmp_path / "run" / "samples").mkdir(parents=True)
-    (tmp_path / "run" / "samples" / "0.png").symlink_to(home / "step_00000010.png")
-    own_folder(tmp_path / "run", "samples")
+    image = tmp_path / "run" / "samples" / "0.png"
+    image.symlink_to(home / "step_00000010.png")
+    assert own_folder(tmp_path / "run", "samples") == image.parent
+    with whole_file(image) as temporary:
+        temporary.write_text("new")
+    assert not image.is_symlink()
+    assert image.read_text() == "new"
+    assert (home / "step_00000010.png").read_text() == "mine"
 
 
 @pytest.mark.parametrize("name", ["checkpoints", "previews", "tensorboard"])

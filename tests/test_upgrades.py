@@ -1,0 +1,129 @@
+"""Runs of earlier versions are sampled, edited, evaluated and trained on, with the results of then."""
+
+import shutil
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from diffusion_cli.checkpoint import read
+from diffusion_cli.cli import run
+
+STORED = Path(__file__).parent / "stored_runs"
+"""How they were made is in the README.md there."""
+FAST = ["steps=3", "precision=fp32", "device=cpu"]
+BEGUN = [
+    "trainer=cpu", "precision=fp32", "batch_size=8", "log_every=3", "validate_every=100", "preview_every=100",
+    "checkpoint_every=100", "keep_last=1", "optimizer.warm_up_steps=2", "optimizer.decay_steps=null",
+    "ema.decay=0.9", "logger=csv",
+]  # fmt: skip
+UNET = [
+    "model.channels=4", "model.channel_mult=[1]", "model.num_res_blocks=1", "model.norm_groups=2",
+    "model.num_heads=1", "model.head_channels=null", "model.attention_resolutions=[]",
+]  # fmt: skip
+COMMANDS = {
+    "denoiser": UNET,
+    "class_conditional": [*UNET, "model.class_conditional=true", "parameterization=v"],
+    "classifier": [
+        "task=classifier", "model.channels=4", "model.channel_mult=[1]", "model.norm_groups=2", "model.head_channels=4",
+    ],
+    "autoencoder": [
+        "task=autoencoder", "model.channels=4", "model.channel_mult=[1,1]", "model.norm_groups=2",
+        "model.latent_channels=2",
+    ],
+    "latents": [*UNET, "latent.run=outputs/autoencoder"],
+    "points": [
+        "dataset=points", "dataset.num_points=16", "dataset.size=40", "model=set_tiny", "model.hidden_size=8",
+        "model.depth=1", "model.num_heads=1", "model.inducing_points=2",
+    ],
+}  # fmt: skip
+"""The words by which each run was begun, beside BEGUN."""
+
+
+@pytest.fixture(scope="session", params=["format_4"])
+def unpacked(request, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp(request.param)
+    with zipfile.ZipFile(STORED / f"{request.param}.zip") as archive:
+        archive.extractall(folder)
+    return folder
+
+
+@pytest.fixture
+def stored(unpacked, tmp_path, monkeypatch, one_thread) -> Path:
+    """A copy of the stored runs, which is the current folder."""
+    shutil.copytree(unpacked, tmp_path / "stored")
+    monkeypatch.chdir(tmp_path / "stored")
+    return tmp_path / "stored"
+
+
+def images(folder: Path) -> dict[str, np.ndarray]:
+    """The images or point clouds of a folder by name; a grid is none of them."""
+    files = [
+        file for file in sorted(folder.iterdir()) if file.suffix in (".png", ".ply") and file.stem != "grid"
+    ]
+    return {
+        file.name: np.asarray(Image.open(file)).astype(int)
+        if file.suffix == ".png"
+        else np.frombuffer(file.read_bytes().partition(b"end_header\n")[2], "<f4")
+        for file in files
+    }
+
+
+def assert_equal(found: Path, then: Path) -> None:
+    """The same files with the same numbers, but for the rounding of another CPU."""
+    mine, theirs = images(found), images(then)
+    assert mine.keys() == theirs.keys()
+    assert mine
+    for name, image in theirs.items():
+        assert np.abs(mine[name] - image).max() <= (1 if name.endswith(".png") else 1e-4), name
+
+
+@pytest.mark.parametrize("name", ["denoiser", "class_conditional", "latents", "points"])
+def test_the_same_samples(stored, name):
+    words = ["label=[0,1]", "guidance=cfg", "guidance.scale=2"] if name == "class_conditional" else []
+    assert run(["sample", f"run=outputs/{name}", "num_samples=4", "output=now", *FAST, *words]) == 0
+    assert_equal(stored / "now", stored / "samples" / name)
+
+
+def test_the_same_edits(stored):
+    words = ["edit=inpaint", "input=held_out", "num_images=2", "output=now"]
+    assert run(["edit", "run=outputs/denoiser", *words, *FAST]) == 0
+    assert_equal(stored / "now", stored / "samples" / "edit")
+
+
+def test_a_stored_classifier_guides(stored):
+    words = [
+        "guidance=classifier",
+        "guidance.run=outputs/classifier",
+        "guidance.scale=1",
+        "label=3",
+        "num_samples=2",
+    ]
+    assert run(["sample", "run=outputs/denoiser", *words, "output=now", *FAST]) == 0
+    assert len(images(stored / "now")) == 2
+
+
+def test_a_stored_autoencoder_is_evaluated(stored, capsys):
+    assert run(["eval", "run=outputs/autoencoder", "metric=reconstruction", "device=cpu"]) == 0
+    assert "psnr                  9.8196" in capsys.readouterr().out
+
+
+def test_the_same_weights_after_more_steps(stored):
+    words = [*COMMANDS["denoiser"], *BEGUN, "name=denoiser", "max_steps=9"]
+    assert run(["train", *words]) == 0
+    weights = read(stored / "outputs" / "denoiser" / "checkpoints" / "last.ckpt")["state_dict"]
+    then = load_file(stored / "denoiser_step_9.safetensors")
+    assert weights.keys() == then.keys()
+    for name, tensor in then.items():
+        torch.testing.assert_close(weights[name], tensor, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", sorted(set(COMMANDS) - {"denoiser"}))
+def test_every_kind_trains_on(stored, name):
+    words = [*COMMANDS[name], *BEGUN, f"name={name}", "cache_dir=cache", "max_steps=9"]
+    assert run(["train", *words]) == 0
+    assert read(stored / "outputs" / name / "checkpoints" / "last.ckpt")["global_step"] == 9

@@ -361,4 +361,6 @@ def _about(
 
 
 def _describe(network: torch.nn.Module) -> str:
-    return f"{type(network).__name__} of {sum(p.numel() for p in network.parameters()) / 1e6:.2f}M parameters"
+    number = sum(parameter.numel() for parameter in network.parameters())
+    size = f"{number / 1e6:.2f}M" if number >= 10_000 else f"{number:,}"
+    return f"{type(network).__name__} of {size} parameters"

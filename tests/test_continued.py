@@ -117,6 +117,16 @@ def test_the_paths_of_a_stranger_s_run_are_not_followed(tmp_path, monkeypatch):
     assert continued(f"run={folder}").cache_dir == f"{tmp_path}/bin"
 
 
+def test_a_stranger_s_run_starts_no_processes(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    folder = written(tmp_path / "gift", ["trainer.devices=1000000", "trainer.num_nodes=9"])
+    given = continued(f"run={folder}")
+    assert (given.trainer["devices"], given.trainer["num_nodes"]) == (None, None)
+    assert continued(f"run={folder}", "trainer.devices=2").trainer["devices"] == 2
+    remember_run(folder)
+    assert continued(f"run={folder}").trainer["devices"] == 1_000_000
+
+
 def test_it_is_a_key_like_others():
     assert "run=" in complete(["train", "ru"])
     config = load("train", ["run=null"])

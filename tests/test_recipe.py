@@ -204,9 +204,11 @@ def begin(folder: Path, *words: str) -> tuple[TrainConfig, list[str]]:
     return config, list(words)
 
 
-def store(config: TrainConfig, run: Path, checkpoint: bool = True) -> None:
+def store(config: TrainConfig, run: Path, checkpoint: bool = True, recorded: bool = True) -> None:
+    """Write a configuration as training does, or, not `recorded`, as versions without `auto` did."""
     (run / "checkpoints").mkdir(parents=True)
-    (run / "config.yaml").write_text(yaml.safe_dump(config.model_dump()))
+    content = config.model_dump() if recorded else config.model_dump(exclude={"derived"})
+    (run / "config.yaml").write_text(yaml.safe_dump(content))
     if checkpoint:
         (run / LAST).touch()
 
@@ -220,6 +222,51 @@ def test_what_follows_from_the_budget_follows_from_a_larger_one(tmp_path):
     assert after.optimizer["decay_steps"] == 2400
     again = with_values(before.model_dump(), {"max_steps": 2400})  # as `diffuse train run=` does
     assert again == after.model_dump()
+
+
+def test_what_equals_a_derived_value_by_chance_stays(tmp_path):
+    stated = ["ema.decay=0.998", "optimizer.warm_up_steps=100"]  # as derived from 2,400 steps
+    before, words = begin(tmp_path, *stated)
+    after = with_values(before.model_dump(), {"max_steps": 24_000})
+    assert (after["optimizer"]["warm_up_steps"], after["ema"]["decay"]) == (100, 0.998)
+    assert after == train_config(*words, "max_steps=24000").model_dump()
+    preset = train_config("experiment=ddpm_cifar10").model_dump()
+    epochs = with_values(preset, {"max_steps": None, "max_epochs": 3000})
+    assert (epochs["optimizer"]["warm_up_steps"], epochs["ema"]["decay"]) == (5000, 0.9999)
+
+
+@pytest.mark.parametrize(("optimizer", "falls"), [("adam", None), ("adamw", 300)])
+def test_a_budget_in_steps_after_one_in_epochs_keeps_the_kind_of_schedule(optimizer, falls):
+    before = train_config(f"optimizer={optimizer}", "max_steps=null", "max_epochs=50").model_dump()
+    assert with_values(before, {"max_steps": 300})["optimizer"]["decay_steps"] == falls
+
+
+def test_a_begun_run_keeps_its_budget_on_another_machine(tmp_path, monkeypatch):
+    np.save(tmp_path / "many.npy", np.zeros((10_000, 16, 16), np.uint8))
+    monkeypatch.setattr(recipe, "gpu", lambda accelerator: True)
+    before, words = begin(tmp_path, "dataset=array", f"dataset.path={tmp_path / 'many.npy'}")
+    assert before.max_steps == 100_000
+    monkeypatch.setattr(recipe, "gpu", lambda accelerator: False)
+    assert train_config(*words) == before
+
+
+@pytest.mark.parametrize(
+    ("size", "first", "stated"),
+    [
+        (16, True, ["model.patch_size=2"]),
+        (90, True, ["model.dropout=0.1"]),
+        (90, False, ["model.channels=64"]),
+        (90, False, ["model.dropout=0.3"]),
+    ],
+)
+def test_the_same_command_is_the_same_run_on_every_machine(tmp_path, monkeypatch, stated, first, size):
+    own = ["dataset=folder", f"dataset.path={photos(tmp_path / 'p', (size, size))}", *stated]
+    monkeypatch.setattr(recipe, "gpu", lambda accelerator: first)
+    before, words = begin(tmp_path, *own)
+    assert train_config(*words) == before
+    monkeypatch.setattr(recipe, "gpu", lambda accelerator: not first)
+    assert train_config(*words, "model.gradient_checkpointing=true").name == before.name
+    assert train_config(*words) == before
 
 
 def test_what_the_user_set_stays_with_a_larger_budget(tmp_path):
@@ -250,19 +297,28 @@ def test_a_run_of_an_earlier_version_keeps_what_it_has(tmp_path, on_cpu):
     folder = photos(tmp_path / "p", (90, 90))
     then = ["dataset.resolution=64", "max_steps=100000", "optimizer.lr=0.003", "optimizer.warm_up_steps=100"]
     words = ["dataset=folder", f"dataset.path={folder}"]
-    before = train_config(*words, "model=unet_small", *then, "ema.decay=0.9995")
+    before = train_config(*words, "model=unet_small", *then, "ema.decay=0.9999")
     short = train_config(*words).name
-    store(before, tmp_path / "runs" / str(short))
+    store(before, tmp_path / "runs" / str(short), recorded=False)
     stated = ["model=unet_small", "dataset.resolution=64", "optimizer.lr=0.003", "max_steps=200000"]
-    for said in ([], stated[:1], stated[1:], stated):
+    for said in ([], stated[:1], stated[1:3], stated):
         after = train_config(*words, *said, f"output_dir={tmp_path / 'runs'}")
         assert after.name == short
-        for key in ("model", "dataset", "optimizer", "ema"):
-            ours, theirs = getattr(after, key), getattr(before, key)
-            if key == "optimizer":
-                ours, theirs = ({**each, "decay_steps": None} for each in (ours, theirs))
-            assert ours == theirs, key
+        for key in ("model", "dataset", "optimizer", "ema", "max_steps"):
+            if key not in ("optimizer", "max_steps") or said != stated:
+                assert getattr(after, key) == getattr(before, key), key
     assert train_config(*words, "optimizer.lr=0.001", f"output_dir={tmp_path / 'runs'}").name != short
+
+
+@pytest.mark.parametrize(
+    "said", [["ema.decay=0.998"], ["optimizer.warm_up_steps=100"], ["optimizer.lr=0.001"]]
+)
+def test_a_run_of_an_earlier_version_is_found_by_any_of_its_values(tmp_path, said):
+    then = ["optimizer.lr=0.001", "ema.decay=0.998", "optimizer.warm_up_steps=100"]
+    store(train_config(*then), tmp_path / "digits-cosine-lr_0.001", recorded=False)
+    words = [*dict.fromkeys(["optimizer.lr=0.001", *said]), f"output_dir={tmp_path}"]
+    assert train_config(*words).name == "digits-cosine-lr_0.001"
+    assert train_config(*words, "ema.decay=0.9").name != "digits-cosine-lr_0.001"
 
 
 def test_another_network_has_another_name(tmp_path, on_cpu):
@@ -293,19 +349,21 @@ def test_a_stuck_loss_is_named_once_with_a_remedy():
     warnings = [check_.warning(1.0, step, 1.0) for check_ in [check()] for step in range(50, 500, 50)]
     assert [line is not None for line in warnings] == [False] * 3 + [True] + [False] * 5
     assert warnings[3] == (
-        "loss 1.00 at step 200: no better than predicting zero (1.00); try optimizer.lr=0.00036 in a run of "
-        "another name="
+        "loss 1.00 at step 200: no better than predicting zero (1.00); stop (Ctrl-C) and train again with "
+        "optimizer.lr=0.00036 name=NEW"
     )
     line = check(lr=0.0003).warning(1.0, 200, 1.0)
     assert line is not None
-    assert "try optimizer.lr=3e-05" in line
+    assert "with optimizer.lr=3e-05" in line
 
 
 def test_a_rising_loss_is_named_once():
     losses = {50: 0.12, 75: 0.08, 100: 0.56, 125: 0.7}
     warnings = [check_.warning(loss, step, 1.0) for check_ in [check()] for step, loss in losses.items()]
     assert [line is not None for line in warnings] == [False, False, True, False]
-    assert str(warnings[2]).startswith("loss 0.56 at step 100: it was 0.08 at step 75; try optimizer.lr=")
+    assert str(warnings[2]).startswith(
+        "loss 0.56 at step 100: diverging, from 0.08 at step 75; stop (Ctrl-C) and train again with optimizer.lr="
+    )
 
 
 def test_a_loss_that_falls_with_noise_is_not_named():
@@ -365,7 +423,7 @@ def test_training_names_a_stuck_loss(tmp_path, monkeypatch, capsys):
     err = capsys.readouterr().err
     assert "diffuse: loss " in err
     assert "at step 4: no better than predicting zero (" in err
-    assert "try optimizer.lr=0.0015 in a run of another name=" in err
+    assert "train again with optimizer.lr=0.0015 name=NEW" in err
     header, *rows = (tmp_path / "stuck" / "metrics.csv").read_text().splitlines()
     relative = [dict(zip(header.split(","), row.split(","), strict=True))["relative_loss"] for row in rows]
     assert [math.isclose(float(value), 1, abs_tol=0.2) for value in relative] == [True, True]
@@ -383,14 +441,49 @@ def test_the_time_of_a_training():
     config = {
         "schedule": {},
         "dataset": {"resolution": 64},
-        "model": {"channels": 64, "channel_mult": [1, 3]},
+        "model": {"_target_": "x.UNet", "channels": 64, "channel_mult": [1, 3]},
     }
     assert duration.warning(config, 0.5, 20_000) is None
     assert duration.warning(config, 17.0, 100_000) == (
-        "17.0 s a step without a GPU: 100,000 steps take about 20 days; model=unet_patch2 dataset.resolution=32 "
-        "max_steps=20000 takes less"
+        "17.0 s a step without a GPU: 100,000 steps take about 20 days; stop (Ctrl-C) and train with "
+        "model=unet_patch2 dataset.resolution=32 max_steps=20000 name=NEW"
     )
-    small = {"schedule": {}, "dataset": {"resolution": 16}, "model": {"channels": 32}}
+    small = {"schedule": {}, "dataset": {"resolution": 16}, "model": {"_target_": "x.UNet", "channels": 32}}
     assert duration.warning(small, 17.0, 5000) == (
-        "17.0 s a step without a GPU: 5,000 steps take about 24 hours; max_time=1h stops after an hour"
+        "17.0 s a step without a GPU: 5,000 steps take about 24 hours; add max_time=1h to stop after an hour"
     )
+    points = {
+        "schedule": {},
+        "dataset": {"num_points": 9},
+        "model": {"_target_": "x.SetTransformer", "hidden_size": 512},
+    }
+    assert "unet_patch2" not in str(duration.warning(points, 17.0, 100_000))
+
+
+# --- What the machine has --------------------
+
+
+@pytest.mark.parametrize(
+    ("visible", "expected"),
+    [
+        (None, True),
+        ("0", True),
+        ("1,2", True),
+        ("GPU-8932f937", True),
+        ("", False),
+        ("-1", False),
+        ("NoDevFiles", False),
+    ],
+)
+def test_a_gpu_that_is_hidden_is_none(visible, expected, monkeypatch):
+    monkeypatch.setattr(at_hand.os.path, "exists", lambda path: path == "/dev/dxg")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert at_hand.gpu("auto") == expected
+    assert (at_hand.gpu("cuda"), at_hand.gpu("cpu")) == (True, False)
+
+
+def test_a_value_for_a_group_is_a_mistake(capsys):
+    assert run(["train", "ema=0.99"]) == 2
+    assert "ema=0.99: should be" in capsys.readouterr().err

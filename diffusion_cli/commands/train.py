@@ -24,8 +24,8 @@ from diffusion_cli.checkpoint import (
     whole_file,
 )
 from diffusion_cli.commands.inputs import show_remarks
-from diffusion_cli.config import Mistakes, TrainConfig, flatten, identity, seconds, shown
-from diffusion_cli.config.recipe import follows_budget
+from diffusion_cli.config import Mistakes, TrainConfig, identity, seconds, shown
+from diffusion_cli.config.recipe import BUDGETED, derived_in
 from diffusion_cli.data import Growing, Images, Stages, UnreadableError
 from diffusion_cli.data.labels import examples
 from diffusion_cli.denoiser import Denoiser, NoisyClassifier
@@ -240,13 +240,10 @@ def _refuse_another(folder: Path, config: TrainConfig, checkpoint: dict[str, Any
     """Raise Mistakes if a run's checkpoint is of another configuration; a run without one has nothing to lose."""
     if checkpoint is None:
         return
-    before, now = identity(checkpoint["diffuse"]["config"]), identity(config.model_dump())
-    whole = flatten(checkpoint["diffuse"]["config"]), flatten(config.model_dump())
-    keys = sorted(
-        key
-        for key in before | now
-        if before.get(key) != now.get(key) and not all(follows_budget(key, each) for each in whole)
-    )
+    stored = checkpoint["diffuse"]["config"]
+    before, now = identity(stored), identity(config.model_dump())
+    follow_budget = derived_in(stored) & set(config.derived) & BUDGETED.keys()
+    keys = sorted(key for key in (before | now).keys() - follow_budget if before.get(key) != now.get(key))
     if keys:
         raise Mistakes(
             *(

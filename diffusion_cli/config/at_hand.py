@@ -108,6 +108,8 @@ def gpu(accelerator: str) -> bool:
     """Return whether training will use a GPU, by the devices that the operating system lists."""
     if accelerator != "auto":
         return accelerator == "cuda"
-    if os.environ.get("CUDA_VISIBLE_DEVICES", "unset") in ("", "-1"):
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None and not re.match(r"\d|GPU-|MIG-", visible):  # SLURM writes NoDevFiles for none
         return False
-    return any(Path("/dev").glob("nvidia[0-9]*")) or Path("/dev/kfd").exists()
+    # /dev/dxg: Windows Subsystem for Linux; /dev/kfd: ROCm
+    return any(Path("/dev").glob("nvidia[0-9]*")) or any(map(os.path.exists, ("/dev/dxg", "/dev/kfd")))

@@ -1,11 +1,13 @@
 """From the words of a command line to a checked configuration."""
 
+import copy
 import difflib
 import re
 from collections.abc import Mapping, Sequence
 from functools import cache, partial
+from itertools import combinations
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from hydra.core.override_parser.types import Override
@@ -13,11 +15,29 @@ if TYPE_CHECKING:
 from diffusion_cli.config.at_hand import own_images
 from diffusion_cli.config.catalogue import CONF, defaults, did_you_mean, documented, options
 from diffusion_cli.config.check import check_node, validate
-from diffusion_cli.config.continued import folder_of, foreign_paths, may_change, stored_by, with_values
-from diffusion_cli.config.recipe import AUTO, begun_with, chosen_network, resolution, with_recipe
+from diffusion_cli.config.continued import (
+    folder_of,
+    foreign_paths,
+    may_change,
+    stored_by,
+    with_values,
+    without_processes,
+)
+from diffusion_cli.config.recipe import (
+    AUTO,
+    DERIVED,
+    MODEL,
+    NETWORK_BEFORE_AUTO,
+    begun_with,
+    chosen_network,
+    derived_in,
+    resolution,
+    with_recipe,
+)
 from diffusion_cli.config.runs import flatten, identity, run_name
 from diffusion_cli.config.schema import COMMANDS, GRIDS, Config, Node
 from diffusion_cli.config.typed import as_typed
+from diffusion_cli.named_data import is_own_run
 
 # What runs the jobs of a sweep: `launcher=slurm`, or as Hydra spells it.
 LAUNCHER = re.compile(r"(hydra[/.])?launcher(?=[.=])")
@@ -79,23 +99,30 @@ def _training(
     """The configuration of a training, named and with its recipe, and a line for each unknown key."""
     implied, choices = compose("train", choosing, dirs)
     if choices["model"] != AUTO:
-        composed, unknown, stored = _named(implied, choosing, setting, choices, dirs)
-        return with_recipe(composed, stored, cache(partial(own_images, composed["dataset"]))), unknown
-    others = {key: text for key, text in setting.items() if not key.startswith("model.")}
-    known = _known("train", others, implied)[0]
-    data = compose("train", [*choosing, *known], dirs)[0] if known else implied
-    images = cache(partial(own_images, data["dataset"]))
+        composed, unknown = _with_keys(choosing, setting, implied, dirs)
+        name = composed["name"] or _name(composed, implied, choices, dirs)
+        stored = begun_with(Path(str(composed["output_dir"]), str(name)))
+        return with_recipe(
+            composed | {"name": name}, stored, cache(partial(own_images, composed["dataset"]))
+        ), unknown
 
-    def named_with(option: str) -> tuple[Node, list[str], Node]:
-        words = [*(text for text in choosing if not text.startswith("model=")), f"model={option}"]
-        return _named(compose("train", words, dirs)[0], words, setting, choices, dirs)
+    def with_network(option: str) -> list[str]:
+        return [*(text for text in choosing if not text.startswith(MODEL)), f"{MODEL}{option}"]
 
-    option = chosen_network(data, {}, setting, images)
-    composed, unknown, stored = named_with(option)
-    begun = chosen_network(data, stored, setting, images)
-    if begun != option:
-        composed, unknown, stored = named_with(begun)
-    return with_recipe(composed, stored, images), unknown
+    # The name of a run is the same on every machine: it has all that is stated of the network, of whatever option.
+    words = with_network(NETWORK_BEFORE_AUTO)
+    implied = compose("train", words, dirs)[0]
+    composed, unknown = _with_keys(words, setting, implied, dirs)
+    images = cache(partial(own_images, composed["dataset"]))
+    stated = {key.partition(".")[2]: AUTO for key in setting if key.startswith("model.")}
+    name = composed["name"] or _name(composed, implied | {"model": implied["model"] | stated}, choices, dirs)
+    stored = begun_with(Path(str(composed["output_dir"]), str(name)))
+    option = chosen_network(composed, stored, images)
+    if option != NETWORK_BEFORE_AUTO:
+        words = with_network(option)
+        composed, unknown = _with_keys(words, setting, None, dirs)
+    derived = [*composed["derived"], f"{MODEL}{option}"]
+    return with_recipe(composed | {"name": name, "derived": derived}, stored, images), unknown
 
 
 def _continuing(
@@ -114,7 +141,7 @@ def _continuing(
     usual = compose("train", list(chosen.values()), dirs)[0]
     output_dir = str(parse(keys.pop("output_dir")).value()) if "output_dir" in keys else usual["output_dir"]
     folder = folder_of(run, output_dir)
-    stored = stored_by(folder)
+    stored = stored_by(folder) if is_own_run(folder) else without_processes(stored_by(folder))
     for key, path in foreign_paths(folder, stored, usual, {*groups, *keys}).items():
         remedy = (
             f"add {key}="
@@ -130,35 +157,53 @@ def _continuing(
     return composed | {"name": folder.name, "output_dir": str(folder.parent), "run": None}, mistakes + unknown
 
 
-def _named(
-    implied: Node,
-    choosing: Sequence[str],
-    setting: Mapping[str, str],
-    choices: Node,
-    dirs: Sequence[Path],
-) -> tuple[Node, list[str], Node]:
-    """A training's configuration with its name, a line for each unknown key, and what its run was begun with."""
+def _with_keys(
+    choosing: Sequence[str], setting: Mapping[str, str], implied: Node | None, dirs: Sequence[Path]
+) -> tuple[Node, list[str]]:
+    """A training's configuration by options and keys, and a line for each unknown key."""
+    if implied is None:
+        implied = compose("train", choosing, dirs)[0]
     known, unknown = _known("train", setting, implied)
-    composed = compose("train", [*choosing, *known], dirs)[0] if known else implied
-    runs = Path(str(composed["output_dir"]))
-    if composed["name"] is None:
-        composed["name"] = _name(composed, implied, choices, dirs)
-    return composed, unknown, begun_with(runs / str(composed["name"]))
+    return (compose("train", [*choosing, *known], dirs)[0] if known else implied), unknown
 
 
 def _name(composed: Node, implied: Node, choices: Node, dirs: Sequence[Path]) -> str:
-    """The name of a training; that of a run begun with the same values while `auto` or a default stood for them."""
+    """The name of a training; that of a run that was begun with the same values if its name has fewer of them.
+
+    In versions without `auto` these values were defaults, and the network may have been chosen by `auto`.
+    """
+    name = run_name(composed, implied, choices, dirs)
     runs = Path(str(composed["output_dir"]))
+    if begun_with(runs / name):
+        return name
     default, now = identity(implied), identity(composed)
-    stated = {key: now[key] for key, value in default.items() if value == AUTO and now.get(key, AUTO) != AUTO}
-    names = [
-        run_name(composed, node, options, dirs)
-        for options in (choices, {**choices, "model": AUTO})
-        for node in (implied, with_values(implied, stated))
-    ]
+    automatic = {key for key in default if key in DERIVED or key.startswith("model.")}
+    stated = {key: now[key] for key in automatic if default[key] == AUTO and now.get(key, AUTO) != AUTO}
     wanted = stated if choices["model"] == AUTO else stated | flatten({"model": composed["model"]})
-    same = (name for name in names[1:] if wanted.items() <= flatten(begun_with(runs / name)).items())
-    return names[0] if begun_with(runs / names[0]) else next(same, names[0])
+    for number in range(len(stated) + 1):
+        for left_out in combinations(stated, number):
+            for chosen in (choices, {**choices, "model": AUTO}):
+                shorter = run_name(
+                    composed, _with_values(implied, {key: now[key] for key in left_out}), chosen, dirs
+                )
+                before = begun_with(runs / shorter)
+                same_network = f"{MODEL}{choices['model']}" in derived_in(before)
+                if (
+                    before
+                    and ("derived" not in before or same_network)
+                    and wanted.items() <= flatten(before).items()
+                ):
+                    return shorter
+    return name
+
+
+def _with_values(node: Node, values: Mapping[str, Any]) -> Node:
+    """A configuration with other values of some dotted keys of its groups."""
+    changed = {key: dict(value) if isinstance(value, dict) else value for key, value in node.items()}
+    for key, value in values.items():
+        group, _, name = key.partition(".")
+        changed[group][name] = value
+    return changed
 
 
 def parse(text: str) -> "Override":
@@ -215,6 +260,12 @@ def _paths_of_the_run(overrides: Sequence[str]) -> Node:
 
 
 def _compose(command: str, overrides: Sequence[str], dirs: Sequence[Path]) -> tuple[Node, Node]:
+    """As `compose`, of the options of one file; each composition of this package's own is made once."""
+    made = _compose_once if dirs else _compose_cached
+    return copy.deepcopy(made(command, tuple(overrides), tuple(dirs)))
+
+
+def _compose_once(command: str, overrides: Sequence[str], dirs: Sequence[Path]) -> tuple[Node, Node]:
     import hydra
     from omegaconf import OmegaConf, flag_override
 
@@ -226,13 +277,20 @@ def _compose(command: str, overrides: Sequence[str], dirs: Sequence[Path]) -> tu
     choices = OmegaConf.to_container(composed.hydra.runtime.choices)
     with flag_override(composed, ["struct", "readonly"], False):
         del composed["hydra"]
-    plain = OmegaConf.to_container(composed, resolve=True)
+    plain, written = (OmegaConf.to_container(composed, resolve=resolve) for resolve in (True, False))
     assert isinstance(plain, dict)
+    assert isinstance(written, dict)
+    if command == "train":
+        written = {str(key): value for key, value in written.items()}
+        plain["derived"] = [key for key, value in flatten(written).items() if value == "${max_steps}"]
     assert isinstance(choices, dict)
     return (
         {str(key): value for key, value in plain.items()},
         {str(group): option for group, option in choices.items() if group in defaults(command)},
     )
+
+
+_compose_cached = cache(_compose_once)
 
 
 def _sort(

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from diffusion_cli.config.catalogue import defaults, documented, options
-from diffusion_cli.config.recipe import BUDGETED, follows_budget
+from diffusion_cli.config.recipe import BUDGETED, derived_in
 from diffusion_cli.config.runs import flatten, identity
 from diffusion_cli.foreign import read_yaml
 from diffusion_cli.named_data import is_own_run, unnamed
@@ -46,6 +46,17 @@ def stored_by(folder: Path) -> dict[str, Any]:
     return stored
 
 
+def without_processes(stored: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the configuration of a run without its numbers of processes, which are another machine's."""
+    unset = {"trainer.devices": None, "trainer.num_nodes": None, "dataset.num_workers": 0}
+    numbers = {key: number for key, number in unset.items() if key in flatten(stored)}
+    changed = copy.deepcopy(dict(stored))
+    for key, number in numbers.items():
+        group, _, name = key.partition(".")
+        changed[group][name] = number
+    return changed
+
+
 def foreign_paths(
     folder: Path, stored: Mapping[str, Any], usual: Mapping[str, Any], given: Collection[str]
 ) -> dict[str, Any]:
@@ -82,12 +93,17 @@ def foreign_paths(
 def with_values(config: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
     """A configuration with other values of some dotted keys.
 
-    What follows from the whole budget follows from the new one, as where a whole command gives it.
+    What was derived from the budget is derived from the new one, as where a whole command gives it.
     """
-    followed = [key for key in BUDGETED if key not in values and follows_budget(key, flatten(config))]
+    derived = derived_in(config)
     changed = copy.deepcopy(dict(config))
     optimizer = changed["optimizer"]
-    falls = optimizer.get("decay_steps") == changed["max_steps"]
+    falls = (
+        "optimizer.decay_steps" in derived
+        if "derived" in config
+        else None not in (optimizer.get("decay_steps"), changed["max_steps"])
+        and optimizer["decay_steps"] == changed["max_steps"]
+    )
     for key, value in values.items():
         *parents, name = key.split(".")
         node = changed
@@ -96,7 +112,7 @@ def with_values(config: Mapping[str, Any], values: Mapping[str, Any]) -> dict[st
         node[name] = value
     if falls and "optimizer.decay_steps" not in values:
         optimizer["decay_steps"] = changed["max_steps"]
-    for key in followed:
+    for key in (derived & BUDGETED.keys()) - values.keys():
         node, _, name = key.partition(".")
         changed[node][name] = BUDGETED[key](changed["max_steps"])
     return changed

@@ -4,14 +4,12 @@ A learning rate that suits a small network makes a wide one diverge, so no optio
 is replaced here, where the network and the data are both known. docs/recipes.md has the measurements.
 """
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from diffusion_cli.config.at_hand import OwnImages, gpu
-from diffusion_cli.config.catalogue import options
 from diffusion_cli.config.runs import flatten
 from diffusion_cli.config.schema import Node
 from diffusion_cli.foreign import read_yaml
@@ -19,20 +17,24 @@ from diffusion_cli.foreign import read_yaml
 AUTO = "auto"
 NETWORKS = ("unet_small", "unet_patch2", "unet_tiny", "unet3d_tiny")
 """Options of `model` that `auto` chooses from."""
+NETWORK_BEFORE_AUTO = "unet_small"
+"""The network of own images in versions without `auto`."""
+MODEL = "model="
+"""Begins the entry of `derived` that has the option for `model=auto`."""
 USUAL_SIZE = 64  # pixels, of own images on a GPU; the size of most published small-scale work
 USUAL_SIZE_ON_CPU = 32
 SMALLEST_SIZE = 8
 
 
 def learning_rate(width: int, batch_size: int) -> float:
-    """Return the learning rate of Adam: `2e-4 (256 / width)^2 sqrt(min(1, batch_size / 64))`, within 1e-4 and 3e-3.
+    """Return the learning rate of Adam: `clamp(2e-4 (256 / width)^2, 1e-4, 3e-3) sqrt(min(1, batch_size / 64))`.
 
     Args:
         width: features of the widest layer (see `network_width`).
         batch_size: images of an optimizer step.
 
     2e-4 at 256 is DDPM's rate (Ho et al. 2020, App. B), 1e-4 at 384 and more DiT's (Peebles & Xie 2023, Sec. 4), and
-    3e-3 at 64 the best of docs/time_to_quality.md. Small batches take the square-root rule (Malladi et al. 2022).
+    3e-3 at 64 that of docs/time_to_quality.md. Small batches take the square-root rule (Malladi et al. 2022).
     """
     rate = min(3e-3, max(1e-4, 2e-4 * (256 / width) ** 2))
     return float(f"{rate * min(1.0, batch_size / 64) ** 0.5:.2g}")
@@ -98,29 +100,21 @@ BUDGETED: dict[str, Callable[[int | None], int | float]] = {
 """The values of a recipe that follow from `max_steps` alone."""
 
 
-def follows_budget(key: str, config: Mapping[str, Any]) -> bool:
-    """Return whether a value of a configuration, given by its dotted keys, is what its budget makes it."""
-    return key in BUDGETED and config.get(key) == BUDGETED[key](_whole(config.get("max_steps"), None))
+DERIVED = ("dataset.resolution", "max_steps", "optimizer.lr", *BUDGETED)
+"""The keys whose `auto` a recipe replaces."""
 
 
-def chosen_network(
-    composed: Node, stored: Node, named: Collection[str], images: Callable[[], OwnImages | None]
-) -> str:
-    """Return the option that `model=auto` stands for.
+def chosen_network(composed: Node, stored: Node, images: Callable[[], OwnImages | None]) -> str:
+    """Return the option that `model=auto` stands for: that of the run if it was begun, else one for data and machine.
 
     Args:
-        composed: the configuration but for its network.
+        composed: the configuration; its network does not matter.
         stored: the configuration that the run was begun with; empty for a new run.
-        named: dotted keys that the user sets.
         images: what returns the user's own images.
     """
-    before = stored.get("model")
-    if not isinstance(before, dict):
-        before = {}
-    for name in NETWORKS if before else ():
-        option = yaml.safe_load(options("model")[name].read_text())
-        if all(before.get(key) == value for key, value in option.items() if f"model.{key}" not in named):
-            return name
+    recorded = (entry.removeprefix(MODEL) for entry in derived_in(stored) if entry.startswith(MODEL))
+    if stored:
+        return next(recorded, NETWORK_BEFORE_AUTO)
     on_gpu, size = gpu(composed["trainer"]["accelerator"]), composed["dataset"].get("resolution")
     if size is None:
         own = images()
@@ -134,36 +128,47 @@ def chosen_network(
 def with_recipe(composed: Node, stored: Node, images: Callable[[], OwnImages | None]) -> Node:
     """Return a training configuration in which each `auto` of a recipe is replaced by its value.
 
-    A run keeps the size of its images and its learning rate, whatever its images or the machine become. What followed
-    from its budget follows from a new one, as the curve of the learning rate does.
+    A run keeps the values that it was begun with, whatever its images or the machine become; only what was derived
+    from its budget is derived from another one. `derived` lists the keys whose values are derived.
 
     Args:
         composed: the configuration, as composed.
         stored: the configuration that the run was begun with; empty for a new run.
         images: what returns the user's own images.
     """
-    before = flatten(stored)
+    before, derived_before = flatten(stored), derived_in(stored)
     on_gpu = gpu(composed["trainer"]["accelerator"])
     batch_size = _whole(composed["batch_size"], 64)
-
-    def fill(node: Node, key: str, derived: Callable[[], int | float]) -> None:
-        name = key.rpartition(".")[2]
-        if node.get(name) == AUTO:
-            kept = before.get(key, AUTO) != AUTO and not follows_budget(key, before)
-            node[name] = before[key] if kept else derived()
-
     filled = {key: dict(value) if isinstance(value, dict) else value for key, value in composed.items()}
-    optimizer = filled["optimizer"]
-    fill(filled["dataset"], "dataset.resolution", lambda: resolution(images(), on_gpu))
-    if filled["max_steps"] == AUTO:
-        filled["max_steps"] = budget(images(), batch_size, on_gpu)
+    derived = list(derived_in(composed))
+
+    def fill(key: str, derive: Callable[[], int | float]) -> None:
+        parent, _, name = key.rpartition(".")
+        node = filled[parent] if parent else filled
+        if not isinstance(node, dict) or node.get(name) != AUTO:
+            return
+        if before.get(key, AUTO) == AUTO or (key in BUDGETED and key in derived_before):
+            node[name] = derive()
+            derived.append(key)
+        else:
+            node[name] = before[key]
+            derived.extend({key} & derived_before)
+
+    fill("dataset.resolution", lambda: resolution(images(), on_gpu))
+    fill("max_steps", lambda: budget(images(), batch_size, on_gpu))
     steps = _whole(filled["max_steps"], None)
-    fill(optimizer, "optimizer.lr", lambda: learning_rate(network_width(filled["model"]), batch_size))
-    fill(optimizer, "optimizer.warm_up_steps", lambda: warm_up_steps(steps))
-    fill(filled["ema"], "ema.decay", lambda: ema_decay(steps))
-    if optimizer.get("decay_steps") == AUTO:  # it is interpolated from max_steps
-        optimizer["decay_steps"] = filled["max_steps"]
-    return filled
+    fill("optimizer.lr", lambda: learning_rate(network_width(filled["model"]), batch_size))
+    for key, derive in BUDGETED.items():
+        fill(key, partial(derive, steps))
+    if flatten(filled).get("optimizer.decay_steps") == AUTO:  # it is interpolated from max_steps
+        filled["optimizer"]["decay_steps"] = filled["max_steps"]
+    return filled | {"derived": derived}
+
+
+def derived_in(config: Mapping[str, Any]) -> set[str]:
+    """Return the keys whose values a recipe derived; none of a run from before there were recipes."""
+    entries = config.get("derived")
+    return {entry for entry in entries if isinstance(entry, str)} if isinstance(entries, list) else set()
 
 
 def begun_with(run: Path) -> Node:

@@ -15,6 +15,7 @@ NOT_IDENTITY = frozenset(
     [
         "name",
         "run",
+        "derived",
         "max_steps",
         "max_epochs",
         "max_time",

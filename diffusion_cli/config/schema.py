@@ -105,6 +105,8 @@ class TrainConfig(BaseModel):
     features: Node
     reference: Node
     logger: dict[str, Node] = {}
+    derived: list[str] = []
+    """Keys whose values a recipe derived, and `model=` with the option that was chosen; no key of a command line."""
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:

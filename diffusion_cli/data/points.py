@@ -6,7 +6,7 @@ from typing import Annotated, Literal, NamedTuple
 
 import numpy as np
 import torch
-from pydantic import Field, PositiveFloat, PositiveInt
+from pydantic import Field, PositiveFloat
 from torch import Tensor
 
 from diffusion_cli.data.array import array_of
@@ -42,7 +42,7 @@ class Points(Dataset):
         rules: int = RULES,
         *,
         path: str | None,
-        num_points: PositiveInt,
+        num_points: Annotated[int, Field(ge=1, le=10**6)],
         radius: PositiveFloat | None,
         labels: Literal["auto", "folders", "csv", "none"],
         size: Annotated[int, Field(ge=1, le=10**7)],

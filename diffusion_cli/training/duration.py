@@ -19,15 +19,16 @@ def warning(config: Node, seconds: float, steps: int) -> str | None:
     if total < LONG:
         return None
     takes = f"{total / 86400:.0f} days" if total >= 2 * 86400 else f"{total / 3600:.0f} hours"
-    size = config["dataset"].get("resolution")
+    size, model = config["dataset"].get("resolution"), config["model"]
+    of_images = isinstance(size, int) and model["_target_"].endswith((".UNet", ".DiT"))
     words = [
-        *(
-            ["model=unet_patch2"]
-            if config["schedule"] is not None and network_width(config["model"]) > 64
-            else []
-        ),
-        *(["dataset.resolution=32"] if isinstance(size, int) and size > 32 else []),
+        *(["model=unet_patch2"] if of_images and network_width(model) > 64 else []),
+        *(["dataset.resolution=32"] if of_images and size > 32 else []),
         *(["max_steps=20000"] if steps > 20_000 else []),
     ]
-    faster = f"{' '.join(words)} takes less" if words else "max_time=1h stops after an hour"
+    faster = (
+        f"stop (Ctrl-C) and train with {' '.join(words)} name=NEW"
+        if words
+        else "add max_time=1h to stop after an hour"
+    )
     return f"{seconds:.1f} s a step without a GPU: {steps:,} steps take about {takes}; {faster}"

@@ -56,11 +56,12 @@ class LossCheck:
             return f"loss {loss:.2f} at step {step}: no better than predicting zero ({zero:.2f}); {self._remedy()}"
         if rose and not self._rose:
             self._rose = True
-            return f"loss {loss:.2f} at step {step}: it was {lowest[0]:.2f} at step {lowest[1]}; {self._remedy()}"
+            low, earlier = lowest
+            return f"loss {loss:.2f} at step {step}: diverging, from {low:.2f} at step {earlier}; {self._remedy()}"
         return None
 
     def _remedy(self) -> str:
         rate = self.config["optimizer"]["lr"]
         recipe = learning_rate(network_width(self.config["model"]), self.config["batch_size"])
         better = rate / 10 if recipe / 10 < rate < 1.5 * recipe else recipe
-        return f"try optimizer.lr={better:.2g} in a run of another name="
+        return f"stop (Ctrl-C) and train again with optimizer.lr={better:.2g} name=NEW"

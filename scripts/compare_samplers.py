@@ -4,13 +4,14 @@
     python scripts/compare_samplers.py outputs/demo --table docs/samplers.md
 
 Each sampler runs as its YAML file has it, with the most steps that stay within the calls; its distance is that of
-`diffuse eval metric=fid features=classifier`. Results are kept beside the run as they come, so that the command goes on
-where it was stopped, and several may run at once.
+`diffuse eval metric=fid features=classifier`, by each of the classifiers that `features.seed` names. Results are kept
+beside the run as they come, so that a stopped command can be run again, and several may run at once.
 """
 
 import argparse
 import json
 from pathlib import Path
+from statistics import mean, stdev
 from typing import Any
 
 import torch
@@ -25,9 +26,12 @@ from diffusion_cli.denoiser import Prediction
 from diffusion_cli.generate import generate
 from diffusion_cli.guidance import Unguided
 from diffusion_cli.metrics import DatasetReference, FrechetDistance, GivenSamples, Networks, evaluate
+from diffusion_cli.precision import resolve
 from diffusion_cli.samplers import Sampler, integrate
 
 CALLS = (5, 10, 20, 50)
+CLASSIFIERS = (0, 1, 2)
+"""Values of `features.seed`; the distance by one classifier is not quite that by another."""
 
 
 def calls_of(sampler: Sampler, steps: int) -> int:
@@ -53,7 +57,7 @@ def steps_for(sampler: Sampler, calls: int) -> int:
 def measure(
     model: Model, sampler: Sampler, steps: int, arguments: argparse.Namespace, cache: Path
 ) -> dict[str, Any]:
-    """The distance of samples, and the calls that each took."""
+    """The distances of samples by each classifier, and the network calls that each sample took."""
     dataset = build(model.config["dataset"], arguments.data_dir)
     reference = DatasetReference(dataset, split="train", stats=None)
     counts = None if model.num_classes is None else reference.class_counts(model.class_names or ())
@@ -68,21 +72,26 @@ def measure(
             guidance=Unguided(),
             labels=labels_in_turn({} if counts is None else label_settings(counts)),
             clip=True,
-            precision=arguments.precision,
+            precision=resolve(arguments.precision, torch.device("cpu")),
         )
     )
     images = MemoryImages(torch.cat([batch.images for batch in batches]), None)
-    evaluation = evaluate(
-        {"fid": FrechetDistance(floor=True, infinity=0, bootstrap=0)},
-        Networks(node, dataset, cache, torch.device("cpu")),
-        GivenSamples(Given(images, None), None, {}, "samples"),
-        reference,
-        batch_size=500,
-    )
-    result = evaluation.report.results[0]
+    results = [
+        evaluate(
+            {"fid": FrechetDistance(floor=True, infinity=0, bootstrap=0)},
+            Networks({**node, "seed": seed}, dataset, cache, torch.device("cpu")),
+            GivenSamples(Given(images, None), None, {}, "samples"),
+            reference,
+            batch_size=500,
+        ).report.results[0]
+        for seed in CLASSIFIERS
+    ]
     return {
-        "distance": result.value, "floor": result.details["floor"], "calls": batches[0].calls, "steps": steps,
-    }  # fmt: skip
+        "distances": [result.value for result in results],
+        "floors": [result.details["floor"] for result in results],
+        "calls": batches[0].calls,
+        "steps": steps,
+    }
 
 
 def main() -> None:
@@ -91,7 +100,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("run", type=Path, help="folder of a trained run")
-    parser.add_argument("--num-samples", type=int, default=5000)
+    parser.add_argument("--num-samples", type=int, default=2000)
     parser.add_argument("--precision", default="auto", choices=["auto", "fp32", "bf16"])
     parser.add_argument("--data-dir", default="data")
     parser.add_argument("--samplers", nargs="*", help="only these")
@@ -102,21 +111,31 @@ def main() -> None:
     cache = Path("~/.cache/diffuse").expanduser()
     files = {file.stem: file for file in sorted(CONF.glob("sampler/*.yaml"))}
     folder = arguments.run / "samplers"
+    how = {
+        "weights": model.digest,
+        "num_samples": arguments.num_samples,
+        "precision": resolve(arguments.precision, torch.device("cpu")),
+    }
     for name in arguments.samplers or files:
         sampler: Sampler = build(yaml.safe_load(files[name].read_text()), model.denoiser.schedule)
         sampler.one_by_one = False  # the distance is that of the whole set
         for calls in CALLS if name != "ode" else (0,):
             path = folder / f"{name}-{calls}.json"
             steps = steps_for(sampler, calls) if calls else 1
-            if path.is_file() or steps == 0:
+            if steps == 0 or how.items() <= _stored(path).items():
                 continue
             torch.manual_seed(0)
-            result = measure(model, sampler, steps, arguments, cache)
+            result = how | measure(model, sampler, steps, arguments, cache)
             with whole_file(path) as temporary:
                 temporary.write_text(json.dumps(result))
             print(name, calls, result, flush=True)
     if arguments.table:
         write_table(arguments.table, folder, files)
+
+
+def _stored(path: Path) -> dict[str, Any]:
+    """A result that was measured before; empty without one."""
+    return json.loads(path.read_text()) if path.is_file() else {}
 
 
 def write_table(path: Path, folder: Path, files: dict[str, Path]) -> None:
@@ -126,11 +145,10 @@ def write_table(path: Path, folder: Path, files: dict[str, Path]) -> None:
     for name, file in files.items():
         cells = []
         for calls in CALLS:
-            result = folder / f"{name}-{calls}.json"
-            cells.append(_cell(json.loads(result.read_text())) if result.is_file() else "")
-        adaptive = folder / f"{name}-0.json"
-        if adaptive.is_file():
-            result = json.loads(adaptive.read_text())
+            result = _stored(folder / f"{name}-{calls}.json")
+            cells.append(_cell(result) if result else "")
+        result = _stored(folder / f"{name}-0.json")
+        if result:
             cells[-1] = f"{_cell(result)} at {result['calls']}"
         lines.append(f"| `{name}` | {' | '.join(cells)} | {summary(file)} |")
     text = path.read_text()
@@ -139,7 +157,9 @@ def write_table(path: Path, folder: Path, files: dict[str, Path]) -> None:
 
 
 def _cell(result: dict[str, Any]) -> str:
-    return f"{result['distance']:.2f}"
+    """The mean over the classifiers, and their standard deviation."""
+    distances = result["distances"]
+    return f"{mean(distances):.2f} ± {stdev(distances):.2f}"
 
 
 if __name__ == "__main__":

@@ -3,13 +3,16 @@
     python scripts/recipes.py --photos PHOTOS --images CIFAR10.zip --data-dir data --output outputs/recipes
 
 Data sets, networks on data that suits them, and the presets that fit a CPU are trained one after the other by
-`diffuse train`. A training that is finished is not repeated, so the script can be stopped and started again.
-table.md and samples.png in the output folder have the results.
+`diffuse train`. A few steps are timed first, so that `max_steps` and what follows from it fit the minutes. A training
+that is finished is not repeated, so the script can be stopped and started again. table.md and samples.png in the
+output folder have the results.
 """
 
 import argparse
 import csv
 import json
+import math
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -17,11 +20,16 @@ from typing import NamedTuple
 
 import numpy as np
 import yaml
-from PIL import Image
+from PIL import Image, ImageDraw
 
 DDPM = ["sampler=ddim", "steps=50"]
 HEUN = ["sampler=heun", "steps=25"]
+WIDE = [
+    "unet_small", "unet_cifar10", "unet_iddpm_cifar10", "ddpmpp_cifar10", "ddpmpp_edm_cifar10", "ncsnpp_cifar10",
+    "dit_s_2", "dit_b_2",
+]  # fmt: skip
 PICTURES = 8
+FEWEST_STEPS = 150
 
 
 class Case(NamedTuple):
@@ -54,24 +62,31 @@ def cases(photos: Path, images: Path, volumes: Path, array: Path) -> list[Case]:
         Case("dataset=points", ["dataset=points"], DDPM),
         Case("dataset=folder, volumes", volume, DDPM),
     ]
-    for model in ("unet_small", "unet_cifar10", "unet_iddpm_cifar10", "ddpmpp_cifar10", "ddpmpp_edm_cifar10"):
-        found.append(Case(f"model={model}, 16x16", [*own, "dataset.resolution=16", f"model={model}"], DDPM))
+    # Small batches are the hard case for a wide network.
+    wide = [*own, "dataset.resolution=16", "batch_size=16"]
+    for model in WIDE:
+        found.append(Case(f"model={model}, 16x16", [*wide, f"model={model}"], DDPM))
     found += [
-        Case("model=ncsnpp_cifar10, 16x16", [*own, "dataset.resolution=16", "model=ncsnpp_cifar10"], DDPM),
-        Case("model=unet_small, 64x64, batch 16",
+        Case(
+            f"model=unet_small, 16x16, batch 32, seed {seed}",
+            [*wide, "model=unet_small", "batch_size=32", f"seed={seed}"],
+            DDPM,
+        )
+        for seed in range(3)
+    ]
+    found += [
+        Case("model=unet_small, 64x64, photographs",
              [*own_photos, "dataset.resolution=64", "model=unet_small", "batch_size=16"], DDPM),
         Case("model=unet_tiny, 32x32", [*own, "model=unet_tiny"], DDPM),
         Case("model=ddpmpp_tiny", ["model=ddpmpp_tiny"], DDPM),
         Case("model=ncsnpp_tiny", ["model=ncsnpp_tiny"], DDPM),
         Case("model=dit_tiny", ["model=dit_tiny"], DDPM),
-        Case("model=dit_s_2, 16x16", [*own, "dataset.resolution=16", "model=dit_s_2"], DDPM),
-        Case("model=dit_b_2, 16x16", [*own, "dataset.resolution=16", "model=dit_b_2"], DDPM),
         Case("model=set_tiny", ["dataset=points", "model=set_tiny"], DDPM),
         Case("task=classifier", ["task=classifier"], None),
         Case("model=classifier_cifar10, 16x16",
-             [*own, "dataset.resolution=16", "task=classifier", "model=classifier_cifar10"], None),
+             [*wide, "task=classifier", "model=classifier_cifar10"], None),
         Case("model=kl_tiny", [*mnist, "task=autoencoder"], None),
-        Case("model=kl_f4, 32x32", [*own, "task=autoencoder", "model=kl_f4"], None),
+        Case("model=kl_f4, 32x32", [*own, "batch_size=16", "task=autoencoder", "model=kl_f4"], None),
     ]  # fmt: skip
     samplers = {
         "ddpm_digits": ["sampler=ddpm", "steps=100"],
@@ -103,26 +118,28 @@ def diffuse(*words: str) -> None:
     subprocess.run([sys.executable, "-m", "diffusion_cli", *words], check=True)
 
 
-def trained(case: Case, output: Path, time: str, data_dir: Path) -> dict[str, float | str]:
-    """Train a case and sample from it, unless that is done; return its row."""
-    run = "".join(letter if letter.isalnum() else "_" for letter in case.name)
-    result = output / f"{run}.json"
+def result_file(case: Case, output: Path) -> Path:
+    """The file with the row of a case."""
+    return output / f"{re.sub('[^a-z0-9]+', '_', case.name)}.json"
+
+
+def trained(case: Case, output: Path, seconds: float, data_dir: Path) -> None:
+    """Train a case, sample from it and write its row of the table, unless that is done."""
+    result = result_file(case, output)
     if result.is_file():
-        return json.loads(result.read_text())
-    words = [
-        f"max_time={time}",
-        "log_every=25",
-        "logger=csv",
-        "preview_every=1000000",
-        "validate_every=1000000",
-    ]
-    diffuse("train", *case.train, f"name={run}", f"output_dir={output}", f"data_dir={data_dir}", *words)
+        return
+    run = result.stem
+    words = [*case.train, f"output_dir={output}", f"data_dir={data_dir}", "logger=csv"]
+    words += ["preview_every=1000000", "validate_every=1000000"]
+    diffuse("train", *words, f"name={run}_timed", "max_steps=12", "log_every=4")
+    timed = curve(output / f"{run}_timed")
+    steps = max(FEWEST_STEPS, int(seconds * timed["images_per_second"] / timed["batch_size"]))
+    diffuse("train", *words, f"name={run}", f"max_steps={steps}", f"log_every={min(25, steps // 8)}")
     if case.sample is not None:
         samples = f"output={output / run / 'shown'}"
         diffuse("sample", f"run={output / run}", f"num_samples={PICTURES}", *case.sample, samples)
     row = {"case": case.name, "run": run, **curve(output / run)}
     result.write_text(json.dumps(row))
-    return row
 
 
 def curve(run: Path) -> dict[str, float]:
@@ -146,13 +163,26 @@ def curve(run: Path) -> dict[str, float]:
 
 def picture(rows: list[dict[str, float | str]], output: Path) -> None:
     """Draw the samples, a row a training in the order of the table."""
-    side = 64
+    side, margin = 64, 290
     shown = [row for row in rows if (output / str(row["run"]) / "shown" / "grid.png").is_file()]
-    canvas = Image.new("RGB", (PICTURES * side, len(shown) * side), "white")
+    canvas = Image.new("RGB", (margin + PICTURES * side, max(1, len(shown)) * side), "white")
+    draw = ImageDraw.Draw(canvas)
     for line, row in enumerate(shown):
-        grid = Image.open(output / str(row["run"]) / "shown" / "grid.png").convert("RGB")
-        canvas.paste(grid.resize((PICTURES * side, side), Image.Resampling.NEAREST), (0, line * side))
+        draw.text((8, line * side + side // 2), str(row["case"]), "black", anchor="lm")
+        for column, tile in enumerate(tiles(output / str(row["run"]) / "shown" / "grid.png")):
+            tile = tile.resize((side - 2, side - 2), Image.Resampling.NEAREST)
+            canvas.paste(tile, (margin + column * side + 1, line * side + 1))
     canvas.save(output / "samples.png")
+
+
+def tiles(grid: Path) -> list[Image.Image]:
+    """The images of a grid of `diffuse sample`, which is as square as their number allows."""
+    image = Image.open(grid).convert("RGB")
+    across = math.ceil(math.sqrt(PICTURES))
+    down = math.ceil(PICTURES / across)
+    width, height = image.width / across, image.height / down
+    boxes = [(column * width, row * height) for row in range(down) for column in range(across)]
+    return [image.crop((int(x), int(y), int(x + width), int(y + height))) for x, y in boxes[:PICTURES]]
 
 
 def table(rows: list[dict[str, float | str]]) -> str:
@@ -184,8 +214,8 @@ def main() -> None:
     parser.add_argument(
         "--output", type=Path, default=Path("outputs/recipes"), help="folder of runs and results"
     )
-    parser.add_argument("--time", default="3m", help="of each training (default 3m)")
-    parser.add_argument("--only", default="", help="part of the names of those to train")
+    parser.add_argument("--seconds", type=float, default=180, help="time of a training (default 180)")
+    parser.add_argument("--only", default="", help="regular expression for the names of those to train")
     arguments = parser.parse_args()
     output: Path = arguments.output
     output.mkdir(parents=True, exist_ok=True)
@@ -194,11 +224,12 @@ def main() -> None:
     if not array.is_file():
         diffuse("data", "pack", "dataset=folder", f"dataset.path={arguments.images}", "dataset.resolution=16",
                 f"output={array.with_suffix('')}")  # fmt: skip
-    rows = []
-    for case in cases(arguments.photos, arguments.images, output / "volumes", array):
-        if arguments.only in case.name:
-            rows.append(trained(case, output, arguments.time, arguments.data_dir))
-            (output / "table.md").write_text(table(rows) + "\n")
+    every = cases(arguments.photos, arguments.images, output / "volumes", array)
+    for case in every:
+        if re.search(arguments.only, case.name):
+            trained(case, output, arguments.seconds, arguments.data_dir)
+    rows = [json.loads(file.read_text()) for case in every if (file := result_file(case, output)).is_file()]
+    (output / "table.md").write_text(table(rows) + "\n")
     picture(rows, output)
     print(table(rows))
 

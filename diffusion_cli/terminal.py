@@ -12,11 +12,8 @@ from diffusion_cli.foreign import escaped
 
 LAYOUT = re.compile(r"(\r?\n|\t)")
 """Line breaks and tabs."""
-BAR = re.compile(r"((?:\x1b\[A)+$|\r)?")
-"""What a progress bar begins a write with: steps up to its line and nothing else, or the start of its line.
-
-Within a text they would write over other lines.
-"""
+MOVES = re.compile(r"(\x1b\[A|[\n\r\t])")
+"""How a progress bar moves among its lines."""
 
 
 class Output:
@@ -35,12 +32,12 @@ class Output:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)
 
-    def write(self, text: str) -> int:
-        """Write text, escaped."""
+    def write(self, text: str, moves: bool = False) -> int:
+        """Write text, escaped; with `moves` it may return to the start of its line, and to lines above."""
+        layout = MOVES if moves else LAYOUT
         with self._forgiving():
-            _, move, rest = BAR.split(text, maxsplit=1)
-            parts = (part if LAYOUT.fullmatch(part) else escaped(part) for part in LAYOUT.split(rest))
-            self._stream.write((move or "") + "".join(parts))
+            parts = (part if layout.fullmatch(part) else escaped(part) for part in layout.split(text))
+            self._stream.write("".join(parts))
         return len(text)
 
     def flush(self) -> None:

@@ -267,7 +267,7 @@ def test_a_file_takes_over_the_keys_and_groups_of_another(tmp_path):
 
 PACKAGE = config.HERE
 ORDER = [
-    "foreign named_data precision process_identity run_folder seeding signals terminal schedules", "config",
+    "foreign named_data precision process_identity progress run_folder seeding signals terminal schedules", "config",
     "ranks locks temporary_files forms", "parameterizations data times",
     "denoiser networks", "posterior probability_flow guidance latents pretrained",
     "objective samplers likelihood checkpoint", "editing cache",

@@ -9,10 +9,10 @@ from io import StringIO
 from pathlib import Path
 
 import pytest
-from tqdm import tqdm
 
 from diffusion_cli.cli import run
 from diffusion_cli.metrics import Report, Result
+from diffusion_cli.progress import ProgressBar
 from diffusion_cli.terminal import Output, guarded, lost_output
 
 LONG = "text\n" * 20_000  # more than a pipe or a buffer holds
@@ -36,31 +36,36 @@ def full() -> Iterator:
         yield stream
 
 
-def test_text_commands_no_terminal_but_keeps_its_lines_and_bars():
+def test_text_commands_no_terminal_but_keeps_its_lines():
     stream = StringIO()
-    text = "\ra\tß█\r\n\x1b[31mred\x1b]0;title\x07\x9b2J\u202e\udc80"
+    text = "a\tß█\r\n\x1b[31mred\x1b]0;title\x07\x9b2J\u202e\udc80"
     assert Output(stream).write(text) == len(text)
-    assert stream.getvalue() == "\ra\tß█\r\n\\x1b[31mred\\x1b]0;title\\x07\\x9b2J\\u202e\\udc80"
+    assert stream.getvalue() == "a\tß█\r\n\\x1b[31mred\\x1b]0;title\\x07\\x9b2J\\u202e\\udc80"
 
 
-def test_text_writes_over_no_other_line():
+@pytest.mark.parametrize("text", ["real\x1b[A\rfalse", "\rfalse", "\x1b[A\x1b[A"])
+def test_text_writes_over_no_other_line(text):
     stream = StringIO()
-    print("real\x1b[A\rfalse", file=Output(stream))
-    assert stream.getvalue() == "real\\x1b[A\\rfalse\n"
+    print("run:", text, file=Output(stream))
+    assert stream.getvalue() == "run: " + text.replace("\x1b", "\\x1b").replace("\r", "\\r") + "\n"
 
 
-def test_progress_bars_move_among_their_lines():
-    plain, guarded_stream = StringIO(), StringIO()
-    for stream in (plain, Output(guarded_stream)):
+def test_progress_bars_move_among_their_lines(monkeypatch):
+    streams = StringIO(), StringIO()
+    for stream, stderr in zip(streams, (streams[0], Output(streams[1])), strict=True):
+        monkeypatch.setattr(sys, "stderr", stderr)
         with (
-            tqdm(total=2, file=stream, mininterval=0) as outer,
-            tqdm(total=2, file=stream, position=1) as inner,
+            ProgressBar(total=2, desc="a\rb\x1b[A", mininterval=0) as outer,
+            ProgressBar(total=2, position=1, mininterval=0) as inner,
         ):
             inner.update(2)
+            ProgressBar.write("between", file=stderr)  # pyright: ignore[reportArgumentType]
             outer.update(2)
+        assert "a\\rb\\x1b[A" in stream.getvalue()
     moves = re.compile(r"\x1b\[A|[\r\n]")
-    assert moves.findall(guarded_stream.getvalue()) == moves.findall(plain.getvalue())
-    assert "\x1b[A" in plain.getvalue()
+    plain, guarded_moves = (moves.findall(stream.getvalue()) for stream in streams)
+    assert guarded_moves == plain
+    assert "\x1b[A" in plain
 
 
 @pytest.mark.parametrize("kind", ["full", "closed_pipe"])

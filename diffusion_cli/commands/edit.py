@@ -11,7 +11,6 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from diffusion_cli.capacity import naming_batch_size
 from diffusion_cli.checkpoint import digest
@@ -28,6 +27,7 @@ from diffusion_cli.generate import Calls, SeededNoise, check_finite, labels_of
 from diffusion_cli.guidance import Unguided
 from diffusion_cli.latents import Latents
 from diffusion_cli.precision import autocast
+from diffusion_cli.progress import ProgressBar
 from diffusion_cli.report import Writer, read_images, read_stored, save_gif, save_png, save_rows, save_stored
 from diffusion_cli.run_folder import own_folder
 from diffusion_cli.samplers import draws
@@ -225,7 +225,7 @@ def _make(
     each = edit.results_each * math.ceil(math.prod(edit.results) / math.prod(trained.model.shape))
     gradient = method is not None and method.differentiates
     batch_size = trained.batch_size(config, len(todo), each, gradient)
-    with tqdm(total=len(todo), unit="image", desc=_kind(config), dynamic_ncols=True) as bar:
+    with ProgressBar(total=len(todo), unit="image", desc=_kind(config), dynamic_ncols=True) as bar:
 
         def keep(
             batch: list[Job], images: Tensor, shown: list[Tensor], made: dict[str, dict[str, float]]

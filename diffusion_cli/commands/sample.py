@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from diffusion_cli.capacity import naming_batch_size
 from diffusion_cli.commands.outputs import claim, keep_calls, keep_labels, keep_seeds
@@ -14,6 +13,7 @@ from diffusion_cli.commands.samples import image_path, read_films, read_pictures
 from diffusion_cli.commands.trained import Trained, open_run
 from diffusion_cli.config import EvalConfig, SampleConfig, fingerprint
 from diffusion_cli.generate import generate, trajectories
+from diffusion_cli.progress import ProgressBar
 from diffusion_cli.ranks import Ranks, work_together
 from diffusion_cli.report import Writer, grid, save_gif, save_grid, save_rows, save_stored
 from diffusion_cli.run_folder import own_folder
@@ -81,7 +81,7 @@ def _make(
 ) -> int:
     """Make and write this process's share of the images of the seeds; the network calls that each took."""
     most_calls, form = 0, trained.model.form
-    with tqdm(
+    with ProgressBar(
         total=len(todo), unit="image", desc="sample", dynamic_ncols=True, disable=not ranks.first
     ) as bar:
         with Writer(2 * size) as writer:

@@ -9,9 +9,9 @@ from typing import Literal
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from diffusion_cli.forms import Form, Picture, Shape
+from diffusion_cli.progress import ProgressBar
 from diffusion_cli.seeding import mix
 
 Split = Literal["train", "held_out"]
@@ -176,7 +176,7 @@ class NoDataset(Dataset):
 
 def row_chunks(count: int, title: str) -> Iterator[Tensor]:
     """The rows 0..count - 1 in order, some at a time, under a progress bar on stderr once it takes long."""
-    with tqdm(total=count, desc=title, unit="image", unit_scale=True, delay=2.0) as progress:
+    with ProgressBar(total=count, desc=title, unit="image", unit_scale=True, delay=2.0) as progress:
         for rows in torch.arange(count).split(256):
             yield rows
             progress.update(len(rows))

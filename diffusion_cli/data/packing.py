@@ -11,13 +11,13 @@ import torch
 from numpy.lib import format as npy
 from pydantic import NonNegativeInt
 from torch import Tensor
-from tqdm import tqdm
 
 from diffusion_cli.data.array import CLASS_NAMES, FORM, IMAGE_KEYS, LABEL_KEYS, MARKS, channel_order
 from diffusion_cli.data.base import Dataset, Images
 from diffusion_cli.data.batches import fetched
 from diffusion_cli.data.memory import usable_cores
 from diffusion_cli.forms import Ranged
+from diffusion_cli.progress import ProgressBar
 
 CHUNK = 2**20  # bytes that a process decodes at a time: of all of them little, where /dev/shm is small
 
@@ -65,7 +65,7 @@ class Pack:
         wanted = usable_cores() if self.processes is None else self.processes
         size = max(1, CHUNK // int(np.prod(dataset.shape)))
         total = sum(map(len, splits))
-        with tqdm(
+        with ProgressBar(
             total=total, desc=f"packing {dataset.name}", unit="image", unit_scale=True, delay=2.0
         ) as progress:
             for images in filter(len, splits):

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from diffusion_cli.data import Batches, Images, normalised
 from diffusion_cli.metrics.features import exact_convolutions
+from diffusion_cli.progress import ProgressBar
 from diffusion_cli.seeding import mix
 
 CHUNK = 1024  # images classified at a time
@@ -76,7 +76,9 @@ class Recipe:
         network = self.initial(images.shape[0]).to(device)
         optimizer = torch.optim.AdamW(network.parameters(), lr=self.learning_rate)
         cycle = torch.optim.lr_scheduler.OneCycleLR(optimizer, self.learning_rate, total_steps=self.steps)
-        progress = tqdm(range(self.steps), desc="training the feature classifier", unit="step", delay=1.0)
+        progress = ProgressBar(
+            range(self.steps), desc="training the feature classifier", unit="step", delay=1.0
+        )
         batches = Batches(images, self.batch_size, self.seed, self.flip, device=device)
         with one_thread(), exact_convolutions():
             for step, batch in zip(progress, batches, strict=False):

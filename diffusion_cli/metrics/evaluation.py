@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from torch import Tensor
-from tqdm import tqdm
 
 from diffusion_cli.class_shares import differing_shares
 from diffusion_cli.data import PixelDigest
@@ -17,6 +16,7 @@ from diffusion_cli.metrics.networks import Networks
 from diffusion_cli.metrics.protocol import Report, Result
 from diffusion_cli.metrics.reference import RealImages, Reference
 from diffusion_cli.metrics.samples import Samples
+from diffusion_cli.progress import ProgressBar
 from diffusion_cli.ranks import Ranks
 
 LONG = 60  # seconds from which on the time that an evaluation will take is announced
@@ -141,7 +141,7 @@ def _pass(
     """
     digest, labels, count, start = PixelDigest(), Counter[int](), len(samples), time.monotonic()
     each_round = batch_size * ranks.world
-    with tqdm(
+    with ProgressBar(
         total=count, desc="evaluating samples", unit="image", delay=1.0, disable=not ranks.first
     ) as progress:
         for place, mine in enumerate(ranks.rounds(count, batch_size)):
@@ -195,8 +195,8 @@ def _announce(count: int, done: int, seconds: float) -> None:
     left = seconds / min(done, count) * (count - done)
     if left > LONG:
         rate = min(done, count) / seconds
-        text = f"about {tqdm.format_interval(left)} for the {count} samples, at {rate:.3g} images/s"
-        tqdm.write(text, file=sys.stderr)
+        text = f"about {ProgressBar.format_interval(left)} for the {count} samples, at {rate:.3g} images/s"
+        ProgressBar.write(text, file=sys.stderr)
 
 
 def _result(finding: Finding, protocol: Mapping[str, Any]) -> list[Result]:

@@ -4,7 +4,6 @@ import numpy as np
 import torch
 from pydantic import NonNegativeInt
 from torch import Tensor
-from tqdm import tqdm
 
 from diffusion_cli.checkpoint import file_digest
 from diffusion_cli.data import spread
@@ -14,6 +13,7 @@ from diffusion_cli.metrics.moments import Moments
 from diffusion_cli.metrics.networks import Networks
 from diffusion_cli.metrics.reference import Stream
 from diffusion_cli.metrics.rows import Rows
+from diffusion_cli.progress import ProgressBar
 
 
 def frechet_distance(mu1: Tensor, sigma1: Tensor, mu2: Tensor, sigma2: Tensor) -> float:
@@ -230,7 +230,7 @@ class FrechetMeasurement(Measurement):
         least = max(len(self.mean) + 1, count // 10)
         sizes = np.linspace(least, count, points).astype(int)
         random = np.random.RandomState(0)
-        bar = tqdm(sizes, desc="extrapolating", unit="subset", delay=1.0, leave=False)
+        bar = ProgressBar(sizes, desc="extrapolating", unit="subset", delay=1.0, leave=False)
         values = [self._subset(rows, random.permutation(count)[:size]) for size in bar]
         slope, limit = np.polyfit(1 / sizes, values, 1)
         return {"at_infinity": float(limit), "at_infinity_slope": float(slope), "at_infinity_points": points}
@@ -243,7 +243,9 @@ class FrechetMeasurement(Measurement):
         count, random = len(rows), np.random.RandomState(0)
         if not self.metric.bootstrap:
             return {}
-        bar = tqdm(range(self.metric.bootstrap), desc="resampling", unit="resample", delay=1.0, leave=False)
+        bar = ProgressBar(
+            range(self.metric.bootstrap), desc="resampling", unit="resample", delay=1.0, leave=False
+        )
         values = np.array([self._subset(rows, np.sort(random.randint(count, size=count))) for _ in bar])
         low, high = np.percentile(values - values.mean(), [2.5, 97.5]) + value
         return {"low": float(low), "high": float(high), "standard_error": float(values.std(ddof=1))}

@@ -6,13 +6,13 @@ from typing import Annotated, Literal
 
 import torch
 from pydantic import Field, PositiveInt
-from tqdm import tqdm
 
 from diffusion_cli.data import normalised
 from diffusion_cli.generate import guided
 from diffusion_cli.guidance import Unguided
 from diffusion_cli.metrics.base import Finding, ModelMetric, Subject
 from diffusion_cli.precision import autocast
+from diffusion_cli.progress import ProgressBar
 from diffusion_cli.samplers import DDIM, integrate, invert, until
 from diffusion_cli.schedules import Spacing
 
@@ -53,7 +53,7 @@ class Inversion(ModelMetric):
         times = until(sampler.grid(self.steps), self.strength)
         prior = schedule.prior_std(times[0])
         errors, squares = 0.0, 0.0
-        with tqdm(total=count, desc=self.NAME, unit="image", delay=1.0) as bar:
+        with ProgressBar(total=count, desc=self.NAME, unit="image", delay=1.0) as bar:
             for rows in torch.arange(count).split(subject.batch_size):
                 batch, labels = subject.batch(images, rows)
                 denoise = guided(subject.model, Unguided(), labels, subject.clip)

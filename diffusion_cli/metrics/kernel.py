@@ -6,12 +6,12 @@ import numpy as np
 import torch
 from pydantic import NonNegativeInt, PositiveFloat, PositiveInt
 from torch import Tensor
-from tqdm import tqdm
 
 from diffusion_cli.metrics.base import Finding, Measurement, Metric, Seen
 from diffusion_cli.metrics.features import Features
 from diffusion_cli.metrics.networks import Networks
 from diffusion_cli.metrics.rows import Rows
+from diffusion_cli.progress import ProgressBar
 
 
 def polynomial_mmd(x: Tensor, y: Tensor) -> float:
@@ -70,7 +70,7 @@ class KernelMeasurement(Measurement):
         size, number = self.metric.subset_size, self.metric.subsets
         random = np.random.RandomState(self.metric.seed)
         values = []
-        for _ in tqdm(range(number), desc="kernel distance", unit="subset", delay=1.0, leave=False):
+        for _ in ProgressBar(range(number), desc="kernel distance", unit="subset", delay=1.0, leave=False):
             drawn = [
                 rows[random.choice(len(rows), size, replace=False)].to(self.seen.network.device)
                 for rows in (self.samples, self.real)

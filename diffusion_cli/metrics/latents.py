@@ -6,11 +6,11 @@ from typing import Literal
 import torch
 from pydantic import PositiveInt
 from torch import Tensor
-from tqdm import tqdm
 
 from diffusion_cli.data import Images, normalised
 from diffusion_cli.latents import Latents, measured_scale
 from diffusion_cli.metrics.base import Finding, ModelMetric, Subject
+from diffusion_cli.progress import ProgressBar
 
 
 class LatentMoments(ModelMetric):
@@ -56,7 +56,7 @@ class LatentMoments(ModelMetric):
 
 def _moments(subject: Subject, space: Latents, images: Images, count: int) -> Iterator[Tensor]:
     """The moments of the first images, some at a time."""
-    with tqdm(total=count, desc=LatentMoments.NAME, unit="image", delay=1.0) as bar:
+    with ProgressBar(total=count, desc=LatentMoments.NAME, unit="image", delay=1.0) as bar:
         for rows in torch.arange(count).split(subject.batch_size):
             batch, _ = subject.batch(images, rows)
             yield space.moments(normalised(batch)).cpu()

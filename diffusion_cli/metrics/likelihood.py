@@ -10,7 +10,6 @@ from typing import Any, Literal
 import torch
 from pydantic import NonNegativeInt, PositiveFloat, PositiveInt
 from torch import Tensor
-from tqdm import tqdm
 
 from diffusion_cli import cache
 from diffusion_cli.config import fingerprint
@@ -23,6 +22,7 @@ from diffusion_cli.likelihood import bound_terms, flow_likelihood, prior_term
 from diffusion_cli.metrics.base import Finding, ModelMetric, Subject
 from diffusion_cli.posterior import Variance
 from diffusion_cli.precision import autocast
+from diffusion_cli.progress import ProgressBar
 from diffusion_cli.run_folder import own_folder
 from diffusion_cli.schedules import Discrete
 
@@ -100,7 +100,7 @@ class PerImage(ModelMetric):
         paths = [folder / f"{int(rows[0]):06d}.json" for rows in batches]
         shared = range(self.shard, len(batches), self.num_shards)
         mine = [i for i in shared if _stored(paths[i], len(batches[i])) is None]
-        with tqdm(
+        with ProgressBar(
             total=sum(len(batches[i]) for i in mine), desc=self.name, unit="image", unit_scale=True, delay=1.0
         ) as bar:
             for i in mine:

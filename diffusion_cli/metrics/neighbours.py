@@ -5,9 +5,9 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from diffusion_cli.metrics.rows import Rows
+from diffusion_cli.progress import ProgressBar
 
 TIE = 1e-9  # relative difference from which on float64 products tell two squared distances apart
 
@@ -76,7 +76,9 @@ def _squares(q: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
 
 def _progress(rows: Rows, title: str) -> Iterator[Tensor]:
     """The vectors, some at a time, under a progress bar."""
-    with tqdm(total=len(rows), desc=title, unit="image", unit_scale=True, delay=1.0, leave=False) as bar:
+    with ProgressBar(
+        total=len(rows), desc=title, unit="image", unit_scale=True, delay=1.0, leave=False
+    ) as bar:
         for block in rows.blocks():
             for part in block.split(1024):
                 yield part

@@ -10,7 +10,6 @@ from typing import Any, Literal, TypeVar
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from diffusion_cli.cache import Blocks, optional, report_damage
 from diffusion_cli.checkpoint import file_digest
@@ -21,6 +20,7 @@ from diffusion_cli.foreign import reason
 from diffusion_cli.metrics.features import Features
 from diffusion_cli.metrics.moments import Moments
 from diffusion_cli.metrics.rows import GrowingRows, Rows
+from diffusion_cli.progress import ProgressBar
 from diffusion_cli.ranks import Ranks
 from diffusion_cli.temporary_files import remove_abandoned
 
@@ -249,7 +249,7 @@ class RealImages:
         dims: dict[Stream, int] = {"features": self.features.dim, "spatial": self.features.spatial_dim}
         moments: dict[Stream, Moments] = {stream: Moments(dim) for stream, dim in dims.items() if dim}
         images, title, ranks = self.images(part), f"features of {self.name(part)}", self.ranks
-        with tqdm(
+        with ProgressBar(
             total=len(numbers), desc=title, unit="image", unit_scale=True, delay=1.0, disable=not ranks.first
         ) as progress:
             for round_ in numbers.split(READ * ranks.world):

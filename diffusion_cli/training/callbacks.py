@@ -17,7 +17,6 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.nn.functional import interpolate
-from tqdm import tqdm
 
 from diffusion_cli.checkpoint import LAST, duplicate, numbered, save
 from diffusion_cli.config.schema import Node
@@ -27,6 +26,7 @@ from diffusion_cli.forms import Form
 from diffusion_cli.generate import labels_of, sample
 from diffusion_cli.latents import Space
 from diffusion_cli.metrics import CalledOff
+from diffusion_cli.progress import ProgressBar
 from diffusion_cli.ranks import Ranks
 from diffusion_cli.report import save_grid
 from diffusion_cli.samplers import Sampler
@@ -112,7 +112,7 @@ class Progress(EveryStep):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
-        self.bar = tqdm(
+        self.bar = ProgressBar(
             total=self.max_steps,
             initial=trainer.global_step,
             unit="step",
@@ -165,7 +165,7 @@ class Progress(EveryStep):
         for logger in trainer.loggers:
             logger.log_metrics(values, step=step)
         left = self.stop.seconds_left()
-        limit = "" if left is None else f", {tqdm.format_interval(left)} of max_time left"
+        limit = "" if left is None else f", {ProgressBar.format_interval(left)} of max_time left"
         self.bar.set_postfix_str(
             f"{size}loss {values['loss']:.4f}, {rate:.0f} images/s{limit}", refresh=False
         )

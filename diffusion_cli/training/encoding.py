@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from tqdm import tqdm
 
 from diffusion_cli.checkpoint import digest, find_run, load_autoencoder, load_latents
 from diffusion_cli.config import TrainConfig
@@ -18,6 +17,7 @@ from diffusion_cli.data.base import Split
 from diffusion_cli.latents import Latents, measured_scale
 from diffusion_cli.networks import AutoencoderKL
 from diffusion_cli.pretrained import from_diffusers
+from diffusion_cli.progress import ProgressBar
 from diffusion_cli.ranks import Ranks
 from diffusion_cli.training.latent_cache import ENCODED, LatentImages, encoded
 
@@ -169,7 +169,7 @@ class LatentDataset(Dataset):
 def source_digest(images: Images) -> str:
     """A SHA-256, in hex, of what images are made of, by all processes together."""
     ranks, state = Ranks(), sha256()
-    with tqdm(
+    with ProgressBar(
         total=len(images), desc="hashing images", unit="image", unit_scale=True, delay=2.0, disable=not ranks.first
     ) as progress:  # fmt: skip
         for mine in ranks.rounds(len(images), ENCODED):

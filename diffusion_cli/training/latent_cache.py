@@ -13,7 +13,6 @@ import numpy as np
 import torch
 from numpy.lib import format as npy
 from torch import Tensor
-from tqdm import tqdm
 
 from diffusion_cli.cache import (
     Blocks,
@@ -30,6 +29,7 @@ from diffusion_cli.data.batches import fetched
 from diffusion_cli.data.memory import MemoryImages
 from diffusion_cli.latents import Latents
 from diffusion_cli.locks import locked
+from diffusion_cli.progress import ProgressBar
 from diffusion_cli.ranks import Ranks
 
 ENCODED = 64  # images read at a time
@@ -146,7 +146,7 @@ def _encode(
     with (
         part.open(mode) as file,
         checksums_path(part).open(mode) as checksums,
-        tqdm(
+        ProgressBar(
             total=len(images), initial=done, desc="encoding", unit="image", unit_scale=True, delay=2.0,
             disable=not ranks.first,
         ) as progress,

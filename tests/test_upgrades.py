@@ -1,5 +1,6 @@
 """Runs of earlier versions are sampled, edited, evaluated and trained on, with the results of then."""
 
+import re
 import shutil
 import zipfile
 from pathlib import Path
@@ -7,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import yaml
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -109,7 +111,9 @@ def test_a_stored_classifier_guides(stored):
 
 def test_a_stored_autoencoder_is_evaluated(stored, capsys):
     assert run(["eval", "run=outputs/autoencoder", "metric=reconstruction", "device=cpu"]) == 0
-    assert "psnr                  9.8196" in capsys.readouterr().out
+    value = re.search(r"psnr +([0-9.]+)", capsys.readouterr().out)
+    assert value is not None
+    assert float(value[1]) == pytest.approx(9.8196, abs=1e-3)
 
 
 def test_the_same_weights_after_more_steps(stored):
@@ -123,7 +127,20 @@ def test_the_same_weights_after_more_steps(stored):
 
 
 @pytest.mark.parametrize("name", sorted(set(COMMANDS) - {"denoiser"}))
-def test_every_kind_trains_on(stored, name):
+def test_every_kind_trains_on(stored, name, capsys):
     words = [*COMMANDS[name], *BEGUN, f"name={name}", "cache_dir=cache", "max_steps=9"]
     assert run(["train", *words]) == 0
+    assert f"Going on with outputs/{name}" in capsys.readouterr().err
     assert read(stored / "outputs" / name / "checkpoints" / "last.ckpt")["global_step"] == 9
+
+
+@pytest.mark.parametrize("by_name", [False, True])
+def test_a_run_named_by_its_configuration_keeps_the_defaults_of_then(stored, capsys, by_name):
+    (folder,) = (stored / "outputs").glob("digits-cosine-*")
+    words = [*UNET, "batch_size=8", "precision=fp32", "trainer=cpu", "logger=csv", "keep_last=1"]
+    assert run(["train", *([f"run={folder}"] if by_name else words), "max_steps=48"]) == 0
+    assert "Going on with outputs/digits-cosine-" in capsys.readouterr().err.replace(f"{stored}/", "")
+    config = yaml.safe_load((folder / "config.yaml").read_text())
+    optimizer = config["optimizer"]
+    assert (optimizer["lr"], optimizer["warm_up_steps"], config["ema"]["decay"]) == (0.003, 100, 0.998)
+    assert optimizer["decay_steps"] == 48

@@ -13,6 +13,7 @@ from PIL import Image
 
 from diffusion_cli.checkpoint import LAST
 from diffusion_cli.cli import run
+from diffusion_cli.commands import train as train_command
 from diffusion_cli.config import CONF, TrainConfig, at_hand, build, load, options, recipe
 from diffusion_cli.config.at_hand import OwnImages, own_images
 from diffusion_cli.config.continued import with_values
@@ -487,3 +488,19 @@ def test_a_gpu_that_is_hidden_is_none(visible, expected, monkeypatch):
 def test_a_value_for_a_group_is_a_mistake(capsys):
     assert run(["train", "ema=0.99"]) == 2
     assert "ema=0.99: should be" in capsys.readouterr().err
+
+
+def test_a_recipe_for_another_machine_than_torch_finds_is_named(tmp_path, monkeypatch):
+    own = train_config("dataset=folder", f"dataset.path={photos(tmp_path / 'p', (20, 20))}")
+    for assumed, there, line in [
+        (True, False, "trainer=cpu"),
+        (False, True, "trainer=gpu"),
+        (True, True, None),
+    ]:
+        monkeypatch.setattr(train_command, "gpu", lambda accelerator, assumed=assumed: assumed)
+        monkeypatch.setattr(torch.cuda, "is_available", lambda there=there: there)
+        remark = train_command._other_machine(own)
+        assert remark is None if line is None else line in str(remark)
+        assert (
+            train_command._other_machine(train_config()) is None
+        )  # the recipe of digits is the same everywhere

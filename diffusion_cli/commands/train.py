@@ -25,6 +25,7 @@ from diffusion_cli.checkpoint import (
 )
 from diffusion_cli.commands.inputs import show_remarks
 from diffusion_cli.config import Mistakes, TrainConfig, identity, seconds, shown
+from diffusion_cli.config.at_hand import gpu
 from diffusion_cli.config.recipe import BUDGETED, derived_in
 from diffusion_cli.data import Growing, Images, Stages, UnreadableError
 from diffusion_cli.data.labels import examples
@@ -57,6 +58,8 @@ def run(config: TrainConfig) -> int:
     trainer = config.trainer
     place, devices, nodes = started(), trainer["devices"], trainer["num_nodes"]
     _refuse_absent(trainer["accelerator"], devices or 1)
+    if place.rank == 0 and (remark := _other_machine(config)):
+        print(f"diffuse: {remark}", file=sys.stderr)
     if place.world > 1 and devices not in (None, place.local_world):
         raise ValueError(
             f"trainer.devices={devices}: torchrun or srun started {place.local_world} on this node; leave it null"
@@ -70,6 +73,21 @@ def run(config: TrainConfig) -> int:
         train, config,
         processes=None if place.world > 1 else devices, timeout=timedelta(seconds=trainer["timeout"]),
     )  # fmt: skip
+
+
+def _other_machine(config: TrainConfig) -> str | None:
+    """A line about a recipe that was derived for another machine than torch finds; None for the same."""
+    assumed, there = gpu(config.trainer["accelerator"]), torch.cuda.is_available()
+    by_machine = config.trainer["accelerator"] == "auto" and {"dataset.resolution", "max_steps"} & {
+        *config.derived
+    }
+    if assumed == there or not by_machine:
+        return None
+    return (
+        "trainer=auto: torch cannot use the GPU of this machine; install a torch build for it, or add trainer=cpu"
+        if assumed
+        else "trainer=auto: the recipe is that of a machine without GPU, and torch has one; add trainer=gpu name=NEW"
+    )
 
 
 def _refuse_absent(accelerator: str, devices: int) -> None:

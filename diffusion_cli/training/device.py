@@ -35,7 +35,7 @@ class Device:
             self.torch_device: torch.device = device_of(accelerator)
         except ValueError as error:
             raise ValueError(
-                f"trainer={accelerator}: torch sees no GPU here; take trainer=cpu or auto"
+                "trainer=gpu: torch sees no GPU on this machine; take trainer=cpu or trainer=auto"
             ) from error
         if threads is not None:
             torch.set_num_threads(threads)

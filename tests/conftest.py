@@ -1,5 +1,6 @@
 """Shared fixtures: reference arrays, and a denoiser that is known in closed form."""
 
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -65,6 +66,13 @@ def agree(request) -> Iterator[Callable[[str, Tensor, Tensor, float], None]]:
         ]
         head = ["| array | largest difference | tolerance | kind |", "|---|---|---|---|"]
         Path(path).write_text("\n".join(head + lines) + "\n")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_nohup() -> None:
+    """Tests of SIGHUP start processes that listen to it, also where the tests themselves run under nohup."""
+    if hasattr(signal, "SIGHUP"):
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 @pytest.fixture(scope="session", autouse=True)

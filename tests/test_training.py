@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
@@ -379,14 +380,29 @@ def test_epochs_are_a_budget(tmp_path):
     assert state(tmp_path)["global_step"] == 6  # 1,438 images / 256, rounded up
 
 
+STARTED: list[subprocess.Popen] = []
+
+
+@pytest.fixture(autouse=True)
+def nothing_left_running() -> Iterator[None]:
+    """End the processes of a test that failed while they trained."""
+    yield
+    for process in STARTED:
+        process.kill()
+        process.wait()
+    STARTED.clear()
+
+
 def start(folder: Path, *words: str, start_new_session: bool = False) -> subprocess.Popen:
     command = "import sys; from diffusion_cli.cli import main; main()"
     env = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(
+    process = subprocess.Popen(
         [sys.executable, "-c", command, *TINY, f"output_dir={folder}", *words],
         env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         start_new_session=start_new_session,
     )  # fmt: skip
+    STARTED.append(process)
+    return process
 
 
 def wait_for(path: Path, process: subprocess.Popen) -> None:

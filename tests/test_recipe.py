@@ -322,6 +322,27 @@ def test_a_run_of_an_earlier_version_is_found_by_any_of_its_values(tmp_path, sai
     assert train_config(*words, "ema.decay=0.9").name != "digits-cosine-lr_0.001"
 
 
+@pytest.mark.parametrize("on_gpu", [True, False])
+def test_a_run_without_a_record_keeps_the_network_that_it_has(tmp_path, monkeypatch, on_gpu):
+    own = [
+        "dataset=folder",
+        f"dataset.path={photos(tmp_path / 'p', (90, 90))}",
+        f"output_dir={tmp_path / 'runs'}",
+    ]
+    monkeypatch.setattr(recipe, "gpu", lambda accelerator: on_gpu)
+    before = train_config(*own)
+    store(before, tmp_path / "runs" / str(before.name), recorded=False)
+    monkeypatch.setattr(recipe, "gpu", lambda accelerator: not on_gpu)
+    after = train_config(*own)
+    assert (after.name, after.model, after.max_steps) == (before.name, before.model, before.max_steps)
+
+
+def test_the_record_is_the_same_in_every_process():
+    derived = train_config("dataset=folder", "dataset.path=nowhere").derived
+    assert derived == sorted(derived)
+    assert len(derived) == 7
+
+
 def test_another_network_has_another_name(tmp_path, on_cpu):
     folder = photos(tmp_path / "p", (90, 90))
     _, words = begin(tmp_path, "dataset=folder", f"dataset.path={folder}")

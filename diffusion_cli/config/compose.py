@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from functools import cache, partial
 from itertools import combinations
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from hydra.core.override_parser.types import Override
@@ -34,7 +34,7 @@ from diffusion_cli.config.recipe import (
     resolution,
     with_recipe,
 )
-from diffusion_cli.config.runs import flatten, identity, run_name
+from diffusion_cli.config.runs import flatten, identity, replaced, run_name
 from diffusion_cli.config.schema import COMMANDS, GRIDS, Config, Node
 from diffusion_cli.config.typed import as_typed
 from diffusion_cli.named_data import is_own_run
@@ -100,7 +100,7 @@ def _training(
     implied, choices = compose("train", choosing, dirs)
     if choices["model"] != AUTO:
         composed, unknown = _with_keys(choosing, setting, implied, dirs)
-        name = composed["name"] or _name(composed, implied, choices, dirs)
+        name = composed["name"] or _name(composed, implied, choices, dirs, implied)
         stored = begun_with(Path(str(composed["output_dir"]), str(name)))
         return with_recipe(
             composed | {"name": name}, stored, cache(partial(own_images, composed["dataset"]))
@@ -114,8 +114,8 @@ def _training(
     implied = compose("train", words, dirs)[0]
     composed, unknown = _with_keys(words, setting, implied, dirs)
     images = cache(partial(own_images, composed["dataset"]))
-    stated = {key.partition(".")[2]: AUTO for key in setting if key.startswith("model.")}
-    name = composed["name"] or _name(composed, implied | {"model": implied["model"] | stated}, choices, dirs)
+    stated = {key: AUTO for key in setting if key in flatten(implied) and key.startswith("model.")}
+    name = composed["name"] or _name(composed, replaced(implied, stated), choices, dirs, implied)
     stored = begun_with(Path(str(composed["output_dir"]), str(name)))
     option = chosen_network(composed, stored, images)
     if option != NETWORK_BEFORE_AUTO:
@@ -167,43 +167,33 @@ def _with_keys(
     return (compose("train", [*choosing, *known], dirs)[0] if known else implied), unknown
 
 
-def _name(composed: Node, implied: Node, choices: Node, dirs: Sequence[Path]) -> str:
+def _name(composed: Node, implied: Node, choices: Node, dirs: Sequence[Path], before: Node) -> str:
     """The name of a training; that of a run that was begun with the same values if its name has fewer of them.
 
-    In versions without `auto` these values were defaults, and the network may have been chosen by `auto`.
+    In versions without `auto` derived values were defaults, so that names lack them, and `before` is the configuration
+    that the choices implied. The network of a later run may have been chosen by `auto`.
     """
     name = run_name(composed, implied, choices, dirs)
     runs = Path(str(composed["output_dir"]))
     if begun_with(runs / name):
         return name
-    default, now = identity(implied), identity(composed)
-    automatic = {key for key in default if key in DERIVED or key.startswith("model.")}
-    stated = {key: now[key] for key in automatic if default[key] == AUTO and now.get(key, AUTO) != AUTO}
+    now = identity(composed)
+    stated = {key: now[key] for key in DERIVED if key in now and flatten(before)[key] == AUTO != now[key]}
     wanted = stated if choices["model"] == AUTO else stated | flatten({"model": composed["model"]})
     for number in range(len(stated) + 1):
         for left_out in combinations(stated, number):
+            usual = replaced(before, {key: now[key] for key in left_out})
             for chosen in (choices, {**choices, "model": AUTO}):
-                shorter = run_name(
-                    composed, _with_values(implied, {key: now[key] for key in left_out}), chosen, dirs
-                )
-                before = begun_with(runs / shorter)
-                same_network = f"{MODEL}{choices['model']}" in derived_in(before)
+                shorter = run_name(composed, usual, chosen, dirs)
+                begun = begun_with(runs / shorter)
+                same_network = f"{MODEL}{choices['model']}" in derived_in(begun)
                 if (
-                    before
-                    and ("derived" not in before or same_network)
-                    and wanted.items() <= flatten(before).items()
+                    begun
+                    and ("derived" not in begun or same_network)
+                    and wanted.items() <= flatten(begun).items()
                 ):
                     return shorter
     return name
-
-
-def _with_values(node: Node, values: Mapping[str, Any]) -> Node:
-    """A configuration with other values of some dotted keys of its groups."""
-    changed = {key: dict(value) if isinstance(value, dict) else value for key, value in node.items()}
-    for key, value in values.items():
-        group, _, name = key.partition(".")
-        changed[group][name] = value
-    return changed
 
 
 def parse(text: str) -> "Override":
@@ -277,11 +267,12 @@ def _compose_once(command: str, overrides: Sequence[str], dirs: Sequence[Path]) 
     choices = OmegaConf.to_container(composed.hydra.runtime.choices)
     with flag_override(composed, ["struct", "readonly"], False):
         del composed["hydra"]
-    plain, written = (OmegaConf.to_container(composed, resolve=resolve) for resolve in (True, False))
+    plain = OmegaConf.to_container(composed, resolve=True)
     assert isinstance(plain, dict)
-    assert isinstance(written, dict)
     if command == "train":
-        written = {str(key): value for key, value in written.items()}
+        unresolved = OmegaConf.to_container(composed)
+        assert isinstance(unresolved, dict)
+        written = {str(key): value for key, value in unresolved.items()}
         plain["derived"] = [key for key, value in flatten(written).items() if value == "${max_steps}"]
     assert isinstance(choices, dict)
     return (

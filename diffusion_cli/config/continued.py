@@ -1,13 +1,12 @@
 """Which run `diffuse train run=` names, what may be given beside it, and what its folder is trusted with."""
 
-import copy
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 from diffusion_cli.config.catalogue import defaults, documented, options
 from diffusion_cli.config.recipe import BUDGETED, derived_in
-from diffusion_cli.config.runs import flatten, identity
+from diffusion_cli.config.runs import flatten, identity, replaced
 from diffusion_cli.foreign import read_yaml
 from diffusion_cli.named_data import is_own_run, unnamed
 
@@ -49,12 +48,7 @@ def stored_by(folder: Path) -> dict[str, Any]:
 def without_processes(stored: Mapping[str, Any]) -> dict[str, Any]:
     """Return the configuration of a run without its numbers of processes, which are another machine's."""
     unset = {"trainer.devices": None, "trainer.num_nodes": None, "dataset.num_workers": 0}
-    numbers = {key: number for key, number in unset.items() if key in flatten(stored)}
-    changed = copy.deepcopy(dict(stored))
-    for key, number in numbers.items():
-        group, _, name = key.partition(".")
-        changed[group][name] = number
-    return changed
+    return replaced(stored, {key: unset[key] for key in unset.keys() & flatten(stored).keys()})
 
 
 def foreign_paths(
@@ -96,23 +90,15 @@ def with_values(config: Mapping[str, Any], values: Mapping[str, Any]) -> dict[st
     What was derived from the budget is derived from the new one, as where a whole command gives it.
     """
     derived = derived_in(config)
-    changed = copy.deepcopy(dict(config))
-    optimizer = changed["optimizer"]
+    before = flatten(config)
+    decay_steps, max_steps = before.get("optimizer.decay_steps"), before["max_steps"]
     falls = (
         "optimizer.decay_steps" in derived
         if "derived" in config
-        else None not in (optimizer.get("decay_steps"), changed["max_steps"])
-        and optimizer["decay_steps"] == changed["max_steps"]
+        else decay_steps is not None and decay_steps == max_steps
     )
-    for key, value in values.items():
-        *parents, name = key.split(".")
-        node = changed
-        for parent in parents:
-            node = node[parent]
-        node[name] = value
-    if falls and "optimizer.decay_steps" not in values:
-        optimizer["decay_steps"] = changed["max_steps"]
-    for key in (derived & BUDGETED.keys()) - values.keys():
-        node, _, name = key.partition(".")
-        changed[node][name] = BUDGETED[key](changed["max_steps"])
-    return changed
+    max_steps = values.get("max_steps", max_steps)
+    followed = {key: BUDGETED[key](max_steps) for key in derived & BUDGETED.keys()}
+    if falls:
+        followed["optimizer.decay_steps"] = max_steps
+    return replaced(config, followed | dict(values))

@@ -9,7 +9,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from diffusion_cli.config.at_hand import OwnImages, gpu
+from diffusion_cli.config.catalogue import options
 from diffusion_cli.config.runs import flatten
 from diffusion_cli.config.schema import Node
 from diffusion_cli.foreign import read_yaml
@@ -112,9 +115,9 @@ def chosen_network(composed: Node, stored: Node, images: Callable[[], OwnImages 
         stored: the configuration that the run was begun with; empty for a new run.
         images: what returns the user's own images.
     """
-    recorded = (entry.removeprefix(MODEL) for entry in derived_in(stored) if entry.startswith(MODEL))
     if stored:
-        return next(recorded, NETWORK_BEFORE_AUTO)
+        recorded = (name for name in NETWORKS if f"{MODEL}{name}" in derived_in(stored))
+        return next(recorded, _nearest_network(flatten(stored)))
     on_gpu, size = gpu(composed["trainer"]["accelerator"]), composed["dataset"].get("resolution")
     if size is None:
         own = images()
@@ -123,6 +126,16 @@ def chosen_network(composed: Node, stored: Node, images: Callable[[], OwnImages 
         size if isinstance(size, list) else [size if isinstance(size, int) else resolution(images(), on_gpu)]
     )
     return network(min(sizes), len(sizes), on_gpu)
+
+
+def _nearest_network(stored: Mapping[str, Any]) -> str:
+    """The network with most of the values of a run that records none, the earlier default before others."""
+
+    def alike(name: str) -> int:
+        option = yaml.safe_load(options("model")[name].read_text())
+        return sum(stored.get(f"model.{key}") == value for key, value in option.items())
+
+    return max(NETWORKS, key=alike)
 
 
 def with_recipe(composed: Node, stored: Node, images: Callable[[], OwnImages | None]) -> Node:
@@ -162,7 +175,7 @@ def with_recipe(composed: Node, stored: Node, images: Callable[[], OwnImages | N
         fill(key, partial(derive, steps))
     if flatten(filled).get("optimizer.decay_steps") == AUTO:  # it is interpolated from max_steps
         filled["optimizer"]["decay_steps"] = filled["max_steps"]
-    return filled | {"derived": derived}
+    return filled | {"derived": sorted(derived)}
 
 
 def derived_in(config: Mapping[str, Any]) -> set[str]:

@@ -1,5 +1,6 @@
 """What a run is called, and what makes it the same run."""
 
+import copy
 import hashlib
 import json
 import re
@@ -62,6 +63,18 @@ def flatten(node: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         nested = isinstance(value, Mapping) and value
         flat |= flatten(value, f"{prefix}{key}.") if nested else {f"{prefix}{key}": value}
     return flat
+
+
+def replaced(config: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a copy of a configuration with other values of some dotted keys."""
+    changed = copy.deepcopy(dict(config))
+    for key, value in values.items():
+        *parents, name = key.split(".")
+        node = changed
+        for parent in parents:
+            node = node[parent]
+        node[name] = value
+    return changed
 
 
 def fingerprint(node: Mapping[str, Any]) -> str:

@@ -80,7 +80,7 @@ def inflated(data: bytes, limit: int = LARGEST) -> bytes:
 
 
 class Archive:
-    """A ZIP archive, a file or its content, of which entries are read one by one; a context that closes it."""
+    """A ZIP archive, from a file or from its content; entries are read one by one, and a `with` block closes it."""
 
     def __init__(self, source: Path | bytes) -> None:
         if isinstance(source, Path):

@@ -63,7 +63,7 @@ def _opened(path: str) -> IO[bytes]:
 
 
 def _measured(names: Sequence[str], opened: Callable[[str], IO[bytes]]) -> OwnImages | None:
-    """The images among files, of which a few are opened as far as their headers."""
+    """The images among files; the headers of a few of them are read."""
     from PIL import Image
 
     suffixes = (*(suffix for suffixes in IMAGE_FORMATS.values() for suffix in suffixes), *OTHER_SUFFIXES)

@@ -101,10 +101,10 @@ class TensorBoardFiles(TensorBoardLogger):
 
 
 class CSVFile(Logger):
-    """A CSV file with a row a log, taken up again with the run.
+    """A CSV file with a row per log, continued with the run.
 
-    Lightning's own CSV logger deletes the file of an earlier start. This one keeps it, less the rows that lie
-    after the step that the run goes on from. A damaged file is renamed, and its complete rows are kept here too.
+    Lightning's own CSV logger deletes the file of an earlier start. This one keeps it, but removes the rows after the
+    step at which the run continues. A damaged file is renamed, and its complete rows are kept here too.
     While the file cannot be written, rows are kept in memory.
     """
 

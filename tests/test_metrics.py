@@ -344,7 +344,9 @@ def test_the_numbers_beside_the_distance_are_what_their_names_say(tmp_path) -> N
     result = measured(METRICS, features, samples, DATA, tmp_path).results[0]
     train, held_out = (features(DATA.splits[name]).features for name in ("train", "held_out"))
     seen = features(samples).features
-    floor, equal = distance(held_out, train), distance(seen[spread(100, 40)], train)
+    floor, rows = distance(held_out, train), spread(100, 80)
+    sets = [distance(seen[rows[first::2]], train) for first in (0, 1)]
+    equal = (sets[0] + sets[1]) / 2
     assert result.value == pytest.approx(distance(seen, train), rel=1e-5)
     assert result.details == pytest.approx(
         {
@@ -352,7 +354,9 @@ def test_the_numbers_beside_the_distance_are_what_their_names_say(tmp_path) -> N
             "floor_images": 40,
             "ratio_to_floor": distance(seen, train) / floor,
             "equal_size_images": 40,
+            "equal_size_sets": 2,
             "equal_size_distance": equal,
+            "equal_size_deviation": abs(sets[0] - sets[1]) / 2**0.5,
             "equal_size_floor": floor,
             "equal_size_ratio": equal / floor,
         },

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from diffusion_cli.checkpoint import whole_file
+from diffusion_cli.errors import FormatError
 from diffusion_cli.foreign import plain, printable, reason
 
 BLOCK = 2**20
@@ -138,9 +139,9 @@ def parse_json(content: bytes) -> dict[str, Any]:
     try:
         entry = plain(json.loads(content))
     except RecursionError as error:
-        raise ValueError(reason(error)) from error
+        raise FormatError(reason(error)) from error
     if not isinstance(entry, dict):
-        raise ValueError("is not an object")
+        raise FormatError("is not an object")
     stored = entry.pop(CHECKSUM, None)
     if stored is not None and stored != _checksum(entry):
         raise ChecksumError("differs from its checksum")

@@ -12,6 +12,7 @@ import torch
 
 from diffusion_cli.checkpoint import Model
 from diffusion_cli.data.memory import free_memory
+from diffusion_cli.errors import UsageError
 from diffusion_cli.generate import guided, labels_of, uncompiled
 from diffusion_cli.guidance import Guidance, Guided
 from diffusion_cli.precision import autocast, device_of
@@ -54,8 +55,8 @@ def naming_batch_size(batch_size: int | Literal["auto"], device: str) -> Iterato
             remedy = f"try batch_size={batch_size // 2}, or auto"
         else:
             remedy = "one image does not fit; use a device with more memory, or precision=bf16"
-        raise ValueError(
-            f"batch_size={batch_size}: the memory of this {device_of(device).type} ran out; {remedy}"
+        raise UsageError(
+            "batch_size", batch_size, f"the memory of this {device_of(device).type} ran out", remedy
         ) from None
 
 

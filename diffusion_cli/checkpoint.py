@@ -30,6 +30,7 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 from diffusion_cli.config import build, check_built, check_stored
 from diffusion_cli.data import Stages
 from diffusion_cli.denoiser import Denoiser, NoiseConditioned, NoisyClassifier
+from diffusion_cli.errors import NO_VALUE, FormatError, MachineError, Problem, UsageError
 from diffusion_cli.foreign import check_tensors, reason, regular
 from diffusion_cli.forms import Form, Shape, form_of
 from diffusion_cli.latents import Latents, Pixels, Space
@@ -110,7 +111,7 @@ class Autoencoder(Origin):
     network: AutoencoderKL
 
 
-class DamagedError(ValueError):
+class DamagedError(UsageError):
     """A checkpoint is not as it was written."""
 
 
@@ -125,7 +126,7 @@ def writing(path: Path) -> Iterator[None]:
     except OSError as error:
         if error.errno not in CANNOT_WRITE:
             raise
-        raise OSError(
+        raise MachineError(
             f"{path}: cannot be written ({error.strerror}); make room for it, or take a folder that can be written to"
         ) from error
 
@@ -161,7 +162,7 @@ def _whole_checkpoint(path: Path) -> Iterator[Path]:
         try:
             _check_sums(temporary)
         except DamagedError as error:
-            raise OSError(
+            raise MachineError(
                 f"{path}: does not read back as it was written; take a folder on another disk"
             ) from error
     if os.name == "posix":  # the move, too, should outlive a power cut
@@ -215,7 +216,9 @@ def _check_sums(path: Path) -> None:
 
 
 def _damaged(path: Path, why: str) -> DamagedError:
-    return DamagedError(f"{path}: is not a whole checkpoint ({why}); name another step= or another run")
+    return DamagedError(
+        path, NO_VALUE, f"is not a whole checkpoint ({why})", "name another step= or another run"
+    )
 
 
 class Found(NamedTuple):
@@ -249,7 +252,10 @@ def newest(run: Path, sums: bool = True) -> Found | None:
     if not earlier and not last.is_file():
         return None
     raise DamagedError(
-        f"{last}: {why}, and no other one of the run is whole; put a copy there, or take another run"
+        last,
+        NO_VALUE,
+        f"{why}, and no other one of the run is whole",
+        "put a copy there, or take another run",
     )
 
 
@@ -289,7 +295,7 @@ def read(path: Path, sums: bool = True) -> dict[str, Any]:
     """
     try:
         size = regular(path)
-    except ValueError as error:
+    except FormatError as error:
         raise _damaged(path, reason(error)) from error
     try:
         check_tensors(path)
@@ -303,30 +309,45 @@ def read(path: Path, sums: bool = True) -> dict[str, Any]:
     about = checkpoint.get("diffuse") if isinstance(checkpoint, dict) else None
     # A tensor in its place would be compared number by number, however many it says that it has.
     if not isinstance(about, dict) or type(about.get("format")) is not int or about["format"] != FORMAT:
-        raise ValueError(
-            f"{path}: is not a checkpoint of this version of diffuse (format {FORMAT}); name another run, or train anew"
+        raise UsageError(
+            path,
+            NO_VALUE,
+            f"is not a checkpoint of this version of diffuse (format {FORMAT})",
+            "name another run, or train anew",
         )
     try:
-        mistakes = _mistakes(checkpoint, size)
+        mistakes = [*map(str, _mistakes(checkpoint, size))]
     except ValueError as error:
         mistakes = [str(error)]
     if mistakes:
-        raise ValueError(f"{path}: is no checkpoint of diffuse: {'; '.join(mistakes)}; name another run")
+        raise UsageError(
+            path, NO_VALUE, f"is no checkpoint of diffuse: {'; '.join(mistakes)}", "name another run"
+        )
     return checkpoint
 
 
-def _mistakes(checkpoint: Mapping[str, Any], size: int) -> list[str]:
+def _mistakes(checkpoint: Mapping[str, Any], size: int) -> list[Problem]:
     """What is wrong with what every command reads of a checkpoint of `size` bytes, one line each."""
     about = checkpoint["diffuse"]
     mistakes = check_stored(about)
     if not mistakes:
         form_of(about["form"])
     step, version = checkpoint.get("global_step"), checkpoint.get("pytorch-lightning_version")
-    mistakes += [] if type(step) is int and 0 <= step < 2**63 else ["global_step: is no number of steps"]
+    mistakes += (
+        []
+        if type(step) is int and 0 <= step < 2**63
+        else [Problem("global_step", NO_VALUE, "is no number of steps")]
+    )
     readable = isinstance(version, str) and VERSION.fullmatch(version)
-    mistakes += [] if readable else ["pytorch-lightning_version: should be a version from 2.0 on"]
+    mistakes += (
+        []
+        if readable
+        else [Problem("pytorch-lightning_version", NO_VALUE, "should be a version from 2.0 on")]
+    )
     return mistakes + (
-        [] if _are_whole(checkpoint, "ema", size) else ["its weights: are not there, or not whole"]
+        []
+        if _are_whole(checkpoint, "ema", size)
+        else [Problem("its weights", NO_VALUE, "are not there, or not whole")]
     )
 
 
@@ -366,19 +387,19 @@ def find_run(run: str | None, output_dir: str, key: str = "run") -> Path:
                         file=sys.stderr,
                     )
                 return folder
-        raise ValueError(f"output_dir={output_dir}: holds no run; make one with: diffuse train")
+        raise UsageError("output_dir", output_dir, "holds no run", "make one with: diffuse train")
     for folder in (Path(run), root / run):
         if _checkpoints(folder):
             return folder
     known = ", ".join(folder.name for folder in reversed(runs[-5:])) or "none"
-    raise ValueError(f"{key}={run}: holds no {LAST}; the newest runs in {output_dir} are: {known}")
+    raise UsageError(key, run, f"holds no {LAST}", f"the newest runs in {output_dir} are: {known}")
 
 
 def task_of(run: Path) -> str:
     """What a run trains: `diffusion`, `classifier` or `autoencoder`; ValueError as `newest`, or if it has nothing."""
     found = newest(run, sums=False)
     if found is None:
-        raise ValueError(f"{run}: holds no {LAST}")
+        raise UsageError(run, NO_VALUE, f"holds no {LAST}")
     return found.checkpoint["diffuse"]["task"]
 
 
@@ -415,7 +436,7 @@ def load_autoencoder(
     checkpoint, origin = _origin(run, step, weights, AutoencoderKL.task)
     network = _network(checkpoint, weights)
     if not isinstance(network, AutoencoderKL):
-        raise ValueError(f"{run}: its model is no autoencoder; give a run of task=autoencoder")
+        raise UsageError(run, NO_VALUE, "its model is no autoencoder", "give a run of task=autoencoder")
     return Autoencoder(**origin, network=network.to(device).eval().requires_grad_(False))
 
 
@@ -427,14 +448,14 @@ def _origin(
     if step == "best":
         path = run / BEST
         if not path.is_file():
-            raise ValueError(
-                f"step=best: {run} keeps none; train with eval_every= and keep_best=, or name a step"
+            raise UsageError(
+                "step", "best", f"{run} keeps none", "train with eval_every= and keep_best=, or name a step"
             )
     elif step is not None:
         path = path.with_name(numbered(step))
         if not path.is_file():
             kept = ", ".join(str(int(file.stem[5:])) for file in sorted(path.parent.glob("step_*.ckpt")))
-            raise ValueError(f"step={step}: {run} keeps no such checkpoint; it has those of steps {kept}")
+            raise UsageError("step", step, f"{run} keeps no such checkpoint", f"it has those of steps {kept}")
     if step is None and (found := newest(run)) is not None:
         path, checkpoint, remark = found
         if remark is not None and Ranks().first:
@@ -443,14 +464,21 @@ def _origin(
         checkpoint = read(path)
     about = checkpoint["diffuse"]
     if about["task"] != task:
-        raise ValueError(f"{run}: was trained with task={about['task']}; give a run of task={task}")
+        raise UsageError(
+            run, NO_VALUE, f"was trained with task={about['task']}", f"give a run of task={task}"
+        )
     mistakes = check_built(about)
     if mistakes:
-        raise ValueError(
-            f"{path}: was made by another version of diffuse: {'; '.join(mistakes)}; name another run"
+        raise UsageError(
+            path,
+            NO_VALUE,
+            f"was made by another version of diffuse: {'; '.join(map(str, mistakes))}",
+            "name another run",
         )
     if not _are_whole(checkpoint, weights, path.stat().st_size):
-        raise ValueError(f"{path}: weights={weights}: are not there, or not whole; name another run")
+        raise UsageError(
+            path, NO_VALUE, f"weights={weights}: are not there, or not whole", "name another run"
+        )
     _check_fit(path, about, _network_state(checkpoint, weights))
     names, latent = about["class_names"], about["latent"]
     return checkpoint, {
@@ -488,11 +516,13 @@ def _check_fit(path: Path, about: Mapping[str, Any], state: Mapping[str, Tensor]
             network = build(about["config"]["model"], _seen_shape(about), about["num_classes"])
         wanted = {key: (value.shape, value.dtype) for key, value in network.state_dict().items()}
         if wanted != {key: (value.shape, value.dtype) for key, value in state.items()}:
-            raise ValueError("the model has other tensors than are there")
+            raise FormatError("the model has other tensors than are there")
         for key in ("schedule", "parameterization"):
             build(about["config"][key])
     except Exception as error:  # sizes of a stranger's fail in many ways
-        raise ValueError(f"{path}: its model cannot be built ({reason(error)}); name another run") from error
+        raise UsageError(
+            path, NO_VALUE, f"its model cannot be built ({reason(error)})", "name another run"
+        ) from error
 
 
 @contextlib.contextmanager
@@ -504,7 +534,7 @@ def _at_most(tensors: int) -> Iterator[None]:
         nonlocal built
         built += parameter is not None
         if built > tensors:
-            raise ValueError(f"the model has more than the {tensors} tensors that are there")
+            raise FormatError(f"the model has more than the {tensors} tensors that are there")
 
     hook = register_module_parameter_registration_hook(count)
     try:
@@ -554,16 +584,19 @@ def load_latents(run: Path, about: Mapping[str, Any], device: torch.device) -> L
         ):  # its size is that of its weights, or it is not built
             network = build(latent["autoencoder"], shape, None)
             if not isinstance(network, AutoencoderKL) or network.latent_shape(shape) != _seen_shape(about):
-                raise ValueError("makes no such latents as the model works in")
+                raise FormatError("makes no such latents as the model works in")
             check_fit(path, network, state)
         if digest(state) != latent["sha256"]:
-            raise ValueError("is not the one that the run was trained with")
+            raise FormatError("is not the one that the run was trained with")
         autoencoder = build(latent["autoencoder"], shape, None)
         autoencoder.load_state_dict(state)
         return Latents(autoencoder.to(device), shape, latent["mean"], latent["std"])
     except (OSError, ValueError, RuntimeError) as error:  # sizes of a stranger's fail in many ways
-        raise ValueError(
-            f"{path}: the autoencoder of the run cannot be read ({reason(error)}); put it back, or name another run"
+        raise UsageError(
+            path,
+            NO_VALUE,
+            f"the autoencoder of the run cannot be read ({reason(error)})",
+            "put it back, or name another run",
         ) from error
 
 

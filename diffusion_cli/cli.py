@@ -24,16 +24,20 @@ from diffusion_cli.config import (
     GRIDS,
     LAUNCHERS,
     Config,
-    Mistakes,
     Variant,
     did_you_mean,
 )
+from diffusion_cli.errors import NO_VALUE, MachineError, Problem, UsageError
 from diffusion_cli.foreign import printable
 from diffusion_cli.signals import STOPPED, UNFINISHED, end, end_at_signals, handling
 from diffusion_cli.terminal import guarded, lost_output, open_closed_streams
 
 FLAGS = ["--help", "--cfg", "--config-dir", "--multirun", "-h", "-m"]
-USER_ERROR = 2
+USER_ERROR, INTERNAL_ERROR = 2, 1
+BUG = (
+    f"this is an error in diffuse {__version__}, not in your command; please report it with the lines above, the "
+    "command, and the run's config.yaml"
+)
 
 
 @dataclass
@@ -64,17 +68,21 @@ def run(words: Sequence[str]) -> int:
     with guarded():
         try:
             code = _dispatch(list(words))
-            if lost := lost_output():
-                raise Mistakes(lost)
-        except Mistakes as mistakes:
-            return _answer(mistakes)
-        return code
+        except UsageError as error:
+            if os.environ.get("DIFFUSE_TRACEBACK"):
+                raise
+            return _report(*error.lines)
+        except Exception:
+            traceback.print_exc()
+            return _report(BUG, code=INTERNAL_ERROR)
+        lost = lost_output()
+        return _report(lost) if lost else code
 
 
-def _answer(mistakes: Mistakes) -> int:
-    for line in mistakes.lines:
+def _report(*lines: str, code: int = USER_ERROR) -> int:
+    for line in lines:
         print(f"diffuse: {printable(line)}", file=sys.stderr)
-    return USER_ERROR
+    return code
 
 
 def _dispatch(words: list[str]) -> int:
@@ -87,7 +95,9 @@ def _dispatch(words: list[str]) -> int:
     elif words[0] == "__complete":
         print("\n".join(complete(words[1:])))
     elif words[0] not in COMMANDS:
-        raise Mistakes(f"{words[0]}: unknown command{did_you_mean(words[0], [*COMMANDS, 'completion'])}")
+        raise UsageError(
+            words[0], NO_VALUE, f"unknown command{did_you_mean(words[0], [*COMMANDS, 'completion'])}"
+        )
     else:
         return _command(words[0], parse(_spelt_out(words[0], words[1:])))
     return 0
@@ -98,7 +108,9 @@ def _command(command: str, request: Request) -> int:
         print(command_help(command, request))
         return 0
     if request.multirun and command in GRIDS:
-        raise Mistakes(f"--multirun: {command} takes lists of values; leave it out and write key=[...]")
+        raise UsageError(
+            "--multirun", NO_VALUE, f"{command} takes lists of values", "leave it out and write key=[...]"
+        )
     if request.multirun and not request.show:
         return sweep(command, request)
     if command in GRIDS:
@@ -120,8 +132,9 @@ def _spelt_out(command: str, words: list[str]) -> list[str]:
 
 
 def parse(words: Sequence[str]) -> Request:
-    """Take apart the words after a command; raises Mistakes for unknown flags."""
-    request, mistakes = Request(), []
+    """Take apart the words after a command; raises UsageError for unknown flags."""
+    request = Request()
+    mistakes: list[Problem] = []
     rest = iter(words)
     for word in rest:
         flag, _, value = word.partition("=")
@@ -133,26 +146,35 @@ def parse(words: Sequence[str]) -> Request:
             request.show = True
             kind = value or next(rest, "")
             if kind != "job":
-                mistakes.append(f"--cfg {kind}: shows the configuration of the job; write --cfg job")
+                mistakes.append(
+                    Problem(
+                        f"--cfg {kind}", NO_VALUE, "shows the configuration of the job", "write --cfg job"
+                    )
+                )
         elif flag in ("--config-dir", "-cd"):
             given = value or next(rest, "")
             folder = Path(given)
             request.dirs.append(folder)
             if not given or not folder.is_dir():
                 mistakes.append(
-                    f"--config-dir {given}: is not a folder; give one with <group>/<option>.yaml files"
+                    Problem(
+                        f"--config-dir {given}",
+                        NO_VALUE,
+                        "is not a folder",
+                        "give one with <group>/<option>.yaml files",
+                    )
                 )
         elif word.startswith("-"):
-            mistakes.append(f"{word}: unknown flag{did_you_mean(word, FLAGS)}")
+            mistakes.append(Problem(word, NO_VALUE, f"unknown flag{did_you_mean(word, FLAGS)}"))
         else:
             request.overrides.append(word)
     if mistakes:
-        raise Mistakes(*mistakes)
+        raise UsageError.several(mistakes)
     return request
 
 
 def execute(command: str, checked: Config | list[Variant]) -> int:
-    """Run a command; what this package or the file system says is wrong becomes one line, not a traceback."""
+    """Run a command and return its exit code; a fault of the machine is shown as one line, a bug with its traceback."""
     try:
         module = importlib.import_module(f"diffusion_cli.commands.{command}")
         with handling(_interrupt):
@@ -160,10 +182,10 @@ def execute(command: str, checked: Config | list[Variant]) -> int:
     except KeyboardInterrupt:
         print(STOPPED, file=sys.stderr)
         return UNFINISHED
-    except (ValueError, OSError, ImportError) as error:
-        if os.environ.get("DIFFUSE_TRACEBACK") or not _is_message(error):
+    except OSError as error:
+        if os.environ.get("DIFFUSE_TRACEBACK") or not (error.errno or isinstance(error, MachineError)):
             raise
-        raise Mistakes(str(error).strip().replace("\n", " ")) from error
+        return _report(" ".join(str(error).split()))
 
 
 def _interrupt(number: int, frame: object) -> None:
@@ -171,26 +193,19 @@ def _interrupt(number: int, frame: object) -> None:
     raise KeyboardInterrupt
 
 
-def _is_message(error: BaseException) -> bool:
-    """Whether an exception was meant for the user: of the file system, or raised by this package itself."""
-    frames = traceback.extract_tb(error.__traceback__)
-    ours = bool(frames) and Path(frames[-1].filename).is_relative_to(config.HERE)
-    return ours or (isinstance(error, OSError) and error.errno is not None)
-
-
 def sweep(command: str, request: Request) -> int:
     """Check every value of a sweep, then leave its jobs to Hydra and the launcher."""
     words, overrides = config.split_launcher(request.overrides)
     jobs: list[Config] = []
-    mistakes: list[str] = []
+    mistakes: list[Problem] = []
     for variant in config.expand(overrides):
         try:
             jobs.append(config.load(command, variant, request.dirs))
-        except Mistakes as found:
-            mistakes += found.lines
+        except UsageError as found:
+            mistakes += found.problems
     mistakes += config.shared_seeds(jobs)
     if mistakes:
-        raise Mistakes(*dict.fromkeys(mistakes))
+        raise UsageError.several(mistakes)
     launcher = config.launch(words, jobs, request.dirs)
     quiet = [
         "hydra/job_logging=none",
@@ -227,7 +242,7 @@ def _launch(command: str, dirs: Sequence[Path], logs: Path) -> int:
     except Exception as error:
         if type(error).__module__.partition(".")[0] != "submitit":
             raise
-        raise Mistakes(f"launcher=slurm: {config.first_line(error)}; logs: {logs}") from error
+        raise UsageError("launcher", "slurm", config.first_line(error), f"logs: {logs}") from error
     return 0
 
 
@@ -249,20 +264,20 @@ def _local_job(command: str, overrides: Sequence[str], dirs: Sequence[Path]) -> 
     """One job of a sweep here; the first that fails ends the sweep."""
     try:
         return execute(command, config.load(command, overrides, dirs))
-    except Mistakes as mistakes:
-        return _answer(mistakes)
+    except UsageError as error:
+        return _report(*error.lines)
 
 
 def _cluster_job(command: str, overrides: Sequence[str], dirs: Sequence[Path]) -> int:
     """One job of a sweep under submitit; where its time ends it has saved, and is queued again.
 
-    Raises Mistakes with the reason of a failure, which the sweep is told; the log has it in full.
+    Raises UsageError with the reason of a failure, which the sweep is told; the log has it in full.
     """
     try:
         code = execute(command, config.load(command, overrides, dirs))
-    except Mistakes as mistakes:
-        _answer(mistakes)
-        reason = mistakes.lines
+    except UsageError as error:
+        _report(*error.lines)
+        reason = error.lines
     except Exception as error:
         traceback.print_exc()
         reason = [f"{type(error).__name__}: {config.first_line(error)}"]
@@ -271,7 +286,7 @@ def _cluster_job(command: str, overrides: Sequence[str], dirs: Sequence[Path]) -
             signal.raise_signal(signal.SIGUSR2)  # by which submitit queues a job again
         return code
     job = importlib.import_module("submitit").JobEnvironment().job_id
-    raise Mistakes(*(f"job {job}: {line}" for line in reason))
+    raise UsageError.several(Problem(f"job {job}", NO_VALUE, line) for line in reason)
 
 
 def _still_wanted() -> bool:
@@ -366,10 +381,12 @@ compdef _diffuse diffuse""",
 
 
 def completion_script(shell: str) -> str:
-    """The script that teaches a shell to complete `diffuse`; raises Mistakes for an unknown shell."""
+    """The script that teaches a shell to complete `diffuse`; raises UsageError for an unknown shell."""
     if shell not in SCRIPTS:
-        raise Mistakes(
-            f'completion {shell}: give a shell, one of {", ".join(SCRIPTS)}: eval "$(diffuse completion bash)"'
+        raise UsageError(
+            f"completion {shell}",
+            NO_VALUE,
+            f'give a shell, one of {", ".join(SCRIPTS)}: eval "$(diffuse completion bash)"',
         )
     return SCRIPTS[shell]
 

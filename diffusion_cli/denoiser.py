@@ -9,6 +9,7 @@ from typing import NamedTuple, Self
 import torch
 from torch import Tensor, nn
 
+from diffusion_cli.errors import UsageError
 from diffusion_cli.parameterizations import Coefficients, Parameterization
 from diffusion_cli.schedules import Schedule
 
@@ -64,9 +65,11 @@ class NoiseConditioned(nn.Module):
         parameterization.check(schedule)
         made_for = getattr(network, "task", Denoiser.task)
         if made_for != self.task:
-            raise ValueError(
-                f"model={type(network).__name__}: is for task={made_for}; take one for task={self.task}, or an "
-                "objective that goes with it"
+            raise UsageError(
+                "model",
+                type(network).__name__,
+                f"is for task={made_for}",
+                f"take one for task={self.task}, or an objective that goes with it",
             )
         self.network = network
         self.schedule = schedule

@@ -13,10 +13,11 @@ from pydantic import Field
 from torch import Tensor
 
 from diffusion_cli.checkpoint import find_run, whole_file
-from diffusion_cli.config import Mistakes, PlotConfig, TrainConfig, build, load
+from diffusion_cli.config import PlotConfig, TrainConfig, build, load
 from diffusion_cli.data import Dataset, normalised
 from diffusion_cli.data.base import Split
 from diffusion_cli.denoiser import noised
+from diffusion_cli.errors import NO_VALUE, FormatError, UsageError
 from diffusion_cli.foreign import read_csv
 from diffusion_cli.generate import SeededNoise, frame_places, visible
 from diffusion_cli.report import read_images, save_gif, save_rows
@@ -184,17 +185,19 @@ class Forward(Figure):
         # An option of that group is made for training: it brings a network and a budget.
         try:
             training = load("train", [f"dataset={self.dataset}"])
-        except Mistakes as mistakes:
-            raise ValueError(
-                f"figure.dataset={self.dataset}: cannot be had by its name ({mistakes})"
-            ) from mistakes
+        except UsageError as error:
+            raise UsageError(
+                "figure.dataset", self.dataset, f"cannot be had by its name ({error})"
+            ) from error
         assert isinstance(training, TrainConfig)
         dataset: Dataset = build(training.dataset, config.data_dir)
         images = dataset.load(self.split)
         if config.image >= len(images):
-            raise ValueError(
-                f"image={config.image}: {dataset.name} has {len(images)} images in its {self.split} split; give a "
-                "smaller number"
+            raise UsageError(
+                "image",
+                config.image,
+                f"{dataset.name} has {len(images)} images in its {self.split} split",
+                "give a smaller number",
             )
         image = normalised(images.gather(torch.tensor([config.image])))
         schedule: Schedule = build(config.schedule)
@@ -258,18 +261,20 @@ class Previews(Figure):
         rows = [self.row(run_of(config)) for config in configs.values()]
         if path.suffix == ".gif":
             if len(rows) > 1:
-                raise ValueError(f"output={path}: an animation shows one run; name one, or give a png")
+                raise UsageError("output", path, "an animation shows one run", "name one, or give a png")
             save_gif(rows[0], path)
             return
         if len({row.shape[1:] for row in rows}) > 1:
-            raise ValueError("run: previews of these runs have unlike sizes; draw them one at a time")
+            raise UsageError(
+                "run", NO_VALUE, "previews of these runs have unlike sizes", "draw them one at a time"
+            )
         save_rows(rows, path)
 
     def row(self, run: Path) -> Tensor:
         """Previews of a run, the last among them, uint8 [N, C, H, W]; ValueError if there are none."""
         files = sorted((run / "previews").glob("step_*.png"))
         if not files:
-            raise ValueError(f"run={run}: has no previews; training makes them every preview_every steps")
+            raise UsageError("run", run, "has no previews", "training makes them every preview_every steps")
         images = read_images([files[place] for place in frame_places(len(files), self.frames)])
         return F.pad(images, (MARGIN, MARGIN, MARGIN, MARGIN), value=255)
 
@@ -298,8 +303,11 @@ def read_losses(run: Path) -> dict[str, Curve]:
     """
     points = read_points(run, LOSSES)
     if not points:
-        raise ValueError(
-            f"{run / 'metrics.csv'}: holds no losses; train longer than log_every=, or name another run"
+        raise UsageError(
+            run / "metrics.csv",
+            NO_VALUE,
+            "holds no losses",
+            "train longer than log_every=, or name another run",
         )
     return {column: Curve(LOSSES[column], *zip(*some, strict=True)) for column, some in points.items()}
 
@@ -314,11 +322,11 @@ def read_points(run: Path, columns: Iterable[str]) -> dict[str, list[tuple[float
     """The (step, number) pairs of those columns of a run's metrics.csv that hold any; ValueError if there is none."""
     path = run / "metrics.csv"
     if not path.is_file():
-        raise ValueError(f"run={run}: has no metrics.csv; train with logger=csv among the loggers")
+        raise UsageError("run", run, "has no metrics.csv", "train with logger=csv among the loggers")
     try:
         header, *rows = read_csv(path) or [[]]
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}; move it away or mend it") from error
+    except FormatError as error:
+        raise UsageError(path, NO_VALUE, str(error), "move it away or mend it") from error
     points: dict[str, list[tuple[float, float]]] = {}
     for row in rows:  # the last may be cut short
         numbers = {column: _number(text) for column, text in zip(header, row, strict=False)}

@@ -17,6 +17,8 @@ from typing import IO, Any
 
 import yaml
 
+from diffusion_cli.errors import FormatError
+
 LARGEST = 2**28
 """Bytes of an image or of a table of labels."""
 LONGEST_LINE = 1000
@@ -57,13 +59,13 @@ def regular(path: Path) -> int:
     """The size of a regular file, which for anything else is not opened: that alone may wait for ever."""
     about = path.stat()
     if not stat.S_ISREG(about.st_mode):
-        raise ValueError("is no regular file")
+        raise FormatError("is no regular file")
     return about.st_size
 
 
 def _bounded(size: int, limit: int) -> None:
     if size > limit:
-        raise ValueError(f"is larger than {limit} bytes")
+        raise FormatError(f"is larger than {limit} bytes")
 
 
 def inflated(data: bytes, limit: int = LARGEST) -> bytes:
@@ -72,10 +74,10 @@ def inflated(data: bytes, limit: int = LARGEST) -> bytes:
     try:
         content = stream.decompress(data, limit + 1)
     except zlib.error as error:
-        raise ValueError(reason(error)) from error
+        raise FormatError(reason(error)) from error
     _bounded(len(content), limit)
     if not stream.eof:
-        raise ValueError("ends too early")
+        raise FormatError("ends too early")
     return content
 
 
@@ -90,10 +92,10 @@ class Archive:
         except OSError:
             raise
         except Exception as error:  # its parser meets damaged archives with errors of many types
-            raise ValueError(reason(error)) from error
+            raise FormatError(reason(error)) from error
         self.entries = {entry.filename: entry for entry in self._zip.infolist()}
         if len(self.entries) < len(self._zip.infolist()):
-            raise ValueError("has two entries of one name; pack it anew")
+            raise FormatError("has two entries of one name; pack it anew")
 
     def __enter__(self) -> "Archive":
         return self
@@ -106,11 +108,11 @@ class Archive:
         entry = self._entry(name)
         # Other methods inflate a block at once, however little of it is asked for.
         if entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-            raise ValueError("is compressed by another method than deflate; pack it anew")
+            raise FormatError("is compressed by another method than deflate; pack it anew")
         try:
             return self._zip.open(entry)
         except Exception as error:  # encrypted, overlapping, or damaged
-            raise ValueError(reason(error)) from error
+            raise FormatError(reason(error)) from error
 
     def read(self, name: str, limit: int = LARGEST) -> bytes:
         """The content of an entry."""
@@ -120,7 +122,7 @@ class Archive:
             try:
                 return file.read(size + 1)  # a number, so that no more is inflated than was declared
             except Exception as error:  # zlib's, of a bad checksum, of an early end
-                raise ValueError(reason(error)) from error
+                raise FormatError(reason(error)) from error
 
     def _entry(self, name: str) -> zipfile.ZipInfo:
         windows = name.replace("/", "\\")
@@ -131,7 +133,7 @@ class Archive:
         ):
             return self.entries[windows]
         if name not in self.entries:  # as where another archive has taken the place of this one
-            raise ValueError("is not in the archive")
+            raise FormatError("is not in the archive")
         return self.entries[name]
 
 
@@ -151,7 +153,7 @@ def check_tensors(path: Path) -> None:
     """
     with Archive(path) as archive:
         if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.entries.values()):
-            raise ValueError("is compressed")
+            raise FormatError("is compressed")
         (name,) = (name for name in archive.entries if name.endswith("/data.pkl"))
         data = archive.read(name)
     _check_pickle(BytesIO(data), NAMES)
@@ -179,7 +181,7 @@ def _check_pickle(file: IO[bytes], names: re.Pattern[str]) -> None:
     memo: dict[Any, int] = {}
     for operation, argument, _ in pickletools.genops(file):
         if operation.name == "GLOBAL" and not names.fullmatch(str(argument)):
-            raise ValueError(f"names {argument}")
+            raise FormatError(f"names {argument}")
         if "PUT" in operation.name:
             memo[argument] = stack[-1] or 0
         elif "GET" in operation.name:
@@ -189,7 +191,7 @@ def _check_pickle(file: IO[bytes], names: re.Pattern[str]) -> None:
         else:
             depth = _nesting(operation, stack)
             if depth > DEEPEST:
-                raise ValueError(f"has tuples nested deeper than {DEEPEST} levels")
+                raise FormatError(f"has tuples nested deeper than {DEEPEST} levels")
             stack += [depth] * len(operation.stack_after)
 
 
@@ -240,20 +242,20 @@ def plain(value: Any, most: int = MOST_VALUES) -> Any:
         parts: list[Any] = []
         if type(item) is dict:
             if not all(type(key) is str for key in item):
-                raise ValueError("has a key that is no text")
+                raise FormatError("has a key that is no text")
             parts = [*item, *item.values()]
         elif type(item) is list:
             parts = item
         elif type(item) is int:
             if abs(item) >= 2**63:
-                raise ValueError("has a whole number that is too large")
+                raise FormatError("has a whole number that is too large")
         elif item is not None and type(item) not in (str, float, bool):
-            raise ValueError(f"has a value of type {type(item).__name__}")
+            raise FormatError(f"has a value of type {type(item).__name__}")
         seen += 1 + len(parts)
         if depth > DEEPEST:
-            raise ValueError(f"is nested deeper than {DEEPEST} levels")
+            raise FormatError(f"is nested deeper than {DEEPEST} levels")
         if seen > most:
-            raise ValueError(f"has more than {most} values")
+            raise FormatError(f"has more than {most} values")
         todo += [(part, depth + 1) for part in parts]
     return value
 
@@ -264,7 +266,7 @@ def from_json(data: bytes, limit: int = LONGEST_TEXT, most: int = MOST_VALUES) -
     try:
         value = json.loads(data, parse_constant=_refuse, parse_float=_finite)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"is not JSON ({reason(error)})") from error
+        raise FormatError(f"is not JSON ({reason(error)})") from error
     return plain(value, most)
 
 
@@ -274,13 +276,13 @@ def read_json(path: Path, limit: int = LONGEST_TEXT, most: int = MOST_VALUES) ->
 
 
 def _refuse(name: str) -> float:
-    raise ValueError(f"{name} is no number there")
+    raise FormatError(f"{name} is no number there")
 
 
 def _finite(text: str) -> float:
     number = float(text)
     if math.isinf(number):
-        raise ValueError(f"{text[:40]} is too large")
+        raise FormatError(f"{text[:40]} is too large")
     return number
 
 
@@ -289,10 +291,10 @@ class _Plain(yaml.SafeLoader):
 
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
         if self.check_event(yaml.AliasEvent):
-            raise ValueError("has an alias (*name); write out what it stands for")
+            raise FormatError("has an alias (*name); write out what it stands for")
         event = self.peek_event()
         if isinstance(event, yaml.ScalarEvent) and len(event.value) > LONGEST_SCALAR:
-            raise ValueError(f"has a text of more than {LONGEST_SCALAR} characters")
+            raise FormatError(f"has a text of more than {LONGEST_SCALAR} characters")
         return super().compose_node(parent, index)
 
 
@@ -302,7 +304,7 @@ def read_yaml(path: Path) -> Any:
     try:
         value = yaml.load(data, _Plain)
     except Exception as error:  # its constructors know no error but Python's own
-        raise ValueError(f"is not plain YAML ({reason(error)})") from error
+        raise FormatError(f"is not plain YAML ({reason(error)})") from error
     return plain(value)
 
 
@@ -312,4 +314,4 @@ def read_csv(path: Path) -> list[list[str]]:
         text = read(path, LONGEST_TEXT).decode()
         return [row for row in csv.reader(StringIO(text, newline="")) if row]
     except (UnicodeDecodeError, csv.Error) as error:
-        raise ValueError(f"is no CSV in UTF-8 ({reason(error)})") from error
+        raise FormatError(f"is no CSV in UTF-8 ({reason(error)})") from error

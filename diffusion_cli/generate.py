@@ -12,6 +12,7 @@ from torch import Tensor
 
 from diffusion_cli.checkpoint import Model
 from diffusion_cli.denoiser import Denoise, Denoiser, per_image
+from diffusion_cli.errors import NO_VALUE, UsageError
 from diffusion_cli.foreign import reason
 from diffusion_cli.guidance import Guidance
 from diffusion_cli.precision import autocast
@@ -95,9 +96,11 @@ def visible(x_t: Tensor, t: Tensor, schedule: Schedule) -> Tensor:
 def check_finite(images: Tensor) -> None:
     """Raise ValueError if images hold a value that is not a finite number, which no file can show."""
     if not images.isfinite().all():
-        raise ValueError(
-            "images: sampling left numbers that are not finite; try a smaller guidance.scale or method.scale, "
-            "clip_x0=true, precision=fp32, or more steps"
+        raise UsageError(
+            "images",
+            NO_VALUE,
+            "sampling left numbers that are not finite",
+            "try a smaller guidance.scale or method.scale, clip_x0=true, precision=fp32, or more steps",
         )
 
 
@@ -147,8 +150,8 @@ def compiled(model: Model, whole: bool = True) -> Iterator[None]:
         try:
             yield
         except TorchDynamoException as error:
-            raise ValueError(
-                f"compile=true: torch cannot compile the network here ({reason(error)}); leave it out"
+            raise UsageError(
+                "compile", True, f"torch cannot compile the network here ({reason(error)})", "leave it out"
             ) from error
 
 

@@ -22,6 +22,7 @@ from diffusion_cli.denoiser import (
     threshold_x0,
     tilted,
 )
+from diffusion_cli.errors import NO_VALUE, UsageError
 from diffusion_cli.schedules import Schedule
 
 Quantile = Annotated[float, Field(gt=0, le=1)]
@@ -88,13 +89,17 @@ class Guided(Guidance):
         max_threshold: float | None,
     ) -> None:
         if interval is not None and (len(interval) != 2 or not 0 <= interval[0] < interval[1]):
-            raise ValueError(
-                f"guidance.interval={interval}: should be two levels of sigma / alpha, the lower first, as [0.3,3]"
+            raise UsageError(
+                "guidance.interval",
+                interval,
+                "should be two levels of sigma / alpha, the lower first, as [0.3,3]",
             )
         if max_threshold is not None and dynamic_threshold is None:
-            raise ValueError(
-                f"guidance.max_threshold={max_threshold}: bounds a threshold that is not taken; set "
-                "guidance.dynamic_threshold too"
+            raise UsageError(
+                "guidance.max_threshold",
+                max_threshold,
+                "bounds a threshold that is not taken",
+                "set guidance.dynamic_threshold too",
             )
         self.scale = scale
         self.low, self.high = interval or (0.0, math.inf)
@@ -167,18 +172,25 @@ class ClassifierFree(Mixed):
 
     def check(self, denoiser: Denoiser, label_dropout: float, labelled: bool) -> None:
         if denoiser.num_classes is None:
-            raise ValueError(
-                "guidance=cfg: the model is not class-conditional; train one with model.class_conditional=true, or "
-                "take guidance=classifier"
+            raise UsageError(
+                "guidance",
+                "cfg",
+                "the model is not class-conditional",
+                "train one with model.class_conditional=true, or take guidance=classifier",
             )
         if not labelled:
-            raise ValueError(
-                "label: guidance=cfg leads to a class, and none is named; name one, or take guidance=none"
+            raise UsageError(
+                "label",
+                NO_VALUE,
+                "guidance=cfg leads to a class, and none is named",
+                "name one, or take guidance=none",
             )
         if self.scale != self.off and label_dropout == 0:
-            raise ValueError(
-                "guidance=cfg: the model was trained with objective.label_dropout=0, never without a label; train it "
-                "with 0.1, or take guidance=auto"
+            raise UsageError(
+                "guidance",
+                "cfg",
+                "the model was trained with objective.label_dropout=0, never without a label",
+                "train it with 0.1, or take guidance=auto",
             )
 
     def guided(self, denoiser: Denoiser, x_t: Tensor, t: Tensor, y: Tensor | None) -> Prediction:
@@ -244,8 +256,8 @@ class ByClassifier(Guided):
 
     def check(self, denoiser: Denoiser, label_dropout: float, labelled: bool) -> None:
         if not labelled:
-            raise ValueError(
-                "label=none: guidance=classifier leads to a class; name one, or take guidance=none"
+            raise UsageError(
+                "label", "none", "guidance=classifier leads to a class", "name one, or take guidance=none"
             )
 
     def guides(self) -> Sequence[NoiseConditioned]:

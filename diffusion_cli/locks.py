@@ -35,7 +35,7 @@ try:
 except ImportError:
     fcntl = None
 
-from diffusion_cli.config import Mistakes
+from diffusion_cli.errors import NO_VALUE, UsageError
 from diffusion_cli.process_identity import boot_id, has_ended, is_running, machine_id, start_time
 from diffusion_cli.temporary_files import NO_LINKS, remove_abandoned, temporary_path
 
@@ -61,7 +61,7 @@ PACE = Pace(beat=10, patience=60, settle=2)
 def only_one(folder: Path, pace: Pace = PACE) -> Iterator[None]:
     """Hold a run's folder, made if need be; a folder in which nothing else was made is removed at the end.
 
-    Raises Mistakes if another process holds it, or no run can be kept there.
+    Raises UsageError if another process holds it, or no run can be kept there.
     """
     if fcntl is None:  # Windows
         yield
@@ -72,15 +72,17 @@ def only_one(folder: Path, pace: Pace = PACE) -> Iterator[None]:
             folder.mkdir(parents=True, exist_ok=True)
             lock = _Lock(folder / LOCK, pace)
         except _Held as held:
-            raise Mistakes(
-                f"name={folder.name}: is being trained by {_described(held.owner)}; wait, or end it"
+            raise UsageError(
+                "name", folder.name, f"is being trained by {_described(held.owner)}", "wait, or end it"
             ) from held
         except OSError as error:
             if error.errno == errno.ELOOP and (folder / LOCK).is_symlink():
-                raise Mistakes(f"{folder / LOCK}: is a link; remove it") from error
-            raise Mistakes(
-                f"output_dir={folder.parent}: cannot hold the run {folder.name} ({error}); give a folder that can be "
-                "written to, on a disk that has room"
+                raise UsageError(folder / LOCK, NO_VALUE, "is a link", "remove it") from error
+            raise UsageError(
+                "output_dir",
+                folder.parent,
+                f"cannot hold the run {folder.name} ({error})",
+                "give a folder that can be written to, on a disk that has room",
             ) from error
         with lock:
             yield
@@ -146,7 +148,7 @@ class _Held(Exception):
 
 
 class _Lock:
-    """A lock while this process holds it. Raises _Held if another does, Mistakes if its file is no file."""
+    """A lock while this process holds it. Raises _Held if another does, UsageError if its file is no file."""
 
     def __init__(self, path: Path, pace: Pace, quiet: bool = False) -> None:
         self.path, self.pace, self.quiet = path, pace, quiet
@@ -216,7 +218,7 @@ class _Lock:
             # Never through a link, which may lead to a file of the user's; never waiting for a pipe.
             self._have(os.open(self.path, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK))
             if not stat.S_ISREG(os.fstat(self.descriptor).st_mode):
-                raise Mistakes(f"{self.path}: is not a file; remove it")
+                raise UsageError(self.path, NO_VALUE, "is not a file", "remove it")
             kernel = self._flock()
             if not os.path.samestat(os.fstat(self.descriptor), self.path.lstat()):
                 raise FileNotFoundError(self.path)

@@ -26,6 +26,7 @@ from typing import Any
 
 from diffusion_cli.checkpoint import whole_file, writing
 from diffusion_cli.data.listing import MANIFEST
+from diffusion_cli.errors import NO_VALUE, FormatError, UsageError
 from diffusion_cli.foreign import LONGEST_MANIFEST, MOST_IN_MANIFEST, read_json
 from diffusion_cli.seeding import seed_ranges
 from diffusion_cli.temporary_files import create_linked, temporary_path
@@ -69,15 +70,15 @@ def record_files(folder: Path) -> list[Path]:
 
 
 def read_records(folder: Path) -> dict[Path, Any]:
-    """The content of all records by file; ValueError naming a damaged one."""
+    """The content of all records by file; UsageError about a damaged one."""
     found = {}
     for path in record_files(folder):
         try:
             found[path] = read_json(path, LONGEST_MANIFEST, MOST_IN_MANIFEST)
         except FileNotFoundError:  # removed by a new claim
             continue
-        except ValueError as error:
-            raise ValueError(f"{path}: {error}") from error
+        except FormatError as error:
+            raise UsageError(path, NO_VALUE, str(error), "remove it, or choose another output=") from error
     return found
 
 

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn.functional import nll_loss
 
 from diffusion_cli.denoiser import Denoiser, NoiseConditioned, NoisyClassifier, noised, per_image
+from diffusion_cli.errors import UsageError
 from diffusion_cli.posterior import bound_term
 from diffusion_cli.schedules import Discrete, Schedule
 from diffusion_cli.times import Times
@@ -73,9 +74,11 @@ class Weighted(Objective[Denoiser]):
 
     def check(self, model: Denoiser, times: Times) -> None:
         if model.learns_variance:
-            raise ValueError(
-                "model.learn_variance=true: this objective does not train the variance; take objective=hybrid or "
-                "vlb, or model.learn_variance=false"
+            raise UsageError(
+                "model.learn_variance",
+                True,
+                "this objective does not train the variance",
+                "take objective=hybrid or vlb, or model.learn_variance=false",
             )
 
     def __call__(self, model: Denoiser, x0: Tensor, y: Tensor | None, t: Tensor, eps: Tensor) -> Tensor:
@@ -161,9 +164,11 @@ class VLB(Objective[Denoiser]):
     def check(self, model: Denoiser, times: Times) -> None:
         _check_bound(self, model, times)
         if model.learns_variance != (self.variance == "learned"):
-            raise ValueError(
-                f"objective.variance={self.variance}: goes with model.learn_variance="
-                f"{str(self.variance == 'learned').lower()}; change one of them"
+            raise UsageError(
+                "objective.variance",
+                self.variance,
+                f"goes with model.learn_variance={str(self.variance == 'learned').lower()}",
+                "change one of them",
             )
 
     def __call__(self, model: Denoiser, x0: Tensor, y: Tensor | None, t: Tensor, eps: Tensor) -> Tensor:
@@ -182,8 +187,8 @@ class Hybrid(Objective[Denoiser]):
     def check(self, model: Denoiser, times: Times) -> None:
         _check_bound(self, model, times)
         if not model.learns_variance:
-            raise ValueError(
-                "objective=hybrid: trains a variance; set model.learn_variance=true, or take simple"
+            raise UsageError(
+                "objective", "hybrid", "trains a variance", "set model.learn_variance=true, or take simple"
             )
 
     def __call__(self, model: Denoiser, x0: Tensor, y: Tensor | None, t: Tensor, eps: Tensor) -> Tensor:
@@ -222,12 +227,18 @@ class CrossEntropy(Objective[NoisyClassifier]):
 
 def _check_bound(objective: Objective, denoiser: Denoiser, times: Times) -> None:
     if not isinstance(denoiser.schedule, Discrete):
-        raise ValueError(
-            f"objective={type(objective).__name__.lower()}: the bound is a sum over timesteps, and the "
-            f"{type(denoiser.schedule).__name__} schedule has none; take linear, scaled_linear, cosine or sigmoid"
+        raise UsageError(
+            "objective",
+            type(objective).__name__.lower(),
+            f"the bound is a sum over timesteps, and the {type(denoiser.schedule).__name__} schedule has "
+            "none",
+            "take linear, scaled_linear, cosine or sigmoid",
         )
     if not times.uniform:
         name = "".join(f"_{c.lower()}" if c.isupper() else c for c in type(times).__name__).strip("_")
-        raise ValueError(
-            f"times={name}: the bound is a mean over the timesteps; take uniform, stratified or loss_second_moment"
+        raise UsageError(
+            "times",
+            name,
+            "the bound is a mean over the timesteps",
+            "take uniform, stratified or loss_second_moment",
         )

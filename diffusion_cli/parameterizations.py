@@ -7,6 +7,7 @@ import torch
 from pydantic import PositiveFloat
 from torch import Tensor
 
+from diffusion_cli.errors import UsageError
 from diffusion_cli.schedules import Schedule
 
 # What EDM tells the network at most: log(sigma / alpha) / 4 where sigma / alpha is 1.6e5 or more, as at alpha = 0.
@@ -40,9 +41,12 @@ class _NeedsSignal(Parameterization):
         alpha, _ = schedule(torch.ones(1, dtype=torch.float64))
         if alpha == 0:
             name = type(self).__name__.lower()
-            raise ValueError(
-                f"parameterization={name}: x_0 is the image less the noise, divided by alpha, and alpha is 0 at t = 1 "
-                f"of this {type(schedule).__name__} schedule; take v, x0, flow or edm"
+            raise UsageError(
+                "parameterization",
+                name,
+                "x_0 is the image less the noise, divided by alpha, and alpha is 0 at t = 1 of this "
+                f"{type(schedule).__name__} schedule",
+                "take v, x0, flow or edm",
             )
 
 

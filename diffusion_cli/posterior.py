@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from diffusion_cli.denoiser import Prediction, per_image
+from diffusion_cli.errors import UsageError
 from diffusion_cli.schedules import Discrete, Schedule
 
 Variance = Literal["small", "large", "learned"]
@@ -64,7 +65,7 @@ def bound_term(
     log_small = per_image(torch.where(first, least, step.small).log(), x_t)
     if variance == "learned":
         if prediction.variance is None:
-            raise ValueError("variance=learned: the network has no variance head; use small or large")
+            raise UsageError("variance", "learned", "the network has no variance head", "use small or large")
         log_variance = learned_log_variance(prediction.variance, log_small, per_image(step.large.log(), x_t))
     elif variance == "large":
         log_variance = per_image(torch.where(first, least, step.large).log(), x_t)

@@ -4,6 +4,8 @@ from contextlib import AbstractContextManager
 
 import torch
 
+from diffusion_cli.errors import UsageError
+
 FORMATS = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -12,8 +14,8 @@ def device_of(name: str) -> torch.device:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cuda" and not torch.cuda.is_available():
-        raise ValueError(
-            "device=cuda: torch sees no GPU here; use device=cpu, or install a torch build for it"
+        raise UsageError(
+            "device", "cuda", "torch sees no GPU here", "use device=cpu, or install a torch build for it"
         )
     return torch.device(name)
 

@@ -9,8 +9,8 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
-from diffusion_cli.config import shown
 from diffusion_cli.config.check import validate
+from diffusion_cli.errors import NO_VALUE, FormatError, UsageError, format_value
 from diffusion_cli.foreign import read_json, reason, regular
 from diffusion_cli.networks import AutoencoderKL
 
@@ -66,9 +66,11 @@ def from_diffusers(folder: Path, key: str) -> Pretrained:
         with torch.device("meta"):  # its size is that of its weights, or it is not built
             check_fit(folder / WEIGHTS, AutoencoderKL(shape, None, **options), state)
     except (OSError, ValueError) as error:
-        raise ValueError(
-            f"{key}={folder}: holds no AutoencoderKL that can be read: {reason(error)}; give a folder that diffusers' "
-            "AutoencoderKL.save_pretrained wrote"
+        raise UsageError(
+            key,
+            folder,
+            f"holds no AutoencoderKL that can be read: {reason(error)}",
+            "give a folder that diffusers' AutoencoderKL.save_pretrained wrote",
         ) from error
     network = AutoencoderKL(shape, None, **options)
     network.load_state_dict(state)
@@ -78,10 +80,10 @@ def from_diffusers(folder: Path, key: str) -> Pretrained:
 def _read_config(path: Path) -> _Config:
     value = read_json(path)
     if not isinstance(value, dict):
-        raise ValueError(f"{path.name} holds no fields")
+        raise FormatError(f"{path.name} holds no fields")
     config, mistakes = validate(_Config, value)
     if config is None:
-        raise ValueError(f"{path.name}: {'; '.join(mistakes)}")
+        raise UsageError(path.name, NO_VALUE, str("; ".join(map(str, mistakes))))
     return config
 
 
@@ -96,11 +98,15 @@ def _options(config: _Config) -> dict[str, Any]:
     }
     wrong = [name for name, value in same.items() if getattr(config, name) != value]
     if wrong:
-        raise ValueError(
-            f"config.json: {wrong[0]}={shown(getattr(config, wrong[0]))} does not go with the rest"
+        raise UsageError(
+            "config.json",
+            NO_VALUE,
+            f"{wrong[0]}={format_value(getattr(config, wrong[0]))} does not go with the rest",
         )
     if any(width % widths[0] for width in widths):
-        raise ValueError(f"config.json: block_out_channels={widths} are no multiples of the first")
+        raise UsageError(
+            "config.json", NO_VALUE, f"block_out_channels={widths} are no multiples of the first"
+        )
     return {
         "in_channels": config.in_channels,
         "channels": widths[0],
@@ -122,12 +128,12 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         file.name for file in path.parent.glob(f"{path.stem}*") if file.suffix in (".bin", ".pt", ".ckpt")
     ]
     if not path.is_file() and pickled:
-        raise ValueError(f"{pickled[0]} is pickled and could run code, save it with safe_serialization=True")
+        raise FormatError(f"{pickled[0]} is pickled and could run code, save it with safe_serialization=True")
     regular(path)
     try:
         state = load_file(path)
     except SafetensorError as error:
-        raise ValueError(f"{path.name}: {reason(error)}") from error
+        raise UsageError(path.name, NO_VALUE, reason(error)) from error
     old = re.compile(rf"(?<=\.attentions\.0\.)({'|'.join(RENAMED)})(?=\.)")
     return {old.sub(lambda match: RENAMED[match[0]], name): tensor.float() for name, tensor in state.items()}
 
@@ -136,7 +142,11 @@ def check_fit(path: Path, network: AutoencoderKL, state: Mapping[str, Tensor]) -
     """Raise ValueError unless the tensors of a file are the weights of a network, by name and shape."""
     wanted = network.state_dict()
     for name in sorted(wanted.keys() ^ state.keys()):
-        raise ValueError(f"{path.name}: {name} is {'missing' if name in wanted else 'not of this network'}")
+        raise UsageError(
+            path.name, NO_VALUE, f"{name} is {'missing' if name in wanted else 'not of this network'}"
+        )
     for name, tensor in wanted.items():
         if tensor.shape != state[name].shape:
-            raise ValueError(f"{path.name}: {name} is {list(state[name].shape)}, not {list(tensor.shape)}")
+            raise UsageError(
+                path.name, NO_VALUE, f"{name} is {list(state[name].shape)}, not {list(tensor.shape)}"
+            )

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from diffusion_cli.denoiser import Denoise
+from diffusion_cli.errors import UsageError
 from diffusion_cli.schedules import Schedule
 
 
@@ -68,8 +69,11 @@ def solve(
             field, state, ends, rtol=tolerances.rtol, atol=tolerances.atol, method="dopri5", options=options
         )
     except AssertionError as error:
-        raise ValueError(
-            f"max_steps={tolerances.max_steps}: the solver needs more, or cannot meet rtol={tolerances.rtol} and "
-            f"atol={tolerances.atol} ({error}); raise them, and take precision=fp32"
+        raise UsageError(
+            "max_steps",
+            tolerances.max_steps,
+            f"the solver needs more, or cannot meet rtol={tolerances.rtol} and atol={tolerances.atol} ("
+            f"{error})",
+            "raise them, and take precision=fp32",
         ) from error
     return tuple(part[-1] for part in path)

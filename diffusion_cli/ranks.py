@@ -25,18 +25,19 @@ import torch
 from torch import Tensor, distributed
 from torch.multiprocessing.spawn import ProcessContext, ProcessException, start_processes
 
-from diffusion_cli.config import Mistakes, first_line
+from diffusion_cli.config import first_line
+from diffusion_cli.errors import NO_VALUE, MachineError, UsageError
 from diffusion_cli.signals import STOPPING, end, handling
 from diffusion_cli.terminal import guarded, lost_output
 
 T = TypeVar("T")
-MESSAGES = (Mistakes, ValueError, OSError, ImportError)
+MESSAGES = (UsageError, OSError)
 PARENT_CHECK = 0.5  # seconds between two looks of a new process whether the one that started it is there
 GRACE = 10.0  # seconds that processes have to end by themselves once one of them has failed
 FOREVER = timedelta(days=7)  # for what the first process does alone may take long
 
 
-class LostProcess(ConnectionError):
+class LostProcess(MachineError):
     """Another of the processes that work together has ended."""
 
 
@@ -67,9 +68,11 @@ def started() -> Place:
     if "SLURM_STEP_ID" in env:  # within srun; a batch script's own process has no step
         tasks = _counts(env["SLURM_STEP_TASKS_PER_NODE"])
         if len(set(tasks)) > 1:
-            raise ValueError(
-                f"srun: started {env['SLURM_STEP_TASKS_PER_NODE']} tasks a node; start as many on each, by "
-                "--ntasks-per-node"
+            raise UsageError(
+                "srun",
+                NO_VALUE,
+                f"started {env['SLURM_STEP_TASKS_PER_NODE']} tasks a node",
+                "start as many on each, by --ntasks-per-node",
             )
         return Place(int(env["SLURM_PROCID"]), sum(tasks), int(env["SLURM_LOCALID"]), tasks[0])
     return Place(0, 1)
@@ -171,7 +174,9 @@ def work_together(
     place = started()
     if place.world > 1:
         if processes not in (None, place.world):
-            raise ValueError(f"processes={processes}: torchrun or srun started {place.world}; leave it null")
+            raise UsageError(
+                "processes", processes, f"torchrun or srun started {place.world}", "leave it null"
+            )
         return _as_one_of(place, timeout, work, arguments)
     if processes is not None and processes > 1:
         return _in_new_processes(processes, timeout, work, arguments)
@@ -330,7 +335,7 @@ def _be_one(
             code = _finished(work(*arguments))
             lost = lost_output()
         if lost:
-            raise OSError(lost)
+            raise MachineError(lost)
         if rank == 0:
             _leave(folder, code)
         end(0)

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.functional import avg_pool2d, relu
 
+from diffusion_cli.errors import UsageError
 from diffusion_cli.metrics import LPIPSDistance
 from diffusion_cli.networks import AutoencoderKL, PatchDiscriminator
 from diffusion_cli.ranks import Ranks
@@ -82,8 +83,11 @@ class Reconstruction:
     def model(self, network: nn.Module, shape: tuple[int, ...]) -> Autoencoding:
         """What is trained for a network of images of a shape; ValueError if it cannot be."""
         if not isinstance(network, AutoencoderKL):
-            raise ValueError(
-                f"model={type(network).__name__}: is no autoencoder; take kl_tiny, kl_f4 or kl_f8, or another task"
+            raise UsageError(
+                "model",
+                type(network).__name__,
+                "is no autoencoder",
+                "take kl_tiny, kl_f4 or kl_f8, or another task",
             )
         if self.lpips is not None:
             self.lpips.check_shape(shape)

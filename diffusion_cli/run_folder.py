@@ -4,6 +4,8 @@ import stat
 from collections.abc import Iterator
 from pathlib import Path
 
+from diffusion_cli.errors import NO_VALUE, UsageError
+
 
 def own_folder(root: Path, *names: str) -> Path:
     """Return the folder `root/names...`, to write to; it need not exist.
@@ -19,15 +21,18 @@ def own_folder(root: Path, *names: str) -> Path:
         if stat.S_ISLNK(mode):
             _check_inside(root, path)
         elif not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
-            raise ValueError(f"{path}: is neither a file nor a folder; remove it")
+            raise UsageError(path, NO_VALUE, "is neither a file nor a folder", "remove it")
     return folder
 
 
 def _check_inside(root: Path, path: Path) -> None:
     """Raise ValueError if a path is a link that leads out of `root`; a link to a file is replaced, not followed."""
     if path.is_symlink() and not path.is_file() and not path.resolve().is_relative_to(root.resolve()):
-        raise ValueError(
-            f"{path}: is a link that leads out of {root}; put a folder in its place, or link the whole of {root}"
+        raise UsageError(
+            path,
+            NO_VALUE,
+            f"is a link that leads out of {root}",
+            f"put a folder in its place, or link the whole of {root}",
         )
 
 

@@ -4,6 +4,8 @@ import json
 from hashlib import blake2b
 from typing import Any
 
+from diffusion_cli.errors import FormatError
+
 
 def mix(*parts: int | str) -> int:
     """A seed in [0, 2^63) that is a hash of the parts: the same on every platform, unlike for unlike parts.
@@ -25,7 +27,7 @@ def seed_ranges(stored: Any) -> list[range]:
         [[seed, seed] if type(seed) is int else seed for seed in stored] if type(stored) is list else [None]
     )
     if not all(map(_is_range, pairs)):
-        raise ValueError("seeds should be whole numbers, or ranges [first, last] of them")
+        raise FormatError("seeds should be whole numbers, or ranges [first, last] of them")
     joined: list[range] = []
     for first, last in sorted(pairs):
         if joined and first <= joined[-1].stop:

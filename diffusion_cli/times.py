@@ -7,6 +7,7 @@ import torch
 from pydantic import Field, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
+from diffusion_cli.errors import UsageError
 from diffusion_cli.schedules import Discrete, Schedule
 
 
@@ -105,9 +106,11 @@ class LossSecondMoment(Times):
 
     def check(self, schedule: Schedule) -> None:
         if isinstance(schedule, Discrete) and self.bins > schedule.num_timesteps:
-            raise ValueError(
-                f"times.bins={self.bins}: some would stay empty; take {schedule.num_timesteps}, the number of "
-                "timesteps, or fewer"
+            raise UsageError(
+                "times.bins",
+                self.bins,
+                "some would stay empty",
+                f"take {schedule.num_timesteps}, the number of timesteps, or fewer",
             )
 
     def probabilities(self) -> Tensor:

@@ -22,6 +22,7 @@ from diffusion_cli.config import (
     signature,
 )
 from diffusion_cli.config.schema import SlurmConfig
+from diffusion_cli.errors import UsageError
 
 OPTIONS = sorted(file for file in CONF.glob("*/*.yaml"))
 
@@ -53,7 +54,7 @@ def test_every_option_names_every_argument_of_a_class_of_ours_and_says_what_it_i
         )
         # What the recipe fills in is checked where it has done so, in every composed configuration.
         plain = {k: v for k, v in node.items() if v not in ("???", "auto") and not str(v).startswith("${")}
-        complaints = [line for line in check_node(key, plain) if "missing" not in line]
+        complaints = [line for line in check_node(key, plain) if "missing" not in line.problem]
         assert complaints == []
     assert config.summary(file)
     for key, _, comment in config.documented(file, file.parent.name):
@@ -171,16 +172,16 @@ def test_the_processes_of_a_job_are_tasks_and_gpus_of_slurm(slurm):
 
 
 def test_the_jobs_of_one_array_take_the_same(slurm):
-    with pytest.raises(config.Mistakes, match="the jobs of one array take the same nodes x processes"):
+    with pytest.raises(UsageError, match="the jobs of one array take the same nodes x processes"):
         told(["launcher=slurm"], ["processes=1"], ["processes=2"], command="eval")
 
 
 def test_what_submitting_needs_is_said_before_anything_is_submitted(monkeypatch):
     monkeypatch.setattr(launcher.shutil, "which", lambda name: None)
-    with pytest.raises(config.Mistakes, match="launcher=slurm: finds no srun"):
+    with pytest.raises(UsageError, match="launcher=slurm: finds no srun"):
         told(["launcher=slurm"], [])
     monkeypatch.setattr(launcher, "find_spec", lambda name: None)
-    with pytest.raises(config.Mistakes, match=r"pip install 'diffuse-cli\[slurm\]'"):
+    with pytest.raises(UsageError, match=r"pip install 'diffuse-cli\[slurm\]'"):
         told(["launcher=slurm"], [])
 
 
@@ -234,7 +235,7 @@ def test_the_mistakes_of_all_points_of_a_grid_at_once_each_said_once():
         "guidance.scale=[1,2]",
         "x=[1,2]",
     ]
-    with pytest.raises(config.Mistakes) as mistakes:
+    with pytest.raises(UsageError) as mistakes:
         load_grid("sample", [*words, "device=[cpu]", "device=cuda"])
     assert sorted(mistakes.value.lines) == [
         "batch_size=[9,9]: names 9 twice; leave one out",
@@ -267,6 +268,7 @@ def test_a_file_takes_over_the_keys_and_groups_of_another(tmp_path):
 
 PACKAGE = config.HERE
 ORDER = [
+    "errors",
     "foreign named_data precision process_identity progress run_folder seeding signals terminal schedules", "config",
     "ranks locks temporary_files forms", "parameterizations data times",
     "denoiser networks", "posterior probability_flow guidance latents pretrained",
@@ -311,7 +313,7 @@ def test_imports_run_one_way(file):
             assert room not in ("cli", "config"), name
     if room in MATHEMATICS:
         ours = {name.split(".")[1] for name in names if name.startswith("diffusion_cli.")}
-        assert ours <= {*MATHEMATICS, "seeding"}
+        assert ours <= {*MATHEMATICS, "errors", "seeding"}
 
 
 # --- Names of classes ------------------------------

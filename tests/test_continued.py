@@ -8,8 +8,9 @@ import yaml
 
 from diffusion_cli.checkpoint import LAST, read
 from diffusion_cli.cli import complete, run
-from diffusion_cli.config import Mistakes, TrainConfig, load
+from diffusion_cli.config import TrainConfig, load
 from diffusion_cli.config.continued import may_change
+from diffusion_cli.errors import UsageError
 from diffusion_cli.named_data import remember_run
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -69,7 +70,7 @@ def test_a_constant_rate_stays_constant(tmp_path):
              "batch_size=8", "experiment=ddpm_cifar10"]
 )  # fmt: skip
 def test_what_would_make_it_another_run_is_refused(folder, word):
-    with pytest.raises(Mistakes) as mistakes:
+    with pytest.raises(UsageError) as mistakes:
         load("train", [f"run={folder}", word, "max_steps=60"])
     assert mistakes.value.lines == (
         f"{word}: would change what run={folder} trains; leave it out, or train anew with another name=",
@@ -86,16 +87,16 @@ def test_the_keys_that_may_change_are_those_of_a_whole_command():
 
 
 def test_wrong_words_are_said_as_ever(folder):
-    with pytest.raises(Mistakes, match="max_stesp=3: "):
+    with pytest.raises(UsageError, match="max_stesp=3: "):
         load("train", [f"run={folder}", "max_stesp=3"])
-    with pytest.raises(Mistakes, match=r"trainer.device=3: unknown key; did you mean trainer.devices\?"):
+    with pytest.raises(UsageError, match=r"trainer.device=3: unknown key; did you mean trainer.devices\?"):
         load("train", [f"run={folder}", "trainer.device=3"])
-    with pytest.raises(Mistakes, match="max_steps=0: should be greater than 0"):
+    with pytest.raises(UsageError, match="max_steps=0: should be greater than 0"):
         load("train", [f"run={folder}", "max_steps=0"])
-    with pytest.raises(Mistakes, match="run=nowhere: is no run, here or in outputs"):
+    with pytest.raises(UsageError, match="run=nowhere: is no run, here or in outputs"):
         load("train", ["run=nowhere"])
     (folder / "config.yaml").unlink()
-    with pytest.raises(Mistakes, match="No such file or directory; give the whole command"):
+    with pytest.raises(UsageError, match="No such file or directory; give the whole command"):
         load("train", [f"run={folder}"])
 
 
@@ -104,7 +105,7 @@ def test_the_paths_of_a_stranger_s_run_are_not_followed(tmp_path, monkeypatch):
     data = ["dataset=array", f"dataset.path={tmp_path}/private.npy", f"cache_dir={tmp_path}/bin"]
     measured = ["metric=[fid,mmd,clip_score]", f"metric.mmd.weights={tmp_path}/clip"]
     folder = written(tmp_path / "gift", [*data, *measured])
-    with pytest.raises(Mistakes) as mistakes:
+    with pytest.raises(UsageError) as mistakes:
         load("train", [f"run={folder}"])
     assert mistakes.value.lines == (
         f"cache_dir={tmp_path}/bin: is named by the run in {folder}, and you have not trained it here; add cache_dir=",

@@ -36,6 +36,7 @@ from diffusion_cli.data import (
     GaussianMixture,
     Images,
     Pack,
+    UnreadableError,
     given_images,
     hold,
     member_check,
@@ -45,6 +46,7 @@ from diffusion_cli.data import (
 from diffusion_cli.data.decoding import Decoder
 from diffusion_cli.data.folder import FileImages
 from diffusion_cli.data.memory import MemoryImages
+from diffusion_cli.errors import UsageError
 from diffusion_cli.seeding import mix
 
 RNG = np.random.default_rng(0)
@@ -254,7 +256,7 @@ def test_worker_processes_name_a_broken_file_in_one_line(tmp_path):
     write_images(tmp_path, 3)
     (tmp_path / "bad.png").write_bytes(b"nothing")
     images = folder(tmp_path, in_memory=False).load("train")
-    with pytest.raises(ValueError, match=r"1 of the images.*bad\.png") as caught:
+    with pytest.raises(UnreadableError, match=r"1 of the images.*bad\.png") as caught:
         take(Batches(images, 4, 0, False, num_workers=1), 1)
     assert "\n" not in str(caught.value)
 
@@ -680,7 +682,7 @@ def test_a_decompression_bomb_is_refused(tmp_path, monkeypatch):
 
 
 def test_paths_without_images_are_refused_at_once(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"dataset\.path=.*missing: does not exist"):
+    with pytest.raises(UsageError, match=r"dataset\.path=.*missing: does not exist"):
         folder(tmp_path / "missing")
     with pytest.raises(ValueError, match="holds no image"):
         folder(tmp_path)
@@ -805,7 +807,7 @@ def test_arrays_that_are_no_images_are_refused(tmp_path):
 
 
 def test_array_files_that_cannot_be_read_are_refused(tmp_path):
-    with pytest.raises(FileNotFoundError, match="no such file"):
+    with pytest.raises(UsageError, match="no such file"):
         array(tmp_path / "missing.npy")
     np.save(tmp_path / "x.npy", np.zeros((4, 8, 8), np.uint8))
     (tmp_path / "cut.npy").write_bytes((tmp_path / "x.npy").read_bytes()[:-5])
@@ -877,7 +879,7 @@ def test_what_cannot_be_packed_is_refused(tmp_path):
     source = write_images(tmp_path / "x", 4)
     (source / "a/0.png").write_bytes(b"nothing")
     for processes in (0, 1):
-        with pytest.raises(ValueError, match=r"^dataset\.path=.*a/0\.png"):
+        with pytest.raises((UsageError, UnreadableError), match=r"^dataset\.path=.*a/0\.png"):
             pack(folder(source, in_memory=False), tmp_path / "x.npz", processes)
     points = {
         "means": [[0.0, 0.0]],
@@ -1104,7 +1106,7 @@ def test_without_a_network_one_line_says_what_to_fetch(tmp_path, monkeypatch, da
 
     monkeypatch.setattr(urllib.request, "urlopen", offline)
     before = socket.getdefaulttimeout()
-    with pytest.raises(FileNotFoundError, match=r"^data_dir=.*no network.*fetch .*https?://.*") as caught:
+    with pytest.raises(UsageError, match=r"^data_dir=.*no network.*fetch .*https?://.*") as caught:
         dataset(str(tmp_path)).load("train")
     assert place in str(caught.value)
     assert "\n" not in str(caught.value)
@@ -1119,7 +1121,7 @@ def test_a_damaged_mnist_file_is_no_traceback(tmp_path):
     path = tmp_path / "MNIST/raw/train-images-idx3-ubyte"
     for size in (2000, 3, 0):
         path.write_bytes(path.read_bytes()[:size])
-        with pytest.raises(FileNotFoundError, match=r"data_dir=.*cannot read mnist"):
+        with pytest.raises(UsageError, match=r"data_dir=.*cannot read mnist"):
             MNIST(str(tmp_path), size=32, flip=False).load("train")
 
 

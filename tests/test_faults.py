@@ -27,9 +27,9 @@ from diffusion_cli import locks
 from diffusion_cli.checkpoint import BEST, LAST, Model, find_run, load_model, read, recover, save, whole_file
 from diffusion_cli.cli import run
 from diffusion_cli.commands.outputs import claim
-from diffusion_cli.config import Mistakes
 from diffusion_cli.data import Stages
 from diffusion_cli.data.stages import Stage
+from diffusion_cli.errors import UsageError
 from diffusion_cli.locks import LOCK, Pace, only_one
 from diffusion_cli.objective import Weighted
 from diffusion_cli.training import memory
@@ -574,7 +574,7 @@ def test_the_lock_ends_with_its_process_though_a_child_of_it_lives(tmp_path, cap
     )
     assert process.stdout is not None
     lines = sorted(process.stdout.readline() for _ in range(2))
-    with pytest.raises(Mistakes, match=f"process {process.pid} on host"), only_one(tmp_path / "run"):
+    with pytest.raises(UsageError, match=f"process {process.pid} on host"), only_one(tmp_path / "run"):
         pass
     process.kill()
     process.wait()
@@ -600,7 +600,7 @@ def test_a_lock_of_another_machine_that_shows_signs_of_life_is_respected(tmp_pat
     lock = leave(tmp_path / "run")
     threading.Timer(0.2, leave, [tmp_path / "run"], {"beat": 1}).start()
     words = r"is being trained by process 123 on host n3 \(job 45\), since .*; wait, or end it"
-    with pytest.raises(Mistakes, match=words), only_one(tmp_path / "run", QUICK):
+    with pytest.raises(UsageError, match=words), only_one(tmp_path / "run", QUICK):
         pass
     assert json.loads(lock.read_text())["token"] == "t"
 
@@ -611,7 +611,7 @@ def test_a_file_system_without_locks_is_watched(tmp_path, monkeypatch):
 
     monkeypatch.setattr(locks.fcntl, "flock", refuse)
     first, second = (only_one(tmp_path / "run", QUICK._replace(patience=patience)) for patience in (0.5, 5))
-    with first, pytest.raises(Mistakes, match=f"process {os.getpid()} on host"), second:
+    with first, pytest.raises(UsageError, match=f"process {os.getpid()} on host"), second:
         pass
     leave(tmp_path / "run")
     with only_one(tmp_path / "run", QUICK):
@@ -637,7 +637,7 @@ def test_of_two_that_take_one_lock_one_gives_way(tmp_path, monkeypatch):
 
     monkeypatch.setattr(locks._Lock, "_settle", settle)
     with (
-        pytest.raises(Mistakes, match="is being trained by process 123 on host n4"),
+        pytest.raises(UsageError, match="is being trained by process 123 on host n4"),
         only_one(tmp_path / "run", QUICK),
     ):
         pass
@@ -720,8 +720,8 @@ def test_killed_twenty_times_no_bit_is_different():
 @pytest.mark.parametrize(
     ("most", "line"),
     [
-        (4, "but parts of 4 do: accumulate=4"),
-        (8, "but parts of 4 do: accumulate=4"),  # 8 would, with nothing to spare
+        (4, "but parts of 4 do; set accumulate=4"),
+        (8, "but parts of 4 do; set accumulate=4"),  # 8 would, with nothing to spare
         (0, "nor does one image"),
     ],
 )
@@ -771,11 +771,11 @@ def test_the_trial_is_on_the_device_that_ran_out(monkeypatch):
     monkeypatch.setattr(memory, "_fits", fits)
     failed: Any = Failed()
     error, stages = torch.OutOfMemoryError(), Stages([Stage(0, (1, 2, 2), 16)])
-    said = memory._advice(error, cast(Any, module), torch.device("meta"), stages, failed)
-    assert said.endswith("of this meta, but parts of 2 do: accumulate=4")
+    said = str(memory._advice(error, cast(Any, module), torch.device("meta"), stages, failed))
+    assert said.endswith("of this meta, but parts of 2 do; set accumulate=4")
     assert tried == [("meta", "meta", 1), ("meta", "meta", 2), ("meta", "meta", 4)]
     lasting = RuntimeError("could not create a primitive")  # no trial after this one would go well
-    said = memory._advice(lasting, cast(Any, module), torch.device("meta"), stages, failed)
+    said = str(memory._advice(lasting, cast(Any, module), torch.device("meta"), stages, failed))
     assert said.endswith("of this meta; try accumulate=2")
     assert len(tried) == 3
 

@@ -14,6 +14,7 @@ from torchmetrics.functional.image import learned_perceptual_image_patch_similar
 
 from diffusion_cli.data import Digits, Given, NoDataset
 from diffusion_cli.data.memory import MemoryImages
+from diffusion_cli.errors import UsageError
 from diffusion_cli.metrics import (
     LPIPS,
     CLIPDistance,
@@ -186,7 +187,7 @@ def test_clip_needs_its_tokenizer_for_prompts_only(folders, tmp_path) -> None:
     features = made("clip", tmp_path)
     assert isinstance(features, CLIPFeatures)
     assert features(pixels(1, 3, 8, 8)).features.norm() == pytest.approx(1)
-    with pytest.raises(FileNotFoundError, match=r"features.weights=.*vocab.json and merges.txt"):
+    with pytest.raises(UsageError, match=r"features.weights=.*vocab.json and merges.txt"):
         features.text(["a"])
 
 
@@ -196,7 +197,7 @@ def test_clip_needs_its_tokenizer_for_prompts_only(folders, tmp_path) -> None:
 @pytest.mark.parametrize("name", NETWORKS)
 def test_without_the_extra_the_error_says_how_to_install_it(monkeypatch, name) -> None:
     monkeypatch.setitem(sys.modules, "transformers", None)
-    with pytest.raises(ImportError, match=rf"features={name}: .*pip install 'diffuse-cli\[transformers\]'"):
+    with pytest.raises(UsageError, match=rf"features={name}: .*pip install 'diffuse-cli\[transformers\]'"):
         made(name, "anywhere")
 
 
@@ -212,7 +213,7 @@ def test_weights_that_are_nowhere_are_one_line(folders, monkeypatch, tmp_path, n
     import transformers
 
     monkeypatch.setattr(getattr(transformers, architecture), "from_pretrained", refuse)
-    with pytest.raises(FileNotFoundError) as caught:
+    with pytest.raises(UsageError) as caught:
         made(name, "some/where")
     assert str(caught.value).startswith("features.weights=some/where: no network; give a name on the hub")
     assert "\n" not in str(caught.value)
@@ -223,7 +224,7 @@ def test_weights_that_are_nowhere_are_one_line(folders, monkeypatch, tmp_path, n
 def test_pickled_weights_are_refused(folders, tmp_path, name) -> None:
     (tmp_path / "config.json").write_bytes((folders[name] / "config.json").read_bytes())
     torch.save({}, tmp_path / "pytorch_model.bin")
-    with pytest.raises(FileNotFoundError, match=r"features.weights=.*safetensors .*pickled"):
+    with pytest.raises(UsageError, match=r"features.weights=.*safetensors .*pickled"):
         made(name, tmp_path)
 
 
@@ -285,7 +286,7 @@ def test_lpips_says_which_images_are_too_small(lpips) -> None:
     least = {"alex": 31, "squeeze": 17}[name]
     assert distance(pixels(1, 3, least, least), pixels(1, 3, least, 50)[..., :least]).isfinite().all()
     remedy = {"alex": "take vgg or squeeze", "squeeze": "take vgg"}[name]
-    with pytest.raises(ValueError, match=rf"LPIPS by {name} needs images of {least} .*{remedy}$"):
+    with pytest.raises(ValueError, match=rf"LPIPS={name}: needs images of {least} .*{remedy}$"):
         distance(*2 * [pixels(1, 3, least - 1, 50)])
     with pytest.raises(ValueError, match="none of its networks"):
         distance(*2 * [pixels(1, 1, 8, 8)])
@@ -312,7 +313,7 @@ def test_a_backbone_runs_no_code_and_must_be_the_right_one(tmp_path) -> None:
     torch.save({"features.0.weight": torch.zeros(3)}, path)
     with pytest.raises(ValueError, match=r"does not hold the weights"):
         LPIPSDistance("squeeze", str(path), CPU)
-    with pytest.raises(FileNotFoundError, match=r"weights=.*nowhere.pth: no such file"):
+    with pytest.raises(UsageError, match=r"weights=.*nowhere.pth: no such file"):
         LPIPSDistance("squeeze", str(tmp_path / "nowhere.pth"), CPU)
 
 
@@ -322,7 +323,7 @@ def test_lpips_without_network_says_what_to_put_where(tmp_path, monkeypatch) -> 
 
     monkeypatch.setattr(torch.hub, "download_url_to_file", refuse)
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
-    with pytest.raises(FileNotFoundError, match=r"weights=null: .*alexnet-owt-7be5be79.pth.*no network"):
+    with pytest.raises(UsageError, match=r"weights=null: .*alexnet-owt-7be5be79.pth.*no network"):
         LPIPSDistance("alex", None, CPU)
 
 

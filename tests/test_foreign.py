@@ -26,13 +26,14 @@ from hypothesis import strategies as st
 from numpy.lib import format as npy
 from PIL import Image, ImageCms
 
-from diffusion_cli import cli, config, foreign
+from diffusion_cli import config, foreign
 from diffusion_cli.checkpoint import FORMAT, LAST, load_model, read
 from diffusion_cli.commands.inputs import read_input
 from diffusion_cli.commands.outputs import parsed
-from diffusion_cli.config import Mistakes, check_built, check_node, check_stored, load
+from diffusion_cli.config import check_built, check_node, check_stored, load
 from diffusion_cli.data import Array, Folder, given_images
 from diffusion_cli.data.decoding import Decoder, form_of_files
+from diffusion_cli.errors import FormatError, MachineError, UsageError
 from diffusion_cli.forms import Dicom, Picture
 from diffusion_cli.forms.dicom import read_scan
 from diffusion_cli.forms.files import opened
@@ -63,10 +64,10 @@ def clean(work: Callable[..., Any], *arguments: Any) -> str | None:
     """What is said of bad input, None of good; fails for all but what the command line makes one line of."""
     try:
         work(*arguments)
-    except Mistakes as mistakes:
-        return str(mistakes)
-    except (ValueError, OSError) as error:
-        if not cli._is_message(error):
+    except (UsageError, FormatError) as error:
+        return str(error)
+    except OSError as error:
+        if not (error.errno or isinstance(error, MachineError)):
             raise
         return str(error)
     return None

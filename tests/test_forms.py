@@ -18,9 +18,9 @@ from torch.testing import assert_close
 
 from diffusion_cli.cli import run
 from diffusion_cli.commands.inputs import read_input
-from diffusion_cli.config import Mistakes
 from diffusion_cli.data import Array, Folder, Pack, given_images
 from diffusion_cli.data.decoding import Decoder
+from diffusion_cli.errors import UsageError
 from diffusion_cli.forms import Dicom, Picture, Raster, form_of, image_form
 from diffusion_cli.forms.dicom import dicom_form, read_scan
 from diffusion_cli.forms.numbers import depth_of, read_numbers
@@ -680,7 +680,7 @@ def test_inputs_of_an_edit_are_read_in_their_depth(tmp_path):
     assert isinstance(form, Raster)
     (found,) = read_input(str(tmp_path), [(1, 10, 15)], False, None, form)
     np.testing.assert_array_equal(form.numbers(found.pixels)[0], numbers[0])
-    with pytest.raises(Mistakes, match=r"is 15 x 10 gray, and wanted is 6 x 4 gray.*crop and resize"):
+    with pytest.raises(UsageError, match=r"is 15 x 10 gray, and wanted is 6 x 4 gray.*crop and resize"):
         read_input(str(tmp_path), [(1, 4, 6)], False, None, form)
     (found,) = read_input(str(tmp_path), [(1, 4, 6)], True, None, form)
     assert_close(form.stored(found.pixels), found.pixels, rtol=0, atol=0)

@@ -11,9 +11,9 @@ from PIL import Image
 
 from diffusion_cli.cli import run
 from diffusion_cli.commands.inputs import read_input
-from diffusion_cli.config import Mistakes
 from diffusion_cli.data import Folder, Points, as_begun, given_images
 from diffusion_cli.data.listing import passed_over
+from diffusion_cli.errors import UsageError
 from diffusion_cli.foreign import IMAGE_FORMATS
 from diffusion_cli.forms import Picture, image_form
 from diffusion_cli.forms.files import FIRST_SUFFIXES, SUFFIXES
@@ -182,7 +182,7 @@ def test_a_folder_of_results_gives_them_to_every_command(tmp_path):
     (tmp_path / "empty/manifest.json").write_text(json.dumps(OURS))
     with pytest.raises(ValueError, match="is an output folder of diffuse without samples or results"):
         folder(tmp_path / "empty")
-    with pytest.raises(Mistakes, match="is an output folder"):
+    with pytest.raises(UsageError, match="is an output folder"):
         read_input(str(tmp_path / "empty"), [(1, 8, 8)], False, None, Picture())
 
 

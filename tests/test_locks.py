@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from diffusion_cli import locks
-from diffusion_cli.config import Mistakes
+from diffusion_cli.errors import UsageError
 from diffusion_cli.locks import LOCK, Pace, locked, only_one
 from diffusion_cli.metrics.protocol import append_history, read_history
 
@@ -104,7 +104,7 @@ def test_a_run_has_one_holder_who_is_named_and_a_killed_one_is_succeeded(tmp_pat
     host = nodes[0] or locks.socket.gethostname()
     for _ in range(2):
         with (
-            pytest.raises(Mistakes, match=f"trained by process {first.pid} on host {host}"),
+            pytest.raises(UsageError, match=f"trained by process {first.pid} on host {host}"),
             only_one(run, QUICK),
         ):
             pass
@@ -125,7 +125,7 @@ def test_of_many_that_start_at_once_one_holds_the_run(tmp_path, start, flock, li
         gate.wait()
         try:
             hold(tmp_path / "run", flock, f"n{number}" if number % 2 else None, 3)
-        except Mistakes:
+        except UsageError:
             sys.exit(2)
 
     gate = FORK.Barrier(6)

@@ -14,7 +14,7 @@ import pytest
 from diffusion_cli import locks
 from diffusion_cli.commands import outputs
 from diffusion_cli.commands.outputs import claim, keep_calls, keep_results, keep_seeds, read_manifest
-from diffusion_cli.config import Mistakes
+from diffusion_cli.errors import UsageError
 from diffusion_cli.manifest import MANIFEST, RECORDS, add_record
 from diffusion_cli.report import record
 
@@ -113,7 +113,7 @@ def test_two_claims_of_different_settings_at_once_are_one(tmp_path, monkeypatch)
         real(folder, manifest)
 
     monkeypatch.setattr(outputs, "create", create)
-    with pytest.raises(Mistakes, match=r"steps=5: the images in .* were made with 2"):
+    with pytest.raises(UsageError, match=r"steps=5: the images in .* were made with 2"):
         claim(tmp_path, SETTINGS | {"steps": 5}, MODEL)
     assert on_disk(tmp_path)["settings"] == SETTINGS
 
@@ -183,7 +183,7 @@ def test_a_damaged_record_is_named(tmp_path, text):
     task(tmp_path, range(2))
     (file,) = (tmp_path / RECORDS).iterdir()
     file.write_text(text)
-    with pytest.raises(Mistakes, match=f"{file.name}: .*; remove it, or choose another output="):
+    with pytest.raises(UsageError, match=f"{file.name}: .*; remove it, or choose another output="):
         claim(tmp_path, SETTINGS, MODEL)
 
 

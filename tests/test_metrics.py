@@ -24,6 +24,7 @@ from diffusion_cli.checkpoint import digest, writing
 from diffusion_cli.config import CONF
 from diffusion_cli.data import Dataset, Digits, Given, Images, NoDataset, spread
 from diffusion_cli.data.memory import MemoryImages
+from diffusion_cli.errors import UsageError
 from diffusion_cli.metrics import (
     ClassifierFeatures,
     ClassifierScore,
@@ -1142,7 +1143,7 @@ def test_no_classifier_is_trained_for_an_evaluation_that_is_refused(digits, tmp_
 
 def test_auto_takes_inception_for_colour_images(tmp_path) -> None:
     colour = pixels(9, 0).expand(-1, 3, -1, -1)
-    with pytest.raises(FileNotFoundError, match=r"features.weights=nowhere.pth: no such file"):
+    with pytest.raises(UsageError, match=r"features.weights=nowhere.pth: no such file"):
         auto_features(
             Held(colour, colour, classes=3),
             tmp_path,
@@ -1178,7 +1179,7 @@ def offline(tmp_path, monkeypatch) -> Path:
 
 
 def test_without_weights_and_network_the_error_says_what_to_put_where(offline) -> None:
-    with pytest.raises(FileNotFoundError) as caught:
+    with pytest.raises(UsageError) as caught:
         InceptionFeatures(DATA, Path(), CPU, weights=None, resize="tensorflow", precision="fp32")
     message = str(caught.value)
     for part in ("no network", offline.name, str(offline), "github.com/toshas/torch-fidelity/releases"):

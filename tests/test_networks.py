@@ -865,7 +865,7 @@ def test_bfloat16_weights_work_too():
         ({"num_heads": 3}, "num_heads=3: does not divide the 16 channels"),
         ({"num_heads": None, "head_channels": 5}, "head_channels=5: does not divide the 16 channels"),
         ({"num_heads": 2, "head_channels": 4}, "num_heads=2, head_channels=4: set one"),
-        ({"num_heads": None}, "num_heads=None, head_channels=None: set one"),
+        ({"num_heads": None}, "num_heads=null, head_channels=null: set one"),
         ({"attention_resolutions": [4, 16, 3]}, r"\[4, 16, 3\]: not reached: \[16, 3\]; .* work at \[8, 4\]"),
         ({"fir": True}, "fir=true: .* resample=conv; use resample=block or block_proj, or fir=false"),
         ({"fir": True, "resample": "conv_same"}, "fir=true: .* resample=conv_same; use resample=block"),

@@ -17,9 +17,10 @@ from torch import Tensor
 
 from diffusion_cli.checkpoint import LAST, read
 from diffusion_cli.cli import run
-from diffusion_cli.config import Mistakes
+from diffusion_cli.errors import Problem, UsageError
 from diffusion_cli.ranks import (
     GRACE,
+    LostProcess,
     Place,
     Ranks,
     _counts,
@@ -132,7 +133,7 @@ def test_processes_work_together(tmp_path, count):
 def _fail(victim: int) -> None:
     ranks = Ranks()
     if ranks.rank == victim:
-        raise Mistakes("one=1: is wrong", "two=2: is wrong")
+        raise UsageError.several([Problem("one", 1, "is wrong"), Problem("two", 2, "is wrong")])
     ranks.gather(None)
 
 
@@ -144,7 +145,7 @@ def _die(victim: int) -> None:
 
 @pytest.mark.parametrize("victim", [0, 1])
 def test_what_one_process_raises_is_raised_once(victim, capfd):
-    with pytest.raises(Mistakes) as mistakes:
+    with pytest.raises(UsageError) as mistakes:
         work_together(_fail, victim, processes=2)
     assert mistakes.value.lines == ("one=1: is wrong", "two=2: is wrong")
     assert "Traceback" not in capfd.readouterr().err
@@ -153,7 +154,7 @@ def test_what_one_process_raises_is_raised_once(victim, capfd):
 @pytest.mark.parametrize("victim", [0, 1])
 def test_a_killed_process_ends_the_others(victim, capfd):
     start = time.monotonic()
-    with pytest.raises(ConnectionError, match=f"number {victim} of 2 was ended by SIGKILL, as by the kernel"):
+    with pytest.raises(LostProcess, match=f"number {victim} of 2 was ended by SIGKILL, as by the kernel"):
         work_together(_die, victim, processes=2)
     assert time.monotonic() - start < 60 + 2 * GRACE
     assert "Traceback" not in capfd.readouterr().err

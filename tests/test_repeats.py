@@ -106,7 +106,7 @@ def test_the_interval_of_one_repeat_is_not_that_of_the_mean():
 def test_seeds_that_share_images_are_refused(given, line):
     configs = [load("eval", [f"seed={seed}", "num_samples=300"]) for seed in given.split(",")]
     lines = shared_seeds(configs)
-    assert lines == [] if line is None else lines[0].startswith(line)
+    assert lines == [] if line is None else str(lines[0]).startswith(line)
 
 
 def test_seeds_of_unlike_evaluations_and_of_real_images_may_be_near():

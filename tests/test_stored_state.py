@@ -214,7 +214,7 @@ def test_loops_that_would_begin_again_are_refused(tmp_path, trained, capsys):
     del checkpoint["loops"]["fit_loop"]["epoch_loop.automatic_optimization.optim_progress"]
     put(checkpoint, tmp_path)
     assert train(tmp_path, "max_steps=3", "precision=fp32") == 2
-    assert "the checkpoint of step 2 continues at step 0" in capsys.readouterr().err
+    assert "the checkpoint of step 2: continues at step 0" in capsys.readouterr().err
 
 
 def test_unknown_tensors_are_not_dropped():

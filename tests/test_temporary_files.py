@@ -10,7 +10,7 @@ import pytest
 
 from diffusion_cli.checkpoint import whole_file
 from diffusion_cli.commands import compare, outputs
-from diffusion_cli.config import Mistakes
+from diffusion_cli.errors import UsageError
 from diffusion_cli.metrics.protocol import append_history
 from diffusion_cli.process_identity import has_ended, machine_id, start_time
 from diffusion_cli.temporary_files import EXPIRY, is_temporary, remove_abandoned, temporary_path
@@ -102,7 +102,7 @@ def test_a_kill_at_the_claim_of_a_folder_of_images_refuses_nothing(killed, monke
 def test_a_kill_at_the_claim_of_a_folder_of_comparisons_refuses_nothing(killed):
     compare._claim(killed)
     (killed / "mine.txt").write_text("mine")
-    with pytest.raises(Mistakes, match="is not empty, and not of a comparison"):
+    with pytest.raises(UsageError, match="is not empty, and not of a comparison"):
         compare._claim(killed)
 
 

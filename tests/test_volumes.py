@@ -9,8 +9,8 @@ import torch
 
 from diffusion_cli.cli import run
 from diffusion_cli.commands.inputs import read_input
-from diffusion_cli.config import Mistakes
 from diffusion_cli.data import Folder
+from diffusion_cli.errors import UsageError
 from diffusion_cli.forms import Volume, form_of
 from diffusion_cli.forms.volume import read_volume
 
@@ -122,13 +122,13 @@ def test_inputs_of_an_edit_are_volumes(tmp_path):
     given = data.load("train").gather(torch.arange(3))
     found = read_input(str(tmp_path), [data.shape], False, None, data.form)
     assert torch.equal(torch.stack([item.pixels for item in found]), given)
-    with pytest.raises(Mistakes, match=r"0\.nii\.gz: is a volume \(1, 6, 8, 10\), not \(1, 4, 4, 4\)"):
+    with pytest.raises(UsageError, match=r"0\.nii\.gz: is a volume \(1, 6, 8, 10\), not \(1, 4, 4, 4\)"):
         read_input(str(tmp_path), [(1, 4, 4, 4)], False, None, data.form)
 
 
 def test_wrong_volumes_are_named(tmp_path):
     options: dict = OPTIONS | {"range": None}
-    with pytest.raises(ValueError, match=r"dataset.range=None: should be the values \[low,high\]"):
+    with pytest.raises(ValueError, match=r"dataset.range=null: should be the values \[low,high\]"):
         Folder("", path=str(folder(tmp_path)), resolution=[6, 8, 10], **options)
     options = OPTIONS | {"depth": 8}
     with pytest.raises(ValueError, match=r"dataset.depth=8: is for images, not for volumes; leave it out"):

@@ -8,6 +8,7 @@ from diffusion_cli.commands.inputs import show_remarks
 from diffusion_cli.config import did_you_mean
 from diffusion_cli.data import composed
 from diffusion_cli.data.labels import examples
+from diffusion_cli.errors import UsageError
 from diffusion_cli.guidance import Guidance
 
 INDEX = re.compile(r"0|[1-9][0-9]{0,8}")
@@ -33,9 +34,11 @@ def labels_named(
     if model.num_classes is None and not guidance.tells_labels:
         if label in (None, "null", "none", []):
             return None
-        raise ValueError(
-            f"label={_shown(label)}: the model is not class-conditional; train one with model.class_conditional=true, "
-            "or guide it with guidance=classifier"
+        raise UsageError(
+            "label",
+            _shown(label),
+            "the model is not class-conditional",
+            "train one with model.class_conditional=true, or guide it with guidance=classifier",
         )
     assert names is not None
     if not isinstance(label, list) and (label is None or _place(label, names) is None):
@@ -66,15 +69,15 @@ def class_number(label: int | str, names: Sequence[str], key: str = "label") -> 
     if place is not None:
         return place
     if not names:
-        raise ValueError(f"{key}={label}: the model is not class-conditional; leave it null")
+        raise UsageError(key, label, "the model is not class-conditional", "leave it null")
     counted = list(names) == [str(number) for number in range(len(names))]
     if INDEX.fullmatch(str(label)) and (counted or not any(map(NUMBER.fullmatch, names))):
         if int(str(label)) < len(names):
             return int(str(label))
-        raise ValueError(f"{key}={label}: there are the classes 0..{len(names) - 1}")
+        raise UsageError(key, label, f"there are the classes 0..{len(names) - 1}")
     equal = _spellings(str(label), names)
     hint = f"; did you mean {equal[0]}?" if equal else did_you_mean(str(label), names)
-    raise ValueError(f"{key}={label}: unknown class{hint}")
+    raise UsageError(key, label, f"unknown class{hint}")
 
 
 def is_null(label: int | str | list[int | str], names: Sequence[str] | None) -> bool:

@@ -15,13 +15,12 @@ from diffusion_cli.commands.samples import ModelSamples
 from diffusion_cli.config import (
     CompareConfig,
     EvalConfig,
-    Mistakes,
     Value,
     Variant,
     fingerprint,
     shared_seeds,
-    shown,
 )
+from diffusion_cli.errors import NO_VALUE, FormatError, Problem, UsageError, format_value
 from diffusion_cli.figures import Curve, Panel, save_panels
 from diffusion_cli.foreign import LONGEST_TEXT, escaped, read
 from diffusion_cli.metrics import DEVIATION, Report, Result, unlike
@@ -55,12 +54,16 @@ def run(variants: list[Variant]) -> None:
     first, axes = configs[0], variants[0].values
     wrong = [key for key in axes if key in ELSEWHERE - {"run"}]
     if wrong:
-        raise Mistakes(*(f"{key}: changes no number; give one value, not a list" for key in wrong))
+        raise UsageError.several(
+            Problem(key, NO_VALUE, "changes no number", "give one value, not a list") for key in wrong
+        )
     shared = shared_seeds(configs)
     if shared:
-        raise Mistakes(*shared)
+        raise UsageError.several(shared)
     if not axes:
-        raise Mistakes("compare: nothing to compare; give a list, as sampler=[ddpm,ddim] steps=[10,50]")
+        raise UsageError(
+            "compare", NO_VALUE, "nothing to compare", "give a list, as sampler=[ddpm,ddim] steps=[10,50]"
+        )
     jobs = [Job(values, _evaluation(config)) for (values, _), config in zip(variants, configs, strict=True)]
     folder, store = _folders(jobs, first.output)
     _claim(folder)
@@ -79,11 +82,11 @@ def _evaluation(config: CompareConfig) -> EvalConfig:
 
 
 def _claim(folder: Path) -> None:
-    """Mark a folder as one of comparisons; Mistakes if it holds anything else."""
+    """Mark a folder as one of comparisons; UsageError if it holds anything else."""
     if not folder.exists() or (folder / MARK).is_file():
         return
     if not folder.is_dir() or not all(map(is_temporary, folder.iterdir())):
-        raise Mistakes(f"output={folder}: is not empty, and not of a comparison; choose another folder")
+        raise UsageError("output", folder, "is not empty, and not of a comparison", "choose another folder")
 
 
 def compare(jobs: list[Job], folder: Path, store: Path) -> None:
@@ -102,7 +105,12 @@ def compare(jobs: list[Job], folder: Path, store: Path) -> None:
     )
     marks = _marks(jobs, entries)
     unlike_lines = [f"(*) {line}" for line in dict.fromkeys(marks.values())]
-    lines = [*_markdown(points, marks), *unlike_lines, "", *(f"note: {note}" for note in notes)]
+    lines = [
+        *_markdown(points, marks),
+        *unlike_lines,
+        "",
+        *(f"note: {note}" for note in notes),
+    ]
     text = "\n".join(map(escaped, lines))
     _write(folder / MARK, json.dumps({"compared": [job.values for job in jobs]}))
     _write(folder / "table.md", text + "\n")
@@ -132,7 +140,7 @@ def _entry(place: str, values: dict[str, Value], config: EvalConfig, store: Path
     path = store / f"{fingerprint(facts)}.json"
     entry = _stored(path, facts) if Ranks().first else None
     if Ranks().agree(entry is None):
-        words = " ".join(f"{key}={shown(value)}" for key, value in values.items())
+        words = " ".join(f"{key}={format_value(value)}" for key, value in values.items())
         if Ranks().first:
             print(f"{place} {words}", file=sys.stderr, flush=True)
         entry = _measure(config, scene, facts, path)
@@ -173,10 +181,10 @@ def _stored(path: Path, facts: dict[str, Any]) -> dict[str, Any] | None:
         if not all(isinstance(number, int | float | None) for number in row.values()):
             raise TypeError("the row should be numbers")
         if {key: row[key] for key in row if key not in (CALLS, SECONDS)} != _values(results):
-            raise ValueError("the row has other numbers than its reports")
+            raise FormatError("the row has other numbers than its reports")
         measured = {_weights(result.protocol) for result in results}
         if entry.get("facts", facts) != facts or not measured <= {_weights(facts)}:
-            raise ValueError("the numbers are of other weights or settings")
+            raise FormatError("the numbers are of other weights or settings")
     except (ValueError, LookupError, TypeError, AttributeError) as error:
         cache.report_damage(path, error)
         return None
@@ -246,7 +254,7 @@ def _markdown(points: Sequence[Point], marks: Container[tuple[int, str]]) -> lis
 
 
 def _cell(value: Any) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else shown(value)
+    return f"{value:.4g}" if isinstance(value, float) else format_value(value)
 
 
 def _panels(points: Sequence[Point], floors: Sequence[dict[str, Any]], axes: Sequence[str]) -> list[Panel]:
@@ -266,7 +274,7 @@ def _panel(points: Sequence[Point], name: str, x: str, apart: Sequence[str], flo
     lines: dict[str, list[tuple[float, float]]] = {}
     for point in points:
         if point.get(name) is not None and point.get(x) is not None:
-            label = ", ".join(shown(point[axis]) for axis in apart) or name
+            label = ", ".join(format_value(point[axis]) for axis in apart) or name
             lines.setdefault(label, []).append((point[x], point[name]))
     curves = [Curve(label, *map(list, zip(*sorted(line), strict=True))) for label, line in lines.items()]
     places = [place for curve in curves for place in curve.x]

@@ -5,8 +5,9 @@ from pathlib import Path
 
 from diffusion_cli.checkpoint import whole_file
 from diffusion_cli.commands.inputs import show_remarks
-from diffusion_cli.config import DataConfig, Mistakes, build
+from diffusion_cli.config import DataConfig, build
 from diffusion_cli.data import Dataset, Pack
+from diffusion_cli.errors import UsageError
 from diffusion_cli.temporary_files import remove_abandoned
 
 SUFFIX = ".npz"
@@ -15,13 +16,13 @@ SUFFIX = ".npz"
 def run(config: DataConfig) -> None:
     """Pack a dataset into a file that was not there, whole or not at all."""
     if config.dataset is None:
-        raise Mistakes(
-            "dataset=null: there is nothing to pack; choose one, as dataset=folder dataset.path=..."
+        raise UsageError(
+            "dataset", None, "there is nothing to pack", "choose one, as dataset=folder dataset.path=..."
         )
     dataset: Dataset = build(config.dataset, config.data_dir)
     output = _path(config, dataset)
     if output.exists():
-        raise Mistakes(f"output={output}: is there already; take another name, or remove it")
+        raise UsageError("output", output, "is there already", "take another name, or remove it")
     show_remarks(dataset.remarks())
     pack: Pack = build(config.action)
     remove_abandoned(output.parent)
@@ -38,5 +39,5 @@ def _path(config: DataConfig, dataset: Dataset) -> Path:
         return Path(config.output_dir, "packed", f"{dataset.name}-{height}x{width}{SUFFIX}")
     output = Path(config.output).expanduser()
     if output.suffix not in ("", SUFFIX):
-        raise Mistakes(f"output={output}: is written as {SUFFIX}; end the name in it")
+        raise UsageError("output", output, f"is written as {SUFFIX}", "end the name in it")
     return output if output.suffix else Path(f"{output}{SUFFIX}")

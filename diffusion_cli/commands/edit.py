@@ -22,6 +22,7 @@ from diffusion_cli.data import normalised
 from diffusion_cli.denoiser import Denoise
 from diffusion_cli.editing import Edit, Edited, Method, Process
 from diffusion_cli.editing.restore import described
+from diffusion_cli.errors import NO_VALUE, UsageError
 from diffusion_cli.forms import Form
 from diffusion_cli.generate import Calls, SeededNoise, check_finite, labels_of
 from diffusion_cli.guidance import Unguided
@@ -65,7 +66,9 @@ def _run(config: EditConfig) -> None:
     form = trained.model.form
     jobs = _jobs(config, edit, given, form)
     if config.seed + len(jobs) > 2**32:
-        raise ValueError(f"seed={config.seed}: the last result's seed passes {2**32 - 1}; take a smaller one")
+        raise UsageError(
+            "seed", config.seed, f"the last result's seed passes {2**32 - 1}", "take a smaller one"
+        )
     kind = _kind(config)
     settings = {
         **trained.settings,
@@ -115,26 +118,32 @@ def _refuse(config: EditConfig, trained: Trained, edit: Edit, method: Method | N
     """Raise ValueError where an edit is asked for what it does not do."""
     kind = _kind(config)
     if edit.restores and not trained.model.form.ordered:
-        raise ValueError(
-            f"edit={kind}: restores what is known of places in an image, and the model makes sets of points; take "
-            "img2img, interpolate, attribute or reconstruct"
+        raise UsageError(
+            "edit",
+            kind,
+            "restores what is known of places in an image, and the model makes sets of points",
+            "take img2img, interpolate, attribute or reconstruct",
         )
     if edit.restores and method is None:
-        raise ValueError(f"method: edit={kind} needs one; take replacement, repaint or dps")
+        raise UsageError("method", NO_VALUE, f"edit={kind} needs one", "take replacement, repaint or dps")
     if not edit.restores and method is not None:
-        raise ValueError(f"method: edit={kind} restores nothing that is known; leave it out")
+        raise UsageError("method", NO_VALUE, f"edit={kind} restores nothing that is known", "leave it out")
     if isinstance(trained.model.space, Latents):
         _refuse_in_latents(trained.model.space, kind, edit, method)
     noisy = draws(trained.sampler, trained.sampler.grid(config.steps))
     if edit.noiseless and noisy:
-        raise ValueError(
-            f"sampler: edit={kind} measures an error, to which this sampler would add noise; take one without, as "
-            "ddim, heun or dpmpp_2m"
+        raise UsageError(
+            "sampler",
+            NO_VALUE,
+            f"edit={kind} measures an error, to which this sampler would add noise",
+            "take one without, as ddim, heun or dpmpp_2m",
         )
     if config.variations > 1 and not (edit.starts_from_noise or noisy):
-        raise ValueError(
-            f"variations={config.variations}: edit={kind} takes no noise with this sampler, and all would be the same; "
-            "leave it 1, or take a sampler that draws, as ddpm"
+        raise UsageError(
+            "variations",
+            config.variations,
+            f"edit={kind} takes no noise with this sampler, and all would be the same",
+            "leave it 1, or take a sampler that draws, as ddpm",
         )
 
     def source(name: int | str | None) -> int | None:
@@ -147,25 +156,33 @@ def _refuse(config: EditConfig, trained: Trained, edit: Edit, method: Method | N
     edit.check(trained.labels is not None, source)
     if edit.seeds is not None:
         if config.input is not None or config.num_images is not None or config.fit:
-            raise ValueError("edit.seeds: takes no input, num_images or fit; leave one of them out")
+            raise UsageError(
+                "edit.seeds", NO_VALUE, "takes no input, num_images or fit", "leave one of them out"
+            )
     elif config.input is None:
-        raise ValueError(
-            "input=null: give an image file or a folder, or held_out for real images of the run's dataset"
+        raise UsageError(
+            "input", None, "give an image file or a folder, or held_out for real images of the run's dataset"
         )
 
 
 def _refuse_in_latents(space: Latents, kind: str, edit: Edit, method: Method | None) -> None:
     """Raise ValueError where an edit needs pixels, and the model works in latents."""
     if method is not None and not (edit.masks or method.differentiates):
-        raise ValueError(
-            f"method={type(method).__name__.lower()}: puts in what is known, and of latents nothing is known in "
-            f"edit={kind}, only of the pixels that they are decoded to; take method=dps"
+        raise UsageError(
+            "method",
+            type(method).__name__.lower(),
+            f"puts in what is known, and of latents nothing is known in edit={kind}, only of the pixels "
+            "that they are decoded to",
+            "take method=dps",
         )
     factor = space.autoencoder.factor
     if any(side % factor for side in edit.results[1:]):
-        raise ValueError(
-            f"edit={kind}: its results are of {described(edit.results[1:])} pixels, and a latent stands for {factor} "
-            f"of a side; take margins that are multiples of {factor}"
+        raise UsageError(
+            "edit",
+            kind,
+            f"its results are of {described(edit.results[1:])} pixels, and a latent stands for {factor} "
+            "of a side",
+            f"take margins that are multiples of {factor}",
         )
 
 
@@ -177,9 +194,11 @@ def _inputs(config: EditConfig, trained: Trained, edit: Edit) -> list[Input]:
         return [Input(f"seed_{seed}", image) for seed, image in zip(edit.seeds, noise, strict=True)]
     if config.input in ("held_out", "train"):
         if Path(config.input).exists():
-            raise ValueError(
-                f"input={config.input}: is a file or folder too; write ./{config.input} for it, or for images of "
-                "the run's dataset move it"
+            raise UsageError(
+                "input",
+                config.input,
+                "is a file or folder too",
+                f"write ./{config.input} for it, or for images of the run's dataset move it",
             )
         given = real_images(
             trained.dataset(config.data_dir, config.data_paths), config.input, config.num_images
@@ -188,8 +207,10 @@ def _inputs(config: EditConfig, trained: Trained, edit: Edit) -> list[Input]:
         assert config.input is not None
         given = read_input(config.input, edit.accepts(), config.fit, config.num_images, trained.model.form)
     if not given or len(given) % edit.inputs_each:
-        raise ValueError(
-            f"input: there are {len(given)} images, and this edit takes {edit.inputs_each} at a time"
+        raise UsageError(
+            "input",
+            NO_VALUE,
+            f"there are {len(given)} images, and this edit takes {edit.inputs_each} at a time",
         )
     return given
 

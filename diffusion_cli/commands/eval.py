@@ -18,9 +18,10 @@ from diffusion_cli.commands.outputs import claim, keep_labels, keep_seeds
 from diffusion_cli.commands.sample import samples_folder
 from diffusion_cli.commands.samples import ModelSamples, about, given_samples, in_shares_of, run_of
 from diffusion_cli.commands.trained import Trained, dataset_of, open_run
-from diffusion_cli.config import CONF, EvalConfig, build, fingerprint, shown
+from diffusion_cli.config import CONF, EvalConfig, build, fingerprint
 from diffusion_cli.data import Dataset, NoDataset, pictured
 from diffusion_cli.data.base import Split
+from diffusion_cli.errors import NO_VALUE, UsageError, format_value
 from diffusion_cli.generate import uncompiled
 from diffusion_cli.guidance import Unguided
 from diffusion_cli.metrics import (
@@ -62,7 +63,7 @@ def run(config: EvalConfig) -> None:
     """Measure every metric, those of samples in one pass; print them and add them to a metrics.json."""
     if config.compare is not None:
         if config.samples is not None:
-            raise ValueError(f"samples={config.samples}: compare= measures nothing; leave one of them out")
+            raise UsageError("samples", config.samples, "compare= measures nothing", "leave one of them out")
         histories = {name: read_history(_history(name, config.output_dir)) for name in config.compare}
         print(history_table(histories, config.force))
     else:
@@ -75,8 +76,8 @@ def _history(name: str, output_dir: str) -> Path:
     for folder in (Path(name), root / name, root / "evaluations" / name):
         if (folder / "metrics.json").is_file():
             return folder / "metrics.json"
-    raise ValueError(
-        f"compare={name}: has no metrics.json; measure it first, with diffuse eval run= or samples="
+    raise UsageError(
+        "compare", name, "has no metrics.json", "measure it first, with diffuse eval run= or samples="
     )
 
 
@@ -171,17 +172,22 @@ def look_at(config: EvalConfig) -> Scene:
     kinds: Kinds = {name: build(node) for name, node in config.metric.items()}
     of_model = [name for name, metric in kinds.items() if isinstance(metric, ModelMetric)]
     if of_model and config.batch_size == "auto":
-        raise ValueError(
-            f"batch_size=auto: is found for samples, and metric={','.join(of_model)} measures the model itself; give a "
-            "number"
+        raise UsageError(
+            "batch_size",
+            "auto",
+            f"is found for samples, and metric={','.join(of_model)} measures the model itself",
+            "give a number",
         )
     if Ranks().world > 1 and len(of_model) == len(kinds):
-        raise ValueError(
-            f"processes={Ranks().world}: share samples, and metric={','.join(kinds)} makes none; take one process"
+        raise UsageError(
+            "processes",
+            Ranks().world,
+            f"share samples, and metric={','.join(kinds)} makes none",
+            "take one process",
         )
     stats = config.reference.get("stats")
     if stats is not None and not any(isinstance(metric, FrechetDistance) for metric in kinds.values()):
-        raise ValueError(f"reference.stats={stats}: serves fid, sfid and fd_dinov2 only; leave it out")
+        raise UsageError("reference.stats", stats, "serves fid, sfid and fd_dinov2 only", "leave it out")
     splits: dict[str, Split] = {
         name: metric.split
         for name, metric in kinds.items()
@@ -193,9 +199,11 @@ def look_at(config: EvalConfig) -> Scene:
     if folder is not None and task_of(folder) == AutoencoderKL.task:
         return _autoencoder_scene(config, folder, kinds, splits)
     if splits:
-        raise ValueError(
-            f"metric={','.join(splits)}: measures what an autoencoder makes of real images; name a run of "
-            "task=autoencoder by run="
+        raise UsageError(
+            "metric",
+            ",".join(splits),
+            "measures what an autoencoder makes of real images",
+            "name a run of task=autoencoder by run=",
         )
     if config.samples is None:
         return _model_scene(config, kinds, len(of_model) < len(kinds))
@@ -213,9 +221,11 @@ def _model_scene(config: EvalConfig, kinds: Kinds, sampled: bool) -> Scene:
     if not sampled:
         _refuse_sampling(config, trained)
         if config.precision not in ("auto", EXACT):
-            raise ValueError(
-                f"precision={config.precision}: is of samples, and metric={','.join(config.metric)} makes none and is "
-                f"computed in {EXACT}; leave it out"
+            raise UsageError(
+                "precision",
+                config.precision,
+                f"is of samples, and metric={','.join(config.metric)} makes none and is computed in {EXACT}",
+                "leave it out",
             )
         return Scene(trained.folder, dataset, trained, None, *_judges(config, dataset, kinds))
     trained.check(config.steps)  # refused before anything is measured
@@ -234,7 +244,7 @@ def _refuse_sampling(config: EvalConfig, trained: Trained) -> None:
     """Raise ValueError for a setting of samples, where no metric measures samples."""
     usual = yaml.safe_load((CONF / "sampler" / "ddim.yaml").read_text())
     given = [
-        *([("label", shown(config.label))] if trained.chosen_labels else []),
+        *([("label", format_value(config.label))] if trained.chosen_labels else []),
         *([] if config.sampler == usual else [("sampler", _class_name(config.sampler))]),
         *([] if isinstance(trained.guidance, Unguided) else [("guidance", _class_name(config.guidance))]),
         *([("keep", "true")] if config.keep else []),
@@ -243,8 +253,11 @@ def _refuse_sampling(config: EvalConfig, trained: Trained) -> None:
     images = [f"metric.{name}.num_images" for name, node in config.metric.items() if "num_images" in node]
     for key, value in given:
         remedy = f", or set {' and '.join(images)}" if key == "num_samples" and images else ""
-        raise ValueError(
-            f"{key}={value}: applies to samples, and metric={','.join(config.metric)} makes none; leave it out{remedy}"
+        raise UsageError(
+            key,
+            value,
+            f"applies to samples, and metric={','.join(config.metric)} makes none",
+            f"leave it out{remedy}",
         )
 
 
@@ -257,23 +270,27 @@ def _autoencoder_scene(config: EvalConfig, folder: Path, kinds: Kinds, splits: d
     """An autoencoder's reconstructions of one split of a dataset, beside that split."""
     others = [name for name in kinds if name not in splits]
     if others:
-        raise ValueError(
-            f"metric={','.join(others)}: is not of an autoencoder, which {folder.name} is; take reconstruction and rfid"
+        raise UsageError(
+            "metric",
+            ",".join(others),
+            f"is not of an autoencoder, which {folder.name} is",
+            "take reconstruction and rfid",
         )
     if len(set(splits.values())) > 1:
-        raise ValueError(
-            "metric: " + ", ".join(f"{name}.split={split}" for name, split in splits.items())
-            + "; one evaluation is of one split"
-        )  # fmt: skip
+        named = ", ".join(f"{name}.split={split}" for name, split in splits.items())
+        raise UsageError("metric", NO_VALUE, named, "one evaluation is of one split")
     usual = yaml.safe_load((CONF / "reference" / "dataset.yaml").read_text())
     wrong = _changed(config, "steps", "seed", "clip_x0", "label", "num_samples", "repeats", "compile")
     wrong += [("keep", "true")] if config.keep else []
     wrong += [("reference", config.reference)] if config.reference != usual else []
     wrong += [("precision", config.precision)] if config.precision not in ("auto", EXACT) else []
     for key, value in wrong:
-        raise ValueError(
-            f"{key}={value}: is of samples of a denoiser, and {folder.name} is an autoencoder, whose images are "
-            f"compared with their originals in {EXACT}; leave it out"
+        raise UsageError(
+            key,
+            value,
+            f"is of samples of a denoiser, and {folder.name} is an autoencoder, whose images are compared "
+            f"with their originals in {EXACT}",
+            "leave it out",
         )
     device = device_of(config.device)
     trained = load_autoencoder(folder, device, config.weights, config.step)
@@ -283,14 +300,16 @@ def _autoencoder_scene(config: EvalConfig, folder: Path, kinds: Kinds, splits: d
         else build(config.other_dataset, config.data_dir)
     )
     if dataset.shape != trained.shape:
-        raise ValueError(
-            f"dataset={dataset.name}: its images are {dataset.shape}, and the autoencoder's {trained.shape}; take the "
-            "dataset that it was trained on"
+        raise UsageError(
+            "dataset",
+            dataset.name,
+            f"its images are {dataset.shape}, and the autoencoder's {trained.shape}",
+            "take the dataset that it was trained on",
         )
     (split,) = set(splits.values())
     images = dataset.once(split)
     if not len(images):
-        raise ValueError(f"metric.{next(iter(splits))}.split={split}: has no images; take the other split")
+        raise UsageError(f"metric.{next(iter(splits))}.split", split, "has no images", "take the other split")
     made = {
         "run": folder.name, "step": trained.step, "ema": trained.config["ema"], "weights": config.weights,
         "weights_sha256": trained.digest, "dataset": dataset.name, "split": split, "precision": EXACT,
@@ -312,15 +331,15 @@ def _given_scene(config: EvalConfig, kinds: Kinds, of_model: list[str]) -> Scene
         ("metric", ",".join(of_model)),
         ("label", None if config.label == "null" else config.label),
         ("keep", config.keep),
-        ("compile", shown(config.compile) if config.compile else None),
+        ("compile", format_value(config.compile) if config.compile else None),
         ("batch_size", "auto" if config.batch_size == "auto" else None),
         ("guidance.scale", config.guidance.get("scale")),
         *_changed(config, "step", "steps", "seed", "weights", "clip_x0", "precision", "repeats"),
         ("run", config.run if config.other_dataset is not None else None),
     ):
         if wrong:
-            raise ValueError(
-                f"{key}={wrong}: is for samples made of a model, not for samples={path}; leave it out"
+            raise UsageError(
+                key, wrong, f"is for samples made of a model, not for samples={path}", "leave it out"
             )
     run = None
     if config.other_dataset is None:
@@ -330,8 +349,8 @@ def _given_scene(config: EvalConfig, kinds: Kinds, of_model: list[str]) -> Scene
         dataset = trained.dataset(config.data_dir, config.data_paths)
     else:
         for key, value in config.data_paths.items():
-            raise ValueError(
-                f"dataset.{key}={value}: is for a run's dataset; name the dataset, as dataset=folder"
+            raise UsageError(
+                f"dataset.{key}", value, "is for a run's dataset", "name the dataset, as dataset=folder"
             )
         dataset = build(config.other_dataset, config.data_dir)
     if config.other_dataset is not None and dataset is not None:
@@ -361,7 +380,7 @@ def _changed(config: EvalConfig, *keys: str) -> list[tuple[str, Any]]:
     """Those of the keys that do not have the value of the YAML file, with a text of their own."""
     usual = yaml.safe_load((CONF / "evaluation.yaml").read_text())
     now = config.model_dump()
-    return [(key, shown(now[key])) for key in keys if now[key] != usual[key]]
+    return [(key, format_value(now[key])) for key in keys if now[key] != usual[key]]
 
 
 def _of_samples(config: EvalConfig, scene: Scene, samples: Samples, environment: dict[str, Any]) -> Report:

@@ -12,10 +12,10 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from diffusion_cli.config import Mistakes
 from diffusion_cli.data import Dataset, file_names, fitted, sample_files, spread, stored, survey
 from diffusion_cli.data.folder import ignored_files
 from diffusion_cli.data.listing import MANIFEST, manifests
+from diffusion_cli.errors import NO_VALUE, FormatError, Problem, UsageError
 from diffusion_cli.foreign import printable, read, reason
 from diffusion_cli.forms import Form, Picture, Ranged, Raster, Shape, Volume, has_own_numbers
 from diffusion_cli.forms.files import flattened, is_gray, opened
@@ -50,7 +50,7 @@ def real_images(dataset: Dataset, split: str, count: int | None) -> list[Input]:
     count = len(images) if count is None else min(count, len(images))
     rows = spread(len(images), count)
     if not count:
-        raise ValueError(f"input={split}: {dataset.name} has no images there; give files")
+        raise UsageError("input", split, f"{dataset.name} has no images there", "give files")
     pixels = stored(images.gather(rows.to(images.device)).cpu(), dataset.form)
     return [Input(f"{split}_{row:05d}", image) for row, image in zip(rows.tolist(), pixels, strict=True)]
 
@@ -58,7 +58,7 @@ def real_images(dataset: Dataset, split: str, count: int | None) -> list[Input]:
 def read_input(
     given: str | list[str], shapes: list[Shape], fit: bool, count: int | None, form: Form
 ) -> list[Input]:
-    """The images of a file, a folder or a list of files; Mistakes naming all that are not of a form and of the shapes.
+    """The images of a file, a folder or a list of files; UsageError names all that are not of a form and of the shapes.
 
     With `fit` those are cropped around the centre, resized and converted to the first of the shapes.
     """
@@ -71,33 +71,36 @@ def read_input(
         show_remarks(survey.remarks("input", found, len(files), own_numbers=has_own_numbers(form)))
     labels = _names(files)
     images: list[Input] = []
-    lines: list[str] = []
+    lines: list[Problem] = []
     for file, name in zip(files, labels, strict=True):
         try:
             data = _content(file)
             images.append(Input(name, _pixels(data, shapes, fit, form), form.of(data)))
         except (ValueError, OSError) as error:
-            lines.append(f"input={file}: {reason(error)}")
+            lines.append(Problem("input", file, reason(error)))
     if lines:
-        more = [f"input: and {len(lines) - MOST_LINES} more"] if len(lines) > MOST_LINES else []
-        raise Mistakes(*lines[:MOST_LINES], *more)
+        more = (
+            [Problem("input", NO_VALUE, f"and {len(lines) - MOST_LINES} more")]
+            if len(lines) > MOST_LINES
+            else []
+        )
+        raise UsageError.several([*lines[:MOST_LINES], *more])
     if len({image.pixels.shape for image in images}) > 1:
         sizes = " and ".join(dict.fromkeys(described(image.pixels.shape) for image in images))
-        raise Mistakes(f"input={given}: holds images of {sizes}; give one kind at a time, or set fit=true")
+        raise UsageError(
+            "input", given, f"holds images of {sizes}", "give one kind at a time, or set fit=true"
+        )
     return images
 
 
 def _files(folder: Path, form: Form) -> list[Path]:
     """The images of a folder, without results that this program wrote to its subfolders."""
-    try:
-        inside = _but_results(file_names(folder, "input"))
-        names = sample_files(folder, inside, form, "input")
-    except ValueError as error:
-        raise Mistakes(str(error)) from error
+    inside = _but_results(file_names(folder, "input"))
+    names = sample_files(folder, inside, form, "input")
     if manifests([name for name in inside if name == MANIFEST], lambda name: read(folder / name)):
         names = [name for name in names if "/" not in name]
         if not names:
-            raise Mistakes(f"input={folder}: holds series of images; give one of its folders")
+            raise UsageError("input", folder, "holds series of images", "give one of its folders")
     show_remarks(ignored_files(folder, inside, "input", form.suffixes))
     return [folder / name for name in names]
 
@@ -113,8 +116,8 @@ def read_mask(path: str) -> Tensor:
         pixels = np.array(flattened(image, 1, "black", srgb=False))
     except (ValueError, OSError) as error:
         what = "does not exist" if isinstance(error, FileNotFoundError) else reason(error)
-        raise ValueError(
-            f"edit.mask={path}: {what}; give an image file, a box [left,top,right,bottom], or centre"
+        raise UsageError(
+            "edit.mask", path, what, "give an image file, a box [left,top,right,bottom], or centre"
         ) from error
     if not image.has_transparency_data:
         return torch.from_numpy(pixels)
@@ -127,9 +130,11 @@ def read_mask(path: str) -> Tensor:
         show_remarks([f"edit.mask={path}: its white part is painted, and not the transparent part"])
         return torch.from_numpy(pixels)
     if not _is_photograph(opaque):
-        raise ValueError(
-            f"edit.mask={path}: has a transparent part that may be painted or kept; save the mask as black and white "
-            "without transparency"
+        raise UsageError(
+            "edit.mask",
+            path,
+            "has a transparent part that may be painted or kept",
+            "save the mask as black and white without transparency",
         )
     show_remarks([f"edit.mask={path}: its transparent part is painted, whatever its colours are"])
     return torch.from_numpy(np.where(erased, 255, 0).astype(np.uint8))
@@ -151,7 +156,7 @@ def _is_photograph(colours: np.ndarray) -> bool:
 
 def _content(file: Path) -> bytes:
     if not file.is_file():
-        raise ValueError("is no file; give an image, a folder or a list of images")
+        raise FormatError("is no file; give an image, a folder or a list of images")
     return read(file)
 
 
@@ -171,7 +176,7 @@ def _refuse(shape: Shape, shapes: list[Shape], fit: bool, remedy: str) -> None:
     """Raise ValueError about an image of another shape than those that are wanted, unless it can be made to `fit`."""
     if not fit:
         wanted = " or ".join(map(described, shapes))
-        raise ValueError(
+        raise FormatError(
             f"is {described(shape)}, and wanted is {wanted}; convert it, or set fit=true to {remedy}"
         )
 

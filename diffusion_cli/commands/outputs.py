@@ -14,8 +14,9 @@ import torch
 from diffusion_cli import __version__
 from diffusion_cli.checkpoint import Model, writing
 from diffusion_cli.class_shares import are_shares, labels_in_turn
-from diffusion_cli.config import Mistakes, flatten, shown
+from diffusion_cli.config import flatten
 from diffusion_cli.data import LABEL_COLUMNS, LABELS_CSV
+from diffusion_cli.errors import NO_VALUE, FormatError, Problem, UsageError, format_value
 from diffusion_cli.foreign import LONGEST_MANIFEST, MOST_IN_MANIFEST, from_json, read, reason
 from diffusion_cli.manifest import (
     MANIFEST,
@@ -36,9 +37,9 @@ _adding = threading.Lock()
 
 
 def claim(output: Path, settings: dict[str, Any], model: Model) -> dict[str, Any]:
-    """Return the manifest of the folder, made now if it is new; Mistakes if it is someone else's."""
+    """Return the manifest of the folder, made now if it is new; UsageError if it is someone else's."""
     if output.exists() and not output.is_dir():
-        raise Mistakes(f"output={output}: is a file; give a folder")
+        raise UsageError("output", output, "is a file", "give a folder")
     own_folder(output)
     with writing(output / MANIFEST):
         output.mkdir(parents=True, exist_ok=True)
@@ -46,7 +47,9 @@ def claim(output: Path, settings: dict[str, Any], model: Model) -> dict[str, Any
     there, old_records = list(output.iterdir()), record_files(output)
     if not (output / MANIFEST).is_file():
         if not all(map(_is_internal, there)):
-            raise Mistakes(f"output={output}: is not empty and has no manifest.json; choose another folder")
+            raise UsageError(
+                "output", output, "is not empty and has no manifest.json", "choose another folder"
+            )
         for record in old_records:
             record.unlink(missing_ok=True)
         create(output, _new_manifest(settings, model))
@@ -74,30 +77,33 @@ def _refuse_other_settings(output: Path, manifest: dict[str, Any], settings: dic
     before, now = flatten(manifest["settings"]), flatten(settings)
     keys = sorted(key for key in before | now if before.get(key) != now.get(key))
     if keys:
-        raise Mistakes(
-            *(
-                f"{key}={brief(now.get(key))}: the images in {output} were made with {brief(before.get(key))}"
-                for key in keys
-            ),
-            f"output={output}: holds images of other settings; choose another folder",
+        raise UsageError.several(
+            [
+                *(
+                    Problem(
+                        key,
+                        brief(now.get(key)),
+                        f"the images in {output} were made with {brief(before.get(key))}",
+                    )
+                    for key in keys
+                ),
+                Problem("output", output, "holds images of other settings", "choose another folder"),
+            ]
         )
 
 
 def read_manifest(output: Path) -> dict[str, Any]:
-    """The manifest of a folder, merged with the records of all tasks; Mistakes if one of them is damaged."""
+    """The manifest of a folder, merged with the records of all tasks; UsageError if one of them is damaged."""
     return _merged(output, _read(output / MANIFEST))
 
 
 def _merged(output: Path, manifest: dict[str, Any]) -> dict[str, Any]:
-    try:
-        records = read_records(output)
-    except ValueError as error:
-        raise Mistakes(f"{error}; remove it, or choose another output=") from error
+    records = read_records(output)
     for path, record in records.items():
         try:
             _checked({"settings": {}, "versions": {}} | record)
         except (ValueError, TypeError) as error:
-            raise Mistakes(f"{path}: {reason(error)}; remove it, or choose another output=") from error
+            raise UsageError(path, NO_VALUE, reason(error), "remove it, or choose another output=") from error
     return merge(manifest, *records.values())
 
 
@@ -105,8 +111,8 @@ def _read(path: Path) -> dict[str, Any]:
     try:
         return parsed(read(path, LONGEST_MANIFEST))
     except ValueError as error:
-        raise Mistakes(
-            f"{path}: is not a manifest of diffuse ({reason(error)}); choose another output="
+        raise UsageError(
+            path, NO_VALUE, f"is not a manifest of diffuse ({reason(error)})", "choose another output="
         ) from error
 
 
@@ -117,27 +123,27 @@ def parsed(content: bytes) -> dict[str, Any]:
 
 def _checked(manifest: Any) -> dict[str, Any]:
     if not isinstance(manifest, dict):
-        raise ValueError("is no object")
+        raise FormatError("is no object")
     settings, results = manifest.get("settings"), manifest.get("results", {})
     if not isinstance(settings, dict) or not isinstance(manifest.get("versions"), dict):
-        raise ValueError("says nothing of settings and versions")
+        raise FormatError("says nothing of settings and versions")
     labels = [0] if settings.get("labels") is None else settings["labels"]
     if labels == []:
-        raise ValueError("labels should be some, or null")
+        raise FormatError("labels should be some, or null")
     if not isinstance(labels, list) or not all(type(n) is int and 0 <= n < 2**32 for n in labels):
-        raise ValueError("labels should be whole numbers")
+        raise FormatError("labels should be whole numbers")
     shares = settings.get("label_shares")
     if shares is not None and not are_shares(shares, len(labels)):
-        raise ValueError("label_shares should be a whole number from 1 on for each of the labels")
+        raise FormatError("label_shares should be a whole number from 1 on for each of the labels")
     seed_ranges(manifest.get("seeds", []))
     for key, number in (
         ("step", manifest.get("step", 0)),
         ("network_calls", manifest.get("network_calls", 0)),
     ):
         if type(number) is not int or number < 0:
-            raise ValueError(f"{key} should be a whole number")
+            raise FormatError(f"{key} should be a whole number")
     if not isinstance(results, dict) or not all(map(_is_result, results.values())):
-        raise ValueError("results should be numbers by name")
+        raise FormatError("results should be numbers by name")
     return manifest
 
 
@@ -147,7 +153,7 @@ def _is_result(numbers: Any) -> bool:
 
 def brief(value: Any) -> str:
     """A value as on the command line, cut short where it is long."""
-    text = shown(value)
+    text = format_value(value)
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 

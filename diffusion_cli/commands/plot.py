@@ -3,7 +3,8 @@
 import re
 from pathlib import Path
 
-from diffusion_cli.config import Mistakes, PlotConfig, Variant, build, fingerprint, shown
+from diffusion_cli.config import PlotConfig, Variant, build, fingerprint
+from diffusion_cli.errors import NO_VALUE, Problem, UsageError, format_value
 from diffusion_cli.figures import Figure, run_of
 
 LONGEST = 100  # letters of a name, with a fingerprint to come
@@ -17,12 +18,15 @@ def run(variants: list[Variant]) -> None:
     configs = {_label(figure, variant): _config(variant) for variant in variants}
     output = Path(config.output) if config.output else _usual_path(figure, configs)
     if output.suffix[1:] not in figure.formats:
-        raise Mistakes(
-            f"output={output}: figure={figure.name} is written as {' or '.join(figure.formats)}; end the name in one"
+        raise UsageError(
+            "output",
+            output,
+            f"figure={figure.name} is written as {' or '.join(figure.formats)}",
+            "end the name in one",
         )
     if config.output and output.exists() and not (config.force and output.is_file()):
-        raise Mistakes(
-            f"output={output}: is there already; take another name, or set force=true to write over a file"
+        raise UsageError(
+            "output", output, "is there already", "take another name, or set force=true to write over a file"
         )
     figure.draw(configs, output)
     print(f"{figure.name.capitalize()} of {', '.join(configs)}: {output}")
@@ -34,12 +38,13 @@ def _config(variant: Variant) -> PlotConfig:
 
 
 def _refuse(figure: Figure, variants: list[Variant]) -> None:
-    """Raise Mistakes for lists that one figure does not show."""
+    """Raise UsageError for lists that one figure does not show."""
     wrong = [key for key in variants[0].values if key.partition(".")[0] not in figure.of]
     if wrong:
         of = " and ".join(figure.of)
-        raise Mistakes(
-            *(f"{key}: figure={figure.name} takes lists of {of} only; give one value" for key in wrong)
+        raise UsageError.several(
+            Problem(key, NO_VALUE, f"figure={figure.name} takes lists of {of} only", "give one value")
+            for key in wrong
         )
 
 
@@ -47,7 +52,9 @@ def _label(figure: Figure, variant: Variant) -> str:
     """What to call a variant: its values where these differ, else the run or the schedule."""
     if variant.values:
         words = (
-            shown(value) if key in ("run", "schedule") else f"{key.rpartition('.')[2]}={shown(value)}"
+            format_value(value)
+            if key in ("run", "schedule")
+            else f"{key.rpartition('.')[2]}={format_value(value)}"
             for key, value in variant.values.items()
         )
         return ", ".join(words)

@@ -4,6 +4,7 @@ from pathlib import Path
 
 from diffusion_cli.checkpoint import find_run, whole_file
 from diffusion_cli.config import ReportConfig
+from diffusion_cli.errors import FormatError, UsageError
 from diffusion_cli.report.page import is_ours, page
 from diffusion_cli.report.record import read_record
 
@@ -16,13 +17,13 @@ def run(config: ReportConfig) -> None:
     place = folders[0] if len(folders) == 1 else Path(config.output_dir)
     output = Path(config.output) if config.output else place / "report.html"
     if output.is_dir():
-        raise ValueError(f"output={output}: is a folder; give a file")
+        raise UsageError("output", output, "is a folder", "give a file")
     try:
         free = not output.exists() or is_ours(output)
-    except ValueError as error:
-        raise ValueError(f"output={output}: {error}; remove it, or choose another file") from error
+    except FormatError as error:
+        raise UsageError("output", output, str(error), "remove it, or choose another file") from error
     if not free:
-        raise ValueError(f"output={output}: was not written by diffuse report; choose another file")
+        raise UsageError("output", output, "was not written by diffuse report", "choose another file")
     html = page([read_record(folder, name) for folder, name in zip(folders, _names(folders), strict=True)])
     with whole_file(output) as temporary:
         temporary.write_text(html, encoding="utf-8", errors="replace")  # a folder's name may be no Unicode

@@ -20,6 +20,7 @@ from diffusion_cli.data import Dataset, Given, PicturedImages, given_images
 from diffusion_cli.data.folder import FileImages
 from diffusion_cli.data.labels import read
 from diffusion_cli.data.listing import MANIFEST
+from diffusion_cli.errors import UsageError
 from diffusion_cli.foreign import LONGEST_MANIFEST
 from diffusion_cli.forms import Form, Picture
 from diffusion_cli.generate import generate, labels_of
@@ -118,8 +119,8 @@ def in_shares_of(trained: Trained, reference: Reference) -> tuple[Trained, str]:
     try:
         counts = reference.class_counts(names)
     except (ValueError, OSError) as error:
-        raise ValueError(
-            f"label=null: needs the labels of the reference ({error}); or set label=all"
+        raise UsageError(
+            "label", None, f"needs the labels of the reference ({error})", "or set label=all"
         ) from error
     if counts is not None:
         counts = [count if label in made else 0 for label, count in enumerate(counts)]

@@ -24,12 +24,13 @@ from diffusion_cli.checkpoint import (
     whole_file,
 )
 from diffusion_cli.commands.inputs import show_remarks
-from diffusion_cli.config import Mistakes, TrainConfig, identity, seconds, shown
+from diffusion_cli.config import TrainConfig, identity, seconds
 from diffusion_cli.config.at_hand import gpu
 from diffusion_cli.config.recipe import BUDGETED, derived_in
 from diffusion_cli.data import Growing, Images, Stages, UnreadableError
 from diffusion_cli.data.labels import examples
 from diffusion_cli.denoiser import Denoiser, NoisyClassifier
+from diffusion_cli.errors import NO_VALUE, MachineError, Problem, UsageError, format_value
 from diffusion_cli.locks import only_one
 from diffusion_cli.named_data import remember, remember_run
 from diffusion_cli.precision import resolve
@@ -61,13 +62,18 @@ def run(config: TrainConfig) -> int:
     if place.rank == 0 and (remark := _other_machine(config)):
         print(f"diffuse: {remark}", file=sys.stderr)
     if place.world > 1 and devices not in (None, place.local_world):
-        raise ValueError(
-            f"trainer.devices={devices}: torchrun or srun started {place.local_world} on this node; leave it null"
+        raise UsageError(
+            "trainer.devices",
+            devices,
+            f"torchrun or srun started {place.local_world} on this node",
+            "leave it null",
         )
     if nodes not in (None, place.nodes):
-        raise ValueError(
-            f"trainer.num_nodes={nodes}: {place.nodes} is at work; start diffuse by torchrun or srun on so many, or "
-            "with -m launcher=slurm"
+        raise UsageError(
+            "trainer.num_nodes",
+            nodes,
+            f"{place.nodes} is at work",
+            "start diffuse by torchrun or srun on so many, or with -m launcher=slurm",
         )
     return work_together(
         train, config,
@@ -94,8 +100,8 @@ def _refuse_absent(accelerator: str, devices: int) -> None:
     """Raise ValueError if this machine has GPUs, but not so many."""
     there = 0 if accelerator == "cpu" else torch.cuda.device_count()
     if 0 < there < devices:
-        raise ValueError(
-            f"trainer.devices={devices}: there are {there} GPUs here; take so many, or trainer=cpu"
+        raise UsageError(
+            "trainer.devices", devices, f"there are {there} GPUs here", "take so many, or trainer=cpu"
         )
 
 
@@ -219,7 +225,7 @@ def _saying_what_is_saved(checkpoints: Checkpoints, done: int) -> Iterator[None]
             if step
             else "is not saved yet"
         )
-        raise OSError(f"{error}; the run {saved}") from error
+        raise MachineError(f"{error}; the run {saved}") from error
 
 
 def _tell(step: int, stop: Stop, watchers: list[Callback], model: Trainable, folder: Path) -> None:
@@ -248,14 +254,16 @@ def _refuse_uneven(config: TrainConfig, stages: Stages, world: int) -> None:
     """Raise ValueError unless each part of a batch is shared out evenly among so many processes."""
     for stage in stages.all:
         if stage.batch_size // config.accumulate % world:
-            raise ValueError(
-                f"{stages.key(stage)}={stage.batch_size}: is shared out among {world} devices, in {config.accumulate} "
-                f"parts; take a multiple of {world * config.accumulate}"
+            raise UsageError(
+                stages.key(stage),
+                stage.batch_size,
+                f"is shared out among {world} devices, in {config.accumulate} parts",
+                f"take a multiple of {world * config.accumulate}",
             )
 
 
 def _refuse_another(folder: Path, config: TrainConfig, checkpoint: dict[str, Any] | None) -> None:
-    """Raise Mistakes if a run's checkpoint is of another configuration; a run without one has nothing to lose."""
+    """Raise UsageError if a run's checkpoint is of another configuration; a run without one has nothing to lose."""
     if checkpoint is None:
         return
     stored = checkpoint["diffuse"]["config"]
@@ -263,13 +271,24 @@ def _refuse_another(folder: Path, config: TrainConfig, checkpoint: dict[str, Any
     follow_budget = derived_in(stored) & set(config.derived) & BUDGETED.keys()
     keys = sorted(key for key in (before | now).keys() - follow_budget if before.get(key) != now.get(key))
     if keys:
-        raise Mistakes(
-            *(
-                f"{key}={shown(now.get(key))}: the run in {folder} has {shown(before.get(key))}"
-                for key in keys
-            ),
-            f"name={config.name}: holds a run of another configuration; continue with: diffuse train "
-            f"run={config.name if folder == Path('outputs', str(config.name)) else folder}, or choose another name",
+        run = config.name if folder == Path("outputs", str(config.name)) else folder
+        raise UsageError.several(
+            [
+                *(
+                    Problem(
+                        key,
+                        format_value(now.get(key)),
+                        f"the run in {folder} has {format_value(before.get(key))}",
+                    )
+                    for key in keys
+                ),
+                Problem(
+                    "name",
+                    config.name,
+                    "holds a run of another configuration",
+                    f"continue with: diffuse train run={run}, or choose another name",
+                ),
+            ]
         )
 
 
@@ -319,22 +338,33 @@ def _without_images(parts: Parts, class_counts: list[int] | None) -> Iterator[st
 
 
 def _refuse_other_data(folder: Path, about: dict[str, Any], checkpoint: dict[str, Any] | None) -> None:
-    """Raise Mistakes if a run was begun on another number of images, on other classes or on other images."""
+    """Raise UsageError if a run was begun on another number of images, on other classes or on other images."""
     before = checkpoint["diffuse"] if checkpoint else about
     lines = [
-        "labels: are not those that the run was begun on; give back the labels, or take another name="
+        Problem(
+            "labels",
+            NO_VALUE,
+            "are not those that the run was begun on",
+            "give back the labels, or take another name=",
+        )
         if key == "labels_sha256"
-        else f"{key}={about[key]}: the run in {folder} was begun on {before.get(key)}; give back the data, or take "
-        "another name="
+        else Problem(
+            key,
+            about[key],
+            f"the run in {folder} was begun on {before.get(key)}",
+            "give back the data, or take another name=",
+        )
         for key in ("num_images", "class_names", "shape", "form", "labels_sha256")
         if before.get(key) != about[key]
     ]
     if lines:
-        raise Mistakes(*lines)
+        raise UsageError.several(lines)
     if before.get("data_sha256", about["data_sha256"]) != about["data_sha256"]:
-        raise Mistakes(
-            "dataset: the images or their names are not those that the run was begun on; give back the data, or take "
-            "another name="
+        raise UsageError(
+            "dataset",
+            NO_VALUE,
+            "the images or their names are not those that the run was begun on",
+            "give back the data, or take another name=",
         )
 
 

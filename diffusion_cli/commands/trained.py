@@ -12,9 +12,10 @@ import torch
 from diffusion_cli.capacity import images_that_fit, network_call
 from diffusion_cli.checkpoint import Classifier, Model, Origin, find_run, load_classifier, load_model
 from diffusion_cli.commands.class_labels import class_number, is_null, labels_named, warn_of_untrained
-from diffusion_cli.config import EditConfig, EvalConfig, SampleConfig, build, check_dataset, shown
+from diffusion_cli.config import EditConfig, EvalConfig, SampleConfig, build, check_dataset
 from diffusion_cli.data import Dataset, as_begun
 from diffusion_cli.denoiser import Denoiser, NoisyClassifier
+from diffusion_cli.errors import NO_VALUE, UsageError, format_value
 from diffusion_cli.guidance import Guidance, Guided
 from diffusion_cli.named_data import remember, unnamed
 from diffusion_cli.precision import device_of, resolve
@@ -97,28 +98,39 @@ def dataset_of(folder: Path, trained: Origin, data_dir: str, paths: Mapping[str,
     node = trained.config["dataset"]
     unknown = [key for key in paths if node.get(key) is None]
     if unknown:
-        raise ValueError(
-            f"dataset.{unknown[0]}={paths[unknown[0]]}: the run in {folder} was trained without it; leave it out"
+        raise UsageError(
+            f"dataset.{unknown[0]}",
+            paths[unknown[0]],
+            f"the run in {folder} was trained without it",
+            "leave it out",
         )
     node = node | paths
     refused = {key: path for key, path in unnamed(node).items() if key not in paths}
     if refused:
         named = " ".join(f"dataset.{key}={path}" for key, path in refused.items())
-        raise ValueError(
-            f"{named}: is named by the checkpoint in {folder}, and you have never used it here; if you trust the "
-            "checkpoint, add these words to the command"
+        raise UsageError(
+            named,
+            NO_VALUE,
+            f"is named by the checkpoint in {folder}, and you have never used it here",
+            "if you trust the checkpoint, add these words to the command",
         )
     mistakes = check_dataset(node, trained.shape)
     if mistakes:
-        raise ValueError(
-            f"{folder}: was made by another version of diffuse: {'; '.join(mistakes)}; name another run"
+        raise UsageError(
+            folder,
+            NO_VALUE,
+            f"was made by another version of diffuse: {'; '.join(map(str, mistakes))}",
+            "name another run",
         )
     node |= {key: value for key, value in FRUGAL.items() if key in node}
     dataset: Dataset = build(as_begun(node, trained.data_rules), data_dir)
     if dataset.shape != trained.shape:
-        raise ValueError(
-            f"run={folder}: knows images of size {min(trained.shape[1:])} at step {trained.step}, and those of its "
-            f"dataset are of {min(dataset.shape[1:])}; train on, or name a later step="
+        raise UsageError(
+            "run",
+            folder,
+            f"knows images of size {min(trained.shape[1:])} at step {trained.step}, and those of its "
+            f"dataset are of {min(dataset.shape[1:])}",
+            "train on, or name a later step=",
         )
     remember(paths)
     return dataset
@@ -143,9 +155,11 @@ def open_run(config: SampleConfig | EvalConfig | EditConfig) -> Trained:
         _refuse_untrained_null(model, "label")
     guidance.check(model.denoiser, dropout, labels is not None)
     if isinstance(guidance, Guided) and guidance.quantile is not None and not model.space.bounded:
-        raise ValueError(
-            f"guidance.dynamic_threshold={guidance.quantile}: keeps pixels in [-1, 1], and the model works in latents, "
-            "which have no such bounds; leave it null"
+        raise UsageError(
+            "guidance.dynamic_threshold",
+            guidance.quantile,
+            "keeps pixels in [-1, 1], and the model works in latents, which have no such bounds",
+            "leave it null",
         )
     if not isinstance(config, EditConfig) and config.compile:
         # In place: torch.compile(network) would rename every weight.
@@ -184,16 +198,18 @@ class Guides:
 
     def denoiser(self, run: str | None, step: int | None) -> Denoiser:
         """The denoiser of a checkpoint, null standing for the model's own run."""
-        key = f"guidance.run={run}" if run else f"guidance.step={shown(step)}"
+        key = f"guidance.run={run}" if run else f"guidance.step={format_value(step)}"
         folder = self.folder if run is None else find_run(run, self.config.output_dir, "guidance.run")
         try:
             guide = load_model(folder, self.config.weights, self.device, step)
-        except ValueError as error:
-            raise ValueError(f"guidance.{error}" if str(error).startswith("step=") else str(error)) from error
+        except UsageError as error:
+            raise error.renamed({"step": "guidance.step"}) from error
         if guide.digest == self.model.digest:
-            raise ValueError(
-                f"{key}: these are the weights of the model itself; name a weaker one by guidance.run, or an earlier "
-                "checkpoint by guidance.step"
+            raise UsageError(
+                key,
+                NO_VALUE,
+                "these are the weights of the model itself",
+                "name a weaker one by guidance.run, or an earlier checkpoint by guidance.step",
             )
         self._compare(key, guide, "parameterization")
         if guide.num_classes is not None and (
@@ -202,8 +218,11 @@ class Guides:
             known = (
                 "no classes" if self.model.num_classes is None else f"the classes {self.model.class_names}"
             )
-            raise ValueError(
-                f"{key}: knows the classes {guide.class_names}, and the model {known}; take another guide"
+            raise UsageError(
+                key,
+                NO_VALUE,
+                f"knows the classes {guide.class_names}, and the model {known}",
+                "take another guide",
             )
         self.digests = {"guide_sha256": guide.digest}
         return guide.denoiser
@@ -214,8 +233,8 @@ class Guides:
         guide = load_classifier(find_run(run, self.config.output_dir, "guidance.run"), self.device)
         self._compare(key, guide)
         if guide.class_names != self.model.class_names:
-            raise ValueError(
-                f"{key}: tells {guide.class_names}; the model's data has {self.model.class_names}"
+            raise UsageError(
+                key, NO_VALUE, f"tells {guide.class_names}", f"the model's data has {self.model.class_names}"
             )
         self.digests = {"classifier_sha256": guide.digest}
         if self.model.num_classes is None:
@@ -225,17 +244,29 @@ class Guides:
     def _compare(self, key: str, guide: Model | Classifier, *parts: str) -> None:
         """Raise ValueError unless a guide sees images of the same shape in the same space at the same noise levels."""
         if guide.shape != self.model.shape:
-            raise ValueError(f"{key}: is for images {guide.shape}, the model makes {self.model.shape}")
+            raise UsageError(
+                key, NO_VALUE, f"is for images {guide.shape}, the model makes {self.model.shape}"
+            )
         if not _same_latents(guide.latent, self.model.latent):
             theirs, ours = ("latents" if origin.latent else "pixels" for origin in (guide, self.model))
-            raise ValueError(
-                f"{key}: works in other latents than the model; take one trained with the same latent.run"
-                if theirs == ours
-                else f"{key}: works in {theirs}, and the model in {ours}; take one trained as the model, in {ours}"
+            if theirs == ours:
+                raise UsageError(
+                    key,
+                    NO_VALUE,
+                    "works in other latents than the model",
+                    "take one trained with the same latent.run",
+                )
+            raise UsageError(
+                key,
+                NO_VALUE,
+                f"works in {theirs}, and the model in {ours}",
+                f"take one trained as the model, in {ours}",
             )
         for part in ("schedule", *parts):
             if guide.config[part] != self.model.config[part]:
-                raise ValueError(f"{key}: has another {part} than the model; take one trained with the same")
+                raise UsageError(
+                    key, NO_VALUE, f"has another {part} than the model", "take one trained with the same"
+                )
 
 
 def _same_latents(one: dict[str, Any] | None, other: dict[str, Any] | None) -> bool:
@@ -249,6 +280,9 @@ def _same_latents(one: dict[str, Any] | None, other: dict[str, Any] | None) -> b
 
 def _refuse_untrained_null(model: Model, key: str) -> None:
     if model.num_classes is not None and model.config["objective"]["label_dropout"] == 0:
-        raise ValueError(
-            f"{key}=null: the model was trained with objective.label_dropout=0, never without a label; name a class"
+        raise UsageError(
+            key,
+            None,
+            "the model was trained with objective.label_dropout=0, never without a label",
+            "name a class",
         )

@@ -15,8 +15,8 @@ from diffusion_cli.config.catalogue import (
     options,
     summary,
 )
-from diffusion_cli.config.check import build, check_node, shown, signature
-from diffusion_cli.config.compose import Mistakes, compose, expand, first_line, load
+from diffusion_cli.config.check import build, check_node, signature
+from diffusion_cli.config.compose import compose, expand, first_line, load
 from diffusion_cli.config.grid import Value, Variant, load_grid
 from diffusion_cli.config.launcher import LAUNCHERS, launch, split_launcher
 from diffusion_cli.config.runs import fingerprint, flatten, identity
@@ -51,7 +51,6 @@ __all__ = [
     "DataConfig",
     "EditConfig",
     "EvalConfig",
-    "Mistakes",
     "PlotConfig",
     "ReportConfig",
     "SampleConfig",
@@ -81,7 +80,6 @@ __all__ = [
     "options",
     "seconds",
     "shared_seeds",
-    "shown",
     "signature",
     "split_launcher",
     "summary",

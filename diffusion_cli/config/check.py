@@ -26,6 +26,7 @@ from pydantic import (
 
 from diffusion_cli.config.catalogue import CONF, HERE, PACKAGE, did_you_mean
 from diffusion_cli.config.schema import FORMS, STRICT
+from diffusion_cli.errors import Problem, UsageError, format_value
 
 # What annotations of configurable arguments may be made of.
 VOCABULARY = {
@@ -121,7 +122,7 @@ def _targets(node: Any) -> Iterator[str]:
             yield from _targets(item)
 
 
-def check_node(key: str, node: Mapping[str, Any]) -> list[str]:
+def check_node(key: str, node: Mapping[str, Any]) -> list[Problem]:
     """What is wrong with a node `{_target_: class, argument: value, ...}` of a group, one line each.
 
     Nothing but `classes(group)` is ever built, whatever a checkpoint of a stranger names.
@@ -131,25 +132,37 @@ def check_node(key: str, node: Mapping[str, Any]) -> list[str]:
     types = signature(target) if isinstance(target, str) and target in classes(group) else None
     if types is None:
         return [
-            f"{key}._target_={shown(target)[:80]}: is not a class of {PACKAGE} for {group}; only those are built"
+            Problem(
+                f"{key}._target_",
+                format_value(target)[:80],
+                f"is not a class of {PACKAGE} for {group}",
+                "only those are built",
+            )
         ]
     fields: dict[str, Any] = {name: (kind, ...) for name, kind in types.items()}
     return validate(create_model(key, __config__=STRICT, **fields), arguments, key)[1]
 
 
-def validate(model: type[BaseModel], values: Mapping[str, Any], prefix: str = "") -> tuple[Any, list[str]]:
-    """The model made of values, or None and what is wrong with them, one line a key."""
+def validate(
+    model: type[BaseModel], values: Mapping[str, Any], prefix: str = ""
+) -> tuple[Any, list[Problem]]:
+    """The model made of values, or None and what is wrong with them, one problem a key."""
     try:
         return model.model_validate(dict(values)), []
     except ValidationError as error:
-        lines: dict[str, list[str]] = {}
+        problems: list[Problem] = []
+        wrong: dict[str, tuple[Any, list[str]]] = {}
         for detail in error.errors(include_url=False):
+            reason = detail.get("ctx", {}).get("error")
+            if isinstance(reason, UsageError):
+                problems += reason.problems
+                continue
             path, value = _path(values, detail["loc"], prefix)
-            lines.setdefault(f"{path}={shown(value)}" if path else "", []).append(_remedy(detail, model))
+            wrong.setdefault(path, (value, []))[1].append(_remedy(detail, model))
         return None, [
-            f"{where}: {' or '.join(dict.fromkeys(what))}".lstrip(": ").replace(" or should be ", " or ")
-            for where, what in lines.items()
-        ]
+            Problem(path, value, " or ".join(dict.fromkeys(what)).replace(" or should be ", " or "))
+            for path, (value, what) in wrong.items()
+        ] + problems
 
 
 def _path(values: Any, location: tuple[int | str, ...], prefix: str) -> tuple[str, Any]:
@@ -169,11 +182,6 @@ def _path(values: Any, location: tuple[int | str, ...], prefix: str) -> tuple[st
             else None
         )
     return ".".join(keys), values
-
-
-def shown(value: Any) -> str:
-    """A value as one writes it on the command line."""
-    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def _remedy(detail: Any, model: type[BaseModel]) -> str:

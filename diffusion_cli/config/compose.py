@@ -37,6 +37,7 @@ from diffusion_cli.config.recipe import (
 from diffusion_cli.config.runs import flatten, identity, replaced, run_name
 from diffusion_cli.config.schema import COMMANDS, GRIDS, Config, Node
 from diffusion_cli.config.typed import as_typed
+from diffusion_cli.errors import NO_VALUE, Problem, UsageError
 from diffusion_cli.named_data import is_own_run
 
 # What runs the jobs of a sweep: `launcher=slurm`, or as Hydra spells it.
@@ -48,20 +49,8 @@ RUN_DATA = ("dataset.path", "dataset.masks")
 """The keys that say where a run's own dataset lies."""
 
 
-class Mistakes(Exception):
-    """Everything that is wrong with what the user asked for, one line each."""
-
-    @property
-    def lines(self) -> tuple[str, ...]:
-        """As given."""
-        return self.args
-
-    def __str__(self) -> str:
-        return "\n".join(self.lines)
-
-
 def load(command: str, overrides: Sequence[str], dirs: Sequence[Path] = ()) -> Config:
-    """Compose and check the configuration of a command; raises Mistakes with all of them at once."""
+    """Compose and check the configuration of a command; raises UsageError with all of them at once."""
     choosing, setting, mistakes = _sort(command, list(map(as_typed, overrides)), dirs)
     try:
         composed, unknown = (
@@ -71,18 +60,22 @@ def load(command: str, overrides: Sequence[str], dirs: Sequence[Path] = ()) -> C
             if command == "train"
             else _composed(command, choosing, setting, dirs)
         )
+    except UsageError as error:
+        raise UsageError.several([*mistakes, *error.problems]) from error
     except Exception as error:  # Hydra and OmegaConf have no common base class
-        raise Mistakes(*mistakes, first_line(error)) from error
+        if type(error).__module__.partition(".")[0] not in ("hydra", "omegaconf", "antlr4", "yaml"):
+            raise
+        raise UsageError.several([*mistakes, Problem(command, NO_VALUE, first_line(error))]) from error
     config, wrong = _check(command, composed)
     mistakes += [*unknown, *wrong]
     if mistakes or config is None:
-        raise Mistakes(*dict.fromkeys(mistakes))
+        raise UsageError.several(mistakes)
     return config
 
 
 def _composed(
     command: str, choosing: list[str], setting: Mapping[str, str], dirs: Sequence[Path]
-) -> tuple[Node, list[str]]:
+) -> tuple[Node, list[Problem]]:
     """The configuration of a command that does not train, and a line for each unknown key."""
     implied = compose(command, choosing, dirs)[0]
     known, unknown = _known(command, setting, implied)
@@ -95,7 +88,7 @@ def _composed(
 
 def _training(
     choosing: Sequence[str], setting: Mapping[str, str], dirs: Sequence[Path]
-) -> tuple[Node, list[str]]:
+) -> tuple[Node, list[Problem]]:
     """The configuration of a training, named and with its recipe, and a line for each unknown key."""
     implied, choices = compose("train", choosing, dirs)
     if choices["model"] != AUTO:
@@ -127,13 +120,18 @@ def _training(
 
 def _continuing(
     choosing: Sequence[str], setting: Mapping[str, str], dirs: Sequence[Path]
-) -> tuple[Node, list[str]]:
+) -> tuple[Node, list[Problem]]:
     """The configuration of the run that `run=` names, and a line for each word that does not go with it."""
     groups = {text.partition("=")[0]: text for text in choosing}
     keys = {key: text for key, text in setting.items() if key != "run"}
     run = setting["run"].partition("=")[2].strip("'\"")
     mistakes = [
-        f"{text}: would change what run={run} trains; leave it out, or train anew with another name="
+        Problem(
+            text,
+            NO_VALUE,
+            f"would change what run={run} trains",
+            "leave it out, or train anew with another name=",
+        )
         for key, text in {**groups, **keys}.items()
         if not may_change(key)
     ]
@@ -149,7 +147,7 @@ def _continuing(
             else f"give the whole command that it was trained with, and name={folder.name}"
         )
         mistakes.append(
-            f"{key}={path}: is named by the run in {folder}, and you have not trained it here; {remedy}"
+            Problem(key, path, f"is named by the run in {folder}, and you have not trained it here", remedy)
         )
     composed = {**usual, **stored, **{group: usual[group] for group in chosen}}
     known, unknown = _known("train", {key: text for key, text in keys.items() if may_change(key)}, composed)
@@ -159,8 +157,8 @@ def _continuing(
 
 def _with_keys(
     choosing: Sequence[str], setting: Mapping[str, str], implied: Node | None, dirs: Sequence[Path]
-) -> tuple[Node, list[str]]:
-    """A training's configuration by options and keys, and a line for each unknown key."""
+) -> tuple[Node, list[Problem]]:
+    """A training's configuration by options and keys, and a problem for each unknown key."""
     if implied is None:
         implied = compose("train", choosing, dirs)[0]
     known, unknown = _known("train", setting, implied)
@@ -197,13 +195,13 @@ def _name(composed: Node, implied: Node, choices: Node, dirs: Sequence[Path], be
 
 
 def parse(text: str) -> "Override":
-    """An override as Hydra reads it; raises Mistakes if it is none."""
+    """An override as Hydra reads it; raises UsageError if it is none."""
     from hydra.core.override_parser.overrides_parser import OverridesParser
 
     try:
         return OverridesParser.create().parse_override(text)
     except Exception as error:  # antlr's and Hydra's own classes
-        raise Mistakes(f"{text}: is not of the form key=value ({first_line(error)})") from error
+        raise UsageError(text, NO_VALUE, f"is not of the form key=value ({first_line(error)})") from error
 
 
 def expand(overrides: Sequence[str]) -> list[list[str]]:
@@ -286,37 +284,39 @@ _compose_cached = cache(_compose_once)
 
 def _sort(
     command: str, overrides: Sequence[str], dirs: Sequence[Path]
-) -> tuple[list[str], dict[str, str], list[str]]:
+) -> tuple[list[str], dict[str, str], list[Problem]]:
     """Overrides that choose an option, those that set a key (text by key), and what is wrong with the others."""
     groups = defaults(command)
     choosing: list[str] = []
     setting: dict[str, str] = {}
-    mistakes: list[str] = []
+    mistakes: list[Problem] = []
     for text in overrides:
         try:
             item = parse(text)
-        except Mistakes as mistake:
-            mistakes += mistake.lines
+        except UsageError as mistake:
+            mistakes += mistake.problems
             continue
         key = item.key_or_group
         if item.is_force_add() or item.is_add() or item.is_delete():
-            mistakes.append(f"{text}: keys are neither added nor removed; write key=value")
+            mistakes.append(Problem(text, NO_VALUE, "keys are neither added nor removed", "write key=value"))
         elif item.is_sweep_override():
             remedy = "write [...]" if command in GRIDS else "add -m for a run of each, or [...] for a list"
-            mistakes.append(f"{text}: has several values; {remedy}")
+            mistakes.append(Problem(text, NO_VALUE, "has several values", remedy))
         elif key in groups:
             value = item.value()
             names = value if isinstance(value, list) else [value]
             known = options(key, dirs)
             wrong = ["null" if name is None else str(name) for name in names if str(name) not in known]
-            mistakes += [f"{key}={name}: unknown option{did_you_mean(name, list(known))}" for name in wrong]
+            mistakes += [
+                Problem(key, name, f"unknown option{did_you_mean(name, list(known))}") for name in wrong
+            ]
             choosing += [] if wrong else [text]
         else:
             setting[key] = text
     return choosing, setting, mistakes
 
 
-def _known(command: str, setting: Mapping[str, str], implied: Node) -> tuple[list[str], list[str]]:
+def _known(command: str, setting: Mapping[str, str], implied: Node) -> tuple[list[str], list[Problem]]:
     """The overrides whose key exists in the configuration that the chosen options make, and a line for the others."""
     keys = [*flatten(implied), *defaults(command)]
     if command in OF_RUNS and implied.get("dataset") is None:
@@ -324,19 +324,19 @@ def _known(command: str, setting: Mapping[str, str], implied: Node) -> tuple[lis
     known, unknown = [], []
     for key, text in setting.items():
         if LAUNCHER.match(text) and command not in GRIDS:
-            unknown.append(f"{text}: is about the jobs of a sweep; add -m")
+            unknown.append(Problem(text, NO_VALUE, "is about the jobs of a sweep", "add -m"))
             continue
         if key.startswith("hydra") or any(other == key or other.startswith(f"{key}.") for other in keys):
             known.append(text)
             continue
         having = _options_with(key, command)
         if having:
-            unknown.append(f"{text}: goes with {' or '.join(having)}; choose it too")
+            unknown.append(Problem(text, NO_VALUE, f"goes with {' or '.join(having)}", "choose it too"))
             continue
         near = difflib.get_close_matches(key, keys, n=1, cutoff=0.6)
         near = near or [other for other in keys if other.rpartition(".")[2] == key]
         hint = f"did you mean {near[0]}?" if near else f"see diffuse {command} --help"
-        unknown.append(f"{text}: unknown key; {hint}")
+        unknown.append(Problem(text, NO_VALUE, "unknown key", hint))
     return known, unknown
 
 
@@ -352,10 +352,12 @@ def _options_with(key: str, command: str) -> list[str]:
     ]
 
 
-def _check(command: str, composed: Node) -> tuple[Config | None, list[str]]:
+def _check(command: str, composed: Node) -> tuple[Config | None, list[Problem]]:
     config, mistakes = validate(COMMANDS[command], composed)
     mistakes += [
-        f"{key}: missing; give it a value" for key, value in flatten(composed).items() if value == "???"
+        Problem(key, NO_VALUE, "missing", "give it a value")
+        for key, value in flatten(composed).items()
+        if value == "???"
     ]
     for key in defaults(command):
         node = composed.get(key)

@@ -7,6 +7,7 @@ from typing import Any
 from diffusion_cli.config.catalogue import defaults, documented, options
 from diffusion_cli.config.recipe import BUDGETED, derived_in
 from diffusion_cli.config.runs import flatten, identity, replaced
+from diffusion_cli.errors import NO_VALUE, FormatError, UsageError
 from diffusion_cli.foreign import read_yaml
 from diffusion_cli.named_data import is_own_run, unnamed
 
@@ -27,7 +28,9 @@ def folder_of(run: str, output_dir: str) -> Path:
     for folder in (Path(run).expanduser(), Path(output_dir, run)):
         if (folder / "checkpoints").is_dir():
             return folder if folder.name else folder.resolve()
-    raise ValueError(f"run={run}: is no run, here or in {output_dir}; name its folder, or give output_dir=")
+    raise UsageError(
+        "run", run, f"is no run, here or in {output_dir}", "name its folder, or give output_dir="
+    )
 
 
 def stored_by(folder: Path) -> dict[str, Any]:
@@ -35,12 +38,14 @@ def stored_by(folder: Path) -> dict[str, Any]:
     try:
         stored = read_yaml(folder / "config.yaml")
         if not isinstance(stored, dict):
-            raise ValueError("is not a configuration")
+            raise FormatError("is not a configuration")
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
-        raise ValueError(
-            f"{folder / 'config.yaml'}: {reason}; give the whole command that the run was trained with, and "
-            f"name={folder.name}"
+        raise UsageError(
+            folder / "config.yaml",
+            NO_VALUE,
+            str(reason),
+            f"give the whole command that the run was trained with, and name={folder.name}",
         ) from error
     return stored
 

@@ -8,10 +8,11 @@ from typing import Any, NamedTuple, get_args, get_origin
 import yaml
 
 from diffusion_cli.config.catalogue import chosen, defaults, lineage, options
-from diffusion_cli.config.check import shown, signature
-from diffusion_cli.config.compose import Mistakes, load
+from diffusion_cli.config.check import signature
+from diffusion_cli.config.compose import load
 from diffusion_cli.config.runs import flatten
 from diffusion_cli.config.schema import COMMANDS, Config
+from diffusion_cli.errors import NO_VALUE, Problem, UsageError, format_value
 
 Value = str | int | float | bool | None
 
@@ -36,7 +37,7 @@ class _Axis(NamedTuple):
 def load_grid(command: str, overrides: Sequence[str], dirs: Sequence[Path] = ()) -> list[Variant]:
     """The configurations of all combinations of the lists given for keys that take one value, the last the fastest.
 
-    Raises Mistakes with those of all variants at once, and for lists that are empty or name a value twice.
+    Raises UsageError with those of all variants at once, and for lists that are empty or name a value twice.
     """
     singles = [text for text in overrides if _takes_one(command, _key(text), overrides, dirs)]
     axes = {axis.key: axis for axis in map(_axis, singles) if axis is not None}
@@ -48,12 +49,12 @@ def load_grid(command: str, overrides: Sequence[str], dirs: Sequence[Path] = ())
         places = list(zip(filled, point, strict=True))
         try:
             config = load(command, [*fixed, *(axis.overrides[place] for axis, place in places)], dirs)
-        except Mistakes as found:
-            mistakes += found.lines
+        except UsageError as found:
+            mistakes += found.problems
         else:
             variants.append(Variant({axis.key: axis.values[place] for axis, place in places}, config))
     if mistakes:
-        raise Mistakes(*dict.fromkeys(mistakes))
+        raise UsageError.several(mistakes)
     return variants
 
 
@@ -80,15 +81,15 @@ def _axis(text: str) -> _Axis | None:
     return _Axis(key, values, [f"{key}={word}" for word in words])
 
 
-def _wrong(axis: _Axis, overrides: Sequence[str]) -> list[str]:
+def _wrong(axis: _Axis, overrides: Sequence[str]) -> list[Problem]:
     """What is wrong with an axis, apart from its values."""
     written = [text for text in overrides if _key(text) == axis.key]
     twice = [value for value in axis.values if axis.values.count(value) > 1]
     if len(written) > 1:
-        return [f"{written[-1]}: {axis.key} is given twice; write one list"]
+        return [Problem(written[-1], NO_VALUE, f"{axis.key} is given twice", "write one list")]
     if twice:
-        return [f"{written[0]}: names {shown(twice[0])} twice; leave one out"]
-    return [] if axis.values else [f"{written[0]}: is empty; give at least one value"]
+        return [Problem(written[0], NO_VALUE, f"names {format_value(twice[0])} twice", "leave one out")]
+    return [] if axis.values else [Problem(written[0], NO_VALUE, "is empty", "give at least one value")]
 
 
 def _takes_one(command: str, key: str, overrides: Sequence[str], dirs: Sequence[Path]) -> bool:

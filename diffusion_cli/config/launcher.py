@@ -9,9 +9,10 @@ from typing import Any
 import yaml
 
 from diffusion_cli.config.catalogue import did_you_mean, options
-from diffusion_cli.config.check import shown, validate
-from diffusion_cli.config.compose import LAUNCHER, Mistakes, parse
+from diffusion_cli.config.check import validate
+from diffusion_cli.config.compose import LAUNCHER, parse
 from diffusion_cli.config.schema import Config, SlurmConfig, TrainConfig
+from diffusion_cli.errors import NO_VALUE, Problem, UsageError
 
 LAUNCHERS = "hydra/launcher"
 
@@ -23,11 +24,11 @@ def split_launcher(overrides: Sequence[str]) -> tuple[list[str], list[str]]:
 
 
 def launch(words: Sequence[str], jobs: Sequence[Config], dirs: Sequence[Path] = ()) -> list[str]:
-    """What Hydra is told of the launcher that words choose for these jobs; raises Mistakes."""
+    """What Hydra is told of the launcher that words choose for these jobs; raises UsageError."""
     name, given = _parsed(words)
     files = options(LAUNCHERS, dirs)
     if name not in files:
-        raise Mistakes(f"launcher={name}: unknown option{did_you_mean(name, list(files))}")
+        raise UsageError("launcher", name, f"unknown option{did_you_mean(name, list(files))}")
     keys = {option: _keys(file) for option, file in files.items()}
     if name == "slurm":
         mistakes = validate(SlurmConfig, keys[name] | given, "launcher")[1] or _missing()
@@ -36,12 +37,15 @@ def launch(words: Sequence[str], jobs: Sequence[Config], dirs: Sequence[Path] = 
             key: [option for option in keys if key in keys[option]] for key in given.keys() - keys[name]
         }
         mistakes = [
-            f"launcher.{key}={shown(given[key])}: "
-            + (f"goes with launcher={' or '.join(names)}; choose it too" if names else "unknown key")
+            Problem(
+                f"launcher.{key}", given[key], f"goes with launcher={' or '.join(names)}", "choose it too"
+            )
+            if names
+            else Problem(f"launcher.{key}", given[key], "unknown key")
             for key, names in having.items()
         ]
     if mistakes:
-        raise Mistakes(*mistakes)
+        raise UsageError.several(mistakes)
     settings = [f"hydra.{text}" for text in words if not text.startswith("launcher=")]
     asked = _resources(jobs, given) if name == "slurm" else []
     return [f"{LAUNCHERS}={name}", *asked, *settings]
@@ -52,7 +56,7 @@ def _parsed(words: Sequence[str]) -> tuple[str, dict[str, Any]]:
     name, given = "local", {}
     for text, item in ((text, parse(text)) for text in words):
         if item.is_sweep_override():
-            raise Mistakes(f"{text}: has several values; a sweep has one launcher")
+            raise UsageError(text, NO_VALUE, "has several values", "a sweep has one launcher")
         if item.key_or_group == "launcher":
             name = str(item.value())
         else:
@@ -64,24 +68,28 @@ def _keys(file: Path) -> dict[str, Any]:
     return {key: value for key, value in yaml.safe_load(file.read_text()).items() if key != "defaults"}
 
 
-def _missing() -> list[str]:
+def _missing() -> list[Problem]:
     """What a machine lacks to submit jobs to SLURM."""
     packages = ("hydra_plugins", "hydra_plugins.hydra_submitit_launcher")  # the first may be missing too
     if any(find_spec(name) is None for name in packages):
-        return ["launcher=slurm: needs hydra-submitit-launcher; pip install 'diffuse-cli[slurm]'"]
+        return [
+            Problem("launcher", "slurm", "needs hydra-submitit-launcher", "pip install 'diffuse-cli[slurm]'")
+        ]
     if shutil.which("srun") is None:
-        return ["launcher=slurm: finds no srun; run it where SLURM's commands are"]
+        return [Problem("launcher", "slurm", "finds no srun", "run it where SLURM's commands are")]
     return []
 
 
 def _resources(jobs: Sequence[Config], given: dict[str, Any]) -> list[str]:
-    """The nodes, tasks and GPUs that jobs take, as Hydra is told; raises Mistakes if they differ."""
+    """The nodes, tasks and GPUs that jobs take, as Hydra is told; raises UsageError if they differ."""
     asked = {_resources_of(job) for job in jobs}
     if len(asked) > 1:
         shapes = " and ".join(f"{nodes} x {tasks}" for nodes, tasks, _ in sorted(asked))
-        raise Mistakes(
-            f"launcher=slurm: the jobs of one array take the same nodes x processes and device, not {shapes}; "
-            "sweep them one by one"
+        raise UsageError(
+            "launcher",
+            "slurm",
+            f"the jobs of one array take the same nodes x processes and device, not {shapes}",
+            "sweep them one by one",
         )
     ((nodes, tasks, gpu),) = asked
     words = [f"hydra.launcher.nodes={nodes}", f"hydra.launcher.tasks_per_node={tasks}"]

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from diffusion_cli.config.catalogue import brought_by, defaults, options
-from diffusion_cli.config.check import shown
+from diffusion_cli.errors import format_value
 
 # Keys that say how far, how fast and where, but not what: a run may go on with other values of them.
 NOT_IDENTITY = frozenset(
@@ -102,7 +102,7 @@ def run_name(
     before, now = identity(implied), identity(config)
     changed = [(key, value) for key, value in sorted(now.items()) if before.get(key, ...) != value]
     # Last parts of keys and paths only: the folder's config.yaml tells apart what this does not.
-    words += [f"{key.rpartition('.')[2]}_{Path(shown(value)).name}" for key, value in changed]
+    words += [f"{key.rpartition('.')[2]}_{Path(format_value(value)).name}" for key, value in changed]
     name = re.sub(r"[^\w.+-]+", "_", "-".join(words))
     if len(name) > 120:
         name = f"{name[:100]}-{hashlib.sha256(name.encode()).hexdigest()[:10]}"

@@ -13,6 +13,8 @@ from pydantic import (
     model_validator,
 )
 
+from diffusion_cli.errors import NO_VALUE, UsageError
+
 NUM_SAMPLES = 2000  # samples of an evaluation for num_samples=null
 STRICT = ConfigDict(strict=True, extra="forbid", frozen=True, regex_engine="python-re")
 Node = dict[str, Any]
@@ -111,36 +113,42 @@ class TrainConfig(BaseModel):
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         if self.max_steps is self.max_epochs is self.max_time is None:
-            raise ValueError("max_steps: no budget; set max_steps, max_epochs or max_time")
+            raise UsageError("max_steps", NO_VALUE, "no budget", "set max_steps, max_epochs or max_time")
         if self.latent.run is not None and self.latent.pretrained is not None:
-            raise ValueError(
-                f"latent.pretrained={self.latent.pretrained}: is another autoencoder than latent.run; leave one out"
+            raise UsageError(
+                "latent.pretrained",
+                self.latent.pretrained,
+                "is another autoencoder than latent.run",
+                "leave one out",
             )
         if self.latent.key is not None and self.schedule is None:
-            raise ValueError(f"{self.latent.key}: an autoencoder is trained on pixels; leave it out")
+            raise UsageError(self.latent.key, NO_VALUE, "an autoencoder is trained on pixels", "leave it out")
         if self.latent.key is not None and self.progressive is not None:
-            raise ValueError(
-                f"progressive={self.progressive}: latents are of one size; leave it out, or {self.latent.key}"
+            raise UsageError(
+                "progressive",
+                self.progressive,
+                "latents are of one size",
+                f"leave it out, or {self.latent.key}",
             )
         if self.keep_best is not None and self.eval_every is None:
-            raise ValueError(
-                f"keep_best={self.keep_best}: nothing is evaluated on the way; set eval_every too"
+            raise UsageError(
+                "keep_best", self.keep_best, "nothing is evaluated on the way", "set eval_every too"
             )
         if self.keep_best is not None and self.keep_best not in self.metric:
-            raise ValueError(
-                f"keep_best={self.keep_best}: is not among metric=[{','.join(self.metric)}]; add it there"
+            raise UsageError(
+                "keep_best", self.keep_best, f"is not among metric=[{','.join(self.metric)}]", "add it there"
             )
         noising = {key: getattr(self, key) for key in ("schedule", "parameterization", "times", "sampler")}
         if None in noising.values() and any(noising.values()):
             named = ", ".join(key for key, node in noising.items() if node)
-            raise ValueError(
-                f"{named}: has no meaning for task=autoencoder, which adds no noise; leave it out"
+            raise UsageError(
+                named, NO_VALUE, "has no meaning for task=autoencoder, which adds no noise", "leave it out"
             )
         for key, sizes in {"batch_size": [self.batch_size], "stage_batch": self.stage_batch or []}.items():
             for size in sizes:
                 if size % self.accumulate:
-                    raise ValueError(
-                        f"accumulate={self.accumulate}: does not divide {key}={size}; take a divisor"
+                    raise UsageError(
+                        "accumulate", self.accumulate, f"does not divide {key}={size}", "take a divisor"
                     )
         return self
 
@@ -149,17 +157,19 @@ class TrainConfig(BaseModel):
         sizes = self.progressive
         for key, values in {"stage_steps": self.stage_steps, "stage_batch": self.stage_batch}.items():
             if values is not None and sizes is None:
-                raise ValueError(f"{key}={values}: goes with progressive=; give the sizes too")
+                raise UsageError(key, values, "goes with progressive=", "give the sizes too")
             if values is not None and sizes is not None and len(values) != len(sizes) - 1:
-                raise ValueError(f"{key}={values}: is for each size but the last; give {len(sizes) - 1}")
+                raise UsageError(key, values, "is for each size but the last", f"give {len(sizes) - 1}")
         if sizes is None:
             return self
         if sorted(set(sizes)) != sizes:
-            raise ValueError(f"progressive={sizes}: should rise from size to size")
+            raise UsageError("progressive", sizes, "should rise from size to size")
         if self.stage_steps is None and (self.max_steps or 0) < len(sizes):
-            raise ValueError(
-                f"stage_steps=null: is a share of max_steps={self.max_steps or 'null'}, which is too few; give the "
-                "steps at each size but the last"
+            raise UsageError(
+                "stage_steps",
+                None,
+                f"is a share of max_steps={self.max_steps or 'null'}, which is too few",
+                "give the steps at each size but the last",
             )
         return self
 
@@ -191,8 +201,8 @@ class _Generation(BaseModel):
     def _seeds_in_range(self) -> Self:
         # The noise of an image comes from the low 32 bits of its seed: none may come round again.
         if self.seeds.stop > 2**32:
-            raise ValueError(
-                f"seed={self.seed}: the last image's seed passes {2**32 - 1}; take a smaller one"
+            raise UsageError(
+                "seed", self.seed, f"the last image's seed passes {2**32 - 1}", "take a smaller one"
             )
         return self
 

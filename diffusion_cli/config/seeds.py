@@ -6,10 +6,11 @@ from collections.abc import Sequence
 from itertools import pairwise
 
 from diffusion_cli.config.schema import CompareConfig, Config, EvaluationConfig
+from diffusion_cli.errors import Problem
 
 
-def shared_seeds(configs: Sequence[Config]) -> list[str]:
-    """Return a line for each group of evaluations that differ by their seed only, and share some of their images.
+def shared_seeds(configs: Sequence[Config]) -> list[Problem]:
+    """Return a problem for each group of evaluations that differ by their seed only, and share some of their images.
 
     Image n has seed + n, so that seeds nearer to each other than num_samples give mostly the same images, and the
     numbers a spread that says nothing.
@@ -26,7 +27,7 @@ def _makes_samples(config: EvaluationConfig) -> bool:
     return any("num_images" not in node for node in config.metric.values())
 
 
-def _shared(configs: Sequence[EvaluationConfig]) -> str | None:
+def _shared(configs: Sequence[EvaluationConfig]) -> Problem | None:
     seeds = sorted({config.seed for config in configs})
     number, list_form = len(configs[0].seeds), "[{}]" if isinstance(configs[0], CompareConfig) else "{}"
     nearest = min((after - before for before, after in pairwise(seeds)), default=number)
@@ -36,7 +37,9 @@ def _shared(configs: Sequence[EvaluationConfig]) -> str | None:
         list_form.format(",".join(map(str, values)))
         for values in (seeds, [seeds[0] + place * number for place in range(len(seeds))])
     )
-    return (
-        f"seed={given}: image n has seed + n, so that {number - nearest} of {number} images are the same; take "
-        f"seed={apart}, or repeats={len(seeds) * configs[0].repeats}"
+    return Problem(
+        "seed",
+        given,
+        f"image n has seed + n, so that {number - nearest} of {number} images are the same",
+        f"take seed={apart}, or repeats={len(seeds) * configs[0].repeats}",
     )

@@ -8,6 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, 
 
 from diffusion_cli.config.check import check_node, validate
 from diffusion_cli.config.schema import STRICT, LatentConfig
+from diffusion_cli.errors import NO_VALUE, Problem, UsageError
 from diffusion_cli.foreign import plain
 
 LARGEST_NUMBER = 10**6
@@ -32,7 +33,9 @@ class _Latent(BaseModel):
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         if not len(self.mean) == len(self.std) == self.shape[0]:
-            raise ValueError(f"latent.mean: should have {self.shape[0]} numbers, as should latent.std")
+            raise UsageError(
+                "latent.mean", NO_VALUE, f"should have {self.shape[0]} numbers, as should latent.std"
+            )
         return self
 
 
@@ -82,31 +85,33 @@ class _Objective(BaseModel):
     label_dropout: Annotated[float, Field(ge=0, lt=1)]
 
 
-def check_stored(about: Mapping[str, Any]) -> list[str]:
+def check_stored(about: Mapping[str, Any]) -> list[Problem]:
     """What is wrong with the `diffuse` entry of a checkpoint, one line each; ValueError if it is no plain data."""
     plain(about)
     stored, mistakes = validate(_Stored, about)
     if stored is None:
         return mistakes
     if math.prod(stored.shape) > MOST_PIXELS:
-        mistakes.append(f"shape={stored.shape}: is too large for an image")
+        mistakes.append(Problem("shape", stored.shape, "is too large for an image"))
     if stored.stages is not None and not _lead_to(stored.shape, stored.stages):
-        mistakes.append("stages: do not lead to the shape step by step")
+        mistakes.append(Problem("stages", NO_VALUE, "do not lead to the shape step by step"))
     names = stored.class_names
     if (None if names is None else len(names)) != stored.num_classes:
-        mistakes.append(f"num_classes={stored.num_classes}: is not the number of class_names")
+        mistakes.append(Problem("num_classes", stored.num_classes, "is not the number of class_names"))
     counts = stored.class_counts
     if counts is not None and (len(counts) != stored.num_classes or not any(counts)):
-        mistakes.append("class_counts: should be the images of each class, some of them not 0")
+        mistakes.append(
+            Problem("class_counts", NO_VALUE, "should be the images of each class, some of them not 0")
+        )
     config, wrong = validate(_Config, stored.config)
     mistakes += wrong
     if config is not None:
-        mistakes += [] if "_target_" in config.dataset else ["dataset: names no class"]
+        mistakes += [] if "_target_" in config.dataset else [Problem("dataset", NO_VALUE, "names no class")]
         if (stored.latent is None) != (config.latent.key is None):
-            mistakes.append("latent: does not go with latent.run and latent.pretrained")
+            mistakes.append(Problem("latent", NO_VALUE, "does not go with latent.run and latent.pretrained"))
         for key in ("schedule", "parameterization"):
             if (getattr(config, key) is None) != (stored.task == "autoencoder"):
-                mistakes.append(f"{key}: does not go with task={stored.task}")
+                mistakes.append(Problem(key, NO_VALUE, f"does not go with task={stored.task}"))
         mistakes += (
             validate(_Objective, config.objective, "objective")[1] if stored.task == "diffusion" else []
         )
@@ -125,22 +130,24 @@ def _lead_to(shape: list[int], stages: list[_Stage]) -> bool:
     )
 
 
-def check_built(about: Mapping[str, Any]) -> list[str]:
+def check_built(about: Mapping[str, Any]) -> list[Problem]:
     """What is wrong with the nodes of a checkpoint that its model is built of, one line each."""
     nodes = [(key, about["config"][key]) for key in BUILT if about["config"][key] is not None]
     nodes += [("model", about["latent"]["autoencoder"])] if about["latent"] else []
     mistakes = [line for key, node in nodes for line in check_node(key, node)]
     # A larger table or network could not be trained, but it could be asked for.
     large = {f"{key}={number}" for key, node in nodes for number in _numbers(node) if number > LARGEST_NUMBER}
-    return mistakes + [f"{words}: is larger than {LARGEST_NUMBER}" for words in sorted(large)]
+    return mistakes + [
+        Problem(words, NO_VALUE, f"is larger than {LARGEST_NUMBER}") for words in sorted(large)
+    ]
 
 
-def check_dataset(node: Mapping[str, Any], shape: Sequence[int]) -> list[str]:
+def check_dataset(node: Mapping[str, Any], shape: Sequence[int]) -> list[Problem]:
     """What is wrong with the dataset of a checkpoint, of samples of a shape, one line each."""
     mistakes = check_node("dataset", node)
     # A dataset that is made, not read, takes the memory that its size asks for.
     if not mistakes and node.get("size", 0) * math.prod(shape) > MOST_MADE:
-        mistakes.append(f"dataset.size={node['size']}: is more than {MOST_MADE} numbers in all")
+        mistakes.append(Problem("dataset.size", node["size"], f"is more than {MOST_MADE} numbers in all"))
     return mistakes
 
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from diffusion_cli.data.base import Dataset, Images, Split, shuffled_mask, split_rows, spread, too_few
 from diffusion_cli.data.member_check import member_check
 from diffusion_cli.data.memory import MemoryImages, fits_in_memory, free_memory
+from diffusion_cli.errors import NO_VALUE, FormatError, UsageError
 from diffusion_cli.foreign import Archive, from_json, reason, regular
 from diffusion_cli.forms import Form, Picture, Range, Ranged, Shape, form_of, image_form
 from diffusion_cli.forms.range_check import LOOKED_AT
@@ -54,18 +55,20 @@ class Array(Dataset):
         self.name = self.path.stem
         self.flip = flip
         if not self.path.is_file() or self.path.suffix not in (".npy", ".npz"):
-            raise FileNotFoundError(f"dataset.path={path}: no such file; give a .npy or .npz file of images")
+            raise UsageError("dataset.path", path, "no such file", "give a .npy or .npz file of images")
         try:
             self.contents = read_contents(self.path)
             self.form = form_of_array(self.contents, range)
+        except UsageError:
+            raise
         except Exception as error:  # damaged files fail in many ways in the parsers of ZIP and NumPy headers
-            if str(error).startswith("dataset."):
-                raise
-            raise ValueError(f"dataset.path={path}: {reason(error)}") from error
+            raise UsageError("dataset.path", path, reason(error)) from error
         if self.contents.compressed and in_memory is False:
-            raise ValueError(
-                "dataset.in_memory=False: a compressed .npz cannot be read in parts; save the images as .npy, or by "
-                "diffuse data pack"
+            raise UsageError(
+                "dataset.in_memory",
+                "False",
+                "a compressed .npz cannot be read in parts",
+                "save the images as .npy, or by diffuse data pack",
             )
         self.in_memory = self.contents.compressed or in_memory
         self.shape = self.contents.shape
@@ -206,8 +209,8 @@ class ArrayImages(Images):
         try:
             return self.form.from_numbers(pixels)
         except ValueError as error:
-            raise ValueError(
-                f"{self.path}: one of the rows {self.rows[index].tolist()[:9]} {error}"
+            raise UsageError(
+                self.path, NO_VALUE, f"one of the rows {self.rows[index].tolist()[:9]} {error}"
             ) from error
 
 
@@ -256,7 +259,7 @@ def loaded_array(path: Path, key: str) -> np.ndarray:
     with Archive(path) as archive:
         header = _header(archive, f"{key}.npy")
         if header.nbytes > free_memory() // 2:
-            raise ValueError(f"'{key}' takes {header.nbytes} bytes of memory; save it as .npy")
+            raise FormatError(f"'{key}' takes {header.nbytes} bytes of memory; save it as .npy")
         data = archive.read(f"{key}.npy", archive.entries[f"{key}.npy"].file_size)
     numbers = np.frombuffer(data, header.dtype, math.prod(header.shape), header.start)
     return numbers.reshape(header.shape, order=header.order)
@@ -275,7 +278,7 @@ def read_arrays(path: Path, *keys: str) -> list[np.ndarray]:
         held = [name.removesuffix(".npy") for name in archive.entries]
         missing = [key for key in keys if key not in held]
         if missing:
-            raise ValueError(f"holds {', '.join(held[:10])}, and not {' and '.join(missing)}")
+            raise FormatError(f"holds {', '.join(held[:10])}, and not {' and '.join(missing)}")
         headers = [_header(archive, f"{key}.npy") for key in keys]
         contents = [archive.read(f"{key}.npy") for key in keys]
     return [
@@ -307,12 +310,12 @@ def _parsed(file: IO[bytes], size: int, kinds: str | None = "biuf") -> Header:
         npy.read_array_header_1_0(file) if version == (1, 0) else npy.read_array_header_2_0(file)
     )
     if kinds is not None and dtype.kind not in kinds:
-        raise ValueError(f"holds {dtype}; images and labels are numbers")
+        raise FormatError(f"holds {dtype}; images and labels are numbers")
     if min(shape, default=0) < 0:
-        raise ValueError(f"has shape {shape}; no length is negative")
+        raise FormatError(f"has shape {shape}; no length is negative")
     header = Header(shape, dtype, fortran_order, file.tell())
     if header.start + header.nbytes > size:
-        raise ValueError(f"has {size} bytes, fewer than an array {shape} of {dtype} takes")
+        raise FormatError(f"has {size} bytes, fewer than an array {shape} of {dtype} takes")
     return header
 
 
@@ -329,7 +332,7 @@ def read_contents(path: Path) -> Contents:
     key = next((key for key in IMAGE_KEYS if key in entries), None)
     if key is None:
         held = ", ".join([*entries][:10])
-        raise ValueError(f"holds {held}; images must be called one of {', '.join(IMAGE_KEYS)}")
+        raise FormatError(f"holds {held}; images must be called one of {', '.join(IMAGE_KEYS)}")
     dtype, count, layout, shape = read_layout(path, key)
     labels_key = next((key for key in LABEL_KEYS if key in entries), None)
     labels = None if labels_key is None else read_labels(path, labels_key)
@@ -345,7 +348,7 @@ def read_labels(path: Path, key: str) -> Tensor:
     """The array of a .npz called `key`, as int64 [N]."""
     dtype = read_header(path, key).dtype
     if dtype.kind not in "iu":
-        raise ValueError(f"'{key}' holds {dtype}; labels must be integers")
+        raise FormatError(f"'{key}' holds {dtype}; labels must be integers")
     return torch.from_numpy(loaded_array(path, key).astype(np.int64))
 
 
@@ -355,7 +358,7 @@ def read_marks(path: Path, count: int) -> np.ndarray | None:
     if header.dtype != np.bool_:
         return None
     if header.shape != (count,):
-        raise ValueError(f"'{MARKS}' has shape {header.shape}; must be of {count}")
+        raise FormatError(f"'{MARKS}' has shape {header.shape}; must be of {count}")
     return np.array(loaded_array(path, MARKS))
 
 
@@ -384,13 +387,13 @@ def read_layout(path: Path, key: str | None) -> tuple[str, int, str, Shape]:
     """Type, number, order of axes, and shape [C, H, W] of the images, from the header of their array."""
     shape, dtype, *_ = read_header(path, key)
     if 0 in shape:
-        raise ValueError("holds no image")
+        raise FormatError("holds no image")
     if len(shape) == 3:
         count, height, width = shape
         return dtype.name, count, "NHW", (1, height, width)
     order = channel_order(shape[1:])
     if order is None:
-        raise ValueError(
+        raise FormatError(
             f"has shape {shape}; images must be [N, H, W], [N, H, W, C] or [N, C, H, W], C 1, 3 or less than H and W"
         )
     count, channels, height, width = shape if order == "NCHW" else (shape[0], shape[3], *shape[1:3])
@@ -412,15 +415,15 @@ def channel_order(sizes: Shape) -> Literal["NHWC", "NCHW"] | None:
 def class_names(labels: Tensor, count: int, names: list[str] | None) -> tuple[str, ...]:
     """The names of the classes; "0".."K - 1" where none are given."""
     if labels.shape != (count,) or labels.min() < 0:
-        raise ValueError(
+        raise FormatError(
             f"labels of shape {tuple(labels.shape)}, from {labels.min()}; must be {count} from 0 on"
         )
     if labels.max() >= MOST_CLASSES:
-        raise ValueError(
+        raise FormatError(
             f"labels up to {labels.max()}; classes are numbered from 0, up to {MOST_CLASSES - 1}"
         )
     if names is None:
         return tuple(str(number) for number in range(int(labels.max()) + 1))
     if not labels.max() < len(set(names)) == len(names):
-        raise ValueError(f"has {len(set(names))} names of classes, and labels up to {labels.max()}")
+        raise FormatError(f"has {len(set(names))} names of classes, and labels up to {labels.max()}")
     return tuple(names)

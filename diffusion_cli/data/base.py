@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from diffusion_cli.errors import UsageError
 from diffusion_cli.forms import Form, Picture, Shape
 from diffusion_cli.progress import ProgressBar
 from diffusion_cli.seeding import mix
@@ -168,9 +169,12 @@ class NoDataset(Dataset):
         self.name, self.shape = name, shape
 
     def load(self, split: Split) -> Images:
-        raise ValueError(
-            f"reference=dataset: there are no real images to compare {self.name} with; name them by dataset=, run= or "
-            "reference=images reference.path=, or give published statistics as reference.stats="
+        raise UsageError(
+            "reference",
+            "dataset",
+            f"there are no real images to compare {self.name} with",
+            "name them by dataset=, run= or reference=images reference.path=, or give published "
+            "statistics as reference.stats=",
         )
 
 
@@ -234,8 +238,10 @@ def split_rows(is_held_out: np.ndarray, held_out: float, split: Split) -> Tensor
     """The rows of one split, int64 in rising order; ValueError if none is left to train on."""
     rows = np.flatnonzero(is_held_out if split == "held_out" else ~is_held_out)
     if len(rows) == 0 and split == "train":
-        raise ValueError(
-            f"dataset.held_out={held_out}: leaves none of the {len(is_held_out)} images to train on; add images, "
-            "change the fraction, or set 0 to train on all"
+        raise UsageError(
+            "dataset.held_out",
+            held_out,
+            f"leaves none of the {len(is_held_out)} images to train on",
+            "add images, change the fraction, or set 0 to train on all",
         )
     return torch.from_numpy(rows)

@@ -15,6 +15,7 @@ from torch.utils.data import Dataset as MapDataset
 
 from diffusion_cli.data.base import Images
 from diffusion_cli.data.memory import MemoryImages, hold
+from diffusion_cli.errors import NO_VALUE, MachineError, UsageError
 from diffusion_cli.seeding import mix
 from diffusion_cli.signals import STOPPING
 
@@ -39,7 +40,7 @@ class Batch(NamedTuple):
         return Batch(self.number, self.images[share], labels, self.index[share])
 
 
-class UnreadableError(ValueError):
+class UnreadableError(MachineError):
     """Images that were there at the start cannot be read any more."""
 
 
@@ -76,11 +77,12 @@ class Batches:
         skipped: int = 0,
     ) -> None:
         if len(images) == 0:
-            raise ValueError("dataset: this split has no images to make batches of")
+            raise UsageError("dataset", NO_VALUE, "this split has no images to make batches of")
         if batch_size % world_size:
-            raise ValueError(
-                f"batch_size={batch_size}: is the size over all processes and must be a multiple of their "
-                f"number, {world_size}"
+            raise UsageError(
+                "batch_size",
+                batch_size,
+                f"is the size over all processes and must be a multiple of their number, {world_size}",
             )
         self.device = images.device if device is None else torch.device(device)
         self.images = hold(images, self.device)

@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from diffusion_cli.errors import FormatError, UsageError
 from diffusion_cli.forms import Form, Picture, Range, Ranged, Raster, Shape, Volume, image_form
 from diffusion_cli.forms.dicom import dicom_form, is_dicom
 from diffusion_cli.forms.files import DECODING, flattened, is_turned, parsed, upright
@@ -90,7 +91,7 @@ class Decoder(NamedTuple):
     def __call__(self, data: bytes) -> np.ndarray:
         """Raises ValueError if the file cannot be decoded faithfully."""
         if not self.reduced and (depth := depth_of(data)) != "uint8":
-            raise ValueError(
+            raise FormatError(
                 f"holds {depth}, and the first file bytes; separate them, or set dataset.depth=8"
             )
         channels, *wanted = self.shape
@@ -150,7 +151,7 @@ class DeepDecoder(NamedTuple):
         """Raises ValueError as `Ranged.decode`, and for another number of channels."""
         sample = self.form.decode(data)
         if len(sample) != self.shape[0]:
-            raise ValueError(f"has {len(sample)} channels, not {self.shape[0]}")
+            raise FormatError(f"has {len(sample)} channels, not {self.shape[0]}")
         return fitted(sample, self.form, self.shape).numpy()
 
 
@@ -192,28 +193,31 @@ def form_of_files(
     """
     if depth == 8:
         if given is not None or channels not in (1, 3):
-            raise ValueError(
-                "dataset.depth=8: is for gray or colour images, and without dataset.range; leave one out"
+            raise UsageError(
+                "dataset.depth", 8, "is for gray or colour images, and without dataset.range", "leave one out"
             )
         return Picture()
     if is_dicom(first):
         if channels != 1:
-            raise ValueError(f"dataset.channels={channels}: DICOM images are gray; set dataset.channels=1")
+            raise UsageError("dataset.channels", channels, "DICOM images are gray", "set dataset.channels=1")
         return dicom_form(first, given)
     if given == "window":
-        raise ValueError("dataset.range=window: is of DICOM files; give [low,high]")
+        raise UsageError("dataset.range", "window", "is of DICOM files", "give [low,high]")
     mode = None
     if rules > 1:
         mode = mode_with_opacity(first, channels)
         if channels == 4 and is_cmyk(first):
-            raise ValueError(
-                "dataset.channels=4: the first image is in CMYK; convert it to RGBA, or set dataset.channels=3"
+            raise UsageError(
+                "dataset.channels",
+                4,
+                "the first image is in CMYK",
+                "convert it to RGBA, or set dataset.channels=3",
             )
     form = image_form(depth_of(first), channels, given, mode)
     found = _channels(form, first) if isinstance(form, Ranged) else None
     if found not in (None, channels):
-        raise ValueError(
-            f"dataset.channels={channels}: the images have {found}; set dataset.channels={found}"
+        raise UsageError(
+            "dataset.channels", channels, f"the images have {found}", f"set dataset.channels={found}"
         )
     return form
 
@@ -245,13 +249,13 @@ class VolumeDecoder(NamedTuple):
             found, wanted = (
                 " x ".join(f"{side:.4g}" for side in each) for each in (held.spacing, self.spacing)
             )
-            raise ValueError(
+            raise FormatError(
                 f"has voxels of {found}, and the first file of {wanted}; resample them to one spacing"
             )
         values = torch.from_numpy(held.values)
         channels, *sizes = self.shape
         if len(values) != channels:
-            raise ValueError(f"has {len(values)} channels; set dataset.channels to that")
+            raise FormatError(f"has {len(values)} channels; set dataset.channels to that")
         factor = _voxels_each(values.shape[1:], sizes)
         for axis, size in enumerate(sizes, start=1):
             matrix = _triangles(values.shape[axis], size, factor)

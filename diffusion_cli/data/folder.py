@@ -48,6 +48,7 @@ from diffusion_cli.data.listing import (
 )
 from diffusion_cli.data.masks import MaskedDecoder, divided, mask_files, masked_decoder
 from diffusion_cli.data.memory import MemoryImages, fits_in_memory, usable_cores
+from diffusion_cli.errors import FormatError, UsageError
 from diffusion_cli.foreign import LONGEST_MANIFEST, Archive, read, reason
 from diffusion_cli.forms import Dicom, Form, Picture, Range, Ranged, Raster, Volume, has_own_numbers
 from diffusion_cli.forms.dicom import SUFFIXES as SCANS
@@ -113,9 +114,9 @@ class Folder(Dataset):
         self.num_workers = num_workers
         sizes = resolution if isinstance(resolution, list) else [resolution, resolution]
         if len(sizes) == 3 and masks is not None:
-            raise ValueError(f"dataset.masks={masks}: is for images, not for volumes; leave it out")
+            raise UsageError("dataset.masks", masks, "is for images, not for volumes", "leave it out")
         if len(sizes) == 3 and depth != "auto":
-            raise ValueError(f"dataset.depth={depth}: is for images, not for volumes; leave it out")
+            raise UsageError("dataset.depth", depth, "is for images, not for volumes", "leave it out")
         self.rules = rules
         self.masks: list[str] | None = None
         ignored: list[str] = []
@@ -163,11 +164,11 @@ class Folder(Dataset):
             first = b""
         try:
             form = form_of_files(first, shape[0], given, depth, self.rules)
+        except UsageError:
+            raise
         except ValueError as error:
-            if str(error).startswith("dataset."):
-                raise
-            raise ValueError(
-                f"dataset.path={self.path}: cannot use {self.files[0]} ({reason(error)})"
+            raise UsageError(
+                "dataset.path", self.path, f"cannot use {self.files[0]} ({reason(error)})"
             ) from error
         if isinstance(form, Ranged):
             return form, DeepDecoder(form, shape)
@@ -178,30 +179,33 @@ class Folder(Dataset):
     ) -> MaskedDecoder:
         """The decoder with masks, whose files it sets."""
         if isinstance(decoder, DeepDecoder) and isinstance(decoder.form, Dicom):
-            raise ValueError(
-                f"dataset.masks={given}: is not for DICOM; leave it out, or convert the images to TIFF"
+            raise UsageError(
+                "dataset.masks", given, "is not for DICOM", "leave it out, or convert the images to TIFF"
             )
         try:
             self.masks = [beside[name] for name in mask_files(self.files, list(beside))]
             first = entry(self.path, self.masks[0])
             return masked_decoder(decoder, first, range)
+        except UsageError:
+            raise
         except ValueError as error:
-            if str(error).startswith("dataset."):
-                raise
-            raise ValueError(f"dataset.masks={given}: {error}") from error
+            raise UsageError("dataset.masks", given, str(error)) from error
 
     def _volumes(
         self, sizes: list[int], channels: int, range: Range | list[Range] | Literal["window"] | None
     ) -> tuple[Volume, VolumeDecoder]:
         low, high = range if isinstance(range, list) and len(range) == 2 else (None, None)
         if not (isinstance(low, float | int) and isinstance(high, float | int) and low < high):
-            raise ValueError(
-                f"dataset.range={range}: should be the values [low,high] that become -1 and 1; set it, as [-1000,1000]"
+            raise UsageError(
+                "dataset.range",
+                range,
+                "should be the values [low,high] that become -1 and 1",
+                "set it, as [-1000,1000]",
             )
         try:
             held = read_volume(entry(self.path, self.files[0]))
-        except (ValueError, ModuleNotFoundError) as error:
-            raise ValueError(f"dataset.path={self.path}: {self.files[0]}: {reason(error)}") from error
+        except ValueError as error:
+            raise UsageError("dataset.path", self.path, f"{self.files[0]}: {reason(error)}") from error
         about: dict[str, Any] = held.about | {
             "affine": resized_affine(held.about["affine"], held.values.shape[1:], sizes)
         }
@@ -377,17 +381,16 @@ class FileImages(Images):
         if self._archive is None or self._archive[0] != os.getpid():
             try:
                 self._archive = (os.getpid(), Archive(self.path))
-            except ValueError as error:  # it was one when the images were listed
-                raise ValueError(
-                    f"{self.key}={self.path}: is no longer a readable .zip ({error}); put it back"
+            except FormatError as error:  # it was one when the images were listed
+                raise UsageError(
+                    self.key, self.path, f"is no longer a readable .zip ({error})", "put it back"
                 ) from error
         return self._archive[1]
 
-    def _error(self, broken: list[str]) -> ValueError:
-        shown = "; ".join(broken[:10]) + ("; ..." if len(broken) > 10 else "")
-        return ValueError(
-            f"{self.key}={self.path}: cannot use {len(broken)} of the images, repair or remove: {shown}"
-        )
+    def _error(self, broken: list[str]) -> UsageError:
+        named = "; ".join(broken[:10]) + ("; ..." if len(broken) > 10 else "")
+        problem = f"cannot use {len(broken)} of the images, repair or remove: {named}"
+        return UsageError(self.key, self.path, problem)
 
 
 def source_name(path: Path) -> str:
@@ -410,7 +413,7 @@ def file_names(path: Path, key: str = "dataset.path", rules: int = RULES) -> lis
     Raises FileNotFoundError or ValueError as `Folder`.
     """
     if not path.exists():
-        raise FileNotFoundError(f"{key}={path}: does not exist; give a folder or .zip of images")
+        raise UsageError(key, path, "does not exist", "give a folder or .zip of images")
     if path.is_dir():
         return list(folder_names(path))
     try:
@@ -419,8 +422,8 @@ def file_names(path: Path, key: str = "dataset.path", rules: int = RULES) -> lis
             if rules > 1 and not any("/" in name for name in archive.entries):
                 names = [name.replace("\\", "/") for name in names if not name.endswith("\\")]
             return names
-    except ValueError as error:
-        raise ValueError(f"{key}={path}: is neither a folder nor a readable .zip ({error})") from error
+    except FormatError as error:
+        raise UsageError(key, path, f"is neither a folder nor a readable .zip ({error})") from error
 
 
 def image_files(
@@ -429,7 +432,7 @@ def image_files(
     """Those of the names that end as images do, in sorted order; raises ValueError if there are none."""
     images = sorted(name for name in names if ends_in(PurePosixPath(name), suffixes))
     if not images:
-        raise ValueError(f"{key}={path}: holds no image; wanted are {' '.join(suffixes)}")
+        raise UsageError(key, path, "holds no image", f"wanted are {' '.join(suffixes)}")
     return images
 
 
@@ -442,8 +445,8 @@ def own_images(path: Path, names: list[str], key: str, suffixes: tuple[str, ...]
         if path.name in about.get("results", {}):
             kept = [name for name in kept if is_result(f"{path.name}/{name}", about)]
     if not kept:
-        raise ValueError(
-            f"{key}={path}: is an output folder of diffuse without samples or results; give another folder"
+        raise UsageError(
+            key, path, "is an output folder of diffuse without samples or results", "give another folder"
         )
     return kept
 
@@ -472,7 +475,7 @@ def mask_names(
     found = {name: top + name for name in inside if ends_in(PurePosixPath(name), suffixes)}
     if not found:
         where = "a folder" if path.is_dir() else f"a folder inside {path}"
-        raise ValueError(f"dataset.masks={masks}: holds no mask; give {where} of {' '.join(suffixes)}")
+        raise UsageError("dataset.masks", masks, "holds no mask", f"give {where} of {' '.join(suffixes)}")
     rest = [name for name in names if not name.startswith(below)]
     return found, rest, passed_over(f"dataset.masks={masks}", inside, suffixes)
 
@@ -481,7 +484,7 @@ def volume_files(path: Path, names: list[str]) -> list[str]:
     """Those of the names that are volumes, in sorted order; raises ValueError if there are none."""
     volumes = sorted(n for n in names if n.lower().endswith(VOLUMES) and visible_name(PurePosixPath(n)))
     if not volumes:
-        raise ValueError(f"dataset.path={path}: holds no volume; wanted are {' '.join(VOLUMES)}")
+        raise UsageError("dataset.path", path, "holds no volume", f"wanted are {' '.join(VOLUMES)}")
     return volumes
 
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from diffusion_cli.data.base import Dataset, Split
 from diffusion_cli.data.memory import GENERATED, MemoryImages
+from diffusion_cli.errors import UsageError
 from diffusion_cli.seeding import mix
 
 
@@ -39,16 +40,18 @@ class GaussianMixture(Dataset):
     ) -> None:
         super().__init__(data_dir)
         if len(shape) != 3 or min(shape) < 1:
-            raise ValueError(f"dataset.shape={list(shape)}: must be channels, height and width")
+            raise UsageError("dataset.shape", list(shape), "must be channels, height and width")
         channels, height, width = shape
         self.shape = (channels, height, width)
         if any(len(mean) != math.prod(shape) for mean in means):
-            raise ValueError(
-                f"dataset.means={means}: every mean needs {math.prod(shape)} numbers, one a pixel"
+            raise UsageError(
+                "dataset.means", means, f"every mean needs {math.prod(shape)} numbers, one a pixel"
             )
         for key, values in {"stds": stds, "weights": weights}.items():
             if len(values) != len(means) or not min(values, default=0) > 0:
-                raise ValueError(f"dataset.{key}={values}: must be {len(means)} positive numbers, one a mean")
+                raise UsageError(
+                    f"dataset.{key}", values, f"must be {len(means)} positive numbers, one a mean"
+                )
         self.means = torch.tensor(means, dtype=torch.float64)
         self.stds = torch.tensor(stds, dtype=torch.float64)
         self.weights = torch.tensor(weights, dtype=torch.float64)

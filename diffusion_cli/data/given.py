@@ -15,6 +15,7 @@ from diffusion_cli.data.decoding import Exact
 from diffusion_cli.data.folder import RULES, FileImages, file_names, ignored_files, own_images
 from diffusion_cli.data.labels import class_labels, composed, read
 from diffusion_cli.data.listing import MANIFEST, manifests
+from diffusion_cli.errors import FormatError, UsageError
 from diffusion_cli.foreign import LONGEST_MANIFEST, reason
 from diffusion_cli.forms import Form, Picture, Ranged, Raster, Shape, has_own_numbers
 from diffusion_cli.forms.files import is_gray, opened
@@ -47,7 +48,7 @@ def given_images(
     if path.suffix in (".npy", ".npz") and path.is_file():
         given = _array(path, key, form or Picture())
         if shape is not None and given.images.shape != shape:
-            raise ValueError(f"{key}={path}: holds images {given.images.shape}; wanted are {shape}")
+            raise UsageError(key, path, f"holds images {given.images.shape}", f"wanted are {shape}")
         return given
     names = file_names(path, key)
     form = form or Picture()
@@ -59,8 +60,10 @@ def given_images(
         )
         class_names, labels, *_ = class_labels(path, names, files, "none" if own else "auto", RULES)
         decoder = Exact(form, shape or _shape(read(path, files[0])))
+    except UsageError as error:
+        raise error.renamed({"dataset.path": key}) from error
     except ValueError as error:
-        raise ValueError(f"{key}={path}: {reason(error).removeprefix(f'dataset.path={path}: ')}") from error
+        raise UsageError(key, path, reason(error)) from error
     remarks = ignored_files(path, names, key, form.suffixes)
     if isinstance(form, Picture | Raster):
         seen = survey.headers(path, files)
@@ -82,11 +85,11 @@ def _array(path: Path, key: str, form: Form) -> Given:
     try:
         contents = read_contents(path)
         if isinstance(form, Ranged) and contents.dtype != form.dtype:
-            raise ValueError(f"holds {contents.dtype}; wanted is {form.dtype}")
+            raise FormatError(f"holds {contents.dtype}; wanted is {form.dtype}")
         if isinstance(form, Picture) and contents.dtype != "uint8":
-            raise ValueError(f"holds {contents.dtype}; images must be uint8 in 0..255")
+            raise FormatError(f"holds {contents.dtype}; images must be uint8 in 0..255")
     except Exception as error:  # damaged files fail in many ways in the parsers of ZIP and NumPy headers
-        raise ValueError(f"{key}={path}: {reason(error)}") from error
+        raise UsageError(key, path, reason(error)) from error
     images = ArrayImages(path, contents, form, torch.arange(contents.number))
     remarks = shape_remarks(f"{key}={path}", contents)
     if isinstance(form, Picture):

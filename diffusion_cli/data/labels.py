@@ -12,6 +12,7 @@ from torch import Tensor
 
 from diffusion_cli import foreign
 from diffusion_cli.data.listing import MANIFEST
+from diffusion_cli.errors import FormatError, UsageError
 
 LABELS_CSV = "labels.csv"
 LABEL_COLUMNS = ("file", "label")
@@ -58,7 +59,7 @@ def class_labels(
             limit = min(foreign.LARGEST, LONGEST_ROW * (1 + len(images)))
             classes = csv_classes(csv_rows(read(path, table, limit)), table, images)
         except ValueError as error:
-            raise ValueError(f"dataset.path={path}: {table} {error}") from error
+            raise UsageError("dataset.path", path, f"{table} {error}") from error
         if rules > 1:
             classes = in_one_form(classes)
             own = str(PurePosixPath(table).with_name(MANIFEST)) in names
@@ -68,9 +69,11 @@ def class_labels(
                 )
         return Classes(*numbered(classes, in_order(set(classes))), _few(path, classes))
     if labels == "csv":
-        raise ValueError(
-            f"dataset.labels=csv: there is no {LABELS_CSV} at the top of {path}; "
-            "write one with the columns file and label, or set folders or none"
+        raise UsageError(
+            "dataset.labels",
+            "csv",
+            f"there is no {LABELS_CSV} at the top of {path}",
+            "write one with the columns file and label, or set folders or none",
         )
     classes = class_folders(inside)
     if classes is not None:
@@ -79,9 +82,11 @@ def class_labels(
         splits = (_of_splits(path, found),) if found else ()
         return Classes(*numbered(classes, sorted(set(classes))), (*splits, *_few(path, classes)))
     if labels == "folders":
-        raise ValueError(
-            f"dataset.labels=folders: the images of {path} do not all lie in two or more folders; "
-            "sort them into one folder a class, or set csv or none"
+        raise UsageError(
+            "dataset.labels",
+            "folders",
+            f"the images of {path} do not all lie in two or more folders",
+            "sort them into one folder a class, or set csv or none",
         )
     missing = _no_classes(inside)
     stray = (f"dataset.path={path}: no classes, as {missing}",) if missing else ()
@@ -205,7 +210,7 @@ def read(path: Path, name: str, limit: int = foreign.LARGEST) -> bytes:
             return archive.read(name, limit)
     except (ValueError, OSError) as error:
         why = foreign.reason(error)
-        raise ValueError(f"cannot be read ({why}); repair or remove it") from error
+        raise FormatError(f"cannot be read ({why}); repair or remove it") from error
 
 
 def csv_rows(data: bytes) -> list[tuple[str, str]]:
@@ -218,21 +223,21 @@ def csv_rows(data: bytes) -> list[tuple[str, str]]:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = error.object.count(b"\n", 0, error.start) + 1
-        raise ValueError(f"is not UTF-8 (line {line}: {error.reason}); save it as UTF-8") from error
+        raise FormatError(f"is not UTF-8 (line {line}: {error.reason}); save it as UTF-8") from error
     reader = csv.reader(StringIO(text, newline=""), skipinitialspace=True, strict=True)
     try:
         fields = [[field.strip() for field in row] for row in reader]
     except csv.Error as error:
-        raise ValueError(f"is no CSV (line {reader.line_num}: {error}); repair it") from error
+        raise FormatError(f"is no CSV (line {reader.line_num}: {error}); repair it") from error
     header, *rows = [row for row in fields if any(row)] or [[]]
     if not header.count("file") == header.count("label") == 1:
-        raise ValueError(
+        raise FormatError(
             f"needs a header line with one column file and one column label, and begins with "
             f"{','.join(header)[:80]!r}; write 'file,label' there, or set dataset.labels=folders or none"
         )
     long = [",".join(row)[:80] for row in rows if any(row[len(header) :])]
     if long:
-        raise ValueError(f'has more fields than its header in {examples(long)}; put "..." around commas')
+        raise FormatError(f'has more fields than its header in {examples(long)}; put "..." around commas')
     padded = [row + [""] * len(header) for row in rows]
     return [(row[header.index("file")], row[header.index("label")]) for row in padded]
 
@@ -248,16 +253,16 @@ def csv_classes(rows: list[tuple[str, str]], table: str, images: list[str]) -> l
     rows = [(file if file in exact else one_form.get(composed(file), file), label) for file, label in rows]
     label_of = dict(rows)
     if unknown := [file for file, _ in rows if file not in exact]:
-        raise ValueError(
+        raise FormatError(
             f"finds no image for {examples(unknown)}; remove these rows, or name images "
             f"as seen from the folder of {LABELS_CSV}, with /"
         )
     if repeated := [file for file, count in Counter(file for file, _ in rows).items() if count > 1]:
-        raise ValueError(f"has more than one row for {examples(repeated)}; keep one row an image")
+        raise FormatError(f"has more than one row for {examples(repeated)}; keep one row an image")
     if empty := [file for file, label in rows if not label]:
-        raise ValueError(f"has no label for {examples(empty)}; fill in the column label")
+        raise FormatError(f"has no label for {examples(empty)}; fill in the column label")
     if missing := [file for file in files if file not in label_of]:
-        raise ValueError(f"has no row for {examples(missing)}; add rows for them, or remove the images")
+        raise FormatError(f"has no row for {examples(missing)}; add rows for them, or remove the images")
     return [label_of[file] for file in files]
 
 

@@ -11,6 +11,7 @@ from PIL import Image
 
 from diffusion_cli.data.decoding import Decoder, DeepDecoder, fitted
 from diffusion_cli.data.labels import common_depth, composed, examples
+from diffusion_cli.errors import FormatError
 from diffusion_cli.foreign import reason
 from diffusion_cli.forms import Range, Raster, Shape, image_form
 from diffusion_cli.forms.numbers import depth_of
@@ -48,9 +49,9 @@ class MaskedDecoder(NamedTuple):
         try:
             labels = self._labels(mask)
         except ValueError as error:
-            raise ValueError(f"its mask: {reason(error)}") from error
+            raise FormatError(f"its mask: {reason(error)}") from error
         if (found := tuple(labels.shape)) != (wanted := (1, *self.image.size(data))):
-            raise ValueError(f"its mask is {found} in channels, height and width, not {wanted}")
+            raise FormatError(f"its mask is {found} in channels, height and width, not {wanted}")
         labels = fitted(labels, self.mask, self.shape, Image.Resampling.NEAREST)
         return self.form.stored(torch.cat([x, labels])).numpy()
 
@@ -58,7 +59,7 @@ class MaskedDecoder(NamedTuple):
         """The labels of a file in [-1, 1]; ValueError for those beyond their range, of which none is the nearest."""
         numbers, low, high = self.mask.held(mask), self.mask.low[0], self.mask.high[0]
         if numbers.min() < low or numbers.max() > high:
-            raise ValueError(
+            raise FormatError(
                 f"has labels {numbers.min()} to {numbers.max()}, and dataset.range gives masks [{low:g},{high:g}]; "
                 "give a pair that includes them"
             )
@@ -72,12 +73,12 @@ def masked_decoder(image: Decoder | DeepDecoder, first: bytes, given: Range | No
     """
     depth = depth_of(first)
     if depth not in ("uint8", "uint16"):
-        raise ValueError(f"holds {depth}; masks are label numbers of 8 or 16 bits")
+        raise FormatError(f"holds {depth}; masks are label numbers of 8 or 16 bits")
     mask = _raster(depth, [given or [0.0, float(np.iinfo(depth).max)]])
     own = image.form if isinstance(image, DeepDecoder) else _raster("uint8", [BYTES])
     both = np.promote_types(own.dtype, depth).name
     if both not in get_args(Dtype):
-        raise ValueError(f"holds {depth} beside images of {own.dtype}; save masks in 8 bits")
+        raise FormatError(f"holds {depth} beside images of {own.dtype}; save masks in 8 bits")
     pairs = [list(pair) for pair in zip(own.low, own.high, strict=True)]
     pairs *= image.shape[0] // len(pairs)  # one pair for all channels, or each
     return MaskedDecoder(image, mask, _raster(both, [*pairs, [mask.low[0], mask.high[0]]]))
@@ -113,7 +114,7 @@ def mask_files(images: list[str], masks: Sequence[str]) -> list[str]:
     for wrong, remedy in ((0, "no mask for"), (2, "more than one mask for")):
         found = [name for name, stem in zip(images, named, strict=True) if min(stems[stem], 2) == wrong]
         if found:
-            raise ValueError(f"has {remedy} {examples(found)}; give each image one, of its name")
+            raise FormatError(f"has {remedy} {examples(found)}; give each image one, of its name")
     files = {_stem(name): name for name in masks}
     return [files[stem] for stem in named]
 

@@ -4,6 +4,7 @@ from functools import lru_cache
 from pathlib import Path
 from threading import Thread
 
+from diffusion_cli.errors import NO_VALUE, UsageError
 from diffusion_cli.foreign import Archive, reason
 from diffusion_cli.ranks import started
 
@@ -35,7 +36,9 @@ class MemberCheck:
     def require(self) -> None:
         """Raise ValueError if the member was found damaged."""
         if self._problem is not None:
-            raise ValueError(f"{self._path}: its images are damaged ({self._problem}); copy or pack it again")
+            raise UsageError(
+                self._path, NO_VALUE, f"its images are damaged ({self._problem})", "copy or pack it again"
+            )
 
 
 def member_check(path: Path, name: str) -> MemberCheck:

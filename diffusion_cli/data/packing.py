@@ -14,8 +14,9 @@ from torch import Tensor
 
 from diffusion_cli.data.array import CLASS_NAMES, FORM, IMAGE_KEYS, LABEL_KEYS, MARKS, channel_order
 from diffusion_cli.data.base import Dataset, Images
-from diffusion_cli.data.batches import fetched
+from diffusion_cli.data.batches import UnreadableError, fetched
 from diffusion_cli.data.memory import usable_cores
+from diffusion_cli.errors import NO_VALUE, UsageError
 from diffusion_cli.forms import Ranged
 from diffusion_cli.progress import ProgressBar
 
@@ -39,8 +40,8 @@ class Pack:
         Raises ValueError naming files that cannot be decoded, or where images are numbers of no file.
         """
         if channel_order(dataset.shape) != "NCHW":
-            raise ValueError(
-                f"dataset: images {dataset.shape} would pass for others, with their channels last"
+            raise UsageError(
+                "dataset", NO_VALUE, f"images {dataset.shape} would pass for others, with their channels last"
             )
         splits = [dataset.once("train"), dataset.once("held_out")]
         counts = [len(images) for images in splits]
@@ -73,7 +74,7 @@ class Pack:
                 processes = min(wanted, len(rows))
                 for pixels in fetched(images, rows, processes, key="action.processes"):
                     if isinstance(pixels, Exception):
-                        raise ValueError(str(pixels)) from pixels
+                        raise UnreadableError(str(pixels)) from pixels
                     yield _numbers(pixels, dataset)
                     progress.update(len(pixels))
 
@@ -83,7 +84,9 @@ def _numbers(pixels: Tensor, dataset: Dataset) -> np.ndarray:
     if isinstance(dataset.form, Ranged):
         return dataset.form.numbers(pixels)
     if pixels.dtype != torch.uint8:
-        raise ValueError(f"dataset: {dataset.name} has no images of 256 values, and needs no packing")
+        raise UsageError(
+            "dataset", NO_VALUE, f"{dataset.name} has no images of 256 values, and needs no packing"
+        )
     return pixels.numpy()
 
 

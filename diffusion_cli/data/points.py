@@ -16,6 +16,7 @@ from diffusion_cli.data.labels import class_labels
 from diffusion_cli.data.listing import visible_name
 from diffusion_cli.data.memory import GENERATED, MemoryImages
 from diffusion_cli.data.shapes import SHAPES, shape_points
+from diffusion_cli.errors import FormatError, UsageError
 from diffusion_cli.foreign import reason
 from diffusion_cli.forms.ply import read_ply
 from diffusion_cli.forms.points import PointSet
@@ -107,7 +108,7 @@ class PointDecoder(NamedTuple):
         """Raises ValueError if there are too few points, they reach beyond the radius, or are none."""
         points = read_ply(data) if data.startswith(b"ply") else _rows(data)
         if len(points) < self.num_points:
-            raise ValueError(f"has {len(points)} points, fewer than dataset.num_points={self.num_points}")
+            raise FormatError(f"has {len(points)} points, fewer than dataset.num_points={self.num_points}")
         taken = np.random.RandomState(zlib.crc32(data)).permutation(len(points))[: self.num_points]
         return self.scaled(points)[taken].T.astype(np.float32)
 
@@ -118,7 +119,7 @@ class PointDecoder(NamedTuple):
             return points / (np.linalg.norm(points, axis=1).max() or 1.0)
         farthest = np.abs(points).max()
         if farthest > self.radius:
-            raise ValueError(
+            raise FormatError(
                 f"reaches to {farthest:.6g}, beyond dataset.radius={self.radius:g}; set it as large, or null"
             )
         return points / self.radius
@@ -128,11 +129,11 @@ def _rows(data: bytes) -> np.ndarray:
     try:
         points = array_of(data)
     except Exception as error:  # damaged headers fail in many ways in NumPy's parser
-        raise ValueError(reason(error)) from error
+        raise FormatError(reason(error)) from error
     if points.ndim != 2 or points.shape[1] != 3:
-        raise ValueError(f"has shape {points.shape}, not that of points, (N, 3)")
+        raise FormatError(f"has shape {points.shape}, not that of points, (N, 3)")
     if not np.isfinite(points).all():
-        raise ValueError("has coordinates that are no finite numbers")
+        raise FormatError("has coordinates that are no finite numbers")
     return points.astype(np.float64)
 
 
@@ -140,7 +141,7 @@ def _point_files(path: Path, names: list[str]) -> list[str]:
     files = [PurePosixPath(name) for name in sorted(names)]
     points = [str(name) for name in files if name.suffix.lower() in SUFFIXES and visible_name(name)]
     if not points:
-        raise ValueError(f"dataset.path={path}: holds no points; wanted are {' '.join(SUFFIXES)}")
+        raise UsageError("dataset.path", path, "holds no points", f"wanted are {' '.join(SUFFIXES)}")
     return points
 
 
@@ -148,5 +149,5 @@ def _shape_labels(size: int, labels: str) -> tuple[tuple[str, ...], Tensor] | tu
     if labels == "none":
         return None, None
     if labels != "auto":
-        raise ValueError(f"dataset.labels={labels}: is of files; for the built-in shapes take auto or none")
+        raise UsageError("dataset.labels", labels, "is of files", "for the built-in shapes take auto or none")
     return tuple(SHAPES), torch.arange(size) % len(SHAPES)

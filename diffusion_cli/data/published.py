@@ -11,6 +11,7 @@ from torch.nn.functional import pad
 
 from diffusion_cli.data.base import Dataset, Split
 from diffusion_cli.data.memory import MemoryImages
+from diffusion_cli.errors import UsageError
 from diffusion_cli.locks import locked
 
 STALL = 30.0  # seconds without an answer after which a download has failed; by default the wait is endless
@@ -36,9 +37,11 @@ class _Published(Dataset):
                 data = source(str(self.data_dir), train=split == "train", download=True)
         except (RuntimeError, OSError, EOFError, ValueError, AssertionError) as error:
             reason = " ".join(str(error).split()) or type(error).__name__
-            raise FileNotFoundError(
-                f"data_dir={self.data_dir}: cannot read {self.name} there, or download it ({reason}); "
-                f"where there is a network, fetch {self.files} in {self.folder()}"
+            raise UsageError(
+                "data_dir",
+                self.data_dir,
+                f"cannot read {self.name} there, or download it ({reason})",
+                f"where there is a network, fetch {self.files} in {self.folder()}",
             ) from error
         finally:
             socket.setdefaulttimeout(timeout)

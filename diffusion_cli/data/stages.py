@@ -12,6 +12,7 @@ from torch.nn.functional import interpolate
 from diffusion_cli.data.base import Images
 from diffusion_cli.data.batches import Batch, Batches
 from diffusion_cli.data.memory import hold
+from diffusion_cli.errors import UsageError
 
 
 class Stage(NamedTuple):
@@ -114,14 +115,19 @@ def _shapes(shape: tuple[int, ...], sizes: Sequence[int]) -> Iterator[tuple[int,
     possible = [short // factor for factor in range(common, 0, -1) if common % factor == 0]
     for size in sizes:
         if size not in possible:
-            raise ValueError(
-                f"progressive={list(sizes)}: images of {named} cannot be reduced to {size} by averaging blocks of "
-                f"pixels; take sizes among {possible}"
+            raise UsageError(
+                "progressive",
+                list(sizes),
+                f"images of {named} cannot be reduced to {size} by averaging blocks of pixels",
+                f"take sizes among {possible}",
             )
         yield channels, *(side * size // short for side in sides)
     if sizes[-1] != short:
-        raise ValueError(
-            f"progressive={list(sizes)}: ends at {sizes[-1]}, and the images are {named}; end with {short}"
+        raise UsageError(
+            "progressive",
+            list(sizes),
+            f"ends at {sizes[-1]}, and the images are {named}",
+            f"end with {short}",
         )
 
 

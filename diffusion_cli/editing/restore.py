@@ -13,6 +13,7 @@ from torch.nn.functional import pad
 from diffusion_cli.editing.base import Edit, Edited, Process, ReadMask, Shape
 from diffusion_cli.editing.latent import known_of
 from diffusion_cli.editing.operators import BlockMean, LinearOperator, Luma, Mask
+from diffusion_cli.errors import UsageError
 
 
 class Restoration(Edit):
@@ -53,16 +54,18 @@ class Inpaint(Restoration):
         if isinstance(mask, str) and mask not in ("centre", "center"):
             pixels = read_mask(mask)
             if list(pixels.shape) != sizes[-2:]:
-                raise ValueError(
-                    f"edit.mask={mask}: is {described(pixels.shape)} pixels and the images are "
-                    f"{described(sizes[-2:])}; give a mask of their size"
+                raise UsageError(
+                    "edit.mask",
+                    mask,
+                    f"is {described(pixels.shape)} pixels and the images are {described(sizes[-2:])}",
+                    "give a mask of their size",
                 )
             self.known[..., pixels >= 128] = False
         else:
             self.known[(..., *_box(mask, sizes))] = False
         if self.known.all():
-            raise ValueError(
-                f"edit.mask={mask}: has no white pixel, and so leaves nothing to paint; draw one"
+            raise UsageError(
+                "edit.mask", mask, "has no white pixel, and so leaves nothing to paint", "draw one"
             )
 
     def content(self) -> dict[str, Tensor]:
@@ -82,8 +85,10 @@ def _box(mask: str | list[int], sizes: list[int]) -> list[slice]:
     sides = [*zip(starts, ends, sizes, strict=False)]
     if len(starts) != ndim or len(ends) != ndim or not all(start < end <= size for start, end, size in sides):
         names = "left,top,front,right,bottom,back" if ndim == 3 else "left,top,right,bottom"
-        raise ValueError(
-            f"edit.mask={mask}: should be [{names}] in pixels within {described(sizes)}, centre, or an image file"
+        raise UsageError(
+            "edit.mask",
+            mask,
+            f"should be [{names}] in pixels within {described(sizes)}, centre, or an image file",
         )
     return [slice(start, end) for start, end, _ in sides]
 
@@ -119,13 +124,18 @@ class Outpaint(Restoration):
         self.canvas = canvas
         *front, height, width = shape
         if not any(self.sides):
-            raise ValueError("edit.left=0: no side is to be continued; set edit.left, right, top or bottom")
+            raise UsageError(
+                "edit.left", 0, "no side is to be continued", "set edit.left, right, top or bottom"
+            )
         self.inner = shape
         if canvas == "keep":
             self.inner = (*front, height - top - bottom, width - left - right)
             if min(self.inner) < 1:
-                raise ValueError(
-                    f"edit.canvas=keep: margins of {self.sides} leave nothing of {width} x {height} pixels; take less"
+                raise UsageError(
+                    "edit.canvas",
+                    "keep",
+                    f"margins of {self.sides} leave nothing of {width} x {height} pixels",
+                    "take less",
                 )
 
     @property
@@ -150,7 +160,7 @@ class Colorize(Restoration):
     def __init__(self, shape: Shape, read_mask: ReadMask) -> None:
         super().__init__(shape, read_mask)
         if shape[0] != 3:
-            raise ValueError("edit=colorize: the model makes gray images; take one trained on colour")
+            raise UsageError("edit", "colorize", "the model makes gray images", "take one trained on colour")
 
     def accepts(self) -> list[Shape]:
         return [self.shape, (1, *self.shape[1:])]
@@ -167,8 +177,8 @@ class SuperResolution(Restoration):
         super().__init__(shape, read_mask)
         _, *sizes = shape
         if any(size % factor for size in sizes):
-            raise ValueError(
-                f"edit.factor={factor}: does not divide {described(sizes)} pixels; take a divisor"
+            raise UsageError(
+                "edit.factor", factor, f"does not divide {described(sizes)} pixels", "take a divisor"
             )
         self.factor = factor
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from diffusion_cli.denoiser import Denoise, noised
 from diffusion_cli.editing.base import Edit, Edited, Process, ReadMask, Shape
+from diffusion_cli.errors import UsageError
 from diffusion_cli.samplers import Draw, integrate, invert, until
 
 Seed = Annotated[int, Field(ge=0, le=4294967295)]
@@ -77,7 +78,7 @@ class Attribute(Edit):
 
     def check(self, labelled: bool, number: Callable[[int | str | None], int | None]) -> None:
         if not labelled:
-            raise ValueError("label=null: edit=attribute leads to a class; name it")
+            raise UsageError("label", None, "edit=attribute leads to a class", "name it")
         number(self.source)
 
     def __call__(self, images: Tensor, process: Process) -> Edited:
@@ -109,7 +110,7 @@ class Interpolate(Edit):
         self.seeds, self.strength = seeds, strength
         self.results_each = frames
         if seeds is not None and (len(seeds) < 2 or len(seeds) % 2):
-            raise ValueError(f"edit.seeds={seeds}: should be pairs of seeds, as [0,1]")
+            raise UsageError("edit.seeds", seeds, "should be pairs of seeds, as [0,1]")
 
     def __call__(self, images: Tensor, process: Process) -> Edited:
         if self.seeds is None:

@@ -10,6 +10,7 @@ import numpy as np
 from pydantic import ConfigDict, ValidationError
 from torch import Tensor
 
+from diffusion_cli.errors import NO_VALUE, UsageError
 from diffusion_cli.foreign import reason
 
 Shape = tuple[int, ...]
@@ -99,10 +100,12 @@ def form_of(about: Mapping[str, Any]) -> Form:
     values = dict(about)
     kind = KINDS.get(str(values.pop("kind", None)))
     if kind is None:
-        raise ValueError(f"form.kind={str(about.get('kind'))[:40]}: is no form; there are {', '.join(KINDS)}")
+        raise UsageError(
+            "form.kind", str(about.get("kind"))[:40], "is no form", f"there are {', '.join(KINDS)}"
+        )
     try:
         return kind(**values)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         where = ".".join(str(part) for part in first["loc"])
-        raise ValueError(f"form.{where}: {reason(ValueError(first['msg']))}") from error
+        raise UsageError(f"form.{where}", NO_VALUE, reason(ValueError(first["msg"]))) from error

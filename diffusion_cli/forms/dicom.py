@@ -11,6 +11,7 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
+from diffusion_cli.errors import FormatError, UsageError
 from diffusion_cli.foreign import reason
 from diffusion_cli.forms.base import STRICT
 from diffusion_cli.forms.ranged import Dtype, Finite, Range, Ranged, ranges
@@ -50,7 +51,7 @@ class Dicom(Ranged):
     def __post_init__(self) -> None:
         self.check_range()
         if self.dtype == "float32" or self.bits > 8 * np.dtype(self.dtype).itemsize:
-            raise ValueError(f"has no {self.bits} bits in {self.dtype}")
+            raise FormatError(f"has no {self.bits} bits in {self.dtype}")
 
     @property
     def suffix(self) -> str:
@@ -88,13 +89,13 @@ class Dicom(Ranged):
         """Raise ValueError if all that the first file may hold is the range, and this one is of others."""
         dtype, remedy = scan.pixels.dtype.name, "give the values that are meant as dataset.range=[low,high]"
         if (dtype, scan.bits) != (self.dtype, self.bits):
-            raise ValueError(
+            raise FormatError(
                 f"has {scan.bits} bits in {dtype}, and the first has {self.bits} in {self.dtype}; {remedy}"
             )
         low, high = whole(dtype, scan.bits, scan.slope, scan.intercept)
         spare = self.slope / 2  # which rounds to the same number; a slope is written in 16 characters
         if low < self.low[0] - spare or high > self.high[0] + spare:
-            raise ValueError(
+            raise FormatError(
                 f"holds values of {low:g} to {high:g}, and the first of {self.low[0]:g} to {self.high[0]:g}; {remedy}"
             )
 
@@ -165,7 +166,7 @@ def dicom_form(data: bytes, given: Range | list[Range] | Literal["window"] | Non
         pair = whole(dtype, scan.bits, scan.slope, scan.intercept)
     elif given == "window":
         if scan.window is None:
-            raise ValueError("dataset.range=window: the first file names none; give [low,high]")
+            raise UsageError("dataset.range", "window", "the first file names none", "give [low,high]")
         pair = [*scan.window]
     else:
         (low, *_), (high, *_) = ranges(given, 1)
@@ -194,9 +195,9 @@ def read_scan(data: bytes) -> Scan:
         from pydicom import config, dcmread
         from pydicom.filereader import read_dataset
     except ImportError as error:
-        raise ValueError("is DICOM, which pydicom reads; pip install 'diffuse-cli[medical]'") from error
+        raise FormatError("is DICOM, which pydicom reads; pip install 'diffuse-cli[medical]'") from error
     if not is_dicom(data):
-        raise ValueError("is no DICOM file")
+        raise FormatError("is no DICOM file")
     config.settings.reading_validation_mode = config.IGNORE  # what is read is held to what is wanted, here
     try:
         head = BytesIO(data)
@@ -204,30 +205,30 @@ def read_scan(data: bytes) -> Scan:
         about = read_dataset(head, False, True, stop_when=lambda tag, *_: tag >> 16 != 2)
         syntax = str(about.TransferSyntaxUID)
         if syntax not in UNCOMPRESSED:
-            raise ValueError(f"is compressed ({syntax}); decompress it, as by: gdcmconv --raw")
+            raise FormatError(f"is compressed ({syntax}); decompress it, as by: gdcmconv --raw")
         return _scan(dcmread(BytesIO(data), specific_tags=READ), ">" if syntax == UNCOMPRESSED[2] else "<")
     except Exception as error:  # its parser meets broken data with errors of every type
-        raise ValueError(reason(error)) from error
+        raise FormatError(reason(error)) from error
 
 
 def _scan(file: "Dataset", order: Literal["<", ">"]) -> Scan:
     what = str(file.PhotometricInterpretation)
     if what not in ("MONOCHROME1", "MONOCHROME2") or int(file.get("SamplesPerPixel") or 1) != 1:
-        raise ValueError(f"is {what}; images are gray, MONOCHROME1 or MONOCHROME2")
+        raise FormatError(f"is {what}; images are gray, MONOCHROME1 or MONOCHROME2")
     if int(file.get("NumberOfFrames") or 1) != 1:
-        raise ValueError(f"has {file.NumberOfFrames} frames; images have one")
+        raise FormatError(f"has {file.NumberOfFrames} frames; images have one")
     if file.get("ModalityLUTSequence"):
-        raise ValueError("has its values in a lookup table; images have a slope and an intercept")
+        raise FormatError("has its values in a lookup table; images have a slope and an intercept")
     allocated, bits = int(file.BitsAllocated), int(file.BitsStored)
     signed = int(file.PixelRepresentation) == 1
     if allocated not in (8, 16) or not 0 < bits <= allocated or (signed and allocated == 8):
-        raise ValueError(f"has {bits} of {allocated} bits; images have up to 16, signed ones of 16")
+        raise FormatError(f"has {bits} of {allocated} bits; images have up to 16, signed ones of 16")
     if int(file.HighBit) != bits - 1:
-        raise ValueError(f"has its highest bit at {file.HighBit}, not at {bits - 1}")
+        raise FormatError(f"has its highest bit at {file.HighBit}, not at {bits - 1}")
     rows, columns = int(file.Rows), int(file.Columns)
     content: Any = file.PixelData
     if min(rows, columns) < 1 or len(content) < rows * columns * allocated // 8:
-        raise ValueError(f"has {len(content)} bytes of pixels, and {columns} x {rows} are named")
+        raise FormatError(f"has {len(content)} bytes of pixels, and {columns} x {rows} are named")
     # Above the bits that are stored some files keep other things.
     unused = allocated - bits
     pixels = np.frombuffer(content, f"{order}{'i' if signed else 'u'}{allocated // 8}", rows * columns)
@@ -239,7 +240,7 @@ def _scan(file: "Dataset", order: Literal["<", ">"]) -> Scan:
         float(file.get("RescaleIntercept") or 0),
     )
     if not (0 < slope < np.inf and abs(intercept) < np.inf):
-        raise ValueError(f"has values of slope {slope} and intercept {intercept}; a slope is above 0")
+        raise FormatError(f"has values of slope {slope} and intercept {intercept}; a slope is above 0")
     return Scan(pixels, bits, slope, intercept, _window(file))
 
 

@@ -10,6 +10,7 @@ from typing import IO, Literal
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from diffusion_cli.errors import FormatError
 from diffusion_cli.foreign import IMAGE_FORMATS, reason
 from diffusion_cli.forms.profiles import to_srgb
 
@@ -60,7 +61,7 @@ def has_gray_palette(image: Image.Image) -> bool:
             return False
         colours = image.getpalette("RGB") or []
     except Exception as error:  # as in `parsed`, for a palette is had with the pixels
-        raise ValueError(reason(error)) from error
+        raise FormatError(reason(error)) from error
     return colours[::3] == colours[1::3] == colours[2::3]
 
 
@@ -77,12 +78,12 @@ def parsed(data: bytes | IO[bytes]) -> Image.Image:
     try:
         image = Image.open(BytesIO(data) if isinstance(data, bytes) else data, formats=list(IMAGE_FORMATS))
     except UnidentifiedImageError as error:  # whose text names a memory address
-        raise ValueError(f"is not an image in {', '.join(IMAGE_FORMATS)}") from error
+        raise FormatError(f"is not an image in {', '.join(IMAGE_FORMATS)}") from error
     except Exception as error:  # decoders meet broken data with errors of every type
-        raise ValueError(reason(error)) from error
+        raise FormatError(reason(error)) from error
     limit = Image.MAX_IMAGE_PIXELS
     if limit is not None and image.width * image.height > limit:
-        raise ValueError(f"{image.width} x {image.height} pixels exceed Pillow's limit of {limit}")
+        raise FormatError(f"{image.width} x {image.height} pixels exceed Pillow's limit of {limit}")
     return image
 
 
@@ -91,14 +92,14 @@ def is_turned(image: Image.Image) -> bool:
     try:
         return image.getexif().get(ORIENTATION) in TURNED
     except Exception as error:  # as above
-        raise ValueError(reason(error)) from error
+        raise FormatError(reason(error)) from error
 
 
 def upright(image: Image.Image) -> Image.Image:
     try:
         ImageOps.exif_transpose(image, in_place=True)
     except Exception as error:  # as above, for only now are pixels read
-        raise ValueError(reason(error)) from error
+        raise FormatError(reason(error)) from error
     return image
 
 
@@ -112,7 +113,7 @@ def flattened(
     try:
         return _flattened(image, channels, background, srgb)
     except Exception as error:  # a few kinds of colours cannot be converted
-        raise ValueError(reason(error)) from error
+        raise FormatError(reason(error)) from error
 
 
 def _flattened(
@@ -122,10 +123,10 @@ def _flattened(
     if image.mode.startswith("I"):  # 16-bit gray, which Pillow's own conversion clips at 255
         values = np.asarray(image)
         if values.min() < 0 or values.max() > 65535:
-            raise ValueError("has 32-bit pixels; convert it to 8 or 16 bits")
+            raise FormatError("has 32-bit pixels; convert it to 8 or 16 bits")
         image = Image.fromarray(((values.astype(np.uint32) + 128) // 257).astype(np.uint8))
     elif image.mode == "F":
-        raise ValueError("has floating-point pixels; convert it to 8 or 16 bits")
+        raise FormatError("has floating-point pixels; convert it to 8 or 16 bits")
     elif image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, background), image)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
+from diffusion_cli.errors import FormatError
 from diffusion_cli.foreign import LARGEST, reason
 from diffusion_cli.forms.files import ORIENTATION, has_gray_palette, parsed, upright
 from diffusion_cli.forms.profiles import to_srgb
@@ -72,7 +73,7 @@ def read_numbers(data: bytes) -> np.ndarray:
         if data[:4] in TIFF:
             return _tiff(data)
         if (largest := _largest(data)) != 255:  # Pillow scales such values
-            raise ValueError(f"has values up to {largest}, not 255; save it as PNG or TIFF")
+            raise FormatError(f"has values up to {largest}, not 255; save it as PNG or TIFF")
         image = parsed(data)
         if depth_of(data) == "uint16" and image.mode != "I;16":  # of colour Pillow gives but 8 bits
             return _deep_png(data)
@@ -83,7 +84,7 @@ def read_numbers(data: bytes) -> np.ndarray:
             image = image.convert("RGBA" if image.has_transparency_data else "RGB")
         numbers = np.asarray(image)
     except Exception as error:  # decoders meet broken data with errors of every type
-        raise ValueError(reason(error)) from error
+        raise FormatError(reason(error)) from error
     return np.atleast_3d(numbers).transpose(2, 0, 1)
 
 
@@ -136,15 +137,15 @@ def read_with_opacity(data: bytes, mode: Literal["LA", "RGBA"]) -> np.ndarray:
         return read_numbers(data)
     image = parsed(data)
     if image.mode not in COLOURS:
-        raise ValueError(f"is in {image.mode}; convert it to {mode}")
+        raise FormatError(f"is in {image.mode}; convert it to {mode}")
     if mode == "LA" and not (image.mode in ("1", "L", "LA") or has_gray_palette(image)):
-        raise ValueError("is in colour, not gray")
+        raise FormatError("is in colour, not gray")
     try:
         profile = image.info.get("icc_profile")
         colours = upright(image).convert(mode)
         numbers = np.asarray(to_srgb(colours, profile) if profile else colours)
     except Exception as error:  # decoders meet broken data with errors of every type
-        raise ValueError(reason(error)) from error
+        raise FormatError(reason(error)) from error
     return numbers.transpose(2, 0, 1)
 
 
@@ -157,10 +158,10 @@ def _deep_png(data: bytes) -> np.ndarray:
     channels = {2: 3, 4: 2, 6: 4}[colour]
     size = height * (1 + 2 * channels * width)
     if interlaced or size > 2 * MOST_NUMBERS:
-        raise ValueError(f"is interlaced, or has more than {MOST_NUMBERS} numbers; save it as TIFF")
+        raise FormatError(f"is interlaced, or has more than {MOST_NUMBERS} numbers; save it as TIFF")
     content = zlib.decompressobj().decompress(b"".join(_parts(data)), size)
     if len(content) < size:
-        raise ValueError("ends too early")
+        raise FormatError("ends too early")
     rows = np.frombuffer(content, np.uint8).reshape(height, -1)
     halves = rows[:, 1:].reshape(height, channels * width, 2)
     high, low = (
@@ -196,11 +197,11 @@ def _tiff(data: bytes) -> np.ndarray:
     with TiffFile(BytesIO(data)) as file:
         _check(file, len(data))
         if (orientation := file.pages.first.tags.valueof(ORIENTATION, default=1)) != 1:
-            raise ValueError(f"has orientation {orientation}; save it upright")
+            raise FormatError(f"has orientation {orientation}; save it upright")
         series = file.series[0]
         numbers, others = series.asarray(maxworkers=1), series.axes.replace("Y", "").replace("X", "")
         if "Y" not in series.axes or "X" not in series.axes or len(others) > 1:
-            raise ValueError(
+            raise FormatError(
                 f"has axes {series.axes} of {series.shape}; wanted are height, width and channels"
             )
         if others:
@@ -215,10 +216,10 @@ def _tiff(data: bytes) -> np.ndarray:
 def _check(file: "TiffFile", size: int) -> None:
     """Raise ValueError unless all that the first series declares is there, and its images take bounded memory."""
     if len(file.pages) > MOST_PAGES:
-        raise ValueError(f"has more than {MOST_PAGES} pages")
+        raise FormatError(f"has more than {MOST_PAGES} pages")
     series = file.series[0]
     if series.dtype is None or math.prod(series.shape) > MOST_NUMBERS:
-        raise ValueError(
+        raise FormatError(
             f"holds {series.dtype} of {series.shape}; images have no more than {MOST_NUMBERS} numbers"
         )
     for page in series.pages:
@@ -228,14 +229,14 @@ def _check(file: "TiffFile", size: int) -> None:
 
 def _check_page(file: "TiffFile", page: "TiffPage", size: int) -> None:
     if page.compression not in BOUNDED:
-        raise ValueError(f"is compressed by method {page.compression:d}; wanted is none, LZW or deflate")
+        raise FormatError(f"is compressed by method {page.compression:d}; wanted is none, LZW or deflate")
     segment = math.prod(page.chunks) * (page.dtype or np.dtype("u1")).itemsize
     if segment > LARGEST:
-        raise ValueError(f"has parts of {page.chunks}, that take more than {LARGEST} bytes")
+        raise FormatError(f"has parts of {page.chunks}, that take more than {LARGEST} bytes")
     for offset, count in zip(page.dataoffsets, page.databytecounts, strict=True):
         if count == 0 or offset + count > size:
-            raise ValueError(f"has {size} bytes, fewer than it names")
+            raise FormatError(f"has {size} bytes, fewer than it names")
         if page.compression in DEFLATE:
             file.filehandle.seek(offset)
             if len(zlib.decompressobj().decompress(file.filehandle.read(count), segment + 1)) > segment:
-                raise ValueError("inflates to more than it declares")
+                raise FormatError("inflates to more than it declares")

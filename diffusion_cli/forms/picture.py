@@ -10,6 +10,7 @@ from PIL import Image
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
+from diffusion_cli.errors import FormatError
 from diffusion_cli.forms.base import STRICT, Form, Shape
 from diffusion_cli.forms.files import SUFFIXES, flattened, has_gray_palette, is_gray, opened
 from diffusion_cli.forms.lossy import lossy_format
@@ -44,9 +45,9 @@ class Picture(Form):
         """Return the pixels of any kind of image file in bytes; gray becomes RGB where that is wanted."""
         image, (channels, height, width) = opened(data), shape
         if (image.height, image.width) != (height, width):
-            raise ValueError(f"is {image.width} x {image.height}, not {width} x {height} pixels")
+            raise FormatError(f"is {image.width} x {image.height}, not {width} x {height} pixels")
         if channels == 1 and not (is_gray(image) or has_gray_palette(image)):
-            raise ValueError("is in colour, not gray")
+            raise FormatError("is in colour, not gray")
         pixels = torch.from_numpy(np.array(flattened(image, channels, "white")))
         return pixels[None] if channels == 1 else pixels.permute(2, 0, 1)
 

@@ -6,6 +6,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from diffusion_cli.errors import FormatError
+
 LONGEST_HEADER = 2**16  # bytes
 FORMATS = {"ascii": "", "binary_little_endian": "<", "binary_big_endian": ">"}
 TYPES = {
@@ -32,11 +34,11 @@ def read_ply(data: bytes) -> np.ndarray:
     header = _header(data)
     names = [name for name, _ in header.properties]
     if any(names.count(axis) != 1 for axis in AXES):
-        raise ValueError(f"has vertices of {', '.join(names)[:80]}, not of one x, y and z each")
+        raise FormatError(f"has vertices of {', '.join(names)[:80]}, not of one x, y and z each")
     read = _binary if header.order else _text
     points = np.stack([read(data, header)[axis] for axis in AXES], axis=1).astype(np.float64)
     if not np.isfinite(points).all():
-        raise ValueError("has coordinates that are no finite numbers")
+        raise FormatError("has coordinates that are no finite numbers")
     return points
 
 
@@ -50,14 +52,14 @@ def write_ply(points: np.ndarray, path: Path) -> None:
 def _header(data: bytes) -> _Header:
     ending = re.search(rb"\nend_header[ \t]*\r?\n", data[:LONGEST_HEADER])
     if not data.startswith(b"ply") or ending is None:
-        raise ValueError("is no PLY file")
+        raise FormatError("is no PLY file")
     lines = [line.split() for line in data[: ending.start()].decode("ascii", "replace").splitlines()[1:]]
     lines = [words for words in lines if words and words[0] not in ("comment", "obj_info")]
     match lines[:2]:
         case [["format", kind, _], ["element", "vertex", count]] if kind in FORMATS and count.isdecimal():
             pass
         case _:
-            raise ValueError("does not begin with a known format and its vertices")
+            raise FormatError("does not begin with a known format and its vertices")
     properties = []
     for words in lines[2:]:
         match words:
@@ -66,28 +68,28 @@ def _header(data: bytes) -> _Header:
             case ["element", *_]:
                 break
             case _:
-                raise ValueError(f"has vertices with '{' '.join(words)[:80]}', which is no number")
+                raise FormatError(f"has vertices with '{' '.join(words)[:80]}', which is no number")
     if len({name for name, _ in properties}) < len(properties):
-        raise ValueError("has vertices with two properties of one name")
+        raise FormatError("has vertices with two properties of one name")
     return _Header(FORMATS[kind], int(count), properties, ending.end())
 
 
 def _binary(data: bytes, header: _Header) -> np.ndarray:
     vertex = np.dtype([(name, header.order + kind) for name, kind in header.properties])
     if header.vertices * vertex.itemsize > len(data) - header.start:
-        raise ValueError(f"ends before its {header.vertices} vertices do")
+        raise FormatError(f"ends before its {header.vertices} vertices do")
     return np.frombuffer(data, vertex, header.vertices, header.start)
 
 
 def _text(data: bytes, header: _Header) -> dict[str, np.ndarray]:
     wanted, width = header.vertices * len(header.properties), len(header.properties)
     if 2 * wanted - 1 > len(data) - header.start:  # a digit and a blank each
-        raise ValueError(f"ends before its {header.vertices} vertices do")
+        raise FormatError(f"ends before its {header.vertices} vertices do")
     try:
         numbers = np.array(data[header.start :].split(maxsplit=wanted)[:wanted], np.float64)
     except ValueError as error:
-        raise ValueError("has vertices that are no numbers") from error
+        raise FormatError("has vertices that are no numbers") from error
     if len(numbers) < wanted:
-        raise ValueError(f"ends before its {header.vertices} vertices do")
+        raise FormatError(f"ends before its {header.vertices} vertices do")
     columns = numbers.reshape(-1, width).T
     return {name: column for (name, _), column in zip(header.properties, columns, strict=True)}

@@ -9,6 +9,7 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
+from diffusion_cli.errors import FormatError
 from diffusion_cli.forms.base import STRICT, Form, Shape
 from diffusion_cli.forms.ply import read_ply, write_ply
 
@@ -56,9 +57,9 @@ class PointSet(Form):
         """Return the points of a PLY file; ValueError if there are others than `shape` says, or beyond the radius."""
         points = torch.from_numpy(read_ply(data)).T / self.radius
         if tuple(points.shape) != shape:
-            raise ValueError(f"has {points.shape[1]} points, not {shape[1]}")
+            raise FormatError(f"has {points.shape[1]} points, not {shape[1]}")
         if points.abs().max() > 1 + 1 / STEPS:
-            raise ValueError(f"has points beyond -{self.radius:g} to {self.radius:g}")
+            raise FormatError(f"has points beyond -{self.radius:g} to {self.radius:g}")
         return self.stored(points)
 
     def pictures(self, samples: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from diffusion_cli.errors import FormatError, UsageError
 from diffusion_cli.forms.base import Form, Shape
 from diffusion_cli.forms.picture import to_bytes
 from diffusion_cli.forms.range_check import disagreement
@@ -43,14 +44,14 @@ class Ranged(Form):
     def check_range(self) -> None:
         """Raise ValueError unless each range is one."""
         if not self.low or len(self.low) != len(self.high):
-            raise ValueError("a range is [low, high], or one such pair a channel")
+            raise FormatError("a range is [low, high], or one such pair a channel")
         if not all(low < high for low, high in zip(self.low, self.high, strict=True)):
-            raise ValueError("a range rises from low to high")
+            raise FormatError("a range rises from low to high")
 
     def samples(self, values: np.ndarray) -> Tensor:
         """Return images of values [..., C, H, W] as stored; ValueError where one is not finite."""
         if values.dtype.kind == "f" and not np.isfinite(values).all():
-            raise ValueError("has values that are not finite")
+            raise FormatError("has values that are not finite")
         low, half = self._scale(values.shape[-3])
         x = values.astype(np.float64)
         for step, by in ((np.subtract, low), (np.divide, half), (np.subtract, 1)):
@@ -93,7 +94,7 @@ class Ranged(Form):
     def read(self, data: bytes, shape: Shape) -> Tensor:
         sample = self.decode(data)
         if tuple(sample.shape) != tuple(shape):
-            raise ValueError(f"is an image {tuple(sample.shape)} in channels, height and width, not {shape}")
+            raise FormatError(f"is an image {tuple(sample.shape)} in channels, height and width, not {shape}")
         return sample
 
     def pictures(self, samples: Tensor) -> Tensor:
@@ -113,9 +114,11 @@ def ranges(given: Range | list[Range], channels: int) -> tuple[list[float], list
     pairs = [pair for pair in given if isinstance(pair, list)] or [[float(end) for end in given]]  # pyright: ignore
     shown = str(given).replace(" ", "")
     if len(pairs) not in (1, channels):
-        raise ValueError(
-            f"dataset.range={shown}: is of {len(pairs)} channels, and there are {channels}; give one pair, or one each"
+        raise UsageError(
+            "dataset.range",
+            f"is of {len(pairs)} channels, and there are {channels}",
+            "give one pair, or one each",
         )
     if not all(low < high for low, high in pairs):
-        raise ValueError(f"dataset.range={shown}: does not rise; give [low,high], low less than high")
+        raise UsageError("dataset.range", shown, "does not rise", "give [low,high], low less than high")
     return [float(low) for low, _ in pairs], [float(high) for _, high in pairs]

@@ -8,6 +8,7 @@ from PIL import Image
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
+from diffusion_cli.errors import FormatError, UsageError
 from diffusion_cli.forms.base import STRICT, Form, Shape
 from diffusion_cli.forms.files import SUFFIXES
 from diffusion_cli.forms.lossy import lossy_format
@@ -62,7 +63,7 @@ class Raster(Ranged):
         """Return the numbers [C, H, W] of a file; ValueError if it is none, or of numbers of another type."""
         numbers = read_with_opacity(data, self.mode) if self.mode else read_numbers(data)
         if numbers.dtype.name != self.dtype:
-            raise ValueError(f"holds {numbers.dtype}; wanted is {self.dtype}")
+            raise FormatError(f"holds {numbers.dtype}; wanted is {self.dtype}")
         return numbers
 
     def lossy(self, data: bytes) -> str | None:
@@ -112,9 +113,9 @@ def image_form(
     Raises ValueError, about `dataset.range` or the numbers, where that cannot be.
     """
     if dtype not in get_args(Dtype):
-        raise ValueError(f"holds {dtype}; images are of {', '.join(get_args(Dtype))}")
+        raise FormatError(f"holds {dtype}; images are of {', '.join(get_args(Dtype))}")
     if given is None and dtype == "float32":
-        raise ValueError("dataset.range=null: real numbers have no range of their own; give [low,high]")
+        raise UsageError("dataset.range", None, "real numbers have no range of their own", "give [low,high]")
     if given is None and dtype == "uint8" and channels in (1, 3):
         return Picture()
     if given is None:

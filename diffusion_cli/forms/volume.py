@@ -15,6 +15,7 @@ from pydantic import Field, FiniteFloat
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
+from diffusion_cli.errors import NO_VALUE, FormatError, UsageError
 from diffusion_cli.foreign import inflated, reason
 from diffusion_cli.forms.base import STRICT, Form, Shape
 from diffusion_cli.forms.picture import to_bytes
@@ -75,7 +76,7 @@ class Volume(Form):
     def read(self, data: bytes, shape: Shape) -> Tensor:
         values = read_volume(data).values
         if values.shape != tuple(shape):
-            raise ValueError(f"is a volume {values.shape}, not {tuple(shape)}")
+            raise FormatError(f"is a volume {values.shape}, not {tuple(shape)}")
         return self.scaled(torch.from_numpy(values))
 
     def of(self, data: bytes) -> Self:
@@ -142,10 +143,10 @@ def read_volume(data: bytes) -> Held:
             return _read_npy(data)
         packed = data.startswith(b"\x1f\x8b")
         return _read_nifti(inflated(data) if packed else data, ".nii.gz" if packed else ".nii")
-    except ModuleNotFoundError:
+    except UsageError:
         raise
     except Exception as error:  # damaged headers fail in many ways in the parsers
-        raise ValueError(reason(error)) from error
+        raise FormatError(reason(error)) from error
 
 
 def _read_npy(data: bytes) -> Held:
@@ -174,7 +175,7 @@ def _read_nifti(data: bytes, file: str) -> Held:
     _check(shape, dtype, len(data))
     slope, inter = image.dataobj.slope, image.dataobj.inter
     if not np.isfinite(image.affine).all() or np.linalg.matrix_rank(image.affine) < 4:
-        raise ValueError("says nowhere that its voxels could lie: its affine is singular, or not finite")
+        raise FormatError("says nowhere that its voxels could lie: its affine is singular, or not finite")
     orientations = nibabel().orientations
     turned = orientations.io_orientation(image.affine)
     values = orientations.apply_orientation(
@@ -194,26 +195,26 @@ def _read_nifti(data: bytes, file: str) -> Held:
 
 def _check(shape: tuple[int, ...], dtype: np.dtype, size: int) -> None:
     if len(shape) not in (3, 4) or min(shape) < 1 or dtype.name not in Numbers.__args__:
-        raise ValueError(
+        raise FormatError(
             f"holds {dtype} {shape}; a volume is real numbers with three axes, and maybe one of channels"
         )
     if math.prod(shape) * dtype.itemsize > size:
-        raise ValueError(f"has {size} bytes, fewer than {shape} of {dtype} take")
+        raise FormatError(f"has {size} bytes, fewer than {shape} of {dtype} take")
 
 
 def _finite(values: np.ndarray) -> np.ndarray:
     values = np.ascontiguousarray(values, dtype=np.float64)
     if not np.isfinite(values).all():
-        raise ValueError("holds numbers that are not finite")
+        raise FormatError("holds numbers that are not finite")
     return values
 
 
 def nibabel() -> ModuleType:
-    """The package that reads NIfTI; ModuleNotFoundError saying how to install it."""
+    """The package that reads NIfTI; UsageError saying how to install it."""
     try:
         import nibabel
     except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            "dataset: NIfTI files need nibabel; install it: pip install 'diffuse-cli[medical]'"
+        raise UsageError(
+            "dataset", NO_VALUE, "NIfTI files need nibabel", "install it: pip install 'diffuse-cli[medical]'"
         ) from error
     return nibabel

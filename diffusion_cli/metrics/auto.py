@@ -7,6 +7,7 @@ import torch
 from pydantic import NonNegativeInt, PositiveFloat, PositiveInt
 
 from diffusion_cli.data import Dataset
+from diffusion_cli.errors import UsageError
 from diffusion_cli.metrics.classifier import ClassifierFeatures
 from diffusion_cli.metrics.features import Features
 from diffusion_cli.metrics.inception import InceptionFeatures, Resize
@@ -38,9 +39,11 @@ def auto_features(
             dataset, cache_dir, device, weights=weights, resize=resize, precision=precision
         )
     if dataset.num_classes is None:
-        raise ValueError(
-            f"features=auto: {dataset.name} has {channels} channel(s) and no classes, so neither suits it; "
-            "take features=inception, which repeats one channel to three"
+        raise UsageError(
+            "features",
+            "auto",
+            f"{dataset.name} has {channels} channel(s) and no classes, so neither suits it",
+            "take features=inception, which repeats one channel to three",
         )
     features = ClassifierFeatures(
         dataset,

@@ -13,6 +13,7 @@ from torch import Tensor
 from diffusion_cli.cache import optional, report_damage
 from diffusion_cli.checkpoint import digest, whole_file
 from diffusion_cli.data import Dataset, Images
+from diffusion_cli.errors import FormatError, UsageError
 from diffusion_cli.foreign import check_tensors
 from diffusion_cli.metrics.classifier_training import Classifier, Recipe, accuracy
 from diffusion_cli.metrics.features import FeatureBatch, Features, check_pixels
@@ -51,8 +52,8 @@ class ClassifierFeatures(Features):
         seed: NonNegativeInt,
     ) -> None:
         if dataset.num_classes is None:
-            raise ValueError(
-                f"features=classifier: {dataset.name} has no classes to learn; take features=inception"
+            raise UsageError(
+                "features", "classifier", f"{dataset.name} has no classes to learn", "take features=inception"
             )
         self.dim, self.classes, self.device = dim, dataset.num_classes, device
         self.cache_dir, self.dataset_name = cache_dir, dataset.name
@@ -123,11 +124,11 @@ def restored(path: Path, network: Classifier) -> Weights | None:
         if {key: value.shape for key, value in state.items()} != {
             key: value.shape for key, value in wanted.items()
         }:
-            raise ValueError("the weights are those of another network")
+            raise FormatError("the weights are those of another network")
         if digest(state) != saved["digest"]:
-            raise ValueError("the weights are not those that were saved")
+            raise FormatError("the weights are not those that were saved")
         if not isinstance(saved["held_out_accuracy"], float | None):
-            raise ValueError("the accuracy is no number")
+            raise FormatError("the accuracy is no number")
     except Exception as error:  # a damaged file fails in many ways in the parsers of ZIP and pickle
         report_damage(path, error)
         return None

@@ -10,6 +10,7 @@ from torch.nn.functional import normalize
 
 from diffusion_cli.checkpoint import digest
 from diffusion_cli.data import Dataset
+from diffusion_cli.errors import FormatError
 from diffusion_cli.metrics import hub
 from diffusion_cli.metrics.features import FeatureBatch, Features, check_channels, exact_convolutions
 
@@ -75,7 +76,7 @@ class CLIPFeatures(Features):
             if (
                 len(tokenizer) != self.network.config.text_config.vocab_size
             ):  # transformers makes up an empty one
-                raise ValueError("holds no tokenizer of this network")
+                raise FormatError("holds no tokenizer of this network")
         except (OSError, ValueError) as error:
             raise hub.missing(self.weights, "vocab.json and merges.txt", error) from error
         return tokenizer

@@ -4,6 +4,7 @@ import math
 
 from torch import Tensor
 
+from diffusion_cli.errors import UsageError
 from diffusion_cli.metrics.base import Finding, Measurement, Metric, Seen, Shown
 from diffusion_cli.metrics.clip import CLIPFeatures
 from diffusion_cli.metrics.features import Features
@@ -19,8 +20,8 @@ class CLIPScore(Metric):
 
     def __init__(self, *, weights: str, prompt: str) -> None:
         if "{}" not in prompt:
-            raise ValueError(
-                f"metric.clip_score.prompt={prompt}: has no {{}} for the name of the class; put it in"
+            raise UsageError(
+                "metric.clip_score.prompt", prompt, "has no {} for the name of the class", "put it in"
             )
         self.weights, self.prompt = weights, prompt
 
@@ -29,12 +30,14 @@ class CLIPScore(Metric):
 
     def check(self, count: int, seen: Seen, force: bool) -> list[str]:
         if seen.samples.class_names is None or not seen.samples.labelled:
-            raise ValueError(
-                "metric=clip_score: the samples have no classes to ask for; take a class-conditional model, or put the "
-                "images into class folders"
+            raise UsageError(
+                "metric",
+                "clip_score",
+                "the samples have no classes to ask for",
+                "take a class-conditional model, or put the images into class folders",
             )
         if count < 2:
-            raise ValueError(f"num_samples={count}: metric=clip_score needs 2 samples; raise num_samples")
+            raise UsageError("num_samples", count, "metric=clip_score needs 2 samples", "raise num_samples")
         return []
 
     def begin(self, seen: Seen) -> Measurement:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from diffusion_cli.class_shares import differing_shares
 from diffusion_cli.data import PixelDigest
+from diffusion_cli.errors import UsageError
 from diffusion_cli.metrics.base import Finding, Measurement, Metric, ModelMetric, Seen, Shown, Subject
 from diffusion_cli.metrics.features import Features
 from diffusion_cli.metrics.networks import Networks
@@ -96,9 +97,11 @@ def require(
     """What each metric looks at, and what a reader must know; ValueError if any cannot be measured, as `evaluate`."""
     dataset, cache_dir, ranks = networks.dataset, networks.cache_dir, Ranks()
     if samples.shape != dataset.shape:
-        raise ValueError(
-            f"dataset={dataset.name}: its images are {dataset.shape}, and the samples {samples.shape}; compare with "
-            "the dataset the model was trained on"
+        raise UsageError(
+            "dataset",
+            dataset.name,
+            f"its images are {dataset.shape}, and the samples {samples.shape}",
+            "compare with the dataset the model was trained on",
         )
     seen: dict[str, Seen] = {}
     for name, metric in metrics.items():

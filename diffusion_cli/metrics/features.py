@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from diffusion_cli.data import Dataset
+from diffusion_cli.errors import NO_VALUE, UsageError
 
 
 class FeatureBatch(NamedTuple):
@@ -85,15 +86,19 @@ def check_channels(name: str, dataset: Dataset) -> None:
     """Raise ValueError for a dataset whose images a network for colour photographs cannot take."""
     channels = dataset.shape[0]
     if channels not in (1, 3):
-        raise ValueError(f"features={name}: takes 1 or 3 channels; images of {dataset.name} have {channels}")
+        raise UsageError(
+            "features", name, "takes 1 or 3 channels", f"images of {dataset.name} have {channels}"
+        )
 
 
 def check_pixels(images: Tensor) -> None:
     """Raise ValueError for images that are not bytes, as a saved PNG has them."""
     if images.dtype != torch.uint8:
-        raise ValueError(
-            f"features: the images are {images.dtype}, and features are taken of uint8 pixels; "
-            "a dataset of real numbers has no image metrics"
+        raise UsageError(
+            "features",
+            NO_VALUE,
+            f"the images are {images.dtype}, and features are taken of uint8 pixels",
+            "a dataset of real numbers has no image metrics",
         )
 
 

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from diffusion_cli.checkpoint import file_digest
 from diffusion_cli.data import spread
+from diffusion_cli.errors import UsageError
 from diffusion_cli.metrics.base import Finding, Measurement, Metric, Seen, Shown
 from diffusion_cli.metrics.features import Features
 from diffusion_cli.metrics.moments import Moments
@@ -70,8 +71,8 @@ class FrechetDistance(Metric):
     def __init__(self, *, floor: bool, infinity: NonNegativeInt, bootstrap: NonNegativeInt) -> None:
         for key, value, least in (("infinity", infinity, 3), ("bootstrap", bootstrap, 20)):
             if 0 < value < least:
-                raise ValueError(
-                    f"metric.{self.key}.{key}={value}: is too few; take at least {least}, or 0 for none"
+                raise UsageError(
+                    f"metric.{self.key}.{key}", value, "is too few", f"take at least {least}, or 0 for none"
                 )
         self.floor, self.infinity, self.bootstrap = floor, infinity, bootstrap
 
@@ -88,9 +89,11 @@ class FrechetDistance(Metric):
         if reference.stats is not None:
             reference.published(self.stream, dim)
         if self.infinity and max(dim + 1, count // 10) >= count:
-            raise ValueError(
-                f"metric.{self.key}.infinity={self.infinity}: takes subsets of {dim + 1} and more of the samples, "
-                f"and there are {count}; raise num_samples, or set 0"
+            raise UsageError(
+                f"metric.{self.key}.infinity",
+                self.infinity,
+                f"takes subsets of {dim + 1} and more of the samples, and there are {count}",
+                "raise num_samples, or set 0",
             )
         sets = [("num_samples", count, "raise num_samples")]
         if reference.stats is None:
@@ -101,13 +104,13 @@ class FrechetDistance(Metric):
                 continue
             value = number if key == "num_samples" else reference.name
             wrong = (
-                f"{key}={value}: {number} images are fewer than the {dim + 1} that the covariance of {dim} "
-                f"features of {seen.network.name} needs"
+                f"{number} images are fewer than the {dim + 1} that the covariance of {dim} features of "
+                f"{seen.network.name} needs"
             )
             if number < 2 or not force:
                 forced = "" if number < 2 else ", or set force=true to have a biased number"
-                raise ValueError(f"{wrong}; {remedy}{forced}")
-            warnings.append(f"{wrong}, so the distance is biased and fit for no comparison")
+                raise UsageError(key, value, wrong, f"{remedy}{forced}")
+            warnings.append(f"{key}={value}: {wrong}, so the distance is biased and fit for no comparison")
         return warnings
 
     def begin(self, seen: Seen) -> Measurement:
@@ -149,9 +152,11 @@ class SpatialFrechetDistance(FrechetDistance):
 
     def dim(self, features: Features) -> int:
         if not features.spatial_dim:
-            raise ValueError(
-                f"metric=sfid: is defined on maps of Inception, and features={features.name} has none; take "
-                "features=inception"
+            raise UsageError(
+                "metric",
+                "sfid",
+                f"is defined on maps of Inception, and features={features.name} has none",
+                "take features=inception",
             )
         return features.spatial_dim
 

@@ -9,6 +9,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from diffusion_cli.errors import UsageError
+
 
 def load(name: str, architecture: str, weights: str) -> Any:
     """The network `architecture` of transformers with weights from safetensors files, never from pickled ones.
@@ -39,8 +41,8 @@ def imported(name: str) -> Any:
     try:
         return importlib.import_module("transformers")
     except ImportError as error:
-        raise ImportError(
-            f"features={name}: needs transformers; install it with: pip install 'diffuse-cli[transformers]'"
+        raise UsageError(
+            "features", name, "needs transformers", "install it with: pip install 'diffuse-cli[transformers]'"
         ) from error
 
 
@@ -55,19 +57,23 @@ def pretrained(kind: Any, weights: str, **options: Any) -> Any:
         return kind.from_pretrained(weights, **options)
 
 
-def missing(weights: str, files: str, error: Exception) -> FileNotFoundError:
+def missing(weights: str, files: str, error: Exception) -> UsageError:
     """The error that a folder or the hub has not what is needed."""
-    reason = str(error).partition("\n")[0].rstrip(".")
-    return FileNotFoundError(
-        f"features.weights={weights}: {reason}; give a name on the hub while there is a network, or a folder with "
-        f"{files} (pickled weights are not read)"
+    return UsageError(
+        "features.weights",
+        weights,
+        str(error).partition("\n")[0].rstrip("."),
+        f"give a name on the hub while there is a network, or a folder with {files} (pickled weights are not read)",
     )
 
 
-def unfit(weights: str, architecture: str, reason: str) -> ValueError:
+def unfit(weights: str, architecture: str, reason: str) -> UsageError:
     """The error that weights are not those of the network."""
-    return ValueError(
-        f"features.weights={weights}: does not hold the weights of a {architecture} ({reason}); give others"
+    return UsageError(
+        "features.weights",
+        weights,
+        f"does not hold the weights of a {architecture} ({reason})",
+        "give others",
     )
 
 

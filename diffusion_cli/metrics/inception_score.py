@@ -7,6 +7,7 @@ import numpy as np
 from pydantic import PositiveInt
 from torch import Tensor
 
+from diffusion_cli.errors import UsageError
 from diffusion_cli.metrics.base import Finding, Measurement, Metric, Seen
 from diffusion_cli.metrics.rows import Rows
 
@@ -37,7 +38,7 @@ def inception_score(logits: Rows | Tensor, splits: int) -> tuple[float, float]:
 def require_splits(count: int, splits: int) -> None:
     """Raise ValueError if there are fewer samples than parts to split them into."""
     if count < splits:
-        raise ValueError(f"metric.is.splits={splits}: is more than the {count} samples; take fewer splits")
+        raise UsageError("metric.is.splits", splits, f"is more than the {count} samples", "take fewer splits")
 
 
 class InceptionScore(Metric):
@@ -53,8 +54,11 @@ class InceptionScore(Metric):
 
     def check(self, count: int, seen: Seen, force: bool) -> list[str]:
         if not seen.network.classes:
-            raise ValueError(
-                f"metric=is: needs class scores, and features={seen.network.name} gives none; take features=inception"
+            raise UsageError(
+                "metric",
+                "is",
+                f"needs class scores, and features={seen.network.name} gives none",
+                "take features=inception",
             )
         require_splits(count, self.splits)
         return []

@@ -8,6 +8,7 @@ import torch
 from pydantic import Field, PositiveInt
 
 from diffusion_cli.data import normalised
+from diffusion_cli.errors import UsageError
 from diffusion_cli.generate import guided
 from diffusion_cli.guidance import Unguided
 from diffusion_cli.metrics.base import Finding, ModelMetric, Subject
@@ -46,8 +47,8 @@ class Inversion(ModelMetric):
         schedule = subject.model.denoiser.schedule
         count = min(self.num_images or len(images), len(images))
         if count < 1 or images.gather(torch.zeros(1, dtype=torch.int64)).is_floating_point():
-            raise ValueError(
-                f"metric.inversion.split={self.split}: is measured on images of 256 values; there are none"
+            raise UsageError(
+                "metric.inversion.split", self.split, "is measured on images of 256 values", "there are none"
             )
         sampler = DDIM(schedule, eta=0.0, spacing=self.spacing)
         times = until(sampler.grid(self.steps), self.strength)

@@ -7,6 +7,7 @@ import torch
 from pydantic import NonNegativeInt, PositiveFloat, PositiveInt
 from torch import Tensor
 
+from diffusion_cli.errors import UsageError
 from diffusion_cli.metrics.base import Finding, Measurement, Metric, Seen
 from diffusion_cli.metrics.features import Features
 from diffusion_cli.metrics.networks import Networks
@@ -51,9 +52,11 @@ class KernelDistance(Metric):
     def check(self, count: int, seen: Seen, force: bool) -> list[str]:
         for name, number in (("samples", count), (seen.real.name(), len(seen.real.images()))):
             if number < self.subset_size or self.subset_size < 2:
-                raise ValueError(
-                    f"metric.kid.subset_size={self.subset_size}: must be 2 or more and at most the {number} images of "
-                    f"{name}; change it, or take more images"
+                raise UsageError(
+                    "metric.kid.subset_size",
+                    self.subset_size,
+                    f"must be 2 or more and at most the {number} images of {name}",
+                    "change it, or take more images",
                 )
         return []
 

@@ -8,6 +8,7 @@ from pydantic import PositiveInt
 from torch import Tensor
 
 from diffusion_cli.data import Images, normalised
+from diffusion_cli.errors import UsageError
 from diffusion_cli.latents import Latents, measured_scale
 from diffusion_cli.metrics.base import Finding, ModelMetric, Subject
 from diffusion_cli.progress import ProgressBar
@@ -30,15 +31,17 @@ class LatentMoments(ModelMetric):
     def measure(self, subject: Subject) -> Finding:
         space = subject.model.space
         if not isinstance(space, Latents):
-            raise ValueError(
-                "metric=latents: is of latents, and the model works in pixels; give a run trained with latent.run= or "
-                "latent.pretrained="
+            raise UsageError(
+                "metric",
+                "latents",
+                "is of latents, and the model works in pixels",
+                "give a run trained with latent.run= or latent.pretrained=",
             )
         images = subject.dataset.load(self.split)
         count = min(self.num_images or len(images), len(images))
         if not count:
-            raise ValueError(
-                f"metric.latents.split={self.split}: has no images; take metric.latents.split=train"
+            raise UsageError(
+                "metric.latents.split", self.split, "has no images", "take metric.latents.split=train"
             )
         mean, std, told = measured_scale(_moments(subject, space, images, count), space.shape[0])
         means = [(value - zero) / one for value, zero, one in zip(mean, space.mean, space.std, strict=True)]

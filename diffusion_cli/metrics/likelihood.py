@@ -15,6 +15,7 @@ from diffusion_cli import cache
 from diffusion_cli.config import fingerprint
 from diffusion_cli.data import Images, normalised
 from diffusion_cli.denoiser import Denoise, Prediction, clip_x0
+from diffusion_cli.errors import NO_VALUE, FormatError, UsageError
 from diffusion_cli.foreign import LONGEST_TEXT, read
 from diffusion_cli.generate import SeededNoise
 from diffusion_cli.latents import Pixels
@@ -51,7 +52,9 @@ class PerImage(ModelMetric):
         self, split: Literal["held_out", "train"], num_images: int | None, shard: int, num_shards: int
     ) -> None:
         if shard >= num_shards:
-            raise ValueError(f"metric.{self.key}.shard={shard}: the {num_shards} shards are numbered from 0")
+            raise UsageError(
+                f"metric.{self.key}.shard", shard, f"the {num_shards} shards are numbered from 0"
+            )
         self.split: Literal["held_out", "train"] = split
         self.num_images, self.shard, self.num_shards = num_images, shard, num_shards
 
@@ -76,9 +79,11 @@ class PerImage(ModelMetric):
 
     def measure(self, subject: Subject) -> Finding | None:
         if not isinstance(subject.model.space, Pixels):
-            raise ValueError(
-                f"metric={self.key}: is the likelihood of pixels, and the model works in latents, which give pixels "
-                "none; take a metric of samples, as fid"
+            raise UsageError(
+                "metric",
+                self.key,
+                "is the likelihood of pixels, and the model works in latents, which give pixels none",
+                "take a metric of samples, as fid",
             )
         refusal = self.refusal(subject)
         if refusal is not None:
@@ -86,8 +91,8 @@ class PerImage(ModelMetric):
         images = subject.dataset.load(self.split)
         count = min(self.num_images or len(images), len(images))
         if count < 2:
-            raise ValueError(
-                f"metric.{self.key}.split={self.split}: has {count} images, and a standard error needs 2"
+            raise UsageError(
+                f"metric.{self.key}.split", self.split, f"has {count} images, and a standard error needs 2"
             )
         # Batches are stored whole, and the images of one may share a solver's steps: so their size counts too.
         settings = self.settings(subject) | {
@@ -132,8 +137,11 @@ class PerImage(ModelMetric):
 
     def _collect(self, parts: list[Part], folder: Path, settings: dict[str, Any]) -> Finding:
         if any(part.keys() != parts[0].keys() for part in parts):
-            raise ValueError(
-                f"{folder}: its files do not hold the same numbers; remove it, to have them measured anew"
+            raise UsageError(
+                folder,
+                NO_VALUE,
+                "its files do not hold the same numbers",
+                "remove it, to have them measured anew",
             )
         columns = {
             name: torch.tensor([number for part in parts for number in part[name]], dtype=torch.float64)
@@ -162,9 +170,9 @@ def _stored(path: Path, count: int) -> Part | None:
             len(values) == count and all(isinstance(n, int | float) for n in values)
             for values in part.values()
         ):
-            raise ValueError(f"should hold {count} numbers of each kind")
+            raise FormatError(f"should hold {count} numbers of each kind")
         if not any(name.startswith("bits") for name in part):
-            raise ValueError("holds no bits")
+            raise FormatError("holds no bits")
     except (ValueError, TypeError) as error:
         cache.report_damage(path, error)
         return None
@@ -208,8 +216,11 @@ class VariationalBound(PerImage):
         if not isinstance(schedule, Discrete):
             return f"{self.name}: the {type(schedule).__name__} schedule has no timesteps to sum over"
         if self.variance == "learned" and not subject.model.denoiser.learns_variance:
-            raise ValueError(
-                "metric.bound.variance=learned: the model has no variance head; take best, small or large"
+            raise UsageError(
+                "metric.bound.variance",
+                "learned",
+                "the model has no variance head",
+                "take best, small or large",
             )
         if schedule.zero_terminal_snr:
             return f"{self.name}: not defined where the schedule ends without signal (zero_terminal_snr)"

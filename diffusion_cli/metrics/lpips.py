@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from diffusion_cli.checkpoint import digest
+from diffusion_cli.errors import UsageError
 from diffusion_cli.metrics.features import check_pixels, exact_convolutions
 from diffusion_cli.metrics.weights import content_of, locate, misfit, read
 
@@ -89,11 +90,15 @@ class LPIPSDistance:
         """Raise ValueError for images [C, H, W] that the network cannot take."""
         channels, height, width = shape
         if channels not in (1, 3):
-            raise ValueError(f"LPIPS takes images of 1 or 3 channels; these have {channels}")
+            raise UsageError(
+                "LPIPS", self.name, f"takes images of 1 or 3 channels, and these have {channels}"
+            )
         if min(height, width) < LEAST_SIDE[self.name]:
             able = [name for name, side in LEAST_SIDE.items() if side <= min(height, width)]
             remedy = f"take {' or '.join(able)}" if able else "none of its networks can tell images so small"
-            raise ValueError(
-                f"LPIPS by {self.name} needs images of {LEAST_SIDE[self.name]} pixels a side; "
-                f"these have {height}x{width}; {remedy}"
+            raise UsageError(
+                "LPIPS",
+                self.name,
+                f"needs images of {LEAST_SIDE[self.name]} pixels a side, and these have {height}x{width}",
+                remedy,
             )

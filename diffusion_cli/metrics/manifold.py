@@ -2,6 +2,7 @@
 
 from pydantic import PositiveInt
 
+from diffusion_cli.errors import UsageError
 from diffusion_cli.metrics.base import Finding, Measurement, Metric, Seen
 from diffusion_cli.metrics.neighbours import nearest, within
 
@@ -18,9 +19,11 @@ class Manifold(Metric):
     def check(self, count: int, seen: Seen, force: bool) -> list[str]:
         for name, number in (("samples", count), (seen.real.name(), len(seen.real.images()))):
             if number <= self.k:
-                raise ValueError(
-                    f"metric.{self.key}.k={self.k}: needs more than {self.k} images, and {name} has {number}; take a "
-                    "smaller k or more images"
+                raise UsageError(
+                    f"metric.{self.key}.k",
+                    self.k,
+                    f"needs more than {self.k} images, and {name} has {number}",
+                    "take a smaller k or more images",
                 )
         return []
 

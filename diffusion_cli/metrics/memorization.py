@@ -4,6 +4,7 @@ import torch
 from pydantic import PositiveInt
 from torch import Tensor
 
+from diffusion_cli.errors import UsageError
 from diffusion_cli.metrics.base import Finding, Measurement, Metric, Seen
 from diffusion_cli.metrics.neighbours import nearest
 from diffusion_cli.metrics.reference import DatasetReference
@@ -28,11 +29,14 @@ class Memorization(Metric):
     def check(self, count: int, seen: Seen, force: bool) -> list[str]:
         reference = seen.real.reference
         if isinstance(reference, DatasetReference) and reference.split != "train":
-            raise ValueError(
-                f"reference.split={reference.split}: metric=memorization looks for training images; leave it at train"
+            raise UsageError(
+                "reference.split",
+                reference.split,
+                "metric=memorization looks for training images",
+                "leave it at train",
             )
         if len(seen.real.images()) < 2:
-            raise ValueError(f"metric=memorization: {seen.real.name()} has too few images to be near to")
+            raise UsageError("metric", "memorization", f"{seen.real.name()} has too few images to be near to")
         return []
 
     def begin(self, seen: Seen) -> Measurement:

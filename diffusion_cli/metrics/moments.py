@@ -9,6 +9,7 @@ from torch import Tensor
 
 from diffusion_cli.checkpoint import whole_file
 from diffusion_cli.data.array import read_arrays
+from diffusion_cli.errors import FormatError
 
 
 class Moments:
@@ -66,7 +67,7 @@ class Moments:
         mean, covariance, n = map(torch.from_numpy, read_arrays(path, "mu", "sigma", "n"))
         shapes = mean.shape, covariance.shape, n.shape
         if shapes != ((dim,), (dim, dim), ()) or not covariance.isfinite().all() or n < 2:
-            raise ValueError(f"does not hold the mean and covariance of {dim} features")
+            raise FormatError(f"does not hold the mean and covariance of {dim} features")
         moments = cls(dim)
         moments.n, moments.mean, moments.scatter = int(n), mean, covariance * (int(n) - 1)
         return moments

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from diffusion_cli.errors import NO_VALUE, UsageError
 from diffusion_cli.metrics.rows import Rows
 from diffusion_cli.progress import ProgressBar
 
@@ -19,8 +20,11 @@ def nearest(queries: Rows, keys: Rows, k: int, device: torch.device, title: str)
     those of |q|^2 + |k|^2 - 2 q.k. Raises ValueError if there are fewer than k keys.
     """
     if len(keys) < k:
-        raise ValueError(
-            f"neighbours: {k} are wanted among {len(keys)} images; take more images, or a smaller k"
+        raise UsageError(
+            "neighbours",
+            NO_VALUE,
+            f"{k} are wanted among {len(keys)} images",
+            "take more images, or a smaller k",
         )
     distances, indices = [], []
     for block in _progress(queries, title):

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from diffusion_cli.data import Images, given_images
+from diffusion_cli.errors import UsageError
 from diffusion_cli.metrics.base import Finding, Measurement, Metric, Seen, Shown
 from diffusion_cli.metrics.features import FeatureBatch, Features
 from diffusion_cli.metrics.lpips import LPIPSDistance
@@ -53,12 +54,14 @@ class LPIPS(Metric):
     def check(self, count: int, seen: Seen, force: bool) -> list[str]:
         originals = self._originals(seen)
         if originals is not None and len(originals) != count:
-            raise ValueError(
-                f"metric.lpips.originals={self.originals}: holds {len(originals)} images, and there are {count} "
-                "samples; give one for each, in order"
+            raise UsageError(
+                "metric.lpips.originals",
+                self.originals,
+                f"holds {len(originals)} images, and there are {count} samples",
+                "give one for each, in order",
             )
         if count < 4:
-            raise ValueError(f"num_samples={count}: metric=lpips needs 4 samples; raise num_samples")
+            raise UsageError("num_samples", count, "metric=lpips needs 4 samples", "raise num_samples")
         return []
 
     def begin(self, seen: Seen) -> Measurement:

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any, Self
 
 from diffusion_cli.checkpoint import whole_file
-from diffusion_cli.config import flatten, shown
+from diffusion_cli.config import flatten
+from diffusion_cli.errors import NO_VALUE, FormatError, UsageError, format_value
 from diffusion_cli.foreign import escaped, read_json
 from diffusion_cli.locks import locked
 from diffusion_cli.temporary_files import remove_abandoned
@@ -122,7 +123,7 @@ def _sampling(protocol: Mapping[str, Any]) -> dict[str, str]:
     flat = flatten(about) if isinstance(about, Mapping) else {}
     texts = {key.removesuffix("._target_"): value for key, value in flat.items() if not _is_of_model(key)}
     return {
-        key: _brief(str(value).rpartition(".")[2] if f"{key}._target_" in flat else shown(value))
+        key: _brief(str(value).rpartition(".")[2] if f"{key}._target_" in flat else format_value(value))
         for key, value in texts.items()
     }
 
@@ -180,8 +181,8 @@ def history_table(histories: Mapping[str, Sequence[Mapping[str, Any]]], force: b
     found = {run: newest(history) for run, history in histories.items()}
     names = list(dict.fromkeys(name for results in found.values() for name in results))
     if not names:
-        raise ValueError(
-            f"compare={','.join(found)}: no numbers there; measure some with diffuse eval run=NAME"
+        raise UsageError(
+            "compare", ",".join(found), "no numbers there", "measure some with diffuse eval run=NAME"
         )
     mistakes, marked = [], set()
     for name in names:
@@ -193,9 +194,11 @@ def history_table(histories: Mapping[str, Sequence[Mapping[str, Any]]], force: b
                 marked.add((run, name))
                 mistakes.append(f"{name} of {first} and {run}: {', '.join(keys)}")
     if mistakes and not force:
-        raise ValueError(
-            f"compare={','.join(found)}: measured by unlike protocols ({'; '.join(mistakes)}); measure them alike, "
-            "or set force=true"
+        raise UsageError(
+            "compare",
+            ",".join(found),
+            f"measured by unlike protocols ({'; '.join(mistakes)})",
+            "measure them alike, or set force=true",
         )
     differences = sampling_differences(found)
     heads = ["run", *differences, *names]
@@ -220,15 +223,17 @@ def read_history(path: Path) -> list[dict[str, Any]]:
         return []
     try:
         history = read_json(path)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}; move it away or mend it") from error
+    except FormatError as error:
+        raise UsageError(path, NO_VALUE, str(error), "move it away or mend it") from error
     try:
         if not isinstance(history, list):
             raise TypeError(f"but {type(history).__name__}")
         for entry in history:
             Report.from_dict(entry)
     except (LookupError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path}: is not a list of results ({error}); move it away or mend it") from error
+        raise UsageError(
+            path, NO_VALUE, f"is not a list of results ({error})", "move it away or mend it"
+        ) from error
     return history
 
 

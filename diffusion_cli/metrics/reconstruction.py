@@ -11,6 +11,7 @@ from torch.nn.functional import conv2d
 
 from diffusion_cli.data import Images, normalised
 from diffusion_cli.data.base import Split
+from diffusion_cli.errors import UsageError
 from diffusion_cli.forms import Form
 from diffusion_cli.metrics.base import Finding, Measurement, Metric, Seen, Shown
 from diffusion_cli.metrics.features import FeatureBatch, Features
@@ -86,7 +87,9 @@ class Reconstruction(Metric):
 
     def check(self, count: int, seen: Seen, force: bool) -> list[str]:
         if count < 2:
-            raise ValueError(f"metric.reconstruction.split={self.split}: has {count} images; two are needed")
+            raise UsageError(
+                "metric.reconstruction.split", self.split, f"has {count} images", "two are needed"
+            )
         return []
 
     def begin(self, seen: Seen) -> Measurement:

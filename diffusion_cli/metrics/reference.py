@@ -16,6 +16,7 @@ from diffusion_cli.checkpoint import file_digest
 from diffusion_cli.data import Dataset, Given, Images, given_images, relabelled, spread
 from diffusion_cli.data.array import opened_array, read_arrays
 from diffusion_cli.data.base import Split
+from diffusion_cli.errors import NO_VALUE, FormatError, UsageError
 from diffusion_cli.foreign import reason
 from diffusion_cli.metrics.features import Features
 from diffusion_cli.metrics.moments import Moments
@@ -83,26 +84,30 @@ class Reference(ABC):
         try:
             mean, covariance = (torch.from_numpy(array).double() for array in read_arrays(self.stats, *keys))
             if not mean.isfinite().all() or not covariance.isfinite().all():
-                raise ValueError("holds numbers that are not finite")
+                raise FormatError("holds numbers that are not finite")
         except OSError as error:
-            raise FileNotFoundError(
-                f"reference.stats={self.stats}: is no readable .npz of mu and sigma"
-            ) from error
+            raise UsageError("reference.stats", self.stats, "is no readable .npz of mu and sigma") from error
         except Exception as error:  # damaged files fail in many ways in the parsers of ZIP and NumPy
-            raise ValueError(
-                f"reference.stats={self.stats}: {reason(error)}; give a .npz of mu and sigma, whole and of finite "
-                "numbers"
+            raise UsageError(
+                "reference.stats",
+                self.stats,
+                reason(error),
+                "give a .npz of mu and sigma, whole and of finite numbers",
             ) from error
         if mean.shape != (dim,) or covariance.shape != (dim, dim):
-            raise ValueError(
-                f"reference.stats={self.stats}: holds {tuple(mean.shape)} features, and the network gives {dim}; take "
-                "the statistics of the same network"
+            raise UsageError(
+                "reference.stats",
+                self.stats,
+                f"holds {tuple(mean.shape)} features, and the network gives {dim}",
+                "take the statistics of the same network",
             )
         values = torch.linalg.eigvalsh((covariance + covariance.T) / 2)
         if values[0] < -1e-6 * values[-1].abs() or not torch.allclose(
             covariance, covariance.T, rtol=1e-4, atol=1e-6
         ):
-            raise ValueError(f"reference.stats={self.stats}: its {keys[1]} is no covariance; compute it anew")
+            raise UsageError(
+                "reference.stats", self.stats, f"its {keys[1]} is no covariance", "compute it anew"
+            )
         return mean, covariance
 
 
@@ -175,7 +180,7 @@ class RealImages:
         """The images of a part; ValueError if it has none."""
         images = self.reference.images if part == "images" else self.reference.other
         if images is None:
-            raise ValueError(f"reference: {self.reference.name} has no images beside it")
+            raise UsageError("reference", NO_VALUE, f"{self.reference.name} has no images beside it")
         return images
 
     def name(self, part: Part = "images") -> str:
@@ -210,7 +215,7 @@ class RealImages:
         def load() -> Rows:
             array = opened_array(path, None)
             if array.shape != (count, self.features.dim) or array.dtype != np.float32:
-                raise ValueError(f"holds {array.dtype} {array.shape}")
+                raise FormatError(f"holds {array.dtype} {array.shape}")
             Blocks(path).check()
             return Rows(array)
 

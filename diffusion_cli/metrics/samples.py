@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from diffusion_cli.data import Given, relabelled, spread
+from diffusion_cli.errors import UsageError
 
 
 class Samples(ABC):
@@ -59,8 +60,8 @@ class GivenSamples(Samples):
         self.labelled = self.labels is not None
         self.rows = spread(len(given.images), len(given.images) if count is None else count)
         if len(self.rows) > len(given.images):
-            raise ValueError(
-                f"num_samples={count}: {key} holds {len(given.images)} images; give more, or take fewer"
+            raise UsageError(
+                "num_samples", count, f"{key} holds {len(given.images)} images", "give more, or take fewer"
             )
 
     def __len__(self) -> int:

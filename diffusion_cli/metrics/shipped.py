@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from diffusion_cli.errors import UsageError
 from diffusion_cli.foreign import read_json
 from diffusion_cli.metrics.classifier_training import Recipe
 
@@ -39,6 +40,6 @@ def shipped(recipe: Recipe, train_digest: str, held_out_digest: str) -> Weights 
     path = FOLDER / row["file"]
     content = path.read_bytes()
     if hashlib.sha256(content).hexdigest() != row["sha256"]:
-        raise ValueError(f"features=classifier: {path} is damaged; install diffuse-cli again")
+        raise UsageError("features", "classifier", f"{path} is damaged", "install diffuse-cli again")
     same = row["held_out_sha256"] == held_out_digest
     return Weights(load(content), row["held_out_accuracy"] if same else None)

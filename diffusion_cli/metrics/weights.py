@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from diffusion_cli.errors import UsageError
 from diffusion_cli.foreign import check_weights
 from diffusion_cli.foreign import read as read_file
 
@@ -24,7 +25,7 @@ def locate(weights: str | None, url: str, key: str) -> Path:
     if weights is not None:
         path = Path(weights).expanduser()
         if not path.is_file():
-            raise FileNotFoundError(f"{key}={weights}: no such file; null fetches the published one")
+            raise UsageError(key, weights, "no such file", "null fetches the published one")
         return path
     name = url.rpartition("/")[2]
     path = Path(torch.hub.get_dir(), "checkpoints", name)
@@ -34,9 +35,11 @@ def locate(weights: str | None, url: str, key: str) -> Path:
         try:
             torch.hub.download_url_to_file(url, str(path), hash_prefix=sha256_start)
         except (OSError, RuntimeError) as error:  # no network; or what came is not what was published
-            raise FileNotFoundError(
-                f"{key}=null: the published weights are not at {path} and could not be fetched ({error}); "
-                f"get {name} from {url.removesuffix(f'/{name}')} and put it there, or give its path as {key}"
+            raise UsageError(
+                key,
+                None,
+                f"the published weights are not at {path} and could not be fetched ({error})",
+                f"get {name} from {url.removesuffix(f'/{name}')} and put it there, or give its path as {key}",
             ) from error
     return path
 
@@ -58,9 +61,9 @@ def read(content: bytes, path: Path, key: str) -> Any:
         raise misfit(path, key, error) from error
 
 
-def misfit(path: Path, key: str, error: Exception) -> ValueError:
+def misfit(path: Path, key: str, error: Exception) -> UsageError:
     """The error that a file does not hold the weights of the network."""
     reason = str(error).partition("\n")[0]
-    return ValueError(
-        f"{key}={path}: does not hold the weights of this network ({reason}); fetch the file again"
+    return UsageError(
+        key, path, f"does not hold the weights of this network ({reason})", "fetch the file again"
     )

@@ -9,6 +9,7 @@ from pydantic import PositiveInt
 from torch import Tensor, nn
 from torch.nn.functional import silu
 
+from diffusion_cli.errors import UsageError
 from diffusion_cli.networks.layers import NORM_EPS, Downsample, Pointwise, Recomputing, Upsample, attend
 
 LOG_VARIANCE = (-30.0, 20.0)
@@ -46,13 +47,20 @@ class AutoencoderKL(nn.Module):
     ) -> None:
         super().__init__()
         if len(shape) != 3:
-            raise ValueError(
-                f"model=AutoencoderKL: takes images [C, H, W], and these are {list(shape)}; take a dataset of images"
+            raise UsageError(
+                "model",
+                "AutoencoderKL",
+                f"takes images [C, H, W], and these are {list(shape)}",
+                "take a dataset of images",
             )
         if not channel_mult:
-            raise ValueError("channel_mult=[]: the network needs a level; name a multiplier, as [1, 2]")
+            raise UsageError(
+                "channel_mult", "[]", "the network needs a level", "name a multiplier, as [1, 2]"
+            )
         if channels % norm_groups:
-            raise ValueError(f"norm_groups={norm_groups}: does not divide channels={channels}; use a divisor")
+            raise UsageError(
+                "norm_groups", norm_groups, f"does not divide channels={channels}", "use a divisor"
+            )
         self.latent_channels = latent_channels
         self.factor = 2 ** (len(channel_mult) - 1)
         """Pixels of a side that one latent stands for."""
@@ -68,9 +76,11 @@ class AutoencoderKL(nn.Module):
         """The shape [L, h, w] of the latents of an image [C, H, W]; ValueError if `factor` does not divide it."""
         if any(side % self.factor for side in shape[1:]):
             sides = "x".join(str(side) for side in shape[1:])
-            raise ValueError(
-                f"model=AutoencoderKL: a latent stands for {self.factor} pixels of a side, which do not divide images "
-                f"of {sides}; take fewer levels in model.channel_mult, or images of another size"
+            raise UsageError(
+                "model",
+                "AutoencoderKL",
+                f"a latent stands for {self.factor} pixels of a side, which do not divide images of {sides}",
+                "take fewer levels in model.channel_mult, or images of another size",
             )
         return (self.latent_channels, *(side // self.factor for side in shape[1:]))
 

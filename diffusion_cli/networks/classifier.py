@@ -6,6 +6,7 @@ from pydantic import Field, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 from torch.nn.functional import silu
 
+from diffusion_cli.errors import UsageError
 from diffusion_cli.networks.encoder import Encoder, Parts
 from diffusion_cli.networks.layers import NORM_EPS
 
@@ -39,7 +40,9 @@ class Classifier(Encoder):
         gradient_checkpointing: bool,
     ) -> None:
         if num_classes is None:
-            raise ValueError("task=classifier: the data set has no classes to learn; take one with labels")
+            raise UsageError(
+                "task", "classifier", "the data set has no classes to learn", "take one with labels"
+            )
         in_channels, *sizes = shape
         parts = Parts.of(
             tuple(sizes),

@@ -2,6 +2,8 @@
 
 from torch import Tensor, nn
 
+from diffusion_cli.errors import UsageError
+
 NORM_GROUPS = 8
 INITIAL_STD = 0.02  # of the weights, as published
 
@@ -18,15 +20,17 @@ class PatchDiscriminator(nn.Module):
 
     def __init__(self, shape: tuple[int, ...], *, channels: int, layers: int) -> None:
         if channels % NORM_GROUPS:
-            raise ValueError(
-                f"objective.discriminator_channels={channels}: is no multiple of {NORM_GROUPS}; take one"
+            raise UsageError(
+                "objective.discriminator_channels", channels, f"is no multiple of {NORM_GROUPS}", "take one"
             )
         least = 3 * 2**layers
         if min(shape[1:]) < least:
             sides = "x".join(str(side) for side in shape[1:])
-            raise ValueError(
-                f"objective.discriminator_layers={layers}: needs images of {least} pixels a side, and these have "
-                f"{sides}; take fewer"
+            raise UsageError(
+                "objective.discriminator_layers",
+                layers,
+                f"needs images of {least} pixels a side, and these have {sides}",
+                "take fewer",
             )
         super().__init__()
         widths = [min(2**level, 8) * channels for level in range(layers + 1)]

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import silu
 
+from diffusion_cli.errors import NO_VALUE, UsageError, format_value
 from diffusion_cli.networks.layers import (
     CONV,
     Attention,
@@ -148,17 +149,26 @@ class Parts:
         Raises ValueError where two do not go together, or images have no or more than three dimensions.
         """
         if len(sizes) not in CONV:
-            raise ValueError(
-                f"model: a U-Net takes 1 to 3 dimensions beside the channels, not {len(sizes)}; choose another model"
+            raise UsageError(
+                "model",
+                NO_VALUE,
+                f"a U-Net takes 1 to 3 dimensions beside the channels, not {len(sizes)}",
+                "choose another model",
             )
         if not channel_mult:
-            raise ValueError("channel_mult=[]: the network needs a level; name a multiplier, as [1, 2]")
+            raise UsageError(
+                "channel_mult", "[]", "the network needs a level", "name a multiplier, as [1, 2]"
+            )
         if channels % norm_groups:
-            raise ValueError(f"norm_groups={norm_groups}: does not divide channels={channels}; use a divisor")
+            raise UsageError(
+                "norm_groups", norm_groups, f"does not divide channels={channels}", "use a divisor"
+            )
         if fir and not resample.startswith("block"):
-            raise ValueError(
-                f"fir=true: filters inside blocks, not with resample={resample}; "
-                "use resample=block or block_proj, or fir=false"
+            raise UsageError(
+                "fir",
+                True,
+                f"filters inside blocks, not with resample={resample}",
+                "use resample=block or block_proj, or fir=false",
             )
         return cls(
             ndim=len(sizes),
@@ -246,22 +256,26 @@ def _attended_levels(image_size: int, levels: int, attention_resolutions: list[i
     resolutions = [finest >> level for level in range(levels)]
     unreached = [r for r in attention_resolutions if r not in resolutions]
     if unreached:
-        raise ValueError(
-            f"attention_resolutions={attention_resolutions}: not reached: {unreached}; "
-            f"{levels} levels at image size {image_size} work at {resolutions}, choose among these"
+        raise UsageError(
+            "attention_resolutions",
+            attention_resolutions,
+            f"not reached: {unreached}",
+            f"{levels} levels at image size {image_size} work at {resolutions}, choose among these",
         )
     return {resolutions.index(r) for r in attention_resolutions}
 
 
 def _heads(width: int, num_heads: int | None, head_channels: int | None) -> int:
     if (num_heads is None) == (head_channels is None):
-        raise ValueError(
-            f"num_heads={num_heads}, head_channels={head_channels}: set one of them, the other null"
+        raise UsageError(
+            f"num_heads={format_value(num_heads)}, head_channels",
+            head_channels,
+            "set one of them, the other null",
         )
     key, value = ("num_heads", num_heads) if head_channels is None else ("head_channels", head_channels)
     assert value is not None
     if width % value:
-        raise ValueError(
-            f"{key}={value}: does not divide the {width} channels of an attention layer; use a divisor"
+        raise UsageError(
+            key, value, f"does not divide the {width} channels of an attention layer", "use a divisor"
         )
     return value if head_channels is None else width // value

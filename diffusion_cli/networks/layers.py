@@ -28,6 +28,8 @@ from torch.nn.functional import (
 )
 from torch.utils.checkpoint import checkpoint
 
+from diffusion_cli.errors import UsageError
+
 # torch's operations by number of dimensions.
 CONV = {1: conv1d, 2: conv2d, 3: conv3d}
 CONV_TRANSPOSE = {1: conv_transpose1d, 2: conv_transpose2d, 3: conv_transpose3d}
@@ -91,7 +93,9 @@ def zero_init(layer: nn.Module) -> None:
 def classes_told(num_classes: int | None, class_conditional: bool) -> int | None:
     """The number of classes that a network is told of a data set's, None for none; ValueError if there are none."""
     if class_conditional and num_classes is None:
-        raise ValueError("class_conditional=true: the data set has no classes; use class_conditional=false")
+        raise UsageError(
+            "class_conditional", True, "the data set has no classes", "use class_conditional=false"
+        )
     return num_classes if class_conditional else None
 
 

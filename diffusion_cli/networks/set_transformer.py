@@ -7,6 +7,7 @@ import torch
 from pydantic import Field, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
+from diffusion_cli.errors import UsageError
 from diffusion_cli.networks.layers import NORM_EPS, attend
 from diffusion_cli.networks.transformer import Linear, SelfAttention, Transformer
 
@@ -44,8 +45,11 @@ class SetTransformer(Transformer):
         gradient_checkpointing: bool,
     ) -> None:
         if len(shape) != 2:
-            raise ValueError(
-                f"model=SetTransformer: is for sets of points, not for data of shape {list(shape)}; take dataset=points"
+            raise UsageError(
+                "model",
+                "SetTransformer",
+                f"is for sets of points, not for data of shape {list(shape)}",
+                "take dataset=points",
             )
         attention = SelfAttention
         if inducing_points is not None:

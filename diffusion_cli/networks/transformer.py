@@ -6,6 +6,7 @@ import torch
 from pydantic import PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
+from diffusion_cli.errors import UsageError
 from diffusion_cli.networks.layers import (
     NORM_EPS,
     Dropout,
@@ -166,8 +167,8 @@ class Transformer(Recomputing):
         gradient_checkpointing: bool,
     ) -> None:
         if hidden_size % num_heads:
-            raise ValueError(
-                f"num_heads={num_heads}: does not divide hidden_size={hidden_size}; use a divisor"
+            raise UsageError(
+                "num_heads", num_heads, f"does not divide hidden_size={hidden_size}", "use a divisor"
             )
         super().__init__()
         self.num_classes = classes_told(num_classes, class_conditional)

@@ -9,7 +9,8 @@ import torch
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from diffusion_cli import __version__
-from diffusion_cli.config import flatten, shown
+from diffusion_cli.config import flatten
+from diffusion_cli.errors import format_value
 from diffusion_cli.foreign import regular
 from diffusion_cli.metrics import Report, Result, unlike
 from diffusion_cli.report import charts
@@ -81,7 +82,10 @@ def side_by_side(columns: Sequence[Mapping[str, Any] | None]) -> list[Row]:
     rows = [
         Row(
             key,
-            [shown(column[key]) if column is not None and key in column else ABSENT for column in columns],
+            [
+                format_value(column[key]) if column is not None and key in column else ABSENT
+                for column in columns
+            ],
             any(column.get(key, ...) != present[0].get(key, ...) for column in present),
         )
         for key in dict.fromkeys(key for column in present for key in column)
@@ -118,7 +122,7 @@ def _notes(reports: Sequence[Report]) -> list[str]:
 
 def _number(value: Any) -> str:
     """A number in five digits, as `diffuse eval` prints it."""
-    return f"{value:.5g}" if isinstance(value, float) else shown(value)
+    return f"{value:.5g}" if isinstance(value, float) else format_value(value)
 
 
 def _sampler(result: Result) -> str:
@@ -126,10 +130,10 @@ def _sampler(result: Result) -> str:
     about = measured(result)
     if not isinstance(about.get("sampler"), Mapping):
         return ""
-    words = [_class(about["sampler"]), f"{shown(about.get('steps'))} steps"]
+    words = [_class(about["sampler"]), f"{format_value(about.get('steps'))} steps"]
     guidance = about.get("guidance")
     if isinstance(guidance, Mapping) and _class(guidance) != "Unguided":
-        words.append(f"{_class(guidance)} of scale {shown(guidance.get('scale'))}")
+        words.append(f"{_class(guidance)} of scale {format_value(guidance.get('scale'))}")
     return ", ".join(words)
 
 

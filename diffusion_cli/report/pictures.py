@@ -15,6 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from diffusion_cli.checkpoint import whole_file
+from diffusion_cli.errors import NO_VALUE, UsageError
 from diffusion_cli.foreign import read, reason
 from diffusion_cli.forms import Form, Picture, Shape
 from diffusion_cli.forms.files import is_gray, opened
@@ -99,7 +100,7 @@ def _naming(file: Path) -> Iterator[None]:
     try:
         yield
     except ValueError as error:
-        raise ValueError(f"{file}: {reason(error)}; move it away to have it made anew") from error
+        raise UsageError(file, NO_VALUE, reason(error), "move it away to have it made anew") from error
 
 
 def save_stored(sample: Tensor, path: Path, form: Form) -> None:

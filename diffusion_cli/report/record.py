@@ -10,6 +10,7 @@ from typing import Any, NamedTuple, TypeVar
 
 from diffusion_cli.checkpoint import LAST, newest
 from diffusion_cli.config import flatten
+from diffusion_cli.errors import FormatError, UsageError
 from diffusion_cli.foreign import LONGEST_MANIFEST, MOST_IN_MANIFEST, read_csv, read_json, reason
 from diffusion_cli.foreign import read as read_file
 from diffusion_cli.forms.files import opened
@@ -23,6 +24,7 @@ MOST_COLUMNS = 200
 EXTREME = 1e100  # beyond which, and below one over which, a value cannot be drawn
 
 Content = TypeVar("Content")
+Number = TypeVar("Number", int, float)
 
 
 class Samples(NamedTuple):
@@ -69,7 +71,7 @@ def read_record(folder: Path, name: str) -> Record:
     """
     found = newest(folder)
     if found is None:
-        raise ValueError(f"run={folder}: holds no {LAST}; name another run")
+        raise UsageError("run", folder, f"holds no {LAST}", "name another run")
     checkpoint = found.checkpoint
     reports = _reports(folder / "metrics.json")
     reading = _Reading(folder, [] if found.remark is None else [f"{found.remark}."])
@@ -146,19 +148,29 @@ def _environment(checkpoint: Mapping[str, Any], reports: list[Report]) -> dict[s
     }
 
 
+def _number(kind: Callable[[str], Number], text: str) -> Number:
+    """A field as a number; FormatError if it is none."""
+    try:
+        return kind(text)
+    except ValueError as error:
+        raise FormatError(f"has {text[:20]!r} for a number") from error
+
+
 def _curves(path: Path) -> dict[str, Points]:
     """The numbers of each column that can be drawn."""
     header, *rows = read_csv(path) or [[]]
     if len(header) > MOST_COLUMNS:
-        raise ValueError(f"has more than {MOST_COLUMNS} columns")
+        raise FormatError(f"has more than {MOST_COLUMNS} columns")
+    if "step" not in header:
+        raise FormatError("has no column step")
     place = header.index("step")
     curves: dict[str, Points] = {}
     for row in (row for row in rows if len(row) > place):  # the last one may be cut off
-        step = int(row[place])
+        step = _number(int, row[place])
         if not 0 <= step < 2**53:
-            raise ValueError(f"has a step {row[place][:20]}")
+            raise FormatError(f"has a step {row[place][:20]}")
         for column, text in zip(header, row, strict=False):
-            value = float(text) if text and column != "step" else math.nan
+            value = _number(float, text) if text and column != "step" else math.nan
             if value == 0 or 1 / EXTREME < abs(value) < EXTREME:
                 curves.setdefault(column, []).append((step, value))
     return curves

@@ -5,6 +5,7 @@ from typing import Any, Literal
 from torch import Tensor
 
 from diffusion_cli.denoiser import Denoise, Denoiser
+from diffusion_cli.errors import UsageError
 from diffusion_cli.posterior import learned_log_variance, posterior
 from diffusion_cli.samplers.base import Draw, Sampler
 from diffusion_cli.schedules import Schedule, Spacing
@@ -33,9 +34,11 @@ class DDPM(Sampler):
 
     def check(self, denoiser: Denoiser) -> None:
         if self.variance == "learned" and not denoiser.learns_variance:
-            raise ValueError(
-                "sampler.variance=learned: the model has no variance head (model.learn_variance=false); "
-                "take small or large"
+            raise UsageError(
+                "sampler.variance",
+                "learned",
+                "the model has no variance head (model.learn_variance=false)",
+                "take small or large",
             )
 
     def step(

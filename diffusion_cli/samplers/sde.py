@@ -7,6 +7,7 @@ from pydantic import PositiveFloat, PositiveInt
 from torch import Tensor
 
 from diffusion_cli.denoiser import Denoise, per_image
+from diffusion_cli.errors import UsageError
 from diffusion_cli.samplers.base import Draw, Sampler
 from diffusion_cli.samplers.ddim import DDIM
 from diffusion_cli.samplers.ddpm import DDPM
@@ -25,9 +26,12 @@ class EulerMaruyama(Sampler):
         times = super().grid(steps)
         f, g2 = self.schedule.sde(times[0])
         if not (f.isfinite() and g2.isfinite()):
-            raise ValueError(
-                f"sampler=euler_maruyama: the SDE of the {type(self.schedule).__name__} schedule has no finite drift "
-                "at t = 1, where alpha is 0; take ddpm, or euler_ancestral"
+            raise UsageError(
+                "sampler",
+                "euler_maruyama",
+                f"the SDE of the {type(self.schedule).__name__} schedule has no finite drift at t = 1, where "
+                "alpha is 0",
+                "take ddpm, or euler_ancestral",
             )
         return times
 

@@ -7,6 +7,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from diffusion_cli.errors import UsageError
+
 Spacing = Literal["leading", "trailing", "linspace", "quadratic", "karras", "log_snr", "time"]
 RHO = 7.0  # of the karras grid (Karras et al. 2022, App. D.1)
 # sigma / alpha beyond which there is no signal to speak of: above that of DDPM's last timestep, 157, and far below that
@@ -86,7 +88,7 @@ class Schedule(ABC):
         lives. ValueError where there is no such grid.
         """
         if steps < 1:
-            raise ValueError(f"steps={steps}: give a number from 1")
+            raise UsageError("steps", steps, "give a number from 1")
         k = torch.arange(steps, dtype=torch.float64)
         share = k / max(1, steps - 1)
         if steps == 1:

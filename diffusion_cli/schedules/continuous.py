@@ -7,6 +7,7 @@ import torch
 from pydantic import Field, PositiveFloat
 from torch import Tensor
 
+from diffusion_cli.errors import UsageError
 from diffusion_cli.schedules.base import RHO, Schedule
 
 Fraction = Annotated[float, Field(gt=0, lt=1)]
@@ -33,7 +34,7 @@ class _LinearBeta(Schedule):
 
     def __init__(self, *, beta_min: PositiveFloat, beta_max: PositiveFloat, grid_t_min: Fraction) -> None:
         if beta_min >= beta_max:
-            raise ValueError(f"schedule.beta_min={beta_min}: must lie below schedule.beta_max={beta_max}")
+            raise UsageError("schedule.beta_min", beta_min, f"must lie below schedule.beta_max={beta_max}")
         self.beta_min, self.beta_max = beta_min, beta_max
         self.t_min, self.grid_t_min = min(TRAINING_T_MIN, grid_t_min), grid_t_min
 
@@ -99,7 +100,9 @@ class VE(Schedule):
 
     def __init__(self, *, sigma_min: PositiveFloat, sigma_max: PositiveFloat, grid_t_min: Fraction) -> None:
         if sigma_min >= sigma_max:
-            raise ValueError(f"schedule.sigma_min={sigma_min}: must lie below schedule.sigma_max={sigma_max}")
+            raise UsageError(
+                "schedule.sigma_min", sigma_min, f"must lie below schedule.sigma_max={sigma_max}"
+            )
         self.log_min, self.log_rise = math.log(sigma_min), math.log(sigma_max / sigma_min)
         self.t_min, self.grid_t_min = min(TRAINING_T_MIN, grid_t_min), grid_t_min
 
@@ -132,7 +135,9 @@ class EDM(Schedule):
 
     def __init__(self, *, sigma_min: PositiveFloat, sigma_max: PositiveFloat) -> None:
         if sigma_min >= sigma_max:
-            raise ValueError(f"schedule.sigma_min={sigma_min}: must lie below schedule.sigma_max={sigma_max}")
+            raise UsageError(
+                "schedule.sigma_min", sigma_min, f"must lie below schedule.sigma_max={sigma_max}"
+            )
         self.sigma_max = sigma_max
         self.t_min = self.grid_t_min = (sigma_min / sigma_max) ** (1 / RHO)
 

@@ -7,6 +7,7 @@ import torch
 from pydantic import Field, PositiveFloat, PositiveInt
 from torch import Tensor
 
+from diffusion_cli.errors import UsageError
 from diffusion_cli.schedules.base import Schedule, Spacing
 
 Fraction = Annotated[float, Field(gt=0, lt=1)]
@@ -28,14 +29,16 @@ class Discrete(Schedule):
 
     def __init__(self, betas: Tensor, zero_terminal_snr: bool) -> None:
         if not (betas.gt(0).all() and betas.lt(1).all()):
-            raise ValueError(
-                f"schedule.num_timesteps={len(betas)}: beta leaves (0, 1), it runs from {betas.min():.3g} to "
-                f"{betas.max():.3g}; take more timesteps, smaller betas or, of a sigmoid, a larger tau"
+            raise UsageError(
+                "schedule.num_timesteps",
+                len(betas),
+                f"beta leaves (0, 1), it runs from {betas.min():.3g} to {betas.max():.3g}",
+                "take more timesteps, smaller betas or, of a sigmoid, a larger tau",
             )
         alpha_bar = torch.cumprod(1 - betas.double(), 0)
         if zero_terminal_snr:
             if len(betas) == 1:
-                raise ValueError("schedule.zero_terminal_snr=true: needs at least 2 timesteps")
+                raise UsageError("schedule.zero_terminal_snr", True, "needs at least 2 timesteps")
             roots = alpha_bar.sqrt()
             alpha_bar = ((roots - roots[-1]) * (roots[0] / (roots[0] - roots[-1]))) ** 2
         self.num_timesteps = len(betas)
@@ -124,9 +127,11 @@ class Discrete(Schedule):
         if steps <= 1 or spacing in ("karras", "log_snr", "time"):
             return super().grid(steps, spacing)
         if steps > T:
-            raise ValueError(
-                f"steps={steps}: the schedule has {T} timesteps; give a number from 1 to {T}, or a spacing off "
-                "its table: karras, log_snr or time"
+            raise UsageError(
+                "steps",
+                steps,
+                f"the schedule has {T} timesteps",
+                f"give a number from 1 to {T}, or a spacing off its table: karras, log_snr or time",
             )
         k = torch.arange(steps, dtype=torch.float64)
         if spacing == "leading":
@@ -208,7 +213,7 @@ class Sigmoid(Discrete):
         zero_terminal_snr: bool,
     ) -> None:
         if start >= end:
-            raise ValueError(f"schedule.start={start}: must lie below schedule.end={end}")
+            raise UsageError("schedule.start", start, f"must lie below schedule.end={end}")
         t = torch.arange(num_timesteps + 1, dtype=torch.float64) / num_timesteps
         first, *_, last = fall = torch.sigmoid(-(start + t * (end - start)) / tau)
         alpha_bar = (fall - last) / (first - last)

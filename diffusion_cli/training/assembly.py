@@ -25,6 +25,7 @@ from diffusion_cli.data import (
     spread,
 )
 from diffusion_cli.denoiser import Denoiser, NoiseConditioned, NoisyClassifier
+from diffusion_cli.errors import NO_VALUE, UsageError
 from diffusion_cli.latents import Pixels, Space
 from diffusion_cli.metrics import Metric, Networks, Reference, cache_folder
 from diffusion_cli.objective import Objective
@@ -94,11 +95,15 @@ def assemble(config: TrainConfig, folder: Path, before: dict[str, Any] | None) -
     objective = build(config.objective)
     noised = config.schedule is not None
     if isinstance(objective, Reconstruction) == noised:
-        raise ValueError(
-            "objective=autoencoder: adds no noise; leave it out, or take task=autoencoder"
-            if noised
-            else f"objective={type(objective).__name__}: adds noise, and an autoencoder's images have none; leave it "
-            "out, or take task=diffusion"
+        if noised:
+            raise UsageError(
+                "objective", "autoencoder", "adds no noise", "leave it out, or take task=autoencoder"
+            )
+        raise UsageError(
+            "objective",
+            type(objective).__name__,
+            "adds noise, and an autoencoder's images have none",
+            "leave it out, or take task=diffusion",
         )
     latent = chosen_latents(config, dataset, device.torch_device, folder, before)
     shown = dataset
@@ -107,13 +112,15 @@ def assemble(config: TrainConfig, folder: Path, before: dict[str, Any] | None) -
     classifies = getattr(objective, "trains", None) is NoisyClassifier
     if dataset.missing_classes and (classifies or config.model.get("class_conditional")):
         key = "task=classifier" if classifies else "model.class_conditional=true"
-        raise ValueError(f"{key}: the data set has no classes to learn: {dataset.missing_classes}")
+        raise UsageError(key, NO_VALUE, f"the data set has no classes to learn: {dataset.missing_classes}")
     torch.manual_seed(mix(config.seed, "weights"))
     network = build(config.model, shown.shape, dataset.num_classes)
     if getattr(network, "ordered", True) and not shown.form.ordered:
-        raise ValueError(
-            f"model={type(network).__name__}: goes by the order of points, and those of a set have none; take "
-            "model=set_tiny, for task=diffusion"
+        raise UsageError(
+            "model",
+            type(network).__name__,
+            "goes by the order of points, and those of a set have none",
+            "take model=set_tiny, for task=diffusion",
         )
     task = _process(config, network, objective) if noised else _encoding(config, network, objective, dataset)
     return Parts(dataset, shown, latent, task, build(config.optimizer), device)
@@ -123,10 +130,10 @@ def _encoding(
     config: TrainConfig, network: nn.Module, objective: Reconstruction, dataset: Dataset
 ) -> Encoding:
     if config.eval_every is not None:
-        raise ValueError(f"eval_every={config.eval_every}: an autoencoder makes no samples; leave it out")
+        raise UsageError("eval_every", config.eval_every, "an autoencoder makes no samples", "leave it out")
     if config.progressive is not None:
-        raise ValueError(
-            f"progressive={config.progressive}: is for what noised images are shown to; leave it out"
+        raise UsageError(
+            "progressive", config.progressive, "is for what noised images are shown to", "leave it out"
         )
     return Encoding(objective.model(network, dataset.shape), objective)
 
@@ -141,13 +148,13 @@ def _process(config: TrainConfig, network: nn.Module, objective: Objective[Any])
     if isinstance(model, Denoiser):
         try:  # refused now rather than at the first preview
             sampler.grid(config.preview_steps)
-        except ValueError as error:
-            raise ValueError(str(error).replace("steps=", "preview_steps=", 1)) from error
+        except UsageError as error:
+            raise error.renamed({"steps": "preview_steps"}) from error
         if config.eval_every is not None:
             try:
                 sampler.grid(config.eval_steps)
-            except ValueError as error:
-                raise ValueError(str(error).replace("steps=", "eval_steps=", 1)) from error
+            except UsageError as error:
+                raise error.renamed({"steps": "eval_steps"}) from error
         sampler.check(model)
     return Process(model, objective, times, sampler)
 
@@ -164,12 +171,15 @@ def stages_of(config: TrainConfig, dataset: Dataset) -> Stages:
     """The sizes that a run on a data set trains at; ValueError as `Stages.growing`, for sets of points or for masks."""
     sizes, steps = config.progressive, config.stage_steps
     if sizes is not None and not dataset.form.ordered:
-        raise ValueError(
-            f"progressive={sizes}: points lie in no order in which to take their means; leave it out"
+        raise UsageError(
+            "progressive", sizes, "points lie in no order in which to take their means", "leave it out"
         )
     if sizes is not None and config.dataset.get("masks") is not None:
-        raise ValueError(
-            f"progressive={sizes}: the mean of two labels of dataset.masks is a third; leave one of them out"
+        raise UsageError(
+            "progressive",
+            sizes,
+            "the mean of two labels of dataset.masks is a third",
+            "leave one of them out",
         )
     if steps is None and sizes is not None:
         assert config.max_steps is not None
@@ -208,7 +218,7 @@ def watchers_of(
         )
         return watchers
     if config.eval_every is not None and not isinstance(parts.task.model, Denoiser):
-        raise ValueError(f"eval_every={config.eval_every}: a classifier makes no samples; leave it out")
+        raise UsageError("eval_every", config.eval_every, "a classifier makes no samples", "leave it out")
     if isinstance(parts.task.model, Denoiser):
         sampler = parts.task.sampler
         counts = class_counts if parts.conditional else None
@@ -250,8 +260,8 @@ def _evaluation(
     metrics = {name: build(node) for name, node in config.metric.items()}
     for name, metric in metrics.items():
         if not isinstance(metric, Metric) or metric.split is not None:
-            raise ValueError(
-                f"metric={name}: measures no samples; on the way there are the metrics of samples only"
+            raise UsageError(
+                "metric", name, "measures no samples", "on the way there are the metrics of samples only"
             )
     dataset = parts.dataset
     seen = pictured(dataset)

@@ -10,6 +10,7 @@ from lightning.pytorch import Trainer
 from torch import Tensor, nn
 
 from diffusion_cli.data import Batch
+from diffusion_cli.errors import UsageError
 from diffusion_cli.forms import Form
 from diffusion_cli.latents import PIXELS
 from diffusion_cli.ranks import Ranks
@@ -68,9 +69,11 @@ class AutoencodingModule(TrainingModule[Autoencoding, TermMeter]):
 
     def configure_model(self) -> None:
         if self.device_mesh is not None and self.model.discriminator is not None:
-            raise ValueError(
-                "trainer.strategy=fsdp: does not go with objective.discriminator_start, whose discriminator each "
-                "process holds whole; take strategy=ddp"
+            raise UsageError(
+                "trainer.strategy",
+                "fsdp",
+                "does not go with objective.discriminator_start, whose discriminator each process holds whole",
+                "take strategy=ddp",
             )
         super().configure_model()
 

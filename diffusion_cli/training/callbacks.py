@@ -22,6 +22,7 @@ from diffusion_cli.checkpoint import LAST, duplicate, numbered, save
 from diffusion_cli.config.schema import Node
 from diffusion_cli.data import Batch, Stages
 from diffusion_cli.denoiser import Denoiser, NoisyClassifier, noised
+from diffusion_cli.errors import NO_VALUE, UsageError
 from diffusion_cli.forms import Form
 from diffusion_cli.generate import labels_of, sample
 from diffusion_cli.latents import Space
@@ -37,7 +38,7 @@ from diffusion_cli.training.loss_check import LossCheck
 from diffusion_cli.training.module import DenoisingModule, LevelMeter, TermMeter, TrainingModule
 
 
-class DivergedError(ValueError):
+class DivergedError(UsageError):
     """The loss is no longer a finite number."""
 
 
@@ -89,8 +90,10 @@ def stop_if_diverged(module: TrainingModule, last: Path, step: int | None = None
         if last.is_file():
             kept, place = f"the last good checkpoint is {last}", " under another name="
         raise DivergedError(
-            f"{what}: not a finite number at step {step}, learning rate {rate:.3g}; {kept}; try a smaller "
-            f"optimizer.lr, a longer optimizer.warm_up_steps or precision=fp32{place}"
+            what,
+            NO_VALUE,
+            f"not a finite number at step {step}, learning rate {rate:.3g}; {kept}",
+            f"try a smaller optimizer.lr, a longer optimizer.warm_up_steps or precision=fp32{place}",
         )
 
 

@@ -9,6 +9,7 @@ from lightning.pytorch.plugins import MixedPrecision, Precision
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Strategy
 from pydantic import Field, PositiveInt
 
+from diffusion_cli.errors import UsageError
 from diffusion_cli.precision import device_of
 from diffusion_cli.ranks import Place, started
 
@@ -34,8 +35,8 @@ class Device:
         try:
             self.torch_device: torch.device = device_of(accelerator)
         except ValueError as error:
-            raise ValueError(
-                "trainer=gpu: torch sees no GPU on this machine; take trainer=cpu or trainer=auto"
+            raise UsageError(
+                "trainer", "gpu", "torch sees no GPU on this machine", "take trainer=cpu or trainer=auto"
             ) from error
         if threads is not None:
             torch.set_num_threads(threads)
@@ -46,8 +47,11 @@ class Device:
     def plugins(self, precision: str) -> list[Any]:
         """The parts of Lightning's Trainer for the processes that are at work, and for fp32, bf16 or fp16."""
         if precision == "fp16" and self.strategy == "fsdp":
-            raise ValueError(
-                "precision=fp16: does not go with trainer.strategy=fsdp; take bf16 or fp32, or strategy=ddp"
+            raise UsageError(
+                "precision",
+                "fp16",
+                "does not go with trainer.strategy=fsdp",
+                "take bf16 or fp32, or strategy=ddp",
             )
         if precision == "fp32":
             return [Joined(started()), Precision()]

@@ -14,6 +14,7 @@ from diffusion_cli.checkpoint import digest, find_run, load_autoencoder, load_la
 from diffusion_cli.config import TrainConfig
 from diffusion_cli.data import Dataset, Images
 from diffusion_cli.data.base import Split
+from diffusion_cli.errors import NO_VALUE, UsageError
 from diffusion_cli.latents import Latents, measured_scale
 from diffusion_cli.networks import AutoencoderKL
 from diffusion_cli.pretrained import from_diffusers
@@ -60,14 +61,19 @@ def chosen_latents(
     network, node, channels = _autoencoder(config, dataset)
     sides = "x".join(map(str, dataset.shape[1:]))
     if channels != dataset.shape[0] or len(dataset.shape) != 3:
-        raise ValueError(
-            f"{config.latent.key}: is of images of {channels} channels, and those of {dataset.name} have "
-            f"{dataset.shape[0]}, of {sides}; take another autoencoder"
+        raise UsageError(
+            config.latent.key,
+            NO_VALUE,
+            f"is of images of {channels} channels, and those of {dataset.name} have {dataset.shape[0]}, "
+            f"of {sides}",
+            "take another autoencoder",
         )
     if any(side % network.factor for side in dataset.shape[1:]):
-        raise ValueError(
-            f"{config.latent.key}: its latents stand for {network.factor} pixels of a side, which do not divide images "
-            f"of {sides}; take an autoencoder of fewer levels, or images of another size"
+        raise UsageError(
+            config.latent.key,
+            NO_VALUE,
+            f"its latents stand for {network.factor} pixels of a side, which do not divide images of {sides}",
+            "take an autoencoder of fewer levels, or images of another size",
         )
     ones = [1.0] * network.latent_channels
     latents = Latents(network.to(device), dataset.shape, [0.0 * one for one in ones], ones)
@@ -84,9 +90,12 @@ def _autoencoder(config: TrainConfig, dataset: Dataset) -> tuple[AutoencoderKL, 
     run = find_run(config.latent.run, config.output_dir, "latent.run")
     trained = load_autoencoder(run, torch.device("cpu"))
     if trained.form.about() != dataset.form.about():
-        raise ValueError(
-            f"latent.run={config.latent.run}: was trained on images stored as {trained.form.about()}, and those of "
-            f"{dataset.name} are {dataset.form.about()}; train one on these"
+        raise UsageError(
+            "latent.run",
+            config.latent.run,
+            f"was trained on images stored as {trained.form.about()}, and those of {dataset.name} are "
+            f"{dataset.form.about()}",
+            "train one on these",
         )
     return trained.network, trained.config["model"], trained.shape[0]
 
@@ -120,9 +129,11 @@ class LatentDataset(Dataset):
         if Ranks().agree(split not in self.keys or not self._path(split).is_file()):
             key = self._key(images, flip)
             if self.keys.setdefault(split, key) != key:
-                raise ValueError(
-                    f"dataset: the {split} images are not those that the run was begun on; give back the data, or take "
-                    "another name="
+                raise UsageError(
+                    "dataset",
+                    NO_VALUE,
+                    f"the {split} images are not those that the run was begun on",
+                    "give back the data, or take another name=",
                 )
         moments = encoded(images, self.latents, self._path(split), flip, self.source.num_workers)
         moments.known_as(self.keys[split])
@@ -148,13 +159,19 @@ class LatentDataset(Dataset):
         moments.check()
         mean, std, told = measured_scale(moments.pixels.split(ENCODED), self.latents.shape[0])
         if not all(map(math.isfinite, std)):
-            raise ValueError(
-                "latent: the latents of the training images are not finite; take another autoencoder"
+            raise UsageError(
+                "latent",
+                NO_VALUE,
+                "the latents of the training images are not finite",
+                "take another autoencoder",
             )
         if min(std) < LEAST:
-            raise ValueError(
-                f"latent: channel {std.index(min(std))} of the latents is the same everywhere, of no use to the "
-                "autoencoder; train one with fewer model.latent_channels"
+            raise UsageError(
+                "latent",
+                NO_VALUE,
+                f"channel {std.index(min(std))} of the latents is the same everywhere, of no use to the "
+                "autoencoder",
+                "train one with fewer model.latent_channels",
             )
         if min(told) < EMPTY and Ranks().first:
             print(

@@ -27,6 +27,7 @@ from diffusion_cli.data import Images, UnreadableError, normalised
 from diffusion_cli.data.array import opened_array
 from diffusion_cli.data.batches import fetched
 from diffusion_cli.data.memory import MemoryImages
+from diffusion_cli.errors import NO_VALUE, UsageError
 from diffusion_cli.latents import Latents
 from diffusion_cli.locks import locked
 from diffusion_cli.progress import ProgressBar
@@ -65,8 +66,11 @@ class LatentImages(MemoryImages):
         except ChecksumError as error:
             with suppress(FileNotFoundError):  # another process has found the damage too
                 _set_back(self.blocks.path)
-            raise ValueError(
-                f"{self.blocks.path}: is damaged ({error}); the next start encodes these latents again"
+            raise UsageError(
+                self.blocks.path,
+                NO_VALUE,
+                f"is damaged ({error})",
+                "the next start encodes these latents again",
             ) from error
 
     def mirrored(self, images: Tensor, coins: Tensor) -> Tensor:
@@ -107,7 +111,9 @@ def _start(path: Path, shape: tuple[int, ...]) -> int:
     """Bytes before the moments in a file; ValueError if it has others."""
     array = opened_array(path, None)
     if array.shape != shape or array.dtype != np.float32:
-        raise ValueError(f"{path}: does not hold the latents of these images; remove it, and it is made anew")
+        raise UsageError(
+            path, NO_VALUE, "does not hold the latents of these images", "remove it, and it is made anew"
+        )
     return path.stat().st_size - array.nbytes
 
 
@@ -172,9 +178,11 @@ def _check_room(part: Path, size: int) -> None:
     """Say where many bytes of latents go; ValueError if there is no room for them."""
     free = shutil.disk_usage(part.parent).free
     if size > free:
-        raise ValueError(
-            f"cache_dir={part.parent.parent}: the latents take {size / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free; "
-            "make room, or take a folder of another disk"
+        raise UsageError(
+            "cache_dir",
+            part.parent.parent,
+            f"the latents take {size / 1000000000.0:.1f} GB, and {free / 1000000000.0:.1f} GB are free",
+            "make room, or take a folder of another disk",
         )
     if size > LARGE:
         print(f"encoding: {size / 1e9:.1f} GB of latents go to {part.parent}", file=sys.stderr)

@@ -16,6 +16,7 @@ from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 
 from diffusion_cli.checkpoint import set_aside, whole_file, writing
+from diffusion_cli.errors import NO_VALUE, FormatError, UsageError
 from diffusion_cli.foreign import printable, read
 from diffusion_cli.ranks import Ranks
 
@@ -175,8 +176,8 @@ def _read_rows(path: Path) -> tuple[list[dict[str, Any]], bool]:
     """
     try:
         text = read(path).decode(errors="replace")
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}; move it away") from error
+    except FormatError as error:
+        raise UsageError(path, NO_VALUE, str(error), "move it away") from error
     damaged = any(letter == "\ufffd" or not (letter.isprintable() or letter in "\r\n") for letter in text)
     rows: list[dict[Any, Any]] = []
     try:  # this program writes no quotes: one is damage, and must not join lines

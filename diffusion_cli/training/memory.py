@@ -13,6 +13,7 @@ from torch.distributed.tensor import DTensor
 
 from diffusion_cli.capacity import ONEDNN, ran_out
 from diffusion_cli.data import Stages
+from diffusion_cli.errors import Problem, UsageError
 from diffusion_cli.training.autoencoding import AutoencodingModule
 from diffusion_cli.training.module import TrainingModule
 
@@ -30,23 +31,21 @@ def naming_what_fits(
         if not ran_out(error):
             raise
         traceback.clear_frames(error.__traceback__)  # which hold all that the failed step had in memory
-        raise ValueError(_advice(error, module, device, stages, trainer)) from None
+        raise UsageError(*_advice(error, module, device, stages, trainer)) from None
 
 
 def _advice(
     error: BaseException, module: TrainingModule, device: torch.device, stages: Stages, trainer: Trainer
-) -> str:
+) -> Problem:
     stage, accumulate = stages.at(trainer.global_step), trainer.accumulate_grad_batches
     share = stage.batch_size // trainer.world_size
-    began = (
-        f"{stages.key(stage)}={stage.batch_size}: parts of {share // accumulate} images do not fit in the memory of "
-        f"this {device.type}"
-    )
+    key, value = stages.key(stage), stage.batch_size
+    problem = f"parts of {share // accumulate} images do not fit in the memory of this {device.type}"
     # A trial would wait for the other processes.
     together = trainer.world_size > 1 and isinstance(module, AutoencodingModule)
     sharded = any(isinstance(parameter, DTensor) for parameter in module.parameters())
     if together or sharded or ONEDNN in str(error):
-        return f"{began}; try accumulate={2 * accumulate}"
+        return Problem(key, value, problem, f"try accumulate={2 * accumulate}")
     for optimizer in trainer.optimizers:
         optimizer.state.clear()
     module.to(device)  # Lightning has moved it to the CPU
@@ -61,8 +60,13 @@ def _advice(
             break
         fewest = parts
     if fewest is None:
-        return f"{began}, nor does one image; take a smaller model, or model.gradient_checkpointing=true"
-    return f"{began}, but parts of {share // fewest} do: accumulate={fewest}"
+        return Problem(
+            key,
+            value,
+            f"{problem}, nor does one image",
+            "take a smaller model, or model.gradient_checkpointing=true",
+        )
+    return Problem(key, value, f"{problem}, but parts of {share // fewest} do", f"set accumulate={fewest}")
 
 
 def _more(images: int, accumulate: int) -> Iterator[int]:

@@ -8,6 +8,8 @@ from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveIn
 from torch import nn, optim
 from torch.optim.lr_scheduler import LambdaLR
 
+from diffusion_cli.errors import UsageError
+
 
 class OptimizerConfig(ABC):
     """What makes an optimizer, and how its learning rate moves."""
@@ -48,7 +50,7 @@ class Adam(OptimizerConfig):
         clip_norm: PositiveFloat | None,
     ) -> None:
         if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
-            raise ValueError(f"optimizer.betas={betas}: should be two numbers from 0 to below 1")
+            raise UsageError("optimizer.betas", betas, "should be two numbers from 0 to below 1")
         self.lr, self.betas, self.eps = lr, (betas[0], betas[1]), eps
         self.warm_up_steps, self.decay_steps, self.clip_norm = warm_up_steps, decay_steps, clip_norm
 

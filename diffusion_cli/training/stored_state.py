@@ -17,6 +17,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 
+from diffusion_cli.errors import NO_VALUE, UsageError
 from diffusion_cli.foreign import plain
 from diffusion_cli.training.module import TrainingModule
 from diffusion_cli.training.optimizers import OptimizerConfig
@@ -91,9 +92,11 @@ class StoredOptions(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.global_step != self._step:
-            raise ValueError(
-                f"the checkpoint of step {self._step} continues at step {trainer.global_step}: its loops are those of "
-                "another version of Lightning; install the version that saved it, or train anew under another name="
+            raise UsageError(
+                f"the checkpoint of step {self._step}",
+                NO_VALUE,
+                f"continues at step {trainer.global_step}, for its loops are those of another version of Lightning",
+                "install the version that saved it, or train anew under another name=",
             )
 
 
@@ -211,9 +214,11 @@ def check_state(path: Path, checkpoint: Mapping[str, Any], expected: Mapping[str
     lines = list(islice(_differences(checkpoint, expected, "", {}), MOST_LINES + 1))
     if lines:
         more = "; and more" if len(lines) > MOST_LINES else ""
-        raise ValueError(
-            f"{path}: is not a training state of this run: {'; '.join(lines[:MOST_LINES])}{more}; put back a "
-            "checkpoint that this run saved, or train anew under another name="
+        raise UsageError(
+            path,
+            NO_VALUE,
+            f"is not a training state of this run: {'; '.join(lines[:MOST_LINES])}{more}",
+            "put back a checkpoint that this run saved, or train anew under another name=",
         )
 
 

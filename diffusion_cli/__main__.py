@@ -1,6 +1,6 @@
 """The `diffuse` program, which is also `python -m diffusion_cli` for launchers that start modules."""
 
-from diffusion_cli.signals import end_at_signals
+from diffusion_cli.system.signals import end_at_signals
 
 
 def main() -> None:

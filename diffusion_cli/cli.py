@@ -27,10 +27,10 @@ from diffusion_cli.config import (
     Variant,
     did_you_mean,
 )
-from diffusion_cli.errors import NO_VALUE, MachineError, Problem, UsageError
-from diffusion_cli.foreign import printable
-from diffusion_cli.signals import STOPPED, UNFINISHED, end, end_at_signals, handling
-from diffusion_cli.terminal import guarded, lost_output, open_closed_streams
+from diffusion_cli.errors import NO_VALUE, MachineError, Problem, UsageError, first_line
+from diffusion_cli.system.signals import STOPPED, UNFINISHED, end, end_at_signals, handling
+from diffusion_cli.system.terminal import guarded, lost_output, open_closed_streams
+from diffusion_cli.system.untrusted import printable
 
 FLAGS = ["--help", "--cfg", "--config-dir", "--multirun", "-h", "-m"]
 USER_ERROR, INTERNAL_ERROR = 2, 1
@@ -68,10 +68,10 @@ def run(words: Sequence[str]) -> int:
     with guarded():
         try:
             code = _dispatch(list(words))
-        except UsageError as error:
+        except (UsageError, MachineError) as error:
             if os.environ.get("DIFFUSE_TRACEBACK"):
                 raise
-            return _report(*error.lines)
+            return _report(*str(error).splitlines())
         except Exception:
             traceback.print_exc()
             return _report(BUG, code=INTERNAL_ERROR)
@@ -174,7 +174,7 @@ def parse(words: Sequence[str]) -> Request:
 
 
 def execute(command: str, checked: Config | list[Variant]) -> int:
-    """Run a command and return its exit code; a fault of the machine is shown as one line, a bug with its traceback."""
+    """Run a command and return its exit code; raises MachineError, in one line, for a fault of the machine."""
     try:
         module = importlib.import_module(f"diffusion_cli.commands.{command}")
         with handling(_interrupt):
@@ -185,7 +185,9 @@ def execute(command: str, checked: Config | list[Variant]) -> int:
     except OSError as error:
         if os.environ.get("DIFFUSE_TRACEBACK") or not (error.errno or isinstance(error, MachineError)):
             raise
-        return _report(" ".join(str(error).split()))
+        raise (
+            error if isinstance(error, MachineError) else MachineError(" ".join(str(error).split()))
+        ) from error
 
 
 def _interrupt(number: int, frame: object) -> None:
@@ -242,7 +244,7 @@ def _launch(command: str, dirs: Sequence[Path], logs: Path) -> int:
     except Exception as error:
         if type(error).__module__.partition(".")[0] != "submitit":
             raise
-        raise UsageError("launcher", "slurm", config.first_line(error), f"logs: {logs}") from error
+        raise UsageError("launcher", "slurm", first_line(error), f"logs: {logs}") from error
     return 0
 
 
@@ -264,8 +266,8 @@ def _local_job(command: str, overrides: Sequence[str], dirs: Sequence[Path]) -> 
     """One job of a sweep here; the first that fails ends the sweep."""
     try:
         return execute(command, config.load(command, overrides, dirs))
-    except UsageError as error:
-        return _report(*error.lines)
+    except (UsageError, MachineError) as error:
+        return _report(*str(error).splitlines())
 
 
 def _cluster_job(command: str, overrides: Sequence[str], dirs: Sequence[Path]) -> int:
@@ -275,12 +277,12 @@ def _cluster_job(command: str, overrides: Sequence[str], dirs: Sequence[Path]) -
     """
     try:
         code = execute(command, config.load(command, overrides, dirs))
-    except UsageError as error:
-        _report(*error.lines)
-        reason = error.lines
+    except (UsageError, MachineError) as error:
+        reason = str(error).splitlines()
+        _report(*reason)
     except Exception as error:
         traceback.print_exc()
-        reason = [f"{type(error).__name__}: {config.first_line(error)}"]
+        reason = [f"{type(error).__name__}: {first_line(error)}"]
     else:
         if code == UNFINISHED and _still_wanted():
             signal.raise_signal(signal.SIGUSR2)  # by which submitit queues a job again

@@ -32,7 +32,7 @@ class Problem(NamedTuple):
 
 
 class UsageError(ValueError):
-    """What a user asked for cannot be done, for one reason or several.
+    """A request is invalid, for one reason or several.
 
     Args:
         key: dotted key of the configuration, word of the command line, or path.
@@ -67,13 +67,18 @@ class UsageError(ValueError):
 
 
 class FormatError(ValueError):
-    """A file or a value is not in the form that is read; who reads it adds its name."""
+    """Malformed content of a file or a value; the caller adds its name."""
 
 
 class MachineError(OSError):
-    """A fault of the machine in one sentence: of a disk, of data that changed, or of another process."""
+    """A disk, data that changed, or another process failed; one sentence says how."""
 
 
 def format_value(value: Any) -> str:
     """Return a value as one writes it on the command line."""
     return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def first_line(error: Exception) -> str:
+    """What an error says first; where it says nothing, its kind."""
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -12,16 +12,17 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
-from diffusion_cli.checkpoint import find_run, whole_file
 from diffusion_cli.config import PlotConfig, TrainConfig, build, load
-from diffusion_cli.data import Dataset, normalised
+from diffusion_cli.data import Dataset, to_model_range
 from diffusion_cli.data.base import Split
-from diffusion_cli.denoiser import noised
+from diffusion_cli.diffusion.denoiser import noised
+from diffusion_cli.diffusion.schedules import Discrete, Schedule
 from diffusion_cli.errors import NO_VALUE, FormatError, UsageError
-from diffusion_cli.foreign import read_csv
 from diffusion_cli.generate import SeededNoise, frame_places, visible
 from diffusion_cli.report import read_images, save_gif, save_rows
-from diffusion_cli.schedules import Discrete, Schedule
+from diffusion_cli.runs.find import find_run
+from diffusion_cli.system.files import atomic_write
+from diffusion_cli.system.untrusted import read_csv
 
 # Okabe & Ito 2008, "Color Universal Design", without the yellow, which is faint on white.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -101,7 +102,7 @@ def save_panels(panels: Sequence[Panel], path: Path) -> None:
             axes.grid(color="#e6e6e6", linewidth=0.6)
             axes.spines[["top", "right"]].set_visible(False)
         canvas.legend(list(drawn.values()), labels, loc="outside right upper", frameon=False)
-        with whole_file(path) as temporary:
+        with atomic_write(path) as temporary:
             canvas.savefig(temporary, format=path.suffix[1:])
 
 
@@ -199,12 +200,12 @@ class Forward(Figure):
                 f"{dataset.name} has {len(images)} images in its {self.split} split",
                 "give a smaller number",
             )
-        image = normalised(images.gather(torch.tensor([config.image])))
+        image = to_model_range(images.gather(torch.tensor([config.image])))
         schedule: Schedule = build(config.schedule)
         t = torch.linspace(0, 1, self.frames, dtype=torch.float64)
-        eps = SeededNoise([config.image], dataset.shape, image.device).draw()
+        eps = SeededNoise([config.image], dataset.shape, image.device).noise()
         seen = visible(noised(schedule, image.expand(self.frames, *image.shape[1:]), t, eps), t, schedule)
-        return dataset.form.pictures(dataset.form.stored(seen))
+        return dataset.form.to_rgb(dataset.form.quantize(seen))
 
 
 class Losses(Figure):

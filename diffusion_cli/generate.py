@@ -10,14 +10,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from diffusion_cli.checkpoint import Model
-from diffusion_cli.denoiser import Denoise, Denoiser, per_image
+from diffusion_cli.diffusion.denoiser import Denoise, Denoiser, per_image
+from diffusion_cli.diffusion.guidance import Guidance
+from diffusion_cli.diffusion.schedules import Schedule
 from diffusion_cli.errors import NO_VALUE, UsageError
-from diffusion_cli.foreign import reason
-from diffusion_cli.guidance import Guidance
-from diffusion_cli.precision import autocast
+from diffusion_cli.runs.load import LoadedDenoiser
 from diffusion_cli.samplers import Sampler, integrate
-from diffusion_cli.schedules import Schedule
+from diffusion_cli.system.precision import autocast
+from diffusion_cli.system.untrusted import reason
 
 
 @cache
@@ -40,7 +40,7 @@ class SeededNoise:
         self._again = False
         self._ahead: Future[Tensor] | None = None
 
-    def draw(self) -> Tensor:
+    def noise(self) -> Tensor:
         """The next noise of each image, float32 [B, *shape]."""
         noise = self._next() if self._ahead is None else self._ahead.result()
         if self._again and self.device.type == "cuda":
@@ -65,9 +65,9 @@ def states(
 ) -> Iterator[Tensor]:
     """Yield the noise that the images of the seeds begin as, and what each step makes of it, float32 [B, C, H, W]."""
     noise = SeededNoise(seeds, shape, device)
-    x = sampler.schedule.prior_std(times[0]) * noise.draw()
+    x = sampler.schedule.prior_std(times[0]) * noise.noise()
     yield x
-    yield from integrate(sampler, denoise, x, times, noise.draw)
+    yield from integrate(sampler, denoise, x, times, noise.noise)
 
 
 def sample(
@@ -111,7 +111,7 @@ def labels_of(numbers: Sequence[int], labels: Sequence[int] | None, device: torc
     return torch.tensor([labels[number % len(labels)] for number in numbers], device=device)
 
 
-class Calls:
+class NFECounter:
     """Counts the network calls that each image of a batch takes: those of the denoiser and of what guides it."""
 
     def __init__(self, denoiser: Denoiser, guidance: Guidance) -> None:
@@ -139,7 +139,7 @@ class Generated(NamedTuple):
 
 
 @contextmanager
-def compiled(model: Model, whole: bool = True) -> Iterator[None]:
+def compiled(model: LoadedDenoiser, whole: bool = True) -> Iterator[None]:
     """Call the network as it was compiled, if it was, on a `whole` batch; else as it was written."""
     if model.denoiser.network._compiled_call_impl is None:
         yield
@@ -155,14 +155,14 @@ def compiled(model: Model, whole: bool = True) -> Iterator[None]:
             ) from error
 
 
-def uncompiled(model: Model) -> AbstractContextManager[None]:
+def uncompiled(model: LoadedDenoiser) -> AbstractContextManager[None]:
     """Call the network as it was written."""
     return compiled(model, whole=False)
 
 
 @torch.inference_mode()
 def generate(
-    model: Model,
+    model: LoadedDenoiser,
     sampler: Sampler,
     steps: int,
     seeds: Sequence[int],
@@ -182,17 +182,17 @@ def generate(
     for batch in _batches(seeds, sampler, batch_size):
         y = labels_of(batch, labels, device)
         denoise = guided(model, guidance, y, clip)
-        calls = Calls(model.denoiser, guidance)
+        calls = NFECounter(model.denoiser, guidance)
         with autocast(device, precision), compiled(model, len(batch) == batch_size):
             x = sample(denoise, sampler, times, batch, model.space.shape, device)
         images = model.space.decode(x)
         check_finite(images)
-        yield Generated(batch, model.form.stored(images), y, calls.each(len(batch)))
+        yield Generated(batch, model.form.quantize(images), y, calls.each(len(batch)))
 
 
 @torch.inference_mode()
 def trajectories(
-    model: Model,
+    model: LoadedDenoiser,
     sampler: Sampler,
     steps: int,
     seeds: Sequence[int],
@@ -226,18 +226,18 @@ def trajectories(
     return torch.cat(ways)
 
 
-def _picture(model: Model, x: Tensor) -> Tensor:
+def _picture(model: LoadedDenoiser, x: Tensor) -> Tensor:
     """States as `visible` gives them, as pictures on the CPU."""
-    return model.form.pictures(model.form.stored(model.space.decode(x))).cpu()
+    return model.form.to_rgb(model.form.quantize(model.space.decode(x))).cpu()
 
 
 def _batches(seeds: Sequence[int], sampler: Sampler, batch_size: int) -> Iterator[list[int]]:
-    size = 1 if sampler.one_by_one else batch_size
+    size = 1 if sampler.per_image else batch_size
     for first in range(0, len(seeds), size):
         yield list(seeds[first : first + size])
 
 
-def guided(model: Model, guidance: Guidance, y: Tensor | None, clip: bool) -> Denoise:
+def guided(model: LoadedDenoiser, guidance: Guidance, y: Tensor | None, clip: bool) -> Denoise:
     """The denoiser of images of the classes y, int64 [B], guided and, with `clip`, kept in [-1, 1]; latents are not."""
     denoise = guidance(model.denoiser, y)
     return model.space.clipped(denoise, model.denoiser.schedule) if clip else denoise

@@ -32,7 +32,7 @@ from benchmarks import (
     train_step,
     training_memory,
 )
-from diffusion_cli.precision import device_of, has_fast_bf16
+from diffusion_cli.system.precision import device_of, has_fast_bf16
 
 BENCHMARKS = {
     part.__name__.rpartition(".")[2]: part

@@ -12,11 +12,11 @@ from collections import deque
 import torch
 
 from diffusion_cli.data import GaussianMixture
-from diffusion_cli.denoiser import Prediction
-from diffusion_cli.editing import DPS, Mask, Method, Process, RePaint, Replacement
-from diffusion_cli.latents import Pixels
+from diffusion_cli.diffusion.denoiser import Prediction
+from diffusion_cli.diffusion.latents import Pixels
+from diffusion_cli.diffusion.schedules import Linear
+from diffusion_cli.editing import DPS, EditProcess, Mask, RePaint, Replacement, RestorationMethod
 from diffusion_cli.samplers import DDPM
-from diffusion_cli.schedules import Linear
 
 MEANS = [[-0.6, -0.2, 0.3, 0.5], [0.5, 0.4, -0.4, 0.1], [0.1, -0.7, 0.6, -0.5]]
 STD = 0.3
@@ -38,7 +38,7 @@ def main() -> None:
         "| method | resampling steps | network calls | error of component frequencies | of means | of deviations |"
     )
     print("|---|---|---|---|---|---|")
-    cases: list[tuple[str, int, Method]] = [("replacement", 1, Replacement())]
+    cases: list[tuple[str, int, RestorationMethod]] = [("replacement", 1, Replacement())]
     cases += [("repaint", n, RePaint(num_resamples=n, jump_length=1)) for n in (2, 5, 10, 20, 50)]
     cases += [(f"dps, scale {scale:g}", 1, DPS(scale=scale)) for scale in (0.1, 0.3, 1.0)]
     for name, resamples, method in cases:
@@ -47,7 +47,9 @@ def main() -> None:
         print(f"| {name} | {resamples} | {resamples * arguments.steps} | {cells} |", flush=True)
 
 
-def measure(mixture: GaussianMixture, method: Method, steps: int, count: int) -> tuple[float, float, float]:
+def measure(
+    mixture: GaussianMixture, method: RestorationMethod, steps: int, count: int
+) -> tuple[float, float, float]:
     """The total variation of the component frequencies, and the largest errors of a mean and a standard deviation."""
     schedule = Linear(num_timesteps=1000, beta_start=1e-4, beta_end=0.02, zero_terminal_snr=False)
     sampler = DDPM(schedule, variance="small", spacing="trailing")
@@ -64,7 +66,7 @@ def measure(mixture: GaussianMixture, method: Method, steps: int, count: int) ->
         x0 = mixture.denoise(x, alpha, sigma)
         return Prediction(x0, (x - alpha * x0) / sigma, sigma)
 
-    process = Process(
+    process = EditProcess(
         sampler, sampler.grid(steps), None, lambda y: denoise, lambda label: denoise, method, draw, Pixels(())
     )
     (x,) = deque(method.restore(process, operator, y), maxlen=1)

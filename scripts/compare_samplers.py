@@ -17,17 +17,18 @@ from typing import Any
 import torch
 import yaml
 
-from diffusion_cli.checkpoint import Model, load_model, whole_file
-from diffusion_cli.class_shares import label_settings, labels_in_turn
 from diffusion_cli.config import CONF, build, summary
-from diffusion_cli.data import Given
+from diffusion_cli.data import ExternalImages
+from diffusion_cli.data.class_shares import label_settings, labels_in_turn
 from diffusion_cli.data.memory import MemoryImages
-from diffusion_cli.denoiser import Prediction
+from diffusion_cli.diffusion.denoiser import Prediction
+from diffusion_cli.diffusion.guidance import NoGuidance
 from diffusion_cli.generate import generate
-from diffusion_cli.guidance import Unguided
-from diffusion_cli.metrics import DatasetReference, FrechetDistance, GivenSamples, Networks, evaluate
-from diffusion_cli.precision import resolve
+from diffusion_cli.metrics import DatasetReference, FeatureExtractors, FrechetDistance, GivenSamples, evaluate
+from diffusion_cli.runs.load import LoadedDenoiser, load_model
 from diffusion_cli.samplers import Sampler, integrate
+from diffusion_cli.system.files import atomic_write
+from diffusion_cli.system.precision import resolve
 
 CALLS = (5, 10, 20, 50)
 CLASSIFIERS = (0, 1, 2)
@@ -55,7 +56,7 @@ def steps_for(sampler: Sampler, calls: int) -> int:
 
 
 def measure(
-    model: Model, sampler: Sampler, steps: int, arguments: argparse.Namespace, cache: Path
+    model: LoadedDenoiser, sampler: Sampler, steps: int, arguments: argparse.Namespace, cache: Path
 ) -> dict[str, Any]:
     """The distances of samples by each classifier, and the network calls that each sample took."""
     dataset = build(model.config["dataset"], arguments.data_dir)
@@ -69,7 +70,7 @@ def measure(
             steps,
             range(arguments.num_samples),
             500,
-            guidance=Unguided(),
+            guidance=NoGuidance(),
             labels=labels_in_turn({} if counts is None else label_settings(counts)),
             clip=True,
             precision=resolve(arguments.precision, torch.device("cpu")),
@@ -79,8 +80,8 @@ def measure(
     results = [
         evaluate(
             {"fid": FrechetDistance(floor=True, infinity=0, bootstrap=0)},
-            Networks({**node, "seed": seed}, dataset, cache, torch.device("cpu")),
-            GivenSamples(Given(images, None), None, {}, "samples"),
+            FeatureExtractors({**node, "seed": seed}, dataset, cache, torch.device("cpu")),
+            GivenSamples(ExternalImages(images, None), None, {}, "samples"),
             reference,
             batch_size=500,
         ).report.results[0]
@@ -118,7 +119,7 @@ def main() -> None:
     }
     for name in arguments.samplers or files:
         sampler: Sampler = build(yaml.safe_load(files[name].read_text()), model.denoiser.schedule)
-        sampler.one_by_one = False  # the distance is that of the whole set
+        sampler.per_image = False  # the distance is that of the whole set
         for calls in CALLS if name != "ode" else (0,):
             path = folder / f"{name}-{calls}.json"
             steps = steps_for(sampler, calls) if calls else 1
@@ -126,7 +127,7 @@ def main() -> None:
                 continue
             torch.manual_seed(0)
             result = how | measure(model, sampler, steps, arguments, cache)
-            with whole_file(path) as temporary:
+            with atomic_write(path) as temporary:
                 temporary.write_text(json.dumps(result))
             print(name, calls, result, flush=True)
     if arguments.table:

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 
 from benchmarks.race import flops
-from diffusion_cli.checkpoint import Model, load_model
+from diffusion_cli.runs.load import LoadedDenoiser, load_model
 
 GIGA = 1e9
 
@@ -61,7 +61,7 @@ def row(run: Path) -> Row:
 
 
 @torch.inference_mode()
-def costs(model: Model) -> tuple[float, float]:
+def costs(model: LoadedDenoiser) -> tuple[float, float]:
     """GFLOP of one network call and of decoding, for one image."""
     x, t = torch.zeros(1, *model.space.shape), torch.tensor(0.5, dtype=torch.float64)
     call = flops(lambda: model.denoiser(x, t)) / GIGA

@@ -23,7 +23,7 @@ with atheris.instrument_imports(include=["diffusion_cli", "PIL", "zipfile", "num
     from PIL import Image
 
     from diffusion_cli.data import Array, Folder
-    from diffusion_cli.data.decoding import Decoder
+    from diffusion_cli.data.decoding import ImageDecoder
 
 PLACE = Path(tempfile.mkdtemp())
 KINDS = ("PNG", "JPEG", "WEBP", "TIFF")
@@ -53,7 +53,7 @@ def array() -> bytes:
 
 def read_image(data: bytes) -> None:
     """Decode a file."""
-    Decoder((3, 8, 8), "white", True)(data)
+    ImageDecoder((3, 8, 8), "white", True)(data)
 
 
 def read_zip(data: bytes) -> None:

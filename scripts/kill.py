@@ -18,9 +18,10 @@ from typing import Any
 
 import torch
 
-from diffusion_cli.checkpoint import LAST, newest
 from diffusion_cli.cli import run
 from diffusion_cli.commands import train  # noqa: F401  # imported before the forks
+from diffusion_cli.runs.checkpoint import LAST
+from diffusion_cli.runs.find import newest
 
 WORDS = [
     "train", "name=run", "model.channels=8", "model.norm_groups=4", "model.num_heads=1", "model.head_channels=null",

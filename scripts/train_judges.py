@@ -4,8 +4,8 @@
 
 Each is trained by the default recipe of `features=classifier` on the default training split of its dataset, on the CPU
 in one thread. Run again on the same kind of processor with the same torch, it writes the same bytes. Another kind
-may round differently: compare `git diff diffusion_cli/metrics/judges` before replacing files, since numbers of other
-weights cannot be compared with published ones.
+may round differently: compare `git diff diffusion_cli/metrics/features/classifiers` before replacing files, since
+numbers of other weights cannot be compared with published ones.
 """
 
 import argparse
@@ -20,11 +20,12 @@ import yaml
 from safetensors.torch import save
 from torch import Tensor
 
-from diffusion_cli.checkpoint import digest, whole_file
 from diffusion_cli.config import CONF, build
 from diffusion_cli.data import Dataset
-from diffusion_cli.metrics.classifier_training import Recipe, accuracy
-from diffusion_cli.metrics.shipped import FOLDER, INDEX
+from diffusion_cli.metrics.features.classifier_training import Recipe, accuracy
+from diffusion_cli.metrics.features.shipped import FOLDER, INDEX
+from diffusion_cli.runs.weights import digest
+from diffusion_cli.system.files import atomic_write
 
 CPU = torch.device("cpu")
 LEAST_ACCURACY = 0.99
@@ -56,7 +57,7 @@ def train(dataset: Dataset, seed: int, licence: str, folder: Path) -> dict[str, 
         raise ValueError(f"{dataset.name}, seed {seed}: held-out accuracy {share} is under {LEAST_ACCURACY}")
     content = save(halves)
     path = folder / f"{dataset.name}-{seed}.safetensors"
-    with whole_file(path) as temporary:
+    with atomic_write(path) as temporary:
         temporary.write_bytes(content)
     return {
         "file": path.name,
@@ -94,7 +95,7 @@ def main() -> None:
                 f"| {name} | {seed} | {row['held_out_accuracy']:.4f} | `{row['features_digest'][:12]}` |",
                 flush=True,
             )
-    with whole_file(INDEX) as temporary:
+    with atomic_write(INDEX) as temporary:
         temporary.write_text(json.dumps(rows, indent=1) + "\n")
 
 

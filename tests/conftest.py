@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 from diffusion_cli.data import GaussianMixture
-from diffusion_cli.denoiser import Prediction
-from diffusion_cli.schedules import (
-    EDM,
+from diffusion_cli.diffusion.denoiser import Prediction
+from diffusion_cli.diffusion.schedules import (
     VE,
     VP,
     Cosine,
+    EDMSchedule,
     Linear,
     Rectified,
     ScaledLinear,
@@ -114,7 +114,7 @@ def schedules() -> dict[str, Schedule]:
         "vp": VP(beta_min=0.1, beta_max=20.0, grid_t_min=1e-3),
         "subvp": SubVP(beta_min=0.1, beta_max=20.0, grid_t_min=1e-3),
         "ve": VE(sigma_min=0.01, sigma_max=50.0, grid_t_min=1e-5),
-        "edm": EDM(sigma_min=0.002, sigma_max=80.0),
+        "edm": EDMSchedule(sigma_min=0.002, sigma_max=80.0),
         "rectified": Rectified(grid_t_min=1e-3),
     }
 

@@ -16,18 +16,24 @@ from torch import Tensor
 from torch.distributions import Normal, kl_divergence
 from torch.nn.functional import relu
 
-from diffusion_cli.checkpoint import LAST, load_autoencoder, read
 from diffusion_cli.cli import run
 from diffusion_cli.config import CONF, build
-from diffusion_cli.data import Digits, normalised
+from diffusion_cli.data import Digits, to_model_range
 from diffusion_cli.data.memory import MemoryImages
-from diffusion_cli.forms import Picture
-from diffusion_cli.forms.picture import to_bytes
-from diffusion_cli.metrics import FeatureBatch, Reconstructions, Shown, frechet_distance
-from diffusion_cli.metrics.reconstruction import ReconstructionMeasurement, structural_similarity
+from diffusion_cli.formats import Uint8Image
+from diffusion_cli.formats.uint8 import to_bytes
+from diffusion_cli.metrics import FeatureBatch, ReconstructedSamples, SampleBatch, frechet_distance
+from diffusion_cli.metrics.reconstruction import ReconstructionState, structural_similarity
 from diffusion_cli.networks import AutoencoderKL
-from diffusion_cli.pretrained import WEIGHTS, from_diffusers
-from diffusion_cli.reconstruction import Autoencoding, Reconstruction, divergence, gradient_distance
+from diffusion_cli.runs.checkpoint import LAST, read
+from diffusion_cli.runs.load import load_autoencoder
+from diffusion_cli.runs.pretrained import WEIGHTS, from_diffusers
+from diffusion_cli.training.autoencoder_loss import (
+    Autoencoding,
+    ReconstructionLoss,
+    divergence,
+    gradient_distance,
+)
 from diffusion_cli.training.autoencoding import AutoencodingModule
 from diffusion_cli.training.optimizers import Adam
 
@@ -251,13 +257,13 @@ def rows(folder: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-def objective(**changes) -> Reconstruction:
+def objective(**changes) -> ReconstructionLoss:
     node = yaml.safe_load((CONF / "objective" / "autoencoder.yaml").read_text())
     return build(node | changes)
 
 
 @pytest.fixture
-def adversarial() -> tuple[Reconstruction, Autoencoding, Tensor, Tensor]:
+def adversarial() -> tuple[ReconstructionLoss, Autoencoding, Tensor, Tensor]:
     """An objective with a discriminator, a model of it, and images with noise for their latents."""
     made = objective(discriminator_start=2, discriminator_channels=8, discriminator_layers=1)
     return made, made.model(small(), (1, 8, 12)), torch.randn(4, 1, 8, 12), torch.randn(4, 3, 4, 6)
@@ -456,7 +462,7 @@ def pixels(runs) -> tuple[Tensor, Tensor]:
     images = Digits("", held_out=0.2, flip=False).load("held_out")
     originals = images.gather(torch.arange(len(images)))
     network = load_autoencoder(runs / "tiny", torch.device("cpu")).network
-    return originals.double(), to_bytes(network.reconstruct(normalised(originals))).double()
+    return originals.double(), to_bytes(network.reconstruct(to_model_range(originals))).double()
 
 
 def test_the_peak_signal_to_noise_ratio_is_the_mean_of_each_images_own(runs, pixels, capsys):
@@ -523,11 +529,11 @@ def test_reconstructions_do_not_depend_on_the_number_of_processes(runs):
 def test_bigger_images_have_a_structural_similarity():
     originals = (255 * torch.rand(4, 1, 16, 16)).to(torch.uint8)
     images = MemoryImages(originals, None)
-    samples = Reconstructions(small_of(16), images, Picture(), {})
-    measurement = ReconstructionMeasurement(samples)
+    samples = ReconstructedSamples(small_of(16), images, Uint8Image(), {})
+    measurement = ReconstructionState(samples)
     seen = FeatureBatch(torch.empty(4, 0), None)
-    measurement.update(Shown(originals, None, seen))  # as though the autoencoder were perfect
-    found = {finding.name: finding for finding in measurement.findings()}
+    measurement.update(SampleBatch(originals, None, seen))  # as though the autoencoder were perfect
+    found = {finding.name: finding for finding in measurement.compute()}
     assert found["ssim"].value == pytest.approx(1)
     assert found["psnr"].value is None
     assert found["psnr"].notes == ("psnr: 4 images come back exactly, and are not in the mean",)

@@ -156,10 +156,10 @@ def test_peers_steps_move_weights_and_average() -> None:
 
 
 def test_our_step_is_that_of_diffuse_train(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from diffusion_cli.checkpoint import LAST, read
     from diffusion_cli.commands.train import train
     from diffusion_cli.config import build
     from diffusion_cli.data import Batches
+    from diffusion_cli.runs.checkpoint import LAST, read
 
     words = [
         f"output_dir={tmp_path}", "name=run", "max_steps=3", "batch_size=8", "precision=fp32", "trainer=cpu",

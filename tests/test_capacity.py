@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from diffusion_cli import capacity
-from diffusion_cli.capacity import images_that_fit
-from diffusion_cli.ranks import Place
+from diffusion_cli import batch_size as capacity
+from diffusion_cli.batch_size import images_that_fit
+from diffusion_cli.system.distributed import ProcessInfo
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 MIB = 1 << 20
@@ -89,5 +89,5 @@ def test_a_gpu_is_given_what_fits_as_tried(monkeypatch, free, most, more, size):
 def test_processes_that_share_a_gpu_share_its_memory(monkeypatch):
     memory = Memory(monkeypatch, 1000 * MIB, 10 * MIB)
     alone = images_that_fit(memory, 512, GPU)
-    monkeypatch.setattr(capacity, "started", lambda: Place(0, 4, 0, 4))
+    monkeypatch.setattr(capacity, "started", lambda: ProcessInfo(0, 4, 0, 4))
     assert images_that_fit(memory, 512, GPU) == alone // 4

@@ -9,15 +9,15 @@ import pytest
 import torch
 from test_training import TINY
 
-from diffusion_cli.class_shares import MOST, are_shares, differing_shares, label_settings, labels_in_turn
 from diffusion_cli.cli import run
 from diffusion_cli.commands.samples import in_shares_of
-from diffusion_cli.commands.trained import Trained
+from diffusion_cli.commands.trained import LoadedModel
 from diffusion_cli.data import Array, Digits
+from diffusion_cli.data.class_shares import MOST, are_shares, differing_shares, label_settings, labels_in_turn
 from diffusion_cli.generate import labels_of
 from diffusion_cli.metrics import DatasetReference, GivenReference, Reference
 from diffusion_cli.training import evaluation
-from diffusion_cli.training.assembly import _labels as label_settings_in_training
+from diffusion_cli.training.build import _labels as label_settings_in_training
 
 
 def order(counts: list[int]) -> np.ndarray:
@@ -82,12 +82,12 @@ def array(path: Path) -> Array:
     return Array("", path=str(path), range=None, flip=False, held_out=0.0, in_memory=None)
 
 
-def trained(names: tuple[str, ...], labels: list[int]) -> Trained:
+def trained(names: tuple[str, ...], labels: list[int]) -> LoadedModel:
     """A model of these classes that makes all `labels` in turn."""
     settings: dict[str, Any] = {"labels": labels, "steps": 5}
     model: Any = SimpleNamespace(class_names=names)
     unused: Any = None
-    return Trained(Path("run"), model, unused, unused, labels, torch.device("cpu"), "fp32", settings)
+    return LoadedModel(Path("run"), model, unused, unused, labels, torch.device("cpu"), "fp32", settings)
 
 
 def test_samples_take_the_shares_of_the_reference(unbalanced):

@@ -18,16 +18,18 @@ import torch
 import yaml
 from PIL import Image
 
-from diffusion_cli.checkpoint import LAST, Origin, read
 from diffusion_cli.cli import run
 from diffusion_cli.commands.outputs import claim, keep_labels, keep_seeds
 from diffusion_cli.commands.samples import given_samples
-from diffusion_cli.config import CONF, check_stored
+from diffusion_cli.config import CONF
 from diffusion_cli.data import Array, Folder, file_names, given_images, relabelled
 from diffusion_cli.data.folder import RULES, image_files
 from diffusion_cli.data.labels import class_labels
 from diffusion_cli.data.masks import mask_files
-from diffusion_cli.forms import Picture
+from diffusion_cli.formats import Uint8Image
+from diffusion_cli.runs.checkpoint import LAST, read
+from diffusion_cli.runs.load import Origin
+from diffusion_cli.runs.schema import check_stored
 from diffusion_cli.training import callbacks, evaluation
 
 TINY = [
@@ -231,7 +233,7 @@ def test_classes_without_a_training_image_are_neither_drawn_nor_measured_in_trai
 
 def test_a_run_that_did_not_count_its_images_makes_all_classes():
     about: dict[str, Any] = {"config": {}, "latent": None, "step": 1, "digest": ""}
-    origin = Origin((1, 8, 8), Picture(), ("a", "b", "c"), **about)
+    origin = Origin((1, 8, 8), Uint8Image(), ("a", "b", "c"), **about)
     assert origin.trained_classes == [0, 1, 2]
     assert replace(origin, class_counts=(0, 5, 2)).trained_classes == [1, 2]
 

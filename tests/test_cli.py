@@ -186,13 +186,15 @@ def test_cfg_job_prints_the_configuration(capsys):
     assert run(["train", "--cfg", "job", "schedule=linear", "seed=7"]) == 0
     shown = yaml.safe_load(capsys.readouterr().out)
     assert shown["seed"] == 7
-    assert shown["schedule"]["_target_"] == "diffusion_cli.schedules.Linear"
+    assert shown["schedule"]["_target_"] == "diffusion_cli.diffusion.schedules.Linear"
 
 
 def test_users_own_options_are_found_and_checked(capsys, tmp_path):
     (tmp_path / "schedule").mkdir()
     mine = tmp_path / "schedule" / "mine.yaml"
-    text = "_target_: diffusion_cli.schedules.Cosine\nnum_timesteps: 50\noffset: 0.01\nmax_beta: 0.9\n"
+    text = (
+        "_target_: diffusion_cli.diffusion.schedules.Cosine\nnum_timesteps: 50\noffset: 0.01\nmax_beta: 0.9\n"
+    )
     text += "zero_terminal_snr: false\n"
     mine.write_text(text)
     assert run(["train", "--config-dir", str(tmp_path), "schedule=mine", "--cfg", "job"]) == 0

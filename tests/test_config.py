@@ -1,6 +1,5 @@
 """The YAML files against the classes they name, and what follows from a configuration."""
 
-import ast
 import importlib
 import inspect
 from pathlib import Path
@@ -262,58 +261,6 @@ def test_a_file_takes_over_the_keys_and_groups_of_another(tmp_path):
         ("seed", "1", "mine"),
         ("chart", "true", "drawn"),
     ]
-
-
-# --- The plan of the house --------------------
-
-PACKAGE = config.HERE
-ORDER = [
-    "errors",
-    "foreign named_data precision process_identity progress run_folder seeding signals terminal schedules", "config",
-    "ranks locks temporary_files forms", "parameterizations data times",
-    "denoiser networks", "posterior probability_flow guidance latents pretrained",
-    "objective samplers likelihood checkpoint", "editing cache",
-    "metrics generate manifest", "capacity reconstruction", "report figures", "training", "commands", "cli",
-]  # fmt: skip
-LEVEL = {name: level for level, names in enumerate(ORDER) for name in names.split()}
-MATHEMATICS = [
-    "schedules", "parameterizations", "times", "denoiser", "posterior", "probability_flow", "objective", "samplers",
-    "likelihood", "networks", "guidance", "latents",
-    "editing",
-]  # fmt: skip
-
-
-def imports(file: Path) -> set[str]:
-    tree = ast.walk(ast.parse(file.read_text()))
-    names = set()
-    for node in tree:
-        if isinstance(node, ast.ImportFrom):
-            names |= {f"{node.module}.{alias.name}" for alias in node.names}
-        elif isinstance(node, ast.Import):
-            names |= {alias.name for alias in node.names}
-    return names
-
-
-@pytest.mark.parametrize("file", sorted(PACKAGE.rglob("*.py")), ids=lambda f: str(f.relative_to(PACKAGE)))
-def test_imports_run_one_way(file):
-    room = file.relative_to(PACKAGE).parts[0].removesuffix(".py")
-    if room in ("__init__", "__main__"):
-        return
-    names = imports(file)
-    for name in names:
-        first, _, rest = name.partition(".")
-        other = rest.split(".")[0]
-        if first == "diffusion_cli" and other in LEVEL and other != room:
-            assert LEVEL[other] <= LEVEL[room], f"{room} imports {other}"
-        if first in ("hydra", "omegaconf"):
-            assert room in ("cli", "config"), name
-        if first == "lightning":
-            assert room == "training" or file.name == "train.py", name
-        if first in ("torch", "numpy", "lightning"):
-            assert room not in ("cli", "config"), name
-    if room in MATHEMATICS:
-        ours = {name.split(".")[1] for name in names if name.startswith("diffusion_cli.")}
-        assert ours <= {*MATHEMATICS, "errors", "seeding"}
 
 
 # --- Names of classes ------------------------------

@@ -6,12 +6,12 @@ import pytest
 import torch
 import yaml
 
-from diffusion_cli.checkpoint import LAST, read
 from diffusion_cli.cli import complete, run
 from diffusion_cli.config import TrainConfig, load
 from diffusion_cli.config.continued import may_change
 from diffusion_cli.errors import UsageError
-from diffusion_cli.named_data import remember_run
+from diffusion_cli.runs.checkpoint import LAST, read
+from diffusion_cli.system.trusted_paths import remember_run
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -38,16 +38,16 @@ from diffusion_cli.data import (
     Pack,
     UnreadableError,
     given_images,
-    hold,
     member_check,
-    normalised,
     packing,
+    to_device,
+    to_model_range,
 )
-from diffusion_cli.data.decoding import Decoder
+from diffusion_cli.data.decoding import ImageDecoder
 from diffusion_cli.data.folder import FileImages
 from diffusion_cli.data.memory import MemoryImages
 from diffusion_cli.errors import UsageError
-from diffusion_cli.seeding import mix
+from diffusion_cli.system.seeding import mix
 
 RNG = np.random.default_rng(0)
 
@@ -175,11 +175,11 @@ def test_global_random_state_has_no_part_in_batches(tmp_path):
 
 def test_bytes_fill_the_range_exactly_and_come_back():
     values = torch.arange(256, dtype=torch.uint8)
-    x = normalised(values)
+    x = to_model_range(values)
     assert x.dtype == torch.float32
     assert (x[0], x[-1]) == (-1, 1)
     assert_close(((x + 1) * 127.5).round().to(torch.uint8), values)
-    assert_close(normalised(torch.tensor([3.5])), torch.tensor([3.5]))
+    assert_close(to_model_range(torch.tensor([3.5])), torch.tensor([3.5]))
 
 
 def test_batches_refuse_what_they_cannot_share_out():
@@ -267,7 +267,7 @@ def test_batches_on_a_gpu_are_those_of_the_cpu():
     images = MemoryImages(
         torch.from_numpy(RNG.integers(0, 256, (50, 3, 8, 8), dtype=np.uint8)), torch.arange(50)
     )
-    held = hold(images, "cuda")
+    held = to_device(images, "cuda")
     assert held.device.type == "cuda"
     assert held.digest() == images.digest()
     on_cpu, on_gpu = (take(Batches(images, 16, 0, True, device=device), 5) for device in ("cpu", "cuda"))
@@ -279,12 +279,12 @@ def test_batches_on_a_gpu_are_those_of_the_cpu():
 
 def test_hold_moves_only_what_is_in_memory(tmp_path):
     images = numbered(3)
-    assert hold(images, "cpu") is images
-    moved = hold(images, "meta")
+    assert to_device(images, "cpu") is images
+    moved = to_device(images, "meta")
     assert (moved.device.type, labels_of(moved).device.type) == ("meta", "meta")
     write_images(tmp_path, 2)
     disk = folder(tmp_path, in_memory=False).load("train")
-    assert hold(disk, "meta") is disk
+    assert to_device(disk, "meta") is disk
 
 
 # Folders of files
@@ -336,10 +336,10 @@ def pixels_of(path: Path, **changes) -> np.ndarray:
 def test_files_are_known_by_their_bytes_and_how_they_are_decoded(tmp_path, monkeypatch):
     source = write_images(tmp_path / "images", 4)
     archive = zipped(source, tmp_path / "images.zip")
-    monkeypatch.setattr(Decoder, "__call__", lambda *_: pytest.fail("decoded"))
+    monkeypatch.setattr(ImageDecoder, "__call__", lambda *_: pytest.fail("decoded"))
 
     def known(path: Path = source, **changes) -> tuple[bytes, ...]:
-        images = folder(path, depth="8", in_memory=False, **changes).once("train")
+        images = folder(path, depth="8", in_memory=False, **changes).stream("train")
         return tuple(images.sources(torch.arange(len(images))))
 
     first = known()
@@ -441,7 +441,7 @@ def test_a_large_photo_is_within_a_gray_value_of_resizing_all_of_it(tmp_path, si
 def test_a_jpeg_far_larger_than_wanted_keeps_to_its_edges(tmp_path, side, resolution):
     gray = np.full((side, side, 3), 90, np.uint8)
     path = save(tmp_path / "x.jpg", gray, quality=95)
-    pixels = Decoder((3, resolution, resolution), "white", False)(path.read_bytes())
+    pixels = ImageDecoder((3, resolution, resolution), "white", False)(path.read_bytes())
     assert np.abs(pixels.astype(int) - 90).max() <= 2
 
 
@@ -956,7 +956,7 @@ def test_a_packed_file_with_damaged_labels_or_marks_is_refused(tmp_path, key):
 
 def test_a_compressed_array_is_unpacked_once_to_be_packed(tmp_path):
     np.savez_compressed(tmp_path / "x.npz", images=np.zeros((4, 8, 8), np.uint8))
-    assert isinstance(array(tmp_path / "x.npz", in_memory=None).once("train"), MemoryImages)
+    assert isinstance(array(tmp_path / "x.npz", in_memory=None).stream("train"), MemoryImages)
 
 
 def data(tmp_path: Path, *words: str) -> int:

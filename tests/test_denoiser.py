@@ -3,10 +3,10 @@
 import torch
 from torch import nn
 
-from diffusion_cli.denoiser import Denoiser, clip_x0
-from diffusion_cli.objective import Simple
-from diffusion_cli.parameterizations import Eps
-from diffusion_cli.times import Uniform
+from diffusion_cli.diffusion.denoiser import Denoiser, clip_x0
+from diffusion_cli.diffusion.objectives import Simple
+from diffusion_cli.diffusion.parameterizations import Eps
+from diffusion_cli.diffusion.time_sampling import Uniform
 
 F64 = torch.float64
 

@@ -16,29 +16,29 @@ from diffusion_cli.commands import edit as editing
 from diffusion_cli.commands.inputs import read_mask
 from diffusion_cli.commands.outputs import keep_results
 from diffusion_cli.config import CONF, build
-from diffusion_cli.data import GaussianMixture, normalised
-from diffusion_cli.denoiser import Prediction
+from diffusion_cli.data import GaussianMixture, to_model_range
+from diffusion_cli.diffusion.denoiser import Prediction
+from diffusion_cli.diffusion.latents import Pixels
 from diffusion_cli.editing import (
     DPS,
     Attribute,
     BlockMean,
     Colorize,
+    EditProcess,
     Img2Img,
     Inpaint,
     Interpolate,
     Luma,
     Mask,
     Outpaint,
-    Process,
     Reconstruct,
     RePaint,
     Replacement,
     SuperResolution,
 )
 from diffusion_cli.editing.transform import slerp
-from diffusion_cli.forms import to_bytes
-from diffusion_cli.latents import Pixels
-from diffusion_cli.samplers import DDIM, DDPM, draws, integrate, invert, until
+from diffusion_cli.formats import to_bytes
+from diffusion_cli.samplers import DDIM, DDPM, draws, integrate, invert, start_grid_at
 
 F64 = torch.float64
 GRAY = (1, 8, 8)
@@ -147,7 +147,7 @@ def wide() -> GaussianMixture:
 
 def plain(sampler, denoise, steps, draw, method=None):
     """Sampling without labels by one denoiser."""
-    return Process(
+    return EditProcess(
         sampler, sampler.grid(steps), None, lambda y: denoise, lambda label: denoise, method, draw, Pixels(())
     )
 
@@ -301,13 +301,13 @@ def test_what_is_known_stays_with_every_sampler(schedules, kind, sampler_name):
     schedule = schedules["linear"]
     sampler = build(SAMPLERS[sampler_name], schedule)
     images = torch.randint(0, 256, (2, *shape), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    edited = edit(normalised(images).double(), process(
+    edited = edit(to_model_range(images).double(), process(
         schedule, sampler, shrinking(schedule), edit.results, METHODS["repaint"]
     ))  # fmt: skip
     assert edited.images.shape == (2, 1, *edit.results)
     assert edited.images.isfinite().all()
     assert edited.misfit is not None
-    known = 127.5 * edited.misfit(normalised(to_bytes(edited.images[:, 0])).double())
+    known = 127.5 * edited.misfit(to_model_range(to_bytes(edited.images[:, 0])).double())
     exact = kind in ("inpaint", "outpaint", "outpaint keep")
     assert known.abs().max() == 0 if exact else known.abs().max() < 0.51
 
@@ -319,7 +319,7 @@ def test_what_is_known_stays_in_every_process_by_every_method(schedules, exact, 
     edit = Inpaint((1, 2, 2), no_file, mask=[0, 0, 1, 2])
     sampler = DDIM(schedule, eta=1.0, spacing="log_snr")
     images = (
-        normalised(torch.tensor([[10, 240], [60, 200]], dtype=torch.uint8).view(1, 1, 2, 2))
+        to_model_range(torch.tensor([[10, 240], [60, 200]], dtype=torch.uint8).view(1, 1, 2, 2))
         .double()
         .repeat(2, 1, 1, 1)
     )
@@ -355,7 +355,7 @@ def test_every_transformation_goes_with_every_sampler(schedules, kind, sampler_n
 def test_a_grid_cut_short_falls_strictly_from_the_time_asked_for(schedules, tag, spacing):
     times = schedules[tag].grid(10, spacing)
     for strength in (1.0, 0.97, 0.5, 0.001):
-        cut = until(times, strength)
+        cut = start_grid_at(times, strength)
         assert (cut.diff() < 0).all()
         assert cut[0] == min(strength, times[0])
         assert cut[-1] == 0

@@ -381,7 +381,7 @@ def test_memory_that_runs_out_names_the_batch_size(place, monkeypatch, capsys):
     def refuse(*_: object) -> None:
         raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
 
-    monkeypatch.setattr("diffusion_cli.denoiser.Denoiser.forward", refuse)
+    monkeypatch.setattr("diffusion_cli.diffusion.denoiser.Denoiser.forward", refuse)
     shared = [
         f"output_dir={place}/o",
         f"cache_dir={place}/cache",

@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor
 from torchmetrics.functional.image import learned_perceptual_image_patch_similarity
 
-from diffusion_cli.data import Digits, Given, NoDataset
+from diffusion_cli.data import Digits, ExternalImages, NoDataset
 from diffusion_cli.data.memory import MemoryImages
 from diffusion_cli.errors import UsageError
 from diffusion_cli.metrics import (
@@ -21,16 +21,15 @@ from diffusion_cli.metrics import (
     CLIPFeatures,
     CLIPScore,
     DINOv2Features,
+    FeatureExtractors,
     FrechetDistanceDINOv2,
     GivenReference,
     GivenSamples,
     LPIPSDistance,
-    Networks,
-    clip,
     evaluate,
-    hub,
 )
-from diffusion_cli.metrics.dinov2 import resampled
+from diffusion_cli.metrics.features import clip, hub
+from diffusion_cli.metrics.features.dinov2 import resampled
 from diffusion_cli.report import save_png
 
 CPU = torch.device("cpu")
@@ -341,13 +340,13 @@ def frogs() -> tuple[NoDataset, Tensor, Tensor]:
 def found(metric, frogs, cache_dir: Path, folder: Path, batch_size: int = 5, images: Tensor | None = None):
     """The one number that a metric finds of the images, or of others in their place."""
     dataset, own, labels = frogs
-    given = Given(MemoryImages(own if images is None else images, labels), dataset.class_names)
+    given = ExternalImages(MemoryImages(own if images is None else images, labels), dataset.class_names)
     (folder / "real").mkdir(exist_ok=True)
     for row, image in enumerate(own):
         save_png(image, folder / "real" / f"{row:02d}.png")
     (result,) = evaluate(
         {"metric": metric},
-        Networks({}, dataset, cache_dir, CPU),
+        FeatureExtractors({}, dataset, cache_dir, CPU),
         GivenSamples(given, dataset.class_names, {}, "samples"),
         GivenReference(dataset, path=str(folder / "real")),
         batch_size=batch_size,

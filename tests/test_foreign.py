@@ -26,24 +26,28 @@ from hypothesis import strategies as st
 from numpy.lib import format as npy
 from PIL import Image, ImageCms
 
-from diffusion_cli import config, foreign
-from diffusion_cli.checkpoint import FORMAT, LAST, load_model, read
+from diffusion_cli import config
 from diffusion_cli.commands.inputs import read_input
 from diffusion_cli.commands.outputs import parsed
-from diffusion_cli.config import check_built, check_node, check_stored, load
+from diffusion_cli.config import check_node, load
 from diffusion_cli.data import Array, Folder, given_images
-from diffusion_cli.data.decoding import Decoder, form_of_files
+from diffusion_cli.data.decoding import ImageDecoder, form_of_files
 from diffusion_cli.errors import FormatError, MachineError, UsageError
-from diffusion_cli.forms import Dicom, Picture
-from diffusion_cli.forms.dicom import read_scan
-from diffusion_cli.forms.files import opened
-from diffusion_cli.forms.numbers import depth_of, mode_with_opacity, read_numbers, read_with_opacity
+from diffusion_cli.formats import Dicom, Uint8Image
+from diffusion_cli.formats.dicom import read_scan
+from diffusion_cli.formats.files import opened
+from diffusion_cli.formats.pixel_readers import depth_of, mode_with_opacity, read_numbers, read_with_opacity
 from diffusion_cli.metrics import Report, Result, history_table, read_history
 from diffusion_cli.networks import UNet
 from diffusion_cli.report import read_images
 from diffusion_cli.report.charts import charts
 from diffusion_cli.report.page import page
 from diffusion_cli.report.record import read_record
+from diffusion_cli.runs.checkpoint import LAST, read
+from diffusion_cli.runs.load import load_model
+from diffusion_cli.runs.migrate import FORMAT
+from diffusion_cli.runs.schema import check_built, check_stored
+from diffusion_cli.system import untrusted as foreign
 
 settings.register_profile("few", max_examples=100)
 settings.register_profile("many", max_examples=10_000)
@@ -251,7 +255,7 @@ def png(width: int, height: int, *chunks: tuple[bytes, bytes]) -> bytes:
     ids=["huge", "large", "empty", "text", "profile", "cut png", "cut jpeg", "tiff", "float", "lab"],
 )  # fmt: skip
 def test_a_bad_image_is_one_line_of_ours(data):
-    assert clean(Decoder((1, 8, 8), "white", True), data)
+    assert clean(ImageDecoder((1, 8, 8), "white", True), data)
 
 
 def test_only_the_first_frame_of_many_is_read():
@@ -295,7 +299,7 @@ def test_what_is_no_regular_file_is_not_waited_for(tmp_path, kind):
         path.symlink_to({"device": "/dev/zero", "dangling": "nowhere", "loop": path}[kind])
     assert clean(folder(tmp_path).load, "train")
     assert clean(given_images, tmp_path, "samples")
-    assert clean(read_input, str(path), [(3, 8, 8)], False, None, Picture())
+    assert clean(read_input, str(path), [(3, 8, 8)], False, None, Uint8Image())
     assert clean(read_images, [path])
     assert clean(foreign.read_json, path)
     assert clean(read, path)
@@ -377,7 +381,7 @@ def test_arrays_of_either_order_are_read_as_numpy_does(tmp_path, save, order):
         (["callbacks", "EMA", "network", "stem.weight"], torch.zeros(1).expand(2**40), "its weights"),
         (["callbacks", "EMA", "network", "stem.weight"], torch.zeros(3), "other tensors"),
         (["diffuse", "config"], [], "config"),
-        (["diffuse", "format"], torch.zeros(1).expand(2**40), "is not a checkpoint of this version"),
+        (["diffuse", "format"], torch.zeros(1).expand(2**40), "is not a checkpoint that diffuse can read"),
         (["diffuse", "shape"], ["1", 8, 8], "shape"),
         (["diffuse", "shape"], [1, 2**20, 2**20], "too large"),
         (["diffuse", "form"], {"kind": "painting"}, r"form\.kind=painting: is no form"),
@@ -440,7 +444,7 @@ def pickled(path: Path, program: bytes, method: int = zipfile.ZIP_STORED) -> Pat
         (b"\x80\x02ctorch\nTensor\n\x8a\x05\x00\x00\x00\x00\x10\x85R.", "names torch Tensor"),
         (b"\x80\x02}" + b")" + b"\x85" * 10**6 + b"Ns.", "tuples nested deeper"),
         (b"\x80\x02}" + b")" + b"q\x00\x85h\x00\x86" * 10**6 + b"Ns.", "tuples nested deeper"),
-        (b"\x80\x02" + b"]" * 10 + b"a" * 9 + b".", "is not a checkpoint of this version"),
+        (b"\x80\x02" + b"]" * 10 + b"a" * 9 + b".", "is not a checkpoint that diffuse can read"),
         (b"\x80\x02s.", "not a whole checkpoint"),
         (b"", "not a whole checkpoint"),
     ],
@@ -672,7 +676,7 @@ IMAGES = [
 @FUZZ
 @given(mutated(IMAGES), st.booleans(), st.sampled_from([1, 3]))
 def test_mutated_images(data, fix, channels):
-    clean(Decoder((channels, 8, 8), "white", True), with_sums(data) if fix else data)
+    clean(ImageDecoder((channels, 8, 8), "white", True), with_sums(data) if fix else data)
 
 
 def tiff(numbers: np.ndarray, **options: Any) -> bytes:

@@ -19,11 +19,11 @@ from torch.testing import assert_close
 from diffusion_cli.cli import run
 from diffusion_cli.commands.inputs import read_input
 from diffusion_cli.data import Array, Folder, Pack, given_images
-from diffusion_cli.data.decoding import Decoder
+from diffusion_cli.data.decoding import ImageDecoder
 from diffusion_cli.errors import UsageError
-from diffusion_cli.forms import Dicom, Picture, Raster, form_of, image_form
-from diffusion_cli.forms.dicom import dicom_form, read_scan
-from diffusion_cli.forms.numbers import depth_of, read_numbers
+from diffusion_cli.formats import Dicom, HighDepthImage, Uint8Image, form_of, image_form
+from diffusion_cli.formats.dicom import dicom_form, read_scan
+from diffusion_cli.formats.pixel_readers import depth_of, read_numbers
 
 RNG = np.random.default_rng(0)
 CT = Dicom("int16", 12, 1.0, -1024.0, [-1000.0], [1000.0])
@@ -87,11 +87,11 @@ def dicom(numbers: np.ndarray, **elements) -> bytes:
 def test_every_number_of_sixteen_bits_comes_back_from_the_model_s_range(tmp_path, dtype):
     numbers = np.arange(65536, dtype=np.uint16).view(dtype).reshape(1, 256, 256)
     form = image_form(dtype, 1, None)
-    assert isinstance(form, Raster)
+    assert isinstance(form, HighDepthImage)
     sample = form.from_numbers(numbers)
     assert (sample.min(), sample.max()) == (-1, 1)
     assert sample.dtype == torch.float32
-    assert_close(form.stored(sample), sample, rtol=0, atol=0)
+    assert_close(form.quantize(sample), sample, rtol=0, atol=0)
     np.testing.assert_array_equal(form.numbers(sample), numbers)
     assert_close(form.read(written(form, sample, tmp_path / "x"), (1, 256, 256)), sample, rtol=0, atol=0)
 
@@ -109,7 +109,7 @@ def test_every_number_of_a_scan_comes_back(tmp_path):
 
 def test_a_range_is_what_becomes_minus_one_and_one_and_beyond_is_clipped():
     form = image_form("float32", 1, [-5.0, 15.0])
-    assert isinstance(form, Raster)
+    assert isinstance(form, HighDepthImage)
     values = np.array([-99, -5, 0, 5, 15, 99], np.float32).reshape(1, 1, 6)
     assert form.from_numbers(values).flatten().tolist() == [-1, -1, -0.5, 0, 1, 1]
     assert form.half_range == 10
@@ -119,10 +119,10 @@ def test_a_range_is_what_becomes_minus_one_and_one_and_beyond_is_clipped():
 
 def test_each_channel_may_have_a_range_of_its_own():
     form = image_form("uint16", 2, [[0, 10], [0, 1000]])
-    assert isinstance(form, Raster)
+    assert isinstance(form, HighDepthImage)
     numbers = np.array([[[5]], [[500]]], np.uint16)
     assert form.from_numbers(numbers).tolist() == [[[0]], [[0]]]
-    batch = form.stored(torch.rand(3, 2, 4, 5) * 2 - 1)
+    batch = form.quantize(torch.rand(3, 2, 4, 5) * 2 - 1)
     np.testing.assert_array_equal(form.numbers(form.from_numbers(form.numbers(batch))), form.numbers(batch))
     assert form.numbers(batch)[:, 0].max() <= 10 < form.numbers(batch)[:, 1].max()
 
@@ -131,13 +131,13 @@ def test_each_channel_may_have_a_range_of_its_own():
 @pytest.mark.parametrize("channels", [1, 2, 3, 4, 7])
 def test_what_is_written_is_what_was_stored(tmp_path, dtype, channels):
     form = image_form(dtype, channels, [0, 200])
-    sample = form.stored(torch.rand(channels, 5, 6) * 2 - 1)
+    sample = form.quantize(torch.rand(channels, 5, 6) * 2 - 1)
     data = written(form, sample, tmp_path / f"x{form.suffix}")
     assert_close(form.read(data, (channels, 5, 6)), sample, rtol=0, atol=0)
     assert depth_of(data) == dtype
     assert written(form, sample, tmp_path / "again") == data
     assert form_of(form.about()) == form
-    pictures = form.pictures(sample[None])
+    pictures = form.to_rgb(sample[None])
     assert pictures.dtype == torch.uint8
     assert tuple(pictures.shape[1:]) == form.picture_shape((channels, 5, 6))
 
@@ -145,7 +145,7 @@ def test_what_is_written_is_what_was_stored(tmp_path, dtype, channels):
 def test_other_programs_read_what_is_written(tmp_path):
     form = image_form("uint16", 1, None)
     numbers = RNG.integers(0, 65536, (1, 5, 6), dtype=np.uint16)
-    assert isinstance(form, Raster)
+    assert isinstance(form, HighDepthImage)
     form.write(form.from_numbers(numbers), tmp_path / "x.png")
     np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / "x.png")), numbers[0])
     image = pydicom.dcmread(
@@ -159,7 +159,7 @@ def test_other_programs_read_what_is_written(tmp_path):
 def test_channels_that_are_no_colours_are_seen_side_by_side():
     form = image_form("float32", 2, [0, 1])
     sample = torch.stack([torch.full((3, 4), -1.0), torch.full((3, 4), 1.0)])
-    picture = form.pictures(sample[None])[0, 0]
+    picture = form.to_rgb(sample[None])[0, 0]
     assert (picture[:, :4] == 0).all()
     assert (picture[:, 4:] == 255).all()
 
@@ -174,7 +174,7 @@ def test_channels_that_are_no_colours_are_seen_side_by_side():
 )  # fmt: skip
 def test_bytes_stay_pictures_and_the_rest_gets_a_file_that_can_hold_it(dtype, channels, given, form):
     found = image_form(dtype, channels, given)
-    assert (found.kind if isinstance(found, Picture) else found.suffix) == form
+    assert (found.kind if isinstance(found, Uint8Image) else found.suffix) == form
 
 
 @pytest.mark.parametrize(
@@ -322,7 +322,7 @@ def test_colours_with_opacity_come_back_as_png_of_their_kind(tmp_path, suffix):
     saved(tmp_path / "in" / f"0.{suffix}", sprite, None, **options)
     dataset = folder(tmp_path / "in", channels=4)
     form = dataset.form
-    assert isinstance(form, Raster)
+    assert isinstance(form, HighDepthImage)
     assert (form.mode, form.file) == ("RGBA", "png")
     sample = images(dataset)[0]
     found = Image.open(io.BytesIO(written(form, sample, tmp_path / "x.png")))
@@ -330,7 +330,7 @@ def test_colours_with_opacity_come_back_as_png_of_their_kind(tmp_path, suffix):
     seen = sprite[..., 3:] > 0  # what cannot be seen has no colour
     np.testing.assert_array_equal(np.asarray(found) * seen, sprite * seen)
     assert form_of(form.about()) == form
-    picture = form.pictures(sample[None])[0].permute(1, 2, 0).numpy()
+    picture = form.to_rgb(sample[None])[0].permute(1, 2, 0).numpy()
     beneath = Image.alpha_composite(Image.new("RGBA", (8, 8), "white"), Image.fromarray(sprite))
     np.testing.assert_allclose(picture, np.asarray(beneath)[..., :3], atol=1)
     assert form.picture_shape((4, 8, 8)) == (3, 8, 8)
@@ -346,12 +346,12 @@ def test_invisible_colours_leave_no_fringe_on_resized_images(tmp_path, colour, i
     saved(tmp_path / "in/0.png", pixels)
     dataset = folder(tmp_path / "in", channels=channels)
     form, sample = dataset.form, images(dataset)
-    assert isinstance(form, Raster)
+    assert isinstance(form, HighDepthImage)
     numbers = form.numbers(sample)[0]
     seen = numbers[-1] > 0
     assert 0 < seen.sum() < seen.size
     assert (numbers[:-1, seen] == np.array(colour)[:, None]).all()
-    shown = form.pictures(sample)[0].numpy().astype(int)
+    shown = form.to_rgb(sample)[0].numpy().astype(int)
     assert (shown >= np.array(colour)[:, None, None]).all()
     opacity = Image.fromarray(pixels[..., -1].astype(np.float32)).resize((8, 8), Image.Resampling.LANCZOS)
     np.testing.assert_allclose(numbers[-1], np.asarray(opacity).clip(0, 255), rtol=0, atol=1)
@@ -373,7 +373,7 @@ def test_a_palette_and_opaque_files_among_sprites_are_colours(tmp_path):
 
 def folder_numbers(path: Path) -> np.ndarray:
     dataset = folder(path, channels=4)
-    assert isinstance(dataset.form, Raster)
+    assert isinstance(dataset.form, HighDepthImage)
     return dataset.form.numbers(images(dataset)).transpose(0, 2, 3, 1)
 
 
@@ -551,7 +551,7 @@ def fill(path: Path, count: int = 6, size: tuple[int, int] = (10, 15), dtype: ty
 def test_a_folder_of_sixteen_bits_that_are_not_square_is_held_as_it_is(tmp_path):
     numbers = fill(tmp_path)
     dataset = folder(tmp_path, resolution=[10, 15])
-    assert isinstance(dataset.form, Raster)
+    assert isinstance(dataset.form, HighDepthImage)
     np.testing.assert_array_equal(dataset.form.numbers(images(dataset))[:, 0], numbers)
 
 
@@ -590,7 +590,7 @@ def test_an_image_that_is_not_square_is_cropped_to_the_aspect_around_the_centre(
         options["exif"][0x0112] = 6
     buffer = io.BytesIO()
     image.save(buffer, "JPEG", quality=95, **options)
-    found = Decoder((1, 8, 16), "white", False)(buffer.getvalue())[0].astype(float)
+    found = ImageDecoder((1, 8, 16), "white", False)(buffer.getvalue())[0].astype(float)
     inner = np.linspace(20, 200, side).reshape(16, -1).mean(1)
     assert abs(found[2:-2] - inner).max() < 8
 
@@ -641,7 +641,7 @@ def test_arrays_of_any_depth_and_channels(tmp_path, layout, dtype, given):
     np.save(tmp_path / "x.npy", numbers if layout == "first" else numbers.transpose(0, 2, 3, 1))
     dataset = Array("", path=f"{tmp_path}/x.npy", range=given, flip=False, held_out=0.0, in_memory=None)
     assert dataset.shape == (5, 8, 9)
-    assert isinstance(dataset.form, Raster)
+    assert isinstance(dataset.form, HighDepthImage)
     np.testing.assert_allclose(dataset.form.numbers(images(dataset)), numbers, atol=1e-7 if given else 0)
 
 
@@ -677,13 +677,13 @@ def test_files_of_another_form_are_no_samples(tmp_path):
 def test_inputs_of_an_edit_are_read_in_their_depth(tmp_path):
     numbers = fill(tmp_path, 1)
     form = image_form("uint16", 1, None)
-    assert isinstance(form, Raster)
+    assert isinstance(form, HighDepthImage)
     (found,) = read_input(str(tmp_path), [(1, 10, 15)], False, None, form)
     np.testing.assert_array_equal(form.numbers(found.pixels)[0], numbers[0])
     with pytest.raises(UsageError, match=r"is 15 x 10 gray, and wanted is 6 x 4 gray.*crop and resize"):
         read_input(str(tmp_path), [(1, 4, 6)], False, None, form)
     (found,) = read_input(str(tmp_path), [(1, 4, 6)], True, None, form)
-    assert_close(form.stored(found.pixels), found.pixels, rtol=0, atol=0)
+    assert_close(form.quantize(found.pixels), found.pixels, rtol=0, atol=0)
 
 
 # Commands
@@ -858,15 +858,15 @@ def test_lossy_files_are_those_that_change_pixels(kind, options, name):
     more = {"append_images": [second]} if options.get("append_images") else {}
     file = io.BytesIO()
     first.save(file, kind, **options | more)
-    assert Picture().lossy(file.getvalue()) == name
+    assert Uint8Image().lossy(file.getvalue()) == name
     assert (np.array(Image.open(file).convert("RGB")) != pixels[0]).any() == (name is not None)
 
 
 def test_gray_gif_and_what_is_no_image_lose_nothing():
     file = io.BytesIO()
     Image.fromarray(np.arange(256, dtype=np.uint8).reshape(16, 16)).save(file, "GIF")
-    assert Picture().lossy(file.getvalue()) is None
-    assert Picture().lossy(b"no image") is None
+    assert Uint8Image().lossy(file.getvalue()) is None
+    assert Uint8Image().lossy(b"no image") is None
 
 
 def test_scans_with_lossy_compression_are_marked_so():

@@ -15,20 +15,20 @@ import pytest
 import torch
 from PIL import Image
 
-from diffusion_cli.checkpoint import Model
 from diffusion_cli.cli import run
 from diffusion_cli.commands.class_labels import class_number, labels_named
 from diffusion_cli.commands.outputs import claim, keep_calls, keep_seeds
-from diffusion_cli.denoiser import Denoiser, Prediction
-from diffusion_cli.forms import Picture, to_bytes
+from diffusion_cli.diffusion.denoiser import Denoiser, Prediction
+from diffusion_cli.diffusion.guidance import NoGuidance
+from diffusion_cli.diffusion.latents import Pixels
+from diffusion_cli.diffusion.parameterizations import Eps
+from diffusion_cli.formats import Uint8Image, to_bytes
 from diffusion_cli.generate import SeededNoise, generate, states, trajectories, visible
-from diffusion_cli.guidance import Unguided
-from diffusion_cli.latents import Pixels
 from diffusion_cli.networks import UNet
-from diffusion_cli.parameterizations import Eps
 from diffusion_cli.report import Writer, grid
+from diffusion_cli.runs.load import LoadedDenoiser
 from diffusion_cli.samplers import DDIM, DDPM
-from diffusion_cli.seeding import seed_ranges
+from diffusion_cli.system.seeding import seed_ranges
 
 CPU = torch.device("cpu")
 
@@ -63,7 +63,9 @@ def model(schedules):
     for parameter in network.parameters():
         torch.nn.init.normal_(parameter, std=0.2)
     denoiser = Denoiser(network, schedules["cosine"], Eps()).eval()
-    return Model((1, 8, 8), Picture(), ("a", "b", "c"), {}, None, 0, "", denoiser, Pixels((1, 8, 8)))
+    return LoadedDenoiser(
+        (1, 8, 8), Uint8Image(), ("a", "b", "c"), {}, None, 0, "", denoiser, Pixels((1, 8, 8))
+    )
 
 
 @pytest.mark.parametrize("kind", ["ddim", "ddpm"])
@@ -82,7 +84,7 @@ def test_an_image_does_not_depend_on_its_batch(model, kind):
             6,
             seeds,
             batch_size,
-            guidance=Unguided(None),
+            guidance=NoGuidance(None),
             labels=[0, 1, 2],
             clip=True,
             precision="fp32",
@@ -106,7 +108,7 @@ def test_labels_go_round_and_matter(model):
             3,
             range(5),
             2,
-            guidance=Unguided(None),
+            guidance=NoGuidance(None),
             labels=[0, 1, 2],
             clip=True,
             precision="fp32",
@@ -122,7 +124,7 @@ def test_labels_go_round_and_matter(model):
 def test_noise_is_one_stream_a_seed():
     together, alone = SeededNoise([3, 4], (1, 4, 4), CPU), SeededNoise([4], (1, 4, 4), CPU)
     for _ in range(3):
-        assert torch.equal(together.draw()[1], alone.draw()[0])
+        assert torch.equal(together.noise()[1], alone.noise()[0])
 
 
 def test_generation_starts_from_the_noise_of_the_process(schedules):
@@ -132,7 +134,7 @@ def test_generation_starts_from_the_noise_of_the_process(schedules):
     for tag, size in (("ve", 50), ("edm", 80), ("vp", 1)):
         sampler = DDIM(schedules[tag], eta=0.0, spacing="time")
         start = next(states(denoise, sampler, sampler.grid(3), [3, 4], (1, 4, 4), CPU))
-        torch.testing.assert_close(start, size * SeededNoise([3, 4], (1, 4, 4), CPU).draw())
+        torch.testing.assert_close(start, size * SeededNoise([3, 4], (1, 4, 4), CPU).noise())
 
 
 def test_noise_drawn_ahead_is_the_same_and_only_where_there_is_more_than_a_start(monkeypatch):
@@ -147,10 +149,10 @@ def test_noise_drawn_ahead_is_the_same_and_only_where_there_is_more_than_a_start
     monkeypatch.setattr(torch.Tensor, "to", lambda self, device, non_blocking: self)
     monkeypatch.setattr(SeededNoise, "_next", drawn)
     ahead, now = SeededNoise([3, 4], (1, 4, 4), gpu), SeededNoise([3, 4], (1, 4, 4), CPU)
-    assert torch.equal(ahead.draw(), now.draw())
+    assert torch.equal(ahead.noise(), now.noise())
     assert threads == {threading.current_thread()}
     for _ in range(5):
-        assert torch.equal(ahead.draw(), now.draw())
+        assert torch.equal(ahead.noise(), now.noise())
     assert len(threads) == 2
 
 
@@ -159,7 +161,7 @@ def test_noise_drawn_ahead_is_the_same_and_only_where_there_is_more_than_a_start
 def test_noise_on_a_gpu_is_that_of_the_cpu():
     on_gpu, on_cpu = (SeededNoise([3, 4], (1, 64, 64), torch.device(name)) for name in ("cuda", "cpu"))
     for _ in range(20):
-        assert torch.equal(on_gpu.draw().cpu(), on_cpu.draw())
+        assert torch.equal(on_gpu.noise().cpu(), on_cpu.noise())
 
 
 def test_bytes_are_the_nearest_levels():
@@ -287,8 +289,9 @@ STARTING = """
 import os, sys
 import torch
 before = set(sys.modules)  # torch's own
-from diffusion_cli import checkpoint, cli
-from diffusion_cli.denoiser import Denoiser
+from diffusion_cli import cli
+from diffusion_cli.runs import checkpoint
+from diffusion_cli.diffusion.denoiser import Denoiser
 
 sums, read = checkpoint._check_sums, []
 
@@ -441,7 +444,7 @@ def test_a_class_is_named_by_its_own_name_whatever_that_looks_like(label, names,
 
 def test_the_words_of_label_stand_for_classes_of_that_name_first(model):
     def labels(label, *names):
-        return labels_named(label, replace(model, class_names=names), Unguided(None), [0, 2], unnamed="all")
+        return labels_named(label, replace(model, class_names=names), NoGuidance(None), [0, 2], unnamed="all")
 
     usual = "a", "b", "c"
     for label, expected in (
@@ -465,13 +468,13 @@ def test_the_words_of_label_stand_for_classes_of_that_name_first(model):
 
 @pytest.mark.parametrize(("frames", "kept"), [(7, 7), (3, 3), (100, 7)])
 def test_a_trajectory_goes_from_the_noise_to_the_image_itself(model, frames, kept):
-    how = {"guidance": Unguided(None), "labels": [0, 1, 2], "clip": True, "precision": "fp32"}
+    how = {"guidance": NoGuidance(None), "labels": [0, 1, 2], "clip": True, "precision": "fp32"}
     sampler = DDPM(model.denoiser.schedule, variance="large", spacing="trailing")
     ways = trajectories(model, sampler, 6, range(5), 2, frames=frames, **how)
     assert ways.shape == (5, kept, 1, 8, 8)
     images = torch.cat([batch.images for batch in generate(model, sampler, 6, range(5), 2, **how)])
     assert torch.equal(ways[:, -1], images)
-    noise = torch.cat([SeededNoise([seed], (1, 8, 8), CPU).draw() for seed in range(5)])
+    noise = torch.cat([SeededNoise([seed], (1, 8, 8), CPU).noise() for seed in range(5)])
     assert torch.equal(ways[:, 0], to_bytes(noise))
 
 

@@ -13,13 +13,13 @@ import yaml
 from PIL import Image
 from torch import Tensor, nn
 
-from diffusion_cli.checkpoint import LAST, read
 from diffusion_cli.cli import run
 from diffusion_cli.config import build, options
-from diffusion_cli.denoiser import Denoiser
-from diffusion_cli.objective import Simple
-from diffusion_cli.parameterizations import Eps
-from diffusion_cli.schedules import Cosine
+from diffusion_cli.diffusion.denoiser import Denoiser
+from diffusion_cli.diffusion.objectives import Simple
+from diffusion_cli.diffusion.parameterizations import Eps
+from diffusion_cli.diffusion.schedules import Cosine
+from diffusion_cli.runs.checkpoint import LAST, read
 from diffusion_cli.training.optimizers import AdamW
 
 pytestmark = [

@@ -7,21 +7,21 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from diffusion_cli.denoiser import (
+from diffusion_cli.diffusion.denoiser import (
     Denoiser,
     NoisyClassifier,
     Prediction,
+    add_score,
     clip_x0,
     noised,
     threshold_x0,
-    tilted,
 )
-from diffusion_cli.guidance import Auto, ByClassifier, ClassifierFree, Unguided
-from diffusion_cli.parameterizations import Eps
-from diffusion_cli.posterior import posterior
+from diffusion_cli.diffusion.guidance import AutoGuidance, ClassifierFree, ClassifierGuidance, NoGuidance
+from diffusion_cli.diffusion.parameterizations import Eps
+from diffusion_cli.diffusion.posterior import posterior
+from diffusion_cli.diffusion.schedules import Linear
+from diffusion_cli.diffusion.time_sampling import Uniform
 from diffusion_cli.samplers import DDIM, DDPM, integrate
-from diffusion_cli.schedules import Linear
-from diffusion_cli.times import Uniform
 
 F64 = torch.float64
 OFF = {"interval": None, "dynamic_threshold": None, "max_threshold": None}
@@ -102,8 +102,8 @@ def cfg(scale: float, rescale: float = 0.0, **options) -> ClassifierFree:
     return ClassifierFree(Given(), scale=scale, rescale=rescale, **{**OFF, **options})
 
 
-def by(classifier, scale: float, **options) -> ByClassifier:
-    return ByClassifier(Given(classifier=classifier), run="", scale=scale, **{**OFF, **options})
+def by(classifier, scale: float, **options) -> ClassifierGuidance:
+    return ClassifierGuidance(Given(classifier=classifier), run="", scale=scale, **{**OFF, **options})
 
 
 def labels(k: int, count: int = 4) -> Tensor:
@@ -123,10 +123,10 @@ def at_times(guided, arrays):
 @pytest.mark.parametrize("k", [0, 2])
 def test_classifier_free_guidance_in_both_conventions(denoiser, reference, agree, k):
     arrays = reference("guidance")
-    agree("guidance/eps_uncond", at_times(Unguided()(denoiser, None), arrays), arrays["eps_uncond"], 1e-12)
+    agree("guidance/eps_uncond", at_times(NoGuidance()(denoiser, None), arrays), arrays["eps_uncond"], 1e-12)
     agree(
         f"guidance/eps_class{k}",
-        at_times(Unguided()(denoiser, labels(k)), arrays),
+        at_times(NoGuidance()(denoiser, labels(k)), arrays),
         arrays[f"eps_class{k}"],
         1e-12,
     )
@@ -164,7 +164,9 @@ def test_classifier_guidance(denoiser, classifier, reference, agree, k):
         untold = Denoiser(denoiser.network, denoiser.schedule, denoiser.parameterization)
         guided = by(classifier, scale)
         eps = [
-            tilted(untold(x, t), scale * guided.classifier.gradient(x, t, labels(k)), untold.schedule, t).eps
+            add_score(
+                untold(x, t), scale * guided.classifier.gradient(x, t, labels(k)), untold.schedule, t
+            ).eps
             for x, t in zip(arrays["x_t"], (arrays["t"] + 1).double() / T, strict=True)
         ]
         agree(f"guidance/{name}", torch.stack(eps), arrays[name], 1e-11)
@@ -200,14 +202,17 @@ def test_guided_trajectories(mixture, denoiser, classifier, schedule, reference,
     for k in (0, 2):
         name = f"traj_ddim_conditional_class{k}"
         agree(
-            f"guidance/{name}", run(Unguided()(denoiser, labels(k)), schedule, x, 50)[-1], arrays[name], 1e-9
+            f"guidance/{name}",
+            run(NoGuidance()(denoiser, labels(k)), schedule, x, 50)[-1],
+            arrays[name],
+            1e-9,
         )
         untold = Denoiser(Untold(mixture, schedule), schedule, Eps())
         states = run(by(classifier, 2.0)(untold, labels(k)), schedule, x, 50)
         name = f"traj_ddim_classifier_s2.0_class{k}"
         agree(f"guidance/{name}", torch.stack([states[i] for i in (0, 25, 49)]), arrays[name], 1e-9)
     weak = Denoiser(Exact(mixture, schedule, gain=0.9), schedule, Eps())
-    guided = threshold_x0(Unguided()(weak, None), schedule, 0.9, 10.0)
+    guided = threshold_x0(NoGuidance()(weak, None), schedule, 0.9, 10.0)
     states = run(guided, schedule, x, 20)
     agree("guidance/ddim_dynthresh_traj", torch.stack(states), arrays["ddim_dynthresh_traj"], 1e-9)
 
@@ -251,7 +256,7 @@ class Untold(Exact):
 @pytest.mark.parametrize("kind", ["cfg", "auto", "classifier"])
 def test_the_scale_that_is_off_is_the_identity_at_one_call(mixture, schedule, denoiser, classifier, kind):
     guide = Denoiser(Exact(mixture, schedule, gain=0.8), schedule, Eps())
-    auto = Auto(Given(guide), run=None, step=0, scale=1.0, rescale=0.7, **OFF)
+    auto = AutoGuidance(Given(guide), run=None, step=0, scale=1.0, rescale=0.7, **OFF)
     guidance = {"cfg": cfg(1.0, rescale=0.7), "auto": auto, "classifier": by(classifier, 0.0)}[kind]
     x, t = torch.randn(4, 1, 2, 2, dtype=F64), torch.tensor(0.4, dtype=F64)
     plain = denoiser(x, t, labels(1))
@@ -271,7 +276,7 @@ def test_both_halves_go_in_one_batch(denoiser):
 
 def test_guidance_acts_within_its_interval(denoiser, schedule):
     x = torch.randn(4, 1, 2, 2, dtype=F64)
-    guided, plain = cfg(3.0, interval=[0.3, 2.0])(denoiser, labels(1)), Unguided()(denoiser, labels(1))
+    guided, plain = cfg(3.0, interval=[0.3, 2.0])(denoiser, labels(1)), NoGuidance()(denoiser, labels(1))
     for level in (0.1, 0.299, 0.301, 1.0, 1.999, 2.001, 50.0):
         t = schedule.time_of(torch.tensor(-2 * math.log(level), dtype=F64))
         assert torch.equal(guided(x, t).eps, plain(x, t).eps) == (not 0.3 < level <= 2.0), level
@@ -281,7 +286,7 @@ def test_autoguidance_extrapolates_from_the_guide(mixture, schedule, denoiser):
     guide = Denoiser(Exact(mixture, schedule, gain=0.8), schedule, Eps())
     x, t = torch.randn(4, 1, 2, 2, dtype=F64), torch.tensor(0.4, dtype=F64)
     for y in (labels(2), None):
-        auto = Auto(Given(guide), run=None, step=0, scale=2.5, rescale=0.0, **OFF)
+        auto = AutoGuidance(Given(guide), run=None, step=0, scale=2.5, rescale=0.0, **OFF)
         eps = auto(denoiser, y)(x, t).eps
         torch.testing.assert_close(
             eps, guide(x, t, y).eps + 2.5 * (denoiser(x, t, y).eps - guide(x, t, y).eps)
@@ -304,8 +309,8 @@ def test_guidance_leaves_the_learned_variance_of_the_model_and_class(mixture, sc
     guide = Denoiser(Learned(mixture, schedule, gain=0.8), schedule, Eps())
     x, t = 0.1 * torch.randn(4, 1, 2, 2, dtype=F64), torch.tensor(0.4, dtype=F64)
     expected = model(x, t, labels(1)).variance
-    auto = Auto(Given(guide), run=None, step=0, scale=2.5, rescale=0.0, **OFF)
-    for guidance in (cfg(2.5), auto, Unguided()):
+    auto = AutoGuidance(Given(guide), run=None, step=0, scale=2.5, rescale=0.0, **OFF)
+    for guidance in (cfg(2.5), auto, NoGuidance()):
         variance = guidance(model, labels(1))(x, t).variance
         assert variance is not None
         torch.testing.assert_close(variance, expected)
@@ -314,7 +319,7 @@ def test_guidance_leaves_the_learned_variance_of_the_model_and_class(mixture, sc
 def test_guidance_keeps_image_and_noise_together(mixture, schedule, denoiser, classifier):
     """`x_t = alpha x_0 + sigma eps` for every guided prediction."""
     guide = Denoiser(Exact(mixture, schedule, gain=0.8), schedule, Eps())
-    auto = Auto(Given(guide), run=None, step=0, scale=2.5, rescale=0.3, **OFF)
+    auto = AutoGuidance(Given(guide), run=None, step=0, scale=2.5, rescale=0.3, **OFF)
     x, t = torch.randn(4, 1, 2, 2, dtype=F64), torch.tensor(0.4, dtype=F64)
     for guidance in (cfg(3.0), auto, by(classifier, 2.0)):
         prediction = guidance(denoiser, labels(1))(x, t)
@@ -332,7 +337,7 @@ def test_a_classifier_says_nothing_where_there_is_no_signal(mixture):
     schedule = Linear(num_timesteps=T, beta_start=1e-4, beta_end=0.02, zero_terminal_snr=True)
     x0 = torch.zeros(1, 1, 2, 2, dtype=F64)
     prediction = Prediction(x0, x0, schedule(torch.ones((), dtype=F64))[1])
-    moved = tilted(prediction, x0 + 1, schedule, torch.ones((), dtype=F64))
+    moved = add_score(prediction, x0 + 1, schedule, torch.ones((), dtype=F64))
     assert torch.equal(moved.x0, x0)
     assert torch.equal(moved.eps, x0)
 
@@ -347,7 +352,7 @@ def test_a_classifier_has_a_gradient_in_every_mode(classifier, mode):
 @pytest.mark.parametrize("kind", ["told", "cfg", "classifier"])
 def test_guidance_at_scale_one_samples_the_class(mixture, schedule, denoiser, classifier, kind):
     """DDPM with the exact denoiser: every sample lies in its component, with that component's moments."""
-    guidance = {"told": Unguided(), "cfg": cfg(1.0), "classifier": by(classifier, 1.0)}[kind]
+    guidance = {"told": NoGuidance(), "cfg": cfg(1.0), "classifier": by(classifier, 1.0)}[kind]
     base = Denoiser(Untold(mixture, schedule), schedule, Eps()) if kind == "classifier" else denoiser
     sampler = DDPM(schedule, variance="small", spacing="trailing")
     generator = torch.Generator().manual_seed(0)
@@ -384,7 +389,7 @@ def test_greater_scales_lead_further_into_the_class(mixture, schedule, denoiser)
 
 
 def test_cross_entropy_is_least_for_the_right_classes(mixture, classifier, schedule):
-    from diffusion_cli.objective import CrossEntropy
+    from diffusion_cli.diffusion.objectives import CrossEntropy
 
     images = mixture.load("train")
     x0 = images.pixels.double()

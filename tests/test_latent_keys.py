@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from diffusion_cli.data import Folder
-from diffusion_cli.data.decoding import Decoder, DeepDecoder, key_text
-from diffusion_cli.forms import Raster
-from diffusion_cli.training.encoding import LatentDataset
+from diffusion_cli.data.decoding import HighDepthDecoder, ImageDecoder, key_text
+from diffusion_cli.formats import HighDepthImage
+from diffusion_cli.training.latent_data import LatentDataset
 
 PNG = bytes.fromhex(
     "89504e470d0a1a0a0000000d49484452000000040000000408000000008c9ac1a20000001c49444154789c6314e6e0e060b1e3e0e06071e2e0"
@@ -75,10 +75,10 @@ def test_cached_latents_are_found_by_their_key_under_any_name(tmp_path, word):
 
 def test_new_behaviour_changes_the_key():
     shape = (1, 4, 4)
-    texts = [key_text(Decoder(shape, "white", False, srgb)) for srgb in (False, True)]
+    texts = [key_text(ImageDecoder(shape, "white", False, srgb)) for srgb in (False, True)]
     assert texts[0] == "Decoder(shape=(1, 4, 4), background='white', reduced=False)"
     assert texts[1] == "Decoder(shape=(1, 4, 4), background='white', reduced=False, srgb=True)"
-    form = Raster("uint8", [0.0], [255.0], "png", "LA")
-    assert key_text(DeepDecoder(form, (2, 4, 4))) == (
+    form = HighDepthImage("uint8", [0.0], [255.0], "png", "LA")
+    assert key_text(HighDepthDecoder(form, (2, 4, 4))) == (
         "DeepDecoder(form=Raster(dtype='uint8', low=[0.0], high=[255.0], file='png', mode='LA'), shape=(2, 4, 4))"
     )

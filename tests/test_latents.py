@@ -17,26 +17,27 @@ from test_autoencoder import PUBLISHED, SMALL
 from test_training import TINY, assert_same
 from torch import Tensor
 
-from diffusion_cli.capacity import network_call
-from diffusion_cli.checkpoint import AUTOENCODER, LAST, load_model, read
+from diffusion_cli.batch_size import network_call
 from diffusion_cli.cli import run
 from diffusion_cli.commands.trained import _same_latents
 from diffusion_cli.config import CONF, build
 from diffusion_cli.data import Dataset, Digits, Images
 from diffusion_cli.data.batches import Batches
 from diffusion_cli.data.memory import MemoryImages
+from diffusion_cli.diffusion.guidance import NoGuidance
+from diffusion_cli.diffusion.latents import Latents, Pixels, measured_scale
 from diffusion_cli.editing.latent import known_of
 from diffusion_cli.editing.operators import Mask
 from diffusion_cli.generate import generate
-from diffusion_cli.guidance import Unguided
-from diffusion_cli.latents import Latents, Pixels, measured_scale
 from diffusion_cli.networks import AutoencoderKL
 from diffusion_cli.networks.autoencoder import drawn
-from diffusion_cli.pretrained import WEIGHTS
+from diffusion_cli.runs.checkpoint import LAST, read
+from diffusion_cli.runs.load import AUTOENCODER, load_model
+from diffusion_cli.runs.pretrained import WEIGHTS
 from diffusion_cli.samplers import DDIM
 from diffusion_cli.training import latent_cache
-from diffusion_cli.training.encoding import LatentDataset
 from diffusion_cli.training.latent_cache import encoded
+from diffusion_cli.training.latent_data import LatentDataset
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -92,7 +93,7 @@ def test_states_are_drawn_from_the_moments_with_the_noise_that_is_given():
 def test_neither_the_size_of_a_batch_nor_autocast_changes_what_is_encoded(monkeypatch):
     space, x = latents(), torch.rand(5, *SHAPE) * 2 - 1
     whole, back = space.encode(x), space.decode(torch.ones(5, *LATENT))
-    monkeypatch.setattr("diffusion_cli.latents.PIXELS", 2 * 8 * 12)  # two images at a time
+    monkeypatch.setattr("diffusion_cli.diffusion.latents.PIXELS", 2 * 8 * 12)  # two images at a time
     seen: list[int] = []
     space.autoencoder.encoder.register_forward_hook(lambda module, given, made: seen.append(len(made)))
     space.autoencoder.decoder.register_forward_hook(lambda module, given, made: seen.append(len(made)))
@@ -163,7 +164,7 @@ def test_kept_latents_are_those_that_are_computed_anew(tmp_path, flip):
     if flip:
         mirrored = moments_of(space, source.pixels[rows].flip(-1))
         torch.testing.assert_close(
-            kept.mirrored(kept.gather(rows), torch.tensor([0, 1, 0]))[1], mirrored[1], rtol=0, atol=1e-5
+            kept.hflip(kept.gather(rows), torch.tensor([0, 1, 0]))[1], mirrored[1], rtol=0, atol=1e-5
         )
         fresh = torch.cat([fresh, mirrored], 1)
     torch.testing.assert_close(kept.gather(rows), fresh, rtol=0, atol=1e-5)
@@ -444,7 +445,7 @@ def test_every_sampler_makes_images_of_latents(place, name):
     model = load_model(place / "o" / "a", "ema", torch.device("cpu"))
     node = yaml.safe_load((CONF / "sampler" / f"{name}.yaml").read_text())
     sampler = build(node, model.denoiser.schedule)
-    words = {"guidance": Unguided(), "labels": [3], "clip": True, "precision": "fp32"}
+    words = {"guidance": NoGuidance(), "labels": [3], "clip": True, "precision": "fp32"}
     images = torch.cat([made.images for made in generate(model, sampler, 4, [0, 1], 2, **words)])
     assert images.shape == (2, 1, 8, 8)
     assert images.dtype == torch.uint8
@@ -523,7 +524,7 @@ def test_what_fits_counts_the_decoder_where_gradients_pass_through_it(place, mon
     monkeypatch.setattr(model.space, "decode", lambda x: decoded.append(len(x)) or decode(x))
     sampler = DDIM(model.denoiser.schedule, eta=0.0, spacing="leading")
     call = network_call(
-        model, sampler, 3, guidance=Unguided(), labels=None, clip=True, precision="fp32", each=2, gradient=gradient
+        model, sampler, 3, guidance=NoGuidance(), labels=None, clip=True, precision="fp32", each=2, gradient=gradient
     )  # fmt: skip
     call(3)
     assert decoded == ([6] if gradient else [])

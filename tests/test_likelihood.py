@@ -8,18 +8,18 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from diffusion_cli.checkpoint import Model
 from diffusion_cli.cli import run
 from diffusion_cli.data import Dataset, GaussianMixture
 from diffusion_cli.data.memory import MemoryImages
-from diffusion_cli.denoiser import Denoiser
-from diffusion_cli.forms import Picture
-from diffusion_cli.latents import Pixels
-from diffusion_cli.likelihood import flow_likelihood
-from diffusion_cli.metrics import FlowLikelihood, Inversion, Subject, VariationalBound
-from diffusion_cli.parameterizations import X0, Flow, Parameterization
-from diffusion_cli.probability_flow import angle, velocity
-from diffusion_cli.schedules import EDM, VE, Cosine, Linear, Rectified, Schedule
+from diffusion_cli.diffusion.denoiser import Denoiser
+from diffusion_cli.diffusion.latents import Pixels
+from diffusion_cli.diffusion.likelihood import flow_likelihood
+from diffusion_cli.diffusion.parameterizations import X0, Flow, Parameterization
+from diffusion_cli.diffusion.probability_flow import angle, velocity
+from diffusion_cli.diffusion.schedules import VE, Cosine, EDMSchedule, Linear, Rectified, Schedule
+from diffusion_cli.formats import Uint8Image
+from diffusion_cli.metrics import EvaluatedModel, FlowLikelihood, Inversion, VariationalBound
+from diffusion_cli.runs.load import LoadedDenoiser
 
 F64 = torch.float64
 BITS = 4 * math.log(2)  # nats of a bit a dimension, of four
@@ -38,7 +38,7 @@ PROCESSES = ["linear", "cosine", "sigmoid", "vp", "subvp", "ve", "edm", "rectifi
 @pytest.mark.parametrize("tag", [*PROCESSES, "edm from 0.5"])
 def test_bits_per_dim_equal_the_exact_density(schedules, exact, mixture, reference, tag):
     """Within 1e-4, less what a Gaussian prior costs: the exact density of where the flow ends, against N(0, prior)."""
-    schedule = EDM(sigma_min=0.5, sigma_max=80.0) if tag == "edm from 0.5" else schedules[tag]
+    schedule = EDMSchedule(sigma_min=0.5, sigma_max=80.0) if tag == "edm from 0.5" else schedules[tag]
     x = reference("noise")["x0_data"]
     found = flow_likelihood(schedule, exact(schedule), x, None, Tight())
     ends = torch.tensor([schedule.t_min, 1.0], dtype=F64)
@@ -162,13 +162,13 @@ class Gray(nn.Module):
 
 def subject(
     folder, network: nn.Module, schedule: Schedule, output: Parameterization, images: Tensor
-) -> Subject:
+) -> EvaluatedModel:
     """A model as `diffuse eval` measures it, on images of which the last batch is smaller."""
-    model = Model(
-        shape=SHAPE, form=Picture(), class_names=None, config={}, latent=None, step=0, digest="0" * 64,
+    model = LoadedDenoiser(
+        shape=SHAPE, form=Uint8Image(), class_names=None, config={}, latent=None, step=0, digest="0" * 64,
         denoiser=Denoiser(network, schedule, output), space=Pixels(SHAPE),
     )  # fmt: skip
-    return Subject(model, Some(images), folder, torch.device("cpu"), SEED, 3, False, "fp32")
+    return EvaluatedModel(model, Some(images), folder, torch.device("cpu"), SEED, 3, False, "fp32")
 
 
 def noise_of(count: int, draws: int) -> Tensor:
@@ -426,7 +426,7 @@ def test_a_model_is_asked_in_full_precision_whatever_samples_are_made_in(runs, c
     ]
     found = []
     for fast in (False, True):
-        monkeypatch.setattr("diffusion_cli.precision.has_fast_bf16", lambda device, fast=fast: fast)
+        monkeypatch.setattr("diffusion_cli.system.precision.has_fast_bf16", lambda device, fast=fast: fast)
         assert evaluate(runs, "discrete", *words) == 0
         found.append(results(runs, "discrete"))
     for name in ("bits_per_dim_bound", "inversion_rmse"):

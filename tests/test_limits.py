@@ -12,11 +12,11 @@ import torch
 from PIL import Image
 
 from diffusion_cli.data import decoding
-from diffusion_cli.data.decoding import Decoder
+from diffusion_cli.data.decoding import ImageDecoder
 from diffusion_cli.data.memory import free_memory, usable_cores
-from diffusion_cli.foreign import check_weights
-from diffusion_cli.forms.files import Room, upright
-from diffusion_cli.metrics.weights import content_of, read
+from diffusion_cli.formats.files import Room, upright
+from diffusion_cli.metrics.features.weights import content_of, read
+from diffusion_cli.system.untrusted import check_weights
 
 GIB = 2**30
 
@@ -98,7 +98,7 @@ def test_an_image_takes_room_for_its_pixels(monkeypatch):
     room = Room(1)
     monkeypatch.setattr(decoding, "DECODING", room)
     monkeypatch.setattr(decoding, "upright", lambda image: (held.append(room.taken), upright(image))[1])
-    Decoder((3, 8, 8), "white", False)(data.getvalue())
+    ImageDecoder((3, 8, 8), "white", False)(data.getvalue())
     assert held == [4 * 300 * 200]
     assert room.taken == 0
 

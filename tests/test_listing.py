@@ -14,10 +14,10 @@ from diffusion_cli.commands.inputs import read_input
 from diffusion_cli.data import Folder, Points, as_begun, given_images
 from diffusion_cli.data.listing import passed_over
 from diffusion_cli.errors import UsageError
-from diffusion_cli.foreign import IMAGE_FORMATS
-from diffusion_cli.forms import Picture, image_form
-from diffusion_cli.forms.files import FIRST_SUFFIXES, SUFFIXES
-from diffusion_cli.forms.numbers import depth_of, read_numbers
+from diffusion_cli.formats import Uint8Image, image_form
+from diffusion_cli.formats.files import FIRST_SUFFIXES, SUFFIXES
+from diffusion_cli.formats.pixel_readers import depth_of, read_numbers
+from diffusion_cli.system.untrusted import IMAGE_FORMATS
 
 RNG = np.random.default_rng(0)
 GRAY = RNG.integers(0, 256, (8, 8), dtype=np.uint8)
@@ -118,7 +118,7 @@ def test_masks_and_inputs_are_counted_too(tmp_path, capsys):
     first, second = folder(tmp_path / "images", masks=str(tmp_path / "masks")).remarks()
     assert first.startswith(f"dataset.path={tmp_path}/images: 1 file is skipped: .avif 1;")
     assert second.startswith(f"dataset.masks={tmp_path}/masks: 1 file is skipped: .avif 1;")
-    read_input(str(tmp_path / "images"), [(1, 8, 8)], False, None, Picture())
+    read_input(str(tmp_path / "images"), [(1, 8, 8)], False, None, Uint8Image())
     assert "diffuse: input=" in capsys.readouterr().err
 
 
@@ -173,7 +173,7 @@ def test_a_folder_of_results_gives_them_to_every_command(tmp_path):
     outputs(tmp_path)
     samples, edits = tmp_path / "run/samples/s", tmp_path / "run/edits/e"
     for path, names in ((samples, ["000000", "1000000"]), (edits, ["a.b"]), (edits / "x", ["000"])):
-        found = read_input(str(path), [(1, 8, 8)], False, None, Picture())
+        found = read_input(str(path), [(1, 8, 8)], False, None, Uint8Image())
         assert [item.name for item in found] == names
     assert folder(edits / "x").files == ["000.png"]
     assert folder(edits / "before").files == ["a.b.0.png"]
@@ -183,7 +183,7 @@ def test_a_folder_of_results_gives_them_to_every_command(tmp_path):
     with pytest.raises(ValueError, match="is an output folder of diffuse without samples or results"):
         folder(tmp_path / "empty")
     with pytest.raises(UsageError, match="is an output folder"):
-        read_input(str(tmp_path / "empty"), [(1, 8, 8)], False, None, Picture())
+        read_input(str(tmp_path / "empty"), [(1, 8, 8)], False, None, Uint8Image())
 
 
 FOREIGN = ["{", "{}", '{"settings": {}, "versions": 3}', "[]"]
@@ -250,4 +250,4 @@ def test_pictures_beside_samples_of_another_form_are_not_counted(tmp_path):
 
 
 def test_a_form_of_numbers_reads_the_same_suffixes():
-    assert image_form("uint16", 1, None).suffixes == Picture().suffixes == SUFFIXES
+    assert image_form("uint16", 1, None).suffixes == Uint8Image().suffixes == SUFFIXES

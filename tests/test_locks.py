@@ -12,12 +12,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from diffusion_cli import locks
 from diffusion_cli.errors import UsageError
-from diffusion_cli.locks import LOCK, Pace, locked, only_one
 from diffusion_cli.metrics.protocol import append_history, read_history
+from diffusion_cli.system import locks
+from diffusion_cli.system.locks import LOCK, Heartbeat, locked, run_lock
 
-QUICK = Pace(beat=0.05, patience=0.6, settle=0.1)
+QUICK = Heartbeat(beat=0.05, patience=0.6, settle=0.1)
 FORK = multiprocessing.get_context("fork")
 pytestmark = pytest.mark.skipif(locks.fcntl is None, reason="takes fcntl")
 
@@ -49,7 +49,7 @@ def as_node(flock: Any, node: str | None) -> None:
 
 def hold(folder: Path, flock: Any, node: str | None, seconds: float) -> None:
     as_node(flock, node)
-    with only_one(folder, QUICK):
+    with run_lock(folder, QUICK):
         (folder / f"held {os.getpid()}").touch()
         time.sleep(seconds)
         (folder / f"held {os.getpid()}").unlink()
@@ -105,12 +105,12 @@ def test_a_run_has_one_holder_who_is_named_and_a_killed_one_is_succeeded(tmp_pat
     for _ in range(2):
         with (
             pytest.raises(UsageError, match=f"trained by process {first.pid} on host {host}"),
-            only_one(run, QUICK),
+            run_lock(run, QUICK),
         ):
             pass
     os.kill(first.pid, signal.SIGKILL)
     first.join()
-    with only_one(run, QUICK):
+    with run_lock(run, QUICK):
         assert json.loads((run / LOCK).read_text())["pid"] == os.getpid()
     assert not (run / LOCK).exists()
 
@@ -185,7 +185,7 @@ def test_the_lock_of_a_file_that_another_process_has_is_waited_for_by_name(tmp_p
 def test_datasets_of_torchvision_are_read_without_flock(tmp_path, monkeypatch):
     from torchvision import datasets
 
-    from diffusion_cli.data.published import MNIST
+    from diffusion_cli.data.torchvision_sets import MNIST
 
     class Source:
         def __init__(self, *_: Any, **__: Any) -> None:

@@ -11,12 +11,12 @@ from typing import Any
 
 import pytest
 
-from diffusion_cli import locks
 from diffusion_cli.commands import outputs
 from diffusion_cli.commands.outputs import claim, keep_calls, keep_results, keep_seeds, read_manifest
 from diffusion_cli.errors import UsageError
-from diffusion_cli.manifest import MANIFEST, RECORDS, add_record
 from diffusion_cli.report import record
+from diffusion_cli.runs.manifest import MANIFEST, RECORDS, add_record
+from diffusion_cli.system import locks
 
 SETTINGS = {"labels": None, "steps": 2}
 MODEL: Any = SimpleNamespace(step=20, config={"name": "small"})

@@ -10,8 +10,8 @@ from PIL import Image
 
 from diffusion_cli.cli import run
 from diffusion_cli.data import Folder
-from diffusion_cli.forms import Raster
-from diffusion_cli.forms.numbers import read_numbers
+from diffusion_cli.formats import HighDepthImage
+from diffusion_cli.formats.pixel_readers import read_numbers
 
 RNG = np.random.default_rng(0)
 LABELS = [0, 3, 7, 200]
@@ -40,7 +40,7 @@ def folder(path: Path, masks: Path | str, **changes) -> Folder:
 
 
 def numbers(dataset: Folder) -> np.ndarray:
-    assert isinstance(dataset.form, Raster)
+    assert isinstance(dataset.form, HighDepthImage)
     images = dataset.load("train")
     return dataset.form.numbers(images.gather(torch.arange(len(images))))
 
@@ -91,7 +91,7 @@ def test_a_range_of_its_own_spreads_the_labels(tmp_path):
     save(tmp_path / "masks/a.png", np.eye(4, dtype=np.uint8) * 2)
     ranges = [[0, 1000], [0, 2]]
     dataset = folder(tmp_path / "images", tmp_path / "masks", channels=1, resolution=4, range=ranges)
-    assert isinstance(dataset.form, Raster)
+    assert isinstance(dataset.form, HighDepthImage)
     assert (dataset.form.dtype, dataset.form.high) == ("uint16", [1000.0, 2.0])
     x = dataset.load("train").gather(torch.tensor([0]))[0]
     torch.testing.assert_close(x[1], 2 * torch.eye(4) - 1)

@@ -20,9 +20,8 @@ import yaml
 from PIL import Image
 from torch import Tensor
 
-from diffusion_cli.checkpoint import digest, writing
 from diffusion_cli.config import CONF
-from diffusion_cli.data import Dataset, Digits, Given, Images, NoDataset, spread
+from diffusion_cli.data import Dataset, Digits, ExternalImages, Images, NoDataset, spread
 from diffusion_cli.data.memory import MemoryImages
 from diffusion_cli.errors import UsageError
 from diffusion_cli.metrics import (
@@ -31,7 +30,9 @@ from diffusion_cli.metrics import (
     DatasetReference,
     DensityCoverage,
     FeatureBatch,
+    FeatureExtractors,
     Features,
+    FeatureView,
     FrechetDistance,
     GivenSamples,
     GrowingRows,
@@ -40,14 +41,12 @@ from diffusion_cli.metrics import (
     KernelDistance,
     Memorization,
     Moments,
-    Networks,
     PrecisionRecall,
     RealImages,
     Report,
     Result,
     Rows,
-    Seen,
-    Shown,
+    SampleBatch,
     append_history,
     auto_features,
     evaluate,
@@ -57,12 +56,14 @@ from diffusion_cli.metrics import (
     inception_score,
     polynomial_mmd,
     read_history,
-    shipped,
     unlike,
 )
-from diffusion_cli.metrics.classifier_training import Classifier, Recipe, accuracy
-from diffusion_cli.metrics.inception import prepared, resized
+from diffusion_cli.metrics.features import shipped
+from diffusion_cli.metrics.features.classifier_training import FeatureClassifier, Recipe, accuracy
+from diffusion_cli.metrics.features.inception import prepared, resized
 from diffusion_cli.metrics.neighbours import nearest, within
+from diffusion_cli.runs.weights import digest
+from diffusion_cli.system.files import writing
 
 CPU = torch.device("cpu")
 
@@ -279,7 +280,7 @@ METRICS = {
 DATA = Held(pixels(200, 0), pixels(40, 1, high=200))
 
 
-class Through(Networks):
+class Through(FeatureExtractors):
     """Networks whose chosen one is there already."""
 
     def __init__(self, features: Features, dataset: Dataset, cache_dir: Path) -> None:
@@ -304,7 +305,7 @@ def measured(
     **settings,
 ) -> Report:
     """What an evaluation of images finds."""
-    given = Given(MemoryImages(images, labels), dataset.class_names if labels is not None else None)
+    given = ExternalImages(MemoryImages(images, labels), dataset.class_names if labels is not None else None)
     return evaluate(
         metrics,
         Through(features, dataset, cache_dir),
@@ -437,7 +438,7 @@ def test_too_few_samples_are_refused_before_any_is_made(tmp_path) -> None:
         def batch(self, numbers):
             raise AssertionError("a sample was made although it could be known that they are too few")
 
-    samples = Never(Given(MemoryImages(pixels(5, 2), None), None), None, {}, "samples")
+    samples = Never(ExternalImages(MemoryImages(pixels(5, 2), None), None), None, {}, "samples")
     networks, reference = (
         Through(Projection(), DATA, tmp_path),
         DatasetReference(DATA, split="train", stats=None),
@@ -554,9 +555,9 @@ def test_a_full_cache_changes_no_number_and_stops_nothing(tmp_path, capsys, monk
             return super().write(data[:taken])
 
     monkeypatch.setattr("diffusion_cli.metrics.rows.tempfile.TemporaryFile", Disk)
-    monkeypatch.setattr("diffusion_cli.cache.whole_file", refused)
-    monkeypatch.setattr("diffusion_cli.metrics.rows.whole_file", refused)
-    monkeypatch.setattr("diffusion_cli.metrics.moments.whole_file", refused)
+    monkeypatch.setattr("diffusion_cli.system.cache.atomic_write", refused)
+    monkeypatch.setattr("diffusion_cli.metrics.rows.atomic_write", refused)
+    monkeypatch.setattr("diffusion_cli.metrics.moments.atomic_write", refused)
     found = measured(metrics, Projection(), samples, DATA, tmp_path / "cache")
     assert found.results == wanted.results
     lines = capsys.readouterr().err.splitlines()
@@ -615,7 +616,7 @@ def test_kernel_distance_equals_the_reference(
 ) -> None:
     arrays = reference("metrics")
     seen = AsSeen(arrays[f"fake_d{dim}"], arrays[f"real_d{dim}"])
-    (found,) = KernelDistance(subsets=subsets, subset_size=size, seed=seed).begin(seen).findings()
+    (found,) = KernelDistance(subsets=subsets, subset_size=size, seed=seed).init_state(seen).compute()
     mean, std = arrays[f"kid_d{dim}_{name}"]
     agree(f"metrics/kid_d{dim}_{name}", number(found.value), mean, 1e-12)
     agree(f"metrics/kid_d{dim}_{name}_std", number(found.details["std"]), std, 1e-12)
@@ -636,8 +637,8 @@ def test_the_standard_error_of_the_kernel_distance_is_its_spread() -> None:
         x = torch.randn(2, 80, 4, generator=torch.Generator().manual_seed(seed)).double()
         (found,) = (
             KernelDistance(subsets=20, subset_size=40, seed=seed)
-            .begin(AsSeen(x[0], 1.3 * x[1] + 0.5))
-            .findings()
+            .init_state(AsSeen(x[0], 1.3 * x[1] + 0.5))
+            .compute()
         )
         values.append(found.value)
         errors.append(found.details["standard_error"])
@@ -658,14 +659,16 @@ def test_gaussian_mmd_is_that_of_its_definition_and_zero_for_equal_sets() -> Non
 # --- Neighbours ------------------------------------------------------------
 
 
-class AsSeen(Seen):
+class AsSeen(FeatureView):
     """Features of samples and of real images that are there already."""
 
     def __init__(self, samples: Tensor, real: Tensor, other: Tensor | None = None) -> None:
         self.network = Projection()
         self.network.dim = samples.shape[1]
         self._samples = array_rows(samples)
-        given = Given(MemoryImages(torch.empty(len(samples), 1, 1, 1, dtype=torch.uint8), None), None)
+        given = ExternalImages(
+            MemoryImages(torch.empty(len(samples), 1, 1, 1, dtype=torch.uint8), None), None
+        )
         self.samples = GivenSamples(given, None, {}, "samples")
         self.real = RealRows(real, other)
 
@@ -708,7 +711,10 @@ def test_precision_recall_density_and_coverage_equal_the_reference(
     """Counts are exact, ties too: torch-fidelity counts the rim in, prdc does not."""
     arrays = reference("metrics")
     seen = AsSeen(fake(arrays), real(arrays))
-    found = [*PrecisionRecall(k=k).begin(seen).findings(), *DensityCoverage(k=k).begin(seen).findings()]
+    found = [
+        *PrecisionRecall(k=k).init_state(seen).compute(),
+        *DensityCoverage(k=k).init_state(seen).compute(),
+    ]
     precision, recall, density, coverage = (number(finding.value) for finding in found)
     agree(
         f"metrics/pr_tf_{name}_k{k}", torch.stack([precision, recall]), arrays[f"pr_tf_{name}_k{k}"][:2], 1e-7
@@ -747,9 +753,9 @@ def test_the_distance_at_infinity_comes_nearer_to_that_of_the_distributions() ->
             torch.randn(200000, 20, generator=generator),
             torch.randn(400, 20, generator=generator) + 0.1,
         )
-        measurement = metric.begin(AsSeen(fake, real))
-        measurement.update(Shown(pixels(400, 0), None, FeatureBatch(fake, None)))
-        (found,) = measurement.findings()
+        measurement = metric.init_state(AsSeen(fake, real))
+        measurement.update(SampleBatch(pixels(400, 0), None, FeatureBatch(fake, None)))
+        (found,) = measurement.compute()
         assert found.value is not None
         finite.append(found.value)
         infinite.append(found.details["at_infinity"])
@@ -763,9 +769,9 @@ def test_the_interval_holds_the_expected_distance_nearly_always() -> None:
     found = []
     for seed in range(40):
         fake = 1.2 * torch.randn(150, 4, generator=torch.Generator().manual_seed(seed)) + 0.3
-        measurement = metric.begin(AsSeen(fake, real))
-        measurement.update(Shown(pixels(150, 0), None, FeatureBatch(fake, None)))
-        found += measurement.findings()
+        measurement = metric.init_state(AsSeen(fake, real))
+        measurement.update(SampleBatch(pixels(150, 0), None, FeatureBatch(fake, None)))
+        found += measurement.compute()
     expected = np.mean([finding.value for finding in found])
     inside = [finding.details["low"] < expected < finding.details["high"] for finding in found]
     assert 0.8 <= np.mean(inside) <= 1
@@ -792,7 +798,7 @@ def test_a_planted_training_image_is_found_among_a_thousand(digits, trained, tmp
     evaluation = evaluate(
         {"memorization": Memorization(pairs=3)},
         Through(features, digits, tmp_path),
-        GivenSamples(Given(MemoryImages(samples, None), None), None, {}, "samples"),
+        GivenSamples(ExternalImages(MemoryImages(samples, None), None), None, {}, "samples"),
         DatasetReference(digits, split="train", stats=None),
         batch_size=250,
     )
@@ -835,7 +841,7 @@ def test_samples_are_set_against_images_that_are_not_memorized(other, value, rat
     """On a line. Without held-out images each training image is compared with the others, not with itself."""
     train, samples = column([0.0, 1.0, 3.0]), column([0.25, 1.5, 5.0, 6.0])
     seen = AsSeen(samples, train, None if other is None else column(other))
-    (found,) = Memorization(pairs=1).begin(seen).findings()
+    (found,) = Memorization(pairs=1).init_state(seen).compute()
     assert found.value == value
     assert found.details["copies"] == 0
     assert found.details["median_distance_ratio"] == pytest.approx(ratio)
@@ -869,7 +875,7 @@ def untrained(monkeypatch) -> list[Recipe]:
     """The recipes that are asked for; each gives the initial network at once, in the place of training."""
     asked = []
 
-    def initial(recipe: Recipe, images: Images, device: torch.device) -> Classifier:
+    def initial(recipe: Recipe, images: Images, device: torch.device) -> FeatureClassifier:
         asked.append(recipe)
         return recipe.initial(images.shape[0]).eval()
 
@@ -1125,14 +1131,14 @@ def test_no_classifier_is_trained_for_an_evaluation_that_is_refused(digits, tmp_
         raise AssertionError
 
     monkeypatch.setattr(Recipe, "train", trained_in_vain)
-    networks = Networks(
+    networks = FeatureExtractors(
         {"_target_": "diffusion_cli.metrics.ClassifierFeatures", **QUICK}, digits, tmp_path, CPU
     )
     for metric, line in (
         (FrechetDistance(floor=True, infinity=0, bootstrap=0), r"num_samples=5: 5 images are fewer than the"),
         (KernelDistance(subsets=2, subset_size=6, seed=0), r"metric.kid.subset_size=6: must be 2 or more"),
     ):
-        given = Given(MemoryImages(digits.load("train").gather(torch.arange(5)), None), None)
+        given = ExternalImages(MemoryImages(digits.load("train").gather(torch.arange(5)), None), None)
         samples, reference = (
             GivenSamples(given, None, {}, "samples"),
             DatasetReference(digits, split="train", stats=None),

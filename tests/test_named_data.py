@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from diffusion_cli.checkpoint import Origin
 from diffusion_cli.cli import run
 from diffusion_cli.commands.trained import dataset_of
 from diffusion_cli.config import CompareConfig, EditConfig, EvalConfig, load, load_grid
 from diffusion_cli.errors import UsageError
-from diffusion_cli.forms import Picture
-from diffusion_cli.named_data import remember, unnamed
+from diffusion_cli.formats import Uint8Image
+from diffusion_cli.runs.load import Origin
+from diffusion_cli.system.trusted_paths import remember, unnamed
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -52,7 +52,7 @@ def test_without_a_folder_to_write_to_nothing_is_remembered(tmp_path, monkeypatc
 
 
 def origin(**dataset) -> Origin:
-    return Origin((1, 8, 8), Picture(), None, {"dataset": dataset}, None, 1, "")
+    return Origin((1, 8, 8), Uint8Image(), None, {"dataset": dataset}, None, 1, "")
 
 
 def folder_node(path: Path) -> dict:

@@ -8,21 +8,32 @@ import torch
 import yaml
 from torch import Tensor, nn
 
-from diffusion_cli import parameterizations as maps
-from diffusion_cli import schedules as processes
 from diffusion_cli.config import CONF, build
-from diffusion_cli.denoiser import Denoiser, Prediction, clip_x0, noised
-from diffusion_cli.likelihood import bound_terms, prior_term
-from diffusion_cli.objective import EDM, VLB, Hybrid, Likelihood, MinSNR, Simple, Target
-from diffusion_cli.parameterizations import X0, Eps, Flow, Parameterization, Score, V
-from diffusion_cli.posterior import Variance, bound_term, discretised_log_likelihood
-from diffusion_cli.schedules import VP, Cosine, Linear
-from diffusion_cli.times import LogitNormal, LogNormal, LossSecondMoment, Stratified, Uniform
+from diffusion_cli.diffusion import parameterizations as maps
+from diffusion_cli.diffusion import schedules as processes
+from diffusion_cli.diffusion.denoiser import Denoiser, Prediction, clip_x0, noised
+from diffusion_cli.diffusion.likelihood import bound_terms, prior_term
+from diffusion_cli.diffusion.objectives import VLB, EDMObjective, Hybrid, Likelihood, MinSNR, Simple, Target
+from diffusion_cli.diffusion.parameterizations import X0, Eps, Flow, Parameterization, Score, V
+from diffusion_cli.diffusion.posterior import Variance, bound_term, discretised_log_likelihood
+from diffusion_cli.diffusion.schedules import VP, Cosine, Linear
+from diffusion_cli.diffusion.time_sampling import (
+    LogitNormal,
+    LogNormal,
+    LossSecondMoment,
+    Stratified,
+    Uniform,
+)
 
 F64 = torch.float64
 MAPS: dict[str, Parameterization] = {
-    "eps": Eps(), "x0": X0(), "v": V(), "score": Score(), "flow": Flow(), "edm": maps.EDM(sigma_data=0.5),
-}  # fmt: skip
+    "eps": Eps(),
+    "x0": X0(),
+    "v": V(),
+    "score": Score(),
+    "flow": Flow(),
+    "edm": maps.EDMPreconditioning(sigma_data=0.5),
+}
 SCHEDULES = ["linear", "cosine", "sigmoid", "zero_snr", "vp", "subvp", "ve", "edm", "rectified"]
 NO_SIGNAL = ("zero_snr", "rectified")
 
@@ -118,10 +129,10 @@ def test_v_and_eps_targets_equal_diffusers(reference, agree):
 def test_edm_map_equals_edm(reference, agree):
     arrays = reference("losses")
     sigma = arrays["edm_sigma"]
-    schedule = processes.EDM(sigma_min=1e-3, sigma_max=1e4)
+    schedule = processes.EDMSchedule(sigma_min=1e-3, sigma_max=1e4)
     t = schedule.time_of(-2 * sigma.log())
     for sigma_data in (0.5, 0.25):
-        for key, mine in maps.EDM(sigma_data=sigma_data)(schedule, t)._asdict().items():
+        for key, mine in maps.EDMPreconditioning(sigma_data=sigma_data)(schedule, t)._asdict().items():
             name = f"EDMPrecond_sd{sigma_data}_{key}"
             agree(f"losses/{name}", mine, arrays[name], 1e-12 * arrays[name].abs().max().item())
     vp = VP(beta_min=0.1, beta_max=20.0, grid_t_min=1e-3)
@@ -150,8 +161,10 @@ def test_weights_equal_diffusers_and_edm(reference, agree):
             mine = weight * MAPS[name](schedule, t).c_out ** 2
             agree(f"losses/minsnr{gamma}_{name}", mine, arrays[f"minsnr{gamma}_{name}"], 1e-11, relative=True)
     sigma = arrays["edm_loss_sigma"]
-    edm = processes.EDM(sigma_min=1e-3, sigma_max=1e4)
-    mine = EDM(sigma_data=0.5, huber_delta=None, label_dropout=0.0).weight(edm, edm.time_of(-2 * sigma.log()))
+    edm = processes.EDMSchedule(sigma_min=1e-3, sigma_max=1e4)
+    mine = EDMObjective(sigma_data=0.5, huber_delta=None, label_dropout=0.0).weight(
+        edm, edm.time_of(-2 * sigma.log())
+    )
     agree("losses/edm_loss_weight", mine, arrays["edm_loss_weight"], 1e-12, relative=True)
 
 
@@ -170,7 +183,7 @@ def test_a_weighting_is_the_same_whatever_the_network_puts_out(schedules, name):
     for objective in (
         Simple(huber_delta=None, label_dropout=0.0),
         MinSNR(gamma=5.0, huber_delta=None, label_dropout=0.0),
-        EDM(sigma_data=0.5, huber_delta=None, label_dropout=0.0),
+        EDMObjective(sigma_data=0.5, huber_delta=None, label_dropout=0.0),
         Likelihood(huber_delta=None, label_dropout=0.0),
     ):
         plain = objective(denoiser("x0"), x0, None, t, eps)
@@ -418,7 +431,7 @@ def test_stratified_times_lie_anywhere_in_their_own_interval(schedules):
 
 
 def test_log_normal_times_equal_edm(reference, agree):
-    arrays, schedule = reference("losses"), processes.EDM(sigma_min=1e-4, sigma_max=1e3)
+    arrays, schedule = reference("losses"), processes.EDMSchedule(sigma_min=1e-4, sigma_max=1e3)
     u = torch.special.ndtr(arrays["edm_loss_z"])
     draw = LogNormal(mean=-1.2, std=1.2)(schedule, u)
     agree("losses/edm_loss_sigma", schedule(draw.t)[1], arrays["edm_loss_sigma"], 1e-9, relative=True)

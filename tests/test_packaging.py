@@ -39,7 +39,7 @@ def test_the_wheel_holds_the_package_and_its_configuration(wheel):
     names = set(zipfile.ZipFile(wheel).namelist())
     for file in config.CONF.rglob("*.yaml"):
         assert f"diffusion_cli/conf/{file.relative_to(config.CONF)}" in names
-    weights = list((config.HERE / "metrics" / "judges").iterdir())
+    weights = list((config.HERE / "metrics" / "features" / "classifiers").iterdir())
     assert weights
     for file in [*config.HERE.rglob("*.py"), *config.HERE.rglob("*.html"), *weights]:
         assert f"diffusion_cli/{file.relative_to(config.HERE)}" in names

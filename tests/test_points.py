@@ -11,9 +11,9 @@ from scipy.stats import kstest
 from diffusion_cli.cli import run
 from diffusion_cli.data import Points
 from diffusion_cli.data.shapes import SHAPES
-from diffusion_cli.forms import PointSet, form_of
-from diffusion_cli.forms.ply import read_ply, write_ply
-from diffusion_cli.forms.points import AZIMUTH, ELEVATION, SIDE, projected
+from diffusion_cli.formats import PointCloud, form_of
+from diffusion_cli.formats.ply import read_ply, write_ply
+from diffusion_cli.formats.point_cloud import AZIMUTH, ELEVATION, SIDE, projected
 
 POINTS = np.random.RandomState(0).uniform(-3, 5, (40, 3))
 
@@ -102,11 +102,11 @@ def test_damaged_files_are_refused_in_a_line(tmp_path):
 
 @pytest.mark.parametrize("radius", [1.0, 37.3, 1e-3])
 def test_files_keep_what_is_stored(tmp_path, radius):
-    form = PointSet(radius=radius)
+    form = PointCloud(radius=radius)
     x = torch.randn(2, 3, 500, generator=torch.Generator().manual_seed(0))
-    stored = form.stored(x)
+    stored = form.quantize(x)
     assert (stored - x.clamp(-1, 1)).abs().max() <= 2**-21
-    assert torch.equal(form.stored(stored), stored)
+    assert torch.equal(form.quantize(stored), stored)
     form.write(stored[0], tmp_path / "a.ply")
     data = (tmp_path / "a.ply").read_bytes()
     assert torch.equal(form.read(data, (3, 500)), stored[0])
@@ -114,11 +114,11 @@ def test_files_keep_what_is_stored(tmp_path, radius):
     with pytest.raises(ValueError, match="has 500 points, not 499"):
         form.read(data, (3, 499))
     with pytest.raises(ValueError, match="has points beyond"):
-        PointSet(radius=radius / 2).read(data, (3, 500))
+        PointCloud(radius=radius / 2).read(data, (3, 500))
 
 
 def test_a_form_is_known_by_what_it_says():
-    assert form_of(PointSet(radius=2.5).about()) == PointSet(radius=2.5)
+    assert form_of(PointCloud(radius=2.5).about()) == PointCloud(radius=2.5)
     for radius in (0.0, -1.0, float("inf"), float("nan"), "1"):
         with pytest.raises(ValueError, match=r"form\.radius"):
             form_of({"kind": "points", "radius": radius})
@@ -136,7 +136,7 @@ def test_the_eye_turns_and_does_not_distort():
 
 def test_pictures_show_the_nearest_darkest_and_in_its_place():
     def seen(*points: list[float]) -> torch.Tensor:
-        return PointSet(radius=1.0).pictures(torch.tensor(points).T[None])[0].int()
+        return PointCloud(radius=1.0).to_rgb(torch.tensor(points).T[None])[0].int()
 
     middle, front = seen([0.0, 0.0, 0.0]), [float(np.cos(AZIMUTH)), float(np.sin(AZIMUTH)), 0.0]
     ink = (middle < 255).any(0).nonzero().double().mean(0)
@@ -240,7 +240,7 @@ def test_a_radius_is_one_scale_for_all_and_comes_back(folder):
     dataset = points(folder, num_points=40, radius=8.0, held_out=0.0)
     x = dataset.load("train").pixels
     np.testing.assert_allclose(np.sort(x[0].flatten().numpy()), np.sort(POINTS.flatten() / 8), atol=1e-6)
-    assert dataset.form == PointSet(radius=8.0)
+    assert dataset.form == PointCloud(radius=8.0)
     with pytest.raises(
         ValueError, match=r"a\.ply \(reaches to 4\.\d+, beyond dataset\.radius=2; set it as large"
     ):

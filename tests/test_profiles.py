@@ -11,9 +11,9 @@ from PIL import Image, ImageCms
 
 from diffusion_cli.commands.inputs import read_mask
 from diffusion_cli.data import Folder, given_images
-from diffusion_cli.data.decoding import Decoder
-from diffusion_cli.forms import Picture
-from diffusion_cli.forms.profiles import conversion, to_srgb
+from diffusion_cli.data.decoding import ImageDecoder
+from diffusion_cli.formats import Uint8Image
+from diffusion_cli.formats.profiles import conversion, to_srgb
 
 SRGB = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
 P3 = {  # primaries of Display P3, adapted to D50
@@ -60,7 +60,7 @@ def patches(mode: str = "RGB") -> Image.Image:
 
 
 def read(data: bytes, **changes) -> np.ndarray:
-    return Decoder((3, 4, 4), "white", False, **changes)(data).transpose(1, 2, 0)
+    return ImageDecoder((3, 4, 4), "white", False, **changes)(data).transpose(1, 2, 0)
 
 
 def encoded(image: Image.Image, kind: str = "PNG", **options) -> bytes:
@@ -95,7 +95,7 @@ def test_grays_are_converted_from_a_profile_of_gray():
     curve = np.where(linear <= 0.0031308, 12.92 * linear, 1.055 * linear ** (1 / 2.4) - 0.055)
     for channels in (1, 3):
         data = encoded(ramp, icc_profile=gray(1.0))
-        found = Decoder((channels, 16, 16), "white", False)(data)
+        found = ImageDecoder((channels, 16, 16), "white", False)(data)
         np.testing.assert_allclose(found.reshape(channels, 256), [255 * curve] * channels, atol=1)
     assert conversion(gray(2.2), "L").kind == "converted"  # near black it is another curve
     assert to_srgb(ramp, SRGB) is ramp  # as programs write that drop the colours of a file
@@ -137,7 +137,7 @@ def test_data_and_samples_are_converted_and_runs_begun_before_are_not(tmp_path):
         for images in (
             folder(tmp_path).load("train"),
             folder(tmp_path, 1).load("train"),
-            given_images(tmp_path, "samples", (3, 4, 4), Picture()).images,
+            given_images(tmp_path, "samples", (3, 4, 4), Uint8Image()).images,
         )
     )
     assert new == given != old

@@ -15,21 +15,21 @@ import pytest
 import torch
 from torch import Tensor
 
-from diffusion_cli.checkpoint import LAST, read
 from diffusion_cli.cli import run
 from diffusion_cli.errors import Problem, UsageError
-from diffusion_cli.ranks import (
+from diffusion_cli.runs.checkpoint import LAST, read
+from diffusion_cli.system.distributed import (
     GRACE,
+    Distributed,
     LostProcess,
-    Place,
-    Ranks,
+    ProcessInfo,
     _counts,
     _first_host,
+    launch,
     lost_process,
     started,
-    work_together,
 )
-from diffusion_cli.signals import UNFINISHED
+from diffusion_cli.system.signals import UNFINISHED
 
 TINY = [
     "train", "name=tiny", "model.channels=8", "model.norm_groups=4", "model.num_heads=1", "model.head_channels=null",
@@ -81,14 +81,14 @@ def test_slurm_s_ways_to_write_are_read():
 @pytest.mark.parametrize(
     ("env", "place"),
     [
-        ({}, Place(0, 1)),
-        ({"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4"}, Place(5, 8, 1, 4)),
+        ({}, ProcessInfo(0, 1)),
+        ({"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4"}, ProcessInfo(5, 8, 1, 4)),
         (
             {"SLURM_STEP_ID": "0", "SLURM_PROCID": "3", "SLURM_LOCALID": "1", "SLURM_STEP_TASKS_PER_NODE": "2(x2)"},
-            Place(3, 4, 1, 2),
+            ProcessInfo(3, 4, 1, 2),
         ),
         # The script of a batch job has no step: what it starts is alone, whatever the job asked for.
-        ({"SLURM_JOB_ID": "7", "SLURM_PROCID": "0", "SLURM_NTASKS": "8"}, Place(0, 1)),
+        ({"SLURM_JOB_ID": "7", "SLURM_PROCID": "0", "SLURM_NTASKS": "8"}, ProcessInfo(0, 1)),
     ],
 )  # fmt: skip
 def test_a_process_knows_its_place(monkeypatch, env, place):
@@ -110,43 +110,43 @@ def test_uneven_tasks_are_refused(monkeypatch):
 
 
 def _collect(folder: Path) -> int:
-    ranks = Ranks()
-    assert ranks.gather(ranks.rank) == list(range(ranks.world))
-    assert ranks.agree(ranks.rank) == 0
-    assert ranks.highest(ranks.rank, -ranks.rank) == [ranks.world - 1, 0]
+    ranks = Distributed()
+    assert ranks.all_gather(ranks.rank) == list(range(ranks.world))
+    assert ranks.broadcast(ranks.rank) == 0
+    assert ranks.all_reduce_max(ranks.rank, -ranks.rank) == [ranks.world - 1, 0]
     rows = torch.full((2, 3), float(ranks.rank))
     assert torch.equal(ranks.concatenated(rows)[:, 0], torch.arange(ranks.world).repeat_interleave(2).float())
-    shares = [list(share) for share in ranks.rounds(10, 3)]
-    together = ranks.gather(shares)
+    shares = [list(share) for share in ranks.shard(10, 3)]
+    together = ranks.all_gather(shares)
     in_order = [n for turn in range(len(shares)) for rank in range(ranks.world) for n in together[rank][turn]]
     assert in_order == list(range(10))
     (folder / str(ranks.rank)).touch()
-    return 7 if ranks.first else 8
+    return 7 if ranks.is_main else 8
 
 
 @pytest.mark.parametrize("count", [1, 3])
 def test_processes_work_together(tmp_path, count):
-    assert work_together(_collect, tmp_path, processes=count) == 7
+    assert launch(_collect, tmp_path, processes=count) == 7
     assert sorted(file.name for file in tmp_path.iterdir()) == [str(rank) for rank in range(count)]
 
 
 def _fail(victim: int) -> None:
-    ranks = Ranks()
+    ranks = Distributed()
     if ranks.rank == victim:
         raise UsageError.several([Problem("one", 1, "is wrong"), Problem("two", 2, "is wrong")])
-    ranks.gather(None)
+    ranks.all_gather(None)
 
 
 def _die(victim: int) -> None:
-    if Ranks().rank == victim:
+    if Distributed().rank == victim:
         os.kill(os.getpid(), signal.SIGKILL)
-    Ranks().gather(None)
+    Distributed().all_gather(None)
 
 
 @pytest.mark.parametrize("victim", [0, 1])
 def test_what_one_process_raises_is_raised_once(victim, capfd):
     with pytest.raises(UsageError) as mistakes:
-        work_together(_fail, victim, processes=2)
+        launch(_fail, victim, processes=2)
     assert mistakes.value.lines == ("one=1: is wrong", "two=2: is wrong")
     assert "Traceback" not in capfd.readouterr().err
 
@@ -155,7 +155,7 @@ def test_what_one_process_raises_is_raised_once(victim, capfd):
 def test_a_killed_process_ends_the_others(victim, capfd):
     start = time.monotonic()
     with pytest.raises(LostProcess, match=f"number {victim} of 2 was ended by SIGKILL, as by the kernel"):
-        work_together(_die, victim, processes=2)
+        launch(_die, victim, processes=2)
     assert time.monotonic() - start < 60 + 2 * GRACE
     assert "Traceback" not in capfd.readouterr().err
 
@@ -172,18 +172,18 @@ def test_errors_of_the_group_are_told_from_others():
 def test_a_signal_during_the_vote_is_not_lost(monkeypatch):
     """It once was: the outcome of the vote was written over it."""
     # Imported here, as the new processes of other tests import this file, and have no need of it.
-    from diffusion_cli.training.callbacks import Stop
+    from diffusion_cli.training.callbacks import GracefulStop
 
-    stop = Stop(None, None)
+    stop = GracefulStop(None, None)
     monkeypatch.setattr(
-        Ranks, "highest", lambda self, *numbers: (stop._on_signal(15, None), list(numbers))[1]
+        Distributed, "all_reduce_max", lambda self, *numbers: (stop._on_signal(15, None), list(numbers))[1]
     )
     stop._mark = 0.0
 
     class Watched:
         is_global_zero, should_stop = True, False
 
-    stop.act(Watched(), None, 1)  # pyright: ignore[reportArgumentType]
+    stop.on_optimizer_step(Watched(), None, 1)  # pyright: ignore[reportArgumentType]
     assert stop.signal == 15
 
 

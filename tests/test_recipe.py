@@ -11,7 +11,6 @@ import torch
 import yaml
 from PIL import Image
 
-from diffusion_cli.checkpoint import LAST
 from diffusion_cli.cli import run
 from diffusion_cli.commands import train as train_command
 from diffusion_cli.config import CONF, TrainConfig, at_hand, build, load, options, recipe
@@ -19,9 +18,10 @@ from diffusion_cli.config.at_hand import OwnImages, own_images
 from diffusion_cli.config.continued import with_values
 from diffusion_cli.config.recipe import budget, ema_decay, learning_rate, network_width, warm_up_steps
 from diffusion_cli.data import Batch
-from diffusion_cli.denoiser import Denoiser
-from diffusion_cli.latents import Pixels
-from diffusion_cli.times import Uniform
+from diffusion_cli.diffusion.denoiser import Denoiser
+from diffusion_cli.diffusion.latents import Pixels
+from diffusion_cli.diffusion.time_sampling import Uniform
+from diffusion_cli.runs.checkpoint import LAST
 from diffusion_cli.training import callbacks, duration, loss_check
 from diffusion_cli.training.loss_check import LossCheck, ZeroNetwork
 from diffusion_cli.training.module import DenoisingModule
@@ -402,7 +402,7 @@ def test_the_loss_of_zero_is_the_mean_square_of_the_target(name):
     parameterization = build(yaml.safe_load((CONF / "parameterization" / f"{name}.yaml").read_text()))
     objective = build(yaml.safe_load((CONF / "objective" / "target.yaml").read_text()))
     model = Denoiser(ZeroNetwork(False), schedule, parameterization)
-    module = DenoisingModule(model, objective, Uniform(), Pixels((1, 16, 16)), None, 0, {})  # pyright: ignore
+    module = DenoisingModule(model, objective, Uniform(), Pixels((1, 16, 16)), None, seed=0, about={})  # pyright: ignore
     images = torch.full((16, 1, 16, 16), 0.5)
     images[::2] = -0.25
     zero = module.loss_of_zero(Batch(0, images, None, torch.arange(16)))
@@ -421,7 +421,7 @@ def test_objectives_of_low_noise_have_no_loss_of_zero():
     eps = build(yaml.safe_load((CONF / "parameterization" / "eps.yaml").read_text()))
     objective = build(yaml.safe_load((CONF / "objective" / "likelihood.yaml").read_text()))
     model = Denoiser(ZeroNetwork(False), schedule, eps)
-    module = DenoisingModule(model, objective, Uniform(), Pixels((1, 4, 4)), None, 0, {})  # pyright: ignore
+    module = DenoisingModule(model, objective, Uniform(), Pixels((1, 4, 4)), None, seed=0, about={})  # pyright: ignore
     assert module.loss_of_zero(Batch(0, torch.zeros(2, 1, 4, 4), None, torch.arange(2))) is None
 
 

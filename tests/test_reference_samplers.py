@@ -7,15 +7,15 @@ import pytest
 import torch
 import yaml
 
-from diffusion_cli import schedules as processes
 from diffusion_cli.config import CONF, build
-from diffusion_cli.denoiser import Prediction
+from diffusion_cli.diffusion import schedules as processes
+from diffusion_cli.diffusion.denoiser import Prediction
+from diffusion_cli.diffusion.schedules import Discrete, Schedule
 from diffusion_cli.samplers import (
     DDIM,
     DDPM,
     DEIS,
     DPM2,
-    EDM,
     LMS,
     ODE,
     PC,
@@ -23,6 +23,7 @@ from diffusion_cli.samplers import (
     DPMSolver2S,
     DPMSolverMultistep,
     DPMSolverSDE,
+    EDMSampler,
     EulerMaruyama,
     Heun,
     ReverseDiffusion,
@@ -30,12 +31,11 @@ from diffusion_cli.samplers import (
     integrate,
     invert,
 )
-from diffusion_cli.schedules import Discrete, Schedule
 
 F64 = torch.float64
 S = "karras"  # for samplers that are given their times
 # A process without scaling, x = x_0 + sigma eps, wide enough for every list of sigmas.
-SIGMAS = processes.EDM(sigma_min=1e-3, sigma_max=1e6)
+SIGMAS = processes.EDMSchedule(sigma_min=1e-3, sigma_max=1e6)
 
 
 def multistep(order: Any, eta: float = 0.0, solver_type: Any = "midpoint"):
@@ -276,10 +276,13 @@ def test_singlestep_equals_diffusers(reference, schedules, exact, agree, tag, st
     states = []
     for i in range(0, steps - 2, 2):
         t, middle, s = times[i : i + 3]
-        states += [sampler.onto(denoise(x, t), middle), sampler.through(denoise, x, t, middle, *schedule(s))]
+        states += [
+            sampler.euler_step(denoise(x, t), middle),
+            sampler.through(denoise, x, t, middle, *schedule(s)),
+        ]
         x = states[-1]
     for t, s in pairwise(times[-3:]):  # two steps of first order end it
-        x = sampler.onto(denoise(x, t), s)
+        x = sampler.euler_step(denoise(x, t), s)
         states.append(x)
     theirs = arrays[f"{name}_f64"]
     kept = range(steps) if len(theirs) == steps else _kept(steps)
@@ -334,7 +337,9 @@ def churned(schedule, denoise, sampler, noise, times):
 @pytest.mark.parametrize("solver", ["heun", "euler"])
 def test_churn_equals_k_diffusion(reference, exact, agree, solver, grid):
     arrays, noise = reference("samplers_kdiff_edm"), reference("noise")
-    sampler = EDM(SIGMAS, s_churn=10.0, s_min=0.05, s_max=50.0, s_noise=1.003, solver=solver, spacing=S)
+    sampler = EDMSampler(
+        SIGMAS, s_churn=10.0, s_min=0.05, s_max=50.0, s_noise=1.003, solver=solver, spacing=S
+    )
     end = churned(SIGMAS, exact(SIGMAS), sampler, noise, times_of(SIGMAS, arrays[f"sigmas_{grid}"]))
     name = f"kd_{solver}_churn_{grid}"
     agree(f"samplers_kdiff_edm/{name}", end, arrays[name][-1], 1e-9)
@@ -352,7 +357,7 @@ def test_churn_equals_k_diffusion(reference, exact, agree, solver, grid):
 def test_equals_edm(reference, exact, agree, name, steps, low, high, rho, churn):
     arrays, noise = reference("samplers_kdiff_edm"), reference("noise")
     if rho == 7:
-        times = processes.EDM(sigma_min=low, sigma_max=high).grid(steps, "karras") * (
+        times = processes.EDMSchedule(sigma_min=low, sigma_max=high).grid(steps, "karras") * (
             high / SIGMAS.sigma_max
         ) ** (1 / 7)
     else:
@@ -360,7 +365,7 @@ def test_equals_edm(reference, exact, agree, name, steps, low, high, rho, churn)
         sigmas = (high ** (1 / rho) + ramp * (low ** (1 / rho) - high ** (1 / rho))) ** rho
         times = times_of(SIGMAS, torch.cat([sigmas, torch.zeros(1, dtype=F64)]))
     s_churn, s_min, s_max, s_noise = churn
-    sampler = EDM(
+    sampler = EDMSampler(
         SIGMAS, s_churn=s_churn, s_min=s_min, s_max=s_max, s_noise=s_noise, solver="heun", spacing=S
     )
     agree(
@@ -372,8 +377,8 @@ def test_equals_edm(reference, exact, agree, name, steps, low, high, rho, churn)
 
 
 def test_noise_is_added_no_further_than_the_schedule_goes(reference, exact):
-    schedule, noise = processes.EDM(sigma_min=0.002, sigma_max=80.0), reference("noise")
-    sampler = EDM(schedule, s_churn=1e3, s_min=0.0, s_max=1e9, s_noise=1.0, solver="heun", spacing=S)
+    schedule, noise = processes.EDMSchedule(sigma_min=0.002, sigma_max=80.0), reference("noise")
+    sampler = EDMSampler(schedule, s_churn=1e3, s_min=0.0, s_max=1e9, s_noise=1.0, solver="heun", spacing=S)
     assert churned(schedule, exact(schedule), sampler, noise, schedule.grid(8, "karras")).isfinite().all()
 
 

@@ -13,12 +13,13 @@ import torch
 from PIL import Image
 
 from diffusion_cli import config
-from diffusion_cli.checkpoint import FORMAT, LAST
 from diffusion_cli.cli import run as diffuse
 from diffusion_cli.metrics import Report, Result
-from diffusion_cli.report.charts import BINS, Axis, Chart, Curve, charts, thinned, tick_label
+from diffusion_cli.report.charts import BINS, Axis, Chart, Line, charts, thinned, tick_label
 from diffusion_cli.report.page import comparable, side_by_side
 from diffusion_cli.report.record import MOST_PREVIEWS, read_record
+from diffusion_cli.runs.checkpoint import LAST
+from diffusion_cli.runs.migrate import FORMAT
 
 HOSTILE = """a "b" 'c' & <img src=x onerror=hacked=1><script>hacked=1"""
 
@@ -34,7 +35,7 @@ def result(name: str = "fid", value: float = 1.5, steps: int = 50, **protocol) -
         "weights": "ema",
         "sampler": {"_target_": "diffusion_cli.samplers.DDIM"},
         "steps": steps,
-        "guidance": {"_target_": "diffusion_cli.guidance.ClassifierFree", "scale": 1.5},
+        "guidance": {"_target_": "diffusion_cli.diffusion.guidance.ClassifierFree", "scale": 1.5},
     }
     environment = {"device": "cpu", "versions": {"diffuse": "0.0.7", "torch": "2.99"}}
     about = {
@@ -141,7 +142,7 @@ def test_a_long_curve_keeps_its_extremes():
 
 def test_a_curve_is_drawn_where_its_axes_say():
     chart = Chart(
-        "accuracy", [Curve("accuracy", 0, 0, [(0, 0.0), (100, 0.5), (200, 1.0)])], last=200, log=False
+        "accuracy", [Line("accuracy", 0, 0, [(0, 0.0), (100, 0.5), (200, 1.0)])], last=200, log=False
     )
     points = [tuple(map(float, pair.split(","))) for pair in chart.polyline(chart.curves[0]).split()]
     (x0, y0), (x1, y1), (x2, y2) = points
@@ -149,7 +150,7 @@ def test_a_curve_is_drawn_where_its_axes_say():
     assert dict(map(reversed, chart.x_ticks()))["100"] == x1  # type: ignore[call-overload]
     assert dict(map(reversed, chart.y_ticks()))["1"] == y2  # type: ignore[call-overload]
     assert y2 < y0, "larger values are higher"
-    single = Chart("fid", [Curve("fid", 0, 0, [(500, 3.0)])], last=900, log=False)
+    single = Chart("fid", [Line("fid", 0, 0, [(500, 3.0)])], last=900, log=False)
     assert len(set(single.polyline(single.curves[0]).split())) == 1
 
 
@@ -246,6 +247,17 @@ def test_a_page_says_what_the_folder_holds(tmp_path):
     )
     for file in [*folder.rglob("*.png")]:
         assert base64.b64encode(file.read_bytes()).decode() in page
+
+
+@pytest.mark.parametrize(
+    "target", ["diffusion_cli.guidance.Unguided", "diffusion_cli.diffusion.guidance.NoGuidance"]
+)
+def test_samples_without_guidance_are_described_without_one(tmp_path, target):
+    plain = result()
+    plain["protocol"]["sampling"]["guidance"] = {"_target_": target}
+    folder = make(tmp_path / "demo")
+    (folder / "metrics.json").write_text(json.dumps([{"results": [plain], "notes": []}]))
+    assert "DDIM, 50 steps, 100 samples" in text_of(written(tmp_path))
 
 
 def test_everything_is_in_one_file(tmp_path):

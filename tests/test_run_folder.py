@@ -7,10 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from diffusion_cli.checkpoint import DamagedError, read, recover, whole_file
 from diffusion_cli.cli import run
 from diffusion_cli.report.page import is_ours
-from diffusion_cli.run_folder import own_folder
+from diffusion_cli.runs.checkpoint import DamagedError, read
+from diffusion_cli.runs.find import recover
+from diffusion_cli.system.files import atomic_write
+from diffusion_cli.system.own_folder import own_folder
 from diffusion_cli.training.logs import CSVFile
 
 
@@ -62,7 +64,7 @@ def test_a_link_to_a_file_is_replaced_and_its_target_stays(tmp_path, home):
     image = tmp_path / "run" / "samples" / "0.png"
     image.symlink_to(home / "step_00000010.png")
     assert own_folder(tmp_path / "run", "samples") == image.parent
-    with whole_file(image) as temporary:
+    with atomic_write(image) as temporary:
         temporary.write_text("new")
     assert not image.is_symlink()
     assert image.read_text() == "new"

@@ -9,10 +9,10 @@ import yaml
 from torch import nn
 
 from diffusion_cli.config import CONF, build
-from diffusion_cli.denoiser import Denoiser, Prediction, clip_x0
-from diffusion_cli.parameterizations import Eps
+from diffusion_cli.diffusion.denoiser import Denoiser, Prediction, clip_x0
+from diffusion_cli.diffusion.parameterizations import Eps
+from diffusion_cli.diffusion.schedules import Spacing
 from diffusion_cli.samplers import DDIM, DDPM, ODE, PC, integrate, invert
-from diffusion_cli.schedules import Spacing
 
 F64 = torch.float64
 

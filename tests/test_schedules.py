@@ -6,8 +6,17 @@ import pickle
 import pytest
 import torch
 
-from diffusion_cli.posterior import posterior
-from diffusion_cli.schedules import EDM, VE, VP, Cosine, Linear, ScaledLinear, Sigmoid, Spacing
+from diffusion_cli.diffusion.posterior import posterior
+from diffusion_cli.diffusion.schedules import (
+    VE,
+    VP,
+    Cosine,
+    EDMSchedule,
+    Linear,
+    ScaledLinear,
+    Sigmoid,
+    Spacing,
+)
 
 SPACINGS = ["leading", "trailing", "linspace", "quadratic"]
 
@@ -195,7 +204,7 @@ def test_sigmoid_equals_denoising_diffusion_pytorch(reference, agree, name, T, s
 
 @pytest.mark.parametrize(("steps", "low", "high"), [(10, 0.002, 80.0), (50, 0.01, 50.0)])
 def test_karras_and_log_snr_grids_equal_k_diffusion(reference, agree, steps, low, high):
-    arrays, schedule = reference("schedules_diffusers"), EDM(sigma_min=low, sigma_max=high)
+    arrays, schedule = reference("schedules_diffusers"), EDMSchedule(sigma_min=low, sigma_max=high)
     names: dict[Spacing, str] = {"karras": "karras", "log_snr": "exponential"}
     for spacing, name in names.items():
         _, sigmas = schedule(schedule.grid(steps, spacing))
@@ -291,7 +300,7 @@ def test_ends_that_cross_are_refused():
     with pytest.raises(ValueError, match=r"schedule.sigma_min=2.0: must lie below schedule.sigma_max=1.0"):
         VE(sigma_min=2.0, sigma_max=1.0, grid_t_min=1e-5)
     with pytest.raises(ValueError, match=r"schedule.sigma_min=2.0: must lie below"):
-        EDM(sigma_min=2.0, sigma_max=1.0)
+        EDMSchedule(sigma_min=2.0, sigma_max=1.0)
     with pytest.raises(ValueError, match=r"schedule.beta_min=2.0: must lie below"):
         VP(beta_min=2.0, beta_max=1.0, grid_t_min=1e-3)
     with pytest.raises(ValueError, match=r"schedule.start=3.0: must lie below"):

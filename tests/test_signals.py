@@ -12,9 +12,9 @@ from test_training import TINY
 
 from diffusion_cli.cli import run
 from diffusion_cli.commands import train
-from diffusion_cli.metrics import CalledOff
-from diffusion_cli.signals import STOPPED, UNFINISHED, handled, handling
-from diffusion_cli.training.callbacks import Stop
+from diffusion_cli.metrics import EvaluationCancelled
+from diffusion_cli.system.signals import STOPPED, UNFINISHED, handled, handling
+from diffusion_cli.training.callbacks import GracefulStop
 
 LINUX = pytest.mark.skipif(sys.platform != "linux", reason="takes /proc")
 ALL = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2]
@@ -98,12 +98,12 @@ def test_a_signal_before_the_first_step_of_training_is_not_waited_with(tmp_path,
 
 @pytest.mark.parametrize("number", ALL)
 def test_training_notes_each_signal_and_an_evaluation_is_left_at_once(number):
-    stop = Stop(None, None)
+    stop = GracefulStop(None, None)
     with stop.listening():
-        with stop.interrupting(), pytest.raises(CalledOff):
+        with stop.interrupting(), pytest.raises(EvaluationCancelled):
             signal.raise_signal(number)
         assert (stop.signal, stop.stopping) == (number, True)
-    noted = Stop(None, None)
+    noted = GracefulStop(None, None)
     with noted.listening():
         signal.raise_signal(number)
     assert (noted.signal, noted.stopping) == (number, False)
@@ -130,10 +130,10 @@ def test_a_parent_killed_while_its_processes_start_leaves_none(tmp_path):
         "from pathlib import Path\n"
         "def work(folder): time.sleep(600)\n"
         "if __name__ == '__main__':\n"
-        "    from diffusion_cli import ranks\n"
+        "    from diffusion_cli.system import distributed\n"
         "    import torch.multiprocessing.spawn as spawn\n"
-        "    ranks._forwarding = lambda processes: os.kill(os.getpid(), 9)\n"
-        "    ranks.work_together(work, Path('.'), processes=2)\n"
+        "    distributed._forwarding = lambda processes: os.kill(os.getpid(), 9)\n"
+        "    distributed.launch(work, Path('.'), processes=2)\n"
     )
     process = subprocess.Popen([sys.executable, script], env=os.environ | {"FAMILY": str(tmp_path)})
     process.wait(60)

@@ -16,9 +16,9 @@ import pytest
 import torch
 from test_ranks import distance
 
-from diffusion_cli.checkpoint import LAST, read
 from diffusion_cli.cli import run
-from diffusion_cli.signals import UNFINISHED
+from diffusion_cli.runs.checkpoint import LAST, read
+from diffusion_cli.system.signals import UNFINISHED
 
 ROOT = Path(__file__).parent.parent
 SCRIPTS = ROOT / "scripts" / "slurm"

@@ -10,13 +10,13 @@ import torch
 from PIL import Image
 from test_training import TINY, assert_same, state
 
-from diffusion_cli.checkpoint import load_model
 from diffusion_cli.cli import run
 from diffusion_cli.commands.train import _refuse_uneven
 from diffusion_cli.config import TrainConfig, load
-from diffusion_cli.data import Batch, Growing, NoDataset, Stages, reduced
+from diffusion_cli.data import Batch, NoDataset, ProgressiveBatches, ResolutionSchedule, reduced
 from diffusion_cli.data.memory import MemoryImages
-from diffusion_cli.training.assembly import stages_of
+from diffusion_cli.runs.load import load_model
+from diffusion_cli.training.build import stages_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -32,11 +32,11 @@ def images(count: int = 50) -> MemoryImages:
     return MemoryImages(pixels.to(torch.uint8), torch.arange(count) % 10)
 
 
-STAGES = Stages.growing((1, 8, 8), 16, [2, 4, 8], [4, 5], [24, 8])
+STAGES = ResolutionSchedule.growing((1, 8, 8), 16, [2, 4, 8], [4, 5], [24, 8])
 
 
 def batches(stop: int, **changes) -> list[Batch]:
-    return list(islice(Growing(images(), STAGES, seed=3, flip=True, **changes), stop))
+    return list(islice(ProgressiveBatches(images(), STAGES, seed=3, flip=True, **changes), stop))
 
 
 # --- Stages -------------------------------------------------------------------------------
@@ -56,9 +56,9 @@ def test_images_are_counted_as_the_sum_over_steps_and_back():
 
 
 def test_sides_that_are_not_equal_keep_their_proportion():
-    stages = Stages.growing((3, 12, 18, 24), 2, [4, 6, 12], [1, 1], None)
+    stages = ResolutionSchedule.growing((3, 12, 18, 24), 2, [4, 6, 12], [1, 1], None)
     assert [stage.shape for stage in stages.all] == [(3, 4, 6, 8), (3, 6, 9, 12), (3, 12, 18, 24)]
-    assert Stages.stored(stages.plain()).all == stages.all
+    assert ResolutionSchedule.stored(stages.plain()).all == stages.all
 
 
 @pytest.mark.parametrize("sides", [(12,), (8, 12), (4, 8, 12)])
@@ -183,7 +183,7 @@ def test_a_classifier_grows_too(tmp_path):
 def test_an_epoch_is_a_pass_over_the_images_whatever_the_batches(tmp_path):
     assert train(tmp_path, "max_steps=null", "max_epochs=1", "dataset.held_out=0.9") == 0
     made = state(tmp_path)
-    stages = Stages.stored(made["diffuse"]["stages"])
+    stages = ResolutionSchedule.stored(made["diffuse"]["stages"])
     count = made["diffuse"]["num_images"]
     assert stages.images(made["global_step"] - 1) < count <= stages.images(made["global_step"])
 

@@ -10,14 +10,14 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 
-from diffusion_cli.checkpoint import LAST, read
 from diffusion_cli.cli import run
+from diffusion_cli.runs.checkpoint import LAST, read
 from diffusion_cli.training.stored_state import (
     Among,
-    Kind,
     Like,
     Maybe,
     Number,
+    OfType,
     Options,
     check_state,
     mend_state,
@@ -256,7 +256,7 @@ def test_migrations_of_old_checkpoints_are_not_run(tmp_path, trained, version):
         ({"a": 2}, {"a": Maybe(1)}, "a: should be 1"),
         ({"a": 1, "b": 2}, Among({"a": 1}), None),
         ({"a": 1, "b": 2}, {"a": 1}, "the checkpoint: has 1 unknown entries b"),
-        ({"a": "x" * 1001}, {"a": Kind(str)}, "a: should be of type str"),
+        ({"a": "x" * 1001}, {"a": OfType(str)}, "a: should be of type str"),
         ({"a": (1, 2)}, {"a": [1, 2]}, None),
         ({"a": torch.zeros(2, 2).T}, {"a": Like(torch.zeros(2, 2))}, "a: should be plain numbers"),
         ({"a": torch.zeros(4)[1:3]}, {"a": Like(torch.zeros(2))}, None),

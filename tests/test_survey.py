@@ -12,9 +12,9 @@ from test_profiles import SRGB, WIDE
 
 from diffusion_cli.commands.inputs import read_input
 from diffusion_cli.data import Folder, given_images, survey
-from diffusion_cli.forms import Picture
-from diffusion_cli.forms.files import has_gray_palette, parsed
-from diffusion_cli.forms.lossy import lossy_format
+from diffusion_cli.formats import Uint8Image
+from diffusion_cli.formats.files import has_gray_palette, parsed
+from diffusion_cli.formats.lossy import lossy_format
 
 ENLARGED = "smaller and enlarged, the smallest from"
 
@@ -74,7 +74,7 @@ def test_files_of_several_frames_are_counted_by_every_command(tmp_path, suffix, 
     )
     assert remarks(tmp_path) == [f"dataset.path={tmp_path}: {line}"]
     assert given_images(tmp_path, "samples").remarks == (f"samples={tmp_path}: {line}",)
-    read_input(str(tmp_path), [(3, 8, 8)], False, None, Picture())
+    read_input(str(tmp_path), [(3, 8, 8)], False, None, Uint8Image())
     assert "diffuse: input: 1 image is in files of several frames" in capsys.readouterr().err
 
 

@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from diffusion_cli.checkpoint import whole_file
 from diffusion_cli.commands import compare, outputs
 from diffusion_cli.errors import UsageError
 from diffusion_cli.metrics.protocol import append_history
-from diffusion_cli.process_identity import has_ended, machine_id, start_time
-from diffusion_cli.temporary_files import EXPIRY, is_temporary, remove_abandoned, temporary_path
+from diffusion_cli.system.files import atomic_write
+from diffusion_cli.system.process_identity import has_ended, machine_id, start_time
+from diffusion_cli.system.temporary_files import EXPIRY, is_temporary, remove_abandoned, temporary_path
 
 
 @pytest.fixture(scope="module")
@@ -36,8 +36,8 @@ def left(folder: Path, name: str, pid: int, machine: str | None = None) -> Path:
 def killed(tmp_path) -> Path:
     """A folder in which a process was killed by SIGKILL while it wrote manifest.json."""
     code = (
-        "import os, sys; from pathlib import Path; from diffusion_cli.checkpoint import whole_file\n"
-        "with whole_file(Path(sys.argv[1]) / 'manifest.json') as file: file.write_text('{'); os.kill(os.getpid(), 9)"
+        "import os, sys; from pathlib import Path; from diffusion_cli.system.files import atomic_write\n"
+        "with atomic_write(Path(sys.argv[1]) / 'manifest.json') as file: file.write_text('{'); os.kill(os.getpid(), 9)"
     )
     subprocess.run([sys.executable, "-c", code, tmp_path / "out"], check=False)
     (file,) = (tmp_path / "out").iterdir()
@@ -115,7 +115,7 @@ def test_an_evaluation_removes_what_a_killed_one_left(tmp_path, ended):
 
 def test_a_file_is_written_whole_beside_leftovers(tmp_path, ended):
     left(tmp_path, "file", ended)
-    with whole_file(tmp_path / "file") as temporary:
+    with atomic_write(tmp_path / "file") as temporary:
         assert temporary.parent == tmp_path
         temporary.write_text("whole")
     assert (tmp_path / "file").read_text() == "whole"

@@ -12,8 +12,8 @@ import pytest
 
 from diffusion_cli.cli import run
 from diffusion_cli.metrics import Report, Result
-from diffusion_cli.progress import ProgressBar
-from diffusion_cli.terminal import Output, guarded, lost_output
+from diffusion_cli.system.progress import ProgressBar
+from diffusion_cli.system.terminal import Output, guarded, lost_output
 
 LONG = "text\n" * 20_000  # more than a pipe or a buffer holds
 

@@ -20,23 +20,25 @@ import yaml
 from PIL import Image
 from torch import Tensor, nn
 
-from diffusion_cli.checkpoint import BEST, LAST, load_model, read, whole_file
 from diffusion_cli.cli import run
-from diffusion_cli.data import Batch, Stages
-from diffusion_cli.data.stages import Stage
-from diffusion_cli.denoiser import Denoiser, NoisyClassifier
-from diffusion_cli.forms import Picture
-from diffusion_cli.latents import Pixels
-from diffusion_cli.locks import only_one
-from diffusion_cli.metrics import CalledOff
-from diffusion_cli.objective import Objective, Simple, Target, withheld
-from diffusion_cli.parameterizations import X0
+from diffusion_cli.data import Batch, ResolutionSchedule
+from diffusion_cli.data.progressive import Stage
+from diffusion_cli.diffusion.denoiser import Denoiser, NoisyClassifier
+from diffusion_cli.diffusion.latents import Pixels
+from diffusion_cli.diffusion.objectives import Objective, Simple, Target, drop_labels
+from diffusion_cli.diffusion.parameterizations import X0
+from diffusion_cli.diffusion.schedules import Rectified
+from diffusion_cli.diffusion.time_sampling import TimeBatch, Times, Uniform
+from diffusion_cli.formats import Uint8Image
+from diffusion_cli.metrics import EvaluationCancelled
+from diffusion_cli.runs.checkpoint import BEST, LAST, read
+from diffusion_cli.runs.load import load_model
 from diffusion_cli.samplers import DDIM
-from diffusion_cli.schedules import Rectified
-from diffusion_cli.signals import UNFINISHED
-from diffusion_cli.times import Draw, Times, Uniform
+from diffusion_cli.system.files import atomic_write
+from diffusion_cli.system.locks import run_lock
+from diffusion_cli.system.signals import UNFINISHED
 from diffusion_cli.training import evaluation
-from diffusion_cli.training.callbacks import HeldOutAccuracy, HeldOutLoss, Preview, Stop
+from diffusion_cli.training.callbacks import GracefulStop, HeldOutAccuracy, HeldOutLoss, Preview
 from diffusion_cli.training.ema import EMA
 from diffusion_cli.training.module import DenoisingModule, LevelMeter
 from diffusion_cli.training.optimizers import Adam, AdamW
@@ -179,7 +181,7 @@ def test_a_run_goes_on_in_more_parts_where_memory_is_short(tmp_path):
 def test_automatic_precision_stays_that_of_the_start(tmp_path, monkeypatch):
     words = [word for word in TINY if not word.startswith("precision")]
     for steps, fast in ((2, False), (4, True)):
-        monkeypatch.setattr("diffusion_cli.precision.has_fast_bf16", lambda device, fast=fast: fast)
+        monkeypatch.setattr("diffusion_cli.system.precision.has_fast_bf16", lambda device, fast=fast: fast)
         assert run([*words, f"output_dir={tmp_path}", f"max_steps={steps}"]) == 0
     assert state(tmp_path)["diffuse"]["precision"] == "fp32"
 
@@ -252,7 +254,9 @@ def test_checkpoints_are_few_and_plain(tmp_path):
         "step_00000020.ckpt",
     ]
     checkpoint = torch.load(folder / "last.ckpt", weights_only=True)
-    assert checkpoint["diffuse"]["config"]["schedule"]["_target_"] == "diffusion_cli.schedules.Cosine"
+    assert (
+        checkpoint["diffuse"]["config"]["schedule"]["_target_"] == "diffusion_cli.diffusion.schedules.Cosine"
+    )
     assert yaml.safe_load((tmp_path / "tiny" / "config.yaml").read_text())["batch_size"] == 16
 
 
@@ -359,7 +363,7 @@ def test_a_run_begun_on_other_data_is_refused(tmp_path, capsys):
 
 
 def test_two_processes_do_not_train_in_one_folder(tmp_path, capsys):
-    with only_one(tmp_path / "tiny"):
+    with run_lock(tmp_path / "tiny"):
         assert train(tmp_path, "max_steps=3") == 2
     assert "name=tiny: is being trained by process" in capsys.readouterr().err
     assert train(tmp_path, "max_steps=3") == 0
@@ -494,7 +498,7 @@ class Weighing(Times):
 
     def forward(self, schedule, u):
         self.observed: list[tuple[Tensor, Tensor]] = []
-        return Draw(schedule.time(u), torch.arange(1.0, len(u) + 1), u, torch.arange(len(u)))
+        return TimeBatch(schedule.time(u), torch.arange(1.0, len(u) + 1), u, torch.arange(len(u)))
 
     def observe(self, bins, loss):
         self.observed.append((bins, loss))
@@ -508,7 +512,7 @@ def optimizer(**changes) -> Adam:
 def step_of(objective: Objective, times: Times, seed: int = 0, **place: int) -> DenoisingModule:
     """A module in the place of a process, as Lightning would have it; its images are 1 x 2 x 2."""
     denoiser = Denoiser(Constant(0.0), Rectified(grid_t_min=1e-3), X0())
-    module = DenoisingModule(denoiser, objective, times, Pixels((1, 2, 2)), optimizer(), seed, {})
+    module = DenoisingModule(denoiser, objective, times, Pixels((1, 2, 2)), optimizer(), seed=seed, about={})
     alone = {"accumulate_grad_batches": 1, "world_size": 1, "global_rank": 0, "global_step": 0}
     module.trainer = SimpleNamespace(**{**alone, **place})  # pyright: ignore[reportAttributeAccessIssue]
     return module
@@ -682,17 +686,17 @@ def averaged(module: DenoisingModule, network: nn.Module) -> EMA:
 
 def test_the_held_out_loss_and_previews_are_those_of_the_averaged_weights(tmp_path):
     module = step_of(Target(huber_delta=None, label_dropout=0.0), Uniform())
-    log, stop, ema = Log(), Stop(None, None), averaged(module, Constant(1.0))
+    log, stop, ema = Log(), GracefulStop(None, None), averaged(module, Constant(1.0))
     images = torch.rand(6, 1, 2, 2, generator=torch.Generator().manual_seed(0))
     held_out = [Batch(0, images[:4], None, torch.arange(4)), Batch(1, images[4:], None, torch.arange(2))]
-    HeldOutLoss(1, lambda step: held_out, ema, stop).look(log, module, 1)  # pyright: ignore[reportArgumentType]
+    HeldOutLoss(1, lambda step: held_out, ema, stop).run(log, module, 1)  # pyright: ignore[reportArgumentType]
     assert log.values == {"held_out_loss": pytest.approx(images.square().mean().item(), rel=1e-5)}
     sampler = DDIM(module.model.schedule, eta=0.0, spacing="time")
     preview = Preview(
-        1, ema, stop, run=tmp_path, sampler=sampler, steps=2, stages=Stages([Stage(0, (1, 2, 2), 1)]),
-        space=Pixels((1, 2, 2)), form=Picture(),
+        1, ema, stop, run=tmp_path, sampler=sampler, steps=2, stages=ResolutionSchedule([Stage(0, (1, 2, 2), 1)]),
+        space=Pixels((1, 2, 2)), form=Uint8Image(),
     )  # fmt: skip
-    preview.look(log, module, 1)  # pyright: ignore[reportArgumentType]
+    preview.run(log, module, 1)  # pyright: ignore[reportArgumentType]
     with Image.open(tmp_path / "previews" / "step_00000001.png") as picture:
         assert picture.getpixel((1, 1)) == 128  # of the value 0; the network of now makes 255
 
@@ -702,19 +706,30 @@ def test_samples_on_the_way_are_those_of_the_averaged_weights(tmp_path, monkeypa
 
     def evaluate(metrics, networks, samples, *others, **options):
         seen.append(samples.batch([0, 1])[0])
-        raise CalledOff
+        raise EvaluationCancelled
 
     monkeypatch.setattr(evaluation, "evaluate", evaluate)
     module, shape = step_of(Recorded(), Uniform()), (1, 2, 2)
     log, ema = Log(), averaged(module, Constant(1.0))
     sampler = DDIM(module.model.schedule, eta=0.0, spacing="time")
     data: Any = SimpleNamespace(dataset=SimpleNamespace(name="some", shape=shape), cache_dir=tmp_path)
-    watcher = evaluation.Evaluation(
-        1, {}, data, data, evaluation.TrainingSamples(2, sampler, 2, shape, Pixels(shape), Picture(), None, None),
-        Stages([Stage(0, shape, 1)]), run=tmp_path, ema=ema, stop=Stop(None, None), batch_size=2, keep_best=None,
+    watcher = evaluation.EvaluationCallback(
+        1,
+        {},
+        data,
+        data,
+        evaluation.TrainingSamples(
+            2, sampler, 2, shape, Pixels(shape), form=Uint8Image(), names=None, labels=None
+        ),
+        ResolutionSchedule([Stage(0, shape, 1)]),
+        run=tmp_path,
+        ema=ema,
+        stop=GracefulStop(None, None),
+        batch_size=2,
+        keep_best=None,
         identity="",
-    )  # fmt: skip
-    assert not watcher.look(log, module, 1)  # pyright: ignore[reportArgumentType]
+    )
+    assert not watcher.run(log, module, 1)  # pyright: ignore[reportArgumentType]
     assert seen[0].unique().tolist() == [128]  # of the value 0; the network of now makes 255
 
 
@@ -724,8 +739,8 @@ def test_the_held_out_accuracy_is_that_of_the_averaged_weights():
     module.model = classifier  # pyright: ignore[reportAttributeAccessIssue]
     log, ema = Log(), averaged(module, Guess([1.0, 0.0, 0.0]))
     held_out = [batch(0, 4)._replace(labels=torch.tensor([0, 1, 2, 1]))]
-    watcher = HeldOutAccuracy(1, lambda step: held_out, ema, Stop(None, None))
-    watcher.look(log, module, 1)  # pyright: ignore[reportArgumentType]
+    watcher = HeldOutAccuracy(1, lambda step: held_out, ema, GracefulStop(None, None))
+    watcher.run(log, module, 1)  # pyright: ignore[reportArgumentType]
     assert log.values["held_out_accuracy"] == 0.5
 
 
@@ -805,7 +820,7 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path):
     path.write_text("old")
 
     def interrupted():
-        with whole_file(path) as temporary:
+        with atomic_write(path) as temporary:
             temporary.write_text("half")
             raise RuntimeError("power cut")
 
@@ -858,7 +873,7 @@ def test_labels_are_withheld_as_often_as_asked(tmp_path, dropout, untouched):
 
 def test_withheld_labels_are_a_share_of_them():
     y, u = torch.arange(10).repeat(100), torch.rand(1000, generator=torch.Generator().manual_seed(0))
-    mixed = withheld(y, 10, 0.3, u)
+    mixed = drop_labels(y, 10, 0.3, u)
     assert abs((mixed == 10).float().mean().item() - 0.3) < 0.05
     assert torch.equal(mixed[u >= 0.3], y[u >= 0.3])
 

@@ -12,8 +12,10 @@ import yaml
 from PIL import Image
 from safetensors.torch import load_file
 
-from diffusion_cli.checkpoint import read
 from diffusion_cli.cli import run
+from diffusion_cli.config import load
+from diffusion_cli.runs.checkpoint import read, save
+from diffusion_cli.runs.migrate import FORMAT, MODULES_OF_FORMAT_4, as_of_format_4, migrated
 
 STORED = Path(__file__).parent / "stored_runs"
 """How they were made is in the README.md there."""
@@ -144,3 +146,48 @@ def test_a_run_named_by_its_configuration_keeps_the_defaults_of_then(stored, cap
     optimizer = config["optimizer"]
     assert (optimizer["lr"], optimizer["warm_up_steps"], config["ema"]["decay"]) == (0.003, 100, 0.998)
     assert optimizer["decay_steps"] == 48
+
+
+def test_samples_are_continued_in_the_folder_of_then(stored):
+    words = ["num_samples=2", "sampler=edm", *FAST]
+    assert run(["sample", "run=outputs/denoiser", *words]) == 0
+    assert [folder.name for folder in (stored / "outputs" / "denoiser" / "samples").iterdir()] == [
+        "edm-3-8c1cf83e"
+    ]
+
+
+def test_an_option_file_of_then_still_names_its_class(tmp_path):
+    (tmp_path / "guidance").mkdir()
+    (tmp_path / "guidance" / "mine.yaml").write_text("_target_: diffusion_cli.guidance.Unguided\n")
+    config = load("sample", ["guidance=mine"], [tmp_path])
+    assert config.model_dump()["guidance"] == {"_target_": "diffusion_cli.diffusion.guidance.NoGuidance"}
+
+
+@pytest.mark.parametrize(
+    "target",
+    [
+        *(f"{module}.Name" for module in MODULES_OF_FORMAT_4),
+        "guidance.Auto", "guidance.ByClassifier", "guidance.Unguided", "objective.EDM", "parameterizations.EDM",
+        "schedules.EDM", "samplers.EDM", "reconstruction.Reconstruction", "networks.UNet", "data.Digits",
+    ],
+)  # fmt: skip
+def test_names_of_classes_come_forward_and_go_back(target):
+    node = {
+        "part": [{"_target_": f"diffusion_cli.{target}", "value": 1}],
+        "other": {"_target_": "mine.Class"},
+    }
+    forward = migrated(node)
+    assert migrated(forward) == forward
+    assert as_of_format_4(forward) == node
+
+
+def test_a_checkpoint_of_a_newer_version_asks_for_an_upgrade(stored, capsys):
+    path = stored / "outputs" / "denoiser" / "checkpoints" / "last.ckpt"
+    checkpoint = torch.load(path, weights_only=True)
+    checkpoint["diffuse"]["format"] = FORMAT + 1
+    save(checkpoint, path)
+    assert run(["sample", "run=outputs/denoiser"]) == 2
+    assert (
+        f"is from a newer version of diffuse (format {FORMAT + 1}, not {FORMAT}); upgrade"
+        in capsys.readouterr().err
+    )

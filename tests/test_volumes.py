@@ -11,8 +11,8 @@ from diffusion_cli.cli import run
 from diffusion_cli.commands.inputs import read_input
 from diffusion_cli.data import Folder
 from diffusion_cli.errors import UsageError
-from diffusion_cli.forms import Volume, form_of
-from diffusion_cli.forms.volume import read_volume
+from diffusion_cli.formats import Volume, form_of
+from diffusion_cli.formats.volume import read_volume
 
 nib = pytest.importorskip("nibabel")
 OPTIONS: dict = {
@@ -42,7 +42,7 @@ def test_values_pass_through_a_file_in_its_numbers(tmp_path):
     images = data.load("train").gather(torch.arange(3))
     given = nib.load(tmp_path / "1.nii.gz").get_fdata()
     torch.testing.assert_close(images[1, 0], torch.from_numpy(given.T.copy() / 1000).float())
-    assert torch.equal(data.form.stored(images), images)
+    assert torch.equal(data.form.quantize(images), images)
     data.form.write(images[1], tmp_path / "out")
     back = nib.Nifti1Image.from_bytes(gzip.decompress((tmp_path / "out").read_bytes()))
     assert back.get_data_dtype() == np.int16

@@ -3,13 +3,13 @@
 import re
 from collections.abc import Sequence
 
-from diffusion_cli.checkpoint import Model, Origin
 from diffusion_cli.commands.inputs import show_remarks
 from diffusion_cli.config import did_you_mean
 from diffusion_cli.data import composed
 from diffusion_cli.data.labels import examples
+from diffusion_cli.diffusion.guidance import Guidance
 from diffusion_cli.errors import UsageError
-from diffusion_cli.guidance import Guidance
+from diffusion_cli.runs.load import LoadedDenoiser, Origin
 
 INDEX = re.compile(r"0|[1-9][0-9]{0,8}")
 NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?")
@@ -17,7 +17,7 @@ NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?")
 
 def labels_named(
     label: int | str | list[int | str] | None,
-    model: Model,
+    model: LoadedDenoiser,
     guidance: Guidance,
     trained_classes: list[int],
     unnamed: str,

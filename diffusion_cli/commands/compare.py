@@ -7,10 +7,8 @@ from collections.abc import Container, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from diffusion_cli import cache
-from diffusion_cli.capacity import naming_batch_size
-from diffusion_cli.checkpoint import find_run, whole_file
-from diffusion_cli.commands.eval import Scene, assess, identity, look_at
+from diffusion_cli.batch_size import advise_batch_size
+from diffusion_cli.commands.eval import EvaluationPlan, assess, identity, look_at
 from diffusion_cli.commands.samples import ModelSamples
 from diffusion_cli.config import (
     CompareConfig,
@@ -22,12 +20,16 @@ from diffusion_cli.config import (
 )
 from diffusion_cli.errors import NO_VALUE, FormatError, Problem, UsageError, format_value
 from diffusion_cli.figures import Curve, Panel, save_panels
-from diffusion_cli.foreign import LONGEST_TEXT, escaped, read
 from diffusion_cli.metrics import DEVIATION, Report, Result, unlike
-from diffusion_cli.precision import device_of, resolve
-from diffusion_cli.ranks import Ranks, work_together
-from diffusion_cli.run_folder import own_folder
-from diffusion_cli.temporary_files import is_temporary, remove_abandoned
+from diffusion_cli.runs.find import find_run
+from diffusion_cli.runs.migrate import migrated
+from diffusion_cli.system import cache
+from diffusion_cli.system.distributed import Distributed, launch
+from diffusion_cli.system.files import atomic_write
+from diffusion_cli.system.own_folder import own_folder
+from diffusion_cli.system.precision import device_of, resolve
+from diffusion_cli.system.temporary_files import is_temporary, remove_abandoned
+from diffusion_cli.system.untrusted import LONGEST_TEXT, escaped, read
 
 # What no number depends on.
 ELSEWHERE = {"output", "run", "processes", "device", "force", "data_dir", "cache_dir", "output_dir"}
@@ -39,7 +41,7 @@ Point = dict[str, Any]
 """A row of the table: the values on the axes, the numbers, and what they cost."""
 
 
-class Job(NamedTuple):
+class ComparisonJob(NamedTuple):
     """One combination."""
 
     values: dict[str, Value]
@@ -64,11 +66,14 @@ def run(variants: list[Variant]) -> None:
         raise UsageError(
             "compare", NO_VALUE, "nothing to compare", "give a list, as sampler=[ddpm,ddim] steps=[10,50]"
         )
-    jobs = [Job(values, _evaluation(config)) for (values, _), config in zip(variants, configs, strict=True)]
+    jobs = [
+        ComparisonJob(values, _evaluation(config))
+        for (values, _), config in zip(variants, configs, strict=True)
+    ]
     folder, store = _folders(jobs, first.output)
     _claim(folder)
     remove_abandoned(folder, store)
-    work_together(compare, jobs, folder, store, processes=first.processes)
+    launch(compare, jobs, folder, store, processes=first.processes)
 
 
 def _evaluation(config: CompareConfig) -> EvalConfig:
@@ -89,15 +94,15 @@ def _claim(folder: Path) -> None:
         raise UsageError("output", folder, "is not empty, and not of a comparison", "choose another folder")
 
 
-def compare(jobs: list[Job], folder: Path, store: Path) -> None:
+def compare(jobs: list[ComparisonJob], folder: Path, store: Path) -> None:
     """Carry out a comparison, as one of the processes that share it."""
     entries: list[dict[str, Any]] = []
     for number, (values, config) in enumerate(jobs, start=1):
-        with naming_batch_size(config.batch_size, config.device):
+        with advise_batch_size(config.batch_size, config.device):
             entry = _entry(f"[{number}/{len(jobs)}]", values, config, store)
         if entry is not None:
             entries.append(entry)
-    if not Ranks().first:
+    if not Distributed().is_main:
         return
     points = [job.values | entry["row"] for job, entry in zip(jobs, entries, strict=True)]
     notes = dict.fromkeys(
@@ -115,7 +120,7 @@ def compare(jobs: list[Job], folder: Path, store: Path) -> None:
     _write(folder / MARK, json.dumps({"compared": [job.values for job in jobs]}))
     _write(folder / "table.md", text + "\n")
     with (
-        whole_file(folder / "table.csv") as temporary,
+        atomic_write(folder / "table.csv") as temporary,
         temporary.open("w", newline="", encoding="utf-8") as file,
     ):
         writer = csv.DictWriter(file, _columns(points), restval="")
@@ -138,16 +143,16 @@ def _entry(place: str, values: dict[str, Value], config: EvalConfig, store: Path
     scene = look_at(config)
     facts = json.loads(json.dumps(identity(config, scene)))
     path = store / f"{fingerprint(facts)}.json"
-    entry = _stored(path, facts) if Ranks().first else None
-    if Ranks().agree(entry is None):
+    entry = _stored(path, facts) if Distributed().is_main else None
+    if Distributed().broadcast(entry is None):
         words = " ".join(f"{key}={format_value(value)}" for key, value in values.items())
-        if Ranks().first:
+        if Distributed().is_main:
             print(f"{place} {words}", file=sys.stderr, flush=True)
         entry = _measure(config, scene, facts, path)
     return entry
 
 
-def _marks(jobs: Sequence[Job], entries: Sequence[dict[str, Any]]) -> dict[tuple[int, str], str]:
+def _marks(jobs: Sequence[ComparisonJob], entries: Sequence[dict[str, Any]]) -> dict[tuple[int, str], str]:
     """Numbers, by row and name, of an unlike protocol than that of the first run with the same settings, and why.
 
     Runs may have other data sets, and so other real images and feature classifiers; all other axes are columns.
@@ -175,7 +180,7 @@ def _stored(path: Path, facts: dict[str, Any]) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     try:
-        entry = cache.parse_json(read(path, LONGEST_TEXT))
+        entry = migrated(cache.parse_json(read(path, LONGEST_TEXT)))
         results = [result for report in entry["reports"] for result in Report.from_dict(report).results]
         row: Point = entry["row"]
         if not all(isinstance(number, int | float | None) for number in row.values()):
@@ -210,7 +215,7 @@ def _weights(about: Mapping[str, Any]) -> str | None:
     return found[0] if found else None
 
 
-def _folders(jobs: Sequence[Job], output: str | None) -> tuple[Path, Path]:
+def _folders(jobs: Sequence[ComparisonJob], output: str | None) -> tuple[Path, Path]:
     """Where the table and the plot go, and where the numbers of each combination are kept."""
     first = jobs[0].config
     runs = sorted({str(job.config.run) for job in jobs})
@@ -220,10 +225,12 @@ def _folders(jobs: Sequence[Job], output: str | None) -> tuple[Path, Path]:
     return Path(output) if output else own_folder(root, "comparisons", name), own_folder(root, "compared")
 
 
-def _measure(config: EvalConfig, scene: Scene, facts: dict[str, Any], path: Path) -> dict[str, Any] | None:
+def _measure(
+    config: EvalConfig, scene: EvaluationPlan, facts: dict[str, Any], path: Path
+) -> dict[str, Any] | None:
     """Measure a combination and store its numbers; None in all processes but the first."""
     reports = assess(config, scene)
-    if not Ranks().first:
+    if not Distributed().is_main:
         return None
     row = _values([result for report in reports for result in report.results])
     if isinstance(scene.samples, ModelSamples):
@@ -235,7 +242,7 @@ def _measure(config: EvalConfig, scene: Scene, facts: dict[str, Any], path: Path
 
 
 def _write(path: Path, text: str) -> None:
-    with whole_file(path) as temporary:
+    with atomic_write(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 

@@ -3,12 +3,12 @@
 import shlex
 from pathlib import Path
 
-from diffusion_cli.checkpoint import whole_file
 from diffusion_cli.commands.inputs import show_remarks
 from diffusion_cli.config import DataConfig, build
 from diffusion_cli.data import Dataset, Pack
 from diffusion_cli.errors import UsageError
-from diffusion_cli.temporary_files import remove_abandoned
+from diffusion_cli.system.files import atomic_write
+from diffusion_cli.system.temporary_files import remove_abandoned
 
 SUFFIX = ".npz"
 
@@ -26,7 +26,7 @@ def run(config: DataConfig) -> None:
     show_remarks(dataset.remarks())
     pack: Pack = build(config.action)
     remove_abandoned(output.parent)
-    with whole_file(output) as temporary:
+    with atomic_write(output) as temporary:
         count = pack(dataset, temporary)
     flip = " dataset.flip=true" if dataset.flip else ""
     print(f"{count} images: {output}")

@@ -12,31 +12,31 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from diffusion_cli.capacity import naming_batch_size
-from diffusion_cli.checkpoint import digest
+from diffusion_cli.batch_size import advise_batch_size
 from diffusion_cli.commands.inputs import Input, read_input, read_mask, real_images, shortened
 from diffusion_cli.commands.outputs import claim, keep_results
-from diffusion_cli.commands.trained import Trained, open_run, warn_of_untrained
+from diffusion_cli.commands.trained import LoadedModel, open_run, warn_of_untrained
 from diffusion_cli.config import EditConfig, build, fingerprint
-from diffusion_cli.data import normalised
-from diffusion_cli.denoiser import Denoise
-from diffusion_cli.editing import Edit, Edited, Method, Process
+from diffusion_cli.data import to_model_range
+from diffusion_cli.diffusion.denoiser import Denoise
+from diffusion_cli.diffusion.guidance import NoGuidance
+from diffusion_cli.diffusion.latents import Latents
+from diffusion_cli.editing import Edit, EditProcess, EditResult, RestorationMethod
 from diffusion_cli.editing.restore import described
 from diffusion_cli.errors import NO_VALUE, UsageError
-from diffusion_cli.forms import Form
-from diffusion_cli.generate import Calls, SeededNoise, check_finite, labels_of
-from diffusion_cli.guidance import Unguided
-from diffusion_cli.latents import Latents
-from diffusion_cli.precision import autocast
-from diffusion_cli.progress import ProgressBar
+from diffusion_cli.formats import SampleFormat
+from diffusion_cli.generate import NFECounter, SeededNoise, check_finite, labels_of
 from diffusion_cli.report import Writer, read_images, read_stored, save_gif, save_png, save_rows, save_stored
-from diffusion_cli.run_folder import own_folder
+from diffusion_cli.runs.weights import digest
 from diffusion_cli.samplers import draws
+from diffusion_cli.system.own_folder import own_folder
+from diffusion_cli.system.precision import autocast
+from diffusion_cli.system.progress import ProgressBar
 
 SHOWN = 10  # rows in the picture of all
 
 
-class Job(NamedTuple):
+class EditJob(NamedTuple):
     """One result to make."""
 
     name: str
@@ -46,13 +46,13 @@ class Job(NamedTuple):
     """Of its input among all, by which labels are given out in turn."""
     inputs: list[Tensor]
     """Each as stored, [C, H, W], or noise."""
-    form: Form
+    form: SampleFormat
     """In which it is written: a volume lies where its input does."""
 
 
 def run(config: EditConfig) -> None:
     """Edit what is not edited yet; write the results, a picture of the first ones, and the manifest."""
-    with naming_batch_size(config.batch_size, config.device):
+    with advise_batch_size(config.batch_size, config.device):
         _run(config)
 
 
@@ -60,7 +60,7 @@ def _run(config: EditConfig) -> None:
     trained = open_run(config)
     trained.check(config.steps)
     edit: Edit = build(config.edit, trained.model.shape, read_mask)
-    method: Method | None = None if config.method is None else build(config.method)
+    method: RestorationMethod | None = None if config.method is None else build(config.method)
     _refuse(config, trained, edit, method)
     given = _inputs(config, trained, edit)
     form = trained.model.form
@@ -96,7 +96,7 @@ def _run(config: EditConfig) -> None:
             f"{output} has {len(jobs) - len(todo)} of {len(jobs)} results; making the others", file=sys.stderr
         )
 
-    most_calls = _make(config, trained, edit, method, todo, output, results)
+    most_calls = _make(config, trained, edit, method, todo, output=output, results=results)
     grid = output / "grid.png"
     rows = [
         _row(output, jobs[at : at + config.variations], form, edit.results)
@@ -114,7 +114,7 @@ def _kind(config: EditConfig) -> str:
     return re.sub(r"(?<=[a-z])(?=[A-Z])", "_", config.edit["_target_"].rpartition(".")[2]).lower()
 
 
-def _refuse(config: EditConfig, trained: Trained, edit: Edit, method: Method | None) -> None:
+def _refuse(config: EditConfig, trained: LoadedModel, edit: Edit, method: RestorationMethod | None) -> None:
     """Raise ValueError where an edit is asked for what it does not do."""
     kind = _kind(config)
     if edit.restores and not trained.model.form.ordered:
@@ -165,7 +165,7 @@ def _refuse(config: EditConfig, trained: Trained, edit: Edit, method: Method | N
         )
 
 
-def _refuse_in_latents(space: Latents, kind: str, edit: Edit, method: Method | None) -> None:
+def _refuse_in_latents(space: Latents, kind: str, edit: Edit, method: RestorationMethod | None) -> None:
     """Raise ValueError where an edit needs pixels, and the model works in latents."""
     if method is not None and not (edit.masks or method.differentiates):
         raise UsageError(
@@ -186,11 +186,11 @@ def _refuse_in_latents(space: Latents, kind: str, edit: Edit, method: Method | N
         )
 
 
-def _inputs(config: EditConfig, trained: Trained, edit: Edit) -> list[Input]:
+def _inputs(config: EditConfig, trained: LoadedModel, edit: Edit) -> list[Input]:
     if edit.seeds is not None:
         noise = SeededNoise(
             edit.seeds, trained.model.space.shape_of(edit.results), torch.device("cpu")
-        ).draw()
+        ).noise()
         return [Input(f"seed_{seed}", image) for seed, image in zip(edit.seeds, noise, strict=True)]
     if config.input in ("held_out", "train"):
         if Path(config.input).exists():
@@ -215,8 +215,8 @@ def _inputs(config: EditConfig, trained: Trained, edit: Edit) -> list[Input]:
     return given
 
 
-def _jobs(config: EditConfig, edit: Edit, given: Sequence[Input], form: Form) -> list[Job]:
-    jobs: list[Job] = []
+def _jobs(config: EditConfig, edit: Edit, given: Sequence[Input], form: SampleFormat) -> list[EditJob]:
+    jobs: list[EditJob] = []
     for at in range(0, len(given), edit.inputs_each):
         some = given[at : at + edit.inputs_each]
         place, inputs = at // edit.inputs_each, [item.pixels for item in some]
@@ -224,7 +224,7 @@ def _jobs(config: EditConfig, edit: Edit, given: Sequence[Input], form: Form) ->
         for variation in range(config.variations):
             name = shortened("-".join(item.name for item in some))
             name += f"_{variation}" if config.variations > 1 else ""
-            jobs.append(Job(name, config.seed + len(jobs), place, inputs, own or form))
+            jobs.append(EditJob(name, config.seed + len(jobs), place, inputs, own or form))
     times = Counter(job.name for job in jobs)  # names put together may meet where their parts do not
     return [
         job if times[job.name] == 1 else job._replace(name=f"{number:05d}_{job.name}")
@@ -234,10 +234,11 @@ def _jobs(config: EditConfig, edit: Edit, given: Sequence[Input], form: Form) ->
 
 def _make(
     config: EditConfig,
-    trained: Trained,
+    trained: LoadedModel,
     edit: Edit,
-    method: Method | None,
-    todo: list[Job],
+    method: RestorationMethod | None,
+    todo: list[EditJob],
+    *,
     output: Path,
     results: dict[str, dict[str, float]],
 ) -> int:
@@ -249,7 +250,7 @@ def _make(
     with ProgressBar(total=len(todo), unit="image", desc=_kind(config), dynamic_ncols=True) as bar:
 
         def keep(
-            batch: list[Job], images: Tensor, shown: list[Tensor], made: dict[str, dict[str, float]]
+            batch: list[EditJob], images: Tensor, shown: list[Tensor], made: dict[str, dict[str, float]]
         ) -> None:
             _save(output, batch, images, shown, form)
             keep_results(output, made)
@@ -259,18 +260,22 @@ def _make(
         with Writer(2) as writer:
             for first in range(0, len(todo), batch_size):
                 batch = todo[first : first + batch_size]
-                calls = Calls(trained.model.denoiser, trained.guidance)
+                calls = NFECounter(trained.model.denoiser, trained.guidance)
                 edited = _edit(config, trained, edit, method, batch)
                 most_calls = max(most_calls, calls.each(len(batch)))
-                images = form.stored(edited.images)
-                shown = [form.pictures(form.stored(picture)).cpu() for picture in edited.shown]
+                images = form.quantize(edited.images)
+                shown = [form.to_rgb(form.quantize(picture)).cpu() for picture in edited.shown]
                 writer(keep, batch, images.cpu(), shown, _measured(batch, images, edited, form))
     return most_calls
 
 
 def _edit(
-    config: EditConfig, trained: Trained, edit: Edit, method: Method | None, batch: list[Job]
-) -> Edited:
+    config: EditConfig,
+    trained: LoadedModel,
+    edit: Edit,
+    method: RestorationMethod | None,
+    batch: list[EditJob],
+) -> EditResult:
     model, device = trained.model, trained.device
     seeds = [job.seed for job in batch]
 
@@ -280,32 +285,34 @@ def _edit(
     def told(label: int | str | None) -> Denoise:
         number = trained.number(label, "edit.source")
         y = None if number is None else torch.full((len(batch),), number, device=device)
-        return clipped(Unguided()(model.denoiser, y))
+        return clipped(NoGuidance()(model.denoiser, y))
 
-    process = Process(
+    process = EditProcess(
         trained.sampler,
         trained.sampler.grid(config.steps),
         labels_of([job.place for job in batch], trained.labels, device),
         lambda y: clipped(trained.guidance(model.denoiser, y)),
         told,
         method,
-        SeededNoise(seeds, model.space.shape_of(edit.results), device).draw,
+        SeededNoise(seeds, model.space.shape_of(edit.results), device).noise,
         model.space,
     )
-    inputs = normalised(torch.stack([image for job in batch for image in job.inputs]).to(device))
+    inputs = to_model_range(torch.stack([image for job in batch for image in job.inputs]).to(device))
     with torch.no_grad(), autocast(device, trained.precision):
         edited = edit(inputs, process)
     check_finite(edited.images if edited.found is None else edited.found)
     return edited
 
 
-def _files(output: Path, job: Job, form: Form) -> list[Path]:
+def _files(output: Path, job: EditJob, form: SampleFormat) -> list[Path]:
     """The files of a result that are there: one image, or a series."""
     single = output / f"{job.name}{form.suffix}"
     return [single] if single.is_file() else sorted((output / job.name).glob(f"[0-9]*{form.suffix}"))
 
 
-def _save(output: Path, batch: list[Job], images: Tensor, shown: list[Tensor], form: Form) -> None:
+def _save(
+    output: Path, batch: list[EditJob], images: Tensor, shown: list[Tensor], form: SampleFormat
+) -> None:
     """Write the results as stored, [B, N, C, H, W], and the pictures to show before them."""
     for row, job in enumerate(batch):
         for place, picture in enumerate(shown):
@@ -315,16 +322,18 @@ def _save(output: Path, batch: list[Job], images: Tensor, shown: list[Tensor], f
         else:
             for place, image in enumerate(images[row]):
                 save_stored(image, output / job.name / f"{place:03d}{form.suffix}", form)
-            pictures = form.pictures(images[row])
+            pictures = form.to_rgb(images[row])
             save_rows([pictures], output / job.name / "strip.png")
             save_gif(pictures, output / f"{job.name}.gif")
 
 
-def _measured(batch: list[Job], images: Tensor, edited: Edited, form: Form) -> dict[str, dict[str, float]]:
+def _measured(
+    batch: list[EditJob], images: Tensor, edited: EditResult, form: SampleFormat
+) -> dict[str, dict[str, float]]:
     """The numbers known of each result as stored, [B, N, C, H, W], in the numbers of its file."""
     if edited.misfit is None:
         return {job.name: {} for job in batch}
-    levels = form.half_range * edited.misfit(normalised(images[:, 0])).flatten(1)
+    levels = form.half_range * edited.misfit(to_model_range(images[:, 0])).flatten(1)
     numbers = {"rmse": levels.square().mean(1).sqrt(), "largest": levels.abs().amax(1)}
     if edited.found is not None:
         numbers["rmse_sampled"] = (
@@ -336,14 +345,14 @@ def _measured(batch: list[Job], images: Tensor, edited: Edited, form: Form) -> d
     }
 
 
-def _row(output: Path, jobs: Sequence[Job], form: Form, shape: tuple[int, ...]) -> Tensor:
+def _row(output: Path, jobs: Sequence[EditJob], form: SampleFormat, shape: tuple[int, ...]) -> Tensor:
     """The pictures of one input: what to show before, then its results."""
     before = sorted((output / "before").glob(f"{glob.escape(jobs[0].name)}.?.png"))
     results = read_stored([file for job in jobs for file in _files(output, job, form)], form, shape)
-    return torch.cat([*(read_images([file]) for file in before), form.pictures(results)])
+    return torch.cat([*(read_images([file]) for file in before), form.to_rgb(results)])
 
 
-def _summary(results: dict[str, dict[str, float]], jobs: Sequence[Job], form: Form) -> str:
+def _summary(results: dict[str, dict[str, float]], jobs: Sequence[EditJob], form: SampleFormat) -> str:
     numbers = [results[job.name] for job in jobs if results[job.name]]
     if not numbers:
         return ""

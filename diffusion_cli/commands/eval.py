@@ -11,36 +11,35 @@ from typing import Any, NamedTuple
 import yaml
 
 from diffusion_cli import __version__
-from diffusion_cli.capacity import naming_batch_size
-from diffusion_cli.checkpoint import find_run, load_autoencoder, task_of
+from diffusion_cli.batch_size import advise_batch_size
 from diffusion_cli.commands.inputs import show_remarks
 from diffusion_cli.commands.outputs import claim, keep_labels, keep_seeds
 from diffusion_cli.commands.sample import samples_folder
 from diffusion_cli.commands.samples import ModelSamples, about, given_samples, in_shares_of, run_of
-from diffusion_cli.commands.trained import Trained, dataset_of, open_run
+from diffusion_cli.commands.trained import LoadedModel, dataset_of, open_run
 from diffusion_cli.config import CONF, EvalConfig, build, fingerprint
 from diffusion_cli.data import Dataset, NoDataset, pictured
 from diffusion_cli.data.base import Split
+from diffusion_cli.diffusion.guidance import NoGuidance
 from diffusion_cli.errors import NO_VALUE, UsageError, format_value
 from diffusion_cli.generate import uncompiled
-from diffusion_cli.guidance import Unguided
 from diffusion_cli.metrics import (
     DatasetReference,
+    EvaluatedModel,
     Evaluation,
+    FeatureExtractors,
     FrechetDistance,
     Metric,
     ModelMetric,
-    Networks,
-    Reconstructions,
+    ReconstructedSamples,
     Reference,
     Report,
     Samples,
-    Subject,
     append_history,
     averaged,
     cache_folder,
     evaluate,
-    examine,
+    evaluate_model,
     history_table,
     notes_on_seeds,
     parts,
@@ -48,10 +47,12 @@ from diffusion_cli.metrics import (
     require,
 )
 from diffusion_cli.networks import AutoencoderKL
-from diffusion_cli.precision import device_of
-from diffusion_cli.ranks import Ranks, work_together
 from diffusion_cli.report import save_rows
-from diffusion_cli.run_folder import own_folder
+from diffusion_cli.runs.find import find_run, task_of
+from diffusion_cli.runs.load import load_autoencoder
+from diffusion_cli.system.distributed import Distributed, launch
+from diffusion_cli.system.own_folder import own_folder
+from diffusion_cli.system.precision import device_of
 
 SHOWN = 250  # images at a time to the metrics, where batch_size=auto finds fewer for the sampler
 EXACT = "fp32"  # of metrics of the model itself, whose small differences and solvers no shorter format serves
@@ -67,7 +68,7 @@ def run(config: EvalConfig) -> None:
         histories = {name: read_history(_history(name, config.output_dir)) for name in config.compare}
         print(history_table(histories, config.force))
     else:
-        work_together(measure, config, processes=config.processes)
+        launch(measure, config, processes=config.processes)
 
 
 def _history(name: str, output_dir: str) -> Path:
@@ -81,16 +82,16 @@ def _history(name: str, output_dir: str) -> Path:
     )
 
 
-class Scene(NamedTuple):
+class EvaluationPlan(NamedTuple):
     """What is measured, and where the numbers go."""
 
     folder: Path
     """Of metrics.json: the run's, or one for these samples."""
     dataset: Dataset
-    trained: Trained | None
+    trained: LoadedModel | None
     samples: Samples | None
     """None where only the model itself is asked."""
-    networks: Networks
+    networks: FeatureExtractors
     reference: Reference
     metrics: dict[str, Metric]
     """Of samples."""
@@ -101,12 +102,12 @@ class Scene(NamedTuple):
 
 def measure(config: EvalConfig) -> None:
     """Carry out an evaluation, add its numbers to the history and print them."""
-    with naming_batch_size(config.batch_size, config.device):
+    with advise_batch_size(config.batch_size, config.device):
         scene = look_at(config)
         history = scene.folder / "metrics.json"
         earlier = read_history(history)  # a damaged one is refused before anything is measured
         reports = assess(config, scene)
-    if not Ranks().first:
+    if not Distributed().is_main:
         return
     for report in reports:
         report.notes.extend(notes_on_seeds(earlier, report))
@@ -123,29 +124,29 @@ def measure(config: EvalConfig) -> None:
         print(f"With their protocol in {history}")
 
 
-def assess(config: EvalConfig, scene: Scene) -> list[Report]:
+def assess(config: EvalConfig, scene: EvaluationPlan) -> list[Report]:
     """The numbers, if this is the first of the processes that share the work."""
     environment = {"device": device_of(config.device).type, "versions": versions()}
     reports = []
     if scene.of_model and scene.samples is not None:  # refused before the model is measured, which takes long
         first = parts(scene.samples, config.repeats)[0]
         require(scene.metrics, scene.networks, first, scene.reference, config.force)
-    if scene.trained is not None and scene.of_model and Ranks().first:
+    if scene.trained is not None and scene.of_model and Distributed().is_main:
         assert config.batch_size != "auto"
-        subject = Subject(
+        subject = EvaluatedModel(
             scene.trained.model, scene.dataset, scene.folder, scene.trained.device, config.seed, config.batch_size,
             config.clip_x0, EXACT,
         )  # fmt: skip
         keys = ("run", "step", "ema", "weights", "weights_sha256")
         known = {key: about(scene.trained)[key] for key in keys} | {"precision": EXACT}
         with uncompiled(scene.trained.model):
-            reports.append(examine(scene.of_model, subject, known, environment))
+            reports.append(evaluate_model(scene.of_model, subject, known, environment))
     if scene.samples is not None:
         reports.append(_of_samples(config, scene, scene.samples, environment))
     return reports
 
 
-def identity(config: EvalConfig, scene: Scene) -> dict[str, Any]:
+def identity(config: EvalConfig, scene: EvaluationPlan) -> dict[str, Any]:
     """All that the numbers of an evaluation depend on, by content: nothing that is measured, nothing left to names.
 
     Raises ValueError where the evaluation itself would, before any sample is made.
@@ -162,13 +163,13 @@ def identity(config: EvalConfig, scene: Scene) -> dict[str, Any]:
     return {
         "metric": config.metric, "count": config.num_samples, "seed": config.seed, "samples": about_samples,
         "model": about(scene.trained) if scene.trained else None, "networks": seen, "force": config.force,
-        "reference": scene.reference.identity(), "batch_size": config.batch_size, "processes": Ranks().world,
+        "reference": scene.reference.identity(), "batch_size": config.batch_size, "processes": Distributed().world,
         "compile": config.compile, "device": device_of(config.device).type, "versions": versions(),
     }  # fmt: skip
 
 
-def look_at(config: EvalConfig) -> Scene:
-    """What an evaluation is of; ValueError where its parts do not go together."""
+def look_at(config: EvalConfig) -> EvaluationPlan:
+    """What an evaluation is of; UsageError where its parts do not go together."""
     kinds: Kinds = {name: build(node) for name, node in config.metric.items()}
     of_model = [name for name, metric in kinds.items() if isinstance(metric, ModelMetric)]
     if of_model and config.batch_size == "auto":
@@ -178,10 +179,10 @@ def look_at(config: EvalConfig) -> Scene:
             f"is found for samples, and metric={','.join(of_model)} measures the model itself",
             "give a number",
         )
-    if Ranks().world > 1 and len(of_model) == len(kinds):
+    if Distributed().world > 1 and len(of_model) == len(kinds):
         raise UsageError(
             "processes",
-            Ranks().world,
+            Distributed().world,
             f"share samples, and metric={','.join(kinds)} makes none",
             "take one process",
         )
@@ -210,7 +211,7 @@ def look_at(config: EvalConfig) -> Scene:
     return _given_scene(config, kinds, of_model)
 
 
-def _model_scene(config: EvalConfig, kinds: Kinds, sampled: bool) -> Scene:
+def _model_scene(config: EvalConfig, kinds: Kinds, sampled: bool) -> EvaluationPlan:
     """A run's model, and its samples if any metric looks at samples."""
     trained = open_run(config)
     dataset = (
@@ -227,7 +228,7 @@ def _model_scene(config: EvalConfig, kinds: Kinds, sampled: bool) -> Scene:
                 f"is of samples, and metric={','.join(config.metric)} makes none and is computed in {EXACT}",
                 "leave it out",
             )
-        return Scene(trained.folder, dataset, trained, None, *_judges(config, dataset, kinds))
+        return EvaluationPlan(trained.folder, dataset, trained, None, *_judges(config, dataset, kinds))
     trained.check(config.steps)  # refused before anything is measured
     judges, notes = _judges(config, dataset, kinds), ()
     if not trained.chosen_labels and trained.labels is not None:
@@ -235,18 +236,18 @@ def _model_scene(config: EvalConfig, kinds: Kinds, sampled: bool) -> Scene:
         notes = (note,)
     folder = samples_folder(trained, config) if config.keep else None
     if folder is not None:
-        Ranks().one_by_one(lambda: claim(folder, trained.settings, trained.model))
+        Distributed().main_first(lambda: claim(folder, trained.settings, trained.model))
     samples = ModelSamples(trained, config, folder)
-    return Scene(trained.folder, dataset, trained, samples, *judges, notes)
+    return EvaluationPlan(trained.folder, dataset, trained, samples, *judges, notes)
 
 
-def _refuse_sampling(config: EvalConfig, trained: Trained) -> None:
+def _refuse_sampling(config: EvalConfig, trained: LoadedModel) -> None:
     """Raise ValueError for a setting of samples, where no metric measures samples."""
     usual = yaml.safe_load((CONF / "sampler" / "ddim.yaml").read_text())
     given = [
         *([("label", format_value(config.label))] if trained.chosen_labels else []),
         *([] if config.sampler == usual else [("sampler", _class_name(config.sampler))]),
-        *([] if isinstance(trained.guidance, Unguided) else [("guidance", _class_name(config.guidance))]),
+        *([] if isinstance(trained.guidance, NoGuidance) else [("guidance", _class_name(config.guidance))]),
         *([("keep", "true")] if config.keep else []),
         *_changed(config, "num_samples", "steps", "repeats", "compile"),
     ]
@@ -266,7 +267,9 @@ def _class_name(node: dict[str, Any]) -> str:
     return node["_target_"].rpartition(".")[2]
 
 
-def _autoencoder_scene(config: EvalConfig, folder: Path, kinds: Kinds, splits: dict[str, Split]) -> Scene:
+def _autoencoder_scene(
+    config: EvalConfig, folder: Path, kinds: Kinds, splits: dict[str, Split]
+) -> EvaluationPlan:
     """An autoencoder's reconstructions of one split of a dataset, beside that split."""
     others = [name for name in kinds if name not in splits]
     if others:
@@ -307,7 +310,7 @@ def _autoencoder_scene(config: EvalConfig, folder: Path, kinds: Kinds, splits: d
             "take the dataset that it was trained on",
         )
     (split,) = set(splits.values())
-    images = dataset.once(split)
+    images = dataset.stream(split)
     if not len(images):
         raise UsageError(f"metric.{next(iter(splits))}.split", split, "has no images", "take the other split")
     made = {
@@ -315,15 +318,15 @@ def _autoencoder_scene(config: EvalConfig, folder: Path, kinds: Kinds, splits: d
         "weights_sha256": trained.digest, "dataset": dataset.name, "split": split, "precision": EXACT,
         "form": dataset.form.about(),
     }  # fmt: skip
-    samples = Reconstructions(trained.network, images, dataset.form, made)
+    samples = ReconstructedSamples(trained.network, images, dataset.form, made)
     pictures = pictured(dataset)
-    networks = Networks(config.features, pictures, cache_folder(config.cache_dir), device)
+    networks = FeatureExtractors(config.features, pictures, cache_folder(config.cache_dir), device)
     reference = DatasetReference(pictures, split=split, stats=None)
     metrics = {name: metric for name, metric in kinds.items() if isinstance(metric, Metric)}
-    return Scene(folder, dataset, None, samples, networks, reference, metrics, [])
+    return EvaluationPlan(folder, dataset, None, samples, networks, reference, metrics, [])
 
 
-def _given_scene(config: EvalConfig, kinds: Kinds, of_model: list[str]) -> Scene:
+def _given_scene(config: EvalConfig, kinds: Kinds, of_model: list[str]) -> EvaluationPlan:
     """Images of anyone, and the dataset that they are compared with, if one is named or they lie in a run's folder."""
     assert config.samples is not None
     path = Path(config.samples).expanduser()
@@ -363,14 +366,16 @@ def _given_scene(config: EvalConfig, kinds: Kinds, of_model: list[str]) -> Scene
         / f"{path.name}-{fingerprint({'path': str(path.resolve())})[:4]}"
     )
     dataset = dataset or NoDataset(path.name, samples.shape)
-    return Scene(folder, dataset, None, samples, *_judges(config, dataset, kinds))
+    return EvaluationPlan(folder, dataset, None, samples, *_judges(config, dataset, kinds))
 
 
 def _judges(
     config: EvalConfig, dataset: Dataset, kinds: Kinds
-) -> tuple[Networks, Reference, dict[str, Metric], list[ModelMetric]]:
+) -> tuple[FeatureExtractors, Reference, dict[str, Metric], list[ModelMetric]]:
     dataset = pictured(dataset)
-    networks = Networks(config.features, dataset, cache_folder(config.cache_dir), device_of(config.device))
+    networks = FeatureExtractors(
+        config.features, dataset, cache_folder(config.cache_dir), device_of(config.device)
+    )
     of_samples = {name: metric for name, metric in kinds.items() if isinstance(metric, Metric)}
     of_model = [metric for metric in kinds.values() if isinstance(metric, ModelMetric)]
     return networks, build(config.reference, dataset), of_samples, of_model
@@ -383,7 +388,9 @@ def _changed(config: EvalConfig, *keys: str) -> list[tuple[str, Any]]:
     return [(key, format_value(now[key])) for key in keys if now[key] != usual[key]]
 
 
-def _of_samples(config: EvalConfig, scene: Scene, samples: Samples, environment: dict[str, Any]) -> Report:
+def _of_samples(
+    config: EvalConfig, scene: EvaluationPlan, samples: Samples, environment: dict[str, Any]
+) -> Report:
     """Show the samples to every metric, and keep the pictures that come of it."""
     size = config.batch_size
     if size == "auto":  # of samples; the metrics' networks see to their own memory
@@ -396,9 +403,9 @@ def _of_samples(config: EvalConfig, scene: Scene, samples: Samples, environment:
             )
             for part in parts(samples, config.repeats)
         ]  # fmt: skip
-    Ranks().gather(None)  # the samples of the others are there too
+    Distributed().all_gather(None)  # the samples of the others are there too
     report = averaged([evaluation.report for evaluation in evaluations])
-    if not Ranks().first:
+    if not Distributed().is_main:
         return report
     if scene.dataset.form.note:
         report.notes.append(f"the numbers are {scene.dataset.form.note}")
@@ -437,9 +444,9 @@ def _noting(report: Report) -> Iterator[None]:
         report.notes.append(str(error))
 
 
-def _described(config: EvalConfig, scene: Scene, samples: Samples) -> str:
+def _described(config: EvalConfig, scene: EvaluationPlan, samples: Samples) -> str:
     """What the numbers are of, in a line."""
-    if isinstance(samples, Reconstructions):
+    if isinstance(samples, ReconstructedSamples):
         about = samples.protocol()
         return (
             f"{about['run']} at step {about['step']}, its reconstructions of {len(samples)} images of "

@@ -12,14 +12,22 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from diffusion_cli.data import Dataset, file_names, fitted, sample_files, spread, stored, survey
+from diffusion_cli.data import Dataset, center_crop_resize, file_names, sample_files, spread, stored, survey
 from diffusion_cli.data.folder import ignored_files
 from diffusion_cli.data.listing import MANIFEST, manifests
 from diffusion_cli.errors import NO_VALUE, FormatError, Problem, UsageError
-from diffusion_cli.foreign import printable, read, reason
-from diffusion_cli.forms import Form, Picture, Ranged, Raster, Shape, Volume, has_own_numbers
-from diffusion_cli.forms.files import flattened, is_gray, opened
-from diffusion_cli.ranks import Ranks
+from diffusion_cli.formats import (
+    HighDepthImage,
+    RangedImage,
+    SampleFormat,
+    Shape,
+    Uint8Image,
+    Volume,
+    has_own_numbers,
+)
+from diffusion_cli.formats.files import flattened, is_gray, opened
+from diffusion_cli.system.distributed import Distributed
+from diffusion_cli.system.untrusted import printable, read, reason
 
 MOST_LINES = 10
 LONGEST = 200  # bytes of a name
@@ -34,13 +42,13 @@ class Input(NamedTuple):
     """For the files made of it; unique."""
     pixels: Tensor
     """As stored, [C, H, W]."""
-    form: Form | None = None
+    form: SampleFormat | None = None
     """In which its result is written, if not in the model's."""
 
 
 def show_remarks(lines: Iterable[str]) -> None:
     """Print remarks about data once, whatever the number of processes."""
-    for line in lines if Ranks().first else ():
+    for line in lines if Distributed().is_main else ():
         print(printable(f"diffuse: {line}"), file=sys.stderr)
 
 
@@ -56,7 +64,7 @@ def real_images(dataset: Dataset, split: str, count: int | None) -> list[Input]:
 
 
 def read_input(
-    given: str | list[str], shapes: list[Shape], fit: bool, count: int | None, form: Form
+    given: str | list[str], shapes: list[Shape], fit: bool, count: int | None, form: SampleFormat
 ) -> list[Input]:
     """The images of a file, a folder or a list of files; UsageError names all that are not of a form and of the shapes.
 
@@ -66,7 +74,7 @@ def read_input(
     if len(files) == 1 and files[0].is_dir():
         files = _files(files[0], form)
     files = files[:count]
-    if isinstance(form, Picture | Raster):
+    if isinstance(form, Uint8Image | HighDepthImage):
         found = survey.headers(Path(), [str(file) for file in files])
         show_remarks(survey.remarks("input", found, len(files), own_numbers=has_own_numbers(form)))
     labels = _names(files)
@@ -93,7 +101,7 @@ def read_input(
     return images
 
 
-def _files(folder: Path, form: Form) -> list[Path]:
+def _files(folder: Path, form: SampleFormat) -> list[Path]:
     """The images of a folder, without results that this program wrote to its subfolders."""
     inside = _but_results(file_names(folder, "input"))
     names = sample_files(folder, inside, form, "input")
@@ -160,16 +168,16 @@ def _content(file: Path) -> bytes:
     return read(file)
 
 
-def _pixels(data: bytes, shapes: list[Shape], fit: bool, form: Form) -> Tensor:
+def _pixels(data: bytes, shapes: list[Shape], fit: bool, form: SampleFormat) -> Tensor:
     if isinstance(form, Volume):
         return form.read(data, shapes[0])
-    if not isinstance(form, Ranged):
+    if not isinstance(form, RangedImage):
         return _bytes(data, shapes, fit)
     sample = form.decode(data)
     if tuple(sample.shape) in shapes:
         return sample
     _refuse(tuple(sample.shape), shapes, fit and len(sample) == shapes[0][0], "crop and resize it")
-    return fitted(sample, form, shapes[0])
+    return center_crop_resize(sample, form, shapes[0])
 
 
 def _refuse(shape: Shape, shapes: list[Shape], fit: bool, remedy: str) -> None:

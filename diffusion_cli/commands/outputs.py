@@ -12,13 +12,12 @@ from typing import Any
 import torch
 
 from diffusion_cli import __version__
-from diffusion_cli.checkpoint import Model, writing
-from diffusion_cli.class_shares import are_shares, labels_in_turn
 from diffusion_cli.config import flatten
 from diffusion_cli.data import LABEL_COLUMNS, LABELS_CSV
+from diffusion_cli.data.class_shares import are_shares, labels_in_turn
 from diffusion_cli.errors import NO_VALUE, FormatError, Problem, UsageError, format_value
-from diffusion_cli.foreign import LONGEST_MANIFEST, MOST_IN_MANIFEST, from_json, read, reason
-from diffusion_cli.manifest import (
+from diffusion_cli.runs.load import LoadedDenoiser
+from diffusion_cli.runs.manifest import (
     MANIFEST,
     RECORDS,
     add_record,
@@ -29,14 +28,17 @@ from diffusion_cli.manifest import (
     replacing,
     write_json,
 )
-from diffusion_cli.run_folder import own_folder
-from diffusion_cli.seeding import seed_ranges
-from diffusion_cli.temporary_files import is_temporary, remove_abandoned
+from diffusion_cli.runs.migrate import migrated
+from diffusion_cli.system.files import writing
+from diffusion_cli.system.own_folder import own_folder
+from diffusion_cli.system.seeding import seed_ranges
+from diffusion_cli.system.temporary_files import is_temporary, remove_abandoned
+from diffusion_cli.system.untrusted import LONGEST_MANIFEST, MOST_IN_MANIFEST, from_json, read, reason
 
 _adding = threading.Lock()
 
 
-def claim(output: Path, settings: dict[str, Any], model: Model) -> dict[str, Any]:
+def claim(output: Path, settings: dict[str, Any], model: LoadedDenoiser) -> dict[str, Any]:
     """Return the manifest of the folder, made now if it is new; UsageError if it is someone else's."""
     if output.exists() and not output.is_dir():
         raise UsageError("output", output, "is a file", "give a folder")
@@ -64,7 +66,7 @@ def _is_internal(path: Path) -> bool:
     return path.name == RECORDS or path.name.startswith(".nfs") or is_temporary(path)
 
 
-def _new_manifest(settings: dict[str, Any], model: Model) -> dict[str, Any]:
+def _new_manifest(settings: dict[str, Any], model: LoadedDenoiser) -> dict[str, Any]:
     return {
         "settings": settings,
         "step": model.step,
@@ -118,7 +120,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 def parsed(content: bytes) -> dict[str, Any]:
     """A manifest; ValueError if it is none of this program."""
-    return _checked(from_json(content, LONGEST_MANIFEST, MOST_IN_MANIFEST))
+    return _checked(migrated(from_json(content, LONGEST_MANIFEST, MOST_IN_MANIFEST)))
 
 
 def _checked(manifest: Any) -> dict[str, Any]:

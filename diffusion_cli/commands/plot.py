@@ -61,7 +61,7 @@ def _label(figure: Figure, variant: Variant) -> str:
     config = _config(variant)
     if figure.of[0] == "run":
         return run_of(config).name
-    return config.schedule["_target_"].rpartition(".")[2].lower()
+    return config.schedule["_target_"].rpartition(".")[2].removesuffix("Schedule").lower()
 
 
 def _usual_path(figure: Figure, configs: dict[str, PlotConfig]) -> Path:

@@ -2,11 +2,12 @@
 
 from pathlib import Path
 
-from diffusion_cli.checkpoint import find_run, whole_file
 from diffusion_cli.config import ReportConfig
 from diffusion_cli.errors import FormatError, UsageError
 from diffusion_cli.report.page import is_ours, page
 from diffusion_cli.report.record import read_record
+from diffusion_cli.runs.find import find_run
+from diffusion_cli.system.files import atomic_write
 
 
 def run(config: ReportConfig) -> None:
@@ -25,7 +26,7 @@ def run(config: ReportConfig) -> None:
     if not free:
         raise UsageError("output", output, "was not written by diffuse report", "choose another file")
     html = page([read_record(folder, name) for folder, name in zip(folders, _names(folders), strict=True)])
-    with whole_file(output) as temporary:
+    with atomic_write(output) as temporary:
         temporary.write_text(html, encoding="utf-8", errors="replace")  # a folder's name may be no Unicode
     print(f"Report: {output}")
 

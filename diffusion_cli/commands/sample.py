@@ -7,16 +7,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffusion_cli.capacity import naming_batch_size
+from diffusion_cli.batch_size import advise_batch_size
 from diffusion_cli.commands.outputs import claim, keep_calls, keep_labels, keep_seeds
 from diffusion_cli.commands.samples import image_path, read_films, read_pictures
-from diffusion_cli.commands.trained import Trained, open_run
+from diffusion_cli.commands.trained import LoadedModel, open_run
 from diffusion_cli.config import EvalConfig, SampleConfig, fingerprint
 from diffusion_cli.generate import generate, trajectories
-from diffusion_cli.progress import ProgressBar
-from diffusion_cli.ranks import Ranks, work_together
 from diffusion_cli.report import Writer, grid, save_gif, save_grid, save_rows, save_stored
-from diffusion_cli.run_folder import own_folder
+from diffusion_cli.system.distributed import Distributed, launch
+from diffusion_cli.system.own_folder import own_folder
+from diffusion_cli.system.progress import ProgressBar
 
 GRID_IMAGES = 100
 STRIP_IMAGES = 8
@@ -25,32 +25,32 @@ GIF_IMAGES = 64
 
 def run(config: SampleConfig) -> int:
     """Make the images that are not there yet, a grid of the first ones, how they arose if asked, and the manifest."""
-    return work_together(make, config, processes=config.processes)
+    return launch(make, config, processes=config.processes)
 
 
 def make(config: SampleConfig) -> None:
     """Make samples as one of the processes that share them; the first alone draws and prints."""
-    with naming_batch_size(config.batch_size, config.device):
+    with advise_batch_size(config.batch_size, config.device):
         _sample(config)
 
 
 def _sample(config: SampleConfig) -> None:
-    ranks, trained = Ranks(), open_run(config)
+    ranks, trained = Distributed(), open_run(config)
     trained.check(config.steps)
     output = Path(config.output) if config.output else samples_folder(trained, config)
-    ranks.one_by_one(lambda: claim(output, trained.settings, trained.model))
+    ranks.main_first(lambda: claim(output, trained.settings, trained.model))
     seeds = range(config.seed, config.seed + config.num_samples)
     form = trained.model.form
-    todo = ranks.agree([seed for seed in seeds if not image_path(output, seed, form).is_file()])
-    if len(todo) < len(seeds) and ranks.first:
+    todo = ranks.broadcast([seed for seed in seeds if not image_path(output, seed, form).is_file()])
+    if len(todo) < len(seeds) and ranks.is_main:
         print(
             f"{output} has {len(seeds) - len(todo)} of {len(seeds)} images; making the others",
             file=sys.stderr,
         )
     shown = seeds[: max(STRIP_IMAGES * config.strip, GIF_IMAGES * config.gif)]
     size = trained.batch_size(config, max(len(todo), len(shown)))
-    calls = max(ranks.gather(_make(trained, config, todo, output, ranks, size)))
-    if not ranks.first:
+    calls = max(ranks.all_gather(_make(trained, config, todo, output, ranks, size)))
+    if not ranks.is_main:
         return
     keep_seeds(output, seeds)
     keep_labels(output, trained.model.class_names or (), form.suffix)
@@ -67,7 +67,7 @@ def _sample(config: SampleConfig) -> None:
         _draw(ways, output, config)
 
 
-def _how(trained: Trained, config: SampleConfig) -> dict[str, Any]:
+def _how(trained: LoadedModel, config: SampleConfig) -> dict[str, Any]:
     return {
         "guidance": trained.guidance,
         "labels": trained.labels,
@@ -77,15 +77,15 @@ def _how(trained: Trained, config: SampleConfig) -> dict[str, Any]:
 
 
 def _make(
-    trained: Trained, config: SampleConfig, todo: list[int], output: Path, ranks: Ranks, size: int
+    trained: LoadedModel, config: SampleConfig, todo: list[int], output: Path, ranks: Distributed, size: int
 ) -> int:
     """Make and write this process's share of the images of the seeds; the network calls that each took."""
     most_calls, form = 0, trained.model.form
     with ProgressBar(
-        total=len(todo), unit="image", desc="sample", dynamic_ncols=True, disable=not ranks.first
+        total=len(todo), unit="image", desc="sample", dynamic_ncols=True, disable=not ranks.is_main
     ) as bar:
         with Writer(2 * size) as writer:
-            for share in ranks.rounds(len(todo), size):
+            for share in ranks.shard(len(todo), size):
                 mine = [todo[place] for place in share]
                 for batch, images, _, calls in generate(
                     trained.model, trained.sampler, config.steps, mine, size, **_how(trained, config)
@@ -95,12 +95,12 @@ def _make(
                         most_calls = calls
                     for seed, image in zip(batch, images.cpu(), strict=True):
                         writer(save_stored, image, image_path(output, seed, form), form)
-                bar.update(sum(ranks.gather(writer.written)) - bar.n)
-        bar.update(sum(ranks.gather(writer.written)) - bar.n)
+                bar.update(sum(ranks.all_gather(writer.written)) - bar.n)
+        bar.update(sum(ranks.all_gather(writer.written)) - bar.n)
     return most_calls
 
 
-def _overview(trained: Trained, config: SampleConfig, seeds: range, output: Path) -> Path:
+def _overview(trained: LoadedModel, config: SampleConfig, seeds: range, output: Path) -> Path:
     """Draw the first images as a grid, with a row a class where classes are asked for."""
     path, first = output / "grid.png", list(seeds)[:GRID_IMAGES]
     films = read_films(output, first, trained.model)
@@ -126,8 +126,8 @@ def _draw(ways: Tensor, output: Path, config: SampleConfig) -> None:
         print(f"Animation: {animation}")
 
 
-def samples_folder(trained: Trained, config: SampleConfig | EvalConfig) -> Path:
+def samples_folder(trained: LoadedModel, config: SampleConfig | EvalConfig) -> Path:
     """Where the samples of a model and these settings lie, unless told otherwise."""
-    sampler = config.sampler["_target_"].rpartition(".")[2].lower()
+    sampler = config.sampler["_target_"].rpartition(".")[2].removesuffix("Sampler").lower()
     name = f"{sampler}-{config.steps}-{fingerprint(trained.settings)}"
     return own_folder(trained.folder, "samples", name)

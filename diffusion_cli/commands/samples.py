@@ -10,28 +10,29 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffusion_cli.checkpoint import Model, is_run
-from diffusion_cli.class_shares import label_settings, labels_in_turn
 from diffusion_cli.commands.inputs import show_remarks
 from diffusion_cli.commands.outputs import keep_calls, parsed, recorded_calls, sample_name
-from diffusion_cli.commands.trained import Trained
+from diffusion_cli.commands.trained import LoadedModel
 from diffusion_cli.config import EvalConfig
-from diffusion_cli.data import Dataset, Given, PicturedImages, given_images
+from diffusion_cli.data import Dataset, ExternalImages, PicturedImages, given_images
+from diffusion_cli.data.class_shares import label_settings, labels_in_turn
 from diffusion_cli.data.folder import FileImages
 from diffusion_cli.data.labels import read
 from diffusion_cli.data.listing import MANIFEST
 from diffusion_cli.errors import UsageError
-from diffusion_cli.foreign import LONGEST_MANIFEST
-from diffusion_cli.forms import Form, Picture
+from diffusion_cli.formats import SampleFormat, Uint8Image
 from diffusion_cli.generate import generate, labels_of
 from diffusion_cli.metrics import GivenSamples, Reference, Samples
 from diffusion_cli.report import Writer, read_stored, save_stored
+from diffusion_cli.runs.find import is_run
+from diffusion_cli.runs.load import LoadedDenoiser
+from diffusion_cli.system.untrusted import LONGEST_MANIFEST
 
 
 class ModelSamples(Samples):
     """Samples of a run's model, by seed; those that lie in `folder` are taken from there, the others kept there."""
 
-    def __init__(self, trained: Trained, config: EvalConfig, folder: Path | None) -> None:
+    def __init__(self, trained: LoadedModel, config: EvalConfig, folder: Path | None) -> None:
         self.trained, self.config, self.folder = trained, config, folder
         model = trained.model
         self.shape, self.class_names = model.form.picture_shape(model.shape), model.class_names
@@ -70,7 +71,7 @@ class ModelSamples(Samples):
         labels = labels_of(seeds, self.trained.labels, torch.device("cpu"))
         form, shape = self.trained.model.form, self.trained.model.shape
         if self.folder is None:
-            return form.pictures(torch.cat([images for _, images in self._generated(seeds)])), labels
+            return form.to_rgb(torch.cat([images for _, images in self._generated(seeds)])), labels
         paths = {seed: image_path(self.folder, seed, form) for seed in seeds}
         there = [seed for seed in seeds if paths[seed].is_file()]
         files = [paths[seed] for seed in there]
@@ -79,7 +80,7 @@ class ModelSamples(Samples):
             for seed, image in zip(some, images, strict=True):
                 self.writer(save_stored, image, paths[seed], form)
                 found[seed] = image
-        return form.pictures(torch.stack([found[seed] for seed in seeds])), labels
+        return form.to_rgb(torch.stack([found[seed] for seed in seeds])), labels
 
     def _generated(self, seeds: list[int]) -> list[tuple[list[int], Tensor]]:
         start, trained, config = time.perf_counter(), self.trained, self.config
@@ -101,13 +102,13 @@ class ModelSamples(Samples):
         return about(self.trained) | {"seeds": [self.seeds[0], self.seeds[-1]], "network_calls": self.calls}
 
 
-def about(trained: Trained) -> dict[str, Any]:
+def about(trained: LoadedModel) -> dict[str, Any]:
     """What a model's numbers depend on, as plain data."""
     model = trained.model
     return {"run": trained.folder.name, "step": model.step, "ema": model.config["ema"], **trained.settings}
 
 
-def in_shares_of(trained: Trained, reference: Reference) -> tuple[Trained, str]:
+def in_shares_of(trained: LoadedModel, reference: Reference) -> tuple[LoadedModel, str]:
     """Return the model with the labels of the reference's images, each as often as there, and a note about them.
 
     Labels that the model does not make by itself are left out. The labels stay as they are for a reference without
@@ -132,18 +133,18 @@ def in_shares_of(trained: Trained, reference: Reference) -> tuple[Trained, str]:
     return matched, f"class shares: those of {reference.name}; label=all makes equal shares"
 
 
-def image_path(folder: Path, seed: int, form: Form) -> Path:
+def image_path(folder: Path, seed: int, form: SampleFormat) -> Path:
     """The file of a seed."""
     return folder / sample_name(seed, form.suffix)
 
 
-def read_pictures(folder: Path, seeds: Sequence[int], model: Model) -> Tensor:
+def read_pictures(folder: Path, seeds: Sequence[int], model: LoadedDenoiser) -> Tensor:
     """Pictures of the samples of some seeds that lie in a folder, uint8 [N, C, H, W]."""
     files = [image_path(folder, seed, model.form) for seed in seeds]
-    return model.form.pictures(read_stored(files, model.form, model.shape))
+    return model.form.to_rgb(read_stored(files, model.form, model.shape))
 
 
-def read_films(folder: Path, seeds: Sequence[int], model: Model) -> Tensor:
+def read_films(folder: Path, seeds: Sequence[int], model: LoadedDenoiser) -> Tensor:
     """The samples of some seeds as films to look through, uint8 [N, F, C, H, W]."""
     files = [image_path(folder, seed, model.form) for seed in seeds]
     return model.form.frames(read_stored(files, model.form, model.shape))
@@ -151,7 +152,7 @@ def read_films(folder: Path, seeds: Sequence[int], model: Model) -> Tensor:
 
 def given_samples(path: Path, dataset: Dataset | None, count: int | None) -> GivenSamples:
     """Images that lie there; of samples of this program with what their manifest says."""
-    form = dataset.form if dataset else Picture()
+    form = dataset.form if dataset else Uint8Image()
     given = given_images(path, "samples", dataset.shape if dataset else None, form)
     show_remarks(given.remarks)
     made: dict[str, Any] = {"samples": path.name}
@@ -163,19 +164,19 @@ def given_samples(path: Path, dataset: Dataset | None, count: int | None) -> Giv
         classes = dataset.num_classes or 0 if dataset else 0
         known = isinstance(labels, list) and max(labels) < classes
         if dataset and known and all(seed.isdecimal() for seed in seeds):
-            given = Given(given.images, dataset.class_names)
+            given = ExternalImages(given.images, dataset.class_names)
             given.images.labels = labels_of([int(seed) for seed in seeds], labels, torch.device("cpu"))
-    if not isinstance(form, Picture):
-        given = Given(PicturedImages(given.images, form), given.class_names)
+    if not isinstance(form, Uint8Image):
+        given = ExternalImages(PicturedImages(given.images, form), given.class_names)
     return GivenSamples(given, dataset.class_names if dataset else None, made, f"samples={path}", count)
 
 
-def _names(given: Given) -> list[str]:
+def _names(given: ExternalImages) -> list[str]:
     """The files of images, in order; none of a NumPy file."""
     return given.images.names if isinstance(given.images, FileImages) else []
 
 
-def _manifest(path: Path, given: Given) -> dict[str, Any] | None:
+def _manifest(path: Path, given: ExternalImages) -> dict[str, Any] | None:
     """What this program wrote about images that all lie in one folder of its own; None of other images."""
     folders = {PurePosixPath(name).parent for name in _names(given)}
     if len(folders) != 1:

@@ -13,44 +13,40 @@ import torch
 import yaml
 from lightning.pytorch import Callback
 
-from diffusion_cli.checkpoint import (
-    AUTOENCODER,
-    FORMAT,
-    LAST,
-    digest,
-    read,
-    recover,
-    save_weights,
-    whole_file,
-)
 from diffusion_cli.commands.inputs import show_remarks
 from diffusion_cli.config import TrainConfig, identity, seconds
 from diffusion_cli.config.at_hand import gpu
 from diffusion_cli.config.recipe import BUDGETED, derived_in
-from diffusion_cli.data import Growing, Images, Stages, UnreadableError
+from diffusion_cli.data import Images, ProgressiveBatches, ResolutionSchedule, UnreadableError
 from diffusion_cli.data.labels import examples
-from diffusion_cli.denoiser import Denoiser, NoisyClassifier
+from diffusion_cli.diffusion.denoiser import Denoiser, NoisyClassifier
 from diffusion_cli.errors import NO_VALUE, MachineError, Problem, UsageError, format_value
-from diffusion_cli.locks import only_one
-from diffusion_cli.named_data import remember, remember_run
-from diffusion_cli.precision import resolve
-from diffusion_cli.ranks import Ranks, started, work_together
-from diffusion_cli.reconstruction import Autoencoding
-from diffusion_cli.signals import UNFINISHED
-from diffusion_cli.training.assembly import (
-    Encoding,
-    Parts,
+from diffusion_cli.runs.checkpoint import LAST, read
+from diffusion_cli.runs.find import recover
+from diffusion_cli.runs.load import AUTOENCODER
+from diffusion_cli.runs.migrate import FORMAT
+from diffusion_cli.runs.weights import digest, save_weights
+from diffusion_cli.system.distributed import Distributed, launch, started
+from diffusion_cli.system.files import atomic_write
+from diffusion_cli.system.locks import run_lock
+from diffusion_cli.system.precision import resolve
+from diffusion_cli.system.signals import UNFINISHED
+from diffusion_cli.system.trusted_paths import remember, remember_run
+from diffusion_cli.training.autoencoder_loss import Autoencoding
+from diffusion_cli.training.build import (
+    AutoencoderTask,
+    TrainingSetup,
     assemble,
     module_of,
+    periodic_callbacks,
     stages_of,
     trainer_of,
-    watchers_of,
 )
-from diffusion_cli.training.callbacks import Checkpoints, HeldOutAccuracy, Progress, Stop
+from diffusion_cli.training.callbacks import CheckpointCallback, GracefulStop, HeldOutAccuracy, Progress
 from diffusion_cli.training.ema import EMA
-from diffusion_cli.training.encoding import LatentDataset
-from diffusion_cli.training.memory import naming_what_fits
+from diffusion_cli.training.latent_data import LatentDataset
 from diffusion_cli.training.module import Trainable
+from diffusion_cli.training.out_of_memory import advise_on_oom
 from diffusion_cli.training.stored_state import StoredOptions, check_state, expected_state, mend_state
 
 
@@ -75,7 +71,7 @@ def run(config: TrainConfig) -> int:
             f"{place.nodes} is at work",
             "start diffuse by torchrun or srun on so many, or with -m launcher=slurm",
         )
-    return work_together(
+    return launch(
         train, config,
         processes=None if place.world > 1 else devices, timeout=timedelta(seconds=trainer["timeout"]),
     )  # fmt: skip
@@ -109,66 +105,81 @@ def train(config: TrainConfig) -> int:
     """Train as one of the processes that share the work; the first alone writes and prints."""
     assert config.name is not None
     folder = Path(config.output_dir) / config.name
-    stop = Stop(seconds(config.max_time), seconds(config.checkpoint_period))
-    with only_one(folder) if Ranks().first else nullcontext():
-        if Ranks().first:
+    stop = GracefulStop(seconds(config.max_time), seconds(config.checkpoint_period))
+    with run_lock(folder) if Distributed().is_main else nullcontext():
+        if Distributed().is_main:
             recover(folder)
         return _train(config, folder, stop)
 
 
-def _train(config: TrainConfig, folder: Path, stop: Stop) -> int:
+def _train(config: TrainConfig, folder: Path, stop: GracefulStop) -> int:
     """Hold what is asked for against what is there, and train on from there."""
-    ranks, last = Ranks(), folder / LAST
-    before = read(last) if ranks.agree(last.is_file()) else None
+    ranks, last = Distributed(), folder / LAST
+    before = read(last) if ranks.broadcast(last.is_file()) else None
     done = before["global_step"] if before else 0
     _refuse_another(folder, config, before)
     parts = assemble(config, folder, before["diffuse"] if before else None)
     # What null once meant it goes on to mean, whatever the budget is now.
     stored = before["diffuse"]["stages"] if before else None
-    stages = Stages.stored(stored) if stored else stages_of(config, parts.shown)
+    stages = ResolutionSchedule.stored(stored) if stored else stages_of(config, parts.train_data)
     _refuse_uneven(config, stages, ranks.world)
-    images, held_out = parts.shown.load("train"), parts.shown.load("held_out")
+    images, held_out = parts.train_data.load("train"), parts.train_data.load("held_out")
     about = _about(config, parts, images, held_out, stages)
     # As is what "auto" once meant, on whatever machine the run is taken up.
     known = before["diffuse"].get("precision") if before and config.precision == "auto" else None
     about["precision"] = known or resolve(config.precision, parts.device.torch_device)
     _refuse_other_data(folder, about, before)
-    if ranks.first:  # also if the run is complete
+    if ranks.is_main:  # also if the run is complete
         remember(config.dataset)
     max_steps = _max_steps(config, stages, len(images))
     if max_steps is not None and done >= max_steps:
-        if ranks.first:
+        if ranks.is_main:
             print(
                 f"{folder} is complete at step {done}; a larger budget, as max_steps={2 * done}, goes on with it"
             )
         return 0
-    return _fit(config, folder, parts, stages, images, held_out, about, before, max_steps, stop)
+    return _fit(
+        config, folder, parts, stages,
+        images=images, held_out=held_out, about=about, before=before, max_steps=max_steps, stop=stop,
+    )  # fmt: skip
 
 
 def _fit(
     config: TrainConfig,
     folder: Path,
-    parts: Parts,
-    stages: Stages,
+    parts: TrainingSetup,
+    stages: ResolutionSchedule,
+    *,
     images: Images,
     held_out: Images,
     about: dict[str, Any],
     before: dict[str, Any] | None,
     max_steps: int | None,
-    stop: Stop,
+    stop: GracefulStop,
 ) -> int:
     """Train from a checkpoint, or from the start, to the end or to a signal."""
-    ranks, model = Ranks(), parts.task.model
+    ranks, model = Distributed(), parts.task.model
     done = before["global_step"] if before else 0
     precision = about["precision"]
     module = module_of(config, parts, about)
     ema = EMA(model.network, config.ema.decay, config.ema.warm_up, parts.device.offload_ema)
-    watchers = watchers_of(config, folder, parts, stages, ema, stop, held_out, about["class_counts"])
-    checkpoints = Checkpoints(config.checkpoint_every, folder, config.keep_last, stop)
+    watchers = periodic_callbacks(
+        config,
+        folder,
+        parts,
+        stages,
+        ema=ema,
+        stop=stop,
+        held_out=held_out,
+        class_counts=about["class_counts"],
+    )
+    checkpoints = CheckpointCallback(config.checkpoint_every, folder, config.keep_last, stop)
     progress = Progress(config.log_every, folder, stages, max_steps, stop, config.model_dump())
     # The average first, for the others look at it; checkpoints last: they hold what the others know.
     callbacks = [ema, progress, stop, *watchers, checkpoints]
-    trainer = trainer_of(config, parts.device, precision, folder, done, max_steps, callbacks)
+    trainer = trainer_of(
+        config, parts.device, precision, folder, done=done, max_steps=max_steps, callbacks=callbacks
+    )
     if before:
         expected = expected_state(trainer, module, done)
         mend_state(before, expected)
@@ -177,7 +188,7 @@ def _fit(
         trainer.callbacks.append(StoredOptions(expected))  # pyright: ignore[reportAttributeAccessIssue]
     if config.compile is True or (config.compile == "auto" and parts.device.torch_device.type == "cuda"):
         model.network.compile()  # in place: torch.compile(network) would rename every weight
-    if ranks.first:
+    if ranks.is_main:
         if parts.latent is not None and not done:
             save_weights(parts.latent.latents.autoencoder, folder / AUTOENCODER)
         _write_config(folder / "config.yaml", config)
@@ -192,27 +203,27 @@ def _fit(
         )
         remarks = [*_beyond_its_end(parts, stages, max_steps), *parts.dataset.remarks()]
         show_remarks([*remarks, *_without_images(parts, about["class_counts"])])
-    batches = Growing(
-        images, stages, config.seed, parts.dataset.flip, done, config.accumulate,
-        ranks.rank, ranks.world, parts.device.torch_device, parts.dataset.num_workers,
+    batches = ProgressiveBatches(
+        images, stages, config.seed, parts.dataset.flip, start=done, parts=config.accumulate, rank=ranks.rank,
+        world_size=ranks.world, device=parts.device.torch_device, num_workers=parts.dataset.num_workers,
     )  # fmt: skip
     device = parts.device.torch_device
     with stop.listening():  # before, there is nothing to save, and a signal ends the command at once
         with (
             _saying_what_is_saved(checkpoints, done),
-            naming_what_fits(module, device, stages, trainer),
+            advise_on_oom(module, device, stages, trainer),
         ):
             try:
                 trainer.fit(module, batches, ckpt_path=folder / LAST if done else None, weights_only=True)
             except SystemExit as error:  # Lightning's answer to a second Ctrl-C
                 raise KeyboardInterrupt from error
-        if ranks.first:
-            _tell(trainer.global_step, stop, watchers, model, folder)
+        if ranks.is_main:
+            _print_summary(trainer.global_step, stop, watchers, model, folder)
     return UNFINISHED if stop.stopping else 0
 
 
 @contextmanager
-def _saying_what_is_saved(checkpoints: Checkpoints, done: int) -> Iterator[None]:
+def _saying_what_is_saved(checkpoints: CheckpointCallback, done: int) -> Iterator[None]:
     """Raise what ends a run from outside, a disk or the data, as OSError that says where the run can be taken up."""
     try:
         yield
@@ -228,7 +239,9 @@ def _saying_what_is_saved(checkpoints: Checkpoints, done: int) -> Iterator[None]
         raise MachineError(f"{error}; the run {saved}") from error
 
 
-def _tell(step: int, stop: Stop, watchers: list[Callback], model: Trainable, folder: Path) -> None:
+def _print_summary(
+    step: int, stop: GracefulStop, watchers: list[Callback], model: Trainable, folder: Path
+) -> None:
     """Say how a run has ended, and how it goes on."""
     for watcher in watchers:
         if isinstance(watcher, HeldOutAccuracy):
@@ -250,7 +263,7 @@ def _where(device: torch.device) -> str:
     return f"{place.world} x {device.type}" + (f" on {place.nodes} nodes" if place.nodes > 1 else "")
 
 
-def _refuse_uneven(config: TrainConfig, stages: Stages, world: int) -> None:
+def _refuse_uneven(config: TrainConfig, stages: ResolutionSchedule, world: int) -> None:
     """Raise ValueError unless each part of a batch is shared out evenly among so many processes."""
     for stage in stages.all:
         if stage.batch_size // config.accumulate % world:
@@ -293,17 +306,17 @@ def _refuse_another(folder: Path, config: TrainConfig, checkpoint: dict[str, Any
 
 
 def _write_config(path: Path, config: TrainConfig) -> None:
-    with whole_file(path) as temporary:
+    with atomic_write(path) as temporary:
         temporary.write_text(yaml.safe_dump(config.model_dump(), sort_keys=False))
 
 
-def _max_steps(config: TrainConfig, stages: Stages, num_images: int) -> int | None:
+def _max_steps(config: TrainConfig, stages: ResolutionSchedule, num_images: int) -> int | None:
     limits = [config.max_steps] if config.max_steps else []
     limits += [stages.steps(config.max_epochs * num_images)] if config.max_epochs else []
     return min(limits, default=None)
 
 
-def _beyond_its_end(parts: Parts, stages: Stages, max_steps: int | None) -> Iterator[str]:
+def _beyond_its_end(parts: TrainingSetup, stages: ResolutionSchedule, max_steps: int | None) -> Iterator[str]:
     """What a run is to do only after its last step, in lines; no mistakes, for a larger budget may go on with it."""
     if max_steps is None:
         return
@@ -312,7 +325,7 @@ def _beyond_its_end(parts: Parts, stages: Stages, max_steps: int | None) -> Iter
             f"stage_steps: reach size {stages.last.size} at step {stages.last.first}, and the run ends at step "
             f"{max_steps}; give it more steps, or the stages fewer"
         )
-    if isinstance(parts.task, Encoding):
+    if isinstance(parts.task, AutoencoderTask):
         start = parts.task.objective.start
         if start is not None and start >= max_steps:
             yield (
@@ -321,7 +334,7 @@ def _beyond_its_end(parts: Parts, stages: Stages, max_steps: int | None) -> Iter
             )
 
 
-def _without_images(parts: Parts, class_counts: list[int] | None) -> Iterator[str]:
+def _without_images(parts: TrainingSetup, class_counts: list[int] | None) -> Iterator[str]:
     """One line that names the classes without a training image, if the model is trained with labels."""
     if class_counts is None or not parts.conditional:
         return
@@ -377,17 +390,17 @@ def _next(model: Trainable, folder: Path) -> str:
 
 
 def _about(
-    config: TrainConfig, parts: Parts, images: Images, held_out: Images, stages: Stages
+    config: TrainConfig, parts: TrainingSetup, images: Images, held_out: Images, stages: ResolutionSchedule
 ) -> dict[str, Any]:
     labels, dataset = None if images.labels is None else images.labels.cpu(), parts.dataset
     latent = None
     if parts.latent is not None:
-        assert isinstance(parts.shown, LatentDataset)
-        latent = parts.latent.about(parts.shown)
+        assert isinstance(parts.train_data, LatentDataset)
+        latent = parts.latent.about(parts.train_data)
     fingerprints = f"{images.fingerprint()} {held_out.fingerprint()}"
     return {
         "task": parts.task.model.task,
-        "data_sha256": Ranks().agree(sha256(fingerprints.encode()).hexdigest()),
+        "data_sha256": Distributed().broadcast(sha256(fingerprints.encode()).hexdigest()),
         "num_images": len(images),
         "data_rules": dataset.rules,
         "labels_sha256": None if labels is None else digest({"labels": labels}),

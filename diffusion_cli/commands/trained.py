@@ -9,18 +9,20 @@ from typing import Any
 
 import torch
 
-from diffusion_cli.capacity import images_that_fit, network_call
-from diffusion_cli.checkpoint import Classifier, Model, Origin, find_run, load_classifier, load_model
+from diffusion_cli.batch_size import images_that_fit, network_call
 from diffusion_cli.commands.class_labels import class_number, is_null, labels_named, warn_of_untrained
-from diffusion_cli.config import EditConfig, EvalConfig, SampleConfig, build, check_dataset
+from diffusion_cli.config import EditConfig, EvalConfig, SampleConfig, build
 from diffusion_cli.data import Dataset, as_begun
-from diffusion_cli.denoiser import Denoiser, NoisyClassifier
+from diffusion_cli.diffusion.denoiser import Denoiser, NoisyClassifier
+from diffusion_cli.diffusion.guidance import Guidance, Guided
 from diffusion_cli.errors import NO_VALUE, UsageError, format_value
-from diffusion_cli.guidance import Guidance, Guided
-from diffusion_cli.named_data import remember, unnamed
-from diffusion_cli.precision import device_of, resolve
-from diffusion_cli.ranks import Ranks
+from diffusion_cli.runs.find import find_run
+from diffusion_cli.runs.load import LoadedClassifier, LoadedDenoiser, Origin, load_classifier, load_model
+from diffusion_cli.runs.schema import check_dataset
 from diffusion_cli.samplers import Sampler
+from diffusion_cli.system.distributed import Distributed
+from diffusion_cli.system.precision import device_of, resolve
+from diffusion_cli.system.trusted_paths import remember, unnamed
 
 FRUGAL = {"in_memory": None, "num_workers": 0}
 """Settings of a dataset that change time and memory, but no image: those of a checkpoint are not used."""
@@ -28,11 +30,11 @@ SCALE = 1e-3  # by which the scales of the same latents may differ
 
 
 @dataclass(frozen=True)
-class Trained:
+class LoadedModel:
     """A run's model with what the command line chose for it."""
 
     folder: Path
-    model: Model
+    model: LoadedDenoiser
     sampler: Sampler
     guidance: Guidance
     labels: list[int] | None
@@ -68,7 +70,7 @@ class Trained:
 
         All of several processes have to ask, and get the same.
         """
-        if self.sampler.one_by_one or count == 0:
+        if self.sampler.per_image or count == 0:
             return 1
         if config.batch_size != "auto":
             return min(config.batch_size, count)
@@ -76,10 +78,10 @@ class Trained:
             self.model, self.sampler, config.steps, guidance=self.guidance, labels=self.labels, clip=config.clip_x0,
             precision=self.precision, each=each, gradient=gradient,
         )  # fmt: skip
-        ranks = Ranks()
+        ranks = Distributed()
         share = math.ceil(count / ranks.world)
-        size = ranks.agree(images_that_fit(call, share, self.device) if ranks.first else 1)
-        if ranks.first:
+        size = ranks.broadcast(images_that_fit(call, share, self.device) if ranks.is_main else 1)
+        if ranks.is_main:
             print(f"batch_size={size}", file=sys.stderr)
         return size
 
@@ -136,14 +138,14 @@ def dataset_of(folder: Path, trained: Origin, data_dir: str, paths: Mapping[str,
     return dataset
 
 
-def open_run(config: SampleConfig | EvalConfig | EditConfig) -> Trained:
+def open_run(config: SampleConfig | EvalConfig | EditConfig) -> LoadedModel:
     """Load what a command names; ValueError if there is no such run or device, or parts do not go together."""
     folder = find_run(config.run, config.output_dir)
     device = device_of(config.device)
     precision = resolve(config.precision, device)
     model = load_model(folder, config.weights, device, config.step)
     sampler: Sampler = build(config.sampler, model.denoiser.schedule)
-    guides = Guides(model, folder, config, device)
+    guides = GuidanceRuns(model, folder, config, device)
     guidance: Guidance = build(config.guidance, guides)
     labels = labels_named(
         config.label, model, guidance, guides.trained_classes,
@@ -177,15 +179,15 @@ def open_run(config: SampleConfig | EvalConfig | EditConfig) -> Trained:
         **sampler.grid_settings(config.steps),
     }
     chosen = config.label is not None and not is_null(config.label, model.class_names)
-    return Trained(folder, model, sampler, guidance, labels, device, precision, settings, chosen)
+    return LoadedModel(folder, model, sampler, guidance, labels, device, precision, settings, chosen)
 
 
-class Guides:
+class GuidanceRuns:
     """The networks that a guidance names, loaded and held against the model that they are to guide."""
 
     def __init__(
         self,
-        model: Model,
+        model: LoadedDenoiser,
         folder: Path,
         config: SampleConfig | EvalConfig | EditConfig,
         device: torch.device,
@@ -241,7 +243,7 @@ class Guides:
             self.trained_classes = guide.trained_classes
         return guide.classifier
 
-    def _compare(self, key: str, guide: Model | Classifier, *parts: str) -> None:
+    def _compare(self, key: str, guide: LoadedDenoiser | LoadedClassifier, *parts: str) -> None:
         """Raise ValueError unless a guide sees images of the same shape in the same space at the same noise levels."""
         if guide.shape != self.model.shape:
             raise UsageError(
@@ -278,7 +280,7 @@ def _same_latents(one: dict[str, Any] | None, other: dict[str, Any] | None) -> b
     return alike and all(one[key] == other[key] for key in ("shape", "sha256"))
 
 
-def _refuse_untrained_null(model: Model, key: str) -> None:
+def _refuse_untrained_null(model: LoadedDenoiser, key: str) -> None:
     if model.num_classes is not None and model.config["objective"]["label_dropout"] == 0:
         raise UsageError(
             key,

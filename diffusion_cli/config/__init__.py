@@ -16,7 +16,7 @@ from diffusion_cli.config.catalogue import (
     summary,
 )
 from diffusion_cli.config.check import build, check_node, signature
-from diffusion_cli.config.compose import compose, expand, first_line, load
+from diffusion_cli.config.compose import compose, expand, load
 from diffusion_cli.config.grid import Value, Variant, load_grid
 from diffusion_cli.config.launcher import LAUNCHERS, launch, split_launcher
 from diffusion_cli.config.runs import fingerprint, flatten, identity
@@ -36,7 +36,6 @@ from diffusion_cli.config.schema import (
     seconds,
 )
 from diffusion_cli.config.seeds import shared_seeds
-from diffusion_cli.config.stored import check_built, check_dataset, check_stored
 from diffusion_cli.config.typed import as_typed
 
 __all__ = [
@@ -60,10 +59,7 @@ __all__ = [
     "as_typed",
     "brought_by",
     "build",
-    "check_built",
-    "check_dataset",
     "check_node",
-    "check_stored",
     "chosen",
     "compose",
     "defaults",
@@ -71,7 +67,6 @@ __all__ = [
     "documented",
     "expand",
     "fingerprint",
-    "first_line",
     "flatten",
     "identity",
     "launch",

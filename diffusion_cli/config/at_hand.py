@@ -9,7 +9,7 @@ from pathlib import Path, PurePosixPath
 from statistics import median_low
 from typing import IO, Any, NamedTuple
 
-from diffusion_cli.foreign import IMAGE_FORMATS, Archive, regular
+from diffusion_cli.system.untrusted import IMAGE_FORMATS, Archive, regular
 
 MOST_COUNTED = 1_000_000
 """Files that are looked at most."""

@@ -37,8 +37,9 @@ from diffusion_cli.config.recipe import (
 from diffusion_cli.config.runs import flatten, identity, replaced, run_name
 from diffusion_cli.config.schema import COMMANDS, GRIDS, Config, Node
 from diffusion_cli.config.typed import as_typed
-from diffusion_cli.errors import NO_VALUE, Problem, UsageError
-from diffusion_cli.named_data import is_own_run
+from diffusion_cli.errors import NO_VALUE, Problem, UsageError, first_line
+from diffusion_cli.runs.migrate import migrated
+from diffusion_cli.system.trusted_paths import is_own_run
 
 # What runs the jobs of a sweep: `launcher=slurm`, or as Hydra spells it.
 LAUNCHER = re.compile(r"(hydra[/.])?launcher(?=[.=])")
@@ -274,7 +275,9 @@ def _compose_once(command: str, overrides: Sequence[str], dirs: Sequence[Path]) 
         plain["derived"] = [key for key, value in flatten(written).items() if value == "${max_steps}"]
     assert isinstance(choices, dict)
     return (
-        {str(key): value for key, value in plain.items()},
+        migrated(
+            {str(key): value for key, value in plain.items()}
+        ),  # option files of users are of any version
         {str(group): option for group, option in choices.items() if group in defaults(command)},
     )
 
@@ -368,8 +371,3 @@ def _check(command: str, composed: Node) -> tuple[Config | None, list[Problem]]:
             for path, item in nodes.items():
                 mistakes += check_node(path, item) if isinstance(item, dict) else []
     return config, mistakes
-
-
-def first_line(error: Exception) -> str:
-    """What an error says first; where it says nothing, its kind."""
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -8,8 +8,9 @@ from diffusion_cli.config.catalogue import defaults, documented, options
 from diffusion_cli.config.recipe import BUDGETED, derived_in
 from diffusion_cli.config.runs import flatten, identity, replaced
 from diffusion_cli.errors import NO_VALUE, FormatError, UsageError
-from diffusion_cli.foreign import read_yaml
-from diffusion_cli.named_data import is_own_run, unnamed
+from diffusion_cli.runs.migrate import migrated
+from diffusion_cli.system.trusted_paths import is_own_run, unnamed
+from diffusion_cli.system.untrusted import read_yaml
 
 PATHS = {"path", "masks", "run", "pretrained", "weights", "lpips_weights", "stats", "data_dir", "cache_dir"}
 """Last names of the keys whose values are files and folders of this machine."""
@@ -47,7 +48,7 @@ def stored_by(folder: Path) -> dict[str, Any]:
             str(reason),
             f"give the whole command that the run was trained with, and name={folder.name}",
         ) from error
-    return stored
+    return migrated(stored)
 
 
 def without_processes(stored: Mapping[str, Any]) -> dict[str, Any]:

@@ -15,7 +15,8 @@ from diffusion_cli.config.at_hand import OwnImages, gpu
 from diffusion_cli.config.catalogue import options
 from diffusion_cli.config.runs import flatten
 from diffusion_cli.config.schema import Node
-from diffusion_cli.foreign import read_yaml
+from diffusion_cli.runs.migrate import migrated
+from diffusion_cli.system.untrusted import read_yaml
 
 AUTO = "auto"
 NETWORKS = ("unet_small", "unet_patch2", "unet_tiny", "unet3d_tiny")
@@ -192,7 +193,7 @@ def begun_with(run: Path) -> Node:
         value = read_yaml(run / "config.yaml")
     except (OSError, ValueError):
         return {}
-    return value if isinstance(value, dict) else {}
+    return migrated(value) if isinstance(value, dict) else {}
 
 
 def _whole(value: Any, otherwise: Any) -> Any:

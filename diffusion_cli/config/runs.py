@@ -10,6 +10,7 @@ from typing import Any
 
 from diffusion_cli.config.catalogue import brought_by, defaults, options
 from diffusion_cli.errors import format_value
+from diffusion_cli.runs.migrate import as_of_format_4
 
 # Keys that say how far, how fast and where, but not what: a run may go on with other values of them.
 NOT_IDENTITY = frozenset(
@@ -78,8 +79,8 @@ def replaced(config: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, 
 
 
 def fingerprint(node: Mapping[str, Any]) -> str:
-    """Eight hex digits that follow from a configuration's keys and values."""
-    return hashlib.sha256(json.dumps(node, sort_keys=True).encode()).hexdigest()[:8]
+    """Eight hex digits that follow from a configuration's keys and values, the same in all versions."""
+    return hashlib.sha256(json.dumps(as_of_format_4(node), sort_keys=True).encode()).hexdigest()[:8]
 
 
 def run_name(

@@ -2,20 +2,20 @@
 
 from diffusion_cli.data.array import Array
 from diffusion_cli.data.base import Dataset, Images, NoDataset, PixelDigest, spread
-from diffusion_cli.data.batches import Batch, Batches, UnreadableError, normalised
-from diffusion_cli.data.decoding import Exact, fitted
+from diffusion_cli.data.batches import Batch, Batches, UnreadableError, to_model_range
+from diffusion_cli.data.decoding import NoResize, center_crop_resize
 from diffusion_cli.data.digits import Digits
+from diffusion_cli.data.external import ExternalImages, given_images, relabelled, sample_files
 from diffusion_cli.data.folder import Folder, as_begun, file_names
 from diffusion_cli.data.gaussian_mixture import GaussianMixture
-from diffusion_cli.data.given import Given, given_images, relabelled, sample_files
 from diffusion_cli.data.labels import LABEL_COLUMNS, LABELS_CSV, composed
 from diffusion_cli.data.listing import manifests, visible_name
-from diffusion_cli.data.memory import hold
+from diffusion_cli.data.memory import to_device
 from diffusion_cli.data.packing import Pack
-from diffusion_cli.data.pictured import PicturedImages, pictured, stored
 from diffusion_cli.data.points import Points
-from diffusion_cli.data.published import CIFAR10, MNIST, FashionMNIST
-from diffusion_cli.data.stages import Growing, Stages, reduced
+from diffusion_cli.data.previews import PicturedImages, pictured, stored
+from diffusion_cli.data.progressive import ProgressiveBatches, ResolutionSchedule, reduced
+from diffusion_cli.data.torchvision_sets import CIFAR10, MNIST, FashionMNIST
 
 __all__ = [
     "CIFAR10",
@@ -27,33 +27,33 @@ __all__ = [
     "Batches",
     "Dataset",
     "Digits",
-    "Exact",
+    "ExternalImages",
     "FashionMNIST",
     "Folder",
     "GaussianMixture",
-    "Given",
-    "Growing",
     "Images",
     "NoDataset",
+    "NoResize",
     "Pack",
     "PicturedImages",
     "PixelDigest",
     "Points",
-    "Stages",
+    "ProgressiveBatches",
+    "ResolutionSchedule",
     "UnreadableError",
     "as_begun",
+    "center_crop_resize",
     "composed",
     "file_names",
-    "fitted",
     "given_images",
-    "hold",
     "manifests",
-    "normalised",
     "pictured",
     "reduced",
     "relabelled",
     "sample_files",
     "spread",
     "stored",
+    "to_device",
+    "to_model_range",
     "visible_name",
 ]

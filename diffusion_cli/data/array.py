@@ -17,9 +17,9 @@ from diffusion_cli.data.base import Dataset, Images, Split, shuffled_mask, split
 from diffusion_cli.data.member_check import member_check
 from diffusion_cli.data.memory import MemoryImages, fits_in_memory, free_memory
 from diffusion_cli.errors import NO_VALUE, FormatError, UsageError
-from diffusion_cli.foreign import Archive, from_json, reason, regular
-from diffusion_cli.forms import Form, Picture, Range, Ranged, Shape, form_of, image_form
-from diffusion_cli.forms.range_check import LOOKED_AT
+from diffusion_cli.formats import Range, RangedImage, SampleFormat, Shape, Uint8Image, form_of, image_form
+from diffusion_cli.formats.range_check import LOOKED_AT
+from diffusion_cli.system.untrusted import Archive, from_json, reason, regular
 
 IMAGE_KEYS = ("images", "arr_0", "x")
 LABEL_KEYS = ("labels", "arr_1", "y")
@@ -85,7 +85,7 @@ class Array(Dataset):
         in_memory = self.in_memory
         if in_memory is None:
             in_memory = fits_in_memory(
-                len(images) * int(np.prod(self.shape)) * (1 if isinstance(self.form, Picture) else 4)
+                len(images) * int(np.prod(self.shape)) * (1 if isinstance(self.form, Uint8Image) else 4)
             )
         if not in_memory:
             return images
@@ -97,7 +97,7 @@ class Array(Dataset):
         none_held_out = self.held_out > 0 and not self.is_held_out.any()
         return [*lines, too_few(self.contents.number, self.held_out)] if none_held_out else lines
 
-    def once(self, split: Split) -> Images:
+    def stream(self, split: Split) -> Images:
         # What is compressed would be unpacked whole by every process that reads some of it.
         return self.load(split) if self.contents.compressed else self._rows(split)
 
@@ -121,11 +121,11 @@ class Contents(NamedTuple):
     labels: Tensor | None
     class_names: tuple[str, ...] | None
     held_out: np.ndarray | None
-    form: Form | None
+    form: SampleFormat | None
     """What is noted of it."""
 
 
-def form_of_array(contents: Contents, given: Range | list[Range] | None) -> Form:
+def form_of_array(contents: Contents, given: Range | list[Range] | None) -> SampleFormat:
     """The form of its images, by their range or by what is noted; ValueError where they have none."""
     if given is None and contents.form is not None:
         return contents.form
@@ -172,7 +172,7 @@ def shape_remarks(key: str, contents: Contents) -> list[str]:
 class ArrayImages(Images):
     """Some rows of a NumPy file; a .npy stays on disk, mapped into memory by each process for itself."""
 
-    def __init__(self, path: Path, contents: Contents, form: Form, rows: Tensor) -> None:
+    def __init__(self, path: Path, contents: Contents, form: SampleFormat, rows: Tensor) -> None:
         self.path, self.key, self.layout, self.form = path, contents.key, contents.layout, form
         self.shape = contents.shape
         self.rows = rows
@@ -204,7 +204,7 @@ class ArrayImages(Images):
 
     def gather(self, index: Tensor) -> Tensor:
         pixels = self.numbers(index)
-        if not isinstance(self.form, Ranged):
+        if not isinstance(self.form, RangedImage):
             return torch.from_numpy(pixels).contiguous()
         try:
             return self.form.from_numbers(pixels)
@@ -214,7 +214,7 @@ class ArrayImages(Images):
             ) from error
 
 
-class Header(NamedTuple):
+class ArrayHeader(NamedTuple):
     """What a NumPy file says of its array."""
 
     shape: tuple[int, ...]
@@ -289,7 +289,7 @@ def read_arrays(path: Path, *keys: str) -> list[np.ndarray]:
     ]
 
 
-def read_header(path: Path, key: str | None) -> Header:
+def read_header(path: Path, key: str | None) -> ArrayHeader:
     """The header of a .npy, or of the array called `key` of a .npz; ValueError if the file does not hold as much."""
     if key is not None:
         with Archive(path) as archive:
@@ -299,12 +299,12 @@ def read_header(path: Path, key: str | None) -> Header:
         return _parsed(file, size)
 
 
-def _header(archive: Archive, name: str) -> Header:
+def _header(archive: Archive, name: str) -> ArrayHeader:
     with archive.open(name) as file:
         return _parsed(file, archive.entries[name].file_size)
 
 
-def _parsed(file: IO[bytes], size: int, kinds: str | None = "biuf") -> Header:
+def _parsed(file: IO[bytes], size: int, kinds: str | None = "biuf") -> ArrayHeader:
     version = npy.read_magic(file)
     shape, fortran_order, dtype = (
         npy.read_array_header_1_0(file) if version == (1, 0) else npy.read_array_header_2_0(file)
@@ -313,7 +313,7 @@ def _parsed(file: IO[bytes], size: int, kinds: str | None = "biuf") -> Header:
         raise FormatError(f"holds {dtype}; images and labels are numbers")
     if min(shape, default=0) < 0:
         raise FormatError(f"has shape {shape}; no length is negative")
-    header = Header(shape, dtype, fortran_order, file.tell())
+    header = ArrayHeader(shape, dtype, fortran_order, file.tell())
     if header.start + header.nbytes > size:
         raise FormatError(f"has {size} bytes, fewer than an array {shape} of {dtype} takes")
     return header
@@ -340,7 +340,7 @@ def read_contents(path: Path) -> Contents:
         key, entries[key].compress_type != ZIP_STORED, dtype, count, layout, shape, labels,
         None if labels is None else class_names(labels, count, names),
         read_marks(path, count) if MARKS in entries else None,
-        form if isinstance(form, Ranged) and form.dtype == dtype else None,
+        form if isinstance(form, RangedImage) and form.dtype == dtype else None,
     )  # fmt: skip
 
 
@@ -372,7 +372,7 @@ def _texts(archive: Archive) -> list[str] | None:
     return np.frombuffer(archive.read(name), header.dtype, math.prod(header.shape), header.start).tolist()
 
 
-def _noted(archive: Archive) -> Form | None:
+def _noted(archive: Archive) -> SampleFormat | None:
     """The form that a packed file names, or None where something else is called so."""
     name = f"{FORM}.npy"
     with archive.open(name) as file:

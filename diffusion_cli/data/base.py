@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from diffusion_cli.errors import UsageError
-from diffusion_cli.forms import Form, Picture, Shape
-from diffusion_cli.progress import ProgressBar
-from diffusion_cli.seeding import mix
+from diffusion_cli.formats import SampleFormat, Shape, Uint8Image
+from diffusion_cli.system.progress import ProgressBar
+from diffusion_cli.system.seeding import mix
 
 Split = Literal["train", "held_out"]
 FINGERPRINTED = 64
@@ -42,7 +42,7 @@ class Images(ABC):
         Raises ValueError naming the files that cannot be decoded.
         """
 
-    def mirrored(self, images: Tensor, coins: Tensor) -> Tensor:
+    def hflip(self, images: Tensor, coins: Tensor) -> Tensor:
         """The images [B, *shape], those with coin 1 of `coins` (int64 [B], 0 or 1) mirrored along the last axis."""
         # Row copies, for they run at memory speed; torch.where is four times slower on bytes.
         rows = torch.arange(len(images), device=images.device) + len(images) * coins
@@ -121,7 +121,7 @@ class Dataset(ABC):
     """The word for the dataset in tables and file names."""
     shape: Shape
     """Of every image: channels, height and width; known before any pixel is read."""
-    form: Form = Picture()
+    form: SampleFormat = Uint8Image()
     """How its images, and those of a model trained on them, are stored and shown."""
     class_names: tuple[str, ...] | None
     """The name of every class, in the order of the labels, or None without classes."""
@@ -153,7 +153,7 @@ class Dataset(ABC):
         """Return what a user should see about the files, and about how they are read, one line each."""
         return []
 
-    def once(self, split: Split) -> Images:
+    def stream(self, split: Split) -> Images:
         """As `load`, for a single pass: read in parts where the source can be, never held in memory for it."""
         return self.load(split)
 

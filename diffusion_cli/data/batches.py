@@ -14,10 +14,10 @@ from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as MapDataset
 
 from diffusion_cli.data.base import Images
-from diffusion_cli.data.memory import MemoryImages, hold
+from diffusion_cli.data.memory import MemoryImages, to_device
 from diffusion_cli.errors import NO_VALUE, MachineError, UsageError
-from diffusion_cli.seeding import mix
-from diffusion_cli.signals import STOPPING
+from diffusion_cli.system.seeding import mix
+from diffusion_cli.system.signals import STOPPING
 
 AHEAD = 2  # batches that a thread reads while the last one is worked on
 
@@ -68,6 +68,7 @@ class Batches:
         batch_size: int,
         seed: int,
         flip: bool,
+        *,
         start: int = 0,
         rank: int = 0,
         world_size: int = 1,
@@ -85,7 +86,7 @@ class Batches:
                 f"is the size over all processes and must be a multiple of their number, {world_size}",
             )
         self.device = images.device if device is None else torch.device(device)
-        self.images = hold(images, self.device)
+        self.images = to_device(images, self.device)
         self.batch_size, self.seed, self.flip, self.start = batch_size, seed, flip, start
         self.parts, self.skipped = parts, skipped
         self.share = slice(rank * batch_size // world_size, (rank + 1) * batch_size // world_size)
@@ -97,13 +98,13 @@ class Batches:
             # Pixels travel as uint8, and are flipped before they are cast: a quarter of the bytes.
             pixels = pixels.to(self.device, non_blocking=True)
             if self.flip:
-                pixels = self.images.mirrored(
-                    pixels, self.coins(k)[self.share].to(self.device, non_blocking=True)
+                pixels = self.images.hflip(
+                    pixels, self.flip_mask(k)[self.share].to(self.device, non_blocking=True)
                 )
             labels = self.images.labels
             if labels is not None:
                 labels = labels[rows.to(labels.device, non_blocking=True)].to(self.device, non_blocking=True)
-            yield Batch(k, normalised(pixels), labels, rows.to(self.device, non_blocking=True))
+            yield Batch(k, to_model_range(pixels), labels, rows.to(self.device, non_blocking=True))
 
     def rows(self, k: int) -> Tensor:
         """The rows of the dataset in batch k of all processes together, int64 [batch_size]."""
@@ -123,7 +124,7 @@ class Batches:
             self._order = (epoch, torch.randperm(len(self.images), generator=generator))
         return self._order[1]
 
-    def coins(self, k: int) -> Tensor:
+    def flip_mask(self, k: int) -> Tensor:
         """Which images of batch k of all processes are mirrored, int64 [batch_size] of 0 and 1."""
         step, part = divmod(k, self.parts)
         generator = torch.Generator().manual_seed(mix(self.seed, "flip", step))
@@ -259,7 +260,7 @@ class _Fetcher(MapDataset):
         return pixels
 
 
-def normalised(images: Tensor) -> Tensor:
+def to_model_range(images: Tensor) -> Tensor:
     """Bytes 0..255 as float32 x / 127.5 - 1 in [-1, 1], both ends exact; real numbers as they are."""
     if images.is_floating_point():
         return images

@@ -10,16 +10,30 @@ from PIL import Image
 from torch import Tensor
 
 from diffusion_cli.errors import FormatError, UsageError
-from diffusion_cli.forms import Form, Picture, Range, Ranged, Raster, Shape, Volume, image_form
-from diffusion_cli.forms.dicom import dicom_form, is_dicom
-from diffusion_cli.forms.files import DECODING, flattened, is_turned, parsed, upright
-from diffusion_cli.forms.numbers import depth_of, is_cmyk, mode_with_opacity
-from diffusion_cli.forms.volume import read_volume
+from diffusion_cli.formats import (
+    HighDepthImage,
+    Range,
+    RangedImage,
+    SampleFormat,
+    Shape,
+    Uint8Image,
+    Volume,
+    image_form,
+)
+from diffusion_cli.formats.dicom import dicom_form, is_dicom
+from diffusion_cli.formats.files import DECODING, flattened, is_turned, parsed, upright
+from diffusion_cli.formats.pixel_readers import depth_of, is_cmyk, mode_with_opacity
+from diffusion_cli.formats.volume import read_volume
 
 SPARE = 2  # times the size, from which the Lanczos filter takes what it needs
 BYTES_A_PIXEL = 4  # of a decoded image, with opacity
 ADDED_FIELDS = {("Decoder", "srgb"): False, ("Raster", "mode"): None}
 """Fields that older versions lacked, each with the value that stands for their behaviour."""
+KEY_NAMES = {
+    "ImageDecoder": "Decoder", "HighDepthDecoder": "DeepDecoder", "NoResize": "Exact", "Uint8Image": "Picture",
+    "HighDepthImage": "Raster", "RangedImage": "Ranged", "PointCloud": "PointSet",
+}  # fmt: skip
+"""Names of classes in keys of cached latents: those of older versions, so that their keys stay valid."""
 
 
 class FileDecoder(Protocol):
@@ -50,7 +64,7 @@ def key_text(decoder: Any) -> str:
         values = {field.name: getattr(decoder, field.name) for field in fields(decoder)}
     else:
         return repr(decoder)
-    kind = type(decoder).__name__
+    kind = KEY_NAMES.get(type(decoder).__name__, type(decoder).__name__)
     parts = [
         f"{name}={key_text(value)}"
         for name, value in values.items()
@@ -59,7 +73,7 @@ def key_text(decoder: Any) -> str:
     return f"{kind}({', '.join(parts)})"
 
 
-class Decoder(NamedTuple):
+class ImageDecoder(NamedTuple):
     """Decodes image files to uint8 of a `shape`, 1 or 3 channels, height and width.
 
     In this order: EXIF orientation applied; 16-bit gray v becomes round(v / 257); transparency laid on `background`;
@@ -132,10 +146,10 @@ def _resized(
     return image.resize((columns, rows), resample, box=box)
 
 
-class DeepDecoder(NamedTuple):
-    """Decodes files of a form of numbers to float32 of a shape in [-1, 1], cropped and resized as by `Decoder`."""
+class HighDepthDecoder(NamedTuple):
+    """Decodes files of a form of numbers to float32 of a shape in [-1, 1], cropped and resized as by `ImageDecoder`."""
 
-    form: Ranged
+    form: RangedImage
     shape: Shape
 
     @property
@@ -148,15 +162,15 @@ class DeepDecoder(NamedTuple):
         return tuple(self.form.decode(data).shape[1:])
 
     def __call__(self, data: bytes) -> np.ndarray:
-        """Raises ValueError as `Ranged.decode`, and for another number of channels."""
+        """Raises ValueError as `RangedImage.decode`, and for another number of channels."""
         sample = self.form.decode(data)
         if len(sample) != self.shape[0]:
             raise FormatError(f"has {len(sample)} channels, not {self.shape[0]}")
-        return fitted(sample, self.form, self.shape).numpy()
+        return center_crop_resize(sample, self.form, self.shape).numpy()
 
 
-def fitted(
-    sample: Tensor, form: Ranged, shape: Shape, resample: Image.Resampling = Image.Resampling.LANCZOS
+def center_crop_resize(
+    sample: Tensor, form: RangedImage, shape: Shape, resample: Image.Resampling = Image.Resampling.LANCZOS
 ) -> Tensor:
     """An image [C, h, w] of a form with the height and width of a shape, as stored; itself where it has them.
 
@@ -170,12 +184,12 @@ def fitted(
         images = [_resized(Image.fromarray(each), wanted, resample=resample) for each in channels.numpy()]
         return torch.from_numpy(np.stack([np.asarray(image) for image in images]))
 
-    if not (isinstance(form, Raster) and form.mode):
-        return form.stored(resized(sample))
+    if not (isinstance(form, HighDepthImage) and form.mode):
+        return form.quantize(resized(sample))
     colours, opacity = sample[:-1], (sample[-1:] + 1) / 2
     weights = resized(opacity)
     colours = torch.where(weights > 0, resized(colours * opacity) / weights, resized(colours))
-    return form.stored(torch.cat([colours, 2 * weights - 1]))
+    return form.quantize(torch.cat([colours, 2 * weights - 1]))
 
 
 def form_of_files(
@@ -184,7 +198,7 @@ def form_of_files(
     given: Range | list[Range] | Literal["window"] | None,
     depth: Literal["auto", 8],
     rules: int,
-) -> Form:
+) -> SampleFormat:
     """The form of images like the first one; ValueError, about what was asked for or about the file, if it has none.
 
     The first version of the rules has no modes with opacity, and takes CMYK for any four channels.
@@ -196,7 +210,7 @@ def form_of_files(
             raise UsageError(
                 "dataset.depth", 8, "is for gray or colour images, and without dataset.range", "leave one out"
             )
-        return Picture()
+        return Uint8Image()
     if is_dicom(first):
         if channels != 1:
             raise UsageError("dataset.channels", channels, "DICOM images are gray", "set dataset.channels=1")
@@ -214,7 +228,7 @@ def form_of_files(
                 "convert it to RGBA, or set dataset.channels=3",
             )
     form = image_form(depth_of(first), channels, given, mode)
-    found = _channels(form, first) if isinstance(form, Ranged) else None
+    found = _channels(form, first) if isinstance(form, RangedImage) else None
     if found not in (None, channels):
         raise UsageError(
             "dataset.channels", channels, f"the images have {found}", f"set dataset.channels={found}"
@@ -222,7 +236,7 @@ def form_of_files(
     return form
 
 
-def _channels(form: Ranged, data: bytes) -> int | None:
+def _channels(form: RangedImage, data: bytes) -> int | None:
     try:
         return len(form.decode(data))
     except ValueError:
@@ -288,16 +302,16 @@ def _triangles(given: int, wanted: int, factor: float) -> Tensor:
     return weights / weights.sum(1, keepdim=True)
 
 
-class Exact(NamedTuple):
-    """Reads files of one form and shape, as they are, not cropped or resized; ValueError as `Form.read`."""
+class NoResize(NamedTuple):
+    """Reads files of one form and shape, as they are, not cropped or resized; ValueError as `SampleFormat.read`."""
 
-    form: Form
+    form: SampleFormat
     shape: Shape
 
     @property
     def dtype(self) -> np.dtype:
         """Bytes, or real numbers."""
-        return np.dtype(np.uint8 if isinstance(self.form, Picture) else np.float32)
+        return np.dtype(np.uint8 if isinstance(self.form, Uint8Image) else np.float32)
 
     def __call__(self, data: bytes) -> np.ndarray:
         return self.form.read(data, self.shape).numpy()

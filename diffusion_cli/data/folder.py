@@ -27,10 +27,10 @@ from diffusion_cli.data.base import (
     spread,
 )
 from diffusion_cli.data.decoding import (
-    Decoder,
-    DeepDecoder,
-    Exact,
     FileDecoder,
+    HighDepthDecoder,
+    ImageDecoder,
+    NoResize,
     VolumeDecoder,
     form_of_files,
     key_text,
@@ -49,14 +49,23 @@ from diffusion_cli.data.listing import (
 from diffusion_cli.data.masks import MaskedDecoder, divided, mask_files, masked_decoder
 from diffusion_cli.data.memory import MemoryImages, fits_in_memory, usable_cores
 from diffusion_cli.errors import FormatError, UsageError
-from diffusion_cli.foreign import LONGEST_MANIFEST, Archive, read, reason
-from diffusion_cli.forms import Dicom, Form, Picture, Range, Ranged, Raster, Volume, has_own_numbers
-from diffusion_cli.forms.dicom import SUFFIXES as SCANS
-from diffusion_cli.forms.files import FIRST_SUFFIXES
-from diffusion_cli.forms.files import SUFFIXES as PICTURES
-from diffusion_cli.forms.range_check import LOOKED_AT
-from diffusion_cli.forms.volume import SUFFIXES as VOLUMES
-from diffusion_cli.forms.volume import read_volume
+from diffusion_cli.formats import (
+    Dicom,
+    HighDepthImage,
+    Range,
+    RangedImage,
+    SampleFormat,
+    Uint8Image,
+    Volume,
+    has_own_numbers,
+)
+from diffusion_cli.formats.dicom import SUFFIXES as SCANS
+from diffusion_cli.formats.files import FIRST_SUFFIXES
+from diffusion_cli.formats.files import SUFFIXES as PICTURES
+from diffusion_cli.formats.range_check import LOOKED_AT
+from diffusion_cli.formats.volume import SUFFIXES as VOLUMES
+from diffusion_cli.formats.volume import read_volume
+from diffusion_cli.system.untrusted import LONGEST_MANIFEST, Archive, read, reason
 
 SUFFIXES = (*PICTURES, *SCANS)
 RULES = 2
@@ -78,10 +87,10 @@ class Folder(Dataset):
     own folder with `/`, and `label`, and one row an image. It lies at the top, or in another folder that holds all
     images; of several, the topmost counts. "auto" is "csv" if there is such a file, else "folders" if they give
     classes, else "none". Whether an image is held out is a hash of its name: it stays in its split when files are added
-    or removed. See `Decoder` for how a file becomes pixels, and `Ranged` for what those of more than 8 bits, of other
-    channels than 1 or 3, or of a `range` become; the first file says which they are. With `masks`, of images but not of
-    DICOM or volumes, see `MaskedDecoder`: the shape has a channel more. `rules` is the version by which files become
-    images; a run keeps the version that it was begun with.
+    or removed. See `ImageDecoder` for how a file becomes pixels, and `RangedImage` for what those of more than 8 bits,
+    of other channels than 1 or 3, or of a `range` become; the first file says which they are. With `masks`, of images
+    but not of DICOM or volumes, see `MaskedDecoder`: the shape has a channel more. `rules` is the version by which
+    files become images; a run keeps the version that it was begun with.
 
     Raises FileNotFoundError or ValueError if `path` is missing, is no archive, or holds no image, and
     ValueError if the labels asked for are missing, or those in `labels.csv` do not match the images; `load`
@@ -157,7 +166,7 @@ class Folder(Dataset):
         given: Range | list[Range] | Literal["window"] | None,
         depth: Literal["auto", 8],
         background: Literal["white", "black"],
-    ) -> tuple[Form, Decoder | DeepDecoder]:
+    ) -> tuple[SampleFormat, ImageDecoder | HighDepthDecoder]:
         try:
             first = entry(self.path, self.files[0])
         except (ValueError, OSError):  # told with what is wrong with the others, where pixels are read
@@ -170,15 +179,19 @@ class Folder(Dataset):
             raise UsageError(
                 "dataset.path", self.path, f"cannot use {self.files[0]} ({reason(error)})"
             ) from error
-        if isinstance(form, Ranged):
-            return form, DeepDecoder(form, shape)
-        return form, Decoder(shape, background, reduced=depth == 8, srgb=self.rules > 1)
+        if isinstance(form, RangedImage):
+            return form, HighDepthDecoder(form, shape)
+        return form, ImageDecoder(shape, background, reduced=depth == 8, srgb=self.rules > 1)
 
     def _masked(
-        self, given: str, beside: dict[str, str], decoder: Decoder | DeepDecoder, range: Range | None
+        self,
+        given: str,
+        beside: dict[str, str],
+        decoder: ImageDecoder | HighDepthDecoder,
+        range: Range | None,
     ) -> MaskedDecoder:
         """The decoder with masks, whose files it sets."""
-        if isinstance(decoder, DeepDecoder) and isinstance(decoder.form, Dicom):
+        if isinstance(decoder, HighDepthDecoder) and isinstance(decoder.form, Dicom):
             raise UsageError(
                 "dataset.masks", given, "is not for DICOM", "leave it out, or convert the images to TIFF"
             )
@@ -213,7 +226,7 @@ class Folder(Dataset):
         return form, VolumeDecoder(form, (channels, *sizes), held.spacing)
 
     def load(self, split: Split) -> Images:
-        images = self.once(split)
+        images = self.stream(split)
         in_memory = self.in_memory
         if in_memory is None:
             size = int(np.prod(self.shape)) * self.decoder.dtype.itemsize
@@ -234,15 +247,19 @@ class Folder(Dataset):
             return []
         decoder = self.decoder.image if isinstance(self.decoder, MaskedDecoder) else self.decoder
         return survey.remarks(
-            f"dataset.path={self.path}", survey.headers(self.path, self.files), len(self.files), decoder.shape[1:],
-            own_numbers=isinstance(decoder, DeepDecoder) and has_own_numbers(decoder.form), profiles=self.rules > 1,
-        )  # fmt: skip
+            f"dataset.path={self.path}",
+            survey.headers(self.path, self.files),
+            len(self.files),
+            decoder.shape[1:],
+            own_numbers=isinstance(decoder, HighDepthDecoder) and has_own_numbers(decoder.form),
+            profiles=self.rules > 1,
+        )
 
     def _range_remarks(self) -> list[str]:
         """What the numbers of a few images show against their range; the labels of masks are not looked at."""
         decoder = self.decoder.image if isinstance(self.decoder, MaskedDecoder) else self.decoder
-        form = decoder.form if isinstance(decoder, DeepDecoder) else Picture()
-        if isinstance(decoder, VolumeDecoder) or not isinstance(form, Raster | Picture):
+        form = decoder.form if isinstance(decoder, HighDepthDecoder) else Uint8Image()
+        if isinstance(decoder, VolumeDecoder) or not isinstance(form, HighDepthImage | Uint8Image):
             return []
         images = []
         for row in spread(len(self.files), min(len(self.files), LOOKED_AT)).tolist():
@@ -250,11 +267,11 @@ class Folder(Dataset):
                 ValueError, OSError
             ):  # reported with what is wrong with the others, where pixels are read
                 data = entry(self.path, self.files[row])
-                images.append(form.held(data) if isinstance(form, Raster) else decoder(data))
+                images.append(form.held(data) if isinstance(form, HighDepthImage) else decoder(data))
         remark = form.remark(images) if len({len(image) for image in images}) == 1 else None
         return [remark] if remark else []
 
-    def once(self, split: Split) -> "FileImages":
+    def stream(self, split: Split) -> "FileImages":
         rows = split_rows(named_mask(self.files, self.held_out), self.held_out, split)
         files = [self.files[row] for row in rows.tolist()]
         labels = None if self.labels is None else self.labels[rows]
@@ -301,7 +318,7 @@ class FileImages(Images):
         return pixels
 
     def lossy(self, index: Tensor) -> dict[str, int]:
-        if not isinstance(self.decoder, Exact):  # which alone keeps the pixels of files as they are
+        if not isinstance(self.decoder, NoResize):  # which alone keeps the pixels of files as they are
             return {}
         found = Counter(self.decoder.form.lossy(self._content(self.names[row])) for row in index.tolist())
         return {name: count for name, count in found.items() if name is not None}

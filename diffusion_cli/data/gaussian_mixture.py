@@ -10,7 +10,7 @@ from torch import Tensor
 from diffusion_cli.data.base import Dataset, Split
 from diffusion_cli.data.memory import GENERATED, MemoryImages
 from diffusion_cli.errors import UsageError
-from diffusion_cli.seeding import mix
+from diffusion_cli.system.seeding import mix
 
 
 class GaussianMixture(Dataset):

@@ -10,9 +10,9 @@ from unicodedata import normalize
 import torch
 from torch import Tensor
 
-from diffusion_cli import foreign
 from diffusion_cli.data.listing import MANIFEST
 from diffusion_cli.errors import FormatError, UsageError
+from diffusion_cli.system import untrusted as foreign
 
 LABELS_CSV = "labels.csv"
 LABEL_COLUMNS = ("file", "label")

@@ -6,7 +6,7 @@ from collections.abc import Callable, Collection, Iterable
 from pathlib import PurePosixPath
 from typing import Any
 
-from diffusion_cli.foreign import LONGEST_MANIFEST, MOST_IN_MANIFEST, from_json
+from diffusion_cli.system.untrusted import LONGEST_MANIFEST, MOST_IN_MANIFEST, from_json
 
 MANIFEST = "manifest.json"
 LAST = "checkpoints/last.ckpt"

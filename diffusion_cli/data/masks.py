@@ -9,13 +9,13 @@ import numpy as np
 import torch
 from PIL import Image
 
-from diffusion_cli.data.decoding import Decoder, DeepDecoder, fitted
+from diffusion_cli.data.decoding import HighDepthDecoder, ImageDecoder, center_crop_resize
 from diffusion_cli.data.labels import common_depth, composed, examples
 from diffusion_cli.errors import FormatError
-from diffusion_cli.foreign import reason
-from diffusion_cli.forms import Range, Raster, Shape, image_form
-from diffusion_cli.forms.numbers import depth_of
-from diffusion_cli.forms.ranged import Dtype
+from diffusion_cli.formats import HighDepthImage, Range, Shape, image_form
+from diffusion_cli.formats.pixel_readers import depth_of
+from diffusion_cli.formats.ranged import Dtype
+from diffusion_cli.system.untrusted import reason
 
 BYTES = [0.0, 255.0]
 
@@ -26,9 +26,9 @@ class MaskedDecoder(NamedTuple):
     Both are cropped to the same part; a pixel of the mask is the nearest of the file: label numbers stay what they are.
     """
 
-    image: Decoder | DeepDecoder
-    mask: Raster
-    form: Raster
+    image: ImageDecoder | HighDepthDecoder
+    mask: HighDepthImage
+    form: HighDepthImage
     """Of image and mask together."""
 
     @property
@@ -52,8 +52,8 @@ class MaskedDecoder(NamedTuple):
             raise FormatError(f"its mask: {reason(error)}") from error
         if (found := tuple(labels.shape)) != (wanted := (1, *self.image.size(data))):
             raise FormatError(f"its mask is {found} in channels, height and width, not {wanted}")
-        labels = fitted(labels, self.mask, self.shape, Image.Resampling.NEAREST)
-        return self.form.stored(torch.cat([x, labels])).numpy()
+        labels = center_crop_resize(labels, self.mask, self.shape, Image.Resampling.NEAREST)
+        return self.form.quantize(torch.cat([x, labels])).numpy()
 
     def _labels(self, mask: bytes) -> torch.Tensor:
         """The labels of a file in [-1, 1]; ValueError for those beyond their range, of which none is the nearest."""
@@ -66,7 +66,9 @@ class MaskedDecoder(NamedTuple):
         return self.mask.samples(numbers)
 
 
-def masked_decoder(image: Decoder | DeepDecoder, first: bytes, given: Range | None) -> MaskedDecoder:
+def masked_decoder(
+    image: ImageDecoder | HighDepthDecoder, first: bytes, given: Range | None
+) -> MaskedDecoder:
     """The decoder of images with masks like the first one, whose labels have a range, None for all of their depth.
 
     Raises ValueError, about the mask or `dataset.range`, where there is none.
@@ -75,7 +77,7 @@ def masked_decoder(image: Decoder | DeepDecoder, first: bytes, given: Range | No
     if depth not in ("uint8", "uint16"):
         raise FormatError(f"holds {depth}; masks are label numbers of 8 or 16 bits")
     mask = _raster(depth, [given or [0.0, float(np.iinfo(depth).max)]])
-    own = image.form if isinstance(image, DeepDecoder) else _raster("uint8", [BYTES])
+    own = image.form if isinstance(image, HighDepthDecoder) else _raster("uint8", [BYTES])
     both = np.promote_types(own.dtype, depth).name
     if both not in get_args(Dtype):
         raise FormatError(f"holds {depth} beside images of {own.dtype}; save masks in 8 bits")
@@ -84,9 +86,9 @@ def masked_decoder(image: Decoder | DeepDecoder, first: bytes, given: Range | No
     return MaskedDecoder(image, mask, _raster(both, [*pairs, [mask.low[0], mask.high[0]]]))
 
 
-def _raster(dtype: str, pairs: list[Range]) -> Raster:
+def _raster(dtype: str, pairs: list[Range]) -> HighDepthImage:
     form = image_form(dtype, len(pairs), pairs)
-    assert isinstance(form, Raster)  # as all with a range are
+    assert isinstance(form, HighDepthImage)  # as all with a range are
     return form
 
 

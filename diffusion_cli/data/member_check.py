@@ -5,8 +5,8 @@ from pathlib import Path
 from threading import Thread
 
 from diffusion_cli.errors import NO_VALUE, UsageError
-from diffusion_cli.foreign import Archive, reason
-from diffusion_cli.ranks import started
+from diffusion_cli.system.distributed import started
+from diffusion_cli.system.untrusted import Archive, reason
 
 AT_ONCE = 2**30  # bytes of a member that is checked before its first use, a larger one while it is used
 PIECE = 2**22  # bytes read at a time

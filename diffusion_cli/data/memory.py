@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from diffusion_cli.data.base import Images
-from diffusion_cli.ranks import started
+from diffusion_cli.system.distributed import started
 
 GENERATED = "generated"
 """The fingerprint of images that follow from the configuration, which machines compute to different last digits."""
@@ -48,7 +48,7 @@ class MemoryImages(Images):
         return moved
 
 
-def hold(images: Images, device: torch.device | str) -> Images:
+def to_device(images: Images, device: torch.device | str) -> Images:
     """The same images, moved to `device` once if they are held in memory, to be batched there.
 
     They stay where they are if they are read from disk, or would take over a quarter of a GPU's free memory.

@@ -17,8 +17,8 @@ from diffusion_cli.data.base import Dataset, Images
 from diffusion_cli.data.batches import UnreadableError, fetched
 from diffusion_cli.data.memory import usable_cores
 from diffusion_cli.errors import NO_VALUE, UsageError
-from diffusion_cli.forms import Ranged
-from diffusion_cli.progress import ProgressBar
+from diffusion_cli.formats import RangedImage
+from diffusion_cli.system.progress import ProgressBar
 
 CHUNK = 2**20  # bytes that a process decodes at a time: of all of them little, where /dev/shm is small
 
@@ -43,17 +43,17 @@ class Pack:
             raise UsageError(
                 "dataset", NO_VALUE, f"images {dataset.shape} would pass for others, with their channels last"
             )
-        splits = [dataset.once("train"), dataset.once("held_out")]
+        splits = [dataset.stream("train"), dataset.stream("held_out")]
         counts = [len(images) for images in splits]
         with ZipFile(path, "w") as archive:
             with _entry(archive, IMAGE_KEYS[0]) as file:
-                dtype = np.dtype(dataset.form.dtype if isinstance(dataset.form, Ranged) else np.uint8)
+                dtype = np.dtype(dataset.form.dtype if isinstance(dataset.form, RangedImage) else np.uint8)
                 header = {"descr": dtype.str, "fortran_order": False, "shape": (sum(counts), *dataset.shape)}
                 npy.write_array_header_1_0(file, header)
                 for pixels in self._pixels(dataset, splits):
                     file.write(np.ascontiguousarray(pixels).data)
             _write(archive, MARKS, np.arange(sum(counts)) >= counts[0])
-            if isinstance(dataset.form, Ranged):
+            if isinstance(dataset.form, RangedImage):
                 _write(archive, FORM, np.array(json.dumps(dataset.form.about())))
             labels = [images.labels for images in splits if images.labels is not None]
             if dataset.class_names is not None and labels:
@@ -81,7 +81,7 @@ class Pack:
 
 def _numbers(pixels: Tensor, dataset: Dataset) -> np.ndarray:
     """What files hold of images."""
-    if isinstance(dataset.form, Ranged):
+    if isinstance(dataset.form, RangedImage):
         return dataset.form.numbers(pixels)
     if pixels.dtype != torch.uint8:
         raise UsageError(

@@ -17,9 +17,9 @@ from diffusion_cli.data.listing import visible_name
 from diffusion_cli.data.memory import GENERATED, MemoryImages
 from diffusion_cli.data.shapes import SHAPES, shape_points
 from diffusion_cli.errors import FormatError, UsageError
-from diffusion_cli.foreign import reason
-from diffusion_cli.forms.ply import read_ply
-from diffusion_cli.forms.points import PointSet
+from diffusion_cli.formats.ply import read_ply
+from diffusion_cli.formats.point_cloud import PointCloud
+from diffusion_cli.system.untrusted import reason
 
 SUFFIXES = (".npy", ".ply")
 
@@ -53,7 +53,7 @@ class Points(Dataset):
         self.rules = rules
         self.decoder = PointDecoder(num_points, radius)
         self.shape = self.decoder.shape
-        self.form = PointSet(radius=radius or 1.0)
+        self.form = PointCloud(radius=radius or 1.0)
         self.held_out = held_out
         self.path = None if path is None else Path(path).expanduser()
         self._remarks: list[str] = []

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from diffusion_cli.seeding import mix
+from diffusion_cli.system.seeding import mix
 
 Stream = np.random.RandomState
 """NumPy guarantees its numbers for ever."""

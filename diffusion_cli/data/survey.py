@@ -9,15 +9,15 @@ from typing import NamedTuple
 from PIL import Image
 
 from diffusion_cli.data.base import spread
-from diffusion_cli.foreign import LARGEST, Archive, regular
-from diffusion_cli.forms.files import is_turned, parsed
-from diffusion_cli.forms.profiles import conversion
+from diffusion_cli.formats.files import is_turned, parsed
+from diffusion_cli.formats.profiles import conversion
+from diffusion_cli.system.untrusted import LARGEST, Archive, regular
 
 MOST = 256
 """Files to open at most; of more files these are spread evenly."""
 
 
-class Header(NamedTuple):
+class ImageHeader(NamedTuple):
     """What the header of one file shows."""
 
     name: str
@@ -30,13 +30,13 @@ class Header(NamedTuple):
     """The name of the colour profile that is converted; empty for one that cannot be used."""
 
 
-def headers(path: Path, names: list[str]) -> list[Header]:
+def headers(path: Path, names: list[str]) -> list[ImageHeader]:
     """Return the headers of at most MOST of the image files in a folder or archive, without those of broken files."""
     chosen = [names[row] for row in spread(len(names), min(len(names), MOST)).tolist()]
     return [*_headers(path, chosen)]
 
 
-def _headers(path: Path, names: Sequence[str]) -> Iterator[Header]:
+def _headers(path: Path, names: Sequence[str]) -> Iterator[ImageHeader]:
     with nullcontext() if path.is_dir() else Archive(path) as archive:
         for name in names:
             try:
@@ -51,7 +51,7 @@ def _headers(path: Path, names: Sequence[str]) -> Iterator[Header]:
                 continue
 
 
-def _header(name: str, image: Image.Image) -> Header:
+def _header(name: str, image: Image.Image) -> ImageHeader:
     # Without this word in its header, Pillow looks for the orientation behind the pixels, and decodes them.
     turned = (image.format != "PNG" or "exif" in image.info) and is_turned(image)
     size = image.size if turned else image.size[::-1]
@@ -61,7 +61,7 @@ def _header(name: str, image: Image.Image) -> Header:
     profile = (
         {"converted": found.name, "broken": ""}.get(found.kind) if image.info.get("icc_profile") else None
     )
-    return Header(name, size, image.format == "TIFF", _has_frames(image), profile)
+    return ImageHeader(name, size, image.format == "TIFF", _has_frames(image), profile)
 
 
 def _has_frames(image: Image.Image) -> bool:
@@ -82,7 +82,7 @@ def _has_frames(image: Image.Image) -> bool:
 
 def remarks(
     key: str,
-    found: Sequence[Header],
+    found: Sequence[ImageHeader],
     total: int,
     wanted: Sequence[int] | None = None,
     own_numbers: bool = False,
@@ -112,7 +112,7 @@ def remarks(
     return [*lines, *(_profile_remarks(key, found, looked_at) if profiles and not own_numbers else [])]
 
 
-def _profile_remarks(key: str, found: Sequence[Header], looked_at: int | None) -> Iterator[str]:
+def _profile_remarks(key: str, found: Sequence[ImageHeader], looked_at: int | None) -> Iterator[str]:
     names = Counter(header.profile for header in found if header.profile)
     if names:
         counts = ", ".join(f"{name} {count}" for name, count in sorted(names.items()))

@@ -1,13 +1,29 @@
 """Edits of images with a trained model, in any sampler, guidance and schedule."""
 
-from diffusion_cli.editing.base import Edit, Edited, Method, Process
+from diffusion_cli.editing.base import Edit, EditProcess, EditResult, RestorationMethod
 from diffusion_cli.editing.methods import DPS, RePaint, Replacement
 from diffusion_cli.editing.operators import BlockMean, LinearOperator, Luma, Mask
 from diffusion_cli.editing.restore import Colorize, Inpaint, Outpaint, SuperResolution
 from diffusion_cli.editing.transform import Attribute, Img2Img, Interpolate, Reconstruct
 
 __all__ = [
-    "DPS", "Attribute", "BlockMean", "Colorize", "Edit", "Edited", "Img2Img", "Inpaint", "Interpolate",
-    "LinearOperator", "Luma", "Mask", "Method", "Outpaint", "Process", "RePaint", "Reconstruct", "Replacement",
+    "DPS",
+    "Attribute",
+    "BlockMean",
+    "Colorize",
+    "Edit",
+    "EditProcess",
+    "EditResult",
+    "Img2Img",
+    "Inpaint",
+    "Interpolate",
+    "LinearOperator",
+    "Luma",
+    "Mask",
+    "Outpaint",
+    "RePaint",
+    "Reconstruct",
+    "Replacement",
+    "RestorationMethod",
     "SuperResolution",
 ]  # fmt: skip

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from diffusion_cli.denoiser import Denoise
+from diffusion_cli.diffusion.denoiser import Denoise
+from diffusion_cli.diffusion.latents import Space
 from diffusion_cli.editing.operators import LinearOperator
-from diffusion_cli.latents import Space
-from diffusion_cli.samplers import Draw, Sampler
+from diffusion_cli.samplers import NoiseFn, Sampler
 
 Shape = tuple[int, ...]
 
@@ -18,7 +18,7 @@ ReadMask = Callable[[str], Tensor]
 
 
 @dataclass(frozen=True)
-class Process:
+class EditProcess:
     """How images are sampled in an edit of a batch."""
 
     sampler: Sampler
@@ -30,8 +30,8 @@ class Process:
     """Gives the guided denoiser, told labels."""
     told: Callable[[int | str | None], Denoise]
     """Gives the unguided denoiser, told that all images are of the class of a name or number; None: not told any."""
-    method: "Method | None"
-    draw: Draw
+    method: "RestorationMethod | None"
+    draw: NoiseFn
     """Noise of the shape of the states of the results, one stream an image."""
     space: Space
     """Where sampling happens: edits are given images and give images."""
@@ -45,19 +45,19 @@ class Process:
         return self.guided(None if self.labels is None else self.labels.repeat_interleave(repeat))
 
 
-class Method(ABC):
+class RestorationMethod(ABC):
     """A way to sample images that agree with a measurement."""
 
     differentiates = False
     """Whether it takes the gradient through the network, which then keeps all that it computes."""
 
     @abstractmethod
-    def restore(self, process: Process, operator: LinearOperator, y: Tensor) -> Iterator[Tensor]:
+    def restore(self, process: EditProcess, operator: LinearOperator, y: Tensor) -> Iterator[Tensor]:
         """Take noise to images [B, C, H, W] whose measurement is about y, and yield the states on the way."""
 
 
 @dataclass(frozen=True)
-class Edited:
+class EditResult:
     """B edited images, or as many series of them."""
 
     images: Tensor
@@ -108,5 +108,5 @@ class Edit(ABC):
         return [self.shape]
 
     @abstractmethod
-    def __call__(self, images: Tensor, process: Process) -> Edited:
+    def __call__(self, images: Tensor, process: EditProcess) -> EditResult:
         """Edit images [B, C, H, W] in [-1, 1], each `inputs_each` of which give a result."""

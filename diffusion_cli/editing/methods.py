@@ -7,12 +7,12 @@ import torch
 from pydantic import PositiveFloat, PositiveInt
 from torch import Tensor
 
-from diffusion_cli.denoiser import Prediction, noised
-from diffusion_cli.editing.base import Method, Process
+from diffusion_cli.diffusion.denoiser import Prediction, noised
+from diffusion_cli.editing.base import EditProcess, RestorationMethod
 from diffusion_cli.editing.operators import LinearOperator
 
 
-class Replacement(Method):
+class Replacement(RestorationMethod):
     """After each step, let what is known of the image be the measurement, noised to the same time.
 
     `x_s + A^+ A (x'_s - x_s)` with `x'_s = alpha_s A^+ y + sigma_s z` (Song et al. 2021b, App. I; Choi et al. 2021).
@@ -21,7 +21,7 @@ class Replacement(Method):
     num_resamples = 1
     jump_length = 1
 
-    def restore(self, process: Process, operator: LinearOperator, y: Tensor) -> Iterator[Tensor]:
+    def restore(self, process: EditProcess, operator: LinearOperator, y: Tensor) -> Iterator[Tensor]:
         sampler, times, draw, denoise = process.sampler, process.times, process.draw, process.denoise()
         known, schedule = operator.pseudo_inverse(y), sampler.schedule
 
@@ -57,7 +57,7 @@ class RePaint(Replacement):
         self.num_resamples, self.jump_length = num_resamples, jump_length
 
 
-class DPS(Method):
+class DPS(RestorationMethod):
     """Diffusion posterior sampling: after each step, go down the gradient of the misfit of the predicted image.
 
     `x_s - scale * grad_{x_t} |y - A x_0(x_t)|`, the norm of each image (Chung et al. 2023, Alg. 1 and its code); a step
@@ -69,7 +69,7 @@ class DPS(Method):
     def __init__(self, *, scale: PositiveFloat) -> None:
         self.scale = scale
 
-    def restore(self, process: Process, operator: LinearOperator, y: Tensor) -> Iterator[Tensor]:
+    def restore(self, process: EditProcess, operator: LinearOperator, y: Tensor) -> Iterator[Tensor]:
         sampler, denoise, x = process.sampler, process.denoise(), process.start()
         state = sampler.start(process.times)
         for t, s in pairwise(process.times):

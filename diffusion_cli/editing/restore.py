@@ -10,7 +10,7 @@ from pydantic import Field, NonNegativeInt
 from torch import Tensor
 from torch.nn.functional import pad
 
-from diffusion_cli.editing.base import Edit, Edited, Process, ReadMask, Shape
+from diffusion_cli.editing.base import Edit, EditProcess, EditResult, ReadMask, Shape
 from diffusion_cli.editing.latent import known_of
 from diffusion_cli.editing.operators import BlockMean, LinearOperator, Luma, Mask
 from diffusion_cli.errors import UsageError
@@ -26,14 +26,14 @@ class Restoration(Edit):
     def measure(self, images: Tensor) -> tuple[LinearOperator, Tensor]:
         """Return the operator and the measurement of the input."""
 
-    def __call__(self, images: Tensor, process: Process) -> Edited:
+    def __call__(self, images: Tensor, process: EditProcess) -> EditResult:
         operator, y = self.measure(images)
         assert process.method is not None
         (x,) = deque(process.method.restore(process, *known_of(process.space, operator, y)), maxlen=1)
         x = process.space.decode(x)
         known = operator.picture(y)
         shown = [images, known] if tuple(images.shape[1:]) == self.results else [known]
-        return Edited(operator.nearest_image(x, y)[:, None], shown, lambda x: operator(x) - y, x)
+        return EditResult(operator.nearest_image(x, y)[:, None], shown, lambda x: operator(x) - y, x)
 
 
 class Inpaint(Restoration):

@@ -8,28 +8,28 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from diffusion_cli.denoiser import Denoise, noised
-from diffusion_cli.editing.base import Edit, Edited, Process, ReadMask, Shape
+from diffusion_cli.diffusion.denoiser import Denoise, noised
+from diffusion_cli.editing.base import Edit, EditProcess, EditResult, ReadMask, Shape
 from diffusion_cli.errors import UsageError
-from diffusion_cli.samplers import Draw, integrate, invert, until
+from diffusion_cli.samplers import NoiseFn, integrate, invert, start_grid_at
 
 Seed = Annotated[int, Field(ge=0, le=4294967295)]
 Strength = Annotated[float, Field(ge=0.001, le=1)]
 
 
-def decode(process: Process, x: Tensor, times: Tensor, draw: Draw, repeat: int = 1) -> Tensor:
+def decode(process: EditProcess, x: Tensor, times: Tensor, draw: NoiseFn, repeat: int = 1) -> Tensor:
     """Sample images from the state x at times[0], `repeat` in a row of each result."""
     (x,) = deque(integrate(process.sampler, process.denoise(repeat), x, times, draw), maxlen=1)
     return process.space.decode(x)
 
 
-def encode(process: Process, denoise: Denoise, images: Tensor, times: Tensor) -> Tensor:
+def encode(process: EditProcess, denoise: Denoise, images: Tensor, times: Tensor) -> Tensor:
     """Encode images to the state at times[0] by DDIM inversion."""
     (x,) = deque(invert(process.sampler.schedule, denoise, process.space.encode(images), times), maxlen=1)
     return x
 
 
-class PartOfTheWay(Edit):
+class PartialNoising(Edit):
     """An edit that goes to the time `strength` and back."""
 
     def __init__(self, shape: Shape, read_mask: ReadMask, *, strength: Strength) -> None:
@@ -37,7 +37,7 @@ class PartOfTheWay(Edit):
         self.strength = strength
 
 
-class Img2Img(PartOfTheWay):
+class Img2Img(PartialNoising):
     """Noise an image to the time `strength` and sample from there: SDEdit (Meng et al. 2022, Alg. 1).
 
     A source drawn in another style, as strokes, comes back in the style of the model's data.
@@ -45,22 +45,22 @@ class Img2Img(PartOfTheWay):
 
     starts_from_noise = True
 
-    def __call__(self, images: Tensor, process: Process) -> Edited:
-        times = until(process.times, self.strength)
+    def __call__(self, images: Tensor, process: EditProcess) -> EditResult:
+        times = start_grid_at(process.times, self.strength)
         x = noised(process.sampler.schedule, process.space.encode(images), times[0], process.draw())
-        return Edited(decode(process, x, times, process.draw)[:, None], [images, process.space.decode(x)])
+        return EditResult(decode(process, x, times, process.draw)[:, None], [images, process.space.decode(x)])
 
 
-class Reconstruct(PartOfTheWay):
+class Reconstruct(PartialNoising):
     """Encode an image to the time `strength` by DDIM inversion, and decode it again, without noise."""
 
     noiseless = True
 
-    def __call__(self, images: Tensor, process: Process) -> Edited:
-        times = until(process.times, self.strength)
+    def __call__(self, images: Tensor, process: EditProcess) -> EditResult:
+        times = start_grid_at(process.times, self.strength)
         x = encode(process, process.denoise(), images, times)
         back = decode(process, x, times, process.draw)
-        return Edited(back[:, None], [images, process.space.decode(x)], lambda x: x - images)
+        return EditResult(back[:, None], [images, process.space.decode(x)], lambda x: x - images)
 
 
 class Attribute(Edit):
@@ -81,10 +81,10 @@ class Attribute(Edit):
             raise UsageError("label", None, "edit=attribute leads to a class", "name it")
         number(self.source)
 
-    def __call__(self, images: Tensor, process: Process) -> Edited:
-        times = until(process.times, self.strength)
+    def __call__(self, images: Tensor, process: EditProcess) -> EditResult:
+        times = start_grid_at(process.times, self.strength)
         x = encode(process, process.told(self.source), images, times)
-        return Edited(decode(process, x, times, process.draw)[:, None], [images, process.space.decode(x)])
+        return EditResult(decode(process, x, times, process.draw)[:, None], [images, process.space.decode(x)])
 
 
 class Interpolate(Edit):
@@ -112,9 +112,9 @@ class Interpolate(Edit):
         if seeds is not None and (len(seeds) < 2 or len(seeds) % 2):
             raise UsageError("edit.seeds", seeds, "should be pairs of seeds, as [0,1]")
 
-    def __call__(self, images: Tensor, process: Process) -> Edited:
+    def __call__(self, images: Tensor, process: EditProcess) -> EditResult:
         if self.seeds is None:
-            times = until(process.times, self.strength)
+            times = start_grid_at(process.times, self.strength)
             x = encode(process, process.denoise(2), images, times)
         else:
             times = process.times
@@ -128,7 +128,7 @@ class Interpolate(Edit):
             return process.draw().repeat_interleave(self.results_each, dim=0)
 
         frames = decode(process, path.flatten(0, 1), times, draw, self.results_each)
-        return Edited(frames.unflatten(0, path.shape[:2]), [])
+        return EditResult(frames.unflatten(0, path.shape[:2]), [])
 
 
 def slerp(first: Tensor, second: Tensor, u: float) -> Tensor:

@@ -1,32 +1,46 @@
 """Metrics: how good samples are, and the protocol by which that was measured."""
 
-from diffusion_cli.metrics.auto import auto_features
-from diffusion_cli.metrics.base import Finding, Measurement, Metric, ModelMetric, Seen, Shown, Subject
-from diffusion_cli.metrics.classes import ClassifierScore
-from diffusion_cli.metrics.classifier import ClassifierFeatures
-from diffusion_cli.metrics.clip import CLIPFeatures
+from diffusion_cli.metrics.base import (
+    EvaluatedModel,
+    FeatureView,
+    Metric,
+    MetricState,
+    MetricValue,
+    ModelMetric,
+    SampleBatch,
+)
+from diffusion_cli.metrics.class_accuracy import ClassifierScore
 from diffusion_cli.metrics.clip_score import CLIPScore
-from diffusion_cli.metrics.dinov2 import DINOv2Features
-from diffusion_cli.metrics.evaluation import CalledOff, Evaluation, evaluate, examine, require
-from diffusion_cli.metrics.features import FeatureBatch, Features
+from diffusion_cli.metrics.evaluation import (
+    Evaluation,
+    EvaluationCancelled,
+    evaluate,
+    evaluate_model,
+    require,
+)
+from diffusion_cli.metrics.features.auto import auto_features
+from diffusion_cli.metrics.features.base import FeatureBatch, Features
+from diffusion_cli.metrics.features.classifier import ClassifierFeatures
+from diffusion_cli.metrics.features.clip import CLIPFeatures
+from diffusion_cli.metrics.features.dinov2 import DINOv2Features
+from diffusion_cli.metrics.features.inception import InceptionFeatures
+from diffusion_cli.metrics.features.lpips import LPIPSDistance
+from diffusion_cli.metrics.features.registry import FeatureExtractors, cache_folder
 from diffusion_cli.metrics.frechet import (
     FrechetDistance,
     FrechetDistanceDINOv2,
     SpatialFrechetDistance,
     frechet_distance,
 )
-from diffusion_cli.metrics.inception import InceptionFeatures
 from diffusion_cli.metrics.inception_score import InceptionScore, inception_score
 from diffusion_cli.metrics.inversion import Inversion
 from diffusion_cli.metrics.kernel import CLIPDistance, KernelDistance, gaussian_mmd, polynomial_mmd
 from diffusion_cli.metrics.latents import LatentMoments
 from diffusion_cli.metrics.likelihood import FlowLikelihood, VariationalBound
-from diffusion_cli.metrics.lpips import LPIPSDistance
-from diffusion_cli.metrics.manifold import DensityCoverage, PrecisionRecall
+from diffusion_cli.metrics.lpips import LPIPS
 from diffusion_cli.metrics.memorization import Memorization
 from diffusion_cli.metrics.moments import Moments
-from diffusion_cli.metrics.networks import Networks, cache_folder
-from diffusion_cli.metrics.perceptual import LPIPS
+from diffusion_cli.metrics.precision_recall import DensityCoverage, PrecisionRecall
 from diffusion_cli.metrics.protocol import (
     Report,
     Result,
@@ -38,9 +52,9 @@ from diffusion_cli.metrics.protocol import (
     unlike,
 )
 from diffusion_cli.metrics.reconstruction import (
+    ReconstructedSamples,
     Reconstruction,
     ReconstructionFrechetDistance,
-    Reconstructions,
 )
 from diffusion_cli.metrics.reference import DatasetReference, GivenReference, RealImages, Reference
 from diffusion_cli.metrics.repeats import DEVIATION, averaged, parts
@@ -53,16 +67,18 @@ __all__ = [
     "CLIPDistance",
     "CLIPFeatures",
     "CLIPScore",
-    "CalledOff",
     "ClassifierFeatures",
     "ClassifierScore",
     "DINOv2Features",
     "DatasetReference",
     "DensityCoverage",
+    "EvaluatedModel",
     "Evaluation",
+    "EvaluationCancelled",
     "FeatureBatch",
+    "FeatureExtractors",
+    "FeatureView",
     "Features",
-    "Finding",
     "FlowLikelihood",
     "FrechetDistance",
     "FrechetDistanceDINOv2",
@@ -75,33 +91,31 @@ __all__ = [
     "KernelDistance",
     "LPIPSDistance",
     "LatentMoments",
-    "Measurement",
     "Memorization",
     "Metric",
+    "MetricState",
+    "MetricValue",
     "ModelMetric",
     "Moments",
-    "Networks",
     "PrecisionRecall",
     "RealImages",
+    "ReconstructedSamples",
     "Reconstruction",
     "ReconstructionFrechetDistance",
-    "Reconstructions",
     "Reference",
     "Report",
     "Result",
     "Rows",
+    "SampleBatch",
     "Samples",
-    "Seen",
-    "Shown",
     "SpatialFrechetDistance",
-    "Subject",
     "VariationalBound",
     "append_history",
     "auto_features",
     "averaged",
     "cache_folder",
     "evaluate",
-    "examine",
+    "evaluate_model",
     "frechet_distance",
     "gaussian_mmd",
     "history_table",

@@ -9,18 +9,18 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from diffusion_cli.checkpoint import Model
 from diffusion_cli.data import Dataset, Images
 from diffusion_cli.data.base import Split
-from diffusion_cli.metrics.features import FeatureBatch, Features
-from diffusion_cli.metrics.networks import Networks
+from diffusion_cli.metrics.features.base import FeatureBatch, Features
+from diffusion_cli.metrics.features.registry import FeatureExtractors
 from diffusion_cli.metrics.reference import RealImages
 from diffusion_cli.metrics.rows import GrowingRows, Rows
 from diffusion_cli.metrics.samples import Samples
+from diffusion_cli.runs.load import LoadedDenoiser
 
 
 @dataclass(frozen=True)
-class Finding:
+class MetricValue:
     """What was measured, and what must be known to compare it."""
 
     name: str
@@ -37,7 +37,7 @@ class Finding:
     higher_is_better: bool = False
 
 
-class Shown(NamedTuple):
+class SampleBatch(NamedTuple):
     """A batch of samples, and what a network says of it."""
 
     images: Tensor
@@ -47,7 +47,7 @@ class Shown(NamedTuple):
     seen: FeatureBatch
 
 
-class Seen:
+class FeatureView:
     """The samples and the real images as one network sees them.
 
     What a metric asks for at its beginning is kept, on disk, for all of them: rows of features and of class scores.
@@ -82,14 +82,14 @@ class Seen:
             self._logits.append(batch.logits)
 
 
-class Measurement(ABC):
+class MetricState(ABC):
     """One metric at work: it is shown every batch of samples, and then asked for its findings."""
 
-    def update(self, batch: Shown) -> None:  # noqa: B027 - nothing to do for a metric that asked for rows
+    def update(self, batch: SampleBatch) -> None:  # noqa: B027 - nothing to do for a metric that asked for rows
         """Take in B more samples."""
 
     @abstractmethod
-    def findings(self) -> list[Finding]:
+    def compute(self) -> list[MetricValue]:
         """The results for all samples; none where there was nothing to measure."""
 
 
@@ -101,24 +101,24 @@ class Metric(ABC):
     split: Split | None = None
     """Of real images, where it looks at an autoencoder's reconstructions of them, and at no other samples."""
 
-    def network(self, networks: Networks) -> Features:
+    def network(self, networks: FeatureExtractors) -> Features:
         """The network that it looks through: the evaluation's own, unless a metric is defined on another."""
         return networks.chosen
 
     @abstractmethod
-    def check(self, count: int, seen: Seen, force: bool) -> list[str]:
+    def check(self, count: int, seen: FeatureView, force: bool) -> list[str]:
         """Raise ValueError if `count` samples are too few, or with `force` where one can, return warnings."""
 
     @abstractmethod
-    def begin(self, seen: Seen) -> Measurement:
+    def init_state(self, seen: FeatureView) -> MetricState:
         """Start on a set of samples; what is needed of real images is computed now."""
 
 
 @dataclass(frozen=True)
-class Subject:
+class EvaluatedModel:
     """A trained model to be measured on real images, and how."""
 
-    model: Model
+    model: LoadedDenoiser
     dataset: Dataset
     folder: Path
     """The run's."""
@@ -142,5 +142,5 @@ class ModelMetric(ABC):
     """A number that says how well a model knows real images; no samples are made for it."""
 
     @abstractmethod
-    def measure(self, subject: Subject) -> Finding | None:
+    def measure(self, subject: EvaluatedModel) -> MetricValue | None:
         """The number for a model."""

@@ -5,10 +5,10 @@ import math
 from torch import Tensor
 
 from diffusion_cli.errors import UsageError
-from diffusion_cli.metrics.base import Finding, Measurement, Metric, Seen, Shown
-from diffusion_cli.metrics.clip import CLIPFeatures
-from diffusion_cli.metrics.features import Features
-from diffusion_cli.metrics.networks import Networks
+from diffusion_cli.metrics.base import FeatureView, Metric, MetricState, MetricValue, SampleBatch
+from diffusion_cli.metrics.features.base import Features
+from diffusion_cli.metrics.features.clip import CLIPFeatures
+from diffusion_cli.metrics.features.registry import FeatureExtractors
 
 
 class CLIPScore(Metric):
@@ -25,10 +25,10 @@ class CLIPScore(Metric):
             )
         self.weights, self.prompt = weights, prompt
 
-    def network(self, networks: Networks) -> Features:
+    def network(self, networks: FeatureExtractors) -> Features:
         return networks.option("clip", weights=self.weights)
 
-    def check(self, count: int, seen: Seen, force: bool) -> list[str]:
+    def check(self, count: int, seen: FeatureView, force: bool) -> list[str]:
         if seen.samples.class_names is None or not seen.samples.labelled:
             raise UsageError(
                 "metric",
@@ -40,22 +40,22 @@ class CLIPScore(Metric):
             raise UsageError("num_samples", count, "metric=clip_score needs 2 samples", "raise num_samples")
         return []
 
-    def begin(self, seen: Seen) -> Measurement:
+    def init_state(self, seen: FeatureView) -> MetricState:
         assert isinstance(seen.network, CLIPFeatures)
         assert seen.samples.class_names is not None
         names = [name.replace("_", " ") for name in seen.samples.class_names]
-        return CLIPScoreMeasurement(
+        return CLIPScoreState(
             seen.network.text([self.prompt.replace("{}", name) for name in names]), self.prompt
         )
 
 
-class CLIPScoreMeasurement(Measurement):
+class CLIPScoreState(MetricState):
     def __init__(self, prompts: Tensor, prompt: str) -> None:
         self.prompts, self.prompt = prompts, prompt
         self.count = 0
         self.total = self.squares = 0.0
 
-    def update(self, batch: Shown) -> None:
+    def update(self, batch: SampleBatch) -> None:
         if batch.labels is None:
             return
         wanted = self.prompts[batch.labels.to(self.prompts.device)]
@@ -64,12 +64,14 @@ class CLIPScoreMeasurement(Measurement):
         self.total += float(scores.sum())
         self.squares += float(scores.square().sum())
 
-    def findings(self) -> list[Finding]:
+    def compute(self) -> list[MetricValue]:
         if self.count < 2:
             return [
-                Finding("clip_score", None, notes=("clip_score: fewer than two of the samples have labels",))
+                MetricValue(
+                    "clip_score", None, notes=("clip_score: fewer than two of the samples have labels",)
+                )
             ]
         mean = self.total / self.count
         variance = max(self.squares / self.count - mean**2, 0.0) * self.count / (self.count - 1)
         details = {"standard_error": math.sqrt(variance / self.count), "images": self.count}
-        return [Finding("clip_score", mean, details, {"prompt": self.prompt}, higher_is_better=True)]
+        return [MetricValue("clip_score", mean, details, {"prompt": self.prompt}, higher_is_better=True)]

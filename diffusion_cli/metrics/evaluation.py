@@ -8,17 +8,25 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from diffusion_cli.class_shares import differing_shares
 from diffusion_cli.data import PixelDigest
+from diffusion_cli.data.class_shares import differing_shares
 from diffusion_cli.errors import UsageError
-from diffusion_cli.metrics.base import Finding, Measurement, Metric, ModelMetric, Seen, Shown, Subject
-from diffusion_cli.metrics.features import Features
-from diffusion_cli.metrics.networks import Networks
+from diffusion_cli.metrics.base import (
+    EvaluatedModel,
+    FeatureView,
+    Metric,
+    MetricState,
+    MetricValue,
+    ModelMetric,
+    SampleBatch,
+)
+from diffusion_cli.metrics.features.base import Features
+from diffusion_cli.metrics.features.registry import FeatureExtractors
 from diffusion_cli.metrics.protocol import Report, Result
 from diffusion_cli.metrics.reference import RealImages, Reference
 from diffusion_cli.metrics.samples import Samples
-from diffusion_cli.progress import ProgressBar
-from diffusion_cli.ranks import Ranks
+from diffusion_cli.system.distributed import Distributed
+from diffusion_cli.system.progress import ProgressBar
 
 LONG = 60  # seconds from which on the time that an evaluation will take is announced
 
@@ -29,17 +37,17 @@ class Evaluation(NamedTuple):
     report: Report
     pictures: dict[str, list[Tensor]]
     """By name, their rows of images, uint8 [n, C, H, W]."""
-    first: dict[str, Finding]
+    first: dict[str, MetricValue]
     """The first number of each metric, by its name in the configuration."""
 
 
-class CalledOff(Exception):
+class EvaluationCancelled(Exception):
     """An evaluation was left before its end."""
 
 
 def evaluate(
     metrics: Mapping[str, Metric],
-    networks: Networks,
+    networks: FeatureExtractors,
     samples: Samples,
     reference: Reference,
     *,
@@ -54,19 +62,19 @@ def evaluate(
     and the first measures; the others return an empty report. Statistics of real images are kept in the folder
     of the networks; `environment` is plain data on programs and machine, for the protocol.
 
-    Raises CalledOff where `called_off`, which all processes ask before each round of batches, says so.
+    Raises EvaluationCancelled where `called_off`, which all processes ask before each round of batches, says so.
     Raises ValueError, before any sample is made, if they are too few for a metric (with `force`, a warning in the
     report where that is possible), or have another shape than the real images.
     """
-    ranks = Ranks()
+    ranks = Distributed()
     seen, notes = require(metrics, networks, samples, reference, force)
     views = list(dict.fromkeys(seen.values()))
     # Those that keep rows of features begin first: what others need of real images comes from these.
     order = sorted(metrics, key=lambda name: not metrics[name].keeps_rows)
-    begun = {name: metrics[name].begin(seen[name]) for name in order}
+    begun = {name: metrics[name].init_state(seen[name]) for name in order}
     shown_to = [[begun[name] for name in metrics if seen[name] is view] for view in views]
     digest, labels = _pass(samples, batch_size, list(zip(views, shown_to, strict=True)), ranks, called_off)
-    if not ranks.first:
+    if not ranks.is_main:
         return Evaluation(Report([], []), {}, {})
 
     made = {
@@ -76,7 +84,7 @@ def evaluate(
     results, pictures, first = [], {}, {}
     for name in metrics:
         common = _protocol(samples, seen[name].network)
-        for finding in begun[name].findings():
+        for finding in begun[name].compute():
             first.setdefault(name, finding)
             notes += finding.notes
             pictures |= finding.pictures
@@ -89,13 +97,13 @@ def evaluate(
 
 def require(
     metrics: Mapping[str, Metric],
-    networks: Networks,
+    networks: FeatureExtractors,
     samples: Samples,
     reference: Reference,
     force: bool,
-) -> tuple[dict[str, Seen], list[str]]:
+) -> tuple[dict[str, FeatureView], list[str]]:
     """What each metric looks at, and what a reader must know; ValueError if any cannot be measured, as `evaluate`."""
-    dataset, cache_dir, ranks = networks.dataset, networks.cache_dir, Ranks()
+    dataset, cache_dir, ranks = networks.dataset, networks.cache_dir, Distributed()
     if samples.shape != dataset.shape:
         raise UsageError(
             "dataset",
@@ -103,22 +111,27 @@ def require(
             f"its images are {dataset.shape}, and the samples {samples.shape}",
             "compare with the dataset the model was trained on",
         )
-    seen: dict[str, Seen] = {}
+    seen: dict[str, FeatureView] = {}
     for name, metric in metrics.items():
-        network = ranks.one_by_one(lambda metric=metric: metric.network(networks))
-        view = Seen(network, RealImages(reference, network, cache_dir, ranks), samples, dataset, cache_dir)
+        network = ranks.main_first(lambda metric=metric: metric.network(networks))
+        view = FeatureView(
+            network, RealImages(reference, network, cache_dir, ranks), samples, dataset, cache_dir
+        )
         seen[name] = next((other for other in seen.values() if other.network is network), view)
     warnings = [
         note for name, metric in metrics.items() for note in metric.check(len(samples), seen[name], force)
     ]
     networks_of = dict.fromkeys(view.network for view in seen.values())
     for network in networks_of:  # which may train: only now, when all metrics are known to be possible
-        ranks.one_by_one(network.prepare)
+        ranks.main_first(network.prepare)
     return seen, [*(network.note for network in networks_of if network.note), *warnings]
 
 
-def examine(
-    metrics: Iterable[ModelMetric], subject: Subject, about: Mapping[str, Any], environment: Mapping[str, Any]
+def evaluate_model(
+    metrics: Iterable[ModelMetric],
+    subject: EvaluatedModel,
+    about: Mapping[str, Any],
+    environment: Mapping[str, Any],
 ) -> Report:
     """Measure a model itself; `about` is plain data on it, for the protocol, and `environment` as for `evaluate`."""
     results, notes = [], []
@@ -134,8 +147,8 @@ def examine(
 def _pass(
     samples: Samples,
     batch_size: int,
-    views: Sequence[tuple[Seen, list[Measurement]]],
-    ranks: Ranks,
+    views: Sequence[tuple[FeatureView, list[MetricState]]],
+    ranks: Distributed,
     called_off: Callable[[], bool],
 ) -> tuple[str, Counter[int]]:
     """Show every batch to every network and what measures by it, in order.
@@ -145,13 +158,13 @@ def _pass(
     digest, labels, count, start = PixelDigest(), Counter[int](), len(samples), time.monotonic()
     each_round = batch_size * ranks.world
     with ProgressBar(
-        total=count, desc="evaluating samples", unit="image", delay=1.0, disable=not ranks.first
+        total=count, desc="evaluating samples", unit="image", delay=1.0, disable=not ranks.is_main
     ) as progress:
-        for place, mine in enumerate(ranks.rounds(count, batch_size)):
+        for place, mine in enumerate(ranks.shard(count, batch_size)):
             if called_off():
-                raise CalledOff
+                raise EvaluationCancelled
             looked = _look(samples, mine, [view.network for view, _ in views], ranks) if mine else None
-            for batches in ranks.collect(looked):
+            for batches in ranks.gather(looked):
                 if batches is None:
                     continue
                 for (view, measurements), batch in zip(views, batches, strict=True):
@@ -162,7 +175,7 @@ def _pass(
                 if batches[0].labels is not None:
                     labels.update(batches[0].labels.tolist())
                 progress.update(len(batches[0].images))
-            if place == 0 and ranks.first:
+            if place == 0 and ranks.is_main:
                 _announce(count, each_round, time.monotonic() - start)
     return digest.hexdigest(), labels
 
@@ -185,12 +198,14 @@ def _class_notes(samples: Samples, labels: Counter[int], reference: Reference) -
     ]
 
 
-def _look(samples: Samples, numbers: range, networks: Sequence[Features], ranks: Ranks) -> list[Shown]:
+def _look(
+    samples: Samples, numbers: range, networks: Sequence[Features], ranks: Distributed
+) -> list[SampleBatch]:
     """Some samples, as each network sees them; sent between processes, it has to lie on the CPU."""
     images, labels = samples.batch(numbers)
     said = [network(images) for network in networks]
     images, labels = images.cpu(), None if labels is None else labels.cpu()
-    return [Shown(images, labels, batch if ranks.world == 1 else batch.cpu()) for batch in said]
+    return [SampleBatch(images, labels, batch if ranks.world == 1 else batch.cpu()) for batch in said]
 
 
 def _announce(count: int, done: int, seconds: float) -> None:
@@ -202,7 +217,7 @@ def _announce(count: int, done: int, seconds: float) -> None:
         ProgressBar.write(text, file=sys.stderr)
 
 
-def _result(finding: Finding, protocol: Mapping[str, Any]) -> list[Result]:
+def _result(finding: MetricValue, protocol: Mapping[str, Any]) -> list[Result]:
     if finding.value is None:
         return []
     return [Result(finding.name, finding.value, dict(finding.details), dict(protocol))]

@@ -5,16 +5,16 @@ import torch
 from pydantic import NonNegativeInt
 from torch import Tensor
 
-from diffusion_cli.checkpoint import file_digest
 from diffusion_cli.data import spread
 from diffusion_cli.errors import UsageError
-from diffusion_cli.metrics.base import Finding, Measurement, Metric, Seen, Shown
-from diffusion_cli.metrics.features import Features
+from diffusion_cli.metrics.base import FeatureView, Metric, MetricState, MetricValue, SampleBatch
+from diffusion_cli.metrics.features.base import Features
+from diffusion_cli.metrics.features.registry import FeatureExtractors
 from diffusion_cli.metrics.moments import Moments
-from diffusion_cli.metrics.networks import Networks
 from diffusion_cli.metrics.reference import Stream
 from diffusion_cli.metrics.rows import Rows
-from diffusion_cli.progress import ProgressBar
+from diffusion_cli.system.files import file_digest
+from diffusion_cli.system.progress import ProgressBar
 
 MOST_SUBSETS = 10
 """Disjoint sets of samples whose mean distance is compared with that of as many real images.
@@ -84,7 +84,7 @@ class FrechetDistance(Metric):
         """The number of features it looks at; ValueError if the network has none of the kind."""
         return features.dim
 
-    def check(self, count: int, seen: Seen, force: bool) -> list[str]:
+    def check(self, count: int, seen: FeatureView, force: bool) -> list[str]:
         dim, reference = self.dim(seen.network), seen.real.reference
         if reference.stats is not None:
             reference.published(self.stream, dim)
@@ -113,8 +113,8 @@ class FrechetDistance(Metric):
             warnings.append(f"{key}={value}: {wrong}, so the distance is biased and fit for no comparison")
         return warnings
 
-    def begin(self, seen: Seen) -> Measurement:
-        return FrechetMeasurement(self, seen)
+    def init_state(self, seen: FeatureView) -> MetricState:
+        return FrechetState(self, seen)
 
 
 class FrechetDistanceDINOv2(FrechetDistance):
@@ -131,7 +131,7 @@ class FrechetDistanceDINOv2(FrechetDistance):
         super().__init__(floor=floor, infinity=infinity, bootstrap=bootstrap)
         self.weights = weights
 
-    def network(self, networks: Networks) -> Features:
+    def network(self, networks: FeatureExtractors) -> Features:
         return networks.option("dinov2", weights=self.weights)
 
 
@@ -161,10 +161,10 @@ class SpatialFrechetDistance(FrechetDistance):
         return features.spatial_dim
 
 
-class FrechetMeasurement(Measurement):
+class FrechetState(MetricState):
     """The moments of all samples, and of disjoint sets of as many samples as there are other real images."""
 
-    def __init__(self, metric: FrechetDistance, seen: Seen) -> None:
+    def __init__(self, metric: FrechetDistance, seen: FeatureView) -> None:
         self.metric, self.seen, self.real = metric, seen, seen.real
         dim, stats = metric.dim(seen.network), seen.real.reference.stats
         moments = None if stats is not None else seen.real.moments(stream=metric.stream)
@@ -188,14 +188,14 @@ class FrechetMeasurement(Measurement):
         self.set_of[spread(len(seen.samples), count * number)] = torch.arange(count * number) % max(count, 1)
         self.rows = seen.rows() if metric.infinity or metric.bootstrap else None
 
-    def update(self, batch: Shown) -> None:
+    def update(self, batch: SampleBatch) -> None:
         values = getattr(batch.seen, self.metric.stream)
         set_of = self.set_of[self.all.n : self.all.n + len(values)].to(values.device)
         self.all.update(values)
         for number, moments in enumerate(self.equal_sets):
             moments.update(values[set_of == number])
 
-    def findings(self) -> list[Finding]:
+    def compute(self) -> list[MetricValue]:
         value, details, notes = self._distance(self.all), {}, []
         if self.rows is not None:
             details = self._extrapolated(self.rows) | self._interval(self.rows, value)
@@ -207,7 +207,7 @@ class FrechetMeasurement(Measurement):
         elif self.metric.floor:
             notes = [f"no floor: beside {self.real.name()} there are too few real images for one"]
         protocol = {"reference": self._reference()}
-        return [Finding(self.metric.title(self.seen.network), value, details, protocol, tuple(notes))]
+        return [MetricValue(self.metric.title(self.seen.network), value, details, protocol, tuple(notes))]
 
     def _reference(self) -> dict[str, object]:
         stats = self.real.reference.stats

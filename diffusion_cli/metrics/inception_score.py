@@ -8,7 +8,7 @@ from pydantic import PositiveInt
 from torch import Tensor
 
 from diffusion_cli.errors import UsageError
-from diffusion_cli.metrics.base import Finding, Measurement, Metric, Seen
+from diffusion_cli.metrics.base import FeatureView, Metric, MetricState, MetricValue
 from diffusion_cli.metrics.rows import Rows
 
 SHUFFLE_SEED = 2020  # of torch-fidelity, whose numbers these are
@@ -52,7 +52,7 @@ class InceptionScore(Metric):
     def __init__(self, *, splits: PositiveInt) -> None:
         self.splits = splits
 
-    def check(self, count: int, seen: Seen, force: bool) -> list[str]:
+    def check(self, count: int, seen: FeatureView, force: bool) -> list[str]:
         if not seen.network.classes:
             raise UsageError(
                 "metric",
@@ -63,17 +63,19 @@ class InceptionScore(Metric):
         require_splits(count, self.splits)
         return []
 
-    def begin(self, seen: Seen) -> Measurement:
-        return InceptionScoreMeasurement(seen, self.splits)
+    def init_state(self, seen: FeatureView) -> MetricState:
+        return InceptionScoreState(seen, self.splits)
 
 
-class InceptionScoreMeasurement(Measurement):
+class InceptionScoreState(MetricState):
     """The class scores of all samples: their shuffle depends on their number."""
 
-    def __init__(self, seen: Seen, splits: int) -> None:
+    def __init__(self, seen: FeatureView, splits: int) -> None:
         self.network, self.splits, self.logits = seen.network, splits, seen.logits()
 
-    def findings(self) -> list[Finding]:
+    def compute(self) -> list[MetricValue]:
         mean, deviation = inception_score(self.logits, self.splits)
         protocol: dict[str, Any] = {"splits": self.splits, "shuffle_seed": SHUFFLE_SEED}
-        return [Finding(self.network.named("is"), mean, {"std": deviation}, protocol, higher_is_better=True)]
+        return [
+            MetricValue(self.network.named("is"), mean, {"std": deviation}, protocol, higher_is_better=True)
+        ]

@@ -7,15 +7,15 @@ from typing import Annotated, Literal
 import torch
 from pydantic import Field, PositiveInt
 
-from diffusion_cli.data import normalised
+from diffusion_cli.data import to_model_range
+from diffusion_cli.diffusion.guidance import NoGuidance
+from diffusion_cli.diffusion.schedules import Spacing
 from diffusion_cli.errors import UsageError
 from diffusion_cli.generate import guided
-from diffusion_cli.guidance import Unguided
-from diffusion_cli.metrics.base import Finding, ModelMetric, Subject
-from diffusion_cli.precision import autocast
-from diffusion_cli.progress import ProgressBar
-from diffusion_cli.samplers import DDIM, integrate, invert, until
-from diffusion_cli.schedules import Spacing
+from diffusion_cli.metrics.base import EvaluatedModel, MetricValue, ModelMetric
+from diffusion_cli.samplers import DDIM, integrate, invert, start_grid_at
+from diffusion_cli.system.precision import autocast
+from diffusion_cli.system.progress import ProgressBar
 
 
 class Inversion(ModelMetric):
@@ -42,7 +42,7 @@ class Inversion(ModelMetric):
         self.split: Literal["held_out", "train"] = split
 
     @torch.inference_mode()
-    def measure(self, subject: Subject) -> Finding:
+    def measure(self, subject: EvaluatedModel) -> MetricValue:
         images, space = subject.dataset.load(self.split), subject.model.space
         schedule = subject.model.denoiser.schedule
         count = min(self.num_images or len(images), len(images))
@@ -51,21 +51,21 @@ class Inversion(ModelMetric):
                 "metric.inversion.split", self.split, "is measured on images of 256 values", "there are none"
             )
         sampler = DDIM(schedule, eta=0.0, spacing=self.spacing)
-        times = until(sampler.grid(self.steps), self.strength)
+        times = start_grid_at(sampler.grid(self.steps), self.strength)
         prior = schedule.prior_std(times[0])
         errors, squares = 0.0, 0.0
         with ProgressBar(total=count, desc=self.NAME, unit="image", delay=1.0) as bar:
             for rows in torch.arange(count).split(subject.batch_size):
                 batch, labels = subject.batch(images, rows)
-                denoise = guided(subject.model, Unguided(), labels, subject.clip)
-                x = normalised(batch)
+                denoise = guided(subject.model, NoGuidance(), labels, subject.clip)
+                x = to_model_range(batch)
                 with autocast(subject.device, subject.precision):
                     (noise,) = deque(invert(schedule, denoise, space.encode(x), times), maxlen=1)
                     (back,) = deque(integrate(sampler, denoise, noise, times, noise.clone), maxlen=1)
                 errors += (127.5 * (space.decode(back) - x).double()).square().flatten(1).mean(1).sum().item()
                 squares += (noise.double() / prior).square().flatten(1).mean(1).sum().item()
                 bar.update(len(rows))
-        return Finding(
+        return MetricValue(
             self.NAME,
             math.sqrt(errors / count),
             {"noise_mean_square": squares / count, "images": count, "steps": self.steps},

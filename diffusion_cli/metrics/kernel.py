@@ -8,11 +8,11 @@ from pydantic import NonNegativeInt, PositiveFloat, PositiveInt
 from torch import Tensor
 
 from diffusion_cli.errors import UsageError
-from diffusion_cli.metrics.base import Finding, Measurement, Metric, Seen
-from diffusion_cli.metrics.features import Features
-from diffusion_cli.metrics.networks import Networks
+from diffusion_cli.metrics.base import FeatureView, Metric, MetricState, MetricValue
+from diffusion_cli.metrics.features.base import Features
+from diffusion_cli.metrics.features.registry import FeatureExtractors
 from diffusion_cli.metrics.rows import Rows
-from diffusion_cli.progress import ProgressBar
+from diffusion_cli.system.progress import ProgressBar
 
 
 def polynomial_mmd(x: Tensor, y: Tensor) -> float:
@@ -49,7 +49,7 @@ class KernelDistance(Metric):
     def __init__(self, *, subsets: PositiveInt, subset_size: PositiveInt, seed: NonNegativeInt) -> None:
         self.subsets, self.subset_size, self.seed = subsets, subset_size, seed
 
-    def check(self, count: int, seen: Seen, force: bool) -> list[str]:
+    def check(self, count: int, seen: FeatureView, force: bool) -> list[str]:
         for name, number in (("samples", count), (seen.real.name(), len(seen.real.images()))):
             if number < self.subset_size or self.subset_size < 2:
                 raise UsageError(
@@ -60,16 +60,16 @@ class KernelDistance(Metric):
                 )
         return []
 
-    def begin(self, seen: Seen) -> Measurement:
-        return KernelMeasurement(self, seen)
+    def init_state(self, seen: FeatureView) -> MetricState:
+        return KernelState(self, seen)
 
 
-class KernelMeasurement(Measurement):
-    def __init__(self, metric: KernelDistance, seen: Seen) -> None:
+class KernelState(MetricState):
+    def __init__(self, metric: KernelDistance, seen: FeatureView) -> None:
         self.metric, self.seen = metric, seen
         self.samples, self.real = seen.rows(), seen.real.rows()
 
-    def findings(self) -> list[Finding]:
+    def compute(self) -> list[MetricValue]:
         size, number = self.metric.subset_size, self.metric.subsets
         random = np.random.RandomState(self.metric.seed)
         values = []
@@ -87,7 +87,7 @@ class KernelMeasurement(Measurement):
             "reference": self.seen.real.protocol(),
         }  # fmt: skip
         details = error | {"std": std}
-        return [Finding(self.seen.network.named("kid"), float(np.mean(values)), details, protocol)]
+        return [MetricValue(self.seen.network.named("kid"), float(np.mean(values)), details, protocol)]
 
 
 def gaussian_mmd(x: Rows, y: Rows, sigma: float, device: torch.device) -> float:
@@ -120,23 +120,23 @@ class CLIPDistance(Metric):
     def __init__(self, *, weights: str, sigma: PositiveFloat, scale: PositiveFloat) -> None:
         self.weights, self.sigma, self.scale = weights, sigma, scale
 
-    def network(self, networks: Networks) -> Features:
+    def network(self, networks: FeatureExtractors) -> Features:
         return networks.option("clip", weights=self.weights)
 
-    def check(self, count: int, seen: Seen, force: bool) -> list[str]:
+    def check(self, count: int, seen: FeatureView, force: bool) -> list[str]:
         return []
 
-    def begin(self, seen: Seen) -> Measurement:
-        return CLIPMeasurement(self, seen)
+    def init_state(self, seen: FeatureView) -> MetricState:
+        return CLIPDistanceState(self, seen)
 
 
-class CLIPMeasurement(Measurement):
-    def __init__(self, metric: CLIPDistance, seen: Seen) -> None:
+class CLIPDistanceState(MetricState):
+    def __init__(self, metric: CLIPDistance, seen: FeatureView) -> None:
         self.metric, self.seen = metric, seen
         self.samples, self.real = seen.rows(), seen.real.rows()
 
-    def findings(self) -> list[Finding]:
+    def compute(self) -> list[MetricValue]:
         sigma, scale = self.metric.sigma, self.metric.scale
         value = scale * gaussian_mmd(self.samples, self.real, sigma, self.seen.network.device)
         protocol = {"sigma": sigma, "scale": scale, "reference": self.seen.real.protocol()}
-        return [Finding("cmmd", value, {}, protocol)]
+        return [MetricValue("cmmd", value, {}, protocol)]

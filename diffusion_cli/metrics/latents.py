@@ -7,11 +7,11 @@ import torch
 from pydantic import PositiveInt
 from torch import Tensor
 
-from diffusion_cli.data import Images, normalised
+from diffusion_cli.data import Images, to_model_range
+from diffusion_cli.diffusion.latents import Latents, measured_scale
 from diffusion_cli.errors import UsageError
-from diffusion_cli.latents import Latents, measured_scale
-from diffusion_cli.metrics.base import Finding, ModelMetric, Subject
-from diffusion_cli.progress import ProgressBar
+from diffusion_cli.metrics.base import EvaluatedModel, MetricValue, ModelMetric
+from diffusion_cli.system.progress import ProgressBar
 
 
 class LatentMoments(ModelMetric):
@@ -28,7 +28,7 @@ class LatentMoments(ModelMetric):
         self.num_images = num_images
 
     @torch.inference_mode()
-    def measure(self, subject: Subject) -> Finding:
+    def measure(self, subject: EvaluatedModel) -> MetricValue:
         space = subject.model.space
         if not isinstance(space, Latents):
             raise UsageError(
@@ -49,7 +49,7 @@ class LatentMoments(ModelMetric):
         details = {f"mean_{channel}": value for channel, value in enumerate(means)}
         details |= {f"std_{channel}": value for channel, value in enumerate(stds)}
         details |= {f"told_{channel}": value for channel, value in enumerate(told)}
-        return Finding(
+        return MetricValue(
             self.NAME,
             max(abs(value) for value in [*means, *(value - 1 for value in stds)]),
             details | {"images": count},
@@ -57,10 +57,10 @@ class LatentMoments(ModelMetric):
         )
 
 
-def _moments(subject: Subject, space: Latents, images: Images, count: int) -> Iterator[Tensor]:
+def _moments(subject: EvaluatedModel, space: Latents, images: Images, count: int) -> Iterator[Tensor]:
     """The moments of the first images, some at a time."""
     with ProgressBar(total=count, desc=LatentMoments.NAME, unit="image", delay=1.0) as bar:
         for rows in torch.arange(count).split(subject.batch_size):
             batch, _ = subject.batch(images, rows)
-            yield space.moments(normalised(batch)).cpu()
+            yield space.moments(to_model_range(batch)).cpu()
             bar.update(len(rows))

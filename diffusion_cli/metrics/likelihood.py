@@ -11,21 +11,21 @@ import torch
 from pydantic import NonNegativeInt, PositiveFloat, PositiveInt
 from torch import Tensor
 
-from diffusion_cli import cache
 from diffusion_cli.config import fingerprint
-from diffusion_cli.data import Images, normalised
-from diffusion_cli.denoiser import Denoise, Prediction, clip_x0
+from diffusion_cli.data import Images, to_model_range
+from diffusion_cli.diffusion.denoiser import Denoise, Prediction, clip_x0
+from diffusion_cli.diffusion.latents import Pixels
+from diffusion_cli.diffusion.likelihood import bound_terms, flow_likelihood, prior_term
+from diffusion_cli.diffusion.posterior import Variance
+from diffusion_cli.diffusion.schedules import Discrete
 from diffusion_cli.errors import NO_VALUE, FormatError, UsageError
-from diffusion_cli.foreign import LONGEST_TEXT, read
 from diffusion_cli.generate import SeededNoise
-from diffusion_cli.latents import Pixels
-from diffusion_cli.likelihood import bound_terms, flow_likelihood, prior_term
-from diffusion_cli.metrics.base import Finding, ModelMetric, Subject
-from diffusion_cli.posterior import Variance
-from diffusion_cli.precision import autocast
-from diffusion_cli.progress import ProgressBar
-from diffusion_cli.run_folder import own_folder
-from diffusion_cli.schedules import Discrete
+from diffusion_cli.metrics.base import EvaluatedModel, MetricValue, ModelMetric
+from diffusion_cli.system import cache
+from diffusion_cli.system.own_folder import own_folder
+from diffusion_cli.system.precision import autocast
+from diffusion_cli.system.progress import ProgressBar
+from diffusion_cli.system.untrusted import LONGEST_TEXT, read
 
 FIXED: tuple[Variance, Variance] = ("small", "large")
 
@@ -59,17 +59,17 @@ class PerImage(ModelMetric):
         self.num_images, self.shard, self.num_shards = num_images, shard, num_shards
 
     @abstractmethod
-    def settings(self, subject: Subject) -> dict[str, Any]:
+    def settings(self, subject: EvaluatedModel) -> dict[str, Any]:
         """All that the number depends on, as plain data."""
 
     @abstractmethod
-    def refusal(self, subject: Subject) -> str | None:
+    def refusal(self, subject: EvaluatedModel) -> str | None:
         """Why there is no such number for this model, or None."""
 
     @abstractmethod
     def columns(
         self,
-        subject: Subject,
+        subject: EvaluatedModel,
         images: Tensor,
         labels: Tensor | None,
         noise: SeededNoise,
@@ -77,7 +77,7 @@ class PerImage(ModelMetric):
     ) -> Columns:
         """The numbers of a batch as the source holds it; `advance` is told of shares of a batch done."""
 
-    def measure(self, subject: Subject) -> Finding | None:
+    def measure(self, subject: EvaluatedModel) -> MetricValue | None:
         if not isinstance(subject.model.space, Pixels):
             raise UsageError(
                 "metric",
@@ -87,7 +87,7 @@ class PerImage(ModelMetric):
             )
         refusal = self.refusal(subject)
         if refusal is not None:
-            return Finding(self.name, None, notes=(refusal,))
+            return MetricValue(self.name, None, notes=(refusal,))
         images = subject.dataset.load(self.split)
         count = min(self.num_images or len(images), len(images))
         if count < 2:
@@ -116,14 +116,14 @@ class PerImage(ModelMetric):
         missing = len(paths) - len(parts)
         if missing:
             note = f"{self.name}: {missing} of {len(paths)} batches are left to other shards; the last gives the mean"
-            return Finding(self.name, None, notes=(note,))
+            return MetricValue(self.name, None, notes=(note,))
         return self._collect(parts, folder, settings)
 
     def reported(self, columns: Columns) -> tuple[Columns, tuple[str, ...]]:
         """The columns to report, of all images, with `bits`; and notes on them."""
         return columns, ()
 
-    def _do(self, subject: Subject, images: Images, rows: Tensor, path: Path, bar: Any) -> None:
+    def _do(self, subject: EvaluatedModel, images: Images, rows: Tensor, path: Path, bar: Any) -> None:
         batch, labels = subject.batch(images, rows)
         noise = SeededNoise([subject.seed + int(row) for row in rows], subject.model.shape, subject.device)
         end = bar.n + len(rows)
@@ -135,7 +135,7 @@ class PerImage(ModelMetric):
             columns = self.columns(subject, batch, labels, noise, advance)
         cache.write_json(path, {name: value.tolist() for name, value in columns.items()})
 
-    def _collect(self, parts: list[Part], folder: Path, settings: dict[str, Any]) -> Finding:
+    def _collect(self, parts: list[Part], folder: Path, settings: dict[str, Any]) -> MetricValue:
         if any(part.keys() != parts[0].keys() for part in parts):
             raise UsageError(
                 folder,
@@ -151,7 +151,7 @@ class PerImage(ModelMetric):
         bits = columns.pop("bits")
         details = {"standard_error": float(bits.std() / math.sqrt(len(bits))), "images": len(bits)}
         details |= {name: float(values.mean()) for name, values in columns.items()}
-        return Finding(
+        return MetricValue(
             self.name,
             float(bits.mean()),
             details,
@@ -206,15 +206,15 @@ class VariationalBound(PerImage):
         self.variance: Literal["best", "small", "large", "learned"] = variance
         self.cdf = cdf
 
-    def settings(self, subject: Subject) -> dict[str, Any]:
+    def settings(self, subject: EvaluatedModel) -> dict[str, Any]:
         return {
             "variance": self.variance, "cdf": self.cdf, "clip_x0": subject.clip, "noise_seed": subject.seed,
         }  # fmt: skip
 
-    def refusal(self, subject: Subject) -> str | None:
+    def refusal(self, subject: EvaluatedModel) -> str | None:
         schedule = subject.model.denoiser.schedule
         if not isinstance(schedule, Discrete):
-            return f"{self.name}: the {type(schedule).__name__} schedule has no timesteps to sum over"
+            return f"{self.name}: the {schedule.name} schedule has no timesteps to sum over"
         if self.variance == "learned" and not subject.model.denoiser.learns_variance:
             raise UsageError(
                 "metric.bound.variance",
@@ -230,7 +230,7 @@ class VariationalBound(PerImage):
 
     def columns(
         self,
-        subject: Subject,
+        subject: EvaluatedModel,
         images: Tensor,
         labels: Tensor | None,
         noise: SeededNoise,
@@ -238,14 +238,14 @@ class VariationalBound(PerImage):
     ) -> Columns:
         schedule = subject.model.denoiser.schedule
         assert isinstance(schedule, Discrete)
-        x_0 = normalised(images).double()
+        x_0 = to_model_range(images).double()
         denoise = _in_float32(partial(subject.model.denoiser, y=labels))
         if subject.clip:
             denoise = clip_x0(denoise, schedule)
         variances = self._variances(subject)
         terms = []
         with torch.inference_mode():
-            draw = lambda: noise.draw().double()  # noqa: E731
+            draw = lambda: noise.noise().double()  # noqa: E731
             for term in bound_terms(schedule, denoise, x_0, draw, variances, self.cdf == "exact"):
                 terms.append(term)
                 advance(1 / schedule.num_timesteps)
@@ -263,7 +263,7 @@ class VariationalBound(PerImage):
             columns |= {name + suffix: values for name, values in own.items()}
         return columns
 
-    def _variances(self, subject: Subject) -> tuple[Variance, ...]:
+    def _variances(self, subject: EvaluatedModel) -> tuple[Variance, ...]:
         if self.variance != "best":
             return (self.variance,)
         return ("learned",) if subject.model.denoiser.learns_variance else FIXED
@@ -310,18 +310,18 @@ class FlowLikelihood(PerImage):
         self.trace, self.probe, self.num_probes = trace, probe, num_probes
         self.rtol, self.atol, self.max_steps = rtol, atol, max_steps
 
-    def settings(self, subject: Subject) -> dict[str, Any]:
+    def settings(self, subject: EvaluatedModel) -> dict[str, Any]:
         return {
             "trace": self.trace, "probe": self.probe, "num_probes": self.num_probes, "rtol": self.rtol,
             "atol": self.atol, "t_min": subject.model.denoiser.schedule.t_min, "noise_seed": subject.seed,
         }  # fmt: skip
 
-    def refusal(self, subject: Subject) -> str | None:
+    def refusal(self, subject: EvaluatedModel) -> str | None:
         return None
 
     def columns(
         self,
-        subject: Subject,
+        subject: EvaluatedModel,
         images: Tensor,
         labels: Tensor | None,
         noise: SeededNoise,
@@ -330,11 +330,11 @@ class FlowLikelihood(PerImage):
         x, offset = images.double(), 0.0
         if not images.is_floating_point():
             # Uniform in the bin of each value; [0, 256) becomes [-1, 1), a factor of 128 = 2^7 in density.
-            uniform = torch.special.ndtr(noise.draw().double())
+            uniform = torch.special.ndtr(noise.noise().double())
             x, offset = (x + uniform) / 128 - 1, 7.0
         probes = None
         if self.trace == "hutchinson":
-            normal = torch.stack([noise.draw() for _ in range(self.num_probes)])
+            normal = torch.stack([noise.noise() for _ in range(self.num_probes)])
             probes = normal if self.probe == "gaussian" else torch.where(normal < 0, -1.0, 1.0)
         denoise = partial(subject.model.denoiser, y=labels)
         found = flow_likelihood(subject.model.denoiser.schedule, denoise, x.float(), probes, self)

@@ -1,104 +1,121 @@
-"""LPIPS: how unlike two images look, by the activations of a network trained on ImageNet."""
+"""How unlike images look to each other: samples of a class among themselves, or each and its original."""
 
-import re
+import math
 from pathlib import Path
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from diffusion_cli.checkpoint import digest
+from diffusion_cli.data import Images, given_images
 from diffusion_cli.errors import UsageError
-from diffusion_cli.metrics.features import check_pixels, exact_convolutions
-from diffusion_cli.metrics.weights import content_of, locate, misfit, read
-
-PUBLISHED = {"alex": "AlexNet_Weights", "vgg": "VGG16_Weights", "squeeze": "SqueezeNet1_1_Weights"}
-# Of images of fewer pixels a side the last maps are empty; the reference implementation fails there.
-LEAST_SIDE = {"alex": 31, "vgg": 16, "squeeze": 17}
-CHUNK = 256
+from diffusion_cli.metrics.base import FeatureView, Metric, MetricState, MetricValue, SampleBatch
+from diffusion_cli.metrics.features.base import FeatureBatch, Features
+from diffusion_cli.metrics.features.lpips import LPIPSDistance
+from diffusion_cli.metrics.features.registry import FeatureExtractors
 
 
-class LPIPSDistance:
-    """The LPIPS distance of pairs of images, at least 0, by torchmetrics' network and linear weights (version 0.1).
+class PairNetwork(Features):
+    """LPIPS's network: it compares pairs, and has no features of single images."""
 
-    `network` is the backbone, and `weights` a file of torchvision's weights for it (only its convolutions are
-    read); None looks in torch's download folder, and fetches them there once. `key` names that option in errors.
+    dim = classes = 0
+    resize = "none"
+    note = ""
 
-    Raises FileNotFoundError if there is no such file and it cannot be fetched, ValueError if it holds anything
-    but these weights. Source: Zhang et al. 2018, Eq. 1.
+    def __init__(self, distance: LPIPSDistance) -> None:
+        self.distance, self.device = distance, distance.device
+        self.name, self.digest = f"lpips_{distance.name}", distance.digest
+
+    def extract(self, images: Tensor) -> FeatureBatch:
+        return FeatureBatch(torch.empty(len(images), 0), None)
+
+
+class LPIPS(Metric):
+    """The mean LPIPS distance of samples: of pairs of one class, their diversity, or to `originals`, as of edits.
+
+    A pair is two samples of a class that follow each other, each in one pair. The n-th sample is compared with the n-th
+    of the originals, a folder, ZIP or NumPy file. With the standard error of the mean. Source: Zhang et al. 2018.
     """
 
-    digest: str
-    """SHA-256, in hex, of the weights of the backbone and of the linear layers."""
-
     def __init__(
-        self,
-        network: Literal["alex", "vgg", "squeeze"],
-        weights: str | None,
-        device: torch.device,
-        key: str = "weights",
+        self, *, network: Literal["alex", "vgg", "squeeze"], weights: str | None, originals: str | None
     ) -> None:
-        # Both take seconds to import, which evaluations without LPIPS need not wait for.
-        from torchmetrics.functional.image.lpips import _NoTrainLpips
-        from torchvision import models
+        self.kind: Literal["alex", "vgg", "squeeze"] = network
+        self.weights, self.originals = weights, originals
 
-        path = locate(weights, getattr(models, PUBLISHED[network]).DEFAULT.url, key)
-        self.name, self.device = network, device
-        with torch.random.fork_rng(devices=[]):  # the backbone is initialised before it is given its weights
-            self.network = _NoTrainLpips(pnet_rand=True, net=network)
-        self._fill(path, key)
-        self.digest = digest(self.network.state_dict())
-        self.network.to(device)
+    def network(self, networks: FeatureExtractors) -> Features:
+        return networks.once(
+            f"lpips {self.kind} {self.weights}",
+            lambda: PairNetwork(
+                LPIPSDistance(self.kind, self.weights, networks.device, "metric.lpips.weights")
+            ),
+        )
 
-    def _fill(self, path: Path, key: str) -> None:
-        """Give the backbone, which torchmetrics cuts into slices, the weights that a file of torchvision's holds."""
-        backbone = self.network.net
-        saved = read(content_of(path, key), path, key)
-        try:
-            names = {own: "features." + re.sub(r"^slices?\.?\d+\.", "", own) for own in backbone.state_dict()}
-            backbone.load_state_dict({own: saved[name] for own, name in names.items()})
-        except (RuntimeError, KeyError, TypeError) as error:
-            raise misfit(path, key, error) from error
-
-    @torch.inference_mode()
-    def __call__(self, first: Tensor, second: Tensor) -> Tensor:
-        """The distances, float32 [B], of uint8 images [B, C, H, W], C 1 or 3, to as many others.
-
-        Raises ValueError for images that are not uint8, or smaller than the network can take.
-        """
-        for images in (first, second):
-            check_pixels(images)
-            self.check_shape(tuple(images.shape[1:]))
-        with exact_convolutions():
-            parts = [
-                self.network(self._scaled(a), self._scaled(b)).flatten()
-                for a, b in zip(first.split(CHUNK), second.split(CHUNK), strict=True)
-            ]
-        return torch.cat(parts)
-
-    def between(self, first: Tensor, second: Tensor) -> Tensor:
-        """The distances, float32 [B], of images [B, C, H, W] around [-1, 1] on any device, with gradients to them."""
-        self.network.to(first.device)
-        pairs = (images.float().expand(-1, 3, -1, -1) for images in (first, second))
-        with torch.autocast(first.device.type, enabled=False):
-            return self.network(*pairs).flatten()
-
-    def _scaled(self, images: Tensor) -> Tensor:
-        return (images.to(self.device).float() / 127.5 - 1).expand(-1, 3, -1, -1)
-
-    def check_shape(self, shape: tuple[int, ...]) -> None:
-        """Raise ValueError for images [C, H, W] that the network cannot take."""
-        channels, height, width = shape
-        if channels not in (1, 3):
+    def check(self, count: int, seen: FeatureView, force: bool) -> list[str]:
+        originals = self._originals(seen)
+        if originals is not None and len(originals) != count:
             raise UsageError(
-                "LPIPS", self.name, f"takes images of 1 or 3 channels, and these have {channels}"
+                "metric.lpips.originals",
+                self.originals,
+                f"holds {len(originals)} images, and there are {count} samples",
+                "give one for each, in order",
             )
-        if min(height, width) < LEAST_SIDE[self.name]:
-            able = [name for name, side in LEAST_SIDE.items() if side <= min(height, width)]
-            remedy = f"take {' or '.join(able)}" if able else "none of its networks can tell images so small"
-            raise UsageError(
-                "LPIPS",
-                self.name,
-                f"needs images of {LEAST_SIDE[self.name]} pixels a side, and these have {height}x{width}",
-                remedy,
-            )
+        if count < 4:
+            raise UsageError("num_samples", count, "metric=lpips needs 4 samples", "raise num_samples")
+        return []
+
+    def init_state(self, seen: FeatureView) -> MetricState:
+        assert isinstance(seen.network, PairNetwork)
+        return LPIPSState(seen.network.distance, self._originals(seen))
+
+    def _originals(self, seen: FeatureView) -> Images | None:
+        if self.originals is None:
+            return None
+        path = Path(self.originals).expanduser()
+        return given_images(path, "metric.lpips.originals", seen.samples.shape).images
+
+
+class LPIPSState(MetricState):
+    def __init__(self, distance: LPIPSDistance, originals: Images | None) -> None:
+        self.distance, self.originals = distance, originals
+        self.labelled = False
+        self.alone: dict[int, Tensor] = {}
+        self.values: list[Tensor] = []
+        self.count = 0
+
+    def update(self, batch: SampleBatch) -> None:
+        if self.originals is None:
+            pairs = self._pairs(batch)
+        else:
+            rows = torch.arange(self.count, self.count + len(batch.images))
+            pairs = list(zip(batch.images, self.originals.gather(rows), strict=True))
+        self.count += len(batch.images)
+        if pairs:
+            first, second = (torch.stack(images) for images in zip(*pairs, strict=True))
+            self.values.append(self.distance(first, second).cpu().double())
+
+    def _pairs(self, batch: SampleBatch) -> list[tuple[Tensor, Tensor]]:
+        self.labelled = batch.labels is not None
+        classes = [0] * len(batch.images) if batch.labels is None else batch.labels.tolist()
+        pairs = []
+        for image, label in zip(batch.images, classes, strict=True):
+            if label in self.alone:
+                pairs.append((self.alone.pop(label), image))
+            else:
+                self.alone[label] = image
+        return pairs
+
+    def compute(self) -> list[MetricValue]:
+        values = torch.cat(self.values) if self.values else torch.empty(0)
+        name = "lpips_diversity" if self.originals is None else "lpips"
+        if len(values) < 2:
+            note = f"{name}: fewer than two pairs of samples of one class; make more samples"
+            return [MetricValue(name, None, notes=(note,))]
+        details = {"standard_error": float(values.std() / math.sqrt(len(values))), "pairs": len(values)}
+        protocol = (
+            {"pairs_of": "one class" if self.labelled else "any samples"}
+            if self.originals is None
+            else {"originals_sha256": self.originals.pixel_digest()}
+        )
+        more = self.originals is None
+        return [MetricValue(name, float(values.mean()), details, protocol, higher_is_better=more)]

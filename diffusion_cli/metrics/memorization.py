@@ -5,7 +5,7 @@ from pydantic import PositiveInt
 from torch import Tensor
 
 from diffusion_cli.errors import UsageError
-from diffusion_cli.metrics.base import Finding, Measurement, Metric, Seen
+from diffusion_cli.metrics.base import FeatureView, Metric, MetricState, MetricValue
 from diffusion_cli.metrics.neighbours import nearest
 from diffusion_cli.metrics.reference import DatasetReference
 
@@ -26,7 +26,7 @@ class Memorization(Metric):
     def __init__(self, *, pairs: PositiveInt) -> None:
         self.pairs = pairs
 
-    def check(self, count: int, seen: Seen, force: bool) -> list[str]:
+    def check(self, count: int, seen: FeatureView, force: bool) -> list[str]:
         reference = seen.real.reference
         if isinstance(reference, DatasetReference) and reference.split != "train":
             raise UsageError(
@@ -39,17 +39,17 @@ class Memorization(Metric):
             raise UsageError("metric", "memorization", f"{seen.real.name()} has too few images to be near to")
         return []
 
-    def begin(self, seen: Seen) -> Measurement:
-        return MemorizationMeasurement(seen, self.pairs)
+    def init_state(self, seen: FeatureView) -> MetricState:
+        return MemorizationState(seen, self.pairs)
 
 
-class MemorizationMeasurement(Measurement):
-    def __init__(self, seen: Seen, pairs: int) -> None:
+class MemorizationState(MetricState):
+    def __init__(self, seen: FeatureView, pairs: int) -> None:
         self.seen, self.pairs = seen, pairs
         self.samples, self.train = seen.rows(), seen.real.rows()
         self.other = None if seen.real.reference.other is None else seen.real.rows("other")
 
-    def findings(self) -> list[Finding]:
+    def compute(self) -> list[MetricValue]:
         seen = self.seen
         distances, which = nearest(
             self.samples, self.train, 1, seen.network.device, "nearest training images"
@@ -77,7 +77,7 @@ class MemorizationMeasurement(Measurement):
             )
         order = distances.argsort(stable=True)[: self.pairs]
         return [
-            Finding(
+            MetricValue(
                 seen.network.named("memorization"),
                 float(nearer.double().mean()),
                 details,

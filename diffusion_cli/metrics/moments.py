@@ -7,9 +7,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from diffusion_cli.checkpoint import whole_file
 from diffusion_cli.data.array import read_arrays
 from diffusion_cli.errors import FormatError
+from diffusion_cli.system.files import atomic_write
 
 
 class Moments:
@@ -58,7 +58,7 @@ class Moments:
 
     def save(self, path: Path) -> None:
         """Write `mu` [dim], `sigma` [dim, dim] and `n` as .npz, whole or not at all."""
-        with whole_file(path) as temporary, temporary.open("wb") as file:
+        with atomic_write(path) as temporary, temporary.open("wb") as file:
             np.savez(file, mu=self.mean.numpy(), sigma=self.covariance.numpy(), n=np.int64(self.n))
 
     @classmethod

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from diffusion_cli.errors import NO_VALUE, UsageError
 from diffusion_cli.metrics.rows import Rows
-from diffusion_cli.progress import ProgressBar
+from diffusion_cli.system.progress import ProgressBar
 
 TIE = 1e-9  # relative difference from which on float64 products tell two squared distances apart
 

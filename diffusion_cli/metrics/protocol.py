@@ -6,12 +6,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Self
 
-from diffusion_cli.checkpoint import whole_file
 from diffusion_cli.config import flatten
 from diffusion_cli.errors import NO_VALUE, FormatError, UsageError, format_value
-from diffusion_cli.foreign import escaped, read_json
-from diffusion_cli.locks import locked
-from diffusion_cli.temporary_files import remove_abandoned
+from diffusion_cli.runs.migrate import migrated
+from diffusion_cli.system.files import atomic_write
+from diffusion_cli.system.locks import locked
+from diffusion_cli.system.temporary_files import remove_abandoned
+from diffusion_cli.system.untrusted import escaped, read_json
 
 SOMETIMES = (
     "label_shares",
@@ -222,7 +223,7 @@ def read_history(path: Path) -> list[dict[str, Any]]:
     if not path.exists():
         return []
     try:
-        history = read_json(path)
+        history = migrated(read_json(path))
     except FormatError as error:
         raise UsageError(path, NO_VALUE, str(error), "move it away or mend it") from error
     try:
@@ -246,5 +247,5 @@ def append_history(path: Path, entry: Mapping[str, Any]) -> None:
     with locked(path):  # two evaluations may end at the same time
         history: Sequence[Mapping[str, Any]] = [*read_history(path), entry]
         text = json.dumps(history, indent=2, allow_nan=False)
-        with whole_file(path) as temporary:
+        with atomic_write(path) as temporary:
             temporary.write_text(text + "\n", encoding="utf-8")

@@ -9,14 +9,14 @@ import torch
 from torch import Tensor
 from torch.nn.functional import conv2d
 
-from diffusion_cli.data import Images, normalised
+from diffusion_cli.data import Images, to_model_range
 from diffusion_cli.data.base import Split
 from diffusion_cli.errors import UsageError
-from diffusion_cli.forms import Form
-from diffusion_cli.metrics.base import Finding, Measurement, Metric, Seen, Shown
-from diffusion_cli.metrics.features import FeatureBatch, Features
+from diffusion_cli.formats import SampleFormat
+from diffusion_cli.metrics.base import FeatureView, Metric, MetricState, MetricValue, SampleBatch
+from diffusion_cli.metrics.features.base import FeatureBatch, Features
+from diffusion_cli.metrics.features.registry import FeatureExtractors
 from diffusion_cli.metrics.frechet import FrechetDistance
-from diffusion_cli.metrics.networks import Networks
 from diffusion_cli.metrics.samples import Samples
 from diffusion_cli.networks import AutoencoderKL
 
@@ -27,13 +27,15 @@ K1, K2 = 0.01, 0.03  # constants of the structural similarity, as published
 PICTURES = 8  # images of a row, and rows
 
 
-class Reconstructions(Samples):
+class ReconstructedSamples(Samples):
     """What an autoencoder decodes of the mean latents of real images, each of them in its place."""
 
     labelled = False
     class_names = None
 
-    def __init__(self, network: AutoencoderKL, images: Images, form: Form, about: dict[str, Any]) -> None:
+    def __init__(
+        self, network: AutoencoderKL, images: Images, form: SampleFormat, about: dict[str, Any]
+    ) -> None:
         self.network, self.images, self.form, self.about = network, images, form, about
         self.shape = form.picture_shape(images.shape)
 
@@ -42,12 +44,12 @@ class Reconstructions(Samples):
 
     def originals(self, numbers: Sequence[int]) -> Tensor:
         """The real images by number, as pictures: uint8 [B, C, H, W]."""
-        return self.form.pictures(self._real(numbers))
+        return self.form.to_rgb(self._real(numbers))
 
     @torch.inference_mode()
     def batch(self, numbers: Sequence[int]) -> tuple[Tensor, None]:
-        x = normalised(self._real(numbers)).to(next(self.network.parameters()).device)
-        return self.form.pictures(self.form.stored(self.network.reconstruct(x).cpu())), None
+        x = to_model_range(self._real(numbers)).to(next(self.network.parameters()).device)
+        return self.form.to_rgb(self.form.quantize(self.network.reconstruct(x).cpu())), None
 
     def _real(self, numbers: Sequence[int]) -> Tensor:
         return self.images.gather(torch.tensor(list(numbers)).to(self.images.device)).cpu()
@@ -56,7 +58,7 @@ class Reconstructions(Samples):
         return self.about | {"images_sha256": self.images.digest()}
 
 
-class Pixels(Features):
+class RawPixels(Features):
     """Stands for the network of metrics that look at the pixels themselves."""
 
     name = "pixels"
@@ -82,23 +84,23 @@ class Reconstruction(Metric):
     def __init__(self, *, split: Split) -> None:
         self.split = split
 
-    def network(self, networks: Networks) -> Features:
-        return networks.once("pixels", lambda: Pixels(networks.device))
+    def network(self, networks: FeatureExtractors) -> Features:
+        return networks.once("pixels", lambda: RawPixels(networks.device))
 
-    def check(self, count: int, seen: Seen, force: bool) -> list[str]:
+    def check(self, count: int, seen: FeatureView, force: bool) -> list[str]:
         if count < 2:
             raise UsageError(
                 "metric.reconstruction.split", self.split, f"has {count} images", "two are needed"
             )
         return []
 
-    def begin(self, seen: Seen) -> Measurement:
-        assert isinstance(seen.samples, Reconstructions)
-        return ReconstructionMeasurement(seen.samples)
+    def init_state(self, seen: FeatureView) -> MetricState:
+        assert isinstance(seen.samples, ReconstructedSamples)
+        return ReconstructionState(seen.samples)
 
 
-class ReconstructionMeasurement(Measurement):
-    def __init__(self, samples: Reconstructions) -> None:
+class ReconstructionState(MetricState):
+    def __init__(self, samples: ReconstructedSamples) -> None:
         self.samples = samples
         self.ratios: list[Tensor] = []
         self.similarities: list[Tensor] = []
@@ -106,7 +108,7 @@ class ReconstructionMeasurement(Measurement):
         self.pairs: list[Tensor] = []
         """Rows of originals, each above its reconstructions."""
 
-    def update(self, batch: Shown) -> None:
+    def update(self, batch: SampleBatch) -> None:
         originals = self.samples.originals(range(self.count, self.count + len(batch.images)))
         self.count += len(batch.images)
         made, real = batch.images.double(), originals.double()
@@ -117,7 +119,7 @@ class ReconstructionMeasurement(Measurement):
             if len(self.pairs) < PICTURES:
                 self.pairs += [part[start : start + PICTURES] for part in (originals, batch.images)]
 
-    def findings(self) -> list[Finding]:
+    def compute(self) -> list[MetricValue]:
         ratios = torch.cat(self.ratios)
         finite = ratios[ratios.isfinite()]
         exact = len(ratios) - len(finite)
@@ -128,7 +130,7 @@ class ReconstructionMeasurement(Measurement):
             protocol = {"window": f"{WINDOW}x{WINDOW} Gaussian, sigma {WINDOW_SIGMA}, inside the image"}
             return [*found, replace(_mean("ssim", torch.cat(self.similarities)), protocol=protocol)]
         note = f"ssim: its window of {WINDOW} pixels a side does not fit into these images"
-        return [*found, Finding("ssim", None, notes=(note,))]
+        return [*found, MetricValue("ssim", None, notes=(note,))]
 
 
 def structural_similarity(first: Tensor, second: Tensor) -> Tensor:
@@ -155,12 +157,12 @@ def structural_similarity(first: Tensor, second: Tensor) -> Tensor:
 
 def _mean(
     name: str, values: Tensor, notes: tuple[str, ...] = (), pictures: dict[str, list[Tensor]] | None = None
-) -> Finding:
+) -> MetricValue:
     """The mean of values [N] with its standard error; no number of fewer than two."""
     if len(values) < 2:
-        return Finding(name, None, notes=notes, pictures=pictures or {})
+        return MetricValue(name, None, notes=notes, pictures=pictures or {})
     details = {"standard_error": float(values.std() / math.sqrt(len(values))), "images": len(values)}
-    return Finding(
+    return MetricValue(
         name, float(values.mean()), details, notes=notes, pictures=pictures or {}, higher_is_better=True
     )
 

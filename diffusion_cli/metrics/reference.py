@@ -11,19 +11,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from diffusion_cli.cache import Blocks, optional, report_damage
-from diffusion_cli.checkpoint import file_digest
-from diffusion_cli.data import Dataset, Given, Images, given_images, relabelled, spread
+from diffusion_cli.data import Dataset, ExternalImages, Images, given_images, relabelled, spread
 from diffusion_cli.data.array import opened_array, read_arrays
 from diffusion_cli.data.base import Split
 from diffusion_cli.errors import NO_VALUE, FormatError, UsageError
-from diffusion_cli.foreign import reason
-from diffusion_cli.metrics.features import Features
+from diffusion_cli.metrics.features.base import Features
 from diffusion_cli.metrics.moments import Moments
 from diffusion_cli.metrics.rows import GrowingRows, Rows
-from diffusion_cli.progress import ProgressBar
-from diffusion_cli.ranks import Ranks
-from diffusion_cli.temporary_files import remove_abandoned
+from diffusion_cli.system.cache import Blocks, optional, report_damage
+from diffusion_cli.system.distributed import Distributed
+from diffusion_cli.system.files import file_digest
+from diffusion_cli.system.progress import ProgressBar
+from diffusion_cli.system.temporary_files import remove_abandoned
+from diffusion_cli.system.untrusted import reason
 
 READ = 256  # images read at a time
 Part = Literal["images", "other"]
@@ -51,7 +51,7 @@ class Reference(ABC):
         """Real images that are not among them, or None."""
 
     @abstractmethod
-    def given(self) -> Given | None:
+    def given(self) -> ExternalImages | None:
         """Return the images with the names of their classes, or None without reading them if they have no classes."""
 
     def class_counts(self, class_names: tuple[str, ...]) -> list[int] | None:
@@ -133,9 +133,9 @@ class DatasetReference(Reference):
         images = self.dataset.load(self.other_split)
         return images if len(images) else None
 
-    def given(self) -> Given | None:
+    def given(self) -> ExternalImages | None:
         names = self.dataset.class_names
-        return None if names is None else Given(self.images, names)
+        return None if names is None else ExternalImages(self.images, names)
 
 
 class GivenReference(Reference):
@@ -149,7 +149,7 @@ class GivenReference(Reference):
         self.name = self.path.name
 
     @cached_property
-    def _given(self) -> Given:
+    def _given(self) -> ExternalImages:
         return given_images(self.path, "reference.path", self.shape)
 
     @cached_property
@@ -160,7 +160,7 @@ class GivenReference(Reference):
     def other(self) -> None:
         return None
 
-    def given(self) -> Given:
+    def given(self) -> ExternalImages:
         return self._given
 
 
@@ -171,10 +171,10 @@ class RealImages:
     """
 
     def __init__(
-        self, reference: Reference, features: Features, cache_dir: Path, ranks: Ranks | None = None
+        self, reference: Reference, features: Features, cache_dir: Path, ranks: Distributed | None = None
     ) -> None:
         self.reference, self.features, self.cache_dir = reference, features, cache_dir
-        self.ranks = ranks or Ranks()
+        self.ranks = ranks or Distributed()
 
     def images(self, part: Part = "images") -> Images:
         """The images of a part; ValueError if it has none."""
@@ -203,7 +203,7 @@ class RealImages:
             lambda: Moments.load(path, dim),
             lambda: self._look(part, spread(len(self.images(part)), number), None)[stream],
         )
-        known = self.ranks.agree(kept)
+        known = self.ranks.broadcast(kept)
         assert known is not None  # the first process has it
         return known
 
@@ -222,7 +222,7 @@ class RealImages:
         def make() -> Rows:
             rows = GrowingRows(self.features.dim, self.cache_dir)
             self._look(part, torch.arange(count), rows)
-            if self.ranks.first:
+            if self.ranks.is_main:
                 with optional():
                     rows.save(path)
             return rows
@@ -236,15 +236,15 @@ class RealImages:
         None in all processes but the first, which alone reads and writes the cache.
         """
         kept = None
-        if self.ranks.first and path.is_file():
+        if self.ranks.is_main and path.is_file():
             try:
                 kept = load()
             except Exception as error:  # a damaged file fails in many ways in the parsers of ZIP and NumPy
                 report_damage(path, error)
-        if self.ranks.agree(kept is None):
+        if self.ranks.broadcast(kept is None):
             remove_abandoned(path.parent)
             kept = make()
-        return kept if self.ranks.first else None
+        return kept if self.ranks.is_main else None
 
     def _look(self, part: Part, numbers: Tensor, rows: GrowingRows | None) -> dict[Stream, Moments]:
         """One pass of the network over some images of a part: all moments that it gives, and maybe the features.
@@ -255,20 +255,25 @@ class RealImages:
         moments: dict[Stream, Moments] = {stream: Moments(dim) for stream, dim in dims.items() if dim}
         images, title, ranks = self.images(part), f"features of {self.name(part)}", self.ranks
         with ProgressBar(
-            total=len(numbers), desc=title, unit="image", unit_scale=True, delay=1.0, disable=not ranks.first
+            total=len(numbers),
+            desc=title,
+            unit="image",
+            unit_scale=True,
+            delay=1.0,
+            disable=not ranks.is_main,
         ) as progress:
             for round_ in numbers.split(READ * ranks.world):
                 mine = round_[ranks.rank * READ : (ranks.rank + 1) * READ]
                 look = self.features(images.gather(mine.to(images.device))) if len(mine) else None
-                for batch in ranks.gather(look if look is None or ranks.world == 1 else look.cpu()):
-                    if batch is None or not ranks.first:
+                for batch in ranks.all_gather(look if look is None or ranks.world == 1 else look.cpu()):
+                    if batch is None or not ranks.is_main:
                         continue
                     for stream, taken in moments.items():
                         taken.update(getattr(batch, stream))
                     if rows is not None:
                         rows.append(batch.features)
                 progress.update(len(round_))
-        if ranks.first:
+        if ranks.is_main:
             for stream, taken in moments.items():
                 if taken.n > 1:
                     with optional():

@@ -9,9 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from diffusion_cli.cache import write_checksums
-from diffusion_cli.checkpoint import whole_file, writing
-from diffusion_cli.foreign import printable
+from diffusion_cli.system.cache import write_checksums
+from diffusion_cli.system.files import atomic_write, writing
+from diffusion_cli.system.untrusted import printable
 
 BLOCK = 4096  # vectors read at a time
 
@@ -96,7 +96,7 @@ class GrowingRows(Rows):
 
     def save(self, path: Path) -> None:
         """Write all vectors as .npy with checksums, whole or not at all."""
-        with whole_file(path) as temporary:
+        with atomic_write(path) as temporary:
             with temporary.open("wb") as file:
                 header = {"descr": "<f4", "fortran_order": False, "shape": (self._count, self.dim)}
                 np.lib.format.write_array_header_1_0(file, header)

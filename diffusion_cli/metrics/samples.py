@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from diffusion_cli.data import Given, relabelled, spread
+from diffusion_cli.data import ExternalImages, relabelled, spread
 from diffusion_cli.errors import UsageError
 
 
@@ -46,7 +46,7 @@ class GivenSamples(Samples):
 
     def __init__(
         self,
-        given: Given,
+        given: ExternalImages,
         class_names: tuple[str, ...] | None,
         made: dict[str, Any],
         key: str,

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.functional import silu
 
 from diffusion_cli.errors import UsageError
-from diffusion_cli.networks.layers import NORM_EPS, Downsample, Pointwise, Recomputing, Upsample, attend
+from diffusion_cli.networks.layers import NORM_EPS, Checkpointed, Downsample, Pointwise, Upsample, attend
 
 LOG_VARIANCE = (-30.0, 20.0)
 """Between which the log variance of latents is kept, as published."""
@@ -119,7 +119,7 @@ def drawn(moments: Tensor, eps: Tensor) -> Tensor:
     return mean + torch.exp(0.5 * log_variance) * eps
 
 
-class Encoder(Recomputing):
+class Encoder(Checkpointed):
     """The way down: images to features, half the size from level to level."""
 
     def __init__(
@@ -152,7 +152,7 @@ class Encoder(Recomputing):
         return self.conv_out(silu(self.conv_norm_out(h)))
 
 
-class Decoder(Recomputing):
+class Decoder(Checkpointed):
     """The way up: latents to images, twice the size from level to level."""
 
     def __init__(

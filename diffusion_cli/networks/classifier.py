@@ -7,11 +7,11 @@ from torch import Tensor, nn
 from torch.nn.functional import silu
 
 from diffusion_cli.errors import UsageError
-from diffusion_cli.networks.encoder import Encoder, Parts
+from diffusion_cli.networks.encoder import EncoderParts, UNetEncoder
 from diffusion_cli.networks.layers import NORM_EPS
 
 
-class Classifier(Encoder):
+class Classifier(UNetEncoder):
     """Class scores F(x, c_noise) [B, K] of noised images: the first half of a U-Net, averaged over the image.
 
     The options are those of `UNet`. Raises ValueError where two do not go together, or without classes.
@@ -44,7 +44,7 @@ class Classifier(Encoder):
                 "task", "classifier", "the data set has no classes to learn", "take one with labels"
             )
         in_channels, *sizes = shape
-        parts = Parts.of(
+        parts = EncoderParts.of(
             tuple(sizes),
             channels=channels,
             channel_mult=channel_mult,
@@ -61,8 +61,9 @@ class Classifier(Encoder):
             dropout=dropout,
         )
         super().__init__(
-            in_channels, parts, None, embedding_layout, fourier_scale, "none", gradient_checkpointing
-        )
+            in_channels, parts, None, embedding_layout=embedding_layout, fourier_scale=fourier_scale,
+            progressive_input="none", gradient_checkpointing=gradient_checkpointing,
+        )  # fmt: skip
         self.out_norm = nn.GroupNorm(norm_groups, parts.widths[-1], eps=NORM_EPS)
         self.head = nn.Linear(parts.widths[-1], num_classes)
 

@@ -11,9 +11,9 @@ from torch.nn.functional import pad
 
 from diffusion_cli.networks.layers import (
     Conv,
-    cut,
-    extended,
+    crop,
     from_patches,
+    pad_to_multiple,
     timestep_embedding,
 )
 from diffusion_cli.networks.transformer import SelfAttention, Transformer
@@ -70,12 +70,12 @@ class DiT(Transformer):
         """
         sizes, patch = x.shape[2:], self.patch_size
         grid = [-(-size // patch) for size in sizes]
-        tokens = self.x_embedder(extended(x, patch))
+        tokens = self.x_embedder(pad_to_multiple(x, patch))
         places = position_embedding(grid, tokens.shape[2], tokens.device)
         tokens = self.transform(tokens + places.to(tokens.dtype), c_noise, y)
         pixels = tokens.unflatten(2, (patch ** len(grid), -1)).permute(0, 3, 2, 1)  # [B, C, of a patch, N]
         h = from_patches(pixels.flatten(1, 2).unflatten(2, grid), patch)
-        return cut(h, sizes).to(x.dtype)
+        return crop(h, sizes).to(x.dtype)
 
 
 class PatchEmbedding(nn.Module):

@@ -13,14 +13,14 @@ from diffusion_cli.errors import NO_VALUE, UsageError, format_value
 from diffusion_cli.networks.layers import (
     CONV,
     Attention,
+    Checkpointed,
     Conv,
     Downsample,
     ProgressiveInput,
-    Recomputing,
     ResBlock,
     Upsample,
-    extended,
     fourier_embedding,
+    pad_to_multiple,
     timestep_embedding,
     to_patches,
 )
@@ -37,7 +37,7 @@ class Block(nn.ModuleList):
         return x
 
 
-class Encoder(Recomputing):
+class UNetEncoder(Checkpointed):
     """What a U-Net and a classifier share: the embedding of time and class, the way down, the middle."""
 
     frequencies: Tensor
@@ -45,8 +45,9 @@ class Encoder(Recomputing):
     def __init__(
         self,
         in_channels: int,
-        parts: "Parts",
+        parts: "EncoderParts",
         num_classes: int | None,
+        *,
         embedding_layout: Literal["sin_cos", "cos_sin", "fourier"],
         fourier_scale: float,
         progressive_input: Literal["none", "residual"],
@@ -78,7 +79,7 @@ class Encoder(Recomputing):
 
     def encode(self, x: Tensor, emb: Tensor) -> list[Tensor]:
         """Return the features of every skip connection, and of the middle last."""
-        pyramid = self._patches(extended(x, self.multiple))
+        pyramid = self._patches(pad_to_multiple(x, self.multiple))
         h = self.stem(pyramid)
         skips = [h]
         for block in self.down:
@@ -109,7 +110,7 @@ class Encoder(Recomputing):
 
 
 @dataclass(frozen=True)
-class Parts:
+class EncoderParts:
     """What the two paths of a U-Net are put together from."""
 
     ndim: int  # of the images

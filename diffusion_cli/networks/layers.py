@@ -39,7 +39,7 @@ NORM_EPS = 1e-6  # Ho et al. 2020
 SMALL = 2**24  # numbers of all attention matrices of a layer: 32 MB in bfloat16
 
 
-class Recomputing(nn.Module):
+class Checkpointed(nn.Module):
     """A network whose blocks keep their activations, or with `gradient_checkpointing` compute them a second time."""
 
     gradient_checkpointing: bool
@@ -148,14 +148,14 @@ def from_patches(x: Tensor, size: int) -> Tensor:
     return x
 
 
-def extended(x: Tensor, multiple: int) -> Tensor:
+def pad_to_multiple(x: Tensor, multiple: int) -> Tensor:
     """Images [B, C, *sizes] whose last pixels go on until `multiple` divides every size."""
     beyond = [-size % multiple for size in x.shape[2:]]
     ends = [end for size in reversed(beyond) for end in (0, size)]  # of the last axis first
     return pad(x, ends, mode="replicate") if any(beyond) else x
 
 
-def cut(x: Tensor, sizes: Sequence[int]) -> Tensor:
+def crop(x: Tensor, sizes: Sequence[int]) -> Tensor:
     """Undo `extended`: the first pixels of images along each axis."""
     return x if tuple(x.shape[2:]) == tuple(sizes) else x[(..., *(slice(size) for size in sizes))]
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from diffusion_cli.errors import UsageError
 from diffusion_cli.networks.layers import NORM_EPS, attend
-from diffusion_cli.networks.transformer import Linear, SelfAttention, Transformer
+from diffusion_cli.networks.transformer import SelfAttention, Transformer, XavierLinear
 
 
 class SetTransformer(Transformer):
@@ -27,7 +27,7 @@ class SetTransformer(Transformer):
     """
 
     ordered = False
-    """As `Form.ordered`: it takes what lies in no order; networks that do not say so go by the order."""
+    """As `SampleFormat.ordered`: it takes what lies in no order; networks that do not say so go by the order."""
 
     def __init__(
         self,
@@ -60,7 +60,7 @@ class SetTransformer(Transformer):
             class_conditional=class_conditional, learn_variance=learn_variance,
             gradient_checkpointing=gradient_checkpointing,
         )  # fmt: skip
-        self.x_embedder = Linear(shape[0], hidden_size)
+        self.x_embedder = XavierLinear(shape[0], hidden_size)
 
     def forward(self, x: Tensor, c_noise: Tensor, y: Tensor | None = None) -> Tensor:
         """Return F [B, C, N], or [B, 2C, N] with the variance values last, in the dtype of x.
@@ -98,9 +98,9 @@ class CrossAttention(nn.Module):
     def __init__(self, width: int, num_heads: int) -> None:
         super().__init__()
         self.num_heads = num_heads
-        self.q = Linear(width, width)
-        self.kv = Linear(width, 2 * width)
-        self.proj = Linear(width, width)
+        self.q = XavierLinear(width, width)
+        self.kv = XavierLinear(width, 2 * width)
+        self.proj = XavierLinear(width, width)
 
     def forward(self, x: Tensor, others: Tensor) -> Tensor:
         q = self.q(x).unflatten(2, (self.num_heads, -1)).transpose(1, 2)  # [B, heads, N, d]

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from diffusion_cli.errors import UsageError
 from diffusion_cli.networks.layers import (
     NORM_EPS,
+    Checkpointed,
     Dropout,
-    Recomputing,
     attend,
     classes_told,
     timestep_embedding,
@@ -21,7 +21,7 @@ TIME_FEATURES = 256  # Peebles & Xie 2023
 EMBEDDING_STD = 0.02
 
 
-class Linear(nn.Linear):
+class XavierLinear(nn.Linear):
     """A linear layer whose weights start as xavier's (Glorot & Bengio 2010), its bias at zero."""
 
     def reset_parameters(self) -> None:
@@ -35,7 +35,7 @@ class TimeEmbedding(nn.Module):
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        first, last = Linear(TIME_FEATURES, width), Linear(width, width)
+        first, last = XavierLinear(TIME_FEATURES, width), XavierLinear(width, width)
         for layer in (first, last):
             nn.init.normal_(layer.weight, std=EMBEDDING_STD)
         self.mlp = nn.Sequential(first, nn.SiLU(), last)
@@ -63,8 +63,8 @@ class SelfAttention(nn.Module):
     def __init__(self, width: int, num_heads: int) -> None:
         super().__init__()
         self.num_heads = num_heads
-        self.qkv = Linear(width, 3 * width)
-        self.proj = Linear(width, width)
+        self.qkv = XavierLinear(width, 3 * width)
+        self.proj = XavierLinear(width, width)
 
     def forward(self, x: Tensor) -> Tensor:
         qkv = self.qkv(x).unflatten(2, (3, self.num_heads, -1)).transpose(1, 3)  # [B, heads, 3, N, d]
@@ -78,10 +78,10 @@ class MLP(nn.Module):
 
     def __init__(self, width: int, hidden: int, dropout: float) -> None:
         super().__init__()
-        self.fc1 = Linear(width, hidden)
+        self.fc1 = XavierLinear(width, hidden)
         self.act = nn.GELU(approximate="tanh")
         self.dropout = Dropout(dropout)
-        self.fc2 = Linear(hidden, width)
+        self.fc2 = XavierLinear(hidden, width)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.fc2(self.dropout(self.act(self.fc1(x))))
@@ -91,7 +91,7 @@ class Modulation(nn.Sequential):
     """`parts` vectors for all tokens, linear in silu(c) and zero before training: [B, width] to each [B, 1, width]."""
 
     def __init__(self, width: int, parts: int) -> None:
-        super().__init__(nn.SiLU(), Linear(width, parts * width))
+        super().__init__(nn.SiLU(), XavierLinear(width, parts * width))
         self.parts = parts
         zero_init(self)
 
@@ -133,7 +133,7 @@ class FinalLayer(nn.Module):
     def __init__(self, width: int, outputs: int) -> None:
         super().__init__()
         self.norm_final = nn.LayerNorm(width, elementwise_affine=False, eps=NORM_EPS)
-        self.linear = Linear(width, outputs)
+        self.linear = XavierLinear(width, outputs)
         self.adaLN_modulation = Modulation(width, 2)
         zero_init(self.linear)
 
@@ -142,7 +142,7 @@ class FinalLayer(nn.Module):
         return self.linear(modulate(self.norm_final(x), shift, scale))
 
 
-class Transformer(Recomputing):
+class Transformer(Checkpointed):
     """What the transformers share: the embedding of time and class, the blocks, and the final layer.
 
     `attention` makes that of a block, of so many features and heads. `outputs` numbers are read out of each token, or

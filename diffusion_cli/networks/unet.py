@@ -6,11 +6,11 @@ from pydantic import Field, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 from torch.nn.functional import silu
 
-from diffusion_cli.networks.encoder import Encoder, Parts
-from diffusion_cli.networks.layers import NORM_EPS, Conv, classes_told, cut, from_patches, zero_init
+from diffusion_cli.networks.encoder import EncoderParts, UNetEncoder
+from diffusion_cli.networks.layers import NORM_EPS, Conv, classes_told, crop, from_patches, zero_init
 
 
-class UNet(Encoder):
+class UNet(UNetEncoder):
     """F(x, c_noise, y) as a U-Net of residual blocks with self-attention.
 
     `shape` is that of a signal [C, L], an image [C, H, W] or a volume [C, D, H, W]: one network in 1, 2 and 3
@@ -63,7 +63,7 @@ class UNet(Encoder):
     ) -> None:
         num_classes = classes_told(num_classes, class_conditional)
         in_channels, *sizes = shape
-        parts = Parts.of(
+        parts = EncoderParts.of(
             tuple(-(-size // patch_size) for size in sizes),
             channels=channels,
             channel_mult=channel_mult,
@@ -80,8 +80,8 @@ class UNet(Encoder):
             dropout=dropout,
         )
         super().__init__(
-            in_channels, parts, num_classes,
-            embedding_layout, fourier_scale, progressive_input, gradient_checkpointing, patch_size,
+            in_channels, parts, num_classes, embedding_layout=embedding_layout, fourier_scale=fourier_scale,
+            progressive_input=progressive_input, gradient_checkpointing=gradient_checkpointing, patch_size=patch_size,
         )  # fmt: skip
         self.learn_variance = learn_variance
         self.up = parts.up_path(self.skip_widths)
@@ -104,7 +104,7 @@ class UNet(Encoder):
         h = self.out_conv(silu(self.out_norm(h)))
         if self.patch_size > 1:
             h = from_patches(h, self.patch_size)
-        return cut(h, x.shape[2:]).to(x.dtype)
+        return crop(h, x.shape[2:]).to(x.dtype)
 
     def check_labels(self, y: Tensor) -> None:
         """Raise ValueError if the network does not know a label of y [B]; on a GPU this waits for y."""

@@ -1,6 +1,6 @@
 """Reports: pictures of results, and the page about a run."""
 
-from diffusion_cli.report.pictures import (
+from diffusion_cli.images import (
     Writer,
     grid,
     read_images,

@@ -79,7 +79,7 @@ def thinned(points: Points) -> Points:
     ]
 
 
-class Curve(NamedTuple):
+class Line(NamedTuple):
     """One line of a chart, with the numbers of its colour and of its dashes."""
 
     name: str
@@ -93,7 +93,7 @@ class Chart:
     """Curves over the steps of training, on one pair of axes."""
 
     title: str
-    curves: Sequence[Curve]
+    curves: Sequence[Line]
     last: int
     """The step at its right end."""
     log: bool
@@ -118,7 +118,7 @@ class Chart:
         """Where on the left of the drawing to write what."""
         return [(self._y(tick), tick_label(tick)) for tick in self.y_axis.ticks()]
 
-    def polyline(self, curve: Curve) -> str:
+    def polyline(self, curve: Line) -> str:
         """A curve as SVG writes it; a single point twice, which a line with round ends shows as a dot."""
         points = thinned(curve.points) if len(curve.points) > 1 else curve.points * 2
         return " ".join(f"{self._x(step)},{self._y(value)}" for step, value in points)
@@ -163,7 +163,7 @@ def _chart(title: str, columns: Sequence[str], runs: Mapping[str, Mapping[str, P
                 continue
             colour, dash = (number, place) if several else (place, 0)
             name = column if not several else run if len(columns) == 1 else f"{run}: {column}"
-            curves.append(Curve(name, colour % COLOURS, dash % DASHES, points[column]))
+            curves.append(Line(name, colour % COLOURS, dash % DASHES, points[column]))
     last = max(step for columns in runs.values() for points in columns.values() for step, _ in points)
     positive = all(value > 0 for curve in curves for _, value in curve.points)
     return Chart(title, curves, last, log="loss" in title and positive)

@@ -11,10 +11,10 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from diffusion_cli import __version__
 from diffusion_cli.config import flatten
 from diffusion_cli.errors import format_value
-from diffusion_cli.foreign import regular
 from diffusion_cli.metrics import Report, Result, unlike
 from diffusion_cli.report import charts
 from diffusion_cli.report.record import Record, measured
+from diffusion_cli.system.untrusted import regular
 
 MARK = '<meta name="generator" content="diffuse '
 ABSENT = "–"
@@ -132,7 +132,7 @@ def _sampler(result: Result) -> str:
         return ""
     words = [_class(about["sampler"]), f"{format_value(about.get('steps'))} steps"]
     guidance = about.get("guidance")
-    if isinstance(guidance, Mapping) and _class(guidance) != "Unguided":
+    if isinstance(guidance, Mapping) and guidance.get("scale") is not None:
         words.append(f"{_class(guidance)} of scale {format_value(guidance.get('scale'))}")
     return ", ".join(words)
 

@@ -8,16 +8,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
-from diffusion_cli.checkpoint import LAST, newest
 from diffusion_cli.config import flatten
 from diffusion_cli.errors import FormatError, UsageError
-from diffusion_cli.foreign import LONGEST_MANIFEST, MOST_IN_MANIFEST, read_csv, read_json, reason
-from diffusion_cli.foreign import read as read_file
-from diffusion_cli.forms.files import opened
-from diffusion_cli.manifest import merge, read_records
+from diffusion_cli.formats.files import opened
 from diffusion_cli.metrics import Report, Result, read_history
 from diffusion_cli.report.charts import Points
-from diffusion_cli.seeding import seed_ranges
+from diffusion_cli.runs.checkpoint import LAST
+from diffusion_cli.runs.find import newest
+from diffusion_cli.runs.manifest import merge, read_records
+from diffusion_cli.system.seeding import seed_ranges
+from diffusion_cli.system.untrusted import LONGEST_MANIFEST, MOST_IN_MANIFEST, read_csv, read_json, reason
+from diffusion_cli.system.untrusted import read as read_file
 
 MOST_PREVIEWS = 50  # in one page, which holds them all
 MOST_COLUMNS = 200
@@ -27,7 +28,7 @@ Content = TypeVar("Content")
 Number = TypeVar("Number", int, float)
 
 
-class Samples(NamedTuple):
+class SampleRecord(NamedTuple):
     """A grid of samples, and how they were made."""
 
     name: str
@@ -55,7 +56,7 @@ class Record:
     """By column of metrics.csv."""
     previews: dict[int, str]
     """By step."""
-    samples: Samples | None
+    samples: SampleRecord | None
     """The newest."""
     reports: list[Report]
     """Of metrics.json, oldest first."""
@@ -191,13 +192,13 @@ def _previews(reading: _Reading) -> dict[int, str]:
     return {step: picture for step, picture in pictures.items() if picture is not None}
 
 
-def _samples(reading: _Reading) -> Samples | None:
+def _samples(reading: _Reading) -> SampleRecord | None:
     grids = sorted(reading.folder.glob("samples/*/grid.png"), key=lambda path: path.stat().st_mtime)
     if not grids:
         return None
     settings = reading.tried(_settings, grids[-1].with_name("manifest.json"))
     picture = reading.tried(_data_uri, grids[-1])
-    return None if picture is None else Samples(grids[-1].parent.name, picture, settings or {})
+    return None if picture is None else SampleRecord(grids[-1].parent.name, picture, settings or {})
 
 
 def _settings(path: Path) -> dict[str, Any]:

@@ -1,16 +1,35 @@
 """Samplers: ways from noise to an image, one step at a time."""
 
-from diffusion_cli.samplers.base import Draw, Sampler, draws, integrate, until
+from diffusion_cli.samplers.base import NoiseFn, Sampler, draws, integrate, start_grid_at
 from diffusion_cli.samplers.ddim import DDIM, invert
 from diffusion_cli.samplers.ddpm import DDPM
 from diffusion_cli.samplers.dpm_solver import DPMSolver2S, DPMSolverMultistep, DPMSolverSDE, UniPC
 from diffusion_cli.samplers.multistep import DEIS, LMS, PLMS
 from diffusion_cli.samplers.ode import ODE
 from diffusion_cli.samplers.sde import PC, EulerMaruyama, ReverseDiffusion
-from diffusion_cli.samplers.second_order import DPM2, EDM, Heun
+from diffusion_cli.samplers.second_order import DPM2, EDMSampler, Heun
 
 __all__ = [
-    "DDIM", "DDPM", "DEIS", "DPM2", "EDM", "LMS", "ODE", "PC", "PLMS", "DPMSolver2S", "DPMSolverMultistep",
-    "DPMSolverSDE", "Draw", "EulerMaruyama", "Heun", "ReverseDiffusion", "Sampler", "UniPC", "draws",
-    "integrate", "invert", "until",
+    "DDIM",
+    "DDPM",
+    "DEIS",
+    "DPM2",
+    "LMS",
+    "ODE",
+    "PC",
+    "PLMS",
+    "DPMSolver2S",
+    "DPMSolverMultistep",
+    "DPMSolverSDE",
+    "EDMSampler",
+    "EulerMaruyama",
+    "Heun",
+    "NoiseFn",
+    "ReverseDiffusion",
+    "Sampler",
+    "UniPC",
+    "draws",
+    "integrate",
+    "invert",
+    "start_grid_at",
 ]  # fmt: skip

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffusion_cli.denoiser import Denoise, Denoiser, Prediction
-from diffusion_cli.schedules import Discrete, Schedule, Spacing
+from diffusion_cli.diffusion.denoiser import Denoise, Denoiser, Prediction
+from diffusion_cli.diffusion.schedules import Discrete, Schedule, Spacing
 
-Draw = Callable[[], Tensor]
+NoiseFn = Callable[[], Tensor]
 """Gives the next standard normal noise, of the shape of the images."""
 
 
@@ -19,7 +19,7 @@ class Sampler(ABC):
     """A rule for one step from time t to the next smaller time s."""
 
     order: int  # of convergence to the exact solution, in the largest step
-    one_by_one = False  # whether images of a batch would depend on each other
+    per_image = False  # whether images of a batch would depend on each other
     omits_cleanest = (
         False  # whether the grids `leading` and `linspace` omit the visited time next to the data
     )
@@ -30,7 +30,7 @@ class Sampler(ABC):
 
     @abstractmethod
     def step(
-        self, denoise: Denoise, x: Tensor, t: Tensor, s: Tensor, draw: Draw, state: Any
+        self, denoise: Denoise, x: Tensor, t: Tensor, s: Tensor, draw: NoiseFn, state: Any
     ) -> tuple[Tensor, Any]:
         """Take x from t to s < t (0-d float64 times on the CPU) and return it with the solver's state.
 
@@ -80,7 +80,7 @@ class Sampler(ABC):
         alpha, sigma = self.schedule(t)
         return sigma / alpha
 
-    def onto(self, prediction: Prediction, s: Tensor) -> Tensor:
+    def euler_step(self, prediction: Prediction, s: Tensor) -> Tensor:
         """`alpha_s x_0 + sigma_s eps`, where the straight line of a prediction meets time s: Euler's step."""
         alpha, sigma = self.schedule(s)
         return alpha * prediction.x0 + sigma * prediction.eps
@@ -113,13 +113,15 @@ def draws(sampler: Sampler, times: Tensor) -> bool:
     return any(taken for _ in run)
 
 
-def until(times: Tensor, t: float) -> Tensor:
+def start_grid_at(times: Tensor, t: float) -> Tensor:
     """The falling times from t down, t the first of them, or from their own first where that is less."""
     first = min(t, float(times[0]))
     return torch.cat([times.new_full((1,), first), times[times < first - 1e-9]])
 
 
-def integrate(sampler: Sampler, denoise: Denoise, x: Tensor, times: Tensor, draw: Draw) -> Iterator[Tensor]:
+def integrate(
+    sampler: Sampler, denoise: Denoise, x: Tensor, times: Tensor, draw: NoiseFn
+) -> Iterator[Tensor]:
     """Step x through the falling `times` and yield the state after each step."""
     times = times.double().cpu()
     state = sampler.start(times)

@@ -6,9 +6,9 @@ from typing import Any
 from pydantic import NonNegativeFloat
 from torch import Tensor
 
-from diffusion_cli.denoiser import Denoise
-from diffusion_cli.samplers.base import Draw, Sampler, integrate
-from diffusion_cli.schedules import Schedule, Spacing
+from diffusion_cli.diffusion.denoiser import Denoise
+from diffusion_cli.diffusion.schedules import Schedule, Spacing
+from diffusion_cli.samplers.base import NoiseFn, Sampler, integrate
 
 
 class DDIM(Sampler):
@@ -26,11 +26,11 @@ class DDIM(Sampler):
         self.eta = eta
 
     def step(
-        self, denoise: Denoise, x: Tensor, t: Tensor, s: Tensor, draw: Draw, state: Any
+        self, denoise: Denoise, x: Tensor, t: Tensor, s: Tensor, draw: NoiseFn, state: Any
     ) -> tuple[Tensor, Any]:
         prediction = denoise(x, t)
         if self.eta == 0 or s == 0:
-            return self.onto(prediction, s), None
+            return self.euler_step(prediction, s), None
         alpha_s, _ = self.schedule(s)
         kept, fresh = self.ancestral(t, s, self.eta)
         return alpha_s * prediction.x0 + kept * prediction.eps + fresh * draw(), None

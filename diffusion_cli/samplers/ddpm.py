@@ -4,11 +4,11 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from diffusion_cli.denoiser import Denoise, Denoiser
+from diffusion_cli.diffusion.denoiser import Denoise, Denoiser
+from diffusion_cli.diffusion.posterior import learned_log_variance, posterior
+from diffusion_cli.diffusion.schedules import Schedule, Spacing
 from diffusion_cli.errors import UsageError
-from diffusion_cli.posterior import learned_log_variance, posterior
-from diffusion_cli.samplers.base import Draw, Sampler
-from diffusion_cli.schedules import Schedule, Spacing
+from diffusion_cli.samplers.base import NoiseFn, Sampler
 
 
 class DDPM(Sampler):
@@ -42,7 +42,7 @@ class DDPM(Sampler):
             )
 
     def step(
-        self, denoise: Denoise, x: Tensor, t: Tensor, s: Tensor, draw: Draw, state: Any
+        self, denoise: Denoise, x: Tensor, t: Tensor, s: Tensor, draw: NoiseFn, state: Any
     ) -> tuple[Tensor, Any]:
         step = posterior(self.schedule, t, s)
         prediction = denoise(x, t)

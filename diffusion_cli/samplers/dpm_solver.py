@@ -6,9 +6,9 @@ import torch
 from pydantic import NonNegativeFloat
 from torch import Tensor
 
-from diffusion_cli.denoiser import Denoise
-from diffusion_cli.samplers.base import Draw, Sampler
-from diffusion_cli.schedules import Schedule, Spacing
+from diffusion_cli.diffusion.denoiser import Denoise
+from diffusion_cli.diffusion.schedules import Schedule, Spacing
+from diffusion_cli.samplers.base import NoiseFn, Sampler
 
 History = tuple[tuple[Tensor, Tensor], ...]
 """(lambda, x_0) of the steps before, newest first."""
@@ -47,7 +47,7 @@ class DPMSolverMultistep(Sampler):
         return ()
 
     def step(
-        self, denoise: Denoise, x: Tensor, t: Tensor, s: Tensor, draw: Draw, state: History
+        self, denoise: Denoise, x: Tensor, t: Tensor, s: Tensor, draw: NoiseFn, state: History
     ) -> tuple[Tensor, History]:
         x0 = denoise(x, t).x0
         now, then = self.half_log_snr(t), self.half_log_snr(s)
@@ -103,7 +103,7 @@ class DPMSolver2S(Sampler):
         self.eta = eta
 
     def step(
-        self, denoise: Denoise, x: Tensor, t: Tensor, s: Tensor, draw: Draw, state: Any
+        self, denoise: Denoise, x: Tensor, t: Tensor, s: Tensor, draw: NoiseFn, state: Any
     ) -> tuple[Tensor, Any]:
         alpha_s, _ = self.schedule(s)
         kept, fresh = self.ancestral(t, s, self.eta)
@@ -120,7 +120,7 @@ class DPMSolver2S(Sampler):
         alpha_t, sigma_t = self.schedule(t)
         if sigma_s == 0 or alpha_t == 0:
             return alpha_s * first.x0 + sigma_s * first.eps
-        second = denoise(self.onto(first, middle), middle)
+        second = denoise(self.euler_step(first, middle), middle)
         start, end = self.half_log_snr(t), (alpha_s / sigma_s).log()
         share = (self.half_log_snr(middle) - start) / (end - start)
         x0 = first.x0 + (second.x0 - first.x0) / (2 * share)
@@ -140,7 +140,7 @@ class DPMSolverSDE(Sampler):
         self.eta = eta
 
     def step(
-        self, denoise: Denoise, x: Tensor, t: Tensor, s: Tensor, draw: Draw, state: Any
+        self, denoise: Denoise, x: Tensor, t: Tensor, s: Tensor, draw: NoiseFn, state: Any
     ) -> tuple[Tensor, Any]:
         first = denoise(x, t)
         if s == 0:
@@ -151,7 +151,7 @@ class DPMSolverSDE(Sampler):
         second = denoise(self._stage(x, first.x0, t, middle, draw), middle)
         return self._stage(x, second.x0, t, s, draw), None
 
-    def _stage(self, x: Tensor, x0: Tensor, t: Tensor, s: Tensor, draw: Draw) -> Tensor:
+    def _stage(self, x: Tensor, x0: Tensor, t: Tensor, s: Tensor, draw: NoiseFn) -> Tensor:
         """The exact step for a constant x_0 to the part of sigma_s that is kept, and fresh noise."""
         (alpha_t, sigma_t), (alpha_s, _) = self.schedule(t), self.schedule(s)
         kept, fresh = self.ancestral(t, s, self.eta)
@@ -191,7 +191,7 @@ class UniPC(Sampler):
         x: Tensor,
         t: Tensor,
         s: Tensor,
-        draw: Draw,
+        draw: NoiseFn,
         state: tuple[History, Tensor | None],
     ) -> tuple[Tensor, tuple[History, Tensor | None]]:
         x0 = denoise(x, t).x0

@@ -7,9 +7,9 @@ import numpy as np
 from pydantic import Field
 from torch import Tensor
 
-from diffusion_cli.denoiser import Denoise
-from diffusion_cli.samplers.base import Draw, Sampler
-from diffusion_cli.schedules import NO_SIGNAL, Schedule, Spacing
+from diffusion_cli.diffusion.denoiser import Denoise
+from diffusion_cli.diffusion.schedules import NO_SIGNAL, Schedule, Spacing
+from diffusion_cli.samplers.base import NoiseFn, Sampler
 
 # Gauss-Legendre on [-1, 1]: exact for polynomials, and to rounding for them times exp.
 NODES, SHARES = np.polynomial.legendre.leggauss(32)
@@ -50,16 +50,16 @@ class _AdamsBashforth(Sampler):
         """Whether phi is finite at s."""
 
     def step(
-        self, denoise: Denoise, x: Tensor, t: Tensor, s: Tensor, draw: Draw, state: tuple[Slope, ...]
+        self, denoise: Denoise, x: Tensor, t: Tensor, s: Tensor, draw: NoiseFn, state: tuple[Slope, ...]
     ) -> tuple[Tensor, tuple[Slope, ...]]:
         prediction = denoise(x, t)
         (alpha_t, _), (alpha_s, _) = self.schedule(t), self.schedule(s)
         if alpha_t == 0:
-            return self.onto(prediction, s), ()
+            return self.euler_step(prediction, s), ()
         start = self.place(self.ratio(t).item())
         history = (Slope(start, prediction.eps), *state)[: self.order]
         if not self.reaches(s):
-            return self.onto(prediction, s), history
+            return self.euler_step(prediction, s), history
         weights = self._weights([slope.place for slope in history], start, self.place(self.ratio(s).item()))
         x = alpha_s / alpha_t * x
         for weight, slope in zip(weights, history, strict=True):
@@ -126,15 +126,15 @@ class PLMS(Sampler):
         return ()
 
     def step(
-        self, denoise: Denoise, x: Tensor, t: Tensor, s: Tensor, draw: Draw, state: tuple[Tensor, ...]
+        self, denoise: Denoise, x: Tensor, t: Tensor, s: Tensor, draw: NoiseFn, state: tuple[Tensor, ...]
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
         prediction = denoise(x, t)
         (alpha_t, _), (alpha_s, _) = self.schedule(t), self.schedule(s)
         if self.ratio(t) > NO_SIGNAL:  # eps of pure noise is no slope to go on with
-            return self.onto(prediction, s), ()
+            return self.euler_step(prediction, s), ()
         history = (prediction.eps, *state)[:4]
         if len(history) == 1 and s > 0:
-            eps = (prediction.eps + denoise(self.onto(prediction, s), s).eps) / 2
+            eps = (prediction.eps + denoise(self.euler_step(prediction, s), s).eps) / 2
         else:
             eps = sum(w * e for w, e in zip(self.WEIGHTS[len(history) - 1], history, strict=True))
         return alpha_s / alpha_t * x + alpha_s * (self.ratio(s) - self.ratio(t)) * eps, history

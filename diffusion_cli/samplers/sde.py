@@ -6,12 +6,12 @@ import torch
 from pydantic import PositiveFloat, PositiveInt
 from torch import Tensor
 
-from diffusion_cli.denoiser import Denoise, per_image
+from diffusion_cli.diffusion.denoiser import Denoise, per_image
+from diffusion_cli.diffusion.schedules import Schedule, Spacing
 from diffusion_cli.errors import UsageError
-from diffusion_cli.samplers.base import Draw, Sampler
+from diffusion_cli.samplers.base import NoiseFn, Sampler
 from diffusion_cli.samplers.ddim import DDIM
 from diffusion_cli.samplers.ddpm import DDPM
-from diffusion_cli.schedules import Schedule, Spacing
 
 
 class EulerMaruyama(Sampler):
@@ -29,14 +29,14 @@ class EulerMaruyama(Sampler):
             raise UsageError(
                 "sampler",
                 "euler_maruyama",
-                f"the SDE of the {type(self.schedule).__name__} schedule has no finite drift at t = 1, where "
+                f"the SDE of the {self.schedule.name} schedule has no finite drift at t = 1, where "
                 "alpha is 0",
                 "take ddpm, or euler_ancestral",
             )
         return times
 
     def step(
-        self, denoise: Denoise, x: Tensor, t: Tensor, s: Tensor, draw: Draw, state: Any
+        self, denoise: Denoise, x: Tensor, t: Tensor, s: Tensor, draw: NoiseFn, state: Any
     ) -> tuple[Tensor, Any]:
         f, g2 = self.schedule.sde(t)
         x = x - (f * x - g2 * denoise(x, t).score) * (t - s)
@@ -52,7 +52,7 @@ class ReverseDiffusion(Sampler):
     order = 1
 
     def step(
-        self, denoise: Denoise, x: Tensor, t: Tensor, s: Tensor, draw: Draw, state: Any
+        self, denoise: Denoise, x: Tensor, t: Tensor, s: Tensor, draw: NoiseFn, state: Any
     ) -> tuple[Tensor, Any]:
         a, v = self.schedule.transition(t, s)
         x = (2 - a) * x + v * denoise(x, t).score
@@ -94,13 +94,13 @@ class PC(Sampler):
         return super().grid(steps) if self.predictor is None else self.predictor.grid(steps)
 
     def step(
-        self, denoise: Denoise, x: Tensor, t: Tensor, s: Tensor, draw: Draw, state: Any
+        self, denoise: Denoise, x: Tensor, t: Tensor, s: Tensor, draw: NoiseFn, state: Any
     ) -> tuple[Tensor, Any]:
         for _ in range(self.corrector_steps):
             x = self.correct(denoise, x, t, s, draw)
         return (x, None) if self.predictor is None else self.predictor.step(denoise, x, t, s, draw, state)
 
-    def correct(self, denoise: Denoise, x: Tensor, t: Tensor, s: Tensor, draw: Draw) -> Tensor:
+    def correct(self, denoise: Denoise, x: Tensor, t: Tensor, s: Tensor, draw: NoiseFn) -> Tensor:
         """One Langevin step at time t."""
         score, noise = denoise(x, t).score, draw()
         a, _ = self.schedule.transition(t, s)

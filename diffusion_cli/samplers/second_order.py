@@ -7,9 +7,9 @@ import torch
 from pydantic import NonNegativeFloat, PositiveFloat
 from torch import Tensor
 
-from diffusion_cli.denoiser import Denoise, Prediction
-from diffusion_cli.samplers.base import Draw, Sampler
-from diffusion_cli.schedules import NO_SIGNAL, Schedule, Spacing
+from diffusion_cli.diffusion.denoiser import Denoise, Prediction
+from diffusion_cli.diffusion.schedules import NO_SIGNAL, Schedule, Spacing
+from diffusion_cli.samplers.base import NoiseFn, Sampler
 
 
 class Heun(Sampler):
@@ -23,13 +23,13 @@ class Heun(Sampler):
     order = 2
 
     def step(
-        self, denoise: Denoise, x: Tensor, t: Tensor, s: Tensor, draw: Draw, state: Any
+        self, denoise: Denoise, x: Tensor, t: Tensor, s: Tensor, draw: NoiseFn, state: Any
     ) -> tuple[Tensor, Any]:
         return self.corrected(denoise, x, t, s, denoise(x, t)), None
 
     def corrected(self, denoise: Denoise, x: Tensor, t: Tensor, s: Tensor, first: Prediction) -> Tensor:
         """The step from x at t, where `first` was predicted, to s."""
-        x_s = self.onto(first, s)
+        x_s = self.euler_step(first, s)
         if s == 0 or self.ratio(t) > NO_SIGNAL:
             return x_s
         second = denoise(x_s, s)
@@ -37,7 +37,7 @@ class Heun(Sampler):
         return x_s + alpha_s * (self.ratio(s) - self.ratio(t)) * (second.eps - first.eps) / 2
 
 
-class EDM(Heun):
+class EDMSampler(Heun):
     """Heun's method with churn: noise is added before each step, which then goes further (Karras et al. 2022, Alg. 2).
 
     At sigma / alpha in [s_min, s_max] the step starts from (1 + gamma) sigma / alpha, with
@@ -66,17 +66,17 @@ class EDM(Heun):
         return min(self.s_churn / (len(times) - 1), math.sqrt(2) - 1)
 
     def step(
-        self, denoise: Denoise, x: Tensor, t: Tensor, s: Tensor, draw: Draw, state: float
+        self, denoise: Denoise, x: Tensor, t: Tensor, s: Tensor, draw: NoiseFn, state: float
     ) -> tuple[Tensor, float]:
         ratio = self.ratio(t)
         if state > 0 and self.s_min <= ratio <= self.s_max:
             x, t = self._churn(x, t, ratio * (1 + state), draw)
         first = denoise(x, t)
-        return self.onto(first, s) if self.solver == "euler" else self.corrected(
+        return self.euler_step(first, s) if self.solver == "euler" else self.corrected(
             denoise, x, t, s, first
         ), state
 
-    def _churn(self, x: Tensor, t: Tensor, target: Tensor, draw: Draw) -> tuple[Tensor, Tensor]:
+    def _churn(self, x: Tensor, t: Tensor, target: Tensor, draw: NoiseFn) -> tuple[Tensor, Tensor]:
         """x with noise added until sigma / alpha reaches the target, or the noisiest time, and its time."""
         hat = torch.maximum(self.schedule.time_of(-2 * target.log()), t)
         a, v = self.schedule.transition(hat, t)
@@ -97,7 +97,7 @@ class DPM2(Sampler):
         self.eta = eta
 
     def step(
-        self, denoise: Denoise, x: Tensor, t: Tensor, s: Tensor, draw: Draw, state: Any
+        self, denoise: Denoise, x: Tensor, t: Tensor, s: Tensor, draw: NoiseFn, state: Any
     ) -> tuple[Tensor, Any]:
         first = denoise(x, t)
         (alpha_t, sigma_t), (alpha_s, _) = self.schedule(t), self.schedule(s)
@@ -107,5 +107,5 @@ class DPM2(Sampler):
             return alpha_s * first.x0 + kept * first.eps + noise, None
         start, end = sigma_t / alpha_t, kept / alpha_s
         middle = self.schedule.time_of(-(start.log() + end.log()))
-        second = denoise(self.onto(first, middle), middle)
+        second = denoise(self.euler_step(first, middle), middle)
         return alpha_s / alpha_t * x + alpha_s * (end - start) * second.eps + noise, None

@@ -10,16 +10,16 @@ from lightning.pytorch import Trainer
 from torch import Tensor, nn
 
 from diffusion_cli.data import Batch
+from diffusion_cli.diffusion.latents import PIXELS
 from diffusion_cli.errors import UsageError
-from diffusion_cli.forms import Form
-from diffusion_cli.latents import PIXELS
-from diffusion_cli.ranks import Ranks
-from diffusion_cli.reconstruction import Autoencoding, Reconstruction
+from diffusion_cli.formats import SampleFormat
 from diffusion_cli.report import save_rows
-from diffusion_cli.seeding import mix
-from diffusion_cli.training.callbacks import Stop, Watcher
+from diffusion_cli.system.distributed import Distributed
+from diffusion_cli.system.seeding import mix
+from diffusion_cli.training.autoencoder_loss import Autoencoding, ReconstructionLoss
+from diffusion_cli.training.callbacks import GracefulStop, PeriodicCallback
 from diffusion_cli.training.ema import EMA
-from diffusion_cli.training.module import Share, TermMeter, TrainingModule
+from diffusion_cli.training.module import MicroBatch, TermMeter, TrainingModule
 from diffusion_cli.training.optimizers import OptimizerConfig
 
 ROW = 8  # images of a row of a preview
@@ -31,7 +31,7 @@ class AutoencodingModule(TrainingModule[Autoencoding, TermMeter]):
     def __init__(
         self,
         model: Autoencoding,
-        objective: Reconstruction,
+        objective: ReconstructionLoss,
         optimizer: OptimizerConfig,
         seed: int,
         about: dict[str, Any],
@@ -39,14 +39,14 @@ class AutoencodingModule(TrainingModule[Autoencoding, TermMeter]):
         super().__init__(model, TermMeter(), optimizer, seed, about)
         self.objective = objective
 
-    def loss(self, batch: Batch, share: Share) -> Tensor:
+    def loss(self, batch: Batch, share: MicroBatch) -> Tensor:
         eps = torch.randn(share.size, *self._latents(batch.images), device=self.device)[share.mine]
         losses = self.objective(self.model, batch.images, eps, self.trainer.global_step)
         self.meter.add(losses.terms, self.trainer.global_step)
         return losses.total
 
     def held_out(self, model: Autoencoding, batches: Iterable[Batch]) -> Iterator[Tensor]:
-        ranks = Ranks()
+        ranks = Distributed()
         for i, batch in enumerate(batches):
             generator = torch.Generator().manual_seed(mix(self.seed, "held-out", i))
             eps = torch.randn(len(batch.images), *self._latents(batch.images), generator=generator)
@@ -78,15 +78,19 @@ class AutoencodingModule(TrainingModule[Autoencoding, TermMeter]):
         super().configure_model()
 
 
-class Reconstructions(Watcher):
+class ReconstructionPreview(PeriodicCallback):
     """Pictures of what the averaged weights make of images: each row of these above that of their reconstructions."""
 
-    def __init__(self, every: int, ema: EMA, stop: Stop, *, run: Path, images: Tensor, form: Form) -> None:
+    stored_as = "Reconstructions"
+
+    def __init__(
+        self, every: int, ema: EMA, stop: GracefulStop, *, run: Path, images: Tensor, form: SampleFormat
+    ) -> None:
         super().__init__(every, ema, stop)
         self.folder, self.images, self.form = run / "previews", images, form
 
     @torch.no_grad()
-    def look(self, trainer: Trainer, module: TrainingModule, step: int) -> bool:
+    def run(self, trainer: Trainer, module: TrainingModule, step: int) -> bool:
         model = self.ema.model(module)
         if not trainer.is_global_zero:
             return True
@@ -95,6 +99,6 @@ class Reconstructions(Watcher):
             parts = self.images.to(module.device).split(max(1, PIXELS // math.prod(self.images.shape[2:])))
             images = torch.cat([model.network.reconstruct(part) for part in parts])
         pairs = zip(self.images.split(ROW), images.cpu().split(ROW), strict=True)
-        rows = [self.form.pictures(self.form.stored(row)) for pair in pairs for row in pair]
+        rows = [self.form.to_rgb(self.form.quantize(row)) for pair in pairs for row in pair]
         save_rows(rows, self.folder / f"step_{step:08d}.png")
         return True

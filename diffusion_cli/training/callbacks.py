@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from lightning.fabric.plugins import TorchCheckpointIO
@@ -18,20 +18,20 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.nn.functional import interpolate
 
-from diffusion_cli.checkpoint import LAST, duplicate, numbered, save
 from diffusion_cli.config.schema import Node
-from diffusion_cli.data import Batch, Stages
-from diffusion_cli.denoiser import Denoiser, NoisyClassifier, noised
+from diffusion_cli.data import Batch, ResolutionSchedule
+from diffusion_cli.diffusion.denoiser import Denoiser, NoisyClassifier, noised
+from diffusion_cli.diffusion.latents import Space
 from diffusion_cli.errors import NO_VALUE, UsageError
-from diffusion_cli.forms import Form
+from diffusion_cli.formats import SampleFormat
 from diffusion_cli.generate import labels_of, sample
-from diffusion_cli.latents import Space
-from diffusion_cli.metrics import CalledOff
-from diffusion_cli.progress import ProgressBar
-from diffusion_cli.ranks import Ranks
+from diffusion_cli.metrics import EvaluationCancelled
 from diffusion_cli.report import save_grid
+from diffusion_cli.runs.checkpoint import LAST, copy_checkpoint, numbered, save
 from diffusion_cli.samplers import Sampler
-from diffusion_cli.signals import handled, handling
+from diffusion_cli.system.distributed import Distributed
+from diffusion_cli.system.progress import ProgressBar
+from diffusion_cli.system.signals import handled, handling
 from diffusion_cli.training import duration
 from diffusion_cli.training.ema import EMA
 from diffusion_cli.training.loss_check import LossCheck
@@ -49,7 +49,7 @@ class WholeFileIO(TorchCheckpointIO):
         save(checkpoint, Path(path))
 
 
-class EveryStep(Callback, ABC):
+class StepCallback(Callback, ABC):
     """A callback that acts after optimizer steps, not after the parts of an accumulated batch."""
 
     def __init__(self, every: int) -> None:
@@ -67,10 +67,10 @@ class EveryStep(Callback, ABC):
             self._seen = step
             if step % self.every == 0:
                 assert isinstance(pl_module, TrainingModule)
-                self.act(trainer, pl_module, step)
+                self.on_optimizer_step(trainer, pl_module, step)
 
     @abstractmethod
-    def act(self, trainer: Trainer, module: TrainingModule, step: int) -> None:
+    def on_optimizer_step(self, trainer: Trainer, module: TrainingModule, step: int) -> None:
         """Do it, at every multiple of `every`."""
 
 
@@ -97,14 +97,20 @@ def stop_if_diverged(module: TrainingModule, last: Path, step: int | None = None
         )
 
 
-class Progress(EveryStep):
+class Progress(StepCallback):
     """The progress bar, and the log of losses."""
 
     MEASURED = 20.0
     """Seconds of steps by which the time of a step is measured."""
 
     def __init__(
-        self, every: int, run: Path, stages: Stages, max_steps: int | None, stop: "Stop", config: Node
+        self,
+        every: int,
+        run: Path,
+        stages: ResolutionSchedule,
+        max_steps: int | None,
+        stop: "GracefulStop",
+        config: Node,
     ) -> None:
         super().__init__(every)
         self.run, self.stages, self.max_steps, self.stop = run, stages, max_steps, stop
@@ -151,7 +157,7 @@ class Progress(EveryStep):
         if line is not None and not self.bar.disable:
             self.bar.write(f"diffuse: {line}", file=sys.stderr)
 
-    def act(self, trainer: Trainer, module: TrainingModule, step: int) -> None:
+    def on_optimizer_step(self, trainer: Trainer, module: TrainingModule, step: int) -> None:
         stop_if_diverged(module, self.run / LAST)
         values = module.meter.read()
         (before, then), now = self._mark, time.perf_counter()
@@ -181,15 +187,15 @@ class Progress(EveryStep):
         self.teardown(trainer, pl_module, "fit")  # what is said of it has a line of its own
 
 
-class Checkpoints(EveryStep):
+class CheckpointCallback(StepCallback):
     """Save `last.ckpt` and the newest few by number, never a diverged state: every so many steps, and as time goes."""
 
-    def __init__(self, every: int, run: Path, keep_last: int, stop: "Stop") -> None:
+    def __init__(self, every: int, run: Path, keep_last: int, stop: "GracefulStop") -> None:
         super().__init__(every=1)
         self.steps, self.run, self.keep_last, self.stop = every, run, keep_last, stop
         self.saved: int | None = None
 
-    def act(self, trainer: Trainer, module: TrainingModule, step: int) -> None:
+    def on_optimizer_step(self, trainer: Trainer, module: TrainingModule, step: int) -> None:
         if step % self.steps == 0 or self.stop.checkpoint_due:
             self.save(trainer, module)
 
@@ -205,7 +211,7 @@ class Checkpoints(EveryStep):
         path = last.with_name(numbered(trainer.global_step))
         trainer.save_checkpoint(path)
         if trainer.is_global_zero:
-            duplicate(path, last)
+            copy_checkpoint(path, last)
             # Later ones are of steps that the run has gone back from, as where they are damaged.
             earlier = [old for old in sorted(last.parent.glob("step_*.ckpt")) if old.name <= path.name]
             for old in earlier[: -self.keep_last]:
@@ -217,7 +223,7 @@ class Checkpoints(EveryStep):
 IMPATIENT = 1.0  # seconds between two Ctrl-C of which the second means "at once"
 
 
-class Stop(EveryStep):
+class GracefulStop(StepCallback):
     """End the run at its time budget, or at the next step after a signal, and say when a checkpoint is due by time.
 
     At a whole step, never between the parts of an accumulated batch, whose place a checkpoint does not hold; and in all
@@ -247,7 +253,7 @@ class Stop(EveryStep):
 
     def called(self) -> bool:
         """Whether a signal has reached any of the processes, which all have to ask."""
-        self._agree(*Ranks().highest(self.signal or 0))
+        self._agree(*Distributed().all_reduce_max(self.signal or 0))
         return self.stopping
 
     def _agree(self, number: int) -> None:
@@ -264,11 +270,11 @@ class Stop(EveryStep):
 
     @contextmanager
     def interrupting(self) -> Iterator[None]:
-        """Raise CalledOff at the first signal at once, in what changes nothing of the training.
+        """Raise EvaluationCancelled at the first signal at once, in what changes nothing of the training.
 
         Several processes would leave it at different places, so they have to ask `called` at the same ones instead.
         """
-        self._raises = Ranks().world == 1
+        self._raises = Distributed().world == 1
         try:
             yield
         finally:
@@ -286,19 +292,19 @@ class Stop(EveryStep):
             self.signal, self._signalled_at = number, now
             if self._raises:
                 self.stopping = True
-                raise CalledOff
+                raise EvaluationCancelled
         elif number == signal.SIGINT and now - self._signalled_at > IMPATIENT:
             # Schedulers send several signals, and one may come by two ways; a second Ctrl-C means at once.
             raise KeyboardInterrupt
 
-    def act(self, trainer: Trainer, module: TrainingModule, step: int) -> None:
+    def on_optimizer_step(self, trainer: Trainer, module: TrainingModule, step: int) -> None:
         now = time.monotonic()
         self.elapsed, self._mark = self.elapsed + now - self._mark, now
         spent = due = False
         if trainer.is_global_zero:
             spent = self.max_seconds is not None and self.elapsed >= self.max_seconds
             due = self.checkpoint_seconds is not None and now - self._saved_at >= self.checkpoint_seconds
-        number, spent, due = Ranks().highest(self.signal or 0, spent, due)
+        number, spent, due = Distributed().all_reduce_max(self.signal or 0, spent, due)
         self.checkpoint_due = bool(due)
         self._agree(number)
         if self.stopping or spent:
@@ -311,32 +317,35 @@ class Stop(EveryStep):
         self.elapsed = state_dict["elapsed"]
 
 
-class Watcher(EveryStep):
-    """What looks at the averaged weights now and then; where a signal came first, when the run is taken up again."""
+class PeriodicCallback(StepCallback):
+    """Runs every `every` steps on the EMA weights; if a stop signal interrupts it, it runs again on resume."""
 
-    def __init__(self, every: int, ema: EMA, stop: Stop) -> None:
+    stored_as: ClassVar[str]
+    """Key of its state in checkpoints, the same in all versions."""
+
+    def __init__(self, every: int, ema: EMA, stop: GracefulStop) -> None:
         super().__init__(every)
         self.ema, self.stop = ema, stop
         self.done = -1
-        """The step of its last look."""
+        """Step of the last run."""
 
     @property
     def state_key(self) -> str:
-        return type(self).__name__
+        return self.stored_as
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
         step = trainer.global_step
         if step and step % self.every == 0 and 0 <= self.done < step:
             assert isinstance(pl_module, TrainingModule)
-            self.act(trainer, pl_module, step)
+            self.on_optimizer_step(trainer, pl_module, step)
 
-    def act(self, trainer: Trainer, module: TrainingModule, step: int) -> None:
-        if not self.stop.stopping and self.look(trainer, module, step):
+    def on_optimizer_step(self, trainer: Trainer, module: TrainingModule, step: int) -> None:
+        if not self.stop.stopping and self.run(trainer, module, step):
             self.done = step
 
     @abstractmethod
-    def look(self, trainer: Trainer, module: TrainingModule, step: int) -> bool:
+    def run(self, trainer: Trainer, module: TrainingModule, step: int) -> bool:
         """Look at the averaged weights of a step, and return whether nothing came between."""
 
     def state_dict(self) -> dict[str, Any]:
@@ -346,15 +355,19 @@ class Watcher(EveryStep):
         self.done = state_dict["done"]
 
 
-class HeldOutLoss(Watcher):
+class HeldOutLoss(PeriodicCallback):
     """The loss of the averaged weights on held-out images, with the same noise every time."""
 
-    def __init__(self, every: int, batches: Callable[[int], Iterable[Batch]], ema: EMA, stop: Stop) -> None:
+    stored_as = "HeldOutLoss"
+
+    def __init__(
+        self, every: int, batches: Callable[[int], Iterable[Batch]], ema: EMA, stop: GracefulStop
+    ) -> None:
         super().__init__(every, ema, stop)
         self.batches = batches
 
     @torch.no_grad()
-    def look(self, trainer: Trainer, module: TrainingModule, step: int) -> bool:
+    def run(self, trainer: Trainer, module: TrainingModule, step: int) -> bool:
         meter = TermMeter()
         with trainer.precision_plugin.forward_context():
             for loss in module.held_out(self.ema.model(module), self.batches(step)):
@@ -365,10 +378,14 @@ class HeldOutLoss(Watcher):
         return True
 
 
-class HeldOutAccuracy(Watcher):
+class HeldOutAccuracy(PeriodicCallback):
     """The share of held-out images whose class the averaged weights tell, whole and by quartile of the noise levels."""
 
-    def __init__(self, every: int, batches: Callable[[int], Iterable[Batch]], ema: EMA, stop: Stop) -> None:
+    stored_as = "HeldOutAccuracy"
+
+    def __init__(
+        self, every: int, batches: Callable[[int], Iterable[Batch]], ema: EMA, stop: GracefulStop
+    ) -> None:
         super().__init__(every, ema, stop)
         self.batches = batches
         self.accuracy: dict[str, float] = {}
@@ -377,10 +394,10 @@ class HeldOutAccuracy(Watcher):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.done != trainer.global_step:
             assert isinstance(pl_module, TrainingModule)
-            self.act(trainer, pl_module, trainer.global_step)
+            self.on_optimizer_step(trainer, pl_module, trainer.global_step)
 
     @torch.no_grad()
-    def look(self, trainer: Trainer, module: TrainingModule, step: int) -> bool:
+    def run(self, trainer: Trainer, module: TrainingModule, step: int) -> bool:
         model = self.ema.model(module)
         assert isinstance(model, NoisyClassifier)
         meter = LevelMeter("accuracy")
@@ -397,8 +414,10 @@ class HeldOutAccuracy(Watcher):
         return True
 
 
-class Preview(Watcher):
+class Preview(PeriodicCallback):
     """A grid of samples from the averaged weights, of the same seeds every time, all drawn as large as the last."""
+
+    stored_as = "Preview"
 
     SEEDS = range(64)
 
@@ -406,14 +425,14 @@ class Preview(Watcher):
         self,
         every: int,
         ema: EMA,
-        stop: Stop,
+        stop: GracefulStop,
         *,
         run: Path,
         sampler: Sampler,
         steps: int,
-        stages: Stages,
+        stages: ResolutionSchedule,
         space: Space,
-        form: Form,
+        form: SampleFormat,
         labels: Sequence[int] | None = None,
     ) -> None:
         super().__init__(every, ema, stop)
@@ -423,7 +442,7 @@ class Preview(Watcher):
         self.space, self.form = space, form
 
     @torch.no_grad()
-    def look(self, trainer: Trainer, module: TrainingModule, step: int) -> bool:
+    def run(self, trainer: Trainer, module: TrainingModule, step: int) -> bool:
         denoiser = self.ema.model(module)
         if not trainer.is_global_zero:
             return True
@@ -441,5 +460,5 @@ class Preview(Watcher):
         images = self.space.decode(x)
         if self.stages.grow:
             images = interpolate(images, self.stages.last.shape[1:])
-        save_grid(self.form.pictures(self.form.stored(images)), self.folder / f"step_{step:08d}.png")
+        save_grid(self.form.to_rgb(self.form.quantize(images)), self.folder / f"step_{step:08d}.png")
         return True

@@ -10,8 +10,8 @@ from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Str
 from pydantic import Field, PositiveInt
 
 from diffusion_cli.errors import UsageError
-from diffusion_cli.precision import device_of
-from diffusion_cli.ranks import Place, started
+from diffusion_cli.system.distributed import ProcessInfo, started
+from diffusion_cli.system.precision import device_of
 
 
 class Device:
@@ -54,11 +54,11 @@ class Device:
                 "take bf16 or fp32, or strategy=ddp",
             )
         if precision == "fp32":
-            return [Joined(started()), Precision()]
+            return [ExternalProcessGroup(started()), Precision()]
         kind = self.torch_device.type
         if precision == "bf16":
-            return [Joined(started()), MixedPrecision("bf16-mixed", kind)]
-        return [Joined(started()), MixedPrecision("16-mixed", kind, torch.amp.GradScaler(kind))]
+            return [ExternalProcessGroup(started()), MixedPrecision("bf16-mixed", kind)]
+        return [ExternalProcessGroup(started()), MixedPrecision("16-mixed", kind, torch.amp.GradScaler(kind))]
 
     def trainer_arguments(self) -> dict[str, Any]:
         """What Lightning's Trainer is told of the devices."""
@@ -88,10 +88,10 @@ class Device:
         }
 
 
-class Joined(ClusterEnvironment):
+class ExternalProcessGroup(ClusterEnvironment):
     """Lightning's view of processes that are a group already; it starts none, and asks no scheduler."""
 
-    def __init__(self, place: Place) -> None:
+    def __init__(self, place: ProcessInfo) -> None:
         super().__init__()
         self.place = place
 

@@ -9,25 +9,25 @@ import torch
 from lightning.pytorch import Trainer
 from torch import Tensor
 
-from diffusion_cli.checkpoint import BEST
-from diffusion_cli.data import Stages
-from diffusion_cli.denoiser import Denoiser
-from diffusion_cli.forms import Form, Shape
+from diffusion_cli.data import ResolutionSchedule
+from diffusion_cli.diffusion.denoiser import Denoiser
+from diffusion_cli.diffusion.latents import Space
+from diffusion_cli.formats import SampleFormat, Shape
 from diffusion_cli.generate import labels_of, sample
-from diffusion_cli.latents import Space
 from diffusion_cli.metrics import (
-    CalledOff,
-    Finding,
+    EvaluationCancelled,
+    FeatureExtractors,
     Metric,
-    Networks,
+    MetricValue,
     Reference,
     Samples,
     evaluate,
     require,
 )
-from diffusion_cli.ranks import Ranks
+from diffusion_cli.runs.checkpoint import BEST
 from diffusion_cli.samplers import Sampler
-from diffusion_cli.training.callbacks import Stop, Watcher
+from diffusion_cli.system.distributed import Distributed
+from diffusion_cli.training.callbacks import GracefulStop, PeriodicCallback
 from diffusion_cli.training.ema import EMA
 from diffusion_cli.training.module import TrainingModule
 from diffusion_cli.training.stored_state import MOST_STEPS, Maybe, Number
@@ -43,7 +43,8 @@ class TrainingSamples(Samples):
         steps: int,
         shape: Shape,
         space: Space,
-        form: Form,
+        *,
+        form: SampleFormat,
         names: tuple[str, ...] | None,
         labels: Sequence[int] | None,
     ) -> None:
@@ -70,31 +71,33 @@ class TrainingSamples(Samples):
             x = sample(denoise, self.sampler, times, numbers, self.space.shape, device)
         images = self.space.decode(x)
         # Early weights may fail: that shows in the numbers, and is no reason to stop.
-        return self.form.pictures(self.form.stored(images.nan_to_num(0.0, 1.0, -1.0))), labels
+        return self.form.to_rgb(self.form.quantize(images.nan_to_num(0.0, 1.0, -1.0))), labels
 
     def protocol(self) -> dict[str, Any]:
         return {}
 
 
-class Evaluation(Watcher):
+class EvaluationCallback(PeriodicCallback):
     """Measure samples of the averaged weights, log the numbers, and keep the weights of the best in `best.ckpt`.
 
     Of weights that have not been trained on images as they are, nothing is measured.
     Raises ValueError, before training, where a metric cannot be measured on so few samples.
     """
 
+    stored_as = "Evaluation"
+
     def __init__(
         self,
         every: int,
         metrics: Mapping[str, Metric],
-        networks: Networks,
+        networks: FeatureExtractors,
         reference: Reference,
         samples: TrainingSamples,
-        stages: Stages,
+        stages: ResolutionSchedule,
         *,
         run: Path,
         ema: EMA,
-        stop: Stop,
+        stop: GracefulStop,
         batch_size: int,
         keep_best: str | None,
         identity: str,
@@ -102,14 +105,14 @@ class Evaluation(Watcher):
         super().__init__(every, ema, stop)
         self.metrics, self.networks, self.reference, self.samples = metrics, networks, reference, samples
         self.stages = stages
-        self.run, self.batch_size, self.keep_best = run, batch_size, keep_best
+        self.folder, self.batch_size, self.keep_best = run, batch_size, keep_best
         self.identity = identity
         """Of what is measured and how: numbers of another are not compared."""
         self.best: tuple[int, float] | None = None
         """Its step and number."""
         require(metrics, networks, samples, reference, force=True)
 
-    def look(self, trainer: Trainer, module: TrainingModule, step: int) -> bool:
+    def run(self, trainer: Trainer, module: TrainingModule, step: int) -> bool:
         if self.stages.after(step) is not self.stages.last:
             return True
         denoiser = self.ema.model(module)
@@ -121,25 +124,25 @@ class Evaluation(Watcher):
                     self.metrics, self.networks, self.samples, self.reference,
                     batch_size=self.batch_size, force=True, called_off=self.stop.called,
                 )  # fmt: skip
-        except CalledOff:
+        except EvaluationCancelled:
             trainer.should_stop = True
             return False
         values = {result.name: result.value for result in evaluation.report.results}
-        if Ranks().first:
+        if Distributed().is_main:
             for logger in trainer.loggers:
                 logger.log_metrics(values, step=step)
         if self.keep_best is not None:
             first = evaluation.first.get(self.keep_best)
-            self._keep(trainer, step, Ranks().agree(first))
+            self._keep(trainer, step, Distributed().broadcast(first))
         return True
 
-    def _keep(self, trainer: Trainer, step: int, found: Finding | None) -> None:
+    def _keep(self, trainer: Trainer, step: int, found: MetricValue | None) -> None:
         if found is None or found.value is None:
             return
         sign = 1 if found.higher_is_better else -1
         if self.best is None or sign * found.value > sign * self.best[1]:
             self.best = step, found.value
-            trainer.save_checkpoint(self.run / BEST)
+            trainer.save_checkpoint(self.folder / BEST)
 
     def state_dict(self) -> dict[str, Any]:
         return {**super().state_dict(), "best": self.best, "identity": self.identity}

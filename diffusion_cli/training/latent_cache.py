@@ -14,7 +14,13 @@ import torch
 from numpy.lib import format as npy
 from torch import Tensor
 
-from diffusion_cli.cache import (
+from diffusion_cli.data import Images, UnreadableError, to_model_range
+from diffusion_cli.data.array import opened_array
+from diffusion_cli.data.batches import fetched
+from diffusion_cli.data.memory import MemoryImages
+from diffusion_cli.diffusion.latents import Latents
+from diffusion_cli.errors import NO_VALUE, UsageError
+from diffusion_cli.system.cache import (
     Blocks,
     ChecksumError,
     checksum,
@@ -22,16 +28,10 @@ from diffusion_cli.cache import (
     continued,
     report_damage,
 )
-from diffusion_cli.checkpoint import writing
-from diffusion_cli.data import Images, UnreadableError, normalised
-from diffusion_cli.data.array import opened_array
-from diffusion_cli.data.batches import fetched
-from diffusion_cli.data.memory import MemoryImages
-from diffusion_cli.errors import NO_VALUE, UsageError
-from diffusion_cli.latents import Latents
-from diffusion_cli.locks import locked
-from diffusion_cli.progress import ProgressBar
-from diffusion_cli.ranks import Ranks
+from diffusion_cli.system.distributed import Distributed
+from diffusion_cli.system.files import writing
+from diffusion_cli.system.locks import locked
+from diffusion_cli.system.progress import ProgressBar
 
 ENCODED = 64  # images read at a time
 PART = "moments.part"
@@ -73,7 +73,7 @@ class LatentImages(MemoryImages):
                 "the next start encodes these latents again",
             ) from error
 
-    def mirrored(self, images: Tensor, coins: Tensor) -> Tensor:
+    def hflip(self, images: Tensor, coins: Tensor) -> Tensor:
         """Of each row, the moments of the image, or of the mirrored one where its coin is 1."""
         both = images.unflatten(1, (2, -1))
         return both[torch.arange(len(both), device=both.device), coins]
@@ -87,14 +87,14 @@ def encoded(
     All processes work together; what is made is added to a file as it comes, so that a start that was cut off is gone
     on with. Raises UnreadableError for images that cannot be read, ValueError for a file of others.
     """
-    ranks, channels = Ranks(), latents.shape[0]
+    ranks, channels = Distributed(), latents.shape[0]
     row = ((4 if flip else 2) * channels, *latents.shape[1:])
     shape = (len(images), *row)
     # Another run may encode the same images.
-    with writing(path), locked(path) if ranks.first else nullcontext():
-        if ranks.first and path.is_file():
+    with writing(path), locked(path) if ranks.is_main else nullcontext():
+        if ranks.is_main and path.is_file():
             _set_back_if_damaged(path, shape)
-        if not ranks.agree(path.is_file()):
+        if not ranks.broadcast(path.is_file()):
             _encode(images, latents, path, row, flip, num_workers)
     start = _start(path, shape)
     # Mapped to be copied where it is written to, which it never is: torch knows no arrays for reading only.
@@ -142,36 +142,36 @@ def _encode(
     images: Images, latents: Latents, path: Path, row: tuple[int, ...], flip: bool, num_workers: int
 ) -> None:
     """Write the moments of all images to `path`, by way of a file that grows."""
-    ranks, part, device = Ranks(), path.with_name(PART), latents.device
-    done = ranks.agree(_begun(part, (len(images), *row)) if ranks.first else 0)
-    if ranks.first:
+    ranks, part, device = Distributed(), path.with_name(PART), latents.device
+    done = ranks.broadcast(_begun(part, (len(images), *row)) if ranks.is_main else 0)
+    if ranks.is_main:
         _check_room(part, 4 * (len(images) - done) * math.prod(row))
-    rounds = ranks.rounds(len(images) - done, ENCODED)
+    rounds = ranks.shard(len(images) - done, ENCODED)
     rows = (torch.arange(done + mine.start, done + mine.stop) for mine in rounds)
-    mode = "ab" if ranks.first else "rb"
+    mode = "ab" if ranks.is_main else "rb"
     with (
         part.open(mode) as file,
         checksums_path(part).open(mode) as checksums,
         ProgressBar(
             total=len(images), initial=done, desc="encoding", unit="image", unit_scale=True, delay=2.0,
-            disable=not ranks.first,
+            disable=not ranks.is_main,
         ) as progress,
     ):  # fmt: skip
         for pixels in fetched(images, rows, num_workers, device):
             if isinstance(pixels, Exception):
                 raise UnreadableError(str(pixels)) from pixels
-            for moments in ranks.collect(_moments(pixels.to(device), latents, row, flip).cpu()):
+            for moments in ranks.gather(_moments(pixels.to(device), latents, row, flip).cpu()):
                 data = moments.contiguous().numpy().data
                 file.write(data)
                 checksums.write(checksum(data) if len(moments) else b"")
                 progress.update(len(moments))
-        if ranks.first:
+        if ranks.is_main:
             file.flush()
             os.fsync(file.fileno())
             checksums.flush()
             checksums_path(part).replace(checksums_path(path))
             part.replace(path)
-    ranks.agree(None)
+    ranks.broadcast(None)
 
 
 def _check_room(part: Path, size: int) -> None:
@@ -212,7 +212,7 @@ def _begins(path: Path, head: bytes) -> bool:
 
 @torch.inference_mode()
 def _moments(pixels: Tensor, latents: Latents, row: tuple[int, ...], flip: bool) -> Tensor:
-    images = normalised(pixels)
+    images = to_model_range(pixels)
     if not len(images):  # a process that has no share in the last round
         return torch.empty(0, *row)
     moments = latents.moments(images)

@@ -15,10 +15,10 @@ from typing import Any
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 
-from diffusion_cli.checkpoint import set_aside, whole_file, writing
 from diffusion_cli.errors import NO_VALUE, FormatError, UsageError
-from diffusion_cli.foreign import printable, read
-from diffusion_cli.ranks import Ranks
+from diffusion_cli.system.distributed import Distributed
+from diffusion_cli.system.files import atomic_write, set_aside, writing
+from diffusion_cli.system.untrusted import printable, read
 
 
 class LoggerConfig(ABC):
@@ -115,7 +115,7 @@ class CSVFile(Logger):
         self.rows: list[dict[str, Any]] = []
         self._columns: list[str] | None = None  # of the file; None: it is to be written anew
         self._failed = False
-        if Ranks().first and path.exists():
+        if Distributed().is_main and path.exists():
             rows, damaged = _read_rows(path)
             self.rows = [row for row in rows if int(row["step"]) <= step]
             if damaged:
@@ -163,7 +163,7 @@ class CSVFile(Logger):
             with writing(self.path), self.path.open("a", newline="") as file:
                 csv.DictWriter(file, columns).writerow(self.rows[-1])
             return
-        with whole_file(self.path) as temporary, temporary.open("w", newline="") as file:
+        with atomic_write(self.path) as temporary, temporary.open("w", newline="") as file:
             writer = csv.DictWriter(file, columns, restval="")
             writer.writeheader()
             writer.writerows(self.rows)

@@ -12,14 +12,14 @@ from torch.distributed.fsdp import fully_shard
 from torch.optim import Optimizer
 
 from diffusion_cli.data import Batch
-from diffusion_cli.denoiser import Denoiser, NoiseConditioned, NoisyClassifier
-from diffusion_cli.latents import Space
+from diffusion_cli.diffusion.denoiser import Denoiser, NoiseConditioned, NoisyClassifier
+from diffusion_cli.diffusion.latents import Space
+from diffusion_cli.diffusion.objectives import Objective, drop_labels
+from diffusion_cli.diffusion.time_sampling import Times, Uniform
 from diffusion_cli.networks import BLOCKS
-from diffusion_cli.objective import Objective, withheld
-from diffusion_cli.ranks import Ranks
-from diffusion_cli.reconstruction import Autoencoding
-from diffusion_cli.seeding import mix
-from diffusion_cli.times import Times, Uniform
+from diffusion_cli.system.distributed import Distributed
+from diffusion_cli.system.seeding import mix
+from diffusion_cli.training.autoencoder_loss import Autoencoding
 from diffusion_cli.training.loss_check import ZeroNetwork
 from diffusion_cli.training.optimizers import OptimizerConfig
 
@@ -49,7 +49,7 @@ class Meter(ABC):
     def first_bad_step(self) -> int | None:
         """The first step whose loss was not finite in any process, or None."""
         step = -1 if self._first_bad is None else int(self._first_bad)
-        return min((bad for bad in Ranks().gather(step) if bad >= 0), default=None)
+        return min((bad for bad in Distributed().all_gather(step) if bad >= 0), default=None)
 
     @abstractmethod
     def read(self) -> dict[str, float]:
@@ -75,7 +75,7 @@ class LevelMeter(Meter):
 
     def read(self) -> dict[str, float]:
         mine = torch.zeros(2, QUARTILES) if self._sums is None else self._sums.cpu()
-        totals, counts = torch.stack(Ranks().gather(mine)).sum(0).tolist()
+        totals, counts = torch.stack(Distributed().all_gather(mine)).sum(0).tolist()
         if self._sums is not None:
             self._sums.zero_()
         if not sum(counts):
@@ -103,7 +103,7 @@ class TermMeter(Meter):
             self.watch(values, step)
 
     def read(self) -> dict[str, float]:
-        parts = Ranks().gather({name: sums.cpu() for name, sums in self._sums.items()})
+        parts = Distributed().all_gather({name: sums.cpu() for name, sums in self._sums.items()})
         self._sums.clear()
         totals: dict[str, Tensor] = {}
         for part in parts:  # a process may have seen no image
@@ -111,11 +111,11 @@ class TermMeter(Meter):
         return {name: float(total / count) for name, (total, count) in totals.items()}
 
 
-Kind = TypeVar("Kind", bound=Trainable)
-Kept = TypeVar("Kept", bound=Meter)
+ModelT = TypeVar("ModelT", bound=Trainable)
+MeterT = TypeVar("MeterT", bound=Meter)
 
 
-class Share(NamedTuple):
+class MicroBatch(NamedTuple):
     """Which images of an optimizer step a process sees at once."""
 
     size: int
@@ -126,11 +126,11 @@ class Share(NamedTuple):
     """Of them, those of this process."""
 
 
-class TrainingModule(LightningModule, ABC, Generic[Kind, Kept]):
+class TrainingModule(LightningModule, ABC, Generic[ModelT, MeterT]):
     """A model in training; `about` is what its checkpoints say to build it again."""
 
     def __init__(
-        self, model: Kind, meter: Kept, optimizer: OptimizerConfig, seed: int, about: dict[str, Any]
+        self, model: ModelT, meter: MeterT, optimizer: OptimizerConfig, seed: int, about: dict[str, Any]
     ) -> None:
         super().__init__()
         self.model = model
@@ -148,10 +148,10 @@ class TrainingModule(LightningModule, ABC, Generic[Kind, Kept]):
         size = local * world * self.trainer.accumulate_grad_batches
         of_all = slice(part * local * world, (part + 1) * local * world)
         first = of_all.start + self.global_rank * local
-        return self.loss(batch, Share(size, of_all, slice(first, first + local)))
+        return self.loss(batch, MicroBatch(size, of_all, slice(first, first + local)))
 
     @abstractmethod
-    def loss(self, batch: Batch, share: Share) -> Tensor:
+    def loss(self, batch: Batch, share: MicroBatch) -> Tensor:
         """Return the mean loss of a batch, and count it; what is drawn is drawn for the whole step and cut."""
 
     @abstractmethod
@@ -221,6 +221,7 @@ class DenoisingModule(TrainingModule[NoiseConditioned, LevelMeter]):
         times: Times,
         space: Space,
         optimizer: OptimizerConfig,
+        *,
         seed: int,
         about: dict[str, Any],
     ) -> None:
@@ -229,7 +230,7 @@ class DenoisingModule(TrainingModule[NoiseConditioned, LevelMeter]):
         self.times = times
         self.space = space
 
-    def loss(self, batch: Batch, share: Share) -> Tensor:
+    def loss(self, batch: Batch, share: MicroBatch) -> Tensor:
         # Dropout, whose masks would be too many to draw, is each process's and each part's own.
         size, of_all, mine = share
         drawn = self.times(self.model.schedule, torch.rand(size, device=self.device))
@@ -241,12 +242,12 @@ class DenoisingModule(TrainingModule[NoiseConditioned, LevelMeter]):
         labels, num_classes = batch.labels, getattr(self.model, "num_classes", None)
         if labels is not None and num_classes is not None and self.objective.label_dropout:
             u = torch.rand(size, device=self.device)[mine]
-            labels = withheld(labels, num_classes, self.objective.label_dropout, u)
+            labels = drop_labels(labels, num_classes, self.objective.label_dropout, u)
         if self.global_rank or of_all.start:
             torch.manual_seed(mix(self.seed, "dropout", batch.number, self.global_rank))
         loss = self.objective(self.model, x0, labels, t, eps)
         if drawn.bins is not None:
-            self.times.observe(drawn.bins[of_all], Ranks().concatenated(loss.detach()))
+            self.times.observe(drawn.bins[of_all], Distributed().concatenated(loss.detach()))
         loss = weight * loss
         self.meter.add(loss, quantile, self.trainer.global_step)
         return loss.mean()
@@ -272,7 +273,7 @@ class DenoisingModule(TrainingModule[NoiseConditioned, LevelMeter]):
             drawn = self.times(self.model.schedule, u)
             x0 = self.space.states(batch.images, noise)
             losses.append((drawn.weight * self.objective(zero, x0, None, drawn.t, noise(x0.shape))).mean())
-        means = Ranks().gather(torch.stack(losses).mean().item())
+        means = Distributed().all_gather(torch.stack(losses).mean().item())
         return sum(means) / len(means)
 
     def held_out(self, model: NoiseConditioned, batches: Iterable[Batch]) -> Iterator[Tensor]:
@@ -281,7 +282,7 @@ class DenoisingModule(TrainingModule[NoiseConditioned, LevelMeter]):
 
     def at_levels(self, batches: Iterable[Batch]) -> Iterator[tuple[Batch, Tensor, Tensor, Tensor]]:
         """This process's share of batches, with times, noise and the quantiles [B] of the times, always the same."""
-        ranks = Ranks()
+        ranks = Distributed()
         for i, batch in enumerate(batches):
             generator = torch.Generator().manual_seed(mix(self.seed, "held-out", i))
             size = len(batch.images)

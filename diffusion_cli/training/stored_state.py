@@ -18,7 +18,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 
 from diffusion_cli.errors import NO_VALUE, UsageError
-from diffusion_cli.foreign import plain
+from diffusion_cli.system.untrusted import plain
 from diffusion_cli.training.module import TrainingModule
 from diffusion_cli.training.optimizers import OptimizerConfig
 
@@ -49,7 +49,7 @@ class Number:
 
 
 @dataclass(frozen=True)
-class Kind:
+class OfType:
     """Any value of a plain type; a text has at most 1000 characters."""
 
     type: type
@@ -114,8 +114,8 @@ def expected_state(trainer: Trainer, module: TrainingModule, step: int) -> dict[
     return {
         "epoch": Number(0, MOST_STEPS, whole=True),
         "global_step": step,
-        "pytorch-lightning_version": Kind(str),
-        "diffuse": Kind(dict),
+        "pytorch-lightning_version": OfType(str),
+        "diffuse": OfType(dict),
         "state_dict": _alike(module.state_dict(), step),
         # Batches are counted in parts; the module counts them anew for the parts of today.
         "loops": Among({"fit_loop": _alike_options(trainer.fit_loop.state_dict())}),
@@ -144,7 +144,7 @@ def _optimizer_state(module: TrainingModule, step: int) -> tuple[dict[str, Any],
     rate = Number(0, config.lr)
     groups = [
         Options(
-            {**group, "lr": rate, "fused": Kind(bool)},
+            {**group, "lr": rate, "fused": OfType(bool)},
             {name: value for name, value in group.items() if name not in ("params", "lr")},
         )
         for group in state["param_groups"]
@@ -172,7 +172,7 @@ def _alike(value: Any, most: int) -> Any:
     if isinstance(value, Tensor):
         return Like(value) if value.is_floating_point() else Like(value, low=0)
     if isinstance(value, bool | str):
-        return Kind(type(value))
+        return OfType(type(value))
     if isinstance(value, int | float):
         return Number(0, most, whole=True) if isinstance(value, int) else Number(0)
     return value
@@ -289,7 +289,7 @@ def _tensor_differences(stored: Any, expected: Like, key: str, owners: dict[int,
 
 def _is_as(stored: Any, expected: Any) -> bool:
     """Whether a plain value is the expected one, or one of those expected."""
-    if isinstance(expected, Kind):
+    if isinstance(expected, OfType):
         return type(stored) is expected.type and (type(stored) is not str or len(stored) <= LONGEST_TEXT)
     if isinstance(expected, Number):
         kinds = (int,) if expected.whole else (int, float)
@@ -298,7 +298,7 @@ def _is_as(stored: Any, expected: Any) -> bool:
 
 
 def _wanted(expected: Any) -> str:
-    if isinstance(expected, Kind):
+    if isinstance(expected, OfType):
         return f"should be of type {expected.type.__name__}"
     if isinstance(expected, Number):
         low = "" if expected.low == -LARGEST else f" from {expected.low:.4g}"

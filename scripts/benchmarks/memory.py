@@ -10,16 +10,16 @@ import torch
 
 from benchmarks.probe import afresh, resident
 from benchmarks.race import Table
-from diffusion_cli.data import Given, Images, NoDataset
+from diffusion_cli.data import ExternalImages, Images, NoDataset
 from diffusion_cli.metrics import (
     FeatureBatch,
+    FeatureExtractors,
     Features,
     FrechetDistance,
     GivenReference,
     GivenSamples,
     InceptionScore,
     KernelDistance,
-    Networks,
     evaluate,
 )
 
@@ -74,7 +74,7 @@ def _evaluate(device: str) -> tuple[int, float]:
     """Bytes that an evaluation takes at most, and seconds."""
     with tempfile.TemporaryDirectory() as folder:
         dataset = NoDataset("noise", Noise.shape)
-        networks = Networks({}, dataset, Path(folder), torch.device(device))
+        networks = FeatureExtractors({}, dataset, Path(folder), torch.device(device))
         networks.chosen = Projection(networks.device)
         reference = GivenReference(dataset, path="noise")
         reference.images = Noise(COUNT)
@@ -86,7 +86,7 @@ def _evaluate(device: str) -> tuple[int, float]:
                 "is": InceptionScore(splits=10),
             },
             networks,
-            GivenSamples(Given(Noise(COUNT), None), None, {}, "samples"),
+            GivenSamples(ExternalImages(Noise(COUNT), None), None, {}, "samples"),
             reference,
             batch_size=250,
         )

@@ -4,12 +4,12 @@ import torch
 from torch import Tensor, nn
 
 from diffusion_cli import config
-from diffusion_cli.checkpoint import Model
 from diffusion_cli.config import TrainConfig, build
-from diffusion_cli.denoiser import Denoiser
-from diffusion_cli.forms import Picture
-from diffusion_cli.latents import Pixels
-from diffusion_cli.seeding import mix
+from diffusion_cli.diffusion.denoiser import Denoiser
+from diffusion_cli.diffusion.latents import Pixels
+from diffusion_cli.formats import Uint8Image
+from diffusion_cli.runs.load import LoadedDenoiser
+from diffusion_cli.system.seeding import mix
 from diffusion_cli.training.ema import EMA
 
 PARAMETERS = {"ddpm": 35_746_307, "small": 1_539_329}
@@ -44,11 +44,11 @@ def denoiser_of(checked: TrainConfig, shape: tuple[int, int, int]) -> Denoiser:
     return Denoiser(network, build(checked.schedule), build(checked.parameterization))
 
 
-def model_of(name: str, device: torch.device) -> Model:
+def model_of(name: str, device: torch.device) -> LoadedDenoiser:
     """A model of 32x32 images, ready to sample."""
     shape = (3, 32, 32)
     denoiser = denoiser_of(configured(WORDS[name]), shape).to(device).eval().requires_grad_(False)
-    return Model(shape, Picture(), None, {}, None, 0, "", denoiser, Pixels(shape))
+    return LoadedDenoiser(shape, Uint8Image(), None, {}, None, 0, "", denoiser, Pixels(shape))
 
 
 def count(network: nn.Module) -> int:

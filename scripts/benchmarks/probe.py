@@ -20,11 +20,12 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from benchmarks.ours import configured
-from diffusion_cli.checkpoint import LAST, digest, read
 from diffusion_cli.commands.train import train
 from diffusion_cli.config import TrainConfig
-from diffusion_cli.ranks import Ranks, work_together
-from diffusion_cli.training.callbacks import Stop
+from diffusion_cli.runs.checkpoint import LAST, read
+from diffusion_cli.runs.weights import digest
+from diffusion_cli.system.distributed import Distributed, launch
+from diffusion_cli.training.callbacks import GracefulStop
 from diffusion_cli.training.module import TrainingModule
 
 
@@ -39,9 +40,9 @@ class Probe:
         self.ends: list[float] = []
         self.cpu_ends: list[float] = []
         self.peak = self.optimizer_state = 0
-        before, original = resident(), Stop.act
+        before, original = resident(), GracefulStop.on_optimizer_step
 
-        def watched(stop: Stop, trainer: Trainer, module: TrainingModule, step: int) -> None:
+        def watched(stop: GracefulStop, trainer: Trainer, module: TrainingModule, step: int) -> None:
             original(stop, trainer, module, step)
             if module.device.type == "cuda":
                 torch.cuda.synchronize()
@@ -55,7 +56,7 @@ class Probe:
                 for value in values.values()
             )
 
-        Stop.act = watched  # pyright: ignore[reportAttributeAccessIssue]
+        GracefulStop.on_optimizer_step = watched  # pyright: ignore[reportAttributeAccessIssue]
 
     def taken(self) -> dict[str, float]:
         """Median seconds, of the clock and of the CPU, from the end of a step to that of the next; memory in bytes."""
@@ -93,7 +94,7 @@ def observed(words: list[str]) -> dict[str, Any]:
         ]  # fmt: skip
         checked = configured([*fixed, *words])
         found = Path(folder) / "found.json"
-        work_together(_observe, checked, found, processes=checked.trainer["devices"])
+        launch(_observe, checked, found, processes=checked.trainer["devices"])
         weights = digest(read(Path(folder) / "run" / LAST)["state_dict"])
         return {**json.loads(found.read_text()), "weights": weights}
 
@@ -102,8 +103,8 @@ def _observe(checked: TrainConfig, found: Path) -> None:
     """Train as one of the processes, and note down what all of them took."""
     probe = Probe()
     train(checked)
-    taken = Ranks().gather(probe.taken())
-    if Ranks().first:
+    taken = Distributed().all_gather(probe.taken())
+    if Distributed().is_main:
         found.write_text(json.dumps({key: max(each[key] for each in taken) for key in taken[0]}))
 
 

@@ -12,7 +12,7 @@ import torch
 
 from benchmarks.probe import afresh, observed, trainer_option
 from benchmarks.race import Cells, Table, in_a_row
-from diffusion_cli.ranks import Ranks, work_together
+from diffusion_cli.system.distributed import Distributed, launch
 
 
 def tables(rounds: int, device: torch.device) -> Iterator[Table]:
@@ -58,15 +58,15 @@ def agreement(count: int) -> float:
     """The seconds that so many processes take to agree whether to stop, or to save, where none waits for another."""
     with tempfile.TemporaryDirectory() as folder:
         found = Path(folder) / "found.json"
-        work_together(_agree, found, processes=count)
+        launch(_agree, found, processes=count)
         return json.loads(found.read_text())
 
 
 def _agree(found: Path) -> None:
-    ranks, seconds = Ranks(), []
+    ranks, seconds = Distributed(), []
     for _ in range(1000):
         start = time.perf_counter()
-        ranks.highest(0, False, False)
+        ranks.all_reduce_max(0, False, False)
         seconds.append(time.perf_counter() - start)
-    if ranks.first:
+    if ranks.is_main:
         found.write_text(json.dumps(median(seconds[100:])))

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.functional import conv2d
 from torch.utils.flop_counter import FlopCounterMode
 
-from diffusion_cli.precision import FORMATS
+from diffusion_cli.system.precision import FORMATS
 
 Cells = tuple[str, ...]
 

@@ -12,7 +12,7 @@ from torch.utils.flop_counter import flop_registry
 
 from benchmarks.ours import model_of
 from benchmarks.race import bandwidth, ceiling, paced
-from diffusion_cli.precision import autocast
+from diffusion_cli.system.precision import autocast
 
 PRECISIONS = {"fp32": "tab:blue", "bf16": "tab:orange"}
 ROUNDS = 3  # of which the fastest counts, for operations and ceilings alike

@@ -10,23 +10,23 @@ import torch
 from benchmarks.ours import PARAMETERS, count, model_of
 from benchmarks.peers import ddim_pipeline
 from benchmarks.race import Contestant, NetworkClock, Table, ceilings, flops, raced, timed
-from diffusion_cli.checkpoint import Model
 from diffusion_cli.commands.samples import image_path
+from diffusion_cli.diffusion.guidance import NoGuidance
 from diffusion_cli.generate import generate
-from diffusion_cli.guidance import Unguided
 from diffusion_cli.report import Writer, save_stored
+from diffusion_cli.runs.load import LoadedDenoiser
 from diffusion_cli.samplers import DDIM, Sampler
 
 IMAGES, STEPS = 16, 50
 WARM_UP_STEPS = 2
 
 
-def write_samples(model: Model, sampler: Sampler, steps: int, precision: str) -> None:
+def write_samples(model: LoadedDenoiser, sampler: Sampler, steps: int, precision: str) -> None:
     """What `diffuse sample` does for 16 images: sample them and write their PNGs."""
     with tempfile.TemporaryDirectory() as folder, Writer(2 * IMAGES) as writer:
         for seeds, images, _, _ in generate(
             model, sampler, steps, range(IMAGES), IMAGES,
-            guidance=Unguided(), labels=None, clip=True, precision=precision,
+            guidance=NoGuidance(), labels=None, clip=True, precision=precision,
         ):  # fmt: skip
             for seed, image in zip(seeds, images.cpu(), strict=True):
                 writer(save_stored, image, image_path(Path(folder), seed, model.form), model.form)

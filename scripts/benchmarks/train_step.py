@@ -9,7 +9,7 @@ from torch import Tensor
 from benchmarks.ours import PARAMETERS, WORDS, Training, configured, count
 from benchmarks.peers import Diffusers, Lucidrains
 from benchmarks.race import Contestant, Table, ceilings, flops, paced, raced
-from diffusion_cli.precision import resolve
+from diffusion_cli.system.precision import resolve
 
 
 class Step(Protocol):

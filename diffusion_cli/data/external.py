@@ -1,0 +1,133 @@
+"""Images that somebody else made: a folder, ZIP or NumPy file of them, taken as they are."""
+
+from contextlib import suppress
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from diffusion_cli.data import survey
+from diffusion_cli.data.array import ArrayImages, first_images, read_contents, shape_remarks
+from diffusion_cli.data.base import Images, spread
+from diffusion_cli.data.decoding import NoResize
+from diffusion_cli.data.folder import RULES, FileImages, file_names, ignored_files, own_images
+from diffusion_cli.data.labels import class_labels, composed, read
+from diffusion_cli.data.listing import MANIFEST, manifests
+from diffusion_cli.errors import FormatError, UsageError
+from diffusion_cli.formats import (
+    HighDepthImage,
+    RangedImage,
+    SampleFormat,
+    Shape,
+    Uint8Image,
+    has_own_numbers,
+)
+from diffusion_cli.formats.files import is_gray, opened
+from diffusion_cli.formats.range_check import LOOKED_AT, disagreement
+from diffusion_cli.system.untrusted import LONGEST_MANIFEST, reason
+
+
+class ExternalImages(NamedTuple):
+    """Images and what their classes are called, None without classes."""
+
+    images: Images
+    class_names: tuple[str, ...] | None
+    remarks: tuple[str, ...] = ()
+    """What a user should see about the files, one line each."""
+
+
+def given_images(
+    path: Path,
+    key: str,
+    shape: Shape | None = None,
+    form: SampleFormat | None = None,
+) -> ExternalImages:
+    """The images of a folder, ZIP, .npz or .npy, in the order of their names or rows: none is resized or cropped.
+
+    All have the size of the first one; with `shape` they have that one, and gray files become RGB where it has three
+    channels. Classes are those of `labels.csv`, of class folders or of the .npz, where there are any. Pictures that
+    this program drew of results do not count. Files are decoded when asked for.
+
+    Raises FileNotFoundError or ValueError, about `key`, for a path that holds no such images, or another shape.
+    """
+    if path.suffix in (".npy", ".npz") and path.is_file():
+        given = _array(path, key, form or Uint8Image())
+        if shape is not None and given.images.shape != shape:
+            raise UsageError(key, path, f"holds images {given.images.shape}", f"wanted are {shape}")
+        return given
+    names = file_names(path, key)
+    form = form or Uint8Image()
+    files = sample_files(path, names, form, key)
+    try:
+        # Samples have their labels from the manifest; their table is complete only once all are made.
+        own = manifests(
+            [name for name in names if name == MANIFEST], lambda name: read(path, name, LONGEST_MANIFEST)
+        )
+        class_names, labels, *_ = class_labels(path, names, files, "none" if own else "auto", RULES)
+        decoder = NoResize(form, shape or _shape(read(path, files[0])))
+    except UsageError as error:
+        raise error.renamed({"dataset.path": key}) from error
+    except ValueError as error:
+        raise UsageError(key, path, reason(error)) from error
+    remarks = ignored_files(path, names, key, form.suffixes)
+    if isinstance(form, Uint8Image | HighDepthImage):
+        seen = survey.headers(path, files)
+        remarks += survey.remarks(f"{key}={path}", seen, len(files), own_numbers=has_own_numbers(form))
+    images = FileImages(path, files, labels, decoder, key)
+    if isinstance(form, Uint8Image):
+        with suppress(ValueError):  # files that cannot be decoded are reported where all are read
+            few = images.gather(spread(len(files), min(len(files), LOOKED_AT)))
+            remarks += _byte_remarks(f"{key}={path}", few.numpy())
+    return ExternalImages(images, class_names, tuple(remarks))
+
+
+def sample_files(path: Path, names: list[str], form: SampleFormat, key: str) -> list[str]:
+    """Those of the names that are files of a form, in sorted order; raises ValueError if there are none."""
+    return own_images(path, names, key, form.suffixes)
+
+
+def _array(path: Path, key: str, form: SampleFormat) -> ExternalImages:
+    try:
+        contents = read_contents(path)
+        if isinstance(form, RangedImage) and contents.dtype != form.dtype:
+            raise FormatError(f"holds {contents.dtype}; wanted is {form.dtype}")
+        if isinstance(form, Uint8Image) and contents.dtype != "uint8":
+            raise FormatError(f"holds {contents.dtype}; images must be uint8 in 0..255")
+    except Exception as error:  # damaged files fail in many ways in the parsers of ZIP and NumPy headers
+        raise UsageError(key, path, reason(error)) from error
+    images = ArrayImages(path, contents, form, torch.arange(contents.number))
+    remarks = shape_remarks(f"{key}={path}", contents)
+    if isinstance(form, Uint8Image):
+        remarks += _byte_remarks(f"{key}={path}", first_images(path, contents))
+    return ExternalImages(images, contents.class_names, tuple(remarks))
+
+
+def _byte_remarks(key: str, images: np.ndarray) -> list[str]:
+    found = disagreement([*images], [0.0], [255.0])
+    return (
+        [f"{key}: bytes have the range [0,255], and {found}; scale them if that is not meant"]
+        if found
+        else []
+    )
+
+
+def _shape(data: bytes) -> Shape:
+    image = opened(data)
+    return (1 if is_gray(image) else 3), image.height, image.width
+
+
+def relabelled(given: ExternalImages, class_names: tuple[str, ...] | None) -> Tensor | None:
+    """The labels of images as numbers of the classes `class_names`, int64 [N]; None where they are not among these.
+
+    A name stands for the class of that name; where all names are numbers, as in a .npz, for the class of that number.
+    """
+    labels, names = given.images.labels, given.class_names
+    if labels is None or names is None or class_names is None:
+        return None
+    number = {composed(name): label for label, name in enumerate(class_names)}
+    if all(composed(name) in number for name in names):
+        return torch.tensor([number[composed(name)] for name in names])[labels]
+    by_number = names == tuple(str(number) for number in range(len(names)))
+    return labels if by_number and len(names) <= len(class_names) else None

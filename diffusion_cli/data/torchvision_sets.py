@@ -1,0 +1,124 @@
+"""The published datasets that torchvision knows how to fetch, check and read."""
+
+import socket
+from abc import abstractmethod
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from diffusion_cli.data.base import Dataset, Split
+from diffusion_cli.data.memory import MemoryImages
+from diffusion_cli.errors import UsageError
+from diffusion_cli.system.locks import locked
+
+STALL = 30.0  # seconds without an answer after which a download has failed; by default the wait is endless
+
+
+class _Published(Dataset):
+    """A dataset of torchvision with its own training and test set; the latter is the held-out split."""
+
+    source: str
+    """The class of torchvision.datasets."""
+    files: str
+    """What a user without a network puts where."""
+
+    def load(self, split: Split) -> MemoryImages:
+        from torchvision import datasets  # takes seconds to import
+
+        timeout = socket.getdefaulttimeout()
+        socket.setdefaulttimeout(STALL)
+        try:
+            source = getattr(datasets, self.source)
+            # Of several processes one downloads, and the others find it.
+            with locked(Path(self.data_dir) / self.source):
+                data = source(str(self.data_dir), train=split == "train", download=True)
+        except (RuntimeError, OSError, EOFError, ValueError, AssertionError) as error:
+            reason = " ".join(str(error).split()) or type(error).__name__
+            raise UsageError(
+                "data_dir",
+                self.data_dir,
+                f"cannot read {self.name} there, or download it ({reason})",
+                f"where there is a network, fetch {self.files} in {self.folder()}",
+            ) from error
+        finally:
+            socket.setdefaulttimeout(timeout)
+        return MemoryImages(self.pixels(data.data), torch.as_tensor(data.targets, dtype=torch.int64))
+
+    @abstractmethod
+    def folder(self) -> Path:
+        """Where the files lie."""
+
+    @abstractmethod
+    def pixels(self, data: Any) -> Tensor:
+        """torchvision's array of all images as uint8 [N, C, H, W]."""
+
+
+class MNIST(_Published):
+    """70,000 handwritten digits in 28x28 gray, 10,000 of them held out (LeCun et al. 1998).
+
+    With size 32 they get a black border of two pixels, for networks that halve the size more than twice.
+    """
+
+    name = "mnist"
+    source = "MNIST"
+    files = "the four *-ubyte.gz files of https://ossci-datasets.s3.amazonaws.com/mnist/ and gunzip them"
+    class_names = tuple("0123456789")
+
+    def __init__(self, data_dir: str, *, size: Literal[28, 32], flip: bool) -> None:
+        super().__init__(data_dir)
+        self.shape = (1, size, size)
+        self.flip = flip
+
+    def folder(self) -> Path:
+        return self.data_dir / self.source / "raw"
+
+    def pixels(self, data: Tensor) -> Tensor:
+        border = (self.shape[1] - data.shape[1]) // 2
+        return pad(data[:, None], [border] * 4)
+
+
+class FashionMNIST(MNIST):
+    """70,000 pictures of clothes in 28x28 gray, 10,000 of them held out (Xiao et al. 2017).
+
+    With size 32 they get a black border of two pixels, for networks that halve the size more than twice.
+    """
+
+    name = "fashion_mnist"
+    source = "FashionMNIST"
+    files = (
+        "the four *-ubyte.gz files of http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/ "
+        "and gunzip them"
+    )
+    class_names = (
+        *("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat"),
+        *("Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot"),
+    )
+
+    def __init__(self, data_dir: str, *, size: Literal[28, 32], flip: bool) -> None:
+        super().__init__(data_dir, size=size, flip=flip)
+
+
+class CIFAR10(_Published):
+    """60,000 small photographs in 32x32 colour, 10,000 of them held out (Krizhevsky 2009)."""
+
+    name = "cifar10"
+    source = "CIFAR10"
+    files = "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz and unpack it"
+    shape = (3, 32, 32)
+    class_names = (
+        *("airplane", "automobile", "bird", "cat", "deer"),
+        *("dog", "frog", "horse", "ship", "truck"),
+    )
+
+    def __init__(self, data_dir: str, *, flip: bool) -> None:
+        super().__init__(data_dir)
+        self.flip = flip
+
+    def folder(self) -> Path:
+        return self.data_dir
+
+    def pixels(self, data: Any) -> Tensor:
+        return torch.from_numpy(data).permute(0, 3, 1, 2).contiguous()

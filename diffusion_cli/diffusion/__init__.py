@@ -1,0 +1,1 @@
+"""The mathematics of diffusion: schedules, parameterizations, denoisers, objectives, guidance, likelihood."""

@@ -1,0 +1,151 @@
+"""The space that a denoiser works in: pixels, or the latents of an autoencoder (Rombach et al. 2022)."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Sequence
+from math import prod
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from diffusion_cli.diffusion.denoiser import Denoise, clip_x0
+from diffusion_cli.diffusion.schedules import Schedule
+from diffusion_cli.networks import AutoencoderKL
+from diffusion_cli.networks.autoencoder import drawn
+
+PIXELS = 2**18  # that an autoencoder takes at a time: four images of 256x256
+
+
+NoiseFn = Callable[[tuple[int, ...]], Tensor]
+"""Gives standard normal noise of a shape, that of a batch of states."""
+
+
+class Space(ABC):
+    """Where samples are made of noise: states x [B, *shape], of images [B, C, H, W] in [-1, 1]."""
+
+    shape: tuple[int, ...]
+    """Of a state."""
+    bounded: bool
+    """Whether a state without noise has all its values in [-1, 1]."""
+
+    def clipped(self, denoise: Denoise, schedule: Schedule) -> Denoise:
+        """Wrap a denoiser by `clip_x0` where states are bounded; others are left as they are."""
+        return clip_x0(denoise, schedule) if self.bounded else denoise
+
+    @abstractmethod
+    def shape_of(self, image: tuple[int, ...]) -> tuple[int, ...]:
+        """Return the shape of the state of an image of a shape; ValueError if it has none."""
+
+    @abstractmethod
+    def states(self, given: Tensor, draw: NoiseFn) -> Tensor:
+        """Return the states of what a data set gives, for which noise may be drawn."""
+
+    @abstractmethod
+    def encode(self, images: Tensor) -> Tensor:
+        """Return the states of images."""
+
+    @abstractmethod
+    def decode(self, x: Tensor) -> Tensor:
+        """Return the images of states, not clipped to [-1, 1]."""
+
+
+class Pixels(Space):
+    """The images themselves."""
+
+    bounded = True
+
+    def __init__(self, shape: tuple[int, ...]) -> None:
+        self.shape = shape
+
+    def shape_of(self, image: tuple[int, ...]) -> tuple[int, ...]:
+        return image
+
+    def states(self, given: Tensor, draw: NoiseFn) -> Tensor:
+        return given
+
+    def encode(self, images: Tensor) -> Tensor:
+        return images
+
+    def decode(self, x: Tensor) -> Tensor:
+        return x
+
+
+class Latents(Space):
+    """Latents of an autoencoder, shifted and scaled to mean 0 and standard deviation 1 in every channel.
+
+    `x = (z - mean) / std`, with z ~ N(moments of the image) in training and its mean where an image is encoded once.
+    `image` is the shape of the images. A few images go through the autoencoder at a time, in float32 whatever the
+    precision around it.
+    """
+
+    bounded = False
+
+    def __init__(
+        self, autoencoder: AutoencoderKL, image: tuple[int, ...], mean: Sequence[float], std: Sequence[float]
+    ) -> None:
+        self.autoencoder = autoencoder.eval().requires_grad_(False)
+        self.shape = autoencoder.latent_shape(image)
+        self.mean, self.std = list(mean), list(std)
+
+    def shape_of(self, image: tuple[int, ...]) -> tuple[int, ...]:
+        return self.autoencoder.latent_shape(image)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the autoencoder is."""
+        return next(self.autoencoder.parameters()).device
+
+    def moments(self, images: Tensor) -> Tensor:
+        """Return the mean and log variance [B, 2L, h, w] of the latents z of images [B, C, H, W]."""
+        with torch.autocast(images.device.type, enabled=False):
+            parts = images.float().split(max(1, PIXELS // prod(images.shape[2:])))
+            return torch.cat([self.autoencoder.moments(part) for part in parts])
+
+    def states(self, given: Tensor, draw: NoiseFn) -> Tensor:
+        """Return states [B, L, h, w] drawn from the moments [B, 2L, h, w] that `moments` gives."""
+        mean, std = self._scale(given)
+        return (drawn(given, draw((len(given), *self.shape))) - mean) / std
+
+    def encode(self, images: Tensor) -> Tensor:
+        return self.states(self.moments(images), lambda shape: images.new_zeros(()))
+
+    def decode(self, x: Tensor) -> Tensor:
+        mean, std = self._scale(x)
+        count = max(1, PIXELS // (prod(x.shape[2:]) * self.autoencoder.factor ** (x.ndim - 2)))
+        with torch.autocast(x.device.type, enabled=False):
+            parts = (x.float() * std + mean).split(count)
+            return torch.cat([self.autoencoder.decode(part) for part in parts])
+
+    def _scale(self, like: Tensor) -> tuple[Tensor, Tensor]:
+        """The mean and standard deviation of each channel, for states like these."""
+        ones = [1] * (like.ndim - 2)
+        mean, std = (
+            torch.tensor(values, device=like.device).view(-1, *ones) for values in (self.mean, self.std)
+        )
+        return mean, std
+
+
+class Scale(NamedTuple):
+    """Of z ~ N(mean, variance) over images and places, in each channel."""
+
+    mean: list[float]
+    std: list[float]
+    """The root of Var z = E[variance] + Var[mean]."""
+    told: list[float]
+    """Var[mean] / Var z, 0 to 1: how much of z is of the image, and not drawn; 0 where the encoder says nothing."""
+
+
+def measured_scale(parts: Iterable[Tensor], channels: int) -> Scale:
+    """The scale of L channels, of parts [B, 2L, h, w] of all moments; [B, 4L, h, w] is taken as two images each."""
+    count, sums, squares, drawn_squares = 0, *torch.zeros(3, channels).double()
+    for part in parts:
+        mean, log_variance = part.double().unflatten(1, (-1, 2, channels)).movedim(2, 0)
+        others = [dim for dim in range(mean.ndim) if dim != 2]
+        sums += mean.sum(others)
+        squares += mean.square().sum(others)
+        drawn_squares += log_variance.exp().sum(others)
+        count += mean.numel() // channels
+    mean = sums / count
+    of_images = squares / count - mean.square()
+    variance = of_images + drawn_squares / count
+    return Scale(mean.tolist(), variance.sqrt().tolist(), (of_images / variance).tolist())

@@ -1,0 +1,118 @@
+"""What the network's output F means: one linear map, `x_0 = c_skip x_t + c_out F(c_in x_t, c_noise)`."""
+
+from abc import ABC, abstractmethod
+from typing import NamedTuple
+
+import torch
+from pydantic import PositiveFloat
+from torch import Tensor
+
+from diffusion_cli.diffusion.schedules import Schedule
+from diffusion_cli.errors import UsageError
+
+# What EDM tells the network at most: log(sigma / alpha) / 4 where sigma / alpha is 1.6e5 or more, as at alpha = 0.
+MAX_C_NOISE = 3.0
+
+
+class Coefficients(NamedTuple):
+    """The four numbers of the map, float64, each of the shape of the times that they belong to."""
+
+    c_skip: Tensor
+    c_out: Tensor
+    c_in: Tensor
+    c_noise: Tensor
+
+
+class Parameterization(ABC):
+    """A row of the table that says how x_0 is read off the network's output."""
+
+    @abstractmethod
+    def __call__(self, schedule: Schedule, t: Tensor) -> Coefficients:
+        """Return the coefficients at times t in [t_min, 1]."""
+
+    def check(self, schedule: Schedule) -> None:  # noqa: B027
+        """Raise ValueError if it is not defined at every time of the schedule."""
+
+
+class _NeedsSignal(Parameterization):
+    """One that reads x_0 off the noise, which cannot be done where there is no signal."""
+
+    def check(self, schedule: Schedule) -> None:
+        alpha, _ = schedule(torch.ones(1, dtype=torch.float64))
+        if alpha == 0:
+            name = type(self).__name__.lower()
+            raise UsageError(
+                "parameterization",
+                name,
+                "x_0 is the image less the noise, divided by alpha, and alpha is 0 at t = 1 of this "
+                f"{schedule.name} schedule",
+                "take v, x0, flow or edm",
+            )
+
+
+class Eps(_NeedsSignal):
+    """F is the noise: `x_0 = (x_t - sigma F) / alpha` (Ho et al. 2020, Eq. 15)."""
+
+    def __call__(self, schedule: Schedule, t: Tensor) -> Coefficients:
+        alpha, sigma = schedule(t)
+        return Coefficients(1 / alpha, -sigma / alpha, torch.ones_like(alpha), schedule.timestep(t))
+
+
+class Score(_NeedsSignal):
+    """F is the score `-eps / sigma`: `x_0 = (x_t + sigma^2 F) / alpha` (Song et al. 2021b, Eq. 7)."""
+
+    def __call__(self, schedule: Schedule, t: Tensor) -> Coefficients:
+        alpha, sigma = schedule(t)
+        return Coefficients(1 / alpha, sigma**2 / alpha, torch.ones_like(alpha), schedule.timestep(t))
+
+
+class X0(Parameterization):
+    """F is the image x_0 itself."""
+
+    def __call__(self, schedule: Schedule, t: Tensor) -> Coefficients:
+        alpha, _ = schedule(t)
+        ones = torch.ones_like(alpha)
+        return Coefficients(torch.zeros_like(alpha), ones, ones, schedule.timestep(t))
+
+
+class V(Parameterization):
+    """F is `v = alpha eps - sigma x_0`, where alpha^2 + sigma^2 = 1 (Salimans & Ho 2022, App. D).
+
+    In general `x_0 = (alpha x_t - sigma F) / (alpha^2 + sigma^2)`, with the same v.
+    """
+
+    def __call__(self, schedule: Schedule, t: Tensor) -> Coefficients:
+        alpha, sigma = schedule(t)
+        square = alpha**2 + sigma**2
+        return Coefficients(alpha / square, -sigma / square, torch.ones_like(alpha), schedule.timestep(t))
+
+
+class Flow(Parameterization):
+    """F is the velocity `alpha' x_0 + sigma' eps` of the path, for rectified ones `eps - x_0`.
+
+    `x_0 = (sigma' x_t - sigma F) / (alpha sigma' - sigma alpha')`. Source: Lipman et al. 2023, Eq. 13-14.
+    """
+
+    def __call__(self, schedule: Schedule, t: Tensor) -> Coefficients:
+        (alpha, sigma), (d_alpha, d_sigma) = schedule(t), schedule.derivatives(t)
+        turn = alpha * d_sigma - sigma * d_alpha
+        return Coefficients(d_sigma / turn, -sigma / turn, torch.ones_like(alpha), schedule.timestep(t))
+
+
+class EDMPreconditioning(Parameterization):
+    """F has unit variance in and out for data of standard deviation sigma_data (Karras et al. 2022, Table 1).
+
+    With D = alpha^2 sigma_data^2 + sigma^2: `c_skip = alpha sigma_data^2 / D`, `c_out = sigma sigma_data / sqrt(D)`,
+    `c_in = 1 / sqrt(D)`; the network is told log(sigma / alpha) / 4, at most MAX_C_NOISE.
+    """
+
+    def __init__(self, *, sigma_data: PositiveFloat) -> None:
+        self.sigma_data = sigma_data
+
+    def __call__(self, schedule: Schedule, t: Tensor) -> Coefficients:
+        alpha, sigma = schedule(t)
+        D = (alpha * self.sigma_data) ** 2 + sigma**2
+        c_noise = (-schedule.log_snr(t) / 8).clamp(max=MAX_C_NOISE)
+        return Coefficients(
+            alpha * self.sigma_data**2 / D, sigma * self.sigma_data / D.sqrt(), 1 / D.sqrt(), c_noise
+        )

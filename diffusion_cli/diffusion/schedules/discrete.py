@@ -1,0 +1,220 @@
+"""Variance-preserving processes of T steps, given by their betas."""
+
+import math
+from typing import Annotated
+
+import torch
+from pydantic import Field, PositiveFloat, PositiveInt
+from torch import Tensor
+
+from diffusion_cli.diffusion.schedules.base import Schedule, Spacing
+from diffusion_cli.errors import UsageError
+
+Fraction = Annotated[float, Field(gt=0, lt=1)]
+KNOWN = 8  # times of which the level is kept
+
+
+class Discrete(Schedule):
+    """The variance-preserving process with T steps, given by its betas (Ho et al. 2020, Eq. 2-4).
+
+    A table of log alpha_bar at t = i/T for i = 0..T, with alpha_bar_0 = 1; linear in log alpha_bar between
+    entries, so that on the table it is the published process exactly. Entry i is the level that DDPM's code
+    numbers i - 1.
+
+    With `zero_terminal_snr` sqrt(alpha_bar) is shifted and scaled so that it ends at 0 and its first entry
+    stays (Lin et al. 2024, Alg. 1); the last interval is then linear in sqrt(alpha_bar).
+
+    Raises ValueError if a beta leaves (0, 1).
+    """
+
+    def __init__(self, betas: Tensor, zero_terminal_snr: bool) -> None:
+        if not (betas.gt(0).all() and betas.lt(1).all()):
+            raise UsageError(
+                "schedule.num_timesteps",
+                len(betas),
+                f"beta leaves (0, 1), it runs from {betas.min():.3g} to {betas.max():.3g}",
+                "take more timesteps, smaller betas or, of a sigmoid, a larger tau",
+            )
+        alpha_bar = torch.cumprod(1 - betas.double(), 0)
+        if zero_terminal_snr:
+            if len(betas) == 1:
+                raise UsageError("schedule.zero_terminal_snr", True, "needs at least 2 timesteps")
+            roots = alpha_bar.sqrt()
+            alpha_bar = ((roots - roots[-1]) * (roots[0] / (roots[0] - roots[-1]))) ** 2
+        self.num_timesteps = len(betas)
+        self.t_min = self.grid_t_min = 1 / len(betas)
+        self.zero_terminal_snr = zero_terminal_snr
+        table = torch.cat([torch.ones(1, dtype=torch.float64), alpha_bar]).log()
+        self._log_alpha_bar = {torch.device("cpu"): table}
+        self._known: dict[float, Tensor] = {}  # a step asks for its two times again and again
+
+    def _table(self, device: torch.device) -> Tensor:
+        if device not in self._log_alpha_bar:
+            with torch.inference_mode(False):  # kept, and perhaps differentiated through later
+                self._log_alpha_bar[device] = self._log_alpha_bar[torch.device("cpu")].to(device)
+        return self._log_alpha_bar[device]
+
+    def _interval(self, t: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The place of t in the interval (i, i+1] / T, in [0, 1]; log alpha_bar at its start; its rise over
+        the interval, 0 where that is infinite; and whether it is."""
+        table = self._table(t.device)
+        position = t.double() * self.num_timesteps
+        # An entry of the table ends its interval, whichever way its product with T was rounded.
+        below = ((position - 1e-9).ceil() - 1).clamp(0, self.num_timesteps - 1)
+        left, right = table[below.long()], table[below.long() + 1]
+        endless = right.isinf()
+        return position - below, left, torch.where(endless, left, right) - left, endless
+
+    def log_alpha_bar(self, t: Tensor) -> Tensor:
+        """Return float64 `log alpha_bar_t` on the device of t."""
+        if t.ndim == 0 and t.device.type == "cpu" and not t.requires_grad:
+            return self._of_time(t.item())
+        return self._between_entries(t)
+
+    def _of_time(self, t: float) -> Tensor:
+        found = self._known.get(t)
+        if found is None:
+            with torch.inference_mode(False):  # kept, and perhaps differentiated through later
+                found = self._between_entries(torch.tensor(t, dtype=torch.float64, device="cpu"))
+            if len(self._known) >= KNOWN:
+                self._known.clear()
+            self._known[t] = found
+        return found.clone()
+
+    def _between_entries(self, t: Tensor) -> Tensor:
+        place, left, rise, endless = self._interval(t)
+        return left + torch.where(endless, 2 * torch.log1p(-place.clamp(max=1)), place * rise)
+
+    def __call__(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        log_alpha_bar = self.log_alpha_bar(t)
+        return torch.exp(log_alpha_bar / 2), torch.sqrt(-torch.expm1(log_alpha_bar))
+
+    def derivatives(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        _, left, rise, endless = self._interval(t)
+        alpha, sigma = self(t)
+        d_alpha = self.num_timesteps * torch.where(endless, -torch.exp(left / 2), alpha * rise / 2)
+        return d_alpha, -alpha * d_alpha / sigma
+
+    def log_snr(self, t: Tensor) -> Tensor:
+        log_alpha_bar = self.log_alpha_bar(t)
+        return log_alpha_bar - torch.log(-torch.expm1(log_alpha_bar))
+
+    def time_of(self, log_snr: Tensor) -> Tensor:
+        log_alpha_bar = -torch.logaddexp(torch.zeros_like(log_snr, dtype=torch.float64), -log_snr.double())
+        table = self._table(log_snr.device)
+        below = (torch.searchsorted(-table, -log_alpha_bar) - 1).clamp(0, self.num_timesteps - 1)
+        left, right = table[below], table[below + 1]
+        rise = log_alpha_bar - left
+        place = torch.where(right.isinf(), -torch.expm1(rise / 2), rise / (right - left))
+        return (below + place.clamp(0, 1)) / self.num_timesteps
+
+    def time(self, u: Tensor) -> Tensor:
+        """Map uniform numbers u in [0, 1) to the entries of the table, float64."""
+        return ((u.double() * self.num_timesteps).floor() + 1) / self.num_timesteps
+
+    def timestep(self, t: Tensor) -> Tensor:
+        return t * self.num_timesteps - 1
+
+    def grid(self, steps: int, spacing: Spacing) -> Tensor:
+        """Return the times of the T-step process that `steps` steps visit, then 0.
+
+        With entries numbered 1..T: `leading` is 1 + k floor(T/steps) (DDIM's "uniform"; it starts short of the
+        noise unless steps divides T), `trailing` T - k T/steps, `linspace` spans 1..T evenly, `quadratic`
+        squares an even grid that ends at 0.8 T (Song et al. 2021a, D.3). These are for 1 <= steps <= T, else
+        ValueError; the others are `Schedule.grid`.
+        """
+        T = self.num_timesteps
+        if steps <= 1 or spacing in ("karras", "log_snr", "time"):
+            return super().grid(steps, spacing)
+        if steps > T:
+            raise UsageError(
+                "steps",
+                steps,
+                f"the schedule has {T} timesteps",
+                f"give a number from 1 to {T}, or a spacing off its table: karras, log_snr or time",
+            )
+        k = torch.arange(steps, dtype=torch.float64)
+        if spacing == "leading":
+            entries = 1 + k * (T // steps)
+        elif spacing == "trailing":
+            entries = torch.round(T - k * (T / steps)).flip(0)
+        elif spacing == "linspace":
+            entries = 1 + torch.round(k * ((T - 1) / (steps - 1)))
+        else:
+            squares = 1 + torch.floor((k * (math.sqrt(0.8 * T) / (steps - 1))) ** 2)
+            # Near the data the squares fall together: each entry moves up until all are different.
+            entries = torch.cummax(squares - k, 0).values + k
+        return torch.cat([entries.flip(0) / T, torch.zeros(1, dtype=torch.float64)])
+
+
+class Linear(Discrete):
+    """Betas that rise linearly (Ho et al. 2020, Sec. 4), their range stated for 1,000 steps."""
+
+    def __init__(
+        self,
+        *,
+        num_timesteps: PositiveInt,
+        beta_start: PositiveFloat,
+        beta_end: PositiveFloat,
+        zero_terminal_snr: bool,
+    ) -> None:
+        scale = 1000 / num_timesteps
+        betas = torch.linspace(scale * beta_start, scale * beta_end, num_timesteps, dtype=torch.float64)
+        super().__init__(betas, zero_terminal_snr)
+
+
+class ScaledLinear(Discrete):
+    """Betas whose square roots rise linearly (the latent-diffusion code's "linear"), range for 1,000 steps."""
+
+    def __init__(
+        self,
+        *,
+        num_timesteps: PositiveInt,
+        beta_start: PositiveFloat,
+        beta_end: PositiveFloat,
+        zero_terminal_snr: bool,
+    ) -> None:
+        scale = 1000 / num_timesteps
+        roots = torch.linspace(beta_start**0.5, beta_end**0.5, num_timesteps, dtype=torch.float64)
+        super().__init__(scale * roots**2, zero_terminal_snr)
+
+
+class Cosine(Discrete):
+    """alpha_bar is a squared cosine (Nichol & Dhariwal 2021, Eq. 17), each beta at most max_beta."""
+
+    def __init__(
+        self,
+        *,
+        num_timesteps: PositiveInt,
+        offset: PositiveFloat,
+        max_beta: Fraction,
+        zero_terminal_snr: bool,
+    ) -> None:
+        t = torch.arange(num_timesteps + 1, dtype=torch.float64) / num_timesteps
+        alpha_bar = torch.cos((t + offset) / (1 + offset) * math.pi / 2) ** 2
+        super().__init__((1 - alpha_bar[1:] / alpha_bar[:-1]).clamp(max=max_beta), zero_terminal_snr)
+
+
+class Sigmoid(Discrete):
+    """alpha_bar is a falling sigmoid, scaled to end at 1 and 0 (Jabri et al. 2023, App. B).
+
+    `alpha_bar(t) = (sigmoid(end / tau) - sigmoid((start + t (end - start)) / tau)) / (sigmoid(end / tau) -
+    sigmoid(start / tau))`, each beta at most max_beta. Raises ValueError unless start < end.
+    """
+
+    def __init__(
+        self,
+        *,
+        num_timesteps: PositiveInt,
+        start: float,
+        end: float,
+        tau: PositiveFloat,
+        max_beta: Fraction,
+        zero_terminal_snr: bool,
+    ) -> None:
+        if start >= end:
+            raise UsageError("schedule.start", start, f"must lie below schedule.end={end}")
+        t = torch.arange(num_timesteps + 1, dtype=torch.float64) / num_timesteps
+        first, *_, last = fall = torch.sigmoid(-(start + t * (end - start)) / tau)
+        alpha_bar = (fall - last) / (first - last)
+        super().__init__((1 - alpha_bar[1:] / alpha_bar[:-1]).clamp(max=max_beta), zero_terminal_snr)

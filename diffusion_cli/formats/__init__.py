@@ -1,0 +1,25 @@
+"""Forms: in what numbers and in what files the things lie that a model makes, and how they look."""
+
+from diffusion_cli.formats.base import SampleFormat, Shape, form_of
+from diffusion_cli.formats.dicom import Dicom
+from diffusion_cli.formats.high_depth import HighDepthImage, has_own_numbers, image_form
+from diffusion_cli.formats.point_cloud import PointCloud
+from diffusion_cli.formats.ranged import Range, RangedImage
+from diffusion_cli.formats.uint8 import Uint8Image, to_bytes
+from diffusion_cli.formats.volume import Volume
+
+__all__ = [
+    "Dicom",
+    "HighDepthImage",
+    "PointCloud",
+    "Range",
+    "RangedImage",
+    "SampleFormat",
+    "Shape",
+    "Uint8Image",
+    "Volume",
+    "form_of",
+    "has_own_numbers",
+    "image_form",
+    "to_bytes",
+]

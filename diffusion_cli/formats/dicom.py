@@ -1,0 +1,258 @@
+"""Gray images in DICOM files."""
+
+from dataclasses import asdict
+from hashlib import sha256
+from io import BytesIO
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, NamedTuple
+
+import numpy as np
+from pydantic import Field
+from pydantic.dataclasses import dataclass
+from torch import Tensor
+
+from diffusion_cli.errors import FormatError, UsageError
+from diffusion_cli.formats.base import STRICT
+from diffusion_cli.formats.ranged import Dtype, Finite, Range, RangedImage, ranges
+from diffusion_cli.system.untrusted import reason
+
+if TYPE_CHECKING:
+    from pydicom import Dataset
+
+UNCOMPRESSED = ("1.2.840.10008.1.2", "1.2.840.10008.1.2.1", "1.2.840.10008.1.2.2")
+"""The transfer syntaxes that are numbers one after the other. Of the others, some inflate without bounds."""
+SUFFIXES = (".dcm", ".dicom")
+SECONDARY_CAPTURE = "1.2.840.10008.5.1.4.1.1.7"
+LITTLE_ENDIAN = "1.2.840.10008.1.2.1"
+READ = [
+    "SamplesPerPixel", "PhotometricInterpretation", "NumberOfFrames", "Rows", "Columns", "BitsAllocated", "BitsStored",
+    "HighBit", "PixelRepresentation", "RescaleSlope", "RescaleIntercept", "ModalityLUTSequence", "WindowCenter",
+    "WindowWidth", "PixelData",
+]  # fmt: skip
+
+
+@dataclass(frozen=True, config=STRICT)
+class Dicom(RangedImage):
+    """Gray images in DICOM, by their rescaled values `v = slope n + intercept`, as Hounsfield units are.
+
+    A file is read by its own slope and intercept, and where white is low (MONOCHROME1), its numbers are turned round
+    first. It is written with those of the form, its numbers n of `bits` bits, as a secondary capture that says it is
+    synthetic, and takes nothing from any other file. Its identifiers are a hash of what it holds.
+    """
+
+    kind: ClassVar[str] = "dicom"
+    dtype: Dtype
+    bits: Annotated[int, Field(ge=1, le=16)]
+    slope: Annotated[Finite, Field(gt=0)]
+    intercept: Finite
+    low: list[Finite]
+    high: list[Finite]
+
+    def __post_init__(self) -> None:
+        self.check_range()
+        if self.dtype == "float32" or self.bits > 8 * np.dtype(self.dtype).itemsize:
+            raise FormatError(f"has no {self.bits} bits in {self.dtype}")
+
+    @property
+    def suffix(self) -> str:
+        return ".dcm"
+
+    @property
+    def suffixes(self) -> tuple[str, ...]:
+        return SUFFIXES
+
+    def numbers(self, samples: Tensor) -> np.ndarray:
+        numbers = np.rint((self.values(samples) - self.intercept) / self.slope)
+        return numbers.clip(*limits(self.dtype, self.bits)).astype(self.dtype)
+
+    def from_numbers(self, numbers: np.ndarray) -> Tensor:
+        return self.samples(numbers * self.slope + self.intercept)
+
+    def decode(self, data: bytes) -> Tensor:
+        scan = read_scan(data)
+        if [*self.low, *self.high] == whole(self.dtype, self.bits, self.slope, self.intercept):
+            self._check_whole(scan)
+        return self.samples((scan.pixels * scan.slope + scan.intercept)[None])
+
+    def lossy(self, data: bytes) -> str | None:
+        from pydicom import dcmread
+
+        try:
+            mark = dcmread(BytesIO(data), specific_tags=["LossyImageCompression"]).get(
+                "LossyImageCompression"
+            )
+        except Exception:  # its parser meets broken data with errors of every type
+            return None
+        return "DICOM with lossy compression" if mark == "01" else None
+
+    def _check_whole(self, scan: "Scan") -> None:
+        """Raise ValueError if all that the first file may hold is the range, and this one is of others."""
+        dtype, remedy = scan.pixels.dtype.name, "give the values that are meant as dataset.range=[low,high]"
+        if (dtype, scan.bits) != (self.dtype, self.bits):
+            raise FormatError(
+                f"has {scan.bits} bits in {dtype}, and the first has {self.bits} in {self.dtype}; {remedy}"
+            )
+        low, high = whole(dtype, scan.bits, scan.slope, scan.intercept)
+        spare = self.slope / 2  # which rounds to the same number; a slope is written in 16 characters
+        if low < self.low[0] - spare or high > self.high[0] + spare:
+            raise FormatError(
+                f"holds values of {low:g} to {high:g}, and the first of {self.low[0]:g} to {self.high[0]:g}; {remedy}"
+            )
+
+    def write(self, sample: Tensor, path: Path) -> None:
+        from pydicom import Dataset
+        from pydicom.dataset import FileMetaDataset
+        from pydicom.uid import UID
+        from pydicom.valuerep import DSfloat
+
+        numbers = np.ascontiguousarray(self.numbers(sample)[0])
+        pixels = numbers.astype(numbers.dtype.newbyteorder("<")).tobytes()
+        form = repr(asdict(self)).encode()  # pyright: ignore[reportArgumentType]
+        image = Dataset()
+        image.file_meta = FileMetaDataset()
+        image.file_meta.TransferSyntaxUID = UID(LITTLE_ENDIAN)
+        image.SOPClassUID = SECONDARY_CAPTURE
+        image.SOPInstanceUID = _identifier(form, str(numbers.shape).encode(), pixels)
+        image.StudyInstanceUID, image.SeriesInstanceUID = (
+            _identifier(b"study", form),
+            _identifier(b"series", form),
+        )
+        image.ImageType = ["DERIVED", "SECONDARY"]
+        image.ConversionType, image.Modality = "SYN", "OT"  # a synthetic image, of no device
+        image.PatientName, image.PatientID, image.PatientIdentityRemoved = "SYNTHETIC", "SYNTHETIC", "YES"
+        image.DerivationDescription = "Sample of a diffusion model: synthetic, of no patient"
+        for empty in (
+            "PatientBirthDate", "PatientSex", "StudyDate", "StudyTime", "StudyID", "SeriesNumber", "InstanceNumber",
+            "AccessionNumber", "ReferringPhysicianName",
+        ):  # fmt: skip
+            setattr(image, empty, "")
+        image.SamplesPerPixel, image.PhotometricInterpretation = 1, "MONOCHROME2"
+        image.Rows, image.Columns = numbers.shape
+        image.BitsAllocated, image.BitsStored, image.HighBit = 8 * numbers.itemsize, self.bits, self.bits - 1
+        image.PixelRepresentation = int(self.dtype == "int16")
+        image.RescaleSlope = DSfloat(self.slope, auto_format=True)
+        image.RescaleIntercept = DSfloat(self.intercept, auto_format=True)
+        image.RescaleType = "US"  # unspecified
+        (low,), (high,) = self.low, self.high
+        image.WindowCenter = DSfloat((low + high + 1) / 2, auto_format=True)
+        image.WindowWidth = DSfloat(high - low + 1, auto_format=True)
+        image.add_new(
+            "PixelData", "OW" if numbers.itemsize == 2 else "OB", pixels + b"\0" * (len(pixels) % 2)
+        )
+        image.save_as(path, enforce_file_format=True)
+
+
+class Scan(NamedTuple):
+    """What is read of a DICOM file."""
+
+    pixels: np.ndarray
+    """Numbers [H, W], white the highest."""
+    bits: int
+    """That they have."""
+    slope: float
+    intercept: float
+    window: tuple[float, float] | None
+    """The lowest and the highest of the rescaled values to be shown."""
+
+
+def dicom_form(data: bytes, given: Range | list[Range] | Literal["window"] | None) -> Dicom:
+    """The form of images like the one in a DICOM file: of a range of rescaled values, its window, or all it may hold.
+
+    Raises ValueError, about `dataset.range` or the file, where that cannot be.
+    """
+    scan = read_scan(data)
+    dtype = scan.pixels.dtype.name
+    if given is None:
+        pair = whole(dtype, scan.bits, scan.slope, scan.intercept)
+    elif given == "window":
+        if scan.window is None:
+            raise UsageError("dataset.range", "window", "the first file names none", "give [low,high]")
+        pair = [*scan.window]
+    else:
+        (low, *_), (high, *_) = ranges(given, 1)
+        pair = [low, high]
+    return Dicom(dtype, scan.bits, scan.slope, scan.intercept, [pair[0]], [pair[1]])  # pyright: ignore
+
+
+def is_dicom(data: bytes) -> bool:
+    """Whether a file begins as DICOM does."""
+    return data[128:132] == b"DICM"
+
+
+def limits(dtype: str, bits: int) -> tuple[int, int]:
+    """The lowest and the highest number of so many bits."""
+    return (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) if dtype == "int16" else (0, 2**bits - 1)
+
+
+def whole(dtype: str, bits: int, slope: float, intercept: float) -> list[float]:
+    """The lowest and the highest value that numbers of so many bits may stand for."""
+    return [end * slope + intercept for end in limits(dtype, bits)]
+
+
+def read_scan(data: bytes) -> Scan:
+    """The image in a DICOM file; ValueError if it is none, or not one of uncompressed gray."""
+    try:
+        from pydicom import config, dcmread
+        from pydicom.filereader import read_dataset
+    except ImportError as error:
+        raise FormatError("is DICOM, which pydicom reads; pip install 'diffuse-cli[medical]'") from error
+    if not is_dicom(data):
+        raise FormatError("is no DICOM file")
+    config.settings.reading_validation_mode = config.IGNORE  # what is read is held to what is wanted, here
+    try:
+        head = BytesIO(data)
+        head.seek(132)
+        about = read_dataset(head, False, True, stop_when=lambda tag, *_: tag >> 16 != 2)
+        syntax = str(about.TransferSyntaxUID)
+        if syntax not in UNCOMPRESSED:
+            raise FormatError(f"is compressed ({syntax}); decompress it, as by: gdcmconv --raw")
+        return _scan(dcmread(BytesIO(data), specific_tags=READ), ">" if syntax == UNCOMPRESSED[2] else "<")
+    except Exception as error:  # its parser meets broken data with errors of every type
+        raise FormatError(reason(error)) from error
+
+
+def _scan(file: "Dataset", order: Literal["<", ">"]) -> Scan:
+    what = str(file.PhotometricInterpretation)
+    if what not in ("MONOCHROME1", "MONOCHROME2") or int(file.get("SamplesPerPixel") or 1) != 1:
+        raise FormatError(f"is {what}; images are gray, MONOCHROME1 or MONOCHROME2")
+    if int(file.get("NumberOfFrames") or 1) != 1:
+        raise FormatError(f"has {file.NumberOfFrames} frames; images have one")
+    if file.get("ModalityLUTSequence"):
+        raise FormatError("has its values in a lookup table; images have a slope and an intercept")
+    allocated, bits = int(file.BitsAllocated), int(file.BitsStored)
+    signed = int(file.PixelRepresentation) == 1
+    if allocated not in (8, 16) or not 0 < bits <= allocated or (signed and allocated == 8):
+        raise FormatError(f"has {bits} of {allocated} bits; images have up to 16, signed ones of 16")
+    if int(file.HighBit) != bits - 1:
+        raise FormatError(f"has its highest bit at {file.HighBit}, not at {bits - 1}")
+    rows, columns = int(file.Rows), int(file.Columns)
+    content: Any = file.PixelData
+    if min(rows, columns) < 1 or len(content) < rows * columns * allocated // 8:
+        raise FormatError(f"has {len(content)} bytes of pixels, and {columns} x {rows} are named")
+    # Above the bits that are stored some files keep other things.
+    unused = allocated - bits
+    pixels = np.frombuffer(content, f"{order}{'i' if signed else 'u'}{allocated // 8}", rows * columns)
+    pixels = (pixels.astype(pixels.dtype.newbyteorder("=")) << unused >> unused).reshape(rows, columns)
+    if what == "MONOCHROME1":
+        pixels = (sum(limits(pixels.dtype.name, bits)) - pixels.astype(np.int32)).astype(pixels.dtype)
+    slope, intercept = (
+        1.0 if file.get("RescaleSlope") is None else float(file.RescaleSlope),
+        float(file.get("RescaleIntercept") or 0),
+    )
+    if not (0 < slope < np.inf and abs(intercept) < np.inf):
+        raise FormatError(f"has values of slope {slope} and intercept {intercept}; a slope is above 0")
+    return Scan(pixels, bits, slope, intercept, _window(file))
+
+
+def _window(file: "Dataset") -> tuple[float, float] | None:
+    """Of the first window that a file names: [c - w / 2, c + w / 2 - 1] (DICOM PS3.3, C.11.2.1.2.1)."""
+    centre, width = (file.get(name) for name in ("WindowCenter", "WindowWidth"))
+    if centre is None or width is None:
+        return None
+    centre, width = (float(each if isinstance(each, float | int) else each[0]) for each in (centre, width))
+    return (centre - width / 2, centre + width / 2 - 1) if width > 1 else None
+
+
+def _identifier(*parts: bytes) -> str:
+    """A DICOM identifier that is a hash (PS3.5, B.2)."""
+    return f"2.25.{int.from_bytes(sha256(b'|'.join(parts)).digest()[:16])}"

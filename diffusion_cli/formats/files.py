@@ -1,0 +1,137 @@
+"""Image files of 8 bits a channel, as Pillow reads them."""
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from io import BytesIO
+from threading import Condition
+from typing import IO, Literal
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from diffusion_cli.errors import FormatError
+from diffusion_cli.formats.profiles import to_srgb
+from diffusion_cli.system.untrusted import IMAGE_FORMATS, reason
+
+# Such images are refused with a word of our own. Here, for filters must not be set in threads.
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+FIRST_FORMATS = {"PNG": (".png",), "JPEG": (".jpg", ".jpeg"), "WEBP": (".webp",), "TIFF": (".tif", ".tiff")}
+"""The formats and suffixes that the first version of the data rules reads."""
+FIRST_SUFFIXES = tuple(suffix for suffixes in FIRST_FORMATS.values() for suffix in suffixes)
+SUFFIXES = tuple(suffix for suffixes in IMAGE_FORMATS.values() for suffix in suffixes)
+ORIENTATION, TURNED = 0x0112, (5, 6, 7, 8)  # of EXIF, and those whose width is the height
+
+
+class Room:
+    """Memory that threads share: one waits until what it takes fits beside the others, or until it is alone."""
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+        self.taken = 0
+        self._changed = Condition()
+
+    @contextmanager
+    def hold(self, size: int) -> Iterator[None]:
+        """Take `size` bytes for a while."""
+        with self._changed:
+            self._changed.wait_for(lambda: not self.taken or self.taken + size <= self.limit)
+            self.taken += size
+        try:
+            yield
+        finally:
+            with self._changed:
+                self.taken -= size
+                self._changed.notify_all()
+
+
+DECODING = Room(2**29)
+"""Bytes of the images that the threads of a process decode at once; a few kilobytes of WebP hold 360 MB of pixels."""
+
+
+def is_gray(image: Image.Image) -> bool:
+    """Whether an image has one channel and no transparency."""
+    return image.mode.startswith(("1", "L", "I", "F")) and "A" not in image.mode
+
+
+def has_gray_palette(image: Image.Image) -> bool:
+    """Whether all colours of an image's palette are gray, and none is transparent; ValueError if it is damaged."""
+    try:
+        if image.mode != "P" or image.has_transparency_data:
+            return False
+        colours = image.getpalette("RGB") or []
+    except Exception as error:  # as in `parsed`, for a palette is had with the pixels
+        raise FormatError(reason(error)) from error
+    return colours[::3] == colours[1::3] == colours[2::3]
+
+
+def opened(data: bytes) -> Image.Image:
+    """An image file of one of the IMAGE_FORMATS, upright by its EXIF orientation, its first frame.
+
+    Raises ValueError if it is none, is damaged, or has more pixels than `PIL.Image.MAX_IMAGE_PIXELS`.
+    """
+    return upright(parsed(data))
+
+
+def parsed(data: bytes | IO[bytes]) -> Image.Image:
+    """As `opened`, before pixels are read; of an open file no more than the header is read."""
+    try:
+        image = Image.open(BytesIO(data) if isinstance(data, bytes) else data, formats=list(IMAGE_FORMATS))
+    except UnidentifiedImageError as error:  # whose text names a memory address
+        raise FormatError(f"is not an image in {', '.join(IMAGE_FORMATS)}") from error
+    except Exception as error:  # decoders meet broken data with errors of every type
+        raise FormatError(reason(error)) from error
+    limit = Image.MAX_IMAGE_PIXELS
+    if limit is not None and image.width * image.height > limit:
+        raise FormatError(f"{image.width} x {image.height} pixels exceed Pillow's limit of {limit}")
+    return image
+
+
+def is_turned(image: Image.Image) -> bool:
+    """Whether an image has height and width changed for each other once it is upright."""
+    try:
+        return image.getexif().get(ORIENTATION) in TURNED
+    except Exception as error:  # as above
+        raise FormatError(reason(error)) from error
+
+
+def upright(image: Image.Image) -> Image.Image:
+    try:
+        ImageOps.exif_transpose(image, in_place=True)
+    except Exception as error:  # as above, for only now are pixels read
+        raise FormatError(reason(error)) from error
+    return image
+
+
+def flattened(
+    image: Image.Image, channels: int, background: Literal["white", "black"], srgb: bool = True
+) -> Image.Image:
+    """The image in 8 bits, without transparency, in gray or RGB; ValueError if it cannot be had so.
+
+    With `srgb` its colours are converted from its colour profile.
+    """
+    try:
+        return _flattened(image, channels, background, srgb)
+    except Exception as error:  # a few kinds of colours cannot be converted
+        raise FormatError(reason(error)) from error
+
+
+def _flattened(
+    image: Image.Image, channels: int, background: Literal["white", "black"], srgb: bool
+) -> Image.Image:
+    profile = image.info.get("icc_profile") if srgb else None
+    if image.mode.startswith("I"):  # 16-bit gray, which Pillow's own conversion clips at 255
+        values = np.asarray(image)
+        if values.min() < 0 or values.max() > 65535:
+            raise FormatError("has 32-bit pixels; convert it to 8 or 16 bits")
+        image = Image.fromarray(((values.astype(np.uint32) + 128) // 257).astype(np.uint8))
+    elif image.mode == "F":
+        raise FormatError("has floating-point pixels; convert it to 8 or 16 bits")
+    elif image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, background), image)
+    mode = "L" if channels == 1 else "RGB"
+    image.load()  # where only the header was read, it fails here
+    if profile:
+        image = to_srgb(image, profile)
+    return image if image.mode == mode else image.convert(mode)

@@ -1,0 +1,128 @@
+"""Images of 8 or 16 bits or of real numbers, in PNG or TIFF."""
+
+from pathlib import Path
+from typing import Any, ClassVar, Literal, get_args
+
+import numpy as np
+from PIL import Image
+from pydantic.dataclasses import dataclass
+from torch import Tensor
+
+from diffusion_cli.errors import FormatError, UsageError
+from diffusion_cli.formats.base import STRICT, SampleFormat, Shape
+from diffusion_cli.formats.files import SUFFIXES
+from diffusion_cli.formats.lossy import lossy_format
+from diffusion_cli.formats.pixel_readers import read_numbers, read_with_opacity
+from diffusion_cli.formats.ranged import Dtype, Finite, Range, RangedImage, ranges
+from diffusion_cli.formats.uint8 import Uint8Image, to_bytes
+
+
+@dataclass(frozen=True, config=STRICT)
+class HighDepthImage(RangedImage):
+    """Images of any number of channels in a depth of their own, as PNG or TIFF.
+
+    With a `mode` the channels are gray and opacity (LA) or colour and opacity (RGBA), and pictures lie on white.
+    """
+
+    kind: ClassVar[str] = "raster"
+    dtype: Dtype
+    low: list[Finite]
+    high: list[Finite]
+    file: Literal["png", "tiff"]
+    mode: Literal["LA", "RGBA"] | None = None
+
+    def __post_init__(self) -> None:
+        self.check_range()
+
+    def about(self) -> dict[str, Any]:
+        """Return the form as plain data; without a mode as versions that had none wrote it."""
+        return {key: value for key, value in super().about().items() if key != "mode" or value}
+
+    @property
+    def suffix(self) -> str:
+        return {"png": ".png", "tiff": ".tif"}[self.file]
+
+    @property
+    def suffixes(self) -> tuple[str, ...]:
+        return SUFFIXES
+
+    def numbers(self, samples: Tensor) -> np.ndarray:
+        values = self.values(samples)
+        if self.dtype == "float32":
+            return values.astype(np.float32)
+        limits = np.iinfo(self.dtype)
+        return np.rint(values).clip(limits.min, limits.max).astype(self.dtype)
+
+    def from_numbers(self, numbers: np.ndarray) -> Tensor:
+        return self.samples(numbers)
+
+    def decode(self, data: bytes) -> Tensor:
+        return self.samples(self.held(data))
+
+    def held(self, data: bytes) -> np.ndarray:
+        """Return the numbers [C, H, W] of a file; ValueError if it is none, or of numbers of another type."""
+        numbers = read_with_opacity(data, self.mode) if self.mode else read_numbers(data)
+        if numbers.dtype.name != self.dtype:
+            raise FormatError(f"holds {numbers.dtype}; wanted is {self.dtype}")
+        return numbers
+
+    def lossy(self, data: bytes) -> str | None:
+        return lossy_format(data)
+
+    def write(self, sample: Tensor, path: Path) -> None:
+        numbers = np.ascontiguousarray(self.numbers(sample).transpose(1, 2, 0))
+        channels = numbers.shape[2]
+        numbers = numbers.squeeze(2) if channels == 1 else numbers
+        if self.file == "png":
+            Image.fromarray(numbers).save(path, format="PNG")
+            return
+        import tifffile
+
+        tifffile.imwrite(
+            path, numbers, photometric="rgb" if channels == 3 or self.mode == "RGBA" else "minisblack",
+            planarconfig=None if channels == 1 else "contig", metadata=None, software=False,
+            extrasamples=["unassalpha"] if self.mode else None,
+        )  # fmt: skip
+
+    def to_rgb(self, samples: Tensor) -> Tensor:
+        if self.mode is None:
+            return super().to_rgb(samples)
+        opacity = (samples[:, -1:].float() + 1) / 2
+        return to_bytes(samples[:, :-1] * opacity + (1 - opacity))
+
+    def picture_shape(self, shape: Shape) -> tuple[int, int, int]:
+        return super().picture_shape((shape[0] - (self.mode is not None), *shape[1:]))
+
+    @property
+    def note(self) -> str:
+        return "of pictures in 256 grays over the stated range, laid on white" if self.mode else super().note
+
+
+def has_own_numbers(form: SampleFormat) -> bool:
+    """Whether the numbers of files are values of any kind, and no colours."""
+    return not isinstance(form, Uint8Image) and not (
+        isinstance(form, HighDepthImage) and form.mode is not None
+    )
+
+
+def image_form(
+    dtype: str, channels: int, given: Range | list[Range] | None, mode: Literal["LA", "RGBA"] | None = None
+) -> SampleFormat:
+    """The form of images of a type of numbers and a range, None for all values of whole numbers.
+
+    Gray and colour in bytes are pictures; with a range they are PNG too, as are 16-bit gray and bytes of a `mode` with
+    opacity; all else is TIFF.
+    Raises ValueError, about `dataset.range` or the numbers, where that cannot be.
+    """
+    if dtype not in get_args(Dtype):
+        raise FormatError(f"holds {dtype}; images are of {', '.join(get_args(Dtype))}")
+    if given is None and dtype == "float32":
+        raise UsageError("dataset.range", None, "real numbers have no range of their own", "give [low,high]")
+    if given is None and dtype == "uint8" and channels in (1, 3):
+        return Uint8Image()
+    if given is None:
+        limits = np.iinfo(dtype)
+        given = [float(limits.min), float(limits.max)]
+    low, high = ranges(given, channels)
+    png = (dtype, channels) in (("uint8", 1), ("uint8", 3), ("uint16", 1)) or (dtype == "uint8" and mode)
+    return HighDepthImage(dtype, low, high, "png" if png else "tiff", mode)  # pyright: ignore[reportArgumentType]

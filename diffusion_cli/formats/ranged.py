@@ -1,0 +1,124 @@
+"""Images in numbers of a stated range."""
+
+from abc import abstractmethod
+from collections.abc import Sequence
+from typing import Annotated, Literal
+
+import numpy as np
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from diffusion_cli.errors import FormatError, UsageError
+from diffusion_cli.formats.base import SampleFormat, Shape
+from diffusion_cli.formats.range_check import disagreement
+from diffusion_cli.formats.uint8 import to_bytes
+
+Dtype = Literal["uint8", "uint16", "int16", "float32"]
+Finite = Annotated[float, Field(allow_inf_nan=False)]
+Range = Annotated[list[Finite], Field(min_length=2, max_length=2)]
+"""[low, high]: the values that are -1 and 1."""
+
+
+class RangedImage(SampleFormat):
+    """Images of any number of channels, whose values `low` to `high` are -1 to 1: one pair for all channels, or each.
+
+    `x = 2 (v - low) / (high - low) - 1`. Values beyond the range are clipped to it; what is not finite is refused. In
+    float32 x holds each of 2^16 values, and gives it back.
+    """
+
+    dtype: Dtype
+    """Of the numbers in its files, as NumPy calls it."""
+    low: list[float]
+    high: list[float]
+
+    @property
+    def half_range(self) -> float:
+        """Where channels differ in their range, a difference stays what it is in x."""
+        return (self.high[0] - self.low[0]) / 2 if len(self.low) == 1 else 1.0
+
+    @property
+    def note(self) -> str:
+        return "of pictures in 256 grays over the stated range, the channels of images that are not colour side by side"
+
+    def check_range(self) -> None:
+        """Raise ValueError unless each range is one."""
+        if not self.low or len(self.low) != len(self.high):
+            raise FormatError("a range is [low, high], or one such pair a channel")
+        if not all(low < high for low, high in zip(self.low, self.high, strict=True)):
+            raise FormatError("a range rises from low to high")
+
+    def samples(self, values: np.ndarray) -> Tensor:
+        """Return images of values [..., C, H, W] as stored; ValueError where one is not finite."""
+        if values.dtype.kind == "f" and not np.isfinite(values).all():
+            raise FormatError("has values that are not finite")
+        low, half = self._scale(values.shape[-3])
+        x = values.astype(np.float64)
+        for step, by in ((np.subtract, low), (np.divide, half), (np.subtract, 1)):
+            step(x, by, out=x)  # in place, for images may be large
+        return torch.from_numpy(x.clip(-1, 1, out=x).astype(np.float32))
+
+    def values(self, samples: Tensor) -> np.ndarray:
+        """Return the values of samples around [-1, 1], [..., C, H, W], float64."""
+        low, half = self._scale(samples.shape[-3])
+        return (samples.double().cpu().numpy().clip(-1, 1) + 1) * half + low
+
+    def _scale(self, channels: int) -> tuple[np.ndarray, np.ndarray]:
+        low, high = np.array(self.low[:channels]), np.array(self.high[:channels])
+        return low[:, None, None], (high - low)[:, None, None] / 2
+
+    def remark(self, images: Sequence[np.ndarray]) -> str | None:
+        channels = len(images[0])
+        found = disagreement(images, self.low[:channels], self.high[:channels])
+        if found is None:
+            return None
+        pairs = [f"[{low:g},{high:g}]" for low, high in zip(self.low, self.high, strict=True)]
+        shown = pairs[0] if len(pairs) == 1 else f"[{','.join(pairs)}]"
+        return f"dataset.range={shown}: {found}; give dataset.range=[low,high] of all images if this is not intended"
+
+    @abstractmethod
+    def numbers(self, samples: Tensor) -> np.ndarray:
+        """Return what files hold of samples around [-1, 1], [..., C, H, W]: the nearest that they can."""
+
+    @abstractmethod
+    def from_numbers(self, numbers: np.ndarray) -> Tensor:
+        """Return as stored what files hold, [..., C, H, W]."""
+
+    @abstractmethod
+    def decode(self, data: bytes) -> Tensor:
+        """Return the image of a file, of any size and number of channels, as stored; ValueError if it is none."""
+
+    def quantize(self, x: Tensor) -> Tensor:
+        return self.from_numbers(self.numbers(x)).to(x.device)
+
+    def read(self, data: bytes, shape: Shape) -> Tensor:
+        sample = self.decode(data)
+        if tuple(sample.shape) != tuple(shape):
+            raise FormatError(f"is an image {tuple(sample.shape)} in channels, height and width, not {shape}")
+        return sample
+
+    def to_rgb(self, samples: Tensor) -> Tensor:
+        pixels = to_bytes(samples)
+        count, channels, height, width = pixels.shape
+        if channels in (1, 3):
+            return pixels
+        return pixels.transpose(1, 2).reshape(count, 1, height, channels * width)
+
+    def picture_shape(self, shape: Shape) -> tuple[int, int, int]:
+        channels, height, width = shape
+        return (channels, height, width) if channels in (1, 3) else (1, height, channels * width)
+
+
+def ranges(given: Range | list[Range], channels: int) -> tuple[list[float], list[float]]:
+    """The lows and the highs of one range for all channels, or of one a channel; ValueError about `dataset.range`."""
+    pairs = [pair for pair in given if isinstance(pair, list)] or [[float(end) for end in given]]  # pyright: ignore
+    shown = str(given).replace(" ", "")
+    if len(pairs) not in (1, channels):
+        raise UsageError(
+            "dataset.range",
+            f"is of {len(pairs)} channels, and there are {channels}",
+            "give one pair, or one each",
+        )
+    if not all(low < high for low, high in pairs):
+        raise UsageError("dataset.range", shown, "does not rise", "give [low,high], low less than high")
+    return [float(low) for low, _ in pairs], [float(high) for _, high in pairs]

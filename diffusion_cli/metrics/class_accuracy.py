@@ -1,0 +1,70 @@
+"""What a classifier of the dataset says of samples: whether they are what they were made as, and how sure it is."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from diffusion_cli.metrics.base import FeatureView, Metric, MetricState, MetricValue, SampleBatch
+from diffusion_cli.metrics.features.base import Features
+from diffusion_cli.metrics.features.registry import FeatureExtractors
+
+
+class ClassifierScore(Metric):
+    """Class accuracy of labelled samples, and the entropies of the classes that a network takes samples for.
+
+    `class_accuracy` is the share, 0 to 1, that is taken for the class it was made as. `class_entropy` is the mean
+    entropy of p(y|x) in nats, 0 where the network is sure; `entropy_of_classes` that of the mean of p(y|x), log K where
+    all K classes come equally often. The network is the evaluation's own if it knows the dataset's classes, else
+    `features=classifier`.
+    """
+
+    def network(self, networks: FeatureExtractors) -> Features:
+        return networks.classifier()
+
+    def check(self, count: int, seen: FeatureView, force: bool) -> list[str]:
+        return []
+
+    def init_state(self, seen: FeatureView) -> MetricState:
+        return ClassifierScoreState(seen)
+
+
+class ClassifierScoreState(MetricState):
+    def __init__(self, seen: FeatureView) -> None:
+        self.network = seen.network
+        self.comparable = seen.samples.class_names == seen.class_names
+        self.correct = self.labelled = self.count = 0
+        self.entropy = 0.0
+        self.mean = torch.zeros(seen.network.classes, dtype=torch.float64)
+
+    def update(self, batch: SampleBatch) -> None:
+        logits, labels = batch.seen.logits, batch.labels
+        assert logits is not None
+        if labels is not None and self.comparable:
+            self.correct += int((logits.argmax(1) == labels.to(logits.device)).sum())
+            self.labelled += len(labels)
+        log_p = logits.double().log_softmax(1)
+        self.entropy += float(-(log_p.exp() * log_p).sum())
+        self.mean += log_p.exp().sum(0).cpu()
+        self.count += len(logits)
+
+    def compute(self) -> list[MetricValue]:
+        findings = []
+        if self.labelled:
+            accuracy = self.network.held_out_accuracy
+            real = {} if accuracy is None else {"on_real_held_out": accuracy}
+            details = {"labelled": self.labelled, **real}
+            share = self.correct / self.labelled
+            findings.append(MetricValue("class_accuracy", share, details, higher_is_better=True))
+        else:
+            why = "are not labelled" if self.comparable else "have other classes than the dataset"
+            findings.append(
+                MetricValue("class_accuracy", None, notes=(f"no class_accuracy: the samples {why}",))
+            )
+        mean = self.mean / self.count
+        details = {"entropy_of_classes": _entropy(mean), "most": math.log(len(mean))}
+        return [*findings, MetricValue("class_entropy", self.entropy / self.count, details)]
+
+
+def _entropy(p: Tensor) -> float:
+    return float(torch.special.entr(p).sum())

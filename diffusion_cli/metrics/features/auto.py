@@ -1,0 +1,61 @@
+"""The features that suit a dataset."""
+
+from pathlib import Path
+from typing import Literal
+
+import torch
+from pydantic import NonNegativeInt, PositiveFloat, PositiveInt
+
+from diffusion_cli.data import Dataset
+from diffusion_cli.errors import UsageError
+from diffusion_cli.metrics.features.base import Features
+from diffusion_cli.metrics.features.classifier import ClassifierFeatures
+from diffusion_cli.metrics.features.inception import InceptionFeatures, Resize
+
+
+def auto_features(
+    dataset: Dataset,
+    cache_dir: Path,
+    device: torch.device,
+    *,
+    weights: str | None,
+    resize: Resize,
+    precision: Literal["fp32", "bf16"],
+    dim: PositiveInt,
+    width: PositiveInt,
+    steps: PositiveInt,
+    batch_size: PositiveInt,
+    learning_rate: PositiveFloat,
+    shift: NonNegativeInt,
+    seed: NonNegativeInt,
+) -> Features:
+    """Inception for colour images, a classifier for labelled images of one channel; its note says so.
+
+    Raises ValueError for images of one channel without classes, and as the features it takes.
+    """
+    channels = dataset.shape[0]
+    if channels == 3:
+        return InceptionFeatures(
+            dataset, cache_dir, device, weights=weights, resize=resize, precision=precision
+        )
+    if dataset.num_classes is None:
+        raise UsageError(
+            "features",
+            "auto",
+            f"{dataset.name} has {channels} channel(s) and no classes, so neither suits it",
+            "take features=inception, which repeats one channel to three",
+        )
+    features = ClassifierFeatures(
+        dataset,
+        cache_dir,
+        device,
+        dim=dim,
+        width=width,
+        steps=steps,
+        batch_size=batch_size,
+        learning_rate=learning_rate,
+        shift=shift,
+        seed=seed,
+    )
+    features.choice = f"features=auto took the classifier, as images have {channels} channel(s); "
+    return features

@@ -1,0 +1,136 @@
+"""Features of a small classifier of the dataset itself, for images unlike those that Inception was trained on."""
+
+import hashlib
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Self
+
+import torch
+from pydantic import NonNegativeInt, PositiveFloat, PositiveInt
+from torch import Tensor
+
+from diffusion_cli.data import Dataset, Images
+from diffusion_cli.errors import FormatError, UsageError
+from diffusion_cli.metrics.features.base import FeatureBatch, Features, check_pixels
+from diffusion_cli.metrics.features.classifier_training import FeatureClassifier, Recipe, accuracy
+from diffusion_cli.metrics.features.shipped import Weights, shipped
+from diffusion_cli.runs.weights import digest
+from diffusion_cli.system.cache import optional, report_damage
+from diffusion_cli.system.files import atomic_write
+from diffusion_cli.system.untrusted import check_tensors
+
+FORMAT = 2  # 1 was trained in any number of threads, so its weights depended on that number
+
+
+class ClassifierFeatures(Features):
+    """The last activations of a small network that is trained to classify the real training images.
+
+    Where the package holds weights for exactly these training images and settings, `prepare` uses those. Else it
+    trains the network once, for `steps` batches of images shifted by up to `shift` pixels, and keeps it in `cache_dir`
+    under a name that follows from the images and these settings. Numbers of different weights cannot be compared;
+    `digest` distinguishes them.
+
+    Raises ValueError for a dataset without classes or without pixels.
+    """
+
+    name = "classifier"
+    resize = "none"
+    knows_labels = True
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        cache_dir: Path,
+        device: torch.device,
+        *,
+        dim: PositiveInt,
+        width: PositiveInt,
+        steps: PositiveInt,
+        batch_size: PositiveInt,
+        learning_rate: PositiveFloat,
+        shift: NonNegativeInt,
+        seed: NonNegativeInt,
+    ) -> None:
+        if dataset.num_classes is None:
+            raise UsageError(
+                "features", "classifier", f"{dataset.name} has no classes to learn", "take features=inception"
+            )
+        self.dim, self.classes, self.device = dim, dataset.num_classes, device
+        self.cache_dir, self.dataset_name = cache_dir, dataset.name
+        self.choice = ""
+        """Why the network was chosen, at the beginning of its note."""
+        self.recipe = Recipe(
+            dim=dim, width=width, classes=dataset.num_classes, steps=steps, batch_size=batch_size,
+            learning_rate=learning_rate, shift=shift, seed=seed, flip=dataset.flip,
+        )  # fmt: skip
+        train, held_out = dataset.load("train"), dataset.load("held_out")
+        check_pixels(train.gather(torch.zeros(1, dtype=torch.int64, device=train.device)))
+        self.network = self.recipe.initial(dataset.shape[0]).to(device).eval()
+        self._splits: tuple[Images, Images] | None = train, held_out
+
+    def prepare(self) -> Self:
+        if self._splits is None:
+            return self
+        train, held_out = self._splits
+        weights, origin = shipped(self.recipe, train.digest(), held_out.digest()), "shipped with diffuse"
+        if weights is None:
+            weights, origin = self._cached(train, held_out), "trained here"
+        self.network.load_state_dict(weights.state)
+        self.held_out_accuracy = weights.held_out_accuracy
+        if self.held_out_accuracy is None:
+            self.held_out_accuracy = accuracy(self.network, held_out, self.device)
+        self.digest = digest(self.network.state_dict())
+        known = "" if self.held_out_accuracy is None else f"; held-out accuracy {self.held_out_accuracy:.4f}"
+        self.note = (
+            f"{self.choice}features are those of a classifier of {self.dataset_name}/train, {origin} (weights "
+            f"{self.digest[:12]}{known}), not of Inception: compare only numbers with the same weights"
+        )
+        self._splits = None
+        return self
+
+    def extract(self, images: Tensor) -> FeatureBatch:
+        return FeatureBatch(*self.network(images.float() / 127.5 - 1))
+
+    def _cached(self, train: Images, held_out: Images) -> Weights:
+        """The weights in the cache; where there are none, the network is trained and they are written."""
+        facts = {"format": FORMAT, **asdict(self.recipe), "data": [train.digest(), held_out.digest()]}
+        key = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+        path = self.cache_dir / f"classifier-{self.dataset_name}-{key[:16]}.pt"
+        found = restored(path, self.network)
+        if found is None:
+            network = self.recipe.train(train, self.device)
+            found = Weights(network.state_dict(), accuracy(network, held_out, self.device))
+            save(path, found)
+        return found
+
+
+def save(path: Path, weights: Weights) -> None:
+    """Write weights with their digest and accuracy to a file of the cache, in one move."""
+    state = {key: value.cpu() for key, value in weights.state.items()}
+    with optional(), atomic_write(path) as temporary:
+        about = {"digest": digest(state), "held_out_accuracy": weights.held_out_accuracy}
+        torch.save({"state": state, **about}, temporary)
+
+
+def restored(path: Path, network: FeatureClassifier) -> Weights | None:
+    """The weights in `path` for a network like this one; None without a file, or if it is damaged."""
+    if not path.is_file():
+        return None
+    try:
+        check_tensors(path)
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+        state, wanted = saved["state"], network.state_dict()
+        # The shapes are compared first: a short file can claim a tensor of any size.
+        if {key: value.shape for key, value in state.items()} != {
+            key: value.shape for key, value in wanted.items()
+        }:
+            raise FormatError("the weights are those of another network")
+        if digest(state) != saved["digest"]:
+            raise FormatError("the weights are not those that were saved")
+        if not isinstance(saved["held_out_accuracy"], float | None):
+            raise FormatError("the accuracy is no number")
+    except Exception as error:  # a damaged file fails in many ways in the parsers of ZIP and pickle
+        report_damage(path, error)
+        return None
+    return Weights(state, saved["held_out_accuracy"])

@@ -1,0 +1,130 @@
+"""The classifier behind `features=classifier`: its network and its training, the same for any number of threads."""
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from diffusion_cli.data import Batches, Images, to_model_range
+from diffusion_cli.metrics.features.base import exact_convolutions
+from diffusion_cli.system.progress import ProgressBar
+from diffusion_cli.system.seeding import mix
+
+CHUNK = 1024  # images classified at a time
+
+
+class FeatureClassifier(nn.Module):
+    """Six convolutions, each with batch norm and ReLU, averaged over the image; then one linear layer.
+
+    Images are float32 [B, channels, H, W] in [-1, 1] of any size; features are [B, dim], at least 0.
+    """
+
+    def __init__(self, channels: int, width: int, dim: int, classes: int) -> None:
+        super().__init__()
+        widths = [channels, width, width, 2 * width, 2 * width, dim, dim]
+        strides = [1, 2, 1, 2, 1, 1]
+        layers: list[nn.Module] = []
+        for before, after, stride in zip(widths, widths[1:], strides, strict=False):
+            layers += [
+                nn.Conv2d(before, after, 3, stride, padding=1, bias=False),
+                nn.BatchNorm2d(after),
+                nn.ReLU(),
+            ]
+        self.trunk = nn.Sequential(*layers)
+        self.head = nn.Linear(dim, classes)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        features = self.trunk(x).mean(dim=(2, 3))
+        return features, self.head(features)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """All settings that the weights of a trained classifier depend on, besides the training images."""
+
+    dim: int
+    """Number of features."""
+    width: int
+    """Channels of the first convolution."""
+    classes: int
+    steps: int
+    """Training batches."""
+    batch_size: int
+    learning_rate: float
+    """Peak learning rate of AdamW."""
+    shift: int
+    """Largest random shift of a training image, in pixels."""
+    seed: int
+    """Seed of the initial weights, the batches and the shifts."""
+    flip: bool
+    """Whether training images are mirrored at random."""
+
+    def initial(self, channels: int) -> FeatureClassifier:
+        """The untrained network, a function of the seed; the global random state is unchanged."""
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(mix(self.seed, "classifier"))
+            return FeatureClassifier(channels, self.width, self.dim, self.classes)
+
+    def train(self, images: Images, device: torch.device) -> FeatureClassifier:
+        """A network trained by cross-entropy with AdamW and a one-cycle learning rate, in evaluation mode.
+
+        The CPU computes in one thread and a GPU with deterministic convolutions, so the weights depend on this
+        recipe, the images and the kind of processor, but not on the number of threads or processes.
+        """
+        network = self.initial(images.shape[0]).to(device)
+        optimizer = torch.optim.AdamW(network.parameters(), lr=self.learning_rate)
+        cycle = torch.optim.lr_scheduler.OneCycleLR(optimizer, self.learning_rate, total_steps=self.steps)
+        progress = ProgressBar(
+            range(self.steps), desc="training the feature classifier", unit="step", delay=1.0
+        )
+        batches = Batches(images, self.batch_size, self.seed, self.flip, device=device)
+        with one_thread(), exact_convolutions():
+            for step, batch in zip(progress, batches, strict=False):
+                _, logits = network(shifted(batch.images, self.shift, mix(self.seed, "shift", step)))
+                assert batch.labels is not None
+                loss = nn.functional.cross_entropy(logits, batch.labels)
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                cycle.step()
+        return network.eval()
+
+
+@torch.inference_mode()
+def accuracy(network: FeatureClassifier, images: Images, device: torch.device) -> float | None:
+    """The share of images, 0 to 1, whose true class has the highest score; None without images."""
+    if len(images) == 0:
+        return None
+    assert images.labels is not None
+    correct = 0
+    with exact_convolutions():
+        for rows in torch.arange(len(images), device=images.device).split(CHUNK):
+            _, logits = network(to_model_range(images.gather(rows).to(device)))
+            labels = images.labels[rows.to(images.labels.device)]
+            correct += int((logits.argmax(1) == labels.to(device)).sum())
+    return correct / len(images)
+
+
+@contextlib.contextmanager
+def one_thread() -> Iterator[None]:
+    """A context in which torch computes in one CPU thread: more threads round sums differently."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def shifted(images: Tensor, reach: int, seed: int) -> Tensor:
+    """Each image [B, C, H, W] moved by its own -reach..reach pixels in both directions, edges repeated."""
+    count, _, height, width = images.shape
+    generator = torch.Generator().manual_seed(seed)
+    down, right = torch.randint(2 * reach + 1, (2, count, 1), generator=generator).to(images.device)
+    rows = torch.arange(height, device=images.device) + down
+    columns = torch.arange(width, device=images.device) + right
+    padded = nn.functional.pad(images, (reach, reach, reach, reach), mode="replicate")
+    batch = torch.arange(count, device=images.device)[:, None, None]
+    return padded.permute(0, 2, 3, 1)[batch, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)

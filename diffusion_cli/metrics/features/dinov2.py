@@ -1,0 +1,64 @@
+"""The DINOv2 network, whose Frechet distance follows what people see more closely than Inception's."""
+
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from diffusion_cli.data import Dataset
+from diffusion_cli.metrics.features import hub
+from diffusion_cli.metrics.features.base import FeatureBatch, Features, check_channels
+from diffusion_cli.runs.weights import digest
+
+SIZE = 224
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet
+OFFSET = 0.1
+
+
+class DINOv2Features(Features):
+    """The class token of DINOv2 after its last layer norm, as in FD-DINOv2: 1024 features of ViT-L/14.
+
+    `weights` is a folder or a name on the hub, as transformers has them. One channel is repeated to three.
+
+    Raises ImportError without transformers, FileNotFoundError or ValueError without weights of this network,
+    ValueError if images have neither 1 nor 3 channels.
+
+    Source: Oquab et al. 2023 (DINOv2); Stein et al. 2023 (FD-DINOv2).
+    """
+
+    name = "dinov2"
+    classes = 0
+    resize = f"PIL bicubic to {SIZE}x{SIZE}, antialiased, 8 bits"
+    note = ""
+    chunk = 32
+
+    def __init__(self, dataset: Dataset, cache_dir: Path, device: torch.device, *, weights: str) -> None:
+        check_channels(self.name, dataset)
+        network = hub.load(self.name, "Dinov2Model", weights)
+        self.digest = digest(network.state_dict())
+        self.dim = network.config.hidden_size
+        embeddings = network.embeddings
+        places = resampled(embeddings.position_embeddings, SIZE // network.config.patch_size)
+        embeddings.position_embeddings = nn.Parameter(places, requires_grad=False)
+        self.device = device
+        self.network = network.to(device, torch.float32)
+
+    def extract(self, images: Tensor) -> FeatureBatch:
+        states = self.network(hub.prepared(images, SIZE, MEAN, STD, crop=False)).last_hidden_state
+        return FeatureBatch(states[:, 0], None)
+
+
+def resampled(embeddings: Tensor, side: int) -> Tensor:
+    """Position embeddings [1, 1 + n^2, dim], that of the class first, as [1, 1 + side^2, dim].
+
+    As the published DINOv2 does it, and transformers does not: the grid is scaled by (side + 0.1) / n, for
+    which its features were measured. A grid of that side is left alone.
+    """
+    first, grid = embeddings[:, :1], embeddings[:, 1:]
+    before = round(grid.shape[1] ** 0.5)
+    if before == side:
+        return embeddings
+    maps = grid.reshape(1, before, before, -1).permute(0, 3, 1, 2)
+    scale = (side + OFFSET) / before
+    maps = nn.functional.interpolate(maps.float(), scale_factor=(scale, scale), mode="bicubic")
+    return torch.cat([first, maps.flatten(2).mT], dim=1)

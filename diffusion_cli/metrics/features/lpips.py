@@ -1,0 +1,104 @@
+"""LPIPS: how unlike two images look, by the activations of a network trained on ImageNet."""
+
+import re
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from diffusion_cli.errors import UsageError
+from diffusion_cli.metrics.features.base import check_pixels, exact_convolutions
+from diffusion_cli.metrics.features.weights import content_of, locate, misfit, read
+from diffusion_cli.runs.weights import digest
+
+PUBLISHED = {"alex": "AlexNet_Weights", "vgg": "VGG16_Weights", "squeeze": "SqueezeNet1_1_Weights"}
+# Of images of fewer pixels a side the last maps are empty; the reference implementation fails there.
+LEAST_SIDE = {"alex": 31, "vgg": 16, "squeeze": 17}
+CHUNK = 256
+
+
+class LPIPSDistance:
+    """The LPIPS distance of pairs of images, at least 0, by torchmetrics' network and linear weights (version 0.1).
+
+    `network` is the backbone, and `weights` a file of torchvision's weights for it (only its convolutions are
+    read); None looks in torch's download folder, and fetches them there once. `key` names that option in errors.
+
+    Raises FileNotFoundError if there is no such file and it cannot be fetched, ValueError if it holds anything
+    but these weights. Source: Zhang et al. 2018, Eq. 1.
+    """
+
+    digest: str
+    """SHA-256, in hex, of the weights of the backbone and of the linear layers."""
+
+    def __init__(
+        self,
+        network: Literal["alex", "vgg", "squeeze"],
+        weights: str | None,
+        device: torch.device,
+        key: str = "weights",
+    ) -> None:
+        # Both take seconds to import, which evaluations without LPIPS need not wait for.
+        from torchmetrics.functional.image.lpips import _NoTrainLpips
+        from torchvision import models
+
+        path = locate(weights, getattr(models, PUBLISHED[network]).DEFAULT.url, key)
+        self.name, self.device = network, device
+        with torch.random.fork_rng(devices=[]):  # the backbone is initialised before it is given its weights
+            self.network = _NoTrainLpips(pnet_rand=True, net=network)
+        self._fill(path, key)
+        self.digest = digest(self.network.state_dict())
+        self.network.to(device)
+
+    def _fill(self, path: Path, key: str) -> None:
+        """Give the backbone, which torchmetrics cuts into slices, the weights that a file of torchvision's holds."""
+        backbone = self.network.net
+        saved = read(content_of(path, key), path, key)
+        try:
+            names = {own: "features." + re.sub(r"^slices?\.?\d+\.", "", own) for own in backbone.state_dict()}
+            backbone.load_state_dict({own: saved[name] for own, name in names.items()})
+        except (RuntimeError, KeyError, TypeError) as error:
+            raise misfit(path, key, error) from error
+
+    @torch.inference_mode()
+    def __call__(self, first: Tensor, second: Tensor) -> Tensor:
+        """The distances, float32 [B], of uint8 images [B, C, H, W], C 1 or 3, to as many others.
+
+        Raises ValueError for images that are not uint8, or smaller than the network can take.
+        """
+        for images in (first, second):
+            check_pixels(images)
+            self.check_shape(tuple(images.shape[1:]))
+        with exact_convolutions():
+            parts = [
+                self.network(self._scaled(a), self._scaled(b)).flatten()
+                for a, b in zip(first.split(CHUNK), second.split(CHUNK), strict=True)
+            ]
+        return torch.cat(parts)
+
+    def between(self, first: Tensor, second: Tensor) -> Tensor:
+        """The distances, float32 [B], of images [B, C, H, W] around [-1, 1] on any device, with gradients to them."""
+        self.network.to(first.device)
+        pairs = (images.float().expand(-1, 3, -1, -1) for images in (first, second))
+        with torch.autocast(first.device.type, enabled=False):
+            return self.network(*pairs).flatten()
+
+    def _scaled(self, images: Tensor) -> Tensor:
+        return (images.to(self.device).float() / 127.5 - 1).expand(-1, 3, -1, -1)
+
+    def check_shape(self, shape: tuple[int, ...]) -> None:
+        """Raise ValueError for images [C, H, W] that the network cannot take."""
+        channels, height, width = shape
+        if channels not in (1, 3):
+            raise UsageError(
+                "LPIPS", self.name, f"takes images of 1 or 3 channels, and these have {channels}"
+            )
+        if min(height, width) < LEAST_SIDE[self.name]:
+            able = [name for name, side in LEAST_SIDE.items() if side <= min(height, width)]
+            remedy = f"take {' or '.join(able)}" if able else "none of its networks can tell images so small"
+            raise UsageError(
+                "LPIPS",
+                self.name,
+                f"needs images of {LEAST_SIDE[self.name]} pixels a side, and these have {height}x{width}",
+                remedy,
+            )

@@ -1,0 +1,196 @@
+"""Checkpoints and the run folders they lie in: written whole or not at all, read without running code.
+
+A checkpoint is Lightning's, with a plain `diffuse` entry that says how to build the model again:
+`{"format": 5, "task": ..., "config": {...}, "shape": [C, H, W], "form": {...}, "num_classes": K | None,
+"class_names": [...] | None, "latent": {...} | None, "stages": [{"first": step, "shape": [C, h, w], "batch_size": B},
+...] | None, "data_rules": version, 1 if absent, "class_counts": [images, ...] | None if absent,
+"data_sha256": of a fingerprint of the images, unknown if absent}`. A denoiser of latents
+has its autoencoder beside it.
+"""
+
+import contextlib
+import os
+import re
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Literal
+from zipfile import ZipFile
+
+import torch
+from torch import Tensor
+
+from diffusion_cli.errors import NO_VALUE, FormatError, MachineError, Problem, UsageError
+from diffusion_cli.formats import form_of
+from diffusion_cli.runs.migrate import FORMAT, OLDEST, migrated
+from diffusion_cli.runs.schema import check_stored
+from diffusion_cli.system.files import atomic_write
+from diffusion_cli.system.untrusted import check_tensors, plain, reason, regular
+
+LAST = Path("checkpoints", "last.ckpt")
+
+BEST = LAST.with_name("best.ckpt")
+
+# Lightning rewrites the checkpoints of its versions before 2.0, without a look at what they hold.
+VERSION = re.compile(
+    r"(?:[2-9]|[1-9]\d)(?:\.\d{1,9}){1,3}(?:\.?(?:a|b|rc|dev|post)\d{0,9}){0,3}(?:\+[a-z0-9.]{1,40})?"
+)
+
+
+class DamagedError(UsageError):
+    """A checkpoint is not as it was written."""
+
+
+@contextlib.contextmanager
+def _whole_checkpoint(path: Path) -> Iterator[Path]:
+    """A `atomic_write` that takes its place, durably, only once the disk gives back what was written."""
+    with atomic_write(path) as temporary:
+        yield temporary
+        with temporary.open("rb+") as file:
+            os.fsync(file.fileno())
+            if hasattr(os, "posix_fadvise"):  # to be read from the disk, not from memory
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        try:
+            _check_sums(temporary)
+        except DamagedError as error:
+            raise MachineError(
+                f"{path}: does not read back as it was written; take a folder on another disk"
+            ) from error
+    if os.name == "posix":  # the move, too, should outlive a power cut
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+
+def save(checkpoint: Mapping[str, Any], path: Path) -> None:
+    """Write a checkpoint; what lies at `path` stays until the new one is whole; OSError as `atomic_write`."""
+    with _whole_checkpoint(path) as temporary, temporary.open("wb") as file:
+        try:
+            torch.save(checkpoint, file)
+        except RuntimeError as error:  # torch hides what the file system said
+            if isinstance(error.__context__, OSError):
+                raise error.__context__ from None
+            raise
+
+
+def copy_checkpoint(checkpoint: Path, path: Path) -> None:
+    """Copy a checkpoint as `save` writes one: not a link, for what befalls one must not befall the other."""
+    with _whole_checkpoint(path) as temporary:
+        shutil.copyfile(checkpoint, temporary)
+
+
+def _check_sums(path: Path) -> None:
+    """Hold every byte of a checkpoint to the check sums in it, which torch does not; DamagedError if one is wrong."""
+    try:
+        with ZipFile(path) as archive:
+            records = archive.infolist()
+            # No record lies within another, to be read for ever; that none is packed has been checked.
+            whole = sum(record.file_size for record in records) <= path.stat().st_size
+            whole = whole and archive.testzip() is None
+    except (FileNotFoundError, PermissionError):
+        raise
+    except Exception as error:  # damaged archives fail in many ways
+        raise _damaged(path, reason(error)) from error
+    if not whole:
+        raise _damaged(path, "its check sums are wrong")
+
+
+def _damaged(path: Path, why: str) -> DamagedError:
+    return DamagedError(
+        path, NO_VALUE, f"is not a whole checkpoint ({why})", "name another step= or another run"
+    )
+
+
+def read(path: Path, sums: bool = True) -> dict[str, Any]:
+    """Read a checkpoint as tensors and plain data; DamagedError if it is not whole, ValueError if it is not ours.
+
+    Without `sums` the bytes of its tensors are not read, only mapped.
+    """
+    try:
+        size = regular(path)
+    except FormatError as error:
+        raise _damaged(path, reason(error)) from error
+    try:
+        check_tensors(path)
+        if sums:
+            _check_sums(path)
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except DamagedError:
+        raise
+    except Exception as error:  # parsers of ZIP and pickle meet damaged files with errors of many types
+        raise _damaged(path, reason(error)) from error
+    about = checkpoint.get("diffuse") if isinstance(checkpoint, dict) else None
+    # A tensor in its place would be compared number by number, however many it says that it has.
+    written = about.get("format") if isinstance(about, dict) else None
+    if type(written) is not int or written < OLDEST:
+        raise UsageError(path, NO_VALUE, "is not a checkpoint that diffuse can read", "name another run")
+    if written > FORMAT:
+        raise UsageError(
+            path,
+            NO_VALUE,
+            f"is from a newer version of diffuse (format {written}, not {FORMAT})",
+            "upgrade diffuse",
+        )
+    try:
+        checkpoint["diffuse"] = {**migrated(plain(about), written), "format": FORMAT}
+        mistakes = [*map(str, _mistakes(checkpoint, size))]
+    except ValueError as error:
+        mistakes = [str(error)]
+    if mistakes:
+        raise UsageError(
+            path, NO_VALUE, f"is no checkpoint of diffuse: {'; '.join(mistakes)}", "name another run"
+        )
+    return checkpoint
+
+
+def _mistakes(checkpoint: Mapping[str, Any], size: int) -> list[Problem]:
+    """What is wrong with what every command reads of a checkpoint of `size` bytes, one line each."""
+    about = checkpoint["diffuse"]
+    mistakes = check_stored(about)
+    if not mistakes:
+        form_of(about["form"])
+    step, version = checkpoint.get("global_step"), checkpoint.get("pytorch-lightning_version")
+    mistakes += (
+        []
+        if type(step) is int and 0 <= step < 2**63
+        else [Problem("global_step", NO_VALUE, "is no number of steps")]
+    )
+    readable = isinstance(version, str) and VERSION.fullmatch(version)
+    mistakes += (
+        []
+        if readable
+        else [Problem("pytorch-lightning_version", NO_VALUE, "should be a version from 2.0 on")]
+    )
+    return mistakes + (
+        []
+        if has_weights(checkpoint, "ema", size)
+        else [Problem("its weights", NO_VALUE, "are not there, or not whole")]
+    )
+
+
+def has_weights(checkpoint: Mapping[str, Any], weights: Literal["ema", "raw"], size: int) -> bool:
+    """Whether a checkpoint of `size` bytes has weights, and the bytes for them.
+
+    A few bytes can be said to be the numbers of a tensor of any size, and of any number of tensors.
+    """
+    try:
+        state = network_state(checkpoint, weights)
+        usable = all(isinstance(key, str) and not value.is_neg() for key, value in state.items())
+        return usable and 0 < sum(value.numel() * value.element_size() for value in state.values()) <= size
+    except (LookupError, TypeError, AttributeError):
+        return False
+
+
+def numbered(step: int) -> str:
+    """The name of the checkpoint of a step."""
+    return f"step_{step:08d}.ckpt"
+
+
+def network_state(checkpoint: Mapping[str, Any], weights: Literal["ema", "raw"]) -> dict[str, Tensor]:
+    if weights == "ema":
+        return checkpoint["callbacks"]["EMA"]["network"]
+    prefix = "model.network."
+    state = checkpoint["state_dict"]
+    return {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}

@@ -1,0 +1,126 @@
+"""The runs under a folder, and the checkpoints in them."""
+
+import sys
+import time
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from diffusion_cli.diffusion.denoiser import Denoiser
+from diffusion_cli.errors import NO_VALUE, UsageError
+from diffusion_cli.runs.checkpoint import LAST, DamagedError, copy_checkpoint, read
+from diffusion_cli.system.distributed import Distributed
+from diffusion_cli.system.files import set_aside
+from diffusion_cli.system.own_folder import own_folder
+
+WRITTEN = ("checkpoints", "previews", "tensorboard")
+"""The folders that training writes to."""
+
+
+class Found(NamedTuple):
+    """The newest whole checkpoint of a run."""
+
+    path: Path
+    checkpoint: dict[str, Any]
+    remark: str | None
+    """Why it is not the last one, and what it is."""
+
+
+def newest(run: Path, sums: bool = True) -> Found | None:
+    """The last checkpoint of a run, or the newest numbered one where that is damaged or missing; None if it has none.
+
+    Raises ValueError if none is whole, or as `read`, with or without `sums`.
+    """
+    last = run / LAST
+    earlier = sorted(last.parent.glob("step_*.ckpt"), reverse=True)
+    why = "is not a whole checkpoint" if last.is_file() else "is missing"
+    for path in (last, *earlier):
+        try:
+            checkpoint = read(path, sums)
+        except (DamagedError, FileNotFoundError):
+            continue
+        step = checkpoint["global_step"]
+        return Found(
+            path,
+            checkpoint,
+            None if path == last else f"{last}: {why}; going on from step {step}, {path.name}",
+        )
+    if not earlier and not last.is_file():
+        return None
+    raise DamagedError(
+        last,
+        NO_VALUE,
+        f"{why}, and no other one of the run is whole",
+        "put a copy there, or take another run",
+    )
+
+
+def find_run(run: str | None, output_dir: str, key: str = "run") -> Path:
+    """The folder of a run by path or name, or that of the newest denoiser under `output_dir`.
+
+    Raises ValueError, about the option called `key`, if there is none.
+    """
+    root = Path(output_dir)
+    dates = {
+        folder: max(file.stat().st_mtime for file in _checkpoints(folder))
+        for folder in root.glob("*")
+        if _checkpoints(folder)
+    }
+    runs = sorted(dates, key=lambda folder: (dates[folder], folder.name))
+    if run is None:
+        for folder in reversed(runs):
+            # A run of which nothing is whole is said, not passed over; all bytes are looked at once it is loaded.
+            found = newest(folder, sums=False)
+            if found is not None and found.checkpoint["diffuse"]["task"] == Denoiser.task:
+                if dates[folder] > time.time() + 3600 and Distributed().is_main:
+                    print(
+                        f"diffuse: {folder} is the newest, by a date to come; run= names another",
+                        file=sys.stderr,
+                    )
+                return folder
+        raise UsageError("output_dir", output_dir, "holds no run", "make one with: diffuse train")
+    for folder in (Path(run), root / run):
+        if _checkpoints(folder):
+            return folder
+    known = ", ".join(folder.name for folder in reversed(runs[-5:])) or "none"
+    raise UsageError(key, run, f"holds no {LAST}", f"the newest runs in {output_dir} are: {known}")
+
+
+def is_run(folder: Path) -> bool:
+    """Whether a folder holds checkpoints, whole or not."""
+    return bool(_checkpoints(folder))
+
+
+def task_of(run: Path) -> str:
+    """What a run trains: `diffusion`, `classifier` or `autoencoder`; ValueError as `newest`, or if it has nothing."""
+    found = newest(run, sums=False)
+    if found is None:
+        raise UsageError(run, NO_VALUE, f"holds no {LAST}")
+    return found.checkpoint["diffuse"]["task"]
+
+
+def recover(run: Path) -> None:
+    """Make a run's last checkpoint a whole one, the damaged one kept beside it, and remove what was never finished.
+
+    For the holder of the run's lock. Raises ValueError as `newest` and `own_folder`, OSError as `atomic_write`.
+    """
+    for name in WRITTEN:
+        own_folder(run, name)
+    unfinished = ("checkpoints/.*.tmp", "previews/.*.tmp", ".config.yaml.*.tmp", ".metrics.csv.*.tmp")
+    for pattern in unfinished:  # the files that only the holder writes
+        for left in run.glob(pattern):
+            left.unlink(missing_ok=True)
+    found = newest(run)
+    if found is None or found.remark is None:
+        return
+    last = run / LAST
+    kept = ""
+    if last.is_file():
+        kept = f"; the damaged one is {set_aside(last).name} now"
+    copy_checkpoint(found.path, last)
+    print(f"diffuse: {found.remark}{kept}", file=sys.stderr)
+
+
+def _checkpoints(run: Path) -> list[Path]:
+    """The files of a run that it can be taken up from."""
+    found = [run / LAST, *run.glob(str(LAST.with_name("step_*.ckpt")))]
+    return [file for file in found if file.is_file()]

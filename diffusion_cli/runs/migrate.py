@@ -1,0 +1,87 @@
+"""What earlier versions wrote, in the words of this version.
+
+Checkpoints have a format number. Configurations (`config.yaml`, a user's own option files), manifests and results have
+none, so each migration leaves what is newer as it is, and they take all of them.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+FORMAT = 5
+OLDEST = 4
+
+CLASSES_OF_FORMAT_4 = {
+    "diffusion.guidance.Auto": "diffusion.guidance.AutoGuidance",
+    "diffusion.guidance.ByClassifier": "diffusion.guidance.ClassifierGuidance",
+    "diffusion.guidance.Unguided": "diffusion.guidance.NoGuidance",
+    "diffusion.objectives.EDM": "diffusion.objectives.EDMObjective",
+    "diffusion.parameterizations.EDM": "diffusion.parameterizations.EDMPreconditioning",
+    "diffusion.schedules.EDM": "diffusion.schedules.EDMSchedule",
+    "samplers.EDM": "samplers.EDMSampler",
+    "training.autoencoder_loss.Reconstruction": "training.autoencoder_loss.ReconstructionLoss",
+}
+"""Classes that have another name since format 4, by their present modules."""
+MODULES_OF_FORMAT_4 = {
+    "guidance": "diffusion.guidance",
+    "objective": "diffusion.objectives",
+    "parameterizations": "diffusion.parameterizations",
+    "reconstruction": "training.autoencoder_loss",
+    "schedules": "diffusion.schedules",
+    "times": "diffusion.time_sampling",
+}
+"""Modules of the package that moved after format 4, whose classes configurations name."""
+
+
+def migrated(value: Any, written: int = OLDEST) -> Any:
+    """Return plain data of a format, with all that lies in it, in the words of this version.
+
+    Args:
+        value: mappings, lists, text, numbers; not changed.
+        written: format number of the version that wrote it, from OLDEST to FORMAT.
+    """
+    for number in range(written, FORMAT):
+        value = MIGRATIONS[number](value)
+    return value
+
+
+def as_of_format_4(value: Any) -> Any:
+    """Return plain data of this version with the class names of format 4, for fingerprints that must not change."""
+    former_classes = {new: old for old, new in CLASSES_OF_FORMAT_4.items()}
+    former_modules = {new: old for old, new in MODULES_OF_FORMAT_4.items()}
+
+    def former(target: Any) -> Any:
+        package, _, path = str(target).partition(".")
+        if package != "diffusion_cli":
+            return target
+        module, _, name = former_classes.get(path, path).rpartition(".")
+        return f"{package}.{former_modules.get(module, module)}.{name}"
+
+    return _with_targets(value, former)
+
+
+def _rename_classes(value: Any) -> Any:
+    """Format 4 to 5: modules moved into folders, and classes got names of their own."""
+    return _with_targets(value, _renamed)
+
+
+def _with_targets(value: Any, rename: Callable[[Any], Any]) -> Any:
+    """Plain data with other names of classes."""
+    if isinstance(value, Mapping):
+        return {
+            key: rename(item) if key == "_target_" else _with_targets(item, rename)
+            for key, item in value.items()
+        }
+    return [_with_targets(item, rename) for item in value] if isinstance(value, list | tuple) else value
+
+
+def _renamed(target: Any) -> Any:
+    package, _, path = str(target).partition(".")
+    if package != "diffusion_cli":
+        return target
+    module, _, name = path.partition(".")
+    path = f"{MODULES_OF_FORMAT_4.get(module, module)}.{name}"
+    return f"{package}.{CLASSES_OF_FORMAT_4.get(path, path)}"
+
+
+MIGRATIONS: dict[int, Callable[[Any], Any]] = {4: _rename_classes}
+"""The migration from each format to the next."""

@@ -1,0 +1,68 @@
+"""Weights of networks as safetensors, and their digests."""
+
+import hashlib
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from diffusion_cli.errors import NO_VALUE, FormatError, UsageError
+from diffusion_cli.networks import AutoencoderKL
+from diffusion_cli.system.files import atomic_write
+from diffusion_cli.system.untrusted import reason, regular
+
+# What the layers of attention were called before they became linear ones like all others.
+RENAMED = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+
+
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file by their present names, in float32; ValueError if it is none."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    pickled = [
+        file.name for file in path.parent.glob(f"{path.stem}*") if file.suffix in (".bin", ".pt", ".ckpt")
+    ]
+    if not path.is_file() and pickled:
+        raise FormatError(f"{pickled[0]} is pickled and could run code, save it with safe_serialization=True")
+    regular(path)
+    try:
+        state = load_file(path)
+    except SafetensorError as error:
+        raise UsageError(path.name, NO_VALUE, reason(error)) from error
+    old = re.compile(rf"(?<=\.attentions\.0\.)({'|'.join(RENAMED)})(?=\.)")
+    return {old.sub(lambda match: RENAMED[match[0]], name): tensor.float() for name, tensor in state.items()}
+
+
+def check_fit(path: Path, network: AutoencoderKL, state: Mapping[str, Tensor]) -> None:
+    """Raise ValueError unless the tensors of a file are the weights of a network, by name and shape."""
+    wanted = network.state_dict()
+    for name in sorted(wanted.keys() ^ state.keys()):
+        raise UsageError(
+            path.name, NO_VALUE, f"{name} is {'missing' if name in wanted else 'not of this network'}"
+        )
+    for name, tensor in wanted.items():
+        if tensor.shape != state[name].shape:
+            raise UsageError(
+                path.name, NO_VALUE, f"{name} is {list(state[name].shape)}, not {list(tensor.shape)}"
+            )
+
+
+def save_weights(network: nn.Module, path: Path) -> None:
+    """Write the weights of a network as safetensors; OSError as `atomic_write`."""
+    from safetensors.torch import save as packed
+
+    state = {key: value.detach().cpu().contiguous() for key, value in network.state_dict().items()}
+    with atomic_write(path) as temporary:
+        temporary.write_bytes(packed(state))
+
+
+def digest(state: Mapping[str, Tensor]) -> str:
+    """SHA-256 of named tensors: names, types, shapes and bytes."""
+    sha = hashlib.sha256()
+    for key, value in sorted(state.items()):
+        sha.update(f"{key} {value.dtype} {tuple(value.shape)}".encode())
+        sha.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return sha.hexdigest()

@@ -1,0 +1,1 @@
+"""What a computer needs: files, locks, signals, processes, untrusted input."""

@@ -1,0 +1,59 @@
+"""Files written whole or not at all, and their digests."""
+
+import contextlib
+import errno
+import hashlib
+import os
+from collections.abc import Iterator
+from itertools import count
+from pathlib import Path
+
+from diffusion_cli.errors import MachineError
+from diffusion_cli.system.temporary_files import temporary_path
+
+CANNOT_WRITE = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM})
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Raise OSError with the file and what to do where the disk is full or may not be written to."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in CANNOT_WRITE:
+            raise
+        raise MachineError(
+            f"{path}: cannot be written ({error.strerror}); make room for it, or take a folder that can be written to"
+        ) from error
+
+
+@contextlib.contextmanager
+def atomic_write(path: Path) -> Iterator[Path]:
+    """Give a temporary path beside `path` to write to; at the end it takes the place of `path` in one move.
+
+    Raises OSError as `writing`; `path` is left as it was.
+    """
+    temporary = temporary_path(path)
+    try:
+        with writing(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            yield temporary
+            with temporary.open("rb+") as file:
+                os.fsync(file.fileno())
+            temporary.replace(path)
+    finally:
+        with contextlib.suppress(OSError):  # as of a disk that became read-only
+            temporary.unlink(missing_ok=True)
+
+
+def set_aside(path: Path) -> Path:
+    """Rename a damaged file to a free name that ends in `.damaged`, or with a number, and return that."""
+    names = (path.with_name(f"{path.name}.damaged{number or ''}") for number in count())
+    aside = next(name for name in names if not name.exists())
+    return path.rename(aside)
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

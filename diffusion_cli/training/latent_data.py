@@ -1,0 +1,198 @@
+"""The latents of a data set: those of which autoencoder, encoded once and kept by content."""
+
+import json
+import math
+import sys
+from glob import escape
+from hashlib import sha256
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from diffusion_cli.config import TrainConfig
+from diffusion_cli.data import Dataset, Images
+from diffusion_cli.data.base import Split
+from diffusion_cli.diffusion.latents import Latents, measured_scale
+from diffusion_cli.errors import NO_VALUE, UsageError
+from diffusion_cli.networks import AutoencoderKL
+from diffusion_cli.runs.find import find_run
+from diffusion_cli.runs.load import load_autoencoder, load_latents
+from diffusion_cli.runs.pretrained import from_diffusers
+from diffusion_cli.runs.weights import digest
+from diffusion_cli.system.distributed import Distributed
+from diffusion_cli.system.progress import ProgressBar
+from diffusion_cli.training.latent_cache import ENCODED, LatentImages, encoded
+
+LEAST = 1e-6  # standard deviation of a channel that says anything
+EMPTY = 0.01  # share of its variance that is of the images, under which it hardly does
+
+
+class LatentSource(NamedTuple):
+    """The latents that a run works in."""
+
+    latents: Latents
+    autoencoder: dict[str, Any]
+    """The node that the autoencoder is built of."""
+    source: str
+    """Where it was taken from."""
+    keys: dict[str, str] | None
+    """As `LatentDataset` has them, of an earlier start."""
+
+    def about(self, dataset: "LatentDataset") -> dict[str, Any]:
+        """What a checkpoint says of it, once the scale is known."""
+        return {
+            "shape": list(self.latents.shape), "mean": self.latents.mean, "std": self.latents.std,
+            "autoencoder": self.autoencoder, "sha256": digest(self.latents.autoencoder.state_dict()),
+            "source": self.source, "cache": dataset.keys,
+        }  # fmt: skip
+
+
+def chosen_latents(
+    config: TrainConfig, dataset: Dataset, device: torch.device, folder: Path, before: dict[str, Any] | None
+) -> LatentSource | None:
+    """The latents that a configuration names, or that a run was begun in, kept beside it; None for pixels.
+
+    Raises ValueError for an autoencoder that is not there, or of other images.
+    """
+    if config.latent.key is None:
+        return None
+    if before is not None:
+        latents, known = load_latents(folder, before, device), before["latent"]
+        return LatentSource(latents, known["autoencoder"], known["source"], known["cache"])
+    network, node, channels = _autoencoder(config, dataset)
+    sides = "x".join(map(str, dataset.shape[1:]))
+    if channels != dataset.shape[0] or len(dataset.shape) != 3:
+        raise UsageError(
+            config.latent.key,
+            NO_VALUE,
+            f"is of images of {channels} channels, and those of {dataset.name} have {dataset.shape[0]}, "
+            f"of {sides}",
+            "take another autoencoder",
+        )
+    if any(side % network.factor for side in dataset.shape[1:]):
+        raise UsageError(
+            config.latent.key,
+            NO_VALUE,
+            f"its latents stand for {network.factor} pixels of a side, which do not divide images of {sides}",
+            "take an autoencoder of fewer levels, or images of another size",
+        )
+    ones = [1.0] * network.latent_channels
+    latents = Latents(network.to(device), dataset.shape, [0.0 * one for one in ones], ones)
+    return LatentSource(latents, node, config.latent.key.partition("=")[2], None)
+
+
+def _autoencoder(config: TrainConfig, dataset: Dataset) -> tuple[AutoencoderKL, dict[str, Any], int]:
+    """The autoencoder that is named, the node that it is built of, and the channels of its images."""
+    if config.latent.pretrained is not None:
+        network, channels, options = from_diffusers(
+            Path(config.latent.pretrained).expanduser(), "latent.pretrained"
+        )
+        return network, {"_target_": "diffusion_cli.networks.AutoencoderKL", **options}, channels
+    run = find_run(config.latent.run, config.output_dir, "latent.run")
+    trained = load_autoencoder(run, torch.device("cpu"))
+    if trained.form.about() != dataset.form.about():
+        raise UsageError(
+            "latent.run",
+            config.latent.run,
+            f"was trained on images stored as {trained.form.about()}, and those of {dataset.name} are "
+            f"{dataset.form.about()}",
+            "train one on these",
+        )
+    return trained.network, trained.config["model"], trained.shape[0]
+
+
+class LatentDataset(Dataset):
+    """The latents of a dataset's images, encoded when a split is first asked for and kept in `cache_dir`.
+
+    `keys` are the names that they have there by their split, known of another start of the same run, which need not
+    look at the images again. Where the images may be mirrored in training, the mirrored ones are encoded too. The
+    scale of `latents` is measured on the training images, if it is not known.
+
+    `load` raises UnreadableError for images that cannot be read, and ValueError where a channel of the latents is the
+    same everywhere.
+    """
+
+    def __init__(
+        self, source: Dataset, latents: Latents, cache_dir: Path, keys: dict[str, str] | None = None
+    ) -> None:
+        self.source, self.latents, self.cache_dir = source, latents, cache_dir
+        self.data_dir, self.name, self.form = source.data_dir, source.name, source.form
+        self.class_names, self.flip = source.class_names, source.flip
+        self.shape = latents.shape
+        self.keys = dict(keys or {})
+        self._scaled = keys is not None
+
+    def load(self, split: Split) -> Images:
+        images = self.source.stream(split)
+        if not len(images):
+            return images
+        flip = self.flip and split == "train"
+        if Distributed().broadcast(split not in self.keys or not self._path(split).is_file()):
+            key = self._key(images, flip)
+            if self.keys.setdefault(split, key) != key:
+                raise UsageError(
+                    "dataset",
+                    NO_VALUE,
+                    f"the {split} images are not those that the run was begun on",
+                    "give back the data, or take another name=",
+                )
+        moments = encoded(images, self.latents, self._path(split), flip, self.source.num_workers)
+        moments.known_as(self.keys[split])
+        if split == "train" and not self._scaled:
+            self._scale(moments)
+        return moments
+
+    def _path(self, split: Split) -> Path:
+        """Return the file of a split, which an older version, or a run before a renaming, named otherwise."""
+        key = self.keys[split]
+        own = self.cache_dir / f"latents-{self.name}-{key}" / "moments.npy"
+        if own.is_file():
+            return own
+        return next(iter(sorted(self.cache_dir.glob(f"latents-*-{escape(key)}/{own.name}"))), own)
+
+    def _key(self, images: Images, flip: bool) -> str:
+        network = self.latents.autoencoder
+        # By its layers too: of the same weights, another one may group its channels otherwise.
+        facts = [source_digest(images), digest(network.state_dict()), repr(network), flip]
+        return sha256(json.dumps(facts).encode()).hexdigest()[:16]
+
+    def _scale(self, moments: "LatentImages") -> None:
+        moments.check()
+        mean, std, told = measured_scale(moments.pixels.split(ENCODED), self.latents.shape[0])
+        if not all(map(math.isfinite, std)):
+            raise UsageError(
+                "latent",
+                NO_VALUE,
+                "the latents of the training images are not finite",
+                "take another autoencoder",
+            )
+        if min(std) < LEAST:
+            raise UsageError(
+                "latent",
+                NO_VALUE,
+                f"channel {std.index(min(std))} of the latents is the same everywhere, of no use to the "
+                "autoencoder",
+                "train one with fewer model.latent_channels",
+            )
+        if min(told) < EMPTY and Distributed().is_main:
+            print(
+                f"latent: channel {told.index(min(told))} of the latents says next to nothing of the images "
+                f"({min(told):.2g} of its variance), so that noise is learned; an autoencoder of a smaller "
+                "objective.kl_weight or fewer model.latent_channels would use all",
+                file=sys.stderr,
+            )
+        self.latents.mean, self.latents.std, self._scaled = mean, std, True
+
+
+def source_digest(images: Images) -> str:
+    """A SHA-256, in hex, of what images are made of, by all processes together."""
+    ranks, state = Distributed(), sha256()
+    with ProgressBar(
+        total=len(images), desc="hashing images", unit="image", unit_scale=True, delay=2.0, disable=not ranks.is_main
+    ) as progress:  # fmt: skip
+        for mine in ranks.shard(len(images), ENCODED):
+            for digests in ranks.gather(images.sources(torch.arange(mine.start, mine.stop))):
+                state.update(b"".join(digests))
+                progress.update(len(digests))
+    return ranks.broadcast(state.hexdigest())

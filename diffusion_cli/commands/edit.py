@@ -22,6 +22,7 @@ from diffusion_cli.diffusion.denoiser import Denoise
 from diffusion_cli.diffusion.guidance import NoGuidance
 from diffusion_cli.diffusion.latents import Latents
 from diffusion_cli.editing import Edit, EditProcess, EditResult, RestorationMethod
+from diffusion_cli.editing.base import ReadMask
 from diffusion_cli.editing.restore import described
 from diffusion_cli.errors import NO_VALUE, UsageError
 from diffusion_cli.formats import SampleFormat
@@ -58,17 +59,10 @@ def run(config: EditConfig) -> None:
 
 def _run(config: EditConfig) -> None:
     trained = open_run(config)
-    trained.check(config.steps)
-    edit: Edit = build(config.edit, trained.model.shape, read_mask)
-    method: RestorationMethod | None = None if config.method is None else build(config.method)
-    _refuse(config, trained, edit, method)
+    edit, method = _parts(config, trained, read_mask)
     given = _inputs(config, trained, edit)
     form = trained.model.form
     jobs = _jobs(config, edit, given, form)
-    if config.seed + len(jobs) > 2**32:
-        raise UsageError(
-            "seed", config.seed, f"the last result's seed passes {2**32 - 1}", "take a smaller one"
-        )
     kind = _kind(config)
     settings = {
         **trained.settings,
@@ -107,6 +101,44 @@ def _run(config: EditConfig) -> None:
     print(
         f"{len(jobs)} results of {kind}{calls}, in {output}{_summary(results, jobs, form)}\nBefore and after: {grid}"
     )
+
+
+def edited(
+    config: EditConfig, trained: LoadedModel, inputs: list[Input] | None, mask: Tensor | None
+) -> Tensor:
+    """Return the results of an edit of images in memory, as stored, [B, N, *shape], in their order.
+
+    `inputs` are None for an edit that begins with seeds. `mask`, uint8 [H, W], is 128 or more where to paint, and None
+    for that of the configuration. Raises UsageError for images of a shape that the edit does not take.
+    """
+    edit, method = _parts(config, trained, read_mask if mask is None else lambda _: mask)
+    if inputs is not None:
+        for image in inputs:
+            if tuple(image.pixels.shape) not in edit.accepts():
+                raise UsageError(
+                    "images", tuple(image.pixels.shape), f"should be of shape {edit.accepts()[0]}"
+                )
+        _check_count(inputs, edit)
+    form = trained.model.form
+    jobs = _jobs(config, edit, _inputs(config, trained, edit) if inputs is None else inputs, form)
+    size = _batch_size(config, trained, edit, method, len(jobs))
+    return torch.cat(
+        [
+            form.quantize(_edit(config, trained, edit, method, jobs[first : first + size]).images).cpu()
+            for first in range(0, len(jobs), size)
+        ]
+    )
+
+
+def _parts(
+    config: EditConfig, trained: LoadedModel, mask_reader: ReadMask
+) -> tuple[Edit, RestorationMethod | None]:
+    """The edit and its restoration; UsageError where they do not go with each other or with the model."""
+    trained.check(config.steps)
+    edit: Edit = build(config.edit, trained.model.shape, mask_reader)
+    method: RestorationMethod | None = None if config.method is None else build(config.method)
+    _refuse(config, trained, edit, method)
+    return edit, method
 
 
 def _kind(config: EditConfig) -> str:
@@ -206,13 +238,18 @@ def _inputs(config: EditConfig, trained: LoadedModel, edit: Edit) -> list[Input]
     else:
         assert config.input is not None
         given = read_input(config.input, edit.accepts(), config.fit, config.num_images, trained.model.form)
+    _check_count(given, edit)
+    return given
+
+
+def _check_count(given: Sequence[Input], edit: Edit) -> None:
+    """Raise UsageError for a number of images that an edit cannot share out."""
     if not given or len(given) % edit.inputs_each:
         raise UsageError(
             "input",
             NO_VALUE,
             f"there are {len(given)} images, and this edit takes {edit.inputs_each} at a time",
         )
-    return given
 
 
 def _jobs(config: EditConfig, edit: Edit, given: Sequence[Input], form: SampleFormat) -> list[EditJob]:
@@ -225,6 +262,10 @@ def _jobs(config: EditConfig, edit: Edit, given: Sequence[Input], form: SampleFo
             name = shortened("-".join(item.name for item in some))
             name += f"_{variation}" if config.variations > 1 else ""
             jobs.append(EditJob(name, config.seed + len(jobs), place, inputs, own or form))
+    if config.seed + len(jobs) > 2**32:
+        raise UsageError(
+            "seed", config.seed, f"the last result's seed passes {2**32 - 1}", "take a smaller one"
+        )
     times = Counter(job.name for job in jobs)  # names put together may meet where their parts do not
     return [
         job if times[job.name] == 1 else job._replace(name=f"{number:05d}_{job.name}")
@@ -244,9 +285,7 @@ def _make(
 ) -> int:
     """Make and write what is to be made, and add its numbers to the results; the network calls that each took."""
     most_calls, form = 0, trained.model.form
-    each = edit.results_each * math.ceil(math.prod(edit.results) / math.prod(trained.model.shape))
-    gradient = method is not None and method.differentiates
-    batch_size = trained.batch_size(config, len(todo), each, gradient)
+    batch_size = _batch_size(config, trained, edit, method, len(todo))
     with ProgressBar(total=len(todo), unit="image", desc=_kind(config), dynamic_ncols=True) as bar:
 
         def keep(
@@ -267,6 +306,14 @@ def _make(
                 shown = [form.to_rgb(form.quantize(picture)).cpu() for picture in edited.shown]
                 writer(keep, batch, images.cpu(), shown, _measured(batch, images, edited, form))
     return most_calls
+
+
+def _batch_size(
+    config: EditConfig, trained: LoadedModel, edit: Edit, method: RestorationMethod | None, count: int
+) -> int:
+    """Results at a time, of `count` in all."""
+    each = edit.results_each * math.ceil(math.prod(edit.results) / math.prod(trained.model.shape))
+    return trained.batch_size(config, count, each, method is not None and method.differentiates)
 
 
 def _edit(

@@ -49,7 +49,7 @@ from diffusion_cli.metrics import (
 from diffusion_cli.networks import AutoencoderKL
 from diffusion_cli.report import save_rows
 from diffusion_cli.runs.find import find_run, task_of
-from diffusion_cli.runs.load import load_autoencoder
+from diffusion_cli.runs.load import LoadedDenoiser, load_autoencoder
 from diffusion_cli.system.distributed import Distributed, launch
 from diffusion_cli.system.own_folder import own_folder
 from diffusion_cli.system.precision import device_of
@@ -168,8 +168,8 @@ def identity(config: EvalConfig, scene: EvaluationPlan) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def look_at(config: EvalConfig) -> EvaluationPlan:
-    """What an evaluation is of; UsageError where its parts do not go together."""
+def look_at(config: EvalConfig, model: LoadedDenoiser | None = None) -> EvaluationPlan:
+    """What an evaluation is of, with `model` for that of the run; UsageError where its parts do not go together."""
     kinds: Kinds = {name: build(node) for name, node in config.metric.items()}
     of_model = [name for name, metric in kinds.items() if isinstance(metric, ModelMetric)]
     if of_model and config.batch_size == "auto":
@@ -207,13 +207,15 @@ def look_at(config: EvalConfig) -> EvaluationPlan:
             "name a run of task=autoencoder by run=",
         )
     if config.samples is None:
-        return _model_scene(config, kinds, len(of_model) < len(kinds))
+        return _model_scene(config, kinds, len(of_model) < len(kinds), model)
     return _given_scene(config, kinds, of_model)
 
 
-def _model_scene(config: EvalConfig, kinds: Kinds, sampled: bool) -> EvaluationPlan:
+def _model_scene(
+    config: EvalConfig, kinds: Kinds, sampled: bool, model: LoadedDenoiser | None
+) -> EvaluationPlan:
     """A run's model, and its samples if any metric looks at samples."""
-    trained = open_run(config)
+    trained = open_run(config, model)
     dataset = (
         trained.dataset(config.data_dir, config.data_paths)
         if config.other_dataset is None

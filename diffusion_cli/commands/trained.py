@@ -138,12 +138,22 @@ def dataset_of(folder: Path, trained: Origin, data_dir: str, paths: Mapping[str,
     return dataset
 
 
-def open_run(config: SampleConfig | EvalConfig | EditConfig) -> LoadedModel:
-    """Load what a command names; ValueError if there is no such run or device, or parts do not go together."""
+def open_run(
+    config: SampleConfig | EvalConfig | EditConfig, model: LoadedDenoiser | None = None
+) -> LoadedModel:
+    """Load what a command names, or take its loaded `model`; UsageError if there is none, and as `prepare`."""
     folder = find_run(config.run, config.output_dir)
+    if model is None:
+        model = load_model(folder, config.weights, device_of(config.device), config.step)
+    return prepare(config, folder, model)
+
+
+def prepare(
+    config: SampleConfig | EvalConfig | EditConfig, folder: Path, model: LoadedDenoiser
+) -> LoadedModel:
+    """Choose how the model of a run is sampled and guided; UsageError if parts do not go together."""
     device = device_of(config.device)
     precision = resolve(config.precision, device)
-    model = load_model(folder, config.weights, device, config.step)
     sampler: Sampler = build(config.sampler, model.denoiser.schedule)
     guides = GuidanceRuns(model, folder, config, device)
     guidance: Guidance = build(config.guidance, guides)

@@ -1,0 +1,507 @@
+"""The Python API: what the commands do, on tensors.
+
+    import diffusion_cli as diffuse
+
+    model = diffuse.load("outputs/demo")
+    images = model.sample(64, sampler="ddim", steps=50)
+
+Settings have the names and the defaults of the command line. A mistake in one is a `UsageError`.
+"""
+
+import re
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import torch
+from torch import Tensor
+
+from diffusion_cli import config as configuration
+from diffusion_cli import editing as edits
+from diffusion_cli import networks
+from diffusion_cli.batch_size import advise_batch_size
+from diffusion_cli.commands import edit as editing
+from diffusion_cli.commands import eval as evaluation
+from diffusion_cli.commands import train as training
+from diffusion_cli.commands.inputs import Input
+from diffusion_cli.commands.trained import LoadedModel, prepare
+from diffusion_cli.config import (
+    COMMANDS,
+    EditConfig,
+    EvalConfig,
+    SampleConfig,
+    TrainConfig,
+    build,
+    check_node,
+)
+from diffusion_cli.data import to_model_range
+from diffusion_cli.diffusion.denoiser import Denoiser, Prediction
+from diffusion_cli.errors import NO_VALUE, UsageError
+from diffusion_cli.generate import generate
+from diffusion_cli.metrics.protocol import Result
+from diffusion_cli.runs.find import find_run
+from diffusion_cli.runs.load import LoadedDenoiser, Step, load_model
+from diffusion_cli.samplers import Sampler
+from diffusion_cli.system.precision import autocast, device_of
+
+Weights = Literal["ema", "raw"]
+ConfigT = TypeVar("ConfigT", SampleConfig, EditConfig, EvalConfig, TrainConfig)
+Label = int | str | Sequence[int | str] | None
+
+
+def load(run: str | Path, *, weights: Weights = "ema", step: Step = None, device: str = "auto") -> "Model":
+    """Load the denoiser of a run.
+
+    Args:
+        run: folder of a run, or its name in `outputs`.
+        weights: "ema" (averaged) or "raw".
+        step: a step with a checkpoint, "best", or None for the newest.
+        device: "auto", "cpu" or "cuda".
+
+    Raises:
+        UsageError: without such a run, checkpoint or device, or for a run that trained no denoiser.
+
+    Example:
+        >>> model = load("outputs/demo")
+        >>> model.shape
+        (1, 8, 8)
+    """
+    return Model(find_run(str(run), "outputs"), weights, step, device)
+
+
+def train(*overrides: str) -> "Model":
+    """Train as `diffuse train` does, and load the result.
+
+    Args:
+        overrides: arguments of the command, as "dataset=digits" and "max_steps=100". A script that trains in several
+            processes (trainer.devices=2) needs `if __name__ == "__main__":`, because they import it.
+
+    Raises:
+        UsageError: for a mistake in the overrides.
+        KeyboardInterrupt: if a signal stopped the training; the same call continues it.
+
+    Example:
+        >>> model = train("dataset=digits", "max_steps=2", "name=two_steps")
+        <BLANKLINE>
+        Trained 2 steps; ...
+        >>> model.step
+        2
+    """
+    checked = _checked("train", TrainConfig, overrides)
+    task = getattr(getattr(networks, checked.model["_target_"].rpartition(".")[2]), "task", Denoiser.task)
+    if task != Denoiser.task:
+        raise UsageError("task", task, "trains no denoiser", "use the command: diffuse train")
+    if training.run(checked):
+        raise KeyboardInterrupt
+    folder = Path(checked.output_dir, str(checked.name))
+    return load(folder)
+
+
+def evaluate(samples: str | Path, metrics: Sequence[str], *overrides: str) -> dict[str, Result]:
+    """Measure image files made by any program, as `diffuse eval samples=` does.
+
+    Args:
+        samples: folder, ZIP, .npz or .npy file.
+        metrics: names of metrics, as "fid" and "kid".
+        overrides: further arguments of `diffuse eval`, as "dataset=cifar10".
+
+    Returns:
+        Values by name, each with its details and its protocol. They are not added to a metrics.json.
+
+    Raises:
+        UsageError: for a mistake in the overrides, or images that do not fit the metrics.
+
+    Example:
+        >>> results = evaluate("pictures", ["fid"], "dataset=digits", "features=classifier", "force=true")
+        >>> results["frechet_classifier"].protocol["samples"]
+        20
+    """
+    named = _overrides(samples=str(samples), metric=_listed("metrics", metrics))
+    return _evaluated(_checked("eval", EvalConfig, [*named, *overrides]), None)
+
+
+def option(group: str, name: str, *supplied: Any, **arguments: Any) -> Any:
+    """Build an option of a group of the configuration.
+
+    Args:
+        group: "schedule", "parameterization", "model", "sampler", "guidance", "objective", ...
+        name: name of its option, as "dpmpp_2m".
+        supplied: positional arguments of its class: a schedule for a sampler, shape and number of classes for a model.
+        arguments: values in place of those in the option's file.
+
+    Raises:
+        UsageError: for an unknown group, option or argument, or a value of the wrong type.
+
+    Example:
+        >>> schedule = option("schedule", "cosine")
+        >>> sampler = option("sampler", "dpmpp_2m", schedule, spacing="karras")
+        >>> len(sampler.grid(10))
+        11
+    """
+    command = next((each for each in COMMANDS if group in configuration.defaults(each)), None)
+    if command is None:
+        known = sorted({known for each in COMMANDS for known in configuration.defaults(each)})
+        raise UsageError("group", group, f"unknown group{configuration.did_you_mean(group, known)}")
+    options = configuration.options(group)
+    if name not in options:
+        raise UsageError(group, name, f"unknown option{configuration.did_you_mean(name, list(options))}")
+    node = configuration.compose(command, [f"{group}={name}"])[0].get(group)
+    if isinstance(node, dict) and "_target_" not in node:
+        node = node.get(name)  # of a group whose options can be chosen together
+    if not isinstance(node, dict) or "_target_" not in node:
+        raise UsageError(
+            "group", group, f"{name} is not an option with a class of its own", "use it in a command"
+        )
+    mistakes = check_node(group, node | arguments)
+    if mistakes:
+        raise UsageError.several(mistakes)
+    try:
+        return build(node | arguments, *supplied)
+    except TypeError as error:
+        raise UsageError(group, name, f"cannot be built of these positional arguments ({error})") from error
+
+
+class Model:
+    """A trained denoiser with the images, classes and sizes of its run; `load` makes one.
+
+    Images are as samples are stored: uint8 [B, C, H, W] for 8-bit images, and numbers of the data's own type for
+    others.
+    """
+
+    def __init__(self, folder: Path, weights: Weights, step: Step, device: str) -> None:
+        self.folder = folder.resolve()
+        """Folder of the run."""
+        checked = _checked("sample", SampleConfig, _overrides(weights=weights, step=step, device=device))
+        self._settings = {"run": str(self.folder), "weights": weights, "step": checked.step, "device": device}
+        self._loaded: LoadedDenoiser = load_model(folder, weights, device_of(device), checked.step)
+
+    def __repr__(self) -> str:
+        return f"Model({str(self.folder)!r}, step={self.step}, shape={self.shape})"
+
+    @property
+    def denoiser(self) -> Denoiser:
+        """The denoiser: a module called with x_t, t and y, with `network`, `schedule` and `parameterization`."""
+        return self._loaded.denoiser
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Channels, height and width of an image; or those of a volume or a point cloud."""
+        return self._loaded.shape
+
+    @property
+    def class_names(self) -> tuple[str, ...] | None:
+        """Names of the classes of the data, or None without classes."""
+        return self._loaded.class_names
+
+    @property
+    def step(self) -> int:
+        """Training step of the loaded checkpoint."""
+        return self._loaded.step
+
+    def sample(
+        self,
+        num_samples: int = 64,
+        *,
+        seed: int = 0,
+        steps: int = 50,
+        sampler: str | Sampler = "ddim",
+        label: Label = None,
+        guidance: str = "none",
+        guidance_scale: float | None = None,
+        batch_size: int | Literal["auto"] = 64,
+        overrides: Sequence[str] = (),
+    ) -> Tensor:
+        """Make the images that `diffuse sample` writes.
+
+        Args:
+            num_samples: number of images N.
+            seed: seed of the first image; image n has seed + n and depends on no other image.
+            steps: steps of the sampler.
+            sampler: name of an option, or a sampler that `option` made.
+            label: name or index of a class, a list of them in turn, "all", or "none"; None is "all".
+            guidance: name of an option, as "cfg".
+            guidance_scale: its scale, or None for its default.
+            batch_size: images at a time.
+            overrides: further arguments of `diffuse sample`, as "sampler.eta=1" or "precision=fp32".
+
+        Returns:
+            Images as stored, [N, *shape], on the CPU.
+
+        Raises:
+            UsageError: for settings that do not go together or do not suit the model.
+
+        Example:
+            >>> load("outputs/demo").sample(4, steps=5).shape
+            torch.Size([4, 1, 8, 8])
+        """
+        named = None if isinstance(sampler, Sampler) else sampler
+        settings = _overrides(
+            num_samples=num_samples, seed=seed, steps=steps, sampler=named, label=label, guidance=guidance,
+            batch_size=batch_size, **_scale(guidance_scale),
+        )  # fmt: skip
+        checked = self._checked("sample", SampleConfig, settings, overrides)
+        prepared = self._prepared(checked)
+        if isinstance(sampler, Sampler):
+            prepared = replace(prepared, sampler=sampler)
+        prepared.check(checked.steps)
+        seeds = range(checked.seed, checked.seed + checked.num_samples)
+        with advise_batch_size(checked.batch_size, checked.device):
+            batches = generate(
+                prepared.model, prepared.sampler, checked.steps, seeds, prepared.batch_size(checked, len(seeds)),
+                guidance=prepared.guidance, labels=prepared.labels, clip=checked.clip_x0,
+                precision=prepared.precision,
+            )  # fmt: skip
+            return torch.cat([batch.images.cpu() for batch in batches])
+
+    @torch.no_grad()
+    def denoise(self, x_t: Tensor, t: Tensor | float, y: Tensor | Sequence[int] | None = None) -> Prediction:
+        """Estimate the image and the noise in x_t.
+
+        Args:
+            x_t: noised images, float [B, C, H, W], in the scale where clean ones lie in [-1, 1]; or noised latents.
+            t: times in (0, 1], one for all or one an image.
+            y: class indices [B], or None for no label.
+
+        Returns:
+            A prediction with x0, eps, and the score -eps / sigma, each of the shape of x_t, in float32.
+
+        Raises:
+            UsageError: for another shape, a time outside (0, 1], or labels that the model does not have.
+
+        Example:
+            >>> import torch
+            >>> load("outputs/demo").denoise(torch.randn(2, 1, 8, 8), 0.5).x0.shape
+            torch.Size([2, 1, 8, 8])
+        """
+        device, shape = self._device, self._loaded.space.shape
+        x_t = torch.as_tensor(x_t, dtype=torch.float32, device=device)
+        if tuple(x_t.shape[1:]) != shape:
+            raise UsageError("x_t", tuple(x_t.shape), f"should be of shape (B, {', '.join(map(str, shape))})")
+        times = torch.as_tensor(t, dtype=torch.float64)
+        if times.shape not in ((), (len(x_t),)) or not bool(((times > 0) & (times <= 1)).all()):
+            raise UsageError("t", times.tolist(), "should be one time in (0, 1], or one an image")
+        with autocast(device, "fp32"):
+            labels = self._labels(y, len(x_t))
+            return self._loaded.denoiser(x_t, times.to(device) if times.ndim else times, labels)
+
+    @torch.no_grad()
+    def encode(self, images: Tensor) -> Tensor:
+        """Return what the denoiser sees of images without noise: pixels in [-1, 1], or latents, float [B, ...]."""
+        images = self._images(images)
+        if tuple(images.shape[1:]) != self.shape:
+            raise UsageError("images", tuple(images.shape[1:]), f"should be of shape {self.shape}")
+        return self._loaded.space.encode(to_model_range(images.to(self._device)))
+
+    @torch.no_grad()
+    def decode(self, x: Tensor) -> Tensor:
+        """Return the images, as stored, of what the denoiser sees of them: pixels in [-1, 1], or latents."""
+        shape = self._loaded.space.shape
+        x = torch.as_tensor(x, dtype=torch.float32, device=self._device)
+        if tuple(x.shape[1:]) != shape:
+            raise UsageError("x", tuple(x.shape), f"should be of shape (B, {', '.join(map(str, shape))})")
+        return self._loaded.form.quantize(self._loaded.space.decode(x)).cpu()
+
+    def edit(
+        self,
+        name: str,
+        images: Tensor | None = None,
+        *,
+        mask: Tensor | None = None,
+        method: str | None = None,
+        seed: int = 0,
+        steps: int | None = None,
+        sampler: str | None = None,
+        label: Label = None,
+        guidance: str = "none",
+        guidance_scale: float | None = None,
+        overrides: Sequence[str] = (),
+    ) -> Tensor:
+        """Edit images as `diffuse edit` does.
+
+        Args:
+            name: name of an option of `edit`, as "inpaint" or "img2img".
+            images: as stored, [B, C, H, W]; None for "interpolate" and others with `edit.seeds` among the overrides.
+            mask: for "inpaint", bool [H, W], true where to paint; None is a box in the centre.
+            method: restoration of the edits that keep what is known: "replacement", "repaint" or "dps"; None
+                is "repaint" for these.
+            seed: seed of the first result; result n has seed + n.
+            steps: steps of the sampler; None is the number for the method, or 50.
+            sampler: name of an option; None is the sampler for the method, or "ddim".
+            label, guidance, guidance_scale: as in `sample`; a label of None is no label.
+            overrides: further arguments of `diffuse edit`, as "edit.strength=0.5".
+
+        Returns:
+            Results as stored, [B, *shape], or [B, N, *shape] of an edit with N results each. With "variations=V" among
+            the overrides there are B * V, those of an image one after the other.
+
+        Raises:
+            UsageError: for settings that do not go together, or images of another shape.
+
+        Example:
+            >>> model = load("outputs/demo")
+            >>> model.edit("img2img", model.sample(2, steps=5), steps=5).shape
+            torch.Size([2, 1, 8, 8])
+        """
+        settings = _overrides(
+            edit=name, method=method or _usual_method(name), seed=seed, steps=steps, sampler=sampler,
+            label=label, guidance=guidance, **_scale(guidance_scale),
+        )  # fmt: skip
+        named = [] if images is None else ["input=held_out"]  # stands for the images, and is not read
+        masked = [] if mask is None else ["edit.mask=mask"]
+        checked = self._checked("edit", EditConfig, [*settings, *named, *masked], overrides)
+        prepared = self._prepared(checked)
+        inputs = None
+        if images is not None:
+            inputs = [Input(f"{number:05d}", image) for number, image in enumerate(self._images(images))]
+        with advise_batch_size(checked.batch_size, checked.device):
+            try:
+                results = editing.edited(checked, prepared, inputs, None if mask is None else _gray(mask))
+            except UsageError as error:
+                raise error.renamed({"input": "images", "edit.mask": "mask"}) from error
+        return results[:, 0] if results.shape[1] == 1 else results
+
+    def evaluate(
+        self,
+        metrics: Sequence[str],
+        *,
+        num_samples: int | None = None,
+        seed: int = 0,
+        steps: int = 50,
+        sampler: str = "ddim",
+        label: Label = None,
+        guidance: str = "none",
+        guidance_scale: float | None = None,
+        batch_size: int | Literal["auto"] = 250,
+        overrides: Sequence[str] = (),
+    ) -> dict[str, Result]:
+        """Measure samples of the model, or the model itself, as `diffuse eval` does.
+
+        Args:
+            metrics: names of metrics, as "fid" and "kid".
+            num_samples: images to make; None is 2000.
+            seed, steps, sampler, label, guidance, guidance_scale, batch_size: as in `sample`; a label of None makes
+                classes as frequent as in the reference.
+            overrides: further arguments of `diffuse eval`, as "features=classifier".
+
+        Returns:
+            Values by name, each with its details and its protocol. They are not added to metrics.json.
+
+        Raises:
+            UsageError: for settings that do not go together, or too few samples for a metric.
+
+        Example:
+            >>> model = load("outputs/demo")
+            >>> overrides = ["features=classifier", "metric.kid.subset_size=20"]
+            >>> results = model.evaluate(["kid"], num_samples=50, steps=2, overrides=overrides)
+            >>> results["kid_classifier"].protocol["samples"]
+            50
+        """
+        settings = _overrides(
+            metric=_listed("metrics", metrics), num_samples=num_samples, seed=seed, steps=steps, sampler=sampler,
+            label=label, guidance=guidance, batch_size=batch_size, **_scale(guidance_scale),
+        )  # fmt: skip
+        return _evaluated(self._checked("eval", EvalConfig, settings, overrides), self._loaded)
+
+    @property
+    def _device(self) -> torch.device:
+        return next(self._loaded.denoiser.parameters()).device
+
+    def _labels(self, y: Tensor | Sequence[int] | None, count: int) -> Tensor | None:
+        """Class indices on the device of the model, int64 [B]."""
+        if y is None:
+            return None
+        classes = self._loaded.num_classes
+        if classes is None:
+            raise UsageError("y", NO_VALUE, "the model is not class-conditional", "leave it out")
+        labels = torch.as_tensor(y)
+        whole = not labels.is_floating_point() and labels.shape == (count,)
+        if not whole or bool(((labels < 0) | (labels >= classes)).any()):
+            raise UsageError(
+                "y", labels.tolist(), f"should be {count} indices of classes, 0 to {classes - 1}"
+            )
+        return labels.to(self._device, torch.int64)
+
+    def _images(self, images: Tensor) -> Tensor:
+        """Images as stored, on the CPU; UsageError for another shape or type."""
+        images = torch.as_tensor(images).cpu()
+        dtype = self._loaded.form.quantize(torch.zeros(1, *self.shape)).dtype
+        if images.ndim != len(self.shape) + 1 or images.dtype != dtype:
+            found = f"{images.dtype} {tuple(images.shape)}".removeprefix("torch.")
+            wanted = f"{str(dtype).removeprefix('torch.')} (B, {', '.join(map(str, self.shape))})"
+            raise UsageError("images", found, f"should be {wanted}")
+        return images
+
+    def _prepared(self, checked: SampleConfig | EditConfig) -> LoadedModel:
+        return prepare(checked, self.folder, self._loaded)
+
+    def _checked(
+        self, command: str, kind: type[ConfigT], settings: list[str], more: Sequence[str]
+    ) -> ConfigT:
+        """The configuration of a command for this model, whose run, weights and device are chosen already."""
+        more = _listed("overrides", more)
+        for key in ("output_dir", "processes", "compile", *self._settings):
+            if any(word.startswith(f"{key}=") for word in more):
+                raise UsageError("overrides", key, "cannot be set for a loaded model", "leave it out")
+        return _checked(command, kind, [*settings, *more]).model_copy(update=self._settings)
+
+
+def _checked(command: str, kind: type[ConfigT], words: Sequence[str]) -> ConfigT:
+    checked = configuration.load(command, words)
+    assert isinstance(checked, kind)
+    return checked
+
+
+def _evaluated(checked: EvalConfig, model: LoadedDenoiser | None) -> dict[str, Result]:
+    with advise_batch_size(checked.batch_size, checked.device):
+        reports = evaluation.assess(checked, evaluation.look_at(checked, model))
+    return {result.name: result for report in reports for result in report.results}
+
+
+def _scale(guidance_scale: float | None) -> dict[str, float]:
+    return {} if guidance_scale is None else {"guidance.scale": guidance_scale}
+
+
+def _overrides(**settings: Any) -> list[str]:
+    """Settings as words of a command line; one that is None is left out."""
+    return [f"{key}={_word(value)}" for key, value in settings.items() if value is not None]
+
+
+def _word(value: Any) -> str:
+    if isinstance(value, list | tuple | range):
+        return f"[{','.join(map(_word, value))}]"
+    if isinstance(value, str):
+        if "${" in value:
+            raise UsageError("name", value, "contains ${, which Hydra would replace", "use another name")
+        # Hydra reads backslashes as they are, unless a quote follows them.
+        return (
+            "'"
+            + re.sub(r"(\\*)('|$)", lambda found: 2 * found[1] + found[2].replace("'", r"\'"), value)
+            + "'"
+        )
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _listed(key: str, values: Sequence[str]) -> list[str]:
+    """Several names as a list; UsageError for one text, whose letters would be taken for them."""
+    if isinstance(values, str):
+        raise UsageError(key, values, "should be a list", f"write [{values!r}]")
+    return list(values)
+
+
+def _usual_method(edit: str) -> str | None:
+    """The restoration of an edit if none is named; None of an edit that restores nothing."""
+    if edit not in configuration.options("edit"):
+        return None  # refused with the other words
+    target = configuration.compose("edit", [f"edit={edit}"])[0]["edit"]["_target_"]
+    return "repaint" if getattr(edits, target.rpartition(".")[2]).restores else None
+
+
+def _gray(mask: Tensor) -> Tensor:
+    """A mask as gray values of a file, uint8 [H, W]; UsageError unless it is of type bool."""
+    mask = torch.as_tensor(mask)
+    if mask.dtype != torch.bool or mask.ndim != 2:
+        raise UsageError(
+            "mask", f"{mask.dtype} {tuple(mask.shape)}", "should be bool (H, W)", "write mask > 0.5"
+        )
+    return mask.cpu().to(torch.uint8) * 255

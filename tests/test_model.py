@@ -1,0 +1,206 @@
+"""The Python API gives what the commands give, and its examples run."""
+
+import doctest
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import diffusion_cli as diffuse
+from diffusion_cli import model as api
+from diffusion_cli.cli import run
+from diffusion_cli.metrics import read_history
+
+STORED = Path(__file__).parent / "stored_runs" / "format_4.zip"
+FP32 = ["precision=fp32"]
+
+
+@pytest.fixture(scope="module")
+def unpacked(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("runs")
+    with zipfile.ZipFile(STORED) as archive:
+        archive.extractall(folder)
+    return folder
+
+
+@pytest.fixture
+def here(unpacked, tmp_path, monkeypatch, one_thread) -> Path:
+    """A folder with tiny runs, which is the current one."""
+    shutil.copytree(unpacked / "outputs", tmp_path / "outputs")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def files(folder: Path) -> np.ndarray:
+    """The images in a folder, [N, H, W], in the order of their seeds."""
+    return np.stack([np.asarray(Image.open(file)) for file in sorted(folder.glob("[0-9]*.png"))])
+
+
+def test_the_api_imports_torch_only_when_it_is_used():
+    before, after = "assert 'torch' not in sys.modules", "assert 'torch' in sys.modules"
+    code = f"import sys, diffusion_cli as d; d.UsageError; {before}; d.load; {after}"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_samples_equal_those_of_the_command(here):
+    words = ["label=[0,1]", "guidance=cfg", "guidance.scale=2", "num_samples=6", "steps=3", "seed=5", *FP32]
+    assert run(["sample", "run=outputs/class_conditional", "output=made", *words]) == 0
+    model = diffuse.load("outputs/class_conditional")
+    images = model.sample(
+        6, steps=3, seed=5, label=[0, 1], guidance="cfg", guidance_scale=2.0, overrides=FP32
+    )
+    assert images.dtype == torch.uint8
+    assert np.array_equal(images[:, 0].numpy(), files(here / "made"))
+    few = model.sample(
+        6, steps=3, seed=5, label=["0", "1"], guidance="cfg", guidance_scale=2.0, batch_size=4, overrides=FP32
+    )
+    assert (few.int() - images.int()).abs().max() <= 1
+
+
+def test_a_sampler_made_by_hand_equals_the_named_one(here):
+    model = diffuse.load("outputs/denoiser")
+    sampler = diffuse.option("sampler", "dpmpp_2m", model.denoiser.schedule, spacing="karras")
+    by_name = model.sample(2, steps=4, sampler="dpmpp_2m", overrides=["sampler.spacing=karras", *FP32])
+    assert torch.equal(model.sample(2, steps=4, sampler=sampler, overrides=FP32), by_name)
+    assert not torch.equal(model.sample(2, steps=4, sampler="dpmpp_2m", overrides=FP32), by_name)
+
+
+def test_edits_equal_those_of_the_command(here):
+    model = diffuse.load("outputs/denoiser")
+    images = model.sample(2, steps=2)
+    (here / "mine").mkdir()
+    mask = torch.zeros(8, 8, dtype=torch.bool)
+    mask[2:5, 1:7] = True
+    Image.fromarray((mask * 255).byte().numpy()).save(here / "mask.png")
+    for number, image in enumerate(images):
+        Image.fromarray(image[0].numpy()).save(here / "mine" / f"{number}.png")
+    words = ["edit=inpaint", "edit.mask=mask.png", "method=replacement", "input=mine", "steps=3", *FP32]
+    assert run(["edit", "run=outputs/denoiser", "output=made", *words]) == 0
+    edited = model.edit("inpaint", images, mask=mask, method="replacement", steps=3, overrides=FP32)
+    assert np.array_equal(edited[:, 0].numpy(), files(here / "made"))
+    assert torch.equal(edited[:, :, ~mask], images[:, :, ~mask])
+    assert not torch.equal(edited, images)
+
+
+def test_an_edit_with_many_results_has_an_axis_for_them(here):
+    way = diffuse.load("outputs/denoiser").edit("interpolate", steps=2, overrides=["edit.seeds=[0,1]"])
+    assert way.shape[0] == 1
+    assert way.shape[2:] == (1, 8, 8)
+    assert way.shape[1] > 1
+
+
+def test_numbers_equal_those_of_the_command(here):
+    words = [
+        "metric=kid",
+        "features=classifier",
+        "num_samples=60",
+        "steps=2",
+        "metric.kid.subset_size=30",
+        *FP32,
+    ]
+    assert run(["eval", "run=outputs/denoiser", *words]) == 0
+    (stored,) = read_history(here / "outputs" / "denoiser" / "metrics.json")
+    results = diffuse.load("outputs/denoiser").evaluate(
+        ["kid"], num_samples=60, steps=2, overrides=[*words[1:2], *words[4:]]
+    )
+    (wanted,) = stored["results"]
+    assert results[wanted["name"]].value == wanted["value"]
+    assert results[wanted["name"]].protocol["sampling"] == wanted["protocol"]["sampling"]
+    assert len(read_history(here / "outputs" / "denoiser" / "metrics.json")) == 1
+
+
+def test_a_prediction_agrees_with_the_noised_images(here):
+    model = diffuse.load("outputs/denoiser")
+    x_t = torch.randn(3, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    prediction = model.denoise(x_t, 0.4)
+    alpha, sigma = model.denoiser.schedule(torch.tensor(0.4, dtype=torch.float64))
+    torch.testing.assert_close(alpha * prediction.x0 + sigma * prediction.eps, x_t, rtol=0, atol=1e-5)
+    torch.testing.assert_close(prediction.score, -prediction.eps / sigma)
+    each = model.denoise(x_t, torch.tensor([0.4, 0.4, 0.7]))
+    torch.testing.assert_close(each.x0[:2], prediction.x0[:2], rtol=0, atol=1e-5)
+
+
+def test_images_go_to_the_space_of_the_model_and_back(here):
+    model = diffuse.load("outputs/denoiser")
+    images = torch.arange(128, dtype=torch.uint8).view(2, 1, 8, 8)
+    assert torch.equal(model.decode(model.encode(images)), images)
+    latents = diffuse.load("outputs/latents")
+    assert latents.encode(images).shape == (2, 2, 4, 4)
+    assert latents.decode(latents.encode(images)).shape == images.shape
+
+
+@pytest.mark.parametrize(
+    ("mistake", "message"),
+    [
+        (lambda m: m.sample(0), "num_samples=0: should be greater than 0"),
+        (lambda m: m.sample(sampler="dimm"), "sampler=dimm: unknown option; did you mean ddim?"),
+        (lambda m: m.sample(label=3), "label=3: the model is not class-conditional"),
+        (lambda m: m.sample(overrides=["stps=3"]), "stps=3: unknown key; did you mean steps?"),
+        (lambda m: m.denoise(torch.zeros(1, 1, 8, 8), 1.5), "t=1.5: should be one time in (0, 1], or one an image"),
+        (lambda m: m.denoise(torch.zeros(1, 1, 9, 9), 0.5), "x_t=(1, 1, 9, 9): should be of shape (B, 1, 8, 8)"),
+        (lambda m: m.denoise(torch.zeros(1, 1, 8, 8), 0.5, [1]), "y: the model is not class-conditional"),
+        (lambda m: m.edit("img2img", torch.zeros(1, 1, 8, 8)), "images=float32 (1, 1, 8, 8): should be uint8"),
+        (lambda m: m.edit("img2img", torch.zeros(1, 1, 8, 4).byte()), "images=(1, 8, 4): should be of shape (1, 8, 8)"),
+        (lambda m: m.edit("inpaint", torch.zeros(1, 1, 8, 8).byte(), mask=torch.ones(8, 8)), "should be bool (H, W)"),
+        (lambda m: m.sample(1, overrides="eta=1"), "overrides=eta=1: should be a list"),
+        (lambda m: m.evaluate("fid"), "metrics=fid: should be a list; write ['fid']"),
+        (lambda m: diffuse.load("outputs/denoiser", step=-1), "step=-1: should be"),
+        (lambda m: diffuse.load("outputs/denoiser", device="gpu"), "device=gpu: should be"),
+        (lambda m: diffuse.train("task=classifier", "max_steps=1"), "task=classifier: trains no denoiser"),
+        (lambda m: diffuse.option("sampler", "ddim"), "sampler=ddim: cannot be built of these positional arguments"),
+        (lambda m: diffuse.option("task", "autoencoder"), "group=task: autoencoder is not an option with a class"),
+        (lambda m: diffuse.load("outputs/class_conditional").denoise(torch.zeros(1, 1, 8, 8), 0.5, [10]), "0 to 9"),
+        (lambda m: m.edit("img2img"), "images=null: give"),
+        (lambda m: diffuse.load("nothing"), "run=nothing: holds no checkpoints/last.ckpt"),
+        (lambda m: diffuse.load("outputs/classifier"), "was trained with task=classifier"),
+        (lambda m: diffuse.option("samplr", "ddim"), "group=samplr: unknown group; did you mean sampler?"),
+        (lambda m: diffuse.option("sampler", "ddmi"), "sampler=ddmi: unknown option; did you mean"),
+        (lambda m: diffuse.option("sampler", "ddim", None, etta=1), "sampler.etta=1: unknown key; did you mean eta?"),
+    ],
+)  # fmt: skip
+def test_a_mistake_is_named_as_on_the_command_line(here, mistake, message):
+    model = diffuse.load("outputs/denoiser")
+    with pytest.raises(diffuse.UsageError) as caught:
+        mistake(model)
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "name", ["naïve", "123", "true", "null", "a, b", "it's", "back\\slash", "a=b", "\\'"]
+)
+def test_a_run_may_have_any_name(here, name):
+    shutil.copytree("outputs/denoiser", here / "outputs" / name)
+    model = diffuse.load(Path("outputs", name))
+    assert model.sample(1, steps=1).shape == (1, 1, 8, 8)
+    assert diffuse.load(name).folder == model.folder
+
+
+def test_settings_of_the_model_cannot_be_overridden(here):
+    model = diffuse.load("outputs/denoiser")
+    for word in ("weights=raw", "step=3", "run=other", "device=cpu"):
+        with pytest.raises(diffuse.UsageError, match="cannot be set for a loaded model"):
+            model.sample(1, overrides=[word])
+
+
+def test_gradients_flow_through_what_follows_the_model(here):
+    model = diffuse.load("outputs/denoiser")
+    weight = torch.ones(1, requires_grad=True)
+    (model.denoise(torch.zeros(1, 1, 8, 8), 0.5).x0 * weight).sum().backward()
+    (model.encode(torch.zeros(1, 1, 8, 8, dtype=torch.uint8)) * weight).sum().backward()
+    assert weight.grad is not None
+
+
+def test_the_examples_run(here, monkeypatch):
+    shutil.copytree("outputs/denoiser", "outputs/demo")
+    (here / "pictures").mkdir()
+    for number, image in enumerate(diffuse.load("outputs/demo").sample(20, steps=2)):
+        Image.fromarray(image[0].numpy()).save(here / "pictures" / f"{number:02d}.png")
+    results = doctest.testmod(api, optionflags=doctest.ELLIPSIS)
+    assert results.attempted > 12
+    assert results.failed == 0

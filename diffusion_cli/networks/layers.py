@@ -195,7 +195,7 @@ def _fir_matrix(size: int, like: Tensor) -> Tensor:
 def _along_axes(x: Tensor, matrices: list[Tensor]) -> Tensor:
     # Matrix products rather than depthwise convolutions, which in bfloat16 take a CPU ten times as long; for
     # small images one product rather than one an image and feature map.
-    if math.prod(matrix.numel() for matrix in matrices) <= 2**14:
+    if math.prod([matrix.numel() for matrix in matrices]) <= 2**14:
         together = reduce(_along_both, [matrix.T for matrix in matrices])
         return (x.flatten(2) @ together).unflatten(2, [len(matrix) for matrix in matrices])
     *others, last = matrices
@@ -291,11 +291,12 @@ def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 class Dropout(nn.Dropout):
     """Sets a share p of the features to zero in training and divides the others by 1 - p (Srivastava et al. 2014).
 
-    On a CPU p is rounded to a multiple of 2^-16: masks of 16 random bits each cost a third of torch's.
+    On a CPU p is rounded to a multiple of 2^-16: masks of 16 random bits each cost a third of torch's. A compiled
+    network has torch's own, because `Tensor.random_` would break its graph.
     """
 
     def forward(self, input: Tensor) -> Tensor:
-        if not self.training or self.p == 0 or input.device.type != "cpu":
+        if not self.training or self.p == 0 or input.device.type != "cpu" or torch.compiler.is_compiling():
             return super().forward(input)
         words = torch.empty(-(-input.numel() // 4), dtype=torch.int64, device="cpu").random_(-(2**63), None)
         bits = words.view(torch.int16)[: input.numel()].view(input.shape)

@@ -780,7 +780,7 @@ def test_ema_is_the_weighted_sum_of_the_past():
             ema.update(network)
         expected = 0.9 * expected + 0.1 * value
     (weight,) = ema.network.parameters()
-    assert weight.item() == pytest.approx(expected, rel=1e-6)
+    assert weight.item() == pytest.approx(expected, rel=1e-6, abs=1e-6)
     assert not weight.requires_grad
 
 

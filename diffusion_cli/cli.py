@@ -71,12 +71,17 @@ def run(words: Sequence[str]) -> int:
         except (UsageError, MachineError) as error:
             if os.environ.get("DIFFUSE_TRACEBACK"):
                 raise
-            return _report(*str(error).splitlines())
+            return _report(*_lines(error))
         except Exception:
             traceback.print_exc()
             return _report(BUG, code=INTERNAL_ERROR)
         lost = lost_output()
         return _report(lost) if lost else code
+
+
+def _lines(error: UsageError | MachineError) -> Sequence[str]:
+    """A line for each problem of a user's request, or one for a fault of the machine."""
+    return error.lines if isinstance(error, UsageError) else [" ".join(str(error).split())]
 
 
 def _report(*lines: str, code: int = USER_ERROR) -> int:
@@ -183,11 +188,9 @@ def execute(command: str, checked: Config | list[Variant]) -> int:
         print(STOPPED, file=sys.stderr)
         return UNFINISHED
     except OSError as error:
-        if os.environ.get("DIFFUSE_TRACEBACK") or not (error.errno or isinstance(error, MachineError)):
+        if os.environ.get("DIFFUSE_TRACEBACK") or isinstance(error, MachineError) or not error.errno:
             raise
-        raise (
-            error if isinstance(error, MachineError) else MachineError(" ".join(str(error).split()))
-        ) from error
+        raise MachineError(str(error)) from error
 
 
 def _interrupt(number: int, frame: object) -> None:
@@ -267,7 +270,7 @@ def _local_job(command: str, overrides: Sequence[str], dirs: Sequence[Path]) -> 
     try:
         return execute(command, config.load(command, overrides, dirs))
     except (UsageError, MachineError) as error:
-        return _report(*str(error).splitlines())
+        return _report(*_lines(error))
 
 
 def _cluster_job(command: str, overrides: Sequence[str], dirs: Sequence[Path]) -> int:
@@ -278,7 +281,7 @@ def _cluster_job(command: str, overrides: Sequence[str], dirs: Sequence[Path]) -
     try:
         code = execute(command, config.load(command, overrides, dirs))
     except (UsageError, MachineError) as error:
-        reason = str(error).splitlines()
+        reason = _lines(error)
         _report(*reason)
     except Exception as error:
         traceback.print_exc()

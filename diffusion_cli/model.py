@@ -274,10 +274,7 @@ class Model:
             >>> load("outputs/demo").denoise(torch.randn(2, 1, 8, 8), 0.5).x0.shape
             torch.Size([2, 1, 8, 8])
         """
-        device, shape = self._device, self._loaded.space.shape
-        x_t = torch.as_tensor(x_t, dtype=torch.float32, device=device)
-        if tuple(x_t.shape[1:]) != shape:
-            raise UsageError("x_t", tuple(x_t.shape), f"should be of shape (B, {', '.join(map(str, shape))})")
+        device, x_t = self._device, self._states("x_t", x_t)
         times = torch.as_tensor(t, dtype=torch.float64)
         if times.shape not in ((), (len(x_t),)) or not bool(((times > 0) & (times <= 1)).all()):
             raise UsageError("t", times.tolist(), "should be one time in (0, 1], or one an image")
@@ -296,11 +293,7 @@ class Model:
     @torch.no_grad()
     def decode(self, x: Tensor) -> Tensor:
         """Return the images, as stored, of what the denoiser sees of them: pixels in [-1, 1], or latents."""
-        shape = self._loaded.space.shape
-        x = torch.as_tensor(x, dtype=torch.float32, device=self._device)
-        if tuple(x.shape[1:]) != shape:
-            raise UsageError("x", tuple(x.shape), f"should be of shape (B, {', '.join(map(str, shape))})")
-        return self._loaded.form.quantize(self._loaded.space.decode(x)).cpu()
+        return self._loaded.form.quantize(self._loaded.space.decode(self._states("x", x))).cpu()
 
     def edit(
         self,
@@ -406,6 +399,14 @@ class Model:
     @property
     def _device(self) -> torch.device:
         return next(self._loaded.denoiser.parameters()).device
+
+    def _states(self, key: str, x: Tensor) -> Tensor:
+        """What the denoiser works on, float32 on its device; UsageError, about an argument, for another shape."""
+        shape = self._loaded.space.shape
+        x = torch.as_tensor(x, dtype=torch.float32, device=self._device)
+        if tuple(x.shape[1:]) != shape:
+            raise UsageError(key, tuple(x.shape), f"should be of shape (B, {', '.join(map(str, shape))})")
+        return x
 
     def _labels(self, y: Tensor | Sequence[int] | None, count: int) -> Tensor | None:
         """Class indices on the device of the model, int64 [B]."""

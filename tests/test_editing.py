@@ -38,7 +38,7 @@ from diffusion_cli.editing import (
 )
 from diffusion_cli.editing.transform import slerp
 from diffusion_cli.formats import to_bytes
-from diffusion_cli.samplers import DDIM, DDPM, draws, integrate, invert, start_grid_at
+from diffusion_cli.samplers import DDIM, DDPM, integrate, invert, start_grid_at
 
 F64 = torch.float64
 GRAY = (1, 8, 8)
@@ -375,14 +375,24 @@ def test_a_solver_remembers_its_steps_between_replacements(schedules, wide):
     assert not torch.allclose(end("ddim", once), end("dpmpp_2m", once), atol=1e-3)
 
 
-def test_samplers_that_draw_are_known(schedules):
-    def stochastic(name, **changes):
-        sampler = build(SAMPLERS[name] | changes, schedules["vp"])
-        return draws(sampler, sampler.grid(6))
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_stochastic_samplers_are_those_that_add_noise(schedules, wide, name):
+    """As their YAML sets them up, and with the other value of what scales their noise."""
+    schedule = schedules["vp"]
+    for changes in ({}, *({key: value} for key in ("eta", "s_churn") for value in (0.0, 1.0))):
+        if changes.keys() <= SAMPLERS[name].keys():
+            taken = []
 
-    assert not any(map(stochastic, ["ddim", "heun", "dpmpp_2m", "unipc", "plms", "ode", "dpm2"]))
-    assert all(map(stochastic, ["ddpm", "euler_ancestral", "dpmpp_2m_sde", "edm", "pc", "euler_maruyama"]))
-    assert stochastic("ddim", eta=0.5)
+            def draw(taken=taken):
+                taken.append(noise(1, 1, 2, 2))
+                return taken[-1]
+
+            sampler = build(SAMPLERS[name] | changes, schedule)
+            deque(
+                integrate(sampler, denoiser_of(wide, schedule), noise(1, 1, 2, 2), sampler.grid(6), draw),
+                maxlen=0,
+            )
+            assert sampler.stochastic == bool(taken), changes
 
 
 def test_sampling_from_a_noised_image_starts_at_the_strength(schedules):
@@ -733,7 +743,10 @@ def test_files_of_one_name_do_not_overwrite_each_other(folder, tmp_path):
         (["edit=interpolate", "edit.seeds=[1]"], "edit.seeds=[1]: should be pairs"),
         (["edit=attribute", "label=1", "variations=2"], "variations=2: edit=attribute takes no noise"),
         (["edit=interpolate", "edit.seeds=[0,1]"], "edit.seeds: takes no input, num_images or fit"),
-        (["edit=reconstruct", "sampler=ddpm"], "sampler: edit=reconstruct measures an error, to which"),
+        (
+            ["edit=reconstruct", "sampler=ddpm"],
+            "sampler: edit=reconstruct measures an error, and this sampler is",
+        ),
         (["edit=interpolate", "edit.seeds=[0,4294967296]"], "edit.seeds.1=4294967296: should be less than"),
         (["seed=4294967290"], "seed=4294967290: the last result's seed passes"),
         (

@@ -29,7 +29,6 @@ from diffusion_cli.formats import SampleFormat
 from diffusion_cli.generate import NFECounter, SeededNoise, check_finite, labels_of
 from diffusion_cli.report import Writer, read_images, read_stored, save_gif, save_png, save_rows, save_stored
 from diffusion_cli.runs.weights import digest
-from diffusion_cli.samplers import draws
 from diffusion_cli.system.own_folder import own_folder
 from diffusion_cli.system.precision import autocast
 from diffusion_cli.system.progress import ProgressBar
@@ -162,20 +161,19 @@ def _refuse(config: EditConfig, trained: LoadedModel, edit: Edit, method: Restor
         raise UsageError("method", NO_VALUE, f"edit={kind} restores nothing that is known", "leave it out")
     if isinstance(trained.model.space, Latents):
         _refuse_in_latents(trained.model.space, kind, edit, method)
-    noisy = draws(trained.sampler, trained.sampler.grid(config.steps))
-    if edit.noiseless and noisy:
+    if edit.deterministic and trained.sampler.stochastic:
         raise UsageError(
             "sampler",
             NO_VALUE,
-            f"edit={kind} measures an error, to which this sampler would add noise",
-            "take one without, as ddim, heun or dpmpp_2m",
+            f"edit={kind} measures an error, and this sampler is stochastic",
+            "take a deterministic one, such as ddim, heun or dpmpp_2m",
         )
-    if config.variations > 1 and not (edit.starts_from_noise or noisy):
+    if config.variations > 1 and not (edit.starts_from_noise or trained.sampler.stochastic):
         raise UsageError(
             "variations",
             config.variations,
             f"edit={kind} takes no noise with this sampler, and all would be the same",
-            "leave it 1, or take a sampler that draws, as ddpm",
+            "leave it 1, or take a stochastic sampler, such as ddpm",
         )
 
     def source(name: int | str | None) -> int | None:

@@ -81,8 +81,8 @@ class Edit(ABC):
     """Whether what it restores is known pixel by pixel."""
     starts_from_noise = False
     """Whether results of unlike seeds differ with any sampler."""
-    noiseless = False
-    """Whether it is for samplers that draw no noise."""
+    deterministic = False
+    """Whether it needs a sampler that adds no noise."""
     results_each = 1
     """Images that a result is a series of."""
     seeds: list[int] | None = None

@@ -54,7 +54,7 @@ class Img2Img(PartialNoising):
 class Reconstruct(PartialNoising):
     """Encode an image to the time `strength` by DDIM inversion, and decode it again, without noise."""
 
-    noiseless = True
+    deterministic = True
 
     def __call__(self, images: Tensor, process: EditProcess) -> EditResult:
         times = start_grid_at(process.times, self.strength)

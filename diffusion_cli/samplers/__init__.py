@@ -1,6 +1,6 @@
 """Samplers: ways from noise to an image, one step at a time."""
 
-from diffusion_cli.samplers.base import NoiseFn, Sampler, draws, integrate, start_grid_at
+from diffusion_cli.samplers.base import NoiseFn, Sampler, integrate, start_grid_at
 from diffusion_cli.samplers.ddim import DDIM, invert
 from diffusion_cli.samplers.ddpm import DDPM
 from diffusion_cli.samplers.dpm_solver import DPMSolver2S, DPMSolverMultistep, DPMSolverSDE, UniPC
@@ -28,7 +28,6 @@ __all__ = [
     "ReverseDiffusion",
     "Sampler",
     "UniPC",
-    "draws",
     "integrate",
     "invert",
     "start_grid_at",

@@ -19,6 +19,7 @@ class Sampler(ABC):
     """A rule for one step from time t to the next smaller time s."""
 
     order: int  # of convergence to the exact solution, in the largest step
+    stochastic = False  # whether steps add noise
     per_image = False  # whether images of a batch would depend on each other
     omits_cleanest = (
         False  # whether the grids `leading` and `linspace` omit the visited time next to the data
@@ -95,22 +96,6 @@ class Sampler(ABC):
         gap = -torch.expm1(self.schedule.log_snr(t) - self.schedule.log_snr(s))
         share = (eta**2 * gap).clamp(max=1)
         return sigma_s * (1 - share).sqrt(), sigma_s * share.sqrt()
-
-
-def draws(sampler: Sampler, times: Tensor) -> bool:
-    """Whether a run of the sampler through falling times takes any noise; tried on one pixel."""
-    taken = 0
-
-    def draw() -> Tensor:
-        nonlocal taken
-        taken += 1
-        return x
-
-    x = torch.ones(1, 1, 1, 1, dtype=torch.float64)
-    run = integrate(
-        sampler, lambda x, t: Prediction(torch.zeros_like(x), x, sampler.schedule(t)[1]), x, times, draw
-    )
-    return any(taken for _ in run)
 
 
 def start_grid_at(times: Tensor, t: float) -> Tensor:

@@ -24,6 +24,7 @@ class DDIM(Sampler):
     def __init__(self, schedule: Schedule, *, eta: NonNegativeFloat, spacing: Spacing) -> None:
         super().__init__(schedule, spacing=spacing)
         self.eta = eta
+        self.stochastic = eta > 0
 
     def step(
         self, denoise: Denoise, x: Tensor, t: Tensor, s: Tensor, draw: NoiseFn, state: Any

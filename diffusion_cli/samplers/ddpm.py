@@ -21,6 +21,7 @@ class DDPM(Sampler):
     """
 
     order = 1
+    stochastic = True
 
     def __init__(
         self,

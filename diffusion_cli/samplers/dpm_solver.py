@@ -40,6 +40,7 @@ class DPMSolverMultistep(Sampler):
     ) -> None:
         super().__init__(schedule, spacing=spacing)
         self.eta, self.solver_type = eta, solver_type
+        self.stochastic = eta > 0
         self.points = order
         self.order = order if solver_type == "taylor" else min(order, 2)
 
@@ -101,6 +102,7 @@ class DPMSolver2S(Sampler):
     def __init__(self, schedule: Schedule, *, eta: NonNegativeFloat, spacing: Spacing) -> None:
         super().__init__(schedule, spacing=spacing)
         self.eta = eta
+        self.stochastic = eta > 0
 
     def step(
         self, denoise: Denoise, x: Tensor, t: Tensor, s: Tensor, draw: NoiseFn, state: Any
@@ -138,6 +140,7 @@ class DPMSolverSDE(Sampler):
     def __init__(self, schedule: Schedule, *, eta: NonNegativeFloat, spacing: Spacing) -> None:
         super().__init__(schedule, spacing=spacing)
         self.eta = eta
+        self.stochastic = eta > 0
 
     def step(
         self, denoise: Denoise, x: Tensor, t: Tensor, s: Tensor, draw: NoiseFn, state: Any

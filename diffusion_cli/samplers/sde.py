@@ -21,6 +21,7 @@ class EulerMaruyama(Sampler):
     """
 
     order = 1
+    stochastic = True
 
     def grid(self, steps: int) -> Tensor:
         times = super().grid(steps)
@@ -50,6 +51,7 @@ class ReverseDiffusion(Sampler):
     """
 
     order = 1
+    stochastic = True
 
     def step(
         self, denoise: Denoise, x: Tensor, t: Tensor, s: Tensor, draw: NoiseFn, state: Any
@@ -69,6 +71,7 @@ class PC(Sampler):
     """
 
     order = 1
+    stochastic = True
 
     def __init__(
         self,

@@ -59,6 +59,7 @@ class EDMSampler(Heun):
         super().__init__(schedule, spacing=spacing)
         self.s_churn, self.s_min, self.s_max, self.s_noise = s_churn, s_min, s_max, s_noise
         self.solver = solver
+        self.stochastic = s_churn > 0
         self.order = 2 if solver == "heun" else 1
 
     def start(self, times: Tensor) -> float:
@@ -95,6 +96,7 @@ class DPM2(Sampler):
     def __init__(self, schedule: Schedule, *, eta: NonNegativeFloat, spacing: Spacing) -> None:
         super().__init__(schedule, spacing=spacing)
         self.eta = eta
+        self.stochastic = eta > 0
 
     def step(
         self, denoise: Denoise, x: Tensor, t: Tensor, s: Tensor, draw: NoiseFn, state: Any

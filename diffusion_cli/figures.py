@@ -19,7 +19,7 @@ from diffusion_cli.diffusion.denoiser import noised
 from diffusion_cli.diffusion.schedules import Discrete, Schedule
 from diffusion_cli.errors import NO_VALUE, FormatError, UsageError
 from diffusion_cli.generate import SeededNoise, frame_places, visible
-from diffusion_cli.report import read_images, save_gif, save_rows
+from diffusion_cli.images import read_images, save_gif, save_rows
 from diffusion_cli.runs.find import find_run
 from diffusion_cli.system.files import atomic_write
 from diffusion_cli.system.untrusted import read_csv

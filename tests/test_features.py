@@ -15,6 +15,7 @@ from torchmetrics.functional.image import learned_perceptual_image_patch_similar
 from diffusion_cli.data import Digits, ExternalImages, NoDataset
 from diffusion_cli.data.memory import MemoryImages
 from diffusion_cli.errors import UsageError
+from diffusion_cli.images import save_png
 from diffusion_cli.metrics import (
     LPIPS,
     CLIPDistance,
@@ -30,7 +31,6 @@ from diffusion_cli.metrics import (
 )
 from diffusion_cli.metrics.features import clip, hub
 from diffusion_cli.metrics.features.dinov2 import resampled
-from diffusion_cli.report import save_png
 
 CPU = torch.device("cpu")
 DIGITS = Digits("", held_out=0.2, flip=False)

@@ -10,7 +10,7 @@ from diffusion_cli.config import PlotConfig, load
 from diffusion_cli.data import Digits
 from diffusion_cli.figures import Forward, Losses, Previews, Schedules, read_borders, read_losses
 from diffusion_cli.generate import frame_places
-from diffusion_cli.report import save_grid
+from diffusion_cli.images import save_grid
 
 ROWS = """step,loss,loss_q1,lr,held_out_loss
 1,0.5,0.7,0.1,

@@ -37,9 +37,9 @@ from diffusion_cli.formats import Dicom, Uint8Image
 from diffusion_cli.formats.dicom import read_scan
 from diffusion_cli.formats.files import opened
 from diffusion_cli.formats.pixel_readers import depth_of, mode_with_opacity, read_numbers, read_with_opacity
+from diffusion_cli.images import read_images
 from diffusion_cli.metrics import Report, Result, history_table, read_history
 from diffusion_cli.networks import UNet
-from diffusion_cli.report import read_images
 from diffusion_cli.report.charts import charts
 from diffusion_cli.report.page import page
 from diffusion_cli.report.record import read_record

@@ -24,8 +24,8 @@ from diffusion_cli.diffusion.latents import Pixels
 from diffusion_cli.diffusion.parameterizations import Eps
 from diffusion_cli.formats import Uint8Image, to_bytes
 from diffusion_cli.generate import SeededNoise, generate, states, trajectories, visible
+from diffusion_cli.images import Writer, grid
 from diffusion_cli.networks import UNet
-from diffusion_cli.report import Writer, grid
 from diffusion_cli.runs.load import LoadedDenoiser
 from diffusion_cli.samplers import DDIM, DDPM
 from diffusion_cli.system.seeding import seed_ranges

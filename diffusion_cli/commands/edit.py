@@ -27,7 +27,7 @@ from diffusion_cli.editing.restore import described
 from diffusion_cli.errors import NO_VALUE, UsageError
 from diffusion_cli.formats import SampleFormat
 from diffusion_cli.generate import NFECounter, SeededNoise, check_finite, labels_of
-from diffusion_cli.report import Writer, read_images, read_stored, save_gif, save_png, save_rows, save_stored
+from diffusion_cli.images import Writer, read_images, read_stored, save_gif, save_png, save_rows, save_stored
 from diffusion_cli.runs.weights import digest
 from diffusion_cli.system.own_folder import own_folder
 from diffusion_cli.system.precision import autocast

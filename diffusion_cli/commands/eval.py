@@ -23,6 +23,7 @@ from diffusion_cli.data.base import Split
 from diffusion_cli.diffusion.guidance import NoGuidance
 from diffusion_cli.errors import NO_VALUE, UsageError, format_value
 from diffusion_cli.generate import uncompiled
+from diffusion_cli.images import save_rows
 from diffusion_cli.metrics import (
     DatasetReference,
     EvaluatedModel,
@@ -47,7 +48,6 @@ from diffusion_cli.metrics import (
     require,
 )
 from diffusion_cli.networks import AutoencoderKL
-from diffusion_cli.report import save_rows
 from diffusion_cli.runs.find import find_run, task_of
 from diffusion_cli.runs.load import LoadedDenoiser, load_autoencoder
 from diffusion_cli.system.distributed import Distributed, launch

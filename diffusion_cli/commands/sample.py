@@ -13,7 +13,7 @@ from diffusion_cli.commands.samples import image_path, read_films, read_pictures
 from diffusion_cli.commands.trained import LoadedModel, open_run
 from diffusion_cli.config import EvalConfig, SampleConfig, fingerprint
 from diffusion_cli.generate import generate, trajectories
-from diffusion_cli.report import Writer, grid, save_gif, save_grid, save_rows, save_stored
+from diffusion_cli.images import Writer, grid, save_gif, save_grid, save_rows, save_stored
 from diffusion_cli.system.distributed import Distributed, launch
 from diffusion_cli.system.own_folder import own_folder
 from diffusion_cli.system.progress import ProgressBar

@@ -22,8 +22,8 @@ from diffusion_cli.data.listing import MANIFEST
 from diffusion_cli.errors import UsageError
 from diffusion_cli.formats import SampleFormat, Uint8Image
 from diffusion_cli.generate import generate, labels_of
+from diffusion_cli.images import Writer, read_stored, save_stored
 from diffusion_cli.metrics import GivenSamples, Reference, Samples
-from diffusion_cli.report import Writer, read_stored, save_stored
 from diffusion_cli.runs.find import is_run
 from diffusion_cli.runs.load import LoadedDenoiser
 from diffusion_cli.system.untrusted import LONGEST_MANIFEST

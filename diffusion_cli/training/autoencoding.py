@@ -13,7 +13,7 @@ from diffusion_cli.data import Batch
 from diffusion_cli.diffusion.latents import PIXELS
 from diffusion_cli.errors import UsageError
 from diffusion_cli.formats import SampleFormat
-from diffusion_cli.report import save_rows
+from diffusion_cli.images import save_rows
 from diffusion_cli.system.distributed import Distributed
 from diffusion_cli.system.seeding import mix
 from diffusion_cli.training.autoencoder_loss import Autoencoding, ReconstructionLoss

@@ -25,8 +25,8 @@ from diffusion_cli.diffusion.latents import Space
 from diffusion_cli.errors import NO_VALUE, UsageError
 from diffusion_cli.formats import SampleFormat
 from diffusion_cli.generate import labels_of, sample
+from diffusion_cli.images import save_grid
 from diffusion_cli.metrics import EvaluationCancelled
-from diffusion_cli.report import save_grid
 from diffusion_cli.runs.checkpoint import LAST, copy_checkpoint, numbered, save
 from diffusion_cli.samplers import Sampler
 from diffusion_cli.system.distributed import Distributed

@@ -13,7 +13,7 @@ from benchmarks.race import Contestant, NetworkClock, Table, ceilings, flops, ra
 from diffusion_cli.commands.samples import image_path
 from diffusion_cli.diffusion.guidance import NoGuidance
 from diffusion_cli.generate import generate
-from diffusion_cli.report import Writer, save_stored
+from diffusion_cli.images import Writer, save_stored
 from diffusion_cli.runs.load import LoadedDenoiser
 from diffusion_cli.samplers import DDIM, Sampler
 

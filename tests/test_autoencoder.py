@@ -377,7 +377,7 @@ def test_a_run_too_short_for_its_discriminator_says_so(tmp_path, capsys):
 # The discriminator's weight is measured on one part of an accumulated batch: without one, all parts agree.
 @pytest.mark.parametrize(
     ("extra", "words"),
-    [pytest.param("trainer.devices=2", ADVERSARY, marks=pytest.mark.slow), ("accumulate=2", [])],
+    [pytest.param("trainer.devices=2", ADVERSARY, marks=pytest.mark.slow), ("accumulate_grad_batches=2", [])],
 )
 def test_neither_processes_nor_parts_change_what_is_learned(tmp_path, extra, words):
     alone = train(tmp_path / "one", *words, "max_steps=4")

@@ -48,9 +48,18 @@ def test_every_mistake_at_once_one_line_each(capsys):
         (["train", "--config-dir", "/nowhere"], "--config-dir /nowhere: is not a folder"),
         (["train", "dataset=folder"], "dataset.path: missing; give it a value"),
         (
-            ["train", "batch_size=10", "accumulate=3"],
-            "accumulate=3: does not divide batch_size=10; take a divisor",
+            ["train", "batch_size=10", "accumulate_grad_batches=3"],
+            "accumulate_grad_batches=3: does not divide batch_size=10; take a divisor",
         ),
+        (
+            ["train", "accumulate=2"],
+            "accumulate=2: renamed to accumulate_grad_batches; use accumulate_grad_batches=2",
+        ),
+        (
+            ["train", "-m", "accumulate=2"],
+            "accumulate=2: renamed to accumulate_grad_batches; use accumulate_grad_batches=2",
+        ),
+        (["sample", "accumulate=2"], "accumulate=2: unknown key"),
         (["train", "max_steps=null"], "max_steps: no budget; set max_steps, max_epochs or max_time"),
         (["train", "max_time=5x"], "max_time=5x: should be a duration such as 90s"),
         (["train", "name=../x"], "name=../x: should be a folder name of letters"),

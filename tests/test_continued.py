@@ -51,7 +51,7 @@ def test_the_configuration_comes_from_the_folder(folder, by_path, monkeypatch):
 def test_budgets_and_intervals_may_be_given_beside_it(folder):
     config = continued(
         f"run={folder}", "max_steps=90", "max_time=1h", "preview_every=5", "trainer.devices=2", "logger=csv",
-        "keep_last=1", "accumulate=2",
+        "keep_last=1", "accumulate_grad_batches=2",
     )  # fmt: skip
     assert (config.max_steps, config.max_time, config.preview_every) == (90, "1h", 5)
     assert (config.trainer["accelerator"], config.trainer["devices"]) == ("cpu", 2)

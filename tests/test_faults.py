@@ -723,8 +723,8 @@ def test_killed_ten_times_no_bit_is_different():
 @pytest.mark.parametrize(
     ("most", "line"),
     [
-        (4, "but parts of 4 do; set accumulate=4"),
-        (8, "but parts of 4 do; set accumulate=4"),  # 8 would, with nothing to spare
+        (4, "but parts of 4 do; set accumulate_grad_batches=4"),
+        (8, "but parts of 4 do; set accumulate_grad_batches=4"),  # 8 would, with nothing to spare
         (0, "nor does one image"),
     ],
 )
@@ -744,7 +744,7 @@ def test_memory_that_runs_out_names_the_parts_that_fit(tmp_path, capsys, monkeyp
     )
     assert line in said
     if most:
-        assert train(tmp_path, "max_steps=3", "accumulate=4") == 0
+        assert train(tmp_path, "max_steps=3", "accumulate_grad_batches=4") == 0
 
 
 LIMITED = """
@@ -775,11 +775,11 @@ def test_the_trial_is_on_the_device_that_ran_out(monkeypatch):
     failed: Any = Failed()
     error, stages = torch.OutOfMemoryError(), ResolutionSchedule([Stage(0, (1, 2, 2), 16)])
     said = str(memory._advice(error, cast(Any, module), torch.device("meta"), stages, failed))
-    assert said.endswith("of this meta, but parts of 2 do; set accumulate=4")
+    assert said.endswith("of this meta, but parts of 2 do; set accumulate_grad_batches=4")
     assert tried == [("meta", "meta", 1), ("meta", "meta", 2), ("meta", "meta", 4)]
     lasting = RuntimeError("could not create a primitive")  # no trial after this one would go well
     said = str(memory._advice(lasting, cast(Any, module), torch.device("meta"), stages, failed))
-    assert said.endswith("of this meta; try accumulate=2")
+    assert said.endswith("of this meta; try accumulate_grad_batches=2")
     assert len(tried) == 3
 
 
@@ -804,6 +804,6 @@ def test_what_is_said_to_fit_does(tmp_path):
     failed = limited(*words)
     assert failed.returncode == 2, failed.stderr
     assert "Traceback" not in failed.stderr
-    accumulate = failed.stderr.rpartition("accumulate=")[2].strip()
-    there = limited(*words, f"accumulate={accumulate}")
+    accumulate = failed.stderr.rpartition("accumulate_grad_batches=")[2].strip()
+    there = limited(*words, f"accumulate_grad_batches={accumulate}")
     assert there.returncode == 0, there.stderr

@@ -109,7 +109,7 @@ def test_parts_and_shares_make_up_the_batch_of_a_step():
 
 
 def test_a_run_stopped_in_any_stage_or_between_equals_one_without_a_stop(tmp_path):
-    extra = ["accumulate=2", "model.dropout=0.1", "dataset.flip=true"]
+    extra = ["accumulate_grad_batches=2", "model.dropout=0.1", "dataset.flip=true"]
     assert train(tmp_path / "whole", "max_steps=12", *extra) == 0
     for steps in (2, 4, 7, 9, 12):
         assert train(tmp_path / "parts", f"max_steps={steps}", *extra) == 0
@@ -208,7 +208,10 @@ def test_other_stages_are_another_run(tmp_path, capsys):
         (["stage_batch=[5]"], "stage_batch=[5]: goes with progressive=; give the sizes too"),
         (["progressive=[2,4,8]", "stage_steps=[5]"], "stage_steps=[5]: is for each size but the last; give 2"),
         (["progressive=[4,8]", "stage_batch=[8,8]"], "stage_batch=[8, 8]: is for each size but the last; give 1"),
-        (["progressive=[4,8]", "stage_batch=[9]", "accumulate=2"], "accumulate=2: does not divide stage_batch=9"),
+        (
+            ["progressive=[4,8]", "stage_batch=[9]", "accumulate_grad_batches=2"],
+            "accumulate_grad_batches=2: does not divide stage_batch=9",
+        ),
         (["progressive=[4,8]", "max_steps=null", "max_time=9s"], "stage_steps=null: is a share of max_steps=null"),
         (["progressive=[2,4,8]", "max_steps=2"], "stage_steps=null: is a share of max_steps=2, which is too few"),
     ],

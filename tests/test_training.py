@@ -77,7 +77,9 @@ def assert_same(one, other, path="") -> None:
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-@pytest.mark.parametrize("extra", [[], ["accumulate=2", "model.dropout=0.1", "dataset.flip=true"]])
+@pytest.mark.parametrize(
+    "extra", [[], ["accumulate_grad_batches=2", "model.dropout=0.1", "dataset.flip=true"]]
+)
 def test_a_run_taken_up_again_equals_one_without_a_stop(tmp_path, extra):
     assert train(tmp_path / "whole", "max_steps=14", *extra) == 0
     assert train(tmp_path / "parts", "max_steps=5", *extra) == 0
@@ -160,7 +162,7 @@ def test_an_evaluation_that_cannot_be_is_refused_before_training(tmp_path, capsy
 
 def test_the_optimizer_steps_once_a_batch_whatever_the_parts(tmp_path):
     assert train(tmp_path / "one", "max_steps=4") == 0
-    assert train(tmp_path / "two", "max_steps=4", "accumulate=2") == 0
+    assert train(tmp_path / "two", "max_steps=4", "accumulate_grad_batches=2") == 0
     one, two = state(tmp_path / "one"), state(tmp_path / "two")
     assert one["global_step"] == two["global_step"] == 4
     assert one["callbacks"]["EMA"]["updates"] == two["callbacks"]["EMA"]["updates"] == 4
@@ -172,7 +174,7 @@ def test_a_run_goes_on_in_more_parts_where_memory_is_short(tmp_path):
     words = ["dataset.flip=true", "times=stratified"]
     assert train(tmp_path / "whole", "max_steps=6", *words) == 0
     assert train(tmp_path / "parts", "max_steps=3", *words) == 0
-    assert train(tmp_path / "parts", "max_steps=6", *words, "accumulate=4") == 0
+    assert train(tmp_path / "parts", "max_steps=6", *words, "accumulate_grad_batches=4") == 0
     whole, parts = state(tmp_path / "whole"), state(tmp_path / "parts")
     for key, weight in whole["state_dict"].items():
         torch.testing.assert_close(weight, parts["state_dict"][key], rtol=1e-4, atol=1e-5)
@@ -230,7 +232,7 @@ def test_a_run_that_saved_nothing_gives_way_to_another_configuration(tmp_path):
     (tmp_path / "tiny" / LAST).unlink()
     for file in (tmp_path / "tiny" / "checkpoints").iterdir():
         file.unlink()
-    assert train(tmp_path, "max_steps=5", "accumulate=2") == 0
+    assert train(tmp_path, "max_steps=5", "accumulate_grad_batches=2") == 0
 
 
 def test_the_log_keeps_earlier_rows_and_drops_those_after_the_checkpoint(tmp_path):
@@ -417,7 +419,7 @@ def wait_for(path: Path, process: subprocess.Popen) -> None:
 
 @pytest.mark.slow
 def test_a_signal_between_the_parts_of_a_batch_waits_for_the_whole(tmp_path):
-    words = ["max_steps=40", "accumulate=4", "checkpoint_every=5"]
+    words = ["max_steps=40", "accumulate_grad_batches=4", "checkpoint_every=5"]
     process = start(tmp_path / "parts", *words)
     wait_for(tmp_path / "parts" / "tiny" / LAST, process)
     for _ in range(3):

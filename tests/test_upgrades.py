@@ -14,8 +14,9 @@ from safetensors.torch import load_file
 
 from diffusion_cli.cli import run
 from diffusion_cli.config import load
+from diffusion_cli.errors import UsageError
 from diffusion_cli.runs.checkpoint import read, save
-from diffusion_cli.runs.migrate import FORMAT, MODULES_OF_FORMAT_4, as_of_format_4, migrated
+from diffusion_cli.runs.migrate import FORMAT, MIGRATIONS, MODULES_OF_FORMAT_4, as_of_format_4, migrated
 
 STORED = Path(__file__).parent / "stored_runs"
 """How they were made is in the README.md there."""
@@ -179,6 +180,40 @@ def test_names_of_classes_come_forward_and_go_back(target):
     forward = migrated(node)
     assert migrated(forward) == forward
     assert as_of_format_4(forward) == node
+
+
+@pytest.mark.parametrize(("then", "now"), [({"accumulate": 2}, {"accumulate_grad_batches": 2})])
+def test_keys_of_format_5_come_forward_and_go_back(then, now):
+    assert migrated({"config": then}, 5) == migrated({"config": then}) == {"config": now}
+    assert migrated({"config": now}) == {"config": now}
+    assert as_of_format_4({"config": now}) == {"config": then}
+
+
+def test_a_file_of_the_user_may_have_the_name_of_a_key():
+    results = {"results": {"accumulate": {"residual": 0.5}}}
+    assert migrated(results) == results
+
+
+def test_a_checkpoint_of_format_5_is_read(stored):
+    path = stored / "outputs" / "denoiser" / "checkpoints" / "last.ckpt"
+    checkpoint = torch.load(path, weights_only=True)
+    checkpoint["diffuse"] = {**MIGRATIONS[4](checkpoint["diffuse"]), "format": 5}
+    assert checkpoint["diffuse"]["config"]["accumulate"] == 1
+    save(checkpoint, path)
+    about = read(path)["diffuse"]
+    assert about["format"] == FORMAT
+    assert about["config"]["accumulate_grad_batches"] == 1
+    assert "accumulate" not in about["config"]
+
+
+def test_an_earlier_key_in_an_option_file_gives_its_new_name(tmp_path):
+    (tmp_path / "experiment").mkdir()
+    (tmp_path / "experiment" / "mine.yaml").write_text("# @package _global_\naccumulate: 2\n")
+    with pytest.raises(UsageError) as error:
+        load("train", ["experiment=mine"], [tmp_path])
+    assert error.value.lines == (
+        "accumulate=2: renamed to accumulate_grad_batches; use accumulate_grad_batches=2",
+    )
 
 
 def test_a_checkpoint_of_a_newer_version_asks_for_an_upgrade(stored, capsys):

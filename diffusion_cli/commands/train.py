@@ -204,8 +204,9 @@ def _fit(
         remarks = [*_beyond_its_end(parts, stages, max_steps), *parts.dataset.remarks()]
         show_remarks([*remarks, *_without_images(parts, about["class_counts"])])
     batches = ProgressiveBatches(
-        images, stages, config.seed, parts.dataset.flip, start=done, parts=config.accumulate, rank=ranks.rank,
-        world_size=ranks.world, device=parts.device.torch_device, num_workers=parts.dataset.num_workers,
+        images, stages, config.seed, parts.dataset.flip, start=done, parts=config.accumulate_grad_batches,
+        rank=ranks.rank, world_size=ranks.world, device=parts.device.torch_device,
+        num_workers=parts.dataset.num_workers,
     )  # fmt: skip
     device = parts.device.torch_device
     with stop.listening():  # before, there is nothing to save, and a signal ends the command at once
@@ -266,12 +267,12 @@ def _where(device: torch.device) -> str:
 def _refuse_uneven(config: TrainConfig, stages: ResolutionSchedule, world: int) -> None:
     """Raise ValueError unless each part of a batch is shared out evenly among so many processes."""
     for stage in stages.all:
-        if stage.batch_size // config.accumulate % world:
+        if stage.batch_size // config.accumulate_grad_batches % world:
             raise UsageError(
                 stages.key(stage),
                 stage.batch_size,
-                f"is shared out among {world} devices, in {config.accumulate} parts",
-                f"take a multiple of {world * config.accumulate}",
+                f"is shared out among {world} devices, in {config.accumulate_grad_batches} parts",
+                f"take a multiple of {world * config.accumulate_grad_batches}",
             )
 
 

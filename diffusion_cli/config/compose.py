@@ -34,6 +34,7 @@ from diffusion_cli.config.recipe import (
     resolution,
     with_recipe,
 )
+from diffusion_cli.config.renamed import renamed_in_files, renamed_keys, renamed_word
 from diffusion_cli.config.runs import flatten, identity, replaced, run_name
 from diffusion_cli.config.schema import COMMANDS, GRIDS, Config, Node
 from diffusion_cli.config.typed import as_typed
@@ -271,13 +272,14 @@ def _compose_once(command: str, overrides: Sequence[str], dirs: Sequence[Path]) 
     if command == "train":
         unresolved = OmegaConf.to_container(composed)
         assert isinstance(unresolved, dict)
-        written = {str(key): value for key, value in unresolved.items()}
-        plain["derived"] = [key for key, value in flatten(written).items() if value == "${max_steps}"]
+        raw = {str(key): value for key, value in unresolved.items()}
+        plain["derived"] = [key for key, value in flatten(raw).items() if value == "${max_steps}"]
     assert isinstance(choices, dict)
+    written = {str(key): value for key, value in plain.items()}
+    if renamed := renamed_keys(written):
+        raise UsageError.several(renamed)
     return (
-        migrated(
-            {str(key): value for key, value in plain.items()}
-        ),  # option files of users are of any version
+        migrated(written),  # option files of users are of any version
         {str(group): option for group, option in choices.items() if group in defaults(command)},
     )
 
@@ -292,7 +294,7 @@ def _sort(
     groups = defaults(command)
     choosing: list[str] = []
     setting: dict[str, str] = {}
-    mistakes: list[Problem] = []
+    mistakes = renamed_in_files(command, overrides, dirs)
     for text in overrides:
         try:
             item = parse(text)
@@ -300,7 +302,10 @@ def _sort(
             mistakes += mistake.problems
             continue
         key = item.key_or_group
-        if item.is_force_add() or item.is_add() or item.is_delete():
+        renamed = None if item.is_sweep_override() else renamed_word(command, key, item.value())
+        if renamed is not None:
+            mistakes.append(renamed)
+        elif item.is_force_add() or item.is_add() or item.is_delete():
             mistakes.append(Problem(text, NO_VALUE, "keys are neither added nor removed", "write key=value"))
         elif item.is_sweep_override():
             remedy = "write [...]" if command in GRIDS else "add -m for a run of each, or [...] for a list"

@@ -52,7 +52,12 @@ def identity(config: Mapping[str, Any]) -> dict[str, Any]:
     # A budget too: with a larger one the learning rate's curve is drawn anew over the whole of it.
     flat.pop("optimizer.decay_steps", None)
     # What costs time or saves memory, and changes rounding at most; where one runs short, it is what to change.
-    for key in ("accumulate", "model.gradient_checkpointing", "dataset.num_workers", "dataset.in_memory"):
+    for key in (
+        "accumulate_grad_batches",
+        "model.gradient_checkpointing",
+        "dataset.num_workers",
+        "dataset.in_memory",
+    ):
         flat.pop(key, None)
     return flat
 

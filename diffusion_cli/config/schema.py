@@ -72,7 +72,7 @@ class TrainConfig(BaseModel):
     progressive: Annotated[list[PositiveInt], Field(min_length=2)] | None
     stage_steps: list[PositiveInt] | None
     stage_batch: list[PositiveInt] | None
-    accumulate: PositiveInt
+    accumulate_grad_batches: PositiveInt
     precision: Precision
     compile: Literal["auto"] | bool
     max_steps: PositiveInt | None
@@ -146,9 +146,12 @@ class TrainConfig(BaseModel):
             )
         for key, sizes in {"batch_size": [self.batch_size], "stage_batch": self.stage_batch or []}.items():
             for size in sizes:
-                if size % self.accumulate:
+                if size % self.accumulate_grad_batches:
                     raise UsageError(
-                        "accumulate", self.accumulate, f"does not divide {key}={size}", "take a divisor"
+                        "accumulate_grad_batches",
+                        self.accumulate_grad_batches,
+                        f"does not divide {key}={size}",
+                        "take a divisor",
                     )
         return self
 

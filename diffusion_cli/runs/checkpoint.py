@@ -1,7 +1,7 @@
 """Checkpoints and the run folders they lie in: written whole or not at all, read without running code.
 
 A checkpoint is Lightning's, with a plain `diffuse` entry that says how to build the model again:
-`{"format": 5, "task": ..., "config": {...}, "shape": [C, H, W], "form": {...}, "num_classes": K | None,
+`{"format": 6, "task": ..., "config": {...}, "shape": [C, H, W], "form": {...}, "num_classes": K | None,
 "class_names": [...] | None, "latent": {...} | None, "stages": [{"first": step, "shape": [C, h, w], "batch_size": B},
 ...] | None, "data_rules": version, 1 if absent, "class_counts": [images, ...] | None if absent,
 "data_sha256": of a fingerprint of the images, unknown if absent}`. A denoiser of latents

@@ -7,7 +7,7 @@ none, so each migration leaves what is newer as it is, and they take all of them
 from collections.abc import Callable, Mapping
 from typing import Any
 
-FORMAT = 5
+FORMAT = 6
 OLDEST = 4
 
 CLASSES_OF_FORMAT_4 = {
@@ -30,6 +30,10 @@ MODULES_OF_FORMAT_4 = {
     "times": "diffusion.time_sampling",
 }
 """Modules of the package that moved after format 4, whose classes configurations name."""
+KEYS_OF_FORMAT_5 = {
+    "accumulate": "accumulate_grad_batches",
+}
+"""Keys of configurations that have another name since format 5."""
 
 
 def migrated(value: Any, written: int = OLDEST) -> Any:
@@ -45,7 +49,7 @@ def migrated(value: Any, written: int = OLDEST) -> Any:
 
 
 def as_of_format_4(value: Any) -> Any:
-    """Return plain data of this version with the class names of format 4, for fingerprints that must not change."""
+    """Return plain data of this version in the words of format 4, for fingerprints that must not change."""
     former_classes = {new: old for old, new in CLASSES_OF_FORMAT_4.items()}
     former_modules = {new: old for old, new in MODULES_OF_FORMAT_4.items()}
 
@@ -56,7 +60,7 @@ def as_of_format_4(value: Any) -> Any:
         module, _, name = former_classes.get(path, path).rpartition(".")
         return f"{package}.{former_modules.get(module, module)}.{name}"
 
-    return _with_targets(value, former)
+    return _with_targets(_with_keys(value, {new: old for old, new in KEYS_OF_FORMAT_5.items()}), former)
 
 
 def _rename_classes(value: Any) -> Any:
@@ -64,14 +68,30 @@ def _rename_classes(value: Any) -> Any:
     return _with_targets(value, _renamed)
 
 
+def _rename_keys(value: Any) -> Any:
+    """Format 5 to 6: keys have the field's names."""
+    return _with_keys(value, KEYS_OF_FORMAT_5)
+
+
 def _with_targets(value: Any, rename: Callable[[Any], Any]) -> Any:
     """Plain data with other names of classes."""
+    return _mapped(value, lambda key, item: (key, rename(item) if key == "_target_" else item))
+
+
+def _with_keys(value: Any, names: Mapping[str, str]) -> Any:
+    """Plain data with other names of keys; a mapping without a class is no value of theirs, but a user's file names."""
+
+    def entry(key: Any, item: Any) -> tuple[Any, Any]:
+        return names.get(key, key) if not isinstance(item, Mapping) or "_target_" in item else key, item
+
+    return _mapped(value, entry)
+
+
+def _mapped(value: Any, entry: Callable[[Any, Any], tuple[Any, Any]]) -> Any:
+    """Plain data with other keys and values in all its mappings."""
     if isinstance(value, Mapping):
-        return {
-            key: rename(item) if key == "_target_" else _with_targets(item, rename)
-            for key, item in value.items()
-        }
-    return [_with_targets(item, rename) for item in value] if isinstance(value, list | tuple) else value
+        return dict(entry(key, _mapped(item, entry)) for key, item in value.items())
+    return [_mapped(item, entry) for item in value] if isinstance(value, list | tuple) else value
 
 
 def _renamed(target: Any) -> Any:
@@ -83,5 +103,5 @@ def _renamed(target: Any) -> Any:
     return f"{package}.{CLASSES_OF_FORMAT_4.get(path, path)}"
 
 
-MIGRATIONS: dict[int, Callable[[Any], Any]] = {4: _rename_classes}
+MIGRATIONS: dict[int, Callable[[Any], Any]] = {4: _rename_classes, 5: _rename_keys}
 """The migration from each format to the next."""

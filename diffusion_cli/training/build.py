@@ -206,7 +206,7 @@ def periodic_callbacks(
 
     `class_counts` are the training images of each class, None without classes.
     """
-    part = config.batch_size // config.accumulate
+    part = config.batch_size // config.accumulate_grad_batches
     watchers: list[Callback] = []
     if held_out:
         once = _once(held_out, part, parts.device.torch_device, stages)
@@ -349,7 +349,7 @@ def trainer_of(
     trainer = Trainer(
         max_epochs=-1,
         max_steps=max_steps or -1,
-        accumulate_grad_batches=config.accumulate,
+        accumulate_grad_batches=config.accumulate_grad_batches,
         callbacks=callbacks,
         logger=[build(node).logger(folder, done) for node in config.logger.values()],
         plugins=[WholeFileIO(), *device.plugins(precision)],

@@ -49,7 +49,7 @@ def _advice(
     together = trainer.world_size > 1 and isinstance(module, AutoencodingModule)
     sharded = any(isinstance(parameter, DTensor) for parameter in module.parameters())
     if together or sharded or ONEDNN in str(error):
-        return Problem(key, value, problem, f"try accumulate={2 * accumulate}")
+        return Problem(key, value, problem, f"try accumulate_grad_batches={2 * accumulate}")
     for optimizer in trainer.optimizers:
         optimizer.state.clear()
     module.to(device)  # Lightning has moved it to the CPU
@@ -70,7 +70,9 @@ def _advice(
             f"{problem}, nor does one image",
             "take a smaller model, or model.gradient_checkpointing=true",
         )
-    return Problem(key, value, f"{problem}, but parts of {share // fewest} do", f"set accumulate={fewest}")
+    return Problem(
+        key, value, f"{problem}, but parts of {share // fewest} do", f"set accumulate_grad_batches={fewest}"
+    )
 
 
 def _more(images: int, accumulate: int) -> Iterator[int]:

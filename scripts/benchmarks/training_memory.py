@@ -12,9 +12,9 @@ OPTIONS = {
     "plain": ([], ""),
     "precision=bf16": (["precision=bf16"], "rounding"),
     "model.gradient_checkpointing=true": (["model.gradient_checkpointing=true"], ""),
-    "accumulate=4": (["accumulate=4"], "noise"),
-    "bf16, checkpointing and accumulate=4": (
-        ["precision=bf16", "model.gradient_checkpointing=true", "accumulate=4"], "rounding, noise",
+    "accumulate_grad_batches=4": (["accumulate_grad_batches=4"], "noise"),
+    "bf16, checkpointing and accumulate_grad_batches=4": (
+        ["precision=bf16", "model.gradient_checkpointing=true", "accumulate_grad_batches=4"], "rounding, noise",
     ),
     "trainer.offload_ema=true": (["trainer.offload_ema=true"], ""),
     "2 processes, ddp": (["trainer.devices=2"], "dropout, order of sums"),

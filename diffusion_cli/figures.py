@@ -200,7 +200,7 @@ class Forward(Figure):
                 f"{dataset.name} has {len(images)} images in its {self.split} split",
                 "give a smaller number",
             )
-        image = to_model_range(images.gather(torch.tensor([config.image])))
+        image = to_model_range(images[torch.tensor([config.image])])
         schedule: Schedule = build(config.schedule)
         t = torch.linspace(0, 1, self.frames, dtype=torch.float64)
         eps = SeededNoise([config.image], dataset.shape, image.device).noise()

@@ -460,7 +460,7 @@ def evaluate(folder: Path, *words: str) -> int:
 def pixels(runs) -> tuple[Tensor, Tensor]:
     """All held-out digits, and what the run makes of them, as bytes in float64."""
     images = Digits("", held_out=0.2, flip=False).load("held_out")
-    originals = images.gather(torch.arange(len(images)))
+    originals = images[torch.arange(len(images))]
     network = load_autoencoder(runs / "tiny", torch.device("cpu")).network
     return originals.double(), to_bytes(network.reconstruct(to_model_range(originals))).double()
 

@@ -196,7 +196,7 @@ def test_worker_processes_give_the_batches_of_memory(tmp_path, method):
     memory, disk = dataset[True].load("train"), dataset[False].load("train")
     assert isinstance(memory, MemoryImages)
     assert not isinstance(disk, MemoryImages)
-    disk.gather(torch.tensor([0]))  # opens the archive here, which must not disturb the workers
+    disk[torch.tensor([0])]  # opens the archive here, which must not disturb the workers
     torch.multiprocessing.set_start_method(method, force=True)
     try:
         workers = 1 if method == "spawn" else 2
@@ -208,15 +208,16 @@ def test_worker_processes_give_the_batches_of_memory(tmp_path, method):
 
 def test_what_is_not_in_memory_is_read_ahead_by_a_thread_that_ends_with_the_batches(tmp_path, monkeypatch):
     images = folder(write_images(tmp_path, 8), in_memory=False).load("train")
-    gather, read_ahead, readers = images.gather, threading.Event(), []
+    kind, read_ahead, readers = type(images), threading.Event(), []
+    read = kind.__getitem__
 
-    def counted(index):
+    def counted(images, index):
         readers.append(threading.current_thread())
         if len(readers) > 1:
             read_ahead.set()
-        return gather(index)
+        return read(images, index)
 
-    monkeypatch.setattr(images, "gather", counted)
+    monkeypatch.setattr(kind, "__getitem__", counted)
     stream = iter(Batches(images, 4, seed=0, flip=False))
     next(stream)
     assert read_ahead.wait(60), "while the first batch is worked on"
@@ -243,13 +244,13 @@ def test_an_archive_that_gave_way_to_another_file_is_said(tmp_path):
     with pytest.raises(
         ValueError, match=r"dataset\.path=.*x\.zip: is no longer a readable \.zip .*; put it back"
     ):
-        images.gather(torch.tensor([0]))
+        images[torch.tensor([0])]
     path.unlink()
     zipped(write_images(tmp_path / "x" / "y", 1), path)
     with pytest.raises(ValueError, match=r"cannot use 1 of the images, .* \(is not in the archive\)"):
-        images.gather(torch.tensor([1]))
+        images[torch.tensor([1])]
     path.write_bytes(content)
-    assert len(folder(path, in_memory=False).load("train").gather(torch.tensor([0, 1]))) == 2
+    assert len(folder(path, in_memory=False).load("train")[torch.tensor([0, 1])]) == 2
 
 
 def test_worker_processes_name_a_broken_file_in_one_line(tmp_path):
@@ -330,7 +331,7 @@ def pixels_of(path: Path, **changes) -> np.ndarray:
     """The one image in a folder, as [C, H, W] integers."""
     images = folder(path, **changes).load("train")
     assert len(images) == 1
-    return images.gather(torch.tensor([0]))[0].numpy().astype(int)
+    return images[torch.tensor([0])][0].numpy().astype(int)
 
 
 def test_files_are_known_by_their_bytes_and_how_they_are_decoded(tmp_path, monkeypatch):
@@ -623,7 +624,7 @@ def test_labels_of_a_table_stay_with_their_images_in_both_splits(tmp_path, as_so
     for split in ("train", "held_out"):
         images = dataset.load(split)
         assert len(images) > 0
-        pixels = images.gather(torch.arange(len(images)))
+        pixels = images[torch.arange(len(images))]
         assert_close(labels_of(images), pixels[:, 0, 0, 0].long())
         seen += labels_of(images).tolist()
     assert sorted(seen) == list(range(40))
@@ -761,7 +762,7 @@ def test_arrays_of_every_layout_hold_the_same_images(tmp_path, axes, in_memory):
     assert dataset.shape == (channels, 4, 5)
     images = dataset.load("train")
     assert isinstance(images, MemoryImages) == in_memory
-    assert_close(images.gather(torch.tensor([3, 0])), torch.from_numpy(expected[[3, 0]]))
+    assert_close(images[torch.tensor([3, 0])], torch.from_numpy(expected[[3, 0]]))
     assert_same_digest(images, expected)
 
 
@@ -781,7 +782,7 @@ def test_archives_of_arrays_have_labels(tmp_path, images, labels):
     assert (len(train), len(held_out)) == (3, 3)
     found = {}
     for split in (train, held_out):
-        for image, label in zip(split.gather(torch.arange(3)), labels_of(split), strict=True):
+        for image, label in zip(split[torch.arange(3)], labels_of(split), strict=True):
             found[image.numpy().tobytes()] = int(label)
     expected = {p.transpose(2, 0, 1).tobytes(): k for p, k in zip(pixels, [0, 2, 1, 2, 0, 0], strict=True)}
     assert found == expected
@@ -824,10 +825,10 @@ def test_array_files_that_cannot_be_read_are_refused(tmp_path):
 def test_a_mapped_array_travels_without_its_pixels(tmp_path):
     np.save(tmp_path / "x.npy", RNG.integers(0, 256, (50, 32, 32), dtype=np.uint8))
     images = array(tmp_path / "x.npy", in_memory=False).load("train")
-    before = images.gather(torch.arange(50))
+    before = images[torch.arange(50)]
     parcel = pickle.dumps(images)
     assert len(parcel) < 5000
-    assert_close(pickle.loads(parcel).gather(torch.arange(50)), before)
+    assert_close(pickle.loads(parcel)[torch.arange(50)], before)
 
 
 def pack(dataset: Dataset, path: Path, processes: int = 0) -> Path:
@@ -931,11 +932,11 @@ def test_a_packed_file_with_a_lost_page_is_refused(tmp_path, monkeypatch, in_mem
     if not at_once:
         monkeypatch.setattr(member_check, "AT_ONCE", 0)
         monkeypatch.setattr(member_check, "Thread", lambda target, **_: SimpleNamespace(start=target))
-    assert len(array(path, in_memory=in_memory).load("train").gather(torch.arange(40))) == 40
+    assert len(array(path, in_memory=in_memory).load("train")[torch.arange(40)]) == 40
     with pytest.raises(
         ValueError, match=r"damaged\.npz: its images are damaged \(Bad CRC-32 for file 'images"
     ):
-        array(tmp_path / "damaged.npz", in_memory=in_memory).load("train").gather(torch.tensor([0]))
+        array(tmp_path / "damaged.npz", in_memory=in_memory).load("train")[torch.tensor([0])]
 
 
 @pytest.mark.parametrize("key", ["labels", "held_out"])
@@ -1016,9 +1017,7 @@ def test_digits_are_those_of_scikit_learn_split_once():
     found = sorted(
         (int(label), image.tobytes())
         for images in splits
-        for label, image in zip(
-            labels_of(images), images.gather(torch.arange(len(images))).numpy(), strict=True
-        )
+        for label, image in zip(labels_of(images), images[torch.arange(len(images))].numpy(), strict=True)
     )
     expected = np.rint(255 * values / 16).astype(np.uint8)
     assert found == sorted(
@@ -1202,7 +1201,7 @@ def test_drawn_points_have_the_moments_of_the_mixture(mixture):
         seed=7,
     )
     images, held_out = drawn.load("train"), drawn.load("held_out")
-    points = images.gather(torch.arange(size)).double().flatten(1)
+    points = images[torch.arange(size)].double().flatten(1)
     scale = drawn.covariance().diagonal().sqrt()
     assert ((points.mean(0) - drawn.mean().flatten()).abs() < 5 * scale / math.sqrt(size)).all()
     error = (points.T.cov() - drawn.covariance()).abs() / (scale[:, None] * scale)

@@ -226,7 +226,7 @@ def test_other_class_shares_than_the_reference_has_are_noted(place, tmp_path):
     data = Digits("", held_out=0.2, flip=False).load("held_out")
     assert data.labels is not None
     rows = (data.labels == 3).nonzero()[:30, 0]
-    np.savez(tmp_path / "threes.npz", images=data.gather(rows).numpy(), labels=data.labels[rows].numpy())
+    np.savez(tmp_path / "threes.npz", images=data[rows].numpy(), labels=data.labels[rows].numpy())
     words = ["dataset=digits", "metric=precision_recall", "metric.precision_recall.k=1"]
     assert evaluate(place, f"samples={tmp_path}/threes.npz", *words) == 0
     (note,) = [
@@ -282,7 +282,7 @@ def test_a_part_of_sorted_files_is_spread_over_the_classes(place, tmp_path):
     data = Digits("", held_out=0.2, flip=False).load("train")
     assert data.labels is not None
     order = data.labels.argsort(stable=True)
-    np.save(tmp_path / "sorted.npy", data.gather(order).numpy())
+    np.save(tmp_path / "sorted.npy", data[order].numpy())
     words = [f"samples={tmp_path}/sorted.npy", "dataset=digits", "metric=classifier", "features.steps=200"]
     assert evaluate(place, *words, "num_samples=100") == 0
     (result,) = json.loads(record(place, tmp_path / "sorted.npy").read_text())[-1]["results"]
@@ -294,7 +294,7 @@ def test_a_part_of_sorted_files_is_spread_over_the_classes(place, tmp_path):
 
 def test_class_folders_are_matched_by_name(place, tmp_path):
     data = Digits("", held_out=0.2, flip=False).load("held_out")
-    pixels, labels = data.gather(torch.arange(60)), data.labels
+    pixels, labels = data[torch.arange(60)], data.labels
     assert labels is not None
     for number in range(60):
         path = tmp_path / "sorted" / str(int(labels[number])) / f"{number:03d}.png"

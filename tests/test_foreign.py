@@ -128,7 +128,7 @@ def folder(path: Path, **changes: Any) -> Folder:
 
 def array(path: Path) -> None:
     dataset = Array("", path=str(path), range=None, flip=False, held_out=0.0, in_memory=None)
-    dataset.load("train").gather(torch.tensor([0]))
+    dataset.load("train")[torch.tensor([0])]
 
 
 def encoded(image: Image.Image, kind: str, **options: Any) -> bytes:
@@ -366,7 +366,7 @@ def test_arrays_of_either_order_are_read_as_numpy_does(tmp_path, save, order):
     images = np.asarray(np.random.default_rng(1).integers(0, 256, (5, 6, 7), dtype=np.uint8), order=order)
     save(tmp_path / "x.npz", images=images)
     given = given_images(tmp_path / "x.npz", "samples").images
-    np.testing.assert_array_equal(given.gather(torch.arange(5))[:, 0].numpy(), images)
+    np.testing.assert_array_equal(given[torch.arange(5)][:, 0].numpy(), images)
 
 
 # --- Checkpoints ------------------------------------------------------------
@@ -771,7 +771,7 @@ def test_mutated_archives(place, data):
     path = place / "x.zip"
     path.write_bytes(data)
     clean(lambda: folder(path).load("train"))
-    clean(lambda: given_images(path, "samples").images.gather(torch.tensor([0])))
+    clean(lambda: given_images(path, "samples").images[torch.tensor([0])])
 
 
 def arrays(**content: np.ndarray) -> bytes:
@@ -812,7 +812,7 @@ def test_mutated_arrays(place, data):
     path = place / ("x.npz" if data[:2] == b"PK" else "x.npy")
     path.write_bytes(data)
     clean(array, path)
-    clean(lambda: given_images(path, "samples").images.gather(torch.tensor([0])))
+    clean(lambda: given_images(path, "samples").images[torch.tensor([0])])
 
 
 SCALARS = st.one_of(

@@ -40,7 +40,7 @@ def folder(path: Path, **changes) -> Folder:
 
 def images(dataset) -> torch.Tensor:
     split = dataset.load("train")
-    return split.gather(torch.arange(len(split)))
+    return split[torch.arange(len(split))]
 
 
 def written(form, sample: torch.Tensor, path: Path) -> bytes:
@@ -669,9 +669,7 @@ def test_files_of_another_form_are_no_samples(tmp_path):
     found = given_images(tmp_path, "samples", (1, 10, 15), deep)
     assert len(found.images) == 2
     with pytest.raises(ValueError, match=r"0\.png \(holds uint16; wanted is int16"):
-        given_images(tmp_path, "samples", (1, 10, 15), image_form("int16", 1, None)).images.gather(
-            torch.tensor([0])
-        )
+        given_images(tmp_path, "samples", (1, 10, 15), image_form("int16", 1, None)).images[torch.tensor([0])]
 
 
 def test_inputs_of_an_edit_are_read_in_their_depth(tmp_path):

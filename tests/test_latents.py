@@ -142,7 +142,7 @@ def test_a_data_set_s_latents_are_standardised_by_the_training_images_alone(tmp_
     dataset = LatentDataset(Some(flip=flip), space, tmp_path)
     train = dataset.load("train")
     scale = space.mean, space.std
-    moments = torch.cat(train.gather(torch.arange(150)).split(6, dim=1))
+    moments = torch.cat(train[torch.arange(150)].split(6, dim=1))
     # Noise of 1 and -1 in turn has the mean and variance of all noise, to the last digit.
     states = torch.cat(
         [space.states(moments, lambda shape, of=of: torch.full(shape, of)) for of in (-1.0, 1.0)]
@@ -164,10 +164,10 @@ def test_kept_latents_are_those_that_are_computed_anew(tmp_path, flip):
     if flip:
         mirrored = moments_of(space, source.pixels[rows].flip(-1))
         torch.testing.assert_close(
-            kept.hflip(kept.gather(rows), torch.tensor([0, 1, 0]))[1], mirrored[1], rtol=0, atol=1e-5
+            kept.hflip(kept[rows], torch.tensor([0, 1, 0]))[1], mirrored[1], rtol=0, atol=1e-5
         )
         fresh = torch.cat([fresh, mirrored], 1)
-    torch.testing.assert_close(kept.gather(rows), fresh, rtol=0, atol=1e-5)
+    torch.testing.assert_close(kept[rows], fresh, rtol=0, atol=1e-5)
     again = encoded(source, space, tmp_path / "some" / "moments.npy", flip)
     assert torch.equal(again.pixels, kept.pixels)
 
@@ -226,11 +226,11 @@ def test_large_latents_are_checked_while_they_are_used(tmp_path, monkeypatch):
     path.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
     monkeypatch.setattr(latent_cache, "CHECKED_AT_ONCE", 0)
     kept = encoded(source, space, path)
-    kept.gather(torch.tensor([3, 127]))
+    kept[torch.tensor([3, 127])]
     with pytest.raises(
         ValueError, match=r"moments.npy: is damaged \(block 2 of 3 .*; the next start encodes"
     ):
-        kept.gather(torch.tensor([3, 128]))
+        kept[torch.tensor([3, 128])]
     encoded(source, space, path)
     assert path.read_bytes() == whole
 
@@ -347,10 +347,10 @@ def test_a_latent_is_known_where_all_its_pixels_are():
 
 def test_latents_that_were_removed_are_made_again_of_the_same_images_only(tmp_path):
     first = LatentDataset(Some(), latents(), tmp_path)
-    kept = first.load("train").gather(torch.arange(150)).clone()
+    kept = first.load("train")[torch.arange(150)].clone()
     shutil.rmtree(tmp_path)
     again = LatentDataset(Some(), latents(), tmp_path, first.keys).load("train")
-    assert torch.equal(again.gather(torch.arange(150)), kept)
+    assert torch.equal(again[torch.arange(150)], kept)
     shutil.rmtree(tmp_path)
     with pytest.raises(
         ValueError, match="the train images are not those that the run was begun on; give back"
@@ -418,7 +418,7 @@ def test_what_a_run_works_in_are_the_standardised_latents_of_its_training_images
     assert isinstance(model.space, Latents)
     assert (model.shape, model.space.shape) == ((1, 8, 8), (3, 4, 4))
     given = Digits("", held_out=0.2, flip=False).load("train")
-    moments = model.space.moments(given.gather(torch.arange(len(given))).float() / 127.5 - 1)
+    moments = model.space.moments(given[torch.arange(len(given))].float() / 127.5 - 1)
     mean, std, _ = measured_scale([moments], 3)
     np.testing.assert_allclose(mean, model.space.mean, rtol=0, atol=1e-3)
     np.testing.assert_allclose(std, model.space.std, rtol=1e-3)
@@ -543,7 +543,7 @@ def test_noise_of_seeds_is_interpolated_between_what_they_are_sampled_to(place, 
 
 @pytest.mark.parametrize("method", ["replacement", "repaint", "dps"])
 def test_known_pixels_stay_to_the_bit(place, tmp_path, method):
-    image = Digits("", held_out=0.2, flip=False).load("held_out").gather(torch.tensor([7]))[0, 0].numpy()
+    image = Digits("", held_out=0.2, flip=False).load("held_out")[torch.tensor([7])][0, 0].numpy()
     Image.fromarray(image).save(tmp_path / "image.png")
     words = ["edit=inpaint", "edit.mask=[1,2,4,7]", f"method={method}", f"output={tmp_path}/edit", "steps=4"]
     assert call(place, "edit", f"input={tmp_path}/image.png", *words) == 0
@@ -593,7 +593,7 @@ def test_the_latents_of_held_out_images_have_mean_0_and_standard_deviation_1(pla
 
 def test_inversion_has_no_smaller_error_than_the_autoencoder(place):
     model = load_model(place / "o" / "a", "ema", torch.device("cpu"))
-    x = Digits("", held_out=0.2, flip=False).load("held_out").gather(torch.arange(50)).float() / 127.5 - 1
+    x = Digits("", held_out=0.2, flip=False).load("held_out")[torch.arange(50)].float() / 127.5 - 1
     alone = 127.5 * (model.space.decode(model.space.encode(x)) - x).square().flatten(1).mean(1).mean().sqrt()
     words = ["metric=inversion", "metric.inversion.num_images=50", "metric.inversion.steps=100"]
     found = measured(place, *words, "metric.inversion.strength=0.01")

@@ -50,15 +50,13 @@ def test_files_of_every_suffix_are_read(tmp_path, suffix):
         Image.fromarray(GRAY).convert("1").save(save(tmp_path / "pbm" / f"x{suffix}", format=kind))
     else:
         save(tmp_path / suffix[1:] / f"X{suffix.upper()}", GRAY, **options)
-    found = folder(tmp_path / suffix[1:]).load("train").gather(torch.tensor([0]))[0, 0].numpy()
+    found = folder(tmp_path / suffix[1:]).load("train")[torch.tensor([0])][0, 0].numpy()
     if suffix == ".pbm":
         assert set(np.unique(found)) == {0, 255}
     else:
         np.testing.assert_allclose(found, GRAY, atol=3 if kind == "JPEG" else 0)
     if kind not in ("JPEG", "WEBP"):
-        assert (
-            given_images(tmp_path / suffix[1:], "samples", (1, 8, 8)).images.gather(torch.tensor([0])).shape
-        )
+        assert given_images(tmp_path / suffix[1:], "samples", (1, 8, 8)).images[torch.tensor([0])].shape
 
 
 def test_deep_files_are_refused_where_pillow_would_scale_them(tmp_path):
@@ -69,7 +67,7 @@ def test_deep_files_are_refused_where_pillow_would_scale_them(tmp_path):
         with pytest.raises(ValueError, match=f"has values up to {largest}, not 255; save it as PNG or TIFF"):
             read_numbers(data)
     dataset = folder(tmp_path, depth=8).load("train")
-    np.testing.assert_array_equal(dataset.gather(torch.tensor([0]))[0, 0], GRAY)
+    np.testing.assert_array_equal(dataset[torch.tensor([0])][0, 0], GRAY)
     with pytest.raises(ValueError, match=r"x\.jp2 \(has values up to 65535"):
         folder(tmp_path).load("train")
 

@@ -792,9 +792,9 @@ def test_a_planted_training_image_is_found_among_a_thousand(digits, trained, tmp
     features, _ = trained
     train, held_out = digits.load("train"), digits.load("held_out")
     noise = torch.randint(-24, 25, (1000, 1, 8, 8), generator=torch.Generator().manual_seed(0))
-    others = held_out.gather(torch.arange(1000) % len(held_out))
+    others = held_out[torch.arange(1000) % len(held_out)]
     samples = (others + noise).clamp(0, 255).to(torch.uint8)
-    samples[617] = train.gather(torch.tensor([1234]))[0]
+    samples[617] = train[torch.tensor([1234])][0]
     evaluation = evaluate(
         {"memorization": Memorization(pairs=3)},
         Through(features, digits, tmp_path),
@@ -812,7 +812,7 @@ def test_a_planted_training_image_is_found_among_a_thousand(digits, trained, tmp
 
 
 def test_real_held_out_images_are_not_memorized(digits, trained, tmp_path) -> None:
-    images = digits.load("held_out").gather(torch.arange(359))
+    images = digits.load("held_out")[torch.arange(359)]
     (result,) = measured(
         {"memorization": Memorization(pairs=2)}, trained[0], images, digits, tmp_path
     ).results
@@ -864,7 +864,7 @@ def trained(digits, tmp_path_factory) -> tuple[ClassifierFeatures, Path]:
 def test_the_classifier_knows_unseen_digits(trained, digits) -> None:
     features, _ = trained
     held_out = digits.load("held_out")
-    predicted = features(held_out.gather(torch.arange(len(held_out)))).logits.argmax(1)
+    predicted = features(held_out[torch.arange(len(held_out))]).logits.argmax(1)
     accuracy = (predicted == held_out.labels).float().mean().item()
     assert accuracy >= 0.99
     assert features.held_out_accuracy == pytest.approx(accuracy)
@@ -888,7 +888,7 @@ def test_a_trained_classifier_is_taken_from_the_cache(digits, tmp_path, untraine
     assert len(untrained) == 1
     assert again.digest == features.digest
     assert again.held_out_accuracy == features.held_out_accuracy
-    images = digits.load("train").gather(torch.arange(9))
+    images = digits.load("train")[torch.arange(9)]
     assert torch.equal(again(images).features, features(images).features)
 
 
@@ -938,7 +938,7 @@ def test_a_shipped_classifier_is_for_exactly_its_recipe_and_images(
         data.held_out = 0.1
     if change in ("one label", "one pixel"):
         train = digits.load("train")
-        images, labels = train.gather(torch.arange(len(train))).clone(), train.labels.clone()
+        images, labels = train[torch.arange(len(train))].clone(), train.labels.clone()
         if change == "one label":
             labels[0] = (labels[0] + 1) % 10
         else:
@@ -1003,7 +1003,7 @@ def two_threads() -> Iterator[None]:
 
 
 def test_threads_change_neither_weights_nor_features(trained, digits, tmp_path, two_threads) -> None:
-    images = digits.load("held_out").gather(torch.arange(359))
+    images = digits.load("held_out")[torch.arange(359)]
     many, many_seen = ClassifierFeatures(digits, tmp_path / "two", CPU, **QUICK).prepare(), trained[0](images)
     assert torch.get_num_threads() == 2
     torch.set_num_threads(1)
@@ -1016,7 +1016,7 @@ def test_threads_change_neither_weights_nor_features(trained, digits, tmp_path, 
 def test_numbers_of_unlike_classifiers_are_not_compared(digits, tmp_path) -> None:
     """As of two seeds of the recipe, or of a classifier trained by an earlier release."""
     held_out = digits.load("held_out")
-    images = held_out.gather(torch.arange(len(held_out)))
+    images = held_out[torch.arange(len(held_out))]
     histories = {}
     for seed in (0, 1):
         features = ClassifierFeatures(
@@ -1029,7 +1029,7 @@ def test_numbers_of_unlike_classifiers_are_not_compared(digits, tmp_path) -> Non
 
 
 def test_classifier_features_do_not_depend_on_the_batch(trained, digits) -> None:
-    images = digits.load("train").gather(torch.arange(9))
+    images = digits.load("train")[torch.arange(9)]
     whole = trained[0](images).features
     alone = torch.cat([trained[0](image[None]).features for image in images])
     assert torch.allclose(alone, whole, rtol=1e-4, atol=1e-5)
@@ -1038,7 +1038,7 @@ def test_classifier_features_do_not_depend_on_the_batch(trained, digits) -> None
 def test_an_evaluation_with_the_classifier_says_what_its_numbers_are(trained, digits, tmp_path) -> None:
     features, _ = trained
     held_out = digits.load("held_out")
-    images, labels = held_out.gather(torch.arange(len(held_out))), held_out.labels.clone()
+    images, labels = held_out[torch.arange(len(held_out))], held_out.labels.clone()
     labels[: len(labels) // 2] = (labels[: len(labels) // 2] + 1) % 10
     made = {"sampler": "ddim", "steps": 50}
     metrics = METRICS | {"classifier": ClassifierScore()}
@@ -1138,7 +1138,7 @@ def test_no_classifier_is_trained_for_an_evaluation_that_is_refused(digits, tmp_
         (FrechetDistance(floor=True, infinity=0, bootstrap=0), r"num_samples=5: 5 images are fewer than the"),
         (KernelDistance(subsets=2, subset_size=6, seed=0), r"metric.kid.subset_size=6: must be 2 or more"),
     ):
-        given = ExternalImages(MemoryImages(digits.load("train").gather(torch.arange(5)), None), None)
+        given = ExternalImages(MemoryImages(digits.load("train")[torch.arange(5)], None), None)
         samples, reference = (
             GivenSamples(given, None, {}, "samples"),
             DatasetReference(digits, split="train", stats=None),

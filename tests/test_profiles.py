@@ -115,7 +115,7 @@ def test_a_large_photo_is_converted_at_the_size_that_it_is_decoded_at():
 def test_opacity_stays_where_colours_are_converted(tmp_path):
     pixels = np.dstack([np.asarray(patches()), np.tile([255, 100, 0, 50], (4, 1))]).astype(np.uint8)
     Image.fromarray(pixels).save(tmp_path / "x.png", icc_profile=WIDE)
-    found = folder(tmp_path, channels=4).load("train").gather(torch.tensor([0]))[0]
+    found = folder(tmp_path, channels=4).load("train")[torch.tensor([0])][0]
     found = ((found + 1) * 127.5).round().permute(1, 2, 0).numpy()
     np.testing.assert_array_equal(found[..., 3], pixels[..., 3])
     np.testing.assert_allclose(found[..., :3][0], [*COLOURS.values()], atol=1)
@@ -133,7 +133,7 @@ def test_data_and_samples_are_converted_and_runs_begun_before_are_not(tmp_path):
     patches().save(tmp_path / "x.png", icc_profile=WIDE)
     row = torch.tensor([0])
     new, old, given = (
-        images.gather(row)[0, :, 0].T.tolist()
+        images[row][0, :, 0].T.tolist()
         for images in (
             folder(tmp_path).load("train"),
             folder(tmp_path, 1).load("train"),

@@ -39,7 +39,7 @@ def folder(tmp_path, sizes=(10, 8, 6), count=3):
 
 def test_values_pass_through_a_file_in_its_numbers(tmp_path):
     data = Folder("", path=str(folder(tmp_path)), resolution=[6, 8, 10], **OPTIONS)
-    images = data.load("train").gather(torch.arange(3))
+    images = data.load("train")[torch.arange(3)]
     given = nib.load(tmp_path / "1.nii.gz").get_fdata()
     torch.testing.assert_close(images[1, 0], torch.from_numpy(given.T.copy() / 1000).float())
     assert torch.equal(data.form.quantize(images), images)
@@ -59,7 +59,7 @@ def test_volumes_are_cropped_and_shrunk_without_aliasing(tmp_path):
     assert isinstance(data.form, Volume)
     # Twice as large voxels; the first lies in the middle of two, four of the 24 along W being cut off at either side.
     assert data.form.affine == [[2.0, 0, 0, 4.5], [0, 4.0, 0, 1.0], [0, 0, 6.0, 1.5]]
-    values = 1000 * data.load("train").gather(torch.arange(1))[0, 0]
+    values = 1000 * data.load("train")[torch.arange(1)][0, 0]
     x = torch.arange(8.0)
     expected = (4.5 + 2 * x) + 10 * (0.5 + 2 * x)[:, None] + 20 * (0.5 + 2 * x)[:, None, None] - 300
     torch.testing.assert_close(values[1:-1, 1:-1, :], expected[1:-1, 1:-1, :], rtol=0, atol=1e-3)
@@ -83,7 +83,7 @@ def test_volumes_keep_their_places_however_their_axes_run(tmp_path):
     for first in ("a", "b", "c"):
         (tmp_path / "a.nii").write_bytes((tmp_path / f"{first}.nii").read_bytes())
         data = Folder("", path=str(tmp_path), resolution=[6, 8, 10], **OPTIONS)
-        images = data.load("train").gather(torch.arange(3))
+        images = data.load("train")[torch.arange(3)]
         assert torch.equal(images, images[:1].expand(3, -1, -1, -1, -1))
         data.form.write(images[0], tmp_path / "out")
         back = nib.Nifti1Image.from_bytes((tmp_path / "out").read_bytes())
@@ -119,7 +119,7 @@ def test_a_volume_that_lies_nowhere_is_refused():
 
 def test_inputs_of_an_edit_are_volumes(tmp_path):
     data = Folder("", path=str(folder(tmp_path)), resolution=[6, 8, 10], **OPTIONS)
-    given = data.load("train").gather(torch.arange(3))
+    given = data.load("train")[torch.arange(3)]
     found = read_input(str(tmp_path), [data.shape], False, None, data.form)
     assert torch.equal(torch.stack([item.pixels for item in found]), given)
     with pytest.raises(UsageError, match=r"0\.nii\.gz: is a volume \(1, 6, 8, 10\), not \(1, 4, 4, 4\)"):

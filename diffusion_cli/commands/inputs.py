@@ -59,7 +59,7 @@ def real_images(dataset: Dataset, split: str, count: int | None) -> list[Input]:
     rows = spread(len(images), count)
     if not count:
         raise UsageError("input", split, f"{dataset.name} has no images there", "give files")
-    pixels = stored(images.gather(rows.to(images.device)).cpu(), dataset.form)
+    pixels = stored(images[rows.to(images.device)].cpu(), dataset.form)
     return [Input(f"{split}_{row:05d}", image) for row, image in zip(rows.tolist(), pixels, strict=True)]
 
 

@@ -89,7 +89,7 @@ class Array(Dataset):
             )
         if not in_memory:
             return images
-        return MemoryImages(images.gather(torch.arange(len(images))), images.labels, images.fingerprint())
+        return MemoryImages(images[torch.arange(len(images))], images.labels, images.fingerprint())
 
     def remarks(self) -> list[str]:
         remark = self.form.remark([*first_images(self.path, self.contents)])
@@ -202,7 +202,7 @@ class ArrayImages(Images):
         kind = f"{len(self)} {numbers.shape} {numbers.dtype.str}".encode()
         return sha256(kind + numbers.tobytes()).hexdigest()
 
-    def gather(self, index: Tensor) -> Tensor:
+    def __getitem__(self, index: Tensor) -> Tensor:
         pixels = self.numbers(index)
         if not isinstance(self.form, RangedImage):
             return torch.from_numpy(pixels).contiguous()

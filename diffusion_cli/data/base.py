@@ -21,14 +21,14 @@ FINGERPRINTED = 64
 
 
 class Images(ABC):
-    """The images of one split by row number, as the source holds them: not augmented, not normalised."""
+    """The images of one split by row number, before augmentation and scaling."""
 
     shape: Shape
     """Of every image: channels, height and width."""
     labels: Tensor | None
     """The class of every image, int64 [N] in 0..num_classes - 1, or None without classes."""
     device: torch.device = torch.device("cpu")
-    """Where `gather` wants its row numbers and returns its images; `labels` lie there too."""
+    """The device of row numbers, images and `labels`."""
     _digest: str | None = None  # of the pixels alone
 
     @abstractmethod
@@ -36,8 +36,8 @@ class Images(ABC):
         """The number of images N."""
 
     @abstractmethod
-    def gather(self, index: Tensor) -> Tensor:
-        """The images of the rows `index` (int64 [B]), [B, *shape]: uint8, or float32 in about [-1, 1].
+    def __getitem__(self, index: Tensor) -> Tensor:
+        """Return the images of the rows `index` (int64 [B]), [B, *shape]: uint8, or float32 in about [-1, 1].
 
         Raises ValueError naming the files that cannot be decoded.
         """
@@ -58,7 +58,7 @@ class Images(ABC):
         if self._digest is None:
             state = PixelDigest()
             for rows in row_chunks(len(self), "hashing images"):
-                state.update(self.gather(rows.to(self.device)))
+                state.update(self[rows.to(self.device)])
             self._digest = state.hexdigest()
         return self._digest
 
@@ -74,7 +74,7 @@ class Images(ABC):
         `Dataset.once` return have the same fingerprint, in memory or not.
         """
         state = PixelDigest()
-        state.update(self.gather(self._evenly().to(self.device)))
+        state.update(self[self._evenly().to(self.device)])
         return sha256(f"{len(self)} {state.hexdigest()}".encode()).hexdigest()
 
     def _evenly(self) -> Tensor:
@@ -86,7 +86,7 @@ class Images(ABC):
 
         Raises ValueError naming the files that cannot be read.
         """
-        pixels = self.gather(index.to(self.device)).cpu().numpy()
+        pixels = self[index.to(self.device)].cpu().numpy()
         kind = f"{pixels.shape[1:]} {pixels.dtype.str}".encode()
         return [sha256(kind + image.tobytes()).digest() for image in pixels]
 

@@ -243,7 +243,7 @@ class _Fetcher(MapDataset):
     def fetch(self, rows: Tensor) -> Fetched:
         """The pixels of the rows of a batch; with `pin` in memory that a GPU copies from by itself."""
         try:
-            pixels = self.images.gather(rows.to(self.images.device, non_blocking=True))
+            pixels = self.images[rows.to(self.images.device, non_blocking=True)]
         except (OSError, ValueError) as error:
             return error
         return pixels.pin_memory() if self.pin else pixels

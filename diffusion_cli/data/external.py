@@ -78,7 +78,7 @@ def given_images(
     images = FileImages(path, files, labels, decoder, key)
     if isinstance(form, Uint8Image):
         with suppress(ValueError):  # files that cannot be decoded are reported where all are read
-            few = images.gather(spread(len(files), min(len(files), LOOKED_AT)))
+            few = images[spread(len(files), min(len(files), LOOKED_AT))]
             remarks += _byte_remarks(f"{key}={path}", few.numpy())
     return ExternalImages(images, class_names, tuple(remarks))
 

@@ -94,7 +94,7 @@ class Folder(Dataset):
 
     Raises FileNotFoundError or ValueError if `path` is missing, is no archive, or holds no image, and
     ValueError if the labels asked for are missing, or those in `labels.csv` do not match the images; `load`
-    and `Images.gather` raise ValueError naming the files that cannot be decoded.
+    and reading images raise UsageError naming the files that cannot be decoded.
     """
 
     def __init__(
@@ -311,7 +311,7 @@ class FileImages(Images):
     def __len__(self) -> int:
         return len(self.names)
 
-    def gather(self, index: Tensor) -> Tensor:
+    def __getitem__(self, index: Tensor) -> Tensor:
         pixels, broken = self._decode(index)
         if broken:
             raise self._error(broken)

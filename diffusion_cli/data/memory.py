@@ -37,7 +37,7 @@ class MemoryImages(Images):
     def fingerprint(self) -> str:
         return super().fingerprint() if self._fingerprint is None else self._fingerprint
 
-    def gather(self, index: Tensor) -> Tensor:
+    def __getitem__(self, index: Tensor) -> Tensor:
         return self.pixels.index_select(0, index)
 
     def to(self, device: torch.device) -> Self:

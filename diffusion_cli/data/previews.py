@@ -34,8 +34,8 @@ class PicturedImages(Images):
     def __len__(self) -> int:
         return len(self.images)
 
-    def gather(self, index: Tensor) -> Tensor:
-        return self.form.to_rgb(stored(self.images.gather(index), self.form))
+    def __getitem__(self, index: Tensor) -> Tensor:
+        return self.form.to_rgb(stored(self.images[index], self.form))
 
     def lossy(self, index: Tensor) -> dict[str, int]:
         return self.images.lossy(index)

@@ -135,7 +135,7 @@ class EvaluatedModel:
         labels = None
         if self.model.num_classes is not None and images.labels is not None:
             labels = images.labels[rows].to(self.device)
-        return images.gather(rows).to(self.device), labels
+        return images[rows].to(self.device), labels
 
 
 class ModelMetric(ABC):

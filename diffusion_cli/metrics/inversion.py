@@ -46,7 +46,7 @@ class Inversion(ModelMetric):
         images, space = subject.dataset.load(self.split), subject.model.space
         schedule = subject.model.denoiser.schedule
         count = min(self.num_images or len(images), len(images))
-        if count < 1 or images.gather(torch.zeros(1, dtype=torch.int64)).is_floating_point():
+        if count < 1 or images[torch.zeros(1, dtype=torch.int64)].is_floating_point():
             raise UsageError(
                 "metric.inversion.split", self.split, "is measured on images of 256 values", "there are none"
             )

@@ -224,7 +224,7 @@ class VariationalBound(PerImage):
             )
         if schedule.zero_terminal_snr:
             return f"{self.name}: not defined where the schedule ends without signal (zero_terminal_snr)"
-        if subject.dataset.load(self.split).gather(torch.zeros(1, dtype=torch.int64)).is_floating_point():
+        if subject.dataset.load(self.split)[torch.zeros(1, dtype=torch.int64)].is_floating_point():
             return f"{self.name}: is for pixels of 256 values, and those of {subject.dataset.name} are real numbers"
         return None
 

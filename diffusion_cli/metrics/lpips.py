@@ -88,7 +88,7 @@ class LPIPSState(MetricState):
             pairs = self._pairs(batch)
         else:
             rows = torch.arange(self.count, self.count + len(batch.images))
-            pairs = list(zip(batch.images, self.originals.gather(rows), strict=True))
+            pairs = list(zip(batch.images, self.originals[rows], strict=True))
         self.count += len(batch.images)
         if pairs:
             first, second = (torch.stack(images) for images in zip(*pairs, strict=True))

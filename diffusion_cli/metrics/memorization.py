@@ -97,6 +97,6 @@ class MemorizationState(MetricState):
     def _picture(self, samples: list[int], training: Tensor) -> list[Tensor]:
         """Samples above their training images, in lines of 16, nearest first."""
         images = self.seen.samples.batch(samples)[0].cpu()
-        beneath = self.seen.real.images().gather(training).cpu()
+        beneath = self.seen.real.images()[training].cpu()
         lines = zip(images.split(16), beneath.split(16), strict=True)
         return [row for pair in lines for row in pair]

@@ -52,7 +52,7 @@ class ReconstructedSamples(Samples):
         return self.form.to_rgb(self.form.quantize(self.network.reconstruct(x).cpu())), None
 
     def _real(self, numbers: Sequence[int]) -> Tensor:
-        return self.images.gather(torch.tensor(list(numbers)).to(self.images.device)).cpu()
+        return self.images[torch.tensor(list(numbers)).to(self.images.device)].cpu()
 
     def protocol(self) -> dict[str, Any]:
         return self.about | {"images_sha256": self.images.digest()}

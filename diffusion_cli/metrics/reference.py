@@ -264,7 +264,7 @@ class RealImages:
         ) as progress:
             for round_ in numbers.split(READ * ranks.world):
                 mine = round_[ranks.rank * READ : (ranks.rank + 1) * READ]
-                look = self.features(images.gather(mine.to(images.device))) if len(mine) else None
+                look = self.features(images[mine.to(images.device)]) if len(mine) else None
                 for batch in ranks.all_gather(look if look is None or ranks.world == 1 else look.cpu()):
                     if batch is None or not ranks.is_main:
                         continue

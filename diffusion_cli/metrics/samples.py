@@ -69,7 +69,7 @@ class GivenSamples(Samples):
 
     def batch(self, numbers: Sequence[int]) -> tuple[Tensor, Tensor | None]:
         rows = self.rows[list(numbers)]
-        return self.images.gather(rows), None if self.labels is None else self.labels[rows]
+        return self.images[rows], None if self.labels is None else self.labels[rows]
 
     @cached_property
     def _lossy(self) -> dict[str, int]:

@@ -215,7 +215,7 @@ def periodic_callbacks(
             watchers.append(HeldOutAccuracy(config.validate_every, once, ema, stop))
     if isinstance(parts.task, AutoencoderTask):
         images = held_out or parts.dataset.load("train")
-        shown = images.gather(spread(len(images), min(len(images), PICTURES)).to(images.device)).cpu()
+        shown = images[spread(len(images), min(len(images), PICTURES)).to(images.device)].cpu()
         watchers.append(
             ReconstructionPreview(
                 config.preview_every,
@@ -328,7 +328,7 @@ def _once(
         shape = stages.after(steps).shape
         for number, rows in enumerate(torch.arange(len(held), device=held.device).split(batch_size)):
             labels = None if held.labels is None else held.labels[rows].to(device)
-            yield Batch(number, reduced(to_model_range(held.gather(rows).to(device)), shape), labels, rows)
+            yield Batch(number, reduced(to_model_range(held[rows].to(device)), shape), labels, rows)
 
     return batches
 

@@ -49,9 +49,9 @@ class LatentImages(MemoryImages):
         super().__init__(pixels, labels)
         self.blocks = blocks
 
-    def gather(self, index: Tensor) -> Tensor:
+    def __getitem__(self, index: Tensor) -> Tensor:
         self.check(index)
-        return super().gather(index)
+        return super().__getitem__(index)
 
     def to(self, device: torch.device) -> Self:
         self.check()

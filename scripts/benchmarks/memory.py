@@ -38,7 +38,7 @@ class Noise(Images):
     def __len__(self) -> int:
         return self.count
 
-    def gather(self, index: torch.Tensor) -> torch.Tensor:
+    def __getitem__(self, index: torch.Tensor) -> torch.Tensor:
         generator = torch.Generator().manual_seed(int(index[0]))
         return torch.randint(256, (len(index), *self.shape), dtype=torch.uint8, generator=generator)
 

@@ -65,7 +65,7 @@ class ClassifierFeatures(Features):
             learning_rate=learning_rate, shift=shift, seed=seed, flip=dataset.flip,
         )  # fmt: skip
         train, held_out = dataset.load("train"), dataset.load("held_out")
-        check_pixels(train.gather(torch.zeros(1, dtype=torch.int64, device=train.device)))
+        check_pixels(train[torch.zeros(1, dtype=torch.int64, device=train.device)])
         self.network = self.recipe.initial(dataset.shape[0]).to(device).eval()
         self._splits: tuple[Images, Images] | None = train, held_out
 

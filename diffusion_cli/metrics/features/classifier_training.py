@@ -101,7 +101,7 @@ def accuracy(network: FeatureClassifier, images: Images, device: torch.device) -
     correct = 0
     with exact_convolutions():
         for rows in torch.arange(len(images), device=images.device).split(CHUNK):
-            _, logits = network(to_model_range(images.gather(rows).to(device)))
+            _, logits = network(to_model_range(images[rows].to(device)))
             labels = images.labels[rows.to(images.labels.device)]
             correct += int((logits.argmax(1) == labels.to(device)).sum())
     return correct / len(images)

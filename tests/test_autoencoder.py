@@ -404,7 +404,7 @@ def test_the_loss_falls_and_the_averaged_weights_are_those_that_load(tmp_path):
     ("words", "line"),
     [
         (["schedule=cosine"], "schedule: has no meaning for task=autoencoder"),
-        (["sampler=ddim", "times=uniform"], "times, sampler: has no meaning"),
+        (["sampler=ddim", "time_sampling=uniform"], "time_sampling, sampler: has no meaning"),
         (["objective=simple"], "objective=Simple: adds noise"),
         (["model=unet_tiny"], "model=UNet: is no autoencoder; take kl_tiny"),
         (["model.channel_mult=[1,1,1,1,1]"], "16 pixels of a side, which do not divide images of 8x8"),

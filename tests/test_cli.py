@@ -60,6 +60,8 @@ def test_every_mistake_at_once_one_line_each(capsys):
             "accumulate=2: renamed to accumulate_grad_batches; use accumulate_grad_batches=2",
         ),
         (["sample", "accumulate=2"], "accumulate=2: unknown key"),
+        (["train", "times=uniform"], "times=uniform: renamed to time_sampling; use time_sampling=uniform"),
+        (["train", "times.bins=4"], "times.bins=4: renamed to time_sampling; use time_sampling.bins=4"),
         (["train", "max_steps=null"], "max_steps: no budget; set max_steps, max_epochs or max_time"),
         (["train", "max_time=5x"], "max_time=5x: should be a duration such as 90s"),
         (["train", "name=../x"], "name=../x: should be a folder name of letters"),

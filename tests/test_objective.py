@@ -368,7 +368,7 @@ def test_what_cannot_be_trained_is_refused(schedules, objective, learn, tag, mes
 
 def test_the_bound_wants_the_timesteps(schedules):
     denoiser = Denoiser(nn.Identity(), schedules["cosine"], Eps())
-    with pytest.raises(ValueError, match="times=log_normal: the bound is a mean over the timesteps"):
+    with pytest.raises(ValueError, match="time_sampling=log_normal: the bound is a mean over the timesteps"):
         VLB(variance="small", label_dropout=0.0).check(denoiser, LogNormal(mean=0.0, std=1.0))
     VLB(variance="small", label_dropout=0.0).check(
         denoiser, LossSecondMoment(bins=10, memory=2, uniform_share=0.1)
@@ -514,11 +514,11 @@ def test_every_bin_fills_and_sampling_by_importance_begins(schedules, tag, bins)
 
 def test_more_bins_than_timesteps_are_refused():
     times = LossSecondMoment(bins=101, memory=2, uniform_share=0.001)
-    with pytest.raises(ValueError, match=r"times.bins=101: .*take 100"):
+    with pytest.raises(ValueError, match=r"time_sampling.bins=101: .*take 100"):
         times.check(process("cosine", 100))
 
 
-@pytest.mark.parametrize("file", sorted(CONF.glob("times/*.yaml")), ids=lambda file: file.stem)
+@pytest.mark.parametrize("file", sorted(CONF.glob("time_sampling/*.yaml")), ids=lambda file: file.stem)
 def test_every_distribution_stays_within_every_process(schedules, file):
     times = build(yaml.safe_load(file.read_text()))
     for tag in SCHEDULES:

@@ -112,7 +112,16 @@ def test_a_widened_network_leaves_the_rate_of_a_narrow_one(on_cpu):
 def test_a_preset_keeps_its_recipe_on_other_data(name, tmp_path, on_gpu):
     own = f"dataset.path={photos(tmp_path / 'photos', (40, 50))}"
     published, moved = (train_config(f"experiment={name}", *words) for words in ([], ["dataset=folder", own]))
-    for key in ("model", "optimizer", "batch_size", "max_steps", "ema", "schedule", "objective", "times"):
+    for key in (
+        "model",
+        "optimizer",
+        "batch_size",
+        "max_steps",
+        "ema",
+        "schedule",
+        "objective",
+        "time_sampling",
+    ):
         assert getattr(moved, key) == getattr(published, key), key
 
 

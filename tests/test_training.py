@@ -171,7 +171,7 @@ def test_the_optimizer_steps_once_a_batch_whatever_the_parts(tmp_path):
 
 
 def test_a_run_goes_on_in_more_parts_where_memory_is_short(tmp_path):
-    words = ["dataset.flip=true", "times=stratified"]
+    words = ["dataset.flip=true", "time_sampling=stratified"]
     assert train(tmp_path / "whole", "max_steps=6", *words) == 0
     assert train(tmp_path / "parts", "max_steps=3", *words) == 0
     assert train(tmp_path / "parts", "max_steps=6", *words, "accumulate_grad_batches=4") == 0
@@ -372,7 +372,7 @@ def test_two_processes_do_not_train_in_one_folder(tmp_path, capsys):
 
 
 def test_importance_sampling_is_taken_up_again_too(tmp_path):
-    words = ["times=loss_second_moment", "times.bins=4", "times.memory=3"]
+    words = ["time_sampling=loss_second_moment", "time_sampling.bins=4", "time_sampling.memory=3"]
     assert train(tmp_path / "whole", "max_steps=8", *words) == 0
     assert train(tmp_path / "parts", "max_steps=5", *words) == 0
     assert train(tmp_path / "parts", "max_steps=8", *words) == 0

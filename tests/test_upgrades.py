@@ -13,7 +13,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from diffusion_cli.cli import run
-from diffusion_cli.config import load
+from diffusion_cli.config import TrainConfig, load
 from diffusion_cli.errors import UsageError
 from diffusion_cli.runs.checkpoint import read, save
 from diffusion_cli.runs.migrate import FORMAT, MIGRATIONS, MODULES_OF_FORMAT_4, as_of_format_4, migrated
@@ -182,7 +182,14 @@ def test_names_of_classes_come_forward_and_go_back(target):
     assert as_of_format_4(forward) == node
 
 
-@pytest.mark.parametrize(("then", "now"), [({"accumulate": 2}, {"accumulate_grad_batches": 2})])
+@pytest.mark.parametrize(
+    ("then", "now"),
+    [
+        ({"accumulate": 2}, {"accumulate_grad_batches": 2}),
+        ({"times": None}, {"time_sampling": None}),
+        ({"times": {"_target_": "Uniform"}}, {"time_sampling": {"_target_": "Uniform"}}),
+    ],
+)
 def test_keys_of_format_5_come_forward_and_go_back(then, now):
     assert migrated({"config": then}, 5) == migrated({"config": then}) == {"config": now}
     assert migrated({"config": now}) == {"config": now}
@@ -208,12 +215,34 @@ def test_a_checkpoint_of_format_5_is_read(stored):
 
 def test_an_earlier_key_in_an_option_file_gives_its_new_name(tmp_path):
     (tmp_path / "experiment").mkdir()
-    (tmp_path / "experiment" / "mine.yaml").write_text("# @package _global_\naccumulate: 2\n")
+    option = "# @package _global_\naccumulate: 2\ntimes:\n  bins: 4\n"
+    (tmp_path / "experiment" / "mine.yaml").write_text(option)
     with pytest.raises(UsageError) as error:
         load("train", ["experiment=mine"], [tmp_path])
     assert error.value.lines == (
         "accumulate=2: renamed to accumulate_grad_batches; use accumulate_grad_batches=2",
+        "times.bins=4: renamed to time_sampling; use time_sampling.bins=4",
     )
+
+
+def test_an_earlier_group_in_an_option_file_gives_its_new_name(tmp_path):
+    (tmp_path / "experiment").mkdir()
+    (tmp_path / "times").mkdir()
+    file = tmp_path / "experiment" / "mine.yaml"
+    file.write_text("# @package _global_\ndefaults:\n  - override /times: stratified\n")
+    with pytest.raises(UsageError) as error:
+        load("train", ["experiment=mine"], [tmp_path])
+    assert error.value.lines == (
+        f"{tmp_path / 'times'}: renamed to time_sampling; rename the folder to time_sampling",
+        f"{file}: times is renamed to time_sampling; write override /time_sampling: stratified",
+    )
+
+
+def test_the_name_of_a_run_has_the_words_of_then():
+    words = ["time_sampling=loss_second_moment", "time_sampling.bins=4", "time_sampling.memory=3", "seed=3"]
+    config = load("train", words)
+    assert isinstance(config, TrainConfig)
+    assert config.name == "digits-cosine-loss_second_moment-seed_3-bins_4-memory_3"
 
 
 def test_a_checkpoint_of_a_newer_version_asks_for_an_upgrade(stored, capsys):

@@ -53,6 +53,8 @@ RUN_DATA = ("dataset.path", "dataset.masks")
 
 def load(command: str, overrides: Sequence[str], dirs: Sequence[Path] = ()) -> Config:
     """Compose and check the configuration of a command; raises UsageError with all of them at once."""
+    if renamed := renamed_in_files(command, overrides, dirs):
+        raise UsageError.several(renamed)
     choosing, setting, mistakes = _sort(command, list(map(as_typed, overrides)), dirs)
     try:
         composed, unknown = (
@@ -294,7 +296,7 @@ def _sort(
     groups = defaults(command)
     choosing: list[str] = []
     setting: dict[str, str] = {}
-    mistakes = renamed_in_files(command, overrides, dirs)
+    mistakes: list[Problem] = []
     for text in overrides:
         try:
             item = parse(text)

@@ -10,7 +10,7 @@ from typing import Any
 
 from diffusion_cli.config.catalogue import brought_by, defaults, options
 from diffusion_cli.errors import format_value
-from diffusion_cli.runs.migrate import as_of_format_4
+from diffusion_cli.runs.migrate import as_of_format_4, key_of_format_4
 
 # Keys that say how far, how fast and where, but not what: a run may go on with other values of them.
 NOT_IDENTITY = frozenset(
@@ -106,9 +106,11 @@ def run_name(
         if group not in NOT_IDENTITY | {"dataset", "schedule"} and option != usual[group]
     ]
     before, now = identity(implied), identity(config)
-    changed = [(key, value) for key, value in sorted(now.items()) if before.get(key, ...) != value]
+    changed = {key_of_format_4(key): now[key] for key in now if before.get(key, ...) != now[key]}
     # Last parts of keys and paths only: the folder's config.yaml tells apart what this does not.
-    words += [f"{key.rpartition('.')[2]}_{Path(format_value(value)).name}" for key, value in changed]
+    words += [
+        f"{key.rpartition('.')[2]}_{Path(format_value(value)).name}" for key, value in sorted(changed.items())
+    ]
     name = re.sub(r"[^\w.+-]+", "_", "-".join(words))
     if len(name) > 120:
         name = f"{name[:100]}-{hashlib.sha256(name.encode()).hexdigest()[:10]}"

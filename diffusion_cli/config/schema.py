@@ -97,7 +97,7 @@ class TrainConfig(BaseModel):
     dataset: Node
     schedule: Node | None = None  # without noise there are none of these four
     parameterization: Node | None = None
-    times: Node | None = None
+    time_sampling: Node | None = None
     sampler: Node | None = None
     model: Node
     objective: Node
@@ -138,7 +138,9 @@ class TrainConfig(BaseModel):
             raise UsageError(
                 "keep_best", self.keep_best, f"is not among metric=[{','.join(self.metric)}]", "add it there"
             )
-        noising = {key: getattr(self, key) for key in ("schedule", "parameterization", "times", "sampler")}
+        noising = {
+            key: getattr(self, key) for key in ("schedule", "parameterization", "time_sampling", "sampler")
+        }
         if None in noising.values() and any(noising.values()):
             named = ", ".join(key for key, node in noising.items() if node)
             raise UsageError(

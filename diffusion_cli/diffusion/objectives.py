@@ -236,7 +236,7 @@ def _check_bound(objective: Objective, denoiser: Denoiser, times: Times) -> None
     if not times.uniform:
         name = "".join(f"_{c.lower()}" if c.isupper() else c for c in type(times).__name__).strip("_")
         raise UsageError(
-            "times",
+            "time_sampling",
             name,
             "the bound is a mean over the timesteps",
             "take uniform, stratified or loss_second_moment",

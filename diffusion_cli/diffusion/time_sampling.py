@@ -107,7 +107,7 @@ class LossSecondMoment(Times):
     def check(self, schedule: Schedule) -> None:
         if isinstance(schedule, Discrete) and self.bins > schedule.num_timesteps:
             raise UsageError(
-                "times.bins",
+                "time_sampling.bins",
                 self.bins,
                 "some would stay empty",
                 f"take {schedule.num_timesteps}, the number of timesteps, or fewer",

@@ -32,6 +32,7 @@ MODULES_OF_FORMAT_4 = {
 """Modules of the package that moved after format 4, whose classes configurations name."""
 KEYS_OF_FORMAT_5 = {
     "accumulate": "accumulate_grad_batches",
+    "times": "time_sampling",
 }
 """Keys of configurations that have another name since format 5."""
 
@@ -61,6 +62,12 @@ def as_of_format_4(value: Any) -> Any:
         return f"{package}.{former_modules.get(module, module)}.{name}"
 
     return _with_targets(_with_keys(value, {new: old for old, new in KEYS_OF_FORMAT_5.items()}), former)
+
+
+def key_of_format_4(key: str) -> str:
+    """Return a dotted key in the words of format 4, for names of runs that must not change."""
+    former = {new: old for old, new in KEYS_OF_FORMAT_5.items()}
+    return ".".join(former.get(part, part) for part in key.split("."))
 
 
 def _rename_classes(value: Any) -> Any:

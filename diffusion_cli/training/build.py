@@ -142,7 +142,7 @@ def _process(config: TrainConfig, network: nn.Module, objective: Objective[Any])
     schedule = build(config.schedule)
     sampler: Sampler = build(config.sampler, schedule)
     model = objective.trains(network, schedule, build(config.parameterization))
-    times: Times = build(config.times)
+    times: Times = build(config.time_sampling)
     times.check(schedule)
     objective.check(model, times)
     if isinstance(model, Denoiser):

@@ -136,7 +136,7 @@ class Schedules(Figure):
     of = ("schedule",)
     formats = ("png", "pdf", "svg")
 
-    def __init__(self, *, points: Frames) -> None:
+    def __init__(self, *, points: Frames = 1000) -> None:
         self.points = points
 
     def draw(self, configs: Mapping[str, PlotConfig], path: Path) -> None:
@@ -174,7 +174,7 @@ class Forward(Figure):
     of = ("schedule", "image")
     formats = ("png",)
 
-    def __init__(self, *, dataset: str, split: Split, frames: Frames) -> None:
+    def __init__(self, *, dataset: str = "digits", split: Split = "held_out", frames: Frames = 10) -> None:
         self.dataset, self.frames = dataset, frames
         self.split: Split = split
 
@@ -218,7 +218,7 @@ class Losses(Figure):
     of = ("run",)
     formats = ("png", "pdf", "svg")
 
-    def __init__(self, *, log: bool) -> None:
+    def __init__(self, *, log: bool = True) -> None:
         self.log = log
 
     def draw(self, configs: Mapping[str, PlotConfig], path: Path) -> None:
@@ -255,7 +255,7 @@ class Previews(Figure):
     of = ("run",)
     formats = ("png", "gif")
 
-    def __init__(self, *, frames: Frames) -> None:
+    def __init__(self, *, frames: Frames = 6) -> None:
         self.frames = frames
 
     def draw(self, configs: Mapping[str, PlotConfig], path: Path) -> None:

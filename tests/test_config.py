@@ -3,15 +3,20 @@
 import importlib
 import inspect
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+import torch
 import yaml
+from torch import nn
 
 from diffusion_cli import config
 from diffusion_cli.config import (
     COMMANDS,
     CONF,
     as_typed,
+    build,
     check_node,
     expand,
     launcher,
@@ -21,6 +26,7 @@ from diffusion_cli.config import (
     signature,
 )
 from diffusion_cli.config.schema import SlurmConfig
+from diffusion_cli.diffusion.schedules import Cosine
 from diffusion_cli.errors import UsageError
 
 OPTIONS = sorted(file for file in CONF.glob("*/*.yaml"))
@@ -40,17 +46,9 @@ def nodes(file: Path) -> dict:
 @pytest.mark.parametrize("file", OPTIONS, ids=lambda file: f"{file.parent.name}/{file.stem}")
 def test_every_option_names_every_argument_of_a_class_of_ours_and_says_what_it_is(file):
     for key, node in nodes(file).items():
-        module, _, name = node["_target_"].rpartition(".")
-        target = getattr(importlib.import_module(module), name)
-        parameters = inspect.signature(target).parameters.values()
-        configurable = {p.name for p in parameters if p.kind is p.KEYWORD_ONLY}
-        assert set(node) - {"_target_"} == configurable
-        assert all(p.default is p.empty for p in parameters if p.kind is p.KEYWORD_ONLY), (
-            "defaults live in the YAML"
-        )
-        assert set(signature(node["_target_"]) or {}) == configurable, (
-            "the static reading agrees with Python's"
-        )
+        arguments = set(configurable(node["_target_"]))
+        assert set(node) - {"_target_"} == arguments
+        assert set(signature(node["_target_"]) or {}) == arguments, "the static reading agrees with Python's"
         # What the recipe fills in is checked where it has done so, in every composed configuration.
         plain = {k: v for k, v in node.items() if v not in ("???", "auto") and not str(v).startswith("${")}
         complaints = [line for line in check_node(key, plain) if "missing" not in line.problem]
@@ -58,6 +56,110 @@ def test_every_option_names_every_argument_of_a_class_of_ours_and_says_what_it_i
     assert config.summary(file)
     for key, _, comment in config.documented(file, file.parent.name):
         assert comment or key in ("dataset", "ema", *nodes(file)), f"{key} has no comment"
+
+
+# --- Defaults of constructors --------------------
+
+
+def usual_options() -> dict[str, list[tuple[str, dict]]]:
+    """For each class in conf/, the group and the node of each option that may have its defaults.
+
+    These are the options that a command chooses by default or a task brings; all options of the class, where none is.
+    """
+    choices = [config.defaults(command) for command in COMMANDS]
+    choices += [config.brought_by(file) for file in CONF.glob("task/*.yaml")]
+    chosen = {
+        (group, name)
+        for choice in choices
+        for group, names in choice.items()
+        for name in (names if isinstance(names, list) else [names])
+    }
+    options = [(file.parent.name, file.stem, node) for file in OPTIONS for node in nodes(file).values()]
+    usual = {}
+    for target in {node["_target_"]: None for _, _, node in options}:
+        same = [option for option in options if option[2]["_target_"] == target]
+        usual[target] = [(group, node) for group, name, node in same if (group, name) in chosen] or [
+            (group, node) for group, _, node in same
+        ]
+    return usual
+
+
+USUAL = usual_options()
+
+
+def found(target: str) -> Any:
+    module, _, name = target.rpartition(".")
+    return getattr(importlib.import_module(module), name)
+
+
+def configurable(target: str) -> dict[str, Any]:
+    """The keyword-only arguments of a class or a function, with their defaults."""
+    parameters = inspect.signature(found(target)).parameters.values()
+    return {each.name: each.default for each in parameters if each.kind is each.KEYWORD_ONLY}
+
+
+def frozen(value: Any) -> Any:
+    """A value with tuples in place of lists."""
+    return tuple(map(frozen, value)) if isinstance(value, list) else value
+
+
+def left_open(group: str, node: dict) -> set[str]:
+    """Arguments without a value of their own: `???`, and what a whole command resolves (`auto`, `${...}`)."""
+    refused = {problem.key for problem in check_node(group, node)}
+    return {name for name, value in node.items() if value == "???" or f"{group}.{name}" in refused}
+
+
+def differences(group: str, node: dict) -> dict[str, Any]:
+    """Defaults that are not the values of an option; one left open has none, or that which turns it off."""
+    off, unlike, unset = (inspect.Parameter.empty, None, 0), {}, left_open(group, node)
+    for name, default in configurable(node["_target_"]).items():
+        accepted = off if name in unset else (frozen(node[name]),)
+        if (default, type(default)) not in [(value, type(value)) for value in accepted]:
+            unlike[name] = default
+    return unlike
+
+
+@pytest.mark.parametrize("target", USUAL)
+def test_defaults_of_a_constructor_are_the_values_of_its_usual_option(target):
+    assert {} in [differences(group, node) for group, node in USUAL[target]]
+
+
+SUPPLIED = {
+    "schedule": (),
+    "parameterization": (),
+    "objective": (),
+    "times": (),
+    "method": (),
+    "guidance": (SimpleNamespace(denoiser=lambda *names: names, classifier=str),),
+    "sampler": (Cosine(),),
+    "model": ((3, 16, 16), 4),
+}
+"""What the program supplies to the classes of a group."""
+
+
+def state(part: Any) -> Any:
+    """The attributes of an object and of what it is made of, for a comparison."""
+    if isinstance(part, torch.Tensor):
+        return tuple(part.shape), part.numpy(force=True).tobytes()
+    if isinstance(part, nn.Module):
+        return repr(part), state(part.state_dict())
+    if isinstance(part, dict):
+        return {key: state(value) for key, value in part.items()}
+    if isinstance(part, list | tuple):
+        return tuple(map(state, part))
+    return (type(part), state(vars(part))) if hasattr(part, "__dict__") else part
+
+
+@pytest.mark.parametrize("target", [target for target in USUAL if USUAL[target][0][0] in SUPPLIED])
+def test_a_part_is_built_without_naming_an_argument(target):
+    group, node = next(option for option in USUAL[target] if not differences(*option))
+    given = {name: "x" for name in left_open(group, node) if node[name] == "???"}
+    supplied = ((3, 16), None) if target.endswith(".SetTransformer") else SUPPLIED[group]
+    states = []
+    for make in (lambda: found(target)(*supplied, **given), lambda: build(node | given, *supplied)):
+        torch.manual_seed(0)
+        states.append(state(make()))
+    assert states[0] == states[1]
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -16,8 +16,10 @@ import diffusion_cli as diffuse
 from diffusion_cli import model as api
 from diffusion_cli.cli import run
 from diffusion_cli.metrics import read_history
+from diffusion_cli.samplers import DPMSolverMultistep
 
 STORED = Path(__file__).parent / "stored_runs" / "format_4.zip"
+DOCS = Path(__file__).parent.parent / "docs"
 FP32 = ["precision=fp32"]
 
 
@@ -69,6 +71,13 @@ def test_a_sampler_made_by_hand_equals_the_named_one(here):
     by_name = model.sample(2, steps=4, sampler="dpmpp_2m", overrides=["sampler.spacing=karras", *FP32])
     assert torch.equal(model.sample(2, steps=4, sampler=sampler, overrides=FP32), by_name)
     assert not torch.equal(model.sample(2, steps=4, sampler="dpmpp_2m", overrides=FP32), by_name)
+
+
+def test_a_sampler_made_of_its_class_is_the_one_of_the_command(here):
+    model = diffuse.load("outputs/denoiser")
+    by_name = model.sample(2, steps=4, sampler="dpmpp_2m", overrides=FP32)
+    sampler = DPMSolverMultistep(model.denoiser.schedule)
+    assert torch.equal(model.sample(2, steps=4, sampler=sampler, overrides=FP32), by_name)
 
 
 def test_edits_equal_those_of_the_command(here):
@@ -194,6 +203,12 @@ def test_gradients_flow_through_what_follows_the_model(here):
     (model.denoise(torch.zeros(1, 1, 8, 8), 0.5).x0 * weight).sum().backward()
     (model.encode(torch.zeros(1, 1, 8, 8, dtype=torch.uint8)) * weight).sum().backward()
     assert weight.grad is not None
+
+
+def test_the_examples_of_the_documentation_run():
+    results = doctest.testfile(str(DOCS / "python.md"), module_relative=False)
+    assert results.attempted == 5
+    assert results.failed == 0
 
 
 def test_the_examples_run(here, monkeypatch):

@@ -30,7 +30,7 @@ from diffusion_cli.errors import Problem, UsageError, format_value
 
 # What annotations of configurable arguments may be made of.
 VOCABULARY = {
-    "int": int, "float": float, "bool": bool, "str": str, "list": list, "dict": dict,
+    "int": int, "float": float, "bool": bool, "str": str, "list": list, "dict": dict, "Sequence": list,
     "Literal": Literal, "Annotated": Annotated, "Field": Field,
     "PositiveInt": PositiveInt, "NonNegativeInt": NonNegativeInt,
     "PositiveFloat": PositiveFloat, "NonNegativeFloat": NonNegativeFloat,

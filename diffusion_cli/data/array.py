@@ -45,10 +45,10 @@ class Array(Dataset):
         data_dir: str,
         *,
         path: str,
-        range: Range | list[Range] | None,
-        flip: bool,
-        held_out: Annotated[float, Field(ge=0, lt=1)] | None,
-        in_memory: bool | None,
+        range: Range | list[Range] | None = None,
+        flip: bool = False,
+        held_out: Annotated[float, Field(ge=0, lt=1)] | None = None,
+        in_memory: bool | None = None,
     ) -> None:
         super().__init__(data_dir)
         self.path = Path(path).expanduser()

@@ -20,7 +20,9 @@ class Digits(Dataset):
     shape = (1, 8, 8)
     class_names = tuple("0123456789")
 
-    def __init__(self, data_dir: str, *, held_out: Annotated[float, Field(ge=0, lt=1)], flip: bool) -> None:
+    def __init__(
+        self, data_dir: str, *, held_out: Annotated[float, Field(ge=0, lt=1)] = 0.2, flip: bool = False
+    ) -> None:
         super().__init__(data_dir)
         self.held_out = held_out
         self.flip = flip

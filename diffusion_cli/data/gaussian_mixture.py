@@ -1,6 +1,7 @@
 """A dataset whose density, score and posterior mean are known in closed form at every noise level."""
 
 import math
+from collections.abc import Sequence
 from typing import Annotated
 
 import torch
@@ -31,12 +32,16 @@ class GaussianMixture(Dataset):
         self,
         data_dir: str,
         *,
-        means: list[list[float]],
-        stds: list[float],
-        weights: list[float],
-        shape: list[int],
-        size: Annotated[int, Field(ge=1, le=10**7)],
-        seed: NonNegativeInt,
+        means: Sequence[Sequence[float]] = (
+            (-0.6, -0.2, 0.3, 0.5),
+            (0.5, 0.4, -0.4, 0.1),
+            (0.1, -0.7, 0.6, -0.5),
+        ),
+        stds: Sequence[float] = (0.1, 0.2, 0.15),
+        weights: Sequence[float] = (0.5, 0.3, 0.2),
+        shape: Sequence[int] = (1, 2, 2),
+        size: Annotated[int, Field(ge=1, le=10**7)] = 10000,
+        seed: NonNegativeInt = 0,
     ) -> None:
         super().__init__(data_dir)
         if len(shape) != 3 or min(shape) < 1:

@@ -31,7 +31,7 @@ class Pack:
     of these alone.
     """
 
-    def __init__(self, *, processes: NonNegativeInt | None) -> None:
+    def __init__(self, *, processes: NonNegativeInt | None = None) -> None:
         self.processes = processes
 
     def __call__(self, dataset: Dataset, path: Path) -> int:

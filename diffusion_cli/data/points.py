@@ -42,12 +42,12 @@ class Points(Dataset):
         data_dir: str,
         rules: int = RULES,
         *,
-        path: str | None,
-        num_points: Annotated[int, Field(ge=1, le=10**6)],
-        radius: PositiveFloat | None,
-        labels: Literal["auto", "folders", "csv", "none"],
-        size: Annotated[int, Field(ge=1, le=10**7)],
-        held_out: Annotated[float, Field(ge=0, lt=1)],
+        path: str | None = None,
+        num_points: Annotated[int, Field(ge=1, le=10**6)] = 256,
+        radius: PositiveFloat | None = None,
+        labels: Literal["auto", "folders", "csv", "none"] = "auto",
+        size: Annotated[int, Field(ge=1, le=10**7)] = 5000,
+        held_out: Annotated[float, Field(ge=0, lt=1)] = 0.1,
     ) -> None:
         super().__init__(data_dir)
         self.rules = rules

@@ -67,7 +67,7 @@ class MNIST(_Published):
     files = "the four *-ubyte.gz files of https://ossci-datasets.s3.amazonaws.com/mnist/ and gunzip them"
     class_names = tuple("0123456789")
 
-    def __init__(self, data_dir: str, *, size: Literal[28, 32], flip: bool) -> None:
+    def __init__(self, data_dir: str, *, size: Literal[28, 32] = 32, flip: bool = False) -> None:
         super().__init__(data_dir)
         self.shape = (1, size, size)
         self.flip = flip
@@ -97,7 +97,7 @@ class FashionMNIST(MNIST):
         *("Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot"),
     )
 
-    def __init__(self, data_dir: str, *, size: Literal[28, 32], flip: bool) -> None:
+    def __init__(self, data_dir: str, *, size: Literal[28, 32] = 32, flip: bool = False) -> None:
         super().__init__(data_dir, size=size, flip=flip)
 
 
@@ -113,7 +113,7 @@ class CIFAR10(_Published):
         *("dog", "frog", "horse", "ship", "truck"),
     )
 
-    def __init__(self, data_dir: str, *, flip: bool) -> None:
+    def __init__(self, data_dir: str, *, flip: bool = True) -> None:
         super().__init__(data_dir)
         self.flip = flip
 

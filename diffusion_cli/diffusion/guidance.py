@@ -162,11 +162,11 @@ class ClassifierFree(LinearGuidance):
         self,
         guides: Guides,
         *,
-        scale: NonNegativeFloat,
-        interval: list[NonNegativeFloat] | None,
-        rescale: Share,
-        dynamic_threshold: Quantile | None,
-        max_threshold: Threshold | None,
+        scale: NonNegativeFloat = 2.0,
+        interval: list[NonNegativeFloat] | None = None,
+        rescale: Share = 0.0,
+        dynamic_threshold: Quantile | None = None,
+        max_threshold: Threshold | None = None,
     ) -> None:
         super().__init__(scale, interval, rescale, dynamic_threshold, max_threshold)
 
@@ -210,13 +210,13 @@ class AutoGuidance(LinearGuidance):
         self,
         guides: Guides,
         *,
-        run: str | None,
-        step: NonNegativeInt | None,
-        scale: NonNegativeFloat,
-        interval: list[NonNegativeFloat] | None,
-        rescale: Share,
-        dynamic_threshold: Quantile | None,
-        max_threshold: Threshold | None,
+        run: str | None = None,
+        step: NonNegativeInt | None = None,
+        scale: NonNegativeFloat = 2.0,
+        interval: list[NonNegativeFloat] | None = None,
+        rescale: Share = 0.0,
+        dynamic_threshold: Quantile | None = None,
+        max_threshold: Threshold | None = None,
     ) -> None:
         super().__init__(scale, interval, rescale, dynamic_threshold, max_threshold)
         self.guide = guides.denoiser(run, step)
@@ -246,10 +246,10 @@ class ClassifierGuidance(Guided):
         guides: Guides,
         *,
         run: str,
-        scale: NonNegativeFloat,
-        interval: list[NonNegativeFloat] | None,
-        dynamic_threshold: Quantile | None,
-        max_threshold: Threshold | None,
+        scale: NonNegativeFloat = 1.0,
+        interval: list[NonNegativeFloat] | None = None,
+        dynamic_threshold: Quantile | None = None,
+        max_threshold: Threshold | None = None,
     ) -> None:
         super().__init__(scale, interval, dynamic_threshold, max_threshold)
         self.classifier = guides.classifier(run)

@@ -65,7 +65,7 @@ class Weighted(Objective[Denoiser]):
     signal-to-noise ratio, in terms of the error of x_0; the mean is over pixels.
     """
 
-    def __init__(self, *, huber_delta: PositiveFloat | None, label_dropout: Dropout) -> None:
+    def __init__(self, *, huber_delta: PositiveFloat | None = None, label_dropout: Dropout = 0.1) -> None:
         self.huber_delta, self.label_dropout = huber_delta, label_dropout
 
     @abstractmethod
@@ -127,7 +127,11 @@ class MinSNR(Weighted):
     """`w = min(SNR, gamma)`: no level counts for more than its share (Hang et al. 2023, Eq. 10)."""
 
     def __init__(
-        self, *, gamma: PositiveFloat, huber_delta: PositiveFloat | None, label_dropout: Dropout
+        self,
+        *,
+        gamma: PositiveFloat = 5.0,
+        huber_delta: PositiveFloat | None = None,
+        label_dropout: Dropout = 0.1,
     ) -> None:
         super().__init__(huber_delta=huber_delta, label_dropout=label_dropout)
         self.gamma = gamma
@@ -140,7 +144,11 @@ class EDMObjective(Weighted):
     """`w = SNR + 1 / sigma_data^2`, so that every level starts with the same loss (Karras et al. 2022, Table 1)."""
 
     def __init__(
-        self, *, sigma_data: PositiveFloat, huber_delta: PositiveFloat | None, label_dropout: Dropout
+        self,
+        *,
+        sigma_data: PositiveFloat = 0.5,
+        huber_delta: PositiveFloat | None = None,
+        label_dropout: Dropout = 0.1,
     ) -> None:
         super().__init__(huber_delta=huber_delta, label_dropout=label_dropout)
         self.sigma_data = sigma_data
@@ -157,7 +165,9 @@ class VLB(Objective[Denoiser]):
 
     compares_to_zero = False
 
-    def __init__(self, *, variance: Literal["learned", "small", "large"], label_dropout: Dropout) -> None:
+    def __init__(
+        self, *, variance: Literal["learned", "small", "large"] = "small", label_dropout: Dropout = 0.1
+    ) -> None:
         self.variance: Literal["learned", "small", "large"] = variance
         self.label_dropout = label_dropout
 
@@ -181,7 +191,7 @@ class VLB(Objective[Denoiser]):
 class Hybrid(Objective[Denoiser]):
     """`L_simple + vlb_weight L_vlb`, the bound training only the variance (Nichol & Dhariwal 2021, Eq. 16)."""
 
-    def __init__(self, *, vlb_weight: PositiveFloat, label_dropout: Dropout) -> None:
+    def __init__(self, *, vlb_weight: PositiveFloat = 0.001, label_dropout: Dropout = 0.1) -> None:
         self.vlb_weight, self.label_dropout = vlb_weight, label_dropout
 
     def check(self, model: Denoiser, times: Times) -> None:
@@ -210,7 +220,7 @@ class CrossEntropy(Objective[NoisyClassifier]):
 
     trains = NoisyClassifier
 
-    def __init__(self, *, label_smoothing: Annotated[float, Field(ge=0, lt=1)]) -> None:
+    def __init__(self, *, label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0) -> None:
         self.label_smoothing = label_smoothing
 
     def check(self, model: NoisyClassifier, times: Times) -> None:

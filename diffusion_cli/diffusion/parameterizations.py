@@ -106,7 +106,7 @@ class EDMPreconditioning(Parameterization):
     `c_in = 1 / sqrt(D)`; the network is told log(sigma / alpha) / 4, at most MAX_C_NOISE.
     """
 
-    def __init__(self, *, sigma_data: PositiveFloat) -> None:
+    def __init__(self, *, sigma_data: PositiveFloat = 0.5) -> None:
         self.sigma_data = sigma_data
 
     def __call__(self, schedule: Schedule, t: Tensor) -> Coefficients:

@@ -63,7 +63,7 @@ class Stratified(Times):
 class LogNormal(Times):
     """log(sigma / alpha) is normal, its ends cut to the schedule's (Karras et al. 2022, Table 1)."""
 
-    def __init__(self, *, mean: float, std: PositiveFloat) -> None:
+    def __init__(self, *, mean: float = -1.2, std: PositiveFloat = 1.2) -> None:
         super().__init__()
         self.mean, self.std = mean, std
 
@@ -75,7 +75,7 @@ class LogNormal(Times):
 class LogitNormal(Times):
     """log(t / (1 - t)) is normal, for straight paths (Esser et al. 2024, Eq. 19)."""
 
-    def __init__(self, *, mean: float, std: PositiveFloat) -> None:
+    def __init__(self, *, mean: float = 0.0, std: PositiveFloat = 1.0) -> None:
         super().__init__()
         self.mean, self.std = mean, std
 
@@ -97,7 +97,11 @@ class LossSecondMoment(Times):
     count: Tensor
 
     def __init__(
-        self, *, bins: PositiveInt, memory: PositiveInt, uniform_share: Annotated[float, Field(gt=0, le=1)]
+        self,
+        *,
+        bins: PositiveInt = 1000,
+        memory: PositiveInt = 10,
+        uniform_share: Annotated[float, Field(gt=0, le=1)] = 0.001,
     ) -> None:
         super().__init__()
         self.bins, self.memory, self.uniform_share = bins, memory, uniform_share

@@ -53,7 +53,7 @@ class RePaint(Replacement):
     after each jump back, and is of first order where the stretches are one step long.
     """
 
-    def __init__(self, *, num_resamples: PositiveInt, jump_length: PositiveInt) -> None:
+    def __init__(self, *, num_resamples: PositiveInt = 5, jump_length: PositiveInt = 1) -> None:
         self.num_resamples, self.jump_length = num_resamples, jump_length
 
 
@@ -66,7 +66,7 @@ class DPS(RestorationMethod):
 
     differentiates = True
 
-    def __init__(self, *, scale: PositiveFloat) -> None:
+    def __init__(self, *, scale: PositiveFloat = 1.0) -> None:
         self.scale = scale
 
     def restore(self, process: EditProcess, operator: LinearOperator, y: Tensor) -> Iterator[Tensor]:

@@ -47,7 +47,9 @@ class Inpaint(Restoration):
 
     masks = True
 
-    def __init__(self, shape: Shape, read_mask: ReadMask, *, mask: str | list[NonNegativeInt]) -> None:
+    def __init__(
+        self, shape: Shape, read_mask: ReadMask, *, mask: str | list[NonNegativeInt] = "centre"
+    ) -> None:
         super().__init__(shape, read_mask)
         _, *sizes = shape
         self.known = torch.ones(1, 1, *sizes, dtype=torch.bool)
@@ -113,11 +115,11 @@ class Outpaint(Restoration):
         shape: Shape,
         read_mask: ReadMask,
         *,
-        left: NonNegativeInt,
-        right: NonNegativeInt,
-        top: NonNegativeInt,
-        bottom: NonNegativeInt,
-        canvas: Literal["grow", "keep"],
+        left: NonNegativeInt = 0,
+        right: NonNegativeInt = 0,
+        top: NonNegativeInt = 0,
+        bottom: NonNegativeInt = 0,
+        canvas: Literal["grow", "keep"] = "grow",
     ) -> None:
         super().__init__(shape, read_mask)
         self.sides = (left, right, top, bottom)
@@ -173,7 +175,7 @@ class Colorize(Restoration):
 class SuperResolution(Restoration):
     """Enlarge images `factor` times, to the model's size; images of that size are reduced first."""
 
-    def __init__(self, shape: Shape, read_mask: ReadMask, *, factor: Annotated[int, Field(ge=2)]) -> None:
+    def __init__(self, shape: Shape, read_mask: ReadMask, *, factor: Annotated[int, Field(ge=2)] = 2) -> None:
         super().__init__(shape, read_mask)
         _, *sizes = shape
         if any(size % factor for size in sizes):

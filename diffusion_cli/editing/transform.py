@@ -32,7 +32,7 @@ def encode(process: EditProcess, denoise: Denoise, images: Tensor, times: Tensor
 class PartialNoising(Edit):
     """An edit that goes to the time `strength` and back."""
 
-    def __init__(self, shape: Shape, read_mask: ReadMask, *, strength: Strength) -> None:
+    def __init__(self, shape: Shape, read_mask: ReadMask, *, strength: Strength = 0.9) -> None:
         super().__init__(shape, read_mask)
         self.strength = strength
 
@@ -44,6 +44,9 @@ class Img2Img(PartialNoising):
     """
 
     starts_from_noise = True
+
+    def __init__(self, shape: Shape, read_mask: ReadMask, *, strength: Strength = 0.5) -> None:
+        super().__init__(shape, read_mask, strength=strength)
 
     def __call__(self, images: Tensor, process: EditProcess) -> EditResult:
         times = start_grid_at(process.times, self.strength)
@@ -71,7 +74,7 @@ class Attribute(Edit):
     """
 
     def __init__(
-        self, shape: Shape, read_mask: ReadMask, *, source: int | str | None, strength: Strength
+        self, shape: Shape, read_mask: ReadMask, *, source: int | str | None = None, strength: Strength = 0.7
     ) -> None:
         super().__init__(shape, read_mask)
         self.source, self.strength = source, strength
@@ -102,9 +105,9 @@ class Interpolate(Edit):
         shape: Shape,
         read_mask: ReadMask,
         *,
-        frames: Annotated[int, Field(ge=2)],
-        seeds: list[Seed] | None,
-        strength: Strength,
+        frames: Annotated[int, Field(ge=2)] = 9,
+        seeds: list[Seed] | None = None,
+        strength: Strength = 0.9,
     ) -> None:
         super().__init__(shape, read_mask)
         self.seeds, self.strength = seeds, strength

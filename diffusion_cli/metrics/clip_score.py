@@ -18,7 +18,9 @@ class CLIPScore(Metric):
     Raises ValueError for samples without classes. Source: Hessel et al. 2021, with the factor of torchmetrics.
     """
 
-    def __init__(self, *, weights: str, prompt: str) -> None:
+    def __init__(
+        self, *, weights: str = "openai/clip-vit-large-patch14-336", prompt: str = "a photo of a {}"
+    ) -> None:
         if "{}" not in prompt:
             raise UsageError(
                 "metric.clip_score.prompt", prompt, "has no {} for the name of the class", "put it in"

@@ -68,7 +68,9 @@ class FrechetDistance(Metric):
     key = "fid"
     stream: Stream = "features"
 
-    def __init__(self, *, floor: bool, infinity: NonNegativeInt, bootstrap: NonNegativeInt) -> None:
+    def __init__(
+        self, *, floor: bool = True, infinity: NonNegativeInt = 0, bootstrap: NonNegativeInt = 0
+    ) -> None:
         for key, value, least in (("infinity", infinity, 3), ("bootstrap", bootstrap, 20)):
             if 0 < value < least:
                 raise UsageError(
@@ -126,7 +128,12 @@ class FrechetDistanceDINOv2(FrechetDistance):
     key = "fd_dinov2"
 
     def __init__(
-        self, *, weights: str, floor: bool, infinity: NonNegativeInt, bootstrap: NonNegativeInt
+        self,
+        *,
+        weights: str = "facebook/dinov2-large",
+        floor: bool = True,
+        infinity: NonNegativeInt = 0,
+        bootstrap: NonNegativeInt = 0,
     ) -> None:
         super().__init__(floor=floor, infinity=infinity, bootstrap=bootstrap)
         self.weights = weights
@@ -144,7 +151,7 @@ class SpatialFrechetDistance(FrechetDistance):
     key = "sfid"
     stream = "spatial"
 
-    def __init__(self, *, floor: bool) -> None:
+    def __init__(self, *, floor: bool = True) -> None:
         super().__init__(floor=floor, infinity=0, bootstrap=0)
 
     def title(self, features: Features) -> str:

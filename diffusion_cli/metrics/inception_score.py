@@ -49,7 +49,7 @@ class InceptionScore(Metric):
     Raises ValueError for fewer samples than splits, and a network without class scores. Source: Salimans et al. 2016.
     """
 
-    def __init__(self, *, splits: PositiveInt) -> None:
+    def __init__(self, *, splits: PositiveInt = 10) -> None:
         self.splits = splits
 
     def check(self, count: int, seen: FeatureView, force: bool) -> list[str]:

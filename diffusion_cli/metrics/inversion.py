@@ -31,11 +31,11 @@ class Inversion(ModelMetric):
     def __init__(
         self,
         *,
-        steps: Annotated[int, Field(ge=2)],
-        strength: Annotated[float, Field(ge=0.001, le=1)],
-        spacing: Spacing,
-        split: Literal["held_out", "train"],
-        num_images: PositiveInt | None,
+        steps: Annotated[int, Field(ge=2)] = 50,
+        strength: Annotated[float, Field(ge=0.001, le=1)] = 0.9,
+        spacing: Spacing = "leading",
+        split: Literal["held_out", "train"] = "held_out",
+        num_images: PositiveInt | None = None,
     ) -> None:
         self.steps, self.strength, self.num_images = steps, strength, num_images
         self.spacing: Spacing = spacing

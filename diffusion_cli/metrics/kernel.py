@@ -46,7 +46,9 @@ class KernelDistance(Metric):
 
     keeps_rows = True
 
-    def __init__(self, *, subsets: PositiveInt, subset_size: PositiveInt, seed: NonNegativeInt) -> None:
+    def __init__(
+        self, *, subsets: PositiveInt = 100, subset_size: PositiveInt = 1000, seed: NonNegativeInt = 2020
+    ) -> None:
         self.subsets, self.subset_size, self.seed = subsets, subset_size, seed
 
     def check(self, count: int, seen: FeatureView, force: bool) -> list[str]:
@@ -117,7 +119,13 @@ class CLIPDistance(Metric):
 
     keeps_rows = True
 
-    def __init__(self, *, weights: str, sigma: PositiveFloat, scale: PositiveFloat) -> None:
+    def __init__(
+        self,
+        *,
+        weights: str = "openai/clip-vit-large-patch14-336",
+        sigma: PositiveFloat = 10.0,
+        scale: PositiveFloat = 1000.0,
+    ) -> None:
         self.weights, self.sigma, self.scale = weights, sigma, scale
 
     def network(self, networks: FeatureExtractors) -> Features:

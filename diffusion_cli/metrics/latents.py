@@ -23,7 +23,9 @@ class LatentMoments(ModelMetric):
 
     NAME = "latents_deviation"
 
-    def __init__(self, *, split: Literal["held_out", "train"], num_images: PositiveInt | None) -> None:
+    def __init__(
+        self, *, split: Literal["held_out", "train"] = "held_out", num_images: PositiveInt | None = None
+    ) -> None:
         self.split: Literal["held_out", "train"] = split
         self.num_images = num_images
 

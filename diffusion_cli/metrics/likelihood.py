@@ -195,12 +195,12 @@ class VariationalBound(PerImage):
     def __init__(
         self,
         *,
-        variance: Literal["best", "small", "large", "learned"],
-        cdf: Literal["tanh", "exact"],
-        split: Literal["held_out", "train"],
-        num_images: PositiveInt | None,
-        shard: NonNegativeInt,
-        num_shards: PositiveInt,
+        variance: Literal["best", "small", "large", "learned"] = "best",
+        cdf: Literal["tanh", "exact"] = "tanh",
+        split: Literal["held_out", "train"] = "held_out",
+        num_images: PositiveInt | None = None,
+        shard: NonNegativeInt = 0,
+        num_shards: PositiveInt = 1,
     ) -> None:
         super().__init__(split, num_images, shard, num_shards)
         self.variance: Literal["best", "small", "large", "learned"] = variance
@@ -295,16 +295,16 @@ class FlowLikelihood(PerImage):
     def __init__(
         self,
         *,
-        trace: Literal["hutchinson", "exact"],
-        probe: Literal["rademacher", "gaussian"],
-        num_probes: PositiveInt,
-        rtol: PositiveFloat,
-        atol: PositiveFloat,
-        max_steps: PositiveInt,
-        split: Literal["held_out", "train"],
-        num_images: PositiveInt | None,
-        shard: NonNegativeInt,
-        num_shards: PositiveInt,
+        trace: Literal["hutchinson", "exact"] = "hutchinson",
+        probe: Literal["rademacher", "gaussian"] = "rademacher",
+        num_probes: PositiveInt = 1,
+        rtol: PositiveFloat = 1e-05,
+        atol: PositiveFloat = 1e-05,
+        max_steps: PositiveInt = 1000,
+        split: Literal["held_out", "train"] = "held_out",
+        num_images: PositiveInt | None = None,
+        shard: NonNegativeInt = 0,
+        num_shards: PositiveInt = 1,
     ) -> None:
         super().__init__(split, num_images, shard, num_shards)
         self.trace, self.probe, self.num_probes = trace, probe, num_probes

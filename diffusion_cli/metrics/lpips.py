@@ -38,7 +38,11 @@ class LPIPS(Metric):
     """
 
     def __init__(
-        self, *, network: Literal["alex", "vgg", "squeeze"], weights: str | None, originals: str | None
+        self,
+        *,
+        network: Literal["alex", "vgg", "squeeze"] = "alex",
+        weights: str | None = None,
+        originals: str | None = None,
     ) -> None:
         self.kind: Literal["alex", "vgg", "squeeze"] = network
         self.weights, self.originals = weights, originals

@@ -23,7 +23,7 @@ class Memorization(Metric):
 
     keeps_rows = True
 
-    def __init__(self, *, pairs: PositiveInt) -> None:
+    def __init__(self, *, pairs: PositiveInt = 32) -> None:
         self.pairs = pairs
 
     def check(self, count: int, seen: FeatureView, force: bool) -> list[str]:

@@ -37,7 +37,7 @@ class PrecisionRecall(Manifold):
 
     key = "precision_recall"
 
-    def __init__(self, *, k: PositiveInt) -> None:
+    def __init__(self, *, k: PositiveInt = 3) -> None:
         super().__init__(k)
 
     def init_state(self, seen: FeatureView) -> MetricState:
@@ -75,7 +75,7 @@ class DensityCoverage(Manifold):
 
     key = "density_coverage"
 
-    def __init__(self, *, k: PositiveInt) -> None:
+    def __init__(self, *, k: PositiveInt = 5) -> None:
         super().__init__(k)
 
     def init_state(self, seen: FeatureView) -> MetricState:

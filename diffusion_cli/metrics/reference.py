@@ -117,7 +117,9 @@ class DatasetReference(Reference):
     With `stats` its published statistics take the place of the split's own where a Frechet distance is measured.
     """
 
-    def __init__(self, dataset: Dataset, *, split: Literal["train", "held_out"], stats: str | None) -> None:
+    def __init__(
+        self, dataset: Dataset, *, split: Literal["train", "held_out"] = "train", stats: str | None = None
+    ) -> None:
         self.dataset = dataset
         self.split: Split = split
         self.other_split: Split = "held_out" if split == "train" else "train"

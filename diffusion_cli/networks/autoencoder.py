@@ -1,7 +1,7 @@
 """The autoencoder of latent diffusion: images to the moments of latents, and latents to images."""
 
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -37,13 +37,13 @@ class AutoencoderKL(nn.Module):
         shape: tuple[int, ...],
         num_classes: int | None,
         *,
-        channels: PositiveInt,
-        channel_mult: list[PositiveInt],
-        num_res_blocks: PositiveInt,
-        latent_channels: PositiveInt,
-        norm_groups: PositiveInt,
-        quant_conv: bool,
-        gradient_checkpointing: bool,
+        channels: PositiveInt = 16,
+        channel_mult: Sequence[PositiveInt] = (1, 2, 4),
+        num_res_blocks: PositiveInt = 1,
+        latent_channels: PositiveInt = 4,
+        norm_groups: PositiveInt = 8,
+        quant_conv: bool = True,
+        gradient_checkpointing: bool = False,
     ) -> None:
         super().__init__()
         if len(shape) != 3:

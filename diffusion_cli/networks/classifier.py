@@ -1,5 +1,6 @@
 """The classifier that guides a diffusion model: the way down of its U-Net, and scores of the classes."""
 
+from collections.abc import Sequence
 from typing import Annotated, Literal
 
 from pydantic import Field, PositiveFloat, PositiveInt
@@ -25,19 +26,19 @@ class Classifier(UNetEncoder):
         shape: tuple[int, ...],
         num_classes: int | None,
         *,
-        channels: PositiveInt,
-        channel_mult: list[PositiveInt],
-        num_res_blocks: PositiveInt,
-        attention_resolutions: list[PositiveInt],
-        num_heads: PositiveInt | None,
-        head_channels: PositiveInt | None,
-        norm_groups: PositiveInt,
-        time_embedding: Literal["additive", "scale_shift"],
-        embedding_layout: Literal["sin_cos", "cos_sin", "fourier"],
-        fourier_scale: PositiveFloat,
-        resample: Literal["conv", "conv_same", "block", "block_proj"],
-        dropout: Annotated[float, Field(ge=0, lt=1)],
-        gradient_checkpointing: bool,
+        channels: PositiveInt = 32,
+        channel_mult: Sequence[PositiveInt] = (1, 2, 2),
+        num_res_blocks: PositiveInt = 1,
+        attention_resolutions: Sequence[PositiveInt] = (),
+        num_heads: PositiveInt | None = None,
+        head_channels: PositiveInt | None = 32,
+        norm_groups: PositiveInt = 8,
+        time_embedding: Literal["additive", "scale_shift"] = "scale_shift",
+        embedding_layout: Literal["sin_cos", "cos_sin", "fourier"] = "cos_sin",
+        fourier_scale: PositiveFloat = 16.0,
+        resample: Literal["conv", "conv_same", "block", "block_proj"] = "conv",
+        dropout: Annotated[float, Field(ge=0, lt=1)] = 0.1,
+        gradient_checkpointing: bool = False,
     ) -> None:
         if num_classes is None:
             raise UsageError(

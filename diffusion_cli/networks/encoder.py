@@ -1,6 +1,6 @@
 """The way down of the U-Nets, and what both ways are put together from."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal, Self
@@ -132,9 +132,9 @@ class EncoderParts:
         sizes: tuple[int, ...],
         *,
         channels: int,
-        channel_mult: list[int],
+        channel_mult: Sequence[int],
         num_res_blocks: int,
-        attention_resolutions: list[int],
+        attention_resolutions: Sequence[int],
         num_heads: int | None,
         head_channels: int | None,
         norm_groups: int,
@@ -252,7 +252,7 @@ class EncoderParts:
         return Downsample(width, same=self.resample == "conv_same", ndim=self.ndim)
 
 
-def _attended_levels(image_size: int, levels: int, attention_resolutions: list[int]) -> set[int]:
+def _attended_levels(image_size: int, levels: int, attention_resolutions: Sequence[int]) -> set[int]:
     finest = image_size + -image_size % 2 ** (levels - 1)
     resolutions = [finest >> level for level in range(levels)]
     unreached = [r for r in attention_resolutions if r not in resolutions]

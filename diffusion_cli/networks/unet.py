@@ -1,5 +1,6 @@
 """The convolutional U-Net of DDPM, improved-diffusion, score-based SDEs and their kin."""
 
+from collections.abc import Sequence
 from typing import Annotated, Literal
 
 from pydantic import Field, PositiveFloat, PositiveInt
@@ -40,26 +41,26 @@ class UNet(UNetEncoder):
         shape: tuple[int, ...],
         num_classes: int | None,
         *,
-        channels: PositiveInt,
-        channel_mult: list[PositiveInt],
-        num_res_blocks: PositiveInt,
-        attention_resolutions: list[PositiveInt],
-        num_heads: PositiveInt | None,
-        head_channels: PositiveInt | None,
-        norm_groups: PositiveInt,
-        time_embedding: Literal["additive", "scale_shift"],
-        embedding_layout: Literal["sin_cos", "cos_sin", "fourier"],
-        fourier_scale: PositiveFloat,
-        resample: Literal["conv", "conv_same", "block", "block_proj"],
-        fir: bool,
-        progressive_input: Literal["none", "residual"],
-        up_attention: Literal["all", "last"],
-        skip_rescale: bool,
-        dropout: Annotated[float, Field(ge=0, lt=1)],
-        class_conditional: bool,
-        learn_variance: bool,
-        gradient_checkpointing: bool,
-        patch_size: PositiveInt,
+        channels: PositiveInt = 32,
+        channel_mult: Sequence[PositiveInt] = (1, 2, 2),
+        num_res_blocks: PositiveInt = 1,
+        attention_resolutions: Sequence[PositiveInt] = (),
+        num_heads: PositiveInt | None = None,
+        head_channels: PositiveInt | None = 32,
+        norm_groups: PositiveInt = 8,
+        time_embedding: Literal["additive", "scale_shift"] = "scale_shift",
+        embedding_layout: Literal["sin_cos", "cos_sin", "fourier"] = "cos_sin",
+        fourier_scale: PositiveFloat = 16.0,
+        resample: Literal["conv", "conv_same", "block", "block_proj"] = "conv",
+        fir: bool = False,
+        progressive_input: Literal["none", "residual"] = "none",
+        up_attention: Literal["all", "last"] = "all",
+        skip_rescale: bool = False,
+        dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0,
+        class_conditional: bool = False,
+        learn_variance: bool = False,
+        gradient_checkpointing: bool = False,
+        patch_size: PositiveInt = 1,
     ) -> None:
         num_classes = classes_told(num_classes, class_conditional)
         in_channels, *sizes = shape

@@ -25,7 +25,7 @@ class Sampler(ABC):
         False  # whether the grids `leading` and `linspace` omit the visited time next to the data
     )
 
-    def __init__(self, schedule: Schedule, *, spacing: Spacing) -> None:
+    def __init__(self, schedule: Schedule, *, spacing: Spacing = "trailing") -> None:
         self.schedule = schedule
         self.spacing: Spacing = spacing
 

@@ -21,7 +21,9 @@ class DDIM(Sampler):
 
     order = 1
 
-    def __init__(self, schedule: Schedule, *, eta: NonNegativeFloat, spacing: Spacing) -> None:
+    def __init__(
+        self, schedule: Schedule, *, eta: NonNegativeFloat = 0.0, spacing: Spacing = "trailing"
+    ) -> None:
         super().__init__(schedule, spacing=spacing)
         self.eta = eta
         self.stochastic = eta > 0

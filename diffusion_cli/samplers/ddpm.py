@@ -27,8 +27,8 @@ class DDPM(Sampler):
         self,
         schedule: Schedule,
         *,
-        variance: Literal["small", "large", "learned"],
-        spacing: Spacing,
+        variance: Literal["small", "large", "learned"] = "small",
+        spacing: Spacing = "trailing",
     ) -> None:
         super().__init__(schedule, spacing=spacing)
         self.variance = variance

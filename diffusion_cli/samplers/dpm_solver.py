@@ -33,10 +33,10 @@ class DPMSolverMultistep(Sampler):
         self,
         schedule: Schedule,
         *,
-        order: Literal[1, 2, 3],
-        eta: NonNegativeFloat,
-        solver_type: Literal["midpoint", "heun", "taylor"],
-        spacing: Spacing,
+        order: Literal[1, 2, 3] = 2,
+        eta: NonNegativeFloat = 0.0,
+        solver_type: Literal["midpoint", "heun", "taylor"] = "midpoint",
+        spacing: Spacing = "trailing",
     ) -> None:
         super().__init__(schedule, spacing=spacing)
         self.eta, self.solver_type = eta, solver_type
@@ -99,7 +99,9 @@ class DPMSolver2S(Sampler):
 
     order = 2
 
-    def __init__(self, schedule: Schedule, *, eta: NonNegativeFloat, spacing: Spacing) -> None:
+    def __init__(
+        self, schedule: Schedule, *, eta: NonNegativeFloat = 0.0, spacing: Spacing = "trailing"
+    ) -> None:
         super().__init__(schedule, spacing=spacing)
         self.eta = eta
         self.stochastic = eta > 0
@@ -137,7 +139,9 @@ class DPMSolverSDE(Sampler):
 
     order = 1  # in distribution; it is the error of each path that the second stage lowers
 
-    def __init__(self, schedule: Schedule, *, eta: NonNegativeFloat, spacing: Spacing) -> None:
+    def __init__(
+        self, schedule: Schedule, *, eta: NonNegativeFloat = 1.0, spacing: Spacing = "trailing"
+    ) -> None:
         super().__init__(schedule, spacing=spacing)
         self.eta = eta
         self.stochastic = eta > 0
@@ -176,9 +180,9 @@ class UniPC(Sampler):
         self,
         schedule: Schedule,
         *,
-        order: Literal[1, 2, 3],
-        variant: Literal["bh1", "bh2"],
-        spacing: Spacing,
+        order: Literal[1, 2, 3] = 2,
+        variant: Literal["bh1", "bh2"] = "bh2",
+        spacing: Spacing = "trailing",
     ) -> None:
         super().__init__(schedule, spacing=spacing)
         self.predictor_order, self.variant = order, variant

@@ -29,7 +29,11 @@ class _AdamsBashforth(Sampler):
     """
 
     def __init__(
-        self, schedule: Schedule, *, order: Annotated[int, Field(ge=1, le=4)], spacing: Spacing
+        self,
+        schedule: Schedule,
+        *,
+        order: Annotated[int, Field(ge=1, le=4)] = 4,
+        spacing: Spacing = "trailing",
     ) -> None:
         super().__init__(schedule, spacing=spacing)
         self.order = order
@@ -100,6 +104,15 @@ class DEIS(_AdamsBashforth):
     """DEIS, its polynomials in log(sigma / alpha) ("log-rho AB"; Zhang & Chen 2023, Eq. 15-16); Euler onto the data."""
 
     omits_cleanest = True
+
+    def __init__(
+        self,
+        schedule: Schedule,
+        *,
+        order: Annotated[int, Field(ge=1, le=4)] = 3,
+        spacing: Spacing = "trailing",
+    ) -> None:
+        super().__init__(schedule, order=order, spacing=spacing)
 
     def place(self, ratio: float) -> float:
         return float(np.log(ratio))

@@ -24,7 +24,12 @@ class ODE(Sampler):
     per_image = True
 
     def __init__(
-        self, schedule: Schedule, *, rtol: PositiveFloat, atol: PositiveFloat, max_steps: PositiveInt
+        self,
+        schedule: Schedule,
+        *,
+        rtol: PositiveFloat = 0.001,
+        atol: PositiveFloat = 0.001,
+        max_steps: PositiveInt = 1000,
     ) -> None:
         super().__init__(schedule, spacing="time")
         self.rtol, self.atol, self.max_steps = rtol, atol, max_steps

@@ -23,6 +23,9 @@ class EulerMaruyama(Sampler):
     order = 1
     stochastic = True
 
+    def __init__(self, schedule: Schedule, *, spacing: Spacing = "time") -> None:
+        super().__init__(schedule, spacing=spacing)
+
     def grid(self, steps: int) -> Tensor:
         times = super().grid(steps)
         f, g2 = self.schedule.sde(times[0])
@@ -53,6 +56,9 @@ class ReverseDiffusion(Sampler):
     order = 1
     stochastic = True
 
+    def __init__(self, schedule: Schedule, *, spacing: Spacing = "time") -> None:
+        super().__init__(schedule, spacing=spacing)
+
     def step(
         self, denoise: Denoise, x: Tensor, t: Tensor, s: Tensor, draw: NoiseFn, state: Any
     ) -> tuple[Tensor, Any]:
@@ -77,11 +83,13 @@ class PC(Sampler):
         self,
         schedule: Schedule,
         *,
-        predictor: Literal["reverse_diffusion", "euler_maruyama", "ddpm", "ddim", "none"],
-        corrector: Literal["langevin", "ald"],
-        corrector_steps: PositiveInt,
-        snr: PositiveFloat,
-        spacing: Spacing,
+        predictor: Literal[
+            "reverse_diffusion", "euler_maruyama", "ddpm", "ddim", "none"
+        ] = "reverse_diffusion",
+        corrector: Literal["langevin", "ald"] = "langevin",
+        corrector_steps: PositiveInt = 1,
+        snr: PositiveFloat = 0.16,
+        spacing: Spacing = "time",
     ) -> None:
         super().__init__(schedule, spacing=spacing)
         self.predictor: Sampler | None = {

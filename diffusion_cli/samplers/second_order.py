@@ -22,6 +22,9 @@ class Heun(Sampler):
 
     order = 2
 
+    def __init__(self, schedule: Schedule, *, spacing: Spacing = "karras") -> None:
+        super().__init__(schedule, spacing=spacing)
+
     def step(
         self, denoise: Denoise, x: Tensor, t: Tensor, s: Tensor, draw: NoiseFn, state: Any
     ) -> tuple[Tensor, Any]:
@@ -49,12 +52,12 @@ class EDMSampler(Heun):
         self,
         schedule: Schedule,
         *,
-        s_churn: NonNegativeFloat,
-        s_min: NonNegativeFloat,
-        s_max: PositiveFloat,
-        s_noise: PositiveFloat,
-        solver: Literal["heun", "euler"],
-        spacing: Spacing,
+        s_churn: NonNegativeFloat = 40.0,
+        s_min: NonNegativeFloat = 0.05,
+        s_max: PositiveFloat = 50.0,
+        s_noise: PositiveFloat = 1.003,
+        solver: Literal["heun", "euler"] = "heun",
+        spacing: Spacing = "karras",
     ) -> None:
         super().__init__(schedule, spacing=spacing)
         self.s_churn, self.s_min, self.s_max, self.s_noise = s_churn, s_min, s_max, s_noise
@@ -93,7 +96,9 @@ class DPM2(Sampler):
 
     order = 2
 
-    def __init__(self, schedule: Schedule, *, eta: NonNegativeFloat, spacing: Spacing) -> None:
+    def __init__(
+        self, schedule: Schedule, *, eta: NonNegativeFloat = 0.0, spacing: Spacing = "trailing"
+    ) -> None:
         super().__init__(schedule, spacing=spacing)
         self.eta = eta
         self.stochastic = eta > 0

@@ -62,15 +62,15 @@ class ReconstructionLoss:
     def __init__(
         self,
         *,
-        distance: Literal["l1", "mse"],
-        kl_weight: NonNegativeFloat,
-        perceptual: Literal["none", "gradient", "lpips"],
-        perceptual_weight: PositiveFloat,
-        lpips_weights: str | None,
-        discriminator_start: NonNegativeInt | None,
-        discriminator_weight: PositiveFloat,
-        discriminator_channels: PositiveInt,
-        discriminator_layers: Annotated[int, Field(ge=1, le=8)],
+        distance: Literal["l1", "mse"] = "l1",
+        kl_weight: NonNegativeFloat = 1e-06,
+        perceptual: Literal["none", "gradient", "lpips"] = "none",
+        perceptual_weight: PositiveFloat = 1.0,
+        lpips_weights: str | None = None,
+        discriminator_start: NonNegativeInt | None = None,
+        discriminator_weight: PositiveFloat = 0.5,
+        discriminator_channels: PositiveInt = 64,
+        discriminator_layers: Annotated[int, Field(ge=1, le=8)] = 3,
     ) -> None:
         self.distance, self.kl_weight = distance, kl_weight
         self.perceptual, self.perceptual_weight = perceptual, perceptual_weight

@@ -24,13 +24,13 @@ class Device:
     def __init__(
         self,
         *,
-        accelerator: Literal["auto", "cpu", "cuda"],
-        devices: PositiveInt | None,
-        num_nodes: PositiveInt | None,
-        strategy: Literal["ddp", "fsdp"],
-        offload_ema: bool,
-        timeout: Annotated[int, Field(ge=120, le=7 * 86400)],
-        threads: Annotated[int, Field(ge=1, le=4096)] | None,
+        accelerator: Literal["auto", "cpu", "cuda"] = "auto",
+        devices: PositiveInt | None = None,
+        num_nodes: PositiveInt | None = None,
+        strategy: Literal["ddp", "fsdp"] = "ddp",
+        offload_ema: bool = False,
+        timeout: Annotated[int, Field(ge=120, le=7 * 86400)] = 1800,
+        threads: Annotated[int, Field(ge=1, le=4096)] | None = None,
     ) -> None:
         try:
             self.torch_device: torch.device = device_of(accelerator)

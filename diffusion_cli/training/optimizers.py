@@ -2,7 +2,7 @@
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from torch import nn, optim
@@ -43,11 +43,11 @@ class Adam(OptimizerConfig):
         self,
         *,
         lr: PositiveFloat,
-        betas: list[float],
-        eps: PositiveFloat,
-        warm_up_steps: NonNegativeInt,
-        decay_steps: PositiveInt | None,
-        clip_norm: PositiveFloat | None,
+        betas: Sequence[float] = (0.9, 0.999),
+        eps: PositiveFloat = 1e-08,
+        warm_up_steps: NonNegativeInt = 0,
+        decay_steps: PositiveInt | None = None,
+        clip_norm: PositiveFloat | None = 1.0,
     ) -> None:
         if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
             raise UsageError("optimizer.betas", betas, "should be two numbers from 0 to below 1")
@@ -65,12 +65,12 @@ class AdamW(Adam):
         self,
         *,
         lr: PositiveFloat,
-        betas: list[float],
-        eps: PositiveFloat,
-        weight_decay: NonNegativeFloat,
-        warm_up_steps: NonNegativeInt,
-        decay_steps: PositiveInt | None,
-        clip_norm: PositiveFloat | None,
+        betas: Sequence[float] = (0.9, 0.99),
+        eps: PositiveFloat = 1e-08,
+        weight_decay: NonNegativeFloat = 0.0,
+        warm_up_steps: NonNegativeInt = 0,
+        decay_steps: PositiveInt | None = None,
+        clip_norm: PositiveFloat | None = 1.0,
     ) -> None:
         super().__init__(
             lr=lr,

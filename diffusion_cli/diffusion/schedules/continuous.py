@@ -32,7 +32,9 @@ def _time_of_integral(B: Tensor, beta_min: float, beta_max: float) -> Tensor:
 class _LinearBeta(Schedule):
     """What VP and sub-VP share: alpha = exp(-B / 2) with a linear beta."""
 
-    def __init__(self, *, beta_min: PositiveFloat, beta_max: PositiveFloat, grid_t_min: Fraction) -> None:
+    def __init__(
+        self, *, beta_min: PositiveFloat = 0.1, beta_max: PositiveFloat = 20.0, grid_t_min: Fraction = 0.001
+    ) -> None:
         if beta_min >= beta_max:
             raise UsageError("schedule.beta_min", beta_min, f"must lie below schedule.beta_max={beta_max}")
         self.beta_min, self.beta_max = beta_min, beta_max
@@ -98,7 +100,13 @@ class VE(Schedule):
     sigma_max. Source: Song et al. 2021b, Eq. 30-31 and App. C.
     """
 
-    def __init__(self, *, sigma_min: PositiveFloat, sigma_max: PositiveFloat, grid_t_min: Fraction) -> None:
+    def __init__(
+        self,
+        *,
+        sigma_min: PositiveFloat = 0.01,
+        sigma_max: PositiveFloat = 50.0,
+        grid_t_min: Fraction = 1e-05,
+    ) -> None:
         if sigma_min >= sigma_max:
             raise UsageError(
                 "schedule.sigma_min", sigma_min, f"must lie below schedule.sigma_max={sigma_max}"
@@ -133,7 +141,7 @@ class EDMSchedule(Schedule):
     sigma_min < sigma_max.
     """
 
-    def __init__(self, *, sigma_min: PositiveFloat, sigma_max: PositiveFloat) -> None:
+    def __init__(self, *, sigma_min: PositiveFloat = 0.002, sigma_max: PositiveFloat = 80.0) -> None:
         if sigma_min >= sigma_max:
             raise UsageError(
                 "schedule.sigma_min", sigma_min, f"must lie below schedule.sigma_max={sigma_max}"
@@ -160,7 +168,7 @@ class EDMSchedule(Schedule):
 class Rectified(Schedule):
     """Straight lines from data to noise: `alpha = 1 - t`, `sigma = t` (Liu et al. 2023; Lipman et al. 2023)."""
 
-    def __init__(self, *, grid_t_min: Fraction) -> None:
+    def __init__(self, *, grid_t_min: Fraction = 0.001) -> None:
         self.t_min, self.grid_t_min = min(TRAINING_T_MIN, grid_t_min), grid_t_min
 
     def __call__(self, t: Tensor) -> tuple[Tensor, Tensor]:

@@ -153,10 +153,10 @@ class Linear(Discrete):
     def __init__(
         self,
         *,
-        num_timesteps: PositiveInt,
-        beta_start: PositiveFloat,
-        beta_end: PositiveFloat,
-        zero_terminal_snr: bool,
+        num_timesteps: PositiveInt = 1000,
+        beta_start: PositiveFloat = 0.0001,
+        beta_end: PositiveFloat = 0.02,
+        zero_terminal_snr: bool = False,
     ) -> None:
         scale = 1000 / num_timesteps
         betas = torch.linspace(scale * beta_start, scale * beta_end, num_timesteps, dtype=torch.float64)
@@ -169,10 +169,10 @@ class ScaledLinear(Discrete):
     def __init__(
         self,
         *,
-        num_timesteps: PositiveInt,
-        beta_start: PositiveFloat,
-        beta_end: PositiveFloat,
-        zero_terminal_snr: bool,
+        num_timesteps: PositiveInt = 1000,
+        beta_start: PositiveFloat = 0.00085,
+        beta_end: PositiveFloat = 0.012,
+        zero_terminal_snr: bool = False,
     ) -> None:
         scale = 1000 / num_timesteps
         roots = torch.linspace(beta_start**0.5, beta_end**0.5, num_timesteps, dtype=torch.float64)
@@ -185,10 +185,10 @@ class Cosine(Discrete):
     def __init__(
         self,
         *,
-        num_timesteps: PositiveInt,
-        offset: PositiveFloat,
-        max_beta: Fraction,
-        zero_terminal_snr: bool,
+        num_timesteps: PositiveInt = 1000,
+        offset: PositiveFloat = 0.008,
+        max_beta: Fraction = 0.999,
+        zero_terminal_snr: bool = False,
     ) -> None:
         t = torch.arange(num_timesteps + 1, dtype=torch.float64) / num_timesteps
         alpha_bar = torch.cos((t + offset) / (1 + offset) * math.pi / 2) ** 2
@@ -205,12 +205,12 @@ class Sigmoid(Discrete):
     def __init__(
         self,
         *,
-        num_timesteps: PositiveInt,
-        start: float,
-        end: float,
-        tau: PositiveFloat,
-        max_beta: Fraction,
-        zero_terminal_snr: bool,
+        num_timesteps: PositiveInt = 1000,
+        start: float = -3.0,
+        end: float = 3.0,
+        tau: PositiveFloat = 1.0,
+        max_beta: Fraction = 0.999,
+        zero_terminal_snr: bool = False,
     ) -> None:
         if start >= end:
             raise UsageError("schedule.start", start, f"must lie below schedule.end={end}")

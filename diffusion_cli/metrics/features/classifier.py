@@ -44,13 +44,13 @@ class ClassifierFeatures(Features):
         cache_dir: Path,
         device: torch.device,
         *,
-        dim: PositiveInt,
-        width: PositiveInt,
-        steps: PositiveInt,
-        batch_size: PositiveInt,
-        learning_rate: PositiveFloat,
-        shift: NonNegativeInt,
-        seed: NonNegativeInt,
+        dim: PositiveInt = 64,
+        width: PositiveInt = 32,
+        steps: PositiveInt = 500,
+        batch_size: PositiveInt = 128,
+        learning_rate: PositiveFloat = 0.002,
+        shift: NonNegativeInt = 1,
+        seed: NonNegativeInt = 0,
     ) -> None:
         if dataset.num_classes is None:
             raise UsageError(

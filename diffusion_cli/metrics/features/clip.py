@@ -35,7 +35,14 @@ class CLIPFeatures(Features):
     note = ""
     chunk = 32
 
-    def __init__(self, dataset: Dataset, cache_dir: Path, device: torch.device, *, weights: str) -> None:
+    def __init__(
+        self,
+        dataset: Dataset,
+        cache_dir: Path,
+        device: torch.device,
+        *,
+        weights: str = "openai/clip-vit-large-patch14-336",
+    ) -> None:
         check_channels(self.name, dataset)
         network = hub.load(self.name, "CLIPModel", weights)
         self.weights = weights

@@ -32,7 +32,14 @@ class DINOv2Features(Features):
     note = ""
     chunk = 32
 
-    def __init__(self, dataset: Dataset, cache_dir: Path, device: torch.device, *, weights: str) -> None:
+    def __init__(
+        self,
+        dataset: Dataset,
+        cache_dir: Path,
+        device: torch.device,
+        *,
+        weights: str = "facebook/dinov2-large",
+    ) -> None:
         check_channels(self.name, dataset)
         network = hub.load(self.name, "Dinov2Model", weights)
         self.digest = digest(network.state_dict())

@@ -51,9 +51,9 @@ class InceptionFeatures(Features):
         cache_dir: Path,
         device: torch.device,
         *,
-        weights: str | None,
-        resize: Resize,
-        precision: Literal["fp32", "bf16"],
+        weights: str | None = None,
+        resize: Resize = "tensorflow",
+        precision: Literal["fp32", "bf16"] = "fp32",
     ) -> None:
         from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3
 

@@ -249,7 +249,7 @@ def test_what_is_known_has_the_noise_of_each_time(schedules, resamples):
 
 
 def test_posterior_sampling_goes_towards_the_measurement(wide, schedules):
-    """Without projection: the misfit of the images falls with the scale of the gradient."""
+    """Without projection: the residual of the images falls with the scale of the gradient."""
     schedule, operator = schedules["linear"], BlockMean(2)
     y = torch.full((200, 1, 1, 1), 0.3, dtype=F64)
     misfits, start = [], noise(200, 1, 2, 2)
@@ -306,8 +306,8 @@ def test_what_is_known_stays_with_every_sampler(schedules, kind, sampler_name):
     ))  # fmt: skip
     assert edited.images.shape == (2, 1, *edit.results)
     assert edited.images.isfinite().all()
-    assert edited.misfit is not None
-    known = 127.5 * edited.misfit(to_model_range(to_bytes(edited.images[:, 0])).double())
+    assert edited.residual is not None
+    known = 127.5 * edited.residual(to_model_range(to_bytes(edited.images[:, 0])).double())
     exact = kind in ("inpaint", "outpaint", "outpaint keep")
     assert known.abs().max() == 0 if exact else known.abs().max() < 0.51
 
@@ -408,7 +408,7 @@ def test_sampling_from_a_noised_image_starts_at_the_strength(schedules):
     (start, time), times = shown[0], [t.item() for _, t in shown]
     assert times == [0.55, *(t for t in given.times.tolist() if 0 < t < 0.55)]
     torch.testing.assert_close(start, image + schedule(time)[1] * c)
-    torch.testing.assert_close(edited.shown[1], start)
+    torch.testing.assert_close(edited.before[1], start)
 
 
 def test_a_weak_edit_leaves_the_image_and_a_strong_one_does_not(schedules, exact, mixture, reference):
@@ -431,8 +431,8 @@ def test_reconstruction_is_of_first_order(schedules, exact, reference, tag):
         sampler = DDIM(schedule, eta=0.0, spacing="karras" if tag == "edm" else "time")
         given = process(schedule, sampler, exact(schedule), (1, 2, 2), steps=steps, count=len(images))
         edited = Reconstruct((1, 2, 2), no_file, strength=0.9)(images, given)
-        assert edited.misfit is not None
-        errors.append(edited.misfit(edited.images[:, 0]).square().mean().sqrt().item())
+        assert edited.residual is not None
+        errors.append(edited.residual(edited.images[:, 0]).square().mean().sqrt().item())
     orders = [np.log2(a / b) for a, b in pairwise(errors)]
     assert all(order > 0.75 for order in orders), (errors, orders)
     assert errors[-1] < 0.02

@@ -31,7 +31,7 @@ def labels_named(
     Raises ValueError for a class that the data does not have, or for any class if the model uses none.
     """
     names = model.class_names
-    if model.num_classes is None and not guidance.tells_labels:
+    if model.num_classes is None and not guidance.uses_labels:
         if label in (None, "null", "none", []):
             return None
         raise UsageError(

@@ -287,9 +287,9 @@ def _make(
     with ProgressBar(total=len(todo), unit="image", desc=_kind(config), dynamic_ncols=True) as bar:
 
         def keep(
-            batch: list[EditJob], images: Tensor, shown: list[Tensor], made: dict[str, dict[str, float]]
+            batch: list[EditJob], images: Tensor, before: list[Tensor], made: dict[str, dict[str, float]]
         ) -> None:
-            _save(output, batch, images, shown, form)
+            _save(output, batch, images, before, form)
             keep_results(output, made)
             results.update(made)
             bar.update(len(batch))
@@ -301,8 +301,8 @@ def _make(
                 edited = _edit(config, trained, edit, method, batch)
                 most_calls = max(most_calls, calls.each(len(batch)))
                 images = form.quantize(edited.images)
-                shown = [form.to_rgb(form.quantize(picture)).cpu() for picture in edited.shown]
-                writer(keep, batch, images.cpu(), shown, _measured(batch, images, edited, form))
+                before = [form.to_rgb(form.quantize(picture)).cpu() for picture in edited.before]
+                writer(keep, batch, images.cpu(), before, _measured(batch, images, edited, form))
     return most_calls
 
 
@@ -327,7 +327,7 @@ def _edit(
     def clipped(denoise: Denoise) -> Denoise:
         return model.space.clipped(denoise, model.denoiser.schedule) if config.clip_x0 else denoise
 
-    def told(label: int | str | None) -> Denoise:
+    def unguided(label: int | str | None) -> Denoise:
         number = trained.number(label, "edit.source")
         y = None if number is None else torch.full((len(batch),), number, device=device)
         return clipped(NoGuidance()(model.denoiser, y))
@@ -337,7 +337,7 @@ def _edit(
         trained.sampler.grid(config.steps),
         labels_of([job.place for job in batch], trained.labels, device),
         lambda y: clipped(trained.guidance(model.denoiser, y)),
-        told,
+        unguided,
         method,
         SeededNoise(seeds, model.space.shape_of(edit.results), device).noise,
         model.space,
@@ -356,11 +356,11 @@ def _files(output: Path, job: EditJob, form: SampleFormat) -> list[Path]:
 
 
 def _save(
-    output: Path, batch: list[EditJob], images: Tensor, shown: list[Tensor], form: SampleFormat
+    output: Path, batch: list[EditJob], images: Tensor, before: list[Tensor], form: SampleFormat
 ) -> None:
     """Write the results as stored, [B, N, C, H, W], and the pictures to show before them."""
     for row, job in enumerate(batch):
-        for place, picture in enumerate(shown):
+        for place, picture in enumerate(before):
             save_png(picture[row], output / "before" / f"{job.name}.{place}.png")
         if len(images[row]) == 1:
             save_stored(images[row, 0], output / f"{job.name}{form.suffix}", job.form)
@@ -376,13 +376,13 @@ def _measured(
     batch: list[EditJob], images: Tensor, edited: EditResult, form: SampleFormat
 ) -> dict[str, dict[str, float]]:
     """The numbers known of each result as stored, [B, N, C, H, W], in the numbers of its file."""
-    if edited.misfit is None:
+    if edited.residual is None:
         return {job.name: {} for job in batch}
-    levels = form.half_range * edited.misfit(to_model_range(images[:, 0])).flatten(1)
+    levels = form.half_range * edited.residual(to_model_range(images[:, 0])).flatten(1)
     numbers = {"rmse": levels.square().mean(1).sqrt(), "largest": levels.abs().amax(1)}
     if edited.found is not None:
         numbers["rmse_sampled"] = (
-            (form.half_range * edited.misfit(edited.found)).flatten(1).square().mean(1).sqrt()
+            (form.half_range * edited.residual(edited.found)).flatten(1).square().mean(1).sqrt()
         )
     return {
         job.name: {name: float(values[row]) for name, values in numbers.items()}

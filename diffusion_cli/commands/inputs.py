@@ -12,7 +12,15 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from diffusion_cli.data import Dataset, center_crop_resize, file_names, sample_files, spread, stored, survey
+from diffusion_cli.data import (
+    Dataset,
+    center_crop_resize,
+    file_names,
+    quantized,
+    sample_files,
+    spread,
+    survey,
+)
 from diffusion_cli.data.folder import ignored_files
 from diffusion_cli.data.listing import MANIFEST, manifests
 from diffusion_cli.errors import NO_VALUE, FormatError, Problem, UsageError
@@ -59,7 +67,7 @@ def real_images(dataset: Dataset, split: str, count: int | None) -> list[Input]:
     rows = spread(len(images), count)
     if not count:
         raise UsageError("input", split, f"{dataset.name} has no images there", "give files")
-    pixels = stored(images[rows.to(images.device)].cpu(), dataset.form)
+    pixels = quantized(images[rows.to(images.device)].cpu(), dataset.form)
     return [Input(f"{split}_{row:05d}", image) for row, image in zip(rows.tolist(), pixels, strict=True)]
 
 

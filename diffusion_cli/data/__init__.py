@@ -13,7 +13,7 @@ from diffusion_cli.data.listing import manifests, visible_name
 from diffusion_cli.data.memory import to_device
 from diffusion_cli.data.packing import Pack
 from diffusion_cli.data.points import Points
-from diffusion_cli.data.previews import PicturedImages, pictured, stored
+from diffusion_cli.data.previews import PicturedImages, pictured, quantized
 from diffusion_cli.data.progressive import ProgressiveBatches, ResolutionSchedule, reduced
 from diffusion_cli.data.torchvision_sets import CIFAR10, MNIST, FashionMNIST
 
@@ -48,11 +48,11 @@ __all__ = [
     "given_images",
     "manifests",
     "pictured",
+    "quantized",
     "reduced",
     "relabelled",
     "sample_files",
     "spread",
-    "stored",
     "to_device",
     "to_model_range",
     "visible_name",

@@ -42,10 +42,10 @@ class Images(ABC):
         Raises ValueError naming the files that cannot be decoded.
         """
 
-    def hflip(self, images: Tensor, coins: Tensor) -> Tensor:
-        """The images [B, *shape], those with coin 1 of `coins` (int64 [B], 0 or 1) mirrored along the last axis."""
+    def hflip(self, images: Tensor, flip_mask: Tensor) -> Tensor:
+        """Return the images [B, *shape], mirrored along the last axis where `flip_mask` (int64 [B]) is 1, not 0."""
         # Row copies, for they run at memory speed; torch.where is four times slower on bytes.
-        rows = torch.arange(len(images), device=images.device) + len(images) * coins
+        rows = torch.arange(len(images), device=images.device) + len(images) * flip_mask
         return torch.cat([images, images.flip(-1)]).index_select(0, rows)
 
     def digest(self) -> str:

@@ -128,8 +128,8 @@ class Batches:
         """Which images of batch k of all processes are mirrored, int64 [batch_size] of 0 and 1."""
         step, part = divmod(k, self.parts)
         generator = torch.Generator().manual_seed(mix(self.seed, "flip", step))
-        coins = torch.randint(2, (self.parts * self.batch_size,), generator=generator)
-        return coins[part * self.batch_size : (part + 1) * self.batch_size]
+        flips = torch.randint(2, (self.parts * self.batch_size,), generator=generator)
+        return flips[part * self.batch_size : (part + 1) * self.batch_size]
 
     def _stream(self) -> Iterator[tuple[int, Tensor]]:
         for k in count(self.start):

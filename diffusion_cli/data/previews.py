@@ -35,12 +35,12 @@ class PicturedImages(Images):
         return len(self.images)
 
     def __getitem__(self, index: Tensor) -> Tensor:
-        return self.form.to_rgb(stored(self.images[index], self.form))
+        return self.form.to_rgb(quantized(self.images[index], self.form))
 
     def lossy(self, index: Tensor) -> dict[str, int]:
         return self.images.lossy(index)
 
 
-def stored(images: Tensor, form: SampleFormat) -> Tensor:
-    """What a dataset gives, as files of a form would hold it."""
+def quantized(images: Tensor, form: SampleFormat) -> Tensor:
+    """The images of a dataset as files of its format store them."""
     return images if images.dtype == torch.uint8 else form.quantize(images)

@@ -103,7 +103,7 @@ class Denoiser(NoiseConditioned):
 
     @property
     def num_classes(self) -> int | None:
-        """Number of classes K that the network is told, label K standing for none; None if it is unconditional."""
+        """Number of classes K, where label K means no class; None for an unconditional network."""
         return getattr(self.network, "num_classes", None)
 
     def forward(self, x_t: Tensor, t: Tensor, y: Tensor | None = None) -> Prediction:

@@ -43,14 +43,14 @@ class Guides(Protocol):
 
 
 class Guidance(ABC):
-    """How a denoiser is told the class; with None as labels it is not."""
+    """A way to condition a denoiser on classes; without labels it is unconditional."""
 
     def guides(self) -> Sequence[NoiseConditioned]:
-        """Return the networks that it asks beside the one it guides."""
+        """Return the networks that it calls in addition to the guided one."""
         return ()
 
-    tells_labels = False
-    """Whether it makes use of labels even if the denoiser knows none."""
+    uses_labels = False
+    """Whether it uses labels even with an unconditional denoiser."""
 
     def check(self, denoiser: Denoiser, label_dropout: float, labelled: bool) -> None:  # noqa: B027
         """Raise ValueError if a denoiser, trained with such label dropout, cannot be guided so."""
@@ -61,7 +61,7 @@ class Guidance(ABC):
 
 
 class NoGuidance(Guidance):
-    """The denoiser as it was trained, told the class if it knows any."""
+    """The denoiser as it was trained, conditioned on the class if it is class-conditional."""
 
     def __init__(self, guides: Guides | None = None) -> None:
         pass
@@ -198,9 +198,9 @@ class ClassifierFree(LinearGuidance):
         assert denoiser.num_classes is not None
         labels = torch.cat([y, torch.full_like(y, denoiser.num_classes)])
         output, variance, coefficients = denoiser.output(torch.cat([x_t, x_t]), t, labels)
-        told, untold = output.chunk(2)
+        cond, uncond = output.chunk(2)
         variance = None if variance is None else variance.chunk(2)[0]
-        return denoiser.read(x_t, t, self.mix(untold, told), variance, coefficients)
+        return denoiser.read(x_t, t, self.mix(uncond, cond), variance, coefficients)
 
 
 class AutoGuidance(LinearGuidance):
@@ -239,7 +239,7 @@ class ClassifierGuidance(Guided):
     """
 
     off = 0.0
-    tells_labels = True
+    uses_labels = True
 
     def __init__(
         self,

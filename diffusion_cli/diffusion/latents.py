@@ -126,13 +126,13 @@ class Latents(Space):
 
 
 class Scale(NamedTuple):
-    """Of z ~ N(mean, variance) over images and places, in each channel."""
+    """Statistics of z ~ N(mean, variance) over images and places, per channel."""
 
     mean: list[float]
     std: list[float]
     """The root of Var z = E[variance] + Var[mean]."""
-    told: list[float]
-    """Var[mean] / Var z, 0 to 1: how much of z is of the image, and not drawn; 0 where the encoder says nothing."""
+    explained: list[float]
+    """Var[mean] / Var z in 0..1: the share of the variance that depends on the image; the rest is noise."""
 
 
 def measured_scale(parts: Iterable[Tensor], channels: int) -> Scale:

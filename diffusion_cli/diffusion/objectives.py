@@ -23,7 +23,7 @@ class Objective(ABC, Generic[Model]):
 
     trains: type[NoiseConditioned] = Denoiser
     label_dropout: float = 0.0
-    """Share of labels withheld from a class-conditional denoiser in training (Ho & Salimans 2022, Alg. 1)."""
+    """Probability of dropping a label of a class-conditional denoiser in training (Ho & Salimans 2022, Alg. 1)."""
     compares_to_zero: bool = True
     """Whether a trained network's loss lies well below that of predicting zero.
 

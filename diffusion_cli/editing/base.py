@@ -27,9 +27,9 @@ class EditProcess:
     labels: Tensor | None
     """The classes of the B results, int64 [B], or None."""
     guided: Callable[[Tensor | None], Denoise]
-    """Gives the guided denoiser, told labels."""
-    told: Callable[[int | str | None], Denoise]
-    """Gives the unguided denoiser, told that all images are of the class of a name or number; None: not told any."""
+    """Returns the guided denoiser conditioned on labels."""
+    unguided: Callable[[int | str | None], Denoise]
+    """Returns the unguided denoiser conditioned on one class, by name or number; None: unconditional."""
     method: "RestorationMethod | None"
     draw: NoiseFn
     """Noise of the shape of the states of the results, one stream an image."""
@@ -62,12 +62,12 @@ class EditResult:
 
     images: Tensor
     """[B, N, C, H, W], around [-1, 1]."""
-    shown: list[Tensor]
-    """Pictures [B, C, H, W] of what the edit began with, to show before the results."""
-    misfit: Callable[[Tensor], Tensor] | None = None
-    """Gives for images [B, C, H, W] how far they are from what is known, by pixel or measured value, [B, ...]."""
+    before: list[Tensor]
+    """Images [B, C, H, W] that the edit started from, shown before the results."""
+    residual: Callable[[Tensor], Tensor] | None = None
+    """Maps images [B, C, H, W] to A x - y, or to x minus the input: [B, ...]."""
     found: Tensor | None = None
-    """The images [B, C, H, W] as sampling left them, before they were made to agree with what is known."""
+    """The sampled images [B, C, H, W], before they were projected onto the measurement."""
 
 
 class Edit(ABC):

@@ -58,7 +58,7 @@ class RePaint(Replacement):
 
 
 class DPS(RestorationMethod):
-    """Diffusion posterior sampling: after each step, go down the gradient of the misfit of the predicted image.
+    """Diffusion posterior sampling: after each step, go down the gradient of the predicted image's residual.
 
     `x_s - scale * grad_{x_t} |y - A x_0(x_t)|`, the norm of each image (Chung et al. 2023, Alg. 1 and its code); a step
     that asks the denoiser several times takes the first prediction. It needs the gradient through the network.
@@ -81,8 +81,8 @@ class DPS(RestorationMethod):
                 with torch.enable_grad():
                     x = x.detach().requires_grad_()
                     prediction = denoise(x, t)
-                    misfit = torch.linalg.vector_norm((y - operator(prediction.x0)).flatten(1), dim=1)
-                    gradients.append(torch.autograd.grad(misfit.sum(), x)[0])
+                    residual = torch.linalg.vector_norm((y - operator(prediction.x0)).flatten(1), dim=1)
+                    gradients.append(torch.autograd.grad(residual.sum(), x)[0])
                 return prediction.detach()
 
             x, state = sampler.step(asked, x, t, s, process.draw, state)

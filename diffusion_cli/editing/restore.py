@@ -32,8 +32,8 @@ class Restoration(Edit):
         (x,) = deque(process.method.restore(process, *known_of(process.space, operator, y)), maxlen=1)
         x = process.space.decode(x)
         known = operator.picture(y)
-        shown = [images, known] if tuple(images.shape[1:]) == self.results else [known]
-        return EditResult(operator.nearest_image(x, y)[:, None], shown, lambda x: operator(x) - y, x)
+        before = [images, known] if tuple(images.shape[1:]) == self.results else [known]
+        return EditResult(operator.nearest_image(x, y)[:, None], before, lambda x: operator(x) - y, x)
 
 
 class Inpaint(Restoration):

@@ -69,8 +69,8 @@ class Reconstruct(PartialNoising):
 class Attribute(Edit):
     """Turn an image of the class `source` into one of the class that `label` names (Su et al. 2023).
 
-    It is encoded to the time `strength` by DDIM inversion, told the source class, and decoded by the guided
-    denoiser, told the other.
+    It is encoded to the time `strength` by DDIM inversion, conditioned on the source class, and decoded by the
+    guided denoiser, conditioned on the other.
     """
 
     def __init__(
@@ -86,7 +86,7 @@ class Attribute(Edit):
 
     def __call__(self, images: Tensor, process: EditProcess) -> EditResult:
         times = start_grid_at(process.times, self.strength)
-        x = encode(process, process.told(self.source), images, times)
+        x = encode(process, process.unguided(self.source), images, times)
         return EditResult(decode(process, x, times, process.draw)[:, None], [images, process.space.decode(x)])
 
 

@@ -45,12 +45,12 @@ class LatentMoments(ModelMetric):
             raise UsageError(
                 "metric.latents.split", self.split, "has no images", "take metric.latents.split=train"
             )
-        mean, std, told = measured_scale(_moments(subject, space, images, count), space.shape[0])
+        mean, std, explained = measured_scale(_moments(subject, space, images, count), space.shape[0])
         means = [(value - zero) / one for value, zero, one in zip(mean, space.mean, space.std, strict=True)]
         stds = [value / one for value, one in zip(std, space.std, strict=True)]
         details = {f"mean_{channel}": value for channel, value in enumerate(means)}
         details |= {f"std_{channel}": value for channel, value in enumerate(stds)}
-        details |= {f"told_{channel}": value for channel, value in enumerate(told)}
+        details |= {f"told_{channel}": value for channel, value in enumerate(explained)}
         return MetricValue(
             self.NAME,
             max(abs(value) for value in [*means, *(value - 1 for value in stds)]),

@@ -23,7 +23,7 @@ class DiT(Transformer):
     """F(x, c_noise, y) as a transformer whose tokens are patches of the image, with adaLN-zero.
 
     `shape` is that of an image, [C, *sizes] with one to three sizes. Cubes of patch_size pixels a side become tokens
-    of hidden_size features by a linear map, their places are told by `position_embedding`, and `depth` blocks work
+    of hidden_size features by a linear map, their places are encoded by `position_embedding`, and `depth` blocks work
     on them. The blocks start as the identity and the last layer at zero, so that F = 0 before training. `dropout`,
     which the published network has none of, is of the features between the two layers of the MLPs.
 
@@ -64,7 +64,7 @@ class DiT(Transformer):
     def forward(self, x: Tensor, c_noise: Tensor, y: Tensor | None = None) -> Tensor:
         """Return F [B, C, *sizes], or [B, 2C, *sizes] with the variance values last, in the dtype of x.
 
-        x: [B, C, *sizes] of any sizes, extended within to what patch_size divides; c_noise: [B], the timestep
+        x: [B, C, *sizes] of any sizes, padded to multiples of patch_size; c_noise: [B], the timestep
         number or what else the parameterization names; y: int64 [B], or None for the null class. An
         unconditional network takes no notice of y.
         """

@@ -90,8 +90,8 @@ def zero_init(layer: nn.Module) -> None:
         nn.init.zeros_(parameter)
 
 
-def classes_told(num_classes: int | None, class_conditional: bool) -> int | None:
-    """The number of classes that a network is told of a data set's, None for none; ValueError if there are none."""
+def conditioning_classes(num_classes: int | None, class_conditional: bool) -> int | None:
+    """The number of classes of a class-conditional network, else None; UsageError for a data set without classes."""
     if class_conditional and num_classes is None:
         raise UsageError(
             "class_conditional", True, "the data set has no classes", "use class_conditional=false"
@@ -149,14 +149,14 @@ def from_patches(x: Tensor, size: int) -> Tensor:
 
 
 def pad_to_multiple(x: Tensor, multiple: int) -> Tensor:
-    """Images [B, C, *sizes] whose last pixels go on until `multiple` divides every size."""
+    """Repeat the last pixels of images [B, C, *sizes] so that `multiple` divides every size."""
     beyond = [-size % multiple for size in x.shape[2:]]
     ends = [end for size in reversed(beyond) for end in (0, size)]  # of the last axis first
     return pad(x, ends, mode="replicate") if any(beyond) else x
 
 
 def crop(x: Tensor, sizes: Sequence[int]) -> Tensor:
-    """Undo `extended`: the first pixels of images along each axis."""
+    """Undo `pad_to_multiple`: the first pixels of images along each axis."""
     return x if tuple(x.shape[2:]) == tuple(sizes) else x[(..., *(slice(size) for size in sizes))]
 
 

@@ -12,7 +12,7 @@ from diffusion_cli.networks.layers import (
     Checkpointed,
     Dropout,
     attend,
-    classes_told,
+    conditioning_classes,
     timestep_embedding,
     zero_init,
 )
@@ -146,7 +146,7 @@ class Transformer(Checkpointed):
     """What the transformers share: the embedding of time and class, the blocks, and the final layer.
 
     `attention` makes that of a block, of so many features and heads. `outputs` numbers are read out of each token, or
-    twice as many with `learn_variance`. A network told no classes has `num_classes` None.
+    twice as many with `learn_variance`. An unconditional network has `num_classes` None.
 
     Raises ValueError where the heads do not divide the features.
     """
@@ -171,7 +171,7 @@ class Transformer(Checkpointed):
                 "num_heads", num_heads, f"does not divide hidden_size={hidden_size}", "use a divisor"
             )
         super().__init__()
-        self.num_classes = classes_told(num_classes, class_conditional)
+        self.num_classes = conditioning_classes(num_classes, class_conditional)
         self.learn_variance = learn_variance
         self.gradient_checkpointing = gradient_checkpointing
         self.t_embedder = TimeEmbedding(hidden_size)

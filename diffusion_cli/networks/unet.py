@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn.functional import silu
 
 from diffusion_cli.networks.encoder import EncoderParts, UNetEncoder
-from diffusion_cli.networks.layers import NORM_EPS, Conv, classes_told, crop, from_patches, zero_init
+from diffusion_cli.networks.layers import NORM_EPS, Conv, conditioning_classes, crop, from_patches, zero_init
 
 
 class UNet(UNetEncoder):
@@ -62,7 +62,7 @@ class UNet(UNetEncoder):
         gradient_checkpointing: bool = False,
         patch_size: PositiveInt = 1,
     ) -> None:
-        num_classes = classes_told(num_classes, class_conditional)
+        num_classes = conditioning_classes(num_classes, class_conditional)
         in_channels, *sizes = shape
         parts = EncoderParts.of(
             tuple(-(-size // patch_size) for size in sizes),
@@ -94,7 +94,7 @@ class UNet(UNetEncoder):
     def forward(self, x: Tensor, c_noise: Tensor, y: Tensor | None = None) -> Tensor:
         """Return F [B, C, *sizes], or [B, 2C, *sizes] with the variance values last, in the dtype of x.
 
-        x: [B, C, *sizes] of any sizes, extended within to what the depth divides; c_noise: [B], the timestep
+        x: [B, C, *sizes] of any sizes, padded to multiples of what the depth needs; c_noise: [B], the timestep
         number or what else the parameterization names; y: int64 [B], or None for the null class. An
         unconditional network takes no notice of y.
         """

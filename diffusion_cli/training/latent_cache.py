@@ -73,10 +73,10 @@ class LatentImages(MemoryImages):
                 "the next start encodes these latents again",
             ) from error
 
-    def hflip(self, images: Tensor, coins: Tensor) -> Tensor:
-        """Of each row, the moments of the image, or of the mirrored one where its coin is 1."""
+    def hflip(self, images: Tensor, flip_mask: Tensor) -> Tensor:
+        """Return the moments of each image, or of its mirror image where `flip_mask` is 1."""
         both = images.unflatten(1, (2, -1))
-        return both[torch.arange(len(both), device=both.device), coins]
+        return both[torch.arange(len(both), device=both.device), flip_mask]
 
 
 def encoded(

@@ -159,7 +159,7 @@ class LatentDataset(Dataset):
 
     def _scale(self, moments: "LatentImages") -> None:
         moments.check()
-        mean, std, told = measured_scale(moments.pixels.split(ENCODED), self.latents.shape[0])
+        mean, std, explained = measured_scale(moments.pixels.split(ENCODED), self.latents.shape[0])
         if not all(map(math.isfinite, std)):
             raise UsageError(
                 "latent",
@@ -175,10 +175,10 @@ class LatentDataset(Dataset):
                 "autoencoder",
                 "train one with fewer model.latent_channels",
             )
-        if min(told) < EMPTY and Distributed().is_main:
+        if min(explained) < EMPTY and Distributed().is_main:
             print(
-                f"latent: channel {told.index(min(told))} of the latents says next to nothing of the images "
-                f"({min(told):.2g} of its variance), so that noise is learned; an autoencoder of a smaller "
+                f"latent: channel {explained.index(min(explained))} of the latents says next to nothing of the images "
+                f"({min(explained):.2g} of its variance), so that noise is learned; an autoencoder of a smaller "
                 "objective.kl_weight or fewer model.latent_channels would use all",
                 file=sys.stderr,
             )

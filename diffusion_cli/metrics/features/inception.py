@@ -12,7 +12,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from diffusion_cli.data import Dataset
 from diffusion_cli.metrics.features.base import FeatureBatch, Features, check_channels
-from diffusion_cli.metrics.features.weights import content_of, locate, misfit, read
+from diffusion_cli.metrics.features.weights import content_of, locate, read, wrong_weights
 
 SIZE = 299
 Resize = Literal["tensorflow", "pytorch", "clean"]
@@ -144,4 +144,4 @@ def load_network(path: Path, content: bytes) -> Any:
             "inception-v3-compat", ["2048"], feature_extractor_weights_path=trusted
         )
     except (RuntimeError, TypeError, KeyError, ValueError) as error:
-        raise misfit(path, "features.weights", error) from error
+        raise wrong_weights(path, "features.weights", error) from error

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from diffusion_cli.errors import UsageError
 from diffusion_cli.metrics.features.base import check_pixels, exact_convolutions
-from diffusion_cli.metrics.features.weights import content_of, locate, misfit, read
+from diffusion_cli.metrics.features.weights import content_of, locate, read, wrong_weights
 from diffusion_cli.runs.weights import digest
 
 PUBLISHED = {"alex": "AlexNet_Weights", "vgg": "VGG16_Weights", "squeeze": "SqueezeNet1_1_Weights"}
@@ -58,7 +58,7 @@ class LPIPSDistance:
             names = {own: "features." + re.sub(r"^slices?\.?\d+\.", "", own) for own in backbone.state_dict()}
             backbone.load_state_dict({own: saved[name] for own, name in names.items()})
         except (RuntimeError, KeyError, TypeError) as error:
-            raise misfit(path, key, error) from error
+            raise wrong_weights(path, key, error) from error
 
     @torch.inference_mode()
     def __call__(self, first: Tensor, second: Tensor) -> Tensor:

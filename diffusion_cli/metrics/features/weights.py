@@ -49,7 +49,7 @@ def content_of(path: Path, key: str) -> bytes:
     try:
         return read_file(path, LARGEST)
     except ValueError as error:
-        raise misfit(path, key, error) from error
+        raise wrong_weights(path, key, error) from error
 
 
 def read(content: bytes, path: Path, key: str) -> Any:
@@ -58,10 +58,10 @@ def read(content: bytes, path: Path, key: str) -> Any:
         check_weights(content)
         return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
     except Exception as error:  # damaged files fail in many ways in the parsers of ZIP and pickle
-        raise misfit(path, key, error) from error
+        raise wrong_weights(path, key, error) from error
 
 
-def misfit(path: Path, key: str, error: Exception) -> UsageError:
+def wrong_weights(path: Path, key: str, error: Exception) -> UsageError:
     """The error that a file does not hold the weights of the network."""
     reason = str(error).partition("\n")[0]
     return UsageError(

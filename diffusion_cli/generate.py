@@ -100,7 +100,7 @@ def check_finite(images: Tensor) -> None:
             "images",
             NO_VALUE,
             "sampling left numbers that are not finite",
-            "try a smaller guidance.scale or method.scale, clip_x0=true, precision=fp32, or more steps",
+            "try a smaller guidance.scale or restoration.scale, clip_x0=true, precision=fp32, or more steps",
         )
 
 

@@ -301,7 +301,7 @@ class Model:
         images: Tensor | None = None,
         *,
         mask: Tensor | None = None,
-        method: str | None = None,
+        restoration: str | None = None,
         seed: int = 0,
         steps: int | None = None,
         sampler: str | None = None,
@@ -316,11 +316,11 @@ class Model:
             name: name of an option of `edit`, as "inpaint" or "img2img".
             images: as stored, [B, C, H, W]; None for "interpolate" and others with `edit.seeds` among the overrides.
             mask: for "inpaint", bool [H, W], true where to paint; None is a box in the centre.
-            method: restoration of the edits that keep what is known: "replacement", "repaint" or "dps"; None
+            restoration: method of the edits that keep what is known: "replacement", "repaint" or "dps"; None
                 is "repaint" for these.
             seed: seed of the first result; result n has seed + n.
-            steps: steps of the sampler; None is the number for the method, or 50.
-            sampler: name of an option; None is the sampler for the method, or "ddim".
+            steps: steps of the sampler; None is the number for the restoration, or 50.
+            sampler: name of an option; None is the sampler for the restoration, or "ddim".
             label, guidance, guidance_scale: as in `sample`; a label of None is no label.
             overrides: further arguments of `diffuse edit`, as "edit.strength=0.5".
 
@@ -337,7 +337,7 @@ class Model:
             torch.Size([2, 1, 8, 8])
         """
         settings = _overrides(
-            edit=name, method=method or _usual_method(name), seed=seed, steps=steps, sampler=sampler,
+            edit=name, restoration=restoration or _usual_restoration(name), seed=seed, steps=steps, sampler=sampler,
             label=label, guidance=guidance, **_scale(guidance_scale),
         )  # fmt: skip
         named = [] if images is None else ["input=held_out"]  # stands for the images, and is not read
@@ -490,7 +490,7 @@ def _listed(key: str, values: Sequence[str]) -> list[str]:
     return list(values)
 
 
-def _usual_method(edit: str) -> str | None:
+def _usual_restoration(edit: str) -> str | None:
     """The restoration of an edit if none is named; None of an edit that restores nothing."""
     if edit not in configuration.options("edit"):
         return None  # refused with the other words

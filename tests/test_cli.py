@@ -60,6 +60,8 @@ def test_every_mistake_at_once_one_line_each(capsys):
             "accumulate=2: renamed to accumulate_grad_batches; use accumulate_grad_batches=2",
         ),
         (["sample", "accumulate=2"], "accumulate=2: unknown key"),
+        (["edit", "method=dps"], "method=dps: renamed to restoration; use restoration=dps"),
+        (["edit", "method.scale=2"], "method.scale=2: renamed to restoration; use restoration.scale=2"),
         (["train", "times=uniform"], "times=uniform: renamed to time_sampling; use time_sampling=uniform"),
         (["train", "times.bins=4"], "times.bins=4: renamed to time_sampling; use time_sampling.bins=4"),
         (["train", "max_steps=null"], "max_steps: no budget; set max_steps, max_epochs or max_time"),
@@ -176,7 +178,7 @@ def test_help_follows_the_chosen_options(capsys):
     assert "\ndataset=cifar10: " in page
     run(["edit", "edit=inpaint", "--help"])  # which brings a method and a sampler
     page = capsys.readouterr().out
-    assert "method.num_resamples=" in page
+    assert "restoration.num_resamples=" in page
     assert "sampler.variance=" in page
     run(["edit", "edit=inpaint", "sampler=heun", "--help"])
     assert "\nsampler=heun: " in capsys.readouterr().out

@@ -319,7 +319,11 @@ def test_lists_for_keys_that_take_one_value_make_a_grid_in_the_order_written():
         ("sample", ["guidance=cfg", "guidance.interval=[0.3,3]"], [{}]),
         ("eval", ["metric=bits_per_dim", "metric.bound.num_shards=[1]"], [{"metric.bound.num_shards": 1}]),
         ("eval", ["run=[a,'b c']"], [{"run": "a"}, {"run": "b c"}]),
-        ("edit", ["edit=inpaint", "method.num_resamples=[2]"], [{"method.num_resamples": 2}]),  # brought
+        (
+            "edit",
+            ["edit=inpaint", "restoration.num_resamples=[2]"],
+            [{"restoration.num_resamples": 2}],
+        ),  # brought
         ("sample", ["run=[null,x]"], [{"run": None}, {"run": "x"}]),
     ],
 )

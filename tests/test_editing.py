@@ -596,7 +596,7 @@ def test_edits_are_files_named_by_input_with_a_manifest(folder, tmp_path, capsys
 
 
 def test_a_stopped_edit_is_completed_whatever_the_batch(folder, tmp_path, capsys):
-    words = [f"input={folder}/images", "method.num_resamples=2"]
+    words = [f"input={folder}/images", "restoration.num_resamples=2"]
     edit(folder, *words, f"output={tmp_path}/whole")
     edit(folder, *words, f"output={tmp_path}/parts", "batch_size=1")
     (tmp_path / "parts" / "b.png").unlink()
@@ -616,14 +616,14 @@ def test_a_stopped_edit_is_completed_whatever_the_batch(folder, tmp_path, capsys
     [
         ["edit=outpaint", "edit.right=3"],
         ["edit=outpaint", "edit.top=2", "edit.canvas=keep"],
-        ["edit=super_resolution", "method=dps", "method.scale=0.3"],
+        ["edit=super_resolution", "restoration=dps", "restoration.scale=0.3"],
         ["edit=img2img", "label=3", "guidance=cfg"],
         ["edit=img2img", "label=[0,3]", "guidance=classifier", "guidance.run=judge"],
         ["edit=img2img", "guidance=auto", "guidance.step=10"],
         ["edit=reconstruct"],
         ["edit=attribute", "edit.source=4", "label=9", "guidance=cfg"],
         ["edit=interpolate", "edit.frames=4"],
-        ["method=replacement", "sampler=unipc"],
+        ["restoration=replacement", "sampler=unipc"],
     ],
 )
 def test_every_kind_of_edit_of_real_images(folder, tmp_path, words):
@@ -732,8 +732,8 @@ def test_files_of_one_name_do_not_overwrite_each_other(folder, tmp_path):
             "guidance.interval=[3, 1]: should be",
         ),
         (["guidance=classifier", "guidance.run=plain", "label=1"], "was trained with task=diffusion"),
-        (["method=null"], "method=null: unknown option; there are: dps, repaint, replacement"),
-        (["edit=img2img", "method=dps"], "method: edit=img2img restores nothing"),
+        (["restoration=null"], "restoration=null: unknown option; there are: dps, repaint, replacement"),
+        (["edit=img2img", "restoration=dps"], "restoration: edit=img2img restores nothing"),
         (["edit=attribute"], "label=null: edit=attribute leads to a class"),
         (["edit=attribute", "label=1", "edit.source=12"], "edit.source=12: there are the classes 0..9"),
         (["edit=colorize"], "edit=colorize: the model makes gray images"),
@@ -776,8 +776,8 @@ def test_what_is_not_finite_is_not_saved(folder, tmp_path, capsys):
     assert (
         edit(
             folder,
-            "method=dps",
-            "method.scale=1e38",
+            "restoration=dps",
+            "restoration.scale=1e38",
             "input=held_out",
             "num_images=1",
             f"output={tmp_path}/a",

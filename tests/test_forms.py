@@ -715,7 +715,8 @@ def test_a_folder_goes_through_every_command_and_comes_back_in_its_depth(tmp_pat
     assert run(["train", *data, *model, "name=r", "logger=csv", "trainer=cpu"]) == 0
     assert run(["sample", *short, "num_samples=3", "output=s"]) == 0
     assert (
-        run(["edit", *short, "edit=inpaint", "method=replacement", f"input=x/a/0{suffix}", "output=e"]) == 0
+        run(["edit", *short, "edit=inpaint", "restoration=replacement", f"input=x/a/0{suffix}", "output=e"])
+        == 0
     )
     assert run(["eval", *short, "num_samples=6", *measured, "force=true"]) == 0
     assert run(["eval", "samples=s", *data, *measured, "device=cpu", "force=true"]) == 0

@@ -507,8 +507,15 @@ def test_guides_of_other_latents_are_refused_but_not_for_rounding():
         ["edit=interpolate", "edit.frames=3"],
         ["edit=attribute", "edit.source=1", "label=3"],
         ["edit=outpaint", "edit.left=2"],
-        ["edit=super_resolution", "method=dps"],
-        ["edit=inpaint", "method=dps", "guidance=classifier", "guidance.run=c", "label=3", "batch_size=auto"],
+        ["edit=super_resolution", "restoration=dps"],
+        [
+            "edit=inpaint",
+            "restoration=dps",
+            "guidance=classifier",
+            "guidance.run=c",
+            "label=3",
+            "batch_size=auto",
+        ],
     ],
 )
 def test_every_edit_works_in_latents(place, tmp_path, words):
@@ -545,7 +552,13 @@ def test_noise_of_seeds_is_interpolated_between_what_they_are_sampled_to(place, 
 def test_known_pixels_stay_to_the_bit(place, tmp_path, method):
     image = Digits("", held_out=0.2, flip=False).load("held_out")[torch.tensor([7])][0, 0].numpy()
     Image.fromarray(image).save(tmp_path / "image.png")
-    words = ["edit=inpaint", "edit.mask=[1,2,4,7]", f"method={method}", f"output={tmp_path}/edit", "steps=4"]
+    words = [
+        "edit=inpaint",
+        "edit.mask=[1,2,4,7]",
+        f"restoration={method}",
+        f"output={tmp_path}/edit",
+        "steps=4",
+    ]
     assert call(place, "edit", f"input={tmp_path}/image.png", *words) == 0
     with Image.open(tmp_path / "edit" / "image.png") as result:
         made = np.asarray(result)
@@ -558,8 +571,11 @@ def test_known_pixels_stay_to_the_bit(place, tmp_path, method):
 @pytest.mark.parametrize(
     ("words", "line"),
     [
-        (["edit=super_resolution"], "method=repaint: puts in what is known"),
-        (["edit=super_resolution", "method=replacement"], "method=replacement: puts in what is known"),
+        (["edit=super_resolution"], "restoration=repaint: puts in what is known"),
+        (
+            ["edit=super_resolution", "restoration=replacement"],
+            "restoration=replacement: puts in what is known",
+        ),
         (
             ["edit=outpaint", "edit.left=1"],
             "results are of 9 x 8 pixels, and a latent stands for 2 of a side",

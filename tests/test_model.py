@@ -89,9 +89,9 @@ def test_edits_equal_those_of_the_command(here):
     Image.fromarray((mask * 255).byte().numpy()).save(here / "mask.png")
     for number, image in enumerate(images):
         Image.fromarray(image[0].numpy()).save(here / "mine" / f"{number}.png")
-    words = ["edit=inpaint", "edit.mask=mask.png", "method=replacement", "input=mine", "steps=3", *FP32]
+    words = ["edit=inpaint", "edit.mask=mask.png", "restoration=replacement", "input=mine", "steps=3", *FP32]
     assert run(["edit", "run=outputs/denoiser", "output=made", *words]) == 0
-    edited = model.edit("inpaint", images, mask=mask, method="replacement", steps=3, overrides=FP32)
+    edited = model.edit("inpaint", images, mask=mask, restoration="replacement", steps=3, overrides=FP32)
     assert np.array_equal(edited[:, 0].numpy(), files(here / "made"))
     assert torch.equal(edited[:, :, ~mask], images[:, :, ~mask])
     assert not torch.equal(edited, images)

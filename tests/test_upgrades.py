@@ -186,6 +186,7 @@ def test_names_of_classes_come_forward_and_go_back(target):
     ("then", "now"),
     [
         ({"accumulate": 2}, {"accumulate_grad_batches": 2}),
+        ({"method": {"_target_": "DPS"}}, {"restoration": {"_target_": "DPS"}}),
         ({"times": None}, {"time_sampling": None}),
         ({"times": {"_target_": "Uniform"}}, {"time_sampling": {"_target_": "Uniform"}}),
     ],

@@ -194,7 +194,7 @@ def test_volumes_are_trained_on_and_sampled(tmp_path, monkeypatch, capsys):
         "steps=2",
         "sampler=ddim",
         "edit=inpaint",
-        "method=replacement",
+        "restoration=replacement",
         "input=[x.nii,y.nii]",
     ]
     assert run([*edit, "output=edits"]) == 0

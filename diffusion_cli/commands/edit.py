@@ -66,7 +66,7 @@ def _run(config: EditConfig) -> None:
     settings = {
         **trained.settings,
         "edit": config.edit,
-        "method": config.method,
+        "restoration": config.restoration,
         "seed": config.seed,
         "variations": config.variations,
         "read_sha256": {key: digest({key: value}) for key, value in edit.content().items()},
@@ -135,7 +135,7 @@ def _parts(
     """The edit and its restoration; UsageError where they do not go with each other or with the model."""
     trained.check(config.steps)
     edit: Edit = build(config.edit, trained.model.shape, mask_reader)
-    method: RestorationMethod | None = None if config.method is None else build(config.method)
+    method: RestorationMethod | None = None if config.restoration is None else build(config.restoration)
     _refuse(config, trained, edit, method)
     return edit, method
 
@@ -156,9 +156,13 @@ def _refuse(config: EditConfig, trained: LoadedModel, edit: Edit, method: Restor
             "take img2img, interpolate, attribute or reconstruct",
         )
     if edit.restores and method is None:
-        raise UsageError("method", NO_VALUE, f"edit={kind} needs one", "take replacement, repaint or dps")
+        raise UsageError(
+            "restoration", NO_VALUE, f"edit={kind} needs one", "take replacement, repaint or dps"
+        )
     if not edit.restores and method is not None:
-        raise UsageError("method", NO_VALUE, f"edit={kind} restores nothing that is known", "leave it out")
+        raise UsageError(
+            "restoration", NO_VALUE, f"edit={kind} restores nothing that is known", "leave it out"
+        )
     if isinstance(trained.model.space, Latents):
         _refuse_in_latents(trained.model.space, kind, edit, method)
     if edit.deterministic and trained.sampler.stochastic:
@@ -199,11 +203,11 @@ def _refuse_in_latents(space: Latents, kind: str, edit: Edit, method: Restoratio
     """Raise ValueError where an edit needs pixels, and the model works in latents."""
     if method is not None and not (edit.masks or method.differentiates):
         raise UsageError(
-            "method",
+            "restoration",
             type(method).__name__.lower(),
             f"puts in what is known, and of latents nothing is known in edit={kind}, only of the pixels "
             "that they are decoded to",
-            "take method=dps",
+            "take restoration=dps",
         )
     factor = space.autoencoder.factor
     if any(side % factor for side in edit.results[1:]):

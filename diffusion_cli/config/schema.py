@@ -293,7 +293,7 @@ class EditConfig(_Generation):
     output: str | None
     data_dir: str
     edit: Node
-    method: Node | None = None
+    restoration: Node | None = None
 
     @property
     def data_paths(self) -> Node:

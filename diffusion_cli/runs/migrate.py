@@ -32,6 +32,7 @@ MODULES_OF_FORMAT_4 = {
 """Modules of the package that moved after format 4, whose classes configurations name."""
 KEYS_OF_FORMAT_5 = {
     "accumulate": "accumulate_grad_batches",
+    "method": "restoration",
     "times": "time_sampling",
 }
 """Keys of configurations that have another name since format 5."""

@@ -128,7 +128,7 @@ SUPPLIED = {
     "schedule": (),
     "parameterization": (),
     "objective": (),
-    "times": (),
+    "time_sampling": (),
     "method": (),
     "guidance": (SimpleNamespace(denoiser=lambda *names: names, classifier=str),),
     "sampler": (Cosine(),),
@@ -148,6 +148,10 @@ def state(part: Any) -> Any:
     if isinstance(part, list | tuple):
         return tuple(map(state, part))
     return (type(part), state(vars(part))) if hasattr(part, "__dict__") else part
+
+
+def test_parts_of_every_supplied_group_are_built():
+    assert set(SUPPLIED) <= {group for options in USUAL.values() for group, _ in options}
 
 
 @pytest.mark.parametrize("target", [target for target in USUAL if USUAL[target][0][0] in SUPPLIED])

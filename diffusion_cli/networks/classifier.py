@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn.functional import silu
 
 from diffusion_cli.errors import UsageError
-from diffusion_cli.networks.encoder import EncoderParts, UNetEncoder
+from diffusion_cli.networks.encoder import EmbeddingLayout, Resample, UNetConfig, UNetEncoder
 from diffusion_cli.networks.layers import NORM_EPS
 
 
@@ -34,9 +34,9 @@ class Classifier(UNetEncoder):
         head_channels: PositiveInt | None = 32,
         norm_groups: PositiveInt = 8,
         time_embedding: Literal["additive", "scale_shift"] = "scale_shift",
-        embedding_layout: Literal["sin_cos", "cos_sin", "fourier"] = "cos_sin",
+        embedding_layout: EmbeddingLayout = "cos_sin",
         fourier_scale: PositiveFloat = 16.0,
-        resample: Literal["conv", "conv_same", "block", "block_proj"] = "conv",
+        resample: Resample = "conv",
         dropout: Annotated[float, Field(ge=0, lt=1)] = 0.1,
         gradient_checkpointing: bool = False,
     ) -> None:
@@ -44,29 +44,16 @@ class Classifier(UNetEncoder):
             raise UsageError(
                 "task", "classifier", "the data set has no classes to learn", "take one with labels"
             )
-        in_channels, *sizes = shape
-        parts = EncoderParts.of(
-            tuple(sizes),
-            channels=channels,
-            channel_mult=channel_mult,
-            num_res_blocks=num_res_blocks,
-            attention_resolutions=attention_resolutions,
-            num_heads=num_heads,
-            head_channels=head_channels,
-            norm_groups=norm_groups,
-            time_embedding=time_embedding,
-            resample=resample,
-            fir=False,
-            up_attention="all",
-            skip_rescale=False,
-            dropout=dropout,
-        )
-        super().__init__(
-            in_channels, parts, None, embedding_layout=embedding_layout, fourier_scale=fourier_scale,
-            progressive_input="none", gradient_checkpointing=gradient_checkpointing,
+        config = UNetConfig(
+            shape, channels=channels, channel_mult=channel_mult, num_res_blocks=num_res_blocks,
+            attention_resolutions=attention_resolutions, num_heads=num_heads, head_channels=head_channels,
+            norm_groups=norm_groups, time_embedding=time_embedding, embedding_layout=embedding_layout,
+            fourier_scale=fourier_scale, resample=resample, dropout=dropout,
+            gradient_checkpointing=gradient_checkpointing,
         )  # fmt: skip
-        self.out_norm = nn.GroupNorm(norm_groups, parts.widths[-1], eps=NORM_EPS)
-        self.head = nn.Linear(parts.widths[-1], num_classes)
+        super().__init__(config, None)
+        self.out_norm = nn.GroupNorm(norm_groups, config.widths[-1], eps=NORM_EPS)
+        self.head = nn.Linear(config.widths[-1], num_classes)
 
     def forward(self, x: Tensor, c_noise: Tensor) -> Tensor:
         """Return the scores [B, K] of images x [B, C, *sizes] at the noise levels c_noise [B], before the softmax."""

@@ -1,9 +1,8 @@
-"""The way down of the U-Nets, and what both ways are put together from."""
+"""The encoder of the U-Nets, and their options."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
-from typing import Literal, Self
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +24,9 @@ from diffusion_cli.networks.layers import (
     to_patches,
 )
 
+EmbeddingLayout = Literal["sin_cos", "cos_sin", "fourier"]
+Resample = Literal["conv", "conv_same", "block", "block_proj"]
+
 
 class Block(nn.ModuleList):
     """Layers at work between two skip connections, one after the other; `skip` joins as further channels."""
@@ -42,40 +44,29 @@ class UNetEncoder(Checkpointed):
 
     frequencies: Tensor
 
-    def __init__(
-        self,
-        in_channels: int,
-        parts: "EncoderParts",
-        num_classes: int | None,
-        *,
-        embedding_layout: Literal["sin_cos", "cos_sin", "fourier"],
-        fourier_scale: float,
-        progressive_input: Literal["none", "residual"],
-        gradient_checkpointing: bool,
-        patch_size: int = 1,
-    ) -> None:
+    def __init__(self, config: "UNetConfig", num_classes: int | None) -> None:
         super().__init__()
-        in_channels *= patch_size**parts.ndim
+        in_channels = config.shape[0] * config.patch_size**config.ndim
         self.num_classes = num_classes
-        self.channels = channels = parts.channels
-        self.embedding_layout: Literal["sin_cos", "cos_sin", "fourier"] = embedding_layout
-        self.gradient_checkpointing = gradient_checkpointing
-        self.patch_size = patch_size
-        self.multiple = patch_size * 2 ** (len(parts.widths) - 1)
+        self.channels = channels = config.channels
+        self.embedding_layout: EmbeddingLayout = config.embedding_layout
+        self.gradient_checkpointing = config.gradient_checkpointing
+        self.patch_size = config.patch_size
+        self.multiple = config.patch_size * 2 ** (len(config.widths) - 1)
         features = channels
-        if embedding_layout == "fourier":
+        if self.embedding_layout == "fourier":
             features = 2 * channels
-            self.register_buffer("frequencies", fourier_scale * torch.randn(channels))
+            self.register_buffer("frequencies", config.fourier_scale * torch.randn(channels))
         self.time_mlp = nn.Sequential(
             nn.Linear(features, 4 * channels), nn.SiLU(), nn.Linear(4 * channels, 4 * channels)
         )
         if num_classes is not None:
             self.class_embedding = nn.Embedding(num_classes + 1, 4 * channels)
-        self.stem = Conv(in_channels, channels, ndim=parts.ndim)
-        self.down, self.skip_widths = parts.down_path(
-            in_channels if progressive_input == "residual" else None
+        self.stem = Conv(in_channels, channels, ndim=config.ndim)
+        self.down, self.skip_widths = config.down_path(
+            in_channels if config.progressive_input == "residual" else None
         )
-        self.middle = parts.middle()
+        self.middle = config.middle()
 
     def encode(self, x: Tensor, emb: Tensor) -> list[Tensor]:
         """Return the features of every skip connection, and of the middle last."""
@@ -110,89 +101,86 @@ class UNetEncoder(Checkpointed):
 
 
 @dataclass(frozen=True)
-class EncoderParts:
-    """What the two paths of a U-Net are put together from."""
+class UNetConfig:
+    """Options of a U-Net for images of a shape [C, *sizes], and the layers that they mean; `UNet` describes them.
 
-    ndim: int  # of the images
-    channels: int  # feature maps of the stem
-    widths: list[int]  # feature maps of each level
+    Raises UsageError where two options do not go together, or images have no or more than three dimensions.
+    """
+
+    shape: tuple[int, ...]
+    channels: int
+    channel_mult: Sequence[int]
     num_res_blocks: int
-    attended: set[int]  # levels with attention
-    heads: Callable[[int], int]  # by number of feature maps
+    attention_resolutions: Sequence[int]
+    num_heads: int | None
+    head_channels: int | None
     norm_groups: int
-    resample: Literal["conv", "conv_same", "block", "block_proj"]
-    fir: bool
-    skip_rescale: bool
-    up_attention: Literal["all", "last"]
-    res: Callable[..., ResBlock]
+    time_embedding: Literal["additive", "scale_shift"]
+    embedding_layout: EmbeddingLayout
+    fourier_scale: float
+    resample: Resample
+    dropout: float
+    gradient_checkpointing: bool
+    fir: bool = False
+    progressive_input: Literal["none", "residual"] = "none"
+    up_attention: Literal["all", "last"] = "all"
+    skip_rescale: bool = False
+    patch_size: int = 1
 
-    @classmethod
-    def of(
-        cls,
-        sizes: tuple[int, ...],
-        *,
-        channels: int,
-        channel_mult: Sequence[int],
-        num_res_blocks: int,
-        attention_resolutions: Sequence[int],
-        num_heads: int | None,
-        head_channels: int | None,
-        norm_groups: int,
-        time_embedding: str,
-        resample: Literal["conv", "conv_same", "block", "block_proj"],
-        fir: bool,
-        up_attention: Literal["all", "last"],
-        skip_rescale: bool,
-        dropout: float,
-    ) -> Self:
-        """Return the parts that a network's options mean for images of some `sizes`.
-
-        Raises ValueError where two do not go together, or images have no or more than three dimensions.
-        """
-        if len(sizes) not in CONV:
+    def __post_init__(self) -> None:
+        if self.ndim not in CONV:
             raise UsageError(
                 "model",
                 NO_VALUE,
-                f"a U-Net takes 1 to 3 dimensions beside the channels, not {len(sizes)}",
+                f"a U-Net takes 1 to 3 dimensions beside the channels, not {self.ndim}",
                 "choose another model",
             )
-        if not channel_mult:
+        if not self.channel_mult:
             raise UsageError(
                 "channel_mult", "[]", "the network needs a level", "name a multiplier, as [1, 2]"
             )
-        if channels % norm_groups:
+        if self.channels % self.norm_groups:
             raise UsageError(
-                "norm_groups", norm_groups, f"does not divide channels={channels}", "use a divisor"
+                "norm_groups", self.norm_groups, f"does not divide channels={self.channels}", "use a divisor"
             )
-        if fir and not resample.startswith("block"):
+        if self.fir and not self.resample.startswith("block"):
             raise UsageError(
                 "fir",
                 True,
-                f"filters inside blocks, not with resample={resample}",
+                f"filters inside blocks, not with resample={self.resample}",
                 "use resample=block or block_proj, or fir=false",
             )
-        return cls(
-            ndim=len(sizes),
-            channels=channels,
-            widths=[mult * channels for mult in channel_mult],
-            num_res_blocks=num_res_blocks,
-            attended=_attended_levels(sizes[0], len(channel_mult), attention_resolutions),
-            heads=partial(_heads, num_heads=num_heads, head_channels=head_channels),
-            norm_groups=norm_groups,
-            resample=resample,
-            fir=fir,
-            skip_rescale=skip_rescale,
-            up_attention=up_attention,
-            res=partial(
-                ResBlock,
-                emb_channels=4 * channels,
-                norm_groups=norm_groups,
-                dropout=dropout,
-                scale_shift=time_embedding == "scale_shift",
-                skip_rescale=skip_rescale,
-                ndim=len(sizes),
-            ),
-        )
+        unreached = [r for r in self.attention_resolutions if r not in self.resolutions]
+        if unreached:
+            raise UsageError(
+                "attention_resolutions",
+                self.attention_resolutions,
+                f"not reached: {unreached}",
+                f"{len(self.widths)} levels at image size {self.height} work at {self.resolutions}, "
+                "choose among these",
+            )
+
+    @property
+    def ndim(self) -> int:
+        """Dimensions of an image beside its channels."""
+        return len(self.shape) - 1
+
+    @property
+    def widths(self) -> list[int]:
+        """Feature maps of each level."""
+        return [mult * self.channels for mult in self.channel_mult]
+
+    @property
+    def height(self) -> int:
+        """First size of an image in patches."""
+        return -(-self.shape[1] // self.patch_size)
+
+    @property
+    def resolutions(self) -> list[int]:
+        """First size at each level."""
+        levels = len(self.channel_mult)
+        finest = self.height + -self.height % 2 ** (levels - 1)
+        return [finest >> level for level in range(levels)]
 
     def down_path(self, pyramid: int | None) -> tuple[nn.ModuleList, list[int]]:
         """Return the blocks and the widths of the skip connections, of which the stem's is first.
@@ -202,7 +190,7 @@ class EncoderParts:
         blocks, skips = nn.ModuleList(), [self.channels]
         for level, width in enumerate(self.widths):
             for _ in range(self.num_res_blocks):
-                blocks.append(self._stage(skips[-1], level, attended=level in self.attended))
+                blocks.append(self._stage(skips[-1], level, attended=self._attended(level)))
                 skips.append(width)
             if level < len(self.widths) - 1:
                 blocks.append(Block([self._resampling(width, "down")]))
@@ -217,14 +205,14 @@ class EncoderParts:
 
     def middle(self) -> Block:
         width = self.widths[-1]
-        return Block([self.res(width, width), self._attention(width), self.res(width, width)])
+        return Block([self._res(width, width), self._attention(width), self._res(width, width)])
 
     def up_path(self, skips: list[int]) -> nn.ModuleList:
         blocks, width = nn.ModuleList(), self.widths[-1]
         for level in reversed(range(len(self.widths))):
             for i in range(self.num_res_blocks + 1):
                 last = i == self.num_res_blocks
-                attended = level in self.attended and (last or self.up_attention == "all")
+                attended = self._attended(level) and (last or self.up_attention == "all")
                 block = self._stage(width + skips.pop(), level, attended=attended)
                 width = self.widths[level]
                 if level and last:
@@ -233,50 +221,46 @@ class EncoderParts:
         return blocks
 
     def _stage(self, in_channels: int, level: int, *, attended: bool) -> Block:
-        block = Block([self.res(in_channels, self.widths[level])])
+        block = Block([self._res(in_channels, self.widths[level])])
         if attended:
             block.append(self._attention(self.widths[level]))
         return block
 
+    def _attended(self, level: int) -> bool:
+        return self.resolutions[level] in self.attention_resolutions
+
+    def _res(self, in_channels: int, out_channels: int, **resampling: Any) -> ResBlock:
+        return ResBlock(
+            in_channels, out_channels, emb_channels=4 * self.channels, norm_groups=self.norm_groups,
+            dropout=self.dropout, scale_shift=self.time_embedding == "scale_shift",
+            skip_rescale=self.skip_rescale, ndim=self.ndim, **resampling,
+        )  # fmt: skip
+
     def _attention(self, width: int) -> Attention:
         return Attention(
-            width, num_heads=self.heads(width), norm_groups=self.norm_groups, skip_rescale=self.skip_rescale
+            width, num_heads=self._heads(width), norm_groups=self.norm_groups, skip_rescale=self.skip_rescale
         )
+
+    def _heads(self, width: int) -> int:
+        """Attention heads for a number of feature maps."""
+        if (self.num_heads is None) == (self.head_channels is None):
+            raise UsageError(
+                f"num_heads={format_value(self.num_heads)}, head_channels",
+                self.head_channels,
+                "set one of them, the other null",
+            )
+        key = "num_heads" if self.head_channels is None else "head_channels"
+        value = getattr(self, key)
+        if width % value:
+            raise UsageError(
+                key, value, f"does not divide the {width} channels of an attention layer", "use a divisor"
+            )
+        return value if self.head_channels is None else width // value
 
     def _resampling(self, width: int, direction: Literal["up", "down"]) -> nn.Module:
         if self.resample in ("block", "block_proj"):
             project = self.resample == "block_proj"
-            return self.res(width, width, resample=direction, fir=self.fir, project=project)
+            return self._res(width, width, resample=direction, fir=self.fir, project=project)
         if direction == "up":
             return Upsample(width, ndim=self.ndim)
         return Downsample(width, same=self.resample == "conv_same", ndim=self.ndim)
-
-
-def _attended_levels(image_size: int, levels: int, attention_resolutions: Sequence[int]) -> set[int]:
-    finest = image_size + -image_size % 2 ** (levels - 1)
-    resolutions = [finest >> level for level in range(levels)]
-    unreached = [r for r in attention_resolutions if r not in resolutions]
-    if unreached:
-        raise UsageError(
-            "attention_resolutions",
-            attention_resolutions,
-            f"not reached: {unreached}",
-            f"{levels} levels at image size {image_size} work at {resolutions}, choose among these",
-        )
-    return {resolutions.index(r) for r in attention_resolutions}
-
-
-def _heads(width: int, num_heads: int | None, head_channels: int | None) -> int:
-    if (num_heads is None) == (head_channels is None):
-        raise UsageError(
-            f"num_heads={format_value(num_heads)}, head_channels",
-            head_channels,
-            "set one of them, the other null",
-        )
-    key, value = ("num_heads", num_heads) if head_channels is None else ("head_channels", head_channels)
-    assert value is not None
-    if width % value:
-        raise UsageError(
-            key, value, f"does not divide the {width} channels of an attention layer", "use a divisor"
-        )
-    return value if head_channels is None else width // value

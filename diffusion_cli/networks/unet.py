@@ -7,7 +7,7 @@ from pydantic import Field, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 from torch.nn.functional import silu
 
-from diffusion_cli.networks.encoder import EncoderParts, UNetEncoder
+from diffusion_cli.networks.encoder import EmbeddingLayout, Resample, UNetConfig, UNetEncoder
 from diffusion_cli.networks.layers import NORM_EPS, Conv, conditioning_classes, crop, from_patches, zero_init
 
 
@@ -49,9 +49,9 @@ class UNet(UNetEncoder):
         head_channels: PositiveInt | None = 32,
         norm_groups: PositiveInt = 8,
         time_embedding: Literal["additive", "scale_shift"] = "scale_shift",
-        embedding_layout: Literal["sin_cos", "cos_sin", "fourier"] = "cos_sin",
+        embedding_layout: EmbeddingLayout = "cos_sin",
         fourier_scale: PositiveFloat = 16.0,
-        resample: Literal["conv", "conv_same", "block", "block_proj"] = "conv",
+        resample: Resample = "conv",
         fir: bool = False,
         progressive_input: Literal["none", "residual"] = "none",
         up_attention: Literal["all", "last"] = "all",
@@ -63,32 +63,20 @@ class UNet(UNetEncoder):
         patch_size: PositiveInt = 1,
     ) -> None:
         num_classes = conditioning_classes(num_classes, class_conditional)
-        in_channels, *sizes = shape
-        parts = EncoderParts.of(
-            tuple(-(-size // patch_size) for size in sizes),
-            channels=channels,
-            channel_mult=channel_mult,
-            num_res_blocks=num_res_blocks,
-            attention_resolutions=attention_resolutions,
-            num_heads=num_heads,
-            head_channels=head_channels,
-            norm_groups=norm_groups,
-            time_embedding=time_embedding,
-            resample=resample,
-            fir=fir,
-            up_attention=up_attention,
-            skip_rescale=skip_rescale,
-            dropout=dropout,
-        )
-        super().__init__(
-            in_channels, parts, num_classes, embedding_layout=embedding_layout, fourier_scale=fourier_scale,
-            progressive_input=progressive_input, gradient_checkpointing=gradient_checkpointing, patch_size=patch_size,
+        config = UNetConfig(
+            shape, channels=channels, channel_mult=channel_mult, num_res_blocks=num_res_blocks,
+            attention_resolutions=attention_resolutions, num_heads=num_heads, head_channels=head_channels,
+            norm_groups=norm_groups, time_embedding=time_embedding, embedding_layout=embedding_layout,
+            fourier_scale=fourier_scale, resample=resample, dropout=dropout,
+            gradient_checkpointing=gradient_checkpointing, fir=fir, progressive_input=progressive_input,
+            up_attention=up_attention, skip_rescale=skip_rescale, patch_size=patch_size,
         )  # fmt: skip
+        super().__init__(config, num_classes)
         self.learn_variance = learn_variance
-        self.up = parts.up_path(self.skip_widths)
-        self.out_norm = nn.GroupNorm(norm_groups, parts.widths[0], eps=NORM_EPS)
-        out_channels = (2 if learn_variance else 1) * in_channels * patch_size ** len(sizes)
-        self.out_conv = Conv(parts.widths[0], out_channels, ndim=len(sizes))
+        self.up = config.up_path(self.skip_widths)
+        self.out_norm = nn.GroupNorm(norm_groups, config.widths[0], eps=NORM_EPS)
+        out_channels = (2 if learn_variance else 1) * shape[0] * patch_size**config.ndim
+        self.out_conv = Conv(config.widths[0], out_channels, ndim=config.ndim)
         zero_init(self.out_conv)
 
     def forward(self, x: Tensor, c_noise: Tensor, y: Tensor | None = None) -> Tensor:

@@ -129,7 +129,7 @@ SUPPLIED = {
     "parameterization": (),
     "objective": (),
     "time_sampling": (),
-    "method": (),
+    "restoration": (),
     "guidance": (SimpleNamespace(denoiser=lambda *names: names, classifier=str),),
     "sampler": (Cosine(),),
     "model": ((3, 16, 16), 4),

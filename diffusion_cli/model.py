@@ -34,10 +34,11 @@ from diffusion_cli.config import (
     TrainConfig,
     build,
     check_node,
+    recipe,
 )
 from diffusion_cli.data import to_model_range
 from diffusion_cli.diffusion.denoiser import Denoiser, Prediction
-from diffusion_cli.errors import NO_VALUE, UsageError
+from diffusion_cli.errors import NO_VALUE, Problem, UsageError
 from diffusion_cli.generate import generate
 from diffusion_cli.metrics.protocol import Result
 from diffusion_cli.runs.find import find_run
@@ -128,10 +129,11 @@ def option(group: str, name: str, *supplied: Any, **arguments: Any) -> Any:
         group: "schedule", "parameterization", "model", "sampler", "guidance", "objective", ...
         name: name of its option, as "dpmpp_2m".
         supplied: positional arguments of its class: a schedule for a sampler, shape and number of classes for a model.
-        arguments: values in place of those in the option's file.
+        arguments: values in place of those in the option's file; needed where only a command has one, as for the `lr`
+            of "adamw".
 
     Raises:
-        UsageError: for an unknown group, option or argument, or a value of the wrong type.
+        UsageError: for an unknown group, option or argument, a missing value, or one of the wrong type.
 
     Example:
         >>> schedule = option("schedule", "cosine")
@@ -153,11 +155,16 @@ def option(group: str, name: str, *supplied: Any, **arguments: Any) -> Any:
         raise UsageError(
             "group", group, f"{name} is not an option with a class of its own", "use it in a command"
         )
-    mistakes = check_node(group, node | arguments)
+    node |= arguments
+    mistakes = {str(mistake.key): mistake for mistake in check_node(group, node)}
+    for argument, value in node.items():
+        key = f"{group}.{argument}"
+        if value == "???" or (value == recipe.AUTO and key in mistakes):
+            mistakes[key] = Problem(key, NO_VALUE, "has no value outside a command", f"give {argument}=")
     if mistakes:
-        raise UsageError.several(mistakes)
+        raise UsageError.several(mistakes.values())
     try:
-        return build(node | arguments, *supplied)
+        return build(node, *supplied)
     except TypeError as error:
         raise UsageError(group, name, f"cannot be built of these positional arguments ({error})") from error
 

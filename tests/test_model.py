@@ -170,6 +170,9 @@ def test_images_go_to_the_space_of_the_model_and_back(here):
         (lambda m: diffuse.load("outputs/classifier"), "was trained with task=classifier"),
         (lambda m: diffuse.option("samplr", "ddim"), "group=samplr: unknown group; did you mean sampler?"),
         (lambda m: diffuse.option("sampler", "ddmi"), "sampler=ddmi: unknown option; did you mean"),
+        (lambda m: diffuse.option("optimizer", "adamw"), "optimizer.lr: has no value outside a command; give lr="),
+        (lambda m: diffuse.option("dataset", "array", "data"), "path: has no value outside a command; give path="),
+        (lambda m: diffuse.option("optimizer", "adamw", lr=-1), "optimizer.lr=-1: should be greater than 0"),
         (lambda m: diffuse.option("sampler", "ddim", None, etta=1), "sampler.etta=1: unknown key; did you mean eta?"),
     ],
 )  # fmt: skip

@@ -16,6 +16,7 @@ from diffusion_cli.diffusion.schedules import Schedule
 from diffusion_cli.errors import NO_VALUE, UsageError
 from diffusion_cli.runs.load import LoadedDenoiser
 from diffusion_cli.samplers import Sampler, integrate
+from diffusion_cli.system.compat import compile_error, is_compiled
 from diffusion_cli.system.precision import autocast
 from diffusion_cli.system.untrusted import reason
 
@@ -141,15 +142,13 @@ class Generated(NamedTuple):
 @contextmanager
 def compiled(model: LoadedDenoiser, whole: bool = True) -> Iterator[None]:
     """Call the network as it was compiled, if it was, on a `whole` batch; else as it was written."""
-    if model.denoiser.network._compiled_call_impl is None:
+    if not is_compiled(model.denoiser.network):
         yield
         return
-    from torch._dynamo.exc import TorchDynamoException  # as long to import as torch
-
     with torch.compiler.set_stance("default" if whole else "force_eager"):
         try:
             yield
-        except TorchDynamoException as error:
+        except compile_error() as error:
             raise UsageError(
                 "compile", True, f"torch cannot compile the network here ({reason(error)})", "leave it out"
             ) from error

@@ -40,6 +40,7 @@ from diffusion_cli.config.schema import COMMANDS, GRIDS, Config, Node
 from diffusion_cli.config.typed import as_typed
 from diffusion_cli.errors import NO_VALUE, Problem, UsageError, first_line
 from diffusion_cli.runs.migrate import migrated
+from diffusion_cli.system.compat import parse_override
 from diffusion_cli.system.trusted_paths import is_own_run
 
 # What runs the jobs of a sweep: `launcher=slurm`, or as Hydra spells it.
@@ -199,11 +200,9 @@ def _name(composed: Node, implied: Node, choices: Node, dirs: Sequence[Path], be
 
 
 def parse(text: str) -> "Override":
-    """An override as Hydra reads it; raises UsageError if it is none."""
-    from hydra.core.override_parser.overrides_parser import OverridesParser
-
+    """Parse an override as Hydra does; UsageError if it is not one."""
     try:
-        return OverridesParser.create().parse_override(text)
+        return parse_override(text)
     except Exception as error:  # antlr's and Hydra's own classes
         raise UsageError(text, NO_VALUE, f"is not of the form key=value ({first_line(error)})") from error
 

@@ -9,7 +9,7 @@ import yaml
 
 from diffusion_cli.config.catalogue import chosen, defaults, lineage, options
 from diffusion_cli.config.check import signature
-from diffusion_cli.config.compose import load
+from diffusion_cli.config.compose import load, parse
 from diffusion_cli.config.runs import flatten
 from diffusion_cli.config.schema import COMMANDS, Config
 from diffusion_cli.errors import NO_VALUE, Problem, UsageError, format_value
@@ -64,12 +64,9 @@ def _key(text: str) -> str:
 
 def _axis(text: str) -> _Axis | None:
     """The axis that an override with a list writes, or None for another one."""
-    from hydra.core.override_parser.overrides_parser import OverridesParser
-
-    parse = OverridesParser.create().parse_override
     try:
         item = parse(text)
-    except Exception:  # antlr's and Hydra's own classes; `load` says what is wrong
+    except UsageError:  # `load` reports it
         return None
     values = None if item.is_sweep_override() else item.value()
     if not isinstance(values, list):

@@ -26,6 +26,7 @@ from torch import Tensor, distributed
 from torch.multiprocessing.spawn import ProcessContext, ProcessException, start_processes
 
 from diffusion_cli.errors import NO_VALUE, MachineError, UsageError, first_line
+from diffusion_cli.system.compat import count_in_group
 from diffusion_cli.system.signals import STOPPING, end, handling
 from diffusion_cli.system.terminal import guarded, lost_output
 
@@ -200,15 +201,15 @@ def _as_one_of(
             lost = lost_process(error)
             if lost is None and not isinstance(error, MESSAGES):
                 raise
-            if _is_told():
+            if _is_reported():
                 sys.exit(1)
             raise lost or error from error
 
 
-def _is_told() -> bool:
-    """Whether another process has said already what went wrong; from now on it is."""
+def _is_reported() -> bool:
+    """Whether another process has reported a failure; marks it as reported."""
     try:
-        return distributed.distributed_c10d._get_default_store().add("failures", 1) > 1
+        return count_in_group("failures") > 1
     except RuntimeError:  # the first process keeps the store, and has gone
         return False
 

@@ -5,6 +5,7 @@ from contextlib import AbstractContextManager
 import torch
 
 from diffusion_cli.errors import UsageError
+from diffusion_cli.system.compat import cpu_has_bf16
 
 FORMATS = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -28,10 +29,10 @@ def resolve(precision: str, device: torch.device) -> str:
 
 
 def has_fast_bf16(device: torch.device) -> bool:
-    """Whether bfloat16 runs on units of its own: Ampere and later GPUs, CPUs with AVX512-BF16 or AMX."""
+    """Whether the hardware computes in bfloat16: Ampere and later GPUs, CPUs with AVX512-BF16 or AMX."""
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
-    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return cpu_has_bf16()
 
 
 def autocast(device: torch.device, precision: str) -> AbstractContextManager[object]:

@@ -4,7 +4,6 @@ A signal has one of three meanings, by what a command does at that moment. While
 ends at once (`end_at_signals`). While it works, KeyboardInterrupt is raised. While it trains, the state is saved first.
 """
 
-import atexit
 import os
 import signal
 import sys
@@ -13,6 +12,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import NoReturn
+
+from diffusion_cli.system.compat import run_exit_functions
 
 UNFINISHED = 75
 """Exit code of what a signal has stopped: what was done is saved, and the same command goes on (EX_TEMPFAIL)."""
@@ -63,7 +64,7 @@ def end_at_signals(code: int = UNFINISHED, line: str = STOPPED) -> None:
 
 def end(code: int) -> NoReturn:
     """End one of several processes, without the interpreter's last moments, in which network threads would abort it."""
-    atexit._run_exitfuncs()
+    run_exit_functions()
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)

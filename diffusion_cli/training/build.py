@@ -31,6 +31,7 @@ from diffusion_cli.diffusion.time_sampling import Times
 from diffusion_cli.errors import NO_VALUE, UsageError
 from diffusion_cli.metrics import FeatureExtractors, Metric, Reference, cache_folder
 from diffusion_cli.samplers import Sampler
+from diffusion_cli.system.compat import keep_signal_handlers
 from diffusion_cli.system.seeding import mix
 from diffusion_cli.training.autoencoder_loss import Autoencoding, ReconstructionLoss
 from diffusion_cli.training.autoencoding import AutoencodingModule, ReconstructionPreview
@@ -361,6 +362,5 @@ def trainer_of(
         log_every_n_steps=config.log_every,
         **device.trainer_arguments(),
     )
-    # Its handler of SIGTERM waits for all processes, which need not have got one; Stop has what the run needs.
-    trainer._signal_connector.register_signal_handlers = lambda: None
+    keep_signal_handlers(trainer)  # GracefulStop handles them
     return trainer

@@ -17,6 +17,7 @@ from diffusion_cli.diffusion.latents import Space
 from diffusion_cli.diffusion.objectives import Objective, drop_labels
 from diffusion_cli.diffusion.time_sampling import Times, Uniform
 from diffusion_cli.networks import BLOCKS
+from diffusion_cli.system.compat import set_batch_progress
 from diffusion_cli.system.distributed import Distributed
 from diffusion_cli.system.seeding import mix
 from diffusion_cli.training.autoencoder_loss import Autoencoding
@@ -199,12 +200,8 @@ class TrainingModule(LightningModule, ABC, Generic[ModelT, MeterT]):
         fully_shard(self.model.network, mesh=self.device_mesh["data_parallel"])
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Let Lightning count the parts of batches as they are cut now."""
-        parts = checkpoint["global_step"] * self.trainer.accumulate_grad_batches
-        progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
-        for counts in (progress["total"], progress["current"]):
-            shift = parts - counts["ready"]
-            counts |= {stage: number + shift for stage, number in counts.items()}
+        """Count the batches of earlier steps as if they had been accumulated as they are now."""
+        set_batch_progress(checkpoint, checkpoint["global_step"] * self.trainer.accumulate_grad_batches)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add what is needed to build the model again."""

@@ -11,6 +11,7 @@ from diffusion_cli.errors import UsageError
 from diffusion_cli.metrics.features.base import check_pixels, exact_convolutions
 from diffusion_cli.metrics.features.weights import content_of, locate, read, wrong_weights
 from diffusion_cli.runs.weights import digest
+from diffusion_cli.system.compat import untrained_lpips
 
 PUBLISHED = {"alex": "AlexNet_Weights", "vgg": "VGG16_Weights", "squeeze": "SqueezeNet1_1_Weights"}
 # Of images of fewer pixels a side the last maps are empty; the reference implementation fails there.
@@ -38,14 +39,12 @@ class LPIPSDistance:
         device: torch.device,
         key: str = "weights",
     ) -> None:
-        # Both take seconds to import, which evaluations without LPIPS need not wait for.
-        from torchmetrics.functional.image.lpips import _NoTrainLpips
-        from torchvision import models
+        from torchvision import models  # takes seconds to import
 
         path = locate(weights, getattr(models, PUBLISHED[network]).DEFAULT.url, key)
         self.name, self.device = network, device
         with torch.random.fork_rng(devices=[]):  # the backbone is initialised before it is given its weights
-            self.network = _NoTrainLpips(pnet_rand=True, net=network)
+            self.network = untrained_lpips(network)
         self._fill(path, key)
         self.digest = digest(self.network.state_dict())
         self.network.to(device)

@@ -1,0 +1,90 @@
+"""Private and undocumented APIs of libraries, each behind one function; tests/test_compat.py notices when one changes.
+
+Libraries are imported within the functions, so that importing this module costs nothing.
+"""
+
+import atexit
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    from hydra.core.override_parser.types import Override
+    from torch import nn
+
+
+def run_exit_functions() -> None:
+    """Run the `atexit` functions before `os._exit`, which skips them; tested with CPython 3.11."""
+    atexit._run_exitfuncs()
+
+
+def keep_signal_handlers(trainer: Any) -> None:
+    """Stop a Lightning trainer from replacing the process's signal handlers; tested with Lightning 2.6.
+
+    Its SIGTERM handler waits for all processes, although not every process gets the signal.
+    """
+    trainer._signal_connector.register_signal_handlers = lambda: None
+
+
+def set_batch_progress(checkpoint: dict[str, Any], batches: int) -> None:
+    """Set the number of batches that a Lightning checkpoint counts as done; tested with Lightning 2.6.
+
+    Lightning restores the old count, which is wrong once `accumulate_grad_batches` has changed.
+    """
+    progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
+    for counts in (progress["total"], progress["current"]):
+        shift = batches - counts["ready"]
+        counts |= {stage: number + shift for stage, number in counts.items()}
+
+
+def cpu_has_bf16() -> bool:
+    """Whether the CPU has bfloat16 instructions, AVX512-BF16 or AMX; tested with torch 2.14.
+
+    `torch.backends.cpu.get_cpu_capability` names neither.
+    """
+    import torch
+
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
+def count_in_group(key: str) -> int:
+    """Add 1 to a counter that all processes of the default group share, and return it; tested with torch 2.14.
+
+    torch has no public way to the group's store. Raises RuntimeError if the process that serves it has ended.
+    """
+    from torch.distributed import distributed_c10d
+
+    return distributed_c10d._get_default_store().add(key, 1)
+
+
+def is_compiled(network: "nn.Module") -> bool:
+    """Whether `network.compile()` was called, which torch has no public attribute for; tested with torch 2.14."""
+    return network._compiled_call_impl is not None
+
+
+def compile_error() -> type[Exception]:
+    """The base class of what `torch.compile` raises, which torch does not export; tested with torch 2.14.
+
+    Its module takes as long to import as torch.
+    """
+    from torch._dynamo.exc import TorchDynamoException
+
+    return TorchDynamoException
+
+
+def untrained_lpips(network: Literal["alex", "vgg", "squeeze"]) -> Any:
+    """torchmetrics' LPIPS with its linear layers and a random backbone; tested with torchmetrics 1.9.
+
+    The public class downloads a backbone, by a URL of its own choice.
+    """
+    from torchmetrics.functional.image.lpips import _NoTrainLpips
+
+    return _NoTrainLpips(pnet_rand=True, net=network)
+
+
+def parse_override(text: str) -> "Override":
+    """Parse one override as `hydra.compose` does, which offers no parser of its own; tested with Hydra 1.3.
+
+    Raises exceptions of Hydra's and antlr's own for text that is no override.
+    """
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+
+    return OverridesParser.create().parse_override(text)

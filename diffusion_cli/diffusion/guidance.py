@@ -136,11 +136,13 @@ class LinearGuidance(Guided):
 
     def __init__(
         self,
-        scale: float,
-        interval: list[float] | None,
-        rescale: float,
-        dynamic_threshold: float | None,
-        max_threshold: float | None,
+        guides: Guides | None = None,
+        *,
+        scale: NonNegativeFloat = 2.0,
+        interval: list[NonNegativeFloat] | None = None,
+        rescale: Share = 0.0,
+        dynamic_threshold: Quantile | None = None,
+        max_threshold: Threshold | None = None,
     ) -> None:
         super().__init__(scale, interval, dynamic_threshold, max_threshold)
         self.rescale = rescale
@@ -157,18 +159,6 @@ class LinearGuidance(Guided):
 
 class ClassifierFree(LinearGuidance):
     """`F_null + w (F_class - F_null)`, both in one batch (Ho & Salimans 2022, Eq. 6, whose w is ours less 1)."""
-
-    def __init__(
-        self,
-        guides: Guides,
-        *,
-        scale: NonNegativeFloat = 2.0,
-        interval: list[NonNegativeFloat] | None = None,
-        rescale: Share = 0.0,
-        dynamic_threshold: Quantile | None = None,
-        max_threshold: Threshold | None = None,
-    ) -> None:
-        super().__init__(scale, interval, rescale, dynamic_threshold, max_threshold)
 
     def check(self, denoiser: Denoiser, label_dropout: float, labelled: bool) -> None:
         if denoiser.num_classes is None:
@@ -218,7 +208,13 @@ class AutoGuidance(LinearGuidance):
         dynamic_threshold: Quantile | None = None,
         max_threshold: Threshold | None = None,
     ) -> None:
-        super().__init__(scale, interval, rescale, dynamic_threshold, max_threshold)
+        super().__init__(
+            scale=scale,
+            interval=interval,
+            rescale=rescale,
+            dynamic_threshold=dynamic_threshold,
+            max_threshold=max_threshold,
+        )
         self.guide = guides.denoiser(run, step)
 
     def guides(self) -> Sequence[NoiseConditioned]:

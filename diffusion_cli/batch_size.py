@@ -11,11 +11,9 @@ from typing import Literal
 import torch
 
 from diffusion_cli.data.memory import free_memory
-from diffusion_cli.diffusion.guidance import Guidance, Guided
+from diffusion_cli.diffusion.guidance import Guided
 from diffusion_cli.errors import UsageError
-from diffusion_cli.generate import guided, labels_of, uncompiled
-from diffusion_cli.runs.load import LoadedDenoiser
-from diffusion_cli.samplers import Sampler
+from diffusion_cli.generate import SamplingPipeline, labels_of, uncompiled
 from diffusion_cli.system.distributed import started
 from diffusion_cli.system.precision import autocast, device_of
 
@@ -133,27 +131,15 @@ def _most_held() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-def network_call(
-    model: LoadedDenoiser,
-    sampler: Sampler,
-    steps: int,
-    *,
-    guidance: Guidance,
-    labels: list[int] | None,
-    clip: bool,
-    precision: str,
-    each: int,
-    gradient: bool,
-) -> Call:
-    """A call as sampling makes it at a time when it is guided, of `each` images a result, differentiated or not."""
-    device = next(model.denoiser.parameters()).device
-    times = sampler.grid(steps)[:-1]
-    schedule = model.denoiser.schedule
+def network_call(pipeline: SamplingPipeline, *, each: int, gradient: bool) -> Call:
+    """Return a call as sampling makes it at a guided time, of `each` images a result, differentiated or not."""
+    model, device, times = pipeline.model, pipeline.device, pipeline.times[:-1]
+    guidance, schedule = pipeline.guidance, model.denoiser.schedule
     active = [t for t in times if isinstance(guidance, Guided) and guidance.active(schedule, t)]
 
     def call(count: int) -> None:
-        denoise = guided(model, guidance, labels_of(range(each * count), labels, device), clip)
-        with torch.set_grad_enabled(gradient), autocast(device, precision), uncompiled(model):
+        denoise = pipeline.denoise(labels_of(range(each * count), pipeline.labels, device))
+        with torch.set_grad_enabled(gradient), autocast(device, pipeline.precision), uncompiled(model):
             x = torch.zeros(each * count, *model.space.shape, device=device, requires_grad=gradient)
             x0 = denoise(x, [*active, times[0]][0]).x0
             if gradient:

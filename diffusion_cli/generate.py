@@ -4,6 +4,7 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
 from functools import cache
 from typing import NamedTuple
 
@@ -127,6 +128,36 @@ class NFECounter:
         return (self._evaluations() - self.before) // batch_size
 
 
+@dataclass(frozen=True, kw_only=True)
+class SamplingPipeline:
+    """Everything except its seed that an image depends on: the denoiser, its guidance and the sampler."""
+
+    model: LoadedDenoiser
+    sampler: Sampler
+    steps: int
+    guidance: Guidance
+    labels: Sequence[int] | None
+    """Classes to make in turn; None for no label."""
+    clip: bool
+    """Whether to keep predicted images in [-1, 1]."""
+    precision: str
+    """Number format of the network: fp32, bf16 or fp16."""
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the network."""
+        return next(self.model.denoiser.parameters()).device
+
+    @property
+    def times(self) -> Tensor:
+        """Decreasing times of the sampler, from the noise to the image."""
+        return self.sampler.grid(self.steps)
+
+    def denoise(self, y: Tensor | None) -> Denoise:
+        """Return the guided denoiser of images of the classes y, int64 [B]."""
+        return guided(self.model, self.guidance, y, self.clip)
+
+
 class Generated(NamedTuple):
     """A batch of images."""
 
@@ -160,61 +191,36 @@ def uncompiled(model: LoadedDenoiser) -> AbstractContextManager[None]:
 
 
 @torch.inference_mode()
-def generate(
-    model: LoadedDenoiser,
-    sampler: Sampler,
-    steps: int,
-    seeds: Sequence[int],
-    batch_size: int,
-    *,
-    guidance: Guidance,
-    labels: Sequence[int] | None,
-    clip: bool,
-    precision: str,
-) -> Iterator[Generated]:
-    """Yield the images of the seeds in order, `batch_size` at a time, the `labels` in turn.
+def generate(pipeline: SamplingPipeline, seeds: Sequence[int], batch_size: int) -> Iterator[Generated]:
+    """Yield the images of the seeds in order, `batch_size` at a time.
 
     A compiled network is compiled for whole batches; a last smaller one goes without. ValueError if it cannot be.
     """
-    device = next(model.denoiser.parameters()).device
-    times = sampler.grid(steps)
-    for batch in _batches(seeds, sampler, batch_size):
-        y = labels_of(batch, labels, device)
-        denoise = guided(model, guidance, y, clip)
-        calls = NFECounter(model.denoiser, guidance)
-        with autocast(device, precision), compiled(model, len(batch) == batch_size):
-            x = sample(denoise, sampler, times, batch, model.space.shape, device)
+    model, device, times = pipeline.model, pipeline.device, pipeline.times
+    for batch in _batches(seeds, pipeline.sampler, batch_size):
+        y = labels_of(batch, pipeline.labels, device)
+        denoise = pipeline.denoise(y)
+        calls = NFECounter(model.denoiser, pipeline.guidance)
+        with autocast(device, pipeline.precision), compiled(model, len(batch) == batch_size):
+            x = sample(denoise, pipeline.sampler, times, batch, model.space.shape, device)
         images = model.space.decode(x)
         check_finite(images)
         yield Generated(batch, model.form.quantize(images), y, calls.each(len(batch)))
 
 
 @torch.inference_mode()
-def trajectories(
-    model: LoadedDenoiser,
-    sampler: Sampler,
-    steps: int,
-    seeds: Sequence[int],
-    batch_size: int,
-    *,
-    frames: int,
-    guidance: Guidance,
-    labels: Sequence[int] | None,
-    clip: bool,
-    precision: str,
-) -> Tensor:
-    """The way from noise to the images that `generate` makes of the seeds, as pictures, uint8 [N, F, C, H, W].
+def trajectories(pipeline: SamplingPipeline, seeds: Sequence[int], batch_size: int, *, frames: int) -> Tensor:
+    """Return the states from noise to the images that `generate` makes of the seeds, uint8 [N, F, C, H, W].
 
     F states as `visible` shows them, the noise first and the image last: `frames` of them evenly over the steps, or all
     where there are fewer.
     """
-    device = next(model.denoiser.parameters()).device
-    times = sampler.grid(steps)
+    model, sampler, device, times = pipeline.model, pipeline.sampler, pipeline.device, pipeline.times
     places = frame_places(len(times), frames)
     ways: list[Tensor] = []
     for batch in _batches(seeds, sampler, batch_size):
-        denoise = guided(model, guidance, labels_of(batch, labels, device), clip)
-        with autocast(device, precision), compiled(model, len(batch) == batch_size):
+        denoise = pipeline.denoise(labels_of(batch, pipeline.labels, device))
+        with autocast(device, pipeline.precision), compiled(model, len(batch) == batch_size):
             way = enumerate(states(denoise, sampler, times, batch, model.space.shape, device))
             shown = [
                 _picture(model, visible(x, times[place], sampler.schedule))

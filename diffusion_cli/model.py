@@ -25,7 +25,7 @@ from diffusion_cli.commands import edit as editing
 from diffusion_cli.commands import eval as evaluation
 from diffusion_cli.commands import train as training
 from diffusion_cli.commands.inputs import Input
-from diffusion_cli.commands.trained import LoadedModel, prepare
+from diffusion_cli.commands.trained import prepare
 from diffusion_cli.config import (
     COMMANDS,
     EditConfig,
@@ -248,17 +248,13 @@ class Model:
             batch_size=batch_size, **_scale(guidance_scale),
         )  # fmt: skip
         checked = self._checked("sample", SampleConfig, settings, overrides)
-        prepared = self._prepared(checked)
+        prepared = prepare(checked.sampling, self.folder, self._loaded)
         if isinstance(sampler, Sampler):
             prepared = replace(prepared, sampler=sampler)
-        prepared.check(checked.steps)
-        seeds = range(checked.seed, checked.seed + checked.num_samples)
+        prepared.check()
+        seeds = checked.seeds
         with advise_batch_size(checked.batch_size, checked.device):
-            batches = generate(
-                prepared.model, prepared.sampler, checked.steps, seeds, prepared.batch_size(checked, len(seeds)),
-                guidance=prepared.guidance, labels=prepared.labels, clip=checked.clip_x0,
-                precision=prepared.precision,
-            )  # fmt: skip
+            batches = generate(prepared, seeds, prepared.batch_size(len(seeds)))
             return torch.cat([batch.images.cpu() for batch in batches])
 
     @torch.no_grad()
@@ -350,7 +346,7 @@ class Model:
         named = [] if images is None else ["input=held_out"]  # stands for the images, and is not read
         masked = [] if mask is None else ["edit.mask=mask"]
         checked = self._checked("edit", EditConfig, [*settings, *named, *masked], overrides)
-        prepared = self._prepared(checked)
+        prepared = prepare(checked.sampling, self.folder, self._loaded)
         inputs = None
         if images is not None:
             inputs = [Input(f"{number:05d}", image) for number, image in enumerate(self._images(images))]
@@ -439,9 +435,6 @@ class Model:
             wanted = f"{str(dtype).removeprefix('torch.')} (B, {', '.join(map(str, self.shape))})"
             raise UsageError("images", found, f"should be {wanted}")
         return images
-
-    def _prepared(self, checked: SampleConfig | EditConfig) -> LoadedModel:
-        return prepare(checked, self.folder, self._loaded)
 
     def _checked(
         self, command: str, kind: type[ConfigT], settings: list[str], more: Sequence[str]

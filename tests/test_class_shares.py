@@ -84,16 +84,18 @@ def array(path: Path) -> Array:
 
 def trained(names: tuple[str, ...], labels: list[int]) -> LoadedModel:
     """A model of these classes that makes all `labels` in turn."""
-    settings: dict[str, Any] = {"labels": labels, "steps": 5}
     model: Any = SimpleNamespace(class_names=names)
     unused: Any = None
-    return LoadedModel(Path("run"), model, unused, unused, labels, torch.device("cpu"), "fp32", settings)
+    return LoadedModel(
+        model=model, sampler=unused, steps=5, guidance=unused, labels=labels, clip=True, precision="fp32",
+        folder=Path("run"), record={"labels": labels, "steps": 5}, batch_limit=1,
+    )  # fmt: skip
 
 
 def test_samples_take_the_shares_of_the_reference(unbalanced):
     reference: Reference = DatasetReference(array(unbalanced), split="train", stats=None)
     found, note = in_shares_of(trained(("0", "1"), [0, 1]), reference)
-    assert found.settings == {"labels": [0, 1], "label_shares": [19, 1], "steps": 5}
+    assert found.record == {"labels": [0, 1], "label_shares": [19, 1], "steps": 5}
     assert note == "class shares: those of data/train; label=all makes equal shares"
     one, rest = (labels_of(range(*part), found.labels, torch.device("cpu")) for part in ((0, 33), (33, 2000)))
     assert one is not None

@@ -23,11 +23,11 @@ from diffusion_cli.diffusion.guidance import NoGuidance
 from diffusion_cli.diffusion.latents import Pixels
 from diffusion_cli.diffusion.parameterizations import Eps
 from diffusion_cli.formats import Uint8Image, to_bytes
-from diffusion_cli.generate import SeededNoise, generate, states, trajectories, visible
+from diffusion_cli.generate import SamplingPipeline, SeededNoise, generate, states, trajectories, visible
 from diffusion_cli.images import Writer, grid
 from diffusion_cli.networks import UNet
 from diffusion_cli.runs.load import LoadedDenoiser
-from diffusion_cli.samplers import DDIM, DDPM
+from diffusion_cli.samplers import DDIM, DDPM, Sampler
 from diffusion_cli.system.seeding import seed_ranges
 
 CPU = torch.device("cpu")
@@ -68,6 +68,14 @@ def model(schedules):
     )
 
 
+def pipeline(model: LoadedDenoiser, sampler: Sampler, steps: int) -> SamplingPipeline:
+    """Sampling of the three classes in turn, without guidance."""
+    return SamplingPipeline(
+        model=model, sampler=sampler, steps=steps, guidance=NoGuidance(None), labels=[0, 1, 2], clip=True,
+        precision="fp32",
+    )  # fmt: skip
+
+
 @pytest.mark.parametrize("kind", ["ddim", "ddpm"])
 def test_an_image_does_not_depend_on_its_batch(model, kind):
     schedule = model.denoiser.schedule
@@ -78,17 +86,7 @@ def test_an_image_does_not_depend_on_its_batch(model, kind):
     )
 
     def images(seeds, batch_size):
-        batches = generate(
-            model,
-            sampler,
-            6,
-            seeds,
-            batch_size,
-            guidance=NoGuidance(None),
-            labels=[0, 1, 2],
-            clip=True,
-            precision="fp32",
-        )
+        batches = generate(pipeline(model, sampler, steps=6), seeds, batch_size)
         return {seed: image for part, out, _, _ in batches for seed, image in zip(part, out, strict=True)}
 
     together, alone, others = images(range(10), 10), images(range(10), 1), images([7, 3, 100], 2)
@@ -101,19 +99,7 @@ def test_an_image_does_not_depend_on_its_batch(model, kind):
 
 def test_labels_go_round_and_matter(model):
     sampler = DDIM(model.denoiser.schedule, eta=0.0, spacing="trailing")
-    parts = list(
-        generate(
-            model,
-            sampler,
-            3,
-            range(5),
-            2,
-            guidance=NoGuidance(None),
-            labels=[0, 1, 2],
-            clip=True,
-            precision="fp32",
-        )
-    )
+    parts = list(generate(pipeline(model, sampler, steps=3), range(5), 2))
     given = [label for _, _, labels, _ in parts if labels is not None for label in labels.tolist()]
     assert given == [0, 1, 2, 0, 1]
     x, t = torch.randn(1, 1, 8, 8), torch.tensor(0.5, dtype=torch.float64)
@@ -276,7 +262,7 @@ def test_a_signal_loses_no_image_that_was_made(folder, tmp_path, monkeypatch, ca
 
     def stopped(*arguments, **how):
         yield from made(*arguments, **how)
-        if arguments[3][0] >= 2:
+        if arguments[1][0] >= 2:
             raise KeyboardInterrupt
 
     monkeypatch.setattr(command, "generate", stopped)
@@ -444,7 +430,9 @@ def test_a_class_is_named_by_its_own_name_whatever_that_looks_like(label, names,
 
 def test_the_words_of_label_stand_for_classes_of_that_name_first(model):
     def labels(label, *names):
-        return labels_named(label, replace(model, class_names=names), NoGuidance(None), [0, 2], unnamed="all")
+        return labels_named(
+            label, replace(model, class_names=names), NoGuidance(None), [0, 2], null_label="all"
+        )
 
     usual = "a", "b", "c"
     for label, expected in (
@@ -468,11 +456,10 @@ def test_the_words_of_label_stand_for_classes_of_that_name_first(model):
 
 @pytest.mark.parametrize(("frames", "kept"), [(7, 7), (3, 3), (100, 7)])
 def test_a_trajectory_goes_from_the_noise_to_the_image_itself(model, frames, kept):
-    how = {"guidance": NoGuidance(None), "labels": [0, 1, 2], "clip": True, "precision": "fp32"}
-    sampler = DDPM(model.denoiser.schedule, variance="large", spacing="trailing")
-    ways = trajectories(model, sampler, 6, range(5), 2, frames=frames, **how)
+    sampling = pipeline(model, DDPM(model.denoiser.schedule, variance="large", spacing="trailing"), steps=6)
+    ways = trajectories(sampling, range(5), 2, frames=frames)
     assert ways.shape == (5, kept, 1, 8, 8)
-    images = torch.cat([batch.images for batch in generate(model, sampler, 6, range(5), 2, **how)])
+    images = torch.cat([batch.images for batch in generate(sampling, range(5), 2)])
     assert torch.equal(ways[:, -1], images)
     noise = torch.cat([SeededNoise([seed], (1, 8, 8), CPU).noise() for seed in range(5)])
     assert torch.equal(ways[:, 0], to_bytes(noise))

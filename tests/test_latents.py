@@ -19,7 +19,7 @@ from torch import Tensor
 
 from diffusion_cli.batch_size import network_call
 from diffusion_cli.cli import run
-from diffusion_cli.commands.trained import _same_latents
+from diffusion_cli.commands.guides import _same_latents
 from diffusion_cli.config import CONF, build
 from diffusion_cli.data import Dataset, Digits, Images
 from diffusion_cli.data.batches import Batches
@@ -28,7 +28,7 @@ from diffusion_cli.diffusion.guidance import NoGuidance
 from diffusion_cli.diffusion.latents import Latents, Pixels, measured_scale
 from diffusion_cli.editing.latent import known_of
 from diffusion_cli.editing.operators import Mask
-from diffusion_cli.generate import generate
+from diffusion_cli.generate import SamplingPipeline, generate
 from diffusion_cli.networks import AutoencoderKL
 from diffusion_cli.networks.autoencoder import drawn
 from diffusion_cli.runs.checkpoint import LAST, read
@@ -445,8 +445,10 @@ def test_every_sampler_makes_images_of_latents(place, name):
     model = load_model(place / "o" / "a", "ema", torch.device("cpu"))
     node = yaml.safe_load((CONF / "sampler" / f"{name}.yaml").read_text())
     sampler = build(node, model.denoiser.schedule)
-    words = {"guidance": NoGuidance(), "labels": [3], "clip": True, "precision": "fp32"}
-    images = torch.cat([made.images for made in generate(model, sampler, 4, [0, 1], 2, **words)])
+    pipeline = SamplingPipeline(
+        model=model, sampler=sampler, steps=4, guidance=NoGuidance(), labels=[3], clip=True, precision="fp32"
+    )
+    images = torch.cat([made.images for made in generate(pipeline, [0, 1], 2)])
     assert images.shape == (2, 1, 8, 8)
     assert images.dtype == torch.uint8
     assert not torch.equal(images[0], images[1])
@@ -530,10 +532,10 @@ def test_what_fits_counts_the_decoder_where_gradients_pass_through_it(place, mon
     decode, decoded = model.space.decode, []
     monkeypatch.setattr(model.space, "decode", lambda x: decoded.append(len(x)) or decode(x))
     sampler = DDIM(model.denoiser.schedule, eta=0.0, spacing="leading")
-    call = network_call(
-        model, sampler, 3, guidance=NoGuidance(), labels=None, clip=True, precision="fp32", each=2, gradient=gradient
-    )  # fmt: skip
-    call(3)
+    pipeline = SamplingPipeline(
+        model=model, sampler=sampler, steps=3, guidance=NoGuidance(), labels=None, clip=True, precision="fp32"
+    )
+    network_call(pipeline, each=2, gradient=gradient)(3)
     assert decoded == ([6] if gradient else [])
 
 

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Sequence
+from typing import Literal
 
 from diffusion_cli.commands.inputs import show_remarks
 from diffusion_cli.config import did_you_mean
@@ -20,13 +21,13 @@ def labels_named(
     model: LoadedDenoiser,
     guidance: Guidance,
     trained_classes: list[int],
-    unnamed: str,
+    null_label: Literal["all", "none"],
 ) -> list[int] | None:
     """The class numbers of `label=`, or None for no label.
 
     The name of a class stands for that class, even if it is one of the words `all`, `none` and `null`. Otherwise `all`
-    stands for the classes with training images, and `none` and an empty list for no label; `null` stands for `unnamed`,
-    "all" or "none".
+    stands for the classes with training images, and `none` and an empty list for no label; `null` stands for
+    `null_label`.
 
     Raises ValueError for a class that the data does not have, or for any class if the model uses none.
     """
@@ -42,7 +43,7 @@ def labels_named(
         )
     assert names is not None
     if not isinstance(label, list) and (label is None or _place(label, names) is None):
-        word = unnamed if label in (None, "null") else label
+        word = null_label if label in (None, "null") else label
         if word == "none":
             return None
         if word == "all":

@@ -26,7 +26,7 @@ from diffusion_cli.editing.base import ReadMask
 from diffusion_cli.editing.restore import described
 from diffusion_cli.errors import NO_VALUE, UsageError
 from diffusion_cli.formats import SampleFormat
-from diffusion_cli.generate import NFECounter, SeededNoise, check_finite, labels_of
+from diffusion_cli.generate import NFECounter, SeededNoise, check_finite, guided, labels_of
 from diffusion_cli.images import Writer, read_images, read_stored, save_gif, save_png, save_rows, save_stored
 from diffusion_cli.runs.weights import digest
 from diffusion_cli.system.own_folder import own_folder
@@ -57,14 +57,14 @@ def run(config: EditConfig) -> None:
 
 
 def _run(config: EditConfig) -> None:
-    trained = open_run(config)
+    trained = open_run(config.sampling)
     edit, method = _parts(config, trained, read_mask)
     given = _inputs(config, trained, edit)
     form = trained.model.form
     jobs = _jobs(config, edit, given, form)
     kind = _kind(config)
     settings = {
-        **trained.settings,
+        **trained.record,
         "edit": config.edit,
         "restoration": config.restoration,
         "seed": config.seed,
@@ -120,10 +120,10 @@ def edited(
         _check_count(inputs, edit)
     form = trained.model.form
     jobs = _jobs(config, edit, _inputs(config, trained, edit) if inputs is None else inputs, form)
-    size = _batch_size(config, trained, edit, method, len(jobs))
+    size = _batch_size(trained, edit, method, len(jobs))
     return torch.cat(
         [
-            form.quantize(_edit(config, trained, edit, method, jobs[first : first + size]).images).cpu()
+            form.quantize(_edit(trained, edit, method, jobs[first : first + size]).images).cpu()
             for first in range(0, len(jobs), size)
         ]
     )
@@ -133,7 +133,7 @@ def _parts(
     config: EditConfig, trained: LoadedModel, mask_reader: ReadMask
 ) -> tuple[Edit, RestorationMethod | None]:
     """The edit and its restoration; UsageError where they do not go with each other or with the model."""
-    trained.check(config.steps)
+    trained.check()
     edit: Edit = build(config.edit, trained.model.shape, mask_reader)
     method: RestorationMethod | None = None if config.restoration is None else build(config.restoration)
     _refuse(config, trained, edit, method)
@@ -287,7 +287,7 @@ def _make(
 ) -> int:
     """Make and write what is to be made, and add its numbers to the results; the network calls that each took."""
     most_calls, form = 0, trained.model.form
-    batch_size = _batch_size(config, trained, edit, method, len(todo))
+    batch_size = _batch_size(trained, edit, method, len(todo))
     with ProgressBar(total=len(todo), unit="image", desc=_kind(config), dynamic_ncols=True) as bar:
 
         def keep(
@@ -302,7 +302,7 @@ def _make(
             for first in range(0, len(todo), batch_size):
                 batch = todo[first : first + batch_size]
                 calls = NFECounter(trained.model.denoiser, trained.guidance)
-                edited = _edit(config, trained, edit, method, batch)
+                edited = _edit(trained, edit, method, batch)
                 most_calls = max(most_calls, calls.each(len(batch)))
                 images = form.quantize(edited.images)
                 before = [form.to_rgb(form.quantize(picture)).cpu() for picture in edited.before]
@@ -310,37 +310,28 @@ def _make(
     return most_calls
 
 
-def _batch_size(
-    config: EditConfig, trained: LoadedModel, edit: Edit, method: RestorationMethod | None, count: int
-) -> int:
+def _batch_size(trained: LoadedModel, edit: Edit, method: RestorationMethod | None, count: int) -> int:
     """Results at a time, of `count` in all."""
     each = edit.results_each * math.ceil(math.prod(edit.results) / math.prod(trained.model.shape))
-    return trained.batch_size(config, count, each, method is not None and method.differentiates)
+    return trained.batch_size(count, each, method is not None and method.differentiates)
 
 
 def _edit(
-    config: EditConfig,
-    trained: LoadedModel,
-    edit: Edit,
-    method: RestorationMethod | None,
-    batch: list[EditJob],
+    trained: LoadedModel, edit: Edit, method: RestorationMethod | None, batch: list[EditJob]
 ) -> EditResult:
     model, device = trained.model, trained.device
     seeds = [job.seed for job in batch]
 
-    def clipped(denoise: Denoise) -> Denoise:
-        return model.space.clipped(denoise, model.denoiser.schedule) if config.clip_x0 else denoise
-
     def unguided(label: int | str | None) -> Denoise:
         number = trained.number(label, "edit.source")
         y = None if number is None else torch.full((len(batch),), number, device=device)
-        return clipped(NoGuidance()(model.denoiser, y))
+        return guided(model, NoGuidance(), y, trained.clip)
 
     process = EditProcess(
         trained.sampler,
-        trained.sampler.grid(config.steps),
+        trained.times,
         labels_of([job.place for job in batch], trained.labels, device),
-        lambda y: clipped(trained.guidance(model.denoiser, y)),
+        trained.denoise,
         unguided,
         method,
         SeededNoise(seeds, model.space.shape_of(edit.results), device).noise,

@@ -3,6 +3,7 @@
 import platform
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -215,7 +216,7 @@ def _model_scene(
     config: EvalConfig, kinds: Kinds, sampled: bool, model: LoadedDenoiser | None
 ) -> EvaluationPlan:
     """A run's model, and its samples if any metric looks at samples."""
-    trained = open_run(config, model)
+    trained = open_run(config.sampling, model)
     dataset = (
         trained.dataset(config.data_dir, config.data_paths)
         if config.other_dataset is None
@@ -231,15 +232,15 @@ def _model_scene(
                 "leave it out",
             )
         return EvaluationPlan(trained.folder, dataset, trained, None, *_judges(config, dataset, kinds))
-    trained.check(config.steps)  # refused before anything is measured
+    trained.check()  # refused before anything is measured
     judges, notes = _judges(config, dataset, kinds), ()
     if not trained.chosen_labels and trained.labels is not None:
         trained, note = in_shares_of(trained, judges[1])
         notes = (note,)
-    folder = samples_folder(trained, config) if config.keep else None
+    folder = samples_folder(trained) if config.keep else None
     if folder is not None:
-        Distributed().main_first(lambda: claim(folder, trained.settings, trained.model))
-    samples = ModelSamples(trained, config, folder)
+        Distributed().main_first(lambda: claim(folder, trained.record, trained.model))
+    samples = ModelSamples(trained, config.seeds, folder)
     return EvaluationPlan(trained.folder, dataset, trained, samples, *judges, notes)
 
 
@@ -350,7 +351,7 @@ def _given_scene(config: EvalConfig, kinds: Kinds, of_model: list[str]) -> Evalu
     if config.other_dataset is None:
         run = find_run(config.run, config.output_dir) if config.run else run_of(path)
     if run is not None:
-        trained = open_run(config.model_copy(update={"run": str(run)}))
+        trained = open_run(replace(config.sampling, run=str(run)))
         dataset = trained.dataset(config.data_dir, config.data_paths)
     else:
         for key, value in config.data_paths.items():
@@ -415,7 +416,7 @@ def _of_samples(
     if isinstance(samples, ModelSamples) and scene.trained is not None:
         if samples.folder is not None:
             with _noting(report):
-                claim(samples.folder, scene.trained.settings, scene.trained.model)
+                claim(samples.folder, scene.trained.record, scene.trained.model)
                 keep_seeds(samples.folder, samples.seeds)
                 keep_labels(samples.folder, samples.class_names or (), scene.trained.model.form.suffix)
         if samples.calls is None:

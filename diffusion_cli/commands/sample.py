@@ -2,7 +2,6 @@
 
 import sys
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,7 +10,7 @@ from diffusion_cli.batch_size import advise_batch_size
 from diffusion_cli.commands.outputs import claim, keep_calls, keep_labels, keep_seeds
 from diffusion_cli.commands.samples import image_path, read_films, read_pictures
 from diffusion_cli.commands.trained import LoadedModel, open_run
-from diffusion_cli.config import EvalConfig, SampleConfig, fingerprint
+from diffusion_cli.config import SampleConfig, fingerprint
 from diffusion_cli.generate import generate, trajectories
 from diffusion_cli.images import Writer, grid, save_gif, save_grid, save_rows, save_stored
 from diffusion_cli.system.distributed import Distributed, launch
@@ -35,10 +34,10 @@ def make(config: SampleConfig) -> None:
 
 
 def _sample(config: SampleConfig) -> None:
-    ranks, trained = Distributed(), open_run(config)
-    trained.check(config.steps)
-    output = Path(config.output) if config.output else samples_folder(trained, config)
-    ranks.main_first(lambda: claim(output, trained.settings, trained.model))
+    ranks, trained = Distributed(), open_run(config.sampling)
+    trained.check()
+    output = Path(config.output) if config.output else samples_folder(trained)
+    ranks.main_first(lambda: claim(output, trained.record, trained.model))
     seeds = range(config.seed, config.seed + config.num_samples)
     form = trained.model.form
     todo = ranks.broadcast([seed for seed in seeds if not image_path(output, seed, form).is_file()])
@@ -48,37 +47,22 @@ def _sample(config: SampleConfig) -> None:
             file=sys.stderr,
         )
     shown = seeds[: max(STRIP_IMAGES * config.strip, GIF_IMAGES * config.gif)]
-    size = trained.batch_size(config, max(len(todo), len(shown)))
-    calls = max(ranks.all_gather(_make(trained, config, todo, output, ranks, size)))
+    size = trained.batch_size(max(len(todo), len(shown)))
+    calls = max(ranks.all_gather(_make(trained, todo, output, ranks, size)))
     if not ranks.is_main:
         return
     keep_seeds(output, seeds)
     keep_labels(output, trained.model.class_names or (), form.suffix)
-    overview = _overview(trained, config, seeds, output)
+    overview = _overview(trained, seeds, output)
     made = f", {calls} network calls each" if todo else ""
     print(
         f"{len(seeds)} images of step {trained.model.step}{made}, {trained.precision}, in {output}\nGrid: {overview}"
     )
     if shown:
-        ways = trajectories(
-            trained.model, trained.sampler, config.steps, shown, size, frames=config.frames,
-            **_how(trained, config),
-        )  # fmt: skip
-        _draw(ways, output, config)
+        _draw(trajectories(trained, shown, size, frames=config.frames), output, config)
 
 
-def _how(trained: LoadedModel, config: SampleConfig) -> dict[str, Any]:
-    return {
-        "guidance": trained.guidance,
-        "labels": trained.labels,
-        "clip": config.clip_x0,
-        "precision": trained.precision,
-    }
-
-
-def _make(
-    trained: LoadedModel, config: SampleConfig, todo: list[int], output: Path, ranks: Distributed, size: int
-) -> int:
+def _make(trained: LoadedModel, todo: list[int], output: Path, ranks: Distributed, size: int) -> int:
     """Make and write this process's share of the images of the seeds; the network calls that each took."""
     most_calls, form = 0, trained.model.form
     with ProgressBar(
@@ -87,9 +71,7 @@ def _make(
         with Writer(2 * size) as writer:
             for share in ranks.shard(len(todo), size):
                 mine = [todo[place] for place in share]
-                for batch, images, _, calls in generate(
-                    trained.model, trained.sampler, config.steps, mine, size, **_how(trained, config)
-                ):
+                for batch, images, _, calls in generate(trained, mine, size):
                     if calls > most_calls:
                         keep_calls(output, calls)
                         most_calls = calls
@@ -100,7 +82,7 @@ def _make(
     return most_calls
 
 
-def _overview(trained: LoadedModel, config: SampleConfig, seeds: range, output: Path) -> Path:
+def _overview(trained: LoadedModel, seeds: range, output: Path) -> Path:
     """Draw the first images as a grid, with a row a class where classes are asked for."""
     path, first = output / "grid.png", list(seeds)[:GRID_IMAGES]
     films = read_films(output, first, trained.model)
@@ -126,8 +108,8 @@ def _draw(ways: Tensor, output: Path, config: SampleConfig) -> None:
         print(f"Animation: {animation}")
 
 
-def samples_folder(trained: LoadedModel, config: SampleConfig | EvalConfig) -> Path:
-    """Where the samples of a model and these settings lie, unless told otherwise."""
-    sampler = config.sampler["_target_"].rpartition(".")[2].removesuffix("Sampler").lower()
-    name = f"{sampler}-{config.steps}-{fingerprint(trained.settings)}"
+def samples_folder(trained: LoadedModel) -> Path:
+    """Return the folder of the samples of a model in its run, named by the settings."""
+    sampler = type(trained.sampler).__name__.removesuffix("Sampler").lower()
+    name = f"{sampler}-{trained.steps}-{fingerprint(trained.record)}"
     return own_folder(trained.folder, "samples", name)

@@ -13,7 +13,6 @@ from torch import Tensor
 from diffusion_cli.commands.inputs import show_remarks
 from diffusion_cli.commands.outputs import keep_calls, parsed, recorded_calls, sample_name
 from diffusion_cli.commands.trained import LoadedModel
-from diffusion_cli.config import EvalConfig
 from diffusion_cli.data import Dataset, ExternalImages, PicturedImages, given_images
 from diffusion_cli.data.class_shares import label_settings, labels_in_turn
 from diffusion_cli.data.folder import FileImages
@@ -30,22 +29,23 @@ from diffusion_cli.system.untrusted import LONGEST_MANIFEST
 
 
 class ModelSamples(Samples):
-    """Samples of a run's model, by seed; those that lie in `folder` are taken from there, the others kept there."""
+    """Samples of a run's model, one for each seed of all repeats.
 
-    def __init__(self, trained: LoadedModel, config: EvalConfig, folder: Path | None) -> None:
-        self.trained, self.config, self.folder = trained, config, folder
+    With a `folder`, the samples in it are read, and the others are kept there.
+    """
+
+    def __init__(self, trained: LoadedModel, seeds: range, folder: Path | None) -> None:
+        self.trained, self.seeds, self.folder = trained, seeds, folder
         model = trained.model
         self.shape, self.class_names = model.form.picture_shape(model.shape), model.class_names
         self.labelled = trained.labels is not None
         self._calls = 0
-        self.seeds = config.seeds
-        """One for each sample, of all repeats."""
         self._made, self._seconds = 0, 0.0
 
     @cached_property
     def batch_size(self) -> int:
         """Samples at a time; for `auto` found when first asked for."""
-        return self.trained.batch_size(self.config, len(self))
+        return self.trained.batch_size(len(self))
 
     @cached_property
     def writer(self) -> Writer:
@@ -83,12 +83,9 @@ class ModelSamples(Samples):
         return form.to_rgb(torch.stack([found[seed] for seed in seeds])), labels
 
     def _generated(self, seeds: list[int]) -> list[tuple[list[int], Tensor]]:
-        start, trained, config = time.perf_counter(), self.trained, self.config
+        start = time.perf_counter()
         made = []
-        for batch in generate(
-            trained.model, trained.sampler, config.steps, seeds, self.batch_size,
-            guidance=trained.guidance, labels=trained.labels, clip=config.clip_x0, precision=trained.precision,
-        ):  # fmt: skip
+        for batch in generate(self.trained, seeds, self.batch_size):
             made.append((batch.seeds, batch.images.cpu()))
             if batch.calls > self._calls:
                 self._calls = batch.calls
@@ -105,7 +102,7 @@ class ModelSamples(Samples):
 def about(trained: LoadedModel) -> dict[str, Any]:
     """What a model's numbers depend on, as plain data."""
     model = trained.model
-    return {"run": trained.folder.name, "step": model.step, "ema": model.config["ema"], **trained.settings}
+    return {"run": trained.folder.name, "step": model.step, "ema": model.config["ema"], **trained.record}
 
 
 def in_shares_of(trained: LoadedModel, reference: Reference) -> tuple[LoadedModel, str]:
@@ -129,7 +126,7 @@ def in_shares_of(trained: LoadedModel, reference: Reference) -> tuple[LoadedMode
         source = reference.name if reference.stats is None else reference.stats.name
         return trained, f"class shares: equal, as {source} has no labels of the model's classes"
     settings = label_settings(counts)
-    matched = replace(trained, labels=labels_in_turn(settings), settings={**trained.settings, **settings})
+    matched = replace(trained, labels=labels_in_turn(settings), record={**trained.record, **settings})
     return matched, f"class shares: those of {reference.name}; label=all makes equal shares"
 
 

@@ -20,6 +20,7 @@ from diffusion_cli.config.compose import compose, expand, load
 from diffusion_cli.config.grid import Value, Variant, load_grid
 from diffusion_cli.config.launcher import LAUNCHERS, launch, split_launcher
 from diffusion_cli.config.runs import fingerprint, flatten, identity
+from diffusion_cli.config.sampling import SamplingSettings
 from diffusion_cli.config.schema import (
     COMMANDS,
     FIRST_WORD,
@@ -53,6 +54,7 @@ __all__ = [
     "PlotConfig",
     "ReportConfig",
     "SampleConfig",
+    "SamplingSettings",
     "TrainConfig",
     "Value",
     "Variant",

@@ -25,7 +25,7 @@ from pydantic import (
 )
 
 from diffusion_cli.config.catalogue import CONF, HERE, PACKAGE, did_you_mean
-from diffusion_cli.config.schema import FORMS, STRICT
+from diffusion_cli.config.values import FORMS, STRICT
 from diffusion_cli.errors import Problem, UsageError, format_value
 
 # What annotations of configurable arguments may be made of.

@@ -36,8 +36,9 @@ from diffusion_cli.config.recipe import (
 )
 from diffusion_cli.config.renamed import renamed_in_files, renamed_keys, renamed_word
 from diffusion_cli.config.runs import flatten, identity, replaced, run_name
-from diffusion_cli.config.schema import COMMANDS, GRIDS, Config, Node
+from diffusion_cli.config.schema import COMMANDS, GRIDS, Config
 from diffusion_cli.config.typed import as_typed
+from diffusion_cli.config.values import Node
 from diffusion_cli.errors import NO_VALUE, Problem, UsageError, first_line
 from diffusion_cli.runs.migrate import migrated
 from diffusion_cli.system.compat import parse_override

@@ -14,7 +14,7 @@ import yaml
 from diffusion_cli.config.at_hand import OwnImages, gpu
 from diffusion_cli.config.catalogue import options
 from diffusion_cli.config.runs import flatten
-from diffusion_cli.config.schema import Node
+from diffusion_cli.config.values import Node
 from diffusion_cli.runs.migrate import migrated
 from diffusion_cli.system.untrusted import read_yaml
 

@@ -1,42 +1,16 @@
 """The keys of each command, with their types and ranges; the YAML files hold the values and the comments."""
 
 import re
-from typing import Annotated, Any, Literal, Self
+from dataclasses import replace
+from typing import Annotated, Literal, Self
 
-from pydantic import (
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    NonNegativeInt,
-    PositiveInt,
-    model_validator,
-)
+from pydantic import BaseModel, Field, NonNegativeInt, PositiveInt, model_validator
 
+from diffusion_cli.config.sampling import Generation, SamplingSettings
+from diffusion_cli.config.values import STRICT, Duration, Name, Node, Precision
 from diffusion_cli.errors import NO_VALUE, UsageError
 
 NUM_SAMPLES = 2000  # samples of an evaluation for num_samples=null
-STRICT = ConfigDict(strict=True, extra="forbid", frozen=True, regex_engine="python-re")
-Node = dict[str, Any]
-DURATION = r"^(?=.*[1-9])(\d+d)?(\d+h)?(\d+m)?(\d+s)?$"
-NAME = r"^\w[\w.+-]*$"
-Duration = Annotated[str, Field(pattern=DURATION)]
-Name = Annotated[str, Field(pattern=NAME)]
-# What a text should look like, by the pattern that it did not match.
-FORMS = {
-    DURATION: "a duration such as 90s, 45m, 2h30m or 1d",
-    NAME: "a folder name of letters, digits and _ . + -",
-}
-Class = int | str
-Label = Class | list[Class] | None
-CLASS_KEYS = ("label", "edit.source")  # keys whose values are names of classes, read as they are typed
-# Lightning's names of the number formats, and ours.
-NUMBER_FORMATS = {32: "fp32", "32": "fp32", "bf16-mixed": "bf16", "16-mixed": "fp16"}
-Precision = Annotated[
-    Literal["auto", "fp32", "bf16", "fp16"],
-    BeforeValidator(lambda name: NUMBER_FORMATS.get(name, name) if isinstance(name, int | str) else name),
-]
-Device = Literal["auto", "cpu", "cuda"]
 
 
 class EMAConfig(BaseModel):
@@ -179,40 +153,7 @@ class TrainConfig(BaseModel):
         return self
 
 
-class _Generation(BaseModel):
-    """What sampling, evaluation and editing share."""
-
-    model_config = STRICT
-    run: str | None
-    step: PositiveInt | Literal["best"] | None
-    steps: PositiveInt
-    label: Label
-    batch_size: PositiveInt | Literal["auto"]
-    seed: Annotated[int, Field(ge=0, lt=2**32)]
-    weights: Literal["ema", "raw"]
-    clip_x0: bool
-    precision: Precision
-    device: Device
-    output_dir: str
-    sampler: Node
-    guidance: Node
-
-    @property
-    def seeds(self) -> range:
-        """Seeds of the images."""
-        return range(self.seed, self.seed + 1)
-
-    @model_validator(mode="after")
-    def _seeds_in_range(self) -> Self:
-        # The noise of an image comes from the low 32 bits of its seed: none may come round again.
-        if self.seeds.stop > 2**32:
-            raise UsageError(
-                "seed", self.seed, f"the last image's seed passes {2**32 - 1}", "take a smaller one"
-            )
-        return self
-
-
-class SampleConfig(_Generation):
+class SampleConfig(Generation):
     """The keys of `conf/sample.yaml`."""
 
     num_samples: PositiveInt
@@ -228,7 +169,7 @@ class SampleConfig(_Generation):
         return range(self.seed, self.seed + self.num_samples)
 
 
-class EvaluationConfig(_Generation):
+class EvaluationConfig(Generation):
     """The keys of `conf/evaluation.yaml`: what evaluating and comparing share."""
 
     num_samples: PositiveInt | None
@@ -281,7 +222,7 @@ class DataPaths(BaseModel):
     masks: str | None
 
 
-class EditConfig(_Generation):
+class EditConfig(Generation):
     """The keys of `conf/edit.yaml`."""
 
     dataset: DataPaths
@@ -294,6 +235,10 @@ class EditConfig(_Generation):
     data_dir: str
     edit: Node
     restoration: Node | None = None
+
+    @property
+    def sampling(self) -> SamplingSettings:
+        return replace(super().sampling, null_label="none")
 
     @property
     def data_paths(self) -> Node:

@@ -4,7 +4,7 @@ YAML turns `1e3` into 1000.0, and `true` and `null` into values that are no text
 class has such a name.
 """
 
-from diffusion_cli.config.schema import CLASS_KEYS
+from diffusion_cli.config.values import CLASS_KEYS
 
 OPENING, CLOSING = "[", "]"
 SWEEPS = ("choice(", "range(", "interval(", "glob(", "shuffle(", "sort(", "tag(")

@@ -18,7 +18,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.nn.functional import interpolate
 
-from diffusion_cli.config.schema import Node
+from diffusion_cli.config.values import Node
 from diffusion_cli.data import Batch, ResolutionSchedule
 from diffusion_cli.diffusion.denoiser import Denoiser, NoisyClassifier, noised
 from diffusion_cli.diffusion.latents import Space

@@ -1,7 +1,7 @@
 """A warning about a training that takes days on a CPU."""
 
 from diffusion_cli.config.recipe import network_width
-from diffusion_cli.config.schema import Node
+from diffusion_cli.config.values import Node
 
 LONG = 12 * 3600.0
 """Seconds from which on a training without a GPU gets a warning."""

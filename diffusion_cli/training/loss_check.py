@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from diffusion_cli.config.recipe import learning_rate, network_width
-from diffusion_cli.config.schema import Node
+from diffusion_cli.config.values import Node
 
 PATIENCE = 200
 """Steps before which no loss counts as stuck."""

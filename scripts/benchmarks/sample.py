@@ -12,7 +12,7 @@ from benchmarks.peers import ddim_pipeline
 from benchmarks.race import Contestant, NetworkClock, Table, ceilings, flops, raced, timed
 from diffusion_cli.commands.samples import image_path
 from diffusion_cli.diffusion.guidance import NoGuidance
-from diffusion_cli.generate import generate
+from diffusion_cli.generate import SamplingPipeline, generate
 from diffusion_cli.images import Writer, save_stored
 from diffusion_cli.runs.load import LoadedDenoiser
 from diffusion_cli.samplers import DDIM, Sampler
@@ -23,11 +23,12 @@ WARM_UP_STEPS = 2
 
 def write_samples(model: LoadedDenoiser, sampler: Sampler, steps: int, precision: str) -> None:
     """What `diffuse sample` does for 16 images: sample them and write their PNGs."""
+    pipeline = SamplingPipeline(
+        model=model, sampler=sampler, steps=steps, guidance=NoGuidance(), labels=None, clip=True,
+        precision=precision,
+    )  # fmt: skip
     with tempfile.TemporaryDirectory() as folder, Writer(2 * IMAGES) as writer:
-        for seeds, images, _, _ in generate(
-            model, sampler, steps, range(IMAGES), IMAGES,
-            guidance=NoGuidance(), labels=None, clip=True, precision=precision,
-        ):  # fmt: skip
+        for seeds, images, _, _ in generate(pipeline, range(IMAGES), IMAGES):
             for seed, image in zip(seeds, images.cpu(), strict=True):
                 writer(save_stored, image, image_path(Path(folder), seed, model.form), model.form)
 

@@ -1,0 +1,123 @@
+"""The networks that guide a model: an earlier or another denoiser, or a classifier."""
+
+import math
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from diffusion_cli.diffusion.denoiser import Denoiser, NoisyClassifier
+from diffusion_cli.errors import NO_VALUE, UsageError, format_value
+from diffusion_cli.runs.find import find_run
+from diffusion_cli.runs.load import LoadedClassifier, LoadedDenoiser, load_classifier, load_model
+
+SCALE = 1e-3  # by which the scales of the same latents may differ
+
+
+class GuidanceRuns:
+    """Loads the networks that a guidance names; UsageError for one that does not suit the model.
+
+    Args:
+        model: model to guide.
+        folder: folder of its run.
+        output_dir: folder of all runs.
+        weights: "ema" or "raw", of a denoiser that guides.
+    """
+
+    def __init__(
+        self,
+        model: LoadedDenoiser,
+        folder: Path,
+        *,
+        output_dir: str,
+        weights: Literal["ema", "raw"],
+        device: torch.device,
+    ) -> None:
+        self.model, self.folder, self.device = model, folder, device
+        self.output_dir = output_dir
+        self.weights: Literal["ema", "raw"] = weights
+        self.trained_classes = model.trained_classes
+        """The classes of which the model, or the classifier that guides it, has seen images."""
+        self.digests: dict[str, str] = {}
+        """SHA-256 of the weights of each."""
+
+    def denoiser(self, run: str | None, step: int | None) -> Denoiser:
+        """The denoiser of a checkpoint, null standing for the model's own run."""
+        key = f"guidance.run={run}" if run else f"guidance.step={format_value(step)}"
+        folder = self.folder if run is None else find_run(run, self.output_dir, "guidance.run")
+        try:
+            guide = load_model(folder, self.weights, self.device, step)
+        except UsageError as error:
+            raise error.renamed({"step": "guidance.step"}) from error
+        if guide.digest == self.model.digest:
+            raise UsageError(
+                key,
+                NO_VALUE,
+                "these are the weights of the model itself",
+                "name a weaker one by guidance.run, or an earlier checkpoint by guidance.step",
+            )
+        self._compare(key, guide, "parameterization")
+        if guide.num_classes is not None and (
+            self.model.num_classes is None or guide.class_names != self.model.class_names
+        ):
+            known = (
+                "no classes" if self.model.num_classes is None else f"the classes {self.model.class_names}"
+            )
+            raise UsageError(
+                key,
+                NO_VALUE,
+                f"knows the classes {guide.class_names}, and the model {known}",
+                "take another guide",
+            )
+        self.digests = {"guide_sha256": guide.digest}
+        return guide.denoiser
+
+    def classifier(self, run: str) -> NoisyClassifier:
+        """The classifier of a run."""
+        key = f"guidance.run={run}"
+        guide = load_classifier(find_run(run, self.output_dir, "guidance.run"), self.device)
+        self._compare(key, guide)
+        if guide.class_names != self.model.class_names:
+            raise UsageError(
+                key, NO_VALUE, f"tells {guide.class_names}", f"the model's data has {self.model.class_names}"
+            )
+        self.digests = {"classifier_sha256": guide.digest}
+        if self.model.num_classes is None:
+            self.trained_classes = guide.trained_classes
+        return guide.classifier
+
+    def _compare(self, key: str, guide: LoadedDenoiser | LoadedClassifier, *parts: str) -> None:
+        """Raise ValueError unless a guide sees images of the same shape in the same space at the same noise levels."""
+        if guide.shape != self.model.shape:
+            raise UsageError(
+                key, NO_VALUE, f"is for images {guide.shape}, the model makes {self.model.shape}"
+            )
+        if not _same_latents(guide.latent, self.model.latent):
+            theirs, ours = ("latents" if origin.latent else "pixels" for origin in (guide, self.model))
+            if theirs == ours:
+                raise UsageError(
+                    key,
+                    NO_VALUE,
+                    "works in other latents than the model",
+                    "take one trained with the same latent.run",
+                )
+            raise UsageError(
+                key,
+                NO_VALUE,
+                f"works in {theirs}, and the model in {ours}",
+                f"take one trained as the model, in {ours}",
+            )
+        for part in ("schedule", *parts):
+            if guide.config[part] != self.model.config[part]:
+                raise UsageError(
+                    key, NO_VALUE, f"has another {part} than the model", "take one trained with the same"
+                )
+
+
+def _same_latents(one: dict[str, Any] | None, other: dict[str, Any] | None) -> bool:
+    """Whether two models see the same latents; their scales, measured on two machines, may differ by rounding."""
+    if one is None or other is None:
+        return one is other
+    scales = zip(one["mean"] + one["std"], other["mean"] + other["std"], strict=False)
+    alike = all(math.isclose(a, b, rel_tol=SCALE, abs_tol=SCALE) for a, b in scales)
+    return alike and all(one[key] == other[key] for key in ("shape", "sha256"))

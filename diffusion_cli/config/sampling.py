@@ -1,0 +1,72 @@
+"""The settings by which a run's model is loaded and sampled; every command that samples has them."""
+
+from dataclasses import dataclass, fields
+from typing import Annotated, Literal, Self
+
+from pydantic import BaseModel, Field, PositiveInt, model_validator
+
+from diffusion_cli.config.values import STRICT, Device, Label, Node, Precision
+from diffusion_cli.errors import UsageError
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingSettings:
+    """Which model to load, and how to sample it."""
+
+    run: str | None
+    """Folder or name of the run; None for the newest."""
+    step: int | Literal["best"] | None
+    """Step of the checkpoint; None for the newest."""
+    weights: Literal["ema", "raw"]
+    output_dir: str
+    """Folder of the runs."""
+    device: Device
+    sampler: Node
+    steps: int
+    guidance: Node
+    label: Label
+    null_label: Literal["all", "none"] = "all"
+    """Meaning of a label of None."""
+    clip_x0: bool
+    precision: Precision
+    compile: bool = False
+    batch_size: int | Literal["auto"]
+
+
+class Generation(BaseModel):
+    """The keys that sampling, evaluation and editing share."""
+
+    model_config = STRICT
+    run: str | None
+    step: PositiveInt | Literal["best"] | None
+    steps: PositiveInt
+    label: Label
+    batch_size: PositiveInt | Literal["auto"]
+    seed: Annotated[int, Field(ge=0, lt=2**32)]
+    weights: Literal["ema", "raw"]
+    clip_x0: bool
+    precision: Precision
+    device: Device
+    output_dir: str
+    sampler: Node
+    guidance: Node
+
+    @property
+    def seeds(self) -> range:
+        """Seeds of the images."""
+        return range(self.seed, self.seed + 1)
+
+    @property
+    def sampling(self) -> SamplingSettings:
+        """Settings of the run's model and its sampler."""
+        names = {field.name for field in fields(SamplingSettings)}
+        return SamplingSettings(**{name: value for name, value in self if name in names})
+
+    @model_validator(mode="after")
+    def _seeds_in_range(self) -> Self:
+        # The noise of an image comes from the low 32 bits of its seed: none may come round again.
+        if self.seeds.stop > 2**32:
+            raise UsageError(
+                "seed", self.seed, f"the last image's seed passes {2**32 - 1}", "take a smaller one"
+            )
+        return self

@@ -15,7 +15,6 @@ from diffusion_cli.config.catalogue import (
     options,
     summary,
 )
-from diffusion_cli.config.check import build, check_node, signature
 from diffusion_cli.config.compose import compose, expand, load
 from diffusion_cli.config.grid import Value, Variant, load_grid
 from diffusion_cli.config.launcher import LAUNCHERS, launch, split_launcher
@@ -37,7 +36,9 @@ from diffusion_cli.config.schema import (
     seconds,
 )
 from diffusion_cli.config.seeds import shared_seeds
+from diffusion_cli.config.signature import signature
 from diffusion_cli.config.typed import as_typed
+from diffusion_cli.config.validate import build, check_node
 
 __all__ = [
     "COMMANDS",

@@ -14,7 +14,6 @@ if TYPE_CHECKING:
 
 from diffusion_cli.config.at_hand import own_images
 from diffusion_cli.config.catalogue import CONF, defaults, did_you_mean, documented, options
-from diffusion_cli.config.check import check_node, validate
 from diffusion_cli.config.continued import (
     folder_of,
     foreign_paths,
@@ -38,6 +37,7 @@ from diffusion_cli.config.renamed import renamed_in_files, renamed_keys, renamed
 from diffusion_cli.config.runs import flatten, identity, replaced, run_name
 from diffusion_cli.config.schema import COMMANDS, GRIDS, Config
 from diffusion_cli.config.typed import as_typed
+from diffusion_cli.config.validate import check_node, validate
 from diffusion_cli.config.values import Node
 from diffusion_cli.errors import NO_VALUE, Problem, UsageError, first_line
 from diffusion_cli.runs.migrate import migrated

@@ -8,10 +8,10 @@ from typing import Any, NamedTuple, get_args, get_origin
 import yaml
 
 from diffusion_cli.config.catalogue import chosen, defaults, lineage, options
-from diffusion_cli.config.check import signature
 from diffusion_cli.config.compose import load, parse
 from diffusion_cli.config.runs import flatten
 from diffusion_cli.config.schema import COMMANDS, Config
+from diffusion_cli.config.signature import signature
 from diffusion_cli.errors import NO_VALUE, Problem, UsageError, format_value
 
 Value = str | int | float | bool | None

@@ -9,9 +9,9 @@ from typing import Any
 import yaml
 
 from diffusion_cli.config.catalogue import did_you_mean, options
-from diffusion_cli.config.check import validate
 from diffusion_cli.config.compose import LAUNCHER, parse
 from diffusion_cli.config.schema import Config, SlurmConfig, TrainConfig
+from diffusion_cli.config.validate import validate
 from diffusion_cli.errors import NO_VALUE, Problem, UsageError
 
 LAUNCHERS = "hydra/launcher"

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 import torch
 from pydantic import BaseModel, ConfigDict, Field
 
-from diffusion_cli.config.check import validate
+from diffusion_cli.config.validate import validate
 from diffusion_cli.errors import NO_VALUE, FormatError, UsageError, format_value
 from diffusion_cli.networks import AutoencoderKL
 from diffusion_cli.runs.weights import check_fit, read_weights

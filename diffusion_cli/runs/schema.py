@@ -6,8 +6,8 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, model_validator
 
-from diffusion_cli.config.check import check_node, validate
 from diffusion_cli.config.schema import STRICT, LatentConfig
+from diffusion_cli.config.validate import check_node, validate
 from diffusion_cli.errors import NO_VALUE, Problem, UsageError
 from diffusion_cli.system.untrusted import plain
 

@@ -102,20 +102,16 @@ def mixture(reference) -> GaussianMixture:
 @pytest.fixture(scope="session")
 def schedules() -> dict[str, Schedule]:
     return {
-        "linear": Linear(num_timesteps=1000, beta_start=1e-4, beta_end=0.02, zero_terminal_snr=False),
-        "scaled_linear": ScaledLinear(
-            num_timesteps=1000, beta_start=0.00085, beta_end=0.012, zero_terminal_snr=False
-        ),
-        "cosine": Cosine(num_timesteps=1000, offset=0.008, max_beta=0.999, zero_terminal_snr=False),
-        "sigmoid": Sigmoid(
-            num_timesteps=1000, start=-3.0, end=3.0, tau=1.0, max_beta=0.999, zero_terminal_snr=False
-        ),
-        "zero_snr": Linear(num_timesteps=1000, beta_start=1e-4, beta_end=0.02, zero_terminal_snr=True),
-        "vp": VP(beta_min=0.1, beta_max=20.0, grid_t_min=1e-3),
-        "subvp": SubVP(beta_min=0.1, beta_max=20.0, grid_t_min=1e-3),
-        "ve": VE(sigma_min=0.01, sigma_max=50.0, grid_t_min=1e-5),
-        "edm": EDMSchedule(sigma_min=0.002, sigma_max=80.0),
-        "rectified": Rectified(grid_t_min=1e-3),
+        "linear": Linear(),
+        "scaled_linear": ScaledLinear(),
+        "cosine": Cosine(),
+        "sigmoid": Sigmoid(),
+        "zero_snr": Linear(zero_terminal_snr=True),
+        "vp": VP(),
+        "subvp": SubVP(),
+        "ve": VE(),
+        "edm": EDMSchedule(),
+        "rectified": Rectified(),
     }
 
 

@@ -81,7 +81,7 @@ def test_simple_objective_is_the_mean_squared_error_on_eps(schedules):
     network = Oracle(output)
     denoiser = Denoiser(network, schedules["cosine"], Eps())
     t = Uniform()(denoiser.schedule, u).t
-    loss = Simple(huber_delta=None, label_dropout=0.0)(denoiser, x0, None, t, eps)
+    loss = Simple(label_dropout=0.0)(denoiser, x0, None, t, eps)
     torch.testing.assert_close(loss, (output - eps).square().mean((1, 2, 3)), rtol=1e-3, atol=1e-6)
     torch.testing.assert_close(t, torch.tensor([1, 201, 701, 991], dtype=F64) / 1000)
     alpha, sigma = (level.float().view(-1, 1, 1, 1) for level in schedules["cosine"](t))

@@ -54,11 +54,8 @@ def model(schedules):
     """An untrained network with random weights everywhere, so that inputs matter."""
     torch.manual_seed(0)
     network = UNet(
-        (1, 8, 8), 3, channels=8, channel_mult=[1, 2], num_res_blocks=1, attention_resolutions=[4], num_heads=1,
-        head_channels=None, norm_groups=4, time_embedding="scale_shift", embedding_layout="cos_sin",
-        fourier_scale=16.0, resample="conv", fir=False, progressive_input="none", up_attention="all",
-        skip_rescale=False, dropout=0.5, class_conditional=True, learn_variance=False, gradient_checkpointing=False,
-        patch_size=1,
+        (1, 8, 8), 3, channels=8, channel_mult=[1, 2], attention_resolutions=[4], num_heads=1, head_channels=None,
+        norm_groups=4, dropout=0.5, class_conditional=True,
     )  # fmt: skip
     for parameter in network.parameters():
         torch.nn.init.normal_(parameter, std=0.2)

@@ -105,12 +105,12 @@ def loss_and_gradient(device: str, autocast: bool) -> tuple[float, Tensor]:
     network = build(node, (3, 16, 16), None)
     for weight in network.parameters():
         weight.data.add_(0.02 * torch.randn_like(weight))
-    schedule = Cosine(num_timesteps=1000, offset=0.008, max_beta=0.999, zero_terminal_snr=False)
+    schedule = Cosine()
     model = Denoiser(network, schedule, Eps())
     x0, eps, t = torch.randn(8, 3, 16, 16), torch.randn(8, 3, 16, 16), torch.linspace(0.1, 0.9, 8).double()
     model, x0, eps, t = model.to(device), x0.to(device), eps.to(device), t.to(device)
     with torch.autocast(device, torch.bfloat16, enabled=autocast):
-        loss = Simple(huber_delta=None, label_dropout=0.0)(model, x0, None, t, eps).mean()
+        loss = Simple(label_dropout=0.0)(model, x0, None, t, eps).mean()
     loss.backward()
     flat = torch.cat([p.grad.flatten().cpu() for p in network.parameters() if p.grad is not None])
     return loss.item(), flat

@@ -85,7 +85,7 @@ class Given:
 
 @pytest.fixture(scope="module")
 def schedule() -> Linear:
-    return Linear(num_timesteps=T, beta_start=1e-4, beta_end=0.02, zero_terminal_snr=False)
+    return Linear(num_timesteps=T)
 
 
 @pytest.fixture(scope="module")
@@ -334,7 +334,7 @@ def test_thresholding_keeps_images_in_range_and_agrees_with_eps(denoiser, schedu
 
 
 def test_a_classifier_says_nothing_where_there_is_no_signal(mixture):
-    schedule = Linear(num_timesteps=T, beta_start=1e-4, beta_end=0.02, zero_terminal_snr=True)
+    schedule = Linear(num_timesteps=T, zero_terminal_snr=True)
     x0 = torch.zeros(1, 1, 2, 2, dtype=F64)
     prediction = Prediction(x0, x0, schedule(torch.ones((), dtype=F64))[1])
     moved = add_score(prediction, x0 + 1, schedule, torch.ones((), dtype=F64))

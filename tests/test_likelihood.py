@@ -38,7 +38,7 @@ PROCESSES = ["linear", "cosine", "sigmoid", "vp", "subvp", "ve", "edm", "rectifi
 @pytest.mark.parametrize("tag", [*PROCESSES, "edm from 0.5"])
 def test_bits_per_dim_equal_the_exact_density(schedules, exact, mixture, reference, tag):
     """Within 1e-4, less what a Gaussian prior costs: the exact density of where the flow ends, against N(0, prior)."""
-    schedule = EDMSchedule(sigma_min=0.5, sigma_max=80.0) if tag == "edm from 0.5" else schedules[tag]
+    schedule = EDMSchedule(sigma_min=0.5) if tag == "edm from 0.5" else schedules[tag]
     x = reference("noise")["x0_data"]
     found = flow_likelihood(schedule, exact(schedule), x, None, Tight())
     ends = torch.tensor([schedule.t_min, 1.0], dtype=F64)
@@ -194,13 +194,12 @@ BYTES = torch.tensor([0, 17, 90, 128, 131, 255, 200, 64, 30, 3, 250, 77, 5, 99, 
 @pytest.mark.parametrize("kind", ["bytes", "real numbers"])
 def test_the_flow_of_normal_pixels_has_their_bits_per_dim(tmp_path, kind, probe):
     """A linear flow, on which a probe e counts the exact trace e^T e / D times: once, if it is made of -1 and 1."""
-    std, schedule = 0.6, Rectified(grid_t_min=1e-3)
+    std, schedule = 0.6, Rectified()
     images = BYTES.view(4, *SHAPE) if kind == "bytes" else BYTES.view(4, *SHAPE).float() / 128 - 1
     hutchinson, other = ("exact", "rademacher") if probe == "exact" else ("hutchinson", probe)
     metric = FlowLikelihood(
-        trace=hutchinson, probe=other, num_probes=2, rtol=1e-5, atol=1e-5, max_steps=1000,
-        split="held_out", num_images=None, shard=0, num_shards=1,
-    )  # fmt: skip
+        trace=hutchinson, probe=other, num_probes=2, rtol=1e-5, atol=1e-5, max_steps=1000, split="held_out"
+    )
     found = metric.measure(subject(tmp_path, Gaussian(std), schedule, Flow(), images))
     noise = noise_of(4, 3)
     x, offset = images.double(), 0.0
@@ -221,11 +220,9 @@ def test_the_flow_of_normal_pixels_has_their_bits_per_dim(tmp_path, kind, probe)
 def test_the_bound_of_a_model_of_one_gray_has_its_closed_form(tmp_path):
     """Its KL terms are those of normal distributions whose means differ by c_0 x_0."""
     T = 10
-    schedule = Linear(num_timesteps=T, beta_start=1e-4, beta_end=2e-3, zero_terminal_snr=False)
+    schedule = Linear(num_timesteps=T, beta_end=2e-3)
     images = (100 + BYTES // 5).view(4, *SHAPE)
-    metric = VariationalBound(
-        variance="small", cdf="exact", split="held_out", num_images=None, shard=0, num_shards=1
-    )
+    metric = VariationalBound(variance="small", cdf="exact", split="held_out")
     found = metric.measure(subject(tmp_path, Gray(), schedule, X0(), images))
     assert found is not None
     x = images.double() / 127.5 - 1
@@ -260,15 +257,13 @@ class Perfect(nn.Module):
 
 def test_the_best_bound_is_the_lower_one_and_near_the_exact_bits(tmp_path, mixture):
     """A perfect model with the small variance pays for all that the posterior's variance leaves out."""
-    schedule = Cosine(num_timesteps=50, offset=0.008, max_beta=0.999, zero_terminal_snr=False)
+    schedule = Cosine(num_timesteps=50)
     x = mixture.load("held_out")[torch.arange(64)].clamp(-1, 1).double()
     values = ((x + 1) * 127.5).round()
     model = subject(tmp_path, Perfect(mixture, schedule), schedule, X0(), values.to(torch.uint8))
     found = {}
     for variance in ("small", "large", "best"):
-        metric = VariationalBound(
-            variance=variance, cdf="exact", split="held_out", num_images=None, shard=0, num_shards=1
-        )
+        metric = VariationalBound(variance=variance, cdf="exact", split="held_out")
         found[variance] = metric.measure(replace(model, batch_size=64))
     pixel = (values / 127.5 - 1).flatten(1)[:, None]
     below = torch.where(pixel > -0.999, pixel - 1 / 255, -math.inf)
@@ -297,12 +292,10 @@ class Unsure(Gray):
 
 
 def test_the_best_variance_of_a_model_with_a_variance_head_is_its_own(tmp_path):
-    schedule = Cosine(num_timesteps=10, offset=0.008, max_beta=0.999, zero_terminal_snr=False)
+    schedule = Cosine(num_timesteps=10)
     found = {}
     for variance in ("best", "learned", "small"):
-        metric = VariationalBound(
-            variance=variance, cdf="exact", split="held_out", num_images=None, shard=0, num_shards=1
-        )
+        metric = VariationalBound(variance=variance, cdf="exact", split="held_out")
         found[variance] = metric.measure(subject(tmp_path, Unsure(), schedule, X0(), BYTES.view(4, *SHAPE)))
     assert found["best"].value == found["learned"].value != found["small"].value
     assert found["best"].details == found["learned"].details
@@ -311,8 +304,8 @@ def test_the_best_variance_of_a_model_with_a_variance_head_is_its_own(tmp_path):
 def test_inversion_of_a_model_of_one_gray_has_its_closed_form(tmp_path):
     """It decodes to that gray, whatever the noise, to which the image leads in a straight line."""
     images = BYTES.view(4, *SHAPE)
-    metric = Inversion(steps=3, strength=1.0, spacing="time", split="held_out", num_images=None)
-    schedule = VE(sigma_min=0.5, sigma_max=50.0, grid_t_min=0.1)
+    metric = Inversion(steps=3, strength=1.0, spacing="time", split="held_out")
+    schedule = VE(sigma_min=0.5, grid_t_min=0.1)
     found = metric.measure(subject(tmp_path, Gray(), schedule, X0(), images))
     square = (images.double() / 127.5 - 1).square().mean().item()
     assert found.value == pytest.approx(127.5 * math.sqrt(square), rel=1e-5)

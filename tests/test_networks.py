@@ -54,24 +54,10 @@ UNETS = [file for file in OPTIONS if "UNet" in file.read_text()]
 SMALL = {
     "channels": 8,
     "channel_mult": [1, 2],
-    "num_res_blocks": 1,
     "attention_resolutions": [4],
     "num_heads": 2,
     "head_channels": None,
     "norm_groups": 4,
-    "time_embedding": "scale_shift",
-    "embedding_layout": "cos_sin",
-    "fourier_scale": 16.0,
-    "resample": "conv",
-    "fir": False,
-    "progressive_input": "none",
-    "up_attention": "all",
-    "skip_rescale": False,
-    "dropout": 0.0,
-    "class_conditional": False,
-    "learn_variance": False,
-    "gradient_checkpointing": False,
-    "patch_size": 1,
 }
 
 

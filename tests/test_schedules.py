@@ -23,8 +23,8 @@ SPACINGS = ["leading", "trailing", "linspace", "quadratic"]
 
 def named(tag: str, T: int):
     if tag == "linear":
-        return Linear(num_timesteps=T, beta_start=1e-4, beta_end=0.02, zero_terminal_snr=False)
-    return Cosine(num_timesteps=T, offset=0.008, max_beta=0.999, zero_terminal_snr=False)
+        return Linear(num_timesteps=T)
+    return Cosine(num_timesteps=T)
 
 
 @pytest.mark.parametrize("tag", ["linear", "cosine"])
@@ -193,9 +193,7 @@ def test_zero_terminal_snr_equals_diffusers(reference, agree, tag):
     ],
 )
 def test_sigmoid_equals_denoising_diffusion_pytorch(reference, agree, name, T, start, tau):
-    schedule = Sigmoid(
-        num_timesteps=T, start=start, end=3.0, tau=tau, max_beta=0.999, zero_terminal_snr=False
-    )
+    schedule = Sigmoid(num_timesteps=T, start=start, tau=tau)
     alpha, _ = schedule(torch.arange(1, T + 1, dtype=torch.float64) / T)
     theirs = torch.cumprod(1 - reference("schedules_diffusers")[f"{name}_betas"], 0)
     # Their logistic constants are rounded to float32.
@@ -213,7 +211,7 @@ def test_karras_and_log_snr_grids_equal_k_diffusion(reference, agree, steps, low
 
 
 def test_time_grid_equals_k_diffusion(reference, agree):
-    schedule = VP(beta_min=0.1, beta_max=20.0, grid_t_min=1e-3)
+    schedule = VP()
     alpha, sigma = schedule(schedule.grid(12, "time")[:-1])
     theirs = reference("schedules_diffusers")["kd_vp_n12"][:-1]
     agree("schedules_diffusers/kd_vp_n12", sigma / alpha, theirs, 1e-11, relative=True)
@@ -298,15 +296,15 @@ def test_times_between_entries_equal_dpm_solver(reference, schedules, agree):
 
 def test_ends_that_cross_are_refused():
     with pytest.raises(ValueError, match=r"schedule.sigma_min=2.0: must lie below schedule.sigma_max=1.0"):
-        VE(sigma_min=2.0, sigma_max=1.0, grid_t_min=1e-5)
+        VE(sigma_min=2.0, sigma_max=1.0)
     with pytest.raises(ValueError, match=r"schedule.sigma_min=2.0: must lie below"):
         EDMSchedule(sigma_min=2.0, sigma_max=1.0)
     with pytest.raises(ValueError, match=r"schedule.beta_min=2.0: must lie below"):
-        VP(beta_min=2.0, beta_max=1.0, grid_t_min=1e-3)
+        VP(beta_min=2.0, beta_max=1.0)
     with pytest.raises(ValueError, match=r"schedule.start=3.0: must lie below"):
-        Sigmoid(num_timesteps=10, start=3.0, end=3.0, tau=1.0, max_beta=0.999, zero_terminal_snr=False)
+        Sigmoid(num_timesteps=10, start=3.0, end=3.0)
     with pytest.raises(ValueError, match="zero_terminal_snr=true: needs at least 2"):
-        Cosine(num_timesteps=1, offset=0.008, max_beta=0.999, zero_terminal_snr=True)
+        Cosine(num_timesteps=1, zero_terminal_snr=True)
 
 
 def test_levels_of_one_time_are_those_of_many_and_serve_gradients_later(schedules):
@@ -324,7 +322,7 @@ def test_levels_of_one_time_are_those_of_many_and_serve_gradients_later(schedule
 
 
 def test_a_table_travels_and_hands_out_levels_of_its_own():
-    schedule = Linear(num_timesteps=100, beta_start=1e-4, beta_end=0.02, zero_terminal_snr=False)
+    schedule = Linear(num_timesteps=100)
     t = torch.tensor(0.3, dtype=torch.float64)
     before = schedule.log_alpha_bar(t).item()
     schedule.log_alpha_bar(t).add_(1)

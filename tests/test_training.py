@@ -513,7 +513,7 @@ def optimizer(**changes) -> Adam:
 
 def step_of(objective: Objective, times: Times, seed: int = 0, **place: int) -> DenoisingModule:
     """A module in the place of a process, as Lightning would have it; its images are 1 x 2 x 2."""
-    denoiser = Denoiser(Constant(0.0), Rectified(grid_t_min=1e-3), X0())
+    denoiser = Denoiser(Constant(0.0), Rectified(), X0())
     module = DenoisingModule(denoiser, objective, times, Pixels((1, 2, 2)), optimizer(), seed=seed, about={})
     alone = {"accumulate_grad_batches": 1, "world_size": 1, "global_rank": 0, "global_step": 0}
     module.trainer = SimpleNamespace(**{**alone, **place})  # pyright: ignore[reportAttributeAccessIssue]
@@ -687,7 +687,7 @@ def averaged(module: DenoisingModule, network: nn.Module) -> EMA:
 
 
 def test_the_held_out_loss_and_previews_are_those_of_the_averaged_weights(tmp_path):
-    module = step_of(Target(huber_delta=None, label_dropout=0.0), Uniform())
+    module = step_of(Target(label_dropout=0.0), Uniform())
     log, stop, ema = Log(), GracefulStop(None, None), averaged(module, Constant(1.0))
     images = torch.rand(6, 1, 2, 2, generator=torch.Generator().manual_seed(0))
     held_out = [Batch(0, images[:4], None, torch.arange(4)), Batch(1, images[4:], None, torch.arange(2))]

@@ -1,17 +1,17 @@
-"""Figures: curves in colours that the colour-blind tell apart, and strips of images."""
+"""Figures of schedules, noised images and runs."""
 
-import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from itertools import pairwise
 from pathlib import Path
-from typing import Annotated, NamedTuple
+from typing import Annotated
 
 import torch
 import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
+from diffusion_cli.charts import Curve, Panel, Points, save_panels
 from diffusion_cli.config import PlotConfig, TrainConfig, build, load
 from diffusion_cli.data import Dataset, to_model_range
 from diffusion_cli.data.base import Split
@@ -20,16 +20,9 @@ from diffusion_cli.diffusion.schedules import Discrete, Schedule
 from diffusion_cli.errors import NO_VALUE, FormatError, UsageError
 from diffusion_cli.generate import SeededNoise, frame_places, visible
 from diffusion_cli.images import read_images, save_gif, save_rows
+from diffusion_cli.runs.curves import read_curves
 from diffusion_cli.runs.find import find_run
-from diffusion_cli.system.files import atomic_write
-from diffusion_cli.system.untrusted import read_csv
 
-# Okabe & Ito 2008, "Color Universal Design", without the yellow, which is faint on white.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-STYLES = ("-", "--", ":", "-.")  # one after the other, where the colours are used up
-FEW = 20  # points that are marked each
-WIDTH, HEIGHT = 3.8, 2.9  # of a panel, in inches
-EXTREME = 1e100  # beyond which nothing is drawn
 MARGIN = 4  # pixels around a preview
 LOSSES = {
     "loss": "training",
@@ -41,72 +34,6 @@ LOSSES = {
 }
 
 Frames = Annotated[int, Field(ge=2)]
-
-
-# --- Curves ------------------------------------------------------------
-
-
-class Curve(NamedTuple):
-    """A line of a panel; curves of the same label look the same in all panels."""
-
-    label: str
-    x: Sequence[float]
-    y: Sequence[float]
-
-
-class Panel(NamedTuple):
-    """A pair of axes with its curves."""
-
-    x_label: str
-    y_label: str
-    curves: list[Curve]
-    title: str = ""
-    log_x: bool = False
-    log_y: bool = False
-    marks: Sequence[float] = ()
-    """Places on the x-axis where another stretch begins."""
-
-
-def save_panels(panels: Sequence[Panel], path: Path) -> None:
-    """Draw panels side by side with one legend, in the format that the suffix of `path` names: png, pdf or svg."""
-    import matplotlib
-    from matplotlib.figure import Figure as Canvas
-
-    columns = len(panels) if len(panels) <= 3 else math.ceil(math.sqrt(len(panels)))
-    rows = math.ceil(len(panels) / columns)
-    labels = list(dict.fromkeys(curve.label for panel in panels for curve in panel.curves))
-    legend = 0.7 + 0.08 * max(map(len, labels))
-    # Text stays text in vector formats, to be searched and edited.
-    with matplotlib.rc_context({"pdf.fonttype": 42, "svg.fonttype": "none"}):
-        canvas = Canvas(figsize=(WIDTH * columns + legend, HEIGHT * rows), dpi=200, layout="constrained")
-        drawn = {}
-        for place, panel in enumerate(panels):
-            axes = canvas.add_subplot(rows, columns, place + 1)
-            for curve in panel.curves:
-                style, colour = divmod(labels.index(curve.label), len(COLOURS))
-                (line,) = axes.plot(
-                    curve.x,
-                    curve.y,
-                    color=COLOURS[colour],
-                    linestyle=STYLES[style % len(STYLES)],
-                    linewidth=1.5,
-                    marker="o" if len(curve.x) <= FEW else "",
-                    markersize=3.5,
-                )
-                drawn.setdefault(curve.label, line)
-            for mark in panel.marks:
-                axes.axvline(mark, color="#999999", linestyle=":", linewidth=1)
-            axes.set(xlabel=panel.x_label, ylabel=panel.y_label, title=panel.title)
-            axes.set_xscale("log" if panel.log_x else "linear")
-            axes.set_yscale("log" if panel.log_y else "linear")
-            axes.grid(color="#e6e6e6", linewidth=0.6)
-            axes.spines[["top", "right"]].set_visible(False)
-        canvas.legend(list(drawn.values()), labels, loc="outside right upper", frameon=False)
-        with atomic_write(path) as temporary:
-            canvas.savefig(temporary, format=path.suffix[1:])
-
-
-# --- Figures ------------------------------------------------------------
 
 
 class Figure(ABC):
@@ -209,9 +136,9 @@ class Forward(Figure):
 
 
 class Losses(Figure):
-    """The losses in the metrics.csv of runs: a panel for one run, for several a panel for each loss.
+    """The losses in the metrics.csv of runs: one panel for one run, one panel a loss for several.
 
-    In that for one run dotted lines stand where it went on to larger images, whose losses are not those of small ones.
+    Dotted lines in the panel of one run show where the image size changed: losses of two sizes differ.
     """
 
     name = "loss"
@@ -222,27 +149,30 @@ class Losses(Figure):
         self.log = log
 
     def draw(self, configs: Mapping[str, PlotConfig], path: Path) -> None:
-        runs = {label: run_of(config) for label, config in configs.items()}
-        panels = self.panels({label: read_losses(run) for label, run in runs.items()})
-        if len(runs) == 1:
-            marks = read_borders(*runs.values())
-            panels = [panel._replace(marks=marks) for panel in panels]
-        save_panels(panels, path)
+        runs = {label: read_metrics(run_of(config)) for label, config in configs.items()}
+        save_panels(self.panels(runs), path)
 
-    def panels(self, runs: Mapping[str, Mapping[str, Curve]]) -> list[Panel]:
-        """The curves of runs by their labels."""
+    def panels(self, runs: Mapping[str, Mapping[str, Points]]) -> list[Panel]:
+        """Show the losses among the curves of runs, which are given by label and column."""
+        marks = []
         if len(runs) == 1:
-            ((label, losses),) = runs.items()
-            groups = {label: list(losses.values())}
+            ((run, columns),) = runs.items()
+            groups = {run: [Curve(title, columns[name]) for name, title in LOSSES.items() if name in columns]}
+            marks = size_changes(columns)
         else:
             groups = {
-                title: [
-                    losses[column]._replace(label=run) for run, losses in runs.items() if column in losses
-                ]
-                for column, title in LOSSES.items()
+                title: [Curve(run, columns[name]) for run, columns in runs.items() if name in columns]
+                for name, title in LOSSES.items()
             }
         return [
-            Panel("step", "loss", curves, title, log_y=self.log and all(min(one.y) > 0 for one in curves))
+            Panel(
+                "step",
+                "loss",
+                curves,
+                title,
+                log_y=self.log and all(min(curve.y) > 0 for curve in curves),
+                marks=marks,
+            )
             for title, curves in groups.items()
             if curves
         ]
@@ -283,7 +213,7 @@ class Previews(Figure):
 def curve(label: str, x: Tensor, y: Tensor) -> Curve:
     """The points of a curve whose y is finite."""
     finite = y.isfinite()
-    return Curve(label, x[finite].tolist(), y[finite].tolist())
+    return Curve(label, list(zip(x[finite].tolist(), y[finite].tolist(), strict=True)))
 
 
 def betas_of(schedule: Discrete) -> tuple[Tensor, Tensor]:
@@ -297,52 +227,23 @@ def run_of(config: PlotConfig) -> Path:
     return find_run(config.run, config.output_dir)
 
 
-def read_losses(run: Path) -> dict[str, Curve]:
-    """The losses over the steps of a run, by their column in metrics.csv, without what is no number.
-
-    Raises ValueError if there are none.
-    """
-    points = read_points(run, LOSSES)
-    if not points:
-        raise UsageError(
-            run / "metrics.csv",
-            NO_VALUE,
-            "holds no losses",
-            "train longer than log_every=, or name another run",
-        )
-    return {column: Curve(LOSSES[column], *zip(*some, strict=True)) for column, some in points.items()}
-
-
-def read_borders(run: Path) -> list[float]:
-    """The last steps of a run on record before it went on to another size of images."""
-    sizes = read_points(run, ["size"]).get("size", [])
-    return [step for (step, size), (_, later) in pairwise(sizes) if size != later]
-
-
-def read_points(run: Path, columns: Iterable[str]) -> dict[str, list[tuple[float, float]]]:
-    """The (step, number) pairs of those columns of a run's metrics.csv that hold any; ValueError if there is none."""
+def read_metrics(run: Path) -> Mapping[str, Points]:
+    """Read the curves of a run by column; UsageError for a run without readable losses."""
     path = run / "metrics.csv"
     if not path.is_file():
         raise UsageError("run", run, "has no metrics.csv", "train with logger=csv among the loggers")
     try:
-        header, *rows = read_csv(path) or [[]]
+        curves = read_curves(path)
     except FormatError as error:
         raise UsageError(path, NO_VALUE, str(error), "move it away or mend it") from error
-    points: dict[str, list[tuple[float, float]]] = {}
-    for row in rows:  # the last may be cut short
-        numbers = {column: _number(text) for column, text in zip(header, row, strict=False)}
-        step = numbers.get("step")
-        for column in columns:
-            number = numbers.get(column)
-            if step is not None and number is not None:
-                points.setdefault(column, []).append((step, number))
-    return points
+    if not LOSSES.keys() & curves.keys():
+        raise UsageError(
+            path, NO_VALUE, "holds no losses", "train longer than log_every=, or name another run"
+        )
+    return curves
 
 
-def _number(text: str) -> float | None:
-    """What a field says, None where that cannot be drawn."""
-    try:
-        number = float(text)
-    except ValueError:
-        return None
-    return number if abs(number) < EXTREME else None
+def size_changes(curves: Mapping[str, Points]) -> list[float]:
+    """The last recorded step before each change of the image size."""
+    sizes = curves.get("size", [])
+    return [step for (step, size), (_, later) in pairwise(sizes) if size != later]

@@ -8,7 +8,7 @@ from PIL import Image
 from diffusion_cli.cli import run
 from diffusion_cli.config import PlotConfig, load
 from diffusion_cli.data import Digits
-from diffusion_cli.figures import Forward, Losses, Previews, Schedules, read_borders, read_losses
+from diffusion_cli.figures import Forward, Losses, Previews, Schedules, read_metrics
 from diffusion_cli.generate import frame_places
 from diffusion_cli.images import save_grid
 
@@ -77,24 +77,25 @@ def test_a_strip_goes_from_the_image_to_the_noise(schedule):
 
 
 def test_losses_of_one_run_share_a_panel_and_of_several_have_one_each(runs):
-    losses = read_losses(runs / "a")
-    assert losses["held_out_loss"].x == (2,)
-    assert losses["loss_q1"].y == (0.7, 0.5)
-    (panel,) = Losses(log=True).panels({"a": losses})
+    curves = read_metrics(runs / "a")
+    (panel,) = Losses(log=True).panels({"a": curves})
     assert panel.log_y
-    assert [curve.label for curve in panel.curves] == ["training", "1st quartile (least noise)", "held out"]
-    panels = Losses(log=True).panels({"a": losses, "b": losses})
+    assert [(curve.label, curve.points) for curve in panel.curves] == [
+        ("training", [(1, 0.5), (2, 0.25)]),
+        ("1st quartile (least noise)", [(1, 0.7), (2, 0.5)]),
+        ("held out", [(2, 0.4)]),
+    ]
+    panels = Losses(log=True).panels({"a": curves, "b": curves})
     assert [panel.title for panel in panels] == ["training", "1st quartile (least noise)", "held out"]
     assert [curve.label for curve in panels[0].curves] == ["a", "b"]
-    below = {"loss": losses["loss"]._replace(y=(0.1, -0.2))}
-    assert not Losses(log=True).panels({"a": below})[0].log_y
+    assert not Losses(log=True).panels({"a": {"loss": [(1, 0.1), (2, -0.2)]}})[0].log_y
 
 
 def test_where_a_run_grew_is_between_the_sizes_on_record(runs):
     rows = ["step,loss,size", "5,0.5,4", "10,0.4,4", "15,0.9,8", "20,0.8,8"]
     (runs / "a" / "metrics.csv").write_text("\n".join(rows))
-    assert read_borders(runs / "a") == [10]
-    assert read_borders(runs / "b") == []
+    (grown,), (other,) = (Losses(log=True).panels({name: read_metrics(runs / name)}) for name in "ab")
+    assert (grown.marks, other.marks) == ([10], [])
     assert plot("loss", "run=a", f"output_dir={runs}", f"output={runs}/loss.svg") == 0
 
 
@@ -172,7 +173,7 @@ def test_runs_without_records_are_refused(runs, capsys):
     [
         (b"\xff\xfe", "is no CSV in UTF-8"),
         (b"step,loss\n1,\x1b[2J\nx,1\n2,nan\n3,1e300\n4", "holds no losses"),
-        (b"", "holds no losses"),
+        (b"", "has no column step"),
     ],
 )
 def test_a_table_without_losses_is_one_line(runs, capsys, text, message):
@@ -180,9 +181,3 @@ def test_a_table_without_losses_is_one_line(runs, capsys, text, message):
     assert plot("loss", "run=a", f"output_dir={runs}") == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(f"diffuse: {runs}/a/metrics.csv: {message}")
-
-
-def test_rows_that_are_no_numbers_are_passed_over(runs):
-    with (runs / "a" / "metrics.csv").open("a") as file:
-        file.write("x,1\n3,y,\n4")
-    assert read_losses(runs / "a")["loss"].x == (1, 2)

@@ -8,7 +8,8 @@ from diffusion_cli.config import HERE
 
 ORDER = [
     "errors", "system", "runs.migrate", "config", "formats", "data networks", "diffusion", "samplers",
-    "runs images", "generate editing", "metrics batch_size", "figures", "report", "training", "commands", "model cli",
+    "runs images charts", "generate editing", "metrics batch_size", "figures", "report", "training", "commands",
+    "model cli",
 ]  # fmt: skip
 """Rooms from the lowest; a room imports only from those before it, and from those beside it."""
 LEVEL = {room: level for level, rooms in enumerate(ORDER) for room in rooms.split()}

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from diffusion_cli.batch_size import advise_batch_size
+from diffusion_cli.charts import Curve, Panel, save_panels
 from diffusion_cli.commands.eval import EvaluationPlan, assess, identity, look_at
 from diffusion_cli.commands.samples import ModelSamples
 from diffusion_cli.config import (
@@ -19,7 +20,6 @@ from diffusion_cli.config import (
     shared_seeds,
 )
 from diffusion_cli.errors import NO_VALUE, FormatError, Problem, UsageError, format_value
-from diffusion_cli.figures import Curve, Panel, save_panels
 from diffusion_cli.metrics import DEVIATION, Report, Result, unlike
 from diffusion_cli.runs.find import find_run
 from diffusion_cli.runs.migrate import migrated
@@ -283,10 +283,12 @@ def _panel(points: Sequence[Point], name: str, x: str, apart: Sequence[str], flo
         if point.get(name) is not None and point.get(x) is not None:
             label = ", ".join(format_value(point[axis]) for axis in apart) or name
             lines.setdefault(label, []).append((point[x], point[name]))
-    curves = [Curve(label, *map(list, zip(*sorted(line), strict=True))) for label, line in lines.items()]
+    curves = [Curve(label, sorted(line)) for label, line in lines.items()]
     places = [place for curve in curves for place in curve.x]
     if len(floors) == 1 and places:
-        curves.append(Curve("real images", [min(places), max(places)], [*floors] * 2))
+        curves.append(
+            Curve("real images", [(place, floor) for floor in floors for place in (min(places), max(places))])
+        )
     values = [value for curve in curves for value in curve.y]
     spans = bool(values) and min(values) > 0 and max(values) > 3 * min(values)
     return Panel(x, name, curves, log_x=x in (CALLS, SECONDS), log_y=spans)

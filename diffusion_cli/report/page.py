@@ -1,6 +1,8 @@
 """The page about one run or several: one HTML file that holds all it shows and asks no network."""
 
+import base64
 import platform
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -9,10 +11,10 @@ import torch
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from diffusion_cli import __version__
+from diffusion_cli.charts import COLOURS, Curve, Panel, Points, line_style, svg
 from diffusion_cli.config import flatten
 from diffusion_cli.errors import format_value
 from diffusion_cli.metrics import Report, Result, unlike
-from diffusion_cli.report import charts
 from diffusion_cli.report.record import Record, measured
 from diffusion_cli.system.untrusted import regular
 
@@ -57,7 +59,7 @@ def page(records: Sequence[Record]) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"number": _number, "sampler": _sampler}
+    environment.filters |= {"number": _number, "sampler": _sampler, "svg": _svg, "line_style": line_style}
     environment.tests["numeric"] = _is_numeric
     environment.globals |= {"side_by_side": side_by_side, "measured": measured}
     return environment.get_template("template.html").render(
@@ -66,11 +68,49 @@ def page(records: Sequence[Record]) -> str:
         steps=sorted({step for record in records for step in record.previews}),
         results=comparable([record.reports for record in records]),
         notes=list(dict.fromkeys(note for record in records for note in _notes(record.reports))),
-        charts=charts.charts({record.name: record.curves for record in records}),
-        drawing=charts,
+        panels=panels({record.name: record.curves for record in records}),
         version=__version__,
         now=f"torch {torch.__version__} and Python {platform.python_version()} on {platform.system()}",
     )
+
+
+def panels(runs: Mapping[str, Mapping[str, Points]]) -> list[Panel]:
+    """The curves of runs, given by name and column, in panels of related columns.
+
+    The columns of a single run have a colour each. Several runs have a colour each, and a family of more than two
+    columns gets a panel a column.
+    """
+    families: dict[str, list[str]] = {}
+    for column in dict.fromkeys(column for curves in runs.values() for column in curves):
+        families.setdefault(_family(column), []).append(column)
+    found = []
+    for title, columns in families.items():
+        if len(columns) == 1 or (len(runs) > 1 and len(columns) > 2):
+            found += [_panel(column, [column], runs) for column in columns]
+        else:
+            found.append(_panel(title, columns, runs))
+    return found
+
+
+def _family(column: str) -> str:
+    """The title shared by a column and its counterpart on held-out images, or by the quartiles of a loss."""
+    name = column.removeprefix("held_out_")
+    by_level = re.fullmatch(r"(.+)_q[1-4]", name)
+    return f"{by_level[1]} by noise level" if by_level else name
+
+
+def _panel(title: str, columns: Sequence[str], runs: Mapping[str, Mapping[str, Points]]) -> Panel:
+    several = len(runs) > 1
+    curves = []
+    for number, (run, points) in enumerate(runs.items()):
+        for place, column in enumerate(columns):
+            if column in points:
+                label = column if not several else run if len(columns) == 1 else f"{run}: {column}"
+                style = number % len(COLOURS) + place * len(COLOURS) if several else place
+                curves.append(Curve(label, points[column], style))
+    lowest = min(min(curve.y) for curve in curves)
+    log = "loss" in title and lowest > 0
+    return Panel("", "", curves, title, log_y=log, x_min=0, y_min=None if log or lowest < 0 else 0)
 
 
 def side_by_side(columns: Sequence[Mapping[str, Any] | None]) -> list[Row]:
@@ -123,6 +163,11 @@ def _notes(reports: Sequence[Report]) -> list[str]:
 def _number(value: Any) -> str:
     """A number in five digits, as `diffuse eval` prints it."""
     return f"{value:.5g}" if isinstance(value, float) else format_value(value)
+
+
+def _svg(panel: Panel) -> str:
+    """A panel as the address of an image, which cannot run code."""
+    return f"data:image/svg+xml;base64,{base64.b64encode(svg(panel).encode()).decode()}"
 
 
 def _sampler(result: Result) -> str:

@@ -1,19 +1,19 @@
 """What a run's folder holds, read for the page about it."""
 
 import base64
-import math
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
+from diffusion_cli.charts import Points
 from diffusion_cli.config import flatten
-from diffusion_cli.errors import FormatError, UsageError
+from diffusion_cli.errors import UsageError
 from diffusion_cli.formats.files import opened
 from diffusion_cli.metrics import Report, Result, read_history
-from diffusion_cli.report.charts import Points
 from diffusion_cli.runs.checkpoint import LAST
+from diffusion_cli.runs.curves import read_curves
 from diffusion_cli.runs.find import newest
 from diffusion_cli.runs.manifest import merge, read_records
 from diffusion_cli.system.seeding import seed_ranges
@@ -21,11 +21,8 @@ from diffusion_cli.system.untrusted import LONGEST_MANIFEST, MOST_IN_MANIFEST, r
 from diffusion_cli.system.untrusted import read as read_file
 
 MOST_PREVIEWS = 50  # in one page, which holds them all
-MOST_COLUMNS = 200
-EXTREME = 1e100  # beyond which, and below one over which, a value cannot be drawn
 
 Content = TypeVar("Content")
-Number = TypeVar("Number", int, float)
 
 
 class SampleRecord(NamedTuple):
@@ -52,7 +49,7 @@ class Record:
     facts: dict[str, str]
     config: dict[str, Any]
     environment: dict[str, str]
-    curves: dict[str, Points]
+    curves: Mapping[str, Points]
     """By column of metrics.csv."""
     previews: dict[int, str]
     """By step."""
@@ -81,7 +78,7 @@ def read_record(folder: Path, name: str) -> Record:
         _facts(folder, checkpoint),
         flatten(checkpoint["diffuse"]["config"]),
         _environment(checkpoint, reports),
-        reading.tried(_curves, folder / "metrics.csv") or {},
+        reading.tried(read_curves, folder / "metrics.csv") or {},
         _previews(reading),
         _samples(reading),
         reports,
@@ -147,34 +144,6 @@ def _environment(checkpoint: Mapping[str, Any], reports: list[Report]) -> dict[s
         "trained with": f"lightning {checkpoint['pytorch-lightning_version']}",
         "evaluated with": "; ".join(dict.fromkeys(filter(None, evaluated))) or "nothing on record",
     }
-
-
-def _number(kind: Callable[[str], Number], text: str) -> Number:
-    """A field as a number; FormatError if it is none."""
-    try:
-        return kind(text)
-    except ValueError as error:
-        raise FormatError(f"has {text[:20]!r} for a number") from error
-
-
-def _curves(path: Path) -> dict[str, Points]:
-    """The numbers of each column that can be drawn."""
-    header, *rows = read_csv(path) or [[]]
-    if len(header) > MOST_COLUMNS:
-        raise FormatError(f"has more than {MOST_COLUMNS} columns")
-    if "step" not in header:
-        raise FormatError("has no column step")
-    place = header.index("step")
-    curves: dict[str, Points] = {}
-    for row in (row for row in rows if len(row) > place):  # the last one may be cut off
-        step = _number(int, row[place])
-        if not 0 <= step < 2**53:
-            raise FormatError(f"has a step {row[place][:20]}")
-        for column, text in zip(header, row, strict=False):
-            value = _number(float, text) if text and column != "step" else math.nan
-            if value == 0 or 1 / EXTREME < abs(value) < EXTREME:
-                curves.setdefault(column, []).append((step, value))
-    return curves
 
 
 def _previews(reading: _Reading) -> dict[int, str]:

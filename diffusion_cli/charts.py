@@ -1,0 +1,151 @@
+"""Charts: curves in colours that the colour-blind can distinguish, as PNG, PDF or SVG."""
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from io import StringIO
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+from diffusion_cli.system.files import atomic_write
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
+
+# Okabe & Ito 2008, "Color Universal Design", without the yellow, which is faint on white.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+# Lengths of strokes and gaps, in line widths; a solid line comes first.
+DASHES = ((), (3.7, 1.6), (1, 1.65), (6.4, 1.6, 1, 1.6))
+FEW = 20  # up to this number of points, each has a marker
+WIDTH, HEIGHT = 3.8, 2.9  # of a panel, in inches
+WIDE = 5.2  # width of a panel without a legend, in inches
+
+
+Points = Sequence[tuple[float, float]]
+"""The (x, y) pairs of a curve."""
+
+
+class LineStyle(NamedTuple):
+    """Colour and dashes of a curve."""
+
+    colour: str
+    dashes: tuple[float, ...]
+
+
+class Curve(NamedTuple):
+    """A line of a panel."""
+
+    label: str
+    points: Points
+    style: int | None = None
+    """Number for `line_style`; None: one number for each label of a figure."""
+
+    @property
+    def x(self) -> list[float]:
+        """The position of each point."""
+        return [x for x, _ in self.points]
+
+    @property
+    def y(self) -> list[float]:
+        """The value at each point."""
+        return [y for _, y in self.points]
+
+
+class Panel(NamedTuple):
+    """A pair of axes with its curves."""
+
+    x_label: str
+    y_label: str
+    curves: list[Curve]
+    title: str = ""
+    log_x: bool = False
+    log_y: bool = False
+    marks: Sequence[float] = ()
+    """Positions of dotted vertical lines."""
+    x_min: float | None = None
+    """Start of the x-axis; None: left of the first point."""
+    y_min: float | None = None
+    """Start of the y-axis; None: below the lowest point."""
+
+
+def line_style(number: int) -> LineStyle:
+    """Return style `number`: the colours in turn, first solid, then with each kind of dashes."""
+    dashes, colour = divmod(number, len(COLOURS))
+    return LineStyle(COLOURS[colour], DASHES[dashes % len(DASHES)])
+
+
+def save_panels(panels: Sequence[Panel], path: Path) -> None:
+    """Draw panels side by side with one legend, and save them as png, pdf or svg by the suffix of `path`."""
+    columns = len(panels) if len(panels) <= 3 else math.ceil(math.sqrt(len(panels)))
+    rows = math.ceil(len(panels) / columns)
+    labels = list(dict.fromkeys(curve.label for panel in panels for curve in panel.curves))
+    legend = 0.7 + 0.08 * max(map(len, labels))
+    with canvas(WIDTH * columns + legend, HEIGHT * rows) as figure:
+        drawn = {}
+        for place, panel in enumerate(panels, start=1):
+            axes = figure.add_subplot(rows, columns, place)
+            axes.set(xlabel=panel.x_label, ylabel=panel.y_label, title=panel.title)
+            for curve, line in zip(panel.curves, draw_panel(axes, panel, labels), strict=True):
+                drawn.setdefault(curve.label, line)
+        figure.legend(list(drawn.values()), labels, loc="outside right upper", frameon=False)
+        with atomic_write(path) as temporary:
+            figure.savefig(temporary, format=path.suffix[1:])
+
+
+def svg(panel: Panel) -> str:
+    """Draw the axes and curves of a panel as a small SVG, without its texts; equal panels give equal bytes."""
+    with canvas(WIDE, HEIGHT, tolerance=0.5) as figure:
+        draw_panel(figure.add_subplot(), panel, [curve.label for curve in panel.curves])
+        text = StringIO()
+        unstamped = dict.fromkeys(["Creator", "Date", "Format", "Type"])
+        figure.savefig(text, format="svg", transparent=True, metadata=unstamped)
+    return text.getvalue()
+
+
+@contextmanager
+def canvas(width: float, height: float, tolerance: float = 1 / 9) -> Iterator["Figure"]:
+    """Give an empty figure of a size in inches, to be drawn and saved in the `with` block.
+
+    Points of long curves may be dropped if the line moves by less than `tolerance` pixels (points in pdf and svg).
+    """
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    with matplotlib.rc_context(
+        {
+            "pdf.fonttype": 42,  # text stays text in vector formats, to be searched and edited
+            "svg.fonttype": "none",
+            "svg.hashsalt": "diffuse",
+            "font.sans-serif": ["DejaVu Sans", "Arial"],
+            "axes.formatter.min_exponent": 4,  # 0.3 instead of 3 x 10^-1
+            "path.simplify_threshold": tolerance,
+        }
+    ):
+        yield Figure(figsize=(width, height), dpi=200, layout="constrained")
+
+
+def draw_panel(axes: "Axes", panel: Panel, labels: Sequence[str]) -> list["Line2D"]:
+    """Draw the curves of a panel, and return their lines in the same order."""
+    lines = []
+    for curve in panel.curves:
+        style = line_style(labels.index(curve.label) if curve.style is None else curve.style)
+        lines += axes.plot(
+            curve.x,
+            curve.y,
+            color=style.colour,
+            linestyle=(0, style.dashes or None),
+            linewidth=1.5,
+            marker="o" if len(curve.points) <= FEW else "",
+            markersize=3.5,
+        )
+    for mark in panel.marks:
+        axes.axvline(mark, color="#999999", linestyle=":", linewidth=1)
+    axes.set_xscale("log" if panel.log_x else "linear")
+    axes.set_yscale("log" if panel.log_y else "linear")
+    axes.set_xlim(left=panel.x_min)
+    axes.set_ylim(bottom=panel.y_min)
+    axes.grid(which="both", color="#808080", alpha=0.2, linewidth=0.6)
+    axes.spines[["top", "right"]].set_visible(False)
+    return lines

@@ -155,11 +155,13 @@ def option(group: str, name: str, *supplied: Any, **arguments: Any) -> Any:
         raise UsageError(
             "group", group, f"{name} is not an option with a class of its own", "use it in a command"
         )
+    written = {key: text for key, text, _ in configuration.documented(options[name], group)}
     node |= arguments
     mistakes = {str(mistake.key): mistake for mistake in check_node(group, node)}
     for argument, value in node.items():
         key = f"{group}.{argument}"
-        if value == "???" or (value == recipe.AUTO and key in mistakes):
+        interpolated = argument not in arguments and written.get(key, "").startswith("${")
+        if interpolated or value == "???" or (value == recipe.AUTO and key in mistakes):
             mistakes[key] = Problem(key, NO_VALUE, "has no value outside a command", f"give {argument}=")
     if mistakes:
         raise UsageError.several(mistakes.values())

@@ -17,6 +17,7 @@ from diffusion_cli import model as api
 from diffusion_cli.cli import run
 from diffusion_cli.metrics import read_history
 from diffusion_cli.samplers import DPMSolverMultistep
+from diffusion_cli.training import AdamW
 
 STORED = Path(__file__).parent / "stored_runs" / "format_4.zip"
 DOCS = Path(__file__).parent.parent / "docs"
@@ -78,6 +79,11 @@ def test_a_sampler_made_of_its_class_is_the_one_of_the_command(here):
     by_name = model.sample(2, steps=4, sampler="dpmpp_2m", overrides=FP32)
     sampler = DPMSolverMultistep(model.denoiser.schedule)
     assert torch.equal(model.sample(2, steps=4, sampler=sampler, overrides=FP32), by_name)
+
+
+def test_an_option_takes_what_only_a_command_has_as_arguments():
+    optimizer = diffuse.option("optimizer", "adamw", lr=1e-3, warm_up_steps=0, decay_steps=None)
+    assert vars(optimizer) == vars(AdamW(lr=1e-3))
 
 
 def test_edits_equal_those_of_the_command(here):
@@ -171,6 +177,7 @@ def test_images_go_to_the_space_of_the_model_and_back(here):
         (lambda m: diffuse.option("samplr", "ddim"), "group=samplr: unknown group; did you mean sampler?"),
         (lambda m: diffuse.option("sampler", "ddmi"), "sampler=ddmi: unknown option; did you mean"),
         (lambda m: diffuse.option("optimizer", "adamw"), "optimizer.lr: has no value outside a command; give lr="),
+        (lambda m: diffuse.option("optimizer", "adamw", lr=1.0, warm_up_steps=0), "decay_steps: has no value outside"),
         (lambda m: diffuse.option("dataset", "array", "data"), "path: has no value outside a command; give path="),
         (lambda m: diffuse.option("optimizer", "adamw", lr=-1), "optimizer.lr=-1: should be greater than 0"),
         (lambda m: diffuse.option("sampler", "ddim", None, etta=1), "sampler.etta=1: unknown key; did you mean eta?"),

@@ -8,7 +8,7 @@ from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, Pos
 
 from diffusion_cli.config.catalogue import HERE, PACKAGE
 
-# The names that annotations of configurable arguments may use.
+# The names that annotations of configurable arguments may use; a `Sequence` is a list in YAML.
 VOCABULARY = {
     "int": int, "float": float, "bool": bool, "str": str, "list": list, "dict": dict, "Sequence": list,
     "Literal": Literal, "Annotated": Annotated, "Field": Field,

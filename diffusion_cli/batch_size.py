@@ -40,7 +40,7 @@ def ran_out(error: BaseException) -> bool:
 
 @contextmanager
 def advise_batch_size(batch_size: int | Literal["auto"], device: str) -> Iterator[None]:
-    """Raise ValueError that names the batch size, and what to try, if memory runs out in sampling on a device."""
+    """Turn an out-of-memory error in sampling into a UsageError about the batch size."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:

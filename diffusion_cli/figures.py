@@ -109,7 +109,7 @@ class Forward(Figure):
         save_rows([self.row(config) for config in configs.values()], path)
 
     def row(self, config: PlotConfig) -> Tensor:
-        """The image at falling amounts of signal, uint8 [frames, C, H, W]; ValueError if there is no such image."""
+        """The image at falling amounts of signal, uint8 [frames, C, H, W]; UsageError if there is no such image."""
         # An option of that group is made for training: it brings a network and a budget.
         try:
             training = load("train", [f"dataset={self.dataset}"])
@@ -202,7 +202,7 @@ class Previews(Figure):
         save_rows(rows, path)
 
     def row(self, run: Path) -> Tensor:
-        """Previews of a run, the last among them, uint8 [N, C, H, W]; ValueError if there are none."""
+        """Previews of a run, the last among them, uint8 [N, C, H, W]; UsageError if there are none."""
         files = sorted((run / "previews").glob("step_*.png"))
         if not files:
             raise UsageError("run", run, "has no previews", "training makes them every preview_every steps")

@@ -96,7 +96,7 @@ def visible(x_t: Tensor, t: Tensor, schedule: Schedule) -> Tensor:
 
 
 def check_finite(images: Tensor) -> None:
-    """Raise ValueError if images hold a value that is not a finite number, which no file can show."""
+    """Raise UsageError if images have values that are not finite."""
     if not images.isfinite().all():
         raise UsageError(
             "images",
@@ -194,7 +194,7 @@ def uncompiled(model: LoadedDenoiser) -> AbstractContextManager[None]:
 def generate(pipeline: SamplingPipeline, seeds: Sequence[int], batch_size: int) -> Iterator[Generated]:
     """Yield the images of the seeds in order, `batch_size` at a time.
 
-    A compiled network is compiled for whole batches; a last smaller one goes without. ValueError if it cannot be.
+    A network is compiled for whole batches; a smaller last batch runs uncompiled. Raises UsageError if that fails.
     """
     model, device, times = pipeline.model, pipeline.device, pipeline.times
     for batch in _batches(seeds, pipeline.sampler, batch_size):

@@ -29,7 +29,7 @@ def labels_named(
     stands for the classes with training images, and `none` and an empty list for no label; `null` stands for
     `null_label`.
 
-    Raises ValueError for a class that the data does not have, or for any class if the model uses none.
+    Raises UsageError for a class that the data does not have, or for any class if the model uses none.
     """
     names = model.class_names
     if model.num_classes is None and not guidance.uses_labels:
@@ -64,7 +64,7 @@ def class_number(label: int | str, names: Sequence[str], key: str = "label") -> 
 
     Its name stands for it, in any Unicode form. If no class name is a number, its index from 0 on stands for it too.
 
-    Raises ValueError, about `key`, if there is no such class.
+    Raises UsageError, about `key`, if there is no such class.
     """
     place = _place(label, names)
     if place is not None:

@@ -146,7 +146,7 @@ def _kind(config: EditConfig) -> str:
 
 
 def _refuse(config: EditConfig, trained: LoadedModel, edit: Edit, method: RestorationMethod | None) -> None:
-    """Raise ValueError where an edit is asked for what it does not do."""
+    """Raise UsageError for options that the edit does not support."""
     kind = _kind(config)
     if edit.restores and not trained.model.form.ordered:
         raise UsageError(
@@ -200,7 +200,7 @@ def _refuse(config: EditConfig, trained: LoadedModel, edit: Edit, method: Restor
 
 
 def _refuse_in_latents(space: Latents, kind: str, edit: Edit, method: RestorationMethod | None) -> None:
-    """Raise ValueError where an edit needs pixels, and the model works in latents."""
+    """Raise UsageError if the edit needs pixels and the model works in latents."""
     if method is not None and not (edit.masks or method.differentiates):
         raise UsageError(
             "restoration",

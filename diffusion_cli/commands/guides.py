@@ -87,7 +87,7 @@ class GuidanceRuns:
         return guide.classifier
 
     def _compare(self, key: str, guide: LoadedDenoiser | LoadedClassifier, *parts: str) -> None:
-        """Raise ValueError unless a guide sees images of the same shape in the same space at the same noise levels."""
+        """Raise UsageError unless a guide sees images of the same shape in the same space at the same noise levels."""
         if guide.shape != self.model.shape:
             raise UsageError(
                 key, NO_VALUE, f"is for images {guide.shape}, the model makes {self.model.shape}"

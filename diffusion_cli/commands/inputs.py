@@ -125,7 +125,7 @@ def read_mask(path: str) -> Tensor:
     """Return the gray values of a mask file, uint8 [H, W], 128 or more where to paint.
 
     A mask is white on black or on a transparent ground. An erased part of a photograph is painted, as other programs
-    ask for. Raises ValueError if the file cannot be read, or if its transparent part has no clear meaning.
+    ask for. Raises UsageError if the file cannot be read, or if its transparent part has no clear meaning.
     """
     try:
         image = opened(read(Path(path).expanduser()))
@@ -189,7 +189,7 @@ def _pixels(data: bytes, shapes: list[Shape], fit: bool, form: SampleFormat) -> 
 
 
 def _refuse(shape: Shape, shapes: list[Shape], fit: bool, remedy: str) -> None:
-    """Raise ValueError about an image of another shape than those that are wanted, unless it can be made to `fit`."""
+    """Raise FormatError about an image of another shape than those that are wanted, unless it can be made to `fit`."""
     if not fit:
         wanted = " or ".join(map(described, shapes))
         raise FormatError(

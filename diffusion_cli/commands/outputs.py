@@ -119,7 +119,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def parsed(content: bytes) -> dict[str, Any]:
-    """A manifest; ValueError if it is none of this program."""
+    """A manifest; FormatError if it is none of this program."""
     return _checked(migrated(from_json(content, LONGEST_MANIFEST, MOST_IN_MANIFEST)))
 
 

@@ -109,7 +109,7 @@ def in_shares_of(trained: LoadedModel, reference: Reference) -> tuple[LoadedMode
     """Return the model with the labels of the reference's images, each as often as there, and a note about them.
 
     Labels that the model does not make by itself are left out. The labels stay as they are for a reference without
-    labels, or with labels of other classes. Raises ValueError where the reference cannot be read.
+    labels, or with labels of other classes. Raises UsageError where the reference cannot be read.
     """
     names, made = trained.model.class_names, trained.labels
     assert names is not None

@@ -42,7 +42,7 @@ class LoadedModel(SamplingPipeline):
     """Whether `label=` gives the labels, rather than the default."""
 
     def number(self, label: int | str | None, key: str) -> int | None:
-        """The number of a class by its name or index, None for null; ValueError, about a key, if there is none."""
+        """The number of a class by its name or index, None for null; UsageError, about a key, if there is none."""
         if label is None or is_null(label, self.model.class_names):
             _refuse_untrained_null(self.model, key)
             return None
@@ -50,7 +50,7 @@ class LoadedModel(SamplingPipeline):
         return class_number(label, known or (), key)
 
     def dataset(self, data_dir: str, paths: Mapping[str, Any]) -> Dataset:
-        """The dataset that the model was trained on; ValueError as `dataset_of`."""
+        """The dataset that the model was trained on; UsageError as `dataset_of`."""
         return dataset_of(self.folder, self.model, data_dir, paths)
 
     def batch_size(self, count: int, each: int = 1, gradient: bool = False) -> int:
@@ -84,7 +84,7 @@ class LoadedModel(SamplingPipeline):
 def dataset_of(folder: Path, trained: Origin, data_dir: str, paths: Mapping[str, Any]) -> Dataset:
     """The dataset that a run was trained on, at the `paths` that the user names, or at those of its checkpoint.
 
-    Raises ValueError if a path of the checkpoint is not the user's own, if the dataset is too large or cannot be built,
+    Raises UsageError if a path of the checkpoint is not the user's own, if the dataset is too large or cannot be built,
     or if the model still grows.
     """
     node = trained.config["dataset"]

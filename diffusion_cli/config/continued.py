@@ -25,7 +25,7 @@ def may_change(key: str) -> bool:
 
 
 def folder_of(run: str, output_dir: str) -> Path:
-    """The folder of a run, by path or by name in `output_dir`; ValueError if there is none."""
+    """The folder of a run, by path or by name in `output_dir`; UsageError if there is none."""
     for folder in (Path(run).expanduser(), Path(output_dir, run)):
         if (folder / "checkpoints").is_dir():
             return folder if folder.name else folder.resolve()
@@ -35,7 +35,7 @@ def folder_of(run: str, output_dir: str) -> Path:
 
 
 def stored_by(folder: Path) -> dict[str, Any]:
-    """The configuration that a run was last trained with; ValueError if it cannot be read."""
+    """The configuration that a run was last trained with; UsageError if it cannot be read."""
     try:
         stored = read_yaml(folder / "config.yaml")
         if not isinstance(stored, dict):

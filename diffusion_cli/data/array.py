@@ -37,7 +37,7 @@ class Array(Dataset):
     (bool [N]), which count where the argument `held_out` is None, and what their numbers mean as `form` (a text of
     JSON), which counts where `range` is None. Pickled objects are refused.
 
-    Raises FileNotFoundError or ValueError, before pixels are read, if the file is missing or is not this.
+    Raises UsageError, before pixels are read, if the file is missing or is not this.
     """
 
     def __init__(
@@ -126,7 +126,7 @@ class Contents(NamedTuple):
 
 
 def form_of_array(contents: Contents, given: Range | list[Range] | None) -> SampleFormat:
-    """The form of its images, by their range or by what is noted; ValueError where they have none."""
+    """The form of its images, by their range or by what is noted; UsageError where they have none."""
     if given is None and contents.form is not None:
         return contents.form
     return image_form(contents.dtype, contents.shape[0], given)
@@ -237,7 +237,7 @@ class ArrayHeader(NamedTuple):
 def opened_array(path: Path, key: str | None) -> np.ndarray:
     """The array of a .npy, or the one called `key` of a .npz: mapped from disk, but where it is compressed.
 
-    Raises ValueError before anything is allocated if the file does not have all that its header declares.
+    Raises FormatError before anything is allocated if the file does not have all that its header declares.
     """
     if key is None:
         header = read_header(path, None)
@@ -255,7 +255,7 @@ def opened_array(path: Path, key: str | None) -> np.ndarray:
 
 
 def loaded_array(path: Path, key: str) -> np.ndarray:
-    """The array called `key` of a .npz, held to its checksum; ValueError if it is damaged or takes too much memory."""
+    """The array called `key` of a .npz, held to its checksum; FormatError if it is damaged or takes too much memory."""
     with Archive(path) as archive:
         header = _header(archive, f"{key}.npy")
         if header.nbytes > free_memory() // 2:
@@ -266,14 +266,14 @@ def loaded_array(path: Path, key: str) -> np.ndarray:
 
 
 def array_of(data: bytes) -> np.ndarray:
-    """The array of numbers that the bytes of a .npy hold; ValueError, or an error of the parser, if they hold none."""
+    """The array of numbers that the bytes of a .npy hold; FormatError, or an error of the parser, if they hold none."""
     header = _parsed(BytesIO(data), len(data))
     numbers = np.frombuffer(data, header.dtype, math.prod(header.shape), header.start)
     return numbers.reshape(header.shape, order=header.order)
 
 
 def read_arrays(path: Path, *keys: str) -> list[np.ndarray]:
-    """Arrays of a .npz, held to its check sums; ValueError, or an error of the parsers, if one is not there whole."""
+    """Arrays of a .npz, held to its check sums; FormatError, or an error of the parsers, if one is not there whole."""
     with Archive(path) as archive:
         held = [name.removesuffix(".npy") for name in archive.entries]
         missing = [key for key in keys if key not in held]
@@ -290,7 +290,7 @@ def read_arrays(path: Path, *keys: str) -> list[np.ndarray]:
 
 
 def read_header(path: Path, key: str | None) -> ArrayHeader:
-    """The header of a .npy, or of the array called `key` of a .npz; ValueError if the file does not hold as much."""
+    """The header of a .npy, or of the array called `key` of a .npz; FormatError if the file does not hold as much."""
     if key is not None:
         with Archive(path) as archive:
             return _header(archive, f"{key}.npy")
@@ -320,7 +320,7 @@ def _parsed(file: IO[bytes], size: int, kinds: str | None = "biuf") -> ArrayHead
 
 
 def read_contents(path: Path) -> Contents:
-    """What a .npy or .npz file of images holds; ValueError, or an error of the parsers, if it is none."""
+    """What a .npy or .npz file of images holds; FormatError, or an error of the parsers, if it is none."""
     if path.suffix != ".npz":
         return Contents(
             None, False, *read_layout(path, None), labels=None, class_names=None, held_out=None, form=None

@@ -39,7 +39,7 @@ class Images(ABC):
     def __getitem__(self, index: Tensor) -> Tensor:
         """Return the images of the rows `index` (int64 [B]), [B, *shape]: uint8, or float32 in about [-1, 1].
 
-        Raises ValueError naming the files that cannot be decoded.
+        Raises UsageError naming the files that cannot be decoded.
         """
 
     def hflip(self, images: Tensor, flip_mask: Tensor) -> Tensor:
@@ -84,7 +84,7 @@ class Images(ABC):
     def sources(self, index: Tensor) -> list[bytes]:
         """The SHA-256 of what each image of the rows `index` is made of, which of files is had without decoding.
 
-        Raises ValueError naming the files that cannot be read.
+        Raises UsageError naming the files that cannot be read.
         """
         pixels = self[index.to(self.device)].cpu().numpy()
         kind = f"{pixels.shape[1:]} {pixels.dtype.str}".encode()
@@ -146,7 +146,7 @@ class Dataset(ABC):
     def load(self, split: Split) -> Images:
         """One split; the two have no row in common. `held_out` has no images where `held_out=0` says so.
 
-        Raises FileNotFoundError or ValueError naming the file that is missing or cannot be used.
+        Raises UsageError naming the file that is missing or cannot be used.
         """
 
     def remarks(self) -> list[str]:
@@ -235,7 +235,7 @@ def too_few(count: int, held_out: float) -> str:
 
 
 def split_rows(is_held_out: np.ndarray, held_out: float, split: Split) -> Tensor:
-    """The rows of one split, int64 in rising order; ValueError if none is left to train on."""
+    """The rows of one split, int64 in rising order; UsageError if none is left to train on."""
     rows = np.flatnonzero(is_held_out if split == "held_out" else ~is_held_out)
     if len(rows) == 0 and split == "train":
         raise UsageError(

@@ -58,7 +58,7 @@ class Batches:
     that the union of the shares is the batch of a single process. Images held in memory are moved to `device`
     once and batched there; others are read ahead, by `num_workers` processes (0: by threads of this one).
 
-    Raises ValueError if there are no images, or the batch cannot be shared out evenly; while iterating,
+    Raises UsageError if there are no images, or the batch cannot be shared out evenly; while iterating,
     UnreadableError.
     """
 

@@ -37,7 +37,7 @@ KEY_NAMES = {
 
 
 class FileDecoder(Protocol):
-    """What makes an array of the bytes of a file; ValueError if it cannot."""
+    """What makes an array of the bytes of a file; FormatError if it cannot."""
 
     @property
     def shape(self) -> Shape:
@@ -103,7 +103,7 @@ class ImageDecoder(NamedTuple):
         return image.size if is_turned(image) else image.size[::-1]
 
     def __call__(self, data: bytes) -> np.ndarray:
-        """Raises ValueError if the file cannot be decoded faithfully."""
+        """Raises FormatError if the file cannot be decoded faithfully."""
         if not self.reduced and (depth := depth_of(data)) != "uint8":
             raise FormatError(
                 f"holds {depth}, and the first file bytes; separate them, or set dataset.depth=8"
@@ -162,7 +162,7 @@ class HighDepthDecoder(NamedTuple):
         return tuple(self.form.decode(data).shape[1:])
 
     def __call__(self, data: bytes) -> np.ndarray:
-        """Raises ValueError as `RangedImage.decode`, and for another number of channels."""
+        """Raises FormatError as `RangedImage.decode`, and for another number of channels."""
         sample = self.form.decode(data)
         if len(sample) != self.shape[0]:
             raise FormatError(f"has {len(sample)} channels, not {self.shape[0]}")
@@ -199,7 +199,7 @@ def form_of_files(
     depth: Literal["auto", 8],
     rules: int,
 ) -> SampleFormat:
-    """The form of images like the first one; ValueError, about what was asked for or about the file, if it has none.
+    """The form of images like the first one; UsageError, about what was asked for or about the file, if it has none.
 
     The first version of the rules has no modes with opacity, and takes CMYK for any four channels.
 
@@ -257,7 +257,7 @@ class VolumeDecoder(NamedTuple):
     dtype = np.dtype(np.float32)
 
     def __call__(self, data: bytes) -> np.ndarray:
-        """Raises ValueError if the file cannot be decoded, or has other channels, or voxels of another size by 1 %."""
+        """Raises FormatError if the file cannot be decoded, or has other channels, or voxels of another size by 1 %."""
         held = read_volume(data)
         if self.spacing and held.spacing and not np.allclose(held.spacing, self.spacing, rtol=0.01, atol=0):
             found, wanted = (
@@ -303,7 +303,7 @@ def _triangles(given: int, wanted: int, factor: float) -> Tensor:
 
 
 class NoResize(NamedTuple):
-    """Reads files of one form and shape, as they are, not cropped or resized; ValueError as `SampleFormat.read`."""
+    """Reads files of one form and shape, as they are, not cropped or resized; FormatError as `SampleFormat.read`."""
 
     form: SampleFormat
     shape: Shape

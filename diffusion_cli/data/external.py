@@ -50,7 +50,7 @@ def given_images(
     channels. Classes are those of `labels.csv`, of class folders or of the .npz, where there are any. Pictures that
     this program drew of results do not count. Files are decoded when asked for.
 
-    Raises FileNotFoundError or ValueError, about `key`, for a path that holds no such images, or another shape.
+    Raises UsageError, about `key`, for a path that holds no such images, or another shape.
     """
     if path.suffix in (".npy", ".npz") and path.is_file():
         given = _array(path, key, form or Uint8Image())
@@ -84,7 +84,7 @@ def given_images(
 
 
 def sample_files(path: Path, names: list[str], form: SampleFormat, key: str) -> list[str]:
-    """Those of the names that are files of a form, in sorted order; raises ValueError if there are none."""
+    """Those of the names that are files of a form, in sorted order; raises UsageError if there are none."""
     return own_images(path, names, key, form.suffixes)
 
 

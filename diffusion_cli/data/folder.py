@@ -92,9 +92,9 @@ class Folder(Dataset):
     but not of DICOM or volumes, see `MaskedDecoder`: the shape has a channel more. `rules` is the version by which
     files become images; a run keeps the version that it was begun with.
 
-    Raises FileNotFoundError or ValueError if `path` is missing, is no archive, or holds no image, and
-    ValueError if the labels asked for are missing, or those in `labels.csv` do not match the images; `load`
-    and reading images raise UsageError naming the files that cannot be decoded.
+    Raises UsageError if `path` is missing, is no archive or has no images, if the requested labels are missing, or if
+    those in `labels.csv` do not match the images. `load` and reading images raise UsageError naming the files that
+    cannot be decoded.
     """
 
     def __init__(
@@ -346,7 +346,7 @@ class FileImages(Images):
         return digests
 
     def in_memory(self) -> MemoryImages:
-        """All images decoded at once, under a progress bar; raises ValueError naming all that are broken."""
+        """All images decoded at once, under a progress bar; raises UsageError naming all that are broken."""
         pixels = torch.from_numpy(np.empty((len(self), *self.shape), self.decoder.dtype))
         broken: list[str] = []
         for rows in row_chunks(len(self), f"reading {self.path.name}"):
@@ -387,7 +387,7 @@ class FileImages(Images):
         return [self._content(name) for name in names]
 
     def _content(self, name: str) -> bytes:
-        """The bytes of a file; ValueError or OSError if it cannot be read."""
+        """The bytes of a file; UsageError or OSError if it cannot be read."""
         archive = self._open()
         return archive.read(name) if archive else read(self.path / name)
 
@@ -427,7 +427,7 @@ def file_names(path: Path, key: str = "dataset.path", rules: int = RULES) -> lis
     Tools of Windows write backslashes between the folders of an archive. By version 1 of the `rules` these are part of
     the names.
 
-    Raises FileNotFoundError or ValueError as `Folder`.
+    Raises UsageError as `Folder`.
     """
     if not path.exists():
         raise UsageError(key, path, "does not exist", "give a folder or .zip of images")
@@ -446,7 +446,7 @@ def file_names(path: Path, key: str = "dataset.path", rules: int = RULES) -> lis
 def image_files(
     path: Path, names: list[str], key: str = "dataset.path", suffixes: tuple[str, ...] = SUFFIXES
 ) -> list[str]:
-    """Those of the names that end as images do, in sorted order; raises ValueError if there are none."""
+    """Those of the names that end as images do, in sorted order; raises UsageError if there are none."""
     images = sorted(name for name in names if ends_in(PurePosixPath(name), suffixes))
     if not images:
         raise UsageError(key, path, "holds no image", f"wanted are {' '.join(suffixes)}")
@@ -454,7 +454,7 @@ def image_files(
 
 
 def own_images(path: Path, names: list[str], key: str, suffixes: tuple[str, ...]) -> list[str]:
-    """The names as by `image_files`, but for pictures that this program drew; raises ValueError if none is left."""
+    """The names as by `image_files`, but for pictures that this program drew; raises UsageError if none is left."""
     images = image_files(path, names, key, suffixes)
     kept = without_pictures(images, names, lambda name: entry(path, name, LONGEST_MANIFEST))
     if path.is_dir() and (path.parent / MANIFEST).is_file():  # a series among the results of an edit
@@ -479,7 +479,7 @@ def mask_names(
 ) -> tuple[dict[str, str], list[str], list[str]]:
     """The names of the masks in their folder, each with that by which it is read; all other `names`; and remarks.
 
-    Raises ValueError if there is no such folder, or no mask.
+    Raises UsageError if there is no such folder, or no mask.
     """
     if path.is_dir():
         place = Path(masks).expanduser().resolve()
@@ -498,7 +498,7 @@ def mask_names(
 
 
 def volume_files(path: Path, names: list[str]) -> list[str]:
-    """Those of the names that are volumes, in sorted order; raises ValueError if there are none."""
+    """Those of the names that are volumes, in sorted order; raises UsageError if there are none."""
     volumes = sorted(n for n in names if n.lower().endswith(VOLUMES) and visible_name(PurePosixPath(n)))
     if not volumes:
         raise UsageError("dataset.path", path, "holds no volume", f"wanted are {' '.join(VOLUMES)}")

@@ -22,7 +22,7 @@ class GaussianMixture(Dataset):
     These take any number of points [..., C, H, W]; alpha, sigma and labels are one for all or [...], one for
     each; they compute and return float64, and are differentiable.
 
-    Raises ValueError unless there are as many weights and stds (all > 0) as means, each of C*H*W numbers.
+    Raises UsageError unless there are as many weights and stds (all > 0) as means, each of C*H*W numbers.
     """
 
     name = "gaussian_mixture"

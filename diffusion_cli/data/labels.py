@@ -47,8 +47,8 @@ def class_labels(
     `names` are all files below `path`. By version 1 of the `rules`, folders such as train and test
     are classes, and so are two folders whose names differ in their Unicode form only.
 
-    Raises ValueError if there are no classes where `labels` asks for
-    "csv" or "folders", or if the `labels.csv` to be used is not as `csv_rows` and `csv_classes` want it.
+    Raises UsageError if `labels` is "csv" or "folders" and there are no classes, or if `labels.csv` is not what
+    `csv_rows` and `csv_classes` accept.
     """
     if labels == "none":
         return Classes(None, None, missing="dataset.labels=none leaves them out")
@@ -202,7 +202,7 @@ def find_csv(names: list[str], images: list[str]) -> str | None:
 
 
 def read(path: Path, name: str, limit: int = foreign.LARGEST) -> bytes:
-    """The content of one file in a folder or ZIP archive; ValueError if it cannot be had, or is larger."""
+    """The content of one file in a folder or ZIP archive; FormatError if it cannot be had, or is larger."""
     try:
         if path.is_dir():
             return foreign.read(path / name, limit)
@@ -216,7 +216,7 @@ def read(path: Path, name: str, limit: int = foreign.LARGEST) -> bytes:
 def csv_rows(data: bytes) -> list[tuple[str, str]]:
     """The columns `file` and `label` of a CSV file, without surrounding blanks; empty lines are skipped.
 
-    Raises ValueError if it is not UTF-8 (with or without a byte-order mark), is no CSV, lacks a header
+    Raises FormatError if it is not UTF-8 (with or without a byte-order mark), is no CSV, lacks a header
     line with each of the two columns once, or has rows longer than the header.
     """
     try:
@@ -245,7 +245,7 @@ def csv_rows(data: bytes) -> list[tuple[str, str]]:
 def csv_classes(rows: list[tuple[str, str]], table: str, images: list[str]) -> list[str]:
     """For every image the label in its row of the file `table`, relative to which rows name the images.
 
-    Raises ValueError unless the rows name every image once, nothing else, and give each a label.
+    Raises FormatError unless the rows name every image once, nothing else, and give each a label.
     """
     files = [image.removeprefix(table.removesuffix(LABELS_CSV)) for image in images]
     exact = set(files)

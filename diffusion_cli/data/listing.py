@@ -22,7 +22,7 @@ NO_IMAGE_NAMES = frozenset(("license", "readme", "dicomdir", "makefile", "copyin
 SHOWN = 8  # suffixes in a line
 
 Read = Callable[[str], bytes]
-"""Returns the content of a file by its name; raises ValueError if it cannot be read."""
+"""Returns the content of a file by its name; raises FormatError if it cannot be read."""
 
 
 def passed_over(key: str, names: Iterable[str], suffixes: tuple[str, ...]) -> list[str]:

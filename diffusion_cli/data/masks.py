@@ -43,7 +43,7 @@ class MaskedDecoder(NamedTuple):
         return np.dtype(np.float32)
 
     def __call__(self, data: bytes, mask: bytes) -> np.ndarray:
-        """Raises ValueError if one cannot be decoded, they differ in size, or a label is beyond its range."""
+        """Raises FormatError if one cannot be decoded, they differ in size, or a label is beyond its range."""
         pixels = torch.tensor(self.image(data))
         x = pixels if pixels.is_floating_point() else pixels / 127.5 - 1
         try:
@@ -56,7 +56,7 @@ class MaskedDecoder(NamedTuple):
         return self.form.quantize(torch.cat([x, labels])).numpy()
 
     def _labels(self, mask: bytes) -> torch.Tensor:
-        """The labels of a file in [-1, 1]; ValueError for those beyond their range, of which none is the nearest."""
+        """The labels of a file in [-1, 1]; FormatError for those beyond their range, of which none is the nearest."""
         numbers, low, high = self.mask.held(mask), self.mask.low[0], self.mask.high[0]
         if numbers.min() < low or numbers.max() > high:
             raise FormatError(
@@ -71,7 +71,7 @@ def masked_decoder(
 ) -> MaskedDecoder:
     """The decoder of images with masks like the first one, whose labels have a range, None for all of their depth.
 
-    Raises ValueError, about the mask or `dataset.range`, where there is none.
+    Raises FormatError, about the mask or `dataset.range`, where there is none.
     """
     depth = depth_of(first)
     if depth not in ("uint8", "uint16"):
@@ -106,7 +106,7 @@ def mask_files(images: list[str], masks: Sequence[str]) -> list[str]:
     """For every image the one of the masks with the same name but for its suffix.
 
     Names are relative to the folder of the images, or to one below that holds all: to the one that fits most images.
-    Raises ValueError naming images without a mask, or with more than one.
+    Raises FormatError naming images without a mask, or with more than one.
     """
     stems = Counter(_stem(name) for name in masks)
     tops = range(common_depth([PurePosixPath(name).parts[:-1] for name in images]) + 1)

@@ -34,7 +34,7 @@ class MemberCheck:
             self._problem = reason(error)
 
     def require(self) -> None:
-        """Raise ValueError if the member was found damaged."""
+        """Raise UsageError if the member was found damaged."""
         if self._problem is not None:
             raise UsageError(
                 self._path, NO_VALUE, f"its images are damaged ({self._problem})", "copy or pack it again"

@@ -37,7 +37,7 @@ class Pack:
     def __call__(self, dataset: Dataset, path: Path) -> int:
         """Write the file and return the number of images.
 
-        Raises ValueError naming files that cannot be decoded, or where images are numbers of no file.
+        Raises UsageError naming files that cannot be decoded, or where images are numbers of no file.
         """
         if channel_order(dataset.shape) != "NCHW":
             raise UsageError(

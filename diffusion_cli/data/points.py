@@ -28,11 +28,11 @@ class Points(Dataset):
     """Sets of `num_points` points, [3, num_points], whose order has no meaning.
 
     Of all .npy ([N, 3]) and .ply files in the folder or ZIP archive `path`, at any depth, see `PointDecoder`; classes
-    are as in `Folder`. Without a path there are `size` sets of points on the surfaces of five SHAPES, which are the
+    are as in `Folder`. Without a path there are `size` point clouds on the surfaces of five SHAPES, which are the
     classes, see `shape_points`. A hash of its name or number says whether a set is held out.
 
-    Raises FileNotFoundError or ValueError if `path` is missing, is no archive or holds no file of points, or the
-    labels asked for are missing; `load` raises ValueError naming the files that cannot be used.
+    Raises UsageError if `path` is missing, is no archive or has no point clouds, or if requested labels are missing.
+    `load` raises UsageError naming the files that cannot be used.
     """
 
     flip = False
@@ -105,7 +105,7 @@ class PointDecoder(NamedTuple):
         return np.dtype(np.float32)
 
     def __call__(self, data: bytes) -> np.ndarray:
-        """Raises ValueError if there are too few points, they reach beyond the radius, or are none."""
+        """Raises FormatError if there are too few points, they reach beyond the radius, or are none."""
         points = read_ply(data) if data.startswith(b"ply") else _rows(data)
         if len(points) < self.num_points:
             raise FormatError(f"has {len(points)} points, fewer than dataset.num_points={self.num_points}")

@@ -49,7 +49,7 @@ class ResolutionSchedule:
         """The stages of images of a `shape` [C, *sides], the short side `sizes`, from small to all of it.
 
         Each but the last has its number of `steps` and of images a step in `batches`, by default that of the last,
-        `batch_size`. Without sizes there is one stage. Raises ValueError where images cannot be reduced to a size by
+        `batch_size`. Without sizes there is one stage. Raises UsageError where images cannot be reduced to a size by
         averaging blocks of pixels, or the last is not all of it.
         """
         sizes = [min(shape[1:])] if sizes is None else sizes
@@ -108,7 +108,7 @@ class ResolutionSchedule:
 
 
 def _shapes(shape: tuple[int, ...], sizes: Sequence[int]) -> Iterator[tuple[int, ...]]:
-    """The shape of images reduced to each size of their short side; ValueError as `ResolutionSchedule.growing`."""
+    """The shape of images reduced to each size of their short side; UsageError as `ResolutionSchedule.growing`."""
     channels, *sides = shape
     short, named = min(sides), "x".join(map(str, sides))
     common = math.gcd(*sides)

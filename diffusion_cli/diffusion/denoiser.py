@@ -1,4 +1,4 @@
-"""Networks told the noise level: the denoiser, the denoisers that wrap one, and the classifier of noised images.
+"""Networks conditioned on the noise level: the denoiser, its wrappers, and the classifier of noised images.
 
 Division by alpha or sigma happens here and nowhere else.
 """
@@ -52,7 +52,7 @@ def noised(schedule: Schedule, x0: Tensor, t: Tensor, eps: Tensor) -> Tensor:
 
 
 class NoiseConditioned(nn.Module):
-    """A network with the process whose images it is shown; ValueError if the parameterization has no meaning there.
+    """A network and its diffusion process; UsageError if the parameterization is undefined for the schedule.
 
     It sees `c_in x_t` and c_noise.
     """

@@ -31,7 +31,7 @@ Threshold = Annotated[float, Field(ge=1)]
 
 
 class Guides(Protocol):
-    """Gives the trained networks that a guidance names; ValueError where one does not go with the denoiser."""
+    """Gives the trained networks that a guidance names; UsageError where one does not go with the denoiser."""
 
     def denoiser(self, run: str | None, step: int | None) -> Denoiser:
         """The denoiser of another run, or of another checkpoint of the same run."""
@@ -53,7 +53,7 @@ class Guidance(ABC):
     """Whether it uses labels even with an unconditional denoiser."""
 
     def check(self, denoiser: Denoiser, label_dropout: float, labelled: bool) -> None:  # noqa: B027
-        """Raise ValueError if a denoiser, trained with such label dropout, cannot be guided so."""
+        """Raise UsageError if a denoiser, trained with such label dropout, cannot be guided so."""
 
     @abstractmethod
     def __call__(self, denoiser: Denoiser, y: Tensor | None) -> Denoise:
@@ -229,9 +229,9 @@ class AutoGuidance(LinearGuidance):
 class ClassifierGuidance(Guided):
     """Add s times the gradient of a classifier's log p(y | x_t) to the score (Dhariwal & Nichol 2021, Alg. 2).
 
-    s = 0 is off; s = 1 makes of an unconditional denoiser the class-conditional one of Bayes' rule. The denoiser
-    itself is told the class if it knows any. A step of DDPM is moved by v / a times the gradient, where their Alg. 1
-    moves its mean by the variance: the same as steps grow small.
+    s = 0 is off; s = 1 turns an unconditional denoiser into the class-conditional one by Bayes' rule. The denoiser
+    itself gets the class if it is class-conditional. A step of DDPM moves by v / a times the gradient, where their
+    Alg. 1 moves its mean by the variance times the gradient: the same in the limit of small steps.
     """
 
     off = 0.0

@@ -34,7 +34,7 @@ class Space(ABC):
 
     @abstractmethod
     def shape_of(self, image: tuple[int, ...]) -> tuple[int, ...]:
-        """Return the shape of the state of an image of a shape; ValueError if it has none."""
+        """Return the shape of the state of an image of a shape; UsageError if it has none."""
 
     @abstractmethod
     def states(self, given: Tensor, draw: NoiseFn) -> Tensor:

@@ -36,7 +36,7 @@ class Objective(ABC, Generic[Model]):
 
     @abstractmethod
     def check(self, model: Model, times: Times) -> None:
-        """Raise ValueError if the model cannot be trained by it at such times, or has a part left untrained."""
+        """Raise UsageError if the model cannot be trained by it at such times, or has a part left untrained."""
 
 
 def drop_labels(y: Tensor, num_classes: int, share: float, u: Tensor) -> Tensor:

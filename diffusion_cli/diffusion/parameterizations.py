@@ -31,7 +31,7 @@ class Parameterization(ABC):
         """Return the coefficients at times t in [t_min, 1]."""
 
     def check(self, schedule: Schedule) -> None:  # noqa: B027
-        """Raise ValueError if it is not defined at every time of the schedule."""
+        """Raise UsageError if it is not defined at every time of the schedule."""
 
 
 class _NeedsSignal(Parameterization):
@@ -103,7 +103,7 @@ class EDMPreconditioning(Parameterization):
     """F has unit variance in and out for data of standard deviation sigma_data (Karras et al. 2022, Table 1).
 
     With D = alpha^2 sigma_data^2 + sigma^2: `c_skip = alpha sigma_data^2 / D`, `c_out = sigma sigma_data / sqrt(D)`,
-    `c_in = 1 / sqrt(D)`; the network is told log(sigma / alpha) / 4, at most MAX_C_NOISE.
+    `c_in = 1 / sqrt(D)`; the network gets log(sigma / alpha) / 4, at most MAX_C_NOISE.
     """
 
     def __init__(self, *, sigma_data: PositiveFloat = 0.5) -> None:

@@ -57,7 +57,7 @@ def solve(
 ) -> tuple[Tensor, ...]:
     """Integrate float64 tensors from ends[0] to ends[1] by Dormand-Prince 5(4).
 
-    ValueError if the tolerances take more than max_steps steps.
+    UsageError if the tolerances take more than max_steps steps.
     """
     from torchdiffeq import odeint
 

@@ -31,7 +31,7 @@ class Times(nn.Module, ABC):
     """Whether the weighted mean of a loss is its mean over uniform times, or over the timesteps."""
 
     def check(self, schedule: Schedule) -> None:
-        """Raise ValueError if it cannot draw times of the schedule."""
+        """Raise UsageError if it cannot draw times of the schedule."""
 
     @abstractmethod
     def forward(self, schedule: Schedule, u: Tensor) -> TimeBatch:

@@ -92,7 +92,7 @@ class Edit(ABC):
         self.shape = shape
 
     def check(self, labelled: bool, number: Callable[[int | str | None], int | None]) -> None:  # noqa: B027
-        """Raise ValueError if it lacks a label for the results, or names a class of which there is no `number`."""
+        """Raise UsageError if it lacks a label for the results, or names a class of which there is no `number`."""
 
     def content(self) -> dict[str, Tensor]:
         """Return by name what it read from files, on which the results depend."""

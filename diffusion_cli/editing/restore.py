@@ -41,7 +41,7 @@ class Inpaint(Restoration):
 
     `read_mask` returns what a file has painted, uint8 [H, W], 128 or more where to paint.
 
-    Of a volume a box is [left, top, front, right, bottom, back], and a mask that of every slice. Raises ValueError for
+    Of a volume a box is [left, top, front, right, bottom, back], and a mask that of every slice. Raises UsageError for
     a mask of another size, a box beyond the image, or one that leaves nothing to paint.
     """
 
@@ -105,7 +105,7 @@ class Outpaint(Restoration):
 
     With canvas=grow images of the model's size become larger, which the network was not trained on; with canvas=keep
     those that lack these margins are completed to the model's size, and those of that size lose them first.
-    Raises ValueError where there is nothing to add, or nothing left.
+    Raises UsageError where there is nothing to add, or nothing left.
     """
 
     masks = True
@@ -157,7 +157,7 @@ class Outpaint(Restoration):
 
 
 class Colorize(Restoration):
-    """Colour gray images; of colour images the luma is taken first. ValueError for a model of gray images."""
+    """Colour gray images; of colour images the luma is taken first. UsageError for a model of gray images."""
 
     def __init__(self, shape: Shape, read_mask: ReadMask) -> None:
         super().__init__(shape, read_mask)

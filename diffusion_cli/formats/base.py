@@ -63,7 +63,7 @@ class SampleFormat(ABC):
 
     @abstractmethod
     def read(self, data: bytes, shape: Shape) -> Tensor:
-        """Return the sample as stored that a file holds; ValueError if it is none, or of another shape."""
+        """Return the sample as stored that a file holds; FormatError if it is none, or of another shape."""
 
     def lossy(self, data: bytes) -> str | None:
         """Return the name of a file's lossy compression; None for a lossless file, or one that cannot be read."""
@@ -96,7 +96,7 @@ class SampleFormat(ABC):
 
 
 def form_of(about: Mapping[str, Any]) -> SampleFormat:
-    """Return the form that `about` describes; ValueError, in one line, if there is no such form."""
+    """Return the form that `about` describes; UsageError, in one line, if there is no such form."""
     values = dict(about)
     kind = KINDS.get(str(values.pop("kind", None)))
     if kind is None:

@@ -86,7 +86,7 @@ class Dicom(RangedImage):
         return "DICOM with lossy compression" if mark == "01" else None
 
     def _check_whole(self, scan: "Scan") -> None:
-        """Raise ValueError if all that the first file may hold is the range, and this one is of others."""
+        """Raise FormatError if all that the first file may hold is the range, and this one is of others."""
         dtype, remedy = scan.pixels.dtype.name, "give the values that are meant as dataset.range=[low,high]"
         if (dtype, scan.bits) != (self.dtype, self.bits):
             raise FormatError(
@@ -158,7 +158,7 @@ class Scan(NamedTuple):
 def dicom_form(data: bytes, given: Range | list[Range] | Literal["window"] | None) -> Dicom:
     """The form of images like the one in a DICOM file: of a range of rescaled values, its window, or all it may hold.
 
-    Raises ValueError, about `dataset.range` or the file, where that cannot be.
+    Raises UsageError, about `dataset.range` or the file, where that cannot be.
     """
     scan = read_scan(data)
     dtype = scan.pixels.dtype.name
@@ -190,7 +190,7 @@ def whole(dtype: str, bits: int, slope: float, intercept: float) -> list[float]:
 
 
 def read_scan(data: bytes) -> Scan:
-    """The image in a DICOM file; ValueError if it is none, or not one of uncompressed gray."""
+    """The image in a DICOM file; FormatError if it is none, or not one of uncompressed gray."""
     try:
         from pydicom import config, dcmread
         from pydicom.filereader import read_dataset

@@ -55,7 +55,7 @@ def is_gray(image: Image.Image) -> bool:
 
 
 def has_gray_palette(image: Image.Image) -> bool:
-    """Whether all colours of an image's palette are gray, and none is transparent; ValueError if it is damaged."""
+    """Whether all colours of an image's palette are gray, and none is transparent; FormatError if it is damaged."""
     try:
         if image.mode != "P" or image.has_transparency_data:
             return False
@@ -68,7 +68,7 @@ def has_gray_palette(image: Image.Image) -> bool:
 def opened(data: bytes) -> Image.Image:
     """An image file of one of the IMAGE_FORMATS, upright by its EXIF orientation, its first frame.
 
-    Raises ValueError if it is none, is damaged, or has more pixels than `PIL.Image.MAX_IMAGE_PIXELS`.
+    Raises FormatError if it is none, is damaged, or has more pixels than `PIL.Image.MAX_IMAGE_PIXELS`.
     """
     return upright(parsed(data))
 
@@ -106,7 +106,7 @@ def upright(image: Image.Image) -> Image.Image:
 def flattened(
     image: Image.Image, channels: int, background: Literal["white", "black"], srgb: bool = True
 ) -> Image.Image:
-    """The image in 8 bits, without transparency, in gray or RGB; ValueError if it cannot be had so.
+    """The image in 8 bits, without transparency, in gray or RGB; FormatError if it cannot be had so.
 
     With `srgb` its colours are converted from its colour profile.
     """

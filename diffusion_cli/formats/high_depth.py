@@ -60,7 +60,7 @@ class HighDepthImage(RangedImage):
         return self.samples(self.held(data))
 
     def held(self, data: bytes) -> np.ndarray:
-        """Return the numbers [C, H, W] of a file; ValueError if it is none, or of numbers of another type."""
+        """Return the numbers [C, H, W] of a file; FormatError if it is none, or of numbers of another type."""
         numbers = read_with_opacity(data, self.mode) if self.mode else read_numbers(data)
         if numbers.dtype.name != self.dtype:
             raise FormatError(f"holds {numbers.dtype}; wanted is {self.dtype}")
@@ -112,7 +112,7 @@ def image_form(
 
     Gray and colour in bytes are pictures; with a range they are PNG too, as are 16-bit gray and bytes of a `mode` with
     opacity; all else is TIFF.
-    Raises ValueError, about `dataset.range` or the numbers, where that cannot be.
+    Raises UsageError, about `dataset.range` or the numbers, where that cannot be.
     """
     if dtype not in get_args(Dtype):
         raise FormatError(f"holds {dtype}; images are of {', '.join(get_args(Dtype))}")

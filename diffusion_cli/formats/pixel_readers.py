@@ -67,7 +67,7 @@ def read_numbers(data: bytes) -> np.ndarray:
 
     Where there is a palette, these are the numbers of its colours, but of GIF the colours; where white is low, they are
     turned round. A file's orientation counts in 8 bits, not beyond; a TIFF that is not upright by it is refused. Raises
-    ValueError if it is none, damaged, or too large.
+    FormatError if it is none, damaged, or too large.
     """
     try:
         if data[:4] in TIFF:
@@ -131,7 +131,7 @@ def _tiff_has_opacity(data: bytes) -> bool:
 def read_with_opacity(data: bytes, mode: Literal["LA", "RGBA"]) -> np.ndarray:
     """Return the numbers [C, H, W] of gray or colours with opacity; an image without opacity is opaque.
 
-    Raises ValueError as `read_numbers`, and for colours of another kind, as CMYK.
+    Raises FormatError as `read_numbers`, and for colours of another kind, as CMYK.
     """
     if data[:4] in TIFF or depth_of(data) != "uint8":
         return read_numbers(data)
@@ -214,7 +214,7 @@ def _tiff(data: bytes) -> np.ndarray:
 
 
 def _check(file: "TiffFile", size: int) -> None:
-    """Raise ValueError unless all that the first series declares is there, and its images take bounded memory."""
+    """Raise FormatError unless all that the first series declares is there, and its images take bounded memory."""
     if len(file.pages) > MOST_PAGES:
         raise FormatError(f"has more than {MOST_PAGES} pages")
     series = file.series[0]

@@ -28,7 +28,7 @@ class _Header(NamedTuple):
 def read_ply(data: bytes) -> np.ndarray:
     """The x, y and z of the vertices in a file, float64 [N, 3], all finite; what else it holds is passed over.
 
-    ValueError, with the end of a sentence that begins with the file's name, if it is no PLY, has vertices after other
+    FormatError, with the end of a sentence that begins with the file's name, if it is no PLY, has vertices after other
     elements or with lists, or ends before its vertices do; nothing is allocated that the file could not fill.
     """
     header = _header(data)

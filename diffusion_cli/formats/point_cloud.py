@@ -54,7 +54,7 @@ class PointCloud(SampleFormat):
         write_ply(sample.T.double().mul(self.radius).numpy(), path)
 
     def read(self, data: bytes, shape: Shape) -> Tensor:
-        """Return the points of a PLY file; ValueError if there are others than `shape` says, or beyond the radius."""
+        """Return the points of a PLY file; FormatError if there are others than `shape` says, or beyond the radius."""
         points = torch.from_numpy(read_ply(data)).T / self.radius
         if tuple(points.shape) != shape:
             raise FormatError(f"has {points.shape[1]} points, not {shape[1]}")

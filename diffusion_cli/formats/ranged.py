@@ -42,14 +42,14 @@ class RangedImage(SampleFormat):
         return "of pictures in 256 grays over the stated range, the channels of images that are not colour side by side"
 
     def check_range(self) -> None:
-        """Raise ValueError unless each range is one."""
+        """Raise FormatError unless each range is one."""
         if not self.low or len(self.low) != len(self.high):
             raise FormatError("a range is [low, high], or one such pair a channel")
         if not all(low < high for low, high in zip(self.low, self.high, strict=True)):
             raise FormatError("a range rises from low to high")
 
     def samples(self, values: np.ndarray) -> Tensor:
-        """Return images of values [..., C, H, W] as stored; ValueError where one is not finite."""
+        """Return images of values [..., C, H, W] as stored; FormatError where one is not finite."""
         if values.dtype.kind == "f" and not np.isfinite(values).all():
             raise FormatError("has values that are not finite")
         low, half = self._scale(values.shape[-3])
@@ -86,7 +86,7 @@ class RangedImage(SampleFormat):
 
     @abstractmethod
     def decode(self, data: bytes) -> Tensor:
-        """Return the image of a file, of any size and number of channels, as stored; ValueError if it is none."""
+        """Return the image of a file, of any size and number of channels, as stored; FormatError if it is none."""
 
     def quantize(self, x: Tensor) -> Tensor:
         return self.from_numbers(self.numbers(x)).to(x.device)
@@ -110,7 +110,7 @@ class RangedImage(SampleFormat):
 
 
 def ranges(given: Range | list[Range], channels: int) -> tuple[list[float], list[float]]:
-    """The lows and the highs of one range for all channels, or of one a channel; ValueError about `dataset.range`."""
+    """The lows and the highs of one range for all channels, or of one a channel; UsageError about `dataset.range`."""
     pairs = [pair for pair in given if isinstance(pair, list)] or [[float(end) for end in given]]  # pyright: ignore
     shown = str(given).replace(" ", "")
     if len(pairs) not in (1, channels):

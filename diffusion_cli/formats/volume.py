@@ -137,7 +137,7 @@ class Held(NamedTuple):
 
 
 def read_volume(data: bytes) -> Held:
-    """The volume of a NIfTI file, compressed or not, or of a .npy; ValueError if it is none or not whole."""
+    """The volume of a NIfTI file, compressed or not, or of a .npy; FormatError if it is none or not whole."""
     try:
         if data.startswith(npy.MAGIC_PREFIX):
             return _read_npy(data)

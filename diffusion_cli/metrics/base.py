@@ -107,7 +107,7 @@ class Metric(ABC):
 
     @abstractmethod
     def check(self, count: int, seen: FeatureView, force: bool) -> list[str]:
-        """Raise ValueError if `count` samples are too few, or with `force` where one can, return warnings."""
+        """Raise UsageError if `count` samples are too few, or with `force` where one can, return warnings."""
 
     @abstractmethod
     def init_state(self, seen: FeatureView) -> MetricState:

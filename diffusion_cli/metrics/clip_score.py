@@ -15,7 +15,7 @@ class CLIPScore(Metric):
     """The mean over samples of max(100 cos, 0), cos that of the embeddings of a sample and of its class's prompt.
 
     `prompt` has `{}` where the name of the class goes, underscores as spaces. With the standard error of the mean.
-    Raises ValueError for samples without classes. Source: Hessel et al. 2021, with the factor of torchmetrics.
+    Raises UsageError for samples without classes. Source: Hessel et al. 2021, with the factor of torchmetrics.
     """
 
     def __init__(

@@ -63,7 +63,7 @@ def evaluate(
     of the networks; `environment` is plain data on programs and machine, for the protocol.
 
     Raises EvaluationCancelled where `called_off`, which all processes ask before each round of batches, says so.
-    Raises ValueError, before any sample is made, if they are too few for a metric (with `force`, a warning in the
+    Raises UsageError, before any sample is made, if they are too few for a metric (with `force`, a warning in the
     report where that is possible), or have another shape than the real images.
     """
     ranks = Distributed()
@@ -102,7 +102,7 @@ def require(
     reference: Reference,
     force: bool,
 ) -> tuple[dict[str, FeatureView], list[str]]:
-    """What each metric looks at, and what a reader must know; ValueError if any cannot be measured, as `evaluate`."""
+    """What each metric looks at, and what a reader must know; UsageError if any cannot be measured, as `evaluate`."""
     dataset, cache_dir, ranks = networks.dataset, networks.cache_dir, Distributed()
     if samples.shape != dataset.shape:
         raise UsageError(

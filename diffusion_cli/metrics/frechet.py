@@ -60,7 +60,7 @@ class FrechetDistance(Metric):
     With `infinity` points, the distance is extrapolated to infinitely many samples; with `bootstrap` resamples, an
     interval of 95% is given for it.
 
-    Raises ValueError for fewer samples, or reference images, than features + 1, as their covariance has no full rank.
+    Raises UsageError for fewer samples, or reference images, than features + 1, as their covariance has no full rank.
 
     Source: Heusel et al. 2017; Chong & Forsyth 2020.
     """
@@ -83,7 +83,7 @@ class FrechetDistance(Metric):
         return {"inception": "fid", "dinov2": "fd_dinov2"}.get(features.name, f"frechet_{features.name}")
 
     def dim(self, features: Features) -> int:
-        """The number of features it looks at; ValueError if the network has none of the kind."""
+        """The number of features it looks at; UsageError if the network has none of the kind."""
         return features.dim
 
     def check(self, count: int, seen: FeatureView, force: bool) -> list[str]:

@@ -21,7 +21,7 @@ def inception_score(logits: Rows | Tensor, splits: int) -> tuple[float, float]:
     p(y) its mean, and the deviation that of the population (N, not N - 1). It is the number of torch-fidelity, a split
     at a time, so that float64 is needed for one split only.
 
-    Raises ValueError if there are fewer rows than splits. Source: Salimans et al. 2016, Eq. 1.
+    Raises UsageError if there are fewer rows than splits. Source: Salimans et al. 2016, Eq. 1.
     """
     count = len(logits)
     require_splits(count, splits)
@@ -36,7 +36,7 @@ def inception_score(logits: Rows | Tensor, splits: int) -> tuple[float, float]:
 
 
 def require_splits(count: int, splits: int) -> None:
-    """Raise ValueError if there are fewer samples than parts to split them into."""
+    """Raise UsageError if there are fewer samples than parts to split them into."""
     if count < splits:
         raise UsageError("metric.is.splits", splits, f"is more than the {count} samples", "take fewer splits")
 
@@ -46,7 +46,7 @@ class InceptionScore(Metric):
 
     It looks at no real image. The mean over `splits` parts is reported, as is usual, with their deviation.
 
-    Raises ValueError for fewer samples than splits, and a network without class scores. Source: Salimans et al. 2016.
+    Raises UsageError for fewer samples than splits, and a network without class scores. Source: Salimans et al. 2016.
     """
 
     def __init__(self, *, splits: PositiveInt = 10) -> None:

@@ -41,7 +41,7 @@ class KernelDistance(Metric):
     images and r = m/M that is std sqrt(r / (1 - r) + 1 / subsets): subsets share images, so that their deviation is
     smaller than that of independent ones by a factor sqrt(1 - r). There is none for r = 1.
 
-    Raises ValueError for fewer images than a subset has. Source: Binkowski et al. 2018; Blom 1976 (incomplete means).
+    Raises UsageError for fewer images than a subset has. Source: Binkowski et al. 2018; Blom 1976 (incomplete means).
     """
 
     keeps_rows = True

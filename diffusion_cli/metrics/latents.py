@@ -18,7 +18,7 @@ class LatentMoments(ModelMetric):
     """The farthest that the latents of real images are from mean 0 and standard deviation 1 in any channel.
 
     `max_c max(|mean_c|, |std_c - 1|)` over images and places, of states as training draws them; each channel's two are
-    given beside it. Raises ValueError for a model of pixels, or without images.
+    given beside it. Raises UsageError for a model of pixels, or without images.
     """
 
     NAME = "latents_deviation"

@@ -63,7 +63,7 @@ class Moments:
 
     @classmethod
     def load(cls, path: Path, dim: int) -> Self:
-        """Read what `save` wrote; ValueError or an error of the parsers if it is damaged or of another size."""
+        """Read what `save` wrote; FormatError or an error of the parsers if it is damaged or of another size."""
         mean, covariance, n = map(torch.from_numpy, read_arrays(path, "mu", "sigma", "n"))
         shapes = mean.shape, covariance.shape, n.shape
         if shapes != ((dim,), (dim, dim), ()) or not covariance.isfinite().all() or n < 2:

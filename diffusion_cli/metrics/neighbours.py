@@ -17,7 +17,7 @@ def nearest(queries: Rows, keys: Rows, k: int, device: torch.device, title: str)
     """Squared distances to the k nearest keys of each query, float64 [N, k] rising, and which keys, int64 [N, k].
 
     A query that is among the keys finds itself at 0. Distances are sums of squared differences in float64, candidates
-    those of |q|^2 + |k|^2 - 2 q.k. Raises ValueError if there are fewer than k keys.
+    those of |q|^2 + |k|^2 - 2 q.k. Raises UsageError if there are fewer than k keys.
     """
     if len(keys) < k:
         raise UsageError(

@@ -176,7 +176,7 @@ def newest(history: Sequence[Mapping[str, Any]]) -> dict[str, Result]:
 def history_table(histories: Mapping[str, Sequence[Mapping[str, Any]]], force: bool) -> str:
     """The newest numbers of several runs by name, a row a run, as a Markdown table.
 
-    Settings of sampling in which they differ have a column each. Raises ValueError where the protocols of two numbers
+    Settings of sampling in which they differ have a column each. Raises UsageError where the protocols of two numbers
     of one name are unlike, or with `force` marks them by a `*`.
     """
     found = {run: newest(history) for run, history in histories.items()}
@@ -218,7 +218,7 @@ def history_table(histories: Mapping[str, Sequence[Mapping[str, Any]]], force: b
 def read_history(path: Path) -> list[dict[str, Any]]:
     """The entries of a metrics.json, oldest first; none if there is no such file.
 
-    Raises ValueError if it is not a JSON list of objects.
+    Raises UsageError if it is not a JSON list of objects.
     """
     if not path.exists():
         return []
@@ -241,7 +241,7 @@ def read_history(path: Path) -> list[dict[str, Any]]:
 def append_history(path: Path, entry: Mapping[str, Any]) -> None:
     """Add an entry of plain data to a metrics.json, which is replaced in one move.
 
-    Raises ValueError, and leaves the file as it is, if that is not a list of entries.
+    Raises UsageError, and leaves the file as it is, if that is not a list of entries.
     """
     remove_abandoned(path.parent)
     with locked(path):  # two evaluations may end at the same time

@@ -43,7 +43,7 @@ class Reference(ABC):
     @cached_property
     @abstractmethod
     def images(self) -> Images:
-        """The real images; ValueError if there are none."""
+        """The real images; UsageError if there are none."""
 
     @cached_property
     @abstractmethod
@@ -78,7 +78,7 @@ class Reference(ABC):
         return self.protocol() | ({} if self.stats is None else {"stats_sha256": file_digest(self.stats)})
 
     def published(self, stream: Stream, dim: int) -> tuple[Tensor, Tensor]:
-        """Mean and covariance that `stats` holds; ValueError if it does not, or of another number of features."""
+        """Mean and covariance that `stats` holds; UsageError if it does not, or of another number of features."""
         assert self.stats is not None
         keys = STATISTICS[stream]
         try:
@@ -179,7 +179,7 @@ class RealImages:
         self.ranks = ranks or Distributed()
 
     def images(self, part: Part = "images") -> Images:
-        """The images of a part; ValueError if it has none."""
+        """The images of a part; UsageError if it has none."""
         images = self.reference.images if part == "images" else self.reference.other
         if images is None:
             raise UsageError("reference", NO_VALUE, f"{self.reference.name} has no images beside it")

@@ -26,7 +26,7 @@ class AutoencoderKL(nn.Module):
 
     The state has the names and shapes of AutoencoderKL in diffusers, whose weights it takes and which takes its own.
 
-    Raises ValueError where two arguments do not go together, or `factor` does not divide the image.
+    Raises UsageError where two arguments do not go together, or `factor` does not divide the image.
     Source: Rombach et al. 2022, Sec. 3.1 and Appendix G; Esser et al. 2021.
     """
 
@@ -73,7 +73,7 @@ class AutoencoderKL(nn.Module):
         self.post_quant_conv = nn.Conv2d(latent_channels, latent_channels, 1) if quant_conv else None
 
     def latent_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """The shape [L, h, w] of the latents of an image [C, H, W]; ValueError if `factor` does not divide it."""
+        """The shape [L, h, w] of the latents of an image [C, H, W]; UsageError if `factor` does not divide it."""
         if any(side % self.factor for side in shape[1:]):
             sides = "x".join(str(side) for side in shape[1:])
             raise UsageError(

@@ -15,7 +15,7 @@ from diffusion_cli.networks.layers import NORM_EPS
 class Classifier(UNetEncoder):
     """Class scores F(x, c_noise) [B, K] of noised images: the first half of a U-Net, averaged over the image.
 
-    The options are those of `UNet`. Raises ValueError where two do not go together, or without classes.
+    The options are those of `UNet`. Raises UsageError where two do not go together, or without classes.
     Source: Dhariwal & Nichol 2021, Sec. 4 and Appendix H, whose average is weighted by attention.
     """
 

@@ -14,7 +14,7 @@ class PatchDiscriminator(nn.Module):
     4x4 convolutions with leaky ReLUs: `layers` of stride 2 and twice the maps each, up to 8 * channels, then two of
     stride 1. Norms are of groups: those of batches, as published, would depend on how a batch is shared out.
 
-    Raises ValueError for images smaller than its patches need, or channels that groups of 8 do not divide.
+    Raises UsageError for images smaller than its patches need, or channels that groups of 8 do not divide.
     Source: Isola et al. 2017, Sec. 3.2.2 and Appendix 6.1.2.
     """
 

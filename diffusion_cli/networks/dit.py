@@ -32,7 +32,7 @@ class DiT(Transformer):
     published `pos_embed` is computed here, and no state. Places count tokens at any size, so that a run that grows
     (`progressive`) has to learn those of its larger images.
 
-    Raises ValueError where two arguments do not go together.
+    Raises UsageError where two arguments do not go together.
     Source: Peebles & Xie 2023, and their code.
     """
 

@@ -22,7 +22,7 @@ class SetTransformer(Transformer):
     A class-conditional network knows the classes 0 .. num_classes - 1 and the null class num_classes, which
     stands for "no label"; otherwise its `num_classes` is None.
 
-    Raises ValueError where two arguments do not go together, and for a shape that is none of a set.
+    Raises UsageError where two arguments do not go together, and for a shape that is none of a set.
     Sources: Lee et al. 2019 (sets); Peebles & Xie 2023 (the blocks).
     """
 

@@ -148,7 +148,7 @@ class Transformer(Checkpointed):
     `attention` makes that of a block, of so many features and heads. `outputs` numbers are read out of each token, or
     twice as many with `learn_variance`. An unconditional network has `num_classes` None.
 
-    Raises ValueError where the heads do not divide the features.
+    Raises UsageError where the heads do not divide the features.
     """
 
     def __init__(

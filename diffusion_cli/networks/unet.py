@@ -31,7 +31,7 @@ class UNet(UNetEncoder):
     A class-conditional network knows the classes 0 .. num_classes - 1 and the null class num_classes, which
     stands for "no label"; otherwise its `num_classes` is None.
 
-    Raises ValueError where two arguments do not go together.
+    Raises UsageError where two arguments do not go together.
     Sources: Ho et al. 2020, Appendix B; Nichol & Dhariwal 2021, Section 3 and Appendix A; Song et al. 2021b,
     Appendix H (NCSN++ and DDPM++); Karras et al. 2022, Appendix F.
     """

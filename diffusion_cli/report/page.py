@@ -44,7 +44,7 @@ class Comparable(NamedTuple):
 
 
 def is_ours(path: Path) -> bool:
-    """Whether a file is a page that `page` made, of any version; ValueError for a pipe or a device."""
+    """Whether a file is a page that `page` made, of any version; FormatError for a pipe or a device."""
     regular(path)
     with path.open("rb") as file:
         return MARK.encode() in file.read(1000)

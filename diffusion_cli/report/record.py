@@ -65,7 +65,7 @@ class Record:
 def read_record(folder: Path, name: str) -> Record:
     """Read the folder of a run, of its newest whole checkpoint; other files are left out where damaged.
 
-    Raises ValueError if no checkpoint is whole, or metrics.json is damaged.
+    Raises UsageError if no checkpoint is whole, or metrics.json is damaged.
     """
     found = newest(folder)
     if found is None:

@@ -40,14 +40,14 @@ class Sampler(ABC):
         """
 
     def check(self, denoiser: Denoiser) -> None:  # noqa: B027
-        """Raise ValueError if the denoiser lacks what the sampler asks of it."""
+        """Raise UsageError if the denoiser lacks what the sampler asks of it."""
 
     def start(self, times: Tensor) -> Any:
         """Return the solver's state before a run through falling times."""
         return None
 
     def grid(self, steps: int) -> Tensor:
-        """Return the falling times of a run of `steps` steps; ValueError where there is none.
+        """Return the falling times of a run of `steps` steps; UsageError where there is none.
 
         Where it `shortens` the grid, that is the grid of steps + 1 steps without its last time above 0, as diffusers
         has it for such solvers.

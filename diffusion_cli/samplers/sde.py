@@ -17,7 +17,7 @@ from diffusion_cli.samplers.ddpm import DDPM
 class EulerMaruyama(Sampler):
     """`x_s = x - (f x - g^2 score) (t - s) + g sqrt(t - s) z` (Song et al. 2021b, Eq. 6, App. D).
 
-    ValueError where the process has no finite drift at the first time, as where alpha = 0.
+    UsageError where the process has no finite drift at the first time, as where alpha = 0.
     """
 
     order = 1

@@ -135,7 +135,7 @@ def write_json(path: Path, entry: Mapping[str, Any]) -> None:
 
 
 def parse_json(content: bytes) -> dict[str, Any]:
-    """What `write_json` wrote; an earlier version wrote no checksum. ValueError if it is not that."""
+    """What `write_json` wrote; an earlier version wrote no checksum. FormatError if it is not that."""
     try:
         entry = plain(json.loads(content))
     except RecursionError as error:

@@ -59,7 +59,7 @@ class ProcessInfo(NamedTuple):
 def started() -> ProcessInfo:
     """Where torchrun or srun put this process; Place(0, 1) where it was started alone.
 
-    Raises ValueError where srun has put more processes on one node than on another.
+    Raises UsageError where srun has put more processes on one node than on another.
     """
     env = os.environ
     if {"RANK", "WORLD_SIZE", "LOCAL_RANK"} <= env.keys():
@@ -171,7 +171,7 @@ def launch(
 
     The processes are those that torchrun or srun started; else so many `processes` (None: 1) of this machine, which
     are started now, each with its share of the CPU's threads. Each has a GPU of its own as far as there are. What one
-    of them raises is raised here, once. Raises ValueError where other processes were started than asked for.
+    of them raises is raised here, once. Raises UsageError where other processes were started than asked for.
     """
     place = started()
     if place.world > 1:

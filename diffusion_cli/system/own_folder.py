@@ -10,7 +10,7 @@ from diffusion_cli.errors import NO_VALUE, UsageError
 def own_folder(root: Path, *names: str) -> Path:
     """Return the folder `root/names...`, to write to; it need not exist.
 
-    `root` may be a link, for its user chose it. Raises ValueError if a folder from there on is a link that leads out of
+    `root` may be a link, for its user chose it. Raises UsageError if a folder from there on is a link that leads out of
     `root`, or if something in the folder is a pipe, a socket or a device, whose reader or writer would wait.
     Other tasks may rename and remove files meanwhile.
     """
@@ -26,7 +26,7 @@ def own_folder(root: Path, *names: str) -> Path:
 
 
 def _check_inside(root: Path, path: Path) -> None:
-    """Raise ValueError if a path is a link that leads out of `root`; a link to a file is replaced, not followed."""
+    """Raise UsageError if a path is a link that leads out of `root`; a link to a file is replaced, not followed."""
     if path.is_symlink() and not path.is_file() and not path.resolve().is_relative_to(root.resolve()):
         raise UsageError(
             path,

@@ -11,7 +11,7 @@ FORMATS = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def device_of(name: str) -> torch.device:
-    """The device called auto, cpu or cuda; ValueError if there is no such device here."""
+    """The device called auto, cpu or cuda; UsageError if there is no such device here."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cuda" and not torch.cuda.is_available():

@@ -20,7 +20,7 @@ def mix(*parts: int | str) -> int:
 def seed_ranges(stored: Any) -> list[range]:
     """Join seeds as a manifest holds them to ascending ranges.
 
-    `stored` is a list of ranges [first, last], or of single seeds as earlier versions wrote them. Raises ValueError
+    `stored` is a list of ranges [first, last], or of single seeds as earlier versions wrote them. Raises FormatError
     for anything else.
     """
     pairs = (

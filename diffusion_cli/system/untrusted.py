@@ -1,6 +1,6 @@
 """What strangers' files may be: regular, of bounded size, and where they are text, plain data of bounded depth.
 
-All raise ValueError with the end of a sentence that begins with the file's name, and OSError of the file system.
+All raise FormatError with the end of a sentence that begins with the file's name, and OSError of the file system.
 """
 
 import csv
@@ -147,7 +147,7 @@ TUPLES = ("EMPTY_TUPLE", "TUPLE", "TUPLE1", "TUPLE2", "TUPLE3")
 
 
 def check_tensors(path: Path) -> None:
-    """Raise ValueError, or an error of the parsers, unless a file of `torch.save` names tensors and plain data alone.
+    """Raise FormatError, or an error of the parsers, unless a file of `torch.save` names tensors and plain data alone.
 
     Nothing in it may inflate, and no tuple be nested so deep that to hash it overflows Python's own stack.
     """
@@ -160,7 +160,7 @@ def check_tensors(path: Path) -> None:
 
 
 def check_weights(content: bytes) -> None:
-    """Raise ValueError, or an error of the parsers, unless the content of a file of `torch.save` is tensors alone.
+    """Raise FormatError, or an error of the parsers, unless the content of a file of `torch.save` is tensors alone.
 
     Versions before 1.6 wrote five pickles one after the other: a number, a version, sizes of the machine, the weights
     and the keys of their storages.
@@ -176,7 +176,7 @@ def check_weights(content: bytes) -> None:
 
 
 def _check_pickle(file: IO[bytes], names: re.Pattern[str]) -> None:
-    """Raise ValueError for a pickle with other names, or with tuples nested so deep that to hash one fails."""
+    """Raise FormatError for a pickle with other names, or with tuples nested so deep that to hash one fails."""
     stack: list[int | None] = []  # how deep the tuples are nested that lie there, None for a mark
     memo: dict[Any, int] = {}
     for operation, argument, _ in pickletools.genops(file):
@@ -232,7 +232,7 @@ def escaped(text: str) -> str:
 def plain(value: Any, most: int = MOST_VALUES) -> Any:
     """Return plain data: mappings with names as keys, lists, texts, finite or infinite numbers, true, false, null.
 
-    ValueError for anything else, and what is nested so deep or, with what is there many times, so large that
+    FormatError for anything else, and what is nested so deep or, with what is there many times, so large that
     walking through it would not end: `most` is the largest number of values.
     """
     todo: list[tuple[Any, int]] = [(value, 0)]

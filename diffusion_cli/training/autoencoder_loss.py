@@ -55,7 +55,7 @@ class ReconstructionLoss:
     most 10^4 over the numbers of an image, over all processes, of one part of an accumulated batch. The discriminator
     that the images are shown to is a constant: in one backward pass each of the two gets the gradient of its own loss.
 
-    Raises ValueError for another network, and for images that LPIPS or the discriminator cannot take.
+    Raises UsageError for another network, and for images that LPIPS or the discriminator cannot take.
     Source: Rombach et al. 2022, Appendix G; Esser et al. 2021, Eq. 5 to 7; their learned scale of the distance is 1.
     """
 
@@ -81,7 +81,7 @@ class ReconstructionLoss:
         self.discriminator = {"channels": discriminator_channels, "layers": discriminator_layers}
 
     def model(self, network: nn.Module, shape: tuple[int, ...]) -> Autoencoding:
-        """What is trained for a network of images of a shape; ValueError if it cannot be."""
+        """What is trained for a network of images of a shape; UsageError if it cannot be."""
         if not isinstance(network, AutoencoderKL):
             raise UsageError(
                 "model",

@@ -18,7 +18,7 @@ class Device:
     """The devices of a run: `devices` on each of `num_nodes` nodes; null: as many as were started, or 1.
 
     With "ddp" each holds the whole model, its average and the optimizer's state (Li et al. 2020), with "fsdp" its part
-    of them (Zhao et al. 2023). Raises ValueError where torch sees no such device.
+    of them (Zhao et al. 2023). Raises UsageError where torch sees no such device.
     """
 
     def __init__(

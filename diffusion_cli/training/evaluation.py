@@ -81,7 +81,7 @@ class EvaluationCallback(PeriodicCallback):
     """Measure samples of the averaged weights, log the numbers, and keep the weights of the best in `best.ckpt`.
 
     Of weights that have not been trained on images as they are, nothing is measured.
-    Raises ValueError, before training, where a metric cannot be measured on so few samples.
+    Raises UsageError, before training, where a metric cannot be measured on so few samples.
     """
 
     stored_as = "Evaluation"

@@ -58,7 +58,7 @@ class LatentImages(MemoryImages):
         return super().to(device)
 
     def check(self, index: Tensor | None = None) -> None:
-        """Raise ValueError if rows, or any, are not as they were written; then the next start encodes them again."""
+        """Raise UsageError if rows, or any, are not as they were written; then the next start encodes them again."""
         if self.blocks is None:
             return
         try:
@@ -85,7 +85,7 @@ def encoded(
     """The moments of images, from the .npy file `path`, which is made now if it is not there.
 
     All processes work together; what is made is added to a file as it comes, so that a start that was cut off is gone
-    on with. Raises UnreadableError for images that cannot be read, ValueError for a file of others.
+    on with. Raises UnreadableError for images that cannot be read, UsageError for a file of others.
     """
     ranks, channels = Distributed(), latents.shape[0]
     row = ((4 if flip else 2) * channels, *latents.shape[1:])
@@ -108,7 +108,7 @@ def block_size(row: tuple[int, ...]) -> int:
 
 
 def _start(path: Path, shape: tuple[int, ...]) -> int:
-    """Bytes before the moments in a file; ValueError if it has others."""
+    """Bytes before the moments in a file; UsageError if it has others."""
     array = opened_array(path, None)
     if array.shape != shape or array.dtype != np.float32:
         raise UsageError(
@@ -175,7 +175,7 @@ def _encode(
 
 
 def _check_room(part: Path, size: int) -> None:
-    """Say where many bytes of latents go; ValueError if there is no room for them."""
+    """Say where many bytes of latents go; UsageError if there is no room for them."""
     free = shutil.disk_usage(part.parent).free
     if size > free:
         raise UsageError(

@@ -53,7 +53,7 @@ def chosen_latents(
 ) -> LatentSource | None:
     """The latents that a configuration names, or that a run was begun in, kept beside it; None for pixels.
 
-    Raises ValueError for an autoencoder that is not there, or of other images.
+    Raises UsageError for an autoencoder that is not there, or of other images.
     """
     if config.latent.key is None:
         return None
@@ -109,7 +109,7 @@ class LatentDataset(Dataset):
     look at the images again. Where the images may be mirrored in training, the mirrored ones are encoded too. The
     scale of `latents` is measured on the training images, if it is not known.
 
-    `load` raises UnreadableError for images that cannot be read, and ValueError where a channel of the latents is the
+    `load` raises UnreadableError for images that cannot be read, and UsageError where a channel of the latents is the
     same everywhere.
     """
 

@@ -172,7 +172,7 @@ class CSVFile(Logger):
 def _read_rows(path: Path) -> tuple[list[dict[str, Any]], bool]:
     """The whole rows of a log, and whether it is damaged elsewhere than in its last row, which a stop may cut short.
 
-    Raises ValueError if it is not a regular file, as a pipe, or too large.
+    Raises UsageError if it is not a regular file, as a pipe, or too large.
     """
     try:
         text = read(path).decode(errors="replace")

@@ -24,7 +24,7 @@ MARGIN = 8  # one image in so many more is tried than is said to fit, as memory 
 def advise_on_oom(
     module: TrainingModule, device: torch.device, stages: ResolutionSchedule, trainer: Trainer
 ) -> Iterator[None]:
-    """Say how many parts of a batch fit where memory runs out, by trying on this device; raises ValueError then."""
+    """Turn an out-of-memory error into a UsageError that suggests `accumulate_grad_batches`, found by trying."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:

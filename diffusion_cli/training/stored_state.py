@@ -210,7 +210,7 @@ def _is_plain(value: Any) -> bool:
 
 
 def check_state(path: Path, checkpoint: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
-    """Raise ValueError, with the first few differences, unless a checkpoint is as a template expects it."""
+    """Raise UsageError, with the first few differences, unless a checkpoint is as a template expects it."""
     lines = list(islice(_differences(checkpoint, expected, "", {}), MOST_LINES + 1))
     if lines:
         more = "; and more" if len(lines) > MOST_LINES else ""

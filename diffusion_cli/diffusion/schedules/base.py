@@ -45,7 +45,7 @@ class Schedule(ABC):
 
     @abstractmethod
     def timestep(self, t: Tensor) -> Tensor:
-        """Return the number that the network is told for time t."""
+        """Return the noise level number that the network gets for time t."""
 
     @property
     def name(self) -> str:
@@ -90,7 +90,7 @@ class Schedule(ABC):
         1 - k / steps, an even grid, an even grid squared. Off the table: `time` is even in t, `log_snr` in
         log(alpha / sigma), `karras` in (sigma / alpha)^(1/7) (Karras et al. 2022, Eq. 5), these two from where
         sigma / alpha is NO_SIGNAL if it goes beyond. A single step always starts at 1, because that is where pure noise
-        lives. ValueError where there is no such grid.
+        lives. UsageError where there is no such grid.
         """
         if steps < 1:
             raise UsageError("steps", steps, "give a number from 1")

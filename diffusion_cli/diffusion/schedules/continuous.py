@@ -13,7 +13,7 @@ from diffusion_cli.errors import UsageError
 Fraction = Annotated[float, Field(gt=0, lt=1)]
 # The smallest time of training, where the published sampling stops earlier (Song et al. 2021b, App. C).
 TRAINING_T_MIN = 1e-5
-# Networks made for DDPM's timesteps 0..999 are told 999 t.
+# Networks made for DDPM's timesteps 0..999 get 999 t.
 LAST_TIMESTEP = 999
 
 
@@ -96,7 +96,7 @@ class SubVP(_LinearBeta):
 class VE(Schedule):
     """The variance-exploding SDE: `alpha = 1`, `sigma = sigma_min (sigma_max / sigma_min)^t`, sigma_0 = 0.
 
-    The jump at t = 0 is the published one. The network is told log sigma. Raises ValueError unless sigma_min <
+    The jump at t = 0 is the published one. The network gets log sigma. Raises UsageError unless sigma_min <
     sigma_max. Source: Song et al. 2021b, Eq. 30-31 and App. C.
     """
 
@@ -137,7 +137,7 @@ class EDMSchedule(Schedule):
     """`alpha = 1`, `sigma = sigma_max t^7`: the processes of Karras et al. 2022, in a time of their grid's spacing.
 
     Their time is sigma itself; neither their sampler nor their training sees the difference. sigma_min is the smallest
-    positive noise of training and of sampling grids. The network is told log(sigma) / 4. Raises ValueError unless
+    positive noise of training and of sampling grids. The network gets log(sigma) / 4. Raises UsageError unless
     sigma_min < sigma_max.
     """
 

@@ -24,7 +24,7 @@ class Discrete(Schedule):
     With `zero_terminal_snr` sqrt(alpha_bar) is shifted and scaled so that it ends at 0 and its first entry
     stays (Lin et al. 2024, Alg. 1); the last interval is then linear in sqrt(alpha_bar).
 
-    Raises ValueError if a beta leaves (0, 1).
+    Raises UsageError if a beta leaves (0, 1).
     """
 
     def __init__(self, betas: Tensor, zero_terminal_snr: bool) -> None:
@@ -121,7 +121,7 @@ class Discrete(Schedule):
         With entries numbered 1..T: `leading` is 1 + k floor(T/steps) (DDIM's "uniform"; it starts short of the
         noise unless steps divides T), `trailing` T - k T/steps, `linspace` spans 1..T evenly, `quadratic`
         squares an even grid that ends at 0.8 T (Song et al. 2021a, D.3). These are for 1 <= steps <= T, else
-        ValueError; the others are `Schedule.grid`.
+        UsageError; the others are `Schedule.grid`.
         """
         T = self.num_timesteps
         if steps <= 1 or spacing in ("karras", "log_snr", "time"):
@@ -199,7 +199,7 @@ class Sigmoid(Discrete):
     """alpha_bar is a falling sigmoid, scaled to end at 1 and 0 (Jabri et al. 2023, App. B).
 
     `alpha_bar(t) = (sigmoid(end / tau) - sigmoid((start + t (end - start)) / tau)) / (sigmoid(end / tau) -
-    sigmoid(start / tau))`, each beta at most max_beta. Raises ValueError unless start < end.
+    sigmoid(start / tau))`, each beta at most max_beta. Raises UsageError unless start < end.
     """
 
     def __init__(

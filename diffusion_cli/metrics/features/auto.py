@@ -31,7 +31,7 @@ def auto_features(
 ) -> Features:
     """Inception for colour images, a classifier for labelled images of one channel; its note says so.
 
-    Raises ValueError for images of one channel without classes, and as the features it takes.
+    Raises UsageError for images of one channel without classes, and as the features it takes.
     """
     channels = dataset.shape[0]
     if channels == 3:

@@ -30,7 +30,7 @@ class FeatureBatch(NamedTuple):
 class Features(ABC):
     """A fixed network that maps uint8 images [B, C, H, W] to features and class scores.
 
-    The call raises ValueError for images that are not uint8, or have channels that the network cannot take.
+    The call raises UsageError for images that are not uint8, or have channels that the network cannot take.
     """
 
     name: str
@@ -83,7 +83,7 @@ class Features(ABC):
 
 
 def check_channels(name: str, dataset: Dataset) -> None:
-    """Raise ValueError for a dataset whose images a network for colour photographs cannot take."""
+    """Raise UsageError for a dataset whose images a network for colour photographs cannot take."""
     channels = dataset.shape[0]
     if channels not in (1, 3):
         raise UsageError(
@@ -92,7 +92,7 @@ def check_channels(name: str, dataset: Dataset) -> None:
 
 
 def check_pixels(images: Tensor) -> None:
-    """Raise ValueError for images that are not bytes, as a saved PNG has them."""
+    """Raise UsageError for images that are not bytes, as a saved PNG has them."""
     if images.dtype != torch.uint8:
         raise UsageError(
             "features",

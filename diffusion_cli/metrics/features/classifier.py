@@ -31,7 +31,7 @@ class ClassifierFeatures(Features):
     under a name that follows from the images and these settings. Numbers of different weights cannot be compared;
     `digest` distinguishes them.
 
-    Raises ValueError for a dataset without classes or without pixels.
+    Raises UsageError for a dataset without classes or without pixels.
     """
 
     name = "classifier"

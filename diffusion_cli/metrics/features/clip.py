@@ -24,8 +24,7 @@ class CLIPFeatures(Features):
     images that are not square the centre is seen: the short side is resized to that size, the long side is cropped.
     One channel is repeated to three.
 
-    Raises ImportError without transformers, FileNotFoundError or ValueError without weights of this network,
-    ValueError if images have neither 1 nor 3 channels.
+    Raises UsageError if transformers or the weights are missing, or images have neither 1 nor 3 channels.
 
     Source: Radford et al. 2021 (CLIP); Jayasumana et al. 2024 (CMMD, whose code normalises the embeddings).
     """
@@ -64,8 +63,7 @@ class CLIPFeatures(Features):
     def text(self, prompts: list[str]) -> Tensor:
         """The embeddings of prompts, float32 [B, dim] of length 1; a product with those of images is the cosine.
 
-        A prompt longer than the network can read (77 tokens) is cut off. Raises FileNotFoundError if the
-        weights come without a tokenizer.
+        Longer prompts are truncated to 77 tokens. Raises UsageError if the weights come without a tokenizer.
         """
         longest = self.network.config.text_config.max_position_embeddings
         tokens = self.tokenizer(

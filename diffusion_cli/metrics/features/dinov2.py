@@ -20,8 +20,7 @@ class DINOv2Features(Features):
 
     `weights` is a folder or a name on the hub, as transformers has them. One channel is repeated to three.
 
-    Raises ImportError without transformers, FileNotFoundError or ValueError without weights of this network,
-    ValueError if images have neither 1 nor 3 channels.
+    Raises UsageError if transformers or the weights are missing, or images have neither 1 nor 3 channels.
 
     Source: Oquab et al. 2023 (DINOv2); Stein et al. 2023 (FD-DINOv2).
     """

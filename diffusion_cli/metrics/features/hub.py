@@ -18,8 +18,7 @@ def load(name: str, architecture: str, weights: str) -> Any:
     `weights` is a folder with config.json and model.safetensors, or a name on the hub: a copy that was fetched
     before is taken, and else it is fetched. `name` is that of the features, for errors.
 
-    Raises ImportError without transformers, FileNotFoundError if there are no such weights, ValueError if they
-    are damaged or of another network.
+    Raises UsageError if transformers or the weights are missing, or the weights are damaged or of another network.
     """
     transformers = imported(name)
     transformers.logging.set_verbosity_error()  # what it warns of, weights left untrained, is refused below

@@ -33,8 +33,8 @@ class InceptionFeatures(Features):
     Distances by another `resize` are other numbers: `pytorch` gives those of pytorch-fid, which scales pixels otherwise
     too, `clean` those of clean-fid.
 
-    Raises FileNotFoundError if there is no such file and it cannot be fetched, ValueError if it holds
-    anything but the weights of this network, or images have neither 1 nor 3 channels.
+    Raises UsageError if the file is missing and cannot be fetched, if it contains anything but the weights of this
+    network, or if images have neither 1 nor 3 channels.
 
     Source: Heusel et al. 2017 (FID); Salimans et al. 2016 (Inception score); Nash et al. 2021 (sFID).
     """

@@ -25,8 +25,8 @@ class LPIPSDistance:
     `network` is the backbone, and `weights` a file of torchvision's weights for it (only its convolutions are
     read); None looks in torch's download folder, and fetches them there once. `key` names that option in errors.
 
-    Raises FileNotFoundError if there is no such file and it cannot be fetched, ValueError if it holds anything
-    but these weights. Source: Zhang et al. 2018, Eq. 1.
+    Raises UsageError if the file is missing and cannot be fetched, or contains anything but these weights.
+    Source: Zhang et al. 2018, Eq. 1.
     """
 
     digest: str
@@ -63,7 +63,7 @@ class LPIPSDistance:
     def __call__(self, first: Tensor, second: Tensor) -> Tensor:
         """The distances, float32 [B], of uint8 images [B, C, H, W], C 1 or 3, to as many others.
 
-        Raises ValueError for images that are not uint8, or smaller than the network can take.
+        Raises UsageError for images that are not uint8, or smaller than the network can take.
         """
         for images in (first, second):
             check_pixels(images)
@@ -86,7 +86,7 @@ class LPIPSDistance:
         return (images.to(self.device).float() / 127.5 - 1).expand(-1, 3, -1, -1)
 
     def check_shape(self, shape: tuple[int, ...]) -> None:
-        """Raise ValueError for images [C, H, W] that the network cannot take."""
+        """Raise UsageError for images [C, H, W] that the network cannot take."""
         channels, height, width = shape
         if channels not in (1, 3):
             raise UsageError(

@@ -29,7 +29,7 @@ def shipped(recipe: Recipe, train_digest: str, held_out_digest: str) -> Weights 
     """The shipped weights, float16, for exactly this recipe and these training images; None without them.
 
     Images are compared by `Images.digest()`, so the name of the dataset does not matter. The accuracy is that in the
-    index, or None for other held-out images. Raises ValueError if the file is damaged.
+    index, or None for other held-out images. Raises UsageError if the file is damaged.
     """
     from safetensors.torch import load
 

@@ -20,7 +20,7 @@ def locate(weights: str | None, url: str, key: str) -> Path:
     The latter lies in torch's download folder, and is fetched if it does not; a name that ends in `-<hash>.pth`
     gives the start of the SHA-256 that it must have.
 
-    Raises FileNotFoundError if there is no such file and it cannot be fetched.
+    Raises UsageError if there is no such file and it cannot be fetched.
     """
     if weights is not None:
         path = Path(weights).expanduser()
@@ -45,7 +45,7 @@ def locate(weights: str | None, url: str, key: str) -> Path:
 
 
 def content_of(path: Path, key: str) -> bytes:
-    """The bytes of a file of weights; ValueError, about the option called `key`, if there are too many."""
+    """The bytes of a file of weights; UsageError, about the option called `key`, if there are too many."""
     try:
         return read_file(path, LARGEST)
     except ValueError as error:
@@ -53,7 +53,7 @@ def content_of(path: Path, key: str) -> bytes:
 
 
 def read(content: bytes, path: Path, key: str) -> Any:
-    """What a file of weights holds; ValueError, about the option called `key`, for anything but tensors."""
+    """What a file of weights holds; UsageError, about the option called `key`, for anything but tensors."""
     try:
         check_weights(content)
         return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)

@@ -6,6 +6,7 @@ from itertools import pairwise
 from typing import Any
 
 import torch
+from pydantic import NonNegativeFloat
 from torch import Tensor
 
 from diffusion_cli.diffusion.denoiser import Denoise, Denoiser, Prediction
@@ -86,7 +87,18 @@ class Sampler(ABC):
         alpha, sigma = self.schedule(s)
         return alpha * prediction.x0 + sigma * prediction.eps
 
-    def ancestral(self, t: Tensor, s: Tensor, eta: float) -> tuple[Tensor, Tensor]:
+
+class AncestralSampler(Sampler):
+    """A sampler that adds a share `eta` of fresh noise at each step: 0 none, 1 that of an ancestral step."""
+
+    def __init__(
+        self, schedule: Schedule, *, eta: NonNegativeFloat = 0.0, spacing: Spacing = "trailing"
+    ) -> None:
+        super().__init__(schedule, spacing=spacing)
+        self.eta = eta
+        self.stochastic = eta > 0
+
+    def ancestral(self, t: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
         """Split sigma_s into what a step keeps and the fresh noise that it adds: `sigma_s^2 = kept^2 + fresh^2`.
 
         fresh = eta sigma_s sqrt(1 - SNR_t / SNR_s), at most sigma_s: with eta 1 that of DDPM's small variance
@@ -94,7 +106,7 @@ class Sampler(ABC):
         """
         _, sigma_s = self.schedule(s)
         gap = -torch.expm1(self.schedule.log_snr(t) - self.schedule.log_snr(s))
-        share = (eta**2 * gap).clamp(max=1)
+        share = (self.eta**2 * gap).clamp(max=1)
         return sigma_s * (1 - share).sqrt(), sigma_s * share.sqrt()
 
 

@@ -3,15 +3,14 @@
 from collections.abc import Iterator
 from typing import Any
 
-from pydantic import NonNegativeFloat
 from torch import Tensor
 
 from diffusion_cli.diffusion.denoiser import Denoise
-from diffusion_cli.diffusion.schedules import Schedule, Spacing
-from diffusion_cli.samplers.base import NoiseFn, Sampler, integrate
+from diffusion_cli.diffusion.schedules import Schedule
+from diffusion_cli.samplers.base import AncestralSampler, NoiseFn, integrate
 
 
-class DDIM(Sampler):
+class DDIM(AncestralSampler):
     """`x_s = alpha_s x_0 + sqrt(sigma_s^2 - sigma_eta^2) eps + sigma_eta z` (Song et al. 2021a, Eq. 12).
 
     `sigma_eta^2 = eta^2 v sigma_s^2 / sigma_t^2` (their Eq. 16): eta 0 is deterministic, eta 1 is DDPM with
@@ -21,13 +20,6 @@ class DDIM(Sampler):
 
     order = 1
 
-    def __init__(
-        self, schedule: Schedule, *, eta: NonNegativeFloat = 0.0, spacing: Spacing = "trailing"
-    ) -> None:
-        super().__init__(schedule, spacing=spacing)
-        self.eta = eta
-        self.stochastic = eta > 0
-
     def step(
         self, denoise: Denoise, x: Tensor, t: Tensor, s: Tensor, draw: NoiseFn, state: Any
     ) -> tuple[Tensor, Any]:
@@ -35,7 +27,7 @@ class DDIM(Sampler):
         if self.eta == 0 or s == 0:
             return self.euler_step(prediction, s), None
         alpha_s, _ = self.schedule(s)
-        kept, fresh = self.ancestral(t, s, self.eta)
+        kept, fresh = self.ancestral(t, s)
         return alpha_s * prediction.x0 + kept * prediction.eps + fresh * draw(), None
 
 

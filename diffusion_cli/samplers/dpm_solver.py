@@ -8,7 +8,7 @@ from torch import Tensor
 
 from diffusion_cli.diffusion.denoiser import Denoise
 from diffusion_cli.diffusion.schedules import Schedule, Spacing
-from diffusion_cli.samplers.base import NoiseFn, Sampler
+from diffusion_cli.samplers.base import AncestralSampler, NoiseFn, Sampler
 
 History = tuple[tuple[Tensor, Tensor], ...]
 """(lambda, x_0) of the steps before, newest first."""
@@ -90,7 +90,7 @@ class DPMSolverMultistep(Sampler):
         return newer + r0 * second, second
 
 
-class DPMSolver2S(Sampler):
+class DPMSolver2S(AncestralSampler):
     """DPM-Solver++(2S): x_0 at the middle of lambda, two network calls a step, one onto the data.
 
     With eta > 0 the ancestral variant: the step ends below s, and noise lifts it to s (k-diffusion).
@@ -99,18 +99,11 @@ class DPMSolver2S(Sampler):
 
     order = 2
 
-    def __init__(
-        self, schedule: Schedule, *, eta: NonNegativeFloat = 0.0, spacing: Spacing = "trailing"
-    ) -> None:
-        super().__init__(schedule, spacing=spacing)
-        self.eta = eta
-        self.stochastic = eta > 0
-
     def step(
         self, denoise: Denoise, x: Tensor, t: Tensor, s: Tensor, draw: NoiseFn, state: Any
     ) -> tuple[Tensor, Any]:
         alpha_s, _ = self.schedule(s)
-        kept, fresh = self.ancestral(t, s, self.eta)
+        kept, fresh = self.ancestral(t, s)
         noise = fresh * draw() if self.eta > 0 and s > 0 else 0.0
         end = (alpha_s / kept).log()  # lambda; infinite where nothing is kept
         middle = self.schedule.time_of(self.half_log_snr(t) + end)
@@ -131,7 +124,7 @@ class DPMSolver2S(Sampler):
         return sigma_s / sigma_t * x - alpha_s * torch.expm1(start - end) * x0
 
 
-class DPMSolverSDE(Sampler):
+class DPMSolverSDE(AncestralSampler):
     """DPM-Solver++ for the reverse SDE, two ancestral stages a step, the first to the middle of lambda (k-diffusion).
 
     Both stages add noise of their own; eta scales it. Onto the data it is one Euler step.
@@ -142,9 +135,7 @@ class DPMSolverSDE(Sampler):
     def __init__(
         self, schedule: Schedule, *, eta: NonNegativeFloat = 1.0, spacing: Spacing = "trailing"
     ) -> None:
-        super().__init__(schedule, spacing=spacing)
-        self.eta = eta
-        self.stochastic = eta > 0
+        super().__init__(schedule, eta=eta, spacing=spacing)
 
     def step(
         self, denoise: Denoise, x: Tensor, t: Tensor, s: Tensor, draw: NoiseFn, state: Any
@@ -161,7 +152,7 @@ class DPMSolverSDE(Sampler):
     def _stage(self, x: Tensor, x0: Tensor, t: Tensor, s: Tensor, draw: NoiseFn) -> Tensor:
         """The exact step for a constant x_0 to the part of sigma_s that is kept, and fresh noise."""
         (alpha_t, sigma_t), (alpha_s, _) = self.schedule(t), self.schedule(s)
-        kept, fresh = self.ancestral(t, s, self.eta)
+        kept, fresh = self.ancestral(t, s)
         shrink = kept / sigma_t
         x = shrink * x + (alpha_s - shrink * alpha_t) * x0
         return x + fresh * draw() if self.eta > 0 else x

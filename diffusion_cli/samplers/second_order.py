@@ -9,7 +9,7 @@ from torch import Tensor
 
 from diffusion_cli.diffusion.denoiser import Denoise, Prediction
 from diffusion_cli.diffusion.schedules import NO_SIGNAL, Schedule, Spacing
-from diffusion_cli.samplers.base import NoiseFn, Sampler
+from diffusion_cli.samplers.base import AncestralSampler, NoiseFn, Sampler
 
 
 class Heun(Sampler):
@@ -87,7 +87,7 @@ class EDMSampler(Heun):
         return a * x + self.s_noise * v.clamp(min=0).sqrt() * draw(), hat
 
 
-class DPM2(Sampler):
+class DPM2(AncestralSampler):
     """The midpoint method, its midpoint halfway in log(sigma / alpha): two network calls, one onto the data.
 
     With eta > 0 the ancestral variant. Source: Karras et al. 2022's DPM-Solver-2 as in k-diffusion; Lu et al. 2022a,
@@ -96,19 +96,12 @@ class DPM2(Sampler):
 
     order = 2
 
-    def __init__(
-        self, schedule: Schedule, *, eta: NonNegativeFloat = 0.0, spacing: Spacing = "trailing"
-    ) -> None:
-        super().__init__(schedule, spacing=spacing)
-        self.eta = eta
-        self.stochastic = eta > 0
-
     def step(
         self, denoise: Denoise, x: Tensor, t: Tensor, s: Tensor, draw: NoiseFn, state: Any
     ) -> tuple[Tensor, Any]:
         first = denoise(x, t)
         (alpha_t, sigma_t), (alpha_s, _) = self.schedule(t), self.schedule(s)
-        kept, fresh = self.ancestral(t, s, self.eta)
+        kept, fresh = self.ancestral(t, s)
         noise = fresh * draw() if self.eta > 0 and s > 0 else 0.0
         if kept == 0 or self.ratio(t) > NO_SIGNAL:
             return alpha_s * first.x0 + kept * first.eps + noise, None

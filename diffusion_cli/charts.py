@@ -54,7 +54,7 @@ class Curve(NamedTuple):
 
 
 class Panel(NamedTuple):
-    """A pair of axes with its curves."""
+    """A pair of axes with its curves; only the labels of the axes may contain TeX mathematics."""
 
     x_label: str
     y_label: str
@@ -81,15 +81,18 @@ def save_panels(panels: Sequence[Panel], path: Path) -> None:
     columns = len(panels) if len(panels) <= 3 else math.ceil(math.sqrt(len(panels)))
     rows = math.ceil(len(panels) / columns)
     labels = list(dict.fromkeys(curve.label for panel in panels for curve in panel.curves))
-    legend = 0.7 + 0.08 * max(map(len, labels))
-    with canvas(WIDTH * columns + legend, HEIGHT * rows) as figure:
+    legend_width = 0.7 + 0.08 * max(map(len, labels))
+    with canvas(WIDTH * columns + legend_width, HEIGHT * rows) as figure:
         drawn = {}
         for place, panel in enumerate(panels, start=1):
             axes = figure.add_subplot(rows, columns, place)
-            axes.set(xlabel=panel.x_label, ylabel=panel.y_label, title=panel.title)
+            axes.set(xlabel=panel.x_label, ylabel=panel.y_label)
+            axes.set_title(panel.title, parse_math=False)
             for curve, line in zip(panel.curves, draw_panel(axes, panel, labels), strict=True):
                 drawn.setdefault(curve.label, line)
-        figure.legend(list(drawn.values()), labels, loc="outside right upper", frameon=False)
+        legend = figure.legend(list(drawn.values()), labels, loc="outside right upper", frameon=False)
+        for text in legend.get_texts():
+            text.set_parse_math(False)
         with atomic_write(path) as temporary:
             figure.savefig(temporary, format=path.suffix[1:])
 

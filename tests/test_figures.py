@@ -91,6 +91,14 @@ def test_losses_of_one_run_share_a_panel_and_of_several_have_one_each(runs):
     assert not Losses(log=True).panels({"a": {"loss": [(1, 0.1), (2, -0.2)]}})[0].log_y
 
 
+def test_a_dollar_in_the_name_of_a_run_begins_no_mathematics(runs):
+    hostile = "$\\frac$"
+    (runs / "a").rename(runs / hostile)
+    for words in (f'run="{hostile}"', f'run=[b,"{hostile}"]'):
+        assert plot("loss", words, f"output_dir={runs}", f"output={runs}/x.svg", "force=true") == 0
+        assert f">{hostile}</text>" in (runs / "x.svg").read_text()
+
+
 def test_where_a_run_grew_is_between_the_sizes_on_record(runs):
     rows = ["step,loss,size", "5,0.5,4", "10,0.4,4", "15,0.9,8", "20,0.8,8"]
     (runs / "a" / "metrics.csv").write_text("\n".join(rows))

@@ -80,14 +80,14 @@ def rows(images: Sequence[Tensor]) -> Tensor:
 
 
 def read_images(files: Sequence[Path]) -> Tensor:
-    """Saved pictures of one size, uint8 [N, C, H, W]; UsageError naming one that is no picture, or of another size."""
+    """Saved pictures of one size, uint8 [N, C, H, W]; UsageError names a file that is none, or of another size."""
     with _naming(files[0]):
         first = opened(read(files[0]))
     return read_stored(files, Uint8Image(), (1 if is_gray(first) else 3, first.height, first.width))
 
 
 def read_stored(files: Sequence[Path], form: SampleFormat, shape: Shape) -> Tensor:
-    """Saved results of a form and shape, as stored, [N, *shape]; UsageError naming one that is none."""
+    """Saved results of a format and shape, as stored, [N, *shape]; UsageError names a file that is not one."""
     samples = []
     for file in files:
         with _naming(file):

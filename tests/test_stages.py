@@ -32,7 +32,7 @@ def images(count: int = 50) -> MemoryImages:
     return MemoryImages(pixels.to(torch.uint8), torch.arange(count) % 10)
 
 
-STAGES = ResolutionSchedule.growing((1, 8, 8), 16, [2, 4, 8], [4, 5], [24, 8])
+STAGES = ResolutionSchedule.from_sizes((1, 8, 8), 16, [2, 4, 8], [4, 5], [24, 8])
 
 
 def batches(stop: int, **changes) -> list[Batch]:
@@ -56,7 +56,7 @@ def test_images_are_counted_as_the_sum_over_steps_and_back():
 
 
 def test_sides_that_are_not_equal_keep_their_proportion():
-    stages = ResolutionSchedule.growing((3, 12, 18, 24), 2, [4, 6, 12], [1, 1], None)
+    stages = ResolutionSchedule.from_sizes((3, 12, 18, 24), 2, [4, 6, 12], [1, 1], None)
     assert [stage.shape for stage in stages.all] == [(3, 4, 6, 8), (3, 6, 9, 12), (3, 12, 18, 24)]
     assert ResolutionSchedule.stored(stages.plain()).all == stages.all
 

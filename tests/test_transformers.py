@@ -321,5 +321,5 @@ def test_what_does_not_go_together_is_refused():
         small(num_heads=5)
     with pytest.raises(ValueError, match="class_conditional=true: the data set has no classes"):
         small(class_conditional=True)
-    with pytest.raises(ValueError, match=r"is for sets of points, not for data of shape \[1, 8, 8\]"):
+    with pytest.raises(ValueError, match=r"is for point clouds, not for data of shape \[1, 8, 8\]"):
         SetTransformer((1, 8, 8), None, **option("set_tiny"))

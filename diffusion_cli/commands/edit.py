@@ -152,7 +152,7 @@ def _refuse(config: EditConfig, trained: LoadedModel, edit: Edit, method: Restor
         raise UsageError(
             "edit",
             kind,
-            "restores what is known of places in an image, and the model makes sets of points",
+            "restores an image from known pixels, and the model makes point clouds",
             "take img2img, interpolate, attribute or reconstruct",
         )
     if edit.restores and method is None:

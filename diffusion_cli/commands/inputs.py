@@ -74,7 +74,7 @@ def real_images(dataset: Dataset, split: str, count: int | None) -> list[Input]:
 def read_input(
     given: str | list[str], shapes: list[Shape], fit: bool, count: int | None, form: SampleFormat
 ) -> list[Input]:
-    """The images of a file, a folder or a list of files; UsageError names all that are not of a form and of the shapes.
+    """The images of a file, a folder or a list of files; UsageError names all of another format or shape.
 
     With `fit` those are cropped around the centre, resized and converted to the first of the shapes.
     """

@@ -126,7 +126,7 @@ class Contents(NamedTuple):
 
 
 def form_of_array(contents: Contents, given: Range | list[Range] | None) -> SampleFormat:
-    """The form of its images, by their range or by what is noted; UsageError where they have none."""
+    """The format of its images, by their range or as noted in the file; UsageError if there is none."""
     if given is None and contents.form is not None:
         return contents.form
     return image_form(contents.dtype, contents.shape[0], given)
@@ -373,7 +373,7 @@ def _texts(archive: Archive) -> list[str] | None:
 
 
 def _noted(archive: Archive) -> SampleFormat | None:
-    """The form that a packed file names, or None where something else is called so."""
+    """The format that a packed file names, or None if the entry is something else."""
     name = f"{FORM}.npy"
     with archive.open(name) as file:
         header = _parsed(file, archive.entries[name].file_size, None)

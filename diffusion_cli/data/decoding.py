@@ -53,7 +53,7 @@ class FileDecoder(Protocol):
 
 
 def key_text(decoder: Any) -> str:
-    """Return the text that identifies a decoder or form in the keys of cached latents.
+    """Return the text that identifies a decoder or format in the keys of cached latents.
 
     It lists the fields, as `Exact(form=Picture(), shape=(1, 8, 8))`. A field of `ADDED_FIELDS` with the value of older
     versions is omitted, so that keys of older versions stay valid.
@@ -147,7 +147,7 @@ def _resized(
 
 
 class HighDepthDecoder(NamedTuple):
-    """Decodes files of a form of numbers to float32 of a shape in [-1, 1], cropped and resized as by `ImageDecoder`."""
+    """Decodes files of a numeric format to float32 in [-1, 1], cropped and resized as by `ImageDecoder`."""
 
     form: RangedImage
     shape: Shape
@@ -172,7 +172,7 @@ class HighDepthDecoder(NamedTuple):
 def center_crop_resize(
     sample: Tensor, form: RangedImage, shape: Shape, resample: Image.Resampling = Image.Resampling.LANCZOS
 ) -> Tensor:
-    """An image [C, h, w] of a form with the height and width of a shape, as stored; itself where it has them.
+    """An image [C, h, w] as stored, resized to the height and width of a shape if it has others.
 
     Colours with opacity are averaged in proportion to it, so that invisible colours do not bleed into edges.
     """
@@ -199,7 +199,7 @@ def form_of_files(
     depth: Literal["auto", 8],
     rules: int,
 ) -> SampleFormat:
-    """The form of images like the first one; UsageError, about what was asked for or about the file, if it has none.
+    """The format of images like the first one; UsageError about the settings or the file if there is none.
 
     The first version of the rules has no modes with opacity, and takes CMYK for any four channels.
 
@@ -244,7 +244,7 @@ def _channels(form: RangedImage, data: bytes) -> int | None:
 
 
 class VolumeDecoder(NamedTuple):
-    """Decodes NIfTI and .npy to float32 [channels, *sizes] in [-1, 1], as the form maps values.
+    """Decodes NIfTI and .npy to float32 [channels, *sizes] in [-1, 1], as the format maps values.
 
     The largest centred block of the proportions of `sizes`, resized by an antialiased trilinear filter: a triangle as
     wide as two voxels of the result or of the file, whichever are larger. One of the right size is untouched.
@@ -303,7 +303,7 @@ def _triangles(given: int, wanted: int, factor: float) -> Tensor:
 
 
 class NoResize(NamedTuple):
-    """Reads files of one form and shape, as they are, not cropped or resized; FormatError as `SampleFormat.read`."""
+    """Reads files of one format and shape, neither cropped nor resized; FormatError as `SampleFormat.read`."""
 
     form: SampleFormat
     shape: Shape

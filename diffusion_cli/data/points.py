@@ -1,4 +1,4 @@
-"""Sets of points in space: a folder or ZIP archive of them, or those of analytic shapes."""
+"""Point clouds: a folder or ZIP archive of them, or samples of analytic surfaces."""
 
 import zlib
 from pathlib import Path, PurePosixPath

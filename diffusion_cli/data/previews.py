@@ -8,7 +8,7 @@ from diffusion_cli.formats import SampleFormat, Uint8Image
 
 
 def pictured(dataset: Dataset) -> Dataset:
-    """The dataset, its images uint8 [B, 1 or 3, H, W] as its form pictures them; itself where they are that already."""
+    """The dataset with its images as pictures, uint8 [B, 1 or 3, H, W]; itself if they are that already."""
     return dataset if isinstance(dataset.form, Uint8Image) else _Pictured(dataset)
 
 
@@ -24,7 +24,7 @@ class _Pictured(Dataset):
 
 
 class PicturedImages(Images):
-    """Images as a form pictures them."""
+    """Images as the pictures that their format makes of them."""
 
     def __init__(self, images: Images, form: SampleFormat) -> None:
         self.images, self.form = images, form

@@ -1,4 +1,4 @@
-"""Growing resolution: which size and how many images a step trains on, and the batches of all steps."""
+"""Progressive resolution: the image size and batch size of each step, and the batches of all steps."""
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -38,7 +38,7 @@ class ResolutionSchedule:
         self.all = tuple(stages)
 
     @classmethod
-    def growing(
+    def from_sizes(
         cls,
         shape: tuple[int, ...],
         batch_size: int,
@@ -108,7 +108,7 @@ class ResolutionSchedule:
 
 
 def _shapes(shape: tuple[int, ...], sizes: Sequence[int]) -> Iterator[tuple[int, ...]]:
-    """The shape of images reduced to each size of their short side; UsageError as `ResolutionSchedule.growing`."""
+    """The shape of images reduced to each size of their short side; UsageError as `ResolutionSchedule.from_sizes`."""
     channels, *sides = shape
     short, named = min(sides), "x".join(map(str, sides))
     common = math.gcd(*sides)

@@ -1,4 +1,4 @@
-"""What a form is: the numbers of a file, the file, and a picture of it."""
+"""The interface of sample formats: a file, its numbers, and its picture."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
@@ -28,14 +28,14 @@ class SampleFormat(ABC):
 
     kind: ClassVar[str]
     ordered: ClassVar[bool] = True
-    """Whether neighbours in the array are neighbours in space, as pixels are and points of a set are not."""
+    """Whether neighbours in the array are neighbours in space: true of pixels, not of point clouds."""
 
     def __init_subclass__(cls) -> None:
         if "kind" in cls.__dict__:
             KINDS[cls.kind] = cls
 
     def about(self) -> dict[str, Any]:
-        """Return the form as plain data."""
+        """Return the format as plain data."""
         return {"kind": self.kind, **asdict(self)}  # pyright: ignore[reportArgumentType]
 
     @property
@@ -70,7 +70,7 @@ class SampleFormat(ABC):
         return None
 
     def of(self, data: bytes) -> Self:
-        """Return the form that what is made of a file is written in: this one, but for where it lies."""
+        """Return the format for a result made from a file: this one, with the file's position in space."""
         return self
 
     def remark(self, images: Sequence[np.ndarray]) -> str | None:
@@ -96,7 +96,7 @@ class SampleFormat(ABC):
 
 
 def form_of(about: Mapping[str, Any]) -> SampleFormat:
-    """Return the form that `about` describes; UsageError, in one line, if there is no such form."""
+    """Return the format that `about` describes; UsageError if there is no such format."""
     values = dict(about)
     kind = KINDS.get(str(values.pop("kind", None)))
     if kind is None:

@@ -156,7 +156,7 @@ class Scan(NamedTuple):
 
 
 def dicom_form(data: bytes, given: Range | list[Range] | Literal["window"] | None) -> Dicom:
-    """The form of images like the one in a DICOM file: of a range of rescaled values, its window, or all it may hold.
+    """The format of images like those of a DICOM file: a range of rescaled values, its window, or its whole range.
 
     Raises UsageError, about `dataset.range` or the file, where that cannot be.
     """

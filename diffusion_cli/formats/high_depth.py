@@ -35,7 +35,7 @@ class HighDepthImage(RangedImage):
         self.check_range()
 
     def about(self) -> dict[str, Any]:
-        """Return the form as plain data; without a mode as versions that had none wrote it."""
+        """Return the format as plain data; without a mode, as earlier versions wrote it."""
         return {key: value for key, value in super().about().items() if key != "mode" or value}
 
     @property
@@ -108,7 +108,7 @@ def has_own_numbers(form: SampleFormat) -> bool:
 def image_form(
     dtype: str, channels: int, given: Range | list[Range] | None, mode: Literal["LA", "RGBA"] | None = None
 ) -> SampleFormat:
-    """The form of images of a type of numbers and a range, None for all values of whole numbers.
+    """The format of images of a dtype and a range; None for the whole range of an integer dtype.
 
     Gray and colour in bytes are pictures; with a range they are PNG too, as are 16-bit gray and bytes of a `mode` with
     opacity; all else is TIFF.

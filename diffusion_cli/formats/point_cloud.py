@@ -1,4 +1,4 @@
-"""Sets of points in space."""
+"""Point clouds."""
 
 import math
 from pathlib import Path

@@ -13,7 +13,7 @@ from diffusion_cli.networks.transformer import SelfAttention, Transformer, Xavie
 
 
 class SetTransformer(Transformer):
-    """F(x, c_noise, y) of a set of points: the blocks of `DiT` with a token for each point, and no positions.
+    """F(x, c_noise, y) of a point cloud: the blocks of `DiT` with a token for each point and no positions.
 
     `shape` is that of a set, [C, N]: N points with C coordinates each. Points in another order give the same F in
     that order, and a trained network takes any number of them. With M `inducing_points` the points attend to each
@@ -48,7 +48,7 @@ class SetTransformer(Transformer):
             raise UsageError(
                 "model",
                 "SetTransformer",
-                f"is for sets of points, not for data of shape {list(shape)}",
+                f"is for point clouds, not for data of shape {list(shape)}",
                 "take dataset=points",
             )
         attention = SelfAttention

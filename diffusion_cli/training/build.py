@@ -171,7 +171,7 @@ def module_of(config: TrainConfig, parts: TrainingSetup, about: dict[str, Any]) 
 
 
 def stages_of(config: TrainConfig, dataset: Dataset) -> ResolutionSchedule:
-    """The sizes of a run's images; UsageError for point clouds and masks, and as `ResolutionSchedule.growing`."""
+    """The sizes of a run's images; UsageError for point clouds and masks, and as `ResolutionSchedule.from_sizes`."""
     sizes, steps = config.progressive, config.stage_steps
     if sizes is not None and not dataset.form.ordered:
         raise UsageError(
@@ -187,7 +187,7 @@ def stages_of(config: TrainConfig, dataset: Dataset) -> ResolutionSchedule:
     if steps is None and sizes is not None:
         assert config.max_steps is not None
         steps = [config.max_steps // len(sizes)] * (len(sizes) - 1)
-    return ResolutionSchedule.growing(
+    return ResolutionSchedule.from_sizes(
         dataset.shape, config.batch_size, sizes, steps or [], config.stage_batch
     )
 

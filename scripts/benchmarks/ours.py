@@ -65,7 +65,7 @@ class Training:
         self.device, self.precision, self.seed = device, precision, checked.seed
         self.denoiser = denoiser_of(checked, shape).to(device)
         self.network = self.denoiser.network
-        self.times, self.objective = build(checked.times), build(checked.objective)
+        self.times, self.objective = build(checked.time_sampling), build(checked.objective)
         self.ema = EMA(self.network, checked.ema.decay, checked.ema.warm_up)
         settings = build(checked.optimizer)
         self.clip_norm = settings.clip_norm

@@ -30,7 +30,7 @@ LOSSES = {
     "loss_q2": "2nd quartile",
     "loss_q3": "3rd quartile",
     "loss_q4": "4th quartile (most noise)",
-    "held_out_loss": "held out",
+    "val_loss": "validation",
 }
 
 Frames = Annotated[int, Field(ge=2)]
@@ -101,7 +101,7 @@ class Forward(Figure):
     of = ("schedule", "image")
     formats = ("png",)
 
-    def __init__(self, *, dataset: str = "digits", split: Split = "held_out", frames: Frames = 10) -> None:
+    def __init__(self, *, dataset: str = "digits", split: Split = "val", frames: Frames = 10) -> None:
         self.dataset, self.frames = dataset, frames
         self.split: Split = split
 

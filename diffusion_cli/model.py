@@ -345,7 +345,7 @@ class Model:
             edit=name, restoration=restoration or _usual_restoration(name), seed=seed, steps=steps, sampler=sampler,
             label=label, guidance=guidance, **_scale(guidance_scale),
         )  # fmt: skip
-        named = [] if images is None else ["input=held_out"]  # stands for the images, and is not read
+        named = [] if images is None else ["input=val"]  # stands for the images, and is not read
         masked = [] if mask is None else ["edit.mask=mask"]
         checked = self._checked("edit", EditConfig, [*settings, *named, *masked], overrides)
         prepared = prepare(checked.sampling, self.folder, self._loaded)

@@ -63,7 +63,7 @@ def read_zip(data: bytes) -> None:
     Folder(
         "", path=str(path), masks=None,
         resolution=8, channels=3, range=None, depth="auto", labels="auto", background="white",
-        flip=False, held_out=0.0, in_memory=True, num_workers=0,
+        flip=False, val_fraction=0.0, in_memory=True, num_workers=0,
     ).load("train")  # fmt: skip
 
 
@@ -71,7 +71,7 @@ def read_npy(data: bytes) -> None:
     """Load a NumPy file as a dataset."""
     path = PLACE / ("x.npz" if data[:2] == b"PK" else "x.npy")
     path.write_bytes(data)
-    dataset = Array("", path=str(path), range=None, flip=False, held_out=0.0, in_memory=None)
+    dataset = Array("", path=str(path), range=None, flip=False, val_fraction=0.0, in_memory=None)
     dataset.load("train")[torch.tensor([0])]
 
 

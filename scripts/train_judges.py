@@ -48,13 +48,15 @@ def train(dataset: Dataset, seed: int, licence: str, folder: Path) -> dict[str, 
 
     The accuracy is that of the written float16 weights. Raises ValueError if it is under 0.99.
     """
-    settings, images, held_out = recipe(dataset, seed), dataset.load("train"), dataset.load("held_out")
+    settings, images, val = recipe(dataset, seed), dataset.load("train"), dataset.load("val")
     network = settings.train(images, CPU)
     halves = {name: halved(value) for name, value in network.state_dict().items()}
     network.load_state_dict(halves)
-    share = accuracy(network, held_out, CPU)
+    share = accuracy(network, val, CPU)
     if share is None or share < LEAST_ACCURACY:
-        raise ValueError(f"{dataset.name}, seed {seed}: held-out accuracy {share} is under {LEAST_ACCURACY}")
+        raise ValueError(
+            f"{dataset.name}, seed {seed}: validation accuracy {share} is under {LEAST_ACCURACY}"
+        )
     content = save(halves)
     path = folder / f"{dataset.name}-{seed}.safetensors"
     with atomic_write(path) as temporary:
@@ -65,8 +67,8 @@ def train(dataset: Dataset, seed: int, licence: str, folder: Path) -> dict[str, 
         "features_digest": digest(network.state_dict()),
         "dataset": dataset.name,
         "train_sha256": images.digest(),
-        "held_out_sha256": held_out.digest(),
-        "held_out_accuracy": share,
+        "val_sha256": val.digest(),
+        "val_accuracy": share,
         "recipe": asdict(settings),
         "licence": "Apache-2.0",
         "data_licence": licence,
@@ -92,7 +94,7 @@ def main() -> None:
             row = train(dataset, seed, LICENCES[name], FOLDER)
             rows.append(row)
             print(
-                f"| {name} | {seed} | {row['held_out_accuracy']:.4f} | `{row['features_digest'][:12]}` |",
+                f"| {name} | {seed} | {row['val_accuracy']:.4f} | `{row['features_digest'][:12]}` |",
                 flush=True,
             )
     with atomic_write(INDEX) as temporary:

@@ -392,7 +392,7 @@ def test_the_loss_falls_and_the_averaged_weights_are_those_that_load(tmp_path):
     checkpoint = train(tmp_path, "max_steps=60", "optimizer.lr=0.005")
     logged = rows(tmp_path)
     assert float(logged[-1]["loss"] or logged[-2]["loss"]) < 0.6 * float(logged[0]["loss"])
-    assert any(row.get("held_out_loss") for row in logged)
+    assert any(row.get("val_loss") for row in logged)
     assert (tmp_path / "tiny" / "previews" / "step_00000050.png").is_file()
     loaded = load_autoencoder(tmp_path / "tiny", torch.device("cpu"))
     assert loaded.shape == (1, 8, 8)
@@ -458,8 +458,8 @@ def evaluate(folder: Path, *words: str) -> int:
 
 @pytest.fixture(scope="module")
 def pixels(runs) -> tuple[Tensor, Tensor]:
-    """All held-out digits, and what the run makes of them, as bytes in float64."""
-    images = Digits("", held_out=0.2, flip=False).load("held_out")
+    """All validation digits, and what the run makes of them, as bytes in float64."""
+    images = Digits("", val_fraction=0.2, flip=False).load("val")
     originals = images[torch.arange(len(images))]
     network = load_autoencoder(runs / "tiny", torch.device("cpu")).network
     return originals.double(), to_bytes(network.reconstruct(to_model_range(originals))).double()
@@ -475,10 +475,10 @@ def test_the_peak_signal_to_noise_ratio_is_the_mean_of_each_images_own(runs, pix
     assert result["value"] == pytest.approx(ratios.mean().item())
     assert result["details"]["standard_error"] == pytest.approx((ratios.std() / len(ratios) ** 0.5).item())
     assert result["details"]["images"] == len(originals) == 359
-    assert result["protocol"]["sampling"]["split"] == "held_out"
+    assert result["protocol"]["sampling"]["split"] == "val"
     said = capsys.readouterr().out
     assert "ssim: its window of 11 pixels a side does not fit" in said
-    assert "its reconstructions of 359 images of digits/held_out, ema weights" in said
+    assert "its reconstructions of 359 images of digits/val, ema weights" in said
     assert list((runs / "tiny" / "pictures").glob("reconstructions-*.png"))
 
 
@@ -488,7 +488,7 @@ def test_numbers_of_deep_images_say_over_what_range_they_are(tmp_path, capsys):
         "dataset=array",
         f"dataset.path={tmp_path}/deep.npy",
         "dataset.range=[0,4095]",
-        "dataset.held_out=0.2",
+        "dataset.val_fraction=0.2",
     ]
     checkpoint = train(tmp_path, *data, "max_steps=2")
     assert evaluate(tmp_path, "metric=reconstruction") == 0
@@ -504,7 +504,7 @@ def test_numbers_of_deep_images_say_over_what_range_they_are(tmp_path, capsys):
 def test_the_frechet_distance_is_between_reconstructions_and_their_originals(runs, pixels):
     assert evaluate(runs, "metric=rfid", "features=classifier", "features.steps=20") == 0
     (result,) = json.loads((runs / "tiny" / "metrics.json").read_text())[-1]["results"]
-    dataset = Digits("", held_out=0.2, flip=False)
+    dataset = Digits("", val_fraction=0.2, flip=False)
     node = yaml.safe_load((CONF / "features" / "classifier.yaml").read_text()) | {"steps": 20}
     features = build(node, dataset, runs / "cache", torch.device("cpu"))
     features.prepare()
@@ -570,10 +570,10 @@ def small_of(size: int) -> AutoencoderKL:
         (["metric=[reconstruction,inversion]"], "metric=inversion: is not of an autoencoder"),
         (
             ["metric=[reconstruction,rfid]", "metric.rfid.split=train"],
-            "reconstruction.split=held_out, rfid.split=train",
+            "reconstruction.split=val, rfid.split=train",
         ),
         (["metric=reconstruction", "num_samples=5"], "num_samples=5: is of samples of a denoiser"),
-        (["metric=reconstruction", "reference.split=held_out"], "leave it out"),
+        (["metric=reconstruction", "reference.split=val"], "leave it out"),
         (
             ["metric=reconstruction", "run=null", "samples=there"],
             "metric=reconstruction: measures what an autoencoder",

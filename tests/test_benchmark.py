@@ -163,7 +163,7 @@ def test_our_step_is_that_of_diffuse_train(tmp_path, monkeypatch: pytest.MonkeyP
 
     words = [
         f"output_dir={tmp_path}", "name=run", "max_steps=3", "batch_size=8", "precision=fp32", "trainer=cpu",
-        "dataset.held_out=0", "logger=csv", "preview_every=1000",
+        "dataset.val_fraction=0", "logger=csv", "preview_every=1000",
     ]  # fmt: skip
     checked = configured(words)
     train(checked)

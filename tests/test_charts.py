@@ -60,10 +60,10 @@ def test_equal_panels_give_equal_bytes_without_texts_of_the_user():
 
 def test_cells_that_are_no_number_and_rows_cut_short_are_passed_over(tmp_path):
     path = tmp_path / "metrics.csv"
-    path.write_text("step,loss,held_out_loss\n1,nan,0.5\n2,inf,\n3,0.25,0.125\nx,1,1\n4,y,1e300\n5,0.2")
+    path.write_text("step,loss,val_loss\n1,nan,0.5\n2,inf,\n3,0.25,0.125\nx,1,1\n4,y,1e300\n5,0.2")
     assert read_curves(path) == {
         "loss": [(3, 0.25), (5, 0.2)],
-        "held_out_loss": [(1, 0.5), (3, 0.125)],
+        "val_loss": [(1, 0.5), (3, 0.125)],
     }
 
 

@@ -79,7 +79,7 @@ def unbalanced(tmp_path) -> Path:
 
 
 def array(path: Path) -> Array:
-    return Array("", path=str(path), range=None, flip=False, held_out=0.0, in_memory=None)
+    return Array("", path=str(path), range=None, flip=False, val_fraction=0.0, in_memory=None)
 
 
 def trained(names: tuple[str, ...], labels: list[int]) -> LoadedModel:
@@ -110,7 +110,7 @@ def test_a_reference_without_the_models_classes_leaves_equal_shares(unbalanced, 
     np.save(tmp_path / "plain.npy", np.zeros((5, 8, 8), np.uint8))
     model = trained(("cat", "dog"), [0, 1])
     plain = GivenReference(array(unbalanced), path=str(tmp_path / "plain.npy"))
-    others = DatasetReference(Digits("", held_out=0.2, flip=False), split="train", stats=None)
+    others = DatasetReference(Digits("", val_fraction=0.2, flip=False), split="train", stats=None)
     for reference in (plain, others):
         found, note = in_shares_of(model, reference)
         assert found is model
@@ -130,7 +130,9 @@ def test_published_statistics_leave_equal_shares_without_the_data_set():
         def load(self, split):
             raise AssertionError("the data set is read")
 
-    reference = DatasetReference(Absent("", held_out=0.2, flip=False), split="train", stats="statistics.npz")
+    reference = DatasetReference(
+        Absent("", val_fraction=0.2, flip=False), split="train", stats="statistics.npz"
+    )
     names = reference.dataset.class_names
     assert names is not None
     model = trained(names, [0, 1])

@@ -54,7 +54,7 @@ def write(path: Path, value: int = 0) -> None:
 
 def folder(path: Path, **changes) -> Folder:
     node = yaml.safe_load((CONF / "dataset" / "folder.yaml").read_text())["dataset"]
-    options = {**node, "path": str(path), "resolution": 8, "channels": 1, "held_out": 0, **changes}
+    options = {**node, "path": str(path), "resolution": 8, "channels": 1, "val_fraction": 0, **changes}
     return Folder(".", **{key: value for key, value in options.items() if key != "_target_"})
 
 
@@ -69,7 +69,7 @@ def trained(tmp_path_factory) -> Path:
         f"dataset.path={root / 'data'}",
         "dataset.resolution=8",
         "dataset.channels=1",
-        "dataset.held_out=0",
+        "dataset.val_fraction=0",
     ]
     words += ["max_steps=1", "name=run", f"output_dir={root}"]
     assert run(["train", "dataset=folder", *words, *TINY]) == 0
@@ -176,7 +176,7 @@ def gap(tmp_path_factory) -> Path:
     words = [
         "dataset=array",
         f"dataset.path={root / 'data.npz'}",
-        "dataset.held_out=0",
+        "dataset.val_fraction=0",
         "max_steps=1",
         "name=run",
     ]
@@ -204,7 +204,7 @@ def test_classes_without_a_training_image_are_neither_drawn_nor_measured_in_trai
     for name in ("a", "b"):
         for image in range(9):
             write(tmp_path / "data" / name / f"{image}.png", image)
-    write(tmp_path / "data" / "c" / "3.png")  # held out by its name
+    write(tmp_path / "data" / "c" / "3.png")  # for validation by its name
     seen: list[Any] = []
     for module in (callbacks, evaluation):
         labels_of = module.labels_of
@@ -250,21 +250,21 @@ def test_images_of_classes_in_a_checkpoint_are_checked(gap):
 
 
 def known(dataset: Any) -> list[str]:
-    return [dataset.load(split).fingerprint() for split in ("train", "held_out")]
+    return [dataset.load(split).fingerprint() for split in ("train", "val")]
 
 
 def test_a_fingerprint_is_that_of_the_files_in_memory_or_not(tmp_path):
     for number in range(100):
         write(tmp_path / "a" / f"{number:03d}.png", number)
-    before = known(folder(tmp_path, in_memory=True, held_out=0.5))
-    assert before == known(folder(tmp_path, in_memory=False, held_out=0.5))
+    before = known(folder(tmp_path, in_memory=True, val_fraction=0.5))
+    assert before == known(folder(tmp_path, in_memory=False, val_fraction=0.5))
     assert len(set(before)) == 2
     write(tmp_path / "a" / "000.png", 200)
-    changed = known(folder(tmp_path, held_out=0.5))
+    changed = known(folder(tmp_path, val_fraction=0.5))
     assert sum(one != other for one, other in zip(before, changed, strict=True)) == 1
     write(tmp_path / "a" / "000.png", 0)
     (tmp_path / "a" / "050.png").rename(tmp_path / "a" / "050b.png")
-    assert known(folder(tmp_path, held_out=0.5)) != before
+    assert known(folder(tmp_path, val_fraction=0.5)) != before
 
 
 @pytest.mark.parametrize("compressed", [False, True])
@@ -273,7 +273,7 @@ def test_a_fingerprint_is_that_of_the_rows_in_memory_or_not(tmp_path, compressed
 
     def fingerprints(images: np.ndarray, **changes) -> list[str]:
         (np.savez_compressed if compressed else np.savez)(path, images=images)
-        options = {"range": None, "flip": False, "held_out": 0.5, "in_memory": None, **changes}
+        options = {"range": None, "flip": False, "val_fraction": 0.5, "in_memory": None, **changes}
         return known(Array(".", path=str(path), **options))
 
     before = fingerprints(images)

@@ -62,6 +62,19 @@ def test_every_mistake_at_once_one_line_each(capsys):
         (["sample", "accumulate=2"], "accumulate=2: unknown key"),
         (["edit", "method=dps"], "method=dps: renamed to restoration; use restoration=dps"),
         (["edit", "method.scale=2"], "method.scale=2: renamed to restoration; use restoration.scale=2"),
+        (
+            ["train", "dataset.held_out=0"],
+            "dataset.held_out=0: renamed to val_fraction; use dataset.val_fraction=0",
+        ),
+        (["edit", "input=held_out"], "input=held_out: renamed to val; use input=val"),
+        (
+            ["eval", "metric=reconstruction", "metric.reconstruction.split=held_out"],
+            "metric.reconstruction.split=held_out: renamed to val; use metric.reconstruction.split=val",
+        ),
+        (
+            ["compare", "reference.split=[held_out]"],
+            "reference.split=held_out: renamed to val; use reference.split=val",
+        ),
         (["train", "times=uniform"], "times=uniform: renamed to time_sampling; use time_sampling=uniform"),
         (["train", "times.bins=4"], "times.bins=4: renamed to time_sampling; use time_sampling.bins=4"),
         (["train", "max_steps=null"], "max_steps: no budget; set max_steps, max_epochs or max_time"),
@@ -318,7 +331,7 @@ def test_a_line_is_not_too_long_and_has_its_remedy(capsys, tmp_path):
         "model=unet_tiny",
         f"output_dir={tmp_path}/o",
     ]
-    assert run(["train", "dataset=folder", "dataset.labels=none", "dataset.held_out=0", *words]) == 2
+    assert run(["train", "dataset=folder", "dataset.labels=none", "dataset.val_fraction=0", *words]) == 2
     (line,) = (line for line in capsys.readouterr().err.splitlines() if line.startswith("diffuse: "))
     assert len(line) == len("diffuse: ") + 1000
     assert f"dataset.path={tmp_path}: cannot use 10 of the images, repair or remove: 0x" in line

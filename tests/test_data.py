@@ -301,7 +301,7 @@ def folder(path: Path, **changes) -> Folder:
         "labels": "auto",
         "background": "white",
         "flip": False,
-        "held_out": 0.0,
+        "val_fraction": 0.0,
         "in_memory": True,
         "num_workers": 0,
     }
@@ -618,10 +618,10 @@ def test_labels_of_a_table_stay_with_their_images_in_both_splits(tmp_path, as_so
         save(tmp_path / f"images/{number}.png", np.full((8, 8), number, np.uint8))
     rows = "".join(f"{number}.png,{number}\n" for number in reversed(range(40)))
     (tmp_path / "images/labels.csv").write_text("file,label\n" + rows)
-    dataset = folder(as_source(tmp_path / "images"), held_out=0.5)
+    dataset = folder(as_source(tmp_path / "images"), val_fraction=0.5)
     assert dataset.class_names == tuple(map(str, range(40)))
     seen = []
-    for split in ("train", "held_out"):
+    for split in ("train", "val"):
         images = dataset.load(split)
         assert len(images) > 0
         pixels = images[torch.arange(len(images))]
@@ -642,8 +642,8 @@ def test_what_systems_leave_behind_is_ignored(tmp_path):
 def test_an_archive_is_the_folder_it_was_made_of(tmp_path):
     source = write_images(tmp_path / "images", 7, size=20)
     archive = zipped(source, tmp_path / "images.zip")
-    for split in ("train", "held_out"):
-        from_folder, from_zip = (folder(path, held_out=0.5).load(split) for path in (source, archive))
+    for split in ("train", "val"):
+        from_folder, from_zip = (folder(path, val_fraction=0.5).load(split) for path in (source, archive))
         assert len(from_folder) > 0
         assert from_folder.digest() == from_zip.digest()
 
@@ -694,38 +694,38 @@ def test_paths_without_images_are_refused_at_once(tmp_path):
 
 def test_adding_files_moves_none_between_the_splits(tmp_path):
     def names(split) -> set[str]:
-        images = folder(tmp_path, held_out=0.25, in_memory=False, labels="none").load(split)
+        images = folder(tmp_path, val_fraction=0.25, in_memory=False, labels="none").load(split)
         assert isinstance(images, FileImages)
         return set(images.names)
 
     write_images(tmp_path, 200, size=1)
-    train, held_out = names("train"), names("held_out")
-    assert not train & held_out
-    assert len(train | held_out) == 200
-    assert abs(len(held_out) - 50) < 4 * math.sqrt(200 * 0.25 * 0.75)
+    train, val = names("train"), names("val")
+    assert not train & val
+    assert len(train | val) == 200
+    assert abs(len(val) - 50) < 4 * math.sqrt(200 * 0.25 * 0.75)
     for number in range(20):
         save(tmp_path / f"a/{number}_new.png", np.zeros((1, 1), np.uint8))
     assert train < names("train")
-    assert held_out <= names("held_out")
+    assert val <= names("val")
 
 
 def test_a_few_images_are_divided_or_all_trained_on_with_a_line(tmp_path):
     for count in range(1, 14):
         save(tmp_path / f"{count}.png", np.zeros((8, 8), np.uint8))
-        for held_out in (0.0, 0.001, 0.1, 0.5, 0.99):
-            images = folder(tmp_path, held_out=held_out)
-            trained, kept = (len(images.load(split)) for split in ("train", "held_out"))
+        for val in (0.0, 0.001, 0.1, 0.5, 0.99):
+            images = folder(tmp_path, val_fraction=val)
+            trained, kept = (len(images.load(split)) for split in ("train", "val"))
             assert trained > 0
             assert trained + kept == count
-            assert kept > 0 or min(round(held_out * count), count - 1) <= 0
-            assert ("too few" in " ".join(images.remarks())) == (held_out > 0 and kept == 0)
+            assert kept > 0 or min(round(val * count), count - 1) <= 0
+            assert ("too few" in " ".join(images.remarks())) == (val > 0 and kept == 0)
 
 
 def test_a_few_rows_are_divided_or_all_trained_on_with_a_line(tmp_path):
     for count in (1, 3, 9):
         np.save(tmp_path / "x.npy", np.zeros((count, 8, 8), np.uint8))
-        images = array(tmp_path / "x.npy", held_out=0.1)
-        assert [len(images.load(split)) for split in ("train", "held_out")] == [
+        images = array(tmp_path / "x.npy", val_fraction=0.1)
+        assert [len(images.load(split)) for split in ("train", "val")] == [
             count - (count > 4),
             int(count > 4),
         ]
@@ -747,7 +747,10 @@ def test_a_folder_has_its_whole_name(tmp_path, monkeypatch):
 def array(path: Path, **changes) -> Array:
     return Array(
         "",
-        **({"path": str(path), "range": None, "flip": False, "held_out": 0.0, "in_memory": True} | changes),
+        **(
+            {"path": str(path), "range": None, "flip": False, "val_fraction": 0.0, "in_memory": True}
+            | changes
+        ),
     )
 
 
@@ -776,12 +779,12 @@ def test_archives_of_arrays_have_labels(tmp_path, images, labels):
     np.savez_compressed(
         tmp_path / "x.npz", **{images: pixels, labels: np.array([0, 2, 1, 2, 0, 0], np.int16)}
     )
-    dataset = array(tmp_path / "x.npz", held_out=0.5, in_memory=None)
+    dataset = array(tmp_path / "x.npz", val_fraction=0.5, in_memory=None)
     assert dataset.class_names == ("0", "1", "2")
-    train, held_out = dataset.load("train"), dataset.load("held_out")
-    assert (len(train), len(held_out)) == (3, 3)
+    train, val = dataset.load("train"), dataset.load("val")
+    assert (len(train), len(val)) == (3, 3)
     found = {}
-    for split in (train, held_out):
+    for split in (train, val):
         for image, label in zip(split[torch.arange(3)], labels_of(split), strict=True):
             found[image.numpy().tobytes()] = int(label)
     expected = {p.transpose(2, 0, 1).tobytes(): k for p, k in zip(pixels, [0, 2, 1, 2, 0, 0], strict=True)}
@@ -837,7 +840,7 @@ def pack(dataset: Dataset, path: Path, processes: int = 0) -> Path:
 
 
 def packed(path: Path, **changes) -> Array:
-    return array(path, held_out=None, **changes)
+    return array(path, val_fraction=None, **changes)
 
 
 @pytest.mark.parametrize("in_memory", [True, False])
@@ -845,13 +848,13 @@ def packed(path: Path, **changes) -> Array:
 def test_a_packed_dataset_is_the_dataset(tmp_path, kind, in_memory):
     source = write_images(tmp_path / ("x" if kind == "folder" else "x/y"), 40)
     dataset = {
-        "folder": lambda: folder(zipped(source, tmp_path / "x.zip"), held_out=0.3),
-        "plain": lambda: folder(source, held_out=0.3, labels="none", channels=1),
-        "digits": lambda: Digits("", held_out=0.2, flip=False),
+        "folder": lambda: folder(zipped(source, tmp_path / "x.zip"), val_fraction=0.3),
+        "plain": lambda: folder(source, val_fraction=0.3, labels="none", channels=1),
+        "digits": lambda: Digits("", val_fraction=0.2, flip=False),
     }[kind]()
     again = packed(pack(dataset, tmp_path / "x.npz"), in_memory=in_memory)
     assert (again.shape, again.class_names) == (dataset.shape, dataset.class_names)
-    for split in ("train", "held_out"):
+    for split in ("train", "val"):
         images = again.load(split)
         assert isinstance(images, MemoryImages) == in_memory
         assert images.digest() == dataset.load(split).digest()
@@ -860,18 +863,18 @@ def test_a_packed_dataset_is_the_dataset(tmp_path, kind, in_memory):
         assert_same(*batches)
     given = given_images(tmp_path / "x.npz", "samples")
     assert given.class_names == dataset.class_names
-    assert len(given.images) == sum(len(dataset.load(split)) for split in ("train", "held_out"))
+    assert len(given.images) == sum(len(dataset.load(split)) for split in ("train", "val"))
 
 
-def test_another_share_of_a_packed_dataset_may_be_held_out(tmp_path):
-    path = pack(Digits("", held_out=0.0, flip=False), tmp_path / "x.npz")
-    assert len(packed(path).load("held_out")) == 0
-    assert len(array(path, held_out=0.5).load("held_out")) == round(1797 / 2)
+def test_another_share_of_a_packed_dataset_may_be_validation(tmp_path):
+    path = pack(Digits("", val_fraction=0.0, flip=False), tmp_path / "x.npz")
+    assert len(packed(path).load("val")) == 0
+    assert len(array(path, val_fraction=0.5).load("val")) == round(1797 / 2)
 
 
 def test_a_packed_file_is_the_same_from_any_number_of_processes(tmp_path, monkeypatch):
     monkeypatch.setattr(packing, "CHUNK", 2000)
-    dataset = folder(write_images(tmp_path / "x", 60), held_out=0.3, in_memory=None)
+    dataset = folder(write_images(tmp_path / "x", 60), val_fraction=0.3, in_memory=None)
     files = [pack(dataset, tmp_path / f"{n}.npz", n).read_bytes() for n in (0, 1, 2)]
     assert files[0] == files[1] == files[2]
 
@@ -905,7 +908,7 @@ def test_marks_and_names_that_do_not_fit_the_images_are_refused(tmp_path):
             array(tmp_path / "x.npz")
         return str(caught.value)
 
-    assert "must be of 4" in refusal(held_out=np.zeros(3, bool))
+    assert "must be of 4" in refusal(val=np.zeros(3, bool))
     assert "2 names" in refusal(class_names=np.array(["a", "b"]))
     assert "2 names" in refusal(class_names=np.array(["a", "b", "a"]))
 
@@ -913,11 +916,11 @@ def test_marks_and_names_that_do_not_fit_the_images_are_refused(tmp_path):
 @pytest.mark.parametrize("names", [np.array([b"a", b"b", b"c"]), np.array(["a", "b", "c"], dtype=object)])
 def test_what_others_call_marks_and_names_is_passed_over(tmp_path, names):
     images, labels = np.zeros((4, 8, 8), np.uint8), np.array([0, 1, 2, 0])
-    others = {"class_names": names, "held_out": np.zeros(4, np.uint8)}
+    others = {"class_names": names, "val": np.zeros(4, np.uint8)}
     np.savez(tmp_path / "x.npz", allow_pickle=True, images=images, labels=labels, **others)
-    dataset = array(tmp_path / "x.npz", held_out=None)
+    dataset = array(tmp_path / "x.npz", val_fraction=None)
     assert dataset.class_names == ("0", "1", "2")
-    assert dataset.held_out == 0.1
+    assert dataset.val_fraction == 0.1
 
 
 @pytest.mark.parametrize("at_once", [True, False])
@@ -939,13 +942,13 @@ def test_a_packed_file_with_a_lost_page_is_refused(tmp_path, monkeypatch, in_mem
         array(tmp_path / "damaged.npz", in_memory=in_memory).load("train")[torch.tensor([0])]
 
 
-@pytest.mark.parametrize("key", ["labels", "held_out"])
+@pytest.mark.parametrize("key", ["labels", "val"])
 def test_a_packed_file_with_damaged_labels_or_marks_is_refused(tmp_path, key):
     path = tmp_path / "x.npz"
     arrays = {
         "images": np.ones((40, 8, 8), np.uint8),
         "labels": np.arange(40) % 4,
-        "held_out": np.arange(40) < 4,
+        "val": np.arange(40) < 4,
     }
     np.savez(path, **arrays)
     content = bytearray(path.read_bytes())
@@ -966,7 +969,7 @@ def data(tmp_path: Path, *words: str) -> int:
 
 def test_the_command_writes_a_file_whole_or_not_at_all(tmp_path, capsys):
     source = write_images(tmp_path / "x", 4)
-    words = ["dataset=folder", f"dataset.path={source}", "dataset.resolution=8", "dataset.held_out=0"]
+    words = ["dataset=folder", f"dataset.path={source}", "dataset.resolution=8", "dataset.val_fraction=0"]
     assert data(tmp_path, *words) == 0
     output = tmp_path / "packed/x-8x8.npz"
     assert f"dataset.path={output} dataset.flip=true" in capsys.readouterr().out
@@ -1011,8 +1014,8 @@ def test_digits_are_those_of_scikit_learn_split_once():
     from sklearn.datasets import load_digits
 
     values, labels = load_digits(return_X_y=True)
-    dataset = Digits("", held_out=0.2, flip=False)
-    splits = [dataset.load("train"), dataset.load("held_out")]
+    dataset = Digits("", val_fraction=0.2, flip=False)
+    splits = [dataset.load("train"), dataset.load("val")]
     assert [len(images) for images in splits] == [1438, 359]
     found = sorted(
         (int(label), image.tobytes())
@@ -1023,7 +1026,7 @@ def test_digits_are_those_of_scikit_learn_split_once():
     assert found == sorted(
         (int(label), image.tobytes()) for label, image in zip(labels, expected, strict=True)
     )
-    # Frozen on purpose: another split would put held-out images of older runs into training.
+    # Frozen on purpose: another split would put validation images of older runs into training.
     assert splits[1].digest()[:16] == "83493fb0b8bf54ef"
 
 
@@ -1040,12 +1043,12 @@ def test_mnist_files_are_read_and_padded(tmp_path, kind, name):
     from torchvision import datasets
 
     images, labels = {}, {}
-    for split, prefix, count in (("train", "train", 5), ("held_out", "t10k", 3)):
+    for split, prefix, count in (("train", "train", 5), ("val", "t10k", 3)):
         images[split] = RNG.integers(1, 256, (count, 28, 28), dtype=np.uint8)
         labels[split] = RNG.integers(0, 10, count, dtype=np.uint8)
         write_idx(tmp_path / name / "raw" / f"{prefix}-images-idx3-ubyte", images[split])
         write_idx(tmp_path / name / "raw" / f"{prefix}-labels-idx1-ubyte", labels[split])
-    for split in ("train", "held_out"):
+    for split in ("train", "val"):
         published = kind(str(tmp_path), size=28, flip=False).load(split)
         np.testing.assert_array_equal(published.pixels[:, 0].numpy(), images[split])
         np.testing.assert_array_equal(published.labels.numpy(), labels[split])
@@ -1081,11 +1084,11 @@ def test_cifar10_files_are_read(tmp_path, monkeypatch):
         datasets.CIFAR10, "meta", {"filename": "meta", "key": "label_names", "md5": sums["meta"]}
     )
     dataset = CIFAR10(str(tmp_path), flip=True)
-    train, held_out = dataset.load("train"), dataset.load("held_out")
+    train, val = dataset.load("train"), dataset.load("val")
     np.testing.assert_array_equal(train.pixels.numpy(), images[:4])
     assert labels_of(train).tolist() == [0, 9, 1, 8]
-    np.testing.assert_array_equal(held_out.pixels.numpy(), images[4:])
-    assert labels_of(held_out).tolist() == [2, 7]
+    np.testing.assert_array_equal(val.pixels.numpy(), images[4:])
+    assert labels_of(val).tolist() == [2, 7]
 
 
 @pytest.mark.parametrize(
@@ -1200,7 +1203,7 @@ def test_drawn_points_have_the_moments_of_the_mixture(mixture):
         size=size,
         seed=7,
     )
-    images, held_out = drawn.load("train"), drawn.load("held_out")
+    images, val = drawn.load("train"), drawn.load("val")
     points = images[torch.arange(size)].double().flatten(1)
     scale = drawn.covariance().diagonal().sqrt()
     assert ((points.mean(0) - drawn.mean().flatten()).abs() < 5 * scale / math.sqrt(size)).all()
@@ -1211,7 +1214,7 @@ def test_drawn_points_have_the_moments_of_the_mixture(mixture):
     inside = points[images.labels == 1] - drawn.means[1]
     assert_close(inside.std(), drawn.stds[1], rtol=0.05, atol=0)
     assert images.digest() == drawn.load("train").digest()
-    assert images.digest() != held_out.digest()
+    assert images.digest() != val.digest()
 
 
 @pytest.mark.parametrize(

@@ -627,7 +627,7 @@ def test_a_stopped_edit_is_completed_whatever_the_batch(folder, tmp_path, capsys
     ],
 )
 def test_every_kind_of_edit_of_real_images(folder, tmp_path, words):
-    assert edit(folder, *words, "input=held_out", "num_images=4", f"output={tmp_path}/out") == 0
+    assert edit(folder, *words, "input=val", "num_images=4", f"output={tmp_path}/out") == 0
     grid = pixels(tmp_path / "out" / "grid.png")
     assert grid.shape[0] % (2 if "edit=interpolate" in words else 4) == 0
     assert grid.std() > 0
@@ -711,7 +711,7 @@ def test_files_of_one_name_do_not_overwrite_each_other(folder, tmp_path):
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
-        (["input=null"], "input=null: give an image file or a folder, or held_out"),
+        (["input=null"], "input=null: give an image file or a folder, or val"),
         (["input=/nowhere"], "input=/nowhere: is no file"),
         (["edit.mask=/nowhere.png"], "edit.mask=/nowhere.png: does not exist"),
         (["edit.mask=MASK"], "is 4 x 4 pixels and the images are 8 x 8"),
@@ -766,7 +766,7 @@ def test_files_of_one_name_do_not_overwrite_each_other(folder, tmp_path):
 def test_wrong_input_gets_one_line(folder, tmp_path, capsys, words, expected):
     Image.fromarray(np.full((4, 4), 255, dtype=np.uint8)).save(tmp_path / "mask.png")
     words = [word.replace("MASK", str(tmp_path / "mask.png")) for word in words]
-    given = [] if any(word.startswith("input=") for word in words) else ["input=held_out"]
+    given = [] if any(word.startswith("input=") for word in words) else ["input=val"]
     assert edit(folder, *given, *words) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert expected in line
@@ -778,7 +778,7 @@ def test_what_is_not_finite_is_not_saved(folder, tmp_path, capsys):
             folder,
             "restoration=dps",
             "restoration.scale=1e38",
-            "input=held_out",
+            "input=val",
             "num_images=1",
             f"output={tmp_path}/a",
         )
@@ -864,12 +864,10 @@ def test_a_series_with_a_frame_missing_is_made_again(folder, tmp_path, capsys):
 def test_a_null_class_that_was_never_trained_is_refused(folder, tmp_path, capsys):
     words = ["train", "max_steps=2", "logger=csv", "trainer=cpu", f"output_dir={tmp_path}", "name=sure"]
     assert run([*words, "model.class_conditional=true", "objective.label_dropout=0"]) == 0
-    for command in (["sample", "label=none"], ["edit", "edit=reconstruct", "input=held_out"]):
+    for command in (["sample", "label=none"], ["edit", "edit=reconstruct", "input=val"]):
         assert run([*command, f"output_dir={tmp_path}", "steps=2"]) == 2
         assert "label=null: the model was trained with objective.label_dropout=0" in capsys.readouterr().err
-    assert (
-        run(["edit", "edit=attribute", "label=3", "input=held_out", f"output_dir={tmp_path}", "steps=2"]) == 2
-    )
+    assert run(["edit", "edit=attribute", "label=3", "input=val", f"output_dir={tmp_path}", "steps=2"]) == 2
     assert "edit.source=null: the model was trained with" in capsys.readouterr().err
 
 
@@ -903,6 +901,4 @@ def test_the_newest_run_is_that_of_a_denoiser(folder, capsys):
 
 def test_a_classifier_run_shows_its_accuracy_by_noise_level(folder):
     header = (folder / "judge" / "metrics.csv").read_text().splitlines()[0].split(",")
-    assert {"held_out_accuracy", "held_out_accuracy_q1", "held_out_accuracy_q4", "held_out_loss"} <= set(
-        header
-    )
+    assert {"val_accuracy", "val_accuracy_q1", "val_accuracy_q4", "val_loss"} <= set(header)

@@ -195,7 +195,7 @@ def newest_notes(path: Path) -> list[str]:
 def test_a_run_is_evaluated_in_the_class_shares_of_its_data(place, capsys):
     words, history = ["num_samples=70", "metric=is", "metric.is.splits=2"], place / "o" / "a" / "metrics.json"
     assert evaluate(place, "run=a", *words) == 0
-    labels = Digits("", held_out=0.2, flip=False).load("train").labels
+    labels = Digits("", val_fraction=0.2, flip=False).load("train").labels
     assert labels is not None
     assert protocol(history)["sampling"]["labels"] == list(range(10))
     assert protocol(history)["sampling"]["label_shares"] == labels.bincount().tolist()
@@ -223,7 +223,7 @@ def test_kept_samples_bring_their_class_shares(place):
 
 
 def test_other_class_shares_than_the_reference_has_are_noted(place, tmp_path):
-    data = Digits("", held_out=0.2, flip=False).load("held_out")
+    data = Digits("", val_fraction=0.2, flip=False).load("val")
     assert data.labels is not None
     rows = (data.labels == 3).nonzero()[:30, 0]
     np.savez(tmp_path / "threes.npz", images=data[rows].numpy(), labels=data.labels[rows].numpy())
@@ -271,7 +271,7 @@ def test_results_in_a_zip_are_evaluated_without_the_pictures_of_them(place, imag
 
 
 def test_results_of_an_edit_are_evaluated(place):
-    words = ["edit=img2img", "input=held_out", "num_images=6", "steps=4", "run=a", f"output_dir={place}/o"]
+    words = ["edit=img2img", "input=val", "num_images=6", "steps=4", "run=a", f"output_dir={place}/o"]
     assert run(["edit", *words]) == 0
     (folder,) = (place / "o" / "a" / "edits").iterdir()
     assert evaluate(place, f"samples={folder}", "metric=is", "metric.is.splits=2") == 0
@@ -279,7 +279,7 @@ def test_results_of_an_edit_are_evaluated(place):
 
 
 def test_a_part_of_sorted_files_is_spread_over_the_classes(place, tmp_path):
-    data = Digits("", held_out=0.2, flip=False).load("train")
+    data = Digits("", val_fraction=0.2, flip=False).load("train")
     assert data.labels is not None
     order = data.labels.argsort(stable=True)
     np.save(tmp_path / "sorted.npy", data[order].numpy())
@@ -293,7 +293,7 @@ def test_a_part_of_sorted_files_is_spread_over_the_classes(place, tmp_path):
 
 
 def test_class_folders_are_matched_by_name(place, tmp_path):
-    data = Digits("", held_out=0.2, flip=False).load("held_out")
+    data = Digits("", val_fraction=0.2, flip=False).load("val")
     pixels, labels = data[torch.arange(60)], data.labels
     assert labels is not None
     for number in range(60):
@@ -452,7 +452,7 @@ def test_a_comparison_is_made_anew_where_what_it_depends_on_changed(place, image
 
 
 def test_a_comparison_of_runs_marks_numbers_of_unlike_protocols(place, tmp_path, capsys):
-    words = ["max_steps=1", "dataset.held_out=0.5", f"output_dir={place}/o", "name=c"]
+    words = ["max_steps=1", "dataset.val_fraction=0.5", f"output_dir={place}/o", "name=c"]
     assert run([*TINY, *words]) == 0
     words = ["steps=1", "num_samples=20", "metric=[is,precision_recall]", "metric.is.splits=2", "run=[b,c]"]
     common = ["compare", f"output_dir={place}/o", f"cache_dir={place}/cache", *WORDS]
@@ -499,8 +499,8 @@ def test_a_wrong_comparison_gets_one_line(place, tmp_path, capsys, words, line):
         (["samples={plain}", "run=a", "dataset=digits"], "run=a: is for samples made of a model"),
         (["samples={plain}", "compare=[a,b]"], "compare= measures nothing"),
         (
-            ["run=a", "metric=memorization", "reference.split=held_out"],
-            "reference.split=held_out: metric=memorization",
+            ["run=a", "metric=memorization", "reference.split=val"],
+            "reference.split=val: metric=memorization",
         ),
         (
             ["run=a", "num_samples=65", "metric.fid.infinity=15"],

@@ -464,8 +464,8 @@ def pictures(tmp_path):
     for i in range(8):
         Image.new("L", (8, 8), 30 * i).save(folder / f"{i}.png")
     return folder, [
-        "dataset=folder", f"dataset.path={folder}", "dataset.resolution=8", "dataset.channels=1", "dataset.held_out=0",
-        "dataset.in_memory=false", "model=unet_tiny", "batch_size=8", "checkpoint_every=2",
+        "dataset=folder", f"dataset.path={folder}", "dataset.resolution=8", "dataset.channels=1",
+        "dataset.val_fraction=0", "dataset.in_memory=false", "model=unet_tiny", "batch_size=8", "checkpoint_every=2",
     ]  # fmt: skip
 
 

@@ -33,7 +33,7 @@ from diffusion_cli.metrics.features import clip, hub
 from diffusion_cli.metrics.features.dinov2 import resampled
 
 CPU = torch.device("cpu")
-DIGITS = Digits("", held_out=0.2, flip=False)
+DIGITS = Digits("", val_fraction=0.2, flip=False)
 NETWORKS = {"dinov2": DINOv2Features, "clip": CLIPFeatures}
 
 

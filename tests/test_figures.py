@@ -12,7 +12,7 @@ from diffusion_cli.figures import Forward, Losses, Previews, Schedules, read_met
 from diffusion_cli.generate import frame_places
 from diffusion_cli.images import save_grid
 
-ROWS = """step,loss,loss_q1,lr,held_out_loss
+ROWS = """step,loss,loss_q1,lr,val_loss
 1,0.5,0.7,0.1,
 2,0.25,0.5,0.1,0.4
 """
@@ -67,9 +67,9 @@ def test_only_finite_numbers_are_drawn(schedules):
 def test_a_strip_goes_from_the_image_to_the_noise(schedule):
     config = load("plot", [f"schedule={schedule}", "image=3"])
     assert isinstance(config, PlotConfig)
-    forward = Forward(dataset="digits", split="held_out", frames=4)
+    forward = Forward(dataset="digits", split="val", frames=4)
     row = forward.row(config)
-    images = Digits("data", held_out=0.2, flip=False).load("held_out")
+    images = Digits("data", val_fraction=0.2, flip=False).load("val")
     assert torch.equal(row[0], images[torch.tensor([3])][0])
     noise = torch.randn(1, 8, 8, generator=torch.Generator().manual_seed(3))
     expected = noise.add(1).mul(127.5).clamp(0, 255)
@@ -83,10 +83,10 @@ def test_losses_of_one_run_share_a_panel_and_of_several_have_one_each(runs):
     assert [(curve.label, curve.points) for curve in panel.curves] == [
         ("training", [(1, 0.5), (2, 0.25)]),
         ("1st quartile (least noise)", [(1, 0.7), (2, 0.5)]),
-        ("held out", [(2, 0.4)]),
+        ("validation", [(2, 0.4)]),
     ]
     panels = Losses(log=True).panels({"a": curves, "b": curves})
-    assert [panel.title for panel in panels] == ["training", "1st quartile (least noise)", "held out"]
+    assert [panel.title for panel in panels] == ["training", "1st quartile (least noise)", "validation"]
     assert [curve.label for curve in panels[0].curves] == ["a", "b"]
     assert not Losses(log=True).panels({"a": {"loss": [(1, 0.1), (2, -0.2)]}})[0].log_y
 
@@ -131,7 +131,7 @@ def test_the_suffix_is_the_format_and_no_file_of_the_users_is_lost(tmp_path, run
     for suffix, beginning in (("pdf", b"%PDF"), ("svg", b"<?xml")):
         assert plot(*words, f"output={tmp_path}/x.{suffix}") == 0
         assert (tmp_path / f"x.{suffix}").read_bytes().startswith(beginning)
-    assert b">held out</text>" in (tmp_path / "x.svg").read_bytes()
+    assert b">validation</text>" in (tmp_path / "x.svg").read_bytes()
     assert plot(*words, f"output={tmp_path}/x.svg") == 2
     assert "is there already; take another name, or set force=true" in capsys.readouterr().err
     assert plot(*words, f"output={tmp_path}/x.svg", "force=true") == 0
@@ -153,7 +153,7 @@ def test_an_animation_shows_one_run(tmp_path, runs, capsys):
     [
         (["schedule", "run=[a,b]"], "run: figure=schedule takes lists of schedule only; give one value"),
         (["schedule", "figure.points=[9,10]"], "figure.points: figure=schedule takes lists of schedule only"),
-        (["forward", "image=9999"], "image=9999: digits has 359 images in its held_out split"),
+        (["forward", "image=9999"], "image=9999: digits has 359 images in its val split"),
         (
             ["forward", "figure.dataset=digit"],
             "figure.dataset=digit: cannot be had by its name (dataset=digit",

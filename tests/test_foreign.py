@@ -122,13 +122,13 @@ def folder(path: Path, **changes: Any) -> Folder:
     arguments = {
         "masks": None,
         "resolution": 8, "channels": 3, "range": None, "depth": "auto", "labels": "auto", "background": "white",
-        "flip": False, "held_out": 0.0, "in_memory": True, "num_workers": 0,
+        "flip": False, "val_fraction": 0.0, "in_memory": True, "num_workers": 0,
     }  # fmt: skip
     return Folder("", path=str(path), **(arguments | changes))
 
 
 def array(path: Path) -> None:
-    dataset = Array("", path=str(path), range=None, flip=False, held_out=0.0, in_memory=None)
+    dataset = Array("", path=str(path), range=None, flip=False, val_fraction=0.0, in_memory=None)
     dataset.load("train")[torch.tensor([0])]
 
 
@@ -890,7 +890,7 @@ def test_mutated_histories(place, data):
     clean(lambda: history_table({"a": read_history(path), "b": HISTORY}, False))
 
 
-CURVES = [b"step,loss,held_out_loss\n1,0.5,\n2,0.25,0.75\n", b"step,fid\n5,1e9\n"]
+CURVES = [b"step,loss,val_loss\n1,0.5,\n2,0.25,0.75\n", b"step,fid\n5,1e9\n"]
 CELLS = st.one_of(
     SCALARS.map(str), st.sampled_from(["1", "2", "step", "loss", "1e400", "nan", '"', "1,2", "\r"])
 )

@@ -33,7 +33,7 @@ def folder(path: Path, **changes) -> Folder:
     arguments = {
         "masks": None,
         "resolution": 8, "channels": 1, "range": None, "depth": "auto", "labels": "none", "background": "white",
-        "flip": False, "held_out": 0.0, "in_memory": True, "num_workers": 0,
+        "flip": False, "val_fraction": 0.0, "in_memory": True, "num_workers": 0,
     }  # fmt: skip
     return Folder("", path=str(path), **(arguments | changes))
 
@@ -639,7 +639,7 @@ def test_a_broken_scan_is_told_by_file(tmp_path):
 def test_arrays_of_any_depth_and_channels(tmp_path, layout, dtype, given):
     numbers = (RNG.random((6, 5, 8, 9)) * (1 if given else 30_000)).astype(dtype)
     np.save(tmp_path / "x.npy", numbers if layout == "first" else numbers.transpose(0, 2, 3, 1))
-    dataset = Array("", path=f"{tmp_path}/x.npy", range=given, flip=False, held_out=0.0, in_memory=None)
+    dataset = Array("", path=f"{tmp_path}/x.npy", range=given, flip=False, val_fraction=0.0, in_memory=None)
     assert dataset.shape == (5, 8, 9)
     assert isinstance(dataset.form, HighDepthImage)
     np.testing.assert_allclose(dataset.form.numbers(images(dataset)), numbers, atol=1e-7 if given else 0)
@@ -656,7 +656,7 @@ def test_a_packed_dataset_keeps_its_numbers_and_its_form(tmp_path, kind):
             (tmp_path / "x" / f"{number}.dcm").write_bytes(data)
     dataset = folder(tmp_path / "x", resolution=[10, 15], range=None if kind == "png" else [-1000, 1000])
     Pack(processes=0)(dataset, tmp_path / "x.npz")
-    packed = Array("", path=f"{tmp_path}/x.npz", range=None, flip=False, held_out=None, in_memory=None)
+    packed = Array("", path=f"{tmp_path}/x.npz", range=None, flip=False, val_fraction=None, in_memory=None)
     assert packed.form == dataset.form
     assert np.load(tmp_path / "x.npz")["images"].dtype == (np.uint16 if kind == "png" else np.int16)
     assert_close(images(packed), images(dataset), rtol=0, atol=0)
@@ -699,7 +699,7 @@ def test_a_folder_goes_through_every_command_and_comes_back_in_its_depth(tmp_pat
         if kind == "png":
             fill(Path(name))
     data = ["dataset=folder", "dataset.path=x", "dataset.resolution=[10,15]", "dataset.channels=1",
-            "dataset.in_memory=true", "dataset.held_out=0.3"]  # fmt: skip
+            "dataset.in_memory=true", "dataset.val_fraction=0.3"]  # fmt: skip
     data += [] if kind == "png" else ["dataset.range=[-1000,1000]"]
     model = ["model=unet_tiny", "model.channels=32", "model.channel_mult=[1]", "model.num_res_blocks=1",
              "model.attention_resolutions=[]", "max_steps=2", "batch_size=4"]  # fmt: skip
@@ -758,7 +758,7 @@ def test_a_range_that_images_do_not_have_is_remarked_on(tmp_path, numbers, given
     np.savez_compressed(tmp_path / "a.npz", images=image[None])
     (tmp_path / "files").mkdir()
     tifffile.imwrite(tmp_path / "files" / "a.tif", image)
-    options = {"range": given, "flip": False, "held_out": 0.0, "in_memory": None}
+    options = {"range": given, "flip": False, "val_fraction": 0.0, "in_memory": None}
     stacked = [Array("", path=f"{tmp_path}/a.{suffix}", **options) for suffix in ("npy", "npz")]
     for dataset in (folder(tmp_path / "files", range=given), *stacked):
         remarks = dataset.remarks()
@@ -776,7 +776,7 @@ def test_the_values_of_some_images_count_together(tmp_path):
     np.save(tmp_path / "turned.npy", np.asfortranarray(dark))
     line = "bytes have the range [0,255], and only 0.4% of it is used by the values of 8 images looked at, 0 to 1"
     for path in (tmp_path / "dark.npz", tmp_path / "turned.npy", tmp_path / "dark"):
-        options = {"range": None, "flip": False, "held_out": 0.0, "in_memory": None}
+        options = {"range": None, "flip": False, "val_fraction": 0.0, "in_memory": None}
         array = path.is_file()
         dataset = Array("", path=str(path), **options) if array else folder(path, channels=3)
         (found,) = dataset.remarks()
@@ -800,7 +800,7 @@ def test_the_values_of_some_images_count_together(tmp_path):
 )  # fmt: skip
 def test_an_array_of_unlikely_axes_is_described_as_it_is_read(tmp_path, shape, said):
     np.save(tmp_path / "x.npy", RNG.integers(0, 256, shape, dtype=np.uint8))
-    dataset = Array("", path=f"{tmp_path}/x.npy", range=None, flip=False, held_out=0.0, in_memory=None)
+    dataset = Array("", path=f"{tmp_path}/x.npy", range=None, flip=False, val_fraction=0.0, in_memory=None)
     found = dataset.remarks()
     assert len(found) == bool(said)
     assert all(line.startswith(f"dataset.path={tmp_path}/x.npy: the array {said}") for line in found)

@@ -531,7 +531,7 @@ def test_memory_that_runs_out_in_sampling_names_the_batch_size(
         f"output_dir={folder}",
         "run=small",
         "edit=img2img",
-        "input=held_out",
+        "input=val",
         "num_images=4",
         "device=cpu",
     ]

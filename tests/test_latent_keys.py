@@ -48,7 +48,7 @@ def dataset(place: Path, cache: Path, key: str, name: str = "images", **changes:
         changes["masks"] = str(place / changes["masks"])
     arguments: dict[str, Any] = {
         "masks": None, "resolution": 4, "channels": 1, "range": None, "depth": "auto", "labels": "none",
-        "background": "white", "flip": False, "held_out": 0.0, "in_memory": False, "num_workers": 0,
+        "background": "white", "flip": False, "val_fraction": 0.0, "in_memory": False, "num_workers": 0,
     }  # fmt: skip
     source = Folder("", 1, path=str(place / name), **(arguments | changes))
     space: Any = SimpleNamespace(

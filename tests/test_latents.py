@@ -149,7 +149,7 @@ def test_a_data_set_s_latents_are_standardised_by_the_training_images_alone(tmp_
     )
     assert states.mean((0, 2, 3)).abs().max() < 1e-5
     assert (states.std((0, 2, 3), correction=0) - 1).abs().max() < 1e-5
-    dataset.load("held_out")
+    dataset.load("val")
     assert scale == (space.mean, space.std)
     assert train.labels is not None
     assert train.labels.tolist() == [row % 3 for row in range(150)]
@@ -417,7 +417,7 @@ def test_what_a_run_works_in_are_the_standardised_latents_of_its_training_images
     model = load_model(place / "o" / "a", "ema", torch.device("cpu"))
     assert isinstance(model.space, Latents)
     assert (model.shape, model.space.shape) == ((1, 8, 8), (3, 4, 4))
-    given = Digits("", held_out=0.2, flip=False).load("train")
+    given = Digits("", val_fraction=0.2, flip=False).load("train")
     moments = model.space.moments(given[torch.arange(len(given))].float() / 127.5 - 1)
     mean, std, _ = measured_scale([moments], 3)
     np.testing.assert_allclose(mean, model.space.mean, rtol=0, atol=1e-3)
@@ -521,7 +521,7 @@ def test_guides_of_other_latents_are_refused_but_not_for_rounding():
     ],
 )
 def test_every_edit_works_in_latents(place, tmp_path, words):
-    given = ["input=held_out", "num_images=2", "steps=3", f"output={tmp_path}/edit"]
+    given = ["input=val", "num_images=2", "steps=3", f"output={tmp_path}/edit"]
     assert call(place, "edit", *given, *words) == 0
     assert (tmp_path / "edit" / "grid.png").is_file()
 
@@ -552,7 +552,7 @@ def test_noise_of_seeds_is_interpolated_between_what_they_are_sampled_to(place, 
 
 @pytest.mark.parametrize("method", ["replacement", "repaint", "dps"])
 def test_known_pixels_stay_to_the_bit(place, tmp_path, method):
-    image = Digits("", held_out=0.2, flip=False).load("held_out")[torch.tensor([7])][0, 0].numpy()
+    image = Digits("", val_fraction=0.2, flip=False).load("val")[torch.tensor([7])][0, 0].numpy()
     Image.fromarray(image).save(tmp_path / "image.png")
     words = [
         "edit=inpaint",
@@ -587,7 +587,7 @@ def test_known_pixels_stay_to_the_bit(place, tmp_path, method):
 def test_edits_that_latents_know_nothing_of_are_refused_before_anything_is_made(
     place, capsys, tmp_path, words, line
 ):
-    given = ["input=held_out", "num_images=1", "steps=2", f"output={tmp_path}/edit"]
+    given = ["input=val", "num_images=1", "steps=2", f"output={tmp_path}/edit"]
     assert call(place, "edit", *given, *words) == 2
     refused(capsys, line)
     assert not (tmp_path / "edit").exists()
@@ -600,7 +600,7 @@ def measured(place: Path, *words: str) -> dict[str, float]:
     return {"value": result["value"], **result["details"]}
 
 
-def test_the_latents_of_held_out_images_have_mean_0_and_standard_deviation_1(place):
+def test_the_latents_of_validation_images_have_mean_0_and_standard_deviation_1(place):
     found = measured(place, "metric=latents", "batch_size=100")
     values = [abs(found[f"mean_{i}"]) for i in range(3)] + [abs(found[f"std_{i}"] - 1) for i in range(3)]
     assert found["value"] == max(values)
@@ -611,7 +611,7 @@ def test_the_latents_of_held_out_images_have_mean_0_and_standard_deviation_1(pla
 
 def test_inversion_has_no_smaller_error_than_the_autoencoder(place):
     model = load_model(place / "o" / "a", "ema", torch.device("cpu"))
-    x = Digits("", held_out=0.2, flip=False).load("held_out")[torch.arange(50)].float() / 127.5 - 1
+    x = Digits("", val_fraction=0.2, flip=False).load("val")[torch.arange(50)].float() / 127.5 - 1
     alone = 127.5 * (model.space.decode(model.space.encode(x)) - x).square().flatten(1).mean(1).mean().sqrt()
     words = ["metric=inversion", "metric.inversion.num_images=50", "metric.inversion.steps=100"]
     found = measured(place, *words, "metric.inversion.strength=0.01")

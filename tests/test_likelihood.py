@@ -198,7 +198,7 @@ def test_the_flow_of_normal_pixels_has_their_bits_per_dim(tmp_path, kind, probe)
     images = BYTES.view(4, *SHAPE) if kind == "bytes" else BYTES.view(4, *SHAPE).float() / 128 - 1
     hutchinson, other = ("exact", "rademacher") if probe == "exact" else ("hutchinson", probe)
     metric = FlowLikelihood(
-        trace=hutchinson, probe=other, num_probes=2, rtol=1e-5, atol=1e-5, max_steps=1000, split="held_out"
+        trace=hutchinson, probe=other, num_probes=2, rtol=1e-5, atol=1e-5, max_steps=1000, split="val"
     )
     found = metric.measure(subject(tmp_path, Gaussian(std), schedule, Flow(), images))
     noise = noise_of(4, 3)
@@ -222,7 +222,7 @@ def test_the_bound_of_a_model_of_one_gray_has_its_closed_form(tmp_path):
     T = 10
     schedule = Linear(num_timesteps=T, beta_end=2e-3)
     images = (100 + BYTES // 5).view(4, *SHAPE)
-    metric = VariationalBound(variance="small", cdf="exact", split="held_out")
+    metric = VariationalBound(variance="small", cdf="exact", split="val")
     found = metric.measure(subject(tmp_path, Gray(), schedule, X0(), images))
     assert found is not None
     x = images.double() / 127.5 - 1
@@ -258,12 +258,12 @@ class Perfect(nn.Module):
 def test_the_best_bound_is_the_lower_one_and_near_the_exact_bits(tmp_path, mixture):
     """A perfect model with the small variance pays for all that the posterior's variance leaves out."""
     schedule = Cosine(num_timesteps=50)
-    x = mixture.load("held_out")[torch.arange(64)].clamp(-1, 1).double()
+    x = mixture.load("val")[torch.arange(64)].clamp(-1, 1).double()
     values = ((x + 1) * 127.5).round()
     model = subject(tmp_path, Perfect(mixture, schedule), schedule, X0(), values.to(torch.uint8))
     found = {}
     for variance in ("small", "large", "best"):
-        metric = VariationalBound(variance=variance, cdf="exact", split="held_out")
+        metric = VariationalBound(variance=variance, cdf="exact", split="val")
         found[variance] = metric.measure(replace(model, batch_size=64))
     pixel = (values / 127.5 - 1).flatten(1)[:, None]
     below = torch.where(pixel > -0.999, pixel - 1 / 255, -math.inf)
@@ -295,7 +295,7 @@ def test_the_best_variance_of_a_model_with_a_variance_head_is_its_own(tmp_path):
     schedule = Cosine(num_timesteps=10)
     found = {}
     for variance in ("best", "learned", "small"):
-        metric = VariationalBound(variance=variance, cdf="exact", split="held_out")
+        metric = VariationalBound(variance=variance, cdf="exact", split="val")
         found[variance] = metric.measure(subject(tmp_path, Unsure(), schedule, X0(), BYTES.view(4, *SHAPE)))
     assert found["best"].value == found["learned"].value != found["small"].value
     assert found["best"].details == found["learned"].details
@@ -304,7 +304,7 @@ def test_the_best_variance_of_a_model_with_a_variance_head_is_its_own(tmp_path):
 def test_inversion_of_a_model_of_one_gray_has_its_closed_form(tmp_path):
     """It decodes to that gray, whatever the noise, to which the image leads in a straight line."""
     images = BYTES.view(4, *SHAPE)
-    metric = Inversion(steps=3, strength=1.0, spacing="time", split="held_out")
+    metric = Inversion(steps=3, strength=1.0, spacing="time", split="val")
     schedule = VE(sigma_min=0.5, grid_t_min=0.1)
     found = metric.measure(subject(tmp_path, Gray(), schedule, X0(), images))
     square = (images.double() / 127.5 - 1).square().mean().item()

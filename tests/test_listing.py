@@ -33,7 +33,7 @@ def save(path: Path, pixels: np.ndarray = GRAY, **options) -> Path:
 def folder(path: Path, *rules: int, **changes) -> Folder:
     arguments = {
         "masks": None, "resolution": 8, "channels": 1, "range": None, "depth": "auto", "labels": "auto",
-        "background": "white", "flip": False, "held_out": 0.0, "in_memory": True, "num_workers": 0,
+        "background": "white", "flip": False, "val_fraction": 0.0, "in_memory": True, "num_workers": 0,
     }  # fmt: skip
     return Folder("", *rules, path=str(path), **(arguments | changes))
 
@@ -218,7 +218,7 @@ def test_a_run_goes_on_with_the_files_that_it_was_begun_on(tmp_path, capsys):
         save(tmp_path / f"data/{number}.png")
     words = [
         "train", "name=a", f"output_dir={tmp_path}/o", "dataset=folder", f"dataset.path={tmp_path}/data", "logger=csv",
-        "dataset.resolution=8", "dataset.channels=1", "dataset.held_out=0", "model=unet_tiny", "model.channels=8",
+        "dataset.resolution=8", "dataset.channels=1", "dataset.val_fraction=0", "model=unet_tiny", "model.channels=8",
         "model.norm_groups=4", "model.num_heads=1", "model.head_channels=null", "batch_size=2", "preview_every=1000",
         "optimizer.decay_steps=null", "trainer=cpu",
     ]  # fmt: skip
@@ -241,7 +241,7 @@ def test_pictures_beside_samples_of_another_form_are_not_counted(tmp_path):
         np.save(tmp_path / place / "000000.npy", points)
         save(tmp_path / place / "grid.png")
     (tmp_path / "ours/manifest.json").write_text(json.dumps(OURS))
-    arguments = {"num_points": 9, "radius": 1.0, "labels": "none", "size": 1, "held_out": 0.0}
+    arguments = {"num_points": 9, "radius": 1.0, "labels": "none", "size": 1, "val_fraction": 0.0}
     assert Points("", path=f"{tmp_path}/ours", **arguments).remarks() == []
     (line,) = Points("", path=f"{tmp_path}/theirs", **arguments).remarks()
     assert line.endswith(": 1 file is skipped: .png 1; convert those that are data to .npy")

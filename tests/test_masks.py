@@ -34,7 +34,7 @@ def pairs(root: Path, count: int = 4, size: tuple[int, int] = (10, 15), dtype: t
 def folder(path: Path, masks: Path | str, **changes) -> Folder:
     arguments = {
         "resolution": [10, 15], "channels": 3, "range": None, "depth": "auto", "labels": "auto", "flip": False,
-        "background": "white", "held_out": 0.0, "in_memory": True, "num_workers": 0,
+        "background": "white", "val_fraction": 0.0, "in_memory": True, "num_workers": 0,
     }  # fmt: skip
     return Folder("", path=str(path), masks=str(masks), **(arguments | changes))
 
@@ -148,7 +148,7 @@ def test_samples_are_image_and_mask_together(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     pairs(tmp_path, size=(8, 8))
     data = ["dataset=folder", "dataset.path=images", "dataset.masks=masks", "dataset.resolution=8",
-            "dataset.range=[[0,255],[0,255],[0,255],[0,200]]", "dataset.held_out=0"]  # fmt: skip
+            "dataset.range=[[0,255],[0,255],[0,255],[0,200]]", "dataset.val_fraction=0"]  # fmt: skip
     model = ["model=unet_tiny", "model.channels=32", "model.channel_mult=[1]", "model.num_res_blocks=1",
              "model.attention_resolutions=[]", "max_steps=2", "batch_size=4"]  # fmt: skip
     assert run(["train", *data, *model, "name=r", "logger=csv", "trainer=cpu"]) == 0

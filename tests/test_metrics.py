@@ -79,12 +79,12 @@ QUICK = option("classifier") | {"steps": 20, "width": 8}
 class Held(Dataset):
     """Two splits given as tensors."""
 
-    def __init__(self, train: Tensor, held_out: Tensor, classes: int | None = None) -> None:
+    def __init__(self, train: Tensor, val: Tensor, classes: int | None = None) -> None:
         super().__init__("")
         self.name, self.flip = "held", False
         self.shape = (train.shape[1], train.shape[2], train.shape[3])
         self.class_names = None if classes is None else tuple(map(str, range(classes)))
-        self.splits = {"train": train, "held_out": held_out}
+        self.splits = {"train": train, "val": val}
 
     def load(self, split) -> Images:
         pixels = self.splits[split]
@@ -298,7 +298,7 @@ def measured(
     dataset: Dataset,
     cache_dir: Path,
     labels: Tensor | None = None,
-    split: Literal["train", "held_out"] = "train",
+    split: Literal["train", "val"] = "train",
     stats: str | None = None,
     batch_size: int = 33,
     made: dict | None = None,
@@ -344,9 +344,9 @@ def test_one_pass_over_samples_and_real_images_serves_all_metrics(tmp_path) -> N
 def test_the_numbers_beside_the_distance_are_what_their_names_say(tmp_path) -> None:
     features, samples = Projection(), pixels(100, 2, high=250)
     result = measured(METRICS, features, samples, DATA, tmp_path).results[0]
-    train, held_out = (features(DATA.splits[name]).features for name in ("train", "held_out"))
+    train, val = (features(DATA.splits[name]).features for name in ("train", "val"))
     seen = features(samples).features
-    floor, rows = distance(held_out, train), spread(100, 80)
+    floor, rows = distance(val, train), spread(100, 80)
     sets = [distance(seen[rows[first::2]], train) for first in (0, 1)]
     equal = (sets[0] + sets[1]) / 2
     assert result.value == pytest.approx(distance(seen, train), rel=1e-5)
@@ -368,30 +368,30 @@ def test_the_numbers_beside_the_distance_are_what_their_names_say(tmp_path) -> N
     assert result.protocol["reference"]["images"] == 200
 
 
-def test_fewer_samples_than_held_out_are_matched_by_as_many_real_images(tmp_path) -> None:
+def test_fewer_samples_than_validation_are_matched_by_as_many_real_images(tmp_path) -> None:
     features, samples = Projection(), pixels(10, 2)
     details = measured({"fid": METRICS["fid"]}, features, samples, DATA, tmp_path).results[0].details
-    spread = DATA.splits["held_out"][::4]
+    spread = DATA.splits["val"][::4]
     train = features(DATA.splits["train"]).features
     assert details["floor_images"] == 40
     assert details["equal_size_images"] == 10
     assert details["equal_size_floor"] == pytest.approx(distance(features(spread).features, train), rel=1e-5)
 
 
-def test_real_held_out_images_as_samples_have_ratio_one(tmp_path) -> None:
-    report = measured(METRICS, Projection(), DATA.splits["held_out"], DATA, tmp_path)
+def test_real_validation_images_as_samples_have_ratio_one(tmp_path) -> None:
+    report = measured(METRICS, Projection(), DATA.splits["val"], DATA, tmp_path)
     details = report.results[0].details
     assert details["ratio_to_floor"] == pytest.approx(1, abs=1e-6)
     assert details["equal_size_ratio"] == pytest.approx(1, abs=1e-6)
 
 
-def test_the_held_out_split_can_be_the_reference(tmp_path) -> None:
+def test_the_validation_split_can_be_the_reference(tmp_path) -> None:
     metric = FrechetDistance(floor=False, infinity=0, bootstrap=0)
-    images = DATA.splits["held_out"]
-    result = measured({"fid": metric}, Projection(), images, DATA, tmp_path, split="held_out").results[0]
+    images = DATA.splits["val"]
+    result = measured({"fid": metric}, Projection(), images, DATA, tmp_path, split="val").results[0]
     assert result.value == pytest.approx(0, abs=1e-9)
     assert result.details == {}
-    assert result.protocol["reference"]["name"] == "held/held_out"
+    assert result.protocol["reference"]["name"] == "held/val"
 
 
 def test_published_statistics_take_the_place_of_the_images(tmp_path) -> None:
@@ -482,7 +482,7 @@ def test_a_reference_of_too_few_images_is_refused(tmp_path) -> None:
         measured(METRICS, Projection(), pixels(50, 2), tiny, tmp_path)
 
 
-def test_without_held_out_images_there_is_no_floor_and_a_note(tmp_path) -> None:
+def test_without_validation_images_there_is_no_floor_and_a_note(tmp_path) -> None:
     alone = Held(pixels(50, 0), pixels(0, 1))
     report = measured(METRICS, Projection(), pixels(50, 2), alone, tmp_path)
     assert report.results[0].details == {}
@@ -570,6 +570,16 @@ def refused(path: Path) -> Iterator[Path]:
     with writing(path):
         raise OSError(errno.ENOSPC, "No space left on device")
     yield path
+
+
+def test_features_of_an_earlier_version_are_found_by_their_content(tmp_path) -> None:
+    reference, again = DatasetReference(DATA, split="val", stats=None), Projection()
+    RealImages(reference, Projection(), tmp_path).moments()
+    (file,) = tmp_path.iterdir()
+    file.rename(tmp_path / file.name.replace("-val-", "-held_out-"))
+    assert "-held_out-" in next(tmp_path.iterdir()).name
+    RealImages(reference, again, tmp_path).moments()
+    assert again.seen == 0
 
 
 def test_statistics_are_kept_apart_by_images_weights_and_precision(tmp_path) -> None:
@@ -790,9 +800,9 @@ def test_too_few_points_or_resamples_are_refused(key, value) -> None:
 
 def test_a_planted_training_image_is_found_among_a_thousand(digits, trained, tmp_path) -> None:
     features, _ = trained
-    train, held_out = digits.load("train"), digits.load("held_out")
+    train, val = digits.load("train"), digits.load("val")
     noise = torch.randint(-24, 25, (1000, 1, 8, 8), generator=torch.Generator().manual_seed(0))
-    others = held_out[torch.arange(1000) % len(held_out)]
+    others = val[torch.arange(1000) % len(val)]
     samples = (others + noise).clamp(0, 255).to(torch.uint8)
     samples[617] = train[torch.tensor([1234])][0]
     evaluation = evaluate(
@@ -811,21 +821,21 @@ def test_a_planted_training_image_is_found_among_a_thousand(digits, trained, tmp
     assert [torch.equal(*pair) for pair in zip(made, training, strict=True)] == [True, False, False]
 
 
-def test_real_held_out_images_are_not_memorized(digits, trained, tmp_path) -> None:
-    images = digits.load("held_out")[torch.arange(359)]
+def test_real_validation_images_are_not_memorized(digits, trained, tmp_path) -> None:
+    images = digits.load("val")[torch.arange(359)]
     (result,) = measured(
         {"memorization": Memorization(pairs=2)}, trained[0], images, digits, tmp_path
     ).results
     assert (result.value, result.details["copies"], result.details["median_distance_ratio"]) == (0, 0, 1)
 
 
-def test_held_out_copies_of_training_images_hide_no_copy(tmp_path) -> None:
+def test_validation_copies_of_training_images_hide_no_copy(tmp_path) -> None:
     train = pixels(50, 0)
     data = Held(train, torch.cat([train[:2], pixels(20, 1)]))
     samples = torch.cat([pixels(30, 2), train[7:8]])
     report = measured({"memorization": Memorization(pairs=2)}, Projection(), samples, data, tmp_path)
     assert report.results[0].details["copies"] == 1
-    assert any("2 images of held/held_out are copies there" in note for note in report.notes)
+    assert any("2 images of held/val are copies there" in note for note in report.notes)
 
 
 def column(values: list[float]) -> Tensor:
@@ -835,10 +845,10 @@ def column(values: list[float]) -> Tensor:
 @pytest.mark.parametrize(
     ("other", "value", "ratio"),
     [(None, 1 / 2, 0.5), ([0.0, 1.4, 5.0, 6.0], 1 / 4, 1.25)],
-    ids=["no held-out images", "held-out images"],
+    ids=["no validation images", "validation images"],
 )
 def test_samples_are_set_against_images_that_are_not_memorized(other, value, ratio) -> None:
-    """On a line. Without held-out images each training image is compared with the others, not with itself."""
+    """On a line. Without validation images each training image is compared with the others, not with itself."""
     train, samples = column([0.0, 1.0, 3.0]), column([0.25, 1.5, 5.0, 6.0])
     seen = AsSeen(samples, train, None if other is None else column(other))
     (found,) = Memorization(pairs=1).init_state(seen).compute()
@@ -852,7 +862,7 @@ def test_samples_are_set_against_images_that_are_not_memorized(other, value, rat
 
 @pytest.fixture(scope="module")
 def digits() -> Digits:
-    return Digits("", held_out=0.2, flip=False)
+    return Digits("", val_fraction=0.2, flip=False)
 
 
 @pytest.fixture(scope="module")
@@ -863,11 +873,11 @@ def trained(digits, tmp_path_factory) -> tuple[ClassifierFeatures, Path]:
 
 def test_the_classifier_knows_unseen_digits(trained, digits) -> None:
     features, _ = trained
-    held_out = digits.load("held_out")
-    predicted = features(held_out[torch.arange(len(held_out))]).logits.argmax(1)
-    accuracy = (predicted == held_out.labels).float().mean().item()
+    val = digits.load("val")
+    predicted = features(val[torch.arange(len(val))]).logits.argmax(1)
+    accuracy = (predicted == val.labels).float().mean().item()
     assert accuracy >= 0.99
-    assert features.held_out_accuracy == pytest.approx(accuracy)
+    assert features.val_accuracy == pytest.approx(accuracy)
 
 
 @pytest.fixture
@@ -887,7 +897,7 @@ def test_a_trained_classifier_is_taken_from_the_cache(digits, tmp_path, untraine
     features, again = (ClassifierFeatures(digits, tmp_path, CPU, **QUICK).prepare() for _ in range(2))
     assert len(untrained) == 1
     assert again.digest == features.digest
-    assert again.held_out_accuracy == features.held_out_accuracy
+    assert again.val_accuracy == features.val_accuracy
     images = digits.load("train")[torch.arange(9)]
     assert torch.equal(again(images).features, features(images).features)
 
@@ -903,9 +913,9 @@ def test_shipped_classifiers_are_small_accurate_and_intact() -> None:
     assert {*files, shipped.INDEX} == set(shipped.FOLDER.iterdir())
     assert sum(file.stat().st_size for file in files) < 1.2e6
     for row, file in zip(INDEX, files, strict=True):
-        weights = shipped.shipped(Recipe(**row["recipe"]), row["train_sha256"], row["held_out_sha256"])
+        weights = shipped.shipped(Recipe(**row["recipe"]), row["train_sha256"], row["val_sha256"])
         assert weights is not None
-        assert weights.held_out_accuracy == row["held_out_accuracy"] >= 0.99
+        assert weights.val_accuracy == row["val_accuracy"] >= 0.99
         network = Recipe(**row["recipe"]).initial(1)
         network.load_state_dict(weights.state)
         assert digest(network.state_dict()) == row["features_digest"]
@@ -919,23 +929,23 @@ def test_the_classifier_of_digits_is_shipped_for_three_seeds(digits, tmp_path, u
     features = ClassifierFeatures(digits, tmp_path, CPU, **option("classifier") | {"seed": seed}).prepare()
     row = INDEX[seed]
     assert features.digest == row["features_digest"]
-    assert features.held_out_accuracy == row["held_out_accuracy"]
-    assert accuracy(features.network, digits.load("held_out"), CPU) == row["held_out_accuracy"]
+    assert features.val_accuracy == row["val_accuracy"]
+    assert accuracy(features.network, digits.load("val"), CPU) == row["val_accuracy"]
     assert "shipped" in features.note
     assert untrained == []
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("change", ["seed", "flip", "held_out", "one label", "one pixel"])
+@pytest.mark.parametrize("change", ["seed", "flip", "val_fraction", "one label", "one pixel"])
 def test_a_shipped_classifier_is_for_exactly_its_recipe_and_images(
     digits, tmp_path, untrained, change
 ) -> None:
     """Its own name does not make a dataset that of the classifier, and neither do almost all of the images."""
-    data, settings = Digits("", held_out=0.2, flip=change == "flip"), option("classifier")
+    data, settings = Digits("", val_fraction=0.2, flip=change == "flip"), option("classifier")
     if change == "seed":
         settings["seed"] = 3
-    if change == "held_out":
-        data.held_out = 0.1
+    if change == "val_fraction":
+        data.val_fraction = 0.1
     if change in ("one label", "one pixel"):
         train = digits.load("train")
         images, labels = train[torch.arange(len(train))].clone(), train.labels.clone()
@@ -951,15 +961,15 @@ def test_a_shipped_classifier_is_for_exactly_its_recipe_and_images(
 
 
 def test_equal_images_under_another_name_take_the_shipped_classifier(digits, tmp_path, untrained) -> None:
-    data = Digits("", held_out=0.2, flip=False)
+    data = Digits("", val_fraction=0.2, flip=False)
     data.name = "mine"
     data.load = lambda split: (
         digits.load(split) if split == "train" else MemoryImages(pixels(9, 0), torch.arange(9))
     )
     features = ClassifierFeatures(data, tmp_path, CPU, **option("classifier")).prepare()
     assert features.digest == INDEX[0]["features_digest"]
-    assert features.held_out_accuracy == accuracy(features.network, data.load("held_out"), CPU)
-    assert features.held_out_accuracy != INDEX[0]["held_out_accuracy"]
+    assert features.val_accuracy == accuracy(features.network, data.load("val"), CPU)
+    assert features.val_accuracy != INDEX[0]["val_accuracy"]
     assert untrained == []
 
 
@@ -979,7 +989,7 @@ def test_the_script_writes_what_is_then_shipped(tmp_path, monkeypatch) -> None:
         train_judges, "recipe", lambda data, seed: replace(Recipe(**INDEX[0]["recipe"]), steps=2)
     )
     data = Held(pixels(40, 0), pixels(9, 1), classes=10)
-    with pytest.raises(ValueError, match=r"held, seed 5: held-out accuracy .* is under 0.99"):
+    with pytest.raises(ValueError, match=r"held, seed 5: validation accuracy .* is under 0.99"):
         train_judges.train(data, 5, "none", tmp_path)
     assert list(tmp_path.iterdir()) == []
     monkeypatch.setattr(train_judges, "LEAST_ACCURACY", 0)
@@ -989,7 +999,7 @@ def test_the_script_writes_what_is_then_shipped(tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(shipped, "FOLDER", tmp_path)
     monkeypatch.setattr(shipped, "INDEX", tmp_path / "index.json")
     features = ClassifierFeatures(data, tmp_path, CPU, **option("classifier") | {"steps": 2}).prepare()
-    assert (features.digest, features.held_out_accuracy) == (row["features_digest"], row["held_out_accuracy"])
+    assert (features.digest, features.val_accuracy) == (row["features_digest"], row["val_accuracy"])
     assert "shipped" in features.note
 
 
@@ -1003,7 +1013,7 @@ def two_threads() -> Iterator[None]:
 
 
 def test_threads_change_neither_weights_nor_features(trained, digits, tmp_path, two_threads) -> None:
-    images = digits.load("held_out")[torch.arange(359)]
+    images = digits.load("val")[torch.arange(359)]
     many, many_seen = ClassifierFeatures(digits, tmp_path / "two", CPU, **QUICK).prepare(), trained[0](images)
     assert torch.get_num_threads() == 2
     torch.set_num_threads(1)
@@ -1015,8 +1025,8 @@ def test_threads_change_neither_weights_nor_features(trained, digits, tmp_path, 
 
 def test_numbers_of_unlike_classifiers_are_not_compared(digits, tmp_path) -> None:
     """As of two seeds of the recipe, or of a classifier trained by an earlier release."""
-    held_out = digits.load("held_out")
-    images = held_out[torch.arange(len(held_out))]
+    val = digits.load("val")
+    images = val[torch.arange(len(val))]
     histories = {}
     for seed in (0, 1):
         features = ClassifierFeatures(
@@ -1037,8 +1047,8 @@ def test_classifier_features_do_not_depend_on_the_batch(trained, digits) -> None
 
 def test_an_evaluation_with_the_classifier_says_what_its_numbers_are(trained, digits, tmp_path) -> None:
     features, _ = trained
-    held_out = digits.load("held_out")
-    images, labels = held_out[torch.arange(len(held_out))], held_out.labels.clone()
+    val = digits.load("val")
+    images, labels = val[torch.arange(len(val))], val.labels.clone()
     labels[: len(labels) // 2] = (labels[: len(labels) // 2] + 1) % 10
     made = {"sampler": "ddim", "steps": 50}
     metrics = METRICS | {"classifier": ClassifierScore()}
@@ -1046,12 +1056,12 @@ def test_an_evaluation_with_the_classifier_says_what_its_numbers_are(trained, di
     by_name = {result.name: result for result in report.results}
     assert list(by_name) == ["frechet_classifier", "is_classifier", "class_accuracy", "class_entropy"]
     assert by_name["class_accuracy"].value == pytest.approx(0.5, abs=0.02)
-    assert by_name["class_accuracy"].details["on_real_held_out"] == features.held_out_accuracy
+    assert by_name["class_accuracy"].details["on_real_val"] == features.val_accuracy
     assert by_name["frechet_classifier"].details["ratio_to_floor"] == pytest.approx(1, abs=1e-6)
     assert by_name["class_entropy"].details["entropy_of_classes"] == pytest.approx(np.log(10), abs=0.02)
     for result in report.results:
         assert result.protocol["features"]["digest"] == features.digest
-        assert result.protocol["sampling"] == made | {"pixels_sha256": held_out.pixel_digest()}
+        assert result.protocol["sampling"] == made | {"pixels_sha256": val.pixel_digest()}
     for word in ("frechet_classifier", "floor", "equal_size_ratio", "not of Inception"):
         assert word in report.table()
     assert Report.from_dict(json.loads(json.dumps(report.to_dict(), allow_nan=False))) == report
@@ -1106,7 +1116,7 @@ def test_the_classifier_takes_other_sizes_and_colours(tmp_path) -> None:
     assert logits is not None
     assert logits.shape == (2, 4)
     assert features.classes == 4
-    assert features.held_out_accuracy is None
+    assert features.val_accuracy is None
 
 
 # --- The choice of features ------------------------------------------------------------
@@ -1438,6 +1448,6 @@ def test_protocols_are_unlike_by_how_they_measure_not_by_what(tmp_path) -> None:
         protocols.append(report.results[0].protocol)
     assert unlike(protocols[0], protocols[1]) == []
     assert unlike(protocols[0], protocols[2]) == ["samples", "splits"]
-    assert unlike({"split": "held_out", "model": {"step": 1}}, {"split": "train", "model": {"step": 2}}) == [
+    assert unlike({"split": "val", "model": {"step": 1}}, {"split": "train", "model": {"step": 2}}) == [
         "split"
     ]

@@ -71,7 +71,7 @@ def test_a_path_that_only_a_checkpoint_names_is_not_read(tmp_path, stranger, pho
     ):
         dataset_of(Path("x"), model, "data", {})
     dataset = dataset_of(Path("x"), model, "data", {"path": str(photos)})
-    assert len(dataset.load("train")) + len(dataset.load("held_out")) == 12
+    assert len(dataset.load("train")) + len(dataset.load("val")) == 12
     assert dataset_of(Path("x"), model, "data", {}).shape == (1, 8, 8)  # it has been named once
 
 

@@ -19,7 +19,7 @@ POINTS = np.random.RandomState(0).uniform(-3, 5, (40, 3))
 
 
 def points(path=None, **changes) -> Points:
-    options = {"num_points": 16, "radius": None, "labels": "auto", "size": 60, "held_out": 0.25}
+    options = {"num_points": 16, "radius": None, "labels": "auto", "size": 60, "val_fraction": 0.25}
     return Points("", path=None if path is None else str(path), **(options | changes))
 
 
@@ -193,13 +193,13 @@ def test_points_lie_uniformly_on_their_surfaces():
 
 def test_built_in_sets_are_balanced_split_and_always_the_same():
     dataset = points(num_points=64, radius=1.0)
-    train, held_out = dataset.load("train"), dataset.load("held_out")
-    assert len(train) + len(held_out) == 60
-    assert 5 < len(held_out) < 25
+    train, val = dataset.load("train"), dataset.load("val")
+    assert len(train) + len(val) == 60
+    assert 5 < len(val) < 25
     assert dataset.class_names == ("cone", "cube", "cylinder", "sphere", "torus")
     assert train.labels is not None
-    assert held_out.labels is not None
-    assert torch.bincount(torch.cat([train.labels, held_out.labels])).tolist() == 5 * [12]
+    assert val.labels is not None
+    assert torch.bincount(torch.cat([train.labels, val.labels])).tolist() == 5 * [12]
     assert torch.equal(points(num_points=64, radius=1.0).load("train").pixels, train.pixels)
     reach = train.pixels.norm(dim=1).amax(1)
     assert 0.5 <= reach.min() < 0.6 < 0.9 < reach.max() <= 1
@@ -225,7 +225,7 @@ def folder(tmp_path):
 
 
 def test_files_of_all_kinds_are_one_set(folder):
-    images = points(folder, num_points=40, held_out=0.0).load("train")
+    images = points(folder, num_points=40, val_fraction=0.0).load("train")
     assert images.labels is not None
     assert images.labels.tolist() == [0, 0, 1]
     middle = (POINTS.min(0) + POINTS.max(0)) / 2
@@ -237,24 +237,24 @@ def test_files_of_all_kinds_are_one_set(folder):
 
 
 def test_a_radius_is_one_scale_for_all_and_comes_back(folder):
-    dataset = points(folder, num_points=40, radius=8.0, held_out=0.0)
+    dataset = points(folder, num_points=40, radius=8.0, val_fraction=0.0)
     x = dataset.load("train").pixels
     np.testing.assert_allclose(np.sort(x[0].flatten().numpy()), np.sort(POINTS.flatten() / 8), atol=1e-6)
     assert dataset.form == PointCloud(radius=8.0)
     with pytest.raises(
         ValueError, match=r"a\.ply \(reaches to 4\.\d+, beyond dataset\.radius=2; set it as large"
     ):
-        points(folder, radius=2.0, held_out=0.0).load("train")
+        points(folder, radius=2.0, val_fraction=0.0).load("train")
 
 
 def test_points_drawn_depend_on_the_file_alone(folder, tmp_path):
-    few = points(folder, num_points=10, held_out=0.0)
+    few = points(folder, num_points=10, val_fraction=0.0)
     with zipfile.ZipFile(tmp_path / "same.zip", "w") as archive:
         for file in ("chairs/b.npy", "tables/c.PLY"):
             archive.write(folder / file, file)
-    packed = points(tmp_path / "same.zip", num_points=10, held_out=0.0)
+    packed = points(tmp_path / "same.zip", num_points=10, val_fraction=0.0)
     assert torch.equal(packed.load("train").pixels, few.load("train").pixels[1:])
-    every = points(folder, num_points=40, held_out=0.0).load("train").pixels
+    every = points(folder, num_points=40, val_fraction=0.0).load("train").pixels
     assert torch.equal(few.load("train").pixels, every[:, :, :10])
 
 
@@ -264,7 +264,7 @@ def test_files_that_cannot_be_used_are_named(folder):
     np.save(folder / "chairs" / "g.npy", POINTS[:5])
     np.save(folder / "chairs" / "h.npy", np.full((40, 3), np.inf))
     with pytest.raises(ValueError, match="cannot use 4 of the images") as caught:
-        points(folder, held_out=0.0).load("train")
+        points(folder, val_fraction=0.0).load("train")
     for words in [
         "chairs/e.ply (", "f.npy (has shape (40, 2), not that of points, (N, 3))",
         "g.npy (has 5 points, fewer than dataset.num_points=16)", "h.npy (has coordinates that are no finite",

@@ -124,7 +124,7 @@ def test_opacity_stays_where_colours_are_converted(tmp_path):
 def folder(path: Path, *rules: int, **changes) -> Folder:
     arguments = {
         "masks": None, "resolution": 4, "channels": 3, "range": None, "depth": "auto", "labels": "none",
-        "background": "white", "flip": False, "held_out": 0.0, "in_memory": True, "num_workers": 0,
+        "background": "white", "flip": False, "val_fraction": 0.0, "in_memory": True, "num_workers": 0,
     }  # fmt: skip
     return Folder("", *rules, path=str(path), **(arguments | changes))
 

@@ -208,7 +208,7 @@ def test_training_does_not_depend_on_the_number_of_processes(alone, tmp_path, wo
     assert one["global_step"] == many["global_step"] == 50
     assert distance(one["state_dict"], many["state_dict"]) < 1e-5
     assert distance(one["callbacks"]["EMA"]["network"], many["callbacks"]["EMA"]["network"]) < 1e-5
-    for column in ("loss", "held_out_loss"):
+    for column in ("loss", "val_loss"):
         torch.testing.assert_close(losses(alone, column), losses(tmp_path, column), rtol=1e-5, atol=0)
     assert len(losses(tmp_path)) == 10
 
@@ -246,7 +246,7 @@ def test_a_run_that_grows_does_not_depend_on_it_either(tmp_path):
     assert train(tmp_path / "two", *words, "max_steps=5") == 0
     assert train(tmp_path / "two", *words, "trainer.devices=2") == 0
     assert distance(state(tmp_path / "one")["state_dict"], state(tmp_path / "two")["state_dict"]) < 1e-5
-    for column in ("loss", "held_out_loss"):
+    for column in ("loss", "val_loss"):
         one, two = losses(tmp_path / "one", column), losses(tmp_path / "two", column)
         torch.testing.assert_close(one, two, rtol=1e-5, atol=0)
 

@@ -91,13 +91,13 @@ def text_of(page: str) -> str:
 
 def test_columns_that_belong_together_share_a_panel_whatever_they_are_called():
     points = [(50, 0.5), (100, 0.25)]
-    columns = ["loss", "loss_q1", "loss_q2", "loss_q3", "lr", "held_out_loss", "fid_ema"]
+    columns = ["loss", "loss_q1", "loss_q2", "loss_q3", "lr", "val_loss", "fid_ema"]
     (one, levels, lr, fid) = panels({"a": dict.fromkeys(columns, points)})
-    assert [curve.label for curve in one.curves] == ["loss", "held_out_loss"]
+    assert [curve.label for curve in one.curves] == ["loss", "val_loss"]
     assert [curve.label for curve in levels.curves] == ["loss_q1", "loss_q2", "loss_q3"]
     assert [panel.log_y for panel in (one, levels, lr, fid)] == [True, True, False, False]
     assert [curve.style for curve in levels.curves] == [0, 1, 2]
-    assert [panel.title for panel in panels({"a": {"held_out_accuracy": points}})] == ["held_out_accuracy"]
+    assert [panel.title for panel in panels({"a": {"val_accuracy": points}})] == ["val_accuracy"]
 
 
 def test_axes_begin_at_zero_unless_values_are_negative_or_on_a_log_scale():
@@ -110,13 +110,13 @@ def test_axes_begin_at_zero_unless_values_are_negative_or_on_a_log_scale():
 
 def test_a_run_has_one_colour_in_every_panel():
     points = [(50, 0.5), (100, 0.25)]
-    a = dict.fromkeys(["loss", "held_out_loss", "loss_q1", "loss_q2", "loss_q3"], points)
+    a = dict.fromkeys(["loss", "val_loss", "loss_q1", "loss_q2", "loss_q3"], points)
     found = panels({"a": a, "b": {"loss": points, "loss_q3": points}})
     assert [panel.title for panel in found] == ["loss", "loss_q1", "loss_q2", "loss_q3"]
     styles = [(curve.label, *line_style(curve.style or 0)) for curve in found[0].curves]
     assert styles == [
         ("a: loss", COLOURS[0], DASHES[0]),
-        ("a: held_out_loss", COLOURS[0], DASHES[1]),
+        ("a: val_loss", COLOURS[0], DASHES[1]),
         ("b: loss", COLOURS[1], DASHES[0]),
     ]
     assert [(curve.label, curve.style) for curve in found[3].curves] == [("a", 0), ("b", 1)]

@@ -141,7 +141,7 @@ def test_what_is_seen_of_a_run_is_of_its_size_and_one_curve(tmp_path):
     with (tmp_path / "tiny" / "metrics.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     assert [int(row["size"]) for row in rows if row["size"]] == [2] * 4 + [4] * 5 + [8] * 3
-    assert [int(row["step"]) for row in rows if row.get("held_out_loss")] == [3, 6, 9, 12]
+    assert [int(row["step"]) for row in rows if row.get("val_loss")] == [3, 6, 9, 12]
     small, large = (Image.open(tmp_path / "tiny" / "previews" / f"step_{n:08d}.png") for n in (3, 12))
     assert small.size == large.size
     # A pixel of 8x8 is drawn as 4x4, and the grid has a margin of one: a pixel of 2x2 is 16x16.
@@ -169,7 +169,7 @@ def test_weights_of_an_early_stage_make_images_of_its_size(tmp_path, capsys):
     said = "step_00000004.ckpt: is of a run that grows, and knows images of size 2 so far"
     assert said in capsys.readouterr().err
     assert Image.open(tmp_path / "early" / "000001.png").size == (2, 2)
-    for command in (["eval"], ["edit", "edit=reconstruct", "input=held_out"]):
+    for command in (["eval"], ["edit", "edit=reconstruct", "input=val"]):
         assert run([*command, *words, "step=8"]) == 2
         said = f"run={folder}: knows images of size 4 at step 8, and those of its dataset are of 8; train on"
         assert said in capsys.readouterr().err
@@ -181,7 +181,7 @@ def test_a_classifier_grows_too(tmp_path):
 
 
 def test_an_epoch_is_a_pass_over_the_images_whatever_the_batches(tmp_path):
-    assert train(tmp_path, "max_steps=null", "max_epochs=1", "dataset.held_out=0.9") == 0
+    assert train(tmp_path, "max_steps=null", "max_epochs=1", "dataset.val_fraction=0.9") == 0
     made = state(tmp_path)
     stages = ResolutionSchedule.stored(made["diffuse"]["stages"])
     count = made["diffuse"]["num_images"]

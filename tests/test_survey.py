@@ -31,7 +31,7 @@ def save(path: Path, size: tuple[int, int] = (8, 8), frames: int = 1, **options)
 def remarks(path: Path, *rules: int, **changes) -> list[str]:
     arguments = {
         "masks": None, "resolution": 8, "channels": 3, "range": None, "depth": "auto", "labels": "none",
-        "background": "white", "flip": False, "held_out": 0.0, "in_memory": True, "num_workers": 0,
+        "background": "white", "flip": False, "val_fraction": 0.0, "in_memory": True, "num_workers": 0,
     }  # fmt: skip
     return Folder("", *rules, path=str(path), **(arguments | changes)).remarks()
 

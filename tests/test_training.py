@@ -38,7 +38,7 @@ from diffusion_cli.system.files import atomic_write
 from diffusion_cli.system.locks import run_lock
 from diffusion_cli.system.signals import UNFINISHED
 from diffusion_cli.training import evaluation
-from diffusion_cli.training.callbacks import GracefulStop, HeldOutAccuracy, HeldOutLoss, Preview
+from diffusion_cli.training.callbacks import GracefulStop, Preview, ValidationAccuracy, ValidationLoss
 from diffusion_cli.training.ema import EMA
 from diffusion_cli.training.module import DenoisingModule, LevelMeter
 from diffusion_cli.training.optimizers import Adam, AdamW
@@ -284,13 +284,13 @@ def test_the_loss_falls(tmp_path):
     assert losses[-1] < 0.4
 
 
-def test_previews_and_held_out_loss(tmp_path):
+def test_previews_and_val_loss(tmp_path):
     train(tmp_path, "max_steps=10", "preview_every=10", "validate_every=5", "preview_steps=2")
     assert (tmp_path / "tiny" / "previews" / "step_00000010.png").is_file()
     rows = list(csv.DictReader((tmp_path / "tiny" / "metrics.csv").open()))
-    held_out = [float(row["held_out_loss"]) for row in rows if row["held_out_loss"]]
-    assert len(held_out) == 2
-    assert held_out[1] < held_out[0]
+    val = [float(row["val_loss"]) for row in rows if row["val_loss"]]
+    assert len(val) == 2
+    assert val[1] < val[0]
 
 
 def test_watching_a_run_does_not_change_it(tmp_path):
@@ -686,13 +686,13 @@ def averaged(module: DenoisingModule, network: nn.Module) -> EMA:
     return ema
 
 
-def test_the_held_out_loss_and_previews_are_those_of_the_averaged_weights(tmp_path):
+def test_the_val_loss_and_previews_are_those_of_the_averaged_weights(tmp_path):
     module = step_of(Target(label_dropout=0.0), Uniform())
     log, stop, ema = Log(), GracefulStop(None, None), averaged(module, Constant(1.0))
     images = torch.rand(6, 1, 2, 2, generator=torch.Generator().manual_seed(0))
-    held_out = [Batch(0, images[:4], None, torch.arange(4)), Batch(1, images[4:], None, torch.arange(2))]
-    HeldOutLoss(1, lambda step: held_out, ema, stop).run(log, module, 1)  # pyright: ignore[reportArgumentType]
-    assert log.values == {"held_out_loss": pytest.approx(images.square().mean().item(), rel=1e-5)}
+    val = [Batch(0, images[:4], None, torch.arange(4)), Batch(1, images[4:], None, torch.arange(2))]
+    ValidationLoss(1, lambda step: val, ema, stop).run(log, module, 1)  # pyright: ignore[reportArgumentType]
+    assert log.values == {"val_loss": pytest.approx(images.square().mean().item(), rel=1e-5)}
     sampler = DDIM(module.model.schedule, eta=0.0, spacing="time")
     preview = Preview(
         1, ema, stop, run=tmp_path, sampler=sampler, steps=2, stages=ResolutionSchedule([Stage(0, (1, 2, 2), 1)]),
@@ -735,22 +735,22 @@ def test_samples_on_the_way_are_those_of_the_averaged_weights(tmp_path, monkeypa
     assert seen[0].unique().tolist() == [128]  # of the value 0; the network of now makes 255
 
 
-def test_the_held_out_accuracy_is_that_of_the_averaged_weights():
+def test_the_val_accuracy_is_that_of_the_averaged_weights():
     module = step_of(Recorded(), Uniform())
     classifier = NoisyClassifier(Guess([0.0, 1.0, 0.0]), module.model.schedule, X0())
     module.model = classifier  # pyright: ignore[reportAttributeAccessIssue]
     log, ema = Log(), averaged(module, Guess([1.0, 0.0, 0.0]))
-    held_out = [batch(0, 4)._replace(labels=torch.tensor([0, 1, 2, 1]))]
-    watcher = HeldOutAccuracy(1, lambda step: held_out, ema, GracefulStop(None, None))
+    val = [batch(0, 4)._replace(labels=torch.tensor([0, 1, 2, 1]))]
+    watcher = ValidationAccuracy(1, lambda step: val, ema, GracefulStop(None, None))
     watcher.run(log, module, 1)  # pyright: ignore[reportArgumentType]
-    assert log.values["held_out_accuracy"] == 0.5
+    assert log.values["val_accuracy"] == 0.5
 
 
-def test_held_out_images_meet_the_same_noise_at_spread_times_whenever_they_are_measured():
+def test_validation_images_meet_the_same_noise_at_spread_times_whenever_they_are_measured():
     objective = Recorded()
     for seed, number in ((0, 7), (0, 900), (1, 7)):
         module = step_of(objective, Uniform(), seed)
-        list(module.held_out(module.model, [batch(number), batch(number + 1)]))
+        list(module.val_losses(module.model, [batch(number), batch(number + 1)]))
     (first, second, again, _, other, _), noise = objective.times, objective.noise
     assert torch.equal(first, again)
     assert torch.equal(noise[0], noise[2])
@@ -909,7 +909,7 @@ def test_a_run_is_not_gone_on_with_on_other_labels(tmp_path, capsys):
     for i in range(8):
         Image.fromarray(np.full((8, 8), 30 * i, dtype=np.uint8)).save(tmp_path / "images" / f"{i}.png")
     words = ["dataset=folder", f"dataset.path={tmp_path}/images", "dataset.resolution=8", "dataset.channels=1",
-             "dataset.held_out=0", "model=unet_tiny", "batch_size=4"]  # fmt: skip
+             "dataset.val_fraction=0", "model=unet_tiny", "batch_size=4"]  # fmt: skip
 
     def label(first: str, second: str) -> None:
         rows = [f"{i}.png,{first if i < 4 else second}" for i in range(8)]
@@ -924,7 +924,7 @@ def test_a_run_is_not_gone_on_with_on_other_labels(tmp_path, capsys):
 
 def test_a_classifier_is_measured_at_its_end(tmp_path, capsys):
     assert train(tmp_path, "task=classifier", "max_steps=4", "validate_every=3") == 0
-    assert "held-out accuracy 0." in capsys.readouterr().out
+    assert "validation accuracy 0." in capsys.readouterr().out
     with (tmp_path / "tiny" / "metrics.csv").open() as file:
-        rows = [row for row in csv.DictReader(file) if row["held_out_accuracy"]]
+        rows = [row for row in csv.DictReader(file) if row["val_accuracy"]]
     assert [row["step"] for row in rows] == ["3", "4"]

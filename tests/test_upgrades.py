@@ -14,9 +14,12 @@ from safetensors.torch import load_file
 
 from diffusion_cli.cli import run
 from diffusion_cli.config import TrainConfig, load
+from diffusion_cli.data import Array
 from diffusion_cli.errors import UsageError
 from diffusion_cli.runs.checkpoint import read, save
+from diffusion_cli.runs.curves import read_curves
 from diffusion_cli.runs.migrate import FORMAT, MIGRATIONS, MODULES_OF_FORMAT_4, as_of_format_4, migrated
+from diffusion_cli.training.logs import CSVFile
 
 STORED = Path(__file__).parent / "stored_runs"
 """How they were made is in the README.md there."""
@@ -95,7 +98,7 @@ def test_the_same_samples(stored, name):
 
 
 def test_the_same_edits(stored):
-    words = ["edit=inpaint", "input=held_out", "num_images=2", "output=now"]
+    words = ["edit=inpaint", "input=val", "num_images=2", "output=now"]
     assert run(["edit", "run=outputs/denoiser", *words, *FAST]) == 0
     assert_equal(stored / "now", stored / "samples" / "edit")
 
@@ -187,6 +190,12 @@ def test_names_of_classes_come_forward_and_go_back(target):
     [
         ({"accumulate": 2}, {"accumulate_grad_batches": 2}),
         ({"method": {"_target_": "DPS"}}, {"restoration": {"_target_": "DPS"}}),
+        ({"held_out": 0.2, "_target_": "Digits"}, {"val_fraction": 0.2, "_target_": "Digits"}),
+        ({"split": "held_out"}, {"split": "val"}),
+        ({"reference": {"name": "digits/held_out"}}, {"reference": {"name": "digits/val"}}),
+        ({"name": "held_out"}, {"name": "held_out"}),
+        ({"cache": {"train": "a", "held_out": "b"}}, {"cache": {"train": "a", "val": "b"}}),
+        ({"details": {"on_real_held_out": 0.9}}, {"details": {"on_real_val": 0.9}}),
         ({"times": None}, {"time_sampling": None}),
         ({"times": {"_target_": "Uniform"}}, {"time_sampling": {"_target_": "Uniform"}}),
     ],
@@ -239,11 +248,39 @@ def test_an_earlier_group_in_an_option_file_gives_its_new_name(tmp_path):
     )
 
 
-def test_the_name_of_a_run_has_the_words_of_then():
-    words = ["time_sampling=loss_second_moment", "time_sampling.bins=4", "time_sampling.memory=3", "seed=3"]
+@pytest.mark.parametrize(
+    ("words", "name"),
+    [
+        (
+            ["time_sampling=loss_second_moment", "time_sampling.bins=4", "time_sampling.memory=3", "seed=3"],
+            "digits-cosine-loss_second_moment-seed_3-bins_4-memory_3",
+        ),
+        (["dataset.val_fraction=0.3", "dataset.flip=true"], "digits-cosine-flip_true-held_out_0.3"),
+    ],
+)
+def test_the_name_of_a_run_has_the_words_of_then(words, name):
     config = load("train", words)
     assert isinstance(config, TrainConfig)
-    assert config.name == "digits-cosine-loss_second_moment-seed_3-bins_4-memory_3"
+    assert config.name == name
+
+
+def test_a_log_of_then_is_continued_and_drawn_with_the_words_of_now(tmp_path):
+    path = tmp_path / "metrics.csv"
+    path.write_text("step,loss,held_out_loss,held_out_accuracy_q1\n1,2,4,0.5\n")
+    assert read_curves(path) == {"loss": [(1, 2)], "val_loss": [(1, 4)], "val_accuracy_q1": [(1, 0.5)]}
+    CSVFile(path, 1).log_metrics({"val_loss": 3.0}, 2)
+    assert path.read_text().splitlines() == [
+        "step,loss,val_loss,val_accuracy_q1",
+        "1,2,4,0.5",
+        "2,,3.0,",
+    ]
+
+
+def test_a_numpy_file_of_then_marks_its_validation_images(tmp_path):
+    marks = np.array([False, True, False, True])
+    np.savez(tmp_path / "x.npz", images=np.zeros((4, 8, 8), np.uint8), held_out=marks)
+    dataset = Array("", path=str(tmp_path / "x.npz"))
+    assert (len(dataset.load("train")), len(dataset.load("val"))) == (2, 2)
 
 
 def test_a_checkpoint_of_a_newer_version_asks_for_an_upgrade(stored, capsys):

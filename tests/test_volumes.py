@@ -18,7 +18,7 @@ nib = pytest.importorskip("nibabel")
 OPTIONS: dict = {
     "masks": None,
     "channels": 1, "range": [-1000, 1000], "depth": "auto", "labels": "none", "background": "white", "flip": False,
-    "held_out": 0, "in_memory": True, "num_workers": 0,
+    "val_fraction": 0, "in_memory": True, "num_workers": 0,
 }  # fmt: skip
 
 
@@ -158,7 +158,7 @@ def test_volumes_are_trained_on_and_sampled(tmp_path, monkeypatch, capsys):
     ]
     words += [
         "dataset.channels=1",
-        "dataset.held_out=0.3",
+        "dataset.val_fraction=0.3",
         "model=unet3d_tiny",
         "model.channels=8",
         "model.head_channels=8",

@@ -195,7 +195,7 @@ def _refuse(config: EditConfig, trained: LoadedModel, edit: Edit, method: Restor
             )
     elif config.input is None:
         raise UsageError(
-            "input", None, "give an image file or a folder, or held_out for real images of the run's dataset"
+            "input", None, "give an image file or a folder, or val for real images of the run's dataset"
         )
 
 
@@ -226,7 +226,7 @@ def _inputs(config: EditConfig, trained: LoadedModel, edit: Edit) -> list[Input]
             edit.seeds, trained.model.space.shape_of(edit.results), torch.device("cpu")
         ).noise()
         return [Input(f"seed_{seed}", image) for seed, image in zip(edit.seeds, noise, strict=True)]
-    if config.input in ("held_out", "train"):
+    if config.input in ("val", "train"):
         if Path(config.input).exists():
             raise UsageError(
                 "input",

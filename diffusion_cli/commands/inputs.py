@@ -34,6 +34,7 @@ from diffusion_cli.formats import (
     has_own_numbers,
 )
 from diffusion_cli.formats.files import flattened, is_gray, opened
+from diffusion_cli.runs.migrate import result_name
 from diffusion_cli.system.distributed import Distributed
 from diffusion_cli.system.untrusted import printable, read, reason
 
@@ -61,14 +62,14 @@ def show_remarks(lines: Iterable[str]) -> None:
 
 
 def real_images(dataset: Dataset, split: str, count: int | None) -> list[Input]:
-    """Images spread evenly over the `train` or `held_out` split."""
-    images = dataset.load("train" if split == "train" else "held_out")
+    """Images spread evenly over the `train` or `val` split."""
+    images = dataset.load("train" if split == "train" else "val")
     count = len(images) if count is None else min(count, len(images))
     rows = spread(len(images), count)
     if not count:
         raise UsageError("input", split, f"{dataset.name} has no images there", "give files")
     pixels = quantized(images[rows.to(images.device)].cpu(), dataset.form)
-    return [Input(f"{split}_{row:05d}", image) for row, image in zip(rows.tolist(), pixels, strict=True)]
+    return [Input(result_name(split, row), image) for row, image in zip(rows.tolist(), pixels, strict=True)]
 
 
 def read_input(

@@ -42,7 +42,7 @@ from diffusion_cli.training.build import (
     stages_of,
     trainer_of,
 )
-from diffusion_cli.training.callbacks import CheckpointCallback, GracefulStop, HeldOutAccuracy, Progress
+from diffusion_cli.training.callbacks import CheckpointCallback, GracefulStop, Progress, ValidationAccuracy
 from diffusion_cli.training.ema import EMA
 from diffusion_cli.training.latent_data import LatentDataset
 from diffusion_cli.training.module import Trainable
@@ -123,8 +123,8 @@ def _train(config: TrainConfig, folder: Path, stop: GracefulStop) -> int:
     stored = before["diffuse"]["stages"] if before else None
     stages = ResolutionSchedule.stored(stored) if stored else stages_of(config, parts.train_data)
     _refuse_uneven(config, stages, ranks.world)
-    images, held_out = parts.train_data.load("train"), parts.train_data.load("held_out")
-    about = _about(config, parts, images, held_out, stages)
+    images, val = parts.train_data.load("train"), parts.train_data.load("val")
+    about = _about(config, parts, images, val, stages)
     # As is what "auto" once meant, on whatever machine the run is taken up.
     known = before["diffuse"].get("precision") if before and config.precision == "auto" else None
     about["precision"] = known or resolve(config.precision, parts.device.torch_device)
@@ -140,7 +140,7 @@ def _train(config: TrainConfig, folder: Path, stop: GracefulStop) -> int:
         return 0
     return _fit(
         config, folder, parts, stages,
-        images=images, held_out=held_out, about=about, before=before, max_steps=max_steps, stop=stop,
+        images=images, val=val, about=about, before=before, max_steps=max_steps, stop=stop,
     )  # fmt: skip
 
 
@@ -151,7 +151,7 @@ def _fit(
     stages: ResolutionSchedule,
     *,
     images: Images,
-    held_out: Images,
+    val: Images,
     about: dict[str, Any],
     before: dict[str, Any] | None,
     max_steps: int | None,
@@ -170,7 +170,7 @@ def _fit(
         stages,
         ema=ema,
         stop=stop,
-        held_out=held_out,
+        val=val,
         class_counts=about["class_counts"],
     )
     checkpoints = CheckpointCallback(config.checkpoint_every, folder, config.keep_last, stop)
@@ -245,9 +245,9 @@ def _print_summary(
 ) -> None:
     """Say how a run has ended, and how it goes on."""
     for watcher in watchers:
-        if isinstance(watcher, HeldOutAccuracy):
+        if isinstance(watcher, ValidationAccuracy):
             print(
-                "\n" + ", ".join(f"held-out {name} {value:.3f}" for name, value in watcher.accuracy.items())
+                "\n" + ", ".join(f"validation {name} {value:.3f}" for name, value in watcher.accuracy.items())
             )
     if stop.stopping and stop.signal is not None:
         name = signal.Signals(stop.signal).name
@@ -391,14 +391,14 @@ def _next(model: Trainable, folder: Path) -> str:
 
 
 def _about(
-    config: TrainConfig, parts: TrainingSetup, images: Images, held_out: Images, stages: ResolutionSchedule
+    config: TrainConfig, parts: TrainingSetup, images: Images, val: Images, stages: ResolutionSchedule
 ) -> dict[str, Any]:
     labels, dataset = None if images.labels is None else images.labels.cpu(), parts.dataset
     latent = None
     if parts.latent is not None:
         assert isinstance(parts.train_data, LatentDataset)
         latent = parts.latent.about(parts.train_data)
-    fingerprints = f"{images.fingerprint()} {held_out.fingerprint()}"
+    fingerprints = f"{images.fingerprint()} {val.fingerprint()}"
     return {
         "task": parts.task.model.task,
         "data_sha256": Distributed().broadcast(sha256(fingerprints.encode()).hexdigest()),

@@ -8,7 +8,10 @@ from diffusion_cli.config.catalogue import brought_by, chosen, defaults, options
 from diffusion_cli.config.runs import flatten
 from diffusion_cli.config.schema import COMMANDS
 from diffusion_cli.errors import NO_VALUE, Problem, format_value
-from diffusion_cli.runs.migrate import KEYS_OF_FORMAT_5
+from diffusion_cli.runs.migrate import KEYS_OF_FORMAT_5, SPLITS_OF_FORMAT_5
+
+NAMING_SPLITS = ("input", "split")
+"""Last names of the keys whose values are splits of a data set."""
 
 
 def renamed_word(command: str, key: str, value: Any) -> Problem | None:
@@ -19,7 +22,10 @@ def renamed_word(command: str, key: str, value: Any) -> Problem | None:
         key: group, or dotted key.
         value: option, or value.
     """
-    new = _new_key(key)
+    new, last = _new_key(key), key.rpartition(".")[2]
+    if last in NAMING_SPLITS and isinstance(value, str) and value in SPLITS_OF_FORMAT_5:
+        split = SPLITS_OF_FORMAT_5[value]
+        return Problem(key, value, f"renamed to {split}", f"use {key}={split}")
     known = {*defaults(command), *COMMANDS[command].model_fields}
     return _problem(key, value) if new != key and new.partition(".")[0] in known else None
 

@@ -19,12 +19,13 @@ from diffusion_cli.data.memory import MemoryImages, fits_in_memory, free_memory
 from diffusion_cli.errors import NO_VALUE, FormatError, UsageError
 from diffusion_cli.formats import Range, RangedImage, SampleFormat, Shape, Uint8Image, form_of, image_form
 from diffusion_cli.formats.range_check import LOOKED_AT
+from diffusion_cli.runs.migrate import SPLITS_OF_FORMAT_5
 from diffusion_cli.system.untrusted import Archive, from_json, reason, regular
 
 IMAGE_KEYS = ("images", "arr_0", "x")
 LABEL_KEYS = ("labels", "arr_1", "y")
-CLASS_NAMES, MARKS, FORM = "class_names", "held_out", "form"
-HELD_OUT = 0.1  # fraction, where nothing else is said
+CLASS_NAMES, MARKS, FORM = "class_names", "val", "form"
+VAL_FRACTION = 0.1  # fraction, where nothing else is said
 MOST_CLASSES = 10**6
 
 
@@ -33,8 +34,8 @@ class Array(Dataset):
 
     Of 1 or 3 channels, which are last where the shape allows both; else of the fewest of the two lengths. A .npz holds
     the images as `images`, `arr_0` or `x`, and maybe their classes 0..K - 1 as `labels`, `arr_1` or `y`
-    (integers [N]), what these are called as `class_names` (texts [K]), which images are held out as `held_out`
-    (bool [N]), which count where the argument `held_out` is None, and what their numbers mean as `form` (a text of
+    (integers [N]), what these are called as `class_names` (texts [K]), which are validation images as `val`
+    (bool [N]), which count where the argument `val_fraction` is None, and what their numbers mean as `form` (a text of
     JSON), which counts where `range` is None. Pickled objects are refused.
 
     Raises UsageError, before pixels are read, if the file is missing or is not this.
@@ -47,7 +48,7 @@ class Array(Dataset):
         path: str,
         range: Range | list[Range] | None = None,
         flip: bool = False,
-        held_out: Annotated[float, Field(ge=0, lt=1)] | None = None,
+        val_fraction: Annotated[float, Field(ge=0, lt=1)] | None = None,
         in_memory: bool | None = None,
     ) -> None:
         super().__init__(data_dir)
@@ -73,12 +74,12 @@ class Array(Dataset):
         self.in_memory = self.contents.compressed or in_memory
         self.shape = self.contents.shape
         self.class_names = self.contents.class_names
-        marks = self.contents.held_out
-        if held_out is None and marks is not None:
-            self.held_out, self.is_held_out = float(marks.mean()), marks
+        marks = self.contents.val
+        if val_fraction is None and marks is not None:
+            self.val_fraction, self.is_val = float(marks.mean()), marks
         else:
-            self.held_out = HELD_OUT if held_out is None else held_out
-            self.is_held_out = shuffled_mask(self.contents.number, self.held_out)
+            self.val_fraction = VAL_FRACTION if val_fraction is None else val_fraction
+            self.is_val = shuffled_mask(self.contents.number, self.val_fraction)
 
     def load(self, split: Split) -> Images:
         images = self._rows(split)
@@ -94,15 +95,15 @@ class Array(Dataset):
     def remarks(self) -> list[str]:
         remark = self.form.remark([*first_images(self.path, self.contents)])
         lines = [*shape_remarks(f"dataset.path={self.path}", self.contents), *([remark] if remark else [])]
-        none_held_out = self.held_out > 0 and not self.is_held_out.any()
-        return [*lines, too_few(self.contents.number, self.held_out)] if none_held_out else lines
+        no_val = self.val_fraction > 0 and not self.is_val.any()
+        return [*lines, too_few(self.contents.number, self.val_fraction)] if no_val else lines
 
     def stream(self, split: Split) -> Images:
         # What is compressed would be unpacked whole by every process that reads some of it.
         return self.load(split) if self.contents.compressed else self._rows(split)
 
     def _rows(self, split: Split) -> "ArrayImages":
-        rows = split_rows(self.is_held_out, self.held_out, split)
+        rows = split_rows(self.is_val, self.val_fraction, split)
         return ArrayImages(self.path, self.contents, self.form, rows)
 
 
@@ -120,7 +121,7 @@ class Contents(NamedTuple):
     shape: Shape
     labels: Tensor | None
     class_names: tuple[str, ...] | None
-    held_out: np.ndarray | None
+    val: np.ndarray | None
     form: SampleFormat | None
     """What is noted of it."""
 
@@ -323,7 +324,7 @@ def read_contents(path: Path) -> Contents:
     """What a .npy or .npz file of images holds; FormatError, or an error of the parsers, if it is none."""
     if path.suffix != ".npz":
         return Contents(
-            None, False, *read_layout(path, None), labels=None, class_names=None, held_out=None, form=None
+            None, False, *read_layout(path, None), labels=None, class_names=None, val=None, form=None
         )
     with Archive(path) as archive:
         entries = {name.removesuffix(".npy"): entry for name, entry in archive.entries.items()}
@@ -334,12 +335,13 @@ def read_contents(path: Path) -> Contents:
         held = ", ".join([*entries][:10])
         raise FormatError(f"holds {held}; images must be called one of {', '.join(IMAGE_KEYS)}")
     dtype, count, layout, shape = read_layout(path, key)
+    marks_key = next((key for key in (MARKS, *SPLITS_OF_FORMAT_5) if key in entries), None)
     labels_key = next((key for key in LABEL_KEYS if key in entries), None)
     labels = None if labels_key is None else read_labels(path, labels_key)
     return Contents(
         key, entries[key].compress_type != ZIP_STORED, dtype, count, layout, shape, labels,
         None if labels is None else class_names(labels, count, names),
-        read_marks(path, count) if MARKS in entries else None,
+        None if marks_key is None else read_marks(path, marks_key, count),
         form if isinstance(form, RangedImage) and form.dtype == dtype else None,
     )  # fmt: skip
 
@@ -352,14 +354,14 @@ def read_labels(path: Path, key: str) -> Tensor:
     return torch.from_numpy(loaded_array(path, key).astype(np.int64))
 
 
-def read_marks(path: Path, count: int) -> np.ndarray | None:
-    """Which images of a .npz are held out, bool [count], or None where something else is called so."""
-    header = read_header(path, MARKS)
+def read_marks(path: Path, key: str, count: int) -> np.ndarray | None:
+    """Which images of a .npz are validation images, bool [count], or None where something else is called so."""
+    header = read_header(path, key)
     if header.dtype != np.bool_:
         return None
     if header.shape != (count,):
-        raise FormatError(f"'{MARKS}' has shape {header.shape}; must be of {count}")
-    return np.array(loaded_array(path, MARKS))
+        raise FormatError(f"'{key}' has shape {header.shape}; must be of {count}")
+    return np.array(loaded_array(path, key))
 
 
 def _texts(archive: Archive) -> list[str] | None:

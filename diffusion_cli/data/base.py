@@ -15,7 +15,7 @@ from diffusion_cli.formats import SampleFormat, Shape, Uint8Image
 from diffusion_cli.system.progress import ProgressBar
 from diffusion_cli.system.seeding import mix
 
-Split = Literal["train", "held_out"]
+Split = Literal["train", "val"]
 FINGERPRINTED = 64
 """Images that a fingerprint looks at."""
 
@@ -112,7 +112,7 @@ class PixelDigest:
 
 
 class Dataset(ABC):
-    """A named source of images with a `train` and a `held_out` split; one subclass and one YAML each.
+    """A named source of images with a `train` and a `val` split; one subclass and one YAML each.
 
     `data_dir`, which the program supplies to every dataset, is the folder of the published datasets.
     """
@@ -144,7 +144,7 @@ class Dataset(ABC):
 
     @abstractmethod
     def load(self, split: Split) -> Images:
-        """One split; the two have no row in common. `held_out` has no images where `held_out=0` says so.
+        """One split; the two have no row in common. `val` has no images where `val_fraction=0` says so.
 
         Raises UsageError naming the file that is missing or cannot be used.
         """
@@ -191,57 +191,58 @@ def spread(count: int, wanted: int) -> Tensor:
     return torch.arange(wanted) * count // max(wanted, 1)
 
 
-def shuffled_mask(count: int, held_out: float) -> np.ndarray:
-    """Which of `count` rows are held out, bool [count]: a fraction `held_out`, always the same one.
+def shuffled_mask(count: int, val_fraction: float) -> np.ndarray:
+    """Which of `count` rows are for validation, bool [count]: a fraction `val_fraction`, always the same one.
 
     NumPy guarantees the stream of RandomState for ever; a generator whose stream may change with a release
-    would one day move held-out images into training.
+    would one day move validation images into training.
     """
     mask = np.zeros(count, dtype=bool)
-    mask[np.random.RandomState(0).permutation(count)[: most_held_out(count, held_out)]] = True
+    mask[np.random.RandomState(0).permutation(count)[: num_val(count, val_fraction)]] = True
     return mask
 
 
-def most_held_out(count: int, held_out: float) -> int:
+def num_val(count: int, val_fraction: float) -> int:
     """The number of images that a fraction of `count` images comes to, which leaves at least one to train on."""
-    return min(round(held_out * count), count - 1)
+    return min(round(val_fraction * count), count - 1)
 
 
-def named_mask(names: Sequence[str], held_out: float) -> np.ndarray:
-    """Which of some names are held out, bool: a fraction `held_out`, each by a hash of its own.
+def named_mask(names: Sequence[str], val_fraction: float) -> np.ndarray:
+    """Which of some names are for validation, bool: a fraction `val_fraction`, each by a hash of its own.
 
     Of a few names the hash may choose none or all. Then the one nearest to the threshold changes sides, so that one
-    image at least is trained on, and one at least held out if the fraction comes to one image.
+    image at least is trained on, and one at least is for validation if the fraction comes to one image.
     """
+    # "val" is an earlier word for the split; another text here would move images between the splits.
     hashes = np.array([mix("held_out", name) for name in names], dtype=np.int64)
-    mask = np.array([value < held_out * 2**63 for value in hashes.tolist()], dtype=bool)
+    mask = np.array([value < val_fraction * 2**63 for value in hashes.tolist()], dtype=bool)
     if len(names) and mask.all():
         mask[hashes.argmax()] = False
-    elif not mask.any() and most_held_out(len(names), held_out) > 0:
+    elif not mask.any() and num_val(len(names), val_fraction) > 0:
         mask[hashes.argmin()] = True
     return mask
 
 
-def named_remarks(names: Sequence[str], held_out: float) -> list[str]:
-    """A line if `named_mask` holds out none of the names, although a fraction is to be held out."""
-    if held_out == 0 or most_held_out(len(names), held_out) > 0 or named_mask(names, held_out).any():
+def named_remarks(names: Sequence[str], val_fraction: float) -> list[str]:
+    """A line if `named_mask` chooses none of the names, although the fraction is above 0."""
+    if val_fraction == 0 or num_val(len(names), val_fraction) > 0 or named_mask(names, val_fraction).any():
         return []
-    return [too_few(len(names), held_out)]
+    return [too_few(len(names), val_fraction)]
 
 
-def too_few(count: int, held_out: float) -> str:
+def too_few(count: int, val_fraction: float) -> str:
     """A line about a fraction that comes to no image."""
-    return f"dataset.held_out={held_out}: {count} images are too few to hold any out; all are trained on"
+    return f"dataset.val_fraction={val_fraction}: {count} images are too few for a validation split; all are trained on"
 
 
-def split_rows(is_held_out: np.ndarray, held_out: float, split: Split) -> Tensor:
+def split_rows(is_val: np.ndarray, val_fraction: float, split: Split) -> Tensor:
     """The rows of one split, int64 in rising order; UsageError if none is left to train on."""
-    rows = np.flatnonzero(is_held_out if split == "held_out" else ~is_held_out)
+    rows = np.flatnonzero(is_val if split == "val" else ~is_val)
     if len(rows) == 0 and split == "train":
         raise UsageError(
-            "dataset.held_out",
-            held_out,
-            f"leaves none of the {len(is_held_out)} images to train on",
+            "dataset.val_fraction",
+            val_fraction,
+            f"leaves none of the {len(is_val)} images to train on",
             "add images, change the fraction, or set 0 to train on all",
         )
     return torch.from_numpy(rows)

@@ -21,16 +21,16 @@ class Digits(Dataset):
     class_names = tuple("0123456789")
 
     def __init__(
-        self, data_dir: str, *, held_out: Annotated[float, Field(ge=0, lt=1)] = 0.2, flip: bool = False
+        self, data_dir: str, *, val_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.2, flip: bool = False
     ) -> None:
         super().__init__(data_dir)
-        self.held_out = held_out
+        self.val_fraction = val_fraction
         self.flip = flip
 
     def load(self, split: Split) -> MemoryImages:
         from sklearn.datasets import load_digits  # takes a second to import
 
         values, labels = load_digits(return_X_y=True)
-        rows = split_rows(shuffled_mask(len(values), self.held_out), self.held_out, split)
+        rows = split_rows(shuffled_mask(len(values), self.val_fraction), self.val_fraction, split)
         pixels = torch.from_numpy(np.rint(values * (255 / 16)).astype(np.uint8)).reshape(-1, *self.shape)
         return MemoryImages(pixels[rows], torch.from_numpy(labels.astype(np.int64))[rows])

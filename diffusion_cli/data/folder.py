@@ -86,11 +86,11 @@ class Folder(Dataset):
     whole numbers, else in alphabetical order. It is UTF-8 and has a header line with columns `file`, relative to its
     own folder with `/`, and `label`, and one row an image. It lies at the top, or in another folder that holds all
     images; of several, the topmost counts. "auto" is "csv" if there is such a file, else "folders" if they give
-    classes, else "none". Whether an image is held out is a hash of its name: it stays in its split when files are added
-    or removed. See `ImageDecoder` for how a file becomes pixels, and `RangedImage` for what those of more than 8 bits,
-    of other channels than 1 or 3, or of a `range` become; the first file says which they are. With `masks`, of images
-    but not of DICOM or volumes, see `MaskedDecoder`: the shape has a channel more. `rules` is the version by which
-    files become images; a run keeps the version that it was begun with.
+    classes, else "none". A hash of its name decides whether an image is for validation: it stays in its split when
+    files are added or removed. See `ImageDecoder` for how a file becomes pixels, and `RangedImage` for what those of
+    more than 8 bits, of other channels than 1 or 3, or of a `range` become; the first file says which they are. With
+    `masks`, of images but not of DICOM or volumes, see `MaskedDecoder`: the shape has a channel more. `rules` is the
+    version by which files become images; a run keeps the version that it was begun with.
 
     Raises UsageError if `path` is missing, is no archive or has no images, if the requested labels are missing, or if
     those in `labels.csv` do not match the images. `load` and reading images raise UsageError naming the files that
@@ -111,14 +111,14 @@ class Folder(Dataset):
         labels: Literal["auto", "folders", "csv", "none"] = "auto",
         background: Literal["white", "black"] = "white",
         flip: bool | None = None,
-        held_out: Annotated[float, Field(ge=0, lt=1)] = 0.1,
+        val_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.1,
         in_memory: bool | None = None,
         num_workers: NonNegativeInt = 4,
     ) -> None:
         super().__init__(data_dir)
         self.path = Path(path).expanduser()
         self.name = source_name(self.path)
-        self.held_out = held_out
+        self.val_fraction = val_fraction
         self.in_memory = in_memory
         self.num_workers = num_workers
         sizes = resolution if isinstance(resolution, list) else [resolution, resolution]
@@ -237,7 +237,7 @@ class Folder(Dataset):
         return [
             *self._passed_over,
             *self._class_remarks,
-            *named_remarks(self.files, self.held_out),
+            *named_remarks(self.files, self.val_fraction),
             *self._header_remarks(),
             *self._range_remarks(),
         ]
@@ -272,7 +272,7 @@ class Folder(Dataset):
         return [remark] if remark else []
 
     def stream(self, split: Split) -> "FileImages":
-        rows = split_rows(named_mask(self.files, self.held_out), self.held_out, split)
+        rows = split_rows(named_mask(self.files, self.val_fraction), self.val_fraction, split)
         files = [self.files[row] for row in rows.tolist()]
         labels = None if self.labels is None else self.labels[rows]
         masks = None if self.masks is None else [self.masks[row] for row in rows.tolist()]

@@ -119,7 +119,8 @@ def in_one_form(classes: list[str]) -> list[str]:
 def _of_splits(path: Path, splits: list[str]) -> str:
     return (
         f"dataset.path={path}: the folders {', '.join(splits)} are splits, and the classes are the folders inside; "
-        "images of all splits count, and dataset.held_out chooses among them; for one split give the path of its folder"
+        "images of all splits count, and dataset.val_fraction chooses among them; for one split give the path of its "
+        "folder"
     )
 
 

@@ -26,9 +26,9 @@ CHUNK = 2**20  # bytes that a process decodes at a time: of all of them little, 
 class Pack:
     """Decodes all images of a dataset once and writes them, as they come, to a .npz that `Array` reads in parts.
 
-    It holds the images of both splits, [N, C, H, W] in the numbers of their files, which of them are held out, where
-    there are classes the labels and their names, and of images that are not bytes their form. Its bytes are a function
-    of these alone.
+    It holds the images of both splits, [N, C, H, W] in the numbers of their files, which of them are for validation,
+    where there are classes the labels and their names, and of images that are not bytes their form. Its bytes are a
+    function of these alone.
     """
 
     def __init__(self, *, processes: NonNegativeInt | None = None) -> None:
@@ -43,7 +43,7 @@ class Pack:
             raise UsageError(
                 "dataset", NO_VALUE, f"images {dataset.shape} would pass for others, with their channels last"
             )
-        splits = [dataset.stream("train"), dataset.stream("held_out")]
+        splits = [dataset.stream("train"), dataset.stream("val")]
         counts = [len(images) for images in splits]
         with ZipFile(path, "w") as archive:
             with _entry(archive, IMAGE_KEYS[0]) as file:

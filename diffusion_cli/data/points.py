@@ -29,7 +29,7 @@ class Points(Dataset):
 
     Of all .npy ([N, 3]) and .ply files in the folder or ZIP archive `path`, at any depth, see `PointDecoder`; classes
     are as in `Folder`. Without a path there are `size` point clouds on the surfaces of five SHAPES, which are the
-    classes, see `shape_points`. A hash of its name or number says whether a set is held out.
+    classes, see `shape_points`. A hash of its name or number decides whether a cloud is for validation.
 
     Raises UsageError if `path` is missing, is no archive or has no point clouds, or if requested labels are missing.
     `load` raises UsageError naming the files that cannot be used.
@@ -47,14 +47,14 @@ class Points(Dataset):
         radius: PositiveFloat | None = None,
         labels: Literal["auto", "folders", "csv", "none"] = "auto",
         size: Annotated[int, Field(ge=1, le=10**7)] = 5000,
-        held_out: Annotated[float, Field(ge=0, lt=1)] = 0.1,
+        val_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.1,
     ) -> None:
         super().__init__(data_dir)
         self.rules = rules
         self.decoder = PointDecoder(num_points, radius)
         self.shape = self.decoder.shape
         self.form = PointCloud(radius=radius or 1.0)
-        self.held_out = held_out
+        self.val_fraction = val_fraction
         self.path = None if path is None else Path(path).expanduser()
         self._remarks: list[str] = []
         if self.path is None:
@@ -70,10 +70,10 @@ class Points(Dataset):
             self._remarks += classes.remarks
 
     def remarks(self) -> list[str]:
-        return [*self._remarks, *named_remarks(self.files, self.held_out)]
+        return [*self._remarks, *named_remarks(self.files, self.val_fraction)]
 
     def load(self, split: Split) -> MemoryImages:
-        rows = split_rows(named_mask(self.files, self.held_out), self.held_out, split)
+        rows = split_rows(named_mask(self.files, self.val_fraction), self.val_fraction, split)
         labels = None if self.labels is None else self.labels[rows]
         if self.path is not None:
             files = [self.files[row] for row in rows.tolist()]

@@ -18,7 +18,7 @@ STALL = 30.0  # seconds without an answer after which a download has failed; by 
 
 
 class _Published(Dataset):
-    """A dataset of torchvision with its own training and test set; the latter is the held-out split."""
+    """A dataset of torchvision with its own training and test set; the latter is the validation split."""
 
     source: str
     """The class of torchvision.datasets."""
@@ -57,7 +57,7 @@ class _Published(Dataset):
 
 
 class MNIST(_Published):
-    """70,000 handwritten digits in 28x28 gray, 10,000 of them held out (LeCun et al. 1998).
+    """70,000 handwritten digits in 28x28 gray, 10,000 of them for validation (LeCun et al. 1998).
 
     With size 32 they get a black border of two pixels, for networks that halve the size more than twice.
     """
@@ -81,7 +81,7 @@ class MNIST(_Published):
 
 
 class FashionMNIST(MNIST):
-    """70,000 pictures of clothes in 28x28 gray, 10,000 of them held out (Xiao et al. 2017).
+    """70,000 pictures of clothes in 28x28 gray, 10,000 of them for validation (Xiao et al. 2017).
 
     With size 32 they get a black border of two pixels, for networks that halve the size more than twice.
     """
@@ -102,7 +102,7 @@ class FashionMNIST(MNIST):
 
 
 class CIFAR10(_Published):
-    """60,000 small photographs in 32x32 colour, 10,000 of them held out (Krizhevsky 2009)."""
+    """60,000 small photographs in 32x32 colour, 10,000 of them for validation (Krizhevsky 2009)."""
 
     name = "cifar10"
     source = "CIFAR10"

@@ -51,8 +51,8 @@ class ClassifierScoreState(MetricState):
     def compute(self) -> list[MetricValue]:
         findings = []
         if self.labelled:
-            accuracy = self.network.held_out_accuracy
-            real = {} if accuracy is None else {"on_real_held_out": accuracy}
+            accuracy = self.network.val_accuracy
+            real = {} if accuracy is None else {"on_real_val": accuracy}
             details = {"labelled": self.labelled, **real}
             share = self.correct / self.labelled
             findings.append(MetricValue("class_accuracy", share, details, higher_is_better=True))

@@ -34,12 +34,12 @@ class Inversion(ModelMetric):
         steps: Annotated[int, Field(ge=2)] = 50,
         strength: Annotated[float, Field(ge=0.001, le=1)] = 0.9,
         spacing: Spacing = "leading",
-        split: Literal["held_out", "train"] = "held_out",
+        split: Literal["val", "train"] = "val",
         num_images: PositiveInt | None = None,
     ) -> None:
         self.steps, self.strength, self.num_images = steps, strength, num_images
         self.spacing: Spacing = spacing
-        self.split: Literal["held_out", "train"] = split
+        self.split: Literal["val", "train"] = split
 
     @torch.inference_mode()
     def measure(self, subject: EvaluatedModel) -> MetricValue:

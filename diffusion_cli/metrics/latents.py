@@ -24,9 +24,9 @@ class LatentMoments(ModelMetric):
     NAME = "latents_deviation"
 
     def __init__(
-        self, *, split: Literal["held_out", "train"] = "held_out", num_images: PositiveInt | None = None
+        self, *, split: Literal["val", "train"] = "val", num_images: PositiveInt | None = None
     ) -> None:
-        self.split: Literal["held_out", "train"] = split
+        self.split: Literal["val", "train"] = split
         self.num_images = num_images
 
     @torch.inference_mode()

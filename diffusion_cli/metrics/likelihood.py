@@ -49,13 +49,13 @@ class PerImage(ModelMetric):
     """Of the node in the configuration."""
 
     def __init__(
-        self, split: Literal["held_out", "train"], num_images: int | None, shard: int, num_shards: int
+        self, split: Literal["val", "train"], num_images: int | None, shard: int, num_shards: int
     ) -> None:
         if shard >= num_shards:
             raise UsageError(
                 f"metric.{self.key}.shard", shard, f"the {num_shards} shards are numbered from 0"
             )
-        self.split: Literal["held_out", "train"] = split
+        self.split: Literal["val", "train"] = split
         self.num_images, self.shard, self.num_shards = num_images, shard, num_shards
 
     @abstractmethod
@@ -197,7 +197,7 @@ class VariationalBound(PerImage):
         *,
         variance: Literal["best", "small", "large", "learned"] = "best",
         cdf: Literal["tanh", "exact"] = "tanh",
-        split: Literal["held_out", "train"] = "held_out",
+        split: Literal["val", "train"] = "val",
         num_images: PositiveInt | None = None,
         shard: NonNegativeInt = 0,
         num_shards: PositiveInt = 1,
@@ -301,7 +301,7 @@ class FlowLikelihood(PerImage):
         rtol: PositiveFloat = 1e-05,
         atol: PositiveFloat = 1e-05,
         max_steps: PositiveInt = 1000,
-        split: Literal["held_out", "train"] = "held_out",
+        split: Literal["val", "train"] = "val",
         num_images: PositiveInt | None = None,
         shard: NonNegativeInt = 0,
         num_shards: PositiveInt = 1,

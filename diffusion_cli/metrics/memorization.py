@@ -13,9 +13,9 @@ SAME = 1e-6  # of the mean squared length of features: what is nearer shows the 
 
 
 class Memorization(Metric):
-    """The share of samples, 0 to 1, that lie nearer to a training image than any real held-out image does.
+    """The share of samples, 0 to 1, that lie nearer to a training image than any real validation image does.
 
-    Distances are between features. Held-out images that are themselves in the training set are left out, and samples
+    Distances are between features. Validation images that are themselves in the training set are left out, and samples
     that are count always. Beside it: how many samples are copies, the ratio of median distances (below 1, samples crowd
     around training images), and the `pairs` nearest samples as a picture, each with its training image beneath it.
     The reference is the training set; where it has no images beside it, each of its own is compared with the others.
@@ -91,7 +91,7 @@ class MemorizationState(MetricState):
         """Squared distances of images that are not memorized to their nearest training images."""
         device = self.seen.network.device
         if self.other is not None:
-            return nearest(self.other, self.train, 1, device, "nearest of held-out images")[0][:, 0]
+            return nearest(self.other, self.train, 1, device, "nearest of validation images")[0][:, 0]
         return nearest(self.train, self.train, 2, device, "nearest among training images")[0][:, 1]
 
     def _picture(self, samples: list[int], training: Tensor) -> list[Tensor]:

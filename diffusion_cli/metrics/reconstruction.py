@@ -81,7 +81,7 @@ class Reconstruction(Metric):
     al. 2004.
     """
 
-    def __init__(self, *, split: Split = "held_out") -> None:
+    def __init__(self, *, split: Split = "val") -> None:
         self.split = split
 
     def network(self, networks: FeatureExtractors) -> Features:
@@ -175,7 +175,7 @@ class ReconstructionFrechetDistance(FrechetDistance):
 
     key = "rfid"
 
-    def __init__(self, *, split: Split = "held_out") -> None:
+    def __init__(self, *, split: Split = "val") -> None:
         super().__init__(floor=False, infinity=0, bootstrap=0)
         self.split = split
 

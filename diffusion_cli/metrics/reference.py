@@ -4,6 +4,7 @@ import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from functools import cached_property
+from glob import escape
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -118,11 +119,11 @@ class DatasetReference(Reference):
     """
 
     def __init__(
-        self, dataset: Dataset, *, split: Literal["train", "held_out"] = "train", stats: str | None = None
+        self, dataset: Dataset, *, split: Literal["train", "val"] = "train", stats: str | None = None
     ) -> None:
         self.dataset = dataset
         self.split: Split = split
-        self.other_split: Split = "held_out" if split == "train" else "train"
+        self.other_split: Split = "val" if split == "train" else "train"
         self.name, self.other_name = (f"{dataset.name}/{part}" for part in (split, self.other_split))
         self.stats = None if stats is None else Path(stats).expanduser()
 
@@ -283,9 +284,14 @@ class RealImages:
         return moments
 
     def _path(self, part: Part, kind: str, count: int) -> Path:
+        """Return the file of a part, which an older version named after the split by another word."""
         images, features = self.images(part), self.features
         facts = f"{images.pixel_digest()} {features.digest} {features.resize} {features.precision} {count}"
         key = hashlib.sha256(facts.encode()).hexdigest()
         name = self.name(part).replace("/", "-")
         suffix = "npy" if kind == "features" else "npz"
-        return self.cache_dir / f"{kind}-{name}-{features.name}-{key[:16]}.{suffix}"
+        ending = f"{features.name}-{key[:16]}.{suffix}"
+        own = self.cache_dir / f"{kind}-{name}-{ending}"
+        if own.is_file():
+            return own
+        return next(iter(sorted(self.cache_dir.glob(f"{kind}-*-{escape(ending)}"))), own)

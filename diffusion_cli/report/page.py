@@ -93,8 +93,8 @@ def panels(runs: Mapping[str, Mapping[str, Points]]) -> list[Panel]:
 
 
 def _family(column: str) -> str:
-    """The title shared by a column and its counterpart on held-out images, or by the quartiles of a loss."""
-    name = column.removeprefix("held_out_")
+    """The title shared by a column and its counterpart on validation images, or by the quartiles of a loss."""
+    name = column.removeprefix("val_")
     by_level = re.fullmatch(r"(.+)_q[1-4]", name)
     return f"{by_level[1]} by noise level" if by_level else name
 

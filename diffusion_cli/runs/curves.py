@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from diffusion_cli.errors import FormatError
+from diffusion_cli.runs.migrate import migrated_column
 from diffusion_cli.system.untrusted import read_csv
 
 MOST_COLUMNS = 200
@@ -22,7 +23,7 @@ def read_curves(path: Path) -> dict[str, list[tuple[float, float]]]:
         raise FormatError("has no column step")
     curves: dict[str, list[tuple[float, float]]] = {}
     for row in rows:  # the last row may be cut short
-        numbers = {column: _number(text) for column, text in zip(header, row, strict=False)}
+        numbers = {migrated_column(name): _number(text) for name, text in zip(header, row, strict=False)}
         step = numbers.pop("step", None)
         for column, number in numbers.items():
             if step is not None and number is not None:

@@ -32,10 +32,15 @@ MODULES_OF_FORMAT_4 = {
 """Modules of the package that moved after format 4, whose classes configurations name."""
 KEYS_OF_FORMAT_5 = {
     "accumulate": "accumulate_grad_batches",
+    "held_out": "val_fraction",
+    "held_out_accuracy": "val_accuracy",
     "method": "restoration",
+    "on_real_held_out": "on_real_val",
     "times": "time_sampling",
 }
-"""Keys of configurations that have another name since format 5."""
+"""Keys of configurations and results that have another name since format 5."""
+SPLITS_OF_FORMAT_5 = {"held_out": "val"}
+"""Splits of data sets that have another name since format 5."""
 
 
 def migrated(value: Any, written: int = OLDEST) -> Any:
@@ -62,7 +67,9 @@ def as_of_format_4(value: Any) -> Any:
         module, _, name = former_classes.get(path, path).rpartition(".")
         return f"{package}.{former_modules.get(module, module)}.{name}"
 
-    return _with_targets(_with_keys(value, {new: old for old, new in KEYS_OF_FORMAT_5.items()}), former)
+    words = _with_keys(value, {new: old for old, new in KEYS_OF_FORMAT_5.items()})
+    words = _with_splits(words, {new: old for old, new in SPLITS_OF_FORMAT_5.items()})
+    return _with_targets(words, former)
 
 
 def key_of_format_4(key: str) -> str:
@@ -71,14 +78,25 @@ def key_of_format_4(key: str) -> str:
     return ".".join(former.get(part, part) for part in key.split("."))
 
 
+def migrated_column(name: str) -> str:
+    """Return the present name of a column of a `metrics.csv` of any version."""
+    return f"val_{name.removeprefix('held_out_')}" if name.startswith("held_out_") else name
+
+
+def result_name(split: str, row: int) -> str:
+    """Return the name of the edit of an image of a data set, by which a stopped edit finds its results."""
+    former = {new: old for old, new in SPLITS_OF_FORMAT_5.items()}
+    return f"{former.get(split, split)}_{row:05d}"
+
+
 def _rename_classes(value: Any) -> Any:
     """Format 4 to 5: modules moved into folders, and classes got names of their own."""
     return _with_targets(value, _renamed)
 
 
-def _rename_keys(value: Any) -> Any:
-    """Format 5 to 6: keys have the field's names."""
-    return _with_keys(value, KEYS_OF_FORMAT_5)
+def _rename_words(value: Any) -> Any:
+    """Format 5 to 6: keys and splits have the field's names."""
+    return _with_keys(_with_splits(value, SPLITS_OF_FORMAT_5), KEYS_OF_FORMAT_5)
 
 
 def _with_targets(value: Any, rename: Callable[[Any], Any]) -> Any:
@@ -91,6 +109,22 @@ def _with_keys(value: Any, names: Mapping[str, str]) -> Any:
 
     def entry(key: Any, item: Any) -> tuple[Any, Any]:
         return names.get(key, key) if not isinstance(item, Mapping) or "_target_" in item else key, item
+
+    return _mapped(value, entry)
+
+
+def _with_splits(value: Any, names: Mapping[str, str]) -> Any:
+    """Plain data with other names of splits: as `split`, in `name` as data/split, and as keys of `cache`."""
+
+    def entry(key: Any, item: Any) -> tuple[Any, Any]:
+        if key == "split" and isinstance(item, str):
+            return key, names.get(item, item)
+        if key == "name" and isinstance(item, str) and "/" in item:
+            data, _, split = item.rpartition("/")
+            return key, f"{data}/{names.get(split, split)}"
+        if key == "cache" and isinstance(item, Mapping):
+            return key, {names.get(split, split): path for split, path in item.items()}
+        return key, item
 
     return _mapped(value, entry)
 
@@ -111,5 +145,5 @@ def _renamed(target: Any) -> Any:
     return f"{package}.{CLASSES_OF_FORMAT_4.get(path, path)}"
 
 
-MIGRATIONS: dict[int, Callable[[Any], Any]] = {4: _rename_classes, 5: _rename_keys}
+MIGRATIONS: dict[int, Callable[[Any], Any]] = {4: _rename_classes, 5: _rename_words}
 """The migration from each format to the next."""

@@ -28,7 +28,7 @@ class _Latent(BaseModel):
     autoencoder: dict[str, Any]
     sha256: str
     source: str
-    cache: dict[Literal["train", "held_out"], Annotated[str, Field(pattern=r"^[0-9a-f]{16}$")]]
+    cache: dict[Literal["train", "val"], Annotated[str, Field(pattern=r"^[0-9a-f]{16}$")]]
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:

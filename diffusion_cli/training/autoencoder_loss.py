@@ -40,7 +40,7 @@ class AutoencoderLosses(NamedTuple):
     total: Tensor
     """The number to descend, 0-d."""
     terms: dict[str, Tensor]
-    """What it is made of, each [B]; `loss` is that of the autoencoder alone, which held-out images have too."""
+    """What it is made of, each [B]; `loss` is that of the autoencoder alone, which validation images have too."""
 
 
 class ReconstructionLoss:

@@ -45,7 +45,7 @@ class AutoencodingModule(TrainingModule[Autoencoding, TermMeter]):
         self.meter.add(losses.terms, self.trainer.global_step)
         return losses.total
 
-    def held_out(self, model: Autoencoding, batches: Iterable[Batch]) -> Iterator[Tensor]:
+    def val_losses(self, model: Autoencoding, batches: Iterable[Batch]) -> Iterator[Tensor]:
         ranks = Distributed()
         for i, batch in enumerate(batches):
             generator = torch.Generator().manual_seed(mix(self.seed, "held-out", i))

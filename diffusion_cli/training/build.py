@@ -35,7 +35,13 @@ from diffusion_cli.system.compat import keep_signal_handlers
 from diffusion_cli.system.seeding import mix
 from diffusion_cli.training.autoencoder_loss import Autoencoding, ReconstructionLoss
 from diffusion_cli.training.autoencoding import AutoencodingModule, ReconstructionPreview
-from diffusion_cli.training.callbacks import GracefulStop, HeldOutAccuracy, HeldOutLoss, Preview, WholeFileIO
+from diffusion_cli.training.callbacks import (
+    GracefulStop,
+    Preview,
+    ValidationAccuracy,
+    ValidationLoss,
+    WholeFileIO,
+)
 from diffusion_cli.training.device import Device
 from diffusion_cli.training.ema import EMA
 from diffusion_cli.training.evaluation import EvaluationCallback, TrainingSamples
@@ -200,22 +206,22 @@ def periodic_callbacks(
     *,
     ema: EMA,
     stop: GracefulStop,
-    held_out: Images,
+    val: Images,
     class_counts: list[int] | None,
 ) -> list[Callback]:
-    """What looks at the averaged weights on the way: their loss on held-out images, and what the model is for.
+    """What looks at the averaged weights on the way: their loss on validation images, and what the model is for.
 
     `class_counts` are the training images of each class, None without classes.
     """
     part = config.batch_size // config.accumulate_grad_batches
     watchers: list[Callback] = []
-    if held_out:
-        once = _once(held_out, part, parts.device.torch_device, stages)
-        watchers.append(HeldOutLoss(config.validate_every, once, ema, stop))
+    if val:
+        once = _once(val, part, parts.device.torch_device, stages)
+        watchers.append(ValidationLoss(config.validate_every, once, ema, stop))
         if isinstance(parts.task.model, NoisyClassifier):
-            watchers.append(HeldOutAccuracy(config.validate_every, once, ema, stop))
+            watchers.append(ValidationAccuracy(config.validate_every, once, ema, stop))
     if isinstance(parts.task, AutoencoderTask):
-        images = held_out or parts.dataset.load("train")
+        images = val or parts.dataset.load("train")
         shown = images[spread(len(images), min(len(images), PICTURES)).to(images.device)].cpu()
         watchers.append(
             ReconstructionPreview(

@@ -1,4 +1,4 @@
-"""What watches over a run: progress and logs, checkpoints, held-out loss, sample grids, the end."""
+"""What watches over a run: progress and logs, checkpoints, validation loss, sample grids, the end."""
 
 import os
 import signal
@@ -355,8 +355,8 @@ class PeriodicCallback(StepCallback):
         self.done = state_dict["done"]
 
 
-class HeldOutLoss(PeriodicCallback):
-    """The loss of the averaged weights on held-out images, with the same noise every time."""
+class ValidationLoss(PeriodicCallback):
+    """The loss of the averaged weights on validation images, with the same noise every time."""
 
     stored_as = "HeldOutLoss"
 
@@ -370,16 +370,16 @@ class HeldOutLoss(PeriodicCallback):
     def run(self, trainer: Trainer, module: TrainingModule, step: int) -> bool:
         meter = TermMeter()
         with trainer.precision_plugin.forward_context():
-            for loss in module.held_out(self.ema.model(module), self.batches(step)):
-                meter.add({"held_out_loss": loss}, step)
+            for loss in module.val_losses(self.ema.model(module), self.batches(step)):
+                meter.add({"val_loss": loss}, step)
         values = meter.read()
         for logger in trainer.loggers:
             logger.log_metrics(values, step=step)
         return True
 
 
-class HeldOutAccuracy(PeriodicCallback):
-    """The share of held-out images whose class the averaged weights tell, whole and by quartile of the noise levels."""
+class ValidationAccuracy(PeriodicCallback):
+    """The share of validation images whose class the averaged weights predict, in all and by quartile of the noise."""
 
     stored_as = "HeldOutAccuracy"
 
@@ -408,9 +408,7 @@ class HeldOutAccuracy(PeriodicCallback):
             meter.add((guess == batch.labels).float(), quantile, step)
         self.accuracy = meter.read()
         for logger in trainer.loggers:
-            logger.log_metrics(
-                {f"held_out_{name}": value for name, value in self.accuracy.items()}, step=step
-            )
+            logger.log_metrics({f"val_{name}": value for name, value in self.accuracy.items()}, step=step)
         return True
 
 

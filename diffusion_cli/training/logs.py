@@ -16,6 +16,7 @@ from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 
 from diffusion_cli.errors import NO_VALUE, FormatError, UsageError
+from diffusion_cli.runs.migrate import migrated_column
 from diffusion_cli.system.distributed import Distributed
 from diffusion_cli.system.files import atomic_write, set_aside, writing
 from diffusion_cli.system.untrusted import printable, read
@@ -190,7 +191,9 @@ def _read_rows(path: Path) -> tuple[list[dict[str, Any]], bool]:
 
 def _readable(row: Mapping[str, str]) -> dict[str, Any]:
     """A row without the columns of damaged names."""
-    return {key: text for key, text in row.items() if key.isprintable() and "\ufffd" not in key}
+    return {
+        migrated_column(key): text for key, text in row.items() if key.isprintable() and "\ufffd" not in key
+    }
 
 
 def _is_whole(row: Mapping[Any, Any]) -> bool:

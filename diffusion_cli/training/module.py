@@ -156,7 +156,7 @@ class TrainingModule(LightningModule, ABC, Generic[ModelT, MeterT]):
         """Return the mean loss of a batch, and count it; what is drawn is drawn for the whole step and cut."""
 
     @abstractmethod
-    def held_out(self, model: Any, batches: Iterable[Batch]) -> Iterator[Tensor]:
+    def val_losses(self, model: Any, batches: Iterable[Batch]) -> Iterator[Tensor]:
         """The losses [B] of a model on this process's share of batches, with the same noise every time."""
 
     @abstractmethod
@@ -273,7 +273,7 @@ class DenoisingModule(TrainingModule[NoiseConditioned, LevelMeter]):
         means = Distributed().all_gather(torch.stack(losses).mean().item())
         return sum(means) / len(means)
 
-    def held_out(self, model: NoiseConditioned, batches: Iterable[Batch]) -> Iterator[Tensor]:
+    def val_losses(self, model: NoiseConditioned, batches: Iterable[Batch]) -> Iterator[Tensor]:
         for batch, t, eps, _ in self.at_levels(batches):
             yield self.objective(model, batch.images, batch.labels, t, eps)
 

@@ -94,7 +94,7 @@ def _folder(path: Path) -> Folder:
     return Folder(
         "", path=str(path), masks=None,
         resolution=64, channels=3, range=None, depth="auto", labels="none", background="white",
-        flip=True, held_out=0.0, in_memory=False, num_workers=WORKERS,
+        flip=True, val_fraction=0.0, in_memory=False, num_workers=WORKERS,
     )  # fmt: skip
 
 

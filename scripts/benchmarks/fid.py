@@ -25,7 +25,7 @@ def tables(rounds: int, device: torch.device) -> Iterator[Table]:
         torch.save(theirs.state_dict(), weights)
         ours = {
             precision: InceptionFeatures(
-                Digits("", held_out=0.2, flip=False), Path(folder), device,
+                Digits("", val_fraction=0.2, flip=False), Path(folder), device,
                 weights=str(weights), resize="tensorflow", precision=precision,
             )
             for precision in ("fp32", "bf16")

@@ -89,7 +89,7 @@ def observed(words: list[str]) -> dict[str, Any]:
         images = Path(folder) / "images.npy"
         np.save(images, np.random.default_rng(0).integers(256, size=(256, 32, 32, 3), dtype=np.uint8))
         fixed = [
-            f"output_dir={folder}", "name=run", "dataset=array", f"dataset.path={images}", "dataset.held_out=0",
+            f"output_dir={folder}", "name=run", "dataset=array", f"dataset.path={images}", "dataset.val_fraction=0",
             "compile=false", "logger=csv", "preview_every=100000", "log_every=100000",
         ]  # fmt: skip
         checked = configured([*fixed, *words])

@@ -36,7 +36,7 @@ def tables(rounds: int, device: torch.device) -> Iterator[Table]:
     with tempfile.TemporaryDirectory() as folder:
         words = [
             "train", f"output_dir={folder}", "name=run", "max_steps=1", "logger=csv", "trainer=cpu",
-            "dataset.held_out=0", "preview_every=1000000",
+            "dataset.val_fraction=0", "preview_every=1000000",
         ]  # fmt: skip
         _python(["-m", "diffusion_cli", *words], 0)
         sample = ["sample", f"output_dir={folder}", "run=run", "num_samples=1", f"device={device.type}"]

@@ -52,8 +52,8 @@ class Features(ABC):
     device: torch.device
     knows_labels: bool = False
     """Whether class k of the scores is class k of the dataset."""
-    held_out_accuracy: float | None = None
-    """For a network that knows the labels: its accuracy on the real held-out images, where there are any."""
+    val_accuracy: float | None = None
+    """For a network that knows the labels: its accuracy on the real validation images, where there are any."""
     chunk: int = 1024
     """Images that go through the network at a time."""
 

@@ -15,6 +15,7 @@ from diffusion_cli.errors import FormatError, UsageError
 from diffusion_cli.metrics.features.base import FeatureBatch, Features, check_pixels
 from diffusion_cli.metrics.features.classifier_training import FeatureClassifier, Recipe, accuracy
 from diffusion_cli.metrics.features.shipped import Weights, shipped
+from diffusion_cli.runs.migrate import migrated
 from diffusion_cli.runs.weights import digest
 from diffusion_cli.system.cache import optional, report_damage
 from diffusion_cli.system.files import atomic_write
@@ -64,24 +65,24 @@ class ClassifierFeatures(Features):
             dim=dim, width=width, classes=dataset.num_classes, steps=steps, batch_size=batch_size,
             learning_rate=learning_rate, shift=shift, seed=seed, flip=dataset.flip,
         )  # fmt: skip
-        train, held_out = dataset.load("train"), dataset.load("held_out")
+        train, val = dataset.load("train"), dataset.load("val")
         check_pixels(train[torch.zeros(1, dtype=torch.int64, device=train.device)])
         self.network = self.recipe.initial(dataset.shape[0]).to(device).eval()
-        self._splits: tuple[Images, Images] | None = train, held_out
+        self._splits: tuple[Images, Images] | None = train, val
 
     def prepare(self) -> Self:
         if self._splits is None:
             return self
-        train, held_out = self._splits
-        weights, origin = shipped(self.recipe, train.digest(), held_out.digest()), "shipped with diffuse"
+        train, val = self._splits
+        weights, origin = shipped(self.recipe, train.digest(), val.digest()), "shipped with diffuse"
         if weights is None:
-            weights, origin = self._cached(train, held_out), "trained here"
+            weights, origin = self._cached(train, val), "trained here"
         self.network.load_state_dict(weights.state)
-        self.held_out_accuracy = weights.held_out_accuracy
-        if self.held_out_accuracy is None:
-            self.held_out_accuracy = accuracy(self.network, held_out, self.device)
+        self.val_accuracy = weights.val_accuracy
+        if self.val_accuracy is None:
+            self.val_accuracy = accuracy(self.network, val, self.device)
         self.digest = digest(self.network.state_dict())
-        known = "" if self.held_out_accuracy is None else f"; held-out accuracy {self.held_out_accuracy:.4f}"
+        known = "" if self.val_accuracy is None else f"; validation accuracy {self.val_accuracy:.4f}"
         self.note = (
             f"{self.choice}features are those of a classifier of {self.dataset_name}/train, {origin} (weights "
             f"{self.digest[:12]}{known}), not of Inception: compare only numbers with the same weights"
@@ -92,15 +93,15 @@ class ClassifierFeatures(Features):
     def extract(self, images: Tensor) -> FeatureBatch:
         return FeatureBatch(*self.network(images.float() / 127.5 - 1))
 
-    def _cached(self, train: Images, held_out: Images) -> Weights:
+    def _cached(self, train: Images, val: Images) -> Weights:
         """The weights in the cache; where there are none, the network is trained and they are written."""
-        facts = {"format": FORMAT, **asdict(self.recipe), "data": [train.digest(), held_out.digest()]}
+        facts = {"format": FORMAT, **asdict(self.recipe), "data": [train.digest(), val.digest()]}
         key = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
         path = self.cache_dir / f"classifier-{self.dataset_name}-{key[:16]}.pt"
         found = restored(path, self.network)
         if found is None:
             network = self.recipe.train(train, self.device)
-            found = Weights(network.state_dict(), accuracy(network, held_out, self.device))
+            found = Weights(network.state_dict(), accuracy(network, val, self.device))
             save(path, found)
         return found
 
@@ -109,7 +110,7 @@ def save(path: Path, weights: Weights) -> None:
     """Write weights with their digest and accuracy to a file of the cache, in one move."""
     state = {key: value.cpu() for key, value in weights.state.items()}
     with optional(), atomic_write(path) as temporary:
-        about = {"digest": digest(state), "held_out_accuracy": weights.held_out_accuracy}
+        about = {"digest": digest(state), "val_accuracy": weights.val_accuracy}
         torch.save({"state": state, **about}, temporary)
 
 
@@ -128,9 +129,10 @@ def restored(path: Path, network: FeatureClassifier) -> Weights | None:
             raise FormatError("the weights are those of another network")
         if digest(state) != saved["digest"]:
             raise FormatError("the weights are not those that were saved")
-        if not isinstance(saved["held_out_accuracy"], float | None):
+        share = migrated({key: value for key, value in saved.items() if key != "state"})["val_accuracy"]
+        if not isinstance(share, float | None):
             raise FormatError("the accuracy is no number")
     except Exception as error:  # a damaged file fails in many ways in the parsers of ZIP and pickle
         report_damage(path, error)
         return None
-    return Weights(state, saved["held_out_accuracy"])
+    return Weights(state, share)

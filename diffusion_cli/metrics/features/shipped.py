@@ -21,15 +21,15 @@ class Weights(NamedTuple):
     """The weights of a trained classifier."""
 
     state: Mapping[str, Tensor]
-    held_out_accuracy: float | None
-    """Share of the held-out images that it classifies correctly; None where it is not measured."""
+    val_accuracy: float | None
+    """Share of the validation images that it classifies correctly; None where it is not measured."""
 
 
-def shipped(recipe: Recipe, train_digest: str, held_out_digest: str) -> Weights | None:
+def shipped(recipe: Recipe, train_digest: str, val_digest: str) -> Weights | None:
     """The shipped weights, float16, for exactly this recipe and these training images; None without them.
 
     Images are compared by `Images.digest()`, so the name of the dataset does not matter. The accuracy is that in the
-    index, or None for other held-out images. Raises UsageError if the file is damaged.
+    index, or None for other validation images. Raises UsageError if the file is damaged.
     """
     from safetensors.torch import load
 
@@ -41,5 +41,5 @@ def shipped(recipe: Recipe, train_digest: str, held_out_digest: str) -> Weights 
     content = path.read_bytes()
     if hashlib.sha256(content).hexdigest() != row["sha256"]:
         raise UsageError("features", "classifier", f"{path} is damaged", "install diffuse-cli again")
-    same = row["held_out_sha256"] == held_out_digest
-    return Weights(load(content), row["held_out_accuracy"] if same else None)
+    same = row["val_sha256"] == val_digest
+    return Weights(load(content), row["val_accuracy"] if same else None)

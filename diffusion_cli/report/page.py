@@ -15,7 +15,7 @@ from diffusion_cli.charts import COLOURS, Curve, Panel, Points, line_style, svg
 from diffusion_cli.config import flatten
 from diffusion_cli.errors import format_value
 from diffusion_cli.metrics import Report, Result, unlike
-from diffusion_cli.report.record import Record, measured
+from diffusion_cli.report.record import Record
 from diffusion_cli.system.untrusted import regular
 
 MARK = '<meta name="generator" content="diffuse '
@@ -28,6 +28,14 @@ class Row(NamedTuple):
     key: str
     values: list[str]
     differs: bool
+
+
+class MeasuredModel(NamedTuple):
+    """Step, kind of weights and sampler of the model that a result is about; empty where unknown."""
+
+    step: Any
+    weights: Any
+    sampler: str
 
 
 class Comparable(NamedTuple):
@@ -59,9 +67,9 @@ def page(records: Sequence[Record]) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"number": _number, "sampler": _sampler, "svg": _svg, "line_style": line_style}
+    environment.filters |= {"number": _number, "svg": _svg, "line_style": line_style}
     environment.tests["numeric"] = _is_numeric
-    environment.globals |= {"side_by_side": side_by_side, "measured": measured}
+    environment.globals |= {"side_by_side": side_by_side, "measured_model": measured_model}
     return environment.get_template("template.html").render(
         title=" · ".join(record.name for record in records),
         runs=records,
@@ -170,16 +178,17 @@ def _svg(panel: Panel) -> str:
     return f"data:image/svg+xml;base64,{base64.b64encode(svg(panel).encode()).decode()}"
 
 
-def _sampler(result: Result) -> str:
-    """How the samples of a result were made, in a few words; none if none were."""
-    about = measured(result)
-    if not isinstance(about.get("sampler"), Mapping):
-        return ""
-    words = [_class(about["sampler"]), f"{format_value(about.get('steps'))} steps"]
-    guidance = about.get("guidance")
-    if isinstance(guidance, Mapping) and guidance.get("scale") is not None:
-        words.append(f"{_class(guidance)} of scale {format_value(guidance.get('scale'))}")
-    return ", ".join(words)
+def measured_model(result: Result) -> MeasuredModel:
+    """Read the model and its sampler from the protocol of a result."""
+    part = result.protocol.get("sampling") or result.protocol.get("model")
+    part = part if isinstance(part, Mapping) else {}
+    sampler, guidance = part.get("sampler"), part.get("guidance")
+    words = []
+    if isinstance(sampler, Mapping):
+        words = [_class(sampler), f"{format_value(part.get('steps'))} steps"]
+        if isinstance(guidance, Mapping) and guidance.get("scale") is not None:
+            words.append(f"{_class(guidance)} of scale {format_value(guidance['scale'])}")
+    return MeasuredModel(part.get("step", ""), part.get("weights", ""), ", ".join(words))
 
 
 def _class(node: Mapping[str, Any]) -> str:

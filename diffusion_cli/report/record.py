@@ -11,7 +11,7 @@ from diffusion_cli.charts import Points
 from diffusion_cli.config import flatten
 from diffusion_cli.errors import UsageError
 from diffusion_cli.formats.files import opened
-from diffusion_cli.metrics import Report, Result, read_history
+from diffusion_cli.metrics import Report, read_history
 from diffusion_cli.runs.checkpoint import LAST
 from diffusion_cli.runs.curves import read_curves
 from diffusion_cli.runs.find import newest
@@ -105,12 +105,6 @@ class _Reading:
                 f"{path.relative_to(self.folder)} could not be read ({reason(error)}), and is left out."
             )
             return None
-
-
-def measured(result: Result) -> Mapping[str, Any]:
-    """What the protocol of a result says of the model and of how it was sampled."""
-    about = result.protocol.get("sampling") or result.protocol.get("model")
-    return about if isinstance(about, Mapping) else {}
 
 
 def _facts(folder: Path, checkpoint: Mapping[str, Any]) -> dict[str, str]:

@@ -42,7 +42,7 @@ BUG = (
 
 @dataclass
 class Request:
-    """A command line, taken apart."""
+    """A parsed command line."""
 
     overrides: list[str] = field(default_factory=list)
     dirs: list[Path] = field(default_factory=list)
@@ -80,7 +80,7 @@ def run(words: Sequence[str]) -> int:
 
 
 def _lines(error: UsageError | MachineError) -> Sequence[str]:
-    """A line for each problem of a user's request, or one for a fault of the machine."""
+    """The lines to print for an error: one for each problem."""
     return error.lines if isinstance(error, UsageError) else [" ".join(str(error).split())]
 
 
@@ -131,13 +131,13 @@ def _show(configs: Sequence[Config]) -> int:
 
 
 def _spelt_out(command: str, words: list[str]) -> list[str]:
-    """The words after a command, a bare first one as the option that it chooses."""
+    """Expand a bare first word after a command to the option that it chooses."""
     bare = command in FIRST_WORD and words and "=" not in words[0] and not words[0].startswith("-")
     return [f"{FIRST_WORD[command]}={words[0]}", *words[1:]] if bare else words
 
 
 def parse(words: Sequence[str]) -> Request:
-    """Take apart the words after a command; raises UsageError for unknown flags."""
+    """Parse the words after a command; raises UsageError for unknown flags."""
     request = Request()
     mistakes: list[Problem] = []
     rest = iter(words)
@@ -179,7 +179,7 @@ def parse(words: Sequence[str]) -> Request:
 
 
 def execute(command: str, checked: Config | list[Variant]) -> int:
-    """Run a command and return its exit code; raises MachineError, in one line, for a fault of the machine."""
+    """Run a command and return its exit code; raises MachineError if disk, network or memory fail."""
     try:
         module = importlib.import_module(f"diffusion_cli.commands.{command}")
         with handling(_interrupt):
@@ -194,12 +194,12 @@ def execute(command: str, checked: Config | list[Variant]) -> int:
 
 
 def _interrupt(number: int, frame: object) -> None:
-    """Take the signals of schedulers as Ctrl-C is taken; training listens to all of them itself, once it can save."""
+    """Treat the signals of schedulers like Ctrl-C; training handles them itself once it can save."""
     raise KeyboardInterrupt
 
 
 def sweep(command: str, request: Request) -> int:
-    """Check every value of a sweep, then leave its jobs to Hydra and the launcher."""
+    """Check every value of a sweep, then run its jobs by Hydra's launcher."""
     words, overrides = config.split_launcher(request.overrides)
     jobs: list[Config] = []
     mistakes: list[Problem] = []
@@ -228,7 +228,7 @@ def sweep(command: str, request: Request) -> int:
 
 
 def _launch(command: str, dirs: Sequence[Path], logs: Path) -> int:
-    """Let Hydra run the jobs of `sys.argv`; what becomes of those on a cluster, which log to a folder, is a line."""
+    """Run the jobs of `sys.argv` by Hydra; report the outcome of cluster jobs, which log to a folder, in one line."""
     import hydra
 
     os.environ["HYDRA_FULL_ERROR"] = "1"  # a job's failure comes out as it is
@@ -266,7 +266,7 @@ def _sweep_job(command: str, dirs: Sequence[Path], _: object) -> None:
 
 
 def _local_job(command: str, overrides: Sequence[str], dirs: Sequence[Path]) -> int:
-    """One job of a sweep here; the first that fails ends the sweep."""
+    """Run one job of a sweep in this process; the first failure ends the sweep."""
     try:
         return execute(command, config.load(command, overrides, dirs))
     except (UsageError, MachineError) as error:
@@ -274,9 +274,9 @@ def _local_job(command: str, overrides: Sequence[str], dirs: Sequence[Path]) -> 
 
 
 def _cluster_job(command: str, overrides: Sequence[str], dirs: Sequence[Path]) -> int:
-    """One job of a sweep under submitit; where its time ends it has saved, and is queued again.
+    """Run one job of a sweep under submitit; a job that runs out of time saves, and is requeued.
 
-    Raises UsageError with the reason of a failure, which the sweep is told; the log has it in full.
+    Raises UsageError with the reason of a failure, for the sweep to report; the log has the traceback.
     """
     try:
         code = execute(command, config.load(command, overrides, dirs))
@@ -295,7 +295,7 @@ def _cluster_job(command: str, overrides: Sequence[str], dirs: Sequence[Path]) -
 
 
 def _still_wanted() -> bool:
-    """Whether SLURM has this job run on: neither cancelled, nor preempted and queued again already."""
+    """Whether SLURM lets this job continue: it is neither cancelled, nor preempted and already requeued."""
     words = ["squeue", "--noheader", "--format=%T", f"--jobs={os.environ['SLURM_JOB_ID']}"]
     return subprocess.run(words, capture_output=True, text=True).stdout.strip() == "RUNNING"
 
@@ -386,7 +386,7 @@ compdef _diffuse diffuse""",
 
 
 def completion_script(shell: str) -> str:
-    """The script that teaches a shell to complete `diffuse`; raises UsageError for an unknown shell."""
+    """The completion script of a shell; raises UsageError for an unknown shell."""
     if shell not in SCRIPTS:
         raise UsageError(
             f"completion {shell}",
@@ -397,7 +397,7 @@ def completion_script(shell: str) -> str:
 
 
 def complete(words: Sequence[str]) -> list[str]:
-    """What the last word may become: a command, `group=`, `key=`, or `group=option`."""
+    """Completions of the last word: a command, `group=`, `key=`, or `group=option`."""
     last = words[-1] if words else ""
     if len(words) <= 1:
         candidates = [*COMMANDS, "completion", "--help", "--version"]

@@ -1,4 +1,4 @@
-"""`diffuse edit`: images changed by a trained model, with a picture of before and after."""
+"""`diffuse edit`: edit images by a trained model, with a picture of before and after."""
 
 import glob
 import math
@@ -40,18 +40,18 @@ class EditJob(NamedTuple):
     """One result to make."""
 
     name: str
-    """Of its file, or of its series of files."""
+    """Name of its file, or of the folder of its series."""
     seed: int
     place: int
-    """Of its input among all, by which labels are given out in turn."""
+    """Number of its input, by which labels are assigned in turn."""
     inputs: list[Tensor]
     """Each as stored, [C, H, W], or noise."""
     form: SampleFormat
-    """In which it is written: a volume lies where its input does."""
+    """Format of its file, with the position in space of its input."""
 
 
 def run(config: EditConfig) -> None:
-    """Edit what is not edited yet; write the results, a picture of the first ones, and the manifest."""
+    """Make the missing results; write them, a picture of the first ones, and the manifest."""
     with advise_batch_size(config.batch_size, config.device):
         _run(config)
 
@@ -132,7 +132,7 @@ def edited(
 def _parts(
     config: EditConfig, trained: LoadedModel, mask_reader: ReadMask
 ) -> tuple[Edit, RestorationMethod | None]:
-    """The edit and its restoration; UsageError where they do not go with each other or with the model."""
+    """Build the edit and its restoration; UsageError if they do not fit each other or the model."""
     trained.check()
     edit: Edit = build(config.edit, trained.model.shape, mask_reader)
     method: RestorationMethod | None = None if config.restoration is None else build(config.restoration)
@@ -245,7 +245,7 @@ def _inputs(config: EditConfig, trained: LoadedModel, edit: Edit) -> list[Input]
 
 
 def _check_count(given: Sequence[Input], edit: Edit) -> None:
-    """Raise UsageError for a number of images that an edit cannot share out."""
+    """Raise UsageError for a number of images that the edit cannot group."""
     if not given or len(given) % edit.inputs_each:
         raise UsageError(
             "input",
@@ -285,7 +285,7 @@ def _make(
     output: Path,
     results: dict[str, dict[str, float]],
 ) -> int:
-    """Make and write what is to be made, and add its numbers to the results; the network calls that each took."""
+    """Make and write the missing results, add their numbers to `results`, and return the network calls of each."""
     most_calls, form = 0, trained.model.form
     batch_size = _batch_size(trained, edit, method, len(todo))
     with ProgressBar(total=len(todo), unit="image", desc=_kind(config), dynamic_ncols=True) as bar:
@@ -311,7 +311,7 @@ def _make(
 
 
 def _batch_size(trained: LoadedModel, edit: Edit, method: RestorationMethod | None, count: int) -> int:
-    """Results at a time, of `count` in all."""
+    """The batch size for `count` results."""
     each = edit.results_each * math.ceil(math.prod(edit.results) / math.prod(trained.model.shape))
     return trained.batch_size(count, each, method is not None and method.differentiates)
 
@@ -345,7 +345,7 @@ def _edit(
 
 
 def _files(output: Path, job: EditJob, form: SampleFormat) -> list[Path]:
-    """The files of a result that are there: one image, or a series."""
+    """The existing files of a result: one image, or a series."""
     single = output / f"{job.name}{form.suffix}"
     return [single] if single.is_file() else sorted((output / job.name).glob(f"[0-9]*{form.suffix}"))
 
@@ -353,7 +353,7 @@ def _files(output: Path, job: EditJob, form: SampleFormat) -> list[Path]:
 def _save(
     output: Path, batch: list[EditJob], images: Tensor, before: list[Tensor], form: SampleFormat
 ) -> None:
-    """Write the results as stored, [B, N, C, H, W], and the pictures to show before them."""
+    """Write the results as stored, [B, N, C, H, W], and the pictures of what each started from."""
     for row, job in enumerate(batch):
         for place, picture in enumerate(before):
             save_png(picture[row], output / "before" / f"{job.name}.{place}.png")
@@ -370,7 +370,7 @@ def _save(
 def _measured(
     batch: list[EditJob], images: Tensor, edited: EditResult, form: SampleFormat
 ) -> dict[str, dict[str, float]]:
-    """The numbers known of each result as stored, [B, N, C, H, W], in the numbers of its file."""
+    """The errors of each stored result [B, N, C, H, W], in units of its file."""
     if edited.residual is None:
         return {job.name: {} for job in batch}
     levels = form.half_range * edited.residual(to_model_range(images[:, 0])).flatten(1)
@@ -386,7 +386,7 @@ def _measured(
 
 
 def _row(output: Path, jobs: Sequence[EditJob], form: SampleFormat, shape: tuple[int, ...]) -> Tensor:
-    """The pictures of one input: what to show before, then its results."""
+    """The pictures of one input: what it started from, then its results."""
     before = sorted((output / "before").glob(f"{glob.escape(jobs[0].name)}.?.png"))
     results = read_stored([file for job in jobs for file in _files(output, job, form)], form, shape)
     return torch.cat([*(read_images([file]) for file in before), form.to_rgb(results)])

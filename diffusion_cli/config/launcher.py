@@ -1,4 +1,4 @@
-"""Where the jobs of a sweep run: the option of `hydra/launcher` that a command line chooses, and what it asks for."""
+"""The launcher of a sweep: its option in `hydra/launcher`, its settings, and the resources of the jobs."""
 
 import shutil
 from collections.abc import Sequence
@@ -18,13 +18,13 @@ LAUNCHERS = "hydra/launcher"
 
 
 def split_launcher(overrides: Sequence[str]) -> tuple[list[str], list[str]]:
-    """The words that choose and set what runs a sweep's jobs, as `launcher=` and `launcher.key=`, and the others."""
+    """Split overrides into those of the launcher, as `launcher=` and `launcher.key=`, and the others."""
     words = [LAUNCHER.sub("launcher", text) for text in overrides if LAUNCHER.match(text)]
     return words, [text for text in overrides if not LAUNCHER.match(text)]
 
 
 def launch(words: Sequence[str], jobs: Sequence[Config], dirs: Sequence[Path] = ()) -> list[str]:
-    """What Hydra is told of the launcher that words choose for these jobs; raises UsageError."""
+    """Return Hydra's overrides for the launcher of these jobs; raises UsageError for invalid words."""
     name, given = _parsed(words)
     files = options(LAUNCHERS, dirs)
     if name not in files:
@@ -52,7 +52,7 @@ def launch(words: Sequence[str], jobs: Sequence[Config], dirs: Sequence[Path] = 
 
 
 def _parsed(words: Sequence[str]) -> tuple[str, dict[str, Any]]:
-    """The option that words choose, and the values that they give to its keys."""
+    """The option that the words choose, and the values of its keys."""
     name, given = "local", {}
     for text, item in ((text, parse(text)) for text in words):
         if item.is_sweep_override():
@@ -69,7 +69,7 @@ def _keys(file: Path) -> dict[str, Any]:
 
 
 def _missing() -> list[Problem]:
-    """What a machine lacks to submit jobs to SLURM."""
+    """The problems that keep this machine from submitting jobs to SLURM."""
     packages = ("hydra_plugins", "hydra_plugins.hydra_submitit_launcher")  # the first may be missing too
     if any(find_spec(name) is None for name in packages):
         return [
@@ -81,7 +81,7 @@ def _missing() -> list[Problem]:
 
 
 def _resources(jobs: Sequence[Config], given: dict[str, Any]) -> list[str]:
-    """The nodes, tasks and GPUs that jobs take, as Hydra is told; raises UsageError if they differ."""
+    """Hydra's overrides for the nodes, tasks and GPUs of the jobs; raises UsageError if the jobs differ."""
     asked = {_resources_of(job) for job in jobs}
     if len(asked) > 1:
         shapes = " and ".join(f"{nodes} x {tasks}" for nodes, tasks, _ in sorted(asked))
@@ -98,7 +98,7 @@ def _resources(jobs: Sequence[Config], given: dict[str, Any]) -> list[str]:
 
 
 def _resources_of(job: Config) -> tuple[int, int, bool]:
-    """Nodes, processes on each, and whether each takes a GPU."""
+    """The number of nodes, the processes per node, and whether each process uses a GPU."""
     if isinstance(job, TrainConfig):
         trainer = job.trainer
         return trainer["num_nodes"] or 1, trainer["devices"] or 1, trainer["accelerator"] != "cpu"

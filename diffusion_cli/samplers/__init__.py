@@ -1,4 +1,4 @@
-"""Samplers: ways from noise to an image, one step at a time."""
+"""Samplers, which go from noise to images in steps."""
 
 from diffusion_cli.samplers.base import NoiseFn, Sampler, integrate, start_grid_at
 from diffusion_cli.samplers.ddim import DDIM, invert

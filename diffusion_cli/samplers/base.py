@@ -1,4 +1,4 @@
-"""What a sampler is, and the one loop that drives all of them."""
+"""The interface of samplers, and the loop that runs them."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
@@ -13,7 +13,7 @@ from diffusion_cli.diffusion.denoiser import Denoise, Denoiser, Prediction
 from diffusion_cli.diffusion.schedules import Discrete, Schedule, Spacing
 
 NoiseFn = Callable[[], Tensor]
-"""Gives the next standard normal noise, of the shape of the images."""
+"""Returns the next standard normal noise, in the shape of the images."""
 
 
 class Sampler(ABC):
@@ -36,22 +36,21 @@ class Sampler(ABC):
     ) -> tuple[Tensor, Any]:
         """Take x from t to s < t (0-d float64 times on the CPU) and return it with the solver's state.
 
-        The step is a function of what `draw` gives, of which it takes the same number whatever x is; onto the
-        data at s = 0 it adds no noise. `state` is what `start` or the step before returned.
+        All randomness comes from `draw`, and the number of its calls does not depend on x. The step to the data, s = 0,
+        adds no noise. `state` is what `start` or the last step returned.
         """
 
     def check(self, denoiser: Denoiser) -> None:  # noqa: B027
-        """Raise UsageError if the denoiser lacks what the sampler asks of it."""
+        """Raise UsageError if the denoiser lacks what the sampler needs."""
 
     def start(self, times: Tensor) -> Any:
         """Return the solver's state before a run through falling times."""
         return None
 
     def grid(self, steps: int) -> Tensor:
-        """Return the falling times of a run of `steps` steps; UsageError where there is none.
+        """Return the falling times of a run of `steps` steps; UsageError if there is no such grid.
 
-        Where it `shortens` the grid, that is the grid of steps + 1 steps without its last time above 0, as diffusers
-        has it for such solvers.
+        If it `shortens` the grid, this is the grid of steps + 1 steps without its last time above 0, as in diffusers.
         """
         if not self.shortens(steps):
             return self.schedule.grid(steps, self.spacing)
@@ -67,23 +66,23 @@ class Sampler(ABC):
         return self.omits_cleanest and self.spacing in ("leading", "linspace") and steps >= 2 and not whole
 
     def grid_settings(self, steps: int) -> dict[str, str]:
-        """Return the settings of images that their grid adds: none, except where it `shortens` the grid.
+        """Return the settings that the grid adds to those of the images: one if it `shortens` the grid, else none.
 
-        Earlier versions visited the whole grid there, and recorded nothing about it.
+        Earlier versions visited the whole grid and recorded nothing about it.
         """
         return {"grid": "omits the time next to the data"} if self.shortens(steps) else {}
 
     def half_log_snr(self, t: Tensor) -> Tensor:
-        """`lambda = log(alpha / sigma)`, the time in which the DPM-Solvers count."""
+        """`lambda = log(alpha / sigma)`, the time variable of the DPM-Solvers."""
         return self.schedule.log_snr(t) / 2
 
     def ratio(self, t: Tensor) -> Tensor:
-        """`sigma / alpha`, the time in which x / alpha moves along eps (Song et al. 2021a, Eq. 14)."""
+        """`sigma / alpha`, the time variable in which x / alpha moves along eps (Song et al. 2021a, Eq. 14)."""
         alpha, sigma = self.schedule(t)
         return sigma / alpha
 
     def euler_step(self, prediction: Prediction, s: Tensor) -> Tensor:
-        """`alpha_s x_0 + sigma_s eps`, where the straight line of a prediction meets time s: Euler's step."""
+        """`alpha_s x_0 + sigma_s eps`, Euler's step to time s."""
         alpha, sigma = self.schedule(s)
         return alpha * prediction.x0 + sigma * prediction.eps
 
@@ -99,7 +98,7 @@ class AncestralSampler(Sampler):
         self.stochastic = eta > 0
 
     def ancestral(self, t: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
-        """Split sigma_s into what a step keeps and the fresh noise that it adds: `sigma_s^2 = kept^2 + fresh^2`.
+        """Split sigma_s into kept and fresh noise: `sigma_s^2 = kept^2 + fresh^2`.
 
         fresh = eta sigma_s sqrt(1 - SNR_t / SNR_s), at most sigma_s: with eta 1 that of DDPM's small variance
         (Song et al. 2021a, Eq. 16).
@@ -111,7 +110,7 @@ class AncestralSampler(Sampler):
 
 
 def start_grid_at(times: Tensor, t: float) -> Tensor:
-    """The falling times from t down, t the first of them, or from their own first where that is less."""
+    """Return the falling times from t down; from times[0] if that is smaller."""
     first = min(t, float(times[0]))
     return torch.cat([times.new_full((1,), first), times[times < first - 1e-9]])
 

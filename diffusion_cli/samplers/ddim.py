@@ -34,9 +34,9 @@ class DDIM(AncestralSampler):
 def invert(schedule: Schedule, denoise: Denoise, x: Tensor, times: Tensor) -> Iterator[Tensor]:
     """Encode images x by DDIM run backwards through the falling `times`, and yield the state at each but the last.
 
-    x is the state at the last time. Each step uses the prediction at its start, where the way down used that at its
-    end, so that the two meet as steps grow small, at first order; but at time 0 there is no noise to predict, and the
-    first step uses the network's prediction for its end.
+    x is the state at the last time. Each step uses the prediction at its start, which sampling uses at its end, so that
+    the round trip is exact to first order in the step. At time 0 there is no noise to predict: the first step uses the
+    prediction for its end.
     Source: Song et al. 2021a, Sec. 4.3 and 5.4; Dhariwal & Nichol 2021's code, which starts at the least noise.
     """
 

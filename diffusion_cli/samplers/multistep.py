@@ -1,4 +1,4 @@
-"""Adams-Bashforth methods on eps: one network call a step, the steps before remembered."""
+"""Adams-Bashforth methods on eps: one network call a step, with a history of earlier steps."""
 
 from abc import abstractmethod
 from typing import Annotated, NamedTuple
@@ -16,7 +16,7 @@ NODES, SHARES = np.polynomial.legendre.leggauss(32)
 
 
 class Slope(NamedTuple):
-    """eps at a step before, and the place it has in the polynomial."""
+    """eps of an earlier step, and its node in the polynomial."""
 
     place: float
     eps: Tensor
@@ -127,9 +127,9 @@ class DEIS(_AdamsBashforth):
 class PLMS(Sampler):
     """Pseudo linear multistep: DDIM's step with an Adams-Bashforth mean of eps, as if steps were equal.
 
-    The mean is that of the last four calls, of as many as there are at first. The first step is repeated with the mean
-    of both its ends, which takes a call more, unless it leads onto the data. Of second order on even grids, in time or
-    log-SNR. Source: Liu et al. 2022, Eq. 9-13, with diffusers' start.
+    The mean is over the last four calls, or over fewer at the start. The first step is repeated with the mean of both
+    its ends, at the cost of one more call, unless it ends at the data. Second order on grids that are uniform in time
+    or log-SNR. Source: Liu et al. 2022, Eq. 9-13, with diffusers' start.
     """
 
     order = 2
@@ -143,7 +143,7 @@ class PLMS(Sampler):
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
         prediction = denoise(x, t)
         (alpha_t, _), (alpha_s, _) = self.schedule(t), self.schedule(s)
-        if self.ratio(t) > NO_SIGNAL:  # eps of pure noise is no slope to go on with
+        if self.ratio(t) > NO_SIGNAL:  # eps of pure noise is not a usable slope
             return self.euler_step(prediction, s), ()
         history = (prediction.eps, *state)[:4]
         if len(history) == 1 and s > 0:

@@ -22,8 +22,8 @@ CHUNK = 256
 class LPIPSDistance:
     """The LPIPS distance of pairs of images, at least 0, by torchmetrics' network and linear weights (version 0.1).
 
-    `network` is the backbone, and `weights` a file of torchvision's weights for it (only its convolutions are
-    read); None looks in torch's download folder, and fetches them there once. `key` names that option in errors.
+    `network` is the backbone. `weights` is a file of torchvision's weights for it, of which only the convolutions are
+    used; None means the published file, downloaded once to torch's cache. `key` names the option in errors.
 
     Raises UsageError if the file is missing and cannot be fetched, or contains anything but these weights.
     Source: Zhang et al. 2018, Eq. 1.
@@ -50,7 +50,7 @@ class LPIPSDistance:
         self.network.to(device)
 
     def _fill(self, path: Path, key: str) -> None:
-        """Give the backbone, which torchmetrics cuts into slices, the weights that a file of torchvision's holds."""
+        """Load torchvision's weights into the backbone, which torchmetrics splits into slices."""
         backbone = self.network.net
         saved = read(content_of(path, key), path, key)
         try:
@@ -61,7 +61,7 @@ class LPIPSDistance:
 
     @torch.inference_mode()
     def __call__(self, first: Tensor, second: Tensor) -> Tensor:
-        """The distances, float32 [B], of uint8 images [B, C, H, W], C 1 or 3, to as many others.
+        """Return the distances of pairs of uint8 images [B, C, H, W], C 1 or 3: float32 [B].
 
         Raises UsageError for images that are not uint8, or smaller than the network can take.
         """
@@ -76,7 +76,7 @@ class LPIPSDistance:
         return torch.cat(parts)
 
     def between(self, first: Tensor, second: Tensor) -> Tensor:
-        """The distances, float32 [B], of images [B, C, H, W] around [-1, 1] on any device, with gradients to them."""
+        """Return the differentiable distances of pairs of images [B, C, H, W] around [-1, 1]: float32 [B]."""
         self.network.to(first.device)
         pairs = (images.float().expand(-1, 3, -1, -1) for images in (first, second))
         with torch.autocast(first.device.type, enabled=False):
@@ -86,7 +86,7 @@ class LPIPSDistance:
         return (images.to(self.device).float() / 127.5 - 1).expand(-1, 3, -1, -1)
 
     def check_shape(self, shape: tuple[int, ...]) -> None:
-        """Raise UsageError for images [C, H, W] that the network cannot take."""
+        """Raise UsageError for images [C, H, W] of a shape that the network does not support."""
         channels, height, width = shape
         if channels not in (1, 3):
             raise UsageError(
@@ -94,7 +94,7 @@ class LPIPSDistance:
             )
         if min(height, width) < LEAST_SIDE[self.name]:
             able = [name for name, side in LEAST_SIDE.items() if side <= min(height, width)]
-            remedy = f"take {' or '.join(able)}" if able else "none of its networks can tell images so small"
+            remedy = f"take {' or '.join(able)}" if able else "no LPIPS network supports such small images"
             raise UsageError(
                 "LPIPS",
                 self.name,

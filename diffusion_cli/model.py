@@ -22,14 +22,16 @@ from diffusion_cli import editing as edits
 from diffusion_cli import networks
 from diffusion_cli.batch_size import advise_batch_size
 from diffusion_cli.commands import edit as editing
-from diffusion_cli.commands import eval as evaluation
 from diffusion_cli.commands import train as training
+from diffusion_cli.commands.eval import assess
+from diffusion_cli.commands.evaluation_plan import plan_of
 from diffusion_cli.commands.inputs import Input
 from diffusion_cli.commands.trained import prepare
 from diffusion_cli.config import (
     COMMANDS,
     EditConfig,
     EvalConfig,
+    HistoryComparison,
     SampleConfig,
     TrainConfig,
     build,
@@ -456,8 +458,11 @@ def _checked(command: str, kind: type[ConfigT], words: Sequence[str]) -> ConfigT
 
 
 def _evaluated(checked: EvalConfig, model: LoadedDenoiser | None) -> dict[str, Result]:
-    with advise_batch_size(checked.batch_size, checked.device):
-        reports = evaluation.assess(checked, evaluation.look_at(checked, model))
+    mode = checked.mode()
+    if isinstance(mode, HistoryComparison):
+        raise UsageError("overrides", "compare", "measures nothing", "leave it out")
+    with advise_batch_size(mode.batch_size, mode.device):
+        reports = assess(plan_of(mode, model))
     return {result.name: result for report in reports for result in report.results}
 
 

@@ -566,13 +566,19 @@ def small_of(size: int) -> AutoencoderKL:
 @pytest.mark.parametrize(
     ("words", "line"),
     [
-        (["metric=fid"], "metric=fid: is not of an autoencoder, which tiny is; take reconstruction and rfid"),
-        (["metric=[reconstruction,inversion]"], "metric=inversion: is not of an autoencoder"),
+        (
+            ["metric=fid"],
+            "metric=fid: does not measure an autoencoder, and run=tiny is one; take reconstruction and rfid",
+        ),
+        (["metric=[reconstruction,inversion]"], "metric=inversion: does not measure an autoencoder"),
         (
             ["metric=[reconstruction,rfid]", "metric.rfid.split=train"],
             "reconstruction.split=val, rfid.split=train",
         ),
-        (["metric=reconstruction", "num_samples=5"], "num_samples=5: is of samples of a denoiser"),
+        (
+            ["metric=reconstruction", "num_samples=5"],
+            "num_samples=5: applies to samples of a denoiser, and run=tiny is an autoencoder; leave it out",
+        ),
         (["metric=reconstruction", "reference.split=val"], "leave it out"),
         (
             ["metric=reconstruction", "run=null", "samples=there"],

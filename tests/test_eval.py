@@ -17,8 +17,10 @@ from test_training import TINY
 
 from diffusion_cli.cli import run
 from diffusion_cli.commands.samples import run_of
-from diffusion_cli.config import fingerprint
+from diffusion_cli.config import CONF, EvalConfig, build, fingerprint, load
 from diffusion_cli.data import Digits
+from diffusion_cli.errors import UsageError
+from diffusion_cli.metrics import Metric, ModelMetric
 
 WORDS = ["features=classifier", "features.steps=20", "batch_size=50"]
 
@@ -492,11 +494,14 @@ def test_a_wrong_comparison_gets_one_line(place, tmp_path, capsys, words, line):
         (["samples=/nowhere", "dataset=digits"], "samples=/nowhere: does not exist"),
         (
             ["samples={plain}", "metric=bits_per_dim", "dataset=digits"],
-            "metric=bound,flow_likelihood: is for samples",
+            "metric=bound,flow_likelihood: applies to a run's model",
         ),
-        (["samples={plain}", "label=3", "dataset=digits"], "label=3: is for samples made of a model"),
-        (["samples={plain}", "steps=3", "dataset=digits"], "steps=3: is for samples made of a model"),
-        (["samples={plain}", "run=a", "dataset=digits"], "run=a: is for samples made of a model"),
+        (["samples={plain}", "label=3", "dataset=digits"], "label=3: applies to a run's model, and samples="),
+        (["samples={plain}", "steps=3", "dataset=digits"], "steps=3: applies to a run's model, and samples="),
+        (
+            ["samples={plain}", "run=a", "dataset=digits"],
+            "run=a: names the dataset to compare with, as dataset= does; leave one out",
+        ),
         (["samples={plain}", "compare=[a,b]"], "compare= measures nothing"),
         (
             ["run=a", "metric=memorization", "reference.split=val"],
@@ -565,3 +570,26 @@ def test_wrong_input_gets_one_line(place, images, tmp_path, capsys, words, line)
     err = [text for text in capsys.readouterr().err.splitlines() if text.startswith("diffuse:")]
     assert len(err) == 1
     assert line in err[0]
+
+
+@pytest.mark.parametrize("file", sorted(CONF.glob("metric/*.yaml")), ids=lambda file: file.stem)
+def test_the_keys_of_a_metric_give_its_kind(file):
+    checked = load("eval", [f"metric={file.stem}", "run=x"])
+    assert isinstance(checked, EvalConfig)
+    for name, node in checked.metric.items():
+        metric = build(node)
+        assert (name in checked.model_metrics) == isinstance(metric, ModelMetric)
+        assert checked.splits.get(name) == (metric.split if isinstance(metric, Metric) else None)
+
+
+def test_every_setting_that_a_mode_does_not_use_is_refused_at_once():
+    with pytest.raises(UsageError) as refused:
+        load(
+            "eval",
+            ["samples=there", "dataset=digits", "sampler=ddpm", "guidance=cfg", "steps=3", "label=null"],
+        )
+    assert sorted(problem.key for problem in refused.value.problems) == ["guidance", "sampler", "steps"]
+    with pytest.raises(
+        UsageError, match=r"^sampler.eta=1.0: applies to samples, and metric=bound makes none"
+    ):
+        load("eval", ["metric=bound", "sampler.eta=1.0"])

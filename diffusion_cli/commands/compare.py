@@ -9,18 +9,20 @@ from typing import Any, NamedTuple
 
 from diffusion_cli.batch_size import advise_batch_size
 from diffusion_cli.charts import Curve, Panel, save_panels
-from diffusion_cli.commands.eval import EvaluationPlan, assess, identity, look_at
-from diffusion_cli.commands.samples import ModelSamples
+from diffusion_cli.commands.eval import assess, versions
+from diffusion_cli.commands.evaluation_plan import EvaluationMode, EvaluationPlan, mode_of, plan_of
+from diffusion_cli.commands.samples import ModelSamples, about
 from diffusion_cli.config import (
     CompareConfig,
     EvalConfig,
+    HistoryComparison,
     Value,
     Variant,
     fingerprint,
     shared_seeds,
 )
 from diffusion_cli.errors import NO_VALUE, FormatError, Problem, UsageError, format_value
-from diffusion_cli.metrics import DEVIATION, Report, Result, unlike
+from diffusion_cli.metrics import DEVIATION, Report, Result, parts, require, unlike
 from diffusion_cli.runs.find import find_run
 from diffusion_cli.runs.migrate import migrated
 from diffusion_cli.system import cache
@@ -47,7 +49,8 @@ class ComparisonJob(NamedTuple):
     values: dict[str, Value]
     """On each axis, by key."""
     config: EvalConfig
-    """Of its evaluation."""
+    """Keys of its evaluation."""
+    mode: EvaluationMode
 
 
 def run(variants: list[Variant]) -> None:
@@ -66,24 +69,27 @@ def run(variants: list[Variant]) -> None:
         raise UsageError(
             "compare", NO_VALUE, "nothing to compare", "give a list, as sampler=[ddpm,ddim] steps=[10,50]"
         )
-    jobs = [
-        ComparisonJob(values, _evaluation(config))
-        for (values, _), config in zip(variants, configs, strict=True)
-    ]
+    jobs = [_job(values, config) for (values, _), config in zip(variants, configs, strict=True)]
     folder, store = _folders(jobs, first.output)
     _claim(folder)
     remove_abandoned(folder, store)
     launch(compare, jobs, folder, store, processes=first.processes)
 
 
-def _evaluation(config: CompareConfig) -> EvalConfig:
+def _job(values: dict[str, Value], config: CompareConfig) -> ComparisonJob:
     """The evaluation of one combination; the newest run now stays it, whatever is trained meanwhile."""
-    settled: dict[str, Any] = {
-        "run": str(find_run(config.run, config.output_dir)),
-        "precision": resolve(config.precision, device_of(config.device)),
-    }
     shared = config.model_dump(exclude={"output"})
-    return EvalConfig(**shared | settled | {"samples": None, "compare": None, "keep": False})
+    own = {
+        "run": str(find_run(config.run, config.output_dir)),
+        "samples": None,
+        "compare": None,
+        "keep": False,
+    }
+    asked = EvalConfig(**shared | own)
+    mode = mode_of(asked)
+    assert not isinstance(mode, HistoryComparison)
+    precision = resolve(config.precision, device_of(config.device))
+    return ComparisonJob(values, asked.model_copy(update={"precision": precision}), mode)
 
 
 def _claim(folder: Path) -> None:
@@ -97,9 +103,9 @@ def _claim(folder: Path) -> None:
 def compare(jobs: list[ComparisonJob], folder: Path, store: Path) -> None:
     """Carry out a comparison, as one of the processes that share it."""
     entries: list[dict[str, Any]] = []
-    for number, (values, config) in enumerate(jobs, start=1):
-        with advise_batch_size(config.batch_size, config.device):
-            entry = _entry(f"[{number}/{len(jobs)}]", values, config, store)
+    for number, job in enumerate(jobs, start=1):
+        with advise_batch_size(job.mode.batch_size, job.mode.device):
+            entry = _entry(f"[{number}/{len(jobs)}]", job, store)
         if entry is not None:
             entries.append(entry)
     if not Distributed().is_main:
@@ -138,18 +144,42 @@ def compare(jobs: list[ComparisonJob], folder: Path, store: Path) -> None:
     print(f"{text}\nTable and plot: {folder}")
 
 
-def _entry(place: str, values: dict[str, Value], config: EvalConfig, store: Path) -> dict[str, Any] | None:
+def _entry(place: str, job: ComparisonJob, store: Path) -> dict[str, Any] | None:
     """The numbers of a combination, stored or measured now; None in all processes but the first."""
-    scene = look_at(config)
-    facts = json.loads(json.dumps(identity(config, scene)))
+    plan = plan_of(job.mode)
+    facts = json.loads(json.dumps(_facts(job.config, plan)))
     path = store / f"{fingerprint(facts)}.json"
     entry = _stored(path, facts) if Distributed().is_main else None
     if Distributed().broadcast(entry is None):
-        words = " ".join(f"{key}={format_value(value)}" for key, value in values.items())
+        words = " ".join(f"{key}={format_value(value)}" for key, value in job.values.items())
         if Distributed().is_main:
             print(f"{place} {words}", file=sys.stderr, flush=True)
-        entry = _measure(config, scene, facts, path)
+        entry = _measure(plan, facts, path)
     return entry
+
+
+def _facts(config: EvalConfig, plan: EvaluationPlan) -> dict[str, Any]:
+    """All that the numbers of an evaluation depend on, by content: nothing that is measured, nothing left to names.
+
+    Raises ValueError where the evaluation itself would, before any sample is made.
+    """
+    metrics, samples, seen = plan.metrics, plan.samples, {}
+    if samples is not None:
+        first = parts(samples, plan.repeats)[0]
+        views, _ = require(metrics.of_samples, metrics.networks, first, metrics.reference, plan.mode.force)
+        seen = {
+            name: [view.network.name, view.network.digest, view.network.resize, view.network.precision]
+            for name, view in views.items()
+        }
+    model = about(samples.trained) if isinstance(samples, ModelSamples) else plan.model_record
+    return {
+        "metric": config.metric, "count": config.num_samples, "seed": config.seed,
+        "samples": {} if samples is None else samples.protocol() | {"network_calls": None},
+        "model": model | {"clip_x0": config.clip_x0} if model else None, "networks": seen, "force": config.force,
+        "reference": metrics.reference.identity(), "batch_size": config.batch_size,
+        "processes": Distributed().world, "compile": config.compile, "device": device_of(config.device).type,
+        "versions": versions(),
+    }  # fmt: skip
 
 
 def _marks(jobs: Sequence[ComparisonJob], entries: Sequence[dict[str, Any]]) -> dict[tuple[int, str], str]:
@@ -225,16 +255,14 @@ def _folders(jobs: Sequence[ComparisonJob], output: str | None) -> tuple[Path, P
     return Path(output) if output else own_folder(root, "comparisons", name), own_folder(root, "compared")
 
 
-def _measure(
-    config: EvalConfig, scene: EvaluationPlan, facts: dict[str, Any], path: Path
-) -> dict[str, Any] | None:
+def _measure(plan: EvaluationPlan, facts: dict[str, Any], path: Path) -> dict[str, Any] | None:
     """Measure a combination and store its numbers; None in all processes but the first."""
-    reports = assess(config, scene)
+    reports = assess(plan)
     if not Distributed().is_main:
         return None
     row = _values([result for report in reports for result in report.results])
-    if isinstance(scene.samples, ModelSamples):
-        row |= {CALLS: scene.samples.calls, SECONDS: scene.samples.seconds_per_image}
+    if isinstance(plan.samples, ModelSamples):
+        row |= {CALLS: plan.samples.calls, SECONDS: plan.samples.seconds_per_image}
     entry = {"facts": facts, "row": row, "reports": [report.to_dict() for report in reports]}
     with cache.optional():
         cache.write_json(path, entry)

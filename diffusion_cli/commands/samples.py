@@ -24,7 +24,7 @@ from diffusion_cli.generate import generate, labels_of
 from diffusion_cli.images import Writer, read_stored, save_stored
 from diffusion_cli.metrics import GivenSamples, Reference, Samples
 from diffusion_cli.runs.find import is_run
-from diffusion_cli.runs.load import LoadedDenoiser
+from diffusion_cli.runs.load import LoadedDenoiser, Origin
 from diffusion_cli.system.untrusted import LONGEST_MANIFEST
 
 
@@ -101,8 +101,16 @@ class ModelSamples(Samples):
 
 def about(trained: LoadedModel) -> dict[str, Any]:
     """What a model's numbers depend on, as plain data."""
-    model = trained.model
-    return {"run": trained.folder.name, "step": model.step, "ema": model.config["ema"], **trained.record}
+    weights = weights_record(trained.folder, trained.model, trained.record["weights"])
+    return weights | trained.record
+
+
+def weights_record(folder: Path, model: Origin, weights: str) -> dict[str, Any]:
+    """Return which weights of a run were measured, as plain data."""
+    return {
+        "run": folder.name, "step": model.step, "ema": model.config["ema"], "weights": weights,
+        "weights_sha256": model.digest,
+    }  # fmt: skip
 
 
 def in_shares_of(trained: LoadedModel, reference: Reference) -> tuple[LoadedModel, str]:

@@ -16,6 +16,17 @@ from diffusion_cli.config.catalogue import (
     summary,
 )
 from diffusion_cli.config.compose import compose, expand, load
+from diffusion_cli.config.evaluation import (
+    EXACT,
+    CompareConfig,
+    EvalConfig,
+    HistoryComparison,
+    Measuring,
+    ModelEvaluation,
+    ReconstructionEvaluation,
+    SampleFilesEvaluation,
+    SamplesEvaluation,
+)
 from diffusion_cli.config.grid import Value, Variant, load_grid
 from diffusion_cli.config.launcher import LAUNCHERS, launch, split_launcher
 from diffusion_cli.config.runs import fingerprint, flatten, identity
@@ -24,11 +35,9 @@ from diffusion_cli.config.schema import (
     COMMANDS,
     FIRST_WORD,
     GRIDS,
-    CompareConfig,
     Config,
     DataConfig,
     EditConfig,
-    EvalConfig,
     PlotConfig,
     ReportConfig,
     SampleConfig,
@@ -43,6 +52,7 @@ from diffusion_cli.config.validate import build, check_node
 __all__ = [
     "COMMANDS",
     "CONF",
+    "EXACT",
     "FIRST_WORD",
     "GRIDS",
     "HERE",
@@ -52,9 +62,15 @@ __all__ = [
     "DataConfig",
     "EditConfig",
     "EvalConfig",
+    "HistoryComparison",
+    "Measuring",
+    "ModelEvaluation",
     "PlotConfig",
+    "ReconstructionEvaluation",
     "ReportConfig",
     "SampleConfig",
+    "SampleFilesEvaluation",
+    "SamplesEvaluation",
     "SamplingSettings",
     "TrainConfig",
     "Value",

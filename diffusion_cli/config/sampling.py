@@ -33,23 +33,34 @@ class SamplingSettings:
     batch_size: int | Literal["auto"]
 
 
-class Generation(BaseModel):
-    """The keys that sampling, evaluation and editing share."""
+class Machine(BaseModel):
+    """The keys that say where a command computes, and where its runs are."""
+
+    model_config = STRICT
+    batch_size: PositiveInt | Literal["auto"]
+    device: Device
+    output_dir: str
+
+
+class RunWeights(BaseModel):
+    """The keys that choose weights of a run, and the number format to compute in."""
 
     model_config = STRICT
     run: str | None
     step: PositiveInt | Literal["best"] | None
-    steps: PositiveInt
-    label: Label
-    batch_size: PositiveInt | Literal["auto"]
-    seed: Annotated[int, Field(ge=0, lt=2**32)]
     weights: Literal["ema", "raw"]
-    clip_x0: bool
     precision: Precision
-    device: Device
-    output_dir: str
+
+
+class Generation(RunWeights, Machine):
+    """The keys that sampling, evaluation and editing share."""
+
     sampler: Node
+    steps: PositiveInt
     guidance: Node
+    label: Label
+    seed: Annotated[int, Field(ge=0, lt=2**32)]
+    clip_x0: bool
 
     @property
     def seeds(self) -> range:

@@ -6,11 +6,10 @@ from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, Field, NonNegativeInt, PositiveInt, model_validator
 
+from diffusion_cli.config.evaluation import CompareConfig, EvalConfig
 from diffusion_cli.config.sampling import Generation, SamplingSettings
 from diffusion_cli.config.values import STRICT, Duration, Name, Node, Precision
 from diffusion_cli.errors import NO_VALUE, UsageError
-
-NUM_SAMPLES = 2000  # samples of an evaluation for num_samples=null
 
 
 class EMAConfig(BaseModel):
@@ -167,51 +166,6 @@ class SampleConfig(Generation):
     @property
     def seeds(self) -> range:
         return range(self.seed, self.seed + self.num_samples)
-
-
-class EvaluationConfig(Generation):
-    """The keys of `conf/evaluation.yaml`: what evaluating and comparing share."""
-
-    num_samples: PositiveInt | None
-    repeats: PositiveInt
-    compile: bool
-    processes: PositiveInt | None
-    force: bool
-    data_dir: str
-    cache_dir: str | None
-    metric: dict[str, Node]
-    features: Node
-    reference: Node
-    dataset: Node | None = None
-
-    @property
-    def seeds(self) -> range:
-        """Seeds of a model's samples, of all repeats."""
-        return range(self.seed, self.seed + self.repeats * (self.num_samples or NUM_SAMPLES))
-
-    @property
-    def other_dataset(self) -> Node | None:
-        """The dataset that the command names, or None for the run's own."""
-        return self.dataset if self.dataset and "_target_" in self.dataset else None
-
-    @property
-    def data_paths(self) -> Node:
-        """The paths that the command names for the run's own dataset."""
-        return self.dataset if self.dataset and self.other_dataset is None else {}
-
-
-class EvalConfig(EvaluationConfig):
-    """The keys of `conf/eval.yaml`."""
-
-    samples: str | None
-    compare: Annotated[list[str], Field(min_length=2)] | None
-    keep: bool
-
-
-class CompareConfig(EvaluationConfig):
-    """The keys of `conf/compare.yaml`."""
-
-    output: str | None
 
 
 class DataPaths(BaseModel):

@@ -5,7 +5,8 @@ from collections import defaultdict
 from collections.abc import Sequence
 from itertools import pairwise
 
-from diffusion_cli.config.schema import CompareConfig, Config, EvaluationConfig
+from diffusion_cli.config.evaluation import CompareConfig, EvaluationConfig
+from diffusion_cli.config.schema import Config
 from diffusion_cli.errors import Problem
 
 
@@ -17,14 +18,9 @@ def shared_seeds(configs: Sequence[Config]) -> list[Problem]:
     """
     groups: dict[str, list[EvaluationConfig]] = defaultdict(list)
     for config in configs:
-        if isinstance(config, EvaluationConfig) and _makes_samples(config):
+        if isinstance(config, EvaluationConfig) and config.makes_samples:
             groups[json.dumps(config.model_dump(exclude={"seed"}), sort_keys=True)].append(config)
     return list(dict.fromkeys(line for group in groups.values() if (line := _shared(group)) is not None))
-
-
-def _makes_samples(config: EvaluationConfig) -> bool:
-    """Whether any metric measures samples; those of real images alone have a number of these instead."""
-    return any("num_images" not in node for node in config.metric.values())
 
 
 def _shared(configs: Sequence[EvaluationConfig]) -> Problem | None:

@@ -1,0 +1,246 @@
+"""From a mode of `diffuse eval` to everything that it needs, loaded and checked."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from diffusion_cli.commands.inputs import show_remarks
+from diffusion_cli.commands.outputs import claim
+from diffusion_cli.commands.sample import samples_folder
+from diffusion_cli.commands.samples import ModelSamples, given_samples, in_shares_of, run_of, weights_record
+from diffusion_cli.commands.trained import dataset_of, open_run
+from diffusion_cli.config import (
+    EXACT,
+    EvalConfig,
+    HistoryComparison,
+    Measuring,
+    ModelEvaluation,
+    ReconstructionEvaluation,
+    SampleFilesEvaluation,
+    SamplesEvaluation,
+    build,
+    fingerprint,
+)
+from diffusion_cli.data import Dataset, NoDataset, pictured
+from diffusion_cli.data.base import Split
+from diffusion_cli.errors import UsageError
+from diffusion_cli.metrics import (
+    DatasetReference,
+    EvaluatedModel,
+    FeatureExtractors,
+    FrechetDistance,
+    Metric,
+    ModelMetric,
+    ReconstructedSamples,
+    Reference,
+    Samples,
+    cache_folder,
+)
+from diffusion_cli.networks import AutoencoderKL
+from diffusion_cli.runs.find import find_run, task_of
+from diffusion_cli.runs.load import LoadedAutoencoder, LoadedDenoiser, load_autoencoder, load_model
+from diffusion_cli.system.distributed import Distributed
+from diffusion_cli.system.precision import device_of
+
+EvaluationMode = ModelEvaluation | SamplesEvaluation | SampleFilesEvaluation | ReconstructionEvaluation
+
+
+class MetricSetup(NamedTuple):
+    """The metrics of an evaluation, and what they need."""
+
+    networks: FeatureExtractors
+    reference: Reference
+    of_samples: dict[str, Metric]
+    """Metrics of samples, by name."""
+    of_model: list[ModelMetric]
+    """Metrics of the model itself."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationPlan:
+    """What to measure, by which metrics, and where the numbers go."""
+
+    mode: EvaluationMode
+    folder: Path
+    """Folder of metrics.json: the run's, or one for these samples."""
+    source: str
+    """Model or files that are measured, for the terminal."""
+    dataset: Dataset
+    metrics: MetricSetup
+    samples: Samples | None = None
+    """None where only the model itself is measured."""
+    repeats: int = 1
+    """Evaluations that the samples are for."""
+    model: EvaluatedModel | None = None
+    """None where only samples are measured."""
+    model_record: dict[str, Any] = field(default_factory=dict)
+    """Weights and precision of the model, as plain data for the protocol."""
+    notes: tuple[str, ...] = ()
+    """Facts about the samples that a reader of the numbers needs."""
+
+
+def mode_of(config: EvalConfig) -> EvaluationMode | HistoryComparison:
+    """Return the mode of a configuration, which depends on what its run trained; UsageError as `Mode.of`."""
+    if config.run is not None and config.samples is None and config.compare is None:
+        task = task_of(find_run(config.run, config.output_dir))
+        if task == AutoencoderKL.task:
+            return ReconstructionEvaluation.of(config)
+    return config.mode()
+
+
+def plan_of(mode: EvaluationMode, model: LoadedDenoiser | None = None) -> EvaluationPlan:
+    """Load and check what a mode measures, with `model` for that of its run; UsageError if parts do not suit."""
+    world = Distributed().world
+    if world > 1 and not mode.makes_samples:
+        raise UsageError(
+            "processes",
+            world,
+            f"share samples, and metric={','.join(mode.metric)} makes none",
+            "take one process",
+        )
+    match mode:
+        case SampleFilesEvaluation():
+            return _of_files(mode)
+        case ReconstructionEvaluation():
+            return _of_autoencoder(mode)
+        case SamplesEvaluation():
+            return _of_samples(mode, model)
+        case ModelEvaluation():
+            return _of_model(mode, model)
+
+
+def _of_model(mode: ModelEvaluation, model: LoadedDenoiser | None) -> EvaluationPlan:
+    """A run's denoiser on real images."""
+    folder = find_run(mode.run, mode.output_dir)
+    if model is None:
+        model = load_model(folder, mode.weights, device_of(mode.device), mode.step)
+    dataset = _dataset(mode, folder, model)
+    return EvaluationPlan(
+        mode=mode, folder=folder, source=_named(folder, model), dataset=dataset, metrics=_metrics(mode, dataset),
+        **_evaluated(mode, folder, model, dataset),
+    )  # fmt: skip
+
+
+def _of_samples(mode: SamplesEvaluation, model: LoadedDenoiser | None) -> EvaluationPlan:
+    """Samples of a run's denoiser, and the denoiser itself if a metric measures it."""
+    trained = open_run(mode.sampling, model)
+    dataset = _dataset(mode, trained.folder, trained.model)
+    trained.check()  # refused before anything is measured
+    metrics, notes = _metrics(mode, dataset), ()
+    if not trained.chosen_labels and trained.labels is not None:
+        trained, note = in_shares_of(trained, metrics.reference)
+        notes = (note,)
+    folder = samples_folder(trained) if mode.keep else None
+    if folder is not None:
+        Distributed().main_first(lambda: claim(folder, trained.record, trained.model))
+    itself = _evaluated(mode, trained.folder, trained.model, dataset) if metrics.of_model else {}
+    return EvaluationPlan(
+        mode=mode, folder=trained.folder, source=_named(trained.folder, trained.model), dataset=dataset,
+        metrics=metrics, samples=ModelSamples(trained, mode.seeds, folder), repeats=mode.repeats, notes=notes, **itself,
+    )  # fmt: skip
+
+
+def _of_autoencoder(mode: ReconstructionEvaluation) -> EvaluationPlan:
+    """An autoencoder's reconstructions of one split of a dataset, and that split."""
+    folder = find_run(mode.run, mode.output_dir)
+    trained = load_autoencoder(folder, device_of(mode.device), mode.weights, mode.step)
+    dataset = _dataset(mode, folder, trained)
+    if dataset.shape != trained.shape:
+        raise UsageError(
+            "dataset",
+            dataset.name,
+            f"its images are {dataset.shape}, and the autoencoder's {trained.shape}",
+            "take the dataset that it was trained on",
+        )
+    metric = next(iter(mode.metric))
+    split = mode.splits[metric]
+    images = dataset.stream(split)
+    if not len(images):
+        raise UsageError(f"metric.{metric}.split", split, "has no images", "take the other split")
+    record = weights_record(folder, trained, mode.weights) | {
+        "dataset": dataset.name, "split": split, "precision": EXACT, "form": dataset.form.about(),
+    }  # fmt: skip
+    return EvaluationPlan(
+        mode=mode, folder=folder, source=_named(folder, trained), dataset=dataset,
+        metrics=_metrics(mode, dataset, split),
+        samples=ReconstructedSamples(trained.network, images, dataset.form, record),
+    )  # fmt: skip
+
+
+def _of_files(mode: SampleFilesEvaluation) -> EvaluationPlan:
+    """Samples in files, and the dataset to compare with if one is named or they lie in the folder of a run."""
+    path = Path(mode.samples).expanduser()
+    dataset = _dataset_of_files(mode, path)
+    samples = given_samples(path, dataset, mode.num_samples)
+    # Samples in two folders of one name are not the same samples.
+    name = f"{path.name}-{fingerprint({'path': str(path.resolve())})[:4]}"
+    dataset = dataset or NoDataset(path.name, samples.shape)
+    return EvaluationPlan(
+        mode=mode, folder=Path(mode.output_dir, "evaluations", name), source=mode.samples, dataset=dataset,
+        metrics=_metrics(mode, dataset), samples=samples,
+    )  # fmt: skip
+
+
+def _dataset_of_files(mode: SampleFilesEvaluation, path: Path) -> Dataset | None:
+    """The dataset that is named, or that of the run that is named or has the samples; None without one."""
+    if mode.other_dataset is not None:
+        dataset: Dataset = build(mode.other_dataset, mode.data_dir)
+        show_remarks(dataset.remarks())
+        return dataset
+    run = find_run(mode.run, mode.output_dir) if mode.run else run_of(path)
+    if run is not None:
+        return _dataset(mode, run, load_model(run, "ema", device_of(mode.device)))
+    for key, value in mode.data_paths.items():
+        raise UsageError(
+            f"dataset.{key}", value, "is for a run's dataset", "name the dataset, as dataset=folder"
+        )
+    return None
+
+
+def _dataset(mode: Measuring, folder: Path, model: LoadedDenoiser | LoadedAutoencoder) -> Dataset:
+    """The dataset that the command names, or the one that the model of a run was trained on."""
+    if mode.other_dataset is not None:
+        return build(mode.other_dataset, mode.data_dir)
+    return dataset_of(folder, model, mode.data_dir, mode.data_paths)
+
+
+def _metrics(mode: EvaluationMode, dataset: Dataset, split: Split | None = None) -> MetricSetup:
+    """The metrics of a mode, to compare with its reference, or with a split of the dataset.
+
+    Raises UsageError for a reference of statistics that no metric uses.
+    """
+    kinds: dict[str, Metric | ModelMetric] = {name: build(node) for name, node in mode.metric.items()}
+    pictures = pictured(dataset)
+    if isinstance(mode, ReconstructionEvaluation):
+        assert split is not None
+        reference: Reference = DatasetReference(pictures, split=split, stats=None)
+    else:
+        stats = mode.reference.get("stats")
+        if stats is not None and not any(isinstance(metric, FrechetDistance) for metric in kinds.values()):
+            raise UsageError("reference.stats", stats, "serves fid, sfid and fd_dinov2 only", "leave it out")
+        reference = build(mode.reference, pictures)
+    return MetricSetup(
+        FeatureExtractors(mode.features, pictures, cache_folder(mode.cache_dir), device_of(mode.device)),
+        reference,
+        {name: metric for name, metric in kinds.items() if isinstance(metric, Metric)},
+        [metric for metric in kinds.values() if isinstance(metric, ModelMetric)],
+    )
+
+
+def _named(folder: Path, model: LoadedDenoiser | LoadedAutoencoder) -> str:
+    """A run and the step of its weights."""
+    return f"{folder.name} at step {model.step}"
+
+
+def _evaluated(
+    mode: ModelEvaluation | SamplesEvaluation, folder: Path, model: LoadedDenoiser, dataset: Dataset
+) -> dict[str, Any]:
+    """The model to be measured itself, and the record of it, as fields of a plan."""
+    assert mode.batch_size != "auto"
+    device = device_of(mode.device)
+    return {
+        "model": EvaluatedModel(
+            model, dataset, folder, device, mode.seed, mode.batch_size, mode.clip_x0, EXACT
+        ),
+        "model_record": weights_record(folder, model, mode.weights) | {"precision": EXACT},
+    }

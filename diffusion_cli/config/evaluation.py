@@ -1,0 +1,274 @@
+"""The keys of `diffuse eval` and `diffuse compare`, and the modes of `diffuse eval`.
+
+A mode evaluates a run's model, the samples that it makes, given samples or an autoencoder, or it shows earlier results.
+It has keys of its own, and refuses every other key that is set.
+"""
+
+from collections.abc import Iterator
+from collections.abc import Set as AbstractSet
+from functools import cache
+from typing import Annotated, Any, ClassVar, Literal, Self
+
+import yaml
+from pydantic import BaseModel, Field, PositiveInt, model_validator
+
+from diffusion_cli.config.catalogue import CONF, defaults, lineage, options
+from diffusion_cli.config.runs import flatten
+from diffusion_cli.config.sampling import Generation, Machine, RunWeights
+from diffusion_cli.config.values import STRICT, Node
+from diffusion_cli.errors import NO_VALUE, Problem, UsageError
+
+NUM_SAMPLES = 2000  # samples of an evaluation for num_samples=null
+EXACT: Literal["fp32"] = "fp32"
+"""Number format of metrics of a model itself: their small differences and their solvers need it."""
+
+
+class Measuring(Machine):
+    """The keys of everything that measures."""
+
+    processes: PositiveInt | None
+    force: bool
+    data_dir: str
+    cache_dir: str | None
+    metric: dict[str, Node]
+    features: Node
+    dataset: Node | None = None
+
+    @property
+    def other_dataset(self) -> Node | None:
+        """The dataset that the command names, or None for the run's own."""
+        return self.dataset if self.dataset and "_target_" in self.dataset else None
+
+    @property
+    def data_paths(self) -> Node:
+        """The paths that the command names for the run's own dataset."""
+        return self.dataset if self.dataset and self.other_dataset is None else {}
+
+    @property
+    def model_metrics(self) -> list[str]:
+        """Metrics of a model itself: they take a number of real images, and no samples."""
+        return [name for name, node in self.metric.items() if "num_images" in node]
+
+    @property
+    def splits(self) -> dict[str, Any]:
+        """Split of the dataset that each metric of reconstructions compares with."""
+        return {
+            name: node["split"]
+            for name, node in self.metric.items()
+            if "split" in node and name not in self.model_metrics
+        }
+
+    @property
+    def makes_samples(self) -> bool:
+        """Whether any metric measures samples."""
+        return len(self.model_metrics) < len(self.metric)
+
+
+class EvaluationConfig(Generation, Measuring):
+    """The keys of `conf/evaluation.yaml`: what evaluating and comparing share."""
+
+    num_samples: PositiveInt | None
+    repeats: PositiveInt
+    compile: bool
+    reference: Node
+
+    @property
+    def seeds(self) -> range:
+        """Seeds of a model's samples, of all repeats."""
+        return range(self.seed, self.seed + self.repeats * (self.num_samples or NUM_SAMPLES))
+
+
+class EvalConfig(EvaluationConfig):
+    """The keys of `conf/eval.yaml`."""
+
+    samples: str | None
+    compare: Annotated[list[str], Field(min_length=2)] | None
+    keep: bool
+
+    @model_validator(mode="after")
+    def _suits_its_mode(self) -> Self:
+        # A named run may be an autoencoder: its mode is known once its checkpoint is read.
+        if self.run is None or self.samples is not None or self.compare is not None:
+            self.mode()
+        return self
+
+    def mode(self) -> "ModelEvaluation | SamplesEvaluation | SampleFilesEvaluation | HistoryComparison":
+        """Return the mode of these keys where the run, if any, trained a denoiser; UsageError as `Mode.of`."""
+        if self.compare is not None:
+            return HistoryComparison.of(self)
+        if self.samples is not None:
+            return SampleFilesEvaluation.of(self)
+        return SamplesEvaluation.of(self) if self.makes_samples else ModelEvaluation.of(self)
+
+
+class CompareConfig(EvaluationConfig):
+    """The keys of `conf/compare.yaml`."""
+
+    output: str | None
+
+
+class Mode(BaseModel):
+    """A mode of `diffuse eval`: its fields are the keys that it has."""
+
+    model_config = STRICT
+    remedy: ClassVar[str] = "leave it out"
+
+    @classmethod
+    def of(cls, config: EvalConfig) -> Self:
+        """Return the mode with its part of a configuration; UsageError for other keys, or parts that do not suit."""
+        mode = cls.model_construct(**{key: value for key, value in config if key in cls.model_fields})
+        foreign = (
+            Problem(key, value, mode.reason(), mode.remedy_for(key))
+            for key, value in _changed(config, frozenset(cls.model_fields))
+        )
+        if problems := [*mode.problems(), *foreign]:
+            raise UsageError.several(problems)
+        return mode
+
+    def reason(self) -> str:
+        """Return why the mode refuses the keys that it does not have."""
+        raise NotImplementedError
+
+    def remedy_for(self, key: str) -> str:
+        """Return what to do about a key that the mode does not have."""
+        return self.remedy
+
+    def problems(self) -> Iterator[Problem]:
+        """Yield what is wrong with the mode's own keys."""
+        yield from ()
+
+
+def _changed(config: EvalConfig, own: AbstractSet[str]) -> Iterator[tuple[str, Any]]:
+    """Yield the keys, except a mode's `own`, with other values than in the YAML files; an option by its class."""
+    for key, value in config:
+        usual = _usual()[key]
+        if key in own or value in (usual, "null"):  # null as a label is typed
+            continue
+        if not isinstance(value, dict):
+            yield key, value
+        elif "_target_" not in value:
+            yield key, ",".join(value)
+        elif usual is None or value["_target_"] != usual["_target_"]:
+            yield key, value["_target_"].rpartition(".")[2]
+        else:
+            before = flatten({key: usual})
+            yield from ((name, new) for name, new in flatten({key: value}).items() if new != before[name])
+
+
+@cache
+def _usual() -> Node:
+    """The values of `conf/eval.yaml` with the options that it names."""
+    values: Node = {}
+    for file in lineage(CONF / "eval.yaml"):
+        values |= yaml.safe_load(file.read_text())
+    for group, chosen in defaults("eval").items():
+        names = chosen if isinstance(chosen, list) else [chosen]
+        files = [part for name in names if name is not None for part in lineage(options(group)[name])]
+        nodes = [yaml.safe_load(file.read_text()) for file in files]
+        values[group] = {key: value for node in nodes for key, value in node.items()} or None
+    return values
+
+
+def _without_autoencoder(keys: Measuring) -> Iterator[Problem]:
+    """Yield a problem with metrics of reconstructions, where no autoencoder is evaluated."""
+    if keys.splits:
+        yield Problem(
+            "metric",
+            ",".join(keys.splits),
+            "measures what an autoencoder makes of real images",
+            "name a run of task=autoencoder by run=",
+        )
+
+
+def _without_batch_size(keys: Measuring) -> Iterator[Problem]:
+    """Yield a problem with batch_size=auto, where a metric measures the model itself."""
+    if keys.model_metrics and keys.batch_size == "auto":
+        yield Problem(
+            "batch_size",
+            "auto",
+            f"is found for samples, and metric={','.join(keys.model_metrics)} measures the model itself",
+            "give a number",
+        )
+
+
+class ModelEvaluation(Mode, Measuring, RunWeights):
+    """A run's denoiser itself, on real images."""
+
+    reference: Node
+    seed: int
+    clip_x0: bool
+
+    def reason(self) -> str:
+        return f"applies to samples, and metric={','.join(self.metric)} makes none"
+
+    def remedy_for(self, key: str) -> str:
+        images = " and ".join(f"metric.{name}.num_images" for name in self.model_metrics)
+        return f"{self.remedy}, or set {images}" if key == "num_samples" else self.remedy
+
+    def problems(self) -> Iterator[Problem]:
+        yield from _without_batch_size(self)
+        if self.precision not in ("auto", EXACT):
+            problem = f"{self.reason()} and is computed in {EXACT}"
+            yield Problem("precision", self.precision, problem, self.remedy)
+
+
+class SamplesEvaluation(Mode, EvaluationConfig):
+    """Samples that a run's denoiser makes, and the denoiser itself if a metric measures it."""
+
+    keep: bool
+
+    def problems(self) -> Iterator[Problem]:
+        yield from _without_batch_size(self)
+        yield from _without_autoencoder(self)
+
+
+class SampleFilesEvaluation(Mode, Measuring):
+    """Samples in files, made by any program; the run, if any, names the dataset to compare with."""
+
+    samples: str
+    run: str | None
+    num_samples: int | None
+    reference: Node
+
+    def reason(self) -> str:
+        return f"applies to a run's model, and samples={self.samples} are files"
+
+    def problems(self) -> Iterator[Problem]:
+        yield from _without_autoencoder(self)
+        if self.model_metrics:
+            yield Problem("metric", ",".join(self.model_metrics), self.reason(), self.remedy)
+        if self.batch_size == "auto":
+            yield Problem("batch_size", "auto", self.reason(), self.remedy)
+        if self.run is not None and self.other_dataset is not None:
+            yield Problem(
+                "run", self.run, "names the dataset to compare with, as dataset= does", "leave one out"
+            )
+
+
+class ReconstructionEvaluation(Mode, Measuring, RunWeights):
+    """An autoencoder's reconstructions of real images, compared with these images."""
+
+    def reason(self) -> str:
+        return f"applies to samples of a denoiser, and run={self.run} is an autoencoder"
+
+    def problems(self) -> Iterator[Problem]:
+        others = [name for name in self.metric if name not in self.splits]
+        if others or not self.metric:
+            problem = f"does not measure an autoencoder, and run={self.run} is one"
+            yield Problem("metric", ",".join(others), problem, "take reconstruction and rfid")
+        if len(set(self.splits.values())) > 1:
+            named = ", ".join(f"{name}.split={split}" for name, split in self.splits.items())
+            yield Problem("metric", NO_VALUE, named, "one evaluation is of one split")
+        if self.precision not in ("auto", EXACT):
+            problem = f"reconstructions are computed in {EXACT}"
+            yield Problem("precision", self.precision, problem, self.remedy)
+
+
+class HistoryComparison(Mode, EvaluationConfig):
+    """Earlier results of several runs, side by side; no setting of a measurement matters."""
+
+    compare: list[str]
+    keep: bool
+
+    def reason(self) -> str:
+        return "compare= measures nothing"

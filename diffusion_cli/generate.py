@@ -205,7 +205,7 @@ def generate(pipeline: SamplingPipeline, seeds: Sequence[int], batch_size: int) 
             x = sample(denoise, pipeline.sampler, times, batch, model.space.shape, device)
         images = model.space.decode(x)
         check_finite(images)
-        yield Generated(batch, model.form.quantize(images), y, calls.each(len(batch)))
+        yield Generated(batch, model.info.form.quantize(images), y, calls.each(len(batch)))
 
 
 @torch.inference_mode()
@@ -233,7 +233,7 @@ def trajectories(pipeline: SamplingPipeline, seeds: Sequence[int], batch_size: i
 
 def _picture(model: LoadedDenoiser, x: Tensor) -> Tensor:
     """States as `visible` gives them, as pictures on the CPU."""
-    return model.form.to_rgb(model.form.quantize(model.space.decode(x))).cpu()
+    return model.info.form.to_rgb(model.info.form.quantize(model.space.decode(x))).cpu()
 
 
 def _batches(seeds: Sequence[int], sampler: Sampler, batch_size: int) -> Iterator[list[int]]:

@@ -203,7 +203,7 @@ class Model:
     @property
     def class_names(self) -> tuple[str, ...] | None:
         """Names of the classes of the data, or None without classes."""
-        return self._loaded.class_names
+        return self._loaded.info.class_names
 
     @property
     def step(self) -> int:
@@ -300,7 +300,7 @@ class Model:
     @torch.no_grad()
     def decode(self, x: Tensor) -> Tensor:
         """Return the images, as stored, of what the denoiser sees of them: pixels in [-1, 1], or latents."""
-        return self._loaded.form.quantize(self._loaded.space.decode(self._states("x", x))).cpu()
+        return self._loaded.info.form.quantize(self._loaded.space.decode(self._states("x", x))).cpu()
 
     def edit(
         self,
@@ -433,7 +433,7 @@ class Model:
     def _images(self, images: Tensor) -> Tensor:
         """Images as stored, on the CPU; UsageError for another shape or type."""
         images = torch.as_tensor(images).cpu()
-        dtype = self._loaded.form.quantize(torch.zeros(1, *self.shape)).dtype
+        dtype = self._loaded.info.form.quantize(torch.zeros(1, *self.shape)).dtype
         if images.ndim != len(self.shape) + 1 or images.dtype != dtype:
             found = f"{images.dtype} {tuple(images.shape)}".removeprefix("torch.")
             wanted = f"{str(dtype).removeprefix('torch.')} (B, {', '.join(map(str, self.shape))})"

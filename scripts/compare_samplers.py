@@ -59,9 +59,9 @@ def measure(
     model: LoadedDenoiser, sampler: Sampler, steps: int, arguments: argparse.Namespace, cache: Path
 ) -> dict[str, Any]:
     """The distances of samples by each classifier, and the network calls that each sample took."""
-    dataset = build(model.config["dataset"], arguments.data_dir)
+    dataset = build(model.info.config.dataset, arguments.data_dir)
     reference = DatasetReference(dataset, split="train", stats=None)
-    counts = None if model.num_classes is None else reference.class_counts(model.class_names or ())
+    counts = None if model.num_classes is None else reference.class_counts(model.info.class_names or ())
     node = yaml.safe_load((CONF / "features" / "classifier.yaml").read_text())
     batches = list(
         generate(

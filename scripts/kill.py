@@ -114,7 +114,10 @@ def state(folder: Path) -> dict[str, Any]:
     """What a run has come to: weights, optimizer and average."""
     found = newest(folder / "run")
     assert found is not None
-    return {name: found.checkpoint.get(name, found.checkpoint["callbacks"].get(name)) for name in PARTS}
+    return {
+        name: found.checkpoint.state.get(name, found.checkpoint.state["callbacks"].get(name))
+        for name in PARTS
+    }
 
 
 def finish(folder: Path, steps: int) -> int:
@@ -138,7 +141,7 @@ def campaign(root: Path, kills: int, seed: int) -> Counter[str]:
         counts["kills"] += 1
         counts["in a write"] += where == "in a write"
         found = newest(parts / "run")
-        step = found.checkpoint["global_step"] if found else 0
+        step = found.checkpoint.step if found else 0
         counts["steps lost"] += max(0, reached - step)
         reached = max(reached, step)
         print(f"\r{counts['kills']} kills, step {reached}", end="", file=sys.stderr)

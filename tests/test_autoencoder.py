@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from helpers import checkpoint_info
 from safetensors.torch import load_file, save_file
 from test_training import assert_same
 from torch import Tensor
@@ -248,7 +249,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 def train(folder: Path, *words: str) -> dict:
     """The checkpoint of a run that is trained."""
     assert run([*RUN, f"output_dir={folder}", *words]) == 0
-    return read(folder / "tiny" / LAST)
+    return read(folder / "tiny" / LAST).state
 
 
 def rows(folder: Path) -> list[dict[str, str]]:
@@ -342,7 +343,7 @@ def test_before_its_start_the_discriminator_changes_nothing_and_learns_nothing(a
 def test_autoencoder_and_discriminator_are_clipped_apart(adversarial):
     made, model, _, _ = adversarial
     settings = {"lr": 1.0, "betas": [0.9, 0.999], "eps": 1e-8, "warm_up_steps": 0, "decay_steps": None}
-    module = AutoencodingModule(model, made, Adam(**settings, clip_norm=1.0), 0, {})
+    module = AutoencodingModule(model, made, Adam(**settings, clip_norm=1.0), 0, checkpoint_info())
     for part, norm in ((model.network, 0.5), (model.discriminator, 40.0)):
         weights = list(part.parameters())
         count = sum(weight.numel() for weight in weights)

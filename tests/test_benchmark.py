@@ -167,7 +167,7 @@ def test_our_step_is_that_of_diffuse_train(tmp_path, monkeypatch: pytest.MonkeyP
     ]  # fmt: skip
     checked = configured(words)
     train(checked)
-    trained = read(tmp_path / "run" / LAST)["state_dict"]
+    trained = read(tmp_path / "run" / LAST).state["state_dict"]
     training = Training(checked, (1, 8, 8), CPU, "fp32")
     batches: Iterator = iter(Batches(build(checked.dataset, "").load("train"), 8, checked.seed, flip=False))
     for _ in range(3):

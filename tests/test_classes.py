@@ -5,7 +5,6 @@ import json
 import zipfile
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from helpers import checkpoint_info
 from PIL import Image
 
 from diffusion_cli.cli import run
@@ -26,10 +26,9 @@ from diffusion_cli.data import Array, Folder, file_names, given_images, relabell
 from diffusion_cli.data.folder import RULES, image_files
 from diffusion_cli.data.labels import class_labels
 from diffusion_cli.data.masks import mask_files
-from diffusion_cli.formats import Uint8Image
+from diffusion_cli.errors import UsageError
 from diffusion_cli.runs.checkpoint import LAST, read
-from diffusion_cli.runs.load import Origin
-from diffusion_cli.runs.schema import check_stored
+from diffusion_cli.runs.schema import parse_info
 from diffusion_cli.training import callbacks, evaluation
 
 TINY = [
@@ -125,7 +124,7 @@ def test_samples_are_evaluated_before_their_table_is_complete(trained, tmp_path)
 
 
 def test_recorded_seeds_without_a_file_get_no_row(tmp_path):
-    model: Any = SimpleNamespace(step=1, config={})
+    model: Any = SimpleNamespace(step=1, info=checkpoint_info())
     claim(tmp_path, {"labels": [0, 1]}, model)
     for name in (
         "000002.png",
@@ -147,7 +146,7 @@ def test_recorded_seeds_without_a_file_get_no_row(tmp_path):
 
 
 def test_tasks_that_share_a_folder_leave_the_labels_of_all_their_samples(tmp_path):
-    model: Any = SimpleNamespace(step=1, config={})
+    model: Any = SimpleNamespace(step=1, info=checkpoint_info())
     settings = {"labels": [0, 2], "label_shares": [3, 1]}
 
     def task(number: int) -> None:
@@ -232,18 +231,20 @@ def test_classes_without_a_training_image_are_neither_drawn_nor_measured_in_trai
 
 
 def test_a_run_that_did_not_count_its_images_makes_all_classes():
-    about: dict[str, Any] = {"config": {}, "latent": None, "step": 1, "digest": ""}
-    origin = Origin((1, 8, 8), Uint8Image(), ("a", "b", "c"), **about)
-    assert origin.trained_classes == [0, 1, 2]
-    assert replace(origin, class_counts=(0, 5, 2)).trained_classes == [1, 2]
+    names = ("a", "b", "c")
+    assert checkpoint_info(class_names=names).trained_classes == [0, 1, 2]
+    assert checkpoint_info(class_names=names, class_counts=[0, 5, 2]).trained_classes == [1, 2]
 
 
 def test_images_of_classes_in_a_checkpoint_are_checked(gap):
-    about = read(gap / LAST)["diffuse"]
-    assert (about["class_counts"], check_stored(about)) == ([0, 6, 0, 6], [])
-    assert check_stored({key: value for key, value in about.items() if key != "class_counts"}) == []
+    entry = read(gap / LAST).state["diffuse"]
+    assert parse_info(entry).class_counts == [0, 6, 0, 6]
+    assert (
+        parse_info({key: value for key, value in entry.items() if key != "class_counts"}).class_counts is None
+    )
     for counts in ([0, 6, 0], [0, 0, 0, 0], [0, -1, 0, 6], "x"):
-        assert check_stored({**about, "class_counts": counts})
+        with pytest.raises(UsageError, match="class_counts"):
+            parse_info({**entry, "class_counts": counts})
 
 
 # --- The same data again ---------------------------------------------
@@ -305,7 +306,7 @@ def test_a_run_is_not_continued_on_other_pixels_of_the_same_names(tmp_path, caps
     )
     write(tmp_path / "data" / "3.png", 3)
     path = tmp_path / "run" / LAST
-    checkpoint = read(path)
+    checkpoint = read(path).state
     del checkpoint["diffuse"]["data_sha256"]  # as of an earlier version
     torch.save(checkpoint, tmp_path / "old.ckpt")  # the tensors are mapped from the file that is there
     (tmp_path / "old.ckpt").replace(path)

@@ -142,7 +142,7 @@ def test_it_continues_as_with_the_whole_command(tmp_path, capsys):
         assert run([*words, f"output_dir={tmp_path / place}", "max_steps=2"]) == 0
     assert run([*words, f"output_dir={tmp_path / 'whole'}", "max_steps=4"]) == 0
     assert run(["train", "run=tiny", f"output_dir={tmp_path / 'alone'}", "max_steps=4"]) == 0
-    whole, alone = (read(tmp_path / place / "tiny" / LAST) for place in ("whole", "alone"))
+    whole, alone = (read(tmp_path / place / "tiny" / LAST).state for place in ("whole", "alone"))
     assert alone["global_step"] == 4
     for key, value in whole["state_dict"].items():
         assert torch.equal(value, alone["state_dict"][key]), key

@@ -113,7 +113,7 @@ def disk(tmp_path):
 def flip(path: Path) -> None:
     """Change one bit of a weight, which torch itself does not see."""
     data = bytearray(path.read_bytes())
-    weight = next(value for value in read(path)["state_dict"].values() if value.numel() > 50)
+    weight = next(value for value in read(path).state["state_dict"].values() if value.numel() > 50)
     data[data.index(weight.numpy().tobytes()) + 7] ^= 1
     path.write_bytes(data)
 

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from helpers import checkpoint_info
 from PIL import Image
 
 from diffusion_cli.cli import run
@@ -22,7 +23,7 @@ from diffusion_cli.diffusion.denoiser import Denoiser, Prediction
 from diffusion_cli.diffusion.guidance import NoGuidance
 from diffusion_cli.diffusion.latents import Pixels
 from diffusion_cli.diffusion.parameterizations import Eps
-from diffusion_cli.formats import Uint8Image, to_bytes
+from diffusion_cli.formats import to_bytes
 from diffusion_cli.generate import SamplingPipeline, SeededNoise, generate, states, trajectories, visible
 from diffusion_cli.images import Writer, grid
 from diffusion_cli.networks import UNet
@@ -60,9 +61,8 @@ def model(schedules):
     for parameter in network.parameters():
         torch.nn.init.normal_(parameter, std=0.2)
     denoiser = Denoiser(network, schedules["cosine"], Eps()).eval()
-    return LoadedDenoiser(
-        (1, 8, 8), Uint8Image(), ("a", "b", "c"), {}, None, 0, "", denoiser, Pixels((1, 8, 8))
-    )
+    info = checkpoint_info(class_names=("a", "b", "c"))
+    return LoadedDenoiser(info, 0, "", denoiser, Pixels((1, 8, 8)))
 
 
 def pipeline(model: LoadedDenoiser, sampler: Sampler, steps: int) -> SamplingPipeline:
@@ -170,7 +170,7 @@ def pngs(output):
 
 
 def test_no_seed_is_lost_where_several_sample_into_one_folder(tmp_path):
-    model: Any = SimpleNamespace(step=1, config={})
+    model: Any = SimpleNamespace(step=1, info=checkpoint_info())
 
     def task(number: int) -> None:
         claim(tmp_path / "out", {"steps": 4}, model)
@@ -184,7 +184,7 @@ def test_no_seed_is_lost_where_several_sample_into_one_folder(tmp_path):
 
 
 def test_a_manifest_of_a_million_samples_is_small_and_the_older_form_is_read(tmp_path):
-    model: Any = SimpleNamespace(step=1, config={})
+    model: Any = SimpleNamespace(step=1, info=checkpoint_info())
     manifest = claim(tmp_path / "out", {"steps": 4}, model)
     file = tmp_path / "out" / "manifest.json"
     file.write_text(json.dumps(manifest | {"seeds": list(range(10**6))}, indent=2))
@@ -428,7 +428,11 @@ def test_a_class_is_named_by_its_own_name_whatever_that_looks_like(label, names,
 def test_the_words_of_label_stand_for_classes_of_that_name_first(model):
     def labels(label, *names):
         return labels_named(
-            label, replace(model, class_names=names), NoGuidance(None), [0, 2], null_label="all"
+            label,
+            replace(model, info=checkpoint_info(class_names=names)),
+            NoGuidance(None),
+            [0, 2],
+            null_label="all",
         )
 
     usual = "a", "b", "c"

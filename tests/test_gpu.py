@@ -148,7 +148,7 @@ def test_a_continued_run_equals_one_without_a_stop(tmp_path, deterministic, word
     assert run([*tiny, f"output_dir={tmp_path / 'whole'}", "max_steps=10"]) == 0
     for steps in (5, 10):
         assert run([*tiny, f"output_dir={tmp_path / 'parts'}", f"max_steps={steps}"]) == 0
-    whole, parts = (read(tmp_path / name / "tiny" / LAST) for name in ("whole", "parts"))
+    whole, parts = (read(tmp_path / name / "tiny" / LAST).state for name in ("whole", "parts"))
     for name, weight in whole["state_dict"].items():
         assert torch.equal(weight, parts["state_dict"][name]), name
 

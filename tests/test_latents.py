@@ -22,6 +22,7 @@ from diffusion_cli.cli import run
 from diffusion_cli.commands.guides import _same_latents
 from diffusion_cli.config import CONF, build
 from diffusion_cli.data import Dataset, Digits, Images
+from diffusion_cli.data.base import Split
 from diffusion_cli.data.batches import Batches
 from diffusion_cli.data.memory import MemoryImages
 from diffusion_cli.diffusion.guidance import NoGuidance
@@ -34,6 +35,7 @@ from diffusion_cli.networks.autoencoder import drawn
 from diffusion_cli.runs.checkpoint import LAST, read
 from diffusion_cli.runs.load import AUTOENCODER, load_model
 from diffusion_cli.runs.pretrained import WEIGHTS
+from diffusion_cli.runs.schema import LatentInfo
 from diffusion_cli.samplers import DDIM
 from diffusion_cli.training import latent_cache
 from diffusion_cli.training.latent_cache import encoded
@@ -257,7 +259,7 @@ def test_what_was_encoded_before_a_stop_is_not_encoded_again(tmp_path, monkeypat
 
 
 def test_other_images_or_another_autoencoder_have_another_name_and_equal_ones_the_same(tmp_path):
-    def keys(source: Dataset, space: Latents) -> dict[str, str]:
+    def keys(source: Dataset, space: Latents) -> dict[Split, str]:
         dataset = LatentDataset(source, space, tmp_path)
         dataset.load("train")
         return dataset.keys
@@ -406,7 +408,7 @@ def test_a_run_taken_up_again_equals_one_without_a_stop(place):
     told = ["model.class_conditional=true", "latent.run=ae"]
     assert train(place, "name=parts", *told, "max_steps=2") == 0
     assert train(place, "name=parts", *told, "max_steps=6") == 0
-    whole, parts = (read(place / "o" / name / LAST) for name in ("a", "parts"))
+    whole, parts = (read(place / "o" / name / LAST).state for name in ("a", "parts"))
     for key in ("state_dict", "optimizer_states", "lr_schedulers"):
         assert_same(whole[key], parts[key], key)
     assert whole["diffuse"]["latent"] == parts["diffuse"]["latent"]
@@ -493,11 +495,19 @@ def test_what_does_not_guide_in_the_same_space_is_refused_in_a_line(place, capsy
 
 
 def test_guides_of_other_latents_are_refused_but_not_for_rounding():
-    mine = {"shape": [3, 4, 4], "mean": [1.0, 0, 0], "std": [1.0, 2, 3], "sha256": "a"}
-    assert _same_latents(mine, mine | {"mean": [1 + 1e-6, 1e-6, 0]})
+    mine = LatentInfo(
+        shape=(3, 4, 4),
+        mean=[1.0, 0.0, 0.0],
+        std=[1.0, 2.0, 3.0],
+        autoencoder={},
+        sha256="a",
+        source="",
+        cache={},
+    )
+    assert _same_latents(mine, mine.model_copy(update={"mean": [1 + 1e-6, 1e-6, 0.0]}))
     assert _same_latents(None, None)
-    for other in ({"sha256": "b"}, {"std": [1.0, 2, 3.1]}, {"shape": [3, 8, 8]}):
-        assert not _same_latents(mine, mine | other)
+    for other in ({"sha256": "b"}, {"std": [1.0, 2.0, 3.1]}, {"shape": (3, 8, 8)}):
+        assert not _same_latents(mine, mine.model_copy(update=other))
     assert not _same_latents(mine, None)
 
 
@@ -738,6 +748,6 @@ def test_processes_change_neither_the_latents_nor_what_is_learned(place, tmp_pat
     assert [path.parent.name for path in kept[0]] == [path.parent.name for path in kept[1]]
     for one, other in zip(*kept, strict=True):
         np.testing.assert_allclose(np.load(one), np.load(other), rtol=0, atol=1e-5)
-    weights = [read(folder / "tiny" / LAST)["state_dict"] for folder in (alone, shared)]
+    weights = [read(folder / "tiny" / LAST).state["state_dict"] for folder in (alone, shared)]
     for name, weight in weights[0].items():
         torch.testing.assert_close(weights[1][name], weight, rtol=1e-3, atol=1e-4)

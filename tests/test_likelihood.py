@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 
 import pytest
 import torch
+from helpers import checkpoint_info
 from torch import Tensor, nn
 
 from diffusion_cli.cli import run
@@ -17,7 +18,6 @@ from diffusion_cli.diffusion.likelihood import flow_likelihood
 from diffusion_cli.diffusion.parameterizations import X0, Flow, Parameterization
 from diffusion_cli.diffusion.probability_flow import angle, velocity
 from diffusion_cli.diffusion.schedules import VE, Cosine, EDMSchedule, Linear, Rectified, Schedule
-from diffusion_cli.formats import Uint8Image
 from diffusion_cli.metrics import EvaluatedModel, FlowLikelihood, Inversion, VariationalBound
 from diffusion_cli.runs.load import LoadedDenoiser
 
@@ -165,7 +165,7 @@ def subject(
 ) -> EvaluatedModel:
     """A model as `diffuse eval` measures it, on images of which the last batch is smaller."""
     model = LoadedDenoiser(
-        shape=SHAPE, form=Uint8Image(), class_names=None, config={}, latent=None, step=0, digest="0" * 64,
+        checkpoint_info(SHAPE), step=0, digest="0" * 64,
         denoiser=Denoiser(network, schedule, output), space=Pixels(SHAPE),
     )  # fmt: skip
     return EvaluatedModel(model, Some(images), folder, torch.device("cpu"), SEED, 3, False, "fp32")

@@ -4,14 +4,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from helpers import checkpoint_info
 from PIL import Image
 
 from diffusion_cli.cli import run
 from diffusion_cli.commands.trained import dataset_of
 from diffusion_cli.config import CompareConfig, EditConfig, EvalConfig, load, load_grid
 from diffusion_cli.errors import UsageError
-from diffusion_cli.formats import Uint8Image
-from diffusion_cli.runs.load import Origin
+from diffusion_cli.runs.load import Loaded
 from diffusion_cli.system.trusted_paths import remember, unnamed
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -51,8 +51,8 @@ def test_without_a_folder_to_write_to_nothing_is_remembered(tmp_path, monkeypatc
     assert unnamed({"path": "x"}) == {"path": "x"}
 
 
-def origin(**dataset) -> Origin:
-    return Origin((1, 8, 8), Uint8Image(), None, {"dataset": dataset}, None, 1, "")
+def origin(**dataset) -> Loaded:
+    return Loaded(checkpoint_info(dataset=dataset), 1, "")
 
 
 def folder_node(path: Path) -> dict:

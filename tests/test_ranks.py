@@ -44,7 +44,7 @@ def train(folder: Path, *words: str) -> int:
 
 
 def state(folder: Path) -> dict:
-    return read(folder / "tiny" / LAST)
+    return read(folder / "tiny" / LAST).state
 
 
 def losses(folder: Path, column: str = "loss") -> Tensor:

@@ -123,7 +123,7 @@ def cluster(tmp_path_factory) -> Iterator[Cluster]:
 
 
 def state(run_folder: Path) -> dict:
-    return read(run_folder / LAST)
+    return read(run_folder / LAST).state
 
 
 def steps(run_folder: Path) -> int:

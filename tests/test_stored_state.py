@@ -48,7 +48,7 @@ class Run(NamedTuple):
 def trained(request, tmp_path_factory) -> Run:
     folder, words = tmp_path_factory.mktemp(request.param), [f"precision={request.param}"]
     assert train(folder, "max_steps=2", *words) == 0
-    checkpoint = copy.deepcopy(read(folder / "tiny" / LAST))
+    checkpoint = copy.deepcopy(read(folder / "tiny" / LAST).state)
     with pytest.MonkeyPatch.context() as patch:
         seen = []
         patch.setattr(
@@ -56,7 +56,7 @@ def trained(request, tmp_path_factory) -> Run:
             lambda *given: (seen.append(given), check_state(*given)),
         )
         assert train(folder, "max_steps=3", *words) == 0
-    assert read(folder / "tiny" / LAST)["global_step"] == 3
+    assert read(folder / "tiny" / LAST).state["global_step"] == 3
     return Run(checkpoint, seen[0][2])
 
 
@@ -200,7 +200,7 @@ def test_options_of_another_version_are_dropped_or_added(tmp_path, trained, monk
     assert flags
     assert train(tmp_path, "max_steps=3", "precision=fp32") == 0
     assert not {"later", "step"} & vars(callers[0]).keys()
-    after = read(tmp_path / "tiny" / LAST)
+    after = read(tmp_path / "tiny" / LAST).state
     assert after["global_step"] == 3
     assert after["optimizer_states"][0]["param_groups"][0].keys() == group.keys() - {"later"} | {
         "foreach",

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from helpers import checkpoint_info
 from PIL import Image
 from torch import Tensor, nn
 
@@ -55,7 +56,7 @@ def train(folder: Path, *words: str) -> int:
 
 
 def state(folder: Path) -> dict:
-    return read(folder / "tiny" / LAST)
+    return read(folder / "tiny" / LAST).state
 
 
 def assert_same(one, other, path="") -> None:
@@ -111,7 +112,7 @@ def test_evaluating_on_the_way_changes_no_weight_and_keeps_the_best(tmp_path):
     best = min(distances, key=lambda step: distances[step])
     model = load_model(tmp_path / "watched" / "tiny", "ema", torch.device("cpu"), "best")
     assert model.step == best
-    assert read(tmp_path / "watched" / "tiny" / BEST)["callbacks"]["Evaluation"]["best"] == (
+    assert read(tmp_path / "watched" / "tiny" / BEST).state["callbacks"]["Evaluation"]["best"] == (
         best,
         distances[best],
     )
@@ -122,7 +123,7 @@ def test_the_best_of_a_run_taken_up_again_is_that_of_one_without_a_stop(tmp_path
     assert train(tmp_path / "whole", "max_steps=13", *extra) == 0
     for steps in (5, 9, 13):
         assert train(tmp_path / "parts", f"max_steps={steps}", *extra) == 0
-    whole, parts = (read(tmp_path / name / "tiny" / BEST) for name in ("whole", "parts"))
+    whole, parts = (read(tmp_path / name / "tiny" / BEST).state for name in ("whole", "parts"))
     assert whole["callbacks"]["Evaluation"] == parts["callbacks"]["Evaluation"]
     assert_same(whole["callbacks"]["EMA"], parts["callbacks"]["EMA"])
 
@@ -131,7 +132,7 @@ def test_the_best_by_another_metric_is_sought_anew(tmp_path):
     extra = [*ON_THE_WAY, f"cache_dir={tmp_path}/cache", "metric=[fid,is]", "metric.is.splits=2"]
     assert train(tmp_path, "max_steps=5", *extra, "keep_best=fid") == 0
     assert train(tmp_path, "max_steps=9", *extra, "keep_best=is") == 0
-    step, value = read(tmp_path / "tiny" / BEST)["callbacks"]["Evaluation"]["best"]
+    step, value = read(tmp_path / "tiny" / BEST).state["callbacks"]["Evaluation"]["best"]
     assert step == 8  # not the distance of step 4, which is a larger number
     assert 1 <= value <= 10
 
@@ -514,7 +515,9 @@ def optimizer(**changes) -> Adam:
 def step_of(objective: Objective, times: Times, seed: int = 0, **place: int) -> DenoisingModule:
     """A module in the place of a process, as Lightning would have it; its images are 1 x 2 x 2."""
     denoiser = Denoiser(Constant(0.0), Rectified(), X0())
-    module = DenoisingModule(denoiser, objective, times, Pixels((1, 2, 2)), optimizer(), seed=seed, about={})
+    module = DenoisingModule(
+        denoiser, objective, times, Pixels((1, 2, 2)), optimizer(), seed=seed, info=checkpoint_info((1, 2, 2))
+    )
     alone = {"accumulate_grad_batches": 1, "world_size": 1, "global_rank": 0, "global_step": 0}
     module.trainer = SimpleNamespace(**{**alone, **place})  # pyright: ignore[reportAttributeAccessIssue]
     return module

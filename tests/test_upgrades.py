@@ -125,7 +125,7 @@ def test_a_stored_autoencoder_is_evaluated(stored, capsys):
 def test_the_same_weights_after_more_steps(stored):
     words = [*COMMANDS["denoiser"], *BEGUN, "name=denoiser", "max_steps=9"]
     assert run(["train", *words]) == 0
-    weights = read(stored / "outputs" / "denoiser" / "checkpoints" / "last.ckpt")["state_dict"]
+    weights = read(stored / "outputs" / "denoiser" / "checkpoints" / "last.ckpt").state["state_dict"]
     then = load_file(stored / "denoiser_step_9.safetensors")
     assert weights.keys() == then.keys()
     for name, tensor in then.items():
@@ -137,7 +137,7 @@ def test_every_kind_trains_on(stored, name, capsys):
     words = [*COMMANDS[name], *BEGUN, f"name={name}", "cache_dir=cache", "max_steps=9"]
     assert run(["train", *words]) == 0
     assert f"Going on with outputs/{name}" in capsys.readouterr().err
-    assert read(stored / "outputs" / name / "checkpoints" / "last.ckpt")["global_step"] == 9
+    assert read(stored / "outputs" / name / "checkpoints" / "last.ckpt").state["global_step"] == 9
 
 
 @pytest.mark.parametrize("by_name", [False, True])
@@ -217,10 +217,11 @@ def test_a_checkpoint_of_format_5_is_read(stored):
     checkpoint["diffuse"] = {**MIGRATIONS[4](checkpoint["diffuse"]), "format": 5}
     assert checkpoint["diffuse"]["config"]["accumulate"] == 1
     save(checkpoint, path)
-    about = read(path)["diffuse"]
-    assert about["format"] == FORMAT
-    assert about["config"]["accumulate_grad_batches"] == 1
-    assert "accumulate" not in about["config"]
+    info = read(path).info
+    assert info.format == FORMAT
+    config = info.config.model_dump()
+    assert config["accumulate_grad_batches"] == 1
+    assert "accumulate" not in config
 
 
 def test_an_earlier_key_in_an_option_file_gives_its_new_name(tmp_path):

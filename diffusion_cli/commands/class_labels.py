@@ -10,7 +10,7 @@ from diffusion_cli.data import composed
 from diffusion_cli.data.labels import examples
 from diffusion_cli.diffusion.guidance import Guidance
 from diffusion_cli.errors import UsageError
-from diffusion_cli.runs.load import LoadedDenoiser, Origin
+from diffusion_cli.runs.load import Loaded, LoadedDenoiser
 
 INDEX = re.compile(r"0|[1-9][0-9]{0,8}")
 NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?")
@@ -31,7 +31,7 @@ def labels_named(
 
     Raises UsageError for a class that the data does not have, or for any class if the model uses none.
     """
-    names = model.class_names
+    names = model.info.class_names
     if model.num_classes is None and not guidance.uses_labels:
         if label in (None, "null", "none", []):
             return None
@@ -52,9 +52,9 @@ def labels_named(
     return [class_number(one, names) for one in wanted] or None
 
 
-def warn_of_untrained(key: str, labels: Sequence[int], trained_classes: Sequence[int], model: Origin) -> None:
+def warn_of_untrained(key: str, labels: Sequence[int], trained_classes: Sequence[int], model: Loaded) -> None:
     """Print a line if there is no training image of some of the labels."""
-    names = [(model.class_names or ())[label] for label in labels if label not in trained_classes]
+    names = [(model.info.class_names or ())[label] for label in labels if label not in trained_classes]
     if names:
         show_remarks([f"{key}: no training image has the class {examples(names)}; its samples are arbitrary"])
 

@@ -60,7 +60,7 @@ def _run(config: EditConfig) -> None:
     trained = open_run(config.sampling)
     edit, method = _parts(config, trained, read_mask)
     given = _inputs(config, trained, edit)
-    form = trained.model.form
+    form = trained.model.info.form
     jobs = _jobs(config, edit, given, form)
     kind = _kind(config)
     settings = {
@@ -118,7 +118,7 @@ def edited(
                     "images", tuple(image.pixels.shape), f"should be of shape {edit.accepts()[0]}"
                 )
         _check_count(inputs, edit)
-    form = trained.model.form
+    form = trained.model.info.form
     jobs = _jobs(config, edit, _inputs(config, trained, edit) if inputs is None else inputs, form)
     size = _batch_size(trained, edit, method, len(jobs))
     return torch.cat(
@@ -148,7 +148,7 @@ def _kind(config: EditConfig) -> str:
 def _refuse(config: EditConfig, trained: LoadedModel, edit: Edit, method: RestorationMethod | None) -> None:
     """Raise UsageError for options that the edit does not support."""
     kind = _kind(config)
-    if edit.restores and not trained.model.form.ordered:
+    if edit.restores and not trained.model.info.form.ordered:
         raise UsageError(
             "edit",
             kind,
@@ -183,7 +183,10 @@ def _refuse(config: EditConfig, trained: LoadedModel, edit: Edit, method: Restor
     def source(name: int | str | None) -> int | None:
         number = trained.number(name, "edit.source")
         warn_of_untrained(
-            "edit.source", [] if number is None else [number], trained.model.trained_classes, trained.model
+            "edit.source",
+            [] if number is None else [number],
+            trained.model.info.trained_classes,
+            trained.model,
         )
         return number
 
@@ -239,7 +242,9 @@ def _inputs(config: EditConfig, trained: LoadedModel, edit: Edit) -> list[Input]
         )
     else:
         assert config.input is not None
-        given = read_input(config.input, edit.accepts(), config.fit, config.num_images, trained.model.form)
+        given = read_input(
+            config.input, edit.accepts(), config.fit, config.num_images, trained.model.info.form
+        )
     _check_count(given, edit)
     return given
 
@@ -286,7 +291,7 @@ def _make(
     results: dict[str, dict[str, float]],
 ) -> int:
     """Make and write the missing results, add their numbers to `results`, and return the network calls of each."""
-    most_calls, form = 0, trained.model.form
+    most_calls, form = 0, trained.model.info.form
     batch_size = _batch_size(trained, edit, method, len(todo))
     with ProgressBar(total=len(todo), unit="image", desc=_kind(config), dynamic_ncols=True) as bar:
 

@@ -135,7 +135,7 @@ def _keep_record(samples: ModelSamples, report: Report) -> None:
         with _noting(report):
             claim(samples.folder, samples.trained.record, model)
             keep_seeds(samples.folder, samples.seeds)
-            keep_labels(samples.folder, samples.class_names or (), model.form.suffix)
+            keep_labels(samples.folder, samples.class_names or (), model.info.form.suffix)
     if samples.calls is None:
         report.notes.append(
             "network calls: unknown, for an earlier start made the samples and ended before it recorded them"

@@ -2,7 +2,7 @@
 
 import math
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 
@@ -10,6 +10,7 @@ from diffusion_cli.diffusion.denoiser import Denoiser, NoisyClassifier
 from diffusion_cli.errors import NO_VALUE, UsageError, format_value
 from diffusion_cli.runs.find import find_run
 from diffusion_cli.runs.load import LoadedClassifier, LoadedDenoiser, load_classifier, load_model
+from diffusion_cli.runs.schema import LatentInfo
 
 SCALE = 1e-3  # by which the scales of the same latents may differ
 
@@ -36,7 +37,7 @@ class GuidanceRuns:
         self.model, self.folder, self.device = model, folder, device
         self.output_dir = output_dir
         self.weights: Literal["ema", "raw"] = weights
-        self.trained_classes = model.trained_classes
+        self.trained_classes = model.info.trained_classes
         """The classes of which the model, or the classifier that guides it, has seen images."""
         self.digests: dict[str, str] = {}
         """SHA-256 of the weights of each."""
@@ -58,15 +59,17 @@ class GuidanceRuns:
             )
         self._compare(key, guide, "parameterization")
         if guide.num_classes is not None and (
-            self.model.num_classes is None or guide.class_names != self.model.class_names
+            self.model.num_classes is None or guide.info.class_names != self.model.info.class_names
         ):
             known = (
-                "no classes" if self.model.num_classes is None else f"the classes {self.model.class_names}"
+                "no classes"
+                if self.model.num_classes is None
+                else f"the classes {self.model.info.class_names}"
             )
             raise UsageError(
                 key,
                 NO_VALUE,
-                f"knows the classes {guide.class_names}, and the model {known}",
+                f"knows the classes {guide.info.class_names}, and the model {known}",
                 "take another guide",
             )
         self.digests = {"guide_sha256": guide.digest}
@@ -77,13 +80,16 @@ class GuidanceRuns:
         key = f"guidance.run={run}"
         guide = load_classifier(find_run(run, self.output_dir, "guidance.run"), self.device)
         self._compare(key, guide)
-        if guide.class_names != self.model.class_names:
+        if guide.info.class_names != self.model.info.class_names:
             raise UsageError(
-                key, NO_VALUE, f"tells {guide.class_names}", f"the model's data has {self.model.class_names}"
+                key,
+                NO_VALUE,
+                f"tells {guide.info.class_names}",
+                f"the model's data has {self.model.info.class_names}",
             )
         self.digests = {"classifier_sha256": guide.digest}
         if self.model.num_classes is None:
-            self.trained_classes = guide.trained_classes
+            self.trained_classes = guide.info.trained_classes
         return guide.classifier
 
     def _compare(self, key: str, guide: LoadedDenoiser | LoadedClassifier, *parts: str) -> None:
@@ -92,8 +98,8 @@ class GuidanceRuns:
             raise UsageError(
                 key, NO_VALUE, f"is for images {guide.shape}, the model makes {self.model.shape}"
             )
-        if not _same_latents(guide.latent, self.model.latent):
-            theirs, ours = ("latents" if origin.latent else "pixels" for origin in (guide, self.model))
+        if not _same_latents(guide.info.latent, self.model.info.latent):
+            theirs, ours = ("latents" if origin.info.latent else "pixels" for origin in (guide, self.model))
             if theirs == ours:
                 raise UsageError(
                     key,
@@ -108,16 +114,16 @@ class GuidanceRuns:
                 f"take one trained as the model, in {ours}",
             )
         for part in ("schedule", *parts):
-            if guide.config[part] != self.model.config[part]:
+            if getattr(guide.info.config, part) != getattr(self.model.info.config, part):
                 raise UsageError(
                     key, NO_VALUE, f"has another {part} than the model", "take one trained with the same"
                 )
 
 
-def _same_latents(one: dict[str, Any] | None, other: dict[str, Any] | None) -> bool:
+def _same_latents(one: LatentInfo | None, other: LatentInfo | None) -> bool:
     """Whether two models see the same latents; their scales, measured on two machines, may differ by rounding."""
     if one is None or other is None:
         return one is other
-    scales = zip(one["mean"] + one["std"], other["mean"] + other["std"], strict=False)
+    scales = zip(one.mean + one.std, other.mean + other.std, strict=False)
     alike = all(math.isclose(a, b, rel_tol=SCALE, abs_tol=SCALE) for a, b in scales)
-    return alike and all(one[key] == other[key] for key in ("shape", "sha256"))
+    return alike and one.shape == other.shape and one.sha256 == other.sha256

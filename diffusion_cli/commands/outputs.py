@@ -70,7 +70,7 @@ def _new_manifest(settings: dict[str, Any], model: LoadedDenoiser) -> dict[str, 
     return {
         "settings": settings,
         "step": model.step,
-        "model": model.config,
+        "model": model.info.config.model_dump(),
         "versions": {"diffuse": __version__, "torch": torch.__version__},
     }
 

@@ -39,7 +39,7 @@ def _sample(config: SampleConfig) -> None:
     output = Path(config.output) if config.output else samples_folder(trained)
     ranks.main_first(lambda: claim(output, trained.record, trained.model))
     seeds = range(config.seed, config.seed + config.num_samples)
-    form = trained.model.form
+    form = trained.model.info.form
     todo = ranks.broadcast([seed for seed in seeds if not image_path(output, seed, form).is_file()])
     if len(todo) < len(seeds) and ranks.is_main:
         print(
@@ -52,7 +52,7 @@ def _sample(config: SampleConfig) -> None:
     if not ranks.is_main:
         return
     keep_seeds(output, seeds)
-    keep_labels(output, trained.model.class_names or (), form.suffix)
+    keep_labels(output, trained.model.info.class_names or (), form.suffix)
     overview = _overview(trained, seeds, output)
     made = f", {calls} network calls each" if todo else ""
     print(
@@ -64,7 +64,7 @@ def _sample(config: SampleConfig) -> None:
 
 def _make(trained: LoadedModel, todo: list[int], output: Path, ranks: Distributed, size: int) -> int:
     """Make and write this process's share of the images of the seeds; the network calls that each took."""
-    most_calls, form = 0, trained.model.form
+    most_calls, form = 0, trained.model.info.form
     with ProgressBar(
         total=len(todo), unit="image", desc="sample", dynamic_ncols=True, disable=not ranks.is_main
     ) as bar:

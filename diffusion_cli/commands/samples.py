@@ -24,7 +24,7 @@ from diffusion_cli.generate import generate, labels_of
 from diffusion_cli.images import Writer, read_stored, save_stored
 from diffusion_cli.metrics import GivenSamples, Reference, Samples
 from diffusion_cli.runs.find import is_run
-from diffusion_cli.runs.load import LoadedDenoiser, Origin
+from diffusion_cli.runs.load import Loaded, LoadedDenoiser
 from diffusion_cli.system.untrusted import LONGEST_MANIFEST
 
 
@@ -37,7 +37,7 @@ class ModelSamples(Samples):
     def __init__(self, trained: LoadedModel, seeds: range, folder: Path | None) -> None:
         self.trained, self.seeds, self.folder = trained, seeds, folder
         model = trained.model
-        self.shape, self.class_names = model.form.picture_shape(model.shape), model.class_names
+        self.shape, self.class_names = model.info.form.picture_shape(model.shape), model.info.class_names
         self.labelled = trained.labels is not None
         self._calls = 0
         self._made, self._seconds = 0, 0.0
@@ -69,7 +69,7 @@ class ModelSamples(Samples):
     def batch(self, numbers: Sequence[int]) -> tuple[Tensor, Tensor | None]:
         seeds = [self.seeds[number] for number in numbers]
         labels = labels_of(seeds, self.trained.labels, torch.device("cpu"))
-        form, shape = self.trained.model.form, self.trained.model.shape
+        form, shape = self.trained.model.info.form, self.trained.model.shape
         if self.folder is None:
             return form.to_rgb(torch.cat([images for _, images in self._generated(seeds)])), labels
         paths = {seed: image_path(self.folder, seed, form) for seed in seeds}
@@ -105,10 +105,10 @@ def about(trained: LoadedModel) -> dict[str, Any]:
     return weights | trained.record
 
 
-def weights_record(folder: Path, model: Origin, weights: str) -> dict[str, Any]:
+def weights_record(folder: Path, model: Loaded, weights: str) -> dict[str, Any]:
     """Return which weights of a run were measured, as plain data."""
     return {
-        "run": folder.name, "step": model.step, "ema": model.config["ema"], "weights": weights,
+        "run": folder.name, "step": model.step, "ema": model.info.config.ema, "weights": weights,
         "weights_sha256": model.digest,
     }  # fmt: skip
 
@@ -119,7 +119,7 @@ def in_shares_of(trained: LoadedModel, reference: Reference) -> tuple[LoadedMode
     Labels that the model does not make by itself are left out. The labels stay as they are for a reference without
     labels, or with labels of other classes. Raises UsageError where the reference cannot be read.
     """
-    names, made = trained.model.class_names, trained.labels
+    names, made = trained.model.info.class_names, trained.labels
     assert names is not None
     assert made is not None
     try:
@@ -145,14 +145,14 @@ def image_path(folder: Path, seed: int, form: SampleFormat) -> Path:
 
 def read_pictures(folder: Path, seeds: Sequence[int], model: LoadedDenoiser) -> Tensor:
     """Pictures of the samples of some seeds that lie in a folder, uint8 [N, C, H, W]."""
-    files = [image_path(folder, seed, model.form) for seed in seeds]
-    return model.form.to_rgb(read_stored(files, model.form, model.shape))
+    files = [image_path(folder, seed, model.info.form) for seed in seeds]
+    return model.info.form.to_rgb(read_stored(files, model.info.form, model.shape))
 
 
 def read_films(folder: Path, seeds: Sequence[int], model: LoadedDenoiser) -> Tensor:
     """The samples of some seeds as films to look through, uint8 [N, F, C, H, W]."""
-    files = [image_path(folder, seed, model.form) for seed in seeds]
-    return model.form.frames(read_stored(files, model.form, model.shape))
+    files = [image_path(folder, seed, model.info.form) for seed in seeds]
+    return model.info.form.frames(read_stored(files, model.info.form, model.shape))
 
 
 def given_samples(path: Path, dataset: Dataset | None, count: int | None) -> GivenSamples:

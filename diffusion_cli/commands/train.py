@@ -7,7 +7,6 @@ from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
 
 import torch
 import yaml
@@ -21,15 +20,15 @@ from diffusion_cli.data import Images, ProgressiveBatches, ResolutionSchedule, U
 from diffusion_cli.data.labels import examples
 from diffusion_cli.diffusion.denoiser import Denoiser, NoisyClassifier
 from diffusion_cli.errors import NO_VALUE, MachineError, Problem, UsageError, format_value
-from diffusion_cli.runs.checkpoint import LAST, read
+from diffusion_cli.runs.checkpoint import LAST, Checkpoint, read
 from diffusion_cli.runs.find import recover
 from diffusion_cli.runs.load import AUTOENCODER
-from diffusion_cli.runs.migrate import FORMAT
+from diffusion_cli.runs.schema import CheckpointInfo, StageInfo, StoredConfig
 from diffusion_cli.runs.weights import digest, save_weights
 from diffusion_cli.system.distributed import Distributed, launch, started
 from diffusion_cli.system.files import atomic_write
 from diffusion_cli.system.locks import run_lock
-from diffusion_cli.system.precision import resolve
+from diffusion_cli.system.precision import NumberFormat, resolve
 from diffusion_cli.system.signals import UNFINISHED
 from diffusion_cli.system.trusted_paths import remember, remember_run
 from diffusion_cli.training.autoencoder_loss import Autoencoding
@@ -116,19 +115,20 @@ def _train(config: TrainConfig, folder: Path, stop: GracefulStop) -> int:
     """Hold what is asked for against what is there, and train on from there."""
     ranks, last = Distributed(), folder / LAST
     before = read(last) if ranks.broadcast(last.is_file()) else None
-    done = before["global_step"] if before else 0
+    done = before.step if before else 0
     _refuse_another(folder, config, before)
-    parts = assemble(config, folder, before["diffuse"] if before else None)
+    parts = assemble(config, folder, before.info if before else None)
     # What null once meant it goes on to mean, whatever the budget is now.
-    stored = before["diffuse"]["stages"] if before else None
-    stages = ResolutionSchedule.stored(stored) if stored else stages_of(config, parts.train_data)
+    stored = before.info.resolution_schedule if before else None
+    stages = stored or stages_of(config, parts.train_data)
     _refuse_uneven(config, stages, ranks.world)
-    images, val = parts.train_data.load("train"), parts.train_data.load("val")
-    about = _about(config, parts, images, val, stages)
+    images, held_out = parts.train_data.load("train"), parts.train_data.load("held_out")
     # As is what "auto" once meant, on whatever machine the run is taken up.
-    known = before["diffuse"].get("precision") if before and config.precision == "auto" else None
-    about["precision"] = known or resolve(config.precision, parts.device.torch_device)
-    _refuse_other_data(folder, about, before)
+    known = before.info.precision if before and config.precision == "auto" else None
+    precision = known or resolve(config.precision, parts.device.torch_device)
+    info = _info(config, parts, images, held_out, stages, precision)
+    if before:
+        _refuse_other_data(folder, info, before.info)
     if ranks.is_main:  # also if the run is complete
         remember(config.dataset)
     max_steps = _max_steps(config, stages, len(images))
@@ -140,7 +140,7 @@ def _train(config: TrainConfig, folder: Path, stop: GracefulStop) -> int:
         return 0
     return _fit(
         config, folder, parts, stages,
-        images=images, val=val, about=about, before=before, max_steps=max_steps, stop=stop,
+        images=images, held_out=held_out, info=info, precision=precision, before=before, max_steps=max_steps, stop=stop,
     )  # fmt: skip
 
 
@@ -151,17 +151,17 @@ def _fit(
     stages: ResolutionSchedule,
     *,
     images: Images,
-    val: Images,
-    about: dict[str, Any],
-    before: dict[str, Any] | None,
+    held_out: Images,
+    info: CheckpointInfo,
+    precision: NumberFormat,
+    before: Checkpoint | None,
     max_steps: int | None,
     stop: GracefulStop,
 ) -> int:
     """Train from a checkpoint, or from the start, to the end or to a signal."""
     ranks, model = Distributed(), parts.task.model
-    done = before["global_step"] if before else 0
-    precision = about["precision"]
-    module = module_of(config, parts, about)
+    done = before.step if before else 0
+    module = module_of(config, parts, info)
     ema = EMA(model.network, config.ema.decay, config.ema.warm_up, parts.device.offload_ema)
     watchers = periodic_callbacks(
         config,
@@ -170,8 +170,8 @@ def _fit(
         stages,
         ema=ema,
         stop=stop,
-        val=val,
-        class_counts=about["class_counts"],
+        held_out=held_out,
+        class_counts=info.class_counts,
     )
     checkpoints = CheckpointCallback(config.checkpoint_every, folder, config.keep_last, stop)
     progress = Progress(config.log_every, folder, stages, max_steps, stop, config.model_dump())
@@ -182,8 +182,8 @@ def _fit(
     )
     if before:
         expected = expected_state(trainer, module, done)
-        mend_state(before, expected)
-        check_state(folder / LAST, before, expected)
+        mend_state(before.state, expected)
+        check_state(folder / LAST, before.state, expected)
         # Lightning reads the file again.
         trainer.callbacks.append(StoredOptions(expected))  # pyright: ignore[reportAttributeAccessIssue]
     if config.compile is True or (config.compile == "auto" and parts.device.torch_device.type == "cuda"):
@@ -202,7 +202,7 @@ def _fit(
             file=sys.stderr,
         )
         remarks = [*_beyond_its_end(parts, stages, max_steps), *parts.dataset.remarks()]
-        show_remarks([*remarks, *_without_images(parts, about["class_counts"])])
+        show_remarks([*remarks, *_without_images(parts, info.class_counts)])
     batches = ProgressiveBatches(
         images, stages, config.seed, parts.dataset.flip, start=done, parts=config.accumulate_grad_batches,
         rank=ranks.rank, world_size=ranks.world, device=parts.device.torch_device,
@@ -276,11 +276,11 @@ def _refuse_uneven(config: TrainConfig, stages: ResolutionSchedule, world: int) 
             )
 
 
-def _refuse_another(folder: Path, config: TrainConfig, checkpoint: dict[str, Any] | None) -> None:
+def _refuse_another(folder: Path, config: TrainConfig, checkpoint: Checkpoint | None) -> None:
     """Raise UsageError if a run's checkpoint is of another configuration; a run without one has nothing to lose."""
     if checkpoint is None:
         return
-    stored = checkpoint["diffuse"]["config"]
+    stored = checkpoint.info.config.model_dump()
     before, now = identity(stored), identity(config.model_dump())
     follow_budget = derived_in(stored) & set(config.derived) & BUDGETED.keys()
     keys = sorted(key for key in (before | now).keys() - follow_budget if before.get(key) != now.get(key))
@@ -351,9 +351,9 @@ def _without_images(parts: TrainingSetup, class_counts: list[int] | None) -> Ite
         yield f"dataset: classes without a training image: {examples(names)} ({part}); {effect}"
 
 
-def _refuse_other_data(folder: Path, about: dict[str, Any], checkpoint: dict[str, Any] | None) -> None:
+def _refuse_other_data(folder: Path, now: CheckpointInfo, before: CheckpointInfo) -> None:
     """Raise UsageError if a run was begun on another number of images, on other classes or on other images."""
-    before = checkpoint["diffuse"] if checkpoint else about
+    plain, stored = now.model_dump(), before.model_dump()
     lines = [
         Problem(
             "labels",
@@ -364,16 +364,16 @@ def _refuse_other_data(folder: Path, about: dict[str, Any], checkpoint: dict[str
         if key == "labels_sha256"
         else Problem(
             key,
-            about[key],
-            f"the run in {folder} was begun on {before.get(key)}",
+            plain[key],
+            f"the run in {folder} was begun on {stored[key]}",
             "give back the data, or take another name=",
         )
         for key in ("num_images", "class_names", "shape", "form", "labels_sha256")
-        if before.get(key) != about[key]
+        if stored[key] != plain[key]
     ]
     if lines:
         raise UsageError.several(lines)
-    if before.get("data_sha256", about["data_sha256"]) != about["data_sha256"]:
+    if before.data_sha256 not in (None, now.data_sha256):
         raise UsageError(
             "dataset",
             NO_VALUE,
@@ -390,33 +390,38 @@ def _next(model: Trainable, folder: Path) -> str:
     return f"diffuse sample run={folder}"
 
 
-def _about(
-    config: TrainConfig, parts: TrainingSetup, images: Images, val: Images, stages: ResolutionSchedule
-) -> dict[str, Any]:
+def _info(
+    config: TrainConfig,
+    parts: TrainingSetup,
+    images: Images,
+    held_out: Images,
+    stages: ResolutionSchedule,
+    precision: NumberFormat,
+) -> CheckpointInfo:
+    """Return what the checkpoints of a run say of it."""
     labels, dataset = None if images.labels is None else images.labels.cpu(), parts.dataset
     latent = None
     if parts.latent is not None:
         assert isinstance(parts.train_data, LatentDataset)
-        latent = parts.latent.about(parts.train_data)
-    fingerprints = f"{images.fingerprint()} {val.fingerprint()}"
-    return {
-        "task": parts.task.model.task,
-        "data_sha256": Distributed().broadcast(sha256(fingerprints.encode()).hexdigest()),
-        "num_images": len(images),
-        "data_rules": dataset.rules,
-        "labels_sha256": None if labels is None else digest({"labels": labels}),
-        "format": FORMAT,
-        "config": config.model_dump(),
-        "shape": list(dataset.shape),
-        "form": dataset.form.about(),
-        "latent": latent,
-        "stages": stages.plain() if stages.grow else None,
-        "num_classes": dataset.num_classes,
-        "class_names": list(dataset.class_names) if dataset.class_names else None,
-        "class_counts": None
-        if labels is None
-        else labels.bincount(minlength=dataset.num_classes or 0).tolist(),
-    }
+        latent = parts.latent.info(parts.train_data)
+    fingerprints = f"{images.fingerprint()} {held_out.fingerprint()}"
+    counts = None if labels is None else labels.bincount(minlength=dataset.num_classes or 0).tolist()
+    return CheckpointInfo(
+        task=parts.task.model.task,
+        num_images=len(images),
+        config=StoredConfig(**config.model_dump()),
+        shape=dataset.shape,
+        form=dataset.form,
+        latent=latent,
+        num_classes=dataset.num_classes,
+        class_names=tuple(dataset.class_names) if dataset.class_names else None,
+        class_counts=counts,
+        stages=[StageInfo(**stage._asdict()) for stage in stages.all] if stages.grow else None,
+        data_rules=dataset.rules,
+        data_sha256=Distributed().broadcast(sha256(fingerprints.encode()).hexdigest()),
+        labels_sha256=None if labels is None else digest({"labels": labels}),
+        precision=precision,
+    )
 
 
 def _describe(network: torch.nn.Module) -> str:

@@ -16,7 +16,7 @@ from diffusion_cli.diffusion.guidance import Guidance, Guided
 from diffusion_cli.errors import NO_VALUE, UsageError
 from diffusion_cli.generate import SamplingPipeline
 from diffusion_cli.runs.find import find_run
-from diffusion_cli.runs.load import LoadedDenoiser, Origin, load_model
+from diffusion_cli.runs.load import Loaded, LoadedDenoiser, load_model
 from diffusion_cli.runs.schema import check_dataset
 from diffusion_cli.samplers import Sampler
 from diffusion_cli.system.distributed import Distributed
@@ -43,10 +43,10 @@ class LoadedModel(SamplingPipeline):
 
     def number(self, label: int | str | None, key: str) -> int | None:
         """The number of a class by its name or index, None for null; UsageError, about a key, if there is none."""
-        if label is None or is_null(label, self.model.class_names):
+        if label is None or is_null(label, self.model.info.class_names):
             _refuse_untrained_null(self.model, key)
             return None
-        known = self.model.num_classes is not None and self.model.class_names
+        known = self.model.num_classes is not None and self.model.info.class_names
         return class_number(label, known or (), key)
 
     def dataset(self, data_dir: str, paths: Mapping[str, Any]) -> Dataset:
@@ -81,13 +81,13 @@ class LoadedModel(SamplingPipeline):
         self.sampler.grid(self.steps)
 
 
-def dataset_of(folder: Path, trained: Origin, data_dir: str, paths: Mapping[str, Any]) -> Dataset:
+def dataset_of(folder: Path, trained: Loaded, data_dir: str, paths: Mapping[str, Any]) -> Dataset:
     """The dataset that a run was trained on, at the `paths` that the user names, or at those of its checkpoint.
 
     Raises UsageError if a path of the checkpoint is not the user's own, if the dataset is too large or cannot be built,
     or if the model still grows.
     """
-    node = trained.config["dataset"]
+    node = trained.info.config.dataset
     unknown = [key for key in paths if node.get(key) is None]
     if unknown:
         raise UsageError(
@@ -96,7 +96,7 @@ def dataset_of(folder: Path, trained: Origin, data_dir: str, paths: Mapping[str,
             f"the run in {folder} was trained without it",
             "leave it out",
         )
-    node = node | paths
+    node = {**node, **paths}
     refused = {key: path for key, path in unnamed(node).items() if key not in paths}
     if refused:
         named = " ".join(f"dataset.{key}={path}" for key, path in refused.items())
@@ -115,7 +115,7 @@ def dataset_of(folder: Path, trained: Origin, data_dir: str, paths: Mapping[str,
             "name another run",
         )
     node |= {key: value for key, value in FRUGAL.items() if key in node}
-    dataset: Dataset = build(as_begun(node, trained.data_rules), data_dir)
+    dataset: Dataset = build(as_begun(node, trained.info.data_rules), data_dir)
     if dataset.shape != trained.shape:
         raise UsageError(
             "run",
@@ -149,7 +149,7 @@ def prepare(settings: SamplingSettings, folder: Path, model: LoadedDenoiser) -> 
     warn_of_untrained("label", labels or [], guides.trained_classes, model)
     if labels is None:
         _refuse_untrained_null(model, "label")
-    guidance.check(model.denoiser, model.config["objective"]["label_dropout"], labels is not None)
+    guidance.check(model.denoiser, model.info.label_dropout, labels is not None)
     if isinstance(guidance, Guided) and guidance.quantile is not None and not model.space.bounded:
         raise UsageError(
             "guidance.dynamic_threshold",
@@ -183,12 +183,12 @@ def prepare(settings: SamplingSettings, folder: Path, model: LoadedDenoiser) -> 
         folder=folder,
         record=record,
         batch_limit=settings.batch_size,
-        chosen_labels=settings.label is not None and not is_null(settings.label, model.class_names),
+        chosen_labels=settings.label is not None and not is_null(settings.label, model.info.class_names),
     )
 
 
 def _refuse_untrained_null(model: LoadedDenoiser, key: str) -> None:
-    if model.num_classes is not None and model.config["objective"]["label_dropout"] == 0:
+    if model.num_classes is not None and model.info.label_dropout == 0:
         raise UsageError(
             key,
             None,

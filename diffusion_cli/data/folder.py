@@ -219,10 +219,8 @@ class Folder(Dataset):
             held = read_volume(entry(self.path, self.files[0]))
         except ValueError as error:
             raise UsageError("dataset.path", self.path, f"{self.files[0]}: {reason(error)}") from error
-        about: dict[str, Any] = held.about | {
-            "affine": resized_affine(held.about["affine"], held.values.shape[1:], sizes)
-        }
-        form = Volume(low=float(low), high=float(high), **about)
+        affine = resized_affine(held.header.affine, held.values.shape[1:], sizes)
+        form = Volume(low=float(low), high=float(high), **held.header._replace(affine=affine)._asdict())
         return form, VolumeDecoder(form, (channels, *sizes), held.spacing)
 
     def load(self, split: Split) -> Images:

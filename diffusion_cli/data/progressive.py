@@ -1,9 +1,9 @@
 """Progressive resolution: the image size and batch size of each step, and the batches of all steps."""
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from itertools import islice
-from typing import Any, NamedTuple, Self
+from typing import NamedTuple, Self
 
 import torch
 from torch import Tensor
@@ -57,15 +57,6 @@ class ResolutionSchedule:
         begins = [sum(steps[:number]) for number in range(len(sizes))]
         shapes = _shapes(shape, sizes)
         return cls([Stage(*stage) for stage in zip(begins, shapes, each, strict=True)])
-
-    @classmethod
-    def stored(cls, plain: Sequence[Mapping[str, Any]]) -> Self:
-        """Those that `plain` gave."""
-        return cls([Stage(stage["first"], tuple(stage["shape"]), stage["batch_size"]) for stage in plain])
-
-    def plain(self) -> list[dict[str, Any]]:
-        """As plain data."""
-        return [stage._asdict() | {"shape": list(stage.shape)} for stage in self.all]
 
     @property
     def last(self) -> Stage:

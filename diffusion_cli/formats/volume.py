@@ -6,7 +6,7 @@ from dataclasses import replace
 from io import BytesIO
 from pathlib import Path
 from types import ModuleType
-from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Self
+from typing import Annotated, ClassVar, Literal, NamedTuple, Self
 
 import numpy as np
 import torch
@@ -80,8 +80,8 @@ class Volume(SampleFormat):
         return self.scaled(torch.from_numpy(values))
 
     def of(self, data: bytes) -> Self:
-        about = read_volume(data).about
-        return self if about["file"] == ".npy" else replace(self, affine=about["affine"])
+        header = read_volume(data).header
+        return self if header.file == ".npy" else replace(self, affine=header.affine)
 
     def scaled(self, values: Tensor) -> Tensor:
         """Return values in the units of the data as float32 in [-1, 1], what is beyond the range at its end."""
@@ -120,20 +120,29 @@ class Volume(SampleFormat):
         return to_bytes(samples if samples.shape[1] == 3 else samples[:, :1])
 
 
+class VolumeHeader(NamedTuple):
+    """The fields of a `Volume` that follow from a file."""
+
+    dtype: str
+    slope: float
+    inter: float
+    affine: list[list[float]]
+    file: str
+
+
 class Held(NamedTuple):
     """What a file of a volume holds."""
 
     values: np.ndarray
     """float64 [C, D, H, W] in the units of the data."""
-    about: dict[str, Any]
-    """The fields of a `Volume` but for its range."""
+    header: VolumeHeader
 
     @property
     def spacing(self) -> list[float] | None:
         """The sides of a voxel along W, H and D, in the units of the file; a .npy has none."""
-        if self.about["file"] == ".npy":
+        if self.header.file == ".npy":
             return None
-        return np.linalg.norm(np.array(self.about["affine"])[:, :3], axis=0).tolist()
+        return np.linalg.norm(np.array(self.header.affine)[:, :3], axis=0).tolist()
 
 
 def read_volume(data: bytes) -> Held:
@@ -158,14 +167,7 @@ def _read_npy(data: bytes) -> Held:
     _check(shape, dtype, len(data) - file.tell())
     values = npy.read_array(BytesIO(data), allow_pickle=False)
     values = values[None] if values.ndim == 3 else values
-    about = {
-        "dtype": dtype.name,
-        "slope": 1.0,
-        "inter": 0.0,
-        "affine": np.eye(4)[:3].tolist(),
-        "file": ".npy",
-    }
-    return Held(_finite(values), about)
+    return Held(_finite(values), VolumeHeader(dtype.name, 1.0, 0.0, np.eye(4)[:3].tolist(), ".npy"))
 
 
 def _read_nifti(data: bytes, file: str) -> Held:
@@ -183,14 +185,7 @@ def _read_nifti(data: bytes, file: str) -> Held:
     ).T  # [C, D, H, W], from W, H, D, C
     values = values[None] if values.ndim == 3 else values
     affine = (image.affine @ orientations.inv_ornt_aff(turned, shape[:3]))[:3].tolist()
-    about = {
-        "dtype": dtype.name,
-        "slope": float(slope),
-        "inter": float(inter),
-        "affine": affine,
-        "file": file,
-    }
-    return Held(_finite(values), about)
+    return Held(_finite(values), VolumeHeader(dtype.name, float(slope), float(inter), affine, file))
 
 
 def _check(shape: tuple[int, ...], dtype: np.dtype, size: int) -> None:

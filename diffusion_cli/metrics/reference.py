@@ -69,10 +69,13 @@ class Reference(ABC):
     def protocol(self) -> dict[str, Any]:
         """What identifies the images, and those beside them."""
         images, other = self.images, self.other
-        about = {"name": self.name, "images": len(images), "pixels_sha256": images.pixel_digest()}
-        if other is not None:
-            about["beside"] = {"images": len(other), "pixels_sha256": other.pixel_digest()}
-        return about
+        beside = {} if other is None else {"images": len(other), "pixels_sha256": other.pixel_digest()}
+        return {
+            "name": self.name,
+            "images": len(images),
+            "pixels_sha256": images.pixel_digest(),
+            **({"beside": beside} if beside else {}),
+        }
 
     def identity(self) -> dict[str, Any]:
         """What all numbers that it has a part in depend on: the images, and statistics in their place."""

@@ -12,7 +12,7 @@ from diffusion_cli.config import flatten
 from diffusion_cli.errors import UsageError
 from diffusion_cli.formats.files import opened
 from diffusion_cli.metrics import Report, read_history
-from diffusion_cli.runs.checkpoint import LAST
+from diffusion_cli.runs.checkpoint import LAST, Checkpoint
 from diffusion_cli.runs.curves import read_curves
 from diffusion_cli.runs.find import newest
 from diffusion_cli.runs.manifest import merge, read_records
@@ -76,7 +76,7 @@ def read_record(folder: Path, name: str) -> Record:
     return Record(
         name,
         _facts(folder, checkpoint),
-        flatten(checkpoint["diffuse"]["config"]),
+        flatten(checkpoint.info.config.model_dump()),
         _environment(checkpoint, reports),
         reading.tried(read_curves, folder / "metrics.csv") or {},
         _previews(reading),
@@ -107,24 +107,27 @@ class _Reading:
             return None
 
 
-def _facts(folder: Path, checkpoint: Mapping[str, Any]) -> dict[str, str]:
-    about = checkpoint["diffuse"]
-    config, classes = about["config"], about["class_names"]
-    budget = f" of {config['max_steps']:,}" if config["max_steps"] else ""
+def _facts(folder: Path, checkpoint: Checkpoint) -> dict[str, str]:
+    info = checkpoint.info
+    budget = f" of {info.config.max_steps:,}" if info.config.max_steps else ""
     # With the few numbers that a network keeps without training them.
-    weights = sum(tensor.numel() for tensor in checkpoint["callbacks"]["EMA"]["network"].values())
-    dataset = config["dataset"]["_target_"].rpartition(".")[2]
+    weights = sum(tensor.numel() for tensor in checkpoint.weights("ema").values())
+    dataset = info.config.dataset["_target_"].rpartition(".")[2]
     facts = {
-        "step": f"{checkpoint['global_step']:,}{budget}",
-        "task": about["task"],
-        "shape": " × ".join(str(size) for size in about["shape"]),
+        "step": f"{checkpoint.step:,}{budget}",
+        "task": info.task,
+        "shape": " × ".join(str(size) for size in info.shape),
         "parameters": f"{weights / 1e6:.2f}M",
-        "trained on": f"{about['num_images']:,} images of {dataset}",
+        "trained on": f"{info.num_images:,} images of {dataset}",
     }
-    return facts | ({"classes": ", ".join(classes)} if classes else {}) | {"folder": str(folder)}
+    return (
+        facts
+        | ({"classes": ", ".join(info.class_names)} if info.class_names else {})
+        | {"folder": str(folder)}
+    )
 
 
-def _environment(checkpoint: Mapping[str, Any], reports: list[Report]) -> dict[str, str]:
+def _environment(checkpoint: Checkpoint, reports: list[Report]) -> dict[str, str]:
     """The versions and devices on record, the newest first."""
     evaluated = []
     for result in (result for report in reversed(reports) for result in report.results):
@@ -135,7 +138,7 @@ def _environment(checkpoint: Mapping[str, Any], reports: list[Report]) -> dict[s
         words = [*(f"{name} {version}" for name, version in named), about.get("device")]
         evaluated.append(", ".join(str(word) for word in words if word))
     return {
-        "trained with": f"lightning {checkpoint['pytorch-lightning_version']}",
+        "trained with": f"lightning {checkpoint.lightning_version}",
         "evaluated with": "; ".join(dict.fromkeys(filter(None, evaluated))) or "nothing on record",
     }
 

@@ -1,11 +1,7 @@
 """Checkpoints and the run folders they lie in: written whole or not at all, read without running code.
 
-A checkpoint is Lightning's, with a plain `diffuse` entry that says how to build the model again:
-`{"format": 6, "task": ..., "config": {...}, "shape": [C, H, W], "form": {...}, "num_classes": K | None,
-"class_names": [...] | None, "latent": {...} | None, "stages": [{"first": step, "shape": [C, h, w], "batch_size": B},
-...] | None, "data_rules": version, 1 if absent, "class_counts": [images, ...] | None if absent,
-"data_sha256": of a fingerprint of the images, unknown if absent}`. A denoiser of latents
-has its autoencoder beside it.
+A checkpoint is Lightning's, with a plain entry `diffuse` that `CheckpointInfo` describes. A denoiser of latents has its
+autoencoder beside it.
 """
 
 import contextlib
@@ -13,6 +9,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 from zipfile import ZipFile
@@ -21,13 +18,14 @@ import torch
 from torch import Tensor
 
 from diffusion_cli.errors import NO_VALUE, FormatError, MachineError, Problem, UsageError
-from diffusion_cli.formats import form_of
 from diffusion_cli.runs.migrate import FORMAT, OLDEST, migrated
-from diffusion_cli.runs.schema import check_stored
+from diffusion_cli.runs.schema import CheckpointInfo, parse_info
 from diffusion_cli.system.files import atomic_write
 from diffusion_cli.system.untrusted import check_tensors, plain, reason, regular
 
 LAST = Path("checkpoints", "last.ckpt")
+
+Weights = Literal["ema", "raw"]
 
 BEST = LAST.with_name("best.ckpt")
 
@@ -103,10 +101,58 @@ def _damaged(path: Path, why: str) -> DamagedError:
     )
 
 
-def read(path: Path, sums: bool = True) -> dict[str, Any]:
-    """Read a checkpoint as tensors and plain data; DamagedError if it is not whole, ValueError if it is not ours.
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint that was read: what Lightning stored, and what it says of its run."""
 
-    Without `sums` the bytes of its tensors are not read, only mapped.
+    state: dict[str, Any]
+    """Lightning's entries, by name."""
+    info: CheckpointInfo
+    size: int
+    """Bytes of the file."""
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps so far."""
+        return self.state["global_step"]
+
+    @property
+    def lightning_version(self) -> str:
+        """The version that wrote it."""
+        return self.state["pytorch-lightning_version"]
+
+    def weights(self, kind: Weights) -> dict[str, Tensor]:
+        """Return the weights of the network by their names in it."""
+        if kind == "ema":
+            return self.state["callbacks"]["EMA"]["network"]
+        prefix = "model.network."
+        state = self.state["state_dict"]
+        return {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+
+    def has_weights(self, kind: Weights) -> bool:
+        """Return whether the weights are there, and the bytes for them.
+
+        A few bytes can be said to be the numbers of a tensor of any size, and of any number of tensors.
+        """
+        try:
+            state = self.weights(kind)
+            usable = all(isinstance(key, str) and not value.is_neg() for key, value in state.items())
+            bytes_of_all = sum(value.numel() * value.element_size() for value in state.values())
+            return usable and 0 < bytes_of_all <= self.size
+        except (LookupError, TypeError, AttributeError):
+            return False
+
+
+def read(path: Path, sums: bool = True) -> Checkpoint:
+    """Read a checkpoint as tensors and plain data.
+
+    Args:
+        path: its file.
+        sums: False maps the bytes of the tensors without reading them.
+
+    Raises:
+        DamagedError: if the file is not whole.
+        UsageError: if it is no checkpoint of this package, or of a newer version.
     """
     try:
         size = regular(path)
@@ -116,14 +162,14 @@ def read(path: Path, sums: bool = True) -> dict[str, Any]:
         check_tensors(path)
         if sums:
             _check_sums(path)
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except DamagedError:
         raise
     except Exception as error:  # parsers of ZIP and pickle meet damaged files with errors of many types
         raise _damaged(path, reason(error)) from error
-    about = checkpoint.get("diffuse") if isinstance(checkpoint, dict) else None
+    entry = state.get("diffuse") if isinstance(state, dict) else None
     # A tensor in its place would be compared number by number, however many it says that it has.
-    written = about.get("format") if isinstance(about, dict) else None
+    written = entry.get("format") if isinstance(entry, dict) else None
     if type(written) is not int or written < OLDEST:
         raise UsageError(path, NO_VALUE, "is not a checkpoint that diffuse can read", "name another run")
     if written > FORMAT:
@@ -134,63 +180,29 @@ def read(path: Path, sums: bool = True) -> dict[str, Any]:
             "upgrade diffuse",
         )
     try:
-        checkpoint["diffuse"] = {**migrated(plain(about), written), "format": FORMAT}
-        mistakes = [*map(str, _mistakes(checkpoint, size))]
+        info = parse_info({**migrated(plain(entry), written), "format": FORMAT})
+        checkpoint = Checkpoint(state, info, size)
+        if problems := [*_problems(checkpoint)]:
+            raise UsageError.several(problems)
     except ValueError as error:
-        mistakes = [str(error)]
-    if mistakes:
+        mistakes = "; ".join(str(error).splitlines())
         raise UsageError(
-            path, NO_VALUE, f"is no checkpoint of diffuse: {'; '.join(mistakes)}", "name another run"
-        )
+            path, NO_VALUE, f"is no checkpoint of diffuse: {mistakes}", "name another run"
+        ) from error
     return checkpoint
 
 
-def _mistakes(checkpoint: Mapping[str, Any], size: int) -> list[Problem]:
-    """What is wrong with what every command reads of a checkpoint of `size` bytes, one line each."""
-    about = checkpoint["diffuse"]
-    mistakes = check_stored(about)
-    if not mistakes:
-        form_of(about["form"])
-    step, version = checkpoint.get("global_step"), checkpoint.get("pytorch-lightning_version")
-    mistakes += (
-        []
-        if type(step) is int and 0 <= step < 2**63
-        else [Problem("global_step", NO_VALUE, "is no number of steps")]
-    )
-    readable = isinstance(version, str) and VERSION.fullmatch(version)
-    mistakes += (
-        []
-        if readable
-        else [Problem("pytorch-lightning_version", NO_VALUE, "should be a version from 2.0 on")]
-    )
-    return mistakes + (
-        []
-        if has_weights(checkpoint, "ema", size)
-        else [Problem("its weights", NO_VALUE, "are not there, or not whole")]
-    )
-
-
-def has_weights(checkpoint: Mapping[str, Any], weights: Literal["ema", "raw"], size: int) -> bool:
-    """Whether a checkpoint of `size` bytes has weights, and the bytes for them.
-
-    A few bytes can be said to be the numbers of a tensor of any size, and of any number of tensors.
-    """
-    try:
-        state = network_state(checkpoint, weights)
-        usable = all(isinstance(key, str) and not value.is_neg() for key, value in state.items())
-        return usable and 0 < sum(value.numel() * value.element_size() for value in state.values()) <= size
-    except (LookupError, TypeError, AttributeError):
-        return False
+def _problems(checkpoint: Checkpoint) -> Iterator[Problem]:
+    """Yield what is wrong with the entries of Lightning that every command reads."""
+    step, version = checkpoint.state.get("global_step"), checkpoint.state.get("pytorch-lightning_version")
+    if type(step) is not int or not 0 <= step < 2**63:
+        yield Problem("global_step", NO_VALUE, "is no number of steps")
+    if not isinstance(version, str) or not VERSION.fullmatch(version):
+        yield Problem("pytorch-lightning_version", NO_VALUE, "should be a version from 2.0 on")
+    if not checkpoint.has_weights("ema"):
+        yield Problem("its weights", NO_VALUE, "are not there, or not whole")
 
 
 def numbered(step: int) -> str:
     """The name of the checkpoint of a step."""
     return f"step_{step:08d}.ckpt"
-
-
-def network_state(checkpoint: Mapping[str, Any], weights: Literal["ema", "raw"]) -> dict[str, Tensor]:
-    if weights == "ema":
-        return checkpoint["callbacks"]["EMA"]["network"]
-    prefix = "model.network."
-    state = checkpoint["state_dict"]
-    return {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}

@@ -3,11 +3,11 @@
 import sys
 import time
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from diffusion_cli.diffusion.denoiser import Denoiser
 from diffusion_cli.errors import NO_VALUE, UsageError
-from diffusion_cli.runs.checkpoint import LAST, DamagedError, copy_checkpoint, read
+from diffusion_cli.runs.checkpoint import LAST, Checkpoint, DamagedError, copy_checkpoint, read
 from diffusion_cli.system.distributed import Distributed
 from diffusion_cli.system.files import set_aside
 from diffusion_cli.system.own_folder import own_folder
@@ -20,7 +20,7 @@ class Found(NamedTuple):
     """The newest whole checkpoint of a run."""
 
     path: Path
-    checkpoint: dict[str, Any]
+    checkpoint: Checkpoint
     remark: str | None
     """Why it is not the last one, and what it is."""
 
@@ -38,7 +38,7 @@ def newest(run: Path, sums: bool = True) -> Found | None:
             checkpoint = read(path, sums)
         except (DamagedError, FileNotFoundError):
             continue
-        step = checkpoint["global_step"]
+        step = checkpoint.step
         return Found(
             path,
             checkpoint,
@@ -70,7 +70,7 @@ def find_run(run: str | None, output_dir: str, key: str = "run") -> Path:
         for folder in reversed(runs):
             # A run of which nothing is whole is said, not passed over; all bytes are looked at once it is loaded.
             found = newest(folder, sums=False)
-            if found is not None and found.checkpoint["diffuse"]["task"] == Denoiser.task:
+            if found is not None and found.checkpoint.info.task == Denoiser.task:
                 if dates[folder] > time.time() + 3600 and Distributed().is_main:
                     print(
                         f"diffuse: {folder} is the newest, by a date to come; run= names another",
@@ -95,7 +95,7 @@ def task_of(run: Path) -> str:
     found = newest(run, sums=False)
     if found is None:
         raise UsageError(run, NO_VALUE, f"holds no {LAST}")
-    return found.checkpoint["diffuse"]["task"]
+    return found.checkpoint.info.task
 
 
 def recover(run: Path) -> None:

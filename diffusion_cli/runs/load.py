@@ -3,24 +3,23 @@
 import contextlib
 import sys
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from diffusion_cli.config import build
-from diffusion_cli.data import ResolutionSchedule
 from diffusion_cli.diffusion.denoiser import Denoiser, NoiseConditioned, NoisyClassifier
 from diffusion_cli.diffusion.latents import Latents, Pixels, Space
 from diffusion_cli.errors import NO_VALUE, FormatError, UsageError
-from diffusion_cli.formats import SampleFormat, Shape, form_of
+from diffusion_cli.formats import Shape
 from diffusion_cli.networks import AutoencoderKL
-from diffusion_cli.runs.checkpoint import BEST, LAST, has_weights, network_state, numbered, read
+from diffusion_cli.runs.checkpoint import BEST, LAST, Checkpoint, Weights, numbered, read
 from diffusion_cli.runs.find import newest
-from diffusion_cli.runs.schema import check_built
+from diffusion_cli.runs.schema import CheckpointInfo, check_built
 from diffusion_cli.runs.weights import check_fit, digest, read_weights
 from diffusion_cli.system.distributed import Distributed
 from diffusion_cli.system.untrusted import reason
@@ -32,36 +31,23 @@ Step = int | Literal["best"] | None
 
 
 @dataclass(frozen=True)
-class Origin:
-    """Where trained weights come from."""
+class Loaded:
+    """The trained weights of a checkpoint, with what it says of its run."""
 
-    shape: Shape
-    """Of the images that they were trained on."""
-    form: SampleFormat
-    """How the data is stored, and what is made."""
-    class_names: tuple[str, ...] | None
-    """Of the data, in the order of the labels, or None without classes."""
-    config: dict[str, Any]
-    latent: dict[str, Any] | None
-    """The latents that they were trained on: shape, mean, std, and the autoencoder's sha256; None for pixels."""
+    info: CheckpointInfo
     step: int
     digest: str
     """SHA-256 of the weights."""
-    data_rules: int = field(default=1, kw_only=True)
-    """The version of the rules by which the files of the data became images."""
-    class_counts: tuple[int, ...] | None = field(default=None, kw_only=True)
-    """Training images of each class, or None without classes, or of a run of an earlier version."""
 
     @property
-    def trained_classes(self) -> list[int]:
-        """The classes with training images; all classes if their images were not counted."""
-        if self.class_counts is None:
-            return list(range(len(self.class_names or ())))
-        return [label for label, count in enumerate(self.class_counts) if count]
+    def shape(self) -> Shape:
+        """Shape of the images that the weights were trained on: of a stage, with progressive resolution."""
+        stages = self.info.resolution_schedule
+        return self.info.shape if stages is None else stages.after(self.step).shape
 
 
 @dataclass(frozen=True)
-class LoadedDenoiser(Origin):
+class LoadedDenoiser(Loaded):
     """A trained denoiser."""
 
     denoiser: Denoiser
@@ -75,65 +61,67 @@ class LoadedDenoiser(Origin):
 
 
 @dataclass(frozen=True)
-class LoadedClassifier(Origin):
+class LoadedClassifier(Loaded):
     """A trained classifier of noised images."""
 
     classifier: NoisyClassifier
 
 
 @dataclass(frozen=True)
-class LoadedAutoencoder(Origin):
+class LoadedAutoencoder(Loaded):
     """A trained autoencoder."""
 
     network: AutoencoderKL
 
 
-def load_model(
-    run: Path, weights: Literal["ema", "raw"], device: torch.device, step: Step = None
-) -> LoadedDenoiser:
+def load_model(run: Path, weights: Weights, device: torch.device, step: Step = None) -> LoadedDenoiser:
     """Build the denoiser of a run again from its newest checkpoint, or another one, in evaluation mode."""
-    checkpoint, origin = _origin(run, step, weights, Denoiser.task)
+    checkpoint, loaded = _loaded(run, step, weights, Denoiser.task)
     denoiser = _restored(Denoiser, checkpoint, weights, device)
-    return LoadedDenoiser(
-        **origin, denoiser=denoiser, space=_space(run, checkpoint["diffuse"], origin["shape"], device)
+    space = (
+        Pixels(loaded.shape) if checkpoint.info.latent is None else load_latents(run, checkpoint.info, device)
     )
+    return LoadedDenoiser(checkpoint.info, loaded.step, loaded.digest, denoiser, space)
 
 
 def load_classifier(run: Path, device: torch.device) -> LoadedClassifier:
     """Build the classifier of a run again, with its averaged weights, in evaluation mode."""
-    checkpoint, origin = _origin(run, None, "ema", NoisyClassifier.task)
-    return LoadedClassifier(**origin, classifier=_restored(NoisyClassifier, checkpoint, "ema", device))
+    checkpoint, loaded = _loaded(run, None, "ema", NoisyClassifier.task)
+    classifier = _restored(NoisyClassifier, checkpoint, "ema", device)
+    return LoadedClassifier(checkpoint.info, loaded.step, loaded.digest, classifier)
 
 
 def load_autoencoder(
-    run: Path, device: torch.device, weights: Literal["ema", "raw"] = "ema", step: Step = None
+    run: Path, device: torch.device, weights: Weights = "ema", step: Step = None
 ) -> LoadedAutoencoder:
     """Build the autoencoder of a run again from its newest checkpoint, or another one, in evaluation mode."""
-    checkpoint, origin = _origin(run, step, weights, AutoencoderKL.task)
+    checkpoint, loaded = _loaded(run, step, weights, AutoencoderKL.task)
     network = _network(checkpoint, weights)
     if not isinstance(network, AutoencoderKL):
         raise UsageError(run, NO_VALUE, "its model is no autoencoder", "give a run of task=autoencoder")
-    return LoadedAutoencoder(**origin, network=network.to(device).eval().requires_grad_(False))
+    network = network.to(device).eval().requires_grad_(False)
+    return LoadedAutoencoder(checkpoint.info, loaded.step, loaded.digest, network)
 
 
-def load_latents(run: Path, about: Mapping[str, Any], device: torch.device) -> Latents:
-    """The latents that the network of a run works in; ValueError if their autoencoder is not beside it."""
-    path, shape, latent = run / AUTOENCODER, tuple(about["shape"]), about["latent"]
+def load_latents(run: Path, info: CheckpointInfo, device: torch.device) -> Latents:
+    """Return the latents that the network of a run works in; UsageError if their autoencoder is not beside it."""
+    path, shape, latent = run / AUTOENCODER, info.shape, info.latent
+    assert latent is not None
     try:
         state = read_weights(path)
         with (
             torch.device("meta"),
             _at_most(len(state)),
         ):  # its size is that of its weights, or it is not built
-            network = build(latent["autoencoder"], shape, None)
-            if not isinstance(network, AutoencoderKL) or network.latent_shape(shape) != _seen_shape(about):
+            network = build(latent.autoencoder, shape, None)
+            if not isinstance(network, AutoencoderKL) or network.latent_shape(shape) != latent.shape:
                 raise FormatError("makes no such latents as the model works in")
             check_fit(path, network, state)
-        if digest(state) != latent["sha256"]:
+        if digest(state) != latent.sha256:
             raise FormatError("is not the one that the run was trained with")
-        autoencoder = build(latent["autoencoder"], shape, None)
+        autoencoder = build(latent.autoencoder, shape, None)
         autoencoder.load_state_dict(state)
-        return Latents(autoencoder.to(device), shape, latent["mean"], latent["std"])
+        return Latents(autoencoder.to(device), shape, latent.mean, latent.std)
     except (OSError, ValueError, RuntimeError) as error:  # sizes of a stranger's fail in many ways
         raise UsageError(
             path,
@@ -143,85 +131,62 @@ def load_latents(run: Path, about: Mapping[str, Any], device: torch.device) -> L
         ) from error
 
 
-def _origin(
-    run: Path, step: Step, weights: Literal["ema", "raw"], task: str
-) -> tuple[dict[str, Any], dict[str, Any]]:
-    """A checkpoint of a run, checked to be of the task, and what is known of it."""
-    path = run / LAST
-    if step == "best":
-        path = run / BEST
-        if not path.is_file():
-            raise UsageError(
-                "step", "best", f"{run} keeps none", "train with eval_every= and keep_best=, or name a step"
-            )
-    elif step is not None:
-        path = path.with_name(numbered(step))
-        if not path.is_file():
-            kept = ", ".join(str(int(file.stem[5:])) for file in sorted(path.parent.glob("step_*.ckpt")))
-            raise UsageError("step", step, f"{run} keeps no such checkpoint", f"it has those of steps {kept}")
-    if step is None and (found := newest(run)) is not None:
-        path, checkpoint, remark = found
-        if remark is not None and Distributed().is_main:
-            print(f"diffuse: {remark}", file=sys.stderr)
-    else:
-        checkpoint = read(path)
-    about = checkpoint["diffuse"]
-    if about["task"] != task:
-        raise UsageError(
-            run, NO_VALUE, f"was trained with task={about['task']}", f"give a run of task={task}"
-        )
-    mistakes = check_built(about)
-    if mistakes:
+def _loaded(run: Path, step: Step, weights: Weights, task: str) -> tuple[Checkpoint, Loaded]:
+    """Return a checkpoint of a run, checked to be of the task and to fit its model."""
+    path, checkpoint = _found(run, step)
+    info = checkpoint.info
+    if info.task != task:
+        raise UsageError(run, NO_VALUE, f"was trained with task={info.task}", f"give a run of task={task}")
+    problems = check_built(info)
+    if problems:
         raise UsageError(
             path,
             NO_VALUE,
-            f"was made by another version of diffuse: {'; '.join(map(str, mistakes))}",
+            f"was made by another version of diffuse: {'; '.join(map(str, problems))}",
             "name another run",
         )
-    if not has_weights(checkpoint, weights, path.stat().st_size):
+    if not checkpoint.has_weights(weights):
         raise UsageError(
             path, NO_VALUE, f"weights={weights}: are not there, or not whole", "name another run"
         )
-    _check_fit(path, about, network_state(checkpoint, weights))
-    names, latent = about["class_names"], about["latent"]
-    return checkpoint, {
-        "shape": _shape(path, checkpoint),
-        "form": form_of(about["form"]),
-        "class_names": None if names is None else tuple(names),
-        "config": about["config"],
-        "data_rules": about.get("data_rules", 1),
-        "class_counts": tuple(counts) if (counts := about.get("class_counts")) else None,
-        "latent": latent and {key: latent[key] for key in ("shape", "mean", "std", "sha256")},
-        "step": checkpoint["global_step"],
-        "digest": digest(network_state(checkpoint, weights)),
-    }
-
-
-def _shape(path: Path, checkpoint: Mapping[str, Any]) -> Shape:
-    """The shape of the images that the weights of a checkpoint were trained on, said where others are to come."""
-    about = checkpoint["diffuse"]
-    whole = tuple(about["shape"])
-    if about["stages"] is None:
-        return whole
-    stage = ResolutionSchedule.stored(about["stages"]).after(checkpoint["global_step"])
-    if stage.shape != whole and Distributed().is_main:
+    _check_fit(path, info, checkpoint.weights(weights))
+    loaded = Loaded(info, checkpoint.step, digest(checkpoint.weights(weights)))
+    if loaded.shape != info.shape and Distributed().is_main:
         print(
-            f"diffuse: {path}: is of a run that grows, and knows images of size {stage.size} so far",
+            f"diffuse: {path}: progressive resolution has reached size {min(loaded.shape[1:])} of "
+            f"{min(info.shape[1:])}",
             file=sys.stderr,
         )
-    return stage.shape
+    return checkpoint, loaded
 
 
-def _check_fit(path: Path, about: Mapping[str, Any], state: Mapping[str, Tensor]) -> None:
-    """Raise ValueError unless a checkpoint's weights are those of its model, which is built without any for that."""
+def _found(run: Path, step: Step) -> tuple[Path, Checkpoint]:
+    """Return the newest whole checkpoint of a run, or the one of a step."""
+    if step is None and (found := newest(run)) is not None:
+        if found.remark is not None and Distributed().is_main:
+            print(f"diffuse: {found.remark}", file=sys.stderr)
+        return found.path, found.checkpoint
+    path = run / (LAST if step is None else BEST if step == "best" else LAST.with_name(numbered(step)))
+    if step == "best" and not path.is_file():
+        raise UsageError(
+            "step", "best", f"{run} keeps none", "train with eval_every= and keep_best=, or name a step"
+        )
+    if step is not None and not path.is_file():
+        kept = ", ".join(str(int(file.stem[5:])) for file in sorted(path.parent.glob("step_*.ckpt")))
+        raise UsageError("step", step, f"{run} keeps no such checkpoint", f"it has those of steps {kept}")
+    return path, read(path)
+
+
+def _check_fit(path: Path, info: CheckpointInfo, state: Mapping[str, Tensor]) -> None:
+    """Raise UsageError unless the weights are those of the model, which is built without any for that."""
     try:
         with torch.device("meta"), _at_most(len(state)):
-            network = build(about["config"]["model"], _seen_shape(about), about["num_classes"])
+            network = build(info.config.model, info.network_shape, info.num_classes)
         wanted = {key: (value.shape, value.dtype) for key, value in network.state_dict().items()}
         if wanted != {key: (value.shape, value.dtype) for key, value in state.items()}:
             raise FormatError("the model has other tensors than are there")
-        for key in ("schedule", "parameterization"):
-            build(about["config"][key])
+        build(info.config.schedule)
+        build(info.config.parameterization)
     except Exception as error:  # sizes of a stranger's fail in many ways
         raise UsageError(
             path, NO_VALUE, f"its model cannot be built ({reason(error)})", "name another run"
@@ -249,28 +214,15 @@ def _at_most(tensors: int) -> Iterator[None]:
 ModelT = TypeVar("ModelT", bound=NoiseConditioned)
 
 
-def _restored(
-    kind: type[ModelT], checkpoint: Mapping[str, Any], weights: Literal["ema", "raw"], device: torch.device
-) -> ModelT:
-    config = checkpoint["diffuse"]["config"]
-    network = _network(checkpoint, weights)
-    model = kind(network, build(config["schedule"]), build(config["parameterization"]))
+def _restored(kind: type[ModelT], checkpoint: Checkpoint, weights: Weights, device: torch.device) -> ModelT:
+    config = checkpoint.info.config
+    model = kind(_network(checkpoint, weights), build(config.schedule), build(config.parameterization))
     return model.to(device).eval().requires_grad_(False)
 
 
-def _network(checkpoint: Mapping[str, Any], weights: Literal["ema", "raw"]) -> nn.Module:
-    """The network of a checkpoint, built and filled."""
-    about = checkpoint["diffuse"]
-    network = build(about["config"]["model"], _seen_shape(about), about["num_classes"])
-    network.load_state_dict(network_state(checkpoint, weights))
+def _network(checkpoint: Checkpoint, weights: Weights) -> nn.Module:
+    """Return the network of a checkpoint, built and filled."""
+    info = checkpoint.info
+    network = build(info.config.model, info.network_shape, info.num_classes)
+    network.load_state_dict(checkpoint.weights(weights))
     return network
-
-
-def _seen_shape(about: Mapping[str, Any]) -> Shape:
-    """The shape of what the network is shown: images, or their latents."""
-    return tuple(about["latent"]["shape"] if about["latent"] else about["shape"])
-
-
-def _space(run: Path, about: Mapping[str, Any], shape: Shape, device: torch.device) -> Space:
-    """Where the network of a run works on images of a shape."""
-    return Pixels(shape) if about["latent"] is None else load_latents(run, about, device)

@@ -4,31 +4,70 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    InstanceOf,
+    NonNegativeInt,
+    PlainSerializer,
+    PositiveInt,
+    model_validator,
+)
 
-from diffusion_cli.config.schema import STRICT, LatentConfig
+from diffusion_cli.config.schema import LatentConfig
 from diffusion_cli.config.validate import check_node, validate
+from diffusion_cli.data import ResolutionSchedule
+from diffusion_cli.data.progressive import Stage
+from diffusion_cli.diffusion.denoiser import Denoiser
 from diffusion_cli.errors import NO_VALUE, Problem, UsageError
+from diffusion_cli.formats import SampleFormat, Shape, form_of
+from diffusion_cli.networks import AutoencoderKL
+from diffusion_cli.runs.migrate import FORMAT
+from diffusion_cli.system.precision import NumberFormat
 from diffusion_cli.system.untrusted import plain
 
 LARGEST_NUMBER = 10**6
 MOST_PIXELS = 2**28
 MOST_MADE = 2**27
-"""Numbers of a dataset that is made on the spot; a float64 copy of them is 1 GiB."""
+"""Numbers of a generated dataset; a float64 copy of them is 1 GiB."""
 BUILT = ("schedule", "parameterization", "model")
+STRICT = ConfigDict(strict=True, extra="forbid", frozen=True)
+OPEN = ConfigDict(strict=True, extra="allow", frozen=True)
+
+AS_TUPLE = BeforeValidator(lambda value: tuple(value) if isinstance(value, list) else value)
+Finite = Annotated[float, Field(allow_inf_nan=False)]
+Sizes = Annotated[
+    tuple[PositiveInt, ...],
+    Field(min_length=2, max_length=4),
+    AS_TUPLE,
+    PlainSerializer(list),
+]
+"""Channels, then the sizes in space; a list in a file."""
+StoredFormat = Annotated[
+    InstanceOf[SampleFormat],
+    BeforeValidator(lambda value: form_of(value) if isinstance(value, Mapping) else value),
+    PlainSerializer(SampleFormat.about),
+]
 
 
-class _Latent(BaseModel):
-    """The `latent` entry: the space of a denoiser of latents."""
+class LatentInfo(BaseModel):
+    """The latents that a denoiser works in."""
 
     model_config = STRICT
-    shape: Annotated[list[PositiveInt], Field(min_length=2, max_length=4)]
-    mean: list[Annotated[float, Field(allow_inf_nan=False)]]
-    std: list[Annotated[float, Field(gt=0, allow_inf_nan=False)]]
+    shape: Sizes
+    mean: list[Finite]
+    """Mean of each channel over the training images."""
+    std: list[Annotated[Finite, Field(gt=0)]]
     autoencoder: dict[str, Any]
+    """The node that the autoencoder is built of."""
     sha256: str
+    """SHA-256 of the autoencoder's weights."""
     source: str
+    """The run or the folder that the autoencoder was taken from."""
     cache: dict[Literal["train", "val"], Annotated[str, Field(pattern=r"^[0-9a-f]{16}$")]]
+    """Name of the encoded images of each split in the cache."""
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -39,37 +78,19 @@ class _Latent(BaseModel):
         return self
 
 
-class _Stage(BaseModel):
-    """One of the `stages` of a run that grows."""
+class StageInfo(BaseModel):
+    """One stage of progressive resolution."""
 
-    model_config = ConfigDict(strict=True, extra="forbid")
+    model_config = STRICT
     first: NonNegativeInt
-    shape: list[PositiveInt]
+    shape: Sizes
     batch_size: PositiveInt
 
 
-class _Stored(BaseModel):
-    """The `diffuse` entry, as far as anything depends on it."""
+class StoredConfig(BaseModel):
+    """The training configuration in a checkpoint, with types for the keys that are read from it."""
 
-    model_config = ConfigDict(strict=True, extra="allow")
-    task: str
-    num_images: NonNegativeInt
-    config: dict[str, Any]
-    shape: Annotated[list[PositiveInt], Field(min_length=2, max_length=4)]
-    form: dict[str, Any]
-    latent: _Latent | None
-    num_classes: PositiveInt | None
-    class_names: list[str] | None
-    stages: Annotated[list[_Stage], Field(min_length=1)] | None
-    data_rules: PositiveInt = 1
-    class_counts: list[NonNegativeInt] | None = None
-    precision: Literal["fp32", "bf16", "fp16"] | None = None
-
-
-class _Config(BaseModel):
-    """Those keys of a run's configuration that are read from its checkpoint."""
-
-    model_config = ConfigDict(strict=True, extra="allow")
+    model_config = OPEN
     max_steps: PositiveInt | None
     ema: dict[str, Any]
     dataset: dict[str, Any]
@@ -80,45 +101,107 @@ class _Config(BaseModel):
     latent: LatentConfig
 
 
+class CheckpointInfo(BaseModel):
+    """The `diffuse` entry of a checkpoint: all that is needed to build its model and to recognise its data."""
+
+    model_config = ConfigDict(strict=True, extra="ignore", frozen=True)
+    format: int = FORMAT
+    task: str
+    num_images: NonNegativeInt
+    """Training images."""
+    config: StoredConfig
+    shape: Sizes
+    """Shape of the dataset's images; with progressive resolution, of the last stage."""
+    form: StoredFormat
+    latent: LatentInfo | None = None
+    """None for pixels."""
+    num_classes: PositiveInt | None = None
+    class_names: Annotated[tuple[str, ...], AS_TUPLE, PlainSerializer(list)] | None = None
+    """Names in the order of the labels."""
+    class_counts: list[NonNegativeInt] | None = None
+    """Training images of each class; None without classes, or of an early version."""
+    stages: Annotated[list[StageInfo], Field(min_length=1)] | None = None
+    """Stages of progressive resolution; None for one size."""
+    data_rules: PositiveInt = 1
+    """Version of the rules by which files became images."""
+    data_sha256: str | None = None
+    """SHA-256 of the fingerprints of the images; None of an early version."""
+    labels_sha256: str | None = None
+    precision: NumberFormat | None = None
+    """Number format of the training; None of an early version."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if problems := [*self._problems()]:
+            raise UsageError.several(problems)
+        return self
+
+    def _problems(self) -> Iterator[Problem]:
+        """Yield what does not go together."""
+        config, names, counts = self.config, self.class_names, self.class_counts
+        if math.prod(self.shape) > MOST_PIXELS:
+            yield Problem("shape", list(self.shape), "is too large for an image")
+        if self.stages is not None and not _lead_to(self.shape, self.stages):
+            yield Problem("stages", NO_VALUE, "do not lead to the shape step by step")
+        if (None if names is None else len(names)) != self.num_classes:
+            yield Problem("num_classes", self.num_classes, "is not the number of class_names")
+        if counts is not None and (len(counts) != self.num_classes or not any(counts)):
+            yield Problem("class_counts", NO_VALUE, "should be the images of each class, some of them not 0")
+        if "_target_" not in config.dataset:
+            yield Problem("dataset", NO_VALUE, "names no class")
+        if (self.latent is None) != (config.latent.key is None):
+            yield Problem("latent", NO_VALUE, "does not go with latent.run and latent.pretrained")
+        for key, node in {"schedule": config.schedule, "parameterization": config.parameterization}.items():
+            if (node is None) != (self.task == AutoencoderKL.task):
+                yield Problem(key, NO_VALUE, f"does not go with task={self.task}")
+        if self.task == Denoiser.task:
+            yield from validate(_Objective, config.objective, "objective")[1]
+
+    @property
+    def network_shape(self) -> Shape:
+        """Shape of the network's input: the images, or their latents."""
+        return self.shape if self.latent is None else self.latent.shape
+
+    @property
+    def label_dropout(self) -> float:
+        """Share of the training images that the denoiser saw without a label."""
+        return self.config.objective["label_dropout"]
+
+    @property
+    def trained_classes(self) -> list[int]:
+        """Classes with training images; all classes if the images were not counted."""
+        if self.class_counts is None:
+            return list(range(self.num_classes or 0))
+        return [label for label, count in enumerate(self.class_counts) if count]
+
+    @property
+    def resolution_schedule(self) -> ResolutionSchedule | None:
+        """The stages of progressive resolution; None for one size."""
+        if self.stages is None:
+            return None
+        return ResolutionSchedule(
+            [Stage(stage.first, stage.shape, stage.batch_size) for stage in self.stages]
+        )
+
+
 class _Objective(BaseModel):
-    model_config = ConfigDict(strict=True, extra="allow")
+    model_config = OPEN
     label_dropout: Annotated[float, Field(ge=0, lt=1)]
 
 
-def check_stored(about: Mapping[str, Any]) -> list[Problem]:
-    """What is wrong with the `diffuse` entry of a checkpoint, one line each; ValueError if it is no plain data."""
-    plain(about)
-    stored, mistakes = validate(_Stored, about)
-    if stored is None:
-        return mistakes
-    if math.prod(stored.shape) > MOST_PIXELS:
-        mistakes.append(Problem("shape", stored.shape, "is too large for an image"))
-    if stored.stages is not None and not _lead_to(stored.shape, stored.stages):
-        mistakes.append(Problem("stages", NO_VALUE, "do not lead to the shape step by step"))
-    names = stored.class_names
-    if (None if names is None else len(names)) != stored.num_classes:
-        mistakes.append(Problem("num_classes", stored.num_classes, "is not the number of class_names"))
-    counts = stored.class_counts
-    if counts is not None and (len(counts) != stored.num_classes or not any(counts)):
-        mistakes.append(
-            Problem("class_counts", NO_VALUE, "should be the images of each class, some of them not 0")
-        )
-    config, wrong = validate(_Config, stored.config)
-    mistakes += wrong
-    if config is not None:
-        mistakes += [] if "_target_" in config.dataset else [Problem("dataset", NO_VALUE, "names no class")]
-        if (stored.latent is None) != (config.latent.key is None):
-            mistakes.append(Problem("latent", NO_VALUE, "does not go with latent.run and latent.pretrained"))
-        for key in ("schedule", "parameterization"):
-            if (getattr(config, key) is None) != (stored.task == "autoencoder"):
-                mistakes.append(Problem(key, NO_VALUE, f"does not go with task={stored.task}"))
-        mistakes += (
-            validate(_Objective, config.objective, "objective")[1] if stored.task == "diffusion" else []
-        )
-    return mistakes
+def parse_info(entry: Mapping[str, Any]) -> CheckpointInfo:
+    """Return the `diffuse` entry of a checkpoint as an object.
+
+    Raises FormatError if it is no plain data, and UsageError with all that is wrong.
+    """
+    plain(entry)
+    info, problems = validate(CheckpointInfo, entry)
+    if info is None:
+        raise UsageError.several(problems)
+    return info
 
 
-def _lead_to(shape: list[int], stages: list[_Stage]) -> bool:
+def _lead_to(shape: Shape, stages: Sequence[StageInfo]) -> bool:
     """Whether stages follow each other, of images like those of a shape and not larger."""
     firsts = [stage.first for stage in stages]
     alike = all(len(stage.shape) == len(shape) and stage.shape[0] == shape[0] for stage in stages)
@@ -130,14 +213,14 @@ def _lead_to(shape: list[int], stages: list[_Stage]) -> bool:
     )
 
 
-def check_built(about: Mapping[str, Any]) -> list[Problem]:
-    """What is wrong with the nodes of a checkpoint that its model is built of, one line each."""
-    nodes = [(key, about["config"][key]) for key in BUILT if about["config"][key] is not None]
-    nodes += [("model", about["latent"]["autoencoder"])] if about["latent"] else []
-    mistakes = [line for key, node in nodes for line in check_node(key, node)]
+def check_built(info: CheckpointInfo) -> list[Problem]:
+    """Return what is wrong with the nodes of a checkpoint that its model is built of."""
+    nodes = [(key, node) for key in BUILT if (node := getattr(info.config, key)) is not None]
+    nodes += [] if info.latent is None else [("model", info.latent.autoencoder)]
+    problems = [problem for key, node in nodes for problem in check_node(key, node)]
     # A larger table or network could not be trained, but it could be asked for.
     large = {f"{key}={number}" for key, node in nodes for number in _numbers(node) if number > LARGEST_NUMBER}
-    return mistakes + [
+    return problems + [
         Problem(words, NO_VALUE, f"is larger than {LARGEST_NUMBER}") for words in sorted(large)
     ]
 

@@ -1,12 +1,14 @@
 """Which number format and which device to compute in."""
 
 from contextlib import AbstractContextManager
+from typing import Literal
 
 import torch
 
 from diffusion_cli.errors import UsageError
 from diffusion_cli.system.compat import cpu_has_bf16
 
+NumberFormat = Literal["fp32", "bf16", "fp16"]
 FORMATS = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -21,8 +23,8 @@ def device_of(name: str) -> torch.device:
     return torch.device(name)
 
 
-def resolve(precision: str, device: torch.device) -> str:
-    """fp32 or bf16 for `auto`, by what the hardware computes fast."""
+def resolve(precision: NumberFormat | Literal["auto"], device: torch.device) -> NumberFormat:
+    """Return a number format; for `auto`, bf16 where the hardware is fast in it, else fp32."""
     if precision == "auto":
         return "bf16" if has_fast_bf16(device) else "fp32"
     return precision

@@ -3,7 +3,6 @@
 import math
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
 from lightning.pytorch import Trainer
@@ -14,6 +13,7 @@ from diffusion_cli.diffusion.latents import PIXELS
 from diffusion_cli.errors import UsageError
 from diffusion_cli.formats import SampleFormat
 from diffusion_cli.images import save_rows
+from diffusion_cli.runs.schema import CheckpointInfo
 from diffusion_cli.system.distributed import Distributed
 from diffusion_cli.system.seeding import mix
 from diffusion_cli.training.autoencoder_loss import Autoencoding, ReconstructionLoss
@@ -34,9 +34,9 @@ class AutoencodingModule(TrainingModule[Autoencoding, TermMeter]):
         objective: ReconstructionLoss,
         optimizer: OptimizerConfig,
         seed: int,
-        about: dict[str, Any],
+        info: CheckpointInfo,
     ) -> None:
-        super().__init__(model, TermMeter(), optimizer, seed, about)
+        super().__init__(model, TermMeter(), optimizer, seed, info)
         self.objective = objective
 
     def loss(self, batch: Batch, share: MicroBatch) -> Tensor:

@@ -30,6 +30,7 @@ from diffusion_cli.diffusion.objectives import Objective
 from diffusion_cli.diffusion.time_sampling import Times
 from diffusion_cli.errors import NO_VALUE, UsageError
 from diffusion_cli.metrics import FeatureExtractors, Metric, Reference, cache_folder
+from diffusion_cli.runs.schema import CheckpointInfo
 from diffusion_cli.samplers import Sampler
 from diffusion_cli.system.compat import keep_signal_handlers
 from diffusion_cli.system.seeding import mix
@@ -91,12 +92,12 @@ class TrainingSetup(NamedTuple):
         return Pixels(self.dataset.shape) if self.latent is None else self.latent.latents
 
 
-def assemble(config: TrainConfig, folder: Path, before: dict[str, Any] | None) -> TrainingSetup:
+def assemble(config: TrainConfig, folder: Path, before: CheckpointInfo | None) -> TrainingSetup:
     """Build everything but the images; ValueError where two parts do not go together.
 
     `before` is what the checkpoint in the run's `folder` says of itself, None at its beginning.
     """
-    node = config.dataset if before is None else as_begun(config.dataset, before.get("data_rules", 1))
+    node = config.dataset if before is None else as_begun(config.dataset, before.data_rules)
     dataset: Dataset = build(node, config.data_dir)
     device: Device = build(config.trainer)
     objective = build(config.objective)
@@ -166,14 +167,12 @@ def _process(config: TrainConfig, network: nn.Module, objective: Objective[Any])
     return DenoisingTask(model, objective, times, sampler)
 
 
-def module_of(config: TrainConfig, parts: TrainingSetup, about: dict[str, Any]) -> TrainingModule:
+def module_of(config: TrainConfig, parts: TrainingSetup, info: CheckpointInfo) -> TrainingModule:
     """The LightningModule of a task."""
     if isinstance(parts.task, AutoencoderTask):
-        return AutoencodingModule(*parts.task, parts.optimizer, config.seed, about)
+        return AutoencodingModule(*parts.task, parts.optimizer, config.seed, info)
     model, objective, times, _ = parts.task
-    return DenoisingModule(
-        model, objective, times, parts.space, parts.optimizer, seed=config.seed, about=about
-    )
+    return DenoisingModule(model, objective, times, parts.space, parts.optimizer, seed=config.seed, info=info)
 
 
 def stages_of(config: TrainConfig, dataset: Dataset) -> ResolutionSchedule:
@@ -295,17 +294,17 @@ def _evaluation(
     seen = pictured(dataset)
     reference: Reference = build(config.reference, seen)
     names = dataset.class_names if class_counts is not None else None
-    about = {} if names is None or class_counts is None else _labels(reference, names, class_counts)
+    labels = {} if names is None or class_counts is None else _labels(reference, names, class_counts)
     samples = TrainingSamples(
         config.eval_samples, sampler, config.eval_steps, dataset.shape, parts.space,
-        form=dataset.form, names=names, labels=labels_in_turn(about),
+        form=dataset.form, names=names, labels=labels_in_turn(labels),
     )  # fmt: skip
     cache_dir = cache_folder(config.cache_dir)
     networks = FeatureExtractors(config.features, seen, cache_dir, parts.device.torch_device)
     measured = config.model_dump(
         include={"metric", "features", "reference", "sampler", "eval_samples", "eval_steps", "keep_best"}
     )
-    measured |= {key: about[key] for key in about if key == "label_shares"}
+    measured |= {key: shares for key, shares in labels.items() if key == "label_shares"}
     measured |= sampler.grid_settings(config.eval_steps)
     return EvaluationCallback(
         every, metrics, networks, reference, samples, stages,

@@ -19,6 +19,7 @@ from diffusion_cli.networks import AutoencoderKL
 from diffusion_cli.runs.find import find_run
 from diffusion_cli.runs.load import load_autoencoder, load_latents
 from diffusion_cli.runs.pretrained import from_diffusers
+from diffusion_cli.runs.schema import CheckpointInfo, LatentInfo
 from diffusion_cli.runs.weights import digest
 from diffusion_cli.system.distributed import Distributed
 from diffusion_cli.system.progress import ProgressBar
@@ -36,20 +37,19 @@ class LatentSource(NamedTuple):
     """The node that the autoencoder is built of."""
     source: str
     """Where it was taken from."""
-    keys: dict[str, str] | None
+    keys: dict[Split, str] | None
     """As `LatentDataset` has them, of an earlier start."""
 
-    def about(self, dataset: "LatentDataset") -> dict[str, Any]:
-        """What a checkpoint says of it, once the scale is known."""
-        return {
-            "shape": list(self.latents.shape), "mean": self.latents.mean, "std": self.latents.std,
-            "autoencoder": self.autoencoder, "sha256": digest(self.latents.autoencoder.state_dict()),
-            "source": self.source, "cache": dataset.keys,
-        }  # fmt: skip
+    def info(self, dataset: "LatentDataset") -> LatentInfo:
+        """Return the entry of a checkpoint, once the scale of the latents is known."""
+        return LatentInfo(
+            shape=self.latents.shape, mean=self.latents.mean, std=self.latents.std, autoencoder=self.autoencoder,
+            sha256=digest(self.latents.autoencoder.state_dict()), source=self.source, cache=dataset.keys,
+        )  # fmt: skip
 
 
 def chosen_latents(
-    config: TrainConfig, dataset: Dataset, device: torch.device, folder: Path, before: dict[str, Any] | None
+    config: TrainConfig, dataset: Dataset, device: torch.device, folder: Path, before: CheckpointInfo | None
 ) -> LatentSource | None:
     """The latents that a configuration names, or that a run was begun in, kept beside it; None for pixels.
 
@@ -58,8 +58,9 @@ def chosen_latents(
     if config.latent.key is None:
         return None
     if before is not None:
-        latents, known = load_latents(folder, before, device), before["latent"]
-        return LatentSource(latents, known["autoencoder"], known["source"], known["cache"])
+        assert before.latent is not None
+        latents, known = load_latents(folder, before, device), before.latent
+        return LatentSource(latents, known.autoencoder, known.source, dict(known.cache))
     network, node, channels = _autoencoder(config, dataset)
     sides = "x".join(map(str, dataset.shape[1:]))
     if channels != dataset.shape[0] or len(dataset.shape) != 3:
@@ -91,15 +92,15 @@ def _autoencoder(config: TrainConfig, dataset: Dataset) -> tuple[AutoencoderKL, 
         return network, {"_target_": "diffusion_cli.networks.AutoencoderKL", **options}, channels
     run = find_run(config.latent.run, config.output_dir, "latent.run")
     trained = load_autoencoder(run, torch.device("cpu"))
-    if trained.form.about() != dataset.form.about():
+    if trained.info.form.about() != dataset.form.about():
         raise UsageError(
             "latent.run",
             config.latent.run,
-            f"was trained on images stored as {trained.form.about()}, and those of {dataset.name} are "
+            f"was trained on images stored as {trained.info.form.about()}, and those of {dataset.name} are "
             f"{dataset.form.about()}",
             "train one on these",
         )
-    return trained.network, trained.config["model"], trained.shape[0]
+    return trained.network, trained.info.config.model, trained.shape[0]
 
 
 class LatentDataset(Dataset):
@@ -114,7 +115,7 @@ class LatentDataset(Dataset):
     """
 
     def __init__(
-        self, source: Dataset, latents: Latents, cache_dir: Path, keys: dict[str, str] | None = None
+        self, source: Dataset, latents: Latents, cache_dir: Path, keys: dict[Split, str] | None = None
     ) -> None:
         self.source, self.latents, self.cache_dir = source, latents, cache_dir
         self.data_dir, self.name, self.form = source.data_dir, source.name, source.form

@@ -17,6 +17,7 @@ from diffusion_cli.diffusion.latents import Space
 from diffusion_cli.diffusion.objectives import Objective, drop_labels
 from diffusion_cli.diffusion.time_sampling import Times, Uniform
 from diffusion_cli.networks import BLOCKS
+from diffusion_cli.runs.schema import CheckpointInfo
 from diffusion_cli.system.compat import set_batch_progress
 from diffusion_cli.system.distributed import Distributed
 from diffusion_cli.system.seeding import mix
@@ -128,17 +129,17 @@ class MicroBatch(NamedTuple):
 
 
 class TrainingModule(LightningModule, ABC, Generic[ModelT, MeterT]):
-    """A model in training; `about` is what its checkpoints say to build it again."""
+    """A model in training; `info` is what its checkpoints say of it."""
 
     def __init__(
-        self, model: ModelT, meter: MeterT, optimizer: OptimizerConfig, seed: int, about: dict[str, Any]
+        self, model: ModelT, meter: MeterT, optimizer: OptimizerConfig, seed: int, info: CheckpointInfo
     ) -> None:
         super().__init__()
         self.model = model
         self.meter = meter
         self.optimizer_config = optimizer
         self.seed = seed
-        self.about = about
+        self.info = info
 
     def training_step(self, batch: Batch, batch_index: int) -> Tensor:
         """Return the mean loss of a batch; what is drawn for it is a function of (seed, step) alone."""
@@ -205,7 +206,7 @@ class TrainingModule(LightningModule, ABC, Generic[ModelT, MeterT]):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add what is needed to build the model again."""
-        checkpoint["diffuse"] = self.about
+        checkpoint["diffuse"] = self.info.model_dump()
 
 
 class DenoisingModule(TrainingModule[NoiseConditioned, LevelMeter]):
@@ -220,9 +221,9 @@ class DenoisingModule(TrainingModule[NoiseConditioned, LevelMeter]):
         optimizer: OptimizerConfig,
         *,
         seed: int,
-        about: dict[str, Any],
+        info: CheckpointInfo,
     ) -> None:
-        super().__init__(model, LevelMeter(), optimizer, seed, about)
+        super().__init__(model, LevelMeter(), optimizer, seed, info)
         self.objective = objective
         self.times = times
         self.space = space
@@ -252,7 +253,8 @@ class DenoisingModule(TrainingModule[NoiseConditioned, LevelMeter]):
     @torch.no_grad()
     def loss_of_zero(self, batch: Batch) -> float | None:
         if isinstance(self.model, NoisyClassifier):
-            return math.log(self.about["num_classes"])
+            assert self.info.num_classes is not None
+            return math.log(self.info.num_classes)
         if not self.objective.compares_to_zero:
             return None
         assert isinstance(self.model, Denoiser)
@@ -298,7 +300,7 @@ class DenoisingModule(TrainingModule[NoiseConditioned, LevelMeter]):
 
     def trial(self, images: Tensor) -> Tensor:
         labels = None
-        if self.about["num_classes"] is not None:
+        if self.info.num_classes is not None:
             labels = torch.zeros(len(images), dtype=torch.int64, device=images.device)
         t = self.model.schedule.time(torch.full((len(images),), 0.5, device=images.device))
         return self.objective(self.model, images, labels, t, torch.zeros_like(images)).mean()

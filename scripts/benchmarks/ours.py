@@ -9,6 +9,7 @@ from diffusion_cli.diffusion.denoiser import Denoiser
 from diffusion_cli.diffusion.latents import Pixels
 from diffusion_cli.formats import Uint8Image
 from diffusion_cli.runs.load import LoadedDenoiser
+from diffusion_cli.runs.schema import CheckpointInfo, StoredConfig
 from diffusion_cli.system.seeding import mix
 from diffusion_cli.training.ema import EMA
 
@@ -47,8 +48,16 @@ def denoiser_of(checked: TrainConfig, shape: tuple[int, int, int]) -> Denoiser:
 def model_of(name: str, device: torch.device) -> LoadedDenoiser:
     """A model of 32x32 images, ready to sample."""
     shape = (3, 32, 32)
-    denoiser = denoiser_of(configured(WORDS[name]), shape).to(device).eval().requires_grad_(False)
-    return LoadedDenoiser(shape, Uint8Image(), None, {}, None, 0, "", denoiser, Pixels(shape))
+    checked = configured(WORDS[name])
+    denoiser = denoiser_of(checked, shape).to(device).eval().requires_grad_(False)
+    info = CheckpointInfo(
+        task=Denoiser.task,
+        num_images=0,
+        config=StoredConfig(**checked.model_dump()),
+        shape=shape,
+        form=Uint8Image(),
+    )
+    return LoadedDenoiser(info, 0, "", denoiser, Pixels(shape))
 
 
 def count(network: nn.Module) -> int:

@@ -95,7 +95,7 @@ def observed(words: list[str]) -> dict[str, Any]:
         checked = configured([*fixed, *words])
         found = Path(folder) / "found.json"
         launch(_observe, checked, found, processes=checked.trainer["devices"])
-        weights = digest(read(Path(folder) / "run" / LAST)["state_dict"])
+        weights = digest(read(Path(folder) / "run" / LAST).state["state_dict"])
         return {**json.loads(found.read_text()), "weights": weights}
 
 

@@ -30,7 +30,7 @@ def write_samples(model: LoadedDenoiser, sampler: Sampler, steps: int, precision
     with tempfile.TemporaryDirectory() as folder, Writer(2 * IMAGES) as writer:
         for seeds, images, _, _ in generate(pipeline, range(IMAGES), IMAGES):
             for seed, image in zip(seeds, images.cpu(), strict=True):
-                writer(save_stored, image, image_path(Path(folder), seed, model.form), model.form)
+                writer(save_stored, image, image_path(Path(folder), seed, model.info.form), model.info.form)
 
 
 def tables(rounds: int, device: torch.device) -> Iterator[Table]:
@@ -49,7 +49,7 @@ def tables(rounds: int, device: torch.device) -> Iterator[Table]:
         ):
             made = pipeline(batch_size=IMAGES, num_inference_steps=steps, output_type="pil").images
             for seed, image in enumerate(made):
-                image.save(image_path(Path(folder), seed, model.form))
+                image.save(image_path(Path(folder), seed, model.info.form))
 
     def ours(steps: int, precision: str) -> None:
         write_samples(model, sampler, steps, precision)

@@ -11,13 +11,13 @@ from test_training import TINY
 
 from diffusion_cli.cli import run
 from diffusion_cli.commands.samples import in_shares_of
+from diffusion_cli.commands.train_callbacks import _labels as label_settings_in_training
 from diffusion_cli.commands.trained import LoadedModel
 from diffusion_cli.data import Array, Digits
 from diffusion_cli.data.class_shares import MOST, are_shares, differing_shares, label_settings, labels_in_turn
 from diffusion_cli.generate import labels_of
 from diffusion_cli.metrics import DatasetReference, GivenReference, Reference
 from diffusion_cli.training import evaluation
-from diffusion_cli.training.build import _labels as label_settings_in_training
 
 
 def order(counts: list[int]) -> np.ndarray:

@@ -12,7 +12,7 @@ import yaml
 from PIL import Image
 
 from diffusion_cli.cli import run
-from diffusion_cli.commands import train as train_command
+from diffusion_cli.commands import train_checks
 from diffusion_cli.config import CONF, TrainConfig, at_hand, build, load, options, recipe
 from diffusion_cli.config.at_hand import OwnImages, own_images
 from diffusion_cli.config.continued import with_values
@@ -527,10 +527,10 @@ def test_a_recipe_for_another_machine_than_torch_finds_is_named(tmp_path, monkey
         (False, True, "trainer=gpu"),
         (True, True, None),
     ]:
-        monkeypatch.setattr(train_command, "gpu", lambda accelerator, assumed=assumed: assumed)
+        monkeypatch.setattr(train_checks, "gpu", lambda accelerator, assumed=assumed: assumed)
         monkeypatch.setattr(torch.cuda, "is_available", lambda there=there: there)
-        remark = train_command._other_machine(own)
+        remark = train_checks.remark_on_machine(own)
         assert remark is None if line is None else line in str(remark)
         assert (
-            train_command._other_machine(train_config()) is None
+            train_checks.remark_on_machine(train_config()) is None
         )  # the recipe of digits is the same everywhere

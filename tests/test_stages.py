@@ -11,13 +11,13 @@ from PIL import Image
 from test_training import TINY, assert_same, state
 
 from diffusion_cli.cli import run
-from diffusion_cli.commands.train import _refuse_uneven
+from diffusion_cli.commands.train_checks import check_shares
+from diffusion_cli.commands.train_setup import resolution_schedule
 from diffusion_cli.config import TrainConfig, load
 from diffusion_cli.data import Batch, NoDataset, ProgressiveBatches, ResolutionSchedule, reduced
 from diffusion_cli.data.memory import MemoryImages
 from diffusion_cli.runs.load import load_model
 from diffusion_cli.runs.schema import parse_info
-from diffusion_cli.training.build import stages_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -166,7 +166,7 @@ def test_weights_of_an_early_stage_make_images_of_its_size(tmp_path, capsys):
     words = [f"output_dir={tmp_path}", "run=tiny", "steps=2", "device=cpu"]
     capsys.readouterr()
     assert run(["sample", *words, "step=4", "num_samples=3", f"output={tmp_path}/early"]) == 0
-    said = "step_00000004.ckpt: is of a run that grows, and knows images of size 2 so far"
+    said = "step_00000004.ckpt: progressive resolution has reached size 2 of 8"
     assert said in capsys.readouterr().err
     assert Image.open(tmp_path / "early" / "000001.png").size == (2, 2)
     for command in (["eval"], ["edit", "edit=reconstruct", "input=val"]):
@@ -228,11 +228,15 @@ def test_stages_that_cannot_be_are_refused_before_training(tmp_path, capfd, word
 def test_the_steps_of_stages_are_shares_of_the_budget():
     config = load("train", ["progressive=[2,4,8]", "max_steps=100"])
     assert isinstance(config, TrainConfig)
-    assert [stage.first for stage in stages_of(config, NoDataset("images", (1, 8, 8))).all] == [0, 33, 66]
+    assert [stage.first for stage in resolution_schedule(config, NoDataset("images", (1, 8, 8))).all] == [
+        0,
+        33,
+        66,
+    ]
 
 
 def test_the_batch_of_each_stage_is_shared_out_evenly():
     config = load("train", ["progressive=[4,8]", "stage_batch=[9]"])
     assert isinstance(config, TrainConfig)
     with pytest.raises(ValueError, match="stage_batch=9: is shared out among 2 devices, in 1 parts"):
-        _refuse_uneven(config, stages_of(config, NoDataset("images", (1, 8, 8))), 2)
+        check_shares(resolution_schedule(config, NoDataset("images", (1, 8, 8))), 1, 2)

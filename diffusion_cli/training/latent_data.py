@@ -10,13 +10,11 @@ from typing import Any, NamedTuple
 
 import torch
 
-from diffusion_cli.config import TrainConfig
 from diffusion_cli.data import Dataset, Images
 from diffusion_cli.data.base import Split
 from diffusion_cli.diffusion.latents import Latents, measured_scale
 from diffusion_cli.errors import NO_VALUE, UsageError
 from diffusion_cli.networks import AutoencoderKL
-from diffusion_cli.runs.find import find_run
 from diffusion_cli.runs.load import load_autoencoder, load_latents
 from diffusion_cli.runs.pretrained import from_diffusers
 from diffusion_cli.runs.schema import CheckpointInfo, LatentInfo
@@ -48,59 +46,61 @@ class LatentSource(NamedTuple):
         )  # fmt: skip
 
 
-def chosen_latents(
-    config: TrainConfig, dataset: Dataset, device: torch.device, folder: Path, before: CheckpointInfo | None
-) -> LatentSource | None:
-    """The latents that a configuration names, or that a run was begun in, kept beside it; None for pixels.
+def resumed_latents(folder: Path, info: CheckpointInfo, device: torch.device) -> LatentSource:
+    """Return the latents that the run in a folder was begun in; UsageError as `load_latents`."""
+    assert info.latent is not None
+    latents = load_latents(folder, info, device)
+    return LatentSource(latents, info.latent.autoencoder, info.latent.source, dict(info.latent.cache))
 
-    Raises UsageError for an autoencoder that is not there, or of other images.
-    """
-    if config.latent.key is None:
-        return None
-    if before is not None:
-        assert before.latent is not None
-        latents, known = load_latents(folder, before, device), before.latent
-        return LatentSource(latents, known.autoencoder, known.source, dict(known.cache))
-    network, node, channels = _autoencoder(config, dataset)
+
+def pretrained_latents(folder: str, dataset: Dataset, device: torch.device) -> LatentSource:
+    """Return the latents of an autoencoder in the files of diffusers; UsageError if it does not suit the images."""
+    network, channels, options = from_diffusers(Path(folder).expanduser(), "latent.pretrained")
+    node = {"_target_": "diffusion_cli.networks.AutoencoderKL", **options}
+    _check_images("latent.pretrained", folder, network, channels, dataset)
+    return _unscaled(network.to(device), node, folder, dataset)
+
+
+def run_latents(run: Path, named: str, dataset: Dataset, device: torch.device) -> LatentSource:
+    """Return the latents of the autoencoder of a run, which the user `named`; UsageError if it does not suit."""
+    trained = load_autoencoder(run, torch.device("cpu"))
+    if trained.info.form != dataset.form:
+        raise UsageError(
+            "latent.run",
+            named,
+            f"was trained on images stored as {trained.info.form.about()}, and those of {dataset.name} are "
+            f"{dataset.form.about()}",
+            "train one on these",
+        )
+    _check_images("latent.run", named, trained.network, trained.shape[0], dataset)
+    return _unscaled(trained.network.to(device), trained.info.config.model, named, dataset)
+
+
+def _unscaled(network: AutoencoderKL, node: dict[str, Any], source: str, dataset: Dataset) -> LatentSource:
+    """Return latents whose scale is yet to be measured."""
+    channels = network.latent_channels
+    latents = Latents(network, dataset.shape, [0.0] * channels, [1.0] * channels)
+    return LatentSource(latents, node, source, None)
+
+
+def _check_images(key: str, named: str, network: AutoencoderKL, channels: int, dataset: Dataset) -> None:
+    """Raise UsageError unless an autoencoder of images with some channels encodes those of a dataset."""
     sides = "x".join(map(str, dataset.shape[1:]))
     if channels != dataset.shape[0] or len(dataset.shape) != 3:
         raise UsageError(
-            config.latent.key,
-            NO_VALUE,
+            key,
+            named,
             f"is of images of {channels} channels, and those of {dataset.name} have {dataset.shape[0]}, "
             f"of {sides}",
             "take another autoencoder",
         )
     if any(side % network.factor for side in dataset.shape[1:]):
         raise UsageError(
-            config.latent.key,
-            NO_VALUE,
+            key,
+            named,
             f"its latents stand for {network.factor} pixels of a side, which do not divide images of {sides}",
             "take an autoencoder of fewer levels, or images of another size",
         )
-    ones = [1.0] * network.latent_channels
-    latents = Latents(network.to(device), dataset.shape, [0.0 * one for one in ones], ones)
-    return LatentSource(latents, node, config.latent.key.partition("=")[2], None)
-
-
-def _autoencoder(config: TrainConfig, dataset: Dataset) -> tuple[AutoencoderKL, dict[str, Any], int]:
-    """The autoencoder that is named, the node that it is built of, and the channels of its images."""
-    if config.latent.pretrained is not None:
-        network, channels, options = from_diffusers(
-            Path(config.latent.pretrained).expanduser(), "latent.pretrained"
-        )
-        return network, {"_target_": "diffusion_cli.networks.AutoencoderKL", **options}, channels
-    run = find_run(config.latent.run, config.output_dir, "latent.run")
-    trained = load_autoencoder(run, torch.device("cpu"))
-    if trained.info.form.about() != dataset.form.about():
-        raise UsageError(
-            "latent.run",
-            config.latent.run,
-            f"was trained on images stored as {trained.info.form.about()}, and those of {dataset.name} are "
-            f"{dataset.form.about()}",
-            "train one on these",
-        )
-    return trained.network, trained.info.config.model, trained.shape[0]
 
 
 class LatentDataset(Dataset):

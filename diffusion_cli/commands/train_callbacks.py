@@ -1,0 +1,164 @@
+"""The callbacks of `diffuse train` that look at the EMA weights every so many steps."""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+
+from diffusion_cli.commands.train_setup import AutoencoderTask, DenoisingTask, TrainingSetup
+from diffusion_cli.config import TrainConfig, build, fingerprint
+from diffusion_cli.data import (
+    Batch,
+    Images,
+    ResolutionSchedule,
+    pictured,
+    reduced,
+    spread,
+    to_device,
+    to_model_range,
+)
+from diffusion_cli.data.class_shares import label_settings, labels_in_turn
+from diffusion_cli.diffusion.denoiser import Denoiser, NoisyClassifier
+from diffusion_cli.errors import UsageError
+from diffusion_cli.metrics import FeatureExtractors, Metric, Reference, cache_folder
+from diffusion_cli.training.autoencoding import ReconstructionPreview
+from diffusion_cli.training.callbacks import (
+    GracefulStop,
+    PeriodicCallback,
+    Preview,
+    ValidationAccuracy,
+    ValidationLoss,
+)
+from diffusion_cli.training.ema import EMA
+from diffusion_cli.training.evaluation import EvaluationCallback, TrainingSamples
+
+PICTURES = 32
+"""Images whose reconstructions are shown."""
+
+
+def periodic_callbacks(
+    config: TrainConfig, setup: TrainingSetup, folder: Path, *, ema: EMA, stop: GracefulStop
+) -> list[PeriodicCallback]:
+    """Return the callbacks that validate, evaluate and show a run in `folder`, in the order in which they run.
+
+    Raises:
+        UsageError: for an evaluation of a model that makes no samples, and as `_evaluation`.
+    """
+    callbacks = [*_validation(config, setup, ema, stop)]
+    if isinstance(setup.task, AutoencoderTask):
+        return [*callbacks, _reconstructions(config, setup, folder, ema, stop)]
+    if not isinstance(setup.task.model, Denoiser):
+        if config.eval_every is not None:
+            raise UsageError("eval_every", config.eval_every, "a classifier makes no samples", "leave it out")
+        return callbacks
+    if config.eval_every is not None:
+        callbacks.append(_evaluation(config, setup, setup.task, folder, ema, stop))
+    return [*callbacks, _preview(config, setup, setup.task, folder, ema, stop)]
+
+
+def _validation(
+    config: TrainConfig, setup: TrainingSetup, ema: EMA, stop: GracefulStop
+) -> Iterator[PeriodicCallback]:
+    """Yield the loss on validation images, if there are any, and a classifier's accuracy on them."""
+    if not setup.val_images:
+        return
+    part = config.batch_size // config.accumulate_grad_batches
+    batches = _one_pass(setup.val_images, part, setup.device.torch_device, setup.stages)
+    yield ValidationLoss(config.validate_every, batches, ema, stop)
+    if isinstance(setup.task.model, NoisyClassifier):
+        yield ValidationAccuracy(config.validate_every, batches, ema, stop)
+
+
+def _reconstructions(
+    config: TrainConfig, setup: TrainingSetup, folder: Path, ema: EMA, stop: GracefulStop
+) -> ReconstructionPreview:
+    """Return the previews of an autoencoder."""
+    images = setup.val_images or setup.images
+    shown = images[spread(len(images), min(len(images), PICTURES)).to(images.device)].cpu()
+    return ReconstructionPreview(
+        config.preview_every,
+        ema,
+        stop,
+        run=folder,
+        images=to_model_range(shown),
+        form=setup.dataset.form,
+    )
+
+
+def _preview(
+    config: TrainConfig, setup: TrainingSetup, task: DenoisingTask, folder: Path, ema: EMA, stop: GracefulStop
+) -> Preview:
+    """Return the previews of a denoiser, of the classes that it is trained on."""
+    counts = setup.label_counts
+    return Preview(
+        config.preview_every,
+        ema,
+        stop,
+        run=folder,
+        sampler=task.sampler,
+        steps=config.preview_steps,
+        stages=setup.stages,
+        space=setup.space,
+        form=setup.dataset.form,
+        labels=None if counts is None else label_settings([min(count, 1) for count in counts])["labels"],
+    )
+
+
+def _evaluation(
+    config: TrainConfig, setup: TrainingSetup, task: DenoisingTask, folder: Path, ema: EMA, stop: GracefulStop
+) -> EvaluationCallback:
+    """Return the evaluation of samples; UsageError for a metric that measures no samples."""
+    assert config.eval_every is not None
+    metrics = {name: build(node) for name, node in config.metric.items()}
+    for name, metric in metrics.items():
+        if not isinstance(metric, Metric) or metric.split is not None:
+            raise UsageError(
+                "metric", name, "measures no samples", "during training, choose metrics of samples"
+            )
+    dataset, sampler, counts = setup.dataset, task.sampler, setup.label_counts
+    seen = pictured(dataset)
+    reference: Reference = build(config.reference, seen)
+    names = dataset.class_names if counts is not None else None
+    labels = {} if names is None or counts is None else _labels(reference, names, counts)
+    samples = TrainingSamples(
+        config.eval_samples, sampler, config.eval_steps, dataset.shape, setup.space,
+        form=dataset.form, names=names, labels=labels_in_turn(labels),
+    )  # fmt: skip
+    cache_dir = cache_folder(config.cache_dir)
+    networks = FeatureExtractors(config.features, seen, cache_dir, setup.device.torch_device)
+    measured = config.model_dump(
+        include={"metric", "features", "reference", "sampler", "eval_samples", "eval_steps", "keep_best"}
+    )
+    measured |= {key: shares for key, shares in labels.items() if key == "label_shares"}
+    measured |= sampler.grid_settings(config.eval_steps)
+    return EvaluationCallback(
+        config.eval_every, metrics, networks, reference, samples, setup.stages,
+        run=folder, ema=ema, stop=stop, batch_size=1 if sampler.per_image else config.batch_size,
+        keep_best=config.keep_best, identity=fingerprint(measured),
+    )  # fmt: skip
+
+
+def _labels(reference: Reference, names: tuple[str, ...], class_counts: list[int]) -> dict[str, list[int]]:
+    """The label settings of samples in the reference's shares of the classes, in equal shares where it has none.
+
+    Classes without training images are left out.
+    """
+    trained = [min(count, 1) for count in class_counts]
+    counts = reference.class_counts(names) or trained
+    shares = [count * there for count, there in zip(counts, trained, strict=True)]
+    return label_settings(shares if any(shares) else trained)
+
+
+def _one_pass(
+    images: Images, batch_size: int, device: torch.device, stages: ResolutionSchedule
+) -> Callable[[int], Iterator[Batch]]:
+    """Return a function of the steps so far: one pass over images, unaugmented, at the size of their stage."""
+    held = to_device(images, device)
+
+    def batches(steps: int) -> Iterator[Batch]:
+        shape = stages.after(steps).shape
+        for number, rows in enumerate(torch.arange(len(held), device=held.device).split(batch_size)):
+            labels = None if held.labels is None else held.labels[rows].to(device)
+            yield Batch(number, reduced(to_model_range(held[rows].to(device)), shape), labels, rows)
+
+    return batches

@@ -1,0 +1,123 @@
+"""What `diffuse train` refuses before it trains: devices that are not there, another configuration, other data."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from diffusion_cli.config import TrainConfig, identity
+from diffusion_cli.config.at_hand import gpu
+from diffusion_cli.config.recipe import BUDGETED, derived_in
+from diffusion_cli.data import ResolutionSchedule
+from diffusion_cli.errors import NO_VALUE, Problem, UsageError, format_value
+from diffusion_cli.runs.schema import CheckpointInfo
+from diffusion_cli.system.distributed import ProcessInfo
+
+
+def check_devices(config: TrainConfig, place: ProcessInfo) -> None:
+    """Raise UsageError if the processes or the GPUs are not those of the configuration."""
+    devices, nodes = config.trainer["devices"], config.trainer["num_nodes"]
+    there = 0 if config.trainer["accelerator"] == "cpu" else torch.cuda.device_count()
+    if 0 < there < (devices or 1):
+        raise UsageError(
+            "trainer.devices", devices, f"there are {there} GPUs here", "take so many, or trainer=cpu"
+        )
+    if place.world > 1 and devices not in (None, place.local_world):
+        raise UsageError(
+            "trainer.devices",
+            devices,
+            f"torchrun or srun started {place.local_world} on this node",
+            "leave it null",
+        )
+    if nodes not in (None, place.nodes):
+        raise UsageError(
+            "trainer.num_nodes",
+            nodes,
+            f"{place.nodes} is at work",
+            "start diffuse by torchrun or srun on so many, or with -m launcher=slurm",
+        )
+
+
+def remark_on_machine(config: TrainConfig) -> str | None:
+    """Return a line about a recipe that was derived for another machine than torch finds; None for the same."""
+    assumed, there = gpu(config.trainer["accelerator"]), torch.cuda.is_available()
+    by_machine = config.trainer["accelerator"] == "auto" and {"dataset.resolution", "max_steps"} & {
+        *config.derived
+    }
+    if assumed == there or not by_machine:
+        return None
+    return (
+        "trainer=auto: torch cannot use the GPU of this machine; install a torch build for it, or add trainer=cpu"
+        if assumed
+        else "trainer=auto: the recipe is that of a machine without GPU, and torch has one; add trainer=gpu name=NEW"
+    )
+
+
+def check_configuration(folder: Path, config: TrainConfig, stored: dict[str, Any]) -> None:
+    """Raise UsageError if the run in a folder is of another configuration."""
+    before, now = identity(stored), identity(config.model_dump())
+    follow_budget = derived_in(stored) & set(config.derived) & BUDGETED.keys()
+    keys = sorted(key for key in (before | now).keys() - follow_budget if before.get(key) != now.get(key))
+    if keys:
+        run = config.name if folder == Path("outputs", str(config.name)) else folder
+        raise UsageError.several(
+            [
+                *(
+                    Problem(
+                        key,
+                        format_value(now.get(key)),
+                        f"the run in {folder} has {format_value(before.get(key))}",
+                    )
+                    for key in keys
+                ),
+                Problem(
+                    "name",
+                    config.name,
+                    "holds a run of another configuration",
+                    f"continue with: diffuse train run={run}, or choose another name",
+                ),
+            ]
+        )
+
+
+def check_data(folder: Path, now: CheckpointInfo, before: CheckpointInfo) -> None:
+    """Raise UsageError if a run was begun on another number of images, on other classes or on other images."""
+    plain, stored = now.model_dump(), before.model_dump()
+    lines = [
+        Problem(
+            "labels",
+            NO_VALUE,
+            "are not those that the run was begun on",
+            "give back the labels, or take another name=",
+        )
+        if key == "labels_sha256"
+        else Problem(
+            key,
+            plain[key],
+            f"the run in {folder} was begun on {stored[key]}",
+            "give back the data, or take another name=",
+        )
+        for key in ("num_images", "class_names", "shape", "form", "labels_sha256")
+        if stored[key] != plain[key]
+    ]
+    if lines:
+        raise UsageError.several(lines)
+    if before.data_sha256 not in (None, now.data_sha256):
+        raise UsageError(
+            "dataset",
+            NO_VALUE,
+            "the images or their names are not those that the run was begun on",
+            "give back the data, or take another name=",
+        )
+
+
+def check_shares(stages: ResolutionSchedule, accumulate_grad_batches: int, world: int) -> None:
+    """Raise UsageError unless each part of a batch is shared out evenly among so many processes."""
+    for stage in stages.all:
+        if stage.batch_size // accumulate_grad_batches % world:
+            raise UsageError(
+                stages.key(stage),
+                stage.batch_size,
+                f"is shared out among {world} devices, in {accumulate_grad_batches} parts",
+                f"take a multiple of {world * accumulate_grad_batches}",
+            )

@@ -1,0 +1,106 @@
+"""What `diffuse train` prints: what it trains, remarks on that, and how the run ended."""
+
+import signal
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from diffusion_cli.commands.train_setup import AutoencoderTask, TrainingSetup
+from diffusion_cli.config import TrainConfig
+from diffusion_cli.data.labels import examples
+from diffusion_cli.diffusion.denoiser import Denoiser, NoisyClassifier
+from diffusion_cli.system.distributed import started
+from diffusion_cli.training.autoencoder_loss import Autoencoding
+from diffusion_cli.training.callbacks import GracefulStop, PeriodicCallback, ValidationAccuracy
+from diffusion_cli.training.module import Trainable
+
+
+def first_line(config: TrainConfig, setup: TrainingSetup, folder: Path, done: int) -> str:
+    """Return what is trained on what, from `done` steps on."""
+    device, steps = setup.device.torch_device, setup.max_steps
+    return (
+        f"{'Going on with' if done else 'Training'} {folder}: {_describe(setup.task.model.network)} on "
+        f"{len(setup.images)} images of {setup.dataset.name} ({'x'.join(map(str, setup.dataset.shape))}), "
+        f"{f'{setup.stages}, ' if setup.stages.grow else ''}{_where(device)}, {setup.precision}, "
+        f"learning rate {config.optimizer['lr']:g}, "
+        f"{'no limit of steps' if steps is None else f'{steps:,} steps'} of {config.batch_size}"
+    )
+
+
+def remarks(setup: TrainingSetup) -> list[str]:
+    """Return what a user may not have meant."""
+    return [*_beyond_its_end(setup), *setup.dataset.remarks(), *_without_images(setup)]
+
+
+def last_lines(
+    step: int, stop: GracefulStop, callbacks: Sequence[PeriodicCallback], model: Trainable, folder: Path
+) -> Iterator[str]:
+    """Yield how a run has ended at a step, and what to do next."""
+    for callback in callbacks:
+        if isinstance(callback, ValidationAccuracy):
+            yield ", ".join(f"validation {name} {value:.3f}" for name, value in callback.accuracy.items())
+    if stop.stopping and stop.signal is not None:
+        name = signal.Signals(stop.signal).name
+        yield f"{name}: saved {folder} at step {step}; the same command goes on from there"
+    else:
+        yield f"Trained {step} steps; the run is {folder}\nNext: {_next(model, folder)}"
+
+
+def _where(device: torch.device) -> str:
+    """The devices at work, in words."""
+    place = started()
+    if place.world == 1:
+        return device.type
+    return f"{place.world} x {device.type}" + (f" on {place.nodes} nodes" if place.nodes > 1 else "")
+
+
+def _beyond_its_end(setup: TrainingSetup) -> Iterator[str]:
+    """Yield what the configuration asks for after the last step; no errors, because a larger budget may continue."""
+    stages, max_steps = setup.stages, setup.max_steps
+    if max_steps is None:
+        return
+    if stages.last.first >= max_steps:
+        yield (
+            f"stage_steps: reach size {stages.last.size} at step {stages.last.first}, and the run ends at step "
+            f"{max_steps}; give it more steps, or the stages fewer"
+        )
+    if isinstance(setup.task, AutoencoderTask):
+        start = setup.task.objective.start
+        if start is not None and start >= max_steps:
+            yield (
+                f"objective.discriminator_start={start}: is not reached, for the run ends at step {max_steps}; give it "
+                "more steps, or an earlier start"
+            )
+
+
+def _without_images(setup: TrainingSetup) -> Iterator[str]:
+    """Yield the classes without a training image, if the model is trained with labels."""
+    class_counts = setup.label_counts
+    if class_counts is None:
+        return
+    pairs = zip(setup.dataset.class_names or (), class_counts, strict=True)
+    names = [name for name, count in pairs if not count]
+    if names:
+        effect = (
+            "samples leave them out unless label= names them"
+            if isinstance(setup.task.model, Denoiser)
+            else "the classifier cannot learn them"
+        )
+        part = f"{len(names)} of {len(class_counts)}"
+        yield f"dataset: classes without a training image: {examples(names)} ({part}); {effect}"
+
+
+def _next(model: Trainable, folder: Path) -> str:
+    if isinstance(model, Autoencoding):
+        return f"diffuse eval run={folder} metric=[reconstruction,rfid]"
+    if isinstance(model, NoisyClassifier):
+        return f"diffuse sample run=RUN guidance=classifier guidance.run={folder}"
+    return f"diffuse sample run={folder}"
+
+
+def _describe(network: nn.Module) -> str:
+    number = sum(parameter.numel() for parameter in network.parameters())
+    size = f"{number / 1e6:.2f}M" if number >= 10_000 else f"{number:,}"
+    return f"{type(network).__name__} of {size} parameters"

@@ -1,0 +1,293 @@
+"""From the configuration of `diffuse train` to what is trained on what."""
+
+from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from diffusion_cli.commands.train_checks import check_data, check_shares
+from diffusion_cli.config import TrainConfig, build
+from diffusion_cli.data import Dataset, Images, ResolutionSchedule, as_begun
+from diffusion_cli.diffusion.denoiser import Denoiser, NoiseConditioned, NoisyClassifier
+from diffusion_cli.diffusion.latents import Pixels, Space
+from diffusion_cli.diffusion.objectives import Objective
+from diffusion_cli.diffusion.time_sampling import Times
+from diffusion_cli.errors import NO_VALUE, UsageError
+from diffusion_cli.metrics import cache_folder
+from diffusion_cli.runs.find import find_run
+from diffusion_cli.runs.schema import CheckpointInfo, LatentInfo, StageInfo, StoredConfig
+from diffusion_cli.runs.weights import digest
+from diffusion_cli.samplers import Sampler
+from diffusion_cli.system.distributed import Distributed
+from diffusion_cli.system.precision import NumberFormat, resolve
+from diffusion_cli.system.seeding import mix
+from diffusion_cli.training.autoencoder_loss import Autoencoding, ReconstructionLoss
+from diffusion_cli.training.autoencoding import AutoencodingModule
+from diffusion_cli.training.device import Device
+from diffusion_cli.training.latent_data import (
+    LatentDataset,
+    LatentSource,
+    pretrained_latents,
+    resumed_latents,
+    run_latents,
+)
+from diffusion_cli.training.module import DenoisingModule, TrainingModule
+from diffusion_cli.training.optimizers import OptimizerConfig
+
+
+class DenoisingTask(NamedTuple):
+    """What a denoiser or classifier learns of noised images."""
+
+    model: NoiseConditioned
+    objective: Objective[Any]
+    times: Times
+    sampler: Sampler
+
+
+class AutoencoderTask(NamedTuple):
+    """What an autoencoder learns by."""
+
+    model: Autoencoding
+    objective: ReconstructionLoss
+
+
+@dataclass(frozen=True)
+class TrainingSetup:
+    """What a configuration is made of, and the facts that its checkpoints record."""
+
+    dataset: Dataset
+    train_data: Dataset
+    """What the network sees of the dataset: the images themselves, or their latents."""
+    latent: LatentSource | None
+    task: DenoisingTask | AutoencoderTask
+    optimizer: OptimizerConfig
+    device: Device
+    stages: ResolutionSchedule
+    images: Images
+    """Training images, or latents."""
+    val_images: Images
+    precision: NumberFormat
+    max_steps: int | None
+    """Optimizer steps, or None without a limit."""
+    info: CheckpointInfo
+
+    @property
+    def space(self) -> Space:
+        """Where the network works."""
+        return Pixels(self.dataset.shape) if self.latent is None else self.latent.latents
+
+    @property
+    def label_counts(self) -> list[int] | None:
+        """Training images of each class; None if the model is trained without labels."""
+        conditional = getattr(self.task.model, "num_classes", None) is not None
+        return self.info.class_counts if conditional else None
+
+
+def set_up(config: TrainConfig, folder: Path, before: CheckpointInfo | None) -> TrainingSetup:
+    """Build what a configuration names.
+
+    Args:
+        config: a checked configuration.
+        folder: folder of the run.
+        before: what the last checkpoint says of the run; None at its beginning.
+
+    Raises:
+        UsageError: if two parts do not go together, or the data are not those of the checkpoint.
+    """
+    dataset: Dataset = build(
+        as_begun(config.dataset, before.data_rules) if before else config.dataset, config.data_dir
+    )
+    device: Device = build(config.trainer)
+    objective = _objective(config)
+    latent = _latents(config, dataset, device.torch_device, folder, before)
+    train_data = dataset
+    if latent is not None:
+        train_data = LatentDataset(dataset, latent.latents, cache_folder(config.cache_dir), latent.keys)
+    network = _network(config, dataset, train_data, objective)
+    if isinstance(objective, ReconstructionLoss):
+        task = _autoencoder_task(config, network, objective, dataset)
+    else:
+        task = _denoising_task(config, network, objective)
+    # An earlier start decided what null and auto mean, whatever the budget and the machine are now.
+    stages = (before and before.resolution_schedule) or resolution_schedule(config, train_data)
+    known = before.precision if before and config.precision == "auto" else None
+    precision = known or resolve(config.precision, device.torch_device)
+    check_shares(stages, config.accumulate_grad_batches, Distributed().world)
+    images, val_images = train_data.load("train"), train_data.load("val")
+    info = CheckpointInfo(
+        task=task.model.task,
+        config=StoredConfig(**config.model_dump()),
+        latent=_latent_info(latent, train_data),
+        stages=[StageInfo(**stage._asdict()) for stage in stages.all] if stages.grow else None,
+        precision=precision,
+        **_data_info(dataset, images, val_images),
+    )
+    if before:
+        check_data(folder, info, before)
+    return TrainingSetup(
+        dataset,
+        train_data,
+        latent,
+        task,
+        build(config.optimizer),
+        device,
+        stages,
+        images,
+        val_images,
+        precision,
+        _max_steps(config, stages, len(images)),
+        info,
+    )
+
+
+def training_module(setup: TrainingSetup, seed: int) -> TrainingModule:
+    """Return the LightningModule of a task."""
+    if isinstance(setup.task, AutoencoderTask):
+        return AutoencodingModule(*setup.task, setup.optimizer, seed, setup.info)
+    model, objective, times, _ = setup.task
+    return DenoisingModule(model, objective, times, setup.space, setup.optimizer, seed=seed, info=setup.info)
+
+
+def _objective(config: TrainConfig) -> Objective[Any] | ReconstructionLoss:
+    """Build the objective; UsageError if it does not go with the task."""
+    objective = build(config.objective)
+    noised = config.schedule is not None
+    if noised and isinstance(objective, ReconstructionLoss):
+        raise UsageError(
+            "objective", "autoencoder", "adds no noise", "leave it out, or take task=autoencoder"
+        )
+    if not noised and not isinstance(objective, ReconstructionLoss):
+        raise UsageError(
+            "objective",
+            type(objective).__name__,
+            "adds noise, and an autoencoder's images have none",
+            "leave it out, or take task=diffusion",
+        )
+    return objective
+
+
+def _latents(
+    config: TrainConfig, dataset: Dataset, device: torch.device, folder: Path, before: CheckpointInfo | None
+) -> LatentSource | None:
+    """Return the latents that a configuration names, or that a run was begun in; None for pixels."""
+    if config.latent.key is None:
+        return None
+    if before is not None:
+        return resumed_latents(folder, before, device)
+    if config.latent.pretrained is not None:
+        return pretrained_latents(config.latent.pretrained, dataset, device)
+    run = find_run(config.latent.run, config.output_dir, "latent.run")
+    return run_latents(run, str(config.latent.run), dataset, device)
+
+
+def _network(
+    config: TrainConfig,
+    dataset: Dataset,
+    train_data: Dataset,
+    objective: Objective[Any] | ReconstructionLoss,
+) -> nn.Module:
+    """Build the network, with the initial weights of the seed; UsageError if it does not suit the data."""
+    classifies = getattr(objective, "trains", None) is NoisyClassifier
+    if dataset.missing_classes and (classifies or config.model.get("class_conditional")):
+        key = "task=classifier" if classifies else "model.class_conditional=true"
+        raise UsageError(key, NO_VALUE, f"the data set has no classes to learn: {dataset.missing_classes}")
+    torch.manual_seed(mix(config.seed, "weights"))
+    network = build(config.model, train_data.shape, dataset.num_classes)
+    if getattr(network, "ordered", True) and not train_data.form.ordered:
+        raise UsageError(
+            "model",
+            type(network).__name__,
+            "goes by the order of points, and those of a set have none",
+            "take model=set_tiny, for task=diffusion",
+        )
+    return network
+
+
+def _autoencoder_task(
+    config: TrainConfig, network: nn.Module, objective: ReconstructionLoss, dataset: Dataset
+) -> AutoencoderTask:
+    if config.eval_every is not None:
+        raise UsageError("eval_every", config.eval_every, "an autoencoder makes no samples", "leave it out")
+    if config.progressive is not None:
+        raise UsageError(
+            "progressive", config.progressive, "is for what noised images are shown to", "leave it out"
+        )
+    return AutoencoderTask(objective.model(network, dataset.shape), objective)
+
+
+def _denoising_task(config: TrainConfig, network: nn.Module, objective: Objective[Any]) -> DenoisingTask:
+    schedule = build(config.schedule)
+    sampler: Sampler = build(config.sampler, schedule)
+    model = objective.trains(network, schedule, build(config.parameterization))
+    times: Times = build(config.time_sampling)
+    times.check(schedule)
+    objective.check(model, times)
+    if isinstance(model, Denoiser):
+        try:  # refused now rather than at the first preview
+            sampler.grid(config.preview_steps)
+        except UsageError as error:
+            raise error.renamed({"steps": "preview_steps"}) from error
+        if config.eval_every is not None:
+            try:
+                sampler.grid(config.eval_steps)
+            except UsageError as error:
+                raise error.renamed({"steps": "eval_steps"}) from error
+        sampler.check(model)
+    return DenoisingTask(model, objective, times, sampler)
+
+
+def resolution_schedule(config: TrainConfig, dataset: Dataset) -> ResolutionSchedule:
+    """Return the stages of a run; UsageError for point clouds and masks, and as `ResolutionSchedule.from_sizes`."""
+    sizes, steps = config.progressive, config.stage_steps
+    if sizes is not None and not dataset.form.ordered:
+        raise UsageError(
+            "progressive", sizes, "points lie in no order in which to take their means", "leave it out"
+        )
+    if sizes is not None and config.dataset.get("masks") is not None:
+        raise UsageError(
+            "progressive",
+            sizes,
+            "the mean of two labels of dataset.masks is a third",
+            "leave one of them out",
+        )
+    if steps is None and sizes is not None:
+        assert config.max_steps is not None
+        steps = [config.max_steps // len(sizes)] * (len(sizes) - 1)
+    return ResolutionSchedule.from_sizes(
+        dataset.shape, config.batch_size, sizes, steps or [], config.stage_batch
+    )
+
+
+def _max_steps(config: TrainConfig, stages: ResolutionSchedule, num_images: int) -> int | None:
+    limits = [config.max_steps] if config.max_steps else []
+    limits += [stages.steps(config.max_epochs * num_images)] if config.max_epochs else []
+    return min(limits, default=None)
+
+
+def _latent_info(latent: LatentSource | None, train_data: Dataset) -> LatentInfo | None:
+    if latent is None:
+        return None
+    assert isinstance(train_data, LatentDataset)
+    return latent.info(train_data)
+
+
+def _data_info(dataset: Dataset, images: Images, val_images: Images) -> dict[str, Any]:
+    """Return the entries of a checkpoint that recognise the data."""
+    labels = None if images.labels is None else images.labels.cpu()
+    fingerprints = f"{images.fingerprint()} {val_images.fingerprint()}"
+    return {
+        "num_images": len(images),
+        "shape": dataset.shape,
+        "form": dataset.form,
+        "num_classes": dataset.num_classes,
+        "class_names": tuple(dataset.class_names) if dataset.class_names else None,
+        "class_counts": None
+        if labels is None
+        else labels.bincount(minlength=dataset.num_classes or 0).tolist(),
+        "data_rules": dataset.rules,
+        "data_sha256": Distributed().broadcast(sha256(fingerprints.encode()).hexdigest()),
+        "labels_sha256": None if labels is None else digest({"labels": labels}),
+    }

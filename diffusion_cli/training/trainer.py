@@ -1,0 +1,60 @@
+"""Lightning's Trainer, with everything switched off that the callbacks of this package do."""
+
+import logging
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+
+from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.loggers import Logger
+
+from diffusion_cli.system.compat import keep_signal_handlers
+from diffusion_cli.training.callbacks import WholeFileIO
+from diffusion_cli.training.device import Device
+
+
+def make_trainer(
+    device: Device,
+    precision: str,
+    folder: Path,
+    *,
+    max_steps: int | None,
+    accumulate_grad_batches: int,
+    log_every: int,
+    loggers: Sequence[Logger],
+    callbacks: Sequence[Callback],
+) -> Trainer:
+    """Return a Trainer for the processes at work.
+
+    Args:
+        device: devices and strategy.
+        precision: fp32, bf16 or fp16.
+        folder: folder of the run.
+        max_steps: optimizer steps, or None without a limit.
+        accumulate_grad_batches: parts of a batch.
+        log_every: steps between two lines of the logs.
+        loggers: where numbers are logged.
+        callbacks: in the order in which they run.
+
+    Raises:
+        UsageError: if the number format does not go with the strategy.
+    """
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", module=r"lightning\.")
+    trainer = Trainer(
+        max_epochs=-1,
+        max_steps=max_steps or -1,
+        accumulate_grad_batches=accumulate_grad_batches,
+        callbacks=list(callbacks),
+        logger=list(loggers),
+        plugins=[WholeFileIO(), *device.plugins(precision)],
+        default_root_dir=folder,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+        log_every_n_steps=log_every,
+        **device.trainer_arguments(),
+    )
+    keep_signal_handlers(trainer)  # GracefulStop handles them
+    return trainer

@@ -104,7 +104,7 @@ def test_every_number_of_a_scan_comes_back(tmp_path):
     np.testing.assert_array_equal(scan.pixels, numbers[0])
     assert (scan.bits, scan.slope, scan.intercept) == (12, 1.5, -1000.25)
     np.testing.assert_array_equal(form.numbers(form.read(data, (1, 64, 64))), numbers)
-    assert dicom_form(data, None) == form == form_of(form.about())
+    assert dicom_form(data, None) == form == form_of(form.to_dict())
 
 
 def test_a_range_is_what_becomes_minus_one_and_one_and_beyond_is_clipped():
@@ -136,7 +136,7 @@ def test_what_is_written_is_what_was_stored(tmp_path, dtype, channels):
     assert_close(form.read(data, (channels, 5, 6)), sample, rtol=0, atol=0)
     assert depth_of(data) == dtype
     assert written(form, sample, tmp_path / "again") == data
-    assert form_of(form.about()) == form
+    assert form_of(form.to_dict()) == form
     pictures = form.to_rgb(sample[None])
     assert pictures.dtype == torch.uint8
     assert tuple(pictures.shape[1:]) == form.picture_shape((channels, 5, 6))
@@ -196,7 +196,7 @@ def test_ranges_that_are_none_are_refused(arguments, message):
 )
 def test_forms_that_are_none_are_refused(change):
     with pytest.raises(ValueError, match="form"):
-        form_of(CT.about() | change)
+        form_of(CT.to_dict() | change)
 
 
 # Files
@@ -329,7 +329,7 @@ def test_colours_with_opacity_come_back_as_png_of_their_kind(tmp_path, suffix):
     assert found.mode == "RGBA"
     seen = sprite[..., 3:] > 0  # what cannot be seen has no colour
     np.testing.assert_array_equal(np.asarray(found) * seen, sprite * seen)
-    assert form_of(form.about()) == form
+    assert form_of(form.to_dict()) == form
     picture = form.to_rgb(sample[None])[0].permute(1, 2, 0).numpy()
     beneath = Image.alpha_composite(Image.new("RGBA", (8, 8), "white"), Image.fromarray(sprite))
     np.testing.assert_allclose(picture, np.asarray(beneath)[..., :3], atol=1)
@@ -419,10 +419,10 @@ def test_four_channels_of_any_kind_and_older_runs_stay_channels(tmp_path):
     (tmp_path / "data").mkdir()
     (tmp_path / "data/0.tif").write_bytes(tiff(SPRITE, photometric="minisblack", planarconfig="contig"))
     form = folder(tmp_path / "data", channels=4).form
-    assert form.about() == {"kind": "raster", "dtype": "uint8", "low": [0], "high": [255], "file": "tiff"}
+    assert form.to_dict() == {"kind": "raster", "dtype": "uint8", "low": [0], "high": [255], "file": "tiff"}
     assert form.picture_shape((4, 8, 8)) == (1, 8, 32)
     saved(tmp_path / "sprites/0.png", SPRITE)
-    assert folder(tmp_path / "sprites", channels=4, rules=1).form == form == form_of(form.about())
+    assert folder(tmp_path / "sprites", channels=4, rules=1).form == form == form_of(form.to_dict())
 
 
 # DICOM

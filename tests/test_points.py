@@ -118,7 +118,7 @@ def test_files_keep_what_is_stored(tmp_path, radius):
 
 
 def test_a_form_is_known_by_what_it_says():
-    assert form_of(PointCloud(radius=2.5).about()) == PointCloud(radius=2.5)
+    assert form_of(PointCloud(radius=2.5).to_dict()) == PointCloud(radius=2.5)
     for radius in (0.0, -1.0, float("inf"), float("nan"), "1"):
         with pytest.raises(ValueError, match=r"form\.radius"):
             form_of({"kind": "points", "radius": radius})

@@ -411,7 +411,7 @@ def test_the_loss_of_zero_is_the_mean_square_of_the_target(name):
     parameterization = build(yaml.safe_load((CONF / "parameterization" / f"{name}.yaml").read_text()))
     objective = build(yaml.safe_load((CONF / "objective" / "target.yaml").read_text()))
     model = Denoiser(ZeroNetwork(False), schedule, parameterization)
-    module = DenoisingModule(model, objective, Uniform(), Pixels((1, 16, 16)), None, seed=0, about={})  # pyright: ignore
+    module = DenoisingModule(model, objective, Uniform(), Pixels((1, 16, 16)), None, seed=0, info=None)  # pyright: ignore
     images = torch.full((16, 1, 16, 16), 0.5)
     images[::2] = -0.25
     zero = module.loss_of_zero(Batch(0, images, None, torch.arange(16)))
@@ -430,7 +430,7 @@ def test_objectives_of_low_noise_have_no_loss_of_zero():
     eps = build(yaml.safe_load((CONF / "parameterization" / "eps.yaml").read_text()))
     objective = build(yaml.safe_load((CONF / "objective" / "likelihood.yaml").read_text()))
     model = Denoiser(ZeroNetwork(False), schedule, eps)
-    module = DenoisingModule(model, objective, Uniform(), Pixels((1, 4, 4)), None, seed=0, about={})  # pyright: ignore
+    module = DenoisingModule(model, objective, Uniform(), Pixels((1, 4, 4)), None, seed=0, info=None)  # pyright: ignore
     assert module.loss_of_zero(Batch(0, torch.zeros(2, 1, 4, 4), None, torch.arange(2))) is None
 
 

@@ -49,7 +49,7 @@ def test_values_pass_through_a_file_in_its_numbers(tmp_path):
     assert back.header.get_zooms() == (1.0, 2.0, 3.0)
     np.testing.assert_array_equal(back.get_fdata(), given)
     assert torch.equal(data.form.read((tmp_path / "out").read_bytes(), data.shape), images[1])
-    assert form_of(json.loads(json.dumps(data.form.about()))) == data.form
+    assert form_of(json.loads(json.dumps(data.form.to_dict()))) == data.form
 
 
 def test_volumes_are_cropped_and_shrunk_without_aliasing(tmp_path):

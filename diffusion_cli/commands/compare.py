@@ -161,7 +161,7 @@ def _entry(place: str, job: ComparisonJob, store: Path) -> dict[str, Any] | None
 def _facts(config: EvalConfig, plan: EvaluationPlan) -> dict[str, Any]:
     """All that the numbers of an evaluation depend on, by content: nothing that is measured, nothing left to names.
 
-    Raises ValueError where the evaluation itself would, before any sample is made.
+    Raises UsageError where the evaluation itself would, before any sample is made.
     """
     metrics, samples, seen = plan.metrics, plan.samples, {}
     if samples is not None:

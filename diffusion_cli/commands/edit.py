@@ -72,7 +72,7 @@ def _run(config: EditConfig) -> None:
         "read_sha256": {key: digest({key: value}) for key, value in edit.content().items()},
         "inputs": [[item.name, digest({"pixels": item.pixels})] for item in given],
     }
-    if forms := {job.name: job.form.about() for job in jobs if job.form != form}:
+    if forms := {job.name: job.form.to_dict() for job in jobs if job.form != form}:
         settings["forms"] = forms
     output = (
         Path(config.output)

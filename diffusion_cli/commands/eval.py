@@ -50,7 +50,7 @@ def run(config: EvalConfig) -> None:
 
 
 def _history(name: str, output_dir: str) -> Path:
-    """The metrics.json of a run or of evaluated samples, by its folder or name; ValueError if there is none."""
+    """Return the metrics.json of a run or of evaluated samples, by folder or name; UsageError if there is none."""
     root = Path(output_dir)
     for folder in (Path(name), root / name, root / "evaluations" / name):
         if (folder / "metrics.json").is_file():
@@ -165,18 +165,18 @@ def _described(plan: EvaluationPlan, samples: Samples) -> str:
     """Return a line that names what was measured."""
     if isinstance(samples, GivenSamples):
         return f"{len(samples)} images of {plan.source}"
-    about = samples.protocol()
+    protocol = samples.protocol()
     if not isinstance(samples, ModelSamples):
         return (
-            f"{plan.source}, its reconstructions of {len(samples)} images of {about['dataset']}/{about['split']}, "
-            f"{about['weights']} weights"
+            f"{plan.source}, its reconstructions of {len(samples)} images of "
+            f"{protocol['dataset']}/{protocol['split']}, {protocol['weights']} weights"
         )
     repeats = f"{plan.repeats} repeats of " if plan.repeats > 1 else ""
     calls = "an unknown number of" if samples.calls is None else samples.calls
     sampler = type(samples.trained.sampler).__name__
     return (
         f"{plan.source}, {repeats}{len(samples) // plan.repeats} samples by {sampler} in {calls} network calls each, "
-        f"{about['weights']} weights"
+        f"{protocol['weights']} weights"
     )
 
 

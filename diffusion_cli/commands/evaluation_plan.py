@@ -158,7 +158,7 @@ def _of_autoencoder(mode: ReconstructionEvaluation) -> EvaluationPlan:
     if not len(images):
         raise UsageError(f"metric.{metric}.split", split, "has no images", "take the other split")
     record = weights_record(folder, trained, mode.weights) | {
-        "dataset": dataset.name, "split": split, "precision": EXACT, "form": dataset.form.about(),
+        "dataset": dataset.name, "split": split, "precision": EXACT, "form": dataset.form.to_dict(),
     }  # fmt: skip
     return EvaluationPlan(
         mode=mode, folder=folder, source=_named(folder, trained), dataset=dataset,

@@ -54,7 +54,7 @@ class Pack:
                     file.write(np.ascontiguousarray(pixels).data)
             _write(archive, MARKS, np.arange(sum(counts)) >= counts[0])
             if isinstance(dataset.form, RangedImage):
-                _write(archive, FORM, np.array(json.dumps(dataset.form.about())))
+                _write(archive, FORM, np.array(json.dumps(dataset.form.to_dict())))
             labels = [images.labels for images in splits if images.labels is not None]
             if dataset.class_names is not None and labels:
                 _write(archive, LABEL_KEYS[0], torch.cat(labels).cpu().numpy())

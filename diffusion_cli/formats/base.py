@@ -20,7 +20,7 @@ KINDS: "dict[str, type[SampleFormat]]" = {}
 
 
 class SampleFormat(ABC):
-    """How samples x in [-1, 1] are stored and shown; a frozen dataclass of plain data, by `about` and `form_of`.
+    """How samples x in [-1, 1] are stored and shown, as a frozen dataclass; `to_dict` and `form_of` store it.
 
     Samples "as stored" are uint8 where a file holds bytes, and elsewhere float32 in [-1, 1], each number one that the
     file can hold.
@@ -34,7 +34,7 @@ class SampleFormat(ABC):
         if "kind" in cls.__dict__:
             KINDS[cls.kind] = cls
 
-    def about(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         """Return the format as plain data."""
         return {"kind": self.kind, **asdict(self)}  # pyright: ignore[reportArgumentType]
 
@@ -95,13 +95,13 @@ class SampleFormat(ABC):
         return ""
 
 
-def form_of(about: Mapping[str, Any]) -> SampleFormat:
-    """Return the format that `about` describes; UsageError if there is no such format."""
-    values = dict(about)
+def form_of(stored: Mapping[str, Any]) -> SampleFormat:
+    """Return the format that `stored` describes; UsageError if there is no such format."""
+    values = dict(stored)
     kind = KINDS.get(str(values.pop("kind", None)))
     if kind is None:
         raise UsageError(
-            "form.kind", str(about.get("kind"))[:40], "is no form", f"there are {', '.join(KINDS)}"
+            "form.kind", str(stored.get("kind"))[:40], "is no form", f"there are {', '.join(KINDS)}"
         )
     try:
         return kind(**values)

@@ -34,9 +34,9 @@ class HighDepthImage(RangedImage):
     def __post_init__(self) -> None:
         self.check_range()
 
-    def about(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         """Return the format as plain data; without a mode, as earlier versions wrote it."""
-        return {key: value for key, value in super().about().items() if key != "mode" or value}
+        return {key: value for key, value in super().to_dict().items() if key != "mode" or value}
 
     @property
     def suffix(self) -> str:

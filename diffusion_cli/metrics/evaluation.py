@@ -130,16 +130,16 @@ def require(
 def evaluate_model(
     metrics: Iterable[ModelMetric],
     subject: EvaluatedModel,
-    about: Mapping[str, Any],
+    record: Mapping[str, Any],
     environment: Mapping[str, Any],
 ) -> Report:
-    """Measure a model itself; `about` is plain data on it, for the protocol, and `environment` as for `evaluate`."""
+    """Measure a model itself; `record` goes into the protocol as its entry `model`, `environment` as in `evaluate`."""
     results, notes = [], []
     for metric in metrics:
         finding = metric.measure(subject)
         if finding is not None:
             notes += finding.notes
-            model = {"dataset": subject.dataset.name, "model": dict(about), "environment": dict(environment)}
+            model = {"dataset": subject.dataset.name, "model": dict(record), "environment": dict(environment)}
             results += _result(finding, {**finding.protocol, **model})
     return Report(results, notes)
 

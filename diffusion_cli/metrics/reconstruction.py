@@ -34,9 +34,9 @@ class ReconstructedSamples(Samples):
     class_names = None
 
     def __init__(
-        self, network: AutoencoderKL, images: Images, form: SampleFormat, about: dict[str, Any]
+        self, network: AutoencoderKL, images: Images, form: SampleFormat, record: dict[str, Any]
     ) -> None:
-        self.network, self.images, self.form, self.about = network, images, form, about
+        self.network, self.images, self.form, self.record = network, images, form, record
         self.shape = form.picture_shape(images.shape)
 
     def __len__(self) -> int:
@@ -55,7 +55,7 @@ class ReconstructedSamples(Samples):
         return self.images[torch.tensor(list(numbers)).to(self.images.device)].cpu()
 
     def protocol(self) -> dict[str, Any]:
-        return self.about | {"images_sha256": self.images.digest()}
+        return self.record | {"images_sha256": self.images.digest()}
 
 
 class RawPixels(Features):

@@ -28,7 +28,7 @@ class Found(NamedTuple):
 def newest(run: Path, sums: bool = True) -> Found | None:
     """The last checkpoint of a run, or the newest numbered one where that is damaged or missing; None if it has none.
 
-    Raises ValueError if none is whole, or as `read`, with or without `sums`.
+    Raises UsageError if none is whole, or as `read`, with or without `sums`.
     """
     last = run / LAST
     earlier = sorted(last.parent.glob("step_*.ckpt"), reverse=True)
@@ -57,7 +57,7 @@ def newest(run: Path, sums: bool = True) -> Found | None:
 def find_run(run: str | None, output_dir: str, key: str = "run") -> Path:
     """The folder of a run by path or name, or that of the newest denoiser under `output_dir`.
 
-    Raises ValueError, about the option called `key`, if there is none.
+    Raises UsageError, about the option called `key`, if there is none.
     """
     root = Path(output_dir)
     dates = {
@@ -91,7 +91,7 @@ def is_run(folder: Path) -> bool:
 
 
 def task_of(run: Path) -> str:
-    """What a run trains: `diffusion`, `classifier` or `autoencoder`; ValueError as `newest`, or if it has nothing."""
+    """Return the task of a run: `diffusion`, `classifier` or `autoencoder`; UsageError as `newest`, or without one."""
     found = newest(run, sums=False)
     if found is None:
         raise UsageError(run, NO_VALUE, f"holds no {LAST}")
@@ -101,7 +101,7 @@ def task_of(run: Path) -> str:
 def recover(run: Path) -> None:
     """Make a run's last checkpoint a whole one, the damaged one kept beside it, and remove what was never finished.
 
-    For the holder of the run's lock. Raises ValueError as `newest` and `own_folder`, OSError as `atomic_write`.
+    For the holder of the run's lock. Raises UsageError as `newest` and `own_folder`, OSError as `atomic_write`.
     """
     for name in WRITTEN:
         own_folder(run, name)

@@ -195,7 +195,7 @@ def _check_fit(path: Path, info: CheckpointInfo, state: Mapping[str, Tensor]) ->
 
 @contextlib.contextmanager
 def _at_most(tensors: int) -> Iterator[None]:
-    """Raise ValueError where a network of more tensors is built: a stranger's options may ask for one without end."""
+    """Raise FormatError where a network of more tensors is built: a stranger's options may ask for one without end."""
     built = 0
 
     def count(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:

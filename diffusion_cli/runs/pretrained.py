@@ -52,7 +52,7 @@ def from_diffusers(folder: Path, key: str) -> Pretrained:
     It, or its folder `vae` as in a pipeline, holds config.json and diffusion_pytorch_model.safetensors. Factors that
     scale the latents are not looked at.
 
-    Raises ValueError, about the option called `key`, for another network, for files that are damaged or not there,
+    Raises UsageError, about the option called `key`, for another network, for files that are damaged or not there,
     and for pickled weights, which could run code.
     """
     try:
@@ -86,7 +86,7 @@ def _read_config(path: Path) -> _DiffusersConfig:
 
 
 def _options(config: _DiffusersConfig) -> dict[str, Any]:
-    """The arguments of our network that a configuration means, and `in_channels`; ValueError where there are none."""
+    """The arguments of our network that a configuration means, and `in_channels`; UsageError where there are none."""
     widths = config.block_out_channels
     same = {
         "out_channels": config.in_channels,

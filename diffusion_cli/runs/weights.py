@@ -18,7 +18,7 @@ RENAMED = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
-    """The tensors of a safetensors file by their present names, in float32; ValueError if it is none."""
+    """The tensors of a safetensors file by their present names, in float32; FormatError or UsageError if it is none."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
@@ -37,7 +37,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
 
 
 def check_fit(path: Path, network: AutoencoderKL, state: Mapping[str, Tensor]) -> None:
-    """Raise ValueError unless the tensors of a file are the weights of a network, by name and shape."""
+    """Raise UsageError unless the tensors of a file are the weights of a network, by name and shape."""
     wanted = network.state_dict()
     for name in sorted(wanted.keys() ^ state.keys()):
         raise UsageError(

@@ -68,8 +68,8 @@ def run_latents(run: Path, named: str, dataset: Dataset, device: torch.device) -
         raise UsageError(
             "latent.run",
             named,
-            f"was trained on images stored as {trained.info.form.about()}, and those of {dataset.name} are "
-            f"{dataset.form.about()}",
+            f"was trained on images stored as {trained.info.form.to_dict()}, and those of {dataset.name} are "
+            f"{dataset.form.to_dict()}",
             "train one on these",
         )
     _check_images("latent.run", named, trained.network, trained.shape[0], dataset)

@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers import checkpoint_info
 from PIL import Image
 
 from diffusion_cli.cli import run
@@ -30,6 +29,7 @@ from diffusion_cli.networks import UNet
 from diffusion_cli.runs.load import LoadedDenoiser
 from diffusion_cli.samplers import DDIM, DDPM, Sampler
 from diffusion_cli.system.seeding import seed_ranges
+from helpers import checkpoint_info
 
 CPU = torch.device("cpu")
 

@@ -1,4 +1,4 @@
-"""Private and undocumented APIs of libraries, each behind one function; tests/test_compat.py notices when one changes.
+"""Private and undocumented APIs of libraries, each in one function; tests/system/test_compat.py checks them.
 
 Libraries are imported within the functions, so that importing this module costs nothing.
 """

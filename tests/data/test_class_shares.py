@@ -7,7 +7,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from test_training import TINY
 
 from diffusion_cli.cli import run
 from diffusion_cli.commands.samples import in_shares_of
@@ -18,6 +17,7 @@ from diffusion_cli.data.class_shares import MOST, are_shares, differing_shares, 
 from diffusion_cli.generate import labels_of
 from diffusion_cli.metrics import DatasetReference, GivenReference, Reference
 from diffusion_cli.training import evaluation
+from helpers import TINY
 
 
 def order(counts: list[int]) -> np.ndarray:

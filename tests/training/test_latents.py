@@ -14,7 +14,6 @@ import yaml
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from test_autoencoder import PUBLISHED, SMALL
-from test_training import TINY, assert_same
 from torch import Tensor
 
 from diffusion_cli.batch_size import network_call
@@ -40,6 +39,7 @@ from diffusion_cli.samplers import DDIM
 from diffusion_cli.training import latent_cache
 from diffusion_cli.training.latent_cache import encoded
 from diffusion_cli.training.latent_data import LatentDataset
+from helpers import TINY, assert_same
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -4,7 +4,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers import checkpoint_info
 from PIL import Image
 
 from diffusion_cli.cli import run
@@ -13,6 +12,7 @@ from diffusion_cli.config import CompareConfig, EditConfig, EvalConfig, load, lo
 from diffusion_cli.errors import UsageError
 from diffusion_cli.runs.load import Loaded
 from diffusion_cli.system.trusted_paths import remember, unnamed
+from helpers import checkpoint_info
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -17,7 +17,6 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from helpers import checkpoint_info
 from PIL import Image
 from torch import Tensor, nn
 
@@ -43,37 +42,7 @@ from diffusion_cli.training.callbacks import GracefulStop, Preview, ValidationAc
 from diffusion_cli.training.ema import EMA
 from diffusion_cli.training.module import DenoisingModule, LevelMeter
 from diffusion_cli.training.optimizers import Adam, AdamW
-
-TINY = [
-    "train", "name=tiny", "model.channels=8", "model.norm_groups=4", "model.num_heads=1", "model.head_channels=null",
-    "batch_size=16", "optimizer.decay_steps=null", "optimizer.lr=0.001", "optimizer.warm_up_steps=3", "precision=fp32",
-    "trainer=cpu", "logger=csv", "log_every=5", "checkpoint_every=5", "preview_every=1000", "validate_every=1000",
-]  # fmt: skip
-
-
-def train(folder: Path, *words: str) -> int:
-    return run([*TINY, f"output_dir={folder}", *words])
-
-
-def state(folder: Path) -> dict:
-    return read(folder / "tiny" / LAST).state
-
-
-def assert_same(one, other, path="") -> None:
-    assert type(one) is type(other), path
-    if isinstance(one, dict):
-        assert one.keys() == other.keys(), path
-        for key in one:
-            assert_same(one[key], other[key], f"{path}.{key}")
-    elif isinstance(one, list | tuple):
-        assert len(one) == len(other), path
-        for i, (a, b) in enumerate(zip(one, other, strict=True)):
-            assert_same(a, b, f"{path}[{i}]")
-    elif isinstance(one, torch.Tensor):
-        assert torch.equal(one, other), path
-    else:
-        assert one == other, path
-
+from helpers import TINY, assert_same, checkpoint_info, state, train
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -15,7 +15,6 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from helpers import checkpoint_info
 from PIL import Image
 
 from diffusion_cli.cli import run
@@ -30,6 +29,7 @@ from diffusion_cli.errors import UsageError
 from diffusion_cli.runs.checkpoint import LAST, read
 from diffusion_cli.runs.schema import parse_info
 from diffusion_cli.training import callbacks, evaluation
+from helpers import checkpoint_info
 
 TINY = [
     "model=unet_tiny",

@@ -8,13 +8,13 @@ import time
 from pathlib import Path
 
 import pytest
-from test_training import TINY
 
 from diffusion_cli.cli import run
 from diffusion_cli.commands import train
 from diffusion_cli.metrics import EvaluationCancelled
 from diffusion_cli.system.signals import STOPPED, UNFINISHED, handled, handling
 from diffusion_cli.training.callbacks import GracefulStop
+from helpers import TINY
 
 LINUX = pytest.mark.skipif(sys.platform != "linux", reason="takes /proc")
 ALL = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2]

@@ -206,7 +206,7 @@ def test_a_run_writes_its_tables_and_every_round(tmp_path, monkeypatch: pytest.M
 
 # --- scripts/check_gpu.sh --------------------
 
-CHECK = Path(__file__).parents[1] / "scripts" / "check_gpu.sh"
+CHECK = Path(__file__).parents[2] / "scripts" / "check_gpu.sh"
 
 
 def check_gpu(*words: str, out: Path, python: str = sys.executable) -> subprocess.CompletedProcess[str]:

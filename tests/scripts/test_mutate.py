@@ -11,7 +11,7 @@ import pytest
 
 from mutate import Mutant, digest, read_table, write_table
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 TABLE = read_table(ROOT / "scripts" / "mutants.toml")
 
 

@@ -10,9 +10,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from helpers import checkpoint_info
 from safetensors.torch import load_file, save_file
-from test_training import assert_same
 from torch import Tensor
 from torch.distributions import Normal, kl_divergence
 from torch.nn.functional import relu
@@ -37,12 +35,13 @@ from diffusion_cli.training.autoencoder_loss import (
 )
 from diffusion_cli.training.autoencoding import AutoencodingModule
 from diffusion_cli.training.optimizers import Adam
+from helpers import assert_same, checkpoint_info
 
 # A random network of diffusers 0.42.1, as `save_pretrained` wrote it, and what it makes of random images and latents:
 #   AutoencoderKL(in_channels=2, out_channels=2, down_block_types=["DownEncoderBlock2D"] * 2,
 #       up_block_types=["UpDecoderBlock2D"] * 2, block_out_channels=[8, 16], layers_per_block=1, latent_channels=3,
 #       norm_num_groups=4), after torch.manual_seed(0); mean and logvar of encode(x).latent_dist; decode(z).sample
-PUBLISHED = Path(__file__).parent / "reference" / "autoencoder_kl"
+PUBLISHED = Path(__file__).parents[1] / "reference" / "autoencoder_kl"
 SMALL = {
     "channels": 8,
     "channel_mult": [1, 2],

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from test_training import TINY, assert_same, state
 
 from diffusion_cli.cli import run
 from diffusion_cli.commands.train_checks import check_shares
@@ -18,6 +17,7 @@ from diffusion_cli.data import Batch, NoDataset, ProgressiveBatches, ResolutionS
 from diffusion_cli.data.memory import MemoryImages
 from diffusion_cli.runs.load import load_model
 from diffusion_cli.runs.schema import parse_info
+from helpers import TINY, assert_same, state
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -14,13 +14,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_ranks import distance
 
 from diffusion_cli.cli import run
 from diffusion_cli.runs.checkpoint import LAST, read
 from diffusion_cli.system.signals import UNFINISHED
+from helpers import distance
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 SCRIPTS = ROOT / "scripts" / "slurm"
 DAEMONS = [
     name

@@ -21,7 +21,6 @@ import pytest
 import torch
 from lightning.pytorch.plugins import Precision
 from PIL import Image
-from test_training import TINY, assert_same, state, train
 
 from diffusion_cli.cli import run
 from diffusion_cli.commands.outputs import claim
@@ -38,6 +37,7 @@ from diffusion_cli.system.locks import LOCK, Heartbeat, run_lock
 from diffusion_cli.training import out_of_memory as memory
 from diffusion_cli.training.callbacks import CheckpointCallback
 from diffusion_cli.training.logs import CSVFile, TensorBoard
+from helpers import TINY, assert_same, state, train
 
 CPU = torch.device("cpu")
 TOMORROW = time.time() + 86400
@@ -711,7 +711,7 @@ def test_a_checkpoint_is_saved_under_its_name_only_once_whole(tmp_path):
 
 @pytest.mark.slow
 def test_killed_ten_times_no_bit_is_different():
-    script = Path(__file__).parents[1] / "scripts" / "kill.py"
+    script = Path(__file__).parents[2] / "scripts" / "kill.py"
     done = subprocess.run([sys.executable, script, "--kills", "10"], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "| bits different from the run left alone | 0 |" in done.stdout

@@ -6,7 +6,6 @@ from dataclasses import dataclass, replace
 
 import pytest
 import torch
-from helpers import checkpoint_info
 from torch import Tensor, nn
 
 from diffusion_cli.cli import run
@@ -20,6 +19,7 @@ from diffusion_cli.diffusion.probability_flow import angle, velocity
 from diffusion_cli.diffusion.schedules import VE, Cosine, EDMSchedule, Linear, Rectified, Schedule
 from diffusion_cli.metrics import EvaluatedModel, FlowLikelihood, Inversion, VariationalBound
 from diffusion_cli.runs.load import LoadedDenoiser
+from helpers import checkpoint_info
 
 F64 = torch.float64
 BITS = 4 * math.log(2)  # nats of a bit a dimension, of four

@@ -14,7 +14,7 @@ from diffusion_cli.networks.layers import zero_init
 from diffusion_cli.networks.set_transformer import CrossAttention, InducedAttention
 from diffusion_cli.networks.transformer import SelfAttention, TransformerBlock
 
-CONF = Path(__file__).parents[1] / "conf" / "model"
+CONF = Path(__file__).parents[2] / "conf" / "model"
 CPU = torch.device("cpu")
 SMALL: dict = {
     "hidden_size": 24,

@@ -47,7 +47,7 @@ from diffusion_cli.networks.layers import (
 
 OPTIONS = [
     file
-    for file in sorted((Path(__file__).parents[1] / "conf" / "model").glob("*.yaml"))
+    for file in sorted((Path(__file__).parents[2] / "conf" / "model").glob("*.yaml"))
     if re.search(r"networks\.(UNet|Classifier)\n", file.read_text())
 ]
 UNETS = [file for file in OPTIONS if "UNet" in file.read_text()]

@@ -30,6 +30,7 @@ from diffusion_cli.system.distributed import (
     started,
 )
 from diffusion_cli.system.signals import UNFINISHED
+from helpers import distance
 
 TINY = [
     "train", "name=tiny", "model.channels=8", "model.norm_groups=4", "model.num_heads=1", "model.head_channels=null",
@@ -50,15 +51,6 @@ def state(folder: Path) -> dict:
 def losses(folder: Path, column: str = "loss") -> Tensor:
     with (folder / "tiny" / "metrics.csv").open(newline="") as file:
         return torch.tensor([float(row[column]) for row in csv.DictReader(file) if row.get(column)])
-
-
-def distance(one: dict[str, Tensor], other: dict[str, Tensor]) -> float:
-    """The relative difference of all weights together, in the Euclidean norm."""
-    assert one.keys() == other.keys()
-    flat, other_flat = (
-        torch.cat([weights[key].double().flatten() for key in one]) for weights in (one, other)
-    )
-    return float((flat - other_flat).norm() / flat.norm())
 
 
 def free_port() -> int:

@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from test_training import TINY
 
 from diffusion_cli.cli import run
 from diffusion_cli.commands.samples import run_of
@@ -21,6 +20,7 @@ from diffusion_cli.config import CONF, EvalConfig, build, fingerprint, load
 from diffusion_cli.data import Digits
 from diffusion_cli.errors import UsageError
 from diffusion_cli.metrics import Metric, ModelMetric
+from helpers import TINY
 
 WORDS = ["features=classifier", "features.steps=20", "batch_size=50"]
 

@@ -8,13 +8,13 @@ from zipfile import ZipFile
 import numpy as np
 import pytest
 from PIL import Image
-from test_profiles import SRGB, WIDE
 
 from diffusion_cli.commands.inputs import read_input
 from diffusion_cli.data import Folder, given_images, survey
 from diffusion_cli.formats import Uint8Image
 from diffusion_cli.formats.files import has_gray_palette, parsed
 from diffusion_cli.formats.lossy import lossy_format
+from helpers import SRGB, WIDE
 
 ENLARGED = "smaller and enlarged, the smallest from"
 

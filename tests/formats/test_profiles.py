@@ -7,18 +7,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image, ImageCms
+from PIL import Image
 
 from diffusion_cli.commands.inputs import read_mask
 from diffusion_cli.data import Folder, given_images
 from diffusion_cli.data.decoding import ImageDecoder
 from diffusion_cli.formats import Uint8Image
 from diffusion_cli.formats.profiles import conversion, to_srgb
+from helpers import SRGB, WIDE
 
-SRGB = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
-P3 = {  # primaries of Display P3, adapted to D50
-    b"rXYZ": (0.51512, 0.2412, -0.00105), b"gXYZ": (0.29198, 0.69225, 0.04189), b"bXYZ": (0.1571, 0.06657, 0.78407),
-}  # fmt: skip
 COLOURS = {
     (200, 80, 60): (216, 69, 50),
     (90, 90, 90): (90, 90, 90),
@@ -26,17 +23,6 @@ COLOURS = {
     (255, 255, 255): (255,) * 3,
 }
 """Colours in Display P3, and the same in sRGB by the published matrices."""
-
-
-def wide() -> bytes:
-    """A profile of Display P3, whose curve is that of sRGB."""
-    profile = bytearray(SRGB)
-    (count,) = struct.unpack(">I", profile[128:132])
-    entries = (struct.unpack(">4sII", profile[132 + 12 * k : 144 + 12 * k]) for k in range(count))
-    for name, at, _ in entries:
-        if name in P3:
-            profile[at + 8 : at + 20] = b"".join(struct.pack(">i", round(v * 65536)) for v in P3[name])
-    return bytes(profile)
 
 
 def gray(gamma: float) -> bytes:
@@ -49,9 +35,6 @@ def gray(gamma: float) -> bytes:
     header = struct.pack(">I4sI4s4s4s", size, bytes(4), 0x02100000, b"mntr", b"GRAY", b"XYZ ")
     header += bytes(12) + b"acsp" + bytes(28) + white[8:] + bytes(48)
     return header + tags + white + curve
-
-
-WIDE = wide()
 
 
 def patches(mode: str = "RGB") -> Image.Image:

@@ -21,7 +21,7 @@ from diffusion_cli.runs.curves import read_curves
 from diffusion_cli.runs.migrate import FORMAT, MIGRATIONS, MODULES_OF_FORMAT_4, as_of_format_4, migrated
 from diffusion_cli.training.logs import CSVFile
 
-STORED = Path(__file__).parent / "stored_runs"
+STORED = Path(__file__).parents[1] / "stored_runs"
 """How they were made is in the README.md there."""
 FAST = ["steps=3", "precision=fp32", "device=cpu"]
 BEGUN = [

@@ -31,7 +31,8 @@ def diffuse(arguments: argparse.Namespace, resize: str = "tensorflow") -> dict[s
             "eval", f"samples={arguments.samples}", "reference=images", f"reference.path={arguments.reference}",
             METRICS if resize == "tensorflow" else "metric=fid", "features=inception", f"features.resize={resize}",
             f"features.weights={arguments.weights}", f"output_dir={folder}", f"cache_dir={folder}/cache", "force=true",
-            f"batch_size={arguments.batch_size}", f"processes={arguments.processes}", "metric.fid.floor=false",
+            f"batch_size={arguments.batch_size}", f"processes={arguments.processes}",
+            "metric.fid.reference_distance=false",
         ]  # fmt: skip
         if resize == "tensorflow":
             words.append(f"metric.kid.subset_size={SIZE}")

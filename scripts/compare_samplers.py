@@ -81,7 +81,7 @@ def measure(
     images = MemoryImages(torch.cat([batch.images for batch in batches]), None)
     results = [
         evaluate(
-            {"fid": FrechetDistance(floor=True, infinity=0, bootstrap=0)},
+            {"fid": FrechetDistance(reference_distance=True, infinity=0, bootstrap=0)},
             FeatureExtractors({**node, "seed": seed}, dataset, cache, torch.device("cpu")),
             GivenSamples(ExternalImages(images, None), None, {}, "samples"),
             reference,
@@ -91,7 +91,7 @@ def measure(
     ]
     return {
         "distances": [result.value for result in results],
-        "floors": [result.details["floor"] for result in results],
+        "reference_distances": [result.details["reference_distance"] for result in results],
         "calls": batches[0].calls,
         "steps": steps,
     }

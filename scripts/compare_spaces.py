@@ -31,13 +31,13 @@ class Row(NamedTuple):
     sample: float
     decoder: float
     distance: float
-    floor: float
+    reference_distance: float
 
     def __str__(self) -> str:
         numbers = f"{self.call:.3g} | {self.decoder:.3g} | {self.sample:.3g} | {self.distance:.3g}"
         return (
             f"| {self.run} | {self.space} | {self.parameters / 1e6:.2f}M | {numbers} | "
-            f"{self.distance / self.floor:.3g} |"
+            f"{self.distance / self.reference_distance:.3g} |"
         )
 
 
@@ -56,7 +56,7 @@ def row(run: Path) -> Row:
     parameters = sum(parameter.numel() for parameter in model.denoiser.network.parameters())
     return Row(
         run.name, "x".join(map(str, model.space.shape)), parameters, call, calls * call + decoder, decoder,
-        newest["value"], newest["details"]["floor"],
+        newest["value"], newest["details"]["reference_distance"],
     )  # fmt: skip
 
 
@@ -75,7 +75,8 @@ def main() -> None:
     )
     parser.add_argument("runs", type=Path, nargs="+", help="folders of evaluated runs")
     print(
-        "| run | space | network | GFLOP a call | of the decoder | a sample | Frechet distance | over the floor |\n"
+        "| run | space | network | GFLOP a call | of the decoder | a sample | Frechet distance "
+        "| over the reference distance |\n"
         "|---|---|---|---|---|---|---|---|"
     )
     for run in parser.parse_args().runs:

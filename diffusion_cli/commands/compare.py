@@ -132,15 +132,15 @@ def compare(jobs: list[ComparisonJob], folder: Path, store: Path) -> None:
         writer = csv.DictWriter(file, _columns(points), restval="")
         writer.writeheader()
         writer.writerows(points)
-    floors = [
+    distances = [
         {
-            result["name"]: result["details"].get("floor")
+            result["name"]: result["details"].get("reference_distance")
             for report in entry["reports"]
             for result in report["results"]
         }
         for entry in entries
     ]
-    save_panels(_panels(points, floors, list(jobs[0].values)), folder / "plot.png")
+    save_panels(_panels(points, distances, list(jobs[0].values)), folder / "plot.png")
     print(f"{text}\nTable and plot: {folder}")
 
 
@@ -292,7 +292,7 @@ def _cell(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else format_value(value)
 
 
-def _panels(points: Sequence[Point], floors: Sequence[dict[str, Any]], axes: Sequence[str]) -> list[Panel]:
+def _panels(points: Sequence[Point], distances: Sequence[dict[str, Any]], axes: Sequence[str]) -> list[Panel]:
     """Each number against what it costs where the steps differ, else against the last axis of numbers."""
     numbers = [axis for axis in axes if all(isinstance(point[axis], int | float) for point in points)]
     names = [
@@ -300,12 +300,14 @@ def _panels(points: Sequence[Point], floors: Sequence[dict[str, Any]], axes: Seq
     ]
     costs = [CALLS, SECONDS] if "steps" in numbers or not numbers else [numbers[-1]]
     apart = [axis for axis in axes if axis not in ("steps", *costs)]
-    real = {name: {floor[name] for floor in floors if floor.get(name) is not None} for name in names}
+    real = {
+        name: {distance[name] for distance in distances if distance.get(name) is not None} for name in names
+    }
     return [_panel(points, name, x, apart, real[name]) for name in names for x in costs]
 
 
-def _panel(points: Sequence[Point], name: str, x: str, apart: Sequence[str], floors: set[float]) -> Panel:
-    """A line for each combination of the axes `apart`, and one for real images where there is one floor for all."""
+def _panel(points: Sequence[Point], name: str, x: str, apart: Sequence[str], distances: set[float]) -> Panel:
+    """Return a curve for each combination of the axes `apart`, and a line for a reference distance that all have."""
     lines: dict[str, list[tuple[float, float]]] = {}
     for point in points:
         if point.get(name) is not None and point.get(x) is not None:
@@ -313,9 +315,12 @@ def _panel(points: Sequence[Point], name: str, x: str, apart: Sequence[str], flo
             lines.setdefault(label, []).append((point[x], point[name]))
     curves = [Curve(label, sorted(line)) for label, line in lines.items()]
     places = [place for curve in curves for place in curve.x]
-    if len(floors) == 1 and places:
+    if len(distances) == 1 and places:
         curves.append(
-            Curve("real images", [(place, floor) for floor in floors for place in (min(places), max(places))])
+            Curve(
+                "real images",
+                [(place, distance) for distance in distances for place in (min(places), max(places))],
+            )
         )
     values = [value for curve in curves for value in curve.y]
     spans = bool(values) and min(values) > 0 and max(values) > 3 * min(values)

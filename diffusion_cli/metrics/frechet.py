@@ -53,9 +53,9 @@ def _root(sigma: Tensor) -> Tensor:
 class FrechetDistance(Metric):
     """The Frechet distance between samples and real images, over features: FID, where they are Inception's.
 
-    With `floor`, the distance between the two splits of real images is reported beside it: that of a perfect model, but
-    for the number of images, with which the distance falls. So both are given once more for equal numbers, m of the
-    samples against m images of the other split. A model that copies training images goes below.
+    With `reference_distance`, the distance between the two splits of real images is reported beside it. A perfect model
+    has that distance, except that the distance falls with the number of images. So both are given once more for equal
+    numbers, m of the samples against m images of the other split. A model that copies training images goes below.
 
     With `infinity` points, the distance is extrapolated to infinitely many samples; with `bootstrap` resamples, an
     interval of 95% is given for it.
@@ -69,14 +69,14 @@ class FrechetDistance(Metric):
     stream: Stream = "features"
 
     def __init__(
-        self, *, floor: bool = True, infinity: NonNegativeInt = 0, bootstrap: NonNegativeInt = 0
+        self, *, reference_distance: bool = True, infinity: NonNegativeInt = 0, bootstrap: NonNegativeInt = 0
     ) -> None:
         for key, value, least in (("infinity", infinity, 3), ("bootstrap", bootstrap, 20)):
             if 0 < value < least:
                 raise UsageError(
                     f"metric.{self.key}.{key}", value, "is too few", f"take at least {least}, or 0 for none"
                 )
-        self.floor, self.infinity, self.bootstrap = floor, infinity, bootstrap
+        self.reference_distance, self.infinity, self.bootstrap = reference_distance, infinity, bootstrap
 
     def title(self, features: Features) -> str:
         """The name of the number in reports."""
@@ -131,11 +131,11 @@ class FrechetDistanceDINOv2(FrechetDistance):
         self,
         *,
         weights: str = "facebook/dinov2-large",
-        floor: bool = True,
+        reference_distance: bool = True,
         infinity: NonNegativeInt = 0,
         bootstrap: NonNegativeInt = 0,
     ) -> None:
-        super().__init__(floor=floor, infinity=infinity, bootstrap=bootstrap)
+        super().__init__(reference_distance=reference_distance, infinity=infinity, bootstrap=bootstrap)
         self.weights = weights
 
     def network(self, networks: FeatureExtractors) -> Features:
@@ -151,8 +151,8 @@ class SpatialFrechetDistance(FrechetDistance):
     key = "sfid"
     stream = "spatial"
 
-    def __init__(self, *, floor: bool = True) -> None:
-        super().__init__(floor=floor, infinity=0, bootstrap=0)
+    def __init__(self, *, reference_distance: bool = True) -> None:
+        super().__init__(reference_distance=reference_distance, infinity=0, bootstrap=0)
 
     def title(self, features: Features) -> str:
         return "sfid"
@@ -180,7 +180,7 @@ class FrechetState(MetricState):
         else:
             self.mean, self.covariance = moments.mean, moments.covariance
         self.root = _root(self.covariance)  # for all distances, and with resamples there are many
-        other = seen.real.reference.other if metric.floor and stats is None else None
+        other = seen.real.reference.other if metric.reference_distance and stats is None else None
         enough = other is not None and len(other) > dim
         self.other = seen.real.moments("other", stream=metric.stream) if enough else None
         self.equal = self.other
@@ -209,10 +209,12 @@ class FrechetState(MetricState):
         if self.other is not None:
             more, notes = self._beside_real(value, self.other)
             details |= more
-        elif self.metric.floor and self.real.reference.stats is not None:
-            notes = ["no floor: the reference is statistics, not images"]
-        elif self.metric.floor:
-            notes = [f"no floor: beside {self.real.name()} there are too few real images for one"]
+        elif self.metric.reference_distance and self.real.reference.stats is not None:
+            notes = ["no reference distance: the reference is statistics, not images"]
+        elif self.metric.reference_distance:
+            notes = [
+                f"no reference distance: beside {self.real.name()} there are too few real images for one"
+            ]
         protocol = {"reference": self._reference()}
         return [MetricValue(self.metric.title(self.seen.network), value, details, protocol, tuple(notes))]
 
@@ -223,20 +225,25 @@ class FrechetState(MetricState):
     def _beside_real(self, value: float, other: Moments) -> tuple[dict[str, float], list[str]]:
         """The distance between the real splits, then both distances for equal numbers of images."""
         reference = f"the {len(self.real.images())} of {self.real.name()}"
-        floor = self._distance(other)
-        details = {"floor": floor, "floor_images": other.n} | _ratio("ratio_to_floor", value, floor)
-        notes = [f"floor: {other.n} real images of {self.real.name('other')} against {reference}"]
+        reference_distance = self._distance(other)
+        details = {"reference_distance": reference_distance, "reference_distance_images": other.n}
+        details |= _ratio("ratio_to_reference", value, reference_distance)
+        notes = [
+            f"reference distance: {other.n} real images of {self.real.name('other')} against {reference}"
+        ]
         number = self.equal_sets[0].n
         if number > len(self.mean) and self.equal is not None:
             values = [self._distance(each) for each in self.equal_sets] if number < self.all.n else [value]
-            mean, floor = float(np.mean(values)), self._distance(self.equal)
+            mean, reference_distance = float(np.mean(values)), self._distance(self.equal)
             details |= {
                 "equal_size_images": number,
                 "equal_size_sets": len(values),
                 "equal_size_distance": mean,
             }
             details |= {"equal_size_deviation": float(np.std(values, ddof=1))} if len(values) > 1 else {}
-            details |= {"equal_size_floor": floor} | _ratio("equal_size_ratio", mean, floor)
+            details |= {"equal_size_reference": reference_distance} | _ratio(
+                "equal_size_ratio", mean, reference_distance
+            )
             sets = f"mean over {len(values)} disjoint sets of " if len(values) > 1 else ""
             notes.append(
                 f"equal_size: {sets}{number} samples, beside {number} real images of {self.real.name('other')}, each "
@@ -282,6 +289,6 @@ class FrechetState(MetricState):
         return _distance(moments.mean, moments.covariance, self.mean, self.covariance, self.root)
 
 
-def _ratio(name: str, value: float, floor: float) -> dict[str, float]:
-    """value / floor under its name, or nothing where the two real splits do not differ."""
-    return {name: value / floor} if floor > 0 else {}
+def _ratio(name: str, value: float, reference: float) -> dict[str, float]:
+    """Return value / reference under its name, or nothing where the two real splits do not differ."""
+    return {name: value / reference} if reference > 0 else {}

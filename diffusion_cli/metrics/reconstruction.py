@@ -176,7 +176,7 @@ class ReconstructionFrechetDistance(FrechetDistance):
     key = "rfid"
 
     def __init__(self, *, split: Split = "val") -> None:
-        super().__init__(floor=False, infinity=0, bootstrap=0)
+        super().__init__(reference_distance=False, infinity=0, bootstrap=0)
         self.split = split
 
     def title(self, features: Features) -> str:

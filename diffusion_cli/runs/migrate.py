@@ -32,10 +32,14 @@ MODULES_OF_FORMAT_4 = {
 """Modules of the package that moved after format 4, whose classes configurations name."""
 KEYS_OF_FORMAT_5 = {
     "accumulate": "accumulate_grad_batches",
+    "equal_size_floor": "equal_size_reference",
+    "floor": "reference_distance",
+    "floor_images": "reference_distance_images",
     "held_out": "val_fraction",
     "held_out_accuracy": "val_accuracy",
     "method": "restoration",
     "on_real_held_out": "on_real_val",
+    "ratio_to_floor": "ratio_to_reference",
     "times": "time_sampling",
 }
 """Keys of configurations and results that have another name since format 5."""

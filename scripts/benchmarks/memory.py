@@ -81,7 +81,7 @@ def _evaluate(device: str) -> tuple[int, float]:
         before, start = resident(), time.perf_counter()
         evaluate(
             {
-                "fid": FrechetDistance(floor=False, infinity=0, bootstrap=0),
+                "fid": FrechetDistance(reference_distance=False, infinity=0, bootstrap=0),
                 "kid": KernelDistance(subsets=100, subset_size=1000, seed=2020),
                 "is": InceptionScore(splits=10),
             },

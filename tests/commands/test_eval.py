@@ -326,7 +326,12 @@ def test_lossy_files_of_samples_are_noted_and_in_the_protocol(place, images, tmp
 
 def test_the_reference_may_be_another_folder_of_images(place, images, tmp_path):
     paths = other_forms(images, tmp_path)
-    words = ["dataset=digits", "reference=images", "metric.fid.floor=false", "metric=[fid,precision_recall]"]
+    words = [
+        "dataset=digits",
+        "reference=images",
+        "metric.fid.reference_distance=false",
+        "metric=[fid,precision_recall]",
+    ]
     assert evaluate(place, f"samples={paths[0]}", f"reference.path={paths[2]}", *words) == 0
     found = numbers(record(place, paths[0]))
     assert found == {

@@ -50,13 +50,20 @@ def test_a_comparison_has_the_standard_deviation_of_its_repeats(place, capsys): 
 def test_the_mean_keeps_what_all_repeats_have_alike():
     reports = [
         Report(
-            [Result("fid", value, {"floor": 2.0, "ratio": value / 2}, {"sampling": {"pixels_sha256": "x"}})],
+            [
+                Result(
+                    "fid",
+                    value,
+                    {"reference_distance": 2.0, "ratio": value / 2},
+                    {"sampling": {"pixels_sha256": "x"}},
+                )
+            ],
             ["n"],
         )
         for value in (1.0, 2.0)
     ]
     (result,) = averaged([*reports, Report(reports[0].results, ["n"])]).results
-    assert result.details["floor"] == 2.0
+    assert result.details["reference_distance"] == 2.0
     assert result.details["ratio"] == pytest.approx(4 / 6)
     assert averaged([reports[0], Report([], [])]).results == []
     assert averaged(reports).notes == ["n"]

@@ -412,7 +412,9 @@ def test_clip_score_is_the_cosine_with_the_prompt_of_the_class(folders, frogs, t
 def test_metrics_take_their_own_network_whatever_the_evaluation_chose(folders, frogs, tmp_path) -> None:
     """Of the reference itself both distances are zero; of inverted images they are not."""
     _, images, _ = frogs
-    dino = FrechetDistanceDINOv2(weights=str(folders["dinov2"]), floor=False, infinity=0, bootstrap=0)
+    dino = FrechetDistanceDINOv2(
+        weights=str(folders["dinov2"]), reference_distance=False, infinity=0, bootstrap=0
+    )
     clip = CLIPDistance(weights=str(folders["clip"]), sigma=10.0, scale=1000.0)
     for metric, name in ((dino, "fd_dinov2"), (clip, "cmmd")):
         same = found(metric, frogs, tmp_path, tmp_path)

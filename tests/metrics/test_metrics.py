@@ -274,7 +274,7 @@ def test_inception_score_refuses_more_splits_than_samples() -> None:
 
 
 METRICS = {
-    "fid": FrechetDistance(floor=True, infinity=0, bootstrap=0),
+    "fid": FrechetDistance(reference_distance=True, infinity=0, bootstrap=0),
     "is": InceptionScore(splits=4),
 }
 DATA = Held(pixels(200, 0), pixels(40, 1, high=200))
@@ -346,21 +346,21 @@ def test_the_numbers_beside_the_distance_are_what_their_names_say(tmp_path) -> N
     result = measured(METRICS, features, samples, DATA, tmp_path).results[0]
     train, val = (features(DATA.splits[name]).features for name in ("train", "val"))
     seen = features(samples).features
-    floor, rows = distance(val, train), spread(100, 80)
+    reference_distance, rows = distance(val, train), spread(100, 80)
     sets = [distance(seen[rows[first::2]], train) for first in (0, 1)]
     equal = (sets[0] + sets[1]) / 2
     assert result.value == pytest.approx(distance(seen, train), rel=1e-5)
     assert result.details == pytest.approx(
         {
-            "floor": floor,
-            "floor_images": 40,
-            "ratio_to_floor": distance(seen, train) / floor,
+            "reference_distance": reference_distance,
+            "reference_distance_images": 40,
+            "ratio_to_reference": distance(seen, train) / reference_distance,
             "equal_size_images": 40,
             "equal_size_sets": 2,
             "equal_size_distance": equal,
             "equal_size_deviation": abs(sets[0] - sets[1]) / 2**0.5,
-            "equal_size_floor": floor,
-            "equal_size_ratio": equal / floor,
+            "equal_size_reference": reference_distance,
+            "equal_size_ratio": equal / reference_distance,
         },
         rel=1e-5,
     )
@@ -373,20 +373,22 @@ def test_fewer_samples_than_validation_are_matched_by_as_many_real_images(tmp_pa
     details = measured({"fid": METRICS["fid"]}, features, samples, DATA, tmp_path).results[0].details
     spread = DATA.splits["val"][::4]
     train = features(DATA.splits["train"]).features
-    assert details["floor_images"] == 40
+    assert details["reference_distance_images"] == 40
     assert details["equal_size_images"] == 10
-    assert details["equal_size_floor"] == pytest.approx(distance(features(spread).features, train), rel=1e-5)
+    assert details["equal_size_reference"] == pytest.approx(
+        distance(features(spread).features, train), rel=1e-5
+    )
 
 
 def test_real_validation_images_as_samples_have_ratio_one(tmp_path) -> None:
     report = measured(METRICS, Projection(), DATA.splits["val"], DATA, tmp_path)
     details = report.results[0].details
-    assert details["ratio_to_floor"] == pytest.approx(1, abs=1e-6)
+    assert details["ratio_to_reference"] == pytest.approx(1, abs=1e-6)
     assert details["equal_size_ratio"] == pytest.approx(1, abs=1e-6)
 
 
 def test_the_validation_split_can_be_the_reference(tmp_path) -> None:
-    metric = FrechetDistance(floor=False, infinity=0, bootstrap=0)
+    metric = FrechetDistance(reference_distance=False, infinity=0, bootstrap=0)
     images = DATA.splits["val"]
     result = measured({"fid": metric}, Projection(), images, DATA, tmp_path, split="val").results[0]
     assert result.value == pytest.approx(0, abs=1e-9)
@@ -486,7 +488,7 @@ def test_without_validation_images_there_is_no_floor_and_a_note(tmp_path) -> Non
     alone = Held(pixels(50, 0), pixels(0, 1))
     report = measured(METRICS, Projection(), pixels(50, 2), alone, tmp_path)
     assert report.results[0].details == {}
-    assert any("no floor" in note for note in report.notes)
+    assert any("no reference distance" in note for note in report.notes)
 
 
 def test_samples_of_another_shape_or_kind_are_refused(tmp_path) -> None:
@@ -755,7 +757,7 @@ def test_neighbours_do_not_depend_on_blocks(monkeypatch) -> None:
 
 def test_the_distance_at_infinity_comes_nearer_to_that_of_the_distributions() -> None:
     """Of N(0, I) and N(m, I) in 20 dimensions it is |m|^2; with 400 samples it is more."""
-    metric = FrechetDistance(floor=False, infinity=15, bootstrap=0)
+    metric = FrechetDistance(reference_distance=False, infinity=15, bootstrap=0)
     finite, infinite = [], []
     for seed in range(8):
         generator = torch.Generator().manual_seed(seed)
@@ -774,7 +776,7 @@ def test_the_distance_at_infinity_comes_nearer_to_that_of_the_distributions() ->
 
 
 def test_the_interval_holds_the_expected_distance_nearly_always() -> None:
-    metric = FrechetDistance(floor=False, infinity=0, bootstrap=60)
+    metric = FrechetDistance(reference_distance=False, infinity=0, bootstrap=60)
     real = torch.randn(50000, 4, generator=torch.Generator().manual_seed(99))
     found = []
     for seed in range(40):
@@ -792,7 +794,7 @@ def test_the_interval_holds_the_expected_distance_nearly_always() -> None:
 @pytest.mark.parametrize(("key", "value"), [("infinity", 2), ("bootstrap", 5)])
 def test_too_few_points_or_resamples_are_refused(key, value) -> None:
     with pytest.raises(ValueError, match=rf"metric.fid.{key}={value}: is too few"):
-        FrechetDistance(**{"floor": False, "infinity": 0, "bootstrap": 0, key: value})
+        FrechetDistance(**{"reference_distance": False, "infinity": 0, "bootstrap": 0, key: value})
 
 
 # --- Memorization ------------------------------------------------------------
@@ -1057,12 +1059,12 @@ def test_an_evaluation_with_the_classifier_says_what_its_numbers_are(trained, di
     assert list(by_name) == ["frechet_classifier", "is_classifier", "class_accuracy", "class_entropy"]
     assert by_name["class_accuracy"].value == pytest.approx(0.5, abs=0.02)
     assert by_name["class_accuracy"].details["on_real_val"] == features.val_accuracy
-    assert by_name["frechet_classifier"].details["ratio_to_floor"] == pytest.approx(1, abs=1e-6)
+    assert by_name["frechet_classifier"].details["ratio_to_reference"] == pytest.approx(1, abs=1e-6)
     assert by_name["class_entropy"].details["entropy_of_classes"] == pytest.approx(np.log(10), abs=0.02)
     for result in report.results:
         assert result.protocol["features"]["digest"] == features.digest
         assert result.protocol["sampling"] == made | {"pixels_sha256": val.pixel_digest()}
-    for word in ("frechet_classifier", "floor", "equal_size_ratio", "not of Inception"):
+    for word in ("frechet_classifier", "reference_distance", "equal_size_ratio", "not of Inception"):
         assert word in report.table()
     assert Report.from_dict(json.loads(json.dumps(report.to_dict(), allow_nan=False))) == report
 
@@ -1145,7 +1147,10 @@ def test_no_classifier_is_trained_for_an_evaluation_that_is_refused(digits, tmp_
         {"_target_": "diffusion_cli.metrics.ClassifierFeatures", **QUICK}, digits, tmp_path, CPU
     )
     for metric, line in (
-        (FrechetDistance(floor=True, infinity=0, bootstrap=0), r"num_samples=5: 5 images are fewer than the"),
+        (
+            FrechetDistance(reference_distance=True, infinity=0, bootstrap=0),
+            r"num_samples=5: 5 images are fewer than the",
+        ),
         (KernelDistance(subsets=2, subset_size=6, seed=0), r"metric.kid.subset_size=6: must be 2 or more"),
     ):
         given = ExternalImages(MemoryImages(digits.load("train")[torch.arange(5)], None), None)
@@ -1313,7 +1318,10 @@ def test_inception_numbers_equal_those_of_torch_fidelity(tmp_path, random_incept
     noise = torch.randint(-40, 40, (16, 3, 16, 16), generator=generator)
     samples, real = (colours + noise).clamp(0, 255).to(torch.uint8).split(8)
     features = inception(weights)
-    metrics = {"fid": FrechetDistance(floor=True, infinity=0, bootstrap=0), "is": InceptionScore(splits=3)}
+    metrics = {
+        "fid": FrechetDistance(reference_distance=True, infinity=0, bootstrap=0),
+        "is": InceptionScore(splits=3),
+    }
     report = measured(metrics, features, samples, Held(real, real), tmp_path, batch_size=5, force=True)
     theirs = torch_fidelity.calculate_metrics(
         input1=png_folder(tmp_path / "samples", samples),

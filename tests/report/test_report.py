@@ -45,7 +45,7 @@ def result(name: str = "fid", value: float = 1.5, steps: int = 50, **protocol) -
         "environment": environment,
     }
     about |= protocol
-    return {"name": name, "value": value, "details": {"floor": 0.25}, "protocol": about}
+    return {"name": name, "value": value, "details": {"reference_distance": 0.25}, "protocol": about}
 
 
 def make(
@@ -192,7 +192,7 @@ def test_a_page_says_what_the_folder_holds(tmp_path):
     for words in (
         "1,200 of 2,400", "1 × 8 × 8", "0.15M", "1,438 images of Digits", "cat, dog", "sampler.eta 0.5", "images 3",
         "lightning 2.88", "diffuse 0.0.7, torch 2.99, cpu", f"torch {torch.__version__} and Python",
-        "fid 3.0625 step 1200, DDIM, 50 steps, ClassifierFree of scale 1.5, 100 samples floor 0.25",
+        "fid 3.0625 step 1200, DDIM, 50 steps, ClassifierFree of scale 1.5, 100 samples reference_distance 0.25",
         "features.name inception", "a new note",
         "sampler calls ddim, eta 0 50", "model.channels", "step 1000",
     ):  # fmt: skip

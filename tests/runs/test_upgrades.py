@@ -196,6 +196,11 @@ def test_names_of_classes_come_forward_and_go_back(target):
         ({"name": "held_out"}, {"name": "held_out"}),
         ({"cache": {"train": "a", "held_out": "b"}}, {"cache": {"train": "a", "val": "b"}}),
         ({"details": {"on_real_held_out": 0.9}}, {"details": {"on_real_val": 0.9}}),
+        (
+            {"details": {"floor": 0.5, "ratio_to_floor": 2.0}},
+            {"details": {"reference_distance": 0.5, "ratio_to_reference": 2.0}},
+        ),
+        ({"_target_": "FID", "floor": True}, {"_target_": "FID", "reference_distance": True}),
         ({"times": None}, {"time_sampling": None}),
         ({"times": {"_target_": "Uniform"}}, {"time_sampling": {"_target_": "Uniform"}}),
     ],

@@ -542,7 +542,8 @@ def test_a_manifest_holds_what_it_should(key, value):
 
 HISTORY = [
     Report(
-        [Result("fid", 1.5, {"floor": 1.0}, {"n": 2, "sampling": {"weights": "ema"}})], ["a note"]
+        [Result("fid", 1.5, {"reference_distance": 1.0}, {"n": 2, "sampling": {"weights": "ema"}})],
+        ["a note"],
     ).to_dict()
 ]
 

@@ -68,7 +68,7 @@ def test_every_mistake_at_once_one_line_each(capsys):
         ),
         (["edit", "input=held_out"], "input=held_out: renamed to val; use input=val"),
         (
-            ["eval", "metric=reconstruction", "metric.reconstruction.split=held_out"],
+            ["eval", "run=ae", "metric=reconstruction", "metric.reconstruction.split=held_out"],
             "metric.reconstruction.split=held_out: renamed to val; use metric.reconstruction.split=val",
         ),
         (

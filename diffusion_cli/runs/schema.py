@@ -48,7 +48,7 @@ Sizes = Annotated[
 StoredFormat = Annotated[
     InstanceOf[SampleFormat],
     BeforeValidator(lambda value: form_of(value) if isinstance(value, Mapping) else value),
-    PlainSerializer(SampleFormat.to_dict),
+    PlainSerializer(lambda form: form.to_dict()),
 ]
 
 

@@ -554,7 +554,7 @@ def test_a_wrong_comparison_gets_one_line(place, tmp_path, capsys, words, line):
             ["run=a", "metric=lpips", "metric.lpips.weights=/x.pth"],
             "metric.lpips.weights=/x.pth: no such file",
         ),
-        (["compare=[a,none]"], "compare=none: has no metrics.json"),
+        (["compare=[none,nobody]"], "compare=none: has no metrics.json"),
         (["compare=[a]"], "compare=['a']: should have at least 2"),
         (["metric.fid.bootstrap=3", "run=a"], "metric.fid.bootstrap=3: is too few"),
     ],

@@ -17,7 +17,7 @@ from diffusion_cli.data.class_shares import MOST, are_shares, differing_shares, 
 from diffusion_cli.generate import labels_of
 from diffusion_cli.metrics import DatasetReference, GivenReference, Reference
 from diffusion_cli.training import evaluation
-from helpers import TINY
+from helpers import TINY, checkpoint_info
 
 
 def order(counts: list[int]) -> np.ndarray:
@@ -84,7 +84,7 @@ def array(path: Path) -> Array:
 
 def trained(names: tuple[str, ...], labels: list[int]) -> LoadedModel:
     """A model of these classes that makes all `labels` in turn."""
-    model: Any = SimpleNamespace(class_names=names)
+    model: Any = SimpleNamespace(info=checkpoint_info(class_names=names))
     unused: Any = None
     return LoadedModel(
         model=model, sampler=unused, steps=5, guidance=unused, labels=labels, clip=True, precision="fp32",

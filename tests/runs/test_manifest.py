@@ -17,9 +17,10 @@ from diffusion_cli.errors import UsageError
 from diffusion_cli.report import record
 from diffusion_cli.runs.manifest import MANIFEST, RECORDS, add_record
 from diffusion_cli.system import locks
+from helpers import checkpoint_info
 
 SETTINGS = {"labels": None, "steps": 2}
-MODEL: Any = SimpleNamespace(step=20, config={"name": "small"})
+MODEL: Any = SimpleNamespace(step=20, info=checkpoint_info())
 FORK = multiprocessing.get_context("fork")
 
 

@@ -86,11 +86,11 @@ def test_the_outcome_of_a_command_that_has_ended_stands():
 def test_a_signal_before_the_first_step_of_training_is_not_waited_with(tmp_path, monkeypatch, capsys, number):
     """As while latents are encoded, data is read or a judge is trained."""
 
-    def assemble(*_: object) -> None:
+    def interrupted(*_: object) -> None:
         signal.raise_signal(number)
         raise AssertionError("the signal was only noted")
 
-    monkeypatch.setattr(train, "assemble", assemble)
+    monkeypatch.setattr(train, "set_up", interrupted)
     assert run([*TINY, f"output_dir={tmp_path}"]) == UNFINISHED
     assert capsys.readouterr().err.splitlines() == [STOPPED]
     assert not (tmp_path / "tiny").exists()  # nor its lock

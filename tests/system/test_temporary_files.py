@@ -14,6 +14,7 @@ from diffusion_cli.metrics.protocol import append_history
 from diffusion_cli.system.files import atomic_write
 from diffusion_cli.system.process_identity import has_ended, machine_id, start_time
 from diffusion_cli.system.temporary_files import EXPIRY, is_temporary, remove_abandoned, temporary_path
+from helpers import checkpoint_info
 
 
 @pytest.fixture(scope="module")
@@ -94,7 +95,7 @@ def test_a_temporary_file_has_the_name_of_one(tmp_path):
 
 def test_a_kill_at_the_claim_of_a_folder_of_images_refuses_nothing(killed, monkeypatch):
     settings = {"labels": None}
-    model = type("Model", (), {"step": 1, "config": {}})
+    model = type("Model", (), {"step": 1, "info": checkpoint_info()})
     assert outputs.claim(killed, settings, model)["settings"] == settings  # pyright: ignore[reportArgumentType]
     assert [file.name for file in killed.iterdir()] == ["manifest.json"]
 

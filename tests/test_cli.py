@@ -19,6 +19,16 @@ def mistakes(capsys, *words: str) -> list[str]:
     return err.splitlines()
 
 
+def test_an_invalid_option_that_the_mode_does_not_use_either_is_a_mistake(capsys, tmp_path):
+    (tmp_path / "sampler").mkdir()
+    text = (config.CONF / "sampler" / "ddim.yaml").read_text()
+    (tmp_path / "sampler" / "mine.yaml").write_text(f"{text}etta: 0.3\n")
+    lines = mistakes(capsys, "eval", "--config-dir", str(tmp_path), "samples=x", "sampler=mine")
+    assert "diffuse: sampler.etta=0.3: unknown key; did you mean eta?" in lines
+    lines = mistakes(capsys, "eval", "samples=x", "sampler._target_=3")
+    assert any(line.startswith("diffuse: sampler._target_=3: is not a class") for line in lines)
+
+
 def test_every_mistake_at_once_one_line_each(capsys):
     lines = mistakes(
         capsys, "train", "scheduel=cosine", "schedule=cosin", "batch_size=many", "max_step=5", "optimizer.lr=-1",

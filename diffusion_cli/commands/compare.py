@@ -140,8 +140,11 @@ def compare(jobs: list[ComparisonJob], folder: Path, store: Path) -> None:
         }
         for entry in entries
     ]
-    save_panels(_panels(points, distances, list(jobs[0].values)), folder / "plot.png")
-    print(f"{text}\nTable and plot: {folder}")
+    # Metrics of the model itself have no sampling costs to be drawn against.
+    panels = [panel for panel in _panels(points, distances, list(jobs[0].values)) if panel.curves]
+    if panels:
+        save_panels(panels, folder / "plot.png")
+    print(f"{text}\n{'Table and plot' if panels else 'Table'}: {folder}")
 
 
 def _entry(place: str, job: ComparisonJob, store: Path) -> dict[str, Any] | None:

@@ -10,6 +10,7 @@ from torch import nn
 
 from diffusion_cli.commands.train_checks import check_data, check_shares
 from diffusion_cli.config import TrainConfig, build
+from diffusion_cli.config.validate import validate
 from diffusion_cli.data import Dataset, Images, ResolutionSchedule, as_begun
 from diffusion_cli.diffusion.denoiser import Denoiser, NoiseConditioned, NoisyClassifier
 from diffusion_cli.diffusion.latents import Pixels, Space
@@ -18,7 +19,7 @@ from diffusion_cli.diffusion.time_sampling import Times
 from diffusion_cli.errors import NO_VALUE, UsageError
 from diffusion_cli.metrics import cache_folder
 from diffusion_cli.runs.find import find_run
-from diffusion_cli.runs.schema import CheckpointInfo, LatentInfo, StageInfo, StoredConfig
+from diffusion_cli.runs.schema import CheckpointInfo, LatentInfo, StageInfo
 from diffusion_cli.runs.weights import digest
 from diffusion_cli.samplers import Sampler
 from diffusion_cli.system.distributed import Distributed
@@ -54,7 +55,7 @@ class AutoencoderTask(NamedTuple):
     objective: ReconstructionLoss
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class TrainingSetup:
     """What a configuration is made of, and the facts that its checkpoints record."""
 
@@ -117,29 +118,31 @@ def set_up(config: TrainConfig, folder: Path, before: CheckpointInfo | None) -> 
     precision = known or resolve(config.precision, device.torch_device)
     check_shares(stages, config.accumulate_grad_batches, Distributed().world)
     images, val_images = train_data.load("train"), train_data.load("val")
-    info = CheckpointInfo(
-        task=task.model.task,
-        config=StoredConfig(**config.model_dump()),
-        latent=_latent_info(latent, train_data),
-        stages=[StageInfo(**stage._asdict()) for stage in stages.all] if stages.grow else None,
-        precision=precision,
-        **_data_info(dataset, images, val_images),
-    )
+    entries = _data_info(dataset, images, val_images) | {
+        "task": task.model.task,
+        "config": config.model_dump(),
+        "latent": _latent_info(latent, train_data),
+        "stages": [StageInfo(**stage._asdict()) for stage in stages.all] if stages.grow else None,
+        "precision": precision,
+    }
+    info, problems = validate(CheckpointInfo, entries)
+    if problems:
+        raise UsageError.several(problems)
     if before:
         check_data(folder, info, before)
     return TrainingSetup(
-        dataset,
-        train_data,
-        latent,
-        task,
-        build(config.optimizer),
-        device,
-        stages,
-        images,
-        val_images,
-        precision,
-        _max_steps(config, stages, len(images)),
-        info,
+        dataset=dataset,
+        train_data=train_data,
+        latent=latent,
+        task=task,
+        optimizer=build(config.optimizer),
+        device=device,
+        stages=stages,
+        images=images,
+        val_images=val_images,
+        precision=precision,
+        max_steps=_max_steps(config, stages, len(images)),
+        info=info,
     )
 
 

@@ -384,6 +384,16 @@ def test_a_comparison_measures_each_combination_once(place, capsys):
     assert sum(line.startswith("[") for line in lines) == 3
 
 
+def test_a_comparison_without_costs_has_a_table_and_no_plot(place, capsys):
+    words = ["compare", "run=a", f"output_dir={place}/o", f"cache_dir={place}/cache", "precision=fp32"]
+    assert run([*words, "metric=bound", "metric.bound.num_images=2", "weights=[ema,raw]"]) == 0
+    out = capsys.readouterr().out
+    assert "raw" in out
+    folder = Path(out.strip().rpartition("\nTable: ")[2])
+    assert (folder / "table.csv").is_file()
+    assert not (folder / "plot.png").exists()
+
+
 def test_memory_that_runs_out_names_the_batch_size(place, monkeypatch, capsys):
     def refuse(*_: object) -> None:
         raise RuntimeError("DefaultCPUAllocator: can't allocate memory")

@@ -11,7 +11,7 @@ from diffusion_cli.batch_size import advise_batch_size
 from diffusion_cli.charts import Curve, Panel, save_panels
 from diffusion_cli.commands.eval import assess, versions
 from diffusion_cli.commands.evaluation_plan import EvaluationMode, EvaluationPlan, mode_of, plan_of
-from diffusion_cli.commands.samples import ModelSamples, about
+from diffusion_cli.commands.samples import ModelSamples, model_record
 from diffusion_cli.config import (
     CompareConfig,
     EvalConfig,
@@ -174,7 +174,7 @@ def _facts(config: EvalConfig, plan: EvaluationPlan) -> dict[str, Any]:
             name: [view.network.name, view.network.digest, view.network.resize, view.network.precision]
             for name, view in views.items()
         }
-    model = about(samples.trained) if isinstance(samples, ModelSamples) else plan.model_record
+    model = model_record(samples.trained) if isinstance(samples, ModelSamples) else plan.model_record
     return {
         "metric": config.metric, "count": config.num_samples, "seed": config.seed,
         "samples": {} if samples is None else samples.protocol() | {"network_calls": None},
@@ -239,9 +239,9 @@ def _values(results: Sequence[Result]) -> Point:
     return values
 
 
-def _weights(about: Mapping[str, Any]) -> str | None:
+def _weights(facts: Mapping[str, Any]) -> str | None:
     """The SHA-256 of the weights in facts or in the protocol of a result; None if it has none."""
-    parts = (about.get(key) or {} for key in ("model", "samples", "sampling"))
+    parts = (facts.get(key) or {} for key in ("model", "samples", "sampling"))
     found = [
         part["weights_sha256"] for part in parts if isinstance(part, Mapping) and "weights_sha256" in part
     ]
@@ -253,8 +253,8 @@ def _folders(jobs: Sequence[ComparisonJob], output: str | None) -> tuple[Path, P
     first = jobs[0].config
     runs = sorted({str(job.config.run) for job in jobs})
     root = Path(runs[0]) if len(runs) == 1 else Path(first.output_dir)
-    about = {"jobs": [job.config.model_dump(exclude=ELSEWHERE) for job in jobs], "runs": runs}
-    name = f"{'-'.join(jobs[0].values)}-{fingerprint(about)}"
+    identity = {"jobs": [job.config.model_dump(exclude=ELSEWHERE) for job in jobs], "runs": runs}
+    name = f"{'-'.join(jobs[0].values)}-{fingerprint(identity)}"
     return Path(output) if output else own_folder(root, "comparisons", name), own_folder(root, "compared")
 
 

@@ -96,10 +96,13 @@ class ModelSamples(Samples):
         return made
 
     def protocol(self) -> dict[str, Any]:
-        return about(self.trained) | {"seeds": [self.seeds[0], self.seeds[-1]], "network_calls": self.calls}
+        return model_record(self.trained) | {
+            "seeds": [self.seeds[0], self.seeds[-1]],
+            "network_calls": self.calls,
+        }
 
 
-def about(trained: LoadedModel) -> dict[str, Any]:
+def model_record(trained: LoadedModel) -> dict[str, Any]:
     """What a model's numbers depend on, as plain data."""
     weights = weights_record(trained.folder, trained.model, trained.record["weights"])
     return weights | trained.record

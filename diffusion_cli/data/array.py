@@ -381,8 +381,8 @@ def _noted(archive: Archive) -> SampleFormat | None:
         header = _parsed(file, archive.entries[name].file_size, None)
     if header.dtype.kind != "U" or header.shape != ():
         return None
-    about = from_json(str(np.frombuffer(archive.read(name), header.dtype, 1, header.start)[0]).encode())
-    return form_of(about) if isinstance(about, dict) else None
+    stored = from_json(str(np.frombuffer(archive.read(name), header.dtype, 1, header.start)[0]).encode())
+    return form_of(stored) if isinstance(stored, dict) else None
 
 
 def read_layout(path: Path, key: str | None) -> tuple[str, int, str, Shape]:

@@ -456,9 +456,9 @@ def own_images(path: Path, names: list[str], key: str, suffixes: tuple[str, ...]
     images = image_files(path, names, key, suffixes)
     kept = without_pictures(images, names, lambda name: entry(path, name, LONGEST_MANIFEST))
     if path.is_dir() and (path.parent / MANIFEST).is_file():  # a series among the results of an edit
-        about = manifests([MANIFEST], lambda name: entry(path.parent, name, LONGEST_MANIFEST)).get("", {})
-        if path.name in about.get("results", {}):
-            kept = [name for name in kept if is_result(f"{path.name}/{name}", about)]
+        manifest = manifests([MANIFEST], lambda name: entry(path.parent, name, LONGEST_MANIFEST)).get("", {})
+        if path.name in manifest.get("results", {}):
+            kept = [name for name in kept if is_result(f"{path.name}/{name}", manifest)]
     if not kept:
         raise UsageError(
             key, path, "is an output folder of diffuse without samples or results", "give another folder"
@@ -507,11 +507,11 @@ def folder_names(path: Path) -> Iterator[str]:
     """The files below a folder; a folder that links make reachable by several ways, or by endless ones, once."""
     visited: set[tuple[int, int]] = set()
     for folder, folders, files in os.walk(path, followlinks=True, onerror=_refuse):
-        about = Path(folder).stat()
-        if (about.st_dev, about.st_ino) in visited:
+        status = Path(folder).stat()
+        if (status.st_dev, status.st_ino) in visited:
             folders.clear()
             continue
-        visited.add((about.st_dev, about.st_ino))
+        visited.add((status.st_dev, status.st_ino))
         folders.sort()  # which way comes first is no accident
         for file in files:
             yield (Path(folder) / file).relative_to(path).as_posix()

@@ -43,8 +43,8 @@ class MemberCheck:
 
 def member_check(path: Path, name: str) -> MemberCheck:
     """The check of a member, made once in a process as long as size and time of the file stay the same."""
-    about = path.stat()
-    return _member_check(path, name, about.st_size, about.st_mtime_ns)
+    status = path.stat()
+    return _member_check(path, name, status.st_size, status.st_mtime_ns)
 
 
 @lru_cache(maxsize=64)

@@ -202,8 +202,8 @@ def read_scan(data: bytes) -> Scan:
     try:
         head = BytesIO(data)
         head.seek(132)
-        about = read_dataset(head, False, True, stop_when=lambda tag, *_: tag >> 16 != 2)
-        syntax = str(about.TransferSyntaxUID)
+        meta = read_dataset(head, False, True, stop_when=lambda tag, *_: tag >> 16 != 2)
+        syntax = str(meta.TransferSyntaxUID)
         if syntax not in UNCOMPRESSED:
             raise FormatError(f"is compressed ({syntax}); decompress it, as by: gdcmconv --raw")
         return _scan(dcmread(BytesIO(data), specific_tags=READ), ">" if syntax == UNCOMPRESSED[2] else "<")

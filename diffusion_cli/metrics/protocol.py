@@ -85,11 +85,11 @@ def _distribution(protocol: Mapping[str, Any]) -> dict[str, Any]:
     """The settings on record that change the numbers of a model and its sampler, and are rarely what is compared."""
     found: dict[str, Any] = {}
     for part in ("sampling", "model"):
-        about = protocol.get(part)
-        about = about if isinstance(about, Mapping) else {}
-        keys = [key for key in ("weights", "labels", "precision", "clip_x0") if about.get(key) is not None]
+        facts = protocol.get(part)
+        facts = facts if isinstance(facts, Mapping) else {}
+        keys = [key for key in ("weights", "labels", "precision", "clip_x0") if facts.get(key) is not None]
         keys += ["label_shares"] if "labels" in keys else []
-        found |= {f"{part}.{key}": about.get(key) for key in keys}
+        found |= {f"{part}.{key}": facts.get(key) for key in keys}
     return found
 
 
@@ -104,11 +104,11 @@ def sampling_differences(results: Mapping[str, Mapping[str, Result]]) -> dict[st
         for name, result in named.items()
     }
     columns: dict[str, list[str]] = {}
-    for key in dict.fromkeys(key for about in settings.values() for key in about):
+    for key in dict.fromkeys(key for facts in settings.values() for key in facts):
         texts: dict[str, dict[str, str]] = {}
-        for (run, name), about in settings.items():
-            if key in about or (about and key.partition(".")[0] in SOMETIMES):
-                texts.setdefault(name, {})[run] = about.get(key, "none")
+        for (run, name), facts in settings.items():
+            if key in facts or (facts and key.partition(".")[0] in SOMETIMES):
+                texts.setdefault(name, {})[run] = facts.get(key, "none")
         differing = [by_run for by_run in texts.values() if len(set(by_run.values())) > 1]
         if differing:
             columns[key] = [
@@ -120,8 +120,8 @@ def sampling_differences(results: Mapping[str, Mapping[str, Result]]) -> dict[st
 
 def _sampling(protocol: Mapping[str, Any]) -> dict[str, str]:
     """How samples were made, as texts by dotted keys; not of which model."""
-    about = protocol.get("sampling")
-    flat = flatten(about) if isinstance(about, Mapping) else {}
+    facts = protocol.get("sampling")
+    flat = flatten(facts) if isinstance(facts, Mapping) else {}
     texts = {key.removesuffix("._target_"): value for key, value in flat.items() if not _is_of_model(key)}
     return {
         key: _brief(str(value).rpartition(".")[2] if f"{key}._target_" in flat else format_value(value))

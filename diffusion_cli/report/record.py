@@ -131,11 +131,11 @@ def _environment(checkpoint: Checkpoint, reports: list[Report]) -> dict[str, str
     """The versions and devices on record, the newest first."""
     evaluated = []
     for result in (result for report in reversed(reports) for result in report.results):
-        about = result.protocol.get("environment")
-        about = about if isinstance(about, Mapping) else {}
-        versions = about.get("versions")
+        environment = result.protocol.get("environment")
+        environment = environment if isinstance(environment, Mapping) else {}
+        versions = environment.get("versions")
         named = versions.items() if isinstance(versions, Mapping) else ()
-        words = [*(f"{name} {version}" for name, version in named), about.get("device")]
+        words = [*(f"{name} {version}" for name, version in named), environment.get("device")]
         evaluated.append(", ".join(str(word) for word in words if word))
     return {
         "trained with": f"lightning {checkpoint.lightning_version}",

@@ -61,11 +61,11 @@ def remove_abandoned(*folders: Path) -> None:
 
 
 def _is_abandoned(path: Path) -> bool:
-    about, match = path.lstat(), NAME.fullmatch(path.name)
-    if match is None or not stat.S_ISREG(about.st_mode):
+    status, match = path.lstat(), NAME.fullmatch(path.name)
+    if match is None or not stat.S_ISREG(status.st_mode):
         return False
     pid, digits = match.groups()
     machine = digits[:8] if len(digits) == 16 else None  # earlier versions wrote eight random digits
     if machine == machine_id():
         return has_ended(machine, int(pid))
-    return time.time() - about.st_mtime > EXPIRY
+    return time.time() - status.st_mtime > EXPIRY

@@ -57,10 +57,10 @@ def read(path: Path, limit: int = LARGEST) -> bytes:
 
 def regular(path: Path) -> int:
     """The size of a regular file, which for anything else is not opened: that alone may wait for ever."""
-    about = path.stat()
-    if not stat.S_ISREG(about.st_mode):
+    status = path.stat()
+    if not stat.S_ISREG(status.st_mode):
         raise FormatError("is no regular file")
-    return about.st_size
+    return status.st_size
 
 
 def _bounded(size: int, limit: int) -> None:

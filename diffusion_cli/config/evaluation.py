@@ -21,8 +21,6 @@ from diffusion_cli.errors import NO_VALUE, Problem, UsageError
 NUM_SAMPLES = 2000  # samples of an evaluation for num_samples=null
 EXACT: Literal["fp32"] = "fp32"
 """Number format of metrics of a model itself: their small differences and their solvers need it."""
-NO_LABEL = ("null", "none", [])
-"""Values of `label` that name no class."""
 
 
 class Measuring(Machine):
@@ -144,7 +142,7 @@ def _changed(config: EvalConfig, own: AbstractSet[str]) -> Iterator[tuple[str, A
     """Yield the keys, except a mode's `own`, with other values than in the YAML files; an option by its class."""
     for key, value in config:
         usual = _usual()[key]
-        if key in own or value == usual or (key == "label" and value in NO_LABEL):
+        if key in own or value in (usual, "null"):  # null as a label is typed
             continue
         if not isinstance(value, dict):
             yield key, value

@@ -38,17 +38,17 @@ from diffusion_cli.config import (
     check_node,
     recipe,
 )
+from diffusion_cli.config.values import Step, Weights
 from diffusion_cli.data import to_model_range
 from diffusion_cli.diffusion.denoiser import Denoiser, Prediction
 from diffusion_cli.errors import NO_VALUE, Problem, UsageError
 from diffusion_cli.generate import generate
 from diffusion_cli.metrics.protocol import Result
 from diffusion_cli.runs.find import find_run
-from diffusion_cli.runs.load import LoadedDenoiser, Step, load_model
+from diffusion_cli.runs.load import LoadedDenoiser, load_model
 from diffusion_cli.samplers import Sampler
 from diffusion_cli.system.precision import autocast, device_of
 
-Weights = Literal["ema", "raw"]
 ConfigT = TypeVar("ConfigT", SampleConfig, EditConfig, EvalConfig, TrainConfig)
 Label = int | str | Sequence[int | str] | None
 

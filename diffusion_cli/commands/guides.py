@@ -2,10 +2,10 @@
 
 import math
 from pathlib import Path
-from typing import Literal
 
 import torch
 
+from diffusion_cli.config.values import Weights
 from diffusion_cli.diffusion.denoiser import Denoiser, NoisyClassifier
 from diffusion_cli.errors import NO_VALUE, UsageError, format_value
 from diffusion_cli.runs.find import find_run
@@ -31,12 +31,12 @@ class GuidanceRuns:
         folder: Path,
         *,
         output_dir: str,
-        weights: Literal["ema", "raw"],
+        weights: Weights,
         device: torch.device,
     ) -> None:
         self.model, self.folder, self.device = model, folder, device
         self.output_dir = output_dir
-        self.weights: Literal["ema", "raw"] = weights
+        self.weights: Weights = weights
         self.trained_classes = model.info.trained_classes
         """The classes of which the model, or the classifier that guides it, has seen images."""
         self.digests: dict[str, str] = {}

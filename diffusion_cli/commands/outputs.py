@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from diffusion_cli import __version__
-from diffusion_cli.config import flatten
+from diffusion_cli.config import differing, flatten
 from diffusion_cli.data import LABEL_COLUMNS, LABELS_CSV
 from diffusion_cli.data.class_shares import are_shares, labels_in_turn
 from diffusion_cli.errors import NO_VALUE, FormatError, Problem, UsageError, format_value
@@ -77,8 +77,7 @@ def _new_manifest(settings: dict[str, Any], model: LoadedDenoiser) -> dict[str, 
 
 def _refuse_other_settings(output: Path, manifest: dict[str, Any], settings: dict[str, Any]) -> None:
     before, now = flatten(manifest["settings"]), flatten(settings)
-    keys = sorted(key for key in before | now if before.get(key) != now.get(key))
-    if keys:
+    if keys := differing(before, now):
         raise UsageError.several(
             [
                 *(

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from diffusion_cli.config import TrainConfig, identity
+from diffusion_cli.config import TrainConfig, differing, identity
 from diffusion_cli.config.at_hand import gpu
 from diffusion_cli.config.recipe import BUDGETED, derived_in
 from diffusion_cli.data import ResolutionSchedule
@@ -57,8 +57,7 @@ def check_configuration(folder: Path, config: TrainConfig, stored: dict[str, Any
     """Raise UsageError if the run in a folder is of another configuration."""
     before, now = identity(stored), identity(config.model_dump())
     follow_budget = derived_in(stored) & set(config.derived) & BUDGETED.keys()
-    keys = sorted(key for key in (before | now).keys() - follow_budget if before.get(key) != now.get(key))
-    if keys:
+    if keys := [key for key in differing(before, now) if key not in follow_budget]:
         run = config.name if folder == Path("outputs", str(config.name)) else folder
         raise UsageError.several(
             [

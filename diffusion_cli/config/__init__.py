@@ -29,7 +29,7 @@ from diffusion_cli.config.evaluation import (
 )
 from diffusion_cli.config.grid import Value, Variant, load_grid
 from diffusion_cli.config.launcher import LAUNCHERS, launch, split_launcher
-from diffusion_cli.config.runs import fingerprint, flatten, identity
+from diffusion_cli.config.runs import differing, fingerprint, flatten, identity
 from diffusion_cli.config.sampling import SamplingSettings
 from diffusion_cli.config.schema import (
     COMMANDS,
@@ -83,6 +83,7 @@ __all__ = [
     "compose",
     "defaults",
     "did_you_mean",
+    "differing",
     "documented",
     "expand",
     "fingerprint",

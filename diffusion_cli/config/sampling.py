@@ -5,7 +5,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, Field, PositiveInt, model_validator
 
-from diffusion_cli.config.values import STRICT, Device, Label, Node, Precision
+from diffusion_cli.config.values import STRICT, Device, Label, Node, Precision, Step, Weights
 from diffusion_cli.errors import UsageError
 
 
@@ -15,9 +15,8 @@ class SamplingSettings:
 
     run: str | None
     """Folder or name of the run; None for the newest."""
-    step: int | Literal["best"] | None
-    """Step of the checkpoint; None for the newest."""
-    weights: Literal["ema", "raw"]
+    step: Step
+    weights: Weights
     output_dir: str
     """Folder of the runs."""
     device: Device
@@ -48,7 +47,7 @@ class RunWeights(BaseModel):
     model_config = STRICT
     run: str | None
     step: PositiveInt | Literal["best"] | None
-    weights: Literal["ema", "raw"]
+    weights: Weights
     precision: Precision
 
 

@@ -15,6 +15,9 @@ FORMS = {
     DURATION: "a duration such as 90s, 45m, 2h30m or 1d",
     NAME: "a folder name of letters, digits and _ . + -",
 }
+Weights = Literal["ema", "raw"]
+Step = int | Literal["best"] | None
+"""Checkpoint of a run: the one of a step, the best, or None for the newest."""
 Class = int | str
 Label = Class | list[Class] | None
 CLASS_KEYS = ("label", "edit.source")  # keys whose values are names of classes, read as they are typed

@@ -11,12 +11,13 @@ import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 from zipfile import ZipFile
 
 import torch
 from torch import Tensor
 
+from diffusion_cli.config.values import Weights
 from diffusion_cli.errors import NO_VALUE, FormatError, MachineError, Problem, UsageError
 from diffusion_cli.runs.migrate import FORMAT, OLDEST, migrated
 from diffusion_cli.runs.schema import CheckpointInfo, parse_info
@@ -24,8 +25,6 @@ from diffusion_cli.system.files import atomic_write
 from diffusion_cli.system.untrusted import check_tensors, plain, reason, regular
 
 LAST = Path("checkpoints", "last.ckpt")
-
-Weights = Literal["ema", "raw"]
 
 BEST = LAST.with_name("best.ckpt")
 

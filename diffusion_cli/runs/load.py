@@ -5,19 +5,20 @@ import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from diffusion_cli.config import build
+from diffusion_cli.config.values import Step, Weights
 from diffusion_cli.diffusion.denoiser import Denoiser, NoiseConditioned, NoisyClassifier
 from diffusion_cli.diffusion.latents import Latents, Pixels, Space
 from diffusion_cli.errors import NO_VALUE, FormatError, UsageError
 from diffusion_cli.formats import Shape
 from diffusion_cli.networks import AutoencoderKL
-from diffusion_cli.runs.checkpoint import BEST, LAST, Checkpoint, Weights, numbered, read
+from diffusion_cli.runs.checkpoint import BEST, LAST, Checkpoint, numbered, read
 from diffusion_cli.runs.find import newest
 from diffusion_cli.runs.schema import CheckpointInfo, check_built
 from diffusion_cli.runs.weights import check_fit, digest, read_weights
@@ -25,9 +26,6 @@ from diffusion_cli.system.distributed import Distributed
 from diffusion_cli.system.untrusted import reason
 
 AUTOENCODER = "autoencoder.safetensors"
-
-Step = int | Literal["best"] | None
-"""Which checkpoint of a run: that of a step, the best, or the newest."""
 
 
 @dataclass(frozen=True)

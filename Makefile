@@ -26,7 +26,7 @@ lint: .venv/installed
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
 mutants: .venv/installed
-	$(BIN)/python scripts/mutate.py --table docs/mutants.md
+	$(BIN)/python scripts/mutate.py --table docs/results/mutants.md
 
 bench: .venv/installed
 	$(BIN)/python -m pip install --quiet --editable '.[bench]'

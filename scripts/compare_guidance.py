@@ -3,7 +3,7 @@
     diffuse train name=digits_cfg model.class_conditional=true
     diffuse eval -m run=digits_cfg precision=fp32 features=classifier metric=[fid,classifier] guidance=cfg \\
         guidance.scale=1,1.5,2,3,5
-    python scripts/compare_guidance.py outputs/digits_cfg --plot docs/guidance.png
+    python scripts/compare_guidance.py outputs/digits_cfg --plot docs/images/guidance.png
 
 Reads the newest number of each guidance and scale from the `metrics.json` of the runs.
 """

@@ -1,7 +1,7 @@
 """Every sampler at the same numbers of network calls, on one trained model: a table of Frechet distances.
 
     diffuse train name=demo
-    python scripts/compare_samplers.py outputs/demo --table docs/samplers.md
+    python scripts/compare_samplers.py outputs/demo --table docs/results/samplers.md
 
 Each sampler runs as its YAML file has it, with the most steps that stay within the calls; its distance is that of
 `diffuse eval metric=fid features=classifier`, by each of the classifiers that `features.seed` names. Results are kept

@@ -1,8 +1,8 @@
 """Make one mistake at a time in a copy of the program, and check that the tests named for it fail.
 
-    python scripts/mutate.py                          # every mutant of scripts/mutants.toml
-    python scripts/mutate.py --only likelihood        # those with this word in their file or sentence
-    python scripts/mutate.py --table docs/mutants.md  # then write the table into a page
+    python scripts/mutate.py                                  # every mutant of scripts/mutants.toml
+    python scripts/mutate.py --only likelihood                # those with this word in their file or sentence
+    python scripts/mutate.py --table docs/results/mutants.md  # then write the table into a page
 
 A mutant is a text that occurs once in a file, its replacement, the mistake in a sentence, and tests. First the tests
 run on the unchanged code, where they must pass. Results are kept in outputs/mutants.json: a stopped run continues, and

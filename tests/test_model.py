@@ -216,7 +216,7 @@ def test_gradients_flow_through_what_follows_the_model(here):
 
 
 def test_the_examples_of_the_documentation_run():
-    results = doctest.testfile(str(DOCS / "python.md"), module_relative=False)
+    results = doctest.testfile(str(DOCS / "howto" / "python.md"), module_relative=False)
     assert results.attempted == 5
     assert results.failed == 0
 

@@ -1,7 +1,7 @@
 """The recipe of a training: the values that `auto` stands for, by network, data and machine.
 
 A learning rate that suits a small network makes a wide one diverge, so no option states one half of a recipe: `auto`
-is replaced here, where the network and the data are both known. docs/recipes.md has the measurements.
+is replaced here, where the network and the data are both known. docs/howto/recipes.md has the measurements.
 """
 
 from collections.abc import Callable, Mapping
@@ -38,7 +38,7 @@ def learning_rate(width: int, batch_size: int) -> float:
         batch_size: images of an optimizer step.
 
     2e-4 at 256 is DDPM's rate (Ho et al. 2020, App. B), 1e-4 at 384 and more DiT's (Peebles & Xie 2023, Sec. 4), and
-    3e-3 at 64 that of docs/time_to_quality.md. Small batches take the square-root rule (Malladi et al. 2022).
+    3e-3 at 64 that of docs/results/time_to_quality.md. Small batches take the square-root rule (Malladi et al. 2022).
     """
     rate = min(3e-3, max(1e-4, 2e-4 * (256 / width) ** 2))
     return float(f"{rate * min(1.0, batch_size / 64) ** 0.5:.2g}")

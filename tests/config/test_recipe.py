@@ -62,7 +62,7 @@ def photos(folder: Path, *sizes: tuple[int, int]) -> Path:
 @pytest.mark.parametrize(
     ("width", "batch_size", "rate"),
     [
-        (64, 64, 3e-3),  # docs/time_to_quality.md
+        (64, 64, 3e-3),  # docs/results/time_to_quality.md
         (256, 128, 2e-4),  # Ho et al. 2020
         (384, 256, 1e-4),  # Peebles & Xie 2023: every size
         (1152, 256, 1e-4),

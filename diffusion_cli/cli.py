@@ -92,7 +92,7 @@ def _report(*lines: str, code: int = USER_ERROR) -> int:
 
 def _dispatch(words: list[str]) -> int:
     if not words or words[0] in ("--help", "-h", "help"):
-        print(overview())
+        print(config.overview())
     elif words[0] == "--version":
         print(f"diffuse {__version__}")
     elif words[0] == "completion":
@@ -109,8 +109,12 @@ def _dispatch(words: list[str]) -> int:
 
 
 def _command(command: str, request: Request) -> int:
+    if asked := config.groups_asked(command, request.overrides, request.dirs):
+        pages = (config.group_help(command, group, request.overrides, request.dirs) for group in asked)
+        print("\n\n".join(pages))
+        return 0
     if request.help:
-        print(command_help(command, request))
+        print(config.command_help(command, request.overrides, request.dirs))
         return 0
     if request.multirun and command in GRIDS:
         raise UsageError(
@@ -298,69 +302,6 @@ def _still_wanted() -> bool:
     """Whether SLURM lets this job continue: it is neither cancelled, nor preempted and already requeued."""
     words = ["squeue", "--noheader", "--format=%T", f"--jobs={os.environ['SLURM_JOB_ID']}"]
     return subprocess.run(words, capture_output=True, text=True).stdout.strip() == "RUNNING"
-
-
-# --- Help ------------------------------------------------------------
-
-
-def overview() -> str:
-    """The page of `diffuse --help`."""
-    commands = "\n".join(f"  {name:<12}{config.summary(CONF / f'{name}.yaml')}" for name in COMMANDS)
-    return f"""diffuse {__version__}: train, sample, edit and evaluate diffusion models.
-
-Usage: diffuse <command> [group=option ...] [key=value ...]
-
-Commands
-{commands}
-  completion  Print a completion script for bash, zsh or fish.
-
-Flags
-  --help              of a command: its groups, options and keys
-  --cfg job           print the configuration and stop
-  --config-dir DIR    also look for options in DIR/<group>/<option>.yaml
-  -m, --multirun      one run for each combination of values: diffuse train -m seed=0,1,2
-
-First steps
-  diffuse train                      # real digits on a laptop, in minutes
-  diffuse sample num_samples=64      # pictures from the newest run
-  diffuse eval                       # and a number for them"""
-
-
-def command_help(command: str, request: Request) -> str:
-    """The page of `diffuse <command> --help`: groups, options, and keys with their comments."""
-    groups = config.defaults(command)
-    lines = [f"diffuse {command}: {config.summary(CONF / f'{command}.yaml')}", ""]
-    words = "[group=option ...] [key=value ...]" if groups else "[key=value ...]"
-    words = f"[{FIRST_WORD[command]}] {words}" if command in FIRST_WORD else words
-    lines += [f"Usage: diffuse {command} {words}", *(["", "Groups (* the default)"] if groups else [])]
-    for group in sorted(groups):
-        names = config.options(group, request.dirs)
-        preset = groups[group] if isinstance(groups[group], list) else [groups[group]]
-        lines.append(
-            f"  {group:<18}{' '.join(f'*{name}' if name in (preset or []) else name for name in names)}"
-        )
-    launchers = {} if command in GRIDS else config.options(LAUNCHERS, request.dirs)
-    if launchers:
-        names = (f"*{name}" if name == "local" else name for name in launchers)
-        lines += ["", "With -m, what runs the jobs (* the default)", f"  {'launcher':<18}{' '.join(names)}"]
-    lines += ["", "Keys", *_keys(CONF / f"{command}.yaml", "")]
-    for group, option in sorted(config.chosen(command, request.overrides, request.dirs).items()):
-        for name in option if isinstance(option, list) else [option]:
-            file = config.options(group, request.dirs).get(str(name))
-            if file is not None:
-                lines += ["", f"{group}={name}: {config.summary(file)}", *_keys(file, group)]
-    for text in config.split_launcher(request.overrides)[0]:
-        file = launchers.get(text.removeprefix("launcher="))
-        if file is not None:
-            lines += ["", f"{text}: {config.summary(file)}", *_keys(file, "launcher")]
-    return "\n".join(lines)
-
-
-def _keys(file: Path, prefix: str) -> list[str]:
-    return [
-        f"  {f'{key}={value}':<36}  {comment}".rstrip()
-        for key, value, comment in config.documented(file, prefix)
-    ]
 
 
 # --- Shell completion --------------------------------------------------

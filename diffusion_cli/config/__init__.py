@@ -6,12 +6,14 @@ Each option names a class by `_target_` and gives every keyword argument of it.
 
 from diffusion_cli.config.catalogue import (
     CONF,
+    GROUPS,
     HERE,
     brought_by,
     chosen,
     defaults,
     did_you_mean,
     documented,
+    groups,
     options,
     summary,
 )
@@ -28,6 +30,7 @@ from diffusion_cli.config.evaluation import (
     SamplesEvaluation,
 )
 from diffusion_cli.config.grid import Value, Variant, load_grid
+from diffusion_cli.config.help_pages import command_help, group_help, groups_asked, overview
 from diffusion_cli.config.launcher import LAUNCHERS, launch, split_launcher
 from diffusion_cli.config.runs import differing, fingerprint, flatten, identity
 from diffusion_cli.config.sampling import SamplingSettings
@@ -55,6 +58,7 @@ __all__ = [
     "EXACT",
     "FIRST_WORD",
     "GRIDS",
+    "GROUPS",
     "HERE",
     "LAUNCHERS",
     "CompareConfig",
@@ -80,6 +84,7 @@ __all__ = [
     "build",
     "check_node",
     "chosen",
+    "command_help",
     "compose",
     "defaults",
     "did_you_mean",
@@ -88,11 +93,15 @@ __all__ = [
     "expand",
     "fingerprint",
     "flatten",
+    "group_help",
+    "groups",
+    "groups_asked",
     "identity",
     "launch",
     "load",
     "load_grid",
     "options",
+    "overview",
     "seconds",
     "shared_seeds",
     "signature",

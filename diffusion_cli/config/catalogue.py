@@ -1,4 +1,4 @@
-"""What there is to choose: groups, options and keys, read off the YAML files."""
+"""Groups, options and keys of the commands, as the YAML files under `conf` define them."""
 
 import difflib
 import re
@@ -16,22 +16,63 @@ CONF = HERE / "conf" if (HERE / "conf").is_dir() else HERE.parent / "conf"
 
 Choice = str | list[str] | None
 
+GROUPS = {
+    "action": "operation on a dataset",
+    "figure": "figure to draw",
+    "edit": "edit to apply",
+    "dataset": "dataset, and the training settings that suit it",
+    "model": "network architecture",
+    "schedule": "noise schedule",
+    "parameterization": "prediction target of the network",
+    "objective": "training loss",
+    "sampler": "sampling method",
+    "guidance": "guidance method",
+    "restoration": "inverse-problem method: keeps samples consistent with the input",
+    "optimizer": "optimizer and learning-rate schedule",
+    "trainer": "device and parallel training",
+    "task": "kind of model to train",
+    "experiment": "published recipe: a set of options and values",
+    "metric": "metrics of evaluations; several as metric=[fid,kid]",
+    "features": "feature extractor of the metrics",
+    "logger": "training logs; several as logger=[csv,tensorboard]",
+    "reference": "real images that the metrics compare samples with",
+    "time_sampling": "distribution of training times",
+    "launcher": "launcher of the runs of a sweep (-m)",
+}
+"""Description of each group, for the help; the most needed group first."""
+DESCRIBED = {
+    "train": ["dataset", "model"],
+    "sample": ["sampler", "guidance"],
+    "edit": ["edit", "restoration"],
+    "eval": ["metric"],
+    "compare": ["sampler", "guidance"],
+    "report": [],
+    "plot": ["figure"],
+    "data": ["action", "dataset"],
+}
+"""Groups that the help of a command lists first, with a description of each option."""
+
 
 @cache
 def defaults(command: str) -> dict[str, Choice]:
-    """The groups of a command and the option that each has unless told otherwise."""
+    """Return the default option of each group of a command."""
     return brought_by(CONF / f"{command}.yaml")
 
 
+def groups(command: str) -> list[str]:
+    """Return the groups of a command, the most needed first."""
+    return sorted(defaults(command), key=[*DESCRIBED[command], *GROUPS].index)
+
+
 def brought_by(file: Path) -> dict[str, Choice]:
-    """The options that a YAML file chooses for groups: its `group: option` and `override /group: option` lines."""
+    """Return the options that a YAML file selects by its `group: option` and `override /group: option` lines."""
     entries = (entry for part in lineage(file) for entry in _entries(part) if isinstance(entry, dict))
     pairs = (pair for entry in entries for pair in entry.items())
     return {group.removeprefix("override ").removeprefix("/"): option for group, option in pairs}
 
 
 def lineage(file: Path) -> list[Path]:
-    """A YAML file after those of its folder that its `defaults` take over by their bare names."""
+    """Return the files that a YAML file includes from its folder by bare names in `defaults`, then the file itself."""
     names = (entry for entry in _entries(file) if isinstance(entry, str) and entry != "_self_")
     parents = (file.with_name(f"{name}.yaml") for name in names)
     return [*(part for parent in parents if parent.is_file() for part in lineage(parent)), file]
@@ -42,7 +83,7 @@ def _entries(file: Path) -> list[Any]:
 
 
 def chosen(command: str, overrides: Sequence[str], dirs: Sequence[Path]) -> dict[str, Choice]:
-    """The option of each group that a command line makes, with what options choose for other groups."""
+    """Return the option of each group for a command line, with the options that selected options bring along."""
     groups = defaults(command)
     words = (word.partition("=") for word in overrides)
     asked = {
@@ -64,15 +105,15 @@ def chosen(command: str, overrides: Sequence[str], dirs: Sequence[Path]) -> dict
 
 
 def options(group: str, dirs: Sequence[Path] = ()) -> dict[str, Path]:
-    """The options of a group by name, the user's own folders included."""
+    """Return the YAML file of each option of a group, including those in folders of the user."""
     files = (file for root in (CONF, *dirs) for file in sorted((root / group).glob("*.yaml")))
     return dict(sorted((file.stem, file) for file in files))
 
 
 def documented(file: Path, prefix: str = "") -> Iterator[tuple[str, str, str]]:
-    """The (key, value, comment) of every line `key: value  # comment` of a YAML file, keys in full.
+    """Yield the full key, value and comment of each line `key: value  # comment` of a YAML file.
 
-    Those that it takes over from other files come first, with its own values where it gives them anew.
+    Keys of included files come first; a value of the file itself replaces an included one.
     """
     lines = (line for part in lineage(file) for line in _documented(part, prefix))
     yield from {key: (key, value, comment) for key, value, comment in lines}.values()
@@ -100,7 +141,7 @@ def _documented(file: Path, prefix: str) -> Iterator[tuple[str, str, str]]:
 
 
 def summary(file: Path) -> str:
-    """The first comment of a YAML file, which says what it is."""
+    """Return the description of a YAML file, its first comment."""
     comments = re.findall(r"(?:^|\s)# +([^@\s].*)", file.read_text())
     return comments[0] if comments else ""
 

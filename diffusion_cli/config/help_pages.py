@@ -1,0 +1,156 @@
+"""The pages of `diffuse --help`, `diffuse <command> --help` and `diffuse <command> <group>=help`."""
+
+import textwrap
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from diffusion_cli import __version__
+from diffusion_cli.config.catalogue import (
+    CONF,
+    DESCRIBED,
+    GROUPS,
+    chosen,
+    documented,
+    groups,
+    options,
+    summary,
+)
+from diffusion_cli.config.launcher import LAUNCHERS, split_launcher
+from diffusion_cli.config.schema import COMMANDS, FIRST_WORD, GRIDS
+
+WIDTH = 100
+"""Columns of a page; only a word that is longer exceeds them."""
+
+
+def overview() -> str:
+    """The page of `diffuse --help`."""
+    commands = {name: summary(CONF / f"{name}.yaml") for name in COMMANDS}
+    commands["completion"] = "Print a completion script for bash, zsh or fish"
+    listed = "\n".join(line for name, text in commands.items() for line in _entry(f"  {name}", text, 14))
+    return f"""diffuse {__version__}: train, sample, edit and evaluate diffusion models.
+
+Usage: diffuse <command> [group=option ...] [key=value ...]
+
+Commands
+{listed}
+
+Help
+  diffuse <command> --help          groups, options and keys of a command
+  diffuse <command> <group>=help    options of a group, such as diffuse train model=help
+
+Flags
+  --cfg job           print the configuration and exit
+  --config-dir DIR    folder with options of your own: DIR/<group>/<option>.yaml
+  -m, --multirun      one run for each combination of values: diffuse train -m seed=0,1,2
+  --version           print the version and exit
+
+First steps
+  diffuse train                      # train on 8x8 handwritten digits, in minutes on a laptop
+  diffuse sample num_samples=64      # sample from the newest run
+  diffuse eval                       # evaluate the newest run"""
+
+
+def command_help(command: str, overrides: Sequence[str], dirs: Sequence[Path]) -> str:
+    """The page of `diffuse <command> --help`: groups, options, and keys with their comments."""
+    listed = _groups(command, overrides, dirs)
+    words = "[group=option ...] [key=value ...]" if groups(command) else "[key=value ...]"
+    words = f"[{FIRST_WORD[command]}] {words}" if command in FIRST_WORD else words
+    file = CONF / f"{command}.yaml"
+    lines = [*_wrapped(f"diffuse {command}: {summary(file)}"), "", f"Usage: diffuse {command} {words}"]
+    if listed:
+        lines += ["", f"Groups (* selected; diffuse {command} GROUP=help describes the options of a group)"]
+    for group, options_of_group in listed.items():
+        lines += _entry(f"  {group}", GROUPS[group], 20)
+        lines += (_described if group in DESCRIBED[command] else _named)(options_of_group)
+    lines += ["", "Keys", *_keys(file, "")]
+    for group, options_of_group in listed.items():
+        for option in options_of_group:
+            if option.selected:
+                heading = f"{group}={option.name}: {summary(option.file)}"
+                lines += ["", *_wrapped(heading), *_keys(option.file, group)]
+    return "\n".join(lines)
+
+
+def groups_asked(command: str, overrides: Sequence[str], dirs: Sequence[Path]) -> list[str]:
+    """The groups that a command line asks about by `group=help`; an option that a user calls help has precedence."""
+    launcher, others = split_launcher(overrides)
+    asked = {text.removesuffix("=help") for text in (*others, *launcher) if text.endswith("=help")}
+    return [
+        group
+        for group, options_of_group in (_groups(command, (), dirs) if asked else {}).items()
+        if group in asked and all(option.name != "help" for option in options_of_group)
+    ]
+
+
+def group_help(command: str, group: str, overrides: Sequence[str], dirs: Sequence[Path]) -> str:
+    """The page of `diffuse <command> <group>=help`: the options of a group with their descriptions."""
+    rest = [text for text in overrides if not text.endswith("=help")]
+    lines = [*_wrapped(f"diffuse {command} {group}=OPTION: {GROUPS[group]}"), "", "Options (* selected)"]
+    lines += _described(_groups(command, rest, dirs)[group])
+    return "\n".join([*lines, "", f"Keys of an option: diffuse {command} {group}=OPTION --help"])
+
+
+class _Option(NamedTuple):
+    """An option of a group, and whether a command line selects it."""
+
+    name: str
+    file: Path
+    selected: bool
+
+
+def _groups(command: str, overrides: Sequence[str], dirs: Sequence[Path]) -> dict[str, list[_Option]]:
+    """The options of each group of a command, in the order of the help; those of `launcher` too, if it can sweep."""
+    selected = chosen(command, overrides, dirs)
+    files = {group: options(group, dirs) for group in groups(command)}
+    if command not in GRIDS:
+        words = (text.partition("=") for text in split_launcher(overrides)[0])
+        selected["launcher"] = next((name for key, _, name in words if key == "launcher"), "local")
+        files["launcher"] = options(LAUNCHERS, dirs)
+    return {
+        group: [
+            _Option(name, file, name in (names if isinstance(names, list) else [names]))
+            for name, file in files[group].items()
+            for names in [selected[group]]
+        ]
+        for group in files
+    }
+
+
+def _described(listed: Sequence[_Option]) -> Iterator[str]:
+    """A line for each option of a group, with its description."""
+    column = 6 + max(len(option.name) for option in listed)
+    for option in listed:
+        yield from _entry(
+            f"{'   *' if option.selected else '    '}{option.name}", summary(option.file), column
+        )
+
+
+def _named(listed: Sequence[_Option]) -> list[str]:
+    """The names of the options of a group."""
+    return _wrapped(
+        " ".join(f"{'*' * option.selected}{option.name}" for option in listed), " " * 20, " " * 20
+    )
+
+
+def _keys(file: Path, prefix: str) -> Iterator[str]:
+    """A line for each key of a YAML file, with its value and comment."""
+    for key, value, comment in documented(file, prefix):
+        yield from _entry(f"  {key}={value}", comment, 40)
+
+
+def _entry(name: str, text: str, column: int) -> list[str]:
+    """A name and its text, which begins at a column, or two blanks after a longer name."""
+    return _wrapped(f"{name:<{column - 2}}  {text}".rstrip(), "", " " * column)
+
+
+def _wrapped(text: str, first: str = "", rest: str = "  ") -> list[str]:
+    """A text in lines of at most `WIDTH` columns if words allow, after the indents of the first and of the others."""
+    return textwrap.wrap(
+        text,
+        WIDTH,
+        initial_indent=first,
+        subsequent_indent=rest,
+        break_long_words=False,
+        break_on_hyphens=False,
+    )

@@ -144,7 +144,7 @@ def _stored(path: Path) -> dict[str, Any]:
 def write_table(path: Path, folder: Path, files: dict[str, Path]) -> None:
     """Put the table between the marks in a Markdown file."""
     heads = " | ".join(f"{calls} calls" for calls in CALLS)
-    lines = [f"| sampler | {heads} | what it is |", "|---" * (len(CALLS) + 2) + "|"]
+    lines = [f"| sampler | {heads} | description |", "|---" * (len(CALLS) + 2) + "|"]
     for name, file in files.items():
         cells = []
         for calls in CALLS:

@@ -21,6 +21,7 @@ from diffusion_cli.config import (
     COMMANDS,
     CONF,
     FIRST_WORD,
+    FLAGS,
     GRIDS,
     LAUNCHERS,
     Config,
@@ -32,7 +33,6 @@ from diffusion_cli.system.signals import STOPPED, UNFINISHED, end, end_at_signal
 from diffusion_cli.system.terminal import guarded, lost_output, open_closed_streams
 from diffusion_cli.system.untrusted import printable
 
-FLAGS = ["--help", "--cfg", "--config-dir", "--multirun", "-h", "-m"]
 USER_ERROR, INTERNAL_ERROR = 2, 1
 BUG = (
     f"this is an error in diffuse {__version__}, not in your command; please report it with the lines above, the "
@@ -104,7 +104,7 @@ def _dispatch(words: list[str]) -> int:
             words[0], NO_VALUE, f"unknown command{did_you_mean(words[0], [*COMMANDS, 'completion'])}"
         )
     else:
-        return _command(words[0], parse(_spelt_out(words[0], words[1:])))
+        return _command(words[0], parse(words[0], _with_first_option(words[0], words[1:])))
     return 0
 
 
@@ -134,16 +134,18 @@ def _show(configs: Sequence[Config]) -> int:
     return 0
 
 
-def _spelt_out(command: str, words: list[str]) -> list[str]:
+def _with_first_option(command: str, words: list[str]) -> list[str]:
     """Expand a bare first word after a command to the option that it chooses."""
-    bare = command in FIRST_WORD and words and "=" not in words[0] and not words[0].startswith("-")
-    return [f"{FIRST_WORD[command]}={words[0]}", *words[1:]] if bare else words
+    group = FIRST_WORD.get(command)
+    bare = group and words and "=" not in words[0] and words[0] != group and not words[0].startswith("-")
+    return [f"{group}={words[0]}", *words[1:]] if bare else words
 
 
-def parse(words: Sequence[str]) -> Request:
-    """Parse the words after a command; raises UsageError for unknown flags."""
+def parse(command: str, words: Sequence[str]) -> Request:
+    """Parse the words after a command; raises UsageError for words that are neither flags nor `key=value`."""
     request = Request()
-    mistakes: list[Problem] = []
+    problems: list[Problem] = []
+    others: list[str] = []
     rest = iter(words)
     for word in rest:
         flag, _, value = word.partition("=")
@@ -153,32 +155,21 @@ def parse(words: Sequence[str]) -> Request:
             request.multirun = True
         elif flag == "--cfg":
             request.show = True
-            kind = value or next(rest, "")
-            if kind != "job":
-                mistakes.append(
-                    Problem(
-                        f"--cfg {kind}", NO_VALUE, "shows the configuration of the job", "write --cfg job"
-                    )
-                )
+            if (value or next(rest, "")) != "job":
+                problems.append(Problem(word, NO_VALUE, "prints the configuration", "write --cfg job"))
         elif flag in ("--config-dir", "-cd"):
             given = value or next(rest, "")
-            folder = Path(given)
-            request.dirs.append(folder)
-            if not given or not folder.is_dir():
-                mistakes.append(
-                    Problem(
-                        f"--config-dir {given}",
-                        NO_VALUE,
-                        "is not a folder",
-                        "give one with <group>/<option>.yaml files",
-                    )
-                )
-        elif word.startswith("-"):
-            mistakes.append(Problem(word, NO_VALUE, f"unknown flag{did_you_mean(word, FLAGS)}"))
+            request.dirs.append(Path(given).expanduser())
+            if not given or not request.dirs[-1].is_dir():
+                problem = "no such folder" if given else "no folder given"
+                remedy = "name a folder with <group>/<option>.yaml files"
+                problems.append(Problem(f"--config-dir {given}".strip(), NO_VALUE, problem, remedy))
         else:
-            request.overrides.append(word)
-    if mistakes:
-        raise UsageError.several(mistakes)
+            others.append(word)
+    request.overrides, misspelt = config.sort_words(command, others)
+    problems += [] if request.help else misspelt
+    if problems:
+        raise UsageError.several(problems)
     return request
 
 
@@ -204,7 +195,7 @@ def _interrupt(number: int, frame: object) -> None:
 
 def sweep(command: str, request: Request) -> int:
     """Check every value of a sweep, then run its jobs by Hydra's launcher."""
-    words, overrides = config.split_launcher(request.overrides)
+    words, overrides = config.split_launcher([*map(config.as_typed, request.overrides)])
     jobs: list[Config] = []
     mistakes: list[Problem] = []
     for variant in config.expand(overrides):
@@ -227,7 +218,7 @@ def sweep(command: str, request: Request) -> int:
             else []
         ),
     ]
-    sys.argv = ["diffuse", *map(config.as_typed, overrides), *launcher, *quiet, "--multirun"]
+    sys.argv = ["diffuse", *overrides, *launcher, *quiet, "--multirun"]
     return _launch(command, request.dirs, Path(jobs[0].output_dir, ".submitit"))
 
 
@@ -329,11 +320,9 @@ compdef _diffuse diffuse""",
 def completion_script(shell: str) -> str:
     """The completion script of a shell; raises UsageError for an unknown shell."""
     if shell not in SCRIPTS:
-        raise UsageError(
-            f"completion {shell}",
-            NO_VALUE,
-            f'give a shell, one of {", ".join(SCRIPTS)}: eval "$(diffuse completion bash)"',
-        )
+        problem = f"unknown shell{did_you_mean(shell, list(SCRIPTS))}" if shell else "no shell given"
+        remedy = "" if shell else "write diffuse completion bash, zsh or fish"
+        raise UsageError(f"completion {shell}".strip(), NO_VALUE, problem, remedy)
     return SCRIPTS[shell]
 
 

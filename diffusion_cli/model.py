@@ -8,7 +8,6 @@
 Settings have the names and the defaults of the command line. A mistake in one is a `UsageError`.
 """
 
-import re
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -481,12 +480,7 @@ def _word(value: Any) -> str:
     if isinstance(value, str):
         if "${" in value:
             raise UsageError("name", value, "contains ${, which Hydra would replace", "use another name")
-        # Hydra reads backslashes as they are, unless a quote follows them.
-        return (
-            "'"
-            + re.sub(r"(\\*)('|$)", lambda found: 2 * found[1] + found[2].replace("'", r"\'"), value)
-            + "'"
-        )
+        return configuration.quoted(value)
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 

@@ -10,12 +10,12 @@ from diffusion_cli.cli import run
 from diffusion_cli.commands import sample
 from diffusion_cli.errors import NO_VALUE, MachineError, Problem, UsageError
 
-ONE = Problem("steps", 0, "should be greater than 0")
+ONE = Problem("steps", 0, "must be greater than 0")
 TWO = Problem(Path("a.png"), NO_VALUE, "is no image", "remove it")
 
 
 def test_a_problem_is_a_key_a_value_what_is_wrong_and_what_to_do():
-    assert str(ONE) == "steps=0: should be greater than 0"
+    assert str(ONE) == "steps=0: must be greater than 0"
     assert str(TWO) == "a.png: is no image; remove it"
     assert str(Problem("label", None, "is missing")) == "label=null: is missing"
     assert str(Problem("clip_x0", False, "is ignored")) == "clip_x0=false: is ignored"
@@ -23,8 +23,8 @@ def test_a_problem_is_a_key_a_value_what_is_wrong_and_what_to_do():
 
 def test_several_problems_are_shown_once_each_in_their_order():
     error = UsageError.several([TWO, ONE, TWO])
-    assert error.lines == ("a.png: is no image; remove it", "steps=0: should be greater than 0")
-    assert UsageError(*ONE).lines == ("steps=0: should be greater than 0",)
+    assert error.lines == ("a.png: is no image; remove it", "steps=0: must be greater than 0")
+    assert UsageError(*ONE).lines == ("steps=0: must be greater than 0",)
 
 
 def test_an_error_survives_the_way_between_processes():
@@ -34,7 +34,7 @@ def test_an_error_survives_the_way_between_processes():
 
 def test_keys_are_renamed_for_the_command_that_has_other_names():
     error = UsageError.several([ONE, TWO]).renamed({"steps": "preview_steps"})
-    assert error.lines == ("preview_steps=0: should be greater than 0", "a.png: is no image; remove it")
+    assert error.lines == ("preview_steps=0: must be greater than 0", "a.png: is no image; remove it")
 
 
 def outcome(monkeypatch, capsys, error: Exception) -> tuple[int, str]:
@@ -50,7 +50,7 @@ def outcome(monkeypatch, capsys, error: Exception) -> tuple[int, str]:
 def test_a_mistake_is_one_line(monkeypatch, capsys):
     assert outcome(monkeypatch, capsys, UsageError(*ONE)) == (
         2,
-        "diffuse: steps=0: should be greater than 0\n",
+        "diffuse: steps=0: must be greater than 0\n",
     )
 
 

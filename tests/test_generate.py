@@ -411,8 +411,8 @@ DECIMAL = ("1.0", "10.0", "2.0")
         ("1", ("1st", "2nd"), 1),
         ("1", DECIMAL, "did you mean 1.0?"),
         ("1000", ("1e3", "true"), "did you mean 1e3?"),
-        ("7", DECIMAL, "there are: 1.0, 10.0, 2.0"),
-        ("0", ("1e3", "true"), "there are: 1e3, true"),
+        ("7", DECIMAL, "choose from 1.0, 10.0, 2.0"),
+        ("0", ("1e3", "true"), "choose from 1e3, true"),
         ("1_0", tuple("abcdefghijkl"), "unknown class"),
         ("12", tuple("abcdefghijkl"), "there are the classes 0..11"),
     ],
@@ -501,7 +501,7 @@ def test_strips_and_animations_change_no_image_and_are_made_afterwards_too(folde
     assert run(["sample", *words, f"output={plain}", "strip=true", "frames=3"]) == 0
     assert (plain / "strip.png").read_bytes() == after["strip.png"]
     assert run(["sample", *words, f"output={plain}", "frames=1", "strip=true"]) == 2
-    assert "frames=1: should be greater than or equal to 2" in capsys.readouterr().err
+    assert "frames=1: must be at least 2" in capsys.readouterr().err
 
 
 def test_a_strip_is_no_image_to_edit(folder, tmp_path):

@@ -153,7 +153,7 @@ def test_images_go_to_the_space_of_the_model_and_back(here):
 @pytest.mark.parametrize(
     ("mistake", "message"),
     [
-        (lambda m: m.sample(0), "num_samples=0: should be greater than 0"),
+        (lambda m: m.sample(0), "num_samples=0: must be greater than 0"),
         (lambda m: m.sample(sampler="dimm"), "sampler=dimm: unknown option; did you mean ddim?"),
         (lambda m: m.sample(label=3), "label=3: the model is not class-conditional"),
         (lambda m: m.sample(overrides=["stps=3"]), "stps=3: unknown key; did you mean steps?"),
@@ -165,8 +165,8 @@ def test_images_go_to_the_space_of_the_model_and_back(here):
         (lambda m: m.edit("inpaint", torch.zeros(1, 1, 8, 8).byte(), mask=torch.ones(8, 8)), "should be bool (H, W)"),
         (lambda m: m.sample(1, overrides="eta=1"), "overrides=eta=1: should be a list"),
         (lambda m: m.evaluate("fid"), "metrics=fid: should be a list; write ['fid']"),
-        (lambda m: diffuse.load("outputs/denoiser", step=-1), "step=-1: should be"),
-        (lambda m: diffuse.load("outputs/denoiser", device="gpu"), "device=gpu: should be"),
+        (lambda m: diffuse.load("outputs/denoiser", step=-1), "step=-1: must be"),
+        (lambda m: diffuse.load("outputs/denoiser", device="gpu"), "device=gpu: must be auto, cpu or cuda"),
         (lambda m: diffuse.train("task=classifier", "max_steps=1"), "task=classifier: trains no denoiser"),
         (lambda m: diffuse.option("sampler", "ddim"), "sampler=ddim: cannot be built of these positional arguments"),
         (lambda m: diffuse.option("task", "autoencoder"), "group=task: autoencoder is not an option with a class"),
@@ -179,7 +179,7 @@ def test_images_go_to_the_space_of_the_model_and_back(here):
         (lambda m: diffuse.option("optimizer", "adamw"), "optimizer.lr: has no value outside a command; give lr="),
         (lambda m: diffuse.option("optimizer", "adamw", lr=1.0, warm_up_steps=0), "decay_steps: has no value outside"),
         (lambda m: diffuse.option("dataset", "array", "data"), "path: has no value outside a command; give path="),
-        (lambda m: diffuse.option("optimizer", "adamw", lr=-1), "optimizer.lr=-1: should be greater than 0"),
+        (lambda m: diffuse.option("optimizer", "adamw", lr=-1), "optimizer.lr=-1: must be greater than 0"),
         (lambda m: diffuse.option("sampler", "ddim", None, etta=1), "sampler.etta=1: unknown key; did you mean eta?"),
     ],
 )  # fmt: skip

@@ -49,14 +49,16 @@ from diffusion_cli.config.schema import (
 )
 from diffusion_cli.config.seeds import shared_seeds
 from diffusion_cli.config.signature import signature
-from diffusion_cli.config.typed import as_typed
+from diffusion_cli.config.typed import as_typed, quoted
 from diffusion_cli.config.validate import build, check_node
+from diffusion_cli.config.words import FLAGS, sort_words
 
 __all__ = [
     "COMMANDS",
     "CONF",
     "EXACT",
     "FIRST_WORD",
+    "FLAGS",
     "GRIDS",
     "GROUPS",
     "HERE",
@@ -102,9 +104,11 @@ __all__ = [
     "load_grid",
     "options",
     "overview",
+    "quoted",
     "seconds",
     "shared_seeds",
     "signature",
+    "sort_words",
     "split_launcher",
     "summary",
 ]  # fmt: skip

@@ -9,6 +9,8 @@ from typing import Any
 
 import yaml
 
+from diffusion_cli.errors import NO_VALUE, UsageError
+
 PACKAGE = "diffusion_cli"
 HERE = Path(__file__).resolve().parent.parent
 # Beside the package when installed from a wheel, at the top of a checkout.
@@ -79,7 +81,20 @@ def lineage(file: Path) -> list[Path]:
 
 
 def _entries(file: Path) -> list[Any]:
-    return (yaml.safe_load(file.read_text()) or {}).get("defaults", [])
+    return content(file).get("defaults") or []
+
+
+def content(file: Path) -> dict[str, Any]:
+    """Return the keys of an option file; UsageError if it is not YAML, as a file of a user may be."""
+    try:
+        value = yaml.safe_load(file.read_text()) or {}
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        mark = getattr(error, "problem_mark", None)
+        place = f" at line {mark.line + 1}: {getattr(error, 'problem', None)}" if mark else ""
+        raise UsageError(file, NO_VALUE, f"not valid YAML{place}", "correct the file") from error
+    if not isinstance(value, dict):
+        raise UsageError(file, NO_VALUE, "not a mapping", "write one key: value per line")
+    return value
 
 
 def chosen(command: str, overrides: Sequence[str], dirs: Sequence[Path]) -> dict[str, Choice]:
@@ -147,6 +162,7 @@ def summary(file: Path) -> str:
 
 
 def did_you_mean(word: str, words: Sequence[str]) -> str:
-    """ "; did you mean X?" where a word is near, else the list of them."""
-    near = difflib.get_close_matches(word, words, n=1, cutoff=0.6)
-    return f"; did you mean {near[0]}?" if near else f"; there are: {', '.join(words)}"
+    """Return "; did you mean X?" if a word is close, whatever its case; else "; choose from" and all words."""
+    spelt = {known.lower(): known for known in words}
+    near = difflib.get_close_matches(word.lower(), spelt, n=1, cutoff=0.6)
+    return f"; did you mean {spelt[near[0]]}?" if near else f"; choose from {', '.join(words)}"

@@ -1,7 +1,6 @@
 """From the words of a command line to a checked configuration."""
 
 import copy
-import difflib
 import re
 from collections.abc import Mapping, Sequence
 from functools import cache, partial
@@ -22,6 +21,7 @@ from diffusion_cli.config.continued import (
     with_values,
     without_processes,
 )
+from diffusion_cli.config.key_types import takes_list
 from diffusion_cli.config.recipe import (
     AUTO,
     DERIVED,
@@ -36,9 +36,10 @@ from diffusion_cli.config.recipe import (
 from diffusion_cli.config.renamed import renamed_in_files, renamed_keys, renamed_word
 from diffusion_cli.config.runs import flatten, identity, replaced, run_name
 from diffusion_cli.config.schema import COMMANDS, GRIDS, Config
-from diffusion_cli.config.typed import as_typed
+from diffusion_cli.config.typed import KEY, SWEEPS, as_text, as_typed, separated
 from diffusion_cli.config.validate import check_node, validate
 from diffusion_cli.config.values import Node
+from diffusion_cli.config.words import nearest_key
 from diffusion_cli.errors import NO_VALUE, Problem, UsageError, first_line
 from diffusion_cli.runs.migrate import migrated
 from diffusion_cli.system.compat import parse_override
@@ -71,12 +72,22 @@ def load(command: str, overrides: Sequence[str], dirs: Sequence[Path] = ()) -> C
     except Exception as error:  # Hydra and OmegaConf have no common base class
         if type(error).__module__.partition(".")[0] not in ("hydra", "omegaconf", "antlr4", "yaml"):
             raise
-        raise UsageError.several([*mistakes, Problem(command, NO_VALUE, first_line(error))]) from error
+        raise UsageError.several([*mistakes, *_composition_problems(command, overrides, error)]) from error
     config, wrong = _check(command, composed)
-    mistakes += [*unknown, *wrong]
+    reported = {problem.key.partition("=")[0] for problem in mistakes if isinstance(problem.key, str)}
+    mistakes += [*unknown, *(problem for problem in wrong if problem.key not in reported)]
     if mistakes or config is None:
         raise UsageError.several(mistakes)
     return config
+
+
+def _composition_problems(command: str, overrides: Sequence[str], error: Exception) -> list[Problem]:
+    """The problems of overrides that Hydra cannot compose."""
+    references = [text for text in overrides if "${" in text]
+    if references:
+        remedy = "use the name of a key, such as ${seed}"
+        return [Problem(text, NO_VALUE, "invalid reference ${...}", remedy) for text in references]
+    return [Problem(command, NO_VALUE, f"cannot compose the configuration: {first_line(error)}")]
 
 
 def _composed(
@@ -205,7 +216,24 @@ def parse(text: str) -> "Override":
     try:
         return parse_override(text)
     except Exception as error:  # antlr's and Hydra's own classes
-        raise UsageError(text, NO_VALUE, f"is not of the form key=value ({first_line(error)})") from error
+        raise UsageError(text, NO_VALUE, *_syntax_problem(text)) from error
+
+
+def _syntax_problem(text: str) -> tuple[str, str]:
+    """The problem and the remedy of text that is not an override."""
+    key, equals, value = text.partition("=")
+    if not equals:
+        return "not key=value", "write key=value"
+    if not KEY.fullmatch(key):
+        return "invalid key", "use letters, digits, _ and . in keys"
+    if "${" in value:
+        return "invalid reference ${...}", "use the name of a key, such as ${seed}"
+    parts = separated(value)
+    if any(not part.strip() for part in parts):
+        return "misplaced comma", f"write {key}={','.join(part for part in parts if part.strip())}"
+    if value.startswith(SWEEPS):
+        return "not a list of values", f"write {key}=1,2,3 or {key}=range(1,4)"
+    return "unmatched bracket or quote", f"write {key}=[a,b] for a list, {as_text(key, value)} for text"
 
 
 def expand(overrides: Sequence[str]) -> list[list[str]]:
@@ -308,10 +336,13 @@ def _sort(
         if renamed is not None:
             mistakes.append(renamed)
         elif item.is_force_add() or item.is_add() or item.is_delete():
-            mistakes.append(Problem(text, NO_VALUE, "keys are neither added nor removed", "write key=value"))
+            remedy = "leave it out" if item.is_delete() else f"write {text.lstrip('+')}"
+            mistakes.append(Problem(text, NO_VALUE, "keys cannot be added or removed", remedy))
+        elif item.package is not None:
+            mistakes.append(Problem(text, NO_VALUE, "@ in a key is not supported", "write key=value"))
         elif item.is_sweep_override():
-            remedy = "write [...]" if command in GRIDS else "add -m for a run of each, or [...] for a list"
-            mistakes.append(Problem(text, NO_VALUE, "has several values", remedy))
+            as_list = takes_list(command, key, overrides, dirs)
+            mistakes.append(Problem(text, NO_VALUE, "several values", _one_value(command, text, as_list)))
         elif key in groups:
             value = item.value()
             names = value if isinstance(value, list) else [value]
@@ -326,6 +357,17 @@ def _sort(
     return choosing, setting, mistakes
 
 
+def _one_value(command: str, text: str, as_list: bool) -> str:
+    """The remedy for several values, separated by commas, of a key."""
+    key, _, value = text.partition("=")
+    listed = f"{key}=[{value}]"
+    if command in GRIDS or as_list:
+        return f"write {listed}"
+    if "/" in value:
+        return f"write {as_text(key, value)} for a path with a comma, or add -m for one run per value"
+    return "give one, or add -m for one run per value"
+
+
 def _known(command: str, setting: Mapping[str, str], implied: Node) -> tuple[list[str], list[Problem]]:
     """The overrides whose key exists in the configuration that the chosen options make, and a line for the others."""
     keys = [*flatten(implied), *defaults(command)]
@@ -334,18 +376,18 @@ def _known(command: str, setting: Mapping[str, str], implied: Node) -> tuple[lis
     known, unknown = [], []
     for key, text in setting.items():
         if LAUNCHER.match(text) and command not in GRIDS:
-            unknown.append(Problem(text, NO_VALUE, "is about the jobs of a sweep", "add -m"))
+            unknown.append(Problem(text, NO_VALUE, "applies to sweeps only", "add -m"))
             continue
         if key.startswith("hydra") or any(other == key or other.startswith(f"{key}.") for other in keys):
             known.append(text)
             continue
         having = _options_with(key, command)
         if having:
-            unknown.append(Problem(text, NO_VALUE, f"goes with {' or '.join(having)}", "choose it too"))
+            remedy = f"add {having[0]}" if len(having) == 1 else "choose one of them"
+            unknown.append(Problem(text, NO_VALUE, f"applies only to {' or '.join(having)}", remedy))
             continue
-        near = difflib.get_close_matches(key, keys, n=1, cutoff=0.6)
-        near = near or [other for other in keys if other.rpartition(".")[2] == key]
-        hint = f"did you mean {near[0]}?" if near else f"see diffuse {command} --help"
+        near = nearest_key(key, keys)
+        hint = f"did you mean {near}?" if near else f"see diffuse {command} --help"
         unknown.append(Problem(text, NO_VALUE, "unknown key", hint))
     return known, unknown
 
@@ -365,7 +407,7 @@ def _options_with(key: str, command: str) -> list[str]:
 def _check(command: str, composed: Node) -> tuple[Config | None, list[Problem]]:
     config, mistakes = validate(COMMANDS[command], composed)
     mistakes += [
-        Problem(key, NO_VALUE, "missing", "give it a value")
+        Problem(key, NO_VALUE, "missing", f"add {key}=<value>")
         for key, value in flatten(composed).items()
         if value == "???"
     ]

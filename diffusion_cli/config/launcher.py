@@ -38,7 +38,10 @@ def launch(words: Sequence[str], jobs: Sequence[Config], dirs: Sequence[Path] = 
         }
         mistakes = [
             Problem(
-                f"launcher.{key}", given[key], f"goes with launcher={' or '.join(names)}", "choose it too"
+                f"launcher.{key}",
+                given[key],
+                f"applies only to launcher={' or '.join(names)}",
+                f"add launcher={names[0]}",
             )
             if names
             else Problem(f"launcher.{key}", given[key], "unknown key")
@@ -56,7 +59,7 @@ def _parsed(words: Sequence[str]) -> tuple[str, dict[str, Any]]:
     name, given = "local", {}
     for text, item in ((text, parse(text)) for text in words):
         if item.is_sweep_override():
-            raise UsageError(text, NO_VALUE, "has several values", "a sweep has one launcher")
+            raise UsageError(text, NO_VALUE, "several values", "a sweep has one launcher")
         if item.key_or_group == "launcher":
             name = str(item.value())
         else:

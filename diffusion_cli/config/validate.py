@@ -3,15 +3,18 @@
 import difflib
 import importlib
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
-from typing import Any
+from types import NoneType
+from typing import Any, get_args
 
 import yaml
 from pydantic import BaseModel, ValidationError, create_model
 
 from diffusion_cli.config.catalogue import CONF, PACKAGE, did_you_mean
+from diffusion_cli.config.recipe import DERIVED
 from diffusion_cli.config.signature import signature
+from diffusion_cli.config.typed import as_text
 from diffusion_cli.config.values import FORMS, STRICT
 from diffusion_cli.errors import Problem, UsageError, format_value
 
@@ -55,22 +58,22 @@ def check_node(key: str, node: Mapping[str, Any]) -> list[Problem]:
 def validate(
     model: type[BaseModel], values: Mapping[str, Any], prefix: str = ""
 ) -> tuple[Any, list[Problem]]:
-    """Build a pydantic model of values; return it, or None and one problem a key."""
+    """Build a pydantic model of values; return it, or None and one problem for each key."""
     try:
         return model.model_validate(dict(values)), []
     except ValidationError as error:
         problems: list[Problem] = []
-        wrong: dict[str, tuple[Any, list[str]]] = {}
+        details: dict[str, tuple[Any, list[Any]]] = {}
         for detail in error.errors(include_url=False):
             reason = detail.get("ctx", {}).get("error")
             if isinstance(reason, UsageError):
                 problems += reason.problems
                 continue
             path, value = _path(values, detail["loc"], prefix)
-            wrong.setdefault(path, (value, []))[1].append(_remedy(detail, model))
+            details.setdefault(path, (value, []))[1].append(detail)
         return None, [
-            Problem(path, value, " or ".join(dict.fromkeys(what)).replace(" or should be ", " or "))
-            for path, (value, what) in wrong.items()
+            Problem(path, value, *_problem(path, value, found, model))
+            for path, (value, found) in details.items()
         ] + problems
 
 
@@ -93,24 +96,94 @@ def _path(values: Any, location: tuple[int | str, ...], prefix: str) -> tuple[st
     return ".".join(keys), values
 
 
-def _remedy(detail: Any, model: type[BaseModel]) -> str:
-    kind, message, value = detail["type"], detail["msg"], detail["input"]
-    if kind == "extra_forbidden":
-        return f"unknown key{did_you_mean(str(detail['loc'][-1]), list(model.model_fields))}"
-    if kind == "missing":
-        return "missing; give it a value"
+def _problem(key: str, value: Any, details: Sequence[Any], model: type[BaseModel]) -> tuple[str, str]:
+    """The problem and the remedy of a value that pydantic rejects, from the errors of all members of its type."""
+    kinds = {detail["type"]: detail for detail in details}
+    if "missing" in kinds:
+        return "missing", f"add {key}=<value>"
+    if detail := kinds.get("extra_forbidden"):
+        return f"unknown key{did_you_mean(str(detail['loc'][-1]), list(model.model_fields))}", ""
+    if detail := kinds.get("value_error"):
+        return str(detail["ctx"]["error"]), ""
+    if detail := kinds.get("model_type"):
+        names = " or ".join(f"{key}.{name}" for name in _annotation(model, detail["loc"]).model_fields)
+        return "not a single value", f"set {names}"
+    accepted = [name for detail in details for name in _accepted(detail)]
+    words = [name for detail in details for name in _literals(detail)]
+    accepted += ["auto"] if key in DERIVED else []
+    location = details[0]["loc"]
+    is_item = any(isinstance(part, int) for part in location)
+    accepted += ["null"] if not is_item and NoneType in get_args(_annotation(model, location)) else []
+    *others, last = dict.fromkeys(accepted)
+    problem = f"must be {', '.join(others)} or {last}" if others else f"must be {last}"
+    near = difflib.get_close_matches(
+        OTHER_WORDS.get(value, str(value).lower()) if isinstance(value, str) else "", words, n=1
+    )
+    if near:
+        return problem, f"did you mean {near[0]}?"
+    if value == "":
+        return f"no value; {problem}", ""
+    if "string_type" in kinds and isinstance(value, int | float):
+        return problem, f"write {as_text(key, format_value(value))}"
+    if "list_type" in kinds and not isinstance(value, Mapping):
+        return problem, f"write {key}=[{format_value(value)}]"
+    return problem, ""
+
+
+OTHER_WORDS = {"gpu": "cuda"}
+"""Literal values by their names in other programs."""
+PLAIN = {
+    "int_type": "an integer",
+    "int_from_float": "an integer",
+    "float_type": "a number",
+    "finite_number": "a finite number",
+    "string_type": "text",
+    "list_type": "a list",
+    "dict_type": "a mapping {key: value}",
+    "greater_than": "greater than {gt}",
+    "greater_than_equal": "at least {ge}",
+    "less_than": "less than {lt}",
+    "less_than_equal": "at most {le}",
+    "too_short": "a list of {min_length} or more values",
+}
+"""What a value must be, by the type of pydantic's error and with the fields of its context."""
+
+
+def _accepted(detail: Any) -> list[str]:
+    """The values that one member of a type accepts, given its error."""
+    kind, context = detail["type"], detail.get("ctx", {})
     if kind == "literal_error":
-        expected = re.findall(r"'([^']*)'|(\d+)", detail["ctx"]["expected"])
-        expected = [word or number for word, number in expected]
-        near = difflib.get_close_matches(str(value), expected, n=1)
-        return f"should be {' or '.join(expected)}" + (f"; did you mean {near[0]}?" if near else "")
+        return _literals(detail)
+    if kind == "bool_type":
+        return ["true", "false"]
     if kind == "string_pattern_mismatch":
-        return f"should be {FORMS[detail['ctx']['pattern']]}"
-    if kind == "value_error":
-        return str(detail["ctx"]["error"])
-    if kind == "too_short":
-        return f"should have at least {detail['ctx']['min_length']}"
-    return message.replace("Input should be", "should be")
+        return [FORMS[context["pattern"]]]
+    plain = PLAIN.get(kind)
+    bounds = {
+        name: int(bound) if bound == int(bound) else bound
+        for name, bound in context.items()
+        if isinstance(bound, int | float)
+    }
+    return [plain.format_map(bounds) if plain else detail["msg"].removeprefix("Input should be ")]
+
+
+def _literals(detail: Any) -> list[str]:
+    """The values of a literal type."""
+    if detail["type"] != "literal_error":
+        return []
+    found = re.findall(r"'([^']*)'|(\d+|True|False)", detail["ctx"]["expected"])
+    return [word or other.lower() for word, other in found]
+
+
+def _annotation(model: type[BaseModel], location: Sequence[int | str]) -> Any:
+    """The type of a key of a model, or of a model within it."""
+    annotation: Any = model
+    for name in location:
+        fields = getattr(annotation, "model_fields", {})
+        if name not in fields:
+            break
+        annotation = fields[name].annotation
+    return annotation
 
 
 def build(node: Mapping[str, Any] | None, *supplied: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Types of values that several commands take."""
+"""Types of values that several commands share."""
 
 from typing import Annotated, Any, Literal
 
@@ -8,11 +8,15 @@ STRICT = ConfigDict(strict=True, extra="forbid", frozen=True, regex_engine="pyth
 Node = dict[str, Any]
 DURATION = r"^(?=.*[1-9])(\d+d)?(\d+h)?(\d+m)?(\d+s)?$"
 NAME = r"^\w[\w.+-]*$"
-Duration = Annotated[str, Field(pattern=DURATION)]
+Duration = Annotated[
+    str,
+    Field(pattern=DURATION),
+    BeforeValidator(lambda value: str(value) if isinstance(value, int) else value),  # a number has no unit
+]
 Name = Annotated[str, Field(pattern=NAME)]
-# What a text should look like, by the pattern that it did not match.
+# Description of each pattern, for error messages.
 FORMS = {
-    DURATION: "a duration such as 90s, 45m, 2h30m or 1d",
+    DURATION: "a duration (90s, 45m, 2h30m, 1d)",
     NAME: "a folder name of letters, digits and _ . + -",
 }
 Weights = Literal["ema", "raw"]

@@ -114,7 +114,7 @@ def test_the_words_for_a_run_s_own_data():
     assert isinstance(other, EvalConfig)
     assert other.data_paths == {}
     assert other.other_dataset is not None
-    with pytest.raises(UsageError, match="resolution=8: goes with"):
+    with pytest.raises(UsageError, match="resolution=8: applies only to"):
         load("eval", ["dataset.resolution=8"])
 
 
@@ -147,5 +147,5 @@ def test_what_one_trains_on_needs_no_word_later(tmp_path, stranger, photos, caps
 
 @pytest.mark.parametrize("dataset", ["gaussian_mixture", "points"])
 def test_a_size_beyond_any_memory_is_a_mistake(dataset):
-    with pytest.raises(UsageError, match=r"dataset.size=10{12}: should be less than or equal to 10000000"):
+    with pytest.raises(UsageError, match=r"dataset.size=10{12}: must be at most 10000000"):
         load("train", [f"dataset={dataset}", "dataset.size=1000000000000"])

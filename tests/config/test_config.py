@@ -350,10 +350,11 @@ def test_the_mistakes_of_all_points_of_a_grid_at_once_each_said_once():
     assert sorted(mistakes.value.lines) == [
         "batch_size=[9,9]: names 9 twice; leave one out",
         "device=cuda: device is given twice; write one list",
-        "guidance.scale=[1,2]: goes with guidance=auto or guidance=cfg or guidance=classifier; choose it too",
+        "guidance.scale=[1,2]: applies only to guidance=auto or guidance=cfg or guidance=classifier; "
+        "choose one of them",
         "sampler=ddmi: unknown option; did you mean ddpm?",
         "seed=[]: is empty; give at least one value",
-        "steps=0: should be greater than 0",
+        "steps=0: must be greater than 0",
         "x=[1,2]: unknown key; see diffuse sample --help",
     ]
 

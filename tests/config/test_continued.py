@@ -91,7 +91,7 @@ def test_wrong_words_are_said_as_ever(folder):
         load("train", [f"run={folder}", "max_stesp=3"])
     with pytest.raises(UsageError, match=r"trainer.device=3: unknown key; did you mean trainer.devices\?"):
         load("train", [f"run={folder}", "trainer.device=3"])
-    with pytest.raises(UsageError, match="max_steps=0: should be greater than 0"):
+    with pytest.raises(UsageError, match="max_steps=0: must be greater than 0"):
         load("train", [f"run={folder}", "max_steps=0"])
     with pytest.raises(UsageError, match="run=nowhere: is no run, here or in outputs"):
         load("train", ["run=nowhere"])

@@ -720,7 +720,7 @@ def test_files_of_one_name_do_not_overwrite_each_other(folder, tmp_path):
             "edit.mask=[2, 2, 9, 9]: should be [left,top,right,bottom] in pixels within 8 x 8",
         ),
         (["label=12"], "label=12: there are the classes 0..9"),
-        (["label=frog"], "label=frog: unknown class; there are: 0, 1"),
+        (["label=frog"], "label=frog: unknown class; choose from 0, 1"),
         (["run=plain", "label=3"], "label=3: the model is not class-conditional"),
         (["run=plain", "guidance=cfg"], "guidance=cfg: the model is not class-conditional"),
         (["run=judge"], "was trained with task=classifier"),
@@ -732,7 +732,7 @@ def test_files_of_one_name_do_not_overwrite_each_other(folder, tmp_path):
             "guidance.interval=[3, 1]: should be",
         ),
         (["guidance=classifier", "guidance.run=plain", "label=1"], "was trained with task=diffusion"),
-        (["restoration=null"], "restoration=null: unknown option; there are: dps, repaint, replacement"),
+        (["restoration=null"], "restoration=null: unknown option; choose from dps, repaint, replacement"),
         (["edit=img2img", "restoration=dps"], "restoration: edit=img2img restores nothing"),
         (["edit=attribute"], "label=null: edit=attribute leads to a class"),
         (["edit=attribute", "label=1", "edit.source=12"], "edit.source=12: there are the classes 0..9"),
@@ -747,7 +747,10 @@ def test_files_of_one_name_do_not_overwrite_each_other(folder, tmp_path):
             ["edit=reconstruct", "sampler=ddpm"],
             "sampler: edit=reconstruct measures an error, and this sampler is",
         ),
-        (["edit=interpolate", "edit.seeds=[0,4294967296]"], "edit.seeds.1=4294967296: should be less than"),
+        (
+            ["edit=interpolate", "edit.seeds=[0,4294967296]"],
+            "edit.seeds.1=4294967296: must be at most 4294967295",
+        ),
         (["seed=4294967290"], "seed=4294967290: the last result's seed passes"),
         (
             [
@@ -760,7 +763,7 @@ def test_files_of_one_name_do_not_overwrite_each_other(folder, tmp_path):
             ],
             "edit.source=2: the model is not class-conditional",
         ),
-        (["edit=img2img", "edit.strength=1.5"], "edit.strength=1.5: should be less than or equal to 1"),
+        (["edit=img2img", "edit.strength=1.5"], "edit.strength=1.5: must be at most 1"),
     ],
 )
 def test_wrong_input_gets_one_line(folder, tmp_path, capsys, words, expected):

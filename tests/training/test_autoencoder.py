@@ -161,17 +161,17 @@ def change(folder: Path, **fields: object) -> None:
 @pytest.mark.parametrize(
     ("fields", "words"),
     [
-        ({"act_fn": "gelu"}, "act_fn=gelu: should be silu"),
-        ({"_class_name": "VQModel"}, "_class_name=VQModel: should be AutoencoderKL"),
-        ({"mid_block_add_attention": False}, "mid_block_add_attention=false: should be"),
+        ({"act_fn": "gelu"}, "act_fn=gelu: must be silu"),
+        ({"_class_name": "VQModel"}, "_class_name=VQModel: must be AutoencoderKL"),
+        ({"mid_block_add_attention": False}, "mid_block_add_attention=false: must be true"),
         ({"use_quant_conv": False}, "use_post_quant_conv=true does not go with"),
-        ({"down_block_types": ["AttnDownEncoderBlock2D"] * 2}, "should be DownEncoderBlock2D"),
+        ({"down_block_types": ["AttnDownEncoderBlock2D"] * 2}, "must be DownEncoderBlock2D"),
         ({"down_block_types": ["DownEncoderBlock2D"]}, "down_block_types=.* does not go with"),
         ({"block_out_channels": [8, 12]}, "no multiples of the first"),
         ({"norm_num_groups": 3}, "norm_groups=3: does not divide"),
         ({"block_out_channels": [8, 32]}, r"is \[\d+.*\], not \["),
         ({"layers_per_block": 2}, "is missing"),
-        ({"layers_per_block": 10**9}, "layers_per_block=1000000000: should be less than"),
+        ({"layers_per_block": 10**9}, "layers_per_block=1000000000: must be at most"),
     ],
 )
 def test_another_network_is_refused_in_a_line(folder, fields, words):

@@ -393,13 +393,13 @@ def test_workers_do_not_outlive_the_process_that_started_them(tmp_path):
             ["trainer.devices=3"],
             "batch_size=16: is shared out among 3 devices, in 1 parts; take a multiple of 3",
         ),
-        (["trainer.strategy=zero"], "trainer.strategy=zero: should be ddp or fsdp"),
-        (["checkpoint_period=soon"], "checkpoint_period=soon: should be a duration such as 90s, 45m"),
-        (["checkpoint_period=0s"], "checkpoint_period=0s: should be a duration such as 90s, 45m"),
-        (["trainer.timeout=9"], "trainer.timeout=9: should be greater than or equal to 120"),
+        (["trainer.strategy=zero"], "trainer.strategy=zero: must be ddp or fsdp"),
+        (["checkpoint_period=soon"], "checkpoint_period=soon: must be a duration (90s, 45m"),
+        (["checkpoint_period=0s"], "checkpoint_period=0s: must be a duration (90s, 45m"),
+        (["trainer.timeout=9"], "trainer.timeout=9: must be at least 120"),
         (
             ["trainer.threads=99999999999"],
-            "trainer.threads=99999999999: should be less than or equal to 4096",
+            "trainer.threads=99999999999: must be at most 4096",
         ),
     ],
 )

@@ -1,0 +1,130 @@
+"""Words of a command line that are not `key=value`: each error shows the word to write instead."""
+
+import difflib
+from collections.abc import Iterator, Sequence
+
+from diffusion_cli.config.catalogue import CONF, chosen, defaults, did_you_mean, documented, options
+from diffusion_cli.errors import NO_VALUE, Problem
+
+FLAGS = ["--help", "--cfg", "--config-dir", "--multirun", "-h", "-m"]
+OTHER_NAMES = {
+    "learning_rate": "optimizer.lr",
+    "optimizer.learning_rate": "optimizer.lr",
+    "steps": "max_steps",
+    "epochs": "max_epochs",
+    "gpus": "trainer.devices",
+    "device": "trainer.accelerator",
+}
+"""Keys by their names in other programs."""
+CLOSE = 0.85
+"""Similarity from which a bare word or a flag is read as a misspelt key."""
+
+
+def sort_words(command: str, words: Sequence[str]) -> tuple[list[str], list[Problem]]:
+    """Return the overrides among the words after a command, and a problem for each of the others.
+
+    Args:
+        command: name of the command.
+        words: the words after it, without its flags; each other word that begins with `-` is an unknown flag.
+    """
+    if all(map(_is_override, words)):
+        return list(words), []
+    keys = _keys(command, words)
+    groups = list(_grouped(words, keys))
+    overrides = [group[0] for group in groups if _is_override(group[0]) and len(group) == 1]
+    others = (group for group in groups if not _is_override(group[0]) or len(group) > 1)
+    return overrides, [_problem(command, group, keys) for group in others]
+
+
+def nearest_key(name: str, keys: Sequence[str], cutoff: float = 0.6) -> str | None:
+    """Return the key that a misspelt name most likely stands for, or None."""
+    if name not in keys and (other := OTHER_NAMES.get(name)) in keys:
+        return other
+    spelt = name.replace("-", "_").lower()
+    near = difflib.get_close_matches(spelt, keys, n=1, cutoff=cutoff)
+    near = near or [key for key in keys if key.rpartition(".")[2] == spelt]
+    return near[0] if near else None
+
+
+def _is_override(word: str) -> bool:
+    """Whether a word is `key=value`, or an addition or removal of a key in Hydra's grammar."""
+    return word[:1] not in ("", "-", "=") and ("=" in word or word[0] in "~+")
+
+
+def _is_bare(word: str) -> bool:
+    """Whether a word is a name or a value alone."""
+    return word[:1] not in ("", "-", "~", "+") and "=" not in word
+
+
+def _is_key(word: str, keys: Sequence[str]) -> bool:
+    """Whether a bare word is a key, or nearly one."""
+    return _is_bare(word) and nearest_key(word, keys, CLOSE) is not None
+
+
+def _keys(command: str, words: Sequence[str]) -> list[str]:
+    """The groups and keys of a command with the options that its words choose."""
+    keys = [*defaults(command), *(key for key, _, _ in documented(CONF / f"{command}.yaml"))]
+    for group, option in chosen(command, words, ()).items():
+        for name in option if isinstance(option, list) else [option]:
+            file = options(group).get(str(name))
+            keys += [key for key, _, _ in documented(file, group)] if file else []
+    return keys
+
+
+def _grouped(words: Sequence[str], keys: Sequence[str]) -> Iterator[list[str]]:
+    """Yield words in groups: `key = value`, `key value` and `--key value` are one group each."""
+    rest = list(words)
+    while rest:
+        word, following = rest[0], "".join(rest[1:2])
+        count = 1
+        if _is_bare(word) and following.startswith("="):
+            count = 3 if following == "=" else 2
+        elif _is_bare(following):
+            is_flag = word.startswith("-") and "=" not in word
+            count = 2 if is_flag or word.endswith("=") or _is_key(word, keys) else 1
+        yield rest[:count]
+        del rest[:count]
+
+
+def _problem(command: str, group: Sequence[str], keys: Sequence[str]) -> Problem:
+    """The problem of words that are not `key=value`."""
+    shown = " ".join(group)
+    if not shown.strip():
+        return Problem(repr(shown), NO_VALUE, "empty word", "leave it out")
+    if shown.startswith("-"):
+        return _flag_problem(command, group, keys)
+    if len(group) > 1:
+        equals = "=" in shown
+        name, _, value = ("" if equals else "=").join(group).partition("=")
+        problem = "spaces around =" if equals else "no = between key and value"
+        return Problem(shown, NO_VALUE, problem, f"write {_word(command, name, value, keys)}")
+    if shown.startswith("="):
+        return Problem(shown, NO_VALUE, "no key before =", "write key=value")
+    name, _, value = shown.partition(":")
+    if _is_key(name, keys):
+        problem = "no = between key and value" if value else "no value"
+        return Problem(shown, NO_VALUE, problem, f"write {_word(command, name, value, keys)}")
+    choices = [f"{of}={name.lower()}" for of in defaults(command) if name.lower() in options(of)]
+    remedy = f"write {' or '.join(choices)}" if choices else f"see diffuse {command} --help"
+    return Problem(shown, NO_VALUE, "not key=value", remedy)
+
+
+def _flag_problem(command: str, group: Sequence[str], keys: Sequence[str]) -> Problem:
+    """The problem of an unknown flag, which may be a key or a group."""
+    flag, _, value = "=".join(group).partition("=")
+    name, near = flag.lstrip("-"), difflib.get_close_matches(flag, FLAGS, n=1, cutoff=0.75)
+    if not near and len(name) > 1 and nearest_key(name, keys, CLOSE) is not None:
+        return Problem(
+            " ".join(group), NO_VALUE, "unknown flag", f"write {_word(command, name, value, keys)}"
+        )
+    return Problem(group[0], NO_VALUE, f"unknown flag{did_you_mean(flag, near or FLAGS)}")
+
+
+def _word(command: str, name: str, value: str, keys: Sequence[str]) -> str:
+    """The word `key=value` that a name and a value most likely stand for."""
+    key = nearest_key(name, keys) or name
+    if key not in defaults(command):
+        return f"{key}={value or '<value>'}"
+    known = options(key)
+    near = difflib.get_close_matches(value.lower(), known, n=1)
+    return f"{key}={near[0]}" if near else f"{key}=<option>, one of {', '.join(known)}"

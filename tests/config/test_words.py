@@ -1,0 +1,144 @@
+"""Mistakes in writing words of a command line: each is one plain line with the word to write, without torch."""
+
+import os
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from diffusion_cli.cli import run
+from diffusion_cli.config import load
+
+FOLDER = ("train", "dataset=folder")
+
+MISTAKES = {
+    "trian": "trian: unknown command; did you mean train?",
+    "train schedule cosine": "schedule cosine: no = between key and value; write schedule=cosine",
+    "train scheduel Cosine": "scheduel Cosine: no = between key and value; write schedule=cosine",
+    "train --schedule cosine": "--schedule cosine: unknown flag; write schedule=cosine",
+    "train --schedule=cosine": "--schedule=cosine: unknown flag; write schedule=cosine",
+    "train -m schedule cosine": "schedule cosine: no = between key and value; write schedule=cosine",
+    "train --batch-size 8": "--batch-size 8: unknown flag; write batch_size=8",
+    "train --version": "--version: unknown flag; choose from --help, --cfg, --config-dir, --multirun, -h, -m",
+    "train cosine": "cosine: not key=value; write schedule=cosine",
+    "train seed": "seed: no value; write seed=<value>",
+    "train task": "task: no value; write task=<option>, one of autoencoder, classifier, diffusion",
+    "train x": "x: not key=value; see diffuse train --help",
+    "train steps = 10": "steps = 10: spaces around =; write max_steps=10",
+    "sample steps = 10": "steps = 10: spaces around =; write steps=10",
+    "sample steps =10": "steps =10: spaces around =; write steps=10",
+    "sample steps= 10": "steps= 10: spaces around =; write steps=10",
+    "sample steps:10": "steps:10: no = between key and value; write steps=10",
+    "sample =10": "=10: no key before =; write key=value",
+    "sample ''": "'': empty word; leave it out",
+    "sample steps=10,": "steps=10,: misplaced comma; write steps=10",
+    "train -m seed=0,,1": "seed=0,,1: misplaced comma; write seed=0,1",
+    "train -m 'seed=range(3'": "seed=range(3: not a list of values; write seed=1,2,3 or seed=range(1,4)",
+    "sample 'steps=10;'": "steps=10;: must be an integer",
+    "sample steps=ten": "steps=ten: must be an integer",
+    "sample steps=0": "steps=0: must be greater than 0",
+    "sample seed=-1": "seed=-1: must be at least 0",
+    "sample batch_size=big": "batch_size=big: must be an integer or auto",
+    "sample step=last": "step=last: must be an integer, best or null",
+    "sample sampler=DDIM": "sampler=DDIM: unknown option; did you mean ddim?",
+    "sample device=gpu": "device=gpu: must be auto, cpu or cuda; did you mean cuda?",
+    "sample @steps=10": "@steps=10: @ in a key is not supported; write key=value",
+    "sample ++steps=10": "++steps=10: keys cannot be added or removed; write steps=10",
+    "sample 'steps=${x}'": "steps=${x}: invalid reference ${...}; use the name of a key, such as ${seed}",
+    "sample 'output=[a'": (
+        "output=[a: unmatched bracket or quote; write output=[a,b] for a list, 'output=\"[a\"' for text"
+    ),
+    "eval metric=FID": "metric=FID: unknown option; did you mean fid?",
+    "eval metric=fid,kid": "metric=fid,kid: several values; write metric=[fid,kid]",
+    "train progressive=8,16": "progressive=8,16: several values; write progressive=[8,16]",
+    "train progressive=8": "progressive=8: must be a list or null; write progressive=[8]",
+    "train seed=0,1": "seed=0,1: several values; give one, or add -m for one run per value",
+    "train max_time=10": "max_time=10: must be a duration (90s, 45m, 2h30m, 1d) or null",
+    "train max_epochs=x": "max_epochs=x: must be an integer or null",
+    "train optimizer.lr=": "optimizer.lr=: no value; must be a number or auto",
+    "train optimizer.lr=fast": "optimizer.lr=fast: must be a number or auto",
+    "train learning_rate=1e-4": "learning_rate=1e-4: unknown key; did you mean optimizer.lr?",
+    "train optimizer.learning_rate=1e-4": "optimizer.learning_rate=1e-4: unknown key; did you mean optimizer.lr?",
+    "train compile=maybe": "compile=maybe: must be auto, true or false",
+    "train ema=0.99": "ema=0.99: not a single value; set ema.decay or ema.warm_up",
+    "train dataset=folder dataset.path=123": "dataset.path=123: must be text; write 'dataset.path=\"123\"'",
+    "train dataset=folder dataset.path=/a,b": (
+        "dataset.path=/a,b: several values; write 'dataset.path=\"/a,b\"' for a path with a comma, "
+        "or add -m for one run per value"
+    ),
+}
+
+
+@pytest.mark.parametrize(("words", "expected"), MISTAKES.items())
+def test_a_mistake_is_one_line_with_the_word_to_write(capsys, words, expected):
+    assert run(shlex.split(words)) == 2
+    assert capsys.readouterr() == ("", f"diffuse: {expected}\n")
+
+
+def test_mistakes_in_writing_import_no_torch():
+    code = (
+        "import shlex, sys; from diffusion_cli.cli import run; "
+        "[run(shlex.split(words)) for words in sys.argv[1:]]; sys.exit('torch' in sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code, *MISTAKES], capture_output=True, check=True)
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "/a b/c",
+        "/a=b/c",
+        "/a (1)/c",
+        "/a:b/c",
+        "/a[1]/c",
+        "/a{1}/c",
+        "/it's/c",
+        '/a"b/c',
+        "/é/c",
+        "/a;b",
+        "C:\\a(b)\\",
+    ],
+)
+def test_a_path_is_read_as_it_is_typed(path):
+    assert load("sample", [f"output={path}", f"run={path}"]).model_dump()["output"] == path
+    config = load(*FOLDER[:1], [*FOLDER[1:], f"dataset.path={path}"])
+    assert config.model_dump()["dataset"]["path"] == path
+
+
+def test_the_remedy_for_a_path_with_a_comma_is_accepted(capsys):
+    assert run([*FOLDER, "dataset.path=/a,b"]) == 2
+    word = capsys.readouterr().err.partition("write ")[2].partition(" for")[0]
+    config = load("train", ["dataset=folder", *shlex.split(word)])
+    assert config.model_dump()["dataset"]["path"] == "/a,b"
+
+
+def test_a_tilde_is_the_home_directory(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/ö")
+    assert os.path.expanduser("~") == "/home/ö"  # noqa: PTH111
+    assert load("sample", ["output=~/x.png"]).model_dump()["output"] == "/home/ö/x.png"
+    assert load("report", ["run=[~/a,b]"]).model_dump()["run"] == ["/home/ö/a", "b"]
+
+
+def test_help_is_shown_whatever_the_other_words_are(capsys):
+    assert run(["train", "--help", "schedule", "cosine"]) == 0
+    assert capsys.readouterr().out.startswith("diffuse train: ")
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        (
+            "a: [",
+            "not valid YAML at line 1: expected the node content, but found '<stream end>'; correct the file",
+        ),
+        ("- a", "not a mapping; write one key: value per line"),
+    ],
+)
+def test_an_option_file_that_is_not_yaml_is_named(capsys, tmp_path, text, problem):
+    file = Path(tmp_path, "sampler", "mine.yaml")
+    file.parent.mkdir()
+    file.write_text(text)
+    assert run(["sample", "--config-dir", str(tmp_path), "sampler=mine"]) == 2
+    assert capsys.readouterr().err == f"diffuse: {file}: {problem}\n"

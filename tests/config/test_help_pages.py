@@ -1,11 +1,18 @@
 """The pages of help: what they list, in which order, and how the YAML files are worded."""
 
+import re
+
 import pytest
 
 from diffusion_cli import config
 from diffusion_cli.cli import run
 from diffusion_cli.config import COMMANDS, CONF, GRIDS, GROUPS
 from diffusion_cli.config.catalogue import DESCRIBED
+
+FRAGMENT = re.compile(
+    r"# (of|that|in|where|or|which|and|told|taken|goes|so|what|whether|how)\b", re.IGNORECASE
+)
+PRIVATE = re.compile(r"#.*\b(told|tells|taken up|goes on|so many|data sets?|of which|whose)\b")
 
 
 @pytest.fixture
@@ -114,3 +121,25 @@ def test_help_shows_the_keys_of_the_launcher(page):
     assert "*local slurm" in page("train", "--help")[0]
     assert "launcher.partition=null " in page("train", "launcher=slurm", "--help")[0]
     assert "launcher" not in page("plot", "--help")[0]
+
+
+# --- Wording of the YAML files --------------------
+
+
+def test_comments_of_yaml_files_are_phrases_that_stand_alone():
+    lines = [
+        f"{file.relative_to(CONF)}: {line.strip()}"
+        for file in sorted(CONF.rglob("*.yaml"))
+        for line in file.read_text().splitlines()
+        if FRAGMENT.search(line) or PRIVATE.search(line)
+    ]
+    assert lines == []
+
+
+def test_every_yaml_file_begins_with_a_description():
+    for file in sorted(CONF.rglob("*.yaml")):
+        lines = [line for line in file.read_text().splitlines() if not line.startswith("# @package")]
+        description = config.summary(file)
+        assert lines[0] == f"# {description}"
+        assert re.match(r"[A-Z0-9]|v-prediction|unet_tiny|L_", description)
+        assert not description.endswith(".")

@@ -8,6 +8,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import yaml
 
 from diffusion_cli import config
 
@@ -79,3 +80,21 @@ def test_every_link_of_a_page_leads_somewhere(page):
     links = re.findall(r"\]\(([^)#]+)[^)]*\)", (ROOT / page).read_text())
     lost = [link for link in links if "://" not in link and not ((ROOT / page).parent / link).exists()]
     assert lost == []
+
+
+@pytest.mark.parametrize(
+    ("subject", "accepted"),
+    [
+        ("samplers: add gradient estimation", True),
+        ("data, formats: name files by their content", True),
+        ("Merge branch 'main'", True),
+        ("Add gradient estimation", False),
+        ("samplers add gradient estimation", False),
+        ("samplers: add " + "x" * 72, False),
+    ],
+)
+def test_the_commit_hook_accepts_the_subjects_that_contributing_describes(subject, accepted):
+    hooks = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"][0]["hooks"]
+    (hook,) = [hook for hook in hooks if hook["id"] == "commit-subject"]
+    message = f"{subject}\n\nA body: it says why.\n"
+    assert (re.search(hook["entry"], message, re.MULTILINE) is not None) == accepted

@@ -67,7 +67,7 @@ def command_help(command: str, overrides: Sequence[str], dirs: Sequence[Path]) -
     for group, options_of_group in listed.items():
         for option in options_of_group:
             if option.selected:
-                heading = f"{group}={option.name}: {summary(option.file)}"
+                heading = f"{group}={option.name}  {summary(option.file)}"
                 lines += ["", *_wrapped(heading), *_keys(option.file, group)]
     return "\n".join(lines)
 

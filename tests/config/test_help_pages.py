@@ -109,12 +109,12 @@ def test_only_groups_have_help(capsys):
 def test_help_follows_the_chosen_options(page):
     assert "sampler.variance=small" in page("sample", "sampler=ddpm", "--help")[0]
     _, lines = page("train", "experiment=edm_cifar10", "--help")
-    assert any(line.startswith("model=ddpmpp_edm_cifar10: ") for line in lines)
-    assert any(line.startswith("dataset=cifar10: ") for line in lines)
+    assert any(line.startswith("model=ddpmpp_edm_cifar10  ") for line in lines)
+    assert any(line.startswith("dataset=cifar10  ") for line in lines)
     text, _ = page("edit", "edit=inpaint", "--help")  # which brings a method and a sampler
     assert "restoration.num_resamples=" in text
     assert "sampler.variance=" in text
-    assert " sampler=heun: " in page("edit", "edit=inpaint", "sampler=heun", "--help")[0]
+    assert " sampler=heun " in page("edit", "edit=inpaint", "sampler=heun", "--help")[0]
 
 
 def test_help_shows_the_keys_of_the_launcher(page):

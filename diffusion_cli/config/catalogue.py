@@ -122,7 +122,7 @@ def chosen(command: str, overrides: Sequence[str], dirs: Sequence[Path]) -> dict
 def options(group: str, dirs: Sequence[Path] = ()) -> dict[str, Path]:
     """Return the YAML file of each option of a group, including those in folders of the user."""
     files = (file for root in (CONF, *dirs) for file in sorted((root / group).glob("*.yaml")))
-    return dict(sorted((file.stem, file) for file in files))
+    return dict(sorted((file.stem, file) for file in files if file.is_file()))
 
 
 def documented(file: Path, prefix: str = "") -> Iterator[tuple[str, str, str]]:
@@ -157,7 +157,7 @@ def _documented(file: Path, prefix: str) -> Iterator[tuple[str, str, str]]:
 
 def summary(file: Path) -> str:
     """Return the description of a YAML file, its first comment."""
-    comments = re.findall(r"(?:^|\s)# +([^@\s].*)", file.read_text())
+    comments = re.findall(r"(?:^|\s)# +([^@\s].*)", file.read_text(errors="replace"))
     return comments[0] if comments else ""
 
 

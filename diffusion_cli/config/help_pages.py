@@ -18,6 +18,7 @@ from diffusion_cli.config.catalogue import (
 )
 from diffusion_cli.config.launcher import LAUNCHERS, split_launcher
 from diffusion_cli.config.schema import COMMANDS, FIRST_WORD, GRIDS
+from diffusion_cli.system.untrusted import escaped
 
 WIDTH = 100
 """Columns of a page; only a word that is longer exceeds them."""
@@ -147,7 +148,7 @@ def _entry(name: str, text: str, column: int) -> list[str]:
 def _wrapped(text: str, first: str = "", rest: str = "  ") -> list[str]:
     """A text in lines of at most `WIDTH` columns if words allow, after the indents of the first and of the others."""
     return textwrap.wrap(
-        text,
+        escaped(text),
         WIDTH,
         initial_indent=first,
         subsequent_indent=rest,

@@ -100,6 +100,17 @@ def test_group_help_lists_the_options_of_a_user(page, capsys, tmp_path):
     assert "num_timesteps: 7\n" in capsys.readouterr().out
 
 
+def test_help_survives_option_files_that_cannot_be_read(page, tmp_path):
+    (tmp_path / "model" / "folder.yaml").mkdir(parents=True)
+    (tmp_path / "model" / "binary.yaml").write_bytes(b"# \x1b[31mred \xff")
+    (tmp_path / "model" / "empty.yaml").write_text("")
+    text, _ = page("train", "--config-dir", str(tmp_path), "model=help")
+    assert " binary \\x1b[31mred" in text
+    assert " empty " in text
+    assert " folder " not in text
+    assert page("train", "--config-dir", str(tmp_path), "--help")
+
+
 def test_only_groups_have_help(capsys):
     assert run(["sample", "model=help"]) == 2
     assert run(["plot", "launcher=help"]) == 2

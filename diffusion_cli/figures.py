@@ -18,7 +18,7 @@ from diffusion_cli.data.base import Split
 from diffusion_cli.diffusion.denoiser import noised
 from diffusion_cli.diffusion.schedules import Discrete, Schedule
 from diffusion_cli.errors import NO_VALUE, FormatError, UsageError
-from diffusion_cli.generate import SeededNoise, frame_places, visible
+from diffusion_cli.generate import SeededNoise, frame_places, scale_for_display
 from diffusion_cli.images import read_images, save_gif, save_rows
 from diffusion_cli.runs.curves import read_curves
 from diffusion_cli.runs.find import find_run
@@ -95,7 +95,7 @@ class Schedules(Figure):
 
 
 class Forward(Figure):
-    """A real image noised over t, `alpha_t x_0 + sigma_t eps` with the same eps at all times, as `visible` shows it."""
+    """A real image noised over t, `alpha_t x_0 + sigma_t eps` with the same eps at all times."""
 
     name = "forward"
     of = ("schedule", "image")
@@ -131,7 +131,9 @@ class Forward(Figure):
         schedule: Schedule = build(config.schedule)
         t = torch.linspace(0, 1, self.frames, dtype=torch.float64)
         eps = SeededNoise([config.image], dataset.shape, image.device).noise()
-        seen = visible(noised(schedule, image.expand(self.frames, *image.shape[1:]), t, eps), t, schedule)
+        seen = scale_for_display(
+            noised(schedule, image.expand(self.frames, *image.shape[1:]), t, eps), t, schedule
+        )
         return dataset.form.to_rgb(dataset.form.quantize(seen))
 
 

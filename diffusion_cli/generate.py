@@ -39,15 +39,15 @@ class SeededNoise:
         # The seed itself, not a hash of it: the generator keeps 32 bits, and no two images may share them.
         self.generators = [torch.Generator().manual_seed(seed) for seed in seeds]
         self.shape, self.device = tuple(shape), device
-        self._again = False
+        self._called = False
         self._ahead: Future[Tensor] | None = None
 
     def noise(self) -> Tensor:
         """The next noise of each image, float32 [B, *shape]."""
         noise = self._next() if self._ahead is None else self._ahead.result()
-        if self._again and self.device.type == "cuda":
+        if self._called and self.device.type == "cuda":
             self._ahead = _drawing().submit(self._next)
-        self._again = True
+        self._called = True
         return noise.to(self.device, non_blocking=True)
 
     def _next(self) -> Tensor:
@@ -85,7 +85,7 @@ def sample(
     return x
 
 
-def visible(x_t: Tensor, t: Tensor, schedule: Schedule) -> Tensor:
+def scale_for_display(x_t: Tensor, t: Tensor, schedule: Schedule) -> Tensor:
     """States at times t divided by `sqrt(alpha^2 + sigma^2)`, to be shown as images are.
 
     Where the noise outgrows the data, as in VE and EDM, nothing would be seen but black and white; processes that keep
@@ -212,27 +212,27 @@ def generate(pipeline: SamplingPipeline, seeds: Sequence[int], batch_size: int) 
 def trajectories(pipeline: SamplingPipeline, seeds: Sequence[int], batch_size: int, *, frames: int) -> Tensor:
     """Return the states from noise to the images that `generate` makes of the seeds, uint8 [N, F, C, H, W].
 
-    F states as `visible` shows them, the noise first and the image last: `frames` of them evenly over the steps, or all
-    where there are fewer.
+    F is `frames`, or the number of states if that is smaller. They are evenly spaced, from the noise to the image, and
+    scaled by `scale_for_display`.
     """
     model, sampler, device, times = pipeline.model, pipeline.sampler, pipeline.device, pipeline.times
     places = frame_places(len(times), frames)
-    ways: list[Tensor] = []
+    batches: list[Tensor] = []
     for batch in _batches(seeds, sampler, batch_size):
         denoise = pipeline.denoise(labels_of(batch, pipeline.labels, device))
         with autocast(device, pipeline.precision), compiled(model, len(batch) == batch_size):
-            way = enumerate(states(denoise, sampler, times, batch, model.space.shape, device))
+            trajectory = enumerate(states(denoise, sampler, times, batch, model.space.shape, device))
             shown = [
-                _picture(model, visible(x, times[place], sampler.schedule))
-                for place, x in way
+                _picture(model, scale_for_display(x, times[place], sampler.schedule))
+                for place, x in trajectory
                 if place in places
             ]
-        ways.append(torch.stack(shown, 1))
-    return torch.cat(ways)
+        batches.append(torch.stack(shown, 1))
+    return torch.cat(batches)
 
 
 def _picture(model: LoadedDenoiser, x: Tensor) -> Tensor:
-    """States as `visible` gives them, as pictures on the CPU."""
+    """Return states, scaled for display, as pictures on the CPU."""
     return model.info.form.to_rgb(model.info.form.quantize(model.space.decode(x))).cpu()
 
 

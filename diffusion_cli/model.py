@@ -17,11 +17,10 @@ import torch
 from torch import Tensor
 
 from diffusion_cli import config as configuration
-from diffusion_cli import editing as edits
-from diffusion_cli import networks
+from diffusion_cli import editing, networks
 from diffusion_cli.batch_size import advise_batch_size
-from diffusion_cli.commands import edit as editing
-from diffusion_cli.commands import train as training
+from diffusion_cli.commands import edit as edit_command
+from diffusion_cli.commands import train as train_command
 from diffusion_cli.commands.eval import assess
 from diffusion_cli.commands.evaluation_plan import plan_of
 from diffusion_cli.commands.inputs import Input
@@ -94,7 +93,7 @@ def train(*overrides: str) -> "Model":
     task = getattr(getattr(networks, checked.model["_target_"].rpartition(".")[2]), "task", Denoiser.task)
     if task != Denoiser.task:
         raise UsageError("task", task, "trains no denoiser", "use the command: diffuse train")
-    if training.run(checked):
+    if train_command.run(checked):
         raise KeyboardInterrupt
     folder = Path(checked.output_dir, str(checked.name))
     return load(folder)
@@ -355,7 +354,9 @@ class Model:
             inputs = [Input(f"{number:05d}", image) for number, image in enumerate(self._images(images))]
         with advise_batch_size(checked.batch_size, checked.device):
             try:
-                results = editing.edited(checked, prepared, inputs, None if mask is None else _gray(mask))
+                results = edit_command.edited(
+                    checked, prepared, inputs, None if mask is None else _gray(mask)
+                )
             except UsageError as error:
                 raise error.renamed({"input": "images", "edit.mask": "mask"}) from error
         return results[:, 0] if results.shape[1] == 1 else results
@@ -496,7 +497,7 @@ def _usual_restoration(edit: str) -> str | None:
     if edit not in configuration.options("edit"):
         return None  # refused with the other words
     target = configuration.compose("edit", [f"edit={edit}"])[0]["edit"]["_target_"]
-    return "repaint" if getattr(edits, target.rpartition(".")[2]).restores else None
+    return "repaint" if getattr(editing, target.rpartition(".")[2]).restores else None
 
 
 def _gray(mask: Tensor) -> Tensor:

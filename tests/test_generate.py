@@ -23,7 +23,14 @@ from diffusion_cli.diffusion.guidance import NoGuidance
 from diffusion_cli.diffusion.latents import Pixels
 from diffusion_cli.diffusion.parameterizations import Eps
 from diffusion_cli.formats import to_bytes
-from diffusion_cli.generate import SamplingPipeline, SeededNoise, generate, states, trajectories, visible
+from diffusion_cli.generate import (
+    SamplingPipeline,
+    SeededNoise,
+    generate,
+    scale_for_display,
+    states,
+    trajectories,
+)
 from diffusion_cli.images import Writer, grid
 from diffusion_cli.networks import UNet
 from diffusion_cli.runs.load import LoadedDenoiser
@@ -471,13 +478,13 @@ def test_states_are_shown_with_the_variance_of_the_data(schedules, name):
     schedule = schedules[name]
     image, noise = torch.full((1, 1, 4, 4), 0.3), torch.linspace(-0.9, 0.9, 16).reshape(1, 1, 4, 4)
     one, zero = torch.ones(1), torch.zeros(1)
-    assert torch.equal(to_bytes(visible(image, zero, schedule)), to_bytes(image))
+    assert torch.equal(to_bytes(scale_for_display(image, zero, schedule)), to_bytes(image))
     _, sigma = schedule(one)
     state = (sigma * noise).float()
-    difference = to_bytes(visible(state, one, schedule)).int() - to_bytes(noise).int()
+    difference = to_bytes(scale_for_display(state, one, schedule)).int() - to_bytes(noise).int()
     assert difference.abs().max() <= 1
     if name == "cosine":
-        assert torch.equal(to_bytes(visible(state, one, schedule)), to_bytes(state))
+        assert torch.equal(to_bytes(scale_for_display(state, one, schedule)), to_bytes(state))
 
 
 def test_strips_and_animations_change_no_image_and_are_made_afterwards_too(folder, tmp_path, capsys):

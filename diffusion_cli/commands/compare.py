@@ -169,7 +169,9 @@ def _facts(config: EvalConfig, plan: EvaluationPlan) -> dict[str, Any]:
     metrics, samples, seen = plan.metrics, plan.samples, {}
     if samples is not None:
         first = parts(samples, plan.repeats)[0]
-        views, _ = require(metrics.of_samples, metrics.networks, first, metrics.reference, plan.mode.force)
+        views, _ = require(
+            metrics.sample_metrics, metrics.networks, first, metrics.reference, plan.mode.force
+        )
         seen = {
             name: [view.network.name, view.network.digest, view.network.resize, view.network.precision]
             for name, view in views.items()

@@ -89,13 +89,13 @@ def assess(plan: EvaluationPlan) -> list[Report]:
     environment = {"device": device_of(plan.mode.device).type, "versions": versions()}
     metrics, reports = plan.metrics, []
     if (
-        metrics.of_model and plan.samples is not None
+        metrics.model_metrics and plan.samples is not None
     ):  # refused before the model is measured, which takes long
         first = parts(plan.samples, plan.repeats)[0]
-        require(metrics.of_samples, metrics.networks, first, metrics.reference, plan.mode.force)
+        require(metrics.sample_metrics, metrics.networks, first, metrics.reference, plan.mode.force)
     if plan.model is not None and Distributed().is_main:
         with uncompiled(plan.model.model):
-            reports.append(evaluate_model(metrics.of_model, plan.model, plan.model_record, environment))
+            reports.append(evaluate_model(metrics.model_metrics, plan.model, plan.model_record, environment))
     if plan.samples is not None:
         reports.append(_of_samples(plan, plan.samples, environment))
     return reports
@@ -109,7 +109,7 @@ def _of_samples(plan: EvaluationPlan, samples: Samples, environment: dict[str, A
     with samples.writer if isinstance(samples, ModelSamples) else nullcontext():
         evaluations = [
             evaluate(
-                metrics.of_samples, metrics.networks, part, metrics.reference,
+                metrics.sample_metrics, metrics.networks, part, metrics.reference,
                 batch_size=size, force=plan.mode.force, environment=environment,
             )
             for part in parts(samples, plan.repeats)

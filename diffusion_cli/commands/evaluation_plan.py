@@ -50,9 +50,9 @@ class MetricSetup(NamedTuple):
 
     networks: FeatureExtractors
     reference: Reference
-    of_samples: dict[str, Metric]
+    sample_metrics: dict[str, Metric]
     """Metrics of samples, by name."""
-    of_model: list[ModelMetric]
+    model_metrics: list[ModelMetric]
     """Metrics of the model itself."""
 
 
@@ -133,10 +133,11 @@ def _of_samples(mode: SamplesEvaluation, model: LoadedDenoiser | None) -> Evalua
     folder = samples_folder(trained) if mode.keep else None
     if folder is not None:
         Distributed().main_first(lambda: claim(folder, trained.record, trained.model))
-    itself = _evaluated(mode, trained.folder, trained.model, dataset) if metrics.of_model else {}
+    model_fields = _evaluated(mode, trained.folder, trained.model, dataset) if metrics.model_metrics else {}
     return EvaluationPlan(
         mode=mode, folder=trained.folder, source=_named(trained.folder, trained.model), dataset=dataset,
-        metrics=metrics, samples=ModelSamples(trained, mode.seeds, folder), repeats=mode.repeats, notes=notes, **itself,
+        metrics=metrics, samples=ModelSamples(trained, mode.seeds, folder), repeats=mode.repeats, notes=notes,
+        **model_fields,
     )  # fmt: skip
 
 

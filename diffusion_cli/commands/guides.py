@@ -12,7 +12,7 @@ from diffusion_cli.runs.find import find_run
 from diffusion_cli.runs.load import LoadedClassifier, LoadedDenoiser, load_classifier, load_model
 from diffusion_cli.runs.schema import LatentInfo
 
-SCALE = 1e-3  # by which the scales of the same latents may differ
+LATENT_SCALE_TOLERANCE = 1e-3  # largest difference between the scales of the same latents
 
 
 class GuidanceRuns:
@@ -125,5 +125,7 @@ def _same_latents(one: LatentInfo | None, other: LatentInfo | None) -> bool:
     if one is None or other is None:
         return one is other
     scales = zip(one.mean + one.std, other.mean + other.std, strict=False)
-    alike = all(math.isclose(a, b, rel_tol=SCALE, abs_tol=SCALE) for a, b in scales)
+    alike = all(
+        math.isclose(a, b, rel_tol=LATENT_SCALE_TOLERANCE, abs_tol=LATENT_SCALE_TOLERANCE) for a, b in scales
+    )
     return alike and one.shape == other.shape and one.sha256 == other.sha256

@@ -41,10 +41,11 @@ def check_devices(config: TrainConfig, place: ProcessInfo) -> None:
 def remark_on_machine(config: TrainConfig) -> str | None:
     """Return a line about a recipe that was derived for another machine than torch finds; None for the same."""
     assumed, there = gpu(config.trainer["accelerator"]), torch.cuda.is_available()
-    by_machine = config.trainer["accelerator"] == "auto" and {"dataset.resolution", "max_steps"} & {
-        *config.derived
-    }
-    if assumed == there or not by_machine:
+    recipe_depends_on_gpu = config.trainer["accelerator"] == "auto" and {
+        "dataset.resolution",
+        "max_steps",
+    } & {*config.derived}
+    if assumed == there or not recipe_depends_on_gpu:
         return None
     return (
         "trainer=auto: torch cannot use the GPU of this machine; install a torch build for it, or add trainer=cpu"
@@ -56,8 +57,8 @@ def remark_on_machine(config: TrainConfig) -> str | None:
 def check_configuration(folder: Path, config: TrainConfig, stored: dict[str, Any]) -> None:
     """Raise UsageError if the run in a folder is of another configuration."""
     before, now = identity(stored), identity(config.model_dump())
-    follow_budget = derived_in(stored) & set(config.derived) & BUDGETED.keys()
-    if keys := [key for key in differing(before, now) if key not in follow_budget]:
+    keys_derived_from_budget = derived_in(stored) & set(config.derived) & BUDGETED.keys()
+    if keys := [key for key in differing(before, now) if key not in keys_derived_from_budget]:
         run = config.name if folder == Path("outputs", str(config.name)) else folder
         raise UsageError.several(
             [

@@ -114,8 +114,8 @@ def set_up(config: TrainConfig, folder: Path, before: CheckpointInfo | None) -> 
         task = _denoising_task(config, network, objective)
     # An earlier start decided what null and auto mean, whatever the budget and the machine are now.
     stages = (before and before.resolution_schedule) or resolution_schedule(config, train_data)
-    known = before.precision if before and config.precision == "auto" else None
-    precision = known or resolve(config.precision, device.torch_device)
+    stored_precision = before.precision if before and config.precision == "auto" else None
+    precision = stored_precision or resolve(config.precision, device.torch_device)
     check_shares(stages, config.accumulate_grad_batches, Distributed().world)
     images, val_images = train_data.load("train"), train_data.load("val")
     entries = _data_info(dataset, images, val_images) | {

@@ -14,7 +14,7 @@ from pydantic import BaseModel, Field, PositiveInt, model_validator
 
 from diffusion_cli.config.catalogue import CONF, defaults, lineage, options
 from diffusion_cli.config.runs import flatten
-from diffusion_cli.config.sampling import Generation, Machine, RunWeights
+from diffusion_cli.config.sampling import ComputeKeys, Generation, RunWeights
 from diffusion_cli.config.values import STRICT, Node
 from diffusion_cli.errors import NO_VALUE, Problem, UsageError
 
@@ -23,7 +23,7 @@ EXACT: Literal["fp32"] = "fp32"
 """Number format of metrics of a model itself: their small differences and their solvers need it."""
 
 
-class Measuring(Machine):
+class Measuring(ComputeKeys):
     """The keys of everything that measures."""
 
     processes: PositiveInt | None
@@ -93,7 +93,11 @@ class EvalConfig(EvaluationConfig):
         return self
 
     def mode(self) -> "ModelEvaluation | SamplesEvaluation | SampleFilesEvaluation | HistoryComparison":
-        """Return the mode of these keys where the run, if any, trained a denoiser; UsageError as `Mode.of`."""
+        """Validate the keys, and return the mode that they select if the run, if any, trained a denoiser.
+
+        Raises:
+            UsageError: for keys that the mode does not have, or values that do not suit it.
+        """
         if self.compare is not None:
             return HistoryComparison.of(self)
         if self.samples is not None:
@@ -117,11 +121,11 @@ class Mode(BaseModel):
     def of(cls, config: EvalConfig) -> Self:
         """Return the mode with its part of a configuration; UsageError for other keys, or parts that do not suit."""
         mode = cls.model_construct(**{key: value for key, value in config if key in cls.model_fields})
-        foreign = (
+        keys_of_other_modes = (
             Problem(key, value, mode.reason(), mode.remedy_for(key))
             for key, value in _changed(config, frozenset(cls.model_fields))
         )
-        if problems := [*mode.problems(), *foreign]:
+        if problems := [*mode.problems(), *keys_of_other_modes]:
             raise UsageError.several(problems)
         return mode
 
@@ -138,25 +142,25 @@ class Mode(BaseModel):
         yield from ()
 
 
-def _changed(config: EvalConfig, own: AbstractSet[str]) -> Iterator[tuple[str, Any]]:
-    """Yield the keys, except a mode's `own`, with other values than in the YAML files; an option by its class."""
+def _changed(config: EvalConfig, keys_of_mode: AbstractSet[str]) -> Iterator[tuple[str, Any]]:
+    """Yield the keys, except those of a mode, with other values than in the YAML files; an option by its class."""
     for key, value in config:
-        usual = _usual()[key]
-        if key in own or value in (usual, "null"):  # null as a label is typed
+        default = _defaults()[key]
+        if key in keys_of_mode or value in (default, "null"):  # null as a label is typed
             continue
         if not isinstance(value, dict):
             yield key, value
         elif "_target_" not in value:
             yield key, ",".join(value)
-        elif usual is None or value["_target_"] != usual["_target_"]:
+        elif default is None or value["_target_"] != default["_target_"]:
             yield key, str(value["_target_"]).rpartition(".")[2]
         else:
-            before = flatten({key: usual})
+            before = flatten({key: default})
             yield from ((name, new) for name, new in flatten({key: value}).items() if new != before.get(name))
 
 
 @cache
-def _usual() -> Node:
+def _defaults() -> Node:
     """The values of `conf/eval.yaml` with the options that it names."""
     values: Node = {}
     for file in lineage(CONF / "eval.yaml"):

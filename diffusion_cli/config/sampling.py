@@ -32,7 +32,7 @@ class SamplingSettings:
     batch_size: int | Literal["auto"]
 
 
-class Machine(BaseModel):
+class ComputeKeys(BaseModel):
     """The keys that say where a command computes, and where its runs are."""
 
     model_config = STRICT
@@ -51,7 +51,7 @@ class RunWeights(BaseModel):
     precision: Precision
 
 
-class Generation(RunWeights, Machine):
+class Generation(RunWeights, ComputeKeys):
     """The keys that sampling, evaluation and editing share."""
 
     sampler: Node

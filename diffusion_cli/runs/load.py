@@ -74,8 +74,8 @@ class LoadedAutoencoder(Loaded):
 
 def load_model(run: Path, weights: Weights, device: torch.device, step: Step = None) -> LoadedDenoiser:
     """Build the denoiser of a run again from its newest checkpoint, or another one, in evaluation mode."""
-    checkpoint, loaded = _loaded(run, step, weights, Denoiser.task)
-    denoiser = _restored(Denoiser, checkpoint, weights, device)
+    checkpoint, loaded = _read_checkpoint(run, step, weights, Denoiser.task)
+    denoiser = _rebuild(Denoiser, checkpoint, weights, device)
     space = (
         Pixels(loaded.shape) if checkpoint.info.latent is None else load_latents(run, checkpoint.info, device)
     )
@@ -84,8 +84,8 @@ def load_model(run: Path, weights: Weights, device: torch.device, step: Step = N
 
 def load_classifier(run: Path, device: torch.device) -> LoadedClassifier:
     """Build the classifier of a run again, with its averaged weights, in evaluation mode."""
-    checkpoint, loaded = _loaded(run, None, "ema", NoisyClassifier.task)
-    classifier = _restored(NoisyClassifier, checkpoint, "ema", device)
+    checkpoint, loaded = _read_checkpoint(run, None, "ema", NoisyClassifier.task)
+    classifier = _rebuild(NoisyClassifier, checkpoint, "ema", device)
     return LoadedClassifier(checkpoint.info, loaded.step, loaded.digest, classifier)
 
 
@@ -93,8 +93,8 @@ def load_autoencoder(
     run: Path, device: torch.device, weights: Weights = "ema", step: Step = None
 ) -> LoadedAutoencoder:
     """Build the autoencoder of a run again from its newest checkpoint, or another one, in evaluation mode."""
-    checkpoint, loaded = _loaded(run, step, weights, AutoencoderKL.task)
-    network = _network(checkpoint, weights)
+    checkpoint, loaded = _read_checkpoint(run, step, weights, AutoencoderKL.task)
+    network = _build_network(checkpoint, weights)
     if not isinstance(network, AutoencoderKL):
         raise UsageError(run, NO_VALUE, "its model is no autoencoder", "give a run of task=autoencoder")
     network = network.to(device).eval().requires_grad_(False)
@@ -109,7 +109,7 @@ def load_latents(run: Path, info: CheckpointInfo, device: torch.device) -> Laten
         state = read_weights(path)
         with (
             torch.device("meta"),
-            _at_most(len(state)),
+            _limit_tensors(len(state)),
         ):  # its size is that of its weights, or it is not built
             network = build(latent.autoencoder, shape, None)
             if not isinstance(network, AutoencoderKL) or network.latent_shape(shape) != latent.shape:
@@ -129,9 +129,9 @@ def load_latents(run: Path, info: CheckpointInfo, device: torch.device) -> Laten
         ) from error
 
 
-def _loaded(run: Path, step: Step, weights: Weights, task: str) -> tuple[Checkpoint, Loaded]:
+def _read_checkpoint(run: Path, step: Step, weights: Weights, task: str) -> tuple[Checkpoint, Loaded]:
     """Return a checkpoint of a run, checked to be of the task and to fit its model."""
-    path, checkpoint = _found(run, step)
+    path, checkpoint = _find_checkpoint(run, step)
     info = checkpoint.info
     if info.task != task:
         raise UsageError(run, NO_VALUE, f"was trained with task={info.task}", f"give a run of task={task}")
@@ -158,7 +158,7 @@ def _loaded(run: Path, step: Step, weights: Weights, task: str) -> tuple[Checkpo
     return checkpoint, loaded
 
 
-def _found(run: Path, step: Step) -> tuple[Path, Checkpoint]:
+def _find_checkpoint(run: Path, step: Step) -> tuple[Path, Checkpoint]:
     """Return the newest whole checkpoint of a run, or the one of a step."""
     if step is None and (found := newest(run)) is not None:
         if found.remark is not None and Distributed().is_main:
@@ -178,7 +178,7 @@ def _found(run: Path, step: Step) -> tuple[Path, Checkpoint]:
 def _check_fit(path: Path, info: CheckpointInfo, state: Mapping[str, Tensor]) -> None:
     """Raise UsageError unless the weights are those of the model, which is built without any for that."""
     try:
-        with torch.device("meta"), _at_most(len(state)):
+        with torch.device("meta"), _limit_tensors(len(state)):
             network = build(info.config.model, info.network_shape, info.num_classes)
         wanted = {key: (value.shape, value.dtype) for key, value in network.state_dict().items()}
         if wanted != {key: (value.shape, value.dtype) for key, value in state.items()}:
@@ -192,7 +192,7 @@ def _check_fit(path: Path, info: CheckpointInfo, state: Mapping[str, Tensor]) ->
 
 
 @contextlib.contextmanager
-def _at_most(tensors: int) -> Iterator[None]:
+def _limit_tensors(tensors: int) -> Iterator[None]:
     """Raise FormatError where a network of more tensors is built: a stranger's options may ask for one without end."""
     built = 0
 
@@ -212,13 +212,13 @@ def _at_most(tensors: int) -> Iterator[None]:
 ModelT = TypeVar("ModelT", bound=NoiseConditioned)
 
 
-def _restored(kind: type[ModelT], checkpoint: Checkpoint, weights: Weights, device: torch.device) -> ModelT:
+def _rebuild(kind: type[ModelT], checkpoint: Checkpoint, weights: Weights, device: torch.device) -> ModelT:
     config = checkpoint.info.config
-    model = kind(_network(checkpoint, weights), build(config.schedule), build(config.parameterization))
+    model = kind(_build_network(checkpoint, weights), build(config.schedule), build(config.parameterization))
     return model.to(device).eval().requires_grad_(False)
 
 
-def _network(checkpoint: Checkpoint, weights: Weights) -> nn.Module:
+def _build_network(checkpoint: Checkpoint, weights: Weights) -> nn.Module:
     """Return the network of a checkpoint, built and filled."""
     info = checkpoint.info
     network = build(info.config.model, info.network_shape, info.num_classes)

@@ -4,7 +4,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test fast lint mutants bench clean
+.PHONY: demo test fast lint docs mutants bench clean
 
 demo: .venv/installed
 	$(BIN)/diffuse train name=demo
@@ -24,6 +24,10 @@ lint: .venv/installed
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/pyright --pythonpath $(BIN)/python
+
+docs: .venv/installed
+	$(BIN)/python -m sphinx -q -W --keep-going -n docs docs/_build/html
+	@echo "The site: docs/_build/html/index.html"
 
 mutants: .venv/installed
 	$(BIN)/python scripts/mutate.py --table docs/results/mutants.md

@@ -20,7 +20,6 @@ from diffusion_cli.samplers import DPMSolverMultistep
 from diffusion_cli.training import AdamW
 
 STORED = Path(__file__).parent / "stored_runs" / "format_4.zip"
-DOCS = Path(__file__).parent.parent / "docs"
 FP32 = ["precision=fp32"]
 
 
@@ -213,12 +212,6 @@ def test_gradients_flow_through_what_follows_the_model(here):
     (model.denoise(torch.zeros(1, 1, 8, 8), 0.5).x0 * weight).sum().backward()
     (model.encode(torch.zeros(1, 1, 8, 8, dtype=torch.uint8)) * weight).sum().backward()
     assert weight.grad is not None
-
-
-def test_the_examples_of_the_documentation_run():
-    results = doctest.testfile(str(DOCS / "howto" / "python.md"), module_relative=False)
-    assert results.attempted == 5
-    assert results.failed == 0
 
 
 def test_the_examples_run(here, monkeypatch):

@@ -1,7 +1,7 @@
 """Formulas as MathML, which browsers render without a script or a font from elsewhere."""
 
 from docutils import nodes
-from docutils.utils.math import MathError, wrap_math_code
+from docutils.utils.math import MathError
 from docutils.utils.math.latex2mathml import tex2mathml
 from sphinx.application import Sphinx
 from sphinx.errors import ExtensionError
@@ -12,7 +12,7 @@ from sphinx.writers.html5 import HTML5Translator
 def mathml(latex: str, block: bool) -> str:
     """Convert LaTeX to a `<math>` element; raises ExtensionError for LaTeX that docutils cannot convert."""
     try:
-        return tex2mathml(wrap_math_code(latex, block), as_block=block)
+        return tex2mathml(latex, as_block=block)
     except MathError as error:
         raise ExtensionError(f"cannot convert this formula: {latex}: {error}") from error
 

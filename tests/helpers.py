@@ -1,6 +1,8 @@
 """What many tests share."""
 
+import shutil
 import struct
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -88,3 +90,16 @@ def wide() -> bytes:
 
 WIDE = wide()
 """A profile of Display P3."""
+
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+
+
+def browse(url: str, profile: Path, *flags: str) -> tuple[str, str]:
+    """The DOM that a browser makes of a page, and what it logs about it."""
+    command = [
+        str(CHROMIUM), "--headless=new", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr", "--v=0",
+        f"--user-data-dir={profile}", *flags, "--dump-dom", url,
+    ]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    return done.stdout, done.stderr

@@ -5,7 +5,6 @@ import html
 import json
 import re
 import shutil
-import subprocess
 from pathlib import Path
 
 import pytest
@@ -20,6 +19,7 @@ from diffusion_cli.report.page import comparable, panels, side_by_side
 from diffusion_cli.report.record import MOST_PREVIEWS, read_record
 from diffusion_cli.runs.checkpoint import LAST
 from diffusion_cli.runs.migrate import FORMAT
+from helpers import CHROMIUM, browse
 
 HOSTILE = """a "b" 'c' & <img src=x onerror=hacked=1><script>hacked=1"""
 
@@ -356,8 +356,6 @@ def test_a_run_that_is_not_there_is_one_line(tmp_path, capsys):
 
 # --- In a browser --------------------
 
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-
 WATCH = """<script>
   const wrong = [];
   addEventListener("error", (event) => wrong.push(event.message || "resource"), true);
@@ -391,16 +389,6 @@ drawn: [...document.querySelectorAll(".chart")].map((image) => image.getBounding
 </script>"""
 
 
-def browse(page: Path, *flags: str) -> tuple[str, str]:
-    """The DOM that a browser makes of a page, and what it logs about it."""
-    command = [
-        str(CHROMIUM), "--headless=new", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr", "--v=0",
-        f"--user-data-dir={page.parent / 'profile'}", *flags, "--dump-dom", page.as_uri(),
-    ]  # fmt: skip
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
-    return done.stdout, done.stderr
-
-
 @pytest.mark.slow
 @pytest.mark.skipif(CHROMIUM is None, reason="no chromium")
 @pytest.mark.parametrize("size", ["1280,900", "500,900"])
@@ -410,7 +398,7 @@ def test_the_page_works_in_a_browser(tmp_path, size):
     page = written(tmp_path, f"run=[{json.dumps(str(tmp_path / HOSTILE))},other]")
     driven = tmp_path / "driven.html"
     driven.write_text(page.replace("<head>", f"<head>{WATCH}", 1).replace("</body>", f"{DRIVE}</body>", 1))
-    dom, log = browse(driven, f"--window-size={size}")
+    dom, log = browse(driven.as_uri(), tmp_path / "profile", f"--window-size={size}")
     assert "CONSOLE" not in log, log
     match = re.search(r'data-found="([^"]*)"', dom)
     assert match, dom[-2000:]

@@ -21,9 +21,7 @@ from diffusion_cli.config import (
     COMMANDS,
     CONF,
     FIRST_WORD,
-    FLAGS,
     GRIDS,
-    LAUNCHERS,
     Config,
     Variant,
     did_you_mean,
@@ -96,9 +94,10 @@ def _dispatch(words: list[str]) -> int:
     elif words[0] == "--version":
         print(f"diffuse {__version__}")
     elif words[0] == "completion":
-        print(completion_script(words[1] if len(words) > 1 else ""))
+        asked = words[1:2] in (["--help"], ["-h"])
+        print(config.COMPLETION_HELP if asked else config.completion_script("".join(words[1:2])))
     elif words[0] == "__complete":
-        print("\n".join(complete(words[1:])))
+        print("\n".join(config.complete(words[1:])))
     elif words[0] not in COMMANDS:
         raise UsageError(
             words[0], NO_VALUE, f"unknown command{did_you_mean(words[0], [*COMMANDS, 'completion'])}"
@@ -293,61 +292,3 @@ def _still_wanted() -> bool:
     """Whether SLURM lets this job continue: it is neither cancelled, nor preempted and already requeued."""
     words = ["squeue", "--noheader", "--format=%T", f"--jobs={os.environ['SLURM_JOB_ID']}"]
     return subprocess.run(words, capture_output=True, text=True).stdout.strip() == "RUNNING"
-
-
-# --- Shell completion --------------------------------------------------
-
-SCRIPTS = {
-    # "=" breaks words in bash: the line is split anew, and the part before it taken off the answers.
-    "bash": """_diffuse() {
-  local line="${COMP_LINE:0:COMP_POINT}" words stem="" IFS=$' \\t\\n'
-  read -ra words <<< "$line"
-  [[ "$line" == *[[:space:]] ]] && words+=("")
-  [[ "${words[-1]}" == *=* ]] && stem="${words[-1]%%=*}="
-  IFS=$'\\n'
-  COMPREPLY=($(diffuse __complete "${words[@]:1}" 2>/dev/null))
-  COMPREPLY=("${COMPREPLY[@]#"$stem"}")
-}
-complete -o nospace -F _diffuse diffuse""",
-    "zsh": """#compdef diffuse
-_diffuse() { compadd -S '' -- ${(f)"$(diffuse __complete ${words[2,CURRENT]} 2>/dev/null)"} }
-compdef _diffuse diffuse""",
-    "fish": """complete -c diffuse -f -a \\
-  '(diffuse __complete (commandline -opc)[2..] (commandline -ct) 2>/dev/null)'""",
-}
-
-
-def completion_script(shell: str) -> str:
-    """The completion script of a shell; raises UsageError for an unknown shell."""
-    if shell not in SCRIPTS:
-        problem = f"unknown shell{did_you_mean(shell, list(SCRIPTS))}" if shell else "no shell given"
-        remedy = "" if shell else "write diffuse completion bash, zsh or fish"
-        raise UsageError(f"completion {shell}".strip(), NO_VALUE, problem, remedy)
-    return SCRIPTS[shell]
-
-
-def complete(words: Sequence[str]) -> list[str]:
-    """Completions of the last word: a command, `group=`, `key=`, or `group=option`."""
-    last = words[-1] if words else ""
-    if len(words) <= 1:
-        candidates = [*COMMANDS, "completion", "--help", "--version"]
-    elif words[0] == "completion":
-        candidates = list(SCRIPTS)
-    elif words[0] not in COMMANDS:
-        return []
-    elif "=" in last:
-        group = last.partition("=")[0]
-        folder = LAUNCHERS if group == "launcher" else group
-        candidates = [f"{group}={name}" for name in config.options(folder)]
-    elif last.startswith("-"):
-        candidates = FLAGS
-    else:
-        groups = config.defaults(words[0])
-        keys = [f"{key}=" for key, _, _ in config.documented(CONF / f"{words[0]}.yaml")]
-        for group, option in groups.items():
-            for name in option if isinstance(option, list) else [option]:
-                file = config.options(group).get(str(name))
-                keys += [f"{key}=" for key, _, _ in config.documented(file, group)] if file else []
-        first = config.options(FIRST_WORD[words[0]]) if words[0] in FIRST_WORD and len(words) == 2 else ()
-        candidates = [*first, *(f"{group}=" for group in groups), "launcher=", *keys]
-    return [word for word in dict.fromkeys(candidates) if word.startswith(last)]

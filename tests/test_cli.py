@@ -6,7 +6,8 @@ import sys
 import pytest
 
 from diffusion_cli import config
-from diffusion_cli.cli import complete, run
+from diffusion_cli.cli import run
+from diffusion_cli.config import complete
 
 HEAVY = ("torch", "lightning", "torchvision", "numpy", "scipy", "sklearn", "matplotlib")
 
@@ -228,6 +229,11 @@ def test_users_own_options_are_found_and_checked(capsys, tmp_path):
 def test_completion(words, some):
     assert some in complete(words)
     assert all(word.startswith(words[-1]) for word in complete(words))
+
+
+def test_completion_has_help(capsys):
+    assert run(["completion", "--help"]) == 0
+    assert 'eval "$(diffuse completion bash)"' in capsys.readouterr().out
 
 
 def test_bash_completion_script_works():

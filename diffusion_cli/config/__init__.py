@@ -17,6 +17,7 @@ from diffusion_cli.config.catalogue import (
     options,
     summary,
 )
+from diffusion_cli.config.completion import COMPLETION_HELP, complete, completion_script
 from diffusion_cli.config.compose import compose, expand, load
 from diffusion_cli.config.evaluation import (
     EXACT,
@@ -55,6 +56,7 @@ from diffusion_cli.config.words import FLAGS, sort_words
 
 __all__ = [
     "COMMANDS",
+    "COMPLETION_HELP",
     "CONF",
     "EXACT",
     "FIRST_WORD",
@@ -87,6 +89,8 @@ __all__ = [
     "check_node",
     "chosen",
     "command_help",
+    "complete",
+    "completion_script",
     "compose",
     "defaults",
     "did_you_mean",

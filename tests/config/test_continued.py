@@ -6,8 +6,8 @@ import pytest
 import torch
 import yaml
 
-from diffusion_cli.cli import complete, run
-from diffusion_cli.config import TrainConfig, load
+from diffusion_cli.cli import run
+from diffusion_cli.config import TrainConfig, complete, load
 from diffusion_cli.config.continued import may_change
 from diffusion_cli.errors import UsageError
 from diffusion_cli.runs.checkpoint import LAST, read

@@ -1,0 +1,73 @@
+"""Shell completion of `diffuse`."""
+
+from collections.abc import Sequence
+
+from diffusion_cli.config.catalogue import CONF, defaults, did_you_mean, documented, options
+from diffusion_cli.config.launcher import LAUNCHERS
+from diffusion_cli.config.schema import COMMANDS, FIRST_WORD
+from diffusion_cli.config.words import FLAGS
+from diffusion_cli.errors import NO_VALUE, UsageError
+
+COMPLETION_HELP = """diffuse completion: Print a completion script for bash, zsh or fish
+
+Usage: diffuse completion bash|zsh|fish
+
+Line for the start-up file of the shell
+  bash  ~/.bashrc                    eval "$(diffuse completion bash)"
+  zsh   ~/.zshrc, after compinit     eval "$(diffuse completion zsh)"
+  fish  ~/.config/fish/config.fish   diffuse completion fish | source"""
+
+SCRIPTS = {
+    # bash splits words at "=", so the script splits the line itself and removes the part up to "=" from completions.
+    "bash": """_diffuse() {
+  local line="${COMP_LINE:0:COMP_POINT}" words stem="" IFS=$' \\t\\n'
+  read -ra words <<< "$line"
+  [[ "$line" == *[[:space:]] ]] && words+=("")
+  [[ "${words[-1]}" == *=* ]] && stem="${words[-1]%%=*}="
+  IFS=$'\\n'
+  COMPREPLY=($(diffuse __complete "${words[@]:1}" 2>/dev/null))
+  COMPREPLY=("${COMPREPLY[@]#"$stem"}")
+}
+complete -o nospace -F _diffuse diffuse""",
+    "zsh": """#compdef diffuse
+_diffuse() { compadd -S '' -- ${(f)"$(diffuse __complete ${words[2,CURRENT]} 2>/dev/null)"} }
+compdef _diffuse diffuse""",
+    "fish": """complete -c diffuse -f -a \\
+  '(diffuse __complete (commandline -opc)[2..] (commandline -ct) 2>/dev/null)'""",
+}
+
+
+def completion_script(shell: str) -> str:
+    """Return the completion script of a shell; raises UsageError for an unknown shell."""
+    if shell not in SCRIPTS:
+        problem = f"unknown shell{did_you_mean(shell, list(SCRIPTS))}" if shell else "no shell given"
+        remedy = "" if shell else "write diffuse completion bash, zsh or fish"
+        raise UsageError(f"completion {shell}".strip(), NO_VALUE, problem, remedy)
+    return SCRIPTS[shell]
+
+
+def complete(words: Sequence[str]) -> list[str]:
+    """Return the completions of the last word: a command, `group=`, `key=`, or `group=option`."""
+    last = words[-1] if words else ""
+    if len(words) <= 1:
+        candidates = [*COMMANDS, "completion", "--help", "--version"]
+    elif words[0] == "completion":
+        candidates = list(SCRIPTS)
+    elif words[0] not in COMMANDS:
+        return []
+    elif "=" in last:
+        group = last.partition("=")[0]
+        folder = LAUNCHERS if group == "launcher" else group
+        candidates = [f"{group}={name}" for name in options(folder)]
+    elif last.startswith("-"):
+        candidates = FLAGS
+    else:
+        groups = defaults(words[0])
+        keys = [f"{key}=" for key, _, _ in documented(CONF / f"{words[0]}.yaml")]
+        for group, option in groups.items():
+            for name in option if isinstance(option, list) else [option]:
+                file = options(group).get(str(name))
+                keys += [f"{key}=" for key, _, _ in documented(file, group)] if file else []
+        first = options(FIRST_WORD[words[0]]) if words[0] in FIRST_WORD and len(words) == 2 else ()
+        candidates = [*first, *(f"{group}=" for group in groups), "launcher=", *keys]
+    return [word for word in dict.fromkeys(candidates) if word.startswith(last)]

@@ -119,7 +119,7 @@ def _of_samples(plan: EvaluationPlan, samples: Samples, environment: dict[str, A
     if not Distributed().is_main:
         return report
     if plan.dataset.form.note:
-        report.notes.append(f"the numbers are {plan.dataset.form.note}")
+        report.notes.append(f"metrics use {plan.dataset.form.note}")
     report.notes.extend(plan.notes)
     if isinstance(samples, ModelSamples):
         _keep_record(samples, report)

@@ -1,4 +1,4 @@
-"""Forms: in what numbers and in what files the things lie that a model makes, and how they look."""
+"""Storage formats of samples: their files, values and previews."""
 
 from diffusion_cli.formats.base import SampleFormat, Shape, form_of
 from diffusion_cli.formats.dicom import Dicom

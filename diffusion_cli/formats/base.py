@@ -1,4 +1,4 @@
-"""The interface of sample formats: a file, its numbers, and its picture."""
+"""Base class of storage formats: the files, values and previews of samples."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
@@ -14,94 +14,94 @@ from diffusion_cli.errors import NO_VALUE, UsageError
 from diffusion_cli.system.untrusted import reason
 
 Shape = tuple[int, ...]
-"""Channels, then the sizes in space: [C, H, W] for images."""
+"""Channels, then spatial sizes: [C, H, W] for images."""
 STRICT = ConfigDict(strict=True, extra="forbid")
 KINDS: "dict[str, type[SampleFormat]]" = {}
 
 
 class SampleFormat(ABC):
-    """How samples x in [-1, 1] are stored and shown, as a frozen dataclass; `to_dict` and `form_of` store it.
+    """Base class of formats in which samples x in [-1, 1] are stored and shown.
 
-    Samples "as stored" are uint8 where a file holds bytes, and elsewhere float32 in [-1, 1], each number one that the
-    file can hold.
+    Formats are frozen dataclasses; `to_dict` and `form_of` serialize them. "Stored" samples are uint8 for 8-bit
+    files, else float32 in [-1, 1] restricted to values that a file can represent.
     """
 
     kind: ClassVar[str]
     ordered: ClassVar[bool] = True
-    """Whether neighbours in the array are neighbours in space: true of pixels, not of point clouds."""
+    """Whether neighbours in the array are neighbours in space: true for pixels, false for point clouds."""
 
     def __init_subclass__(cls) -> None:
         if "kind" in cls.__dict__:
             KINDS[cls.kind] = cls
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the format as plain data."""
+        """Return the format as plain data, the input of `form_of`."""
         return {"kind": self.kind, **asdict(self)}  # pyright: ignore[reportArgumentType]
 
     @property
     @abstractmethod
     def suffix(self) -> str:
-        """Of its files, as .png."""
+        """Suffix of written files, such as .png."""
 
     @property
     def suffixes(self) -> tuple[str, ...]:
-        """Of the files that it reads."""
+        """Suffixes of readable files."""
         return (self.suffix,)
 
     @property
     @abstractmethod
     def half_range(self) -> float:
-        """What a difference of 1 in x is in the numbers of a file: 127.5 for bytes."""
+        """Factor from a difference in x to one in file values: 127.5 for 8-bit files."""
 
     @abstractmethod
     def quantize(self, x: Tensor) -> Tensor:
-        """Return samples around [-1, 1], float [B, *shape], as stored: the nearest that files can hold."""
+        """Round samples in about [-1, 1], float [B, *shape], to the nearest stored samples."""
 
     @abstractmethod
     def write(self, sample: Tensor, path: Path) -> None:
-        """Write one sample as stored, [*shape]."""
+        """Write one stored sample [*shape] to a file."""
 
     @abstractmethod
     def read(self, data: bytes, shape: Shape) -> Tensor:
-        """Return the sample as stored that a file holds; FormatError if it is none, or of another shape."""
+        """Return the stored sample in the bytes of a file; FormatError if malformed or of another shape."""
 
     def lossy(self, data: bytes) -> str | None:
-        """Return the name of a file's lossy compression; None for a lossless file, or one that cannot be read."""
+        """Return the name of a file's lossy compression; None if it is lossless or unreadable."""
         return None
 
     def of(self, data: bytes) -> Self:
-        """Return the format for a result made from a file: this one, with the file's position in space."""
+        """Return the format for a result made from a file: this one, with the file's spatial position."""
         return self
 
     def remark(self, images: Sequence[np.ndarray]) -> str | None:
-        """Return a line where the numbers of files [C, H, W] disagree with the range that they are read by."""
+        """Return a remark if the values of images [C, H, W] do not fit the value range of the format, else None."""
         return None
 
     @abstractmethod
     def to_rgb(self, samples: Tensor) -> Tensor:
-        """Return samples as stored, [B, *shape], as images to look at and to measure, uint8 [B, 1 or 3, H, W]."""
+        """Return previews of stored samples [B, *shape], to view and to measure: uint8 [B, 1 or 3, H, W]."""
 
     def frames(self, samples: Tensor) -> Tensor:
-        """Return samples as films to look through, uint8 [B, F, 1 or 3, H, W]; of one frame where nothing moves."""
+        """Return animated previews of stored samples, uint8 [B, F, 1 or 3, H, W]; one frame for still images."""
         return self.to_rgb(samples)[:, None]
 
     @abstractmethod
     def picture_shape(self, shape: Shape) -> tuple[int, int, int]:
-        """Return the shape of the picture of a sample."""
+        """Return the shape of the preview of a sample."""
 
     @property
     def note(self) -> str:
-        """What metrics of the pictures have to say of them; nothing where a picture is the whole sample."""
+        """Description of the previews for metrics of them; empty if a preview is the whole sample."""
         return ""
 
 
 def form_of(stored: Mapping[str, Any]) -> SampleFormat:
-    """Return the format that `stored` describes; UsageError if there is no such format."""
+    """Return the format that `stored` describes; UsageError if it is unknown or malformed."""
     values = dict(stored)
     kind = KINDS.get(str(values.pop("kind", None)))
     if kind is None:
         raise UsageError(
-            "form.kind", str(stored.get("kind"))[:40], "is no form", f"there are {', '.join(KINDS)}"
+            "form.kind", str(stored.get("kind"))[:40], "no such format", f"use one of {', '.join(KINDS)}"
         )
     try:
         return kind(**values)

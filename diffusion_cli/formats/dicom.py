@@ -1,4 +1,4 @@
-"""Gray images in DICOM files."""
+"""Grayscale DICOM images."""
 
 from dataclasses import asdict
 from hashlib import sha256
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from pydicom import Dataset
 
 UNCOMPRESSED = ("1.2.840.10008.1.2", "1.2.840.10008.1.2.1", "1.2.840.10008.1.2.2")
-"""The transfer syntaxes that are numbers one after the other. Of the others, some inflate without bounds."""
+"""Transfer syntaxes without compression. Some of the compressed ones inflate without bounds."""
 SUFFIXES = (".dcm", ".dicom")
 SECONDARY_CAPTURE = "1.2.840.10008.5.1.4.1.1.7"
 LITTLE_ENDIAN = "1.2.840.10008.1.2.1"
@@ -33,11 +33,19 @@ READ = [
 
 @dataclass(frozen=True, config=STRICT)
 class Dicom(RangedImage):
-    """Gray images in DICOM, by their rescaled values `v = slope n + intercept`, as Hounsfield units are.
+    """Grayscale DICOM images, by their rescaled values v = slope n + intercept, such as Hounsfield units.
 
-    A file is read by its own slope and intercept, and where white is low (MONOCHROME1), its numbers are turned round
-    first. It is written with those of the form, its numbers n of `bits` bits, as a secondary capture that says it is
-    synthetic, and takes nothing from any other file. Its identifiers are a hash of what it holds.
+    Files are read with their own slope and intercept; MONOCHROME1 (white is low) is inverted. Files are written as
+    secondary captures that are marked as synthetic, without data from other files. Their UIDs are hashes of their
+    content.
+
+    Args:
+        dtype: integer dtype of the stored numbers n.
+        bits: number of bits of n.
+        slope: rescale slope of written files.
+        intercept: rescale intercept of written files.
+        low: value that becomes -1, as a list of one.
+        high: value that becomes 1, as a list of one.
     """
 
     kind: ClassVar[str] = "dicom"
@@ -51,7 +59,7 @@ class Dicom(RangedImage):
     def __post_init__(self) -> None:
         self.check_range()
         if self.dtype == "float32" or self.bits > 8 * np.dtype(self.dtype).itemsize:
-            raise FormatError(f"has no {self.bits} bits in {self.dtype}")
+            raise FormatError(f"cannot have {self.bits} bits in {self.dtype}")
 
     @property
     def suffix(self) -> str:
@@ -81,22 +89,22 @@ class Dicom(RangedImage):
             mark = dcmread(BytesIO(data), specific_tags=["LossyImageCompression"]).get(
                 "LossyImageCompression"
             )
-        except Exception:  # its parser meets broken data with errors of every type
+        except Exception:  # pydicom raises errors of many types for broken data
             return None
         return "DICOM with lossy compression" if mark == "01" else None
 
     def _check_whole(self, scan: "Scan") -> None:
-        """Raise FormatError if all that the first file may hold is the range, and this one is of others."""
-        dtype, remedy = scan.pixels.dtype.name, "give the values that are meant as dataset.range=[low,high]"
+        """Raise FormatError if the range is the whole range of the first file, and this file has another one."""
+        dtype, remedy = scan.pixels.dtype.name, "set dataset.range=[low,high]"
         if (dtype, scan.bits) != (self.dtype, self.bits):
             raise FormatError(
-                f"has {scan.bits} bits in {dtype}, and the first has {self.bits} in {self.dtype}; {remedy}"
+                f"has {scan.bits} bits in {dtype}, but the first file {self.bits} in {self.dtype}; {remedy}"
             )
         low, high = whole(dtype, scan.bits, scan.slope, scan.intercept)
-        spare = self.slope / 2  # which rounds to the same number; a slope is written in 16 characters
+        spare = self.slope / 2  # rounds to the same number; slopes are written with 16 characters
         if low < self.low[0] - spare or high > self.high[0] + spare:
             raise FormatError(
-                f"holds values of {low:g} to {high:g}, and the first of {self.low[0]:g} to {self.high[0]:g}; {remedy}"
+                f"has the range {low:g} to {high:g}, but the first file {self.low[0]:g} to {self.high[0]:g}; {remedy}"
             )
 
     def write(self, sample: Tensor, path: Path) -> None:
@@ -118,7 +126,7 @@ class Dicom(RangedImage):
             _identifier(b"series", form),
         )
         image.ImageType = ["DERIVED", "SECONDARY"]
-        image.ConversionType, image.Modality = "SYN", "OT"  # a synthetic image, of no device
+        image.ConversionType, image.Modality = "SYN", "OT"  # synthetic, other
         image.PatientName, image.PatientID, image.PatientIdentityRemoved = "SYNTHETIC", "SYNTHETIC", "YES"
         image.DerivationDescription = "Sample of a diffusion model: synthetic, of no patient"
         for empty in (
@@ -143,22 +151,22 @@ class Dicom(RangedImage):
 
 
 class Scan(NamedTuple):
-    """What is read of a DICOM file."""
+    """Pixels and display properties of a DICOM file."""
 
     pixels: np.ndarray
-    """Numbers [H, W], white the highest."""
+    """Stored numbers [H, W], white highest."""
     bits: int
-    """That they have."""
+    """Number of bits of the stored numbers."""
     slope: float
     intercept: float
     window: tuple[float, float] | None
-    """The lowest and the highest of the rescaled values to be shown."""
+    """Lowest and highest rescaled value to display."""
 
 
 def dicom_form(data: bytes, given: Range | list[Range] | Literal["window"] | None) -> Dicom:
-    """The format of images like those of a DICOM file: a range of rescaled values, its window, or its whole range.
+    """Return the format of images like a DICOM file: with a given range of rescaled values, its window or full range.
 
-    Raises UsageError, about `dataset.range` or the file, where that cannot be.
+    Raises UsageError, about `dataset.range` or the file, for an invalid range.
     """
     scan = read_scan(data)
     dtype = scan.pixels.dtype.name
@@ -166,7 +174,7 @@ def dicom_form(data: bytes, given: Range | list[Range] | Literal["window"] | Non
         pair = whole(dtype, scan.bits, scan.slope, scan.intercept)
     elif given == "window":
         if scan.window is None:
-            raise UsageError("dataset.range", "window", "the first file names none", "give [low,high]")
+            raise UsageError("dataset.range", "window", "the first file has no window", "give [low,high]")
         pair = [*scan.window]
     else:
         (low, *_), (high, *_) = ranges(given, 1)
@@ -175,61 +183,61 @@ def dicom_form(data: bytes, given: Range | list[Range] | Literal["window"] | Non
 
 
 def is_dicom(data: bytes) -> bool:
-    """Whether a file begins as DICOM does."""
+    """Return whether a file has the DICOM magic number."""
     return data[128:132] == b"DICM"
 
 
 def limits(dtype: str, bits: int) -> tuple[int, int]:
-    """The lowest and the highest number of so many bits."""
+    """Return the lowest and the highest number with `bits` bits."""
     return (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) if dtype == "int16" else (0, 2**bits - 1)
 
 
 def whole(dtype: str, bits: int, slope: float, intercept: float) -> list[float]:
-    """The lowest and the highest value that numbers of so many bits may stand for."""
+    """Return the lowest and the highest rescaled value of numbers with `bits` bits."""
     return [end * slope + intercept for end in limits(dtype, bits)]
 
 
 def read_scan(data: bytes) -> Scan:
-    """The image in a DICOM file; FormatError if it is none, or not one of uncompressed gray."""
+    """Return the image of a DICOM file; FormatError if it is malformed, compressed or not grayscale."""
     try:
         from pydicom import config, dcmread
         from pydicom.filereader import read_dataset
     except ImportError as error:
-        raise FormatError("is DICOM, which pydicom reads; pip install 'diffuse-cli[medical]'") from error
+        raise FormatError("is DICOM, which needs pydicom; pip install 'diffuse-cli[medical]'") from error
     if not is_dicom(data):
-        raise FormatError("is no DICOM file")
-    config.settings.reading_validation_mode = config.IGNORE  # what is read is held to what is wanted, here
+        raise FormatError("is not a DICOM file")
+    config.settings.reading_validation_mode = config.IGNORE  # the fields in use are checked below
     try:
         head = BytesIO(data)
         head.seek(132)
         meta = read_dataset(head, False, True, stop_when=lambda tag, *_: tag >> 16 != 2)
         syntax = str(meta.TransferSyntaxUID)
         if syntax not in UNCOMPRESSED:
-            raise FormatError(f"is compressed ({syntax}); decompress it, as by: gdcmconv --raw")
+            raise FormatError(f"is compressed ({syntax}); decompress it, for example with gdcmconv --raw")
         return _scan(dcmread(BytesIO(data), specific_tags=READ), ">" if syntax == UNCOMPRESSED[2] else "<")
-    except Exception as error:  # its parser meets broken data with errors of every type
+    except Exception as error:  # pydicom raises errors of many types for broken data
         raise FormatError(reason(error)) from error
 
 
 def _scan(file: "Dataset", order: Literal["<", ">"]) -> Scan:
     what = str(file.PhotometricInterpretation)
     if what not in ("MONOCHROME1", "MONOCHROME2") or int(file.get("SamplesPerPixel") or 1) != 1:
-        raise FormatError(f"is {what}; images are gray, MONOCHROME1 or MONOCHROME2")
+        raise FormatError(f"is {what}; only MONOCHROME1 and MONOCHROME2 are supported")
     if int(file.get("NumberOfFrames") or 1) != 1:
-        raise FormatError(f"has {file.NumberOfFrames} frames; images have one")
+        raise FormatError(f"has {file.NumberOfFrames} frames; only one is supported")
     if file.get("ModalityLUTSequence"):
-        raise FormatError("has its values in a lookup table; images have a slope and an intercept")
+        raise FormatError("has a lookup table of values; only slope and intercept are supported")
     allocated, bits = int(file.BitsAllocated), int(file.BitsStored)
     signed = int(file.PixelRepresentation) == 1
     if allocated not in (8, 16) or not 0 < bits <= allocated or (signed and allocated == 8):
-        raise FormatError(f"has {bits} of {allocated} bits; images have up to 16, signed ones of 16")
+        raise FormatError(f"has {bits} of {allocated} bits; up to 16 are supported, and 16 if signed")
     if int(file.HighBit) != bits - 1:
-        raise FormatError(f"has its highest bit at {file.HighBit}, not at {bits - 1}")
+        raise FormatError(f"has its highest bit at {file.HighBit}; expected {bits - 1}")
     rows, columns = int(file.Rows), int(file.Columns)
     content: Any = file.PixelData
     if min(rows, columns) < 1 or len(content) < rows * columns * allocated // 8:
-        raise FormatError(f"has {len(content)} bytes of pixels, and {columns} x {rows} are named")
-    # Above the bits that are stored some files keep other things.
+        raise FormatError(f"has {len(content)} bytes of pixels, too few for {columns} x {rows}")
+    # Some files have other data in the unused high bits.
     unused = allocated - bits
     pixels = np.frombuffer(content, f"{order}{'i' if signed else 'u'}{allocated // 8}", rows * columns)
     pixels = (pixels.astype(pixels.dtype.newbyteorder("=")) << unused >> unused).reshape(rows, columns)
@@ -240,12 +248,14 @@ def _scan(file: "Dataset", order: Literal["<", ">"]) -> Scan:
         float(file.get("RescaleIntercept") or 0),
     )
     if not (0 < slope < np.inf and abs(intercept) < np.inf):
-        raise FormatError(f"has values of slope {slope} and intercept {intercept}; a slope is above 0")
+        raise FormatError(
+            f"has slope {slope} and intercept {intercept}; they must be finite, the slope positive"
+        )
     return Scan(pixels, bits, slope, intercept, _window(file))
 
 
 def _window(file: "Dataset") -> tuple[float, float] | None:
-    """Of the first window that a file names: [c - w / 2, c + w / 2 - 1] (DICOM PS3.3, C.11.2.1.2.1)."""
+    """Return the range of a file's first window: [c - w / 2, c + w / 2 - 1] (DICOM PS3.3, C.11.2.1.2.1)."""
     centre, width = (file.get(name) for name in ("WindowCenter", "WindowWidth"))
     if centre is None or width is None:
         return None
@@ -254,5 +264,5 @@ def _window(file: "Dataset") -> tuple[float, float] | None:
 
 
 def _identifier(*parts: bytes) -> str:
-    """A DICOM identifier that is a hash (PS3.5, B.2)."""
+    """Return a DICOM UID from a hash (PS3.5, B.2)."""
     return f"2.25.{int.from_bytes(sha256(b'|'.join(parts)).digest()[:16])}"

@@ -1,4 +1,4 @@
-"""Image files of 8 bits a channel, as Pillow reads them."""
+"""Image files with 8 bits per channel, read by Pillow."""
 
 import warnings
 from collections.abc import Iterator
@@ -14,17 +14,21 @@ from diffusion_cli.errors import FormatError
 from diffusion_cli.formats.profiles import to_srgb
 from diffusion_cli.system.untrusted import IMAGE_FORMATS, reason
 
-# Such images are refused with a word of our own. Here, for filters must not be set in threads.
+# Large images get an error of this package. Set here because filters must not be changed in threads.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 FIRST_FORMATS = {"PNG": (".png",), "JPEG": (".jpg", ".jpeg"), "WEBP": (".webp",), "TIFF": (".tif", ".tiff")}
-"""The formats and suffixes that the first version of the data rules reads."""
+"""Formats and suffixes that version 1 of the data rules reads."""
 FIRST_SUFFIXES = tuple(suffix for suffixes in FIRST_FORMATS.values() for suffix in suffixes)
 SUFFIXES = tuple(suffix for suffixes in IMAGE_FORMATS.values() for suffix in suffixes)
-ORIENTATION, TURNED = 0x0112, (5, 6, 7, 8)  # of EXIF, and those whose width is the height
+ORIENTATION, TURNED = 0x0112, (5, 6, 7, 8)  # EXIF tag, and its values that exchange width and height
 
 
 class Room:
-    """Memory that threads share: one waits until what it takes fits beside the others, or until it is alone."""
+    """Memory budget shared by threads: each waits until its request fits beside the others, or until it is alone.
+
+    Args:
+        limit: number of bytes.
+    """
 
     def __init__(self, limit: int) -> None:
         self.limit = limit
@@ -33,7 +37,7 @@ class Room:
 
     @contextmanager
     def hold(self, size: int) -> Iterator[None]:
-        """Take `size` bytes for a while."""
+        """Reserve `size` bytes within the context."""
         with self._changed:
             self._changed.wait_for(lambda: not self.taken or self.taken + size <= self.limit)
             self.taken += size
@@ -46,40 +50,40 @@ class Room:
 
 
 DECODING = Room(2**29)
-"""Bytes of the images that the threads of a process decode at once; a few kilobytes of WebP hold 360 MB of pixels."""
+"""Bytes of images that the threads of a process decode at once: a few kilobytes of WebP may be 360 MB of pixels."""
 
 
 def is_gray(image: Image.Image) -> bool:
-    """Whether an image has one channel and no transparency."""
+    """Return whether an image has one channel and no transparency."""
     return image.mode.startswith(("1", "L", "I", "F")) and "A" not in image.mode
 
 
 def has_gray_palette(image: Image.Image) -> bool:
-    """Whether all colours of an image's palette are gray, and none is transparent; FormatError if it is damaged."""
+    """Return whether all palette colours are opaque grays; FormatError if the image is damaged."""
     try:
         if image.mode != "P" or image.has_transparency_data:
             return False
         colours = image.getpalette("RGB") or []
-    except Exception as error:  # as in `parsed`, for a palette is had with the pixels
+    except Exception as error:  # as in `parsed`: reading the palette decodes the pixels
         raise FormatError(reason(error)) from error
     return colours[::3] == colours[1::3] == colours[2::3]
 
 
 def opened(data: bytes) -> Image.Image:
-    """An image file of one of the IMAGE_FORMATS, upright by its EXIF orientation, its first frame.
+    """Return the first frame of an image file in one of IMAGE_FORMATS, upright by its EXIF orientation.
 
-    Raises FormatError if it is none, is damaged, or has more pixels than `PIL.Image.MAX_IMAGE_PIXELS`.
+    Raises FormatError if it is malformed, or has more pixels than `PIL.Image.MAX_IMAGE_PIXELS`.
     """
     return upright(parsed(data))
 
 
 def parsed(data: bytes | IO[bytes]) -> Image.Image:
-    """As `opened`, before pixels are read; of an open file no more than the header is read."""
+    """Return the image like `opened`, but not upright and without decoding pixels."""
     try:
         image = Image.open(BytesIO(data) if isinstance(data, bytes) else data, formats=list(IMAGE_FORMATS))
-    except UnidentifiedImageError as error:  # whose text names a memory address
+    except UnidentifiedImageError as error:  # its text contains a memory address
         raise FormatError(f"is not an image in {', '.join(IMAGE_FORMATS)}") from error
-    except Exception as error:  # decoders meet broken data with errors of every type
+    except Exception as error:  # decoders raise errors of many types for broken data
         raise FormatError(reason(error)) from error
     limit = Image.MAX_IMAGE_PIXELS
     if limit is not None and image.width * image.height > limit:
@@ -88,17 +92,17 @@ def parsed(data: bytes | IO[bytes]) -> Image.Image:
 
 
 def is_turned(image: Image.Image) -> bool:
-    """Whether an image has height and width changed for each other once it is upright."""
+    """Return whether the EXIF orientation exchanges width and height."""
     try:
         return image.getexif().get(ORIENTATION) in TURNED
-    except Exception as error:  # as above
+    except Exception as error:  # as in `parsed`
         raise FormatError(reason(error)) from error
 
 
 def upright(image: Image.Image) -> Image.Image:
     try:
         ImageOps.exif_transpose(image, in_place=True)
-    except Exception as error:  # as above, for only now are pixels read
+    except Exception as error:  # as in `parsed`: this decodes the pixels
         raise FormatError(reason(error)) from error
     return image
 
@@ -106,13 +110,13 @@ def upright(image: Image.Image) -> Image.Image:
 def flattened(
     image: Image.Image, channels: int, background: Literal["white", "black"], srgb: bool = True
 ) -> Image.Image:
-    """The image in 8 bits, without transparency, in gray or RGB; FormatError if it cannot be had so.
+    """Convert an image to 8-bit gray or RGB without transparency; FormatError if that is impossible.
 
-    With `srgb` its colours are converted from its colour profile.
+    With `srgb`, colours are converted from the image's ICC profile to sRGB.
     """
     try:
         return _flattened(image, channels, background, srgb)
-    except Exception as error:  # a few kinds of colours cannot be converted
+    except Exception as error:  # some colour modes cannot be converted
         raise FormatError(reason(error)) from error
 
 
@@ -120,7 +124,7 @@ def _flattened(
     image: Image.Image, channels: int, background: Literal["white", "black"], srgb: bool
 ) -> Image.Image:
     profile = image.info.get("icc_profile") if srgb else None
-    if image.mode.startswith("I"):  # 16-bit gray, which Pillow's own conversion clips at 255
+    if image.mode.startswith("I"):  # 16-bit gray, which Pillow would clip at 255
         values = np.asarray(image)
         if values.min() < 0 or values.max() > 65535:
             raise FormatError("has 32-bit pixels; convert it to 8 or 16 bits")
@@ -131,7 +135,7 @@ def _flattened(
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, background), image)
     mode = "L" if channels == 1 else "RGB"
-    image.load()  # where only the header was read, it fails here
+    image.load()  # fails here for truncated files
     if profile:
         image = to_srgb(image, profile)
     return image if image.mode == mode else image.convert(mode)

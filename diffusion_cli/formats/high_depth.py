@@ -1,4 +1,4 @@
-"""Images of 8 or 16 bits or of real numbers, in PNG or TIFF."""
+"""PNG and TIFF images of 8 or 16 bits or floating-point values."""
 
 from pathlib import Path
 from typing import Any, ClassVar, Literal, get_args
@@ -19,9 +19,15 @@ from diffusion_cli.formats.uint8 import Uint8Image, to_bytes
 
 @dataclass(frozen=True, config=STRICT)
 class HighDepthImage(RangedImage):
-    """Images of any number of channels in a depth of their own, as PNG or TIFF.
+    """PNG or TIFF images of any depth and number of channels, with a stated value range.
 
-    With a `mode` the channels are gray and opacity (LA) or colour and opacity (RGBA), and pictures lie on white.
+    Args:
+        dtype: dtype of the values in files.
+        low: value that becomes -1, one for all channels or one per channel.
+        high: value that becomes 1, likewise.
+        file: file type of samples.
+        mode: LA for gray and opacity, RGBA for colour and opacity; previews are composited over white. None for
+            other channels.
     """
 
     kind: ClassVar[str] = "raster"
@@ -35,7 +41,7 @@ class HighDepthImage(RangedImage):
         self.check_range()
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the format as plain data; without a mode, as earlier versions wrote it."""
+        """Return the format as plain data, without `mode` if None, as older versions wrote it."""
         return {key: value for key, value in super().to_dict().items() if key != "mode" or value}
 
     @property
@@ -60,10 +66,10 @@ class HighDepthImage(RangedImage):
         return self.samples(self.held(data))
 
     def held(self, data: bytes) -> np.ndarray:
-        """Return the numbers [C, H, W] of a file; FormatError if it is none, or of numbers of another type."""
+        """Return the values [C, H, W] of a file; FormatError if it is malformed, or of another dtype."""
         numbers = read_with_opacity(data, self.mode) if self.mode else read_numbers(data)
         if numbers.dtype.name != self.dtype:
-            raise FormatError(f"holds {numbers.dtype}; wanted is {self.dtype}")
+            raise FormatError(f"has dtype {numbers.dtype}; expected {self.dtype}")
         return numbers
 
     def lossy(self, data: bytes) -> str | None:
@@ -95,11 +101,15 @@ class HighDepthImage(RangedImage):
 
     @property
     def note(self) -> str:
-        return "of pictures in 256 grays over the stated range, laid on white" if self.mode else super().note
+        return (
+            "previews with 256 values over the stated range, composited over white"
+            if self.mode
+            else super().note
+        )
 
 
 def has_own_numbers(form: SampleFormat) -> bool:
-    """Whether the numbers of files are values of any kind, and no colours."""
+    """Return whether pixels are arbitrary values rather than colours."""
     return not isinstance(form, Uint8Image) and not (
         isinstance(form, HighDepthImage) and form.mode is not None
     )
@@ -108,16 +118,17 @@ def has_own_numbers(form: SampleFormat) -> bool:
 def image_form(
     dtype: str, channels: int, given: Range | list[Range] | None, mode: Literal["LA", "RGBA"] | None = None
 ) -> SampleFormat:
-    """The format of images of a dtype and a range; None for the whole range of an integer dtype.
+    """Return the format of images with a dtype and range; without a range, the whole range of an integer dtype.
 
-    Gray and colour in bytes are pictures; with a range they are PNG too, as are 16-bit gray and bytes of a `mode` with
-    opacity; all else is TIFF.
-    Raises UsageError, about `dataset.range` or the numbers, where that cannot be.
+    8-bit gray and RGB without a range is `Uint8Image`. With a range it is stored as PNG, as are 16-bit gray and 8-bit
+    images with opacity (`mode`); everything else is stored as TIFF.
+
+    Raises UsageError or FormatError for an invalid range or dtype.
     """
     if dtype not in get_args(Dtype):
-        raise FormatError(f"holds {dtype}; images are of {', '.join(get_args(Dtype))}")
+        raise FormatError(f"has dtype {dtype}; supported are {', '.join(get_args(Dtype))}")
     if given is None and dtype == "float32":
-        raise UsageError("dataset.range", None, "real numbers have no range of their own", "give [low,high]")
+        raise UsageError("dataset.range", None, "floating-point images need a range", "give [low,high]")
     if given is None and dtype == "uint8" and channels in (1, 3):
         return Uint8Image()
     if given is None:

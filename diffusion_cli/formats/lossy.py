@@ -1,4 +1,4 @@
-"""Lossy compression of image files, which changes the pixels that a program meant to save."""
+"""Detection of lossy compression in image files, which changes pixels."""
 
 from diffusion_cli.formats.files import has_gray_palette, is_gray, parsed
 
@@ -6,15 +6,15 @@ CODESTREAM, CODING_STYLE = b"\xff\x4f\xff\x51", b"\xff\x52"  # markers of JPEG 2
 TRANSFORM, IRREVERSIBLE = (
     13,
     b"\x00",
-)  # place of the wavelets after the start of the coding style, and their value
-FRAME, FRAME_HEADER = b"ANMF", 16  # chunk of an animated WebP, and the bytes before the image in it
+)  # offset of the wavelet field from the coding style marker, and its lossy value
+FRAME, FRAME_HEADER = b"ANMF", 16  # chunk of an animated WebP, and the size of its header
 
 
 def lossy_format(data: bytes) -> str | None:
-    """Return the name of the lossy format of an image file; None for a lossless file, or one that cannot be read.
+    """Return the name of the lossy format of an image file; None if it is lossless or unreadable.
 
-    JPEG, WebP and TIFF with lossy compression, JPEG 2000 with the irreversible wavelets, and GIF with colours, of
-    which it has at most 256, and more pixels than that.
+    Lossy are JPEG, WebP and TIFF with lossy compression, JPEG 2000 with the irreversible wavelet, and colour GIF of
+    more than 256 pixels, because it has at most 256 colours.
     """
     try:
         return _lossy_format(data)
@@ -25,7 +25,7 @@ def lossy_format(data: bytes) -> str | None:
 def _lossy_format(data: bytes) -> str | None:
     image = parsed(data)
     match image.format:
-        case "JPEG" | "MPO":  # a JPEG with more pictures after the first
+        case "JPEG" | "MPO":  # MPO is JPEG with further images
             return "JPEG"
         case "WEBP" if _is_lossy_webp(data):
             return "lossy WebP"
@@ -40,7 +40,7 @@ def _lossy_format(data: bytes) -> str | None:
 
 
 def _is_lossy_webp(data: bytes) -> bool:
-    """Whether the first image of a WebP file is in a chunk of the lossy kind."""
+    """Return whether the first image of a WebP file is in a lossy chunk."""
     place = 12
     while place + 8 <= len(data):
         kind, size = data[place : place + 4], int.from_bytes(data[place + 4 : place + 8], "little")

@@ -1,4 +1,4 @@
-"""The numbers that image files hold, in their own depth."""
+"""Pixel values of image files in their own bit depth."""
 
 import logging
 import math
@@ -21,20 +21,25 @@ if TYPE_CHECKING:
 
 PNG = b"\x89PNG\r\n\x1a\n"
 TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
-COLOURS = ("1", "L", "LA", "P", "PA", "RGB", "RGBA")  # modes of Pillow that become RGBA without loss
-DEFLATE = (8, 32946)  # methods of compression in TIFF, by their numbers
-PNM = re.compile(rb"P[2356]" + rb"(?:\s|#[^\n]*\n)+(\d+)" * 3)  # width, height and the largest value
-JPEG2000 = b"\xff\x4f\xff\x51"  # begins the description of its samples
-BOUNDED = (1, 5, 32773, *DEFLATE)  # none, LZW and PackBits, which inflate little, and what is measured first
+COLOURS = ("1", "L", "LA", "P", "PA", "RGB", "RGBA")  # Pillow modes that convert to RGBA without loss
+DEFLATE = (8, 32946)  # TIFF compression methods
+PNM = re.compile(rb"P[2356]" + rb"(?:\s|#[^\n]*\n)+(\d+)" * 3)  # width, height and largest value
+JPEG2000 = b"\xff\x4f\xff\x51"  # marker of the sample description
+BOUNDED = (
+    1,
+    5,
+    32773,
+    *DEFLATE,
+)  # none, LZW and PackBits (low expansion), and deflate, which is measured first
 MOST_PAGES = 1000
-MOST_NUMBERS = 2**26  # of an image: 8192 x 8192 gray pixels
+MOST_NUMBERS = 2**26  # values per image: 8192 x 8192 gray pixels
 
-# Broken files, of which it writes to stderr, are refused with a word of our own.
+# tifffile logs to stderr for broken files, which get an error of this package.
 logging.getLogger("tifffile").setLevel(logging.CRITICAL)
 
 
 def depth_of(data: bytes) -> str:
-    """The type of the numbers in an image file, as NumPy calls it, by its header; uint8 too where it has none."""
+    """Return the dtype name of an image file by its header; "uint8" if the header is unreadable."""
     if data[:8] == PNG:
         return "uint16" if data[24:25] == b"\x10" else "uint8"
     if data[:4] in TIFF:
@@ -43,7 +48,7 @@ def depth_of(data: bytes) -> str:
         try:
             with TiffFile(BytesIO(data)) as file:
                 name = np.dtype(file.pages.first.dtype).name
-        except Exception:  # what is broken is told from where pixels are read
+        except Exception:  # reported where pixels are read
             return "uint8"
         return "uint8" if name == "bool" else name
     return "uint8" if _largest(data) < 256 else "uint16"
@@ -63,35 +68,35 @@ def _largest(data: bytes) -> int:
 
 
 def read_numbers(data: bytes) -> np.ndarray:
-    """The numbers [C, H, W] in an image file, the pages of a TIFF as its channels.
+    """Return the pixel values [C, H, W] of an image file, with TIFF pages as channels.
 
-    Where there is a palette, these are the numbers of its colours, but of GIF the colours; where white is low, they are
-    turned round. A file's orientation counts in 8 bits, not beyond; a TIFF that is not upright by it is refused. Raises
-    FormatError if it is none, damaged, or too large.
+    Palette images give palette indices, except GIF, which gives colours. White-is-zero images are inverted. The EXIF
+    orientation is applied to 8-bit images; a rotated TIFF is refused. Raises FormatError for malformed and too large
+    files.
     """
     try:
         if data[:4] in TIFF:
             return _tiff(data)
-        if (largest := _largest(data)) != 255:  # Pillow scales such values
-            raise FormatError(f"has values up to {largest}, not 255; save it as PNG or TIFF")
+        if (largest := _largest(data)) != 255:  # Pillow would rescale these values
+            raise FormatError(f"has a maximum value of {largest} instead of 255; save it as PNG or TIFF")
         image = parsed(data)
-        if depth_of(data) == "uint16" and image.mode != "I;16":  # of colour Pillow gives but 8 bits
+        if depth_of(data) == "uint16" and image.mode != "I;16":  # Pillow reduces 16-bit colour to 8 bits
             return _deep_png(data)
         image = upright(image)
         if image.mode == "1" or (has_gray_palette(image) and image.format == "GIF"):
             image = image.convert("L")
-        elif image.mode == "P" and image.format == "GIF":  # whose programs order the palette as they like
+        elif image.mode == "P" and image.format == "GIF":  # palette order is arbitrary in GIF
             image = image.convert("RGBA" if image.has_transparency_data else "RGB")
         numbers = np.asarray(image)
-    except Exception as error:  # decoders meet broken data with errors of every type
+    except Exception as error:  # decoders raise errors of many types for broken data
         raise FormatError(reason(error)) from error
     return np.atleast_3d(numbers).transpose(2, 0, 1)
 
 
 def mode_with_opacity(data: bytes, channels: int) -> Literal["LA", "RGBA"] | None:
-    """Return the mode of an image file that holds gray or colours and opacity; None for other channels.
+    """Return the mode, LA or RGBA, of an image file with opacity; None if `channels` means something else.
 
-    Opaque colours of 8 bits count where 4 channels are wanted, but not of TIFF, whose channels may be of any kind.
+    Opaque 8-bit colours count as RGBA if 4 channels are wanted, except in TIFF, whose channels have any meaning.
     """
     if channels not in (2, 4):
         return None
@@ -102,7 +107,7 @@ def mode_with_opacity(data: bytes, channels: int) -> Literal["LA", "RGBA"] | Non
         return mode if data[:8] == PNG and data[25] in (4, 6) else None
     try:
         image = parsed(data)
-    except ValueError:  # what is broken is reported where pixels are read
+    except ValueError:  # reported where pixels are read
         return None
     if image.mode in ("P", "RGB", "RGBA", "PA"):
         return mode if channels == 4 else None
@@ -110,7 +115,7 @@ def mode_with_opacity(data: bytes, channels: int) -> Literal["LA", "RGBA"] | Non
 
 
 def is_cmyk(data: bytes) -> bool:
-    """Whether an image file holds the colours of printing ink."""
+    """Return whether an image file has CMYK colours."""
     try:
         return parsed(data).mode == "CMYK"
     except ValueError:
@@ -124,44 +129,44 @@ def _tiff_has_opacity(data: bytes) -> bool:
         with TiffFile(BytesIO(data)) as file:
             page = file.pages.first
             return page.photometric in (1, 2) and tuple(page.extrasamples) == (2,)
-    except Exception:  # as in depth_of
+    except Exception:  # reported where pixels are read
         return False
 
 
 def read_with_opacity(data: bytes, mode: Literal["LA", "RGBA"]) -> np.ndarray:
-    """Return the numbers [C, H, W] of gray or colours with opacity; an image without opacity is opaque.
+    """Return the values [C, H, W] of gray or colours with opacity; images without opacity are opaque.
 
-    Raises FormatError as `read_numbers`, and for colours of another kind, as CMYK.
+    Raises FormatError as `read_numbers`, and for other colour modes such as CMYK.
     """
     if data[:4] in TIFF or depth_of(data) != "uint8":
         return read_numbers(data)
     image = parsed(data)
     if image.mode not in COLOURS:
-        raise FormatError(f"is in {image.mode}; convert it to {mode}")
+        raise FormatError(f"is {image.mode}; convert it to {mode}")
     if mode == "LA" and not (image.mode in ("1", "L", "LA") or has_gray_palette(image)):
         raise FormatError("is in colour, not gray")
     try:
         profile = image.info.get("icc_profile")
         colours = upright(image).convert(mode)
         numbers = np.asarray(to_srgb(colours, profile) if profile else colours)
-    except Exception as error:  # decoders meet broken data with errors of every type
+    except Exception as error:  # decoders raise errors of many types for broken data
         raise FormatError(reason(error)) from error
     return numbers.transpose(2, 0, 1)
 
 
 def _deep_png(data: bytes) -> np.ndarray:
-    """The numbers [C, H, W] of 16 bits of colour, by way of two images of their high and of their low bytes.
+    """Return the values [C, H, W] of a 16-bit colour PNG, from two 8-bit images of its high and low bytes.
 
-    A filter of PNG takes each byte of a pixel with the same one of its neighbours, and so is undone in each alone.
+    PNG filters combine each byte of a pixel with the same byte of its neighbours, so they work on each image alone.
     """
     width, height, _, colour, _, _, interlaced = struct.unpack(">IIBBBBB", data[16:29])
     channels = {2: 3, 4: 2, 6: 4}[colour]
     size = height * (1 + 2 * channels * width)
     if interlaced or size > 2 * MOST_NUMBERS:
-        raise FormatError(f"is interlaced, or has more than {MOST_NUMBERS} numbers; save it as TIFF")
+        raise FormatError(f"is interlaced, or has more than {MOST_NUMBERS} values; save it as TIFF")
     content = zlib.decompressobj().decompress(b"".join(_parts(data)), size)
     if len(content) < size:
-        raise FormatError("ends too early")
+        raise FormatError("is truncated")
     rows = np.frombuffer(content, np.uint8).reshape(height, -1)
     halves = rows[:, 1:].reshape(height, channels * width, 2)
     high, low = (
@@ -172,7 +177,7 @@ def _deep_png(data: bytes) -> np.ndarray:
 
 
 def _parts(data: bytes) -> Iterator[bytes]:
-    """The parts of a PNG's pixels."""
+    """Yield the pixel chunks of a PNG."""
     at = len(PNG)
     while at + 8 <= len(data):
         (length,) = struct.unpack(">I", data[at : at + 4])
@@ -182,7 +187,7 @@ def _parts(data: bytes) -> Iterator[bytes]:
 
 
 def _png(width: int, height: int, colour: int, rows: np.ndarray) -> bytes:
-    """A PNG of 8 bits of filtered rows, uint8 [height, 1 + ...]."""
+    """Return an 8-bit PNG of filtered rows, uint8 [height, 1 + ...]."""
     header = struct.pack(">IIBBBBB", width, height, 8, colour, 0, 0, 0)
     chunks = (b"IHDR", header), (b"IDAT", zlib.compress(rows.tobytes(), 0)), (b"IEND", b"")
     return PNG + b"".join(
@@ -202,7 +207,7 @@ def _tiff(data: bytes) -> np.ndarray:
         numbers, others = series.asarray(maxworkers=1), series.axes.replace("Y", "").replace("X", "")
         if "Y" not in series.axes or "X" not in series.axes or len(others) > 1:
             raise FormatError(
-                f"has axes {series.axes} of {series.shape}; wanted are height, width and channels"
+                f"has axes {series.axes} of {series.shape}; expected height, width and optionally channels"
             )
         if others:
             numbers = np.moveaxis(numbers, series.axes.index(others), 0)
@@ -214,13 +219,13 @@ def _tiff(data: bytes) -> np.ndarray:
 
 
 def _check(file: "TiffFile", size: int) -> None:
-    """Raise FormatError unless all that the first series declares is there, and its images take bounded memory."""
+    """Raise FormatError unless the first series is complete and its images need bounded memory."""
     if len(file.pages) > MOST_PAGES:
         raise FormatError(f"has more than {MOST_PAGES} pages")
     series = file.series[0]
     if series.dtype is None or math.prod(series.shape) > MOST_NUMBERS:
         raise FormatError(
-            f"holds {series.dtype} of {series.shape}; images have no more than {MOST_NUMBERS} numbers"
+            f"has {series.dtype} of {series.shape}; at most {MOST_NUMBERS} values are supported"
         )
     for page in series.pages:
         if page is not None:
@@ -229,13 +234,15 @@ def _check(file: "TiffFile", size: int) -> None:
 
 def _check_page(file: "TiffFile", page: "TiffPage", size: int) -> None:
     if page.compression not in BOUNDED:
-        raise FormatError(f"is compressed by method {page.compression:d}; wanted is none, LZW or deflate")
+        raise FormatError(
+            f"has compression {page.compression:d}; supported are none, LZW, PackBits and deflate"
+        )
     segment = math.prod(page.chunks) * (page.dtype or np.dtype("u1")).itemsize
     if segment > LARGEST:
-        raise FormatError(f"has parts of {page.chunks}, that take more than {LARGEST} bytes")
+        raise FormatError(f"has segments of {page.chunks}, larger than {LARGEST} bytes")
     for offset, count in zip(page.dataoffsets, page.databytecounts, strict=True):
         if count == 0 or offset + count > size:
-            raise FormatError(f"has {size} bytes, fewer than it names")
+            raise FormatError(f"has {size} bytes, fewer than it declares")
         if page.compression in DEFLATE:
             file.filehandle.seek(offset)
             if len(zlib.decompressobj().decompress(file.filehandle.read(count), segment + 1)) > segment:

@@ -19,26 +19,29 @@ AXES = ("x", "y", "z")
 
 
 class _Header(NamedTuple):
-    order: str  # of the bytes of a number; none in text
+    order: str  # byte order of numbers; empty for text
     vertices: int
-    properties: list[tuple[str, str]]  # of a vertex: names and types
-    start: int  # bytes before the first vertex
+    properties: list[tuple[str, str]]  # name and type of each vertex property
+    start: int  # offset of the first vertex in bytes
 
 
 def read_ply(data: bytes) -> np.ndarray:
-    """The x, y and z of the vertices in a file, float64 [N, 3], all finite; what else it holds is passed over.
+    """Return x, y and z of the vertices in a PLY file, float64 [N, 3]; other elements are ignored.
 
-    FormatError, with the end of a sentence that begins with the file's name, if it is no PLY, has vertices after other
-    elements or with lists, or ends before its vertices do; nothing is allocated that the file could not fill.
+    Allocates no more than the file could fill.
+
+    Raises:
+        FormatError: the file is malformed or truncated, coordinates are not finite, or vertices come after other
+            elements or have list properties.
     """
     header = _header(data)
     names = [name for name, _ in header.properties]
     if any(names.count(axis) != 1 for axis in AXES):
-        raise FormatError(f"has vertices of {', '.join(names)[:80]}, not of one x, y and z each")
+        raise FormatError(f"has vertices with {', '.join(names)[:80]}; expected one x, y and z each")
     read = _binary if header.order else _text
     points = np.stack([read(data, header)[axis] for axis in AXES], axis=1).astype(np.float64)
     if not np.isfinite(points).all():
-        raise FormatError("has coordinates that are no finite numbers")
+        raise FormatError("has coordinates that are not finite")
     return points
 
 
@@ -52,14 +55,14 @@ def write_ply(points: np.ndarray, path: Path) -> None:
 def _header(data: bytes) -> _Header:
     ending = re.search(rb"\nend_header[ \t]*\r?\n", data[:LONGEST_HEADER])
     if not data.startswith(b"ply") or ending is None:
-        raise FormatError("is no PLY file")
+        raise FormatError("is not a PLY file")
     lines = [line.split() for line in data[: ending.start()].decode("ascii", "replace").splitlines()[1:]]
     lines = [words for words in lines if words and words[0] not in ("comment", "obj_info")]
     match lines[:2]:
         case [["format", kind, _], ["element", "vertex", count]] if kind in FORMATS and count.isdecimal():
             pass
         case _:
-            raise FormatError("does not begin with a known format and its vertices")
+            raise FormatError("does not start with a known format and its vertices")
     properties = []
     for words in lines[2:]:
         match words:
@@ -68,28 +71,28 @@ def _header(data: bytes) -> _Header:
             case ["element", *_]:
                 break
             case _:
-                raise FormatError(f"has vertices with '{' '.join(words)[:80]}', which is no number")
+                raise FormatError(f"has a vertex property that is not a number: '{' '.join(words)[:80]}'")
     if len({name for name, _ in properties}) < len(properties):
-        raise FormatError("has vertices with two properties of one name")
+        raise FormatError("has two vertex properties with the same name")
     return _Header(FORMATS[kind], int(count), properties, ending.end())
 
 
 def _binary(data: bytes, header: _Header) -> np.ndarray:
     vertex = np.dtype([(name, header.order + kind) for name, kind in header.properties])
     if header.vertices * vertex.itemsize > len(data) - header.start:
-        raise FormatError(f"ends before its {header.vertices} vertices do")
+        raise FormatError(f"ends before its {header.vertices} vertices")
     return np.frombuffer(data, vertex, header.vertices, header.start)
 
 
 def _text(data: bytes, header: _Header) -> dict[str, np.ndarray]:
     wanted, width = header.vertices * len(header.properties), len(header.properties)
-    if 2 * wanted - 1 > len(data) - header.start:  # a digit and a blank each
-        raise FormatError(f"ends before its {header.vertices} vertices do")
+    if 2 * wanted - 1 > len(data) - header.start:  # at least a digit and a blank each
+        raise FormatError(f"ends before its {header.vertices} vertices")
     try:
         numbers = np.array(data[header.start :].split(maxsplit=wanted)[:wanted], np.float64)
     except ValueError as error:
-        raise FormatError("has vertices that are no numbers") from error
+        raise FormatError("has vertices that are not numbers") from error
     if len(numbers) < wanted:
-        raise FormatError(f"ends before its {header.vertices} vertices do")
+        raise FormatError(f"ends before its {header.vertices} vertices")
     columns = numbers.reshape(-1, width).T
     return {name: column for (name, _), column in zip(header.properties, columns, strict=True)}

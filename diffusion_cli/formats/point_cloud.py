@@ -15,20 +15,23 @@ from diffusion_cli.formats.ply import read_ply, write_ply
 
 STEPS = (
     2**20
-)  # of a coordinate from 0 to 1: a sixteenth of what float32 tells apart there, so that files keep them
-SIDE = 96  # pixels of a picture
-FITS = 1.25  # distance from the middle that is still seen at its edge
-AZIMUTH, ELEVATION = math.radians(-60), math.radians(25)  # where the eye is
+)  # quantization levels of a coordinate per unit: 1/16 of the float32 resolution at 1, so that files are exact
+SIDE = 96  # pixels per side of a preview
+FITS = 1.25  # largest visible distance from the centre
+AZIMUTH, ELEVATION = math.radians(-60), math.radians(25)  # direction of view
 FAR, NEAR = (205.0, 215.0, 240.0), (15.0, 30.0, 110.0)  # colours, on white
 DOT = [(0, 0), (0, 1), (1, 0), (0, -1), (-1, 0)]
 
 
 @dataclass(frozen=True, config=STRICT)
 class PointCloud(SampleFormat):
-    """N points x, y, z, [3, N], as binary PLY; -1 and 1 are -radius and radius there.
+    """N points x, y, z, [3, N], stored as binary PLY.
 
-    Coordinates are stored as multiples of radius / 2^20. The picture is a parallel projection, z upwards, of dots that
-    are the darker the nearer they are.
+    Coordinates are stored as multiples of radius / 2^20. Previews are parallel projections with z upwards; nearer
+    points are darker.
+
+    Args:
+        radius: coordinate in files that corresponds to 1 in samples.
     """
 
     kind: ClassVar[str] = "points"
@@ -45,7 +48,7 @@ class PointCloud(SampleFormat):
 
     @property
     def note(self) -> str:
-        return f"of pictures of the points, {SIDE} x {SIDE} from one side"
+        return f"previews of the points, {SIDE} x {SIDE} pixels from one side"
 
     def quantize(self, x: Tensor) -> Tensor:
         return x.float().clamp(-1, 1).mul(STEPS).round().div(STEPS)
@@ -54,19 +57,19 @@ class PointCloud(SampleFormat):
         write_ply(sample.T.double().mul(self.radius).numpy(), path)
 
     def read(self, data: bytes, shape: Shape) -> Tensor:
-        """Return the points of a PLY file; FormatError if there are others than `shape` says, or beyond the radius."""
+        """Return the points of a PLY file; FormatError if their number is not `shape[1]`, or one exceeds the radius."""
         points = torch.from_numpy(read_ply(data)).T / self.radius
         if tuple(points.shape) != shape:
-            raise FormatError(f"has {points.shape[1]} points, not {shape[1]}")
+            raise FormatError(f"has {points.shape[1]} points; expected {shape[1]}")
         if points.abs().max() > 1 + 1 / STEPS:
-            raise FormatError(f"has points beyond -{self.radius:g} to {self.radius:g}")
+            raise FormatError(f"has points outside -{self.radius:g} to {self.radius:g}")
         return self.quantize(points)
 
     def to_rgb(self, samples: Tensor) -> Tensor:
         right, up, near = projected(samples.float())
         across = ((right / FITS + 1) * SIDE / 2).long()
         down = ((1 - up / FITS) * SIDE / 2).long()
-        # The nearest of what falls on a pixel, 1 to 2; 0 where nothing does.
+        # The nearest point per pixel, as 1 to 2; 0 for none.
         depth = samples.new_zeros(len(samples), (SIDE + 2) ** 2, dtype=torch.float32)
         nearness = 1 + ((near / FITS + 1) / 2).clamp(0, 1)
         for i, j in DOT:
@@ -81,7 +84,7 @@ class PointCloud(SampleFormat):
 
 
 def projected(points: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """How far points [B, 3, N] lie to the right, upwards and to the front, [B, N] each, as the eye sees them."""
+    """Return the offsets of points [B, 3, N] to the right, upwards and to the front of the view, [B, N] each."""
     x, y, z = points.unbind(1)
     right = x * -math.sin(AZIMUTH) + y * math.cos(AZIMUTH)
     front = x * math.cos(AZIMUTH) + y * math.sin(AZIMUTH)

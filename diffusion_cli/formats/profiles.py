@@ -1,4 +1,4 @@
-"""Colour profiles in image files, and the conversion of their colours to sRGB."""
+"""Conversion from ICC colour profiles to sRGB."""
 
 from functools import lru_cache
 from io import BytesIO
@@ -9,26 +9,26 @@ import numpy as np
 from PIL import Image, ImageCms
 
 LARGEST_PROFILE = 2**22  # bytes
-NEAR = 3  # gray values of 255; a profile that changes no colour by more is sRGB, as programs approximate it
-SPACES = {"RGB": "RGB", "L": "GRAY", "CMYK": "CMYK"}  # of the profiles that belong to a mode
+NEAR = 3  # gray values of 255; profiles that change colours by no more are approximations of sRGB
+SPACES = {"RGB": "RGB", "L": "GRAY", "CMYK": "CMYK"}  # profile colour space of each Pillow mode
 
 
 class Conversion(NamedTuple):
-    """What becomes of the colours of images with one profile."""
+    """Conversion of the colours of images with one profile."""
 
     kind: Literal["none", "broken", "converted"]
     name: str = ""
-    """Of the profile, as it describes itself."""
+    """Description in the profile."""
     transform: ImageCms.ImageCmsTransform | None = None
-    """Of RGB or CMYK to sRGB."""
+    """Transform from RGB or CMYK to sRGB."""
     table: bytes | None = None
-    """The gray value for each gray value."""
+    """Lookup table for gray values."""
 
 
 def to_srgb(image: Image.Image, profile: bytes) -> Image.Image:
-    """Convert the colours of an 8-bit image from its ICC profile to sRGB, relative to the white points.
+    """Convert an 8-bit image from its ICC profile to sRGB with relative colorimetric intent.
 
-    sRGB itself, profiles of another kind of colours and damaged ones change nothing. Opacity stays.
+    sRGB profiles, damaged profiles and profiles of another colour space change nothing. Opacity is kept.
     """
     opacity = image.getchannel("A") if image.mode in ("RGBA", "LA") else None
     mode = {"P": "RGB", "RGBA": "RGB", "LA": "L"}.get(image.mode, image.mode)
@@ -49,7 +49,7 @@ def to_srgb(image: Image.Image, profile: bytes) -> Image.Image:
 
 @lru_cache(16)
 def conversion(profile: bytes, mode: str) -> Conversion:
-    """Return how colours of a mode of Pillow are converted from an ICC profile."""
+    """Return the conversion of a Pillow mode from an ICC profile."""
     if mode not in SPACES or len(profile) > LARGEST_PROFILE:
         return Conversion("none" if mode not in SPACES else "broken")
     try:
@@ -59,7 +59,7 @@ def conversion(profile: bytes, mode: str) -> Conversion:
         srgb = ImageCms.createProfile("sRGB")
         name = ImageCms.getProfileDescription(source).strip()
         flags = ImageCms.Flags.BLACKPOINTCOMPENSATION
-        if mode == "L":  # a table needs no faster way through fewer points
+        if mode == "L":  # exact, because it becomes a table
             flags |= ImageCms.Flags.NOOPTIMIZE
         transform = ImageCms.buildTransform(
             source, srgb, mode, "RGB", ImageCms.Intent.RELATIVE_COLORIMETRIC, flags
@@ -80,7 +80,7 @@ def conversion(profile: bytes, mode: str) -> Conversion:
 
 
 def _colours(mode: str) -> Image.Image:
-    """All grays, or colours spread over the cube, as an image."""
+    """Return an image of all grays, or of a regular grid of colours."""
     if mode == "L":
         return Image.frombytes("L", (256, 1), bytes(range(256)))
     steps = product(range(0, 256, 51), repeat=len(mode))

@@ -1,32 +1,33 @@
-"""Whether the values of some images agree with the range that they are read by."""
+"""Check of the values of images against their stated range."""
 
 from collections.abc import Sequence
 
 import numpy as np
 
 LOOKED_AT = 8
-"""Images of a data set whose values are looked at."""
+"""Number of images of a dataset to check."""
 MOST_CUT = 0.01
 LEAST_FILLED = 1 / 8
 
 
 def disagreement(images: Sequence[np.ndarray], low: Sequence[float], high: Sequence[float]) -> str | None:
-    """Return how the values of images [C, H, W] disagree with their range, one pair for all channels or each.
+    """Return how the values of images [C, H, W] do not fit their range, or None if they do.
 
-    They do where the range cuts over 1 % of the values, or where no channel fills 1/8 of it.
+    They do not fit if over 1 % of the values are outside the range, or if no channel covers 1/8 of it. The range is
+    one pair for all channels, or one pair per channel.
     """
     start, half = np.array(low)[:, None, None], (np.array(high) - np.array(low))[:, None, None] / 2
     x = [(values.astype(np.float64) - start) / half - 1 for values in images]
-    # The end of a range is no value beyond it, as float32 stores it.
+    # Tolerance for range ends stored as float32.
     cut = sum(int((np.abs(each) > 1 + 1e-6).sum()) for each in x) / sum(each.size for each in x)
     ends = [(each.min((1, 2)), each.max((1, 2))) for each in x]
     filled = float(np.ptp([np.min([a for a, _ in ends], 0), np.max([b for _, b in ends], 0)], 0).max() / 2)
-    if cut <= MOST_CUT and not filled < LEAST_FILLED:  # it is no number where a value is none
+    if cut <= MOST_CUT and not filled < LEAST_FILLED:  # `filled` may be NaN
         return None
     found = min(values.min() for values in images), max(values.max() for values in images)
-    of = "the first image" if len(images) == 1 else f"{len(images)} images looked at"
+    of = "the first image" if len(images) == 1 else f"{len(images)} images examined"
     what = (
-        f"cuts {cut:.0%} of the values"
+        f"clips {cut:.0%} of the values"
         if cut > MOST_CUT
         else f"only {filled:.1%} of it is used by the values"
     )

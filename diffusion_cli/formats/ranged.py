@@ -1,4 +1,4 @@
-"""Images in numbers of a stated range."""
+"""Base class of image formats with a stated value range."""
 
 from abc import abstractmethod
 from collections.abc import Sequence
@@ -17,49 +17,49 @@ from diffusion_cli.formats.uint8 import to_bytes
 Dtype = Literal["uint8", "uint16", "int16", "float32"]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 Range = Annotated[list[Finite], Field(min_length=2, max_length=2)]
-"""[low, high]: the values that are -1 and 1."""
+"""[low, high]: the values that become -1 and 1."""
 
 
 class RangedImage(SampleFormat):
-    """Images of any number of channels, whose values `low` to `high` are -1 to 1: one pair for all channels, or each.
+    """Images with any number of channels, whose value range [low, high] becomes [-1, 1].
 
-    `x = 2 (v - low) / (high - low) - 1`. Values beyond the range are clipped to it; what is not finite is refused. In
-    float32 x holds each of 2^16 values, and gives it back.
+    x = 2 (v - low) / (high - low) - 1. Values outside the range are clipped; values that are not finite are refused.
+    In float32, x represents each of 2^16 values exactly. The range is one pair for all channels, or one per channel.
     """
 
     dtype: Dtype
-    """Of the numbers in its files, as NumPy calls it."""
+    """NumPy dtype name of the values in files."""
     low: list[float]
     high: list[float]
 
     @property
     def half_range(self) -> float:
-        """Where channels differ in their range, a difference stays what it is in x."""
+        """Factor from a difference in x to one in file values; 1 if channels differ in their range."""
         return (self.high[0] - self.low[0]) / 2 if len(self.low) == 1 else 1.0
 
     @property
     def note(self) -> str:
-        return "of pictures in 256 grays over the stated range, the channels of images that are not colour side by side"
+        return "previews with 256 gray values over the stated range, with non-colour channels side by side"
 
     def check_range(self) -> None:
-        """Raise FormatError unless each range is one."""
+        """Raise FormatError unless every pair is increasing."""
         if not self.low or len(self.low) != len(self.high):
-            raise FormatError("a range is [low, high], or one such pair a channel")
+            raise FormatError("a range must be [low, high], or one such pair per channel")
         if not all(low < high for low, high in zip(self.low, self.high, strict=True)):
-            raise FormatError("a range rises from low to high")
+            raise FormatError("a range must increase from low to high")
 
     def samples(self, values: np.ndarray) -> Tensor:
-        """Return images of values [..., C, H, W] as stored; FormatError where one is not finite."""
+        """Return values [..., C, H, W] as stored samples; FormatError if one is not finite."""
         if values.dtype.kind == "f" and not np.isfinite(values).all():
             raise FormatError("has values that are not finite")
         low, half = self._scale(values.shape[-3])
         x = values.astype(np.float64)
         for step, by in ((np.subtract, low), (np.divide, half), (np.subtract, 1)):
-            step(x, by, out=x)  # in place, for images may be large
+            step(x, by, out=x)  # in place to save memory
         return torch.from_numpy(x.clip(-1, 1, out=x).astype(np.float32))
 
     def values(self, samples: Tensor) -> np.ndarray:
-        """Return the values of samples around [-1, 1], [..., C, H, W], float64."""
+        """Return the values, float64, of samples in about [-1, 1], [..., C, H, W]."""
         low, half = self._scale(samples.shape[-3])
         return (samples.double().cpu().numpy().clip(-1, 1) + 1) * half + low
 
@@ -78,15 +78,15 @@ class RangedImage(SampleFormat):
 
     @abstractmethod
     def numbers(self, samples: Tensor) -> np.ndarray:
-        """Return what files hold of samples around [-1, 1], [..., C, H, W]: the nearest that they can."""
+        """Return the file values nearest to samples in about [-1, 1], [..., C, H, W]."""
 
     @abstractmethod
     def from_numbers(self, numbers: np.ndarray) -> Tensor:
-        """Return as stored what files hold, [..., C, H, W]."""
+        """Return file values [..., C, H, W] as stored samples."""
 
     @abstractmethod
     def decode(self, data: bytes) -> Tensor:
-        """Return the image of a file, of any size and number of channels, as stored; FormatError if it is none."""
+        """Return the image of a file, of any size and number of channels, as stored; FormatError if malformed."""
 
     def quantize(self, x: Tensor) -> Tensor:
         return self.from_numbers(self.numbers(x)).to(x.device)
@@ -94,7 +94,7 @@ class RangedImage(SampleFormat):
     def read(self, data: bytes, shape: Shape) -> Tensor:
         sample = self.decode(data)
         if tuple(sample.shape) != tuple(shape):
-            raise FormatError(f"is an image {tuple(sample.shape)} in channels, height and width, not {shape}")
+            raise FormatError(f"has shape {tuple(sample.shape)} (channels, height, width); expected {shape}")
         return sample
 
     def to_rgb(self, samples: Tensor) -> Tensor:
@@ -110,15 +110,16 @@ class RangedImage(SampleFormat):
 
 
 def ranges(given: Range | list[Range], channels: int) -> tuple[list[float], list[float]]:
-    """The lows and the highs of one range for all channels, or of one a channel; UsageError about `dataset.range`."""
+    """Return lows and highs of one range for all channels, or one per channel; UsageError about `dataset.range`."""
     pairs = [pair for pair in given if isinstance(pair, list)] or [[float(end) for end in given]]  # pyright: ignore
     shown = str(given).replace(" ", "")
     if len(pairs) not in (1, channels):
         raise UsageError(
             "dataset.range",
-            f"is of {len(pairs)} channels, and there are {channels}",
-            "give one pair, or one each",
+            shown,
+            f"has {len(pairs)} pairs, but the images have {channels} channels",
+            "give one pair, or one per channel",
         )
     if not all(low < high for low, high in pairs):
-        raise UsageError("dataset.range", shown, "does not rise", "give [low,high], low less than high")
+        raise UsageError("dataset.range", shown, "must increase", "give [low,high] with low less than high")
     return [float(low) for low, _ in pairs], [float(high) for _, high in pairs]

@@ -1,4 +1,4 @@
-"""Images in bytes."""
+"""8-bit images."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,7 +19,7 @@ from diffusion_cli.formats.range_check import disagreement
 
 @dataclass(frozen=True, config=STRICT)
 class Uint8Image(SampleFormat):
-    """Gray or RGB images in bytes, as PNG; -1 is 0 and 1 is 255."""
+    """8-bit gray or RGB images, stored as PNG; 0 and 255 become -1 and 1."""
 
     kind: ClassVar[str] = "picture"
 
@@ -42,10 +42,10 @@ class Uint8Image(SampleFormat):
         Image.fromarray(sample.permute(1, 2, 0).squeeze(2).contiguous().numpy()).save(path, format="PNG")
 
     def read(self, data: bytes, shape: Shape) -> Tensor:
-        """Return the pixels of any kind of image file in bytes; gray becomes RGB where that is wanted."""
+        """Return the pixels of an image file of any supported type; gray becomes RGB if `shape` has three channels."""
         image, (channels, height, width) = opened(data), shape
         if (image.height, image.width) != (height, width):
-            raise FormatError(f"is {image.width} x {image.height}, not {width} x {height} pixels")
+            raise FormatError(f"has {image.width} x {image.height} pixels; expected {width} x {height}")
         if channels == 1 and not (is_gray(image) or has_gray_palette(image)):
             raise FormatError("is in colour, not gray")
         pixels = torch.from_numpy(np.array(flattened(image, channels, "white")))
@@ -70,5 +70,5 @@ class Uint8Image(SampleFormat):
 
 
 def to_bytes(images: Tensor) -> Tensor:
-    """Quantise [-1, 1] to uint8 as a saved PNG has it: the nearest of the 256 values, ties to even."""
+    """Round [-1, 1] to uint8 as in a saved PNG: the nearest of 256 values, ties to even."""
     return images.float().add(1).mul(127.5).clamp(0, 255).round().to(torch.uint8)

@@ -1,4 +1,4 @@
-"""Volumes in the numbers of their files: NIfTI and NumPy."""
+"""Volumes in NIfTI and NumPy files."""
 
 import gzip
 import math
@@ -20,21 +20,29 @@ from diffusion_cli.formats.base import STRICT, SampleFormat, Shape
 from diffusion_cli.formats.uint8 import to_bytes
 from diffusion_cli.system.untrusted import inflated, reason
 
-LAST_ROW = [0.0, 0.0, 0.0, 1.0]  # of a matrix that acts on [w, h, d, 1]
+LAST_ROW = [0.0, 0.0, 0.0, 1.0]  # of an affine matrix
 SUFFIXES = (".nii", ".nii.gz", ".npy")
 Numbers = Literal["uint8", "int8", "uint16", "int16", "uint32", "int32", "float16", "float32", "float64"]
 Row = Annotated[list[FiniteFloat], Field(min_length=4, max_length=4)]
 Affine = Annotated[list[Row], Field(min_length=3, max_length=3)]
-"""Where the voxel (w, h, d) lies, as [right, anterior, superior] = A [w, h, d, 1], in the units of the file."""
+"""Affine A of the voxel (w, h, d): [right, anterior, superior] = A [w, h, d, 1], in the units of the file."""
 
 
 @dataclass(frozen=True, config=STRICT)
 class Volume(SampleFormat):
-    """Volumes [C, D, H, W] as NIfTI or .npy; -1 is the value `low` and 1 is `high`.
+    """Volumes [C, D, H, W] as NIfTI or .npy, whose value range [low, high] becomes [-1, 1].
 
-    A file holds `dtype` numbers n of the value slope n + inter. The axes of a NIfTI are W, H, D and C, turned such that
-    W runs to the right of what is imaged, H to its front and D to its top, or nearly so; `affine` says where its voxels
-    lie. Those of a .npy are [D, H, W] or [C, D, H, W].
+    A file stores numbers n with values slope n + inter. The axes of a NIfTI are W, H, D and C, reoriented so that W
+    points nearest to right, H to anterior and D to superior. Those of a .npy are [D, H, W] or [C, D, H, W].
+
+    Args:
+        low: value that becomes -1.
+        high: value that becomes 1.
+        dtype: dtype of the stored numbers.
+        slope: scale of the stored numbers.
+        inter: offset of the stored numbers.
+        affine: affine matrix of voxel positions in written files, [3, 4].
+        file: file type of samples.
     """
 
     low: float
@@ -69,14 +77,14 @@ class Volume(SampleFormat):
                 np.save(file, numbers)
             return
         image = nibabel().Nifti1Image(numbers.T, np.array([*self.affine, LAST_ROW]), dtype=numbers.dtype)
-        image.header.set_slope_inter(self.slope, self.inter)  # numbers are as the file has them already
+        image.header.set_slope_inter(self.slope, self.inter)  # the numbers are scaled already
         data = image.to_bytes()
         path.write_bytes(gzip.compress(data, mtime=0) if self.file == ".nii.gz" else data)
 
     def read(self, data: bytes, shape: Shape) -> Tensor:
         values = read_volume(data).values
         if values.shape != tuple(shape):
-            raise FormatError(f"is a volume {values.shape}, not {tuple(shape)}")
+            raise FormatError(f"has shape {values.shape}; expected {tuple(shape)}")
         return self.scaled(torch.from_numpy(values))
 
     def of(self, data: bytes) -> Self:
@@ -84,11 +92,11 @@ class Volume(SampleFormat):
         return self if header.file == ".npy" else replace(self, affine=header.affine)
 
     def scaled(self, values: Tensor) -> Tensor:
-        """Return values in the units of the data as float32 in [-1, 1], what is beyond the range at its end."""
+        """Return values in the units of the data as float32 in [-1, 1], clipped to the range."""
         return ((values.double() - self.low) / self.half_range - 1).clamp(-1, 1).float()
 
     def _numbers(self, x: Tensor) -> Tensor:
-        """The numbers of a file for samples around [-1, 1], float64."""
+        """Return the file numbers of samples in about [-1, 1], float64."""
         value = self.low + (x.double().clamp(-1, 1) + 1) * self.half_range
         numbers = (value - self.inter) / self.slope
         kind = np.dtype(self.dtype)
@@ -101,7 +109,7 @@ class Volume(SampleFormat):
         return self.slope * numbers + self.inter
 
     def to_rgb(self, samples: Tensor) -> Tensor:
-        """Return the middle slices across D, H and W side by side; of more channels than colours have the first."""
+        """Return the central slices across D, H and W side by side, of the first channel unless there are three."""
         shown = self._shown(samples)
         depth, height, width = (size // 2 for size in shown.shape[2:])
         slices = [shown[:, :, depth], shown[:, :, :, height], shown[..., width]]
@@ -121,7 +129,7 @@ class Volume(SampleFormat):
 
 
 class VolumeHeader(NamedTuple):
-    """The fields of a `Volume` that follow from a file."""
+    """Fields of a `Volume` that a file determines."""
 
     dtype: str
     slope: float
@@ -131,7 +139,7 @@ class VolumeHeader(NamedTuple):
 
 
 class Held(NamedTuple):
-    """What a file of a volume holds."""
+    """Content of a volume file."""
 
     values: np.ndarray
     """float64 [C, D, H, W] in the units of the data."""
@@ -139,14 +147,14 @@ class Held(NamedTuple):
 
     @property
     def spacing(self) -> list[float] | None:
-        """The sides of a voxel along W, H and D, in the units of the file; a .npy has none."""
+        """Voxel sides along W, H and D in the units of the file; None for .npy."""
         if self.header.file == ".npy":
             return None
         return np.linalg.norm(np.array(self.header.affine)[:, :3], axis=0).tolist()
 
 
 def read_volume(data: bytes) -> Held:
-    """The volume of a NIfTI file, compressed or not, or of a .npy; FormatError if it is none or not whole."""
+    """Return the volume of a NIfTI file, compressed or not, or of a .npy; FormatError if malformed or truncated."""
     try:
         if data.startswith(npy.MAGIC_PREFIX):
             return _read_npy(data)
@@ -154,7 +162,7 @@ def read_volume(data: bytes) -> Held:
         return _read_nifti(inflated(data) if packed else data, ".nii.gz" if packed else ".nii")
     except UsageError:
         raise
-    except Exception as error:  # damaged headers fail in many ways in the parsers
+    except Exception as error:  # the parsers raise errors of many types for damaged headers
         raise FormatError(reason(error)) from error
 
 
@@ -171,13 +179,13 @@ def _read_npy(data: bytes) -> Held:
 
 
 def _read_nifti(data: bytes, file: str) -> Held:
-    second = data[:4] in (b"\x1c\x02\x00\x00", b"\x00\x00\x02\x1c")  # NIfTI-2: a header of 540 bytes
+    second = data[:4] in (b"\x1c\x02\x00\x00", b"\x00\x00\x02\x1c")  # NIfTI-2 has a header of 540 bytes
     image = getattr(nibabel(), "Nifti2Image" if second else "Nifti1Image").from_bytes(data)
     shape, dtype = image.shape, image.header.get_data_dtype()
     _check(shape, dtype, len(data))
     slope, inter = image.dataobj.slope, image.dataobj.inter
     if not np.isfinite(image.affine).all() or np.linalg.matrix_rank(image.affine) < 4:
-        raise FormatError("says nowhere that its voxels could lie: its affine is singular, or not finite")
+        raise FormatError("has an affine that is singular or not finite")
     orientations = nibabel().orientations
     turned = orientations.io_orientation(image.affine)
     values = orientations.apply_orientation(
@@ -191,21 +199,21 @@ def _read_nifti(data: bytes, file: str) -> Held:
 def _check(shape: tuple[int, ...], dtype: np.dtype, size: int) -> None:
     if len(shape) not in (3, 4) or min(shape) < 1 or dtype.name not in Numbers.__args__:
         raise FormatError(
-            f"holds {dtype} {shape}; a volume is real numbers with three axes, and maybe one of channels"
+            f"has {dtype} of shape {shape}; a volume has real numbers, three axes and optionally one of channels"
         )
     if math.prod(shape) * dtype.itemsize > size:
-        raise FormatError(f"has {size} bytes, fewer than {shape} of {dtype} take")
+        raise FormatError(f"has {size} bytes, too few for {shape} of {dtype}")
 
 
 def _finite(values: np.ndarray) -> np.ndarray:
     values = np.ascontiguousarray(values, dtype=np.float64)
     if not np.isfinite(values).all():
-        raise FormatError("holds numbers that are not finite")
+        raise FormatError("has values that are not finite")
     return values
 
 
 def nibabel() -> ModuleType:
-    """The package that reads NIfTI; UsageError saying how to install it."""
+    """Import nibabel, which reads NIfTI; UsageError with the install command if missing."""
     try:
         import nibabel
     except ModuleNotFoundError as error:

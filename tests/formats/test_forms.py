@@ -180,10 +180,13 @@ def test_bytes_stay_pictures_and_the_rest_gets_a_file_that_can_hold_it(dtype, ch
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("float32", 1, None), r"dataset\.range=null: real numbers"),
-        (("float64", 1, [0, 1]), "holds float64; images are of"),
-        (("uint16", 1, [5, 5]), r"dataset\.range=\[5,5\]: does not rise"),
-        (("uint16", 3, [[0, 5], [0, 5]]), r"dataset\.range=.*of 2 channels, and there are 3"),
+        (("float32", 1, None), r"dataset\.range=null: floating-point images"),
+        (("float64", 1, [0, 1]), "has dtype float64; supported are"),
+        (("uint16", 1, [5, 5]), r"dataset\.range=\[5,5\]: must increase"),
+        (
+            ("uint16", 3, [[0, 5], [0, 5]]),
+            r"dataset\.range=\[\[0,5\],\[0,5\]\]: has 2 pairs, but the images have 3 channels",
+        ),
     ],
 )
 def test_ranges_that_are_none_are_refused(arguments, message):
@@ -267,13 +270,13 @@ BOMB = tiff(np.zeros((64, 64), np.uint8), compression="zlib", rowsperstrip=64)
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        (FLAT[:-20], "fewer than it names"),
-        (FLAT.replace(entry(257, 8), entry(257, 2**30)), "no more than"),
+        (FLAT[:-20], "fewer than it declares"),
+        (FLAT.replace(entry(257, 8), entry(257, 2**30)), "at most"),
         (BOMB.replace(entry(256, 64), entry(256, 8)), "inflates to more"),
         (TURNED, "has orientation 6; save it upright"),
         (
             tiff(np.zeros((2, 3, 8, 8), np.uint16), photometric="minisblack"),
-            "wanted are height, width and channels",
+            "expected height, width and optionally channels",
         ),
     ],
     ids=["cut", "huge", "bomb", "turned", "axes"],
@@ -379,13 +382,11 @@ def folder_numbers(path: Path) -> np.ndarray:
 
 def test_ink_is_not_taken_for_colours_with_opacity(tmp_path):
     ink = saved(tmp_path / "data/0.jpg", SPRITE[..., :3], "CMYK")
-    with pytest.raises(
-        ValueError, match=r"dataset\.channels=4: the first image is in CMYK; convert it to RGBA"
-    ):
+    with pytest.raises(ValueError, match=r"dataset\.channels=4: the first image is CMYK; convert it to RGBA"):
         folder(ink.parent, channels=4)
     saved(ink.with_name("1.png"), SPRITE)
     ink.rename(ink.with_name("2.jpg"))
-    with pytest.raises(ValueError, match=r"2\.jpg \(is in CMYK; convert it to RGBA"):
+    with pytest.raises(ValueError, match=r"2\.jpg \(is CMYK; convert it to RGBA"):
         images(folder(ink.parent, channels=4))
     assert images(folder(ink.parent, channels=3)).shape == (2, 3, 8, 8)
 
@@ -451,7 +452,7 @@ def test_scans_are_compared_by_their_rescaled_values():
     form = dicom_form(first, [-1000, 1000])
     assert (form.decode(first) == 0).all()
     assert (form.decode(second) == 0).all()
-    with pytest.raises(ValueError, match=r"16 bits in uint16, and the first has 16 in int16.*range="):
+    with pytest.raises(ValueError, match=r"16 bits in uint16, but the first file 16 in int16.*range="):
         dicom_form(first, None).decode(second)
 
 
@@ -461,7 +462,7 @@ def test_values_beyond_what_the_first_scan_may_hold_are_not_cut_without_a_word()
         dicom(np.full((4, 5), 4000, np.uint16), BitsStored=12, HighBit=11, RescaleSlope=slope)
         for slope in (1, 2)
     )
-    with pytest.raises(ValueError, match=r"of 0 to 8190, and the first of 0 to 4095; give .*dataset\.range="):
+    with pytest.raises(ValueError, match=r"0 to 8190, but the first file 0 to 4095; set .*dataset\.range="):
         dicom_form(first, None).decode(second)
     assert_close(2 * dicom_form(second, None).decode(first), dicom_form(second, None).decode(second) - 1)
     assert_close(dicom_form(first, [0, 8000]).decode(second), torch.ones(1, 4, 5))
@@ -484,7 +485,7 @@ def test_the_window_is_that_of_the_standard():
     del again.WindowCenter
     out = io.BytesIO()
     again.save_as(out, enforce_file_format=True)
-    with pytest.raises(ValueError, match=r"dataset\.range=window: the first file names none"):
+    with pytest.raises(ValueError, match=r"dataset\.range=window: the first file has no window"):
         dicom_form(out.getvalue(), "window")
 
 
@@ -511,11 +512,11 @@ TABLE.LUTDescriptor, TABLE.ModalityLUTType = [4096, 0, 16], "HU"
         ({"syntax": DeflatedExplicitVRLittleEndian}, "is compressed"),
         ({"NumberOfFrames": 3}, "has 3 frames"),
         ({"PhotometricInterpretation": "RGB", "SamplesPerPixel": 3}, "is RGB"),
-        ({"Rows": 60_000, "Columns": 60_000}, "60000 x 60000 are named"),
+        ({"Rows": 60_000, "Columns": 60_000}, "too few for 60000 x 60000"),
         ({"HighBit": 14}, "highest bit"),
         ({"BitsStored": 40}, "40 of 16 bits"),
         ({"RescaleSlope": 0}, "slope 0"),
-        ({"ModalityLUTSequence": [TABLE]}, "has its values in a lookup table"),
+        ({"ModalityLUTSequence": [TABLE]}, "has a lookup table of values"),
     ],
 )
 def test_scans_that_are_not_read_are_refused_in_a_line(elements, message):
@@ -600,7 +601,7 @@ def test_files_of_several_depths_are_refused_by_name(tmp_path, first):
     for name, dtype in (("a", np.uint16), ("b", np.uint8)):
         other = dtype if first == "deep" else {np.uint16: np.uint8, np.uint8: np.uint16}[dtype]
         fill(tmp_path / name, 1, dtype=other)
-    with pytest.raises(ValueError, match=r"cannot use 1 of the images.*b/0\.png \(holds"):
+    with pytest.raises(ValueError, match=r"cannot use 1 of the images.*b/0\.png \(has"):
         folder(tmp_path).load("train")
     assert images(folder(tmp_path, depth=8)).dtype == torch.uint8
 
@@ -609,7 +610,7 @@ def test_files_of_several_depths_are_refused_by_name(tmp_path, first):
     ("changes", "message"),
     [
         ({"channels": 3}, r"dataset\.channels=3: the images have 1; set dataset\.channels=1"),
-        ({"range": "window"}, r"dataset\.range=window: is of DICOM"),
+        ({"range": "window"}, r"dataset\.range=window: applies to DICOM"),
         ({"depth": 8, "range": [0, 5]}, r"dataset\.depth=8: .*without dataset\.range"),
     ],
 )
@@ -668,7 +669,7 @@ def test_files_of_another_form_are_no_samples(tmp_path):
     deep = image_form("uint16", 1, None)
     found = given_images(tmp_path, "samples", (1, 10, 15), deep)
     assert len(found.images) == 2
-    with pytest.raises(ValueError, match=r"0\.png \(holds uint16; wanted is int16"):
+    with pytest.raises(ValueError, match=r"0\.png \(has dtype uint16; expected int16"):
         given_images(tmp_path, "samples", (1, 10, 15), image_form("int16", 1, None)).images[torch.tensor([0])]
 
 
@@ -738,7 +739,7 @@ def test_a_folder_goes_through_every_command_and_comes_back_in_its_depth(tmp_pat
 @pytest.mark.parametrize(
     ("numbers", "given", "said"),
     [
-        (np.linspace(3000, 4095, 64, dtype=np.uint16), [0, 1], "dataset.range=[0,1]: cuts 100% of the values of the "
+        (np.linspace(3000, 4095, 64, dtype=np.uint16), [0, 1], "dataset.range=[0,1]: clips 100% of the values of the "
          "first image, 3000 to 4095; give dataset.range=[low,high]"),
         (np.linspace(0, 4095, 64, dtype=np.uint16), None, "dataset.range=[0,65535]: only 6.2% of it is used by the "
          "values of the first image, 0 to 4095"),
@@ -774,7 +775,9 @@ def test_the_values_of_some_images_count_together(tmp_path):
         saved(tmp_path / "dark" / f"{number:02d}.png", pixels)
     np.savez_compressed(tmp_path / "dark.npz", images=dark.astype(np.uint8))
     np.save(tmp_path / "turned.npy", np.asfortranarray(dark))
-    line = "bytes have the range [0,255], and only 0.4% of it is used by the values of 8 images looked at, 0 to 1"
+    line = (
+        "bytes have the range [0,255], and only 0.4% of it is used by the values of 8 images examined, 0 to 1"
+    )
     for path in (tmp_path / "dark.npz", tmp_path / "turned.npy", tmp_path / "dark"):
         options = {"range": None, "flip": False, "val_fraction": 0.0, "in_memory": None}
         array = path.is_file()
@@ -782,7 +785,7 @@ def test_the_values_of_some_images_count_together(tmp_path):
         (found,) = dataset.remarks()
         assert found.startswith(f"dataset.range=null: {line}")
         (given,) = given_images(path, "samples").remarks
-        assert given == f"samples={path}: {line}; scale them if that is not meant"
+        assert given == f"samples={path}: {line}; rescale them if this is not intended"
     saved(tmp_path / "dark/19.png", np.full((8, 8, 3), 200, np.uint8))
     assert folder(tmp_path / "dark", channels=3, range=[0, 1]).remarks() == []
 
@@ -823,7 +826,7 @@ def test_a_training_begins_with_the_remark(tmp_path, capsys):
     rest = ["trainer=cpu", "logger=csv", "name=r", f"output_dir={tmp_path}", "preview_steps=1"]
     assert run(["train", *words, *network, *rest]) == 0
     assert (
-        "diffuse: dataset.range=[0,1]: cuts 100% of the values of 8 images looked at"
+        "diffuse: dataset.range=[0,1]: clips 100% of the values of 8 images examined"
         in capsys.readouterr().err
     )
 

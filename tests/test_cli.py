@@ -314,5 +314,5 @@ def test_a_line_is_not_too_long_and_has_its_remedy(capsys, tmp_path):
     assert run(["train", "dataset=folder", "dataset.labels=none", "dataset.val_fraction=0", *words]) == 2
     (line,) = (line for line in capsys.readouterr().err.splitlines() if line.startswith("diffuse: "))
     assert len(line) == len("diffuse: ") + 1000
-    assert f"dataset.path={tmp_path}: cannot use 10 of the images, repair or remove: 0x" in line
+    assert f"dataset.path={tmp_path}: cannot use 10 of the images; repair or remove 0x" in line
     assert line.endswith(")")

@@ -1,4 +1,4 @@
-"""Data: a source becomes images as stored with labels, and those become batches in [-1, 1]."""
+"""Datasets: images and labels from files, memory or closed-form distributions, and training batches of them."""
 
 from diffusion_cli.data.array import Array
 from diffusion_cli.data.base import Dataset, Images, NoDataset, PixelDigest, spread

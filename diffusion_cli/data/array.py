@@ -25,20 +25,33 @@ from diffusion_cli.system.untrusted import Archive, from_json, reason, regular
 IMAGE_KEYS = ("images", "arr_0", "x")
 LABEL_KEYS = ("labels", "arr_1", "y")
 CLASS_NAMES, MARKS, FORM = "class_names", "val", "form"
-VAL_FRACTION = 0.1  # fraction, where nothing else is said
+VAL_FRACTION = 0.1  # default of val_fraction
 MOST_CLASSES = 10**6
 
 
 class Array(Dataset):
-    """A .npy or .npz file of images [N, H, W], [N, H, W, C] or [N, C, H, W], uint8, uint16, int16 or float32.
+    """Images in a .npy or .npz file, [N, H, W], [N, H, W, C] or [N, C, H, W], of uint8, uint16, int16 or float32.
 
-    Of 1 or 3 channels, which are last where the shape allows both; else of the fewest of the two lengths. A .npz holds
-    the images as `images`, `arr_0` or `x`, and maybe their classes 0..K - 1 as `labels`, `arr_1` or `y`
-    (integers [N]), what these are called as `class_names` (texts [K]), which are validation images as `val`
-    (bool [N]), which count where the argument `val_fraction` is None, and what their numbers mean as `form` (a text of
-    JSON), which counts where `range` is None. Pickled objects are refused.
+    The channel axis is the last one if it has length 1 or 3, else the first if that has, else the shorter of the
+    two. Pickled objects are refused. A .npz file has these arrays:
 
-    Raises UsageError, before pixels are read, if the file is missing or is not this.
+    * `images`, `arr_0` or `x`: the images;
+    * `labels`, `arr_1` or `y` (optional): classes 0..K - 1, integers [N];
+    * `class_names` (optional): names of the classes, strings [K];
+    * `val` (optional): which images are for validation, bool [N]; used if `val_fraction` is None;
+    * `form` (optional): JSON text with the value range of the images; used if `range` is None.
+
+    Args:
+        data_dir: unused.
+        path: the file.
+        range: [low, high], the values that become -1 and 1, or one pair per channel; None: as stored in the file,
+            or the whole range of an integer dtype.
+        flip: whether training may flip images horizontally.
+        val_fraction: fraction of the images for validation, in [0, 1); None: as marked in the file, or 0.1.
+        in_memory: whether to load all images; None: if they fit. Compressed files are always loaded.
+
+    Raises:
+        UsageError: the file is missing or malformed. Only headers are read for this, no pixels.
     """
 
     def __init__(
@@ -56,20 +69,20 @@ class Array(Dataset):
         self.name = self.path.stem
         self.flip = flip
         if not self.path.is_file() or self.path.suffix not in (".npy", ".npz"):
-            raise UsageError("dataset.path", path, "no such file", "give a .npy or .npz file of images")
+            raise UsageError("dataset.path", path, "no such .npy or .npz file", "give a NumPy file of images")
         try:
             self.contents = read_contents(self.path)
             self.form = form_of_array(self.contents, range)
         except UsageError:
             raise
-        except Exception as error:  # damaged files fail in many ways in the parsers of ZIP and NumPy headers
+        except Exception as error:  # the parsers of ZIP and NumPy headers raise errors of many types
             raise UsageError("dataset.path", path, reason(error)) from error
         if self.contents.compressed and in_memory is False:
             raise UsageError(
                 "dataset.in_memory",
                 "False",
-                "a compressed .npz cannot be read in parts",
-                "save the images as .npy, or by diffuse data pack",
+                "a compressed .npz must be read as a whole",
+                "save the images as .npy, or pack them with diffuse data pack",
             )
         self.in_memory = self.contents.compressed or in_memory
         self.shape = self.contents.shape
@@ -99,7 +112,7 @@ class Array(Dataset):
         return [*lines, too_few(self.contents.number, self.val_fraction)] if no_val else lines
 
     def stream(self, split: Split) -> Images:
-        # What is compressed would be unpacked whole by every process that reads some of it.
+        # Each worker process would decompress the whole array.
         return self.load(split) if self.contents.compressed else self._rows(split)
 
     def _rows(self, split: Split) -> "ArrayImages":
@@ -108,33 +121,33 @@ class Array(Dataset):
 
 
 class Contents(NamedTuple):
-    """What a NumPy file of images holds."""
+    """Properties and small arrays of a NumPy file of images."""
 
     key: str | None
-    """What the images of a .npz are called."""
+    """Name of the image array in a .npz."""
     compressed: bool
-    """Whether these cannot be mapped from disk."""
+    """Whether the images are compressed and thus cannot be memory-mapped."""
     dtype: str
     number: int
     layout: str
-    """The order of the images' axes."""
+    """Order of the image axes: NHW, NHWC or NCHW."""
     shape: Shape
     labels: Tensor | None
     class_names: tuple[str, ...] | None
     val: np.ndarray | None
     form: SampleFormat | None
-    """What is noted of it."""
+    """Format stored in the file."""
 
 
 def form_of_array(contents: Contents, given: Range | list[Range] | None) -> SampleFormat:
-    """The format of its images, by their range or as noted in the file; UsageError if there is none."""
+    """Return the format of the images: by `given`, or as stored in the file; UsageError if it is invalid."""
     if given is None and contents.form is not None:
         return contents.form
     return image_form(contents.dtype, contents.shape[0], given)
 
 
 def first_images(path: Path, contents: Contents) -> np.ndarray:
-    """What the file holds of a few images, [B, C, H, W]: of a compressed one the first, else spread over all."""
+    """Return a few images in the numbers of the file, [B, C, H, W]: evenly spaced, or the first of a compressed one."""
     few = min(contents.number, LOOKED_AT)
     if not contents.compressed:
         rows = spread(contents.number, few).numpy()
@@ -155,7 +168,7 @@ def _channels_first(numbers: np.ndarray, layout: str) -> np.ndarray:
 
 
 def shape_remarks(key: str, contents: Contents) -> list[str]:
-    """One line that states how an array is read, where its axes are probably others, as of MATLAB or one image."""
+    """Return one remark on how the array is read if its axes may be in another order, as in a file of MATLAB."""
     count, (channels, height, width) = contents.number, contents.shape
     before = count if contents.layout == "NHW" else channels
     likely = before != height or before == width or (contents.layout != "NHW" and channels <= 4)
@@ -165,13 +178,13 @@ def shape_remarks(key: str, contents: Contents) -> list[str]:
     axes = {"NHW": (count, height, width), "NCHW": (count, channels, height, width)}
     shown = ",".join(map(str, axes.get(contents.layout, (count, height, width, channels))))
     return [
-        f"{key}: the array [{shown}] is read as {count} {kind} of height {height} and width {width}; if that is not "
-        "meant, save [N,H,W] or [N,H,W,C], and one image as [1,H,W,C]"
+        f"{key}: the array [{shown}] is read as {count} {kind} of height {height} and width {width}; if this is wrong, "
+        "save [N,H,W] or [N,H,W,C], and one image as [1,H,W,C]"
     ]
 
 
 class ArrayImages(Images):
-    """Some rows of a NumPy file; a .npy stays on disk, mapped into memory by each process for itself."""
+    """Rows of a NumPy file; an uncompressed array stays on disk, and each process memory-maps it."""
 
     def __init__(self, path: Path, contents: Contents, form: SampleFormat, rows: Tensor) -> None:
         self.path, self.key, self.layout, self.form = path, contents.key, contents.layout, form
@@ -183,19 +196,19 @@ class ArrayImages(Images):
         self._check = member_check(path, f"{self.key}.npy") if mapped else None
 
     def __getstate__(self) -> dict[str, Any]:
-        # A mapped array would be pickled with all its pixels; the process that starts others does the check.
+        # Pickling a mapped array would copy all its pixels; only the parent process checks the file.
         return {**self.__dict__, "_array": None, "_check": None}
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def numbers(self, index: Tensor) -> np.ndarray:
-        """What the file holds of rows, [B, C, H, W]."""
+        """Return rows in the numbers of the file, [B, C, H, W]."""
         if self._array is None:
             self._array = opened_array(self.path, self.key)
         if self._check is not None:
             self._check.require()
-        # Whole images first, as they lie, and then their axes: four times as fast as both at once.
+        # Copying whole images before permuting the axes is four times faster than both at once.
         return _channels_first(np.ascontiguousarray(self._array[self.rows[index].numpy()]), self.layout)
 
     def fingerprint(self) -> str:
@@ -211,34 +224,35 @@ class ArrayImages(Images):
             return self.form.from_numbers(pixels)
         except ValueError as error:
             raise UsageError(
-                self.path, NO_VALUE, f"one of the rows {self.rows[index].tolist()[:9]} {error}"
+                self.path, NO_VALUE, f"one of the images {self.rows[index].tolist()[:9]} {error}"
             ) from error
 
 
 class ArrayHeader(NamedTuple):
-    """What a NumPy file says of its array."""
+    """Header of an array in a NumPy file."""
 
     shape: tuple[int, ...]
     dtype: np.dtype
     fortran_order: bool
     start: int
-    """Bytes before the array."""
+    """Number of bytes before the array."""
 
     @property
     def order(self) -> Literal["C", "F"]:
-        """In which its numbers lie, as NumPy names it."""
+        """Memory order, as NumPy names it."""
         return "F" if self.fortran_order else "C"
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the array."""
+        """Size of the array in bytes."""
         return math.prod(self.shape) * self.dtype.itemsize
 
 
 def opened_array(path: Path, key: str | None) -> np.ndarray:
-    """The array of a .npy, or the one called `key` of a .npz: mapped from disk, but where it is compressed.
+    """Return the array of a .npy, or array `key` of a .npz, memory-mapped unless it is compressed.
 
-    Raises FormatError before anything is allocated if the file does not have all that its header declares.
+    Raises:
+        FormatError: the file is shorter than its header declares; nothing is allocated then.
     """
     if key is None:
         header = read_header(path, None)
@@ -247,7 +261,7 @@ def opened_array(path: Path, key: str | None) -> np.ndarray:
         entry = archive.entries[f"{key}.npy"]
         header = _header(archive, f"{key}.npy")
         if entry.compress_type == ZIP_STORED:
-            with path.open("rb") as file:  # the member's own header stands before it in the archive
+            with path.open("rb") as file:  # a local header precedes the member in the archive
                 file.seek(entry.header_offset + 26)
                 name, extra = np.frombuffer(file.read(4), "<u2")
             start = entry.header_offset + 30 + int(name) + int(extra) + header.start
@@ -256,30 +270,30 @@ def opened_array(path: Path, key: str | None) -> np.ndarray:
 
 
 def loaded_array(path: Path, key: str) -> np.ndarray:
-    """The array called `key` of a .npz, held to its checksum; FormatError if it is damaged or takes too much memory."""
+    """Return array `key` of a .npz, with its checksum verified; FormatError if damaged or too large for memory."""
     with Archive(path) as archive:
         header = _header(archive, f"{key}.npy")
         if header.nbytes > free_memory() // 2:
-            raise FormatError(f"'{key}' takes {header.nbytes} bytes of memory; save it as .npy")
+            raise FormatError(f"needs {header.nbytes} bytes of memory for '{key}'; save it as .npy")
         data = archive.read(f"{key}.npy", archive.entries[f"{key}.npy"].file_size)
     numbers = np.frombuffer(data, header.dtype, math.prod(header.shape), header.start)
     return numbers.reshape(header.shape, order=header.order)
 
 
 def array_of(data: bytes) -> np.ndarray:
-    """The array of numbers that the bytes of a .npy hold; FormatError, or an error of the parser, if they hold none."""
+    """Return the array in the bytes of a .npy; FormatError, or an error of NumPy's parser, if malformed."""
     header = _parsed(BytesIO(data), len(data))
     numbers = np.frombuffer(data, header.dtype, math.prod(header.shape), header.start)
     return numbers.reshape(header.shape, order=header.order)
 
 
 def read_arrays(path: Path, *keys: str) -> list[np.ndarray]:
-    """Arrays of a .npz, held to its check sums; FormatError, or an error of the parsers, if one is not there whole."""
+    """Return arrays of a .npz, with checksums verified; FormatError, or an error of a parser, if missing or damaged."""
     with Archive(path) as archive:
         held = [name.removesuffix(".npy") for name in archive.entries]
         missing = [key for key in keys if key not in held]
         if missing:
-            raise FormatError(f"holds {', '.join(held[:10])}, and not {' and '.join(missing)}")
+            raise FormatError(f"has the arrays {', '.join(held[:10])}, but not {' and '.join(missing)}")
         headers = [_header(archive, f"{key}.npy") for key in keys]
         contents = [archive.read(f"{key}.npy") for key in keys]
     return [
@@ -291,7 +305,7 @@ def read_arrays(path: Path, *keys: str) -> list[np.ndarray]:
 
 
 def read_header(path: Path, key: str | None) -> ArrayHeader:
-    """The header of a .npy, or of the array called `key` of a .npz; FormatError if the file does not hold as much."""
+    """Return the header of a .npy, or of array `key` of a .npz; FormatError if the file is too short for it."""
     if key is not None:
         with Archive(path) as archive:
             return _header(archive, f"{key}.npy")
@@ -311,17 +325,17 @@ def _parsed(file: IO[bytes], size: int, kinds: str | None = "biuf") -> ArrayHead
         npy.read_array_header_1_0(file) if version == (1, 0) else npy.read_array_header_2_0(file)
     )
     if kinds is not None and dtype.kind not in kinds:
-        raise FormatError(f"holds {dtype}; images and labels are numbers")
+        raise FormatError(f"has dtype {dtype}; images and labels must be numbers")
     if min(shape, default=0) < 0:
-        raise FormatError(f"has shape {shape}; no length is negative")
+        raise FormatError(f"has shape {shape}; lengths cannot be negative")
     header = ArrayHeader(shape, dtype, fortran_order, file.tell())
     if header.start + header.nbytes > size:
-        raise FormatError(f"has {size} bytes, fewer than an array {shape} of {dtype} takes")
+        raise FormatError(f"has {size} bytes, too few for an array {shape} of {dtype}")
     return header
 
 
 def read_contents(path: Path) -> Contents:
-    """What a .npy or .npz file of images holds; FormatError, or an error of the parsers, if it is none."""
+    """Return the contents of a .npy or .npz file of images; FormatError, or an error of a parser, if malformed."""
     if path.suffix != ".npz":
         return Contents(
             None, False, *read_layout(path, None), labels=None, class_names=None, val=None, form=None
@@ -333,7 +347,7 @@ def read_contents(path: Path) -> Contents:
     key = next((key for key in IMAGE_KEYS if key in entries), None)
     if key is None:
         held = ", ".join([*entries][:10])
-        raise FormatError(f"holds {held}; images must be called one of {', '.join(IMAGE_KEYS)}")
+        raise FormatError(f"has the arrays {held}; the images must be named {', '.join(IMAGE_KEYS)}")
     dtype, count, layout, shape = read_layout(path, key)
     marks_key = next((key for key in (MARKS, *SPLITS_OF_FORMAT_5) if key in entries), None)
     labels_key = next((key for key in LABEL_KEYS if key in entries), None)
@@ -347,25 +361,25 @@ def read_contents(path: Path) -> Contents:
 
 
 def read_labels(path: Path, key: str) -> Tensor:
-    """The array of a .npz called `key`, as int64 [N]."""
+    """Return array `key` of a .npz as labels, int64 [N]."""
     dtype = read_header(path, key).dtype
     if dtype.kind not in "iu":
-        raise FormatError(f"'{key}' holds {dtype}; labels must be integers")
+        raise FormatError(f"has '{key}' of dtype {dtype}; labels must be integers")
     return torch.from_numpy(loaded_array(path, key).astype(np.int64))
 
 
 def read_marks(path: Path, key: str, count: int) -> np.ndarray | None:
-    """Which images of a .npz are validation images, bool [count], or None where something else is called so."""
+    """Return which images are for validation, bool [count], or None if array `key` is not boolean."""
     header = read_header(path, key)
     if header.dtype != np.bool_:
         return None
     if header.shape != (count,):
-        raise FormatError(f"'{key}' has shape {header.shape}; must be of {count}")
+        raise FormatError(f"has '{key}' of shape {header.shape}; expected ({count},)")
     return np.array(loaded_array(path, key))
 
 
 def _texts(archive: Archive) -> list[str] | None:
-    """The names of the classes, or None where something else is called so."""
+    """Return the class names, or None if the array of this name is something else."""
     name = f"{CLASS_NAMES}.npy"
     with archive.open(name) as file:
         header = _parsed(file, archive.entries[name].file_size, None)
@@ -375,7 +389,7 @@ def _texts(archive: Archive) -> list[str] | None:
 
 
 def _noted(archive: Archive) -> SampleFormat | None:
-    """The format that a packed file names, or None if the entry is something else."""
+    """Return the format stored by `diffuse data pack`, or None if the array of this name is something else."""
     name = f"{FORM}.npy"
     with archive.open(name) as file:
         header = _parsed(file, archive.entries[name].file_size, None)
@@ -386,24 +400,24 @@ def _noted(archive: Archive) -> SampleFormat | None:
 
 
 def read_layout(path: Path, key: str | None) -> tuple[str, int, str, Shape]:
-    """Type, number, order of axes, and shape [C, H, W] of the images, from the header of their array."""
+    """Return dtype, number, axis order and shape [C, H, W] of the images, from the header of their array."""
     shape, dtype, *_ = read_header(path, key)
     if 0 in shape:
-        raise FormatError("holds no image")
+        raise FormatError("has no images")
     if len(shape) == 3:
         count, height, width = shape
         return dtype.name, count, "NHW", (1, height, width)
     order = channel_order(shape[1:])
     if order is None:
         raise FormatError(
-            f"has shape {shape}; images must be [N, H, W], [N, H, W, C] or [N, C, H, W], C 1, 3 or less than H and W"
+            f"has shape {shape}; images must be [N,H,W], [N,H,W,C] or [N,C,H,W], with C 1, 3, or less than H and W"
         )
     count, channels, height, width = shape if order == "NCHW" else (shape[0], shape[3], *shape[1:3])
     return dtype.name, count, order, (channels, height, width)
 
 
 def channel_order(sizes: Shape) -> Literal["NHWC", "NCHW"] | None:
-    """Where the channels of images of three sizes are, or None where that cannot be told."""
+    """Return the position of the channel axis in an image shape of three lengths, or None if it is ambiguous."""
     if len(sizes) != 3:
         return None
     first, _, last = sizes
@@ -415,17 +429,17 @@ def channel_order(sizes: Shape) -> Literal["NHWC", "NCHW"] | None:
 
 
 def class_names(labels: Tensor, count: int, names: list[str] | None) -> tuple[str, ...]:
-    """The names of the classes; "0".."K - 1" where none are given."""
+    """Return the class names; "0".."K - 1" if none are given."""
     if labels.shape != (count,) or labels.min() < 0:
         raise FormatError(
-            f"labels of shape {tuple(labels.shape)}, from {labels.min()}; must be {count} from 0 on"
+            f"has labels of shape {tuple(labels.shape)} and minimum {labels.min()}; must be {count} labels from 0"
         )
     if labels.max() >= MOST_CLASSES:
         raise FormatError(
-            f"labels up to {labels.max()}; classes are numbered from 0, up to {MOST_CLASSES - 1}"
+            f"has labels up to {labels.max()}; the largest supported label is {MOST_CLASSES - 1}"
         )
     if names is None:
         return tuple(str(number) for number in range(int(labels.max()) + 1))
     if not labels.max() < len(set(names)) == len(names):
-        raise FormatError(f"has {len(set(names))} names of classes, and labels up to {labels.max()}")
+        raise FormatError(f"has {len(set(names))} distinct class names, but labels up to {labels.max()}")
     return tuple(names)

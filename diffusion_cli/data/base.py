@@ -1,4 +1,4 @@
-"""What every source of images offers: a dataset has splits, a split gives images by row number."""
+"""Base classes of datasets: a dataset has a training and a validation split; a split returns images by row."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
@@ -17,44 +17,47 @@ from diffusion_cli.system.seeding import mix
 
 Split = Literal["train", "val"]
 FINGERPRINTED = 64
-"""Images that a fingerprint looks at."""
+"""Number of images that a fingerprint reads."""
 
 
 class Images(ABC):
-    """The images of one split by row number, before augmentation and scaling."""
+    """Images of one split, indexed by row number, before augmentation and scaling."""
 
     shape: Shape
-    """Of every image: channels, height and width."""
+    """Shape of every image without the batch dimension, [C, H, W] for images."""
     labels: Tensor | None
-    """The class of every image, int64 [N] in 0..num_classes - 1, or None without classes."""
+    """Class labels in 0..num_classes - 1, int64 [N], or None without classes."""
     device: torch.device = torch.device("cpu")
-    """The device of row numbers, images and `labels`."""
-    _digest: str | None = None  # of the pixels alone
+    """Device of `labels` and of the images; row numbers must be on it."""
+    _digest: str | None = None  # cached pixel_digest
 
     @abstractmethod
     def __len__(self) -> int:
-        """The number of images N."""
+        """Return the number of images N."""
 
     @abstractmethod
     def __getitem__(self, index: Tensor) -> Tensor:
-        """Return the images of the rows `index` (int64 [B]), [B, *shape]: uint8, or float32 in about [-1, 1].
+        """Return the images [B, *shape] of rows `index` (int64 [B]).
 
-        Raises UsageError naming the files that cannot be decoded.
+        Pixels are uint8 in 0..255, or float32 in about [-1, 1].
+
+        Raises:
+            UsageError: some files cannot be decoded; the message names them.
         """
 
     def hflip(self, images: Tensor, flip_mask: Tensor) -> Tensor:
-        """Return the images [B, *shape], mirrored along the last axis where `flip_mask` (int64 [B]) is 1, not 0."""
-        # Row copies, for they run at memory speed; torch.where is four times slower on bytes.
+        """Return `images` [B, *shape], flipped along the last axis where `flip_mask` (int64 [B]) is 1 rather than 0."""
+        # index_select copies whole rows; on uint8 it is four times faster than torch.where.
         rows = torch.arange(len(images), device=images.device) + len(images) * flip_mask
         return torch.cat([images, images.flip(-1)]).index_select(0, rows)
 
     def digest(self) -> str:
-        """The SHA-256, in hex, of pixels and labels: equal for equal content, wherever it is held."""
+        """Return the SHA-256 (hex) of pixels and labels, independent of how and where the images are stored."""
         labels = b"" if self.labels is None else b"labels" + self.labels.cpu().numpy().tobytes()
         return sha256(self.pixel_digest().encode() + labels).hexdigest()
 
     def pixel_digest(self) -> str:
-        """The SHA-256, in hex, of the images, as `PixelDigest` has it; their labels do not count."""
+        """Return the SHA-256 (hex) of all images, without labels; see `PixelDigest`."""
         if self._digest is None:
             state = PixelDigest()
             for rows in row_chunks(len(self), "hashing images"):
@@ -63,28 +66,29 @@ class Images(ABC):
         return self._digest
 
     def lossy(self, index: Tensor) -> dict[str, int]:
-        """Return the number of files with lossy compression among the rows `index`, by the name of that compression."""
+        """Count the files with lossy compression among rows `index`, by the name of the compression."""
         return {}
 
     def fingerprint(self) -> str:
-        """Return a SHA-256, in hex, that other images in the same place hardly share, at the cost of a few images.
+        """Return a SHA-256 (hex) that identifies the images at the cost of reading only a few of them.
 
-        It is that of the number of images, and of the bytes of `FINGERPRINTED` evenly spread ones as their source holds
-        them. Images of a file are also known by the names of all files. The images that `Dataset.load` and
-        `Dataset.once` return have the same fingerprint, in memory or not.
+        It covers the number of images and the stored bytes of `FINGERPRINTED` evenly spaced ones; for image files
+        also all file names. The images that `Dataset.load` and `Dataset.stream` return have the same fingerprint,
+        in memory or not.
         """
         state = PixelDigest()
         state.update(self[self._evenly().to(self.device)])
         return sha256(f"{len(self)} {state.hexdigest()}".encode()).hexdigest()
 
     def _evenly(self) -> Tensor:
-        """The rows that a fingerprint is made of."""
+        """Return the rows that a fingerprint reads."""
         return spread(len(self), min(len(self), FINGERPRINTED))
 
     def sources(self, index: Tensor) -> list[bytes]:
-        """The SHA-256 of what each image of the rows `index` is made of, which of files is had without decoding.
+        """Return a SHA-256 of the source of each row in `index`: its pixels, or the bytes of its file, not decoded.
 
-        Raises UsageError naming the files that cannot be read.
+        Raises:
+            UsageError: some files cannot be read; the message names them.
         """
         pixels = self[index.to(self.device)].cpu().numpy()
         kind = f"{pixels.shape[1:]} {pixels.dtype.str}".encode()
@@ -92,14 +96,14 @@ class Images(ABC):
 
 
 class PixelDigest:
-    """The SHA-256 of images [B, C, H, W] taken in batch by batch: of their shape, type and bytes."""
+    """Incremental SHA-256 of images [B, C, H, W]: of their shape, dtype and bytes."""
 
     def __init__(self) -> None:
         self._state = sha256()
         self._kind: str | None = None
 
     def update(self, images: Tensor) -> None:
-        """Take in some more images, all of one shape and type."""
+        """Add a batch of images; all batches must have one shape and dtype."""
         pixels = images.cpu().numpy()
         if self._kind is None:
             self._kind = f"{pixels.shape[1:]} {pixels.dtype.str}"
@@ -107,59 +111,68 @@ class PixelDigest:
         self._state.update(np.ascontiguousarray(pixels).data)
 
     def hexdigest(self) -> str:
-        """The hash of all images so far."""
+        """Return the hash of all images added so far."""
         return self._state.hexdigest()
 
 
 class Dataset(ABC):
-    """A named source of images with a `train` and a `val` split; one subclass and one YAML each.
+    """Base class of datasets, each with a `train` and a `val` split.
 
-    `data_dir`, which the program supplies to every dataset, is the folder of the published datasets.
+    To add a dataset, write one subclass and one YAML file.
+
+    Args:
+        data_dir: folder of downloaded datasets; the program passes it to every dataset.
     """
 
     name: str
-    """The word for the dataset in tables and file names."""
+    """Name of the dataset in tables and file names."""
     shape: Shape
-    """Of every image: channels, height and width; known before any pixel is read."""
+    """Shape of every image, [C, H, W] for images; available before any pixel is read."""
     form: SampleFormat = Uint8Image()
-    """How its images, and those of a model trained on them, are stored and shown."""
+    """Storage format of the images, and of samples of a model trained on them."""
     class_names: tuple[str, ...] | None
-    """The name of every class, in the order of the labels, or None without classes."""
+    """Names of the classes in label order, or None without classes."""
     missing_classes: str = ""
-    """Why there are no classes."""
+    """Reason why the dataset has no classes, for messages."""
     flip: bool
-    """Whether training may mirror the images left to right."""
+    """Whether training may flip images horizontally."""
     rules: int = 1
-    """The version of the rules by which the source becomes images."""
+    """Version of the rules that convert files to images."""
     num_workers: int = 0
-    """Processes worth starting to read images that are not held in memory."""
+    """Suggested number of worker processes that read images from disk."""
 
     def __init__(self, data_dir: str) -> None:
         self.data_dir = Path(data_dir).expanduser()
 
     @property
     def num_classes(self) -> int | None:
-        """The number of classes, or None without classes."""
+        """Number of classes, or None without classes."""
         return None if self.class_names is None else len(self.class_names)
 
     @abstractmethod
     def load(self, split: Split) -> Images:
-        """One split; the two have no row in common. `val` has no images where `val_fraction=0` says so.
+        """Return one split; the splits are disjoint, and `val` is empty if `val_fraction=0`.
 
-        Raises UsageError naming the file that is missing or cannot be used.
+        Raises:
+            UsageError: a file is missing or cannot be used; the message names it.
         """
 
     def remarks(self) -> list[str]:
-        """Return what a user should see about the files, and about how they are read, one line each."""
+        """Return remarks for the user about the files and how they are read, one line each."""
         return []
 
     def stream(self, split: Split) -> Images:
-        """As `load`, for a single pass: read in parts where the source can be, never held in memory for it."""
+        """Return one split for a single pass, like `load`, but read in parts where possible, not held in memory."""
         return self.load(split)
 
 
 class NoDataset(Dataset):
-    """What stands for the dataset where only images are given: their name and shape, and no real images."""
+    """Placeholder for the dataset when only generated images are given: their name and shape, no real images.
+
+    Args:
+        name: name of the images in tables.
+        shape: shape of every image.
+    """
 
     class_names = None
     flip = False
@@ -172,14 +185,14 @@ class NoDataset(Dataset):
         raise UsageError(
             "reference",
             "dataset",
-            f"there are no real images to compare {self.name} with",
-            "name them by dataset=, run= or reference=images reference.path=, or give published "
-            "statistics as reference.stats=",
+            f"no real images to compare {self.name} with",
+            "set dataset=, run= or reference=images reference.path=, or give published statistics with "
+            "reference.stats=",
         )
 
 
 def row_chunks(count: int, title: str) -> Iterator[Tensor]:
-    """The rows 0..count - 1 in order, some at a time, under a progress bar on stderr once it takes long."""
+    """Yield the rows 0..count - 1 in order, in chunks of 256, with a progress bar on stderr if it takes long."""
     with ProgressBar(total=count, desc=title, unit="image", unit_scale=True, delay=2.0) as progress:
         for rows in torch.arange(count).split(256):
             yield rows
@@ -187,15 +200,15 @@ def row_chunks(count: int, title: str) -> Iterator[Tensor]:
 
 
 def spread(count: int, wanted: int) -> Tensor:
-    """`wanted` of the rows 0..count - 1, evenly spread; int64."""
+    """Return `wanted` evenly spaced rows of 0..count - 1, int64 [wanted]."""
     return torch.arange(wanted) * count // max(wanted, 1)
 
 
 def shuffled_mask(count: int, val_fraction: float) -> np.ndarray:
-    """Which of `count` rows are for validation, bool [count]: a fraction `val_fraction`, always the same one.
+    """Return which of `count` rows are for validation, bool [count]: a fixed random subset.
 
-    NumPy guarantees the stream of RandomState for ever; a generator whose stream may change with a release
-    would one day move validation images into training.
+    RandomState is used because NumPy guarantees its stream; a generator whose stream changes with a release would
+    move validation images into the training split.
     """
     mask = np.zeros(count, dtype=bool)
     mask[np.random.RandomState(0).permutation(count)[: num_val(count, val_fraction)]] = True
@@ -203,17 +216,17 @@ def shuffled_mask(count: int, val_fraction: float) -> np.ndarray:
 
 
 def num_val(count: int, val_fraction: float) -> int:
-    """The number of images that a fraction of `count` images comes to, which leaves at least one to train on."""
+    """Return the number of validation images for a fraction of `count`, leaving at least one for training."""
     return min(round(val_fraction * count), count - 1)
 
 
 def named_mask(names: Sequence[str], val_fraction: float) -> np.ndarray:
-    """Which of some names are for validation, bool: a fraction `val_fraction`, each by a hash of its own.
+    """Return which names are for validation, bool [N]: each name is chosen by its hash, so splits never change.
 
-    Of a few names the hash may choose none or all. Then the one nearest to the threshold changes sides, so that one
-    image at least is trained on, and one at least is for validation if the fraction comes to one image.
+    For few names the hash may choose none or all. Then the name nearest to the threshold changes sides, so that at
+    least one image is for training, and at least one for validation if the fraction amounts to one image.
     """
-    # "val" is an earlier word for the split; another text here would move images between the splits.
+    # "held_out" is the former name of the split; another text here would move images between the splits.
     hashes = np.array([mix("held_out", name) for name in names], dtype=np.int64)
     mask = np.array([value < val_fraction * 2**63 for value in hashes.tolist()], dtype=bool)
     if len(names) and mask.all():
@@ -224,25 +237,27 @@ def named_mask(names: Sequence[str], val_fraction: float) -> np.ndarray:
 
 
 def named_remarks(names: Sequence[str], val_fraction: float) -> list[str]:
-    """A line if `named_mask` chooses none of the names, although the fraction is above 0."""
+    """Return a remark if `named_mask` chooses no name although the fraction is positive."""
     if val_fraction == 0 or num_val(len(names), val_fraction) > 0 or named_mask(names, val_fraction).any():
         return []
     return [too_few(len(names), val_fraction)]
 
 
 def too_few(count: int, val_fraction: float) -> str:
-    """A line about a fraction that comes to no image."""
-    return f"dataset.val_fraction={val_fraction}: {count} images are too few for a validation split; all are trained on"
+    """Return a remark about a validation fraction that amounts to no image."""
+    return (
+        f"dataset.val_fraction={val_fraction}: {count} images are too few to split; training uses all of them"
+    )
 
 
 def split_rows(is_val: np.ndarray, val_fraction: float, split: Split) -> Tensor:
-    """The rows of one split, int64 in rising order; UsageError if none is left to train on."""
+    """Return the rows of one split in increasing order, int64; UsageError if no training image is left."""
     rows = np.flatnonzero(is_val if split == "val" else ~is_val)
     if len(rows) == 0 and split == "train":
         raise UsageError(
             "dataset.val_fraction",
             val_fraction,
-            f"leaves none of the {len(is_val)} images to train on",
-            "add images, change the fraction, or set 0 to train on all",
+            f"leaves none of the {len(is_val)} images for training",
+            "add images, lower the fraction, or set 0 to train on all",
         )
     return torch.from_numpy(rows)

@@ -19,47 +19,53 @@ from diffusion_cli.errors import NO_VALUE, MachineError, UsageError
 from diffusion_cli.system.seeding import mix
 from diffusion_cli.system.signals import STOPPING
 
-AHEAD = 2  # batches that a thread reads while the last one is worked on
+AHEAD = 2  # batches that a thread prefetches
 
 
 class Batch(NamedTuple):
-    """B images with what is known about them, all on one device."""
+    """B images with labels and row numbers, all on one device."""
 
     number: int
-    """The batch's place k in the stream."""
+    """Index k of the batch in the stream."""
     images: Tensor
     """float32 [B, C, H, W] in [-1, 1]."""
     labels: Tensor | None
     """int64 [B], or None without classes."""
-    index: Tensor  # pyright: ignore[reportIncompatibleMethodOverride]  # a tuple has a method of this name
-    """int64 [B], the rows of the dataset that the images are."""
+    index: Tensor  # pyright: ignore[reportIncompatibleMethodOverride]  # overrides tuple.index
+    """Rows of the images in the dataset, int64 [B]."""
 
     def part(self, share: Tensor) -> "Batch":
-        """Those of its images at the places `share`, int64."""
+        """Return the batch of the images at positions `share` (int64)."""
         labels = None if self.labels is None else self.labels[share]
         return Batch(self.number, self.images[share], labels, self.index[share])
 
 
 class UnreadableError(MachineError):
-    """Images that were there at the start cannot be read any more."""
+    """Images that could be read at the start can no longer be read."""
 
 
 class Batches:
-    """The batches k = start, start + 1, ... without end, each a function of (images, batch_size, seed, k).
+    """Endless batches k = start, start + 1, ..., each a function of (images, batch_size, seed, k) alone.
 
-    Batch k holds the positions k B .. (k + 1) B - 1 of an endless stream, in which position p is row
-    `order(p // N)[p % N]`: every epoch is a permutation of the N rows, and batches run across its end.
-    With `flip`, each image is mirrored left to right with probability 1/2. Where they are the `parts` that larger
-    batches are cut into, what is mirrored does not depend on the cut.
+    Batch k is the positions k B .. (k + 1) B - 1 of an endless stream; position p is row `order(p // N)[p % N]`.
+    Every epoch is a permutation of the N rows, and batches run across epoch boundaries.
 
-    With `skipped` the stream has moved on by so many more positions, as where earlier batches were of another size.
+    Args:
+        images: the images of one split.
+        batch_size: batch size B over all processes; a multiple of `world_size`.
+        seed: seed of the permutations and the flips.
+        flip: whether to flip each image horizontally with probability 1/2.
+        start: index of the first batch.
+        rank: index of this process, which gets its contiguous slice of each batch.
+        world_size: number of processes. The union of their slices is the batch of a single process.
+        device: device of the batches; None: that of the images. Images in memory are moved there once.
+        num_workers: worker processes that prefetch images from disk; 0: threads of this process.
+        parts: number of consecutive batches that form one larger batch; the flips do not depend on it.
+        skipped: positions of the stream to skip, as after batches of another size.
 
-    `batch_size` is that of all `world_size` processes together; process `rank` gets its contiguous share, so
-    that the union of the shares is the batch of a single process. Images held in memory are moved to `device`
-    once and batched there; others are read ahead, by `num_workers` processes (0: by threads of this one).
-
-    Raises UsageError if there are no images, or the batch cannot be shared out evenly; while iterating,
-    UnreadableError.
+    Raises:
+        UsageError: there are no images, or the batch size is not a multiple of `world_size`.
+        UnreadableError: images cannot be read, while iterating.
     """
 
     def __init__(
@@ -78,12 +84,12 @@ class Batches:
         skipped: int = 0,
     ) -> None:
         if len(images) == 0:
-            raise UsageError("dataset", NO_VALUE, "this split has no images to make batches of")
+            raise UsageError("dataset", NO_VALUE, "this split has no images")
         if batch_size % world_size:
             raise UsageError(
                 "batch_size",
                 batch_size,
-                f"is the size over all processes and must be a multiple of their number, {world_size}",
+                f"must be a multiple of the number of processes, {world_size}",
             )
         self.device = images.device if device is None else torch.device(device)
         self.images = to_device(images, self.device)
@@ -95,7 +101,7 @@ class Batches:
 
     def __iter__(self) -> Iterator[Batch]:
         for k, rows, pixels in self._fetch():
-            # Pixels travel as uint8, and are flipped before they are cast: a quarter of the bytes.
+            # Transfer and flip uint8 pixels before the cast: a quarter of the bytes.
             pixels = pixels.to(self.device, non_blocking=True)
             if self.flip:
                 pixels = self.images.hflip(
@@ -107,7 +113,7 @@ class Batches:
             yield Batch(k, to_model_range(pixels), labels, rows.to(self.device, non_blocking=True))
 
     def rows(self, k: int) -> Tensor:
-        """The rows of the dataset in batch k of all processes together, int64 [batch_size]."""
+        """Return the dataset rows of batch k over all processes, int64 [batch_size]."""
         size, position = len(self.images), self.skipped + k * self.batch_size
         end = position + self.batch_size
         pieces = []
@@ -118,14 +124,14 @@ class Batches:
         return torch.cat(pieces)
 
     def order(self, epoch: int) -> Tensor:
-        """The permutation of the rows in one epoch, a function of (seed, epoch) and their number."""
+        """Return the permutation of the rows in an epoch, a function of (seed, epoch, N)."""
         if self._order[0] != epoch:
             generator = torch.Generator().manual_seed(mix(self.seed, "order", epoch))
             self._order = (epoch, torch.randperm(len(self.images), generator=generator))
         return self._order[1]
 
     def flip_mask(self, k: int) -> Tensor:
-        """Which images of batch k of all processes are mirrored, int64 [batch_size] of 0 and 1."""
+        """Return which images of batch k over all processes are flipped, int64 [batch_size] of 0 and 1."""
         step, part = divmod(k, self.parts)
         generator = torch.Generator().manual_seed(mix(self.seed, "flip", step))
         flips = torch.randint(2, (self.parts * self.batch_size,), generator=generator)
@@ -136,9 +142,9 @@ class Batches:
             yield k, self.rows(k)[self.share]
 
     def _fetch(self) -> Iterator[tuple[int, Tensor, Tensor]]:
-        """This process's share of every batch, as (k, rows, pixels)."""
+        """Yield (k, rows, pixels) of this process's slice of every batch."""
         stream, ahead = tee(self._stream())
-        # Named nowhere: a traceback that keeps this frame would keep the worker processes with it.
+        # The iterator has no name: a traceback that references this frame would keep the worker processes alive.
         for (k, these), pixels in zip(
             stream,
             fetched(self.images, (rows for _, rows in ahead), self.num_workers, self.device),
@@ -156,10 +162,10 @@ def fetched(
     device: torch.device | str = "cpu",
     key: str = "dataset.num_workers",
 ) -> Iterator["Fetched"]:
-    """The pixels of each of the `rows` (int64 [B]) of images that go to `device`, in that order, read ahead.
+    """Yield the pixels of each item of `rows` (int64 [B]) in order, prefetched for `device`.
 
-    They are read by processes, or with `num_workers` 0 by a thread; those in memory where they are wanted, by neither.
-    Raises UnreadableError, about `key`, if a process dies.
+    Images on disk are read by `num_workers` processes, or by a thread if 0; images in memory are indexed directly.
+    Raises UnreadableError, which names `key`, if a worker process dies.
     """
     pin = torch.device(device).type == "cuda"
     if isinstance(images, MemoryImages) and images.device.type == torch.device(device).type:
@@ -189,21 +195,21 @@ def _from_workers(
 ) -> Iterator["Fetched"]:
     loader: Iterable = DataLoader(
         _Fetcher(images, key=key),
-        sampler=(these.tolist() for these in rows),  # plain numbers: a tensor would take shared memory too
-        batch_size=None,  # every item is a whole batch already
+        sampler=(these.tolist() for these in rows),  # lists: tensors would use shared memory
+        batch_size=None,  # each item is a whole batch
         num_workers=num_workers,
         pin_memory=pin,
         worker_init_fn=_leave_signals_to_the_parent,
-        generator=torch.Generator(),  # otherwise a draw from the global one
+        generator=torch.Generator(),  # the default would draw from the global generator
     )
     iterator = _deaf_to_deaths(loader)
     while True:
         try:
             item = next(iterator, None)
-        except (RuntimeError, OSError, EOFError) as error:  # what befalls images comes as an item
+        except (RuntimeError, OSError, EOFError) as error:  # errors of images are returned as items
             raise UnreadableError(
-                f"{key}={num_workers}: a process that reads the images has died "
-                f"({' '.join(str(error).split())}), as where memory runs out; take fewer, or 0"
+                f"{key}={num_workers}: a worker process died ({' '.join(str(error).split())}), possibly out of memory; "
+                "use fewer workers, or 0"
             ) from error
         if item is None:
             return
@@ -211,13 +217,13 @@ def _from_workers(
 
 
 def _deaf_to_deaths(loader: Iterable[Any]) -> Iterator[Any]:
-    """The iterator of a loader, without the signal handler by which torch raises wherever the program is.
+    """Return an iterator over `loader` without torch's SIGCHLD handler.
 
-    It would pass for a fault of what is interrupted, as a checkpoint's writing. The death shows all the same, where
-    the next batch is waited for.
+    The handler would raise in the middle of unrelated code, such as the writing of a checkpoint. The death of a
+    worker is noticed anyway when the next batch is due.
     """
     if not hasattr(signal, "SIGCHLD") or threading.current_thread() is not threading.main_thread():
-        return iter(loader)  # torch sets none either
+        return iter(loader)  # torch installs no handler here
     before = signal.getsignal(signal.SIGCHLD)
     iterator = iter(loader)
     signal.signal(signal.SIGCHLD, before)
@@ -225,23 +231,23 @@ def _deaf_to_deaths(loader: Iterable[Any]) -> Iterator[Any]:
 
 
 def _leave_signals_to_the_parent(worker: int) -> None:
-    """Ctrl-C and a scheduler's SIGTERM reach the whole process group; only the parent knows how to end a run."""
+    """Ignore Ctrl-C and SIGTERM, which reach the whole process group; only the parent may end a run."""
     for number in STOPPING:
         signal.signal(number, signal.SIG_IGN)
 
 
 Fetched = Tensor | Exception
-"""Pixels; or why there are none, which raised in a worker would reach the user as a traceback of text."""
+"""Pixels, or the error that prevented reading them; a worker that raised would show the user a traceback."""
 
 
 class _Fetcher(MapDataset):
-    """Rows in, pixels out: what a worker process runs."""
+    """Map-style dataset from rows to pixels, run by worker processes."""
 
     def __init__(self, images: Images, pin: bool = False, key: str = "") -> None:
         self.images, self.pin, self.key = images, pin, key
 
     def fetch(self, rows: Tensor) -> Fetched:
-        """The pixels of the rows of a batch; with `pin` in memory that a GPU copies from by itself."""
+        """Return the pixels of the rows of a batch, pinned if `pin`."""
         try:
             pixels = self.images[rows.to(self.images.device, non_blocking=True)]
         except (OSError, ValueError) as error:
@@ -252,16 +258,14 @@ class _Fetcher(MapDataset):
         pixels = self.fetch(torch.tensor(rows))
         if isinstance(pixels, Tensor):
             try:
-                pixels.share_memory_()  # now: where the queue finds no room for it, the parent waits for ever
+                pixels.share_memory_()  # here, because the parent would wait forever if the queue failed to do it
             except RuntimeError as error:
-                return OSError(
-                    f"{self.key}: no room to pass images on ({error}); enlarge /dev/shm, or take 0"
-                )
+                return OSError(f"{self.key}: shared memory is full ({error}); enlarge /dev/shm, or set 0")
         return pixels
 
 
 def to_model_range(images: Tensor) -> Tensor:
-    """Bytes 0..255 as float32 x / 127.5 - 1 in [-1, 1], both ends exact; real numbers as they are."""
+    """Map uint8 pixels 0..255 to float32 x / 127.5 - 1 in [-1, 1]; return floating-point images unchanged."""
     if images.is_floating_point():
         return images
     return images.to(torch.float32).div_(127.5).sub_(1)

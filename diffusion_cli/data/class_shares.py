@@ -1,4 +1,4 @@
-"""Class shares: how often each class comes among the images of a class-conditional model."""
+"""Class shares: how many generated images each class gets."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -6,15 +6,15 @@ from typing import Any
 
 import numpy as np
 
-MOST = 10**7  # the sum of the shares, which is the length of their order
-ERRORS = 4  # standard errors by which shares differ more than by chance
+MOST = 10**7  # largest sum of the shares, the length of one period of labels
+ERRORS = 4  # standard errors; larger differences are not due to chance
 
 
 def label_settings(counts: Sequence[int]) -> dict[str, list[int]]:
-    """Return the settings of images in the shares of `counts`, the number of images of each class 0, 1, ...
+    """Return the sampling settings for class shares proportional to `counts`, the number of images of each class.
 
     `labels` are the classes that have images. `label_shares` are the images of each label among every
-    sum(label_shares) images, in lowest terms; equal shares have no such key.
+    sum(label_shares) images, in lowest terms; this key is absent for equal shares.
     """
     labels = [label for label, count in enumerate(counts) if count]
     factor = max(math.gcd(*counts), math.ceil(sum(counts) / MOST))
@@ -23,7 +23,7 @@ def label_settings(counts: Sequence[int]) -> dict[str, list[int]]:
 
 
 def are_shares(value: Any, number: int) -> bool:
-    """Return whether a value, which may come from an untrusted file, is the `label_shares` of a number of labels."""
+    """Return whether a value, possibly from an untrusted file, is a valid `label_shares` for `number` labels."""
     return (
         isinstance(value, list)
         and len(value) == number
@@ -33,11 +33,11 @@ def are_shares(value: Any, number: int) -> bool:
 
 
 def labels_in_turn(settings: Mapping[str, Any]) -> list[int] | None:
-    """Return the labels that images 0, 1, ... get, to be repeated without end; None for images without labels.
+    """Return the labels of images 0, 1, ..., one period to be repeated forever; None for images without labels.
 
-    `settings` are those of `label_settings`. Copy j of n of a label has the place (j + 1/2) / n, and the labels are
-    sorted by place: any N images in a row have the shares of the whole to within a few images. Equal shares are
-    the labels in turn. Source: the divisor method of Sainte-Lague (Balinski and Young 1982).
+    `settings` are those of `label_settings`. Copy j of n of a label is placed at (j + 1/2) / n, and the labels are
+    sorted by place, so that any N consecutive images have the shares of the whole up to a few images. Equal shares
+    give the labels in turn. Source: the divisor method of Sainte-Lague (Balinski and Young 1982).
     """
     labels = settings.get("labels")
     shares = settings.get("label_shares")
@@ -51,10 +51,10 @@ def labels_in_turn(settings: Mapping[str, Any]) -> list[int] | None:
 def differing_shares(
     counts: Sequence[int], wanted: Sequence[int], names: Sequence[str]
 ) -> tuple[str, float, float] | None:
-    """Return the class whose share differs most from the wanted one, with both shares; None for differences by chance.
+    """Return the class whose share differs most from the wanted one, with both shares; None if chance explains it.
 
-    `counts` and `wanted` are the numbers of images of each class; a difference counts from `ERRORS` standard
-    errors of sum(counts) independent images, and two images, on.
+    `counts` and `wanted` are the numbers of images of each class. A difference is significant above `ERRORS`
+    standard errors of sum(counts) independent images, plus two images.
     """
     number, total = sum(counts), sum(wanted)
     found: list[tuple[float, str, float, float]] = []

@@ -1,4 +1,4 @@
-"""An image file of any kind becomes an image of one shape, a volume float32 [C, D, H, W]."""
+"""Decoders from the bytes of an image or volume file to an array of fixed shape."""
 
 import math
 from dataclasses import fields, is_dataclass
@@ -25,28 +25,28 @@ from diffusion_cli.formats.files import DECODING, flattened, is_turned, parsed, 
 from diffusion_cli.formats.pixel_readers import depth_of, is_cmyk, mode_with_opacity
 from diffusion_cli.formats.volume import read_volume
 
-SPARE = 2  # times the size, from which the Lanczos filter takes what it needs
-BYTES_A_PIXEL = 4  # of a decoded image, with opacity
+SPARE = 2  # least factor by which a JPEG's draft is larger than the target, for the Lanczos filter
+BYTES_A_PIXEL = 4  # of a decoded image with opacity
 ADDED_FIELDS = {("Decoder", "srgb"): False, ("Raster", "mode"): None}
-"""Fields that older versions lacked, each with the value that stands for their behaviour."""
+"""Fields that older versions lacked, each with the value that reproduces their behaviour."""
 KEY_NAMES = {
     "ImageDecoder": "Decoder", "HighDepthDecoder": "DeepDecoder", "NoResize": "Exact", "Uint8Image": "Picture",
     "HighDepthImage": "Raster", "RangedImage": "Ranged", "PointCloud": "PointSet",
 }  # fmt: skip
-"""Names of classes in keys of cached latents: those of older versions, so that their keys stay valid."""
+"""Class names in the keys of cached latents: those of older versions, so that existing keys stay valid."""
 
 
 class FileDecoder(Protocol):
-    """What makes an array of the bytes of a file; FormatError if it cannot."""
+    """Callable from the bytes of a file to an array; raises FormatError for a file that it cannot decode."""
 
     @property
     def shape(self) -> Shape:
-        """Of what it returns."""
+        """Shape of the arrays."""
         ...
 
     @property
     def dtype(self) -> np.dtype:
-        """Of what it returns."""
+        """Dtype of the arrays."""
         ...
 
     def __call__(self, data: bytes) -> np.ndarray: ...
@@ -55,8 +55,8 @@ class FileDecoder(Protocol):
 def key_text(decoder: Any) -> str:
     """Return the text that identifies a decoder or format in the keys of cached latents.
 
-    It lists the fields, as `Exact(form=Picture(), shape=(1, 8, 8))`. A field of `ADDED_FIELDS` with the value of older
-    versions is omitted, so that keys of older versions stay valid.
+    It lists the fields, as in `Exact(form=Picture(), shape=(1, 8, 8))`. A field of `ADDED_FIELDS` with the value of
+    older versions is omitted, so that keys of older versions stay valid.
     """
     if hasattr(decoder, "_asdict"):
         values = decoder._asdict()
@@ -74,17 +74,22 @@ def key_text(decoder: Any) -> str:
 
 
 class ImageDecoder(NamedTuple):
-    """Decodes image files to uint8 of a `shape`, 1 or 3 channels, height and width.
+    """Decodes image files to uint8 [C, H, W] with 1 or 3 channels.
 
-    In this order: EXIF orientation applied; 16-bit gray v becomes round(v / 257); transparency laid on `background`;
-    with `srgb`, colours converted to sRGB from the file's profile; gray (ITU-R 601 luma) or RGB; the largest centred
-    part of the shape's aspect, resized by an antialiased Lanczos filter: of a square, that is resizing the short side
-    and cropping the centre. An image of the right size is untouched. Deeper files than of 8 bits are refused but with
-    `reduced`.
+    The steps, in order: apply the EXIF orientation; convert 16-bit gray v to round(v / 257); composite transparency
+    over `background`; with `srgb`, convert colours from the file's ICC profile to sRGB; convert to gray (ITU-R 601
+    luma) or RGB; crop the largest central part with the aspect of `shape`; resize it with an antialiased Lanczos
+    filter. An image of the right size is unchanged.
 
-    A JPEG of at least 2 SPARE times the size is decoded at 1/2, 1/4 or 1/8 of its own, to no less than SPARE
-    times the size, and resized from there: in a half to a quarter of the time, and of photographs within one
-    gray value of 255 on average, less than from one good filter to another.
+    A JPEG of at least 2 SPARE times the target size is decoded at 1/2, 1/4 or 1/8 scale, but to at least SPARE times
+    the target, and resized from there. This takes a quarter to half of the time, and changes photographs by less
+    than one gray value of 255 on average, less than a change of the filter.
+
+    Args:
+        shape: [C, H, W] of the result.
+        background: colour behind transparent pixels.
+        reduced: whether to reduce files of more than 8 bits to 8 bits; otherwise they raise FormatError.
+        srgb: whether to convert colours to sRGB.
     """
 
     shape: tuple[int, int, int]
@@ -94,19 +99,19 @@ class ImageDecoder(NamedTuple):
 
     @property
     def dtype(self) -> np.dtype:
-        """Bytes."""
+        """Dtype of the arrays, uint8."""
         return np.dtype(np.uint8)
 
     def size(self, data: bytes) -> tuple[int, ...]:
-        """Return the height and width of a file's image."""
+        """Return height and width of the upright image of a file."""
         image = parsed(data)
         return image.size if is_turned(image) else image.size[::-1]
 
     def __call__(self, data: bytes) -> np.ndarray:
-        """Raises FormatError if the file cannot be decoded faithfully."""
+        """Return the decoded image; FormatError if the file cannot be decoded or would lose precision."""
         if not self.reduced and (depth := depth_of(data)) != "uint8":
             raise FormatError(
-                f"holds {depth}, and the first file bytes; separate them, or set dataset.depth=8"
+                f"has {depth} pixels, and the first file uint8; separate them, or set dataset.depth=8"
             )
         channels, *wanted = self.shape
         image = parsed(data)
@@ -115,8 +120,8 @@ class ImageDecoder(NamedTuple):
         with DECODING.hold(BYTES_A_PIXEL * image.width * image.height):
             if drafted is None or image.size == size:
                 image = _resized(self._flattened(upright(image)), wanted)
-            else:  # turned at the end: where no eighth of the size is whole, the right and the lower edge reach too far
-                _, (_, _, width, _) = drafted  # of the file's image, in pixels of this one
+            else:  # rotate last: if no eighth of the size is whole, the draft is padded at its right and lower edge
+                _, (_, _, width, _) = drafted  # width of the original in pixels of the draft
                 image = upright(_resized(self._flattened(image), target[::-1], size, size[0] / width))
         return np.asarray(image).reshape(*wanted, channels).transpose(2, 0, 1)
 
@@ -131,9 +136,9 @@ def _resized(
     scale: float = 1.0,
     resample: Image.Resampling = Image.Resampling.LANCZOS,
 ) -> Image.Image:
-    """The centred part of an image that may be smaller, by `scale`, than what has a `size` in the file.
+    """Crop the largest central part with the aspect of `wanted` (height, width), and resize it to `wanted`.
 
-    It has the aspect of the height and width that are wanted, and is resized to these.
+    `image` may be a draft, smaller than the file's `size` (width, height) by the factor `scale`.
     """
     (width, height), (rows, columns) = size or image.size, wanted
     across = min(width, max(1, height * columns // rows))
@@ -147,34 +152,34 @@ def _resized(
 
 
 class HighDepthDecoder(NamedTuple):
-    """Decodes files of a numeric format to float32 in [-1, 1], cropped and resized as by `ImageDecoder`."""
+    """Decodes files with values of a stated range to float32 in [-1, 1], cropped and resized as by `ImageDecoder`."""
 
     form: RangedImage
     shape: Shape
 
     @property
     def dtype(self) -> np.dtype:
-        """Real numbers."""
+        """Dtype of the arrays, float32."""
         return np.dtype(np.float32)
 
     def size(self, data: bytes) -> tuple[int, ...]:
-        """Return the height and width of a file's image."""
+        """Return height and width of the image of a file."""
         return tuple(self.form.decode(data).shape[1:])
 
     def __call__(self, data: bytes) -> np.ndarray:
-        """Raises FormatError as `RangedImage.decode`, and for another number of channels."""
+        """Return the decoded image; FormatError as `RangedImage.decode`, or for a wrong number of channels."""
         sample = self.form.decode(data)
         if len(sample) != self.shape[0]:
-            raise FormatError(f"has {len(sample)} channels, not {self.shape[0]}")
+            raise FormatError(f"has {len(sample)} channels; expected {self.shape[0]}")
         return center_crop_resize(sample, self.form, self.shape).numpy()
 
 
 def center_crop_resize(
     sample: Tensor, form: RangedImage, shape: Shape, resample: Image.Resampling = Image.Resampling.LANCZOS
 ) -> Tensor:
-    """An image [C, h, w] as stored, resized to the height and width of a shape if it has others.
+    """Return an image [C, h, w], as stored, cropped and resized to the height and width of `shape`.
 
-    Colours with opacity are averaged in proportion to it, so that invisible colours do not bleed into edges.
+    Colours with opacity are averaged with opacity as weight, so that invisible colours do not bleed into edges.
     """
     _, *wanted = shape
     if list(sample.shape[1:]) == wanted:
@@ -199,24 +204,28 @@ def form_of_files(
     depth: Literal["auto", 8],
     rules: int,
 ) -> SampleFormat:
-    """The format of images like the first one; UsageError about the settings or the file if there is none.
+    """Return the format for images like the file `first`; UsageError if the settings do not fit it.
 
-    The first version of the rules has no modes with opacity, and takes CMYK for any four channels.
-
-    A file that cannot be read passes for one of bytes: what is wrong is told with what is wrong with the others.
+    Version 1 of the rules has no modes with opacity, and accepts CMYK as four channels. An unreadable file counts as
+    8-bit: its error is reported together with those of all other files.
     """
     if depth == 8:
         if given is not None or channels not in (1, 3):
             raise UsageError(
-                "dataset.depth", 8, "is for gray or colour images, and without dataset.range", "leave one out"
+                "dataset.depth",
+                8,
+                "applies to gray or colour images without dataset.range",
+                "leave one of them out",
             )
         return Uint8Image()
     if is_dicom(first):
         if channels != 1:
-            raise UsageError("dataset.channels", channels, "DICOM images are gray", "set dataset.channels=1")
+            raise UsageError(
+                "dataset.channels", channels, "DICOM images are grayscale", "set dataset.channels=1"
+            )
         return dicom_form(first, given)
     if given == "window":
-        raise UsageError("dataset.range", "window", "is of DICOM files", "give [low,high]")
+        raise UsageError("dataset.range", "window", "applies to DICOM files only", "give [low,high]")
     mode = None
     if rules > 1:
         mode = mode_with_opacity(first, channels)
@@ -224,7 +233,7 @@ def form_of_files(
             raise UsageError(
                 "dataset.channels",
                 4,
-                "the first image is in CMYK",
+                "the first image is CMYK",
                 "convert it to RGBA, or set dataset.channels=3",
             )
     form = image_form(depth_of(first), channels, given, mode)
@@ -244,32 +253,35 @@ def _channels(form: RangedImage, data: bytes) -> int | None:
 
 
 class VolumeDecoder(NamedTuple):
-    """Decodes NIfTI and .npy to float32 [channels, *sizes] in [-1, 1], as the format maps values.
+    """Decodes NIfTI and .npy volumes to float32 [C, D, H, W] in [-1, 1], by the value range of `form`.
 
-    The largest centred block of the proportions of `sizes`, resized by an antialiased trilinear filter: a triangle as
-    wide as two voxels of the result or of the file, whichever are larger. One of the right size is untouched.
+    The largest central block with the proportions of `shape` is resized with an antialiased trilinear filter. The
+    filter is a triangle of two voxels of the result or of the file, whichever are larger. A volume of the right size
+    is unchanged.
     """
 
     form: Volume
     shape: Shape
     spacing: list[float] | None
-    """Of the voxels of all files along W, H and D, or None: those of .npy are of no size."""
+    """Voxel sides along W, H and D that all files must have; None for .npy, which has no spacing."""
     dtype = np.dtype(np.float32)
 
     def __call__(self, data: bytes) -> np.ndarray:
-        """Raises FormatError if the file cannot be decoded, or has other channels, or voxels of another size by 1 %."""
+        """Return the decoded volume; FormatError if it cannot be decoded, or if channels or spacing (by 1 %) differ."""
         held = read_volume(data)
         if self.spacing and held.spacing and not np.allclose(held.spacing, self.spacing, rtol=0.01, atol=0):
             found, wanted = (
                 " x ".join(f"{side:.4g}" for side in each) for each in (held.spacing, self.spacing)
             )
             raise FormatError(
-                f"has voxels of {found}, and the first file of {wanted}; resample them to one spacing"
+                f"has a voxel spacing of {found}, and the first file of {wanted}; resample them to one spacing"
             )
         values = torch.from_numpy(held.values)
         channels, *sizes = self.shape
         if len(values) != channels:
-            raise FormatError(f"has {len(values)} channels; set dataset.channels to that")
+            raise FormatError(
+                f"has {len(values)} channels; expected {channels}, set dataset.channels={len(values)}"
+            )
         factor = _voxels_each(values.shape[1:], sizes)
         for axis, size in enumerate(sizes, start=1):
             matrix = _triangles(values.shape[axis], size, factor)
@@ -278,7 +290,7 @@ class VolumeDecoder(NamedTuple):
 
 
 def resized_affine(affine: list[list[float]], given: Shape, sizes: list[int]) -> list[list[float]]:
-    """Where the voxels of a file of `given` sizes lie once `VolumeDecoder` has resized it, as `Volume.affine`."""
+    """Return the affine of a volume with shape `given` after resizing to `sizes` by `VolumeDecoder`."""
     matrix, factor = np.array(affine), _voxels_each(given, sizes)
     first = [_first(have, want, factor) for have, want in zip(given, sizes, strict=True)]
     origin = matrix @ [*reversed(first), 1.0]
@@ -286,31 +298,31 @@ def resized_affine(affine: list[list[float]], given: Shape, sizes: list[int]) ->
 
 
 def _voxels_each(given: Shape, sizes: Shape | list[int]) -> float:
-    """Voxels of a file's volume along each side of one of the result."""
+    """Return the file's voxels per voxel of the result, along each side."""
     return min(have / want for have, want in zip(given, sizes, strict=True))
 
 
 def _first(given: int, wanted: int, factor: float) -> float:
-    """Where along an axis of a file the first voxel of the result has its centre."""
+    """Return the centre of the first voxel of the result along an axis, in voxels of the file."""
     return math.floor((given - wanted * factor) / 2) + factor / 2 - 0.5
 
 
 def _triangles(given: int, wanted: int, factor: float) -> Tensor:
-    """The weights [wanted, given] of the values along an axis."""
+    """Return the filter weights [wanted, given] along an axis."""
     centres = _first(given, wanted, factor) + factor * torch.arange(wanted, dtype=torch.float64)[:, None]
     weights = (1 - (torch.arange(given) - centres).abs() / max(factor, 1.0)).clamp(min=0)
     return weights / weights.sum(1, keepdim=True)
 
 
 class NoResize(NamedTuple):
-    """Reads files of one format and shape, neither cropped nor resized; FormatError as `SampleFormat.read`."""
+    """Reads files of one format and exact shape, without cropping or resizing; FormatError as `SampleFormat.read`."""
 
     form: SampleFormat
     shape: Shape
 
     @property
     def dtype(self) -> np.dtype:
-        """Bytes, or real numbers."""
+        """Dtype of the arrays: uint8 or float32."""
         return np.dtype(np.uint8 if isinstance(self.form, Uint8Image) else np.float32)
 
     def __call__(self, data: bytes) -> np.ndarray:

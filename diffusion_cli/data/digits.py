@@ -1,4 +1,4 @@
-"""The small set of real images that is there without a download."""
+"""A small dataset of real images that needs no download."""
 
 from typing import Annotated
 
@@ -11,9 +11,14 @@ from diffusion_cli.data.memory import MemoryImages
 
 
 class Digits(Dataset):
-    """1,797 handwritten digits in 8x8 gray, scikit-learn's copy of the UCI set (Alpaydin and Kaynak 1998).
+    """1,797 handwritten digits, 8x8 gray: scikit-learn's copy of the UCI dataset (Alpaydin and Kaynak 1998).
 
-    Their 17 gray values v in 0..16 become the bytes round(255 v / 16).
+    The 17 gray values v in 0..16 become the bytes round(255 v / 16).
+
+    Args:
+        data_dir: unused.
+        val_fraction: fraction of the images for validation, in [0, 1).
+        flip: whether training may flip images horizontally.
     """
 
     name = "digits"
@@ -28,7 +33,7 @@ class Digits(Dataset):
         self.flip = flip
 
     def load(self, split: Split) -> MemoryImages:
-        from sklearn.datasets import load_digits  # takes a second to import
+        from sklearn.datasets import load_digits  # slow import
 
         values, labels = load_digits(return_X_y=True)
         rows = split_rows(shuffled_mask(len(values), self.val_fraction), self.val_fraction, split)

@@ -1,4 +1,4 @@
-"""Images that somebody else made: a folder, ZIP or NumPy file of them, taken as they are."""
+"""Images given by the user: a folder, ZIP or NumPy file, read without resizing."""
 
 from contextlib import suppress
 from pathlib import Path
@@ -30,12 +30,12 @@ from diffusion_cli.system.untrusted import LONGEST_MANIFEST, reason
 
 
 class ExternalImages(NamedTuple):
-    """Images and what their classes are called, None without classes."""
+    """Images and their class names, None without classes."""
 
     images: Images
     class_names: tuple[str, ...] | None
     remarks: tuple[str, ...] = ()
-    """What a user should see about the files, one line each."""
+    """Remarks for the user about the files, one line each."""
 
 
 def given_images(
@@ -44,24 +44,30 @@ def given_images(
     shape: Shape | None = None,
     form: SampleFormat | None = None,
 ) -> ExternalImages:
-    """The images of a folder, ZIP, .npz or .npy, in the order of their names or rows: none is resized or cropped.
+    """Return the images of a folder, ZIP, .npz or .npy in the order of names or rows, without resizing or cropping.
 
-    All have the size of the first one; with `shape` they have that one, and gray files become RGB where it has three
-    channels. Classes are those of `labels.csv`, of class folders or of the .npz, where there are any. Pictures that
-    this program drew of results do not count. Files are decoded when asked for.
+    Classes come from `labels.csv`, class folders or the .npz, if present. Grids and other figures that this program
+    wrote are skipped. Files are decoded on access.
 
-    Raises UsageError, about `key`, for a path that holds no such images, or another shape.
+    Args:
+        path: the folder or file.
+        key: configuration key of the path, for errors.
+        shape: required shape; gray files become RGB if it has three channels. None: the size of the first image.
+        form: storage format; None: 8-bit images.
+
+    Raises:
+        UsageError: the path has no such images, or images of another shape.
     """
     if path.suffix in (".npy", ".npz") and path.is_file():
         given = _array(path, key, form or Uint8Image())
         if shape is not None and given.images.shape != shape:
-            raise UsageError(key, path, f"holds images {given.images.shape}", f"wanted are {shape}")
+            raise UsageError(key, path, f"has images of shape {given.images.shape}", f"expected {shape}")
         return given
     names = file_names(path, key)
     form = form or Uint8Image()
     files = sample_files(path, names, form, key)
     try:
-        # Samples have their labels from the manifest; their table is complete only once all are made.
+        # Samples have labels in their manifest; their labels.csv is complete only once all are generated.
         own = manifests(
             [name for name in names if name == MANIFEST], lambda name: read(path, name, LONGEST_MANIFEST)
         )
@@ -77,14 +83,14 @@ def given_images(
         remarks += survey.remarks(f"{key}={path}", seen, len(files), own_numbers=has_own_numbers(form))
     images = FileImages(path, files, labels, decoder, key)
     if isinstance(form, Uint8Image):
-        with suppress(ValueError):  # files that cannot be decoded are reported where all are read
+        with suppress(ValueError):  # undecodable files are reported where all are read
             few = images[spread(len(files), min(len(files), LOOKED_AT))]
             remarks += _byte_remarks(f"{key}={path}", few.numpy())
     return ExternalImages(images, class_names, tuple(remarks))
 
 
 def sample_files(path: Path, names: list[str], form: SampleFormat, key: str) -> list[str]:
-    """Those of the names that are files of a form, in sorted order; raises UsageError if there are none."""
+    """Return the names that are files of format `form`, sorted; UsageError if there are none."""
     return own_images(path, names, key, form.suffixes)
 
 
@@ -92,10 +98,10 @@ def _array(path: Path, key: str, form: SampleFormat) -> ExternalImages:
     try:
         contents = read_contents(path)
         if isinstance(form, RangedImage) and contents.dtype != form.dtype:
-            raise FormatError(f"holds {contents.dtype}; wanted is {form.dtype}")
+            raise FormatError(f"has dtype {contents.dtype}; expected {form.dtype}")
         if isinstance(form, Uint8Image) and contents.dtype != "uint8":
-            raise FormatError(f"holds {contents.dtype}; images must be uint8 in 0..255")
-    except Exception as error:  # damaged files fail in many ways in the parsers of ZIP and NumPy headers
+            raise FormatError(f"has dtype {contents.dtype}; images must be uint8 in 0..255")
+    except Exception as error:  # the parsers of ZIP and NumPy headers raise errors of many types
         raise UsageError(key, path, reason(error)) from error
     images = ArrayImages(path, contents, form, torch.arange(contents.number))
     remarks = shape_remarks(f"{key}={path}", contents)
@@ -107,7 +113,7 @@ def _array(path: Path, key: str, form: SampleFormat) -> ExternalImages:
 def _byte_remarks(key: str, images: np.ndarray) -> list[str]:
     found = disagreement([*images], [0.0], [255.0])
     return (
-        [f"{key}: bytes have the range [0,255], and {found}; scale them if that is not meant"]
+        [f"{key}: bytes have the range [0,255], and {found}; rescale them if this is not intended"]
         if found
         else []
     )
@@ -119,9 +125,9 @@ def _shape(data: bytes) -> Shape:
 
 
 def relabelled(given: ExternalImages, class_names: tuple[str, ...] | None) -> Tensor | None:
-    """The labels of images as numbers of the classes `class_names`, int64 [N]; None where they are not among these.
+    """Return the labels as indices into `class_names`, int64 [N]; None if some class is not among them.
 
-    A name stands for the class of that name; where all names are numbers, as in a .npz, for the class of that number.
+    Classes are matched by name; if all names are numbers, as in a .npz, they are the indices themselves.
     """
     labels, names = given.images.labels, given.class_names
     if labels is None or names is None or class_names is None:

@@ -1,4 +1,4 @@
-"""A folder or ZIP archive of image files."""
+"""Images in a folder or ZIP archive of image files."""
 
 import os
 from collections import Counter
@@ -69,32 +69,54 @@ from diffusion_cli.system.untrusted import LONGEST_MANIFEST, Archive, read, reas
 
 SUFFIXES = (*PICTURES, *SCANS)
 RULES = 2
-"""The version of the rules by which files become images.
+"""Version of the rules that convert files to images.
 
-Version 1 reads only `FIRST_SUFFIXES` and DICOM, takes pictures that this program drew for images, has no modes with
-opacity, and passes over colour profiles. It takes splits for classes, and backslashes in an archive for letters.
+Version 1 reads only `FIRST_SUFFIXES` and DICOM, includes figures that this program wrote, has no modes with opacity,
+and ignores colour profiles. It treats split folders as classes, and backslashes in an archive as part of names.
 """
 
 
 class Folder(Dataset):
-    """All image files of `SUFFIXES` in a folder or ZIP archive, at any depth, as images of one size.
+    """Image files of `SUFFIXES` in a folder or ZIP archive, at any depth, resized to one size.
 
-    Links are followed, out of the folder too, and every real folder is visited once; of an archive nothing is unpacked.
-    Hidden files, `__MACOSX` and pictures that this program draws of results are ignored. With labels "folders" the
-    classes are the first-level folders (of the deepest folder that holds all images), in alphabetical order; all images
-    lie in two or more of them. With "csv" they are the distinct labels in `labels.csv`, in numeric order if all are
-    whole numbers, else in alphabetical order. It is UTF-8 and has a header line with columns `file`, relative to its
-    own folder with `/`, and `label`, and one row an image. It lies at the top, or in another folder that holds all
-    images; of several, the topmost counts. "auto" is "csv" if there is such a file, else "folders" if they give
-    classes, else "none". A hash of its name decides whether an image is for validation: it stays in its split when
-    files are added or removed. See `ImageDecoder` for how a file becomes pixels, and `RangedImage` for what those of
-    more than 8 bits, of other channels than 1 or 3, or of a `range` become; the first file says which they are. With
-    `masks`, of images but not of DICOM or volumes, see `MaskedDecoder`: the shape has a channel more. `rules` is the
-    version by which files become images; a run keeps the version that it was begun with.
+    Links are followed, also out of the folder, and every real folder is visited once. Archives are read in place.
+    Hidden files, `__MACOSX` and figures that this program wrote are skipped. A hash of its name decides whether an
+    image is for validation, so it stays in its split when files are added or removed.
 
-    Raises UsageError if `path` is missing, is no archive or has no images, if the requested labels are missing, or if
-    those in `labels.csv` do not match the images. `load` and reading images raise UsageError naming the files that
-    cannot be decoded.
+    Classes, by `labels`:
+
+    * `folders`: the first-level folders (of the deepest folder that contains all images), in alphabetical order. All
+      images must lie in two or more of them.
+    * `csv`: the distinct labels of `labels.csv`, in numeric order if all are integers, else in alphabetical order.
+      The file is UTF-8 and lies at the top, or in another folder that contains all images; the topmost is used. It
+      has a header line, and one row per image with the columns `file` (relative to its folder, with `/`) and `label`.
+    * `none`: no classes.
+    * `auto`: `csv` if there is such a file, else `folders` if they give classes, else `none`.
+
+    See `ImageDecoder` for 8-bit images, `HighDepthImage` for other depths, ranges and channels, `VolumeDecoder` for
+    volumes and `MaskedDecoder` for masks. The first file determines the format.
+
+    Args:
+        data_dir: unused.
+        rules: version of the rules that convert files to images; a run keeps the version that it was started with.
+        path: folder or .zip file.
+        masks: folder of masks (in an archive: a folder inside it), which become an additional channel; for 2D
+            images except DICOM.
+        resolution: size N for NxN images, or [H, W], or [D, H, W] for volumes.
+        channels: number of channels without masks.
+        range: [low, high], the values that become -1 and 1, or one pair per channel; `window`: the display window
+            of the first DICOM file; None: the whole range of an integer dtype. Volumes need it.
+        depth: `auto`: as in the first file; 8: reduce to 8 bits.
+        labels: source of the classes.
+        background: colour behind transparent pixels of 8-bit images.
+        flip: whether training may flip images horizontally; None: yes, except for DICOM and volumes.
+        val_fraction: fraction of the images for validation, in [0, 1).
+        in_memory: whether to decode all images once and keep them in memory; None: if they fit.
+        num_workers: worker processes that read images from disk.
+
+    Raises:
+        UsageError: the path is missing, not an archive, or has no images; requested labels are missing; or
+            `labels.csv` does not match the images. Reading raises it for files that cannot be decoded.
     """
 
     def __init__(
@@ -123,9 +145,9 @@ class Folder(Dataset):
         self.num_workers = num_workers
         sizes = resolution if isinstance(resolution, list) else [resolution, resolution]
         if len(sizes) == 3 and masks is not None:
-            raise UsageError("dataset.masks", masks, "is for images, not for volumes", "leave it out")
+            raise UsageError("dataset.masks", masks, "not supported for volumes", "leave it out")
         if len(sizes) == 3 and depth != "auto":
-            raise UsageError("dataset.depth", depth, "is for images, not for volumes", "leave it out")
+            raise UsageError("dataset.depth", depth, "not supported for volumes", "leave it out")
         self.rules = rules
         self.masks: list[str] | None = None
         ignored: list[str] = []
@@ -146,13 +168,15 @@ class Folder(Dataset):
         read_too = VOLUMES if len(sizes) == 3 else (*self._pictures, *SCANS)
         self._passed_over = [*ignored_files(self.path, names, "dataset.path", read_too), *ignored]
         self.shape = self.decoder.shape
-        self.flip = not isinstance(self.form, Dicom | Volume) if flip is None else flip  # hearts lie left
+        self.flip = (
+            not isinstance(self.form, Dicom | Volume) if flip is None else flip
+        )  # anatomy is not symmetric
         classes = class_labels(self.path, names, self.files, labels, rules)
         self.class_names, self.labels = classes.names, classes.labels
         self.missing_classes, self._class_remarks = classes.missing, classes.remarks
 
     def _chosen(self, names: list[str]) -> list[str]:
-        """The names that are images by the rules, in sorted order."""
+        """Return the names that are images by the rules, sorted."""
         choose = image_files if self.rules == 1 else own_images
         return choose(self.path, names, "dataset.path", (*self._pictures, *SCANS))
 
@@ -169,7 +193,7 @@ class Folder(Dataset):
     ) -> tuple[SampleFormat, ImageDecoder | HighDepthDecoder]:
         try:
             first = entry(self.path, self.files[0])
-        except (ValueError, OSError):  # told with what is wrong with the others, where pixels are read
+        except (ValueError, OSError):  # reported with the other broken files, where pixels are read
             first = b""
         try:
             form = form_of_files(first, shape[0], given, depth, self.rules)
@@ -190,10 +214,13 @@ class Folder(Dataset):
         decoder: ImageDecoder | HighDepthDecoder,
         range: Range | None,
     ) -> MaskedDecoder:
-        """The decoder with masks, whose files it sets."""
+        """Return the decoder with masks, and set their files."""
         if isinstance(decoder, HighDepthDecoder) and isinstance(decoder.form, Dicom):
             raise UsageError(
-                "dataset.masks", given, "is not for DICOM", "leave it out, or convert the images to TIFF"
+                "dataset.masks",
+                given,
+                "not supported for DICOM",
+                "leave it out, or convert the images to TIFF",
             )
         try:
             self.masks = [beside[name] for name in mask_files(self.files, list(beside))]
@@ -212,8 +239,8 @@ class Folder(Dataset):
             raise UsageError(
                 "dataset.range",
                 range,
-                "should be the values [low,high] that become -1 and 1",
-                "set it, as [-1000,1000]",
+                "volumes need the values [low,high] that become -1 and 1",
+                "set it, as in [-1000,1000]",
             )
         try:
             held = read_volume(entry(self.path, self.files[0]))
@@ -254,16 +281,14 @@ class Folder(Dataset):
         )
 
     def _range_remarks(self) -> list[str]:
-        """What the numbers of a few images show against their range; the labels of masks are not looked at."""
+        """Compare the values of a few images, without masks, with their range."""
         decoder = self.decoder.image if isinstance(self.decoder, MaskedDecoder) else self.decoder
         form = decoder.form if isinstance(decoder, HighDepthDecoder) else Uint8Image()
         if isinstance(decoder, VolumeDecoder) or not isinstance(form, HighDepthImage | Uint8Image):
             return []
         images = []
         for row in spread(len(self.files), min(len(self.files), LOOKED_AT)).tolist():
-            with suppress(
-                ValueError, OSError
-            ):  # reported with what is wrong with the others, where pixels are read
+            with suppress(ValueError, OSError):  # reported with the other broken files, where pixels are read
                 data = entry(self.path, self.files[row])
                 images.append(form.held(data) if isinstance(form, HighDepthImage) else decoder(data))
         remark = form.remark(images) if len({len(image) for image in images}) == 1 else None
@@ -278,11 +303,17 @@ class Folder(Dataset):
 
 
 class FileImages(Images):
-    """Image files `names` in a folder or ZIP archive `path`, decoded whenever they are asked for.
+    """Image files in a folder or ZIP archive, decoded on access.
 
-    `key` is what the path was given as, for errors. For a `MaskedDecoder` each has its file of `masks`.
+    Can be pickled, and used after a fork: each process opens the archive for itself.
 
-    May be sent to, and forked into, other processes: each opens the archive for itself.
+    Args:
+        path: the folder or archive.
+        names: names of the files below it.
+        labels: class of each file, int64 [N], or None.
+        decoder: decoder of the files.
+        key: configuration key of the path, for errors.
+        masks: for a `MaskedDecoder`, the mask of each file.
     """
 
     def __init__(
@@ -301,7 +332,7 @@ class FileImages(Images):
         self.names = names
         self.masks = masks
         self.decoder = decoder
-        self._archive: tuple[int, Archive] | None = None  # with the process that opened it
+        self._archive: tuple[int, Archive] | None = None  # with the id of the process that opened it
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_archive": None}
@@ -316,7 +347,7 @@ class FileImages(Images):
         return pixels
 
     def lossy(self, index: Tensor) -> dict[str, int]:
-        if not isinstance(self.decoder, NoResize):  # which alone keeps the pixels of files as they are
+        if not isinstance(self.decoder, NoResize):  # other decoders change pixels anyway
             return {}
         found = Counter(self.decoder.form.lossy(self._content(self.names[row])) for row in index.tolist())
         return {name: count for name, count in found.items() if name is not None}
@@ -326,12 +357,12 @@ class FileImages(Images):
         return [sha256(decoder + content).digest() for content in self._content_digests(index)]
 
     def fingerprint(self) -> str:
-        # By the bytes of files: versions of a decoder make other pixels of the same JPEG.
+        # Of the bytes: versions of a decoder may give different pixels for the same JPEG.
         names = "\n".join(composed(name) for name in [*self.names, *(self.masks or [])])
         return sha256(b"".join([names.encode(), *self._content_digests(self._evenly())])).hexdigest()
 
     def _content_digests(self, index: Tensor) -> list[bytes]:
-        """The SHA-256 of each of the files that the images of some rows are read from, put together by image."""
+        """Return the concatenated SHA-256 digests of the files of each row in `index`."""
         digests: list[bytes] = []
         broken: list[str] = []
         for row in index.tolist():
@@ -344,7 +375,7 @@ class FileImages(Images):
         return digests
 
     def in_memory(self) -> MemoryImages:
-        """All images decoded at once, under a progress bar; raises UsageError naming all that are broken."""
+        """Decode all images, with a progress bar; UsageError names all files that cannot be decoded."""
         pixels = torch.from_numpy(np.empty((len(self), *self.shape), self.decoder.dtype))
         broken: list[str] = []
         for rows in row_chunks(len(self), f"reading {self.path.name}"):
@@ -355,9 +386,9 @@ class FileImages(Images):
         return MemoryImages(pixels, self.labels, self.fingerprint())
 
     def _decode(self, index: Tensor) -> tuple[Tensor, list[str]]:
-        """The images of the rows, and for each file that cannot be decoded its name and why."""
+        """Return the images of the rows, and the name and error of each file that cannot be decoded."""
         pixels = np.zeros((len(index), *self.shape), self.decoder.dtype)
-        self._open()  # here, once for all threads
+        self._open()  # once, before the threads start
 
         def fill(slot: int, row: int) -> str | None:
             name = self.names[row]
@@ -367,7 +398,7 @@ class FileImages(Images):
                 return f"{name} ({reason(error)})"
             return None
 
-        # A worker process is one of many already; pixel work in threads runs in parallel.
+        # Worker processes run in parallel already; elsewhere decode in threads.
         threads = 1 if get_worker_info() else min(usable_cores(), len(index))
         if threads <= 1:
             outcomes = list(map(fill, range(len(index)), index.tolist()))
@@ -380,52 +411,52 @@ class FileImages(Images):
         return self.decoder(*self._contents(row))
 
     def _contents(self, row: int) -> list[bytes]:
-        """The bytes of an image's file, and of its mask's if it has one."""
+        """Return the bytes of the file of a row, and of its mask if any."""
         names = [self.names[row]] if self.masks is None else [self.names[row], self.masks[row]]
         return [self._content(name) for name in names]
 
     def _content(self, name: str) -> bytes:
-        """The bytes of a file; UsageError or OSError if it cannot be read."""
+        """Return the bytes of a file; UsageError or OSError if it cannot be read."""
         archive = self._open()
         return archive.read(name) if archive else read(self.path / name)
 
     def _open(self) -> Archive | None:
-        """This process's own handle of the archive, for a position in a file is shared across a fork."""
+        """Return this process's own handle of the archive: a file position is shared across a fork."""
         if self.path.is_dir():
             return None
         if self._archive is None or self._archive[0] != os.getpid():
             try:
                 self._archive = (os.getpid(), Archive(self.path))
-            except FormatError as error:  # it was one when the images were listed
+            except FormatError as error:  # it was readable when the images were listed
                 raise UsageError(
-                    self.key, self.path, f"is no longer a readable .zip ({error})", "put it back"
+                    self.key, self.path, f"is no longer a readable .zip ({error})", "restore it"
                 ) from error
         return self._archive[1]
 
     def _error(self, broken: list[str]) -> UsageError:
         named = "; ".join(broken[:10]) + ("; ..." if len(broken) > 10 else "")
-        problem = f"cannot use {len(broken)} of the images, repair or remove: {named}"
+        problem = f"cannot use {len(broken)} of the images; repair or remove {named}"
         return UsageError(self.key, self.path, problem)
 
 
 def source_name(path: Path) -> str:
-    """The word for the images of a folder or file: the folder's whole name, or the file's without its last suffix."""
+    """Return the name of the images: the folder's name, or the file's without its last suffix."""
     whole = path.resolve() if path.name in ("", "..") else path
     return whole.name if path.is_dir() else whole.stem
 
 
 def as_begun(node: Mapping[str, Any], rules: int) -> dict[str, Any]:
-    """Return a dataset's node of a run's configuration with the version of the rules that the run was begun by."""
+    """Return a dataset's configuration node with the version of the rules that a run was started with."""
     return {**node, "rules": rules} if node["_target_"].endswith((".Folder", ".Points")) else dict(node)
 
 
 def file_names(path: Path, key: str = "dataset.path", rules: int = RULES) -> list[str]:
-    """The names of all files below a folder or in a ZIP archive, relative, with `/`; `key` is for errors.
+    """Return the names of all files below a folder or in a ZIP archive, relative, with `/`.
 
-    Tools of Windows write backslashes between the folders of an archive. By version 1 of the `rules` these are part of
-    the names.
+    Some Windows tools separate folders in an archive by backslashes; version 1 of the rules keeps these in names.
 
-    Raises UsageError as `Folder`.
+    Raises:
+        UsageError: `path` (configuration key `key`) is missing or not a readable archive.
     """
     if not path.exists():
         raise UsageError(key, path, "does not exist", "give a folder or .zip of images")
@@ -444,18 +475,18 @@ def file_names(path: Path, key: str = "dataset.path", rules: int = RULES) -> lis
 def image_files(
     path: Path, names: list[str], key: str = "dataset.path", suffixes: tuple[str, ...] = SUFFIXES
 ) -> list[str]:
-    """Those of the names that end as images do, in sorted order; raises UsageError if there are none."""
+    """Return the names with a suffix of images, sorted; UsageError if there are none."""
     images = sorted(name for name in names if ends_in(PurePosixPath(name), suffixes))
     if not images:
-        raise UsageError(key, path, "holds no image", f"wanted are {' '.join(suffixes)}")
+        raise UsageError(key, path, "has no images", f"expected files with {' '.join(suffixes)}")
     return images
 
 
 def own_images(path: Path, names: list[str], key: str, suffixes: tuple[str, ...]) -> list[str]:
-    """The names as by `image_files`, but for pictures that this program drew; raises UsageError if none is left."""
+    """Return the names as `image_files`, without figures that this program wrote; UsageError if none is left."""
     images = image_files(path, names, key, suffixes)
     kept = without_pictures(images, names, lambda name: entry(path, name, LONGEST_MANIFEST))
-    if path.is_dir() and (path.parent / MANIFEST).is_file():  # a series among the results of an edit
+    if path.is_dir() and (path.parent / MANIFEST).is_file():  # a series inside the output of an edit
         manifest = manifests([MANIFEST], lambda name: entry(path.parent, name, LONGEST_MANIFEST)).get("", {})
         if path.name in manifest.get("results", {}):
             kept = [name for name in kept if is_result(f"{path.name}/{name}", manifest)]
@@ -467,7 +498,7 @@ def own_images(path: Path, names: list[str], key: str, suffixes: tuple[str, ...]
 
 
 def ignored_files(path: Path, names: list[str], key: str, suffixes: tuple[str, ...]) -> list[str]:
-    """A line as by `passed_over`, which counts no pictures that this program drew."""
+    """Return the remark of `passed_over`, not counting figures that this program wrote."""
     rest = without_pictures(names, names, lambda name: entry(path, name, LONGEST_MANIFEST))
     return passed_over(f"{key}={path}", rest, suffixes)
 
@@ -475,9 +506,9 @@ def ignored_files(path: Path, names: list[str], key: str, suffixes: tuple[str, .
 def mask_names(
     path: Path, masks: str, names: list[str], suffixes: tuple[str, ...]
 ) -> tuple[dict[str, str], list[str], list[str]]:
-    """The names of the masks in their folder, each with that by which it is read; all other `names`; and remarks.
+    """Return the masks in their folder, by name there and by name for reading; the other `names`; and remarks.
 
-    Raises UsageError if there is no such folder, or no mask.
+    Raises UsageError if there is no such folder, or no mask in it.
     """
     if path.is_dir():
         place = Path(masks).expanduser().resolve()
@@ -490,21 +521,23 @@ def mask_names(
     found = {name: top + name for name in inside if ends_in(PurePosixPath(name), suffixes)}
     if not found:
         where = "a folder" if path.is_dir() else f"a folder inside {path}"
-        raise UsageError("dataset.masks", masks, "holds no mask", f"give {where} of {' '.join(suffixes)}")
+        raise UsageError(
+            "dataset.masks", masks, "has no masks", f"give {where} with {' '.join(suffixes)} files"
+        )
     rest = [name for name in names if not name.startswith(below)]
     return found, rest, passed_over(f"dataset.masks={masks}", inside, suffixes)
 
 
 def volume_files(path: Path, names: list[str]) -> list[str]:
-    """Those of the names that are volumes, in sorted order; raises UsageError if there are none."""
+    """Return the names with a suffix of volumes, sorted; UsageError if there are none."""
     volumes = sorted(n for n in names if n.lower().endswith(VOLUMES) and visible_name(PurePosixPath(n)))
     if not volumes:
-        raise UsageError("dataset.path", path, "holds no volume", f"wanted are {' '.join(VOLUMES)}")
+        raise UsageError("dataset.path", path, "has no volumes", f"expected files with {' '.join(VOLUMES)}")
     return volumes
 
 
 def folder_names(path: Path) -> Iterator[str]:
-    """The files below a folder; a folder that links make reachable by several ways, or by endless ones, once."""
+    """Yield the files below a folder, each once, even if links reach it by several or endless paths."""
     visited: set[tuple[int, int]] = set()
     for folder, folders, files in os.walk(path, followlinks=True, onerror=_refuse):
         status = Path(folder).stat()
@@ -512,16 +545,16 @@ def folder_names(path: Path) -> Iterator[str]:
             folders.clear()
             continue
         visited.add((status.st_dev, status.st_ino))
-        folders.sort()  # which way comes first is no accident
+        folders.sort()  # for a deterministic order
         for file in files:
             yield (Path(folder) / file).relative_to(path).as_posix()
 
 
 def _refuse(error: OSError) -> None:
-    """Pass over no folder that cannot be read: its images would be missing without a word."""
+    """Raise the error of an unreadable folder instead of silently skipping its images."""
     raise error
 
 
 def ends_in(name: PurePosixPath, suffixes: tuple[str, ...]) -> bool:
-    """Whether the name ends in one of the suffixes, and is not hidden."""
+    """Return whether a name has one of the suffixes and is not hidden."""
     return name.name.lower().endswith(suffixes) and visible_name(name)

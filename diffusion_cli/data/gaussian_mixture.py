@@ -1,4 +1,4 @@
-"""A dataset whose density, score and posterior mean are known in closed form at every noise level."""
+"""Gaussian mixture data with a closed-form density, score and posterior mean at every noise level."""
 
 import math
 from collections.abc import Sequence
@@ -15,14 +15,24 @@ from diffusion_cli.system.seeding import mix
 
 
 class GaussianMixture(Dataset):
-    """Points x_0 ~ sum_k w_k N(m_k, s_k^2 I), as real-valued images whose label is the component k.
+    """Points x_0 ~ sum_k w_k N(m_k, s_k^2 I), as real-valued images with the component k as label.
 
-    At x_t = alpha x_0 + sigma eps the mixture has the means alpha m_k and variances
-    v_k = alpha^2 s_k^2 + sigma^2, from which `log_prob`, `score` and the perfect denoiser `denoise` follow.
-    These take any number of points [..., C, H, W]; alpha, sigma and labels are one for all or [...], one for
-    each; they compute and return float64, and are differentiable.
+    At x_t = alpha x_0 + sigma eps the mixture has the means alpha m_k and the variances
+    v_k = alpha^2 s_k^2 + sigma^2. `log_prob`, `score` and the optimal denoiser `denoise` follow from these. They
+    accept any number of points [..., C, H, W], with scalar or [...]-shaped alpha, sigma and labels; they compute and
+    return float64, and are differentiable.
 
-    Raises UsageError unless there are as many weights and stds (all > 0) as means, each of C*H*W numbers.
+    Args:
+        data_dir: unused.
+        means: means m_k, each of C*H*W numbers.
+        stds: standard deviations s_k > 0.
+        weights: weights w_k > 0, normalized to sum 1.
+        shape: [C, H, W] of the points.
+        size: number of points of each split.
+        seed: seed of the points.
+
+    Raises:
+        UsageError: `means`, `stds` and `weights` differ in length, or have invalid values.
     """
 
     name = "gaussian_mixture"
@@ -50,12 +60,12 @@ class GaussianMixture(Dataset):
         self.shape = (channels, height, width)
         if any(len(mean) != math.prod(shape) for mean in means):
             raise UsageError(
-                "dataset.means", means, f"every mean needs {math.prod(shape)} numbers, one a pixel"
+                "dataset.means", means, f"every mean needs {math.prod(shape)} numbers, one per pixel"
             )
         for key, values in {"stds": stds, "weights": weights}.items():
             if len(values) != len(means) or not min(values, default=0) > 0:
                 raise UsageError(
-                    f"dataset.{key}", values, f"must be {len(means)} positive numbers, one a mean"
+                    f"dataset.{key}", values, f"must be {len(means)} positive numbers, one per mean"
                 )
         self.means = torch.tensor(means, dtype=torch.float64)
         self.stds = torch.tensor(stds, dtype=torch.float64)
@@ -66,7 +76,7 @@ class GaussianMixture(Dataset):
         self.seed = seed
 
     def load(self, split: Split) -> MemoryImages:
-        """`size` points, drawn independently for each split."""
+        """Return `size` points, drawn independently for each split."""
         generator = torch.Generator().manual_seed(mix(self.seed, split))
         labels = torch.multinomial(self.weights, self.size, replacement=True, generator=generator)
         noise = torch.randn((self.size, self.means.shape[1]), generator=generator, dtype=torch.float64)
@@ -74,11 +84,11 @@ class GaussianMixture(Dataset):
         return MemoryImages(points.reshape(-1, *self.shape).float(), labels, GENERATED)
 
     def mean(self) -> Tensor:
-        """E[x_0] = sum_k w_k m_k, float64 [C, H, W]."""
+        """Return the mean E[x_0] = sum_k w_k m_k, float64 [C, H, W]."""
         return (self.weights @ self.means).reshape(self.shape)
 
     def covariance(self) -> Tensor:
-        """Cov[x_0] = sum_k w_k (s_k^2 I + m_k m_k^T) - m m^T, float64 [C*H*W, C*H*W]."""
+        """Return Cov[x_0] = sum_k w_k (s_k^2 I + m_k m_k^T) - m m^T, float64 [C*H*W, C*H*W]."""
         centred = self.means - self.weights @ self.means
         within = (self.weights * self.stds**2).sum() * torch.eye(self.means.shape[1], dtype=torch.float64)
         return within + (self.weights[:, None] * centred).T @ centred
@@ -90,13 +100,13 @@ class GaussianMixture(Dataset):
         sigma: float | Tensor = 0.0,
         label: int | Tensor | None = None,
     ) -> Tensor:
-        """log p_t(x) in nats, or log p_t(x | label), float64 [...]."""
+        """Return log p_t(x), or log p_t(x | label), in nats, float64 [...]."""
         return torch.logsumexp(self._components(x, alpha, sigma, label)[0], -1)
 
     def score(
         self, x_t: Tensor, alpha: float | Tensor, sigma: float | Tensor, label: int | Tensor | None = None
     ) -> Tensor:
-        """The gradient of log p_t at x_t, sum_k r_k (alpha m_k - x_t) / v_k, float64 [..., C, H, W].
+        """Return the score, the gradient of log p_t at x_t: sum_k r_k (alpha m_k - x_t) / v_k, float64 [..., C, H, W].
 
         r_k is the posterior probability of component k.
         """
@@ -107,7 +117,7 @@ class GaussianMixture(Dataset):
     def denoise(
         self, x_t: Tensor, alpha: float | Tensor, sigma: float | Tensor, label: int | Tensor | None = None
     ) -> Tensor:
-        """E[x_0 | x_t] = sum_k r_k (m_k + alpha s_k^2 / v_k (x_t - alpha m_k)), float64 [..., C, H, W]."""
+        """Return E[x_0 | x_t] = sum_k r_k (m_k + alpha s_k^2 / v_k (x_t - alpha m_k)), float64 [..., C, H, W]."""
         log_joint, offset, variance, alpha = self._components(x_t, alpha, sigma, label)
         gain = alpha * self.stds.to(x_t.device) ** 2 / variance
         means = self.means.to(x_t.device) + gain[..., None] * offset
@@ -116,10 +126,10 @@ class GaussianMixture(Dataset):
     def _components(
         self, x_t: Tensor, alpha: float | Tensor, sigma: float | Tensor, label: int | Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """log(w_k N(x_t; alpha m_k, v_k I)), x_t - alpha m_k, v_k and alpha, shaped to work together.
+        """Return log(w_k N(x_t; alpha m_k, v_k I)), x_t - alpha m_k, v_k and alpha, broadcastable.
 
-        They are [..., K], [..., K, d], [..., K] and [..., 1]. Given a label, its component has weight 1 and
-        the others none.
+        Their shapes are [..., K], [..., K, d], [..., K] and [..., 1]. With a label, its component has weight 1 and
+        the others 0.
         """
         means, stds, weights = (value.to(x_t.device) for value in (self.means, self.stds, self.weights))
         alpha = torch.as_tensor(alpha, dtype=torch.float64, device=x_t.device)[..., None]

@@ -1,4 +1,4 @@
-"""The classes of the images in a folder or ZIP archive: those of its `labels.csv`, or its folders."""
+"""Class labels of image files: from a `labels.csv`, or from folders."""
 
 import csv
 from collections import Counter
@@ -19,20 +19,20 @@ LABEL_COLUMNS = ("file", "label")
 TRAINING = {"train", "training"}
 SPLITS = TRAINING | {"val", "valid", "validation", "dev", "test", "testing"}
 MANY = 10
-LONGEST_ROW = 2**13  # bytes: two of the longest paths that systems take
+LONGEST_ROW = 2**13  # bytes: twice the longest path of common systems
 
 
 class Classes(NamedTuple):
-    """The classes of some images."""
+    """Class names and labels of images."""
 
     names: tuple[str, ...] | None
-    """In the order of the labels, or None without classes."""
+    """Class names in label order, or None without classes."""
     labels: Tensor | None
-    """The class of each image, int64 [N], or None without classes."""
+    """Class of each image, int64 [N], or None without classes."""
     remarks: tuple[str, ...] = ()
-    """What a user should see about them, one line each."""
+    """Remarks for the user about the classes, one line each."""
     missing: str = ""
-    """Why there are none."""
+    """Reason why there are no classes."""
 
 
 def class_labels(
@@ -42,16 +42,22 @@ def class_labels(
     labels: Literal["auto", "folders", "csv", "none"],
     rules: int,
 ) -> Classes:
-    """The classes of `images` by `labels`.
+    """Return the classes of image files.
 
-    `names` are all files below `path`. By version 1 of the `rules`, folders such as train and test
-    are classes, and so are two folders whose names differ in their Unicode form only.
+    Args:
+        path: the folder or archive.
+        names: all files below `path`.
+        images: those that are images.
+        labels: source of the classes, as in `Folder`.
+        rules: version of the data rules. In version 1, folders such as train and test are classes, and folders
+            whose names differ only in Unicode form are different classes.
 
-    Raises UsageError if `labels` is "csv" or "folders" and there are no classes, or if `labels.csv` is not what
-    `csv_rows` and `csv_classes` accept.
+    Raises:
+        UsageError: `labels` is "csv" or "folders" and there are no classes, or `labels.csv` is malformed or does not
+            match the images.
     """
     if labels == "none":
-        return Classes(None, None, missing="dataset.labels=none leaves them out")
+        return Classes(None, None, missing="dataset.labels=none ignores them")
     table = None if labels == "folders" else find_csv(names, images)
     found, inside = split_folders(images) if rules > 1 else ([], images)
     if table is not None:
@@ -64,16 +70,14 @@ def class_labels(
             classes = in_one_form(classes)
             own = str(PurePosixPath(table).with_name(MANIFEST)) in names
             if labels == "auto" and not own and (missing := _measured(classes)):
-                return Classes(
-                    None, None, (f"dataset.path={path}: no classes, as {table} {missing}",), missing
-                )
+                return Classes(None, None, (f"dataset.path={path}: no classes: {table} {missing}",), missing)
         return Classes(*numbered(classes, in_order(set(classes))), _few(path, classes))
     if labels == "csv":
         raise UsageError(
             "dataset.labels",
             "csv",
-            f"there is no {LABELS_CSV} at the top of {path}",
-            "write one with the columns file and label, or set folders or none",
+            f"no {LABELS_CSV} at the top of {path}",
+            "create it with the columns file and label, or use folders or none",
         )
     classes = class_folders(inside)
     if classes is not None:
@@ -85,19 +89,19 @@ def class_labels(
         raise UsageError(
             "dataset.labels",
             "folders",
-            f"the images of {path} do not all lie in two or more folders",
-            "sort them into one folder a class, or set csv or none",
+            f"the images of {path} are not all in two or more class folders",
+            "sort them into one folder per class, or use csv or none",
         )
     missing = _no_classes(inside)
-    stray = (f"dataset.path={path}: no classes, as {missing}",) if missing else ()
+    stray = (f"dataset.path={path}: no classes: {missing}",) if missing else ()
     return Classes(None, None, stray, missing or f"there are no class folders and no {LABELS_CSV}")
 
 
 def split_folders(images: list[str]) -> tuple[list[str], list[str]]:
-    """The folders that divide images into splits, such as train and test, and the images as they lie in these.
+    """Return the folders that are splits, such as train and test, and the images relative to these folders.
 
-    Without such folders the images are as they were. All images lie in folders called by the words of `SPLITS`, one of
-    them by a word for training.
+    All images must lie in folders named by the words of `SPLITS`, at least one of them by a word for training.
+    Otherwise there are no such folders, and the images are returned unchanged.
     """
     folders = [PurePosixPath(image).parts[:-1] for image in images]
     depth = common_depth(folders)
@@ -109,7 +113,7 @@ def split_folders(images: list[str]) -> tuple[list[str], list[str]]:
 
 
 def in_one_form(classes: list[str]) -> list[str]:
-    """The classes with one name for those that differ in their Unicode form only: the first in alphabetical order."""
+    """Unify class names that differ only in Unicode form: use the first one in alphabetical order."""
     names: dict[str, str] = {}
     for name in sorted(set(classes)):
         names.setdefault(composed(name), name)
@@ -118,14 +122,14 @@ def in_one_form(classes: list[str]) -> list[str]:
 
 def _of_splits(path: Path, splits: list[str]) -> str:
     return (
-        f"dataset.path={path}: the folders {', '.join(splits)} are splits, and the classes are the folders inside; "
-        "images of all splits count, and dataset.val_fraction chooses among them; for one split give the path of its "
-        "folder"
+        f"dataset.path={path}: the folders {', '.join(splits)} are splits, and those inside are the classes; "
+        "images of all splits are used, and dataset.val_fraction chooses the validation images; for one split only, "
+        "give the path of its folder"
     )
 
 
 def _measured(labels: list[str]) -> str:
-    """Why labels are no classes: all are numbers, and not all of them whole; empty for others."""
+    """Return why labels are measurements, not classes: all are numbers, and some not integers; empty otherwise."""
     try:
         numbers = [float(label) for label in labels]
     except ValueError:
@@ -134,20 +138,22 @@ def _measured(labels: list[str]) -> str:
     if not parts:
         return ""
     some = examples(parts)
-    return f"labels images with numbers such as {some}; set dataset.labels=csv to make each number a class, or none"
+    return f"has labels such as {some}; set dataset.labels=csv to make each number a class, or none"
 
 
 def _few(path: Path, labels: list[str]) -> tuple[str, ...]:
-    """A line if there are more than `MANY` classes, of fewer than two images on average."""
+    """Return a remark if there are more than `MANY` classes and fewer than two images per class on average."""
     number = len(set(labels))
     if number <= MANY or len(labels) >= 2 * number:
         return ()
-    line = f"{number} classes for {len(labels)} images leave little to learn of each; is label a class?"
-    return (f"dataset.path={path}: {line} set dataset.labels=none for no classes",)
+    line = (
+        f"{number} classes for {len(labels)} images are too many to learn; check that the labels are classes"
+    )
+    return (f"dataset.path={path}: {line}, or set dataset.labels=none",)
 
 
 def _no_classes(images: list[str]) -> str:
-    """Why images of which most lie in two or more folders have no classes; empty for other images."""
+    """Return why images have no classes if most of them lie in two or more folders, but not all; empty otherwise."""
     folders = [PurePosixPath(image).parts[:-1] for image in images]
     depth = common_depth(folders)
     strays = [image for image, folder in zip(images, folders, strict=True) if len(folder) == depth]
@@ -156,13 +162,13 @@ def _no_classes(images: list[str]) -> str:
         return ""
     lie, them = ("lies", "it") if len(strays) == 1 else ("lie", "them")
     return (
-        f"{examples(strays)} {lie} beside the folders {examples(tops)}; move {them} into class "
+        f"{examples(strays)} {lie} beside the class folders {examples(tops)}; move {them} into class "
         "folders or away, or set dataset.labels=none"
     )
 
 
 def composed(name: str) -> str:
-    """The NFC form of a name: systems store one name in several Unicode forms, and names are compared in this one."""
+    """Return the NFC form of a name, in which names are compared: file systems store different Unicode forms."""
     return normalize("NFC", name)
 
 
@@ -172,7 +178,7 @@ def numbered(classes: list[str], order: list[str]) -> tuple[tuple[str, ...], Ten
 
 
 def in_order(names: set[str]) -> list[str]:
-    """In numeric order if all are whole numbers, else in alphabetical order."""
+    """Return the names in numeric order if all are integers, else in alphabetical order."""
     try:
         return sorted(names, key=lambda name: (int(name), name))
     except ValueError:
@@ -180,7 +186,7 @@ def in_order(names: set[str]) -> list[str]:
 
 
 def class_folders(images: list[str]) -> list[str] | None:
-    """For every image its class folder, or None unless all images lie in two or more."""
+    """Return the class folder of every image, or None unless all images lie in two or more folders."""
     folders = [PurePosixPath(image).parts[:-1] for image in images]
     depth = common_depth(folders)
     if any(len(folder) == depth for folder in folders):
@@ -189,13 +195,13 @@ def class_folders(images: list[str]) -> list[str] | None:
 
 
 def common_depth(folders: list[tuple[str, ...]]) -> int:
-    """How many levels of folders all have in common."""
+    """Return the number of leading folders that all paths share."""
     levels = enumerate(zip(*folders, strict=False))
     return next((depth for depth, level in levels if len(set(level)) > 1), min(map(len, folders)))
 
 
 def find_csv(names: list[str], images: list[str]) -> str | None:
-    """The name of the topmost `labels.csv` in a folder that holds all images, or None without one."""
+    """Return the name of the topmost `labels.csv` in a folder that contains all images, or None."""
     folders = [PurePosixPath(image).parts[:-1] for image in images]
     levels = range(common_depth(folders) + 1)
     places = [str(PurePosixPath(*folders[0][:depth], LABELS_CSV)) for depth in levels]
@@ -203,7 +209,7 @@ def find_csv(names: list[str], images: list[str]) -> str | None:
 
 
 def read(path: Path, name: str, limit: int = foreign.LARGEST) -> bytes:
-    """The content of one file in a folder or ZIP archive; FormatError if it cannot be had, or is larger."""
+    """Return the content of a file in a folder or ZIP archive; FormatError if unreadable or larger than `limit`."""
     try:
         if path.is_dir():
             return foreign.read(path / name, limit)
@@ -215,10 +221,11 @@ def read(path: Path, name: str, limit: int = foreign.LARGEST) -> bytes:
 
 
 def csv_rows(data: bytes) -> list[tuple[str, str]]:
-    """The columns `file` and `label` of a CSV file, without surrounding blanks; empty lines are skipped.
+    """Return the columns `file` and `label` of a CSV file, stripped of blanks; empty lines are skipped.
 
-    Raises FormatError if it is not UTF-8 (with or without a byte-order mark), is no CSV, lacks a header
-    line with each of the two columns once, or has rows longer than the header.
+    Raises:
+        FormatError: the data are not UTF-8 (with or without a byte-order mark) or not CSV, the header lacks one of
+            the columns or repeats it, or a row is longer than the header.
     """
     try:
         text = data.decode("utf-8-sig")
@@ -229,24 +236,26 @@ def csv_rows(data: bytes) -> list[tuple[str, str]]:
     try:
         fields = [[field.strip() for field in row] for row in reader]
     except csv.Error as error:
-        raise FormatError(f"is no CSV (line {reader.line_num}: {error}); repair it") from error
+        raise FormatError(f"is not valid CSV (line {reader.line_num}: {error}); repair it") from error
     header, *rows = [row for row in fields if any(row)] or [[]]
     if not header.count("file") == header.count("label") == 1:
         raise FormatError(
-            f"needs a header line with one column file and one column label, and begins with "
-            f"{','.join(header)[:80]!r}; write 'file,label' there, or set dataset.labels=folders or none"
+            f"needs a header line with one column file and one column label, but begins with "
+            f"{','.join(header)[:80]!r}; add 'file,label', or set dataset.labels=folders or none"
         )
     long = [",".join(row)[:80] for row in rows if any(row[len(header) :])]
     if long:
-        raise FormatError(f'has more fields than its header in {examples(long)}; put "..." around commas')
+        raise FormatError(
+            f"has more fields than its header in {examples(long)}; quote fields that contain commas"
+        )
     padded = [row + [""] * len(header) for row in rows]
     return [(row[header.index("file")], row[header.index("label")]) for row in padded]
 
 
 def csv_classes(rows: list[tuple[str, str]], table: str, images: list[str]) -> list[str]:
-    """For every image the label in its row of the file `table`, relative to which rows name the images.
+    """Return the label of every image by the rows of `table`, which name images relative to its folder.
 
-    Raises FormatError unless the rows name every image once, nothing else, and give each a label.
+    Raises FormatError unless the rows name every image exactly once, nothing else, and give each a label.
     """
     files = [image.removeprefix(table.removesuffix(LABELS_CSV)) for image in images]
     exact = set(files)
@@ -255,13 +264,13 @@ def csv_classes(rows: list[tuple[str, str]], table: str, images: list[str]) -> l
     label_of = dict(rows)
     if unknown := [file for file, _ in rows if file not in exact]:
         raise FormatError(
-            f"finds no image for {examples(unknown)}; remove these rows, or name images "
-            f"as seen from the folder of {LABELS_CSV}, with /"
+            f"names files that do not exist: {examples(unknown)}; remove these rows, or name images relative to the "
+            f"folder of {LABELS_CSV}, with /"
         )
     if repeated := [file for file, count in Counter(file for file, _ in rows).items() if count > 1]:
-        raise FormatError(f"has more than one row for {examples(repeated)}; keep one row an image")
+        raise FormatError(f"has more than one row for {examples(repeated)}; keep one row per image")
     if empty := [file for file, label in rows if not label]:
-        raise FormatError(f"has no label for {examples(empty)}; fill in the column label")
+        raise FormatError(f"has no label for {examples(empty)}; complete the column label")
     if missing := [file for file in files if file not in label_of]:
         raise FormatError(f"has no row for {examples(missing)}; add rows for them, or remove the images")
     return [label_of[file] for file in files]

@@ -1,4 +1,4 @@
-"""The files of a folder or archive that count as images, and those that are passed over."""
+"""Selection of the files of a folder or archive that count as images."""
 
 import re
 from collections import Counter
@@ -10,23 +10,23 @@ from diffusion_cli.system.untrusted import LONGEST_MANIFEST, MOST_IN_MANIFEST, f
 
 MANIFEST = "manifest.json"
 LAST = "checkpoints/last.ckpt"
-SEED = re.compile(r"\d{6,}\.(?!gif$).+")  # the name of a sample's file
+SEED = re.compile(r"\d{6,}\.(?!gif$).+")  # file name of a sample
 NO_IMAGES = frozenset((
     ".bib", ".caption", ".cfg", ".conf", ".css", ".csv", ".db", ".doc", ".docx", ".htm", ".html", ".ini",
     ".ipynb", ".js", ".json", ".jsonl", ".lock", ".log", ".m", ".md", ".md5", ".odt", ".pdf", ".py",
     ".r", ".rst", ".sh", ".sha256", ".sql", ".sqlite", ".tex", ".toml", ".tsv", ".txt", ".url", ".xls",
     ".xlsx", ".xml", ".yaml", ".yml",
 ))  # fmt: skip
-"""Suffixes of files that lie beside images and are evidently none."""
+"""Suffixes of files that are clearly not images."""
 NO_IMAGE_NAMES = frozenset(("license", "readme", "dicomdir", "makefile", "copying", "notice", "version"))
-SHOWN = 8  # suffixes in a line
+SHOWN = 8  # suffixes listed in a remark
 
 Read = Callable[[str], bytes]
-"""Returns the content of a file by its name; raises FormatError if it cannot be read."""
+"""Returns the content of a file by name; raises FormatError if it cannot be read."""
 
 
 def passed_over(key: str, names: Iterable[str], suffixes: tuple[str, ...]) -> list[str]:
-    """One line that counts the names that may be images and end in none of the suffixes; none without such names."""
+    """Return a remark that counts the names that may be images but have none of the suffixes; empty without any."""
     rest = (PurePosixPath(name) for name in names if not name.lower().endswith((*suffixes, "/")))
     counts = Counter(path.suffix.lower() for path in rest if _may_be_image(path) and visible_name(path))
     if not counts:
@@ -36,7 +36,7 @@ def passed_over(key: str, names: Iterable[str], suffixes: tuple[str, ...]) -> li
     shown += ["..."] if len(counts) > SHOWN else []
     total = counts.total()
     files = "1 file is" if total == 1 else f"{total} files are"
-    return [f"{key}: {files} skipped: {', '.join(shown)}; convert those that are data to {suffixes[0]}"]
+    return [f"{key}: {files} skipped: {', '.join(shown)}; convert images among them to {suffixes[0]}"]
 
 
 def _may_be_image(path: PurePosixPath) -> bool:
@@ -44,14 +44,14 @@ def _may_be_image(path: PurePosixPath) -> bool:
 
 
 def manifests(names: Iterable[str], read: Read) -> dict[str, dict[str, Any]]:
-    """The manifests that this program wrote to folders, by the folders' names, each with a final `/`, or empty."""
+    """Return the manifests written by this program among `names`, by folder name with a final `/`, or empty."""
     found: dict[str, dict[str, Any]] = {}
     for name in names:
         if not f"/{name}".endswith(f"/{MANIFEST}") or not visible_name(PurePosixPath(name)):
             continue
         try:
             content = from_json(read(name), LONGEST_MANIFEST, MOST_IN_MANIFEST)
-        except ValueError:  # of another program, or damaged
+        except ValueError:  # damaged, or of another program
             continue
         if not isinstance(content, dict):
             continue
@@ -62,10 +62,10 @@ def manifests(names: Iterable[str], read: Read) -> dict[str, dict[str, Any]]:
 
 
 def without_pictures(chosen: list[str], names: Collection[str], read: Read) -> list[str]:
-    """The chosen ones of all names, but for grids, strips and other pictures that this program drew in its folders.
+    """Return the chosen names without grids, strips and other figures that this program wrote.
 
-    In a folder with a manifest the images are the samples of seeds or the edit's results. In a run's folder they are
-    those of the folders with a manifest.
+    In a folder with a manifest, the images are the samples, or the results of an edit. In the folder of a training
+    run, they are those in subfolders with a manifest.
     """
     results = manifests(names, read)
     runs = {name.removesuffix(LAST) for name in names if f"/{name}".endswith(f"/{LAST}")}
@@ -83,7 +83,7 @@ def without_pictures(chosen: list[str], names: Collection[str], read: Read) -> l
 
 
 def is_result(name: str, manifest: dict[str, Any]) -> bool:
-    """Whether a name in a folder with a manifest is a sample, an edit's result or one of its series."""
+    """Return whether a name in a folder with a manifest is a sample, the result of an edit, or part of its series."""
     if "edit" not in manifest["settings"]:
         return SEED.fullmatch(name) is not None
     edited, (first, *rest) = manifest.get("results", {}), name.split("/")
@@ -93,5 +93,5 @@ def is_result(name: str, manifest: dict[str, Any]) -> bool:
 
 
 def visible_name(name: PurePosixPath) -> bool:
-    """Whether no part of a name is hidden, or of the files that systems leave beside others."""
+    """Return whether no part of a name is hidden, or a metadata folder of macOS."""
     return not any(part.startswith(".") or part == "__MACOSX" for part in name.parts)

@@ -1,4 +1,4 @@
-"""The checksum of a stored member of a .npz, which nobody else reads to its end because it is mapped into memory."""
+"""Checksum verification of a memory-mapped array in a .npz, which is otherwise never read as a whole."""
 
 from functools import lru_cache
 from pathlib import Path
@@ -8,12 +8,12 @@ from diffusion_cli.errors import NO_VALUE, UsageError
 from diffusion_cli.system.distributed import started
 from diffusion_cli.system.untrusted import Archive, reason
 
-AT_ONCE = 2**30  # bytes of a member that is checked before its first use, a larger one while it is used
-PIECE = 2**22  # bytes read at a time
+AT_ONCE = 2**30  # bytes; larger arrays are verified in the background
+PIECE = 2**22  # bytes per read
 
 
 class MemberCheck:
-    """Reads a member once and compares it with its CRC-32: small ones at once, large ones in a thread."""
+    """Reads an archive member once to verify its CRC-32: small ones immediately, large ones in a thread."""
 
     def __init__(self, path: Path, name: str) -> None:
         self._path, self._name = path, name
@@ -22,7 +22,7 @@ class MemberCheck:
             size = archive.entries[name].file_size
         if size <= AT_ONCE:
             self._read()
-        elif started().local_rank == 0:  # the others would read the same bytes
+        elif started().local_rank == 0:  # once per node
             Thread(target=self._read, name="checksum", daemon=True).start()
 
     def _read(self) -> None:
@@ -30,11 +30,11 @@ class MemberCheck:
             with Archive(self._path) as archive, archive.open(self._name) as member:
                 while member.read(PIECE):
                     pass
-        except Exception as error:  # damaged archives fail in many ways
+        except Exception as error:  # damaged archives raise errors of many types
             self._problem = reason(error)
 
     def require(self) -> None:
-        """Raise UsageError if the member was found damaged."""
+        """Raise UsageError if the member is damaged."""
         if self._problem is not None:
             raise UsageError(
                 self._path, NO_VALUE, f"its images are damaged ({self._problem})", "copy or pack it again"
@@ -42,7 +42,7 @@ class MemberCheck:
 
 
 def member_check(path: Path, name: str) -> MemberCheck:
-    """The check of a member, made once in a process as long as size and time of the file stay the same."""
+    """Return the check of a member, one per process while size and time of the file stay the same."""
     status = path.stat()
     return _member_check(path, name, status.st_size, status.st_mtime_ns)
 

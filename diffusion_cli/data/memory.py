@@ -1,4 +1,4 @@
-"""Images held in memory, on the CPU or on the device that trains."""
+"""Images held in memory, on the CPU or a GPU."""
 
 import os
 from collections.abc import Iterator
@@ -13,12 +13,18 @@ from diffusion_cli.data.base import Images
 from diffusion_cli.system.distributed import started
 
 GENERATED = "generated"
-"""The fingerprint of images that follow from the configuration, which machines compute to different last digits."""
-SHARE = 4  # a set is held where it takes at most this part of what is free, for it is not alone there
+"""Fingerprint of generated images, whose last digits depend on the machine; the configuration identifies them."""
+SHARE = 4  # use at most a quarter of the free memory
 
 
 class MemoryImages(Images):
-    """Images as one tensor `pixels` [N, C, H, W] on any device; `fingerprint` is that of their source, if any."""
+    """Images as one tensor `pixels` [N, C, H, W] on any device.
+
+    Args:
+        pixels: uint8, or float32 in about [-1, 1].
+        labels: class of each image, int64 [N] on the same device, or None.
+        fingerprint: that of the images' source; None: computed from `pixels`.
+    """
 
     def __init__(self, pixels: Tensor, labels: Tensor | None, fingerprint: str | None = None) -> None:
         self._fingerprint = fingerprint
@@ -31,7 +37,7 @@ class MemoryImages(Images):
         return len(self.pixels)
 
     def known_as(self, fingerprint: str) -> None:
-        """Set the fingerprint of their source."""
+        """Set the fingerprint of the images' source."""
         self._fingerprint = fingerprint
 
     def fingerprint(self) -> str:
@@ -41,7 +47,7 @@ class MemoryImages(Images):
         return self.pixels.index_select(0, index)
 
     def to(self, device: torch.device) -> Self:
-        """The same images on a device."""
+        """Return the images on a device."""
         moved = type(self)(self.pixels.to(device), None if self.labels is None else self.labels.to(device))
         moved._fingerprint = self._fingerprint
         moved._digest = self._digest
@@ -49,9 +55,9 @@ class MemoryImages(Images):
 
 
 def to_device(images: Images, device: torch.device | str) -> Images:
-    """The same images, moved to `device` once if they are held in memory, to be batched there.
+    """Return the images, moved to `device` if they are in memory.
 
-    They stay where they are if they are read from disk, or would take over a quarter of a GPU's free memory.
+    They stay where they are if they are read from disk, or need more than a quarter of the free GPU memory.
     """
     device = torch.device(device)
     if not isinstance(images, MemoryImages) or images.device == device:
@@ -62,14 +68,14 @@ def to_device(images: Images, device: torch.device | str) -> Images:
 
 
 def fits_in_memory(size: int) -> bool:
-    """Whether `size` bytes are at most a quarter of the free RAM, in each process of this node."""
+    """Return whether `size` bytes per process on this node are at most a quarter of the free RAM."""
     return size * started().local_world <= free_memory() // SHARE
 
 
 def free_memory(root: Path = Path("/")) -> int:
-    """Bytes of RAM that this process can still use: what is free on the machine, and in the cgroups of its job.
+    """Return the bytes of RAM available to this process: free on the machine, and in the cgroups of its job.
 
-    Half of all RAM where the system gives no number. `root` is the folder in which `proc` and `sys` lie.
+    Returns half of all RAM if the system reports no number. `root` is the folder of `proc` and `sys`.
     """
     try:
         lines = dict(line.split(":") for line in (root / "proc/meminfo").read_text().splitlines())
@@ -80,13 +86,13 @@ def free_memory(root: Path = Path("/")) -> int:
 
 
 class _Cgroups(NamedTuple):
-    """The names that a version of cgroups gives to the memory of a group."""
+    """File and entry names of a cgroup version for the memory of a group."""
 
     mounts: tuple[str, ...]
     limit: str
     usage: str
     reclaimable: str
-    """The entry of `memory.stat` with the bytes of files that the kernel drops first."""
+    """Entry of `memory.stat` with the bytes of cached files that the kernel frees first."""
 
 
 VERSION_1 = _Cgroups(
@@ -98,7 +104,7 @@ VERSION_2 = _Cgroups(
 
 
 def _free_in_cgroups(root: Path) -> Iterator[int]:
-    """Bytes that this process's cgroup, and each above it, leaves free."""
+    """Yield the free bytes of this process's cgroup, and of each above it."""
     try:
         lines = (root / "proc/self/cgroup").read_text().splitlines()
     except OSError:
@@ -112,7 +118,7 @@ def _free_in_cgroups(root: Path) -> Iterator[int]:
             group = mount / path.lstrip("/")
             for folder in (group, *group.parents):
                 if folder.is_relative_to(mount):
-                    with suppress(OSError, ValueError):  # no such group here, or "max": no limit
+                    with suppress(OSError, ValueError):  # no such group, or "max": no limit
                         yield _free_in(folder, version)
 
 
@@ -124,6 +130,6 @@ def _free_in(folder: Path, version: _Cgroups) -> int:
 
 
 def usable_cores() -> int:
-    """Cores that this process may use: of a node's, those that a batch job was given."""
+    """Return the number of cores available to this process, respecting the CPU affinity set by batch systems."""
     allowed = getattr(os, "sched_getaffinity", None)
     return len(allowed(0)) if allowed else os.cpu_count() or 1

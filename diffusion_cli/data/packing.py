@@ -1,4 +1,4 @@
-"""A data set in one file, from which training reads images as they are."""
+"""Packing of a dataset into a single file for fast training."""
 
 import json
 from collections.abc import Iterator
@@ -20,15 +20,18 @@ from diffusion_cli.errors import NO_VALUE, UsageError
 from diffusion_cli.formats import RangedImage
 from diffusion_cli.system.progress import ProgressBar
 
-CHUNK = 2**20  # bytes that a process decodes at a time: of all of them little, where /dev/shm is small
+CHUNK = 2**20  # bytes decoded at a time per process, little because /dev/shm may be small
 
 
 class Pack:
-    """Decodes all images of a dataset once and writes them, as they come, to a .npz that `Array` reads in parts.
+    """Decodes all images of a dataset once and writes them to an uncompressed .npz, which `Array` memory-maps.
 
-    It holds the images of both splits, [N, C, H, W] in the numbers of their files, which of them are for validation,
-    where there are classes the labels and their names, and of images that are not bytes their form. Its bytes are a
-    function of these alone.
+    The file has the images of both splits [N, C, H, W] in the values of their files, and which of them are for
+    validation. If present, it also has labels, class names, and the format of images that are not 8-bit. Equal
+    datasets give equal bytes.
+
+    Args:
+        processes: processes that decode images; None: one per core.
     """
 
     def __init__(self, *, processes: NonNegativeInt | None = None) -> None:
@@ -37,11 +40,14 @@ class Pack:
     def __call__(self, dataset: Dataset, path: Path) -> int:
         """Write the file and return the number of images.
 
-        Raises UsageError naming files that cannot be decoded, or where images are numbers of no file.
+        Raises:
+            UsageError: files cannot be decoded, or the dataset has no image files.
         """
         if channel_order(dataset.shape) != "NCHW":
             raise UsageError(
-                "dataset", NO_VALUE, f"images {dataset.shape} would pass for others, with their channels last"
+                "dataset",
+                NO_VALUE,
+                f"images of shape {dataset.shape} would be mistaken for images with channels last",
             )
         splits = [dataset.stream("train"), dataset.stream("val")]
         counts = [len(images) for images in splits]
@@ -62,7 +68,7 @@ class Pack:
         return sum(counts)
 
     def _pixels(self, dataset: Dataset, splits: list[Images]) -> Iterator[np.ndarray]:
-        """The images of one split after the other, some at a time, under a progress bar on stderr."""
+        """Yield chunks of the images, one split after the other, with a progress bar on stderr."""
         wanted = usable_cores() if self.processes is None else self.processes
         size = max(1, CHUNK // int(np.prod(dataset.shape)))
         total = sum(map(len, splits))
@@ -80,18 +86,18 @@ class Pack:
 
 
 def _numbers(pixels: Tensor, dataset: Dataset) -> np.ndarray:
-    """What files hold of images."""
+    """Return the values that image files store."""
     if isinstance(dataset.form, RangedImage):
         return dataset.form.numbers(pixels)
     if pixels.dtype != torch.uint8:
         raise UsageError(
-            "dataset", NO_VALUE, f"{dataset.name} has no images of 256 values, and needs no packing"
+            "dataset", NO_VALUE, f"{dataset.name} does not consist of 8-bit images and need not be packed"
         )
     return pixels.numpy()
 
 
 def _entry(archive: ZipFile, name: str) -> IO[bytes]:
-    return archive.open(ZipInfo(f"{name}.npy"), "w", force_zip64=True)  # of 1980: no clock in the bytes
+    return archive.open(ZipInfo(f"{name}.npy"), "w", force_zip64=True)  # fixed date, for equal bytes
 
 
 def _write(archive: ZipFile, name: str, array: np.ndarray) -> None:

@@ -1,4 +1,4 @@
-"""Point clouds: a folder or ZIP archive of them, or samples of analytic surfaces."""
+"""Point clouds from files, or sampled from analytic surfaces."""
 
 import zlib
 from pathlib import Path, PurePosixPath
@@ -25,14 +25,25 @@ SUFFIXES = (".npy", ".ply")
 
 
 class Points(Dataset):
-    """Sets of `num_points` points, [3, num_points], whose order has no meaning.
+    """Point clouds [3, num_points], whose points have no order.
 
-    Of all .npy ([N, 3]) and .ply files in the folder or ZIP archive `path`, at any depth, see `PointDecoder`; classes
-    are as in `Folder`. Without a path there are `size` point clouds on the surfaces of five SHAPES, which are the
-    classes, see `shape_points`. A hash of its name or number decides whether a cloud is for validation.
+    With a `path`, these are all .npy ([N, 3]) and .ply files in the folder or ZIP archive, at any depth, see
+    `PointDecoder`, with classes as in `Folder`. Without a path, they are `size` clouds on five kinds of surfaces,
+    which are the classes, see `shape_points`. A hash of its name or number decides whether a cloud is for validation.
 
-    Raises UsageError if `path` is missing, is no archive or has no point clouds, or if requested labels are missing.
-    `load` raises UsageError naming the files that cannot be used.
+    Args:
+        data_dir: unused.
+        rules: version of the rules that convert files to point clouds.
+        path: folder or .zip file; None: built-in shapes.
+        num_points: points per cloud.
+        radius: coordinate that becomes 1; None: scale each cloud to the unit ball.
+        labels: source of the classes, as in `Folder`; for built-in shapes `auto` or `none`.
+        size: number of built-in shapes.
+        val_fraction: fraction of the clouds for validation, in [0, 1).
+
+    Raises:
+        UsageError: the path is missing, not an archive, or has no point clouds; or requested labels are missing.
+            `load` raises it for files that cannot be used.
     """
 
     flip = False
@@ -84,11 +95,11 @@ class Points(Dataset):
 
 
 class PointDecoder(NamedTuple):
-    """Reads files of points, .npy [N, 3] and .ply, as float32 [3, num_points] in [-1, 1].
+    """Decodes point files, .npy [N, 3] and .ply, to float32 [3, num_points] in [-1, 1].
 
-    Of the N >= num_points points of a file those are taken that a hash of the file says. Coordinates are divided by
-    `radius`; with None each set is moved and scaled by itself, so that the middle of the box around all its points
-    lies at 0 and the farthest of them at distance 1.
+    Of the N >= num_points points of a file, a hash of the file selects a random subset. Coordinates are divided by
+    `radius`; with None, each cloud is shifted and scaled so that the centre of its bounding box is at 0 and the
+    farthest point at distance 1.
     """
 
     num_points: int
@@ -96,16 +107,16 @@ class PointDecoder(NamedTuple):
 
     @property
     def shape(self) -> tuple[int, int]:
-        """Of what it returns."""
+        """Shape of the arrays, [3, num_points]."""
         return 3, self.num_points
 
     @property
     def dtype(self) -> np.dtype:
-        """Of what it returns."""
+        """Dtype of the arrays, float32."""
         return np.dtype(np.float32)
 
     def __call__(self, data: bytes) -> np.ndarray:
-        """Raises FormatError if there are too few points, they reach beyond the radius, or are none."""
+        """Return the points; FormatError if the file is malformed, has too few points, or exceeds the radius."""
         points = read_ply(data) if data.startswith(b"ply") else _rows(data)
         if len(points) < self.num_points:
             raise FormatError(f"has {len(points)} points, fewer than dataset.num_points={self.num_points}")
@@ -113,14 +124,14 @@ class PointDecoder(NamedTuple):
         return self.scaled(points)[taken].T.astype(np.float32)
 
     def scaled(self, points: np.ndarray) -> np.ndarray:
-        """Points [N, 3] of a set, moved and scaled."""
+        """Return the points [N, 3] of a cloud, shifted and scaled."""
         if self.radius is None:
             points = points - (points.min(0) + points.max(0)) / 2
             return points / (np.linalg.norm(points, axis=1).max() or 1.0)
         farthest = np.abs(points).max()
         if farthest > self.radius:
             raise FormatError(
-                f"reaches to {farthest:.6g}, beyond dataset.radius={self.radius:g}; set it as large, or null"
+                f"has coordinates up to {farthest:.6g}, beyond dataset.radius={self.radius:g}; increase it, or set null"
             )
         return points / self.radius
 
@@ -128,12 +139,12 @@ class PointDecoder(NamedTuple):
 def _rows(data: bytes) -> np.ndarray:
     try:
         points = array_of(data)
-    except Exception as error:  # damaged headers fail in many ways in NumPy's parser
+    except Exception as error:  # NumPy's parser raises errors of many types for damaged headers
         raise FormatError(reason(error)) from error
     if points.ndim != 2 or points.shape[1] != 3:
-        raise FormatError(f"has shape {points.shape}, not that of points, (N, 3)")
+        raise FormatError(f"has shape {points.shape}; expected (N, 3)")
     if not np.isfinite(points).all():
-        raise FormatError("has coordinates that are no finite numbers")
+        raise FormatError("has coordinates that are not finite")
     return points.astype(np.float64)
 
 
@@ -141,7 +152,9 @@ def _point_files(path: Path, names: list[str]) -> list[str]:
     files = [PurePosixPath(name) for name in sorted(names)]
     points = [str(name) for name in files if name.suffix.lower() in SUFFIXES and visible_name(name)]
     if not points:
-        raise UsageError("dataset.path", path, "holds no points", f"wanted are {' '.join(SUFFIXES)}")
+        raise UsageError(
+            "dataset.path", path, "has no point clouds", f"expected files with {' '.join(SUFFIXES)}"
+        )
     return points
 
 
@@ -149,5 +162,5 @@ def _shape_labels(size: int, labels: str) -> tuple[tuple[str, ...], Tensor] | tu
     if labels == "none":
         return None, None
     if labels != "auto":
-        raise UsageError("dataset.labels", labels, "is of files", "for the built-in shapes take auto or none")
+        raise UsageError("dataset.labels", labels, "applies to files", "use auto or none for built-in shapes")
     return tuple(SHAPES), torch.arange(size) % len(SHAPES)

@@ -1,4 +1,4 @@
-"""A dataset as it looks: what metrics measure that look at images in bytes."""
+"""8-bit previews of a dataset, for metrics that need 8-bit images."""
 
 import torch
 from torch import Tensor
@@ -8,7 +8,7 @@ from diffusion_cli.formats import SampleFormat, Uint8Image
 
 
 def pictured(dataset: Dataset) -> Dataset:
-    """The dataset with its images as pictures, uint8 [B, 1 or 3, H, W]; itself if they are that already."""
+    """Return the dataset with its images as 8-bit previews, uint8 [B, 1 or 3, H, W]; itself if it is 8-bit."""
     return dataset if isinstance(dataset.form, Uint8Image) else _Pictured(dataset)
 
 
@@ -24,7 +24,7 @@ class _Pictured(Dataset):
 
 
 class PicturedImages(Images):
-    """Images as the pictures that their format makes of them."""
+    """Images as 8-bit previews, by their storage format."""
 
     def __init__(self, images: Images, form: SampleFormat) -> None:
         self.images, self.form = images, form
@@ -42,5 +42,5 @@ class PicturedImages(Images):
 
 
 def quantized(images: Tensor, form: SampleFormat) -> Tensor:
-    """The images of a dataset as files of its format store them."""
+    """Return images of a dataset in the precision of their storage format."""
     return images if images.dtype == torch.uint8 else form.quantize(images)

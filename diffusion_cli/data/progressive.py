@@ -1,4 +1,4 @@
-"""Progressive resolution: the image size and batch size of each step, and the batches of all steps."""
+"""Progressive resolution: the image size and batch size of each training step, and its batches."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -16,23 +16,27 @@ from diffusion_cli.errors import UsageError
 
 
 class Stage(NamedTuple):
-    """The steps that train at one size."""
+    """Training steps at one image size."""
 
     first: int
-    """The first of them."""
+    """First step of the stage."""
     shape: tuple[int, ...]
-    """Channels and sides of the images."""
+    """Shape of the images, [C, *sides]."""
     batch_size: int
-    """Images a step, over all devices."""
+    """Batch size over all devices."""
 
     @property
     def size(self) -> int:
-        """The short side."""
+        """Length of the short side."""
         return min(self.shape[1:])
 
 
 class ResolutionSchedule:
-    """Stages one after the other, the last without end; what a step trains on follows from its number alone."""
+    """Consecutive stages of training, the last one unlimited; a step number determines its stage.
+
+    Args:
+        stages: the stages in order.
+    """
 
     def __init__(self, stages: Sequence[Stage]) -> None:
         self.all = tuple(stages)
@@ -46,11 +50,18 @@ class ResolutionSchedule:
         steps: Sequence[int],
         batches: Sequence[int] | None,
     ) -> Self:
-        """The stages of images of a `shape` [C, *sides], the short side `sizes`, from small to all of it.
+        """Create the stages of a progressive schedule.
 
-        Each but the last has its number of `steps` and of images a step in `batches`, by default that of the last,
-        `batch_size`. Without sizes there is one stage. Raises UsageError where images cannot be reduced to a size by
-        averaging blocks of pixels, or the last is not all of it.
+        Args:
+            shape: full shape of the images, [C, *sides].
+            batch_size: batch size of the last stage.
+            sizes: short sides of the stages, increasing to the full size; None: one stage.
+            steps: number of steps of each stage but the last.
+            batches: batch size of each stage but the last; None: `batch_size`.
+
+        Raises:
+            UsageError: images cannot be reduced to a size by averaging blocks of pixels, or the last size is not the
+                full size.
         """
         sizes = [min(shape[1:])] if sizes is None else sizes
         each = [*(batches or [batch_size] * (len(sizes) - 1)), batch_size]
@@ -60,24 +71,24 @@ class ResolutionSchedule:
 
     @property
     def last(self) -> Stage:
-        """That of the images as they are."""
+        """Last stage, at full size."""
         return self.all[-1]
 
     @property
     def grow(self) -> bool:
-        """Whether there is more than one."""
+        """Whether there is more than one stage."""
         return len(self.all) > 1
 
     def at(self, step: int) -> Stage:
-        """The stage of step 0, 1, ..."""
+        """Return the stage of step 0, 1, ..."""
         return next(stage for stage in reversed(self.all) if stage.first <= step)
 
     def after(self, steps: int) -> Stage:
-        """The stage that weights come from which have had so many steps."""
+        """Return the stage of the last of `steps` finished steps."""
         return self.at(max(0, steps - 1))
 
     def images(self, steps: int) -> int:
-        """How many images the first `steps` train on."""
+        """Return the number of images of the first `steps` steps."""
         ends = [*(stage.first for stage in self.all[1:]), steps]
         return sum(
             max(0, min(end, steps) - stage.first) * stage.batch_size
@@ -85,12 +96,12 @@ class ResolutionSchedule:
         )
 
     def steps(self, images: int) -> int:
-        """How many steps it takes to train on so many images."""
+        """Return the number of steps needed to train on `images` images."""
         stage = next(stage for stage in reversed(self.all) if self.images(stage.first) <= images)
         return stage.first + math.ceil((images - self.images(stage.first)) / stage.batch_size)
 
     def key(self, stage: Stage) -> str:
-        """The key of the configuration that says a stage's images a step."""
+        """Return the configuration key of a stage's batch size."""
         return "batch_size" if stage is self.last else "stage_batch"
 
     def __str__(self) -> str:
@@ -99,7 +110,7 @@ class ResolutionSchedule:
 
 
 def _shapes(shape: tuple[int, ...], sizes: Sequence[int]) -> Iterator[tuple[int, ...]]:
-    """The shape of images reduced to each size of their short side; UsageError as `ResolutionSchedule.from_sizes`."""
+    """Yield the image shape for each short side; UsageError as `ResolutionSchedule.from_sizes`."""
     channels, *sides = shape
     short, named = min(sides), "x".join(map(str, sides))
     common = math.gcd(*sides)
@@ -110,29 +121,29 @@ def _shapes(shape: tuple[int, ...], sizes: Sequence[int]) -> Iterator[tuple[int,
                 "progressive",
                 list(sizes),
                 f"images of {named} cannot be reduced to {size} by averaging blocks of pixels",
-                f"take sizes among {possible}",
+                f"use sizes among {possible}",
             )
         yield channels, *(side * size // short for side in sides)
     if sizes[-1] != short:
         raise UsageError(
             "progressive",
             list(sizes),
-            f"ends at {sizes[-1]}, and the images are {named}",
+            f"ends at {sizes[-1]}, but the images are {named}",
             f"end with {short}",
         )
 
 
 def reduced(images: Tensor, shape: Sequence[int]) -> Tensor:
-    """The images [B, C, *sides] at a smaller `shape` [C, *sides] that divides theirs: the means of blocks of pixels."""
+    """Reduce images [B, C, *sides] to `shape` [C, *sides], which divides theirs, by averaging blocks of pixels."""
     sides = tuple(shape[1:])
     return images if images.shape[2:] == sides else interpolate(images, sides, mode="area")
 
 
 class ProgressiveBatches:
-    """The batches of all stages from step `start` on, without end, in `parts` a step.
+    """Endless batches of all stages from step `start`, `parts` per step.
 
-    One endless stream of images, as `Batches` has it, goes through all of them: a step begins where the one before it
-    ended, whatever their sizes. Images are reduced on the device that trains. Raises what `Batches` raises.
+    All stages share one endless stream of images, as in `Batches`: each step begins where the previous one ended,
+    whatever their batch sizes. Images are reduced on the training device. See `Batches` for arguments and errors.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""Points on the surfaces of bodies that formulas describe, the built-in set of point sets."""
+"""Random points on analytic surfaces: the built-in point clouds."""
 
 from collections.abc import Callable
 
@@ -7,7 +7,7 @@ import numpy as np
 from diffusion_cli.system.seeding import mix
 
 Stream = np.random.RandomState
-"""NumPy guarantees its numbers for ever."""
+"""Random generator whose stream NumPy guarantees never to change."""
 
 
 def sphere(draw: Stream, count: int) -> np.ndarray:
@@ -22,28 +22,28 @@ def cube(draw: Stream, count: int) -> np.ndarray:
 
 
 def cylinder(draw: Stream, count: int) -> np.ndarray:
-    """Of radius 1 about z, half to one and a half times as high as wide."""
+    """Return points on a cylinder of radius 1 about z with height 1 to 3, including its caps."""
     height = draw.uniform(1, 3)
-    on_side = draw.uniform(size=count) < height / (height + 1)  # 2 pi h beside 2 pi
+    on_side = draw.uniform(size=count) < height / (height + 1)  # area 2 pi h of the side, 2 pi of the caps
     rim = np.where(on_side, 1.0, np.sqrt(draw.uniform(size=count)))
     z = np.where(on_side, draw.uniform(-1, 1, count), draw.choice([-1.0, 1.0], count)) * height / 2
     return _turned(draw, rim, z)
 
 
 def cone(draw: Stream, count: int) -> np.ndarray:
-    """Of radius 1 at its base below, half to one and a half times as high as wide."""
+    """Return points on a cone about z of base radius 1 and height 1 to 3, including its base."""
     height = draw.uniform(1, 3)
     slope = np.hypot(1, height)
-    on_side = draw.uniform(size=count) < slope / (slope + 1)  # pi s beside pi
+    on_side = draw.uniform(size=count) < slope / (slope + 1)  # area pi s of the side, pi of the base
     rim = np.sqrt(draw.uniform(size=count))
     return _turned(draw, rim, np.where(on_side, height * (0.5 - rim), -height / 2))
 
 
 def torus(draw: Stream, count: int) -> np.ndarray:
-    """Of a tube a quarter to a half as thick as its ring is wide, lying flat."""
+    """Return points on a flat torus of ring radius 1 and tube radius 0.25 to 0.5."""
     tube = draw.uniform(0.25, 0.5)
     angle = draw.uniform(0, 2 * np.pi, count)
-    # The area grows as 1 + tube cos(angle): what is too much of the inner half goes to the outer.
+    # The area is proportional to 1 + tube cos(angle): reflect the excess points of the inner half outwards.
     inward = draw.uniform(size=count) > (1 + tube * np.cos(angle)) / 2
     angle = np.where(inward, np.pi - angle, angle)
     return _turned(draw, 1 + tube * np.cos(angle), tube * np.sin(angle))
@@ -55,10 +55,10 @@ SHAPES: dict[str, Callable[[Stream, int], np.ndarray]] = {
 
 
 def shape_points(number: int, count: int) -> np.ndarray:
-    """Points of set `number`, float64 [count, 3], uniform on a surface within the unit ball.
+    """Return points of cloud `number`, float64 [count, 3], uniform on a surface within the unit ball.
 
-    Its class is `number` modulo the number of SHAPES. Proportions, the size (the farthest a body reaches: 0.5 to 1)
-    and the turn about z are drawn.
+    The class is `number` modulo the number of SHAPES. Proportions, size (distance of the farthest point, 0.5 to 1)
+    and rotation about z are random.
     """
     draw = Stream(mix("shape", number) % 2**32)
     points = [*SHAPES.values()][number % len(SHAPES)](draw, count)
@@ -68,6 +68,6 @@ def shape_points(number: int, count: int) -> np.ndarray:
 
 
 def _turned(draw: Stream, rim: np.ndarray, z: np.ndarray) -> np.ndarray:
-    """Points at distances `rim` from the z axis and heights z, anywhere around it."""
+    """Return points at distances `rim` from the z axis and heights `z`, at random angles."""
     around = draw.uniform(0, 2 * np.pi, len(rim))
     return np.stack([rim * np.cos(around), rim * np.sin(around), z], axis=1)

@@ -1,4 +1,4 @@
-"""What the headers of image files show before any pixel is read: their sizes, frames and colour profiles."""
+"""Remarks from the headers of image files: sizes, frames and colour profiles, without decoding pixels."""
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -14,24 +14,24 @@ from diffusion_cli.formats.profiles import conversion
 from diffusion_cli.system.untrusted import LARGEST, Archive, regular
 
 MOST = 256
-"""Files to open at most; of more files these are spread evenly."""
+"""Maximum number of files to open; of more files, evenly spaced ones are chosen."""
 
 
 class ImageHeader(NamedTuple):
-    """What the header of one file shows."""
+    """Properties from the header of an image file."""
 
     name: str
     size: tuple[int, ...]
     """Height and width of the upright image."""
     is_tiff: bool
     frames: bool
-    """Whether frames or pages follow the first."""
+    """Whether the file has more than one frame or page."""
     profile: str | None
-    """The name of the colour profile that is converted; empty for one that cannot be used."""
+    """Name of the colour profile that is converted; empty for a broken one; None otherwise."""
 
 
 def headers(path: Path, names: list[str]) -> list[ImageHeader]:
-    """Return the headers of at most MOST of the image files in a folder or archive, without those of broken files."""
+    """Return the headers of at most MOST image files in a folder or archive; broken files are skipped."""
     chosen = [names[row] for row in spread(len(names), min(len(names), MOST)).tolist()]
     return [*_headers(path, chosen)]
 
@@ -47,12 +47,12 @@ def _headers(path: Path, names: Sequence[str]) -> Iterator[ImageHeader]:
                         yield _header(name, parsed(file))
             except (
                 Exception
-            ):  # decoders meet broken data with errors of every type; reported where pixels are read
+            ):  # decoders raise errors of many types for broken data; reported where pixels are read
                 continue
 
 
 def _header(name: str, image: Image.Image) -> ImageHeader:
-    # Without this word in its header, Pillow looks for the orientation behind the pixels, and decodes them.
+    # For a PNG without "exif" in its header, Pillow would decode all pixels to look for the orientation.
     turned = (image.format != "PNG" or "exif" in image.info) and is_turned(image)
     size = image.size if turned else image.size[::-1]
     found = conversion(
@@ -65,17 +65,13 @@ def _header(name: str, image: Image.Image) -> ImageHeader:
 
 
 def _has_frames(image: Image.Image) -> bool:
-    if (
-        image.format == "MPO"
-    ):  # a second picture in a photo is a preview, a map of brightness or another eye's view
+    if image.format == "MPO":  # further images of an MPO photo are previews, gain maps or stereo views
         return False
     try:
         if image.format != "TIFF":
             return getattr(image, "is_animated", False)
         image.seek(1)
-    except (
-        Exception
-    ):  # EOFError after the last page; errors of every type if what follows the first is broken
+    except Exception:  # EOFError after the last page; errors of other types if the next page is broken
         return False
     return True
 
@@ -88,10 +84,15 @@ def remarks(
     own_numbers: bool = False,
     profiles: bool = True,
 ) -> list[str]:
-    """One line each about images smaller than the `wanted` height and width, about frames, and about profiles.
+    """Return remarks about images smaller than the `wanted` height and width, about frames, and about profiles.
 
-    `found` are headers of `total` files. Where images are read by their `own_numbers`, pages are channels and profiles
-    convert nothing.
+    Args:
+        key: configuration key and path, the start of each line.
+        found: headers of some of the files.
+        total: number of all files.
+        wanted: target height and width, or None.
+        own_numbers: whether pixels are read as values, not colours: pages are channels, profiles are ignored.
+        profiles: whether colour profiles are converted.
     """
     looked_at = len(found) if total > MOST else None
     lines = []
@@ -100,13 +101,13 @@ def remarks(
         size = " x ".join(map(str, reversed(min(small, key=sorted))))
         shown = wanted[0] if len(set(wanted)) == 1 else str([*wanted]).replace(" ", "")
         lines.append(
-            f"dataset.resolution={shown}: {_count(len(small), looked_at)} smaller and enlarged, the smallest from "
-            f"{size} pixels; set dataset.resolution to at most {min(map(min, small))} to enlarge none"
+            f"dataset.resolution={shown}: {_count(len(small), looked_at)} smaller and enlarged (smallest: "
+            f"{size} pixels); set dataset.resolution to at most {min(map(min, small))} to avoid this"
         )
     moving = [header.name for header in found if header.frames and not (header.is_tiff and own_numbers)]
     if moving:
         lines.append(
-            f"{key}: {_count(len(moving), looked_at)} in files of several frames or pages, and only the first of them "
+            f"{key}: {_count(len(moving), looked_at)} in files with several frames or pages, of which only the first "
             f"is read: {_named(moving)}"
         )
     return [*lines, *(_profile_remarks(key, found, looked_at) if profiles and not own_numbers else [])]
@@ -120,7 +121,7 @@ def _profile_remarks(key: str, found: Sequence[ImageHeader], looked_at: int | No
     broken = [header.name for header in found if header.profile == ""]
     if broken:
         count = _count(len(broken), looked_at)
-        yield f"{key}: {count} read as sRGB, for the colour profile is broken: {_named(broken)}"
+        yield f"{key}: {count} read as sRGB because the colour profile is broken: {_named(broken)}"
 
 
 def _is_smaller(size: tuple[int, ...], wanted: Sequence[int]) -> bool:
@@ -129,7 +130,7 @@ def _is_smaller(size: tuple[int, ...], wanted: Sequence[int]) -> bool:
 
 def _count(count: int, looked_at: int | None) -> str:
     if looked_at is not None:
-        return f"{count} of the {looked_at} images looked at are"
+        return f"{count} of the {looked_at} images examined are"
     return "1 image is" if count == 1 else f"{count} images are"
 
 

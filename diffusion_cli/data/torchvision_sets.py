@@ -1,4 +1,4 @@
-"""The published datasets that torchvision knows how to fetch, check and read."""
+"""Published datasets that torchvision downloads, verifies and reads."""
 
 import socket
 from abc import abstractmethod
@@ -14,25 +14,25 @@ from diffusion_cli.data.memory import MemoryImages
 from diffusion_cli.errors import UsageError
 from diffusion_cli.system.locks import locked
 
-STALL = 30.0  # seconds without an answer after which a download has failed; by default the wait is endless
+STALL = 30.0  # seconds without response until a download fails; the default waits forever
 
 
 class _Published(Dataset):
-    """A dataset of torchvision with its own training and test set; the latter is the validation split."""
+    """Dataset of torchvision with a training and a test set; the test set is the validation split."""
 
     source: str
-    """The class of torchvision.datasets."""
+    """Name of the class in torchvision.datasets."""
     files: str
-    """What a user without a network puts where."""
+    """Files to fetch by hand for use without a network."""
 
     def load(self, split: Split) -> MemoryImages:
-        from torchvision import datasets  # takes seconds to import
+        from torchvision import datasets  # slow import
 
         timeout = socket.getdefaulttimeout()
         socket.setdefaulttimeout(STALL)
         try:
             source = getattr(datasets, self.source)
-            # Of several processes one downloads, and the others find it.
+            # One process downloads, the others wait for it.
             with locked(Path(self.data_dir) / self.source):
                 data = source(str(self.data_dir), train=split == "train", download=True)
         except (RuntimeError, OSError, EOFError, ValueError, AssertionError) as error:
@@ -40,8 +40,8 @@ class _Published(Dataset):
             raise UsageError(
                 "data_dir",
                 self.data_dir,
-                f"cannot read {self.name} there, or download it ({reason})",
-                f"where there is a network, fetch {self.files} in {self.folder()}",
+                f"cannot read or download {self.name} ({reason})",
+                f"on a machine with a network, get {self.files} in {self.folder()}",
             ) from error
         finally:
             socket.setdefaulttimeout(timeout)
@@ -49,17 +49,20 @@ class _Published(Dataset):
 
     @abstractmethod
     def folder(self) -> Path:
-        """Where the files lie."""
+        """Return the folder of the files."""
 
     @abstractmethod
     def pixels(self, data: Any) -> Tensor:
-        """torchvision's array of all images as uint8 [N, C, H, W]."""
+        """Convert torchvision's array of all images to uint8 [N, C, H, W]."""
 
 
 class MNIST(_Published):
-    """70,000 handwritten digits in 28x28 gray, 10,000 of them for validation (LeCun et al. 1998).
+    """70,000 handwritten digits, 28x28 gray, 10,000 of them for validation (LeCun et al. 1998).
 
-    With size 32 they get a black border of two pixels, for networks that halve the size more than twice.
+    Args:
+        data_dir: folder of downloaded datasets.
+        size: 28, or 32 with a black border of two pixels, for networks with more than two downsamplings.
+        flip: whether training may flip images horizontally.
     """
 
     name = "mnist"
@@ -81,9 +84,12 @@ class MNIST(_Published):
 
 
 class FashionMNIST(MNIST):
-    """70,000 pictures of clothes in 28x28 gray, 10,000 of them for validation (Xiao et al. 2017).
+    """70,000 images of clothes, 28x28 gray, 10,000 of them for validation (Xiao et al. 2017).
 
-    With size 32 they get a black border of two pixels, for networks that halve the size more than twice.
+    Args:
+        data_dir: folder of downloaded datasets.
+        size: 28, or 32 with a black border of two pixels, for networks with more than two downsamplings.
+        flip: whether training may flip images horizontally.
     """
 
     name = "fashion_mnist"
@@ -102,7 +108,12 @@ class FashionMNIST(MNIST):
 
 
 class CIFAR10(_Published):
-    """60,000 small photographs in 32x32 colour, 10,000 of them for validation (Krizhevsky 2009)."""
+    """60,000 colour photographs, 32x32, 10,000 of them for validation (Krizhevsky 2009).
+
+    Args:
+        data_dir: folder of downloaded datasets.
+        flip: whether training may flip images horizontally.
+    """
 
     name = "cifar10"
     source = "CIFAR10"

@@ -534,7 +534,7 @@ def test_a_wrong_comparison_gets_one_line(place, tmp_path, capsys, words, line):
         (["samples={plain}"], "features=auto: plain has 1 channel(s) and no classes"),
         (
             ["samples={broken}", "dataset=digits", "force=true"],
-            "cannot use 1 of the images, repair or remove: b.png",
+            "cannot use 1 of the images; repair or remove b.png",
         ),
         (["samples={colour}", "dataset=digits"], "samples="),
         (["run=a", "reference=images", "reference.path=/nowhere"], "reference.path=/nowhere: does not exist"),

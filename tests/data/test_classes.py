@@ -351,9 +351,9 @@ def test_a_folder_of_an_archive_is_no_image_whatever_its_name_ends_in(tmp_path):
 def test_an_image_beside_class_folders_is_named(tmp_path, capsys):
     for name in ("a/0", "a/1", "b/0", "preview"):
         write(tmp_path / f"{name}.png")
-    line = "'preview.png' lies beside the folders 'a', 'b'; move it into class folders or away, or set "
+    line = "'preview.png' lies beside the class folders 'a', 'b'; move it into class folders or away, or set "
     line += "dataset.labels=none"
-    assert classes(tmp_path) == (None, None, [f"dataset.path={tmp_path}: no classes, as {line}"])
+    assert classes(tmp_path) == (None, None, [f"dataset.path={tmp_path}: no classes: {line}"])
     words = [
         "dataset=folder",
         f"dataset.path={tmp_path}",
@@ -375,7 +375,7 @@ def test_folders_of_splits_are_no_classes(tmp_path):
         write(tmp_path / "data" / split / name / "0.png")
     names, labels, (line,) = classes(tmp_path)
     assert (names, labels) == (("a", "b"), [0, 1, 0, 1])
-    assert "the folders Train, val are splits, and the classes are the folders inside" in line
+    assert "the folders Train, val are splits, and those inside are the classes" in line
     assert classes(tmp_path, rules=1) == (("Train", "val"), [0, 0, 1, 1], [])
 
 
@@ -412,10 +412,7 @@ def test_measured_numbers_are_no_classes_unless_asked_for(tmp_path):
     path = table(tmp_path / "x", "0.5", "37.2", "1", "nan")
     found = folder(path)
     assert found.class_names is None
-    assert (
-        "labels.csv labels images with numbers such as '0.5', '37.2'; set dataset.labels=csv"
-        in found.remarks()[0]
-    )
+    assert "labels.csv has labels such as '0.5', '37.2'; set dataset.labels=csv" in found.remarks()[0]
     assert folder(path, labels="csv").class_names == ("0.5", "1", "37.2", "nan")
     assert folder(table(tmp_path / "whole", "1.0", "2.0", "10")).class_names == ("1.0", "10", "2.0")
     assert folder(table(tmp_path / "mixed", "0.5", "half")).class_names == ("0.5", "half")

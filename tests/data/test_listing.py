@@ -64,11 +64,13 @@ def test_deep_files_are_refused_where_pillow_would_scale_them(tmp_path):
     scan = save(tmp_path / "x.jp2", GRAY.astype(np.uint16) * 257).read_bytes()
     for data, largest in ((deep, 4095), (scan, 65535), (b"P5 8 8 7 " + bytes(64), 7)):
         assert depth_of(data) == ("uint8" if largest == 7 else "uint16")
-        with pytest.raises(ValueError, match=f"has values up to {largest}, not 255; save it as PNG or TIFF"):
+        with pytest.raises(
+            ValueError, match=f"has a maximum value of {largest} instead of 255; save it as PNG or TIFF"
+        ):
             read_numbers(data)
     dataset = folder(tmp_path, depth=8).load("train")
     np.testing.assert_array_equal(dataset[torch.tensor([0])][0, 0], GRAY)
-    with pytest.raises(ValueError, match=r"x\.jp2 \(has values up to 65535"):
+    with pytest.raises(ValueError, match=r"x\.jp2 \(has a maximum value of 65535"):
         folder(tmp_path).load("train")
 
 
@@ -101,12 +103,12 @@ def test_files_that_may_be_images_are_counted_by_suffix(tmp_path):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
     counts = ".heic 2, without a suffix 1, .npy 1, .tga 1"
-    found = f"dataset.path={tmp_path}: 5 files are skipped: {counts}; convert those that are data to .png"
+    found = f"dataset.path={tmp_path}: 5 files are skipped: {counts}; convert images among them to .png"
     assert folder(tmp_path).remarks() == [found]
     assert given_images(tmp_path, "samples").remarks == (found.replace("dataset.path", "samples"),)
     assert not folder(save(tmp_path / "only/x.png").parent).remarks()
     many = [f"x.{number}" for number in range(20)]
-    assert passed_over("k", many, (".png",))[0].endswith("...; convert those that are data to .png")
+    assert passed_over("k", many, (".png",))[0].endswith("...; convert images among them to .png")
 
 
 def test_masks_and_inputs_are_counted_too(tmp_path, capsys):
@@ -244,7 +246,7 @@ def test_pictures_beside_samples_of_another_form_are_not_counted(tmp_path):
     arguments = {"num_points": 9, "radius": 1.0, "labels": "none", "size": 1, "val_fraction": 0.0}
     assert Points("", path=f"{tmp_path}/ours", **arguments).remarks() == []
     (line,) = Points("", path=f"{tmp_path}/theirs", **arguments).remarks()
-    assert line.endswith(": 1 file is skipped: .png 1; convert those that are data to .npy")
+    assert line.endswith(": 1 file is skipped: .png 1; convert images among them to .npy")
 
 
 def test_a_form_of_numbers_reads_the_same_suffixes():

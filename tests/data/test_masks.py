@@ -102,7 +102,9 @@ def test_labels_beyond_their_range_are_refused_and_not_made_others(tmp_path):
     save(tmp_path / "masks/a.png", np.array([[0, 20], [255, 1]], np.uint8).repeat(2, 0).repeat(2, 1))
     given = {"channels": 1, "resolution": 4}
     dataset = folder(tmp_path / "images", tmp_path / "masks", range=[[0, 255], [0, 20]], **given)
-    said = r"repair or remove: a\.png \(its mask: has labels 0 to 255, and dataset\.range gives masks \[0,20\]; give"
+    said = (
+        r"remove a\.png \(its mask: has labels 0 to 255, but dataset\.range limits masks to \[0,20\]; extend"
+    )
     with pytest.raises(ValueError, match=said):
         dataset.load("train")
     whole = folder(tmp_path / "images", tmp_path / "masks", range=[[0, 255], [0, 255]], **given)
@@ -112,17 +114,17 @@ def test_labels_beyond_their_range_are_refused_and_not_made_others(tmp_path):
 def test_masks_that_do_not_fit_are_told_by_name(tmp_path):
     pairs(tmp_path)
     images, masks = tmp_path / "images", tmp_path / "masks"
-    with pytest.raises(ValueError, match=r"dataset\.masks=.*nowhere: holds no mask; give a folder"):
+    with pytest.raises(ValueError, match=r"dataset\.masks=.*nowhere: has no masks; give a folder"):
         folder(images, tmp_path / "nowhere")
-    with pytest.raises(ValueError, match=r"dataset\.masks=.*: is for images, not for volumes"):
+    with pytest.raises(ValueError, match=r"dataset\.masks=.*: not supported for volumes"):
         folder(images, masks, resolution=[4, 4, 4])
     save(masks / "0/2.png", np.zeros((9, 15), np.uint8))
     with pytest.raises(
-        ValueError, match=r"cannot use 1 .*0/2\.png \(its mask is \(1, 9, 15\) .*not \(1, 10, 15\)"
+        ValueError, match=r"cannot use 1 .*0/2\.png \(its mask has shape \(1, 9, 15\); expected \(1, 10, 15\)"
     ):
         folder(images, masks).load("train")
     save(masks / "0/2.png", np.zeros((10, 15), np.uint16))
-    with pytest.raises(ValueError, match=r"0/2\.png \(its mask: holds uint16; wanted is uint8"):
+    with pytest.raises(ValueError, match=r"0/2\.png \(its mask: has dtype uint16; expected uint8"):
         folder(images, masks).load("train")
     save(masks / "0/2.tif", np.zeros((10, 15), np.uint8))
     with pytest.raises(ValueError, match=r"more than one mask for '0/2\.png'"):

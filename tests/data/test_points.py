@@ -59,17 +59,17 @@ def test_text_vertices():
 @pytest.mark.parametrize(
     ("data", "what"),
     [
-        (b"solid", "is no PLY file"),
-        (b"ply\n" + b"x" * 10**5, "is no PLY file"),
-        (ply(b"1 2 3 4 5"), "ends before its 2 vertices do"),
+        (b"solid", "is not a PLY file"),
+        (b"ply\n" + b"x" * 10**5, "is not a PLY file"),
+        (ply(b"1 2 3 4 5"), "ends before its 2 vertices"),
         (ply(b"1 2 3\n4 5 oh my\n"), "vertices"),
-        (ply(b"1 2 3\n4 5 nan\n"), "no finite numbers"),
-        (ply(b"1 2\n4 5\n", axes="xy"), "not of one x, y and z"),
-        (ply(b"1 2 3 4\n5 6 7 8\n", axes="xyzz"), "two properties of one name"),
+        (ply(b"1 2 3\n4 5 nan\n"), "not finite"),
+        (ply(b"1 2\n4 5\n", axes="xy"), "expected one x, y and z"),
+        (ply(b"1 2 3 4\n5 6 7 8\n", axes="xyzz"), "two vertex properties with the same name"),
         (ply(b"", "format ascii 1.0\nelement vertex 99999999999999\n"), "ends before its 99999999999999"),
         (ply(b"", "format binary_little_endian 1.0\nelement vertex 99999999999999\n"), "ends before its"),
-        (ply(b"", "format ascii 1.0\nelement vertex -2\n"), "does not begin with"),
-        (ply(b"", "format ascii 1.0\nelement face 1\nproperty list uchar int v\nelement vertex 1\n"), "begin with"),
+        (ply(b"", "format ascii 1.0\nelement vertex -2\n"), "does not start with"),
+        (ply(b"", "format ascii 1.0\nelement face 1\nproperty list uchar int v\nelement vertex 1\n"), "start with"),
         (ply(b"", "format ascii 1.0\nelement vertex 1\nproperty list uchar int v\n"), "'property list uchar int v'"),
     ],
 )  # fmt: skip
@@ -111,9 +111,9 @@ def test_files_keep_what_is_stored(tmp_path, radius):
     data = (tmp_path / "a.ply").read_bytes()
     assert torch.equal(form.read(data, (3, 500)), stored[0])
     np.testing.assert_allclose(read_ply(data).T, stored[0].double() * form.half_range, rtol=1e-6)
-    with pytest.raises(ValueError, match="has 500 points, not 499"):
+    with pytest.raises(ValueError, match="has 500 points; expected 499"):
         form.read(data, (3, 499))
-    with pytest.raises(ValueError, match="has points beyond"):
+    with pytest.raises(ValueError, match="has points outside"):
         PointCloud(radius=radius / 2).read(data, (3, 500))
 
 
@@ -205,7 +205,7 @@ def test_built_in_sets_are_balanced_split_and_always_the_same():
     assert 0.5 <= reach.min() < 0.6 < 0.9 < reach.max() <= 1
     assert train.pixels.dtype == torch.float32
     assert points(labels="none").class_names is None
-    with pytest.raises(ValueError, match=r"dataset.labels=csv: is of files; .* take auto or none"):
+    with pytest.raises(ValueError, match=r"dataset.labels=csv: applies to files; use auto or none"):
         points(labels="csv")
 
 
@@ -242,7 +242,7 @@ def test_a_radius_is_one_scale_for_all_and_comes_back(folder):
     np.testing.assert_allclose(np.sort(x[0].flatten().numpy()), np.sort(POINTS.flatten() / 8), atol=1e-6)
     assert dataset.form == PointCloud(radius=8.0)
     with pytest.raises(
-        ValueError, match=r"a\.ply \(reaches to 4\.\d+, beyond dataset\.radius=2; set it as large"
+        ValueError, match=r"a\.ply \(has coordinates up to 4\.\d+, beyond dataset\.radius=2; increase it"
     ):
         points(folder, radius=2.0, val_fraction=0.0).load("train")
 
@@ -266,12 +266,12 @@ def test_files_that_cannot_be_used_are_named(folder):
     with pytest.raises(ValueError, match="cannot use 4 of the images") as caught:
         points(folder, val_fraction=0.0).load("train")
     for words in [
-        "chairs/e.ply (", "f.npy (has shape (40, 2), not that of points, (N, 3))",
-        "g.npy (has 5 points, fewer than dataset.num_points=16)", "h.npy (has coordinates that are no finite",
+        "chairs/e.ply (", "f.npy (has shape (40, 2); expected (N, 3))",
+        "g.npy (has 5 points, fewer than dataset.num_points=16)", "h.npy (has coordinates that are not finite",
     ]:  # fmt: skip
         assert words in str(caught.value)
     (folder.parent / "none").mkdir()
-    with pytest.raises(ValueError, match=r"holds no points; wanted are \.npy \.ply"):
+    with pytest.raises(ValueError, match=r"has no point clouds; expected files with \.npy \.ply"):
         points(folder.parent / "none")
 
 

@@ -202,8 +202,8 @@ def test_other_stages_are_another_run(tmp_path, capsys):
         (["progressive=[8,4]"], "progressive=[8, 4]: should rise from size to size"),
         (["progressive=[4,4,8]"], "progressive=[4, 4, 8]: should rise"),
         (["progressive=[3,8]"], "progressive=[3, 8]: images of 8x8 cannot be reduced to 3 by averaging blocks of "
-         "pixels; take sizes among [1, 2, 4, 8]"),
-        (["progressive=[2,4]"], "progressive=[2, 4]: ends at 4, and the images are 8x8; end with 8"),
+         "pixels; use sizes among [1, 2, 4, 8]"),
+        (["progressive=[2,4]"], "progressive=[2, 4]: ends at 4, but the images are 8x8; end with 8"),
         (["progressive=[4,16]"], "progressive=[4, 16]: images of 8x8 cannot be reduced to 16"),
         (["stage_steps=[5]"], "stage_steps=[5]: goes with progressive=; give the sizes too"),
         (["stage_batch=[5]"], "stage_batch=[5]: goes with progressive=; give the sizes too"),

@@ -16,7 +16,7 @@ from diffusion_cli.formats.files import has_gray_palette, parsed
 from diffusion_cli.formats.lossy import lossy_format
 from helpers import SRGB, WIDE
 
-ENLARGED = "smaller and enlarged, the smallest from"
+ENLARGED = "smaller and enlarged (smallest: "
 
 
 def save(path: Path, size: tuple[int, int] = (8, 8), frames: int = 1, **options) -> Path:
@@ -42,10 +42,10 @@ def test_images_smaller_than_they_are_read_are_counted(tmp_path):
     save(tmp_path / "2.png", (24, 24))
     assert remarks(tmp_path, resolution=20) == []
     (line,) = remarks(tmp_path, resolution=64)
-    known = "20 x 40 pixels; set dataset.resolution to at most 20 to enlarge none"
-    assert line == f"dataset.resolution=64: 3 images are {ENLARGED} {known}"
+    known = "20 x 40 pixels); set dataset.resolution to at most 20 to avoid this"
+    assert line == f"dataset.resolution=64: 3 images are {ENLARGED}{known}"
     (line,) = remarks(tmp_path, resolution=[24, 24])
-    assert line.startswith(f"dataset.resolution=24: 1 image is {ENLARGED} 20 x 40")
+    assert line.startswith(f"dataset.resolution=24: 1 image is {ENLARGED}20 x 40")
     turned = Image.Exif()
     turned[0x0112] = 6
     save(tmp_path / "turned/0.jpg", (30, 20), exif=turned)
@@ -62,7 +62,7 @@ def test_of_many_files_some_are_looked_at(tmp_path, monkeypatch):
             archive.write(file, file.name)
     monkeypatch.setattr(survey, "MOST", 3)
     for path in (tmp_path / "x.zip", tmp_path):
-        assert any("3 of the 3 images looked at are smaller" in line for line in remarks(path))
+        assert any("3 of the 3 images examined are smaller" in line for line in remarks(path))
 
 
 @pytest.mark.parametrize("suffix", ["gif", "webp", "png", "tif"])
@@ -70,12 +70,12 @@ def test_files_of_several_frames_are_counted_by_every_command(tmp_path, suffix, 
     save(tmp_path / f"moving.{suffix}", frames=3)
     save(tmp_path / f"still.{suffix}")
     line = (
-        f"1 image is in files of several frames or pages, and only the first of them is read: moving.{suffix}"
+        f"1 image is in files with several frames or pages, of which only the first is read: moving.{suffix}"
     )
     assert remarks(tmp_path) == [f"dataset.path={tmp_path}: {line}"]
     assert given_images(tmp_path, "samples").remarks == (f"samples={tmp_path}: {line}",)
     read_input(str(tmp_path), [(3, 8, 8)], False, None, Uint8Image())
-    assert "diffuse: input: 1 image is in files of several frames" in capsys.readouterr().err
+    assert "diffuse: input: 1 image is in files with several frames" in capsys.readouterr().err
 
 
 def test_pages_that_are_channels_are_no_frames(tmp_path):
@@ -94,7 +94,7 @@ def test_profiles_that_are_converted_or_broken_are_counted(tmp_path):
     assert converted.startswith(
         f"dataset.path={tmp_path}: 1 image is converted to sRGB from a colour profile: "
     )
-    assert broken.endswith(": 1 image is read as sRGB, for the colour profile is broken: broken.png")
+    assert broken.endswith(": 1 image is read as sRGB because the colour profile is broken: broken.png")
     assert remarks(tmp_path, 1) == []  # of a run that converts none
     assert not any("profile" in line for line in remarks(tmp_path, range=[0, 255]))
 

@@ -492,7 +492,7 @@ def test_a_file_of_the_data_that_is_lost(tmp_path, capsys, monkeypatch, pictures
     capsys.readouterr()
     assert train(tmp_path / "parts", *words, "max_steps=20") == 2
     line = said(capsys)
-    assert f"dataset.path={folder}: cannot use 1 of the images, repair or remove: 3.png" in line
+    assert f"dataset.path={folder}: cannot use 1 of the images; repair or remove 3.png" in line
     saved = state(tmp_path / "parts")["global_step"]
     assert line.endswith(f"is saved to step {saved}; on the same data the same command goes on from there")
     assert train(tmp_path / "parts", *words, "max_steps=20") == 2
@@ -510,8 +510,8 @@ def test_a_process_that_reads_images_is_killed(tmp_path, capsys, monkeypatch, pi
     after_saving(monkeypatch, 4, lambda: multiprocessing.active_children()[0].kill())
     assert train(tmp_path, *words, "max_steps=20") == 2
     line = said(capsys)
-    assert "dataset.num_workers=2: a process that reads the images has died" in line
-    assert "as where memory runs out; take fewer, or 0; the run is saved to step" in line
+    assert "dataset.num_workers=2: a worker process died" in line
+    assert "possibly out of memory; use fewer workers, or 0; the run is saved to step" in line
     monkeypatch.undo()
     assert train(tmp_path, *words, "max_steps=20", "dataset.num_workers=0") == 0
     assert train(tmp_path / "whole", *words, "max_steps=20") == 0
@@ -528,15 +528,15 @@ def test_shared_memory_that_is_too_small_is_said_and_not_waited_for(tmp_path, pi
     script = 'mount -t tmpfs -o size=64k tmpfs /dev/shm && exec "$@"'
     done = subprocess.run(["unshare", "-m", "bash", "-c", script, "-", *call], capture_output=True, text=True)
     assert done.returncode == 2, done.stderr
-    assert "dataset.num_workers: no room to pass images on" in done.stderr.splitlines()[-1]
-    assert "enlarge /dev/shm, or take 0" in done.stderr.splitlines()[-1]
+    assert "dataset.num_workers: shared memory is full" in done.stderr.splitlines()[-1]
+    assert "enlarge /dev/shm, or set 0" in done.stderr.splitlines()[-1]
     assert "Traceback" not in done.stderr
 
 
 def test_real_numbers_want_a_range(tmp_path, capsys):
     np.save(tmp_path / "images.npy", np.full((40, 8, 8), np.nan, np.float32))
     assert train(tmp_path, "dataset=array", f"dataset.path={tmp_path}/images.npy", "max_steps=3") == 2
-    assert "dataset.range=null: real numbers have no range of their own; give [low,high]" in said(capsys)
+    assert "dataset.range=null: floating-point images need a range; give [low,high]" in said(capsys)
 
 
 # --- Locks -------------------------------------------------------------

@@ -25,7 +25,7 @@ WIDTH = 100
 
 
 def overview() -> str:
-    """The page of `diffuse --help`."""
+    """Return the page of `diffuse --help`."""
     commands = {name: summary(CONF / f"{name}.yaml") for name in COMMANDS}
     commands["completion"] = "Print a completion script for bash, zsh or fish"
     listed = "\n".join(line for name, text in commands.items() for line in _entry(f"  {name}", text, 14))
@@ -53,7 +53,7 @@ First steps
 
 
 def command_help(command: str, overrides: Sequence[str], dirs: Sequence[Path]) -> str:
-    """The page of `diffuse <command> --help`: groups, options, and keys with their comments."""
+    """Return the page of `diffuse <command> --help`: groups, options, and keys with their comments."""
     listed = _groups(command, overrides, dirs)
     words = "[group=option ...] [key=value ...]" if groups(command) else "[key=value ...]"
     words = f"[{FIRST_WORD[command]}] {words}" if command in FIRST_WORD else words
@@ -74,7 +74,7 @@ def command_help(command: str, overrides: Sequence[str], dirs: Sequence[Path]) -
 
 
 def groups_asked(command: str, overrides: Sequence[str], dirs: Sequence[Path]) -> list[str]:
-    """The groups that a command line asks about by `group=help`; an option that a user calls help has precedence."""
+    """Return the groups of the words `group=help`; an option of a user with the name `help` has precedence."""
     launcher, others = split_launcher(overrides)
     asked = {text.removesuffix("=help") for text in (*others, *launcher) if text.endswith("=help")}
     return [
@@ -85,7 +85,7 @@ def groups_asked(command: str, overrides: Sequence[str], dirs: Sequence[Path]) -
 
 
 def group_help(command: str, group: str, overrides: Sequence[str], dirs: Sequence[Path]) -> str:
-    """The page of `diffuse <command> <group>=help`: the options of a group with their descriptions."""
+    """Return the page of `diffuse <command> <group>=help`: the options of a group with their descriptions."""
     rest = [text for text in overrides if not text.endswith("=help")]
     lines = [*_wrapped(f"diffuse {command} {group}=OPTION: {GROUPS[group]}"), "", "Options (* selected)"]
     lines += _described(_groups(command, rest, dirs)[group])
@@ -101,7 +101,7 @@ class _Option(NamedTuple):
 
 
 def _groups(command: str, overrides: Sequence[str], dirs: Sequence[Path]) -> dict[str, list[_Option]]:
-    """The options of each group of a command, in the order of the help; those of `launcher` too, if it can sweep."""
+    """Return the options of each group of a command, in the order of the help; with `launcher` if it can sweep."""
     selected = chosen(command, overrides, dirs)
     files = {group: options(group, dirs) for group in groups(command)}
     if command not in GRIDS:
@@ -119,7 +119,7 @@ def _groups(command: str, overrides: Sequence[str], dirs: Sequence[Path]) -> dic
 
 
 def _described(listed: Sequence[_Option]) -> Iterator[str]:
-    """A line for each option of a group, with its description."""
+    """Yield a line for each option of a group, with its description."""
     column = 6 + max(len(option.name) for option in listed)
     for option in listed:
         yield from _entry(
@@ -128,25 +128,25 @@ def _described(listed: Sequence[_Option]) -> Iterator[str]:
 
 
 def _named(listed: Sequence[_Option]) -> list[str]:
-    """The names of the options of a group."""
+    """Return the names of the options of a group, wrapped."""
     return _wrapped(
         " ".join(f"{'*' * option.selected}{option.name}" for option in listed), " " * 20, " " * 20
     )
 
 
 def _keys(file: Path, prefix: str) -> Iterator[str]:
-    """A line for each key of a YAML file, with its value and comment."""
+    """Yield a line for each key of a YAML file, with its value and comment."""
     for key, value, comment in documented(file, prefix):
         yield from _entry(f"  {key}={value}", comment, 40)
 
 
 def _entry(name: str, text: str, column: int) -> list[str]:
-    """A name and its text, which begins at a column, or two blanks after a longer name."""
+    """Return a name and its text; the text begins at a column, or two blanks after a longer name."""
     return _wrapped(f"{name:<{column - 2}}  {text}".rstrip(), "", " " * column)
 
 
 def _wrapped(text: str, first: str = "", rest: str = "  ") -> list[str]:
-    """A text in lines of at most `WIDTH` columns if words allow, after the indents of the first and of the others."""
+    """Return the lines of a text, wrapped at `WIDTH` columns, with an indent of the first and one of the others."""
     return textwrap.wrap(
         escaped(text),
         WIDTH,

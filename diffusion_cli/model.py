@@ -8,7 +8,8 @@
 Settings have the names and the defaults of the command line. A mistake in one is a `UsageError`.
 """
 
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -18,9 +19,21 @@ from torch import Tensor
 
 from diffusion_cli import config as configuration
 from diffusion_cli import editing, networks
+from diffusion_cli.arguments import (
+    as_overrides,
+    check_supplied,
+    described,
+    flat,
+    given,
+    mask_pixels,
+    shown,
+    tensor,
+    texts,
+)
 from diffusion_cli.batch_size import advise_batch_size
 from diffusion_cli.commands import edit as edit_command
 from diffusion_cli.commands import train as train_command
+from diffusion_cli.commands.class_labels import class_number
 from diffusion_cli.commands.eval import assess
 from diffusion_cli.commands.evaluation_plan import plan_of
 from diffusion_cli.commands.inputs import Input
@@ -49,13 +62,20 @@ from diffusion_cli.system.precision import autocast, device_of
 
 ConfigT = TypeVar("ConfigT", SampleConfig, EditConfig, EvalConfig, TrainConfig)
 Label = int | str | Sequence[int | str] | None
+IN_MEMORY = "tensor"
+"""The name of samples that are given as a tensor."""
+OF_FILES = {
+    "sample": ("output", "strip", "gif", "frames"),
+    "edit": ("output", "input", "num_images", "fit", "data_dir", "dataset.path", "dataset.masks"),
+}
+"""Keys about files, which a loaded model neither reads nor writes."""
 
 
 def load(run: str | Path, *, weights: Weights = "ema", step: Step = None, device: str = "auto") -> "Model":
     """Load the denoiser of a run.
 
     Args:
-        run: folder of a run, or its name in `outputs`.
+        run: folder of a run, or its name in `outputs`; the name of a run in another output_dir is not found.
         weights: "ema" (averaged) or "raw".
         step: a step with a checkpoint, "best", or None for the newest.
         device: "auto", "cpu" or "cuda".
@@ -71,12 +91,12 @@ def load(run: str | Path, *, weights: Weights = "ema", step: Step = None, device
     return Model(find_run(str(run), "outputs"), weights, step, device)
 
 
-def train(*overrides: str) -> "Model":
+def train(*overrides: str | Sequence[str]) -> "Model":
     """Train as `diffuse train` does, and load the result.
 
     Args:
-        overrides: arguments of the command, as "dataset=digits" and "max_steps=100". A script that trains in several
-            processes (trainer.devices=2) needs `if __name__ == "__main__":`, because they import it.
+        overrides: arguments of the command, as "dataset=digits" and "max_steps=100", or a list of them. A script that
+            trains in several processes (trainer.devices=2) needs `if __name__ == "__main__":`, because they import it.
 
     Raises:
         UsageError: for a mistake in the overrides.
@@ -89,7 +109,7 @@ def train(*overrides: str) -> "Model":
         >>> model.step
         2
     """
-    checked = _checked("train", TrainConfig, overrides)
+    checked = _checked("train", TrainConfig, flat(overrides))
     task = getattr(getattr(networks, checked.model["_target_"].rpartition(".")[2]), "task", Denoiser.task)
     if task != Denoiser.task:
         raise UsageError("task", task, "trains no denoiser", "use the command: diffuse train")
@@ -99,13 +119,15 @@ def train(*overrides: str) -> "Model":
     return load(folder)
 
 
-def evaluate(samples: str | Path, metrics: Sequence[str], *overrides: str) -> dict[str, Result]:
-    """Measure image files made by any program, as `diffuse eval samples=` does.
+def evaluate(
+    samples: str | Path | Tensor, metrics: Sequence[str], *overrides: str | Sequence[str]
+) -> dict[str, Result]:
+    """Measure images made by any program, as `diffuse eval samples=` does.
 
     Args:
-        samples: folder, ZIP, .npz or .npy file.
+        samples: folder, ZIP, .npz or .npy file; or images, uint8 [N, C, H, W] with C 1 or 3.
         metrics: names of metrics, as "fid" and "kid".
-        overrides: further arguments of `diffuse eval`, as "dataset=cifar10".
+        overrides: further arguments of `diffuse eval`, as "dataset=cifar10", or a list of them.
 
     Returns:
         Values by name, each with its details and its protocol. They are not added to a metrics.json.
@@ -118,8 +140,13 @@ def evaluate(samples: str | Path, metrics: Sequence[str], *overrides: str) -> di
         >>> results["frechet_classifier"].protocol["samples"]
         20
     """
-    named = _overrides(samples=str(samples), metric=_listed("metrics", metrics))
-    return _evaluated(_checked("eval", EvalConfig, [*named, *overrides]), None)
+    path, images = IN_MEMORY, None
+    if isinstance(samples, str | Path):
+        path = str(samples)
+    else:
+        images = tensor("samples", samples, "a path, or uint8 [N, C, H, W]")
+    named = as_overrides(samples=path, metric=texts("metrics", metrics))
+    return _evaluated(_checked("eval", EvalConfig, [*named, *flat(overrides)]), None, images)
 
 
 def option(group: str, name: str, *supplied: Any, **arguments: Any) -> Any:
@@ -141,6 +168,7 @@ def option(group: str, name: str, *supplied: Any, **arguments: Any) -> Any:
         >>> len(sampler.grid(10))
         11
     """
+    group, name = str(group), str(name)
     command = next((each for each in COMMANDS if group in configuration.defaults(each)), None)
     if command is None:
         known = sorted({known for each in COMMANDS for known in configuration.defaults(each)})
@@ -162,13 +190,11 @@ def option(group: str, name: str, *supplied: Any, **arguments: Any) -> Any:
         key = f"{group}.{argument}"
         interpolated = argument not in arguments and written.get(key, "").startswith("${")
         if interpolated or value == "???" or (value == recipe.AUTO and key in mistakes):
-            mistakes[key] = Problem(key, NO_VALUE, "has no value outside a command", f"give {argument}=")
+            mistakes[key] = Problem(argument, NO_VALUE, "required", f"give {argument}=")
     if mistakes:
         raise UsageError.several(mistakes.values())
-    try:
-        return build(node, *supplied)
-    except TypeError as error:
-        raise UsageError(group, name, f"cannot be built of these positional arguments ({error})") from error
+    check_supplied(group, name, configuration.target(node), supplied)
+    return build(node, *supplied)
 
 
 class Model:
@@ -181,7 +207,7 @@ class Model:
     def __init__(self, folder: Path, weights: Weights, step: Step, device: str) -> None:
         self.folder = folder.resolve()
         """Folder of the run."""
-        checked = _checked("sample", SampleConfig, _overrides(weights=weights, step=step, device=device))
+        checked = _checked("sample", SampleConfig, as_overrides(weights=weights, step=step, device=device))
         self._settings = {"run": str(self.folder), "weights": weights, "step": checked.step, "device": device}
         self._loaded: LoadedDenoiser = load_model(folder, weights, device_of(device), checked.step)
 
@@ -228,7 +254,7 @@ class Model:
             seed: seed of the first image; image n has seed + n and depends on no other image.
             steps: steps of the sampler.
             sampler: name of an option, or a sampler that `option` made.
-            label: name or index of a class, a list of them in turn, "all", or "none"; None is "all".
+            label: name or index of a class, a list of them in turn, "all", or "none" as well as []; None is "all".
             guidance: name of an option, as "cfg".
             guidance_scale: its scale, or None for its default.
             batch_size: images at a time.
@@ -244,14 +270,15 @@ class Model:
             >>> load("outputs/demo").sample(4, steps=5).shape
             torch.Size([4, 1, 8, 8])
         """
-        named = None if isinstance(sampler, Sampler) else sampler
-        settings = _overrides(
-            num_samples=num_samples, seed=seed, steps=steps, sampler=named, label=label, guidance=guidance,
-            batch_size=batch_size, **_scale(guidance_scale),
+        settings = as_overrides(
+            num_samples=num_samples, seed=seed, steps=steps, guidance=guidance, batch_size=batch_size,
+            **given(label=label, **{"guidance.scale": guidance_scale}),
         )  # fmt: skip
+        settings += [] if isinstance(sampler, Sampler) else as_overrides(sampler=sampler)
         checked = self._checked("sample", SampleConfig, settings, overrides)
         prepared = prepare(checked.sampling, self.folder, self._loaded)
         if isinstance(sampler, Sampler):
+            self._check_sampler(sampler, overrides)
             prepared = replace(prepared, sampler=sampler)
         prepared.check()
         seeds = checked.seeds
@@ -260,13 +287,15 @@ class Model:
             return torch.cat([batch.images.cpu() for batch in batches])
 
     @torch.no_grad()
-    def denoise(self, x_t: Tensor, t: Tensor | float, y: Tensor | Sequence[int] | None = None) -> Prediction:
+    def denoise(
+        self, x_t: Tensor, t: Tensor | float, y: Tensor | Sequence[int | str] | None = None
+    ) -> Prediction:
         """Estimate the image and the noise in x_t.
 
         Args:
             x_t: noised images, float [B, C, H, W], in the scale where clean ones lie in [-1, 1]; or noised latents.
             t: times in (0, 1], one for all or one an image.
-            y: class indices [B], or None for no label.
+            y: indices or names of classes [B], or None for no label.
 
         Returns:
             A prediction with x0, eps, and the score -eps / sigma, each of the shape of x_t, in float32.
@@ -280,9 +309,10 @@ class Model:
             torch.Size([2, 1, 8, 8])
         """
         device, x_t = self._device, self._states("x_t", x_t)
-        times = torch.as_tensor(t, dtype=torch.float64)
+        wanted = "one time in (0, 1], or one per image"
+        times = tensor("t", t, wanted).double()
         if times.shape not in ((), (len(x_t),)) or not bool(((times > 0) & (times <= 1)).all()):
-            raise UsageError("t", times.tolist(), "should be one time in (0, 1], or one an image")
+            raise UsageError("t", times.tolist(), f"must be {wanted}")
         with autocast(device, "fp32"):
             labels = self._labels(y, len(x_t))
             return self._loaded.denoiser(x_t, times.to(device) if times.ndim else times, labels)
@@ -292,7 +322,7 @@ class Model:
         """Return what the denoiser sees of images without noise: pixels in [-1, 1], or latents, float [B, ...]."""
         images = self._images(images)
         if tuple(images.shape[1:]) != self.shape:
-            raise UsageError("images", tuple(images.shape[1:]), f"should be of shape {self.shape}")
+            raise UsageError("images", described(images), f"must be {self._stored_images}")
         return self._loaded.space.encode(to_model_range(images.to(self._device)))
 
     @torch.no_grad()
@@ -341,22 +371,31 @@ class Model:
             >>> model.edit("img2img", model.sample(2, steps=5), steps=5).shape
             torch.Size([2, 1, 8, 8])
         """
-        settings = _overrides(
-            edit=name, restoration=restoration or _usual_restoration(name), seed=seed, steps=steps, sampler=sampler,
-            label=label, guidance=guidance, **_scale(guidance_scale),
+        node = _edit_node(name)
+        settings = as_overrides(
+            edit=name, seed=seed, guidance=guidance,
+            **given(
+                restoration=restoration or _default_restoration(node), steps=steps, sampler=sampler, label=label,
+                **{"guidance.scale": guidance_scale},
+            ),
         )  # fmt: skip
-        named = [] if images is None else ["input=val"]  # stands for the images, and is not read
-        masked = [] if mask is None else ["edit.mask=mask"]
-        checked = self._checked("edit", EditConfig, [*settings, *named, *masked], overrides)
-        prepared = prepare(checked.sampling, self.folder, self._loaded)
-        inputs = None
+        inputs = pixels = None
         if images is not None:
             inputs = [Input(f"{number:05d}", image) for number, image in enumerate(self._images(images))]
+            settings.append("input=val")  # stands for the images, and is not read
+        if mask is not None:
+            if node and "mask" not in node:
+                raise UsageError("mask", shown(mask), f"has no effect on edit={name}", "leave it out")
+            pixels = mask_pixels(mask, self.shape[-2:])
+            settings.append("edit.mask=mask")
+        checked = self._checked("edit", EditConfig, settings, overrides)
+        if images is None and checked.edit.get("seeds") is None:
+            seeds = ", or edit.seeds=[0,1] in overrides" if "seeds" in node else ""
+            raise UsageError("images", NO_VALUE, "missing", f"give a tensor {self._stored_images}{seeds}")
+        prepared = prepare(checked.sampling, self.folder, self._loaded)
         with advise_batch_size(checked.batch_size, checked.device):
             try:
-                results = edit_command.edited(
-                    checked, prepared, inputs, None if mask is None else _gray(mask)
-                )
+                results = edit_command.edited(checked, prepared, inputs, pixels)
             except UsageError as error:
                 raise error.renamed({"input": "images", "edit.mask": "mask"}) from error
         return results[:, 0] if results.shape[1] == 1 else results
@@ -397,9 +436,10 @@ class Model:
             >>> results["kid_classifier"].protocol["samples"]
             50
         """
-        settings = _overrides(
-            metric=_listed("metrics", metrics), num_samples=num_samples, seed=seed, steps=steps, sampler=sampler,
-            label=label, guidance=guidance, batch_size=batch_size, **_scale(guidance_scale),
+        settings = as_overrides(
+            metric=texts("metrics", metrics), seed=seed, steps=steps, sampler=sampler, guidance=guidance,
+            batch_size=batch_size,
+            **given(num_samples=num_samples, label=label, **{"guidance.scale": guidance_scale}),
         )  # fmt: skip
         return _evaluated(self._checked("eval", EvalConfig, settings, overrides), self._loaded)
 
@@ -407,45 +447,67 @@ class Model:
     def _device(self) -> torch.device:
         return next(self._loaded.denoiser.parameters()).device
 
-    def _states(self, key: str, x: Tensor) -> Tensor:
+    @property
+    def _stored_images(self) -> str:
+        """Type and shape of images as stored."""
+        dtype = self._loaded.info.form.quantize(torch.zeros(1, *self.shape)).dtype
+        return f"{str(dtype).removeprefix('torch.')} [B, {', '.join(map(str, self.shape))}]"
+
+    def _states(self, key: str, value: Tensor) -> Tensor:
         """What the denoiser works on, float32 on its device; UsageError, about an argument, for another shape."""
         shape = self._loaded.space.shape
-        x = torch.as_tensor(x, dtype=torch.float32, device=self._device)
-        if tuple(x.shape[1:]) != shape:
-            raise UsageError(key, tuple(x.shape), f"should be of shape (B, {', '.join(map(str, shape))})")
-        return x
+        wanted = f"float [B, {', '.join(map(str, shape))}]"
+        x = tensor(key, value, wanted)
+        if tuple(x.shape[1:]) != shape or not x.is_floating_point():
+            raise UsageError(
+                key, described(x), f"must be {wanted}", "" if x.is_floating_point() else "use encode"
+            )
+        return x.to(self._device, torch.float32)
 
-    def _labels(self, y: Tensor | Sequence[int] | None, count: int) -> Tensor | None:
+    def _labels(self, y: Tensor | Sequence[int | str] | None, count: int) -> Tensor | None:
         """Class indices on the device of the model, int64 [B]."""
         if y is None:
             return None
         classes = self._loaded.num_classes
         if classes is None:
             raise UsageError("y", NO_VALUE, "the model is not class-conditional", "leave it out")
-        labels = torch.as_tensor(y)
+        if isinstance(y, list | tuple):
+            names = self.class_names or ()
+            y = [class_number(one, names, "y") if isinstance(one, str) else one for one in y]
+        wanted = f"{count} classes, by index (0 to {classes - 1}) or name"
+        labels = tensor("y", y, wanted)
         whole = not labels.is_floating_point() and labels.shape == (count,)
         if not whole or bool(((labels < 0) | (labels >= classes)).any()):
-            raise UsageError(
-                "y", labels.tolist(), f"should be {count} indices of classes, 0 to {classes - 1}"
-            )
+            raise UsageError("y", labels.tolist(), f"must be {wanted}")
         return labels.to(self._device, torch.int64)
 
-    def _images(self, images: Tensor) -> Tensor:
-        """Images as stored, on the CPU; UsageError for another shape or type."""
-        images = torch.as_tensor(images).cpu()
+    def _images(self, value: Tensor) -> Tensor:
+        """Images as stored, on the CPU; UsageError for another number of dimensions or type."""
+        images = tensor("images", value, self._stored_images).cpu()
         dtype = self._loaded.info.form.quantize(torch.zeros(1, *self.shape)).dtype
         if images.ndim != len(self.shape) + 1 or images.dtype != dtype:
-            found = f"{images.dtype} {tuple(images.shape)}".removeprefix("torch.")
-            wanted = f"{str(dtype).removeprefix('torch.')} (B, {', '.join(map(str, self.shape))})"
-            raise UsageError("images", found, f"should be {wanted}")
+            raise UsageError("images", described(images), f"must be {self._stored_images}")
         return images
 
+    def _check_sampler(self, sampler: Sampler, overrides: Sequence[str]) -> None:
+        """Raise UsageError for a sampler of another schedule, and for overrides of its settings."""
+        built, own = sampler.schedule, self.denoiser.schedule
+        if not built.equals(own):
+            settings = " with other settings" if built.name == own.name else ""
+            problem = f"was built with schedule {built.name}, and the model has {own.name}{settings}"
+            raise UsageError("sampler", NO_VALUE, problem, "build it with model.denoiser.schedule")
+        for word in overrides:
+            if re.match(r"sampler[.=]", word):
+                raise UsageError(
+                    "overrides", word, "has no effect on a sampler that is an object", "set it in option(...)"
+                )
+
     def _checked(
-        self, command: str, kind: type[ConfigT], settings: list[str], more: Sequence[str]
+        self, command: str, kind: type[ConfigT], settings: list[str], overrides: Sequence[str]
     ) -> ConfigT:
         """The configuration of a command for this model, whose run, weights and device are chosen already."""
-        more = _listed("overrides", more)
-        for key in ("output_dir", "processes", "compile", *self._settings):
+        more = texts("overrides", overrides)
+        for key in (*self._settings, "output_dir", "processes", "compile", *OF_FILES.get(command, ())):
             if any(word.startswith(f"{key}=") for word in more):
                 raise UsageError("overrides", key, "cannot be set for a loaded model", "leave it out")
         return _checked(command, kind, [*settings, *more]).model_copy(update=self._settings)
@@ -457,54 +519,25 @@ def _checked(command: str, kind: type[ConfigT], words: Sequence[str]) -> ConfigT
     return checked
 
 
-def _evaluated(checked: EvalConfig, model: LoadedDenoiser | None) -> dict[str, Result]:
+def _evaluated(
+    checked: EvalConfig, model: LoadedDenoiser | None, images: Tensor | None = None
+) -> dict[str, Result]:
     mode = checked.mode()
     if isinstance(mode, HistoryComparison):
         raise UsageError("overrides", "compare", "measures nothing", "leave it out")
     with advise_batch_size(mode.batch_size, mode.device):
-        reports = assess(plan_of(mode, model))
+        reports = assess(plan_of(mode, model, images))
     return {result.name: result for report in reports for result in report.results}
 
 
-def _scale(guidance_scale: float | None) -> dict[str, float]:
-    return {} if guidance_scale is None else {"guidance.scale": guidance_scale}
-
-
-def _overrides(**settings: Any) -> list[str]:
-    """Settings as words of a command line; one that is None is left out."""
-    return [f"{key}={_word(value)}" for key, value in settings.items() if value is not None]
-
-
-def _word(value: Any) -> str:
-    if isinstance(value, list | tuple | range):
-        return f"[{','.join(map(_word, value))}]"
-    if isinstance(value, str):
-        if "${" in value:
-            raise UsageError("name", value, "contains ${, which Hydra would replace", "use another name")
-        return configuration.quoted(value)
-    return str(value).lower() if isinstance(value, bool) else str(value)
-
-
-def _listed(key: str, values: Sequence[str]) -> list[str]:
-    """Several names as a list; UsageError for one text, whose letters would be taken for them."""
-    if isinstance(values, str):
-        raise UsageError(key, values, "should be a list", f"write [{values!r}]")
-    return list(values)
-
-
-def _usual_restoration(edit: str) -> str | None:
-    """The restoration of an edit if none is named; None of an edit that restores nothing."""
+def _edit_node(edit: str) -> dict[str, Any]:
+    """The node of an edit; empty for an unknown one, which is refused with the other settings."""
     if edit not in configuration.options("edit"):
-        return None  # refused with the other words
-    target = configuration.compose("edit", [f"edit={edit}"])[0]["edit"]["_target_"]
-    return "repaint" if getattr(editing, target.rpartition(".")[2]).restores else None
+        return {}
+    return configuration.compose("edit", [f"edit={edit}"])[0]["edit"]
 
 
-def _gray(mask: Tensor) -> Tensor:
-    """A mask as gray values of a file, uint8 [H, W]; UsageError unless it is of type bool."""
-    mask = torch.as_tensor(mask)
-    if mask.dtype != torch.bool or mask.ndim != 2:
-        raise UsageError(
-            "mask", f"{mask.dtype} {tuple(mask.shape)}", "should be bool (H, W)", "write mask > 0.5"
-        )
-    return mask.cpu().to(torch.uint8) * 255
+def _default_restoration(edit: Mapping[str, Any]) -> str | None:
+    """The restoration of an edit if none is named; None for an edit that restores nothing."""
+    kind = getattr(editing, edit["_target_"].rpartition(".")[2]) if edit else None
+    return "repaint" if kind is not None and kind.restores else None

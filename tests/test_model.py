@@ -16,7 +16,7 @@ import diffusion_cli as diffuse
 from diffusion_cli import model as api
 from diffusion_cli.cli import run
 from diffusion_cli.metrics import read_history
-from diffusion_cli.samplers import DPMSolverMultistep
+from diffusion_cli.samplers import DDIM, DPMSolverMultistep
 from diffusion_cli.training import AdamW
 
 STORED = Path(__file__).parent / "stored_runs" / "format_4.zip"
@@ -156,28 +156,25 @@ def test_images_go_to_the_space_of_the_model_and_back(here):
         (lambda m: m.sample(sampler="dimm"), "sampler=dimm: unknown option; did you mean ddim?"),
         (lambda m: m.sample(label=3), "label=3: the model is not class-conditional"),
         (lambda m: m.sample(overrides=["stps=3"]), "stps=3: unknown key; did you mean steps?"),
-        (lambda m: m.denoise(torch.zeros(1, 1, 8, 8), 1.5), "t=1.5: should be one time in (0, 1], or one an image"),
-        (lambda m: m.denoise(torch.zeros(1, 1, 9, 9), 0.5), "x_t=(1, 1, 9, 9): should be of shape (B, 1, 8, 8)"),
+        (lambda m: m.denoise(torch.zeros(1, 1, 8, 8), 1.5), "t=1.5: must be one time in (0, 1], or one per image"),
+        (lambda m: m.denoise(torch.zeros(1, 1, 9, 9), 0.5), "x_t=float32 [1, 1, 9, 9]: must be float [B, 1, 8, 8]"),
         (lambda m: m.denoise(torch.zeros(1, 1, 8, 8), 0.5, [1]), "y: the model is not class-conditional"),
-        (lambda m: m.edit("img2img", torch.zeros(1, 1, 8, 8)), "images=float32 (1, 1, 8, 8): should be uint8"),
+        (lambda m: m.edit("img2img", torch.zeros(1, 1, 8, 8)), "images=float32 [1, 1, 8, 8]: must be uint8"),
         (lambda m: m.edit("img2img", torch.zeros(1, 1, 8, 4).byte()), "images=(1, 8, 4): should be of shape (1, 8, 8)"),
-        (lambda m: m.edit("inpaint", torch.zeros(1, 1, 8, 8).byte(), mask=torch.ones(8, 8)), "should be bool (H, W)"),
-        (lambda m: m.sample(1, overrides="eta=1"), "overrides=eta=1: should be a list"),
-        (lambda m: m.evaluate("fid"), "metrics=fid: should be a list; write ['fid']"),
+        (lambda m: m.edit("inpaint", torch.zeros(1, 1, 8, 8).byte(), mask=torch.ones(8, 8)), "must be bool [8, 8]"),
+        (lambda m: m.sample(1, overrides="eta=1"), "overrides=eta=1: must be a list"),
+        (lambda m: m.evaluate("fid"), "metrics=fid: must be a list; write ['fid']"),
         (lambda m: diffuse.load("outputs/denoiser", step=-1), "step=-1: must be"),
         (lambda m: diffuse.load("outputs/denoiser", device="gpu"), "device=gpu: must be auto, cpu or cuda"),
         (lambda m: diffuse.train("task=classifier", "max_steps=1"), "task=classifier: trains no denoiser"),
-        (lambda m: diffuse.option("sampler", "ddim"), "sampler=ddim: cannot be built of these positional arguments"),
         (lambda m: diffuse.option("task", "autoencoder"), "group=task: autoencoder is not an option with a class"),
         (lambda m: diffuse.load("outputs/class_conditional").denoise(torch.zeros(1, 1, 8, 8), 0.5, [10]), "0 to 9"),
-        (lambda m: m.edit("img2img"), "images=null: give"),
         (lambda m: diffuse.load("nothing"), "run=nothing: holds no checkpoints/last.ckpt"),
         (lambda m: diffuse.load("outputs/classifier"), "was trained with task=classifier"),
         (lambda m: diffuse.option("samplr", "ddim"), "group=samplr: unknown group; did you mean sampler?"),
         (lambda m: diffuse.option("sampler", "ddmi"), "sampler=ddmi: unknown option; did you mean"),
-        (lambda m: diffuse.option("optimizer", "adamw"), "optimizer.lr: has no value outside a command; give lr="),
-        (lambda m: diffuse.option("optimizer", "adamw", lr=1.0, warm_up_steps=0), "decay_steps: has no value outside"),
-        (lambda m: diffuse.option("dataset", "array", "data"), "path: has no value outside a command; give path="),
+        (lambda m: diffuse.option("optimizer", "adamw", lr=1.0, warm_up_steps=0), "decay_steps: required"),
+        (lambda m: diffuse.option("dataset", "array", "data"), "path: required; give path="),
         (lambda m: diffuse.option("optimizer", "adamw", lr=-1), "optimizer.lr=-1: must be greater than 0"),
         (lambda m: diffuse.option("sampler", "ddim", None, etta=1), "sampler.etta=1: unknown key; did you mean eta?"),
     ],
@@ -187,6 +184,112 @@ def test_a_mistake_is_named_as_on_the_command_line(here, mistake, message):
     with pytest.raises(diffuse.UsageError) as caught:
         mistake(model)
     assert message in str(caught.value)
+
+
+HALF, NOTHING = torch.zeros(8, 4, dtype=torch.bool), torch.zeros(8, 8, dtype=torch.bool)
+NOT_SET = "cannot be set for a loaded model; leave it out"
+MISUSES = {
+    "m.sample(sampler=option('sampler', 'ddim', option('schedule', 'edm')))": (
+        "sampler: was built with schedule EDM, and the model has Cosine; build it with model.denoiser.schedule"
+    ),
+    "m.sample(sampler=option('sampler', 'ddim', option('schedule', 'cosine', num_timesteps=10)))": (
+        "sampler: was built with schedule Cosine, and the model has Cosine with other settings"
+    ),
+    "m.sample(1, sampler=sampler(m), overrides=['sampler.eta=1'])": (
+        "overrides=sampler.eta=1: has no effect on a sampler that is an object; set it in option(...)"
+    ),
+    "m.sample(1, sampler=DDIM)": "sampler=DDIM: must be the name of an option",
+    "m.evaluate(['kid'], sampler=sampler(m))": "sampler=DDIM: must be the name of an option",
+    "m.edit('img2img', im, sampler=sampler(m))": "sampler=DDIM: must be the name of an option",
+    "m.sample(1, sampler=None)": "sampler=null: unknown option",
+    "m.sample(num_samples=None)": "num_samples=null: must be an integer",
+    "m.sample(1, steps=object())": "steps=object: must be a number or text",
+    "m.sample(1, overrides=['output=x'])": f"overrides=output: {NOT_SET}",
+    "m.sample(1, overrides=['strip=true'])": f"overrides=strip: {NOT_SET}",
+    "m.edit('img2img', im, overrides=['input=val'])": f"overrides=input: {NOT_SET}",
+    "m.sample(1, overrides=None)": "overrides=null: must be a list of texts",
+    "m.sample(1, overrides=[1])": "overrides=1: must be text",
+    "m.evaluate(None)": "metrics=null: must be a list of texts",
+    "m.edit(None, im)": "edit=null: unknown option",
+    "m.edit('img2img', 'val')": "images=val: must be uint8 [B, 1, 8, 8]",
+    "m.edit('img2img')": "images: missing; give a tensor uint8 [B, 1, 8, 8]",
+    "m.edit('interpolate')": "images: missing; give a tensor uint8 [B, 1, 8, 8], or edit.seeds=[0,1] in overrides",
+    "m.edit('inpaint', im, mask='m.png')": "mask=m.png: must be bool [8, 8]",
+    "m.edit('inpaint', im, mask=HALF)": "mask=bool [8, 4]: must be bool [8, 8], the size of the images",
+    "m.edit('inpaint', im, mask=NOTHING)": "mask: has no true element; set those that are to be painted",
+    "m.edit('img2img', im, mask=NOTHING)": "mask=bool [8, 8]: has no effect on edit=img2img; leave it out",
+    "m.denoise(x, 'a')": "t=a: must be one time in (0, 1], or one per image",
+    "m.denoise(x, None)": "t: missing; give one time in (0, 1], or one per image",
+    "m.denoise('x', 0.5)": "x_t=x: must be float [B, 1, 8, 8]",
+    "m.denoise(None, 0.5)": "x_t: missing; give float [B, 1, 8, 8]",
+    "m.denoise(im, 0.5)": "x_t=uint8 [1, 1, 8, 8]: must be float [B, 1, 8, 8]; use encode",
+    "m.decode('x')": "x=x: must be float [B, 1, 8, 8]",
+    "m.encode(None)": "images: missing; give uint8 [B, 1, 8, 8]",
+    "c.denoise(x, 0.5, 'a')": "y=a: must be 1 classes, by index (0 to 9) or name",
+    "c.denoise(x, 0.5, ['a'])": "y=a: unknown class",
+    "option('schedule', None)": "schedule=None: unknown option",
+    "option(None, 'x')": "group=None: unknown group",
+    "option('sampler', 'ddim')": 'sampler=ddim: needs schedule; write option("sampler", "ddim", schedule)',
+    "option('sampler', 'ddim', 'cosine')": (
+        'schedule=cosine: must be Schedule; write option("sampler", "ddim", schedule)'
+    ),
+    "option('sampler', 'ddim', None)": "schedule=null: must be Schedule",
+    "option('model', 'unet_tiny')": (
+        'model=unet_tiny: needs shape and num_classes; write option("model", "unet_tiny", shape, num_classes)'
+    ),
+    "option('model', 'unet_tiny', 8, 24)": "shape=8: must be tuple[int, ...]",
+    "option('model', 'unet_tiny', (1, 8, 8), None, 3)": "3 positional arguments, and the class has 2",
+    "option('optimizer', 'adamw')": "lr: required; give lr=",
+    "diffuse.load('outputs/denoiser', device=None)": "device=null: must be auto, cpu or cuda",
+    "diffuse.load('outputs/denoiser', weights=None)": "weights=null: must be ema or raw",
+    "diffuse.train(['max_steps=0'])": "max_steps=0: must be greater than 0",
+    "diffuse.train(1)": "overrides=1: must be a list of texts",
+    "diffuse.evaluate(im, ['fid'], ['dataset=nope'])": "dataset=nope: unknown option",
+    "diffuse.evaluate(x, ['fid'], 'dataset=digits')": "samples=float32 [1, 1, 8, 8]: must be uint8 [N, 1, 8, 8]",
+    "diffuse.evaluate(None, ['fid'])": "samples: missing; give a path, or uint8 [N, C, H, W]",
+}
+
+
+def test_misuses_are_one_line_each(here):
+    names = {
+        "m": diffuse.load("outputs/denoiser"), "c": diffuse.load("outputs/class_conditional"), "diffuse": diffuse,
+        "option": diffuse.option, "sampler": lambda m: DDIM(m.denoiser.schedule), "DDIM": DDIM,
+        "im": torch.zeros(1, 1, 8, 8, dtype=torch.uint8), "x": torch.zeros(1, 1, 8, 8), "HALF": HALF,
+        "NOTHING": NOTHING,
+    }  # fmt: skip
+    answers = {}
+    for call in MISUSES:
+        with pytest.raises(diffuse.UsageError) as caught:
+            eval(call, names)
+        answers[call] = str(caught.value)
+    assert {call: line for call, line in answers.items() if MISUSES[call] not in line} == {}
+
+
+def test_a_sampler_may_have_a_schedule_of_its_own_with_the_same_settings(here):
+    model = diffuse.load("outputs/denoiser")
+    sampler = diffuse.option("sampler", "ddim", diffuse.option("schedule", "cosine"))
+    assert torch.equal(
+        model.sample(1, steps=2, sampler=sampler, overrides=FP32), model.sample(1, steps=2, overrides=FP32)
+    )
+
+
+def test_no_labels_are_no_label(here):
+    model = diffuse.load("outputs/class_conditional")
+    assert torch.equal(model.sample(2, steps=2, label=[]), model.sample(2, steps=2, label="none"))
+
+
+def test_names_of_classes_are_labels_of_a_prediction(here):
+    model = diffuse.load("outputs/class_conditional")
+    x_t = torch.zeros(2, 1, 8, 8)
+    assert torch.equal(model.denoise(x_t, 0.5, ["3", 1]).x0, model.denoise(x_t, 0.5, [3, 1]).x0)
+
+
+def test_images_in_memory_are_measured_as_those_in_a_file(here):
+    images = diffuse.load("outputs/denoiser").sample(30, steps=1)
+    np.save("images.npy", images.numpy())
+    words = ["dataset=digits", "features=classifier", "metric.kid.subset_size=20"]
+    in_memory, in_file = (diffuse.evaluate(each, ["kid"], words) for each in (images, "images.npy"))
+    assert in_memory["kid_classifier"].value == in_file["kid_classifier"].value
 
 
 @pytest.mark.parametrize(

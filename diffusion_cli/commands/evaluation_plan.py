@@ -4,6 +4,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from torch import Tensor
+
 from diffusion_cli.commands.inputs import show_remarks
 from diffusion_cli.commands.outputs import claim
 from diffusion_cli.commands.sample import samples_folder
@@ -88,8 +90,16 @@ def mode_of(config: EvalConfig) -> EvaluationMode | HistoryComparison:
     return config.mode()
 
 
-def plan_of(mode: EvaluationMode, model: LoadedDenoiser | None = None) -> EvaluationPlan:
-    """Load and check what a mode measures, with `model` for that of its run; UsageError if parts do not suit."""
+def plan_of(
+    mode: EvaluationMode, model: LoadedDenoiser | None = None, images: Tensor | None = None
+) -> EvaluationPlan:
+    """Load and check what a mode measures; UsageError if parts do not suit.
+
+    Args:
+        mode: mode of an evaluation.
+        model: model of its run, if it is loaded already.
+        images: samples, uint8 [N, C, H, W], in place of those in files.
+    """
     world = Distributed().world
     if world > 1 and not mode.makes_samples:
         raise UsageError(
@@ -100,7 +110,7 @@ def plan_of(mode: EvaluationMode, model: LoadedDenoiser | None = None) -> Evalua
         )
     match mode:
         case SampleFilesEvaluation():
-            return _of_files(mode)
+            return _of_files(mode, images)
         case ReconstructionEvaluation():
             return _of_autoencoder(mode)
         case SamplesEvaluation():
@@ -168,11 +178,11 @@ def _of_autoencoder(mode: ReconstructionEvaluation) -> EvaluationPlan:
     )  # fmt: skip
 
 
-def _of_files(mode: SampleFilesEvaluation) -> EvaluationPlan:
+def _of_files(mode: SampleFilesEvaluation, images: Tensor | None) -> EvaluationPlan:
     """Samples in files, and the dataset to compare with if one is named or they lie in the folder of a run."""
     path = Path(mode.samples).expanduser()
     dataset = _dataset_of_files(mode, path)
-    samples = given_samples(path, dataset, mode.num_samples)
+    samples = given_samples(path, dataset, mode.num_samples, images)
     # Samples in two folders of one name are not the same samples.
     name = f"{path.name}-{fingerprint({'path': str(path.resolve())})[:4]}"
     dataset = dataset or NoDataset(path.name, samples.shape)

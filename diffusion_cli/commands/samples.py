@@ -18,8 +18,9 @@ from diffusion_cli.data.class_shares import label_settings, labels_in_turn
 from diffusion_cli.data.folder import FileImages
 from diffusion_cli.data.labels import read
 from diffusion_cli.data.listing import MANIFEST
+from diffusion_cli.data.memory import MemoryImages
 from diffusion_cli.errors import UsageError
-from diffusion_cli.formats import SampleFormat, Uint8Image
+from diffusion_cli.formats import SampleFormat, Shape, Uint8Image
 from diffusion_cli.generate import generate, labels_of
 from diffusion_cli.images import Writer, read_stored, save_stored
 from diffusion_cli.metrics import GivenSamples, Reference, Samples
@@ -158,10 +159,12 @@ def read_films(folder: Path, seeds: Sequence[int], model: LoadedDenoiser) -> Ten
     return model.info.form.frames(read_stored(files, model.info.form, model.shape))
 
 
-def given_samples(path: Path, dataset: Dataset | None, count: int | None) -> GivenSamples:
-    """Images that lie there; of samples of this program with what their manifest says."""
-    form = dataset.form if dataset else Uint8Image()
-    given = given_images(path, "samples", dataset.shape if dataset else None, form)
+def given_samples(
+    path: Path, dataset: Dataset | None, count: int | None, images: Tensor | None = None
+) -> GivenSamples:
+    """Return the images of a path, or `images` in memory; those of this program with their manifest."""
+    form, shape = (dataset.form, dataset.shape) if dataset else (Uint8Image(), None)
+    given = given_images(path, "samples", shape, form) if images is None else _in_memory(images, shape, form)
     show_remarks(given.remarks)
     made: dict[str, Any] = {"samples": path.name}
     manifest = _manifest(path, given)
@@ -177,6 +180,21 @@ def given_samples(path: Path, dataset: Dataset | None, count: int | None) -> Giv
     if not isinstance(form, Uint8Image):
         given = ExternalImages(PicturedImages(given.images, form), given.class_names)
     return GivenSamples(given, dataset.class_names if dataset else None, made, f"samples={path}", count)
+
+
+def _in_memory(images: Tensor, shape: Shape | None, form: SampleFormat) -> ExternalImages:
+    """Images as stored, without classes; UsageError for another type or shape."""
+    shapes = [shape] if shape else [(channels, *images.shape[-2:]) for channels in (1, 3)]
+    dtype = form.quantize(torch.zeros(1, *shapes[0])).dtype
+    if images.dtype != dtype or tuple(images.shape[1:]) not in shapes or len(images) == 0:
+        found = f"{images.dtype} {list(images.shape)}".removeprefix("torch.")
+        wanted = str(list(shape))[1:-1] if shape else "C, H, W"
+        raise UsageError(
+            "samples",
+            found,
+            f"must be {str(dtype).removeprefix('torch.')} [N, {wanted}]{'' if shape else ' with 1 or 3 channels'}",
+        )
+    return ExternalImages(MemoryImages(images.cpu(), None), None)
 
 
 def _names(given: ExternalImages) -> list[str]:

@@ -51,7 +51,7 @@ from diffusion_cli.config.schema import (
 from diffusion_cli.config.seeds import shared_seeds
 from diffusion_cli.config.signature import signature
 from diffusion_cli.config.typed import as_typed, quoted
-from diffusion_cli.config.validate import build, check_node
+from diffusion_cli.config.validate import build, check_node, target
 from diffusion_cli.config.words import FLAGS, sort_words
 
 __all__ = [
@@ -115,4 +115,5 @@ __all__ = [
     "sort_words",
     "split_launcher",
     "summary",
+    "target",
 ]  # fmt: skip

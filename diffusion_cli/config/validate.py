@@ -186,11 +186,15 @@ def _annotation(model: type[BaseModel], location: Sequence[int | str]) -> Any:
     return annotation
 
 
+def target(node: Mapping[str, Any]) -> Any:
+    """Return the class, or the function, that a checked node names."""
+    module, _, name = node["_target_"].rpartition(".")
+    assert module.split(".")[0] == PACKAGE, node
+    return getattr(importlib.import_module(module), name)
+
+
 def build(node: Mapping[str, Any] | None, *supplied: Any) -> Any:
     """Build the object of a checked node, `target(*supplied, **arguments)`; None for no node."""
     if node is None:
         return None
-    module, _, name = node["_target_"].rpartition(".")
-    assert module.split(".")[0] == PACKAGE, node
-    target = getattr(importlib.import_module(module), name)
-    return target(*supplied, **{str(key): value for key, value in node.items() if key != "_target_"})
+    return target(node)(*supplied, **{str(key): value for key, value in node.items() if key != "_target_"})

@@ -7,7 +7,7 @@ output F; x_0 and eps are both linear in it, so that they are mixed alike.
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Annotated, Protocol
+from typing import Annotated, Protocol, runtime_checkable
 
 import torch
 from pydantic import Field, NonNegativeFloat, NonNegativeInt
@@ -30,6 +30,7 @@ Share = Annotated[float, Field(ge=0, le=1)]
 Threshold = Annotated[float, Field(ge=1)]
 
 
+@runtime_checkable
 class Guides(Protocol):
     """Gives the trained networks that a guidance names; UsageError where one does not go with the denoiser."""
 

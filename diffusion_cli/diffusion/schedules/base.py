@@ -52,6 +52,15 @@ class Schedule(ABC):
         """Name in messages."""
         return type(self).__name__.removesuffix("Schedule")
 
+    def equals(self, other: "Schedule") -> bool:
+        """Return whether another schedule is of the same class and has the same settings, by the noise they give."""
+        t = torch.linspace(self.t_min, 1, 501, dtype=torch.float64)
+        return (
+            type(self) is type(other)
+            and (self.t_min, self.grid_t_min) == (other.t_min, other.grid_t_min)
+            and torch.equal(self.log_snr(t), other.log_snr(t))
+        )
+
     def time(self, u: Tensor) -> Tensor:
         """Map uniform numbers u in [0, 1) to uniform training times, float64 in [t_min, 1]."""
         return self.t_min + (1 - self.t_min) * u.double()

@@ -1,0 +1,131 @@
+"""Arguments of the Python API: each is checked, or written as a word of the command line."""
+
+import inspect
+from collections.abc import Sequence
+from numbers import Real
+from pathlib import Path
+from typing import Any, get_type_hints
+
+import torch
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+from torch import Tensor
+
+from diffusion_cli import config
+from diffusion_cli.errors import NO_VALUE, UsageError, format_value
+
+LONGEST = 60
+"""Characters of a value in a message."""
+
+
+def as_overrides(**settings: Any) -> list[str]:
+    """Write settings as words of a command line."""
+    return [f"{key}={_word(key, value)}" for key, value in settings.items()]
+
+
+def given(**settings: Any) -> dict[str, Any]:
+    """Return the settings that are not None."""
+    return {key: value for key, value in settings.items() if value is not None}
+
+
+def texts(key: str, values: Any) -> list[str]:
+    """Return a sequence of texts as a list; UsageError, about `key`, for any other value."""
+    if isinstance(values, str):
+        raise UsageError(key, values, "must be a list", f"write [{values!r}]")
+    if not isinstance(values, Sequence):
+        raise UsageError(key, shown(values), "must be a list of texts")
+    for value in values:
+        if not isinstance(value, str):
+            raise UsageError(key, shown(value), "must be text")
+    return list(values)
+
+
+def flat(arguments: Sequence[str | Sequence[str]]) -> list[str]:
+    """Return the overrides among positional arguments, each of which is one override or a list of them."""
+    return [
+        word
+        for argument in arguments
+        for word in ([argument] if isinstance(argument, str) else texts("overrides", argument))
+    ]
+
+
+def tensor(key: str, value: Any, wanted: str) -> Tensor:
+    """Return a tensor, array or list of numbers as a tensor; UsageError, with what is `wanted`, for other values."""
+    if value is None:
+        raise UsageError(key, NO_VALUE, "missing", f"give {wanted}")
+    try:
+        return torch.as_tensor(value)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise UsageError(key, shown(value), f"must be {wanted}") from error
+
+
+def mask_pixels(mask: Any, sizes: tuple[int, ...]) -> Tensor:
+    """Return a mask as gray values of a file, uint8 [H, W].
+
+    Args:
+        mask: bool [H, W], true where to paint.
+        sizes: H and W.
+
+    Raises:
+        UsageError: for another shape or type, or a mask without true elements.
+    """
+    wanted = f"bool {list(sizes)}"
+    mask = tensor("mask", mask, wanted)
+    if mask.dtype != torch.bool:
+        raise UsageError("mask", described(mask), f"must be {wanted}", "write mask > 0.5")
+    if tuple(mask.shape) != sizes:
+        raise UsageError("mask", described(mask), f"must be {wanted}, the size of the images")
+    if not mask.any():
+        raise UsageError("mask", NO_VALUE, "has no true element", "set those that are to be painted")
+    return mask.cpu().to(torch.uint8) * 255
+
+
+def check_supplied(group: str, name: str, target: Any, values: Sequence[Any]) -> None:
+    """Raise UsageError unless values are the positional arguments of the class of an option."""
+    parameters = {
+        key: parameter
+        for key, parameter in inspect.signature(target).parameters.items()
+        if parameter.kind is parameter.POSITIONAL_OR_KEYWORD
+    }
+    needed = [key for key, parameter in parameters.items() if parameter.default is parameter.empty]
+    call = f"option({', '.join([repr(group), repr(name), *needed])})".replace("'", '"')
+    if len(values) < len(needed):
+        raise UsageError(group, name, f"needs {' and '.join(needed[len(values) :])}", f"write {call}")
+    if len(values) > len(parameters):
+        problem = f"{len(values)} positional arguments, and the class has {len(parameters)}"
+        raise UsageError(group, name, problem, f"write {call}")
+    types = get_type_hints(target.__init__ if inspect.isclass(target) else target)
+    for key, value in zip(parameters, values, strict=False):
+        try:
+            TypeAdapter(types[key], config=ConfigDict(arbitrary_types_allowed=True)).validate_python(value)
+        except ValidationError as error:
+            kind = types[key].__name__ if inspect.isclass(types[key]) else types[key]
+            raise UsageError(key, shown(value), f"must be {kind}", f"write {call}") from error
+
+
+def described(value: Tensor) -> str:
+    """Return type and shape of a tensor, as "uint8 [2, 1, 8, 8]"."""
+    return f"{value.dtype} {list(value.shape)}".removeprefix("torch.")
+
+
+def shown(value: Any) -> str:
+    """Return a value as a message shows it: numbers and texts in full, others by their type."""
+    if isinstance(value, Tensor):
+        return described(value)
+    if isinstance(value, type):
+        return value.__name__
+    simple = isinstance(value, str | Path | Real | list | tuple | None)
+    text = format_value(value) if simple else type(value).__name__
+    return text if len(text) <= LONGEST else f"{text[:LONGEST]}..."
+
+
+def _word(key: str, value: Any) -> str:
+    if isinstance(value, list | tuple | range):
+        return f"[{','.join(_word(key, item) for item in value)}]"
+    if isinstance(value, str):
+        if "${" in value:
+            raise UsageError("name", value, "contains ${, which Hydra would replace", "use another name")
+        return config.quoted(value)
+    if value is not None and not isinstance(value, Real):
+        kind = "the name of an option" if key in config.GROUPS else "a number or text"
+        raise UsageError(key, shown(value), f"must be {kind}")
+    return format_value(value)

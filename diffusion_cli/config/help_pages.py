@@ -137,7 +137,8 @@ def _named(listed: Sequence[_Option]) -> list[str]:
 def _keys(file: Path, prefix: str) -> Iterator[str]:
     """Yield a line for each key of a YAML file, with its value and comment."""
     for key, value, comment in documented(file, prefix):
-        yield from _entry(f"  {key}={value}", comment, 40)
+        required = value == "???"
+        yield from _entry(f"  {key}={'' if required else value}", f"{comment}{'; required' * required}", 40)
 
 
 def _entry(name: str, text: str, column: int) -> list[str]:

@@ -128,6 +128,15 @@ def test_help_follows_the_chosen_options(page):
     assert " sampler=heun " in page("edit", "edit=inpaint", "sampler=heun", "--help")[0]
 
 
+def test_help_marks_required_keys(page):
+    text, _ = page("train", "dataset=folder", "--help")
+    assert (
+        "dataset.path= folder or .zip archive of images, searched recursively; required dataset.masks=null"
+        in text
+    )
+    assert "?" not in text
+
+
 def test_help_shows_the_keys_of_the_launcher(page):
     assert "*local slurm" in page("train", "--help")[0]
     assert "launcher.partition=null " in page("train", "launcher=slurm", "--help")[0]

@@ -388,7 +388,7 @@ def test_evaluation_writes_numbers_with_their_protocol(folder, capsys, tmp_path)
     assert protocol["sampling"]["seeds"] == [0, 79]
     assert run(["eval", f"output_dir={folder}", "metric=inversion", "label=none"]) == 2
     assert (
-        "label=none: applies to samples, and metric=inversion makes none; leave it out"
+        "label=none: applies only to samples, and metric=inversion uses none; leave it out"
         in capsys.readouterr().err
     )
     assert run(["eval", *words, *few, "num_samples=30"]) == 2

@@ -105,8 +105,8 @@ def plan_of(
         raise UsageError(
             "processes",
             world,
-            f"share samples, and metric={','.join(mode.metric)} makes none",
-            "take one process",
+            f"applies only to samples, and metric={','.join(mode.metric)} uses none",
+            "use one process",
         )
     match mode:
         case SampleFilesEvaluation():

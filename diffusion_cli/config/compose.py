@@ -146,8 +146,8 @@ def _continuing(
         Problem(
             text,
             NO_VALUE,
-            f"would change what run={run} trains",
-            "leave it out, or train anew with another name=",
+            f"cannot change for run={run}",
+            "leave it out, or start a new run with name=",
         )
         for key, text in {**groups, **keys}.items()
         if not may_change(key)
@@ -159,12 +159,17 @@ def _continuing(
     stored = stored_by(folder) if is_own_run(folder) else without_processes(stored_by(folder))
     for key, path in foreign_paths(folder, stored, usual, {*groups, *keys}).items():
         remedy = (
-            f"add {key}="
+            f"add {key}=<path>"
             if may_change(key)
-            else f"give the whole command that it was trained with, and name={folder.name}"
+            else f"repeat its full training command with name={folder.name}"
         )
         mistakes.append(
-            Problem(key, path, f"is named by the run in {folder}, and you have not trained it here", remedy)
+            Problem(
+                key,
+                path,
+                f"path from the config of {folder}, which you did not train on this machine",
+                remedy,
+            )
         )
     composed = {**usual, **stored, **{group: usual[group] for group in chosen}}
     known, unknown = _known("train", {key: text for key, text in keys.items() if may_change(key)}, composed)

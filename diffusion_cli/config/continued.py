@@ -30,7 +30,7 @@ def folder_of(run: str, output_dir: str) -> Path:
         if (folder / "checkpoints").is_dir():
             return folder if folder.name else folder.resolve()
     raise UsageError(
-        "run", run, f"is no run, here or in {output_dir}", "name its folder, or give output_dir="
+        "run", run, f"no such run, here or in {output_dir}", "use the path of its folder, or set output_dir"
     )
 
 
@@ -39,14 +39,14 @@ def stored_by(folder: Path) -> dict[str, Any]:
     try:
         stored = read_yaml(folder / "config.yaml")
         if not isinstance(stored, dict):
-            raise FormatError("is not a configuration")
+            raise FormatError("not a run configuration")
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
         raise UsageError(
             folder / "config.yaml",
             NO_VALUE,
             str(reason),
-            f"give the whole command that the run was trained with, and name={folder.name}",
+            f"repeat its full training command with name={folder.name}",
         ) from error
     return migrated(stored)
 

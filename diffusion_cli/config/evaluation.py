@@ -179,8 +179,8 @@ def _without_autoencoder(keys: Measuring) -> Iterator[Problem]:
         yield Problem(
             "metric",
             ",".join(keys.splits),
-            "measures what an autoencoder makes of real images",
-            "name a run of task=autoencoder by run=",
+            "evaluates an autoencoder",
+            "set run= to a run of task=autoencoder",
         )
 
 
@@ -190,8 +190,8 @@ def _without_batch_size(keys: Measuring) -> Iterator[Problem]:
         yield Problem(
             "batch_size",
             "auto",
-            f"is found for samples, and metric={','.join(keys.model_metrics)} measures the model itself",
-            "give a number",
+            f"applies only to samples, and metric={','.join(keys.model_metrics)} evaluates the model itself",
+            "use a number",
         )
 
 
@@ -203,7 +203,7 @@ class ModelEvaluation(Mode, Measuring, RunWeights):
     clip_x0: bool
 
     def reason(self) -> str:
-        return f"applies to samples, and metric={','.join(self.metric)} makes none"
+        return f"applies only to samples, and metric={','.join(self.metric)} uses none"
 
     def remedy_for(self, key: str) -> str:
         images = " and ".join(f"metric.{name}.num_images" for name in self.model_metrics)
@@ -212,7 +212,7 @@ class ModelEvaluation(Mode, Measuring, RunWeights):
     def problems(self) -> Iterator[Problem]:
         yield from _without_batch_size(self)
         if self.precision not in ("auto", EXACT):
-            problem = f"{self.reason()} and is computed in {EXACT}"
+            problem = f"metrics of the model itself are computed in {EXACT}"
             yield Problem("precision", self.precision, problem, self.remedy)
 
 
@@ -235,7 +235,7 @@ class SampleFilesEvaluation(Mode, Measuring):
     reference: Node
 
     def reason(self) -> str:
-        return f"applies to a run's model, and samples={self.samples} are files"
+        return f"applies only to a run's model, and samples={self.samples} are files"
 
     def problems(self) -> Iterator[Problem]:
         yield from _without_autoencoder(self)
@@ -245,7 +245,7 @@ class SampleFilesEvaluation(Mode, Measuring):
             yield Problem("batch_size", "auto", self.reason(), self.remedy)
         if self.run is not None and self.other_dataset is not None:
             yield Problem(
-                "run", self.run, "names the dataset to compare with, as dataset= does", "leave one out"
+                "run", self.run, "sets the reference dataset, and so does dataset=", "leave one of them out"
             )
 
 
@@ -253,16 +253,16 @@ class ReconstructionEvaluation(Mode, Measuring, RunWeights):
     """An autoencoder's reconstructions of real images, compared with these images."""
 
     def reason(self) -> str:
-        return f"applies to samples of a denoiser, and run={self.run} is an autoencoder"
+        return f"applies only to denoisers, and run={self.run} is an autoencoder"
 
     def problems(self) -> Iterator[Problem]:
         others = [name for name in self.metric if name not in self.splits]
         if others or not self.metric:
-            problem = f"does not measure an autoencoder, and run={self.run} is one"
-            yield Problem("metric", ",".join(others), problem, "take reconstruction and rfid")
+            problem = f"does not evaluate autoencoders, and run={self.run} is one"
+            yield Problem("metric", ",".join(others), problem, "use metric=[reconstruction,rfid]")
         if len(set(self.splits.values())) > 1:
             named = ", ".join(f"{name}.split={split}" for name, split in self.splits.items())
-            yield Problem("metric", NO_VALUE, named, "one evaluation is of one split")
+            yield Problem("metric", NO_VALUE, f"several splits: {named}", "use one split per evaluation")
         if self.precision not in ("auto", EXACT):
             problem = f"reconstructions are computed in {EXACT}"
             yield Problem("precision", self.precision, problem, self.remedy)
@@ -275,4 +275,4 @@ class HistoryComparison(Mode, EvaluationConfig):
     keep: bool
 
     def reason(self) -> str:
-        return "compare= measures nothing"
+        return "has no effect on compare="

@@ -83,5 +83,5 @@ def _wrong(axis: _Axis, overrides: Sequence[str]) -> list[Problem]:
     if len(written) > 1:
         return [Problem(written[-1], NO_VALUE, f"{axis.key} is given twice", "write one list")]
     if twice:
-        return [Problem(written[0], NO_VALUE, f"names {format_value(twice[0])} twice", "leave one out")]
+        return [Problem(written[0], NO_VALUE, f"contains {format_value(twice[0])} twice", "leave one out")]
     return [] if axis.values else [Problem(written[0], NO_VALUE, "is empty", "give at least one value")]

@@ -59,7 +59,7 @@ def _parsed(words: Sequence[str]) -> tuple[str, dict[str, Any]]:
     name, given = "local", {}
     for text, item in ((text, parse(text)) for text in words):
         if item.is_sweep_override():
-            raise UsageError(text, NO_VALUE, "several values", "a sweep has one launcher")
+            raise UsageError(text, NO_VALUE, "several values", "choose one launcher for the sweep")
         if item.key_or_group == "launcher":
             name = str(item.value())
         else:
@@ -79,7 +79,7 @@ def _missing() -> list[Problem]:
             Problem("launcher", "slurm", "needs hydra-submitit-launcher", "pip install 'diffuse-cli[slurm]'")
         ]
     if shutil.which("srun") is None:
-        return [Problem("launcher", "slurm", "finds no srun", "run it where SLURM's commands are")]
+        return [Problem("launcher", "slurm", "srun not found", "run the command on a SLURM login node")]
     return []
 
 
@@ -91,8 +91,8 @@ def _resources(jobs: Sequence[Config], given: dict[str, Any]) -> list[str]:
         raise UsageError(
             "launcher",
             "slurm",
-            f"the jobs of one array take the same nodes x processes and device, not {shapes}",
-            "sweep them one by one",
+            f"all jobs of an array need the same nodes x processes and device, not {shapes}",
+            "run one sweep for each",
         )
     ((nodes, tasks, gpu),) = asked
     words = [f"hydra.launcher.nodes={nodes}", f"hydra.launcher.tasks_per_node={tasks}"]

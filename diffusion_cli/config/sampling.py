@@ -77,6 +77,6 @@ class Generation(RunWeights, ComputeKeys):
         # The noise of an image comes from the low 32 bits of its seed: none may come round again.
         if self.seeds.stop > 2**32:
             raise UsageError(
-                "seed", self.seed, f"the last image's seed passes {2**32 - 1}", "take a smaller one"
+                "seed", self.seed, f"the last image's seed exceeds {2**32 - 1}", "use a smaller one"
             )
         return self

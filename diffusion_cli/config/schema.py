@@ -91,34 +91,30 @@ class TrainConfig(BaseModel):
             raise UsageError(
                 "latent.pretrained",
                 self.latent.pretrained,
-                "is another autoencoder than latent.run",
-                "leave one out",
+                "conflicts with latent.run",
+                "leave one of them out",
             )
         if self.latent.key is not None and self.schedule is None:
-            raise UsageError(self.latent.key, NO_VALUE, "an autoencoder is trained on pixels", "leave it out")
+            raise UsageError(self.latent.key, NO_VALUE, "autoencoders are trained on pixels", "leave it out")
         if self.latent.key is not None and self.progressive is not None:
             raise UsageError(
                 "progressive",
                 self.progressive,
-                "latents are of one size",
+                "latents have one fixed size",
                 f"leave it out, or {self.latent.key}",
             )
         if self.keep_best is not None and self.eval_every is None:
-            raise UsageError(
-                "keep_best", self.keep_best, "nothing is evaluated on the way", "set eval_every too"
-            )
+            raise UsageError("keep_best", self.keep_best, "no evaluations during training", "set eval_every")
         if self.keep_best is not None and self.keep_best not in self.metric:
             raise UsageError(
-                "keep_best", self.keep_best, f"is not among metric=[{','.join(self.metric)}]", "add it there"
+                "keep_best", self.keep_best, f"not in metric=[{','.join(self.metric)}]", "add it to metric"
             )
         noising = {
             key: getattr(self, key) for key in ("schedule", "parameterization", "time_sampling", "sampler")
         }
         if None in noising.values() and any(noising.values()):
             named = ", ".join(key for key, node in noising.items() if node)
-            raise UsageError(
-                named, NO_VALUE, "has no meaning for task=autoencoder, which adds no noise", "leave it out"
-            )
+            raise UsageError(named, NO_VALUE, "does not apply to task=autoencoder", "leave it out")
         for key, sizes in {"batch_size": [self.batch_size], "stage_batch": self.stage_batch or []}.items():
             for size in sizes:
                 if size % self.accumulate_grad_batches:
@@ -126,7 +122,7 @@ class TrainConfig(BaseModel):
                         "accumulate_grad_batches",
                         self.accumulate_grad_batches,
                         f"does not divide {key}={size}",
-                        "take a divisor",
+                        "use a divisor",
                     )
         return self
 
@@ -135,19 +131,21 @@ class TrainConfig(BaseModel):
         sizes = self.progressive
         for key, values in {"stage_steps": self.stage_steps, "stage_batch": self.stage_batch}.items():
             if values is not None and sizes is None:
-                raise UsageError(key, values, "goes with progressive=", "give the sizes too")
+                raise UsageError(key, values, "applies only with progressive=", "set progressive")
             if values is not None and sizes is not None and len(values) != len(sizes) - 1:
-                raise UsageError(key, values, "is for each size but the last", f"give {len(sizes) - 1}")
+                raise UsageError(
+                    key, values, "must have one value for each size except the last", f"give {len(sizes) - 1}"
+                )
         if sizes is None:
             return self
         if sorted(set(sizes)) != sizes:
-            raise UsageError("progressive", sizes, "should rise from size to size")
+            raise UsageError("progressive", sizes, "sizes must increase")
         if self.stage_steps is None and (self.max_steps or 0) < len(sizes):
             raise UsageError(
                 "stage_steps",
                 None,
-                f"is a share of max_steps={self.max_steps or 'null'}, which is too few",
-                "give the steps at each size but the last",
+                f"cannot be derived from max_steps={self.max_steps or 'null'}",
+                "give the steps at each size except the last",
             )
         return self
 

@@ -36,6 +36,6 @@ def _shared(configs: Sequence[EvaluationConfig]) -> Problem | None:
     return Problem(
         "seed",
         given,
-        f"image n has seed + n, so that {number - nearest} of {number} images are the same",
-        f"take seed={apart}, or repeats={len(seeds) * configs[0].repeats}",
+        f"{number - nearest} of {number} images are the same, since image n has seed + n",
+        f"use seed={apart}, or repeats={len(seeds) * configs[0].repeats}",
     )

@@ -54,7 +54,7 @@ class _Names(dict[str, Any]):
         found = _find(self.module, name)
         if found is None or not isinstance(found[1], ast.Assign):
             raise NameError(
-                f"{self.module}: {name} cannot stand in the annotation of a configurable argument"
+                f"{self.module}: {name} is not allowed in the annotation of a configurable argument"
             )
         return _type(found[1].value, found[0])
 

@@ -47,8 +47,8 @@ def check_node(key: str, node: Mapping[str, Any]) -> list[Problem]:
             Problem(
                 f"{key}._target_",
                 format_value(target)[:80],
-                f"is not a class of {PACKAGE} for {group}",
-                "only those are built",
+                f"not a class of {PACKAGE} for {group}",
+                "use the _target_ of an option",
             )
         ]
     fields: dict[str, Any] = {name: (kind, ...) for name, kind in types.items()}

@@ -509,15 +509,21 @@ def test_a_wrong_comparison_gets_one_line(place, tmp_path, capsys, words, line):
         (["samples=/nowhere", "dataset=digits"], "samples=/nowhere: does not exist"),
         (
             ["samples={plain}", "metric=bits_per_dim", "dataset=digits"],
-            "metric=bound,flow_likelihood: applies to a run's model",
+            "metric=bound,flow_likelihood: applies only to a run's model",
         ),
-        (["samples={plain}", "label=3", "dataset=digits"], "label=3: applies to a run's model, and samples="),
-        (["samples={plain}", "steps=3", "dataset=digits"], "steps=3: applies to a run's model, and samples="),
+        (
+            ["samples={plain}", "label=3", "dataset=digits"],
+            "label=3: applies only to a run's model, and samples=",
+        ),
+        (
+            ["samples={plain}", "steps=3", "dataset=digits"],
+            "steps=3: applies only to a run's model, and samples=",
+        ),
         (
             ["samples={plain}", "run=a", "dataset=digits"],
-            "run=a: names the dataset to compare with, as dataset= does; leave one out",
+            "run=a: sets the reference dataset, and so does dataset=; leave one of them out",
         ),
-        (["samples={plain}", "compare=[a,b]"], "compare= measures nothing"),
+        (["samples={plain}", "compare=[a,b]"], "has no effect on compare="),
         (
             ["run=a", "metric=memorization", "reference.split=val"],
             "reference.split=val: metric=memorization",
@@ -545,27 +551,34 @@ def test_a_wrong_comparison_gets_one_line(place, tmp_path, capsys, words, line):
         ),
         (
             ["run=a", "metric=bits_per_dim", "num_samples=100"],
-            "num_samples=100: applies to samples, and metric=bound,flow_likelihood makes none; leave it out, or set "
+            "num_samples=100: applies only to samples, and metric=bound,flow_likelihood uses none; "
+            "leave it out, or set "
             "metric.bound.num_images and metric.flow_likelihood.num_images",
         ),
-        (["run=a", "metric=bound", "steps=9"], "steps=9: applies to samples, and metric=bound makes none"),
+        (
+            ["run=a", "metric=bound", "steps=9"],
+            "steps=9: applies only to samples, and metric=bound uses none",
+        ),
         (
             ["run=a", "metric=inversion", "sampler=ddpm"],
-            "sampler=DDPM: applies to samples, and metric=inversion",
+            "sampler=DDPM: applies only to samples, and metric=inversion",
         ),
         (
             ["run=a", "metric=latents", "repeats=2"],
-            "repeats=2: applies to samples, and metric=latents makes none",
+            "repeats=2: applies only to samples, and metric=latents uses none",
         ),
         (["run=a", "metric=[bound,fid]", "num_samples=9"], "num_samples=9: 9 images are fewer than the 65"),
-        (["run=a", "metric=bound", "processes=2"], "processes=2: share samples, and metric=bound makes none"),
+        (
+            ["run=a", "metric=bound", "processes=2"],
+            "processes=2: applies only to samples, and metric=bound uses none",
+        ),
         (["run=a", "metric=sfid"], "metric=sfid: is defined on maps of Inception"),
         (
             ["run=a", "metric=lpips", "metric.lpips.weights=/x.pth"],
             "metric.lpips.weights=/x.pth: no such file",
         ),
         (["compare=[none,nobody]"], "compare=none: has no metrics.json"),
-        (["compare=[a]"], "compare=['a']: should have at least 2"),
+        (["compare=[a]"], "compare=['a']: must be a list of 2 or more values"),
         (["metric.fid.bootstrap=3", "run=a"], "metric.fid.bootstrap=3: is too few"),
     ],
 )
@@ -605,6 +618,6 @@ def test_every_setting_that_a_mode_does_not_use_is_refused_at_once():
         )
     assert sorted(problem.key for problem in refused.value.problems) == ["guidance", "sampler", "steps"]
     with pytest.raises(
-        UsageError, match=r"^sampler.eta=1.0: applies to samples, and metric=bound makes none"
+        UsageError, match=r"^sampler.eta=1.0: applies only to samples, and metric=bound uses none"
     ):
         load("eval", ["metric=bound", "sampler.eta=1.0"])

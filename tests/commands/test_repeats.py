@@ -100,11 +100,11 @@ def test_the_interval_of_one_repeat_is_not_that_of_the_mean():
     [
         (
             "0,1,2",
-            "seed=0,1,2: image n has seed + n, so that 299 of 300 images are the same; take seed=0,300,600",
+            "seed=0,1,2: 299 of 300 images are the same, since image n has seed + n; use seed=0,300,600",
         ),
         (
             "5,205",
-            "seed=5,205: image n has seed + n, so that 100 of 300 images are the same; take seed=5,305",
+            "seed=5,205: 100 of 300 images are the same, since image n has seed + n; use seed=5,305",
         ),
         ("0,300", None),
         ("0,0", None),
@@ -125,14 +125,17 @@ def test_seeds_of_unlike_evaluations_and_of_real_images_may_be_near():
 @pytest.mark.parametrize(
     ("words", "line"),
     [
-        (["eval", "-m", "seed=0,1", "num_samples=300"], "take seed=0,300, or repeats=2"),
-        (["compare", "seed=[0,1]", "num_samples=300", "repeats=2"], "take seed=[0,600], or repeats=4"),
-        (["compare", "seed=[0,1]", "sampler=[ddim,ddpm]"], "1999 of 2000 images are the same"),
+        (["eval", "-m", "seed=0,1", "num_samples=300"], "use seed=0,300, or repeats=2"),
+        (["compare", "seed=[0,1]", "num_samples=300", "repeats=2"], "use seed=[0,600], or repeats=4"),
+        (
+            ["compare", "seed=[0,1]", "sampler=[ddim,ddpm]"],
+            "1999 of 2000 images are the same, since image n has seed + n",
+        ),
         (
             ["eval", "seed=4294967295", "num_samples=1", "repeats=2"],
-            "the last image's seed passes 4294967295",
+            "the last image's seed exceeds 4294967295",
         ),
-        (["eval", "seed=4294967000"], "the last image's seed passes 4294967295"),
+        (["eval", "seed=4294967000"], "the last image's seed exceeds 4294967295"),
     ],
 )
 def test_seeds_that_cannot_be_get_one_line(tmp_path, capsys, words, line):

@@ -278,13 +278,13 @@ def test_the_processes_of_a_job_are_tasks_and_gpus_of_slurm(slurm):
 
 
 def test_the_jobs_of_one_array_take_the_same(slurm):
-    with pytest.raises(UsageError, match="the jobs of one array take the same nodes x processes"):
+    with pytest.raises(UsageError, match="all jobs of an array need the same nodes x processes"):
         told(["launcher=slurm"], ["processes=1"], ["processes=2"], command="eval")
 
 
 def test_what_submitting_needs_is_said_before_anything_is_submitted(monkeypatch):
     monkeypatch.setattr(launcher.shutil, "which", lambda name: None)
-    with pytest.raises(UsageError, match="launcher=slurm: finds no srun"):
+    with pytest.raises(UsageError, match="launcher=slurm: srun not found"):
         told(["launcher=slurm"], [])
     monkeypatch.setattr(launcher, "find_spec", lambda name: None)
     with pytest.raises(UsageError, match=r"pip install 'diffuse-cli\[slurm\]'"):
@@ -348,7 +348,7 @@ def test_the_mistakes_of_all_points_of_a_grid_at_once_each_said_once():
     with pytest.raises(UsageError) as mistakes:
         load_grid("sample", [*words, "device=[cpu]", "device=cuda"])
     assert sorted(mistakes.value.lines) == [
-        "batch_size=[9,9]: names 9 twice; leave one out",
+        "batch_size=[9,9]: contains 9 twice; leave one out",
         "device=cuda: device is given twice; write one list",
         "guidance.scale=[1,2]: applies only to guidance=auto or guidance=cfg or guidance=classifier; "
         "choose one of them",

@@ -73,7 +73,7 @@ def test_what_would_make_it_another_run_is_refused(folder, word):
     with pytest.raises(UsageError) as mistakes:
         load("train", [f"run={folder}", word, "max_steps=60"])
     assert mistakes.value.lines == (
-        f"{word}: would change what run={folder} trains; leave it out, or train anew with another name=",
+        f"{word}: cannot change for run={folder}; leave it out, or start a new run with name=",
     )
 
 
@@ -93,10 +93,10 @@ def test_wrong_words_are_said_as_ever(folder):
         load("train", [f"run={folder}", "trainer.device=3"])
     with pytest.raises(UsageError, match="max_steps=0: must be greater than 0"):
         load("train", [f"run={folder}", "max_steps=0"])
-    with pytest.raises(UsageError, match="run=nowhere: is no run, here or in outputs"):
+    with pytest.raises(UsageError, match="run=nowhere: no such run, here or in outputs"):
         load("train", ["run=nowhere"])
     (folder / "config.yaml").unlink()
-    with pytest.raises(UsageError, match="No such file or directory; give the whole command"):
+    with pytest.raises(UsageError, match="No such file or directory; repeat its full"):
         load("train", [f"run={folder}"])
 
 
@@ -108,11 +108,14 @@ def test_the_paths_of_a_stranger_s_run_are_not_followed(tmp_path, monkeypatch):
     with pytest.raises(UsageError) as mistakes:
         load("train", [f"run={folder}"])
     assert mistakes.value.lines == (
-        f"cache_dir={tmp_path}/bin: is named by the run in {folder}, and you have not trained it here; add cache_dir=",
-        f"dataset.path={tmp_path}/private.npy: is named by the run in {folder}, and you have not trained it here; give "
-        "the whole command that it was trained with, and name=gift",
-        f"metric.mmd.weights={tmp_path}/clip: is named by the run in {folder}, and you have not trained it "
-        "here; add metric.mmd.weights=",
+        f"cache_dir={tmp_path}/bin: path from the config of {folder}, which you did not train on this machine; "
+        "add cache_dir=<path>",
+        f"dataset.path={tmp_path}/private.npy: path from the config of {folder}, which you did not "
+        f"train on this machine; "
+        "repeat its full training command with name=gift",
+        f"metric.mmd.weights={tmp_path}/clip: path from the config of {folder}, which you did not train "
+        f"on this machine; "
+        "add metric.mmd.weights=<path>",
     )
     remember_run(folder)
     assert continued(f"run={folder}").cache_dir == f"{tmp_path}/bin"

@@ -198,23 +198,26 @@ def test_other_stages_are_another_run(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("words", "line"),
     [
-        (["progressive=[8]"], "progressive=[8]: should have at least 2"),
-        (["progressive=[8,4]"], "progressive=[8, 4]: should rise from size to size"),
-        (["progressive=[4,4,8]"], "progressive=[4, 4, 8]: should rise"),
+        (["progressive=[8]"], "progressive=[8]: must be a list of 2 or more values"),
+        (["progressive=[8,4]"], "progressive=[8, 4]: sizes must increase"),
+        (["progressive=[4,4,8]"], "progressive=[4, 4, 8]: sizes must increase"),
         (["progressive=[3,8]"], "progressive=[3, 8]: images of 8x8 cannot be reduced to 3 by averaging blocks of "
          "pixels; use sizes among [1, 2, 4, 8]"),
         (["progressive=[2,4]"], "progressive=[2, 4]: ends at 4, but the images are 8x8; end with 8"),
         (["progressive=[4,16]"], "progressive=[4, 16]: images of 8x8 cannot be reduced to 16"),
-        (["stage_steps=[5]"], "stage_steps=[5]: goes with progressive=; give the sizes too"),
-        (["stage_batch=[5]"], "stage_batch=[5]: goes with progressive=; give the sizes too"),
-        (["progressive=[2,4,8]", "stage_steps=[5]"], "stage_steps=[5]: is for each size but the last; give 2"),
-        (["progressive=[4,8]", "stage_batch=[8,8]"], "stage_batch=[8, 8]: is for each size but the last; give 1"),
+        (["stage_steps=[5]"], "stage_steps=[5]: applies only with progressive=; set progressive"),
+        (["stage_batch=[5]"], "stage_batch=[5]: applies only with progressive=; set progressive"),
+        (["progressive=[2,4,8]", "stage_steps=[5]"], "stage_steps=[5]: must have one value for each "
+         "size except the last; give 2"),
+        (["progressive=[4,8]", "stage_batch=[8,8]"], "stage_batch=[8, 8]: must have one value for each "
+         "size except the last; give 1"),
         (
             ["progressive=[4,8]", "stage_batch=[9]", "accumulate_grad_batches=2"],
             "accumulate_grad_batches=2: does not divide stage_batch=9",
         ),
-        (["progressive=[4,8]", "max_steps=null", "max_time=9s"], "stage_steps=null: is a share of max_steps=null"),
-        (["progressive=[2,4,8]", "max_steps=2"], "stage_steps=null: is a share of max_steps=2, which is too few"),
+        (["progressive=[4,8]", "max_steps=null", "max_time=9s"], "stage_steps=null: cannot be derived "
+         "from max_steps=null"),
+        (["progressive=[2,4,8]", "max_steps=2"], "stage_steps=null: cannot be derived from max_steps=2"),
     ],
 )  # fmt: skip
 def test_stages_that_cannot_be_are_refused_before_training(tmp_path, capfd, words, line):

@@ -474,7 +474,7 @@ def test_a_node_names_only_what_the_options_of_its_group_name(group):
         {},
     ):
         (line,) = check_node(group, {"_target_": target})
-        assert "only those are built" in line
+        assert "use the _target_ of an option" in line
 
 
 # --- Text ------------------------------------------------------------

@@ -403,8 +403,8 @@ def test_the_loss_falls_and_the_averaged_weights_are_those_that_load(tmp_path):
 @pytest.mark.parametrize(
     ("words", "line"),
     [
-        (["schedule=cosine"], "schedule: has no meaning for task=autoencoder"),
-        (["sampler=ddim", "time_sampling=uniform"], "time_sampling, sampler: has no meaning"),
+        (["schedule=cosine"], "schedule: does not apply to task=autoencoder"),
+        (["sampler=ddim", "time_sampling=uniform"], "time_sampling, sampler: does not apply"),
         (["objective=simple"], "objective=Simple: adds noise"),
         (["model=unet_tiny"], "model=UNet: is no autoencoder; take kl_tiny"),
         (["model.channel_mult=[1,1,1,1,1]"], "16 pixels of a side, which do not divide images of 8x8"),
@@ -568,23 +568,23 @@ def small_of(size: int) -> AutoencoderKL:
     [
         (
             ["metric=fid"],
-            "metric=fid: does not measure an autoencoder, and run=tiny is one; take reconstruction and rfid",
+            "metric=fid: does not evaluate autoencoders, and run=tiny is one; use metric=[reconstruction,rfid]",
         ),
-        (["metric=[reconstruction,inversion]"], "metric=inversion: does not measure an autoencoder"),
+        (["metric=[reconstruction,inversion]"], "metric=inversion: does not evaluate autoencoders"),
         (
             ["metric=[reconstruction,rfid]", "metric.rfid.split=train"],
             "reconstruction.split=val, rfid.split=train",
         ),
         (
             ["metric=reconstruction", "num_samples=5"],
-            "num_samples=5: applies to samples of a denoiser, and run=tiny is an autoencoder; leave it out",
+            "num_samples=5: applies only to denoisers, and run=tiny is an autoencoder; leave it out",
         ),
         (["metric=reconstruction", "reference.split=val"], "leave it out"),
         (
             ["metric=reconstruction", "run=null", "samples=there"],
-            "metric=reconstruction: measures what an autoencoder",
+            "metric=reconstruction: evaluates an autoencoder",
         ),
-        (["metric=rfid", "run=null"], "name a run of task=autoencoder by run="),
+        (["metric=rfid", "run=null"], "set run= to a run of task=autoencoder"),
     ],
 )
 def test_what_is_not_measured_of_an_autoencoder_is_refused_in_a_line(runs, capsys, words, line):

@@ -710,14 +710,14 @@ def test_a_run_without_its_own_autoencoder_is_refused_in_a_line(place, tmp_path,
         (["latent.run=none"], "latent.run=none: holds no"),
         (
             ["latent.run=ae", "latent.pretrained=b"],
-            "latent.pretrained=b: is another autoencoder than latent.run",
+            "latent.pretrained=b: conflicts with latent.run",
         ),
         (
             [f"latent.pretrained={PUBLISHED}"],
             "is of images of 2 channels, and those of digits have 1, of 8x8; take another",
         ),
         (["latent.pretrained=nowhere"], "latent.pretrained=nowhere: holds no AutoencoderKL"),
-        (["latent.run=ae", "progressive=[4,8]"], "progressive=[4, 8]: latents are of one size"),
+        (["latent.run=ae", "progressive=[4,8]"], "progressive=[4, 8]: latents have one fixed size"),
         (["name=a", "model.class_conditional=true"], "latent.run=null: the run in"),
         (["name=a", "model.class_conditional=true", "latent.run=other"], "latent.run=other: the run in"),
         (

@@ -109,8 +109,8 @@ def test_the_best_by_another_metric_is_sought_anew(tmp_path):
 @pytest.mark.parametrize(
     ("words", "line"),
     [
-        (["keep_best=fid"], "keep_best=fid: nothing is evaluated on the way; set eval_every too"),
-        (["eval_every=5", "keep_best=kid"], "keep_best=kid: is not among metric=[fid]; add it there"),
+        (["keep_best=fid"], "keep_best=fid: no evaluations during training; set eval_every"),
+        (["eval_every=5", "keep_best=kid"], "keep_best=kid: not in metric=[fid]; add it to metric"),
         (
             ["eval_every=5", "metric=kid"],
             "metric.kid.subset_size=1000: must be 2 or more and at most the 500",
@@ -828,7 +828,7 @@ def test_a_checkpoint_builds_only_our_classes(tmp_path):
     checkpoint = torch.load(path, weights_only=True)
     checkpoint["diffuse"]["config"]["model"] = {"_target_": "os.mkdir", "path": str(tmp_path / "owned")}
     torch.save(checkpoint, path)
-    with pytest.raises(ValueError, match=r"os\.mkdir: is not a class of diffusion_cli"):
+    with pytest.raises(ValueError, match=r"os\.mkdir: not a class of diffusion_cli"):
         load_model(tmp_path / "tiny", "ema", torch.device("cpu"))
 
 

@@ -370,7 +370,7 @@ def test_the_newest_run_is_taken_and_others_are_found_by_name_or_path(folder, ca
     assert str(folder / "small") in capsys.readouterr().out
     assert sample(folder, "steps=2", f"run={folder / 'small'}") == 0
     assert sample(folder, "run=smal") == 2
-    assert "the newest runs in" in capsys.readouterr().err
+    assert "run=smal: does not exist; did you mean small?" in capsys.readouterr().err
 
 
 def test_evaluation_writes_numbers_with_their_protocol(folder, capsys, tmp_path):

@@ -169,7 +169,6 @@ def test_images_go_to_the_space_of_the_model_and_back(here):
         (lambda m: diffuse.train("task=classifier", "max_steps=1"), "task=classifier: trains no denoiser"),
         (lambda m: diffuse.option("task", "autoencoder"), "group=task: autoencoder is not an option with a class"),
         (lambda m: diffuse.load("outputs/class_conditional").denoise(torch.zeros(1, 1, 8, 8), 0.5, [10]), "0 to 9"),
-        (lambda m: diffuse.load("nothing"), "run=nothing: holds no checkpoints/last.ckpt"),
         (lambda m: diffuse.load("outputs/classifier"), "was trained with task=classifier"),
         (lambda m: diffuse.option("samplr", "ddim"), "group=samplr: unknown group; did you mean sampler?"),
         (lambda m: diffuse.option("sampler", "ddmi"), "sampler=ddmi: unknown option; did you mean"),
@@ -240,6 +239,28 @@ MISUSES = {
     "option('model', 'unet_tiny', 8, 24)": "shape=8: must be tuple[int, ...]",
     "option('model', 'unet_tiny', (1, 8, 8), None, 3)": "3 positional arguments, and the class has 2",
     "option('optimizer', 'adamw')": "lr: required; give lr=",
+    "diffuse.load('nothing')": "run=nothing: does not exist; the newest runs in outputs are: ",
+    "diffuse.load('denoisr')": "run=denoisr: does not exist; did you mean denoiser?",
+    "diffuse.load('outputs/denoiser/checkpoints/last.ckpt')": (
+        "run=outputs/denoiser/checkpoints/last.ckpt: is a file; give the run's folder, outputs/denoiser"
+    ),
+    "diffuse.load('outputs')": "run=outputs: has no checkpoints/last.ckpt; the newest runs in outputs are: ",
+    "m.sample(1, steps=1, guidance='auto')": (
+        "guidance=auto: needs a weaker model; give guidance.run= or guidance.step="
+    ),
+    "m.sample(1, steps=1, guidance='auto', overrides=['guidance.run=classifier'])": (
+        "guidance.run=classifier: was trained with task=classifier; give a run of task=diffusion"
+    ),
+    "c.sample(1, steps=1, guidance='classifier', overrides=['guidance.run=denoiser'])": (
+        "guidance.run=denoiser: was trained with task=diffusion; give a run of task=classifier"
+    ),
+    "diffuse.train(SMALL, 'latent.run=denoiser')": (
+        "latent.run=denoiser: was trained with task=diffusion; give a run of task=autoencoder"
+    ),
+    "m.sample(1, steps=5000)": (
+        "steps=5000: the schedule has 1000 timesteps; give a number from 1 to 1000, "
+        "or set sampler.spacing=karras, log_snr or time, which have no such limit"
+    ),
     "diffuse.load('outputs/denoiser', device=None)": "device=null: must be auto, cpu or cuda",
     "diffuse.load('outputs/denoiser', weights=None)": "weights=null: must be ema or raw",
     "diffuse.train(['max_steps=0'])": "max_steps=0: must be greater than 0",
@@ -255,7 +276,7 @@ def test_misuses_are_one_line_each(here):
         "m": diffuse.load("outputs/denoiser"), "c": diffuse.load("outputs/class_conditional"), "diffuse": diffuse,
         "option": diffuse.option, "sampler": lambda m: DDIM(m.denoiser.schedule), "DDIM": DDIM,
         "im": torch.zeros(1, 1, 8, 8, dtype=torch.uint8), "x": torch.zeros(1, 1, 8, 8), "HALF": HALF,
-        "NOTHING": NOTHING,
+        "NOTHING": NOTHING, "SMALL": ["dataset=digits", "model=unet_tiny", "max_steps=1"],
     }  # fmt: skip
     answers = {}
     for call in MISUSES:

@@ -41,6 +41,8 @@ from diffusion_cli.system.untrusted import printable, read, reason
 MOST_LINES = 10
 LONGEST = 200  # bytes of a name
 MOST_OF_A_COLOUR = 0.1  # of the opaque pixels of a photograph
+OTHER_SPLITS = {"valid": "val", "validation": "val", "test": "val", "training": "train"}
+"""Splits of a dataset by their names in other programs."""
 RESERVED = ("grid", "grid.png", "strip", "strip.png")  # names that no result has
 
 
@@ -173,7 +175,9 @@ def _is_photograph(colours: np.ndarray) -> bool:
 
 def _content(file: Path) -> bytes:
     if not file.is_file():
-        raise FormatError("is no file; give an image, a folder or a list of images")
+        split = OTHER_SPLITS.get(str(file))
+        split = f", or input={split} for images of the run's dataset" if split else ""
+        raise FormatError(f"is no file; give an image, a folder or a list of images{split}")
     return read(file)
 
 

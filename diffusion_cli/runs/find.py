@@ -1,5 +1,6 @@
 """The runs under a folder, and the checkpoints in them."""
 
+import difflib
 import sys
 import time
 from pathlib import Path
@@ -14,6 +15,9 @@ from diffusion_cli.system.own_folder import own_folder
 
 WRITTEN = ("checkpoints", "previews", "tensorboard")
 """The folders that training writes to."""
+
+MOST_NAMED = 5
+"""Runs that an error lists."""
 
 
 class Found(NamedTuple):
@@ -81,8 +85,21 @@ def find_run(run: str | None, output_dir: str, key: str = "run") -> Path:
     for folder in (Path(run), root / run):
         if _checkpoints(folder):
             return folder
-    known = ", ".join(folder.name for folder in reversed(runs[-5:])) or "none"
-    raise UsageError(key, run, f"holds no {LAST}", f"the newest runs in {output_dir} are: {known}")
+    raise UsageError(key, run, *_no_run(run, root, [folder.name for folder in reversed(runs)]))
+
+
+def _no_run(run: str, root: Path, names: list[str]) -> tuple[str, str]:
+    """Return why a path or a name is no run, and what to do, given the names of the runs in `root`."""
+    path = next((path for path in (Path(run), root / run) if path.exists()), None)
+    if path is not None and path.is_file():
+        folder = next((f", {parent}" for parent in path.parents if is_run(parent)), "")
+        return "is a file", f"give the run's folder{folder}"
+    problem = "does not exist" if path is None else f"has no {LAST}"
+    if near := difflib.get_close_matches(Path(run).name, names, n=1):
+        return problem, f"did you mean {near[0]}?"
+    if not names:
+        return problem, "train one with: diffuse train"
+    return problem, f"the newest runs in {root} are: {', '.join(names[:MOST_NAMED])}"
 
 
 def is_run(folder: Path) -> bool:
@@ -96,6 +113,13 @@ def task_of(run: Path) -> str:
     if found is None:
         raise UsageError(run, NO_VALUE, f"holds no {LAST}")
     return found.checkpoint.info.task
+
+
+def check_task(folder: Path, task: str, key: str, run: str) -> None:
+    """Raise UsageError, about the key that names a run, unless the run is of a task; and as `task_of`."""
+    found = task_of(folder)
+    if found != task:
+        raise UsageError(key, run, f"was trained with task={found}", f"give a run of task={task}")
 
 
 def recover(run: Path) -> None:

@@ -713,6 +713,7 @@ def test_files_of_one_name_do_not_overwrite_each_other(folder, tmp_path):
     [
         (["input=null"], "input=null: give an image file or a folder, or val"),
         (["input=/nowhere"], "input=/nowhere: is no file"),
+        (["input=test"], "a list of images, or input=val for images of the run's dataset"),
         (["edit.mask=/nowhere.png"], "edit.mask=/nowhere.png: does not exist"),
         (["edit.mask=MASK"], "is 4 x 4 pixels and the images are 8 x 8"),
         (
@@ -725,7 +726,7 @@ def test_files_of_one_name_do_not_overwrite_each_other(folder, tmp_path):
         (["run=plain", "guidance=cfg"], "guidance=cfg: the model is not class-conditional"),
         (["run=judge"], "was trained with task=classifier"),
         (["guidance=cfg"], "label: guidance=cfg leads to a class"),
-        (["guidance=auto"], "these are the weights of the model itself"),
+        (["guidance=auto"], "guidance=auto: needs a weaker model"),
         (["guidance=auto", "guidance.step=11"], "guidance.step=11: "),
         (
             ["guidance=auto", "guidance.run=plain", "guidance.interval=[3,1]"],

@@ -707,7 +707,7 @@ def test_a_run_without_its_own_autoencoder_is_refused_in_a_line(place, tmp_path,
     ("words", "line"),
     [
         (["latent.run=a"], "was trained with task=diffusion; give a run of task=autoencoder"),
-        (["latent.run=none"], "latent.run=none: holds no"),
+        (["latent.run=none"], "latent.run=none: does not exist"),
         (
             ["latent.run=ae", "latent.pretrained=b"],
             "latent.pretrained=b: conflicts with latent.run",

@@ -131,7 +131,8 @@ class Discrete(Schedule):
                 "steps",
                 steps,
                 f"the schedule has {T} timesteps",
-                f"give a number from 1 to {T}, or a spacing off its table: karras, log_snr or time",
+                f"give a number from 1 to {T}, or set sampler.spacing=karras, log_snr or time, which have no such "
+                "limit",
             )
         k = torch.arange(steps, dtype=torch.float64)
         if spacing == "leading":

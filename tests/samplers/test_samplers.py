@@ -190,8 +190,56 @@ def test_converges_at_the_declared_order(reference, schedules, exact, flow_end, 
     assert abs(order - sampler.order) < 0.2, f"{order:.3f}, declared {sampler.order}"
 
 
-def moments(sampler, denoise, schedule, times, count):
-    """The mean and covariance of samples."""
+MEAN = torch.tensor([0.3, -0.2, 0.1, 0.4], dtype=F64)
+FACTOR = torch.tensor(
+    [[0.6, 0, 0, 0], [0.2, 0.5, 0, 0], [-0.3, 0.1, 0.4, 0], [0.1, 0.2, -0.1, 0.7]], dtype=F64
+)
+COVARIANCE = FACTOR @ FACTOR.T
+
+
+def gaussian(schedule):
+    """The perfect denoiser of images of four pixels from N(MEAN, COVARIANCE), which is affine in x_t."""
+
+    def denoise(x_t, t):
+        alpha, sigma = schedule(t)
+        gain = (
+            alpha * COVARIANCE @ torch.linalg.inv(alpha**2 * COVARIANCE + sigma**2 * torch.eye(4, dtype=F64))
+        )
+        x0 = (MEAN + (x_t.flatten(1) - alpha * MEAN) @ gain.T).view_as(x_t)
+        return Prediction(x0, (x_t - alpha * x0) / sigma, sigma)
+
+    return denoise
+
+
+def moments(sampler, schedule, times):
+    """The exact mean and covariance of samples, for a sampler that is affine in x and its noise.
+
+    The images of one batch are sampled from no noise at all, and from each unit of the noise of each draw alone.
+    """
+    draws = 0
+
+    def counted():
+        nonlocal draws
+        draws += 1
+        return torch.zeros(1, 1, 2, 2, dtype=F64)
+
+    def unit():
+        nonlocal draws
+        noise = torch.zeros(count, 4, dtype=F64)
+        noise[1 + 4 * draws : 5 + 4 * draws] = torch.eye(4, dtype=F64)
+        draws += 1
+        return noise.view(count, 1, 2, 2)
+
+    list(integrate(sampler, gaussian(schedule), counted(), times, counted))
+    count, draws = 1 + 4 * draws, 0
+    *_, samples = integrate(sampler, gaussian(schedule), schedule.prior_std(times[0]) * unit(), times, unit)
+    mean, *responses = samples.flatten(1)
+    response = torch.stack(responses) - mean
+    return mean, response.T @ response
+
+
+def drawn_moments(sampler, denoise, schedule, times, count):
+    """The mean and covariance of `count` samples."""
     generator = torch.Generator().manual_seed(0)
     draw = lambda: torch.randn(count, 1, 2, 2, dtype=F64, generator=generator)  # noqa: E731
     *_, samples = integrate(sampler, denoise, schedule.prior_std(times[0]) * draw(), times, draw)
@@ -199,16 +247,36 @@ def moments(sampler, denoise, schedule, times, count):
     return samples.mean(0), samples.T.cov()
 
 
-@pytest.mark.parametrize("name", STOCHASTIC)
-def test_stochastic_samples_have_the_moments_of_the_data(schedules, exact, mixture, monkeypatch, name):
-    # An image's own norm wanders about its mean by 1 / sqrt(2 d): nothing for images, but not for four pixels.
-    monkeypatch.setattr(PC, "norm", staticmethod(lambda x: x.flatten(1).norm(dim=1).mean()))
+def errors(mean, covariance):
+    """The largest errors of a mean and a covariance."""
+    return torch.stack([(mean - MEAN).abs().max(), (covariance - COVARIANCE).abs().max()])
+
+
+NONLINEAR = [name for name in SAMPLERS if name.split()[0] in ("pc", "ode")]
+"""Samplers whose steps depend on the norm of x."""
+
+
+@pytest.mark.parametrize("name", sorted({*STOCHASTIC} - {*NONLINEAR}))
+def test_stochastic_samples_have_the_moments_of_the_data(schedules, name):
+    """Twice the steps leave at most 0.8 of the error of the distribution."""
     schedule = schedules["vp"]
     sampler = build(SAMPLERS[name], schedule)
-    steps = 500 if name in ("euler_maruyama", "reverse_diffusion", "pc", "pc ald", "ddpm large") else 200
-    mean, covariance = moments(sampler, exact(schedule), schedule, sampler.grid(steps), 8000)
-    torch.testing.assert_close(mean, mixture.mean().flatten(), rtol=0, atol=0.02)
-    torch.testing.assert_close(covariance, mixture.covariance(), rtol=0, atol=0.02)
+    coarse, fine = (errors(*moments(sampler, schedule, sampler.grid(steps))) for steps in (50, 100))
+    assert fine.max() < 0.8 * coarse.max()
+    assert fine.max() < 0.11
+
+
+@pytest.fixture
+def mean_norm(monkeypatch):
+    """PC with the mean norm of the batch: an image's own differs from it by 1 / sqrt(2 d), much for four pixels."""
+    monkeypatch.setattr(PC, "norm", staticmethod(lambda x: x.flatten(1).norm(dim=1).mean()))
+
+
+@pytest.mark.parametrize("name", sorted({*NONLINEAR} - {"ode"}))
+def test_corrected_samples_have_the_moments_of_the_data(schedules, mean_norm, name):
+    schedule = schedules["vp"]
+    sampler = build(SAMPLERS[name], schedule)
+    assert errors(*drawn_moments(sampler, gaussian(schedule), schedule, sampler.grid(200), 8000)).max() < 0.03
 
 
 @pytest.mark.parametrize("name", SAMPLERS)
@@ -258,23 +326,25 @@ NO_DRIFT = [(name, process) for name in ("euler_maruyama",) for process in ("zer
 
 @pytest.mark.parametrize("process", PROCESSES)
 @pytest.mark.parametrize("name", SAMPLERS)
-def test_every_sampler_samples_every_process(schedules, exact, mixture, name, process):
-    """On its own grid: in distribution, as near as its order lets it come in a hundred steps."""
+def test_every_sampler_samples_every_process(schedules, mean_norm, name, process):
+    """On its own grid: in distribution, as near as its order lets it come in fifty steps."""
     schedule = schedules[process]
     sampler = build(SAMPLERS[name], schedule)
+    steps = 400 if name == "euler_maruyama" else 50
     if (name, process) in NO_DRIFT:
         with pytest.raises(ValueError, match="no finite drift"):
-            sampler.grid(100)
-        return
-    mean, covariance = moments(sampler, exact(schedule), schedule, sampler.grid(100), 2000)
-    wide = 0.15 if sampler.order == 1 and name not in ("ddim", "euler") else 0.06
-    torch.testing.assert_close(mean, mixture.mean().flatten(), rtol=0, atol=wide)
-    torch.testing.assert_close(covariance, mixture.covariance(), rtol=0, atol=wide)
+            sampler.grid(steps)
+    elif name in NONLINEAR:
+        found = drawn_moments(sampler, gaussian(schedule), schedule, sampler.grid(steps), 2000)
+        assert errors(*found).max() < 0.15
+    else:
+        found = moments(sampler, schedule, sampler.grid(steps))
+        assert errors(*found).max() < (0.02 if name in DETERMINISTIC and sampler.order > 1 else 0.15)
 
 
 @pytest.mark.parametrize("spacing", get_args(Spacing))
 @pytest.mark.parametrize("process", PROCESSES)
-def test_every_grid_leads_from_noise_to_data(schedules, exact, mixture, process, spacing):
+def test_every_grid_leads_from_noise_to_data(schedules, process, spacing):
     schedule = schedules[process]
     sampler = DDIM(schedule, eta=0.0, spacing=spacing)
     times = sampler.grid(200)
@@ -282,9 +352,7 @@ def test_every_grid_leads_from_noise_to_data(schedules, exact, mixture, process,
     assert times[0] <= 1
     assert times[-1] == 0
     assert times[-2] >= schedule.grid_t_min - 1e-12
-    mean, covariance = moments(sampler, exact(schedule), schedule, times, 2000)
-    torch.testing.assert_close(mean, mixture.mean().flatten(), rtol=0, atol=0.06)
-    torch.testing.assert_close(covariance, mixture.covariance(), rtol=0, atol=0.06)
+    assert errors(*moments(sampler, schedule, times)).max() < (0.1 if spacing == "quadratic" else 0.02)
 
 
 def test_inversion_returns_at_first_order(reference, schedules, exact):
@@ -337,6 +405,6 @@ def test_higher_orders_bear_a_start_without_signal(schedules, exact, mixture, na
         return prediction._replace(eps=eps, x0=((x - sigma * eps) / alpha).clamp(-1, 1))
 
     sampler = build(SAMPLERS[name] | {"spacing": "trailing"}, schedule)
-    mean, covariance = moments(sampler, wrong, schedule, sampler.grid(50), 2000)
+    mean, covariance = drawn_moments(sampler, wrong, schedule, sampler.grid(50), 2000)
     torch.testing.assert_close(mean, mixture.mean().flatten(), rtol=0, atol=0.1)
     torch.testing.assert_close(covariance, mixture.covariance(), rtol=0, atol=0.1)

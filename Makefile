@@ -1,10 +1,14 @@
-# `make demo` trains, samples and evaluates; `make test` passes the tests, `make mutants` checks that
-# they fail for mistakes, `make bench` times all against other packages. Each sets up .venv where it
-# is not there.
+# make demo     train a model, sample from it, evaluate it
+# make test     laws, reference numbers and commands: at most five minutes on two cores
+# make check    everything: also lint, types and the slow tests
+# make docs     the documentation as HTML
+# make mutants  make one mistake at a time, and check that a test fails
+# make bench    times beside other packages
+# Each creates .venv if it is missing.
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test fast lint docs mutants bench clean
+.PHONY: demo test check lint docs mutants bench clean
 
 demo: .venv/installed
 	$(BIN)/diffuse train name=demo
@@ -15,10 +19,11 @@ demo: .venv/installed
 	@echo "How they took shape:  outputs/demo/previews/"
 
 test: .venv/installed
-	$(BIN)/python -m pytest -n 2 --dist loadfile
-
-fast: .venv/installed
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow"
+
+# Some slow tests wait for batch jobs and killed processes: three workers fill two cores.
+check: lint test
+	$(BIN)/python -m pytest -n 3 --dist loadfile -m slow
 
 lint: .venv/installed
 	$(BIN)/ruff check

@@ -171,6 +171,7 @@ def test_help_and_mistakes_import_nothing_heavy(words):
     assert imports_of(*words) == set()
 
 
+@pytest.mark.slow
 def test_sampling_and_evaluation_do_without_lightning():
     heavy = ("lightning", "torchvision", "matplotlib", "torch_fidelity", "torchmetrics", "sklearn")
     code = (

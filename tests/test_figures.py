@@ -113,6 +113,7 @@ def test_previews_are_evenly_chosen_and_end_with_the_last(runs):
     assert frame_places(3, 10) == [0, 1, 2]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "words", [["schedule"], ["forward", "image=[1,2]"], ["loss", "run=[a,b]"], ["previews", "run=a"]]
 )
@@ -126,6 +127,7 @@ def test_the_same_command_draws_to_the_same_file_and_another_to_another(runs, wo
     assert len(list((runs / "figures").iterdir())) == 2
 
 
+@pytest.mark.slow
 def test_the_suffix_is_the_format_and_no_file_of_the_users_is_lost(tmp_path, runs, capsys):
     words = ["loss", "run=a", f"output_dir={runs}"]
     for suffix, beginning in (("pdf", b"%PDF"), ("svg", b"<?xml")):

@@ -190,6 +190,7 @@ def test_no_seed_is_lost_where_several_sample_into_one_folder(tmp_path):
     assert (manifest["seeds"], manifest["network_calls"]) == ([[0, 319]], 31)
 
 
+@pytest.mark.slow
 def test_a_manifest_of_a_million_samples_is_small_and_the_older_form_is_read(tmp_path):
     model: Any = SimpleNamespace(step=1, info=checkpoint_info())
     manifest = claim(tmp_path / "out", {"steps": 4}, model)
@@ -259,6 +260,7 @@ def test_what_was_handed_to_a_writer_is_written_whatever_ends_it(tmp_path, endin
     assert sorted(file.name for file in tmp_path.iterdir()) == ["0", *"234567"]
 
 
+@pytest.mark.slow
 def test_a_signal_loses_no_image_that_was_made(folder, tmp_path, monkeypatch, capsys):
     from diffusion_cli.commands import sample as command
 
@@ -299,6 +301,7 @@ cli.run(sys.argv[1:])
 """
 
 
+@pytest.mark.slow
 def test_on_the_way_to_the_first_network_call_nothing_is_read_or_imported_in_vain(folder, tmp_path):
     words = ["sample", f"output_dir={folder}", f"output={tmp_path}/out"]
     done = subprocess.run([sys.executable, "-c", STARTING, *words], capture_output=True, text=True)
@@ -312,6 +315,7 @@ def test_on_the_way_to_the_first_network_call_nothing_is_read_or_imported_in_vai
     assert not heavy & set(imported)
 
 
+@pytest.mark.slow
 def test_a_stopped_run_is_completed_and_equals_a_whole_one(folder, tmp_path, capsys):
     sample(folder, f"output={tmp_path}/whole")
     sample(folder, f"output={tmp_path}/parts", "num_samples=3", "batch_size=2")
@@ -373,6 +377,7 @@ def test_the_newest_run_is_taken_and_others_are_found_by_name_or_path(folder, ca
     assert "run=smal: does not exist; did you mean small?" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_evaluation_writes_numbers_with_their_protocol(folder, capsys, tmp_path):
     words = [f"output_dir={folder}", "steps=2", "num_samples=80", "metric=[fid,is]", f"cache_dir={tmp_path}"]
     few = ["features=classifier", "features.steps=20"]
@@ -487,6 +492,7 @@ def test_states_are_shown_with_the_variance_of_the_data(schedules, name):
         assert torch.equal(to_bytes(scale_for_display(state, one, schedule)), to_bytes(state))
 
 
+@pytest.mark.slow
 def test_strips_and_animations_change_no_image_and_are_made_afterwards_too(folder, tmp_path, capsys):
     words = ["run=small", f"output_dir={folder}", "steps=4", "num_samples=10", "sampler=ddpm"]
     plain, drawn = tmp_path / "plain", tmp_path / "drawn"
@@ -523,6 +529,7 @@ def test_a_strip_is_no_image_to_edit(folder, tmp_path):
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "error", [torch.OutOfMemoryError(), RuntimeError("can't allocate memory"), MemoryError()]
 )
@@ -553,6 +560,7 @@ def test_memory_that_runs_out_in_sampling_names_the_batch_size(
     ]
 
 
+@pytest.mark.slow
 def test_the_batch_size_is_found_and_said_and_changes_no_image(folder, tmp_path, capsys):
     assert sample(folder, f"output={tmp_path}/found", "batch_size=auto") == 0
     (line,) = (line for line in capsys.readouterr().err.splitlines() if line.startswith("batch_size="))

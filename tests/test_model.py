@@ -44,6 +44,7 @@ def files(folder: Path) -> np.ndarray:
     return np.stack([np.asarray(Image.open(file)) for file in sorted(folder.glob("[0-9]*.png"))])
 
 
+@pytest.mark.slow
 def test_the_api_imports_torch_only_when_it_is_used():
     before, after = "assert 'torch' not in sys.modules", "assert 'torch' in sys.modules"
     code = f"import sys, diffusion_cli as d; d.UsageError; {before}; d.load; {after}"

@@ -357,6 +357,7 @@ def test_runs_are_set_beside_each_other_and_unlike_protocols_refused(place, caps
     assert "*" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_comparison_measures_each_combination_once(place, capsys):
     words = ["compare", "run=a", f"output_dir={place}/o", f"cache_dir={place}/cache", "features=classifier"]
     words += ["features.steps=20", "num_samples=70", "metric=[fid,is]"]
@@ -384,6 +385,7 @@ def test_a_comparison_measures_each_combination_once(place, capsys):
     assert sum(line.startswith("[") for line in lines) == 3
 
 
+@pytest.mark.slow
 def test_a_comparison_without_costs_has_a_table_and_no_plot(place, capsys):
     words = ["compare", "run=a", f"output_dir={place}/o", f"cache_dir={place}/cache", "precision=fp32"]
     assert run([*words, "metric=bound", "metric.bound.num_images=2", "weights=[ema,raw]"]) == 0
@@ -431,6 +433,7 @@ def poisoned(entry: dict, kind: str) -> None:
         entry["facts"]["seed"] = 9
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["number", "row", "weights", "settings", "notes", "earlier version"])
 def test_stored_numbers_are_held_to_their_checksum_weights_and_settings(place, capsys, kind):
     words = ["compare", "run=b", f"output_dir={place}/o", f"cache_dir={place}/cache", *WORDS]

@@ -19,7 +19,7 @@ from diffusion_cli.runs.load import load_model
 from diffusion_cli.runs.schema import parse_info
 from helpers import TINY, assert_same, state
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.slow]
 
 GROWING = ["progressive=[2,4,8]", "stage_steps=[4,5]", "stage_batch=[24,8]"]  # to steps 4 and 9
 

@@ -567,6 +567,7 @@ def test_a_mask_whose_transparent_part_may_mean_either_is_refused(tmp_path, kind
         read_mask(str(file))
 
 
+@pytest.mark.slow
 def test_edits_are_files_named_by_input_with_a_manifest(folder, tmp_path, capsys):
     mask = np.zeros((8, 8), dtype=np.uint8)
     mask[2:5, 3:8] = 255
@@ -708,6 +709,7 @@ def test_files_of_one_name_do_not_overwrite_each_other(folder, tmp_path):
     assert len(list((tmp_path / "out").glob("*a*.png"))) == 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("words", "expected"),
     [

@@ -146,6 +146,7 @@ def test_wrong_volumes_are_named(tmp_path):
             read_volume(damaged)
 
 
+@pytest.mark.slow
 def test_volumes_are_trained_on_and_sampled(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "data").mkdir()

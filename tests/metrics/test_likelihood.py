@@ -349,6 +349,7 @@ BOTH = ["metric=bits_per_dim", "metric.bound.num_images=12", "metric.flow_likeli
         "metric.flow_likelihood.rtol=0.01", "metric.flow_likelihood.atol=0.01"]  # fmt: skip
 
 
+@pytest.mark.slow
 def test_both_bits_per_dim_of_a_run(runs, capsys):
     assert evaluate(runs, "discrete", *BOTH) == 0
     found = results(runs, "discrete")
@@ -369,6 +370,7 @@ def test_both_bits_per_dim_of_a_run(runs, capsys):
     assert sum(per_image) / 12 == pytest.approx(bound["value"])
 
 
+@pytest.mark.slow
 def test_shards_and_a_stopped_run_give_the_same_numbers(runs, capsys):
     words = ["metric=bound", "metric.bound.num_images=20", "seed=3"]
     assert evaluate(runs, "discrete", *words, "metric.bound.num_shards=2", "metric.bound.shard=1") == 0
@@ -383,6 +385,7 @@ def test_shards_and_a_stopped_run_give_the_same_numbers(runs, capsys):
     assert "metric.bound.shard=1" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "text", ["{", "[]", "{}", '{"bits": [1]}', '{"bits": ["x", 1, 1, 1]}', "[" * 5000, "one digit"]
 )
@@ -399,6 +402,7 @@ def test_a_damaged_batch_is_measured_anew_with_one_line(runs, capsys, text):
     assert results(runs, "discrete")["bits_per_dim_bound"]["value"] == before
 
 
+@pytest.mark.slow
 def test_batches_of_another_size_are_not_taken_for_these(runs):
     words = ["metric=bound", "metric.bound.num_images=20", "seed=5"]
     found, folders = [], len(list((runs / "discrete" / "bits_per_dim_bound").glob("*")))
@@ -410,6 +414,7 @@ def test_batches_of_another_size_are_not_taken_for_these(runs):
     assert len(list((runs / "discrete" / "bits_per_dim_bound").glob("*"))) == folders + 2
 
 
+@pytest.mark.slow
 def test_a_model_is_asked_in_full_precision_whatever_samples_are_made_in(runs, capsys, monkeypatch):
     words = [
         "metric=[bound,inversion]",
@@ -430,6 +435,7 @@ def test_a_model_is_asked_in_full_precision_whatever_samples_are_made_in(runs, c
     assert "precision=bf16: metrics of the model itself are computed in fp32" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_what_has_no_bound_says_why_and_has_a_flow(runs, capsys):
     assert evaluate(runs, "continuous", *BOTH) == 0
     assert "bits_per_dim_bound: the VP schedule has no timesteps" in capsys.readouterr().out
@@ -438,6 +444,7 @@ def test_what_has_no_bound_says_why_and_has_a_flow(runs, capsys):
     assert results(runs, "real")["bits_per_dim_flow"]["details"]["images"] == 12
 
 
+@pytest.mark.slow
 def test_inversion_of_a_run(runs):
     assert evaluate(runs, "discrete", "metric=inversion", "metric.inversion.steps=5") == 0
     found = results(runs, "discrete")["inversion_rmse"]

@@ -886,6 +886,7 @@ COMPILED: dict[str, dict[str, Any]] = {
 """Networks of all kinds with few layers, those of published names with their dropout."""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", COMPILED)
 def test_every_kind_of_network_compiles_as_one_graph(name):
     torch._dynamo.reset()

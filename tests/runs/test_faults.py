@@ -44,7 +44,7 @@ TOMORROW = time.time() + 86400
 QUICK = Heartbeat(beat=0.05, patience=0.5, settle=0.1)
 
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.slow]
 
 
 @pytest.fixture(scope="module")
@@ -503,7 +503,6 @@ def test_a_file_of_the_data_that_is_lost(tmp_path, capsys, monkeypatch, pictures
     assert_same(state(tmp_path / "parts")["state_dict"], state(tmp_path / "whole")["state_dict"])
 
 
-@pytest.mark.slow
 def test_a_process_that_reads_images_is_killed(tmp_path, capsys, monkeypatch, pictures):
     _, words = pictures
     words = [*words, "dataset.num_workers=2"]
@@ -518,7 +517,6 @@ def test_a_process_that_reads_images_is_killed(tmp_path, capsys, monkeypatch, pi
     assert_same(state(tmp_path)["state_dict"], state(tmp_path / "whole")["state_dict"])
 
 
-@pytest.mark.slow
 def test_shared_memory_that_is_too_small_is_said_and_not_waited_for(tmp_path, pictures):
     if shutil.which("unshare") is None or os.geteuid() != 0:
         pytest.skip("a small /dev/shm takes root on Linux")
@@ -709,7 +707,6 @@ def test_a_checkpoint_is_saved_under_its_name_only_once_whole(tmp_path):
     assert list(tmp_path.iterdir()) == [path]
 
 
-@pytest.mark.slow
 def test_killed_ten_times_no_bit_is_different():
     script = Path(__file__).parents[2] / "scripts" / "kill.py"
     done = subprocess.run([sys.executable, script, "--kills", "10"], capture_output=True, text=True)
@@ -793,7 +790,6 @@ def test_whole_checkpoints_are_not_removed_for_damaged_ones_of_later_steps(tmp_p
     assert train(tmp_path, "max_steps=18") == 0
 
 
-@pytest.mark.slow
 def test_what_is_said_to_fit_does(tmp_path):
     def limited(*words: str) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, "-c", LIMITED, *TINY, f"output_dir={tmp_path}", "batch_size=4096", *words]

@@ -120,6 +120,7 @@ def test_what_the_compiler_raises_has_one_base_class():
         broken(torch.ones(1))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["alex", "vgg", "squeeze"])
 def test_lpips_has_a_backbone_in_slices_and_trained_linear_layers(name):
     network = compat.untrained_lpips(name)

@@ -163,6 +163,7 @@ def zipped(path: Path, *entries: tuple[str, bytes], method: int = zipfile.ZIP_DE
     return path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("size", "message"), [(2**31, "larger than"), (1000, "CRC")])
 def test_an_entry_that_inflates_to_more_than_may_be_is_not_inflated(tmp_path, size, message):
     """Not beyond what it declares either: 2^30 zeros are a megabyte."""
@@ -221,6 +222,7 @@ def test_encrypted_entries_and_names_that_are_no_unicode_are_said(tmp_path):
         folder(path)
 
 
+@pytest.mark.slow
 def test_a_million_entries_are_listed_in_bounded_memory(tmp_path):
     names = [(f"{number}.png", b"") for number in range(100_000)]
     path = zipped(tmp_path / "x.zip", *names, method=zipfile.ZIP_STORED)
@@ -373,6 +375,7 @@ def test_arrays_of_either_order_are_read_as_numpy_does(tmp_path, save, order):
 # --- Checkpoints ------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("place", "value", "message"),
     [
@@ -501,6 +504,7 @@ MERGES = "a: &a {x: 1}\n" + "".join(
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "text",
     [
@@ -564,6 +568,7 @@ def test_a_result_holds_what_it_should(tmp_path, change):
         read_history(tmp_path / "metrics.json")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "text",
     [
@@ -675,6 +680,7 @@ IMAGES = [
 ]
 
 
+@pytest.mark.slow
 @FUZZ
 @given(mutated(IMAGES), st.booleans(), st.sampled_from([1, 3]))
 def test_mutated_images(data, fix, channels):
@@ -859,6 +865,7 @@ TENSORS = st.sampled_from([
 ])  # fmt: skip
 
 
+@pytest.mark.slow
 @FUZZ
 @given(st.data())
 def test_mutated_checkpoints(place, checkpoint, run, data):
@@ -910,6 +917,7 @@ def test_mutated_curves(place, data):
     assert all(svg(panel) for panel in panels({"x": curves}))
 
 
+@pytest.mark.slow
 @FUZZ
 @given(st.data())
 def test_mutated_configurations(place, checkpoint, data):

@@ -157,6 +157,7 @@ def processes_with(text: str) -> list[int]:
     return found
 
 
+@pytest.mark.slow
 def test_an_evaluation_during_training_ends_at_a_signal_in_the_middle_of_its_work(
     tmp_path, monkeypatch, capsys
 ):

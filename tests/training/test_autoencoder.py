@@ -242,7 +242,7 @@ RUN = [
 ADVERSARY = [
     "objective.discriminator_start=2", "objective.discriminator_channels=8", "objective.discriminator_layers=1",
 ]  # fmt: skip
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.slow]
 
 
 def train(folder: Path, *words: str) -> dict:
@@ -516,7 +516,6 @@ def test_the_frechet_distance_is_between_reconstructions_and_their_originals(run
     assert result["value"] == pytest.approx(expected, rel=1e-3)
 
 
-@pytest.mark.slow
 def test_reconstructions_do_not_depend_on_the_number_of_processes(runs):
     values = []
     for count in (1, 2):

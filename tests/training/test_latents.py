@@ -41,7 +41,7 @@ from diffusion_cli.training.latent_cache import encoded
 from diffusion_cli.training.latent_data import LatentDataset
 from helpers import TINY, assert_same
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.slow]
 
 SHAPE = (1, 8, 12)
 LATENT = (3, 4, 6)
@@ -733,7 +733,6 @@ def test_what_does_not_go_together_is_refused_in_a_line(place, capsys, words, li
     assert not (place / "o" / "wrong").exists()
 
 
-@pytest.mark.slow
 def test_processes_change_neither_the_latents_nor_what_is_learned(place, tmp_path):
     alone, shared = (tmp_path / name for name in ("one", "two"))
     for folder, more in ((alone, []), (shared, ["trainer.devices=2"])):

@@ -32,6 +32,8 @@ from diffusion_cli.system.distributed import (
 from diffusion_cli.system.signals import UNFINISHED
 from helpers import distance
 
+pytestmark = pytest.mark.slow
+
 TINY = [
     "train", "name=tiny", "model.channels=8", "model.norm_groups=4", "model.num_heads=1", "model.head_channels=null",
     "batch_size=16", "optimizer.decay_steps=null", "optimizer.lr=0.001", "optimizer.warm_up_steps=3", "precision=fp32",
@@ -190,7 +192,6 @@ def alone(tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     "words", [("trainer.devices=2",), ("trainer.devices=4",), ("trainer.devices=2", "trainer.strategy=fsdp")]
 )
@@ -205,7 +206,6 @@ def test_training_does_not_depend_on_the_number_of_processes(alone, tmp_path, wo
     assert len(losses(tmp_path)) == 10
 
 
-@pytest.mark.slow
 def test_a_run_goes_on_with_another_number_of_processes(alone, tmp_path):
     for steps, words in (
         (15, ("trainer.devices=2",)),
@@ -218,7 +218,6 @@ def test_a_run_goes_on_with_another_number_of_processes(alone, tmp_path):
     torch.testing.assert_close(losses(alone), losses(tmp_path), rtol=1e-5, atol=0)
 
 
-@pytest.mark.slow
 def test_importance_sampling_and_labels_do_not_depend_on_it_either(tmp_path):
     words = ["max_steps=12", "time_sampling=loss_second_moment", "time_sampling.bins=4", "time_sampling.memory=3",
              "dataset.flip=true", "model.class_conditional=true", "objective.label_dropout=0.3",
@@ -231,7 +230,6 @@ def test_importance_sampling_and_labels_do_not_depend_on_it_either(tmp_path):
     assert distance(one, two) < 1e-5
 
 
-@pytest.mark.slow
 def test_a_run_that_grows_does_not_depend_on_it_either(tmp_path):
     words = ["progressive=[4,8]", "stage_steps=[6]", "stage_batch=[24]", "validate_every=5", "max_steps=10"]
     assert train(tmp_path / "one", *words) == 0
@@ -243,7 +241,6 @@ def test_a_run_that_grows_does_not_depend_on_it_either(tmp_path):
         torch.testing.assert_close(one, two, rtol=1e-5, atol=0)
 
 
-@pytest.mark.slow
 def test_images_do_not_depend_on_the_number_of_processes(alone, tmp_path):
     words = ["sample", "run=tiny", f"output_dir={alone}", "num_samples=70", "steps=3", "batch_size=16"]
     for count in (1, 2, 4):
@@ -258,7 +255,6 @@ def test_images_do_not_depend_on_the_number_of_processes(alone, tmp_path):
     assert (tmp_path / "2" / "000040.png").read_bytes() == (tmp_path / "1" / "000040.png").read_bytes()
 
 
-@pytest.mark.slow
 def test_torchrun_on_two_nodes_trains_in_one_folder(alone, tmp_path):
     port = str(free_port())
     nodes = [
@@ -302,7 +298,6 @@ def workers(process: subprocess.Popen) -> list[int]:
     return [int(pid) for pid in listed if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
 @pytest.mark.parametrize("to", ["all", "one"])
 def test_a_signal_to_any_process_stops_all_at_one_step(tmp_path, number, to):
@@ -314,7 +309,6 @@ def test_a_signal_to_any_process_stops_all_at_one_step(tmp_path, number, to):
     assert "Traceback" not in err
 
 
-@pytest.mark.slow
 def test_the_signals_of_a_scheduler_one_after_another_are_one(tmp_path):
     """A warning, then the end itself, and each by two ways: to all of the job, and passed on. It once lost the run."""
     process = start(tmp_path, "trainer.devices=2", "checkpoint_every=100000", first="metrics.csv")
@@ -329,7 +323,6 @@ def test_the_signals_of_a_scheduler_one_after_another_are_one(tmp_path):
     assert f"saved {tmp_path}/tiny at step {state(tmp_path)['global_step']}" in out
 
 
-@pytest.mark.slow
 def test_an_evaluation_on_the_way_is_left_at_a_signal_and_made_when_the_run_goes_on(tmp_path):
     words = [
         "eval_every=3",
@@ -352,7 +345,6 @@ def test_an_evaluation_on_the_way_is_left_at_a_signal_and_made_when_the_run_goes
         assert [row["step"] for row in csv.DictReader(file) if row.get("frechet_classifier")] == ["3"]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("victim", [0, 1])
 def test_a_killed_rank_ends_the_run_which_goes_on(tmp_path, victim):
     process = start(tmp_path, "trainer.devices=2")
@@ -369,7 +361,6 @@ def test_a_killed_rank_ends_the_run_which_goes_on(tmp_path, victim):
     assert state(tmp_path)["global_step"] == done + 3
 
 
-@pytest.mark.slow
 def test_workers_do_not_outlive_the_process_that_started_them(tmp_path):
     process = start(tmp_path, "trainer.devices=2")
     pids = workers(process)

@@ -30,7 +30,7 @@ TINY = [
     "time_sampling.bins=4", "time_sampling.memory=3", "preview_every=1000", "validate_every=2",
 ]  # fmt: skip
 Change = Callable[[dict[str, Any]], Any]
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.slow]
 
 
 def train(folder: Path, *words: str) -> int:
@@ -223,7 +223,6 @@ def test_unknown_tensors_are_not_dropped():
     assert stored["a"].keys() == {"tensor", "nested", "b"}
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("trained", ["fp32"], indirect=True)
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
 def test_every_process_refuses_it(tmp_path, capfd, trained, strategy):

@@ -44,7 +44,7 @@ from diffusion_cli.training.module import DenoisingModule, LevelMeter
 from diffusion_cli.training.optimizers import Adam, AdamW
 from helpers import TINY, assert_same, checkpoint_info, state, train
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.slow]
 
 
 @pytest.mark.parametrize(
@@ -387,7 +387,6 @@ def wait_for(path: Path, process: subprocess.Popen) -> None:
         time.sleep(0.02)
 
 
-@pytest.mark.slow
 def test_a_signal_between_the_parts_of_a_batch_waits_for_the_whole(tmp_path):
     words = ["max_steps=40", "accumulate_grad_batches=4", "checkpoint_every=5"]
     process = start(tmp_path / "parts", *words)
@@ -403,7 +402,6 @@ def test_a_signal_between_the_parts_of_a_batch_waits_for_the_whole(tmp_path):
     assert_same(state(tmp_path / "whole")["state_dict"], state(tmp_path / "parts")["state_dict"])
 
 
-@pytest.mark.slow
 def test_a_signal_to_the_whole_group_spares_the_workers_until_all_is_saved(tmp_path):
     for i in range(20):
         Image.new("RGB", (8, 8), (i, 0, 0)).save(tmp_path / f"{i}.png")
@@ -417,7 +415,6 @@ def test_a_signal_to_the_whole_group_spares_the_workers_until_all_is_saved(tmp_p
     assert "the same command goes on" in out
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1])
 def test_a_signal_saves_and_says_how_to_go_on(tmp_path, number):
     process = start(tmp_path, "max_steps=100000", "checkpoint_every=5")

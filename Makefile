@@ -31,7 +31,7 @@ lint: .venv/installed
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
 docs: .venv/installed
-	$(BIN)/python -m sphinx -q -W --keep-going -n docs docs/_build/html
+	$(BIN)/python -m sphinx -q -E -W --keep-going -n docs docs/_build/html
 	@echo "The site: docs/_build/html/index.html"
 
 mutants: .venv/installed

@@ -8,7 +8,6 @@ from diffusion_cli import __version__
 sys.path.insert(0, str(Path(__file__).parent / "extensions"))
 
 project = "diffuse"
-author = "the authors of diffuse"
 version = release = __version__
 
 extensions = [
@@ -35,4 +34,7 @@ html_theme = "furo"
 html_title = f"diffuse {release}"
 html_math_renderer = "mathml"
 html_copy_source = False
+html_show_copyright = False
+html_static_path = ["static"]
+html_css_files = ["site.css"]
 html_theme_options = {"top_of_page_buttons": []}

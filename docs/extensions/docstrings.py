@@ -11,6 +11,9 @@ from sphinx.environment import BuildEnvironment
 from sphinx.util.nodes import make_refnode
 from sphinx.util.typing import ExtensionMetadata
 
+HIDDEN_COLON = "\0"
+"""Stands for a colon in the docstring of an attribute, where napoleon would read the words before it as a type."""
+
 
 def without_constraints(_app: Sphinx, function: object, _bound: bool) -> None:
     """Show a parameter of type `Annotated[float, Field(gt=0)]` as `float`."""
@@ -23,7 +26,7 @@ def without_constraints(_app: Sphinx, function: object, _bound: bool) -> None:
 def as_rst(_app: Sphinx, what: str, _name: str, _obj: object, _options: object, lines: list[str]) -> None:
     """Mark indented paragraphs below unindented ones as code, and escape asterisks and bars elsewhere."""
     if what in ("attribute", "property") and lines:
-        lines[0] = lines[0].replace(": ", "\\: ")  # before a colon napoleon expects a type
+        lines[0] = lines[0].replace(": ", HIDDEN_COLON)
     result: list[str] = []
     code = indented_above = False
     for line in lines:
@@ -36,6 +39,13 @@ def as_rst(_app: Sphinx, what: str, _name: str, _obj: object, _options: object, 
         result.append(line if code else _escaped(line))
         indented_above = indented if line else indented_above
     lines[:] = result
+
+
+def with_colons(
+    _app: Sphinx, _what: str, _name: str, _obj: object, _options: object, lines: list[str]
+) -> None:
+    """Put back the colons that were hidden from napoleon."""
+    lines[:] = [line.replace(HIDDEN_COLON, ": ") for line in lines]
 
 
 def _escaped(line: str) -> str:
@@ -67,5 +77,6 @@ def link(
 def setup(app: Sphinx) -> ExtensionMetadata:
     app.connect("autodoc-before-process-signature", without_constraints)
     app.connect("autodoc-process-docstring", as_rst, priority=400)  # before napoleon
+    app.connect("autodoc-process-docstring", with_colons, priority=600)  # after napoleon
     app.connect("missing-reference", link)
     return {"parallel_read_safe": True, "parallel_write_safe": True}

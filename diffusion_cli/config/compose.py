@@ -36,10 +36,11 @@ from diffusion_cli.config.recipe import (
 from diffusion_cli.config.renamed import renamed_in_files, renamed_keys, renamed_word
 from diffusion_cli.config.runs import flatten, identity, replaced, run_name
 from diffusion_cli.config.schema import COMMANDS, GRIDS, Config
+from diffusion_cli.config.tasks import task_problems
 from diffusion_cli.config.typed import KEY, SWEEPS, as_text, as_typed, separated
 from diffusion_cli.config.validate import check_node, validate
 from diffusion_cli.config.values import Node
-from diffusion_cli.config.words import nearest_key
+from diffusion_cli.config.words import OTHER_NAMES, nearest_key
 from diffusion_cli.errors import NO_VALUE, Problem, UsageError, first_line
 from diffusion_cli.runs.migrate import migrated
 from diffusion_cli.system.compat import parse_override
@@ -74,6 +75,10 @@ def load(command: str, overrides: Sequence[str], dirs: Sequence[Path] = ()) -> C
             raise
         raise UsageError.several([*mistakes, *_composition_problems(command, overrides, error)]) from error
     config, wrong = _check(command, composed)
+    if any(
+        problem.key == "max_steps" for problem in wrong
+    ):  # what is derived from it is wrong only because of it
+        wrong = [problem for problem in wrong if problem.key not in composed["derived"]]
     reported = {problem.key.partition("=")[0] for problem in mistakes if isinstance(problem.key, str)}
     mistakes += [*unknown, *(problem for problem in wrong if problem.key not in reported)]
     if mistakes or config is None:
@@ -112,6 +117,7 @@ def _training(
         composed, unknown = _with_keys(choosing, setting, implied, dirs)
         name = composed["name"] or _name(composed, implied, choices, dirs, implied)
         stored = begun_with(Path(str(composed["output_dir"]), str(name)))
+        unknown += task_problems(choosing, composed)
         return with_recipe(
             composed | {"name": name}, stored, cache(partial(own_images, composed["dataset"]))
         ), unknown
@@ -131,6 +137,7 @@ def _training(
     if option != NETWORK_BEFORE_AUTO:
         words = with_network(option)
         composed, unknown = _with_keys(words, setting, None, dirs)
+    unknown += task_problems(choosing, composed)
     derived = [*composed["derived"], f"{MODEL}{option}"]
     return with_recipe(composed | {"name": name, "derived": derived}, stored, images), unknown
 
@@ -354,12 +361,21 @@ def _sort(
             known = options(key, dirs)
             wrong = ["null" if name is None else str(name) for name in names if str(name) not in known]
             mistakes += [
-                Problem(key, name, f"unknown option{did_you_mean(name, list(known))}") for name in wrong
+                _path_as_dataset(name)
+                if key == "dataset" and re.search("[/.]", name)
+                else Problem(key, name, f"unknown option{did_you_mean(name, list(known))}")
+                for name in wrong
             ]
             choosing += [] if wrong else [text]
         else:
             setting[key] = text
     return choosing, setting, mistakes
+
+
+def _path_as_dataset(path: str) -> Problem:
+    """The problem of a path in place of an option of `dataset`."""
+    option = "array" if path.endswith((".npy", ".npz")) else "folder"
+    return Problem("dataset", path, "unknown option", f"write dataset={option} dataset.path={path}")
 
 
 def _one_value(command: str, text: str, as_list: bool) -> str:
@@ -391,9 +407,12 @@ def _known(command: str, setting: Mapping[str, str], implied: Node) -> tuple[lis
             remedy = f"add {having[0]}" if len(having) == 1 else "choose one of them"
             unknown.append(Problem(text, NO_VALUE, f"applies only to {' or '.join(having)}", remedy))
             continue
-        near = nearest_key(key, keys)
-        hint = f"did you mean {near}?" if near else f"see diffuse {command} --help"
-        unknown.append(Problem(text, NO_VALUE, "unknown key", hint))
+        other = OTHER_NAMES.get(key, "")
+        near = other if _options_with(other, command) else nearest_key(key, keys)
+        parent = f"{key.rpartition('.')[0]}."
+        beside = [of for of in keys if of.startswith(parent) and not of.endswith("_target_")]
+        hint = f"see diffuse {command} --help" if not beside else f"choose from {', '.join(beside)}"
+        unknown.append(Problem(text, NO_VALUE, "unknown key", f"did you mean {near}?" if near else hint))
     return known, unknown
 
 

@@ -4,7 +4,7 @@ A mode evaluates a run's model, the samples that it makes, given samples or an a
 It has keys of its own, and refuses every other key that is set.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from collections.abc import Set as AbstractSet
 from functools import cache
 from typing import Annotated, Any, ClassVar, Literal, Self
@@ -173,6 +173,16 @@ def _defaults() -> Node:
     return values
 
 
+def metric_options(names: Iterable[str]) -> str:
+    """Return the options that stand for metrics on the command line, separated by commas: one for those it brings."""
+    left = list(names)
+    for option, file in options("metric").items():
+        first, *others = (part.stem for part in lineage(file)[:-1] or [file])
+        if others and {first, *others} <= {*left}:
+            left = [option if name == first else name for name in left if name not in others]
+    return ",".join(left)
+
+
 def _without_autoencoder(keys: Measuring) -> Iterator[Problem]:
     """Yield a problem with metrics of reconstructions, where no autoencoder is evaluated."""
     if keys.splits:
@@ -190,7 +200,7 @@ def _without_batch_size(keys: Measuring) -> Iterator[Problem]:
         yield Problem(
             "batch_size",
             "auto",
-            f"applies only to samples, and metric={','.join(keys.model_metrics)} evaluates the model itself",
+            f"applies only to samples, and metric={metric_options(keys.model_metrics)} evaluates the model itself",
             "use a number",
         )
 
@@ -203,7 +213,7 @@ class ModelEvaluation(Mode, Measuring, RunWeights):
     clip_x0: bool
 
     def reason(self) -> str:
-        return f"applies only to samples, and metric={','.join(self.metric)} uses none"
+        return f"applies only to samples, and metric={metric_options(self.metric)} uses none"
 
     def remedy_for(self, key: str) -> str:
         images = " and ".join(f"metric.{name}.num_images" for name in self.model_metrics)
@@ -240,7 +250,7 @@ class SampleFilesEvaluation(Mode, Measuring):
     def problems(self) -> Iterator[Problem]:
         yield from _without_autoencoder(self)
         if self.model_metrics:
-            yield Problem("metric", ",".join(self.model_metrics), self.reason(), self.remedy)
+            yield Problem("metric", metric_options(self.model_metrics), self.reason(), self.remedy)
         if self.batch_size == "auto":
             yield Problem("batch_size", "auto", self.reason(), self.remedy)
         if self.run is not None and self.other_dataset is not None:
@@ -259,7 +269,7 @@ class ReconstructionEvaluation(Mode, Measuring, RunWeights):
         others = [name for name in self.metric if name not in self.splits]
         if others or not self.metric:
             problem = f"does not evaluate autoencoders, and run={self.run} is one"
-            yield Problem("metric", ",".join(others), problem, "use metric=[reconstruction,rfid]")
+            yield Problem("metric", metric_options(others), problem, "use metric=[reconstruction,rfid]")
         if len(set(self.splits.values())) > 1:
             named = ", ".join(f"{name}.split={split}" for name, split in self.splits.items())
             yield Problem("metric", NO_VALUE, f"several splits: {named}", "use one split per evaluation")

@@ -14,6 +14,11 @@ OTHER_NAMES = {
     "epochs": "max_epochs",
     "gpus": "trainer.devices",
     "device": "trainer.accelerator",
+    "scale": "guidance.scale",
+    "cfg": "guidance.scale",
+    "cfg_scale": "guidance.scale",
+    "guidance_scale": "guidance.scale",
+    "n": "num_samples",
 }
 """Keys by their names in other programs."""
 CLOSE = 0.85
@@ -41,8 +46,13 @@ def nearest_key(name: str, keys: Sequence[str], cutoff: float = 0.6) -> str | No
     if name not in keys and (other := OTHER_NAMES.get(name)) in keys:
         return other
     spelt = name.replace("-", "_").lower()
-    near = difflib.get_close_matches(spelt, keys, n=1, cutoff=cutoff)
-    near = near or [key for key in keys if key.rpartition(".")[2] == spelt]
+    parent, _, last = spelt.rpartition(".")
+    beside = {key.rpartition(".")[2]: key for key in keys if parent and key.rpartition(".")[0] == parent}
+    if beside:
+        near = difflib.get_close_matches(last, beside, n=1, cutoff=cutoff)
+        return beside[near[0]] if near else None
+    near = [key for key in keys if key.rpartition(".")[2] == spelt]
+    near = near or difflib.get_close_matches(spelt, keys, n=1, cutoff=cutoff)
     return near[0] if near else None
 
 

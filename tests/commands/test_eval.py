@@ -512,7 +512,7 @@ def test_a_wrong_comparison_gets_one_line(place, tmp_path, capsys, words, line):
         (["samples=/nowhere", "dataset=digits"], "samples=/nowhere: does not exist"),
         (
             ["samples={plain}", "metric=bits_per_dim", "dataset=digits"],
-            "metric=bound,flow_likelihood: applies only to a run's model",
+            "metric=bits_per_dim: applies only to a run's model",
         ),
         (
             ["samples={plain}", "label=3", "dataset=digits"],
@@ -554,7 +554,7 @@ def test_a_wrong_comparison_gets_one_line(place, tmp_path, capsys, words, line):
         ),
         (
             ["run=a", "metric=bits_per_dim", "num_samples=100"],
-            "num_samples=100: applies only to samples, and metric=bound,flow_likelihood uses none; "
+            "num_samples=100: applies only to samples, and metric=bits_per_dim uses none; "
             "leave it out, or set "
             "metric.bound.num_images and metric.flow_likelihood.num_images",
         ),

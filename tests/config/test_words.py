@@ -59,6 +59,23 @@ MISTAKES = {
     "train max_epochs=x": "max_epochs=x: must be an integer or null",
     "train optimizer.lr=": "optimizer.lr=: no value; must be a number or auto",
     "train optimizer.lr=fast": "optimizer.lr=fast: must be a number or auto",
+    "sample scale=2": "scale=2: unknown key; did you mean guidance.scale?",
+    "sample guidance=cfg scale=2": "scale=2: unknown key; did you mean guidance.scale?",
+    "sample cfg_scale=2": "cfg_scale=2: unknown key; did you mean guidance.scale?",
+    "sample n=4": "n=4: unknown key; did you mean num_samples?",
+    "sample sampler=heun sampler.foo=2": "sampler.foo=2: unknown key; choose from sampler.spacing",
+    "sample sampler=heun sampler.spacng=2": "sampler.spacng=2: unknown key; did you mean sampler.spacing?",
+    "train max_steps=0": "max_steps=0: must be greater than 0, auto or null",
+    "train max_steps=ten": "max_steps=ten: must be an integer, auto or null",
+    "train dataset=a.zip": "dataset=a.zip: unknown option; write dataset=folder dataset.path=a.zip",
+    "train dataset=./a.npy": "dataset=./a.npy: unknown option; write dataset=array dataset.path=./a.npy",
+    "train model=kl_tiny": "model=kl_tiny: is for task=autoencoder; set task=autoencoder, or choose another model",
+    "train objective=cross_entropy": (
+        "objective=cross_entropy: is for task=classifier; set task=classifier, or choose another objective"
+    ),
+    "train task=classifier model=unet_tiny objective=cross_entropy": (
+        "model=unet_tiny: is for task=diffusion; set task=diffusion, or choose another model"
+    ),
     "train learning_rate=1e-4": "learning_rate=1e-4: unknown key; did you mean optimizer.lr?",
     "train optimizer.learning_rate=1e-4": "optimizer.learning_rate=1e-4: unknown key; did you mean optimizer.lr?",
     "train compile=maybe": "compile=maybe: must be auto, true or false",

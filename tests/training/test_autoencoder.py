@@ -405,8 +405,8 @@ def test_the_loss_falls_and_the_averaged_weights_are_those_that_load(tmp_path):
     [
         (["schedule=cosine"], "schedule: does not apply to task=autoencoder"),
         (["sampler=ddim", "time_sampling=uniform"], "time_sampling, sampler: does not apply"),
-        (["objective=simple"], "objective=Simple: adds noise"),
-        (["model=unet_tiny"], "model=UNet: is no autoencoder; take kl_tiny"),
+        (["objective=simple"], "objective=simple: is for task=diffusion; set task=diffusion"),
+        (["model=unet_tiny"], "model=unet_tiny: is for task=diffusion; set task=diffusion"),
         (["model.channel_mult=[1,1,1,1,1]"], "16 pixels of a side, which do not divide images of 8x8"),
         (["progressive=[4,8]"], "progressive=[4, 8]: is for what noised images are shown to"),
         (["eval_every=2"], "eval_every=2: an autoencoder makes no samples"),
@@ -417,9 +417,9 @@ def test_the_loss_falls_and_the_averaged_weights_are_those_that_load(tmp_path):
         ),
         (
             ["task=diffusion", "model=kl_tiny"],
-            "model=AutoencoderKL: is for task=autoencoder",
+            "model=kl_tiny: is for task=autoencoder",
         ),
-        (["task=diffusion", "objective=autoencoder"], "objective=autoencoder: adds no noise"),
+        (["task=diffusion", "objective=autoencoder"], "objective=autoencoder: is for task=autoencoder"),
     ],
 )
 def test_what_does_not_go_together_is_refused_in_a_line(tmp_path, capsys, words, line):

@@ -860,9 +860,9 @@ def test_a_classifier_goes_on_to_the_last_bit(tmp_path):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["model=classifier_tiny"], "model=Classifier: is for task=classifier; take one for task=diffusion"),
-        (["objective=cross_entropy"], "model=UNet: is for task=diffusion; take one for task=classifier"),
-        (["task=classifier", "objective=simple"], "model=Classifier: is for task=classifier"),
+        (["model=classifier_tiny"], "model=classifier_tiny: is for task=classifier; set task=classifier"),
+        (["objective=cross_entropy"], "objective=cross_entropy: is for task=classifier; set task=classifier"),
+        (["task=classifier", "objective=simple"], "objective=simple: is for task=diffusion"),
     ],
 )
 def test_what_a_task_needs_is_said(tmp_path, capsys, words, message):

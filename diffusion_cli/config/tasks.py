@@ -1,0 +1,40 @@
+"""The task that an option of `model` or `objective` is for, known before torch is imported."""
+
+from collections.abc import Sequence
+from functools import cache
+
+from diffusion_cli.config.catalogue import brought_by, content, options
+from diffusion_cli.config.values import Node
+from diffusion_cli.errors import Problem
+
+DENOISING = "diffusion"
+GROUPS_OF_TASKS = ("model", "objective")
+
+
+def task_problems(choosing: Sequence[str], composed: Node) -> list[Problem]:
+    """Return the problem of a model and an objective for different tasks, about the one that the user chose.
+
+    Args:
+        choosing: words of the command line that choose options.
+        composed: the configuration of a training.
+    """
+    tasks = {group: _tasks().get(composed[group]["_target_"], DENOISING) for group in GROUPS_OF_TASKS}
+    if len({*tasks.values()}) == 1:
+        return []
+    chosen = {group: name for group, _, name in (word.partition("=") for word in choosing)}
+    model_suits = "model" not in chosen or tasks["model"] == chosen.get("task")
+    group = "objective" if "objective" in chosen and model_suits else "model"
+    name = chosen.get(group, composed[group]["_target_"].rpartition(".")[2])
+    remedy = f"set task={tasks[group]}, or choose another {group}"
+    return [Problem(group, name, f"is for task={tasks[group]}", remedy)]
+
+
+@cache
+def _tasks() -> dict[str, str]:
+    """The task of each class that an option of `task` brings; all others are for denoising."""
+    return {
+        content(options(group)[str(option)])["_target_"]: task
+        for task, file in options("task").items()
+        for group, option in brought_by(file).items()
+        if group in GROUPS_OF_TASKS
+    }

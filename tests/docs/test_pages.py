@@ -29,6 +29,8 @@ PAGES = [
     *sorted(page for page in (ROOT / "docs").rglob("*.md") if page.parent.name not in GENERATED),
 ]
 WITH_OWN_TEST = ROOT / "docs" / "extending.md"  # test_extending.py
+FIRST_READ = {"README", "index", "start", "commands", "python"}
+"""Pages whose blocks the fast tests check; a command takes a quarter of a second to compose."""
 FENCE = re.compile(r"^( *)```([^\n`]*)\n(.*?)^\1```$", re.MULTILINE | re.DOTALL)
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 TARGETS = re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
@@ -187,7 +189,15 @@ def check(page: Path, block: Block) -> None:
             )  # a directive of MyST
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if page != WITH_OWN_TEST], ids=name_of)
+@pytest.mark.parametrize(
+    "page",
+    [
+        pytest.param(page, marks=[] if page.stem in FIRST_READ else pytest.mark.slow)
+        for page in PAGES
+        if page != WITH_OWN_TEST
+    ],
+    ids=name_of,
+)
 def test_every_block_is_valid(page, run_folder):
     wrong = []
     for block in blocks(page):

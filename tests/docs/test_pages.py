@@ -175,6 +175,8 @@ def check(page: Path, block: Block) -> None:
             check_console(block.text)
         case "python":
             check_python(block.text)
+            if block.text.startswith("from pathlib import Path\n"):  # a script, which makes files
+                exec(compile(block.text, f"{page}:{block.line}", "exec"), {})
         case "pycon":
             check_doctest(block.text, page, block.line)
         case "yaml":
@@ -206,6 +208,12 @@ def test_every_block_is_valid(page, run_folder):
         except MISTAKES as error:
             wrong.append(f"{page.name}:{block.line}: {error}")
     assert wrong == []
+
+
+@pytest.mark.parametrize("page", PAGES[1:], ids=name_of)
+def test_no_block_is_indented(page):
+    """Only fenced blocks are checked."""
+    assert re.findall(r"\n\n {4}\S.*", FENCE.sub("", page.read_text())) == []
 
 
 @pytest.mark.parametrize("page", [*PAGES, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"], ids=name_of)

@@ -8,7 +8,17 @@ import yaml
 from sphinx.application import Sphinx
 from sphinx.util.typing import ExtensionMetadata
 
-from diffusion_cli.config import COMMANDS, CONF, FIRST_WORD, LAUNCHERS, defaults, documented, options, summary
+from diffusion_cli.config import (
+    COMMANDS,
+    CONF,
+    FIRST_WORD,
+    GRIDS,
+    LAUNCHERS,
+    defaults,
+    documented,
+    options,
+    summary,
+)
 
 GENERATED = ("reference/commands", "reference/options")
 """Folders of the generated pages, which are never committed."""
@@ -55,11 +65,10 @@ def command_page(command: str) -> str:
 
 def group_page(group: str) -> str:
     """The page of one group: every option with its class and its keys."""
-    users = [command for command in COMMANDS if group in defaults(command)] or [
-        "train",
-        "sample",
-        "eval",
-        "edit",
+    users = [
+        command
+        for command in COMMANDS
+        if group in defaults(command) or (group == "launcher" and command not in GRIDS)
     ]
     links = ", ".join(f"[{command}](../commands/{command}.md)" for command in users)
     lines = [f"# {group}", "", f"Options of `{group}=`, for {links}.", ""]

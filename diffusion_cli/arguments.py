@@ -96,6 +96,7 @@ def check_supplied(group: str, name: str, target: Any, values: Sequence[Any]) ->
     types = get_type_hints(target.__init__ if inspect.isclass(target) else target)
     for key, value in zip(parameters, values, strict=False):
         try:
+            value = str(value) if isinstance(value, Path) else value
             TypeAdapter(types[key], config=ConfigDict(arbitrary_types_allowed=True)).validate_python(value)
         except ValidationError as error:
             kind = types[key].__name__ if inspect.isclass(types[key]) else types[key]

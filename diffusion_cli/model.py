@@ -474,7 +474,7 @@ class Model:
         if isinstance(y, list | tuple):
             names = self.class_names or ()
             y = [class_number(one, names, "y") if isinstance(one, str) else one for one in y]
-        wanted = f"{count} classes, by index (0 to {classes - 1}) or name"
+        wanted = f"a list with one class per image, by index (0 to {classes - 1}) or name"
         labels = tensor("y", y, wanted)
         whole = not labels.is_floating_point() and labels.shape == (count,)
         if not whole or bool(((labels < 0) | (labels >= classes)).any()):

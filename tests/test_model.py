@@ -225,7 +225,7 @@ MISUSES = {
     "m.denoise(im, 0.5)": "x_t=uint8 [1, 1, 8, 8]: must be float [B, 1, 8, 8]; use encode",
     "m.decode('x')": "x=x: must be float [B, 1, 8, 8]",
     "m.encode(None)": "images: missing; give uint8 [B, 1, 8, 8]",
-    "c.denoise(x, 0.5, 'a')": "y=a: must be 1 classes, by index (0 to 9) or name",
+    "c.denoise(x, 0.5, 'a')": "y=a: must be a list with one class per image, by index (0 to 9) or name",
     "c.denoise(x, 0.5, ['a'])": "y=a: unknown class",
     "option('schedule', None)": "schedule=None: unknown option",
     "option(None, 'x')": "group=None: unknown group",

@@ -35,11 +35,11 @@ class Array(Dataset):
     The channel axis is the last one if it has length 1 or 3, else the first if that has, else the shorter of the
     two. Pickled objects are refused. A .npz file has these arrays:
 
-    * `images`, `arr_0` or `x`: the images;
-    * `labels`, `arr_1` or `y` (optional): classes 0..K - 1, integers [N];
-    * `class_names` (optional): names of the classes, strings [K];
-    * `val` (optional): which images are for validation, bool [N]; used if `val_fraction` is None;
-    * `form` (optional): JSON text with the value range of the images; used if `range` is None.
+    - `images`, `arr_0` or `x`: the images;
+    - `labels`, `arr_1` or `y` (optional): classes 0..K - 1, integers [N];
+    - `class_names` (optional): names of the classes, strings [K];
+    - `val` (optional): which images are for validation, bool [N]; used if `val_fraction` is None;
+    - `form` (optional): JSON text with the value range of the images; used if `range` is None.
 
     Args:
         data_dir: unused.

@@ -85,13 +85,13 @@ class Folder(Dataset):
 
     Classes, by `labels`:
 
-    * `folders`: the first-level folders (of the deepest folder that contains all images), in alphabetical order. All
+    - `folders`: the first-level folders (of the deepest folder that contains all images), in alphabetical order. All
       images must lie in two or more of them.
-    * `csv`: the distinct labels of `labels.csv`, in numeric order if all are integers, else in alphabetical order.
+    - `csv`: the distinct labels of `labels.csv`, in numeric order if all are integers, else in alphabetical order.
       The file is UTF-8 and lies at the top, or in another folder that contains all images; the topmost is used. It
       has a header line, and one row per image with the columns `file` (relative to its folder, with `/`) and `label`.
-    * `none`: no classes.
-    * `auto`: `csv` if there is such a file, else `folders` if they give classes, else `none`.
+    - `none`: no classes.
+    - `auto`: `csv` if there is such a file, else `folders` if they give classes, else `none`.
 
     See `ImageDecoder` for 8-bit images, `HighDepthImage` for other depths, ranges and channels, `VolumeDecoder` for
     volumes and `MaskedDecoder` for masks. The first file determines the format.

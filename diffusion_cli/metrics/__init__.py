@@ -1,4 +1,4 @@
-"""Metrics: how good samples are, and the protocol by which that was measured."""
+"""Metrics of samples and models, with the protocol by which they were measured."""
 
 from diffusion_cli.metrics.base import (
     EvaluatedModel,

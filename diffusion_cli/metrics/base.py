@@ -1,4 +1,4 @@
-"""What a metric is: a measurement that sees all samples go by once."""
+"""Base classes of metrics, which are computed in one pass over all samples."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
@@ -21,36 +21,36 @@ from diffusion_cli.runs.load import LoadedDenoiser
 
 @dataclass(frozen=True)
 class MetricValue:
-    """What was measured, and what must be known to compare it."""
+    """Value of a metric with the settings needed to compare it."""
 
     name: str
-    """Of the number in reports."""
+    """Name of the value in reports."""
     value: float | None
-    """None where there is no number, and the notes say why."""
+    """The value; None if it cannot be computed, with the reason in `notes`."""
     details: Mapping[str, float] = field(default_factory=dict)
-    """Further numbers by name, in the order to show them in."""
+    """Additional values by name, in display order."""
     protocol: Mapping[str, Any] = field(default_factory=dict)
-    """The settings of the metric that the value depends on, as plain data."""
+    """Settings of the metric that the value depends on, as plain data."""
     notes: tuple[str, ...] = ()
     pictures: Mapping[str, list[Tensor]] = field(default_factory=dict)
-    """Pictures that belong to it by name: their rows of images, uint8 [n, C, H, W]."""
+    """Figures by name, each as rows of images, uint8 [n, C, H, W]."""
     higher_is_better: bool = False
 
 
 class SampleBatch(NamedTuple):
-    """A batch of samples, and what a network says of it."""
+    """A batch of samples with its features."""
 
     images: Tensor
     """uint8 [B, C, H, W], on the CPU."""
     labels: Tensor | None
-    """The classes that they were made as, int64 [B], if they were."""
+    """Class labels of the samples, int64 [B], or None."""
     seen: FeatureBatch
 
 
 class FeatureView:
-    """The samples and the real images as one network sees them.
+    """Samples and real images through one feature network.
 
-    What a metric asks for at its beginning is kept, on disk, for all of them: rows of features and of class scores.
+    Features and class scores of all samples are stored on disk if a metric requests them before the pass.
     """
 
     def __init__(
@@ -62,19 +62,19 @@ class FeatureView:
         self._logits: GrowingRows | None = None
 
     def rows(self) -> Rows:
-        """The features of the samples, which are all there after the pass."""
+        """Return the features of the samples, complete after the pass."""
         if self._rows is None:
             self._rows = GrowingRows(self.network.dim, self.cache_dir)
         return self._rows
 
     def logits(self) -> Rows:
-        """The class scores of the samples, which are all there after the pass."""
+        """Return the class scores of the samples, complete after the pass."""
         if self._logits is None:
             self._logits = GrowingRows(self.network.classes, self.cache_dir)
         return self._logits
 
     def update(self, batch: FeatureBatch) -> None:
-        """Keep of a batch what was asked for."""
+        """Store the requested parts of a batch."""
         if self._rows is not None:
             self._rows.append(batch.features)
         if self._logits is not None:
@@ -83,54 +83,57 @@ class FeatureView:
 
 
 class MetricState(ABC):
-    """One metric at work: it is shown every batch of samples, and then asked for its findings."""
+    """State of a metric during the pass over samples: `update` per batch, then `compute`."""
 
-    def update(self, batch: SampleBatch) -> None:  # noqa: B027 - nothing to do for a metric that asked for rows
-        """Take in B more samples."""
+    def update(self, batch: SampleBatch) -> None:  # noqa: B027 - optional for metrics that read stored rows
+        """Add a batch of samples."""
 
     @abstractmethod
     def compute(self) -> list[MetricValue]:
-        """The results for all samples; none where there was nothing to measure."""
+        """Return the values over all samples; empty if there is nothing to measure."""
 
 
 class Metric(ABC):
-    """A number that says how good samples are."""
+    """Base class of metrics of samples."""
 
     keeps_rows: bool = False
-    """Whether it asks for the features of all images, samples and real ones."""
+    """Whether the metric stores the features of all samples and real images."""
     split: Split | None = None
-    """Of real images, where it looks at an autoencoder's reconstructions of them, and at no other samples."""
+    """Split whose reconstructions a metric of autoencoders measures; None for other metrics."""
 
     def network(self, networks: FeatureExtractors) -> Features:
-        """The network that it looks through: the evaluation's own, unless a metric is defined on another."""
+        """Return the feature network: the one of the evaluation, unless the metric is defined on another."""
         return networks.chosen
 
     @abstractmethod
     def check(self, count: int, seen: FeatureView, force: bool) -> list[str]:
-        """Raise UsageError if `count` samples are too few, or with `force` where one can, return warnings."""
+        """Check the number of samples and return warnings.
+
+        Raises UsageError if `count` is too small; with `force`, warns instead where possible.
+        """
 
     @abstractmethod
     def init_state(self, seen: FeatureView) -> MetricState:
-        """Start on a set of samples; what is needed of real images is computed now."""
+        """Prepare a pass over samples, including all statistics of real images."""
 
 
 @dataclass(frozen=True)
 class EvaluatedModel:
-    """A trained model to be measured on real images, and how."""
+    """Trained model and settings for metrics of models."""
 
     model: LoadedDenoiser
     dataset: Dataset
     folder: Path
-    """The run's."""
+    """Folder of the run."""
     device: torch.device
     seed: int
     batch_size: int
     clip: bool
-    """Whether predicted images are kept in [-1, 1]."""
+    """Whether predicted images are clipped to [-1, 1]."""
     precision: str
 
     def batch(self, images: Images, rows: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Some of the images, and their labels if the model is told them, on the model's device."""
+        """Return rows of the images, and their labels if the model is class-conditional, on the model's device."""
         rows = rows.to(images.device)
         labels = None
         if self.model.num_classes is not None and images.labels is not None:
@@ -139,8 +142,8 @@ class EvaluatedModel:
 
 
 class ModelMetric(ABC):
-    """A number that says how well a model knows real images; no samples are made for it."""
+    """Base class of metrics of a model on real images, without samples."""
 
     @abstractmethod
     def measure(self, subject: EvaluatedModel) -> MetricValue | None:
-        """The number for a model."""
+        """Return the value for a model, or None if it is not applicable."""

@@ -1,4 +1,4 @@
-"""What a classifier of the dataset says of samples: whether they are what they were made as, and how sure it is."""
+"""Class accuracy and class entropy of samples by a classifier of the dataset."""
 
 import math
 
@@ -11,11 +11,15 @@ from diffusion_cli.metrics.features.registry import FeatureExtractors
 
 
 class ClassifierScore(Metric):
-    """Class accuracy of labelled samples, and the entropies of the classes that a network takes samples for.
+    """Class accuracy and class entropies of samples, by a classifier.
 
-    `class_accuracy` is the share, 0 to 1, that is taken for the class it was made as. `class_entropy` is the mean
-    entropy of p(y|x) in nats, 0 where the network is sure; `entropy_of_classes` that of the mean of p(y|x), log K where
-    all K classes come equally often. The network is the evaluation's own if it knows the dataset's classes, else
+    Values:
+
+    - `class_accuracy`: fraction of samples, 0 to 1, that are classified as their label.
+    - `class_entropy`: mean entropy of p(y|x) in nats; 0 for a certain classifier. Its detail `entropy_of_classes` is
+      the entropy of the mean of p(y|x), log K if all K classes are equally frequent.
+
+    The classifier is the evaluation's feature network if it was trained on the dataset's classes, else
     `features=classifier`.
     """
 

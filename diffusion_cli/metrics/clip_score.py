@@ -1,4 +1,4 @@
-"""Whether samples show what their class is called, to a network that sees and reads."""
+"""CLIP score: agreement of samples with a prompt of their class name."""
 
 import math
 
@@ -12,10 +12,18 @@ from diffusion_cli.metrics.features.registry import FeatureExtractors
 
 
 class CLIPScore(Metric):
-    """The mean over samples of max(100 cos, 0), cos that of the embeddings of a sample and of its class's prompt.
+    """Mean CLIP score of samples, max(100 cos, 0), with the standard error of the mean.
 
-    `prompt` has `{}` where the name of the class goes, underscores as spaces. With the standard error of the mean.
-    Raises UsageError for samples without classes. Source: Hessel et al. 2021, with the factor of torchmetrics.
+    cos is the cosine similarity of the CLIP embeddings of a sample and of its prompt.
+
+    Args:
+        weights: CLIP weights, a folder or a name on the Hugging Face hub.
+        prompt: prompt with `{}` for the class name, in which underscores become spaces.
+
+    Raises:
+        UsageError: the samples have no classes, or the prompt has no `{}`.
+
+    Source: Hessel et al. 2021, with the factor of torchmetrics.
     """
 
     def __init__(
@@ -23,7 +31,10 @@ class CLIPScore(Metric):
     ) -> None:
         if "{}" not in prompt:
             raise UsageError(
-                "metric.clip_score.prompt", prompt, "has no {} for the name of the class", "put it in"
+                "metric.clip_score.prompt",
+                prompt,
+                "has no placeholder for the class name",
+                "add {}",
             )
         self.weights, self.prompt = weights, prompt
 
@@ -35,11 +46,11 @@ class CLIPScore(Metric):
             raise UsageError(
                 "metric",
                 "clip_score",
-                "the samples have no classes to ask for",
-                "take a class-conditional model, or put the images into class folders",
+                "the samples have no classes",
+                "use a class-conditional model, or sort the images into class folders",
             )
         if count < 2:
-            raise UsageError("num_samples", count, "metric=clip_score needs 2 samples", "raise num_samples")
+            raise UsageError("num_samples", count, "metric=clip_score needs at least 2", "raise num_samples")
         return []
 
     def init_state(self, seen: FeatureView) -> MetricState:
@@ -68,11 +79,7 @@ class CLIPScoreState(MetricState):
 
     def compute(self) -> list[MetricValue]:
         if self.count < 2:
-            return [
-                MetricValue(
-                    "clip_score", None, notes=("clip_score: fewer than two of the samples have labels",)
-                )
-            ]
+            return [MetricValue("clip_score", None, notes=("clip_score: fewer than 2 samples have labels",))]
         mean = self.total / self.count
         variance = max(self.squares / self.count - mean**2, 0.0) * self.count / (self.count - 1)
         details = {"standard_error": math.sqrt(variance / self.count), "images": self.count}

@@ -1,4 +1,4 @@
-"""One pass over samples, for all metrics at once."""
+"""Evaluation of all metrics in one pass over the samples."""
 
 import sys
 import time
@@ -28,21 +28,21 @@ from diffusion_cli.metrics.samples import Samples
 from diffusion_cli.system.distributed import Distributed
 from diffusion_cli.system.progress import ProgressBar
 
-LONG = 60  # seconds from which on the time that an evaluation will take is announced
+LONG = 60  # seconds; the duration of longer evaluations is announced
 
 
 class Evaluation(NamedTuple):
-    """What came out of a pass."""
+    """Result of an evaluation."""
 
     report: Report
     pictures: dict[str, list[Tensor]]
-    """By name, their rows of images, uint8 [n, C, H, W]."""
+    """Figures by name, each as rows of images, uint8 [n, C, H, W]."""
     first: dict[str, MetricValue]
-    """The first number of each metric, by its name in the configuration."""
+    """First value of each metric, by the metric's name in the configuration."""
 
 
 class EvaluationCancelled(Exception):
-    """An evaluation was left before its end."""
+    """An evaluation was stopped before its end."""
 
 
 def evaluate(
@@ -56,20 +56,30 @@ def evaluate(
     environment: Mapping[str, Any] | None = None,
     called_off: Callable[[], bool] = lambda: False,
 ) -> Evaluation:
-    """Measure samples by every metric, showing each sample once to each network that any of them looks through.
+    """Evaluate samples with all metrics in one pass, computing each feature network once per sample.
 
-    Nothing of the size of all samples is held in memory. Of several processes each makes and looks at every n-th batch,
-    and the first measures; the others return an empty report. Statistics of real images are kept in the folder
-    of the networks; `environment` is plain data on programs and machine, for the protocol.
+    Memory use does not grow with the number of samples. With several processes, each computes every n-th batch; the
+    first one returns the report, the others an empty report. Statistics of real images are cached.
 
-    Raises EvaluationCancelled where `called_off`, which all processes ask before each round of batches, says so.
-    Raises UsageError, before any sample is made, if they are too few for a metric (with `force`, a warning in the
-    report where that is possible), or have another shape than the real images.
+    Args:
+        metrics: metrics by name.
+        networks: feature networks, with the dataset and the cache folder.
+        samples: samples to evaluate.
+        reference: real images to compare with.
+        batch_size: samples per batch and process.
+        force: whether too few samples give warnings where possible, instead of an error.
+        environment: software and hardware as plain data, for the protocol.
+        called_off: callback, called by all processes before each round of batches, that returns True to stop.
+
+    Raises:
+        EvaluationCancelled: `called_off` returned True.
+        UsageError: there are too few samples for a metric, or they differ in shape from the real images. This is
+            checked before any sample is generated.
     """
     ranks = Distributed()
     seen, notes = require(metrics, networks, samples, reference, force)
     views = list(dict.fromkeys(seen.values()))
-    # Those that keep rows of features begin first: what others need of real images comes from these.
+    # Metrics that store features first: the others reuse their real features.
     order = sorted(metrics, key=lambda name: not metrics[name].keeps_rows)
     begun = {name: metrics[name].init_state(seen[name]) for name in order}
     shown_to = [[begun[name] for name in metrics if seen[name] is view] for view in views]
@@ -102,13 +112,13 @@ def require(
     reference: Reference,
     force: bool,
 ) -> tuple[dict[str, FeatureView], list[str]]:
-    """What each metric looks at, and what a reader must know; UsageError if any cannot be measured, as `evaluate`."""
+    """Return the view of each metric, and warnings; UsageError if a metric is impossible, as `evaluate`."""
     dataset, cache_dir, ranks = networks.dataset, networks.cache_dir, Distributed()
     if samples.shape != dataset.shape:
         raise UsageError(
             "dataset",
             dataset.name,
-            f"its images are {dataset.shape}, and the samples {samples.shape}",
+            f"its images have shape {dataset.shape}, but the samples {samples.shape}",
             "compare with the dataset the model was trained on",
         )
     seen: dict[str, FeatureView] = {}
@@ -122,7 +132,7 @@ def require(
         note for name, metric in metrics.items() for note in metric.check(len(samples), seen[name], force)
     ]
     networks_of = dict.fromkeys(view.network for view in seen.values())
-    for network in networks_of:  # which may train: only now, when all metrics are known to be possible
+    for network in networks_of:  # may train a network, so only after all checks
         ranks.main_first(network.prepare)
     return seen, [*(network.note for network in networks_of if network.note), *warnings]
 
@@ -133,7 +143,14 @@ def evaluate_model(
     record: Mapping[str, Any],
     environment: Mapping[str, Any],
 ) -> Report:
-    """Measure a model itself; `record` goes into the protocol as its entry `model`, `environment` as in `evaluate`."""
+    """Evaluate metrics of a model on real images.
+
+    Args:
+        metrics: the metrics.
+        subject: the model and its settings.
+        record: description of the model for the protocol.
+        environment: software and hardware as plain data, for the protocol.
+    """
     results, notes = [], []
     for metric in metrics:
         finding = metric.measure(subject)
@@ -151,9 +168,9 @@ def _pass(
     ranks: Distributed,
     called_off: Callable[[], bool],
 ) -> tuple[str, Counter[int]]:
-    """Show every batch to every network and what measures by it, in order.
+    """Compute the features of every batch and update the metrics, in order.
 
-    Returns the SHA-256 of all images, and the number of samples of each label.
+    Returns the SHA-256 of all images, and the number of samples per label.
     """
     digest, labels, count, start = PixelDigest(), Counter[int](), len(samples), time.monotonic()
     each_round = batch_size * ranks.world
@@ -181,7 +198,7 @@ def _pass(
 
 
 def _class_notes(samples: Samples, labels: Counter[int], reference: Reference) -> list[str]:
-    """A note where the samples have other shares of the classes than the images that they are compared with."""
+    """Return a note if the class shares of the samples differ from those of the reference."""
     names = samples.class_names
     if not labels or names is None:
         return []
@@ -193,7 +210,7 @@ def _class_notes(samples: Samples, labels: Counter[int], reference: Reference) -
         return []
     name, share, expected = found
     return [
-        f"class shares: {share:.3g} of the samples are of the class {name}, and {expected:.3g} of "
+        f"class shares: class {name} has a share of {share:.3g} in the samples and {expected:.3g} in "
         f"{reference.name}; this difference is part of the distance"
     ]
 
@@ -201,7 +218,7 @@ def _class_notes(samples: Samples, labels: Counter[int], reference: Reference) -
 def _look(
     samples: Samples, numbers: range, networks: Sequence[Features], ranks: Distributed
 ) -> list[SampleBatch]:
-    """Some samples, as each network sees them; sent between processes, it has to lie on the CPU."""
+    """Return samples with the features of each network, on the CPU if sent between processes."""
     images, labels = samples.batch(numbers)
     said = [network(images) for network in networks]
     images, labels = images.cpu(), None if labels is None else labels.cpu()
@@ -209,7 +226,7 @@ def _look(
 
 
 def _announce(count: int, done: int, seconds: float) -> None:
-    """Say how long a long evaluation will take, when its first batches are done."""
+    """Print the expected duration of a long evaluation after its first batches."""
     left = seconds / min(done, count) * (count - done)
     if left > LONG:
         rate = min(done, count) / seconds

@@ -1,4 +1,4 @@
-"""The Frechet distance of Gaussians fitted to features: FID, where the features are Inception's."""
+"""Frechet distance of features (FID) and its variants."""
 
 import numpy as np
 import torch
@@ -17,20 +17,25 @@ from diffusion_cli.system.files import file_digest
 from diffusion_cli.system.progress import ProgressBar
 
 MOST_SUBSETS = 10
-"""Disjoint sets of samples whose mean distance is compared with that of as many real images.
+"""Maximum number of disjoint subsets of samples whose mean distance is compared with the reference distance.
 
-One set is a matter of chance: for 359 of 2,000 samples of digits, distances of 0.7 to 1.0 vary by 0.2.
+A single subset is noisy: for 359 of 2,000 samples of digits, distances of 0.7 to 1.0 vary by 0.2.
 """
 
 
 def frechet_distance(mu1: Tensor, sigma1: Tensor, mu2: Tensor, sigma2: Tensor) -> float:
-    """The squared Frechet (2-Wasserstein) distance of two Gaussians, at least 0.
+    """Return the squared Frechet (2-Wasserstein) distance of two Gaussians, at least 0.
 
-    |mu1 - mu2|^2 + tr sigma1 + tr sigma2 - 2 tr (sigma1^1/2 sigma2 sigma1^1/2)^1/2, for means [d] and
-    covariances [d, d], all float64.
+    `|mu1 - mu2|^2 + tr sigma1 + tr sigma2 - 2 tr (sigma1^1/2 sigma2 sigma1^1/2)^1/2`
 
-    With sigma = A A^T the last trace is the sum of the singular values of A1^T A2. Taking the square root
-    of the product's eigenvalues instead would make 1e-8 of every 1e-16 that stands for a zero.
+    The last trace is computed as the sum of the singular values of A1^T A2, where sigma = A A^T. This is more
+    accurate than the square roots of eigenvalues of sigma1 sigma2, which turn rounding errors of 1e-16 into 1e-8.
+
+    Args:
+        mu1: mean, float64 [d].
+        sigma1: covariance, float64 [d, d].
+        mu2: mean, float64 [d].
+        sigma2: covariance, float64 [d, d].
 
     Source: Dowson and Landau 1982; Heusel et al. 2017, Eq. 6.
     """
@@ -44,25 +49,27 @@ def _distance(mu1: Tensor, sigma1: Tensor, mu2: Tensor, sigma2: Tensor, root2: T
 
 
 def _root(sigma: Tensor) -> Tensor:
-    """A [d, rank] with A A^T = sigma, where eigenvalues that rounding made out of zeros do not count."""
+    """Return A [d, rank] with A A^T = sigma, ignoring eigenvalues that are zero up to rounding."""
     values, vectors = torch.linalg.eigh(sigma)
     keep = values > values[-1] * len(values) * torch.finfo(values.dtype).eps
     return vectors[:, keep] * values[keep].sqrt()
 
 
 class FrechetDistance(Metric):
-    """The Frechet distance between samples and real images, over features: FID, where they are Inception's.
+    """Frechet distance between samples and real images in feature space: FID with Inception features.
 
-    With `reference_distance`, the distance between the two splits of real images is reported beside it. A perfect model
-    has that distance, except that the distance falls with the number of images. So both are given once more for equal
-    numbers, m of the samples against m images of the other split. A model that copies training images goes below.
+    Args:
+        reference_distance: whether to report the distance between the training and the validation split, which a
+            perfect model would reach. Because the distance depends on the number of images, both distances are also
+            reported for an equal number of samples and real images. A model that copies training images is lower.
+        infinity: number of subset sizes for extrapolation to infinitely many samples, at least 3; 0: none.
+        bootstrap: number of resamples for a 95 % interval, at least 20; 0: none.
 
-    With `infinity` points, the distance is extrapolated to infinitely many samples; with `bootstrap` resamples, an
-    interval of 95% is given for it.
+    Raises:
+        UsageError: there are fewer samples or reference images than features + 1, so that the covariance does not
+            have full rank.
 
-    Raises UsageError for fewer samples, or reference images, than features + 1, as their covariance has no full rank.
-
-    Source: Heusel et al. 2017; Chong & Forsyth 2020.
+    Source: Heusel et al. 2017; Chong and Forsyth 2020.
     """
 
     key = "fid"
@@ -74,16 +81,16 @@ class FrechetDistance(Metric):
         for key, value, least in (("infinity", infinity, 3), ("bootstrap", bootstrap, 20)):
             if 0 < value < least:
                 raise UsageError(
-                    f"metric.{self.key}.{key}", value, "is too few", f"take at least {least}, or 0 for none"
+                    f"metric.{self.key}.{key}", value, "is too small", f"use at least {least}, or 0 for none"
                 )
         self.reference_distance, self.infinity, self.bootstrap = reference_distance, infinity, bootstrap
 
     def title(self, features: Features) -> str:
-        """The name of the number in reports."""
+        """Return the name of the value in reports."""
         return {"inception": "fid", "dinov2": "fd_dinov2"}.get(features.name, f"frechet_{features.name}")
 
     def dim(self, features: Features) -> int:
-        """The number of features it looks at; UsageError if the network has none of the kind."""
+        """Return the number of features; UsageError if the network lacks the features of this metric."""
         return features.dim
 
     def check(self, count: int, seen: FeatureView, force: bool) -> list[str]:
@@ -94,25 +101,25 @@ class FrechetDistance(Metric):
             raise UsageError(
                 f"metric.{self.key}.infinity",
                 self.infinity,
-                f"takes subsets of {dim + 1} and more of the samples, and there are {count}",
+                f"needs subsets of at least {dim + 1} samples, but there are only {count} samples",
                 "raise num_samples, or set 0",
             )
         sets = [("num_samples", count, "raise num_samples")]
         if reference.stats is None:
-            sets.append(("reference", len(reference.images), "take a larger split or dataset"))
+            sets.append(("reference", len(reference.images), "use a larger split or dataset"))
         warnings = []
         for key, number, remedy in sets:
             if number > dim:
                 continue
             value = number if key == "num_samples" else reference.name
             wrong = (
-                f"{number} images are fewer than the {dim + 1} that the covariance of {dim} features of "
-                f"{seen.network.name} needs"
+                f"{number} images are fewer than the {dim + 1} needed for the covariance of {dim} features of "
+                f"{seen.network.name}"
             )
             if number < 2 or not force:
-                forced = "" if number < 2 else ", or set force=true to have a biased number"
+                forced = "" if number < 2 else ", or set force=true for a biased value"
                 raise UsageError(key, value, wrong, f"{remedy}{forced}")
-            warnings.append(f"{key}={value}: {wrong}, so the distance is biased and fit for no comparison")
+            warnings.append(f"{key}={value}: {wrong}, so the distance is biased and not comparable")
         return warnings
 
     def init_state(self, seen: FeatureView) -> MetricState:
@@ -120,7 +127,13 @@ class FrechetDistance(Metric):
 
 
 class FrechetDistanceDINOv2(FrechetDistance):
-    """The Frechet distance over the features of DINOv2, whatever network the evaluation chose: FD-DINOv2.
+    """Frechet distance of DINOv2 features (FD-DINOv2), independent of `features=`.
+
+    Args:
+        weights: DINOv2 weights, a folder or a name on the Hugging Face hub.
+        reference_distance: see `FrechetDistance`.
+        infinity: see `FrechetDistance`.
+        bootstrap: see `FrechetDistance`.
 
     Source: Stein et al. 2023.
     """
@@ -143,9 +156,12 @@ class FrechetDistanceDINOv2(FrechetDistance):
 
 
 class SpatialFrechetDistance(FrechetDistance):
-    """The Frechet distance over where things are: sFID, of 7 channels of a 17x17 map of Inception.
+    """Spatial Frechet distance (sFID), of 7 channels of a 17x17 feature map of Inception.
 
-    Source: Nash et al. 2021; Dhariwal & Nichol 2021.
+    Args:
+        reference_distance: see `FrechetDistance`.
+
+    Source: Nash et al. 2021; Dhariwal and Nichol 2021.
     """
 
     key = "sfid"
@@ -162,14 +178,14 @@ class SpatialFrechetDistance(FrechetDistance):
             raise UsageError(
                 "metric",
                 "sfid",
-                f"is defined on maps of Inception, and features={features.name} has none",
-                "take features=inception",
+                f"needs feature maps of Inception; features={features.name} has none",
+                "use features=inception",
             )
         return features.spatial_dim
 
 
 class FrechetState(MetricState):
-    """The moments of all samples, and of disjoint sets of as many samples as there are other real images."""
+    """Moments of all samples, and of disjoint subsets as large as the other real split."""
 
     def __init__(self, metric: FrechetDistance, seen: FeatureView) -> None:
         self.metric, self.seen, self.real = metric, seen, seen.real
@@ -179,18 +195,18 @@ class FrechetState(MetricState):
             self.mean, self.covariance = seen.real.reference.published(metric.stream, dim)
         else:
             self.mean, self.covariance = moments.mean, moments.covariance
-        self.root = _root(self.covariance)  # for all distances, and with resamples there are many
+        self.root = _root(self.covariance)  # reused for all distances
         other = seen.real.reference.other if metric.reference_distance and stats is None else None
         enough = other is not None and len(other) > dim
         self.other = seen.real.moments("other", stream=metric.stream) if enough else None
         self.equal = self.other
         if self.other is not None and dim < len(seen.samples) < self.other.n:
-            # Looked at now, together with the other processes: the findings are those of the first alone.
+            # Computed here because all processes take part; `compute` runs in the first process only.
             self.equal = seen.real.moments("other", len(seen.samples), metric.stream)
         number = 0 if self.other is None else min(self.other.n, len(seen.samples))
         count = min(len(seen.samples) // number, MOST_SUBSETS) if number else 0
         self.all, self.equal_sets = Moments(dim), [Moments(dim) for _ in range(count)]
-        # Evenly spread, as real images are where they are fewer: files may be sorted by class.
+        # Evenly spread over the samples, because files may be sorted by class.
         self.set_of = torch.full((len(seen.samples),), -1)
         self.set_of[spread(len(seen.samples), count * number)] = torch.arange(count * number) % max(count, 1)
         self.rows = seen.rows() if metric.infinity or metric.bootstrap else None
@@ -210,11 +226,9 @@ class FrechetState(MetricState):
             more, notes = self._beside_real(value, self.other)
             details |= more
         elif self.metric.reference_distance and self.real.reference.stats is not None:
-            notes = ["no reference distance: the reference is statistics, not images"]
+            notes = ["no reference distance: the reference has statistics, not images"]
         elif self.metric.reference_distance:
-            notes = [
-                f"no reference distance: beside {self.real.name()} there are too few real images for one"
-            ]
+            notes = [f"no reference distance: there are too few real images besides {self.real.name()}"]
         protocol = {"reference": self._reference()}
         return [MetricValue(self.metric.title(self.seen.network), value, details, protocol, tuple(notes))]
 
@@ -223,7 +237,7 @@ class FrechetState(MetricState):
         return self.real.protocol() if stats is None else {"stats": stats.name, "sha256": file_digest(stats)}
 
     def _beside_real(self, value: float, other: Moments) -> tuple[dict[str, float], list[str]]:
-        """The distance between the real splits, then both distances for equal numbers of images."""
+        """Return the distance between the real splits, and both distances for equal numbers of images, with notes."""
         reference = f"the {len(self.real.images())} of {self.real.name()}"
         reference_distance = self._distance(other)
         details = {"reference_distance": reference_distance, "reference_distance_images": other.n}
@@ -246,13 +260,13 @@ class FrechetState(MetricState):
             )
             sets = f"mean over {len(values)} disjoint sets of " if len(values) > 1 else ""
             notes.append(
-                f"equal_size: {sets}{number} samples, beside {number} real images of {self.real.name('other')}, each "
+                f"equal_size: {sets}{number} samples, and {number} real images of {self.real.name('other')}, each "
                 f"against {reference}"
             )
         return details, notes
 
     def _extrapolated(self, rows: Rows) -> dict[str, float]:
-        """The distance of subsets falls as one over their size: where that line meets infinity, with its points."""
+        """Return the limit of distances of subsets, fitted as linear in 1 / size, with slope and number of points."""
         points, count = self.metric.infinity, len(rows)
         if not points:
             return {}
@@ -265,9 +279,9 @@ class FrechetState(MetricState):
         return {"at_infinity": float(limit), "at_infinity_slope": float(slope), "at_infinity_points": points}
 
     def _interval(self, rows: Rows, value: float) -> dict[str, float]:
-        """The 2.5 and 97.5 percentiles of resampled distances, shifted so that their mean lies at the distance.
+        """Return the 2.5 and 97.5 percentiles of bootstrap distances, shifted so that their mean is the distance.
 
-        A resample has fewer different samples, which biases it as a smaller set would: only its spread counts.
+        A resample has fewer distinct samples, which biases its distance; only the spread is used.
         """
         count, random = len(rows), np.random.RandomState(0)
         if not self.metric.bootstrap:
@@ -290,5 +304,5 @@ class FrechetState(MetricState):
 
 
 def _ratio(name: str, value: float, reference: float) -> dict[str, float]:
-    """Return value / reference under its name, or nothing where the two real splits do not differ."""
+    """Return value / reference under its name, or nothing if the real splits are identical."""
     return {name: value / reference} if reference > 0 else {}

@@ -1,4 +1,4 @@
-"""The Inception score: how sure the classes of samples are, and how evenly spread."""
+"""Inception score."""
 
 from itertools import pairwise
 from typing import Any
@@ -11,17 +11,23 @@ from diffusion_cli.errors import UsageError
 from diffusion_cli.metrics.base import FeatureView, Metric, MetricState, MetricValue
 from diffusion_cli.metrics.rows import Rows
 
-SHUFFLE_SEED = 2020  # of torch-fidelity, whose numbers these are
+SHUFFLE_SEED = 2020  # as in torch-fidelity
 
 
 def inception_score(logits: Rows | Tensor, splits: int) -> tuple[float, float]:
-    """Mean and standard deviation over `splits` of exp E_x KL(p(y|x) || p(y)), each from 1 to K.
+    """Return mean and standard deviation of `exp E_x KL(p(y|x) || p(y))`, each in [1, K], over `splits` parts.
 
-    `logits` [N, K] are shuffled with torch-fidelity's seed; split i is the rows i N // splits to (i + 1) N // splits,
-    p(y) its mean, and the deviation that of the population (N, not N - 1). It is the number of torch-fidelity, a split
-    at a time, so that float64 is needed for one split only.
+    Identical to torch-fidelity: the rows are shuffled with its seed; part i is rows i N // splits to
+    (i + 1) N // splits; p(y) is the mean over a part; the standard deviation is that of the population (N).
 
-    Raises UsageError if there are fewer rows than splits. Source: Salimans et al. 2016, Eq. 1.
+    Args:
+        logits: class scores [N, K].
+        splits: number of parts, at most N.
+
+    Raises:
+        UsageError: there are fewer rows than parts.
+
+    Source: Salimans et al. 2016, Eq. 1.
     """
     count = len(logits)
     require_splits(count, splits)
@@ -36,17 +42,23 @@ def inception_score(logits: Rows | Tensor, splits: int) -> tuple[float, float]:
 
 
 def require_splits(count: int, splits: int) -> None:
-    """Raise UsageError if there are fewer samples than parts to split them into."""
+    """Raise UsageError if there are fewer samples than splits."""
     if count < splits:
-        raise UsageError("metric.is.splits", splits, f"is more than the {count} samples", "take fewer splits")
+        raise UsageError("metric.is.splits", splits, f"exceeds the {count} samples", "use fewer splits")
 
 
 class InceptionScore(Metric):
-    """The Inception score of samples, by the class scores of the feature network.
+    """Inception score of samples, by the class scores of the feature network; needs no real images.
 
-    It looks at no real image. The mean over `splits` parts is reported, as is usual, with their deviation.
+    Reports the mean over parts of the samples, and the standard deviation.
 
-    Raises UsageError for fewer samples than splits, and a network without class scores. Source: Salimans et al. 2016.
+    Args:
+        splits: number of parts.
+
+    Raises:
+        UsageError: there are fewer samples than splits, or the network has no class scores.
+
+    Source: Salimans et al. 2016.
     """
 
     def __init__(self, *, splits: PositiveInt = 10) -> None:
@@ -57,8 +69,8 @@ class InceptionScore(Metric):
             raise UsageError(
                 "metric",
                 "is",
-                f"needs class scores, and features={seen.network.name} gives none",
-                "take features=inception",
+                f"needs class scores; features={seen.network.name} has none",
+                "use features=inception",
             )
         require_splits(count, self.splits)
         return []
@@ -68,7 +80,7 @@ class InceptionScore(Metric):
 
 
 class InceptionScoreState(MetricState):
-    """The class scores of all samples: their shuffle depends on their number."""
+    """Class scores of all samples, kept because their shuffle depends on their number."""
 
     def __init__(self, seen: FeatureView, splits: int) -> None:
         self.network, self.splits, self.logits = seen.network, splits, seen.logits()

@@ -1,4 +1,4 @@
-"""How well images survive the way to noise and back."""
+"""Reconstruction error of DDIM inversion."""
 
 import math
 from collections import deque
@@ -19,10 +19,18 @@ from diffusion_cli.system.progress import ProgressBar
 
 
 class Inversion(ModelMetric):
-    """The root mean square error, in values of 0..255, of real images encoded to noise by DDIM inversion and decoded.
+    """Root mean square error, in pixel values 0..255, of real images after DDIM inversion and sampling.
 
-    They are encoded to the time `strength`; the noise's mean square there, in units of sigma, is given beside it. Of a
-    model of latents the error has that of its autoencoder in it.
+    Also reports the mean square of the noise in units of sigma. For latent models the error includes that of the
+    autoencoder.
+
+    Args:
+        steps: DDIM steps in each direction.
+        strength: time t of the noise, in (0, 1].
+        spacing: spacing of the time steps.
+        split: split of the dataset.
+        num_images: number of images; None: all.
+
     Source: Song et al. 2021a, Sec. 5.4.
     """
 
@@ -47,9 +55,7 @@ class Inversion(ModelMetric):
         schedule = subject.model.denoiser.schedule
         count = min(self.num_images or len(images), len(images))
         if count < 1 or images[torch.zeros(1, dtype=torch.int64)].is_floating_point():
-            raise UsageError(
-                "metric.inversion.split", self.split, "is measured on images of 256 values", "there are none"
-            )
+            raise UsageError("metric.inversion.split", self.split, "needs 8-bit images, but there are none")
         sampler = DDIM(schedule, eta=0.0, spacing=self.spacing)
         times = start_grid_at(sampler.grid(self.steps), self.strength)
         prior = schedule.prior_std(times[0])

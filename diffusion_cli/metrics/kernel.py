@@ -1,4 +1,4 @@
-"""Distances of sets by a kernel: KID, and CMMD on CLIP's features."""
+"""Kernel distances between samples and real images: KID and CMMD."""
 
 import math
 
@@ -16,9 +16,10 @@ from diffusion_cli.system.progress import ProgressBar
 
 
 def polynomial_mmd(x: Tensor, y: Tensor) -> float:
-    """The unbiased squared maximum mean discrepancy of sets [m, d] and [n, d], kernel (x.y / d + 1)^3; may be negative.
+    """Return the unbiased squared MMD of x [m, d] and y [n, d] with the kernel `(x.y / d + 1)^3`; may be negative.
 
-    sum_{i != j} k(x_i, x_j) / m (m - 1) + the same of y - 2 mean k(x_i, y_j), in float64.
+    sum_{i != j} k(x_i, x_j) / m (m - 1) + the same for y - 2 mean k(x_i, y_j), in float64.
+
     Source: Binkowski et al. 2018, Eq. 4 and Sec. 4.
     """
     x, y = x.double(), y.double()
@@ -34,14 +35,21 @@ def polynomial_mmd(x: Tensor, y: Tensor) -> float:
 
 
 class KernelDistance(Metric):
-    """The kernel distance between samples and real images, over features: KID, where they are Inception's.
+    """Kernel distance between samples and real images in feature space: KID with Inception features.
 
-    The mean over `subsets` pairs of random subsets of `subset_size` images, drawn as torch-fidelity does, their
-    deviation (`std`, as torch-fidelity reports), and the standard error of the mean. With M the smaller number of
-    images and r = m/M that is std sqrt(r / (1 - r) + 1 / subsets): subsets share images, so that their deviation is
-    smaller than that of independent ones by a factor sqrt(1 - r). There is none for r = 1.
+    Reports the mean over pairs of random subsets, drawn as by torch-fidelity, their standard deviation `std`, and the
+    standard error of the mean. Because subsets overlap, the error is `std sqrt(r / (1 - r) + 1 / subsets)`, where
+    r = subset_size / M and M is the smaller number of images; there is none for r = 1.
 
-    Raises UsageError for fewer images than a subset has. Source: Binkowski et al. 2018; Blom 1976 (incomplete means).
+    Args:
+        subsets: number of subset pairs.
+        subset_size: images per subset, at least 2.
+        seed: seed of the subsets.
+
+    Raises:
+        UsageError: there are fewer images than `subset_size`.
+
+    Source: Binkowski et al. 2018; Blom 1976 (incomplete means).
     """
 
     keeps_rows = True
@@ -57,8 +65,8 @@ class KernelDistance(Metric):
                 raise UsageError(
                     "metric.kid.subset_size",
                     self.subset_size,
-                    f"must be 2 or more and at most the {number} images of {name}",
-                    "change it, or take more images",
+                    f"must be at least 2 and at most {number}, the number of images of {name}",
+                    "change it, or use more images",
                 )
         return []
 
@@ -93,9 +101,10 @@ class KernelState(MetricState):
 
 
 def gaussian_mmd(x: Rows, y: Rows, sigma: float, device: torch.device) -> float:
-    """The squared maximum mean discrepancy of two sets, kernel exp(-|x - y|^2 / 2 sigma^2); at least 0.
+    """Return the squared MMD of two sets of features with the kernel `exp(-|x - y|^2 / 2 sigma^2)`, at least 0.
 
-    The mean of k over all pairs of x and of y, twice that over the pairs of both taken off, in float64.
+    This is the biased estimate: the mean of k over all pairs of x, plus that of y, minus twice that between both.
+
     Source: Jayasumana et al. 2024, Eq. 3.
     """
 
@@ -111,10 +120,16 @@ def gaussian_mmd(x: Rows, y: Rows, sigma: float, device: torch.device) -> float:
 
 
 class CLIPDistance(Metric):
-    """The maximum mean discrepancy between samples and real images over CLIP's features: CMMD.
+    """MMD between samples and real images over CLIP features (CMMD).
 
-    The Gaussian kernel has the width `sigma`, and the number is multiplied by `scale`, as published (10 and 1000).
-    It assumes no Gaussian features, and is biased little by their number. Source: Jayasumana et al. 2024.
+    Does not assume Gaussian features, and depends little on the number of images.
+
+    Args:
+        weights: CLIP weights, a folder or a name on the Hugging Face hub.
+        sigma: width of the Gaussian kernel; 10 as published.
+        scale: factor of the value; 1000 as published.
+
+    Source: Jayasumana et al. 2024.
     """
 
     keeps_rows = True

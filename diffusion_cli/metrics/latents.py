@@ -1,4 +1,4 @@
-"""How well the scale of a model's latents holds for images that it was not measured on."""
+"""Check of the normalization of a model's latents on other images."""
 
 from collections.abc import Iterator
 from typing import Literal
@@ -15,10 +15,17 @@ from diffusion_cli.system.progress import ProgressBar
 
 
 class LatentMoments(ModelMetric):
-    """The farthest that the latents of real images are from mean 0 and standard deviation 1 in any channel.
+    """Largest deviation of latents of real images from mean 0 and standard deviation 1.
 
-    `max_c max(|mean_c|, |std_c - 1|)` over images and places, of states as training draws them; each channel's two are
-    given beside it. Raises UsageError for a model of pixels, or without images.
+    `max_c max(|mean_c|, |std_c - 1|)` over channels c, of latents as in training. Also reports mean and standard
+    deviation of each channel.
+
+    Args:
+        split: split of the dataset.
+        num_images: number of images; None: all.
+
+    Raises:
+        UsageError: the model works in pixels, or the split has no images.
     """
 
     NAME = "latents_deviation"
@@ -36,14 +43,14 @@ class LatentMoments(ModelMetric):
             raise UsageError(
                 "metric",
                 "latents",
-                "is of latents, and the model works in pixels",
-                "give a run trained with latent.run= or latent.pretrained=",
+                "applies to latent models, but the model works in pixels",
+                "use a run trained with latent.run= or latent.pretrained=",
             )
         images = subject.dataset.load(self.split)
         count = min(self.num_images or len(images), len(images))
         if not count:
             raise UsageError(
-                "metric.latents.split", self.split, "has no images", "take metric.latents.split=train"
+                "metric.latents.split", self.split, "has no images", "use metric.latents.split=train"
             )
         mean, std, explained = measured_scale(_moments(subject, space, images, count), space.shape[0])
         means = [(value - zero) / one for value, zero, one in zip(mean, space.mean, space.std, strict=True)]
@@ -60,7 +67,7 @@ class LatentMoments(ModelMetric):
 
 
 def _moments(subject: EvaluatedModel, space: Latents, images: Images, count: int) -> Iterator[Tensor]:
-    """The moments of the first images, some at a time."""
+    """Yield the latent moments of the first `count` images in batches."""
     with ProgressBar(total=count, desc=LatentMoments.NAME, unit="image", delay=1.0) as bar:
         for rows in torch.arange(count).split(subject.batch_size):
             batch, _ = subject.batch(images, rows)

@@ -1,4 +1,4 @@
-"""Bits per dimension of real images, one by one: resumable, divisible among processes, with standard error."""
+"""Bits per dimension of real images, by the variational bound or the probability flow ODE."""
 
 import math
 from abc import abstractmethod
@@ -30,41 +30,39 @@ from diffusion_cli.system.untrusted import LONGEST_TEXT, read
 FIXED: tuple[Variance, Variance] = ("small", "large")
 
 Columns = dict[str, Tensor]
-"""Numbers of each image of a batch by name, [B]; `bits` is the one that is reported."""
+"""Values of each image of a batch by name, [B]; `bits` is the reported one."""
 Part = dict[str, list[float]]
-"""The same as it is stored."""
+"""The same values in a JSON file."""
 
 
 class PerImage(ModelMetric):
-    """A number of each image of a split; the mean is reported, with its standard error.
+    """Base class of metrics that are the mean of a value of each image, with the standard error.
 
-    Image n has noise of its own, from seed + n. Batches are stored as they are finished, under the run's folder, so
-    that the same command goes on where it was stopped. Of several shards each does every num_shards-th batch; the mean
-    comes with the last.
+    Image n uses noise of seed + n. Finished batches are stored in the run's folder, so the same command resumes an
+    interrupted measurement. With several shards, each measures every num_shards-th batch, and the last one to finish
+    reports the mean.
     """
 
     name: str
-    """Of the number in reports."""
+    """Name of the value in reports."""
     key: str
-    """Of the node in the configuration."""
+    """Name of the metric in the configuration."""
 
     def __init__(
         self, split: Literal["val", "train"], num_images: int | None, shard: int, num_shards: int
     ) -> None:
         if shard >= num_shards:
-            raise UsageError(
-                f"metric.{self.key}.shard", shard, f"the {num_shards} shards are numbered from 0"
-            )
+            raise UsageError(f"metric.{self.key}.shard", shard, f"must be less than num_shards={num_shards}")
         self.split: Literal["val", "train"] = split
         self.num_images, self.shard, self.num_shards = num_images, shard, num_shards
 
     @abstractmethod
     def settings(self, subject: EvaluatedModel) -> dict[str, Any]:
-        """All that the number depends on, as plain data."""
+        """Return all settings that the value depends on, as plain data."""
 
     @abstractmethod
     def refusal(self, subject: EvaluatedModel) -> str | None:
-        """Why there is no such number for this model, or None."""
+        """Return why the value is not defined for this model, or None."""
 
     @abstractmethod
     def columns(
@@ -75,15 +73,15 @@ class PerImage(ModelMetric):
         noise: SeededNoise,
         advance: Callable[[float], Any],
     ) -> Columns:
-        """The numbers of a batch as the source holds it; `advance` is told of shares of a batch done."""
+        """Return the values of a batch of stored images; report progress by `advance(fraction of the batch)`."""
 
     def measure(self, subject: EvaluatedModel) -> MetricValue | None:
         if not isinstance(subject.model.space, Pixels):
             raise UsageError(
                 "metric",
                 self.key,
-                "is the likelihood of pixels, and the model works in latents, which give pixels none",
-                "take a metric of samples, as fid",
+                "needs a pixel-space model; latent models give pixels no likelihood",
+                "use a metric of samples, such as fid",
             )
         refusal = self.refusal(subject)
         if refusal is not None:
@@ -92,9 +90,9 @@ class PerImage(ModelMetric):
         count = min(self.num_images or len(images), len(images))
         if count < 2:
             raise UsageError(
-                f"metric.{self.key}.split", self.split, f"has {count} images, and a standard error needs 2"
+                f"metric.{self.key}.split", self.split, f"has {count} images; a standard error needs 2"
             )
-        # Batches are stored whole, and the images of one may share a solver's steps: so their size counts too.
+        # The batch size is included because the images of a batch may share the steps of an ODE solver.
         settings = self.settings(subject) | {
             "split": self.split, "images_sha256": images.digest(), "count": count, "batch_size": subject.batch_size,
             "precision": subject.precision, "device": subject.device.type,
@@ -110,17 +108,17 @@ class PerImage(ModelMetric):
         ) as bar:
             for i in mine:
                 self._do(subject, images, batches[i], paths[i], bar)
-        # Read now, for other shards have added theirs meanwhile.
+        # Read all files now, including those that other shards wrote meanwhile.
         stored = [_stored(path, len(rows)) for path, rows in zip(paths, batches, strict=True)]
         parts = [part for part in stored if part is not None]
         missing = len(paths) - len(parts)
         if missing:
-            note = f"{self.name}: {missing} of {len(paths)} batches are left to other shards; the last gives the mean"
+            note = f"{self.name}: {missing} of {len(paths)} batches are left to other shards; the last reports the mean"
             return MetricValue(self.name, None, notes=(note,))
         return self._collect(parts, folder, settings)
 
     def reported(self, columns: Columns) -> tuple[Columns, tuple[str, ...]]:
-        """The columns to report, of all images, with `bits`; and notes on them."""
+        """Return the columns to report, over all images, with `bits`; and notes."""
         return columns, ()
 
     def _do(self, subject: EvaluatedModel, images: Images, rows: Tensor, path: Path, bar: Any) -> None:
@@ -140,8 +138,8 @@ class PerImage(ModelMetric):
             raise UsageError(
                 folder,
                 NO_VALUE,
-                "its files do not hold the same numbers",
-                "remove it, to have them measured anew",
+                "its files have different columns",
+                "remove the folder to measure again",
             )
         columns = {
             name: torch.tensor([number for part in parts for number in part[name]], dtype=torch.float64)
@@ -156,12 +154,12 @@ class PerImage(ModelMetric):
             float(bits.mean()),
             details,
             settings,
-            (*notes, f"{self.name}: each image's in {folder}"),
+            (*notes, f"{self.name}: values of single images are in {folder}"),
         )
 
 
 def _stored(path: Path, count: int) -> Part | None:
-    """The numbers of a batch of so many images; None without a file, or if it is damaged."""
+    """Return the stored values of a batch of `count` images; None if the file is missing or damaged."""
     if not path.is_file():
         return None
     try:
@@ -170,9 +168,9 @@ def _stored(path: Path, count: int) -> Part | None:
             len(values) == count and all(isinstance(n, int | float) for n in values)
             for values in part.values()
         ):
-            raise FormatError(f"should hold {count} numbers of each kind")
+            raise FormatError(f"must have {count} numbers per column")
         if not any(name.startswith("bits") for name in part):
-            raise FormatError("holds no bits")
+            raise FormatError("has no column bits")
     except (ValueError, TypeError) as error:
         cache.report_damage(path, error)
         return None
@@ -180,13 +178,21 @@ def _stored(path: Path, count: int) -> Part | None:
 
 
 class VariationalBound(PerImage):
-    """The variational bound on the bits per dimension: prior, the T terms in between, and the decoder.
+    """Variational bound on the bits per dimension.
 
-    The middle terms are reported as their sum, and in ten equal parts of time, from the data to the noise. With
-    `variance: best` a model with a variance head is measured with the variance that it learned; of any other the bounds
-    with the small and the large variance are both measured, and the lower one is reported. With `cdf: tanh` the decoder
-    uses the published codes' approximation of the normal distribution function.
-    Source: Ho et al. 2020, Sec. 3.2; Nichol & Dhariwal 2021, Sec. 3.1.
+    Reports the terms of prior and decoder, and the sum of the terms in between, also in ten equal parts of time from
+    data to noise.
+
+    Args:
+        variance: variance of the reverse process. `best`: the learned variance if the model has one; otherwise the
+            lower of the bounds with `small` and `large` variance.
+        cdf: normal distribution function of the decoder: `exact`, or the published approximation by `tanh`.
+        split: split of the dataset.
+        num_images: number of images; None: all.
+        shard: index of this shard.
+        num_shards: number of shards.
+
+    Source: Ho et al. 2020, Sec. 3.2; Nichol and Dhariwal 2021, Sec. 3.1.
     """
 
     name = "bits_per_dim_bound"
@@ -214,18 +220,18 @@ class VariationalBound(PerImage):
     def refusal(self, subject: EvaluatedModel) -> str | None:
         schedule = subject.model.denoiser.schedule
         if not isinstance(schedule, Discrete):
-            return f"{self.name}: the {schedule.name} schedule has no timesteps to sum over"
+            return f"{self.name}: needs discrete timesteps; the {schedule.name} schedule is continuous"
         if self.variance == "learned" and not subject.model.denoiser.learns_variance:
             raise UsageError(
                 "metric.bound.variance",
                 "learned",
                 "the model has no variance head",
-                "take best, small or large",
+                "use best, small or large",
             )
         if schedule.zero_terminal_snr:
-            return f"{self.name}: not defined where the schedule ends without signal (zero_terminal_snr)"
+            return f"{self.name}: undefined for schedules with zero terminal SNR"
         if subject.dataset.load(self.split)[torch.zeros(1, dtype=torch.int64)].is_floating_point():
-            return f"{self.name}: is for pixels of 256 values, and those of {subject.dataset.name} are real numbers"
+            return f"{self.name}: needs 8-bit pixels; those of {subject.dataset.name} are real-valued"
         return None
 
     def columns(
@@ -251,7 +257,7 @@ class VariationalBound(PerImage):
                 advance(1 / schedule.num_timesteps)
             prior = prior_term(schedule, x_0)
         rising = torch.stack(terms[::-1])
-        # The decoder, which is the first, has the same term with the small and with the large variance.
+        # The decoder term does not depend on the fixed variance.
         columns = {"prior": prior, "decoder": rising[0, 0]}
         for number, variance in enumerate(variances):
             middle = rising[1:, number]
@@ -277,16 +283,29 @@ class VariationalBound(PerImage):
         own = {name.removesuffix(ending): values for name, values in columns.items() if name.endswith(ending)}
         both = {name: columns[name] for name in (f"bits_{variance}" for variance in FIXED)}
         return shared | own | both, (
-            f"{self.name}: with the {best} variance, which gives the lower of the two bounds",
+            f"{self.name}: uses the {best} variance, which gives the lower of the two bounds",
         )
 
 
 class FlowLikelihood(PerImage):
-    """The bits per dimension under the probability flow, of images spread evenly over the bins of their 256 values.
+    """Bits per dimension under the probability flow ODE, of uniformly dequantized images.
 
-    `trace: hutchinson` estimates the divergence without bias by num_probes vectors an image; `exact` takes a backward
-    pass a pixel. The predicted images are not clipped, as the flow must be smooth. Pixels that are real numbers are
-    taken as they are, and their density in bits. Source: Song et al. 2021b, Sec. 4.3 and App. D.2; Theis et al. 2016.
+    Real-valued images are not dequantized, and the value is their density in bits. Predictions are not clipped,
+    because the flow must be smooth.
+
+    Args:
+        trace: estimate of the divergence: `hutchinson` is unbiased; `exact` needs one backward pass per pixel.
+        probe: distribution of the probe vectors of `hutchinson`.
+        num_probes: probe vectors per image.
+        rtol: relative tolerance of the ODE solver.
+        atol: absolute tolerance of the ODE solver.
+        max_steps: maximum number of solver steps.
+        split: split of the dataset.
+        num_images: number of images; None: all.
+        shard: index of this shard.
+        num_shards: number of shards.
+
+    Source: Song et al. 2021b, Sec. 4.3 and App. D.2; Theis et al. 2016.
     """
 
     name = "bits_per_dim_flow"
@@ -329,7 +348,7 @@ class FlowLikelihood(PerImage):
     ) -> Columns:
         x, offset = images.double(), 0.0
         if not images.is_floating_point():
-            # Uniform in the bin of each value; [0, 256) becomes [-1, 1), a factor of 128 = 2^7 in density.
+            # Uniform noise in each bin; [0, 256) becomes [-1, 1), a factor of 128 = 2^7 in density.
             uniform = torch.special.ndtr(noise.noise().double())
             x, offset = (x + uniform) / 128 - 1, 7.0
         probes = None
@@ -344,7 +363,7 @@ class FlowLikelihood(PerImage):
 
 
 def _in_float32(denoise: Denoise) -> Denoise:
-    """A denoiser of float64 images, whose network is asked in float32."""
+    """Wrap a denoiser to accept and return float64 images, and compute in float32."""
 
     def wide(x: Tensor, t: Tensor) -> Prediction:
         x0, eps, sigma, variance = denoise(x.float(), t)

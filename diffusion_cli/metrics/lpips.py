@@ -1,4 +1,4 @@
-"""How unlike images look to each other: samples of a class among themselves, or each and its original."""
+"""LPIPS distances: diversity of samples of a class, or distance of samples to given originals."""
 
 import math
 from pathlib import Path
@@ -16,7 +16,7 @@ from diffusion_cli.metrics.features.registry import FeatureExtractors
 
 
 class PairNetwork(Features):
-    """LPIPS's network: it compares pairs, and has no features of single images."""
+    """LPIPS as a `Features` network; it compares pairs and has no features of single images."""
 
     dim = classes = 0
     resize = "none"
@@ -31,10 +31,20 @@ class PairNetwork(Features):
 
 
 class LPIPS(Metric):
-    """The mean LPIPS distance of samples: of pairs of one class, their diversity, or to `originals`, as of edits.
+    """Mean LPIPS distance of samples, with the standard error of the mean.
 
-    A pair is two samples of a class that follow each other, each in one pair. The n-th sample is compared with the n-th
-    of the originals, a folder, ZIP or NumPy file. With the standard error of the mean. Source: Zhang et al. 2018.
+    Without originals, this is the diversity: the distance of disjoint pairs of consecutive samples of a class. With
+    originals, it is the distance of sample n to original n, for example of edits.
+
+    Args:
+        network: LPIPS backbone.
+        weights: file of torchvision's backbone weights; None: download the published ones.
+        originals: folder, ZIP or NumPy file of one image per sample, or None.
+
+    Raises:
+        UsageError: there are fewer than 4 samples, or not one original per sample.
+
+    Source: Zhang et al. 2018.
     """
 
     def __init__(
@@ -61,11 +71,11 @@ class LPIPS(Metric):
             raise UsageError(
                 "metric.lpips.originals",
                 self.originals,
-                f"holds {len(originals)} images, and there are {count} samples",
-                "give one for each, in order",
+                f"has {len(originals)} images, but there are {count} samples",
+                "give one image per sample, in order",
             )
         if count < 4:
-            raise UsageError("num_samples", count, "metric=lpips needs 4 samples", "raise num_samples")
+            raise UsageError("num_samples", count, "metric=lpips needs at least 4", "raise num_samples")
         return []
 
     def init_state(self, seen: FeatureView) -> MetricState:
@@ -113,7 +123,7 @@ class LPIPSState(MetricState):
         values = torch.cat(self.values) if self.values else torch.empty(0)
         name = "lpips_diversity" if self.originals is None else "lpips"
         if len(values) < 2:
-            note = f"{name}: fewer than two pairs of samples of one class; make more samples"
+            note = f"{name}: fewer than 2 pairs of samples of one class; generate more samples"
             return [MetricValue(name, None, notes=(note,))]
         details = {"standard_error": float(values.std() / math.sqrt(len(values))), "pairs": len(values)}
         protocol = (

@@ -1,4 +1,4 @@
-"""Whether samples are copies of training images."""
+"""Memorization: samples that copy training images."""
 
 import torch
 from pydantic import PositiveInt
@@ -9,16 +9,23 @@ from diffusion_cli.metrics.base import FeatureView, Metric, MetricState, MetricV
 from diffusion_cli.metrics.neighbours import nearest
 from diffusion_cli.metrics.reference import DatasetReference
 
-SAME = 1e-6  # of the mean squared length of features: what is nearer shows the same image, but for rounding
+SAME = 1e-6  # relative to the mean squared norm of features; smaller distances are rounding errors of equal images
 
 
 class Memorization(Metric):
-    """The share of samples, 0 to 1, that lie nearer to a training image than any real validation image does.
+    """Fraction of samples, 0 to 1, that are nearer to a training image than any real validation image is.
 
-    Distances are between features. Validation images that are themselves in the training set are left out, and samples
-    that are count always. Beside it: how many samples are copies, the ratio of median distances (below 1, samples crowd
-    around training images), and the `pairs` nearest samples as a picture, each with its training image beneath it.
-    The reference is the training set; where it has no images beside it, each of its own is compared with the others.
+    Distances are between features. Validation images that also are training images are left out; samples that are
+    always count. Also reports the number of copies, the ratio of median distances (below 1 if samples concentrate
+    around training images), and a figure of the nearest samples with their training images.
+
+    The reference must be the training split. If it has no other split, each of its images is compared with the others.
+
+    Args:
+        pairs: number of samples in the figure.
+
+    Raises:
+        UsageError: the reference is not a training split, or too small.
     """
 
     keeps_rows = True
@@ -32,11 +39,11 @@ class Memorization(Metric):
             raise UsageError(
                 "reference.split",
                 reference.split,
-                "metric=memorization looks for training images",
-                "leave it at train",
+                "metric=memorization compares with training images",
+                "set reference.split=train",
             )
         if len(seen.real.images()) < 2:
-            raise UsageError("metric", "memorization", f"{seen.real.name()} has too few images to be near to")
+            raise UsageError("metric", "memorization", f"{seen.real.name()} has fewer than 2 images")
         return []
 
     def init_state(self, seen: FeatureView) -> MetricState:
@@ -70,10 +77,12 @@ class MemorizationState(MetricState):
             else 1.0,
         }
         beside = seen.real.name() if self.other is None else seen.real.name("other")
-        notes = [f"memorization: nearer to {seen.real.name()} than any of {len(apart)} images of {beside} is"]
+        notes = [
+            f"memorization: samples nearer to {seen.real.name()} than any of {len(apart)} images of {beside}"
+        ]
         if known.any():
             notes.append(
-                f"memorization: {int(known.sum())} images of {beside} are copies there, and left out"
+                f"memorization: {int(known.sum())} images of {beside} also are training images, and are left out"
             )
         order = distances.argsort(stable=True)[: self.pairs]
         return [
@@ -88,14 +97,14 @@ class MemorizationState(MetricState):
         ]
 
     def _real(self) -> Tensor:
-        """Squared distances of images that are not memorized to their nearest training images."""
+        """Return squared distances of images that are not memorized to their nearest training images."""
         device = self.seen.network.device
         if self.other is not None:
-            return nearest(self.other, self.train, 1, device, "nearest of validation images")[0][:, 0]
-        return nearest(self.train, self.train, 2, device, "nearest among training images")[0][:, 1]
+            return nearest(self.other, self.train, 1, device, "neighbours of validation images")[0][:, 0]
+        return nearest(self.train, self.train, 2, device, "neighbours among training images")[0][:, 1]
 
     def _picture(self, samples: list[int], training: Tensor) -> list[Tensor]:
-        """Samples above their training images, in lines of 16, nearest first."""
+        """Return samples above their training images, in rows of 16, nearest first."""
         images = self.seen.samples.batch(samples)[0].cpu()
         beneath = self.seen.real.images()[training].cpu()
         lines = zip(images.split(16), beneath.split(16), strict=True)

@@ -1,4 +1,4 @@
-"""Mean and covariance of any number of features, in the memory of one covariance."""
+"""Mean and covariance of features, computed incrementally."""
 
 from pathlib import Path
 from typing import Self
@@ -13,10 +13,13 @@ from diffusion_cli.system.files import atomic_write
 
 
 class Moments:
-    """The number, mean and scatter of feature vectors, in float64 on the CPU, taken in piece by piece.
+    """Number, mean and scatter matrix of feature vectors, in float64 on the CPU, updated batch by batch.
 
-    Two sets with means a, b and scatters A, B (sums of centred squares) join as
+    Two sets with means a, b and scatters A, B (sums of centred squares) merge as
     n = n_a + n_b, mean = a + d n_b / n, scatter = A + B + d d^T n_a n_b / n with d = b - a.
+
+    Args:
+        dim: number of features.
 
     Source: Chan, Golub, LeVeque 1979.
     """
@@ -24,21 +27,21 @@ class Moments:
     def __init__(self, dim: int) -> None:
         self.n = 0
         self.mean = torch.zeros(dim, dtype=torch.float64)
-        """float64 [dim]."""
+        """Mean, float64 [dim]."""
         self.scatter = torch.zeros(dim, dim, dtype=torch.float64)
-        """float64 [dim, dim], the sum of (x - mean) (x - mean)^T."""
+        """Sum of (x - mean) (x - mean)^T, float64 [dim, dim]."""
 
     @property
     def covariance(self) -> Tensor:
-        """scatter / (n - 1), float64 [dim, dim]; n must be at least 2."""
+        """Covariance scatter / (n - 1), float64 [dim, dim]; needs n > 1."""
         assert self.n > 1, self.n
         return self.scatter / (self.n - 1)
 
     def update(self, features: Tensor) -> None:
-        """Take in feature vectors [B, dim] of any type, on any device; B may be 0."""
+        """Add feature vectors [B, dim] of any dtype on any device."""
         if len(features) == 0:
             return
-        values = features.detach().double()  # where they lie: the product takes as long as a small network
+        values = features.detach().double()  # on their device: the product is as costly as a small network
         new = Moments(values.shape[1])
         mean = values.mean(0)
         centred = values - mean
@@ -46,7 +49,7 @@ class Moments:
         self.merge(new)
 
     def merge(self, other: "Moments") -> None:
-        """Take in all vectors that `other` has taken in."""
+        """Add the vectors of another set."""
         total = self.n + other.n
         if total == 0:
             return
@@ -57,17 +60,17 @@ class Moments:
         self.n = total
 
     def save(self, path: Path) -> None:
-        """Write `mu` [dim], `sigma` [dim, dim] and `n` as .npz, whole or not at all."""
+        """Write `mu` [dim], `sigma` [dim, dim] and `n` as .npz, atomically."""
         with atomic_write(path) as temporary, temporary.open("wb") as file:
             np.savez(file, mu=self.mean.numpy(), sigma=self.covariance.numpy(), n=np.int64(self.n))
 
     @classmethod
     def load(cls, path: Path, dim: int) -> Self:
-        """Read what `save` wrote; FormatError or an error of the parsers if it is damaged or of another size."""
+        """Read a file of `save`; FormatError, or an error of the parsers, if it is damaged or has another size."""
         mean, covariance, n = map(torch.from_numpy, read_arrays(path, "mu", "sigma", "n"))
         shapes = mean.shape, covariance.shape, n.shape
         if shapes != ((dim,), (dim, dim), ()) or not covariance.isfinite().all() or n < 2:
-            raise FormatError(f"does not hold the mean and covariance of {dim} features")
+            raise FormatError(f"is not the mean and covariance of {dim} features")
         moments = cls(dim)
         moments.n, moments.mean, moments.scatter = int(n), mean, covariance * (int(n) - 1)
         return moments

@@ -1,4 +1,4 @@
-"""Nearest neighbours and balls among feature vectors, exact to the tie, in the memory of one block."""
+"""Exact nearest neighbours and balls of feature vectors, with bounded memory."""
 
 import math
 from collections.abc import Iterator
@@ -10,21 +10,27 @@ from diffusion_cli.errors import NO_VALUE, UsageError
 from diffusion_cli.metrics.rows import Rows
 from diffusion_cli.system.progress import ProgressBar
 
-TIE = 1e-9  # relative difference from which on float64 products tell two squared distances apart
+TIE = 1e-9  # relative difference of squared distances below which they are recomputed exactly
 
 
 def nearest(queries: Rows, keys: Rows, k: int, device: torch.device, title: str) -> tuple[Tensor, Tensor]:
-    """Squared distances to the k nearest keys of each query, float64 [N, k] rising, and which keys, int64 [N, k].
+    """Return the squared distances to the k nearest keys of each query, and the indices of these keys.
 
-    A query that is among the keys finds itself at 0. Distances are sums of squared differences in float64, candidates
-    those of |q|^2 + |k|^2 - 2 q.k. Raises UsageError if there are fewer than k keys.
+    Candidates are found by |q|^2 + |k|^2 - 2 q.k; their distances are then sums of squared differences in float64.
+    A query that is one of the keys finds itself at distance 0.
+
+    Returns:
+        Distances, float64 [N, k], increasing, and indices, int64 [N, k].
+
+    Raises:
+        UsageError: there are fewer than k keys.
     """
     if len(keys) < k:
         raise UsageError(
             "neighbours",
             NO_VALUE,
-            f"{k} are wanted among {len(keys)} images",
-            "take more images, or a smaller k",
+            f"{k} are needed, but there are {len(keys)} images",
+            "use more images, or a smaller k",
         )
     distances, indices = [], []
     for block in _progress(queries, title):
@@ -50,9 +56,9 @@ def nearest(queries: Rows, keys: Rows, k: int, device: torch.device, title: str)
 def within(
     queries: Rows, centres: Rows, radii: Tensor, strict: bool, device: torch.device, title: str
 ) -> tuple[Tensor, Tensor]:
-    """In how many balls each query lies, int64 [N], and in which balls any query lies, bool [M].
+    """Return the number of balls that contain each query, int64 [N], and which balls contain any query, bool [M].
 
-    `radii` [M] are squared, as `nearest` gives them; a query on the rim is in, unless `strict`.
+    `radii` [M] are squared, as distances of `nearest`; the boundary belongs to a ball unless `strict`.
     """
     counts, hit = [], torch.zeros(len(centres), dtype=torch.bool, device=device)
     for block in _progress(queries, title):
@@ -73,13 +79,13 @@ def within(
 
 
 def _squares(q: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
-    """Squared distances [N, M] up to rounding, and the size of what was subtracted to have them."""
+    """Return squared distances [N, M] up to rounding, and the scale of their rounding errors."""
     scale = q.square().sum(1, keepdim=True) + c.square().sum(1)
     return scale - 2 * q @ c.T, scale
 
 
 def _progress(rows: Rows, title: str) -> Iterator[Tensor]:
-    """The vectors, some at a time, under a progress bar."""
+    """Yield the vectors in chunks, with a progress bar."""
     with ProgressBar(
         total=len(rows), desc=title, unit="image", unit_scale=True, delay=1.0, leave=False
     ) as bar:

@@ -1,4 +1,4 @@
-"""How much of the samples is real, and how much of the real is sampled: by balls around images in feature space."""
+"""Precision, recall, density and coverage of samples by nearest neighbours in feature space."""
 
 from pydantic import PositiveInt
 
@@ -8,7 +8,7 @@ from diffusion_cli.metrics.neighbours import nearest, within
 
 
 class Manifold(Metric):
-    """What is measured by balls that reach from each image to its k-th nearest neighbour of the same set."""
+    """Base class of metrics by balls that reach from each image to its k-th nearest neighbour in its set."""
 
     keeps_rows = True
     key: str
@@ -22,17 +22,26 @@ class Manifold(Metric):
                 raise UsageError(
                     f"metric.{self.key}.k",
                     self.k,
-                    f"needs more than {self.k} images, and {name} has {number}",
-                    "take a smaller k or more images",
+                    f"needs more than {self.k} images; {name} has {number}",
+                    "use a smaller k or more images",
                 )
         return []
 
 
 class PrecisionRecall(Manifold):
-    """Precision, the share of samples in a ball around a real image; recall, of real images in one around a sample.
+    """Improved precision and recall.
 
-    The ball reaches from an image to its k-th nearest neighbour of the same set, its rim included. Both lie in 0..1.
-    They depend on the numbers of images, which should be equal. Source: Kynkäänniemi et al. 2019, Eq. 1 and 2.
+    Precision is the fraction of samples in a ball around a real image; recall the fraction of real images in a ball
+    around a sample. Balls reach to the k-th nearest neighbour in the same set, and include their boundary. Both
+    depend on the numbers of images, which should be equal.
+
+    Args:
+        k: number of the neighbour.
+
+    Raises:
+        UsageError: there are at most k samples or real images.
+
+    Source: Kynkäänniemi et al. 2019, Eq. 1 and 2.
     """
 
     key = "precision_recall"
@@ -67,10 +76,19 @@ class PrecisionRecallState(MetricState):
 
 
 class DensityCoverage(Manifold):
-    """Density, in how many balls around real images a sample lies, over k; coverage, the share of them that hold one.
+    """Density and coverage.
 
-    The ball reaches from a real image to its k-th nearest real neighbour, without its rim. Density is at least 0 and
-    about 1 for a perfect model; coverage lies in 0..1. Source: Naeem et al. 2020, Eq. 5 and 6.
+    Density is the mean number of balls around real images that contain a sample, divided by k; about 1 for a perfect
+    model. Coverage is the fraction of these balls that contain a sample. Balls reach to the k-th nearest real
+    neighbour, and exclude their boundary.
+
+    Args:
+        k: number of the neighbour.
+
+    Raises:
+        UsageError: there are at most k samples or real images.
+
+    Source: Naeem et al. 2020, Eq. 5 and 6.
     """
 
     key = "density_coverage"

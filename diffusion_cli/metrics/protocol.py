@@ -1,4 +1,4 @@
-"""Numbers with what they mean: the protocol by which each was measured is written next to it."""
+"""Results of evaluations with their protocols, and their comparison."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -18,47 +18,47 @@ SOMETIMES = (
     "label_shares",
     "lossy",
     "repeats",
-)  # settings of sampling that are on record only where they apply
+)  # sampling settings that are recorded only if they apply
 
 
 @dataclass(frozen=True)
 class Result:
-    """One number of a report."""
+    """A value of a report."""
 
     name: str
     value: float
     details: dict[str, float]
-    """Numbers that belong to it, by name."""
+    """Additional values by name."""
     protocol: dict[str, Any]
-    """All that it depends on, as plain data; `sampling` is how the samples were made, `environment` with what."""
+    """All settings that the value depends on, as plain data; `sampling`: the samples, `environment`: the software."""
 
 
 @dataclass(frozen=True)
 class Report:
-    """The results of one evaluation, and what a reader must know of them."""
+    """Results of an evaluation, with notes for its readers."""
 
     results: list[Result]
     notes: list[str]
 
     def to_dict(self) -> dict[str, Any]:
-        """As plain data for JSON."""
+        """Return the report as plain data for JSON."""
         return asdict(self)
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Self:
-        """The report that `to_dict` gave the data of; LookupError, TypeError or AttributeError for other data."""
+        """Create a report from the data of `to_dict`; LookupError, TypeError or AttributeError for other data."""
         report = cls([Result(**result) for result in data["results"]], list(data["notes"]))
         for result in report.results:
             if not isinstance(result.name, str) or not isinstance(result.protocol, dict):
-                raise TypeError(f"name and protocol of {result.name} should be a text and an object")
+                raise TypeError(f"name and protocol of {result.name} must be a string and an object")
             if not all(isinstance(value, int | float) for value in (result.value, *result.details.values())):
-                raise TypeError(f"value and details of {result.name} should be numbers")
+                raise TypeError(f"value and details of {result.name} must be numbers")
         if not all(isinstance(note, str) for note in report.notes):
-            raise TypeError("notes should be texts")
+            raise TypeError("notes must be strings")
         return report
 
     def table(self) -> str:
-        """The numbers one a line, details indented below theirs, and then the notes."""
+        """Return the values one per line, with indented details, followed by the notes."""
         rows: list[tuple[str, float]] = []
         for result in self.results:
             rows.append((result.name, result.value))
@@ -73,7 +73,7 @@ def _shown(value: float) -> str:
 
 
 def unlike(first: Mapping[str, Any], second: Mapping[str, Any]) -> list[str]:
-    """The keys in which two protocols measure differently; what is measured, and on what machine, does not count."""
+    """Return the keys in which two protocols differ, except what they are meant to compare (model, machine)."""
     keys = dict.fromkeys([*first, *second])
     measured = ("sampling", "model", "environment")
     differing = [key for key in keys if key not in measured and first.get(key) != second.get(key)]
@@ -82,7 +82,7 @@ def unlike(first: Mapping[str, Any], second: Mapping[str, Any]) -> list[str]:
 
 
 def _distribution(protocol: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings on record that change the numbers of a model and its sampler, and are rarely what is compared."""
+    """Return the recorded settings that change the distribution of samples but rarely are the subject of comparison."""
     found: dict[str, Any] = {}
     for part in ("sampling", "model"):
         facts = protocol.get(part)
@@ -94,9 +94,9 @@ def _distribution(protocol: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def sampling_differences(results: Mapping[str, Mapping[str, Result]]) -> dict[str, list[str]]:
-    """The settings of sampling in which results of one name differ, each with its text for every run.
+    """Return the sampling settings in which results of one name differ, each with a text per run.
 
-    `results` are those of each run by name. A run whose results were sampled in several ways has all of their texts.
+    `results` are those of each run by name. A run with results from several settings has all of them in its text.
     """
     settings = {
         (run, name): _sampling(result.protocol)
@@ -119,7 +119,7 @@ def sampling_differences(results: Mapping[str, Mapping[str, Result]]) -> dict[st
 
 
 def _sampling(protocol: Mapping[str, Any]) -> dict[str, str]:
-    """How samples were made, as texts by dotted keys; not of which model."""
+    """Return the sampling settings, without those of the model, as texts by dotted keys."""
     facts = protocol.get("sampling")
     flat = flatten(facts) if isinstance(facts, Mapping) else {}
     texts = {key.removesuffix("._target_"): value for key, value in flat.items() if not _is_of_model(key)}
@@ -138,9 +138,9 @@ def _brief(text: str) -> str:
 
 
 def notes_on_seeds(history: Sequence[Mapping[str, Any]], report: Report) -> list[str]:
-    """A note where an earlier evaluation of as many samples, made alike, shares some of them, but not all.
+    """Return a note if an earlier evaluation with the same settings shares some samples with this one, but not all.
 
-    The difference of two such numbers says little about how much they vary from seeds to seeds.
+    The difference of two such values underestimates their variation between seeds.
     """
     now = _seeds(report.results[0].protocol) if report.results else None
     if now is None:
@@ -152,13 +152,13 @@ def notes_on_seeds(history: Sequence[Mapping[str, Any]], report: Report) -> list
             if settings == now[1] and len(seeds) == len(now[0]) and 0 < shared < len(seeds):
                 return [
                     f"seeds: {shared} of the {len(seeds)} samples are also in the evaluation of seeds {seeds[0]} to "
-                    f"{seeds[-1]}; take seed={seeds.stop} for other samples, or repeats= for a standard deviation"
+                    f"{seeds[-1]}; set seed={seeds.stop} for other samples, or repeats= for a standard deviation"
                 ]
     return []
 
 
 def _seeds(protocol: Mapping[str, Any]) -> tuple[range, dict[str, Any]] | None:
-    """The seeds of samples, and the other settings that they were made by; None without seeds on record."""
+    """Return the seeds of samples and their other settings; None if no seeds are recorded."""
     sampling = protocol.get("sampling")
     seeds = sampling.get("seeds") if isinstance(sampling, Mapping) else None
     if not isinstance(sampling, Mapping) or not isinstance(seeds, list) or [*map(type, seeds)] != [int, int]:
@@ -168,22 +168,22 @@ def _seeds(protocol: Mapping[str, Any]) -> tuple[range, dict[str, Any]] | None:
 
 
 def newest(history: Sequence[Mapping[str, Any]]) -> dict[str, Result]:
-    """The newest result of each name in a history."""
+    """Return the newest result of each name in a history."""
     reports = [Report.from_dict(entry) for entry in history]
     return {result.name: result for report in reports for result in report.results}
 
 
 def history_table(histories: Mapping[str, Sequence[Mapping[str, Any]]], force: bool) -> str:
-    """The newest numbers of several runs by name, a row a run, as a Markdown table.
+    """Return the newest results of several runs as a Markdown table, one row per run.
 
-    Settings of sampling in which they differ have a column each. Raises UsageError where the protocols of two numbers
-    of one name are unlike, or with `force` marks them by a `*`.
+    Sampling settings in which they differ have a column each. Raises UsageError if the protocols of a metric differ;
+    with `force`, such values are marked by `*` instead.
     """
     found = {run: newest(history) for run, history in histories.items()}
     names = list(dict.fromkeys(name for results in found.values() for name in results))
     if not names:
         raise UsageError(
-            "compare", ",".join(found), "no numbers there", "measure some with diffuse eval run=NAME"
+            "compare", ",".join(found), "have no results", "evaluate them with diffuse eval run=NAME"
         )
     mistakes, marked = [], set()
     for name in names:
@@ -198,7 +198,7 @@ def history_table(histories: Mapping[str, Sequence[Mapping[str, Any]]], force: b
         raise UsageError(
             "compare",
             ",".join(found),
-            f"measured by unlike protocols ({'; '.join(mistakes)})",
+            f"measured with different protocols ({'; '.join(mistakes)})",
             "measure them alike, or set force=true",
         )
     differences = sampling_differences(found)
@@ -211,40 +211,40 @@ def history_table(histories: Mapping[str, Sequence[Mapping[str, Any]]], force: b
             for name in names
         ]
         lines.append(f"| {run} | {' | '.join(cells)} |")
-    lines += [f"(*) not by the protocol of the first: {line}" for line in mistakes]
+    lines += [f"(*) protocol differs from the first run: {line}" for line in mistakes]
     return "\n".join(map(escaped, lines))
 
 
 def read_history(path: Path) -> list[dict[str, Any]]:
-    """The entries of a metrics.json, oldest first; none if there is no such file.
+    """Return the entries of a metrics.json, oldest first; empty if the file is missing.
 
-    Raises UsageError if it is not a JSON list of objects.
+    Raises UsageError if the file is not a JSON list of results.
     """
     if not path.exists():
         return []
     try:
         history = migrated(read_json(path))
     except FormatError as error:
-        raise UsageError(path, NO_VALUE, str(error), "move it away or mend it") from error
+        raise UsageError(path, NO_VALUE, str(error), "repair it or move it away") from error
     try:
         if not isinstance(history, list):
-            raise TypeError(f"but {type(history).__name__}")
+            raise TypeError(f"found {type(history).__name__}")
         for entry in history:
             Report.from_dict(entry)
     except (LookupError, TypeError, AttributeError) as error:
         raise UsageError(
-            path, NO_VALUE, f"is not a list of results ({error})", "move it away or mend it"
+            path, NO_VALUE, f"is not a list of results ({error})", "repair it or move it away"
         ) from error
     return history
 
 
 def append_history(path: Path, entry: Mapping[str, Any]) -> None:
-    """Add an entry of plain data to a metrics.json, which is replaced in one move.
+    """Append an entry of plain data to a metrics.json, atomically.
 
-    Raises UsageError, and leaves the file as it is, if that is not a list of entries.
+    Raises UsageError, leaving the file unchanged, if it is not a list of results.
     """
     remove_abandoned(path.parent)
-    with locked(path):  # two evaluations may end at the same time
+    with locked(path):  # evaluations may run at the same time
         history: Sequence[Mapping[str, Any]] = [*read_history(path), entry]
         text = json.dumps(history, indent=2, allow_nan=False)
         with atomic_write(path) as temporary:

@@ -1,4 +1,4 @@
-"""How near an autoencoder's images come to their originals, pixel by pixel and in features."""
+"""Reconstruction metrics of autoencoders: PSNR, SSIM and rFID."""
 
 import math
 from collections.abc import Sequence
@@ -21,14 +21,14 @@ from diffusion_cli.metrics.samples import Samples
 from diffusion_cli.networks import AutoencoderKL
 
 RANGE = 255.0  # of uint8 pixels
-WINDOW = 11  # pixels on each side of the window of the structural similarity
+WINDOW = 11  # pixels per side of the SSIM window
 WINDOW_SIGMA = 1.5  # standard deviation of the window's Gaussian weights, in pixels
-K1, K2 = 0.01, 0.03  # constants of the structural similarity, as published
-PICTURES = 8  # images of a row, and rows
+K1, K2 = 0.01, 0.03  # SSIM constants, as published
+PICTURES = 8  # images per row, and rows, of the figure
 
 
 class ReconstructedSamples(Samples):
-    """What an autoencoder decodes of the mean latents of real images, each of them in its place."""
+    """Reconstructions of real images by an autoencoder from mean latents, in the order of the images."""
 
     labelled = False
     class_names = None
@@ -43,7 +43,7 @@ class ReconstructedSamples(Samples):
         return len(self.images)
 
     def originals(self, numbers: Sequence[int]) -> Tensor:
-        """The real images by number, as pictures: uint8 [B, C, H, W]."""
+        """Return the original images as previews, uint8 [B, C, H, W]."""
         return self.form.to_rgb(self._real(numbers))
 
     @torch.inference_mode()
@@ -59,7 +59,7 @@ class ReconstructedSamples(Samples):
 
 
 class RawPixels(Features):
-    """Stands for the network of metrics that look at the pixels themselves."""
+    """Placeholder feature network of metrics that compare pixels."""
 
     name = "pixels"
     dim = classes = 0
@@ -74,11 +74,18 @@ class RawPixels(Features):
 
 
 class Reconstruction(Metric):
-    """The peak signal-to-noise ratio in dB and the structural similarity of reconstructions: the means over images.
+    """PSNR in dB and SSIM of reconstructions, as means over images with standard errors.
 
-    Both are of uint8 pixels, deeper images being scaled from their stated range, and come with standard errors. An
-    exact reconstruction has no finite ratio; an image with a side under 11 pixels has no similarity. Source: Wang et
-    al. 2004.
+    Both are computed on 8-bit previews. Exact reconstructions, of infinite PSNR, are left out of its mean. SSIM needs
+    images of at least 11 pixels per side.
+
+    Args:
+        split: split of the dataset.
+
+    Raises:
+        UsageError: the split has fewer than 2 images.
+
+    Source: Wang et al. 2004.
     """
 
     def __init__(self, *, split: Split = "val") -> None:
@@ -90,7 +97,7 @@ class Reconstruction(Metric):
     def check(self, count: int, seen: FeatureView, force: bool) -> list[str]:
         if count < 2:
             raise UsageError(
-                "metric.reconstruction.split", self.split, f"has {count} images", "two are needed"
+                "metric.reconstruction.split", self.split, f"has {count} images; at least 2 are needed"
             )
         return []
 
@@ -106,7 +113,7 @@ class ReconstructionState(MetricState):
         self.similarities: list[Tensor] = []
         self.count = 0
         self.pairs: list[Tensor] = []
-        """Rows of originals, each above its reconstructions."""
+        """Rows of originals, each followed by a row of reconstructions."""
 
     def update(self, batch: SampleBatch) -> None:
         originals = self.samples.originals(range(self.count, self.count + len(batch.images)))
@@ -123,22 +130,24 @@ class ReconstructionState(MetricState):
         ratios = torch.cat(self.ratios)
         finite = ratios[ratios.isfinite()]
         exact = len(ratios) - len(finite)
-        notes = [f"psnr: {exact} images come back exactly, and are not in the mean"] if exact else []
+        notes = [f"psnr: {exact} images are reconstructed exactly, and left out of the mean"] if exact else []
         pictures = {"reconstructions": self.pairs}
         found = [_mean("psnr", finite, tuple(notes), pictures)]
         if self.similarities:
             protocol = {"window": f"{WINDOW}x{WINDOW} Gaussian, sigma {WINDOW_SIGMA}, inside the image"}
             return [*found, replace(_mean("ssim", torch.cat(self.similarities)), protocol=protocol)]
-        note = f"ssim: its window of {WINDOW} pixels a side does not fit into these images"
+        note = f"ssim: the images are smaller than its window of {WINDOW} pixels per side"
         return [*found, MetricValue("ssim", None, notes=(note,))]
 
 
 def structural_similarity(first: Tensor, second: Tensor) -> Tensor:
-    """The structural similarity, at most 1, of images [B, C, H, W] in 0..255 to as many others: float64 [B].
+    """Return the SSIM, at most 1, between pairs of images [B, C, H, W] in 0..255: float64 [B].
 
-    `(2 m1 m2 + c1) (2 s12 + c2) / ((m1^2 + m2^2 + c1) (s1^2 + s2^2 + c2))`, c = (255 K)^2, with the means, variances
-    and covariance of an 11x11 Gaussian window. Averaged over all windows inside the image, then over channels. No side
-    may be under 11 pixels. Source: Wang et al. 2004, Eq. 13-17.
+    (2 m1 m2 + c1) (2 s12 + c2) / ((m1^2 + m2^2 + c1) (s1^2 + s2^2 + c2)), c = (255 K)^2, with means, variances and
+    covariance of an 11x11 Gaussian window; averaged over all windows inside the image, then over channels. Sides must
+    be at least 11 pixels.
+
+    Source: Wang et al. 2004, Eq. 13-17.
     """
     offsets = torch.arange(WINDOW, dtype=torch.float64, device=first.device) - WINDOW // 2
     weights = torch.exp(-(offsets**2) / (2 * WINDOW_SIGMA**2))
@@ -158,7 +167,7 @@ def structural_similarity(first: Tensor, second: Tensor) -> Tensor:
 def _mean(
     name: str, values: Tensor, notes: tuple[str, ...] = (), pictures: dict[str, list[Tensor]] | None = None
 ) -> MetricValue:
-    """The mean of values [N] with its standard error; no number of fewer than two."""
+    """Return the mean of values [N] with its standard error; no value for N < 2."""
     if len(values) < 2:
         return MetricValue(name, None, notes=notes, pictures=pictures or {})
     details = {"standard_error": float(values.std() / math.sqrt(len(values))), "images": len(values)}
@@ -168,7 +177,10 @@ def _mean(
 
 
 class ReconstructionFrechetDistance(FrechetDistance):
-    """The Frechet distance between reconstructions and their originals: rFID, where the features are Inception's.
+    """Frechet distance between reconstructions and their originals: rFID with Inception features.
+
+    Args:
+        split: split of the dataset.
 
     Source: Esser et al. 2021; Rombach et al. 2022, Table 8.
     """

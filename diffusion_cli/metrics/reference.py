@@ -1,4 +1,4 @@
-"""The real images that samples are compared with, or what has been published of them."""
+"""Reference of distances: real images or published statistics."""
 
 import hashlib
 from abc import ABC, abstractmethod
@@ -26,7 +26,7 @@ from diffusion_cli.system.progress import ProgressBar
 from diffusion_cli.system.temporary_files import remove_abandoned
 from diffusion_cli.system.untrusted import reason
 
-READ = 256  # images read at a time
+READ = 256  # images per batch
 Part = Literal["images", "other"]
 Stream = Literal["features", "spatial"]
 Kept = TypeVar("Kept")
@@ -34,31 +34,31 @@ STATISTICS = {"features": ("mu", "sigma"), "spatial": ("mu_s", "sigma_s")}
 
 
 class Reference(ABC):
-    """Real images, maybe some others apart from them that show what a perfect model would reach, maybe statistics."""
+    """Base class of references: real images, optionally a second set that a perfect model resembles, or statistics."""
 
     name: str
     other_name: str
     stats: Path | None
-    """A .npz with `mu` and `sigma` of features that take the place of those of the images."""
+    """A .npz with `mu` and `sigma` of features that replace those of the images, or None."""
 
     @cached_property
     @abstractmethod
     def images(self) -> Images:
-        """The real images; UsageError if there are none."""
+        """Real images; UsageError if there are none."""
 
     @cached_property
     @abstractmethod
     def other(self) -> Images | None:
-        """Real images that are not among them, or None."""
+        """Other real images, disjoint from `images`, or None."""
 
     @abstractmethod
     def given(self) -> ExternalImages | None:
-        """Return the images with the names of their classes, or None without reading them if they have no classes."""
+        """Return the images with their class names, or None, without reading them, if they have no classes."""
 
     def class_counts(self, class_names: tuple[str, ...]) -> list[int] | None:
-        """Return the number of images of each of the classes; None without labels, or with labels of other classes.
+        """Return the number of images of each class; None without labels, or if the classes differ.
 
-        Also None with `stats`, which contain no labels; the images are not read then.
+        Also None with `stats`, which have no labels.
         """
         if self.stats is not None:
             return None
@@ -67,7 +67,7 @@ class Reference(ABC):
         return None if labels is None else torch.bincount(labels.cpu(), minlength=len(class_names)).tolist()
 
     def protocol(self) -> dict[str, Any]:
-        """What identifies the images, and those beside them."""
+        """Return what identifies both sets of images."""
         images, other = self.images, self.other
         beside = {} if other is None else {"images": len(other), "pixels_sha256": other.pixel_digest()}
         return {
@@ -78,47 +78,55 @@ class Reference(ABC):
         }
 
     def identity(self) -> dict[str, Any]:
-        """What all numbers that it has a part in depend on: the images, and statistics in their place."""
+        """Return what all values with this reference depend on: its images, and its statistics if given."""
         return self.protocol() | ({} if self.stats is None else {"stats_sha256": file_digest(self.stats)})
 
     def published(self, stream: Stream, dim: int) -> tuple[Tensor, Tensor]:
-        """Mean and covariance that `stats` holds; UsageError if it does not, or of another number of features."""
+        """Return mean and covariance from `stats`; UsageError if missing, invalid, or of another number of features."""
         assert self.stats is not None
         keys = STATISTICS[stream]
         try:
             mean, covariance = (torch.from_numpy(array).double() for array in read_arrays(self.stats, *keys))
             if not mean.isfinite().all() or not covariance.isfinite().all():
-                raise FormatError("holds numbers that are not finite")
+                raise FormatError("has numbers that are not finite")
         except OSError as error:
-            raise UsageError("reference.stats", self.stats, "is no readable .npz of mu and sigma") from error
-        except Exception as error:  # damaged files fail in many ways in the parsers of ZIP and NumPy
+            raise UsageError(
+                "reference.stats", self.stats, "cannot be read", "give a .npz with mu and sigma"
+            ) from error
+        except Exception as error:  # the parsers of ZIP and NumPy raise errors of many types
             raise UsageError(
                 "reference.stats",
                 self.stats,
                 reason(error),
-                "give a .npz of mu and sigma, whole and of finite numbers",
+                "give an intact .npz with finite mu and sigma",
             ) from error
         if mean.shape != (dim,) or covariance.shape != (dim, dim):
             raise UsageError(
                 "reference.stats",
                 self.stats,
-                f"holds {tuple(mean.shape)} features, and the network gives {dim}",
-                "take the statistics of the same network",
+                f"has {tuple(mean.shape)} features, but the network has {dim}",
+                "use statistics of the same network",
             )
         values = torch.linalg.eigvalsh((covariance + covariance.T) / 2)
         if values[0] < -1e-6 * values[-1].abs() or not torch.allclose(
             covariance, covariance.T, rtol=1e-4, atol=1e-6
         ):
             raise UsageError(
-                "reference.stats", self.stats, f"its {keys[1]} is no covariance", "compute it anew"
+                "reference.stats",
+                self.stats,
+                f"{keys[1]} is not a covariance matrix",
+                "recompute the statistics",
             )
         return mean, covariance
 
 
 class DatasetReference(Reference):
-    """One split of the dataset as it is, not augmented; the other split shows what a perfect model would reach.
+    """One split of the dataset, without augmentation, with the other split to show what a perfect model reaches.
 
-    With `stats` its published statistics take the place of the split's own where a Frechet distance is measured.
+    Args:
+        dataset: the dataset.
+        split: split to compare with.
+        stats: .npz of published statistics that replace those of the split in Frechet distances.
     """
 
     def __init__(
@@ -145,7 +153,12 @@ class DatasetReference(Reference):
 
 
 class GivenReference(Reference):
-    """The images of a folder, ZIP or NumPy file, which have the size of the samples."""
+    """Images of a folder, ZIP or NumPy file, of the size of the samples.
+
+    Args:
+        dataset: dataset with the shape of the samples.
+        path: the folder or file.
+    """
 
     other_name = ""
     stats = None
@@ -171,9 +184,9 @@ class GivenReference(Reference):
 
 
 class RealImages:
-    """The images of a reference as a feature network sees them, each computed once and kept in `cache_dir`.
+    """Features of the images of a reference, computed once and cached in `cache_dir`.
 
-    What is kept is found again by the content of the images and the weights of the network.
+    Cache entries are identified by the content of the images and the weights of the network.
     """
 
     def __init__(
@@ -183,24 +196,24 @@ class RealImages:
         self.ranks = ranks or Distributed()
 
     def images(self, part: Part = "images") -> Images:
-        """The images of a part; UsageError if it has none."""
+        """Return the images of a part; UsageError if there are none."""
         images = self.reference.images if part == "images" else self.reference.other
         if images is None:
-            raise UsageError("reference", NO_VALUE, f"{self.reference.name} has no images beside it")
+            raise UsageError("reference", NO_VALUE, f"{self.reference.name} has no other images")
         return images
 
     def name(self, part: Part = "images") -> str:
-        """The word for a part in notes."""
+        """Return the name of a part for notes."""
         return self.reference.name if part == "images" else self.reference.other_name
 
     def protocol(self) -> dict[str, Any]:
-        """What identifies the reference."""
+        """Return what identifies the reference."""
         return self.reference.protocol()
 
     def moments(
         self, part: Part = "images", count: int | None = None, stream: Stream = "features"
     ) -> Moments:
-        """The moments of a whole part, or of `count` of its images, evenly spread over it."""
+        """Return the moments of a part, or of `count` evenly spaced images of it."""
         number = len(self.images(part)) if count is None else count
         path = self._path(part, f"moments-{stream}", number)
         dim = self.features.dim if stream == "features" else self.features.spatial_dim
@@ -210,18 +223,18 @@ class RealImages:
             lambda: self._look(part, spread(len(self.images(part)), number), None)[stream],
         )
         known = self.ranks.broadcast(kept)
-        assert known is not None  # the first process has it
+        assert known is not None  # set in the first process
         return known
 
     def rows(self, part: Part = "images") -> Rows:
-        """The features of all images of a part; none for the processes that only help the first."""
+        """Return the features of all images of a part; empty in all processes but the first."""
         count = len(self.images(part))
         path = self._path(part, "features", count)
 
         def load() -> Rows:
             array = opened_array(path, None)
             if array.shape != (count, self.features.dim) or array.dtype != np.float32:
-                raise FormatError(f"holds {array.dtype} {array.shape}")
+                raise FormatError(f"has {array.dtype} {array.shape}")
             Blocks(path).check()
             return Rows(array)
 
@@ -237,15 +250,15 @@ class RealImages:
         return Rows(np.empty((0, self.features.dim), np.float32)) if kept is None else kept
 
     def _kept(self, path: Path, load: Callable[[], Kept], make: Callable[[], Kept]) -> Kept | None:
-        """What a file of the cache holds, or what all processes make together if it is missing or damaged.
+        """Load a file of the cache, or compute it with all processes if it is missing or damaged.
 
-        None in all processes but the first, which alone reads and writes the cache.
+        Returns None in all processes but the first, which alone reads and writes the cache.
         """
         kept = None
         if self.ranks.is_main and path.is_file():
             try:
                 kept = load()
-            except Exception as error:  # a damaged file fails in many ways in the parsers of ZIP and NumPy
+            except Exception as error:  # the parsers of ZIP and NumPy raise errors of many types
                 report_damage(path, error)
         if self.ranks.broadcast(kept is None):
             remove_abandoned(path.parent)
@@ -253,9 +266,9 @@ class RealImages:
         return kept if self.ranks.is_main else None
 
     def _look(self, part: Part, numbers: Tensor, rows: GrowingRows | None) -> dict[Stream, Moments]:
-        """One pass of the network over some images of a part: all moments that it gives, and maybe the features.
+        """Compute the moments, and optionally all features, of images of a part in one pass of the network.
 
-        The first process keeps the moments in the cache; the other processes get empty ones.
+        The first process caches the moments; the other processes return empty ones.
         """
         dims: dict[Stream, int] = {"features": self.features.dim, "spatial": self.features.spatial_dim}
         moments: dict[Stream, Moments] = {stream: Moments(dim) for stream, dim in dims.items() if dim}
@@ -287,7 +300,7 @@ class RealImages:
         return moments
 
     def _path(self, part: Part, kind: str, count: int) -> Path:
-        """Return the file of a part, which an older version named after the split by another word."""
+        """Return the file of a part in the cache, also if older versions named it after the former split name."""
         images, features = self.images(part), self.features
         facts = f"{images.pixel_digest()} {features.digest} {features.resize} {features.precision} {count}"
         key = hashlib.sha256(facts.encode()).hexdigest()

@@ -1,4 +1,4 @@
-"""Repeats of an evaluation on samples of other seeds: the mean of the numbers, and their standard deviation."""
+"""Repeats of an evaluation with other seeds: means and standard deviations."""
 
 from collections.abc import Sequence
 from statistics import fmean, stdev
@@ -11,11 +11,11 @@ from diffusion_cli.metrics.samples import Samples
 
 DEVIATION = "standard_deviation"
 OF_ONE_REPEAT = ("low", "high", "standard_error")
-"""Details that are the interval and the error of one repeat, and not those of the mean."""
+"""Details that are an interval or error of a single repeat, not of the mean."""
 
 
 class Part(Samples):
-    """Samples number first, ..., first + count - 1 of others, as number 0, ..., count - 1."""
+    """Samples first, ..., first + count - 1 of another set, renumbered from 0."""
 
     def __init__(self, samples: Samples, first: int, count: int) -> None:
         self.samples, self.rows = samples, range(first, first + count)
@@ -32,16 +32,16 @@ class Part(Samples):
 
 
 def parts(samples: Samples, repeats: int) -> list[Samples]:
-    """Return the samples of each repeat: as many parts of equal size, in order."""
+    """Split samples into `repeats` consecutive parts of equal size."""
     count = len(samples) // repeats
     return [samples if repeats == 1 else Part(samples, place * count, count) for place in range(repeats)]
 
 
 def averaged(reports: Sequence[Report]) -> Report:
-    """Return the mean of each number over the reports of all repeats, with the standard deviation of one repeat.
+    """Return the mean of each value over repeats, with the standard deviation of a single repeat.
 
-    The details of a result become their means, beside the number of each repeat. A number that a repeat lacks is
-    left out, and so are the interval and the error of a repeat: those of the mean are smaller.
+    Details are averaged too, and the value of each repeat is added. Values that some repeat lacks are omitted, as are
+    intervals and errors of single repeats.
     """
     if len(reports) == 1:
         return reports[0]

@@ -1,4 +1,4 @@
-"""Any number of vectors, on disk: what a metric needs of every single image does not have to fit in memory."""
+"""Feature vectors of many images, stored on disk."""
 
 import sys
 import tempfile
@@ -13,29 +13,29 @@ from diffusion_cli.system.cache import write_checksums
 from diffusion_cli.system.files import atomic_write, writing
 from diffusion_cli.system.untrusted import printable
 
-BLOCK = 4096  # vectors read at a time
+BLOCK = 4096  # vectors per read
 
 
 class Rows:
-    """Vectors float32 [N, dim], in an array that may be mapped from a file."""
+    """Vectors, float32 [N, dim], in an array that may be memory-mapped."""
 
     def __init__(self, array: np.ndarray) -> None:
         self._array = array
 
     @property
     def array(self) -> np.ndarray:
-        """All vectors."""
+        """All vectors as an array."""
         return self._array
 
     def __len__(self) -> int:
         return len(self.array)
 
     def __getitem__(self, index: np.ndarray | slice) -> Tensor:
-        """Some of the vectors by number or slice."""
+        """Return vectors by index or slice."""
         return torch.from_numpy(np.array(self.array[index]))
 
     def blocks(self, order: np.ndarray | None = None) -> Iterator[Tensor]:
-        """All vectors, or those of these numbers, some at a time."""
+        """Yield all vectors, or those of indices `order`, in blocks."""
         count = len(self) if order is None else len(order)
         for first in range(0, count, BLOCK):
             part = slice(first, min(first + BLOCK, count))
@@ -43,9 +43,9 @@ class Rows:
 
 
 class GrowingRows(Rows):
-    """Vectors appended batch by batch to a file without a name in `folder`, which is gone with the object.
+    """Vectors appended to an unnamed temporary file in `folder`.
 
-    If the folder cannot be written to, or its disk becomes full, the vectors are held in memory.
+    If the folder is not writable, or the disk is full, the vectors are kept in memory.
     """
 
     def __init__(self, dim: int, folder: Path) -> None:
@@ -71,7 +71,7 @@ class GrowingRows(Rows):
         return self._array
 
     def append(self, vectors: Tensor) -> None:
-        """Take in vectors [B, dim] of any type, on any device."""
+        """Append vectors [B, dim] of any dtype on any device."""
         values = vectors.detach().to("cpu", torch.float32).contiguous().numpy()
         assert values.shape[1:] == (self.dim,), values.shape
         if self._held is None:
@@ -90,12 +90,12 @@ class GrowingRows(Rows):
             data = data[self._file.write(data) :]
 
     def _hold(self, error: OSError) -> None:
-        """Hold the vectors in memory from now on, because the disk refuses more."""
-        print(f"diffuse: {printable(str(error))}; features are held in memory", file=sys.stderr)
+        """Keep the vectors in memory from now on."""
+        print(f"diffuse: {printable(str(error))}; features are kept in memory", file=sys.stderr)
         self._held = [np.array(self.array)]
 
     def save(self, path: Path) -> None:
-        """Write all vectors as .npy with checksums, whole or not at all."""
+        """Write all vectors as .npy with checksums, atomically."""
         with atomic_write(path) as temporary:
             with temporary.open("wb") as file:
                 header = {"descr": "<f4", "fortran_order": False, "shape": (self._count, self.dim)}

@@ -1,4 +1,4 @@
-"""Where the samples to be measured come from."""
+"""Sources of the samples to evaluate."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -12,36 +12,41 @@ from diffusion_cli.errors import UsageError
 
 
 class Samples(ABC):
-    """Pictures to be measured, by number: made when they are asked for, or read."""
+    """Base class of samples to evaluate, as 8-bit previews by index: generated on access, or read from files."""
 
     shape: tuple[int, ...]
-    """Channels, height and width."""
+    """Shape [C, H, W]."""
     class_names: tuple[str, ...] | None
-    """Of the classes that they were made as, or None."""
+    """Names of the classes, or None."""
     labelled: bool
-    """Whether it is known which class each was made as."""
+    """Whether samples have class labels."""
 
     @abstractmethod
     def __len__(self) -> int:
-        """The number of samples."""
+        """Return the number of samples."""
 
     @abstractmethod
     def batch(self, numbers: Sequence[int]) -> tuple[Tensor, Tensor | None]:
-        """Samples uint8 [B, C, H, W] by number, and the classes (int64 [B]) they were made as, if they were."""
+        """Return samples by index, uint8 [B, C, H, W], and their labels, int64 [B], or None."""
 
     @abstractmethod
     def protocol(self) -> dict[str, Any]:
-        """How they were made, as plain data; complete when all have been asked for."""
+        """Return how the samples were made, as plain data; complete after all have been accessed."""
 
     def notes(self) -> list[str]:
-        """Return what a reader of the numbers should consider about the samples."""
+        """Return notes for readers of the results."""
         return []
 
 
 class GivenSamples(Samples):
-    """Images in files, `count` of them evenly spread (null: all), for files may be sorted by class.
+    """Evenly spaced images from files.
 
-    `class_names` are those of the dataset: where the images' own classes are among these they are numbered so.
+    Args:
+        given: the images.
+        class_names: classes of the dataset; labels are converted to them if the classes match.
+        made: description for the protocol.
+        key: configuration key of the images, for errors.
+        count: number of images; None: all.
     """
 
     def __init__(
@@ -61,7 +66,7 @@ class GivenSamples(Samples):
         self.rows = spread(len(given.images), len(given.images) if count is None else count)
         if len(self.rows) > len(given.images):
             raise UsageError(
-                "num_samples", count, f"{key} holds {len(given.images)} images", "give more, or take fewer"
+                "num_samples", count, f"{key} has only {len(given.images)} images", "use fewer, or give more"
             )
 
     def __len__(self) -> int:
@@ -73,7 +78,7 @@ class GivenSamples(Samples):
 
     @cached_property
     def _lossy(self) -> dict[str, int]:
-        """The number of samples in files of each lossy format."""
+        """Number of samples in files of each lossy format."""
         return self.images.lossy(self.rows)
 
     def protocol(self) -> dict[str, Any]:
@@ -81,6 +86,6 @@ class GivenSamples(Samples):
 
     def notes(self) -> list[str]:
         return [
-            f"samples: {count} of {len(self)} are {name} files; the numbers include the loss of that compression"
+            f"samples: {count} of {len(self)} are {name} files; values include the effect of this compression"
             for name, count in self._lossy.items()
         ]

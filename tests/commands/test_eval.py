@@ -119,8 +119,8 @@ def test_what_a_process_refuses_is_one_line(place, images, capfd):
     assert evaluate(place, *words) == 2
     lines = [line for line in capfd.readouterr().err.splitlines() if line.startswith("diffuse:")]
     assert lines == [
-        "diffuse: metric.kid.subset_size=91: must be 2 or more and at most the 90 images of samples; change it, or "
-        "take more images"
+        "diffuse: metric.kid.subset_size=91: must be at least 2 and at most 90, the number of images of samples; "
+        "change it, or use more images"
     ]
 
 
@@ -234,7 +234,7 @@ def test_other_class_shares_than_the_reference_has_are_noted(place, tmp_path):
     (note,) = [
         n for n in newest_notes(record(place, tmp_path / "threes.npz")) if n.startswith("class shares")
     ]
-    assert note.startswith("class shares: 1 of the samples are of the class 3, and 0.1")
+    assert note.startswith("class shares: class 3 has a share of 1 in the samples and 0.1")
 
 
 def test_samples_belong_to_their_run_though_its_last_checkpoint_is_missing(tmp_path):
@@ -318,7 +318,7 @@ def test_lossy_files_of_samples_are_noted_and_in_the_protocol(place, images, tmp
     words = [f"samples={tmp_path}", "dataset=digits", "metric=is", "metric.is.splits=2"]
     assert evaluate(place, *words) == 0
     assert protocol(record(place, tmp_path))["sampling"]["lossy"] == {"JPEG": 30}
-    note = "samples: 30 of 40 are JPEG files; the numbers include the loss of that compression"
+    note = "samples: 30 of 40 are JPEG files; values include the effect of this compression"
     assert note in newest_notes(record(place, tmp_path))
     assert evaluate(place, *words, f"samples={images}") == 0
     assert "lossy" not in protocol(record(place, images))["sampling"]
@@ -533,7 +533,7 @@ def test_a_wrong_comparison_gets_one_line(place, tmp_path, capsys, words, line):
         ),
         (
             ["run=a", "num_samples=65", "metric.fid.infinity=15"],
-            "metric.fid.infinity=15: takes subsets of 65",
+            "metric.fid.infinity=15: needs subsets of at least 65",
         ),
         (["samples={plain}", "num_samples=91", "dataset=digits"], "num_samples=91: samples="),
         (
@@ -547,7 +547,7 @@ def test_a_wrong_comparison_gets_one_line(place, tmp_path, capsys, words, line):
         ),
         (["samples={colour}", "dataset=digits"], "samples="),
         (["run=a", "reference=images", "reference.path=/nowhere"], "reference.path=/nowhere: does not exist"),
-        (["run=a", "reference.stats=/nowhere.npz"], "reference.stats=/nowhere.npz: is no readable .npz"),
+        (["run=a", "reference.stats=/nowhere.npz"], "reference.stats=/nowhere.npz: cannot be read"),
         (
             ["run=a", "metric=is", "reference.stats=x.npz"],
             "reference.stats=x.npz: serves fid, sfid and fd_dinov2 only",
@@ -575,14 +575,14 @@ def test_a_wrong_comparison_gets_one_line(place, tmp_path, capsys, words, line):
             ["run=a", "metric=bound", "processes=2"],
             "processes=2: applies only to samples, and metric=bound uses none",
         ),
-        (["run=a", "metric=sfid"], "metric=sfid: is defined on maps of Inception"),
+        (["run=a", "metric=sfid"], "metric=sfid: needs feature maps of Inception"),
         (
             ["run=a", "metric=lpips", "metric.lpips.weights=/x.pth"],
             "metric.lpips.weights=/x.pth: no such file",
         ),
         (["compare=[none,nobody]"], "compare=none: has no metrics.json"),
         (["compare=[a]"], "compare=['a']: must be a list of 2 or more values"),
-        (["metric.fid.bootstrap=3", "run=a"], "metric.fid.bootstrap=3: is too few"),
+        (["metric.fid.bootstrap=3", "run=a"], "metric.fid.bootstrap=3: is too small"),
     ],
 )
 def test_wrong_input_gets_one_line(place, images, tmp_path, capsys, words, line):

@@ -154,7 +154,7 @@ def test_an_earlier_evaluation_of_nearly_the_same_seeds_is_noted():
     history = [report(0, 299).to_dict()]
     (note,) = notes_on_seeds(history, report(1, 300))
     assert note.startswith(
-        "seeds: 299 of the 300 samples are also in the evaluation of seeds 0 to 299; take seed=300"
+        "seeds: 299 of the 300 samples are also in the evaluation of seeds 0 to 299; set seed=300"
     )
     for other in (report(0, 299), report(300, 599), report(1, 9), report(1, 300, steps=6), Report([], [])):
         assert notes_on_seeds(history, other) == []

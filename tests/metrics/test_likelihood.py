@@ -279,7 +279,7 @@ def test_the_best_bound_is_the_lower_one_and_near_the_exact_bits(tmp_path, mixtu
     assert best.details["bits_large"] == pytest.approx(found["large"].value)
     for name, value in found["large"].details.items():
         assert best.details[name] == pytest.approx(value), name
-    assert "with the large variance" in best.notes[0]
+    assert "uses the large variance" in best.notes[0]
 
 
 class Unsure(Gray):
@@ -438,7 +438,7 @@ def test_a_model_is_asked_in_full_precision_whatever_samples_are_made_in(runs, c
 @pytest.mark.slow
 def test_what_has_no_bound_says_why_and_has_a_flow(runs, capsys):
     assert evaluate(runs, "continuous", *BOTH) == 0
-    assert "bits_per_dim_bound: the VP schedule has no timesteps" in capsys.readouterr().out
+    assert "bits_per_dim_bound: needs discrete timesteps; the VP schedule" in capsys.readouterr().out
     assert set(results(runs, "continuous")) == {"bits_per_dim_flow"}
     assert evaluate(runs, "real", *BOTH, "metric.flow_likelihood.trace=exact") == 0
     assert results(runs, "real")["bits_per_dim_flow"]["details"]["images"] == 12

@@ -266,7 +266,7 @@ def test_inception_score_runs_from_one_to_the_number_of_classes() -> None:
 
 
 def test_inception_score_refuses_more_splits_than_samples() -> None:
-    with pytest.raises(ValueError, match=r"splits=10: is more than the 9 samples"):
+    with pytest.raises(ValueError, match=r"splits=10: exceeds the 9 samples"):
         inception_score(torch.zeros(9, 3), 10)
 
 
@@ -408,20 +408,20 @@ def test_published_statistics_take_the_place_of_the_images(tmp_path) -> None:
     assert report.results[0].value == pytest.approx(expected.value, rel=1e-9)
     assert features.seen == seen + 100
     assert set(report.results[0].protocol["reference"]) == {"stats", "sha256"}
-    with pytest.raises(ValueError, match=r"reference=dataset: there are no real images"):
+    with pytest.raises(ValueError, match=r"reference=dataset: no real images"):
         measured(metrics, features, samples, nothing, tmp_path)
     np.savez(path, mu=moments.mean.numpy()[:3], sigma=moments.covariance.numpy())
-    with pytest.raises(ValueError, match=r"reference.stats=.*holds \(3,\) features, and the network gives 5"):
+    with pytest.raises(ValueError, match=r"reference.stats=.*has \(3,\) features, but the network has 5"):
         measured(metrics, features, samples, nothing, tmp_path, stats=str(path))
     for sigma, wrong in (
         (moments.covariance * float("nan"), "finite"),
-        (-moments.covariance, "no covariance"),
+        (-moments.covariance, "not a covariance"),
     ):
         np.savez(path, mu=moments.mean.numpy(), sigma=sigma.numpy())
         with pytest.raises(ValueError, match=rf"reference.stats=.*{wrong}"):
             measured(metrics, features, samples, nothing, tmp_path, stats=str(path))
     np.savez(path, mean=moments.mean.numpy())
-    with pytest.raises(ValueError, match=r"reference.stats=.*holds mean, and not mu and sigma"):
+    with pytest.raises(ValueError, match=r"reference.stats=.*has the arrays mean, but not mu and sigma"):
         measured(metrics, features, samples, nothing, tmp_path, stats=str(path))
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:  # a megabyte that says it is a terabyte
         for key in ("mu", "sigma"):
@@ -445,7 +445,7 @@ def test_too_few_samples_are_refused_before_any_is_made(tmp_path) -> None:
         Through(Projection(), DATA, tmp_path),
         DatasetReference(DATA, split="train", stats=None),
     )
-    with pytest.raises(ValueError, match=r"num_samples=5: .* 6 .* 5 features of projection .*; raise"):
+    with pytest.raises(ValueError, match=r"num_samples=5: .* 6 .* 5 features of projection; raise"):
         evaluate(METRICS, networks, samples, reference, batch_size=9)
 
 
@@ -470,9 +470,7 @@ def test_features_without_class_scores_have_no_inception_score_but_what_else_the
     assert seen.logits is None
     assert seen.spatial is not None
     assert torch.equal(seen.spatial, samples.flatten(1).float())
-    with pytest.raises(
-        ValueError, match=r"metric=is: .*features=wordless gives none; take features=inception"
-    ):
+    with pytest.raises(ValueError, match=r"metric=is: .*features=wordless has none; use features=inception"):
         measured(METRICS, features, samples, DATA, tmp_path)
     report = measured({"fid": METRICS["fid"]}, features, samples, DATA, tmp_path)
     assert report.results[0].protocol["features"]["precision"] == "bf16"
@@ -793,7 +791,7 @@ def test_the_interval_holds_the_expected_distance_nearly_always() -> None:
 
 @pytest.mark.parametrize(("key", "value"), [("infinity", 2), ("bootstrap", 5)])
 def test_too_few_points_or_resamples_are_refused(key, value) -> None:
-    with pytest.raises(ValueError, match=rf"metric.fid.{key}={value}: is too few"):
+    with pytest.raises(ValueError, match=rf"metric.fid.{key}={value}: is too small"):
         FrechetDistance(**{"reference_distance": False, "infinity": 0, "bootstrap": 0, key: value})
 
 
@@ -837,7 +835,7 @@ def test_validation_copies_of_training_images_hide_no_copy(tmp_path) -> None:
     samples = torch.cat([pixels(30, 2), train[7:8]])
     report = measured({"memorization": Memorization(pairs=2)}, Projection(), samples, data, tmp_path)
     assert report.results[0].details["copies"] == 1
-    assert any("2 images of held/val are copies there" in note for note in report.notes)
+    assert any("2 images of held/val also are training images" in note for note in report.notes)
 
 
 def column(values: list[float]) -> Tensor:
@@ -980,22 +978,24 @@ def test_a_damaged_shipped_classifier_is_refused(digits, tmp_path, monkeypatch) 
     content[-1] ^= 1
     (tmp_path / INDEX[0]["file"]).write_bytes(content)
     monkeypatch.setattr(shipped, "FOLDER", tmp_path)
-    with pytest.raises(ValueError, match=r"features=classifier: .*digits-0.safetensors is damaged; install"):
+    with pytest.raises(
+        ValueError, match=r"features=classifier: .*digits-0.safetensors is damaged; reinstall"
+    ):
         ClassifierFeatures(digits, tmp_path, CPU, **option("classifier")).prepare()
 
 
 def test_the_script_writes_what_is_then_shipped(tmp_path, monkeypatch) -> None:
-    import train_judges
+    import train_classifiers
 
     monkeypatch.setattr(
-        train_judges, "recipe", lambda data, seed: replace(Recipe(**INDEX[0]["recipe"]), steps=2)
+        train_classifiers, "recipe", lambda data, seed: replace(Recipe(**INDEX[0]["recipe"]), steps=2)
     )
     data = Held(pixels(40, 0), pixels(9, 1), classes=10)
-    with pytest.raises(ValueError, match=r"held, seed 5: validation accuracy .* is under 0.99"):
-        train_judges.train(data, 5, "none", tmp_path)
+    with pytest.raises(ValueError, match=r"held, seed 5: validation accuracy .* is below 0.99"):
+        train_classifiers.train(data, 5, "none", tmp_path)
     assert list(tmp_path.iterdir()) == []
-    monkeypatch.setattr(train_judges, "LEAST_ACCURACY", 0)
-    row = train_judges.train(data, 5, "none", tmp_path)
+    monkeypatch.setattr(train_classifiers, "LEAST_ACCURACY", 0)
+    row = train_classifiers.train(data, 5, "none", tmp_path)
     assert row.keys() == INDEX[0].keys()
     (tmp_path / "index.json").write_text(json.dumps([row]))
     monkeypatch.setattr(shipped, "FOLDER", tmp_path)
@@ -1036,7 +1036,7 @@ def test_numbers_of_unlike_classifiers_are_not_compared(digits, tmp_path) -> Non
         ).prepare()
         report = measured({"fid": METRICS["fid"]}, features, images, digits, tmp_path)
         histories[f"seed {seed}"] = [report.to_dict()]
-    with pytest.raises(ValueError, match=r"unlike protocols .*features"):
+    with pytest.raises(ValueError, match=r"different protocols .*features"):
         history_table(histories, force=False)
 
 
@@ -1151,7 +1151,7 @@ def test_no_classifier_is_trained_for_an_evaluation_that_is_refused(digits, tmp_
             FrechetDistance(reference_distance=True, infinity=0, bootstrap=0),
             r"num_samples=5: 5 images are fewer than the",
         ),
-        (KernelDistance(subsets=2, subset_size=6, seed=0), r"metric.kid.subset_size=6: must be 2 or more"),
+        (KernelDistance(subsets=2, subset_size=6, seed=0), r"metric.kid.subset_size=6: must be at least 2"),
     ):
         given = ExternalImages(MemoryImages(digits.load("train")[torch.arange(5)], None), None)
         samples, reference = (
@@ -1221,7 +1221,7 @@ class Malicious:
 def test_a_weights_file_runs_no_code(tmp_path) -> None:
     path, mark = tmp_path / "weights.pth", tmp_path / "mark"
     torch.save({"fc.weight": Malicious(mark)}, path)
-    with pytest.raises(ValueError, match=r"features.weights=.*weights.pth: does not hold the weights"):
+    with pytest.raises(ValueError, match=r"features.weights=.*weights.pth: does not have the weights"):
         inception(path)
     assert not mark.exists()
     torch.load(path, weights_only=False)  # the danger was real

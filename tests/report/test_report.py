@@ -322,7 +322,7 @@ def test_a_damaged_metrics_json_is_one_line(tmp_path, capsys, content):
     assert diffuse(["report", f"output_dir={tmp_path}"]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(f"diffuse: {folder / 'metrics.json'}: ")
-    assert line.endswith("; move it away or mend it")
+    assert line.endswith("; repair it or move it away")
     assert not (folder / "report.html").exists()
 
 

@@ -640,10 +640,13 @@ def test_samples_of_latents_are_measured_and_compared(place, tmp_path):
     [
         (
             ["metric=bits_per_dim"],
-            "metric=bound: is the likelihood of pixels, and the model works in latents",
+            "metric=bound: needs a pixel-space model",
         ),
-        (["metric=flow_likelihood"], "metric=flow_likelihood: is the likelihood of pixels"),
-        (["run=pixels", "metric=latents"], "metric=latents: is of latents, and the model works in pixels"),
+        (["metric=flow_likelihood"], "metric=flow_likelihood: needs a pixel-space model"),
+        (
+            ["run=pixels", "metric=latents"],
+            "metric=latents: applies to latent models, but the model works in pixels",
+        ),
     ],
 )
 def test_numbers_that_a_space_does_not_have_are_refused_in_a_line(place, capsys, words, line):

@@ -1,4 +1,4 @@
-"""The features that suit a dataset."""
+"""Automatic choice of the feature network."""
 
 from pathlib import Path
 from typing import Literal
@@ -29,9 +29,10 @@ def auto_features(
     shift: NonNegativeInt = 1,
     seed: NonNegativeInt = 0,
 ) -> Features:
-    """Inception for colour images, a classifier for labelled images of one channel; its note says so.
+    """Return `InceptionFeatures` for three channels, else `ClassifierFeatures`; see these for the arguments.
 
-    Raises UsageError for images of one channel without classes, and as the features it takes.
+    Raises:
+        UsageError: the images have one channel and no classes, or the network cannot be used.
     """
     channels = dataset.shape[0]
     if channels == 3:
@@ -42,8 +43,8 @@ def auto_features(
         raise UsageError(
             "features",
             "auto",
-            f"{dataset.name} has {channels} channel(s) and no classes, so neither suits it",
-            "take features=inception, which repeats one channel to three",
+            f"{dataset.name} has {channels} channel(s) and no classes, so no network fits",
+            "use features=inception, which repeats one channel to three",
         )
     features = ClassifierFeatures(
         dataset,
@@ -57,5 +58,5 @@ def auto_features(
         shift=shift,
         seed=seed,
     )
-    features.choice = f"features=auto took the classifier, as images have {channels} channel(s); "
+    features.choice = f"features=auto uses the classifier because images have {channels} channel(s); "
     return features

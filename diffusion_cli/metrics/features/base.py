@@ -1,4 +1,4 @@
-"""What images are compared by: the activations and class scores of a fixed network."""
+"""Base class of feature networks."""
 
 from abc import ABC, abstractmethod
 from contextlib import AbstractContextManager
@@ -12,55 +12,55 @@ from diffusion_cli.errors import NO_VALUE, UsageError
 
 
 class FeatureBatch(NamedTuple):
-    """What a feature network says of B images, on the network's device."""
+    """Output of a feature network for B images, on its device."""
 
     features: Tensor
-    """float32 [B, dim], the last activations before the class scores."""
+    """Penultimate activations, float32 [B, dim]."""
     logits: Tensor | None
-    """float32 [B, classes], class scores before the softmax; None of a network that knows no classes."""
+    """Class scores before the softmax, float32 [B, classes], or None."""
     spatial: Tensor | None = None
-    """float32 [B, spatial_dim], where things are: a few channels of an early map; None of most networks."""
+    """Spatial features of an early layer, float32 [B, spatial_dim], or None."""
 
     def cpu(self) -> "FeatureBatch":
-        """The same on the CPU."""
+        """Return the same on the CPU."""
         logits, spatial = (None if stream is None else stream.cpu() for stream in self[1:])
         return FeatureBatch(self.features.cpu(), logits, spatial)
 
 
 class Features(ABC):
-    """A fixed network that maps uint8 images [B, C, H, W] to features and class scores.
+    """Base class of fixed networks from uint8 images [B, C, H, W] to features and class scores.
 
-    The call raises UsageError for images that are not uint8, or have channels that the network cannot take.
+    Calling it raises UsageError for images of another dtype, or with an unsupported number of channels.
     """
 
     name: str
-    """The word for the network in tables and protocols."""
+    """Name of the network in tables and protocols."""
     dim: int
-    """Numbers in a feature vector."""
+    """Number of features."""
     classes: int
-    """Number of class scores, 0 of a network that knows no classes."""
+    """Number of class scores; 0 if there are none."""
     spatial_dim: int = 0
-    """Numbers in a spatial feature vector, 0 of a network without."""
+    """Number of spatial features; 0 if there are none."""
     digest: str
-    """SHA-256, in hex, of the weights."""
+    """SHA-256 (hex) of the weights."""
     resize: str
-    """How images are brought to the size of the network, with the filter."""
+    """Description of the resizing of images to the input size."""
     precision: str = "fp32"
-    """In which the network calculates."""
+    """Floating-point precision of the network."""
     note: str
-    """What a reader of the numbers must know of the network; may be empty."""
+    """Note for readers of the results; may be empty."""
     device: torch.device
     knows_labels: bool = False
     """Whether class k of the scores is class k of the dataset."""
     val_accuracy: float | None = None
-    """For a network that knows the labels: its accuracy on the real validation images, where there are any."""
+    """Accuracy on the real validation images if `knows_labels`, else None."""
     chunk: int = 1024
-    """Images that go through the network at a time."""
+    """Images per forward pass."""
 
     def prepare(self) -> Self:
-        """Load or train the weights, where that takes long, and return the network; its digest and note come with them.
+        """Load or train the weights if that takes long; sets `digest` and `note`, and returns the network.
 
-        An evaluation calls this once it is known to be possible, before the network sees an image.
+        Called after all checks of an evaluation, and before the first image.
         """
         return self
 
@@ -74,34 +74,36 @@ class Features(ABC):
         return FeatureBatch(torch.cat(features), logits, spatial)
 
     def named(self, metric: str) -> str:
-        """The name of a metric in these features: as published of Inception's, else with the network's name."""
+        """Return the name of a metric with these features: as published for Inception, else with the network's name."""
         return metric if self.name == "inception" else f"{metric}_{self.name}"
 
     @abstractmethod
     def extract(self, images: Tensor) -> FeatureBatch:
-        """The features of a few uint8 images on the network's device."""
+        """Return the features of a chunk of uint8 images on the network's device."""
 
 
 def check_channels(name: str, dataset: Dataset) -> None:
-    """Raise UsageError for a dataset whose images a network for colour photographs cannot take."""
+    """Raise UsageError unless the images of a dataset have 1 or 3 channels."""
     channels = dataset.shape[0]
     if channels not in (1, 3):
         raise UsageError(
-            "features", name, "takes 1 or 3 channels", f"images of {dataset.name} have {channels}"
+            "features",
+            name,
+            f"needs images with 1 or 3 channels; those of {dataset.name} have {channels}",
         )
 
 
 def check_pixels(images: Tensor) -> None:
-    """Raise UsageError for images that are not bytes, as a saved PNG has them."""
+    """Raise UsageError unless images are uint8."""
     if images.dtype != torch.uint8:
         raise UsageError(
             "features",
             NO_VALUE,
-            f"the images are {images.dtype}, and features are taken of uint8 pixels",
-            "a dataset of real numbers has no image metrics",
+            f"need uint8 images, not {images.dtype}",
+            "metrics of images do not apply to real-valued datasets",
         )
 
 
 def exact_convolutions() -> AbstractContextManager[None]:
-    """A context in which a GPU convolves in full float32, the same way every time, as the CPU does."""
+    """Return a context with deterministic float32 convolutions on GPUs, without TF32."""
     return torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False)

@@ -1,4 +1,4 @@
-"""Features of a small classifier of the dataset itself, for images unlike those that Inception was trained on."""
+"""Features of a small classifier trained on the dataset, for images unlike those of ImageNet."""
 
 import hashlib
 import json
@@ -21,18 +21,30 @@ from diffusion_cli.system.cache import optional, report_damage
 from diffusion_cli.system.files import atomic_write
 from diffusion_cli.system.untrusted import check_tensors
 
-FORMAT = 2  # 1 was trained in any number of threads, so its weights depended on that number
+FORMAT = 2  # weights of format 1 depended on the number of threads
 
 
 class ClassifierFeatures(Features):
-    """The last activations of a small network that is trained to classify the real training images.
+    """Penultimate activations of a small network trained to classify the real training images.
 
-    Where the package holds weights for exactly these training images and settings, `prepare` uses those. Else it
-    trains the network once, for `steps` batches of images shifted by up to `shift` pixels, and keeps it in `cache_dir`
-    under a name that follows from the images and these settings. Numbers of different weights cannot be compared;
-    `digest` distinguishes them.
+    If the package ships weights for exactly these training images and settings, `prepare` loads them. Otherwise it
+    trains the network once and caches it by images and settings. Values from different weights are not comparable;
+    `digest` identifies the weights.
 
-    Raises UsageError for a dataset without classes or without pixels.
+    Args:
+        dataset: dataset with classes and 8-bit images.
+        cache_dir: folder of the cache.
+        device: device of the network.
+        dim: number of features.
+        width: channels of the first convolution.
+        steps: training steps.
+        batch_size: training batch size.
+        learning_rate: peak learning rate of AdamW.
+        shift: largest random shift of training images, in pixels.
+        seed: seed of weights, batches and shifts.
+
+    Raises:
+        UsageError: the dataset has no classes, or is not 8-bit.
     """
 
     name = "classifier"
@@ -55,12 +67,12 @@ class ClassifierFeatures(Features):
     ) -> None:
         if dataset.num_classes is None:
             raise UsageError(
-                "features", "classifier", f"{dataset.name} has no classes to learn", "take features=inception"
+                "features", "classifier", f"{dataset.name} has no classes", "use features=inception"
             )
         self.dim, self.classes, self.device = dim, dataset.num_classes, device
         self.cache_dir, self.dataset_name = cache_dir, dataset.name
         self.choice = ""
-        """Why the network was chosen, at the beginning of its note."""
+        """Reason for the choice of the network, the start of its note."""
         self.recipe = Recipe(
             dim=dim, width=width, classes=dataset.num_classes, steps=steps, batch_size=batch_size,
             learning_rate=learning_rate, shift=shift, seed=seed, flip=dataset.flip,
@@ -85,7 +97,7 @@ class ClassifierFeatures(Features):
         known = "" if self.val_accuracy is None else f"; validation accuracy {self.val_accuracy:.4f}"
         self.note = (
             f"{self.choice}features are those of a classifier of {self.dataset_name}/train, {origin} (weights "
-            f"{self.digest[:12]}{known}), not of Inception: compare only numbers with the same weights"
+            f"{self.digest[:12]}{known}), not of Inception; compare only values with the same weights"
         )
         self._splits = None
         return self
@@ -94,7 +106,7 @@ class ClassifierFeatures(Features):
         return FeatureBatch(*self.network(images.float() / 127.5 - 1))
 
     def _cached(self, train: Images, val: Images) -> Weights:
-        """The weights in the cache; where there are none, the network is trained and they are written."""
+        """Return the cached weights; train the network and cache it if there are none."""
         facts = {"format": FORMAT, **asdict(self.recipe), "data": [train.digest(), val.digest()]}
         key = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
         path = self.cache_dir / f"classifier-{self.dataset_name}-{key[:16]}.pt"
@@ -107,7 +119,7 @@ class ClassifierFeatures(Features):
 
 
 def save(path: Path, weights: Weights) -> None:
-    """Write weights with their digest and accuracy to a file of the cache, in one move."""
+    """Write weights with digest and accuracy to a file of the cache, atomically."""
     state = {key: value.cpu() for key, value in weights.state.items()}
     with optional(), atomic_write(path) as temporary:
         about = {"digest": digest(state), "val_accuracy": weights.val_accuracy}
@@ -115,24 +127,24 @@ def save(path: Path, weights: Weights) -> None:
 
 
 def restored(path: Path, network: FeatureClassifier) -> Weights | None:
-    """The weights in `path` for a network like this one; None without a file, or if it is damaged."""
+    """Return the weights in `path` for a network like `network`; None if the file is missing or damaged."""
     if not path.is_file():
         return None
     try:
         check_tensors(path)
         saved = torch.load(path, map_location="cpu", weights_only=True)
         state, wanted = saved["state"], network.state_dict()
-        # The shapes are compared first: a short file can claim a tensor of any size.
+        # Shapes first: a short file can declare a tensor of any size.
         if {key: value.shape for key, value in state.items()} != {
             key: value.shape for key, value in wanted.items()
         }:
             raise FormatError("the weights are those of another network")
         if digest(state) != saved["digest"]:
-            raise FormatError("the weights are not those that were saved")
+            raise FormatError("the weights do not match their digest")
         share = migrated({key: value for key, value in saved.items() if key != "state"})["val_accuracy"]
         if not isinstance(share, float | None):
-            raise FormatError("the accuracy is no number")
-    except Exception as error:  # a damaged file fails in many ways in the parsers of ZIP and pickle
+            raise FormatError("the accuracy is not a number")
+    except Exception as error:  # the parsers of ZIP and pickle raise errors of many types
         report_damage(path, error)
         return None
     return Weights(state, share)

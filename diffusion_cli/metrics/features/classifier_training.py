@@ -1,4 +1,4 @@
-"""The classifier behind `features=classifier`: its network and its training, the same for any number of threads."""
+"""Network and training of `features=classifier`, independent of the number of threads."""
 
 import contextlib
 from collections.abc import Iterator
@@ -12,13 +12,19 @@ from diffusion_cli.metrics.features.base import exact_convolutions
 from diffusion_cli.system.progress import ProgressBar
 from diffusion_cli.system.seeding import mix
 
-CHUNK = 1024  # images classified at a time
+CHUNK = 1024  # images per forward pass
 
 
 class FeatureClassifier(nn.Module):
-    """Six convolutions, each with batch norm and ReLU, averaged over the image; then one linear layer.
+    """Six convolutions with batch norm and ReLU, global average pooling, and a linear layer.
 
-    Images are float32 [B, channels, H, W] in [-1, 1] of any size; features are [B, dim], at least 0.
+    Maps images, float32 [B, channels, H, W] in [-1, 1], to features [B, dim] >= 0 and logits [B, classes].
+
+    Args:
+        channels: image channels.
+        width: channels of the first convolution.
+        dim: number of features.
+        classes: number of classes.
     """
 
     def __init__(self, channels: int, width: int, dim: int, classes: int) -> None:
@@ -42,7 +48,7 @@ class FeatureClassifier(nn.Module):
 
 @dataclass(frozen=True)
 class Recipe:
-    """All settings that the weights of a trained classifier depend on, besides the training images."""
+    """All settings that determine the weights of a trained classifier, apart from the training images."""
 
     dim: int
     """Number of features."""
@@ -50,7 +56,7 @@ class Recipe:
     """Channels of the first convolution."""
     classes: int
     steps: int
-    """Training batches."""
+    """Training steps."""
     batch_size: int
     learning_rate: float
     """Peak learning rate of AdamW."""
@@ -59,19 +65,19 @@ class Recipe:
     seed: int
     """Seed of the initial weights, the batches and the shifts."""
     flip: bool
-    """Whether training images are mirrored at random."""
+    """Whether training images are randomly flipped horizontally."""
 
     def initial(self, channels: int) -> FeatureClassifier:
-        """The untrained network, a function of the seed; the global random state is unchanged."""
+        """Return the untrained network, a function of the seed; the global random state is unchanged."""
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(mix(self.seed, "classifier"))
             return FeatureClassifier(channels, self.width, self.dim, self.classes)
 
     def train(self, images: Images, device: torch.device) -> FeatureClassifier:
-        """A network trained by cross-entropy with AdamW and a one-cycle learning rate, in evaluation mode.
+        """Train a network by cross-entropy with AdamW and a one-cycle learning rate; return it in evaluation mode.
 
-        The CPU computes in one thread and a GPU with deterministic convolutions, so the weights depend on this
-        recipe, the images and the kind of processor, but not on the number of threads or processes.
+        Uses one CPU thread, or deterministic GPU convolutions, so that the weights depend on this recipe, the images
+        and the type of processor, but not on the number of threads or processes.
         """
         network = self.initial(images.shape[0]).to(device)
         optimizer = torch.optim.AdamW(network.parameters(), lr=self.learning_rate)
@@ -94,7 +100,7 @@ class Recipe:
 
 @torch.inference_mode()
 def accuracy(network: FeatureClassifier, images: Images, device: torch.device) -> float | None:
-    """The share of images, 0 to 1, whose true class has the highest score; None without images."""
+    """Return the classification accuracy, 0 to 1; None without images."""
     if len(images) == 0:
         return None
     assert images.labels is not None
@@ -109,7 +115,7 @@ def accuracy(network: FeatureClassifier, images: Images, device: torch.device) -
 
 @contextlib.contextmanager
 def one_thread() -> Iterator[None]:
-    """A context in which torch computes in one CPU thread: more threads round sums differently."""
+    """Context in which torch uses one CPU thread, because the number of threads changes rounding."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -119,7 +125,7 @@ def one_thread() -> Iterator[None]:
 
 
 def shifted(images: Tensor, reach: int, seed: int) -> Tensor:
-    """Each image [B, C, H, W] moved by its own -reach..reach pixels in both directions, edges repeated."""
+    """Shift each image [B, C, H, W] randomly by up to `reach` pixels in both directions, repeating edge pixels."""
     count, _, height, width = images.shape
     generator = torch.Generator().manual_seed(seed)
     down, right = torch.randint(2 * reach + 1, (2, count, 1), generator=generator).to(images.device)

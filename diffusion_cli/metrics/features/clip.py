@@ -1,4 +1,4 @@
-"""The CLIP network, which sees images and reads prompts."""
+"""CLIP features of images and prompts."""
 
 from functools import cached_property
 from pathlib import Path
@@ -18,15 +18,21 @@ MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.2757
 
 
 class CLIPFeatures(Features):
-    """The image embeddings of CLIP, projected and of length 1, as in CMMD: 768 features of ViT-L/14 at 336 pixels.
+    """Normalized image embeddings of CLIP, as in CMMD: 768 features for ViT-L/14 at 336 pixels.
 
-    `weights` is a folder or a name on the hub, as transformers has them; the network's own image size is taken. Of
-    images that are not square the centre is seen: the short side is resized to that size, the long side is cropped.
-    One channel is repeated to three.
+    Images are resized to the network's input size on their short side and cropped to the centre. One channel is
+    repeated to three.
 
-    Raises UsageError if transformers or the weights are missing, or images have neither 1 nor 3 channels.
+    Args:
+        dataset: dataset with the shape of the images.
+        cache_dir: unused.
+        device: device of the network.
+        weights: a folder or a name on the Hugging Face hub.
 
-    Source: Radford et al. 2021 (CLIP); Jayasumana et al. 2024 (CMMD, whose code normalises the embeddings).
+    Raises:
+        UsageError: transformers or the weights are missing, or images have neither 1 nor 3 channels.
+
+    Source: Radford et al. 2021 (CLIP); Jayasumana et al. 2024 (CMMD).
     """
 
     name = "clip"
@@ -61,9 +67,9 @@ class CLIPFeatures(Features):
 
     @torch.inference_mode()
     def text(self, prompts: list[str]) -> Tensor:
-        """The embeddings of prompts, float32 [B, dim] of length 1; a product with those of images is the cosine.
+        """Return the normalized embeddings of prompts, float32 [B, dim]; products with image embeddings are cosines.
 
-        Longer prompts are truncated to 77 tokens. Raises UsageError if the weights come without a tokenizer.
+        Prompts are truncated to 77 tokens. Raises UsageError if the weights have no tokenizer.
         """
         longest = self.network.config.text_config.max_position_embeddings
         tokens = self.tokenizer(
@@ -75,13 +81,13 @@ class CLIPFeatures(Features):
 
     @cached_property
     def tokenizer(self) -> Any:
-        """What cuts prompts into tokens; it lies beside the weights, and only prompts need it."""
+        """Tokenizer, loaded only for prompts."""
         try:
             tokenizer = hub.pretrained(hub.imported(self.name).AutoTokenizer, self.weights)
             if (
                 len(tokenizer) != self.network.config.text_config.vocab_size
-            ):  # transformers makes up an empty one
-                raise FormatError("holds no tokenizer of this network")
+            ):  # transformers creates an empty one if the files are missing
+                raise FormatError("has no tokenizer for this network")
         except (OSError, ValueError) as error:
             raise hub.missing(self.weights, "vocab.json and merges.txt", error) from error
         return tokenizer

@@ -1,4 +1,4 @@
-"""The DINOv2 network, whose Frechet distance follows what people see more closely than Inception's."""
+"""DINOv2 features, whose Frechet distance agrees better with human judgement than Inception's."""
 
 from pathlib import Path
 
@@ -11,16 +11,23 @@ from diffusion_cli.metrics.features.base import FeatureBatch, Features, check_ch
 from diffusion_cli.runs.weights import digest
 
 SIZE = 224
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet
 OFFSET = 0.1
 
 
 class DINOv2Features(Features):
-    """The class token of DINOv2 after its last layer norm, as in FD-DINOv2: 1024 features of ViT-L/14.
+    """Class token of DINOv2 after its last layer norm, as in FD-DINOv2: 1024 features for ViT-L/14.
 
-    `weights` is a folder or a name on the hub, as transformers has them. One channel is repeated to three.
+    One channel is repeated to three.
 
-    Raises UsageError if transformers or the weights are missing, or images have neither 1 nor 3 channels.
+    Args:
+        dataset: dataset with the shape of the images.
+        cache_dir: unused.
+        device: device of the network.
+        weights: a folder or a name on the Hugging Face hub.
+
+    Raises:
+        UsageError: transformers or the weights are missing, or images have neither 1 nor 3 channels.
 
     Source: Oquab et al. 2023 (DINOv2); Stein et al. 2023 (FD-DINOv2).
     """
@@ -55,10 +62,10 @@ class DINOv2Features(Features):
 
 
 def resampled(embeddings: Tensor, side: int) -> Tensor:
-    """Position embeddings [1, 1 + n^2, dim], that of the class first, as [1, 1 + side^2, dim].
+    """Resample position embeddings [1, 1 + n^2, dim], class token first, to [1, 1 + side^2, dim].
 
-    As the published DINOv2 does it, and transformers does not: the grid is scaled by (side + 0.1) / n, for
-    which its features were measured. A grid of that side is left alone.
+    Scales the grid by (side + 0.1) / n, as the published DINOv2, but not transformers, does. A grid of the right size
+    is unchanged.
     """
     first, grid = embeddings[:, :1], embeddings[:, 1:]
     before = round(grid.shape[1] ** 0.5)

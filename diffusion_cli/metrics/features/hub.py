@@ -1,4 +1,4 @@
-"""Networks of Hugging Face transformers: their weights from a folder or the hub, and images as they take them."""
+"""Networks of Hugging Face transformers: loading of weights and preprocessing of images."""
 
 import importlib
 from pathlib import Path
@@ -13,22 +13,25 @@ from diffusion_cli.errors import UsageError
 
 
 def load(name: str, architecture: str, weights: str) -> Any:
-    """The network `architecture` of transformers with weights from safetensors files, never from pickled ones.
+    """Load a network of transformers with weights from safetensors files, never from pickles.
 
-    `weights` is a folder with config.json and model.safetensors, or a name on the hub: a copy that was fetched
-    before is taken, and else it is fetched. `name` is that of the features, for errors.
+    Args:
+        name: name of the features, for errors.
+        architecture: class of transformers.
+        weights: folder with config.json and model.safetensors, or a name on the hub, downloaded once.
 
-    Raises UsageError if transformers or the weights are missing, or the weights are damaged or of another network.
+    Raises:
+        UsageError: transformers or the weights are missing, or the weights are damaged or of another network.
     """
     transformers = imported(name)
-    transformers.logging.set_verbosity_error()  # what it warns of, weights left untrained, is refused below
+    transformers.logging.set_verbosity_error()  # missing weights, of which it would warn, are an error below
     try:
         network, told = pretrained(
             getattr(transformers, architecture), weights, use_safetensors=True, output_loading_info=True
         )
     except OSError as error:
         raise missing(weights, "config.json and model.safetensors", error) from error
-    except Exception as error:  # a damaged file fails in many ways
+    except Exception as error:  # damaged files raise errors of many types
         raise unfit(weights, architecture, str(error).partition("\n")[0]) from error
     if told["missing_keys"]:
         raise unfit(weights, architecture, f"it has no {min(told['missing_keys'])}")
@@ -36,17 +39,17 @@ def load(name: str, architecture: str, weights: str) -> Any:
 
 
 def imported(name: str) -> Any:
-    """The module transformers, which is an extra."""
+    """Import transformers, an optional dependency."""
     try:
         return importlib.import_module("transformers")
     except ImportError as error:
         raise UsageError(
-            "features", name, "needs transformers", "install it with: pip install 'diffuse-cli[transformers]'"
+            "features", name, "needs transformers", "install it: pip install 'diffuse-cli[transformers]'"
         ) from error
 
 
 def pretrained(kind: Any, weights: str, **options: Any) -> Any:
-    """What a folder holds of a class of transformers, or the copy fetched of a name on the hub, or the hub."""
+    """Load a class of transformers from a folder, from the local cache of the hub, or from the hub."""
     folder = Path(weights).expanduser()
     if folder.is_dir():
         return kind.from_pretrained(str(folder), local_files_only=True, **options)
@@ -57,22 +60,22 @@ def pretrained(kind: Any, weights: str, **options: Any) -> Any:
 
 
 def missing(weights: str, files: str, error: Exception) -> UsageError:
-    """The error that a folder or the hub has not what is needed."""
+    """Return the error that needed files are missing."""
     return UsageError(
         "features.weights",
         weights,
         str(error).partition("\n")[0].rstrip("."),
-        f"give a name on the hub while there is a network, or a folder with {files} (pickled weights are not read)",
+        f"give a folder with {files} (not pickled), or a name on the hub if there is a network",
     )
 
 
 def unfit(weights: str, architecture: str, reason: str) -> UsageError:
-    """The error that weights are not those of the network."""
+    """Return the error that weights do not fit the network."""
     return UsageError(
         "features.weights",
         weights,
-        f"does not hold the weights of a {architecture} ({reason})",
-        "give others",
+        f"does not have the weights of a {architecture} ({reason})",
+        "give other weights",
     )
 
 
@@ -84,11 +87,11 @@ def prepared(
     *,
     crop: bool,
 ) -> Tensor:
-    """uint8 images [B, C, H, W], C 1 or 3, as float32 [B, 3, size, size] of the given mean and deviation.
+    """Convert uint8 images [B, C, H, W], C 1 or 3, to normalized float32 [B, 3, size, size].
 
-    With `crop` the short side is resized to `size` and the centre is cut out, as CLIP does; without, both sides are
-    resized. PIL resizes each image by itself, as published numbers were made: torch's bicubic filter keeps what
-    overshoots between its two passes, PIL's cuts it off, and sharp edges come out up to 20 gray values apart.
+    With `crop`, resizes the short side to `size` and crops the centre, as CLIP does; otherwise resizes both sides.
+    PIL is used as for published values: it clips overshoots between its two passes and torch does not, which changes
+    sharp edges by up to 20 gray values.
     """
     height, width = images.shape[2:]
     short = min(height, width)

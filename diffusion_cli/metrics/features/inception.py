@@ -1,4 +1,4 @@
-"""The InceptionV3 network of the published FID and Inception scores."""
+"""The InceptionV3 features of FID and the Inception score."""
 
 import hashlib
 import io
@@ -24,17 +24,23 @@ RESIZES: dict[Resize, str] = {
 
 
 class InceptionFeatures(Features):
-    """InceptionV3 of the original FID: torch-fidelity's layers and numbers, rearranged to run faster.
+    """InceptionV3 of the original FID: the network of torch-fidelity, rearranged to run faster.
 
-    2048 features; 1008 logits without their bias; and as `spatial` the 2023 numbers of sFID, the first 7
-    channels of the 17x17 maps `mixed_6/conv`. `weights` is a file of torch-fidelity's weights; null looks in
-    torch's download folder, and fetches them there once. One channel is repeated to three. In `precision`
-    fp32 features equal those of torch-fidelity to 1e-6; in bf16 to about 1e-2, and so the protocol says which.
-    Distances by another `resize` are other numbers: `pytorch` gives those of pytorch-fid, which scales pixels otherwise
-    too, `clean` those of clean-fid.
+    Gives 2048 features, 1008 logits without bias, and as `spatial` the 2023 features of sFID (the first 7 channels of
+    the 17x17 maps `mixed_6/conv`). One channel is repeated to three.
 
-    Raises UsageError if the file is missing and cannot be fetched, if it contains anything but the weights of this
-    network, or if images have neither 1 nor 3 channels.
+    Args:
+        dataset: dataset with the shape of the images.
+        cache_dir: unused.
+        device: device of the network.
+        weights: file of torch-fidelity's weights; None: download it once to torch's download folder.
+        resize: resizing to 299x299, which changes distances: `tensorflow` as in torch-fidelity, `pytorch` as in
+            pytorch-fid, `clean` as in clean-fid.
+        precision: fp32 equals torch-fidelity to 1e-6, bf16 to about 1e-2; the protocol records it.
+
+    Raises:
+        UsageError: the file is missing and cannot be downloaded, is not a file of these weights, or images have
+            neither 1 nor 3 channels.
 
     Source: Heusel et al. 2017 (FID); Salimans et al. 2016 (Inception score); Nash et al. 2021 (sFID).
     """
@@ -64,10 +70,10 @@ class InceptionFeatures(Features):
         self.device, self.precision = device, precision
         self.way: Resize = resize
         self.resize = RESIZES[resize]
-        self.chunk = 16 if device.type == "cpu" else 64  # 16 stay in a CPU's caches
+        self.chunk = 16 if device.type == "cpu" else 64  # 16 images fit into CPU caches
         network = fold_batch_norm(load_network(path, content))
         self.head = network.fc.weight.to(device, copy=True)  # stays float32
-        # torch-fidelity's blocks, in the order that they are applied in; the last two are the mean and the head.
+        # The children are in forward order; the last two are pooling and the output layer.
         *blocks, _, _ = network.children()
         self.dtype = torch.bfloat16 if precision == "bf16" else torch.float32
         network.to(device, self.dtype, memory_format=torch.channels_last)
@@ -80,13 +86,13 @@ class InceptionFeatures(Features):
         x = self.lower(x.to(self.dtype, memory_format=torch.channels_last))
         spatial = (
             self.mixed_6_conv(x)[:, :7].float().permute(0, 2, 3, 1).flatten(1)
-        )  # as published statistics have them
+        )  # in the order of published statistics
         features = self.upper(x).float().mean(dim=(2, 3))
         return FeatureBatch(features, features @ self.head.T, spatial)
 
 
 def prepared(images: Tensor, resize: Resize) -> Tensor:
-    """uint8 images [B, C, H, W] as the network takes them, float32 [B, C, 299, 299] in about [-1, 1]."""
+    """Convert uint8 images [B, C, H, W] to network inputs, float32 [B, C, 299, 299] in about [-1, 1]."""
     x = images.float()
     if resize == "pytorch":
         return F.interpolate(x / 255, (SIZE, SIZE), mode="bilinear", align_corners=False).mul_(2).sub_(1)
@@ -98,10 +104,10 @@ def prepared(images: Tensor, resize: Resize) -> Tensor:
 
 
 def resized(images: Tensor, size: int) -> Tensor:
-    """Images [B, C, H, W] as [B, C, size, size], bit for bit as TensorFlow 1 and torch-fidelity resize.
+    """Resize images [B, C, H, W] to [B, C, size, size], bit for bit as TensorFlow 1 and torch-fidelity.
 
-    Pixel i of the result is taken at i H / size of the image, between the two pixels there. Rows are put
-    together after columns, so that no more than H of them are interpolated.
+    Pixel i of the result is interpolated at i H / size. Columns are resized before rows, so that at most H rows are
+    interpolated.
     """
     columns, rows = images.shape[3], images.shape[2]
     left, right, weight = neighbours(columns, size, images)
@@ -114,14 +120,14 @@ def resized(images: Tensor, size: int) -> Tensor:
 
 
 def neighbours(length: int, size: int, like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The pixels before and after each of `size` points along `length` pixels, and the weight of the latter."""
+    """Return the pixels before and after each of `size` points along `length` pixels, and the weight of the latter."""
     place = torch.arange(size, dtype=like.dtype, device=like.device) * torch.tensor(length / size)
     before = place.long()
     return before, (before + 1).clamp(max=length - 1), place - before
 
 
 def fold_batch_norm(network: Any) -> Any:
-    """The network with each batch norm multiplied into the convolution before it."""
+    """Fold each batch norm into the convolution before it, and return the network."""
     from torch_fidelity.feature_extractor_inceptionv3 import BasicConv2d
 
     for block in network.modules():
@@ -132,10 +138,10 @@ def fold_batch_norm(network: Any) -> Any:
 
 
 def load_network(path: Path, content: bytes) -> Any:
-    """torch-fidelity's InceptionV3 with the weights that a file holds, read as tensors and nothing else."""
+    """Return torch-fidelity's InceptionV3 with weights from the content of a file, read as tensors only."""
     from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
-    # torch-fidelity unpickles whatever file it is given, so it is given what was just read, written anew.
+    # torch-fidelity would unpickle any file, so it gets a new file of the verified tensors.
     trusted = io.BytesIO()
     torch.save(read(content, path, "features.weights"), trusted)
     trusted.seek(0)

@@ -1,4 +1,4 @@
-"""LPIPS: how unlike two images look, by the activations of a network trained on ImageNet."""
+"""LPIPS, a perceptual distance of images by features of a network trained on ImageNet."""
 
 import re
 from pathlib import Path
@@ -14,23 +14,29 @@ from diffusion_cli.runs.weights import digest
 from diffusion_cli.system.compat import untrained_lpips
 
 PUBLISHED = {"alex": "AlexNet_Weights", "vgg": "VGG16_Weights", "squeeze": "SqueezeNet1_1_Weights"}
-# Of images of fewer pixels a side the last maps are empty; the reference implementation fails there.
+# Smaller images give empty feature maps, for which the reference implementation fails.
 LEAST_SIDE = {"alex": 31, "vgg": 16, "squeeze": 17}
 CHUNK = 256
 
 
 class LPIPSDistance:
-    """The LPIPS distance of pairs of images, at least 0, by torchmetrics' network and linear weights (version 0.1).
+    """LPIPS distance of image pairs, at least 0, with torchmetrics' network and linear weights (version 0.1).
 
-    `network` is the backbone. `weights` is a file of torchvision's weights for it, of which only the convolutions are
-    used; None means the published file, downloaded once to torch's cache. `key` names the option in errors.
+    Args:
+        network: backbone.
+        weights: file of torchvision's backbone weights, of which only the convolutions are used; None: download the
+            published file once to torch's cache.
+        device: device of the network.
+        key: configuration key of `weights`, for errors.
 
-    Raises UsageError if the file is missing and cannot be fetched, or contains anything but these weights.
+    Raises:
+        UsageError: the file is missing and cannot be downloaded, or is not a file of these weights.
+
     Source: Zhang et al. 2018, Eq. 1.
     """
 
     digest: str
-    """SHA-256, in hex, of the weights of the backbone and of the linear layers."""
+    """SHA-256 (hex) of the weights of backbone and linear layers."""
 
     def __init__(
         self,
@@ -39,11 +45,11 @@ class LPIPSDistance:
         device: torch.device,
         key: str = "weights",
     ) -> None:
-        from torchvision import models  # takes seconds to import
+        from torchvision import models  # slow import
 
         path = locate(weights, getattr(models, PUBLISHED[network]).DEFAULT.url, key)
         self.name, self.device = network, device
-        with torch.random.fork_rng(devices=[]):  # the backbone is initialised before it is given its weights
+        with torch.random.fork_rng(devices=[]):  # initialization draws random numbers
             self.network = untrained_lpips(network)
         self._fill(path, key)
         self.digest = digest(self.network.state_dict())
@@ -63,7 +69,7 @@ class LPIPSDistance:
     def __call__(self, first: Tensor, second: Tensor) -> Tensor:
         """Return the distances of pairs of uint8 images [B, C, H, W], C 1 or 3: float32 [B].
 
-        Raises UsageError for images that are not uint8, or smaller than the network can take.
+        Raises UsageError for images of another dtype, or too small for the network.
         """
         for images in (first, second):
             check_pixels(images)
@@ -76,7 +82,7 @@ class LPIPSDistance:
         return torch.cat(parts)
 
     def between(self, first: Tensor, second: Tensor) -> Tensor:
-        """Return the differentiable distances of pairs of images [B, C, H, W] around [-1, 1]: float32 [B]."""
+        """Return differentiable distances of pairs of images [B, C, H, W] in about [-1, 1]: float32 [B]."""
         self.network.to(first.device)
         pairs = (images.float().expand(-1, 3, -1, -1) for images in (first, second))
         with torch.autocast(first.device.type, enabled=False):
@@ -86,18 +92,16 @@ class LPIPSDistance:
         return (images.to(self.device).float() / 127.5 - 1).expand(-1, 3, -1, -1)
 
     def check_shape(self, shape: tuple[int, ...]) -> None:
-        """Raise UsageError for images [C, H, W] of a shape that the network does not support."""
+        """Raise UsageError for an image shape [C, H, W] that the network does not support."""
         channels, height, width = shape
         if channels not in (1, 3):
-            raise UsageError(
-                "LPIPS", self.name, f"takes images of 1 or 3 channels, and these have {channels}"
-            )
+            raise UsageError("LPIPS", self.name, f"needs images with 1 or 3 channels; these have {channels}")
         if min(height, width) < LEAST_SIDE[self.name]:
             able = [name for name, side in LEAST_SIDE.items() if side <= min(height, width)]
-            remedy = f"take {' or '.join(able)}" if able else "no LPIPS network supports such small images"
+            remedy = f"use {' or '.join(able)}" if able else "no LPIPS network supports such small images"
             raise UsageError(
                 "LPIPS",
                 self.name,
-                f"needs images of {LEAST_SIDE[self.name]} pixels a side, and these have {height}x{width}",
+                f"needs at least {LEAST_SIDE[self.name]} pixels per side; these images are {height}x{width}",
                 remedy,
             )

@@ -1,4 +1,4 @@
-"""The networks that metrics look through, each built once."""
+"""Feature networks of an evaluation, each built once."""
 
 from collections.abc import Callable, Mapping
 from functools import cached_property
@@ -14,12 +14,12 @@ from diffusion_cli.metrics.features.base import Features
 
 
 def cache_folder(cache_dir: str | None) -> Path:
-    """The folder of the cache, as configured; None is ~/.cache/diffuse."""
+    """Return the cache folder as configured; None: ~/.cache/diffuse."""
     return Path(cache_dir or "~/.cache/diffuse").expanduser()
 
 
 class FeatureExtractors:
-    """The network that an evaluation chose, and any other that a metric is defined on; built when first asked for."""
+    """Feature networks, built on first use: the one of `features=`, and those that metrics are defined on."""
 
     def __init__(
         self, node: Mapping[str, Any], dataset: Dataset, cache_dir: Path, device: torch.device
@@ -29,20 +29,20 @@ class FeatureExtractors:
 
     @cached_property
     def chosen(self) -> Features:
-        """What `features=` names."""
+        """Network of `features=`."""
         return self._build(self.node)
 
     def option(self, name: str, **changes: Any) -> Features:
-        """The option `features=name`, with some values changed."""
+        """Return the network `features=name`, with changed values."""
         return self._build(yaml.safe_load(options("features")[name].read_text()) | changes)
 
     def classifier(self) -> Features:
-        """A network that knows the dataset's classes: the chosen one, if it does."""
+        """Return a classifier of the dataset's classes: the chosen network if it is one."""
         names_classes = "auto" not in self.node["_target_"] and "Classifier" not in self.node["_target_"]
         return self.option("classifier") if names_classes or not self.chosen.knows_labels else self.chosen
 
     def once(self, key: str, make: Callable[[], Features]) -> Features:
-        """What `make` gives, made the first time that this key comes."""
+        """Return the network of a key, created by `make` on first use."""
         if key not in self._built:
             self._built[key] = make()
         return self._built[key]

@@ -1,4 +1,4 @@
-"""The feature classifiers that come with the package: the same weights on every machine."""
+"""Feature classifiers shipped with the package: the same weights on every machine."""
 
 import hashlib
 from collections.abc import Mapping
@@ -14,22 +14,22 @@ from diffusion_cli.system.untrusted import read_json
 
 FOLDER = Path(__file__).with_name("classifiers")
 INDEX = FOLDER / "index.json"
-"""A list of objects, one a classifier; `scripts/train_judges.py` writes it."""
+"""List of objects, one per classifier, written by `scripts/train_classifiers.py`."""
 
 
 class Weights(NamedTuple):
-    """The weights of a trained classifier."""
+    """Weights of a trained classifier."""
 
     state: Mapping[str, Tensor]
     val_accuracy: float | None
-    """Share of the validation images that it classifies correctly; None where it is not measured."""
+    """Accuracy on the validation images, 0 to 1; None if not measured."""
 
 
 def shipped(recipe: Recipe, train_digest: str, val_digest: str) -> Weights | None:
-    """The shipped weights, float16, for exactly this recipe and these training images; None without them.
+    """Return the shipped float16 weights for exactly this recipe and these training images, or None.
 
-    Images are compared by `Images.digest()`, so the name of the dataset does not matter. The accuracy is that in the
-    index, or None for other validation images. Raises UsageError if the file is damaged.
+    Images are compared by `Images.digest()`, so the name of the dataset does not matter. The accuracy is None for
+    other validation images. Raises UsageError if the file is damaged.
     """
     from safetensors.torch import load
 
@@ -40,6 +40,6 @@ def shipped(recipe: Recipe, train_digest: str, val_digest: str) -> Weights | Non
     path = FOLDER / row["file"]
     content = path.read_bytes()
     if hashlib.sha256(content).hexdigest() != row["sha256"]:
-        raise UsageError("features", "classifier", f"{path} is damaged", "install diffuse-cli again")
+        raise UsageError("features", "classifier", f"{path} is damaged", "reinstall diffuse-cli")
     same = row["val_sha256"] == val_digest
     return Weights(load(content), row["val_accuracy"] if same else None)

@@ -1,11 +1,11 @@
-"""Train the feature classifiers that come with the package, and write them with their index.
+"""Train the feature classifiers shipped with the package, and write them with their index.
 
-    python scripts/train_judges.py --data-dir data
+    python scripts/train_classifiers.py --data-dir data
 
-Each is trained by the default recipe of `features=classifier` on the default training split of its dataset, on the CPU
-in one thread. Run again on the same kind of processor with the same torch, it writes the same bytes. Another kind
-may round differently: compare `git diff diffusion_cli/metrics/features/classifiers` before replacing files, since
-numbers of other weights cannot be compared with published ones.
+Each is trained with the default settings of `features=classifier` on the default training split of its dataset, in one
+CPU thread. The same type of processor and version of torch give the same bytes; others may round differently. Check
+`git diff diffusion_cli/metrics/features/classifiers` before replacing files, because values from other weights are not
+comparable with published ones.
 """
 
 import argparse
@@ -37,16 +37,16 @@ LICENCES = {
 
 
 def recipe(dataset: Dataset, seed: int) -> Recipe:
-    """The default recipe of `features=classifier` for a dataset, with a seed."""
+    """Return the default recipe of `features=classifier` for a dataset, with a seed."""
     node = yaml.safe_load((CONF / "features" / "classifier.yaml").read_text())
     settings = {key: value for key, value in node.items() if key != "_target_"}
     return Recipe(**settings | {"seed": seed}, classes=dataset.num_classes or 0, flip=dataset.flip)
 
 
 def train(dataset: Dataset, seed: int, licence: str, folder: Path) -> dict[str, Any]:
-    """Train and write one classifier; return its entry of the index.
+    """Train and write one classifier, and return its entry of the index.
 
-    The accuracy is that of the written float16 weights. Raises ValueError if it is under 0.99.
+    The accuracy is that of the written float16 weights. Raises ValueError if it is below 0.99.
     """
     settings, images, val = recipe(dataset, seed), dataset.load("train"), dataset.load("val")
     network = settings.train(images, CPU)
@@ -55,7 +55,7 @@ def train(dataset: Dataset, seed: int, licence: str, folder: Path) -> dict[str, 
     share = accuracy(network, val, CPU)
     if share is None or share < LEAST_ACCURACY:
         raise ValueError(
-            f"{dataset.name}, seed {seed}: validation accuracy {share} is under {LEAST_ACCURACY}"
+            f"{dataset.name}, seed {seed}: validation accuracy {share} is below {LEAST_ACCURACY}"
         )
     content = save(halves)
     path = folder / f"{dataset.name}-{seed}.safetensors"
@@ -76,7 +76,7 @@ def train(dataset: Dataset, seed: int, licence: str, folder: Path) -> dict[str, 
 
 
 def halved(value: Tensor) -> Tensor:
-    """Real numbers as float16; whole numbers as they are."""
+    """Convert floating-point tensors to float16."""
     return value.half() if value.is_floating_point() else value
 
 

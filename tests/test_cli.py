@@ -141,7 +141,7 @@ def test_mistakes_found_at_work_are_lines_too(capsys, tmp_path):
     (line,) = mistakes(capsys, "sample", f"output_dir={tmp_path}")
     assert line == f"diffuse: output_dir={tmp_path}: holds no run; make one with: diffuse train"
     (line,) = mistakes(capsys, "train", f"output_dir={tmp_path}", "preview_steps=2000")
-    assert "steps=2000: the schedule has 1000 timesteps" in line
+    assert "steps=2000: exceeds the 1000 timesteps of the schedule" in line
 
 
 def imports_of(*words: str) -> set[str]:

@@ -259,7 +259,7 @@ MISUSES = {
         "latent.run=denoiser: was trained with task=diffusion; give a run of task=autoencoder"
     ),
     "m.sample(1, steps=5000)": (
-        "steps=5000: the schedule has 1000 timesteps; give a number from 1 to 1000, "
+        "steps=5000: exceeds the 1000 timesteps of the schedule; use 1 to 1000, "
         "or set sampler.spacing=karras, log_snr or time, which have no such limit"
     ),
     "diffuse.load('outputs/denoiser', device=None)": "device=null: must be auto, cpu or cuda",

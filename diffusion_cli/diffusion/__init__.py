@@ -1,1 +1,1 @@
-"""The mathematics of diffusion: schedules, parameterizations, denoisers, objectives, guidance, likelihood."""
+"""Mathematics of diffusion: schedules, parameterizations, denoisers, objectives, guidance, likelihood."""

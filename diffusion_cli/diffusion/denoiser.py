@@ -1,6 +1,6 @@
-"""Networks conditioned on the noise level: the denoiser, its wrappers, and the classifier of noised images.
+"""Noise-conditioned networks: denoisers, their wrappers, and classifiers of noisy images.
 
-Division by alpha or sigma happens here and nowhere else.
+Only this module divides by alpha or sigma.
 """
 
 from collections.abc import Callable
@@ -15,21 +15,21 @@ from diffusion_cli.errors import UsageError
 
 
 class Prediction(NamedTuple):
-    """What a denoiser says of x_t: the image and the noise in it, and the variance head's output if any."""
+    """Output of a denoiser at x_t: estimates of x_0 and eps, and the output of the variance head if any."""
 
     x0: Tensor
     eps: Tensor
     sigma: Tensor
-    """The level of the noise, one for all (0-d, float64) or [B, 1, 1, 1]."""
+    """Noise level sigma_t, 0-d (float64) if common to all images, else [B, 1, 1, 1]."""
     variance: Tensor | None = None
 
     @property
     def score(self) -> Tensor:
-        """The gradient of log p_t at x_t, `-eps / sigma` (Vincent 2011; Song et al. 2021b)."""
+        """Score, the gradient of log p_t at x_t: `-eps / sigma` (Vincent 2011; Song et al. 2021b)."""
         return -self.eps / self.sigma
 
     def detach(self) -> "Prediction":
-        """Return the same numbers, through which no gradient flows."""
+        """Return the prediction detached from the autograd graph."""
         variance = None if self.variance is None else self.variance.detach()
         return Prediction(self.x0.detach(), self.eps.detach(), self.sigma, variance)
 
@@ -38,27 +38,33 @@ Denoise = Callable[[Tensor, Tensor], Prediction]
 
 
 def per_image(coefficient: Tensor, x: Tensor) -> Tensor:
-    """A coefficient of one time, or of one time an image, in the type and with the dimensions of images x.
+    """Return a coefficient of one time, or of one time per image, broadcastable to images x in their dtype.
 
-    That of one time stays on the CPU: as a number it meets images on any device, and none waits for a copy.
+    A 0-d coefficient stays on the CPU: it combines with tensors on any device without a copy.
     """
     return coefficient.to(x).view(-1, *[1] * (x.ndim - 1)) if coefficient.ndim else coefficient
 
 
 def noised(schedule: Schedule, x0: Tensor, t: Tensor, eps: Tensor) -> Tensor:
-    """`x_t = alpha_t x_0 + sigma_t eps`."""
+    """Return `x_t = alpha_t x_0 + sigma_t eps`."""
     alpha, sigma = (per_image(level, x0) for level in schedule(t))
     return alpha * x0 + sigma * eps
 
 
 class NoiseConditioned(nn.Module):
-    """A network and its diffusion process; UsageError if the parameterization is undefined for the schedule.
+    """A network with its schedule and parameterization, called with c_in x_t and c_noise.
 
-    It sees `c_in x_t` and c_noise.
+    Args:
+        network: module from (c_in x_t, c_noise, labels) to F.
+        schedule: noise schedule.
+        parameterization: meaning of F.
+
+    Raises:
+        UsageError: the parameterization is undefined for the schedule, or the network is for another task.
     """
 
     task: str
-    """The word for what it is in configurations and checkpoints."""
+    """Name of the task in configurations and checkpoints."""
 
     def __init__(self, network: nn.Module, schedule: Schedule, parameterization: Parameterization) -> None:
         super().__init__()
@@ -69,20 +75,20 @@ class NoiseConditioned(nn.Module):
                 "model",
                 type(network).__name__,
                 f"is for task={made_for}",
-                f"take one for task={self.task}, or an objective that goes with it",
+                f"use one for task={self.task}, or another objective",
             )
         self.network = network
         self.schedule = schedule
         self.parameterization = parameterization
         self.evaluations = 0
-        """Images that went through the network so far."""
+        """Number of images evaluated so far."""
 
     def with_network(self, network: nn.Module) -> Self:
-        """The same with another network."""
+        """Return the same with another network."""
         return type(self)(network, self.schedule, self.parameterization)
 
     def show(self, x_t: Tensor, t: Tensor, *labels: Tensor | None) -> tuple[Tensor, Coefficients]:
-        """Return what the network makes of x_t [B, C, H, W] at times t, one or [B], and the map that reads it."""
+        """Return the network's output for x_t [B, C, H, W] at times t, 0-d or [B], and the coefficients."""
         self.evaluations += len(x_t)
         coefficients = self.parameterization(self.schedule, t)
         c_noise = coefficients.c_noise
@@ -92,29 +98,32 @@ class NoiseConditioned(nn.Module):
 
 
 class Denoiser(NoiseConditioned):
-    """A network read as an estimate of x_0 and eps."""
+    """A network as an estimate of x_0 and eps; see `NoiseConditioned` for the arguments."""
 
     task = "diffusion"
 
     @property
     def learns_variance(self) -> bool:
-        """Whether the network has a head for the variance of a step."""
+        """Whether the network predicts the variance of a step."""
         return bool(getattr(self.network, "learn_variance", False))
 
     @property
     def num_classes(self) -> int | None:
-        """Number of classes K, where label K means no class; None for an unconditional network."""
+        """Number of classes K, where label K is the null class; None for an unconditional network."""
         return getattr(self.network, "num_classes", None)
 
     def forward(self, x_t: Tensor, t: Tensor, y: Tensor | None = None) -> Prediction:
-        """Estimate x_0 and eps from x_t [B, C, H, W] at times t in (0, 1], one for all or one an image.
+        """Estimate x_0 and eps.
 
-        `y` holds int64 labels [B], or None for the unconditional estimate.
+        Args:
+            x_t: noisy images [B, C, H, W].
+            t: times in (0, 1], 0-d or [B].
+            y: labels, int64 [B]; None: unconditional.
         """
         return self.read(x_t, t, *self.output(x_t, t, y))
 
     def output(self, x_t: Tensor, t: Tensor, y: Tensor | None) -> tuple[Tensor, Tensor | None, Coefficients]:
-        """Return the network's F [B, C, H, W], its variance values if it has any, and the map that reads it."""
+        """Return the network output F [B, C, H, W], the output of the variance head or None, and the coefficients."""
         output, coefficients = self.show(x_t, t, y)
         variance = None
         if output.shape[1] == 2 * x_t.shape[1]:
@@ -124,10 +133,9 @@ class Denoiser(NoiseConditioned):
     def read(
         self, x_t: Tensor, t: Tensor, output: Tensor, variance: Tensor | None, coefficients: Coefficients
     ) -> Prediction:
-        """Return what an output F says: `x_0 = c_skip x_t + c_out F` and `eps = (x_t - alpha x_0) / sigma`.
+        """Convert F to a prediction: `x_0 = c_skip x_t + c_out F` and `eps = (x_t - alpha x_0) / sigma`.
 
-        The two coefficients of eps are combined in float64 before they meet an image, so that eps loses no digits
-        where sigma is small.
+        The coefficients of eps are combined in float64 first, so that eps is accurate for small sigma.
         """
         c_skip, c_out, _, _ = coefficients
         alpha, sigma = self.schedule(t)
@@ -140,16 +148,16 @@ class Denoiser(NoiseConditioned):
 
 
 class NoisyClassifier(NoiseConditioned):
-    """A network read as log-probabilities of classes given a noised image (Dhariwal & Nichol 2021, Sec. 4)."""
+    """A network as a classifier of noisy images (Dhariwal and Nichol 2021, Sec. 4); see `NoiseConditioned`."""
 
     task = "classifier"
 
     def forward(self, x_t: Tensor, t: Tensor) -> Tensor:
-        """Return log p(y | x_t) in nats, float [B, K], of x_t [B, C, H, W] at times t, one for all or [B]."""
+        """Return log p(y | x_t) in nats, [B, K], for x_t [B, C, H, W] at times t, 0-d or [B]."""
         return self.show(x_t, t)[0].log_softmax(dim=1)
 
     def gradient(self, x_t: Tensor, t: Tensor, y: Tensor) -> Tensor:
-        """Return the gradient of log p(y | x_t) by x_t, [B, C, H, W], for labels y [B]; in any gradient mode."""
+        """Return the gradient of log p(y | x_t) at x_t, [B, C, H, W], for labels y [B]; works in any grad mode."""
         with torch.inference_mode(False), torch.enable_grad():
             x = x_t.detach().clone().requires_grad_()
             chosen = self(x, t.clone()).gather(1, y.clone()[:, None])
@@ -157,13 +165,13 @@ class NoisyClassifier(NoiseConditioned):
 
 
 def with_x0(prediction: Prediction, x0: Tensor, schedule: Schedule, x_t: Tensor, t: Tensor) -> Prediction:
-    """A prediction with another x_0, and the eps that agrees with it."""
+    """Return a prediction with another x_0, and eps consistent with it."""
     alpha, sigma = (per_image(level, x_t) for level in schedule(t))
     return prediction._replace(x0=x0, eps=(x_t - alpha * x0) / sigma)
 
 
 def clip_x0(denoise: Denoise, schedule: Schedule) -> Denoise:
-    """Wrap a denoiser so that x_0 stays in [-1, 1] and eps agrees with it (Ho et al. 2020's sampling code)."""
+    """Wrap a denoiser to clip x_0 to [-1, 1], with eps consistent (as in the code of Ho et al. 2020)."""
 
     def clipped(x_t: Tensor, t: Tensor) -> Prediction:
         prediction = denoise(x_t, t)
@@ -173,15 +181,16 @@ def clip_x0(denoise: Denoise, schedule: Schedule) -> Denoise:
 
 
 def threshold_x0(denoise: Denoise, schedule: Schedule, quantile: float, largest: float) -> Denoise:
-    """Wrap a denoiser so that x_0 is clipped to [-s, s] and divided by s, image by image, and eps agrees with it.
+    """Wrap a denoiser with dynamic thresholding: clip x_0 to [-s, s] and divide by s, with eps consistent.
 
-    s is the `quantile` of |x_0| over the image's pixels, kept within 1..largest: dynamic thresholding
-    (Saharia et al. 2022, Sec. 2.3), of which `clip_x0` is the case largest = 1.
+    s is the `quantile` of |x_0| over each image, limited to [1, largest]. `largest` = 1 gives `clip_x0`.
+
+    Source: Saharia et al. 2022, Sec. 2.3.
     """
 
     def thresholded(x_t: Tensor, t: Tensor) -> Prediction:
         prediction = denoise(x_t, t)
-        # Image by image, because quantile takes at most 2^24 numbers.
+        # Per image, because torch.quantile is limited to 2^24 elements.
         s = torch.stack([image.abs().quantile(quantile) for image in prediction.x0])
         s = per_image(s.clamp(1, largest), x_t)
         return with_x0(prediction, prediction.x0.clamp(-s, s) / s, schedule, x_t, t)
@@ -190,10 +199,10 @@ def threshold_x0(denoise: Denoise, schedule: Schedule, quantile: float, largest:
 
 
 def add_score(prediction: Prediction, gradient: Tensor, schedule: Schedule, t: Tensor) -> Prediction:
-    """Add the gradient of some log-density by x_t to the score of a prediction.
+    """Add the gradient g of a log-density at x_t to the score of a prediction.
 
-    `eps - sigma g` and `x_0 + sigma^2 / alpha g`; without signal (alpha = 0) x_t says nothing of the image, and the
-    prediction stays as it is.
+    The result has eps - sigma g and x_0 + sigma^2 / alpha g. If alpha = 0, x_t contains no signal, and the prediction
+    is unchanged.
     """
     alpha, sigma = schedule(t)
     gain = torch.where(alpha > 0, sigma**2 / alpha, 0.0)

@@ -1,7 +1,7 @@
-"""Guidance: denoisers that wrap a denoiser and lean towards a class.
+"""Guidance: wrappers that steer a denoiser towards a class or away from a weaker model.
 
-Everywhere a scale w multiplies the step from a weaker prediction to a stronger one. What is mixed is the network's
-output F; x_0 and eps are both linear in it, so that they are mixed alike.
+A scale w multiplies the difference between a weaker and a stronger prediction. Predictions are combined as network
+outputs F; x_0 and eps are linear in F, so this equals combining them.
 """
 
 import math
@@ -32,37 +32,37 @@ Threshold = Annotated[float, Field(ge=1)]
 
 @runtime_checkable
 class Guides(Protocol):
-    """Gives the trained networks that a guidance names; UsageError where one does not go with the denoiser."""
+    """Provides the additional trained networks that a guidance uses; UsageError if one does not fit the denoiser."""
 
     def denoiser(self, run: str | None, step: int | None) -> Denoiser:
-        """The denoiser of another run, or of another checkpoint of the same run."""
+        """Return the denoiser of another run, or of another checkpoint of this run."""
         ...
 
     def classifier(self, run: str) -> NoisyClassifier:
-        """The classifier of a run."""
+        """Return the classifier of a run."""
         ...
 
 
 class Guidance(ABC):
-    """A way to condition a denoiser on classes; without labels it is unconditional."""
+    """Base class of guidance, which conditions a denoiser on classes; without labels it is unconditional."""
 
     def guides(self) -> Sequence[NoiseConditioned]:
-        """Return the networks that it calls in addition to the guided one."""
+        """Return the networks called in addition to the guided one."""
         return ()
 
     uses_labels = False
     """Whether it uses labels even with an unconditional denoiser."""
 
     def check(self, denoiser: Denoiser, label_dropout: float, labelled: bool) -> None:  # noqa: B027
-        """Raise UsageError if a denoiser, trained with such label dropout, cannot be guided so."""
+        """Raise UsageError if a denoiser trained with this label dropout cannot be guided this way."""
 
     @abstractmethod
     def __call__(self, denoiser: Denoiser, y: Tensor | None) -> Denoise:
-        """Return the guided denoiser for images of the classes y, int64 [B]."""
+        """Return the guided denoiser for images of classes y, int64 [B]."""
 
 
 class NoGuidance(Guidance):
-    """The denoiser as it was trained, conditioned on the class if it is class-conditional."""
+    """No guidance: the denoiser, conditioned on the class if class-conditional."""
 
     def __init__(self, guides: Guides | None = None) -> None:
         pass
@@ -72,15 +72,20 @@ class NoGuidance(Guidance):
 
 
 class Guided(Guidance):
-    """Guidance of some scale, where the noise level lies within an interval.
+    """Base class of guidance with a scale, optionally restricted to an interval of noise levels.
 
-    `interval` = [low, high] acts where low < sigma / alpha <= high (Kynkaanniemi et al. 2024, Eq. 5); outside it, and
-    at the scale that is off, the denoiser alone is asked, once. `dynamic_threshold` is the quantile of
-    `threshold_x0`, `max_threshold` its largest value, both null: none.
+    Outside the interval, or if the scale is `off`, only the denoiser itself is evaluated.
+
+    Args:
+        scale: guidance scale.
+        interval: [low, high] in sigma / alpha, active for `low < sigma / alpha <= high` (Kynkäänniemi et al. 2024,
+            Eq. 5); None: always.
+        dynamic_threshold: quantile of `threshold_x0`; None: no thresholding.
+        max_threshold: largest threshold of `threshold_x0`; None: unlimited.
     """
 
     off: float
-    """The scale that changes nothing."""
+    """Scale without effect."""
 
     def __init__(
         self,
@@ -93,13 +98,14 @@ class Guided(Guidance):
             raise UsageError(
                 "guidance.interval",
                 interval,
-                "should be two levels of sigma / alpha, the lower first, as [0.3,3]",
+                "must be two increasing levels of sigma / alpha",
+                "use for example [0.3,3]",
             )
         if max_threshold is not None and dynamic_threshold is None:
             raise UsageError(
                 "guidance.max_threshold",
                 max_threshold,
-                "bounds a threshold that is not taken",
+                "has no effect without guidance.dynamic_threshold",
                 "set guidance.dynamic_threshold too",
             )
         self.scale = scale
@@ -108,12 +114,12 @@ class Guided(Guidance):
         self.largest = math.inf if max_threshold is None else max_threshold
 
     def active(self, schedule: Schedule, t: Tensor) -> bool:
-        """Whether there is guidance at time t."""
+        """Return whether guidance is active at time t."""
         return self.scale != self.off and self.low < math.exp(-float(schedule.log_snr(t)) / 2) <= self.high
 
     @abstractmethod
     def guided(self, denoiser: Denoiser, x_t: Tensor, t: Tensor, y: Tensor | None) -> Prediction:
-        """Return the prediction for images x_t [B, C, H, W] at the one time t, where there is guidance."""
+        """Return the guided prediction for images x_t [B, C, H, W] at a common time t."""
 
     def __call__(self, denoiser: Denoiser, y: Tensor | None) -> Denoise:
         def guided(x_t: Tensor, t: Tensor) -> Prediction:
@@ -127,10 +133,16 @@ class Guided(Guidance):
 
 
 class LinearGuidance(Guided):
-    """`F_weak + w (F_strong - F_weak)` of two predictions, of which w = 1 leaves the strong one.
+    """Linear guidance of two predictions, `F_weak + w (F_strong - F_weak)`; w = 1 gives F_strong.
 
-    `rescale` = phi goes a share phi of the way from there to `F std(F_strong) / std(F)`, each image by itself (Lin
-    et al. 2024, Eq. 15-16, with the unbiased std of diffusers).
+    Args:
+        guides: unused.
+        scale: guidance scale w.
+        interval: see `Guided`.
+        rescale: fraction phi in [0, 1] by which the standard deviation of F is restored to that of F_strong, per
+            image (Lin et al. 2024, Eq. 15-16, with the unbiased std of diffusers).
+        dynamic_threshold: see `Guided`.
+        max_threshold: see `Guided`.
     """
 
     off = 1.0
@@ -149,7 +161,7 @@ class LinearGuidance(Guided):
         self.rescale = rescale
 
     def mix(self, weak: Tensor, strong: Tensor) -> Tensor:
-        """Return the guided F of two outputs [B, C, H, W]."""
+        """Return the guided F from two outputs [B, C, H, W]."""
         mixed = weak + self.scale * (strong - weak)
         if not self.rescale:
             return mixed
@@ -159,7 +171,10 @@ class LinearGuidance(Guided):
 
 
 class ClassifierFree(LinearGuidance):
-    """`F_null + w (F_class - F_null)`, both in one batch (Ho & Salimans 2022, Eq. 6, whose w is ours less 1)."""
+    """Classifier-free guidance, `F_null + w (F_class - F_null)`, evaluated in one batch; see `LinearGuidance`.
+
+    Source: Ho and Salimans 2022, Eq. 6, where w is smaller by 1.
+    """
 
     def check(self, denoiser: Denoiser, label_dropout: float, labelled: bool) -> None:
         if denoiser.num_classes is None:
@@ -167,21 +182,21 @@ class ClassifierFree(LinearGuidance):
                 "guidance",
                 "cfg",
                 "the model is not class-conditional",
-                "train one with model.class_conditional=true, or take guidance=classifier",
+                "train one with model.class_conditional=true, or use guidance=classifier",
             )
         if not labelled:
             raise UsageError(
                 "label",
                 NO_VALUE,
-                "guidance=cfg leads to a class, and none is named",
-                "name one, or take guidance=none",
+                "guidance=cfg needs a class",
+                "name one, or use guidance=none",
             )
         if self.scale != self.off and label_dropout == 0:
             raise UsageError(
                 "guidance",
                 "cfg",
-                "the model was trained with objective.label_dropout=0, never without a label",
-                "train it with 0.1, or take guidance=auto",
+                "the model was trained with objective.label_dropout=0, so never without a label",
+                "train it with 0.1, or use guidance=auto",
             )
 
     def guided(self, denoiser: Denoiser, x_t: Tensor, t: Tensor, y: Tensor | None) -> Prediction:
@@ -195,7 +210,20 @@ class ClassifierFree(LinearGuidance):
 
 
 class AutoGuidance(LinearGuidance):
-    """`F_guide + w (F - F_guide)`, the guide a weaker version of the model (Karras et al. 2024, Eq. 3)."""
+    """Autoguidance, `F_guide + w (F - F_guide)`, where the guide is a weaker version of the model.
+
+    Args:
+        guides: provider of the guide.
+        run: run of the guide; None: this run.
+        step: step of the guide's checkpoint; None: the last.
+        scale: guidance scale w.
+        interval: see `Guided`.
+        rescale: see `LinearGuidance`.
+        dynamic_threshold: see `Guided`.
+        max_threshold: see `Guided`.
+
+    Source: Karras et al. 2024, Eq. 3.
+    """
 
     def __init__(
         self,
@@ -228,11 +256,21 @@ class AutoGuidance(LinearGuidance):
 
 
 class ClassifierGuidance(Guided):
-    """Add s times the gradient of a classifier's log p(y | x_t) to the score (Dhariwal & Nichol 2021, Alg. 2).
+    """Classifier guidance: adds s times the gradient of log p(y | x_t) to the score.
 
-    s = 0 is off; s = 1 turns an unconditional denoiser into the class-conditional one by Bayes' rule. The denoiser
-    itself gets the class if it is class-conditional. A step of DDPM moves by v / a times the gradient, where their
-    Alg. 1 moves its mean by the variance times the gradient: the same in the limit of small steps.
+    s = 1 turns an unconditional denoiser into a class-conditional one by Bayes' rule. A class-conditional denoiser
+    also gets the class. In a DDPM step, the gradient is multiplied by v / a instead of the variance of Alg. 1, which
+    is the same in the limit of small steps.
+
+    Args:
+        guides: provider of the classifier.
+        run: run of the classifier.
+        scale: guidance scale s; 0: off.
+        interval: see `Guided`.
+        dynamic_threshold: see `Guided`.
+        max_threshold: see `Guided`.
+
+    Source: Dhariwal and Nichol 2021, Alg. 2.
     """
 
     off = 0.0
@@ -254,7 +292,7 @@ class ClassifierGuidance(Guided):
     def check(self, denoiser: Denoiser, label_dropout: float, labelled: bool) -> None:
         if not labelled:
             raise UsageError(
-                "label", "none", "guidance=classifier leads to a class", "name one, or take guidance=none"
+                "label", "none", "guidance=classifier needs a class", "name one, or use guidance=none"
             )
 
     def guides(self) -> Sequence[NoiseConditioned]:

@@ -1,4 +1,4 @@
-"""The space that a denoiser works in: pixels, or the latents of an autoencoder (Rombach et al. 2022)."""
+"""State space of a denoiser: pixels, or latents of an autoencoder (Rombach et al. 2022)."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
@@ -13,32 +13,32 @@ from diffusion_cli.diffusion.schedules import Schedule
 from diffusion_cli.networks import AutoencoderKL
 from diffusion_cli.networks.autoencoder import drawn
 
-PIXELS = 2**18  # that an autoencoder takes at a time: four images of 256x256
+PIXELS = 2**18  # per forward pass of the autoencoder: four images of 256x256
 
 
 NoiseFn = Callable[[tuple[int, ...]], Tensor]
-"""Gives standard normal noise of a shape, that of a batch of states."""
+"""Returns standard normal noise of a shape, that of a batch of states."""
 
 
 class Space(ABC):
-    """Where samples are made of noise: states x [B, *shape], of images [B, C, H, W] in [-1, 1]."""
+    """Base class of state spaces, with states x [B, *shape] for images [B, C, H, W] in [-1, 1]."""
 
     shape: tuple[int, ...]
-    """Of a state."""
+    """Shape of a state."""
     bounded: bool
-    """Whether a state without noise has all its values in [-1, 1]."""
+    """Whether noise-free states lie in [-1, 1]."""
 
     def clipped(self, denoise: Denoise, schedule: Schedule) -> Denoise:
-        """Wrap a denoiser by `clip_x0` where states are bounded; others are left as they are."""
+        """Wrap a denoiser by `clip_x0` if states are bounded."""
         return clip_x0(denoise, schedule) if self.bounded else denoise
 
     @abstractmethod
     def shape_of(self, image: tuple[int, ...]) -> tuple[int, ...]:
-        """Return the shape of the state of an image of a shape; UsageError if it has none."""
+        """Return the shape of the state of an image with shape `image`; UsageError if it has none."""
 
     @abstractmethod
     def states(self, given: Tensor, draw: NoiseFn) -> Tensor:
-        """Return the states of what a data set gives, for which noise may be drawn."""
+        """Return the states of items of a dataset, which may be random."""
 
     @abstractmethod
     def encode(self, images: Tensor) -> Tensor:
@@ -50,7 +50,7 @@ class Space(ABC):
 
 
 class Pixels(Space):
-    """The images themselves."""
+    """Pixel space: states are images."""
 
     bounded = True
 
@@ -71,11 +71,16 @@ class Pixels(Space):
 
 
 class Latents(Space):
-    """Latents of an autoencoder, shifted and scaled to mean 0 and standard deviation 1 in every channel.
+    """Latents of an autoencoder, normalized to mean 0 and standard deviation 1 per channel.
 
-    `x = (z - mean) / std`, with z ~ N(moments of the image) in training and its mean where an image is encoded once.
-    `image` is the shape of the images. A few images go through the autoencoder at a time, in float32 whatever the
-    precision around it.
+    `x = (z - mean) / std`, where z is sampled from the encoder's distribution in training, and its mean in `encode`.
+    The autoencoder runs in float32, a few images at a time.
+
+    Args:
+        autoencoder: trained autoencoder.
+        image: shape of the images.
+        mean: mean of z per channel.
+        std: standard deviation of z per channel.
     """
 
     bounded = False
@@ -92,17 +97,17 @@ class Latents(Space):
 
     @property
     def device(self) -> torch.device:
-        """Where the autoencoder is."""
+        """Device of the autoencoder."""
         return next(self.autoencoder.parameters()).device
 
     def moments(self, images: Tensor) -> Tensor:
-        """Return the mean and log variance [B, 2L, h, w] of the latents z of images [B, C, H, W]."""
+        """Return mean and log variance [B, 2L, h, w] of the latents z of images [B, C, H, W]."""
         with torch.autocast(images.device.type, enabled=False):
             parts = images.float().split(max(1, PIXELS // prod(images.shape[2:])))
             return torch.cat([self.autoencoder.moments(part) for part in parts])
 
     def states(self, given: Tensor, draw: NoiseFn) -> Tensor:
-        """Return states [B, L, h, w] drawn from the moments [B, 2L, h, w] that `moments` gives."""
+        """Return random states [B, L, h, w] for moments [B, 2L, h, w] of `moments`."""
         mean, std = self._scale(given)
         return (drawn(given, draw((len(given), *self.shape))) - mean) / std
 
@@ -117,7 +122,7 @@ class Latents(Space):
             return torch.cat([self.autoencoder.decode(part) for part in parts])
 
     def _scale(self, like: Tensor) -> tuple[Tensor, Tensor]:
-        """The mean and standard deviation of each channel, for states like these."""
+        """Return mean and standard deviation per channel, broadcastable to states."""
         ones = [1] * (like.ndim - 2)
         mean, std = (
             torch.tensor(values, device=like.device).view(-1, *ones) for values in (self.mean, self.std)
@@ -126,17 +131,17 @@ class Latents(Space):
 
 
 class Scale(NamedTuple):
-    """Statistics of z ~ N(mean, variance) over images and places, per channel."""
+    """Statistics per channel of z ~ N(mean, variance) over images and positions."""
 
     mean: list[float]
     std: list[float]
-    """The root of Var z = E[variance] + Var[mean]."""
+    """Square root of `Var z = E[variance] + Var[mean]`."""
     explained: list[float]
-    """Var[mean] / Var z in 0..1: the share of the variance that depends on the image; the rest is noise."""
+    """`Var[mean] / Var z` in [0, 1]: the fraction of the variance that depends on the image."""
 
 
 def measured_scale(parts: Iterable[Tensor], channels: int) -> Scale:
-    """The scale of L channels, of parts [B, 2L, h, w] of all moments; [B, 4L, h, w] is taken as two images each."""
+    """Return the statistics of L channels from moments [B, 2L, h, w]; [B, 4L, h, w] counts as two images each."""
     count, sums, squares, drawn_squares = 0, *torch.zeros(3, channels).double()
     for part in parts:
         mean, log_variance = part.double().unflatten(1, (-1, 2, channels)).movedim(2, 0)

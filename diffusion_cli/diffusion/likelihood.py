@@ -1,4 +1,4 @@
-"""How probable a model finds images: the variational bound, and the likelihood of the probability flow."""
+"""Likelihood of images: the variational bound, and the log-density under the probability flow ODE."""
 
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -14,7 +14,7 @@ from diffusion_cli.diffusion.schedules import Discrete, Schedule
 
 
 def prior_term(schedule: Schedule, x_0: Tensor) -> Tensor:
-    """KL(q(x_1 | x_0) || N(0, I)) in bits per dimension, [B]: what the bound pays for not ending in pure noise."""
+    """Return the prior term of the bound, `KL(q(x_1 | x_0) || N(0, I))`, in bits per dimension, [B]."""
     alpha, sigma = schedule(torch.ones((), dtype=torch.float64))
     zero = x_0.new_zeros(())
     kl = normal_kl(alpha * x_0, 2 * sigma.log().to(x_0), zero, zero)
@@ -31,8 +31,17 @@ def bound_terms(
 ) -> Iterator[Tensor]:
     """Yield the terms of the variational bound for t = T..1 in bits per dimension, [V, B] for V variances.
 
-    Each noises x_0 [B, C, H, W] with a draw of its own. For each variance, their sum and `prior_term` bound the bits
-    per dimension of images of 256 values from above. Source: Ho et al. 2020, Eq. 5; Nichol & Dhariwal 2021.
+    Their sum plus `prior_term` is an upper bound on the bits per dimension of 8-bit images.
+
+    Args:
+        schedule: discrete schedule with T timesteps.
+        denoise: denoiser.
+        x_0: images [B, C, H, W].
+        draw: returns new noise of the shape of x_0, called once per term.
+        variances: variances of the reverse process.
+        exact_cdf: whether to use the exact normal distribution function; see `discretised_log_likelihood`.
+
+    Source: Ho et al. 2020, Eq. 5; Nichol and Dhariwal 2021.
     """
     for entry in range(schedule.num_timesteps, 0, -1):
         t = torch.full((len(x_0),), entry / schedule.num_timesteps, dtype=torch.float64, device=x_0.device)
@@ -45,25 +54,33 @@ def bound_terms(
 
 
 class LogLikelihood(NamedTuple):
-    """What the probability flow says of images."""
+    """Likelihood of images under the probability flow ODE."""
 
     log_p: Tensor
-    """The log-density, in nats, float64 [B]."""
+    """Log-density in nats, float64 [B]."""
     latents: Tensor
-    """Where the flow takes the images at t = 1, float64 [B, C, H, W]."""
+    """Images transported to t = 1, float64 [B, C, H, W]."""
     calls: int
-    """Network calls; each is followed by one backward pass a probe, or a pixel."""
+    """Network calls, each followed by one backward pass per probe or pixel."""
 
 
 def flow_likelihood(
     schedule: Schedule, denoise: Denoise, x: Tensor, probes: Tensor | None, tolerances: Tolerances
 ) -> LogLikelihood:
-    """The log-density of images x [B, C, H, W], taken to lie at t_min, under the probability flow.
+    """Return the log-density of images under the probability flow ODE, starting at t_min.
 
-    `log p(x) = log p_1(x_1) + int div dz/dphi dphi - d log scale(t_min)`, in the variables of
-    `probability_flow`, with a Gaussian p_1. The divergence is the mean of `e^T J e` over the probes
-    [K, B, C, H, W], which is unbiased if they have mean 0 and covariance I (Hutchinson), or without probes the exact
-    trace, one backward pass a pixel. The images of a batch share their steps. Source: Song et al. 2021b, Eq. 39-40.
+    `log p(x) = log p_1(x_1) + int div dz/dphi dphi - d log scale(t_min)`, in the variables of `probability_flow`, with
+    a Gaussian p_1. The images of a batch share solver steps.
+
+    Args:
+        schedule: noise schedule.
+        denoise: denoiser.
+        x: images [B, C, H, W].
+        probes: probe vectors e [K, B, C, H, W] with mean 0 and covariance I, for the unbiased estimate e^T J e of the
+            divergence (Hutchinson); None: exact trace, one backward pass per pixel.
+        tolerances: tolerances of the solver.
+
+    Source: Song et al. 2021b, Eq. 39-40.
     """
     calls = 0
     ends = torch.tensor([schedule.t_min, 1.0], dtype=torch.float64)

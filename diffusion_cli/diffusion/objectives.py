@@ -1,4 +1,4 @@
-"""Training objectives: the losses of denoisers and classifiers, at the times of `time_sampling`."""
+"""Training objectives of denoisers and classifiers."""
 
 from abc import ABC, abstractmethod
 from typing import Annotated, Generic, Literal, TypeVar
@@ -19,37 +19,37 @@ Model = TypeVar("Model", bound=NoiseConditioned, contravariant=True)
 
 
 class Objective(ABC, Generic[Model]):
-    """The error of a network on noised images."""
+    """Base class of objectives: the loss of a network on noisy images."""
 
     trains: type[NoiseConditioned] = Denoiser
     label_dropout: float = 0.0
-    """Probability of dropping a label of a class-conditional denoiser in training (Ho & Salimans 2022, Alg. 1)."""
+    """Probability of replacing a label by the null class in training (Ho and Salimans 2022, Alg. 1)."""
     compares_to_zero: bool = True
-    """Whether a trained network's loss lies well below that of predicting zero.
+    """Whether the loss of a trained network is well below that of predicting zero.
 
-    Not where nearly all of the weight is on low noise, of which no network finds much.
+    False for objectives with most of their weight at low noise, where no network can predict much.
     """
 
     @abstractmethod
     def __call__(self, model: Model, x0: Tensor, y: Tensor | None, t: Tensor, eps: Tensor) -> Tensor:
-        """Noise x0 [B, C, H, W] with eps to the times t [B], and return the loss of each image, [B]."""
+        """Noise x0 [B, C, H, W] with eps to times t [B], and return the loss of each image, [B]."""
 
     @abstractmethod
     def check(self, model: Model, times: Times) -> None:
-        """Raise UsageError if the model cannot be trained by it at such times, or has a part left untrained."""
+        """Raise UsageError if the objective cannot train the model at these times, or would leave a part untrained."""
 
 
 def drop_labels(y: Tensor, num_classes: int, share: float, u: Tensor) -> Tensor:
-    """The labels y [B], those with uniform numbers u [B] below `share` turned into the null class `num_classes`."""
+    """Replace labels y [B] by the null class `num_classes` where u [B], uniform in [0, 1), is below `share`."""
     return torch.where(u < share, num_classes, y)
 
 
 def residual(
     denoiser: Denoiser, x0: Tensor, y: Tensor | None, t: Tensor, eps: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """The network's output less its target `(x_0 - c_skip x_t) / c_out`, and c_out.
+    """Return F - F_target and c_out, where `F_target = (x_0 - c_skip x_t) / c_out`.
 
-    The target's coefficients of x_0 and eps are combined in float64 first: no digits are lost where c_out is small.
+    The target's coefficients of x_0 and eps are combined in float64 first, which is accurate for small c_out.
     """
     output, _, (c_skip, c_out, _, _) = denoiser.output(noised(denoiser.schedule, x0, t, eps), t, y)
     alpha, sigma = denoiser.schedule(t)
@@ -58,11 +58,12 @@ def residual(
 
 
 class Weighted(Objective[Denoiser]):
-    """The squared error of the network's output, weighted: `w(t) c_out^2 |F - F_target|^2 = w(t) |x_0 - x_0hat|^2`.
+    """Base class of weighted squared errors, `w(t) |x_0 - x_0hat|^2 = w(t) c_out^2 |F - F_target|^2`, mean over pixels.
 
-    With `huber_delta` the square r^2 of each pixel's error gives way to the pseudo-Huber distance
-    `2 delta^2 (sqrt(1 + (r / delta)^2) - 1)`, which grows like |r| for outliers. A weighting is a function of the
-    signal-to-noise ratio, in terms of the error of x_0; the mean is over pixels.
+    Args:
+        huber_delta: replaces the square r^2 of a pixel's error in F by the pseudo-Huber distance
+            `2 delta^2 (sqrt(1 + (r / delta)^2) - 1)`, which grows like |r| for outliers; None: squares.
+        label_dropout: probability of replacing a label by the null class.
     """
 
     def __init__(self, *, huber_delta: PositiveFloat | None = None, label_dropout: Dropout = 0.1) -> None:
@@ -70,15 +71,15 @@ class Weighted(Objective[Denoiser]):
 
     @abstractmethod
     def weight(self, schedule: Schedule, t: Tensor) -> Tensor | None:
-        """Return w(t) float64 [B], for the squared error of x_0; None for 1 / c_out^2."""
+        """Return w(t), float64 [B], for the squared error of x_0; None for 1 / c_out^2."""
 
     def check(self, model: Denoiser, times: Times) -> None:
         if model.learns_variance:
             raise UsageError(
                 "model.learn_variance",
                 True,
-                "this objective does not train the variance",
-                "take objective=hybrid or vlb, or model.learn_variance=false",
+                "this objective does not train the variance head",
+                "use objective=hybrid or vlb, or set model.learn_variance=false",
             )
 
     def __call__(self, model: Denoiser, x0: Tensor, y: Tensor | None, t: Tensor, eps: Tensor) -> Tensor:
@@ -93,16 +94,16 @@ class Weighted(Objective[Denoiser]):
 
 
 class Simple(Weighted):
-    """The error of eps, `w = alpha^2 / sigma^2`: L_simple (Ho et al. 2020, Eq. 14)."""
+    """Error of eps, `w = alpha^2 / sigma^2`: L_simple (Ho et al. 2020, Eq. 14); see `Weighted` for the arguments."""
 
     def weight(self, schedule: Schedule, t: Tensor) -> Tensor:
         return torch.exp(schedule.log_snr(t))
 
 
 class Target(Weighted):
-    """The error of the network's own output, `w = 1 / c_out^2`.
+    """Error of the network output, `w = 1 / c_out^2`; see `Weighted` for the arguments.
 
-    That is L_simple for eps, the v-loss for v, flow matching for flow (Lipman et al. 2023, Eq. 14) and EDM's loss for
+    This is L_simple for eps, the v-loss for v, flow matching for flow (Lipman et al. 2023, Eq. 14) and EDM's loss for
     edm (Karras et al. 2022, Eq. 8).
     """
 
@@ -111,9 +112,9 @@ class Target(Weighted):
 
 
 class Likelihood(Weighted):
-    """`w = -d SNR / dt`, that is g^2 for the error of the score: a bound on the likelihood, at uniform times.
+    """Likelihood weighting, `w = -d SNR / dt`, that is g^2 for the error of the score; see `Weighted`.
 
-    Source: Song et al. 2021c, Eq. 7; Kingma et al. 2021, Eq. 17.
+    With uniform times this is a bound on the likelihood. Source: Song et al. 2021c, Eq. 7; Kingma et al. 2021, Eq. 17.
     """
 
     compares_to_zero = False
@@ -124,7 +125,13 @@ class Likelihood(Weighted):
 
 
 class MinSNR(Weighted):
-    """`w = min(SNR, gamma)`: no level counts for more than its share (Hang et al. 2023, Eq. 10)."""
+    """Min-SNR weighting, `w = min(SNR, gamma)` (Hang et al. 2023, Eq. 10); see `Weighted` for the other arguments.
+
+    Args:
+        gamma: largest weight.
+        huber_delta: see `Weighted`.
+        label_dropout: see `Weighted`.
+    """
 
     def __init__(
         self,
@@ -141,7 +148,13 @@ class MinSNR(Weighted):
 
 
 class EDMObjective(Weighted):
-    """`w = SNR + 1 / sigma_data^2`, so that every level starts with the same loss (Karras et al. 2022, Table 1)."""
+    """EDM weighting, `w = SNR + 1 / sigma_data^2`, which equalizes initial losses (Karras et al. 2022, Table 1).
+
+    Args:
+        sigma_data: standard deviation of the data.
+        huber_delta: see `Weighted`.
+        label_dropout: see `Weighted`.
+    """
 
     def __init__(
         self,
@@ -158,9 +171,13 @@ class EDMObjective(Weighted):
 
 
 class VLB(Objective[Denoiser]):
-    """T times the term of the variational bound, in bits per dimension: L_vlb (Nichol & Dhariwal 2021, Eq. 4).
+    """T times a term of the variational bound, in bits per dimension: L_vlb (Nichol and Dhariwal 2021, Eq. 4).
 
-    Its mean over uniform times is the bound, less the constant prior term.
+    Its mean over uniform times is the bound without the constant prior term.
+
+    Args:
+        variance: variance of the reverse process.
+        label_dropout: probability of replacing a label by the null class.
     """
 
     compares_to_zero = False
@@ -177,7 +194,7 @@ class VLB(Objective[Denoiser]):
             raise UsageError(
                 "objective.variance",
                 self.variance,
-                f"goes with model.learn_variance={str(self.variance == 'learned').lower()}",
+                f"needs model.learn_variance={str(self.variance == 'learned').lower()}",
                 "change one of them",
             )
 
@@ -189,7 +206,12 @@ class VLB(Objective[Denoiser]):
 
 
 class Hybrid(Objective[Denoiser]):
-    """`L_simple + vlb_weight L_vlb`, the bound training only the variance (Nichol & Dhariwal 2021, Eq. 16)."""
+    """`L_simple + vlb_weight L_vlb`, where the bound trains only the variance (Nichol and Dhariwal 2021, Eq. 16).
+
+    Args:
+        vlb_weight: weight of the bound.
+        label_dropout: probability of replacing a label by the null class.
+    """
 
     def __init__(self, *, vlb_weight: PositiveFloat = 0.001, label_dropout: Dropout = 0.1) -> None:
         self.vlb_weight, self.label_dropout = vlb_weight, label_dropout
@@ -198,7 +220,10 @@ class Hybrid(Objective[Denoiser]):
         _check_bound(self, model, times)
         if not model.learns_variance:
             raise UsageError(
-                "objective", "hybrid", "trains a variance", "set model.learn_variance=true, or take simple"
+                "objective",
+                "hybrid",
+                "trains the variance head",
+                "set model.learn_variance=true, or use simple",
             )
 
     def __call__(self, model: Denoiser, x0: Tensor, y: Tensor | None, t: Tensor, eps: Tensor) -> Tensor:
@@ -213,9 +238,10 @@ class Hybrid(Objective[Denoiser]):
 
 
 class CrossEntropy(Objective[NoisyClassifier]):
-    """`-log p(y | x_t)` in nats: what a classifier of noised images is trained by (Dhariwal & Nichol 2021, Sec. 4).
+    """Cross-entropy `-log p(y | x_t)` in nats, for classifiers of noisy images (Dhariwal and Nichol 2021, Sec. 4).
 
-    With `label_smoothing` e the target is 1 - e for the label and e shared among all K classes.
+    Args:
+        label_smoothing: fraction of the target distribution shared equally among all K classes, in [0, 1).
     """
 
     trains = NoisyClassifier
@@ -224,7 +250,7 @@ class CrossEntropy(Objective[NoisyClassifier]):
         self.label_smoothing = label_smoothing
 
     def check(self, model: NoisyClassifier, times: Times) -> None:
-        pass  # any classifier, at any times
+        pass  # any classifier and any times
 
     def __call__(
         self, model: NoisyClassifier, x0: Tensor, y: Tensor | None, t: Tensor, eps: Tensor
@@ -240,14 +266,14 @@ def _check_bound(objective: Objective, denoiser: Denoiser, times: Times) -> None
         raise UsageError(
             "objective",
             type(objective).__name__.lower(),
-            f"the bound is a sum over timesteps, and the {denoiser.schedule.name} schedule has none",
-            "take linear, scaled_linear, cosine or sigmoid",
+            f"the bound is a sum over timesteps, but the {denoiser.schedule.name} schedule is continuous",
+            "use linear, scaled_linear, cosine or sigmoid",
         )
     if not times.uniform:
         name = "".join(f"_{c.lower()}" if c.isupper() else c for c in type(times).__name__).strip("_")
         raise UsageError(
             "time_sampling",
             name,
-            "the bound is a mean over the timesteps",
-            "take uniform, stratified or loss_second_moment",
+            "the bound is a mean over uniform timesteps",
+            "use uniform, stratified or loss_second_moment",
         )

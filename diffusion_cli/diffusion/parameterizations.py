@@ -1,4 +1,4 @@
-"""What the network's output F means: one linear map, `x_0 = c_skip x_t + c_out F(c_in x_t, c_noise)`."""
+"""Parameterizations of the network output F: `x_0 = c_skip x_t + c_out F(c_in x_t, c_noise)`."""
 
 from abc import ABC, abstractmethod
 from typing import NamedTuple
@@ -10,12 +10,12 @@ from torch import Tensor
 from diffusion_cli.diffusion.schedules import Schedule
 from diffusion_cli.errors import UsageError
 
-# What EDM tells the network at most: log(sigma / alpha) / 4 where sigma / alpha is 1.6e5 or more, as at alpha = 0.
+# Upper limit of EDM's c_noise = log(sigma / alpha) / 4, which would be infinite at alpha = 0.
 MAX_C_NOISE = 3.0
 
 
 class Coefficients(NamedTuple):
-    """The four numbers of the map, float64, each of the shape of the times that they belong to."""
+    """Coefficients of the parameterization, float64, of the shape of the times."""
 
     c_skip: Tensor
     c_out: Tensor
@@ -24,18 +24,18 @@ class Coefficients(NamedTuple):
 
 
 class Parameterization(ABC):
-    """A row of the table that says how x_0 is read off the network's output."""
+    """Base class of parameterizations, which define x_0 as a function of the network output."""
 
     @abstractmethod
     def __call__(self, schedule: Schedule, t: Tensor) -> Coefficients:
         """Return the coefficients at times t in [t_min, 1]."""
 
     def check(self, schedule: Schedule) -> None:  # noqa: B027
-        """Raise UsageError if it is not defined at every time of the schedule."""
+        """Raise UsageError if the parameterization is undefined at some time of the schedule."""
 
 
 class _NeedsSignal(Parameterization):
-    """One that reads x_0 off the noise, which cannot be done where there is no signal."""
+    """Parameterization that divides by alpha, undefined for alpha = 0."""
 
     def check(self, schedule: Schedule) -> None:
         alpha, _ = schedule(torch.ones(1, dtype=torch.float64))
@@ -44,14 +44,14 @@ class _NeedsSignal(Parameterization):
             raise UsageError(
                 "parameterization",
                 name,
-                "x_0 is the image less the noise, divided by alpha, and alpha is 0 at t = 1 of this "
+                "undefined where alpha = 0: x_0 is (x_t - sigma eps) / alpha, and alpha is 0 at t = 1 of the "
                 f"{schedule.name} schedule",
-                "take v, x0, flow or edm",
+                "use v, x0, flow or edm",
             )
 
 
 class Eps(_NeedsSignal):
-    """F is the noise: `x_0 = (x_t - sigma F) / alpha` (Ho et al. 2020, Eq. 15)."""
+    """F is the noise eps: `x_0 = (x_t - sigma F) / alpha` (Ho et al. 2020, Eq. 15)."""
 
     def __call__(self, schedule: Schedule, t: Tensor) -> Coefficients:
         alpha, sigma = schedule(t)
@@ -59,7 +59,7 @@ class Eps(_NeedsSignal):
 
 
 class Score(_NeedsSignal):
-    """F is the score `-eps / sigma`: `x_0 = (x_t + sigma^2 F) / alpha` (Song et al. 2021b, Eq. 7)."""
+    """F is the score -eps / sigma: `x_0 = (x_t + sigma^2 F) / alpha` (Song et al. 2021b, Eq. 7)."""
 
     def __call__(self, schedule: Schedule, t: Tensor) -> Coefficients:
         alpha, sigma = schedule(t)
@@ -67,7 +67,7 @@ class Score(_NeedsSignal):
 
 
 class X0(Parameterization):
-    """F is the image x_0 itself."""
+    """F is the image x_0."""
 
     def __call__(self, schedule: Schedule, t: Tensor) -> Coefficients:
         alpha, _ = schedule(t)
@@ -76,7 +76,7 @@ class X0(Parameterization):
 
 
 class V(Parameterization):
-    """F is `v = alpha eps - sigma x_0`, where alpha^2 + sigma^2 = 1 (Salimans & Ho 2022, App. D).
+    """F is `v = alpha eps - sigma x_0`, for alpha^2 + sigma^2 = 1 (Salimans and Ho 2022, App. D).
 
     In general `x_0 = (alpha x_t - sigma F) / (alpha^2 + sigma^2)`, with the same v.
     """
@@ -88,7 +88,7 @@ class V(Parameterization):
 
 
 class Flow(Parameterization):
-    """F is the velocity `alpha' x_0 + sigma' eps` of the path, for rectified ones `eps - x_0`.
+    """F is the velocity `alpha' x_0 + sigma' eps` of the path; eps - x_0 for the rectified schedule.
 
     `x_0 = (sigma' x_t - sigma F) / (alpha sigma' - sigma alpha')`. Source: Lipman et al. 2023, Eq. 13-14.
     """
@@ -100,10 +100,13 @@ class Flow(Parameterization):
 
 
 class EDMPreconditioning(Parameterization):
-    """F has unit variance in and out for data of standard deviation sigma_data (Karras et al. 2022, Table 1).
+    """EDM preconditioning: inputs and targets of the network have unit variance (Karras et al. 2022, Table 1).
 
-    With D = alpha^2 sigma_data^2 + sigma^2: `c_skip = alpha sigma_data^2 / D`, `c_out = sigma sigma_data / sqrt(D)`,
-    `c_in = 1 / sqrt(D)`; the network gets log(sigma / alpha) / 4, at most MAX_C_NOISE.
+    With `D = alpha^2 sigma_data^2 + sigma^2`: `c_skip = alpha sigma_data^2 / D`, `c_out = sigma sigma_data / sqrt(D)`,
+    `c_in = 1 / sqrt(D)`, and `c_noise = log(sigma / alpha) / 4`, at most MAX_C_NOISE.
+
+    Args:
+        sigma_data: standard deviation of the data.
     """
 
     def __init__(self, *, sigma_data: PositiveFloat = 0.5) -> None:

@@ -1,4 +1,4 @@
-"""The step of a process backwards in time: the posterior, the variances of a learned step, and its bound."""
+"""Posterior of a diffusion step, learned variances, and terms of the variational bound."""
 
 import math
 from typing import Literal, NamedTuple
@@ -11,7 +11,7 @@ from diffusion_cli.diffusion.schedules import Discrete, Schedule
 from diffusion_cli.errors import UsageError
 
 Variance = Literal["small", "large", "learned"]
-BIN = 1 / 255  # half the distance of two of the 256 values in [-1, 1]
+BIN = 1 / 255  # half the distance of neighbouring 8-bit values in [-1, 1]
 
 
 class Posterior(NamedTuple):
@@ -20,15 +20,15 @@ class Posterior(NamedTuple):
     c_t: Tensor
     c_0: Tensor
     small: Tensor
-    """Its variance `v sigma_s^2 / sigma_t^2`: the least that a step can have, exact for data of one point."""
+    """Posterior variance `v sigma_s^2 / sigma_t^2`, the smallest of a reverse step; exact for data of one point."""
     large: Tensor
-    """The variance `v` of the step forwards: the most, exact for standard normal data."""
+    """Forward variance v, the largest of a reverse step; exact for standard normal data."""
 
 
 def posterior(schedule: Schedule, t: Tensor, s: Tensor) -> Posterior:
-    """`c_t = a sigma_s^2 / sigma_t^2`, `c_0 = alpha_s v / sigma_t^2` with a, v of the step from s to t.
+    """Return the posterior: `c_t = a sigma_s^2 / sigma_t^2`, `c_0 = alpha_s v / sigma_t^2`, with a, v of `transition`.
 
-    Source: Ho et al. 2020, Eq. 6-7, for neighbours in the table.
+    Source: Ho et al. 2020, Eq. 6-7, for neighbouring timesteps.
     """
     a, v = schedule.transition(t, s)
     (_, sigma_t), (alpha_s, sigma_s) = schedule(t), schedule(s)
@@ -37,7 +37,7 @@ def posterior(schedule: Schedule, t: Tensor, s: Tensor) -> Posterior:
 
 
 def learned_log_variance(values: Tensor, log_small: Tensor, log_large: Tensor) -> Tensor:
-    """The variance head's output in [-1, 1], taken between two logarithms (Nichol & Dhariwal 2021, Eq. 15)."""
+    """Interpolate log variances by the variance head's output in [-1, 1] (Nichol and Dhariwal 2021, Eq. 15)."""
     share = (values + 1) / 2
     return share * log_large + (1 - share) * log_small
 
@@ -52,11 +52,21 @@ def bound_term(
     *,
     exact_cdf: bool = False,
 ) -> Tensor:
-    """The term of the variational bound at entries t [B] of the table, in bits per dimension, [B].
+    """Return the term of the variational bound at timesteps t [B], in bits per dimension, [B].
 
-    It is KL(q(x_s | x_t, x_0) || p(x_s | x_t)) with s the entry before, and at the first entry -log p(x_0 | x_t)
-    over the 256 values of a pixel, where the step's own variance, 0, is replaced by that of the second entry
-    (Ho et al. 2020, Sec. 3.3 and their code; Nichol & Dhariwal 2021, Sec. 2.2).
+    It is `KL(q(x_s | x_t, x_0) || p(x_s | x_t))` with s the previous timestep; at the first timestep it is
+    `-log p(x_0 | x_t)` over the 256 values of a pixel, with the variance of the second timestep instead of 0.
+
+    Args:
+        schedule: discrete schedule.
+        prediction: prediction at x_t.
+        x_0: images [B, C, H, W].
+        x_t: noisy images [B, C, H, W].
+        t: times i / T, float64 [B].
+        variance: variance of the reverse process.
+        exact_cdf: see `discretised_log_likelihood`.
+
+    Source: Ho et al. 2020, Sec. 3.3 and code; Nichol and Dhariwal 2021, Sec. 2.2.
     """
     entry = (t * schedule.num_timesteps).round()
     first = entry == 1
@@ -80,23 +90,30 @@ def bound_term(
 
 
 def normal_kl(mean1: Tensor, log_variance1: Tensor, mean2: Tensor, log_variance2: Tensor) -> Tensor:
-    """KL(N(mean1, e^log_variance1) || N(mean2, e^log_variance2)) in nats, elementwise."""
+    """Return `KL(N(mean1, e^log_variance1) || N(mean2, e^log_variance2))` in nats, elementwise."""
     difference = log_variance1 - log_variance2
     return (torch.expm1(difference) - difference + (mean1 - mean2) ** 2 * torch.exp(-log_variance2)) / 2
 
 
 def discretised_log_likelihood(x: Tensor, mean: Tensor, log_std: Tensor, exact_cdf: bool = False) -> Tensor:
-    """The log-probability, in nats, that a Gaussian gives to the bin of a pixel value x in [-1, 1], elementwise.
+    """Return the log-probability, in nats, of the bin of pixel values x in [-1, 1] under a Gaussian, elementwise.
 
-    The 256 bins are centred on -1, -1 + 2/255, ..., 1, the outer two open-ended. The normal distribution function is
-    that of the published codes, `(1 + tanh(sqrt(2 / pi) (z + 0.044715 z^3))) / 2`, or exact; probabilities below 1e-12
-    count as that. Source: Ho et al. 2020, Eq. 13.
+    The 256 bins are centred on -1, -1 + 2/255, ..., 1; the outer two are unbounded. Probabilities are at least 1e-12.
+
+    Args:
+        x: pixel values.
+        mean: mean of the Gaussian.
+        log_std: log of its standard deviation.
+        exact_cdf: whether to use the exact normal distribution function instead of the published approximation
+            `(1 + tanh(sqrt(2 / pi) (z + 0.044715 z^3))) / 2`.
+
+    Source: Ho et al. 2020, Eq. 13.
     """
 
     scale = torch.exp(-log_std)
     above, below = scale * (x - mean + BIN), scale * (x - mean - BIN)
     if exact_cdf:
-        # Differences are taken in the lower tail, where they keep their digits.
+        # Differences are taken in the lower tail, where they are accurate.
         flip = x > mean
         inner = _cdf(torch.where(flip, -below, above)) - _cdf(torch.where(flip, -above, below))
         first, last = _cdf(above), _cdf(-below)

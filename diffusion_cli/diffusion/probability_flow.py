@@ -1,8 +1,8 @@
-"""The probability-flow ODE of any process, in variables in which nothing is infinite.
+"""Probability flow ODE of any schedule, in variables that are always finite.
 
-With `phi = atan2(sigma, alpha)`, from 0 at the data to pi/2 at pure noise, and `z = x / sqrt(alpha^2 + sigma^2)`, it is
-`dz / dphi = cos(phi) eps - sin(phi) x_0`, for every schedule (Song et al. 2021b, Eq. 13, with the scale and the time
-of Karras et al. 2022, Eq. 4 so chosen).
+With phi = atan2(sigma, alpha), from 0 at the data to pi/2 at noise, and z = x / sqrt(alpha^2 + sigma^2), the ODE is
+`dz / dphi = cos(phi) eps - sin(phi) x_0` for every schedule. This is Song et al. 2021b, Eq. 13, with scale and time of
+Karras et al. 2022, Eq. 4 chosen accordingly.
 """
 
 import math
@@ -18,7 +18,7 @@ from diffusion_cli.errors import UsageError
 
 
 class Tolerances(Protocol):
-    """What an adaptive solver is held to."""
+    """Tolerances and step limit of an adaptive solver."""
 
     rtol: float
     atol: float
@@ -26,19 +26,19 @@ class Tolerances(Protocol):
 
 
 def angle(schedule: Schedule, t: Tensor) -> Tensor:
-    """`phi` at times t, float64."""
+    """Return phi at times t, float64."""
     alpha, sigma = schedule(t)
     return torch.atan2(sigma, alpha)
 
 
 def scale(schedule: Schedule, t: Tensor) -> Tensor:
-    """`sqrt(alpha^2 + sigma^2)` at times t, float64."""
+    """Return `sqrt(alpha^2 + sigma^2)` at times t, float64."""
     alpha, sigma = schedule(t)
     return torch.sqrt(alpha**2 + sigma**2)
 
 
 def velocity(schedule: Schedule, denoise: Denoise, dtype: torch.dtype) -> Callable[[Tensor, Tensor], Tensor]:
-    """`dz / dphi` as a function of (phi, z [B, C, H, W]), the denoiser asked in `dtype`."""
+    """Return dz / dphi as a function of (phi, z [B, C, H, W]); the denoiser is evaluated in `dtype`."""
 
     def field(phi: Tensor, z: Tensor) -> Tensor:
         phi = phi.double().cpu()
@@ -55,14 +55,14 @@ def solve(
     ends: Tensor,
     tolerances: Tolerances,
 ) -> tuple[Tensor, ...]:
-    """Integrate float64 tensors from ends[0] to ends[1] by Dormand-Prince 5(4).
+    """Integrate float64 tensors from ends[0] to ends[1] with Dormand-Prince 5(4).
 
-    UsageError if the tolerances take more than max_steps steps.
+    Raises UsageError if the tolerances need more than max_steps steps.
     """
     from torchdiffeq import odeint
 
     ends = ends.to(state[0].device)
-    # Left alone it steps over the end and interpolates; beyond the end there may be no process.
+    # End a step exactly at the last time: the default steps beyond it, where the process may be undefined.
     options = {"max_num_steps": tolerances.max_steps, "step_t": ends[1:]}
     try:
         path = odeint(
@@ -72,8 +72,8 @@ def solve(
         raise UsageError(
             "max_steps",
             tolerances.max_steps,
-            f"the solver needs more, or cannot meet rtol={tolerances.rtol} and atol={tolerances.atol} ("
+            f"more steps are needed, or rtol={tolerances.rtol} and atol={tolerances.atol} cannot be met ("
             f"{error})",
-            "raise them, and take precision=fp32",
+            "raise them, and use precision=fp32",
         ) from error
     return tuple(part[-1] for part in path)

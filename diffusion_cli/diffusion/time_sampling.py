@@ -1,4 +1,4 @@
-"""The times at which training looks: distributions over noise levels, each a function of uniform numbers."""
+"""Distributions of training times, each a function of uniform random numbers."""
 
 from abc import ABC, abstractmethod
 from typing import Annotated, NamedTuple
@@ -12,37 +12,37 @@ from diffusion_cli.errors import UsageError
 
 
 class TimeBatch(NamedTuple):
-    """Times for a batch, each [B]."""
+    """Times of a training batch, each [B]."""
 
     t: Tensor
-    """float64, in [t_min, 1]."""
+    """Times in [t_min, 1], float64."""
     weight: Tensor
-    """What the loss at that time counts for: the uniform density over the one it was drawn from, or 1."""
+    """Weight of the loss: uniform density / sampling density, or 1."""
     quantile: Tensor
-    """Where t stands in the distribution, in [0, 1]: rising with t."""
+    """Quantile of t in its distribution, in [0, 1], increasing with t."""
     bins: Tensor | None = None
-    """Where a distribution that learns wants to remember the losses, int64."""
+    """Bin of t in adaptive distributions, int64, or None."""
 
 
 class Times(nn.Module, ABC):
-    """A distribution over times."""
+    """Base class of distributions of training times."""
 
     uniform = False
-    """Whether the weighted mean of a loss is its mean over uniform times, or over the timesteps."""
+    """Whether the weighted mean of a loss estimates its mean over uniform times, or over the timesteps."""
 
     def check(self, schedule: Schedule) -> None:
-        """Raise UsageError if it cannot draw times of the schedule."""
+        """Raise UsageError if the distribution does not apply to the schedule."""
 
     @abstractmethod
     def forward(self, schedule: Schedule, u: Tensor) -> TimeBatch:
-        """Turn independent uniform numbers u in [0, 1), [B], for the batch of all processes, into times."""
+        """Convert independent uniform numbers u in [0, 1), [B], for the batch over all processes, to times."""
 
     def observe(self, bins: Tensor, loss: Tensor) -> None:
-        """Learn from the unweighted losses [B] of a training step, at the bins [B] that were drawn."""
+        """Adapt to the unweighted losses [B] of a training step in bins [B]."""
 
 
 class Uniform(Times):
-    """Uniform in t, or over the entries of a table (Ho et al. 2020, Alg. 1)."""
+    """Uniform in t, or over the timesteps of a discrete schedule (Ho et al. 2020, Alg. 1)."""
 
     uniform = True
 
@@ -51,7 +51,7 @@ class Uniform(Times):
 
 
 class Stratified(Times):
-    """Uniform, one time in each of B equal intervals: the same mean, less noise (Kingma et al. 2021, App. I.1)."""
+    """Stratified uniform, one time in each of B equal intervals, for less variance (Kingma et al. 2021, App. I.1)."""
 
     uniform = True
 
@@ -61,7 +61,12 @@ class Stratified(Times):
 
 
 class LogNormal(Times):
-    """log(sigma / alpha) is normal, its ends cut to the schedule's (Karras et al. 2022, Table 1)."""
+    """log(sigma / alpha) is normal, clipped to the range of the schedule (Karras et al. 2022, Table 1).
+
+    Args:
+        mean: mean of log(sigma / alpha).
+        std: standard deviation of log(sigma / alpha).
+    """
 
     def __init__(self, *, mean: float = -1.2, std: PositiveFloat = 1.2) -> None:
         super().__init__()
@@ -73,7 +78,12 @@ class LogNormal(Times):
 
 
 class LogitNormal(Times):
-    """log(t / (1 - t)) is normal, for straight paths (Esser et al. 2024, Eq. 19)."""
+    """log(t / (1 - t)) is normal, for rectified flows (Esser et al. 2024, Eq. 19).
+
+    Args:
+        mean: mean of log(t / (1 - t)).
+        std: standard deviation of log(t / (1 - t)).
+    """
 
     def __init__(self, *, mean: float = 0.0, std: PositiveFloat = 1.0) -> None:
         super().__init__()
@@ -85,11 +95,15 @@ class LogitNormal(Times):
 
 
 class LossSecondMoment(Times):
-    """Times in proportion to sqrt(E[loss^2]), the loss divided by that proportion (Nichol & Dhariwal 2021, Eq. 18).
+    """Importance sampling of times proportional to sqrt(E[loss^2]) (Nichol and Dhariwal 2021, Eq. 18).
 
-    The times that training draws are cut into `bins` alike, one an entry for a table of as many; each remembers its
-    last `memory` losses, in the checkpoint. Times are uniform until every bin is full. A share `uniform_share` always
-    stays uniform.
+    The loss is divided by the probability. Each bin of times keeps its last losses in the checkpoint; times are
+    uniform until all bins are full.
+
+    Args:
+        bins: number of bins; at most the number of timesteps of a discrete schedule.
+        memory: losses per bin.
+        uniform_share: fraction of times that are always uniform, in (0, 1].
     """
 
     uniform = True
@@ -113,16 +127,16 @@ class LossSecondMoment(Times):
             raise UsageError(
                 "time_sampling.bins",
                 self.bins,
-                "some would stay empty",
-                f"take {schedule.num_timesteps}, the number of timesteps, or fewer",
+                "some bins would stay empty",
+                f"use {schedule.num_timesteps}, the number of timesteps, or fewer",
             )
 
     def probabilities(self) -> Tensor:
-        """The probability of each bin, float64 [bins]."""
+        """Return the probability of each bin, float64 [bins]."""
         uniform = torch.full((self.bins,), 1 / self.bins, dtype=torch.float64, device=self.history.device)
         moments = self.history.double().square().mean(1).sqrt()
         learned = moments / moments.sum() * (1 - self.uniform_share) + uniform * self.uniform_share
-        # No branch on the host: a GPU would have to wait for it.
+        # No branch on the host, which would synchronize with a GPU.
         return torch.where((self.count >= self.memory).all(), learned, uniform)
 
     def forward(self, schedule: Schedule, u: Tensor) -> TimeBatch:
@@ -135,11 +149,11 @@ class LossSecondMoment(Times):
         return TimeBatch(schedule.time((chosen + within) / self.bins), weight.float(), u, chosen)
 
     def observe(self, bins: Tensor, loss: Tensor) -> None:
-        """Remember the losses, each in the place of its bin's oldest."""
+        """Store the losses, each in place of the oldest of its bin."""
         same = bins[:, None] == bins
-        earlier, later = same.tril(-1).sum(1), same.triu(1).sum(1)  # of the same bin in this batch
+        earlier, later = same.tril(-1).sum(1), same.triu(1).sum(1)  # number in the same bin in this batch
         places = (self.count[bins] + earlier) % self.memory
-        # Of more than a bin can hold only the last count, so that no place is written twice; the others go to a spare.
+        # Only the last `memory` losses of a bin are stored: no place is written twice; others go to a spare row.
         rows = torch.where(later < self.memory, bins, self.bins)
         history = torch.cat([self.history, self.history[:1]])
         history[rows, places] = loss.detach().to(history)
@@ -148,5 +162,5 @@ class LossSecondMoment(Times):
 
 
 def _normal(u: Tensor) -> Tensor:
-    """Standard normal numbers, float64, rising with u in [0, 1)."""
+    """Return standard normal numbers, float64, increasing with u in [0, 1)."""
     return torch.special.ndtri(u.double().clamp(1e-9, 1 - 1e-9))

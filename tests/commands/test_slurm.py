@@ -188,7 +188,9 @@ def test_a_job_that_fails_is_one_line_of_the_sweep(cluster, tmp_path):
     _, said = sweep.communicate()
     assert sweep.returncode == 2
     (line,) = (line for line in said.splitlines() if line.startswith("diffuse: "))
-    assert re.match(r"diffuse: job \d+_0: preview_steps=2000: the schedule has 1000 timesteps", line)
+    assert re.match(
+        r"diffuse: job \d+_0: preview_steps=2000: exceeds the 1000 timesteps of the schedule", line
+    )
     assert "Traceback" not in said
     assert steps(tmp_path / "p25") == 4  # the others are not touched by it
 

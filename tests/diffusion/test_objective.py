@@ -65,7 +65,7 @@ def column(value):
 def test_the_true_output_gives_back_image_and_noise(schedules, name, tag):
     schedule = schedules[tag]
     if name in ("eps", "score") and tag in NO_SIGNAL:
-        with pytest.raises(ValueError, match=f"parameterization={name}: .*alpha is 0 at t = 1.*take v, x0"):
+        with pytest.raises(ValueError, match=f"parameterization={name}: .*alpha is 0 at t = 1.*use v, x0"):
             Denoiser(nn.Identity(), schedule, MAPS[name])
         return
     t = times(schedule)
@@ -339,19 +339,19 @@ def test_hybrid_bound_trains_the_variance_only(schedules):
             VLB(variance="learned", label_dropout=0.0),
             False,
             "cosine",
-            "objective.variance=learned: goes with .*learn_variance=true",
+            "objective.variance=learned: needs .*learn_variance=true",
         ),
         (
             VLB(variance="small", label_dropout=0.0),
             True,
             "cosine",
-            "objective.variance=small: goes with .*learn_variance=false",
+            "objective.variance=small: needs .*learn_variance=false",
         ),
         (
             VLB(variance="small", label_dropout=0.0),
             False,
             "vp",
-            "objective=vlb: the bound is a sum over timesteps, and the VP schedule has none; take linear",
+            "objective=vlb: the bound is a sum over timesteps, but the VP schedule is continuous; use linear",
         ),
     ],
 )
@@ -364,7 +364,9 @@ def test_what_cannot_be_trained_is_refused(schedules, objective, learn, tag, mes
 
 def test_the_bound_wants_the_timesteps(schedules):
     denoiser = Denoiser(nn.Identity(), schedules["cosine"], Eps())
-    with pytest.raises(ValueError, match="time_sampling=log_normal: the bound is a mean over the timesteps"):
+    with pytest.raises(
+        ValueError, match="time_sampling=log_normal: the bound is a mean over uniform timesteps"
+    ):
         VLB(variance="small", label_dropout=0.0).check(denoiser, LogNormal(mean=0.0, std=1.0))
     VLB(variance="small", label_dropout=0.0).check(
         denoiser, LossSecondMoment(bins=10, memory=2, uniform_share=0.1)
@@ -510,7 +512,7 @@ def test_every_bin_fills_and_sampling_by_importance_begins(schedules, tag, bins)
 
 def test_more_bins_than_timesteps_are_refused():
     times = LossSecondMoment(bins=101, memory=2, uniform_share=0.001)
-    with pytest.raises(ValueError, match=r"time_sampling.bins=101: .*take 100"):
+    with pytest.raises(ValueError, match=r"time_sampling.bins=101: .*use 100"):
         times.check(process("cosine", 100))
 
 

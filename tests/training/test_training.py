@@ -113,7 +113,7 @@ def test_the_best_by_another_metric_is_sought_anew(tmp_path):
         (["eval_every=5", "keep_best=kid"], "keep_best=kid: not in metric=[fid]; add it to metric"),
         (
             ["eval_every=5", "metric=kid"],
-            "metric.kid.subset_size=1000: must be 2 or more and at most the 500",
+            "metric.kid.subset_size=1000: must be at least 2 and at most 500",
         ),
         (["eval_every=5", "metric=bound"], "metric=bound: measures no samples"),
         (

@@ -1,7 +1,4 @@
-"""Noise schedules: how much signal and how much noise there is at each time.
-
-Everywhere `x_t = alpha_t x_0 + sigma_t eps`, with t = 0 the data and t = 1 the noise.
-"""
+"""Noise schedules: alpha and sigma in `x_t = alpha_t x_0 + sigma_t eps`, from the data (t = 0) to noise (t = 1)."""
 
 from diffusion_cli.diffusion.schedules.base import NO_SIGNAL, Schedule, Spacing
 from diffusion_cli.diffusion.schedules.continuous import VE, VP, EDMSchedule, Rectified, SubVP

@@ -1,4 +1,4 @@
-"""What a schedule is."""
+"""Base class of noise schedules."""
 
 import math
 from abc import ABC, abstractmethod
@@ -10,46 +10,46 @@ from torch import Tensor
 from diffusion_cli.errors import UsageError
 
 Spacing = Literal["leading", "trailing", "linspace", "quadratic", "karras", "log_snr", "time"]
-RHO = 7.0  # of the karras grid (Karras et al. 2022, App. D.1)
-# sigma / alpha beyond which there is no signal to speak of: above that of DDPM's last timestep, 157, and far below that
-# of the cosine schedule's, 20,000, of which Karras et al. 2022 (App. C.3) too leave out what lies above 80.
+RHO = 7.0  # exponent of the karras grid (Karras et al. 2022, App. D.1)
+# sigma / alpha above which the signal is negligible: DDPM's last timestep has 157, that of the cosine schedule 20,000;
+# Karras et al. 2022 (App. C.3) also leave out levels above 80.
 NO_SIGNAL = 160.0
 
 
 class Schedule(ABC):
-    """A map from time to the amounts of signal and noise; all of it is computed in float64.
+    """Base class of schedules, which map times in [0, 1] of any shape to alpha and sigma in float64.
 
-    Functions of t take times in [0, 1] of any shape, and return on the device of t.
+    Results are on the device of t.
     """
 
     t_min: float
-    """The smallest time that training and likelihoods visit, in (0, 1)."""
+    """Smallest time of training and likelihoods, in (0, 1)."""
     grid_t_min: float
-    """The smallest positive time of a sampling grid, at least t_min."""
+    """Smallest positive time of a sampling grid, at least t_min."""
 
     @abstractmethod
     def __call__(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        """Return float64 `(alpha_t, sigma_t)`."""
+        """Return (alpha_t, sigma_t), float64."""
 
     @abstractmethod
     def derivatives(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        """Return float64 `(d alpha / dt, d sigma / dt)` at t > 0; the slope from the left where it jumps."""
+        """Return (d alpha / dt, d sigma / dt) at t > 0, float64; at kinks the derivative from the left."""
 
     @abstractmethod
     def log_snr(self, t: Tensor) -> Tensor:
-        """Return float64 `log(alpha_t^2 / sigma_t^2)`, which falls strictly with t; +inf at t = 0."""
+        """Return `log(alpha_t^2 / sigma_t^2)`, float64, strictly decreasing in t; +inf at t = 0."""
 
     @abstractmethod
     def time_of(self, log_snr: Tensor) -> Tensor:
-        """Return the float64 time of a log signal-to-noise ratio, the inverse of `log_snr`, within [0, 1]."""
+        """Return the time in [0, 1] with this log signal-to-noise ratio, float64: the inverse of `log_snr`."""
 
     @abstractmethod
     def timestep(self, t: Tensor) -> Tensor:
-        """Return the noise level number that the network gets for time t."""
+        """Return the noise level that the network gets at time t."""
 
     @property
     def name(self) -> str:
-        """Name in messages."""
+        """Name of the schedule in messages."""
         return type(self).__name__.removesuffix("Schedule")
 
     def equals(self, other: "Schedule") -> bool:
@@ -62,13 +62,14 @@ class Schedule(ABC):
         )
 
     def time(self, u: Tensor) -> Tensor:
-        """Map uniform numbers u in [0, 1) to uniform training times, float64 in [t_min, 1]."""
+        """Map uniform numbers u in [0, 1) to uniform training times in [t_min, 1], float64."""
         return self.t_min + (1 - self.t_min) * u.double()
 
     def sde(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        """Return f and g^2 of the process `dx = f x dt + g dw`, float64, at t > 0.
+        """Return f and g^2 of the SDE `dx = f x dt + g dw` at t > 0, float64.
 
-        f = alpha' / alpha and g^2 = 2 sigma (sigma' - f sigma); both are infinite where alpha = 0.
+        f = alpha' / alpha and g^2 = 2 sigma (sigma' - f sigma), infinite where alpha = 0.
+
         Source: Kingma et al. 2021, Eq. 10-11; Song et al. 2021b, App. B for VP, sub-VP and VE.
         """
         (alpha, sigma), (d_alpha, d_sigma) = self(t), self.derivatives(t)
@@ -76,33 +77,34 @@ class Schedule(ABC):
         return f, 2 * sigma * (d_sigma - f * sigma)
 
     def prior_std(self, t: Tensor) -> Tensor:
-        """Return the standard deviation of the Gaussian that sampling starts from at time t: max(1, sigma_t).
+        """Return the standard deviation of the initial noise of sampling from time t: max(1, sigma_t).
 
-        That is 1 for processes that keep the variance of data, and sigma where the noise outgrows the data.
+        It is 1 for variance-preserving processes, and sigma for variance-exploding ones.
         """
         return self(t)[1].clamp(min=1)
 
     def transition(self, t: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
-        """Return `(a, v)` of `q(x_t | x_s) = N(a x_s, v)` for s < t.
+        """Return (a, v) of `q(x_t | x_s) = N(a x_s, v)` for s < t.
 
-        a = alpha_t / alpha_s and v = sigma_t^2 - a^2 sigma_s^2, the latter written with the ratio of the two
-        signal-to-noise ratios, so that neighbours do not cancel.
+        a = alpha_t / alpha_s and v = sigma_t^2 - a^2 sigma_s^2, computed from the ratio of the signal-to-noise ratios
+        to avoid cancellation for close times.
         """
         (alpha_t, sigma_t), (alpha_s, _) = self(t), self(s)
         return alpha_t / alpha_s, -(sigma_t**2) * torch.expm1(self.log_snr(t) - self.log_snr(s))
 
     def grid(self, steps: int, spacing: Spacing) -> Tensor:
-        """Return steps + 1 falling times, from 1 or somewhat below to grid_t_min, then 0.
+        """Return the steps + 1 decreasing times of a sampling grid, from about 1 to grid_t_min, and then 0.
 
-        With k = 0..steps - 1: `leading`, `trailing`, `linspace` and `quadratic` are the published lists of the
-        T-step process, on its table (`Discrete.grid`), or their limits for large T on [grid_t_min, 1]: k / steps,
-        1 - k / steps, an even grid, an even grid squared. Off the table: `time` is even in t, `log_snr` in
-        log(alpha / sigma), `karras` in (sigma / alpha)^(1/7) (Karras et al. 2022, Eq. 5), these two from where
-        sigma / alpha is NO_SIGNAL if it goes beyond. A single step always starts at 1, because that is where pure noise
-        lives. UsageError where there is no such grid.
+        With k = 0..steps - 1, the spacings `leading`, `trailing`, `linspace` and `quadratic` are the limits of
+        `Discrete.grid` for many timesteps: k / steps, 1 - k / steps, uniform, and uniform squared, on [grid_t_min, 1].
+        `time` is uniform in t, `log_snr` in log(alpha / sigma), and `karras` in (sigma / alpha)^(1/7) (Karras et al.
+        2022, Eq. 5); the latter two start at most at sigma / alpha = NO_SIGNAL. A single step always starts at 1.
+
+        Raises:
+            UsageError: there is no such grid.
         """
         if steps < 1:
-            raise UsageError("steps", steps, "give a number from 1")
+            raise UsageError("steps", steps, "must be positive", "use 1 or more")
         k = torch.arange(steps, dtype=torch.float64)
         share = k / max(1, steps - 1)
         if steps == 1:
@@ -119,7 +121,7 @@ class Schedule(ABC):
         return torch.cat([times, torch.zeros(1, dtype=torch.float64)])
 
     def _even_in_noise(self, share: Tensor, spacing: Spacing) -> Tensor:
-        """Times to grid_t_min, even in the logarithm or a root of sigma / alpha."""
+        """Return times down to grid_t_min, uniform in the logarithm or the root of sigma / alpha."""
         ends = torch.tensor([1.0, self.grid_t_min], dtype=torch.float64)
         noisiest, cleanest = self.log_snr(ends).clamp(min=-2 * math.log(NO_SIGNAL))
         if spacing == "log_snr":

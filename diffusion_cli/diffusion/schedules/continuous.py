@@ -1,4 +1,4 @@
-"""Processes in continuous time."""
+"""Schedules in continuous time."""
 
 import math
 from typing import Annotated
@@ -11,32 +11,32 @@ from diffusion_cli.diffusion.schedules.base import RHO, Schedule
 from diffusion_cli.errors import UsageError
 
 Fraction = Annotated[float, Field(gt=0, lt=1)]
-# The smallest time of training, where the published sampling stops earlier (Song et al. 2021b, App. C).
+# Smallest time of training; published samplers stop earlier (Song et al. 2021b, App. C).
 TRAINING_T_MIN = 1e-5
-# Networks made for DDPM's timesteps 0..999 get 999 t.
+# Networks made for the timesteps 0..999 of DDPM get 999 t.
 LAST_TIMESTEP = 999
 
 
 def _integral(t: Tensor, beta_min: float, beta_max: float) -> Tensor:
-    """B(t), the integral from 0 to t of beta = beta_min + t (beta_max - beta_min), float64."""
+    """Return the integral B(t) of beta = beta_min + t (beta_max - beta_min) from 0 to t, float64."""
     t = t.double()
     return t * (beta_min + t * ((beta_max - beta_min) / 2))
 
 
 def _time_of_integral(B: Tensor, beta_min: float, beta_max: float) -> Tensor:
-    """The time up to 1 at which the integral of beta is B, written without the difference of near numbers."""
+    """Return the time in [0, 1] at which the integral of beta is B, in a form without cancellation."""
     B = B.clamp(max=(beta_min + beta_max) / 2)
     return 2 * B / (beta_min + torch.sqrt(beta_min**2 + 2 * (beta_max - beta_min) * B))
 
 
 class _LinearBeta(Schedule):
-    """What VP and sub-VP share: alpha = exp(-B / 2) with a linear beta."""
+    """Base class of VP and sub-VP: alpha = exp(-B / 2) with a linear beta."""
 
     def __init__(
         self, *, beta_min: PositiveFloat = 0.1, beta_max: PositiveFloat = 20.0, grid_t_min: Fraction = 0.001
     ) -> None:
         if beta_min >= beta_max:
-            raise UsageError("schedule.beta_min", beta_min, f"must lie below schedule.beta_max={beta_max}")
+            raise UsageError("schedule.beta_min", beta_min, f"must be less than schedule.beta_max={beta_max}")
         self.beta_min, self.beta_max = beta_min, beta_max
         self.t_min, self.grid_t_min = min(TRAINING_T_MIN, grid_t_min), grid_t_min
 
@@ -51,9 +51,14 @@ class _LinearBeta(Schedule):
 
 
 class VP(_LinearBeta):
-    """The variance-preserving SDE: `alpha = exp(-B / 2)`, `sigma^2 = 1 - exp(-B)` (Song et al. 2021b, Eq. 29-33).
+    """Variance-preserving SDE: `alpha = exp(-B / 2), sigma^2 = 1 - exp(-B)` (Song et al. 2021b, Eq. 29-33).
 
     B is the integral of beta(t) = beta_min + t (beta_max - beta_min).
+
+    Args:
+        beta_min: beta at t = 0.
+        beta_max: beta at t = 1.
+        grid_t_min: smallest positive time of a sampling grid, in (0, 1).
     """
 
     def __call__(self, t: Tensor) -> tuple[Tensor, Tensor]:
@@ -74,7 +79,7 @@ class VP(_LinearBeta):
 
 
 class SubVP(_LinearBeta):
-    """The sub-VP SDE: `alpha = exp(-B / 2)`, `sigma = 1 - exp(-B)` (Song et al. 2021b, Eq. 27-29)."""
+    """Sub-VP SDE: `alpha = exp(-B / 2), sigma = 1 - exp(-B)` (Song et al. 2021b, Eq. 27-29); arguments as `VP`."""
 
     def __call__(self, t: Tensor) -> tuple[Tensor, Tensor]:
         B = self._integrated_beta(t)
@@ -94,10 +99,16 @@ class SubVP(_LinearBeta):
 
 
 class VE(Schedule):
-    """The variance-exploding SDE: `alpha = 1`, `sigma = sigma_min (sigma_max / sigma_min)^t`, sigma_0 = 0.
+    """Variance-exploding SDE: alpha = 1, `sigma = sigma_min (sigma_max / sigma_min)^t` for t > 0, sigma_0 = 0.
 
-    The jump at t = 0 is the published one. The network gets log sigma. Raises UsageError unless sigma_min <
-    sigma_max. Source: Song et al. 2021b, Eq. 30-31 and App. C.
+    The network gets log sigma.
+
+    Args:
+        sigma_min: limit of sigma for t -> 0.
+        sigma_max: sigma at t = 1, more than sigma_min.
+        grid_t_min: smallest positive time of a sampling grid, in (0, 1).
+
+    Source: Song et al. 2021b, Eq. 30-31 and App. C.
     """
 
     def __init__(
@@ -109,7 +120,7 @@ class VE(Schedule):
     ) -> None:
         if sigma_min >= sigma_max:
             raise UsageError(
-                "schedule.sigma_min", sigma_min, f"must lie below schedule.sigma_max={sigma_max}"
+                "schedule.sigma_min", sigma_min, f"must be less than schedule.sigma_max={sigma_max}"
             )
         self.log_min, self.log_rise = math.log(sigma_min), math.log(sigma_max / sigma_min)
         self.t_min, self.grid_t_min = min(TRAINING_T_MIN, grid_t_min), grid_t_min
@@ -134,17 +145,20 @@ class VE(Schedule):
 
 
 class EDMSchedule(Schedule):
-    """`alpha = 1`, `sigma = sigma_max t^7`: the processes of Karras et al. 2022, in a time of their grid's spacing.
+    """EDM: alpha = 1, `sigma = sigma_max t^7` (Karras et al. 2022).
 
-    Their time is sigma itself; neither their sampler nor their training sees the difference. sigma_min is the smallest
-    positive noise of training and of sampling grids. The network gets log(sigma) / 4. Raises UsageError unless
-    sigma_min < sigma_max.
+    The paper uses sigma as time; this time makes its grid uniform and changes neither training nor sampling. The
+    network gets log(sigma) / 4.
+
+    Args:
+        sigma_min: smallest positive noise level of training and sampling grids.
+        sigma_max: sigma at t = 1, more than sigma_min.
     """
 
     def __init__(self, *, sigma_min: PositiveFloat = 0.002, sigma_max: PositiveFloat = 80.0) -> None:
         if sigma_min >= sigma_max:
             raise UsageError(
-                "schedule.sigma_min", sigma_min, f"must lie below schedule.sigma_max={sigma_max}"
+                "schedule.sigma_min", sigma_min, f"must be less than schedule.sigma_max={sigma_max}"
             )
         self.sigma_max = sigma_max
         self.t_min = self.grid_t_min = (sigma_min / sigma_max) ** (1 / RHO)
@@ -166,7 +180,11 @@ class EDMSchedule(Schedule):
 
 
 class Rectified(Schedule):
-    """Straight lines from data to noise: `alpha = 1 - t`, `sigma = t` (Liu et al. 2023; Lipman et al. 2023)."""
+    """Straight paths from data to noise: `alpha = 1 - t, sigma = t` (Liu et al. 2023; Lipman et al. 2023).
+
+    Args:
+        grid_t_min: smallest positive time of a sampling grid, in (0, 1).
+    """
 
     def __init__(self, *, grid_t_min: Fraction = 0.001) -> None:
         self.t_min, self.grid_t_min = min(TRAINING_T_MIN, grid_t_min), grid_t_min

@@ -1,4 +1,4 @@
-"""Variance-preserving processes of T steps, given by their betas."""
+"""Variance-preserving schedules with T timesteps, defined by betas."""
 
 import math
 from typing import Annotated
@@ -11,20 +11,22 @@ from diffusion_cli.diffusion.schedules.base import Schedule, Spacing
 from diffusion_cli.errors import UsageError
 
 Fraction = Annotated[float, Field(gt=0, lt=1)]
-KNOWN = 8  # times of which the level is kept
+KNOWN = 8  # times with cached levels
 
 
 class Discrete(Schedule):
-    """The variance-preserving process with T steps, given by its betas (Ho et al. 2020, Eq. 2-4).
+    """Variance-preserving process with T timesteps (Ho et al. 2020, Eq. 2-4).
 
-    A table of log alpha_bar at t = i/T for i = 0..T, with alpha_bar_0 = 1; linear in log alpha_bar between
-    entries, so that on the table it is the published process exactly. Entry i is the level that DDPM's code
-    numbers i - 1.
+    A table of log alpha_bar at t = i/T for i = 0..T, with alpha_bar_0 = 1, interpolated linearly. At t = i/T it is
+    the published process exactly; entry i is timestep i - 1 of DDPM's code.
 
-    With `zero_terminal_snr` sqrt(alpha_bar) is shifted and scaled so that it ends at 0 and its first entry
-    stays (Lin et al. 2024, Alg. 1); the last interval is then linear in sqrt(alpha_bar).
+    Args:
+        betas: the T betas, each in (0, 1).
+        zero_terminal_snr: whether to shift and scale sqrt(alpha_bar) such that the last entry is 0 and the first is
+            unchanged (Lin et al. 2024, Alg. 1); the last interval is then linear in sqrt(alpha_bar).
 
-    Raises UsageError if a beta leaves (0, 1).
+    Raises:
+        UsageError: a beta is outside (0, 1).
     """
 
     def __init__(self, betas: Tensor, zero_terminal_snr: bool) -> None:
@@ -32,8 +34,8 @@ class Discrete(Schedule):
             raise UsageError(
                 "schedule.num_timesteps",
                 len(betas),
-                f"beta leaves (0, 1), it runs from {betas.min():.3g} to {betas.max():.3g}",
-                "take more timesteps, smaller betas or, of a sigmoid, a larger tau",
+                f"betas must be in (0, 1), but range from {betas.min():.3g} to {betas.max():.3g}",
+                "use more timesteps, smaller betas or (for sigmoid) a larger tau",
             )
         alpha_bar = torch.cumprod(1 - betas.double(), 0)
         if zero_terminal_snr:
@@ -46,27 +48,27 @@ class Discrete(Schedule):
         self.zero_terminal_snr = zero_terminal_snr
         table = torch.cat([torch.ones(1, dtype=torch.float64), alpha_bar]).log()
         self._log_alpha_bar = {torch.device("cpu"): table}
-        self._known: dict[float, Tensor] = {}  # a step asks for its two times again and again
+        self._known: dict[float, Tensor] = {}  # a sampling step evaluates its two times repeatedly
 
     def _table(self, device: torch.device) -> Tensor:
         if device not in self._log_alpha_bar:
-            with torch.inference_mode(False):  # kept, and perhaps differentiated through later
+            with torch.inference_mode(False):  # cached tensors may be used with autograd later
                 self._log_alpha_bar[device] = self._log_alpha_bar[torch.device("cpu")].to(device)
         return self._log_alpha_bar[device]
 
     def _interval(self, t: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """The place of t in the interval (i, i+1] / T, in [0, 1]; log alpha_bar at its start; its rise over
-        the interval, 0 where that is infinite; and whether it is."""
+        """Return the position of t in its interval (i, i + 1] / T, in [0, 1]; log alpha_bar at the start; its increase
+        over the interval, 0 if infinite; and whether it is infinite."""
         table = self._table(t.device)
         position = t.double() * self.num_timesteps
-        # An entry of the table ends its interval, whichever way its product with T was rounded.
+        # Times i / T belong to the interval that they end, regardless of rounding.
         below = ((position - 1e-9).ceil() - 1).clamp(0, self.num_timesteps - 1)
         left, right = table[below.long()], table[below.long() + 1]
         endless = right.isinf()
         return position - below, left, torch.where(endless, left, right) - left, endless
 
     def log_alpha_bar(self, t: Tensor) -> Tensor:
-        """Return float64 `log alpha_bar_t` on the device of t."""
+        """Return log alpha_bar_t, float64."""
         if t.ndim == 0 and t.device.type == "cpu" and not t.requires_grad:
             return self._of_time(t.item())
         return self._between_entries(t)
@@ -74,7 +76,7 @@ class Discrete(Schedule):
     def _of_time(self, t: float) -> Tensor:
         found = self._known.get(t)
         if found is None:
-            with torch.inference_mode(False):  # kept, and perhaps differentiated through later
+            with torch.inference_mode(False):  # cached tensors may be used with autograd later
                 found = self._between_entries(torch.tensor(t, dtype=torch.float64, device="cpu"))
             if len(self._known) >= KNOWN:
                 self._known.clear()
@@ -109,19 +111,22 @@ class Discrete(Schedule):
         return (below + place.clamp(0, 1)) / self.num_timesteps
 
     def time(self, u: Tensor) -> Tensor:
-        """Map uniform numbers u in [0, 1) to the entries of the table, float64."""
+        """Map uniform numbers u in [0, 1) to times i / T, i = 1..T, float64."""
         return ((u.double() * self.num_timesteps).floor() + 1) / self.num_timesteps
 
     def timestep(self, t: Tensor) -> Tensor:
         return t * self.num_timesteps - 1
 
     def grid(self, steps: int, spacing: Spacing) -> Tensor:
-        """Return the times of the T-step process that `steps` steps visit, then 0.
+        """Return the decreasing times of `steps` steps of the T-step process, and then 0.
 
-        With entries numbered 1..T: `leading` is 1 + k floor(T/steps) (DDIM's "uniform"; it starts short of the
-        noise unless steps divides T), `trailing` T - k T/steps, `linspace` spans 1..T evenly, `quadratic`
-        squares an even grid that ends at 0.8 T (Song et al. 2021a, D.3). These are for 1 <= steps <= T, else
-        UsageError; the others are `Schedule.grid`.
+        With timesteps numbered 1..T: `leading` is 1 + k floor(T / steps) (DDIM's "uniform", which does not start at T
+        unless steps divides T), `trailing` T - k T / steps, `linspace` a uniform grid on 1..T, and `quadratic` squares
+        of a uniform grid up to 0.8 T (Song et al. 2021a, D.3). These need 1 <= steps <= T. For the other spacings see
+        `Schedule.grid`.
+
+        Raises:
+            UsageError: there is no such grid.
         """
         T = self.num_timesteps
         if steps <= 1 or spacing in ("karras", "log_snr", "time"):
@@ -130,9 +135,8 @@ class Discrete(Schedule):
             raise UsageError(
                 "steps",
                 steps,
-                f"the schedule has {T} timesteps",
-                f"give a number from 1 to {T}, or set sampler.spacing=karras, log_snr or time, which have no such "
-                "limit",
+                f"exceeds the {T} timesteps of the schedule",
+                f"use 1 to {T}, or set sampler.spacing=karras, log_snr or time, which have no such limit",
             )
         k = torch.arange(steps, dtype=torch.float64)
         if spacing == "leading":
@@ -143,13 +147,20 @@ class Discrete(Schedule):
             entries = 1 + torch.round(k * ((T - 1) / (steps - 1)))
         else:
             squares = 1 + torch.floor((k * (math.sqrt(0.8 * T) / (steps - 1))) ** 2)
-            # Near the data the squares fall together: each entry moves up until all are different.
+            # Squares near the data coincide: increase entries until all are distinct.
             entries = torch.cummax(squares - k, 0).values + k
         return torch.cat([entries.flip(0) / T, torch.zeros(1, dtype=torch.float64)])
 
 
 class Linear(Discrete):
-    """Betas that rise linearly (Ho et al. 2020, Sec. 4), their range stated for 1,000 steps."""
+    """Betas that increase linearly (Ho et al. 2020, Sec. 4).
+
+    Args:
+        num_timesteps: number of timesteps T; betas are multiplied by 1000 / T.
+        beta_start: first beta, for T = 1000.
+        beta_end: last beta, for T = 1000.
+        zero_terminal_snr: see `Discrete`.
+    """
 
     def __init__(
         self,
@@ -165,7 +176,14 @@ class Linear(Discrete):
 
 
 class ScaledLinear(Discrete):
-    """Betas whose square roots rise linearly (the latent-diffusion code's "linear"), range for 1,000 steps."""
+    """Betas whose square roots increase linearly ("linear" in the code of latent diffusion).
+
+    Args:
+        num_timesteps: number of timesteps T; betas are multiplied by 1000 / T.
+        beta_start: first beta, for T = 1000.
+        beta_end: last beta, for T = 1000.
+        zero_terminal_snr: see `Discrete`.
+    """
 
     def __init__(
         self,
@@ -181,7 +199,14 @@ class ScaledLinear(Discrete):
 
 
 class Cosine(Discrete):
-    """alpha_bar is a squared cosine (Nichol & Dhariwal 2021, Eq. 17), each beta at most max_beta."""
+    """Squared-cosine alpha_bar (Nichol and Dhariwal 2021, Eq. 17).
+
+    Args:
+        num_timesteps: number of timesteps T.
+        offset: the paper's s, which keeps the first betas from being tiny.
+        max_beta: largest beta, in (0, 1).
+        zero_terminal_snr: see `Discrete`.
+    """
 
     def __init__(
         self,
@@ -197,10 +222,18 @@ class Cosine(Discrete):
 
 
 class Sigmoid(Discrete):
-    """alpha_bar is a falling sigmoid, scaled to end at 1 and 0 (Jabri et al. 2023, App. B).
+    """Sigmoid alpha_bar, scaled to [0, 1] (Jabri et al. 2023, App. B).
 
-    `alpha_bar(t) = (sigmoid(end / tau) - sigmoid((start + t (end - start)) / tau)) / (sigmoid(end / tau) -
-    sigmoid(start / tau))`, each beta at most max_beta. Raises UsageError unless start < end.
+    alpha_bar(t) = (sigmoid(end / tau) - sigmoid((start + t (end - start)) / tau)) / (sigmoid(end / tau) -
+    sigmoid(start / tau))
+
+    Args:
+        num_timesteps: number of timesteps T.
+        start: start of the sigmoid.
+        end: end of the sigmoid, more than `start`.
+        tau: temperature of the sigmoid.
+        max_beta: largest beta, in (0, 1).
+        zero_terminal_snr: see `Discrete`.
     """
 
     def __init__(
@@ -214,7 +247,7 @@ class Sigmoid(Discrete):
         zero_terminal_snr: bool = False,
     ) -> None:
         if start >= end:
-            raise UsageError("schedule.start", start, f"must lie below schedule.end={end}")
+            raise UsageError("schedule.start", start, f"must be less than schedule.end={end}")
         t = torch.arange(num_timesteps + 1, dtype=torch.float64) / num_timesteps
         first, *_, last = fall = torch.sigmoid(-(start + t * (end - start)) / tau)
         alpha_bar = (fall - last) / (first - last)

@@ -1,4 +1,4 @@
-"""Samplers, which go from noise to images in steps."""
+"""Samplers: solvers that generate images from noise in steps."""
 
 from diffusion_cli.samplers.base import NoiseFn, Sampler, integrate, start_grid_at
 from diffusion_cli.samplers.ddim import DDIM, invert

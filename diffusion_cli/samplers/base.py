@@ -1,4 +1,4 @@
-"""The interface of samplers, and the loop that runs them."""
+"""Base class of samplers, and the sampling loop."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
@@ -13,18 +13,21 @@ from diffusion_cli.diffusion.denoiser import Denoise, Denoiser, Prediction
 from diffusion_cli.diffusion.schedules import Discrete, Schedule, Spacing
 
 NoiseFn = Callable[[], Tensor]
-"""Returns the next standard normal noise, in the shape of the images."""
+"""Returns the next standard normal noise in the shape of the images."""
 
 
 class Sampler(ABC):
-    """A rule for one step from time t to the next smaller time s."""
+    """Base class of samplers, which define a step from time t to the next smaller time s.
 
-    order: int  # of convergence to the exact solution, in the largest step
+    Args:
+        schedule: noise schedule.
+        spacing: spacing of the times, see `Schedule.grid`.
+    """
+
+    order: int  # order of convergence to the exact solution
     stochastic = False  # whether steps add noise
-    per_image = False  # whether images of a batch would depend on each other
-    omits_cleanest = (
-        False  # whether the grids `leading` and `linspace` omit the visited time next to the data
-    )
+    per_image = False  # whether images must be generated one by one to be independent
+    omits_cleanest = False  # whether the grids `leading` and `linspace` omit their smallest positive time
 
     def __init__(self, schedule: Schedule, *, spacing: Spacing = "trailing") -> None:
         self.schedule = schedule
@@ -34,23 +37,33 @@ class Sampler(ABC):
     def step(
         self, denoise: Denoise, x: Tensor, t: Tensor, s: Tensor, draw: NoiseFn, state: Any
     ) -> tuple[Tensor, Any]:
-        """Take x from t to s < t (0-d float64 times on the CPU) and return it with the solver's state.
+        """Step x from time t to s < t.
 
-        All randomness comes from `draw`, and the number of its calls does not depend on x. The step to the data, s = 0,
-        adds no noise. `state` is what `start` or the last step returned.
+        A step to s = 0 adds no noise. The number of calls of `draw` does not depend on x.
+
+        Args:
+            denoise: denoiser.
+            x: states [B, C, H, W] at time t.
+            t: current time, 0-d float64 on the CPU.
+            s: next time, likewise.
+            draw: returns noise of the shape of x, the only source of randomness.
+            state: solver state, returned by `start` or the previous step.
+
+        Returns:
+            The states at time s, and the new solver state.
         """
 
     def check(self, denoiser: Denoiser) -> None:  # noqa: B027
-        """Raise UsageError if the denoiser lacks what the sampler needs."""
+        """Raise UsageError if the denoiser lacks an output that the sampler needs."""
 
     def start(self, times: Tensor) -> Any:
-        """Return the solver's state before a run through falling times."""
+        """Return the initial solver state for decreasing `times`."""
         return None
 
     def grid(self, steps: int) -> Tensor:
-        """Return the falling times of a run of `steps` steps; UsageError if there is no such grid.
+        """Return the decreasing times of `steps` steps; UsageError if there is no such grid.
 
-        If it `shortens` the grid, this is the grid of steps + 1 steps without its last time above 0, as in diffusers.
+        If `shortens(steps)`, this is the grid of steps + 1 steps without its smallest positive time, as in diffusers.
         """
         if not self.shortens(steps):
             return self.schedule.grid(steps, self.spacing)
@@ -58,37 +71,43 @@ class Sampler(ABC):
         return torch.cat([times[:-2], times[-1:]])
 
     def shortens(self, steps: int) -> bool:
-        """Whether the grid of `steps` steps omits the visited time next to the data.
+        """Return whether the grid of `steps` steps omits its smallest positive time.
 
-        A table of exactly `steps` timesteps is visited whole.
+        A grid of all timesteps of a discrete schedule is never shortened.
         """
         whole = isinstance(self.schedule, Discrete) and steps >= self.schedule.num_timesteps
         return self.omits_cleanest and self.spacing in ("leading", "linspace") and steps >= 2 and not whole
 
     def grid_settings(self, steps: int) -> dict[str, str]:
-        """Return the settings that the grid adds to those of the images: one if it `shortens` the grid, else none.
+        """Return the entry that describes a shortened grid in the settings of images; empty for other grids.
 
-        Earlier versions visited the whole grid and recorded nothing about it.
+        Older versions never shortened grids, and recorded nothing.
         """
         return {"grid": "omits the time next to the data"} if self.shortens(steps) else {}
 
     def half_log_snr(self, t: Tensor) -> Tensor:
-        """`lambda = log(alpha / sigma)`, the time variable of the DPM-Solvers."""
+        """Return `lambda = log(alpha / sigma)`, the time variable of DPM-Solver."""
         return self.schedule.log_snr(t) / 2
 
     def ratio(self, t: Tensor) -> Tensor:
-        """`sigma / alpha`, the time variable in which x / alpha moves along eps (Song et al. 2021a, Eq. 14)."""
+        """Return sigma / alpha, the time in which eps is the velocity of x / alpha (Song et al. 2021a, Eq. 14)."""
         alpha, sigma = self.schedule(t)
         return sigma / alpha
 
     def euler_step(self, prediction: Prediction, s: Tensor) -> Tensor:
-        """`alpha_s x_0 + sigma_s eps`, Euler's step to time s."""
+        """Return `alpha_s x_0 + sigma_s eps`, the Euler step to time s."""
         alpha, sigma = self.schedule(s)
         return alpha * prediction.x0 + sigma * prediction.eps
 
 
 class AncestralSampler(Sampler):
-    """A sampler that adds a share `eta` of fresh noise at each step: 0 none, 1 that of an ancestral step."""
+    """Base class of samplers that add fresh noise at each step.
+
+    Args:
+        schedule: noise schedule.
+        eta: amount of fresh noise; 0: none, 1: an ancestral step.
+        spacing: spacing of the times, see `Schedule.grid`.
+    """
 
     def __init__(
         self, schedule: Schedule, *, eta: NonNegativeFloat = 0.0, spacing: Spacing = "trailing"
@@ -98,10 +117,10 @@ class AncestralSampler(Sampler):
         self.stochastic = eta > 0
 
     def ancestral(self, t: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
-        """Split sigma_s into kept and fresh noise: `sigma_s^2 = kept^2 + fresh^2`.
+        """Split sigma_s into kept and fresh noise, `sigma_s^2 = kept^2 + fresh^2`.
 
-        fresh = eta sigma_s sqrt(1 - SNR_t / SNR_s), at most sigma_s: with eta 1 that of DDPM's small variance
-        (Song et al. 2021a, Eq. 16).
+        `fresh = eta sigma_s sqrt(1 - SNR_t / SNR_s)`, at most sigma_s; eta = 1 gives DDPM's small variance (Song et al.
+        2021a, Eq. 16).
         """
         _, sigma_s = self.schedule(s)
         gap = -torch.expm1(self.schedule.log_snr(t) - self.schedule.log_snr(s))
@@ -110,7 +129,7 @@ class AncestralSampler(Sampler):
 
 
 def start_grid_at(times: Tensor, t: float) -> Tensor:
-    """Return the falling times from t down; from times[0] if that is smaller."""
+    """Return the times of a grid that are below t, starting at min(t, times[0])."""
     first = min(t, float(times[0]))
     return torch.cat([times.new_full((1,), first), times[times < first - 1e-9]])
 
@@ -118,7 +137,15 @@ def start_grid_at(times: Tensor, t: float) -> Tensor:
 def integrate(
     sampler: Sampler, denoise: Denoise, x: Tensor, times: Tensor, draw: NoiseFn
 ) -> Iterator[Tensor]:
-    """Step x through the falling `times` and yield the state after each step."""
+    """Step x through decreasing `times`, and yield the state after each step.
+
+    Args:
+        sampler: the sampler.
+        denoise: denoiser, may be guided.
+        x: noise [B, C, H, W] at times[0].
+        times: decreasing times.
+        draw: returns noise of the shape of x.
+    """
     times = times.double().cpu()
     state = sampler.start(times)
     for t, s in pairwise(times):

@@ -1,4 +1,4 @@
-"""Denoising diffusion implicit models, and their inversion."""
+"""DDIM and its inversion."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -11,11 +11,11 @@ from diffusion_cli.samplers.base import AncestralSampler, NoiseFn, integrate
 
 
 class DDIM(AncestralSampler):
-    """`x_s = alpha_s x_0 + sqrt(sigma_s^2 - sigma_eta^2) eps + sigma_eta z` (Song et al. 2021a, Eq. 12).
+    """DDIM: `x_s = alpha_s x_0 + sqrt(sigma_s^2 - sigma_eta^2) eps + sigma_eta z` (Song et al. 2021a, Eq. 12).
 
-    `sigma_eta^2 = eta^2 v sigma_s^2 / sigma_t^2` (their Eq. 16): eta 0 is deterministic, eta 1 is DDPM with
-    the small variance. In x / alpha and sigma / alpha these are Euler's method and its ancestral variant (Karras et
-    al. 2022; k-diffusion), and for straight paths Euler's method in t: the same map, so the same class.
+    `sigma_eta^2 = eta^2 v sigma_s^2 / sigma_t^2` (Eq. 16). eta = 0 is deterministic, eta = 1 is DDPM with small
+    variance. In terms of x / alpha and sigma / alpha this is the Euler method and its ancestral variant (Karras et al.
+    2022; k-diffusion), and for rectified flows the Euler method in t. See `AncestralSampler` for the arguments.
     """
 
     order = 1
@@ -32,16 +32,22 @@ class DDIM(AncestralSampler):
 
 
 def invert(schedule: Schedule, denoise: Denoise, x: Tensor, times: Tensor) -> Iterator[Tensor]:
-    """Encode images x by DDIM run backwards through the falling `times`, and yield the state at each but the last.
+    """Encode images by reversed DDIM, and yield the state after each step.
 
-    x is the state at the last time. Each step uses the prediction at its start, which sampling uses at its end, so that
-    the round trip is exact to first order in the step. At time 0 there is no noise to predict: the first step uses the
-    prediction for its end.
-    Source: Song et al. 2021a, Sec. 4.3 and 5.4; Dhariwal & Nichol 2021's code, which starts at the least noise.
+    Each step uses the prediction at its start, while sampling uses that at its other end, so the round trip is exact
+    to first order. At time 0 there is no noise to predict, so the first step uses the prediction at its end.
+
+    Args:
+        schedule: noise schedule.
+        denoise: denoiser.
+        x: images at the last of the times.
+        times: decreasing times, as for sampling.
+
+    Source: Song et al. 2021a, Sec. 4.3 and 5.4; Dhariwal and Nichol 2021 (code, which starts at the least noise).
     """
 
     def draw() -> Tensor:
-        raise AssertionError("DDIM at eta 0 draws nothing")
+        raise AssertionError("DDIM with eta 0 adds no noise")
 
     rising = times.flip(0)
     if rising[0] == 0:

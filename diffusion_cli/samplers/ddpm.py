@@ -1,4 +1,4 @@
-"""Ancestral sampling."""
+"""DDPM ancestral sampling."""
 
 from typing import Any, Literal
 
@@ -12,12 +12,15 @@ from diffusion_cli.samplers.base import NoiseFn, Sampler
 
 
 class DDPM(Sampler):
-    """Draw from the posterior `q(x_s | x_t, x_0)` at the predicted x_0 (Ho et al. 2020, Alg. 2, Eq. 6-7).
+    """DDPM: samples the posterior `q(x_s | x_t, x_0)` at the predicted x_0 (Ho et al. 2020, Alg. 2, Eq. 6-7).
 
-    With a and v of the transition from s to t, the mean is
-    `a sigma_s^2 / sigma_t^2 x_t + alpha_s v / sigma_t^2 x_0`, the variance `v sigma_s^2 / sigma_t^2`
-    ("small", exact for data that is one point), `v` ("large", exact for standard normal data) or what the network
-    learned between the two (Nichol & Dhariwal 2021, Eq. 15).
+    With a and v of the transition from s to t, the mean is `a sigma_s^2 / sigma_t^2 x_t + alpha_s v / sigma_t^2 x_0`.
+
+    Args:
+        schedule: noise schedule.
+        variance: `small` is `v sigma_s^2 / sigma_t^2`, exact for data of one point; `large` is v, exact for standard
+            normal data; `learned` is the model's interpolation (Nichol and Dhariwal 2021, Eq. 15).
+        spacing: spacing of the times, see `Schedule.grid`.
     """
 
     order = 1
@@ -39,7 +42,7 @@ class DDPM(Sampler):
                 "sampler.variance",
                 "learned",
                 "the model has no variance head (model.learn_variance=false)",
-                "take small or large",
+                "use small or large",
             )
 
     def step(

@@ -1,4 +1,4 @@
-"""DPM-Solver++ and its stochastic relatives: exponential integrators of x_0 in lambda = log(alpha / sigma)."""
+"""DPM-Solver++, its SDE variants and UniPC: exponential integrators of x_0 in lambda = log(alpha / sigma)."""
 
 from typing import Any, Literal
 
@@ -11,20 +11,29 @@ from diffusion_cli.diffusion.schedules import Schedule, Spacing
 from diffusion_cli.samplers.base import AncestralSampler, NoiseFn, Sampler
 
 History = tuple[tuple[Tensor, Tensor], ...]
-"""(lambda, x_0) of the steps before, newest first."""
+"""(lambda, x_0) of previous steps, newest first."""
 
 
 class DPMSolverMultistep(Sampler):
-    """DPM-Solver++(2M), (3M) and their SDE variants: one network call a step (Lu et al. 2022b, Alg. 2, Sec. 5).
+    """DPM-Solver++ multistep (2M, 3M) and its SDE variants, with one network call per step.
 
-    With h = lambda_s - lambda_t, H = (1 + eta) h and D_0 the x_0 of now,
-    `x_s = sigma_s / sigma_t exp(-eta h) x_t + alpha_s ((1 - exp(-H)) D_0 + w_1 D_1 - w_2 D_2)
-    + sigma_s sqrt(1 - exp(-2 eta h)) z`, where D_1 and D_2 are differences of the x_0 before, in units of h.
-    w_1 = (1 - exp(-H)) / 2 at second order (`midpoint`), or 1 - (1 - exp(-H)) / H (`heun`, and third order), and
-    w_2 = w_1 / H - 1/2. The first steps, and the one onto the data, are of lower order.
+    With h = lambda_s - lambda_t, H = (1 + eta) h, and D_0 the predicted x_0,
 
-    The published third-order step counts half of the second difference that Taylor's theorem asks for, and so converges
-    at second order; `taylor` is `heun` with the whole of it, and converges at third.
+    x_s = sigma_s / sigma_t exp(-eta h) x_t + alpha_s ((1 - exp(-H)) D_0 + w_1 D_1 - w_2 D_2)
+    + sigma_s sqrt(1 - exp(-2 eta h)) z,
+
+    where D_1 and D_2 are differences of previous x_0 in units of h. w_1 = (1 - exp(-H)) / 2 for `midpoint` of order 2,
+    else 1 - (1 - exp(-H)) / H; w_2 = w_1 / H - 1/2. The first steps and the last one have a lower order.
+
+    Args:
+        schedule: noise schedule.
+        order: number of predictions used per step.
+        eta: amount of noise; 0: ODE, 1: SDE.
+        solver_type: `midpoint` or `heun` as published; the published step of order 3 uses half of the second
+            difference of Taylor's theorem, and converges at order 2. `taylor` uses all of it, and converges at order 3.
+        spacing: spacing of the times, see `Schedule.grid`.
+
+    Source: Lu et al. 2022b, Alg. 2, Sec. 5.
     """
 
     omits_cleanest = True
@@ -53,7 +62,7 @@ class DPMSolverMultistep(Sampler):
         x0 = denoise(x, t).x0
         now, then = self.half_log_snr(t), self.half_log_snr(s)
         (_, sigma_t), (alpha_s, sigma_s) = self.schedule(t), self.schedule(s)
-        # No signal at all (lambda = -inf) is no support for a polynomial.
+        # lambda = -inf (no signal) is no node of a polynomial.
         history: History = ((now, x0), *state)[: self.points] if now.isfinite() else ()
         if s == 0:
             return x0, history
@@ -77,7 +86,7 @@ class DPMSolverMultistep(Sampler):
 
     @staticmethod
     def _differences(history: History, h: Tensor) -> tuple[Tensor, Tensor | None]:
-        """The first and second derivatives of x_0 now, times h and h^2, as far as the history goes."""
+        """Return the first and second derivative of x_0, times h and h^2, as far as the history allows."""
         (l0, d0), (l1, d1), *rest = history
         r0 = (l0 - l1) / h
         newer = (d0 - d1) / r0
@@ -91,10 +100,10 @@ class DPMSolverMultistep(Sampler):
 
 
 class DPMSolver2S(AncestralSampler):
-    """DPM-Solver++(2S): x_0 at the middle of lambda, two network calls a step, one onto the data.
+    """DPM-Solver++(2S): two network calls per step, the second at the midpoint in lambda; one in the last step.
 
-    With eta > 0 the ancestral variant: the step ends below s, and noise lifts it to s (k-diffusion).
-    Source: Lu et al. 2022b, Alg. 1.
+    With eta > 0, each step ends below s, and fresh noise raises it to s (k-diffusion). See `AncestralSampler` for the
+    arguments. Source: Lu et al. 2022b, Alg. 1.
     """
 
     order = 2
@@ -105,14 +114,14 @@ class DPMSolver2S(AncestralSampler):
         alpha_s, _ = self.schedule(s)
         kept, fresh = self.ancestral(t, s)
         noise = fresh * draw() if self.eta > 0 and s > 0 else 0.0
-        end = (alpha_s / kept).log()  # lambda; infinite where nothing is kept
+        end = (alpha_s / kept).log()  # lambda at the end of the step; infinite if nothing is kept
         middle = self.schedule.time_of(self.half_log_snr(t) + end)
         return self.through(denoise, x, t, middle, alpha_s, kept) + noise, None
 
     def through(
         self, denoise: Denoise, x: Tensor, t: Tensor, middle: Tensor, alpha_s: Tensor, sigma_s: Tensor
     ) -> Tensor:
-        """The step from t to the levels of s, by way of a time in the middle."""
+        """Step from t to the levels of s, with a second prediction at time `middle`."""
         first = denoise(x, t)
         alpha_t, sigma_t = self.schedule(t)
         if sigma_s == 0 or alpha_t == 0:
@@ -125,12 +134,12 @@ class DPMSolver2S(AncestralSampler):
 
 
 class DPMSolverSDE(AncestralSampler):
-    """DPM-Solver++ for the reverse SDE, two ancestral stages a step, the first to the middle of lambda (k-diffusion).
+    """DPM-Solver++ SDE: two ancestral stages per step, the first to the midpoint in lambda (k-diffusion).
 
-    Both stages add noise of their own; eta scales it. Onto the data it is one Euler step.
+    Both stages add noise, scaled by eta. The last step is an Euler step. See `AncestralSampler` for the arguments.
     """
 
-    order = 1  # in distribution; it is the error of each path that the second stage lowers
+    order = 1  # weak order; the second stage reduces the error of each path
 
     def __init__(
         self, schedule: Schedule, *, eta: NonNegativeFloat = 1.0, spacing: Spacing = "trailing"
@@ -150,7 +159,7 @@ class DPMSolverSDE(AncestralSampler):
         return self._stage(x, second.x0, t, s, draw), None
 
     def _stage(self, x: Tensor, x0: Tensor, t: Tensor, s: Tensor, draw: NoiseFn) -> Tensor:
-        """The exact step for a constant x_0 to the part of sigma_s that is kept, and fresh noise."""
+        """Return the exact step for constant x_0 to the kept part of sigma_s, plus fresh noise."""
         (alpha_t, sigma_t), (alpha_s, _) = self.schedule(t), self.schedule(s)
         kept, fresh = self.ancestral(t, s)
         shrink = kept / sigma_t
@@ -159,10 +168,17 @@ class DPMSolverSDE(AncestralSampler):
 
 
 class UniPC(Sampler):
-    """UniPC: a multistep predictor, and a corrector that uses the next call's x_0, one network call a step.
+    """UniPC: a multistep predictor with a corrector that reuses the next network call, one call per step.
 
-    `order` is that of the predictor. `variant` is the paper's B(h): bh1 is h, bh2 is exp(h) - 1. The step onto the
-    data is of first order. Source: Zhao et al. 2023, Alg. 5-8.
+    The last step has order 1.
+
+    Args:
+        schedule: noise schedule.
+        order: order of the predictor.
+        variant: B(h) of the paper: `bh1` is h, `bh2` is exp(h) - 1.
+        spacing: spacing of the times, see `Schedule.grid`.
+
+    Source: Zhao et al. 2023, Alg. 5-8.
     """
 
     omits_cleanest = True
@@ -177,10 +193,10 @@ class UniPC(Sampler):
     ) -> None:
         super().__init__(schedule, spacing=spacing)
         self.predictor_order, self.variant = order, variant
-        self.order = min(order + 1, 3)  # the first steps, of lower order, allow no more
+        self.order = min(order + 1, 3)  # limited by the first steps, which have a lower order
 
     def start(self, times: Tensor) -> tuple[History, Tensor | None]:
-        """The history, and the state that the last step was taken from."""
+        """Return the empty history, and the state before the last step (none)."""
         return (), None
 
     def step(
@@ -206,7 +222,7 @@ class UniPC(Sampler):
         return self._update(x, history, s), (history, x)
 
     def _update(self, x: Tensor, history: History, s: Tensor, corrector: Tensor | None = None) -> Tensor:
-        """From x, where the newest of the history was predicted, to s; `corrector` is the x_0 predicted there."""
+        """Step x from the newest time of the history to s; `corrector` is the x_0 predicted at s, or None."""
         (now, x0), *older = history
         alpha_s, sigma_s = self.schedule(s)
         h = self.half_log_snr(s) - now
@@ -225,7 +241,7 @@ class UniPC(Sampler):
 
     @staticmethod
     def _weights(places: list[Tensor], h: Tensor, B: Tensor) -> Tensor:
-        """The rho of Eq. 5-6, which make the powers of h agree; for one point the paper's own 1/2."""
+        """Return rho of Eq. 5-6; 1/2 for a single point, as in the paper."""
         if len(places) <= 1:
             return h.new_full((len(places),), 0.5)
         powers = torch.arange(len(places), dtype=h.dtype)

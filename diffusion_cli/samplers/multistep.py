@@ -1,4 +1,4 @@
-"""Adams-Bashforth methods on eps: one network call a step, with a history of earlier steps."""
+"""Linear multistep methods on eps, with one network call per step."""
 
 from abc import abstractmethod
 from typing import Annotated, NamedTuple
@@ -11,21 +11,27 @@ from diffusion_cli.diffusion.denoiser import Denoise
 from diffusion_cli.diffusion.schedules import NO_SIGNAL, Schedule, Spacing
 from diffusion_cli.samplers.base import NoiseFn, Sampler
 
-# Gauss-Legendre on [-1, 1]: exact for polynomials, and to rounding for them times exp.
+# Gauss-Legendre quadrature on [-1, 1]: exact for polynomials, and up to rounding for their products with exp.
 NODES, SHARES = np.polynomial.legendre.leggauss(32)
 
 
 class Slope(NamedTuple):
-    """eps of an earlier step, and its node in the polynomial."""
+    """eps of a step, with its node of the interpolation."""
 
     place: float
     eps: Tensor
 
 
 class _AdamsBashforth(Sampler):
-    """`x_s / alpha_s = x_t / alpha_t + sum_j eps_j int l_j(phi) dr` from r_t to r_s, with r = sigma / alpha.
+    """Base class of Adams-Bashforth methods in r = sigma / alpha.
 
-    l_j are Lagrange's polynomials through the last `order` steps, in a variable phi(r).
+    `x_s / alpha_s = x_t / alpha_t + sum_j eps_j int l_j(phi(r)) dr` from r_t to r_s, where l_j are the Lagrange
+    polynomials of the last `order` steps in a variable phi(r).
+
+    Args:
+        schedule: noise schedule.
+        order: number of steps that are interpolated, 1 to 4.
+        spacing: spacing of the times, see `Schedule.grid`.
     """
 
     def __init__(
@@ -43,15 +49,15 @@ class _AdamsBashforth(Sampler):
 
     @abstractmethod
     def place(self, ratio: float) -> float:
-        """phi(r)."""
+        """Return phi(r)."""
 
     @abstractmethod
     def slope_of_ratio(self, places: np.ndarray) -> np.ndarray:
-        """dr / dphi at values of phi."""
+        """Return dr / dphi at values of phi."""
 
     @abstractmethod
     def reaches(self, s: Tensor) -> bool:
-        """Whether phi is finite at s."""
+        """Return whether phi is finite at s."""
 
     def step(
         self, denoise: Denoise, x: Tensor, t: Tensor, s: Tensor, draw: NoiseFn, state: tuple[Slope, ...]
@@ -71,7 +77,7 @@ class _AdamsBashforth(Sampler):
         return x, history
 
     def _weights(self, places: list[float], start: float, end: float) -> list[float]:
-        """The integrals of Lagrange's polynomials through the places, from start to end."""
+        """Return the integrals of the Lagrange polynomials of `places`, from start to end."""
         points = start + (NODES + 1) / 2 * (end - start)
         measure = SHARES * (end - start) / 2 * self.slope_of_ratio(points)
         return [
@@ -88,7 +94,7 @@ class _AdamsBashforth(Sampler):
 
 
 class LMS(_AdamsBashforth):
-    """The linear multistep method, its polynomials in sigma / alpha (k-diffusion's `lms`)."""
+    """Linear multistep method with polynomials in sigma / alpha (`lms` of k-diffusion)."""
 
     def place(self, ratio: float) -> float:
         return ratio
@@ -101,7 +107,7 @@ class LMS(_AdamsBashforth):
 
 
 class DEIS(_AdamsBashforth):
-    """DEIS, its polynomials in log(sigma / alpha) ("log-rho AB"; Zhang & Chen 2023, Eq. 15-16); Euler onto the data."""
+    """DEIS, with polynomials in log(sigma / alpha) ("log-rho AB"; Zhang and Chen 2023, Eq. 15-16); last step Euler."""
 
     omits_cleanest = True
 
@@ -125,11 +131,11 @@ class DEIS(_AdamsBashforth):
 
 
 class PLMS(Sampler):
-    """Pseudo linear multistep: DDIM's step with an Adams-Bashforth mean of eps, as if steps were equal.
+    """Pseudo linear multistep method: a DDIM step with an Adams-Bashforth mean of eps, as if all steps were equal.
 
-    The mean is over the last four calls, or over fewer at the start. The first step is repeated with the mean of both
-    its ends, at the cost of one more call, unless it ends at the data. Second order on grids that are uniform in time
-    or log-SNR. Source: Liu et al. 2022, Eq. 9-13, with diffusers' start.
+    The mean covers the last four network calls, or fewer at the start. The first step is repeated with the mean of
+    eps at both ends, which costs one more call, unless it is the last. It converges at order 2 on grids that are
+    uniform in time or log-SNR. Source: Liu et al. 2022, Eq. 9-13, with the start of diffusers.
     """
 
     order = 2
@@ -143,7 +149,7 @@ class PLMS(Sampler):
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
         prediction = denoise(x, t)
         (alpha_t, _), (alpha_s, _) = self.schedule(t), self.schedule(s)
-        if self.ratio(t) > NO_SIGNAL:  # eps of pure noise is not a usable slope
+        if self.ratio(t) > NO_SIGNAL:  # eps at pure noise is no usable slope
             return self.euler_step(prediction, s), ()
         history = (prediction.eps, *state)[:4]
         if len(history) == 1 and s > 0:

@@ -1,4 +1,4 @@
-"""The probability-flow ODE, by an adaptive solver."""
+"""Adaptive solution of the probability flow ODE."""
 
 from typing import Any
 
@@ -13,10 +13,17 @@ from diffusion_cli.samplers.base import NoiseFn, Sampler
 
 
 class ODE(Sampler):
-    """The probability flow from noise to data by Dormand-Prince 5(4), steps chosen to meet the tolerances.
+    """Probability flow ODE by Dormand-Prince 5(4) with adaptive steps.
 
-    It runs in the variables of `probability_flow` down to the schedule's grid_t_min; the rest is one Euler
-    step, x_0. The images of a batch share their steps, so images are generated one by one.
+    Solves the ODE in the variables of `probability_flow` down to the schedule's grid_t_min, followed by an Euler step.
+    Images are generated one by one, because the images of a batch would share steps.
+
+    Args:
+        schedule: noise schedule.
+        rtol: relative tolerance.
+        atol: absolute tolerance.
+        max_steps: maximum number of solver steps.
+
     Source: Song et al. 2021b, Sec. 4.3.
     """
 
@@ -35,7 +42,7 @@ class ODE(Sampler):
         self.rtol, self.atol, self.max_steps = rtol, atol, max_steps
 
     def grid(self, steps: int) -> Tensor:
-        """Return 1, grid_t_min and 0, whatever the number of steps: the solver has its own."""
+        """Return 1, grid_t_min and 0 for any number of steps; the solver chooses its own steps."""
         return torch.tensor([1.0, self.schedule.grid_t_min, 0.0], dtype=torch.float64)
 
     def step(

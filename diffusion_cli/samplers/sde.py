@@ -1,4 +1,4 @@
-"""The reverse-time SDE: Euler-Maruyama, reverse diffusion, and predictor-corrector sampling (Song et al. 2021b)."""
+"""Samplers of the reverse SDE: Euler-Maruyama, reverse diffusion and predictor-corrector (Song et al. 2021b)."""
 
 from typing import Any, Literal
 
@@ -15,9 +15,12 @@ from diffusion_cli.samplers.ddpm import DDPM
 
 
 class EulerMaruyama(Sampler):
-    """`x_s = x - (f x - g^2 score) (t - s) + g sqrt(t - s) z` (Song et al. 2021b, Eq. 6, App. D).
+    """Euler-Maruyama: `x_s = x - (f x - g^2 score) (t - s) + g sqrt(t - s) z` (Song et al. 2021b, Eq. 6, App. D).
 
-    UsageError where the process has no finite drift at the first time, as where alpha = 0.
+    See `Sampler` for the arguments.
+
+    Raises:
+        UsageError: the drift is infinite at the first time, as for alpha = 0.
     """
 
     order = 1
@@ -33,9 +36,9 @@ class EulerMaruyama(Sampler):
             raise UsageError(
                 "sampler",
                 "euler_maruyama",
-                f"the SDE of the {self.schedule.name} schedule has no finite drift at t = 1, where "
+                f"the SDE of the {self.schedule.name} schedule has an infinite drift at t = 1, where "
                 "alpha is 0",
-                "take ddpm, or euler_ancestral",
+                "use ddpm or euler_ancestral",
             )
         return times
 
@@ -48,9 +51,9 @@ class EulerMaruyama(Sampler):
 
 
 class ReverseDiffusion(Sampler):
-    """The step forwards turned round: `x_s = (2 - a) x + v score + sqrt(v) z` (Song et al. 2021b, App. E).
+    """Reverse diffusion: `x_s = (2 - a) x + v score + sqrt(v) z` (Song et al. 2021b, App. E).
 
-    a and v are those of the transition from s to t.
+    a and v are those of the transition from s to t. See `Sampler` for the arguments.
     """
 
     order = 1
@@ -68,11 +71,20 @@ class ReverseDiffusion(Sampler):
 
 
 class PC(Sampler):
-    """Predictor-corrector sampling: at each time some Langevin steps, then a step of another sampler.
+    """Predictor-corrector sampling: Langevin steps at each time, followed by a step of another sampler.
 
-    A corrector's step is `x + d score + sqrt(2 d) z`, with `d = 2 a^2 (snr |z| / |score|)^2` for `langevin` and
-    `d = 2 a^2 (snr sigma_t)^2` for `ald`, annealed Langevin dynamics; a = alpha_t / alpha_s. Norms are each image's
-    own, where the published code takes their mean over the batch: so no image depends on its neighbours.
+    A corrector step is `x + d score + sqrt(2 d) z` with a = alpha_t / alpha_s. `langevin` has
+    `d = 2 a^2 (snr |z| / |score|)^2`, and `ald` (annealed Langevin dynamics) `d = 2 a^2 (snr sigma_t)^2`. Norms are per
+    image; the published code averages them over the batch, which makes images depend on each other.
+
+    Args:
+        schedule: noise schedule.
+        predictor: sampler of the predictor steps.
+        corrector: type of the corrector steps.
+        corrector_steps: corrector steps per time.
+        snr: signal-to-noise ratio of the corrector steps.
+        spacing: spacing of the times, see `Schedule.grid`.
+
     Source: Song et al. 2021b, Alg. 1, 4 and 5.
     """
 
@@ -112,7 +124,7 @@ class PC(Sampler):
         return (x, None) if self.predictor is None else self.predictor.step(denoise, x, t, s, draw, state)
 
     def correct(self, denoise: Denoise, x: Tensor, t: Tensor, s: Tensor, draw: NoiseFn) -> Tensor:
-        """One Langevin step at time t."""
+        """Return x after one Langevin step at time t."""
         score, noise = denoise(x, t).score, draw()
         a, _ = self.schedule.transition(t, s)
         if self.corrector == "langevin":
@@ -124,5 +136,5 @@ class PC(Sampler):
 
     @staticmethod
     def norm(x: Tensor) -> Tensor:
-        """The Euclidean norm of each image, [B]."""
+        """Return the Euclidean norm of each image, [B]."""
         return x.flatten(1).norm(dim=1)

@@ -1,4 +1,4 @@
-"""Two-stage methods in x / alpha and sigma / alpha, where the probability flow is `dx = eps dsigma`."""
+"""Two-stage methods in x / alpha and sigma / alpha, in which the probability flow ODE is dx = eps dsigma."""
 
 import math
 from typing import Any, Literal
@@ -13,11 +13,10 @@ from diffusion_cli.samplers.base import AncestralSampler, NoiseFn, Sampler
 
 
 class Heun(Sampler):
-    """Euler's step, corrected by the slope at its end: two network calls, one onto the data.
+    """Heun's method: two network calls per step, one in the last step.
 
-    The corrected step is Euler's own at the mean of the two slopes eps; it stays Euler's where it starts without signal
-    (NO_SIGNAL).
-    Source: Karras et al. 2022, Alg. 1.
+    Uses the mean of eps at both ends of a step. Steps that start without signal (NO_SIGNAL) are Euler steps. See
+    `Sampler` for the arguments. Source: Karras et al. 2022, Alg. 1.
     """
 
     order = 2
@@ -31,7 +30,7 @@ class Heun(Sampler):
         return self.corrected(denoise, x, t, s, denoise(x, t)), None
 
     def corrected(self, denoise: Denoise, x: Tensor, t: Tensor, s: Tensor, first: Prediction) -> Tensor:
-        """The step from x at t, where `first` was predicted, to s."""
+        """Step x from t, where `first` was predicted, to s."""
         x_s = self.euler_step(first, s)
         if s == 0 or self.ratio(t) > NO_SIGNAL:
             return x_s
@@ -41,11 +40,19 @@ class Heun(Sampler):
 
 
 class EDMSampler(Heun):
-    """Heun's method with churn: noise is added before each step, which then goes further (Karras et al. 2022, Alg. 2).
+    """Heun's method with churn: adds noise before each step (Karras et al. 2022, Alg. 2).
 
-    At sigma / alpha in [s_min, s_max] the step starts from (1 + gamma) sigma / alpha, with
-    gamma = min(s_churn / steps, sqrt(2) - 1), as far as the schedule's noisiest time; the noise added has the standard
-    deviation s_noise times what that takes. `solver: euler` leaves out the correction.
+    If sigma / alpha is in [s_min, s_max], the step starts from (1 + gamma) sigma / alpha with
+    `gamma = min(s_churn / steps, sqrt(2) - 1)`, at most from the schedule's noisiest time.
+
+    Args:
+        schedule: noise schedule.
+        s_churn: total amount of churn.
+        s_min: smallest sigma / alpha with churn.
+        s_max: largest sigma / alpha with churn.
+        s_noise: factor of the standard deviation of the added noise.
+        solver: `heun`, or `euler` without the correction.
+        spacing: spacing of the times, see `Schedule.grid`.
     """
 
     def __init__(
@@ -66,7 +73,7 @@ class EDMSampler(Heun):
         self.order = 2 if solver == "heun" else 1
 
     def start(self, times: Tensor) -> float:
-        """gamma, which depends on the number of steps."""
+        """Return gamma, which depends on the number of steps."""
         return min(self.s_churn / (len(times) - 1), math.sqrt(2) - 1)
 
     def step(
@@ -81,17 +88,17 @@ class EDMSampler(Heun):
         ), state
 
     def _churn(self, x: Tensor, t: Tensor, target: Tensor, draw: NoiseFn) -> tuple[Tensor, Tensor]:
-        """x with noise added until sigma / alpha reaches the target, or the noisiest time, and its time."""
+        """Add noise to x until sigma / alpha is `target`, at most the noisiest time; return x and its time."""
         hat = torch.maximum(self.schedule.time_of(-2 * target.log()), t)
         a, v = self.schedule.transition(hat, t)
         return a * x + self.s_noise * v.clamp(min=0).sqrt() * draw(), hat
 
 
 class DPM2(AncestralSampler):
-    """The midpoint method, its midpoint halfway in log(sigma / alpha): two network calls, one onto the data.
+    """Midpoint method with the midpoint in log(sigma / alpha): two network calls per step, one in the last step.
 
-    With eta > 0 the ancestral variant. Source: Karras et al. 2022's DPM-Solver-2 as in k-diffusion; Lu et al. 2022a,
-    Alg. 1, up to the exponential weights.
+    With eta > 0, the ancestral variant. See `AncestralSampler` for the arguments. Source: DPM-Solver-2 of Karras et
+    al. 2022 as in k-diffusion; Lu et al. 2022a, Alg. 1, up to the exponential weights.
     """
 
     order = 2

@@ -1,4 +1,4 @@
-"""Edits of images with a trained model, in any sampler, guidance and schedule."""
+"""Image editing with a trained model, any sampler and any guidance."""
 
 from diffusion_cli.editing.base import Edit, EditProcess, EditResult, RestorationMethod
 from diffusion_cli.editing.methods import DPS, RePaint, Replacement

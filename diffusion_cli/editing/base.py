@@ -1,4 +1,4 @@
-"""What an edit is, and what it is given to work with."""
+"""Base classes of edits and restoration methods."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
@@ -14,99 +14,104 @@ from diffusion_cli.samplers import NoiseFn, Sampler
 Shape = tuple[int, ...]
 
 ReadMask = Callable[[str], Tensor]
-"""Gives a gray image file as uint8 [H, W]."""
+"""Reads a grayscale image file as uint8 [H, W]."""
 
 
 @dataclass(frozen=True)
 class EditProcess:
-    """How images are sampled in an edit of a batch."""
+    """Sampling settings and functions for an edit of a batch."""
 
     sampler: Sampler
     times: Tensor
-    """The falling grid of the sampler."""
+    """Decreasing times of the sampler."""
     labels: Tensor | None
-    """The classes of the B results, int64 [B], or None."""
+    """Classes of the B results, int64 [B], or None."""
     guided: Callable[[Tensor | None], Denoise]
     """Returns the guided denoiser conditioned on labels."""
     unguided: Callable[[int | str | None], Denoise]
     """Returns the unguided denoiser conditioned on one class, by name or number; None: unconditional."""
     method: "RestorationMethod | None"
     draw: NoiseFn
-    """Noise of the shape of the states of the results, one stream an image."""
+    """Returns noise in the shape of the states of the results, with one stream per image."""
     space: Space
-    """Where sampling happens: edits are given images and give images."""
+    """State space of sampling; edits convert from and to images."""
 
     def start(self) -> Tensor:
-        """Return noise as sampling starts from it."""
+        """Return the initial noise of sampling."""
         return self.sampler.schedule.prior_std(self.times[0]) * self.draw()
 
     def denoise(self, repeat: int = 1) -> Denoise:
-        """Return the guided denoiser for `repeat` images in a row of each result."""
+        """Return the guided denoiser for `repeat` consecutive images per result."""
         return self.guided(None if self.labels is None else self.labels.repeat_interleave(repeat))
 
 
 class RestorationMethod(ABC):
-    """A way to sample images that agree with a measurement."""
+    """Base class of restoration methods, which sample images that agree with a measurement."""
 
     differentiates = False
-    """Whether it takes the gradient through the network, which then keeps all that it computes."""
+    """Whether it needs gradients through the network, which increases memory use."""
 
     @abstractmethod
     def restore(self, process: EditProcess, operator: LinearOperator, y: Tensor) -> Iterator[Tensor]:
-        """Take noise to images [B, C, H, W] whose measurement is about y, and yield the states on the way."""
+        """Sample states whose images have a measurement of about y, and yield the state after each step."""
 
 
 @dataclass(frozen=True)
 class EditResult:
-    """B edited images, or as many series of them."""
+    """B edited images, or B series of images."""
 
     images: Tensor
-    """[B, N, C, H, W], around [-1, 1]."""
+    """Edited images [B, N, C, H, W] in about [-1, 1]."""
     before: list[Tensor]
-    """Images [B, C, H, W] that the edit started from, shown before the results."""
+    """Images [B, C, H, W] to show before the results, such as the input."""
     residual: Callable[[Tensor], Tensor] | None = None
-    """Maps images [B, C, H, W] to A x - y, or to x minus the input: [B, ...]."""
+    """Function from images [B, C, H, W] to A x - y, or to x minus the input: [B, ...]."""
     found: Tensor | None = None
-    """The sampled images [B, C, H, W], before they were projected onto the measurement."""
+    """Sampled images [B, C, H, W] before the projection onto the measurement, or None."""
 
 
 class Edit(ABC):
-    """A change of images by a trained model; `shape` is that of the model's images."""
+    """Base class of edits.
+
+    Args:
+        shape: shape of the model's images.
+        read_mask: reads mask files.
+    """
 
     inputs_each = 1
-    """Images that go into one result."""
+    """Number of input images per result."""
     restores = False
-    """Whether it takes a method of restoration."""
+    """Whether it uses a restoration method."""
     masks = False
-    """Whether what it restores is known pixel by pixel."""
+    """Whether the measurement is a mask of pixels."""
     starts_from_noise = False
-    """Whether results of unlike seeds differ with any sampler."""
+    """Whether results depend on the seed even with a deterministic sampler."""
     deterministic = False
-    """Whether it needs a sampler that adds no noise."""
+    """Whether it needs a deterministic sampler."""
     results_each = 1
-    """Images that a result is a series of."""
+    """Number of images of a result, more than 1 for a series."""
     seeds: list[int] | None = None
-    """Seeds whose noise is the input, instead of images."""
+    """Seeds of noise that replaces input images, or None."""
 
     def __init__(self, shape: Shape, read_mask: ReadMask) -> None:
         self.shape = shape
 
     def check(self, labelled: bool, number: Callable[[int | str | None], int | None]) -> None:  # noqa: B027
-        """Raise UsageError if it lacks a label for the results, or names a class of which there is no `number`."""
+        """Raise UsageError if a label is missing or invalid; `number` returns the index of a class, or None."""
 
     def content(self) -> dict[str, Tensor]:
-        """Return by name what it read from files, on which the results depend."""
+        """Return the data read from files that the results depend on, by name."""
         return {}
 
     @property
     def results(self) -> Shape:
-        """Channels, height and width of the results."""
+        """Shape of the results, [C, H, W]."""
         return self.shape
 
     def accepts(self) -> list[Shape]:
-        """Return the shapes that input may have, that which `fit` gives it first."""
+        """Return the valid shapes of input images, with that of `fit` first."""
         return [self.shape]
 
     @abstractmethod
     def __call__(self, images: Tensor, process: EditProcess) -> EditResult:
-        """Edit images [B, C, H, W] in [-1, 1], each `inputs_each` of which give a result."""
+        """Edit images [B, C, H, W] in [-1, 1]; every `inputs_each` consecutive images give one result."""

@@ -1,4 +1,4 @@
-"""What is known of an image, as it is known of its latents."""
+"""Measurements of images as measurements of latents."""
 
 from torch import Tensor
 from torch.nn.functional import max_pool2d
@@ -8,10 +8,10 @@ from diffusion_cli.editing.operators import LinearOperator, Mask
 
 
 def known_of(space: Space, operator: LinearOperator, y: Tensor) -> tuple[LinearOperator, Tensor]:
-    """Return a measurement y of images as one of their states: of pixels itself, of latents what they say of it.
+    """Convert a measurement y of images to a measurement of states.
 
-    Where pixels are masked, a latent is known if all the pixels that it stands for are; what the encoder sees in the
-    place of the others is gray. Other measurements are taken of the decoded image.
+    In pixel space it is unchanged. In latent space, a latent is known under a mask if all its pixels are; unknown
+    pixels are gray for the encoder. Other measurements are applied to the decoded image.
     """
     if isinstance(space, Pixels):
         return operator, y
@@ -24,7 +24,7 @@ def known_of(space: Space, operator: LinearOperator, y: Tensor) -> tuple[LinearO
 
 
 class Decoded(LinearOperator):
-    """A measurement of the image that a state is decoded to: no longer linear, and without an inverse."""
+    """A measurement of the decoded image: nonlinear, without an inverse."""
 
     def __init__(self, space: Space, operator: LinearOperator) -> None:
         self.space, self.operator = space, operator

@@ -1,4 +1,4 @@
-"""How sampling is held to a measurement: steps of any sampler, and what is done to the image between them."""
+"""Restoration methods, which modify the state between the steps of any sampler."""
 
 from collections.abc import Iterator
 from itertools import pairwise
@@ -13,7 +13,7 @@ from diffusion_cli.editing.operators import LinearOperator
 
 
 class Replacement(RestorationMethod):
-    """After each step, let what is known of the image be the measurement, noised to the same time.
+    """Replacement: after each step, replaces the known part by the measurement noised to the same time.
 
     `x_s + A^+ A (x'_s - x_s)` with `x'_s = alpha_s A^+ y + sigma_s z` (Song et al. 2021b, App. I; Choi et al. 2021).
     """
@@ -26,7 +26,7 @@ class Replacement(RestorationMethod):
         known, schedule = operator.pseudo_inverse(y), sampler.schedule
 
         def replaced(x: Tensor, s: Tensor) -> Tensor:
-            if s == 0:  # as it is: what becomes of the image is not this method's to say
+            if s == 0:  # the edit projects the final image
                 return x
             return operator.project(x, operator(noised(schedule, known, s, draw())))
 
@@ -39,7 +39,7 @@ class Replacement(RestorationMethod):
                     x = operator.project(x, y) if run[-1] == 0 else x
                     a, v = schedule.transition(run[0], run[-1])
                     x = a * x + v.sqrt() * draw()
-                    state = sampler.start(times)  # what a solver remembers is of another path
+                    state = sampler.start(times)  # multistep history of another path is invalid
                 for t, s in pairwise(run):
                     x, state = sampler.step(denoise, x, t, s, draw, state)
                     x = replaced(x, s)
@@ -47,10 +47,14 @@ class Replacement(RestorationMethod):
 
 
 class RePaint(Replacement):
-    """Replacement that goes every stretch of `jump_length` steps `num_resamples` times, noising the image in between.
+    """RePaint: replacement that repeats stretches of steps after noising the image again (Lugmayr et al. 2022, Alg. 1).
 
-    So the unknown part gets to agree with the known one (Lugmayr et al. 2022, Alg. 1). A multistep solver begins anew
-    after each jump back, and is of first order where the stretches are one step long.
+    This harmonizes the unknown part with the known one. Multistep solvers restart after each jump, and have order 1
+    for `jump_length` 1.
+
+    Args:
+        num_resamples: number of times each stretch is run.
+        jump_length: steps per stretch.
     """
 
     def __init__(self, *, num_resamples: PositiveInt = 5, jump_length: PositiveInt = 1) -> None:
@@ -58,10 +62,15 @@ class RePaint(Replacement):
 
 
 class DPS(RestorationMethod):
-    """Diffusion posterior sampling: after each step, go down the gradient of the predicted image's residual.
+    """Diffusion posterior sampling: after each step, descends the gradient of the predicted image's residual.
 
-    `x_s - scale * grad_{x_t} |y - A x_0(x_t)|`, the norm of each image (Chung et al. 2023, Alg. 1 and its code); a step
-    that asks the denoiser several times takes the first prediction. It needs the gradient through the network.
+    `x_s - scale * grad_{x_t} |y - A x_0(x_t)|`, with the norm per image. Steps with several network calls use the first
+    prediction. Needs gradients through the network.
+
+    Args:
+        scale: step size.
+
+    Source: Chung et al. 2023, Alg. 1 and code.
     """
 
     differentiates = True

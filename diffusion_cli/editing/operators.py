@@ -1,4 +1,4 @@
-"""What is known of an image: linear measurements, and the images that agree with them."""
+"""Linear measurements of images, and projections onto them."""
 
 from abc import ABC, abstractmethod
 
@@ -6,35 +6,35 @@ import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-FARTHEST = 1000.0  # measured, that an image is moved by
-WILDEST = 100.0  # value of a pixel that is looked at
+FARTHEST = 1000.0  # bound of the shift of an image, in units of the measurement
+WILDEST = 100.0  # pixel values are clipped to this
 HALVINGS = 40
 LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601, as Pillow's gray
 
 
 class LinearOperator(ABC):
-    """A measurement `y = A x` with `A A^+ = 1`, where the Moore-Penrose inverse A^+ makes `A^+ A` a projection."""
+    """Base class of measurements y = A x with `A A^+ = 1`, so that A^+ A is a projection."""
 
     @abstractmethod
     def __call__(self, x: Tensor) -> Tensor:
-        """Return `A x` of images x [B, C, *sizes]."""
+        """Return A x for images x [B, C, *sizes]."""
 
     @abstractmethod
     def pseudo_inverse(self, y: Tensor) -> Tensor:
-        """Return `A^+ y`, the image [B, C, *sizes] of least norm that agrees with y."""
+        """Return A^+ y, the image [B, C, *sizes] of least norm with measurement y."""
 
     def picture(self, y: Tensor) -> Tensor:
-        """Return images [B, C, *sizes] to look at, which show the measurement."""
+        """Return images [B, C, *sizes] that visualize the measurement."""
         return self.pseudo_inverse(y)
 
     def project(self, x: Tensor, y: Tensor) -> Tensor:
-        """Return `x + A^+ (y - A x)`, the nearest to x that agrees with y."""
+        """Return `x + A^+ (y - A x)`, the nearest image to x with measurement y."""
         return x + self.pseudo_inverse(y - self(x))
 
     def nearest_image(self, x: Tensor, y: Tensor) -> Tensor:
-        """Return the nearest to x that agrees with y and has values in [-1, 1].
+        """Return the nearest image to x with measurement y and values in [-1, 1].
 
-        That is `clip(x + A^+ l)`, with l found by bisection: each of its numbers moves pixels of its own.
+        This is `clip(x + A^+ l)`, with l found by bisection; each element of l affects different pixels.
         """
         x = x.clamp(-WILDEST, WILDEST)
         low, high = torch.full_like(y, -FARTHEST), torch.full_like(y, FARTHEST)
@@ -46,7 +46,7 @@ class LinearOperator(ABC):
 
 
 class Mask(LinearOperator):
-    """The pixels where `known` (bool, [1, 1, *sizes]) holds; the others measure as 0."""
+    """Keeps the pixels where `known` (bool, [1, 1, *sizes]) is true, and sets the others to 0."""
 
     def __init__(self, known: Tensor) -> None:
         self.known = known
@@ -58,14 +58,14 @@ class Mask(LinearOperator):
         return y * self.known
 
     def project(self, x: Tensor, y: Tensor) -> Tensor:
-        return torch.where(self.known, y, x)  # to the bit, which a sum would not be
+        return torch.where(self.known, y, x)  # exact, unlike a sum
 
     def nearest_image(self, x: Tensor, y: Tensor) -> Tensor:
         return self.project(x.clamp(-1, 1), y)
 
 
 class Luma(LinearOperator):
-    """The gray image [B, 1, *sizes] of a colour one, with Pillow's weights w: `A^+ y = w y / |w|^2`."""
+    """Gray image [B, 1, *sizes] of a colour image, with Pillow's weights w; `A^+ y = w y / |w|^2`."""
 
     def __call__(self, x: Tensor) -> Tensor:
         return (x * self._weights(x)).sum(1, keepdim=True)
@@ -82,7 +82,7 @@ class Luma(LinearOperator):
 
 
 class BlockMean(LinearOperator):
-    """The image [B, C, *sizes / f] of the means of blocks f pixels long on each axis; A^+ fills these."""
+    """Means of blocks with `factor` pixels per axis, [B, C, *sizes / factor]; A^+ repeats each mean."""
 
     def __init__(self, factor: int) -> None:
         self.factor = factor

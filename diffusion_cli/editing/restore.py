@@ -1,4 +1,4 @@
-"""Edits that complete what is known of an image: its pixels in places, its gray values, its coarse shape."""
+"""Restoration edits: inpainting, outpainting, colorization and super-resolution."""
 
 from abc import abstractmethod
 from collections import deque
@@ -17,14 +17,14 @@ from diffusion_cli.errors import UsageError
 
 
 class Restoration(Edit):
-    """Sample the images whose measurement is that of the input."""
+    """Base class of edits that sample images with the measurement of the input."""
 
     restores = True
     starts_from_noise = True
 
     @abstractmethod
     def measure(self, images: Tensor) -> tuple[LinearOperator, Tensor]:
-        """Return the operator and the measurement of the input."""
+        """Return the operator, and the measurement of the input."""
 
     def __call__(self, images: Tensor, process: EditProcess) -> EditResult:
         operator, y = self.measure(images)
@@ -37,12 +37,16 @@ class Restoration(Edit):
 
 
 class Inpaint(Restoration):
-    """Paint a part of the image anew: a box [left, top, right, bottom], the centre, or a mask file's part.
+    """Inpainting: generates a part of the image again.
 
-    `read_mask` returns what a file has painted, uint8 [H, W], 128 or more where to paint.
+    Args:
+        shape: shape of the model's images.
+        read_mask: reads mask files, uint8 [H, W]; pixels of 128 or more are generated.
+        mask: `centre`, a box [left, top, right, bottom] in pixels, or a mask file. For volumes, a box is [left, top,
+            front, right, bottom, back], and a mask file applies to every slice.
 
-    Of a volume a box is [left, top, front, right, bottom, back], and a mask that of every slice. Raises UsageError for
-    a mask of another size, a box beyond the image, or one that leaves nothing to paint.
+    Raises:
+        UsageError: the mask has another size, the box exceeds the image, or there is nothing to generate.
     """
 
     masks = True
@@ -59,7 +63,7 @@ class Inpaint(Restoration):
                 raise UsageError(
                     "edit.mask",
                     mask,
-                    f"is {described(pixels.shape)} pixels and the images are {described(sizes[-2:])}",
+                    f"has {described(pixels.shape)} pixels, but the images have {described(sizes[-2:])}",
                     "give a mask of their size",
                 )
             self.known[..., pixels >= 128] = False
@@ -67,7 +71,10 @@ class Inpaint(Restoration):
             self.known[(..., *_box(mask, sizes))] = False
         if self.known.all():
             raise UsageError(
-                "edit.mask", mask, "has no white pixel, and so leaves nothing to paint", "draw one"
+                "edit.mask",
+                mask,
+                "has no white pixel, so there is nothing to generate",
+                "mark the pixels to generate in white",
             )
 
     def content(self) -> dict[str, Tensor]:
@@ -79,7 +86,7 @@ class Inpaint(Restoration):
 
 
 def _box(mask: str | list[int], sizes: list[int]) -> list[slice]:
-    """What a box has of each axis; it names the last axis first, and the middle half of each for the centre."""
+    """Return the slices of a box, given with the last axis first; the middle half of each axis for the centre."""
     ndim = len(sizes)
     starts, ends = [size // 4 for size in sizes], [size - size // 4 for size in sizes]
     if isinstance(mask, list):
@@ -90,22 +97,31 @@ def _box(mask: str | list[int], sizes: list[int]) -> list[slice]:
         raise UsageError(
             "edit.mask",
             mask,
-            f"should be [{names}] in pixels within {described(sizes)}, centre, or an image file",
+            f"must be [{names}] in pixels within {described(sizes)}, centre, or an image file",
         )
     return [slice(start, end) for start, end, _ in sides]
 
 
 def described(sizes: Sequence[int]) -> str:
-    """Sizes in the order of image files, the width first."""
+    """Return sizes as text in the order of image files, width first."""
     return " x ".join(map(str, reversed(sizes)))
 
 
 class Outpaint(Restoration):
-    """Continue the image beyond its sides, by so many pixels on each; of a volume every slice.
+    """Outpainting: continues the image beyond its borders; for volumes, every slice.
 
-    With canvas=grow images of the model's size become larger, which the network was not trained on; with canvas=keep
-    those that lack these margins are completed to the model's size, and those of that size lose them first.
-    Raises UsageError where there is nothing to add, or nothing left.
+    Args:
+        shape: shape of the model's images.
+        read_mask: unused.
+        left: pixels to add on the left.
+        right: pixels to add on the right.
+        top: pixels to add at the top.
+        bottom: pixels to add at the bottom.
+        canvas: `grow`: images of the model's size become larger than those of training. `keep`: images without these
+            margins are completed to the model's size; images of the model's size lose them first.
+
+    Raises:
+        UsageError: there is nothing to add, or nothing left.
     """
 
     masks = True
@@ -127,7 +143,7 @@ class Outpaint(Restoration):
         *front, height, width = shape
         if not any(self.sides):
             raise UsageError(
-                "edit.left", 0, "no side is to be continued", "set edit.left, right, top or bottom"
+                "edit.left", 0, "there is no side to extend", "set edit.left, right, top or bottom"
             )
         self.inner = shape
         if canvas == "keep":
@@ -137,7 +153,7 @@ class Outpaint(Restoration):
                     "edit.canvas",
                     "keep",
                     f"margins of {self.sides} leave nothing of {width} x {height} pixels",
-                    "take less",
+                    "use smaller margins",
                 )
 
     @property
@@ -157,12 +173,14 @@ class Outpaint(Restoration):
 
 
 class Colorize(Restoration):
-    """Colour gray images; of colour images the luma is taken first. UsageError for a model of gray images."""
+    """Colorization of gray images; colour images are converted to gray first. UsageError for models of gray images."""
 
     def __init__(self, shape: Shape, read_mask: ReadMask) -> None:
         super().__init__(shape, read_mask)
         if shape[0] != 3:
-            raise UsageError("edit", "colorize", "the model makes gray images", "take one trained on colour")
+            raise UsageError(
+                "edit", "colorize", "the model generates gray images", "use one trained on colour images"
+            )
 
     def accepts(self) -> list[Shape]:
         return [self.shape, (1, *self.shape[1:])]
@@ -173,14 +191,20 @@ class Colorize(Restoration):
 
 
 class SuperResolution(Restoration):
-    """Enlarge images `factor` times, to the model's size; images of that size are reduced first."""
+    """Super-resolution by an integer factor to the model's size; images of that size are reduced first.
+
+    Args:
+        shape: shape of the model's images.
+        read_mask: unused.
+        factor: upscaling factor, a divisor of the model's size.
+    """
 
     def __init__(self, shape: Shape, read_mask: ReadMask, *, factor: Annotated[int, Field(ge=2)] = 2) -> None:
         super().__init__(shape, read_mask)
         _, *sizes = shape
         if any(size % factor for size in sizes):
             raise UsageError(
-                "edit.factor", factor, f"does not divide {described(sizes)} pixels", "take a divisor"
+                "edit.factor", factor, f"does not divide {described(sizes)} pixels", "use a divisor"
             )
         self.factor = factor
 

@@ -1,4 +1,4 @@
-"""Edits that take an image part of the way to noise and back by another path."""
+"""Edits that noise or invert an image partially, and sample from there."""
 
 from collections import deque
 from collections.abc import Callable
@@ -18,19 +18,25 @@ Strength = Annotated[float, Field(ge=0.001, le=1)]
 
 
 def decode(process: EditProcess, x: Tensor, times: Tensor, draw: NoiseFn, repeat: int = 1) -> Tensor:
-    """Sample images from the state x at times[0], `repeat` in a row of each result."""
+    """Sample images from the states x at times[0], with `repeat` consecutive images per result."""
     (x,) = deque(integrate(process.sampler, process.denoise(repeat), x, times, draw), maxlen=1)
     return process.space.decode(x)
 
 
 def encode(process: EditProcess, denoise: Denoise, images: Tensor, times: Tensor) -> Tensor:
-    """Encode images to the state at times[0] by DDIM inversion."""
+    """Encode images to states at times[0] by DDIM inversion."""
     (x,) = deque(invert(process.sampler.schedule, denoise, process.space.encode(images), times), maxlen=1)
     return x
 
 
 class PartialNoising(Edit):
-    """An edit that goes to the time `strength` and back."""
+    """Base class of edits that start sampling at an intermediate time.
+
+    Args:
+        shape: shape of the model's images.
+        read_mask: unused.
+        strength: the time, in [0.001, 1].
+    """
 
     def __init__(self, shape: Shape, read_mask: ReadMask, *, strength: Strength = 0.9) -> None:
         super().__init__(shape, read_mask)
@@ -38,9 +44,10 @@ class PartialNoising(Edit):
 
 
 class Img2Img(PartialNoising):
-    """Noise an image to the time `strength` and sample from there: SDEdit (Meng et al. 2022, Alg. 1).
+    """SDEdit: noises an image to the time `strength`, and samples from there (Meng et al. 2022, Alg. 1).
 
-    A source drawn in another style, as strokes, comes back in the style of the model's data.
+    Turns images of another style, such as drawings, into the style of the training data. See `PartialNoising` for the
+    arguments.
     """
 
     starts_from_noise = True
@@ -55,7 +62,7 @@ class Img2Img(PartialNoising):
 
 
 class Reconstruct(PartialNoising):
-    """Encode an image to the time `strength` by DDIM inversion, and decode it again, without noise."""
+    """Reconstruction by DDIM inversion to the time `strength` and sampling; see `PartialNoising` for the arguments."""
 
     deterministic = True
 
@@ -67,10 +74,15 @@ class Reconstruct(PartialNoising):
 
 
 class Attribute(Edit):
-    """Turn an image of the class `source` into one of the class that `label` names (Su et al. 2023).
+    """Attribute change: turns images of the class `source` into images of the class `label` (Su et al. 2023).
 
-    It is encoded to the time `strength` by DDIM inversion, conditioned on the source class, and decoded by the
-    guided denoiser, conditioned on the other.
+    Encodes by DDIM inversion conditioned on the source class, and decodes by the guided denoiser of the target class.
+
+    Args:
+        shape: shape of the model's images.
+        read_mask: unused.
+        source: class of the input, by index or name; None: unconditional.
+        strength: time of the inversion, in [0.001, 1].
     """
 
     def __init__(
@@ -81,7 +93,7 @@ class Attribute(Edit):
 
     def check(self, labelled: bool, number: Callable[[int | str | None], int | None]) -> None:
         if not labelled:
-            raise UsageError("label", None, "edit=attribute leads to a class", "name it")
+            raise UsageError("label", None, "edit=attribute needs a target class", "name one")
         number(self.source)
 
     def __call__(self, images: Tensor, process: EditProcess) -> EditResult:
@@ -91,11 +103,19 @@ class Attribute(Edit):
 
 
 class Interpolate(Edit):
-    """The way from one image to the next in `frames` images, both ends included.
+    """Interpolation between pairs of images, or between the noise of pairs of seeds.
 
-    Both are encoded to the time `strength` by DDIM inversion, or are the noise of two seeds, and what lies between is
-    taken on the great circle: `sin((1 - u) w) / sin(w) x_1 + sin(u w) / sin(w) x_2`, w the angle between them
-    (Song et al. 2021a, Sec. 5.3). The input is taken in pairs.
+    Images are encoded by DDIM inversion. Intermediate states lie on the great circle between the ends:
+    `sin((1 - u) w) / sin(w) x_1 + sin(u w) / sin(w) x_2`, where w is the angle between them.
+
+    Args:
+        shape: shape of the model's images.
+        read_mask: unused.
+        frames: images per series, including both ends.
+        seeds: pairs of seeds, instead of input images; None: input images.
+        strength: time of the inversion, in [0.001, 1].
+
+    Source: Song et al. 2021a, Sec. 5.3.
     """
 
     inputs_each = 2
@@ -113,7 +133,7 @@ class Interpolate(Edit):
         self.seeds, self.strength = seeds, strength
         self.results_each = frames
         if seeds is not None and (len(seeds) < 2 or len(seeds) % 2):
-            raise UsageError("edit.seeds", seeds, "should be pairs of seeds, as [0,1]")
+            raise UsageError("edit.seeds", seeds, "must be pairs of seeds", "use for example [0,1]")
 
     def __call__(self, images: Tensor, process: EditProcess) -> EditResult:
         if self.seeds is None:
@@ -127,7 +147,7 @@ class Interpolate(Edit):
             [slerp(first, second, u) for u in torch.linspace(0, 1, self.results_each).tolist()], dim=1
         )
 
-        def draw() -> Tensor:  # all frames of a series share their noise
+        def draw() -> Tensor:  # all frames of a series share noise
             return process.draw().repeat_interleave(self.results_each, dim=0)
 
         frames = decode(process, path.flatten(0, 1), times, draw, self.results_each)
@@ -135,9 +155,9 @@ class Interpolate(Edit):
 
 
 def slerp(first: Tensor, second: Tensor, u: float) -> Tensor:
-    """The point a share u of the way from one to the other of two states [B, ...] on the great circle between them."""
+    """Return the point at fraction u of the great circle between two states [B, ...]."""
     a, b = first.flatten(1).double(), second.flatten(1).double()
     cosine = (a * b).sum(1) / (a.norm(dim=1) * b.norm(dim=1))
-    angle = torch.arccos(cosine.clamp(-1, 1)).clamp(min=1e-6)[:, None]  # parallel ends: a straight line
+    angle = torch.arccos(cosine.clamp(-1, 1)).clamp(min=1e-6)[:, None]  # parallel states: a straight line
     point = torch.sin((1 - u) * angle) / torch.sin(angle) * a + torch.sin(u * angle) / torch.sin(angle) * b
     return point.view_as(first).to(first)

@@ -717,33 +717,33 @@ def test_files_of_one_name_do_not_overwrite_each_other(folder, tmp_path):
         (["input=/nowhere"], "input=/nowhere: is no file"),
         (["input=test"], "a list of images, or input=val for images of the run's dataset"),
         (["edit.mask=/nowhere.png"], "edit.mask=/nowhere.png: does not exist"),
-        (["edit.mask=MASK"], "is 4 x 4 pixels and the images are 8 x 8"),
+        (["edit.mask=MASK"], "has 4 x 4 pixels, but the images have 8 x 8"),
         (
             ["edit.mask=[2,2,9,9]"],
-            "edit.mask=[2, 2, 9, 9]: should be [left,top,right,bottom] in pixels within 8 x 8",
+            "edit.mask=[2, 2, 9, 9]: must be [left,top,right,bottom] in pixels within 8 x 8",
         ),
         (["label=12"], "label=12: there are the classes 0..9"),
         (["label=frog"], "label=frog: unknown class; choose from 0, 1"),
         (["run=plain", "label=3"], "label=3: the model is not class-conditional"),
         (["run=plain", "guidance=cfg"], "guidance=cfg: the model is not class-conditional"),
         (["run=judge"], "was trained with task=classifier"),
-        (["guidance=cfg"], "label: guidance=cfg leads to a class"),
+        (["guidance=cfg"], "label: guidance=cfg needs a class"),
         (["guidance=auto"], "guidance=auto: needs a weaker model"),
         (["guidance=auto", "guidance.step=11"], "guidance.step=11: "),
         (
             ["guidance=auto", "guidance.run=plain", "guidance.interval=[3,1]"],
-            "guidance.interval=[3, 1]: should be",
+            "guidance.interval=[3, 1]: must be",
         ),
         (["guidance=classifier", "guidance.run=plain", "label=1"], "was trained with task=diffusion"),
         (["restoration=null"], "restoration=null: unknown option; choose from dps, repaint, replacement"),
         (["edit=img2img", "restoration=dps"], "restoration: edit=img2img restores nothing"),
-        (["edit=attribute"], "label=null: edit=attribute leads to a class"),
+        (["edit=attribute"], "label=null: edit=attribute needs a target class"),
         (["edit=attribute", "label=1", "edit.source=12"], "edit.source=12: there are the classes 0..9"),
-        (["edit=colorize"], "edit=colorize: the model makes gray images"),
+        (["edit=colorize"], "edit=colorize: the model generates gray images"),
         (["edit=super_resolution", "edit.factor=3"], "edit.factor=3: does not divide 8 x 8"),
-        (["edit=outpaint"], "edit.left=0: no side is to be continued"),
+        (["edit=outpaint"], "edit.left=0: there is no side to extend"),
         (["edit=interpolate", "num_images=3"], "there are 3 images, and this edit takes 2 at a time"),
-        (["edit=interpolate", "edit.seeds=[1]"], "edit.seeds=[1]: should be pairs"),
+        (["edit=interpolate", "edit.seeds=[1]"], "edit.seeds=[1]: must be pairs"),
         (["edit=attribute", "label=1", "variations=2"], "variations=2: edit=attribute takes no noise"),
         (["edit=interpolate", "edit.seeds=[0,1]"], "edit.seeds: takes no input, num_images or fit"),
         (
@@ -790,7 +790,7 @@ def test_what_is_not_finite_is_not_saved(folder, tmp_path, capsys):
         )
         == 2
     )
-    assert "images: sampling left numbers that are not finite; try a smaller" in capsys.readouterr().err
+    assert "images: sampling produced values that are not finite; try a smaller" in capsys.readouterr().err
     words = [f"output_dir={folder}", "run=told", "steps=2", "num_samples=1", "label=1", "clip_x0=false"]
     assert run(["sample", *words, "guidance=cfg", "guidance.scale=1e39", f"output={tmp_path}/b"]) == 2
     assert not list((tmp_path / "b").glob("*.png"))

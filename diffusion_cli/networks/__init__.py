@@ -1,4 +1,4 @@
-"""Networks: F(x, c_noise, y), what a denoiser is built on, the classifiers that guide one, and autoencoders."""
+"""Networks: denoising networks F(x, c_noise, y), classifiers of noisy images, and autoencoders."""
 
 from diffusion_cli.networks.autoencoder import AutoencoderKL, Level, Middle
 from diffusion_cli.networks.classifier import Classifier
@@ -10,6 +10,6 @@ from diffusion_cli.networks.transformer import TransformerBlock
 from diffusion_cli.networks.unet import UNet
 
 BLOCKS = (Block, TransformerBlock, Level, Middle)
-"""What most weights of a network are in, some at a time."""
+"""Modules that contain most of a network's weights, the units of sharding and checkpointing."""
 
 __all__ = ["BLOCKS", "AutoencoderKL", "Classifier", "DiT", "PatchDiscriminator", "SetTransformer", "UNet"]

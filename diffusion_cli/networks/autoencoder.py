@@ -1,4 +1,4 @@
-"""The autoencoder of latent diffusion: images to the moments of latents, and latents to images."""
+"""Autoencoder of latent diffusion models."""
 
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
@@ -13,20 +13,30 @@ from diffusion_cli.errors import UsageError
 from diffusion_cli.networks.layers import NORM_EPS, Checkpointed, Downsample, Pointwise, Upsample, attend
 
 LOG_VARIANCE = (-30.0, 20.0)
-"""Between which the log variance of latents is kept, as published."""
+"""Limits of the log variance of latents, as published."""
 
 
 class AutoencoderKL(nn.Module):
-    """A convolutional encoder to a Gaussian of latents q(z | x) = N(mean, variance), and a decoder p(x | z).
+    """Convolutional variational autoencoder with encoder `q(z | x) = N(mean, variance)` and decoder p(x | z).
 
-    `shape` is that of an image, [C, H, W]. Level l of the encoder works at H / 2^l with channels * channel_mult[l]
-    feature maps and `num_res_blocks` residual blocks, the decoder's with one more; both have attention in the middle,
-    among all pixels. Latents are [latent_channels, H / factor, W / factor], factor = 2^(levels - 1). With
-    `quant_conv` a 1x1 convolution stands on either side of them. The data's classes are not looked at.
+    Level l works at H / 2^l with channels * channel_mult[l] feature maps. Encoder and decoder have self-attention at
+    the lowest resolution. Latents have the shape [latent_channels, H / factor, W / factor] with
+    factor = 2^(levels - 1). The state dict has the names and shapes of AutoencoderKL in diffusers.
 
-    The state has the names and shapes of AutoencoderKL in diffusers, whose weights it takes and which takes its own.
+    Args:
+        shape: image shape [C, H, W].
+        num_classes: unused.
+        channels: feature maps of the first level.
+        channel_mult: multiplier of `channels` per level.
+        num_res_blocks: residual blocks per level of the encoder; the decoder has one more.
+        latent_channels: channels L of the latents.
+        norm_groups: groups of the group norms, a divisor of `channels`.
+        quant_conv: whether to apply 1x1 convolutions before and after the latents.
+        gradient_checkpointing: whether to recompute activations in the backward pass to save memory.
 
-    Raises UsageError where two arguments do not go together, or `factor` does not divide the image.
+    Raises:
+        UsageError: arguments contradict each other, or `factor` does not divide the image size.
+
     Source: Rombach et al. 2022, Sec. 3.1 and Appendix G; Esser et al. 2021.
     """
 
@@ -50,21 +60,19 @@ class AutoencoderKL(nn.Module):
             raise UsageError(
                 "model",
                 "AutoencoderKL",
-                f"takes images [C, H, W], and these are {list(shape)}",
-                "take a dataset of images",
+                f"needs images [C, H, W], not shape {list(shape)}",
+                "use a dataset of images",
             )
         if not channel_mult:
-            raise UsageError(
-                "channel_mult", "[]", "the network needs a level", "name a multiplier, as [1, 2]"
-            )
+            raise UsageError("channel_mult", "[]", "must have at least one level", "use for example [1,2]")
         if channels % norm_groups:
             raise UsageError(
                 "norm_groups", norm_groups, f"does not divide channels={channels}", "use a divisor"
             )
         self.latent_channels = latent_channels
         self.factor = 2 ** (len(channel_mult) - 1)
-        """Pixels of a side that one latent stands for."""
-        self.latent_shape(shape)  # refused now rather than at the first image
+        """Pixels per latent along each side."""
+        self.latent_shape(shape)  # validates the image size
         widths = [mult * channels for mult in channel_mult]
         parts = (widths, num_res_blocks, norm_groups, gradient_checkpointing)
         self.encoder = Encoder(shape[0], 2 * latent_channels, *parts)
@@ -73,54 +81,56 @@ class AutoencoderKL(nn.Module):
         self.post_quant_conv = nn.Conv2d(latent_channels, latent_channels, 1) if quant_conv else None
 
     def latent_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """The shape [L, h, w] of the latents of an image [C, H, W]; UsageError if `factor` does not divide it."""
+        """Return the latent shape [L, h, w] of images [C, H, W]; UsageError if `factor` does not divide the size."""
         if any(side % self.factor for side in shape[1:]):
             sides = "x".join(str(side) for side in shape[1:])
             raise UsageError(
                 "model",
                 "AutoencoderKL",
-                f"a latent stands for {self.factor} pixels of a side, which do not divide images of {sides}",
-                "take fewer levels in model.channel_mult, or images of another size",
+                f"image sizes must be multiples of {self.factor}, but images are {sides}",
+                "use fewer levels in model.channel_mult, or images of another size",
             )
         return (self.latent_channels, *(side // self.factor for side in shape[1:]))
 
     def moments(self, x: Tensor) -> Tensor:
-        """Return the mean and the log variance of the latents of images x [B, C, H, W], [B, 2L, h, w]."""
+        """Return mean and log variance of the latents, [B, 2L, h, w], of images x [B, C, H, W]."""
         h = self.encoder(x)
         mean, log_variance = (h if self.quant_conv is None else self.quant_conv(h)).chunk(2, dim=1)
         return torch.cat([mean, log_variance.clamp(*LOG_VARIANCE)], dim=1).to(x.dtype)
 
     def decode(self, z: Tensor) -> Tensor:
-        """Return the images [B, C, H, W] of latents z [B, L, h, w], not clipped to [-1, 1]."""
+        """Return images [B, C, H, W] of latents z [B, L, h, w], not clipped to [-1, 1]."""
         return self.decoder(z if self.post_quant_conv is None else self.post_quant_conv(z)).to(z.dtype)
 
     def forward(self, x: Tensor, eps: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the images decoded from `z = mean + exp(log_variance / 2) eps`, and the moments, of images x.
+        """Return reconstructions from `z = mean + exp(log_variance / 2) eps`, and the moments.
 
-        x: [B, C, H, W]; eps: standard normal [B, L, h, w], or zeros for the mean itself.
+        Args:
+            x: images [B, C, H, W].
+            eps: standard normal noise [B, L, h, w], or zeros for z = mean.
         """
         moments = self.moments(x)
         return self.decode(drawn(moments, eps)), moments
 
     def reconstruct(self, x: Tensor) -> Tensor:
-        """Return the images [B, C, H, W] decoded from the mean latents of images x [B, C, H, W]."""
+        """Return reconstructions [B, C, H, W] of images x [B, C, H, W] from mean latents."""
         return self.decode(self.moments(x).chunk(2, dim=1)[0])
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
-        """Compile all but the decoder's last layer, at which a discriminator's weight is measured alone."""
+        """Compile all but the decoder's last layer, whose gradients determine the weight of the discriminator."""
         self.encoder.compile(*args, **kwargs)
         for block in (self.decoder.mid_block, *self.decoder.up_blocks):
             block.compile(*args, **kwargs)
 
 
 def drawn(moments: Tensor, eps: Tensor) -> Tensor:
-    """The latents `mean + exp(log_variance / 2) eps` [B, L, h, w] of moments [B, 2L, h, w]."""
+    """Return latents mean + exp(log_variance / 2) eps, [B, L, h, w], of moments [B, 2L, h, w]."""
     mean, log_variance = moments.chunk(2, dim=1)
     return mean + torch.exp(0.5 * log_variance) * eps
 
 
 class Encoder(Checkpointed):
-    """The way down: images to features, half the size from level to level."""
+    """Encoder from images to features, halving the resolution per level."""
 
     def __init__(
         self,
@@ -153,7 +163,7 @@ class Encoder(Checkpointed):
 
 
 class Decoder(Checkpointed):
-    """The way up: latents to images, twice the size from level to level."""
+    """Decoder from latents to images, doubling the resolution per level."""
 
     def __init__(
         self,
@@ -185,7 +195,7 @@ class Decoder(Checkpointed):
 
 
 class Level(nn.Module):
-    """Residual blocks of one resolution, then what changes it: `resample` by the name that it has in the state."""
+    """Residual blocks of one resolution, followed by `resample`, layers by their name in the state dict."""
 
     def __init__(
         self,
@@ -210,14 +220,14 @@ class Level(nn.Module):
 
 
 class Named(nn.Sequential):
-    """Layers one after the other, each by the name that it has in the state."""
+    """Sequential module with named layers."""
 
     def __init__(self, **layers: nn.Module) -> None:
         super().__init__(OrderedDict(layers))
 
 
 class Middle(nn.Module):
-    """A residual block, attention among all pixels, and another residual block."""
+    """Residual block, self-attention and residual block."""
 
     def __init__(self, width: int, norm_groups: int) -> None:
         super().__init__()
@@ -229,9 +239,9 @@ class Middle(nn.Module):
 
 
 class Residual(nn.Module):
-    """skip(x) + conv2(silu(norm2(conv1(silu(norm1(x)))))), skip a 1x1 convolution where the number of maps changes.
+    """Residual block: `skip(x) + conv2(silu(norm2(conv1(silu(norm1(x))))))`.
 
-    [B, in_channels, H, W] to [B, out_channels, H, W].
+    Maps [B, in_channels, H, W] to [B, out_channels, H, W]; `skip` is a 1x1 convolution if these differ.
     """
 
     def __init__(self, in_channels: int, out_channels: int, norm_groups: int) -> None:
@@ -248,7 +258,7 @@ class Residual(nn.Module):
 
 
 class MiddleAttention(nn.Module):
-    """Self-attention of one head among all pixels: x + out(softmax(q k^T / sqrt(C)) v). [B, C, H, W] to the same."""
+    """Single-head self-attention over pixels, `x + out(softmax(q k^T / sqrt(C)) v)`, for x [B, C, H, W]."""
 
     def __init__(self, channels: int, norm_groups: int) -> None:
         super().__init__()

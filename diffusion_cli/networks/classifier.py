@@ -1,4 +1,4 @@
-"""The classifier that guides a diffusion model: the way down of its U-Net, and scores of the classes."""
+"""Classifier of noisy images for classifier guidance."""
 
 from collections.abc import Sequence
 from typing import Annotated, Literal
@@ -13,10 +13,14 @@ from diffusion_cli.networks.layers import NORM_EPS
 
 
 class Classifier(UNetEncoder):
-    """Class scores F(x, c_noise) [B, K] of noised images: the first half of a U-Net, averaged over the image.
+    """Class scores F(x, c_noise), [B, K], of noisy images: the encoder of a U-Net, average pooling and a linear layer.
 
-    The options are those of `UNet`. Raises UsageError where two do not go together, or without classes.
-    Source: Dhariwal & Nichol 2021, Sec. 4 and Appendix H, whose average is weighted by attention.
+    See `UNet` for the arguments. The published network pools with attention.
+
+    Raises:
+        UsageError: arguments contradict each other, or there are no classes.
+
+    Source: Dhariwal and Nichol 2021, Sec. 4 and Appendix H.
     """
 
     task = "classifier"
@@ -42,7 +46,7 @@ class Classifier(UNetEncoder):
     ) -> None:
         if num_classes is None:
             raise UsageError(
-                "task", "classifier", "the data set has no classes to learn", "take one with labels"
+                "task", "classifier", "the dataset has no classes to learn", "use a labelled dataset"
             )
         config = UNetConfig(
             shape, channels=channels, channel_mult=channel_mult, num_res_blocks=num_res_blocks,
@@ -56,6 +60,6 @@ class Classifier(UNetEncoder):
         self.head = nn.Linear(config.widths[-1], num_classes)
 
     def forward(self, x: Tensor, c_noise: Tensor) -> Tensor:
-        """Return the scores [B, K] of images x [B, C, *sizes] at the noise levels c_noise [B], before the softmax."""
+        """Return the logits [B, K] of images x [B, C, *sizes] at noise levels c_noise [B]."""
         *_, h = self.encode(x, self.embed(c_noise))
         return self.head(silu(self.out_norm(h)).flatten(2).mean(2)).to(x.dtype)

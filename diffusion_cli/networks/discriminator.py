@@ -1,27 +1,37 @@
-"""The discriminator that an autoencoder's images are shown to in training."""
+"""Discriminator for the training of autoencoders."""
 
 from torch import Tensor, nn
 
 from diffusion_cli.errors import UsageError
 
 NORM_GROUPS = 8
-INITIAL_STD = 0.02  # of the weights, as published
+INITIAL_STD = 0.02  # of the initial weights, as published
 
 
 class PatchDiscriminator(nn.Module):
-    """How real each patch of an image looks, a number without bounds: [B, C, H, W] to [B, 1, h, w].
+    """Patch discriminator: logits [B, 1, h, w] of how real the patches of images [B, C, H, W] look.
 
-    4x4 convolutions with leaky ReLUs: `layers` of stride 2 and twice the maps each, up to 8 * channels, then two of
-    stride 1. Norms are of groups: those of batches, as published, would depend on how a batch is shared out.
+    Has 4x4 convolutions with leaky ReLU. Group norm replaces the published batch norm, which would depend on the
+    number of devices.
 
-    Raises UsageError for images smaller than its patches need, or channels that groups of 8 do not divide.
+    Args:
+        shape: image shape [C, H, W].
+        channels: feature maps of the first convolution, a multiple of 8; doubled per layer up to a factor of 8.
+        layers: convolutions of stride 2; two of stride 1 follow.
+
+    Raises:
+        UsageError: the images are too small for the patches, or `channels` is invalid.
+
     Source: Isola et al. 2017, Sec. 3.2.2 and Appendix 6.1.2.
     """
 
     def __init__(self, shape: tuple[int, ...], *, channels: int, layers: int) -> None:
         if channels % NORM_GROUPS:
             raise UsageError(
-                "objective.discriminator_channels", channels, f"is no multiple of {NORM_GROUPS}", "take one"
+                "objective.discriminator_channels",
+                channels,
+                f"must be a multiple of {NORM_GROUPS}",
+                f"use for example {-(-channels // NORM_GROUPS) * NORM_GROUPS}",
             )
         least = 3 * 2**layers
         if min(shape[1:]) < least:
@@ -29,8 +39,8 @@ class PatchDiscriminator(nn.Module):
             raise UsageError(
                 "objective.discriminator_layers",
                 layers,
-                f"needs images of {least} pixels a side, and these have {sides}",
-                "take fewer",
+                f"needs at least {least} pixels per side, but images are {sides}",
+                "use fewer layers",
             )
         super().__init__()
         widths = [min(2**level, 8) * channels for level in range(layers + 1)]

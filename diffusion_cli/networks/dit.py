@@ -1,4 +1,4 @@
-"""The diffusion transformer, a vision transformer steered by time and class."""
+"""Diffusion transformer (DiT)."""
 
 import math
 from collections.abc import Sequence
@@ -20,20 +20,32 @@ from diffusion_cli.networks.transformer import SelfAttention, Transformer
 
 
 class DiT(Transformer):
-    """F(x, c_noise, y) as a transformer whose tokens are patches of the image, with adaLN-zero.
+    """Diffusion transformer F(x, c_noise, y) with adaLN-zero conditioning, for signals, images and volumes.
 
-    `shape` is that of an image, [C, *sizes] with one to three sizes. Cubes of patch_size pixels a side become tokens
-    of hidden_size features by a linear map, their places are encoded by `position_embedding`, and `depth` blocks work
-    on them. The blocks start as the identity and the last layer at zero, so that F = 0 before training. `dropout`,
-    which the published network has none of, is of the features between the two layers of the MLPs.
+    Tokens are linear embeddings of patches plus a sinusoidal `position_embedding`. F = 0 before training. Weights
+    have the published names and shapes, except `pos_embed`, which is computed. Positions count tokens, so that with
+    progressive resolution those of larger images must be learned anew.
 
-    A class-conditional network knows the classes 0 .. num_classes - 1 and the null class num_classes, which
-    stands for "no label"; otherwise its `num_classes` is None. Weights have the published names and shapes; the
-    published `pos_embed` is computed here, and no state. Places count tokens at any size, so that a run that grows
-    (`progressive`) has to learn those of its larger images.
+    A class-conditional network has classes 0..num_classes - 1 and the null class num_classes; otherwise its
+    attribute `num_classes` is None.
 
-    Raises UsageError where two arguments do not go together.
-    Source: Peebles & Xie 2023, and their code.
+    Args:
+        shape: data shape [C, *sizes] with one to three sizes.
+        num_classes: number of classes of the data, or None.
+        hidden_size: features per token.
+        depth: number of transformer blocks.
+        num_heads: attention heads, a divisor of `hidden_size`.
+        mlp_ratio: hidden features of the MLPs relative to `hidden_size`.
+        patch_size: pixels per side of a patch.
+        dropout: dropout probability in the MLPs; the published network has none.
+        class_conditional: whether to condition on classes.
+        learn_variance: whether to also predict the variance of a step.
+        gradient_checkpointing: whether to recompute activations in the backward pass to save memory.
+
+    Raises:
+        UsageError: arguments contradict each other.
+
+    Source: Peebles and Xie 2023, and code.
     """
 
     def __init__(
@@ -62,11 +74,12 @@ class DiT(Transformer):
         self.x_embedder = PatchEmbedding(channels, hidden_size, patch_size, axes)
 
     def forward(self, x: Tensor, c_noise: Tensor, y: Tensor | None = None) -> Tensor:
-        """Return F [B, C, *sizes], or [B, 2C, *sizes] with the variance values last, in the dtype of x.
+        """Return F [B, C, *sizes], or [B, 2C, *sizes] with the variance output last, in the dtype of x.
 
-        x: [B, C, *sizes] of any sizes, padded to multiples of patch_size; c_noise: [B], the timestep
-        number or what else the parameterization names; y: int64 [B], or None for the null class. An
-        unconditional network takes no notice of y.
+        Args:
+            x: input [B, C, *sizes] of any sizes, padded to multiples of patch_size.
+            c_noise: noise levels [B], as defined by the parameterization.
+            y: labels, int64 [B]; None: the null class. Ignored by unconditional networks.
         """
         sizes, patch = x.shape[2:], self.patch_size
         grid = [-(-size // patch) for size in sizes]
@@ -79,7 +92,7 @@ class DiT(Transformer):
 
 
 class PatchEmbedding(nn.Module):
-    """Tokens linear in the patches of images: [B, C, *sizes] to [B, N, width], patch_size a divisor of the sizes."""
+    """Linear embedding of patches: [B, C, *sizes] to [B, N, width]; patch_size must divide the sizes."""
 
     def __init__(self, channels: int, width: int, patch_size: int, axes: int) -> None:
         super().__init__()
@@ -92,10 +105,10 @@ class PatchEmbedding(nn.Module):
 
 
 def position_embedding(grid: Sequence[int], dim: int, device: torch.device) -> Tensor:
-    """Sinusoidal features of the places on a grid, float [prod(grid), dim], in -1..1.
+    """Return sinusoidal embeddings of the positions of a grid, float [prod(grid), dim], in [-1, 1].
 
-    Each axis has 2 m features, m = dim // (2 axes): [sin | cos] of `place 10000^(-i / m)` for i = 0 .. m - 1 and
-    place = 0, 1, ... The last axis comes first, as published ("here w goes first"); what is left of dim is zero.
+    Each axis has 2 m features, m = dim // (2 axes): [sin | cos] of position * 10000^(-i / m) for i = 0..m - 1. The
+    last axis comes first, as published; remaining features are zero.
     """
     places = torch.cartesian_prod(*(torch.arange(side, device=device) for side in grid)).view(-1, len(grid))
     features = timestep_embedding(places.flip(1).flatten(), 2 * (dim // (2 * len(grid))), "cos_sin")

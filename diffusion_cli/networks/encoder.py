@@ -1,4 +1,4 @@
-"""The encoder of the U-Nets, and their options."""
+"""Encoder and configuration of U-Nets."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -29,7 +29,7 @@ Resample = Literal["conv", "conv_same", "block", "block_proj"]
 
 
 class Block(nn.ModuleList):
-    """Layers at work between two skip connections, one after the other; `skip` joins as further channels."""
+    """Sequential layers between two skip connections; `skip` is concatenated to the input."""
 
     def forward(self, x: Tensor, emb: Tensor, skip: Tensor | None = None) -> Tensor:
         if skip is not None:
@@ -40,7 +40,7 @@ class Block(nn.ModuleList):
 
 
 class UNetEncoder(Checkpointed):
-    """What a U-Net and a classifier share: the embedding of time and class, the way down, the middle."""
+    """Common part of U-Nets and classifiers: embedding of time and class, encoder and middle block."""
 
     frequencies: Tensor
 
@@ -69,7 +69,7 @@ class UNetEncoder(Checkpointed):
         self.middle = config.middle()
 
     def encode(self, x: Tensor, emb: Tensor) -> list[Tensor]:
-        """Return the features of every skip connection, and of the middle last."""
+        """Return the features of all skip connections, followed by those of the middle block."""
         pyramid = self._patches(pad_to_multiple(x, self.multiple))
         h = self.stem(pyramid)
         skips = [h]
@@ -82,8 +82,8 @@ class UNetEncoder(Checkpointed):
         return [*skips, self.run(self.middle, h, emb)]
 
     def embed(self, c_noise: Tensor, y: Tensor | None = None) -> Tensor:
-        """Return the features of time and class, [B, 4 channels]."""
-        # Not in bfloat16: its 8 bits would take neighbouring timesteps for one.
+        """Return the embedding of time and class, [B, 4 channels]."""
+        # Not in bfloat16, whose 8 bits do not distinguish neighbouring timesteps.
         with torch.autocast(c_noise.device.type, enabled=False):
             if self.embedding_layout == "fourier":
                 features = fourier_embedding(c_noise, self.frequencies)
@@ -102,9 +102,10 @@ class UNetEncoder(Checkpointed):
 
 @dataclass(frozen=True)
 class UNetConfig:
-    """Options of a U-Net for images of a shape [C, *sizes], and the layers that they mean; `UNet` describes them.
+    """Configuration of a U-Net for data of a shape [C, *sizes], and its layers; see `UNet` for the fields.
 
-    Raises UsageError where two options do not go together, or images have no or more than three dimensions.
+    Raises:
+        UsageError: fields contradict each other, or the data do not have one to three dimensions.
     """
 
     shape: tuple[int, ...]
@@ -132,13 +133,11 @@ class UNetConfig:
             raise UsageError(
                 "model",
                 NO_VALUE,
-                f"a U-Net takes 1 to 3 dimensions beside the channels, not {self.ndim}",
-                "choose another model",
+                f"a U-Net needs data with 1 to 3 dimensions beside the channels, not {self.ndim}",
+                "use another model",
             )
         if not self.channel_mult:
-            raise UsageError(
-                "channel_mult", "[]", "the network needs a level", "name a multiplier, as [1, 2]"
-            )
+            raise UsageError("channel_mult", "[]", "must have at least one level", "use for example [1,2]")
         if self.channels % self.norm_groups:
             raise UsageError(
                 "norm_groups", self.norm_groups, f"does not divide channels={self.channels}", "use a divisor"
@@ -147,7 +146,7 @@ class UNetConfig:
             raise UsageError(
                 "fir",
                 True,
-                f"filters inside blocks, not with resample={self.resample}",
+                f"needs resampling in blocks, not resample={self.resample}",
                 "use resample=block or block_proj, or fir=false",
             )
         unreached = [r for r in self.attention_resolutions if r not in self.resolutions]
@@ -155,37 +154,37 @@ class UNetConfig:
             raise UsageError(
                 "attention_resolutions",
                 self.attention_resolutions,
-                f"not reached: {unreached}",
-                f"{len(self.widths)} levels at image size {self.height} work at {self.resolutions}, "
-                "choose among these",
+                f"{unreached} not among the resolutions",
+                f"{len(self.widths)} levels at image size {self.height} have the resolutions {self.resolutions}, "
+                "use some of these",
             )
 
     @property
     def ndim(self) -> int:
-        """Dimensions of an image beside its channels."""
+        """Number of dimensions beside the channels."""
         return len(self.shape) - 1
 
     @property
     def widths(self) -> list[int]:
-        """Feature maps of each level."""
+        """Feature maps per level."""
         return [mult * self.channels for mult in self.channel_mult]
 
     @property
     def height(self) -> int:
-        """First size of an image in patches."""
+        """First size of the data in patches."""
         return -(-self.shape[1] // self.patch_size)
 
     @property
     def resolutions(self) -> list[int]:
-        """First size at each level."""
+        """First size per level."""
         levels = len(self.channel_mult)
         finest = self.height + -self.height % 2 ** (levels - 1)
         return [finest >> level for level in range(levels)]
 
     def down_path(self, pyramid: int | None) -> tuple[nn.ModuleList, list[int]]:
-        """Return the blocks and the widths of the skip connections, of which the stem's is first.
+        """Return the encoder blocks and the widths of the skip connections, starting with that of the stem.
 
-        `pyramid` is the number of maps that a progressive input starts with, None without one.
+        `pyramid` is the number of input channels for progressive input, or None.
         """
         blocks, skips = nn.ModuleList(), [self.channels]
         for level, width in enumerate(self.widths):
@@ -242,12 +241,12 @@ class UNetConfig:
         )
 
     def _heads(self, width: int) -> int:
-        """Attention heads for a number of feature maps."""
+        """Return the number of attention heads for a number of feature maps."""
         if (self.num_heads is None) == (self.head_channels is None):
             raise UsageError(
                 f"num_heads={format_value(self.num_heads)}, head_channels",
                 self.head_channels,
-                "set one of them, the other null",
+                "exactly one of them must be set",
             )
         key = "num_heads" if self.head_channels is None else "head_channels"
         value = getattr(self, key)

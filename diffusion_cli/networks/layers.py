@@ -1,7 +1,6 @@
-"""Layers of the networks: timestep features, resampling, attention, residual block.
+"""Layers of the networks: embeddings, resampling, attention, residual blocks.
 
-`ndim` is the number of a layer's dimensions: 1 for signals [B, C, L], 2 for images [B, C, H, W], 3 for volumes
-[B, C, D, H, W].
+`ndim` is the number of dimensions: 1 for signals [B, C, L], 2 for images [B, C, H, W], 3 for volumes [B, C, D, H, W].
 """
 
 import math
@@ -30,35 +29,37 @@ from torch.utils.checkpoint import checkpoint
 
 from diffusion_cli.errors import UsageError
 
-# torch's operations by number of dimensions.
+# Operations of torch by number of dimensions.
 CONV = {1: conv1d, 2: conv2d, 3: conv3d}
 CONV_TRANSPOSE = {1: conv_transpose1d, 2: conv_transpose2d, 3: conv_transpose3d}
 AVG_POOL = {1: avg_pool1d, 2: avg_pool2d, 3: avg_pool3d}
 
 NORM_EPS = 1e-6  # Ho et al. 2020
-SMALL = 2**24  # numbers of all attention matrices of a layer: 32 MB in bfloat16
+SMALL = 2**24  # elements of all attention matrices of a layer: 32 MB in bfloat16
 
 
 class Checkpointed(nn.Module):
-    """A network whose blocks keep their activations, or with `gradient_checkpointing` compute them a second time."""
+    """Base class of networks with gradient checkpointing, which recomputes activations of blocks to save memory."""
 
     gradient_checkpointing: bool
 
     def run(self, block: nn.Module, *inputs: Tensor) -> Tensor:
-        """Apply a block."""
+        """Apply a block, with checkpointing if enabled."""
         if self.gradient_checkpointing and torch.is_grad_enabled():
             return checkpoint(block, *inputs, use_reentrant=False)
         return block(*inputs)
 
 
 def timestep_embedding(c_noise: Tensor, dim: int, layout: Literal["sin_cos", "cos_sin"]) -> Tensor:
-    """Sinusoidal features of the timestep number, in float64 whatever the precision around it.
+    """Return sinusoidal embeddings of c_noise, [B, dim] in [-1, 1], computed in float64.
 
-    angle[b, i] = c_noise[b] * 10000^(-i / n) for i = 0 .. dim // 2 - 1, with
-    `sin_cos`: [sin | cos], n = dim // 2 - 1 (Ho et al. 2020's code) and
-    `cos_sin`: [cos | sin], n = dim // 2 (Nichol & Dhariwal 2021's code). An odd `dim` ends in a zero.
+    angle[b, i] = c_noise[b] * 10000^(-i / n) for i = 0..dim // 2 - 1. An odd `dim` ends in a zero.
 
-    c_noise: [B], usually 0..T-1, fractions welcome. Returns [B, dim], in -1..1.
+    Args:
+        c_noise: noise levels [B], usually timesteps 0..T-1, may be fractional.
+        dim: number of features.
+        layout: `sin_cos`: [sin | cos], n = dim // 2 - 1 (code of Ho et al. 2020); `cos_sin`: [cos | sin],
+            n = dim // 2 (code of Nichol and Dhariwal 2021).
     """
     c_noise = _exact(c_noise)
     half = dim // 2
@@ -70,9 +71,12 @@ def timestep_embedding(c_noise: Tensor, dim: int, layout: Literal["sin_cos", "co
 
 
 def fourier_embedding(c_noise: Tensor, frequencies: Tensor) -> Tensor:
-    """Features [sin(2 pi w c_noise) | cos(2 pi w c_noise)] of the frequencies w, computed in float64.
+    """Return random Fourier features [sin(2 pi w c_noise) | cos(2 pi w c_noise)], [B, 2n], computed in float64.
 
-    c_noise: [B], the logarithm of a noise level as published; frequencies: [n]. Returns [B, 2n], in -1..1.
+    Args:
+        c_noise: noise levels [B], as published their logarithm.
+        frequencies: frequencies w [n].
+
     Source: Tancik et al. 2020, Section 5; Song et al. 2021b, Appendix C.
     """
     c_noise = _exact(c_noise)
@@ -85,22 +89,22 @@ def _exact(x: Tensor) -> Tensor:
 
 
 def zero_init(layer: nn.Module) -> None:
-    """Set all parameters to zero, so that the branch that ends in the layer starts as nothing."""
+    """Set all parameters of the last layer of a branch to zero, so that the branch is initially zero."""
     for parameter in layer.parameters():
         nn.init.zeros_(parameter)
 
 
 def conditioning_classes(num_classes: int | None, class_conditional: bool) -> int | None:
-    """The number of classes of a class-conditional network, else None; UsageError for a data set without classes."""
+    """Return the number of classes to condition on, or None; UsageError for a dataset without classes."""
     if class_conditional and num_classes is None:
         raise UsageError(
-            "class_conditional", True, "the data set has no classes", "use class_conditional=false"
+            "class_conditional", True, "the dataset has no classes", "use class_conditional=false"
         )
     return num_classes if class_conditional else None
 
 
 class Conv(nn.Module):
-    """A convolution in `ndim` dimensions, `size` long in each, with bias; the weights are drawn as torch's own."""
+    """Convolution with bias in `ndim` dimensions, with a kernel of length `size`, initialized as in torch."""
 
     def __init__(
         self,
@@ -121,14 +125,14 @@ class Conv(nn.Module):
         self.ndim, self.stride, self.padding = ndim, stride, size // 2 if padding is None else padding
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return [B, out_channels, *sizes]: those of x, unless a stride or another padding changes them."""
+        """Return [B, out_channels, *sizes], with the sizes of x unless stride or padding change them."""
         return CONV[self.ndim](x, self.weight, self.bias, self.stride, self.padding)
 
 
 def to_patches(x: Tensor, size: int) -> Tensor:
-    """Take patches of `size` pixels along each axis together: [B, C, *sizes] to [B, C size^ndim, *sizes / size].
+    """Move patches of `size` pixels per axis to channels: [B, C, *sizes] to [B, C size^ndim, *sizes / size].
 
-    The order of the channels is that of `torch.nn.functional.pixel_unshuffle`.
+    Channels are ordered as by `torch.nn.functional.pixel_unshuffle`.
     """
     ndim = x.dim() - 2
     for axis in reversed(range(2, 2 + ndim)):
@@ -138,7 +142,7 @@ def to_patches(x: Tensor, size: int) -> Tensor:
 
 
 def from_patches(x: Tensor, size: int) -> Tensor:
-    """Undo `to_patches`: [B, C size^ndim, *sizes] to [B, C, *size sizes]."""
+    """Invert `to_patches`: [B, C size^ndim, *sizes] to [B, C, *size sizes]."""
     ndim = x.dim() - 2
     x = x.unflatten(1, (-1, *[size] * ndim))
     pairs = [axis for k in range(2, 2 + ndim) for axis in (k + ndim, k)]
@@ -149,23 +153,24 @@ def from_patches(x: Tensor, size: int) -> Tensor:
 
 
 def pad_to_multiple(x: Tensor, multiple: int) -> Tensor:
-    """Repeat the last pixels of images [B, C, *sizes] so that `multiple` divides every size."""
+    """Pad images [B, C, *sizes] at the end of each axis to multiples of `multiple` by repeating the last pixels."""
     beyond = [-size % multiple for size in x.shape[2:]]
-    ends = [end for size in reversed(beyond) for end in (0, size)]  # of the last axis first
+    ends = [end for size in reversed(beyond) for end in (0, size)]  # last axis first
     return pad(x, ends, mode="replicate") if any(beyond) else x
 
 
 def crop(x: Tensor, sizes: Sequence[int]) -> Tensor:
-    """Undo `pad_to_multiple`: the first pixels of images along each axis."""
+    """Invert `pad_to_multiple`: keep the first pixels along each axis."""
     return x if tuple(x.shape[2:]) == tuple(sizes) else x[(..., *(slice(size) for size in sizes))]
 
 
 def halve(x: Tensor, *, fir: bool) -> Tensor:
-    """Half the size along each axis: [B, C, *sizes] to [B, C, *sizes / 2], all sizes even.
+    """Halve the resolution: [B, C, *sizes] to [B, C, *sizes / 2], for even sizes.
 
-    By means of 2 each, or with `fir` by the anti-aliasing filter (1, 3, 3, 1) / 8 along each axis, output i in the
-    middle of inputs 2i and 2i + 1. Beyond the edge the last pixel goes on, so that constants stay constant (the
-    published code continues with zeros). Source: Karras et al. 2020; Song et al. 2021b, Appendix H.
+    Averages pairs of pixels, or with `fir` applies the anti-aliasing filter (1, 3, 3, 1) / 8 along each axis. Edge
+    pixels are repeated, which preserves constants; the published code pads with zeros.
+
+    Source: Karras et al. 2020; Song et al. 2021b, Appendix H.
     """
     if not fir:
         return AVG_POOL[x.dim() - 2](x, 2)
@@ -173,9 +178,9 @@ def halve(x: Tensor, *, fir: bool) -> Tensor:
 
 
 def double(x: Tensor, *, fir: bool) -> Tensor:
-    """Twice the size along each axis, 2^ndim times the adjoint of `halve`: [B, C, *sizes] to [B, C, *2 sizes].
+    """Double the resolution: [B, C, *sizes] to [B, C, *2 sizes], 2^ndim times the adjoint of `halve`.
 
-    Nearest neighbour, or with `fir` weights of 3/4 and 1/4 along each axis, which is linear interpolation.
+    Uses nearest neighbours, or with `fir` linear interpolation with weights 3/4 and 1/4.
     """
     if not fir:
         return interpolate(x, scale_factor=2.0)
@@ -183,9 +188,9 @@ def double(x: Tensor, *, fir: bool) -> Tensor:
 
 
 def _fir_matrix(size: int, like: Tensor) -> Tensor:
-    # [size / 2, size]; its products bring the edge with them and have gradients that add up in a fixed order.
+    # [size / 2, size]; the product handles edges, and has deterministic gradients.
     pixels = torch.arange(size, device=like.device, dtype=torch.float32)
-    distance = (pixels - (pixels[::2, None] + 0.5)).abs()  # 0.5, 1.5, ... from the middle of an output
+    distance = (pixels - (pixels[::2, None] + 0.5)).abs()  # 0.5, 1.5, ... from the centre of an output
     matrix = (2 - distance).clamp(min=0) / 4
     matrix[0, 0] += 1 / 8
     matrix[-1, -1] += 1 / 8
@@ -193,8 +198,8 @@ def _fir_matrix(size: int, like: Tensor) -> Tensor:
 
 
 def _along_axes(x: Tensor, matrices: list[Tensor]) -> Tensor:
-    # Matrix products rather than depthwise convolutions, which in bfloat16 take a CPU ten times as long; for
-    # small images one product rather than one an image and feature map.
+    # Matrix products: depthwise convolutions in bfloat16 are ten times slower on CPUs. Small images use a single
+    # product over all axes.
     if math.prod([matrix.numel() for matrix in matrices]) <= 2**14:
         together = reduce(_along_both, [matrix.T for matrix in matrices])
         return (x.flatten(2) @ together).unflatten(2, [len(matrix) for matrix in matrices])
@@ -211,18 +216,18 @@ def _along_both(rows: Tensor, columns: Tensor) -> Tensor:
 
 
 def residual_sum(x: Tensor, branch: Tensor, *, rescale: bool) -> Tensor:
-    """x + branch, with `rescale` over sqrt(2), which keeps the variance (Song et al. 2021b, Appendix H)."""
+    """Return x + branch, with `rescale` divided by sqrt(2) to keep the variance (Song et al. 2021b, Appendix H)."""
     total = x + branch
     return total * math.sqrt(0.5) if rescale else total
 
 
 class ProgressiveInput(nn.Module):
-    """Feeds the image to a coarser level: h + conv(halve(pyramid)), a convolution of size 3.
+    """Progressive input: adds the downsampled image to a coarser level, `h + conv(halve(pyramid))`.
 
-    The pyramid is the image before the first level and this layer's output after, the "residual" progressive
-    input of Song et al. 2021b, Appendix H (their code filters and then strides the convolution).
+    This is the "residual" progressive input of Song et al. 2021b, Appendix H (the code applies a strided convolution
+    after the filter). The pyramid is the image at the first level, and the output of this layer afterwards.
 
-    h: [B, channels, *sizes]; pyramid: [B, pyramid_channels, *2 sizes]. Returns the shape of h.
+    Maps h [B, channels, *sizes] and pyramid [B, pyramid_channels, *2 sizes] to the shape of h.
     """
 
     def __init__(
@@ -238,10 +243,10 @@ class ProgressiveInput(nn.Module):
 
 
 class Downsample(Conv):
-    """Halves each axis by a convolution of size 3 and stride 2: [B, C, *sizes] to [B, C, *sizes / 2].
+    """Downsampling by a convolution of size 3 and stride 2: [B, C, *sizes] to [B, C, *sizes / 2], for even sizes.
 
-    `same`: zeros at the end of each axis only, as TensorFlow's "SAME" (Ho et al. 2020); otherwise on all sides
-    (Nichol & Dhariwal 2021). All sizes are even.
+    With `same`, zeros are padded at the end of each axis only, like "SAME" of TensorFlow (Ho et al. 2020); otherwise
+    on both sides (Nichol and Dhariwal 2021).
     """
 
     def __init__(self, channels: int, *, same: bool, ndim: int = 2) -> None:
@@ -253,19 +258,18 @@ class Downsample(Conv):
 
 
 class Upsample(Conv):
-    """Doubles each axis: nearest neighbour, then a convolution of size 3. [B, C, *sizes] to [B, C, *2 sizes].
+    """Upsampling by nearest neighbour and a convolution of size 3: [B, C, *sizes] to [B, C, *2 sizes].
 
-    Computed as the one transposed convolution of size 4 that equals the two: (2/3)^ndim of the multiplications and no
-    enlarged copy of the input, for images about twice as fast.
+    Computed as an equivalent transposed convolution of size 4, which is about twice as fast for images.
     """
 
     taps: Tensor
 
     def __init__(self, channels: int, *, ndim: int = 2) -> None:
         super().__init__(channels, channels, ndim=ndim)
-        # Along one axis a kernel (a, b, c) turns into (c, b + c, a + b, a): flipped, then summed in pairs.
+        # Along one axis, a kernel (a, b, c) becomes (c, b + c, a + b, a): flipped, then summed in pairs.
         axis = [[0.0, 0.0, 1.0], [0.0, 1.0, 1.0], [1.0, 1.0, 0.0], [1.0, 0.0, 0.0]]
-        # Of all axes, the Kronecker product; by torch's on the meta device its whole compiler would be imported.
+        # Kronecker product of all axes in plain Python: that of torch would import the compiler on the meta device.
         taps = reduce(_kronecker, [axis] * ndim)
         self.register_buffer("taps", torch.tensor(taps).T, persistent=False)
 
@@ -279,9 +283,9 @@ def _kronecker(left: list[list[float]], right: list[list[float]]) -> list[list[f
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """softmax(q k^T / sqrt(d)) v, for q [B, heads, N, d] and k, v [B, heads, M, d]; in their dtype."""
-    # A CPU's fused kernel takes up to seven times as long in bfloat16 as the products do, as long as their N x M
-    # matrices are small.
+    """Return `softmax(q k^T / sqrt(d)) v` for q [B, heads, N, d] and k, v [B, heads, M, d], in their dtype."""
+    # On CPUs in bfloat16, the fused kernel is up to seven times slower than matrix products if the N x M matrices
+    # are small.
     small = q.shape[0] * q.shape[1] * q.shape[2] * k.shape[2] <= SMALL
     if q.device.type == "cpu" and q.dtype == torch.bfloat16 and small:
         return (q * q.shape[3] ** -0.5 @ k.transpose(2, 3)).softmax(3) @ v
@@ -289,10 +293,10 @@ def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 class Dropout(nn.Dropout):
-    """Sets a share p of the features to zero in training and divides the others by 1 - p (Srivastava et al. 2014).
+    """Dropout of features with probability p (Srivastava et al. 2014).
 
-    On a CPU p is rounded to a multiple of 2^-16: masks of 16 random bits each cost a third of torch's. A compiled
-    network has torch's own, because `Tensor.random_` would break its graph.
+    On CPUs, p is rounded to a multiple of 2^-16, because masks of 16 random bits are three times faster. Compiled
+    networks use dropout of torch, because `Tensor.random_` would break the graph.
     """
 
     def forward(self, input: Tensor) -> Tensor:
@@ -305,7 +309,7 @@ class Dropout(nn.Dropout):
 
 
 class Pointwise(Conv):
-    """A convolution of size 1; for large images on a CPU as a matrix product, which needs no copy in another order."""
+    """Convolution of size 1, computed as a matrix product for large images on CPUs, which avoids a copy."""
 
     def __init__(self, in_channels: int, out_channels: int, *, ndim: int = 2) -> None:
         super().__init__(in_channels, out_channels, 1, ndim=ndim)
@@ -318,10 +322,11 @@ class Pointwise(Conv):
 
 
 class Attention(nn.Module):
-    """Self-attention among all pixels, added to its input: x + proj(softmax(q k^T / sqrt(d)) v).
+    """Self-attention over pixels with residual connection: `x + proj(softmax(q k^T / sqrt(d)) v)`, for [B, C, *sizes].
 
-    q, k, v are linear in norm(x); d = channels / num_heads. [B, C, *sizes] to the same shape. `skip_rescale`
-    divides the sum by sqrt(2). Source: Ho et al. 2020, Appendix B.
+    q, k, v are linear in norm(x), and d = channels / num_heads. `skip_rescale` divides the sum by sqrt(2).
+
+    Source: Ho et al. 2020, Appendix B.
     """
 
     def __init__(
@@ -346,14 +351,14 @@ class Attention(nn.Module):
 
 
 class ResBlock(nn.Module):
-    """Residual block steered by the time embedding: skip(x) + conv2(silu(norm2(conv1(silu(norm1(x)))))).
+    """Residual block conditioned on the time embedding: `skip(x) + conv2(silu(norm2(conv1(silu(norm1(x))))))`.
 
-    The embedding enters at norm2: norm2(h) * (1 + scale) + shift with `scale_shift` (Nichol & Dhariwal 2021),
-    norm2(h + shift) without (Ho et al. 2020). `resample` changes the resolution of both branches inside
-    the block (Dhariwal & Nichol 2021), filtered with `fir`. `skip` is a convolution of size 1 where the number of
-    feature maps changes, and with `project` always. `skip_rescale` divides the sum by sqrt(2).
+    The embedding modulates norm2: norm2(h) * (1 + scale) + shift with `scale_shift` (Nichol and Dhariwal 2021), else
+    norm2(h + shift) (Ho et al. 2020). `resample` changes the resolution of both branches (Dhariwal and Nichol 2021),
+    filtered with `fir`. `skip` is a convolution of size 1 if the number of feature maps changes or with `project`.
+    `skip_rescale` divides the sum by sqrt(2).
 
-    x: [B, in_channels, *sizes]; emb: [B, emb_channels], already through silu, which all blocks share.
+    Inputs are x [B, in_channels, *sizes] and emb [B, emb_channels] after silu.
     """
 
     def __init__(

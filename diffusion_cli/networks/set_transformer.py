@@ -1,4 +1,4 @@
-"""The transformer of point sets, to which the order of points has no meaning."""
+"""Permutation-equivariant transformer for point clouds."""
 
 from functools import partial
 from typing import Annotated
@@ -13,21 +13,35 @@ from diffusion_cli.networks.transformer import SelfAttention, Transformer, Xavie
 
 
 class SetTransformer(Transformer):
-    """F(x, c_noise, y) of a point cloud: the blocks of `DiT` with a token for each point and no positions.
+    """Transformer F(x, c_noise, y) for point clouds: the blocks of `DiT` with one token per point and no positions.
 
-    `shape` is that of a set, [C, N]: N points with C coordinates each. Points in another order give the same F in
-    that order, and a trained network takes any number of them. With M `inducing_points` the points attend to each
-    other by way of M learned ones, at a cost of O(N M) instead of O(N^2). F = 0 before training.
+    Permuting the points permutes F. A trained network accepts any number of points. F = 0 before training.
 
-    A class-conditional network knows the classes 0 .. num_classes - 1 and the null class num_classes, which
-    stands for "no label"; otherwise its `num_classes` is None.
+    A class-conditional network has classes 0..num_classes - 1 and the null class num_classes; otherwise its
+    attribute `num_classes` is None.
 
-    Raises UsageError where two arguments do not go together, and for a shape that is none of a set.
-    Sources: Lee et al. 2019 (sets); Peebles & Xie 2023 (the blocks).
+    Args:
+        shape: data shape [C, N], N points with C coordinates.
+        num_classes: number of classes of the data, or None.
+        hidden_size: features per token.
+        depth: number of transformer blocks.
+        num_heads: attention heads, a divisor of `hidden_size`.
+        mlp_ratio: hidden features of the MLPs relative to `hidden_size`.
+        inducing_points: number M of learned inducing points through which points attend to each other, at cost
+            O(N M); None: full attention at cost O(N^2).
+        dropout: dropout probability in the MLPs.
+        class_conditional: whether to condition on classes.
+        learn_variance: whether to also predict the variance of a step.
+        gradient_checkpointing: whether to recompute activations in the backward pass to save memory.
+
+    Raises:
+        UsageError: arguments contradict each other, or the data are not point clouds.
+
+    Source: Lee et al. 2019 (sets); Peebles and Xie 2023 (blocks).
     """
 
     ordered = False
-    """As `SampleFormat.ordered`: it takes what lies in no order; networks that do not say so go by the order."""
+    """Whether the network depends on the order of elements, see `SampleFormat.ordered`; others do by default."""
 
     def __init__(
         self,
@@ -48,8 +62,8 @@ class SetTransformer(Transformer):
             raise UsageError(
                 "model",
                 "SetTransformer",
-                f"is for point clouds, not for data of shape {list(shape)}",
-                "take dataset=points",
+                f"needs point clouds, not data of shape {list(shape)}",
+                "use dataset=points",
             )
         attention = SelfAttention
         if inducing_points is not None:
@@ -63,20 +77,21 @@ class SetTransformer(Transformer):
         self.x_embedder = XavierLinear(shape[0], hidden_size)
 
     def forward(self, x: Tensor, c_noise: Tensor, y: Tensor | None = None) -> Tensor:
-        """Return F [B, C, N], or [B, 2C, N] with the variance values last, in the dtype of x.
+        """Return F [B, C, N], or [B, 2C, N] with the variance output last, in the dtype of x.
 
-        x: [B, C, N] with any number N of points; c_noise: [B], the timestep number or what else the
-        parameterization names; y: int64 [B], or None for the null class. An unconditional network takes no notice
-        of y.
+        Args:
+            x: points [B, C, N], any number N.
+            c_noise: noise levels [B], as defined by the parameterization.
+            y: labels, int64 [B]; None: the null class. Ignored by unconditional networks.
         """
         h = self.transform(self.x_embedder(x.transpose(1, 2)), c_noise, y)
         return h.transpose(1, 2).to(x.dtype)
 
 
 class InducedAttention(nn.Module):
-    """Attention by way of M learned points i: attend(x, norm(i + attend(i, x))), at a cost of O(N M).
+    """Attention through M learned inducing points i, `attend(x, norm(i + attend(i, x)))`, at cost O(N M).
 
-    [B, N, width] to the same shape. Source: Lee et al. 2019, Eq. 9 and 10, without the MLP of the first attention.
+    Maps [B, N, width] to the same shape. Source: Lee et al. 2019, Eq. 9 and 10, without the MLP of the first attention.
     """
 
     def __init__(self, width: int, num_heads: int, inducing_points: int) -> None:
@@ -93,7 +108,7 @@ class InducedAttention(nn.Module):
 
 
 class CrossAttention(nn.Module):
-    """Attention of tokens x [B, N, width] to others [B, M, width]: [B, N, width]."""
+    """Attention from tokens x [B, N, width] to others [B, M, width]: [B, N, width]."""
 
     def __init__(self, width: int, num_heads: int) -> None:
         super().__init__()

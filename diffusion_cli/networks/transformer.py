@@ -1,4 +1,4 @@
-"""What the transformers are put together from: embeddings, attention, blocks steered by time and class."""
+"""Building blocks of transformers: embeddings, attention, and blocks conditioned on time and class."""
 
 from collections.abc import Callable
 
@@ -17,12 +17,12 @@ from diffusion_cli.networks.layers import (
     zero_init,
 )
 
-TIME_FEATURES = 256  # Peebles & Xie 2023
+TIME_FEATURES = 256  # Peebles and Xie 2023
 EMBEDDING_STD = 0.02
 
 
 class XavierLinear(nn.Linear):
-    """A linear layer whose weights start as xavier's (Glorot & Bengio 2010), its bias at zero."""
+    """Linear layer with Xavier initialization (Glorot and Bengio 2010) and zero bias."""
 
     def reset_parameters(self) -> None:
         nn.init.xavier_uniform_(self.weight)
@@ -31,7 +31,7 @@ class XavierLinear(nn.Linear):
 
 
 class TimeEmbedding(nn.Module):
-    """An MLP of the sinusoidal features of c_noise: [B] to [B, width]."""
+    """MLP of sinusoidal embeddings of c_noise: [B] to [B, width]."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -46,7 +46,7 @@ class TimeEmbedding(nn.Module):
 
 
 class ClassEmbedding(nn.Module):
-    """A vector for each class 0 .. num_classes - 1 and for the null class num_classes: [B] to [B, width]."""
+    """Embedding of classes 0..num_classes - 1 and the null class num_classes: [B] to [B, width]."""
 
     def __init__(self, num_classes: int, width: int) -> None:
         super().__init__()
@@ -58,7 +58,7 @@ class ClassEmbedding(nn.Module):
 
 
 class SelfAttention(nn.Module):
-    """Attention of every token to all, at a cost of O(N^2): [B, N, width] to the same shape."""
+    """Self-attention over all tokens, at cost O(N^2): [B, N, width] to the same shape."""
 
     def __init__(self, width: int, num_heads: int) -> None:
         super().__init__()
@@ -74,7 +74,7 @@ class SelfAttention(nn.Module):
 
 
 class MLP(nn.Module):
-    """Two layers with a GELU (in the approximation by tanh) between them, at each token by itself."""
+    """Two linear layers with a GELU (tanh approximation) in between, applied per token."""
 
     def __init__(self, width: int, hidden: int, dropout: float) -> None:
         super().__init__()
@@ -88,7 +88,7 @@ class MLP(nn.Module):
 
 
 class Modulation(nn.Sequential):
-    """`parts` vectors for all tokens, linear in silu(c) and zero before training: [B, width] to each [B, 1, width]."""
+    """Linear map of silu(c) to `parts` vectors, initially zero: [B, width] to `parts` tensors [B, 1, width]."""
 
     def __init__(self, width: int, parts: int) -> None:
         super().__init__(nn.SiLU(), XavierLinear(width, parts * width))
@@ -100,17 +100,17 @@ class Modulation(nn.Sequential):
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """`x (1 + scale) + shift`."""
+    """Return `x (1 + scale) + shift`."""
     return torch.addcmul(shift, x, 1 + scale)
 
 
 class TransformerBlock(nn.Module):
-    """Attention and an MLP, each steered by c and added to its input; adaLN-zero (Peebles & Xie 2023, Section 3.2).
+    """Transformer block with adaLN-zero conditioning (Peebles and Xie 2023, Section 3.2).
 
-    x + gate1 attention(norm(x) (1 + scale1) + shift1), then x + gate2 MLP(norm(x) (1 + scale2) + shift2), where c
-    gives shifts, scales and gates. These are zero before training, when the block is the identity.
+    `x + gate1 attention(norm(x) (1 + scale1) + shift1)`, followed by `x + gate2 MLP(norm(x) (1 + scale2) + shift2)`,
+    with shifts, scales and gates from c. These are initially zero, so that the block is the identity.
 
-    x: [B, N, width]; c: [B, width].
+    Inputs are tokens x [B, N, width] and the condition c [B, width].
     """
 
     def __init__(self, width: int, attention: nn.Module, *, mlp_ratio: float, dropout: float) -> None:
@@ -128,7 +128,7 @@ class TransformerBlock(nn.Module):
 
 
 class FinalLayer(nn.Module):
-    """What reads the tokens out: linear in norm(x) (1 + scale) + shift, and zero before training."""
+    """Output layer, linear in `norm(x) (1 + scale) + shift`, and initially zero."""
 
     def __init__(self, width: int, outputs: int) -> None:
         super().__init__()
@@ -143,12 +143,16 @@ class FinalLayer(nn.Module):
 
 
 class Transformer(Checkpointed):
-    """What the transformers share: the embedding of time and class, the blocks, and the final layer.
+    """Base class of transformers: embedding of time and class, blocks and output layer.
 
-    `attention` makes that of a block, of so many features and heads. `outputs` numbers are read out of each token, or
-    twice as many with `learn_variance`. An unconditional network has `num_classes` None.
+    Args:
+        num_classes: number of classes of the data, or None.
+        attention: factory of the attention of a block from features and heads.
+        outputs: outputs per token, doubled with `learn_variance`.
+        hidden_size: see `DiT`, likewise the others.
 
-    Raises UsageError where the heads do not divide the features.
+    Raises:
+        UsageError: the number of heads does not divide the number of features.
     """
 
     def __init__(
@@ -186,14 +190,14 @@ class Transformer(Checkpointed):
         self.final_layer = FinalLayer(hidden_size, (2 if learn_variance else 1) * outputs)
 
     def transform(self, tokens: Tensor, c_noise: Tensor, y: Tensor | None) -> Tensor:
-        """Return what is read out of tokens [B, N, width] at noise levels c_noise [B], [B, N, outputs]."""
+        """Return the outputs [B, N, outputs] for tokens [B, N, width] at noise levels c_noise [B]."""
         c = self._embed(c_noise, y)
         for block in self.blocks:
             tokens = self.run(block, tokens, c)
         return self.final_layer(tokens, c)
 
     def _embed(self, c_noise: Tensor, y: Tensor | None) -> Tensor:
-        # Not in bfloat16: its 8 bits would take neighbouring timesteps for one.
+        # Not in bfloat16, whose 8 bits do not distinguish neighbouring timesteps.
         with torch.autocast(c_noise.device.type, enabled=False):
             c = self.t_embedder(c_noise)
             if self.num_classes is not None:

@@ -1,4 +1,4 @@
-"""The convolutional U-Net of DDPM, improved-diffusion, score-based SDEs and their kin."""
+"""U-Net of DDPM, improved diffusion, score-based SDEs and related models."""
 
 from collections.abc import Sequence
 from typing import Annotated, Literal
@@ -12,27 +12,43 @@ from diffusion_cli.networks.layers import NORM_EPS, Conv, conditioning_classes, 
 
 
 class UNet(UNetEncoder):
-    """F(x, c_noise, y) as a U-Net of residual blocks with self-attention.
+    """U-Net F(x, c_noise, y) of residual blocks with self-attention, for signals, images and volumes.
 
-    `shape` is that of a signal [C, L], an image [C, H, W] or a volume [C, D, H, W]: one network in 1, 2 and 3
-    dimensions. Level l works at 1 / (patch_size 2^l) of each size with channels * channel_mult[l] feature maps:
-    `num_res_blocks` residual blocks down, one more up, each fed by the skip connection of its partner.
-    Attention follows the residual blocks of the levels whose first size (of images the height) is named in
-    `attention_resolutions`, on the way up all of them or the `last` of a level, and stands in the middle always. The
-    last layer of every branch and of the network starts at zero, so that F = 0 before training.
+    Level l works at 1 / (patch_size 2^l) of each size. The middle block always has attention. The last layer of each
+    branch and of the network is initially zero, so that F = 0 before training.
 
-    The time enters by a sinusoidal embedding of `channels` features, or with embedding_layout=fourier by
-    2 * channels features of random frequencies w ~ N(0, fourier_scale^2), drawn once and kept in the state.
-    `skip_rescale` divides all residual sums by sqrt(2), `fir` filters where blocks change the resolution, and
-    the progressive input adds the downsampled image to the features of each coarser level. With patch_size p the
-    p x p pixels of a patch (p^ndim in ndim dimensions) are the channels of one: 1 / p^2 of the work, and less detail
-    (Luhman & Luhman 2022).
+    A class-conditional network has classes 0..num_classes - 1 and the null class num_classes; otherwise its
+    attribute `num_classes` is None.
 
-    A class-conditional network knows the classes 0 .. num_classes - 1 and the null class num_classes, which
-    stands for "no label"; otherwise its `num_classes` is None.
+    Args:
+        shape: data shape: signals [C, L], images [C, H, W] or volumes [C, D, H, W].
+        num_classes: number of classes of the data, or None.
+        channels: feature maps of the first level.
+        channel_mult: multiplier of `channels` per level.
+        num_res_blocks: residual blocks per level of the encoder; the decoder has one more.
+        attention_resolutions: levels with attention after the residual blocks, by their first size (height).
+        num_heads: attention heads; None: by `head_channels`.
+        head_channels: channels per attention head; None: by `num_heads`.
+        norm_groups: groups of the group norms, a divisor of `channels`.
+        time_embedding: `additive`, or `scale_shift` modulation of group norms.
+        embedding_layout: time embedding: sinusoidal (`sin_cos`, `cos_sin`) with `channels` features, or `fourier`
+            with 2 * channels random Fourier features.
+        fourier_scale: standard deviation of the random frequencies.
+        resample: resampling by convolutions (`conv`, `conv_same`) or in residual blocks (`block`, `block_proj`).
+        fir: whether resampling in blocks uses an anti-aliasing filter.
+        progressive_input: `residual` adds the downsampled input to each coarser level.
+        up_attention: whether `all` residual blocks of a level of the decoder have attention, or only the `last`.
+        skip_rescale: whether to divide residual sums by sqrt(2).
+        dropout: dropout probability in residual blocks.
+        class_conditional: whether to condition on classes.
+        learn_variance: whether to also predict the variance of a step.
+        gradient_checkpointing: whether to recompute activations in the backward pass to save memory.
+        patch_size: pixels per side of a patch that becomes channels (Luhman and Luhman 2022).
 
-    Raises UsageError where two arguments do not go together.
-    Sources: Ho et al. 2020, Appendix B; Nichol & Dhariwal 2021, Section 3 and Appendix A; Song et al. 2021b,
+    Raises:
+        UsageError: arguments contradict each other.
+
+    Source: Ho et al. 2020, Appendix B; Nichol and Dhariwal 2021, Section 3 and Appendix A; Song et al. 2021b,
     Appendix H (NCSN++ and DDPM++); Karras et al. 2022, Appendix F.
     """
 
@@ -80,11 +96,12 @@ class UNet(UNetEncoder):
         zero_init(self.out_conv)
 
     def forward(self, x: Tensor, c_noise: Tensor, y: Tensor | None = None) -> Tensor:
-        """Return F [B, C, *sizes], or [B, 2C, *sizes] with the variance values last, in the dtype of x.
+        """Return F [B, C, *sizes], or [B, 2C, *sizes] with the variance output last, in the dtype of x.
 
-        x: [B, C, *sizes] of any sizes, padded to multiples of what the depth needs; c_noise: [B], the timestep
-        number or what else the parameterization names; y: int64 [B], or None for the null class. An
-        unconditional network takes no notice of y.
+        Args:
+            x: input [B, C, *sizes] of any sizes, padded to multiples that the levels need.
+            c_noise: noise levels [B], as defined by the parameterization.
+            y: labels, int64 [B]; None: the null class. Ignored by unconditional networks.
         """
         emb = self.embed(c_noise, y)
         *skips, h = self.encode(x, emb)
@@ -96,12 +113,12 @@ class UNet(UNetEncoder):
         return crop(h, x.shape[2:]).to(x.dtype)
 
     def check_labels(self, y: Tensor) -> None:
-        """Raise ValueError if the network does not know a label of y [B]; on a GPU this waits for y."""
+        """Raise ValueError for labels y [B] that are not classes; synchronizes with a GPU."""
         if self.num_classes is None:
-            raise ValueError("labels were given, but the network was trained with class_conditional=false")
+            raise ValueError("labels are given, but the network is unconditional (class_conditional=false)")
         unknown = sorted({int(label) for label in y.flatten().tolist() if not 0 <= label <= self.num_classes})
         if unknown:
             raise ValueError(
                 f"unknown labels {unknown}: the classes are 0..{self.num_classes - 1}, "
-                f"and {self.num_classes} stands for no label"
+                f"and {self.num_classes} is the null class"
             )

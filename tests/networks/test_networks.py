@@ -275,7 +275,9 @@ def test_gradient_checkpointing_of_volumes_changes_nothing(changes):
 
 @pytest.mark.parametrize("sizes", [(), (4, 4, 4, 4)])
 def test_other_numbers_of_dimensions_are_refused(sizes):
-    with pytest.raises(ValueError, match=f"model: a U-Net takes 1 to 3 dimensions .* not {len(sizes)}"):
+    with pytest.raises(
+        ValueError, match=f"model: a U-Net needs data with 1 to 3 dimensions .* not {len(sizes)}"
+    ):
         network_in(sizes)
 
 
@@ -732,7 +734,7 @@ def test_unconditional_network_takes_no_notice_of_labels():
 def test_labels_are_checked_on_request():
     network = small(num_classes=3, class_conditional=True)
     network.check_labels(torch.tensor([0, 2, 3]))
-    with pytest.raises(ValueError, match=r"unknown labels \[-1, 4\]: the classes are 0\.\.2, and 3 stands"):
+    with pytest.raises(ValueError, match=r"unknown labels \[-1, 4\]: the classes are 0\.\.2, and 3 is"):
         network.check_labels(torch.tensor([0, 4, -1, 4]))
     with pytest.raises(ValueError, match="class_conditional=false"):
         small(num_classes=3).check_labels(torch.tensor([0]))
@@ -852,12 +854,15 @@ def test_bfloat16_weights_work_too():
         ({"norm_groups": 3}, "norm_groups=3: does not divide channels=8"),
         ({"num_heads": 3}, "num_heads=3: does not divide the 16 channels"),
         ({"num_heads": None, "head_channels": 5}, "head_channels=5: does not divide the 16 channels"),
-        ({"num_heads": 2, "head_channels": 4}, "num_heads=2, head_channels=4: set one"),
-        ({"num_heads": None}, "num_heads=null, head_channels=null: set one"),
-        ({"attention_resolutions": [4, 16, 3]}, r"\[4, 16, 3\]: not reached: \[16, 3\]; .* work at \[8, 4\]"),
+        ({"num_heads": 2, "head_channels": 4}, "num_heads=2, head_channels=4: exactly one"),
+        ({"num_heads": None}, "num_heads=null, head_channels=null: exactly one"),
+        (
+            {"attention_resolutions": [4, 16, 3]},
+            r"\[16, 3\] not among the resolutions; .* resolutions \[8, 4\]",
+        ),
         ({"fir": True}, "fir=true: .* resample=conv; use resample=block or block_proj, or fir=false"),
         ({"fir": True, "resample": "conv_same"}, "fir=true: .* resample=conv_same; use resample=block"),
-        ({"class_conditional": True}, "class_conditional=true: the data set has no classes"),
+        ({"class_conditional": True}, "class_conditional=true: the dataset has no classes"),
     ],
 )
 def test_arguments_that_do_not_go_together_are_named(changes, message):

@@ -319,7 +319,7 @@ def test_time_reaches_the_blocks_unrounded_under_autocast():
 def test_what_does_not_go_together_is_refused():
     with pytest.raises(ValueError, match="num_heads=5: does not divide hidden_size=24; use a divisor"):
         small(num_heads=5)
-    with pytest.raises(ValueError, match="class_conditional=true: the data set has no classes"):
+    with pytest.raises(ValueError, match="class_conditional=true: the dataset has no classes"):
         small(class_conditional=True)
-    with pytest.raises(ValueError, match=r"is for point clouds, not for data of shape \[1, 8, 8\]"):
+    with pytest.raises(ValueError, match=r"needs point clouds, not data of shape \[1, 8, 8\]"):
         SetTransformer((1, 8, 8), None, **option("set_tiny"))

@@ -224,7 +224,7 @@ def test_recomputing_activations_changes_no_gradient():
 
 def test_images_that_the_latents_do_not_divide_are_refused_at_construction():
     with pytest.raises(
-        ValueError, match=r"2 pixels of a side, which do not divide images of 8x9; take fewer levels"
+        ValueError, match=r"image sizes must be multiples of 2, but images are 8x9; use fewer levels"
     ):
         AutoencoderKL((1, 8, 9), None, **SMALL)
     assert small().factor == 2
@@ -407,10 +407,10 @@ def test_the_loss_falls_and_the_averaged_weights_are_those_that_load(tmp_path):
         (["sampler=ddim", "time_sampling=uniform"], "time_sampling, sampler: does not apply"),
         (["objective=simple"], "objective=simple: is for task=diffusion; set task=diffusion"),
         (["model=unet_tiny"], "model=unet_tiny: is for task=diffusion; set task=diffusion"),
-        (["model.channel_mult=[1,1,1,1,1]"], "16 pixels of a side, which do not divide images of 8x8"),
+        (["model.channel_mult=[1,1,1,1,1]"], "image sizes must be multiples of 16, but images are 8x8"),
         (["progressive=[4,8]"], "progressive=[4, 8]: is for what noised images are shown to"),
         (["eval_every=2"], "eval_every=2: an autoencoder makes no samples"),
-        (["objective.discriminator_start=1"], "discriminator_layers=3: needs images of 24 pixels"),
+        (["objective.discriminator_start=1"], "discriminator_layers=3: needs at least 24 pixels"),
         (
             ["objective.perceptual=lpips", "objective.lpips_weights=nowhere"],
             "objective.lpips_weights=nowhere: no such",
@@ -477,7 +477,7 @@ def test_the_peak_signal_to_noise_ratio_is_the_mean_of_each_images_own(runs, pix
     assert result["details"]["images"] == len(originals) == 359
     assert result["protocol"]["sampling"]["split"] == "val"
     said = capsys.readouterr().out
-    assert "ssim: its window of 11 pixels a side does not fit" in said
+    assert "ssim: the images are smaller than its window of 11 pixels" in said
     assert "its reconstructions of 359 images of digits/val, ema weights" in said
     assert list((runs / "tiny" / "pictures").glob("reconstructions-*.png"))
 
@@ -535,7 +535,7 @@ def test_bigger_images_have_a_structural_similarity():
     found = {finding.name: finding for finding in measurement.compute()}
     assert found["ssim"].value == pytest.approx(1)
     assert found["psnr"].value is None
-    assert found["psnr"].notes == ("psnr: 4 images come back exactly, and are not in the mean",)
+    assert found["psnr"].notes == ("psnr: 4 images are reconstructed exactly, and left out of the mean",)
 
 
 def test_structural_similarity_is_as_published():

@@ -1,4 +1,4 @@
-"""Charts: curves in colours that the colour-blind can distinguish, as PNG, PDF or SVG."""
+"""Charts of curves, with colours for the colour-blind, as PNG, PDF or SVG."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -14,17 +14,17 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
 
-# Okabe & Ito 2008, "Color Universal Design", without the yellow, which is faint on white.
+# Okabe and Ito 2008, "Color Universal Design", without yellow, which is faint on white.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-# Lengths of strokes and gaps, in line widths; a solid line comes first.
+# Lengths of dashes and gaps in line widths; the first line is solid.
 DASHES = ((), (3.7, 1.6), (1, 1.65), (6.4, 1.6, 1, 1.6))
-FEW = 20  # up to this number of points, each has a marker
-WIDTH, HEIGHT = 3.8, 2.9  # of a panel, in inches
-WIDE = 5.2  # width of a panel without a legend, in inches
+FEW = 20  # curves with at most this number of points have markers
+WIDTH, HEIGHT = 3.8, 2.9  # of a panel in inches
+WIDE = 5.2  # of a panel without legend in inches
 
 
 Points = Sequence[tuple[float, float]]
-"""The (x, y) pairs of a curve."""
+"""(x, y) points of a curve."""
 
 
 class LineStyle(NamedTuple):
@@ -35,26 +35,26 @@ class LineStyle(NamedTuple):
 
 
 class Curve(NamedTuple):
-    """A line of a panel."""
+    """A curve of a panel."""
 
     label: str
     points: Points
     style: int | None = None
-    """Number for `line_style`; None: one number for each label of a figure."""
+    """Index of `line_style`; None: by label."""
 
     @property
     def x(self) -> list[float]:
-        """The position of each point."""
+        """x of each point."""
         return [x for x, _ in self.points]
 
     @property
     def y(self) -> list[float]:
-        """The value at each point."""
+        """y of each point."""
         return [y for _, y in self.points]
 
 
 class Panel(NamedTuple):
-    """A pair of axes with its curves; only the labels of the axes may contain TeX mathematics."""
+    """Axes with curves; only axis labels may contain TeX mathematics."""
 
     x_label: str
     y_label: str
@@ -65,19 +65,19 @@ class Panel(NamedTuple):
     marks: Sequence[float] = ()
     """Positions of dotted vertical lines."""
     x_min: float | None = None
-    """Start of the x-axis; None: left of the first point."""
+    """Lower limit of the x-axis; None: automatic."""
     y_min: float | None = None
-    """Start of the y-axis; None: below the lowest point."""
+    """Lower limit of the y-axis; None: automatic."""
 
 
 def line_style(number: int) -> LineStyle:
-    """Return style `number`: the colours in turn, first solid, then with each kind of dashes."""
+    """Return the style of an index: first all colours with solid lines, then with each type of dashes."""
     dashes, colour = divmod(number, len(COLOURS))
     return LineStyle(COLOURS[colour], DASHES[dashes % len(DASHES)])
 
 
 def save_panels(panels: Sequence[Panel], path: Path) -> None:
-    """Draw panels side by side with one legend, and save them as png, pdf or svg by the suffix of `path`."""
+    """Draw panels side by side with a common legend, and save them as png, pdf or svg by the suffix of `path`."""
     columns = len(panels) if len(panels) <= 3 else math.ceil(math.sqrt(len(panels)))
     rows = math.ceil(len(panels) / columns)
     labels = list(dict.fromkeys(curve.label for panel in panels for curve in panel.curves))
@@ -98,7 +98,7 @@ def save_panels(panels: Sequence[Panel], path: Path) -> None:
 
 
 def svg(panel: Panel) -> str:
-    """Draw the axes and curves of a panel as a small SVG, without its texts; equal panels give equal bytes."""
+    """Return a panel as small SVG without texts; equal panels give equal bytes."""
     with canvas(WIDE, HEIGHT, tolerance=0.5) as figure:
         draw_panel(figure.add_subplot(), panel, [curve.label for curve in panel.curves])
         text = StringIO()
@@ -109,16 +109,16 @@ def svg(panel: Panel) -> str:
 
 @contextmanager
 def canvas(width: float, height: float, tolerance: float = 1 / 9) -> Iterator["Figure"]:
-    """Give an empty figure of a size in inches, to be drawn and saved in the `with` block.
+    """Context with an empty figure of a size in inches.
 
-    Points of long curves may be dropped if the line moves by less than `tolerance` pixels (points in pdf and svg).
+    Points of long curves may be omitted if the line moves by less than `tolerance` pixels (points for pdf and svg).
     """
     import matplotlib
     from matplotlib.figure import Figure
 
     with matplotlib.rc_context(
         {
-            "pdf.fonttype": 42,  # text stays text in vector formats, to be searched and edited
+            "pdf.fonttype": 42,  # text stays searchable in vector formats
             "svg.fonttype": "none",
             "svg.hashsalt": "diffuse",
             "font.sans-serif": ["DejaVu Sans", "Arial"],
@@ -130,7 +130,7 @@ def canvas(width: float, height: float, tolerance: float = 1 / 9) -> Iterator["F
 
 
 def draw_panel(axes: "Axes", panel: Panel, labels: Sequence[str]) -> list["Line2D"]:
-    """Draw the curves of a panel, and return their lines in the same order."""
+    """Draw the curves of a panel, and return their lines in order."""
     lines = []
     for curve in panel.curves:
         style = line_style(labels.index(curve.label) if curve.style is None else curve.style)

@@ -1,4 +1,4 @@
-"""Figures of schedules, noised images and runs."""
+"""Figures of schedules, noisy images and training runs."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
@@ -37,26 +37,28 @@ Frames = Annotated[int, Field(ge=2)]
 
 
 class Figure(ABC):
-    """A picture of what one or several configurations name."""
+    """Base class of figures of one or several configurations."""
 
     name: str
-    """The word for it."""
+    """Name of the figure."""
     of: tuple[str, ...]
-    """The keys that may have several values, the first of them what it is mainly a picture of."""
+    """Configuration keys that may have several values, the main one first."""
     formats: tuple[str, ...]
-    """The suffixes of files that it can be written as, the first of them the usual one."""
+    """Suffixes of supported files, the default first."""
 
     @abstractmethod
     def draw(self, configs: Mapping[str, PlotConfig], path: Path) -> None:
-        """Draw it for configurations, each with its label, to a file in one of the formats."""
+        """Draw the figure for labelled configurations to a file in one of the formats."""
 
 
 class Schedules(Figure):
-    """Curves of schedules from their t_min, or the first of the points where that is less, to 1.
+    """Schedules as curves over t.
 
-    Those that keep the variance are shown as `alpha_bar = alpha^2`; where one of them does not, `alpha_bar` would not
-    say what its noise is, and alpha and sigma are shown. beta, of schedules with timesteps, is the variance of
-    `q(x_t | x_s)` between neighbours (Ho et al. 2020, Eq. 2).
+    Shows alpha_bar = alpha^2 if all schedules are variance-preserving, else alpha and sigma; beta, the variance of
+    q(x_t | x_s) for neighbouring timesteps (Ho et al. 2020, Eq. 2), for discrete schedules; and the log-SNR.
+
+    Args:
+        points: points per curve; curves start at t_min, but at least at 1 / points.
     """
 
     name = "schedule"
@@ -70,7 +72,7 @@ class Schedules(Figure):
         save_panels(self.panels({label: build(config.schedule) for label, config in configs.items()}), path)
 
     def panels(self, schedules: Mapping[str, Schedule]) -> list[Panel]:
-        """The curves of schedules by their labels; log-SNR where it is finite."""
+        """Return the panels of labelled schedules, with the log-SNR where it is finite."""
         levels = {}
         for label, schedule in schedules.items():
             t = torch.linspace(max(schedule.t_min, 1 / self.points), 1, self.points, dtype=torch.float64)
@@ -95,7 +97,13 @@ class Schedules(Figure):
 
 
 class Forward(Figure):
-    """A real image noised over t, `alpha_t x_0 + sigma_t eps` with the same eps at all times."""
+    """Forward process: a real image with noise at increasing times, alpha_t x_0 + sigma_t eps for a fixed eps.
+
+    Args:
+        dataset: dataset of the image.
+        split: split of the dataset.
+        frames: number of times.
+    """
 
     name = "forward"
     of = ("schedule", "image")
@@ -109,14 +117,12 @@ class Forward(Figure):
         save_rows([self.row(config) for config in configs.values()], path)
 
     def row(self, config: PlotConfig) -> Tensor:
-        """The image at falling amounts of signal, uint8 [frames, C, H, W]; UsageError if there is no such image."""
-        # An option of that group is made for training: it brings a network and a budget.
+        """Return the image at increasing times, uint8 [frames, C, H, W]; UsageError if there is no such image."""
+        # Dataset options are composed for training, with a network and a budget.
         try:
             training = load("train", [f"dataset={self.dataset}"])
         except UsageError as error:
-            raise UsageError(
-                "figure.dataset", self.dataset, f"cannot be had by its name ({error})"
-            ) from error
+            raise UsageError("figure.dataset", self.dataset, f"cannot be loaded by name ({error})") from error
         assert isinstance(training, TrainConfig)
         dataset: Dataset = build(training.dataset, config.data_dir)
         images = dataset.load(self.split)
@@ -125,7 +131,7 @@ class Forward(Figure):
                 "image",
                 config.image,
                 f"{dataset.name} has {len(images)} images in its {self.split} split",
-                "give a smaller number",
+                "use a smaller index",
             )
         image = to_model_range(images[torch.tensor([config.image])])
         schedule: Schedule = build(config.schedule)
@@ -138,9 +144,12 @@ class Forward(Figure):
 
 
 class Losses(Figure):
-    """The losses in the metrics.csv of runs: one panel for one run, one panel a loss for several.
+    """Losses of runs from metrics.csv: one panel for a single run, one panel per loss for several runs.
 
-    Dotted lines in the panel of one run show where the image size changed: losses of two sizes differ.
+    Dotted lines mark changes of the image size, which change the loss.
+
+    Args:
+        log: whether the loss axis is logarithmic.
     """
 
     name = "loss"
@@ -155,7 +164,7 @@ class Losses(Figure):
         save_panels(self.panels(runs), path)
 
     def panels(self, runs: Mapping[str, Mapping[str, Points]]) -> list[Panel]:
-        """Show the losses among the curves of runs, which are given by label and column."""
+        """Return the panels of the losses among the curves of runs, by label and column."""
         marks = []
         if len(runs) == 1:
             ((run, columns),) = runs.items()
@@ -181,7 +190,11 @@ class Losses(Figure):
 
 
 class Previews(Figure):
-    """The sample grids that a run made during training."""
+    """Previews of runs, the sample grids saved during training.
+
+    Args:
+        frames: maximum number of previews per run.
+    """
 
     name = "previews"
     of = ("run",)
@@ -194,58 +207,58 @@ class Previews(Figure):
         rows = [self.row(run_of(config)) for config in configs.values()]
         if path.suffix == ".gif":
             if len(rows) > 1:
-                raise UsageError("output", path, "an animation shows one run", "name one, or give a png")
+                raise UsageError(
+                    "output", path, "an animation shows a single run", "name one run, or use a .png"
+                )
             save_gif(rows[0], path)
             return
         if len({row.shape[1:] for row in rows}) > 1:
             raise UsageError(
-                "run", NO_VALUE, "previews of these runs have unlike sizes", "draw them one at a time"
+                "run", NO_VALUE, "the previews of these runs differ in size", "draw the runs separately"
             )
         save_rows(rows, path)
 
     def row(self, run: Path) -> Tensor:
-        """Previews of a run, the last among them, uint8 [N, C, H, W]; UsageError if there are none."""
+        """Return previews of a run, including the last, uint8 [N, C, H, W]; UsageError if there are none."""
         files = sorted((run / "previews").glob("step_*.png"))
         if not files:
-            raise UsageError("run", run, "has no previews", "training makes them every preview_every steps")
+            raise UsageError("run", run, "has no previews", "train with preview_every=")
         images = read_images([files[place] for place in frame_places(len(files), self.frames)])
         return F.pad(images, (MARGIN, MARGIN, MARGIN, MARGIN), value=255)
 
 
 def curve(label: str, x: Tensor, y: Tensor) -> Curve:
-    """The points of a curve whose y is finite."""
+    """Return a curve of the points with finite y."""
     finite = y.isfinite()
     return Curve(label, list(zip(x[finite].tolist(), y[finite].tolist(), strict=True)))
 
 
 def betas_of(schedule: Discrete) -> tuple[Tensor, Tensor]:
-    """The times i / T of a table, i = 1..T, and the beta of each, float64 [T]."""
+    """Return the times i / T, i = 1..T, of a discrete schedule, and their betas, float64 [T]."""
     t = torch.arange(schedule.num_timesteps + 1, dtype=torch.float64) / schedule.num_timesteps
     return t[1:], schedule.transition(t[1:], t[:-1])[1]
 
 
 def run_of(config: PlotConfig) -> Path:
-    """The folder of the run that a figure is of."""
+    """Return the folder of the run of a figure."""
     return find_run(config.run, config.output_dir)
 
 
 def read_metrics(run: Path) -> Mapping[str, Points]:
-    """Read the curves of a run by column; UsageError for a run without readable losses."""
+    """Return the curves of a run by column; UsageError if it has no readable losses."""
     path = run / "metrics.csv"
     if not path.is_file():
-        raise UsageError("run", run, "has no metrics.csv", "train with logger=csv among the loggers")
+        raise UsageError("run", run, "has no metrics.csv", "train with logger=csv")
     try:
         curves = read_curves(path)
     except FormatError as error:
-        raise UsageError(path, NO_VALUE, str(error), "move it away or mend it") from error
+        raise UsageError(path, NO_VALUE, str(error), "repair it or move it away") from error
     if not LOSSES.keys() & curves.keys():
-        raise UsageError(
-            path, NO_VALUE, "holds no losses", "train longer than log_every=, or name another run"
-        )
+        raise UsageError(path, NO_VALUE, "has no losses", "train longer than log_every=, or name another run")
     return curves
 
 
 def size_changes(curves: Mapping[str, Points]) -> list[float]:
-    """The last recorded step before each change of the image size."""
+    """Return the last recorded step before each change of the image size."""
     sizes = curves.get("size", [])
     return [step for (step, size), (_, later) in pairwise(sizes) if size != later]

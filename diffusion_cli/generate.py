@@ -1,4 +1,4 @@
-"""From seeds to images: image n of a model and its settings is a function of seed n alone."""
+"""Generation of images from seeds; image n depends only on the model, its settings and seed n."""
 
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -24,26 +24,31 @@ from diffusion_cli.system.untrusted import reason
 
 @cache
 def _drawing() -> ThreadPoolExecutor:
-    """The thread that draws noise ahead."""
+    """Return the thread that draws noise ahead."""
     return ThreadPoolExecutor(1)
 
 
 class SeededNoise:
-    """Standard normal noise from one generator a seed, so that no image depends on its neighbours.
+    """Standard normal noise with one random generator per seed, so that images do not depend on each other.
 
-    For a GPU, which leaves the CPU idle, a thread draws the next noise ahead, from the second time on that any is asked
-    for: a sampler that draws nothing but the start has none.
+    For GPUs, a thread draws noise ahead, starting with the second request, because deterministic samplers make only
+    one.
+
+    Args:
+        seeds: seed of each image.
+        shape: shape of the noise of an image.
+        device: device of the noise; it is drawn on the CPU.
     """
 
     def __init__(self, seeds: Sequence[int], shape: Sequence[int], device: torch.device) -> None:
-        # The seed itself, not a hash of it: the generator keeps 32 bits, and no two images may share them.
+        # The seed itself, not a hash: generators use 32 bits, and no two images may share them.
         self.generators = [torch.Generator().manual_seed(seed) for seed in seeds]
         self.shape, self.device = tuple(shape), device
         self._called = False
         self._ahead: Future[Tensor] | None = None
 
     def noise(self) -> Tensor:
-        """The next noise of each image, float32 [B, *shape]."""
+        """Return the next noise of each image, float32 [B, *shape]."""
         noise = self._next() if self._ahead is None else self._ahead.result()
         if self._called and self.device.type == "cuda":
             self._ahead = _drawing().submit(self._next)
@@ -65,7 +70,7 @@ def states(
     shape: Sequence[int],
     device: torch.device,
 ) -> Iterator[Tensor]:
-    """Yield the noise that the images of the seeds begin as, and what each step makes of it, float32 [B, C, H, W]."""
+    """Yield the initial noise of the images, and the state after each step, float32 [B, *shape]."""
     noise = SeededNoise(seeds, shape, device)
     x = sampler.schedule.prior_std(times[0]) * noise.noise()
     yield x
@@ -80,16 +85,15 @@ def sample(
     shape: Sequence[int],
     device: torch.device,
 ) -> Tensor:
-    """Images of the given seeds, float32 [B, C, H, W], around [-1, 1]."""
+    """Return the final states of the seeds, float32 [B, *shape], in about [-1, 1] for pixels."""
     (x,) = deque(states(denoise, sampler, times, seeds, shape, device), maxlen=1)
     return x
 
 
 def scale_for_display(x_t: Tensor, t: Tensor, schedule: Schedule) -> Tensor:
-    """States at times t divided by `sqrt(alpha^2 + sigma^2)`, to be shown as images are.
+    """Divide states at times t by sqrt(alpha^2 + sigma^2), to display them as images.
 
-    Where the noise outgrows the data, as in VE and EDM, nothing would be seen but black and white; processes that keep
-    the variance are shown as they are.
+    Without this, VE and EDM states would be saturated; those of variance-preserving processes do not change.
     """
     alpha, sigma = schedule(t)
     return x_t / per_image(torch.sqrt(alpha**2 + sigma**2), x_t)
@@ -101,20 +105,20 @@ def check_finite(images: Tensor) -> None:
         raise UsageError(
             "images",
             NO_VALUE,
-            "sampling left numbers that are not finite",
+            "sampling produced values that are not finite",
             "try a smaller guidance.scale or restoration.scale, clip_x0=true, precision=fp32, or more steps",
         )
 
 
 def labels_of(numbers: Sequence[int], labels: Sequence[int] | None, device: torch.device) -> Tensor | None:
-    """The labels in turn, int64 [B]: image n gets number n mod K of these K; None for None."""
+    """Return labels in turn, int64 [B]: image n gets labels[n mod K]; None if `labels` is None."""
     if labels is None:
         return None
     return torch.tensor([labels[number % len(labels)] for number in numbers], device=device)
 
 
 class NFECounter:
-    """Counts the network calls that each image of a batch takes: those of the denoiser and of what guides it."""
+    """Counts the network calls per image (NFE), of the denoiser and of guidance."""
 
     def __init__(self, denoiser: Denoiser, guidance: Guidance) -> None:
         self.networks = [denoiser, *guidance.guides()]
@@ -124,24 +128,24 @@ class NFECounter:
         return sum(network.evaluations for network in self.networks)
 
     def each(self, batch_size: int) -> int:
-        """The calls since the start, an image of the batch."""
+        """Return the calls per image since the start."""
         return (self._evaluations() - self.before) // batch_size
 
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingPipeline:
-    """Everything except its seed that an image depends on: the denoiser, its guidance and the sampler."""
+    """Settings of sampling, everything but the seed that an image depends on."""
 
     model: LoadedDenoiser
     sampler: Sampler
     steps: int
     guidance: Guidance
     labels: Sequence[int] | None
-    """Classes to make in turn; None for no label."""
+    """Classes of consecutive images, repeated; None: no labels."""
     clip: bool
-    """Whether to keep predicted images in [-1, 1]."""
+    """Whether to clip predicted images to [-1, 1]."""
     precision: str
-    """Number format of the network: fp32, bf16 or fp16."""
+    """Precision of the network: fp32, bf16 or fp16."""
 
     @property
     def device(self) -> torch.device:
@@ -150,29 +154,29 @@ class SamplingPipeline:
 
     @property
     def times(self) -> Tensor:
-        """Decreasing times of the sampler, from the noise to the image."""
+        """Decreasing times of the sampler."""
         return self.sampler.grid(self.steps)
 
     def denoise(self, y: Tensor | None) -> Denoise:
-        """Return the guided denoiser of images of the classes y, int64 [B]."""
+        """Return the guided denoiser for images of classes y, int64 [B]."""
         return guided(self.model, self.guidance, y, self.clip)
 
 
 class Generated(NamedTuple):
-    """A batch of images."""
+    """A batch of generated images."""
 
     seeds: list[int]
     images: Tensor
-    """As stored, [B, *shape]."""
+    """Stored samples [B, *shape]."""
     labels: Tensor | None
-    """The classes that they were made as, int64 [B], or None."""
+    """Class labels of the images, int64 [B], or None."""
     calls: int
-    """Network calls that each of them took (NFE)."""
+    """Network calls per image (NFE)."""
 
 
 @contextmanager
 def compiled(model: LoadedDenoiser, whole: bool = True) -> Iterator[None]:
-    """Call the network as it was compiled, if it was, on a `whole` batch; else as it was written."""
+    """Context in which a compiled network runs compiled for a `whole` batch, and uncompiled otherwise."""
     if not is_compiled(model.denoiser.network):
         yield
         return
@@ -181,20 +185,31 @@ def compiled(model: LoadedDenoiser, whole: bool = True) -> Iterator[None]:
             yield
         except compile_error() as error:
             raise UsageError(
-                "compile", True, f"torch cannot compile the network here ({reason(error)})", "leave it out"
+                "compile",
+                True,
+                f"torch cannot compile the network here ({reason(error)})",
+                "set compile=false",
             ) from error
 
 
 def uncompiled(model: LoadedDenoiser) -> AbstractContextManager[None]:
-    """Call the network as it was written."""
+    """Context in which a compiled network runs uncompiled."""
     return compiled(model, whole=False)
 
 
 @torch.inference_mode()
 def generate(pipeline: SamplingPipeline, seeds: Sequence[int], batch_size: int) -> Iterator[Generated]:
-    """Yield the images of the seeds in order, `batch_size` at a time.
+    """Yield the images of the seeds in order, in batches.
 
-    A network is compiled for whole batches; a smaller last batch runs uncompiled. Raises UsageError if that fails.
+    Compiled networks run uncompiled for a smaller last batch.
+
+    Args:
+        pipeline: the model and its settings.
+        seeds: seed of each image.
+        batch_size: images per batch.
+
+    Raises:
+        UsageError: compilation fails, or images have values that are not finite.
     """
     model, device, times = pipeline.model, pipeline.device, pipeline.times
     for batch in _batches(seeds, pipeline.sampler, batch_size):
@@ -210,10 +225,9 @@ def generate(pipeline: SamplingPipeline, seeds: Sequence[int], batch_size: int) 
 
 @torch.inference_mode()
 def trajectories(pipeline: SamplingPipeline, seeds: Sequence[int], batch_size: int, *, frames: int) -> Tensor:
-    """Return the states from noise to the images that `generate` makes of the seeds, uint8 [N, F, C, H, W].
+    """Return previews of the states on the way from noise to the images of `generate`, uint8 [N, F, C, H, W].
 
-    F is `frames`, or the number of states if that is smaller. They are evenly spaced, from the noise to the image, and
-    scaled by `scale_for_display`.
+    F is `frames`, or the number of states if smaller. States are evenly spaced, and scaled by `scale_for_display`.
     """
     model, sampler, device, times = pipeline.model, pipeline.sampler, pipeline.device, pipeline.times
     places = frame_places(len(times), frames)
@@ -232,7 +246,7 @@ def trajectories(pipeline: SamplingPipeline, seeds: Sequence[int], batch_size: i
 
 
 def _picture(model: LoadedDenoiser, x: Tensor) -> Tensor:
-    """Return states, scaled for display, as pictures on the CPU."""
+    """Return previews of states, on the CPU."""
     return model.info.form.to_rgb(model.info.form.quantize(model.space.decode(x))).cpu()
 
 
@@ -243,11 +257,11 @@ def _batches(seeds: Sequence[int], sampler: Sampler, batch_size: int) -> Iterato
 
 
 def guided(model: LoadedDenoiser, guidance: Guidance, y: Tensor | None, clip: bool) -> Denoise:
-    """The denoiser of images of the classes y, int64 [B], guided and, with `clip`, kept in [-1, 1]; latents are not."""
+    """Return the guided denoiser for classes y, int64 [B]; with `clip`, predicted images are clipped to [-1, 1]."""
     denoise = guidance(model.denoiser, y)
     return model.space.clipped(denoise, model.denoiser.schedule) if clip else denoise
 
 
 def frame_places(count: int, most: int) -> list[int]:
-    """At most so many of the places 0..count - 1, evenly, the first and the last among them."""
+    """Return at most `most` evenly spaced indices of 0..count - 1, including the first and the last."""
     return torch.linspace(0, count - 1, min(count, most)).round().long().tolist()

@@ -1,4 +1,4 @@
-"""Pictures of results."""
+"""Reading and writing of images, grids and animations."""
 
 import math
 from collections import deque
@@ -20,19 +20,22 @@ from diffusion_cli.formats.files import is_gray, opened
 from diffusion_cli.system.files import atomic_write
 from diffusion_cli.system.untrusted import read, reason
 
-WRITERS = 4  # threads; each waits for the disk most of the time
+WRITERS = 4  # threads, which mostly wait for the disk
 
 
 class Writer:
-    """Writes files by a few threads, at most `waiting` of them handed over and not there yet, while others are made.
+    """Context manager that writes files in background threads.
 
-    Leaving it, for whatever reason, waits for the files that were handed over. What the first of them raised that could
-    not be written is raised at a later call or on leaving, unless something else went wrong first.
+    Exiting it waits for all files. The first error of a write is raised at a later call or on exit, unless another
+    exception is being raised.
+
+    Args:
+        waiting: maximum number of files in the queue.
     """
 
     def __init__(self, waiting: int) -> None:
         self.waiting, self.written = waiting, 0
-        """What was handed over and is there now, as far as has been looked."""
+        """Number of files known to be written."""
         self._under_way: deque[Future[None]] = deque()
 
     def __enter__(self) -> Self:
@@ -40,12 +43,12 @@ class Writer:
         return self
 
     def __call__(self, save: Callable[..., None], *arguments: Any) -> None:
-        """Have `save(*arguments)` called, once there is room for it."""
+        """Queue the call `save(*arguments)`, waiting until the queue has room."""
         self._look(self.waiting - 1)
         self._under_way.append(self._pool.submit(save, *arguments))
 
     def _look(self, most: int) -> None:
-        """Take what is written off the line, and wait until at most so many are left on it."""
+        """Remove finished files from the queue, and wait until at most `most` are left."""
         while self._under_way and (len(self._under_way) > most or self._under_way[0].done()):
             self._under_way.popleft().result()
             self.written += 1
@@ -59,16 +62,20 @@ class Writer:
 
 
 def grid(images: Tensor, columns: int | None = None) -> Tensor:
-    """Lay out uint8 images [N, C, H, W] in rows of `columns` (null: square), one pixel apart, as [C, H', W'].
+    """Arrange uint8 images [N, C, H, W] in a grid, one pixel apart, as [C, H', W'].
 
-    Small images are enlarged by a whole factor to at least 32 pixels, each pixel a square.
+    Small images are enlarged by an integer factor to at least 32 pixels.
+
+    Args:
+        images: the images.
+        columns: images per row; None: a square grid.
     """
     columns = columns or math.ceil(math.sqrt(len(images)))
     return rows(images.split(columns))
 
 
 def rows(images: Sequence[Tensor]) -> Tensor:
-    """Lay out uint8 images in rows of unlike lengths, each [n, C, H, W], as `grid` does."""
+    """Arrange rows of uint8 images, each [n, C, H, W] with any n, as `grid` does."""
     columns = max(map(len, images))
     blanks = [row.new_full((columns - len(row), *row.shape[1:]), 255) for row in images]
     cells = torch.stack([torch.cat(pair) for pair in zip(images, blanks, strict=True)])
@@ -80,14 +87,14 @@ def rows(images: Sequence[Tensor]) -> Tensor:
 
 
 def read_images(files: Sequence[Path]) -> Tensor:
-    """Saved pictures of one size, uint8 [N, C, H, W]; UsageError names a file that is none, or of another size."""
+    """Return image files of one size, uint8 [N, C, H, W]; UsageError names an invalid file, or one of another size."""
     with _naming(files[0]):
         first = opened(read(files[0]))
     return read_stored(files, Uint8Image(), (1 if is_gray(first) else 3, first.height, first.width))
 
 
 def read_stored(files: Sequence[Path], form: SampleFormat, shape: Shape) -> Tensor:
-    """Saved results of a format and shape, as stored, [N, *shape]; UsageError names a file that is not one."""
+    """Return saved samples of a format and shape, [N, *shape]; UsageError names an invalid file."""
     samples = []
     for file in files:
         with _naming(file):
@@ -100,32 +107,32 @@ def _naming(file: Path) -> Iterator[None]:
     try:
         yield
     except ValueError as error:
-        raise UsageError(file, NO_VALUE, reason(error), "move it away to have it made anew") from error
+        raise UsageError(file, NO_VALUE, reason(error), "move it away to create it again") from error
 
 
 def save_stored(sample: Tensor, path: Path, form: SampleFormat) -> None:
-    """Write a sample as stored, [*shape], in a form, whole or not at all."""
+    """Write a stored sample [*shape] in a format, atomically."""
     with atomic_write(path) as temporary:
         form.write(sample.cpu(), temporary)
 
 
 def save_png(image: Tensor, path: Path) -> None:
-    """Write a uint8 image [C, H, W] of 1 or 3 channels as PNG, whole or not at all."""
+    """Write a uint8 image [C, H, W] with 1 or 3 channels as PNG, atomically."""
     save_stored(image, path, Uint8Image())
 
 
 def save_grid(images: Tensor, path: Path, columns: int | None = None) -> None:
-    """Write uint8 images [N, C, H, W] as one PNG."""
+    """Write a grid of uint8 images [N, C, H, W] as PNG."""
     save_png(grid(images.cpu(), columns), path)
 
 
 def save_rows(images: Sequence[Tensor], path: Path) -> None:
-    """Write rows of uint8 images, each [n, C, H, W], as one PNG."""
+    """Write rows of uint8 images, each [n, C, H, W], as PNG."""
     save_png(rows([row.cpu() for row in images]), path)
 
 
 def save_gif(images: Tensor, path: Path, milliseconds: int = 120) -> None:
-    """Write uint8 images [N, C, H, W] as an animation there and back without end, whole or not at all."""
+    """Write uint8 images [N, C, H, W] as a looping GIF that plays forwards and backwards, atomically."""
     frames = [
         Image.fromarray(grid(image[None].cpu()).permute(1, 2, 0).squeeze(2).numpy())
         for image in [*images, *images.flip(0)[1:-1]]

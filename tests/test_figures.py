@@ -144,7 +144,7 @@ def test_the_suffix_is_the_format_and_no_file_of_the_users_is_lost(tmp_path, run
 def test_an_animation_shows_one_run(tmp_path, runs, capsys):
     words = ["previews", "figure.frames=3", f"output={tmp_path}/x.gif", f"output_dir={runs}"]
     assert plot(*words, "run=[a,b]") == 2
-    assert "an animation shows one run" in capsys.readouterr().err
+    assert "an animation shows a single run" in capsys.readouterr().err
     assert plot(*words, "run=a") == 0
     with Image.open(tmp_path / "x.gif") as image:
         assert getattr(image, "n_frames", 1) == 4  # there and back
@@ -158,9 +158,9 @@ def test_an_animation_shows_one_run(tmp_path, runs, capsys):
         (["forward", "image=9999"], "image=9999: digits has 359 images in its val split"),
         (
             ["forward", "figure.dataset=digit"],
-            "figure.dataset=digit: cannot be had by its name (dataset=digit",
+            "figure.dataset=digit: cannot be loaded by name (dataset=digit",
         ),
-        (["loss", "run=c"], "run=c: holds no"),
+        (["loss", "run=c"], "run=c: does not exist"),
     ],
 )
 def test_a_figure_says_what_it_is_not_of(runs, capsys, words, said):
@@ -182,7 +182,7 @@ def test_runs_without_records_are_refused(runs, capsys):
     ("text", "message"),
     [
         (b"\xff\xfe", "is no CSV in UTF-8"),
-        (b"step,loss\n1,\x1b[2J\nx,1\n2,nan\n3,1e300\n4", "holds no losses"),
+        (b"step,loss\n1,\x1b[2J\nx,1\n2,nan\n3,1e300\n4", "has no losses"),
         (b"", "has no column step"),
     ],
 )

@@ -1,7 +1,7 @@
 """Benchmarks as Markdown tables: `python scripts/benchmark.py [train_step sample data startup fid memory ...]`.
 
-What is compared runs A B A B ... in one run; the tables give medians and their ratios, since absolute times mean little
-on a shared machine. The peers come with `pip install '.[bench]'`.
+Contestants alternate (A B A B ...) in one process. The tables give medians and their ratios, because absolute times
+vary on a shared machine. Install the compared packages with `pip install '.[bench]'`.
 """
 
 import argparse
@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-# All contestants of a race live in one process; more kernels than oneDNN keeps would be made anew at every turn.
+# All contestants run in one process; otherwise oneDNN's default cache would be too small for their kernels.
 os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "16384")
 
 import torch
@@ -47,27 +47,30 @@ PACKAGES = (
 
 
 def main() -> None:
-    """Run the named benchmarks, or all, and print their tables."""
+    """Run the given benchmarks, or all, and print their tables."""
     listed = "\n".join(f"  {name:<16} {(part.__doc__ or '').strip()}" for name, part in BENCHMARKS.items())
     parser = argparse.ArgumentParser(
         description=f"{__doc__}\n{listed}", formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("names", nargs="*", choices=[*BENCHMARKS, []], metavar="name", help="default: all")
-    parser.add_argument("--rounds", type=_positive, default=5, help="of A B ... (default 5)")
+    parser.add_argument("--rounds", type=_positive, default=5, help="alternating rounds (default 5)")
     parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"])
     parser.add_argument(
-        "--short", action="store_true", help="fewer races, where a benchmark has a short form"
+        "--short", action="store_true", help="fewer comparisons, for benchmarks with a short form"
     )
     parser.add_argument(
-        "--json", type=Path, metavar="FILE", help="write every round and all about the machine"
+        "--json", type=Path, metavar="FILE", help="output file for all rounds and the machine's properties"
     )
     parser.add_argument(
-        "--plot", type=Path, metavar="FILE", help="draw the roofline of the DDPM network, PNG or SVG"
+        "--plot",
+        type=Path,
+        metavar="FILE",
+        help="output file for the roofline of the DDPM network, PNG or SVG",
     )
     arguments = parser.parse_args()
     for path in (arguments.json, arguments.plot):
         if path and not path.parent.is_dir():
-            parser.error(f"{path}: its folder does not exist; make it first")
+            parser.error(f"{path}: its folder does not exist; create it first")
     device = device_of(arguments.device)
     record: dict[str, Any] = {"machine": machine(device), "rounds": arguments.rounds, "tables": {}}
     print(", ".join(f"{key} {value}" for key, value in record["machine"].items() if value is not None))
@@ -87,7 +90,7 @@ def main() -> None:
 
 
 def machine(device: torch.device) -> dict[str, Any]:
-    """What the numbers depend on beside the program: hardware, threads, versions, and the command."""
+    """Return the properties of the machine: hardware, threads, versions and the command."""
     installed = {
         package.metadata["Name"].lower().replace("_", "-") for package in importlib.metadata.distributions()
     }
@@ -106,7 +109,7 @@ def machine(device: torch.device) -> dict[str, Any]:
 
 
 def _processor() -> str:
-    """The name of the processor, as far as the system gives it."""
+    """Return the name of the processor, if the system reports it."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -124,7 +127,7 @@ def _write(path: Path | None, record: dict[str, Any]) -> None:
 def _positive(text: str) -> int:
     number = int(text)
     if number < 1:
-        raise argparse.ArgumentTypeError("should be at least 1")
+        raise argparse.ArgumentTypeError("must be at least 1")
     return number
 
 

@@ -1,10 +1,10 @@
-"""FID, KID, IS, precision and recall of two image folders by diffuse, torch-fidelity and pytorch-fid, in turns.
+"""Compare FID, KID, IS, precision and recall of two image folders by diffuse, torch-fidelity and pytorch-fid.
 
     pip install pytorch-fid
     python scripts/compare_fid.py samples/ reference/ --weights weights-inception-2015-12-05-6726825d.pth --rounds 2
 
-All read the same weights. Nothing is cached from one round to the next. Prints the numbers, their relative differences,
-and the images a second with the median ratio.
+All use the same weights, take turns, and cache nothing between rounds. Prints the values, their relative differences,
+and images per second with the median ratio.
 """
 
 import argparse
@@ -21,11 +21,11 @@ import torch
 from diffusion_cli.cli import run
 
 METRICS = "metric=[fid,kid,is,precision_recall]"
-SIZE = 100  # of KID's subsets
+SIZE = 100  # KID subset size
 
 
 def diffuse(arguments: argparse.Namespace, resize: str = "tensorflow") -> dict[str, float]:
-    """Our numbers, by our command."""
+    """Return the values of diffuse, run as a command."""
     with tempfile.TemporaryDirectory() as folder:
         words = [
             "eval", f"samples={arguments.samples}", "reference=images", f"reference.path={arguments.reference}",
@@ -44,7 +44,7 @@ def diffuse(arguments: argparse.Namespace, resize: str = "tensorflow") -> dict[s
 
 
 def torch_fidelity(arguments: argparse.Namespace) -> dict[str, float]:
-    """The same by torch-fidelity."""
+    """Return the values of torch-fidelity."""
     from torch_fidelity import calculate_metrics
 
     found = calculate_metrics(
@@ -62,7 +62,7 @@ def torch_fidelity(arguments: argparse.Namespace) -> dict[str, float]:
 
 
 def pytorch_fid(arguments: argparse.Namespace) -> dict[str, float]:
-    """FID by pytorch-fid, which resizes and scales pixels otherwise."""
+    """Return the FID of pytorch-fid, which resizes and scales pixels differently."""
     from pytorch_fid import fid_score, inception  # pyright: ignore[reportMissingImports]
 
     state = torch.load(arguments.weights, map_location="cpu", weights_only=True)
@@ -73,7 +73,7 @@ def pytorch_fid(arguments: argparse.Namespace) -> dict[str, float]:
 
 
 def main() -> None:
-    """Measure in turns and print."""
+    """Evaluate in turns, and print the tables."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -106,7 +106,7 @@ def main() -> None:
     for name, some in seconds.items():
         print(f"{name}: {images / statistics.median(some):.1f} images/s")
     print(
-        f"diffuse takes {statistics.median(ratios):.2f} times as many images a second ({len(ratios)} rounds)"
+        f"diffuse evaluates {statistics.median(ratios):.2f} times as many images per second ({len(ratios)} rounds)"
     )
     if arguments.pytorch_fid:
         ours, theirs = diffuse(arguments, "pytorch")["fid"], pytorch_fid(arguments)["fid"]

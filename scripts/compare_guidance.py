@@ -1,11 +1,11 @@
-"""Class accuracy and Frechet distance against the scale of guidance: a table, and a plot of it.
+"""Print and plot class accuracy and Frechet distance as functions of the guidance scale.
 
     diffuse train name=digits_cfg model.class_conditional=true
     diffuse eval -m run=digits_cfg precision=fp32 features=classifier metric=[fid,classifier] guidance=cfg \\
         guidance.scale=1,1.5,2,3,5
     python scripts/compare_guidance.py outputs/digits_cfg --plot docs/images/guidance.png
 
-Reads the newest number of each guidance and scale from the `metrics.json` of the runs.
+Reads the newest result of each guidance and scale from the `metrics.json` of the runs.
 """
 
 import argparse
@@ -19,7 +19,7 @@ from diffusion_cli.config import options
 
 
 class Row(NamedTuple):
-    """What was measured at one scale."""
+    """Results at one scale."""
 
     guidance: str
     scale: float
@@ -29,7 +29,7 @@ class Row(NamedTuple):
 
 
 def rows(run: Path) -> list[Row]:
-    """The newest evaluation of every guidance and scale of a run, by scale."""
+    """Return the newest result of each guidance and scale of a run, sorted by scale."""
     names = {yaml.safe_load(file.read_text())["_target_"]: name for name, file in options("guidance").items()}
     newest: dict[tuple[str, float], Row] = {}
     for entry in json.loads((run / "metrics.json").read_text()):
@@ -51,7 +51,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("runs", type=Path, nargs="+", help="folders of evaluated runs")
-    parser.add_argument("--plot", type=Path, help="PNG to draw")
+    parser.add_argument("--plot", type=Path, help="output PNG")
     arguments = parser.parse_args()
     measured = {run.name: rows(run) for run in arguments.runs}
     print(
@@ -67,7 +67,7 @@ def main() -> None:
 
 
 def draw(measured: dict[str, list[Row]], path: Path) -> None:
-    """Plot the distance against the accuracy, a line a guidance of a run, its scales written beside the points."""
+    """Plot distance against error rate, with one line per run and guidance, annotated with scales."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -82,7 +82,7 @@ def draw(measured: dict[str, list[Row]], path: Path) -> None:
             for row, right, up in zip(line, x, y, strict=True):
                 axes.annotate(f"{row.scale:g}", (max(right, 1e-4), up), (4, 4), textcoords="offset points")
     axes.set_xscale("log")
-    axes.set_xlabel("share of samples taken for another class (left edge: none)")
+    axes.set_xlabel("fraction of misclassified samples (left edge: none)")
     axes.set_ylabel("Frechet distance")
     axes.legend()
     figure.tight_layout()

@@ -1,9 +1,9 @@
-"""Inpainting against a conditional distribution that is known exactly, by method: a table of errors.
+"""Compare restoration methods on an inpainting task with a known conditional distribution.
 
     python scripts/compare_restoration.py
 
-Images of 2x2 pixels from a mixture of three Gaussians, of which the first pixel is known; denoised by the mixture's
-perfect denoiser, sampled by DDPM. The mixture given that pixel is known in closed form.
+Images of 2x2 pixels are from a mixture of three Gaussians, and the first pixel is known. DDPM samples with the optimal
+denoiser of the mixture; the conditional distribution given the pixel is known in closed form.
 """
 
 import argparse
@@ -50,7 +50,7 @@ def main() -> None:
 def measure(
     mixture: GaussianMixture, method: RestorationMethod, steps: int, count: int
 ) -> tuple[float, float, float]:
-    """The total variation of the component frequencies, and the largest errors of a mean and a standard deviation."""
+    """Return the total variation of the component frequencies, and the largest errors of mean and deviation."""
     schedule = Linear(num_timesteps=1000, beta_start=1e-4, beta_end=0.02, zero_terminal_snr=False)
     sampler = DDPM(schedule, variance="small", spacing="trailing")
     operator = Mask(torch.tensor([[True, False], [False, False]])[None, None])
@@ -71,7 +71,7 @@ def measure(
     )
     (x,) = deque(method.restore(process, operator, y), maxlen=1)
     x = operator.project(x, y)
-    # Given the pixel, component k has weight w_k N(seen; m_k, s_k^2), and its other pixels are as before.
+    # Given the pixel, component k has weight w_k N(seen; m_k, s_k^2); its other pixels are unchanged.
     weights = (
         mixture.weights.log() - 0.5 * ((SEEN - mixture.means[:, 0]) / mixture.stds) ** 2 - mixture.stds.log()
     ).softmax(0)

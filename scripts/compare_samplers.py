@@ -1,11 +1,11 @@
-"""Every sampler at the same numbers of network calls, on one trained model: a table of Frechet distances.
+"""Compare samplers at equal numbers of network calls on one trained model: a table of Frechet distances.
 
     diffuse train name=demo
     python scripts/compare_samplers.py outputs/demo --table docs/results/samplers.md
 
-Each sampler runs as its YAML file has it, with the most steps that stay within the calls; its distance is that of
-`diffuse eval metric=fid features=classifier`, by each of the classifiers that `features.seed` names. Results are kept
-beside the run as they come, so that a stopped command can be run again, and several may run at once.
+Each sampler has the settings of its YAML file and as many steps as the number of calls allows. The distance is that of
+`diffuse eval metric=fid features=classifier`, for several values of `features.seed`. Results are stored beside the run,
+so that the command can be resumed, and several can run at once.
 """
 
 import argparse
@@ -32,11 +32,11 @@ from diffusion_cli.system.precision import resolve
 
 CALLS = (5, 10, 20, 50)
 CLASSIFIERS = (0, 1, 2)
-"""Values of `features.seed`; the distance by one classifier is not quite that by another."""
+"""Values of `features.seed`, because the distance depends on the classifier."""
 
 
 def calls_of(sampler: Sampler, steps: int) -> int:
-    """The network calls of a run, counted on a network that answers 0."""
+    """Return the number of network calls of a run, counted with a network that returns 0."""
     count = 0
 
     def denoise(x: torch.Tensor, t: torch.Tensor) -> Prediction:
@@ -51,14 +51,14 @@ def calls_of(sampler: Sampler, steps: int) -> int:
 
 
 def steps_for(sampler: Sampler, calls: int) -> int:
-    """The most steps that take no more than `calls`; 0 if even one does."""
+    """Return the largest number of steps with at most `calls` network calls; 0 if there is none."""
     return max((n for n in range(1, calls + 1) if calls_of(sampler, n) <= calls), default=0)
 
 
 def measure(
     model: LoadedDenoiser, sampler: Sampler, steps: int, arguments: argparse.Namespace, cache: Path
 ) -> dict[str, Any]:
-    """The distances of samples by each classifier, and the network calls that each sample took."""
+    """Return the distance for each classifier, and the network calls per sample."""
     dataset = build(model.info.config.dataset, arguments.data_dir)
     reference = DatasetReference(dataset, split="train", stats=None)
     counts = None if model.num_classes is None else reference.class_counts(model.info.class_names or ())
@@ -98,7 +98,7 @@ def measure(
 
 
 def main() -> None:
-    """Measure what is not measured yet, and write the table."""
+    """Evaluate missing results, and write the table."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -106,8 +106,8 @@ def main() -> None:
     parser.add_argument("--num-samples", type=int, default=2000)
     parser.add_argument("--precision", default="auto", choices=["auto", "fp32", "bf16"])
     parser.add_argument("--data-dir", default="data")
-    parser.add_argument("--samplers", nargs="*", help="only these")
-    parser.add_argument("--table", type=Path, help="Markdown file to write the table into")
+    parser.add_argument("--samplers", nargs="*", help="samplers to evaluate (default all)")
+    parser.add_argument("--table", type=Path, help="Markdown page to update")
     arguments = parser.parse_args()
 
     model = load_model(arguments.run, "ema", torch.device("cpu"))
@@ -121,7 +121,7 @@ def main() -> None:
     }
     for name in arguments.samplers or files:
         sampler: Sampler = build(yaml.safe_load(files[name].read_text()), model.denoiser.schedule)
-        sampler.per_image = False  # the distance is that of the whole set
+        sampler.per_image = False  # batches are faster, and the distance covers the whole set
         for calls in CALLS if name != "ode" else (0,):
             path = folder / f"{name}-{calls}.json"
             steps = steps_for(sampler, calls) if calls else 1
@@ -137,12 +137,12 @@ def main() -> None:
 
 
 def _stored(path: Path) -> dict[str, Any]:
-    """A result that was measured before; empty without one."""
+    """Return a stored result; empty if missing."""
     return json.loads(path.read_text()) if path.is_file() else {}
 
 
 def write_table(path: Path, folder: Path, files: dict[str, Path]) -> None:
-    """Put the table between the marks in a Markdown file."""
+    """Replace the table between the marks of a Markdown page."""
     heads = " | ".join(f"{calls} calls" for calls in CALLS)
     lines = [f"| sampler | {heads} | description |", "|---" * (len(CALLS) + 2) + "|"]
     for name, file in files.items():
@@ -160,7 +160,7 @@ def write_table(path: Path, folder: Path, files: dict[str, Path]) -> None:
 
 
 def _cell(result: dict[str, Any]) -> str:
-    """The mean over the classifiers, and their standard deviation."""
+    """Return mean and standard deviation over the classifiers."""
     distances = result["distances"]
     return f"{mean(distances):.2f} ± {stdev(distances):.2f}"
 

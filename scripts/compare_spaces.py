@@ -1,10 +1,10 @@
-"""What a sample costs in pixels and in latents, beside how far the samples are from real images.
+"""Compare the sampling cost of pixel-space and latent models with the distance of their samples to real images.
 
     diffuse eval run=pixels metric=fid features=classifier
     diffuse eval run=latents metric=fid features=classifier
     python scripts/compare_spaces.py outputs/pixels outputs/latents
 
-Floating point operations are counted for one image: of a network call, of all calls of the newest evaluation, and of
+Floating-point operations are counted per image: for a network call, for all calls of the newest evaluation, and for
 the decoder.
 """
 
@@ -22,7 +22,7 @@ GIGA = 1e9
 
 
 class Row(NamedTuple):
-    """What is known of one run."""
+    """Cost and distance of one run."""
 
     run: str
     space: str
@@ -42,7 +42,7 @@ class Row(NamedTuple):
 
 
 def row(run: Path) -> Row:
-    """The newest Frechet distance of a run, and what its samples cost."""
+    """Return the newest Frechet distance of a run, and the cost of its samples."""
     model = load_model(run, "ema", torch.device("cpu"))
     found = [
         result
@@ -62,7 +62,7 @@ def row(run: Path) -> Row:
 
 @torch.inference_mode()
 def costs(model: LoadedDenoiser) -> tuple[float, float]:
-    """GFLOP of one network call and of decoding, for one image."""
+    """Return the GFLOP of a network call and of decoding, per image."""
     x, t = torch.zeros(1, *model.space.shape), torch.tensor(0.5, dtype=torch.float64)
     call = flops(lambda: model.denoiser(x, t)) / GIGA
     return call, flops(lambda: model.space.decode(x)) / GIGA
@@ -75,8 +75,8 @@ def main() -> None:
     )
     parser.add_argument("runs", type=Path, nargs="+", help="folders of evaluated runs")
     print(
-        "| run | space | network | GFLOP a call | of the decoder | a sample | Frechet distance "
-        "| over the reference distance |\n"
+        "| run | space | network | GFLOP per call | of the decoder | per sample | Frechet distance "
+        "| / reference distance |\n"
         "|---|---|---|---|---|---|---|---|"
     )
     for run in parser.parse_args().runs:

@@ -1,9 +1,10 @@
-"""Look for files that crash a reader, guided by what code they reach; needs `pip install atheris`.
+"""Fuzz the readers of untrusted files, guided by code coverage; needs `pip install atheris`.
 
     python scripts/fuzz.py image -max_total_time=300 corpus/
 
-Targets are image, zip and npy; the folder keeps what was found to reach new code. Any error but those that the command
-line makes one line of is written to crash-*, and ends the search. Other options are libFuzzer's; -help=1 lists them.
+Targets are image, zip and npy. The corpus folder collects inputs that reach new code. An error that the command line
+would not report as one line is written to crash-*, and ends the search. Other options are those of libFuzzer; -help=1
+lists them.
 """
 
 import io
@@ -30,14 +31,14 @@ KINDS = ("PNG", "JPEG", "WEBP", "TIFF")
 
 
 def encoded(kind: str) -> bytes:
-    """A small image file."""
+    """Return a small image file."""
     buffer = io.BytesIO()
     Image.fromarray(np.arange(192, dtype=np.uint8).reshape(8, 8, 3)).save(buffer, format=kind)
     return buffer.getvalue()
 
 
 def zipped(name: str, content: bytes) -> bytes:
-    """An archive of one entry."""
+    """Return an archive with one entry."""
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr(name, content)
@@ -45,7 +46,7 @@ def zipped(name: str, content: bytes) -> bytes:
 
 
 def array() -> bytes:
-    """A small .npy file."""
+    """Return a small .npy file."""
     buffer = io.BytesIO()
     np.save(buffer, np.zeros((2, 8, 8), np.uint8))
     return buffer.getvalue()
@@ -83,7 +84,7 @@ TARGETS: dict[str, tuple[Callable[[bytes], None], list[bytes]]] = {
 
 
 def main() -> None:
-    """Search until a crash, or as long as the options say."""
+    """Search until a crash, or until the limits of the options."""
     target, seeds = TARGETS[sys.argv.pop(1)]
     corpus = Path(sys.argv[-1])
     corpus.mkdir(parents=True, exist_ok=True)

@@ -1,7 +1,7 @@
-"""Kill a short run again and again, and hold what it ends as to a run that was left alone.
+"""Kill a short training run repeatedly, and compare its result with that of an uninterrupted run.
 
-`python scripts/kill.py [--kills 200] [--seed 0]` prints a table, and fails if any number in it but the first is wrong.
-Each start is a fork of this process, which has imported everything and trained nothing: a start takes a moment then.
+`python scripts/kill.py [--kills 200] [--seed 0]` prints a table, and fails if a run is lost, damaged or different. Runs
+start as forks of this process, which has imported everything, so a start takes little time.
 """
 
 import argparse
@@ -33,7 +33,7 @@ PARTS = ("state_dict", "optimizer_states", "lr_schedulers", "EMA")
 
 
 def start(folder: Path, steps: int) -> int:
-    """Start training in a process of its own, and return its number."""
+    """Start training in a child process, and return its process id."""
     child = os.fork()
     if child:
         return child
@@ -49,24 +49,24 @@ def start(folder: Path, steps: int) -> int:
 
 
 def ended(child: int) -> bool:
-    """Whether a process has ended; it is reaped then."""
+    """Return whether a child process has ended, and reap it."""
     return os.waitpid(child, os.WNOHANG)[0] != 0
 
 
 def being_written(checkpoints: Path) -> set[Path]:
-    """The checkpoints that are half there."""
+    """Return the unfinished temporary files of checkpoints."""
     return set(checkpoints.glob(".*.tmp"))
 
 
 def kill_once(folder: Path, steps: int, chance: random.Random) -> str:
-    """Start, and kill: at random, or aimed at a checkpoint's writing. Returns what was struck, or "ended"."""
+    """Start and kill training, at a random time or during a checkpoint write; return what was hit, or "ended"."""
     checkpoints = (folder / "run" / LAST).parent
     left = before = being_written(checkpoints)
     child = start(folder, steps)
     aimed = chance.random() < 0.5
-    # A checkpoint's writing takes some milliseconds: the blow falls at any of them.
+    # Writing a checkpoint takes milliseconds: the kill is at a random time within it.
     delay = chance.uniform(0, 0.01) if aimed else chance.uniform(0, 2.5)
-    writes = chance.randrange(1, 5)  # the first is of the first numbered one, the second of `last`, and so on
+    writes = chance.randrange(1, 5)  # 1: the first numbered checkpoint, 2: `last`, and so on
     begun = time.monotonic()
     while aimed and writes and time.monotonic() < begun + 30:
         if ended(child):
@@ -81,7 +81,7 @@ def kill_once(folder: Path, steps: int, chance: random.Random) -> str:
 
 
 def leaves(node: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    """Everything in nested data, by where it stands."""
+    """Yield all values of nested data with their paths."""
     items = (
         node.items()
         if isinstance(node, dict)
@@ -97,11 +97,11 @@ def leaves(node: Any, path: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def bits_different(one: Any, other: Any) -> int:
-    """How many bits of two states differ; ValueError if they are not of one kind."""
+    """Return the number of different bits of two states; ValueError if their structures differ."""
     total = 0
     for (path, a), (name, b) in zip(leaves(one), leaves(other), strict=True):
         if path != name or type(a) is not type(b):
-            raise ValueError(f"{path} and {name} are not of one kind")
+            raise ValueError(f"{path} and {name} differ in structure")
         if isinstance(a, torch.Tensor):
             mine, theirs = (value.contiguous().flatten().view(torch.uint8) for value in (a, b))
             total += sum(int(byte).bit_count() for byte in (mine ^ theirs).tolist())
@@ -111,7 +111,7 @@ def bits_different(one: Any, other: Any) -> int:
 
 
 def state(folder: Path) -> dict[str, Any]:
-    """What a run has come to: weights, optimizer and average."""
+    """Return the final state of a run: weights, optimizer and EMA."""
     found = newest(folder / "run")
     assert found is not None
     return {
@@ -126,14 +126,14 @@ def finish(folder: Path, steps: int) -> int:
 
 
 def campaign(root: Path, kills: int, seed: int) -> Counter[str]:
-    """Kill as often, and count what came of it."""
+    """Kill `kills` times, and count the outcomes."""
     chance, counts = random.Random(seed), Counter[str]()
     whole, parts = root / "whole", root / "parts"
     for folder in (whole, parts):
         folder.mkdir()
     reached = 0
     while counts["kills"] < kills:
-        where = kill_once(parts, reached + 10_000, chance)  # farther than it comes before it is killed
+        where = kill_once(parts, reached + 10_000, chance)  # more steps than it can reach before the kill
         if where == "ended":
             counts["could not be taken up"] += 1
             print((parts / "output.txt").read_text(), file=sys.stderr)
@@ -156,7 +156,7 @@ def campaign(root: Path, kills: int, seed: int) -> Counter[str]:
 
 
 def main() -> int:
-    """Print the table; the exit code is 1 if anything was lost."""
+    """Print the table; return 1 if anything was lost."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -169,12 +169,12 @@ def main() -> int:
         counts = campaign(Path(root), words.kills, words.seed)
     rows = {
         "SIGKILLs": counts["kills"],
-        "of them while a checkpoint was written": counts["in a write"],
+        "kills during a checkpoint write": counts["in a write"],
         "steps of the run": counts["steps"],
-        "starts that could not take it up": counts["could not be taken up"],
+        "starts that failed to resume": counts["could not be taken up"],
         "saved steps lost": counts["steps lost"],
-        "half-written files left at the end": counts["left behind"],
-        "bits different from the run left alone": counts["bits different"],
+        "unfinished files left at the end": counts["left behind"],
+        "bits different from the uninterrupted run": counts["bits different"],
     }
     lines = [f"| {name} | {number} |" for name, number in rows.items()]
     print("\n| what | number |", "|---|---|", *lines, sep="\n")

@@ -1,12 +1,12 @@
-"""Make one mistake at a time in a copy of the program, and check that the tests named for it fail.
+"""Mutation testing: change one line of a copy of the program at a time, and check that the named tests fail.
 
     python scripts/mutate.py                                  # every mutant of scripts/mutants.toml
-    python scripts/mutate.py --only likelihood                # those with this word in their file or sentence
+    python scripts/mutate.py --only likelihood                # mutants with this word in their file or description
     python scripts/mutate.py --table docs/results/mutants.md  # then write the table into a page
 
-A mutant is a text that occurs once in a file, its replacement, the mistake in a sentence, and tests. First the tests
-run on the unchanged code, where they must pass. Results are kept in outputs/mutants.json: a stopped run continues, and
-a run on other code starts anew. The exit code is 1 unless every mutant is caught.
+A mutant is a text that occurs once in a file, its replacement, a description, and tests. The tests must pass on the
+unchanged code, which is checked first. Results are stored in outputs/mutants.json: an interrupted run resumes, and
+changed code starts anew. The exit code is 1 unless every mutant is caught.
 """
 
 import argparse
@@ -38,20 +38,20 @@ CAUGHT, SURVIVED, STALE, UNCLEAR = "caught", "survived", "stale", "unclear"
 
 @dataclass(frozen=True)
 class Mutant:
-    """One mistake."""
+    """A mutant."""
 
     file: str
     """Path of the changed file from the root."""
     text: str
-    """What is replaced; it occurs exactly once in the file."""
+    """Replaced text, which occurs exactly once in the file."""
     becomes: str
     mistake: str
-    """The mistake in one plain sentence."""
+    """Description of the mistake in one sentence."""
     tests: tuple[str, ...]
     """Node ids of pytest."""
 
     def applied(self, root: Path) -> str | None:
-        """The changed source, or None if the text does not occur exactly once."""
+        """Return the changed source, or None if the text does not occur exactly once."""
         path = root / self.file
         source = path.read_text() if path.is_file() else ""
         return source.replace(self.text, self.becomes) if source.count(self.text) == 1 else None
@@ -59,7 +59,7 @@ class Mutant:
 
 @dataclass(frozen=True)
 class Table:
-    """The mutants, what a copy of the program needs, and the modules of others worth importing once."""
+    """The mutants, the files to copy, and modules of other packages to import in advance."""
 
     copied: tuple[str, ...]
     imported: tuple[str, ...]
@@ -68,14 +68,14 @@ class Table:
 
 @dataclass(frozen=True)
 class Job:
-    """Tests to run in a copy, with a mutant or without."""
+    """Tests to run in a copy, with or without a mutant."""
 
     tests: tuple[str, ...]
     mutant: Mutant | None = None
 
     @property
     def key(self) -> str:
-        """The name of its result: a hash of all that it consists of."""
+        """Return a hash that identifies the job."""
         return hashlib.sha256(repr(self).encode()).hexdigest()[:16]
 
 
@@ -87,14 +87,14 @@ def read_table(path: Path) -> Table:
 
 
 def files(root: Path, copied: Iterable[str]) -> Iterator[Path]:
-    """The files of a copy, in a fixed order."""
+    """Yield the files of a copy in a fixed order."""
     for name in copied:
         paths = sorted((root / name).rglob("*")) if (root / name).is_dir() else [root / name]
         yield from (path for path in paths if path.is_file() and "__pycache__" not in path.parts)
 
 
 def digest(root: Path, copied: Iterable[str]) -> str:
-    """A hash of the names and contents of the files of a copy."""
+    """Return a hash of the names and contents of the files of a copy."""
     state = hashlib.sha256()
     for path in files(root, copied):
         state.update(f"{path.relative_to(root)}\0{path.stat().st_size}\0".encode() + path.read_bytes())
@@ -102,7 +102,7 @@ def digest(root: Path, copied: Iterable[str]) -> str:
 
 
 def copy(root: Path, copied: Iterable[str], target: Path) -> None:
-    """Copy the program, its modules compiled. Compiled files are found by the hash of their source, not its date."""
+    """Copy the program with compiled modules, which are identified by the hash of their source, not its date."""
     for path in files(root, copied):
         place = target / path.relative_to(root)
         place.parent.mkdir(parents=True, exist_ok=True)
@@ -114,7 +114,7 @@ def copy(root: Path, copied: Iterable[str], target: Path) -> None:
 
 
 class Failures:
-    """A plugin of pytest that keeps the names of tests that fail."""
+    """pytest plugin that collects the names of failed tests."""
 
     def __init__(self) -> None:
         self.names: list[str] = []
@@ -125,7 +125,7 @@ class Failures:
 
 
 def run_tests(folder: Path, tests: Sequence[str], packages: Iterable[str], output: Path) -> int:
-    """Start a process that runs tests in a folder, and return its number. It writes `output`.json and `output`.txt."""
+    """Start a process that runs tests in a folder and writes `output`.json and .txt; return its process id."""
     child = os.fork()
     if child:
         return child
@@ -152,7 +152,7 @@ def run_tests(folder: Path, tests: Sequence[str], packages: Iterable[str], outpu
 
 
 class Slot:
-    """A copy of the program, in which one job runs at a time."""
+    """A copy of the program that runs one job at a time."""
 
     def __init__(self, root: Path, table: Table, folder: Path) -> None:
         self.output, self.folder = folder / "result", folder / "copy"
@@ -161,7 +161,7 @@ class Slot:
         copy(root, table.copied, self.folder)
 
     def start(self, job: Job) -> bool:
-        """Start a job; False if its mutant is stale."""
+        """Start a job; return False if its mutant is stale."""
         if job.mutant is not None:
             source = job.mutant.applied(self.folder)
             if source is None:
@@ -174,7 +174,7 @@ class Slot:
         return True
 
     def result(self) -> dict[str, Any] | None:
-        """What became of the job, the copy unchanged again; None while it runs."""
+        """Return the result of the job after restoring the copy; None while it runs."""
         assert self.job is not None
         seconds = time.monotonic() - self.begun
         if os.waitpid(self.process, os.WNOHANG)[0] == 0:
@@ -194,7 +194,7 @@ class Slot:
         return {"outcome": outcome, "by": by, "seconds": round(seconds, 1)}
 
     def stop(self) -> None:
-        """End the process of the job, and all that it has started."""
+        """End the process group of the job."""
         if self.job is not None:
             os.killpg(self.process, signal.SIGKILL)
             os.waitpid(self.process, 0)
@@ -204,7 +204,7 @@ class Slot:
 
 
 def run_jobs(jobs: Sequence[Job], slots: Sequence[Slot]) -> Iterator[tuple[Job, dict[str, Any]]]:
-    """Run jobs, one in each slot at a time, and yield each with its result as soon as it ends."""
+    """Run jobs, one per slot at a time, and yield each with its result when it ends."""
     waiting = list(reversed(jobs))
     try:
         while waiting or any(slot.job for slot in slots):
@@ -222,7 +222,7 @@ def run_jobs(jobs: Sequence[Job], slots: Sequence[Slot]) -> Iterator[tuple[Job, 
 
 
 class Results:
-    """Results by the key of their job, kept in a file as long as the code stays as it is."""
+    """Results by job key, stored in a file that is valid for one version of the code."""
 
     def __init__(self, path: Path, code: str) -> None:
         self.path, self.code = path, code
@@ -230,7 +230,7 @@ class Results:
         self.found: dict[str, dict[str, Any]] = kept["results"] if kept.get("code") == code else {}
 
     def add(self, job: Job, result: dict[str, Any]) -> None:
-        """Keep a result; the file is written whole."""
+        """Add a result, and write the file."""
         mutant = job.mutant
         self.found[job.key] = result | ({"file": mutant.file, "mistake": mutant.mistake} if mutant else {})
         self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -240,8 +240,8 @@ class Results:
 
 
 def measure(root: Path, table: Table, mutants: Sequence[Mutant], results: Results, workers: int) -> None:
-    """Run the tests of the mutants on the unchanged code, then on each of them, as far as it is not done yet."""
-    os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported: the processes share the cores
+    """Run the missing tests, on the unchanged code and then with each mutant."""
+    os.environ["OMP_NUM_THREADS"] = "1"  # before the import of torch, because processes share the cores
     unchanged = [Job(tests) for tests in dict.fromkeys(mutant.tests for mutant in mutants)]
     for name in table.imported:
         importlib.import_module(name)
@@ -261,7 +261,7 @@ def measure(root: Path, table: Table, mutants: Sequence[Mutant], results: Result
 
 
 def rows(mutants: Sequence[Mutant], results: Results) -> list[str]:
-    """The lines of the Markdown table."""
+    """Return the lines of the Markdown table."""
 
     def code(text: str) -> str:
         words = " ".join(text.split())
@@ -279,27 +279,29 @@ def rows(mutants: Sequence[Mutant], results: Results) -> list[str]:
 
 
 def write_table(page: Path, lines: Sequence[str]) -> None:
-    """Write the table in the place of the one that ends a Markdown page."""
+    """Replace the table at the end of a Markdown page."""
     before, _, _ = page.read_text().partition("\n|")
     page.write_text(before.rstrip("\n") + "\n\n" + "\n".join(lines) + "\n")
 
 
 def main(words: Sequence[str] | None = None) -> int:
-    """Print what became of each mutant."""
+    """Run the mutants and print their outcomes."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--root", type=Path, default=ROOT, help="the program")
+    parser.add_argument("--root", type=Path, default=ROOT, help="root of the program")
     parser.add_argument(
-        "--mutants", type=Path, default=None, help="the table, scripts/mutants.toml of the program"
+        "--mutants", type=Path, default=None, help="table of mutants (default scripts/mutants.toml)"
     )
-    parser.add_argument("--results", type=Path, default=None, help="outputs/mutants.json of the program")
-    parser.add_argument("--only", default="", help="mutants with this text in their file or sentence")
-    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes at a time")
-    parser.add_argument("--table", type=Path, default=None, help="Markdown page that ends in the table")
+    parser.add_argument(
+        "--results", type=Path, default=None, help="results file (default outputs/mutants.json)"
+    )
+    parser.add_argument("--only", default="", help="text in the file or description of the mutants to run")
+    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="number of processes")
+    parser.add_argument("--table", type=Path, default=None, help="Markdown page to update")
     given = parser.parse_args(words)
     if given.only and given.table:
-        parser.error("--table: is for all mutants; leave out --only")
+        parser.error("--table: needs the results of all mutants; leave out --only")
     root = given.root.resolve()
     table = read_table(given.mutants or root / "scripts" / "mutants.toml")
     mutants = [m for m in table.mutants if given.only.lower() in f"{m.file} {m.mistake}".lower()]

@@ -1,11 +1,10 @@
-"""Train every default for a few minutes, and compare each loss with the loss of predicting zero.
+"""Train every default configuration for a few minutes, and compare each loss with that of predicting zero.
 
     python scripts/recipes.py --photos PHOTOS --images CIFAR10.zip --data-dir data --output outputs/recipes
 
-Data sets, networks on data that suits them, and the presets that fit a CPU are trained one after the other by
-`diffuse train`. A few steps are timed first, so that `max_steps` and what follows from it fit the minutes. A training
-that is finished is not repeated, so the script can be stopped and started again. table.md and samples.png in the
-output folder have the results.
+Datasets, networks on suitable data, and the presets that fit a CPU are trained one after the other by `diffuse train`.
+A few steps are timed first, to choose `max_steps` for the available time. Finished runs are kept, so the script can be
+stopped and restarted. It writes table.md and samples.png to the output folder.
 """
 
 import argparse
@@ -33,16 +32,16 @@ FEWEST_STEPS = 150
 
 
 class Case(NamedTuple):
-    """A training by defaults."""
+    """A training run with default settings."""
 
     name: str
     train: list[str]
     sample: list[str] | None
-    """Words for `diffuse sample`; None for what makes no samples."""
+    """Arguments for `diffuse sample`; None for models without samples."""
 
 
 def cases(photos: Path, images: Path, volumes: Path, array: Path) -> list[Case]:
-    """Every data set, network and preset, with what it needs."""
+    """Return the run of every dataset, network and preset."""
     own = ["dataset=folder", f"dataset.path={images}"]
     own_photos, mnist = ["dataset=folder", f"dataset.path={photos}"], ["dataset=mnist"]
     volume = [
@@ -62,7 +61,7 @@ def cases(photos: Path, images: Path, volumes: Path, array: Path) -> list[Case]:
         Case("dataset=points", ["dataset=points"], DDPM),
         Case("dataset=folder, volumes", volume, DDPM),
     ]
-    # Small batches are the hard case for a wide network.
+    # Small batches are hard for wide networks.
     wide = [*own, "dataset.resolution=16", "batch_size=16"]
     for model in WIDE:
         found.append(Case(f"model={model}, 16x16", [*wide, f"model={model}"], DDPM))
@@ -102,7 +101,7 @@ def cases(photos: Path, images: Path, volumes: Path, array: Path) -> list[Case]:
 
 
 def make_volumes(folder: Path) -> None:
-    """Write 200 ellipsoids in 16x16x16 voxels, as NumPy files."""
+    """Write 200 ellipsoids of 16x16x16 voxels as NumPy files."""
     folder.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(0)
     grid = np.stack(np.meshgrid(*[np.linspace(-1, 1, 16)] * 3, indexing="ij"))
@@ -113,18 +112,18 @@ def make_volumes(folder: Path) -> None:
 
 
 def diffuse(*words: str) -> None:
-    """Run a command; its output goes to the terminal."""
+    """Run a command, with its output on the terminal."""
     print(f"diffuse {' '.join(words)}", flush=True)
     subprocess.run([sys.executable, "-m", "diffusion_cli", *words], check=True)
 
 
 def result_file(case: Case, output: Path) -> Path:
-    """The file with the row of a case."""
+    """Return the file with the results of a case."""
     return output / f"{re.sub('[^a-z0-9]+', '_', case.name)}.json"
 
 
 def trained(case: Case, output: Path, seconds: float, data_dir: Path) -> None:
-    """Train a case, sample from it and write its row of the table, unless that is done."""
+    """Train a case, sample from it and write its results, unless they exist."""
     result = result_file(case, output)
     if result.is_file():
         return
@@ -143,7 +142,7 @@ def trained(case: Case, output: Path, seconds: float, data_dir: Path) -> None:
 
 
 def curve(run: Path) -> dict[str, float]:
-    """The ends of a run's loss, and its recipe."""
+    """Return the ends of a run's loss, and its settings."""
     with (run / "metrics.csv").open(newline="") as file:
         rows = [row for row in csv.DictReader(file) if row.get("loss")]
     name = "relative_loss" if rows[-1].get("relative_loss") else "loss"
@@ -162,7 +161,7 @@ def curve(run: Path) -> dict[str, float]:
 
 
 def picture(rows: list[dict[str, float | str]], output: Path) -> None:
-    """Draw the samples, a row a training in the order of the table."""
+    """Draw the samples, one row per run in the order of the table."""
     side, margin = 64, 290
     shown = [row for row in rows if (output / str(row["run"]) / "shown" / "grid.png").is_file()]
     canvas = Image.new("RGB", (margin + PICTURES * side, max(1, len(shown)) * side), "white")
@@ -176,7 +175,7 @@ def picture(rows: list[dict[str, float | str]], output: Path) -> None:
 
 
 def tiles(grid: Path) -> list[Image.Image]:
-    """The images of a grid of `diffuse sample`, which is as square as their number allows."""
+    """Return the images of a square grid of `diffuse sample`."""
     image = Image.open(grid).convert("RGB")
     across = math.ceil(math.sqrt(PICTURES))
     down = math.ceil(PICTURES / across)
@@ -186,7 +185,7 @@ def tiles(grid: Path) -> list[Image.Image]:
 
 
 def table(rows: list[dict[str, float | str]]) -> str:
-    """The results as Markdown."""
+    """Return the results as Markdown."""
     lines = [
         "| training | learning rate | batch | steps | images/s | loss: first | lowest | last |",
         "|---|---|---|---|---|---|---|---|",
@@ -202,7 +201,7 @@ def table(rows: list[dict[str, float | str]]) -> str:
 
 
 def main() -> None:
-    """Train what is not trained yet, and write the table and the picture."""
+    """Train missing runs, and write the table and the figure."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -210,12 +209,12 @@ def main() -> None:
     parser.add_argument(
         "--images", type=Path, required=True, help="ZIP of 32x32 colour images in class folders"
     )
-    parser.add_argument("--data-dir", type=Path, default=Path("data"), help="where MNIST lies")
+    parser.add_argument("--data-dir", type=Path, default=Path("data"), help="folder with MNIST")
     parser.add_argument(
         "--output", type=Path, default=Path("outputs/recipes"), help="folder of runs and results"
     )
-    parser.add_argument("--seconds", type=float, default=180, help="time of a training (default 180)")
-    parser.add_argument("--only", default="", help="regular expression for the names of those to train")
+    parser.add_argument("--seconds", type=float, default=180, help="time per run (default 180)")
+    parser.add_argument("--only", default="", help="regular expression for the names of runs")
     arguments = parser.parse_args()
     output: Path = arguments.output
     output.mkdir(parents=True, exist_ok=True)

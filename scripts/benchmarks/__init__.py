@@ -1,1 +1,1 @@
-"""The tables of `scripts/benchmark.py`, one a file: `tables(rounds, device)` yields them."""
+"""Tables of `scripts/benchmark.py`, one module each: `tables(rounds, device)` yields them."""

@@ -1,4 +1,4 @@
-"""Images a second of training batches, by torchvision's ImageFolder with a DataLoader and by us."""
+"""Throughput of training batches in images/s, of torchvision's ImageFolder with a DataLoader and of diffuse."""
 
 import tempfile
 import zipfile
@@ -23,7 +23,7 @@ FILES, BATCH = 400, 32
 
 
 def tables(rounds: int, device: torch.device) -> Iterator[Table]:
-    """Small images held in memory, and photographs decoded in workers; mirrored and in [-1, 1] all of them."""
+    """Small images in memory, and photographs decoded in workers; all randomly flipped and scaled to [-1, 1]."""
     with tempfile.TemporaryDirectory() as folder:
         yield _in_memory(Path(folder), rounds, device)
     with tempfile.TemporaryDirectory() as folder:
@@ -79,7 +79,7 @@ def _write(folder: Path, images: Iterator[np.ndarray] | list[np.ndarray] | np.nd
 
 
 def _image_folder(folder: Path, size: int, steps: list[Callable[..., object]]) -> Iterator[Tensor]:
-    """torchvision's batches, without end as ours are, so that no worker ever starts anew."""
+    """Yield torchvision's batches endlessly, as diffuse does, so that workers are never restarted."""
     normal = [
         transforms.RandomHorizontalFlip(),
         transforms.ToTensor(),

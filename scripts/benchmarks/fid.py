@@ -1,4 +1,4 @@
-"""Images a second through Inception, by torch-fidelity and by us."""
+"""Throughput of Inception features in images/s, of torch-fidelity and diffuse."""
 
 import tempfile
 from collections.abc import Iterator
@@ -16,7 +16,7 @@ IMAGES = 64
 
 
 def tables(rounds: int, device: torch.device) -> Iterator[Table]:
-    """A batch of 32x32 images, by both with the same weights."""
+    """A batch of 32x32 images, with the same weights."""
     images = torch.randint(256, (IMAGES, 3, 32, 32), dtype=torch.uint8)
     with tempfile.TemporaryDirectory() as folder:
         weights = Path(folder) / "weights.pth"
@@ -54,7 +54,7 @@ def tables(rounds: int, device: torch.device) -> Iterator[Table]:
 
 
 def _untrained(weights: Path) -> torch.nn.Module:
-    """torch-fidelity's network as it is initialised, for the published weights may not be at hand."""
+    """Return torch-fidelity's network with initial weights, because published ones may be unavailable."""
     extractor = imported("torch_fidelity.feature_extractor_inceptionv3").FeatureExtractorInceptionV3
     untrained = type(
         "Untrained", (extractor,), {"load_state_dict": lambda self, *arguments, **settings: None}

@@ -1,4 +1,4 @@
-"""A step of `diffuse train` on the digits at batch 128, and the same step in a bare loop."""
+"""Training step of `diffuse train` on the digits at batch size 128, compared with a bare training loop."""
 
 import tempfile
 import time
@@ -23,7 +23,7 @@ BATCH, STEPS, UNTIMED = 128, 40, 5
 
 
 class Clock:
-    """When each training step of `diffuse train` starts."""
+    """Records the start of each training step of `diffuse train`."""
 
     def __init__(self) -> None:
         self.starts: list[float] = []
@@ -37,7 +37,7 @@ class Clock:
 
 
 def tables(rounds: int, device: torch.device) -> Iterator[Table]:
-    """Lightning, logs, previews and all, against a loop that does nothing else."""
+    """`diffuse train` with logs, previews and callbacks, against a loop without them."""
     clock = Clock()
     words = [f"batch_size={BATCH}", "precision=fp32", f"max_steps={STEPS}", trainer_option(device)]
     checked = configured(words)
@@ -69,5 +69,5 @@ def tables(rounds: int, device: torch.device) -> Iterator[Table]:
 
 
 def _period(starts: list[float]) -> float:
-    """The median time from one start to the next."""
+    """Return the median time between starts."""
     return median(after - before for before, after in pairwise(starts[UNTIMED:]))

@@ -1,4 +1,4 @@
-"""Peak memory of fid, kid and is of 50,000 images against 50,000, beyond programs and network."""
+"""Peak memory of fid, kid and is for 50,000 images against 50,000, without that of programs and network."""
 
 import resource
 import tempfile
@@ -28,7 +28,7 @@ LIMIT = 3e9
 
 
 class Noise(Images):
-    """Images of 32x32 that are made when they are asked for, and take no memory."""
+    """Images of 32x32 generated on access, which take no memory."""
 
     shape, labels = (3, 32, 32), None
 
@@ -44,7 +44,7 @@ class Noise(Images):
 
 
 class Projection(Features):
-    """What stands for Inception: as many features and class scores, made in no time."""
+    """Placeholder for Inception with the same outputs, which takes no time."""
 
     name, resize, note, digest = "projection", "none", "", "0" * 64
     dim, classes, chunk = 2048, 1008, 250
@@ -59,7 +59,7 @@ class Projection(Features):
 
 
 def tables(rounds: int, device: torch.device) -> Iterator[Table]:
-    """One round, however many are asked for, in a process of its own: a peak only ever rises."""
+    """One round in a new process, regardless of `rounds`, because a peak never falls."""
     taken, seconds = afresh(_evaluate, device.type)
     row = (f"{taken / 1e9:.3f}", f"{LIMIT / 1e9:g}", f"{2 * COUNT / seconds:.0f}")
     yield Table(
@@ -71,7 +71,7 @@ def tables(rounds: int, device: torch.device) -> Iterator[Table]:
 
 
 def _evaluate(device: str) -> tuple[int, float]:
-    """Bytes that an evaluation takes at most, and seconds."""
+    """Return peak memory of an evaluation in bytes, and its duration in seconds."""
     with tempfile.TemporaryDirectory() as folder:
         dataset = NoDataset("noise", Noise.shape)
         networks = FeatureExtractors({}, dataset, Path(folder), torch.device(device))

@@ -1,4 +1,4 @@
-"""Our networks, and a training made of the parts that `diffuse train` is made of, in a bare loop."""
+"""Networks of diffuse, and a bare training loop of the parts of `diffuse train`."""
 
 import torch
 from torch import Tensor, nn
@@ -14,13 +14,13 @@ from diffusion_cli.system.seeding import mix
 from diffusion_cli.training.ema import EMA
 
 PARAMETERS = {"ddpm": 35_746_307, "small": 1_539_329}
-"""Of each network that a peer has too: of 3 channels, and of 1."""
+"""Settings of each network that is compared with a peer, for 3 channels and for 1."""
 
 OF_DIFFUSERS = [
     "schedule=linear", "optimizer.lr=1e-4", "optimizer.betas=[0.95,0.999]", "optimizer.weight_decay=1e-6",
     "optimizer.warm_up_steps=500", "max_steps=100000", "ema.decay=0.9999",
 ]  # fmt: skip
-"""The settings of diffusers' script that trains unconditional models."""
+"""Settings of diffusers' training script for unconditional models."""
 
 WORDS = {
     "ddpm": ["model=unet_cifar10", *OF_DIFFUSERS],
@@ -32,21 +32,21 @@ WORDS = {
 
 
 def configured(words: list[str]) -> TrainConfig:
-    """The configuration that `diffuse train` makes of these words."""
+    """Return the configuration of `diffuse train` with these arguments."""
     checked = config.load("train", words)
     assert isinstance(checked, TrainConfig)
     return checked
 
 
 def denoiser_of(checked: TrainConfig, shape: tuple[int, int, int]) -> Denoiser:
-    """A denoiser of images of a shape, as it is before training."""
+    """Return an untrained denoiser for images of a shape."""
     torch.manual_seed(mix(checked.seed, "weights"))
     network = build(checked.model, shape, None)
     return Denoiser(network, build(checked.schedule), build(checked.parameterization))
 
 
 def model_of(name: str, device: torch.device) -> LoadedDenoiser:
-    """A model of 32x32 images, ready to sample."""
+    """Return a model of 32x32 images, ready to sample."""
     shape = (3, 32, 32)
     checked = configured(WORDS[name])
     denoiser = denoiser_of(checked, shape).to(device).eval().requires_grad_(False)
@@ -61,12 +61,12 @@ def model_of(name: str, device: torch.device) -> LoadedDenoiser:
 
 
 def count(network: nn.Module) -> int:
-    """The number of parameters."""
+    """Return the number of parameters."""
     return sum(parameter.numel() for parameter in network.parameters())
 
 
 class Training:
-    """What `diffuse train` does at a step, Lightning and callbacks apart."""
+    """A training step of `diffuse train` without Lightning and callbacks."""
 
     def __init__(
         self, checked: TrainConfig, shape: tuple[int, int, int], device: torch.device, precision: str

@@ -1,4 +1,4 @@
-"""What a user would pick instead: the same networks and loops by other packages, as their own scripts run them."""
+"""Networks and loops of other packages, as in their own scripts."""
 
 import importlib
 from types import ModuleType
@@ -22,11 +22,11 @@ OF_UNET_2D: dict[str, dict[str, Any]] = {
     },
 }  # fmt: skip
 OF_LUCIDRAINS = {"ddpm": {"dim": 64, "dim_mults": (1, 2, 4, 8)}, "small": {"dim": 24, "dim_mults": (1, 2, 4)}}
-"""Of those near in their number of parameters: 35,711,491 and 1,517,873."""
+"""Settings of networks with similar numbers of parameters: 35,711,491 and 1,517,873."""
 
 
 def imported(name: str) -> ModuleType:
-    """A peer's module; SystemExit if it is not installed."""
+    """Import a peer's module; SystemExit if it is not installed."""
     try:
         return importlib.import_module(name)
     except ImportError as error:
@@ -36,7 +36,7 @@ def imported(name: str) -> ModuleType:
 
 
 def unet_2d(name: str, shape: tuple[int, int, int]) -> nn.Module:
-    """A network of ours as diffusers has it."""
+    """Return a network of diffuse as a diffusers model."""
     channels, size, _ = shape
     return imported("diffusers").UNet2DModel(
         sample_size=size, in_channels=channels, out_channels=channels, layers_per_block=2, norm_eps=1e-6,
@@ -45,9 +45,9 @@ def unet_2d(name: str, shape: tuple[int, int, int]) -> nn.Module:
 
 
 class Diffusers:
-    """The training loop of diffusers' script that trains unconditional models, on one device and without its logs.
+    """Training loop of diffusers' script for unconditional models, on one device and without logging.
 
-    `recommended` adds what its documentation advises for a GPU: channels_last and torch.compile.
+    `recommended` adds the documented advice for GPUs: channels_last and torch.compile.
     """
 
     def __init__(
@@ -89,7 +89,7 @@ class Diffusers:
 
 
 class Lucidrains:
-    """The training loop of denoising-diffusion-pytorch's Trainer, with its own defaults and without its logs."""
+    """Training loop of denoising-diffusion-pytorch's Trainer, with its defaults and without logging."""
 
     def __init__(self, name: str, shape: tuple[int, int, int], device: torch.device) -> None:
         package = imported("denoising_diffusion_pytorch")
@@ -99,7 +99,7 @@ class Lucidrains:
         self.ema = imported("ema_pytorch").EMA(self.network, beta=0.995, update_every=10).to(device)
 
     def step(self, x0: Tensor) -> None:
-        """Train on images [B, C, H, W] on the device; it wants them in 0..1."""
+        """Train on images [B, C, H, W] on the device, with values in 0..1."""
         self.network(x0 * 0.5 + 0.5).backward()
         nn.utils.clip_grad_norm_(self.network.parameters(), 1.0)
         self.optimizer.step()
@@ -108,7 +108,7 @@ class Lucidrains:
 
 
 def ddim_pipeline(name: str, device: torch.device) -> Any:
-    """diffusers' pipeline that samples 32x32 images, as it is shipped."""
+    """Return diffusers' pipeline for sampling 32x32 images, as shipped."""
     diffusers = imported("diffusers")
     network = unet_2d(name, (3, 32, 32)).to(device).eval()
     pipeline = diffusers.DDIMPipeline(network, diffusers.DDIMScheduler())

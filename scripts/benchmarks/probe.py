@@ -1,4 +1,4 @@
-"""What short trainings take, each in processes of its own: time and memory."""
+"""Time and memory of short training runs in processes of their own."""
 
 import json
 import os
@@ -30,10 +30,10 @@ from diffusion_cli.training.module import TrainingModule
 
 
 class Probe:
-    """When each optimizer step of `diffuse train` ends in this process, and what it has taken of memory by then.
+    """Records the end of each optimizer step of `diffuse train` in this process, and the memory in use.
 
-    On a GPU the peak is of what torch has allotted; on the CPU it is the most that was ever resident, which Linux keeps
-    as VmHWM, beyond what the program held before the model was made.
+    On a GPU, the peak is that of torch's allocator; on the CPU, the peak resident memory (VmHWM of Linux) minus the
+    memory before the model was built.
     """
 
     def __init__(self) -> None:
@@ -59,7 +59,7 @@ class Probe:
         GracefulStop.on_optimizer_step = watched  # pyright: ignore[reportAttributeAccessIssue]
 
     def taken(self) -> dict[str, float]:
-        """Median seconds, of the clock and of the CPU, from the end of a step to that of the next; memory in bytes."""
+        """Return median wall and CPU seconds between the ends of steps, and memory in bytes."""
         seconds, cpu_seconds = (
             median(after - before for before, after in pairwise(ends)) for ends in (self.ends, self.cpu_ends)
         )
@@ -69,21 +69,21 @@ class Probe:
 
 
 def _local_bytes(value: object) -> int:
-    """What this process holds of a tensor."""
+    """Return the part of a tensor in this process."""
     local = value.to_local() if isinstance(value, DTensor) else value
     return local.nbytes if isinstance(local, Tensor) else 0
 
 
 def _most_resident() -> int:
-    """The most bytes of memory that were ever in use."""
+    """Return the peak memory in bytes."""
     lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
     return int(lines["VmHWM"].split()[0]) * 1024
 
 
 def observed(words: list[str]) -> dict[str, Any]:
-    """What a short `diffuse train` on random images of 32x32 took, and the SHA-256 of the weights it came to.
+    """Results of a short `diffuse train` on random 32x32 images, with the SHA-256 of the final weights.
 
-    Where processes work together it is the most that one of them took.
+    With several processes, these are the maxima over processes.
     """
     with tempfile.TemporaryDirectory() as folder:
         images = Path(folder) / "images.npy"
@@ -100,7 +100,7 @@ def observed(words: list[str]) -> dict[str, Any]:
 
 
 def _observe(checked: TrainConfig, found: Path) -> None:
-    """Train as one of the processes, and note down what all of them took."""
+    """Train as one of the processes, and record the maxima over all."""
     probe = Probe()
     train(checked)
     taken = Distributed().all_gather(probe.taken())
@@ -109,7 +109,7 @@ def _observe(checked: TrainConfig, found: Path) -> None:
 
 
 def afresh(function: Callable[..., Any], *arguments: object) -> Any:
-    """What a function returns in a new process, of which nothing is heard."""
+    """Return the result of a function in a new process with its output discarded."""
     with ProcessPoolExecutor(1, get_context("spawn"), _be_silent) as pool:
         return pool.submit(function, *arguments).result()
 
@@ -121,10 +121,10 @@ def _be_silent() -> None:
 
 
 def resident() -> int:
-    """Bytes of memory in use now."""
+    """Return the memory in use, in bytes."""
     return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
 
 
 def trainer_option(device: torch.device) -> str:
-    """The word of `diffuse train` for a device."""
+    """Return the argument of `diffuse train` for a device."""
     return f"trainer={'gpu' if device.type == 'cuda' else 'cpu'}"

@@ -1,4 +1,4 @@
-"""Training by one process and by several, of 8 images and one thread each: images/s, and over N times one's."""
+"""Training with one and several processes, each with 8 images and one thread: throughput and scaling efficiency."""
 
 import json
 import tempfile
@@ -16,7 +16,7 @@ from diffusion_cli.system.distributed import Distributed, launch
 
 
 def tables(rounds: int, device: torch.device) -> Iterator[Table]:
-    """DDP and FSDP, of as many processes as there are GPUs, or two."""
+    """DDP and FSDP with one process per GPU, or two processes."""
     several = max(2, torch.cuda.device_count()) if device.type == "cpu" else torch.cuda.device_count()
     runs = {"1 process": (1, "ddp")}
     if several > 1:
@@ -55,7 +55,7 @@ def tables(rounds: int, device: torch.device) -> Iterator[Table]:
 
 
 def agreement(count: int) -> float:
-    """The seconds that so many processes take to agree whether to stop, or to save, where none waits for another."""
+    """Return the seconds that `count` processes need to agree on stopping and saving, without waiting."""
     with tempfile.TemporaryDirectory() as folder:
         found = Path(folder) / "found.json"
         launch(_agree, found, processes=count)

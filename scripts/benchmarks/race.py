@@ -1,4 +1,4 @@
-"""Races: A B A B ... in one run, medians and ratios, beside what the hardware was seen to do in the same run."""
+"""Alternating comparisons (A B A B ...) with medians and ratios, relative to ceilings measured in the same run."""
 
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -16,18 +16,18 @@ from diffusion_cli.system.precision import FORMATS
 
 Cells = tuple[str, ...]
 
-LONG_ENOUGH = 0.5  # seconds of a round, by repeating what is shorter
+LONG_ENOUGH = 0.5  # least seconds of a round, reached by repetition
 
 
 @dataclass(frozen=True)
 class Table:
-    """What was measured, for people and for programs."""
+    """A table for people, with the data behind it for programs."""
 
     caption: str
     head: Cells
     rows: list[Cells]
     measured: dict[str, Any]
-    """Every round, in seconds unless its key says otherwise, and what it was counted against."""
+    """All rounds, in seconds unless the key states otherwise, and what they were compared with."""
 
     def with_column(self, head: str, cells: Sequence[str]) -> "Table":
         """Return the table with one more column."""
@@ -35,21 +35,21 @@ class Table:
         return replace(self, head=(*self.head, head), rows=rows)
 
     def markdown(self) -> str:
-        """The caption, and the table as Markdown has it."""
+        """Return the caption and the table as Markdown."""
         lines = [self.head, ("---",) * len(self.head), *self.rows]
         return "\n".join([self.caption, "", *(f"| {' | '.join(cells)} |" for cells in lines)])
 
 
 class Contestant(NamedTuple):
-    """What takes part in a race."""
+    """A contestant of a race."""
 
     name: str
     once: Callable[[], float]
-    """Do it, and return the seconds it took."""
+    """Runs the contestant once, and returns the seconds."""
     images: int
-    """That it works on each time."""
+    """Images per run."""
     flops: int = 0
-    """Floating point operations that it is credited with each time."""
+    """Nominal floating-point operations per run."""
     precision: str = "fp32"
 
 
@@ -59,7 +59,7 @@ def timed(
     repeats: int = 1,
     clock: Callable[[], float] = time.perf_counter,
 ) -> Callable[[], float]:
-    """A function that returns how many seconds another takes, the mean of so many times in a row."""
+    """Return a function that returns the mean seconds of consecutive calls of another."""
 
     def once() -> float:
         start = clock()
@@ -73,13 +73,13 @@ def timed(
 
 
 def paced(function: Callable[[], object], device: torch.device) -> Callable[[], float]:
-    """As `timed`, once it is warm and as often as makes a round long enough to be timed."""
+    """Return `timed` after a warm-up, with enough calls for a round of sufficient length."""
     timed(function, device)()
     return timed(function, device, max(1, round(LONG_ENOUGH / timed(function, device)())))
 
 
 def race(contestants: Mapping[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
-    """What each returns in so many rounds A B A B ..."""
+    """Return the results of each function in alternating rounds."""
     results: dict[str, list[float]] = {name: [] for name in contestants}
     for _ in range(rounds):
         for name, once in contestants.items():
@@ -93,7 +93,7 @@ def raced(
     rounds: int,
     ceilings: Mapping[str, Callable[[], float]] | None = None,
 ) -> Table:
-    """Race, and compare all with the first; and with the most FLOP/s of each precision, measured in every round too."""
+    """Compare contestants with the first one, and with the ceiling of each precision, measured in every round."""
     runs = {each.name: each.once for each in contestants}
     results = race({**runs, **(ceilings or {})}, rounds)
     return compared(caption, contestants, results, {name: max(results[name]) for name in ceilings or {}})
@@ -105,7 +105,7 @@ def compared(
     results: Mapping[str, Sequence[float]],
     ceilings: Mapping[str, float],
 ) -> Table:
-    """The table of a race's results: medians, how many times as fast as the first, and the share of the ceiling."""
+    """Return the table of medians, speed relative to the first, and the fraction of the ceiling."""
     head = ("", "ms", "images/s", f"times as fast as {contestants[0].name}")
     first = contestants[0].images / median(results[contestants[0].name])
     rows: list[Cells] = []
@@ -134,7 +134,7 @@ def compared(
 
 
 class NetworkClock:
-    """Adds up the seconds within the calls of a network."""
+    """Adds up the seconds within calls of a network."""
 
     def __init__(self, network: nn.Module, device: torch.device) -> None:
         self.device, self.seconds, self.start = device, 0.0, 0.0
@@ -142,7 +142,7 @@ class NetworkClock:
         network.register_forward_hook(self._end)
 
     def __deepcopy__(self, memo: object) -> "NetworkClock":
-        return self  # the calls of a copy of the network count too
+        return self  # includes the calls of a copy of the network
 
     def _now(self) -> float:
         if self.device.type == "cuda":
@@ -157,21 +157,21 @@ class NetworkClock:
 
 
 def flops(function: Callable[[], object]) -> int:
-    """Floating point operations of the convolutions, products and attention that a function takes."""
+    """Return the floating-point operations of convolutions, products and attention in a function."""
     with FlopCounterMode(display=False) as counter:
         function()
     return counter.get_total_flops()
 
 
 def ceilings(device: torch.device) -> dict[str, Callable[[], float]]:
-    """What measures the ceiling of each precision."""
+    """Return the functions that measure the ceiling of each precision."""
     return {precision: partial(ceiling, device, precision) for precision in ("fp32", "bf16")}
 
 
 def ceiling(device: torch.device, precision: str) -> float:
-    """FLOP/s of the fastest of some convolutions, in either layout, and a matrix product, forward.
+    """Return the FLOP/s of the fastest of several convolutions, in either layout, and a matrix product, forward.
 
-    In fp32 as torch does it unless told otherwise: on a GPU its convolutions are in TF32.
+    In fp32 with torch's defaults: on GPUs, convolutions use TF32.
     """
     on_gpu, dtype = device.type == "cuda", FORMATS.get(precision, torch.float32)
     shapes = ((128, 256, 32), (512, 256, 16)) if on_gpu else ((8, 256, 16), (16, 256, 16), (8, 128, 32))
@@ -191,7 +191,7 @@ def ceiling(device: torch.device, precision: str) -> float:
 
 
 def bandwidth(device: torch.device) -> float:
-    """Bytes/s of memory, read and written, that a copy of 256 MB moves."""
+    """Return the memory bandwidth in bytes/s of a copy of 256 MB, read and written."""
     source = torch.ones(2**26, device=device)
     target = torch.empty_like(source)
     return 2 * source.nbytes / _settled(partial(target.copy_, source), device)
@@ -204,5 +204,5 @@ def _settled(function: Callable[[], object], device: torch.device) -> float:
 
 
 def in_a_row(numbers: Sequence[float]) -> str:
-    """Rounds, as a cell."""
+    """Return rounds as a table cell."""
     return " ".join(f"{number:.3g}" for number in numbers)

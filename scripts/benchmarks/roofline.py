@@ -1,4 +1,4 @@
-"""The roofline of the DDPM network: its operations by arithmetic intensity under what the hardware was seen to do."""
+"""Roofline of the DDPM network: its operations by arithmetic intensity, and the measured ceilings."""
 
 import time
 from pathlib import Path
@@ -15,11 +15,11 @@ from benchmarks.race import bandwidth, ceiling, paced
 from diffusion_cli.system.precision import autocast
 
 PRECISIONS = {"fp32": "tab:blue", "bf16": "tab:orange"}
-ROUNDS = 3  # of which the fastest counts, for operations and ceilings alike
+ROUNDS = 3  # the fastest counts, for operations and ceilings
 
 
 class Operation(NamedTuple):
-    """What one call of an operator computed, moved and took."""
+    """FLOP, bytes and seconds of a call of an operator."""
 
     flops: int
     bytes: int
@@ -27,7 +27,7 @@ class Operation(NamedTuple):
 
 
 class Operations(TorchDispatchMode):
-    """Notes down every call of an operator whose floating point operations can be counted, and all bytes moved."""
+    """Records every call of an operator with countable floating-point operations, and all bytes moved."""
 
     def __init__(self, device: torch.device) -> None:
         super().__init__()
@@ -55,13 +55,13 @@ class Operations(TorchDispatchMode):
 
 
 def measured(device: torch.device) -> dict[str, Any]:
-    """Ceilings, and the forward pass of our DDPM network operation by operation, in each precision."""
+    """Ceilings, and the forward pass of the DDPM network by operation, in each precision."""
     batch = 128 if device.type == "cuda" else 16
     network = model_of("ddpm", device).denoiser.network
     x, t = torch.randn(batch, 3, 32, 32, device=device), torch.full((batch,), 500.0, device=device)
     found: dict[str, Any] = {"batch": batch, "bytes_per_second": bandwidth(device)}
     for precision in PRECISIONS:
-        # Not in inference mode, which hands on operators whole that have no count of their own.
+        # Not in inference mode, which dispatches composite operators that cannot be counted.
         with torch.no_grad(), autocast(device, precision):
             forward = paced(lambda: network(x, t), device)
         rounds = []
@@ -84,7 +84,7 @@ def measured(device: torch.device) -> dict[str, Any]:
 
 
 def draw(found: dict[str, Any], path: Path) -> None:
-    """Draw what was measured: a roof for each precision, an operation a dot, the whole forward pass a star."""
+    """Draw the results: a roof per precision, a dot per operation, and a star for the whole forward pass."""
     import matplotlib as mpl
 
     mpl.use("agg")

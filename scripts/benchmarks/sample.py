@@ -1,4 +1,4 @@
-"""Sampling 16 images by DDIM in 50 steps to PNG files, by diffusers' pipeline and by us."""
+"""Sampling of 16 images by DDIM with 50 steps to PNG files, by diffusers' pipeline and by diffuse."""
 
 import tempfile
 from collections.abc import Callable, Iterator
@@ -22,7 +22,7 @@ WARM_UP_STEPS = 2
 
 
 def write_samples(model: LoadedDenoiser, sampler: Sampler, steps: int, precision: str) -> None:
-    """What `diffuse sample` does for 16 images: sample them and write their PNGs."""
+    """`diffuse sample` for 16 images: sampling and writing of PNG files."""
     pipeline = SamplingPipeline(
         model=model, sampler=sampler, steps=steps, guidance=NoGuidance(), labels=None, clip=True,
         precision=precision,
@@ -34,7 +34,7 @@ def write_samples(model: LoadedDenoiser, sampler: Sampler, steps: int, precision
 
 
 def tables(rounds: int, device: torch.device) -> Iterator[Table]:
-    """The DDPM network in fp32 and bf16, and what each takes beyond its network calls."""
+    """The DDPM network in fp32 and bf16, and the overhead over network calls."""
     model, pipeline = model_of("ddpm", device), ddim_pipeline("ddpm", device)
     assert count(model.denoiser) == count(pipeline.unet) == PARAMETERS["ddpm"]
     sampler = DDIM(model.denoiser.schedule, eta=0.0, spacing="trailing")

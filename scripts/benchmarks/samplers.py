@@ -1,4 +1,4 @@
-"""Sampling 16 images in 5 steps with each sampler, and the time within its network calls."""
+"""Sampling of 16 images with 5 steps of each sampler, and the time within network calls."""
 
 from collections.abc import Iterator
 from statistics import median
@@ -16,7 +16,7 @@ STEPS = 5
 
 
 def tables(rounds: int, device: torch.device) -> Iterator[Table]:
-    """Every sampler there is, PNGs and all, with the DDPM network."""
+    """All samplers with the DDPM network, including PNG files."""
     model = model_of("ddpm", device)
     clock = NetworkClock(model.denoiser.network, device)
     rows: list[Cells] = []

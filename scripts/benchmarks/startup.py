@@ -1,4 +1,4 @@
-"""What a user waits for before anything happens, each in a process of its own."""
+"""Start-up times of commands in fresh processes."""
 
 import subprocess
 import sys
@@ -25,14 +25,14 @@ UNet.forward = lambda *arguments: os._exit(0)
 run(sys.argv[1:])
 os._exit(99)
 """
-"""A command up to the moment at which the network would compute."""
+"""A command up to the first call of the network."""
 
 HELP, MISTAKE, IMPORT = "`diffuse --help`", "`diffuse train schedule=cosin`", '`python -c "import torch"`'
 SAMPLE = "`diffuse sample`, up to the first call of its network"
 
 
 def tables(rounds: int, device: torch.device) -> Iterator[Table]:
-    """Help, a mistake, and sampling up to the network, beside an import of torch."""
+    """Help, a usage error, and sampling up to the network, relative to an import of torch."""
     with tempfile.TemporaryDirectory() as folder:
         words = [
             "train", f"output_dir={folder}", "name=run", "max_steps=1", "logger=csv", "trainer=cpu",
@@ -51,7 +51,7 @@ def tables(rounds: int, device: torch.device) -> Iterator[Table]:
             for name, (words, code) in contestants.items()
         }
         for once in runs.values():
-            once()  # the files are in memory from now on
+            once()  # warms the file cache
         results = race(runs, rounds)
     base = median(results[IMPORT])
     limits = {HELP: "0.4 s", MISTAKE: "1 s", SAMPLE: "1.5 times"}

@@ -1,4 +1,4 @@
-"""A training step of two networks, by diffusers, by denoising-diffusion-pytorch and by us."""
+"""Training step of two networks, by diffusers, denoising-diffusion-pytorch and diffuse."""
 
 from collections.abc import Iterator
 from typing import Protocol
@@ -13,7 +13,7 @@ from diffusion_cli.system.precision import resolve
 
 
 class Step(Protocol):
-    """What trains one step at a time."""
+    """A training loop."""
 
     def step(self, x0: Tensor) -> None:
         """Train on images."""
@@ -21,7 +21,7 @@ class Step(Protocol):
 
 
 def tables(rounds: int, device: torch.device) -> Iterator[Table]:
-    """The DDPM network at two batches of 3x32x32, and a small one at three sizes of one channel."""
+    """The DDPM network at two batch sizes of 3x32x32, and a small one at three sizes of one channel."""
     for batch in (128, 512) if device.type == "cuda" else (8, 16):
         yield _table("ddpm", (3, 32, 32), batch, rounds, device)
     for size in (8, 16, 32):
@@ -29,7 +29,7 @@ def tables(rounds: int, device: torch.device) -> Iterator[Table]:
 
 
 def short_tables(rounds: int, device: torch.device) -> Iterator[Table]:
-    """One race with diffusers alone: of the DDPM network on a GPU, of the small one on a CPU."""
+    """A single comparison with diffusers: the DDPM network on a GPU, the small one on a CPU."""
     if device.type == "cuda":
         yield _table("ddpm", (3, 32, 32), 128, rounds, device, short=True)
     else:

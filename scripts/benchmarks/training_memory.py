@@ -1,4 +1,4 @@
-"""Peak memory and time of the second training step of the DDPM network by option, in fresh processes."""
+"""Peak memory and time of the second training step of the DDPM network for several options, in fresh processes."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -21,11 +21,11 @@ OPTIONS = {
     "2 processes, fsdp": (["trainer.devices=2", "trainer.strategy=fsdp"], "dropout, order of sums"),
     "precision=fp16": (["precision=fp16"], "rounding"),
 }  # fmt: skip
-"""The words of each option, and why the weights are then not those of the plain one."""
+"""Arguments of each option, and why its weights differ from those without it."""
 
 
 def tables(rounds: int, device: torch.device) -> Iterator[Table]:
-    """Each option once, however many rounds are asked for."""
+    """Each option once, regardless of `rounds`."""
     fixed = [
         "model=unet_cifar10", f"batch_size={64 if device.type == 'cuda' else 8}", "max_steps=2", "precision=fp32",
         trainer_option(device), "trainer.threads=1",

@@ -430,7 +430,7 @@ def test_published_statistics_take_the_place_of_the_images(tmp_path) -> None:
             )
             archive.writestr(f"{key}.npy", b"\x93NUMPY\x01\x00\x76\x00" + header + bytes(2**20))
     with pytest.raises(
-        ValueError, match=r"reference.stats=.*fewer than an array \(137438953472,\) of float64 takes"
+        ValueError, match=r"reference.stats=.*too few for an array \(137438953472,\) of float64"
     ):
         measured(metrics, features, samples, nothing, tmp_path, stats=str(path))
 

@@ -174,14 +174,24 @@ def test_the_schema_has_the_keys_of_the_yaml(command):
     assert written | groups == set(COMMANDS[command].model_fields) - {"derived"}
 
 
+OF_OTHER_TASKS = {
+    "model/classifier": "classifier", "objective/cross_entropy": "classifier",
+    "model/kl": "autoencoder", "objective/autoencoder": "autoencoder",
+}  # fmt: skip
+"""The task of the options, by the first words of their names, that do not denoise."""
+
+
 @pytest.mark.parametrize("file", OPTIONS, ids=lambda file: f"{file.parent.name}/{file.stem}")
 def test_every_option_composes_into_a_valid_configuration(file):
+    """By one command of those that have its group; the first option of a group by all of them."""
     group, option = file.parent.name, file.stem
-    for command in COMMANDS:
-        if group in config.defaults(command):
-            extra = [f"{key}=x" for key, value, _ in config.documented(file, group) if value == "???"]
-            named = ["run=x"] if command == "eval" else []  # which may be an autoencoder, for its metrics
-            load(command, [f"{group}={option}", *extra, *named])
+    commands = [command for command in COMMANDS if group in config.defaults(command)]
+    first = option == min(config.options(group))
+    tasks = [f"task={task}" for name, task in OF_OTHER_TASKS.items() if f"{group}/{option}".startswith(name)]
+    for command in commands if first else commands[:1]:
+        extra = [f"{key}=x" for key, value, _ in config.documented(file, group) if value == "???"]
+        named = ["run=x"] if command == "eval" else []  # which may be an autoencoder, for its metrics
+        load(command, [f"{group}={option}", *extra, *named, *tasks])
 
 
 def test_a_list_of_options_composes():

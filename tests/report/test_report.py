@@ -349,7 +349,7 @@ def test_only_a_page_of_ours_is_replaced(tmp_path, capsys):
 def test_a_run_that_is_not_there_is_one_line(tmp_path, capsys):
     make(tmp_path / "demo")
     assert diffuse(["report", "run=[demo,damo]", f"output_dir={tmp_path}"]) == 2
-    assert capsys.readouterr().err.startswith("diffuse: run=damo: holds no ")
+    assert capsys.readouterr().err.startswith("diffuse: run=damo: does not exist")
     assert diffuse(["report", "run=[]", f"output_dir={tmp_path}"]) == 2
     assert "run=[]: " in capsys.readouterr().err
 

@@ -53,8 +53,8 @@ class UsageError(ValueError):
         error.problems = (first, *others)
         return error
 
-    def renamed(self, keys: Mapping[str, str]) -> "UsageError":
-        """Return the error with other names of some keys, as a command calls what a class names."""
+    def renamed(self, keys: Mapping[Any, str]) -> "UsageError":
+        """Return the error with other keys, such as the one by which the user named a folder, for some of its own."""
         return UsageError.several(item._replace(key=keys.get(item.key, item.key)) for item in self.problems)
 
     @property

@@ -8,7 +8,7 @@ import torch
 from diffusion_cli.config.values import Weights
 from diffusion_cli.diffusion.denoiser import Denoiser, NoisyClassifier
 from diffusion_cli.errors import NO_VALUE, UsageError, format_value
-from diffusion_cli.runs.find import check_task, find_run
+from diffusion_cli.runs.find import find_run
 from diffusion_cli.runs.load import LoadedClassifier, LoadedDenoiser, load_classifier, load_model
 from diffusion_cli.runs.schema import LatentInfo
 
@@ -46,12 +46,10 @@ class GuidanceRuns:
         """The denoiser of a checkpoint, null standing for the model's own run."""
         key = f"guidance.run={run}" if run else f"guidance.step={format_value(step)}"
         folder = self.folder if run is None else find_run(run, self.output_dir, "guidance.run")
-        if run is not None:
-            check_task(folder, Denoiser.task, "guidance.run", run)
         try:
             guide = load_model(folder, self.weights, self.device, step)
         except UsageError as error:
-            raise error.renamed({"step": "guidance.step"}) from error
+            raise error.renamed({"step": "guidance.step", folder: key}) from error
         if guide.digest == self.model.digest and run is step is None:
             raise UsageError(
                 "guidance", "auto", "needs a weaker model", "give guidance.run= or guidance.step="
@@ -85,8 +83,10 @@ class GuidanceRuns:
         """The classifier of a run."""
         key = f"guidance.run={run}"
         folder = find_run(run, self.output_dir, "guidance.run")
-        check_task(folder, NoisyClassifier.task, "guidance.run", run)
-        guide = load_classifier(folder, self.device)
+        try:
+            guide = load_classifier(folder, self.device)
+        except UsageError as error:
+            raise error.renamed({folder: key}) from error
         self._compare(key, guide)
         if guide.info.class_names != self.model.info.class_names:
             raise UsageError(

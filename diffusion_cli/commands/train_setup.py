@@ -18,8 +18,7 @@ from diffusion_cli.diffusion.objectives import Objective
 from diffusion_cli.diffusion.time_sampling import Times
 from diffusion_cli.errors import NO_VALUE, UsageError
 from diffusion_cli.metrics import cache_folder
-from diffusion_cli.networks import AutoencoderKL
-from diffusion_cli.runs.find import check_task, find_run
+from diffusion_cli.runs.find import find_run
 from diffusion_cli.runs.schema import CheckpointInfo, LatentInfo, StageInfo
 from diffusion_cli.runs.weights import digest
 from diffusion_cli.samplers import Sampler
@@ -184,8 +183,10 @@ def _latents(
     if config.latent.pretrained is not None:
         return pretrained_latents(config.latent.pretrained, dataset, device)
     run = find_run(config.latent.run, config.output_dir, "latent.run")
-    check_task(run, AutoencoderKL.task, "latent.run", str(config.latent.run))
-    return run_latents(run, str(config.latent.run), dataset, device)
+    try:
+        return run_latents(run, str(config.latent.run), dataset, device)
+    except UsageError as error:
+        raise error.renamed({run: f"latent.run={config.latent.run}"}) from error
 
 
 def _network(

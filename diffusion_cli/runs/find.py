@@ -115,13 +115,6 @@ def task_of(run: Path) -> str:
     return found.checkpoint.info.task
 
 
-def check_task(folder: Path, task: str, key: str, run: str) -> None:
-    """Raise UsageError, about the key that names a run, unless the run is of a task; and as `task_of`."""
-    found = task_of(folder)
-    if found != task:
-        raise UsageError(key, run, f"was trained with task={found}", f"give a run of task={task}")
-
-
 def recover(run: Path) -> None:
     """Make a run's last checkpoint a whole one, the damaged one kept beside it, and remove what was never finished.
 

@@ -9,10 +9,9 @@ from collections.abc import Set as AbstractSet
 from functools import cache
 from typing import Annotated, Any, ClassVar, Literal, Self
 
-import yaml
 from pydantic import BaseModel, Field, PositiveInt, model_validator
 
-from diffusion_cli.config.catalogue import CONF, defaults, lineage, options
+from diffusion_cli.config.catalogue import CONF, content, defaults, lineage, options
 from diffusion_cli.config.runs import flatten
 from diffusion_cli.config.sampling import ComputeKeys, Generation, RunWeights
 from diffusion_cli.config.values import STRICT, Node
@@ -164,11 +163,11 @@ def _defaults() -> Node:
     """The values of `conf/eval.yaml` with the options that it names."""
     values: Node = {}
     for file in lineage(CONF / "eval.yaml"):
-        values |= yaml.safe_load(file.read_text())
+        values |= content(file)
     for group, chosen in defaults("eval").items():
         names = chosen if isinstance(chosen, list) else [chosen]
         files = [part for name in names if name is not None for part in lineage(options(group)[name])]
-        nodes = [yaml.safe_load(file.read_text()) for file in files]
+        nodes = [content(file) for file in files]
         values[group] = {key: value for node in nodes for key, value in node.items()} or None
     return values
 

@@ -6,9 +6,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from diffusion_cli.config.catalogue import did_you_mean, options
+from diffusion_cli.config.catalogue import content, did_you_mean, options
 from diffusion_cli.config.compose import LAUNCHER, parse
 from diffusion_cli.config.schema import Config, SlurmConfig, TrainConfig
 from diffusion_cli.config.validate import validate
@@ -68,7 +66,7 @@ def _parsed(words: Sequence[str]) -> tuple[str, dict[str, Any]]:
 
 
 def _keys(file: Path) -> dict[str, Any]:
-    return {key: value for key, value in yaml.safe_load(file.read_text()).items() if key != "defaults"}
+    return {key: value for key, value in content(file).items() if key != "defaults"}
 
 
 def _missing() -> list[Problem]:

@@ -9,10 +9,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from diffusion_cli.config.at_hand import OwnImages, gpu
-from diffusion_cli.config.catalogue import options
+from diffusion_cli.config.catalogue import content, options
 from diffusion_cli.config.runs import flatten
 from diffusion_cli.config.values import Node
 from diffusion_cli.runs.migrate import migrated
@@ -133,7 +131,7 @@ def _nearest_network(stored: Mapping[str, Any]) -> str:
     """The network with most of the values of a run that records none, the earlier default before others."""
 
     def alike(name: str) -> int:
-        option = yaml.safe_load(options("model")[name].read_text())
+        option = content(options("model")[name])
         return sum(stored.get(f"model.{key}") == value for key, value in option.items())
 
     return max(NETWORKS, key=alike)

@@ -4,7 +4,6 @@ import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-import yaml
 from sphinx.application import Sphinx
 from sphinx.util.typing import ExtensionMetadata
 
@@ -13,20 +12,18 @@ from diffusion_cli.config import (
     CONF,
     FIRST_WORD,
     GRIDS,
+    GROUPS,
     LAUNCHERS,
     defaults,
     documented,
+    groups,
     options,
     summary,
 )
+from diffusion_cli.config.catalogue import content
 
 GENERATED = ("reference/commands", "reference/options")
 """Folders of the generated pages, which are never committed."""
-
-
-def groups() -> list[str]:
-    """The names of all groups that any command has, in alphabetical order."""
-    return sorted({group for command in COMMANDS for group in defaults(command)} | {"launcher"})
 
 
 def folder(group: str) -> str:
@@ -51,7 +48,7 @@ def command_page(command: str) -> str:
     ]
     if chosen:
         lines += ["## Groups", "", "| group | default | options |", "|---|---|---|"]
-        for group in sorted(chosen):
+        for group in groups(command):
             preset = chosen[group]
             names = [name for name in (preset if isinstance(preset, list) else [preset]) if name]
             usual = ", ".join(f"`{name}`" for name in names) or "none"
@@ -73,7 +70,7 @@ def group_page(group: str) -> str:
     links = ", ".join(f"[{command}](../commands/{command}.md)" for command in users)
     lines = [f"# {group}", "", f"Options of `{group}=`, for {links}.", ""]
     for name, file in options(folder(group)).items():
-        target = (yaml.safe_load(file.read_text()) or {}).get("_target_", "")
+        target = content(file).get("_target_", "")
         lines += [f"## {name}", "", prose(summary(file)), ""]
         lines += [f"Class: {{py:class}}`{target}`", ""] if target.startswith("diffusion_cli.") else []
         lines += keys(file, group, f"{group}={name}")
@@ -128,9 +125,9 @@ def generate(app: Sphinx) -> None:
     )
     pages = {command: command_page(command) for command in COMMANDS}
     write(commands, {"index": index("Commands", introduction, lines), **pages})
-    lines = {group: option_links(group) for group in groups()}
+    lines = {group: option_links(group) for group in GROUPS}
     introduction = "`group=option` chooses one option of a group, and `group.key=value` sets a key of it."
-    pages = {group: group_page(group) for group in groups()}
+    pages = {group: group_page(group) for group in GROUPS}
     write(choices, {"index": index("Options", introduction, lines), **pages})
 
 

@@ -450,8 +450,12 @@ class Model:
     @property
     def _stored_images(self) -> str:
         """Type and shape of images as stored."""
-        dtype = self._loaded.info.form.quantize(torch.zeros(1, *self.shape)).dtype
-        return f"{str(dtype).removeprefix('torch.')} [B, {', '.join(map(str, self.shape))}]"
+        dtype = str(self._stored_dtype).removeprefix("torch.")
+        return f"{dtype} [B, {', '.join(map(str, self.shape))}]"
+
+    @property
+    def _stored_dtype(self) -> torch.dtype:
+        return self._loaded.info.form.quantize(torch.zeros(1, *self.shape)).dtype
 
     def _states(self, key: str, value: Tensor) -> Tensor:
         """What the denoiser works on, float32 on its device; UsageError, about an argument, for another shape."""
@@ -484,8 +488,7 @@ class Model:
     def _images(self, value: Tensor) -> Tensor:
         """Images as stored, on the CPU; UsageError for another number of dimensions or type."""
         images = tensor("images", value, self._stored_images).cpu()
-        dtype = self._loaded.info.form.quantize(torch.zeros(1, *self.shape)).dtype
-        if images.ndim != len(self.shape) + 1 or images.dtype != dtype:
+        if images.ndim != len(self.shape) + 1 or images.dtype != self._stored_dtype:
             raise UsageError("images", described(images), f"must be {self._stored_images}")
         return images
 

@@ -105,15 +105,15 @@ def _problem(key: str, value: Any, details: Sequence[Any], model: type[BaseModel
         return f"unknown key{did_you_mean(str(detail['loc'][-1]), list(model.model_fields))}", ""
     if detail := kinds.get("value_error"):
         return str(detail["ctx"]["error"]), ""
-    if detail := kinds.get("model_type"):
-        names = " or ".join(f"{key}.{name}" for name in _annotation(model, detail["loc"]).model_fields)
-        return "not a single value", f"set {names}"
+    location = details[0]["loc"]
+    annotation = _annotation(model, location)
+    if "model_type" in kinds and (fields := getattr(annotation, "model_fields", {})):
+        return "not a single value", f"set {' or '.join(f'{key}.{name}' for name in fields)}"
     accepted = [name for detail in details for name in _accepted(detail)]
     words = [name for detail in details for name in _literals(detail)]
     accepted += ["auto"] if key in DERIVED else []
-    location = details[0]["loc"]
     is_item = any(isinstance(part, int) for part in location)
-    accepted += ["null"] if not is_item and NoneType in get_args(_annotation(model, location)) else []
+    accepted += ["null"] if not is_item and NoneType in get_args(annotation) else []
     *others, last = dict.fromkeys(accepted)
     problem = f"must be {', '.join(others)} or {last}" if others else f"must be {last}"
     near = difflib.get_close_matches(
@@ -139,7 +139,8 @@ PLAIN = {
     "finite_number": "a finite number",
     "string_type": "text",
     "list_type": "a list",
-    "dict_type": "a mapping {key: value}",
+    "dict_type": "a mapping {{key: value}}",
+    "model_type": "a mapping {{key: value}}",
     "greater_than": "greater than {gt}",
     "greater_than_equal": "at least {ge}",
     "less_than": "less than {lt}",

@@ -374,6 +374,8 @@ def test_arrays_of_either_order_are_read_as_numpy_does(tmp_path, save, order):
 
 # --- Checkpoints ------------------------------------------------------------
 
+NOT_A_SCHEDULE = ": not a class of diffusion_cli for schedule"
+
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
@@ -393,6 +395,9 @@ def test_arrays_of_either_order_are_read_as_numpy_does(tmp_path, save, order):
         (["diffuse", "stages"], [{"first": 0, "shape": [1, 4]}], "stages"),
         (["diffuse", "stages"], [{"first": 0, "shape": [1, 2**20, 2**20], "batch_size": 1}], "do not lead to"),
         (["diffuse", "stages"], [{"first": 3, "shape": [1, 8, 8], "batch_size": 1}], "do not lead to"),
+        (["diffuse", "stages"], [None], r"stages\.0=null: must be a mapping"),
+        (["diffuse", "latent"], "x", r"latent=x: must be a mapping {key: value} or null"),
+        (["diffuse", "config", "schedule"], "x", r"config\.schedule=x: must be a mapping {key: value}"),
         (["diffuse", "num_classes"], 10**12, "num_classes"),
         (["diffuse", "class_names"], ["a"], "num_classes"),
         (["diffuse", "config", "model", "channels"], 10**12, "larger than"),
@@ -401,10 +406,10 @@ def test_arrays_of_either_order_are_read_as_numpy_does(tmp_path, save, order):
         (["diffuse", "config", "model", "channel_mult"], [1] * 10**5, "cannot be built"),
         (["diffuse", "config", "schedule", "num_timesteps"], 10**12, "larger than"),
         (["diffuse", "config", "schedule", "beta_end"], 1e300, "cannot be built"),
-        (["diffuse", "config", "schedule", "_target_"], "diffusion_cli.cli.run", "is not a class of"),
-        (["diffuse", "config", "schedule", "_target_"], "diffusion_cli.networks.UNet", "is not a class of"),
-        (["diffuse", "config", "schedule", "_target_"], "diffusion_cli./etc/x.y", "is not a class of"),
-        (["diffuse", "config", "schedule", "_target_"], ["x"], "is not a class of"),
+        (["diffuse", "config", "schedule", "_target_"], "diffusion_cli.cli.run", NOT_A_SCHEDULE),
+        (["diffuse", "config", "schedule", "_target_"], "diffusion_cli.networks.UNet", NOT_A_SCHEDULE),
+        (["diffuse", "config", "schedule", "_target_"], "diffusion_cli./etc/x.y", NOT_A_SCHEDULE),
+        (["diffuse", "config", "schedule", "_target_"], ["x"], NOT_A_SCHEDULE),
     ],
 )  # fmt: skip
 def test_a_checkpoint_is_held_to_its_word_before_anything_is_built(

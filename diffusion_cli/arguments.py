@@ -75,7 +75,7 @@ def mask_pixels(mask: Any, sizes: tuple[int, ...]) -> Tensor:
     if tuple(mask.shape) != sizes:
         raise UsageError("mask", described(mask), f"must be {wanted}, the size of the images")
     if not mask.any():
-        raise UsageError("mask", NO_VALUE, "has no true element", "set those that are to be painted")
+        raise UsageError("mask", NO_VALUE, "has no true element", "set the pixels to paint to true")
     return mask.cpu().to(torch.uint8) * 255
 
 
@@ -91,7 +91,7 @@ def check_supplied(group: str, name: str, target: Any, values: Sequence[Any]) ->
     if len(values) < len(needed):
         raise UsageError(group, name, f"needs {' and '.join(needed[len(values) :])}", f"write {call}")
     if len(values) > len(parameters):
-        problem = f"{len(values)} positional arguments, and the class has {len(parameters)}"
+        problem = f"{len(values)} positional arguments, but the class takes {len(parameters)}"
         raise UsageError(group, name, problem, f"write {call}")
     types = get_type_hints(target.__init__ if inspect.isclass(target) else target)
     for key, value in zip(parameters, values, strict=False):

@@ -48,13 +48,13 @@ def advise_batch_size(batch_size: int | Literal["auto"], device: str) -> Iterato
             raise
         traceback.clear_frames(error.__traceback__)  # which hold all that was in memory
         if batch_size == "auto":
-            remedy = "give a number below the one that was found"
+            remedy = "set a number smaller than the one found"
         elif batch_size > 1:
             remedy = f"try batch_size={batch_size // 2}, or auto"
         else:
             remedy = "one image does not fit; use a device with more memory, or precision=bf16"
         raise UsageError(
-            "batch_size", batch_size, f"the memory of this {device_of(device).type} ran out", remedy
+            "batch_size", batch_size, f"{device_of(device).type} is out of memory", remedy
         ) from None
 
 

@@ -497,12 +497,12 @@ class Model:
         built, own = sampler.schedule, self.denoiser.schedule
         if not built.equals(own):
             settings = " with other settings" if built.name == own.name else ""
-            problem = f"was built with schedule {built.name}, and the model has {own.name}{settings}"
+            problem = f"was built with schedule {built.name}, but the model has {own.name}{settings}"
             raise UsageError("sampler", NO_VALUE, problem, "build it with model.denoiser.schedule")
         for word in overrides:
             if re.match(r"sampler[.=]", word):
                 raise UsageError(
-                    "overrides", word, "has no effect on a sampler that is an object", "set it in option(...)"
+                    "overrides", word, "has no effect on a sampler object", "set it in option(...)"
                 )
 
     def _checked(
@@ -527,7 +527,7 @@ def _evaluated(
 ) -> dict[str, Result]:
     mode = checked.mode()
     if isinstance(mode, HistoryComparison):
-        raise UsageError("overrides", "compare", "measures nothing", "leave it out")
+        raise UsageError("overrides", "compare", "is not supported here", "leave it out")
     with advise_batch_size(mode.batch_size, mode.device):
         reports = assess(plan_of(mode, model, images))
     return {result.name: result for report in reports for result in report.results}

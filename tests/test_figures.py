@@ -181,7 +181,7 @@ def test_runs_without_records_are_refused(runs, capsys):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        (b"\xff\xfe", "is no CSV in UTF-8"),
+        (b"\xff\xfe", "is not CSV in UTF-8"),
         (b"step,loss\n1,\x1b[2J\nx,1\n2,nan\n3,1e300\n4", "has no losses"),
         (b"", "has no column step"),
     ],

@@ -556,7 +556,7 @@ def test_memory_that_runs_out_in_sampling_names_the_batch_size(
     assert run([*words, f"output={tmp_path}/edits", f"batch_size={size}"]) == 2
     lines = [line for line in capsys.readouterr().err.splitlines() if "diffuse: " in line]
     assert [line[line.index("diffuse: ") :].partition("; use")[0] for line in lines] == 2 * [
-        f"diffuse: batch_size={size}: the memory of this cpu ran out; {remedy}"
+        f"diffuse: batch_size={size}: cpu is out of memory; {remedy}"
     ]
 
 

@@ -190,13 +190,13 @@ HALF, NOTHING = torch.zeros(8, 4, dtype=torch.bool), torch.zeros(8, 8, dtype=tor
 NOT_SET = "cannot be set for a loaded model; leave it out"
 MISUSES = {
     "m.sample(sampler=option('sampler', 'ddim', option('schedule', 'edm')))": (
-        "sampler: was built with schedule EDM, and the model has Cosine; build it with model.denoiser.schedule"
+        "sampler: was built with schedule EDM, but the model has Cosine; build it with model.denoiser.schedule"
     ),
     "m.sample(sampler=option('sampler', 'ddim', option('schedule', 'cosine', num_timesteps=10)))": (
-        "sampler: was built with schedule Cosine, and the model has Cosine with other settings"
+        "sampler: was built with schedule Cosine, but the model has Cosine with other settings"
     ),
     "m.sample(1, sampler=sampler(m), overrides=['sampler.eta=1'])": (
-        "overrides=sampler.eta=1: has no effect on a sampler that is an object; set it in option(...)"
+        "overrides=sampler.eta=1: has no effect on a sampler object; set it in option(...)"
     ),
     "m.sample(1, sampler=DDIM)": "sampler=DDIM: must be the name of an option",
     "m.evaluate(['kid'], sampler=sampler(m))": "sampler=DDIM: must be the name of an option",
@@ -216,7 +216,7 @@ MISUSES = {
     "m.edit('interpolate')": "images: missing; give a tensor uint8 [B, 1, 8, 8], or edit.seeds=[0,1] in overrides",
     "m.edit('inpaint', im, mask='m.png')": "mask=m.png: must be bool [8, 8]",
     "m.edit('inpaint', im, mask=HALF)": "mask=bool [8, 4]: must be bool [8, 8], the size of the images",
-    "m.edit('inpaint', im, mask=NOTHING)": "mask: has no true element; set those that are to be painted",
+    "m.edit('inpaint', im, mask=NOTHING)": "mask: has no true element; set the pixels to paint to true",
     "m.edit('img2img', im, mask=NOTHING)": "mask=bool [8, 8]: has no effect on edit=img2img; leave it out",
     "m.denoise(x, 'a')": "t=a: must be one time in (0, 1], or one per image",
     "m.denoise(x, None)": "t: missing; give one time in (0, 1], or one per image",
@@ -238,7 +238,7 @@ MISUSES = {
         'model=unet_tiny: needs shape and num_classes; write option("model", "unet_tiny", shape, num_classes)'
     ),
     "option('model', 'unet_tiny', 8, 24)": "shape=8: must be tuple[int, ...]",
-    "option('model', 'unet_tiny', (1, 8, 8), None, 3)": "3 positional arguments, and the class has 2",
+    "option('model', 'unet_tiny', (1, 8, 8), None, 3)": "3 positional arguments, but the class takes 2",
     "option('optimizer', 'adamw')": "lr: required; give lr=",
     "diffuse.load('nothing')": "run=nothing: does not exist; the newest runs in outputs are: ",
     "diffuse.load('denoisr')": "run=denoisr: does not exist; did you mean denoiser?",

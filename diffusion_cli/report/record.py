@@ -69,7 +69,7 @@ def read_record(folder: Path, name: str) -> Record:
     """
     found = newest(folder)
     if found is None:
-        raise UsageError("run", folder, f"holds no {LAST}", "name another run")
+        raise UsageError("run", folder, f"has no {LAST}", "choose another run")
     checkpoint = found.checkpoint
     reports = _reports(folder / "metrics.json")
     reading = _Reading(folder, [] if found.remark is None else [f"{found.remark}."])
@@ -102,7 +102,7 @@ class _Reading:
             return content(path)
         except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
             self.remarks.append(
-                f"{path.relative_to(self.folder)} could not be read ({reason(error)}), and is left out."
+                f"{path.relative_to(self.folder)} cannot be read ({reason(error)}) and is left out."
             )
             return None
 
@@ -139,7 +139,7 @@ def _environment(checkpoint: Checkpoint, reports: list[Report]) -> dict[str, str
         evaluated.append(", ".join(str(word) for word in words if word))
     return {
         "trained with": f"lightning {checkpoint.lightning_version}",
-        "evaluated with": "; ".join(dict.fromkeys(filter(None, evaluated))) or "nothing on record",
+        "evaluated with": "; ".join(dict.fromkeys(filter(None, evaluated))) or "unknown",
     }
 
 

@@ -71,7 +71,7 @@ class Blocks:
             with suppress(OSError):  # as of a folder that may only be read
                 _write_sums(self._sums, path)
         if len(self._sums) != count:
-            raise ChecksumError(f"has {count} blocks and {len(self._sums)} checksums")
+            raise ChecksumError(f"has {count} blocks but {len(self._sums)} checksums")
 
     def _sum(self, number: int) -> int:
         return zlib.crc32(self._bytes[number * self.size : (number + 1) * self.size].data)

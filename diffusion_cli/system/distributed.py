@@ -73,8 +73,8 @@ def started() -> ProcessInfo:
             raise UsageError(
                 "srun",
                 NO_VALUE,
-                f"started {env['SLURM_STEP_TASKS_PER_NODE']} tasks a node",
-                "start as many on each, by --ntasks-per-node",
+                f"started {env['SLURM_STEP_TASKS_PER_NODE']} tasks per node",
+                "start the same number on each node with --ntasks-per-node",
             )
         return ProcessInfo(int(env["SLURM_PROCID"]), sum(tasks), int(env["SLURM_LOCALID"]), tasks[0])
     return ProcessInfo(0, 1)
@@ -224,8 +224,7 @@ def lost_process(error: Exception) -> LostProcess | None:
     if not of_group or not re.search(r"clos|reset|time|broken|refused|remote|peer", text, re.IGNORECASE):
         return None
     return LostProcess(
-        f"processes: one of them has ended, and the others with it ({first_line(error)}); what was saved stays, and "
-        "the same command goes on"
+        f"processes: one of them ended, so all stopped ({first_line(error)}); run the same command again to continue"
     )
 
 
@@ -245,8 +244,8 @@ def _group(place: ProcessInfo, meeting: str, timeout: timedelta) -> Iterator[Non
         )
     except RuntimeError as error:
         raise LostProcess(
-            f"processes: {place.world} did not find together ({first_line(error)}); see that all were "
-            "started, and that MASTER_ADDR and MASTER_PORT are free and can be reached"
+            f"processes: could not connect all {place.world} ({first_line(error)}); check that all were started, "
+            "and that MASTER_ADDR and MASTER_PORT are free and reachable"
         ) from error
     yield
     distributed.destroy_process_group()
@@ -308,10 +307,9 @@ def _why(processes: ProcessContext) -> LostProcess:
     # SIGTERM is what those get here that do not end by themselves.
     rank, number = min(killed, key=lambda one: one[1] == signal.SIGTERM, default=(0, 0))
     how = f"was ended by {signal.Signals(number).name}" if number else "failed"
-    hint = ", as by the kernel for want of memory" if number == signal.SIGKILL else ""
+    hint = " (possibly out of memory)" if number == signal.SIGKILL else ""
     return LostProcess(
-        f"processes: number {rank} of {len(codes)} {how}{hint}, and the others with it; what was saved stays, and the "
-        "same command goes on"
+        f"processes: rank {rank} of {len(codes)} {how}{hint}, so all stopped; run the same command again to continue"
     )
 
 

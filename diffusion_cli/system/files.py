@@ -23,7 +23,7 @@ def writing(path: Path) -> Iterator[None]:
         if error.errno not in CANNOT_WRITE:
             raise
         raise MachineError(
-            f"{path}: cannot be written ({error.strerror}); make room for it, or take a folder that can be written to"
+            f"{path}: cannot be written ({error.strerror}); free some space, or use a writable folder"
         ) from error
 
 

@@ -73,7 +73,10 @@ def run_lock(folder: Path, pace: Heartbeat = PACE) -> Iterator[None]:
             lock = _Lock(folder / LOCK, pace)
         except _Held as held:
             raise UsageError(
-                "name", folder.name, f"is being trained by {_described(held.owner)}", "wait, or end it"
+                "name",
+                folder.name,
+                f"is being trained by {_described(held.owner)}",
+                "wait for that process, or end it",
             ) from held
         except OSError as error:
             if error.errno == errno.ELOOP and (folder / LOCK).is_symlink():
@@ -81,8 +84,8 @@ def run_lock(folder: Path, pace: Heartbeat = PACE) -> Iterator[None]:
             raise UsageError(
                 "output_dir",
                 folder.parent,
-                f"cannot hold the run {folder.name} ({error})",
-                "give a folder that can be written to, on a disk that has room",
+                f"cannot lock the run {folder.name} ({error})",
+                "use a writable folder on a disk with free space",
             ) from error
         with lock:
             yield
@@ -267,7 +270,7 @@ class _Lock:
         patience = self.pace.patience if owner else self.pace.settle
         if owner and not self.quiet:
             print(
-                f"diffuse: {self.path} is held by {_described(owner)}; waiting {patience:.0f} s for a sign of life",
+                f"diffuse: {self.path}: locked by {_described(owner)}; waiting {patience:.0f} s for its heartbeat",
                 file=sys.stderr,
             )
         start = time.monotonic()
@@ -277,7 +280,9 @@ class _Lock:
             if now != owner:
                 raise _Held(now)
         if owner:
-            print(f"diffuse: taken over from {_described(owner)}, which gave none", file=sys.stderr)
+            print(
+                f"diffuse: {self.path}: taken over from {_described(owner)}, which sent none", file=sys.stderr
+            )
 
     def _settle(self) -> None:
         """Raise _Held if another process took the lock in the same moment."""
@@ -293,13 +298,19 @@ class _Lock:
                 owner = self._read()
                 if owner.get("token", self.mine["token"]) != self.mine["token"]:
                     # As after a long sleep of this machine. At once, and saving nothing: the folder is the other's.
-                    print(f"diffuse: {self.path} was taken over by {_described(owner)}", file=sys.stderr)
+                    print(
+                        f"diffuse: {self.path}: taken over by {_described(owner)}; this process ends",
+                        file=sys.stderr,
+                    )
                     os._exit(1)
                 self.mine["beat"] += 1
                 self._write()
             except OSError as error:  # no reason to end a run
                 if not said:
-                    print(f"diffuse: {self.path} cannot be kept fresh ({error.strerror})", file=sys.stderr)
+                    print(
+                        f"diffuse: {self.path}: heartbeat cannot be written ({error.strerror})",
+                        file=sys.stderr,
+                    )
                 said = True
 
     def _read(self) -> dict[str, Any]:

@@ -31,8 +31,8 @@ def _check_inside(root: Path, path: Path) -> None:
         raise UsageError(
             path,
             NO_VALUE,
-            f"is a link that leads out of {root}",
-            f"put a folder in its place, or link the whole of {root}",
+            f"is a link to a place outside {root}",
+            f"replace it with a folder, or make {root} itself the link",
         )
 
 

@@ -18,7 +18,7 @@ def device_of(name: str) -> torch.device:
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cuda" and not torch.cuda.is_available():
         raise UsageError(
-            "device", "cuda", "torch sees no GPU here", "use device=cpu, or install a torch build for it"
+            "device", "cuda", "torch sees no GPU here", "use device=cpu, or install torch with CUDA"
         )
     return torch.device(name)
 

@@ -59,7 +59,7 @@ def regular(path: Path) -> int:
     """The size of a regular file, which for anything else is not opened: that alone may wait for ever."""
     status = path.stat()
     if not stat.S_ISREG(status.st_mode):
-        raise FormatError("is no regular file")
+        raise FormatError("is not a regular file")
     return status.st_size
 
 
@@ -77,7 +77,7 @@ def inflated(data: bytes, limit: int = LARGEST) -> bytes:
         raise FormatError(reason(error)) from error
     _bounded(len(content), limit)
     if not stream.eof:
-        raise FormatError("ends too early")
+        raise FormatError("is truncated")
     return content
 
 
@@ -95,7 +95,7 @@ class Archive:
             raise FormatError(reason(error)) from error
         self.entries = {entry.filename: entry for entry in self._zip.infolist()}
         if len(self.entries) < len(self._zip.infolist()):
-            raise FormatError("has two entries of one name; pack it anew")
+            raise FormatError("has two entries with the same name; pack it again")
 
     def __enter__(self) -> "Archive":
         return self
@@ -108,7 +108,7 @@ class Archive:
         entry = self._entry(name)
         # Other methods inflate a block at once, however little of it is asked for.
         if entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-            raise FormatError("is compressed by another method than deflate; pack it anew")
+            raise FormatError("uses a compression other than deflate; pack it again")
         try:
             return self._zip.open(entry)
         except Exception as error:  # encrypted, overlapping, or damaged
@@ -242,7 +242,7 @@ def plain(value: Any, most: int = MOST_VALUES) -> Any:
         parts: list[Any] = []
         if type(item) is dict:
             if not all(type(key) is str for key in item):
-                raise FormatError("has a key that is no text")
+                raise FormatError("has a key that is not text")
             parts = [*item, *item.values()]
         elif type(item) is list:
             parts = item
@@ -276,7 +276,7 @@ def read_json(path: Path, limit: int = LONGEST_TEXT, most: int = MOST_VALUES) ->
 
 
 def _refuse(name: str) -> float:
-    raise FormatError(f"{name} is no number there")
+    raise FormatError(f"{name} is not allowed")
 
 
 def _finite(text: str) -> float:
@@ -291,7 +291,7 @@ class _Plain(yaml.SafeLoader):
 
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
         if self.check_event(yaml.AliasEvent):
-            raise FormatError("has an alias (*name); write out what it stands for")
+            raise FormatError("has an alias (*name); write out its value")
         event = self.peek_event()
         if isinstance(event, yaml.ScalarEvent) and len(event.value) > LONGEST_SCALAR:
             raise FormatError(f"has a text of more than {LONGEST_SCALAR} characters")
@@ -314,4 +314,4 @@ def read_csv(path: Path) -> list[list[str]]:
         text = read(path, LONGEST_TEXT).decode()
         return [row for row in csv.reader(StringIO(text, newline="")) if row]
     except (UnicodeDecodeError, csv.Error) as error:
-        raise FormatError(f"is no CSV in UTF-8 ({reason(error)})") from error
+        raise FormatError(f"is not CSV in UTF-8 ({reason(error)})") from error

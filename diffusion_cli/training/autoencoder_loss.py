@@ -86,8 +86,8 @@ class ReconstructionLoss:
             raise UsageError(
                 "model",
                 type(network).__name__,
-                "is no autoencoder",
-                "take kl_tiny, kl_f4 or kl_f8, or another task",
+                "is not an autoencoder",
+                "use model=kl_tiny, kl_f4 or kl_f8, or another task",
             )
         if self.lpips is not None:
             self.lpips.check_shape(shape)

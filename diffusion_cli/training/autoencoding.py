@@ -72,8 +72,8 @@ class AutoencodingModule(TrainingModule[Autoencoding, TermMeter]):
             raise UsageError(
                 "trainer.strategy",
                 "fsdp",
-                "does not go with objective.discriminator_start, whose discriminator each process holds whole",
-                "take strategy=ddp",
+                "cannot shard the discriminator that objective.discriminator_start adds",
+                "use trainer.strategy=ddp",
             )
         super().configure_model()
 

@@ -36,7 +36,7 @@ class Device:
             self.torch_device: torch.device = device_of(accelerator)
         except ValueError as error:
             raise UsageError(
-                "trainer", "gpu", "torch sees no GPU on this machine", "take trainer=cpu or trainer=auto"
+                "trainer", "gpu", "torch sees no GPU on this machine", "use trainer=cpu or trainer=auto"
             ) from error
         if threads is not None:
             torch.set_num_threads(threads)
@@ -50,8 +50,8 @@ class Device:
             raise UsageError(
                 "precision",
                 "fp16",
-                "does not go with trainer.strategy=fsdp",
-                "take bf16 or fp32, or strategy=ddp",
+                "is not supported with trainer.strategy=fsdp",
+                "use bf16 or fp32, or trainer.strategy=ddp",
             )
         if precision == "fp32":
             return [ExternalProcessGroup(started()), Precision()]

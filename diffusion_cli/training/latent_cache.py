@@ -70,7 +70,7 @@ class LatentImages(MemoryImages):
                 self.blocks.path,
                 NO_VALUE,
                 f"is damaged ({error})",
-                "the next start encodes these latents again",
+                "run the command again to encode these latents again",
             ) from error
 
     def hflip(self, images: Tensor, flip_mask: Tensor) -> Tensor:
@@ -112,7 +112,10 @@ def _start(path: Path, shape: tuple[int, ...]) -> int:
     array = opened_array(path, None)
     if array.shape != shape or array.dtype != np.float32:
         raise UsageError(
-            path, NO_VALUE, "does not hold the latents of these images", "remove it, and it is made anew"
+            path,
+            NO_VALUE,
+            "has another shape or type than the latents of these images",
+            "remove it to encode them again",
         )
     return path.stat().st_size - array.nbytes
 
@@ -181,11 +184,11 @@ def _check_room(part: Path, size: int) -> None:
         raise UsageError(
             "cache_dir",
             part.parent.parent,
-            f"the latents take {size / 1000000000.0:.1f} GB, and {free / 1000000000.0:.1f} GB are free",
-            "make room, or take a folder of another disk",
+            f"the latents need {size / 1e9:.1f} GB, but only {free / 1e9:.1f} GB are free",
+            "free some space, or use a folder on another disk",
         )
     if size > LARGE:
-        print(f"encoding: {size / 1e9:.1f} GB of latents go to {part.parent}", file=sys.stderr)
+        print(f"encoding: writing {size / 1e9:.1f} GB of latents to {part.parent}", file=sys.stderr)
 
 
 def _begun(part: Path, shape: tuple[int, ...]) -> int:

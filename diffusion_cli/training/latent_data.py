@@ -68,9 +68,9 @@ def run_latents(run: Path, named: str, dataset: Dataset, device: torch.device) -
         raise UsageError(
             "latent.run",
             named,
-            f"was trained on images stored as {trained.info.form.to_dict()}, and those of {dataset.name} are "
+            f"was trained on images stored as {trained.info.form.to_dict()}, but those of {dataset.name} are "
             f"{dataset.form.to_dict()}",
-            "train one on these",
+            f"use an autoencoder trained on {dataset.name}",
         )
     _check_images("latent.run", named, trained.network, trained.shape[0], dataset)
     return _unscaled(trained.network.to(device), trained.info.config.model, named, dataset)
@@ -90,16 +90,16 @@ def _check_images(key: str, named: str, network: AutoencoderKL, channels: int, d
         raise UsageError(
             key,
             named,
-            f"is of images of {channels} channels, and those of {dataset.name} have {dataset.shape[0]}, "
-            f"of {sides}",
-            "take another autoencoder",
+            f"encodes images with {channels} channels, but those of {dataset.name} have {dataset.shape[0]} "
+            f"(size {sides})",
+            "use another autoencoder",
         )
     if any(side % network.factor for side in dataset.shape[1:]):
         raise UsageError(
             key,
             named,
-            f"its latents stand for {network.factor} pixels of a side, which do not divide images of {sides}",
-            "take an autoencoder of fewer levels, or images of another size",
+            f"downsamples by {network.factor}, which does not divide the image size {sides}",
+            "use an autoencoder with fewer levels, or images of another size",
         )
 
 
@@ -135,8 +135,8 @@ class LatentDataset(Dataset):
                 raise UsageError(
                     "dataset",
                     NO_VALUE,
-                    f"the {split} images are not those that the run was begun on",
-                    "give back the data, or take another name=",
+                    f"the {split} images differ from those that the run started with",
+                    "restore the data, or use another name=",
                 )
         moments = encoded(images, self.latents, self._path(split), flip, self.source.num_workers)
         moments.known_as(self.keys[split])
@@ -166,21 +166,20 @@ class LatentDataset(Dataset):
                 "latent",
                 NO_VALUE,
                 "the latents of the training images are not finite",
-                "take another autoencoder",
+                "use another autoencoder",
             )
         if min(std) < LEAST:
             raise UsageError(
                 "latent",
                 NO_VALUE,
-                f"channel {std.index(min(std))} of the latents is the same everywhere, of no use to the "
-                "autoencoder",
-                "train one with fewer model.latent_channels",
+                f"channel {std.index(min(std))} of the latents is constant",
+                "train an autoencoder with fewer model.latent_channels",
             )
         if min(explained) < EMPTY and Distributed().is_main:
             print(
-                f"latent: channel {explained.index(min(explained))} of the latents says next to nothing of the images "
-                f"({min(explained):.2g} of its variance), so that noise is learned; an autoencoder of a smaller "
-                "objective.kl_weight or fewer model.latent_channels would use all",
+                f"latent: channel {explained.index(min(explained))} of the latents is mostly noise (the images explain "
+                f"{min(explained):.2g} of its variance); train an autoencoder with a smaller "
+                "objective.kl_weight or fewer model.latent_channels",
                 file=sys.stderr,
             )
         self.latents.mean, self.latents.std, self._scaled = mean, std, True

@@ -122,8 +122,8 @@ class CSVFile(Logger):
             if damaged:
                 aside = set_aside(path)
                 print(
-                    f"diffuse: {printable(str(path))}: is damaged; it is {aside.name} now, and its complete rows are "
-                    "kept",
+                    f"diffuse: {printable(str(path))}: is damaged; renamed to {aside.name}, and its complete rows "
+                    "are copied",
                     file=sys.stderr,
                 )
 

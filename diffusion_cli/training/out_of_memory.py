@@ -44,7 +44,7 @@ def _advice(
     stage, accumulate = stages.at(trainer.global_step), trainer.accumulate_grad_batches
     share = stage.batch_size // trainer.world_size
     key, value = stages.key(stage), stage.batch_size
-    problem = f"parts of {share // accumulate} images do not fit in the memory of this {device.type}"
+    problem = f"{share // accumulate} images at a time do not fit in {device.type} memory"
     # A trial would wait for the other processes.
     together = trainer.world_size > 1 and isinstance(module, AutoencodingModule)
     sharded = any(isinstance(parameter, DTensor) for parameter in module.parameters())
@@ -67,11 +67,11 @@ def _advice(
         return Problem(
             key,
             value,
-            f"{problem}, nor does one image",
-            "take a smaller model, or model.gradient_checkpointing=true",
+            f"{problem}, nor does one",
+            "use a smaller model, or model.gradient_checkpointing=true",
         )
     return Problem(
-        key, value, f"{problem}, but parts of {share // fewest} do", f"set accumulate_grad_batches={fewest}"
+        key, value, f"{problem}, but {share // fewest} do", f"set accumulate_grad_batches={fewest}"
     )
 
 

@@ -95,8 +95,8 @@ class StoredOptions(Callback):
             raise UsageError(
                 f"the checkpoint of step {self._step}",
                 NO_VALUE,
-                f"continues at step {trainer.global_step}, for its loops are those of another version of Lightning",
-                "install the version that saved it, or train anew under another name=",
+                f"continues at step {trainer.global_step}, because another version of Lightning saved it",
+                "install that version, or start again with another name=",
             )
 
 
@@ -218,7 +218,7 @@ def check_state(path: Path, checkpoint: Mapping[str, Any], expected: Mapping[str
             path,
             NO_VALUE,
             f"is not a training state of this run: {'; '.join(lines[:MOST_LINES])}{more}",
-            "put back a checkpoint that this run saved, or train anew under another name=",
+            "restore a checkpoint that this run saved, or start again with another name=",
         )
 
 
@@ -231,7 +231,7 @@ def _differences(stored: Any, expected: Any, key: str, owners: dict[int, str]) -
         yield from _entry_differences(stored, expected, key, owners)
     elif isinstance(expected, list | tuple):
         if not isinstance(stored, list | tuple) or len(stored) != len(expected):
-            yield f"{key}: should have {len(expected)} items"
+            yield f"{key}: must have {len(expected)} items"
             return
         for number, (item, other) in enumerate(zip(stored, expected, strict=True)):
             yield from _differences(item, other, f"{key}.{number}", owners)
@@ -246,7 +246,7 @@ def _entry_differences(
 ) -> Iterator[str]:
     entries = expected if isinstance(expected, Mapping) else expected.entries
     if not isinstance(stored, Mapping):
-        yield f"{key}: should have entries"
+        yield f"{key}: must be a mapping"
         return
     if not isinstance(expected, Among):
         unknown = [name for name in stored if name not in entries]
@@ -275,7 +275,7 @@ def _tensor_differences(stored: Any, expected: Like, key: str, owners: dict[int,
         stored.is_neg() or stored.is_conj() or stored.requires_grad
     )
     if not plain or stored.stride() != like.stride():
-        yield f"{key}: should be plain numbers in the order of the weights"
+        yield f"{key}: must be a plain tensor with the strides of the weights"
         return
     if not stored.numel():
         return

@@ -413,9 +413,7 @@ def test_memory_that_runs_out_names_the_batch_size(place, monkeypatch, capsys):
         assert run([*words, *shared]) == 2
     lines = [line for line in capsys.readouterr().err.splitlines() if "diffuse: " in line]
     assert len(lines) == 2
-    assert all(
-        "batch_size=50: the memory of this cpu ran out; try batch_size=25, or auto" in line for line in lines
-    )
+    assert all("batch_size=50: cpu is out of memory; try batch_size=25, or auto" in line for line in lines)
 
 
 def poisoned(entry: dict, kind: str) -> None:

@@ -274,7 +274,7 @@ def test_a_bare_run_has_a_page(tmp_path):
     page = written(tmp_path)
     assert re.findall(r'<section id="(\w+)"', page) == ["configuration", "environment"]
     assert "<script" not in page
-    assert "evaluated with nothing on record" in text_of(page)
+    assert "evaluated with unknown" in text_of(page)
 
 
 def test_damaged_files_are_left_out_in_a_line(tmp_path):

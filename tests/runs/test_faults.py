@@ -292,7 +292,7 @@ def test_a_full_disk_at_a_checkpoint(disk, capsys, whole):
     capsys.readouterr()
     assert train(folder, "max_steps=14") == 2
     line = said(capsys)
-    assert "step_00000010.ckpt: cannot be written (No space left on device); make room for it" in line
+    assert "step_00000010.ckpt: cannot be written (No space left on device); free some space" in line
     assert line.endswith("the run is saved to step 5; the same command goes on from there")
     assert not list(folder.rglob("*.tmp"))
     disk(f"size={4 * size}")
@@ -311,7 +311,7 @@ def test_a_full_disk_at_the_claim_of_a_run(disk, capsys):
     folder = disk("size=16k")
     (folder / "other").write_bytes(bytes(16 << 10))
     assert train(folder, "max_steps=14") == 2
-    assert f"output_dir={folder}: cannot hold the run tiny ([Errno 28] No space left on device" in said(
+    assert f"output_dir={folder}: cannot lock the run tiny ([Errno 28] No space left on device" in said(
         capsys
     )
     assert [file.name for file in folder.iterdir()] == ["other"]
@@ -322,7 +322,7 @@ def test_a_full_disk_at_the_claim_of_a_folder_of_samples(disk, half):
     (folder / "other").write_bytes(bytes(16 << 10))
     model: LoadedDenoiser = load_model(half / "tiny", "ema", CPU)
     with pytest.raises(
-        OSError, match=r"manifest\.json: cannot be written \(No space left on device\); make room"
+        OSError, match=r"manifest\.json: cannot be written \(No space left on device\); free some space"
     ):
         claim(folder / "samples", {}, model)
 
@@ -333,7 +333,7 @@ def test_a_full_disk_at_a_sample_leaves_whole_images_and_the_rest_to_be_made(dis
     words = ["sample", f"output_dir={half}", f"output={folder}/samples", "steps=1", "num_samples=64"]
     assert run([*words, f"batch_size={batch_size}"]) == 2
     line = said(capsys)
-    assert ".png: cannot be written (No space left on device); make room for it" in line
+    assert ".png: cannot be written (No space left on device); free some space" in line
     manifest = json.loads((folder / "samples" / "manifest.json").read_text())
     assert "seeds" not in manifest
     assert not list(folder.rglob("*.tmp"))
@@ -355,8 +355,8 @@ def test_a_full_disk_at_the_log_holds_its_rows_in_memory(tmp_path, capsys):
     for step in (2, 3):
         log.log_metrics({"loss": 2.0}, step)
     assert capsys.readouterr().err == (
-        f"diffuse: {log.path}: cannot be written (No space left on device); make room for it, or take a folder that "
-        "can be written to; training continues, and rows are kept in memory\n"
+        f"diffuse: {log.path}: cannot be written (No space left on device); free some space, or use a writable "
+        "folder; training continues, and rows are kept in memory\n"
     )
     assert log.path.read_text().split() == ["step,loss", "1,1.0", "2,2.0", "3,2.0"]
 
@@ -408,7 +408,7 @@ def test_a_damaged_log_is_set_aside_and_its_whole_rows_stay(tmp_path, capsys, pl
     assert kept == ["step,loss", *expected]
     assert (tmp_path / "metrics.csv.damaged").read_bytes() == content
     assert capsys.readouterr().err == (
-        f"diffuse: {path}: is damaged; it is metrics.csv.damaged now, and its complete rows are kept\n"
+        f"diffuse: {path}: is damaged; renamed to metrics.csv.damaged, and its complete rows are copied\n"
     )
     assert len(CSVFile(path, 9).rows) == len(kept) - 1
     assert not capsys.readouterr().err
@@ -429,7 +429,7 @@ def test_an_output_that_cannot_be_written_to(disk, capsys, half, whole):
     for words in ([], ["name=other"]):
         assert train(folder, "max_steps=14", *words) == 2
         line = said(capsys)
-        assert f"output_dir={folder}: cannot hold the run" in line
+        assert f"output_dir={folder}: cannot lock the run" in line
         assert "Read-only file system" in line
     disk("rw")
     assert_goes_on(folder, whole)
@@ -438,7 +438,7 @@ def test_an_output_that_cannot_be_written_to(disk, capsys, half, whole):
 def test_an_output_that_is_a_file(tmp_path, capsys):
     (tmp_path / "file").write_text("mine")
     assert train(tmp_path / "file", "max_steps=3") == 2
-    assert f"output_dir={tmp_path}/file: cannot hold the run tiny" in said(capsys)
+    assert f"output_dir={tmp_path}/file: cannot lock the run tiny" in said(capsys)
     assert (tmp_path / "file").read_text() == "mine"
 
 
@@ -449,7 +449,7 @@ def test_a_limit_on_the_size_of_files_is_a_full_disk(tmp_path):
         "save({'a': torch.zeros(100_000)}, Path(sys.argv[1]))"
     )
     done = subprocess.run([sys.executable, "-c", code, tmp_path / "a.ckpt"], capture_output=True, text=True)
-    assert done.stderr.splitlines()[-1].endswith("make room for it, or take a folder that can be written to")
+    assert done.stderr.splitlines()[-1].endswith("free some space, or use a writable folder")
     assert not list(tmp_path.iterdir())
 
 
@@ -592,7 +592,7 @@ def test_a_silent_lock_of_another_machine_is_taken_over_whatever_its_clock(tmp_p
     with run_lock(tmp_path / "run", QUICK):
         assert json.loads(lock.read_text())["pid"] == os.getpid()
     before, after = capsys.readouterr().err.splitlines()
-    assert "is held by process 123 on host n3 (job 45), since 2099-01-01 00:00:00+00:00; waiting" in before
+    assert ": locked by process 123 on host n3 (job 45), since 2099-01-01 00:00:00+00:00; waiting" in before
     assert "taken over from process 123 on host n3 (job 45)" in after
     assert not (tmp_path / "run").exists()
 
@@ -600,7 +600,9 @@ def test_a_silent_lock_of_another_machine_is_taken_over_whatever_its_clock(tmp_p
 def test_a_lock_of_another_machine_that_shows_signs_of_life_is_respected(tmp_path):
     lock = leave(tmp_path / "run")
     threading.Timer(0.2, leave, [tmp_path / "run"], {"beat": 1}).start()
-    words = r"is being trained by process 123 on host n3 \(job 45\), since .*; wait, or end it"
+    words = (
+        r"is being trained by process 123 on host n3 \(job 45\), since .*; wait for that process, or end it"
+    )
     with pytest.raises(UsageError, match=words), run_lock(tmp_path / "run", QUICK):
         pass
     assert json.loads(lock.read_text())["token"] == "t"
@@ -657,7 +659,7 @@ def test_a_holder_that_was_taken_over_ends_at_once_and_saves_nothing(tmp_path, c
     holder.join(20)
     assert holder.exitcode == 1
     assert not (tmp_path / "saved").exists()
-    assert "was taken over by process 123 on host n3" in capfd.readouterr().err
+    assert ": taken over by process 123 on host n3" in capfd.readouterr().err
     assert (tmp_path / "run" / LOCK).exists()  # which is the other's
 
 
@@ -666,7 +668,7 @@ def test_a_lock_that_cannot_be_kept_fresh_is_said_once_and_ends_nothing(tmp_path
         shutil.rmtree(tmp_path / "run")
         time.sleep(0.5)
     (line,) = capsys.readouterr().err.splitlines()
-    assert "cannot be kept fresh (No such file or directory)" in line
+    assert "heartbeat cannot be written (No such file or directory)" in line
 
 
 def test_the_lock_shows_that_its_holder_lives(tmp_path):
@@ -720,9 +722,9 @@ def test_killed_ten_times_no_bit_is_different():
 @pytest.mark.parametrize(
     ("most", "line"),
     [
-        (4, "but parts of 4 do; set accumulate_grad_batches=4"),
-        (8, "but parts of 4 do; set accumulate_grad_batches=4"),  # 8 would, with nothing to spare
-        (0, "nor does one image"),
+        (4, "but 4 do; set accumulate_grad_batches=4"),
+        (8, "but 4 do; set accumulate_grad_batches=4"),  # 8 would, with nothing to spare
+        (0, "nor does one;"),
     ],
 )
 def test_memory_that_runs_out_names_the_parts_that_fit(tmp_path, capsys, monkeypatch, most, line):
@@ -736,9 +738,7 @@ def test_memory_that_runs_out_names_the_parts_that_fit(tmp_path, capsys, monkeyp
     monkeypatch.setattr(Weighted, "__call__", limited)
     assert train(tmp_path, "max_steps=3") == 2
     (said,) = [row for row in capsys.readouterr().err.splitlines() if row.startswith("diffuse:")]
-    assert said.startswith(
-        "diffuse: batch_size=16: parts of 16 images do not fit in the memory of this cpu, "
-    )
+    assert said.startswith("diffuse: batch_size=16: 16 images at a time do not fit in cpu memory, ")
     assert line in said
     if most:
         assert train(tmp_path, "max_steps=3", "accumulate_grad_batches=4") == 0
@@ -772,7 +772,7 @@ def test_the_trial_is_on_the_device_that_ran_out(monkeypatch):
     failed: Any = Failed()
     error, stages = torch.OutOfMemoryError(), ResolutionSchedule([Stage(0, (1, 2, 2), 16)])
     said = str(memory._advice(error, cast(Any, module), torch.device("meta"), stages, failed))
-    assert said.endswith("of this meta, but parts of 2 do; set accumulate_grad_batches=4")
+    assert said.endswith("in meta memory, but 2 do; set accumulate_grad_batches=4")
     assert tried == [("meta", "meta", 1), ("meta", "meta", 2), ("meta", "meta", 4)]
     lasting = RuntimeError("could not create a primitive")  # no trial after this one would go well
     said = str(memory._advice(lasting, cast(Any, module), torch.device("meta"), stages, failed))

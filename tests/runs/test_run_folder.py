@@ -55,7 +55,7 @@ def test_a_link_out_of_the_run_is_refused_at_any_depth(tmp_path, home, names, da
     link = tmp_path.joinpath("run", *names)
     link.parent.mkdir(parents=True)
     link.symlink_to(tmp_path / "nowhere" if dangling else home)
-    with pytest.raises(ValueError, match="is a link that leads out of"):
+    with pytest.raises(ValueError, match="is a link to a place outside"):
         own_folder(tmp_path / "run", "samples", "one")
 
 
@@ -75,7 +75,7 @@ def test_a_link_to_a_file_is_replaced_and_its_target_stays(tmp_path, home):
 def test_nothing_is_removed_through_a_link(tmp_path, home, name):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / name).symlink_to(home)
-    with pytest.raises(ValueError, match="is a link that leads out of"):
+    with pytest.raises(ValueError, match="is a link to a place outside"):
         recover(tmp_path / "run")
     assert len(list(home.iterdir())) == 3
 
@@ -84,7 +84,7 @@ def test_training_refuses_the_links_of_its_folder_in_one_line(tmp_path, home, ca
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "previews").symlink_to(home)
     assert run(["train", "name=run", f"output_dir={tmp_path}", "max_steps=1", "trainer=cpu"]) == 2
-    line = f"diffuse: {tmp_path}/run/previews: is a link that leads out of {tmp_path}/run; put a folder in its place"
+    line = f"diffuse: {tmp_path}/run/previews: is a link to a place outside {tmp_path}/run; replace it with a folder"
     assert line in capsys.readouterr().err
     assert len(list(home.iterdir())) == 3
 
@@ -95,11 +95,11 @@ def test_pipes_are_not_waited_for(tmp_path):
     os.mkfifo(pipe)
     with pytest.raises(ValueError, match="is neither a file nor a folder; remove it"):
         own_folder(tmp_path, "samples")
-    with pytest.raises(ValueError, match="is no regular file; move it away"):
+    with pytest.raises(ValueError, match="is not a regular file; move it away"):
         CSVFile(pipe, 0)
-    with pytest.raises(ValueError, match="is no regular file"):
+    with pytest.raises(ValueError, match="is not a regular file"):
         is_ours(pipe)
-    with pytest.raises(DamagedError, match="is no regular file"):
+    with pytest.raises(DamagedError, match="is not a regular file"):
         read(pipe)
 
 
@@ -142,6 +142,6 @@ def test_a_report_does_not_wait_for_a_pipe_in_its_place(tmp_path, capsys):
     os.mkfifo(tmp_path / "report.html")
     assert run(["report", f"run={tmp_path}"]) == 2
     assert (
-        f"output={tmp_path}/report.html: is no regular file; remove it, or choose another"
+        f"output={tmp_path}/report.html: is not a regular file; remove it, or choose another"
         in capsys.readouterr().err
     )

@@ -184,7 +184,7 @@ def test_an_entry_that_inflates_to_more_than_may_be_is_not_inflated(tmp_path, si
 @pytest.mark.parametrize("method", [zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
 def test_methods_that_inflate_without_bounds_are_refused(tmp_path, method):
     path = zipped(tmp_path / "x.zip", ("x.png", PNG), method=method)
-    with pytest.raises(ValueError, match="another method than deflate"):
+    with pytest.raises(ValueError, match="a compression other than deflate"):
         folder(path).load("train")
 
 
@@ -204,7 +204,7 @@ def test_names_that_leave_the_archive_name_nothing_outside_it(tmp_path):
 
 def test_two_entries_of_one_name_are_refused(tmp_path):
     path = zipped(tmp_path / "x.zip", ("x.png", PNG), ("x.png", PNG))
-    with pytest.raises(ValueError, match="two entries of one name"):
+    with pytest.raises(ValueError, match="two entries with the same name"):
         folder(path)
 
 
@@ -434,7 +434,7 @@ def test_data_that_would_grow_without_end_is_refused(tmp_path, checkpoint):
         deep = [[deep]]
     cycle: dict[str, Any] = {}
     cycle["self"] = cycle
-    for value, message in ((laughs, "more than"), (deep, "deeper"), (cycle, "deeper"), ({1: 2}, "no text")):
+    for value, message in ((laughs, "more than"), (deep, "deeper"), (cycle, "deeper"), ({1: 2}, "not text")):
         torch.save(checkpoint | {"diffuse": checkpoint["diffuse"] | {"more": value}}, tmp_path / "x.ckpt")
         with pytest.raises(ValueError, match=rf"x\.ckpt: .*{message}"):
             read(tmp_path / "x.ckpt")
@@ -599,7 +599,7 @@ def test_a_page_shows_no_file_that_is_no_picture(tmp_path, run):
     (tmp_path / "previews" / "step_2.png").write_bytes(PNG)
     record = read_record(tmp_path, "x")
     assert list(record.previews) == [2]
-    assert "step_1.png could not be read (is not an image" in record.remarks[0]
+    assert "step_1.png cannot be read (is not an image" in record.remarks[0]
 
 
 # --- Mutated files ------------------------------------------------------------

@@ -230,7 +230,7 @@ def test_large_latents_are_checked_while_they_are_used(tmp_path, monkeypatch):
     kept = encoded(source, space, path)
     kept[torch.tensor([3, 127])]
     with pytest.raises(
-        ValueError, match=r"moments.npy: is damaged \(block 2 of 3 .*; the next start encodes"
+        ValueError, match=r"moments.npy: is damaged \(block 2 of 3 .*; run the command again to encode"
     ):
         kept[torch.tensor([3, 128])]
     encoded(source, space, path)
@@ -288,13 +288,14 @@ def test_a_file_of_other_images_is_refused_in_a_line(tmp_path):
     path = tmp_path / "some" / "moments.npy"
     encoded(images(20), latents(), path)
     with pytest.raises(
-        ValueError, match=r"moments.npy: does not hold the latents of these images; remove it"
+        ValueError,
+        match=r"moments.npy: has another shape or type than the latents of these images; remove it",
     ):
         encoded(images(21), latents(), path)
-    with pytest.raises(ValueError, match="does not hold the latents"):
+    with pytest.raises(ValueError, match="has another shape or type"):
         encoded(images(20), latents(), path, flip=True)
     np.save(path, np.zeros((20, 6, 4, 6)))
-    with pytest.raises(ValueError, match="does not hold the latents"):
+    with pytest.raises(ValueError, match="has another shape or type"):
         encoded(images(20), latents(), path)
 
 
@@ -303,7 +304,7 @@ def test_an_autoencoder_that_makes_nothing_of_a_channel_is_refused_in_a_line(tmp
     with torch.no_grad():
         for name, value in (("weight", 0.0), ("bias", -100.0)):  # the least log variance, -30, and no mean
             space.autoencoder.get_parameter(f"quant_conv.{name}")[1::3] = value
-    with pytest.raises(ValueError, match=r"latent: channel 1 of the latents is the same everywhere"):
+    with pytest.raises(ValueError, match=r"latent: channel 1 of the latents is constant"):
         LatentDataset(Some(), space, tmp_path).load("train")
 
 
@@ -314,7 +315,7 @@ def test_a_channel_that_holds_hardly_more_than_noise_is_named(tmp_path, capsys):
             space.autoencoder.get_parameter(f"quant_conv.{name}")[1::3] = 0.0
     LatentDataset(Some(), space, tmp_path).load("train")
     assert (
-        "latent: channel 1 of the latents says next to nothing of the images (0 of its"
+        "latent: channel 1 of the latents is mostly noise (the images explain 0 of its"
         in capsys.readouterr().err
     )
 
@@ -330,7 +331,7 @@ def test_latents_that_are_not_finite_are_refused(tmp_path):
 def test_a_disk_without_room_for_the_latents_is_named_before_the_work(tmp_path, monkeypatch):
     monkeypatch.setattr(latent_cache.shutil, "disk_usage", lambda _: SimpleNamespace(free=10**4))
     with pytest.raises(
-        ValueError, match=r"cache_dir=.*: the latents take 0.0 GB, and 0.0 GB are free; make room"
+        ValueError, match=r"cache_dir=.*: the latents need 0.0 GB, but only 0.0 GB are free; free some space"
     ):
         encoded(images(), latents(), tmp_path / "a" / "moments.npy")
     assert not list(tmp_path.glob("a/*.npy"))
@@ -355,7 +356,7 @@ def test_latents_that_were_removed_are_made_again_of_the_same_images_only(tmp_pa
     assert torch.equal(again[torch.arange(150)], kept)
     shutil.rmtree(tmp_path)
     with pytest.raises(
-        ValueError, match="the train images are not those that the run was begun on; give back"
+        ValueError, match="the train images differ from those that the run started with; restore"
     ):
         LatentDataset(Some(1), latents(), tmp_path, first.keys).load("train")
 
@@ -717,7 +718,7 @@ def test_a_run_without_its_own_autoencoder_is_refused_in_a_line(place, tmp_path,
         ),
         (
             [f"latent.pretrained={PUBLISHED}"],
-            "is of images of 2 channels, and those of digits have 1, of 8x8; take another",
+            "encodes images with 2 channels, but those of digits have 1 (size 8x8); use another",
         ),
         (["latent.pretrained=nowhere"], "latent.pretrained=nowhere: holds no AutoencoderKL"),
         (["latent.run=ae", "progressive=[4,8]"], "progressive=[4, 8]: latents have one fixed size"),
@@ -725,7 +726,7 @@ def test_a_run_without_its_own_autoencoder_is_refused_in_a_line(place, tmp_path,
         (["name=a", "model.class_conditional=true", "latent.run=other"], "latent.run=other: the run in"),
         (
             ["latent.run=ae", "dataset=gaussian_mixture", "dataset.shape=[1,1,4]"],
-            "latent.run=ae: its latents stand for 2 pixels of a side, which do not divide images of 1x4",
+            "latent.run=ae: downsamples by 2, which does not divide the image size 1x4",
         ),
     ],
 )

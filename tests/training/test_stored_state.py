@@ -117,7 +117,7 @@ ATTACKS: dict[str, Change] = {
     "has 1 unknown entries max_exp_avg_sq": lambda checkpoint: state(checkpoint).update(max_exp_avg_sq=torch.ones(1)),
     "exp_avg_sq: is missing": lambda checkpoint: state(checkpoint).pop("exp_avg_sq"),
     "state: has 1 unknown entries": set_in("optimizer_states", 0, "state", 10**6, value={}),
-    "optimizer_states: should have 1 items": set_in("optimizer_states", value=[]),
+    "optimizer_states: must have 1 items": set_in("optimizer_states", value=[]),
     "param_groups.0.lr: should be": group("lr", math.inf),
     "param_groups.0.betas.0: should be": group("betas", (2.0, 0.9)),
     "param_groups.0.params: should have": group("params", [0]),
@@ -139,7 +139,7 @@ ATTACKS: dict[str, Change] = {
     "callbacks.EMA.updates: should be a whole": set_in("callbacks", "EMA", "updates", value="two"),
     "callbacks.Stop.elapsed: should be": set_in("callbacks", "Stop", "elapsed", value=-1.0),
     "callbacks.HeldOutLoss.done: should be": set_in("callbacks", "HeldOutLoss", "done", value=10**400),
-    "loops.fit_loop: should have entries": set_in("loops", "fit_loop", value=[]),
+    "loops.fit_loop: must be a mapping": set_in("loops", "fit_loop", value=[]),
     "loops.fit_loop.epoch_progress.total.ready: should be": set_in(
         "loops", "fit_loop", "epoch_progress", "total", "ready", value=None
     ),
@@ -176,7 +176,7 @@ def test_training_stops_before_it_is_used(tmp_path, capsys, trained):
     assert train(tmp_path, "max_steps=4", "precision=fp32") == 2
     error = capsys.readouterr().err
     assert f"{last}: is not a training state of this run: optimizer_states.0.state." in error
-    assert "train anew under another name=" in error
+    assert "start again with another name=" in error
     assert last.read_bytes() == before
 
 

@@ -96,7 +96,7 @@ def test_a_process_knows_its_place(monkeypatch, env, place):
 def test_uneven_tasks_are_refused(monkeypatch):
     monkeypatch.setenv("SLURM_STEP_ID", "0")
     monkeypatch.setenv("SLURM_STEP_TASKS_PER_NODE", "2,1")
-    with pytest.raises(ValueError, match="as many on each, by --ntasks-per-node"):
+    with pytest.raises(ValueError, match="the same number on each node with --ntasks-per-node"):
         started()
 
 

@@ -155,7 +155,7 @@ def parse(command: str, words: Sequence[str]) -> Request:
         elif flag == "--cfg":
             request.show = True
             if (value or next(rest, "")) != "job":
-                problems.append(Problem(word, NO_VALUE, "prints the configuration", "write --cfg job"))
+                problems.append(Problem(word, NO_VALUE, "its only value is job", "write --cfg job"))
         elif flag in ("--config-dir", "-cd"):
             given = value or next(rest, "")
             request.dirs.append(Path(given).expanduser())
@@ -234,7 +234,7 @@ def _launch(command: str, dirs: Sequence[Path], logs: Path) -> int:
         if "submitit" not in sys.modules:
             raise
         print(
-            f"diffuse: stopped waiting, the jobs go on; squeue shows them, scancel ends them; logs: {logs}",
+            f"diffuse: stopped waiting; the jobs continue: squeue lists them, scancel ends them; logs: {logs}",
             file=sys.stderr,
         )
         return UNFINISHED

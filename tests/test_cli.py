@@ -139,7 +139,7 @@ def test_a_mistake_says_what_to_do(capsys, words, expected):
 
 def test_mistakes_found_at_work_are_lines_too(capsys, tmp_path):
     (line,) = mistakes(capsys, "sample", f"output_dir={tmp_path}")
-    assert line == f"diffuse: output_dir={tmp_path}: holds no run; make one with: diffuse train"
+    assert line == f"diffuse: output_dir={tmp_path}: contains no runs; train one with: diffuse train"
     (line,) = mistakes(capsys, "train", f"output_dir={tmp_path}", "preview_steps=2000")
     assert "steps=2000: exceeds the 1000 timesteps of the schedule" in line
 
@@ -300,7 +300,7 @@ def test_what_a_file_is_called_and_holds_does_not_command_the_terminal(capsys, t
     (line,) = mistakes(capsys, "sample", "run=x", f"output_dir={tmp_path}")
     assert line.endswith(r"are: \x1b]0;owned\x07\u202e")
     (line,) = mistakes(capsys, "report", f"output_dir={tmp_path}")
-    assert r"/\x1b]0;owned\x07\u202e/checkpoints/last.ckpt: is not a whole checkpoint" in line
+    assert r"/\x1b]0;owned\x07\u202e/checkpoints/last.ckpt: damaged checkpoint" in line
 
 
 def test_a_line_is_not_too_long_and_has_its_remedy(capsys, tmp_path):

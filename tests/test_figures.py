@@ -135,10 +135,12 @@ def test_the_suffix_is_the_format_and_no_file_of_the_users_is_lost(tmp_path, run
         assert (tmp_path / f"x.{suffix}").read_bytes().startswith(beginning)
     assert b">validation</text>" in (tmp_path / "x.svg").read_bytes()
     assert plot(*words, f"output={tmp_path}/x.svg") == 2
-    assert "is there already; take another name, or set force=true" in capsys.readouterr().err
+    assert "already exists; choose another name, or set force=true" in capsys.readouterr().err
     assert plot(*words, f"output={tmp_path}/x.svg", "force=true") == 0
     assert plot(*words, f"output={tmp_path}/x.jpg") == 2
-    assert "is written as png or pdf or svg" in capsys.readouterr().err
+    assert (
+        "unsupported file format for figure=loss; use the suffix png or pdf or svg" in capsys.readouterr().err
+    )
 
 
 def test_an_animation_shows_one_run(tmp_path, runs, capsys):

@@ -352,7 +352,7 @@ def test_samples_of_the_grid_of_an_earlier_version_are_not_completed(folder, tmp
     (tmp_path / "000000.png").unlink()
     capsys.readouterr()
     assert sample(folder, *words) == 2
-    assert f"diffuse: output={tmp_path}: holds images of other settings" in capsys.readouterr().err
+    assert f"diffuse: output={tmp_path}: contains images made with other settings" in capsys.readouterr().err
     assert not (tmp_path / "000000.png").exists()
 
 
@@ -426,7 +426,7 @@ DECIMAL = ("1.0", "10.0", "2.0")
         ("7", DECIMAL, "choose from 1.0, 10.0, 2.0"),
         ("0", ("1e3", "true"), "choose from 1e3, true"),
         ("1_0", tuple("abcdefghijkl"), "unknown class"),
-        ("12", tuple("abcdefghijkl"), "there are the classes 0..11"),
+        ("12", tuple("abcdefghijkl"), "out of range; the classes are 0..11"),
     ],
 )
 def test_a_class_is_named_by_its_own_name_whatever_that_looks_like(label, names, expected):

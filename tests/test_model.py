@@ -247,7 +247,7 @@ MISUSES = {
     ),
     "diffuse.load('outputs')": "run=outputs: has no checkpoints/last.ckpt; the newest runs in outputs are: ",
     "m.sample(1, steps=1, guidance='auto')": (
-        "guidance=auto: needs a weaker model; give guidance.run= or guidance.step="
+        "guidance=auto: needs a weaker model; set guidance.run= or guidance.step="
     ),
     "m.sample(1, steps=1, guidance='auto', overrides=['guidance.run=classifier'])": (
         "guidance.run=classifier: was trained with task=classifier; give a run of task=diffusion"

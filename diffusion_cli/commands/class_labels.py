@@ -56,7 +56,9 @@ def warn_of_untrained(key: str, labels: Sequence[int], trained_classes: Sequence
     """Print a line if there is no training image of some of the labels."""
     names = [(model.info.class_names or ())[label] for label in labels if label not in trained_classes]
     if names:
-        show_remarks([f"{key}: no training image has the class {examples(names)}; its samples are arbitrary"])
+        show_remarks(
+            [f"{key}: {examples(names)}: no training images of this class; its samples are arbitrary"]
+        )
 
 
 def class_number(label: int | str, names: Sequence[str], key: str = "label") -> int:
@@ -75,7 +77,7 @@ def class_number(label: int | str, names: Sequence[str], key: str = "label") -> 
     if INDEX.fullmatch(str(label)) and (counted or not any(map(NUMBER.fullmatch, names))):
         if int(str(label)) < len(names):
             return int(str(label))
-        raise UsageError(key, label, f"there are the classes 0..{len(names) - 1}")
+        raise UsageError(key, label, f"out of range; the classes are 0..{len(names) - 1}")
     equal = _spellings(str(label), names)
     hint = f"; did you mean {equal[0]}?" if equal else did_you_mean(str(label), names)
     raise UsageError(key, label, f"unknown class{hint}")

@@ -60,14 +60,18 @@ def run(variants: list[Variant]) -> None:
     wrong = [key for key in axes if key in ELSEWHERE - {"run"}]
     if wrong:
         raise UsageError.several(
-            Problem(key, NO_VALUE, "changes no number", "give one value, not a list") for key in wrong
+            Problem(key, NO_VALUE, "does not change the results", "give one value, not a list")
+            for key in wrong
         )
     shared = shared_seeds(configs)
     if shared:
         raise UsageError.several(shared)
     if not axes:
         raise UsageError(
-            "compare", NO_VALUE, "nothing to compare", "give a list, as sampler=[ddpm,ddim] steps=[10,50]"
+            "compare",
+            NO_VALUE,
+            "nothing to compare",
+            "give lists of values, for example sampler=[ddpm,ddim] steps=[10,50]",
         )
     jobs = [_job(values, config) for (values, _), config in zip(variants, configs, strict=True)]
     folder, store = _folders(jobs, first.output)
@@ -97,7 +101,9 @@ def _claim(folder: Path) -> None:
     if not folder.exists() or (folder / MARK).is_file():
         return
     if not folder.is_dir() or not all(map(is_temporary, folder.iterdir())):
-        raise UsageError("output", folder, "is not empty, and not of a comparison", "choose another folder")
+        raise UsageError(
+            "output", folder, "is not empty and not written by diffuse compare", "choose another folder"
+        )
 
 
 def compare(jobs: list[ComparisonJob], folder: Path, store: Path) -> None:
@@ -202,7 +208,7 @@ def _marks(jobs: Sequence[ComparisonJob], entries: Sequence[dict[str, Any]]) -> 
             keys = unlike(wanted.protocol, result.protocol)
             if keys:
                 marks[row, result.name] = (
-                    f"{result.name} of run={run} has another protocol than run={other}: {', '.join(keys)}"
+                    f"{result.name}: the protocols of run={run} and run={other} differ in {', '.join(keys)}"
                 )
     return marks
 
@@ -219,12 +225,12 @@ def _stored(path: Path, facts: dict[str, Any]) -> dict[str, Any] | None:
         results = [result for report in entry["reports"] for result in Report.from_dict(report).results]
         row: Point = entry["row"]
         if not all(isinstance(number, int | float | None) for number in row.values()):
-            raise TypeError("the row should be numbers")
+            raise TypeError("the row should contain numbers")
         if {key: row[key] for key in row if key not in (CALLS, SECONDS)} != _values(results):
-            raise FormatError("the row has other numbers than its reports")
+            raise FormatError("the row differs from its reports")
         measured = {_weights(result.protocol) for result in results}
         if entry.get("facts", facts) != facts or not measured <= {_weights(facts)}:
-            raise FormatError("the numbers are of other weights or settings")
+            raise FormatError("the results are for other weights or settings")
     except (ValueError, LookupError, TypeError, AttributeError) as error:
         cache.report_damage(path, error)
         return None

@@ -17,12 +17,12 @@ def run(config: DataConfig) -> None:
     """Pack a dataset into a file that was not there, whole or not at all."""
     if config.dataset is None:
         raise UsageError(
-            "dataset", None, "there is nothing to pack", "choose one, as dataset=folder dataset.path=..."
+            "dataset", None, "required", "choose one, for example dataset=folder dataset.path=..."
         )
     dataset: Dataset = build(config.dataset, config.data_dir)
     output = _path(config, dataset)
     if output.exists():
-        raise UsageError("output", output, "is there already", "take another name, or remove it")
+        raise UsageError("output", output, "already exists", "choose another name, or remove it")
     show_remarks(dataset.remarks())
     pack: Pack = build(config.action)
     remove_abandoned(output.parent)
@@ -39,5 +39,5 @@ def _path(config: DataConfig, dataset: Dataset) -> Path:
         return Path(config.output_dir, "packed", f"{dataset.name}-{height}x{width}{SUFFIX}")
     output = Path(config.output).expanduser()
     if output.suffix not in ("", SUFFIX):
-        raise UsageError("output", output, f"is written as {SUFFIX}", "end the name in it")
+        raise UsageError("output", output, "unsupported file format", f"use the suffix {SUFFIX}")
     return output if output.suffix else Path(f"{output}{SUFFIX}")

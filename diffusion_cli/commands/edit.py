@@ -86,7 +86,8 @@ def _run(config: EditConfig) -> None:
     ]
     if 0 < len(todo) < len(jobs):
         print(
-            f"{output} has {len(jobs) - len(todo)} of {len(jobs)} results; making the others", file=sys.stderr
+            f"{output} has {len(jobs) - len(todo)} of {len(jobs)} results; computing the rest",
+            file=sys.stderr,
         )
 
     most_calls = _make(config, trained, edit, method, todo, output=output, results=results)
@@ -152,32 +153,28 @@ def _refuse(config: EditConfig, trained: LoadedModel, edit: Edit, method: Restor
         raise UsageError(
             "edit",
             kind,
-            "restores an image from known pixels, and the model makes point clouds",
-            "take img2img, interpolate, attribute or reconstruct",
+            "not supported for point clouds",
+            "use img2img, interpolate, attribute or reconstruct",
         )
     if edit.restores and method is None:
-        raise UsageError(
-            "restoration", NO_VALUE, f"edit={kind} needs one", "take replacement, repaint or dps"
-        )
+        raise UsageError("restoration", None, f"required for edit={kind}", "use replacement, repaint or dps")
     if not edit.restores and method is not None:
-        raise UsageError(
-            "restoration", NO_VALUE, f"edit={kind} restores nothing that is known", "leave it out"
-        )
+        raise UsageError("restoration", NO_VALUE, f"not used by edit={kind}", "leave it out")
     if isinstance(trained.model.space, Latents):
         _refuse_in_latents(trained.model.space, kind, edit, method)
     if edit.deterministic and trained.sampler.stochastic:
         raise UsageError(
             "sampler",
             NO_VALUE,
-            f"edit={kind} measures an error, and this sampler is stochastic",
-            "take a deterministic one, such as ddim, heun or dpmpp_2m",
+            f"edit={kind} requires a deterministic sampler",
+            "use one such as ddim, heun or dpmpp_2m",
         )
     if config.variations > 1 and not (edit.starts_from_noise or trained.sampler.stochastic):
         raise UsageError(
             "variations",
             config.variations,
-            f"edit={kind} takes no noise with this sampler, and all would be the same",
-            "leave it 1, or take a stochastic sampler, such as ddpm",
+            f"edit={kind} is deterministic with this sampler, so all variations would be the same",
+            "use variations=1, or a stochastic sampler such as ddpm",
         )
 
     def source(name: int | str | None) -> int | None:
@@ -194,11 +191,17 @@ def _refuse(config: EditConfig, trained: LoadedModel, edit: Edit, method: Restor
     if edit.seeds is not None:
         if config.input is not None or config.num_images is not None or config.fit:
             raise UsageError(
-                "edit.seeds", NO_VALUE, "takes no input, num_images or fit", "leave one of them out"
+                "edit.seeds",
+                NO_VALUE,
+                "cannot be combined with input, num_images or fit",
+                "leave one of them out",
             )
     elif config.input is None:
         raise UsageError(
-            "input", None, "give an image file or a folder, or val for real images of the run's dataset"
+            "input",
+            None,
+            "required",
+            "give an image file, a folder, or val for the validation split of the run's dataset",
         )
 
 
@@ -208,18 +211,16 @@ def _refuse_in_latents(space: Latents, kind: str, edit: Edit, method: Restoratio
         raise UsageError(
             "restoration",
             type(method).__name__.lower(),
-            f"puts in what is known, and of latents nothing is known in edit={kind}, only of the pixels "
-            "that they are decoded to",
-            "take restoration=dps",
+            f"cannot be used for edit={kind} in latent space, because only pixels are known",
+            "use restoration=dps",
         )
     factor = space.autoencoder.factor
     if any(side % factor for side in edit.results[1:]):
         raise UsageError(
             "edit",
             kind,
-            f"its results are of {described(edit.results[1:])} pixels, and a latent stands for {factor} "
-            "of a side",
-            f"take margins that are multiples of {factor}",
+            f"its results have {described(edit.results[1:])} pixels, but the autoencoder downsamples by {factor}",
+            f"use margins that are multiples of {factor}",
         )
 
 
@@ -234,8 +235,8 @@ def _inputs(config: EditConfig, trained: LoadedModel, edit: Edit) -> list[Input]
             raise UsageError(
                 "input",
                 config.input,
-                "is a file or folder too",
-                f"write ./{config.input} for it, or for images of the run's dataset move it",
+                "ambiguous, because a file or folder has this name",
+                f"write ./{config.input} for that file or folder, or rename it to use the run's dataset",
             )
         given = real_images(
             trained.dataset(config.data_dir, config.data_paths), config.input, config.num_images
@@ -255,7 +256,7 @@ def _check_count(given: Sequence[Input], edit: Edit) -> None:
         raise UsageError(
             "input",
             NO_VALUE,
-            f"there are {len(given)} images, and this edit takes {edit.inputs_each} at a time",
+            f"{len(given)} images were given, but this edit needs a multiple of {edit.inputs_each}",
         )
 
 
@@ -271,7 +272,7 @@ def _jobs(config: EditConfig, edit: Edit, given: Sequence[Input], form: SampleFo
             jobs.append(EditJob(name, config.seed + len(jobs), place, inputs, own or form))
     if config.seed + len(jobs) > 2**32:
         raise UsageError(
-            "seed", config.seed, f"the last result's seed passes {2**32 - 1}", "take a smaller one"
+            "seed", config.seed, f"the seed of the last result exceeds {2**32 - 1}", "use a smaller seed"
         )
     times = Counter(job.name for job in jobs)  # names put together may meet where their parts do not
     return [
@@ -407,8 +408,8 @@ def _summary(results: dict[str, dict[str, float]], jobs: Sequence[EditJob], form
 
     rmse, largest = mean("rmse"), max(number["largest"] for number in numbers)
     ratio = f" (PSNR {20 * math.log10(2 * form.half_range / rmse):.1f} dB)" if rmse else ""
-    line = f"\nDifference from what is known: root mean square {rmse:.3g}, "
+    line = f"\nError on the known values: root mean square {rmse:.3g}, "
     line += f"at most {largest:.3g} of {2 * form.half_range:g}{ratio}"
     if "rmse_sampled" in numbers[0]:
-        line += f"; {mean('rmse_sampled'):.3g} as sampled, before it was put in"
+        line += f"; {mean('rmse_sampled'):.3g} as sampled, before the known values replaced the samples"
     return line

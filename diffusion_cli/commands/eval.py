@@ -56,7 +56,7 @@ def _history(name: str, output_dir: str) -> Path:
         if (folder / "metrics.json").is_file():
             return folder / "metrics.json"
     raise UsageError(
-        "compare", name, "has no metrics.json", "measure it first, with diffuse eval run= or samples="
+        "compare", name, "has no metrics.json", "evaluate it first: diffuse eval run= or samples="
     )
 
 
@@ -81,7 +81,7 @@ def measure(mode: EvaluationMode) -> None:
         for report in reports:
             print(report.table())
     if results:
-        print(f"With their protocol in {history}")
+        print(f"Results and protocol: {history}")
 
 
 def assess(plan: EvaluationPlan) -> list[Report]:
@@ -138,7 +138,7 @@ def _keep_record(samples: ModelSamples, report: Report) -> None:
             keep_labels(samples.folder, samples.class_names or (), model.info.form.suffix)
     if samples.calls is None:
         report.notes.append(
-            "network calls: unknown, for an earlier start made the samples and ended before it recorded them"
+            "network calls: unknown, because an interrupted run made the samples without recording them"
         )
 
 
@@ -149,7 +149,7 @@ def _keep_pictures(evaluation: Evaluation, folder: Path, report: Report) -> None
         path = own_folder(folder, "pictures") / f"{name}-{digest[:8]}.png"
         with _noting(report):
             save_rows(picture, path)
-            report.notes.append(f"{name}: its picture is {path}")
+            report.notes.append(f"{name}: picture in {path}")
 
 
 @contextmanager
@@ -168,7 +168,7 @@ def _described(plan: EvaluationPlan, samples: Samples) -> str:
     protocol = samples.protocol()
     if not isinstance(samples, ModelSamples):
         return (
-            f"{plan.source}, its reconstructions of {len(samples)} images of "
+            f"{plan.source}, reconstructions of {len(samples)} images of "
             f"{protocol['dataset']}/{protocol['split']}, {protocol['weights']} weights"
         )
     repeats = f"{plan.repeats} repeats of " if plan.repeats > 1 else ""

@@ -160,14 +160,14 @@ def _of_autoencoder(mode: ReconstructionEvaluation) -> EvaluationPlan:
         raise UsageError(
             "dataset",
             dataset.name,
-            f"its images are {dataset.shape}, and the autoencoder's {trained.shape}",
-            "take the dataset that it was trained on",
+            f"its images have shape {dataset.shape}, but the autoencoder expects {trained.shape}",
+            "use the dataset that it was trained on",
         )
     metric = next(iter(mode.metric))
     split = mode.splits[metric]
     images = dataset.stream(split)
     if not len(images):
-        raise UsageError(f"metric.{metric}.split", split, "has no images", "take the other split")
+        raise UsageError(f"metric.{metric}.split", split, "has no images", "use the other split")
     record = weights_record(folder, trained, mode.weights) | {
         "dataset": dataset.name, "split": split, "precision": EXACT, "form": dataset.form.to_dict(),
     }  # fmt: skip
@@ -203,7 +203,7 @@ def _dataset_of_files(mode: SampleFilesEvaluation, path: Path) -> Dataset | None
         return _dataset(mode, run, load_model(run, "ema", device_of(mode.device)))
     for key, value in mode.data_paths.items():
         raise UsageError(
-            f"dataset.{key}", value, "is for a run's dataset", "name the dataset, as dataset=folder"
+            f"dataset.{key}", value, "no dataset is chosen", "choose one, for example dataset=folder"
         )
     return None
 
@@ -228,7 +228,7 @@ def _metrics(mode: EvaluationMode, dataset: Dataset, split: Split | None = None)
     else:
         stats = mode.reference.get("stats")
         if stats is not None and not any(isinstance(metric, FrechetDistance) for metric in kinds.values()):
-            raise UsageError("reference.stats", stats, "serves fid, sfid and fd_dinov2 only", "leave it out")
+            raise UsageError("reference.stats", stats, "used only by fid, sfid and fd_dinov2", "leave it out")
         reference = build(mode.reference, pictures)
     return MetricSetup(
         FeatureExtractors(mode.features, pictures, cache_folder(mode.cache_dir), device_of(mode.device)),

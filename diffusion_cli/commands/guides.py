@@ -52,14 +52,14 @@ class GuidanceRuns:
             raise error.renamed({"step": "guidance.step", folder: key}) from error
         if guide.digest == self.model.digest and run is step is None:
             raise UsageError(
-                "guidance", "auto", "needs a weaker model", "give guidance.run= or guidance.step="
+                "guidance", "auto", "needs a weaker model", "set guidance.run= or guidance.step="
             )
         if guide.digest == self.model.digest:
             raise UsageError(
                 key,
                 NO_VALUE,
-                "these are the weights of the model itself",
-                "name a weaker one by guidance.run, or an earlier checkpoint by guidance.step",
+                "has the same weights as the model to guide",
+                "use a weaker run (guidance.run=) or an earlier checkpoint (guidance.step=)",
             )
         self._compare(key, guide, "parameterization")
         if guide.num_classes is not None and (
@@ -73,8 +73,8 @@ class GuidanceRuns:
             raise UsageError(
                 key,
                 NO_VALUE,
-                f"knows the classes {guide.info.class_names}, and the model {known}",
-                "take another guide",
+                f"is conditioned on the classes {guide.info.class_names}, but the model on {known}",
+                "use another guide",
             )
         self.digests = {"guide_sha256": guide.digest}
         return guide.denoiser
@@ -92,8 +92,8 @@ class GuidanceRuns:
             raise UsageError(
                 key,
                 NO_VALUE,
-                f"tells {guide.info.class_names}",
-                f"the model's data has {self.model.info.class_names}",
+                f"has the classes {guide.info.class_names}, but the model {self.model.info.class_names}",
+                "use a classifier with the same classes",
             )
         self.digests = {"classifier_sha256": guide.digest}
         if self.model.num_classes is None:
@@ -104,7 +104,7 @@ class GuidanceRuns:
         """Raise UsageError unless a guide sees images of the same shape in the same space at the same noise levels."""
         if guide.shape != self.model.shape:
             raise UsageError(
-                key, NO_VALUE, f"is for images {guide.shape}, the model makes {self.model.shape}"
+                key, NO_VALUE, f"has image shape {guide.shape}, but the model {self.model.shape}"
             )
         if not _same_latents(guide.info.latent, self.model.info.latent):
             theirs, ours = ("latents" if origin.info.latent else "pixels" for origin in (guide, self.model))
@@ -112,19 +112,22 @@ class GuidanceRuns:
                 raise UsageError(
                     key,
                     NO_VALUE,
-                    "works in other latents than the model",
-                    "take one trained with the same latent.run",
+                    "its latents differ from the model's",
+                    "use one trained with the same latent.run",
                 )
             raise UsageError(
                 key,
                 NO_VALUE,
-                f"works in {theirs}, and the model in {ours}",
-                f"take one trained as the model, in {ours}",
+                f"works on {theirs}, but the model works on {ours}",
+                f"use one trained on {ours}",
             )
         for part in ("schedule", *parts):
             if getattr(guide.info.config, part) != getattr(self.model.info.config, part):
                 raise UsageError(
-                    key, NO_VALUE, f"has another {part} than the model", "take one trained with the same"
+                    key,
+                    NO_VALUE,
+                    f"its {part} differs from the model's",
+                    f"use one trained with the same {part}",
                 )
 
 

@@ -69,7 +69,7 @@ def real_images(dataset: Dataset, split: str, count: int | None) -> list[Input]:
     count = len(images) if count is None else min(count, len(images))
     rows = spread(len(images), count)
     if not count:
-        raise UsageError("input", split, f"{dataset.name} has no images there", "give files")
+        raise UsageError("input", split, f"{dataset.name} has no images in this split", "give image files")
     pixels = quantized(images[rows.to(images.device)].cpu(), dataset.form)
     return [Input(result_name(split, row), image) for row, image in zip(rows.tolist(), pixels, strict=True)]
 
@@ -107,7 +107,7 @@ def read_input(
     if len({image.pixels.shape for image in images}) > 1:
         sizes = " and ".join(dict.fromkeys(described(image.pixels.shape) for image in images))
         raise UsageError(
-            "input", given, f"holds images of {sizes}", "give one kind at a time, or set fit=true"
+            "input", given, f"the images differ in size: {sizes}", "give images of one size, or set fit=true"
         )
     return images
 
@@ -119,7 +119,9 @@ def _files(folder: Path, form: SampleFormat) -> list[Path]:
     if manifests([name for name in inside if name == MANIFEST], lambda name: read(folder / name)):
         names = [name for name in names if "/" not in name]
         if not names:
-            raise UsageError("input", folder, "holds series of images", "give one of its folders")
+            raise UsageError(
+                "input", folder, "contains only subfolders of image series", "give one of the subfolders"
+            )
     show_remarks(ignored_files(folder, inside, "input", form.suffixes))
     return [folder / name for name in names]
 
@@ -146,16 +148,16 @@ def read_mask(path: str) -> Tensor:
         return torch.from_numpy(pixels)
     opaque = whole[~erased][:, :3]
     if _is_white_on_black(opaque):
-        show_remarks([f"edit.mask={path}: its white part is painted, and not the transparent part"])
+        show_remarks([f"edit.mask={path}: the white part is painted, not the transparent part"])
         return torch.from_numpy(pixels)
     if not _is_photograph(opaque):
         raise UsageError(
             "edit.mask",
             path,
-            "has a transparent part that may be painted or kept",
+            "the meaning of its transparent part is ambiguous",
             "save the mask as black and white without transparency",
         )
-    show_remarks([f"edit.mask={path}: its transparent part is painted, whatever its colours are"])
+    show_remarks([f"edit.mask={path}: the transparent part is painted, whatever its colours"])
     return torch.from_numpy(np.where(erased, 255, 0).astype(np.uint8))
 
 
@@ -177,7 +179,7 @@ def _content(file: Path) -> bytes:
     if not file.is_file():
         split = OTHER_SPLITS.get(str(file))
         split = f", or input={split} for images of the run's dataset" if split else ""
-        raise FormatError(f"is no file; give an image, a folder or a list of images{split}")
+        raise FormatError(f"is not a file; give an image, a folder or a list of images{split}")
     return read(file)
 
 
@@ -198,7 +200,7 @@ def _refuse(shape: Shape, shapes: list[Shape], fit: bool, remedy: str) -> None:
     if not fit:
         wanted = " or ".join(map(described, shapes))
         raise FormatError(
-            f"is {described(shape)}, and wanted is {wanted}; convert it, or set fit=true to {remedy}"
+            f"is {described(shape)}, but must be {wanted}; convert it, or set fit=true to {remedy}"
         )
 
 

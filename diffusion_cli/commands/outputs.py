@@ -88,7 +88,9 @@ def _refuse_other_settings(output: Path, manifest: dict[str, Any], settings: dic
                     )
                     for key in keys
                 ),
-                Problem("output", output, "holds images of other settings", "choose another folder"),
+                Problem(
+                    "output", output, "contains images made with other settings", "choose another folder"
+                ),
             ]
         )
 
@@ -124,18 +126,18 @@ def parsed(content: bytes) -> dict[str, Any]:
 
 def _checked(manifest: Any) -> dict[str, Any]:
     if not isinstance(manifest, dict):
-        raise FormatError("is no object")
+        raise FormatError("is not a JSON object")
     settings, results = manifest.get("settings"), manifest.get("results", {})
     if not isinstance(settings, dict) or not isinstance(manifest.get("versions"), dict):
-        raise FormatError("says nothing of settings and versions")
+        raise FormatError("has no settings or no versions")
     labels = [0] if settings.get("labels") is None else settings["labels"]
     if labels == []:
-        raise FormatError("labels should be some, or null")
+        raise FormatError("labels should not be empty")
     if not isinstance(labels, list) or not all(type(n) is int and 0 <= n < 2**32 for n in labels):
         raise FormatError("labels should be whole numbers")
     shares = settings.get("label_shares")
     if shares is not None and not are_shares(shares, len(labels)):
-        raise FormatError("label_shares should be a whole number from 1 on for each of the labels")
+        raise FormatError("label_shares should be one positive whole number per label")
     seed_ranges(manifest.get("seeds", []))
     for key, number in (
         ("step", manifest.get("step", 0)),
@@ -144,7 +146,7 @@ def _checked(manifest: Any) -> dict[str, Any]:
         if type(number) is not int or number < 0:
             raise FormatError(f"{key} should be a whole number")
     if not isinstance(results, dict) or not all(map(_is_result, results.values())):
-        raise FormatError("results should be numbers by name")
+        raise FormatError("results should map names to numbers")
     return manifest
 
 

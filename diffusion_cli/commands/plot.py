@@ -21,12 +21,12 @@ def run(variants: list[Variant]) -> None:
         raise UsageError(
             "output",
             output,
-            f"figure={figure.name} is written as {' or '.join(figure.formats)}",
-            "end the name in one",
+            f"unsupported file format for figure={figure.name}",
+            f"use the suffix {' or '.join(figure.formats)}",
         )
     if config.output and output.exists() and not (config.force and output.is_file()):
         raise UsageError(
-            "output", output, "is there already", "take another name, or set force=true to write over a file"
+            "output", output, "already exists", "choose another name, or set force=true to overwrite a file"
         )
     figure.draw(configs, output)
     print(f"{figure.name.capitalize()} of {', '.join(configs)}: {output}")

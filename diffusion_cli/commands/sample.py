@@ -43,7 +43,7 @@ def _sample(config: SampleConfig) -> None:
     todo = ranks.broadcast([seed for seed in seeds if not image_path(output, seed, form).is_file()])
     if len(todo) < len(seeds) and ranks.is_main:
         print(
-            f"{output} has {len(seeds) - len(todo)} of {len(seeds)} images; making the others",
+            f"{output} has {len(seeds) - len(todo)} of {len(seeds)} images; generating the rest",
             file=sys.stderr,
         )
     shown = seeds[: max(STRIP_IMAGES * config.strip, GIF_IMAGES * config.gif)]

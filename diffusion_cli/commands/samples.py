@@ -130,16 +130,19 @@ def in_shares_of(trained: LoadedModel, reference: Reference) -> tuple[LoadedMode
         counts = reference.class_counts(names)
     except (ValueError, OSError) as error:
         raise UsageError(
-            "label", None, f"needs the labels of the reference ({error})", "or set label=all"
+            "label",
+            None,
+            f"the labels of the reference cannot be read ({error})",
+            "set label=all for equal class shares",
         ) from error
     if counts is not None:
         counts = [count if label in made else 0 for label, count in enumerate(counts)]
     if counts is None or not any(counts):
         source = reference.name if reference.stats is None else reference.stats.name
-        return trained, f"class shares: equal, as {source} has no labels of the model's classes"
+        return trained, f"class shares: equal, because {source} has no labels of the model's classes"
     settings = label_settings(counts)
     matched = replace(trained, labels=labels_in_turn(settings), record={**trained.record, **settings})
-    return matched, f"class shares: those of {reference.name}; label=all makes equal shares"
+    return matched, f"class shares: those of {reference.name}; for equal shares use label=all"
 
 
 def image_path(folder: Path, seed: int, form: SampleFormat) -> Path:

@@ -65,7 +65,7 @@ def train(config: TrainConfig) -> int:
             return _fit(config, setup, folder, before, stop)
         if main:
             print(
-                f"{folder} is complete at step {done}; a larger budget, as max_steps={2 * done}, goes on with it"
+                f"{folder} finished at step {done}; to continue, raise the budget, for example max_steps={2 * done}"
             )
         return 0
 
@@ -143,8 +143,6 @@ def _naming_the_saved_step(checkpoints: CheckpointCallback, done: int) -> Iterat
         # With an image less it would not be the run that it was.
         same = "on the same data " if isinstance(error, UnreadableError) else ""
         saved = (
-            f"is saved to step {step}; {same}the same command goes on from there"
-            if step
-            else "is not saved yet"
+            f"is saved at step {step}; {same}the same command continues it" if step else "is not saved yet"
         )
         raise MachineError(f"{error}; the run {saved}") from error

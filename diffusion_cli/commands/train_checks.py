@@ -20,21 +20,24 @@ def check_devices(config: TrainConfig, place: ProcessInfo) -> None:
     there = 0 if config.trainer["accelerator"] == "cpu" else torch.cuda.device_count()
     if 0 < there < (devices or 1):
         raise UsageError(
-            "trainer.devices", devices, f"there are {there} GPUs here", "take so many, or trainer=cpu"
+            "trainer.devices",
+            devices,
+            f"only {there} GPUs were found",
+            f"use at most {there}, or trainer=cpu",
         )
     if place.world > 1 and devices not in (None, place.local_world):
         raise UsageError(
             "trainer.devices",
             devices,
-            f"torchrun or srun started {place.local_world} on this node",
+            f"torchrun or srun started {place.local_world} processes on this node",
             "leave it null",
         )
     if nodes not in (None, place.nodes):
         raise UsageError(
             "trainer.num_nodes",
             nodes,
-            f"{place.nodes} is at work",
-            "start diffuse by torchrun or srun on so many, or with -m launcher=slurm",
+            f"diffuse was started on {place.nodes}",
+            f"start it with torchrun or srun on {nodes} nodes, or with -m launcher=slurm",
         )
 
 
@@ -50,7 +53,7 @@ def remark_on_machine(config: TrainConfig) -> str | None:
     return (
         "trainer=auto: torch cannot use the GPU of this machine; install a torch build for it, or add trainer=cpu"
         if assumed
-        else "trainer=auto: the recipe is that of a machine without GPU, and torch has one; add trainer=gpu name=NEW"
+        else "trainer=auto: the recipe is for a machine without GPU, but torch found one; add trainer=gpu name=NEW"
     )
 
 
@@ -73,7 +76,7 @@ def check_configuration(folder: Path, config: TrainConfig, stored: dict[str, Any
                 Problem(
                     "name",
                     config.name,
-                    "holds a run of another configuration",
+                    "this run has another configuration",
                     f"continue with: diffuse train run={run}, or choose another name",
                 ),
             ]
@@ -87,15 +90,15 @@ def check_data(folder: Path, now: CheckpointInfo, before: CheckpointInfo) -> Non
         Problem(
             "labels",
             NO_VALUE,
-            "are not those that the run was begun on",
-            "give back the labels, or take another name=",
+            "differ from those that the run started with",
+            "restore the labels, or choose another name=",
         )
         if key == "labels_sha256"
         else Problem(
             key,
             plain[key],
-            f"the run in {folder} was begun on {stored[key]}",
-            "give back the data, or take another name=",
+            f"the run in {folder} started with {stored[key]}",
+            "restore the data, or choose another name=",
         )
         for key in ("num_images", "class_names", "shape", "form", "labels_sha256")
         if stored[key] != plain[key]
@@ -106,8 +109,8 @@ def check_data(folder: Path, now: CheckpointInfo, before: CheckpointInfo) -> Non
         raise UsageError(
             "dataset",
             NO_VALUE,
-            "the images or their names are not those that the run was begun on",
-            "give back the data, or take another name=",
+            "the images or their names differ from those that the run started with",
+            "restore the data, or choose another name=",
         )
 
 
@@ -118,6 +121,7 @@ def check_shares(stages: ResolutionSchedule, accumulate_grad_batches: int, world
             raise UsageError(
                 stages.key(stage),
                 stage.batch_size,
-                f"is shared out among {world} devices, in {accumulate_grad_batches} parts",
-                f"take a multiple of {world * accumulate_grad_batches}",
+                f"cannot be split evenly among {world} processes with "
+                f"accumulate_grad_batches={accumulate_grad_batches}",
+                f"use a multiple of {world * accumulate_grad_batches}",
             )

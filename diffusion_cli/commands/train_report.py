@@ -21,11 +21,11 @@ def first_line(config: TrainConfig, setup: TrainingSetup, folder: Path, done: in
     """Return what is trained on what, from `done` steps on."""
     device, steps = setup.device.torch_device, setup.max_steps
     return (
-        f"{'Going on with' if done else 'Training'} {folder}: {_describe(setup.task.model.network)} on "
+        f"{'Continuing' if done else 'Training'} {folder}: {_describe(setup.task.model.network)} on "
         f"{len(setup.images)} images of {setup.dataset.name} ({'x'.join(map(str, setup.dataset.shape))}), "
         f"{f'{setup.stages}, ' if setup.stages.grow else ''}{_where(device)}, {setup.precision}, "
         f"learning rate {config.optimizer['lr']:g}, "
-        f"{'no limit of steps' if steps is None else f'{steps:,} steps'} of {config.batch_size}"
+        f"{'unlimited steps' if steps is None else f'{steps:,} steps'} of {config.batch_size}"
     )
 
 
@@ -43,7 +43,7 @@ def last_lines(
             yield ", ".join(f"validation {name} {value:.3f}" for name, value in callback.accuracy.items())
     if stop.stopping and stop.signal is not None:
         name = signal.Signals(stop.signal).name
-        yield f"{name}: saved {folder} at step {step}; the same command goes on from there"
+        yield f"{name}: saved {folder} at step {step}; the same command continues the run"
     else:
         yield f"Trained {step} steps; the run is {folder}\nNext: {_next(model, folder)}"
 
@@ -63,15 +63,15 @@ def _beyond_its_end(setup: TrainingSetup) -> Iterator[str]:
         return
     if stages.last.first >= max_steps:
         yield (
-            f"stage_steps: reach size {stages.last.size} at step {stages.last.first}, and the run ends at step "
-            f"{max_steps}; give it more steps, or the stages fewer"
+            f"stage_steps: size {stages.last.size} begins at step {stages.last.first}, but the run ends at step "
+            f"{max_steps}; train for more steps, or lower stage_steps"
         )
     if isinstance(setup.task, AutoencoderTask):
         start = setup.task.objective.start
         if start is not None and start >= max_steps:
             yield (
-                f"objective.discriminator_start={start}: is not reached, for the run ends at step {max_steps}; give it "
-                "more steps, or an earlier start"
+                f"objective.discriminator_start={start}: is not reached, because the run ends at step {max_steps}; "
+                "train for more steps, or lower it"
             )
 
 
@@ -84,12 +84,12 @@ def _without_images(setup: TrainingSetup) -> Iterator[str]:
     names = [name for name, count in pairs if not count]
     if names:
         effect = (
-            "samples leave them out unless label= names them"
+            "sampling skips them unless label= names them"
             if isinstance(setup.task.model, Denoiser)
             else "the classifier cannot learn them"
         )
         part = f"{len(names)} of {len(class_counts)}"
-        yield f"dataset: classes without a training image: {examples(names)} ({part}); {effect}"
+        yield f"dataset: classes without training images: {examples(names)} ({part}); {effect}"
 
 
 def _next(model: Trainable, folder: Path) -> str:

@@ -160,14 +160,17 @@ def _objective(config: TrainConfig) -> Objective[Any] | ReconstructionLoss:
     noised = config.schedule is not None
     if noised and isinstance(objective, ReconstructionLoss):
         raise UsageError(
-            "objective", "autoencoder", "adds no noise", "leave it out, or take task=autoencoder"
+            "objective",
+            "autoencoder",
+            "supported only for task=autoencoder",
+            "leave it out, or use task=autoencoder",
         )
     if not noised and not isinstance(objective, ReconstructionLoss):
         raise UsageError(
             "objective",
             type(objective).__name__,
-            "adds noise, and an autoencoder's images have none",
-            "leave it out, or take task=diffusion",
+            "not supported for task=autoencoder",
+            "leave it out, or use task=diffusion",
         )
     return objective
 
@@ -199,15 +202,15 @@ def _network(
     classifies = getattr(objective, "trains", None) is NoisyClassifier
     if dataset.missing_classes and (classifies or config.model.get("class_conditional")):
         key = "task=classifier" if classifies else "model.class_conditional=true"
-        raise UsageError(key, NO_VALUE, f"the data set has no classes to learn: {dataset.missing_classes}")
+        raise UsageError(key, NO_VALUE, f"the dataset has no classes: {dataset.missing_classes}")
     torch.manual_seed(mix(config.seed, "weights"))
     network = build(config.model, train_data.shape, dataset.num_classes)
     if getattr(network, "ordered", True) and not train_data.form.ordered:
         raise UsageError(
             "model",
             type(network).__name__,
-            "goes by the order of points, and those of a set have none",
-            "take model=set_tiny, for task=diffusion",
+            "not permutation invariant, so it cannot model point clouds",
+            "use model=set_tiny with task=diffusion",
         )
     return network
 
@@ -219,7 +222,7 @@ def _autoencoder_task(
         raise UsageError("eval_every", config.eval_every, "an autoencoder makes no samples", "leave it out")
     if config.progressive is not None:
         raise UsageError(
-            "progressive", config.progressive, "is for what noised images are shown to", "leave it out"
+            "progressive", config.progressive, "not supported for task=autoencoder", "leave it out"
         )
     return AutoencoderTask(objective.model(network, dataset.shape), objective)
 
@@ -249,14 +252,12 @@ def resolution_schedule(config: TrainConfig, dataset: Dataset) -> ResolutionSche
     """Return the stages of a run; UsageError for point clouds and masks, and as `ResolutionSchedule.from_sizes`."""
     sizes, steps = config.progressive, config.stage_steps
     if sizes is not None and not dataset.form.ordered:
-        raise UsageError(
-            "progressive", sizes, "points lie in no order in which to take their means", "leave it out"
-        )
+        raise UsageError("progressive", sizes, "not supported for point clouds", "leave it out")
     if sizes is not None and config.dataset.get("masks") is not None:
         raise UsageError(
             "progressive",
             sizes,
-            "the mean of two labels of dataset.masks is a third",
+            "not supported with dataset.masks, because labels cannot be averaged",
             "leave one of them out",
         )
     if steps is None and sizes is not None:

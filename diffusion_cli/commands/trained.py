@@ -103,8 +103,8 @@ def dataset_of(folder: Path, trained: Loaded, data_dir: str, paths: Mapping[str,
         raise UsageError(
             named,
             NO_VALUE,
-            f"is named by the checkpoint in {folder}, and you have never used it here",
-            "if you trust the checkpoint, add these words to the command",
+            f"this path comes from the checkpoint in {folder}, and you have never used it on this machine",
+            "if you trust the checkpoint, add the path to the command",
         )
     mistakes = check_dataset(node, trained.shape)
     if mistakes:
@@ -120,9 +120,9 @@ def dataset_of(folder: Path, trained: Loaded, data_dir: str, paths: Mapping[str,
         raise UsageError(
             "run",
             folder,
-            f"knows images of size {min(trained.shape[1:])} at step {trained.step}, and those of its "
-            f"dataset are of {min(dataset.shape[1:])}",
-            "train on, or name a later step=",
+            f"is trained for size {min(trained.shape[1:])} at step {trained.step}, but its dataset has size "
+            f"{min(dataset.shape[1:])}",
+            "continue training, or choose a later step=",
         )
     remember(paths)
     return dataset
@@ -154,7 +154,7 @@ def prepare(settings: SamplingSettings, folder: Path, model: LoadedDenoiser) -> 
         raise UsageError(
             "guidance.dynamic_threshold",
             guidance.quantile,
-            "keeps pixels in [-1, 1], and the model works in latents, which have no such bounds",
+            "clips pixels to [-1, 1], but the model works on latents, which are unbounded",
             "leave it null",
         )
     if settings.compile:
@@ -192,6 +192,6 @@ def _refuse_untrained_null(model: LoadedDenoiser, key: str) -> None:
         raise UsageError(
             key,
             None,
-            "the model was trained with objective.label_dropout=0, never without a label",
-            "name a class",
+            "unconditional sampling needs a model trained with objective.label_dropout > 0",
+            "choose a class",
         )

@@ -51,7 +51,7 @@ def _whole_checkpoint(path: Path) -> Iterator[Path]:
             _check_sums(temporary)
         except DamagedError as error:
             raise MachineError(
-                f"{path}: does not read back as it was written; take a folder on another disk"
+                f"{path}: reading it back gave other bytes than were written; use a folder on another disk"
             ) from error
     if os.name == "posix":  # the move, too, should outlive a power cut
         folder = os.open(path.parent, os.O_RDONLY)
@@ -91,12 +91,12 @@ def _check_sums(path: Path) -> None:
     except Exception as error:  # damaged archives fail in many ways
         raise _damaged(path, reason(error)) from error
     if not whole:
-        raise _damaged(path, "its check sums are wrong")
+        raise _damaged(path, "a checksum is wrong")
 
 
 def _damaged(path: Path, why: str) -> DamagedError:
     return DamagedError(
-        path, NO_VALUE, f"is not a whole checkpoint ({why})", "name another step= or another run"
+        path, NO_VALUE, f"invalid or damaged checkpoint ({why})", "choose another step= or another run"
     )
 
 
@@ -170,7 +170,7 @@ def read(path: Path, sums: bool = True) -> Checkpoint:
     # A tensor in its place would be compared number by number, however many it says that it has.
     written = entry.get("format") if isinstance(entry, dict) else None
     if type(written) is not int or written < OLDEST:
-        raise UsageError(path, NO_VALUE, "is not a checkpoint that diffuse can read", "name another run")
+        raise UsageError(path, NO_VALUE, "is not a checkpoint that diffuse can read", "choose another run")
     if written > FORMAT:
         raise UsageError(
             path,
@@ -186,7 +186,7 @@ def read(path: Path, sums: bool = True) -> Checkpoint:
     except ValueError as error:
         mistakes = "; ".join(str(error).splitlines())
         raise UsageError(
-            path, NO_VALUE, f"is no checkpoint of diffuse: {mistakes}", "name another run"
+            path, NO_VALUE, f"is not a checkpoint of diffuse: {mistakes}", "choose another run"
         ) from error
     return checkpoint
 
@@ -195,11 +195,11 @@ def _problems(checkpoint: Checkpoint) -> Iterator[Problem]:
     """Yield what is wrong with the entries of Lightning that every command reads."""
     step, version = checkpoint.state.get("global_step"), checkpoint.state.get("pytorch-lightning_version")
     if type(step) is not int or not 0 <= step < 2**63:
-        yield Problem("global_step", NO_VALUE, "is no number of steps")
+        yield Problem("global_step", NO_VALUE, "is not a number of steps")
     if not isinstance(version, str) or not VERSION.fullmatch(version):
-        yield Problem("pytorch-lightning_version", NO_VALUE, "should be a version from 2.0 on")
+        yield Problem("pytorch-lightning_version", NO_VALUE, "should be version 2.0 or newer")
     if not checkpoint.has_weights("ema"):
-        yield Problem("its weights", NO_VALUE, "are not there, or not whole")
+        yield Problem("its weights", NO_VALUE, "are missing or incomplete")
 
 
 def numbered(step: int) -> str:

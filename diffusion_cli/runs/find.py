@@ -36,7 +36,7 @@ def newest(run: Path, sums: bool = True) -> Found | None:
     """
     last = run / LAST
     earlier = sorted(last.parent.glob("step_*.ckpt"), reverse=True)
-    why = "is not a whole checkpoint" if last.is_file() else "is missing"
+    why = "damaged checkpoint" if last.is_file() else "missing checkpoint"
     for path in (last, *earlier):
         try:
             checkpoint = read(path, sums)
@@ -46,15 +46,15 @@ def newest(run: Path, sums: bool = True) -> Found | None:
         return Found(
             path,
             checkpoint,
-            None if path == last else f"{last}: {why}; going on from step {step}, {path.name}",
+            None if path == last else f"{last}: {why}; using step {step}, {path.name}",
         )
     if not earlier and not last.is_file():
         return None
     raise DamagedError(
         last,
         NO_VALUE,
-        f"{why}, and no other one of the run is whole",
-        "put a copy there, or take another run",
+        f"{why}, and the run has no intact one",
+        "restore a copy, or choose another run",
     )
 
 
@@ -77,11 +77,11 @@ def find_run(run: str | None, output_dir: str, key: str = "run") -> Path:
             if found is not None and found.checkpoint.info.task == Denoiser.task:
                 if dates[folder] > time.time() + 3600 and Distributed().is_main:
                     print(
-                        f"diffuse: {folder} is the newest, by a date to come; run= names another",
+                        f"diffuse: {folder} is the newest run, but its date is in the future; run= chooses another",
                         file=sys.stderr,
                     )
                 return folder
-        raise UsageError("output_dir", output_dir, "holds no run", "make one with: diffuse train")
+        raise UsageError("output_dir", output_dir, "contains no runs", "train one with: diffuse train")
     for folder in (Path(run), root / run):
         if _checkpoints(folder):
             return folder
@@ -111,7 +111,7 @@ def task_of(run: Path) -> str:
     """Return the task of a run: `diffusion`, `classifier` or `autoencoder`; UsageError as `newest`, or without one."""
     found = newest(run, sums=False)
     if found is None:
-        raise UsageError(run, NO_VALUE, f"holds no {LAST}")
+        raise UsageError(run, NO_VALUE, f"has no {LAST}")
     return found.checkpoint.info.task
 
 
@@ -132,7 +132,7 @@ def recover(run: Path) -> None:
     last = run / LAST
     kept = ""
     if last.is_file():
-        kept = f"; the damaged one is {set_aside(last).name} now"
+        kept = f"; the damaged file is now {set_aside(last).name}"
     copy_checkpoint(found.path, last)
     print(f"diffuse: {found.remark}{kept}", file=sys.stderr)
 

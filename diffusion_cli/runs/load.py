@@ -96,7 +96,7 @@ def load_autoencoder(
     checkpoint, loaded = _read_checkpoint(run, step, weights, AutoencoderKL.task)
     network = _build_network(checkpoint, weights)
     if not isinstance(network, AutoencoderKL):
-        raise UsageError(run, NO_VALUE, "its model is no autoencoder", "give a run of task=autoencoder")
+        raise UsageError(run, NO_VALUE, "its model is not an autoencoder", "give a run of task=autoencoder")
     network = network.to(device).eval().requires_grad_(False)
     return LoadedAutoencoder(checkpoint.info, loaded.step, loaded.digest, network)
 
@@ -113,10 +113,10 @@ def load_latents(run: Path, info: CheckpointInfo, device: torch.device) -> Laten
         ):  # its size is that of its weights, or it is not built
             network = build(latent.autoencoder, shape, None)
             if not isinstance(network, AutoencoderKL) or network.latent_shape(shape) != latent.shape:
-                raise FormatError("makes no such latents as the model works in")
+                raise FormatError("its latents have another shape than the model's")
             check_fit(path, network, state)
         if digest(state) != latent.sha256:
-            raise FormatError("is not the one that the run was trained with")
+            raise FormatError("is not the autoencoder that the run was trained with")
         autoencoder = build(latent.autoencoder, shape, None)
         autoencoder.load_state_dict(state)
         return Latents(autoencoder.to(device), shape, latent.mean, latent.std)
@@ -125,7 +125,7 @@ def load_latents(run: Path, info: CheckpointInfo, device: torch.device) -> Laten
             path,
             NO_VALUE,
             f"the autoencoder of the run cannot be read ({reason(error)})",
-            "put it back, or name another run",
+            "restore it, or choose another run",
         ) from error
 
 
@@ -141,12 +141,10 @@ def _read_checkpoint(run: Path, step: Step, weights: Weights, task: str) -> tupl
             path,
             NO_VALUE,
             f"was made by another version of diffuse: {'; '.join(map(str, problems))}",
-            "name another run",
+            "choose another run",
         )
     if not checkpoint.has_weights(weights):
-        raise UsageError(
-            path, NO_VALUE, f"weights={weights}: are not there, or not whole", "name another run"
-        )
+        raise UsageError(path, NO_VALUE, f"weights={weights} are missing or incomplete", "choose another run")
     _check_fit(path, info, checkpoint.weights(weights))
     loaded = Loaded(info, checkpoint.step, digest(checkpoint.weights(weights)))
     if loaded.shape != info.shape and Distributed().is_main:
@@ -167,11 +165,14 @@ def _find_checkpoint(run: Path, step: Step) -> tuple[Path, Checkpoint]:
     path = run / (LAST if step is None else BEST if step == "best" else LAST.with_name(numbered(step)))
     if step == "best" and not path.is_file():
         raise UsageError(
-            "step", "best", f"{run} keeps none", "train with eval_every= and keep_best=, or name a step"
+            "step",
+            "best",
+            f"{run} has no best checkpoint",
+            "train with eval_every= and keep_best=, or choose a step",
         )
     if step is not None and not path.is_file():
         kept = ", ".join(str(int(file.stem[5:])) for file in sorted(path.parent.glob("step_*.ckpt")))
-        raise UsageError("step", step, f"{run} keeps no such checkpoint", f"it has those of steps {kept}")
+        raise UsageError("step", step, f"{run} has no such checkpoint", f"choose a step from: {kept}")
     return path, read(path)
 
 
@@ -182,12 +183,12 @@ def _check_fit(path: Path, info: CheckpointInfo, state: Mapping[str, Tensor]) ->
             network = build(info.config.model, info.network_shape, info.num_classes)
         wanted = {key: (value.shape, value.dtype) for key, value in network.state_dict().items()}
         if wanted != {key: (value.shape, value.dtype) for key, value in state.items()}:
-            raise FormatError("the model has other tensors than are there")
+            raise FormatError("the weights do not fit the model")
         build(info.config.schedule)
         build(info.config.parameterization)
     except Exception as error:  # sizes of a stranger's fail in many ways
         raise UsageError(
-            path, NO_VALUE, f"its model cannot be built ({reason(error)})", "name another run"
+            path, NO_VALUE, f"its model cannot be built ({reason(error)})", "choose another run"
         ) from error
 
 
@@ -200,7 +201,7 @@ def _limit_tensors(tensors: int) -> Iterator[None]:
         nonlocal built
         built += parameter is not None
         if built > tensors:
-            raise FormatError(f"the model has more than the {tensors} tensors that are there")
+            raise FormatError(f"the model needs more than the {tensors} stored tensors")
 
     hook = register_module_parameter_registration_hook(count)
     try:

@@ -67,8 +67,8 @@ def from_diffusers(folder: Path, key: str) -> Pretrained:
         raise UsageError(
             key,
             folder,
-            f"holds no AutoencoderKL that can be read: {reason(error)}",
-            "give a folder that diffusers' AutoencoderKL.save_pretrained wrote",
+            f"contains no readable AutoencoderKL: {reason(error)}",
+            "give a folder written by AutoencoderKL.save_pretrained of diffusers",
         ) from error
     network = AutoencoderKL(shape, None, **options)
     network.load_state_dict(state)
@@ -78,7 +78,7 @@ def from_diffusers(folder: Path, key: str) -> Pretrained:
 def _read_config(path: Path) -> _DiffusersConfig:
     value = read_json(path)
     if not isinstance(value, dict):
-        raise FormatError(f"{path.name} holds no fields")
+        raise FormatError(f"{path.name} is not a JSON object")
     config, mistakes = validate(_DiffusersConfig, value)
     if config is None:
         raise UsageError(path.name, NO_VALUE, str("; ".join(map(str, mistakes))))
@@ -99,11 +99,11 @@ def _options(config: _DiffusersConfig) -> dict[str, Any]:
         raise UsageError(
             "config.json",
             NO_VALUE,
-            f"{wrong[0]}={format_value(getattr(config, wrong[0]))} does not go with the rest",
+            f"{wrong[0]}={format_value(getattr(config, wrong[0]))} contradicts the other fields",
         )
     if any(width % widths[0] for width in widths):
         raise UsageError(
-            "config.json", NO_VALUE, f"block_out_channels={widths} are no multiples of the first"
+            "config.json", NO_VALUE, f"block_out_channels={widths} should be multiples of the first"
         )
     return {
         "in_channels": config.in_channels,

@@ -142,18 +142,18 @@ class CheckpointInfo(BaseModel):
         if math.prod(self.shape) > MOST_PIXELS:
             yield Problem("shape", list(self.shape), "is too large for an image")
         if self.stages is not None and not _lead_to(self.shape, self.stages):
-            yield Problem("stages", NO_VALUE, "do not lead to the shape step by step")
+            yield Problem("stages", NO_VALUE, "contradict the shape")
         if (None if names is None else len(names)) != self.num_classes:
             yield Problem("num_classes", self.num_classes, "is not the number of class_names")
         if counts is not None and (len(counts) != self.num_classes or not any(counts)):
-            yield Problem("class_counts", NO_VALUE, "should be the images of each class, some of them not 0")
+            yield Problem("class_counts", NO_VALUE, "should be one number per class, not all 0")
         if "_target_" not in config.dataset:
-            yield Problem("dataset", NO_VALUE, "names no class")
+            yield Problem("dataset", NO_VALUE, "has no _target_")
         if (self.latent is None) != (config.latent.key is None):
-            yield Problem("latent", NO_VALUE, "does not go with latent.run and latent.pretrained")
+            yield Problem("latent", NO_VALUE, "contradicts latent.run and latent.pretrained")
         for key, node in {"schedule": config.schedule, "parameterization": config.parameterization}.items():
             if (node is None) != (self.task == AutoencoderKL.task):
-                yield Problem(key, NO_VALUE, f"does not go with task={self.task}")
+                yield Problem(key, NO_VALUE, f"contradicts task={self.task}")
         if self.task == Denoiser.task:
             yield from validate(_Objective, config.objective, "objective")[1]
 
@@ -230,7 +230,9 @@ def check_dataset(node: Mapping[str, Any], shape: Sequence[int]) -> list[Problem
     mistakes = check_node("dataset", node)
     # A dataset that is made, not read, takes the memory that its size asks for.
     if not mistakes and node.get("size", 0) * math.prod(shape) > MOST_MADE:
-        mistakes.append(Problem("dataset.size", node["size"], f"is more than {MOST_MADE} numbers in all"))
+        mistakes.append(
+            Problem("dataset.size", node["size"], f"needs more than {MOST_MADE} numbers in total")
+        )
     return mistakes
 
 

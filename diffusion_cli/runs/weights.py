@@ -41,7 +41,7 @@ def check_fit(path: Path, network: AutoencoderKL, state: Mapping[str, Tensor]) -
     wanted = network.state_dict()
     for name in sorted(wanted.keys() ^ state.keys()):
         raise UsageError(
-            path.name, NO_VALUE, f"{name} is {'missing' if name in wanted else 'not of this network'}"
+            path.name, NO_VALUE, f"{name} is {'missing' if name in wanted else 'not part of the network'}"
         )
     for name, tensor in wanted.items():
         if tensor.shape != state[name].shape:

@@ -201,7 +201,7 @@ def test_a_run_is_evaluated_in_the_class_shares_of_its_data(place, capsys):
     assert labels is not None
     assert protocol(history)["sampling"]["labels"] == list(range(10))
     assert protocol(history)["sampling"]["label_shares"] == labels.bincount().tolist()
-    assert "class shares: those of digits/train; label=all makes equal shares" in newest_notes(history)
+    assert "class shares: those of digits/train; for equal shares use label=all" in newest_notes(history)
     assert evaluate(place, "run=b", *words, "label=all") == 0
     assert "label_shares" not in protocol(place / "o" / "b" / "metrics.json")["sampling"]
     capsys.readouterr()
@@ -479,17 +479,17 @@ def test_a_comparison_of_runs_marks_numbers_of_unlike_protocols(place, tmp_path,
     (first, second) = [line for line in table.splitlines() if line.startswith(("| b ", "| c "))]
     assert "*" not in first
     assert second.count("*") == 3
-    assert "(*) precision_classifier of run=c has another protocol than run=b: features, reference" in table
+    assert "(*) precision_classifier: the protocols of run=c and run=b differ in features, reference" in table
     assert "*" not in (tmp_path / "table" / "table.csv").read_text()
 
 
 @pytest.mark.parametrize(
     ("words", "line"),
     [
-        (["steps=2"], "compare: nothing to compare; give a list"),
-        (["processes=[1,2]"], "processes: changes no number; give one value, not a list"),
+        (["steps=2"], "compare: nothing to compare; give lists"),
+        (["processes=[1,2]"], "processes: does not change the results; give one value, not a list"),
         (["steps=[1,2]", "keep=true"], "keep=true: unknown key"),
-        (["steps=[1,2]", "output={mine}"], "is not empty, and not of a comparison"),
+        (["steps=[1,2]", "output={mine}"], "is not empty and not written by diffuse compare"),
         (["steps=[1,2]", "num_samples=5"], "num_samples=5: 5 images are fewer than the 65"),
     ],
 )
@@ -548,7 +548,7 @@ def test_a_wrong_comparison_gets_one_line(place, tmp_path, capsys, words, line):
         (["run=a", "reference.stats=/nowhere.npz"], "reference.stats=/nowhere.npz: cannot be read"),
         (
             ["run=a", "metric=is", "reference.stats=x.npz"],
-            "reference.stats=x.npz: serves fid, sfid and fd_dinov2 only",
+            "reference.stats=x.npz: used only by fid, sfid and fd_dinov2",
         ),
         (
             ["run=a", "metric=bits_per_dim", "num_samples=100"],

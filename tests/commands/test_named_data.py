@@ -67,7 +67,8 @@ def folder_node(path: Path) -> dict:
 def test_a_path_that_only_a_checkpoint_names_is_not_read(tmp_path, stranger, photos):
     model = origin(**folder_node(photos))
     with pytest.raises(
-        ValueError, match=rf"dataset.path={photos}: is named by the checkpoint in x, and you have never"
+        ValueError,
+        match=rf"dataset.path={photos}: this path comes from the checkpoint in x, and you have never",
     ):
         dataset_of(Path("x"), model, "data", {})
     dataset = dataset_of(Path("x"), model, "data", {"path": str(photos)})
@@ -138,9 +139,9 @@ def test_what_one_trains_on_needs_no_word_later(tmp_path, stranger, photos, caps
     for record in (tmp_path / "state" / "diffuse" / "data").iterdir():
         record.unlink()
     assert run([*edit, "seed=1"]) == 2
-    assert f"dataset.path={photos}: is named by the checkpoint" in capsys.readouterr().err
+    assert f"dataset.path={photos}: this path comes from the checkpoint" in capsys.readouterr().err
     assert run(["train", "name=mine", *data, *words]) == 0
-    assert "is complete at step 1" in capsys.readouterr().out
+    assert "finished at step 1" in capsys.readouterr().out
     assert run([*edit, "seed=1"]) == 0
     assert run([*edit, "seed=1", f"dataset.path={photos}"]) == 0
 

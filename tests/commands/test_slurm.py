@@ -203,7 +203,7 @@ def test_a_sweep_may_stop_waiting_for_its_jobs(cluster, tmp_path):
     sweep.send_signal(signal.SIGINT)
     _, said = sweep.communicate()
     assert sweep.returncode == UNFINISHED, said
-    assert said.splitlines()[-1].startswith("diffuse: stopped waiting, the jobs go on; squeue shows them")
+    assert said.splitlines()[-1].startswith("diffuse: stopped waiting; the jobs continue: squeue lists them")
     assert cluster.about(job, "JobState") in ("PENDING", "RUNNING")
     cluster("scancel", job)
 
@@ -241,7 +241,7 @@ def test_training_preempted_three_times_ends_with_the_same_bits(cluster, tmp_pat
     cluster.wait(job)
     assert cluster.about(job, "Restarts") == "3"
     log = cluster.log(job)  # of all starts
-    assert (log.count("Training "), log.count("Going on with "), log.count("Trained 250 steps")) == (1, 3, 1)
+    assert (log.count("Training "), log.count("Continuing "), log.count("Trained 250 steps")) == (1, 3, 1)
     assert log.count("saved ") == 3
     assert_same_weights(state(folder), whole)
 
@@ -256,7 +256,7 @@ def test_training_on_two_nodes_that_runs_out_of_time_is_queued_again(cluster, tm
     assert cluster.about(job, "Restarts") == "1"
     log = cluster.log(job)
     assert "2 x cpu on 2 nodes" in log
-    assert (log.count("Going on with "), log.count("SIGUSR1: saved "), log.count("Trained 250 steps")) == (
+    assert (log.count("Continuing "), log.count("SIGUSR1: saved "), log.count("Trained 250 steps")) == (
         1,
         1,
         1,

@@ -96,7 +96,7 @@ def test_samples_take_the_shares_of_the_reference(unbalanced):
     reference: Reference = DatasetReference(array(unbalanced), split="train", stats=None)
     found, note = in_shares_of(trained(("0", "1"), [0, 1]), reference)
     assert found.record == {"labels": [0, 1], "label_shares": [19, 1], "steps": 5}
-    assert note == "class shares: those of data/train; label=all makes equal shares"
+    assert note == "class shares: those of data/train; for equal shares use label=all"
     one, rest = (labels_of(range(*part), found.labels, torch.device("cpu")) for part in ((0, 33), (33, 2000)))
     assert one is not None
     assert rest is not None
@@ -114,13 +114,13 @@ def test_a_reference_without_the_models_classes_leaves_equal_shares(unbalanced, 
     for reference in (plain, others):
         found, note = in_shares_of(model, reference)
         assert found is model
-        assert note.startswith("class shares: equal, as ")
+        assert note.startswith("class shares: equal, because ")
 
 
 def test_a_reference_that_cannot_be_read_names_the_way_out(unbalanced, tmp_path):
     missing = GivenReference(array(unbalanced), path=str(tmp_path / "missing.npy"))
     with pytest.raises(
-        ValueError, match=r"^label=null: needs the labels .* does not exist.*; or set label=all$"
+        ValueError, match=r"^label=null: the labels of the reference .* does not exist.*; set label=all"
     ):
         in_shares_of(trained(("0", "1"), [0, 1]), missing)
 
@@ -138,7 +138,7 @@ def test_published_statistics_leave_equal_shares_without_the_data_set():
     model = trained(names, [0, 1])
     found, note = in_shares_of(model, reference)
     assert found is model
-    assert note == "class shares: equal, as statistics.npz has no labels of the model's classes"
+    assert note == "class shares: equal, because statistics.npz has no labels of the model's classes"
     assert label_settings_in_training(reference, names, [3, 0, *[5] * 8]) == {"labels": [0, *range(2, 10)]}
 
 

@@ -193,7 +193,7 @@ def labels_in(output: Path) -> list[int]:
 def test_classes_without_a_training_image_are_made_by_name_only(gap, tmp_path, capsys, label, expected):
     assert sample(gap, tmp_path, *filter(None, [label]), "num_samples=2") == 0
     assert labels_in(tmp_path) == expected
-    warned = "label: no training image has the class '0'" in capsys.readouterr().err
+    warned = "label: '0': no training images of this class" in capsys.readouterr().err
     assert warned == (0 in expected)
 
 
@@ -225,7 +225,7 @@ def test_classes_without_a_training_image_are_neither_drawn_nor_measured_in_trai
         f"dataset.path={tmp_path / 'data'}",
     ]
     assert run(["train", "dataset=folder", *words, *TINY]) == 0
-    assert "classes without a training image: 'c' (1 of 3)" in capsys.readouterr().err
+    assert "classes without training images: 'c' (1 of 3)" in capsys.readouterr().err
     assert len(seen) == 2
     assert all(set(labels) == {0, 1} for labels in seen)
 
@@ -301,7 +301,7 @@ def test_a_run_is_not_continued_on_other_pixels_of_the_same_names(tmp_path, caps
     write(tmp_path / "data" / "3.png", 99)
     assert train(3) == 2
     assert (
-        "dataset: the images or their names are not those that the run was begun on"
+        "dataset: the images or their names differ from those that the run started with"
         in capsys.readouterr().err
     )
     write(tmp_path / "data" / "3.png", 3)
@@ -362,10 +362,7 @@ def test_an_image_beside_class_folders_is_named(tmp_path, capsys):
         f"output_dir={tmp_path}",
     ]
     assert run(["train", *words, *TINY]) == 2
-    assert (
-        f"model.class_conditional=true: the data set has no classes to learn: {line}"
-        in capsys.readouterr().err
-    )
+    assert f"model.class_conditional=true: the dataset has no classes: {line}" in capsys.readouterr().err
     (tmp_path / "preview.png").unlink()
     assert classes(tmp_path)[0] == ("a", "b")
 

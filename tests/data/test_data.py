@@ -975,9 +975,7 @@ def test_the_command_writes_a_file_whole_or_not_at_all(tmp_path, capsys):
     assert f"dataset.path={output} dataset.flip=true" in capsys.readouterr().out
     before = output.read_bytes()
     assert data(tmp_path, *words) == 2
-    assert (
-        capsys.readouterr().err.splitlines()[-1].startswith(f"diffuse: output={output}: is there already; ")
-    )
+    assert capsys.readouterr().err.splitlines()[-1].startswith(f"diffuse: output={output}: already exists; ")
     assert output.read_bytes() == before
     (source / "a/0.png").write_bytes(b"nothing")
     assert data(tmp_path, *words, f"output={tmp_path}/new/x") == 2

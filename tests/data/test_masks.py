@@ -141,7 +141,7 @@ def test_labels_are_not_averaged_by_growing(tmp_path, monkeypatch, capsys):
     words = ["dataset=folder", "dataset.path=images", "dataset.masks=masks", "dataset.resolution=8",
              "dataset.range=null", "trainer=cpu", "logger=csv", "max_steps=4", "name=r"]  # fmt: skip
     assert run(["train", *words, "model=unet_tiny", "progressive=[4,8]"]) == 2
-    said = "progressive=[4, 8]: the mean of two labels of dataset.masks is a third; leave one of them out"
+    said = "progressive=[4, 8]: not supported with dataset.masks, because labels cannot be averaged"
     assert said in capsys.readouterr().err
 
 

@@ -290,7 +290,7 @@ def test_networks_that_go_by_an_order_are_refused(tmp_path, capsys, words, netwo
     data = ["dataset=points", "dataset.num_points=32", "dataset.size=60", "max_steps=1", "batch_size=4"]
     rest = ["trainer=cpu", "logger=csv", "name=a", f"output_dir={tmp_path}"]
     assert run(["train", *words, *data, *rest]) == 2
-    said = f"diffuse: model={network}: goes by the order of points, and those of a set have none; take model=set_tiny"
+    said = f"diffuse: model={network}: not permutation invariant, so it cannot model point clouds; use model=set_tiny"
     assert said in capsys.readouterr().err
 
 

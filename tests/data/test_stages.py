@@ -121,11 +121,11 @@ def test_a_run_stopped_in_any_stage_or_between_equals_one_without_a_stop(tmp_pat
 
 
 def test_a_run_too_short_for_its_last_size_says_so(tmp_path, capsys):
-    said = "diffuse: stage_steps: reach size 8 at step 9, and the run ends at step 9; give it more steps, or the stages"
+    said = "diffuse: stage_steps: size 8 begins at step 9, but the run ends at step 9; train for"
     assert train(tmp_path, "max_steps=9") == 0
     assert said in capsys.readouterr().err
     assert train(tmp_path, "max_steps=10") == 0
-    assert "reach size" not in capsys.readouterr().err
+    assert "stage_steps: size" not in capsys.readouterr().err
 
 
 def test_shares_of_the_budget_stay_what_they_were_when_the_run_began(tmp_path):
@@ -171,7 +171,7 @@ def test_weights_of_an_early_stage_make_images_of_its_size(tmp_path, capsys):
     assert Image.open(tmp_path / "early" / "000001.png").size == (2, 2)
     for command in (["eval"], ["edit", "edit=reconstruct", "input=val"]):
         assert run([*command, *words, "step=8"]) == 2
-        said = f"run={folder}: knows images of size 4 at step 8, and those of its dataset are of 8; train on"
+        said = f"run={folder}: is trained for size 4 at step 8, but its dataset has size 8; continue training"
         assert said in capsys.readouterr().err
 
 
@@ -241,5 +241,5 @@ def test_the_steps_of_stages_are_shares_of_the_budget():
 def test_the_batch_of_each_stage_is_shared_out_evenly():
     config = load("train", ["progressive=[4,8]", "stage_batch=[9]"])
     assert isinstance(config, TrainConfig)
-    with pytest.raises(ValueError, match="stage_batch=9: is shared out among 2 devices, in 1 parts"):
+    with pytest.raises(ValueError, match="stage_batch=9: cannot be split evenly among 2 processes"):
         check_shares(resolution_schedule(config, NoDataset("images", (1, 8, 8))), 1, 2)

@@ -542,10 +542,10 @@ def mask_file(folder, kind):
 @pytest.mark.parametrize(
     ("kind", "said"),
     [
-        ("white strokes", "its white part is painted"),
-        ("black and white with a transparent border", "its white part is painted"),
-        ("page with a hole", "its white part is painted"),
-        ("photograph", "its transparent part is painted"),
+        ("white strokes", "the white part is painted"),
+        ("black and white with a transparent border", "the white part is painted"),
+        ("page with a hole", "the white part is painted"),
+        ("photograph", "the transparent part is painted"),
         ("opaque", None), ("transparent", None), ("without opacity", None),
     ],
 )  # fmt: skip
@@ -609,7 +609,7 @@ def test_a_stopped_edit_is_completed_whatever_the_batch(folder, tmp_path, capsys
         one, other = (pixels(tmp_path / place / f"{name}.png") for place in ("whole", "parts"))
         assert abs(one - other).max() <= 1
     assert edit(folder, *words, f"output={tmp_path}/whole", "seed=3") == 2
-    assert "holds images of other settings" in capsys.readouterr().err
+    assert "contains images made with other settings" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -694,9 +694,9 @@ def test_images_that_do_not_fit_are_refused_or_fitted(folder, tmp_path, capsys):
     assert edit(folder, f"input=[{tmp_path}/photo.png,{tmp_path}/broken.png,{tmp_path}/none.png]") == 2
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 3
-    assert "photo.png: is 30 x 20 colour, and wanted is 8 x 8 gray; convert it, or set fit=true" in lines[0]
+    assert "photo.png: is 30 x 20 colour, but must be 8 x 8 gray; convert it, or set fit=true" in lines[0]
     assert "broken.png: is not an image in PNG" in lines[1]
-    assert "none.png: is no file" in lines[2]
+    assert "none.png: is not a file" in lines[2]
     assert edit(folder, f"input={tmp_path}/photo.png", "fit=true", f"output={tmp_path}/out") == 0
     assert pixels(tmp_path / "out" / "photo.png").shape == (8, 8)
 
@@ -713,8 +713,8 @@ def test_files_of_one_name_do_not_overwrite_each_other(folder, tmp_path):
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
-        (["input=null"], "input=null: give an image file or a folder, or val"),
-        (["input=/nowhere"], "input=/nowhere: is no file"),
+        (["input=null"], "input=null: required; give an image file, a folder, or val"),
+        (["input=/nowhere"], "input=/nowhere: is not a file"),
         (["input=test"], "a list of images, or input=val for images of the run's dataset"),
         (["edit.mask=/nowhere.png"], "edit.mask=/nowhere.png: does not exist"),
         (["edit.mask=MASK"], "has 4 x 4 pixels, but the images have 8 x 8"),
@@ -722,7 +722,7 @@ def test_files_of_one_name_do_not_overwrite_each_other(folder, tmp_path):
             ["edit.mask=[2,2,9,9]"],
             "edit.mask=[2, 2, 9, 9]: must be [left,top,right,bottom] in pixels within 8 x 8",
         ),
-        (["label=12"], "label=12: there are the classes 0..9"),
+        (["label=12"], "label=12: out of range; the classes are 0..9"),
         (["label=frog"], "label=frog: unknown class; choose from 0, 1"),
         (["run=plain", "label=3"], "label=3: the model is not class-conditional"),
         (["run=plain", "guidance=cfg"], "guidance=cfg: the model is not class-conditional"),
@@ -736,25 +736,31 @@ def test_files_of_one_name_do_not_overwrite_each_other(folder, tmp_path):
         ),
         (["guidance=classifier", "guidance.run=plain", "label=1"], "was trained with task=diffusion"),
         (["restoration=null"], "restoration=null: unknown option; choose from dps, repaint, replacement"),
-        (["edit=img2img", "restoration=dps"], "restoration: edit=img2img restores nothing"),
+        (["edit=img2img", "restoration=dps"], "restoration: not used by edit=img2img"),
         (["edit=attribute"], "label=null: edit=attribute needs a target class"),
-        (["edit=attribute", "label=1", "edit.source=12"], "edit.source=12: there are the classes 0..9"),
+        (
+            ["edit=attribute", "label=1", "edit.source=12"],
+            "edit.source=12: out of range; the classes are 0..9",
+        ),
         (["edit=colorize"], "edit=colorize: the model generates gray images"),
         (["edit=super_resolution", "edit.factor=3"], "edit.factor=3: does not divide 8 x 8"),
         (["edit=outpaint"], "edit.left=0: there is no side to extend"),
-        (["edit=interpolate", "num_images=3"], "there are 3 images, and this edit takes 2 at a time"),
+        (["edit=interpolate", "num_images=3"], "3 images were given, but this edit needs a multiple of 2"),
         (["edit=interpolate", "edit.seeds=[1]"], "edit.seeds=[1]: must be pairs"),
-        (["edit=attribute", "label=1", "variations=2"], "variations=2: edit=attribute takes no noise"),
-        (["edit=interpolate", "edit.seeds=[0,1]"], "edit.seeds: takes no input, num_images or fit"),
+        (["edit=attribute", "label=1", "variations=2"], "variations=2: edit=attribute is deterministic with"),
+        (
+            ["edit=interpolate", "edit.seeds=[0,1]"],
+            "edit.seeds: cannot be combined with input, num_images or fit",
+        ),
         (
             ["edit=reconstruct", "sampler=ddpm"],
-            "sampler: edit=reconstruct measures an error, and this sampler is",
+            "sampler: edit=reconstruct requires a deterministic sampler",
         ),
         (
             ["edit=interpolate", "edit.seeds=[0,4294967296]"],
             "edit.seeds.1=4294967296: must be at most 4294967295",
         ),
-        (["seed=4294967290"], "seed=4294967290: the last result's seed passes"),
+        (["seed=4294967290"], "seed=4294967290: the seed of the last result exceeds"),
         (
             [
                 "run=plain",
@@ -872,9 +878,12 @@ def test_a_null_class_that_was_never_trained_is_refused(folder, tmp_path, capsys
     assert run([*words, "model.class_conditional=true", "objective.label_dropout=0"]) == 0
     for command in (["sample", "label=none"], ["edit", "edit=reconstruct", "input=val"]):
         assert run([*command, f"output_dir={tmp_path}", "steps=2"]) == 2
-        assert "label=null: the model was trained with objective.label_dropout=0" in capsys.readouterr().err
+        assert (
+            "label=null: unconditional sampling needs a model trained with objective.label_dropout > 0"
+            in capsys.readouterr().err
+        )
     assert run(["edit", "edit=attribute", "label=3", "input=val", f"output_dir={tmp_path}", "steps=2"]) == 2
-    assert "edit.source=null: the model was trained with" in capsys.readouterr().err
+    assert "edit.source=null: unconditional sampling needs" in capsys.readouterr().err
 
 
 def test_labels_are_chosen_by_name_number_list_and_all(folder, tmp_path):

@@ -679,7 +679,7 @@ def test_inputs_of_an_edit_are_read_in_their_depth(tmp_path):
     assert isinstance(form, HighDepthImage)
     (found,) = read_input(str(tmp_path), [(1, 10, 15)], False, None, form)
     np.testing.assert_array_equal(form.numbers(found.pixels)[0], numbers[0])
-    with pytest.raises(UsageError, match=r"is 15 x 10 gray, and wanted is 6 x 4 gray.*crop and resize"):
+    with pytest.raises(UsageError, match=r"is 15 x 10 gray, but must be 6 x 4 gray.*crop and resize"):
         read_input(str(tmp_path), [(1, 4, 6)], False, None, form)
     (found,) = read_input(str(tmp_path), [(1, 4, 6)], True, None, form)
     assert_close(form.quantize(found.pixels), found.pixels, rtol=0, atol=0)

@@ -302,7 +302,7 @@ def test_without_a_whole_last_checkpoint_the_page_is_of_the_one_before(tmp_path,
     last = make(tmp_path / "demo") / LAST
     shutil.copy(last, last.with_name("step_00001200.ckpt"))
     damage(last)
-    assert "going on from step 1200, step_00001200.ckpt." in text_of(written(tmp_path))
+    assert "using step 1200, step_00001200.ckpt." in text_of(written(tmp_path))
 
 
 def test_of_very_many_previews_some_are_shown_and_that_is_said(tmp_path):

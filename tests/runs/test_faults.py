@@ -139,8 +139,8 @@ def test_a_damaged_last_checkpoint_gives_way_to_the_one_before(begun, whole, cap
     spoilt = last.read_bytes()
     assert_goes_on(begun, whole)
     assert said(capsys) == (
-        f"diffuse: {last}: is not a whole checkpoint; going on from step 5, step_00000005.ckpt; the damaged one is "
-        "last.ckpt.damaged now"
+        f"diffuse: {last}: damaged checkpoint; using step 5, step_00000005.ckpt; the damaged file is now "
+        "last.ckpt.damaged"
     )
     assert last.with_name("last.ckpt.damaged").read_bytes() == spoilt
 
@@ -149,7 +149,7 @@ def test_a_missing_last_checkpoint_too(begun, whole, capsys):
     (begun / "tiny" / LAST).unlink()
     assert find_run(None, str(begun)) == find_run("tiny", str(begun)) == begun / "tiny"
     assert_goes_on(begun, whole)
-    assert "last.ckpt: is missing; going on from step 10, step_00000010.ckpt" in said(capsys)
+    assert "last.ckpt: missing checkpoint; using step 10, step_00000010.ckpt" in said(capsys)
 
 
 def test_a_second_damaged_one_does_not_displace_the_first(begun):
@@ -167,10 +167,7 @@ def test_where_no_checkpoint_is_whole_nothing_is_touched(begun, capsys):
         cut(file)
     before = [file.read_bytes() for file in files]
     assert train(begun, "max_steps=14") == 2
-    assert (
-        "last.ckpt: is not a whole checkpoint, and no other one of the run is whole; put a copy there"
-        in said(capsys)
-    )
+    assert "last.ckpt: damaged checkpoint, and the run has no intact one; restore a copy" in said(capsys)
     assert [file.read_bytes() for file in sorted(files[0].parent.iterdir())] == before
 
 
@@ -180,7 +177,7 @@ def test_sampling_falls_back_too_and_moves_nothing(begun, capsys):
     before = sorted(file.name for file in last.parent.iterdir()), last.read_bytes()
     model = load_model(begun / "tiny", "ema", CPU)
     assert model.step == 10
-    assert "going on from step 10, step_00000010.ckpt" in said(capsys)
+    assert "using step 10, step_00000010.ckpt" in said(capsys)
     assert (sorted(file.name for file in last.parent.iterdir()), last.read_bytes()) == before
     assert model.digest == load_model(begun / "tiny", "ema", CPU, 10).digest
 
@@ -192,7 +189,7 @@ def test_a_damaged_checkpoint_that_was_asked_for_is_named(begun, step):
     path = last.with_name("step_00000010.ckpt") if step == 10 else begun / "tiny" / BEST
     flip(path)
     with pytest.raises(
-        ValueError, match=rf"{path.name}: is not a whole checkpoint \(.*\); name another step="
+        ValueError, match=rf"{path.name}: invalid or damaged checkpoint \(.*\); choose another step="
     ):
         load_model(begun / "tiny", "ema", CPU, step)
 
@@ -219,8 +216,11 @@ def test_a_checkpoint_that_does_not_read_back_replaces_nothing(begun, whole, cap
     monkeypatch.setattr(torch, "save", failing)
     assert train(begun, "max_steps=14", "checkpoint_every=2") == 2
     line = said(capsys)
-    assert "step_00000012.ckpt: does not read back as it was written; take a folder on another disk" in line
-    assert line.endswith("the run is saved to step 10; the same command goes on from there")
+    assert (
+        "step_00000012.ckpt: reading it back gave other bytes than were written; use a folder on another disk"
+        in line
+    )
+    assert line.endswith("the run is saved at step 10; the same command continues it")
     monkeypatch.undo()
     assert_goes_on(begun, whole)
 
@@ -259,7 +259,7 @@ def test_a_packed_checkpoint_is_not_unpacked(tmp_path):
 
     with zipfile.ZipFile(tmp_path / "last.ckpt", "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("archive/data.pkl", bytes(10_000_000))
-    with pytest.raises(ValueError, match="is not a whole checkpoint"):
+    with pytest.raises(ValueError, match="damaged checkpoint"):
         read(tmp_path / "last.ckpt")
 
 
@@ -268,7 +268,7 @@ def test_a_run_of_the_future_is_the_newest_but_that_is_said(begun, capsys):
     for file in (begun / "tiny" / LAST.parent).iterdir():
         os.utime(file, (TOMORROW, TOMORROW))
     assert find_run(None, str(begun)) == begun / "tiny"
-    assert "is the newest, by a date to come; run= names another" in said(capsys)
+    assert "is the newest run, but its date is in the future; run= chooses another" in said(capsys)
 
 
 def test_dates_do_not_say_which_checkpoint_is_the_newest(begun, whole):
@@ -293,7 +293,7 @@ def test_a_full_disk_at_a_checkpoint(disk, capsys, whole):
     assert train(folder, "max_steps=14") == 2
     line = said(capsys)
     assert "step_00000010.ckpt: cannot be written (No space left on device); free some space" in line
-    assert line.endswith("the run is saved to step 5; the same command goes on from there")
+    assert line.endswith("the run is saved at step 5; the same command continues it")
     assert not list(folder.rglob("*.tmp"))
     disk(f"size={4 * size}")
     assert_goes_on(folder, whole)
@@ -494,7 +494,7 @@ def test_a_file_of_the_data_that_is_lost(tmp_path, capsys, monkeypatch, pictures
     line = said(capsys)
     assert f"dataset.path={folder}: cannot use 1 of the images; repair or remove 3.png" in line
     saved = state(tmp_path / "parts")["global_step"]
-    assert line.endswith(f"is saved to step {saved}; on the same data the same command goes on from there")
+    assert line.endswith(f"is saved at step {saved}; on the same data the same command continues it")
     assert train(tmp_path / "parts", *words, "max_steps=20") == 2
     assert "num_images=7: the run in " in said(capsys)
     file.write_bytes(data)
@@ -510,7 +510,7 @@ def test_a_process_that_reads_images_is_killed(tmp_path, capsys, monkeypatch, pi
     assert train(tmp_path, *words, "max_steps=20") == 2
     line = said(capsys)
     assert "dataset.num_workers=2: a worker process died" in line
-    assert "possibly out of memory; use fewer workers, or 0; the run is saved to step" in line
+    assert "possibly out of memory; use fewer workers, or 0; the run is saved at step" in line
     monkeypatch.undo()
     assert train(tmp_path, *words, "max_steps=20", "dataset.num_workers=0") == 0
     assert train(tmp_path / "whole", *words, "max_steps=20") == 0

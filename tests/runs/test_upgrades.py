@@ -136,7 +136,7 @@ def test_the_same_weights_after_more_steps(stored):
 def test_every_kind_trains_on(stored, name, capsys):
     words = [*COMMANDS[name], *BEGUN, f"name={name}", "cache_dir=cache", "max_steps=9"]
     assert run(["train", *words]) == 0
-    assert f"Going on with outputs/{name}" in capsys.readouterr().err
+    assert f"Continuing outputs/{name}" in capsys.readouterr().err
     assert read(stored / "outputs" / name / "checkpoints" / "last.ckpt").state["global_step"] == 9
 
 
@@ -145,7 +145,7 @@ def test_a_run_named_by_its_configuration_keeps_the_defaults_of_then(stored, cap
     (folder,) = (stored / "outputs").glob("digits-cosine-*")
     words = [*UNET, "batch_size=8", "precision=fp32", "trainer=cpu", "logger=csv", "keep_last=1"]
     assert run(["train", *([f"run={folder}"] if by_name else words), "max_steps=48"]) == 0
-    assert "Going on with outputs/digits-cosine-" in capsys.readouterr().err.replace(f"{stored}/", "")
+    assert "Continuing outputs/digits-cosine-" in capsys.readouterr().err.replace(f"{stored}/", "")
     config = yaml.safe_load((folder / "config.yaml").read_text())
     optimizer = config["optimizer"]
     assert (optimizer["lr"], optimizer["warm_up_steps"], config["ema"]["decay"]) == (0.003, 100, 0.998)

@@ -103,7 +103,7 @@ def test_a_kill_at_the_claim_of_a_folder_of_images_refuses_nothing(killed, monke
 def test_a_kill_at_the_claim_of_a_folder_of_comparisons_refuses_nothing(killed):
     compare._claim(killed)
     (killed / "mine.txt").write_text("mine")
-    with pytest.raises(UsageError, match="is not empty, and not of a comparison"):
+    with pytest.raises(UsageError, match="is not empty and not written by diffuse compare"):
         compare._claim(killed)
 
 

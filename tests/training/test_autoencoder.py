@@ -164,10 +164,10 @@ def change(folder: Path, **fields: object) -> None:
         ({"act_fn": "gelu"}, "act_fn=gelu: must be silu"),
         ({"_class_name": "VQModel"}, "_class_name=VQModel: must be AutoencoderKL"),
         ({"mid_block_add_attention": False}, "mid_block_add_attention=false: must be true"),
-        ({"use_quant_conv": False}, "use_post_quant_conv=true does not go with"),
+        ({"use_quant_conv": False}, "use_post_quant_conv=true contradicts the other fields"),
         ({"down_block_types": ["AttnDownEncoderBlock2D"] * 2}, "must be DownEncoderBlock2D"),
-        ({"down_block_types": ["DownEncoderBlock2D"]}, "down_block_types=.* does not go with"),
-        ({"block_out_channels": [8, 12]}, "no multiples of the first"),
+        ({"down_block_types": ["DownEncoderBlock2D"]}, "down_block_types=.* contradicts the other fields"),
+        ({"block_out_channels": [8, 12]}, "should be multiples of the first"),
         ({"norm_num_groups": 3}, "norm_groups=3: does not divide"),
         ({"block_out_channels": [8, 32]}, r"is \[\d+.*\], not \["),
         ({"layers_per_block": 2}, "is missing"),
@@ -189,7 +189,7 @@ def test_damaged_missing_and_pickled_weights_are_refused_in_a_line(folder):
         ValueError, match=r"\.bin is pickled and could run code, save it with safe_serialization=True"
     ):
         from_diffusers(folder, "key")
-    with pytest.raises(ValueError, match="key=nowhere: holds no AutoencoderKL"):
+    with pytest.raises(ValueError, match="key=nowhere: contains no readable AutoencoderKL"):
         from_diffusers(Path("nowhere"), "key")
 
 
@@ -368,7 +368,7 @@ def test_a_run_with_a_discriminator_taken_up_again_equals_one_without_a_stop(tmp
 
 def test_a_run_too_short_for_its_discriminator_says_so(tmp_path, capsys):
     train(tmp_path, *ADVERSARY, "max_steps=2")
-    said = "diffuse: objective.discriminator_start=2: is not reached, for the run ends at step 2; give it more steps"
+    said = "diffuse: objective.discriminator_start=2: is not reached, because the run ends at step 2"
     assert said in capsys.readouterr().err
     train(tmp_path, *ADVERSARY, "max_steps=3")
     assert "is not reached" not in capsys.readouterr().err
@@ -408,7 +408,7 @@ def test_the_loss_falls_and_the_averaged_weights_are_those_that_load(tmp_path):
         (["objective=simple"], "objective=simple: is for task=diffusion; set task=diffusion"),
         (["model=unet_tiny"], "model=unet_tiny: is for task=diffusion; set task=diffusion"),
         (["model.channel_mult=[1,1,1,1,1]"], "image sizes must be multiples of 16, but images are 8x8"),
-        (["progressive=[4,8]"], "progressive=[4, 8]: is for what noised images are shown to"),
+        (["progressive=[4,8]"], "progressive=[4, 8]: not supported for task=autoencoder"),
         (["eval_every=2"], "eval_every=2: an autoencoder makes no samples"),
         (["objective.discriminator_start=1"], "discriminator_layers=3: needs at least 24 pixels"),
         (
@@ -436,7 +436,7 @@ def test_an_autoencoder_is_no_denoiser_to_sample_from(tmp_path, capsys):
     assert run(["sample", "run=tiny", f"output_dir={tmp_path}"]) == 2
     assert "was trained with task=autoencoder; give a run of task=diffusion" in capsys.readouterr().err
     assert run(["sample", f"output_dir={tmp_path}"]) == 2
-    assert "holds no run" in capsys.readouterr().err
+    assert "contains no runs" in capsys.readouterr().err
 
 
 # --- Evaluation --------------------
@@ -478,7 +478,7 @@ def test_the_peak_signal_to_noise_ratio_is_the_mean_of_each_images_own(runs, pix
     assert result["protocol"]["sampling"]["split"] == "val"
     said = capsys.readouterr().out
     assert "ssim: the images are smaller than its window of 11 pixels" in said
-    assert "its reconstructions of 359 images of digits/val, ema weights" in said
+    assert "reconstructions of 359 images of digits/val, ema weights" in said
     assert list((runs / "tiny" / "pictures").glob("reconstructions-*.png"))
 
 

@@ -473,19 +473,22 @@ def test_every_guidance_guides_in_latents(place, words):
 @pytest.mark.parametrize(
     ("words", "line"),
     [
-        (["guidance=auto", "guidance.run=pixels"], "works in pixels, and the model in latents"),
+        (["guidance=auto", "guidance.run=pixels"], "works on pixels, but the model works on latents"),
         (
             ["guidance=classifier", "guidance.run=pixel_classifier"],
-            "works in pixels, and the model in latents",
+            "works on pixels, but the model works on latents",
         ),
         (
             ["run=pixels", "guidance=classifier", "guidance.run=c"],
-            "works in latents, and the model in pixels",
+            "works on latents, but the model works on pixels",
         ),
-        (["run=pixels", "guidance=auto", "guidance.run=b"], "works in latents, and the model in pixels"),
+        (
+            ["run=pixels", "guidance=auto", "guidance.run=b"],
+            "works on latents, but the model works on pixels",
+        ),
         (
             ["guidance=cfg", "guidance.dynamic_threshold=0.9"],
-            "dynamic_threshold=0.9: keeps pixels in [-1, 1]",
+            "dynamic_threshold=0.9: clips pixels to [-1, 1]",
         ),
     ],
 )
@@ -584,14 +587,17 @@ def test_known_pixels_stay_to_the_bit(place, tmp_path, method):
 @pytest.mark.parametrize(
     ("words", "line"),
     [
-        (["edit=super_resolution"], "restoration=repaint: puts in what is known"),
+        (
+            ["edit=super_resolution"],
+            "restoration=repaint: cannot be used for edit=super_resolution in latent space",
+        ),
         (
             ["edit=super_resolution", "restoration=replacement"],
-            "restoration=replacement: puts in what is known",
+            "restoration=replacement: cannot be used for edit=",
         ),
         (
             ["edit=outpaint", "edit.left=1"],
-            "results are of 9 x 8 pixels, and a latent stands for 2 of a side",
+            "results have 9 x 8 pixels, but the autoencoder downsamples by 2",
         ),
     ],
 )
@@ -692,9 +698,9 @@ def test_published_weights_give_the_space_and_training_measures_on_the_way(place
         (lambda file: file.write_bytes(file.read_bytes()[:-5]), "not fully covered"),
         (
             lambda file: file.write_bytes(file.read_bytes()[:-4] + b"abcd"),
-            "is not the one that the run was trained",
+            "is not the autoencoder that the run was trained",
         ),
-        (lambda file: save_file({"a": torch.zeros(1)}, file), "more than the 1 tensors that are there"),
+        (lambda file: save_file({"a": torch.zeros(1)}, file), "more than the 1 stored tensors"),
     ],
     ids=["missing", "cut", "changed", "another"],
 )
@@ -720,7 +726,7 @@ def test_a_run_without_its_own_autoencoder_is_refused_in_a_line(place, tmp_path,
             [f"latent.pretrained={PUBLISHED}"],
             "encodes images with 2 channels, but those of digits have 1 (size 8x8); use another",
         ),
-        (["latent.pretrained=nowhere"], "latent.pretrained=nowhere: holds no AutoencoderKL"),
+        (["latent.pretrained=nowhere"], "latent.pretrained=nowhere: contains no readable AutoencoderKL"),
         (["latent.run=ae", "progressive=[4,8]"], "progressive=[4, 8]: latents have one fixed size"),
         (["name=a", "model.class_conditional=true"], "latent.run=null: the run in"),
         (["name=a", "model.class_conditional=true", "latent.run=other"], "latent.run=other: the run in"),

@@ -380,11 +380,11 @@ def test_workers_do_not_outlive_the_process_that_started_them(tmp_path):
     [
         (
             ["trainer.num_nodes=2"],
-            "trainer.num_nodes=2: 1 is at work; start diffuse by torchrun or srun on so many",
+            "trainer.num_nodes=2: diffuse was started on 1; start it with torchrun or srun on 2 nodes",
         ),
         (
             ["trainer.devices=3"],
-            "batch_size=16: is shared out among 3 devices, in 1 parts; take a multiple of 3",
+            "batch_size=16: cannot be split evenly among 3 processes with accumulate_grad_batches=1; use a",
         ),
         (["trainer.strategy=zero"], "trainer.strategy=zero: must be ddp or fsdp"),
         (["checkpoint_period=soon"], "checkpoint_period=soon: must be a duration (90s, 45m"),

@@ -162,7 +162,7 @@ def test_a_complete_run_is_left_alone(tmp_path, capsys):
     train(tmp_path, "max_steps=5")
     before = (tmp_path / "tiny" / LAST).stat().st_mtime_ns
     assert train(tmp_path, "max_steps=5") == 0
-    assert "complete at step 5" in capsys.readouterr().out
+    assert "finished at step 5" in capsys.readouterr().out
     assert (tmp_path / "tiny" / LAST).stat().st_mtime_ns == before
 
 
@@ -412,7 +412,7 @@ def test_a_signal_to_the_whole_group_spares_the_workers_until_all_is_saved(tmp_p
     os.killpg(process.pid, signal.SIGINT)
     out, err = process.communicate(timeout=60)
     assert process.returncode == UNFINISHED, err
-    assert "the same command goes on" in out
+    assert "the same command continues the run" in out
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1])
@@ -422,7 +422,7 @@ def test_a_signal_saves_and_says_how_to_go_on(tmp_path, number):
     process.send_signal(number)
     out, err = process.communicate(timeout=60)
     assert process.returncode == UNFINISHED, err
-    assert "the same command goes on" in out
+    assert "the same command continues the run" in out
     assert "Traceback" not in err
     step = state(tmp_path)["global_step"]
     assert f"at step {step}" in out
@@ -804,7 +804,7 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path):
 def test_a_damaged_checkpoint_is_named(tmp_path):
     path = tmp_path / "last.ckpt"
     path.write_bytes(b"PK\x03\x04 not really")
-    with pytest.raises(ValueError, match=r"last\.ckpt: is not a whole checkpoint"):
+    with pytest.raises(ValueError, match=r"last\.ckpt: invalid or damaged checkpoint"):
         read(path)
 
 
@@ -814,7 +814,7 @@ def test_a_checkpoint_runs_no_code(tmp_path):
             return (os.mkdir, (str(tmp_path / "owned"),))
 
     torch.save({"diffuse": Evil()}, tmp_path / "last.ckpt")
-    with pytest.raises(ValueError, match="is not a whole checkpoint"):
+    with pytest.raises(ValueError, match="damaged checkpoint"):
         read(tmp_path / "last.ckpt")
     assert not (tmp_path / "owned").exists()
 
@@ -888,7 +888,7 @@ def test_a_run_is_not_gone_on_with_on_other_labels(tmp_path, capsys):
     assert train(tmp_path, *words, "max_steps=2") == 0
     label("bee", "ant")
     assert train(tmp_path, *words, "max_steps=4") == 2
-    assert "labels: are not those that the run was begun on" in capsys.readouterr().err
+    assert "labels: differ from those that the run started with" in capsys.readouterr().err
 
 
 def test_a_classifier_is_measured_at_its_end(tmp_path, capsys):

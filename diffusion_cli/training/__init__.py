@@ -1,4 +1,4 @@
-"""Training on Lightning: the module, its optimizers, and what watches over a run."""
+"""Training with Lightning: modules, optimizers and callbacks."""
 
 from diffusion_cli.training.device import Device
 from diffusion_cli.training.logs import CSV, TensorBoard

@@ -1,4 +1,4 @@
-"""The training objective of autoencoders: what their images lack, and a discriminator that learns to tell them."""
+"""The training objective of autoencoders: reconstruction, KL and adversarial losses."""
 
 from typing import Annotated, Literal, NamedTuple
 
@@ -13,13 +13,13 @@ from diffusion_cli.metrics import LPIPSDistance
 from diffusion_cli.networks import AutoencoderKL, PatchDiscriminator
 from diffusion_cli.system.distributed import Distributed
 
-SCALES = 3  # of gradients, each half as fine as the one before
-LARGEST_RATIO = 1e4  # as published, where distances are summed over the D numbers of an image
-LIFT = 2**8  # of gradients of means over many pixels, so that half precision can tell them from zero
+SCALES = 3  # of the gradient loss; each halves the resolution
+LARGEST_RATIO = 1e4  # as published, for distances summed over the D numbers of an image
+LIFT = 2**8  # scales gradients of means over many pixels, so that they do not underflow in half precision
 
 
 class Autoencoding(nn.Module):
-    """An autoencoder in training, with the discriminator that its images are shown to, if any."""
+    """An autoencoder in training, with its discriminator if any."""
 
     task = AutoencoderKL.task
 
@@ -29,34 +29,36 @@ class Autoencoding(nn.Module):
         self.discriminator = discriminator
 
     def with_network(self, network: nn.Module) -> "Autoencoding":
-        """The same with another autoencoder."""
+        """Return a copy with another autoencoder."""
         assert isinstance(network, AutoencoderKL)
         return Autoencoding(network, self.discriminator)
 
 
 class AutoencoderLosses(NamedTuple):
-    """What a batch is trained by."""
+    """The losses of a batch."""
 
     total: Tensor
-    """The number to descend, 0-d."""
+    """The loss to minimise, 0-d."""
     terms: dict[str, Tensor]
-    """What it is made of, each [B]; `loss` is that of the autoencoder alone, which validation images have too."""
+    """Its terms, each [B]; `loss` is the loss of the autoencoder without the adversarial term."""
 
 
 class ReconstructionLoss:
-    """`distance + perceptual_weight P + kl_weight KL / D`, means over the D numbers of an image, and a discriminator.
+    """The loss `distance + perceptual_weight P + kl_weight KL / D` of images with D numbers, and a GAN loss.
 
-    The distance is L1 or the squared error; KL is that of q(z | x) from a standard normal, in nats, so that kl_weight
-    weighs it against the sum over pixels, as published, while the loss does not grow with the size of images.
-    P is LPIPS, or with `perceptual=gradient` the L1 distance of neighbouring pixels' differences, at 3 scales.
+    The distance is the mean absolute or squared error. KL is the divergence of q(z | x) from a standard
+    normal, in nats. P is LPIPS or, with `perceptual=gradient`, the L1 distance of image gradients at 3
+    scales. Division by D keeps the published meaning of kl_weight, which weighs KL against a sum over pixels,
+    for images of any size.
 
-    From optimizer step `discriminator_start` on (null: never) `-d w mean D(images)` is added, and the discriminator D
-    learns by the hinge loss. w is the published ratio of the gradients' norms of both at the decoder's last layer, at
-    most 10^4 over the numbers of an image, over all processes, of one part of an accumulated batch. The discriminator
-    that the images are shown to is a constant: in one backward pass each of the two gets the gradient of its own loss.
+    From optimizer step `discriminator_start` (null: never) the loss includes
+    `-discriminator_weight w mean F(images)`. The discriminator F is trained with the hinge loss. w is the
+    ratio of the gradient norms of the two losses at the decoder's last layer, at most 10^4 / D, over all
+    processes. One backward pass gives both gradients, because the weights of F are constants in this term.
 
-    Raises UsageError for another network, and for images that LPIPS or the discriminator cannot take.
-    Source: Rombach et al. 2022, Appendix G; Esser et al. 2021, Eq. 5 to 7; their learned scale of the distance is 1.
+    Raises UsageError for another network, and for images that LPIPS or the discriminator does not support.
+    Source: Rombach et al. 2022, Appendix G; Esser et al. 2021, Eq. 5 to 7, with the learned scale of the
+    distance at 1.
     """
 
     def __init__(
@@ -81,7 +83,7 @@ class ReconstructionLoss:
         self.discriminator = {"channels": discriminator_channels, "layers": discriminator_layers}
 
     def model(self, network: nn.Module, shape: tuple[int, ...]) -> Autoencoding:
-        """What is trained for a network of images of a shape; UsageError if it cannot be."""
+        """Return the model to train for images of a shape; UsageError if unsuitable."""
         if not isinstance(network, AutoencoderKL):
             raise UsageError(
                 "model",
@@ -95,14 +97,14 @@ class ReconstructionLoss:
         return Autoencoding(network, discriminator)
 
     def __call__(self, model: Autoencoding, x: Tensor, eps: Tensor, step: int) -> AutoencoderLosses:
-        """The losses of images x [B, C, H, W], their latents drawn with eps [B, L, h, w], at an optimizer step."""
+        """Return the losses of images x [B, C, H, W] at an optimizer step; eps [B, L, h, w] draws latents."""
         images, moments = model.network(x, eps)
         terms = self.terms(images, moments, x)
         total = terms["loss"].mean()
         if model.discriminator is None or self.start is None:
             return AutoencoderLosses(total, terms)
         if step < self.start:
-            # Each weight has a gradient at every step, as processes that train together expect.
+            # DDP expects a gradient for each weight at every step.
             return AutoencoderLosses(
                 total + 0 * sum(weight.sum() for weight in model.discriminator.parameters()), terms
             )
@@ -116,7 +118,7 @@ class ReconstructionLoss:
         return AutoencoderLosses(total + self.weight * ratio * generator.mean() + hinge.mean(), terms)
 
     def terms(self, images: Tensor, moments: Tensor, x: Tensor) -> dict[str, Tensor]:
-        """The terms [B] of images [B, C, H, W] decoded from moments [B, 2L, h, w], for x; their sum is `loss`."""
+        """Return the terms [B] for x [B, C, H, W] of its reconstructions and moments [B, 2L, h, w]."""
         error = images - x
         distance = per_image_mean(error.abs() if self.distance == "l1" else error.square())
         kl = divergence(moments) / x[0].numel()
@@ -131,20 +133,20 @@ class ReconstructionLoss:
 
 
 def per_image_mean(values: Tensor) -> Tensor:
-    """The mean [B] over all but the first dimension, in float32."""
+    """Return the mean [B] over all dimensions but the first, in float32."""
     return values.float().flatten(1).mean(1)
 
 
 def divergence(moments: Tensor) -> Tensor:
-    """`KL(N(mean, variance) || N(0, 1))` in nats, [B], of moments [B, 2L, h, w]."""
+    """Return `KL(N(mean, variance) || N(0, 1))` in nats, [B], of moments [B, 2L, h, w]."""
     mean, log_variance = moments.float().chunk(2, dim=1)
     return 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).flatten(1).sum(1)
 
 
 def gradient_distance(images: Tensor, x: Tensor) -> Tensor:
-    """The mean absolute error [B] of the differences of neighbouring pixels, over 3 scales of images [B, C, H, W].
+    """Return the mean absolute error [B] of image gradients, over 3 scales of images [B, C, H, W].
 
-    A blurred edge costs what its differences lack, wherever the pixels' own error is small.
+    It penalises blurred edges more than the error of pixels does.
     """
     error, distances = images - x, []
     for _ in range(SCALES):
@@ -156,7 +158,7 @@ def gradient_distance(images: Tensor, x: Tensor) -> Tensor:
 
 
 def gradient_ratio(loss: Tensor, other: Tensor, weight: Tensor) -> Tensor:
-    """`|d loss / d weight| / (|d other / d weight| + 1e-4)`, 0-d, of means over the images of all processes.
+    """Return `|d loss / d weight| / (|d other / d weight| + 1e-4)`, 0-d, gradients averaged over processes.
 
     Source: Esser et al. 2021, Eq. 7.
     """

@@ -1,4 +1,4 @@
-"""The training of autoencoders, and the pictures of it."""
+"""Training of autoencoders, and previews of their reconstructions."""
 
 import math
 from collections.abc import Iterable, Iterator
@@ -22,11 +22,11 @@ from diffusion_cli.training.ema import EMA
 from diffusion_cli.training.module import MicroBatch, TermMeter, TrainingModule
 from diffusion_cli.training.optimizers import OptimizerConfig
 
-ROW = 8  # images of a row of a preview
+ROW = 8  # images in a row of a preview
 
 
 class AutoencodingModule(TrainingModule[Autoencoding, TermMeter]):
-    """An autoencoder in training, with the discriminator that it trains against, if any."""
+    """Trains an autoencoder, with its discriminator if any."""
 
     def __init__(
         self,
@@ -64,7 +64,7 @@ class AutoencodingModule(TrainingModule[Autoencoding, TermMeter]):
         return self.model.network.latent_shape(tuple(images.shape[1:]))
 
     def clipped(self) -> list[nn.Module]:
-        # Each by itself, as by an optimizer of its own: neither's gradient is to be scaled by the other's.
+        # Separately, as with two optimizers: the gradients of one do not scale those of the other.
         return [part for part in (self.model.network, self.model.discriminator) if part is not None]
 
     def configure_model(self) -> None:
@@ -79,7 +79,7 @@ class AutoencodingModule(TrainingModule[Autoencoding, TermMeter]):
 
 
 class ReconstructionPreview(PeriodicCallback):
-    """Pictures of what the averaged weights make of images: each row of these above that of their reconstructions."""
+    """Saves pictures of images, each row above its reconstructions by the EMA weights."""
 
     stored_as = "Reconstructions"
 

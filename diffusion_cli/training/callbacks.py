@@ -1,4 +1,4 @@
-"""What watches over a run: progress and logs, checkpoints, validation loss, sample grids, the end."""
+"""Callbacks of training: progress, logs, checkpoints, validation, previews and the stop at a signal."""
 
 import os
 import signal
@@ -39,11 +39,11 @@ from diffusion_cli.training.module import DenoisingModule, LevelMeter, TermMeter
 
 
 class DivergedError(UsageError):
-    """The loss is no longer a finite number."""
+    """The loss or a weight is not finite."""
 
 
 class WholeFileIO(TorchCheckpointIO):
-    """Lightning's checkpoint files, written whole or not at all."""
+    """Writes Lightning's checkpoints atomically."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
         save(checkpoint, Path(path))
@@ -71,11 +71,11 @@ class StepCallback(Callback, ABC):
 
     @abstractmethod
     def on_optimizer_step(self, trainer: Trainer, module: TrainingModule, step: int) -> None:
-        """Do it, at every multiple of `every`."""
+        """Act after an optimizer step that is a multiple of `every`."""
 
 
 def stop_if_diverged(module: TrainingModule, last: Path, step: int | None = None) -> None:
-    """Raise DivergedError, in all processes, if a loss was not finite or, after a given step, a weight is not."""
+    """Raise DivergedError in all processes if a loss was not finite or, with `step`, a weight is not."""
     bad_loss = module.meter.first_bad_step()
     if bad_loss is None and step is not None:
         norm = nn.utils.get_total_norm([p.detach() for p in module.model.parameters()])
@@ -98,10 +98,10 @@ def stop_if_diverged(module: TrainingModule, last: Path, step: int | None = None
 
 
 class Progress(StepCallback):
-    """The progress bar, and the log of losses."""
+    """Shows the progress bar and logs the losses."""
 
     MEASURED = 20.0
-    """Seconds of steps by which the time of a step is measured."""
+    """Seconds of training over which the time of a step is measured."""
 
     def __init__(
         self,
@@ -136,7 +136,7 @@ class Progress(StepCallback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         self.bar.update(trainer.global_step - self.bar.n)
-        if self._timed is None:  # after the first batch, which prepares the kernels
+        if self._timed is None:  # the first batch is slower
             assert isinstance(pl_module, TrainingModule)
             self._zero = pl_module.loss_of_zero(batch)
             self._timed = (trainer.global_step, time.perf_counter())
@@ -145,7 +145,7 @@ class Progress(StepCallback):
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
 
     def _estimate(self, step: int, first: int, then: float) -> None:
-        """Warn of a training that takes days, once its pace is known."""
+        """Warn once if the training will take long, when the time of a step is measured."""
         passed = time.perf_counter() - then
         if passed < self.MEASURED or step < first + 2:
             return
@@ -184,11 +184,11 @@ class Progress(StepCallback):
             self.bar.close()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        self.teardown(trainer, pl_module, "fit")  # what is said of it has a line of its own
+        self.teardown(trainer, pl_module, "fit")  # the error message starts on a new line
 
 
 class CheckpointCallback(StepCallback):
-    """Save `last.ckpt` and the newest few by number, never a diverged state: every so many steps, and as time goes."""
+    """Saves checkpoints by steps and by time: `last.ckpt` and the newest `keep_last` by number."""
 
     def __init__(self, every: int, run: Path, keep_last: int, stop: "GracefulStop") -> None:
         super().__init__(every=1)
@@ -205,14 +205,14 @@ class CheckpointCallback(StepCallback):
             self.save(trainer, pl_module)
 
     def save(self, trainer: Trainer, module: TrainingModule) -> None:
-        """Write the state of now."""
+        """Write a checkpoint of the current step."""
         last = self.run / LAST
         stop_if_diverged(module, last, trainer.global_step)
         path = last.with_name(numbered(trainer.global_step))
         trainer.save_checkpoint(path)
         if trainer.is_global_zero:
             copy_checkpoint(path, last)
-            # Later ones are of steps that the run has gone back from, as where they are damaged.
+            # Later checkpoints, from before the run was set back, are not counted.
             earlier = [old for old in sorted(last.parent.glob("step_*.ckpt")) if old.name <= path.name]
             for old in earlier[: -self.keep_last]:
                 old.unlink(missing_ok=True)
@@ -220,14 +220,15 @@ class CheckpointCallback(StepCallback):
         self.stop.saved()
 
 
-IMPATIENT = 1.0  # seconds between two Ctrl-C of which the second means "at once"
+IMPATIENT = 1.0  # seconds after the first signal from which a Ctrl-C stops at once
 
 
 class GracefulStop(StepCallback):
-    """End the run at its time budget, or at the next step after a signal, and say when a checkpoint is due by time.
+    """Stops the run at its time limit or after a signal, and decides when a checkpoint is due by time.
 
-    At a whole step, never between the parts of an accumulated batch, whose place a checkpoint does not hold; and in all
-    processes at the same one, whichever of them the signal reached. The clock is that of the first.
+    All processes stop after the same optimizer step, whichever process received the signal. They never stop
+    between the parts of an accumulated batch, because checkpoints do not store that position. Rank 0 measures
+    the time.
     """
 
     def __init__(self, max_seconds: float | None, checkpoint_seconds: float | None) -> None:
@@ -235,11 +236,11 @@ class GracefulStop(StepCallback):
         self.max_seconds, self.checkpoint_seconds = max_seconds, checkpoint_seconds
         self.elapsed = 0.0
         self.signal: int | None = None
-        """That has reached this process."""
+        """Number of the signal that this process received, or None."""
         self.stopping = False
-        """Whether one has reached any, as all of them know by now."""
+        """Whether any process received a signal; equal in all processes."""
         self.checkpoint_due = False
-        """Whether the last checkpoint is so old."""
+        """Whether the last checkpoint is older than `checkpoint_seconds`."""
         self._saved_at = self._signalled_at = 0.0
         self._raises = False
 
@@ -248,31 +249,32 @@ class GracefulStop(StepCallback):
         return "Stop"
 
     def seconds_left(self) -> float | None:
-        """What is left of the time budget, or None without one."""
+        """Return the seconds until the time limit, or None without a limit."""
         return None if self.max_seconds is None else max(0.0, self.max_seconds - self.elapsed)
 
     def called(self) -> bool:
-        """Whether a signal has reached any of the processes, which all have to ask."""
+        """Return whether any process received a signal; all processes must call this together."""
         self._agree(*Distributed().all_reduce_max(self.signal or 0))
         return self.stopping
 
     def _agree(self, number: int) -> None:
-        if number:  # else it stays as it is: a signal may have come since it was read
+        if number:  # never reset: a signal may have arrived since
             self.signal, self.stopping = number, True
 
     def saved(self) -> None:
-        """A checkpoint has been saved now."""
+        """Note the time of a checkpoint."""
         self._saved_at = time.monotonic()
 
     def listening(self) -> AbstractContextManager[None]:
-        """Note signals, to end at the next step."""
+        """Context in which signals stop the run after the next step."""
         return handling(self._on_signal)
 
     @contextmanager
     def interrupting(self) -> Iterator[None]:
-        """Raise EvaluationCancelled at the first signal at once, in what changes nothing of the training.
+        """Context in which the first signal raises EvaluationCancelled at once.
 
-        Several processes would leave it at different places, so they have to ask `called` at the same ones instead.
+        With several processes nothing is raised, because they would stop at different places: they poll
+        `called`.
         """
         self._raises = Distributed().world == 1
         try:
@@ -283,7 +285,7 @@ class GracefulStop(StepCallback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
         self._mark = self._saved_at = time.monotonic()
-        for number in handled():  # Lightning has put its own in their place
+        for number in handled():  # Lightning has replaced them
             signal.signal(number, self._on_signal)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
@@ -294,7 +296,7 @@ class GracefulStop(StepCallback):
                 self.stopping = True
                 raise EvaluationCancelled
         elif number == signal.SIGINT and now - self._signalled_at > IMPATIENT:
-            # Schedulers send several signals, and one may come by two ways; a second Ctrl-C means at once.
+            # Only a second Ctrl-C stops at once: schedulers send several signals, some of them twice.
             raise KeyboardInterrupt
 
     def on_optimizer_step(self, trainer: Trainer, module: TrainingModule, step: int) -> None:
@@ -346,7 +348,7 @@ class PeriodicCallback(StepCallback):
 
     @abstractmethod
     def run(self, trainer: Trainer, module: TrainingModule, step: int) -> bool:
-        """Look at the averaged weights of a step, and return whether nothing came between."""
+        """Act on the EMA weights of a step, and return whether it finished without interruption."""
 
     def state_dict(self) -> dict[str, Any]:
         return {"done": max(self.done, 0)}
@@ -356,7 +358,7 @@ class PeriodicCallback(StepCallback):
 
 
 class ValidationLoss(PeriodicCallback):
-    """The loss of the averaged weights on validation images, with the same noise every time."""
+    """Logs the loss of the EMA weights on the validation split, with the same noise every time."""
 
     stored_as = "HeldOutLoss"
 
@@ -379,7 +381,7 @@ class ValidationLoss(PeriodicCallback):
 
 
 class ValidationAccuracy(PeriodicCallback):
-    """The share of validation images whose class the averaged weights predict, in all and by quartile of the noise."""
+    """Logs the accuracy of the EMA weights on the validation split, in total and by quartile of the noise."""
 
     stored_as = "HeldOutAccuracy"
 
@@ -389,7 +391,7 @@ class ValidationAccuracy(PeriodicCallback):
         super().__init__(every, ema, stop)
         self.batches = batches
         self.accuracy: dict[str, float] = {}
-        """What was last measured."""
+        """The last measured values."""
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.done != trainer.global_step:
@@ -413,7 +415,7 @@ class ValidationAccuracy(PeriodicCallback):
 
 
 class Preview(PeriodicCallback):
-    """A grid of samples from the averaged weights, of the same seeds every time, all drawn as large as the last."""
+    """Saves a grid of samples of the EMA weights, with the same seeds every time, in the final resolution."""
 
     stored_as = "Preview"
 
@@ -435,7 +437,7 @@ class Preview(PeriodicCallback):
     ) -> None:
         super().__init__(every, ema, stop)
         self.labels = labels
-        """Classes to draw in turn."""
+        """Classes of consecutive samples, repeated; None: no labels."""
         self.folder, self.sampler, self.steps, self.stages = run / "previews", sampler, steps, stages
         self.space, self.form = space, form
 

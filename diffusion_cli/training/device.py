@@ -1,4 +1,4 @@
-"""Where training runs: one device, or many on one node or several."""
+"""The devices of training, on one node or several."""
 
 import os
 from typing import Annotated, Any, Literal
@@ -17,8 +17,8 @@ from diffusion_cli.system.precision import device_of
 class Device:
     """The devices of a run: `devices` on each of `num_nodes` nodes; null: as many as were started, or 1.
 
-    With "ddp" each holds the whole model, its average and the optimizer's state (Li et al. 2020), with "fsdp" its part
-    of them (Zhao et al. 2023). Raises UsageError where torch sees no such device.
+    "ddp" replicates the model, its EMA weights and the optimizer state on each device (Li et al. 2020);
+    "fsdp" shards them (Zhao et al. 2023). Raises UsageError if torch sees no such device.
     """
 
     def __init__(
@@ -45,7 +45,7 @@ class Device:
         self.devices, self.num_nodes, self.timeout = devices, num_nodes, timeout
 
     def plugins(self, precision: str) -> list[Any]:
-        """The parts of Lightning's Trainer for the processes that are at work, and for fp32, bf16 or fp16."""
+        """Return the plugins of Lightning's Trainer for a precision: fp32, bf16 or fp16."""
         if precision == "fp16" and self.strategy == "fsdp":
             raise UsageError(
                 "precision",
@@ -61,9 +61,9 @@ class Device:
         return [ExternalProcessGroup(started()), MixedPrecision("16-mixed", kind, torch.amp.GradScaler(kind))]
 
     def trainer_arguments(self) -> dict[str, Any]:
-        """What Lightning's Trainer is told of the devices."""
+        """Return the arguments of Lightning's Trainer about devices."""
         place = started()
-        # A task of srun may see all GPUs of its node, or only its own.
+        # A task of srun sees all GPUs of its node or only one.
         visible = torch.cuda.device_count() if self.torch_device.type == "cuda" else 0
         devices = [
             torch.device("cuda", number % visible) if visible else torch.device("cpu")
@@ -76,7 +76,7 @@ class Device:
             )
             strategy.parallel_devices = devices
         elif place.world > 1:
-            # Buffers are equal in all processes as it is.
+            # Buffers are equal in all processes.
             strategy = DDPStrategy(
                 parallel_devices=devices, broadcast_buffers=False, gradient_as_bucket_view=True
             )
@@ -89,7 +89,7 @@ class Device:
 
 
 class ExternalProcessGroup(ClusterEnvironment):
-    """Lightning's view of processes that are a group already; it starts none, and asks no scheduler."""
+    """Describes an existing process group to Lightning, so that it starts no processes."""
 
     def __init__(self, place: ProcessInfo) -> None:
         super().__init__()
@@ -105,11 +105,11 @@ class ExternalProcessGroup(ClusterEnvironment):
 
     @property
     def main_port(self) -> int:
-        return int(os.environ.get("MASTER_PORT", "0"))  # not asked for: the group is there
+        return int(os.environ.get("MASTER_PORT", "0"))  # unused: the group exists
 
     @staticmethod
     def detect() -> bool:
-        return False  # it is given, never found
+        return False  # passed to the Trainer, never detected
 
     def world_size(self) -> int:
         return self.place.world

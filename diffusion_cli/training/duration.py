@@ -4,15 +4,15 @@ from diffusion_cli.config.recipe import network_width
 from diffusion_cli.config.values import Node
 
 LONG = 12 * 3600.0
-"""Seconds from which on a training without a GPU gets a warning."""
+"""Remaining seconds from which training on a CPU prints a warning."""
 
 
 def warning(config: Node, seconds: float, steps: int) -> str | None:
-    """Return a line with the time of the remaining steps and a faster choice; None for a training of hours.
+    """Return a line with the time of the remaining steps and faster settings; None if it is under 12 hours.
 
     Args:
         config: the configuration of the training.
-        seconds: the time of a step.
+        seconds: seconds per step.
         steps: the number of steps that remain.
     """
     total = seconds * steps

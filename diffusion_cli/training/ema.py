@@ -1,4 +1,4 @@
-"""The exponential moving average of the weights."""
+"""Exponential moving average (EMA) of the weights."""
 
 import copy
 from typing import Any, NamedTuple
@@ -13,13 +13,12 @@ from diffusion_cli.training.module import Trainable, TrainingModule
 
 
 class EMA(Callback):
-    """Keep a frozen copy of the network that follows it, `w <- d w + (1 - d) w_network` after each step.
+    """Updates a frozen copy of the network, `w <- d w + (1 - d) w_network`, after each optimizer step.
 
     With warm-up the decay at update n = 1, 2, ... is d = min(decay, (1 + n) / (10 + n)), as in the code of
-    Song et al. 2021b, so that the first weights are soon forgotten.
+    Song et al. 2021b, so that the influence of the first weights fades quickly.
 
-    The copy lies on the network's device, or with `offload` on the CPU. Where processes share out the network's
-    weights, each holds its part of the average too.
+    The copy is on the network's device, or with `offload` on the CPU. It is sharded as the network is.
     """
 
     def __init__(self, network: nn.Module, decay: float, warm_up: bool, offload: bool = False) -> None:
@@ -27,20 +26,20 @@ class EMA(Callback):
         self.decay, self.warm_up, self.offload = decay, warm_up, offload
         self.updates = 0
         self._parts: dict[str, _Part] = {}
-        """Of each average, where processes share them out; `network` then holds no weights."""
+        """This process's shard of each average; empty if not sharded, else `network` has no weights."""
 
     @property
     def state_key(self) -> str:
-        """The name under which a checkpoint holds it."""
+        """Key of its state in checkpoints."""
         return "EMA"
 
     def decay_at(self, update: int) -> float:
-        """The decay at update n = 1, 2, ..."""
+        """Return the decay at update n = 1, 2, ..."""
         return min(self.decay, (1 + update) / (10 + update)) if self.warm_up else self.decay
 
     @torch.no_grad()
     def update(self, network: nn.Module) -> None:
-        """Move the copy towards the network."""
+        """Update the average with the current weights."""
         self.updates += 1
         averages = [part.mine for part in self._parts.values()] or list(self.network.parameters())
         weights = [_local(weight) for weight in network.parameters()]
@@ -51,9 +50,9 @@ class EMA(Callback):
             mine.copy_(theirs)
 
     def model(self, module: TrainingModule) -> Trainable:
-        """What the module trains, with the averaged network, whole and on the module's device.
+        """Return the model with the complete EMA weights, on the module's device.
 
-        Where processes share out the weights, all must ask together.
+        If the weights are sharded, all processes must call this together.
         """
         network = self.network
         if self._parts:
@@ -66,7 +65,7 @@ class EMA(Callback):
         return module.model.with_network(network)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Follow the network to its devices."""
+        """Move the average to the network's device, and shard it if the network is sharded."""
         assert isinstance(pl_module, TrainingModule)
         weights = dict(pl_module.model.network.named_parameters())
         if not self.offload:
@@ -83,31 +82,31 @@ class EMA(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Update once an optimizer step, however many parts the batch has."""
+        """Update once per optimizer step, not per part of an accumulated batch."""
         if trainer.global_step > self.updates:
             assert isinstance(pl_module, TrainingModule)
             self.update(pl_module.model.network)
 
     def state_dict(self) -> dict[str, Any]:
-        """The average and how often it was updated; where it is shared out, all processes must ask together."""
+        """Return the average and the number of updates; if sharded, all processes must call this together."""
         whole = {name: part.whole().cpu() for name, part in self._parts.items()}
         return {"network": {**self.network.state_dict(), **whole}, "updates": self.updates}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take up where a checkpoint left off."""
+        """Restore the state of a checkpoint."""
         self.network.load_state_dict(state_dict["network"])
         self.updates = state_dict["updates"]
 
 
 class _Part(NamedTuple):
-    """What this process holds of an average."""
+    """This process's shard of an average."""
 
     mine: Tensor
     weight: DTensor
-    """That it follows, shared out alike."""
+    """The averaged weight, sharded in the same way."""
 
     def whole(self) -> Tensor:
-        """The average, put together from all processes, on the weight's device."""
+        """Return the complete average from all processes, on the weight's device."""
         weight = self.weight
         return DTensor.from_local(
             self.mine.to(weight.device), weight.device_mesh, weight.placements,

@@ -1,4 +1,4 @@
-"""Evaluation on the way: what samples of the averaged weights are worth, and the best weights so far."""
+"""Evaluation during training, and the checkpoint of the best result."""
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -34,7 +34,7 @@ from diffusion_cli.training.stored_state import MOST_STEPS, Maybe, Number
 
 
 class TrainingSamples(Samples):
-    """Samples of a denoiser in training, of the seeds 0, 1, ..., and of some labels in turn."""
+    """Samples of a denoiser in training, with seeds 0, 1, ... and the given labels in turn."""
 
     def __init__(
         self,
@@ -52,9 +52,9 @@ class TrainingSamples(Samples):
         self.space, self.form, self.shape, self.class_names = space, form, form.picture_shape(shape), names
         self.labels, self.labelled = labels, labels is not None
         self.denoiser: Denoiser | None = None
-        """Of now."""
+        """The current denoiser; set before each evaluation."""
         self.precision: Callable[[], AbstractContextManager[Any]] = nullcontext
-        """A context that the denoiser computes in, and the networks that judge it do not."""
+        """Precision context of the denoiser; feature extractors run outside it."""
 
     def __len__(self) -> int:
         return self.count
@@ -70,7 +70,7 @@ class TrainingSamples(Samples):
         with self.precision():
             x = sample(denoise, self.sampler, times, numbers, self.space.shape, device)
         images = self.space.decode(x)
-        # Early weights may fail: that shows in the numbers, and is no reason to stop.
+        # Early weights may give values that are not finite: a bad score, no reason to stop.
         return self.form.to_rgb(self.form.quantize(images.nan_to_num(0.0, 1.0, -1.0))), labels
 
     def protocol(self) -> dict[str, Any]:
@@ -78,10 +78,10 @@ class TrainingSamples(Samples):
 
 
 class EvaluationCallback(PeriodicCallback):
-    """Measure samples of the averaged weights, log the numbers, and keep the weights of the best in `best.ckpt`.
+    """Measures samples of the EMA weights, logs the results, and saves the best checkpoint as `best.ckpt`.
 
-    Of weights that have not been trained on images as they are, nothing is measured.
-    Raises UsageError, before training, where a metric cannot be measured on so few samples.
+    With progressive resolution it measures only at the final resolution.
+    Raises UsageError, before training, if a metric needs more samples.
     """
 
     stored_as = "Evaluation"
@@ -107,9 +107,9 @@ class EvaluationCallback(PeriodicCallback):
         self.stages = stages
         self.folder, self.batch_size, self.keep_best = run, batch_size, keep_best
         self.identity = identity
-        """Of what is measured and how: numbers of another are not compared."""
+        """Digest of the protocol; results of other protocols are not compared."""
         self.best: tuple[int, float] | None = None
-        """Its step and number."""
+        """Step and value of the best result."""
         require(metrics, networks, samples, reference, force=True)
 
     def run(self, trainer: Trainer, module: TrainingModule, step: int) -> bool:
@@ -148,7 +148,7 @@ class EvaluationCallback(PeriodicCallback):
         return {**super().state_dict(), "best": self.best, "identity": self.identity}
 
     def example_state(self) -> dict[str, Any]:
-        """The template of a stored state."""
+        """Return the template of a stored state."""
         return {**self.state_dict(), "best": Maybe((Number(0, MOST_STEPS, whole=True), Number()))}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

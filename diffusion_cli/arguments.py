@@ -1,4 +1,4 @@
-"""Arguments of the Python API: each is checked, or written as a word of the command line."""
+"""Arguments of the Python API: their checks, and their form as overrides."""
 
 import inspect
 from collections.abc import Sequence
@@ -18,7 +18,7 @@ LONGEST = 60
 
 
 def as_overrides(**settings: Any) -> list[str]:
-    """Write settings as words of a command line."""
+    """Return settings as overrides, key=value."""
     return [f"{key}={_word(key, value)}" for key, value in settings.items()]
 
 
@@ -49,7 +49,7 @@ def flat(arguments: Sequence[str | Sequence[str]]) -> list[str]:
 
 
 def tensor(key: str, value: Any, wanted: str) -> Tensor:
-    """Return a tensor, array or list of numbers as a tensor; UsageError, with what is `wanted`, for other values."""
+    """Return a tensor, array or list of numbers as a tensor; UsageError about `wanted` for others."""
     if value is None:
         raise UsageError(key, NO_VALUE, "missing", f"give {wanted}")
     try:
@@ -59,7 +59,7 @@ def tensor(key: str, value: Any, wanted: str) -> Tensor:
 
 
 def mask_pixels(mask: Any, sizes: tuple[int, ...]) -> Tensor:
-    """Return a mask as gray values of a file, uint8 [H, W].
+    """Return a mask as the gray values of a mask file, uint8 [H, W].
 
     Args:
         mask: bool [H, W], true where to paint.

@@ -1,4 +1,4 @@
-"""How many images are sampled at a time: as many as the free memory holds and, on a CPU, as help."""
+"""The automatic batch size of sampling: the largest that fits in memory and, on a CPU, raises the rate."""
 
 import math
 import sys
@@ -18,21 +18,21 @@ from diffusion_cli.system.distributed import started
 from diffusion_cli.system.precision import autocast, device_of
 
 MOST = 512
-SHARE = 0.8  # of the free memory that is filled
-WORTH = 1.05  # more images at a time are no use unless they raise the rate by so much
+SHARE = 0.8  # of the free memory that may be used
+WORTH = 1.05  # smallest gain in rate that justifies a doubled batch
 PATIENCE = 4.0  # seconds of trials on a CPU
 
 ONEDNN = "could not create a primitive"
-"""Its words when memory ran out, and from then on whatever memory there is."""
+"""oneDNN's error when memory runs out; afterwards it persists even with free memory."""
 OUT_OF_MEMORY = ("can't allocate memory", "bad_alloc", "out of memory", "ALLOC_FAILED", ONEDNN)
-"""The words of libraries whose errors have no type of their own."""
+"""Messages of out-of-memory errors that have no exception type."""
 
 Call = Callable[[int], None]
-"""Calls the network once on so many images, and waits for it."""
+"""Runs the network once on a number of images, and waits for the result."""
 
 
 def ran_out(error: BaseException) -> bool:
-    """Whether an error says that a device, or the CPU, has no memory left."""
+    """Return whether an error is an out-of-memory error of a device or the CPU."""
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
         isinstance(error, RuntimeError) and any(words in str(error) for words in OUT_OF_MEMORY)
     )
@@ -46,7 +46,7 @@ def advise_batch_size(batch_size: int | Literal["auto"], device: str) -> Iterato
     except (RuntimeError, MemoryError) as error:
         if not ran_out(error):
             raise
-        traceback.clear_frames(error.__traceback__)  # which hold all that was in memory
+        traceback.clear_frames(error.__traceback__)  # they reference the tensors in memory
         if batch_size == "auto":
             remedy = "set a number smaller than the one found"
         elif batch_size > 1:
@@ -59,17 +59,19 @@ def advise_batch_size(batch_size: int | Literal["auto"], device: str) -> Iterato
 
 
 def images_that_fit(call: Call, most: int, device: torch.device) -> int:
-    """The largest power of two, up to `most` and MOST, that fits; on a CPU up to where the rate rises no more.
+    """Return the largest power of two that fits, at most `most` and MOST.
 
-    Raises torch's OutOfMemoryError where one image does not fit.
+    On a CPU it stops doubling when the rate no longer rises.
+
+    Raises torch's OutOfMemoryError if one image does not fit.
     """
     most = 2 ** int(math.log2(max(1, min(most, MOST))))
     return _fit(call, most, device) if device.type == "cuda" else _help(call, most)
 
 
 def _fit(call: Call, most: int, device: torch.device) -> int:
-    """What fits a GPU: reckoned from the peaks of two small calls, then tried."""
-    call(1)  # takes what stays: kernels, and room for libraries
+    """Return the size that fits a GPU, estimated from the peaks of two small calls and then tried."""
+    call(1)  # allocates what stays: kernels and library workspaces
     small, large = (_peak(call, count, device) for count in (1, 2))
     unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     sharing = math.ceil(started().local_world / torch.cuda.device_count())
@@ -84,12 +86,12 @@ def _fit(call: Call, most: int, device: torch.device) -> int:
             else:
                 break
         size //= 2
-    torch.cuda.empty_cache()  # a compiled network's graphs have memory of their own
+    torch.cuda.empty_cache()  # the graphs of a compiled network use a separate pool
     return size
 
 
 def _peak(call: Call, count: int, device: torch.device) -> int:
-    """Bytes that a call takes at most."""
+    """Return the peak memory of a call, in bytes."""
     before = torch.cuda.memory_allocated(device)
     torch.cuda.reset_peak_memory_stats(device)
     call(count)
@@ -97,7 +99,7 @@ def _peak(call: Call, count: int, device: torch.device) -> int:
 
 
 def _help(call: Call, most: int) -> int:
-    """What fits and helps a CPU, doubled as long as it does; a few seconds at most."""
+    """Return the size for a CPU, doubled while it fits and raises the rate, within a few seconds."""
     end = time.perf_counter() + PATIENCE
     call(1)  # the first is slower
     size, seconds = 1, _seconds(call, 1)
@@ -107,14 +109,14 @@ def _help(call: Call, most: int) -> int:
         if 2 * seconds < WORTH * doubled:
             break
         size, seconds = 2 * size, doubled
-        grown = _most_held() - before  # by the half of what the call takes, and the next takes twice that
+        grown = _most_held() - before  # half of the call's memory; the next call needs 4 times this
         if 4 * grown * started().local_world > SHARE * free_memory():
             break
     return size
 
 
 def _seconds(call: Call, count: int) -> float:
-    """Of a call, the better of two if they are so short that others disturb them."""
+    """Return the seconds of a call; of two calls if short, the smaller, against noise of other processes."""
     found = []
     while not found or (len(found) < 2 and found[0] < 0.2):
         start = time.perf_counter()
@@ -124,15 +126,21 @@ def _seconds(call: Call, count: int) -> float:
 
 
 def _most_held() -> int:
-    """Bytes of memory that this process has held at most."""
-    import resource  # of POSIX
+    """Return the peak memory of this process, in bytes."""
+    import resource  # POSIX only
 
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def network_call(pipeline: SamplingPipeline, *, each: int, gradient: bool) -> Call:
-    """Return a call as sampling makes it at a guided time, of `each` images a result, differentiated or not."""
+    """Return a call of the network as in sampling at a guided time.
+
+    Args:
+        pipeline: the model and its settings.
+        each: images per result.
+        gradient: whether the call is differentiated.
+    """
     model, device, times = pipeline.model, pipeline.device, pipeline.times[:-1]
     guidance, schedule = pipeline.guidance, model.denoiser.schedule
     active = [t for t in times if isinstance(guidance, Guided) and guidance.active(schedule, t)]

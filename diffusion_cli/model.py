@@ -1,4 +1,4 @@
-"""The Python API: what the commands do, on tensors.
+"""The Python API: the commands, on tensors.
 
     import diffusion_cli as diffuse
 
@@ -63,19 +63,19 @@ from diffusion_cli.system.precision import autocast, device_of
 ConfigT = TypeVar("ConfigT", SampleConfig, EditConfig, EvalConfig, TrainConfig)
 Label = int | str | Sequence[int | str] | None
 IN_MEMORY = "tensor"
-"""The name of samples that are given as a tensor."""
+"""Name of samples given as a tensor."""
 OF_FILES = {
     "sample": ("output", "strip", "gif", "frames"),
     "edit": ("output", "input", "num_images", "fit", "data_dir", "dataset.path", "dataset.masks"),
 }
-"""Keys about files, which a loaded model neither reads nor writes."""
+"""Keys about files, which have no effect on a loaded model."""
 
 
 def load(run: str | Path, *, weights: Weights = "ema", step: Step = None, device: str = "auto") -> "Model":
     """Load the denoiser of a run.
 
     Args:
-        run: folder of a run, or its name in `outputs`; the name of a run in another output_dir is not found.
+        run: folder of a run, or its name in `outputs`; for another output_dir give the folder.
         weights: "ema" (averaged) or "raw".
         step: a step with a checkpoint, "best", or None for the newest.
         device: "auto", "cpu" or "cuda".
@@ -130,7 +130,7 @@ def evaluate(
         overrides: further arguments of `diffuse eval`, as "dataset=cifar10", or a list of them.
 
     Returns:
-        Values by name, each with its details and its protocol. They are not added to a metrics.json.
+        Results by name, each with details and protocol. They are not added to metrics.json.
 
     Raises:
         UsageError: for a mistake in the overrides, or images that do not fit the metrics.
@@ -178,7 +178,7 @@ def option(group: str, name: str, *supplied: Any, **arguments: Any) -> Any:
         raise UsageError(group, name, f"unknown option{configuration.did_you_mean(name, list(options))}")
     node = configuration.compose(command, [f"{group}={name}"])[0].get(group)
     if isinstance(node, dict) and "_target_" not in node:
-        node = node.get(name)  # of a group whose options can be chosen together
+        node = node.get(name)  # a group with several options at once
     if not isinstance(node, dict) or "_target_" not in node:
         raise UsageError(
             "group", group, f"{name} is not an option with a class of its own", "use it in a command"
@@ -290,18 +290,18 @@ class Model:
     def denoise(
         self, x_t: Tensor, t: Tensor | float, y: Tensor | Sequence[int | str] | None = None
     ) -> Prediction:
-        """Estimate the image and the noise in x_t.
+        """Estimate the clean image and the noise of x_t.
 
         Args:
-            x_t: noised images, float [B, C, H, W], in the scale where clean ones lie in [-1, 1]; or noised latents.
-            t: times in (0, 1], one for all or one an image.
-            y: indices or names of classes [B], or None for no label.
+            x_t: noised images, float [B, C, H, W], where clean pixels are in [-1, 1]; or noised latents.
+            t: times in (0, 1], one for all images or one per image.
+            y: indices or names of classes [B], or None for unconditional.
 
         Returns:
-            A prediction with x0, eps, and the score -eps / sigma, each of the shape of x_t, in float32.
+            A prediction with x0, eps and the score -eps / sigma, each float32 in the shape of x_t.
 
         Raises:
-            UsageError: for another shape, a time outside (0, 1], or labels that the model does not have.
+            UsageError: for another shape, a time outside (0, 1], or unknown labels.
 
         Example:
             >>> import torch
@@ -319,7 +319,7 @@ class Model:
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
-        """Return what the denoiser sees of images without noise: pixels in [-1, 1], or latents, float [B, ...]."""
+        """Return images as the denoiser's clean input: pixels in [-1, 1], or latents, float [B, ...]."""
         images = self._images(images)
         if tuple(images.shape[1:]) != self.shape:
             raise UsageError("images", described(images), f"must be {self._stored_images}")
@@ -327,7 +327,7 @@ class Model:
 
     @torch.no_grad()
     def decode(self, x: Tensor) -> Tensor:
-        """Return the images, as stored, of what the denoiser sees of them: pixels in [-1, 1], or latents."""
+        """Return the denoiser's pixels in [-1, 1], or latents, as stored images: the inverse of `encode`."""
         return self._loaded.info.form.quantize(self._loaded.space.decode(self._states("x", x))).cpu()
 
     def edit(
@@ -348,20 +348,18 @@ class Model:
         """Edit images as `diffuse edit` does.
 
         Args:
-            name: name of an option of `edit`, as "inpaint" or "img2img".
-            images: as stored, [B, C, H, W]; None for "interpolate" and others with `edit.seeds` among the overrides.
-            mask: for "inpaint", bool [H, W], true where to paint; None is a box in the centre.
-            restoration: method of the edits that keep what is known: "replacement", "repaint" or "dps"; None
-                is "repaint" for these.
-            seed: seed of the first result; result n has seed + n.
-            steps: steps of the sampler; None is the number for the restoration, or 50.
-            sampler: name of an option; None is the sampler for the restoration, or "ddim".
-            label, guidance, guidance_scale: as in `sample`; a label of None is no label.
-            overrides: further arguments of `diffuse edit`, as "edit.strength=0.5".
+            name: name of an option of `edit`, as "inpaint" or "img2img". images: as stored, [B, C, H, W];
+            None for "interpolate" and others with `edit.seeds` among the overrides. mask: for "inpaint", bool
+            [H, W], true where to paint; None is a box in the centre. restoration: method of edits that
+            restore images: "replacement", "repaint" or "dps"; None is "repaint". seed: seed of the first
+            result; result n has seed + n. steps: steps of the sampler; None is the number for the
+            restoration, or 50. sampler: name of an option; None is the sampler for the restoration, or
+            "ddim". label, guidance, guidance_scale: as in `sample`; a label of None is no label. overrides:
+            further arguments of `diffuse edit`, as "edit.strength=0.5".
 
         Returns:
-            Results as stored, [B, *shape], or [B, N, *shape] of an edit with N results each. With "variations=V" among
-            the overrides there are B * V, those of an image one after the other.
+            Results as stored, [B, *shape], or [B, N, *shape] for an edit with N results per image. The
+            override "variations=V" gives V consecutive results per image, B * V in all.
 
         Raises:
             UsageError: for settings that do not go together, or images of another shape.
@@ -382,7 +380,7 @@ class Model:
         inputs = pixels = None
         if images is not None:
             inputs = [Input(f"{number:05d}", image) for number, image in enumerate(self._images(images))]
-            settings.append("input=val")  # stands for the images, and is not read
+            settings.append("input=val")  # a placeholder, not read
         if mask is not None:
             if node and "mask" not in node:
                 raise UsageError("mask", shown(mask), f"has no effect on edit={name}", "leave it out")
@@ -417,14 +415,13 @@ class Model:
         """Measure samples of the model, or the model itself, as `diffuse eval` does.
 
         Args:
-            metrics: names of metrics, as "fid" and "kid".
-            num_samples: images to make; None is 2000.
-            seed, steps, sampler, label, guidance, guidance_scale, batch_size: as in `sample`; a label of None makes
-                classes as frequent as in the reference.
+            metrics: names of metrics, as "fid" and "kid". num_samples: number of images; None is 2000. seed,
+            steps, sampler, label, guidance, guidance_scale, batch_size: as in `sample`; a label of None draws
+                classes in the proportions of the reference.
             overrides: further arguments of `diffuse eval`, as "features=classifier".
 
         Returns:
-            Values by name, each with its details and its protocol. They are not added to metrics.json.
+            Results by name, each with details and protocol. They are not added to metrics.json.
 
         Raises:
             UsageError: for settings that do not go together, or too few samples for a metric.
@@ -458,7 +455,7 @@ class Model:
         return self._loaded.info.form.quantize(torch.zeros(1, *self.shape)).dtype
 
     def _states(self, key: str, value: Tensor) -> Tensor:
-        """What the denoiser works on, float32 on its device; UsageError, about an argument, for another shape."""
+        """Return a denoiser input as float32 on its device; UsageError about `key` for another shape."""
         shape = self._loaded.space.shape
         wanted = f"float [B, {', '.join(map(str, shape))}]"
         x = tensor(key, value, wanted)
@@ -469,7 +466,7 @@ class Model:
         return x.to(self._device, torch.float32)
 
     def _labels(self, y: Tensor | Sequence[int | str] | None, count: int) -> Tensor | None:
-        """Class indices on the device of the model, int64 [B]."""
+        """Return class indices on the device of the model, int64 [B]."""
         if y is None:
             return None
         classes = self._loaded.num_classes
@@ -486,7 +483,7 @@ class Model:
         return labels.to(self._device, torch.int64)
 
     def _images(self, value: Tensor) -> Tensor:
-        """Images as stored, on the CPU; UsageError for another number of dimensions or type."""
+        """Return images as stored, on the CPU; UsageError for another number of dimensions or type."""
         images = tensor("images", value, self._stored_images).cpu()
         if images.ndim != len(self.shape) + 1 or images.dtype != self._stored_dtype:
             raise UsageError("images", described(images), f"must be {self._stored_images}")
@@ -508,7 +505,7 @@ class Model:
     def _checked(
         self, command: str, kind: type[ConfigT], settings: list[str], overrides: Sequence[str]
     ) -> ConfigT:
-        """The configuration of a command for this model, whose run, weights and device are chosen already."""
+        """Return the configuration of a command for this model, with its run, weights and device."""
         more = texts("overrides", overrides)
         for key in (*self._settings, "output_dir", "processes", "compile", *OF_FILES.get(command, ())):
             if any(word.startswith(f"{key}=") for word in more):
@@ -534,13 +531,13 @@ def _evaluated(
 
 
 def _edit_node(edit: str) -> dict[str, Any]:
-    """The node of an edit; empty for an unknown one, which is refused with the other settings."""
+    """Return the node of an edit; empty for an unknown one, which the configuration rejects later."""
     if edit not in configuration.options("edit"):
         return {}
     return configuration.compose("edit", [f"edit={edit}"])[0]["edit"]
 
 
 def _default_restoration(edit: Mapping[str, Any]) -> str | None:
-    """The restoration of an edit if none is named; None for an edit that restores nothing."""
+    """Return the default restoration of an edit, or None for an edit without restoration."""
     kind = getattr(editing, edit["_target_"].rpartition(".")[2]) if edit else None
     return "repaint" if kind is not None and kind.restores else None

@@ -26,7 +26,7 @@ class EMA(Callback):
         self.decay, self.warm_up, self.offload = decay, warm_up, offload
         self.updates = 0
         self._parts: dict[str, _Part] = {}
-        """This process's shard of each average; empty if not sharded, else `network` has no weights."""
+        """This process's shards of the average, in place of the weights of `network`; else empty."""
 
     @property
     def state_key(self) -> str:

@@ -1,4 +1,4 @@
-"""The files of latents in the cache: encoded once, continued after a stop, and checked before they are used."""
+"""Files of cached latents: encoded once, resumed after an interruption, and verified before use."""
 
 import math
 import os
@@ -33,16 +33,16 @@ from diffusion_cli.system.files import writing
 from diffusion_cli.system.locks import locked
 from diffusion_cli.system.progress import ProgressBar
 
-ENCODED = 64  # images read at a time
+ENCODED = 64  # images per batch
 PART = "moments.part"
-CHECKED_AT_ONCE = 2**30  # bytes of a file that is checked before its use, a larger one while it is used
-LARGE = 2**30  # bytes of latents that are worth a word
+CHECKED_AT_ONCE = 2**30  # bytes; larger files are verified during use, not before
+LARGE = 2**30  # bytes of latents from which a line is printed
 
 
 class LatentImages(MemoryImages):
-    """Moments of latents, float32 [N, 2L, h, w], mapped from disk; or [N, 4L, h, w], of mirrored images last.
+    """Memory-mapped moments of latents, float32 [N, 2L, h, w], or [N, 4L, h, w] with mirrored images last.
 
-    Those in a file have its `blocks` of ENCODED rows, which are compared with their checksums before they are used.
+    With `blocks`, rows are compared with the checksums of the file before their first use.
     """
 
     def __init__(self, pixels: Tensor, labels: Tensor | None, blocks: Blocks | None = None) -> None:
@@ -58,7 +58,7 @@ class LatentImages(MemoryImages):
         return super().to(device)
 
     def check(self, index: Tensor | None = None) -> None:
-        """Raise UsageError if rows, or any, are not as they were written; then the next start encodes them again."""
+        """Raise UsageError if the given rows (None: all) are damaged; the next start encodes them again."""
         if self.blocks is None:
             return
         try:
@@ -82,33 +82,34 @@ class LatentImages(MemoryImages):
 def encoded(
     images: Images, latents: Latents, path: Path, flip: bool = False, num_workers: int = 0
 ) -> LatentImages:
-    """The moments of images, from the .npy file `path`, which is made now if it is not there.
+    """Return the moments of images from the .npy file `path`, encoding them first if it does not exist.
 
-    All processes work together; what is made is added to a file as it comes, so that a start that was cut off is gone
-    on with. Raises UnreadableError for images that cannot be read, UsageError for a file of others.
+    All processes must call this together. Moments are appended to a file, so that an interrupted encoding
+    resumes. Raises UnreadableError for unreadable images, and UsageError if the file has another shape or
+    type.
     """
     ranks, channels = Distributed(), latents.shape[0]
     row = ((4 if flip else 2) * channels, *latents.shape[1:])
     shape = (len(images), *row)
-    # Another run may encode the same images.
+    # Another run may be encoding the same images.
     with writing(path), locked(path) if ranks.is_main else nullcontext():
         if ranks.is_main and path.is_file():
             _set_back_if_damaged(path, shape)
         if not ranks.broadcast(path.is_file()):
             _encode(images, latents, path, row, flip, num_workers)
     start = _start(path, shape)
-    # Mapped to be copied where it is written to, which it never is: torch knows no arrays for reading only.
+    # Copy-on-write, because torch does not support read-only arrays; nothing writes to it.
     pixels = torch.from_numpy(np.memmap(path, np.float32, "c", start, shape))
     return LatentImages(pixels, images.labels, Blocks(path, start, block_size(row)))
 
 
 def block_size(row: tuple[int, ...]) -> int:
-    """Bytes of the rows that are encoded, and have a checksum, together."""
+    """Return the bytes of a block: the rows of a batch, with one checksum."""
     return ENCODED * 4 * math.prod(row)
 
 
 def _start(path: Path, shape: tuple[int, ...]) -> int:
-    """Bytes before the moments in a file; UsageError if it has others."""
+    """Return the bytes before the moments in a file; UsageError for another shape or type."""
     array = opened_array(path, None)
     if array.shape != shape or array.dtype != np.float32:
         raise UsageError(
@@ -131,12 +132,12 @@ def _set_back_if_damaged(path: Path, shape: tuple[int, ...]) -> None:
 
 
 def _set_back(path: Path) -> None:
-    """Turn a finished file into one that is continued after its last good block."""
+    """Turn a complete file into a partial one, which encoding continues after its last valid block."""
     part = path.with_name(PART)
     if checksums_path(path).is_file():
         shutil.copyfile(
             checksums_path(path), checksums_path(part)
-        )  # first: a file without any would get new ones
+        )  # first, because a file without checksums would get new ones
     path.replace(part)
     checksums_path(path).unlink(missing_ok=True)
 
@@ -144,7 +145,7 @@ def _set_back(path: Path) -> None:
 def _encode(
     images: Images, latents: Latents, path: Path, row: tuple[int, ...], flip: bool, num_workers: int
 ) -> None:
-    """Write the moments of all images to `path`, by way of a file that grows."""
+    """Write the moments of all images to `path`, first to a partial file."""
     ranks, part, device = Distributed(), path.with_name(PART), latents.device
     done = ranks.broadcast(_begun(part, (len(images), *row)) if ranks.is_main else 0)
     if ranks.is_main:
@@ -178,7 +179,7 @@ def _encode(
 
 
 def _check_room(part: Path, size: int) -> None:
-    """Say where many bytes of latents go; UsageError if there is no room for them."""
+    """Raise UsageError if the disk lacks space for `size` bytes; print a line if they are many."""
     free = shutil.disk_usage(part.parent).free
     if size > free:
         raise UsageError(
@@ -192,10 +193,10 @@ def _check_room(part: Path, size: int) -> None:
 
 
 def _begun(part: Path, shape: tuple[int, ...]) -> int:
-    """The images whose latents are there already, of a start that was cut off; the file is cut to these.
+    """Return the number of images already encoded in a partial file, and truncate it to them.
 
-    They end where a batch did: the later ones are batched as they would have been, and come out the same to the bit.
-    Batches that are damaged, and all after them, do not count.
+    It is a multiple of the batch size, so that later latents have the same bits as in an uninterrupted
+    encoding. The first damaged batch and all after it are dropped.
     """
     header = BytesIO()
     npy.write_array_header_1_0(header, {"descr": "<f4", "fortran_order": False, "shape": shape})
@@ -208,7 +209,7 @@ def _begun(part: Path, shape: tuple[int, ...]) -> int:
 
 
 def _begins(path: Path, head: bytes) -> bool:
-    """Whether a file begins with these bytes."""
+    """Return whether a file starts with the given bytes."""
     with path.open("rb") as file:
         return file.read(len(head)) == head
 
@@ -216,7 +217,7 @@ def _begins(path: Path, head: bytes) -> bool:
 @torch.inference_mode()
 def _moments(pixels: Tensor, latents: Latents, row: tuple[int, ...], flip: bool) -> Tensor:
     images = to_model_range(pixels)
-    if not len(images):  # a process that has no share in the last round
+    if not len(images):  # this process has no images in the last round
         return torch.empty(0, *row)
     moments = latents.moments(images)
     return torch.cat([moments, latents.moments(images.flip(-1))], 1) if flip else moments

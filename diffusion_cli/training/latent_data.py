@@ -1,4 +1,4 @@
-"""The latents of a data set: those of which autoencoder, encoded once and kept by content."""
+"""Latents of a dataset: the choice of the autoencoder, and a cache of encoded images."""
 
 import json
 import math
@@ -23,23 +23,23 @@ from diffusion_cli.system.distributed import Distributed
 from diffusion_cli.system.progress import ProgressBar
 from diffusion_cli.training.latent_cache import ENCODED, LatentImages, encoded
 
-LEAST = 1e-6  # standard deviation of a channel that says anything
-EMPTY = 0.01  # share of its variance that is of the images, under which it hardly does
+LEAST = 1e-6  # smallest standard deviation of a channel
+EMPTY = 0.01  # explained share of a channel's variance, below which a warning is printed
 
 
 class LatentSource(NamedTuple):
-    """The latents that a run works in."""
+    """The latent space of a run, and its origin."""
 
     latents: Latents
     autoencoder: dict[str, Any]
-    """The node that the autoencoder is built of."""
+    """Configuration node of the autoencoder."""
     source: str
-    """Where it was taken from."""
+    """Its origin: a run or a folder of diffusers, as the user named it."""
     keys: dict[Split, str] | None
-    """As `LatentDataset` has them, of an earlier start."""
+    """Cache keys by split (see `LatentDataset`), if the run resumes."""
 
     def info(self, dataset: "LatentDataset") -> LatentInfo:
-        """Return the entry of a checkpoint, once the scale of the latents is known."""
+        """Return the entry of a checkpoint; the scale of the latents must be measured."""
         return LatentInfo(
             shape=self.latents.shape, mean=self.latents.mean, std=self.latents.std, autoencoder=self.autoencoder,
             sha256=digest(self.latents.autoencoder.state_dict()), source=self.source, cache=dataset.keys,
@@ -47,14 +47,14 @@ class LatentSource(NamedTuple):
 
 
 def resumed_latents(folder: Path, info: CheckpointInfo, device: torch.device) -> LatentSource:
-    """Return the latents that the run in a folder was begun in; UsageError as `load_latents`."""
+    """Return the latents that a run folder uses; UsageError as `load_latents`."""
     assert info.latent is not None
     latents = load_latents(folder, info, device)
     return LatentSource(latents, info.latent.autoencoder, info.latent.source, dict(info.latent.cache))
 
 
 def pretrained_latents(folder: str, dataset: Dataset, device: torch.device) -> LatentSource:
-    """Return the latents of an autoencoder in the files of diffusers; UsageError if it does not suit the images."""
+    """Return the latents of an autoencoder in diffusers format; UsageError if it does not fit."""
     network, channels, options = from_diffusers(Path(folder).expanduser(), "latent.pretrained")
     node = {"_target_": "diffusion_cli.networks.AutoencoderKL", **options}
     _check_images("latent.pretrained", folder, network, channels, dataset)
@@ -62,7 +62,7 @@ def pretrained_latents(folder: str, dataset: Dataset, device: torch.device) -> L
 
 
 def run_latents(run: Path, named: str, dataset: Dataset, device: torch.device) -> LatentSource:
-    """Return the latents of the autoencoder of a run, which the user `named`; UsageError if it does not suit."""
+    """Return the latents of an autoencoder run, which the user `named`; UsageError if it does not fit."""
     trained = load_autoencoder(run, torch.device("cpu"))
     if trained.info.form != dataset.form:
         raise UsageError(
@@ -77,14 +77,14 @@ def run_latents(run: Path, named: str, dataset: Dataset, device: torch.device) -
 
 
 def _unscaled(network: AutoencoderKL, node: dict[str, Any], source: str, dataset: Dataset) -> LatentSource:
-    """Return latents whose scale is yet to be measured."""
+    """Return latents whose scale is not measured yet."""
     channels = network.latent_channels
     latents = Latents(network, dataset.shape, [0.0] * channels, [1.0] * channels)
     return LatentSource(latents, node, source, None)
 
 
 def _check_images(key: str, named: str, network: AutoencoderKL, channels: int, dataset: Dataset) -> None:
-    """Raise UsageError unless an autoencoder of images with some channels encodes those of a dataset."""
+    """Raise UsageError unless an autoencoder for images with `channels` channels fits those of a dataset."""
     sides = "x".join(map(str, dataset.shape[1:]))
     if channels != dataset.shape[0] or len(dataset.shape) != 3:
         raise UsageError(
@@ -104,14 +104,14 @@ def _check_images(key: str, named: str, network: AutoencoderKL, channels: int, d
 
 
 class LatentDataset(Dataset):
-    """The latents of a dataset's images, encoded when a split is first asked for and kept in `cache_dir`.
+    """The latents of a dataset's images, encoded when a split is first loaded and cached in `cache_dir`.
 
-    `keys` are the names that they have there by their split, known of another start of the same run, which need not
-    look at the images again. Where the images may be mirrored in training, the mirrored ones are encoded too. The
-    scale of `latents` is measured on the training images, if it is not known.
+    `keys` are the cache keys by split of a resumed run, which need not hash the images again. If training
+    flips images, the mirrored images are encoded too. The scale of `latents` is measured on the training
+    images, unless the run resumes.
 
-    `load` raises UnreadableError for images that cannot be read, and UsageError where a channel of the latents is the
-    same everywhere.
+    `load` raises UnreadableError for unreadable images, and UsageError if the images of a resumed run have
+    changed, or if latents are not finite or constant in a channel.
     """
 
     def __init__(
@@ -145,7 +145,7 @@ class LatentDataset(Dataset):
         return moments
 
     def _path(self, split: Split) -> Path:
-        """Return the file of a split, which an older version, or a run before a renaming, named otherwise."""
+        """Return the file of a split; the folder may have an earlier dataset name."""
         key = self.keys[split]
         own = self.cache_dir / f"latents-{self.name}-{key}" / "moments.npy"
         if own.is_file():
@@ -154,7 +154,7 @@ class LatentDataset(Dataset):
 
     def _key(self, images: Images, flip: bool) -> str:
         network = self.latents.autoencoder
-        # By its layers too: of the same weights, another one may group its channels otherwise.
+        # The layers count too: equal weights with other normalisation groups give other latents.
         facts = [source_digest(images), digest(network.state_dict()), repr(network), flip]
         return sha256(json.dumps(facts).encode()).hexdigest()[:16]
 
@@ -186,7 +186,7 @@ class LatentDataset(Dataset):
 
 
 def source_digest(images: Images) -> str:
-    """A SHA-256, in hex, of what images are made of, by all processes together."""
+    """Return a hexadecimal SHA-256 of the sources of images; all processes must call this together."""
     ranks, state = Distributed(), sha256()
     with ProgressBar(
         total=len(images), desc="hashing images", unit="image", unit_scale=True, delay=2.0, disable=not ranks.is_main

@@ -1,4 +1,4 @@
-"""Where the numbers of a run are written."""
+"""Loggers of training: CSV and TensorBoard."""
 
 import csv
 import sys
@@ -23,7 +23,7 @@ from diffusion_cli.system.untrusted import printable, read
 
 
 class LoggerConfig(ABC):
-    """A kind of log, as configured."""
+    """Configuration of a logger."""
 
     @abstractmethod
     def logger(self, run: Path, step: int) -> Logger:
@@ -46,20 +46,20 @@ class TensorBoard(LoggerConfig):
 
 
 def _on_thread_error(otherwise: Callable[[Any], Any], error: threading.ExceptHookArgs) -> None:
-    """Print no traceback for the thread that writes event files: the logger meets its error at the next call."""
+    """Print no traceback of the event-file thread: the logger reports its error at the next call."""
     writes_events = error.thread is not None and type(error.thread).__module__.startswith("tensorboard.")
     if not (writes_events and isinstance(error.exc_value, OSError)):
         otherwise(error)
 
 
 class TensorBoardFiles(TensorBoardLogger):
-    """Lightning's logger, which ends itself with one line if its files cannot be written; training continues."""
+    """Lightning's logger; if a write fails, it prints one line and stops, and training continues."""
 
     _ended = False
 
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
-        """Add a point to the curve of each number."""
+        """Add a point to each curve."""
         with self._attempt() as open_:
             if open_:
                 super().log_metrics(metrics, step)
@@ -73,24 +73,24 @@ class TensorBoardFiles(TensorBoardLogger):
 
     @rank_zero_only
     def save(self) -> None:
-        """Write what is waiting."""
+        """Write pending points."""
         with self._attempt() as open_:
             if open_:
                 super().save()
 
     @rank_zero_only
     def finalize(self, status: str) -> None:
-        """Write what is waiting, and close the files."""
+        """Write pending points, and close the files."""
         with self._attempt() as open_:
             if open_:
                 super().finalize(status)
 
     @contextmanager
     def _attempt(self) -> Iterator[bool]:
-        """Give whether the files are still written to; turn their failure into one line."""
+        """Yield whether logging is active; on a failure, print one line and stop logging."""
         try:
             yield not self._ended
-        except (OSError, ValueError) as error:  # Lightning wraps what the writer raised
+        except (OSError, ValueError) as error:  # Lightning wraps the writer's error
             cause = error if isinstance(error, OSError) else error.__cause__
             if not isinstance(cause, OSError):
                 raise
@@ -103,18 +103,18 @@ class TensorBoardFiles(TensorBoardLogger):
 
 
 class CSVFile(Logger):
-    """A CSV file with a row per log, continued with the run.
+    """A CSV file with a row per log, continued when the run resumes.
 
-    Lightning's own CSV logger deletes the file of an earlier start. This one keeps it, but removes the rows after the
-    step at which the run continues. A damaged file is renamed, and its complete rows are kept here too.
-    While the file cannot be written, rows are kept in memory.
+    Lightning's CSV logger deletes an existing file. This one keeps it, but removes the rows after the step at
+    which the run resumes. A damaged file is renamed, and its complete rows are copied. While the file cannot
+    be written, rows are kept in memory.
     """
 
     def __init__(self, path: Path, step: int) -> None:
         super().__init__()
         self.path = path
         self.rows: list[dict[str, Any]] = []
-        self._columns: list[str] | None = None  # of the file; None: it is to be written anew
+        self._columns: list[str] | None = None  # of the file; None: the next write replaces it
         self._failed = False
         if Distributed().is_main and path.exists():
             rows, damaged = _read_rows(path)
@@ -138,11 +138,11 @@ class CSVFile(Logger):
         return ""
 
     def log_hyperparams(self, params: dict[str, Any] | Namespace, *args: Any, **kwargs: Any) -> None:
-        """Nothing: the run's config.yaml holds them."""
+        """Do nothing: config.yaml has them."""
 
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
-        """Add a row; the file is appended to, or written anew where a column is new or the last write failed."""
+        """Append a row; rewrite the file if a column is new or the last write failed."""
         row = {"step": step, **metrics}
         columns = list(dict.fromkeys([*(self.rows[-1] if self.rows else ()), *row]))
         self.rows.append({column: row.get(column, "") for column in columns})
@@ -171,9 +171,10 @@ class CSVFile(Logger):
 
 
 def _read_rows(path: Path) -> tuple[list[dict[str, Any]], bool]:
-    """The whole rows of a log, and whether it is damaged elsewhere than in its last row, which a stop may cut short.
+    """Return the complete rows of a log, and whether it is damaged before its last row.
 
-    Raises UsageError if it is not a regular file, as a pipe, or too large.
+    A truncated last row is no damage: a stop may cause it. Raises UsageError for a file that is too large or
+    not regular.
     """
     try:
         text = read(path).decode(errors="replace")
@@ -181,7 +182,7 @@ def _read_rows(path: Path) -> tuple[list[dict[str, Any]], bool]:
         raise UsageError(path, NO_VALUE, str(error), "move it away") from error
     damaged = any(letter == "\ufffd" or not (letter.isprintable() or letter in "\r\n") for letter in text)
     rows: list[dict[Any, Any]] = []
-    try:  # this program writes no quotes: one is damage, and must not join lines
+    try:  # diffuse writes no quotes; a quote is damage and must not join lines
         rows += csv.DictReader(StringIO(text, newline=""), quoting=csv.QUOTE_NONE)
     except csv.Error:
         damaged = True
@@ -190,14 +191,14 @@ def _read_rows(path: Path) -> tuple[list[dict[str, Any]], bool]:
 
 
 def _readable(row: Mapping[str, str]) -> dict[str, Any]:
-    """A row without the columns of damaged names."""
+    """Return a row without columns that have damaged names."""
     return {
         migrated_column(key): text for key, text in row.items() if key.isprintable() and "\ufffd" not in key
     }
 
 
 def _is_whole(row: Mapping[Any, Any]) -> bool:
-    """Whether a row has a number, or nothing, in each column and a step."""
+    """Return whether a row has a step, and a number or nothing in each column."""
     if None in row or None in row.values() or not str(row.get("step")).isdecimal():
         return False
     return all(_is_number(text) for text in row.values() if text)

@@ -1,4 +1,4 @@
-"""The LightningModules, one a task: a training step, and the randomness of it."""
+"""LightningModules of the tasks: training steps, validation losses and their random numbers."""
 
 import math
 from abc import ABC, abstractmethod
@@ -27,39 +27,39 @@ from diffusion_cli.training.optimizers import OptimizerConfig
 
 QUARTILES = 4
 ZERO_SAMPLES = 256
-"""Noised images by which the loss of predicting zero is measured."""
+"""Number of noised images that measure the loss of predicting zero."""
 Trainable = NoiseConditioned | Autoencoding
 
 
 class Meter(ABC):
-    """Means over images since the last reading, kept on the device.
+    """Means over images since the last reading, accumulated on the device.
 
-    Nothing is synchronised until it is read, by all processes together: a step at which the loss went bad is remembered
-    by its number.
+    Only reading synchronises, and all processes must read together. Until then the device records the first
+    step with a loss that is not finite.
     """
 
     def __init__(self) -> None:
         self._first_bad: Tensor | None = None
 
     def watch(self, loss: Tensor, step: int) -> None:
-        """Remember the step if a loss of it is not finite."""
+        """Record the step if one of its losses is not finite."""
         if self._first_bad is None:
             self._first_bad = torch.full((), -1, device=loss.device)
         bad = ~loss.detach().sum().isfinite() & (self._first_bad < 0)
         self._first_bad.masked_fill_(bad, step)
 
     def first_bad_step(self) -> int | None:
-        """The first step whose loss was not finite in any process, or None."""
+        """Return the first step with a loss that was not finite in any process, or None."""
         step = -1 if self._first_bad is None else int(self._first_bad)
         return min((bad for bad in Distributed().all_gather(step) if bad >= 0), default=None)
 
     @abstractmethod
     def read(self) -> dict[str, float]:
-        """The means since the last reading, and a new start."""
+        """Return the means since the last reading, and reset them."""
 
 
 class LevelMeter(Meter):
-    """The mean of a number of images, as their loss: whole and by quartile of the noise levels drawn."""
+    """Means of a number per image, such as the loss: in total and by quartile of the noise level."""
 
     def __init__(self, name: str = "loss") -> None:
         super().__init__()
@@ -67,7 +67,7 @@ class LevelMeter(Meter):
         self._sums: Tensor | None = None
 
     def add(self, loss: Tensor, quantile: Tensor, step: int) -> None:
-        """Count the losses [B] of a step, at levels that lie at these quantiles [B] of all levels drawn."""
+        """Add the losses [B] of a step; `quantile` [B] locates their noise levels among all."""
         value = loss.detach()
         if self._sums is None:
             self._sums = torch.zeros(2, QUARTILES, device=loss.device)
@@ -91,14 +91,14 @@ class LevelMeter(Meter):
 
 
 class TermMeter(Meter):
-    """The means of named numbers of images, as the terms of their loss."""
+    """Means of named numbers per image, such as the terms of a loss."""
 
     def __init__(self) -> None:
         super().__init__()
         self._sums: dict[str, Tensor] = {}
 
     def add(self, terms: Mapping[str, Tensor], step: int) -> None:
-        """Count the terms of a step, each [B]; the same ones in all processes."""
+        """Add the terms [B] of a step; all processes must add the same names."""
         for name, values in terms.items():
             seen = torch.stack([values.detach().float().sum(), values.new_tensor(len(values)).float()])
             self._sums[name] = self._sums.get(name, 0) + seen
@@ -108,7 +108,7 @@ class TermMeter(Meter):
         parts = Distributed().all_gather({name: sums.cpu() for name, sums in self._sums.items()})
         self._sums.clear()
         totals: dict[str, Tensor] = {}
-        for part in parts:  # a process may have seen no image
+        for part in parts:  # a process may have no images
             totals |= {name: totals.get(name, 0) + sums for name, sums in part.items()}
         return {name: float(total / count) for name, (total, count) in totals.items()}
 
@@ -118,18 +118,18 @@ MeterT = TypeVar("MeterT", bound=Meter)
 
 
 class MicroBatch(NamedTuple):
-    """Which images of an optimizer step a process sees at once."""
+    """This process's slice of the global batch of an optimizer step."""
 
     size: int
-    """Images of the step, in all processes and parts."""
+    """Images of the global batch, in all processes and parts."""
     part: slice
-    """Of them, those of this part of the batch, in all processes."""
+    """Its images in this part, in all processes."""
     mine: slice
-    """Of them, those of this process."""
+    """Its images in this part, in this process."""
 
 
 class TrainingModule(LightningModule, ABC, Generic[ModelT, MeterT]):
-    """A model in training; `info` is what its checkpoints say of it."""
+    """A model in training; `info` is stored in its checkpoints."""
 
     def __init__(
         self, model: ModelT, meter: MeterT, optimizer: OptimizerConfig, seed: int, info: CheckpointInfo
@@ -142,8 +142,8 @@ class TrainingModule(LightningModule, ABC, Generic[ModelT, MeterT]):
         self.info = info
 
     def training_step(self, batch: Batch, batch_index: int) -> Tensor:
-        """Return the mean loss of a batch; what is drawn for it is a function of (seed, step) alone."""
-        # Drawn for the whole batch of a step, then cut: the same whatever the number of processes and of parts.
+        """Return the mean loss of a batch; its random numbers depend only on seed and step."""
+        # Drawn for the global batch, then sliced: independent of the number of processes and parts.
         step, part = divmod(batch.number, self.trainer.accumulate_grad_batches)
         torch.manual_seed(mix(self.seed, "step", step))
         local, world = len(batch.images), self.trainer.world_size
@@ -154,23 +154,23 @@ class TrainingModule(LightningModule, ABC, Generic[ModelT, MeterT]):
 
     @abstractmethod
     def loss(self, batch: Batch, share: MicroBatch) -> Tensor:
-        """Return the mean loss of a batch, and count it; what is drawn is drawn for the whole step and cut."""
+        """Return the mean loss of a batch and meter it; random numbers are drawn for the global batch."""
 
     @abstractmethod
     def val_losses(self, model: Any, batches: Iterable[Batch]) -> Iterator[Tensor]:
-        """The losses [B] of a model on this process's share of batches, with the same noise every time."""
+        """Yield the losses [B] on this process's share of batches, with the same noise every time."""
 
     @abstractmethod
     def trial(self, images: Tensor) -> Tensor:
-        """A loss of any images [B, C, H, W], that takes the memory of a training step."""
+        """Return a loss of images [B, C, H, W] with the memory use of a training step."""
 
     def loss_of_zero(self, batch: Batch) -> float | None:
-        """Return the loss of a network that predicts zero, about a batch; None where it means nothing."""
+        """Return the approximate loss of a network that predicts zero, or None where it is undefined."""
         return None
 
     def configure_optimizers(self) -> Any:
-        """Return the optimizer and its scheduler, stepped every step."""
-        # A fused optimizer would take the scale of fp16's gradients off after they are clipped.
+        """Return the optimizer and its scheduler, which steps every optimizer step."""
+        # A fused optimizer would unscale fp16 gradients only after clipping.
         scaled = self.trainer.precision_plugin.precision == "16-mixed"
         optimizer = self.optimizer_config.optimizer(self.parameters(), fused=not scaled)
         scheduler = self.optimizer_config.scheduler(optimizer)
@@ -182,17 +182,17 @@ class TrainingModule(LightningModule, ABC, Generic[ModelT, MeterT]):
         gradient_clip_val: float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """Clip to the configured norm; Lightning's own refuses fused optimizers, which matters only in fp16."""
+        """Clip to the configured norm; Lightning's version rejects fused optimizers."""
         if self.optimizer_config.clip_norm is not None:
             for part in self.clipped():
                 nn.utils.clip_grad_norm_(part.parameters(), self.optimizer_config.clip_norm)
 
     def clipped(self) -> list[nn.Module]:
-        """The parts whose gradients are scaled down together."""
+        """Return the modules whose gradients are clipped separately."""
         return [self.model]
 
     def configure_model(self) -> None:
-        """Share the weights out among the processes where the strategy says so, block by block."""
+        """Shard the weights among the processes block by block, if the strategy is FSDP."""
         if self.device_mesh is None:
             return
         for block in self.model.network.modules():
@@ -201,16 +201,16 @@ class TrainingModule(LightningModule, ABC, Generic[ModelT, MeterT]):
         fully_shard(self.model.network, mesh=self.device_mesh["data_parallel"])
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Count the batches of earlier steps as if they had been accumulated as they are now."""
+        """Count the batches of earlier steps with the current accumulate_grad_batches."""
         set_batch_progress(checkpoint, checkpoint["global_step"] * self.trainer.accumulate_grad_batches)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add what is needed to build the model again."""
+        """Add the information that rebuilds the model."""
         checkpoint["diffuse"] = self.info.model_dump()
 
 
 class DenoisingModule(TrainingModule[NoiseConditioned, LevelMeter]):
-    """A denoiser or classifier in training: what is shown noised images at times that are drawn."""
+    """Trains a denoiser or a classifier of noised images, at random times."""
 
     def __init__(
         self,
@@ -229,7 +229,7 @@ class DenoisingModule(TrainingModule[NoiseConditioned, LevelMeter]):
         self.space = space
 
     def loss(self, batch: Batch, share: MicroBatch) -> Tensor:
-        # Dropout, whose masks would be too many to draw, is each process's and each part's own.
+        # Except dropout masks, which differ by process and part: masks of the global batch are too large.
         size, of_all, mine = share
         drawn = self.times(self.model.schedule, torch.rand(size, device=self.device))
         t, weight, quantile = drawn.t[mine], drawn.weight[mine], drawn.quantile[mine]
@@ -264,7 +264,7 @@ class DenoisingModule(TrainingModule[NoiseConditioned, LevelMeter]):
         def noise(shape: Sequence[int]) -> Tensor:
             return torch.randn(*shape, generator=generator).to(self.device)
 
-        # Every level of noise counts: the batch is noised at several of them, a batch at a time as in a step.
+        # Stratified over all noise levels: the batch is noised at several of them.
         copies = -(-ZERO_SAMPLES // len(batch.images))
         levels = (torch.randperm(copies * len(batch.images), generator=generator) + 0.5).to(self.device)
         losses = []
@@ -280,14 +280,14 @@ class DenoisingModule(TrainingModule[NoiseConditioned, LevelMeter]):
             yield self.objective(model, batch.images, batch.labels, t, eps)
 
     def at_levels(self, batches: Iterable[Batch]) -> Iterator[tuple[Batch, Tensor, Tensor, Tensor]]:
-        """This process's share of batches, with times, noise and the quantiles [B] of the times, always the same."""
+        """Yield this process's share of batches, with fixed times, noise and quantiles of the times [B]."""
         ranks = Distributed()
         for i, batch in enumerate(batches):
             generator = torch.Generator().manual_seed(mix(self.seed, "held-out", i))
             size = len(batch.images)
-            # Stratified times: the estimate over a few images is less noisy.
+            # Stratified times reduce the variance over few images.
             u = (torch.arange(size) + torch.rand(size, generator=generator)) / size
-            # The mean over uniform times is taken at the same ones, whatever training has learned to draw.
+            # Importance sampling estimates a mean over uniform times: validation draws them directly.
             times = Uniform() if self.times.uniform else self.times
             drawn = times(self.model.schedule, u.to(self.device))
             x0 = self.space.states(

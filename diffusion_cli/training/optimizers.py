@@ -1,4 +1,4 @@
-"""Optimizers with their learning-rate schedule and gradient clipping."""
+"""Optimizers with learning-rate schedules and gradient clipping."""
 
 import math
 from abc import ABC, abstractmethod
@@ -12,7 +12,7 @@ from diffusion_cli.errors import UsageError
 
 
 class OptimizerConfig(ABC):
-    """What makes an optimizer, and how its learning rate moves."""
+    """Settings of an optimizer, its learning-rate schedule and gradient clipping."""
 
     lr: float
     warm_up_steps: int
@@ -21,10 +21,10 @@ class OptimizerConfig(ABC):
 
     @abstractmethod
     def optimizer(self, parameters: Iterable[nn.Parameter], fused: bool) -> optim.Optimizer:
-        """Return the optimizer of the given parameters, its step as one kernel or not."""
+        """Return the optimizer of the given parameters; `fused` runs its step in one kernel."""
 
     def factor(self, step: int) -> float:
-        """The learning rate at a step in units of lr: a linear warm-up, then constant or a half cosine to 0."""
+        """Return the learning rate at a step over lr: linear warm-up times an optional cosine decay to 0."""
         warm_up = min(1.0, (step + 1) / max(1, self.warm_up_steps))
         if self.decay_steps is None:
             return warm_up
@@ -32,7 +32,7 @@ class OptimizerConfig(ABC):
         return warm_up * 0.5 * (1 + math.cos(math.pi * progress))
 
     def scheduler(self, optimizer: optim.Optimizer) -> LambdaLR:
-        """Return the scheduler that moves the learning rate each step."""
+        """Return the scheduler, which updates the learning rate each step."""
         return LambdaLR(optimizer, self.factor)
 
 

@@ -1,4 +1,4 @@
-"""What to do when memory runs out: find, by trying, the parts of a batch that fit."""
+"""Advice when memory runs out: the parts of a batch that fit, found by trial steps."""
 
 import gc
 import math
@@ -17,20 +17,20 @@ from diffusion_cli.errors import Problem, UsageError
 from diffusion_cli.training.autoencoding import AutoencodingModule
 from diffusion_cli.training.module import TrainingModule
 
-MARGIN = 8  # one image in so many more is tried than is said to fit, as memory comes apart in longer use
+MARGIN = 8  # trials use 1/8 more images than advised, because memory fragments over time
 
 
 @contextmanager
 def advise_on_oom(
     module: TrainingModule, device: torch.device, stages: ResolutionSchedule, trainer: Trainer
 ) -> Iterator[None]:
-    """Turn an out-of-memory error into a UsageError that suggests `accumulate_grad_batches`, found by trying."""
+    """Turn an out-of-memory error into a UsageError that suggests `accumulate_grad_batches`."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:
         if not ran_out(error):
             raise
-        traceback.clear_frames(error.__traceback__)  # which hold all that the failed step had in memory
+        traceback.clear_frames(error.__traceback__)  # they reference the tensors of the failed step
         raise UsageError(*_advice(error, module, device, stages, trainer)) from None
 
 
@@ -45,7 +45,7 @@ def _advice(
     share = stage.batch_size // trainer.world_size
     key, value = stages.key(stage), stage.batch_size
     problem = f"{share // accumulate} images at a time do not fit in {device.type} memory"
-    # A trial would wait for the other processes.
+    # In these cases a trial step would wait for the other processes.
     together = trainer.world_size > 1 and isinstance(module, AutoencodingModule)
     sharded = any(isinstance(parameter, DTensor) for parameter in module.parameters())
     if together or sharded or ONEDNN in str(error):
@@ -53,10 +53,10 @@ def _advice(
     for optimizer in trainer.optimizers:
         optimizer.state.clear()
     module.to(device)  # Lightning has moved it to the CPU
-    # As many parts are made of a batch at any size, and are to fit when its turn comes.
+    # One number of parts applies at all resolutions, so each must fit.
     shares = {each.shape: each.batch_size // trainer.world_size for each in stages.all}
     fewest = None
-    # From small ones up: memory that ran out in one trial is not all there for the next.
+    # From small parts to large: after a trial runs out, less memory is free for the next.
     for parts in _more(math.gcd(*shares.values()), accumulate):
         sizes = {shape: of // parts for shape, of in shares.items()}
         batches = (torch.zeros(of + of // MARGIN, *shape, device=device) for shape, of in sizes.items())
@@ -76,19 +76,19 @@ def _advice(
 
 
 def _more(images: int, accumulate: int) -> Iterator[int]:
-    """The numbers of equal parts above `accumulate` that so many images can be cut into, most first."""
+    """Return the divisors of `images` above `accumulate`, in descending order."""
     return (parts for parts in range(images, accumulate, -1) if images % parts == 0)
 
 
 def _fits(module: TrainingModule, images: Tensor, context: AbstractContextManager[object]) -> bool:
-    """Whether a training step on these images fits, with gradients and what Adam keeps."""
+    """Return whether a training step on these images fits, with gradients and the state of Adam."""
     _free(module)
     parameters = [p for p in module.model.parameters() if p.requires_grad]
     try:
         kept = [torch.empty_like(parameter) for parameter in parameters for _ in range(2)]
         with context, torch.compiler.set_stance("force_eager"):
             loss = module.trial(images)
-            # Not backward(), on whose gradients other processes would wait.
+            # Not backward(), which would wait for the gradients of other processes.
             torch.autograd.grad(loss, parameters, allow_unused=True)
         del kept, loss
     except (RuntimeError, MemoryError) as error:
@@ -99,7 +99,7 @@ def _fits(module: TrainingModule, images: Tensor, context: AbstractContextManage
 
 
 def _free(module: TrainingModule) -> None:
-    """Give back what the failed step holds."""
+    """Free the memory of the failed step."""
     module.zero_grad(set_to_none=True)
     gc.collect()
     if torch.cuda.is_available():

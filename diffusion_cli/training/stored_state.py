@@ -1,8 +1,8 @@
-"""The training state in a checkpoint, compared with the state that this run itself would store.
+"""Validation of the training state in a checkpoint against the state that this run would store.
 
-A checkpoint may come from a stranger, and a fused optimizer writes to its state without a look at sizes.
-`expected_state` makes a template from the run's own objects; `check_state` compares a checkpoint with it.
-Other versions of torch and Lightning store other options: `mend_state` drops unknown ones and adds missing ones.
+A checkpoint may be an untrusted file, and a fused optimizer does not check the sizes of its state.
+`expected_state` makes a template from the run's objects; `check_state` compares a checkpoint with it. Other
+versions of torch and Lightning store other options: `mend_state` drops unknown options and adds missing ones.
 """
 
 import copy
@@ -24,7 +24,7 @@ from diffusion_cli.training.optimizers import OptimizerConfig
 
 LARGEST = sys.float_info.max
 SMALLEST_SCALE = 2.0**-149
-"""The smallest positive number of float32, the type of the scale of fp16's gradients."""
+"""The smallest positive float32, the type of the fp16 gradient scale."""
 MOST_STEPS = 2**53
 LONGEST_TEXT = 1000
 MOST_LINES = 3
@@ -32,7 +32,7 @@ MOST_LINES = 3
 
 @dataclass(frozen=True)
 class Like:
-    """A tensor of the shape, strides and type of another; its numbers are finite and from `low` to `high`."""
+    """A tensor with the shape, strides and type of another, and finite numbers from `low` to `high`."""
 
     tensor: Tensor
     low: float = -LARGEST
@@ -64,7 +64,7 @@ class Maybe:
 
 @dataclass(frozen=True)
 class Among:
-    """A mapping with these entries, and others that the run does not read."""
+    """A mapping with these entries; others are ignored."""
 
     entries: Mapping[str, Any]
 
@@ -78,10 +78,10 @@ class Options:
 
 
 class StoredOptions(Callback):
-    """Mends the checkpoint that Lightning reads, and refuses one that does not continue at its step."""
+    """Adapts a checkpoint to this version, and raises UsageError if it does not resume at its step."""
 
     def __init__(self, expected: Mapping[str, Any]) -> None:
-        # Only the parts with options: the others would keep all weights in memory.
+        # Only the parts with options, so that no weights stay in memory.
         self._options = {key: expected[key] for key in ("loops", "optimizer_states", "lr_schedulers")}
         self._step: int = expected["global_step"]
 
@@ -103,7 +103,7 @@ class StoredOptions(Callback):
 def expected_state(trainer: Trainer, module: TrainingModule, step: int) -> dict[str, Any]:
     """Return the template of this run's checkpoint at a step, before the strategy moves or shards the module."""
     optimizer, scheduler = _optimizer_state(module, step)
-    # Another choice of callbacks may have stored more of them, or fewer.
+    # The run may have been saved with more or fewer callbacks.
     callbacks: list[Any] = trainer.callbacks  # pyright: ignore[reportAttributeAccessIssue]
     stored = {
         callback.state_key: Maybe(_alike(getattr(callback, "example_state", callback.state_dict)(), step))
@@ -117,7 +117,7 @@ def expected_state(trainer: Trainer, module: TrainingModule, step: int) -> dict[
         "pytorch-lightning_version": OfType(str),
         "diffuse": OfType(dict),
         "state_dict": _alike(module.state_dict(), step),
-        # Batches are counted in parts; the module counts them anew for the parts of today.
+        # Any counts of batches are valid: the module recomputes them for accumulate_grad_batches.
         "loops": Among({"fit_loop": _alike_options(trainer.fit_loop.state_dict())}),
         "callbacks": Among(stored),
         "optimizer_states": [optimizer],
@@ -127,7 +127,7 @@ def expected_state(trainer: Trainer, module: TrainingModule, step: int) -> dict[
 
 
 def _optimizer_state(module: TrainingModule, step: int) -> tuple[dict[str, Any], Options]:
-    """Templates of the optimizer's state and of its scheduler's, from a step on tensors without memory."""
+    """Return templates of the states of the optimizer and its scheduler, from a step on meta tensors."""
     config: OptimizerConfig = module.optimizer_config
     parameters = [nn.Parameter(torch.empty_like(weight, device="meta")) for weight in module.parameters()]
     optimizer = config.optimizer(parameters, fused=False)
@@ -156,7 +156,7 @@ def _optimizer_state(module: TrainingModule, step: int) -> tuple[dict[str, Any],
 
 
 def _scaler_state(state: Mapping[str, Any]) -> dict[str, Any]:
-    """The template of the scale of fp16's gradients; empty for other number formats."""
+    """Return the template of the fp16 gradient scaler; empty for other precisions."""
     if not state:
         return {}
     tracker = Number(0, state["growth_interval"], whole=True)
@@ -164,7 +164,7 @@ def _scaler_state(state: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _alike(value: Any, most: int) -> Any:
-    """The template of a value: tensors like it, whole numbers from 0 to `most`, other numbers from 0, any text."""
+    """Return the template of a value: similar tensors, integers in [0, most], floats from 0, any text."""
     if isinstance(value, Mapping):
         return {key: _alike(item, most) for key, item in value.items()}
     if isinstance(value, list | tuple):
@@ -179,14 +179,14 @@ def _alike(value: Any, most: int) -> Any:
 
 
 def _alike_options(value: Any) -> Any:
-    """The template of counters and options, of loops that have not begun: what is missing begins as they do."""
+    """Return the template of loop counters and options; missing entries get the values before training."""
     if not isinstance(value, Mapping):
         return _alike(value, MOST_STEPS)
     return Options({key: _alike_options(item) for key, item in value.items()}, value)
 
 
 def mend_state(stored: Any, expected: Any) -> None:
-    """Drop plain options that a template does not have from a checkpoint, in place, and add those that are missing."""
+    """Remove plain options that are not in a template from a checkpoint, in place, and add missing ones."""
     if isinstance(expected, Options) and isinstance(stored, dict):
         for name in [name for name in stored if name not in expected.entries and _is_plain(stored[name])]:
             del stored[name]
@@ -210,7 +210,7 @@ def _is_plain(value: Any) -> bool:
 
 
 def check_state(path: Path, checkpoint: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
-    """Raise UsageError, with the first few differences, unless a checkpoint is as a template expects it."""
+    """Raise UsageError with the first differences unless a checkpoint matches a template."""
     lines = list(islice(_differences(checkpoint, expected, "", {}), MOST_LINES + 1))
     if lines:
         more = "; and more" if len(lines) > MOST_LINES else ""
@@ -223,7 +223,7 @@ def check_state(path: Path, checkpoint: Mapping[str, Any], expected: Mapping[str
 
 
 def _differences(stored: Any, expected: Any, key: str, owners: dict[int, str]) -> Iterator[str]:
-    """Lines about what differs from a template; `owners` has the key of each tensor's memory so far."""
+    """Yield a line for each difference from a template; `owners` maps memory to the key of its tensor."""
     if isinstance(expected, Maybe):
         if stored is not None:
             yield from _differences(stored, expected.expected, key, owners)
@@ -288,7 +288,7 @@ def _tensor_differences(stored: Any, expected: Like, key: str, owners: dict[int,
 
 
 def _is_as(stored: Any, expected: Any) -> bool:
-    """Whether a plain value is the expected one, or one of those expected."""
+    """Return whether a plain value matches its template."""
     if isinstance(expected, OfType):
         return type(stored) is expected.type and (type(stored) is not str or len(stored) <= LONGEST_TEXT)
     if isinstance(expected, Number):

@@ -1,4 +1,4 @@
-"""Lightning's Trainer, with everything switched off that the callbacks of this package do."""
+"""Lightning's Trainer, without the features that the callbacks of this package replace."""
 
 import logging
 import warnings
@@ -24,20 +24,20 @@ def make_trainer(
     loggers: Sequence[Logger],
     callbacks: Sequence[Callback],
 ) -> Trainer:
-    """Return a Trainer for the processes at work.
+    """Return a Trainer for the current process group.
 
     Args:
         device: devices and strategy.
         precision: fp32, bf16 or fp16.
         folder: folder of the run.
-        max_steps: optimizer steps, or None without a limit.
-        accumulate_grad_batches: parts of a batch.
-        log_every: steps between two lines of the logs.
-        loggers: where numbers are logged.
+        max_steps: number of optimizer steps, or None for no limit.
+        accumulate_grad_batches: number of parts of a batch.
+        log_every: steps between log entries.
+        loggers: loggers of the metrics.
         callbacks: in the order in which they run.
 
     Raises:
-        UsageError: if the number format does not go with the strategy.
+        UsageError: if the strategy does not support the precision.
     """
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", module=r"lightning\.")

@@ -1,1 +1,1 @@
-"""The HTML page about one run or several."""
+"""The HTML report about one or several runs."""

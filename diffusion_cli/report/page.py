@@ -1,4 +1,4 @@
-"""The page about one run or several: one HTML file that holds all it shows and asks no network."""
+"""The report about one or several runs: one self-contained HTML file without network access."""
 
 import base64
 import platform
@@ -23,7 +23,7 @@ ABSENT = "–"
 
 
 class Row(NamedTuple):
-    """A key with its value in each run, and whether the runs differ in it."""
+    """A key, its value in each run, and whether the values differ."""
 
     key: str
     values: list[str]
@@ -31,7 +31,7 @@ class Row(NamedTuple):
 
 
 class MeasuredModel(NamedTuple):
-    """Step, kind of weights and sampler of the model that a result is about; empty where unknown."""
+    """Step, weights and sampler of a result's model; empty if unknown."""
 
     step: Any
     weights: Any
@@ -39,7 +39,7 @@ class MeasuredModel(NamedTuple):
 
 
 class Comparable(NamedTuple):
-    """The newest result of one name in each run, or None; and the keys of the protocol in which they are unlike."""
+    """The newest result of a metric in each run (None if missing), and the protocol keys that differ."""
 
     name: str
     results: list[Result | None]
@@ -47,19 +47,19 @@ class Comparable(NamedTuple):
 
     @property
     def protocols(self) -> list[dict[str, Any] | None]:
-        """By which each was measured, with dotted keys."""
+        """Protocol of each result, with dotted keys."""
         return [None if result is None else flatten(result.protocol) for result in self.results]
 
 
 def is_ours(path: Path) -> bool:
-    """Whether a file is a page that `page` made, of any version; FormatError for a pipe or a device."""
+    """Return whether a file is a report of any version of `page`; FormatError for a pipe or a device."""
     regular(path)
     with path.open("rb") as file:
         return MARK.encode() in file.read(1000)
 
 
 def page(records: Sequence[Record]) -> str:
-    """The HTML about runs, side by side if there are several; every text of theirs is escaped."""
+    """Return the HTML about runs, side by side if several; all text is escaped."""
     environment = Environment(
         loader=PackageLoader("diffusion_cli.report", "."),
         autoescape=True,
@@ -83,10 +83,10 @@ def page(records: Sequence[Record]) -> str:
 
 
 def panels(runs: Mapping[str, Mapping[str, Points]]) -> list[Panel]:
-    """The curves of runs, given by name and column, in panels of related columns.
+    """Return the curves of runs, given by run and column, in panels of related columns.
 
-    The columns of a single run have a colour each. Several runs have a colour each, and a family of more than two
-    columns gets a panel a column.
+    For one run each column has a colour. For several runs each run has a colour, and a family of more than
+    two columns gets one panel per column.
     """
     families: dict[str, list[str]] = {}
     for column in dict.fromkeys(column for curves in runs.values() for column in curves):
@@ -101,7 +101,7 @@ def panels(runs: Mapping[str, Mapping[str, Points]]) -> list[Panel]:
 
 
 def _family(column: str) -> str:
-    """The title shared by a column and its counterpart on validation images, or by the quartiles of a loss."""
+    """Return the common title of a column, its `val_` counterpart and its quartiles."""
     name = column.removeprefix("val_")
     by_level = re.fullmatch(r"(.+)_q[1-4]", name)
     return f"{by_level[1]} by noise level" if by_level else name
@@ -122,9 +122,9 @@ def _panel(title: str, columns: Sequence[str], runs: Mapping[str, Mapping[str, P
 
 
 def side_by_side(columns: Sequence[Mapping[str, Any] | None]) -> list[Row]:
-    """The keys of several mappings with their values as on the command line, those that differ first.
+    """Return the keys of several mappings with their values as on the command line, different ones first.
 
-    A column that is None is empty, and differs from none.
+    A None column is empty, and does not count as a difference.
     """
     present = [column for column in columns if column is not None]
     rows = [
@@ -142,7 +142,7 @@ def side_by_side(columns: Sequence[Mapping[str, Any] | None]) -> list[Row]:
 
 
 def comparable(histories: Sequence[Sequence[Report]]) -> list[Comparable]:
-    """The newest result of each name, the newest first, of runs whose reports come oldest first."""
+    """Return the newest result of each metric, newest first, from the reports of each run, oldest first."""
     newest: list[dict[str, Result]] = [{} for _ in histories]
     for found, reports in zip(newest, histories, strict=True):
         for report in reversed(reports):
@@ -158,7 +158,7 @@ def comparable(histories: Sequence[Sequence[Report]]) -> list[Comparable]:
 
 
 def _notes(reports: Sequence[Report]) -> list[str]:
-    """The notes of the reports that hold the newest result of some name."""
+    """Return the notes of the reports that have the newest result of any metric."""
     seen: set[str] = set()
     notes: list[str] = []
     for report in reversed(reports):
@@ -169,17 +169,17 @@ def _notes(reports: Sequence[Report]) -> list[str]:
 
 
 def _number(value: Any) -> str:
-    """A number in five digits, as `diffuse eval` prints it."""
+    """Return a number with five significant digits, as `diffuse eval` prints it."""
     return f"{value:.5g}" if isinstance(value, float) else format_value(value)
 
 
 def _svg(panel: Panel) -> str:
-    """A panel as the address of an image, which cannot run code."""
+    """Return a panel as the data URI of an image, in which SVG cannot run scripts."""
     return f"data:image/svg+xml;base64,{base64.b64encode(svg(panel).encode()).decode()}"
 
 
 def measured_model(result: Result) -> MeasuredModel:
-    """Read the model and its sampler from the protocol of a result."""
+    """Return the model and its sampler from the protocol of a result."""
     part = result.protocol.get("sampling") or result.protocol.get("model")
     part = part if isinstance(part, Mapping) else {}
     sampler, guidance = part.get("sampler"), part.get("guidance")
@@ -196,7 +196,7 @@ def _class(node: Mapping[str, Any]) -> str:
 
 
 def _is_numeric(text: str) -> bool:
-    """Whether a cell of a table holds a number."""
+    """Return whether a cell of a table is a number."""
     try:
         float(text)
     except ValueError:

@@ -1,4 +1,4 @@
-"""What a run's folder holds, read for the page about it."""
+"""The content of a run folder, for its report."""
 
 import base64
 import re
@@ -20,13 +20,13 @@ from diffusion_cli.system.seeding import seed_ranges
 from diffusion_cli.system.untrusted import LONGEST_MANIFEST, MOST_IN_MANIFEST, read_csv, read_json, reason
 from diffusion_cli.system.untrusted import read as read_file
 
-MOST_PREVIEWS = 50  # in one page, which holds them all
+MOST_PREVIEWS = 50  # embedded in a page
 
 Content = TypeVar("Content")
 
 
 class SampleRecord(NamedTuple):
-    """A grid of samples, and how they were made."""
+    """A grid of samples and their settings."""
 
     name: str
     picture: str
@@ -34,7 +34,7 @@ class SampleRecord(NamedTuple):
 
 
 class Comparison(NamedTuple):
-    """A table, its head first, and a plot of what was compared; either may be missing."""
+    """The table, header first, and the plot of a comparison; either may be missing."""
 
     name: str
     table: list[list[str]]
@@ -43,29 +43,29 @@ class Comparison(NamedTuple):
 
 @dataclass(frozen=True)
 class Record:
-    """What is known of a run; pictures are data URIs, nested settings flat with dotted keys."""
+    """The content of a run folder; pictures are data URIs, and settings have dotted keys."""
 
     name: str
     facts: dict[str, str]
     config: dict[str, Any]
     environment: dict[str, str]
     curves: Mapping[str, Points]
-    """By column of metrics.csv."""
+    """Curves by column of metrics.csv."""
     previews: dict[int, str]
-    """By step."""
+    """Preview grids by step."""
     samples: SampleRecord | None
-    """The newest."""
+    """The newest samples."""
     reports: list[Report]
-    """Of metrics.json, oldest first."""
+    """Reports of metrics.json, oldest first."""
     comparisons: list[Comparison]
     remarks: list[str]
-    """What is left out, a sentence each."""
+    """Sentences about omitted content."""
 
 
 def read_record(folder: Path, name: str) -> Record:
-    """Read the folder of a run, of its newest whole checkpoint; other files are left out where damaged.
+    """Return the record of a run folder with its newest valid checkpoint; other damaged files are left out.
 
-    Raises UsageError if no checkpoint is whole, or metrics.json is damaged.
+    Raises UsageError if no checkpoint is valid, or metrics.json is damaged.
     """
     found = newest(folder)
     if found is None:
@@ -89,13 +89,13 @@ def read_record(folder: Path, name: str) -> Record:
 
 @dataclass
 class _Reading:
-    """A folder whose damaged files are passed over with a remark."""
+    """A folder whose damaged files are skipped with a remark."""
 
     folder: Path
     remarks: list[str] = field(default_factory=list)
 
     def tried(self, content: Callable[[Path], Content], path: Path) -> Content | None:
-        """What a file holds; None if there is no such file or it is damaged."""
+        """Return the content of a file; None if it is missing or damaged."""
         if not path.is_file():
             return None
         try:
@@ -110,7 +110,7 @@ class _Reading:
 def _facts(folder: Path, checkpoint: Checkpoint) -> dict[str, str]:
     info = checkpoint.info
     budget = f" of {info.config.max_steps:,}" if info.config.max_steps else ""
-    # With the few numbers that a network keeps without training them.
+    # Includes the buffers, which are few.
     weights = sum(tensor.numel() for tensor in checkpoint.weights("ema").values())
     dataset = info.config.dataset["_target_"].rpartition(".")[2]
     facts = {
@@ -128,7 +128,7 @@ def _facts(folder: Path, checkpoint: Checkpoint) -> dict[str, str]:
 
 
 def _environment(checkpoint: Checkpoint, reports: list[Report]) -> dict[str, str]:
-    """The versions and devices on record, the newest first."""
+    """Return the recorded versions and devices, newest first."""
     evaluated = []
     for result in (result for report in reversed(reports) for result in report.results):
         environment = result.protocol.get("environment")
@@ -144,7 +144,7 @@ def _environment(checkpoint: Checkpoint, reports: list[Report]) -> dict[str, str
 
 
 def _previews(reading: _Reading) -> dict[int, str]:
-    """The sample grids of training by step: all, or as many as a page should hold, from the first to the last."""
+    """Return the preview grids by step: all, or MOST_PREVIEWS from the first to the last."""
     found = {
         int(match[1]): path
         for path in reading.folder.glob("previews/*.png")
@@ -168,7 +168,7 @@ def _samples(reading: _Reading) -> SampleRecord | None:
 
 
 def _settings(path: Path) -> dict[str, Any]:
-    """What a manifest says of how images were made, the model's training apart."""
+    """Return the sampling settings in a manifest."""
     manifest = read_json(path, LONGEST_MANIFEST, MOST_IN_MANIFEST)
     manifest = merge(manifest, *read_records(path.parent).values())
     images = {"images": sum(map(len, seed_ranges(manifest["seeds"])))} if "seeds" in manifest else {}
@@ -192,7 +192,7 @@ def _comparisons(reading: _Reading) -> Iterator[Comparison]:
 
 
 def _data_uri(path: Path) -> str:
-    """A picture for the page; of a file that is none nothing gets there, whatever a link in the folder points to."""
+    """Return a picture as a data URI; only images are read, even through a link to another file."""
     data = read_file(path)
     opened(data)
     return f"data:image/png;base64,{base64.b64encode(data).decode()}"

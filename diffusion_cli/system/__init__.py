@@ -1,1 +1,1 @@
-"""What a computer needs: files, locks, signals, processes, untrusted input."""
+"""Files, locks, signals, processes and untrusted input."""

@@ -1,6 +1,6 @@
-"""Files that this program keeps to save work: checked when they are read, made anew if damaged, and never required.
+"""Cache files: verified when read, recreated if damaged, and never required.
 
-CRC-32 finds accidents. It does not show who wrote a file.
+CRC-32 detects accidental damage, not manipulation.
 """
 
 import json
@@ -20,18 +20,18 @@ from diffusion_cli.system.files import atomic_write
 from diffusion_cli.system.untrusted import plain, printable, reason
 
 BLOCK = 2**20
-"""Bytes of a block, unless the caller gives another size."""
+"""Default block size in bytes."""
 SUM = np.dtype("<u4")
 CHECKSUM = "crc32"
 
 
 class ChecksumError(ValueError):
-    """A file does not have the bytes that were written."""
+    """The content of a file differs from its checksum."""
 
 
 @contextmanager
 def optional() -> Iterator[None]:
-    """Report a file that cannot be written in one line and continue: it only saves work."""
+    """Context that reports an OSError in one line and continues, because cache files are optional."""
     try:
         yield
     except OSError as error:
@@ -39,7 +39,7 @@ def optional() -> Iterator[None]:
 
 
 def report_damage(path: Path, error: BaseException) -> None:
-    """Print one line about a damaged file that is made anew."""
+    """Print one line about a damaged file that is recreated."""
     print(f"diffuse: {printable(f'{path}: is damaged ({reason(error)})')}; making it again", file=sys.stderr)
 
 
@@ -47,15 +47,15 @@ def report_damage(path: Path, error: BaseException) -> None:
 
 
 def checksums_path(path: Path) -> Path:
-    """The file with the checksums of the blocks of a file."""
+    """Return the path of a file's block checksums."""
     return path.with_name(f"{path.name}.{CHECKSUM}")
 
 
 class Blocks:
-    """A file in blocks of `size` bytes after the first `start`, each compared with its CRC-32 before its first use.
+    """A file in blocks of `size` bytes after a header of `start` bytes, each with a CRC-32.
 
-    A file of an earlier version has no checksums: it gets those of its present bytes. Raises ChecksumError if there are
-    checksums of another number of blocks.
+    Files of earlier versions have no checksums; they are created from the current content. Raises
+    ChecksumError if the number of checksums differs from the number of blocks.
     """
 
     def __init__(self, path: Path, start: int = 0, size: int = BLOCK) -> None:
@@ -68,7 +68,7 @@ class Blocks:
         else:
             self._sums = np.array([self._sum(number) for number in range(count)], SUM)
             self._checked[:] = True
-            with suppress(OSError):  # as of a folder that may only be read
+            with suppress(OSError):  # such as a read-only folder
                 _write_sums(self._sums, path)
         if len(self._sums) != count:
             raise ChecksumError(f"has {count} blocks but {len(self._sums)} checksums")
@@ -77,7 +77,7 @@ class Blocks:
         return zlib.crc32(self._bytes[number * self.size : (number + 1) * self.size].data)
 
     def check(self, numbers: np.ndarray | None = None) -> None:
-        """Compare blocks, or all, with their checksums, each once; ChecksumError if one differs."""
+        """Verify the given blocks (None: all), each once; ChecksumError if one differs."""
         unchecked = ~self._checked
         wanted = np.flatnonzero(unchecked) if numbers is None else numbers[unchecked[numbers]]
         for number in wanted.tolist():
@@ -86,17 +86,17 @@ class Blocks:
             self._checked[number] = True
 
     def checked(self) -> int:
-        """The number of blocks at the beginning of the file that were compared and are whole."""
+        """Return the number of verified blocks at the start of the file."""
         return int(np.argmin(np.append(self._checked, False)))
 
 
 def checksum(data: bytes | memoryview) -> bytes:
-    """The CRC-32 of a block, as it is appended to the checksums of a file that grows."""
+    """Return the CRC-32 of a block as it is stored in a file of checksums."""
     return SUM.type(zlib.crc32(data)).tobytes()
 
 
 def continued(path: Path, start: int, size: int) -> int:
-    """The number of whole blocks at the beginning of a file that grows and its checksums; both are cut to these."""
+    """Truncate a partial file and its checksums to the valid blocks at their start; return their number."""
     sums = checksums_path(path)
     count = (path.stat().st_size - start) // size
     if sums.is_file():
@@ -113,7 +113,7 @@ def continued(path: Path, start: int, size: int) -> int:
 
 
 def write_checksums(content: Path, path: Path) -> None:
-    """Write the checksums for the file `path`, whose content still lies in the file `content`."""
+    """Write the checksums for the file `path`, whose content is still in the file `content`."""
     with content.open("rb") as file:
         _write_sums(
             np.array([zlib.crc32(block) for block in iter(partial(file.read, BLOCK), b"")], SUM), path
@@ -129,13 +129,16 @@ def _write_sums(sums: np.ndarray, path: Path) -> None:
 
 
 def write_json(path: Path, entry: Mapping[str, Any]) -> None:
-    """Write an object with its own checksum, whole or not at all; numbers may be infinite."""
+    """Write an object with its checksum, atomically; numbers may be infinite."""
     with atomic_write(path) as temporary:
         temporary.write_text(json.dumps({**entry, CHECKSUM: _checksum(entry)}, indent=2), encoding="utf-8")
 
 
 def parse_json(content: bytes) -> dict[str, Any]:
-    """What `write_json` wrote; an earlier version wrote no checksum. FormatError if it is not that."""
+    """Return the object in the content of `write_json`; FormatError for other content.
+
+    Raises ChecksumError if it is damaged. Files of earlier versions have no checksum.
+    """
     try:
         entry = plain(json.loads(content))
     except RecursionError as error:

@@ -1,8 +1,9 @@
-"""Several processes at one piece of work: each does its share, and what they made is put together in order.
+"""Work in several processes: each does its share, and results are collected in order.
 
-They are those that torchrun or srun started, on any number of nodes, or such as this program starts itself on this
-machine. A process that fails says why and ends, and with it all others: those that wait for it learn at once that it is
-gone, are ended after `GRACE` seconds by whoever started them, and where a whole node falls silent after `timeout`.
+torchrun or srun start the processes, on any number of nodes, or this program starts them on this machine. If
+a process fails, it prints the error, and all processes end. Those that wait for it detect the closed
+connection. The launcher ends the rest after `GRACE` seconds. If a node does not respond, they end after
+`timeout`.
 """
 
 import os
@@ -32,22 +33,22 @@ from diffusion_cli.system.terminal import guarded, lost_output
 
 T = TypeVar("T")
 MESSAGES = (UsageError, OSError)
-PARENT_CHECK = 0.5  # seconds between two looks of a new process whether the one that started it is there
-GRACE = 10.0  # seconds that processes have to end by themselves once one of them has failed
-FOREVER = timedelta(days=7)  # for what the first process does alone may take long
+PARENT_CHECK = 0.5  # seconds between checks of a new process that its parent is alive
+GRACE = 10.0  # seconds for processes to end by themselves after one has failed
+FOREVER = timedelta(days=7)  # other processes may wait long for rank 0
 
 
 class LostProcess(MachineError):
-    """Another of the processes that work together has ended."""
+    """Another process of the group has ended."""
 
 
 class ProcessInfo(NamedTuple):
-    """Where a process stands among those that work together."""
+    """The rank of a process in its group, and the size of the group."""
 
     rank: int
     world: int
     local_rank: int = 0
-    """Among those of its node."""
+    """Rank among the processes of its node."""
     local_world: int = 1
 
     @property
@@ -57,9 +58,9 @@ class ProcessInfo(NamedTuple):
 
 
 def started() -> ProcessInfo:
-    """Where torchrun or srun put this process; Place(0, 1) where it was started alone.
+    """Return the rank that torchrun or srun gave this process; ProcessInfo(0, 1) without a launcher.
 
-    Raises UsageError where srun has put more processes on one node than on another.
+    Raises UsageError if srun started unequal numbers of processes on the nodes.
     """
     env = os.environ
     if {"RANK", "WORLD_SIZE", "LOCAL_RANK"} <= env.keys():
@@ -81,20 +82,20 @@ def started() -> ProcessInfo:
 
 
 def _counts(text: str) -> list[int]:
-    """SLURM's way to write numbers: "2(x3),1" is 2, 2, 2, 1."""
+    """Parse SLURM's list of numbers: "2(x3),1" is 2, 2, 2, 1."""
     found = re.findall(r"(\d+)(?:\(x(\d+)\))?", text)
     return [int(count) for count, times in found for _ in range(int(times or 1))]
 
 
 def _first_host(hosts: str) -> str:
-    """The first of the hosts in SLURM's way to write them: "gpu[007-009,12],b1" begins with gpu007."""
+    """Return the first host of SLURM's list of hosts: gpu007 of "gpu[007-009,12],b1"."""
     match = re.match(r"([^,\[]+)(?:\[(\w+)[^\]]*\]([^,]*))?", hosts)
     assert match is not None, hosts
     return "".join(part or "" for part in match.groups())
 
 
 def _address() -> str:
-    """Where the first process of srun is: its node by name or, where no network knows that, the node of srun itself."""
+    """Return the address of rank 0 under srun: its node, or the node of srun if that does not resolve."""
     first = _first_host(os.environ["SLURM_STEP_NODELIST"])
     try:
         return socket.gethostbyname(first)
@@ -103,7 +104,7 @@ def _address() -> str:
 
 
 class Distributed:
-    """The processes of this program that work together: those of torch's process group, or this one alone."""
+    """The processes of torch's process group, or this process alone."""
 
     def __init__(self) -> None:
         together = distributed.is_available() and distributed.is_initialized()
@@ -116,7 +117,7 @@ class Distributed:
         return self.rank == 0
 
     def all_gather(self, item: T) -> list[T]:
-        """What each process gave, in the order of their ranks; tensors should be on the CPU."""
+        """Return the items of all processes by rank; tensors must be on the CPU."""
         if self.world == 1:
             return [item]
         items: list[Any] = [None] * self.world
@@ -124,7 +125,7 @@ class Distributed:
         return items
 
     def gather(self, item: T) -> list[T]:
-        """What each process gave, for the first; nothing for the others."""
+        """Return the items of all processes by rank on rank 0, and an empty list on the others."""
         if self.world == 1:
             return [item]
         items: list[Any] | None = [None] * self.world if self.is_main else None
@@ -132,11 +133,11 @@ class Distributed:
         return items or []
 
     def broadcast(self, item: T) -> T:
-        """What the first process gave."""
+        """Return the item of rank 0."""
         return self.all_gather(item)[0]
 
     def all_reduce_max(self, *numbers: int) -> list[int]:
-        """Each number where it is highest among the processes; waits for these, never for their GPUs."""
+        """Return the maximum of each number over the processes, without synchronising GPUs."""
         if self.world == 1:
             return list(numbers)
         votes = torch.tensor(numbers)
@@ -144,7 +145,7 @@ class Distributed:
         return votes.tolist()
 
     def concatenated(self, tensor: Tensor) -> Tensor:
-        """The tensors [B, ...] of all processes, of one shape and on one kind of device, as [world * B, ...]."""
+        """Return the tensors [B, ...] of all processes, of equal shapes and devices, as [world * B, ...]."""
         if self.world == 1:
             return tensor
         parts = [torch.empty_like(tensor) for _ in range(self.world)]
@@ -152,13 +153,13 @@ class Distributed:
         return torch.cat(parts)
 
     def shard(self, count: int, size: int) -> Iterator[range]:
-        """This process's share of each round, in which all take in turn `size` of the things 0..count - 1."""
+        """Yield this process's range in each round; each process takes `size` of the items 0..count - 1."""
         for first in range(0, count, size * self.world):
             mine = first + self.rank * size
             yield range(min(mine, count), min(mine + size, count))
 
     def main_first(self, make: Callable[[], T]) -> T:
-        """What `make` returns, called by the first process before the others, which find what it has stored."""
+        """Call `make` on rank 0, then on the others, which find what rank 0 stored; return the result."""
         made = make() if self.is_main else None
         self.all_gather(None)
         return make() if made is None else made
@@ -167,11 +168,11 @@ class Distributed:
 def launch(
     work: Callable[..., int | None], *arguments: Any, processes: int | None, timeout: timedelta = FOREVER
 ) -> int:
-    """Call `work(*arguments)` in every process, and return what the first one's call did (None: 0).
+    """Call `work(*arguments)` in every process, and return the result of rank 0 (None: 0).
 
-    The processes are those that torchrun or srun started; else so many `processes` (None: 1) of this machine, which
-    are started now, each with its share of the CPU's threads. Each has a GPU of its own as far as there are. What one
-    of them raises is raised here, once. Raises UsageError where other processes were started than asked for.
+    The processes are those of torchrun or srun. Without a launcher, `processes` (None: 1) are started on this
+    machine with an equal share of the CPU threads. GPUs are assigned in turn. An exception of a process is
+    raised here, once. Raises UsageError if torchrun or srun started another number than `processes`.
     """
     place = started()
     if place.world > 1:
@@ -188,7 +189,7 @@ def launch(
 def _as_one_of(
     place: ProcessInfo, timeout: timedelta, work: Callable[..., int | None], arguments: tuple[Any, ...]
 ) -> int:
-    """Work as one of the processes that a launcher started, each of which runs this."""
+    """Run the work as one of the processes of a launcher, which all call this."""
     env = os.environ
     if "SLURM_STEP_ID" in env:
         job, step = int(env["SLURM_JOB_ID"]), int(env["SLURM_STEP_ID"])
@@ -207,20 +208,20 @@ def _as_one_of(
 
 
 def _is_reported() -> bool:
-    """Whether another process has reported a failure; marks it as reported."""
+    """Return whether another process has reported a failure, and mark one as reported."""
     try:
         return count_in_group("failures") > 1
-    except RuntimeError:  # the first process keeps the store, and has gone
+    except RuntimeError:  # rank 0, which serves the store, has ended
         return False
 
 
 def lost_process(error: Exception) -> LostProcess | None:
-    """What an error of torch's says about another process that has ended, or None if it is about something else."""
+    """Return a torch error as a LostProcess if it means that another process ended, else None."""
     text = str(error)
     of_group = isinstance(error, distributed.DistError) or (
         isinstance(error, RuntimeError) and re.search(r"gloo|nccl", text, re.IGNORECASE)
     )
-    # Of a connection that ended, or of a wait that did: not of memory, or of a set-up that cannot work.
+    # A closed connection or a timeout; errors of memory and of the set-up are other errors.
     if not of_group or not re.search(r"clos|reset|time|broken|refused|remote|peer", text, re.IGNORECASE):
         return None
     return LostProcess(
@@ -230,13 +231,13 @@ def lost_process(error: Exception) -> LostProcess | None:
 
 @contextmanager
 def _group(place: ProcessInfo, meeting: str, timeout: timedelta) -> Iterator[None]:
-    """Be one of a group: tensors on the CPU travel by gloo, those on GPUs by NCCL."""
+    """Context of a process group, with gloo for CPU tensors and NCCL for GPU tensors."""
     backend = "gloo"
     if torch.cuda.is_available():
         torch.cuda.set_device(place.local_rank % torch.cuda.device_count())
         backend = "cpu:gloo,cuda:nccl"
     loopback = [name for _, name in socket.if_nameindex() if name in ("lo", "lo0")]
-    if loopback and place.nodes == 1:  # the name of the machine need not resolve
+    if loopback and place.nodes == 1:  # the host name may not resolve
         os.environ.setdefault("GLOO_SOCKET_IFNAME", loopback[0])
     try:
         distributed.init_process_group(
@@ -252,7 +253,7 @@ def _group(place: ProcessInfo, meeting: str, timeout: timedelta) -> Iterator[Non
 
 
 def _finished(code: int | None) -> int:
-    """The first process's code, when all have done their work."""
+    """Return the code of rank 0 once all processes have finished."""
     return Distributed().broadcast(code or 0)
 
 
@@ -261,7 +262,7 @@ def _in_new_processes(
 ) -> int:
     with tempfile.TemporaryDirectory() as folder:
         outcome = Path(folder) / "outcome"
-        signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)  # until they can be passed on
+        signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)  # until they can be forwarded
         processes = start_processes(
             _be_one,
             (_Start(count, torch.get_num_threads(), os.getpid(), Path(folder), timeout), work, arguments),
@@ -277,7 +278,7 @@ def _in_new_processes(
             except ProcessException:
                 if outcome.exists():
                     raise pickle.loads(outcome.read_bytes()) from None
-                print(file=sys.stderr)  # the line of a progress bar that nobody has ended
+                print(file=sys.stderr)  # ends the line of a progress bar
                 if forwarded:
                     raise KeyboardInterrupt from None
                 raise _why(processes) from None
@@ -286,7 +287,7 @@ def _in_new_processes(
 
 @contextmanager
 def _forwarding(processes: ProcessContext) -> Iterator[list[int]]:
-    """Pass signals on to the processes, which know how to end, and wait for them; gives a list of those passed on."""
+    """Context that forwards signals to the processes; yields a list of the forwarded signals."""
     forwarded: list[int] = []
 
     def forward(number: int, frame: object) -> None:
@@ -301,10 +302,10 @@ def _forwarding(processes: ProcessContext) -> Iterator[list[int]]:
 
 
 def _why(processes: ProcessContext) -> LostProcess:
-    """What to say of processes that have ended without a word."""
+    """Return an error about processes that ended without an exception."""
     codes = [process.exitcode for process in processes.processes]
     killed = [(rank, -code) for rank, code in enumerate(codes) if code is not None and code < 0]
-    # SIGTERM is what those get here that do not end by themselves.
+    # The launcher sends SIGTERM to the remaining processes, so another signal is the cause.
     rank, number = min(killed, key=lambda one: one[1] == signal.SIGTERM, default=(0, 0))
     how = f"was ended by {signal.Signals(number).name}" if number else "failed"
     hint = " (possibly out of memory)" if number == signal.SIGKILL else ""
@@ -314,24 +315,24 @@ def _why(processes: ProcessContext) -> LostProcess:
 
 
 class _Start(NamedTuple):
-    """How new processes start."""
+    """Parameters of new processes."""
 
     world: int
     threads: int
-    """Threads of the process that starts them, which they share."""
+    """CPU threads to share among them."""
     parent: int
-    """Number of that process."""
+    """Process id of the parent."""
     folder: Path
-    """Where they meet, and leave their outcome."""
+    """Folder of the rendezvous file and of the outcome."""
     timeout: timedelta
 
 
 def _be_one(rank: int, start: _Start, work: Callable[..., int | None], arguments: tuple[Any, ...]) -> None:
-    """Be one of the new processes."""
+    """Run the work in one of the new processes."""
     count, threads, parent, folder, timeout = start
     signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPPING)
     _end_with(parent)
-    os.setpgid(0, 0)  # Ctrl-C reaches the process that started this one, which passes it on: once, not twice
+    os.setpgid(0, 0)  # so that Ctrl-C arrives once, forwarded by the parent
     here = {"RANK": rank, "WORLD_SIZE": count, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": count}
     os.environ.update({key: str(value) for key, value in here.items()})  # as torchrun does
     torch.set_num_threads(max(1, threads // count))
@@ -355,7 +356,7 @@ def _be_one(rank: int, start: _Start, work: Callable[..., int | None], arguments
 
 
 def _end_with(parent: int) -> None:
-    """Have this process end, as by SIGTERM, once its parent has: also if that was before now."""
+    """End this process with SIGTERM when its parent ends, or has ended already."""
 
     def watch() -> None:
         while os.getppid() == parent:
@@ -366,8 +367,8 @@ def _end_with(parent: int) -> None:
 
 
 def _leave(folder: Path, outcome: int | Exception) -> None:
-    """Leave what has come of the work to the process that started this one, unless another has been earlier."""
-    with suppress(Exception):  # what cannot be sent has been printed
+    """Store the outcome for the parent, unless another process has stored one."""
+    with suppress(Exception):  # an exception that cannot be pickled has been printed
         data = pickle.dumps(outcome)
         with (folder / "outcome").open("xb") as file:
             file.write(data)

@@ -1,4 +1,4 @@
-"""Files written whole or not at all, and their digests."""
+"""Atomic writes and digests of files."""
 
 import contextlib
 import errno
@@ -16,7 +16,7 @@ CANNOT_WRITE = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, 
 
 @contextlib.contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Raise OSError with the file and what to do where the disk is full or may not be written to."""
+    """Context that raises MachineError, with the file and a remedy, if the disk is full or read-only."""
     try:
         yield
     except OSError as error:
@@ -29,9 +29,9 @@ def writing(path: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def atomic_write(path: Path) -> Iterator[Path]:
-    """Give a temporary path beside `path` to write to; at the end it takes the place of `path` in one move.
+    """Context that yields a temporary path beside `path`, which replaces `path` atomically at the end.
 
-    Raises OSError as `writing`; `path` is left as it was.
+    Raises OSError as `writing`, without a change to `path`.
     """
     temporary = temporary_path(path)
     try:
@@ -42,18 +42,18 @@ def atomic_write(path: Path) -> Iterator[Path]:
                 os.fsync(file.fileno())
             temporary.replace(path)
     finally:
-        with contextlib.suppress(OSError):  # as of a disk that became read-only
+        with contextlib.suppress(OSError):  # such as a disk that became read-only
             temporary.unlink(missing_ok=True)
 
 
 def set_aside(path: Path) -> Path:
-    """Rename a damaged file to a free name that ends in `.damaged`, or with a number, and return that."""
+    """Rename a damaged file to a free name, `.damaged` or `.damagedN`, and return the new path."""
     names = (path.with_name(f"{path.name}.damaged{number or ''}") for number in count())
     aside = next(name for name in names if not name.exists())
     return path.rename(aside)
 
 
 def file_digest(path: Path) -> str:
-    """SHA-256 of a file."""
+    """Return the SHA-256 of a file, in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

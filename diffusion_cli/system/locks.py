@@ -1,18 +1,19 @@
-"""Locks that work on file systems which several machines share, with or without support for flock.
+"""Locks on file systems that several machines share, with or without flock.
 
-A lock is a file. It appears with its content in one step that the file server decides (a hard link, else
-O_CREAT | O_EXCL), so that exactly one process creates it. Its JSON identifies the holder: host, machine, process
-number, start time and the scheduler's job; and it has a count, `beat`, that the holder raises every `Heartbeat.beat`
-seconds. A process that finds the file tests, in this order:
+A lock is a file, created atomically with its content (a hard link, else O_CREAT | O_EXCL), so that exactly
+one process creates it. Its JSON identifies the holder: host, machine, process id, start time and the
+scheduler's job. It also has a counter, `beat`, which the holder increments every `Heartbeat.beat` seconds. A
+process that finds the file tests, in this order:
 
-1. The kernel refuses its lock of the open file: the holder lives.
-2. The holder is of this machine: the list of processes shows whether it lives.
-3. The scheduler has started the holder's job again: the earlier process has ended.
-4. The count changes within `Heartbeat.patience`: the holder lives, else it is dead.
+1. Another process has the flock of the file: the holder is alive.
+2. The holder runs on this machine: the process table shows whether it is alive.
+3. The scheduler has restarted the holder's job: the earlier process has ended.
+4. The counter changes within `Heartbeat.patience`: the holder is alive, otherwise it is dead.
 
-The file of a dead holder is overwritten. Where neither the kernel nor the scheduler excludes that two processes do so
-at once, each waits `Heartbeat.settle` seconds, and has the lock if the file still contains its own token. A holder that
-finds another token in its file ends at once and saves nothing. No clock is compared with that of another machine.
+A process overwrites the file of a dead holder. If neither flock nor the scheduler rules out that two
+processes do so at once, each waits `Heartbeat.settle` seconds, and has the lock if the file still contains
+its token. A holder that finds another token in its file ends at once and saves nothing. Clocks of different
+machines are never compared.
 """
 
 import contextlib
@@ -40,18 +41,18 @@ from diffusion_cli.system.process_identity import boot_id, has_ended, is_running
 from diffusion_cli.system.temporary_files import NO_LINKS, remove_abandoned, temporary_path
 
 LOCK = ".lock"
-LONGEST = 4096  # bytes read of a lock that may be anyone's
+LONGEST = 4096  # bytes read of a lock file, which is untrusted
 
 
 class Heartbeat(NamedTuple):
-    """The times of a lock that is seen from several machines, in seconds of each one's own monotonic clock."""
+    """Times of a lock, in seconds of each machine's monotonic clock."""
 
     beat: float
-    """Between the holder's signs of life."""
+    """Interval of the holder's heartbeat."""
     patience: float
-    """Without a sign, after which the holder is taken for dead."""
+    """Time without a heartbeat after which the holder counts as dead."""
     settle: float
-    """In which another process that takes the same lock would show."""
+    """Time in which a competing process would overwrite the lock."""
 
 
 PACE = Heartbeat(beat=10, patience=60, settle=2)
@@ -59,9 +60,10 @@ PACE = Heartbeat(beat=10, patience=60, settle=2)
 
 @contextlib.contextmanager
 def run_lock(folder: Path, pace: Heartbeat = PACE) -> Iterator[None]:
-    """Hold a run's folder, made if need be; a folder in which nothing else was made is removed at the end.
+    """Context that locks a run folder; the folder is created if missing, and removed at the end if empty.
 
-    Raises UsageError if another process holds it, or no run can be kept there.
+    Raises UsageError, which names the holder, if another process has the lock, or if the folder cannot be
+    written.
     """
     if fcntl is None:  # Windows
         yield
@@ -93,9 +95,9 @@ def run_lock(folder: Path, pace: Heartbeat = PACE) -> Iterator[None]:
 
 @contextlib.contextmanager
 def locked(path: Path, pace: Heartbeat = PACE) -> Iterator[None]:
-    """Wait for the lock of a file that processes of any machine change, and hold it.
+    """Context that waits for the lock of a file, which processes of any machine may change.
 
-    In a folder that cannot be written to nobody changes the file, and it is not locked.
+    In a read-only folder nothing is locked, because no process can change the file.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     if fcntl is None:  # Windows
@@ -112,7 +114,7 @@ def locked(path: Path, pace: Heartbeat = PACE) -> Iterator[None]:
 
 
 def _waited_for(path: Path, pace: Heartbeat) -> "_Lock":
-    """A lock, once its holder has released it; after a second the holder is named."""
+    """Return a lock once its holder has released it; after a second, print the holder."""
     start, named = time.monotonic(), False
     while True:
         try:
@@ -133,7 +135,7 @@ _descriptors: set[int] = set()
 
 
 def _leave_to_the_parent() -> None:
-    """Close the locks in a forked process: one that outlives its parent would go on holding them."""
+    """Close the locks in a forked process, which could keep them longer than its parent."""
     while _descriptors:
         os.close(_descriptors.pop())
 
@@ -143,7 +145,7 @@ if fcntl is not None:
 
 
 class _Held(Exception):
-    """A lock has a holder that lives."""
+    """Another process has the lock."""
 
     def __init__(self, owner: dict[str, Any]) -> None:
         super().__init__(owner)
@@ -151,7 +153,7 @@ class _Held(Exception):
 
 
 class _Lock:
-    """A lock while this process holds it. Raises _Held if another does, UsageError if its file is no file."""
+    """A lock of this process; _Held if another process has it, UsageError if the path is not a file."""
 
     def __init__(self, path: Path, pace: Heartbeat, quiet: bool = False) -> None:
         self.path, self.pace, self.quiet = path, pace, quiet
@@ -173,13 +175,13 @@ class _Lock:
     def __exit__(self, *_: object) -> None:
         self.over.set()
         self.thread.join()
-        with contextlib.suppress(OSError):  # the folder may have been taken away
+        with contextlib.suppress(OSError):  # the folder may have been removed
             if self._read().get("token") == self.mine["token"]:
                 self.path.unlink()
         self._close()
 
     def _create(self) -> bool:
-        """Create the file with its content, and return whether no other process was faster."""
+        """Create the file with its content; return False if another process created it first."""
         temporary = temporary_path(self.path)
         try:
             self._write_new(temporary)
@@ -216,9 +218,9 @@ class _Lock:
         self._write()
 
     def _take_over(self) -> bool:
-        """Take the file of a dead holder, and return whether it was still there; _Held if the holder lives."""
+        """Take over the file of a dead holder; return False if it is gone; _Held if the holder is alive."""
         try:
-            # Never through a link, which may lead to a file of the user's; never waiting for a pipe.
+            # Not through a link, which may point to a user's file; without waiting on a pipe.
             self._have(os.open(self.path, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK))
             if not stat.S_ISREG(os.fstat(self.descriptor).st_mode):
                 raise UsageError(self.path, NO_VALUE, "is not a file", "remove it")
@@ -229,7 +231,7 @@ class _Lock:
             self._write()
             if not alone:
                 self._settle()
-        except FileNotFoundError:  # released now
+        except FileNotFoundError:  # released meanwhile
             self._close()
             return False
         except BaseException:
@@ -238,24 +240,24 @@ class _Lock:
         return True
 
     def _flock(self) -> bool:
-        """Whether the kernel's lock of the file is ours; _Held if it is another's."""
+        """Return whether flock succeeded, False if unsupported; _Held if another process has the flock."""
         assert fcntl is not None
         try:
             fcntl.flock(self.descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise _Held(self._read()) from error
-        except OSError:  # file systems without locks
+        except OSError:  # file systems without flock
             return False
         return True
 
     def _outlived(self, kernel: bool) -> bool:
-        """Wait until the holder is known to be dead, and return whether no other process can take its file now."""
+        """Wait until the holder is certainly dead; return whether no other process can take its file now."""
         owner, here = self._read(), self.mine
         identity = owner.get("machine"), owner.get("pid"), owner.get("start")
         if is_running(*identity):
             raise _Held(owner)
         if kernel and all(owner.get(key) == here[key] for key in ("host", "boot")):
-            return True  # else the kernel's lock would be the holder's
+            return True  # a live holder on this host would have the flock
         if has_ended(*identity):
             return kernel
         requeued = here["job"] is not None and owner.get("job") == here["job"]
@@ -265,8 +267,8 @@ class _Lock:
         return False
 
     def _watch(self, owner: dict[str, Any]) -> None:
-        """Return if the file does not change for a while; raises _Held if it does, FileNotFoundError if it goes."""
-        # A file without a holder is of an earlier version that creates it now, or was left so by a full disk.
+        """Return if the file stays unchanged; _Held if it changes, FileNotFoundError if it is removed."""
+        # An empty file: an earlier version is creating it, or the disk was full.
         patience = self.pace.patience if owner else self.pace.settle
         if owner and not self.quiet:
             print(
@@ -285,7 +287,7 @@ class _Lock:
             )
 
     def _settle(self) -> None:
-        """Raise _Held if another process took the lock in the same moment."""
+        """Raise _Held if another process took the lock at the same time."""
         time.sleep(self.pace.settle)
         owner = self._read()
         if owner.get("token") != self.mine["token"]:
@@ -297,7 +299,7 @@ class _Lock:
             try:
                 owner = self._read()
                 if owner.get("token", self.mine["token"]) != self.mine["token"]:
-                    # As after a long sleep of this machine. At once, and saving nothing: the folder is the other's.
+                    # As after suspension of this machine. Save nothing: the folder is the other's.
                     print(
                         f"diffuse: {self.path}: taken over by {_described(owner)}; this process ends",
                         file=sys.stderr,
@@ -305,7 +307,7 @@ class _Lock:
                     os._exit(1)
                 self.mine["beat"] += 1
                 self._write()
-            except OSError as error:  # no reason to end a run
+            except OSError as error:  # no reason to stop a run
                 if not said:
                     print(
                         f"diffuse: {self.path}: heartbeat cannot be written ({error.strerror})",
@@ -314,8 +316,8 @@ class _Lock:
                 said = True
 
     def _read(self) -> dict[str, Any]:
-        """Who holds the lock; {} where nobody has written it."""
-        # Opened anew: a network file system looks for changes then.
+        """Return the content of the lock; {} for an empty file."""
+        # Opened again, because network file systems update their cache on open.
         descriptor = os.open(self.path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
         try:
             text = os.read(descriptor, LONGEST)
@@ -345,7 +347,7 @@ class _Lock:
 
 
 def _whereabouts() -> dict[str, Any]:
-    """What tells this process from others: machine, its start, number, and the scheduler's job and how often begun."""
+    """Return the identity of this process: machine, process id, start time, scheduler job and restarts."""
     return {
         "host": socket.gethostname(),
         "boot": boot_id(),

@@ -1,4 +1,4 @@
-"""The folders that this program writes to: nothing is written, or removed, through a link that leads out of them."""
+"""Checks of output folders: nothing is written or removed through a link to a place outside."""
 
 import stat
 from collections.abc import Iterator
@@ -8,11 +8,11 @@ from diffusion_cli.errors import NO_VALUE, UsageError
 
 
 def own_folder(root: Path, *names: str) -> Path:
-    """Return the folder `root/names...`, to write to; it need not exist.
+    """Return the output folder `root/names...`, which need not exist.
 
-    `root` may be a link, for its user chose it. Raises UsageError if a folder from there on is a link that leads out of
-    `root`, or if something in the folder is a pipe, a socket or a device, whose reader or writer would wait.
-    Other tasks may rename and remove files meanwhile.
+    `root` may be a link, because the user chose it. Raises UsageError if a folder below is a link to a place
+    outside `root`, or if the folder contains a pipe, a socket or a device, which could block forever. Other
+    tasks may rename and remove files meanwhile.
     """
     folder = root.joinpath(*names)
     for depth in range(1, len(names) + 1):
@@ -26,7 +26,7 @@ def own_folder(root: Path, *names: str) -> Path:
 
 
 def _check_inside(root: Path, path: Path) -> None:
-    """Raise UsageError if a path is a link that leads out of `root`; a link to a file is replaced, not followed."""
+    """Raise UsageError if a path is a link outside `root`, except to a file: writes replace such a link."""
     if path.is_symlink() and not path.is_file() and not path.resolve().is_relative_to(root.resolve()):
         raise UsageError(
             path,
@@ -37,7 +37,7 @@ def _check_inside(root: Path, path: Path) -> None:
 
 
 def _entries(folder: Path) -> Iterator[tuple[Path, int]]:
-    """All entries of a folder and of its folders, with their modes; links are not followed."""
+    """Yield all entries of a folder and its subfolders with their modes, without following links."""
     try:
         paths = list(folder.iterdir())
     except (FileNotFoundError, NotADirectoryError):

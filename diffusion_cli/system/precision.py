@@ -1,4 +1,4 @@
-"""Which number format and which device to compute in."""
+"""Selection of the device and the precision."""
 
 from contextlib import AbstractContextManager
 from typing import Literal
@@ -13,7 +13,7 @@ FORMATS = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def device_of(name: str) -> torch.device:
-    """The device called auto, cpu or cuda; UsageError if there is no such device here."""
+    """Return the device named auto, cpu or cuda; UsageError if it does not exist here."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cuda" and not torch.cuda.is_available():
@@ -24,23 +24,23 @@ def device_of(name: str) -> torch.device:
 
 
 def resolve(precision: NumberFormat | Literal["auto"], device: torch.device) -> NumberFormat:
-    """Return a number format; for `auto`, bf16 where the hardware is fast in it, else fp32."""
+    """Return the precision; `auto` is bf16 on hardware with bfloat16, else fp32."""
     if precision == "auto":
         return "bf16" if has_fast_bf16(device) else "fp32"
     return precision
 
 
 def has_fast_bf16(device: torch.device) -> bool:
-    """Whether the hardware computes in bfloat16: Ampere and later GPUs, CPUs with AVX512-BF16 or AMX."""
+    """Return whether the hardware has bfloat16: Ampere and later GPUs, CPUs with AVX512-BF16 or AMX."""
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
     return cpu_has_bf16()
 
 
 def autocast(device: torch.device, precision: str) -> AbstractContextManager[object]:
-    """The context in which a network computes in fp32, bf16 or fp16; weights and images stay float32."""
+    """Context in which a network computes in fp32, bf16 or fp16; weights and images stay float32."""
     if precision == "fp32":
-        # Left alone cuDNN convolves in TF32, with 10 bits of 23.
+        # By default cuDNN convolves in TF32, with 10 of 23 mantissa bits.
         return torch.backends.cudnn.flags(
             enabled=True, benchmark=torch.backends.cudnn.benchmark, allow_tf32=False,
             deterministic=torch.backends.cudnn.deterministic,

@@ -1,4 +1,4 @@
-"""The identity of a process among all machines, by which others find out whether it has ended."""
+"""Identity of a process across machines, to detect whether it has ended."""
 
 import hashlib
 import os
@@ -11,15 +11,15 @@ BOOT = Path("/proc/sys/kernel/random/boot_id")
 
 @cache
 def boot_id() -> str | None:
-    """The number that Linux draws at each start of the machine; None elsewhere."""
+    """Return the boot id of Linux, which changes at each boot; None on other systems."""
     return BOOT.read_text().strip() if BOOT.is_file() else None
 
 
 @cache
 def machine_id() -> str:
-    """Eight hex digits of the host, its last start and the name space of its process numbers.
+    """Return eight hex digits that identify the host, its boot and its PID namespace.
 
-    Two containers on one host may use the same number for different processes.
+    Two containers on a host may use the same process id for different processes.
     """
     try:
         namespace = str(Path("/proc/self/ns/pid").readlink())
@@ -30,23 +30,24 @@ def machine_id() -> str:
 
 
 def start_time(pid: int) -> str | None:
-    """The start of a process of this machine, in ticks since the machine's start; None if unknown or ended."""
+    """Return the start time of a process of this machine, in ticks since boot; None if unknown or ended."""
     try:
         stat = Path(f"/proc/{pid}/stat").read_bytes()
     except OSError:
         return None
-    fields = stat.rpartition(b")")[2].split()  # the name before it may contain anything
+    fields = stat.rpartition(b")")[2].split()  # the process name before it may contain any character
     return None if fields[0] in b"ZX" else fields[19].decode()
 
 
 def has_ended(machine: object, pid: object, start: object = None) -> bool:
-    """Whether a process has certainly ended: it ran on this machine, and its number is free or another's now.
+    """Return whether a process has certainly ended: it ran on this machine, and its id is free or reused.
 
-    `machine` and `start` are what `machine_id` and `start_time` returned there; any type, for files may be damaged.
+    `machine` and `start` are results of `machine_id` and `start_time`, of any type because files may be
+    damaged.
     """
     if machine != machine_id() or not isinstance(pid, int) or not 0 < pid < 2**31:
         return False
-    if os.name != "posix":  # where os.kill ends the process instead
+    if os.name != "posix":  # there os.kill would end the process
         return False
     try:
         os.kill(pid, 0)
@@ -61,5 +62,5 @@ def has_ended(machine: object, pid: object, start: object = None) -> bool:
 
 
 def is_running(machine: object, pid: object, start: object) -> bool:
-    """Whether a process certainly runs: on this machine, with the start time that the process of its number has."""
+    """Return whether a process certainly runs: on this machine, with this process id and start time."""
     return machine == machine_id() and isinstance(pid, int) and start is not None and start_time(pid) == start

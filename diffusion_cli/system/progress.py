@@ -1,4 +1,4 @@
-"""Progress bars, which move the cursor as no other text may."""
+"""Progress bars, the only output that may move the cursor."""
 
 import sys
 from typing import Any
@@ -17,7 +17,7 @@ class ProgressBar(tqdm):
 
 
 class _Moving:
-    """A stream to which text is written with its moves among lines."""
+    """A stream whose text may move the cursor between lines."""
 
     def __init__(self, stream: Any) -> None:
         self._stream = stream

@@ -1,4 +1,4 @@
-"""Seeds as a function of what they are for, so that no result depends on hidden generator state."""
+"""Seeds derived from their purpose, so that no result depends on hidden generator state."""
 
 import json
 from hashlib import blake2b
@@ -8,20 +8,20 @@ from diffusion_cli.errors import FormatError
 
 
 def mix(*parts: int | str) -> int:
-    """A seed in [0, 2^63) that is a hash of the parts: the same on every platform, unlike for unlike parts.
+    """Return a seed in [0, 2^63), a hash of the parts that is the same on every platform.
 
-    `mix(seed, "flip", 7)` and `mix(seed, "flip", 8)` are unrelated numbers, which neighbouring seeds are not
-    for every generator. PyTorch's CPU generator uses the low 32 bits of its seed, its CUDA generator all.
+    `mix(seed, "flip", 7)` and `mix(seed, "flip", 8)` are unrelated, whereas some generators correlate
+    neighbouring seeds. PyTorch's CPU generator uses the low 32 bits of a seed, its CUDA generator all.
     """
     digest = blake2b(json.dumps(parts).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") >> 1
 
 
 def seed_ranges(stored: Any) -> list[range]:
-    """Join seeds as a manifest holds them to ascending ranges.
+    """Join the seeds of a manifest to ascending ranges.
 
-    `stored` is a list of ranges [first, last], or of single seeds as earlier versions wrote them. Raises FormatError
-    for anything else.
+    `stored` is a list of ranges [first, last] or, from earlier versions, of single seeds. Raises FormatError
+    for other values.
     """
     pairs = (
         [[seed, seed] if type(seed) is int else seed for seed in stored] if type(stored) is list else [None]

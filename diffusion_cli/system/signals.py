@@ -1,7 +1,7 @@
-"""The signals that ask a program to end, of a terminal or a scheduler, and how it ends.
+"""Signals of a terminal or a scheduler that stop a command.
 
-A signal has one of three meanings, by what a command does at that moment. While it starts, nothing has begun, and it
-ends at once (`end_at_signals`). While it works, KeyboardInterrupt is raised. While it trains, the state is saved first.
+During the start a command ends at once (`end_at_signals`). Later a signal raises KeyboardInterrupt. During
+training the state is saved first.
 """
 
 import os
@@ -16,7 +16,7 @@ from typing import NoReturn
 from diffusion_cli.system.compat import run_exit_functions
 
 UNFINISHED = 75
-"""Exit code of what a signal has stopped: what was done is saved, and the same command goes on (EX_TEMPFAIL)."""
+"""Exit code after a signal: progress is saved, and the same command continues (EX_TEMPFAIL)."""
 STOPPED = "diffuse: stopped; run the same command again to continue"
 
 STOPPING: tuple[signal.Signals, ...] = tuple(
@@ -24,18 +24,18 @@ STOPPING: tuple[signal.Signals, ...] = tuple(
     for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2")
     if hasattr(signal, name)
 )
-"""Ctrl-C, the end that schedulers announce, a closed terminal, and the warnings that a job may ask a scheduler for."""
+"""Ctrl-C, a scheduler's time limit, a closed terminal, and the warning signals of a scheduler."""
 
 
 def handled() -> list[signal.Signals]:
-    """The signals of `STOPPING` that this process handles: SIGHUP stays ignored where `nohup` ignores it."""
+    """Return the signals of `STOPPING` to handle; SIGHUP is excluded under `nohup`."""
     hangup = getattr(signal, "SIGHUP", None)
     return [n for n in STOPPING if n != hangup or signal.getsignal(n) is not signal.SIG_IGN]
 
 
 @contextmanager
 def handling(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
-    """Call `handler` at every signal that asks to end; only the main thread of a process can choose that."""
+    """Context that calls `handler` at every stop signal; it has an effect only in the main thread."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -48,9 +48,9 @@ def handling(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]
 
 
 def end_at_signals(code: int = UNFINISHED, line: str = STOPPED) -> None:
-    """From now on, end at any signal at once with an exit code, and print a line unless it is empty.
+    """From now on, end at any stop signal at once with an exit code, and print a line unless it is empty.
 
-    It needs no working interpreter around it, such as one in the middle of an import.
+    This works at any time, even during an import.
     """
 
     def at_once(number: int, frame: object) -> None:
@@ -63,7 +63,7 @@ def end_at_signals(code: int = UNFINISHED, line: str = STOPPED) -> None:
 
 
 def end(code: int) -> NoReturn:
-    """End one of several processes, without the interpreter's last moments, in which network threads would abort it."""
+    """End one of several processes without finalising the interpreter, which network threads would abort."""
     run_exit_functions()
     sys.stdout.flush()
     sys.stderr.flush()

@@ -1,8 +1,8 @@
-"""The temporary files beside those that are being written, and the removal of those that killed processes left.
+"""Temporary files of atomic writes, and the removal of those that killed processes left.
 
-A temporary file is named `.NAME.PID-HEX.tmp`. HEX begins with the `machine_id` of the writer, so that a later process
-of the same machine finds out whether the writer has ended. Files of other machines are removed after `EXPIRY` seconds,
-those of this machine only once their writer has ended.
+A temporary file is named `.NAME.PID-HEX.tmp`. HEX begins with the `machine_id` of the writer, so that a later
+process on the same machine can check whether the writer has ended. Files of this machine are removed once
+their writer has ended, those of other machines after `EXPIRY` seconds.
 """
 
 import errno
@@ -17,25 +17,25 @@ from pathlib import Path
 from diffusion_cli.system.process_identity import has_ended, machine_id
 
 EXPIRY = 3600.0
-"""Seconds without a change after which the temporary file of another machine is abandoned."""
+"""Seconds without a change after which a temporary file of another machine counts as abandoned."""
 NO_LINKS = frozenset({errno.EPERM, errno.EACCES, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EMLINK})
 NAME = re.compile(r"\..+\.(\d{1,10})-([0-9a-f]{8}(?:[0-9a-f]{8})?)\.tmp", re.DOTALL)
 
 
 def temporary_path(path: Path) -> Path:
-    """A new name beside `path`, which no other process uses and nobody can guess."""
+    """Return a new path beside `path` that no other process uses or can guess."""
     return path.with_name(f".{path.name}.{os.getpid()}-{machine_id()}{secrets.token_hex(4)}.tmp")
 
 
 def is_temporary(path: Path) -> bool:
-    """Whether a path has the name of a temporary file of this program."""
+    """Return whether a path has the name of a temporary file of this program."""
     return NAME.fullmatch(path.name) is not None
 
 
 def create_linked(temporary: Path, path: Path) -> bool:
-    """Give a complete temporary file a second name that is new, in one step; False if there is a file of that name.
+    """Link a complete temporary file to a new name atomically; return False if the name exists.
 
-    Where a file system has no hard links, the file is moved if its name is free a moment before.
+    On file systems without hard links, the file is moved if the name was free just before.
     """
     try:
         os.link(temporary, path)
@@ -51,9 +51,9 @@ def create_linked(temporary: Path, path: Path) -> bool:
 
 
 def remove_abandoned(*folders: Path) -> None:
-    """Remove the temporary files directly in the folders that no process will finish."""
+    """Remove abandoned temporary files directly in the folders."""
     for folder in folders:
-        with suppress(OSError):  # a folder that is not there, or may not be read
+        with suppress(OSError):  # a missing or unreadable folder
             for path in filter(is_temporary, folder.iterdir()):
                 with suppress(OSError):  # removed by another process, or on a read-only disk
                     if _is_abandoned(path):

@@ -1,4 +1,4 @@
-"""Output for a terminal: text cannot command it, and an output that is full or closed ends no work."""
+"""Terminal output: control characters are escaped, and a full or closed output does not stop the work."""
 
 import os
 import re
@@ -13,19 +13,19 @@ from diffusion_cli.system.untrusted import escaped
 LAYOUT = re.compile(r"(\r?\n|\t)")
 """Line breaks and tabs."""
 MOVES = re.compile(r"(\x1b\[A|[\n\r\t])")
-"""How a progress bar moves among its lines."""
+"""Cursor movements of a progress bar."""
 
 
 class Output:
-    """A text stream in whose place it is used: control characters are escaped, and no write fails.
+    """A replacement of a text stream that escapes control characters and never fails.
 
-    After the first failure the stream leads to the null device, so that work continues without its output.
+    After the first failed write the stream is redirected to the null device, so that work continues.
     """
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
         self.error: OSError | None = None
-        """The first failure."""
+        """The first error of a write."""
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")  # pyright: ignore[reportAttributeAccessIssue]
 
@@ -33,7 +33,7 @@ class Output:
         return getattr(self._stream, name)
 
     def write(self, text: str, moves: bool = False) -> int:
-        """Write text, escaped; with `moves` it may return to the start of its line, and to lines above."""
+        """Write escaped text; with `moves` it may move the cursor to the line start and to lines above."""
         layout = MOVES if moves else LAYOUT
         with self._forgiving():
             parts = (part if layout.fullmatch(part) else escaped(part) for part in layout.split(text))
@@ -41,7 +41,7 @@ class Output:
         return len(text)
 
     def flush(self) -> None:
-        """Pass on what was written."""
+        """Flush the stream."""
         with self._forgiving():
             self._stream.flush()
 
@@ -51,7 +51,7 @@ class Output:
             yield
         except OSError as error:
             self.error = self.error or error
-            with suppress(OSError, AttributeError):  # a stream of no file
+            with suppress(OSError, AttributeError):  # a stream without a file
                 null = os.open(os.devnull, os.O_WRONLY)
                 os.dup2(null, self._stream.fileno())
                 os.close(null)
@@ -59,7 +59,7 @@ class Output:
 
 @contextmanager
 def guarded() -> Iterator[None]:
-    """Put an `Output` in the place of stdout and of stderr."""
+    """Context that replaces stdout and stderr by an `Output`."""
     before = sys.stdout, sys.stderr
     sys.stdout, sys.stderr = (stream if isinstance(stream, Output) else Output(stream) for stream in before)
     try:
@@ -71,7 +71,7 @@ def guarded() -> Iterator[None]:
 
 
 def lost_output() -> str | None:
-    """One line about text that stdout could not take; None if it took all, or if its reader closed the pipe."""
+    """Return a line about a failed write to stdout; None if none failed or the reader closed the pipe."""
     sys.stdout.flush()
     error = sys.stdout.error if isinstance(sys.stdout, Output) else None
     if error is None or isinstance(error, BrokenPipeError):
@@ -80,9 +80,10 @@ def lost_output() -> str | None:
 
 
 def open_closed_streams() -> None:
-    """Open the null device in the place of standard streams that were closed before the start.
+    """Open the null device for standard streams that were closed before the start.
 
-    Otherwise the next file that is opened would get the number of stdout or stderr, and the messages of libraries.
+    Otherwise the next opened file would get the descriptor of stdout or stderr, and the messages of
+    libraries.
     """
     for number in range(3):
         try:

@@ -1,10 +1,9 @@
-"""The data that this user has named, and the runs that this user has trained.
+"""Record of the data paths that this user has named and the runs that this user has trained.
 
-A path in a checkpoint is read only if it is among that data.
-
-A checkpoint stores where its data lay, and one from a stranger could name any folder of its reader. Each path that
-somebody trains on, or names for a run, leaves an empty file in `~/.local/state/diffuse/data`, or in
-`$XDG_STATE_HOME/diffuse/data`. The SHA-256 of the full path is its name. Runs leave one in `runs` beside it.
+A checkpoint stores the path of its data, and an untrusted checkpoint could name any folder of the user. A
+path in a checkpoint is therefore read only if this user has trained on it or named it before. Each such path
+leaves an empty file in `~/.local/state/diffuse/data` or `$XDG_STATE_HOME/diffuse/data`, named by the SHA-256
+of the full path. Run folders leave one in `runs` beside it.
 """
 
 import hashlib
@@ -15,29 +14,29 @@ from pathlib import Path
 from typing import Any
 
 PATHS = ("path", "masks")
-"""The settings of datasets that are paths."""
+"""Dataset settings that are paths."""
 
 
 def remember(dataset: Mapping[str, Any]) -> None:
-    """Record the paths of a dataset as named by this user; without a folder to write to, nothing is recorded."""
+    """Record the paths of a dataset as named by this user, if the state folder is writable."""
     with suppress(OSError, RuntimeError):  # no home folder, or a read-only one
         for path in _paths(dataset).values():
             _touch(_record(path))
 
 
 def remember_run(folder: Path) -> None:
-    """Record the folder of a run as trained by this user; without a folder to write to, nothing is recorded."""
+    """Record a run folder as trained by this user, if the state folder is writable."""
     with suppress(OSError, RuntimeError):
         _touch(_record(str(folder), "runs"))
 
 
 def is_own_run(folder: Path) -> bool:
-    """Whether this user has trained a run in this folder before."""
+    """Return whether this user has trained the run in a folder."""
     return _is_recorded(str(folder), "runs")
 
 
 def unnamed(dataset: Mapping[str, Any]) -> dict[str, str]:
-    """The paths of a dataset, by setting, that this user has not named before."""
+    """Return the paths of a dataset, by setting, that this user has not named before."""
     return {key: path for key, path in _paths(dataset).items() if not _is_recorded(path)}
 
 

@@ -1,6 +1,7 @@
-"""What strangers' files may be: regular, of bounded size, and where they are text, plain data of bounded depth.
+"""Safe reading of untrusted files: regular files of bounded size, and plain data of bounded depth.
 
-All raise FormatError with the end of a sentence that begins with the file's name, and OSError of the file system.
+All functions raise FormatError, whose message follows the file name in a sentence, and OSError of the file
+system.
 """
 
 import csv
@@ -20,15 +21,15 @@ import yaml
 from diffusion_cli.errors import FormatError
 
 LARGEST = 2**28
-"""Bytes of an image or of a table of labels."""
+"""Bytes of an image or of a table of labels, at most."""
 LONGEST_LINE = 1000
-"""Characters of a line for the terminal."""
+"""Characters of a line for the terminal, at most."""
 LONGEST_TEXT = 2**24
-"""Bytes of a text that this program writes: JSON, CSV."""
+"""Bytes of a JSON or CSV file of this program, at most."""
 LONGEST_MANIFEST = 2**25
-"""Bytes of a manifest; earlier versions wrote the seed of each sample in it, and there may be millions."""
-LONGEST_YAML = 2**20  # its parser takes seconds for that
-LONGEST_SCALAR = 4096  # characters; YAML reads 1:2:3: ... as one number, in the square of its length
+"""Bytes of a manifest, at most; earlier versions stored the seed of each sample, possibly millions."""
+LONGEST_YAML = 2**20  # takes seconds to parse
+LONGEST_SCALAR = 4096  # characters; YAML parses 1:2:3:... as a number in quadratic time
 DEEPEST = 32
 IMAGE_FORMATS = {
     "PNG": (".png", ".apng"),
@@ -40,23 +41,24 @@ IMAGE_FORMATS = {
     "PPM": (".ppm", ".pgm", ".pbm", ".pnm"),
     "JPEG2000": (".jp2", ".j2k", ".j2c", ".jpc", ".jpf", ".jpx"),
 }
-"""The formats of Pillow that are read, each with its suffixes.
+"""Supported formats of Pillow with their suffixes.
 
-Each has a signature, runs no code, and declares the number of pixels that its decoder allocates. TGA has no signature,
-so that damaged files would pass for it; AVIF decodes frames of another size than declared.
+Each has a signature, runs no code, and declares the number of pixels that its decoder allocates. TGA is
+excluded because it has no signature, so that damaged files would count as TGA. AVIF is excluded because its
+frames may be larger than declared.
 """
 MOST_VALUES = 10**6
 MOST_IN_MANIFEST = 10**7
 
 
 def read(path: Path, limit: int = LARGEST) -> bytes:
-    """The content of a regular file: of a pipe or a device, which may never end, none is read."""
+    """Return the content of a regular file of at most `limit` bytes; FormatError for a pipe or a device."""
     _bounded(regular(path), limit)
     return path.read_bytes()
 
 
 def regular(path: Path) -> int:
-    """The size of a regular file, which for anything else is not opened: that alone may wait for ever."""
+    """Return the size of a regular file; FormatError for others, without opening them, which could block."""
     status = path.stat()
     if not stat.S_ISREG(status.st_mode):
         raise FormatError("is not a regular file")
@@ -69,7 +71,7 @@ def _bounded(size: int, limit: int) -> None:
 
 
 def inflated(data: bytes, limit: int = LARGEST) -> bytes:
-    """The content of a gzip file, of which no more is inflated than may be."""
+    """Return the content of gzip data; FormatError if it is damaged or has more than `limit` bytes."""
     stream = zlib.decompressobj(16 + zlib.MAX_WBITS)
     try:
         content = stream.decompress(data, limit + 1)
@@ -82,7 +84,7 @@ def inflated(data: bytes, limit: int = LARGEST) -> bytes:
 
 
 class Archive:
-    """A ZIP archive, from a file or from its content; entries are read one by one, and a `with` block closes it."""
+    """A ZIP archive, from a file or its content; a context that closes it."""
 
     def __init__(self, source: Path | bytes) -> None:
         if isinstance(source, Path):
@@ -91,7 +93,7 @@ class Archive:
             self._zip = zipfile.ZipFile(source if isinstance(source, Path) else BytesIO(source))
         except OSError:
             raise
-        except Exception as error:  # its parser meets damaged archives with errors of many types
+        except Exception as error:  # damaged archives raise errors of many types
             raise FormatError(reason(error)) from error
         self.entries = {entry.filename: entry for entry in self._zip.infolist()}
         if len(self.entries) < len(self._zip.infolist()):
@@ -104,9 +106,9 @@ class Archive:
         self._zip.close()
 
     def open(self, name: str) -> IO[bytes]:
-        """An entry, inflated as far as it is read."""
+        """Return an entry as a file that is inflated while it is read."""
         entry = self._entry(name)
-        # Other methods inflate a block at once, however little of it is asked for.
+        # Other methods inflate a complete block even for a small read.
         if entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
             raise FormatError("uses a compression other than deflate; pack it again")
         try:
@@ -115,13 +117,13 @@ class Archive:
             raise FormatError(reason(error)) from error
 
     def read(self, name: str, limit: int = LARGEST) -> bytes:
-        """The content of an entry."""
+        """Return the content of an entry of at most `limit` bytes."""
         size = self._entry(name).file_size
         _bounded(size, limit)
         with self.open(name) as file:
             try:
-                return file.read(size + 1)  # a number, so that no more is inflated than was declared
-            except Exception as error:  # zlib's, of a bad checksum, of an early end
+                return file.read(size + 1)  # inflates no more than declared
+            except Exception as error:  # of zlib, a checksum or a truncated entry
                 raise FormatError(reason(error)) from error
 
     def _entry(self, name: str) -> zipfile.ZipInfo:
@@ -132,14 +134,15 @@ class Archive:
             and not any("/" in known for known in self.entries)
         ):
             return self.entries[windows]
-        if name not in self.entries:  # as where another archive has taken the place of this one
+        if name not in self.entries:  # for example after the archive was replaced
             raise FormatError("is not in the archive")
         return self.entries[name]
 
 
-# What names a checkpoint of tensors and plain data. Of what torch allows beside, some takes any memory it is told to.
+# The globals in checkpoints of tensors and plain data. torch allows others, some of which can allocate any
+# amount of memory.
 NAMES = re.compile(r"collections OrderedDict|torch\._utils _rebuild_tensor_v2|torch \w+Storage")
-# Older versions of torch named these too.
+# Older versions of torch use these too.
 WEIGHT_NAMES = re.compile(
     rf"{NAMES.pattern}|torch\._utils _rebuild_(?:tensor|parameter)|torch\.nn\.parameter Parameter"
 )
@@ -147,9 +150,9 @@ TUPLES = ("EMPTY_TUPLE", "TUPLE", "TUPLE1", "TUPLE2", "TUPLE3")
 
 
 def check_tensors(path: Path) -> None:
-    """Raise FormatError, or an error of the parsers, unless a file of `torch.save` names tensors and plain data alone.
+    """Raise FormatError, or a parser's error, unless a `torch.save` file has only tensors and plain data.
 
-    Nothing in it may inflate, and no tuple be nested so deep that to hash it overflows Python's own stack.
+    Compressed entries are rejected, and tuples nested so deeply that hashing them overflows Python's stack.
     """
     with Archive(path) as archive:
         if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.entries.values()):
@@ -160,9 +163,9 @@ def check_tensors(path: Path) -> None:
 
 
 def check_weights(content: bytes) -> None:
-    """Raise FormatError, or an error of the parsers, unless the content of a file of `torch.save` is tensors alone.
+    """Raise FormatError, or a parser's error, unless the content of a `torch.save` file has only tensors.
 
-    Versions before 1.6 wrote five pickles one after the other: a number, a version, sizes of the machine, the weights
+    torch before 1.6 wrote five pickles in a row: a magic number, the version, system information, the weights
     and the keys of their storages.
     """
     if content.startswith(b"PK\x03\x04"):
@@ -176,8 +179,8 @@ def check_weights(content: bytes) -> None:
 
 
 def _check_pickle(file: IO[bytes], names: re.Pattern[str]) -> None:
-    """Raise FormatError for a pickle with other names, or with tuples nested so deep that to hash one fails."""
-    stack: list[int | None] = []  # how deep the tuples are nested that lie there, None for a mark
+    """Raise FormatError for a pickle with other globals, or with tuples nested too deeply to hash."""
+    stack: list[int | None] = []  # nesting depth of the tuple in each place, None for a mark
     memo: dict[Any, int] = {}
     for operation, argument, _ in pickletools.genops(file):
         if operation.name == "GLOBAL" and not names.fullmatch(str(argument)):
@@ -196,7 +199,7 @@ def _check_pickle(file: IO[bytes], names: re.Pattern[str]) -> None:
 
 
 def _nesting(operation: pickletools.OpcodeInfo, stack: list[int | None]) -> int:
-    """Take off a pickle's stack what an operation does, and return how deep the tuple is nested that it makes, or 0."""
+    """Pop the operands of an operation off a pickle's stack; return the depth of the tuple it makes, or 0."""
     taken = []
     if pickletools.markobject in operation.stack_before:
         while (depth := stack.pop()) is not None:
@@ -208,13 +211,13 @@ def _nesting(operation: pickletools.OpcodeInfo, stack: list[int | None]) -> int:
 
 
 def reason(error: BaseException) -> str:
-    """What an error says, in a line that is not too long."""
+    """Return the message of an error in one line of at most 300 characters."""
     text = " ".join(str(error).split()) or type(error).__name__
     return text if len(text) <= 300 else f"{text[:297]}..."
 
 
 def printable(text: str) -> str:
-    """A line for the terminal; of a long one the middle is left out, for at the end stands the remedy."""
+    """Return a line for the terminal, without the middle of a long one: the remedy is at the end."""
     text = escaped(text)
     if len(text) <= LONGEST_LINE:
         return text
@@ -223,17 +226,17 @@ def printable(text: str) -> str:
 
 
 def escaped(text: str) -> str:
-    """A text without the characters that command a terminal: what a file holds, and is called, gets into our words."""
+    """Return a text with control characters escaped, because messages quote names and contents of files."""
     return "".join(
         letter if letter.isprintable() else letter.encode("unicode_escape").decode() for letter in text
     )
 
 
 def plain(value: Any, most: int = MOST_VALUES) -> Any:
-    """Return plain data: mappings with names as keys, lists, texts, finite or infinite numbers, true, false, null.
+    """Return a value if it is plain data: dicts with text keys, lists, texts, numbers, booleans or None.
 
-    FormatError for anything else, and what is nested so deep or, with what is there many times, so large that
-    walking through it would not end: `most` is the largest number of values.
+    Raises FormatError for other types, for nesting deeper than DEEPEST levels and for more than `most`
+    values, where repeated references count each time. Numbers may be infinite.
     """
     todo: list[tuple[Any, int]] = [(value, 0)]
     seen = 0
@@ -261,7 +264,7 @@ def plain(value: Any, most: int = MOST_VALUES) -> Any:
 
 
 def from_json(data: bytes, limit: int = LONGEST_TEXT, most: int = MOST_VALUES) -> Any:
-    """Plain data of at most `limit` bytes and `most` values of JSON, all numbers finite."""
+    """Return plain data from JSON of at most `limit` bytes and `most` values, with finite numbers."""
     _bounded(len(data), limit)
     try:
         value = json.loads(data, parse_constant=_refuse, parse_float=_finite)
@@ -271,7 +274,7 @@ def from_json(data: bytes, limit: int = LONGEST_TEXT, most: int = MOST_VALUES) -
 
 
 def read_json(path: Path, limit: int = LONGEST_TEXT, most: int = MOST_VALUES) -> Any:
-    """Plain data of a JSON file, as `from_json`."""
+    """Return plain data of a JSON file, as `from_json`."""
     return from_json(read(path, limit), limit, most)
 
 
@@ -287,7 +290,7 @@ def _finite(text: str) -> float:
 
 
 class _Plain(yaml.SafeLoader):
-    """YAML without the few features by which a short text makes a huge tree, or takes hours."""
+    """YAML without aliases and long scalars, which can take unbounded memory or time."""
 
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
         if self.check_event(yaml.AliasEvent):
@@ -299,17 +302,17 @@ class _Plain(yaml.SafeLoader):
 
 
 def read_yaml(path: Path) -> Any:
-    """Plain data of a YAML file."""
+    """Return plain data of a YAML file."""
     data = read(path, LONGEST_YAML)
     try:
         value = yaml.load(data, _Plain)
-    except Exception as error:  # its constructors know no error but Python's own
+    except Exception as error:  # its constructors raise various Python errors
         raise FormatError(f"is not plain YAML ({reason(error)})") from error
     return plain(value)
 
 
 def read_csv(path: Path) -> list[list[str]]:
-    """The lines of a CSV file that are not empty, as fields."""
+    """Return the fields of each line of a CSV file that is not empty."""
     try:
         text = read(path, LONGEST_TEXT).decode()
         return [row for row in csv.reader(StringIO(text, newline="")) if row]

@@ -1,10 +1,10 @@
-"""The `diffuse` program, which is also `python -m diffusion_cli` for launchers that start modules."""
+"""Entry point of `diffuse`, and of `python -m diffusion_cli` for launchers that start modules."""
 
 from diffusion_cli.system.signals import end_at_signals
 
 
 def main() -> None:
-    """Run `diffuse`; from the first instant on, before its modules are imported, signals end it in order."""
+    """Run `diffuse`, with signal handlers installed before the slow imports."""
     end_at_signals()
     from diffusion_cli import cli
 

@@ -1,6 +1,6 @@
-"""`diffuse <command> [group=option] [key=value]`: help, completion, and the way to the commands.
+"""`diffuse <command> [group=option] [key=value]`: parse the command line, print help, run the command.
 
-Nothing here imports torch: help and mistakes are answered from the YAML files and the source.
+This module does not import torch, so help and error messages are fast.
 """
 
 import importlib
@@ -55,14 +55,17 @@ def main() -> None:
     open_closed_streams()
     code = run(sys.argv[1:])
     sys.stdout.flush()
-    end_at_signals(code, line="")  # the outcome stands, whatever comes while the interpreter ends
+    end_at_signals(code, line="")  # a signal during interpreter shutdown does not change the exit code
     if "RANK" in os.environ or "SLURM_STEP_ID" in os.environ:
-        end(code)  # one of several processes
+        end(code)  # the launcher runs several processes
     sys.exit(code)
 
 
 def run(words: Sequence[str]) -> int:
-    """Carry out a command line and return its exit code: 0 done, 1 failed, 2 a mistake, 75 stopped by a signal."""
+    """Run a command line and return its exit code.
+
+    0: done; 1: failed; 2: invalid setting or file, or a machine failure; 75: stopped by a signal.
+    """
     with guarded():
         try:
             code = _dispatch(list(words))
@@ -78,7 +81,7 @@ def run(words: Sequence[str]) -> int:
 
 
 def _lines(error: UsageError | MachineError) -> Sequence[str]:
-    """The lines to print for an error: one for each problem."""
+    """Return the lines to print for an error, one per problem."""
     return error.lines if isinstance(error, UsageError) else [" ".join(str(error).split())]
 
 
@@ -134,14 +137,17 @@ def _show(configs: Sequence[Config]) -> int:
 
 
 def _with_first_option(command: str, words: list[str]) -> list[str]:
-    """Expand a bare first word after a command to the option that it chooses."""
+    """Expand a bare first word after a command to `group=option`."""
     group = FIRST_WORD.get(command)
     bare = group and words and "=" not in words[0] and words[0] != group and not words[0].startswith("-")
     return [f"{group}={words[0]}", *words[1:]] if bare else words
 
 
 def parse(command: str, words: Sequence[str]) -> Request:
-    """Parse the words after a command; raises UsageError for words that are neither flags nor `key=value`."""
+    """Parse the words after a command.
+
+    Raises UsageError for words that are neither flags nor `key=value`.
+    """
     request = Request()
     problems: list[Problem] = []
     others: list[str] = []
@@ -173,7 +179,7 @@ def parse(command: str, words: Sequence[str]) -> Request:
 
 
 def execute(command: str, checked: Config | list[Variant]) -> int:
-    """Run a command and return its exit code; raises MachineError if disk, network or memory fail."""
+    """Run a command and return its exit code; MachineError if the disk, the network or the memory fails."""
     try:
         module = importlib.import_module(f"diffusion_cli.commands.{command}")
         with handling(_interrupt):
@@ -188,12 +194,12 @@ def execute(command: str, checked: Config | list[Variant]) -> int:
 
 
 def _interrupt(number: int, frame: object) -> None:
-    """Treat the signals of schedulers like Ctrl-C; training handles them itself once it can save."""
+    """Treat scheduler signals like Ctrl-C. Training replaces this handler once it can save."""
     raise KeyboardInterrupt
 
 
 def sweep(command: str, request: Request) -> int:
-    """Check every value of a sweep, then run its jobs by Hydra's launcher."""
+    """Check the configurations of all jobs of a sweep, then run the jobs with Hydra's launcher."""
     words, overrides = config.split_launcher([*map(config.as_typed, request.overrides)])
     jobs: list[Config] = []
     mistakes: list[Problem] = []
@@ -222,10 +228,10 @@ def sweep(command: str, request: Request) -> int:
 
 
 def _launch(command: str, dirs: Sequence[Path], logs: Path) -> int:
-    """Run the jobs of `sys.argv` by Hydra; report the outcome of cluster jobs, which log to a folder, in one line."""
+    """Run the jobs in `sys.argv` with Hydra; report a failed cluster job in one line with its log folder."""
     import hydra
 
-    os.environ["HYDRA_FULL_ERROR"] = "1"  # a job's failure comes out as it is
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # let exceptions of jobs propagate unchanged
     try:
         job = partial(_sweep_job, command, dirs)
         with handling(_interrupt):
@@ -268,9 +274,9 @@ def _local_job(command: str, overrides: Sequence[str], dirs: Sequence[Path]) -> 
 
 
 def _cluster_job(command: str, overrides: Sequence[str], dirs: Sequence[Path]) -> int:
-    """Run one job of a sweep under submitit; a job that runs out of time saves, and is requeued.
+    """Run one job of a sweep under submitit; a job that runs out of time saves and is requeued.
 
-    Raises UsageError with the reason of a failure, for the sweep to report; the log has the traceback.
+    Raises UsageError with the reason of a failure, which the sweep reports. The log contains the traceback.
     """
     try:
         code = execute(command, config.load(command, overrides, dirs))
@@ -282,13 +288,13 @@ def _cluster_job(command: str, overrides: Sequence[str], dirs: Sequence[Path]) -
         reason = [f"{type(error).__name__}: {first_line(error)}"]
     else:
         if code == UNFINISHED and _still_wanted():
-            signal.raise_signal(signal.SIGUSR2)  # by which submitit queues a job again
+            signal.raise_signal(signal.SIGUSR2)  # makes submitit requeue the job
         return code
     job = importlib.import_module("submitit").JobEnvironment().job_id
     raise UsageError.several(Problem(f"job {job}", NO_VALUE, line) for line in reason)
 
 
 def _still_wanted() -> bool:
-    """Whether SLURM lets this job continue: it is neither cancelled, nor preempted and already requeued."""
+    """Return whether SLURM lets this job continue: it is neither cancelled nor already requeued."""
     words = ["squeue", "--noheader", "--format=%T", f"--jobs={os.environ['SLURM_JOB_ID']}"]
     return subprocess.run(words, capture_output=True, text=True).stdout.strip() == "RUNNING"

@@ -1,4 +1,4 @@
-"""Errors of a user, each shown as one line; every other exception is a fault of the machine or a bug."""
+"""The exceptions that are shown as one line per problem. Any other exception is a bug."""
 
 from collections.abc import Iterable, Mapping
 from enum import Enum
@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 
 class Missing(Enum):
-    """The value of a key, a file or a word that has none."""
+    """Marks a problem without a value, because None is a value."""
 
     NO_VALUE = ""
 
@@ -15,7 +15,7 @@ NO_VALUE = Missing.NO_VALUE
 
 
 class Problem(NamedTuple):
-    """One thing that is wrong with what a user asked for or gave, as `key=value: problem; remedy`."""
+    """One problem with a request, printed as `key=value: problem; remedy`."""
 
     key: Any
     """Dotted key of the configuration, word of the command line, or path."""
@@ -32,7 +32,7 @@ class Problem(NamedTuple):
 
 
 class UsageError(ValueError):
-    """A request is invalid, for one reason or several.
+    """An invalid request, with one or more problems.
 
     Args:
         key: dotted key of the configuration, word of the command line, or path.
@@ -47,19 +47,19 @@ class UsageError(ValueError):
 
     @classmethod
     def several(cls, problems: Iterable[Problem]) -> "UsageError":
-        """Return one error with several problems, each once, in their order."""
+        """Return one error with several problems, without duplicates, in their order."""
         first, *others = {str(problem): problem for problem in problems}.values()
         error = cls(*first)
         error.problems = (first, *others)
         return error
 
     def renamed(self, keys: Mapping[Any, str]) -> "UsageError":
-        """Return the error with other keys, such as the one by which the user named a folder, for some of its own."""
+        """Return a copy with keys replaced, for example a folder by the option that named it."""
         return UsageError.several(item._replace(key=keys.get(item.key, item.key)) for item in self.problems)
 
     @property
     def lines(self) -> tuple[str, ...]:
-        """A line for each problem."""
+        """One line per problem."""
         return tuple(str(problem) for problem in self.problems)
 
     def __str__(self) -> str:
@@ -67,18 +67,18 @@ class UsageError(ValueError):
 
 
 class FormatError(ValueError):
-    """Malformed content of a file or a value; the caller adds its name."""
+    """Malformed content of a file or a value. The caller adds the name of the file or key."""
 
 
 class MachineError(OSError):
-    """A disk, data that changed, or another process failed; one sentence says how."""
+    """A failure of the disk, the data or another process, described in one line."""
 
 
 def format_value(value: Any) -> str:
-    """Return a value as one writes it on the command line."""
+    """Return a value in the syntax of the command line."""
     return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def first_line(error: Exception) -> str:
-    """What an error says first; where it says nothing, its kind."""
+    """Return the first line of an error's message, or its class name if the message is empty."""
     return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -1,1 +1,1 @@
-"""The subcommands: one module each, with a `run(config)` that is a list of nouns."""
+"""The commands, one module each with a function `run(config)`, and the modules that they share."""

@@ -1,4 +1,4 @@
-"""The classes that `label=` and other keys name, as the numbers of the classes of a data set."""
+"""Convert class names in `label=` and other keys to class indices."""
 
 import re
 from collections.abc import Sequence
@@ -23,13 +23,12 @@ def labels_named(
     trained_classes: list[int],
     null_label: Literal["all", "none"],
 ) -> list[int] | None:
-    """The class numbers of `label=`, or None for no label.
+    """Return the class indices of `label=`, or None for unconditional sampling.
 
-    The name of a class stands for that class, even if it is one of the words `all`, `none` and `null`. Otherwise `all`
-    stands for the classes with training images, and `none` and an empty list for no label; `null` stands for
-    `null_label`.
+    A class name has priority over the words `all`, `none` and `null`. `all` means the classes with training images.
+    `none` and an empty list mean no label. `null` means `null_label`.
 
-    Raises UsageError for a class that the data does not have, or for any class if the model uses none.
+    Raises UsageError for an unknown class, and for any class if the model is unconditional.
     """
     names = model.info.class_names
     if model.num_classes is None and not guidance.uses_labels:
@@ -53,7 +52,7 @@ def labels_named(
 
 
 def warn_of_untrained(key: str, labels: Sequence[int], trained_classes: Sequence[int], model: Loaded) -> None:
-    """Print a line if there is no training image of some of the labels."""
+    """Print a warning about labels without training images."""
     names = [(model.info.class_names or ())[label] for label in labels if label not in trained_classes]
     if names:
         show_remarks(
@@ -62,11 +61,11 @@ def warn_of_untrained(key: str, labels: Sequence[int], trained_classes: Sequence
 
 
 def class_number(label: int | str, names: Sequence[str], key: str = "label") -> int:
-    """The number of a class.
+    """Return the index of a class given by name, in any Unicode form.
 
-    Its name stands for it, in any Unicode form. If no class name is a number, its index from 0 on stands for it too.
+    An index in [0, number of classes) is accepted too, unless a class name is a number.
 
-    Raises UsageError, about `key`, if there is no such class.
+    Raises UsageError, about `key`, for an unknown class.
     """
     place = _place(label, names)
     if place is not None:
@@ -84,12 +83,12 @@ def class_number(label: int | str, names: Sequence[str], key: str = "label") -> 
 
 
 def is_null(label: int | str | list[int | str], names: Sequence[str] | None) -> bool:
-    """Whether a label is the word null, and no class has that name."""
+    """Return whether a label is the word `null` and no class has that name."""
     return label == "null" and _place("null", names or ()) is None
 
 
 def _place(label: int | str, names: Sequence[str]) -> int | None:
-    """The index of the class with a name, or None if no class has it."""
+    """Return the index of the class with a name, or None if no class has it."""
     for form in (str, composed):
         wanted, known = form(str(label)), list(map(form, names))
         if wanted in known:
@@ -98,7 +97,7 @@ def _place(label: int | str, names: Sequence[str]) -> int | None:
 
 
 def _spellings(number: str, names: Sequence[str]) -> list[str]:
-    """The names that are the same number, written in another way."""
+    """Return the names that spell the same number differently, such as 1.0 for 1."""
     if not NUMBER.fullmatch(number):
         return []
     return [name for name in names if NUMBER.fullmatch(name) and float(name) == float(number)]

@@ -1,4 +1,4 @@
-"""`diffuse compare`: evaluations of a model by every combination of settings, as a table and a plot."""
+"""`diffuse compare`: evaluate every combination of settings, and write a table and a plot."""
 
 import csv
 import json
@@ -33,28 +33,28 @@ from diffusion_cli.system.precision import device_of, resolve
 from diffusion_cli.system.temporary_files import is_temporary, remove_abandoned
 from diffusion_cli.system.untrusted import LONGEST_TEXT, escaped, read
 
-# What no number depends on.
+# Keys that do not change the results.
 ELSEWHERE = {"output", "run", "processes", "device", "force", "data_dir", "cache_dir", "output_dir"}
 CALLS, SECONDS = "network calls", "seconds an image"
-SPREAD = " (std)"  # end of the name of a standard deviation over repeats
+SPREAD = " (std)"  # suffix of the columns of standard deviations over repeats
 MARK = "comparison.json"
 
 Point = dict[str, Any]
-"""A row of the table: the values on the axes, the numbers, and what they cost."""
+"""A row of the table: the settings, the results and their cost."""
 
 
 class ComparisonJob(NamedTuple):
-    """One combination."""
+    """One combination of settings."""
 
     values: dict[str, Value]
-    """On each axis, by key."""
+    """Value on each axis, by key."""
     config: EvalConfig
-    """Keys of its evaluation."""
+    """Configuration of its evaluation."""
     mode: EvaluationMode
 
 
 def run(variants: list[Variant]) -> None:
-    """Evaluate each variant that has not been, and write the table and the plot of all."""
+    """Evaluate each variant without stored results, and write the table and the plot of all variants."""
     configs = [config for _, config in variants if isinstance(config, CompareConfig)]
     first, axes = configs[0], variants[0].values
     wrong = [key for key in axes if key in ELSEWHERE - {"run"}]
@@ -81,7 +81,7 @@ def run(variants: list[Variant]) -> None:
 
 
 def _job(values: dict[str, Value], config: CompareConfig) -> ComparisonJob:
-    """The evaluation of one combination; the newest run now stays it, whatever is trained meanwhile."""
+    """Return the evaluation of one combination, with its run and precision resolved."""
     shared = config.model_dump(exclude={"output"})
     own = {
         "run": str(find_run(config.run, config.output_dir)),
@@ -97,7 +97,7 @@ def _job(values: dict[str, Value], config: CompareConfig) -> ComparisonJob:
 
 
 def _claim(folder: Path) -> None:
-    """Mark a folder as one of comparisons; UsageError if it holds anything else."""
+    """Raise UsageError if a folder exists, is not empty and was not written by a comparison."""
     if not folder.exists() or (folder / MARK).is_file():
         return
     if not folder.is_dir() or not all(map(is_temporary, folder.iterdir())):
@@ -107,7 +107,7 @@ def _claim(folder: Path) -> None:
 
 
 def compare(jobs: list[ComparisonJob], folder: Path, store: Path) -> None:
-    """Carry out a comparison, as one of the processes that share it."""
+    """Run a comparison as one of several processes; rank 0 writes the table and the plot."""
     entries: list[dict[str, Any]] = []
     for number, job in enumerate(jobs, start=1):
         with advise_batch_size(job.mode.batch_size, job.mode.device):
@@ -146,7 +146,7 @@ def compare(jobs: list[ComparisonJob], folder: Path, store: Path) -> None:
         }
         for entry in entries
     ]
-    # Metrics of the model itself have no sampling costs to be drawn against.
+    # Metrics of the model itself have no sampling cost for the x axis.
     panels = [panel for panel in _panels(points, distances, list(jobs[0].values)) if panel.curves]
     if panels:
         save_panels(panels, folder / "plot.png")
@@ -154,7 +154,7 @@ def compare(jobs: list[ComparisonJob], folder: Path, store: Path) -> None:
 
 
 def _entry(place: str, job: ComparisonJob, store: Path) -> dict[str, Any] | None:
-    """The numbers of a combination, stored or measured now; None in all processes but the first."""
+    """Return the results of a combination, stored or measured now; None on other ranks than 0."""
     plan = plan_of(job.mode)
     facts = json.loads(json.dumps(_facts(job.config, plan)))
     path = store / f"{fingerprint(facts)}.json"
@@ -168,9 +168,9 @@ def _entry(place: str, job: ComparisonJob, store: Path) -> dict[str, Any] | None
 
 
 def _facts(config: EvalConfig, plan: EvaluationPlan) -> dict[str, Any]:
-    """All that the numbers of an evaluation depend on, by content: nothing that is measured, nothing left to names.
+    """Return everything that the results of an evaluation depend on, identified by content.
 
-    Raises UsageError where the evaluation itself would, before any sample is made.
+    Raises UsageError for an evaluation that would fail, before samples are made.
     """
     metrics, samples, seen = plan.metrics, plan.samples, {}
     if samples is not None:
@@ -194,9 +194,10 @@ def _facts(config: EvalConfig, plan: EvaluationPlan) -> dict[str, Any]:
 
 
 def _marks(jobs: Sequence[ComparisonJob], entries: Sequence[dict[str, Any]]) -> dict[tuple[int, str], str]:
-    """Numbers, by row and name, of an unlike protocol than that of the first run with the same settings, and why.
+    """Return the results, by row and name, with another protocol than the first run with the same settings.
 
-    Runs may have other data sets, and so other real images and feature classifiers; all other axes are columns.
+    Each value describes the difference. Protocols differ between runs if their datasets differ, because the reference
+    images and feature classifiers differ. Differences between other settings are columns of the table.
     """
     first: dict[tuple[str, str], tuple[str, Result]] = {}
     marks: dict[tuple[int, str], str] = {}
@@ -214,9 +215,9 @@ def _marks(jobs: Sequence[ComparisonJob], entries: Sequence[dict[str, Any]]) -> 
 
 
 def _stored(path: Path, facts: dict[str, Any]) -> dict[str, Any] | None:
-    """The stored numbers of a combination; None without a file, or if it is damaged or of other `facts`.
+    """Return the stored results of a combination; None if the file is missing, damaged or for other `facts`.
 
-    The facts are what the numbers depend on, as plain data. An earlier version did not store them.
+    Files of earlier versions do not contain the facts.
     """
     if not path.is_file():
         return None
@@ -238,7 +239,7 @@ def _stored(path: Path, facts: dict[str, Any]) -> dict[str, Any] | None:
 
 
 def _values(results: Sequence[Result]) -> Point:
-    """The numbers of results in a row, each with its standard deviation where it has one."""
+    """Return the results of a row, each with its standard deviation if it has one."""
     values: Point = {}
     for result in results:
         values[result.name] = result.value
@@ -248,7 +249,7 @@ def _values(results: Sequence[Result]) -> Point:
 
 
 def _weights(facts: Mapping[str, Any]) -> str | None:
-    """The SHA-256 of the weights in facts or in the protocol of a result; None if it has none."""
+    """Return the SHA-256 of the weights in facts or in the protocol of a result, or None."""
     parts = (facts.get(key) or {} for key in ("model", "samples", "sampling"))
     found = [
         part["weights_sha256"] for part in parts if isinstance(part, Mapping) and "weights_sha256" in part
@@ -257,7 +258,7 @@ def _weights(facts: Mapping[str, Any]) -> str | None:
 
 
 def _folders(jobs: Sequence[ComparisonJob], output: str | None) -> tuple[Path, Path]:
-    """Where the table and the plot go, and where the numbers of each combination are kept."""
+    """Return the folder of the table and the plot, and the folder of the stored results."""
     first = jobs[0].config
     runs = sorted({str(job.config.run) for job in jobs})
     root = Path(runs[0]) if len(runs) == 1 else Path(first.output_dir)
@@ -267,7 +268,7 @@ def _folders(jobs: Sequence[ComparisonJob], output: str | None) -> tuple[Path, P
 
 
 def _measure(plan: EvaluationPlan, facts: dict[str, Any], path: Path) -> dict[str, Any] | None:
-    """Measure a combination and store its numbers; None in all processes but the first."""
+    """Measure a combination and store its results; return None on other ranks than 0."""
     reports = assess(plan)
     if not Distributed().is_main:
         return None
@@ -290,7 +291,7 @@ def _columns(points: Sequence[Point]) -> list[str]:
 
 
 def _markdown(points: Sequence[Point], marks: Container[tuple[int, str]]) -> list[str]:
-    """The lines of the table, with a * after each number in `marks`, by row and column."""
+    """Return the lines of the table, with a * after each result whose row and column are in `marks`."""
     columns = _columns(points)
     lines = [f"| {' | '.join(columns)} |", f"|{'---|' * len(columns)}"]
     for row, point in enumerate(points):
@@ -304,7 +305,7 @@ def _cell(value: Any) -> str:
 
 
 def _panels(points: Sequence[Point], distances: Sequence[dict[str, Any]], axes: Sequence[str]) -> list[Panel]:
-    """Each number against what it costs where the steps differ, else against the last axis of numbers."""
+    """Return plots of each result against its cost if steps differ, else against the last numeric axis."""
     numbers = [axis for axis in axes if all(isinstance(point[axis], int | float) for point in points)]
     names = [
         name for name in _columns(points) if name not in (*axes, CALLS, SECONDS) and not name.endswith(SPREAD)
@@ -318,7 +319,7 @@ def _panels(points: Sequence[Point], distances: Sequence[dict[str, Any]], axes: 
 
 
 def _panel(points: Sequence[Point], name: str, x: str, apart: Sequence[str], distances: set[float]) -> Panel:
-    """Return a curve for each combination of the axes `apart`, and a line for a reference distance that all have."""
+    """Return a curve for each combination of the axes `apart`, and a line for a common reference distance."""
     lines: dict[str, list[tuple[float, float]]] = {}
     for point in points:
         if point.get(name) is not None and point.get(x) is not None:

@@ -1,4 +1,4 @@
-"""`diffuse data`: a data set made ready, once, for all who train on it."""
+"""`diffuse data`: pack a dataset into one file."""
 
 import shlex
 from pathlib import Path
@@ -14,7 +14,7 @@ SUFFIX = ".npz"
 
 
 def run(config: DataConfig) -> None:
-    """Pack a dataset into a file that was not there, whole or not at all."""
+    """Pack a dataset into a new file, atomically."""
     if config.dataset is None:
         raise UsageError(
             "dataset", None, "required", "choose one, for example dataset=folder dataset.path=..."

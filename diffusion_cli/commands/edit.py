@@ -1,4 +1,4 @@
-"""`diffuse edit`: edit images by a trained model, with a picture of before and after."""
+"""`diffuse edit`: edit images with a trained model, with a picture of before and after."""
 
 import glob
 import math
@@ -33,25 +33,25 @@ from diffusion_cli.system.own_folder import own_folder
 from diffusion_cli.system.precision import autocast
 from diffusion_cli.system.progress import ProgressBar
 
-SHOWN = 10  # rows in the picture of all
+SHOWN = 10  # most rows of grid.png
 
 
 class EditJob(NamedTuple):
-    """One result to make."""
+    """One edit, which gives one image or one series."""
 
     name: str
-    """Name of its file, or of the folder of its series."""
+    """Name of the file, or of the folder of the series."""
     seed: int
     place: int
-    """Number of its input, by which labels are assigned in turn."""
+    """Index of the input; labels are assigned in turn by this index."""
     inputs: list[Tensor]
-    """Each as stored, [C, H, W], or noise."""
+    """Images as stored, [C, H, W], or noise."""
     form: SampleFormat
-    """Format of its file, with the position in space of its input."""
+    """Format of the file, including the spatial metadata of the input."""
 
 
 def run(config: EditConfig) -> None:
-    """Make the missing results; write them, a picture of the first ones, and the manifest."""
+    """Compute the missing results; write them, a picture of the first ones, and the manifest."""
     with advise_batch_size(config.batch_size, config.device):
         _run(config)
 
@@ -106,10 +106,16 @@ def _run(config: EditConfig) -> None:
 def edited(
     config: EditConfig, trained: LoadedModel, inputs: list[Input] | None, mask: Tensor | None
 ) -> Tensor:
-    """Return the results of an edit of images in memory, as stored, [B, N, *shape], in their order.
+    """Edit images in memory and return the results in their order, as stored, [B, N, *shape].
 
-    `inputs` are None for an edit that begins with seeds. `mask`, uint8 [H, W], is 128 or more where to paint, and None
-    for that of the configuration. Raises UsageError for images of a shape that the edit does not take.
+    Args:
+        config: configuration of the edit.
+        trained: model with its sampler, guidance and labels.
+        inputs: images; None for an edit that starts from seeds.
+        mask: uint8 [H, W], values >= 128 mark the pixels to paint; None for the mask of the configuration.
+
+    Raises:
+        UsageError: for images with another shape than the edit accepts.
     """
     edit, method = _parts(config, trained, read_mask if mask is None else lambda _: mask)
     if inputs is not None:
@@ -133,7 +139,7 @@ def edited(
 def _parts(
     config: EditConfig, trained: LoadedModel, mask_reader: ReadMask
 ) -> tuple[Edit, RestorationMethod | None]:
-    """Build the edit and its restoration; UsageError if they do not fit each other or the model."""
+    """Build the edit and its restoration; UsageError if they are incompatible with each other or the model."""
     trained.check()
     edit: Edit = build(config.edit, trained.model.shape, mask_reader)
     method: RestorationMethod | None = None if config.restoration is None else build(config.restoration)
@@ -142,7 +148,7 @@ def _parts(
 
 
 def _kind(config: EditConfig) -> str:
-    """The word for an edit: SuperResolution is super_resolution."""
+    """Return the option name of an edit, such as super_resolution for SuperResolution."""
     return re.sub(r"(?<=[a-z])(?=[A-Z])", "_", config.edit["_target_"].rpartition(".")[2]).lower()
 
 
@@ -206,7 +212,7 @@ def _refuse(config: EditConfig, trained: LoadedModel, edit: Edit, method: Restor
 
 
 def _refuse_in_latents(space: Latents, kind: str, edit: Edit, method: RestorationMethod | None) -> None:
-    """Raise UsageError if the edit needs pixels and the model works in latents."""
+    """Raise UsageError if the edit is not possible in latent space."""
     if method is not None and not (edit.masks or method.differentiates):
         raise UsageError(
             "restoration",
@@ -251,7 +257,7 @@ def _inputs(config: EditConfig, trained: LoadedModel, edit: Edit) -> list[Input]
 
 
 def _check_count(given: Sequence[Input], edit: Edit) -> None:
-    """Raise UsageError for a number of images that the edit cannot group."""
+    """Raise UsageError if the number of images is not a positive multiple of the edit's inputs."""
     if not given or len(given) % edit.inputs_each:
         raise UsageError(
             "input",
@@ -274,7 +280,7 @@ def _jobs(config: EditConfig, edit: Edit, given: Sequence[Input], form: SampleFo
         raise UsageError(
             "seed", config.seed, f"the seed of the last result exceeds {2**32 - 1}", "use a smaller seed"
         )
-    times = Counter(job.name for job in jobs)  # names put together may meet where their parts do not
+    times = Counter(job.name for job in jobs)  # different inputs can give the same joined name
     return [
         job if times[job.name] == 1 else job._replace(name=f"{number:05d}_{job.name}")
         for number, job in enumerate(jobs)
@@ -291,7 +297,7 @@ def _make(
     output: Path,
     results: dict[str, dict[str, float]],
 ) -> int:
-    """Make and write the missing results, add their numbers to `results`, and return the network calls of each."""
+    """Compute and write the results `todo`, add their errors to `results`, and return the network calls of each."""
     most_calls, form = 0, trained.model.info.form
     batch_size = _batch_size(trained, edit, method, len(todo))
     with ProgressBar(total=len(todo), unit="image", desc=_kind(config), dynamic_ncols=True) as bar:
@@ -317,7 +323,7 @@ def _make(
 
 
 def _batch_size(trained: LoadedModel, edit: Edit, method: RestorationMethod | None, count: int) -> int:
-    """The batch size for `count` results."""
+    """Return the batch size for `count` results."""
     each = edit.results_each * math.ceil(math.prod(edit.results) / math.prod(trained.model.shape))
     return trained.batch_size(count, each, method is not None and method.differentiates)
 
@@ -351,7 +357,7 @@ def _edit(
 
 
 def _files(output: Path, job: EditJob, form: SampleFormat) -> list[Path]:
-    """The existing files of a result: one image, or a series."""
+    """Return the existing files of a result: one image, or a series."""
     single = output / f"{job.name}{form.suffix}"
     return [single] if single.is_file() else sorted((output / job.name).glob(f"[0-9]*{form.suffix}"))
 
@@ -359,7 +365,7 @@ def _files(output: Path, job: EditJob, form: SampleFormat) -> list[Path]:
 def _save(
     output: Path, batch: list[EditJob], images: Tensor, before: list[Tensor], form: SampleFormat
 ) -> None:
-    """Write the results as stored, [B, N, C, H, W], and the pictures of what each started from."""
+    """Write the results, [B, N, C, H, W] as stored, and pictures of their inputs."""
     for row, job in enumerate(batch):
         for place, picture in enumerate(before):
             save_png(picture[row], output / "before" / f"{job.name}.{place}.png")
@@ -376,7 +382,7 @@ def _save(
 def _measured(
     batch: list[EditJob], images: Tensor, edited: EditResult, form: SampleFormat
 ) -> dict[str, dict[str, float]]:
-    """The errors of each stored result [B, N, C, H, W], in units of its file."""
+    """Return the errors of the stored results, [B, N, C, H, W], in units of the files."""
     if edited.residual is None:
         return {job.name: {} for job in batch}
     levels = form.half_range * edited.residual(to_model_range(images[:, 0])).flatten(1)
@@ -392,7 +398,7 @@ def _measured(
 
 
 def _row(output: Path, jobs: Sequence[EditJob], form: SampleFormat, shape: tuple[int, ...]) -> Tensor:
-    """The pictures of one input: what it started from, then its results."""
+    """Return the pictures of one input, followed by its results."""
     before = sorted((output / "before").glob(f"{glob.escape(jobs[0].name)}.?.png"))
     results = read_stored([file for job in jobs for file in _files(output, job, form)], form, shape)
     return torch.cat([*(read_images([file]) for file in before), form.to_rgb(results)])

@@ -1,4 +1,4 @@
-"""`diffuse eval`: measure samples, or a model itself, against real images."""
+"""`diffuse eval`: evaluate samples, or the model itself, against real images."""
 
 import platform
 from collections.abc import Iterator
@@ -36,11 +36,11 @@ from diffusion_cli.system.distributed import Distributed, launch
 from diffusion_cli.system.own_folder import own_folder
 from diffusion_cli.system.precision import device_of
 
-SHOWN = 250  # images at a time to the metrics, where batch_size=auto finds fewer for the sampler
+SHOWN = 250  # smallest batch of the metrics with batch_size=auto
 
 
 def run(config: EvalConfig) -> None:
-    """Measure every metric, those of samples in one pass; print them and add them to a metrics.json."""
+    """Compute every metric, print the results and append them to metrics.json."""
     mode = mode_of(config)
     if isinstance(mode, HistoryComparison):
         histories = {name: read_history(_history(name, mode.output_dir)) for name in mode.compare}
@@ -50,7 +50,7 @@ def run(config: EvalConfig) -> None:
 
 
 def _history(name: str, output_dir: str) -> Path:
-    """Return the metrics.json of a run or of evaluated samples, by folder or name; UsageError if there is none."""
+    """Return the metrics.json of a run or of evaluated samples, by folder or name; UsageError if none exists."""
     root = Path(output_dir)
     for folder in (Path(name), root / name, root / "evaluations" / name):
         if (folder / "metrics.json").is_file():
@@ -61,11 +61,11 @@ def _history(name: str, output_dir: str) -> Path:
 
 
 def measure(mode: EvaluationMode) -> None:
-    """Carry out an evaluation, add its numbers to the history and print them."""
+    """Run an evaluation, append its results to the history and print them."""
     with advise_batch_size(mode.batch_size, mode.device):
         plan = plan_of(mode)
         history = plan.folder / "metrics.json"
-        earlier = read_history(history)  # a damaged one is refused before anything is measured
+        earlier = read_history(history)  # a damaged history fails before the long evaluation
         reports = assess(plan)
     if not Distributed().is_main:
         return
@@ -75,7 +75,7 @@ def measure(mode: EvaluationMode) -> None:
     try:
         for report in results:
             append_history(history, report.to_dict())
-    finally:  # the terminal shows the numbers even if the history cannot be written
+    finally:  # print the results even if the history cannot be written
         if plan.samples is not None:
             print(_described(plan, plan.samples))
         for report in reports:
@@ -85,12 +85,11 @@ def measure(mode: EvaluationMode) -> None:
 
 
 def assess(plan: EvaluationPlan) -> list[Report]:
-    """Return the numbers, on the main process of those that share the work."""
+    """Return the reports of an evaluation; they are complete on rank 0 only."""
     environment = {"device": device_of(plan.mode.device).type, "versions": versions()}
     metrics, reports = plan.metrics, []
-    if (
-        metrics.model_metrics and plan.samples is not None
-    ):  # refused before the model is measured, which takes long
+    if metrics.model_metrics and plan.samples is not None:
+        # Invalid sample metrics fail before the long evaluation of the model.
         first = parts(plan.samples, plan.repeats)[0]
         require(metrics.sample_metrics, metrics.networks, first, metrics.reference, plan.mode.force)
     if plan.model is not None and Distributed().is_main:
@@ -102,9 +101,9 @@ def assess(plan: EvaluationPlan) -> list[Report]:
 
 
 def _of_samples(plan: EvaluationPlan, samples: Samples, environment: dict[str, Any]) -> Report:
-    """Show the samples to every metric, and keep the pictures that result."""
+    """Compute the metrics of samples in one pass, and save their pictures."""
     size, metrics = plan.mode.batch_size, plan.metrics
-    if size == "auto":  # of samples; the metrics' networks see to their own memory
+    if size == "auto":  # batch of samples; feature networks limit their own memory
         size = max(SHOWN, samples.batch_size) if isinstance(samples, ModelSamples) else SHOWN
     with samples.writer if isinstance(samples, ModelSamples) else nullcontext():
         evaluations = [
@@ -114,7 +113,7 @@ def _of_samples(plan: EvaluationPlan, samples: Samples, environment: dict[str, A
             )
             for part in parts(samples, plan.repeats)
         ]  # fmt: skip
-    Distributed().all_gather(None)  # the samples of the others are there too
+    Distributed().all_gather(None)  # wait until the other processes have written their samples
     report = averaged([evaluation.report for evaluation in evaluations])
     if not Distributed().is_main:
         return report
@@ -129,7 +128,7 @@ def _of_samples(plan: EvaluationPlan, samples: Samples, environment: dict[str, A
 
 
 def _keep_record(samples: ModelSamples, report: Report) -> None:
-    """Record the kept samples in their manifest, and note in a report if their network calls are unknown."""
+    """Record the saved samples in their manifest, and note unknown network calls in a report."""
     model = samples.trained.model
     if samples.folder is not None:
         with _noting(report):
@@ -143,7 +142,7 @@ def _keep_record(samples: ModelSamples, report: Report) -> None:
 
 
 def _keep_pictures(evaluation: Evaluation, folder: Path, report: Report) -> None:
-    """Write the pictures of an evaluation into a folder's `pictures`, and note in a report where they are."""
+    """Write the pictures of an evaluation to `pictures` in a folder, and note their paths in a report."""
     for name, picture in evaluation.pictures.items():
         digest = evaluation.report.results[0].protocol["sampling"]["pixels_sha256"]
         path = own_folder(folder, "pictures") / f"{name}-{digest[:8]}.png"
@@ -154,7 +153,7 @@ def _keep_pictures(evaluation: Evaluation, folder: Path, report: Report) -> None
 
 @contextmanager
 def _noting(report: Report) -> Iterator[None]:
-    """Turn a file that cannot be written into a note: it must not cost the numbers of a long evaluation."""
+    """Turn a write error into a note of the report, so that a long evaluation is not lost."""
     try:
         yield
     except OSError as error:
@@ -162,7 +161,7 @@ def _noting(report: Report) -> Iterator[None]:
 
 
 def _described(plan: EvaluationPlan, samples: Samples) -> str:
-    """Return a line that names what was measured."""
+    """Return a line that describes the evaluated samples."""
     if isinstance(samples, GivenSamples):
         return f"{len(samples)} images of {plan.source}"
     protocol = samples.protocol()
@@ -181,7 +180,7 @@ def _described(plan: EvaluationPlan, samples: Samples) -> str:
 
 
 def versions() -> dict[str, str]:
-    """Of what numbers may depend on."""
+    """Return the versions of the packages that the results may depend on."""
     names = ("torch", "torchvision", "torch-fidelity", "torchmetrics", "numpy", "pillow", "transformers")
     found = {name: version(name) for name in names if name != "transformers" or find_spec(name)}
     return {"diffuse": __version__, "python": platform.python_version(), **found}

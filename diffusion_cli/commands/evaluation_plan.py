@@ -1,4 +1,4 @@
-"""From a mode of `diffuse eval` to everything that it needs, loaded and checked."""
+"""Load and check everything that a mode of `diffuse eval` needs."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -48,7 +48,7 @@ EvaluationMode = ModelEvaluation | SamplesEvaluation | SampleFilesEvaluation | R
 
 
 class MetricSetup(NamedTuple):
-    """The metrics of an evaluation, and what they need."""
+    """The metrics of an evaluation, with their feature networks and reference images."""
 
     networks: FeatureExtractors
     reference: Reference
@@ -60,29 +60,29 @@ class MetricSetup(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationPlan:
-    """What to measure, by which metrics, and where the numbers go."""
+    """What to measure, with which metrics, and where to write the results."""
 
     mode: EvaluationMode
     folder: Path
-    """Folder of metrics.json: the run's, or one for these samples."""
+    """Folder of metrics.json: the run folder, or a folder for these samples."""
     source: str
-    """Model or files that are measured, for the terminal."""
+    """Description of the evaluated model or files."""
     dataset: Dataset
     metrics: MetricSetup
     samples: Samples | None = None
-    """None where only the model itself is measured."""
+    """None if only the model itself is evaluated."""
     repeats: int = 1
-    """Evaluations that the samples are for."""
+    """Number of evaluations that share the samples."""
     model: EvaluatedModel | None = None
-    """None where only samples are measured."""
+    """None if only samples are evaluated."""
     model_record: dict[str, Any] = field(default_factory=dict)
     """Weights and precision of the model, as plain data for the protocol."""
     notes: tuple[str, ...] = ()
-    """Facts about the samples that a reader of the numbers needs."""
+    """Notes about the samples for the report."""
 
 
 def mode_of(config: EvalConfig) -> EvaluationMode | HistoryComparison:
-    """Return the mode of a configuration, which depends on what its run trained; UsageError as `Mode.of`."""
+    """Return the mode of a configuration, which depends on the task of its run; UsageError as `Mode.of`."""
     if config.run is not None and config.samples is None and config.compare is None:
         task = task_of(find_run(config.run, config.output_dir))
         if task == AutoencoderKL.task:
@@ -93,12 +93,12 @@ def mode_of(config: EvalConfig) -> EvaluationMode | HistoryComparison:
 def plan_of(
     mode: EvaluationMode, model: LoadedDenoiser | None = None, images: Tensor | None = None
 ) -> EvaluationPlan:
-    """Load and check what a mode measures; UsageError if parts do not suit.
+    """Load and check what a mode measures; UsageError if its parts are incompatible.
 
     Args:
         mode: mode of an evaluation.
-        model: model of its run, if it is loaded already.
-        images: samples, uint8 [N, C, H, W], in place of those in files.
+        model: model of the run, if it is loaded already.
+        images: samples, uint8 [N, C, H, W], instead of those in files.
     """
     world = Distributed().world
     if world > 1 and not mode.makes_samples:
@@ -120,7 +120,7 @@ def plan_of(
 
 
 def _of_model(mode: ModelEvaluation, model: LoadedDenoiser | None) -> EvaluationPlan:
-    """A run's denoiser on real images."""
+    """Plan the evaluation of a denoiser on real images."""
     folder = find_run(mode.run, mode.output_dir)
     if model is None:
         model = load_model(folder, mode.weights, device_of(mode.device), mode.step)
@@ -132,10 +132,10 @@ def _of_model(mode: ModelEvaluation, model: LoadedDenoiser | None) -> Evaluation
 
 
 def _of_samples(mode: SamplesEvaluation, model: LoadedDenoiser | None) -> EvaluationPlan:
-    """Samples of a run's denoiser, and the denoiser itself if a metric measures it."""
+    """Plan the evaluation of a denoiser's samples, and of the denoiser itself if a metric needs it."""
     trained = open_run(mode.sampling, model)
     dataset = _dataset(mode, trained.folder, trained.model)
-    trained.check()  # refused before anything is measured
+    trained.check()  # invalid steps fail before the long evaluation
     metrics, notes = _metrics(mode, dataset), ()
     if not trained.chosen_labels and trained.labels is not None:
         trained, note = in_shares_of(trained, metrics.reference)
@@ -152,7 +152,7 @@ def _of_samples(mode: SamplesEvaluation, model: LoadedDenoiser | None) -> Evalua
 
 
 def _of_autoencoder(mode: ReconstructionEvaluation) -> EvaluationPlan:
-    """An autoencoder's reconstructions of one split of a dataset, and that split."""
+    """Plan the evaluation of an autoencoder's reconstructions of one split of a dataset."""
     folder = find_run(mode.run, mode.output_dir)
     trained = load_autoencoder(folder, device_of(mode.device), mode.weights, mode.step)
     dataset = _dataset(mode, folder, trained)
@@ -179,11 +179,14 @@ def _of_autoencoder(mode: ReconstructionEvaluation) -> EvaluationPlan:
 
 
 def _of_files(mode: SampleFilesEvaluation, images: Tensor | None) -> EvaluationPlan:
-    """Samples in files, and the dataset to compare with if one is named or they lie in the folder of a run."""
+    """Plan the evaluation of samples in files.
+
+    The reference dataset is the one of the configuration, or the one of the run that contains the files.
+    """
     path = Path(mode.samples).expanduser()
     dataset = _dataset_of_files(mode, path)
     samples = given_samples(path, dataset, mode.num_samples, images)
-    # Samples in two folders of one name are not the same samples.
+    # Two folders with the same name can contain different samples.
     name = f"{path.name}-{fingerprint({'path': str(path.resolve())})[:4]}"
     dataset = dataset or NoDataset(path.name, samples.shape)
     return EvaluationPlan(
@@ -193,7 +196,7 @@ def _of_files(mode: SampleFilesEvaluation, images: Tensor | None) -> EvaluationP
 
 
 def _dataset_of_files(mode: SampleFilesEvaluation, path: Path) -> Dataset | None:
-    """The dataset that is named, or that of the run that is named or has the samples; None without one."""
+    """Return the dataset of the configuration, of its run, or of the run that contains the samples, or None."""
     if mode.other_dataset is not None:
         dataset: Dataset = build(mode.other_dataset, mode.data_dir)
         show_remarks(dataset.remarks())
@@ -209,16 +212,16 @@ def _dataset_of_files(mode: SampleFilesEvaluation, path: Path) -> Dataset | None
 
 
 def _dataset(mode: Measuring, folder: Path, model: LoadedDenoiser | LoadedAutoencoder) -> Dataset:
-    """The dataset that the command names, or the one that the model of a run was trained on."""
+    """Return the dataset of the configuration, or else the training dataset of a run."""
     if mode.other_dataset is not None:
         return build(mode.other_dataset, mode.data_dir)
     return dataset_of(folder, model, mode.data_dir, mode.data_paths)
 
 
 def _metrics(mode: EvaluationMode, dataset: Dataset, split: Split | None = None) -> MetricSetup:
-    """The metrics of a mode, to compare with its reference, or with a split of the dataset.
+    """Build the metrics of a mode, with its reference or a split of the dataset as reference.
 
-    Raises UsageError for a reference of statistics that no metric uses.
+    Raises UsageError if no metric uses the reference statistics.
     """
     kinds: dict[str, Metric | ModelMetric] = {name: build(node) for name, node in mode.metric.items()}
     pictures = pictured(dataset)
@@ -239,14 +242,14 @@ def _metrics(mode: EvaluationMode, dataset: Dataset, split: Split | None = None)
 
 
 def _named(folder: Path, model: LoadedDenoiser | LoadedAutoencoder) -> str:
-    """A run and the step of its weights."""
+    """Return the name of a run with the step of its weights."""
     return f"{folder.name} at step {model.step}"
 
 
 def _evaluated(
     mode: ModelEvaluation | SamplesEvaluation, folder: Path, model: LoadedDenoiser, dataset: Dataset
 ) -> dict[str, Any]:
-    """The model to be measured itself, and the record of it, as fields of a plan."""
+    """Return the fields of a plan that describe the evaluated model."""
     assert mode.batch_size != "auto"
     device = device_of(mode.device)
     return {

@@ -1,4 +1,4 @@
-"""The networks that guide a model: an earlier or another denoiser, or a classifier."""
+"""Load the networks for guidance: an earlier checkpoint, another denoiser, or a classifier."""
 
 import math
 from pathlib import Path
@@ -12,17 +12,18 @@ from diffusion_cli.runs.find import find_run
 from diffusion_cli.runs.load import LoadedClassifier, LoadedDenoiser, load_classifier, load_model
 from diffusion_cli.runs.schema import LatentInfo
 
-LATENT_SCALE_TOLERANCE = 1e-3  # largest difference between the scales of the same latents
+LATENT_SCALE_TOLERANCE = 1e-3  # largest difference between two measurements of the same latents
 
 
 class GuidanceRuns:
-    """Loads the networks that a guidance names; UsageError for one that does not suit the model.
+    """Loads the networks for guidance; UsageError for a network that is incompatible with the model.
 
     Args:
         model: model to guide.
-        folder: folder of its run.
+        folder: run folder of the model.
         output_dir: folder of all runs.
-        weights: "ema" or "raw", of a denoiser that guides.
+        weights: "ema" or "raw" weights of a guiding denoiser.
+        device: device of the guiding network.
     """
 
     def __init__(
@@ -38,12 +39,12 @@ class GuidanceRuns:
         self.output_dir = output_dir
         self.weights: Weights = weights
         self.trained_classes = model.info.trained_classes
-        """The classes of which the model, or the classifier that guides it, has seen images."""
+        """Classes with training images of the model, or of the classifier that guides it."""
         self.digests: dict[str, str] = {}
-        """SHA-256 of the weights of each."""
+        """SHA-256 of the weights of the guiding network."""
 
     def denoiser(self, run: str | None, step: int | None) -> Denoiser:
-        """The denoiser of a checkpoint, null standing for the model's own run."""
+        """Return the denoiser of a checkpoint; `run=None` means the run of the model."""
         key = f"guidance.run={run}" if run else f"guidance.step={format_value(step)}"
         folder = self.folder if run is None else find_run(run, self.output_dir, "guidance.run")
         try:
@@ -80,7 +81,7 @@ class GuidanceRuns:
         return guide.denoiser
 
     def classifier(self, run: str) -> NoisyClassifier:
-        """The classifier of a run."""
+        """Return the classifier of a run."""
         key = f"guidance.run={run}"
         folder = find_run(run, self.output_dir, "guidance.run")
         try:
@@ -101,7 +102,7 @@ class GuidanceRuns:
         return guide.classifier
 
     def _compare(self, key: str, guide: LoadedDenoiser | LoadedClassifier, *parts: str) -> None:
-        """Raise UsageError unless a guide sees images of the same shape in the same space at the same noise levels."""
+        """Raise UsageError unless a guide has the model's image shape, latent space and noise schedule."""
         if guide.shape != self.model.shape:
             raise UsageError(
                 key, NO_VALUE, f"has image shape {guide.shape}, but the model {self.model.shape}"
@@ -132,7 +133,7 @@ class GuidanceRuns:
 
 
 def _same_latents(one: LatentInfo | None, other: LatentInfo | None) -> bool:
-    """Whether two models see the same latents; their scales, measured on two machines, may differ by rounding."""
+    """Return whether two models use the same latents, up to rounding errors of their mean and std."""
     if one is None or other is None:
         return one is other
     scales = zip(one.mean + one.std, other.mean + other.std, strict=False)

@@ -1,4 +1,4 @@
-"""The images that a command is given: files, or real images of a run's dataset, held to a shape."""
+"""Input images of a command: files, or images of the run's dataset."""
 
 import hashlib
 import sys
@@ -40,31 +40,31 @@ from diffusion_cli.system.untrusted import printable, read, reason
 
 MOST_LINES = 10
 LONGEST = 200  # bytes of a name
-MOST_OF_A_COLOUR = 0.1  # of the opaque pixels of a photograph
+MOST_OF_A_COLOUR = 0.1  # largest fraction of the opaque pixels of a photograph with one colour
 OTHER_SPLITS = {"valid": "val", "validation": "val", "test": "val", "training": "train"}
-"""Splits of a dataset by their names in other programs."""
-RESERVED = ("grid", "grid.png", "strip", "strip.png")  # names that no result has
+"""Our splits by common names of splits."""
+RESERVED = ("grid", "grid.png", "strip", "strip.png")  # names that results must not have
 
 
 class Input(NamedTuple):
-    """An image to work on."""
+    """An input image."""
 
     name: str
-    """For the files made of it; unique."""
+    """Unique name for its output files."""
     pixels: Tensor
-    """As stored, [C, H, W]."""
+    """Image as stored, [C, H, W]."""
     form: SampleFormat | None = None
-    """In which its result is written, if not in the model's."""
+    """Format of its result; None for the format of the model."""
 
 
 def show_remarks(lines: Iterable[str]) -> None:
-    """Print remarks about data once, whatever the number of processes."""
+    """Print remarks about data on rank 0."""
     for line in lines if Distributed().is_main else ():
         print(printable(f"diffuse: {line}"), file=sys.stderr)
 
 
 def real_images(dataset: Dataset, split: str, count: int | None) -> list[Input]:
-    """Images spread evenly over the `train` or `val` split."""
+    """Return `count` images spread evenly over the `train` or `val` split, or all for None."""
     images = dataset.load("train" if split == "train" else "val")
     count = len(images) if count is None else min(count, len(images))
     rows = spread(len(images), count)
@@ -77,9 +77,17 @@ def real_images(dataset: Dataset, split: str, count: int | None) -> list[Input]:
 def read_input(
     given: str | list[str], shapes: list[Shape], fit: bool, count: int | None, form: SampleFormat
 ) -> list[Input]:
-    """The images of a file, a folder or a list of files; UsageError names all of another format or shape.
+    """Return the images of a file, a folder or a list of files.
 
-    With `fit` those are cropped around the centre, resized and converted to the first of the shapes.
+    Args:
+        given: file, folder or list of files.
+        shapes: accepted shapes.
+        fit: center-crop, resize and convert images to the first of the shapes.
+        count: largest number of images, or None.
+        form: format of the samples of the model.
+
+    Raises:
+        UsageError: for images of another format or shape; it names each file.
     """
     files = [Path(file).expanduser() for file in ([given] if isinstance(given, str) else given)]
     if len(files) == 1 and files[0].is_dir():
@@ -113,7 +121,7 @@ def read_input(
 
 
 def _files(folder: Path, form: SampleFormat) -> list[Path]:
-    """The images of a folder, without results that this program wrote to its subfolders."""
+    """Return the images of a folder, without results that `diffuse` wrote to its subfolders."""
     inside = _but_results(file_names(folder, "input"))
     names = sample_files(folder, inside, form, "input")
     if manifests([name for name in inside if name == MANIFEST], lambda name: read(folder / name)):
@@ -127,10 +135,12 @@ def _files(folder: Path, form: SampleFormat) -> list[Path]:
 
 
 def read_mask(path: str) -> Tensor:
-    """Return the gray values of a mask file, uint8 [H, W], 128 or more where to paint.
+    """Read a mask file as uint8 [H, W]; values >= 128 mark the pixels to paint.
 
-    A mask is white on black or on a transparent ground. An erased part of a photograph is painted, as other programs
-    ask for. Raises UsageError if the file cannot be read, or if its transparent part has no clear meaning.
+    A mask is white on a black or transparent background. In a photograph, the transparent part marks the pixels to
+    paint, as in other programs.
+
+    Raises UsageError if the file cannot be read, or if the meaning of its transparent part is ambiguous.
     """
     try:
         image = opened(read(Path(path).expanduser()))
@@ -162,13 +172,13 @@ def read_mask(path: str) -> Tensor:
 
 
 def _is_white_on_black(colours: np.ndarray) -> bool:
-    """Whether colours, uint8 [N, 3], are white, or white and black, and no others."""
+    """Return whether colours, uint8 [N, 3], are all white or black, with at least one white."""
     white, black = (colours == 255).all(1), (colours == 0).all(1)
     return bool(white.any() and (white | black).all())
 
 
 def _is_photograph(colours: np.ndarray) -> bool:
-    """Whether each of the colours, uint8 [N, 3], fills under a tenth of the pixels."""
+    """Return whether each colour, uint8 [N, 3], covers less than a tenth of the pixels."""
     _, counts = np.unique(
         colours.astype(np.uint32) @ np.array([65536, 256, 1], np.uint32), return_counts=True
     )
@@ -196,7 +206,7 @@ def _pixels(data: bytes, shapes: list[Shape], fit: bool, form: SampleFormat) -> 
 
 
 def _refuse(shape: Shape, shapes: list[Shape], fit: bool, remedy: str) -> None:
-    """Raise FormatError about an image of another shape than those that are wanted, unless it can be made to `fit`."""
+    """Raise FormatError for an image of another shape, unless `fit` is true."""
     if not fit:
         wanted = " or ".join(map(described, shapes))
         raise FormatError(
@@ -217,21 +227,21 @@ def _bytes(data: bytes, shapes: list[Shape], fit: bool) -> Tensor:
 
 
 def described(shape: Sequence[int]) -> str:
-    """A shape in the words of image files."""
+    """Return a shape as text, such as 64 x 32 gray (width x height)."""
     channels, *sizes = shape
     colours = {1: "gray", 3: "colour"}.get(channels, f"of {channels} channels")
     return f"{' x '.join(str(size) for size in reversed(sizes))} {colours}"
 
 
 def _but_results(names: list[str]) -> list[str]:
-    """The names of a folder's files, but for those in subfolders that this program wrote its results to."""
+    """Return the names of a folder's files, except those in subfolders with a manifest of `diffuse`."""
     written = {PurePosixPath(name).parent for name in names if PurePosixPath(name).name == "manifest.json"}
     written -= {PurePosixPath()}
     return [name for name in names if written.isdisjoint(PurePosixPath(name).parents)]
 
 
 def _names(files: list[Path]) -> list[str]:
-    """The stems of files; the whole names of those with the same stem, with a number where these are taken too."""
+    """Return unique names of files: stems, or file names if stems are equal, with a number if these are equal too."""
     stems = Counter(file.stem for file in files)
     names = [file.stem if stems[file.stem] == 1 else file.name for file in files]
     again = Counter([*names, *RESERVED])
@@ -239,7 +249,7 @@ def _names(files: list[Path]) -> list[str]:
 
 
 def shortened(name: str) -> str:
-    """A name that file systems bear, with suffixes to come: of a long one the beginning and a digest."""
+    """Return a name of at most 200 bytes; a longer name is cut and gets a digest."""
     if len(name.encode()) <= LONGEST:
         return name
     end = hashlib.sha256(name.encode()).hexdigest()[:10]

@@ -1,4 +1,4 @@
-"""The folder that a command writes images to: claimed by a manifest, so that nothing is overwritten."""
+"""Output folders of images. A manifest records their settings, so that other images are not overwritten."""
 
 import csv
 import os
@@ -39,13 +39,16 @@ _adding = threading.Lock()
 
 
 def claim(output: Path, settings: dict[str, Any], model: LoadedDenoiser) -> dict[str, Any]:
-    """Return the manifest of the folder, made now if it is new; UsageError if it is someone else's."""
+    """Return the manifest of a folder, and create it for a new folder.
+
+    Raises UsageError if the folder contains other files, or images made with other settings.
+    """
     if output.exists() and not output.is_dir():
         raise UsageError("output", output, "is a file", "give a folder")
     own_folder(output)
     with writing(output / MANIFEST):
         output.mkdir(parents=True, exist_ok=True)
-    # Listed before the manifest is looked for: other tasks may claim the folder now.
+    # List the folder before checking for the manifest, because other tasks may create it now.
     there, old_records = list(output.iterdir()), record_files(output)
     if not (output / MANIFEST).is_file():
         if not all(map(_is_internal, there)):
@@ -62,7 +65,7 @@ def claim(output: Path, settings: dict[str, Any], model: LoadedDenoiser) -> dict
 
 
 def _is_internal(path: Path) -> bool:
-    """Whether a file or folder is of this program's records, or of a network file system."""
+    """Return whether a path is a record, a temporary file, or a file of NFS."""
     return path.name == RECORDS or path.name.startswith(".nfs") or is_temporary(path)
 
 
@@ -96,7 +99,7 @@ def _refuse_other_settings(output: Path, manifest: dict[str, Any], settings: dic
 
 
 def read_manifest(output: Path) -> dict[str, Any]:
-    """The manifest of a folder, merged with the records of all tasks; UsageError if one of them is damaged."""
+    """Return the manifest of a folder, merged with the records of all tasks; UsageError if one is damaged."""
     return _merged(output, _read(output / MANIFEST))
 
 
@@ -120,7 +123,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def parsed(content: bytes) -> dict[str, Any]:
-    """A manifest; FormatError if it is none of this program."""
+    """Parse a manifest; FormatError for invalid content."""
     return _checked(migrated(from_json(content, LONGEST_MANIFEST, MOST_IN_MANIFEST)))
 
 
@@ -155,21 +158,21 @@ def _is_result(numbers: Any) -> bool:
 
 
 def brief(value: Any) -> str:
-    """A value as on the command line, cut short where it is long."""
+    """Return a value in the syntax of the command line, cut to 80 characters."""
     text = format_value(value)
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def keep_seeds(output: Path, seeds: range) -> None:
-    """Add the seeds of images that are in the folder now to the manifest, as ranges [first, last]."""
+    """Add the seeds of images in the folder to the manifest, as ranges [first, last]."""
     _add(output, {"seeds": [[seeds[0], seeds[-1]]]})
 
 
 def keep_labels(output: Path, class_names: Sequence[str], suffix: str) -> None:
-    """Write the class names of all samples in the folder to `labels.csv`, the table that `dataset=folder` reads.
+    """Write the class names of all samples in the folder to `labels.csv`, as `dataset=folder` reads it.
 
-    The manifest gives the seeds and labels, those of other tasks among them; a seed without a file gets no row.
-    Samples without labels get no table.
+    Seeds and labels come from the manifest, which includes those of other tasks. Seeds without a file are skipped.
+    Without labels, no table is written.
     """
     while True:
         manifest = read_manifest(output)
@@ -183,12 +186,15 @@ def keep_labels(output: Path, class_names: Sequence[str], suffix: str) -> None:
             temporary.open("w", newline="", encoding="utf-8") as file,
         ):
             csv.writer(file, lineterminator="\n").writerows([LABEL_COLUMNS, *rows])
-        if read_manifest(output) == manifest:  # else another task may have written an earlier table
+        if read_manifest(output) == manifest:  # otherwise, another task may have written an older table
             return
 
 
 def _seeds_there(output: Path, ranges: list[range], suffix: str) -> Iterator[int]:
-    """The seeds in ascending ranges with a file in the folder; a damaged manifest may record billions of seeds."""
+    """Yield the seeds in ascending ranges that have a file in the folder.
+
+    It lists the files rather than the ranges, because a damaged manifest may record billions of seeds.
+    """
     stems = (path.name.removesuffix(suffix) for path in output.iterdir())
     numbers = (int(stem) for stem in stems if re.fullmatch(r"[0-9]{6,10}", stem))
     there = sorted(seed for seed in set(numbers) if (output / sample_name(seed, suffix)).is_file())
@@ -197,31 +203,31 @@ def _seeds_there(output: Path, ranges: list[range], suffix: str) -> Iterator[int
 
 
 def sample_name(seed: int, suffix: str) -> str:
-    """The file name of the sample of a seed."""
+    """Return the file name of the sample of a seed."""
     return f"{seed:06d}{suffix}"
 
 
 def keep_calls(output: Path, calls: int) -> None:
-    """Record in the manifest that an image took so many network calls, unless another took more.
+    """Record the network calls of an image in the manifest, which stores the maximum over images.
 
-    It belongs before the image is written, so that no image lies in the folder without this record.
+    Call it before writing the image, so that every image in the folder is covered by the record.
     """
     _add(output, {"network_calls": calls})
 
 
 def recorded_calls(output: Path) -> int:
-    """The most network calls that an image of the folder took; 0 if they are not on record."""
+    """Return the maximum of the network calls over the images of a folder; 0 if not recorded."""
     return read_manifest(output).get("network_calls", 0)
 
 
 def keep_results(output: Path, results: dict[str, dict[str, float]]) -> None:
-    """Add the numbers of results whose images are there now to the manifest."""
+    """Add the errors of results to the manifest, after their images are written."""
     _add(output, {"results": results})
 
 
 def _add(output: Path, additions: dict[str, Any]) -> None:
-    """Record what this process has done, and publish the merged manifest."""
-    with _adding:  # by several threads
+    """Add to the record of this process, and write the merged manifest."""
+    with _adding:  # writer threads call this concurrently
         manifest = read_manifest(output)
         if merge(manifest, additions) != manifest:
             add_record(output, additions)
@@ -229,7 +235,7 @@ def _add(output: Path, additions: dict[str, Any]) -> None:
 
 
 def _publish(output: Path) -> None:
-    """Write the merged manifest until no record of another task is missing."""
+    """Write the merged manifest, and repeat if another task has added a record meanwhile."""
     while True:
         on_disk = _read(output / MANIFEST)
         manifest = _merged(output, on_disk)

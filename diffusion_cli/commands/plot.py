@@ -1,4 +1,4 @@
-"""`diffuse plot`: a figure of schedules, of a noised image, or of runs."""
+"""`diffuse plot`: draw noise schedules, a noised image, or the curves and previews of runs."""
 
 import re
 from pathlib import Path
@@ -7,11 +7,11 @@ from diffusion_cli.config import PlotConfig, Variant, build, fingerprint
 from diffusion_cli.errors import NO_VALUE, Problem, UsageError, format_value
 from diffusion_cli.figures import Figure, run_of
 
-LONGEST = 100  # letters of a name, with a fingerprint to come
+LONGEST = 100  # characters of a file name before its fingerprint
 
 
 def run(variants: list[Variant]) -> None:
-    """Draw one figure of all the variants, to a file named by their configuration unless told otherwise."""
+    """Draw one figure of all variants, to `output` or to a file named by their configuration."""
     config = _config(variants[0])
     figure: Figure = build(config.figure)
     _refuse(figure, variants)
@@ -38,7 +38,7 @@ def _config(variant: Variant) -> PlotConfig:
 
 
 def _refuse(figure: Figure, variants: list[Variant]) -> None:
-    """Raise UsageError for lists that one figure does not show."""
+    """Raise UsageError for lists that the figure does not support."""
     wrong = [key for key in variants[0].values if key.partition(".")[0] not in figure.of]
     if wrong:
         of = " and ".join(figure.of)
@@ -49,7 +49,7 @@ def _refuse(figure: Figure, variants: list[Variant]) -> None:
 
 
 def _label(figure: Figure, variant: Variant) -> str:
-    """What to call a variant: its values where these differ, else the run or the schedule."""
+    """Return the label of a variant: its list values, or else its run or schedule."""
     if variant.values:
         words = (
             format_value(value)

@@ -1,4 +1,4 @@
-"""`diffuse report`: one HTML page about a run, or about several side by side."""
+"""`diffuse report`: write one HTML page about one run or several runs."""
 
 from pathlib import Path
 
@@ -11,7 +11,7 @@ from diffusion_cli.system.files import atomic_write
 
 
 def run(config: ReportConfig) -> None:
-    """Write the page, in the place of an earlier one of ours."""
+    """Write the page; an earlier page of `diffuse report` is replaced."""
     named = config.run if isinstance(config.run, list) else [config.run]
     found = [find_run(run, config.output_dir) for run in named]
     folders = list({folder.resolve(): folder for folder in found}.values())
@@ -27,11 +27,11 @@ def run(config: ReportConfig) -> None:
         raise UsageError("output", output, "was not written by diffuse report", "choose another file")
     html = page([read_record(folder, name) for folder, name in zip(folders, _names(folders), strict=True)])
     with atomic_write(output) as temporary:
-        temporary.write_text(html, encoding="utf-8", errors="replace")  # a folder's name may be no Unicode
+        temporary.write_text(html, encoding="utf-8", errors="replace")  # folder names may not be Unicode
     print(f"Report: {output}")
 
 
 def _names(folders: list[Path]) -> list[str]:
-    """What to call runs: by their folders, in full where two are called the same."""
+    """Return the names of run folders, or their full paths if two names are equal."""
     names = [folder.resolve().name for folder in folders]
     return names if len(set(names)) == len(names) else [str(folder) for folder in folders]

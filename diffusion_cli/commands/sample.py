@@ -1,4 +1,4 @@
-"""`diffuse sample`: images of a trained model, one file a seed."""
+"""`diffuse sample`: generate images with a trained model, one file per seed."""
 
 import sys
 from pathlib import Path
@@ -23,12 +23,12 @@ GIF_IMAGES = 64
 
 
 def run(config: SampleConfig) -> int:
-    """Make the images that are not there yet, a grid of the first ones, how they arose if asked, and the manifest."""
+    """Generate the missing images; write them, a grid, the manifest, and on request a strip or an animation."""
     return launch(make, config, processes=config.processes)
 
 
 def make(config: SampleConfig) -> None:
-    """Make samples as one of the processes that share them; the first alone draws and prints."""
+    """Generate samples as one of several processes; rank 0 draws the grid and prints."""
     with advise_batch_size(config.batch_size, config.device):
         _sample(config)
 
@@ -63,7 +63,7 @@ def _sample(config: SampleConfig) -> None:
 
 
 def _make(trained: LoadedModel, todo: list[int], output: Path, ranks: Distributed, size: int) -> int:
-    """Make and write this process's share of the images of the seeds; the network calls that each took."""
+    """Generate and write this process's share of the images; return the network calls per image."""
     most_calls, form = 0, trained.model.info.form
     with ProgressBar(
         total=len(todo), unit="image", desc="sample", dynamic_ncols=True, disable=not ranks.is_main
@@ -83,7 +83,7 @@ def _make(trained: LoadedModel, todo: list[int], output: Path, ranks: Distribute
 
 
 def _overview(trained: LoadedModel, seeds: range, output: Path) -> Path:
-    """Draw the first images as a grid, with a row a class where classes are asked for."""
+    """Draw the first images as a grid, with one row per class if `label=` is set."""
     path, first = output / "grid.png", list(seeds)[:GRID_IMAGES]
     films = read_films(output, first, trained.model)
     if films.shape[1] > 1:
@@ -97,7 +97,7 @@ def _overview(trained: LoadedModel, seeds: range, output: Path) -> Path:
 
 
 def _draw(ways: Tensor, output: Path, config: SampleConfig) -> None:
-    """Write how images arise, uint8 [N, F, C, H, W], as the pictures that are asked for."""
+    """Write denoising trajectories, uint8 [N, F, C, H, W], as a strip or an animation."""
     if config.strip:
         strip = output / "strip.png"
         save_rows(list(ways[:STRIP_IMAGES]), strip)
@@ -109,7 +109,7 @@ def _draw(ways: Tensor, output: Path, config: SampleConfig) -> None:
 
 
 def samples_folder(trained: LoadedModel) -> Path:
-    """Return the folder of the samples of a model in its run, named by the settings."""
+    """Return the folder of samples in the run folder, named by the sampling settings."""
     sampler = type(trained.sampler).__name__.removesuffix("Sampler").lower()
     name = f"{sampler}-{trained.steps}-{fingerprint(trained.record)}"
     return own_folder(trained.folder, "samples", name)

@@ -1,4 +1,4 @@
-"""`diffuse train`: from a configuration to a trained model in a run folder."""
+"""`diffuse train`: train a model in a run folder."""
 
 import sys
 from collections.abc import Iterator
@@ -35,7 +35,7 @@ from diffusion_cli.training.trainer import make_trainer
 
 
 def run(config: TrainConfig) -> int:
-    """Train, or continue a run, in all processes that were started or are asked for; return the exit code."""
+    """Train or continue a run in all processes; return the exit code."""
     place, trainer = started(), config.trainer
     check_devices(config, place)
     if place.rank == 0 and (remark := remark_on_machine(config)):
@@ -47,7 +47,7 @@ def run(config: TrainConfig) -> int:
 
 
 def train(config: TrainConfig) -> int:
-    """Train as one of the processes that share the work; the first alone writes and prints."""
+    """Train as one of several processes; rank 0 writes files and prints."""
     folder = Path(config.output_dir, str(config.name))
     main, last = Distributed().is_main, folder / LAST
     stop = GracefulStop(seconds(config.max_time), seconds(config.checkpoint_period))
@@ -58,7 +58,7 @@ def train(config: TrainConfig) -> int:
         if before:
             check_configuration(folder, config, before.info.config.model_dump())
         setup = set_up(config, folder, before.info if before else None)
-        if main:  # also if the run is complete
+        if main:  # also for a finished run
             remember(config.dataset)
         done = before.step if before else 0
         if setup.max_steps is None or done < setup.max_steps:
@@ -73,7 +73,7 @@ def train(config: TrainConfig) -> int:
 def _fit(
     config: TrainConfig, setup: TrainingSetup, folder: Path, before: Checkpoint | None, stop: GracefulStop
 ) -> int:
-    """Train from a checkpoint, or from the start, to the end or to a signal; return the exit code."""
+    """Train from step 0 or from a checkpoint until the end or a signal; return the exit code."""
     main, done, model = Distributed().is_main, before.step if before else 0, setup.task.model
     module = training_module(setup, config.seed)
     ema = EMA(model.network, config.ema.decay, config.ema.warm_up, setup.device.offload_ema)
@@ -84,7 +84,7 @@ def _fit(
         setup.device, setup.precision, folder,
         max_steps=setup.max_steps, accumulate_grad_batches=config.accumulate_grad_batches, log_every=config.log_every,
         loggers=[build(node).logger(folder, done) for node in config.logger.values()],
-        # The average first, for the others look at it; checkpoints last: they store the state of the others.
+        # EMA first, because others use its weights; checkpoints last, because they store the state of the others.
         callbacks=[ema, progress, stop, *periodic, checkpoints],
     )  # fmt: skip
     if before:
@@ -98,14 +98,14 @@ def _fit(
         rank=Distributed().rank, world_size=Distributed().world, device=setup.device.torch_device,
         num_workers=setup.dataset.num_workers,
     )  # fmt: skip
-    with stop.listening():  # before, there is nothing to save, and a signal ends the command at once
+    with stop.listening():  # until here there is nothing to save, so a signal ends the command at once
         with (
             _naming_the_saved_step(checkpoints, done),
             advise_on_oom(module, setup.device.torch_device, setup.stages, trainer),
         ):
             try:
                 trainer.fit(module, batches, ckpt_path=folder / LAST if done else None, weights_only=True)
-            except SystemExit as error:  # Lightning's answer to a second Ctrl-C
+            except SystemExit as error:  # Lightning raises it at a second Ctrl-C
                 raise KeyboardInterrupt from error
         if main:
             for line in train_report.last_lines(trainer.global_step, stop, periodic, model, folder):
@@ -114,33 +114,33 @@ def _fit(
 
 
 def _check_resumable(before: Checkpoint, trainer: Trainer, module: TrainingModule, folder: Path) -> None:
-    """Raise UsageError unless a checkpoint has the training state of this run; mend what other versions store."""
+    """Raise UsageError unless a checkpoint has the training state of this run; convert states of other versions."""
     expected = expected_state(trainer, module, before.step)
     mend_state(before.state, expected)
     check_state(folder / LAST, before.state, expected)
-    # Lightning reads the file again.
+    # Lightning reads the file again, so this callback repeats the conversion.
     trainer.callbacks.append(StoredOptions(expected))  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def _begin(config: TrainConfig, setup: TrainingSetup, folder: Path, done: int) -> None:
-    """Write the files that a run begins with, and print what is trained."""
+    """Write the configuration (and the autoencoder of a new run), and print a summary and remarks."""
     if setup.latent is not None and not done:
         save_weights(setup.latent.latents.autoencoder, folder / AUTOENCODER)
     with atomic_write(folder / "config.yaml") as temporary:
         temporary.write_text(yaml.safe_dump(config.model_dump(), sort_keys=False))
-    remember_run(folder)  # not earlier: the file before may be a stranger's
+    remember_run(folder)  # only now, because an existing config.yaml may be untrusted
     print(train_report.first_line(config, setup, folder, done), file=sys.stderr)
     show_remarks(train_report.remarks(setup))
 
 
 @contextmanager
 def _naming_the_saved_step(checkpoints: CheckpointCallback, done: int) -> Iterator[None]:
-    """Raise a fault of the disk or the data as MachineError that names the step from which the run continues."""
+    """Turn a disk or data error into a MachineError that names the saved step."""
     try:
         yield
     except (OSError, UnreadableError) as error:
         step = checkpoints.saved or done
-        # With an image less it would not be the run that it was.
+        # A run cannot be continued on other data.
         same = "on the same data " if isinstance(error, UnreadableError) else ""
         saved = (
             f"is saved at step {step}; {same}the same command continues it" if step else "is not saved yet"

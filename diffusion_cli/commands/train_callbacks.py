@@ -1,4 +1,4 @@
-"""The callbacks of `diffuse train` that look at the EMA weights every so many steps."""
+"""Build the callbacks of `diffuse train` that validate, evaluate and preview the EMA weights."""
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -33,16 +33,16 @@ from diffusion_cli.training.ema import EMA
 from diffusion_cli.training.evaluation import EvaluationCallback, TrainingSamples
 
 PICTURES = 32
-"""Images whose reconstructions are shown."""
+"""Number of reconstructions in a preview."""
 
 
 def periodic_callbacks(
     config: TrainConfig, setup: TrainingSetup, folder: Path, *, ema: EMA, stop: GracefulStop
 ) -> list[PeriodicCallback]:
-    """Return the callbacks that validate, evaluate and show a run in `folder`, in the order in which they run.
+    """Return the callbacks that validate, evaluate and preview a run, in the order in which they run.
 
     Raises:
-        UsageError: for an evaluation of a model that makes no samples, and as `_evaluation`.
+        UsageError: if `eval_every` is set for a classifier, or a metric does not measure samples.
     """
     callbacks = [*_validation(config, setup, ema, stop)]
     if isinstance(setup.task, AutoencoderTask):
@@ -59,7 +59,7 @@ def periodic_callbacks(
 def _validation(
     config: TrainConfig, setup: TrainingSetup, ema: EMA, stop: GracefulStop
 ) -> Iterator[PeriodicCallback]:
-    """Yield the loss on validation images, if there are any, and a classifier's accuracy on them."""
+    """Yield the validation loss, and the validation accuracy of a classifier, if there are validation images."""
     if not setup.val_images:
         return
     part = config.batch_size // config.accumulate_grad_batches
@@ -72,7 +72,7 @@ def _validation(
 def _reconstructions(
     config: TrainConfig, setup: TrainingSetup, folder: Path, ema: EMA, stop: GracefulStop
 ) -> ReconstructionPreview:
-    """Return the previews of an autoencoder."""
+    """Return the preview callback of an autoencoder."""
     images = setup.val_images or setup.images
     shown = images[spread(len(images), min(len(images), PICTURES)).to(images.device)].cpu()
     return ReconstructionPreview(
@@ -88,7 +88,7 @@ def _reconstructions(
 def _preview(
     config: TrainConfig, setup: TrainingSetup, task: DenoisingTask, folder: Path, ema: EMA, stop: GracefulStop
 ) -> Preview:
-    """Return the previews of a denoiser, of the classes that it is trained on."""
+    """Return the preview callback of a denoiser, with the classes that have training images."""
     counts = setup.label_counts
     return Preview(
         config.preview_every,
@@ -107,7 +107,7 @@ def _preview(
 def _evaluation(
     config: TrainConfig, setup: TrainingSetup, task: DenoisingTask, folder: Path, ema: EMA, stop: GracefulStop
 ) -> EvaluationCallback:
-    """Return the evaluation of samples; UsageError for a metric that measures no samples."""
+    """Return the evaluation callback; UsageError for a metric that does not measure samples."""
     assert config.eval_every is not None
     metrics = {name: build(node) for name, node in config.metric.items()}
     for name, metric in metrics.items():
@@ -139,7 +139,7 @@ def _evaluation(
 
 
 def _labels(reference: Reference, names: tuple[str, ...], class_counts: list[int]) -> dict[str, list[int]]:
-    """The label settings of samples in the reference's shares of the classes, in equal shares where it has none.
+    """Return the label settings with the class shares of the reference, or equal shares if it has no labels.
 
     Classes without training images are left out.
     """
@@ -152,7 +152,7 @@ def _labels(reference: Reference, names: tuple[str, ...], class_counts: list[int
 def _one_pass(
     images: Images, batch_size: int, device: torch.device, stages: ResolutionSchedule
 ) -> Callable[[int], Iterator[Batch]]:
-    """Return a function of the steps so far: one pass over images, unaugmented, at the size of their stage."""
+    """Return a function that yields all images once, not augmented, in the resolution at a given step."""
     held = to_device(images, device)
 
     def batches(steps: int) -> Iterator[Batch]:

@@ -1,4 +1,4 @@
-"""What `diffuse train` refuses before it trains: devices that are not there, another configuration, other data."""
+"""Checks of `diffuse train` before training: devices, configuration and data."""
 
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from diffusion_cli.system.distributed import ProcessInfo
 
 
 def check_devices(config: TrainConfig, place: ProcessInfo) -> None:
-    """Raise UsageError if the processes or the GPUs are not those of the configuration."""
+    """Raise UsageError if the processes, nodes or GPUs differ from the configuration."""
     devices, nodes = config.trainer["devices"], config.trainer["num_nodes"]
     there = 0 if config.trainer["accelerator"] == "cpu" else torch.cuda.device_count()
     if 0 < there < (devices or 1):
@@ -42,7 +42,7 @@ def check_devices(config: TrainConfig, place: ProcessInfo) -> None:
 
 
 def remark_on_machine(config: TrainConfig) -> str | None:
-    """Return a line about a recipe that was derived for another machine than torch finds; None for the same."""
+    """Return a warning if the recipe was derived with a GPU but torch finds none, or vice versa; else None."""
     assumed, there = gpu(config.trainer["accelerator"]), torch.cuda.is_available()
     recipe_depends_on_gpu = config.trainer["accelerator"] == "auto" and {
         "dataset.resolution",
@@ -58,7 +58,7 @@ def remark_on_machine(config: TrainConfig) -> str | None:
 
 
 def check_configuration(folder: Path, config: TrainConfig, stored: dict[str, Any]) -> None:
-    """Raise UsageError if the run in a folder is of another configuration."""
+    """Raise UsageError if the run in a folder has another configuration."""
     before, now = identity(stored), identity(config.model_dump())
     keys_derived_from_budget = derived_in(stored) & set(config.derived) & BUDGETED.keys()
     if keys := [key for key in differing(before, now) if key not in keys_derived_from_budget]:
@@ -84,7 +84,7 @@ def check_configuration(folder: Path, config: TrainConfig, stored: dict[str, Any
 
 
 def check_data(folder: Path, now: CheckpointInfo, before: CheckpointInfo) -> None:
-    """Raise UsageError if a run was begun on another number of images, on other classes or on other images."""
+    """Raise UsageError if the data differ from those that a run started with: images, classes or labels."""
     plain, stored = now.model_dump(), before.model_dump()
     lines = [
         Problem(
@@ -115,7 +115,7 @@ def check_data(folder: Path, now: CheckpointInfo, before: CheckpointInfo) -> Non
 
 
 def check_shares(stages: ResolutionSchedule, accumulate_grad_batches: int, world: int) -> None:
-    """Raise UsageError unless each part of a batch is shared out evenly among so many processes."""
+    """Raise UsageError unless `world` processes can share each accumulated batch evenly."""
     for stage in stages.all:
         if stage.batch_size // accumulate_grad_batches % world:
             raise UsageError(

@@ -1,4 +1,4 @@
-"""What `diffuse train` prints: what it trains, remarks on that, and how the run ended."""
+"""The lines that `diffuse train` prints: a summary, remarks, and the outcome."""
 
 import signal
 from collections.abc import Iterator, Sequence
@@ -18,7 +18,7 @@ from diffusion_cli.training.module import Trainable
 
 
 def first_line(config: TrainConfig, setup: TrainingSetup, folder: Path, done: int) -> str:
-    """Return what is trained on what, from `done` steps on."""
+    """Return a summary of the network, data, device and budget of a run that starts at step `done`."""
     device, steps = setup.device.torch_device, setup.max_steps
     return (
         f"{'Continuing' if done else 'Training'} {folder}: {_describe(setup.task.model.network)} on "
@@ -30,14 +30,14 @@ def first_line(config: TrainConfig, setup: TrainingSetup, folder: Path, done: in
 
 
 def remarks(setup: TrainingSetup) -> list[str]:
-    """Return what a user may not have meant."""
+    """Return remarks on settings and data that are probably unintended."""
     return [*_beyond_its_end(setup), *setup.dataset.remarks(), *_without_images(setup)]
 
 
 def last_lines(
     step: int, stop: GracefulStop, callbacks: Sequence[PeriodicCallback], model: Trainable, folder: Path
 ) -> Iterator[str]:
-    """Yield how a run has ended at a step, and what to do next."""
+    """Yield the outcome of a run that ended at `step`, and the next command."""
     for callback in callbacks:
         if isinstance(callback, ValidationAccuracy):
             yield ", ".join(f"validation {name} {value:.3f}" for name, value in callback.accuracy.items())
@@ -49,7 +49,7 @@ def last_lines(
 
 
 def _where(device: torch.device) -> str:
-    """The devices at work, in words."""
+    """Return the devices of all processes, such as 4 x cuda on 2 nodes."""
     place = started()
     if place.world == 1:
         return device.type
@@ -57,7 +57,7 @@ def _where(device: torch.device) -> str:
 
 
 def _beyond_its_end(setup: TrainingSetup) -> Iterator[str]:
-    """Yield what the configuration asks for after the last step; no errors, because a larger budget may continue."""
+    """Yield settings that take effect only after the last step; no errors, because the budget can be raised later."""
     stages, max_steps = setup.stages, setup.max_steps
     if max_steps is None:
         return
@@ -76,7 +76,7 @@ def _beyond_its_end(setup: TrainingSetup) -> Iterator[str]:
 
 
 def _without_images(setup: TrainingSetup) -> Iterator[str]:
-    """Yield the classes without a training image, if the model is trained with labels."""
+    """Yield a remark on classes without training images, if the model is trained with labels."""
     class_counts = setup.label_counts
     if class_counts is None:
         return

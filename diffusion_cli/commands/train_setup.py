@@ -1,4 +1,4 @@
-"""From the configuration of `diffuse train` to what is trained on what."""
+"""Build the model, data and objective of `diffuse train` from its configuration."""
 
 from dataclasses import dataclass
 from hashlib import sha256
@@ -40,7 +40,7 @@ from diffusion_cli.training.optimizers import OptimizerConfig
 
 
 class DenoisingTask(NamedTuple):
-    """What a denoiser or classifier learns of noised images."""
+    """Model, objective, time distribution and sampler of a denoiser or noisy classifier."""
 
     model: NoiseConditioned
     objective: Objective[Any]
@@ -49,7 +49,7 @@ class DenoisingTask(NamedTuple):
 
 
 class AutoencoderTask(NamedTuple):
-    """What an autoencoder learns by."""
+    """Model and objective of an autoencoder."""
 
     model: Autoencoding
     objective: ReconstructionLoss
@@ -57,11 +57,11 @@ class AutoencoderTask(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingSetup:
-    """What a configuration is made of, and the facts that its checkpoints record."""
+    """The objects built from a training configuration, and the information stored in checkpoints."""
 
     dataset: Dataset
     train_data: Dataset
-    """What the network sees of the dataset: the images themselves, or their latents."""
+    """Dataset of the network's inputs: the images, or their latents."""
     latent: LatentSource | None
     task: DenoisingTask | AutoencoderTask
     optimizer: OptimizerConfig
@@ -77,7 +77,7 @@ class TrainingSetup:
 
     @property
     def space(self) -> Space:
-        """Where the network works."""
+        """Pixel space or latent space of the network."""
         return Pixels(self.dataset.shape) if self.latent is None else self.latent.latents
 
     @property
@@ -88,15 +88,15 @@ class TrainingSetup:
 
 
 def set_up(config: TrainConfig, folder: Path, before: CheckpointInfo | None) -> TrainingSetup:
-    """Build what a configuration names.
+    """Build the objects of a training configuration.
 
     Args:
-        config: a checked configuration.
-        folder: folder of the run.
-        before: what the last checkpoint says of the run; None at its beginning.
+        config: validated configuration.
+        folder: run folder.
+        before: `diffuse` entry of the last checkpoint; None for a new run.
 
     Raises:
-        UsageError: if two parts do not go together, or the data are not those of the checkpoint.
+        UsageError: if two parts are incompatible, or the data differ from those of the checkpoint.
     """
     dataset: Dataset = build(
         as_begun(config.dataset, before.data_rules) if before else config.dataset, config.data_dir
@@ -112,7 +112,7 @@ def set_up(config: TrainConfig, folder: Path, before: CheckpointInfo | None) -> 
         task = _autoencoder_task(config, network, objective, dataset)
     else:
         task = _denoising_task(config, network, objective)
-    # An earlier start decided what null and auto mean, whatever the budget and the machine are now.
+    # A resumed run uses the stages and the precision of its start, even if the budget or the machine has changed.
     stages = (before and before.resolution_schedule) or resolution_schedule(config, train_data)
     stored_precision = before.precision if before and config.precision == "auto" else None
     precision = stored_precision or resolve(config.precision, device.torch_device)
@@ -147,7 +147,7 @@ def set_up(config: TrainConfig, folder: Path, before: CheckpointInfo | None) -> 
 
 
 def training_module(setup: TrainingSetup, seed: int) -> TrainingModule:
-    """Return the LightningModule of a task."""
+    """Return the LightningModule of the task."""
     if isinstance(setup.task, AutoencoderTask):
         return AutoencodingModule(*setup.task, setup.optimizer, seed, setup.info)
     model, objective, times, _ = setup.task
@@ -155,7 +155,7 @@ def training_module(setup: TrainingSetup, seed: int) -> TrainingModule:
 
 
 def _objective(config: TrainConfig) -> Objective[Any] | ReconstructionLoss:
-    """Build the objective; UsageError if it does not go with the task."""
+    """Build the objective; UsageError if it is incompatible with the task."""
     objective = build(config.objective)
     noised = config.schedule is not None
     if noised and isinstance(objective, ReconstructionLoss):
@@ -178,7 +178,7 @@ def _objective(config: TrainConfig) -> Objective[Any] | ReconstructionLoss:
 def _latents(
     config: TrainConfig, dataset: Dataset, device: torch.device, folder: Path, before: CheckpointInfo | None
 ) -> LatentSource | None:
-    """Return the latents that a configuration names, or that a run was begun in; None for pixels."""
+    """Return the latents of the checkpoint, or else of the configuration; None for pixel space."""
     if config.latent.key is None:
         return None
     if before is not None:
@@ -198,7 +198,7 @@ def _network(
     train_data: Dataset,
     objective: Objective[Any] | ReconstructionLoss,
 ) -> nn.Module:
-    """Build the network, with the initial weights of the seed; UsageError if it does not suit the data."""
+    """Build the network with initial weights from the seed; UsageError if it is incompatible with the data."""
     classifies = getattr(objective, "trains", None) is NoisyClassifier
     if dataset.missing_classes and (classifies or config.model.get("class_conditional")):
         key = "task=classifier" if classifies else "model.class_conditional=true"
@@ -235,7 +235,7 @@ def _denoising_task(config: TrainConfig, network: nn.Module, objective: Objectiv
     times.check(schedule)
     objective.check(model, times)
     if isinstance(model, Denoiser):
-        try:  # refused now rather than at the first preview
+        try:  # fail now instead of at the first preview
             sampler.grid(config.preview_steps)
         except UsageError as error:
             raise error.renamed({"steps": "preview_steps"}) from error
@@ -249,7 +249,10 @@ def _denoising_task(config: TrainConfig, network: nn.Module, objective: Objectiv
 
 
 def resolution_schedule(config: TrainConfig, dataset: Dataset) -> ResolutionSchedule:
-    """Return the stages of a run; UsageError for point clouds and masks, and as `ResolutionSchedule.from_sizes`."""
+    """Return the resolution stages of a run.
+
+    Raises UsageError for progressive resolution of point clouds or masks, and as `ResolutionSchedule.from_sizes`.
+    """
     sizes, steps = config.progressive, config.stage_steps
     if sizes is not None and not dataset.form.ordered:
         raise UsageError("progressive", sizes, "not supported for point clouds", "leave it out")
@@ -282,7 +285,7 @@ def _latent_info(latent: LatentSource | None, train_data: Dataset) -> LatentInfo
 
 
 def _data_info(dataset: Dataset, images: Images, val_images: Images) -> dict[str, Any]:
-    """Return the entries of a checkpoint that recognise the data."""
+    """Return the entries of a checkpoint that identify the data."""
     labels = None if images.labels is None else images.labels.cpu()
     fingerprints = f"{images.fingerprint()} {val_images.fingerprint()}"
     return {

@@ -1,4 +1,4 @@
-"""The model of a run, ready to be sampled as the command line says, and its dataset."""
+"""The model of a run with its sampling settings, and its dataset."""
 
 import math
 import sys
@@ -24,25 +24,25 @@ from diffusion_cli.system.precision import device_of, resolve
 from diffusion_cli.system.trusted_paths import remember, unnamed
 
 FRUGAL = {"in_memory": None, "num_workers": 0}
-"""Settings of a dataset that change time and memory, but no image: those of a checkpoint are not used."""
+"""Dataset settings that change only time and memory; they replace those of a checkpoint."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class LoadedModel(SamplingPipeline):
-    """A run's model with the sampler, guidance and labels that the command line names."""
+    """The model of a run with the sampler, guidance and labels of the command line."""
 
     folder: Path
-    """Folder of the run."""
+    """Run folder."""
     labels: list[int] | None
     record: dict[str, Any]
-    """Everything except its seed that an image depends on, as plain data for manifests and protocols."""
+    """Everything that an image depends on except its seed, as plain data for manifests and protocols."""
     batch_limit: int | Literal["auto"]
-    """Most images at a time; auto: the largest number that fits in memory."""
+    """Largest batch; auto: the largest that fits in memory."""
     chosen_labels: bool = False
-    """Whether `label=` gives the labels, rather than the default."""
+    """Whether the labels come from `label=` instead of the default."""
 
     def number(self, label: int | str | None, key: str) -> int | None:
-        """The number of a class by its name or index, None for null; UsageError, about a key, if there is none."""
+        """Return the index of a class given by name or index, None for null; UsageError for an unknown class."""
         if label is None or is_null(label, self.model.info.class_names):
             _refuse_untrained_null(self.model, key)
             return None
@@ -50,17 +50,17 @@ class LoadedModel(SamplingPipeline):
         return class_number(label, known or (), key)
 
     def dataset(self, data_dir: str, paths: Mapping[str, Any]) -> Dataset:
-        """The dataset that the model was trained on; UsageError as `dataset_of`."""
+        """Return the training dataset of the model; UsageError as `dataset_of`."""
         return dataset_of(self.folder, self.model, data_dir, paths)
 
     def batch_size(self, count: int, each: int = 1, gradient: bool = False) -> int:
-        """Return how many of `count` results to make at a time; for `auto` measure it and print it.
+        """Return the batch size for `count` results; `auto` measures and prints it.
 
-        All of several processes have to call this, and get the same number.
+        All processes must call this method; they get the same value.
 
         Args:
             count: number of results.
-            each: images of a result.
+            each: images per result.
             gradient: whether sampling differentiates the network.
         """
         if self.sampler.per_image or count == 0:
@@ -82,10 +82,10 @@ class LoadedModel(SamplingPipeline):
 
 
 def dataset_of(folder: Path, trained: Loaded, data_dir: str, paths: Mapping[str, Any]) -> Dataset:
-    """The dataset that a run was trained on, at the `paths` that the user names, or at those of its checkpoint.
+    """Return the training dataset of a run, with `paths` of the command line instead of those of its checkpoint.
 
-    Raises UsageError if a path of the checkpoint is not the user's own, if the dataset is too large or cannot be built,
-    or if the model still grows.
+    Raises UsageError if a path of the checkpoint was never used on this machine, if the dataset is too large or cannot
+    be built, or if progressive resolution has not reached its last stage.
     """
     node = trained.info.config.dataset
     unknown = [key for key in paths if node.get(key) is None]
@@ -129,7 +129,10 @@ def dataset_of(folder: Path, trained: Loaded, data_dir: str, paths: Mapping[str,
 
 
 def open_run(settings: SamplingSettings, model: LoadedDenoiser | None = None) -> LoadedModel:
-    """Load the model of a run unless `model` is given, and prepare it; UsageError without one, and as `prepare`."""
+    """Load the model of a run unless `model` is given, and prepare it for sampling.
+
+    Raises UsageError if there is no such run, and as `prepare`.
+    """
     folder = find_run(settings.run, settings.output_dir)
     if model is None:
         model = load_model(folder, settings.weights, device_of(settings.device), settings.step)
@@ -137,7 +140,7 @@ def open_run(settings: SamplingSettings, model: LoadedDenoiser | None = None) ->
 
 
 def prepare(settings: SamplingSettings, folder: Path, model: LoadedDenoiser) -> LoadedModel:
-    """Build the sampler, guidance and labels for the model of a run; UsageError if they do not go together."""
+    """Build the sampler, guidance and labels for the model of a run; UsageError if they are incompatible."""
     device = device_of(settings.device)
     precision = resolve(settings.precision, device)
     sampler: Sampler = build(settings.sampler, model.denoiser.schedule)
@@ -158,8 +161,8 @@ def prepare(settings: SamplingSettings, folder: Path, model: LoadedDenoiser) -> 
             "leave it null",
         )
     if settings.compile:
-        # In place: torch.compile(network) would rename every weight.
-        mode = "reduce-overhead" if device.type == "cuda" else None  # by CUDA graphs
+        # In place, because torch.compile(network) would rename every weight.
+        mode = "reduce-overhead" if device.type == "cuda" else None  # uses CUDA graphs
         model.denoiser.network.compile(dynamic=False, mode=mode)
     record = {
         "weights": settings.weights,

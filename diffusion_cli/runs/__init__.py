@@ -1,1 +1,1 @@
-"""What a run leaves on disk: checkpoints and manifests."""
+"""The files of a run: checkpoints, weights, curves and manifests."""

@@ -1,7 +1,7 @@
-"""Checkpoints and the run folders they lie in: written whole or not at all, read without running code.
+"""Checkpoints: written atomically, and read without running code.
 
-A checkpoint is Lightning's, with a plain entry `diffuse` that `CheckpointInfo` describes. A denoiser of latents has its
-autoencoder beside it.
+A checkpoint is a Lightning checkpoint with an additional entry `diffuse` of plain data (`CheckpointInfo`). The run
+folder of a latent model also contains its autoencoder.
 """
 
 import contextlib
@@ -28,24 +28,24 @@ LAST = Path("checkpoints", "last.ckpt")
 
 BEST = LAST.with_name("best.ckpt")
 
-# Lightning rewrites the checkpoints of its versions before 2.0, without a look at what they hold.
+# Checkpoints of Lightning before 2.0 are rejected, because Lightning migrates them without validation.
 VERSION = re.compile(
     r"(?:[2-9]|[1-9]\d)(?:\.\d{1,9}){1,3}(?:\.?(?:a|b|rc|dev|post)\d{0,9}){0,3}(?:\+[a-z0-9.]{1,40})?"
 )
 
 
 class DamagedError(UsageError):
-    """A checkpoint is not as it was written."""
+    """A file is damaged or not a valid checkpoint."""
 
 
 @contextlib.contextmanager
 def _whole_checkpoint(path: Path) -> Iterator[Path]:
-    """A `atomic_write` that takes its place, durably, only once the disk gives back what was written."""
+    """An `atomic_write` that replaces the target durably, after a checksum test of the bytes on disk."""
     with atomic_write(path) as temporary:
         yield temporary
         with temporary.open("rb+") as file:
             os.fsync(file.fileno())
-            if hasattr(os, "posix_fadvise"):  # to be read from the disk, not from memory
+            if hasattr(os, "posix_fadvise"):  # drop the page cache, so that the test reads from the disk
                 os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
         try:
             _check_sums(temporary)
@@ -53,7 +53,7 @@ def _whole_checkpoint(path: Path) -> Iterator[Path]:
             raise MachineError(
                 f"{path}: reading it back gave other bytes than were written; use a folder on another disk"
             ) from error
-    if os.name == "posix":  # the move, too, should outlive a power cut
+    if os.name == "posix":  # make the rename durable too
         folder = os.open(path.parent, os.O_RDONLY)
         try:
             os.fsync(folder)
@@ -62,28 +62,28 @@ def _whole_checkpoint(path: Path) -> Iterator[Path]:
 
 
 def save(checkpoint: Mapping[str, Any], path: Path) -> None:
-    """Write a checkpoint; what lies at `path` stays until the new one is whole; OSError as `atomic_write`."""
+    """Write a checkpoint atomically; OSError as `atomic_write`."""
     with _whole_checkpoint(path) as temporary, temporary.open("wb") as file:
         try:
             torch.save(checkpoint, file)
-        except RuntimeError as error:  # torch hides what the file system said
+        except RuntimeError as error:  # torch hides the error of the file system
             if isinstance(error.__context__, OSError):
                 raise error.__context__ from None
             raise
 
 
 def copy_checkpoint(checkpoint: Path, path: Path) -> None:
-    """Copy a checkpoint as `save` writes one: not a link, for what befalls one must not befall the other."""
+    """Copy a checkpoint atomically; not a link, so that damage to one file does not affect the other."""
     with _whole_checkpoint(path) as temporary:
         shutil.copyfile(checkpoint, temporary)
 
 
 def _check_sums(path: Path) -> None:
-    """Hold every byte of a checkpoint to the check sums in it, which torch does not; DamagedError if one is wrong."""
+    """Verify the checksums of a checkpoint, which torch ignores; DamagedError if one is wrong."""
     try:
         with ZipFile(path) as archive:
             records = archive.infolist()
-            # No record lies within another, to be read for ever; that none is packed has been checked.
+            # Reject overlapping records, which could take very long to read; compression was rejected before.
             whole = sum(record.file_size for record in records) <= path.stat().st_size
             whole = whole and archive.testzip() is None
     except (FileNotFoundError, PermissionError):
@@ -102,26 +102,26 @@ def _damaged(path: Path, why: str) -> DamagedError:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint that was read: what Lightning stored, and what it says of its run."""
+    """A checkpoint in memory."""
 
     state: dict[str, Any]
-    """Lightning's entries, by name."""
+    """Entries of Lightning, by name."""
     info: CheckpointInfo
     size: int
     """Bytes of the file."""
 
     @property
     def step(self) -> int:
-        """Optimizer steps so far."""
+        """Number of optimizer steps."""
         return self.state["global_step"]
 
     @property
     def lightning_version(self) -> str:
-        """The version that wrote it."""
+        """Version of Lightning that wrote the checkpoint."""
         return self.state["pytorch-lightning_version"]
 
     def weights(self, kind: Weights) -> dict[str, Tensor]:
-        """Return the weights of the network by their names in it."""
+        """Return the weights of the network, by parameter name."""
         if kind == "ema":
             return self.state["callbacks"]["EMA"]["network"]
         prefix = "model.network."
@@ -129,9 +129,9 @@ class Checkpoint:
         return {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
 
     def has_weights(self, kind: Weights) -> bool:
-        """Return whether the weights are there, and the bytes for them.
+        """Return whether the weights exist and are not larger than the file.
 
-        A few bytes can be said to be the numbers of a tensor of any size, and of any number of tensors.
+        In an untrusted file, tensors of any size and number can share a few bytes.
         """
         try:
             state = self.weights(kind)
@@ -146,12 +146,12 @@ def read(path: Path, sums: bool = True) -> Checkpoint:
     """Read a checkpoint as tensors and plain data.
 
     Args:
-        path: its file.
-        sums: False maps the bytes of the tensors without reading them.
+        path: file of the checkpoint.
+        sums: verify the checksums; without it, tensors are memory-mapped and not read.
 
     Raises:
-        DamagedError: if the file is not whole.
-        UsageError: if it is no checkpoint of this package, or of a newer version.
+        DamagedError: if the file is damaged.
+        UsageError: if it is not a checkpoint of `diffuse`, or of a newer version.
     """
     try:
         size = regular(path)
@@ -164,10 +164,10 @@ def read(path: Path, sums: bool = True) -> Checkpoint:
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except DamagedError:
         raise
-    except Exception as error:  # parsers of ZIP and pickle meet damaged files with errors of many types
+    except Exception as error:  # the ZIP and pickle parsers raise many types of errors for damaged files
         raise _damaged(path, reason(error)) from error
     entry = state.get("diffuse") if isinstance(state, dict) else None
-    # A tensor in its place would be compared number by number, however many it says that it has.
+    # The type check must come first: comparing a huge tensor with a number would be very slow.
     written = entry.get("format") if isinstance(entry, dict) else None
     if type(written) is not int or written < OLDEST:
         raise UsageError(path, NO_VALUE, "is not a checkpoint that diffuse can read", "choose another run")
@@ -192,7 +192,7 @@ def read(path: Path, sums: bool = True) -> Checkpoint:
 
 
 def _problems(checkpoint: Checkpoint) -> Iterator[Problem]:
-    """Yield what is wrong with the entries of Lightning that every command reads."""
+    """Yield the problems of the Lightning entries that every command reads."""
     step, version = checkpoint.state.get("global_step"), checkpoint.state.get("pytorch-lightning_version")
     if type(step) is not int or not 0 <= step < 2**63:
         yield Problem("global_step", NO_VALUE, "is not a number of steps")
@@ -203,5 +203,5 @@ def _problems(checkpoint: Checkpoint) -> Iterator[Problem]:
 
 
 def numbered(step: int) -> str:
-    """The name of the checkpoint of a step."""
+    """Return the file name of the checkpoint of a step."""
     return f"step_{step:08d}.ckpt"

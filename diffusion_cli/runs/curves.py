@@ -1,4 +1,4 @@
-"""The curves in the `metrics.csv` of a run."""
+"""Read the curves in the `metrics.csv` of a run."""
 
 from pathlib import Path
 
@@ -8,13 +8,13 @@ from diffusion_cli.system.untrusted import read_csv
 
 MOST_COLUMNS = 200
 EXTREME = 1e100
-"""Bound on the size of drawable values: zero, or between 1 / EXTREME and EXTREME."""
+"""Bound of drawable values: zero, or a magnitude between 1 / EXTREME and EXTREME."""
 
 
 def read_curves(path: Path) -> dict[str, list[tuple[float, float]]]:
-    """Read the curves of a `metrics.csv`: the drawable numbers of each column over the column `step`.
+    """Return the curves of a `metrics.csv`: pairs (step, value) of each column, without values that cannot be drawn.
 
-    Raises FormatError for a file that is no CSV, lacks the column `step` or has more than 200 columns.
+    Raises FormatError for a file that is not CSV, lacks the column `step` or has more than 200 columns.
     """
     header, *rows = read_csv(path) or [[]]
     if len(header) > MOST_COLUMNS:
@@ -22,7 +22,7 @@ def read_curves(path: Path) -> dict[str, list[tuple[float, float]]]:
     if "step" not in header:
         raise FormatError("has no column step")
     curves: dict[str, list[tuple[float, float]]] = {}
-    for row in rows:  # the last row may be cut short
+    for row in rows:  # the last row may be incomplete
         numbers = {migrated_column(name): _number(text) for name, text in zip(header, row, strict=False)}
         step = numbers.pop("step", None)
         for column, number in numbers.items():

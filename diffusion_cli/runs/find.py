@@ -1,4 +1,4 @@
-"""The runs under a folder, and the checkpoints in them."""
+"""Find runs, and the newest intact checkpoint of a run."""
 
 import difflib
 import sys
@@ -14,25 +14,33 @@ from diffusion_cli.system.files import set_aside
 from diffusion_cli.system.own_folder import own_folder
 
 WRITTEN = ("checkpoints", "previews", "tensorboard")
-"""The folders that training writes to."""
+"""Folders of a run that training writes to."""
 
 MOST_NAMED = 5
-"""Runs that an error lists."""
+"""Largest number of runs in an error message."""
 
 
 class Found(NamedTuple):
-    """The newest whole checkpoint of a run."""
+    """The newest intact checkpoint of a run."""
 
     path: Path
     checkpoint: Checkpoint
     remark: str | None
-    """Why it is not the last one, and what it is."""
+    """Why `last.ckpt` is not used; None if it is."""
 
 
 def newest(run: Path, sums: bool = True) -> Found | None:
-    """The last checkpoint of a run, or the newest numbered one where that is damaged or missing; None if it has none.
+    """Return `last.ckpt` of a run, or the newest intact numbered checkpoint if it is damaged or missing.
 
-    Raises UsageError if none is whole, or as `read`, with or without `sums`.
+    Args:
+        run: run folder.
+        sums: verify the checksums.
+
+    Returns:
+        The checkpoint; None if the run has none.
+
+    Raises:
+        UsageError: if all checkpoints are damaged, and as `read`.
     """
     last = run / LAST
     earlier = sorted(last.parent.glob("step_*.ckpt"), reverse=True)
@@ -59,9 +67,9 @@ def newest(run: Path, sums: bool = True) -> Found | None:
 
 
 def find_run(run: str | None, output_dir: str, key: str = "run") -> Path:
-    """The folder of a run by path or name, or that of the newest denoiser under `output_dir`.
+    """Return the folder of a run given by path or name; for None, of the newest denoiser in `output_dir`.
 
-    Raises UsageError, about the option called `key`, if there is none.
+    Raises UsageError, about the option `key`, if there is no such run.
     """
     root = Path(output_dir)
     dates = {
@@ -72,7 +80,7 @@ def find_run(run: str | None, output_dir: str, key: str = "run") -> Path:
     runs = sorted(dates, key=lambda folder: (dates[folder], folder.name))
     if run is None:
         for folder in reversed(runs):
-            # A run of which nothing is whole is said, not passed over; all bytes are looked at once it is loaded.
+            # A run with only damaged checkpoints is an error. Loading the run verifies the checksums later.
             found = newest(folder, sums=False)
             if found is not None and found.checkpoint.info.task == Denoiser.task:
                 if dates[folder] > time.time() + 3600 and Distributed().is_main:
@@ -89,7 +97,7 @@ def find_run(run: str | None, output_dir: str, key: str = "run") -> Path:
 
 
 def _no_run(run: str, root: Path, names: list[str]) -> tuple[str, str]:
-    """Return why a path or a name is no run, and what to do, given the names of the runs in `root`."""
+    """Return the problem and the remedy for a path or name that is not a run, given the names of runs in `root`."""
     path = next((path for path in (Path(run), root / run) if path.exists()), None)
     if path is not None and path.is_file():
         folder = next((f", {parent}" for parent in path.parents if is_run(parent)), "")
@@ -103,12 +111,15 @@ def _no_run(run: str, root: Path, names: list[str]) -> tuple[str, str]:
 
 
 def is_run(folder: Path) -> bool:
-    """Whether a folder holds checkpoints, whole or not."""
+    """Return whether a folder contains checkpoints, intact or damaged."""
     return bool(_checkpoints(folder))
 
 
 def task_of(run: Path) -> str:
-    """Return the task of a run: `diffusion`, `classifier` or `autoencoder`; UsageError as `newest`, or without one."""
+    """Return the task of a run: `diffusion`, `classifier` or `autoencoder`.
+
+    Raises UsageError if the run has no checkpoint, and as `newest`.
+    """
     found = newest(run, sums=False)
     if found is None:
         raise UsageError(run, NO_VALUE, f"has no {LAST}")
@@ -116,14 +127,16 @@ def task_of(run: Path) -> str:
 
 
 def recover(run: Path) -> None:
-    """Make a run's last checkpoint a whole one, the damaged one kept beside it, and remove what was never finished.
+    """Replace a damaged or missing `last.ckpt` by the newest intact checkpoint, and remove unfinished files.
 
-    For the holder of the run's lock. Raises UsageError as `newest` and `own_folder`, OSError as `atomic_write`.
+    The damaged file is renamed. The caller must hold the lock of the run.
+
+    Raises UsageError as `newest` and `own_folder`, OSError as `atomic_write`.
     """
     for name in WRITTEN:
         own_folder(run, name)
     unfinished = ("checkpoints/.*.tmp", "previews/.*.tmp", ".config.yaml.*.tmp", ".metrics.csv.*.tmp")
-    for pattern in unfinished:  # the files that only the holder writes
+    for pattern in unfinished:  # only the process with the lock writes these files
         for left in run.glob(pattern):
             left.unlink(missing_ok=True)
     found = newest(run)
@@ -138,6 +151,6 @@ def recover(run: Path) -> None:
 
 
 def _checkpoints(run: Path) -> list[Path]:
-    """The files of a run that it can be taken up from."""
+    """Return the checkpoints that a run can resume from."""
     found = [run / LAST, *run.glob(str(LAST.with_name("step_*.ckpt")))]
     return [file for file in found if file.is_file()]

@@ -1,4 +1,4 @@
-"""Models built again from the checkpoints of a run."""
+"""Load models from the checkpoints of a run."""
 
 import contextlib
 import sys
@@ -30,7 +30,7 @@ AUTOENCODER = "autoencoder.safetensors"
 
 @dataclass(frozen=True)
 class Loaded:
-    """The trained weights of a checkpoint, with what it says of its run."""
+    """A model loaded from a checkpoint."""
 
     info: CheckpointInfo
     step: int
@@ -39,7 +39,7 @@ class Loaded:
 
     @property
     def shape(self) -> Shape:
-        """Shape of the images that the weights were trained on: of a stage, with progressive resolution."""
+        """Shape of the images at this step: the stage's shape, with progressive resolution."""
         stages = self.info.resolution_schedule
         return self.info.shape if stages is None else stages.after(self.step).shape
 
@@ -50,11 +50,11 @@ class LoadedDenoiser(Loaded):
 
     denoiser: Denoiser
     space: Space
-    """Where the denoiser works."""
+    """Pixel space or latent space of the denoiser."""
 
     @property
     def num_classes(self) -> int | None:
-        """Number of classes that the network is conditioned on, or None."""
+        """Number of classes of a conditional denoiser; None for an unconditional one."""
         return self.denoiser.num_classes
 
 
@@ -73,7 +73,7 @@ class LoadedAutoencoder(Loaded):
 
 
 def load_model(run: Path, weights: Weights, device: torch.device, step: Step = None) -> LoadedDenoiser:
-    """Build the denoiser of a run again from its newest checkpoint, or another one, in evaluation mode."""
+    """Load the denoiser of a run from its newest checkpoint, or that of a step, in evaluation mode."""
     checkpoint, loaded = _read_checkpoint(run, step, weights, Denoiser.task)
     denoiser = _rebuild(Denoiser, checkpoint, weights, device)
     space = (
@@ -83,7 +83,7 @@ def load_model(run: Path, weights: Weights, device: torch.device, step: Step = N
 
 
 def load_classifier(run: Path, device: torch.device) -> LoadedClassifier:
-    """Build the classifier of a run again, with its averaged weights, in evaluation mode."""
+    """Load the classifier of a run with its EMA weights, in evaluation mode."""
     checkpoint, loaded = _read_checkpoint(run, None, "ema", NoisyClassifier.task)
     classifier = _rebuild(NoisyClassifier, checkpoint, "ema", device)
     return LoadedClassifier(checkpoint.info, loaded.step, loaded.digest, classifier)
@@ -92,7 +92,7 @@ def load_classifier(run: Path, device: torch.device) -> LoadedClassifier:
 def load_autoencoder(
     run: Path, device: torch.device, weights: Weights = "ema", step: Step = None
 ) -> LoadedAutoencoder:
-    """Build the autoencoder of a run again from its newest checkpoint, or another one, in evaluation mode."""
+    """Load the autoencoder of a run from its newest checkpoint, or that of a step, in evaluation mode."""
     checkpoint, loaded = _read_checkpoint(run, step, weights, AutoencoderKL.task)
     network = _build_network(checkpoint, weights)
     if not isinstance(network, AutoencoderKL):
@@ -102,15 +102,13 @@ def load_autoencoder(
 
 
 def load_latents(run: Path, info: CheckpointInfo, device: torch.device) -> Latents:
-    """Return the latents that the network of a run works in; UsageError if their autoencoder is not beside it."""
+    """Return the latent space of a run; UsageError if the run folder lacks its autoencoder or it cannot be read."""
     path, shape, latent = run / AUTOENCODER, info.shape, info.latent
     assert latent is not None
     try:
         state = read_weights(path)
-        with (
-            torch.device("meta"),
-            _limit_tensors(len(state)),
-        ):  # its size is that of its weights, or it is not built
+        # Check the size on the meta device first, because an untrusted configuration can ask for any size.
+        with torch.device("meta"), _limit_tensors(len(state)):
             network = build(latent.autoencoder, shape, None)
             if not isinstance(network, AutoencoderKL) or network.latent_shape(shape) != latent.shape:
                 raise FormatError("its latents have another shape than the model's")
@@ -120,7 +118,11 @@ def load_latents(run: Path, info: CheckpointInfo, device: torch.device) -> Laten
         autoencoder = build(latent.autoencoder, shape, None)
         autoencoder.load_state_dict(state)
         return Latents(autoencoder.to(device), shape, latent.mean, latent.std)
-    except (OSError, ValueError, RuntimeError) as error:  # sizes of a stranger's fail in many ways
+    except (
+        OSError,
+        ValueError,
+        RuntimeError,
+    ) as error:  # sizes in untrusted files cause many types of errors
         raise UsageError(
             path,
             NO_VALUE,
@@ -130,7 +132,7 @@ def load_latents(run: Path, info: CheckpointInfo, device: torch.device) -> Laten
 
 
 def _read_checkpoint(run: Path, step: Step, weights: Weights, task: str) -> tuple[Checkpoint, Loaded]:
-    """Return a checkpoint of a run, checked to be of the task and to fit its model."""
+    """Read a checkpoint of a run, and check its task and the shapes of its weights."""
     path, checkpoint = _find_checkpoint(run, step)
     info = checkpoint.info
     if info.task != task:
@@ -157,7 +159,7 @@ def _read_checkpoint(run: Path, step: Step, weights: Weights, task: str) -> tupl
 
 
 def _find_checkpoint(run: Path, step: Step) -> tuple[Path, Checkpoint]:
-    """Return the newest whole checkpoint of a run, or the one of a step."""
+    """Return the newest intact checkpoint of a run, or the one of a step."""
     if step is None and (found := newest(run)) is not None:
         if found.remark is not None and Distributed().is_main:
             print(f"diffuse: {found.remark}", file=sys.stderr)
@@ -177,7 +179,7 @@ def _find_checkpoint(run: Path, step: Step) -> tuple[Path, Checkpoint]:
 
 
 def _check_fit(path: Path, info: CheckpointInfo, state: Mapping[str, Tensor]) -> None:
-    """Raise UsageError unless the weights are those of the model, which is built without any for that."""
+    """Raise UsageError unless the weights fit the model; the model is built on the meta device for this check."""
     try:
         with torch.device("meta"), _limit_tensors(len(state)):
             network = build(info.config.model, info.network_shape, info.num_classes)
@@ -186,7 +188,7 @@ def _check_fit(path: Path, info: CheckpointInfo, state: Mapping[str, Tensor]) ->
             raise FormatError("the weights do not fit the model")
         build(info.config.schedule)
         build(info.config.parameterization)
-    except Exception as error:  # sizes of a stranger's fail in many ways
+    except Exception as error:  # sizes in untrusted files cause many types of errors
         raise UsageError(
             path, NO_VALUE, f"its model cannot be built ({reason(error)})", "choose another run"
         ) from error
@@ -194,7 +196,7 @@ def _check_fit(path: Path, info: CheckpointInfo, state: Mapping[str, Tensor]) ->
 
 @contextlib.contextmanager
 def _limit_tensors(tensors: int) -> Iterator[None]:
-    """Raise FormatError where a network of more tensors is built: a stranger's options may ask for one without end."""
+    """Raise FormatError if a network with more tensors is built, because untrusted options can ask for any number."""
     built = 0
 
     def count(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
@@ -220,7 +222,7 @@ def _rebuild(kind: type[ModelT], checkpoint: Checkpoint, weights: Weights, devic
 
 
 def _build_network(checkpoint: Checkpoint, weights: Weights) -> nn.Module:
-    """Return the network of a checkpoint, built and filled."""
+    """Return the network of a checkpoint, with its weights."""
     info = checkpoint.info
     network = build(info.config.model, info.network_shape, info.num_classes)
     network.load_state_dict(checkpoint.weights(weights))

@@ -1,18 +1,18 @@
-"""The files of a manifest, which tasks on several machines write at the same time without any lock.
+"""The manifest of a folder of images, which several machines can write concurrently without a lock.
 
-`manifest.json` contains the settings of the images in a folder, and which images are there. The protocol:
+`manifest.json` contains the settings of the images in a folder, and the list of the images. The protocol:
 
-* Claim: the first task creates `manifest.json` with its whole content in one step that the file server decides. The
-  others find it, and compare their settings with it. A task lists the folder before it looks for `manifest.json`:
-  every image is younger than the manifest, so a task that lists an image of another task also finds the manifest.
-* Records: a process adds what it has done to a file of its own, `.manifest/RANDOM.json`, that no other process writes.
-* Merging: readers merge all records with `manifest.json`. After a process has written its record, it writes the merged
-  manifest to `manifest.json`, then reads the records again, until `manifest.json` lacks nothing. The process that
-  writes last has seen all records, so that `manifest.json` is whole once the last task has ended. The temporary file
-  of `manifest.json` lies in `.manifest`, because a client of NFS lists a folder anew after it has changed the folder.
+* Claim: the first task creates `manifest.json` with its full content in one atomic step. Other tasks find the file and
+  compare their settings with it. A task lists the folder before it checks for `manifest.json`. Images are written after
+  the manifest, so a task that lists an image of another task also finds the manifest.
+* Records: each process adds its work to its own file `.manifest/RANDOM.json`, which no other process writes.
+* Merging: readers merge all records with `manifest.json`. A process that has written its record writes the merged
+  manifest to `manifest.json` and reads the records again, until `manifest.json` contains all of them. The last writer
+  has read all records, so `manifest.json` is complete when the last task ends. The temporary file of `manifest.json`
+  is in `.manifest`, because an NFS client lists a folder again after changing it.
 
-Records stay: a slow process may still replace `manifest.json` by what it merged before. Only a claim removes records,
-namely those that it listed before it found `manifest.json` missing: their manifest was removed by the user.
+Records are not deleted, because a slow process may still overwrite `manifest.json` with an older merge. Only a claim
+deletes records: those that it listed before it found no `manifest.json`, because the user has deleted their manifest.
 """
 
 import json
@@ -36,7 +36,7 @@ RECORDS = ".manifest"
 
 
 def create(folder: Path, manifest: Mapping[str, Any]) -> None:
-    """Create `manifest.json`, unless another process has done so; OSError as `writing`."""
+    """Create `manifest.json`, unless it exists; OSError as `writing`."""
     path = folder / MANIFEST
     temporary = temporary_path(path)
     with writing(path):
@@ -50,9 +50,9 @@ def create(folder: Path, manifest: Mapping[str, Any]) -> None:
 
 @contextmanager
 def replacing(folder: Path, name: str) -> Iterator[Path]:
-    """Give a temporary path in `.manifest` to write to; at the end it takes the place of the file in one step.
+    """Yield a temporary path in `.manifest`; on exit it atomically replaces the file `name`.
 
-    It is for `manifest.json` and what is derived from it. Raises OSError as `writing`.
+    Use it for `manifest.json` and files derived from it. Raises OSError as `writing`.
     """
     temporary = temporary_path(folder / RECORDS / name)
     with writing(folder / name):
@@ -66,17 +66,17 @@ def replacing(folder: Path, name: str) -> Iterator[Path]:
 
 
 def record_files(folder: Path) -> list[Path]:
-    """The records of all processes."""
+    """Return the record files of all processes."""
     return sorted((folder / RECORDS).glob("[0-9a-f]*.json"))
 
 
 def read_records(folder: Path) -> dict[Path, Any]:
-    """The content of all records by file; UsageError about a damaged one."""
+    """Return the content of all records by file; UsageError for a damaged record."""
     found = {}
     for path in record_files(folder):
         try:
             found[path] = migrated(read_json(path, LONGEST_MANIFEST, MOST_IN_MANIFEST))
-        except FileNotFoundError:  # removed by a new claim
+        except FileNotFoundError:  # deleted by a new claim
             continue
         except FormatError as error:
             raise UsageError(path, NO_VALUE, str(error), "remove it, or choose another output=") from error
@@ -84,7 +84,7 @@ def read_records(folder: Path) -> dict[Path, Any]:
 
 
 def add_record(folder: Path, additions: Mapping[str, Any]) -> None:
-    """Add to this process's own record; OSError as `writing`."""
+    """Add to the record of this process; OSError as `writing`."""
     path = folder / RECORDS / f"{_own_name(os.getpid())}.json"
     before = migrated(read_json(path, LONGEST_MANIFEST, MOST_IN_MANIFEST)) if path.is_file() else {}
     with atomic_write(path) as temporary:
@@ -93,12 +93,12 @@ def add_record(folder: Path, additions: Mapping[str, Any]) -> None:
 
 @cache
 def _own_name(pid: int) -> str:
-    """The name of the record of this process; a forked child has its own."""
+    """Return the name of the record of a process; a forked child gets another name."""
     return secrets.token_hex(8)
 
 
 def merge(manifest: Mapping[str, Any], *records: Mapping[str, Any]) -> dict[str, Any]:
-    """A manifest with the seeds and results of all records, and their largest number of network calls."""
+    """Return a manifest with the seeds and results of all records, and the maximum of their network calls."""
     merged = dict(manifest)
     for record in records:
         if "seeds" in record:

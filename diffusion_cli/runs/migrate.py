@@ -1,7 +1,7 @@
-"""What earlier versions wrote, in the words of this version.
+"""Convert files of earlier versions to the names of this version.
 
-Checkpoints have a format number. Configurations (`config.yaml`, a user's own option files), manifests and results have
-none, so each migration leaves what is newer as it is, and they take all of them.
+Checkpoints have a format number. Configurations (`config.yaml`, option files of a user), manifests and results have
+none, so all migrations are applied to them, and each migration leaves newer data unchanged.
 """
 
 from collections.abc import Callable, Mapping
@@ -20,7 +20,7 @@ CLASSES_OF_FORMAT_4 = {
     "samplers.EDM": "samplers.EDMSampler",
     "training.autoencoder_loss.Reconstruction": "training.autoencoder_loss.ReconstructionLoss",
 }
-"""Classes that have another name since format 4, by their present modules."""
+"""Classes renamed after format 4, with their present modules: old name to new name."""
 MODULES_OF_FORMAT_4 = {
     "guidance": "diffusion.guidance",
     "objective": "diffusion.objectives",
@@ -29,7 +29,7 @@ MODULES_OF_FORMAT_4 = {
     "schedules": "diffusion.schedules",
     "times": "diffusion.time_sampling",
 }
-"""Modules of the package that moved after format 4, whose classes configurations name."""
+"""Modules moved after format 4: old path to new path."""
 KEYS_OF_FORMAT_5 = {
     "accumulate": "accumulate_grad_batches",
     "equal_size_floor": "equal_size_reference",
@@ -42,16 +42,16 @@ KEYS_OF_FORMAT_5 = {
     "ratio_to_floor": "ratio_to_reference",
     "times": "time_sampling",
 }
-"""Keys of configurations and results that have another name since format 5."""
+"""Keys of configurations and results renamed after format 5."""
 SPLITS_OF_FORMAT_5 = {"held_out": "val"}
-"""Splits of data sets that have another name since format 5."""
+"""Dataset splits renamed after format 5."""
 
 
 def migrated(value: Any, written: int = OLDEST) -> Any:
-    """Return plain data of a format, with all that lies in it, in the words of this version.
+    """Return nested plain data with the names of this version.
 
     Args:
-        value: mappings, lists, text, numbers; not changed.
+        value: mappings, lists, text, numbers; not modified.
         written: format number of the version that wrote it, from OLDEST to FORMAT.
     """
     for number in range(written, FORMAT):
@@ -60,7 +60,7 @@ def migrated(value: Any, written: int = OLDEST) -> Any:
 
 
 def as_of_format_4(value: Any) -> Any:
-    """Return plain data of this version in the words of format 4, for fingerprints that must not change."""
+    """Return plain data with the names of format 4, for fingerprints that must not change."""
     former_classes = {new: old for old, new in CLASSES_OF_FORMAT_4.items()}
     former_modules = {new: old for old, new in MODULES_OF_FORMAT_4.items()}
 
@@ -77,7 +77,7 @@ def as_of_format_4(value: Any) -> Any:
 
 
 def key_of_format_4(key: str) -> str:
-    """Return a dotted key in the words of format 4, for names of runs that must not change."""
+    """Return a dotted key with the names of format 4, for names of runs that must not change."""
     former = {new: old for old, new in KEYS_OF_FORMAT_5.items()}
     return ".".join(former.get(part, part) for part in key.split("."))
 
@@ -88,28 +88,28 @@ def migrated_column(name: str) -> str:
 
 
 def result_name(split: str, row: int) -> str:
-    """Return the name of the edit of an image of a data set, by which a stopped edit finds its results."""
+    """Return the file name of the edit of a dataset image; it must not change, so that stopped edits can resume."""
     former = {new: old for old, new in SPLITS_OF_FORMAT_5.items()}
     return f"{former.get(split, split)}_{row:05d}"
 
 
 def _rename_classes(value: Any) -> Any:
-    """Format 4 to 5: modules moved into folders, and classes got names of their own."""
+    """Convert format 4 to 5: modules moved into packages, and classes were renamed."""
     return _with_targets(value, _renamed)
 
 
 def _rename_words(value: Any) -> Any:
-    """Format 5 to 6: keys and splits have the field's names."""
+    """Convert format 5 to 6: keys and splits were renamed."""
     return _with_keys(_with_splits(value, SPLITS_OF_FORMAT_5), KEYS_OF_FORMAT_5)
 
 
 def _with_targets(value: Any, rename: Callable[[Any], Any]) -> Any:
-    """Plain data with other names of classes."""
+    """Return plain data with class names renamed."""
     return _mapped(value, lambda key, item: (key, rename(item) if key == "_target_" else item))
 
 
 def _with_keys(value: Any, names: Mapping[str, str]) -> Any:
-    """Plain data with other names of keys; a mapping without a class is no value of theirs, but a user's file names."""
+    """Return plain data with keys renamed, except keys of mappings without `_target_`, which may be file names."""
 
     def entry(key: Any, item: Any) -> tuple[Any, Any]:
         return names.get(key, key) if not isinstance(item, Mapping) or "_target_" in item else key, item
@@ -118,7 +118,7 @@ def _with_keys(value: Any, names: Mapping[str, str]) -> Any:
 
 
 def _with_splits(value: Any, names: Mapping[str, str]) -> Any:
-    """Plain data with other names of splits: as `split`, in `name` as data/split, and as keys of `cache`."""
+    """Return plain data with splits renamed: values of `split`, parts of `name` (data/split), and keys of `cache`."""
 
     def entry(key: Any, item: Any) -> tuple[Any, Any]:
         if key == "split" and isinstance(item, str):
@@ -134,7 +134,7 @@ def _with_splits(value: Any, names: Mapping[str, str]) -> Any:
 
 
 def _mapped(value: Any, entry: Callable[[Any, Any], tuple[Any, Any]]) -> Any:
-    """Plain data with other keys and values in all its mappings."""
+    """Return plain data with each key and value of all mappings replaced by `entry`."""
     if isinstance(value, Mapping):
         return dict(entry(key, _mapped(item, entry)) for key, item in value.items())
     return [_mapped(item, entry) for item in value] if isinstance(value, list | tuple) else value

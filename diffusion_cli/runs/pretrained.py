@@ -1,4 +1,4 @@
-"""Autoencoders that others have trained and published, in the folders of diffusers."""
+"""Load pretrained autoencoders in the folder format of diffusers."""
 
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
@@ -20,7 +20,7 @@ Count = Annotated[int, Field(gt=0, le=64)]
 
 
 class _DiffusersConfig(BaseModel):
-    """Those fields of config.json that the network depends on; what is left out has the value that diffusers gives."""
+    """Fields of config.json that the network depends on, with the defaults of diffusers."""
 
     model_config = ConfigDict(strict=True, extra="ignore")
     class_name: Literal["AutoencoderKL"] = Field(alias="_class_name")
@@ -39,7 +39,7 @@ class _DiffusersConfig(BaseModel):
 
 
 class Pretrained(NamedTuple):
-    """An autoencoder with its weights, and the options that it is built of."""
+    """An autoencoder with its weights, and the options to build it."""
 
     network: AutoencoderKL
     in_channels: int
@@ -47,13 +47,13 @@ class Pretrained(NamedTuple):
 
 
 def from_diffusers(folder: Path, key: str) -> Pretrained:
-    """The autoencoder of a folder of diffusers, with its weights, in evaluation mode on the CPU.
+    """Load an autoencoder from a folder of diffusers, in evaluation mode on the CPU.
 
-    It, or its folder `vae` as in a pipeline, holds config.json and diffusion_pytorch_model.safetensors. Factors that
-    scale the latents are not looked at.
+    The folder, or its subfolder `vae` in a pipeline, contains config.json and diffusion_pytorch_model.safetensors.
+    Scaling factors of the latents are ignored.
 
-    Raises UsageError, about the option called `key`, for another network, for files that are damaged or not there,
-    and for pickled weights, which could run code.
+    Raises UsageError, about the option `key`, for another network, for missing or damaged files, and for pickled
+    weights, which could run code.
     """
     try:
         folder = folder / "vae" if (folder / "vae" / "config.json").is_file() else folder
@@ -61,7 +61,9 @@ def from_diffusers(folder: Path, key: str) -> Pretrained:
         channels = options.pop("in_channels")
         shape = (channels, *[2 ** (len(options["channel_mult"]) - 1)] * 2)
         state = read_weights(folder / WEIGHTS)
-        with torch.device("meta"):  # its size is that of its weights, or it is not built
+        with torch.device(
+            "meta"
+        ):  # check the size first, because an untrusted config.json can ask for any size
             check_fit(folder / WEIGHTS, AutoencoderKL(shape, None, **options), state)
     except (OSError, ValueError) as error:
         raise UsageError(
@@ -86,7 +88,7 @@ def _read_config(path: Path) -> _DiffusersConfig:
 
 
 def _options(config: _DiffusersConfig) -> dict[str, Any]:
-    """The arguments of our network that a configuration means, and `in_channels`; UsageError where there are none."""
+    """Return the arguments of our network and `in_channels`; UsageError for an unsupported configuration."""
     widths = config.block_out_channels
     same = {
         "out_channels": config.in_channels,

@@ -1,4 +1,4 @@
-"""What a checkpoint says of its run, checked before anything is made of it."""
+"""Schema of the `diffuse` entry of a checkpoint. It is validated before anything is built from it."""
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -31,7 +31,7 @@ from diffusion_cli.system.untrusted import plain
 LARGEST_NUMBER = 10**6
 MOST_PIXELS = 2**28
 MOST_MADE = 2**27
-"""Numbers of a generated dataset; a float64 copy of them is 1 GiB."""
+"""Most values of a generated dataset; in float64 they take 1 GiB."""
 BUILT = ("schedule", "parameterization", "model")
 STRICT = ConfigDict(strict=True, extra="forbid", frozen=True)
 OPEN = ConfigDict(strict=True, extra="allow", frozen=True)
@@ -44,7 +44,7 @@ Sizes = Annotated[
     AS_TUPLE,
     PlainSerializer(list),
 ]
-"""Channels, then the sizes in space; a list in a file."""
+"""Channels, then the spatial sizes; stored as a list."""
 StoredFormat = Annotated[
     InstanceOf[SampleFormat],
     BeforeValidator(lambda value: form_of(value) if isinstance(value, Mapping) else value),
@@ -53,7 +53,7 @@ StoredFormat = Annotated[
 
 
 class LatentInfo(BaseModel):
-    """The latents that a denoiser works in."""
+    """The latent space of a denoiser."""
 
     model_config = STRICT
     shape: Sizes
@@ -61,13 +61,13 @@ class LatentInfo(BaseModel):
     """Mean of each channel over the training images."""
     std: list[Annotated[Finite, Field(gt=0)]]
     autoencoder: dict[str, Any]
-    """The node that the autoencoder is built of."""
+    """Configuration of the autoencoder."""
     sha256: str
     """SHA-256 of the autoencoder's weights."""
     source: str
-    """The run or the folder that the autoencoder was taken from."""
+    """Run or folder of the autoencoder."""
     cache: dict[Literal["train", "val"], Annotated[str, Field(pattern=r"^[0-9a-f]{16}$")]]
-    """Name of the encoded images of each split in the cache."""
+    """Cache name of the encoded images of each split."""
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -88,7 +88,7 @@ class StageInfo(BaseModel):
 
 
 class StoredConfig(BaseModel):
-    """The training configuration in a checkpoint, with types for the keys that are read from it."""
+    """The training configuration in a checkpoint, with types for the keys that `diffuse` reads."""
 
     model_config = OPEN
     max_steps: PositiveInt | None
@@ -102,33 +102,33 @@ class StoredConfig(BaseModel):
 
 
 class CheckpointInfo(BaseModel):
-    """The `diffuse` entry of a checkpoint: all that is needed to build its model and to recognise its data."""
+    """The `diffuse` entry of a checkpoint: the information to build its model and identify its data."""
 
     model_config = ConfigDict(strict=True, extra="ignore", frozen=True)
     format: int = FORMAT
     task: str
     num_images: NonNegativeInt
-    """Training images."""
+    """Number of training images."""
     config: StoredConfig
     shape: Sizes
     """Shape of the dataset's images; with progressive resolution, of the last stage."""
     form: StoredFormat
     latent: LatentInfo | None = None
-    """None for pixels."""
+    """None for pixel space."""
     num_classes: PositiveInt | None = None
     class_names: Annotated[tuple[str, ...], AS_TUPLE, PlainSerializer(list)] | None = None
-    """Names in the order of the labels."""
+    """Class names, in the order of the labels."""
     class_counts: list[NonNegativeInt] | None = None
-    """Training images of each class; None without classes, or of an early version."""
+    """Training images per class; None without classes, or for early versions."""
     stages: Annotated[list[StageInfo], Field(min_length=1)] | None = None
     """Stages of progressive resolution; None for one size."""
     data_rules: PositiveInt = 1
-    """Version of the rules by which files became images."""
+    """Version of the rules that select and convert files."""
     data_sha256: str | None = None
-    """SHA-256 of the fingerprints of the images; None of an early version."""
+    """SHA-256 of the fingerprints of the images; None for early versions."""
     labels_sha256: str | None = None
     precision: NumberFormat | None = None
-    """Number format of the training; None of an early version."""
+    """Number format of the training; None for early versions."""
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -137,7 +137,7 @@ class CheckpointInfo(BaseModel):
         return self
 
     def _problems(self) -> Iterator[Problem]:
-        """Yield what does not go together."""
+        """Yield the inconsistencies between entries."""
         config, names, counts = self.config, self.class_names, self.class_counts
         if math.prod(self.shape) > MOST_PIXELS:
             yield Problem("shape", list(self.shape), "is too large for an image")
@@ -159,24 +159,24 @@ class CheckpointInfo(BaseModel):
 
     @property
     def network_shape(self) -> Shape:
-        """Shape of the network's input: the images, or their latents."""
+        """Shape of the network's input, an image or a latent."""
         return self.shape if self.latent is None else self.latent.shape
 
     @property
     def label_dropout(self) -> float:
-        """Share of the training images that the denoiser saw without a label."""
+        """Probability of training without the label, for classifier-free guidance."""
         return self.config.objective["label_dropout"]
 
     @property
     def trained_classes(self) -> list[int]:
-        """Classes with training images; all classes if the images were not counted."""
+        """Classes with training images; all classes if `class_counts` is None."""
         if self.class_counts is None:
             return list(range(self.num_classes or 0))
         return [label for label, count in enumerate(self.class_counts) if count]
 
     @property
     def resolution_schedule(self) -> ResolutionSchedule | None:
-        """The stages of progressive resolution; None for one size."""
+        """Stages of progressive resolution; None for one size."""
         if self.stages is None:
             return None
         return ResolutionSchedule(
@@ -190,9 +190,9 @@ class _Objective(BaseModel):
 
 
 def parse_info(entry: Mapping[str, Any]) -> CheckpointInfo:
-    """Return the `diffuse` entry of a checkpoint as an object.
+    """Validate the `diffuse` entry of a checkpoint.
 
-    Raises FormatError if it is no plain data, and UsageError with all that is wrong.
+    Raises FormatError if it is not plain data, and UsageError with all problems.
     """
     plain(entry)
     info, problems = validate(CheckpointInfo, entry)
@@ -202,7 +202,7 @@ def parse_info(entry: Mapping[str, Any]) -> CheckpointInfo:
 
 
 def _lead_to(shape: Shape, stages: Sequence[StageInfo]) -> bool:
-    """Whether stages follow each other, of images like those of a shape and not larger."""
+    """Return whether stages start at step 0, are in order, and are not larger than a shape of the same channels."""
     firsts = [stage.first for stage in stages]
     alike = all(len(stage.shape) == len(shape) and stage.shape[0] == shape[0] for stage in stages)
     return (
@@ -214,11 +214,11 @@ def _lead_to(shape: Shape, stages: Sequence[StageInfo]) -> bool:
 
 
 def check_built(info: CheckpointInfo) -> list[Problem]:
-    """Return what is wrong with the nodes of a checkpoint that its model is built of."""
+    """Return the problems of the configuration nodes that the model of a checkpoint is built from."""
     nodes = [(key, node) for key in BUILT if (node := getattr(info.config, key)) is not None]
     nodes += [] if info.latent is None else [("model", info.latent.autoencoder)]
     problems = [problem for key, node in nodes for problem in check_node(key, node)]
-    # A larger table or network could not be trained, but it could be asked for.
+    # An untrusted checkpoint can ask for a table or network of any size.
     large = {f"{key}={number}" for key, node in nodes for number in _numbers(node) if number > LARGEST_NUMBER}
     return problems + [
         Problem(words, NO_VALUE, f"is larger than {LARGEST_NUMBER}") for words in sorted(large)
@@ -226,9 +226,9 @@ def check_built(info: CheckpointInfo) -> list[Problem]:
 
 
 def check_dataset(node: Mapping[str, Any], shape: Sequence[int]) -> list[Problem]:
-    """What is wrong with the dataset of a checkpoint, of samples of a shape, one line each."""
+    """Return the problems of the dataset of a checkpoint, for samples of a shape."""
     mistakes = check_node("dataset", node)
-    # A dataset that is made, not read, takes the memory that its size asks for.
+    # A generated dataset allocates memory in proportion to its size.
     if not mistakes and node.get("size", 0) * math.prod(shape) > MOST_MADE:
         mistakes.append(
             Problem("dataset.size", node["size"], f"needs more than {MOST_MADE} numbers in total")
@@ -237,7 +237,7 @@ def check_dataset(node: Mapping[str, Any], shape: Sequence[int]) -> list[Problem
 
 
 def _numbers(node: Any) -> Iterator[int]:
-    """The whole numbers in plain data."""
+    """Yield the integers in plain data."""
     if isinstance(node, int):
         yield node
     elif isinstance(node, Mapping | list):

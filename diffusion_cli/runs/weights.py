@@ -1,4 +1,4 @@
-"""Weights of networks as safetensors, and their digests."""
+"""Read and write weights as safetensors, and compute their digests."""
 
 import hashlib
 import re
@@ -13,12 +13,15 @@ from diffusion_cli.networks import AutoencoderKL
 from diffusion_cli.system.files import atomic_write
 from diffusion_cli.system.untrusted import reason, regular
 
-# What the layers of attention were called before they became linear ones like all others.
+# Attention layers renamed by diffusers: old name to new name.
 RENAMED = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
-    """The tensors of a safetensors file by their present names, in float32; FormatError or UsageError if it is none."""
+    """Return the tensors of a safetensors file in float32, by their present names.
+
+    Raises FormatError for pickled weights or a special file, and UsageError for a file that is not safetensors.
+    """
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
@@ -37,7 +40,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
 
 
 def check_fit(path: Path, network: AutoencoderKL, state: Mapping[str, Tensor]) -> None:
-    """Raise UsageError unless the tensors of a file are the weights of a network, by name and shape."""
+    """Raise UsageError unless the tensors of a file match the weights of a network in name and shape."""
     wanted = network.state_dict()
     for name in sorted(wanted.keys() ^ state.keys()):
         raise UsageError(
@@ -60,7 +63,7 @@ def save_weights(network: nn.Module, path: Path) -> None:
 
 
 def digest(state: Mapping[str, Tensor]) -> str:
-    """SHA-256 of named tensors: names, types, shapes and bytes."""
+    """Return the SHA-256 of named tensors: of their names, dtypes, shapes and bytes."""
     sha = hashlib.sha256()
     for key, value in sorted(state.items()):
         sha.update(f"{key} {value.dtype} {tuple(value.shape)}".encode())

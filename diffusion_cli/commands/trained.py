@@ -112,7 +112,7 @@ def dataset_of(folder: Path, trained: Loaded, data_dir: str, paths: Mapping[str,
             folder,
             NO_VALUE,
             f"was made by another version of diffuse: {'; '.join(map(str, mistakes))}",
-            "name another run",
+            "choose another run",
         )
     node |= {key: value for key, value in FRUGAL.items() if key in node}
     dataset: Dataset = build(as_begun(node, trained.info.data_rules), data_dir)

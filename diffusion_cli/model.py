@@ -180,9 +180,7 @@ def option(group: str, name: str, *supplied: Any, **arguments: Any) -> Any:
     if isinstance(node, dict) and "_target_" not in node:
         node = node.get(name)  # a group with several options at once
     if not isinstance(node, dict) or "_target_" not in node:
-        raise UsageError(
-            "group", group, f"{name} is not an option with a class of its own", "use it in a command"
-        )
+        raise UsageError("group", group, f"option {name} has no class to build", "use it in a command")
     written = {key: text for key, text, _ in configuration.documented(options[name], group)}
     node |= arguments
     mistakes = {str(mistake.key): mistake for mistake in check_node(group, node)}
@@ -264,7 +262,7 @@ class Model:
             Images as stored, [N, *shape], on the CPU.
 
         Raises:
-            UsageError: for settings that do not go together or do not suit the model.
+            UsageError: for settings that are incompatible with each other or the model.
 
         Example:
             >>> load("outputs/demo").sample(4, steps=5).shape
@@ -362,7 +360,7 @@ class Model:
             override "variations=V" gives V consecutive results per image, B * V in all.
 
         Raises:
-            UsageError: for settings that do not go together, or images of another shape.
+            UsageError: for incompatible settings, or images of another shape.
 
         Example:
             >>> model = load("outputs/demo")
@@ -424,7 +422,7 @@ class Model:
             Results by name, each with details and protocol. They are not added to metrics.json.
 
         Raises:
-            UsageError: for settings that do not go together, or too few samples for a metric.
+            UsageError: for incompatible settings, or too few samples for a metric.
 
         Example:
             >>> model = load("outputs/demo")

@@ -168,7 +168,7 @@ def test_images_go_to_the_space_of_the_model_and_back(here):
         (lambda m: diffuse.load("outputs/denoiser", step=-1), "step=-1: must be"),
         (lambda m: diffuse.load("outputs/denoiser", device="gpu"), "device=gpu: must be auto, cpu or cuda"),
         (lambda m: diffuse.train("task=classifier", "max_steps=1"), "task=classifier: trains no denoiser"),
-        (lambda m: diffuse.option("task", "autoencoder"), "group=task: autoencoder is not an option with a class"),
+        (lambda m: diffuse.option("task", "autoencoder"), "group=task: option autoencoder has no class"),
         (lambda m: diffuse.load("outputs/class_conditional").denoise(torch.zeros(1, 1, 8, 8), 0.5, [10]), "0 to 9"),
         (lambda m: diffuse.load("outputs/classifier"), "was trained with task=classifier"),
         (lambda m: diffuse.option("samplr", "ddim"), "group=samplr: unknown group; did you mean sampler?"),

@@ -40,7 +40,7 @@ def optional() -> Iterator[None]:
 
 def report_damage(path: Path, error: BaseException) -> None:
     """Print one line about a damaged file that is recreated."""
-    print(f"diffuse: {printable(f'{path}: is damaged ({reason(error)})')}; making it again", file=sys.stderr)
+    print(f"diffuse: {printable(f'{path}: is damaged ({reason(error)})')}; recreating it", file=sys.stderr)
 
 
 # --- Large files ---------------------------------------------------------

@@ -36,7 +36,7 @@ def set_batch_progress(checkpoint: dict[str, Any], batches: int) -> None:
 
 
 def cpu_has_bf16() -> bool:
-    """Whether the CPU has bfloat16 instructions, AVX512-BF16 or AMX; tested with torch 2.14.
+    """Return whether the CPU has bfloat16 instructions, AVX512-BF16 or AMX; tested with torch 2.14.
 
     `torch.backends.cpu.get_cpu_capability` names neither.
     """
@@ -56,12 +56,12 @@ def count_in_group(key: str) -> int:
 
 
 def is_compiled(network: "nn.Module") -> bool:
-    """Whether `network.compile()` was called, which torch has no public attribute for; tested with torch 2.14."""
+    """Return whether `network.compile()` was called; torch has no public API. Tested with torch 2.14."""
     return network._compiled_call_impl is not None
 
 
 def compile_error() -> type[Exception]:
-    """The base class of what `torch.compile` raises, which torch does not export; tested with torch 2.14.
+    """Return the base class of `torch.compile` errors, which torch does not export; tested with torch 2.14.
 
     Its module takes as long to import as torch.
     """
@@ -71,9 +71,9 @@ def compile_error() -> type[Exception]:
 
 
 def untrained_lpips(network: Literal["alex", "vgg", "squeeze"]) -> Any:
-    """torchmetrics' LPIPS with its linear layers and a random backbone; tested with torchmetrics 1.9.
+    """Return torchmetrics' LPIPS, trained but for a random backbone; tested with torchmetrics 1.9.
 
-    The public class downloads a backbone, by a URL of its own choice.
+    The public class downloads a backbone from a fixed URL.
     """
     from torchmetrics.functional.image.lpips import _NoTrainLpips
 
@@ -81,9 +81,9 @@ def untrained_lpips(network: Literal["alex", "vgg", "squeeze"]) -> Any:
 
 
 def parse_override(text: str) -> "Override":
-    """Parse one override as `hydra.compose` does, which offers no parser of its own; tested with Hydra 1.3.
+    """Parse one override as `hydra.compose` does; Hydra has no public parser. Tested with Hydra 1.3.
 
-    Raises exceptions of Hydra's and antlr's own for text that is no override.
+    Raises exceptions of Hydra and antlr for text that is not an override.
     """
     from hydra.core.override_parser.overrides_parser import OverridesParser
 

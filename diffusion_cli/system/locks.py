@@ -283,7 +283,8 @@ class _Lock:
                 raise _Held(now)
         if owner:
             print(
-                f"diffuse: {self.path}: taken over from {_described(owner)}, which sent none", file=sys.stderr
+                f"diffuse: {self.path}: taken over from {_described(owner)}, which sent no heartbeat",
+                file=sys.stderr,
             )
 
     def _settle(self) -> None:

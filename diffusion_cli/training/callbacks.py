@@ -88,7 +88,7 @@ def stop_if_diverged(module: TrainingModule, last: Path, step: int | None = None
         rate = module.optimizer_config.factor(step) * module.optimizer_config.lr
         kept, place = "there is no checkpoint yet", ""
         if last.is_file():
-            kept, place = f"the last good checkpoint is {last}", " under another name="
+            kept, place = f"the last good checkpoint is {last}", " with another name="
         raise DivergedError(
             what,
             NO_VALUE,

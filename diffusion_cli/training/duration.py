@@ -31,4 +31,4 @@ def warning(config: Node, seconds: float, steps: int) -> str | None:
         if words
         else "add max_time=1h to stop after an hour"
     )
-    return f"{seconds:.1f} s a step without a GPU: {steps:,} steps take about {takes}; {faster}"
+    return f"{seconds:.1f} s per step without a GPU: {steps:,} steps take about {takes}; {faster}"

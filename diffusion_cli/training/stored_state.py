@@ -263,12 +263,12 @@ def _entry_differences(
 def _tensor_differences(stored: Any, expected: Like, key: str, owners: dict[int, str]) -> Iterator[str]:
     like = expected.tensor
     if type(stored) is not Tensor:
-        yield f"{key}: should be a tensor"
+        yield f"{key}: must be a tensor"
         return
     if stored.shape != like.shape or stored.dtype != like.dtype:
         yield (
             f"{key}: is {stored.dtype} {list(stored.shape)}".replace("torch.", "")
-            + f" and should be {like.dtype} {list(like.shape)}".replace("torch.", "")
+            + f" and must be {like.dtype} {list(like.shape)}".replace("torch.", "")
         )
         return
     plain = stored.layout == torch.strided and not (
@@ -299,9 +299,9 @@ def _is_as(stored: Any, expected: Any) -> bool:
 
 def _wanted(expected: Any) -> str:
     if isinstance(expected, OfType):
-        return f"should be of type {expected.type.__name__}"
+        return f"must be of type {expected.type.__name__}"
     if isinstance(expected, Number):
         low = "" if expected.low == -LARGEST else f" from {expected.low:.4g}"
         high = "" if expected.high == LARGEST else f" to {expected.high:.10g}"
-        return f"should be a {'whole' if expected.whole else 'finite'} number{low}{high}"
-    return f"should be {expected}"
+        return f"must be a {'whole' if expected.whole else 'finite'} number{low}{high}"
+    return f"must be {expected}"

@@ -465,7 +465,7 @@ def test_training_names_a_time_of_days(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(callbacks.Progress, "MEASURED", 0.0)
     words = ["train", *TINY, "max_steps=5", "batch_size=16", "preview_every=100", "trainer=cpu", "logger=csv"]
     assert run([*words, f"output_dir={tmp_path}", "precision=fp32"]) == 0
-    assert capsys.readouterr().err.count("s a step without a GPU: 2 steps take about 0 hours; ") == 1
+    assert capsys.readouterr().err.count("s per step without a GPU: 2 steps take about 0 hours; ") == 1
 
 
 def test_the_time_of_a_training():
@@ -476,12 +476,12 @@ def test_the_time_of_a_training():
     }
     assert duration.warning(config, 0.5, 20_000) is None
     assert duration.warning(config, 17.0, 100_000) == (
-        "17.0 s a step without a GPU: 100,000 steps take about 20 days; stop (Ctrl-C) and train with "
+        "17.0 s per step without a GPU: 100,000 steps take about 20 days; stop (Ctrl-C) and train with "
         "model=unet_patch2 dataset.resolution=32 max_steps=20000 name=NEW"
     )
     small = {"schedule": {}, "dataset": {"resolution": 16}, "model": {"_target_": "x.UNet", "channels": 32}}
     assert duration.warning(small, 17.0, 5000) == (
-        "17.0 s a step without a GPU: 5,000 steps take about 24 hours; add max_time=1h to stop after an hour"
+        "17.0 s per step without a GPU: 5,000 steps take about 24 hours; add max_time=1h to stop after an hour"
     )
     points = {
         "schedule": {},

@@ -102,8 +102,8 @@ def filled(value: float) -> Callable[[torch.Tensor], torch.Tensor]:
 ATTACKS: dict[str, Change] = {
     "exp_avg: is float32 [1] and": in_state("exp_avg", lambda _: torch.full((5000,), 7.0)[:1]),
     "exp_avg_sq: is float64": in_state("exp_avg_sq", lambda tensor: tensor.double()),
-    "exp_avg: should be plain numbers": in_state("exp_avg", lambda tensor: torch.ones(()).expand(tensor.shape)),
-    "exp_avg_sq: should be plain numbers": in_state(
+    "exp_avg: must be a plain tensor": in_state("exp_avg", lambda tensor: torch.ones(()).expand(tensor.shape)),
+    "exp_avg_sq: must be a plain tensor": in_state(
         "exp_avg_sq", lambda tensor: tensor.to(memory_format=torch.channels_last).contiguous().flip(0).mT
     ),
     "exp_avg_sq: shares its memory with": lambda checkpoint: state(checkpoint).update(
@@ -111,23 +111,23 @@ ATTACKS: dict[str, Change] = {
     ),
     "exp_avg: has numbers from nan": in_state("exp_avg", filled(math.nan)),
     "exp_avg_sq: has numbers from -1": in_state("exp_avg_sq", filled(-1.0)),
-    "step: has numbers from 9 to 9; should be a finite number from 0 to 2": in_state("step", filled(9.0)),
+    "step: has numbers from 9 to 9; must be a finite number from 0 to 2": in_state("step", filled(9.0)),
     "step: is float32 [3]": in_state("step", lambda _: torch.zeros(3)),
-    "exp_avg: should be a tensor": in_state("exp_avg", lambda _: [0.0]),
+    "exp_avg: must be a tensor": in_state("exp_avg", lambda _: [0.0]),
     "has 1 unknown entries max_exp_avg_sq": lambda checkpoint: state(checkpoint).update(max_exp_avg_sq=torch.ones(1)),
     "exp_avg_sq: is missing": lambda checkpoint: state(checkpoint).pop("exp_avg_sq"),
     "state: has 1 unknown entries": set_in("optimizer_states", 0, "state", 10**6, value={}),
     "optimizer_states: must have 1 items": set_in("optimizer_states", value=[]),
-    "param_groups.0.lr: should be": group("lr", math.inf),
-    "param_groups.0.betas.0: should be": group("betas", (2.0, 0.9)),
-    "param_groups.0.params: should have": group("params", [0]),
-    "param_groups.0.capturable: should be False": group("capturable", True),
-    "param_groups.0.eps: should be": group("eps", torch.ones(3)),
+    "param_groups.0.lr: must be": group("lr", math.inf),
+    "param_groups.0.betas.0: must be": group("betas", (2.0, 0.9)),
+    "param_groups.0.params: must have": group("params", [0]),
+    "param_groups.0.capturable: must be False": group("capturable", True),
+    "param_groups.0.eps: must be": group("eps", torch.ones(3)),
     "lr_schedulers.0: has 1 unknown entries optimizer": scheduler("optimizer", torch.ones(1)),
     "lr_schedulers.0.last_epoch: is missing": lambda checkpoint: checkpoint["lr_schedulers"][0].pop("last_epoch"),
-    "lr_schedulers.0.base_lrs.0: should be": scheduler("base_lrs", [1e9]),
+    "lr_schedulers.0.base_lrs.0: must be": scheduler("base_lrs", [1e9]),
     "lr_schedulers.0.lr_lambdas.0: has 1 unknown": scheduler("lr_lambdas", [{"__wrapped__": 1}]),
-    "lr_schedulers.0.last_epoch: should be": scheduler("last_epoch", -5),
+    "lr_schedulers.0.last_epoch: must be": scheduler("last_epoch", -5),
     "state_dict.model.network.stem.bias: is float32 [7]": set_in(
         "state_dict", "model.network.stem.bias", value=torch.zeros(7)
     ),
@@ -135,12 +135,12 @@ ATTACKS: dict[str, Change] = {
         "state_dict", "times.count", value=torch.full((4,), -1)
     ),
     "state_dict.times.history: is float32 [1, 3]": set_in("state_dict", "times.history", value=torch.zeros(1, 3)),
-    "callbacks.EMA.updates: should be a whole number from 0 to 2": set_in("callbacks", "EMA", "updates", value=3),
-    "callbacks.EMA.updates: should be a whole": set_in("callbacks", "EMA", "updates", value="two"),
-    "callbacks.Stop.elapsed: should be": set_in("callbacks", "Stop", "elapsed", value=-1.0),
-    "callbacks.HeldOutLoss.done: should be": set_in("callbacks", "HeldOutLoss", "done", value=10**400),
+    "callbacks.EMA.updates: must be a whole number from 0 to 2": set_in("callbacks", "EMA", "updates", value=3),
+    "callbacks.EMA.updates: must be a whole": set_in("callbacks", "EMA", "updates", value="two"),
+    "callbacks.Stop.elapsed: must be": set_in("callbacks", "Stop", "elapsed", value=-1.0),
+    "callbacks.HeldOutLoss.done: must be": set_in("callbacks", "HeldOutLoss", "done", value=10**400),
     "loops.fit_loop: must be a mapping": set_in("loops", "fit_loop", value=[]),
-    "loops.fit_loop.epoch_progress.total.ready: should be": set_in(
+    "loops.fit_loop.epoch_progress.total.ready: must be": set_in(
         "loops", "fit_loop", "epoch_progress", "total", "ready", value=None
     ),
     "the checkpoint: has 1 unknown entries native_amp_scaling_state": set_in("native_amp_scaling_state", value={}),
@@ -163,7 +163,7 @@ def test_a_foreign_training_state_is_refused(trained, line):
 )
 def test_the_scale_of_gradients_is_checked_too(trained, name, value):
     scaler = {**trained.checkpoint["MixedPrecision"], name: value}
-    with pytest.raises(ValueError, match=f"MixedPrecision.{name}: should be"):
+    with pytest.raises(ValueError, match=f"MixedPrecision.{name}: must be"):
         check_state(Path("x"), {**trained.checkpoint, "MixedPrecision": scaler}, trained.expected)
 
 
@@ -232,7 +232,7 @@ def test_every_process_refuses_it(tmp_path, capfd, trained, strategy):
     words = ["max_steps=4", "precision=fp32", "trainer.devices=2", f"trainer.strategy={strategy}"]
     assert train(tmp_path, *words) == 2
     error = capfd.readouterr().err
-    assert error.count("exp_avg: is float32 [1] and should be float32 [4, 1, 3, 3]") == 1
+    assert error.count("exp_avg: is float32 [1] and must be float32 [4, 1, 3, 3]") == 1
     assert "Traceback" not in error
 
 
@@ -248,18 +248,18 @@ def test_migrations_of_old_checkpoints_are_not_run(tmp_path, trained, version):
     ("stored", "expected", "line"),
     [
         ({"a": 1}, {"a": Number(0, 1, whole=True)}, None),
-        ({"a": True}, {"a": Number(0, 1)}, "a: should be a finite number from 0 to 1"),
-        ({"a": 1.0}, {"a": Number(0, 1, whole=True)}, "a: should be a whole number from 0 to 1"),
-        ({"a": math.nan}, {"a": Number()}, "a: should be a finite number"),
+        ({"a": True}, {"a": Number(0, 1)}, "a: must be a finite number from 0 to 1"),
+        ({"a": 1.0}, {"a": Number(0, 1, whole=True)}, "a: must be a whole number from 0 to 1"),
+        ({"a": math.nan}, {"a": Number()}, "a: must be a finite number"),
         ({}, {"a": Maybe(1)}, None),
-        ({"a": 2}, {"a": Maybe(1)}, "a: should be 1"),
+        ({"a": 2}, {"a": Maybe(1)}, "a: must be 1"),
         ({"a": 1, "b": 2}, Among({"a": 1}), None),
         ({"a": 1, "b": 2}, {"a": 1}, "the checkpoint: has 1 unknown entries b"),
-        ({"a": "x" * 1001}, {"a": OfType(str)}, "a: should be of type str"),
+        ({"a": "x" * 1001}, {"a": OfType(str)}, "a: must be of type str"),
         ({"a": (1, 2)}, {"a": [1, 2]}, None),
-        ({"a": torch.zeros(2, 2).T}, {"a": Like(torch.zeros(2, 2))}, "a: should be plain numbers"),
+        ({"a": torch.zeros(2, 2).T}, {"a": Like(torch.zeros(2, 2))}, "a: must be a plain tensor"),
         ({"a": torch.zeros(4)[1:3]}, {"a": Like(torch.zeros(2))}, None),
-        ({"a": torch.zeros(2).requires_grad_()}, {"a": Like(torch.zeros(2))}, "a: should be plain numbers"),
+        ({"a": torch.zeros(2).requires_grad_()}, {"a": Like(torch.zeros(2))}, "a: must be a plain tensor"),
         ({"a": torch.zeros(0)}, {"a": Like(torch.zeros(0))}, None),
     ],
 )

@@ -285,7 +285,7 @@ def test_divergence_stops_with_step_rate_and_checkpoint(tmp_path, capsys, monkey
     err = capsys.readouterr().err
     assert "not a finite number at step 5, learning rate 0.001" in err
     assert f"the last good checkpoint is {last}; try a smaller optimizer.lr" in err
-    assert "precision=fp32 under another name=\n" in err  # for this one is of a run with these settings
+    assert "precision=fp32 with another name=\n" in err  # for this one is of a run with these settings
     assert last.read_bytes() == before
 
 

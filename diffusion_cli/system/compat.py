@@ -71,9 +71,9 @@ def compile_error() -> type[Exception]:
 
 
 def untrained_lpips(network: Literal["alex", "vgg", "squeeze"]) -> Any:
-    """Return torchmetrics' LPIPS, trained but for a random backbone; tested with torchmetrics 1.9.
+    """Return torchmetrics' LPIPS with trained linear layers and a random backbone.
 
-    The public class downloads a backbone from a fixed URL.
+    The public class downloads a backbone from a fixed URL. Tested with torchmetrics 1.9.
     """
     from torchmetrics.functional.image.lpips import _NoTrainLpips
 

@@ -305,7 +305,7 @@ def _why(processes: ProcessContext) -> LostProcess:
     """Return an error about processes that ended without an exception."""
     codes = [process.exitcode for process in processes.processes]
     killed = [(rank, -code) for rank, code in enumerate(codes) if code is not None and code < 0]
-    # The launcher sends SIGTERM to the remaining processes, so another signal is the cause.
+    # Remaining processes are ended with SIGTERM, so a process with another signal failed first.
     rank, number = min(killed, key=lambda one: one[1] == signal.SIGTERM, default=(0, 0))
     how = f"was ended by {signal.Signals(number).name}" if number else "failed"
     hint = " (possibly out of memory)" if number == signal.SIGKILL else ""

@@ -212,7 +212,7 @@ class CheckpointCallback(StepCallback):
         trainer.save_checkpoint(path)
         if trainer.is_global_zero:
             copy_checkpoint(path, last)
-            # Later checkpoints, from before the run was set back, are not counted.
+            # Later steps remain from before the run fell back to an earlier checkpoint; they do not count.
             earlier = [old for old in sorted(last.parent.glob("step_*.ckpt")) if old.name <= path.name]
             for old in earlier[: -self.keep_last]:
                 old.unlink(missing_ok=True)

@@ -34,7 +34,7 @@ class LatentSource(NamedTuple):
     autoencoder: dict[str, Any]
     """Configuration node of the autoencoder."""
     source: str
-    """Its origin: a run or a folder of diffusers, as the user named it."""
+    """Its origin as the user named it: a run, or a folder in diffusers format."""
     keys: dict[Split, str] | None
     """Cache keys by split (see `LatentDataset`), if the run resumes."""
 

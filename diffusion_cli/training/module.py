@@ -67,7 +67,7 @@ class LevelMeter(Meter):
         self._sums: Tensor | None = None
 
     def add(self, loss: Tensor, quantile: Tensor, step: int) -> None:
-        """Add the losses [B] of a step; `quantile` [B] locates their noise levels among all."""
+        """Add the losses [B] of a step; `quantile` [B] gives the ranks of their noise levels in [0, 1]."""
         value = loss.detach()
         if self._sums is None:
             self._sums = torch.zeros(2, QUARTILES, device=loss.device)
@@ -154,7 +154,7 @@ class TrainingModule(LightningModule, ABC, Generic[ModelT, MeterT]):
 
     @abstractmethod
     def loss(self, batch: Batch, share: MicroBatch) -> Tensor:
-        """Return the mean loss of a batch and meter it; random numbers are drawn for the global batch."""
+        """Add the losses of a batch to the meter, and return their mean; draws are those of the global batch."""
 
     @abstractmethod
     def val_losses(self, model: Any, batches: Iterable[Batch]) -> Iterator[Tensor]:
@@ -229,7 +229,7 @@ class DenoisingModule(TrainingModule[NoiseConditioned, LevelMeter]):
         self.space = space
 
     def loss(self, batch: Batch, share: MicroBatch) -> Tensor:
-        # Except dropout masks, which differ by process and part: masks of the global batch are too large.
+        # Except dropout masks, which each process and part draws: those of the global batch are too large.
         size, of_all, mine = share
         drawn = self.times(self.model.schedule, torch.rand(size, device=self.device))
         t, weight, quantile = drawn.t[mine], drawn.weight[mine], drawn.quantile[mine]

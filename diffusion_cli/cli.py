@@ -167,7 +167,7 @@ def parse(command: str, words: Sequence[str]) -> Request:
             request.dirs.append(Path(given).expanduser())
             if not given or not request.dirs[-1].is_dir():
                 problem = "no such folder" if given else "no folder given"
-                remedy = "name a folder with <group>/<option>.yaml files"
+                remedy = "give a folder with <group>/<option>.yaml files"
                 problems.append(Problem(f"--config-dir {given}".strip(), NO_VALUE, problem, remedy))
         else:
             others.append(word)

@@ -226,7 +226,7 @@ def _stored(path: Path, facts: dict[str, Any]) -> dict[str, Any] | None:
         results = [result for report in entry["reports"] for result in Report.from_dict(report).results]
         row: Point = entry["row"]
         if not all(isinstance(number, int | float | None) for number in row.values()):
-            raise TypeError("the row should contain numbers")
+            raise TypeError("the row must contain numbers")
         if {key: row[key] for key in row if key not in (CALLS, SECONDS)} != _values(results):
             raise FormatError("the row differs from its reports")
         measured = {_weights(result.protocol) for result in results}

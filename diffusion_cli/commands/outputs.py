@@ -135,21 +135,21 @@ def _checked(manifest: Any) -> dict[str, Any]:
         raise FormatError("has no settings or no versions")
     labels = [0] if settings.get("labels") is None else settings["labels"]
     if labels == []:
-        raise FormatError("labels should not be empty")
+        raise FormatError("labels must not be empty")
     if not isinstance(labels, list) or not all(type(n) is int and 0 <= n < 2**32 for n in labels):
-        raise FormatError("labels should be whole numbers")
+        raise FormatError("labels must be whole numbers in [0, 2^32)")
     shares = settings.get("label_shares")
     if shares is not None and not are_shares(shares, len(labels)):
-        raise FormatError("label_shares should be one positive whole number per label")
+        raise FormatError("label_shares must be one positive whole number per label")
     seed_ranges(manifest.get("seeds", []))
     for key, number in (
         ("step", manifest.get("step", 0)),
         ("network_calls", manifest.get("network_calls", 0)),
     ):
         if type(number) is not int or number < 0:
-            raise FormatError(f"{key} should be a whole number")
+            raise FormatError(f"{key} must be a non-negative whole number")
     if not isinstance(results, dict) or not all(map(_is_result, results.values())):
-        raise FormatError("results should map names to numbers")
+        raise FormatError("results must map names to numbers")
     return manifest
 
 

@@ -197,7 +197,7 @@ def _problems(checkpoint: Checkpoint) -> Iterator[Problem]:
     if type(step) is not int or not 0 <= step < 2**63:
         yield Problem("global_step", NO_VALUE, "is not a number of steps")
     if not isinstance(version, str) or not VERSION.fullmatch(version):
-        yield Problem("pytorch-lightning_version", NO_VALUE, "should be version 2.0 or newer")
+        yield Problem("pytorch-lightning_version", NO_VALUE, "must be version 2.0 or newer")
     if not checkpoint.has_weights("ema"):
         yield Problem("its weights", NO_VALUE, "are missing or incomplete")
 

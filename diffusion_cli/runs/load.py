@@ -118,11 +118,7 @@ def load_latents(run: Path, info: CheckpointInfo, device: torch.device) -> Laten
         autoencoder = build(latent.autoencoder, shape, None)
         autoencoder.load_state_dict(state)
         return Latents(autoencoder.to(device), shape, latent.mean, latent.std)
-    except (
-        OSError,
-        ValueError,
-        RuntimeError,
-    ) as error:  # sizes in untrusted files cause many types of errors
+    except (OSError, ValueError, RuntimeError) as error:  # untrusted sizes cause many types of errors
         raise UsageError(
             path,
             NO_VALUE,
@@ -188,7 +184,7 @@ def _check_fit(path: Path, info: CheckpointInfo, state: Mapping[str, Tensor]) ->
             raise FormatError("the weights do not fit the model")
         build(info.config.schedule)
         build(info.config.parameterization)
-    except Exception as error:  # sizes in untrusted files cause many types of errors
+    except Exception as error:  # untrusted sizes cause many types of errors
         raise UsageError(
             path, NO_VALUE, f"its model cannot be built ({reason(error)})", "choose another run"
         ) from error

@@ -61,9 +61,8 @@ def from_diffusers(folder: Path, key: str) -> Pretrained:
         channels = options.pop("in_channels")
         shape = (channels, *[2 ** (len(options["channel_mult"]) - 1)] * 2)
         state = read_weights(folder / WEIGHTS)
-        with torch.device(
-            "meta"
-        ):  # check the size first, because an untrusted config.json can ask for any size
+        # Check the size on the meta device first, because an untrusted config.json can ask for any size.
+        with torch.device("meta"):
             check_fit(folder / WEIGHTS, AutoencoderKL(shape, None, **options), state)
     except (OSError, ValueError) as error:
         raise UsageError(
@@ -105,7 +104,7 @@ def _options(config: _DiffusersConfig) -> dict[str, Any]:
         )
     if any(width % widths[0] for width in widths):
         raise UsageError(
-            "config.json", NO_VALUE, f"block_out_channels={widths} should be multiples of the first"
+            "config.json", NO_VALUE, f"block_out_channels={widths} must be multiples of the first"
         )
     return {
         "in_channels": config.in_channels,

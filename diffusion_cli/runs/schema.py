@@ -73,7 +73,7 @@ class LatentInfo(BaseModel):
     def _consistent(self) -> Self:
         if not len(self.mean) == len(self.std) == self.shape[0]:
             raise UsageError(
-                "latent.mean", NO_VALUE, f"should have {self.shape[0]} numbers, as should latent.std"
+                "latent.mean", NO_VALUE, f"must have {self.shape[0]} numbers, as must latent.std"
             )
         return self
 
@@ -146,7 +146,7 @@ class CheckpointInfo(BaseModel):
         if (None if names is None else len(names)) != self.num_classes:
             yield Problem("num_classes", self.num_classes, "is not the number of class_names")
         if counts is not None and (len(counts) != self.num_classes or not any(counts)):
-            yield Problem("class_counts", NO_VALUE, "should be one number per class, not all 0")
+            yield Problem("class_counts", NO_VALUE, "must be one number per class, not all 0")
         if "_target_" not in config.dataset:
             yield Problem("dataset", NO_VALUE, "has no _target_")
         if (self.latent is None) != (config.latent.key is None):

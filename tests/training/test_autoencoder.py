@@ -167,7 +167,7 @@ def change(folder: Path, **fields: object) -> None:
         ({"use_quant_conv": False}, "use_post_quant_conv=true contradicts the other fields"),
         ({"down_block_types": ["AttnDownEncoderBlock2D"] * 2}, "must be DownEncoderBlock2D"),
         ({"down_block_types": ["DownEncoderBlock2D"]}, "down_block_types=.* contradicts the other fields"),
-        ({"block_out_channels": [8, 12]}, "should be multiples of the first"),
+        ({"block_out_channels": [8, 12]}, "must be multiples of the first"),
         ({"norm_num_groups": 3}, "norm_groups=3: does not divide"),
         ({"block_out_channels": [8, 32]}, r"is \[\d+.*\], not \["),
         ({"layers_per_block": 2}, "is missing"),

@@ -240,7 +240,7 @@ def test_every_process_refuses_it(tmp_path, capfd, trained, strategy):
 @pytest.mark.parametrize("version", ["0.9.0", "1.5.0dev", "2", "2.0" * 1000, "two", None])
 def test_migrations_of_old_checkpoints_are_not_run(tmp_path, trained, version):
     last = put({**trained.checkpoint, "pytorch-lightning_version": version}, tmp_path)
-    with pytest.raises(ValueError, match="pytorch-lightning_version: should be version 2"):
+    with pytest.raises(ValueError, match="pytorch-lightning_version: must be version 2"):
         read(last)
 
 

@@ -154,7 +154,7 @@ class TrainingModule(LightningModule, ABC, Generic[ModelT, MeterT]):
 
     @abstractmethod
     def loss(self, batch: Batch, share: MicroBatch) -> Tensor:
-        """Add the losses of a batch to the meter, and return their mean; draws are those of the global batch."""
+        """Add the losses of a batch to the meter, and return their mean; draws cover the global batch."""
 
     @abstractmethod
     def val_losses(self, model: Any, batches: Iterable[Batch]) -> Iterator[Tensor]:

@@ -776,7 +776,7 @@ def test_the_trial_is_on_the_device_that_ran_out(monkeypatch):
     assert tried == [("meta", "meta", 1), ("meta", "meta", 2), ("meta", "meta", 4)]
     lasting = RuntimeError("could not create a primitive")  # no trial after this one would go well
     said = str(memory._advice(lasting, cast(Any, module), torch.device("meta"), stages, failed))
-    assert said.endswith("of this meta; try accumulate_grad_batches=2")
+    assert said.endswith("in meta memory; try accumulate_grad_batches=2")
     assert len(tried) == 3
 
 

@@ -1,4 +1,4 @@
-"""Shared fixtures: reference arrays, and a denoiser that is known in closed form."""
+"""Shared fixtures: reference arrays, and a denoiser in closed form."""
 
 import signal
 from collections.abc import Callable, Iterator
@@ -46,7 +46,7 @@ def pytest_addoption(parser):
 
 @pytest.fixture(scope="session")
 def agree(request) -> Iterator[Callable[[str, Tensor, Tensor, float], None]]:
-    """Assert that arrays differ by no more than a tolerance, absolute or `relative`; and keep a table of it."""
+    """Assert that arrays differ by at most a tolerance, absolute or `relative`; `--agreement` writes a table."""
     rows: dict[str, tuple[float, float, str]] = {}
 
     def check(name: str, mine: Tensor, theirs: Tensor, tolerance: float, relative: bool = False) -> None:
@@ -70,14 +70,14 @@ def agree(request) -> Iterator[Callable[[str, Tensor, Tensor, float], None]]:
 
 @pytest.fixture(scope="session", autouse=True)
 def no_nohup() -> None:
-    """Tests of SIGHUP start processes that listen to it, also where the tests themselves run under nohup."""
+    """Restore the default action of SIGHUP, which processes of the tests inherit as ignored under nohup."""
     if hasattr(signal, "SIGHUP"):
         signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 @pytest.fixture(scope="session", autouse=True)
 def state_home(tmp_path_factory) -> Iterator[None]:
-    """The record of the data that tests name lies in a folder of their own."""
+    """Record the data paths of the tests in a temporary folder."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_STATE_HOME", str(tmp_path_factory.mktemp("state")))
         yield
@@ -85,7 +85,7 @@ def state_home(tmp_path_factory) -> Iterator[None]:
 
 @pytest.fixture
 def one_thread() -> Iterator[None]:
-    """Tiny networks run faster so, and the test machine may be busy."""
+    """Use one thread: tiny networks run faster, also on a busy machine."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -117,7 +117,7 @@ def schedules() -> dict[str, Schedule]:
 
 @pytest.fixture(scope="session")
 def exact(mixture) -> Callable:
-    """The perfect denoiser of the mixture; `gain` scales its eps, so that clipping has something to do."""
+    """The perfect denoiser of the mixture; `gain` scales its eps, so that clipping has an effect."""
 
     def build(schedule: Schedule, gain: float = 1.0) -> Callable[[Tensor, Tensor], Prediction]:
         def denoise(x_t: Tensor, t: Tensor) -> Prediction:

@@ -1,4 +1,4 @@
-"""What many tests share."""
+"""Functions and constants that several test modules share."""
 
 import shutil
 import struct
@@ -47,7 +47,7 @@ def assert_same(one, other, path="") -> None:
 
 
 def distance(one: dict[str, Tensor], other: dict[str, Tensor]) -> float:
-    """The relative difference of all weights together, in the Euclidean norm."""
+    """The relative difference of all weights in the Euclidean norm."""
     assert one.keys() == other.keys()
     flat, other_flat = (
         torch.cat([weights[key].double().flatten() for key in one]) for weights in (one, other)
@@ -56,7 +56,7 @@ def distance(one: dict[str, Tensor], other: dict[str, Tensor]) -> float:
 
 
 def checkpoint_info(shape: tuple[int, ...] = (1, 8, 8), **changes: Any) -> CheckpointInfo:
-    """What a checkpoint says of a small run on 8-bit images, with other values of some entries or config keys."""
+    """The checkpoint metadata of a small run on 8-bit images; `changes` replace entries or config keys."""
     config = {
         "max_steps": 1, "ema": {}, "dataset": {"_target_": "diffusion_cli.data.Digits"}, "schedule": {},
         "objective": {"label_dropout": 0.1}, "parameterization": {}, "model": {},
@@ -78,7 +78,7 @@ P3 = {  # primaries of Display P3, adapted to D50
 
 
 def wide() -> bytes:
-    """A profile of Display P3, whose curve is that of sRGB."""
+    """A colour profile with the primaries of Display P3 and the curve of sRGB."""
     profile = bytearray(SRGB)
     (count,) = struct.unpack(">I", profile[128:132])
     entries = (struct.unpack(">4sII", profile[132 + 12 * k : 144 + 12 * k]) for k in range(count))
@@ -96,7 +96,7 @@ CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", 
 
 
 def browse(url: str, profile: Path, *flags: str) -> tuple[str, str]:
-    """The DOM that a browser makes of a page, and what it logs about it."""
+    """The DOM of a page in a browser, and the browser's log."""
     command = [
         str(CHROMIUM), "--headless=new", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr", "--v=0",
         f"--user-data-dir={profile}", *flags, "--dump-dom", url,

@@ -11,8 +11,8 @@ BIN := .venv/bin
 .PHONY: demo test check lint docs mutants bench clean
 
 demo: .venv/installed
-	$(BIN)/diffuse train name=demo
-	$(BIN)/diffuse sample run=demo num_samples=100
+	$(BIN)/diffuse train name=demo model.class_conditional=true
+	$(BIN)/diffuse sample run=demo label=all num_samples=100
 	$(BIN)/diffuse eval run=demo metric=fid features=classifier num_samples=2000
 	@echo
 	@echo "The samples:          $$(ls -td outputs/demo/samples/*/ | head -1)grid.png"

@@ -10,7 +10,7 @@ from diffusion_cli.errors import UsageError
 if TYPE_CHECKING:
     from diffusion_cli.model import Model, evaluate, load, option, train
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = ["Model", "UsageError", "__version__", "evaluate", "load", "option", "train"]
 
 

@@ -4,12 +4,14 @@ import os
 import re
 import subprocess
 import sys
+import tomllib
 import zipfile
 from pathlib import Path
 
 import pytest
 import yaml
 
+import diffusion_cli
 from diffusion_cli import config
 
 ROOT = Path(__file__).parent.parent
@@ -88,3 +90,12 @@ def test_the_commit_hook_accepts_the_subjects_that_contributing_describes(subjec
     (hook,) = [hook for hook in hooks if hook["id"] == "commit-subject"]
     message = f"{subject}\n\nA body: it says why.\n"
     assert (re.search(hook["entry"], message, re.MULTILINE) is not None) == accepted
+
+
+def test_the_citation_and_the_changelog_name_this_version():
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    released = re.search(r"^## \[(\d.*)\] - (.*)$", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
+    assert released
+    assert (citation["version"], citation["date-released"]) == released.groups()
+    assert diffusion_cli.__version__ == released[1]
+    assert citation["license"] == tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["license"]

@@ -210,7 +210,7 @@ def test_every_block_is_valid(page, run_folder):
     assert wrong == []
 
 
-@pytest.mark.parametrize("page", PAGES[1:], ids=name_of)
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
 def test_no_block_is_indented(page):
     """Only fenced blocks are checked."""
     assert re.findall(r"\n\n {4}\S.*", FENCE.sub("", page.read_text())) == []

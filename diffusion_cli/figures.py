@@ -254,7 +254,9 @@ def read_metrics(run: Path) -> Mapping[str, Points]:
     except FormatError as error:
         raise UsageError(path, NO_VALUE, str(error), "repair it or move it away") from error
     if not LOSSES.keys() & curves.keys():
-        raise UsageError(path, NO_VALUE, "has no losses", "train longer than log_every=, or choose another run")
+        raise UsageError(
+            path, NO_VALUE, "has no losses", "train longer than log_every=, or choose another run"
+        )
     return curves
 
 

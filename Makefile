@@ -1,4 +1,4 @@
-# make demo     train a model, sample from it, evaluate it
+# make demo     train a model, sample from it, evaluate it, make its report
 # make test     laws, reference numbers and commands: at most five minutes on two cores
 # make check    everything: also lint, types and the slow tests
 # make docs     the documentation as HTML
@@ -14,6 +14,7 @@ demo: .venv/installed
 	$(BIN)/diffuse train name=demo model.class_conditional=true
 	$(BIN)/diffuse sample run=demo label=all num_samples=100
 	$(BIN)/diffuse eval run=demo metric=fid features=classifier num_samples=2000
+	$(BIN)/diffuse report run=demo
 	@echo
 	@echo "The samples:          $$(ls -td outputs/demo/samples/*/ | head -1)grid.png"
 	@echo "How they took shape:  outputs/demo/previews/"

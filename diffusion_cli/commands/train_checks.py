@@ -22,7 +22,7 @@ def check_devices(config: TrainConfig, place: ProcessInfo) -> None:
         raise UsageError(
             "trainer.devices",
             devices,
-            f"only {there} GPUs were found",
+            f"GPUs found: {there}",
             f"use at most {there}, or trainer=cpu",
         )
     if place.world > 1 and devices not in (None, place.local_world):
@@ -36,7 +36,7 @@ def check_devices(config: TrainConfig, place: ProcessInfo) -> None:
         raise UsageError(
             "trainer.num_nodes",
             nodes,
-            f"diffuse was started on {place.nodes}",
+            f"nodes on which diffuse was started: {place.nodes}",
             f"start it with torchrun or srun on {nodes} nodes, or with -m launcher=slurm",
         )
 

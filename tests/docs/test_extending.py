@@ -45,7 +45,7 @@ for steps in (10, 20, 40):
 def test_the_sampler_of_the_readme_is_that_of_the_page() -> None:
     (block,) = re.findall(r"```python\nclass [^\n]+\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
     code = [line for line in block.splitlines() if line]
-    assert len(code) == 9
+    assert len(code) == 11
     assert [line for line in code if line not in PAGE.splitlines()] == []
 
 

@@ -380,7 +380,7 @@ def test_workers_do_not_outlive_the_process_that_started_them(tmp_path):
     [
         (
             ["trainer.num_nodes=2"],
-            "trainer.num_nodes=2: diffuse was started on 1; start it with torchrun or srun on 2 nodes",
+            "trainer.num_nodes=2: nodes on which diffuse was started: 1; start it with torchrun or srun on 2 nodes",
         ),
         (
             ["trainer.devices=3"],

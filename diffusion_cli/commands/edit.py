@@ -261,6 +261,7 @@ def _check_count(given: Sequence[Input], edit: Edit) -> None:
             "input",
             NO_VALUE,
             f"{len(given)} images were given, but this edit needs a multiple of {edit.inputs_each}",
+            "give more or fewer images",
         )
 
 

@@ -104,9 +104,8 @@ class GuidanceRuns:
     def _compare(self, key: str, guide: LoadedDenoiser | LoadedClassifier, *parts: str) -> None:
         """Raise UsageError unless a guide has the model's image shape, latent space and noise schedule."""
         if guide.shape != self.model.shape:
-            raise UsageError(
-                key, NO_VALUE, f"has image shape {guide.shape}, but the model {self.model.shape}"
-            )
+            problem = f"has image shape {guide.shape}, but the model {self.model.shape}"
+            raise UsageError(key, NO_VALUE, problem, "choose a guide for images of this shape")
         if not _same_latents(guide.info.latent, self.model.info.latent):
             theirs, ours = ("latents" if origin.info.latent else "pixels" for origin in (guide, self.model))
             if theirs == ours:

@@ -202,7 +202,8 @@ def _network(
     classifies = getattr(objective, "trains", None) is NoisyClassifier
     if dataset.missing_classes and (classifies or config.model.get("class_conditional")):
         key = "task=classifier" if classifies else "model.class_conditional=true"
-        raise UsageError(key, NO_VALUE, f"the dataset has no classes: {dataset.missing_classes}")
+        problem = f"the dataset has no classes: {dataset.missing_classes}"
+        raise UsageError(key, NO_VALUE, problem, "use a dataset with classes, or train without them")
     torch.manual_seed(mix(config.seed, "weights"))
     network = build(config.model, train_data.shape, dataset.num_classes)
     if getattr(network, "ordered", True) and not train_data.form.ordered:

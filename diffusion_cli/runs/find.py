@@ -122,7 +122,9 @@ def task_of(run: Path) -> str:
     """
     found = newest(run, sums=False)
     if found is None:
-        raise UsageError(run, NO_VALUE, f"has no {LAST}")
+        raise UsageError(
+            run, NO_VALUE, f"has no {LAST}", "choose another run, or train it with: diffuse train"
+        )
     return found.checkpoint.info.task
 
 

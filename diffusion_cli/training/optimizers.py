@@ -50,7 +50,7 @@ class Adam(OptimizerConfig):
         clip_norm: PositiveFloat | None = 1.0,
     ) -> None:
         if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
-            raise UsageError("optimizer.betas", betas, "must be two numbers in [0, 1)")
+            raise UsageError("optimizer.betas", betas, "must be two numbers in [0, 1)", "use [0.9,0.999]")
         self.lr, self.betas, self.eps = lr, (betas[0], betas[1]), eps
         self.warm_up_steps, self.decay_steps, self.clip_norm = warm_up_steps, decay_steps, clip_norm
 

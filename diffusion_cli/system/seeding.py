@@ -27,7 +27,7 @@ def seed_ranges(stored: Any) -> list[range]:
         [[seed, seed] if type(seed) is int else seed for seed in stored] if type(stored) is list else [None]
     )
     if not all(map(_is_range, pairs)):
-        raise FormatError("seeds should be whole numbers, or ranges [first, last] of them")
+        raise FormatError("seeds must be whole numbers, or ranges [first, last] of them")
     joined: list[range] = []
     for first, last in sorted(pairs):
         if joined and first <= joined[-1].stop:

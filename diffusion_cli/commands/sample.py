@@ -41,9 +41,11 @@ def _sample(config: SampleConfig) -> None:
     seeds = range(config.seed, config.seed + config.num_samples)
     form = trained.model.info.form
     todo = ranks.broadcast([seed for seed in seeds if not image_path(output, seed, form).is_file()])
-    if len(todo) < len(seeds) and ranks.is_main:
-        rest = "generating the rest" if todo else "nothing to generate"
-        print(f"{output} has {len(seeds) - len(todo)} of {len(seeds)} images; {rest}", file=sys.stderr)
+    if 0 < len(todo) < len(seeds) and ranks.is_main:
+        print(
+            f"{output} has {len(seeds) - len(todo)} of {len(seeds)} images; generating the rest",
+            file=sys.stderr,
+        )
     shown = seeds[: max(STRIP_IMAGES * config.strip, GIF_IMAGES * config.gif)]
     size = trained.batch_size(max(len(todo), len(shown)))
     calls = max(ranks.all_gather(_make(trained, todo, output, ranks, size)))

@@ -169,11 +169,11 @@ def read(path: Path, sums: bool = True) -> Checkpoint:
     entry = state.get("diffuse") if isinstance(state, dict) else None
     # The type check must come first: comparing a huge tensor with a number would be very slow.
     written = entry.get("format") if isinstance(entry, dict) else None
-    if type(written) is int and written < OLDEST:
-        problem = f"has format {written}, and this version reads formats {OLDEST} to {FORMAT}"
-        raise UsageError(path, NO_VALUE, problem, "train the run again, or use the version that made it")
     if type(written) is not int:
         raise UsageError(path, NO_VALUE, "is not a checkpoint that diffuse can read", "choose another run")
+    if written < OLDEST:
+        problem = f"has format {written}, and this version reads formats {OLDEST} to {FORMAT}"
+        raise UsageError(path, NO_VALUE, problem, "train the run again, or use the version that made it")
     if written > FORMAT:
         raise UsageError(
             path,

@@ -9,7 +9,6 @@ import copy
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +26,7 @@ SMALLEST_SCALE = 2.0**-149
 """The smallest positive float32, the type of the fp16 gradient scale."""
 MOST_STEPS = 2**53
 LONGEST_TEXT = 1000
-MOST_LINES = 3
+MOST_NAMES = 3
 
 
 @dataclass(frozen=True)
@@ -95,8 +94,8 @@ class StoredOptions(Callback):
             raise UsageError(
                 f"the checkpoint of step {self._step}",
                 NO_VALUE,
-                f"continues at step {trainer.global_step}, because another version of Lightning saved it",
-                "install that version, or start again with another name=",
+                f"this version of Lightning continues it at step {trainer.global_step}",
+                "install the version that saved it, or start again with another name=",
             )
 
 
@@ -210,14 +209,12 @@ def _is_plain(value: Any) -> bool:
 
 
 def check_state(path: Path, checkpoint: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
-    """Raise UsageError with the first differences unless a checkpoint matches a template."""
-    lines = list(islice(_differences(checkpoint, expected, "", {}), MOST_LINES + 1))
-    if lines:
-        more = "; and more" if len(lines) > MOST_LINES else ""
+    """Raise UsageError with the first difference unless a checkpoint matches a template."""
+    for difference in _differences(checkpoint, expected, "", {}):
         raise UsageError(
             path,
             NO_VALUE,
-            f"is not a training state of this run: {'; '.join(lines[:MOST_LINES])}{more}",
+            f"is not a training state of this run ({difference})",
             "restore a checkpoint that this run saved, or start again with another name=",
         )
 
@@ -250,7 +247,7 @@ def _entry_differences(
         return
     if not isinstance(expected, Among):
         unknown = [name for name in stored if name not in entries]
-        names = ", ".join(name[:80] for name in unknown[:MOST_LINES] if isinstance(name, str))
+        names = ", ".join(name[:80] for name in unknown[:MOST_NAMES] if isinstance(name, str))
         if unknown:
             yield f"{key or 'the checkpoint'}: has {len(unknown)} unknown entries {names}".rstrip()
     for name, other in entries.items():
@@ -284,7 +281,7 @@ def _tensor_differences(stored: Any, expected: Like, key: str, owners: dict[int,
         yield f"{key}: shares its memory with {owner}"
     low, high = (bound.item() for bound in stored.aminmax())
     if not expected.low <= low <= high <= expected.high:
-        yield f"{key}: has numbers from {low:.4g} to {high:.4g}; {_wanted(Number(expected.low, expected.high))}"
+        yield f"{key}: has numbers from {low:.4g} to {high:.4g} and {_wanted(Number(expected.low, expected.high))}"
 
 
 def _is_as(stored: Any, expected: Any) -> bool:

@@ -111,7 +111,7 @@ ATTACKS: dict[str, Change] = {
     ),
     "exp_avg: has numbers from nan": in_state("exp_avg", filled(math.nan)),
     "exp_avg_sq: has numbers from -1": in_state("exp_avg_sq", filled(-1.0)),
-    "step: has numbers from 9 to 9; must be a finite number from 0 to 2": in_state("step", filled(9.0)),
+    "step: has numbers from 9 to 9 and must be a finite number from 0 to 2": in_state("step", filled(9.0)),
     "step: is float32 [3]": in_state("step", lambda _: torch.zeros(3)),
     "exp_avg: must be a tensor": in_state("exp_avg", lambda _: [0.0]),
     "has 1 unknown entries max_exp_avg_sq": lambda checkpoint: state(checkpoint).update(max_exp_avg_sq=torch.ones(1)),
@@ -175,7 +175,7 @@ def test_training_stops_before_it_is_used(tmp_path, capsys, trained):
     before = last.read_bytes()
     assert train(tmp_path, "max_steps=4", "precision=fp32") == 2
     error = capsys.readouterr().err
-    assert f"{last}: is not a training state of this run: optimizer_states.0.state." in error
+    assert f"{last}: is not a training state of this run (optimizer_states.0.state." in error
     assert "start again with another name=" in error
     assert last.read_bytes() == before
 
@@ -214,7 +214,10 @@ def test_loops_that_would_begin_again_are_refused(tmp_path, trained, capsys):
     del checkpoint["loops"]["fit_loop"]["epoch_loop.automatic_optimization.optim_progress"]
     put(checkpoint, tmp_path)
     assert train(tmp_path, "max_steps=3", "precision=fp32") == 2
-    assert "the checkpoint of step 2: continues at step 0" in capsys.readouterr().err
+    assert (
+        "the checkpoint of step 2: this version of Lightning continues it at step 0; install the version"
+        in capsys.readouterr().err
+    )
 
 
 def test_unknown_tensors_are_not_dropped():
@@ -267,5 +270,5 @@ def test_values_are_compared_with_a_template(stored, expected, line):
     if line is None:
         check_state(Path("x"), stored, expected)
         return
-    with pytest.raises(ValueError, match=f"x: is not a training state of this run: {line}"):
+    with pytest.raises(ValueError, match=rf"x: is not a training state of this run \({line}"):
         check_state(Path("x"), stored, expected)

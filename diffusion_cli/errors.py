@@ -26,9 +26,14 @@ class Problem(NamedTuple):
     remedy: str = ""
     """What to do instead."""
 
-    def __str__(self) -> str:
+    @property
+    def cause(self) -> str:
+        """The line without the remedy, to quote in another message."""
         named = f"{self.key}" if self.value is NO_VALUE else f"{self.key}={format_value(self.value)}"
-        return f"{named}: {self.problem}" + (f"; {self.remedy}" if self.remedy else "")
+        return f"{named}: {self.problem}"
+
+    def __str__(self) -> str:
+        return self.cause + (f"; {self.remedy}" if self.remedy else "")
 
 
 class UsageError(ValueError):

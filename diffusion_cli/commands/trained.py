@@ -106,13 +106,12 @@ def dataset_of(folder: Path, trained: Loaded, data_dir: str, paths: Mapping[str,
             f"this path comes from the checkpoint in {folder}, and you have never used it on this machine",
             "if you trust the checkpoint, add the path to the command",
         )
-    mistakes = check_dataset(node, trained.shape)
-    if mistakes:
+    if problems := check_dataset(node, trained.shape):
         raise UsageError(
             folder,
             NO_VALUE,
-            f"was made by another version of diffuse: {'; '.join(map(str, mistakes))}",
-            "choose another run",
+            f"this version of diffuse cannot build its dataset ({problems[0].cause})",
+            "choose another run, or use the version that made it",
         )
     node |= {key: value for key, value in FRUGAL.items() if key in node}
     dataset: Dataset = build(as_begun(node, trained.info.data_rules), data_dir)

@@ -187,9 +187,8 @@ def read(path: Path, sums: bool = True) -> Checkpoint:
         if problems := [*_problems(checkpoint)]:
             raise UsageError.several(problems)
     except ValueError as error:
-        mistakes = "; ".join(str(error).splitlines())
         raise UsageError(
-            path, NO_VALUE, f"is not a checkpoint of diffuse: {mistakes}", "choose another run"
+            path, NO_VALUE, f"is not a valid checkpoint of diffuse ({reason(error)})", "choose another run"
         ) from error
     return checkpoint
 

@@ -133,13 +133,12 @@ def _read_checkpoint(run: Path, step: Step, weights: Weights, task: str) -> tupl
     info = checkpoint.info
     if info.task != task:
         raise UsageError(run, NO_VALUE, f"was trained with task={info.task}", f"give a run of task={task}")
-    problems = check_built(info)
-    if problems:
+    if problems := check_built(info):
         raise UsageError(
             path,
             NO_VALUE,
-            f"was made by another version of diffuse: {'; '.join(map(str, problems))}",
-            "choose another run",
+            f"this version of diffuse cannot build its model ({problems[0].cause})",
+            "choose another run, or use the version that made it",
         )
     if not checkpoint.has_weights(weights):
         raise UsageError(path, NO_VALUE, f"weights={weights} are missing or incomplete", "choose another run")
@@ -170,6 +169,10 @@ def _find_checkpoint(run: Path, step: Step) -> tuple[Path, Checkpoint]:
         )
     if step is not None and not path.is_file():
         kept = ", ".join(str(int(file.stem[5:])) for file in sorted(path.parent.glob("step_*.ckpt")))
+        if not kept:
+            raise UsageError(
+                "step", step, f"{run} has no checkpoints of earlier steps", "leave step out for the last one"
+            )
         raise UsageError("step", step, f"{run} has no such checkpoint", f"choose a step from: {kept}")
     return path, read(path)
 

@@ -7,7 +7,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 
 from diffusion_cli.config.validate import validate
-from diffusion_cli.errors import NO_VALUE, FormatError, UsageError, format_value
+from diffusion_cli.errors import FormatError, UsageError, format_value
 from diffusion_cli.networks import AutoencoderKL
 from diffusion_cli.runs.weights import check_fit, read_weights
 from diffusion_cli.system.untrusted import read_json, reason
@@ -68,8 +68,8 @@ def from_diffusers(folder: Path, key: str) -> Pretrained:
         raise UsageError(
             key,
             folder,
-            f"contains no readable AutoencoderKL: {reason(error)}",
-            "give a folder written by AutoencoderKL.save_pretrained of diffusers",
+            f"contains no readable AutoencoderKL ({reason(error)})",
+            "give a folder written by AutoencoderKL.save_pretrained of diffusers, with safe_serialization=True",
         ) from error
     network = AutoencoderKL(shape, None, **options)
     network.load_state_dict(state)
@@ -80,14 +80,14 @@ def _read_config(path: Path) -> _DiffusersConfig:
     value = read_json(path)
     if not isinstance(value, dict):
         raise FormatError(f"{path.name} is not a JSON object")
-    config, mistakes = validate(_DiffusersConfig, value)
-    if config is None:
-        raise UsageError(path.name, NO_VALUE, str("; ".join(map(str, mistakes))))
+    config, problems = validate(_DiffusersConfig, value)
+    if problems:
+        raise FormatError(f"{path.name}: {problems[0].cause}")
     return config
 
 
 def _options(config: _DiffusersConfig) -> dict[str, Any]:
-    """Return the arguments of our network and `in_channels`; UsageError for an unsupported configuration."""
+    """Return the arguments of our network and `in_channels`; FormatError for an unsupported configuration."""
     widths = config.block_out_channels
     same = {
         "out_channels": config.in_channels,
@@ -97,15 +97,10 @@ def _options(config: _DiffusersConfig) -> dict[str, Any]:
     }
     wrong = [name for name, value in same.items() if getattr(config, name) != value]
     if wrong:
-        raise UsageError(
-            "config.json",
-            NO_VALUE,
-            f"{wrong[0]}={format_value(getattr(config, wrong[0]))} contradicts the other fields",
-        )
+        found = format_value(getattr(config, wrong[0]))
+        raise FormatError(f"config.json: {wrong[0]}={found} contradicts the other fields")
     if any(width % widths[0] for width in widths):
-        raise UsageError(
-            "config.json", NO_VALUE, f"block_out_channels={widths} must be multiples of the first"
-        )
+        raise FormatError(f"config.json: block_out_channels={widths} must be multiples of the first")
     return {
         "in_channels": config.in_channels,
         "channels": widths[0],

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from diffusion_cli.errors import NO_VALUE, FormatError, UsageError
+from diffusion_cli.errors import FormatError
 from diffusion_cli.networks import AutoencoderKL
 from diffusion_cli.system.files import atomic_write
 from diffusion_cli.system.untrusted import reason, regular
@@ -20,7 +20,7 @@ RENAMED = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out
 def read_weights(path: Path) -> dict[str, Tensor]:
     """Return the tensors of a safetensors file in float32, by their present names.
 
-    Raises FormatError for pickled weights or a special file, and UsageError for a file that is not safetensors.
+    Raises FormatError for pickled weights, a special file, or a file that is not safetensors.
     """
     from safetensors import SafetensorError
     from safetensors.torch import load_file
@@ -29,27 +29,26 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         file.name for file in path.parent.glob(f"{path.stem}*") if file.suffix in (".bin", ".pt", ".ckpt")
     ]
     if not path.is_file() and pickled:
-        raise FormatError(f"{pickled[0]} is pickled and could run code, save it with safe_serialization=True")
+        raise FormatError(f"{pickled[0]} is pickled and could run code")
     regular(path)
     try:
         state = load_file(path)
     except SafetensorError as error:
-        raise UsageError(path.name, NO_VALUE, reason(error)) from error
+        raise FormatError(f"{path.name}: {reason(error)}") from error
     old = re.compile(rf"(?<=\.attentions\.0\.)({'|'.join(RENAMED)})(?=\.)")
     return {old.sub(lambda match: RENAMED[match[0]], name): tensor.float() for name, tensor in state.items()}
 
 
 def check_fit(path: Path, network: AutoencoderKL, state: Mapping[str, Tensor]) -> None:
-    """Raise UsageError unless the tensors of a file match the weights of a network in name and shape."""
+    """Raise FormatError unless the tensors of a file match the weights of a network in name and shape."""
     wanted = network.state_dict()
     for name in sorted(wanted.keys() ^ state.keys()):
-        raise UsageError(
-            path.name, NO_VALUE, f"{name} is {'missing' if name in wanted else 'not part of the network'}"
-        )
+        why = "is missing" if name in wanted else "is not part of the network"
+        raise FormatError(f"{path.name}: {name} {why}")
     for name, tensor in wanted.items():
         if tensor.shape != state[name].shape:
-            raise UsageError(
-                path.name, NO_VALUE, f"{name} is {list(state[name].shape)}, not {list(tensor.shape)}"
+            raise FormatError(
+                f"{path.name}: {name} has shape {list(state[name].shape)}, not {list(tensor.shape)}"
             )
 
 

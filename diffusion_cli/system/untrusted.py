@@ -18,7 +18,7 @@ from typing import IO, Any
 
 import yaml
 
-from diffusion_cli.errors import FormatError
+from diffusion_cli.errors import FormatError, UsageError
 
 LARGEST = 2**28
 """Bytes of an image or of a table of labels, at most."""
@@ -211,8 +211,9 @@ def _nesting(operation: pickletools.OpcodeInfo, stack: list[int | None]) -> int:
 
 
 def reason(error: BaseException) -> str:
-    """Return the message of an error in one line of at most 300 characters."""
-    text = " ".join(str(error).split()) or type(error).__name__
+    """Return the message of an error in one line of at most 300 characters; the first cause of a UsageError."""
+    message = error.problems[0].cause if isinstance(error, UsageError) else str(error)
+    text = " ".join(message.split()) or type(error).__name__
     return text if len(text) <= 300 else f"{text[:297]}..."
 
 

@@ -440,6 +440,13 @@ def test_data_that_would_grow_without_end_is_refused(tmp_path, checkpoint):
             read(tmp_path / "x.ckpt")
 
 
+def test_the_first_problem_of_a_checkpoint_is_quoted_with_one_remedy(tmp_path, checkpoint):
+    torch.save(checkpoint | {"global_step": "3", "pytorch-lightning_version": "1.9.0"}, tmp_path / "x.ckpt")
+    why = r"\(global_step: is not a number of steps\); choose another run$"
+    with pytest.raises(ValueError, match=rf"x\.ckpt: is not a valid checkpoint of diffuse {why}"):
+        read(tmp_path / "x.ckpt")
+
+
 def pickled(path: Path, program: bytes, method: int = zipfile.ZIP_STORED) -> Path:
     return zipped(
         path, ("x/data.pkl", program), ("x/byteorder", b"little"), ("x/version", b"3"), method=method

@@ -169,14 +169,14 @@ def change(folder: Path, **fields: object) -> None:
         ({"down_block_types": ["DownEncoderBlock2D"]}, "down_block_types=.* contradicts the other fields"),
         ({"block_out_channels": [8, 12]}, "must be multiples of the first"),
         ({"norm_num_groups": 3}, "norm_groups=3: does not divide"),
-        ({"block_out_channels": [8, 32]}, r"is \[\d+.*\], not \["),
+        ({"block_out_channels": [8, 32]}, r"has shape \[\d+.*\], not \["),
         ({"layers_per_block": 2}, "is missing"),
         ({"layers_per_block": 10**9}, "layers_per_block=1000000000: must be at most"),
     ],
 )
 def test_another_network_is_refused_in_a_line(folder, fields, words):
     change(folder, **fields)
-    with pytest.raises(ValueError, match=rf"^latent.pretrained=.*{words}.*; give a folder"):
+    with pytest.raises(ValueError, match=rf"^latent.pretrained=[^;]*{words}[^;]*; give a folder[^;]*$"):
         from_diffusers(folder, "latent.pretrained")
 
 
@@ -186,10 +186,10 @@ def test_damaged_missing_and_pickled_weights_are_refused_in_a_line(folder):
         from_diffusers(folder, "key")
     (folder / WEIGHTS).rename(folder / "diffusion_pytorch_model.bin")
     with pytest.raises(
-        ValueError, match=r"\.bin is pickled and could run code, save it with safe_serialization=True"
+        ValueError, match=r"\.bin is pickled and could run code\); give .* safe_serialization=True$"
     ):
         from_diffusers(folder, "key")
-    with pytest.raises(ValueError, match="key=nowhere: contains no readable AutoencoderKL"):
+    with pytest.raises(ValueError, match=r"^key=nowhere: contains no readable AutoencoderKL \("):
         from_diffusers(Path("nowhere"), "key")
 
 

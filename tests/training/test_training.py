@@ -825,8 +825,20 @@ def test_a_checkpoint_builds_only_our_classes(tmp_path):
     checkpoint = torch.load(path, weights_only=True)
     checkpoint["diffuse"]["config"]["model"] = {"_target_": "os.mkdir", "path": str(tmp_path / "owned")}
     torch.save(checkpoint, path)
-    with pytest.raises(ValueError, match=r"os\.mkdir: not a class of diffusion_cli"):
+    why = r"model\._target_=os\.mkdir: not a class of diffusion_cli for model"
+    with pytest.raises(ValueError, match=rf"cannot build its model \({why}\); choose another run, or [^;]*$"):
         load_model(tmp_path / "tiny", "ema", torch.device("cpu"))
+
+
+def test_a_step_without_a_checkpoint_is_named_with_those_there_are(tmp_path):
+    with pytest.raises(
+        ValueError, match=r"step=3: .* has no checkpoints of earlier steps; leave step out for"
+    ):
+        load_model(tmp_path, "ema", torch.device("cpu"), 3)
+    (tmp_path / LAST).parent.mkdir()
+    (tmp_path / LAST).with_name("step_00000002.ckpt").touch()
+    with pytest.raises(ValueError, match=r"step=3: .* has no such checkpoint; choose a step from: 2$"):
+        load_model(tmp_path, "ema", torch.device("cpu"), 3)
 
 
 @pytest.mark.parametrize(("dropout", "untouched"), [(0.0, slice(10, 11)), (0.999999, slice(0, 10))])

@@ -1,14 +1,19 @@
 # make demo     train a model, sample from it, evaluate it, make its report
 # make test     laws, reference numbers and commands: at most five minutes on two cores
 # make check    everything: also lint, types and the slow tests
+# make lint     style, format and types
 # make docs     the documentation as HTML
 # make mutants  make one mistake at a time, and check that a test fails
 # make bench    times beside other packages
-# Each creates .venv if it is missing.
+# make clean    remove .venv and the HTML
+# All but clean create .venv if it is missing.
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test check lint docs mutants bench clean
+.PHONY: help demo test check lint docs mutants bench clean
+
+help:
+	@sed -n 's/^# make/make/p' Makefile
 
 demo: .venv/installed
 	$(BIN)/diffuse train name=demo model.class_conditional=true
@@ -51,4 +56,4 @@ bench: .venv/installed
 	touch $@
 
 clean:
-	rm -rf .venv
+	rm -rf .venv docs/_build

@@ -107,8 +107,8 @@ def remarks(
     moving = [header.name for header in found if header.frames and not (header.is_tiff and own_numbers)]
     if moving:
         lines.append(
-            f"{key}: {_count(len(moving), looked_at)} in files with several frames or pages, of which only the first "
-            f"is read: {_named(moving)}"
+            f"{key}: {_count(len(moving), looked_at)} in files with several frames or pages; only the first is "
+            f"read: {_named(moving)}"
         )
     return [*lines, *(_profile_remarks(key, found, looked_at) if profiles and not own_numbers else [])]
 

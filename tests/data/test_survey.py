@@ -69,9 +69,7 @@ def test_of_many_files_some_are_looked_at(tmp_path, monkeypatch):
 def test_files_of_several_frames_are_counted_by_every_command(tmp_path, suffix, capsys):
     save(tmp_path / f"moving.{suffix}", frames=3)
     save(tmp_path / f"still.{suffix}")
-    line = (
-        f"1 image is in files with several frames or pages, of which only the first is read: moving.{suffix}"
-    )
+    line = f"1 image is in files with several frames or pages; only the first is read: moving.{suffix}"
     assert remarks(tmp_path) == [f"dataset.path={tmp_path}: {line}"]
     assert given_images(tmp_path, "samples").remarks == (f"samples={tmp_path}: {line}",)
     read_input(str(tmp_path), [(3, 8, 8)], False, None, Uint8Image())

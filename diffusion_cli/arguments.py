@@ -40,7 +40,7 @@ def texts(key: str, values: Any) -> list[str]:
 
 
 def flat(arguments: Sequence[str | Sequence[str]]) -> list[str]:
-    """Return the overrides among positional arguments, each of which is one override or a list of them."""
+    """Return the overrides in positional arguments: each argument is one override or a list of them."""
     return [
         word
         for argument in arguments

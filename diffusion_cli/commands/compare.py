@@ -291,7 +291,7 @@ def _columns(points: Sequence[Point]) -> list[str]:
 
 
 def _markdown(points: Sequence[Point], marks: Container[tuple[int, str]]) -> list[str]:
-    """Return the lines of the table, with a * after each result whose row and column are in `marks`."""
+    """Return the lines of the table, with a * after each result that has its row and column in `marks`."""
     columns = _columns(points)
     lines = [f"| {' | '.join(columns)} |", f"|{'---|' * len(columns)}"]
     for row, point in enumerate(points):

@@ -11,7 +11,7 @@ from torch import nn
 from diffusion_cli.commands.train_checks import check_data, check_shares
 from diffusion_cli.config import TrainConfig, build
 from diffusion_cli.config.validate import validate
-from diffusion_cli.data import Dataset, Images, ResolutionSchedule, as_begun
+from diffusion_cli.data import Dataset, Images, ResolutionSchedule, with_rules
 from diffusion_cli.diffusion.denoiser import Denoiser, NoiseConditioned, NoisyClassifier
 from diffusion_cli.diffusion.latents import Pixels, Space
 from diffusion_cli.diffusion.objectives import Objective
@@ -99,7 +99,7 @@ def set_up(config: TrainConfig, folder: Path, before: CheckpointInfo | None) -> 
         UsageError: if two parts are incompatible, or the data differ from those of the checkpoint.
     """
     dataset: Dataset = build(
-        as_begun(config.dataset, before.data_rules) if before else config.dataset, config.data_dir
+        with_rules(config.dataset, before.data_rules) if before else config.dataset, config.data_dir
     )
     device: Device = build(config.trainer)
     objective = _objective(config)

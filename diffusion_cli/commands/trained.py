@@ -11,7 +11,7 @@ from diffusion_cli.batch_size import images_that_fit, network_call
 from diffusion_cli.commands.class_labels import class_number, is_null, labels_named, warn_of_untrained
 from diffusion_cli.commands.guides import GuidanceRuns
 from diffusion_cli.config import SamplingSettings, build
-from diffusion_cli.data import Dataset, as_begun
+from diffusion_cli.data import Dataset, with_rules
 from diffusion_cli.diffusion.guidance import Guidance, Guided
 from diffusion_cli.errors import NO_VALUE, UsageError
 from diffusion_cli.generate import SamplingPipeline
@@ -114,7 +114,7 @@ def dataset_of(folder: Path, trained: Loaded, data_dir: str, paths: Mapping[str,
             "choose another run, or use the version that made it",
         )
     node |= {key: value for key, value in FRUGAL.items() if key in node}
-    dataset: Dataset = build(as_begun(node, trained.info.data_rules), data_dir)
+    dataset: Dataset = build(with_rules(node, trained.info.data_rules), data_dir)
     if dataset.shape != trained.shape:
         raise UsageError(
             "run",

@@ -12,9 +12,9 @@ from typing import IO, Any, NamedTuple
 from diffusion_cli.system.untrusted import IMAGE_FORMATS, Archive, regular
 
 MOST_COUNTED = 1_000_000
-"""Files that are looked at most."""
+"""Maximum number of files to look at."""
 MOST_OPENED = 16
-"""Images whose size is read."""
+"""Maximum number of images to read the size of."""
 OTHER_SUFFIXES = (".dcm", ".dicom", ".nii", ".nii.gz", ".npy")
 """Suffixes of scans and volumes, which are counted too."""
 
@@ -23,7 +23,7 @@ LARGEST_HEADER = 2**16
 
 
 class OwnImages(NamedTuple):
-    """A user's own images, as far as a recipe depends on them."""
+    """The facts about a user's own images that a recipe depends on."""
 
     number: int
     """Number of images."""

@@ -27,10 +27,10 @@ from diffusion_cli.config.recipe import (
     DERIVED,
     MODEL,
     NETWORK_BEFORE_AUTO,
-    begun_with,
     chosen_network,
     derived_in,
     resolution,
+    started_with,
     with_recipe,
 )
 from diffusion_cli.config.renamed import renamed_in_files, renamed_keys, renamed_word
@@ -52,7 +52,7 @@ LAUNCHER = re.compile(r"(hydra[/.])?launcher(?=[.=])")
 OF_RUNS = ("eval", "compare")
 """The commands that read the dataset of a run unless they name another."""
 RUN_DATA = ("dataset.path", "dataset.masks")
-"""The keys that say where a run's own dataset lies."""
+"""The keys with the paths of a run's own dataset."""
 
 
 def load(command: str, overrides: Sequence[str], dirs: Sequence[Path] = ()) -> Config:
@@ -116,7 +116,7 @@ def _training(
     if choices["model"] != AUTO:
         composed, unknown = _with_keys(choosing, setting, implied, dirs)
         name = composed["name"] or _name(composed, implied, choices, dirs, implied)
-        stored = begun_with(Path(str(composed["output_dir"]), str(name)))
+        stored = started_with(Path(str(composed["output_dir"]), str(name)))
         unknown += task_problems(choosing, composed)
         return with_recipe(
             composed | {"name": name}, stored, cache(partial(own_images, composed["dataset"]))
@@ -125,14 +125,14 @@ def _training(
     def with_network(option: str) -> list[str]:
         return [*(text for text in choosing if not text.startswith(MODEL)), f"{MODEL}{option}"]
 
-    # The name of a run is the same on every machine: it has all that is stated of the network, of whatever option.
+    # The name of a run is the same on every machine: it has all stated keys of the network, for any option.
     words = with_network(NETWORK_BEFORE_AUTO)
     implied = compose("train", words, dirs)[0]
     composed, unknown = _with_keys(words, setting, implied, dirs)
     images = cache(partial(own_images, composed["dataset"]))
     stated = {key: AUTO for key in setting if key in flatten(implied) and key.startswith("model.")}
     name = composed["name"] or _name(composed, replaced(implied, stated), choices, dirs, implied)
-    stored = begun_with(Path(str(composed["output_dir"]), str(name)))
+    stored = started_with(Path(str(composed["output_dir"]), str(name)))
     option = chosen_network(composed, stored, images)
     if option != NETWORK_BEFORE_AUTO:
         words = with_network(option)
@@ -195,14 +195,14 @@ def _with_keys(
 
 
 def _name(composed: Node, implied: Node, choices: Node, dirs: Sequence[Path], before: Node) -> str:
-    """The name of a training; that of a run that was begun with the same values if its name has fewer of them.
+    """The name of a training; that of an existing run with the same values if its name has fewer of them.
 
     In versions without `auto` derived values were defaults, so that names lack them, and `before` is the configuration
     that the choices implied. The network of a later run may have been chosen by `auto`.
     """
     name = run_name(composed, implied, choices, dirs)
     runs = Path(str(composed["output_dir"]))
-    if begun_with(runs / name):
+    if started_with(runs / name):
         return name
     now = identity(composed)
     stated = {key: now[key] for key in DERIVED if key in now and flatten(before)[key] == AUTO != now[key]}
@@ -212,12 +212,12 @@ def _name(composed: Node, implied: Node, choices: Node, dirs: Sequence[Path], be
             usual = replaced(before, {key: now[key] for key in left_out})
             for chosen in (choices, {**choices, "model": AUTO}):
                 shorter = run_name(composed, usual, chosen, dirs)
-                begun = begun_with(runs / shorter)
-                same_network = f"{MODEL}{choices['model']}" in derived_in(begun)
+                existing = started_with(runs / shorter)
+                same_network = f"{MODEL}{choices['model']}" in derived_in(existing)
                 if (
-                    begun
-                    and ("derived" not in begun or same_network)
-                    and wanted.items() <= flatten(begun).items()
+                    existing
+                    and ("derived" not in existing or same_network)
+                    and wanted.items() <= flatten(existing).items()
                 ):
                     return shorter
     return name
@@ -390,7 +390,7 @@ def _one_value(command: str, text: str, as_list: bool) -> str:
 
 
 def _known(command: str, setting: Mapping[str, str], implied: Node) -> tuple[list[str], list[Problem]]:
-    """The overrides whose key exists in the configuration that the chosen options make, and a line for the others."""
+    """The overrides of keys that the chosen options have, and a line for the others."""
     keys = [*flatten(implied), *defaults(command)]
     if command in OF_RUNS and implied.get("dataset") is None:
         keys += RUN_DATA

@@ -1,4 +1,4 @@
-"""Which run `diffuse train run=` names, what may be given beside it, and what its folder is trusted with."""
+"""The run that `diffuse train run=` names, the keys that may change, and the paths that are trusted."""
 
 from collections.abc import Collection, Mapping
 from pathlib import Path
@@ -13,7 +13,7 @@ from diffusion_cli.system.trusted_paths import is_own_run, unnamed
 from diffusion_cli.system.untrusted import read_yaml
 
 PATHS = {"path", "masks", "run", "pretrained", "weights", "lpips_weights", "stats", "data_dir", "cache_dir"}
-"""Last names of the keys whose values are files and folders of this machine."""
+"""Last names of the keys that take files and folders of this machine."""
 
 
 def may_change(key: str) -> bool:
@@ -60,7 +60,7 @@ def without_processes(stored: Mapping[str, Any]) -> dict[str, Any]:
 def foreign_paths(
     folder: Path, stored: Mapping[str, Any], usual: Mapping[str, Any], given: Collection[str]
 ) -> dict[str, Any]:
-    """The paths in the configuration of a run that this user neither trained here nor names now, nor any option has.
+    """The untrusted paths of a run: the user did not train it here, does not name them now, and no option has them.
 
     Args:
         folder: the run's folder.

@@ -60,7 +60,7 @@ def ema_decay(max_steps: int | None) -> float:
 
 
 def budget(images: OwnImages | None, batch_size: int, on_gpu: bool) -> int:
-    """Return the optimizer steps for a user's own images: 1,000 passes, within what a day or an hour allows.
+    """Return the optimizer steps for a user's own images: 1,000 passes, at most a day on a GPU or an hour on a CPU.
 
     DDPM trained on CIFAR-10 for 2,000 passes (Ho et al. 2020, App. B). Fewer than 5,000 steps leave a network
     unfinished, however few its images are.
@@ -103,15 +103,15 @@ BUDGETED: dict[str, Callable[[int | None], int | float]] = {
 
 
 DERIVED = ("dataset.resolution", "max_steps", "optimizer.lr", *BUDGETED)
-"""The keys whose `auto` a recipe replaces."""
+"""The keys that a recipe sets where they are `auto`."""
 
 
 def chosen_network(composed: Node, stored: Node, images: Callable[[], OwnImages | None]) -> str:
-    """Return the option that `model=auto` stands for: that of the run if it was begun, else one for data and machine.
+    """Return the option that `model=auto` stands for: that of an existing run, else one for data and machine.
 
     Args:
         composed: the configuration; its network does not matter.
-        stored: the configuration that the run was begun with; empty for a new run.
+        stored: the configuration that the run started with; empty for a new run.
         images: what returns the user's own images.
     """
     if stored:
@@ -140,12 +140,12 @@ def _nearest_network(stored: Mapping[str, Any]) -> str:
 def with_recipe(composed: Node, stored: Node, images: Callable[[], OwnImages | None]) -> Node:
     """Return a training configuration in which each `auto` of a recipe is replaced by its value.
 
-    A run keeps the values that it was begun with, whatever its images or the machine become; only what was derived
-    from its budget is derived from another one. `derived` lists the keys whose values are derived.
+    A run keeps the values that it started with, even if its images or the machine change; only values that were derived
+    from its budget follow another budget. `derived` lists the keys with derived values.
 
     Args:
         composed: the configuration, as composed.
-        stored: the configuration that the run was begun with; empty for a new run.
+        stored: the configuration that the run started with; empty for a new run.
         images: what returns the user's own images.
     """
     before, derived_before = flatten(stored), derived_in(stored)
@@ -178,13 +178,13 @@ def with_recipe(composed: Node, stored: Node, images: Callable[[], OwnImages | N
 
 
 def derived_in(config: Mapping[str, Any]) -> set[str]:
-    """Return the keys whose values a recipe derived; none of a run from before there were recipes."""
+    """Return the keys with values that a recipe derived; none for a run of a version without recipes."""
     entries = config.get("derived")
     return {entry for entry in entries if isinstance(entry, str)} if isinstance(entries, list) else set()
 
 
-def begun_with(run: Path) -> Node:
-    """Return the configuration that the run in a folder was begun with; empty without a checkpoint of it."""
+def started_with(run: Path) -> Node:
+    """Return the configuration that the run in a folder started with; empty without a checkpoint."""
     if not any(run.glob("checkpoints/*.ckpt")):
         return {}
     try:
@@ -195,5 +195,5 @@ def begun_with(run: Path) -> Node:
 
 
 def _whole(value: Any, otherwise: Any) -> Any:
-    """A value if it is a positive whole number; what is wrong with another one is found by the schema."""
+    """A value if it is a positive whole number, else `otherwise`; the schema reports invalid values."""
     return value if isinstance(value, int) and value > 0 else otherwise

@@ -11,7 +11,7 @@ from diffusion_cli.errors import NO_VALUE, Problem, format_value
 from diffusion_cli.runs.migrate import KEYS_OF_FORMAT_5, SPLITS_OF_FORMAT_5
 
 NAMING_SPLITS = ("input", "split")
-"""Last names of the keys whose values are splits of a data set."""
+"""Last names of the keys that take splits of a dataset."""
 
 
 def renamed_word(command: str, key: str, value: Any) -> Problem | None:

@@ -1,4 +1,4 @@
-"""What a run is called, and what makes it the same run."""
+"""The name of a run, and the keys that identify it."""
 
 import copy
 import hashlib
@@ -12,7 +12,7 @@ from diffusion_cli.config.catalogue import brought_by, defaults, options
 from diffusion_cli.errors import format_value
 from diffusion_cli.runs.migrate import as_of_format_4, key_of_format_4
 
-# Keys that say how far, how fast and where, but not what: a run may go on with other values of them.
+# Budgets, costs and places: a run may continue with other values of these keys.
 NOT_IDENTITY = frozenset(
     [
         "name",
@@ -47,11 +47,11 @@ NOT_IDENTITY = frozenset(
 
 
 def identity(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The part of a training configuration that says what is trained, as flat dotted keys."""
+    """The part of a training configuration that identifies a run, as flat dotted keys."""
     flat = flatten({key: value for key, value in config.items() if key not in NOT_IDENTITY})
-    # A budget too: with a larger one the learning rate's curve is drawn anew over the whole of it.
+    # A budget too: a larger one stretches the learning-rate schedule over all its steps.
     flat.pop("optimizer.decay_steps", None)
-    # What costs time or saves memory, and changes rounding at most; where one runs short, it is what to change.
+    # Keys that trade time for memory and change only rounding: a run that lacks memory must be able to change them.
     for key in (
         "accumulate_grad_batches",
         "model.gradient_checkpointing",
@@ -112,7 +112,7 @@ def run_name(
     ]
     before, now = identity(implied), identity(config)
     changed = {key_of_format_4(key): now[key] for key in now if before.get(key, ...) != now[key]}
-    # Last parts of keys and paths only: the folder's config.yaml tells apart what this does not.
+    # Last parts of keys and paths only: the folder's config.yaml distinguishes runs with equal names.
     words += [
         f"{key.rpartition('.')[2]}_{Path(format_value(value)).name}" for key, value in sorted(changed.items())
     ]

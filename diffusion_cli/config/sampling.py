@@ -33,7 +33,7 @@ class SamplingSettings:
 
 
 class ComputeKeys(BaseModel):
-    """The keys that say where a command computes, and where its runs are."""
+    """The keys for the device of a command and the folder of its runs."""
 
     model_config = STRICT
     batch_size: PositiveInt | Literal["auto"]

@@ -21,7 +21,7 @@ class EMAConfig(BaseModel):
 
 
 class LatentConfig(BaseModel):
-    """`latent.*`: the autoencoder in whose latents a denoiser works."""
+    """`latent.*`: the autoencoder that makes the latents of a denoiser."""
 
     model_config = STRICT
     run: str | None
@@ -81,7 +81,7 @@ class TrainConfig(BaseModel):
     reference: Node
     logger: dict[str, Node] = {}
     derived: list[str] = []
-    """Keys whose values a recipe derived, and `model=` with the option that was chosen; no key of a command line."""
+    """Keys with values that a recipe derived, and `model=` with the chosen option; no key of a command line."""
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:

@@ -24,7 +24,7 @@ Step = int | Literal["best"] | None
 """Checkpoint of a run: the one of a step, the best, or None for the newest."""
 Class = int | str
 Label = Class | list[Class] | None
-CLASS_KEYS = ("label", "edit.source")  # keys whose values are names of classes, read as they are typed
+CLASS_KEYS = ("label", "edit.source")  # keys that take names of classes, read as they are typed
 # Lightning's names of the number formats, and those of `precision`.
 NUMBER_FORMATS = {32: "fp32", "32": "fp32", "bf16-mixed": "bf16", "16-mixed": "fp16"}
 Precision = Annotated[

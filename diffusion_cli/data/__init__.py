@@ -6,7 +6,7 @@ from diffusion_cli.data.batches import Batch, Batches, UnreadableError, to_model
 from diffusion_cli.data.decoding import NoResize, center_crop_resize
 from diffusion_cli.data.digits import Digits
 from diffusion_cli.data.external import ExternalImages, given_images, relabelled, sample_files
-from diffusion_cli.data.folder import Folder, as_begun, file_names
+from diffusion_cli.data.folder import Folder, file_names, with_rules
 from diffusion_cli.data.gaussian_mixture import GaussianMixture
 from diffusion_cli.data.labels import LABEL_COLUMNS, LABELS_CSV, composed
 from diffusion_cli.data.listing import manifests, visible_name
@@ -41,7 +41,6 @@ __all__ = [
     "ProgressiveBatches",
     "ResolutionSchedule",
     "UnreadableError",
-    "as_begun",
     "center_crop_resize",
     "composed",
     "file_names",
@@ -56,4 +55,5 @@ __all__ = [
     "to_device",
     "to_model_range",
     "visible_name",
+    "with_rules",
 ]

@@ -207,7 +207,7 @@ def spread(count: int, wanted: int) -> Tensor:
 def shuffled_mask(count: int, val_fraction: float) -> np.ndarray:
     """Return which of `count` rows are for validation, bool [count]: a fixed random subset.
 
-    RandomState is used because NumPy guarantees its stream; a generator whose stream changes with a release would
+    RandomState is used because NumPy guarantees its stream; a stream that changes with a release would
     move validation images into the training split.
     """
     mask = np.zeros(count, dtype=bool)

@@ -51,7 +51,7 @@ def labels_in_turn(settings: Mapping[str, Any]) -> list[int] | None:
 def differing_shares(
     counts: Sequence[int], wanted: Sequence[int], names: Sequence[str]
 ) -> tuple[str, float, float] | None:
-    """Return the class whose share differs most from the wanted one, with both shares; None if chance explains it.
+    """Return the class that differs most from its wanted share, and both shares; None if chance explains it.
 
     `counts` and `wanted` are the numbers of images of each class. A difference is significant above `ERRORS`
     standard errors of sum(counts) independent images, plus two images.

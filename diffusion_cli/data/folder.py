@@ -445,7 +445,7 @@ def source_name(path: Path) -> str:
     return whole.name if path.is_dir() else whole.stem
 
 
-def as_begun(node: Mapping[str, Any], rules: int) -> dict[str, Any]:
+def with_rules(node: Mapping[str, Any], rules: int) -> dict[str, Any]:
     """Return a dataset's configuration node with the version of the rules that a run was started with."""
     return {**node, "rules": rules} if node["_target_"].endswith((".Folder", ".Points")) else dict(node)
 

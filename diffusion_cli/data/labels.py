@@ -50,7 +50,7 @@ def class_labels(
         images: those that are images.
         labels: source of the classes, as in `Folder`.
         rules: version of the data rules. In version 1, folders such as train and test are classes, and folders
-            whose names differ only in Unicode form are different classes.
+            with names that differ only in Unicode form are different classes.
 
     Raises:
         UsageError: `labels` is "csv" or "folders" and there are no classes, or `labels.csv` is malformed or does not

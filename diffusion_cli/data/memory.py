@@ -13,7 +13,7 @@ from diffusion_cli.data.base import Images
 from diffusion_cli.system.distributed import started
 
 GENERATED = "generated"
-"""Fingerprint of generated images, whose last digits depend on the machine; the configuration identifies them."""
+"""Fingerprint of generated images: the configuration identifies them, as their last digits depend on the machine."""
 SHARE = 4  # use at most a quarter of the free memory
 
 

@@ -25,7 +25,7 @@ SUFFIXES = (".npy", ".ply")
 
 
 class Points(Dataset):
-    """Point clouds [3, num_points], whose points have no order.
+    """Point clouds [3, num_points]; the points have no order.
 
     With a `path`, these are all .npy ([N, 3]) and .ply files in the folder or ZIP archive, at any depth, see
     `PointDecoder`, with classes as in `Folder`. Without a path, they are `size` clouds on five kinds of surfaces,

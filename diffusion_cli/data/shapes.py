@@ -7,7 +7,7 @@ import numpy as np
 from diffusion_cli.system.seeding import mix
 
 Stream = np.random.RandomState
-"""Random generator whose stream NumPy guarantees never to change."""
+"""Random generator; NumPy guarantees that its stream never changes."""
 
 
 def sphere(draw: Stream, count: int) -> np.ndarray:

@@ -53,7 +53,7 @@ class RestorationMethod(ABC):
 
     @abstractmethod
     def restore(self, process: EditProcess, operator: LinearOperator, y: Tensor) -> Iterator[Tensor]:
-        """Sample states whose images have a measurement of about y, and yield the state after each step."""
+        """Sample states of images with a measurement of about y, and yield the state after each step."""
 
 
 @dataclass(frozen=True)

@@ -96,7 +96,7 @@ def read_numbers(data: bytes) -> np.ndarray:
 def mode_with_opacity(data: bytes, channels: int) -> Literal["LA", "RGBA"] | None:
     """Return the mode, LA or RGBA, of an image file with opacity; None if `channels` means something else.
 
-    Opaque 8-bit colours count as RGBA if 4 channels are wanted, except in TIFF, whose channels have any meaning.
+    Opaque 8-bit colours count as RGBA if 4 channels are wanted, except in TIFF, where channels have any meaning.
     """
     if channels not in (2, 4):
         return None

@@ -21,7 +21,7 @@ Range = Annotated[list[Finite], Field(min_length=2, max_length=2)]
 
 
 class RangedImage(SampleFormat):
-    """Images with any number of channels, whose value range [low, high] becomes [-1, 1].
+    """Images with any number of channels; their value range [low, high] becomes [-1, 1].
 
     `x = 2 (v - low) / (high - low) - 1`. Values outside the range are clipped; values that are not finite are refused.
     In float32, x represents each of 2^16 values exactly. The range is one pair for all channels, or one per channel.

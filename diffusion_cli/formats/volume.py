@@ -30,7 +30,7 @@ Affine = Annotated[list[Row], Field(min_length=3, max_length=3)]
 
 @dataclass(frozen=True, config=STRICT)
 class Volume(SampleFormat):
-    """Volumes [C, D, H, W] as NIfTI or .npy, whose value range [low, high] becomes [-1, 1].
+    """Volumes [C, D, H, W] as NIfTI or .npy; their value range [low, high] becomes [-1, 1].
 
     A file stores numbers n with values slope n + inter. The axes of a NIfTI are W, H, D and C, reoriented so that W
     points nearest to right, H to anterior and D to superior. Those of a .npy are [D, H, W] or [C, D, H, W].

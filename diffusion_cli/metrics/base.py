@@ -99,7 +99,7 @@ class Metric(ABC):
     keeps_rows: bool = False
     """Whether the metric stores the features of all samples and real images."""
     split: Split | None = None
-    """Split whose reconstructions a metric of autoencoders measures; None for other metrics."""
+    """Split that a metric of autoencoders reconstructs; None for other metrics."""
 
     def network(self, networks: FeatureExtractors) -> Features:
         """Return the feature network: the one of the evaluation, unless the metric is defined on another."""

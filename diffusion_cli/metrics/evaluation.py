@@ -81,8 +81,8 @@ def evaluate(
     views = list(dict.fromkeys(seen.values()))
     # Metrics that store features first: the others reuse their real features.
     order = sorted(metrics, key=lambda name: not metrics[name].keeps_rows)
-    begun = {name: metrics[name].init_state(seen[name]) for name in order}
-    shown_to = [[begun[name] for name in metrics if seen[name] is view] for view in views]
+    states = {name: metrics[name].init_state(seen[name]) for name in order}
+    shown_to = [[states[name] for name in metrics if seen[name] is view] for view in views]
     digest, labels = _pass(samples, batch_size, list(zip(views, shown_to, strict=True)), ranks, called_off)
     if not ranks.is_main:
         return Evaluation(Report([], []), {}, {})
@@ -94,7 +94,7 @@ def evaluate(
     results, pictures, first = [], {}, {}
     for name in metrics:
         common = _protocol(samples, seen[name].network)
-        for finding in begun[name].compute():
+        for finding in states[name].compute():
             first.setdefault(name, finding)
             notes += finding.notes
             pictures |= finding.pictures

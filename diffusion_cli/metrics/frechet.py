@@ -17,7 +17,7 @@ from diffusion_cli.system.files import file_digest
 from diffusion_cli.system.progress import ProgressBar
 
 MOST_SUBSETS = 10
-"""Maximum number of disjoint subsets of samples whose mean distance is compared with the reference distance.
+"""Maximum number of disjoint subsets of samples; their mean distance is compared with the reference distance.
 
 A single subset is noisy: for 359 of 2,000 samples of digits, distances of 0.7 to 1.0 vary by 0.2.
 """

@@ -117,7 +117,7 @@ class AutoencoderKL(nn.Module):
         return self.decode(self.moments(x).chunk(2, dim=1)[0])
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
-        """Compile all but the decoder's last layer, whose gradients determine the weight of the discriminator."""
+        """Compile all but the decoder's last layer: its gradients determine the weight of the discriminator."""
         self.encoder.compile(*args, **kwargs)
         for block in (self.decoder.mid_block, *self.decoder.up_blocks):
             block.compile(*args, **kwargs)

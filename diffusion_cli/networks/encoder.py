@@ -83,7 +83,7 @@ class UNetEncoder(Checkpointed):
 
     def embed(self, c_noise: Tensor, y: Tensor | None = None) -> Tensor:
         """Return the embedding of time and class, [B, 4 channels]."""
-        # Not in bfloat16, whose 8 bits do not distinguish neighbouring timesteps.
+        # Not in bfloat16: its 8 bits do not distinguish neighbouring timesteps.
         with torch.autocast(c_noise.device.type, enabled=False):
             if self.embedding_layout == "fourier":
                 features = fourier_embedding(c_noise, self.frequencies)

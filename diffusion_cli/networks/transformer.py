@@ -197,7 +197,7 @@ class Transformer(Checkpointed):
         return self.final_layer(tokens, c)
 
     def _embed(self, c_noise: Tensor, y: Tensor | None) -> Tensor:
-        # Not in bfloat16, whose 8 bits do not distinguish neighbouring timesteps.
+        # Not in bfloat16: its 8 bits do not distinguish neighbouring timesteps.
         with torch.autocast(c_noise.device.type, enabled=False):
             c = self.t_embedder(c_noise)
             if self.num_classes is not None:

@@ -89,7 +89,7 @@ def read_record(folder: Path, name: str) -> Record:
 
 @dataclass
 class _Reading:
-    """A folder whose damaged files are skipped with a remark."""
+    """A folder; damaged files in it are skipped with a remark."""
 
     folder: Path
     remarks: list[str] = field(default_factory=list)

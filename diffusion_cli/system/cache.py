@@ -113,7 +113,7 @@ def continued(path: Path, start: int, size: int) -> int:
 
 
 def write_checksums(content: Path, path: Path) -> None:
-    """Write the checksums for the file `path`, whose content is still in the file `content`."""
+    """Write the checksums for the file `path`; its content is still in the file `content`."""
     with content.open("rb") as file:
         _write_sums(
             np.array([zlib.crc32(block) for block in iter(partial(file.read, BLOCK), b"")], SUM), path

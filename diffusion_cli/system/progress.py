@@ -17,7 +17,7 @@ class ProgressBar(tqdm):
 
 
 class _Moving:
-    """A stream whose text may move the cursor between lines."""
+    """A stream of text that may move the cursor between lines."""
 
     def __init__(self, stream: Any) -> None:
         self._stream = stream

@@ -1,6 +1,6 @@
 """Safe reading of untrusted files: regular files of bounded size, and plain data of bounded depth.
 
-All functions raise FormatError, whose message follows the file name in a sentence, and OSError of the file
+All functions raise FormatError (its message follows the file name in a sentence), and OSError of the file
 system.
 """
 
@@ -139,7 +139,7 @@ class Archive:
         return self.entries[name]
 
 
-# The globals in checkpoints of tensors and plain data. torch allows others, some of which can allocate any
+# The globals in checkpoints of tensors and plain data. torch allows others, and some of them can allocate any
 # amount of memory.
 NAMES = re.compile(r"collections OrderedDict|torch\._utils _rebuild_tensor_v2|torch \w+Storage")
 # Older versions of torch use these too.

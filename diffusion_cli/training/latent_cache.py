@@ -147,7 +147,7 @@ def _encode(
 ) -> None:
     """Write the moments of all images to `path`, first to a partial file."""
     ranks, part, device = Distributed(), path.with_name(PART), latents.device
-    done = ranks.broadcast(_begun(part, (len(images), *row)) if ranks.is_main else 0)
+    done = ranks.broadcast(_num_encoded(part, (len(images), *row)) if ranks.is_main else 0)
     if ranks.is_main:
         _check_room(part, 4 * (len(images) - done) * math.prod(row))
     rounds = ranks.shard(len(images) - done, ENCODED)
@@ -192,7 +192,7 @@ def _check_room(part: Path, size: int) -> None:
         print(f"encoding: writing {size / 1e9:.1f} GB of latents to {part.parent}", file=sys.stderr)
 
 
-def _begun(part: Path, shape: tuple[int, ...]) -> int:
+def _num_encoded(part: Path, shape: tuple[int, ...]) -> int:
     """Return the number of images already encoded in a partial file, and truncate it to them.
 
     It is a multiple of the batch size, so that later latents have the same bits as in an uninterrupted

@@ -77,7 +77,7 @@ def run_latents(run: Path, named: str, dataset: Dataset, device: torch.device) -
 
 
 def _unscaled(network: AutoencoderKL, node: dict[str, Any], source: str, dataset: Dataset) -> LatentSource:
-    """Return latents whose scale is not measured yet."""
+    """Return latents before their scale is measured."""
     channels = network.latent_channels
     latents = Latents(network, dataset.shape, [0.0] * channels, [1.0] * channels)
     return LatentSource(latents, node, source, None)

@@ -15,7 +15,7 @@ RISE = 4.0
 
 
 class ZeroNetwork(nn.Module):
-    """A denoising network whose output is zero everywhere."""
+    """A denoising network with an output of zero everywhere."""
 
     def __init__(self, learn_variance: bool) -> None:
         super().__init__()

@@ -188,7 +188,7 @@ class TrainingModule(LightningModule, ABC, Generic[ModelT, MeterT]):
                 nn.utils.clip_grad_norm_(part.parameters(), self.optimizer_config.clip_norm)
 
     def clipped(self) -> list[nn.Module]:
-        """Return the modules whose gradients are clipped separately."""
+        """Return the modules that have their gradients clipped separately."""
         return [self.model]
 
     def configure_model(self) -> None:

@@ -1,4 +1,4 @@
-"""The files of a folder that count as images, those that are passed over, and those that a run was begun on."""
+"""The files of a folder that count as images, those that are skipped, and those that a run started with."""
 
 import json
 from pathlib import Path
@@ -11,7 +11,7 @@ from PIL import Image
 
 from diffusion_cli.cli import run
 from diffusion_cli.commands.inputs import read_input
-from diffusion_cli.data import Folder, Points, as_begun, given_images
+from diffusion_cli.data import Folder, Points, given_images, with_rules
 from diffusion_cli.data.listing import passed_over
 from diffusion_cli.errors import UsageError
 from diffusion_cli.formats import Uint8Image, image_form
@@ -201,7 +201,7 @@ def test_manifests_of_other_programs_leave_out_nothing(tmp_path, text):
         assert folder(tmp_path / "series").files == ["grid.png"]
 
 
-# Runs that were begun by the first rules
+# Runs that started with the first rules
 
 
 def test_the_first_rules_read_what_they_read(tmp_path):
@@ -211,8 +211,8 @@ def test_the_first_rules_read_what_they_read(tmp_path):
     assert len(first.files) == 12
     assert all(name.endswith(FIRST_SUFFIXES) for name in first.files)
     assert any(".bmp 1" in line for line in first.remarks())
-    assert as_begun({"_target_": "diffusion_cli.data.Folder"}, 1)["rules"] == 1
-    assert "rules" not in as_begun({"_target_": "diffusion_cli.data.Digits"}, 1)
+    assert with_rules({"_target_": "diffusion_cli.data.Folder"}, 1)["rules"] == 1
+    assert "rules" not in with_rules({"_target_": "diffusion_cli.data.Digits"}, 1)
 
 
 def test_a_run_goes_on_with_the_files_that_it_was_begun_on(tmp_path, capsys):

@@ -176,7 +176,7 @@ class Linear(Discrete):
 
 
 class ScaledLinear(Discrete):
-    """Betas whose square roots increase linearly ("linear" in the code of latent diffusion).
+    """Betas with square roots that increase linearly ("linear" in the code of latent diffusion).
 
     Args:
         num_timesteps: number of timesteps T; betas are multiplied by 1000 / T.

@@ -1,4 +1,4 @@
-"""DINOv2 features, whose Frechet distance agrees better with human judgement than Inception's."""
+"""DINOv2 features: their Frechet distance agrees better with human judgement than Inception's."""
 
 from pathlib import Path
 

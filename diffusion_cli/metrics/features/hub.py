@@ -24,7 +24,7 @@ def load(name: str, architecture: str, weights: str) -> Any:
         UsageError: transformers or the weights are missing, or the weights are damaged or of another network.
     """
     transformers = imported(name)
-    transformers.logging.set_verbosity_error()  # missing weights, of which it would warn, are an error below
+    transformers.logging.set_verbosity_error()  # missing weights are an error below, so its warning is not needed
     try:
         network, told = pretrained(
             getattr(transformers, architecture), weights, use_safetensors=True, output_loading_info=True

@@ -24,7 +24,7 @@ class LPIPSDistance:
 
     Args:
         network: backbone.
-        weights: file of torchvision's backbone weights, of which only the convolutions are used; None: download the
+        weights: file of torchvision's backbone weights; only its convolutions are used. None: download the
             published file once to torch's cache.
         device: device of the network.
         key: configuration key of `weights`, for errors.

@@ -57,7 +57,7 @@ def test_a_cpu_is_not_filled(monkeypatch):
 
 
 class Memory:
-    """A GPU with `free` bytes, of which an image takes `each`, and as many again from `more` images on."""
+    """A GPU with `free` bytes. An image takes `each` bytes, and twice as many from `more` images on."""
 
     def __init__(self, monkeypatch, free: int, each: int, more: int = 10**9) -> None:
         self.free, self.each, self.more, self.peak, self.calls = free, each, more, 0, []

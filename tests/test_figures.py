@@ -20,7 +20,7 @@ ROWS = """step,loss,loss_q1,lr,val_loss
 
 @pytest.fixture
 def runs(tmp_path):
-    """Two runs, of which there is only what figures look at."""
+    """Two runs with only the files that figures read."""
     for name in ("a", "b"):
         for part in ("checkpoints", "previews"):
             (tmp_path / name / part).mkdir(parents=True)

@@ -40,7 +40,7 @@ TINY = [
 
 
 def distinct_networks() -> dict[str, dict[str, Any]]:
-    """The options of `model` whose layers differ once all are made small, by their names."""
+    """The options of `model` that still differ in their layers after all are made small, by their names."""
     found: dict[str, tuple[str, dict[str, Any]]] = {}
     for name in sorted(options("model")):
         node = yaml.safe_load(options("model")[name].read_text()) or {}

@@ -1,4 +1,4 @@
-"""`diffuse eval` and `diffuse compare` by their command lines: whose samples, against what, and what is refused."""
+"""`diffuse eval` and `diffuse compare` by their command lines: which samples and references, and which errors."""
 
 import csv
 import json
@@ -27,7 +27,7 @@ WORDS = ["features=classifier", "features.steps=20", "batch_size=50"]
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory) -> Path:
-    """A folder with two runs, `a` and `b`, trained for a few steps and told the classes, and a cache."""
+    """A folder with two runs, `a` and `b`, class-conditional, trained for a few steps, and a cache."""
     folder = tmp_path_factory.mktemp("runs")
     for name, seed in (("a", 0), ("b", 1)):
         words = ["max_steps=4", f"seed={seed}", "model.class_conditional=true", f"output_dir={folder}/o"]

@@ -281,7 +281,7 @@ def test_the_same_command_is_the_same_run_on_every_machine(tmp_path, monkeypatch
 
 def test_what_the_user_set_stays_with_a_larger_budget(tmp_path):
     _, words = begin(tmp_path, "max_steps=24", "ema.decay=0.5", "optimizer.warm_up_steps=7", "name=mine")
-    after = train_config(*words[3:], "max_steps=2400")  # not said again
+    after = train_config(*words[3:], "max_steps=2400")  # not repeated
     assert (after.optimizer["warm_up_steps"], after.ema.decay) == (7, 0.5)
 
 
@@ -439,7 +439,7 @@ TINY = ["model.channels=8", "model.norm_groups=4", "model.num_heads=1", "model.h
 
 def test_training_names_a_stuck_loss(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(loss_check, "PATIENCE", 4)
-    monkeypatch.setattr(loss_check, "USELESS", 0.8)  # four steps of sixteen images tell no more exactly
+    monkeypatch.setattr(loss_check, "USELESS", 0.8)  # four steps of sixteen images measure no more exactly
     words = [
         "train",
         *TINY,

@@ -12,7 +12,7 @@ F64 = torch.float64
 
 
 class Oracle(nn.Module):
-    """A network that returns a fixed output and remembers what it was told."""
+    """A network that returns a fixed output and records its inputs."""
 
     def __init__(self, output):
         super().__init__()

@@ -29,7 +29,7 @@ T = 1000
 
 
 class Exact(nn.Module):
-    """The perfect eps of the mixture as a network that is told classes, 3 standing for none."""
+    """The perfect eps of the mixture as a class-conditional network; class 3 is the null class."""
 
     num_classes = 3
 

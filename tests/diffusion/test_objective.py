@@ -39,7 +39,7 @@ NO_SIGNAL = ("zero_snr", "rectified")
 
 
 class Told(nn.Module):
-    """A network whose output is a given function of its input and c_noise."""
+    """A network with an output that is a given function of its input and c_noise."""
 
     def __init__(self, answer):
         super().__init__()

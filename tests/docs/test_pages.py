@@ -30,7 +30,7 @@ PAGES = [
 ]
 WITH_OWN_TEST = ROOT / "docs" / "extending.md"  # test_extending.py
 FIRST_READ = {"README", "index", "start", "commands", "python"}
-"""Pages whose blocks the fast tests check; a command takes a quarter of a second to compose."""
+"""Pages with blocks that the fast tests check; a command takes a quarter of a second to compose."""
 FENCE = re.compile(r"^( *)```([^\n`]*)\n(.*?)^\1```$", re.MULTILINE | re.DOTALL)
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 TARGETS = re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.MULTILINE)

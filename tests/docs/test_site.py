@@ -20,7 +20,7 @@ pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parent.parent.parent
 in_browser = pytest.mark.skipif(CHROMIUM is None, reason="no chromium")
 RESOURCES = {"script": "src", "img": "src", "source": "src", "iframe": "src", "link": "href"}
-"""Attributes whose files a browser loads by itself."""
+"""Attributes with files that a browser loads by itself."""
 
 LOOK = """<script>
   addEventListener("load", () => setTimeout(() => {

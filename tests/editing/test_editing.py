@@ -1,4 +1,4 @@
-"""Edits: what is known stays, what is unknown has the right distribution, and the command is safe to use."""
+"""Edits: known pixels stay, unknown ones have the right distribution, and the command is safe to use."""
 
 import json
 import math
@@ -528,7 +528,7 @@ def mask_file(folder, kind):
         pixels = np.random.default_rng(0).integers(0, 256, (16, 16, 4), np.uint8)
         pixels[:3, :, :3] = 250 + pixels[:3, :, :3] // 50  # a bright sky
         pixels[..., 3] = np.where(inner, 0, 255)
-    elif kind == "digit":  # gray on black, of which a part was erased
+    elif kind == "digit":  # gray on black, with a part erased
         pixels[..., :3] = np.pad(np.arange(8 * 8).reshape(8, 8, 1) * 4, ((4, 4), (4, 4), (0, 0)))
         pixels[..., 3] = np.where(inner, 0, 255)
     else:  # opaque or transparent all over
@@ -665,7 +665,7 @@ def test_an_interpolation_is_a_strip_and_an_animation(folder, tmp_path):
 def test_labels_are_given_to_inputs_in_turn(folder, tmp_path):
     """Whatever the number of variations: input 1 gets the second label."""
     words = [f"input={folder}/images", "edit=img2img", "edit.strength=1.0", "variations=2"]
-    words += ["guidance=cfg", "guidance.scale=200"]  # so that few steps of training tell labels apart
+    words += ["guidance=cfg", "guidance.scale=200"]  # so that few steps of training distinguish labels
     for place, label in (("one", "[4,2,7]"), ("other", "[1,2,3]")):
         assert edit(folder, *words, f"label={label}", f"output={tmp_path}/{place}") == 0
 

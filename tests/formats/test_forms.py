@@ -320,7 +320,7 @@ def test_colours_with_opacity_come_back_as_png_of_their_kind(tmp_path, suffix):
         suffix, {}
     )
     sprite = SPRITE.copy()
-    if suffix == "gif":  # a pixel of which is opaque or not at all
+    if suffix == "gif":  # its pixels are opaque or fully transparent
         sprite[..., 3] = np.where(sprite[..., 3] > 0, 255, 0)
     saved(tmp_path / "in" / f"0.{suffix}", sprite, None, **options)
     dataset = folder(tmp_path / "in", channels=4)

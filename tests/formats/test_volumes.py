@@ -23,7 +23,7 @@ OPTIONS: dict = {
 
 
 def nifti(values, slope=2.0, inter=-1000.0, spacing=(1, 2, 3)) -> bytes:
-    """An int16 NIfTI of the values [W, H, D], whose voxels are 1, 2 and 3 mm."""
+    """An int16 NIfTI of the values [W, H, D], with voxels of 1, 2 and 3 mm."""
     image = nib.Nifti1Image(((values - inter) / slope).round().astype(np.int16), np.diag([*spacing, 1.0]))
     image.header.set_slope_inter(slope, inter)
     return image.to_bytes()

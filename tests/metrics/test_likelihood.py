@@ -163,7 +163,7 @@ class Gray(nn.Module):
 def subject(
     folder, network: nn.Module, schedule: Schedule, output: Parameterization, images: Tensor
 ) -> EvaluatedModel:
-    """A model as `diffuse eval` measures it, on images of which the last batch is smaller."""
+    """A model as `diffuse eval` measures it, on images with a smaller last batch."""
     model = LoadedDenoiser(
         checkpoint_info(SHAPE), step=0, digest="0" * 64,
         denoiser=Denoiser(network, schedule, output), space=Pixels(SHAPE),
@@ -218,7 +218,7 @@ def test_the_flow_of_normal_pixels_has_their_bits_per_dim(tmp_path, kind, probe)
 
 
 def test_the_bound_of_a_model_of_one_gray_has_its_closed_form(tmp_path):
-    """Its KL terms are those of normal distributions whose means differ by c_0 x_0."""
+    """Its KL terms are those of normal distributions with means that differ by c_0 x_0."""
     T = 10
     schedule = Linear(num_timesteps=T, beta_end=2e-3)
     images = (100 + BYTES // 5).view(4, *SHAPE)

@@ -281,7 +281,7 @@ DATA = Held(pixels(200, 0), pixels(40, 1, high=200))
 
 
 class Through(FeatureExtractors):
-    """Networks whose chosen one is there already."""
+    """Networks with a given one as the chosen one."""
 
     def __init__(self, features: Features, dataset: Dataset, cache_dir: Path) -> None:
         super().__init__({}, dataset, cache_dir, CPU)
@@ -335,7 +335,7 @@ def test_one_pass_over_samples_and_real_images_serves_all_metrics(tmp_path) -> N
     ]
     assert features.seen == 100 + 200 + 40
     again = measured(metrics, features, samples, DATA, tmp_path, batch_size=100)
-    assert features.seen == 340 + 100  # what is known of real images was kept
+    assert features.seen == 340 + 100  # the features of real images were kept
     for first, second in zip(report.results, again.results, strict=True):
         assert second.value == pytest.approx(first.value, rel=1e-6)
         assert second.protocol == first.protocol
@@ -423,7 +423,9 @@ def test_published_statistics_take_the_place_of_the_images(tmp_path) -> None:
     np.savez(path, mean=moments.mean.numpy())
     with pytest.raises(ValueError, match=r"reference.stats=.*has the arrays mean, but not mu and sigma"):
         measured(metrics, features, samples, nothing, tmp_path, stats=str(path))
-    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:  # a megabyte that says it is a terabyte
+    with zipfile.ZipFile(
+        path, "w", zipfile.ZIP_DEFLATED
+    ) as archive:  # a megabyte with a header that claims a terabyte
         for key in ("mu", "sigma"):
             header = (
                 repr({"descr": "<f8", "fortran_order": False, "shape": (2**37,)}).ljust(117).encode() + b"\n"

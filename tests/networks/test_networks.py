@@ -471,7 +471,7 @@ def test_a_deep_stack_keeps_its_variance_with_skip_rescale(rescale, low, high):
         block = ResBlock(
             32, 32, emb_channels=5, norm_groups=8, dropout=0.0, scale_shift=True, skip_rescale=rescale
         )
-        branch = block.conv2.weight  # 1 out for silu(normal), whose mean square is 0.36
+        branch = block.conv2.weight  # 1 out for silu(normal), which has a mean square of 0.36
         nn.init.normal_(branch, std=(0.36 * branch[0].numel()) ** -0.5)
         with torch.no_grad():
             h = block(h, emb)

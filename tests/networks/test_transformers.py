@@ -62,7 +62,7 @@ def close(actual: Tensor, expected: Tensor, tolerance: float = 1e-10) -> None:
 
 
 def test_equals_the_published_network(reference, agree):
-    # tests/reference/README.md says what made the numbers; the names of weights are those of published checkpoints.
+    # tests/reference/README.md gives the source of the numbers; weights have the names of published checkpoints.
     arrays = reference("dit")
     weights = {name.removeprefix("weights/"): value for name, value in arrays.items() if "weights/" in name}
     options = SMALL | {"hidden_size": 32, "mlp_ratio": 4.0, "class_conditional": True, "learn_variance": True}
@@ -161,7 +161,7 @@ def test_patches_come_back_where_they_were(sizes, patch_size):
     patch = tuple(slice(p - p % patch_size, p - p % patch_size + patch_size) for p in place)
     expected = torch.zeros(sizes, dtype=torch.bool)
     expected[patch] = True
-    # Past the end the last pixel goes on: no other patch than its own sees it.
+    # Past the end the last pixel is repeated: no other patch than its own sees it.
     assert torch.equal(moved, expected)
 
 

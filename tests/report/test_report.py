@@ -136,7 +136,7 @@ def test_the_page_shows_each_panel_with_a_legend_in_the_colours_of_its_curves(tm
         assert "<script" not in drawing
 
 
-# --- What is said of runs --------------------
+# --- The text about runs --------------------
 
 
 def test_keys_that_differ_come_first_and_an_absent_one_differs_from_null():

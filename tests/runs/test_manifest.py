@@ -45,7 +45,7 @@ def refuse(*_: Any) -> None:
 
 
 def allow(*_: Any) -> None:
-    """As on two machines whose locks the other does not see."""
+    """As on two machines that do not see each other's locks."""
 
 
 def run_tasks(*tasks: Any) -> None:

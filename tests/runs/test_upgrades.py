@@ -49,7 +49,7 @@ COMMANDS = {
         "model.depth=1", "model.num_heads=1", "model.inducing_points=2",
     ],
 }  # fmt: skip
-"""The words by which each run was begun, beside BEGUN."""
+"""The words that started each run, beside BEGUN."""
 
 
 @pytest.fixture(scope="session", params=["format_4"])

@@ -422,7 +422,7 @@ def test_inversion_equals_guided_diffusion(reference, schedules, exact, agree, t
 
 
 class Steps(Schedule):
-    """A schedule whose levels and transitions are lists: their samplers mix those of two processes."""
+    """A schedule with lists as levels and transitions: their samplers mix those of two processes."""
 
     derivatives = log_snr = time_of = timestep = None  # pyright: ignore[reportAssignmentType]
 

@@ -253,7 +253,7 @@ def errors(mean, covariance):
 
 
 NONLINEAR = [name for name in SAMPLERS if name.split()[0] in ("pc", "ode")]
-"""Samplers whose steps depend on the norm of x."""
+"""Samplers with steps that depend on the norm of x."""
 
 
 @pytest.mark.parametrize("name", sorted({*STOCHASTIC} - {*NONLINEAR}))

@@ -1,4 +1,4 @@
-"""The mutants: each applies to the code as it is, and the runner tells one that is caught from one that survives."""
+"""The mutants: each applies to the present code, and the runner distinguishes caught ones from survivors."""
 
 import ast
 import json

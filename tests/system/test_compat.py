@@ -64,7 +64,7 @@ def test_lightning_replaces_signal_handlers_unless_it_is_stopped(tmp_path, keep)
 
 
 def test_a_checkpoint_counts_as_many_batches_as_it_is_given(tmp_path):
-    """Six batches of three steps, then one batch a step: without the new count Lightning goes on from the sixth."""
+    """Six batches of three steps, then one batch a step: without the new count Lightning continues from the sixth."""
     first = trainer(tmp_path, accumulate_grad_batches=2)
     first.fit_loop.epoch_loop.max_steps = 3
     first.fit(BoringModel())

@@ -66,7 +66,7 @@ TINY = [
 
 
 def clean(work: Callable[..., Any], *arguments: Any) -> str | None:
-    """What is said of bad input, None of good; fails for all but what the command line makes one line of."""
+    """The error of bad input, None for good input; fails for errors that the command line does not show in one line."""
     try:
         work(*arguments)
     except (UsageError, FormatError) as error:
@@ -147,7 +147,7 @@ PNG = encoded(COLOUR, "PNG")
 
 
 def declared(data: bytes, name: str, size: int) -> bytes:
-    """A ZIP whose entry `name` says that it inflates to `size` bytes, in both of its headers."""
+    """A ZIP with an entry `name` that claims to inflate to `size` bytes, in both of its headers."""
     changed = bytearray(data)
     for signature, place in ((b"PK\x03\x04", 22), (b"PK\x01\x02", 24)):
         at = changed.find(signature)

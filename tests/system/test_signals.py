@@ -145,7 +145,7 @@ def test_a_parent_killed_while_its_processes_start_leaves_none(tmp_path):
 
 
 def processes_with(text: str) -> list[int]:
-    """The other processes whose environment contains a text."""
+    """The other processes with a text in their environment."""
     found = []
     for folder in Path("/proc").glob("[0-9]*"):
         try:

@@ -21,7 +21,7 @@ LONG = "text\n" * 20_000  # more than a pipe or a buffer holds
 
 @pytest.fixture
 def closed_pipe() -> Iterator:
-    """A pipe whose reader has gone."""
+    """A pipe that nobody reads any more."""
     reader, writer = os.pipe()
     os.close(reader)
     with os.fdopen(writer, "w") as stream:

@@ -1,4 +1,4 @@
-"""The autoencoder against diffusers' own, whose folders it reads, the laws of its latents, and its training."""
+"""The autoencoder against that of diffusers, in folders too, the laws of its latents, and its training."""
 
 import csv
 import json

@@ -48,7 +48,7 @@ LATENT = (3, 4, 6)
 
 
 def latents(seed: int = 0, mean: float = 0.5, std: float = 2.0) -> Latents:
-    """Of a random autoencoder whose latents are far from standardised."""
+    """Latents of a random autoencoder, far from standardised."""
     torch.manual_seed(seed)
     network = AutoencoderKL(SHAPE, None, **SMALL)
     with torch.no_grad():
@@ -126,7 +126,7 @@ def test_the_measured_scale_is_that_of_brute_force_draws():
 
 
 class Some(Dataset):
-    """Random images with a place to be kept, of which every one that is read is counted."""
+    """Random images with a place in the cache; each read is counted."""
 
     def __init__(self, seed: int = 0, flip: bool = False) -> None:
         super().__init__("")

@@ -277,7 +277,7 @@ def test_torchrun_on_two_nodes_trains_in_one_folder(alone, tmp_path):
 
 
 def start(folder: Path, *words: str, first: Path | str = LAST) -> subprocess.Popen:
-    """A run that has begun, as its first file shows."""
+    """A run that has started, as its first file shows."""
     command = [
         sys.executable,
         "-m",

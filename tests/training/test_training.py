@@ -1,4 +1,4 @@
-"""Training: runs go on to the last bit, nothing is lost, and mistakes are caught."""
+"""Training: runs continue to the last bit, nothing is lost, and mistakes are caught."""
 
 import csv
 import math
@@ -432,7 +432,7 @@ def test_a_signal_saves_and_says_how_to_go_on(tmp_path, number):
 
 
 class Constant(nn.Module):
-    """A network whose output is its one weight everywhere."""
+    """A network with its one weight as output everywhere."""
 
     def __init__(self, value: float) -> None:
         super().__init__()
@@ -623,7 +623,7 @@ def test_adam_and_adamw_make_their_first_step():
 
 
 class Guess(nn.Module):
-    """A classifier whose scores are its weights, whatever it is shown."""
+    """A classifier with its weights as scores, for any image."""
 
     task = "classifier"
 
@@ -765,7 +765,7 @@ def test_ema_has_the_buffers_of_the_network():
 
 
 def test_ema_moves_once_an_optimizer_step():
-    """However many parts a batch has, after each of which it is asked."""
+    """However many parts a batch has: the EMA is called after each."""
     module = step_of(Recorded(), Uniform())
     ema, updates = EMA(module.model.network, decay=0.9, warm_up=False), []
     for step in (0, 0, 1, 1, 1, 2):

@@ -67,8 +67,8 @@ def kill_once(folder: Path, steps: int, chance: random.Random) -> str:
     # Writing a checkpoint takes milliseconds: the kill is at a random time within it.
     delay = chance.uniform(0, 0.01) if aimed else chance.uniform(0, 2.5)
     writes = chance.randrange(1, 5)  # 1: the first numbered checkpoint, 2: `last`, and so on
-    begun = time.monotonic()
-    while aimed and writes and time.monotonic() < begun + 30:
+    started = time.monotonic()
+    while aimed and writes and time.monotonic() < started + 30:
         if ended(child):
             return "ended"
         now = being_written(checkpoints)
@@ -135,7 +135,7 @@ def campaign(root: Path, kills: int, seed: int) -> Counter[str]:
     while counts["kills"] < kills:
         where = kill_once(parts, reached + 10_000, chance)  # more steps than it can reach before the kill
         if where == "ended":
-            counts["could not be taken up"] += 1
+            counts["failed to resume"] += 1
             print((parts / "output.txt").read_text(), file=sys.stderr)
             continue
         counts["kills"] += 1
@@ -146,7 +146,7 @@ def campaign(root: Path, kills: int, seed: int) -> Counter[str]:
         reached = max(reached, step)
         print(f"\r{counts['kills']} kills, step {reached}", end="", file=sys.stderr)
     steps = reached + 5
-    counts["could not be taken up"] += finish(parts, steps) != 0
+    counts["failed to resume"] += finish(parts, steps) != 0
     counts["steps"] = steps
     if finish(whole, steps) != 0:
         raise RuntimeError((whole / "output.txt").read_text())
@@ -171,7 +171,7 @@ def main() -> int:
         "SIGKILLs": counts["kills"],
         "kills during a checkpoint write": counts["in a write"],
         "steps of the run": counts["steps"],
-        "starts that failed to resume": counts["could not be taken up"],
+        "starts that failed to resume": counts["failed to resume"],
         "saved steps lost": counts["steps lost"],
         "unfinished files left at the end": counts["left behind"],
         "bits different from the uninterrupted run": counts["bits different"],

@@ -169,14 +169,14 @@ class Slot:
             self.right = (self.folder / job.mutant.file).read_text()
             (self.folder / job.mutant.file).write_text(source)
         self.output.with_suffix(".json").unlink(missing_ok=True)
-        self.job, self.begun = job, time.monotonic()
+        self.job, self.started = job, time.monotonic()
         self.process = run_tests(self.folder, job.tests, self.packages, self.output)
         return True
 
     def result(self) -> dict[str, Any] | None:
         """Return the result of the job after restoring the copy; None while it runs."""
         assert self.job is not None
-        seconds = time.monotonic() - self.begun
+        seconds = time.monotonic() - self.started
         if os.waitpid(self.process, os.WNOHANG)[0] == 0:
             if seconds < TIMEOUT:
                 return None

@@ -103,7 +103,7 @@ def _dispatch(words: list[str]) -> int:
         print("\n".join(config.complete(words[1:])))
     elif words[0] not in COMMANDS:
         raise UsageError(
-            words[0], NO_VALUE, f"unknown command{did_you_mean(words[0], [*COMMANDS, 'completion'])}"
+            words[0], NO_VALUE, "unknown command", did_you_mean(words[0], [*COMMANDS, "completion"])
         )
     else:
         return _command(words[0], parse(words[0], _with_first_option(words[0], words[1:])))

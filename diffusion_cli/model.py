@@ -172,10 +172,10 @@ def option(group: str, name: str, *supplied: Any, **arguments: Any) -> Any:
     command = next((each for each in COMMANDS if group in configuration.defaults(each)), None)
     if command is None:
         known = sorted({known for each in COMMANDS for known in configuration.defaults(each)})
-        raise UsageError("group", group, f"unknown group{configuration.did_you_mean(group, known)}")
+        raise UsageError("group", group, "unknown group", configuration.did_you_mean(group, known))
     options = configuration.options(group)
     if name not in options:
-        raise UsageError(group, name, f"unknown option{configuration.did_you_mean(name, list(options))}")
+        raise UsageError(group, name, "unknown option", configuration.did_you_mean(name, list(options)))
     node = configuration.compose(command, [f"{group}={name}"])[0].get(group)
     if isinstance(node, dict) and "_target_" not in node:
         node = node.get(name)  # a group with several options at once

@@ -426,7 +426,7 @@ DECIMAL = ("1.0", "10.0", "2.0")
         ("7", DECIMAL, "choose from 1.0, 10.0, 2.0"),
         ("0", ("1e3", "true"), "choose from 1e3, true"),
         ("1_0", tuple("abcdefghijkl"), "unknown class"),
-        ("12", tuple("abcdefghijkl"), "out of range; the classes are 0..11"),
+        ("12", tuple("abcdefghijkl"), "out of range; use a class from 0 to 11"),
     ],
 )
 def test_a_class_is_named_by_its_own_name_whatever_that_looks_like(label, names, expected):

@@ -161,7 +161,10 @@ def test_images_go_to_the_space_of_the_model_and_back(here):
         (lambda m: m.denoise(torch.zeros(1, 1, 9, 9), 0.5), "x_t=float32 [1, 1, 9, 9]: must be float [B, 1, 8, 8]"),
         (lambda m: m.denoise(torch.zeros(1, 1, 8, 8), 0.5, [1]), "y: the model is not class-conditional"),
         (lambda m: m.edit("img2img", torch.zeros(1, 1, 8, 8)), "images=float32 [1, 1, 8, 8]: must be uint8"),
-        (lambda m: m.edit("img2img", torch.zeros(1, 1, 8, 4).byte()), "images=(1, 8, 4): must have shape (1, 8, 8)"),
+        (
+            lambda m: m.edit("img2img", torch.zeros(1, 1, 8, 4).byte()),
+            "images=(1, 8, 4): must have shape (1, 8, 8); resize or convert them",
+        ),
         (lambda m: m.edit("inpaint", torch.zeros(1, 1, 8, 8).byte(), mask=torch.ones(8, 8)), "must be bool [8, 8]"),
         (lambda m: m.sample(1, overrides="eta=1"), "overrides=eta=1: must be a list"),
         (lambda m: m.evaluate("fid"), "metrics=fid: must be a list; write ['fid']"),
@@ -267,7 +270,9 @@ MISUSES = {
     "diffuse.train(['max_steps=0'])": "max_steps=0: must be greater than 0",
     "diffuse.train(1)": "overrides=1: must be a list of texts",
     "diffuse.evaluate(im, ['fid'], ['dataset=nope'])": "dataset=nope: unknown option",
-    "diffuse.evaluate(x, ['fid'], 'dataset=digits')": "samples=float32 [1, 1, 8, 8]: must be uint8 [N, 1, 8, 8]",
+    "diffuse.evaluate(x, ['fid'], 'dataset=digits')": (
+        "samples=float32 [1, 1, 8, 8]: must be uint8 [N, 1, 8, 8]; convert them"
+    ),
     "diffuse.evaluate(None, ['fid'])": "samples: missing; give a path, or uint8 [N, C, H, W]",
 }
 

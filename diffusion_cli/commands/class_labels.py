@@ -76,10 +76,10 @@ def class_number(label: int | str, names: Sequence[str], key: str = "label") -> 
     if INDEX.fullmatch(str(label)) and (counted or not any(map(NUMBER.fullmatch, names))):
         if int(str(label)) < len(names):
             return int(str(label))
-        raise UsageError(key, label, f"out of range; the classes are 0..{len(names) - 1}")
+        raise UsageError(key, label, "out of range", f"use a class from 0 to {len(names) - 1}")
     equal = _spellings(str(label), names)
-    hint = f"; did you mean {equal[0]}?" if equal else did_you_mean(str(label), names)
-    raise UsageError(key, label, f"unknown class{hint}")
+    remedy = f"did you mean {equal[0]}?" if equal else did_you_mean(str(label), names)
+    raise UsageError(key, label, "unknown class", remedy)
 
 
 def is_null(label: int | str | list[int | str], names: Sequence[str] | None) -> bool:

@@ -121,7 +121,12 @@ def edited(
     if inputs is not None:
         for image in inputs:
             if tuple(image.pixels.shape) not in edit.accepts():
-                raise UsageError("images", tuple(image.pixels.shape), f"must have shape {edit.accepts()[0]}")
+                raise UsageError(
+                    "images",
+                    tuple(image.pixels.shape),
+                    f"must have shape {edit.accepts()[0]}",
+                    "resize or convert them",
+                )
         _check_count(inputs, edit)
     form = trained.model.info.form
     jobs = _jobs(config, edit, _inputs(config, trained, edit) if inputs is None else inputs, form)

@@ -196,6 +196,7 @@ def _in_memory(images: Tensor, shape: Shape | None, form: SampleFormat) -> Exter
             "samples",
             found,
             f"must be {str(dtype).removeprefix('torch.')} [N, {wanted}]{'' if shape else ' with 1 or 3 channels'}",
+            "convert them, or give files",
         )
     return ExternalImages(MemoryImages(images.cpu(), None), None)
 

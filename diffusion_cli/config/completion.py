@@ -40,8 +40,8 @@ compdef _diffuse diffuse""",
 def completion_script(shell: str) -> str:
     """Return the completion script of a shell; raises UsageError for an unknown shell."""
     if shell not in SCRIPTS:
-        problem = f"unknown shell{did_you_mean(shell, list(SCRIPTS))}" if shell else "no shell given"
-        remedy = "" if shell else "write diffuse completion bash, zsh or fish"
+        problem = "unknown shell" if shell else "no shell given"
+        remedy = did_you_mean(shell, list(SCRIPTS)) if shell else "write diffuse completion bash, zsh or fish"
         raise UsageError(f"completion {shell}".strip(), NO_VALUE, problem, remedy)
     return SCRIPTS[shell]
 

@@ -363,7 +363,7 @@ def _sort(
             mistakes += [
                 _path_as_dataset(name)
                 if key == "dataset" and re.search("[/.]", name)
-                else Problem(key, name, f"unknown option{did_you_mean(name, list(known))}")
+                else Problem(key, name, "unknown option", did_you_mean(name, list(known)))
                 for name in wrong
             ]
             choosing += [] if wrong else [text]

@@ -26,7 +26,7 @@ def launch(words: Sequence[str], jobs: Sequence[Config], dirs: Sequence[Path] = 
     name, given = _parsed(words)
     files = options(LAUNCHERS, dirs)
     if name not in files:
-        raise UsageError("launcher", name, f"unknown option{did_you_mean(name, list(files))}")
+        raise UsageError("launcher", name, "unknown option", did_you_mean(name, list(files)))
     keys = {option: _keys(file) for option, file in files.items()}
     if name == "slurm":
         mistakes = validate(SlurmConfig, keys[name] | given, "launcher")[1] or _missing()

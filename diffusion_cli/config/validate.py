@@ -102,7 +102,7 @@ def _problem(key: str, value: Any, details: Sequence[Any], model: type[BaseModel
     if "missing" in kinds:
         return "missing", f"add {key}=<value>"
     if detail := kinds.get("extra_forbidden"):
-        return f"unknown key{did_you_mean(str(detail['loc'][-1]), list(model.model_fields))}", ""
+        return "unknown key", did_you_mean(str(detail["loc"][-1]), list(model.model_fields))
     if detail := kinds.get("value_error"):
         return str(detail["ctx"]["error"]), ""
     location = details[0]["loc"]

@@ -127,7 +127,7 @@ def _flag_problem(command: str, group: Sequence[str], keys: Sequence[str]) -> Pr
         return Problem(
             " ".join(group), NO_VALUE, "unknown flag", f"write {_word(command, name, value, keys)}"
         )
-    return Problem(group[0], NO_VALUE, f"unknown flag{did_you_mean(flag, near or FLAGS)}")
+    return Problem(group[0], NO_VALUE, "unknown flag", did_you_mean(flag, near or FLAGS))
 
 
 def _word(command: str, name: str, value: str, keys: Sequence[str]) -> str:

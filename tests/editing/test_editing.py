@@ -722,7 +722,7 @@ def test_files_of_one_name_do_not_overwrite_each_other(folder, tmp_path):
             ["edit.mask=[2,2,9,9]"],
             "edit.mask=[2, 2, 9, 9]: must be [left,top,right,bottom] in pixels within 8 x 8",
         ),
-        (["label=12"], "label=12: out of range; the classes are 0..9"),
+        (["label=12"], "label=12: out of range; use a class from 0 to 9"),
         (["label=frog"], "label=frog: unknown class; choose from 0, 1"),
         (["run=plain", "label=3"], "label=3: the model is not class-conditional"),
         (["run=plain", "guidance=cfg"], "guidance=cfg: the model is not class-conditional"),
@@ -740,7 +740,7 @@ def test_files_of_one_name_do_not_overwrite_each_other(folder, tmp_path):
         (["edit=attribute"], "label=null: edit=attribute needs a target class"),
         (
             ["edit=attribute", "label=1", "edit.source=12"],
-            "edit.source=12: out of range; the classes are 0..9",
+            "edit.source=12: out of range; use a class from 0 to 9",
         ),
         (["edit=colorize"], "edit=colorize: the model generates gray images"),
         (["edit=super_resolution", "edit.factor=3"], "edit.factor=3: does not divide 8 x 8"),

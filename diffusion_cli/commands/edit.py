@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from diffusion_cli.batch_size import advise_batch_size
+from diffusion_cli.commands.guides import other_space
 from diffusion_cli.commands.inputs import Input, read_input, read_mask, real_images, shortened
 from diffusion_cli.commands.outputs import claim, keep_results
 from diffusion_cli.commands.trained import LoadedModel, open_run, warn_of_untrained
@@ -217,12 +218,8 @@ def _refuse(config: EditConfig, trained: LoadedModel, edit: Edit, method: Restor
 def _refuse_in_latents(space: Latents, kind: str, edit: Edit, method: RestorationMethod | None) -> None:
     """Raise UsageError if the edit is not possible in latent space."""
     if method is not None and not (edit.masks or method.differentiates):
-        raise UsageError(
-            "restoration",
-            type(method).__name__.lower(),
-            f"cannot be used for edit={kind} in latent space, because only pixels are known",
-            "use restoration=dps",
-        )
+        name = f"restoration={type(method).__name__.lower()} with edit={kind}"
+        raise other_space(name, "pixels", "use restoration=dps")
     factor = space.autoencoder.factor
     if any(side % factor for side in edit.results[1:]):
         raise UsageError(

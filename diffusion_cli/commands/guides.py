@@ -115,12 +115,7 @@ class GuidanceRuns:
                     "its latents differ from the model's",
                     "use one trained with the same latent.run",
                 )
-            raise UsageError(
-                key,
-                NO_VALUE,
-                f"works on {theirs}, but the model works on {ours}",
-                f"use one trained on {ours}",
-            )
+            raise other_space(key, theirs, f"use one trained on {ours}")
         for part in ("schedule", *parts):
             if getattr(guide.info.config, part) != getattr(self.model.info.config, part):
                 raise UsageError(
@@ -129,6 +124,12 @@ class GuidanceRuns:
                     f"its {part} differs from the model's",
                     f"use one trained with the same {part}",
                 )
+
+
+def other_space(name: str, space: str, remedy: str) -> UsageError:
+    """Return the error for a part that works on `space`, "pixels" or "latents", with a model of the other."""
+    ours = "latents" if space == "pixels" else "pixels"
+    return UsageError(name, NO_VALUE, f"works on {space}, but the model works on {ours}", remedy)
 
 
 def _same_latents(one: LatentInfo | None, other: LatentInfo | None) -> bool:

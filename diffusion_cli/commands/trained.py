@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from diffusion_cli.batch_size import images_that_fit, network_call
 from diffusion_cli.commands.class_labels import class_number, is_null, labels_named, warn_of_untrained
-from diffusion_cli.commands.guides import GuidanceRuns
+from diffusion_cli.commands.guides import GuidanceRuns, other_space
 from diffusion_cli.config import SamplingSettings, build
 from diffusion_cli.data import Dataset, with_rules
 from diffusion_cli.diffusion.guidance import Guidance, Guided
@@ -153,12 +153,7 @@ def prepare(settings: SamplingSettings, folder: Path, model: LoadedDenoiser) -> 
         _refuse_untrained_null(model, "label")
     guidance.check(model.denoiser, model.info.label_dropout, labels is not None)
     if isinstance(guidance, Guided) and guidance.quantile is not None and not model.space.bounded:
-        raise UsageError(
-            "guidance.dynamic_threshold",
-            guidance.quantile,
-            "clips pixels to [-1, 1], but the model works on latents, which are unbounded",
-            "leave it null",
-        )
+        raise other_space(f"guidance.dynamic_threshold={guidance.quantile}", "pixels", "leave it null")
     if settings.compile:
         # In place, because torch.compile(network) would rename every weight.
         mode = "reduce-overhead" if device.type == "cuda" else None  # uses CUDA graphs

@@ -4,8 +4,10 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -28,6 +30,7 @@ from diffusion_cli.diffusion.guidance import NoGuidance
 from diffusion_cli.diffusion.latents import Latents, Pixels, measured_scale
 from diffusion_cli.editing.latent import known_of
 from diffusion_cli.editing.operators import Mask
+from diffusion_cli.formats import HighDepthImage, Uint8Image
 from diffusion_cli.generate import SamplingPipeline, generate
 from diffusion_cli.networks import AutoencoderKL
 from diffusion_cli.networks.autoencoder import drawn
@@ -36,7 +39,7 @@ from diffusion_cli.runs.load import AUTOENCODER, load_model
 from diffusion_cli.runs.pretrained import WEIGHTS
 from diffusion_cli.runs.schema import LatentInfo
 from diffusion_cli.samplers import DDIM
-from diffusion_cli.training import latent_cache
+from diffusion_cli.training import latent_cache, latent_data
 from diffusion_cli.training.latent_cache import encoded
 from diffusion_cli.training.latent_data import LatentDataset
 from helpers import TINY, assert_same
@@ -488,7 +491,7 @@ def test_every_guidance_guides_in_latents(place, words):
         ),
         (
             ["guidance=cfg", "guidance.dynamic_threshold=0.9"],
-            "dynamic_threshold=0.9: clips pixels to [-1, 1]",
+            "guidance.dynamic_threshold=0.9: works on pixels, but the model works on latents; leave it null",
         ),
     ],
 )
@@ -589,11 +592,11 @@ def test_known_pixels_stay_to_the_bit(place, tmp_path, method):
     [
         (
             ["edit=super_resolution"],
-            "restoration=repaint: cannot be used for edit=super_resolution in latent space",
+            "restoration=repaint with edit=super_resolution: works on pixels, but the model works on latents; use",
         ),
         (
             ["edit=super_resolution", "restoration=replacement"],
-            "restoration=replacement: cannot be used for edit=",
+            "restoration=replacement with edit=super_resolution: works on pixels, but the model works on latents",
         ),
         (
             ["edit=outpaint", "edit.left=1"],
@@ -741,6 +744,22 @@ def test_what_does_not_go_together_is_refused_in_a_line(place, capsys, words, li
     assert train(place, *name, *words, "max_steps=8") == 2
     refused(capsys, line)
     assert not (place / "o" / "wrong").exists()
+
+
+def test_an_autoencoder_for_other_values_is_refused_with_the_values(tmp_path, monkeypatch):
+    form = HighDepthImage(dtype="float32", low=[0.0], high=[2.0], file="tiff")
+    data: Any = SimpleNamespace(name="photos", form=replace(form, high=[1.0]))
+    monkeypatch.setattr(
+        latent_data, "load_autoencoder", lambda *_: SimpleNamespace(info=SimpleNamespace(form=form))
+    )
+    line = r"^latent\.run=ae: was trained on images with high=\[2\.0\], but those of photos have high=\[1\.0\]; use"
+    with pytest.raises(ValueError, match=line):
+        latent_data.run_latents(tmp_path, "ae", data, torch.device("cpu"))
+    data.form = Uint8Image()
+    with pytest.raises(
+        ValueError, match=r"was trained on images with kind=.*, but those of photos have kind=picture;"
+    ):
+        latent_data.run_latents(tmp_path, "ae", data, torch.device("cpu"))
 
 
 def test_processes_change_neither_the_latents_nor_what_is_learned(place, tmp_path):

@@ -18,6 +18,7 @@ from diffusion_cli.diffusion.objectives import Objective
 from diffusion_cli.diffusion.time_sampling import Times
 from diffusion_cli.errors import NO_VALUE, UsageError
 from diffusion_cli.metrics import cache_folder
+from diffusion_cli.networks import AutoencoderKL
 from diffusion_cli.runs.find import find_run
 from diffusion_cli.runs.schema import CheckpointInfo, LatentInfo, StageInfo
 from diffusion_cli.runs.weights import digest
@@ -102,7 +103,7 @@ def set_up(config: TrainConfig, folder: Path, before: CheckpointInfo | None) -> 
         with_rules(config.dataset, before.data_rules) if before else config.dataset, config.data_dir
     )
     device: Device = build(config.trainer)
-    objective = _objective(config)
+    objective: Objective[Any] | ReconstructionLoss = build(config.objective)
     latent = _latents(config, dataset, device.torch_device, folder, before)
     train_data = dataset
     if latent is not None:
@@ -154,27 +155,6 @@ def training_module(setup: TrainingSetup, seed: int) -> TrainingModule:
     return DenoisingModule(model, objective, times, setup.space, setup.optimizer, seed=seed, info=setup.info)
 
 
-def _objective(config: TrainConfig) -> Objective[Any] | ReconstructionLoss:
-    """Build the objective; UsageError if it is incompatible with the task."""
-    objective = build(config.objective)
-    noised = config.schedule is not None
-    if noised and isinstance(objective, ReconstructionLoss):
-        raise UsageError(
-            "objective",
-            "autoencoder",
-            "supported only for task=autoencoder",
-            "leave it out, or use task=autoencoder",
-        )
-    if not noised and not isinstance(objective, ReconstructionLoss):
-        raise UsageError(
-            "objective",
-            type(objective).__name__,
-            "not supported for task=autoencoder",
-            "leave it out, or use task=diffusion",
-        )
-    return objective
-
-
 def _latents(
     config: TrainConfig, dataset: Dataset, device: torch.device, folder: Path, before: CheckpointInfo | None
 ) -> LatentSource | None:
@@ -209,8 +189,8 @@ def _network(
     if getattr(network, "ordered", True) and not train_data.form.ordered:
         raise UsageError(
             "model",
-            type(network).__name__,
-            "not permutation invariant, so it cannot model point clouds",
+            NO_VALUE,
+            "this network is not permutation invariant, so it cannot model point clouds",
             "use model=set_tiny with task=diffusion",
         )
     return network
@@ -225,6 +205,7 @@ def _autoencoder_task(
         raise UsageError(
             "progressive", config.progressive, "not supported for task=autoencoder", "leave it out"
         )
+    assert isinstance(network, AutoencoderKL)
     return AutoencoderTask(objective.model(network, dataset.shape), objective)
 
 

@@ -117,7 +117,7 @@ def _training(
         composed, unknown = _with_keys(choosing, setting, implied, dirs)
         name = composed["name"] or _name(composed, implied, choices, dirs, implied)
         stored = started_with(Path(str(composed["output_dir"]), str(name)))
-        unknown += task_problems(choosing, composed)
+        unknown += task_problems(choosing, composed, choices)
         return with_recipe(
             composed | {"name": name}, stored, cache(partial(own_images, composed["dataset"]))
         ), unknown
@@ -137,7 +137,7 @@ def _training(
     if option != NETWORK_BEFORE_AUTO:
         words = with_network(option)
         composed, unknown = _with_keys(words, setting, None, dirs)
-    unknown += task_problems(choosing, composed)
+    unknown += task_problems(choosing, composed, choices)
     derived = [*composed["derived"], f"{MODEL}{option}"]
     return with_recipe(composed | {"name": name, "derived": derived}, stored, images), unknown
 

@@ -7,26 +7,29 @@ from diffusion_cli.config.catalogue import brought_by, content, options
 from diffusion_cli.config.values import Node
 from diffusion_cli.errors import Problem
 
-DENOISING = "diffusion"
+DENOISING, AUTOENCODER = "diffusion", "autoencoder"
 GROUPS_OF_TASKS = ("model", "objective")
 
 
-def task_problems(choosing: Sequence[str], composed: Node) -> list[Problem]:
+def task_problems(choosing: Sequence[str], composed: Node, choices: Node) -> list[Problem]:
     """Return the problem of a model and an objective for different tasks, about the one that the user chose.
+
+    Only an autoencoder also needs its `task=`, which leaves out the noise.
 
     Args:
         choosing: words of the command line that choose options.
         composed: the configuration of a training.
+        choices: the option of each group.
     """
     tasks = {group: _tasks().get(composed[group]["_target_"], DENOISING) for group in GROUPS_OF_TASKS}
-    if len({*tasks.values()}) == 1:
+    encodes = AUTOENCODER in tasks.values()
+    if len({*tasks.values()}) == 1 and encodes == (choices["task"] == AUTOENCODER):
         return []
     chosen = {group: name for group, _, name in (word.partition("=") for word in choosing)}
     model_suits = "model" not in chosen or tasks["model"] == chosen.get("task")
     group = "objective" if "objective" in chosen and model_suits else "model"
-    name = chosen.get(group, composed[group]["_target_"].rpartition(".")[2])
     remedy = f"set task={tasks[group]}, or choose another {group}"
-    return [Problem(group, name, f"is for task={tasks[group]}", remedy)]
+    return [Problem(group, choices[group], f"is for task={tasks[group]}", remedy)]
 
 
 @cache

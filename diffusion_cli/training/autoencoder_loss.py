@@ -8,7 +8,6 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.functional import avg_pool2d, relu
 
-from diffusion_cli.errors import UsageError
 from diffusion_cli.metrics import LPIPSDistance
 from diffusion_cli.networks import AutoencoderKL, PatchDiscriminator
 from diffusion_cli.system.distributed import Distributed
@@ -56,7 +55,7 @@ class ReconstructionLoss:
     ratio of the gradient norms of the two losses at the decoder's last layer, at most 10^4 / D, over all
     processes. One backward pass gives both gradients, because the weights of F are constants in this term.
 
-    Raises UsageError for another network, and for images that LPIPS or the discriminator does not support.
+    Raises UsageError for images that LPIPS or the discriminator does not support.
     Source: Rombach et al. 2022, Appendix G; Esser et al. 2021, Eq. 5 to 7, with the learned scale of the
     distance at 1.
     """
@@ -82,15 +81,8 @@ class ReconstructionLoss:
         self.start, self.weight = discriminator_start, discriminator_weight
         self.discriminator = {"channels": discriminator_channels, "layers": discriminator_layers}
 
-    def model(self, network: nn.Module, shape: tuple[int, ...]) -> Autoencoding:
+    def model(self, network: AutoencoderKL, shape: tuple[int, ...]) -> Autoencoding:
         """Return the model to train for images of a shape; UsageError if unsuitable."""
-        if not isinstance(network, AutoencoderKL):
-            raise UsageError(
-                "model",
-                type(network).__name__,
-                "is not an autoencoder",
-                "use model=kl_tiny, kl_f4 or kl_f8, or another task",
-            )
         if self.lpips is not None:
             self.lpips.check_shape(shape)
         discriminator = None if self.start is None else PatchDiscriminator(shape, **self.discriminator)

@@ -76,6 +76,15 @@ MISTAKES = {
     "train task=classifier model=unet_tiny objective=cross_entropy": (
         "model=unet_tiny: is for task=diffusion; set task=diffusion, or choose another model"
     ),
+    "train model=kl_tiny objective=autoencoder": (
+        "model=kl_tiny: is for task=autoencoder; set task=autoencoder, or choose another model"
+    ),
+    "train task=autoencoder model=unet_tiny objective=simple": (
+        "model=unet_tiny: is for task=diffusion; set task=diffusion, or choose another model"
+    ),
+    "train task=classifier experiment=ddpm_cifar10": (
+        "model=unet_cifar10: is for task=diffusion; set task=diffusion, or choose another model"
+    ),
     "train learning_rate=1e-4": "learning_rate=1e-4: unknown key; did you mean optimizer.lr?",
     "train optimizer.learning_rate=1e-4": "optimizer.learning_rate=1e-4: unknown key; did you mean optimizer.lr?",
     "train compile=maybe": "compile=maybe: must be auto, true or false",

@@ -6,11 +6,11 @@ import statistics
 from pathlib import Path
 
 import pytest
-from test_eval import WORDS, evaluate, place  # noqa: F401 - a fixture
 
 from diffusion_cli.cli import run
 from diffusion_cli.config import load, shared_seeds
 from diffusion_cli.metrics import Report, Result, averaged, notes_on_seeds
+from helpers.evaluation import WORDS, evaluate
 
 FEW = ["num_samples=20", "metric=is", "metric.is.splits=2"]
 
@@ -20,11 +20,11 @@ def results(history: Path) -> list[dict]:
     return [entry["results"][0] for entry in json.loads(history.read_text())]
 
 
-def test_repeats_are_evaluations_of_the_seeds_that_follow(place):  # noqa: F811
-    history = place / "o" / "b" / "metrics.json"
+def test_repeats_are_evaluations_of_the_seeds_that_follow(eval_runs):
+    history = eval_runs / "o" / "b" / "metrics.json"
     for seed in (3, 23, 43):
-        assert evaluate(place, "run=b", *FEW, f"seed={seed}") == 0
-    assert evaluate(place, "run=b", *FEW, "seed=3", "repeats=3", "batch_size=7") == 0
+        assert evaluate(eval_runs, "run=b", *FEW, f"seed={seed}") == 0
+    assert evaluate(eval_runs, "run=b", *FEW, "seed=3", "repeats=3", "batch_size=7") == 0
     *alone, together = results(history)
     values = [result["value"] for result in alone[-3:]]
     assert together["value"] == pytest.approx(statistics.fmean(values), rel=1e-6)
@@ -38,8 +38,8 @@ def test_repeats_are_evaluations_of_the_seeds_that_follow(place):  # noqa: F811
     ]
 
 
-def test_a_comparison_has_the_standard_deviation_of_its_repeats(place, capsys):  # noqa: F811
-    words = ["compare", "run=a", f"output_dir={place}/o", f"cache_dir={place}/cache", *WORDS, *FEW]
+def test_a_comparison_has_the_standard_deviation_of_its_repeats(eval_runs, capsys):
+    words = ["compare", "run=a", f"output_dir={eval_runs}/o", f"cache_dir={eval_runs}/cache", *WORDS, *FEW]
     assert run([*words, "steps=[1,2]", "repeats=2"]) == 0
     folder = Path(capsys.readouterr().out.strip().rpartition("Table and plot: ")[2])
     with (folder / "table.csv").open(newline="") as file:

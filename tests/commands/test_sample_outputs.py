@@ -1,0 +1,125 @@
+"""`diffuse sample`: strips, animations, memory and compilation."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from diffusion_cli.cli import run
+from diffusion_cli.diffusion.denoiser import Denoiser
+from helpers.sampling import pngs, sample
+
+
+@pytest.mark.slow
+def test_strips_and_animations_change_no_image_and_are_made_afterwards_too(sample_runs, tmp_path, capsys):
+    words = ["run=small", f"output_dir={sample_runs}", "steps=4", "num_samples=10", "sampler=ddpm"]
+    plain, drawn = tmp_path / "plain", tmp_path / "drawn"
+    assert run(["sample", *words, f"output={plain}"]) == 0
+    assert run(["sample", *words, f"output={drawn}", "strip=true", "gif=true", "frames=3"]) == 0
+    before = {file.name: file.read_bytes() for file in plain.iterdir() if file.is_file()}
+    after = {file.name: file.read_bytes() for file in drawn.iterdir() if file.is_file()}
+    assert set(after) - set(before) == {"strip.png", "denoising.gif"}
+    assert all(after[name] == content for name, content in before.items())
+    with Image.open(drawn / "strip.png") as strip:
+        assert strip.size == (3 * 34, 8 * 34)  # 8 x 8 pixels, four times as large, and a frame of one
+        pixels = np.array(strip)
+    for row in range(8):
+        with Image.open(drawn / f"{row:06d}.png") as image:
+            last = pixels[34 * row + 1 : 34 * row + 33 : 4, 2 * 34 + 1 : 3 * 34 - 1 : 4]
+            assert np.array_equal(last, np.array(image))
+    with Image.open(drawn / "denoising.gif") as animation:
+        assert getattr(animation, "n_frames", 1) == 4  # there and back
+    assert run(["sample", *words, f"output={plain}", "strip=true", "frames=3"]) == 0
+    assert (plain / "strip.png").read_bytes() == after["strip.png"]
+    assert run(["sample", *words, f"output={plain}", "frames=1", "strip=true"]) == 2
+    assert "frames=1: must be at least 2" in capsys.readouterr().err
+
+
+def test_a_strip_is_no_image_to_edit(sample_runs, tmp_path):
+    words = ["run=small", f"output_dir={sample_runs}", "steps=2"]
+    assert run(["sample", *words, "num_samples=2", "strip=true", f"output={tmp_path / 'some'}"]) == 0
+    given = [f"input={tmp_path / 'some'}", f"output={tmp_path / 'edited'}"]
+    assert run(["edit", *words, "edit=img2img", *given]) == 0
+    assert sorted(file.name for file in (tmp_path / "edited").glob("*.png")) == [
+        "000000.png",
+        "000001.png",
+        "grid.png",
+    ]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError(), RuntimeError("can't allocate memory"), MemoryError()]
+)
+@pytest.mark.parametrize(
+    ("size", "remedy"), [("4", "try batch_size=2, or auto"), ("1", "one image does not fit")]
+)
+def test_memory_that_runs_out_in_sampling_names_the_batch_size(
+    sample_runs, tmp_path, monkeypatch, capsys, error, size, remedy
+):
+    def refuse(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(Denoiser, "forward", refuse)
+    assert sample(sample_runs, f"output={tmp_path}/out", "run=small", f"batch_size={size}") == 2
+    words = [
+        "edit",
+        f"output_dir={sample_runs}",
+        "run=small",
+        "edit=img2img",
+        "input=val",
+        "num_images=4",
+        "device=cpu",
+    ]
+    assert run([*words, f"output={tmp_path}/edits", f"batch_size={size}"]) == 2
+    lines = [line for line in capsys.readouterr().err.splitlines() if "diffuse: " in line]
+    assert [line[line.index("diffuse: ") :].partition("; use")[0] for line in lines] == 2 * [
+        f"diffuse: batch_size={size}: cpu is out of memory; {remedy}"
+    ]
+
+
+@pytest.mark.slow
+def test_the_batch_size_is_found_and_said_and_changes_no_image(sample_runs, tmp_path, capsys):
+    assert sample(sample_runs, f"output={tmp_path}/found", "batch_size=auto") == 0
+    (line,) = (line for line in capsys.readouterr().err.splitlines() if line.startswith("batch_size="))
+    assert int(line.removeprefix("batch_size=")) in (1, 2, 4)
+    assert sample(sample_runs, f"output={tmp_path}/given", "batch_size=6") == 0
+    assert_alike(tmp_path / "found", tmp_path / "given")
+
+
+def assert_alike(one, other) -> None:
+    assert pngs(one).keys() == pngs(other).keys() != set()
+    for name in pngs(one):
+        mine, theirs = (np.array(Image.open(place / name)).astype(int) for place in (one, other))
+        assert abs(mine - theirs).max() <= 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("words", [[], ["sampler=ddpm", "strip=true"]], ids=["ddim", "ddpm"])
+def test_a_compiled_network_makes_the_same_images_compiled_once(sample_runs, tmp_path, words):
+    import torch._dynamo
+
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    words = ["precision=fp32", "batch_size=4", *words]
+    assert sample(sample_runs, f"output={tmp_path}/compiled", "compile=true", *words) == 0
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+    assert sample(sample_runs, f"output={tmp_path}/written", *words) == 0
+    assert_alike(tmp_path / "compiled", tmp_path / "written")
+
+
+def test_a_network_that_cannot_be_compiled_here_is_said_to_be_the_option(
+    sample_runs, tmp_path, monkeypatch, capsys
+):
+    from torch._dynamo.exc import TorchDynamoException
+
+    def failing(*arguments):
+        raise TorchDynamoException("No working C++ compiler found\nin a long text")
+
+    monkeypatch.setattr(
+        torch.nn.Module, "compile", lambda self, **how: setattr(self, "_compiled_call_impl", failing)
+    )
+    assert sample(sample_runs, f"output={tmp_path}/out", "compile=true") == 2
+    assert (
+        "diffuse: compile=true: torch cannot compile the network here (No working" in capsys.readouterr().err
+    )

@@ -1,0 +1,73 @@
+"""TIFF files, scans and folders of them."""
+
+import io
+from pathlib import Path
+
+import numpy as np
+import pydicom
+import tifffile
+import torch
+from PIL import Image
+from pydicom.encaps import encapsulate
+from pydicom.uid import JPEG2000
+
+from diffusion_cli.data import Folder
+from diffusion_cli.formats import Dicom
+
+
+def folder(path: Path, **changes) -> Folder:
+    arguments = {
+        "masks": None,
+        "resolution": 8, "channels": 1, "range": None, "depth": "auto", "labels": "none", "background": "white",
+        "flip": False, "val_fraction": 0.0, "in_memory": True, "num_workers": 0,
+    }  # fmt: skip
+    return Folder("", path=str(path), **(arguments | changes))
+
+
+def images(dataset) -> torch.Tensor:
+    split = dataset.load("train")
+    return split[torch.arange(len(split))]
+
+
+def written(form, sample: torch.Tensor, path: Path) -> bytes:
+    form.write(sample, path)
+    return path.read_bytes()
+
+
+def tiff(array: np.ndarray, **options) -> bytes:
+    buffer = io.BytesIO()
+    tifffile.imwrite(buffer, array, **options)
+    return buffer.getvalue()
+
+
+def dicom(numbers: np.ndarray, **elements) -> bytes:
+    """A file as a scanner may have made it, with a patient's name, and other elements."""
+    buffer = io.BytesIO()
+    wide = Dicom("int16", 16, 1.0, 0.0, [-32768.0], [32767.0])
+    wide.write(wide.from_numbers(numbers.astype(np.int16)[None]), buffer)  # pyright: ignore
+    image = pydicom.dcmread(io.BytesIO(buffer.getvalue()))
+    image.PatientName = "Doe^Jane"
+    image.PixelRepresentation = int(numbers.dtype.kind == "i")
+    image.BitsAllocated = 8 * numbers.itemsize
+    image.BitsStored, image.HighBit = image.BitsAllocated, image.BitsAllocated - 1
+    image.PixelData = numbers.tobytes()
+    syntax = elements.pop("syntax", None)
+    if syntax is not None:
+        image.file_meta.TransferSyntaxUID = syntax
+    for name, value in elements.items():
+        setattr(image, name, value)
+    if syntax == JPEG2000:
+        image.PixelData = encapsulate([image.PixelData])
+        image["PixelData"].is_undefined_length = True
+    fresh = pydicom.Dataset(image)  # which remembers no order of bytes
+    fresh.file_meta = image.file_meta
+    out = io.BytesIO()
+    fresh.save_as(out, enforce_file_format=True)
+    return out.getvalue()
+
+
+def saved(path: Path, pixels: np.ndarray, mode: str | None = None, **options) -> Path:
+    path.parent.mkdir(exist_ok=True)
+    image = Image.fromarray(pixels)
+    (image.convert(mode) if mode else image).save(path, **options)
+    return path

@@ -1,0 +1,190 @@
+"""Stopped runs continue to the same weights; other settings and data are refused."""
+
+import csv
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+
+from diffusion_cli.cli import run
+from diffusion_cli.runs.checkpoint import LAST
+from diffusion_cli.system.locks import run_lock
+from helpers import TINY, assert_same, state, train
+
+pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.slow]
+
+
+@pytest.mark.parametrize(
+    "extra", [[], ["accumulate_grad_batches=2", "model.dropout=0.1", "dataset.flip=true"]]
+)
+def test_a_run_taken_up_again_equals_one_without_a_stop(tmp_path, extra):
+    assert train(tmp_path / "whole", "max_steps=14", *extra) == 0
+    assert train(tmp_path / "parts", "max_steps=5", *extra) == 0
+    assert train(tmp_path / "parts", "max_steps=14", *extra) == 0
+    whole, parts = state(tmp_path / "whole"), state(tmp_path / "parts")
+    assert whole["global_step"] == 14
+    for key in ("state_dict", "optimizer_states", "lr_schedulers"):
+        assert_same(whole[key], parts[key], key)
+    assert_same(whole["callbacks"]["EMA"], parts["callbacks"]["EMA"])
+
+
+def test_a_run_goes_on_in_more_parts_where_memory_is_short(tmp_path):
+    words = ["dataset.flip=true", "time_sampling=stratified"]
+    assert train(tmp_path / "whole", "max_steps=6", *words) == 0
+    assert train(tmp_path / "parts", "max_steps=3", *words) == 0
+    assert train(tmp_path / "parts", "max_steps=6", *words, "accumulate_grad_batches=4") == 0
+    whole, parts = state(tmp_path / "whole"), state(tmp_path / "parts")
+    for key, weight in whole["state_dict"].items():
+        torch.testing.assert_close(weight, parts["state_dict"][key], rtol=1e-4, atol=1e-5)
+
+
+def test_automatic_precision_stays_that_of_the_start(tmp_path, monkeypatch):
+    words = [word for word in TINY if not word.startswith("precision")]
+    for steps, fast in ((2, False), (4, True)):
+        monkeypatch.setattr("diffusion_cli.system.precision.has_fast_bf16", lambda device, fast=fast: fast)
+        assert run([*words, f"output_dir={tmp_path}", f"max_steps={steps}"]) == 0
+    assert state(tmp_path)["diffuse"]["precision"] == "fp32"
+
+
+def test_a_complete_run_is_left_alone(tmp_path, capsys):
+    train(tmp_path, "max_steps=5")
+    before = (tmp_path / "tiny" / LAST).stat().st_mtime_ns
+    assert train(tmp_path, "max_steps=5") == 0
+    assert "finished at step 5" in capsys.readouterr().out
+    assert (tmp_path / "tiny" / LAST).stat().st_mtime_ns == before
+
+
+def test_another_configuration_in_the_folder_is_refused(tmp_path, capsys):
+    train(tmp_path, "max_steps=5")
+    assert train(tmp_path, "max_steps=9", "optimizer.lr=0.5", "seed=3") == 2
+    err = capsys.readouterr().err
+    assert "optimizer.lr=0.5: the run in" in err
+    assert "has 0.001" in err
+    assert "seed=3" in err
+    assert "max_steps" not in err
+    assert state(tmp_path)["global_step"] == 5
+
+
+def test_a_run_needs_no_log(tmp_path):
+    assert train(tmp_path, "max_steps=5", "logger=[]") == 0
+    assert not (tmp_path / "tiny" / "metrics.csv").exists()
+
+
+def test_a_run_that_could_not_start_leaves_no_claim(tmp_path, capsys):
+    assert train(tmp_path, "dataset=array", f"dataset.path={tmp_path}/none.npy", "max_steps=5") == 2
+    assert "none.npy" in capsys.readouterr().err
+    assert train(tmp_path, "max_steps=5") == 0
+
+
+def test_a_damaged_configuration_file_is_written_anew(tmp_path):
+    train(tmp_path, "max_steps=5")
+    path = tmp_path / "tiny" / "config.yaml"
+    path.write_text("a: [")
+    assert train(tmp_path, "max_steps=9") == 0
+    assert yaml.safe_load(path.read_text())["max_steps"] == 9
+
+
+def test_a_run_that_saved_nothing_gives_way_to_another_configuration(tmp_path):
+    """As where memory ran out in the first step."""
+    train(tmp_path, "max_steps=5")
+    (tmp_path / "tiny" / LAST).unlink()
+    for file in (tmp_path / "tiny" / "checkpoints").iterdir():
+        file.unlink()
+    assert train(tmp_path, "max_steps=5", "accumulate_grad_batches=2") == 0
+
+
+def test_the_log_keeps_earlier_rows_and_drops_those_after_the_checkpoint(tmp_path):
+    train(tmp_path, "max_steps=10", "checkpoint_every=10")
+    log = tmp_path / "tiny" / "metrics.csv"
+    lines = log.read_text().splitlines()
+    # As if the run had been killed at step 15, after logging and before the next checkpoint.
+    log.write_text("\n".join([*lines, lines[-1].replace("10", "15", 1)]) + "\n")
+    train(tmp_path, "max_steps=20")
+    rows = list(csv.DictReader(log.open()))
+    assert [int(row["step"]) for row in rows if row["loss"]] == [5, 10, 15, 20]
+    assert float(rows[-1]["loss"]) > 0
+
+
+def test_time_is_a_budget_over_all_starts(tmp_path):
+    assert train(tmp_path, "max_steps=null", "max_time=1s") == 0
+    first = state(tmp_path)
+    assert first["callbacks"]["Stop"]["elapsed"] >= 1
+    assert train(tmp_path, "max_steps=null", "max_time=1s") == 0
+    assert state(tmp_path)["global_step"] <= first["global_step"] + 1
+
+
+def test_a_larger_budget_goes_on_with_the_run_as_it_says(tmp_path):
+    """Though the default learning rate falls over the budget."""
+    words = ["optimizer.decay_steps=${max_steps}"]
+    assert train(tmp_path, "max_steps=3", *words) == 0
+    assert train(tmp_path, "max_steps=6", *words) == 0
+    assert state(tmp_path)["global_step"] == 6
+
+
+def test_the_checkpoint_tells_which_run_it_is_without_its_configuration_file(tmp_path, capsys):
+    train(tmp_path, "max_steps=3")
+    (tmp_path / "tiny" / "config.yaml").unlink()
+    assert train(tmp_path, "max_steps=6", "seed=9") == 2
+    assert "seed=9: the run in" in capsys.readouterr().err
+
+
+def test_a_run_begun_on_other_data_is_refused(tmp_path, capsys):
+    np.save(tmp_path / "images.npy", np.zeros((40, 8, 8), np.uint8))
+    words = ["dataset=array", f"dataset.path={tmp_path}/images.npy", "max_steps=3"]
+    assert train(tmp_path, *words) == 0
+    np.save(tmp_path / "images.npy", np.zeros((60, 8, 8), np.uint8))
+    assert train(tmp_path, *words, "max_steps=6") == 2
+    assert "num_images=54: the run in" in capsys.readouterr().err
+
+
+def test_two_processes_do_not_train_in_one_folder(tmp_path, capsys):
+    with run_lock(tmp_path / "tiny"):
+        assert train(tmp_path, "max_steps=3") == 2
+    assert "name=tiny: is being trained by process" in capsys.readouterr().err
+    assert train(tmp_path, "max_steps=3") == 0
+
+
+def test_importance_sampling_is_taken_up_again_too(tmp_path):
+    words = ["time_sampling=loss_second_moment", "time_sampling.bins=4", "time_sampling.memory=3"]
+    assert train(tmp_path / "whole", "max_steps=8", *words) == 0
+    assert train(tmp_path / "parts", "max_steps=5", *words) == 0
+    assert train(tmp_path / "parts", "max_steps=8", *words) == 0
+    whole, parts = state(tmp_path / "whole"), state(tmp_path / "parts")
+    assert whole["state_dict"]["times.count"].sum() == 8 * 16
+    assert_same(whole["state_dict"], parts["state_dict"])
+
+
+def test_epochs_are_a_budget(tmp_path):
+    assert train(tmp_path, "max_steps=null", "max_epochs=1", "batch_size=256", "checkpoint_every=100") == 0
+    assert state(tmp_path)["global_step"] == 6  # 1,438 images / 256, rounded up
+
+
+# --- Pieces ------------------------------------------------------------
+
+
+def test_a_classifier_goes_on_to_the_last_bit(tmp_path):
+    words = ["task=classifier", "validate_every=5"]
+    train(tmp_path / "whole", *words, "max_steps=10")
+    train(tmp_path / "parts", *words, "max_steps=5")
+    train(tmp_path / "parts", *words, "max_steps=10")
+    assert_same(state(tmp_path / "whole")["state_dict"], state(tmp_path / "parts")["state_dict"])
+
+
+def test_a_run_is_not_gone_on_with_on_other_labels(tmp_path, capsys):
+    (tmp_path / "images").mkdir()
+    for i in range(8):
+        Image.fromarray(np.full((8, 8), 30 * i, dtype=np.uint8)).save(tmp_path / "images" / f"{i}.png")
+    words = ["dataset=folder", f"dataset.path={tmp_path}/images", "dataset.resolution=8", "dataset.channels=1",
+             "dataset.val_fraction=0", "model=unet_tiny", "batch_size=4"]  # fmt: skip
+
+    def label(first: str, second: str) -> None:
+        rows = [f"{i}.png,{first if i < 4 else second}" for i in range(8)]
+        (tmp_path / "images" / "labels.csv").write_text("file,label\n" + "\n".join(rows))
+
+    label("ant", "bee")
+    assert train(tmp_path, *words, "max_steps=2") == 0
+    label("bee", "ant")
+    assert train(tmp_path, *words, "max_steps=4") == 2
+    assert "labels: differ from those that the run started with" in capsys.readouterr().err

@@ -100,3 +100,8 @@ def test_no_function_takes_more_than_six_positional_arguments():
 def test_tests_lie_in_folders_named_like_those_of_the_package():
     folders = {path.parent.name for path in Path(__file__).parent.glob("*/test_*.py")}
     assert folders <= {path.name for path in HERE.iterdir() if path.is_dir()} | {"docs", "scripts"}
+
+
+def test_test_files_have_at_most_400_lines():
+    sizes = {path.name: len(path.read_text().splitlines()) for path in Path(__file__).parent.rglob("*.py")}
+    assert {name: size for name, size in sizes.items() if size > 400} == {}

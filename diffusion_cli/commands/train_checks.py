@@ -85,32 +85,27 @@ def check_configuration(folder: Path, config: TrainConfig, stored: dict[str, Any
 
 def check_data(folder: Path, now: CheckpointInfo, before: CheckpointInfo) -> None:
     """Raise UsageError if the data differ from those that a run started with: images, classes or labels."""
+    restore = "restore the data, or choose another name="
     plain, stored = now.model_dump(), before.model_dump()
-    lines = [
-        Problem(
-            "labels",
-            NO_VALUE,
-            "differ from those that the run started with",
-            "restore the labels, or choose another name=",
-        )
-        if key == "labels_sha256"
-        else Problem(
-            key,
-            plain[key],
-            f"the run in {folder} started with {stored[key]}",
-            "restore the data, or choose another name=",
-        )
-        for key in ("num_images", "class_names", "shape", "form", "labels_sha256")
-        if stored[key] != plain[key]
+    problems = [
+        Problem(key, plain[key], f"the run in {folder} started with {stored[key]}", restore)
+        for key in ("num_images", "class_names", "shape")
+        if plain[key] != stored[key]
     ]
-    if lines:
-        raise UsageError.several(lines)
+    if difference := now.form.difference(before.form):
+        key, ours, theirs = difference
+        problems.append(Problem(key, ours, f"the images of the run in {folder} have {key}={theirs}", restore))
+    if now.labels_sha256 != before.labels_sha256:
+        remedy = "restore the labels, or choose another name="
+        problems.append(Problem("labels", NO_VALUE, "differ from those that the run started with", remedy))
+    if problems:
+        raise UsageError.several(problems)
     if before.data_sha256 not in (None, now.data_sha256):
         raise UsageError(
             "dataset",
             NO_VALUE,
             "the images or their names differ from those that the run started with",
-            "restore the data, or choose another name=",
+            restore,
         )
 
 

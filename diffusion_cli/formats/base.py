@@ -38,6 +38,18 @@ class SampleFormat(ABC):
         """Return the format as plain data, the input of `form_of`."""
         return {"kind": self.kind, **asdict(self)}  # pyright: ignore[reportArgumentType]
 
+    def difference(self, other: "SampleFormat") -> tuple[str, Any, Any] | None:
+        """Return the first key of `to_dict` with another value in `other`, and both values; None if equal."""
+        ours, theirs = self.to_dict(), other.to_dict()
+        return next(
+            (
+                (key, ours.get(key), theirs.get(key))
+                for key in {**ours, **theirs}
+                if ours.get(key) != theirs.get(key)
+            ),
+            None,
+        )
+
     @property
     @abstractmethod
     def suffix(self) -> str:

@@ -64,15 +64,14 @@ def pretrained_latents(folder: str, dataset: Dataset, device: torch.device) -> L
 def run_latents(run: Path, named: str, dataset: Dataset, device: torch.device) -> LatentSource:
     """Return the latents of an autoencoder run, which the user `named`; UsageError if it does not fit."""
     trained = load_autoencoder(run, torch.device("cpu"))
-    theirs, ours = trained.info.form.to_dict(), dataset.form.to_dict()
-    for key in theirs:
-        if theirs[key] != ours[key]:
-            raise UsageError(
-                "latent.run",
-                named,
-                f"was trained on images with {key}={theirs[key]}, but those of {dataset.name} have {key}={ours[key]}",
-                f"use an autoencoder trained on {dataset.name}",
-            )
+    if difference := trained.info.form.difference(dataset.form):
+        key, theirs, ours = difference
+        raise UsageError(
+            "latent.run",
+            named,
+            f"was trained on images with {key}={theirs}, but those of {dataset.name} have {key}={ours}",
+            f"use an autoencoder trained on {dataset.name}",
+        )
     _check_images("latent.run", named, trained.network, trained.shape[0], dataset)
     return _unscaled(trained.network.to(device), trained.info.config.model, named, dataset)
 

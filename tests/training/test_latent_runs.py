@@ -332,6 +332,9 @@ def test_an_autoencoder_for_other_values_is_refused_with_the_values(tmp_path, mo
     line = r"^latent\.run=ae: was trained on images with high=\[2\.0\], but those of photos have high=\[1\.0\]; use"
     with pytest.raises(ValueError, match=line):
         latent_data.run_latents(tmp_path, "ae", data, torch.device("cpu"))
+    data.form = replace(form, mode="LA")
+    with pytest.raises(ValueError, match=r"on images with mode=None, but those of photos have mode=LA;"):
+        latent_data.run_latents(tmp_path, "ae", data, torch.device("cpu"))
     data.form = Uint8Image()
     with pytest.raises(
         ValueError, match=r"was trained on images with kind=.*, but those of photos have kind=picture;"

@@ -1,6 +1,7 @@
 """Stopped runs continue to the same weights; other settings and data are refused."""
 
 import csv
+import re
 
 import numpy as np
 import pytest
@@ -137,6 +138,10 @@ def test_a_run_begun_on_other_data_is_refused(tmp_path, capsys):
     np.save(tmp_path / "images.npy", np.zeros((60, 8, 8), np.uint8))
     assert train(tmp_path, *words, "max_steps=6") == 2
     assert "num_images=54: the run in" in capsys.readouterr().err
+    np.save(tmp_path / "images.npy", np.zeros((40, 8, 8), np.uint16))
+    assert train(tmp_path, *words, "max_steps=6") == 2
+    printed = capsys.readouterr().err
+    assert re.search(r"kind=raster: the images of the run in .* have kind=picture; restore the data", printed)
 
 
 def test_two_processes_do_not_train_in_one_folder(tmp_path, capsys):

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from diffusion_cli.commands.train_setup import AutoencoderTask, TrainingSetup
-from diffusion_cli.config import TrainConfig
+from diffusion_cli.config import TrainConfig, seconds
 from diffusion_cli.data.labels import examples
 from diffusion_cli.diffusion.denoiser import Denoiser, NoisyClassifier
 from diffusion_cli.system.distributed import started
@@ -46,6 +46,14 @@ def last_lines(
         yield f"{name}: saved {folder} at step {step}; the same command continues the run"
     else:
         yield f"Trained {step} steps; the run is {folder}\nNext: {_next(model, folder)}"
+
+
+def time_spent(config: TrainConfig, folder: Path, step: int) -> str:
+    """Return the line of a run whose `max_time` earlier starts have spent."""
+    return (
+        f"{folder} finished at step {step}, because earlier starts have spent max_time={config.max_time}; to continue, "
+        f"raise the budget, for example max_time={2 * int(seconds(config.max_time) or 0)}s"
+    )
 
 
 def _where(device: torch.device) -> str:

@@ -47,7 +47,7 @@ from diffusion_cli.data.listing import (
     without_pictures,
 )
 from diffusion_cli.data.masks import MaskedDecoder, divided, mask_files, masked_decoder
-from diffusion_cli.data.memory import MemoryImages, fits_in_memory, usable_cores
+from diffusion_cli.data.memory import MemoryImages, fits_in_memory
 from diffusion_cli.errors import FormatError, UsageError
 from diffusion_cli.formats import (
     Dicom,
@@ -65,6 +65,7 @@ from diffusion_cli.formats.files import SUFFIXES as PICTURES
 from diffusion_cli.formats.range_check import LOOKED_AT
 from diffusion_cli.formats.volume import SUFFIXES as VOLUMES
 from diffusion_cli.formats.volume import read_volume
+from diffusion_cli.system.distributed import usable_cores
 from diffusion_cli.system.untrusted import LONGEST_MANIFEST, Archive, read, reason
 
 SUFFIXES = (*PICTURES, *SCANS)

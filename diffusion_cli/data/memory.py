@@ -127,9 +127,3 @@ def _free_in(folder: Path, version: _Cgroups) -> int:
     used = int((folder / version.usage).read_text())
     statistics = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
     return limit - used + int(statistics.get(version.reclaimable, 0))
-
-
-def usable_cores() -> int:
-    """Return the number of cores available to this process, respecting the CPU affinity set by batch systems."""
-    allowed = getattr(os, "sched_getaffinity", None)
-    return len(allowed(0)) if allowed else os.cpu_count() or 1

@@ -15,9 +15,9 @@ from torch import Tensor
 from diffusion_cli.data.array import CLASS_NAMES, FORM, IMAGE_KEYS, LABEL_KEYS, MARKS, channel_order
 from diffusion_cli.data.base import Dataset, Images
 from diffusion_cli.data.batches import UnreadableError, fetched
-from diffusion_cli.data.memory import usable_cores
 from diffusion_cli.errors import NO_VALUE, UsageError
 from diffusion_cli.formats import RangedImage
+from diffusion_cli.system.distributed import usable_cores
 from diffusion_cli.system.progress import ProgressBar
 
 CHUNK = 2**20  # bytes decoded at a time per process, little because /dev/shm may be small

@@ -165,6 +165,19 @@ class Distributed:
         return make() if made is None else made
 
 
+def usable_cores() -> int:
+    """Return the number of cores available to this process, respecting the CPU affinity set by batch systems."""
+    allowed = getattr(os, "sched_getaffinity", None)
+    return len(allowed(0)) if allowed else os.cpu_count() or 1
+
+
+def check_cores(key: str, processes: int) -> None:
+    """Raise UsageError, with the name of the key, if `processes` exceeds the cores available to this process."""
+    cores = usable_cores()
+    if processes > cores:
+        raise UsageError(key, processes, f"CPU cores found: {cores}", f"use at most {cores}")
+
+
 def launch(
     work: Callable[..., int | None], *arguments: Any, processes: int | None, timeout: timedelta = FOREVER
 ) -> int:
@@ -172,7 +185,8 @@ def launch(
 
     The processes are those of torchrun or srun. Without a launcher, `processes` (None: 1) are started on this
     machine with an equal share of the CPU threads. GPUs are assigned in turn. An exception of a process is
-    raised here, once. Raises UsageError if torchrun or srun started another number than `processes`.
+    raised here, once. Raises UsageError if torchrun or srun started another number than `processes`, or if this
+    machine has fewer CPU cores.
     """
     place = started()
     if place.world > 1:
@@ -182,6 +196,7 @@ def launch(
             )
         return _as_one_of(place, timeout, work, arguments)
     if processes is not None and processes > 1:
+        check_cores("processes", processes)
         return _in_new_processes(processes, timeout, work, arguments)
     return work(*arguments) or 0
 

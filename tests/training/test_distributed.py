@@ -49,6 +49,11 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
+@pytest.fixture(autouse=True)
+def four_cores(monkeypatch):
+    monkeypatch.setattr("diffusion_cli.system.distributed.usable_cores", lambda: 4)
+
+
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory) -> Path:
     """Fifty steps by one process."""
@@ -249,6 +254,7 @@ def test_workers_do_not_outlive_the_process_that_started_them(tmp_path):
             ["trainer.devices=3"],
             "batch_size=16: cannot be split evenly among 3 processes with accumulate_grad_batches=1; use a",
         ),
+        (["trainer.devices=99"], "trainer.devices=99: CPU cores found: 4; use at most 4"),
         (["trainer.strategy=zero"], "trainer.strategy=zero: must be ddp or fsdp"),
         (["checkpoint_period=soon"], "checkpoint_period=soon: must be a duration (90s, 45m"),
         (["checkpoint_period=0s"], "checkpoint_period=0s: must be a duration (90s, 45m"),

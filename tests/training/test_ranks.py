@@ -83,9 +83,18 @@ def _collect(folder: Path) -> int:
 
 
 @pytest.mark.parametrize("count", [1, 3])
-def test_processes_work_together(tmp_path, count):
+def test_processes_work_together(monkeypatch, tmp_path, count):
+    monkeypatch.setattr("diffusion_cli.system.distributed.usable_cores", lambda: 3)
     assert launch(_collect, tmp_path, processes=count) == 7
     assert sorted(file.name for file in tmp_path.iterdir()) == [str(rank) for rank in range(count)]
+
+
+def test_no_more_processes_start_than_there_are_cores(monkeypatch):
+    monkeypatch.setattr("diffusion_cli.system.distributed.usable_cores", lambda: 2)
+    monkeypatch.setattr("diffusion_cli.system.distributed.start_processes", None)
+    with pytest.raises(UsageError) as refused:
+        launch(_fail, 0, processes=99)
+    assert refused.value.lines == ("processes=99: CPU cores found: 2; use at most 2",)
 
 
 def _fail(victim: int) -> None:

@@ -108,12 +108,20 @@ def test_the_log_keeps_earlier_rows_and_drops_those_after_the_checkpoint(tmp_pat
     assert float(rows[-1]["loss"]) > 0
 
 
-def test_time_is_a_budget_over_all_starts(tmp_path):
+def test_time_is_a_budget_over_all_starts(tmp_path, capsys):
     assert train(tmp_path, "max_steps=null", "max_time=1s") == 0
     first = state(tmp_path)
     assert first["callbacks"]["Stop"]["elapsed"] >= 1
+    capsys.readouterr()
     assert train(tmp_path, "max_steps=null", "max_time=1s") == 0
-    assert state(tmp_path)["global_step"] <= first["global_step"] + 1
+    step = first["global_step"]
+    assert capsys.readouterr().out == (
+        f"{tmp_path}/tiny finished at step {step}, because earlier starts have spent max_time=1s; to continue, raise "
+        "the budget, for example max_time=2s\n"
+    )
+    assert state(tmp_path)["global_step"] == step
+    assert train(tmp_path, f"max_steps={step + 1}", "max_time=1h") == 0
+    assert state(tmp_path)["global_step"] == step + 1
 
 
 def test_a_larger_budget_goes_on_with_the_run_as_it_says(tmp_path):

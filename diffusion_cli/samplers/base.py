@@ -3,10 +3,10 @@
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from itertools import pairwise
-from typing import Any
+from typing import Annotated, Any
 
 import torch
-from pydantic import NonNegativeFloat
+from pydantic import Field
 from torch import Tensor
 
 from diffusion_cli.diffusion.denoiser import Denoise, Denoiser, Prediction
@@ -14,6 +14,8 @@ from diffusion_cli.diffusion.schedules import Discrete, Schedule, Spacing
 
 NoiseFn = Callable[[], Tensor]
 """Returns the next standard normal noise in the shape of the images."""
+Share = Annotated[float, Field(ge=0, le=1)]
+"""Share of the fresh noise of an ancestral step."""
 
 
 class Sampler(ABC):
@@ -105,13 +107,11 @@ class AncestralSampler(Sampler):
 
     Args:
         schedule: noise schedule.
-        eta: amount of fresh noise; 0: none, 1: an ancestral step.
+        eta: share of fresh noise, 0 to 1; 0: none, 1: an ancestral step.
         spacing: spacing of the times, see `Schedule.grid`.
     """
 
-    def __init__(
-        self, schedule: Schedule, *, eta: NonNegativeFloat = 0.0, spacing: Spacing = "trailing"
-    ) -> None:
+    def __init__(self, schedule: Schedule, *, eta: Share = 0.0, spacing: Spacing = "trailing") -> None:
         super().__init__(schedule, spacing=spacing)
         self.eta = eta
         self.stochastic = eta > 0

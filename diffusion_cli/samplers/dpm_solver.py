@@ -8,7 +8,7 @@ from torch import Tensor
 
 from diffusion_cli.diffusion.denoiser import Denoise
 from diffusion_cli.diffusion.schedules import Schedule, Spacing
-from diffusion_cli.samplers.base import AncestralSampler, NoiseFn, Sampler
+from diffusion_cli.samplers.base import AncestralSampler, NoiseFn, Sampler, Share
 
 History = tuple[tuple[Tensor, Tensor], ...]
 """(lambda, x_0) of previous steps, newest first."""
@@ -28,7 +28,7 @@ class DPMSolverMultistep(Sampler):
     Args:
         schedule: noise schedule.
         order: number of predictions used per step.
-        eta: amount of noise; 0: ODE, 1: SDE.
+        eta: amount of noise, at least 0; 0: ODE, 1: reverse SDE.
         solver_type: `midpoint` or `heun` as published; the published step of order 3 uses half of the second
             difference of Taylor's theorem, and converges at order 2. `taylor` uses all of it, and converges at order 3.
         spacing: spacing of the times, see `Schedule.grid`.
@@ -141,9 +141,7 @@ class DPMSolverSDE(AncestralSampler):
 
     order = 1  # weak order; the second stage reduces the error of each path
 
-    def __init__(
-        self, schedule: Schedule, *, eta: NonNegativeFloat = 1.0, spacing: Spacing = "trailing"
-    ) -> None:
+    def __init__(self, schedule: Schedule, *, eta: Share = 1.0, spacing: Spacing = "trailing") -> None:
         super().__init__(schedule, eta=eta, spacing=spacing)
 
     def step(

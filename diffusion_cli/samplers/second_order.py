@@ -9,6 +9,7 @@ from torch import Tensor
 
 from diffusion_cli.diffusion.denoiser import Denoise, Prediction
 from diffusion_cli.diffusion.schedules import NO_SIGNAL, Schedule, Spacing
+from diffusion_cli.errors import UsageError
 from diffusion_cli.samplers.base import AncestralSampler, NoiseFn, Sampler
 
 
@@ -49,7 +50,7 @@ class EDMSampler(Heun):
         schedule: noise schedule.
         s_churn: total amount of churn.
         s_min: smallest sigma / alpha with churn.
-        s_max: largest sigma / alpha with churn.
+        s_max: largest sigma / alpha with churn, at least s_min.
         s_noise: factor of the standard deviation of the added noise.
         solver: `heun`, or `euler` without the correction.
         spacing: spacing of the times, see `Schedule.grid`.
@@ -66,6 +67,10 @@ class EDMSampler(Heun):
         solver: Literal["heun", "euler"] = "heun",
         spacing: Spacing = "karras",
     ) -> None:
+        if s_churn and s_min > s_max:
+            raise UsageError(
+                "sampler.s_min", s_min, f"exceeds s_max={s_max}, so no step adds noise", "lower it"
+            )
         super().__init__(schedule, spacing=spacing)
         self.s_churn, self.s_min, self.s_max, self.s_noise = s_churn, s_min, s_max, s_noise
         self.solver = solver

@@ -11,8 +11,9 @@ from torch import nn
 from diffusion_cli.config import CONF, build
 from diffusion_cli.diffusion.denoiser import Denoiser, Prediction
 from diffusion_cli.diffusion.parameterizations import Eps
-from diffusion_cli.diffusion.schedules import Spacing
-from diffusion_cli.samplers import DDIM, DDPM, ODE, PC, integrate, invert
+from diffusion_cli.diffusion.schedules import VP, Spacing
+from diffusion_cli.errors import UsageError
+from diffusion_cli.samplers import DDIM, DDPM, ODE, PC, EDMSampler, integrate, invert
 from helpers.samplers import states_of_run
 
 F64 = torch.float64
@@ -284,3 +285,11 @@ def test_higher_orders_bear_a_start_without_signal(schedules, exact, mixture, na
     mean, covariance = drawn_moments(sampler, wrong, schedule, sampler.grid(50), 2000)
     torch.testing.assert_close(mean, mixture.mean().flatten(), rtol=0, atol=0.1)
     torch.testing.assert_close(covariance, mixture.covariance(), rtol=0, atol=0.1)
+
+
+def test_a_range_of_churn_without_any_time_is_refused():
+    with pytest.raises(
+        UsageError, match=r"sampler.s_min=60.0: exceeds s_max=50.0, so no step adds noise; lower it"
+    ):
+        EDMSampler(VP(), s_min=60.0)
+    EDMSampler(VP(), s_min=60.0, s_churn=0.0)

@@ -11,6 +11,7 @@ from diffusion_cli.batch_size import advise_batch_size
 from diffusion_cli.charts import Curve, Panel, save_panels
 from diffusion_cli.commands.eval import assess, versions
 from diffusion_cli.commands.evaluation_plan import EvaluationMode, EvaluationPlan, mode_of, plan_of
+from diffusion_cli.commands.outputs import named_folder
 from diffusion_cli.commands.samples import ModelSamples, model_record
 from diffusion_cli.config import (
     CompareConfig,
@@ -264,7 +265,9 @@ def _folders(jobs: Sequence[ComparisonJob], output: str | None) -> tuple[Path, P
     root = Path(runs[0]) if len(runs) == 1 else Path(first.output_dir)
     identity = {"jobs": [job.config.model_dump(exclude=ELSEWHERE) for job in jobs], "runs": runs}
     name = f"{'-'.join(jobs[0].values)}-{fingerprint(identity)}"
-    return Path(output) if output else own_folder(root, "comparisons", name), own_folder(root, "compared")
+    return named_folder(output) if output else own_folder(root, "comparisons", name), own_folder(
+        root, "compared"
+    )
 
 
 def _measure(plan: EvaluationPlan, facts: dict[str, Any], path: Path) -> dict[str, Any] | None:

@@ -15,7 +15,7 @@ from torch import Tensor
 from diffusion_cli.batch_size import advise_batch_size
 from diffusion_cli.commands.guides import other_space
 from diffusion_cli.commands.inputs import Input, read_input, read_mask, real_images, shortened
-from diffusion_cli.commands.outputs import claim, keep_results
+from diffusion_cli.commands.outputs import claim, keep_results, named_folder
 from diffusion_cli.commands.trained import LoadedModel, open_run, warn_of_untrained
 from diffusion_cli.config import EditConfig, build, fingerprint
 from diffusion_cli.data import to_model_range
@@ -76,7 +76,7 @@ def _run(config: EditConfig) -> None:
     if forms := {job.name: job.form.to_dict() for job in jobs if job.form != form}:
         settings["forms"] = forms
     output = (
-        Path(config.output)
+        named_folder(config.output)
         if config.output
         else own_folder(trained.folder, "edits", f"{kind}-{fingerprint(settings)}")
     )

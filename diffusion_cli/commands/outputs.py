@@ -33,9 +33,27 @@ from diffusion_cli.system.files import writing
 from diffusion_cli.system.own_folder import own_folder
 from diffusion_cli.system.seeding import seed_ranges
 from diffusion_cli.system.temporary_files import is_temporary, remove_abandoned
-from diffusion_cli.system.untrusted import LONGEST_MANIFEST, MOST_IN_MANIFEST, from_json, read, reason
+from diffusion_cli.system.untrusted import (
+    IMAGE_FORMATS,
+    LONGEST_MANIFEST,
+    MOST_IN_MANIFEST,
+    from_json,
+    read,
+    reason,
+)
 
+PICTURES = frozenset(suffix for suffixes in IMAGE_FORMATS.values() for suffix in suffixes)
+"""Suffixes that name a picture, in lower case."""
 _adding = threading.Lock()
+
+
+def named_folder(output: str) -> Path:
+    """Return the folder of `output=`; UsageError for a new folder with the suffix of a picture."""
+    path = Path(output)
+    if path.suffix.lower() in PICTURES and not path.is_dir():
+        remedy = f"leave {path.suffix} out: output={path.with_suffix('')}"
+        raise UsageError("output", output, "names a picture, but the results are a folder", remedy)
+    return path
 
 
 def claim(output: Path, settings: dict[str, Any], model: LoadedDenoiser) -> dict[str, Any]:
@@ -188,6 +206,11 @@ def keep_labels(output: Path, class_names: Sequence[str], suffix: str) -> None:
             csv.writer(file, lineterminator="\n").writerows([LABEL_COLUMNS, *rows])
         if read_manifest(output) == manifest:  # otherwise, another task may have written an older table
             return
+
+
+def sampled_seeds(output: Path, suffix: str) -> Iterator[int]:
+    """Yield the seeds of the images in a folder in ascending order, from its manifest and its files."""
+    return _seeds_there(output, seed_ranges(read_manifest(output).get("seeds", [])), suffix)
 
 
 def _seeds_there(output: Path, ranges: list[range], suffix: str) -> Iterator[int]:

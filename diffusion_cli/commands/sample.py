@@ -1,13 +1,21 @@
 """`diffuse sample`: generate images with a trained model, one file per seed."""
 
 import sys
+from itertools import islice
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from diffusion_cli.batch_size import advise_batch_size
-from diffusion_cli.commands.outputs import claim, keep_calls, keep_labels, keep_seeds
+from diffusion_cli.commands.outputs import (
+    claim,
+    keep_calls,
+    keep_labels,
+    keep_seeds,
+    named_folder,
+    sampled_seeds,
+)
 from diffusion_cli.commands.samples import image_path, read_films, read_pictures
 from diffusion_cli.commands.trained import LoadedModel, open_run
 from diffusion_cli.config import SampleConfig, fingerprint
@@ -36,7 +44,7 @@ def make(config: SampleConfig) -> None:
 def _sample(config: SampleConfig) -> None:
     ranks, trained = Distributed(), open_run(config.sampling)
     trained.check()
-    output = Path(config.output) if config.output else samples_folder(trained)
+    output = named_folder(config.output) if config.output else samples_folder(trained)
     ranks.main_first(lambda: claim(output, trained.record, trained.model))
     seeds = range(config.seed, config.seed + config.num_samples)
     form = trained.model.info.form
@@ -53,7 +61,7 @@ def _sample(config: SampleConfig) -> None:
         return
     keep_seeds(output, seeds)
     keep_labels(output, trained.model.info.class_names or (), form.suffix)
-    overview = _overview(trained, seeds, output)
+    overview = _overview(trained, output)
     made = f", {calls} network calls each" if todo else ""
     print(
         f"{len(seeds)} images of step {trained.model.step}{made}, {trained.precision}, in {output}\nGrid: {overview}"
@@ -82,16 +90,23 @@ def _make(trained: LoadedModel, todo: list[int], output: Path, ranks: Distribute
     return most_calls
 
 
-def _overview(trained: LoadedModel, seeds: range, output: Path) -> Path:
-    """Draw the first images as a grid, with one row per class if `label=` is set."""
-    path, first = output / "grid.png", list(seeds)[:GRID_IMAGES]
+def _overview(trained: LoadedModel, output: Path) -> Path:
+    """Draw the first images of the folder as a grid, with one row per class if `label=` is set."""
+    path = output / "grid.png"
+    first = list(islice(sampled_seeds(output, trained.model.info.form.suffix), GRID_IMAGES))
     films = read_films(output, first, trained.model)
     if films.shape[1] > 1:
         save_gif(torch.stack([grid(images) for images in films.transpose(0, 1)]), output / "grid.gif")
     if not trained.chosen_labels or trained.labels is None:
         save_grid(read_pictures(output, first, trained.model), path)
     else:
-        classes = [first[place :: len(trained.labels)] for place in range(len(trained.labels))]
+        count = len(trained.labels)
+        classes = [
+            [
+                seed for seed in first if (seed - first[0]) % count == place
+            ]  # labels repeat in the order of seeds
+            for place in range(count)
+        ]
         save_rows([read_pictures(output, row, trained.model) for row in classes if row], path)
     return path
 

@@ -47,6 +47,29 @@ def test_a_strip_is_no_image_to_edit(sample_runs, tmp_path):
     ]
 
 
+def test_a_grid_shows_all_images_of_its_folder(sample_runs, tmp_path):
+    assert sample(sample_runs, f"output={tmp_path}/out", "run=small", "num_samples=9") == 0
+    with Image.open(tmp_path / "out" / "grid.png") as grid:
+        nine = grid.size
+    whole = (tmp_path / "out" / "grid.png").read_bytes()
+    assert sample(sample_runs, f"output={tmp_path}/out", "run=small", "num_samples=1", "seed=3") == 0
+    assert (tmp_path / "out" / "grid.png").read_bytes() == whole
+    assert sample(sample_runs, f"output={tmp_path}/out", "run=small", "num_samples=1", "seed=50") == 0
+    with Image.open(tmp_path / "out" / "grid.png") as grid:
+        assert grid.size > nine
+
+
+@pytest.mark.parametrize(
+    "command", ["sample", "edit edit=img2img input=val num_images=1", "compare steps=[1,2]"]
+)
+def test_a_picture_as_output_is_refused(sample_runs, tmp_path, capsys, command):
+    output = tmp_path / "grid.PNG"
+    assert run([*command.split(), f"output_dir={sample_runs}", "run=small", f"output={output}"]) == 2
+    expected = f"output={output}: names a picture, but the results are a folder; leave .PNG out: output={tmp_path}/grid"
+    assert f"diffuse: {expected}\n" in capsys.readouterr().err
+    assert not output.exists()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "error", [torch.OutOfMemoryError(), RuntimeError("can't allocate memory"), MemoryError()]

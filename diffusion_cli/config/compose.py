@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from hydra.core.override_parser.types import Override
 
 from diffusion_cli.config.at_hand import own_images
-from diffusion_cli.config.catalogue import CONF, defaults, did_you_mean, documented, options
+from diffusion_cli.config.catalogue import CONF, defaults, documented, options
 from diffusion_cli.config.continued import (
     folder_of,
     foreign_paths,
@@ -40,7 +40,7 @@ from diffusion_cli.config.tasks import task_problems
 from diffusion_cli.config.typed import KEY, SWEEPS, as_text, as_typed, separated
 from diffusion_cli.config.validate import check_node, validate
 from diffusion_cli.config.values import Node
-from diffusion_cli.config.words import OTHER_NAMES, nearest_key
+from diffusion_cli.config.words import OTHER_NAMES, accepted, nearest_key, nearest_option
 from diffusion_cli.errors import NO_VALUE, Problem, UsageError, first_line
 from diffusion_cli.runs.migrate import migrated
 from diffusion_cli.system.compat import parse_override
@@ -363,12 +363,12 @@ def _sort(
             mistakes += [
                 _path_as_dataset(name)
                 if key == "dataset" and re.search("[/.]", name)
-                else Problem(key, name, "unknown option", did_you_mean(name, list(known)))
+                else Problem(key, name, "unknown option", nearest_option(key, name, list(known)))
                 for name in wrong
             ]
             choosing += [] if wrong else [text]
         else:
-            setting[key] = text
+            setting[key] = f"{key}={ours}" if (ours := accepted(key, item.value())) else text
     return choosing, setting, mistakes
 
 
@@ -407,8 +407,8 @@ def _known(command: str, setting: Mapping[str, str], implied: Node) -> tuple[lis
             remedy = f"add {having[0]}" if len(having) == 1 else "choose one of them"
             unknown.append(Problem(text, NO_VALUE, f"applies only to {' or '.join(having)}", remedy))
             continue
-        other = OTHER_NAMES.get(key, "")
-        near = other if _options_with(other, command) else nearest_key(key, keys)
+        near = next((of for of in OTHER_NAMES.get(key, "").split() if _options_with(of, command)), None)
+        near = near or nearest_key(key, keys, value=text.partition("=")[2])
         parent = f"{key.rpartition('.')[0]}."
         beside = [of for of in keys if of.startswith(parent) and not of.endswith("_target_")]
         hint = f"see diffuse {command} --help" if not beside else f"choose from {', '.join(beside)}"

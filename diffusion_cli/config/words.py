@@ -1,7 +1,9 @@
 """Words of a command line that are not `key=value`: each error shows the word to write instead."""
 
 import difflib
+import re
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 from diffusion_cli.config.catalogue import CONF, chosen, defaults, did_you_mean, documented, options
 from diffusion_cli.errors import NO_VALUE, Problem
@@ -12,15 +14,49 @@ OTHER_NAMES = {
     "optimizer.learning_rate": "optimizer.lr",
     "steps": "max_steps",
     "epochs": "max_epochs",
-    "gpus": "trainer.devices",
+    "gpus": "trainer.devices processes",
+    "num_gpus": "trainer.devices processes",
+    "devices": "trainer.devices processes",
+    "trainer.devices": "processes",
     "device": "trainer.accelerator",
     "scale": "guidance.scale",
     "cfg": "guidance.scale",
     "cfg_scale": "guidance.scale",
     "guidance_scale": "guidance.scale",
+    "scheduler": "sampler schedule",
     "n": "num_samples",
 }
-"""Keys by their names in other programs."""
+"""Keys by their names in other programs; of several, the command has one, or has an option of the given name."""
+OTHER_OPTIONS = {
+    "sampler": {
+        "dpmpp": "dpmpp_2m",
+        "dpmsolver": "dpmpp_2m",
+        "dpmsolverpp": "dpmpp_2m",
+        "dpmsolvermultistep": "dpmpp_2m",
+        "dpmsolversinglestep": "dpmpp_2s",
+        "dpmpp2mkarras": "dpmpp_2m",
+        "eulera": "euler_ancestral",
+        "eulerancestraldiscrete": "euler_ancestral",
+        "eulerdiscrete": "euler",
+        "heundiscrete": "heun",
+        "lmsdiscrete": "lms",
+        "unipcmultistep": "unipc",
+        "pndm": "plms",
+    },
+    "dataset": {
+        "photos": "folder",
+        "images": "folder",
+        "imagefolder": "folder",
+        "zip": "folder",
+        "numpy": "array",
+        "npz": "array",
+        "npy": "array",
+        "cifar": "cifar10",
+    },
+}
+"""Options of groups by their names in other programs, in lower case, with p for + and without other signs."""
+OTHER_VALUES = {"device": {"gpu": "cuda"}, "trainer.accelerator": {"gpu": "cuda"}}
+"""Values of keys by their names in other programs, which are accepted too."""
 CLOSE = 0.85
 """Similarity from which a bare word or a flag is read as a misspelt key."""
 
@@ -41,10 +77,18 @@ def sort_words(command: str, words: Sequence[str]) -> tuple[list[str], list[Prob
     return overrides, [_problem(command, group, keys) for group in others]
 
 
-def nearest_key(name: str, keys: Sequence[str], cutoff: float = 0.6) -> str | None:
-    """Return the key that a misspelt name most likely stands for, or None."""
-    if name not in keys and (other := OTHER_NAMES.get(name)) in keys:
-        return other
+def nearest_key(name: str, keys: Sequence[str], cutoff: float = 0.6, value: str = "") -> str | None:
+    """Return the key that a misspelt name most likely stands for, or None.
+
+    Args:
+        name: misspelt name of a key or group.
+        keys: keys and groups of the command.
+        cutoff: smallest similarity, 0 to 1.
+        value: value of the key, which distinguishes groups with one name in other programs.
+    """
+    others = [other for other in OTHER_NAMES.get(name, "").split() if other in keys]
+    if others and name not in keys:
+        return next((other for other in others if value in options(other)), others[0])
     spelt = name.replace("-", "_").lower()
     parent, _, last = spelt.rpartition(".")
     beside = {key.rpartition(".")[2]: key for key in keys if parent and key.rpartition(".")[0] == parent}
@@ -54,6 +98,21 @@ def nearest_key(name: str, keys: Sequence[str], cutoff: float = 0.6) -> str | No
     near = [key for key in keys if key.rpartition(".")[2] == spelt]
     near = near or difflib.get_close_matches(spelt, keys, n=1, cutoff=cutoff)
     return near[0] if near else None
+
+
+def nearest_option(group: str, name: str, known: Sequence[str]) -> str:
+    """Return the remedy for an unknown option of a group: the one that the name most likely stands for, or all."""
+    spelt = re.sub(r"[^a-z0-9]", "", name.lower().replace("+", "p"))
+    spelt = spelt.removeprefix("k") if name.lower().startswith("k_") else spelt
+    plain = {option.replace("_", ""): option for option in known}
+    spelt = spelt.removesuffix("scheduler")
+    other = OTHER_OPTIONS.get(group, {}).get(spelt, plain.get(spelt))
+    return f"did you mean {other}?" if other in known else did_you_mean(name, known)
+
+
+def accepted(key: str, value: Any) -> str | None:
+    """Return our value of a key for its name in other programs, or None."""
+    return OTHER_VALUES.get(key, {}).get(value) if isinstance(value, str) else None
 
 
 def _is_override(word: str) -> bool:
@@ -132,9 +191,9 @@ def _flag_problem(command: str, group: Sequence[str], keys: Sequence[str]) -> Pr
 
 def _word(command: str, name: str, value: str, keys: Sequence[str]) -> str:
     """The word `key=value` that a name and a value most likely stand for."""
-    key = nearest_key(name, keys) or name
+    key = nearest_key(name, keys, value=value) or name
     if key not in defaults(command):
         return f"{key}={value or '<value>'}"
     known = options(key)
-    near = difflib.get_close_matches(value.lower(), known, n=1)
-    return f"{key}={near[0]}" if near else f"{key}=<option>, one of {', '.join(known)}"
+    near = re.search(r"did you mean (.*)\?", nearest_option(key, value, [*known]))
+    return f"{key}={near[1]}" if near else f"{key}=<option>, one of {', '.join(known)}"

@@ -1,6 +1,7 @@
 """Find runs, and the newest intact checkpoint of a run."""
 
 import difflib
+import re
 import sys
 import time
 from pathlib import Path
@@ -8,7 +9,7 @@ from typing import NamedTuple
 
 from diffusion_cli.diffusion.denoiser import Denoiser
 from diffusion_cli.errors import NO_VALUE, UsageError
-from diffusion_cli.runs.checkpoint import LAST, Checkpoint, DamagedError, copy_checkpoint, read
+from diffusion_cli.runs.checkpoint import BEST, LAST, Checkpoint, DamagedError, copy_checkpoint, read
 from diffusion_cli.system.distributed import Distributed
 from diffusion_cli.system.files import set_aside
 from diffusion_cli.system.own_folder import own_folder
@@ -100,8 +101,12 @@ def _no_run(run: str, root: Path, names: list[str]) -> tuple[str, str]:
     """Return the problem and the remedy for a path or name that is not a run, given the names of runs in `root`."""
     path = next((path for path in (Path(run), root / run) if path.exists()), None)
     if path is not None and path.is_file():
-        folder = next((f", {parent}" for parent in path.parents if is_run(parent)), "")
-        return "is a file", f"give the run's folder{folder}"
+        folder = next((parent for parent in path.parents if is_run(parent)), None)
+        if folder is None:
+            return "is a file", "give the run's folder"
+        step = re.fullmatch(r"step_0*(\d+)\.ckpt", path.name)
+        chosen = f" step={step[1]}" if step else " step=best" if path.name == BEST.name else ""
+        return "is a file", f"give the run's folder, {folder}" + (f", and{chosen}" if chosen else "")
     problem = "does not exist" if path is None else f"has no {LAST}"
     if near := difflib.get_close_matches(Path(run).name, names, n=1):
         return problem, f"did you mean {near[0]}?"

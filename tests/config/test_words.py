@@ -1,6 +1,7 @@
 """Mistakes in writing words of a command line: each is one plain line with the word to write, without torch."""
 
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -43,7 +44,21 @@ MISTAKES = {
     "sample batch_size=big": "batch_size=big: must be an integer or auto",
     "sample step=last": "step=last: must be an integer, best or null",
     "sample sampler=DDIM": "sampler=DDIM: unknown option; did you mean ddim?",
-    "sample device=gpu": "device=gpu: must be auto, cpu or cuda; did you mean cuda?",
+    "sample sampler=dpm++": "sampler=dpm++: unknown option; did you mean dpmpp_2m?",
+    "sample sampler=DPM++2M": "sampler=DPM++2M: unknown option; did you mean dpmpp_2m?",
+    "sample sampler=k_euler": "sampler=k_euler: unknown option; did you mean euler?",
+    "sample sampler=euler_a": "sampler=euler_a: unknown option; did you mean euler_ancestral?",
+    "sample sampler=DDIMScheduler": "sampler=DDIMScheduler: unknown option; did you mean ddim?",
+    "sample sampler.eta=2": "sampler.eta=2: must be at most 1",
+    "sample scheduler=euler": "scheduler=euler: unknown key; did you mean sampler?",
+    "sample scheduler euler": "scheduler euler: no = between key and value; write sampler=euler",
+    "train scheduler=ddim": "scheduler=ddim: unknown key; did you mean sampler?",
+    "train scheduler=cosine": "scheduler=cosine: unknown key; did you mean schedule?",
+    "train gpus=2": "gpus=2: unknown key; did you mean trainer.devices?",
+    "sample gpus=2": "gpus=2: unknown key; did you mean processes?",
+    "eval trainer.devices=2": "trainer.devices=2: unknown key; did you mean processes?",
+    "train dataset=photos": "dataset=photos: unknown option; did you mean folder?",
+    "sample device=tpu": "device=tpu: must be auto, cpu or cuda; did you mean cpu?",
     "sample @steps=10": "@steps=10: @ in a key is not supported; write key=value",
     "sample ++steps=10": "++steps=10: keys cannot be added or removed; write steps=10",
     "sample 'steps=${x}'": "steps=${x}: invalid reference ${...}; use the name of a key, such as ${seed}",
@@ -168,3 +183,12 @@ def test_an_option_file_that_is_not_yaml_is_named(capsys, tmp_path, text, proble
     file.write_text(text)
     assert run(["sample", "--config-dir", str(tmp_path), "sampler=mine"]) == 2
     assert capsys.readouterr().err == f"diffuse: {file}: {problem}\n"
+
+
+@pytest.mark.parametrize(
+    "word", ["train trainer.accelerator=gpu", "sample device=gpu", "train -m trainer.accelerator=gpu"]
+)
+def test_gpu_is_taken_as_cuda(word, capsys):
+    command, *words = word.split()
+    assert run([command, *words, "--cfg", "job"]) == 0
+    assert re.search(r"(accelerator|device): cuda$", capsys.readouterr().out, re.MULTILINE)

@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 
 from diffusion_cli.cli import run
+from diffusion_cli.errors import UsageError
 from diffusion_cli.report.page import is_ours
 from diffusion_cli.runs.checkpoint import DamagedError, read
-from diffusion_cli.runs.find import recover
+from diffusion_cli.runs.find import find_run, recover
 from diffusion_cli.system.files import atomic_write
 from diffusion_cli.system.own_folder import own_folder
 from diffusion_cli.training.logs import CSVFile
@@ -145,3 +146,17 @@ def test_a_report_does_not_wait_for_a_pipe_in_its_place(tmp_path, capsys):
         f"output={tmp_path}/report.html: is not a regular file; remove it, or choose another"
         in capsys.readouterr().err
     )
+
+
+@pytest.mark.parametrize(
+    ("name", "remedy"),
+    [("last.ckpt", ""), ("best.ckpt", ", and step=best"), ("step_00000060.ckpt", ", and step=60")],
+)
+def test_a_checkpoint_in_place_of_a_run_names_the_run(tmp_path, name, remedy):
+    file = tmp_path / "tiny" / "checkpoints" / name
+    file.parent.mkdir(parents=True)
+    for each in {file, file.with_name("last.ckpt")}:
+        each.touch()
+    with pytest.raises(UsageError) as caught:
+        find_run(str(file), str(tmp_path))
+    assert str(caught.value) == f"run={file}: is a file; give the run's folder, {tmp_path / 'tiny'}{remedy}"

@@ -58,12 +58,13 @@ def tensor(key: str, value: Any, wanted: str) -> Tensor:
         raise UsageError(key, shown(value), f"must be {wanted}") from error
 
 
-def mask_pixels(mask: Any, sizes: tuple[int, ...]) -> Tensor:
-    """Return a mask as the gray values of a mask file, uint8 [H, W].
+def mask_regions(mask: Any, sizes: tuple[int, ...], count: int) -> Tensor:
+    """Return masks as the regions to paint, bool [1 or B, 1, *sizes].
 
     Args:
-        mask: bool [H, W], true where to paint.
-        sizes: H and W.
+        mask: bool [*sizes] or [B, *sizes], true where to paint; for volumes also [H, W], the same for each slice.
+        sizes: H and W, or D, H and W.
+        count: number of images B.
 
     Raises:
         UsageError: for another shape or type, or a mask without true elements.
@@ -72,11 +73,15 @@ def mask_pixels(mask: Any, sizes: tuple[int, ...]) -> Tensor:
     mask = tensor("mask", mask, wanted)
     if mask.dtype != torch.bool:
         raise UsageError("mask", described(mask), f"must be {wanted}", "write mask > 0.5")
-    if tuple(mask.shape) != sizes:
-        raise UsageError("mask", described(mask), f"must be {wanted}, the size of the images")
-    if not mask.any():
+    shapes = (sizes, (count, *sizes), sizes[-2:])
+    if tuple(mask.shape) not in shapes:
+        raise UsageError(
+            "mask", described(mask), f"must be {wanted}, the size of the images, or one such mask per image"
+        )
+    regions = mask.cpu() if tuple(mask.shape) == shapes[1] else mask.cpu().expand(1, *sizes)
+    if not regions.flatten(1).any(1).all():
         raise UsageError("mask", NO_VALUE, "has no true element", "set the pixels to paint to true")
-    return mask.cpu().to(torch.uint8) * 255
+    return regions[:, None]
 
 
 def check_supplied(group: str, name: str, target: Any, values: Sequence[Any]) -> None:

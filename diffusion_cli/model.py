@@ -25,7 +25,7 @@ from diffusion_cli.arguments import (
     described,
     flat,
     given,
-    mask_pixels,
+    mask_regions,
     shown,
     tensor,
     texts,
@@ -348,8 +348,9 @@ class Model:
         Args:
             name: name of an option of `edit`, as "inpaint" or "img2img". images: as stored, [B, C, H, W];
             None for "interpolate" and others with `edit.seeds` among the overrides. mask: for "inpaint", bool
-            [H, W], true where to paint; None is a box in the centre. restoration: method of edits that
-            restore images: "replacement", "repaint" or "dps"; None is "repaint". seed: seed of the first
+            [H, W] or [D, H, W], true where to paint, or one per image, [B, ...]; None is a box in the centre.
+            restoration: method of edits that restore images: "replacement", "repaint" or "dps"; None is
+            "repaint". seed: seed of the first
             result; result n has seed + n. steps: steps of the sampler; None is the number for the
             restoration, or 50. sampler: name of an option; None is the sampler for the restoration, or
             "ddim". label, guidance, guidance_scale: as in `sample`; a label of None is no label. overrides:
@@ -382,7 +383,7 @@ class Model:
         if mask is not None:
             if node and "mask" not in node:
                 raise UsageError("mask", shown(mask), f"has no effect on edit={name}", "leave it out")
-            pixels = mask_pixels(mask, self.shape[-2:])
+            pixels = mask_regions(mask, self.shape[1:], len(inputs or ()))
             settings.append("edit.mask=mask")
         checked = self._checked("edit", EditConfig, settings, overrides)
         if images is None and checked.edit.get("seeds") is None:

@@ -101,6 +101,10 @@ def test_edits_equal_those_of_the_command(here):
     assert np.array_equal(edited[:, 0].numpy(), files(here / "made"))
     assert torch.equal(edited[:, :, ~mask], images[:, :, ~mask])
     assert not torch.equal(edited, images)
+    each = torch.stack([mask, mask.flip(0)])
+    edited = model.edit("inpaint", images, mask=each, restoration="replacement", steps=3, overrides=FP32)
+    assert torch.equal(edited[:, 0][~each], images[:, 0][~each])
+    assert (edited[:, 0] != images[:, 0])[each].any()
 
 
 def test_an_edit_with_many_results_has_an_axis_for_them(here):

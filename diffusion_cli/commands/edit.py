@@ -14,7 +14,8 @@ from torch import Tensor
 
 from diffusion_cli.batch_size import advise_batch_size
 from diffusion_cli.commands.guides import other_space
-from diffusion_cli.commands.inputs import Input, read_input, read_mask, real_images, shortened
+from diffusion_cli.commands.inputs import Input, read_input, real_images, shortened
+from diffusion_cli.commands.masks import read_masks
 from diffusion_cli.commands.outputs import claim, keep_results, named_folder
 from diffusion_cli.commands.trained import LoadedModel, open_run, warn_of_untrained
 from diffusion_cli.config import EditConfig, build, fingerprint
@@ -23,7 +24,6 @@ from diffusion_cli.diffusion.denoiser import Denoise
 from diffusion_cli.diffusion.guidance import NoGuidance
 from diffusion_cli.diffusion.latents import Latents
 from diffusion_cli.editing import Edit, EditProcess, EditResult, RestorationMethod
-from diffusion_cli.editing.base import ReadMask
 from diffusion_cli.editing.restore import described
 from diffusion_cli.errors import NO_VALUE, UsageError
 from diffusion_cli.formats import SampleFormat
@@ -59,8 +59,10 @@ def run(config: EditConfig) -> None:
 
 def _run(config: EditConfig) -> None:
     trained = open_run(config.sampling)
-    edit, method = _parts(config, trained, read_mask)
+    edit, method = _parts(config, trained)
     given = _inputs(config, trained, edit)
+    if edit.mask_path is not None:
+        edit = edit.masked(read_masks(edit.mask_path, given, edit.shape[1:]))
     form = trained.model.info.form
     jobs = _jobs(config, edit, given, form)
     kind = _kind(config)
@@ -113,12 +115,12 @@ def edited(
         config: configuration of the edit.
         trained: model with its sampler, guidance and labels.
         inputs: images; None for an edit that starts from seeds.
-        mask: uint8 [H, W], values >= 128 mark the pixels to paint; None for the mask of the configuration.
+        mask: regions to paint, bool [1 or N, 1, *sizes]; None for the mask of the configuration.
 
     Raises:
         UsageError: for images with another shape than the edit accepts.
     """
-    edit, method = _parts(config, trained, read_mask if mask is None else lambda _: mask)
+    edit, method = _parts(config, trained)
     if inputs is not None:
         for image in inputs:
             if tuple(image.pixels.shape) not in edit.accepts():
@@ -129,8 +131,11 @@ def edited(
                     "resize or convert them",
                 )
         _check_count(inputs, edit)
+    given = _inputs(config, trained, edit) if inputs is None else inputs
+    if edit.mask_path is not None:
+        edit = edit.masked(read_masks(edit.mask_path, given, edit.shape[1:]) if mask is None else mask)
     form = trained.model.info.form
-    jobs = _jobs(config, edit, _inputs(config, trained, edit) if inputs is None else inputs, form)
+    jobs = _jobs(config, edit, given, form)
     size = _batch_size(trained, edit, method, len(jobs))
     return torch.cat(
         [
@@ -140,12 +145,10 @@ def edited(
     )
 
 
-def _parts(
-    config: EditConfig, trained: LoadedModel, mask_reader: ReadMask
-) -> tuple[Edit, RestorationMethod | None]:
+def _parts(config: EditConfig, trained: LoadedModel) -> tuple[Edit, RestorationMethod | None]:
     """Build the edit and its restoration; UsageError if they are incompatible with each other or the model."""
     trained.check()
-    edit: Edit = build(config.edit, trained.model.shape, mask_reader)
+    edit: Edit = build(config.edit, trained.model.shape)
     method: RestorationMethod | None = None if config.restoration is None else build(config.restoration)
     _refuse(config, trained, edit, method)
     return edit, method
@@ -250,7 +253,12 @@ def _inputs(config: EditConfig, trained: LoadedModel, edit: Edit) -> list[Input]
     else:
         assert config.input is not None
         given = read_input(
-            config.input, edit.accepts(), config.fit, config.num_images, trained.model.info.form
+            config.input,
+            edit.accepts(),
+            config.fit,
+            config.num_images,
+            trained.model.info.form,
+            edit.mask_path,
         )
     _check_count(given, edit)
     return given
@@ -352,7 +360,7 @@ def _edit(
     )
     inputs = to_model_range(torch.stack([image for job in batch for image in job.inputs]).to(device))
     with torch.no_grad(), autocast(device, trained.precision):
-        edited = edit(inputs, process)
+        edited = edit.of([job.place for job in batch])(inputs, process)
     check_finite(edited.images if edited.found is None else edited.found)
     return edited
 

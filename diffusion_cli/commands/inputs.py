@@ -3,7 +3,9 @@
 import hashlib
 import sys
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
@@ -14,14 +16,19 @@ from torch import Tensor
 
 from diffusion_cli.data import (
     Dataset,
+    VolumeDecoder,
     center_crop_resize,
+    central_block,
+    central_part,
     file_names,
     quantized,
+    resized_affine,
     sample_files,
     spread,
     survey,
 )
 from diffusion_cli.data.folder import ignored_files
+from diffusion_cli.data.labels import read as entry
 from diffusion_cli.data.listing import MANIFEST, manifests
 from diffusion_cli.errors import NO_VALUE, FormatError, Problem, UsageError
 from diffusion_cli.formats import (
@@ -34,16 +41,27 @@ from diffusion_cli.formats import (
     has_own_numbers,
 )
 from diffusion_cli.formats.files import flattened, is_gray, opened
+from diffusion_cli.formats.volume import read_volume
 from diffusion_cli.runs.migrate import result_name
 from diffusion_cli.system.distributed import Distributed
-from diffusion_cli.system.untrusted import printable, read, reason
+from diffusion_cli.system.untrusted import Archive, printable, read, reason
 
 MOST_LINES = 10
 LONGEST = 200  # bytes of a name
-MOST_OF_A_COLOUR = 0.1  # largest fraction of the opaque pixels of a photograph with one colour
 OTHER_SPLITS = {"valid": "val", "validation": "val", "test": "val", "training": "train"}
 """Our splits by common names of splits."""
 RESERVED = ("grid", "grid.png", "strip", "strip.png")  # names that results must not have
+
+
+class Grid(NamedTuple):
+    """The pixels or voxels of an input file before `fit`."""
+
+    sizes: tuple[int, ...]
+    """Height and width, or depth, height and width."""
+    part: Sequence[tuple[float, float]]
+    """Start and length, along each axis, of the part that `fit` resizes to the size of the model."""
+    affine: list[list[float]] | None = None
+    """Affine matrix of the voxel positions in a NIfTI file, [3, 4]."""
 
 
 class Input(NamedTuple):
@@ -55,6 +73,10 @@ class Input(NamedTuple):
     """Image as stored, [C, H, W]."""
     form: SampleFormat | None = None
     """Format of its result; None for the format of the model."""
+    file: str | None = None
+    """Name of its file, relative to the folder or archive that was given; None without a file."""
+    grid: Grid | None = None
+    """Its pixels before `fit`; None without a file."""
 
 
 def show_remarks(lines: Iterable[str]) -> None:
@@ -75,43 +97,41 @@ def real_images(dataset: Dataset, split: str, count: int | None) -> list[Input]:
 
 
 def read_input(
-    given: str | list[str], shapes: list[Shape], fit: bool, count: int | None, form: SampleFormat
+    given: str | list[str],
+    shapes: list[Shape],
+    fit: bool,
+    count: int | None,
+    form: SampleFormat,
+    mask_path: str | None = None,
 ) -> list[Input]:
-    """Return the images of a file, a folder or a list of files.
+    """Return the images of a file, a folder, a ZIP archive or a list of files.
 
     Args:
-        given: file, folder or list of files.
+        given: file, folder, archive or list of files.
         shapes: accepted shapes.
         fit: center-crop, resize and convert images to the first of the shapes.
         count: largest number of images, or None.
         form: format of the samples of the model.
+        mask_path: path of masks; files in a folder of masks below the given folder are no images.
 
     Raises:
         UsageError: for images of another format or shape; it names each file.
     """
-    files = [Path(file).expanduser() for file in ([given] if isinstance(given, str) else given)]
-    if len(files) == 1 and files[0].is_dir():
-        files = _files(files[0], form)
-    files = files[:count]
+    path, names = _listed(given, form, mask_path)
+    names = names[:count]
     if isinstance(form, Uint8Image | HighDepthImage):
-        found = survey.headers(Path(), [str(file) for file in files])
-        show_remarks(survey.remarks("input", found, len(files), own_numbers=has_own_numbers(form)))
-    labels = _names(files)
+        found = survey.headers(path, names)
+        show_remarks(survey.remarks("input", found, len(names), own_numbers=has_own_numbers(form)))
     images: list[Input] = []
     lines: list[Problem] = []
-    for file, name in zip(files, labels, strict=True):
-        try:
-            data = _content(file)
-            images.append(Input(name, _pixels(data, shapes, fit, form), form.of(data)))
-        except (ValueError, OSError) as error:
-            lines.append(Problem("input", file, reason(error)))
-    if lines:
-        more = (
-            [Problem("input", NO_VALUE, f"and {len(lines) - MOST_LINES} more")]
-            if len(lines) > MOST_LINES
-            else []
-        )
-        raise UsageError.several([*lines[:MOST_LINES], *more])
+    with contents(path) as content:
+        for file, name in zip(names, _names([PurePosixPath(name) for name in names]), strict=True):
+            try:
+                pixels, own, grid = _pixels(content(file), shapes, fit, form)
+                images.append(Input(name, pixels, own, file, grid))
+            except (ValueError, OSError) as error:
+                lines.append(Problem("input", path / file, reason(error)))
+    raise_problems(lines)
     if len({image.pixels.shape for image in images}) > 1:
         sizes = " and ".join(dict.fromkeys(described(image.pixels.shape) for image in images))
         raise UsageError(
@@ -120,69 +140,49 @@ def read_input(
     return images
 
 
-def _files(folder: Path, form: SampleFormat) -> list[Path]:
-    """Return the images of a folder, without results that `diffuse` wrote to its subfolders."""
-    inside = _but_results(file_names(folder, "input"))
-    names = sample_files(folder, inside, form, "input")
-    if manifests([name for name in inside if name == MANIFEST], lambda name: read(folder / name)):
+def raise_problems(lines: list[Problem]) -> None:
+    """Raise UsageError with the first problems, and the number of the others; nothing without a problem."""
+    if lines:
+        rest = len(lines) - MOST_LINES
+        more = [Problem(lines[0].key, NO_VALUE, f"and {rest} more")] if rest > 0 else []
+        raise UsageError.several([*lines[:MOST_LINES], *more])
+
+
+def is_archive(path: Path) -> bool:
+    """Return whether a path is a ZIP archive, by its suffix."""
+    return path.suffix.lower() == ".zip" and path.is_file()
+
+
+@contextmanager
+def contents(path: Path) -> Iterator[Callable[[str], bytes]]:
+    """Yield a function that returns the content of a file, by its name in a folder or ZIP archive."""
+    if path.is_dir():
+        yield lambda name: _content(path / name)
+    else:
+        with Archive(path) as archive:
+            yield archive.read
+
+
+def _listed(given: str | list[str], form: SampleFormat, mask_path: str | None) -> tuple[Path, list[str]]:
+    """Return a folder or archive, and the names of the images in it; for a list of files, the working folder."""
+    files = [Path(file).expanduser() for file in ([given] if isinstance(given, str) else given)]
+    path = files[0]
+    if len(files) > 1 or not (path.is_dir() or is_archive(path)):
+        return Path(), [str(file) for file in files]
+    inside = _but_results(file_names(path, "input"))
+    if mask_path is not None and path.is_dir():
+        masks = Path(mask_path).expanduser().resolve()
+        if masks != path.resolve():
+            inside = [name for name in inside if masks not in (path.resolve() / name).parents]
+    names = sample_files(path, inside, form, "input")
+    if manifests([name for name in inside if name == MANIFEST], lambda name: entry(path, name)):
         names = [name for name in names if "/" not in name]
         if not names:
             raise UsageError(
-                "input", folder, "contains only subfolders of image series", "give one of the subfolders"
+                "input", path, "contains only subfolders of image series", "give one of the subfolders"
             )
-    show_remarks(ignored_files(folder, inside, "input", form.suffixes))
-    return [folder / name for name in names]
-
-
-def read_mask(path: str) -> Tensor:
-    """Read a mask file as uint8 [H, W]; values >= 128 mark the pixels to paint.
-
-    A mask is white on a black or transparent background. In a photograph, the transparent part marks the pixels to
-    paint, as in other programs.
-
-    Raises UsageError if the file cannot be read, or if the meaning of its transparent part is ambiguous.
-    """
-    try:
-        image = opened(read(Path(path).expanduser()))
-        pixels = np.array(flattened(image, 1, "black", srgb=False))
-    except (ValueError, OSError) as error:
-        what = "does not exist" if isinstance(error, FileNotFoundError) else reason(error)
-        raise UsageError(
-            "edit.mask", path, what, "give an image file, a box [left,top,right,bottom], or centre"
-        ) from error
-    if not image.has_transparency_data:
-        return torch.from_numpy(pixels)
-    whole = np.array(image.convert("RGBA"))
-    erased = whole[..., 3] < 128
-    if erased.all() or not erased.any():
-        return torch.from_numpy(pixels)
-    opaque = whole[~erased][:, :3]
-    if _is_white_on_black(opaque):
-        show_remarks([f"edit.mask={path}: the white part is painted, not the transparent part"])
-        return torch.from_numpy(pixels)
-    if not _is_photograph(opaque):
-        raise UsageError(
-            "edit.mask",
-            path,
-            "the meaning of its transparent part is ambiguous",
-            "save the mask as black and white without transparency",
-        )
-    show_remarks([f"edit.mask={path}: the transparent part is painted, whatever its colours"])
-    return torch.from_numpy(np.where(erased, 255, 0).astype(np.uint8))
-
-
-def _is_white_on_black(colours: np.ndarray) -> bool:
-    """Return whether colours, uint8 [N, 3], are all white or black, with at least one white."""
-    white, black = (colours == 255).all(1), (colours == 0).all(1)
-    return bool(white.any() and (white | black).all())
-
-
-def _is_photograph(colours: np.ndarray) -> bool:
-    """Return whether each colour, uint8 [N, 3], covers less than a tenth of the pixels."""
-    _, counts = np.unique(
-        colours.astype(np.uint32) @ np.array([65536, 256, 1], np.uint32), return_counts=True
-    )
-    return bool(counts.max() < MOST_OF_A_COLOUR * len(colours))
+    show_remarks(ignored_files(path, inside, "input", form.suffixes))
+    return path, names
 
 
 def _content(file: Path) -> bytes:
@@ -193,37 +193,84 @@ def _content(file: Path) -> bytes:
     return read(file)
 
 
-def _pixels(data: bytes, shapes: list[Shape], fit: bool, form: SampleFormat) -> Tensor:
+def _pixels(
+    data: bytes, shapes: list[Shape], fit: bool, form: SampleFormat
+) -> tuple[Tensor, SampleFormat, Grid | None]:
+    """Return an input as stored, the format of its result, and its pixels before `fit`."""
     if isinstance(form, Volume):
-        return form.read(data, shapes[0])
+        return _volume(data, shapes, fit, form)
+    if not form.ordered:
+        return form.read(data, shapes[0]), form, None
     if not isinstance(form, RangedImage):
-        return _bytes(data, shapes, fit)
+        return _bytes(data, shapes, fit, form)
     sample = form.decode(data)
-    if tuple(sample.shape) in shapes:
-        return sample
-    _refuse(tuple(sample.shape), shapes, fit and len(sample) == shapes[0][0], "crop and resize it")
-    return center_crop_resize(sample, form, shapes[0])
+    grid = Grid(tuple(sample.shape[1:]), central_part(sample.shape[1:], shapes[0][1:]))
+    if tuple(sample.shape) not in shapes:
+        _refuse(tuple(sample.shape), shapes, fit and len(sample) == shapes[0][0], "crop and resize it")
+        sample = center_crop_resize(sample, form, shapes[0])
+    return sample, form.of(data), grid
+
+
+def _volume(
+    data: bytes, shapes: list[Shape], fit: bool, form: Volume
+) -> tuple[Tensor, SampleFormat, Grid | None]:
+    held = read_volume(data)
+    shape, (_, *wanted) = held.values.shape, shapes[0]
+    affine = None if held.spacing is None else held.header.affine
+    grid = Grid(shape[1:], central_block(shape[1:], wanted), affine)
+    if shape in shapes:
+        sample = form.scaled(torch.from_numpy(held.values))
+    else:
+        _refuse(shape, shapes, fit and len(held.values) == shapes[0][0], "crop and resize it")
+        if held.spacing is not None and form.file != ".npy":
+            _check_proportions(held.spacing, form)
+        sample = form.quantize(VolumeDecoder(form, shapes[0], None).decoded(held))
+        affine = affine and resized_affine(affine, shape[1:], wanted)
+    return sample, replace(form, affine=affine) if affine else form, grid
+
+
+def _check_proportions(spacing: Sequence[float], form: Volume) -> None:
+    """Raise FormatError unless the sides of voxels have the proportions of those of the model, by 1 %."""
+    trained = np.linalg.norm(np.array(form.affine)[:, :3], axis=0)
+    ratios = np.array(spacing) / trained
+    if ratios.max() > 1.01 * ratios.min():
+        found, wanted = (" x ".join(f"{side:.4g}" for side in each) for each in (spacing, trained))
+        raise FormatError(
+            f"has a voxel spacing of {found}, which is not proportional to {wanted}, that of the model; "
+            "resample it to these proportions"
+        )
 
 
 def _refuse(shape: Shape, shapes: list[Shape], fit: bool, remedy: str) -> None:
     """Raise FormatError for an image of another shape, unless `fit` is true."""
     if not fit:
         wanted = " or ".join(map(described, shapes))
+        able = shape[0] == shapes[0][0] or remedy.endswith("convert it")
         raise FormatError(
-            f"is {described(shape)}, but must be {wanted}; convert it, or set fit=true to {remedy}"
+            f"is {described(shape)}, but must be {wanted}; convert it"
+            + (f", or set fit=true to {remedy}" if able else "")
         )
 
 
-def _bytes(data: bytes, shapes: list[Shape], fit: bool) -> Tensor:
+def _bytes(
+    data: bytes, shapes: list[Shape], fit: bool, form: SampleFormat
+) -> tuple[Tensor, SampleFormat, Grid | None]:
     image = opened(data)
     channels = 1 if is_gray(image) else 3
     shape = (channels, image.height, image.width)
+    grid = Grid(shape[1:], _fitted_part(shape[1:], shapes[0][1:]))
     if shape not in shapes:
         _refuse(shape, shapes, fit, "crop, resize and convert it")
         channels, height, width = shapes[0]
         image = ImageOps.fit(flattened(image, channels, "white"), (width, height), Image.Resampling.LANCZOS)
     pixels = torch.from_numpy(np.array(flattened(image, channels, "white")))
-    return pixels[None] if channels == 1 else pixels.permute(2, 0, 1).contiguous()
+    return (pixels[None] if channels == 1 else pixels.permute(2, 0, 1).contiguous()), form, grid
+
+
+def _fitted_part(sizes: Sequence[int], wanted: Sequence[int]) -> list[tuple[float, float]]:
+    """Return start and length, by rows and by columns, of the part that `ImageOps.fit` resizes."""
+    scale = min(have / want for have, want in zip(sizes, wanted, strict=True))
+    return [((have - scale * want) / 2, scale * want) for have, want in zip(sizes, wanted, strict=True)]
 
 
 def described(shape: Sequence[int]) -> str:
@@ -240,7 +287,7 @@ def _but_results(names: list[str]) -> list[str]:
     return [name for name in names if written.isdisjoint(PurePosixPath(name).parents)]
 
 
-def _names(files: list[Path]) -> list[str]:
+def _names(files: Sequence[PurePosixPath]) -> list[str]:
     """Return unique names of files: stems, or file names if stems are equal, with a number if these are equal too."""
     stems = Counter(file.stem for file in files)
     names = [file.stem if stems[file.stem] == 1 else file.name for file in files]

@@ -3,7 +3,15 @@
 from diffusion_cli.data.array import Array
 from diffusion_cli.data.base import Dataset, Images, NoDataset, PixelDigest, spread
 from diffusion_cli.data.batches import Batch, Batches, UnreadableError, to_model_range
-from diffusion_cli.data.decoding import NoResize, center_crop_resize
+from diffusion_cli.data.decoding import (
+    NoResize,
+    VolumeDecoder,
+    center_crop_resize,
+    central_block,
+    central_part,
+    resized_affine,
+    resized_region,
+)
 from diffusion_cli.data.digits import Digits
 from diffusion_cli.data.external import ExternalImages, given_images, relabelled, sample_files
 from diffusion_cli.data.folder import Folder, file_names, with_rules
@@ -41,7 +49,10 @@ __all__ = [
     "ProgressiveBatches",
     "ResolutionSchedule",
     "UnreadableError",
+    "VolumeDecoder",
     "center_crop_resize",
+    "central_block",
+    "central_part",
     "composed",
     "file_names",
     "given_images",
@@ -50,6 +61,8 @@ __all__ = [
     "quantized",
     "reduced",
     "relabelled",
+    "resized_affine",
+    "resized_region",
     "sample_files",
     "spread",
     "to_device",

@@ -1,6 +1,7 @@
 """Decoders from the bytes of an image or volume file to an array of fixed shape."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import fields, is_dataclass
 from typing import Any, Literal, NamedTuple, Protocol
 
@@ -23,10 +24,11 @@ from diffusion_cli.formats import (
 from diffusion_cli.formats.dicom import dicom_form, is_dicom
 from diffusion_cli.formats.files import DECODING, flattened, is_turned, parsed, upright
 from diffusion_cli.formats.pixel_readers import depth_of, is_cmyk, mode_with_opacity
-from diffusion_cli.formats.volume import read_volume
+from diffusion_cli.formats.volume import Held, read_volume
 
 SPARE = 2  # least factor by which a JPEG's draft is larger than the target, for the Lanczos filter
 BYTES_A_PIXEL = 4  # of a decoded image with opacity
+OVERLAP = 1e-6  # least overlap of two pixels along an axis, above rounding errors
 ADDED_FIELDS = {("Decoder", "srgb"): False, ("Raster", "mode"): None}
 """Fields that older versions lacked, each with the value that reproduces their behaviour."""
 KEY_NAMES = {
@@ -140,15 +142,55 @@ def _resized(
 
     `image` may be a draft, smaller than the file's `size` (width, height) by the factor `scale`.
     """
-    (width, height), (rows, columns) = size or image.size, wanted
-    across = min(width, max(1, height * columns // rows))
-    down = min(height, max(1, width * rows // columns))
-    left, top = (width - across) // 2, (height - down) // 2
+    width, height = size or image.size
+    (top, down), (left, across) = central_part((height, width), wanted)
+    rows, columns = wanted
     part = (left, top, left + across, top + down)
     if (across, down) == (columns, rows):
         return image.crop(part)
     box = (part[0] / scale, part[1] / scale, part[2] / scale, part[3] / scale)
     return image.resize((columns, rows), resample, box=box)
+
+
+def central_part(given: Sequence[int], wanted: Sequence[int]) -> list[tuple[int, int]]:
+    """Return start and length, by rows and by columns, of the largest central part with the aspect of `wanted`.
+
+    Args:
+        given: height and width of an image.
+        wanted: height and width after resizing.
+    """
+    (height, width), (rows, columns) = given, wanted
+    down, across = min(height, max(1, width * rows // columns)), min(width, max(1, height * columns // rows))
+    return [((height - down) // 2, down), ((width - across) // 2, across)]
+
+
+def central_block(given: Sequence[int], wanted: Sequence[int]) -> list[tuple[int, float]]:
+    """Return start and length, along D, H and W, of the part of a volume that `VolumeDecoder` resizes."""
+    factor = _voxels_each(given, wanted)
+    return [
+        (math.floor((have - want * factor) / 2), want * factor)
+        for have, want in zip(given, wanted, strict=True)
+    ]
+
+
+def resized_region(region: Tensor, part: Sequence[tuple[float, float]], wanted: Sequence[int]) -> Tensor:
+    """Return a region after cropping and resizing: the pixels or voxels of which some part is in the region.
+
+    Args:
+        region: bool [*sizes].
+        part: start and length of the crop along each axis.
+        wanted: sizes of the result.
+
+    Returns:
+        The resized region, bool [*wanted].
+    """
+    inside = region.double()
+    for axis, ((start, length), size) in enumerate(zip(part, wanted, strict=True)):
+        low = start + length / size * torch.arange(size, dtype=torch.float64)[:, None]
+        first = torch.arange(inside.shape[axis])
+        overlaps = torch.minimum(low + length / size, first + 1) - torch.maximum(low, first) > OVERLAP
+        inside = (inside.movedim(axis, -1) @ overlaps.double().T).movedim(-1, axis)
+    return inside > 0
 
 
 class HighDepthDecoder(NamedTuple):
@@ -268,7 +310,10 @@ class VolumeDecoder(NamedTuple):
 
     def __call__(self, data: bytes) -> np.ndarray:
         """Return the decoded volume; FormatError if it cannot be decoded, or if channels or spacing (by 1 %) differ."""
-        held = read_volume(data)
+        return self.decoded(read_volume(data)).numpy()
+
+    def decoded(self, held: Held) -> Tensor:
+        """Return the decoded volume of a file's content; FormatError as for a call."""
         if self.spacing and held.spacing and not np.allclose(held.spacing, self.spacing, rtol=0.01, atol=0):
             found, wanted = (
                 " x ".join(f"{side:.4g}" for side in each) for each in (held.spacing, self.spacing)
@@ -286,7 +331,7 @@ class VolumeDecoder(NamedTuple):
         for axis, size in enumerate(sizes, start=1):
             matrix = _triangles(values.shape[axis], size, factor)
             values = (values.movedim(axis, -1) @ matrix.T).movedim(-1, axis)
-        return self.form.scaled(values).numpy()
+        return self.form.scaled(values)
 
 
 def resized_affine(affine: list[list[float]], given: Shape, sizes: list[int]) -> list[list[float]]:
@@ -297,7 +342,7 @@ def resized_affine(affine: list[list[float]], given: Shape, sizes: list[int]) ->
     return np.column_stack([factor * matrix[:, :3], origin]).tolist()
 
 
-def _voxels_each(given: Shape, sizes: Shape | list[int]) -> float:
+def _voxels_each(given: Sequence[int], sizes: Sequence[int]) -> float:
     """Return the file's voxels per voxel of the result, along each side."""
     return min(have / want for have, want in zip(given, sizes, strict=True))
 

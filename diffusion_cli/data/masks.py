@@ -123,5 +123,7 @@ def mask_files(images: list[str], masks: Sequence[str]) -> list[str]:
 
 
 def _stem(name: str, top: int = 0) -> str:
-    """Return a name without its suffix and first folders, in NFC form."""
-    return composed(PurePosixPath(*PurePosixPath(name).parts[top:]).with_suffix("").as_posix())
+    """Return a name without its suffix, such as .png or .nii.gz, and first folders, in NFC form."""
+    path = PurePosixPath(*PurePosixPath(name).parts[top:])
+    path = path.with_suffix("") if path.name.lower().endswith(".nii.gz") else path
+    return composed(path.with_suffix("").as_posix())

@@ -3,6 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Self
 
 from torch import Tensor
 
@@ -12,9 +13,6 @@ from diffusion_cli.editing.operators import LinearOperator
 from diffusion_cli.samplers import NoiseFn, Sampler
 
 Shape = tuple[int, ...]
-
-ReadMask = Callable[[str], Tensor]
-"""Reads a grayscale image file as uint8 [H, W]."""
 
 
 @dataclass(frozen=True)
@@ -75,7 +73,6 @@ class Edit(ABC):
 
     Args:
         shape: shape of the model's images.
-        read_mask: reads mask files.
     """
 
     inputs_each = 1
@@ -92,9 +89,23 @@ class Edit(ABC):
     """Number of images of a result, more than 1 for a series."""
     seeds: list[int] | None = None
     """Seeds of noise that replaces input images, or None."""
+    mask_path: str | None = None
+    """Mask file, or folder or ZIP of masks, that must be read for `masked`; None if the edit needs none."""
 
-    def __init__(self, shape: Shape, read_mask: ReadMask) -> None:
+    def __init__(self, shape: Shape) -> None:
         self.shape = shape
+
+    def masked(self, painted: Tensor) -> Self:
+        """Return this edit with the regions to paint that `mask_path` marks.
+
+        Args:
+            painted: bool [1 or N, 1, *sizes], one region per input, or one for all.
+        """
+        raise NotImplementedError(f"{type(self).__name__} reads no mask")
+
+    def of(self, places: list[int]) -> Self:
+        """Return this edit for the inputs with these indices, one per result of a batch."""
+        return self
 
     def check(self, labelled: bool, number: Callable[[int | str | None], int | None]) -> None:  # noqa: B027
         """Raise UsageError if a label is missing or invalid; `number` returns the index of a class, or None."""

@@ -3,14 +3,15 @@
 from abc import abstractmethod
 from collections import deque
 from collections.abc import Sequence
-from typing import Annotated, Literal
+from copy import copy
+from typing import Annotated, Literal, Self
 
 import torch
 from pydantic import Field, NonNegativeInt
 from torch import Tensor
 from torch.nn.functional import pad
 
-from diffusion_cli.editing.base import Edit, EditProcess, EditResult, ReadMask, Shape
+from diffusion_cli.editing.base import Edit, EditProcess, EditResult, Shape
 from diffusion_cli.editing.latent import known_of
 from diffusion_cli.editing.operators import BlockMean, LinearOperator, Luma, Mask
 from diffusion_cli.errors import UsageError
@@ -41,41 +42,31 @@ class Inpaint(Restoration):
 
     Args:
         shape: shape of the model's images.
-        read_mask: reads mask files, uint8 [H, W]; pixels of 128 or more are generated.
-        mask: `centre`, a box [left, top, right, bottom] in pixels, or a mask file. For volumes, a box is [left, top,
-            front, right, bottom, back], and a mask file applies to every slice.
+        mask: `centre`, a box [left, top, right, bottom] in pixels, or the path of masks, which `masked` takes. For
+            volumes [C, D, H, W], a box is [left, top, front, right, bottom, back], along W, H and D.
 
     Raises:
-        UsageError: the mask has another size, the box exceeds the image, or there is nothing to generate.
+        UsageError: the box exceeds the image, or is empty.
     """
 
     masks = True
 
-    def __init__(
-        self, shape: Shape, read_mask: ReadMask, *, mask: str | list[NonNegativeInt] = "centre"
-    ) -> None:
-        super().__init__(shape, read_mask)
+    def __init__(self, shape: Shape, *, mask: str | list[NonNegativeInt] = "centre") -> None:
+        super().__init__(shape)
         _, *sizes = shape
         self.known = torch.ones(1, 1, *sizes, dtype=torch.bool)
         if isinstance(mask, str) and mask not in ("centre", "center"):
-            pixels = read_mask(mask)
-            if list(pixels.shape) != sizes[-2:]:
-                raise UsageError(
-                    "edit.mask",
-                    mask,
-                    f"has {described(pixels.shape)} pixels, but the images have {described(sizes[-2:])}",
-                    "give a mask of their size",
-                )
-            self.known[..., pixels >= 128] = False
+            self.mask_path = mask
         else:
             self.known[(..., *_box(mask, sizes))] = False
-        if self.known.all():
-            raise UsageError(
-                "edit.mask",
-                mask,
-                "has no white pixel, so there is nothing to generate",
-                "mark the pixels to generate in white",
-            )
+
+    def masked(self, painted: Tensor) -> Self:
+        edit = copy(self)
+        edit.known = ~painted
+        return edit
+
+    def of(self, places: list[int]) -> Self:
+        return self if len(self.known) == 1 else self.masked(~self.known[places])
 
     def content(self) -> dict[str, Tensor]:
         return {"mask": self.known}
@@ -91,15 +82,24 @@ def _box(mask: str | list[int], sizes: list[int]) -> list[slice]:
     starts, ends = [size // 4 for size in sizes], [size - size // 4 for size in sizes]
     if isinstance(mask, list):
         starts, ends = ([*map(int, reversed(part))] for part in (mask[:ndim], mask[ndim:]))
-    sides = [*zip(starts, ends, sizes, strict=False)]
-    if len(starts) != ndim or len(ends) != ndim or not all(start < end <= size for start, end, size in sides):
-        names = "left,top,front,right,bottom,back" if ndim == 3 else "left,top,right,bottom"
+    if not _lies_within(starts, ends, sizes):
+        names, order = "[left,top,right,bottom] in pixels", ""
+        if ndim == 3:
+            names = "[left,top,front,right,bottom,back] in voxels"
+            order = "the order is width, height, depth, opposite to that of dataset.resolution"
+        if ndim == 3 and _lies_within(starts[::-1], ends[::-1], sizes):
+            order += f"; did you mean {[*starts, *ends]}?"
         raise UsageError(
-            "edit.mask",
-            mask,
-            f"must be [{names}] in pixels within {described(sizes)}, centre, or an image file",
+            "edit.mask", mask, f"must be {names} within {described(sizes)}, centre, or a mask file", order
         )
-    return [slice(start, end) for start, end, _ in sides]
+    return [slice(start, end) for start, end in zip(starts, ends, strict=True)]
+
+
+def _lies_within(starts: list[int], ends: list[int], sizes: list[int]) -> bool:
+    """Return whether starts and ends are those of a box that is not empty, within the sizes."""
+    return len(starts) == len(ends) == len(sizes) and all(
+        start < end <= size for start, end, size in zip(starts, ends, sizes, strict=True)
+    )
 
 
 def described(sizes: Sequence[int]) -> str:
@@ -112,7 +112,6 @@ class Outpaint(Restoration):
 
     Args:
         shape: shape of the model's images.
-        read_mask: unused.
         left: pixels to add on the left.
         right: pixels to add on the right.
         top: pixels to add at the top.
@@ -129,7 +128,6 @@ class Outpaint(Restoration):
     def __init__(
         self,
         shape: Shape,
-        read_mask: ReadMask,
         *,
         left: NonNegativeInt = 0,
         right: NonNegativeInt = 0,
@@ -137,7 +135,7 @@ class Outpaint(Restoration):
         bottom: NonNegativeInt = 0,
         canvas: Literal["grow", "keep"] = "grow",
     ) -> None:
-        super().__init__(shape, read_mask)
+        super().__init__(shape)
         self.sides = (left, right, top, bottom)
         self.canvas = canvas
         *front, height, width = shape
@@ -175,8 +173,8 @@ class Outpaint(Restoration):
 class Colorize(Restoration):
     """Colorization of gray images; colour images are converted to gray first. UsageError for models of gray images."""
 
-    def __init__(self, shape: Shape, read_mask: ReadMask) -> None:
-        super().__init__(shape, read_mask)
+    def __init__(self, shape: Shape) -> None:
+        super().__init__(shape)
         if shape[0] != 3:
             raise UsageError(
                 "edit", "colorize", "the model generates gray images", "use one trained on colour images"
@@ -195,12 +193,11 @@ class SuperResolution(Restoration):
 
     Args:
         shape: shape of the model's images.
-        read_mask: unused.
         factor: upscaling factor, a divisor of the model's size.
     """
 
-    def __init__(self, shape: Shape, read_mask: ReadMask, *, factor: Annotated[int, Field(ge=2)] = 2) -> None:
-        super().__init__(shape, read_mask)
+    def __init__(self, shape: Shape, *, factor: Annotated[int, Field(ge=2)] = 2) -> None:
+        super().__init__(shape)
         _, *sizes = shape
         if any(size % factor for size in sizes):
             raise UsageError(

@@ -9,7 +9,7 @@ from pydantic import Field
 from torch import Tensor
 
 from diffusion_cli.diffusion.denoiser import Denoise, noised
-from diffusion_cli.editing.base import Edit, EditProcess, EditResult, ReadMask, Shape
+from diffusion_cli.editing.base import Edit, EditProcess, EditResult, Shape
 from diffusion_cli.errors import UsageError
 from diffusion_cli.samplers import NoiseFn, integrate, invert, start_grid_at
 
@@ -34,12 +34,11 @@ class PartialNoising(Edit):
 
     Args:
         shape: shape of the model's images.
-        read_mask: unused.
         strength: the time, in [0.001, 1].
     """
 
-    def __init__(self, shape: Shape, read_mask: ReadMask, *, strength: Strength = 0.9) -> None:
-        super().__init__(shape, read_mask)
+    def __init__(self, shape: Shape, *, strength: Strength = 0.9) -> None:
+        super().__init__(shape)
         self.strength = strength
 
 
@@ -52,8 +51,8 @@ class Img2Img(PartialNoising):
 
     starts_from_noise = True
 
-    def __init__(self, shape: Shape, read_mask: ReadMask, *, strength: Strength = 0.5) -> None:
-        super().__init__(shape, read_mask, strength=strength)
+    def __init__(self, shape: Shape, *, strength: Strength = 0.5) -> None:
+        super().__init__(shape, strength=strength)
 
     def __call__(self, images: Tensor, process: EditProcess) -> EditResult:
         times = start_grid_at(process.times, self.strength)
@@ -80,15 +79,12 @@ class Attribute(Edit):
 
     Args:
         shape: shape of the model's images.
-        read_mask: unused.
         source: class of the input, by index or name; None: unconditional.
         strength: time of the inversion, in [0.001, 1].
     """
 
-    def __init__(
-        self, shape: Shape, read_mask: ReadMask, *, source: int | str | None = None, strength: Strength = 0.7
-    ) -> None:
-        super().__init__(shape, read_mask)
+    def __init__(self, shape: Shape, *, source: int | str | None = None, strength: Strength = 0.7) -> None:
+        super().__init__(shape)
         self.source, self.strength = source, strength
 
     def check(self, labelled: bool, number: Callable[[int | str | None], int | None]) -> None:
@@ -110,7 +106,6 @@ class Interpolate(Edit):
 
     Args:
         shape: shape of the model's images.
-        read_mask: unused.
         frames: images per series, including both ends.
         seeds: pairs of seeds, instead of input images; None: input images.
         strength: time of the inversion, in [0.001, 1].
@@ -123,13 +118,12 @@ class Interpolate(Edit):
     def __init__(
         self,
         shape: Shape,
-        read_mask: ReadMask,
         *,
         frames: Annotated[int, Field(ge=2)] = 9,
         seeds: list[Seed] | None = None,
         strength: Strength = 0.9,
     ) -> None:
-        super().__init__(shape, read_mask)
+        super().__init__(shape)
         self.seeds, self.strength = seeds, strength
         self.results_each = frames
         if seeds is not None and (len(seeds) < 2 or len(seeds) % 2):

@@ -4,11 +4,15 @@ import json
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from diffusion_cli.cli import run
-from diffusion_cli.commands.inputs import read_mask
+from diffusion_cli.commands.inputs import Input
+from diffusion_cli.commands.masks import read_masks
 from helpers.editing import edit, pixels
+
+ANY = Input("any", torch.zeros(1, 16, 16))
 
 
 def mask_file(edit_runs, kind):
@@ -54,12 +58,12 @@ def mask_file(edit_runs, kind):
         ("black and white with a transparent border", "the white part is painted"),
         ("page with a hole", "the white part is painted"),
         ("photograph", "the transparent part is painted"),
-        ("opaque", None), ("transparent", None), ("without opacity", None),
+        ("opaque", None), ("without opacity", None),
     ],
 )  # fmt: skip
 def test_a_mask_is_white_or_an_erased_part_of_a_photograph(tmp_path, capsys, kind, said):
     file, expected = mask_file(tmp_path, kind)
-    assert ((read_mask(str(file)) >= 128).numpy() == expected).all()
+    assert (read_masks(str(file), [ANY], [16, 16])[0, 0].numpy() == expected).all()
     remark = capsys.readouterr().err
     assert remark.startswith(f"diffuse: edit.mask={file}: {said}") if said else not remark
 
@@ -72,7 +76,7 @@ def test_a_mask_whose_transparent_part_may_mean_either_is_refused(tmp_path, kind
     with pytest.raises(
         ValueError, match=r"mask.png: .*; save the mask as black and white without transparency$"
     ):
-        read_mask(str(file))
+        read_masks(str(file), [ANY], [16, 16])
 
 
 @pytest.mark.slow

@@ -27,7 +27,7 @@ from diffusion_cli.editing import (
 from diffusion_cli.editing.transform import slerp
 from diffusion_cli.formats import to_bytes
 from diffusion_cli.samplers import DDIM, integrate, invert, start_grid_at
-from helpers.editing import GRAY, denoiser_of, no_file, noise, plain, process, shrinking
+from helpers.editing import GRAY, denoiser_of, noise, plain, process, shrinking
 
 F64 = torch.float64
 SAMPLERS = {file.stem: yaml.safe_load(file.read_text()) for file in sorted(CONF.glob("sampler/*.yaml"))}
@@ -37,11 +37,11 @@ METHODS = {
     "dps": DPS(scale=0.5),
 }
 RESTORATIONS = {
-    "inpaint": (Inpaint(GRAY, no_file, mask=[2, 1, 6, 7]), GRAY),
-    "outpaint": (Outpaint(GRAY, no_file, left=1, right=2, top=0, bottom=3, canvas="grow"), GRAY),
-    "outpaint keep": (Outpaint(GRAY, no_file, left=3, right=0, top=0, bottom=0, canvas="keep"), (1, 8, 5)),
-    "colorize": (Colorize((3, 8, 8), no_file), (1, 8, 8)),
-    "super_resolution": (SuperResolution(GRAY, no_file, factor=4), (1, 2, 2)),
+    "inpaint": (Inpaint(GRAY, mask=[2, 1, 6, 7]), GRAY),
+    "outpaint": (Outpaint(GRAY, left=1, right=2, top=0, bottom=3, canvas="grow"), GRAY),
+    "outpaint keep": (Outpaint(GRAY, left=3, right=0, top=0, bottom=0, canvas="keep"), (1, 8, 5)),
+    "colorize": (Colorize((3, 8, 8)), (1, 8, 8)),
+    "super_resolution": (SuperResolution(GRAY, factor=4), (1, 2, 2)),
 }
 
 
@@ -67,7 +67,7 @@ def test_what_is_known_stays_with_every_sampler(schedules, kind, sampler_name):
 @pytest.mark.parametrize("tag", ["cosine", "zero_snr", "vp", "subvp", "ve", "edm", "rectified"])
 def test_what_is_known_stays_in_every_process_by_every_method(schedules, exact, tag, method):
     schedule = schedules[tag]
-    edit = Inpaint((1, 2, 2), no_file, mask=[0, 0, 1, 2])
+    edit = Inpaint((1, 2, 2), mask=[0, 0, 1, 2])
     sampler = DDIM(schedule, eta=1.0, spacing="log_snr")
     images = (
         to_model_range(torch.tensor([[10, 240], [60, 200]], dtype=torch.uint8).view(1, 1, 2, 2))
@@ -81,10 +81,10 @@ def test_what_is_known_stays_in_every_process_by_every_method(schedules, exact, 
 
 
 TRANSFORMS = {
-    "img2img": Img2Img(GRAY, no_file, strength=0.6),
-    "reconstruct": Reconstruct(GRAY, no_file, strength=0.7),
-    "attribute": Attribute(GRAY, no_file, source=None, strength=0.5),
-    "interpolate": Interpolate(GRAY, no_file, frames=3, seeds=None, strength=0.9),
+    "img2img": Img2Img(GRAY, strength=0.6),
+    "reconstruct": Reconstruct(GRAY, strength=0.7),
+    "attribute": Attribute(GRAY, source=None, strength=0.5),
+    "interpolate": Interpolate(GRAY, frames=3, seeds=None, strength=0.9),
 }
 
 
@@ -155,7 +155,7 @@ def test_sampling_from_a_noised_image_starts_at_the_strength(schedules):
 
     image, c = noise(2, *GRAY), noise(2, *GRAY, seed=1)
     given = plain(DDIM(schedule, eta=0.0, spacing="time"), denoise, 10, lambda: c)
-    edited = Img2Img(GRAY, no_file, strength=0.55)(image, given)
+    edited = Img2Img(GRAY, strength=0.55)(image, given)
     (start, time), times = shown[0], [t.item() for _, t in shown]
     assert times == [0.55, *(t for t in given.times.tolist() if 0 < t < 0.55)]
     torch.testing.assert_close(start, image + schedule(time)[1] * c)
@@ -168,7 +168,7 @@ def test_a_weak_edit_leaves_the_image_and_a_strong_one_does_not(schedules, exact
     for strength in (0.01, 0.3, 0.6, 1.0):
         sampler = DDIM(schedule, eta=0.0, spacing="trailing")
         given = process(schedule, sampler, exact(schedule), (1, 2, 2), steps=100, count=len(images))
-        edited = Img2Img((1, 2, 2), no_file, strength=strength)(images, given)
+        edited = Img2Img((1, 2, 2), strength=strength)(images, given)
         moved.append((edited.images[:, 0] - images).square().mean().item())
     assert all(a < b for a, b in pairwise(moved)), moved
     assert moved[0] < 1e-2
@@ -181,7 +181,7 @@ def test_reconstruction_is_of_first_order(schedules, exact, reference, tag):
     for steps in (50, 100, 200):
         sampler = DDIM(schedule, eta=0.0, spacing="karras" if tag == "edm" else "time")
         given = process(schedule, sampler, exact(schedule), (1, 2, 2), steps=steps, count=len(images))
-        edited = Reconstruct((1, 2, 2), no_file, strength=0.9)(images, given)
+        edited = Reconstruct((1, 2, 2), strength=0.9)(images, given)
         assert edited.residual is not None
         errors.append(edited.residual(edited.images[:, 0]).square().mean().sqrt().item())
     orders = [np.log2(a / b) for a, b in pairwise(errors)]
@@ -207,7 +207,7 @@ def test_the_ends_of_an_interpolation_are_the_samples_of_its_seeds(schedules, ex
     sampler = DDIM(schedule, eta=0.0, spacing="trailing")
     start = noise(2, 1, 2, 2)
     given = process(schedule, sampler, exact(schedule), (1, 2, 2), steps=20, count=1)
-    frames = Interpolate((1, 2, 2), no_file, frames=5, seeds=[4, 9], strength=0.5)(start, given).images[0]
+    frames = Interpolate((1, 2, 2), frames=5, seeds=[4, 9], strength=0.5)(start, given).images[0]
     size = 50 if tag == "ve" else 1
     *_, ends = integrate(sampler, exact(schedule), size * start, sampler.grid(20), lambda: start)
     torch.testing.assert_close(frames[[0, -1]], ends)

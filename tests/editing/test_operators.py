@@ -21,7 +21,7 @@ from diffusion_cli.editing import (
     SuperResolution,
 )
 from diffusion_cli.samplers import DDIM, DDPM
-from helpers.editing import GRAY, denoiser_of, no_file, noise, plain, process, shrinking
+from helpers.editing import GRAY, denoiser_of, noise, plain, process, shrinking
 
 F64 = torch.float64
 
@@ -39,11 +39,11 @@ OPERATORS = {
 }
 
 
-def test_a_volume_is_painted_anew_in_a_box_and_where_a_mask_of_its_slices_is_white():
+def test_a_box_of_a_volume_lies_along_width_height_and_depth():
     shape = (1, 4, 6, 8)
 
     def painted(mask):
-        return ~Inpaint(shape, lambda path: HALF[0, 0, :6] * 255, mask=mask).known[0, 0]
+        return ~Inpaint(shape, mask=mask).known[0, 0]
 
     box = torch.zeros(shape[1:], dtype=torch.bool)
     box[2:4, 1:5, 0:3] = True
@@ -51,19 +51,29 @@ def test_a_volume_is_painted_anew_in_a_box_and_where_a_mask_of_its_slices_is_whi
     assert torch.equal(
         painted("centre"), torch.nn.functional.pad(torch.ones(2, 4, 4), (2, 2, 1, 1, 1, 1)) > 0
     )
-    assert torch.equal(painted("file.png"), HALF[0, :, :6].expand(4, -1, -1))
     for wrong in ([0, 1, 2, 3], [0, 1, 2, 3, 5, 5], [0, 1, 2, 3, 1, 4]):
         with pytest.raises(
-            ValueError, match=r"\[left,top,front,right,bottom,back\] in pixels within 8 x 6 x 4"
+            ValueError, match=r"\[left,top,front,right,bottom,back\] in voxels within 8 x 6 x 4"
         ):
             painted(wrong)
+    with pytest.raises(ValueError, match=r"opposite to .* did you mean \[6, 1, 0, 8, 5, 3\]\?$"):
+        painted([0, 1, 6, 3, 5, 8])
+
+
+def test_each_input_has_its_region():
+    painted = torch.rand(3, 1, 8, 8) > 0.5
+    edit = Inpaint(GRAY, mask="masks").masked(painted)
+    images = noise(2, *GRAY)
+    _, y = edit.of([2, 0]).measure(images)
+    assert torch.equal(y, images * ~painted[[2, 0]])
+    assert torch.equal(Inpaint(GRAY).of([2, 0]).known, Inpaint(GRAY).known)
 
 
 def test_a_volume_is_continued_in_every_slice_and_enlarged_along_every_axis():
     sides = {"left": 1, "right": 2, "top": 3, "bottom": 0}
-    assert Outpaint((1, 4, 6, 8), no_file, **sides, canvas="grow").results == (1, 4, 9, 11)
-    assert Outpaint((1, 4, 6, 8), no_file, **sides, canvas="keep").accepts() == [(1, 4, 6, 8), (1, 4, 3, 5)]
-    assert SuperResolution((1, 4, 6, 8), no_file, factor=2).accepts() == [(1, 4, 6, 8), (1, 2, 3, 4)]
+    assert Outpaint((1, 4, 6, 8), **sides, canvas="grow").results == (1, 4, 9, 11)
+    assert Outpaint((1, 4, 6, 8), **sides, canvas="keep").accepts() == [(1, 4, 6, 8), (1, 4, 3, 5)]
+    assert SuperResolution((1, 4, 6, 8), factor=2).accepts() == [(1, 4, 6, 8), (1, 2, 3, 4)]
 
 
 @pytest.mark.parametrize("name", OPERATORS)

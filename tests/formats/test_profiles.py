@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from diffusion_cli.commands.inputs import read_mask
+from diffusion_cli.commands.masks import read_mask
 from diffusion_cli.data import Folder, given_images
 from diffusion_cli.data.decoding import ImageDecoder
 from diffusion_cli.formats import Uint8Image
@@ -87,7 +87,7 @@ def test_grays_are_converted_from_a_profile_of_gray():
 def test_the_grays_of_a_mask_are_numbers_and_are_not_converted(tmp_path):
     """110 is under the threshold of a mask; converted from linear light it is 174, over it."""
     Image.new("L", (4, 4), 110).save(tmp_path / "mask.png", icc_profile=gray(1.0))
-    assert (read_mask(str(tmp_path / "mask.png")) == 110).all()
+    assert not read_mask((tmp_path / "mask.png").read_bytes(), "mask.png").region.any()
 
 
 def test_a_large_photo_is_converted_at_the_size_that_it_is_decoded_at():

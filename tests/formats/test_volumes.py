@@ -122,7 +122,10 @@ def test_inputs_of_an_edit_are_volumes(tmp_path):
     given = data.load("train")[torch.arange(3)]
     found = read_input(str(tmp_path), [data.shape], False, None, data.form)
     assert torch.equal(torch.stack([item.pixels for item in found]), given)
-    with pytest.raises(UsageError, match=r"0\.nii\.gz: has shape \(1, 6, 8, 10\); expected \(1, 4, 4, 4\)"):
+    with pytest.raises(
+        UsageError,
+        match=r"0\.nii\.gz: is 10 x 8 x 6 gray, but must be 4 x 4 x 4 gray; convert it, or set fit=true",
+    ):
         read_input(str(tmp_path), [(1, 4, 4, 4)], False, None, data.form)
 
 

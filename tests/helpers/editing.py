@@ -17,10 +17,6 @@ def noise(*shape, seed=0):
     return torch.randn(*shape, dtype=F64, generator=torch.Generator().manual_seed(seed))
 
 
-def no_file(path):
-    raise AssertionError(path)
-
-
 def plain(sampler, denoise, steps, draw, method=None):
     """Sampling without labels by one denoiser."""
     return EditProcess(

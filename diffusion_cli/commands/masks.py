@@ -1,0 +1,192 @@
+"""Masks of an edit: image files, volumes, or folders and ZIP archives of them, matched with the inputs by name."""
+
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path, PurePosixPath
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from diffusion_cli.commands.inputs import Grid, Input, contents, is_archive, raise_problems, show_remarks
+from diffusion_cli.data import file_names, resized_region
+from diffusion_cli.data.folder import ends_in
+from diffusion_cli.data.masks import mask_files
+from diffusion_cli.editing.restore import described
+from diffusion_cli.errors import FormatError, Problem, UsageError
+from diffusion_cli.formats.files import SUFFIXES as PICTURES
+from diffusion_cli.formats.files import flattened, opened
+from diffusion_cli.formats.volume import SUFFIXES as VOLUMES
+from diffusion_cli.formats.volume import read_volume
+from diffusion_cli.system.untrusted import reason
+
+MOST_OF_A_COLOUR = 0.1  # largest fraction of the opaque pixels of a photograph with one colour
+FARTHEST = 0.5  # largest distance of the voxels of a mask from those of its volume, in sides of a voxel
+REMEDY = "give a mask file, a folder or ZIP of masks, a box [left,top,right,bottom], or centre"
+
+
+class MaskFile(NamedTuple):
+    """Content of a mask file."""
+
+    region: Tensor
+    """Region to paint, bool [H, W] or [D, H, W]."""
+    affine: list[list[float]] | None
+    """Affine matrix of the voxel positions of a NIfTI file."""
+    remark: str | None
+    """How the mask was read, if its transparent part has a meaning."""
+
+
+def read_masks(path: str, given: Sequence[Input], sizes: Sequence[int]) -> Tensor:
+    """Return the regions to paint, bool [1 or N, 1, *sizes]: one per input, or one for all.
+
+    A mask of the size of its input file is cropped and resized as the input was: a pixel is painted if some part of it
+    is. Other masks must have the size of the model. An image applies to each slice of a volume.
+
+    Args:
+        path: mask file for all inputs, or a folder or ZIP archive with one mask per input, of the same name.
+        given: the N inputs.
+        sizes: sizes of the model's images, [H, W] or [D, H, W].
+
+    Raises:
+        UsageError: for a missing, unreadable or empty mask, or one of another size; it names each file.
+    """
+    folder, names = _matched(Path(path).expanduser(), given, path)
+    regions: list[Tensor] = []
+    lines: list[Problem] = []
+    remarks: Counter[str] = Counter()
+    last: tuple[str, MaskFile] | None = None
+    with contents(folder) as content:
+        for name, item in zip(names, given, strict=True):
+            try:
+                if last is None or last[0] != name:
+                    last = name, read_mask(content(name), name, len(sizes))
+                    remarks.update([last[1].remark] if last[1].remark else [])
+                regions.append(_fitted(last[1], item, sizes))
+            except (ValueError, OSError) as error:
+                lines.append(Problem("edit.mask", folder / name, reason(error)))
+    raise_problems(list(dict.fromkeys(lines)))
+    for remark, count in remarks.items():
+        shown = f" ({count} masks)" if count > 1 else ""
+        show_remarks([f"edit.mask={path}: {remark}{shown}"])
+    stacked = torch.stack(regions)[:, None]
+    return stacked[:1] if (stacked == stacked[:1]).all() else stacked
+
+
+def _matched(path: Path, given: Sequence[Input], shown: str) -> tuple[Path, list[str]]:
+    """Return a folder or archive, and the name in it of the mask of each input."""
+    if not path.exists():
+        raise UsageError("edit.mask", shown, "does not exist", REMEDY)
+    if not (path.is_dir() or is_archive(path)):
+        return Path(), [str(path)] * len(given)
+    files = [item.file for item in given if item.file is not None]
+    if len(files) < len(given):
+        raise UsageError(
+            "edit.mask", shown, "masks of a folder are matched with input files by name",
+            "give input files, or one mask file",
+        )  # fmt: skip
+    suffixes = (*PICTURES, *VOLUMES)
+    masks = [name for name in file_names(path, "edit.mask") if ends_in(PurePosixPath(name), suffixes)]
+    try:
+        return path, mask_files(files, masks)
+    except FormatError as error:
+        raise UsageError("edit.mask", shown, str(error)) from error
+
+
+def read_mask(data: bytes, name: str, dimensions: int = 2) -> MaskFile:
+    """Return the content of a mask file.
+
+    An image is white (128 or more) in the region to paint, on a black or transparent background. In a photograph, the
+    transparent part is the region to paint, as in other programs. A volume is not 0 in the region to paint.
+
+    Args:
+        data: content of the file.
+        name: name of the file, which ends with the suffix of a volume or image.
+        dimensions: 3 to read volumes too, or 2 for images only.
+
+    Raises:
+        FormatError: the file cannot be read, or the meaning of its transparent part is ambiguous.
+    """
+    if dimensions == 3 and name.lower().endswith(VOLUMES):
+        held = read_volume(data)
+        if len(held.values) > 1:
+            raise FormatError(f"has {len(held.values)} channels; a mask has one")
+        affine = None if held.spacing is None else held.header.affine
+        return MaskFile(torch.from_numpy(held.values[0] != 0), affine, None)
+    image = opened(data)
+    white = np.array(flattened(image, 1, "black", srgb=False)) >= 128
+    if not image.has_transparency_data:
+        return MaskFile(torch.from_numpy(white), None, None)
+    whole = np.array(image.convert("RGBA"))
+    erased = whole[..., 3] < 128
+    if erased.all() or not erased.any():
+        return MaskFile(torch.from_numpy(white), None, None)
+    opaque = whole[~erased][:, :3]
+    if _is_white_on_black(opaque):
+        return MaskFile(torch.from_numpy(white), None, "the white part is painted, not the transparent part")
+    if not _is_photograph(opaque):
+        raise FormatError(
+            "the meaning of its transparent part is ambiguous; "
+            "save the mask as black and white without transparency"
+        )
+    return MaskFile(torch.from_numpy(erased), None, "the transparent part is painted, whatever its colours")
+
+
+def _is_white_on_black(colours: np.ndarray) -> bool:
+    """Return whether colours, uint8 [N, 3], are all white or black, with at least one white."""
+    white, black = (colours == 255).all(1), (colours == 0).all(1)
+    return bool(white.any() and (white | black).all())
+
+
+def _is_photograph(colours: np.ndarray) -> bool:
+    """Return whether each colour, uint8 [N, 3], covers less than a tenth of the pixels."""
+    _, counts = np.unique(
+        colours.astype(np.uint32) @ np.array([65536, 256, 1], np.uint32), return_counts=True
+    )
+    return bool(counts.max() < MOST_OF_A_COLOUR * len(colours))
+
+
+def _fitted(mask: MaskFile, item: Input, sizes: Sequence[int]) -> Tensor:
+    """Return the region to paint of an input, bool [*sizes]; FormatError if it is empty or of another size."""
+    region, grid = mask.region, item.grid
+    axes = slice(len(sizes) - region.dim(), None)  # an image has no depth
+    own = sizes if grid is None else grid.sizes
+    if not region.any():
+        raise FormatError(
+            f"has no {_marked(mask)}, so there is nothing to generate; mark the region to generate"
+        )
+    if grid is not None and tuple(region.shape) == tuple(own[axes]):
+        _check_position(mask, grid)
+        if tuple(own) != tuple(sizes):
+            region = resized_region(region, grid.part[axes], sizes[axes])
+    elif tuple(region.shape) != tuple(sizes[axes]):
+        one = "" if tuple(own) == tuple(sizes) else f", and the file {item.file} {described(own)}"
+        raise FormatError(
+            f"has {described(region.shape)} pixels, but the images have {described(sizes)}{one}; "
+            "give a mask of the same size"
+        )
+    if not region.any():
+        raise FormatError(
+            f"has its {_marked(mask)} outside the central part that fit=true keeps; crop the input yourself"
+        )
+    return region.expand(*sizes)
+
+
+def _marked(mask: MaskFile) -> str:
+    return "white pixel" if mask.region.dim() == 2 else "voxel other than 0"
+
+
+def _check_position(mask: MaskFile, grid: Grid) -> None:
+    """Raise FormatError if the voxels of a mask lie elsewhere than those of its volume."""
+    if mask.affine is None or grid.affine is None:
+        return
+    volume = np.array(grid.affine)
+    ends = np.array(
+        [[w, h, d, 1] for d in (0, grid.sizes[0]) for h in (0, grid.sizes[1]) for w in (0, grid.sizes[2])]
+    )
+    apart = np.linalg.norm(ends @ (volume - np.array(mask.affine)).T, axis=1).max()
+    side = np.linalg.norm(volume[:, :3], axis=0).min()
+    if apart > FARTHEST * side:
+        raise FormatError(
+            f"lies up to {apart / side:.3g} voxels away from its volume by its affine; resample it to the volume"
+        )

@@ -16,7 +16,7 @@ from diffusion_cli.diffusion.guidance import Guidance
 from diffusion_cli.diffusion.schedules import Schedule
 from diffusion_cli.errors import NO_VALUE, UsageError
 from diffusion_cli.runs.load import LoadedDenoiser
-from diffusion_cli.samplers import Sampler, integrate
+from diffusion_cli.samplers import Advance, Sampler, integrate, reporting, unreported
 from diffusion_cli.system.compat import compile_error, is_compiled
 from diffusion_cli.system.precision import autocast
 from diffusion_cli.system.untrusted import reason
@@ -198,7 +198,9 @@ def uncompiled(model: LoadedDenoiser) -> AbstractContextManager[None]:
 
 
 @torch.inference_mode()
-def generate(pipeline: SamplingPipeline, seeds: Sequence[int], batch_size: int) -> Iterator[Generated]:
+def generate(
+    pipeline: SamplingPipeline, seeds: Sequence[int], batch_size: int, advance: Advance = unreported
+) -> Iterator[Generated]:
     """Yield the images of the seeds in order, in batches.
 
     Compiled networks run uncompiled for a smaller last batch.
@@ -207,6 +209,7 @@ def generate(pipeline: SamplingPipeline, seeds: Sequence[int], batch_size: int) 
         pipeline: the model and its settings.
         seeds: seed of each image.
         batch_size: images per batch.
+        advance: takes each share of the work that is done, at every network call.
 
     Raises:
         UsageError: compilation fails, or images have values that are not finite.
@@ -214,7 +217,7 @@ def generate(pipeline: SamplingPipeline, seeds: Sequence[int], batch_size: int) 
     model, device, times = pipeline.model, pipeline.device, pipeline.times
     for batch in _batches(seeds, pipeline.sampler, batch_size):
         y = labels_of(batch, pipeline.labels, device)
-        denoise = pipeline.denoise(y)
+        denoise = reporting(pipeline.denoise(y), times, _of_batch(advance, len(batch), len(seeds)))
         calls = NFECounter(model.denoiser, pipeline.guidance)
         with autocast(device, pipeline.precision), compiled(model, len(batch) == batch_size):
             x = sample(denoise, pipeline.sampler, times, batch, model.space.shape, device)
@@ -224,16 +227,25 @@ def generate(pipeline: SamplingPipeline, seeds: Sequence[int], batch_size: int) 
 
 
 @torch.inference_mode()
-def trajectories(pipeline: SamplingPipeline, seeds: Sequence[int], batch_size: int, *, frames: int) -> Tensor:
+def trajectories(
+    pipeline: SamplingPipeline,
+    seeds: Sequence[int],
+    batch_size: int,
+    *,
+    frames: int,
+    advance: Advance = unreported,
+) -> Tensor:
     """Return previews of the states on the way from noise to the images of `generate`, uint8 [N, F, C, H, W].
 
     F is `frames`, or the number of states if smaller. States are evenly spaced, and scaled by `scale_for_display`.
+    `advance` takes each share of the work that is done.
     """
     model, sampler, device, times = pipeline.model, pipeline.sampler, pipeline.device, pipeline.times
     places = frame_places(len(times), frames)
     batches: list[Tensor] = []
     for batch in _batches(seeds, sampler, batch_size):
         denoise = pipeline.denoise(labels_of(batch, pipeline.labels, device))
+        denoise = reporting(denoise, times, _of_batch(advance, len(batch), len(seeds)))
         with autocast(device, pipeline.precision), compiled(model, len(batch) == batch_size):
             trajectory = enumerate(states(denoise, sampler, times, batch, model.space.shape, device))
             shown = [
@@ -243,6 +255,11 @@ def trajectories(pipeline: SamplingPipeline, seeds: Sequence[int], batch_size: i
             ]
         batches.append(torch.stack(shown, 1))
     return torch.cat(batches)
+
+
+def _of_batch(advance: Advance, size: int, count: int) -> Advance:
+    """Return a function that takes shares of the work on a batch of `size` of `count` images."""
+    return lambda share: advance(share * size / count)
 
 
 def _picture(model: LoadedDenoiser, x: Tensor) -> Tensor:

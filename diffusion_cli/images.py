@@ -34,8 +34,7 @@ class Writer:
     """
 
     def __init__(self, waiting: int) -> None:
-        self.waiting, self.written = waiting, 0
-        """Number of files known to be written."""
+        self.waiting = waiting
         self._under_way: deque[Future[None]] = deque()
 
     def __enter__(self) -> Self:
@@ -51,7 +50,6 @@ class Writer:
         """Remove finished files from the queue, and wait until at most `most` are left."""
         while self._under_way and (len(self._under_way) > most or self._under_way[0].done()):
             self._under_way.popleft().result()
-            self.written += 1
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None

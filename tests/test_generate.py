@@ -195,3 +195,14 @@ def test_states_are_shown_with_the_variance_of_the_data(schedules, name):
     assert difference.abs().max() <= 1
     if name == "cosine":
         assert torch.equal(to_bytes(scale_for_display(state, one, schedule)), to_bytes(state))
+
+
+def test_the_shares_of_all_batches_are_reported(model):
+    shares: list[float] = []
+    sampling = pipeline(model, DDIM(model.denoiser.schedule), 4)
+    assert len(list(generate(sampling, range(5), 2, shares.append))) == 3
+    # The last step of a batch is done when the batch is there.
+    assert shares == pytest.approx([2 / 5 / 4] * 6 + [1 / 5 / 4] * 3)
+    shares.clear()
+    trajectories(sampling, range(5), 2, frames=3, advance=shares.append)
+    assert sum(shares) == pytest.approx(3 / 4)

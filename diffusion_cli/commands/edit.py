@@ -30,6 +30,7 @@ from diffusion_cli.formats import SampleFormat
 from diffusion_cli.generate import NFECounter, SeededNoise, check_finite, guided, labels_of
 from diffusion_cli.images import Writer, read_images, read_stored, save_gif, save_png, save_rows, save_stored
 from diffusion_cli.runs.weights import digest
+from diffusion_cli.samplers import Advance, unreported
 from diffusion_cli.system.own_folder import own_folder
 from diffusion_cli.system.precision import autocast
 from diffusion_cli.system.progress import ProgressBar
@@ -309,21 +310,20 @@ def _make(
     """Compute and write the results `todo`, add their errors to `results`, and return the network calls of each."""
     most_calls, form = 0, trained.model.info.form
     batch_size = _batch_size(trained, edit, method, len(todo))
-    with ProgressBar(total=len(todo), unit="image", desc=_kind(config), dynamic_ncols=True) as bar:
 
-        def keep(
-            batch: list[EditJob], images: Tensor, before: list[Tensor], made: dict[str, dict[str, float]]
-        ) -> None:
-            _save(output, batch, images, before, form)
-            keep_results(output, made)
-            results.update(made)
-            bar.update(len(batch))
+    def keep(
+        batch: list[EditJob], images: Tensor, before: list[Tensor], made: dict[str, dict[str, float]]
+    ) -> None:
+        _save(output, batch, images, before, form)
+        keep_results(output, made)
+        results.update(made)
 
-        with Writer(2) as writer:
-            for first in range(0, len(todo), batch_size):
-                batch = todo[first : first + batch_size]
-                calls = NFECounter(trained.model.denoiser, trained.guidance)
-                edited = _edit(trained, edit, method, batch)
+    with ProgressBar(total=len(todo), unit="image", desc=_kind(config)) as bar, Writer(2) as writer:
+        for first in range(0, len(todo), batch_size):
+            batch = todo[first : first + batch_size]
+            calls = NFECounter(trained.model.denoiser, trained.guidance)
+            with bar.batch(len(batch)) as advance:
+                edited = _edit(trained, edit, method, batch, advance)
                 most_calls = max(most_calls, calls.each(len(batch)))
                 images = form.quantize(edited.images)
                 before = [form.to_rgb(form.quantize(picture)).cpu() for picture in edited.before]
@@ -338,8 +338,13 @@ def _batch_size(trained: LoadedModel, edit: Edit, method: RestorationMethod | No
 
 
 def _edit(
-    trained: LoadedModel, edit: Edit, method: RestorationMethod | None, batch: list[EditJob]
+    trained: LoadedModel,
+    edit: Edit,
+    method: RestorationMethod | None,
+    batch: list[EditJob],
+    advance: Advance = unreported,
 ) -> EditResult:
+    """Edit a batch; `advance` takes each share of the work that is done."""
     model, device = trained.model, trained.device
     seeds = [job.seed for job in batch]
 
@@ -357,6 +362,7 @@ def _edit(
         method,
         SeededNoise(seeds, model.space.shape_of(edit.results), device).noise,
         model.space,
+        lambda share: advance(share / edit.passes),
     )
     inputs = to_model_range(torch.stack([image for job in batch for image in job.inputs]).to(device))
     with torch.no_grad(), autocast(device, trained.precision):

@@ -67,26 +67,31 @@ def _sample(config: SampleConfig) -> None:
         f"{len(seeds)} images of step {trained.model.step}{made}, {trained.precision}, in {output}\nGrid: {overview}"
     )
     if shown:
-        _draw(trajectories(trained, shown, size, frames=config.frames), output, config)
+        bar = ProgressBar(total=len(shown), unit="image", desc="denoising steps", delay=1.0)
+        with bar, bar.batch(len(shown)) as advance:
+            ways = trajectories(trained, shown, size, frames=config.frames, advance=advance)
+        _draw(ways, output, config)
 
 
 def _make(trained: LoadedModel, todo: list[int], output: Path, ranks: Distributed, size: int) -> int:
     """Generate and write this process's share of the images; return the network calls per image."""
     most_calls, form = 0, trained.model.info.form
-    with ProgressBar(
-        total=len(todo), unit="image", desc="sample", dynamic_ncols=True, disable=not ranks.is_main
-    ) as bar:
-        with Writer(2 * size) as writer:
-            for share in ranks.shard(len(todo), size):
-                mine = [todo[place] for place in share]
-                for batch, images, _, calls in generate(trained, mine, size):
+    with (
+        ProgressBar(total=len(todo), unit="image", desc="sample", disable=not ranks.is_main) as bar,
+        Writer(2 * size) as writer,
+    ):
+        for first, share in zip(
+            range(0, len(todo), size * ranks.world), ranks.shard(len(todo), size), strict=True
+        ):
+            mine = [todo[place] for place in share]
+            with bar.batch(min(size * ranks.world, len(todo) - first)) as advance:
+                for batch, images, _, calls in generate(trained, mine, size, advance):
                     if calls > most_calls:
                         keep_calls(output, calls)
                         most_calls = calls
                     for seed, image in zip(batch, images.cpu(), strict=True):
                         writer(save_stored, image, image_path(output, seed, form), form)
-                bar.update(sum(ranks.all_gather(writer.written)) - bar.n)
-        bar.update(sum(ranks.all_gather(writer.written)) - bar.n)
+                ranks.all_gather(None)  # the batch of all processes is done
     return most_calls
 
 

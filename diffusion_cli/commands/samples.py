@@ -26,6 +26,7 @@ from diffusion_cli.images import Writer, read_stored, save_stored
 from diffusion_cli.metrics import GivenSamples, Reference, Samples
 from diffusion_cli.runs.find import is_run
 from diffusion_cli.runs.load import Loaded, LoadedDenoiser
+from diffusion_cli.samplers import Advance, unreported
 from diffusion_cli.system.untrusted import LONGEST_MANIFEST
 
 
@@ -67,26 +68,27 @@ class ModelSamples(Samples):
         """Mean seconds to generate an image in a batch; None if all images existed."""
         return self._seconds / self._made if self._made else None
 
-    def batch(self, numbers: Sequence[int]) -> tuple[Tensor, Tensor | None]:
+    def batch(self, numbers: Sequence[int], advance: Advance = unreported) -> tuple[Tensor, Tensor | None]:
         seeds = [self.seeds[number] for number in numbers]
         labels = labels_of(seeds, self.trained.labels, torch.device("cpu"))
         form, shape = self.trained.model.info.form, self.trained.model.shape
         if self.folder is None:
-            return form.to_rgb(torch.cat([images for _, images in self._generated(seeds)])), labels
+            return form.to_rgb(torch.cat([images for _, images in self._generated(seeds, advance)])), labels
         paths = {seed: image_path(self.folder, seed, form) for seed in seeds}
         there = [seed for seed in seeds if paths[seed].is_file()]
         files = [paths[seed] for seed in there]
         found = dict(zip(there, read_stored(files, form, shape), strict=True)) if there else {}
-        for some, images in self._generated([seed for seed in seeds if seed not in found]):
+        missing = [seed for seed in seeds if seed not in found]
+        for some, images in self._generated(missing, advance):
             for seed, image in zip(some, images, strict=True):
                 self.writer(save_stored, image, paths[seed], form)
                 found[seed] = image
         return form.to_rgb(torch.stack([found[seed] for seed in seeds])), labels
 
-    def _generated(self, seeds: list[int]) -> list[tuple[list[int], Tensor]]:
+    def _generated(self, seeds: list[int], advance: Advance) -> list[tuple[list[int], Tensor]]:
         start = time.perf_counter()
         made = []
-        for batch in generate(self.trained, seeds, self.batch_size):
+        for batch in generate(self.trained, seeds, self.batch_size, advance):
             made.append((batch.seeds, batch.images.cpu()))
             if batch.calls > self._calls:
                 self._calls = batch.calls

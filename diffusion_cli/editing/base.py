@@ -10,7 +10,7 @@ from torch import Tensor
 from diffusion_cli.diffusion.denoiser import Denoise
 from diffusion_cli.diffusion.latents import Space
 from diffusion_cli.editing.operators import LinearOperator
-from diffusion_cli.samplers import NoiseFn, Sampler
+from diffusion_cli.samplers import Advance, NoiseFn, Sampler, unreported
 
 Shape = tuple[int, ...]
 
@@ -33,6 +33,8 @@ class EditProcess:
     """Returns noise in the shape of the states of the results, with one stream per image."""
     space: Space
     """State space of sampling; edits convert from and to images."""
+    advance: Advance = unreported
+    """Takes each share of a pass through the times that is done; an edit has `Edit.passes`."""
 
     def start(self) -> Tensor:
         """Return the initial noise of sampling."""
@@ -85,6 +87,8 @@ class Edit(ABC):
     """Whether results depend on the seed even with a deterministic sampler."""
     deterministic = False
     """Whether it needs a deterministic sampler."""
+    passes = 1
+    """Number of passes through the times that it reports by `EditProcess.advance`."""
     results_each = 1
     """Number of images of a result, more than 1 for a series."""
     seeds: list[int] | None = None

@@ -10,6 +10,7 @@ from torch import Tensor
 from diffusion_cli.diffusion.denoiser import Prediction, noised
 from diffusion_cli.editing.base import EditProcess, RestorationMethod
 from diffusion_cli.editing.operators import LinearOperator
+from diffusion_cli.samplers import reporting
 
 
 class Replacement(RestorationMethod):
@@ -22,7 +23,8 @@ class Replacement(RestorationMethod):
     jump_length = 1
 
     def restore(self, process: EditProcess, operator: LinearOperator, y: Tensor) -> Iterator[Tensor]:
-        sampler, times, draw, denoise = process.sampler, process.times, process.draw, process.denoise()
+        sampler, times, draw = process.sampler, process.times, process.draw
+        denoise = reporting(process.denoise(), times, process.advance)
         known, schedule = operator.pseudo_inverse(y), sampler.schedule
 
         def replaced(x: Tensor, s: Tensor) -> Tensor:
@@ -79,7 +81,8 @@ class DPS(RestorationMethod):
         self.scale = scale
 
     def restore(self, process: EditProcess, operator: LinearOperator, y: Tensor) -> Iterator[Tensor]:
-        sampler, denoise, x = process.sampler, process.denoise(), process.start()
+        sampler, x = process.sampler, process.start()
+        denoise = reporting(process.denoise(), process.times, process.advance)
         state = sampler.start(process.times)
         for t, s in pairwise(process.times):
             gradients: list[Tensor] = []

@@ -11,7 +11,7 @@ from torch import Tensor
 from diffusion_cli.diffusion.denoiser import Denoise, noised
 from diffusion_cli.editing.base import Edit, EditProcess, EditResult, Shape
 from diffusion_cli.errors import UsageError
-from diffusion_cli.samplers import NoiseFn, integrate, invert, start_grid_at
+from diffusion_cli.samplers import NoiseFn, integrate, invert, reporting, start_grid_at
 
 Seed = Annotated[int, Field(ge=0, le=4294967295)]
 Strength = Annotated[float, Field(ge=0.001, le=1)]
@@ -19,12 +19,14 @@ Strength = Annotated[float, Field(ge=0.001, le=1)]
 
 def decode(process: EditProcess, x: Tensor, times: Tensor, draw: NoiseFn, repeat: int = 1) -> Tensor:
     """Sample images from the states x at times[0], with `repeat` consecutive images per result."""
-    (x,) = deque(integrate(process.sampler, process.denoise(repeat), x, times, draw), maxlen=1)
+    denoise = reporting(process.denoise(repeat), times, process.advance)
+    (x,) = deque(integrate(process.sampler, denoise, x, times, draw), maxlen=1)
     return process.space.decode(x)
 
 
 def encode(process: EditProcess, denoise: Denoise, images: Tensor, times: Tensor) -> Tensor:
     """Encode images to states at times[0] by DDIM inversion."""
+    denoise = reporting(denoise, times.flip(0), process.advance)
     (x,) = deque(invert(process.sampler.schedule, denoise, process.space.encode(images), times), maxlen=1)
     return x
 
@@ -64,6 +66,7 @@ class Reconstruct(PartialNoising):
     """Reconstruction by DDIM inversion to the time `strength` and sampling; see `PartialNoising` for the arguments."""
 
     deterministic = True
+    passes = 2
 
     def __call__(self, images: Tensor, process: EditProcess) -> EditResult:
         times = start_grid_at(process.times, self.strength)
@@ -82,6 +85,8 @@ class Attribute(Edit):
         source: class of the input, by index or name; None: unconditional.
         strength: time of the inversion, in [0.001, 1].
     """
+
+    passes = 2
 
     def __init__(self, shape: Shape, *, source: int | str | None = None, strength: Strength = 0.7) -> None:
         super().__init__(shape)
@@ -125,6 +130,7 @@ class Interpolate(Edit):
     ) -> None:
         super().__init__(shape)
         self.seeds, self.strength = seeds, strength
+        self.passes = 2 if seeds is None else 1
         self.results_each = frames
         if seeds is not None and (len(seeds) < 2 or len(seeds) % 2):
             raise UsageError("edit.seeds", seeds, "must be pairs of seeds", "use for example [0,1]")

@@ -1,7 +1,5 @@
 """Evaluation of all metrics in one pass over the samples."""
 
-import sys
-import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -25,10 +23,9 @@ from diffusion_cli.metrics.features.registry import FeatureExtractors
 from diffusion_cli.metrics.protocol import Report, Result
 from diffusion_cli.metrics.reference import RealImages, Reference
 from diffusion_cli.metrics.samples import Samples
+from diffusion_cli.samplers import Advance
 from diffusion_cli.system.distributed import Distributed
 from diffusion_cli.system.progress import ProgressBar
-
-LONG = 60  # seconds; the duration of longer evaluations is announced
 
 
 class Evaluation(NamedTuple):
@@ -172,7 +169,7 @@ def _pass(
 
     Returns the SHA-256 of all images, and the number of samples per label.
     """
-    digest, labels, count, start = PixelDigest(), Counter[int](), len(samples), time.monotonic()
+    digest, labels, count = PixelDigest(), Counter[int](), len(samples)
     each_round = batch_size * ranks.world
     with ProgressBar(
         total=count, desc="evaluating samples", unit="image", delay=1.0, disable=not ranks.is_main
@@ -180,8 +177,14 @@ def _pass(
         for place, mine in enumerate(ranks.shard(count, batch_size)):
             if called_off():
                 raise EvaluationCancelled
-            looked = _look(samples, mine, [view.network for view, _ in views], ranks) if mine else None
-            for batches in ranks.gather(looked):
+            with progress.batch(min(each_round, count - place * each_round)) as advance:
+                looked = (
+                    _look(samples, mine, [view.network for view, _ in views], ranks, advance)
+                    if mine
+                    else None
+                )
+                gathered = ranks.gather(looked)
+            for batches in gathered:
                 if batches is None:
                     continue
                 for (view, measurements), batch in zip(views, batches, strict=True):
@@ -191,9 +194,6 @@ def _pass(
                 digest.update(batches[0].images)
                 if batches[0].labels is not None:
                     labels.update(batches[0].labels.tolist())
-                progress.update(len(batches[0].images))
-            if place == 0 and ranks.is_main:
-                _announce(count, each_round, time.monotonic() - start)
     return digest.hexdigest(), labels
 
 
@@ -216,22 +216,17 @@ def _class_notes(samples: Samples, labels: Counter[int], reference: Reference) -
 
 
 def _look(
-    samples: Samples, numbers: range, networks: Sequence[Features], ranks: Distributed
+    samples: Samples,
+    numbers: range,
+    networks: Sequence[Features],
+    ranks: Distributed,
+    advance: Advance,
 ) -> list[SampleBatch]:
     """Return samples with the features of each network, on the CPU if sent between processes."""
-    images, labels = samples.batch(numbers)
+    images, labels = samples.batch(numbers, advance)
     said = [network(images) for network in networks]
     images, labels = images.cpu(), None if labels is None else labels.cpu()
     return [SampleBatch(images, labels, batch if ranks.world == 1 else batch.cpu()) for batch in said]
-
-
-def _announce(count: int, done: int, seconds: float) -> None:
-    """Print the expected duration of a long evaluation after its first batches."""
-    left = seconds / min(done, count) * (count - done)
-    if left > LONG:
-        rate = min(done, count) / seconds
-        text = f"about {ProgressBar.format_interval(left)} for the {count} samples, at {rate:.3g} images/s"
-        ProgressBar.write(text, file=sys.stderr)
 
 
 def _result(finding: MetricValue, protocol: Mapping[str, Any]) -> list[Result]:

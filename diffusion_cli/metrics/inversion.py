@@ -13,7 +13,7 @@ from diffusion_cli.diffusion.schedules import Spacing
 from diffusion_cli.errors import UsageError
 from diffusion_cli.generate import guided
 from diffusion_cli.metrics.base import EvaluatedModel, MetricValue, ModelMetric
-from diffusion_cli.samplers import DDIM, integrate, invert, start_grid_at
+from diffusion_cli.samplers import DDIM, integrate, invert, reporting, start_grid_at
 from diffusion_cli.system.precision import autocast
 from diffusion_cli.system.progress import ProgressBar
 
@@ -65,12 +65,15 @@ class Inversion(ModelMetric):
                 batch, labels = subject.batch(images, rows)
                 denoise = guided(subject.model, NoGuidance(), labels, subject.clip)
                 x = to_model_range(batch)
-                with autocast(subject.device, subject.precision):
-                    (noise,) = deque(invert(schedule, denoise, space.encode(x), times), maxlen=1)
-                    (back,) = deque(integrate(sampler, denoise, noise, times, noise.clone), maxlen=1)
+                with bar.batch(len(rows)) as advance, autocast(subject.device, subject.precision):
+                    rising, falling = (
+                        reporting(denoise, way, lambda share: advance(share / 2))
+                        for way in (times.flip(0), times)
+                    )
+                    (noise,) = deque(invert(schedule, rising, space.encode(x), times), maxlen=1)
+                    (back,) = deque(integrate(sampler, falling, noise, times, noise.clone), maxlen=1)
                 errors += (127.5 * (space.decode(back) - x).double()).square().flatten(1).mean(1).sum().item()
                 squares += (noise.double() / prior).square().flatten(1).mean(1).sum().item()
-                bar.update(len(rows))
         return MetricValue(
             self.NAME,
             math.sqrt(errors / count),

@@ -121,15 +121,12 @@ class PerImage(ModelMetric):
         """Return the columns to report, over all images, with `bits`; and notes."""
         return columns, ()
 
-    def _do(self, subject: EvaluatedModel, images: Images, rows: Tensor, path: Path, bar: Any) -> None:
+    def _do(
+        self, subject: EvaluatedModel, images: Images, rows: Tensor, path: Path, bar: ProgressBar
+    ) -> None:
         batch, labels = subject.batch(images, rows)
         noise = SeededNoise([subject.seed + int(row) for row in rows], subject.model.shape, subject.device)
-        end = bar.n + len(rows)
-
-        def advance(share: float) -> None:
-            bar.update(min(share * len(rows), end - bar.n))
-
-        with autocast(subject.device, subject.precision):
+        with bar.batch(len(rows)) as advance, autocast(subject.device, subject.precision):
             columns = self.columns(subject, batch, labels, noise, advance)
         cache.write_json(path, {name: value.tolist() for name, value in columns.items()})
 

@@ -19,6 +19,7 @@ from diffusion_cli.metrics.features.registry import FeatureExtractors
 from diffusion_cli.metrics.frechet import FrechetDistance
 from diffusion_cli.metrics.samples import Samples
 from diffusion_cli.networks import AutoencoderKL
+from diffusion_cli.samplers import Advance, unreported
 
 RANGE = 255.0  # of uint8 pixels
 WINDOW = 11  # pixels per side of the SSIM window
@@ -47,7 +48,7 @@ class ReconstructedSamples(Samples):
         return self.form.to_rgb(self._real(numbers))
 
     @torch.inference_mode()
-    def batch(self, numbers: Sequence[int]) -> tuple[Tensor, None]:
+    def batch(self, numbers: Sequence[int], advance: Advance = unreported) -> tuple[Tensor, None]:
         x = to_model_range(self._real(numbers)).to(next(self.network.parameters()).device)
         return self.form.to_rgb(self.form.quantize(self.network.reconstruct(x).cpu())), None
 

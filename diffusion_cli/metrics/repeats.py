@@ -8,6 +8,7 @@ from torch import Tensor
 
 from diffusion_cli.metrics.protocol import Report, Result
 from diffusion_cli.metrics.samples import Samples
+from diffusion_cli.samplers import Advance, unreported
 
 DEVIATION = "standard_deviation"
 OF_ONE_REPEAT = ("low", "high", "standard_error")
@@ -24,8 +25,8 @@ class Part(Samples):
     def __len__(self) -> int:
         return len(self.rows)
 
-    def batch(self, numbers: Sequence[int]) -> tuple[Tensor, Tensor | None]:
-        return self.samples.batch([self.rows[number] for number in numbers])
+    def batch(self, numbers: Sequence[int], advance: Advance = unreported) -> tuple[Tensor, Tensor | None]:
+        return self.samples.batch([self.rows[number] for number in numbers], advance)
 
     def protocol(self) -> dict[str, Any]:
         return self.samples.protocol()

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from diffusion_cli.data import ExternalImages, relabelled, spread
 from diffusion_cli.errors import UsageError
+from diffusion_cli.samplers import Advance, unreported
 
 
 class Samples(ABC):
@@ -26,8 +27,11 @@ class Samples(ABC):
         """Return the number of samples."""
 
     @abstractmethod
-    def batch(self, numbers: Sequence[int]) -> tuple[Tensor, Tensor | None]:
-        """Return samples by index, uint8 [B, C, H, W], and their labels, int64 [B], or None."""
+    def batch(self, numbers: Sequence[int], advance: Advance = unreported) -> tuple[Tensor, Tensor | None]:
+        """Return samples by index, uint8 [B, C, H, W], and their labels, int64 [B], or None.
+
+        `advance` takes each share of the work that is done, if it takes long.
+        """
 
     @abstractmethod
     def protocol(self) -> dict[str, Any]:
@@ -72,7 +76,7 @@ class GivenSamples(Samples):
     def __len__(self) -> int:
         return len(self.rows)
 
-    def batch(self, numbers: Sequence[int]) -> tuple[Tensor, Tensor | None]:
+    def batch(self, numbers: Sequence[int], advance: Advance = unreported) -> tuple[Tensor, Tensor | None]:
         rows = self.rows[list(numbers)]
         return self.images[rows], None if self.labels is None else self.labels[rows]
 

@@ -1,6 +1,14 @@
 """Samplers: solvers that generate images from noise in steps."""
 
-from diffusion_cli.samplers.base import NoiseFn, Sampler, integrate, start_grid_at
+from diffusion_cli.samplers.base import (
+    Advance,
+    NoiseFn,
+    Sampler,
+    integrate,
+    reporting,
+    start_grid_at,
+    unreported,
+)
 from diffusion_cli.samplers.ddim import DDIM, invert
 from diffusion_cli.samplers.ddpm import DDPM
 from diffusion_cli.samplers.dpm_solver import DPMSolver2S, DPMSolverMultistep, DPMSolverSDE, UniPC
@@ -18,6 +26,7 @@ __all__ = [
     "ODE",
     "PC",
     "PLMS",
+    "Advance",
     "DPMSolver2S",
     "DPMSolverMultistep",
     "DPMSolverSDE",
@@ -30,5 +39,7 @@ __all__ = [
     "UniPC",
     "integrate",
     "invert",
+    "reporting",
     "start_grid_at",
+    "unreported",
 ]  # fmt: skip

@@ -1,6 +1,7 @@
 """Base class of samplers, and the sampling loop."""
 
 from abc import ABC, abstractmethod
+from bisect import bisect_right
 from collections.abc import Callable, Iterator
 from itertools import pairwise
 from typing import Annotated, Any
@@ -16,6 +17,8 @@ NoiseFn = Callable[[], Tensor]
 """Returns the next standard normal noise in the shape of the images."""
 Share = Annotated[float, Field(ge=0, le=1)]
 """Share of the fresh noise of an ancestral step."""
+Advance = Callable[[float], object]
+"""Takes each share of the work that is done."""
 
 
 class Sampler(ABC):
@@ -132,6 +135,36 @@ def start_grid_at(times: Tensor, t: float) -> Tensor:
     """Return the times of a grid that are below t, starting at min(t, times[0])."""
     first = min(t, float(times[0]))
     return torch.cat([times.new_full((1,), first), times[times < first - 1e-9]])
+
+
+def unreported(share: float) -> None:
+    """Take a share of the work, and do nothing."""
+
+
+def reporting(denoise: Denoise, times: Tensor, advance: Advance) -> Denoise:
+    """Wrap a denoiser to report the progress of a pass through `times` at each of its calls.
+
+    Args:
+        denoise: denoiser.
+        times: increasing or decreasing times; each step counts as an equal share.
+        advance: takes each share of the pass that is done. The shares never sum to more than 1.
+    """
+    sign = 1 if times[-1] > times[0] else -1
+    grid = (sign * times.double().cpu()).tolist()
+    done = 0.0
+
+    def reported(x: Tensor, t: Tensor) -> Prediction:
+        nonlocal done
+        time = sign * float(t.reshape(-1)[0])
+        step = min(max(bisect_right(grid, time) - 1, 0), len(grid) - 2)
+        part = (time - grid[step]) / (grid[step + 1] - grid[step])
+        share = (step + min(max(part, 0.0), 1.0)) / (len(grid) - 1)
+        if share > done:
+            advance(share - done)
+            done = share
+        return denoise(x, t)
+
+    return reported
 
 
 def integrate(

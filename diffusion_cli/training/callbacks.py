@@ -1,6 +1,5 @@
 """Callbacks of training: progress, logs, checkpoints, validation, previews and the stop at a signal."""
 
-import os
 import signal
 import sys
 import time
@@ -126,8 +125,6 @@ class Progress(StepCallback):
             initial=trainer.global_step,
             unit="step",
             desc="train",
-            dynamic_ncols=True,
-            mininterval=0.5 if os.isatty(2) else 15,
             disable=not trainer.is_global_zero,
         )
         self._mark = (trainer.global_step, time.perf_counter())

@@ -25,7 +25,7 @@ from diffusion_cli.metrics import (
     require,
 )
 from diffusion_cli.runs.checkpoint import BEST
-from diffusion_cli.samplers import Sampler
+from diffusion_cli.samplers import Advance, Sampler, reporting, unreported
 from diffusion_cli.system.distributed import Distributed
 from diffusion_cli.training.callbacks import GracefulStop, PeriodicCallback
 from diffusion_cli.training.ema import EMA
@@ -60,13 +60,14 @@ class TrainingSamples(Samples):
         return self.count
 
     @torch.inference_mode()
-    def batch(self, numbers: Sequence[int]) -> tuple[Tensor, Tensor | None]:
+    def batch(self, numbers: Sequence[int], advance: Advance = unreported) -> tuple[Tensor, Tensor | None]:
         denoiser = self.denoiser
         assert denoiser is not None
         device = next(denoiser.parameters()).device
         labels = labels_of(numbers, self.labels, device)
         denoise = self.space.clipped(lambda x, t: denoiser(x, t, labels), denoiser.schedule)
         times = self.sampler.grid(self.steps)
+        denoise = reporting(denoise, times, advance)
         with self.precision():
             x = sample(denoise, self.sampler, times, numbers, self.space.shape, device)
         images = self.space.decode(x)

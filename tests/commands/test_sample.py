@@ -65,7 +65,7 @@ def test_samples_are_files_named_by_seed_with_a_manifest(sample_runs, tmp_path):
     assert pixels.dtype == np.uint8
 
 
-def test_a_writer_counts_what_is_there_and_keeps_no_more_waiting_than_it_may():
+def test_a_writer_keeps_no_more_waiting_than_it_may():
     gate, begun = threading.Event(), []
 
     def save(number: int) -> None:
@@ -75,12 +75,9 @@ def test_a_writer_counts_what_is_there_and_keeps_no_more_waiting_than_it_may():
     with Writer(3) as writer:
         for number in range(3):
             writer(save, number)
-        assert writer.written == 0
         threading.Timer(0.05, gate.set).start()
         writer(save, 3)  # waits for one of the others
         assert gate.is_set()
-        assert writer.written >= 1
-    assert writer.written == 4
     assert sorted(begun) == [0, 1, 2, 3]
 
 

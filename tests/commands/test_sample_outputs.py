@@ -7,6 +7,7 @@ from PIL import Image
 
 from diffusion_cli.cli import run
 from diffusion_cli.diffusion.denoiser import Denoiser
+from diffusion_cli.system.progress import ProgressBar
 from helpers.sampling import pngs, sample
 
 
@@ -146,3 +147,29 @@ def test_a_network_that_cannot_be_compiled_here_is_said_to_be_the_option(
     assert (
         "diffuse: compile=true: torch cannot compile the network here (No working" in capsys.readouterr().err
     )
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["sample", "num_samples=3"],
+        ["edit", "edit=reconstruct", "input=val", "num_images=3"],
+        ["eval", "metric=fid", "features=classifier", "num_samples=380", "force=true"],
+    ],
+)
+def test_progress_advances_within_a_batch(sample_runs, tmp_path, monkeypatch, words):
+    shown: list[float] = []
+    update = ProgressBar.update
+
+    def noted(bar: ProgressBar, n: float | None = 1) -> bool | None:
+        done = update(bar, n)
+        if bar.desc.startswith(("sample", "reconstruct", "evaluating samples")):
+            shown.append(bar.n)
+        return done
+
+    monkeypatch.setattr(ProgressBar, "update", noted)
+    more = ["steps=5", "batch_size=1000", "run=small", f"output_dir={sample_runs}"]
+    output = [f"cache_dir={tmp_path}"] if words[0] == "eval" else [f"output={tmp_path}/{words[0]}"]
+    assert run([*words, *more, *output]) == 0
+    assert len({n for n in shown if 0 < n < max(shown)}) >= 4
+    assert max(shown) == (380 if words[0] == "eval" else 3)

@@ -1,6 +1,7 @@
 """Every edit with every sampler and process."""
 
 from collections import deque
+from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
@@ -221,3 +222,31 @@ def test_the_great_circle_keeps_the_norm_and_meets_both_ends():
     for u in (0.2, 0.5):
         torch.testing.assert_close(slerp(a, b, u).flatten(1).norm(dim=1), a.flatten(1).norm(dim=1))
     torch.testing.assert_close(slerp(a, a, 0.3), a)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_restoration_reports_its_share_at_each_step(schedules, method):
+    shares: list[float] = []
+    schedule = schedules["linear"]
+    task = process(schedule, DDIM(schedule), shrinking(schedule), GRAY, METHODS[method])
+    RESTORATIONS["inpaint"][0](noise(2, *GRAY), replace(task, advance=shares.append))
+    assert shares == pytest.approx([1 / 8] * 7)
+
+
+@pytest.mark.parametrize(
+    "edit",
+    [
+        Img2Img(GRAY, strength=0.5),
+        Reconstruct(GRAY),
+        Attribute(GRAY),
+        Interpolate(GRAY),
+        Interpolate(GRAY, seeds=[0, 1]),
+    ],
+)
+def test_an_edit_reports_its_passes(schedules, edit):
+    shares: list[float] = []
+    schedule = schedules["linear"]
+    task = process(schedule, DDIM(schedule), shrinking(schedule), GRAY, steps=50, count=1)
+    edit(noise(edit.inputs_each, *GRAY), replace(task, advance=shares.append))
+    assert min(shares) > 0
+    assert edit.passes - 0.1 < sum(shares) <= edit.passes

@@ -13,7 +13,7 @@ from diffusion_cli.diffusion.denoiser import Denoiser, Prediction
 from diffusion_cli.diffusion.parameterizations import Eps
 from diffusion_cli.diffusion.schedules import VP, Spacing
 from diffusion_cli.errors import UsageError
-from diffusion_cli.samplers import DDIM, DDPM, ODE, PC, EDMSampler, integrate, invert
+from diffusion_cli.samplers import DDIM, DDPM, ODE, PC, EDMSampler, integrate, invert, reporting
 from helpers.samplers import states_of_run
 
 F64 = torch.float64
@@ -293,3 +293,32 @@ def test_a_range_of_churn_without_any_time_is_refused():
     ):
         EDMSampler(VP(), s_min=60.0)
     EDMSampler(VP(), s_min=60.0, s_churn=0.0)
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_each_network_call_reports_the_share_that_is_done(schedules, exact, name):
+    schedule = schedules["vp"]
+    sampler, shares = build(SAMPLERS[name], schedule), []
+    times, calls = sampler.grid(4), 0
+    plain = exact(schedule)
+
+    def counted(x, t):
+        nonlocal calls
+        calls += 1
+        return plain(x, t)
+
+    x = torch.randn(1, 1, 2, 2, dtype=F64, generator=torch.Generator().manual_seed(0))
+    denoise = reporting(counted, times, shares.append)
+    for done, _ in enumerate(integrate(sampler, denoise, x, times, lambda: torch.zeros_like(x)), 1):
+        assert (done - 1.5) / (len(times) - 1) <= sum(shares)  # a sampler may go back to more noise first
+    assert min(shares) > 0
+    assert len(shares) <= calls
+    assert 1 - 1.5 / (len(times) - 1) <= sum(shares) <= 1
+
+
+def test_a_pass_towards_noise_reports_as_well(schedules):
+    schedule, shares = schedules["vp"], []
+    times = DDIM(schedule).grid(5)
+    denoise = reporting(lambda x, t: Prediction(x, x, t), times.flip(0), shares.append)
+    assert len(list(invert(schedule, denoise, torch.zeros(1, 1, 2, 2, dtype=F64), times))) == 5
+    assert shares == pytest.approx([0.2] * 4)

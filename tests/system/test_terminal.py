@@ -51,13 +51,19 @@ def test_text_writes_over_no_other_line(text):
     assert stream.getvalue() == "run: " + text.replace("\x1b", "\\x1b").replace("\r", "\\r") + "\n"
 
 
+class Terminal(StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
 def test_progress_bars_move_among_their_lines(monkeypatch):
-    streams = StringIO(), StringIO()
+    monkeypatch.setattr("diffusion_cli.system.progress.REDRAW", 0)
+    streams = Terminal(), Terminal()
     for stream, stderr in zip(streams, (streams[0], Output(streams[1])), strict=True):
         monkeypatch.setattr(sys, "stderr", stderr)
         with (
-            ProgressBar(total=2, desc="a\rb\x1b[A", mininterval=0) as outer,
-            ProgressBar(total=2, position=1, mininterval=0) as inner,
+            ProgressBar(total=2, desc="a\rb\x1b[A") as outer,
+            ProgressBar(total=2, position=1) as inner,
         ):
             inner.update(2)
             ProgressBar.write("between", file=stderr)  # pyright: ignore[reportArgumentType]

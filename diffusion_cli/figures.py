@@ -1,7 +1,8 @@
 """Figures of schedules, noisy images and training runs."""
 
+import re
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Annotated
@@ -11,6 +12,7 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
+from diffusion_cli.captions import Captions
 from diffusion_cli.charts import Curve, Panel, Points, save_panels
 from diffusion_cli.config import PlotConfig, TrainConfig, build, load
 from diffusion_cli.data import Dataset, to_model_range
@@ -19,7 +21,7 @@ from diffusion_cli.diffusion.denoiser import noised
 from diffusion_cli.diffusion.schedules import Discrete, Schedule
 from diffusion_cli.errors import NO_VALUE, FormatError, UsageError
 from diffusion_cli.generate import SeededNoise, frame_places, scale_for_display
-from diffusion_cli.images import read_images, save_gif, save_rows
+from diffusion_cli.images import PLAIN, read_images, rows, save_gif, save_png, save_rows
 from diffusion_cli.runs.curves import read_curves
 from diffusion_cli.runs.find import find_run
 
@@ -103,18 +105,25 @@ class Forward(Figure):
         dataset: dataset of the image.
         split: split of the dataset.
         frames: number of times.
+        captions: whether to name the rows and times in the margins.
     """
 
     name = "forward"
     of = ("schedule", "image")
     formats = ("png",)
 
-    def __init__(self, *, dataset: str = "digits", split: Split = "val", frames: Frames = 10) -> None:
-        self.dataset, self.frames = dataset, frames
+    def __init__(
+        self, *, dataset: str = "digits", split: Split = "val", frames: Frames = 10, captions: bool = True
+    ) -> None:
+        self.dataset, self.frames, self.captions = dataset, frames, captions
         self.split: Split = split
 
     def draw(self, configs: Mapping[str, PlotConfig], path: Path) -> None:
-        save_rows([self.row(config) for config in configs.values()], path)
+        times = [f"{t:.2g}" for t in torch.linspace(0, 1, self.frames).tolist()]
+        captions = Captions(list(configs), times, "t", f"{self.dataset}, {self.split} split")
+        save_rows(
+            [self.row(config) for config in configs.values()], path, captions if self.captions else PLAIN
+        )
 
     def row(self, config: PlotConfig) -> Tensor:
         """Return the image at increasing times, uint8 [frames, C, H, W]; UsageError if there is no such image."""
@@ -194,37 +203,74 @@ class Previews(Figure):
 
     Args:
         frames: maximum number of previews per run.
+        captions: whether to name the runs and steps in the margins.
     """
 
     name = "previews"
     of = ("run",)
     formats = ("png", "gif")
 
-    def __init__(self, *, frames: Frames = 6) -> None:
-        self.frames = frames
+    def __init__(self, *, frames: Frames = 6, captions: bool = True) -> None:
+        self.frames, self.captions = frames, captions
 
     def draw(self, configs: Mapping[str, PlotConfig], path: Path) -> None:
-        rows = [self.row(run_of(config)) for config in configs.values()]
+        runs = {label: self.previews(run_of(config)) for label, config in configs.items()}
         if path.suffix == ".gif":
-            if len(rows) > 1:
+            if len(runs) > 1:
                 raise UsageError(
                     "output", path, "an animation shows a single run", "name one run, or use a .png"
                 )
-            save_gif(rows[0], path)
+            (previews,) = runs.values()
+            save_gif(torch.stack([*previews.values()]), path, names=self._steps(previews))
             return
-        if len({row.shape[1:] for row in rows}) > 1:
-            raise UsageError(
-                "run", NO_VALUE, "the previews of these runs differ in size", "draw the runs separately"
+        pictures = [
+            rows(
+                [torch.stack([*previews.values()])],
+                Captions([label] if self.captions else [], self._steps(previews)),
             )
-        save_rows(rows, path)
+            for label, previews in runs.items()
+        ]
+        save_png(torch.cat(_same_size(pictures, across=True), 1), path)
 
-    def row(self, run: Path) -> Tensor:
-        """Return previews of a run, including the last, uint8 [N, C, H, W]; UsageError if there are none."""
-        files = sorted((run / "previews").glob("step_*.png"))
-        if not files:
+    def _steps(self, previews: Mapping[int, Tensor]) -> list[str]:
+        return [f"step {step:,}" for step in previews] if self.captions else []
+
+    def previews(self, run: Path) -> dict[int, Tensor]:
+        """Return previews of a run by step, including the last, uint8 [C, H, W] of one size.
+
+        Raises UsageError if there are none.
+        """
+        found = {
+            int(match[1]): file
+            for file in sorted((run / "previews").glob("step_*.png"))
+            if (match := re.fullmatch(r"step_(\d+)", file.stem))
+        }
+        if not found:
             raise UsageError("run", run, "has no previews", "train with preview_every=")
-        images = read_images([files[place] for place in frame_places(len(files), self.frames)])
-        return F.pad(images, (MARGIN, MARGIN, MARGIN, MARGIN), value=255)
+        steps = [[*found][place] for place in frame_places(len(found), self.frames)]
+        images = _same_size([read_images([found[step]])[0] for step in steps])
+        return {
+            step: F.pad(image, (MARGIN, MARGIN, MARGIN, MARGIN), value=255)
+            for step, image in zip(steps, images, strict=True)
+        }
+
+
+def _same_size(pictures: Sequence[Tensor], across: bool = False) -> list[Tensor]:
+    """Return pictures [C, H, W] with white at the left and at the top, where captions are.
+
+    Args:
+        pictures: gray and coloured pictures.
+        across: whether only channels and widths become equal.
+    """
+    channels, height, width = (max(picture.shape[axis] for picture in pictures) for axis in range(3))
+    return [
+        F.pad(
+            picture.expand(channels, *picture.shape[1:]),
+            (width - picture.shape[2], 0, 0 if across else height - picture.shape[1], 0),
+            value=255,
+        )
+        for picture in pictures
+    ]
 
 
 def curve(label: str, x: Tensor, y: Tensor) -> Curve:

@@ -14,12 +14,14 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
+from diffusion_cli.captions import Captions, captioned, class_name, enlargement
 from diffusion_cli.errors import NO_VALUE, UsageError
 from diffusion_cli.formats import SampleFormat, Shape, Uint8Image
 from diffusion_cli.formats.files import is_gray, opened
 from diffusion_cli.system.files import atomic_write
 from diffusion_cli.system.untrusted import read, reason
 
+PLAIN = Captions()
 WRITERS = 4  # threads, which mostly wait for the disk
 
 
@@ -59,29 +61,64 @@ class Writer:
             self._look(0)
 
 
-def grid(images: Tensor, columns: int | None = None) -> Tensor:
+def grid(images: Tensor, columns: int | None = None, captions: Captions = PLAIN) -> Tensor:
     """Arrange uint8 images [N, C, H, W] in a grid, one pixel apart, as [C, H', W'].
 
-    Small images are enlarged by an integer factor to at least 32 pixels.
+    Small images are enlarged by an integer factor to at least 32 pixels, and to the width of the names of columns.
 
     Args:
         images: the images.
         columns: images per row; None: a square grid.
+        captions: words in the margins at the left and at the top.
     """
     columns = columns or math.ceil(math.sqrt(len(images)))
-    return rows(images.split(columns))
+    return rows(images.split(columns), captions)
 
 
-def rows(images: Sequence[Tensor]) -> Tensor:
+def rows(images: Sequence[Tensor], captions: Captions = PLAIN) -> Tensor:
     """Arrange rows of uint8 images, each [n, C, H, W] with any n, as `grid` does."""
     columns = max(map(len, images))
     blanks = [row.new_full((columns - len(row), *row.shape[1:]), 255) for row in images]
     cells = torch.stack([torch.cat(pair) for pair in zip(images, blanks, strict=True)])
     scale = max(1, 32 // cells.shape[-1])
+    scale *= enlargement(captions.columns, scale * cells.shape[-1], scale * cells.shape[-2])
     cells = cells.repeat_interleave(scale, 3).repeat_interleave(scale, 4)
     framed = F.pad(cells, (1, 1, 1, 1), value=255)
     lines, columns, channels, height, width = framed.shape
-    return framed.permute(2, 0, 3, 1, 4).reshape(channels, lines * height, columns * width)
+    picture = framed.permute(2, 0, 3, 1, 4).reshape(channels, lines * height, columns * width)
+    return captioned(picture, captions, (height, width)) if any(captions) else picture
+
+
+def by_class(
+    images: Tensor,
+    seeds: Sequence[int],
+    labels: Sequence[int] | None,
+    names: Sequence[str] | None,
+    *,
+    always: bool = False,
+) -> tuple[list[Tensor], Captions]:
+    """Return rows of images for `save_rows`: the rows of each class, with its name, else a square without words.
+
+    Args:
+        images: images [N, C, H, W].
+        seeds: seed of each image; seed n has the class labels[n mod K].
+        labels: classes in turn; None without classes.
+        names: names of the classes, if known.
+        always: rows of classes even if there are fewer than two images per class.
+    """
+    columns = math.ceil(math.sqrt(len(images)))
+    classes = list(dict.fromkeys(labels or []))
+    if labels is None or (2 * len(classes) > len(images) and not always):
+        return list(images.split(columns)), PLAIN
+    lines: list[Tensor] = []
+    words: list[str] = []
+    for label in classes:
+        mine = [place for place, seed in enumerate(seeds) if labels[seed % len(labels)] == label]
+        if mine:
+            parts = images[mine].split(columns)
+            lines += parts
+            words += [class_name(label, names), *[""] * (len(parts) - 1)]
+    return lines, Captions(words)
 
 
 def read_images(files: Sequence[Path]) -> Tensor:
@@ -124,16 +161,23 @@ def save_grid(images: Tensor, path: Path, columns: int | None = None) -> None:
     save_png(grid(images.cpu(), columns), path)
 
 
-def save_rows(images: Sequence[Tensor], path: Path) -> None:
-    """Write rows of uint8 images, each [n, C, H, W], as PNG."""
-    save_png(rows([row.cpu() for row in images]), path)
+def save_rows(images: Sequence[Tensor], path: Path, captions: Captions = PLAIN) -> None:
+    """Write rows of uint8 images, each [n, C, H, W], as PNG with captions."""
+    save_png(rows([row.cpu() for row in images], captions), path)
 
 
-def save_gif(images: Tensor, path: Path, milliseconds: int = 120) -> None:
-    """Write uint8 images [N, C, H, W] as a looping GIF that plays forwards and backwards, atomically."""
+def save_gif(images: Tensor, path: Path, milliseconds: int = 120, names: Sequence[str] = ()) -> None:
+    """Write uint8 images [N, C, H, W] as a looping GIF that plays forwards and backwards, atomically.
+
+    Args:
+        images: the frames.
+        path: the file.
+        milliseconds: time of a frame.
+        names: words above each frame.
+    """
+    strip = rows([images.cpu()], Captions(columns=names)).chunk(len(images), dim=2)  # frames of one size
     frames = [
-        Image.fromarray(grid(image[None].cpu()).permute(1, 2, 0).squeeze(2).numpy())
-        for image in [*images, *images.flip(0)[1:-1]]
+        Image.fromarray(frame.permute(1, 2, 0).squeeze(2).numpy()) for frame in [*strip, *strip[::-1][1:-1]]
     ]
     with atomic_write(path) as temporary:
         frames[0].save(

@@ -136,7 +136,14 @@ def trained(case: Case, output: Path, seconds: float, data_dir: Path) -> None:
     diffuse("train", *words, f"name={run}", f"max_steps={steps}", f"log_every={min(25, steps // 8)}")
     if case.sample is not None:
         samples = f"output={output / run / 'shown'}"
-        diffuse("sample", f"run={output / run}", f"num_samples={PICTURES}", *case.sample, samples)
+        diffuse(
+            "sample",
+            f"run={output / run}",
+            f"num_samples={PICTURES}",
+            "captions=false",
+            *case.sample,
+            samples,
+        )
     row = {"case": case.name, "run": run, **curve(output / run)}
     result.write_text(json.dumps(row))
 

@@ -5,12 +5,13 @@ import pytest
 import torch
 from PIL import Image
 
+from diffusion_cli.captions import Captions
 from diffusion_cli.cli import run
 from diffusion_cli.config import PlotConfig, load
 from diffusion_cli.data import Digits
 from diffusion_cli.figures import Forward, Losses, Previews, Schedules, read_metrics
 from diffusion_cli.generate import frame_places
-from diffusion_cli.images import save_grid
+from diffusion_cli.images import read_images, save_grid, save_rows
 
 ROWS = """step,loss,loss_q1,lr,val_loss
 1,0.5,0.7,0.1,
@@ -108,8 +109,8 @@ def test_where_a_run_grew_is_between_the_sizes_on_record(runs):
 
 
 def test_previews_are_evenly_chosen_and_end_with_the_last(runs):
-    row = Previews(frames=3).row(runs / "a")
-    assert row[:, 0].flatten(1).amin(1).tolist() == [10, 40, 70]
+    found = Previews(frames=3).previews(runs / "a")
+    assert {step: int(image.min()) for step, image in found.items()} == {1: 10, 4: 40, 7: 70}
     assert frame_places(3, 10) == [0, 1, 2]
 
 
@@ -141,6 +142,30 @@ def test_the_suffix_is_the_format_and_no_file_of_the_users_is_lost(tmp_path, run
     assert (
         "unsupported file format for figure=loss; use the suffix png or pdf or svg" in capsys.readouterr().err
     )
+
+
+def test_previews_with_and_without_names_of_classes_are_drawn_together(runs):
+    first, last = (runs / "a" / "previews" / f"step_{step:08d}.png" for step in (1, 7))
+    old = read_images([first])[0]
+    rows = list(torch.full((4, 1, 8, 8), 70, dtype=torch.uint8).split(2))
+    save_rows(rows, last, Captions(["cat", "dog"]))
+    found = Previews(frames=2).previews(runs / "a")
+    assert found[1].shape == found[7].shape
+    down, across = old.shape[1:]
+    assert torch.equal(found[1][:, -down - 4 : -4, -across - 4 : -4], old)
+    assert plot("previews", "run=[a,b]", f"output_dir={runs}", f"output={runs}/x.png") == 0
+    assert plot("previews", "run=a", f"output_dir={runs}", f"output={runs}/x.gif") == 0
+
+
+@pytest.mark.parametrize("words", [["forward", "image=[1,2]"], ["previews", "run=[a,b]"]])
+def test_words_of_figures_can_be_left_out(runs, words):
+    sizes = []
+    for said in ("true", "false"):
+        file = runs / f"{said}.png"
+        assert plot(*words, f"figure.captions={said}", f"output_dir={runs}", f"output={file}") == 0
+        with Image.open(file) as image:
+            sizes.append(image.size)
+    assert sizes[0] > sizes[1]
 
 
 def test_an_animation_shows_one_run(tmp_path, runs, capsys):

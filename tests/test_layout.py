@@ -8,8 +8,8 @@ from diffusion_cli.config import HERE
 
 ORDER = [
     "errors", "system", "runs.migrate", "config", "formats", "data networks", "diffusion", "samplers",
-    "runs images charts", "generate editing", "metrics batch_size", "figures", "report", "training", "commands",
-    "model arguments cli",
+    "runs captions images charts", "generate editing", "metrics batch_size", "figures", "report", "training",
+    "commands", "model arguments cli",
 ]  # fmt: skip
 """Rooms from the lowest; a room imports only from those before it, and from those beside it."""
 LEVEL = {room: level for level, rooms in enumerate(ORDER) for room in rooms.split()}

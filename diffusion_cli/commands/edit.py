@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from diffusion_cli.batch_size import advise_batch_size
+from diffusion_cli.captions import Captions, class_name
 from diffusion_cli.commands.guides import other_space
 from diffusion_cli.commands.inputs import Input, read_input, real_images, shortened
 from diffusion_cli.commands.masks import read_masks
@@ -28,7 +29,16 @@ from diffusion_cli.editing.restore import described
 from diffusion_cli.errors import NO_VALUE, UsageError
 from diffusion_cli.formats import SampleFormat
 from diffusion_cli.generate import NFECounter, SeededNoise, check_finite, guided, labels_of
-from diffusion_cli.images import Writer, read_images, read_stored, save_gif, save_png, save_rows, save_stored
+from diffusion_cli.images import (
+    PLAIN,
+    Writer,
+    read_images,
+    read_stored,
+    save_gif,
+    save_png,
+    save_rows,
+    save_stored,
+)
 from diffusion_cli.runs.weights import digest
 from diffusion_cli.samplers import Advance, unreported
 from diffusion_cli.system.own_folder import own_folder
@@ -98,13 +108,57 @@ def _run(config: EditConfig) -> None:
     grid = output / "grid.png"
     rows = [
         _row(output, jobs[at : at + config.variations], form, edit.results)
-        for at in range(0, len(jobs), config.variations)
+        for at in range(0, len(jobs), config.variations)[:SHOWN]
     ]
-    save_rows(rows[:SHOWN], grid)
+    most = max(map(len, rows), default=0)
+    captions = _captions(config, trained, edit, jobs[:: config.variations], most)
+    # Results stay below each other, also if an input has no picture of its own size.
+    rows = [torch.cat([row.new_full((most - len(row), *row.shape[1:]), 255), row]) for row in rows]
+    save_rows(rows, grid, captions if config.captions else PLAIN)
     calls = f", at most {most_calls} network calls each" if todo else ""
     print(
         f"{len(jobs)} results of {kind}{calls}, in {output}{_summary(results, jobs, form)}\nBefore and after: {grid}"
     )
+
+
+def _captions(
+    config: EditConfig, trained: LoadedModel, edit: Edit, first: Sequence[EditJob], columns: int
+) -> Captions:
+    """Return the words of the picture of before and after.
+
+    Args:
+        config: configuration of the edit.
+        trained: the model.
+        edit: the edit.
+        first: the first job of each row.
+        columns: number of images in a row.
+    """
+    rows = [job.name.removesuffix("_0") if config.variations > 1 else job.name for job in first[:SHOWN]]
+    title = [_kind(config).replace("_", " ")]
+    if config.restoration is not None:
+        title.append(config.restoration["_target_"].rpartition(".")[2])
+    if trained.labels is not None and trained.chosen_labels:
+        labels, names = trained.labels, trained.model.info.class_names
+        if len(labels) == 1:
+            title.append(f"label {class_name(labels[0], names)}")
+        else:
+            rows = [
+                f"{name}, {class_name(labels[job.place % len(labels)], names)}"
+                for name, job in zip(rows, first, strict=False)
+            ]
+    if edit.results_each > 1:
+        after = _series(edit.results_each) * config.variations
+    elif config.variations == 1:
+        after = ["result"]
+    else:
+        after = [f"result {number}" for number in range(1, config.variations + 1)]
+    before = edit.before_names[len(edit.before_names) - (columns - len(after)) :]
+    return Captions(rows, [*before, *after], "", ", ".join(title))
+
+
+def _series(count: int) -> list[str]:
+    """Return the places of a series between its ends, from 0 to 1."""
+    return [f"{number / (count - 1):.2g}" for number in range(count)]
 
 
 def edited(
@@ -314,7 +368,7 @@ def _make(
     def keep(
         batch: list[EditJob], images: Tensor, before: list[Tensor], made: dict[str, dict[str, float]]
     ) -> None:
-        _save(output, batch, images, before, form)
+        _save(output, batch, images, before, form, captions=config.captions)
         keep_results(output, made)
         results.update(made)
 
@@ -378,7 +432,13 @@ def _files(output: Path, job: EditJob, form: SampleFormat) -> list[Path]:
 
 
 def _save(
-    output: Path, batch: list[EditJob], images: Tensor, before: list[Tensor], form: SampleFormat
+    output: Path,
+    batch: list[EditJob],
+    images: Tensor,
+    before: list[Tensor],
+    form: SampleFormat,
+    *,
+    captions: bool,
 ) -> None:
     """Write the results, [B, N, C, H, W] as stored, and pictures of their inputs."""
     for row, job in enumerate(batch):
@@ -390,8 +450,9 @@ def _save(
             for place, image in enumerate(images[row]):
                 save_stored(image, output / job.name / f"{place:03d}{form.suffix}", form)
             pictures = form.to_rgb(images[row])
-            save_rows([pictures], output / job.name / "strip.png")
-            save_gif(pictures, output / f"{job.name}.gif")
+            names = _series(len(pictures)) if captions else []
+            save_rows([pictures], output / job.name / "strip.png", Captions(columns=names))
+            save_gif(pictures, output / f"{job.name}.gif", names=names)
 
 
 def _measured(

@@ -10,6 +10,7 @@ from typing import Any
 
 from diffusion_cli import __version__
 from diffusion_cli.batch_size import advise_batch_size
+from diffusion_cli.captions import Captions
 from diffusion_cli.commands.evaluation_plan import EvaluationMode, EvaluationPlan, mode_of, plan_of
 from diffusion_cli.commands.outputs import claim, keep_labels, keep_seeds
 from diffusion_cli.commands.samples import ModelSamples
@@ -147,7 +148,8 @@ def _keep_pictures(evaluation: Evaluation, folder: Path, report: Report) -> None
         digest = evaluation.report.results[0].protocol["sampling"]["pixels_sha256"]
         path = own_folder(folder, "pictures") / f"{name}-{digest[:8]}.png"
         with _noting(report):
-            save_rows(picture, path)
+            names = [*picture.names] * (len(picture.rows) // max(len(picture.names), 1))
+            save_rows(picture.rows, path, Captions(names))
             report.notes.append(f"{name}: picture in {path}")
 
 

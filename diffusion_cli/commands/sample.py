@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from diffusion_cli.batch_size import advise_batch_size
+from diffusion_cli.captions import Captions, class_name
 from diffusion_cli.commands.outputs import (
     claim,
     keep_calls,
@@ -19,8 +20,8 @@ from diffusion_cli.commands.outputs import (
 from diffusion_cli.commands.samples import image_path, read_films, read_pictures
 from diffusion_cli.commands.trained import LoadedModel, open_run
 from diffusion_cli.config import SampleConfig, fingerprint
-from diffusion_cli.generate import generate, trajectories
-from diffusion_cli.images import Writer, grid, save_gif, save_grid, save_rows, save_stored
+from diffusion_cli.generate import frame_places, generate, trajectories
+from diffusion_cli.images import PLAIN, Writer, by_class, grid, save_gif, save_rows, save_stored
 from diffusion_cli.system.distributed import Distributed, launch
 from diffusion_cli.system.own_folder import own_folder
 from diffusion_cli.system.progress import ProgressBar
@@ -61,7 +62,7 @@ def _sample(config: SampleConfig) -> None:
         return
     keep_seeds(output, seeds)
     keep_labels(output, trained.model.info.class_names or (), form.suffix)
-    overview = _overview(trained, output)
+    overview = _overview(trained, output, config.captions)
     made = f", {calls} network calls each" if todo else ""
     print(
         f"{len(seeds)} images of step {trained.model.step}{made}, {trained.precision}, in {output}\nGrid: {overview}"
@@ -70,7 +71,7 @@ def _sample(config: SampleConfig) -> None:
         bar = ProgressBar(total=len(shown), unit="image", desc="denoising steps", delay=1.0)
         with bar, bar.batch(len(shown)) as advance:
             ways = trajectories(trained, shown, size, frames=config.frames, advance=advance)
-        _draw(ways, output, config)
+        _draw(ways, output, config, trained)
 
 
 def _make(trained: LoadedModel, todo: list[int], output: Path, ranks: Distributed, size: int) -> int:
@@ -95,36 +96,42 @@ def _make(trained: LoadedModel, todo: list[int], output: Path, ranks: Distribute
     return most_calls
 
 
-def _overview(trained: LoadedModel, output: Path) -> Path:
-    """Draw the first images of the folder as a grid, with one row per class if `label=` is set."""
+def _overview(trained: LoadedModel, output: Path, named: bool) -> Path:
+    """Draw the first images of the folder as a grid, in rows of a class if each has two or `label=` is set."""
     path = output / "grid.png"
     first = list(islice(sampled_seeds(output, trained.model.info.form.suffix), GRID_IMAGES))
     films = read_films(output, first, trained.model)
     if films.shape[1] > 1:
         save_gif(torch.stack([grid(images) for images in films.transpose(0, 1)]), output / "grid.gif")
-    if not trained.chosen_labels or trained.labels is None:
-        save_grid(read_pictures(output, first, trained.model), path)
-    else:
-        count = len(trained.labels)
-        classes = [
-            [
-                seed for seed in first if (seed - first[0]) % count == place
-            ]  # labels repeat in the order of seeds
-            for place in range(count)
-        ]
-        save_rows([read_pictures(output, row, trained.model) for row in classes if row], path)
+    rows, captions = by_class(
+        read_pictures(output, first, trained.model),
+        first,
+        trained.labels,
+        trained.model.info.class_names,
+        always=trained.chosen_labels,
+    )
+    save_rows(rows, path, captions if named else PLAIN)
     return path
 
 
-def _draw(ways: Tensor, output: Path, config: SampleConfig) -> None:
+def _draw(ways: Tensor, output: Path, config: SampleConfig, trained: LoadedModel) -> None:
     """Write denoising trajectories, uint8 [N, F, C, H, W], as a strip or an animation."""
+    times = [f"{trained.times[place]:.2g}" for place in frame_places(len(trained.times), config.frames)]
     if config.strip:
-        strip = output / "strip.png"
-        save_rows(list(ways[:STRIP_IMAGES]), strip)
+        strip, labels, names = output / "strip.png", trained.labels, trained.model.info.class_names
+        rows = ways[:STRIP_IMAGES]
+        words = [
+            f"seed {seed}" if labels is None else class_name(labels[seed % len(labels)], names)
+            for seed in range(config.seed, config.seed + len(rows))
+        ]
+        sampler = trained.sampler
+        title = f"{sampler.schedule.name} schedule, {type(sampler).__name__}, {trained.steps} steps"
+        save_rows(list(rows), strip, Captions(words, times, "t", title) if config.captions else PLAIN)
         print(f"Strip: {strip}")
     if config.gif:
         animation = output / "denoising.gif"
-        save_gif(torch.stack([grid(images) for images in ways.transpose(0, 1)]), animation)
+        words = [f"t = {time}" for time in times] if config.captions else []
+        save_gif(torch.stack([grid(images) for images in ways.transpose(0, 1)]), animation, names=words)
         print(f"Animation: {animation}")
 
 

@@ -101,6 +101,7 @@ def _preview(
         space=setup.space,
         form=setup.dataset.form,
         labels=None if counts is None else label_settings([min(count, 1) for count in counts])["labels"],
+        names=setup.dataset.class_names,
     )
 
 

@@ -159,6 +159,7 @@ class SampleConfig(Generation):
     strip: bool
     gif: bool
     frames: Annotated[int, Field(ge=2)]
+    captions: bool
     output: str | None
 
     @property
@@ -183,6 +184,7 @@ class EditConfig(Generation):
     num_images: PositiveInt | None
     variations: PositiveInt
     fit: bool
+    captions: bool
     output: str | None
     data_dir: str
     edit: Node

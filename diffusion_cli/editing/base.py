@@ -90,7 +90,9 @@ class Edit(ABC):
     passes = 1
     """Number of passes through the times that it reports by `EditProcess.advance`."""
     results_each = 1
-    """Number of images of a result, more than 1 for a series."""
+    """Number of images of a result; more than 1 for a series that is evenly spaced from 0 to 1."""
+    before_names: tuple[str, ...] = ()
+    """Names of the images in `EditResult.before`; the last ones, if an input has fewer images."""
     seeds: list[int] | None = None
     """Seeds of noise that replaces input images, or None."""
     mask_path: str | None = None

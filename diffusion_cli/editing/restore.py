@@ -22,6 +22,7 @@ class Restoration(Edit):
 
     restores = True
     starts_from_noise = True
+    before_names = ("given", "known")
 
     @abstractmethod
     def measure(self, images: Tensor) -> tuple[LinearOperator, Tensor]:

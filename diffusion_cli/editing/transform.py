@@ -52,6 +52,7 @@ class Img2Img(PartialNoising):
     """
 
     starts_from_noise = True
+    before_names = ("given", "noised")
 
     def __init__(self, shape: Shape, *, strength: Strength = 0.5) -> None:
         super().__init__(shape, strength=strength)
@@ -66,6 +67,7 @@ class Reconstruct(PartialNoising):
     """Reconstruction by DDIM inversion to the time `strength` and sampling; see `PartialNoising` for the arguments."""
 
     deterministic = True
+    before_names = ("given", "encoded")
     passes = 2
 
     def __call__(self, images: Tensor, process: EditProcess) -> EditResult:
@@ -86,6 +88,7 @@ class Attribute(Edit):
         strength: time of the inversion, in [0.001, 1].
     """
 
+    before_names = ("given", "encoded")
     passes = 2
 
     def __init__(self, shape: Shape, *, source: int | str | None = None, strength: Strength = 0.7) -> None:

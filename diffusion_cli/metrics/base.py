@@ -19,6 +19,15 @@ from diffusion_cli.metrics.samples import Samples
 from diffusion_cli.runs.load import LoadedDenoiser
 
 
+class MetricPicture(NamedTuple):
+    """A figure of a metric."""
+
+    rows: list[Tensor]
+    """Rows of images, uint8 [n, C, H, W]."""
+    names: tuple[str, ...] = ()
+    """Names of the first rows, which repeat for the others."""
+
+
 @dataclass(frozen=True)
 class MetricValue:
     """Value of a metric with the settings needed to compare it."""
@@ -32,8 +41,8 @@ class MetricValue:
     protocol: Mapping[str, Any] = field(default_factory=dict)
     """Settings of the metric that the value depends on, as plain data."""
     notes: tuple[str, ...] = ()
-    pictures: Mapping[str, list[Tensor]] = field(default_factory=dict)
-    """Figures by name, each as rows of images, uint8 [n, C, H, W]."""
+    pictures: Mapping[str, MetricPicture] = field(default_factory=dict)
+    """Figures by name."""
     higher_is_better: bool = False
 
 

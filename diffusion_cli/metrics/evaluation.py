@@ -4,8 +4,6 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from torch import Tensor
-
 from diffusion_cli.data import PixelDigest
 from diffusion_cli.data.class_shares import differing_shares
 from diffusion_cli.errors import UsageError
@@ -13,6 +11,7 @@ from diffusion_cli.metrics.base import (
     EvaluatedModel,
     FeatureView,
     Metric,
+    MetricPicture,
     MetricState,
     MetricValue,
     ModelMetric,
@@ -32,8 +31,8 @@ class Evaluation(NamedTuple):
     """Result of an evaluation."""
 
     report: Report
-    pictures: dict[str, list[Tensor]]
-    """Figures by name, each as rows of images, uint8 [n, C, H, W]."""
+    pictures: dict[str, MetricPicture]
+    """Figures by name."""
     first: dict[str, MetricValue]
     """First value of each metric, by the metric's name in the configuration."""
 

@@ -5,7 +5,7 @@ from pydantic import PositiveInt
 from torch import Tensor
 
 from diffusion_cli.errors import UsageError
-from diffusion_cli.metrics.base import FeatureView, Metric, MetricState, MetricValue
+from diffusion_cli.metrics.base import FeatureView, Metric, MetricPicture, MetricState, MetricValue
 from diffusion_cli.metrics.neighbours import nearest
 from diffusion_cli.metrics.reference import DatasetReference
 
@@ -92,7 +92,11 @@ class MemorizationState(MetricState):
                 details,
                 {"reference": seen.real.protocol()},
                 tuple(notes),
-                {"memorization": self._picture(order.tolist(), which[order, 0])},
+                {
+                    "memorization": MetricPicture(
+                        self._picture(order.tolist(), which[order, 0]), ("sample", "training")
+                    )
+                },
             )
         ]
 

@@ -13,7 +13,14 @@ from diffusion_cli.data import Images, to_model_range
 from diffusion_cli.data.base import Split
 from diffusion_cli.errors import UsageError
 from diffusion_cli.formats import SampleFormat
-from diffusion_cli.metrics.base import FeatureView, Metric, MetricState, MetricValue, SampleBatch
+from diffusion_cli.metrics.base import (
+    FeatureView,
+    Metric,
+    MetricPicture,
+    MetricState,
+    MetricValue,
+    SampleBatch,
+)
 from diffusion_cli.metrics.features.base import FeatureBatch, Features
 from diffusion_cli.metrics.features.registry import FeatureExtractors
 from diffusion_cli.metrics.frechet import FrechetDistance
@@ -132,7 +139,7 @@ class ReconstructionState(MetricState):
         finite = ratios[ratios.isfinite()]
         exact = len(ratios) - len(finite)
         notes = [f"psnr: {exact} images are reconstructed exactly, and left out of the mean"] if exact else []
-        pictures = {"reconstructions": self.pairs}
+        pictures = {"reconstructions": MetricPicture(self.pairs, ("given", "reconstructed"))}
         found = [_mean("psnr", finite, tuple(notes), pictures)]
         if self.similarities:
             protocol = {"window": f"{WINDOW}x{WINDOW} Gaussian, sigma {WINDOW_SIGMA}, inside the image"}
@@ -166,7 +173,7 @@ def structural_similarity(first: Tensor, second: Tensor) -> Tensor:
 
 
 def _mean(
-    name: str, values: Tensor, notes: tuple[str, ...] = (), pictures: dict[str, list[Tensor]] | None = None
+    name: str, values: Tensor, notes: tuple[str, ...] = (), pictures: dict[str, MetricPicture] | None = None
 ) -> MetricValue:
     """Return the mean of values [N] with its standard error; no value for N < 2."""
     if len(values) < 2:

@@ -8,6 +8,7 @@ import torch
 from lightning.pytorch import Trainer
 from torch import Tensor, nn
 
+from diffusion_cli.captions import Captions
 from diffusion_cli.data import Batch
 from diffusion_cli.diffusion.latents import PIXELS
 from diffusion_cli.errors import UsageError
@@ -100,5 +101,6 @@ class ReconstructionPreview(PeriodicCallback):
             images = torch.cat([model.network.reconstruct(part) for part in parts])
         pairs = zip(self.images.split(ROW), images.cpu().split(ROW), strict=True)
         rows = [self.form.to_rgb(self.form.quantize(row)) for pair in pairs for row in pair]
-        save_rows(rows, self.folder / f"step_{step:08d}.png")
+        captions = Captions(["given", "reconstructed"] * (len(rows) // 2))
+        save_rows(rows, self.folder / f"step_{step:08d}.png", captions)
         return True

@@ -24,7 +24,7 @@ from diffusion_cli.diffusion.latents import Space
 from diffusion_cli.errors import NO_VALUE, UsageError
 from diffusion_cli.formats import SampleFormat
 from diffusion_cli.generate import labels_of, sample
-from diffusion_cli.images import save_grid
+from diffusion_cli.images import by_class, save_rows
 from diffusion_cli.metrics import EvaluationCancelled
 from diffusion_cli.runs.checkpoint import LAST, copy_checkpoint, numbered, save
 from diffusion_cli.samplers import Sampler
@@ -431,10 +431,13 @@ class Preview(PeriodicCallback):
         space: Space,
         form: SampleFormat,
         labels: Sequence[int] | None = None,
+        names: Sequence[str] | None = None,
     ) -> None:
         super().__init__(every, ema, stop)
         self.labels = labels
         """Classes of consecutive samples, repeated; None: no labels."""
+        self.names = names
+        """Names of the classes, or None."""
         self.folder, self.sampler, self.steps, self.stages = run / "previews", sampler, steps, stages
         self.space, self.form = space, form
 
@@ -457,5 +460,7 @@ class Preview(PeriodicCallback):
         images = self.space.decode(x)
         if self.stages.grow:
             images = interpolate(images, self.stages.last.shape[1:])
-        save_grid(self.form.to_rgb(self.form.quantize(images)), self.folder / f"step_{step:08d}.png")
+        pictures = self.form.to_rgb(self.form.quantize(images)).cpu()
+        rows, captions = by_class(pictures, self.SEEDS, self.labels, self.names)
+        save_rows(rows, self.folder / f"step_{step:08d}.png", captions)
         return True

@@ -145,10 +145,14 @@ def test_a_stopped_edit_is_completed_whatever_the_batch(edit_runs, tmp_path, cap
     ],
 )
 def test_every_kind_of_edit_of_real_images(edit_runs, tmp_path, words):
-    assert edit(edit_runs, *words, "input=val", "num_images=4", f"output={tmp_path}/out") == 0
+    out = f"output={tmp_path}/out"
+    assert edit(edit_runs, *words, "input=val", "num_images=4", out) == 0
+    with_words = pixels(tmp_path / "out" / "grid.png")
+    assert edit(edit_runs, *words, "input=val", "num_images=4", out, "captions=false") == 0
     grid = pixels(tmp_path / "out" / "grid.png")
     assert grid.shape[0] % (2 if "edit=interpolate" in words else 4) == 0
     assert grid.std() > 0
+    assert all(more > less for more, less in zip(with_words.shape, grid.shape, strict=True))
 
 
 def test_an_interpolation_is_a_strip_and_an_animation(edit_runs, tmp_path):
@@ -236,7 +240,7 @@ def test_labels_are_chosen_by_name_number_list_and_all(edit_runs, tmp_path):
         ("null", list(range(10))),
     ):
         place = label.strip("[]").replace(",", "_")
-        assert sample(f"label={label}", f"output={tmp_path}/{place}") == 0
+        assert sample(f"label={label}", f"output={tmp_path}/{place}", "captions=false") == 0
         assert manifest(place) == numbers
     assert sample("label=none", f"output={tmp_path}/none") == 0
     assert manifest("none") is None

@@ -132,7 +132,8 @@ def test_names_that_would_clash_or_match_others(edit_runs, tmp_path):
     names = ["grid", "img[1]", "n" * 220]
     for name in names:
         Image.fromarray(np.full((8, 8), 7, dtype=np.uint8)).save(tmp_path / "in" / f"{name}.png")
-    assert edit(edit_runs, "edit=reconstruct", f"input={tmp_path}/in", f"output={tmp_path}/out") == 0
+    places = [f"input={tmp_path}/in", f"output={tmp_path}/out"]
+    assert edit(edit_runs, "edit=reconstruct", *places, "captions=false") == 0
     assert pixels(tmp_path / "out" / "00000_grid.png").shape == (8, 8)
     assert pixels(tmp_path / "out" / "grid.png").shape == (3 * 34, 3 * 34)
     assert (tmp_path / "out" / "img[1].png").is_file()
@@ -142,8 +143,8 @@ def test_two_edits_at_work_in_one_folder_keep_the_numbers_of_both(edit_runs, tmp
     words = [f"input={edit_runs}/images", "edit=img2img", f"output={tmp_path}/out", "batch_size=3"]
     save = editing._save
 
-    def beside(output, batch, images, shown, form):
-        save(output, batch, images, shown, form)
+    def beside(output, *arguments, **options):
+        save(output, *arguments, **options)
         keep_results(
             output, {"of another": {"rmse": 1.0}}
         )  # as a process does that claimed the folder before

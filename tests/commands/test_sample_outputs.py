@@ -22,8 +22,10 @@ def test_strips_and_animations_change_no_image_and_are_made_afterwards_too(sampl
     assert set(after) - set(before) == {"strip.png", "denoising.gif"}
     assert all(after[name] == content for name, content in before.items())
     with Image.open(drawn / "strip.png") as strip:
-        assert strip.size == (3 * 34, 8 * 34)  # 8 x 8 pixels, four times as large, and a frame of one
-        pixels = np.array(strip)
+        pixels = np.array(strip)[
+            -8 * 34 :, -3 * 34 :
+        ]  # 8 x 8 pixels, four times as large, and a frame of one
+        assert strip.size > (3 * 34, 8 * 34), "with words at the left and at the top"
     for row in range(8):
         with Image.open(drawn / f"{row:06d}.png") as image:
             last = pixels[34 * row + 1 : 34 * row + 33 : 4, 2 * 34 + 1 : 3 * 34 - 1 : 4]
@@ -32,6 +34,12 @@ def test_strips_and_animations_change_no_image_and_are_made_afterwards_too(sampl
         assert getattr(animation, "n_frames", 1) == 4  # there and back
     assert run(["sample", *words, f"output={plain}", "strip=true", "frames=3"]) == 0
     assert (plain / "strip.png").read_bytes() == after["strip.png"]
+    for asked in (["strip=true"], ["gif=true"]):
+        assert run(["sample", *words, f"output={plain}", *asked, "frames=3", "captions=false"]) == 0
+    with Image.open(plain / "strip.png") as strip:
+        assert np.array_equal(np.array(strip), pixels)
+    with Image.open(plain / "denoising.gif") as animation:
+        assert animation.size == (4 * 34 + 2, 3 * 34 + 2)
     assert run(["sample", *words, f"output={plain}", "frames=1", "strip=true"]) == 2
     assert "frames=1: must be at least 2" in capsys.readouterr().err
 

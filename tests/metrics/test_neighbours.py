@@ -92,7 +92,7 @@ def test_a_planted_training_image_is_found_among_a_thousand(digits, trained, tmp
     (result,) = evaluation.report.results
     assert result.details["copies"] == 1
     assert result.value >= 0.001
-    picture = evaluation.pictures["memorization"]
+    picture = evaluation.pictures["memorization"].rows
     made, training = picture  # a row of samples above a row of training images, the nearest pair first
     assert torch.equal(made[0], samples[617])
     assert [torch.equal(*pair) for pair in zip(made, training, strict=True)] == [True, False, False]

@@ -122,7 +122,7 @@ def _command(command: str, request: Request) -> int:
         raise UsageError(
             "--multirun", NO_VALUE, f"{command} takes lists of values", "leave it out and write key=[...]"
         )
-    if request.multirun and not request.show:
+    if request.multirun:
         return sweep(command, request)
     if command in GRIDS:
         variants = config.load_grid(command, request.overrides, request.dirs)
@@ -132,7 +132,12 @@ def _command(command: str, request: Request) -> int:
 
 
 def _show(configs: Sequence[Config]) -> int:
-    print(yaml.safe_dump_all([checked.model_dump() for checked in configs], sort_keys=False), end="")
+    print(
+        yaml.safe_dump_all(
+            [checked.model_dump() for checked in configs], sort_keys=False, allow_unicode=True
+        ),
+        end="",
+    )
     return 0
 
 
@@ -198,42 +203,81 @@ def _interrupt(number: int, frame: object) -> None:
     raise KeyboardInterrupt
 
 
+NOT_STARTED = "not started"
+
+
+@dataclass
+class Job:
+    """One job of a sweep."""
+
+    overrides: list[str]
+    values: list[str]
+    """Its values of the swept keys."""
+    result: str = NOT_STARTED
+    run: str = ""
+    """Folder of the run that it trained."""
+
+
 def sweep(command: str, request: Request) -> int:
-    """Check the configurations of all jobs of a sweep, then run the jobs with Hydra's launcher."""
-    words, overrides = config.split_launcher([*map(config.as_typed, request.overrides)])
-    jobs: list[Config] = []
-    mistakes: list[Problem] = []
-    for variant in config.expand(overrides):
-        try:
-            jobs.append(config.load(command, variant, request.dirs))
-        except UsageError as found:
-            mistakes += found.problems
-    mistakes += config.shared_seeds(jobs)
-    if mistakes:
-        raise UsageError.several(mistakes)
-    launcher = config.launch(words, jobs, request.dirs)
-    quiet = [
+    """Check the configurations of a sweep, run its jobs with Hydra's launcher, and print a table of the jobs."""
+    words, overrides = config.split_launcher(request.overrides)
+    swept = config.expand(command, overrides, request.dirs)
+    checked = config.load_sweep(swept, request.dirs)
+    if request.show:
+        return _show([config.load(command, job, request.dirs) for job in swept.jobs])
+    launcher = config.launch(config.as_typed(command, words, request.dirs), checked, request.dirs)
+    jobs = [Job(job, swept.values_of(job)) for job in swept.jobs]
+    folders = ",".join(config.quoted(f"file://{folder.resolve()}") for folder in request.dirs)
+    output_dir = checked[0].output_dir
+    logs = Path(output_dir, ".submitit")
+    place = "" if f"{config.LAUNCHERS}=local" in launcher else f" with {launcher[0]}; logs: {logs}"
+    print(f"Running {len(jobs)} jobs{place}", flush=True)
+    sys.argv = [
+        "diffuse",
+        f"+job=range({len(jobs)})",  # Hydra gets a number, and no word that its grammar might refuse
+        *(text for text in overrides if text.startswith("hydra")),
+        *launcher,
         "hydra/job_logging=none",
+        "hydra/hydra_logging=none",
         "hydra.output_subdir=null",
-        f"hydra.sweep.dir={jobs[0].output_dir}",
+        f"hydra.sweep.dir={config.quoted(output_dir)}",
         "hydra.sweep.subdir=.",
-        *(
-            [f"hydra.searchpath=[{','.join(f'file://{d.resolve()}' for d in request.dirs)}]"]
-            if request.dirs
-            else []
-        ),
+        *([f"hydra.searchpath=[{folders}]"] if folders else []),
+        "--multirun",
     ]
-    sys.argv = ["diffuse", *overrides, *launcher, *quiet, "--multirun"]
-    return _launch(command, request.dirs, Path(jobs[0].output_dir, ".submitit"))
+    try:
+        code = _launch(command, request.dirs, jobs, logs)
+        for job in jobs if not code else ():  # those of a cluster ran in other processes
+            job.result = "done"
+            job.run = job.run or _run_folder(config.load(command, job.overrides, request.dirs))
+    finally:
+        if any(job.result != NOT_STARTED for job in jobs):
+            print(_table(swept.keys, jobs), flush=True)
+    return code
 
 
-def _launch(command: str, dirs: Sequence[Path], logs: Path) -> int:
-    """Run the jobs in `sys.argv` with Hydra; report a failed cluster job in one line with its log folder."""
+def _run_folder(checked: Config) -> str:
+    """Return the folder of the run that a configuration trains; empty for other commands."""
+    trains = isinstance(checked, config.TrainConfig)
+    return str(Path(checked.output_dir, str(checked.name))) if trains else ""
+
+
+def _table(keys: Sequence[str], jobs: Sequence[Job]) -> str:
+    """Return a table of the jobs of a sweep."""
+    rows = [["job", *keys, "result", "run"]]
+    rows += [[str(number), *job.values, job.result, job.run] for number, job in enumerate(jobs)]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
+    return "\n".join(["", *lines])
+
+
+def _launch(command: str, dirs: Sequence[Path], jobs: Sequence[Job], logs: Path) -> int:
+    """Run jobs with Hydra; report a failed cluster job in one line with its log folder."""
     import hydra
 
     os.environ["HYDRA_FULL_ERROR"] = "1"  # let exceptions of jobs propagate unchanged
     try:
-        job = partial(_sweep_job, command, dirs)
+        job = partial(_sweep_job, command, dirs, jobs)
         with handling(_interrupt):
             hydra.main(config_path=str(CONF), config_name=command, version_base="1.3")(job)()
     except KeyboardInterrupt:
@@ -251,35 +295,41 @@ def _launch(command: str, dirs: Sequence[Path], logs: Path) -> int:
     return 0
 
 
-def _sweep_job(command: str, dirs: Sequence[Path], _: object) -> None:
+def _sweep_job(command: str, dirs: Sequence[Path], jobs: Sequence[Job], _: object) -> None:
     from hydra.core.global_hydra import GlobalHydra
     from hydra.core.hydra_config import HydraConfig
 
-    overrides = list(HydraConfig.get().overrides.task)
+    (number,) = (text.partition("=")[2] for text in HydraConfig.get().overrides.task if "job=" in text)
+    job = jobs[int(number)]
     GlobalHydra.instance().clear()
-    print(f"\ndiffuse {command} {' '.join(overrides)}", flush=True)
+    print(f"\ndiffuse {command} {' '.join(map(config.as_pasted, job.overrides))}", flush=True)
     on_cluster = "SUBMITIT_EXECUTOR" in os.environ
     with guarded():
-        code = (_cluster_job if on_cluster else _local_job)(command, overrides, dirs)
+        code = (_cluster_job if on_cluster else _local_job)(command, job, dirs)
     if code:
         sys.exit(code)
 
 
-def _local_job(command: str, overrides: Sequence[str], dirs: Sequence[Path]) -> int:
+def _local_job(command: str, job: Job, dirs: Sequence[Path]) -> int:
     """Run one job of a sweep in this process; the first failure ends the sweep."""
+    job.result = "failed"
     try:
-        return execute(command, config.load(command, overrides, dirs))
+        checked = config.load(command, job.overrides, dirs)
+        job.run = _run_folder(checked)
+        code = execute(command, checked)
     except (UsageError, MachineError) as error:
         return _report(*_lines(error))
+    job.result = {0: "done", UNFINISHED: "stopped"}.get(code, "failed")
+    return code
 
 
-def _cluster_job(command: str, overrides: Sequence[str], dirs: Sequence[Path]) -> int:
+def _cluster_job(command: str, job: Job, dirs: Sequence[Path]) -> int:
     """Run one job of a sweep under submitit; a job that runs out of time saves and is requeued.
 
     Raises UsageError with the reason of a failure, which the sweep reports. The log contains the traceback.
     """
     try:
-        code = execute(command, config.load(command, overrides, dirs))
+        code = execute(command, config.load(command, job.overrides, dirs))
     except (UsageError, MachineError) as error:
         reason = _lines(error)
         _report(*reason)
@@ -290,8 +340,8 @@ def _cluster_job(command: str, overrides: Sequence[str], dirs: Sequence[Path]) -
         if code == UNFINISHED and _still_wanted():
             signal.raise_signal(signal.SIGUSR2)  # makes submitit requeue the job
         return code
-    job = importlib.import_module("submitit").JobEnvironment().job_id
-    raise UsageError.several(Problem(f"job {job}", NO_VALUE, line) for line in reason)
+    number = importlib.import_module("submitit").JobEnvironment().job_id
+    raise UsageError.several(Problem(f"job {number}", NO_VALUE, line) for line in reason)
 
 
 def _still_wanted() -> bool:

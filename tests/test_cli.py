@@ -317,3 +317,40 @@ def test_a_line_is_not_too_long_and_has_its_remedy(capsys, tmp_path):
     assert len(line) == len("diffuse: ") + 1000
     assert f"dataset.path={tmp_path}: cannot use 10 of the images; repair or remove 0x" in line
     assert line.endswith(")")
+
+
+@pytest.mark.slow
+def test_a_sweep_ends_with_a_table_of_its_jobs(tmp_path):
+    folder = tmp_path / "it's [a], b"
+    folder.mkdir()
+    words = [
+        "-m",
+        "schedule=ve,edm",
+        "schedule.sigma_max=20",
+        "parameterization=score",
+        "max_steps=1",
+        "batch_size=4",
+    ]
+    words += [
+        "preview_steps=1",
+        "trainer=cpu",
+        "model.channels=8",
+        "model.norm_groups=4",
+        "model.num_heads=1",
+        "model.head_channels=null",
+        "output_dir='it\\'s, too'",
+    ]
+    command = [sys.executable, "-m", "diffusion_cli", "train", *words]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=folder)
+    (*_, heading, first, second) = done.stdout.splitlines()
+    assert heading == "job  schedule  result  run"
+    assert [line.split()[:3] for line in (first, second)] == [["0", "ve", "done"], ["1", "edm", "done"]]
+    run = folder / first[first.index("it's") :]
+    assert (run / "config.yaml").is_file()
+    failed = subprocess.run([*command, "latent.run=none"], capture_output=True, text=True, cwd=folder)
+    assert failed.returncode == 2
+    assert [line.split()[2:4] for line in failed.stdout.splitlines()[-2:]] == [
+        ["failed", "it's,"],
+        ["not", "started"],
+    ]
+    assert "Traceback" not in failed.stderr

@@ -18,7 +18,7 @@ from diffusion_cli.config.catalogue import (
     summary,
 )
 from diffusion_cli.config.completion import COMPLETION_HELP, complete, completion_script
-from diffusion_cli.config.compose import compose, expand, load
+from diffusion_cli.config.compose import compose, load
 from diffusion_cli.config.evaluation import (
     EXACT,
     CompareConfig,
@@ -48,9 +48,9 @@ from diffusion_cli.config.schema import (
     TrainConfig,
     seconds,
 )
-from diffusion_cli.config.seeds import shared_seeds
 from diffusion_cli.config.signature import signature
-from diffusion_cli.config.typed import as_typed, quoted
+from diffusion_cli.config.sweeps import Sweep, expand, load_sweep
+from diffusion_cli.config.typed import as_pasted, as_text, as_typed, quoted
 from diffusion_cli.config.validate import build, check_node, target
 from diffusion_cli.config.words import FLAGS, sort_words
 
@@ -80,9 +80,12 @@ __all__ = [
     "SampleFilesEvaluation",
     "SamplesEvaluation",
     "SamplingSettings",
+    "Sweep",
     "TrainConfig",
     "Value",
     "Variant",
+    "as_pasted",
+    "as_text",
     "as_typed",
     "brought_by",
     "build",
@@ -106,11 +109,11 @@ __all__ = [
     "launch",
     "load",
     "load_grid",
+    "load_sweep",
     "options",
     "overview",
     "quoted",
     "seconds",
-    "shared_seeds",
     "signature",
     "sort_words",
     "split_launcher",

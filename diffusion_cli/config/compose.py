@@ -37,7 +37,7 @@ from diffusion_cli.config.renamed import renamed_in_files, renamed_keys, renamed
 from diffusion_cli.config.runs import flatten, identity, replaced, run_name
 from diffusion_cli.config.schema import COMMANDS, GRIDS, Config
 from diffusion_cli.config.tasks import task_problems
-from diffusion_cli.config.typed import KEY, SWEEPS, as_text, as_typed, separated
+from diffusion_cli.config.typed import KEY, SWEEPS, as_shown, as_text, as_typed, quoted, separated
 from diffusion_cli.config.validate import check_node, validate
 from diffusion_cli.config.values import Node
 from diffusion_cli.config.words import OTHER_NAMES, accepted, nearest_key, nearest_option
@@ -59,7 +59,7 @@ def load(command: str, overrides: Sequence[str], dirs: Sequence[Path] = ()) -> C
     """Compose and check the configuration of a command; raises UsageError with all of them at once."""
     if renamed := renamed_in_files(command, overrides, dirs):
         raise UsageError.several(renamed)
-    choosing, setting, mistakes = _sort(command, list(map(as_typed, overrides)), dirs)
+    choosing, setting, mistakes = _sort(command, as_typed(command, overrides, dirs), dirs)
     try:
         composed, unknown = (
             _continuing(choosing, setting, dirs)
@@ -148,10 +148,10 @@ def _continuing(
     """The configuration of the run that `run=` names, and a line for each word that does not go with it."""
     groups = {text.partition("=")[0]: text for text in choosing}
     keys = {key: text for key, text in setting.items() if key != "run"}
-    run = setting["run"].partition("=")[2].strip("'\"")
+    run = str(parse(setting["run"]).value())
     mistakes = [
         Problem(
-            text,
+            as_shown(text),
             NO_VALUE,
             f"cannot change for run={run}",
             "leave it out, or start a new run with name=",
@@ -228,7 +228,7 @@ def parse(text: str) -> "Override":
     try:
         return parse_override(text)
     except Exception as error:  # antlr's and Hydra's own classes
-        raise UsageError(text, NO_VALUE, *_syntax_problem(text)) from error
+        raise UsageError(as_shown(text), NO_VALUE, *_syntax_problem(text)) from error
 
 
 def _syntax_problem(text: str) -> tuple[str, str]:
@@ -246,24 +246,6 @@ def _syntax_problem(text: str) -> tuple[str, str]:
     if value.startswith(SWEEPS):
         return "not a list of values", f"write {key}=1,2,3 or {key}=range(1,4)"
     return "unmatched bracket or quote", f"write {key}=[a,b] for a list, {as_text(key, value)} for text"
-
-
-def expand(overrides: Sequence[str]) -> list[list[str]]:
-    """The overrides of a sweep with each of its values tried once: enough to check every one of them."""
-    parsed = [parse(as_typed(text)) for text in overrides]
-    choices = [
-        [f"{item.get_key_element()}={value}" for value in item.sweep_string_iterator()]
-        if item.is_sweep_override()
-        else [item.input_line or ""]
-        for item in parsed
-    ]
-    first = [values[0] for values in choices]
-    variants = [
-        [*first[:place], value, *first[place + 1 :]]
-        for place, values in enumerate(choices)
-        for value in values[1:]
-    ]
-    return [first, *variants]
 
 
 def compose(command: str, overrides: Sequence[str], dirs: Sequence[Path] = ()) -> tuple[Node, Node]:
@@ -301,9 +283,8 @@ def _compose_once(command: str, overrides: Sequence[str], dirs: Sequence[Path]) 
     import hydra
     from omegaconf import OmegaConf, flag_override
 
-    searchpath = (
-        [f"hydra.searchpath=[{','.join(f'file://{folder.resolve()}' for folder in dirs)}]"] if dirs else []
-    )
+    folders = ",".join(quoted(f"file://{folder.resolve()}") for folder in dirs)
+    searchpath = [f"hydra.searchpath=[{folders}]"] if dirs else []
     with hydra.initialize_config_dir(str(CONF), job_name="diffuse", version_base="1.3"):
         composed = hydra.compose(command, overrides=[*overrides, *searchpath], return_hydra_config=True)
     choices = OmegaConf.to_container(composed.hydra.runtime.choices)
@@ -343,18 +324,18 @@ def _sort(
         except UsageError as mistake:
             mistakes += mistake.problems
             continue
-        key = item.key_or_group
+        key, shown = item.key_or_group, as_shown(text)
         renamed = None if item.is_sweep_override() else renamed_word(command, key, item.value())
         if renamed is not None:
             mistakes.append(renamed)
         elif item.is_force_add() or item.is_add() or item.is_delete():
-            remedy = "leave it out" if item.is_delete() else f"write {text.lstrip('+')}"
-            mistakes.append(Problem(text, NO_VALUE, "keys cannot be added or removed", remedy))
+            remedy = "leave it out" if item.is_delete() else f"write {shown.lstrip('+')}"
+            mistakes.append(Problem(shown, NO_VALUE, "keys cannot be added or removed", remedy))
         elif item.package is not None:
-            mistakes.append(Problem(text, NO_VALUE, "@ in a key is not supported", "write key=value"))
+            mistakes.append(Problem(shown, NO_VALUE, "@ in a key is not supported", "write key=value"))
         elif item.is_sweep_override():
             as_list = takes_list(command, key, overrides, dirs)
-            mistakes.append(Problem(text, NO_VALUE, "several values", _one_value(command, text, as_list)))
+            mistakes.append(Problem(shown, NO_VALUE, "several values", _one_value(command, shown, as_list)))
         elif key in groups:
             value = item.value()
             names = value if isinstance(value, list) else [value]
@@ -375,7 +356,9 @@ def _sort(
 def _path_as_dataset(path: str) -> Problem:
     """The problem of a path in place of an option of `dataset`."""
     option = "array" if path.endswith((".npy", ".npz")) else "folder"
-    return Problem("dataset", path, "unknown option", f"write dataset={option} dataset.path={path}")
+    return Problem(
+        "dataset", path, "unknown option", f"write dataset={option} {as_text('dataset.path', path)}"
+    )
 
 
 def _one_value(command: str, text: str, as_list: bool) -> str:
@@ -396,8 +379,9 @@ def _known(command: str, setting: Mapping[str, str], implied: Node) -> tuple[lis
         keys += RUN_DATA
     known, unknown = [], []
     for key, text in setting.items():
+        shown = as_shown(text)
         if LAUNCHER.match(text) and command not in GRIDS:
-            unknown.append(Problem(text, NO_VALUE, "applies to sweeps only", "add -m"))
+            unknown.append(Problem(shown, NO_VALUE, "applies to sweeps only", "add -m"))
             continue
         if key.startswith("hydra") or any(other == key or other.startswith(f"{key}.") for other in keys):
             known.append(text)
@@ -405,14 +389,14 @@ def _known(command: str, setting: Mapping[str, str], implied: Node) -> tuple[lis
         having = _options_with(key, command)
         if having:
             remedy = f"add {having[0]}" if len(having) == 1 else "choose one of them"
-            unknown.append(Problem(text, NO_VALUE, f"applies only to {' or '.join(having)}", remedy))
+            unknown.append(Problem(shown, NO_VALUE, f"applies only to {' or '.join(having)}", remedy))
             continue
         near = next((of for of in OTHER_NAMES.get(key, "").split() if _options_with(of, command)), None)
         near = near or nearest_key(key, keys, value=text.partition("=")[2])
         parent = f"{key.rpartition('.')[0]}."
         beside = [of for of in keys if of.startswith(parent) and not of.endswith("_target_")]
         hint = f"see diffuse {command} --help" if not beside else f"choose from {', '.join(beside)}"
-        unknown.append(Problem(text, NO_VALUE, "unknown key", f"did you mean {near}?" if near else hint))
+        unknown.append(Problem(shown, NO_VALUE, "unknown key", f"did you mean {near}?" if near else hint))
     return known, unknown
 
 

@@ -8,7 +8,7 @@ from typing import NamedTuple
 from diffusion_cli.config.compose import load, parse
 from diffusion_cli.config.key_types import takes_one
 from diffusion_cli.config.schema import Config
-from diffusion_cli.config.typed import as_typed
+from diffusion_cli.config.typed import as_shown, as_typed
 from diffusion_cli.errors import NO_VALUE, Problem, UsageError, format_value
 
 Value = str | int | float | bool | None
@@ -36,7 +36,7 @@ def load_grid(command: str, overrides: Sequence[str], dirs: Sequence[Path] = ())
 
     Raises UsageError with those of all variants at once, and for lists that are empty or name a value twice.
     """
-    overrides = list(map(as_typed, overrides))
+    overrides = as_typed(command, overrides, dirs, lists=True)
     singles = [text for text in overrides if takes_one(command, _key(text), overrides, dirs)]
     axes = {axis.key: axis for axis in map(_axis, singles) if axis is not None}
     mistakes = [line for axis in axes.values() for line in _wrong(axis, overrides)]
@@ -78,7 +78,7 @@ def _axis(text: str) -> _Axis | None:
 
 def _wrong(axis: _Axis, overrides: Sequence[str]) -> list[Problem]:
     """What is wrong with an axis, apart from its values."""
-    written = [text for text in overrides if _key(text) == axis.key]
+    written = [as_shown(text) for text in overrides if _key(text) == axis.key]
     twice = [value for value in axis.values if axis.values.count(value) > 1]
     if len(written) > 1:
         return [Problem(written[-1], NO_VALUE, f"{axis.key} is given twice", "write one list")]

@@ -40,7 +40,7 @@ class TrainConfig(BaseModel):
     model_config = STRICT
     seed: NonNegativeInt
     name: Name | None
-    run: None = None  # another value is replaced by the configuration of that run
+    run: str | None = None  # loading replaces another value by the configuration of that run
     batch_size: PositiveInt
     progressive: Annotated[list[PositiveInt], Field(min_length=2)] | None
     stage_steps: list[PositiveInt] | None

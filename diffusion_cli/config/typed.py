@@ -1,37 +1,54 @@
-"""Quoting of values on a command line, so that Hydra reads them as text.
+"""Values of a command line as Hydra's grammar writes them: text is taken as it is typed.
 
-YAML reads `1e3` as 1000.0, `true` as a boolean and `null` as None, but a class may have any of these names. Hydra's
-grammar rejects `~`, `=`, parentheses, brackets, `;` and letters outside ASCII, but a path may contain them.
+Hydra reads `1e3` as 1000.0, `2024_05` as 202405, `true` as a boolean and `null` as None, but a folder or a class may
+have any of these names. Its grammar rejects `~`, `=`, parentheses, brackets, `;` and letters outside ASCII.
 """
 
 import os
 import re
 import shlex
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from decimal import Decimal
+from functools import cache, partial
+from pathlib import Path
+from types import NoneType
+from typing import Any
 
+from diffusion_cli.config.catalogue import chosen
+from diffusion_cli.config.key_types import item_kinds, kinds, types_of
 from diffusion_cli.config.values import CLASS_KEYS
 from diffusion_cli.system.compat import parse_override
 
 OPENING, CLOSING = "[", "]"
 SWEEPS = ("choice(", "range(", "interval(", "glob(", "shuffle(", "sort(", "tag(")
 KEY = re.compile(r"[\w$/.@-]+", re.ASCII)
+LARGE_NUMBER = re.compile(r"\d[\d_]*(\.\d*)?([eE]\+?\d{1,2})?")
+"""Numbers in decimal or scientific notation, as counts may be written."""
+SPECIAL = re.compile(r"""[,'"\\$\[\]{}]|^\s|\s$|^(null|)$""", re.IGNORECASE)
+"""Text that needs quotes to be a single text on a command line."""
 
 
-def as_typed(override: str) -> str:
-    """Quote what Hydra would not read as typed in an override `key=value`: class names, and text that it rejects.
+def as_typed(
+    command: str, overrides: Sequence[str], dirs: Sequence[Path] = (), *, lists: bool = False
+) -> list[str]:
+    """Quote the text in overrides `key=value`, by the types of the keys, and write counts such as 1e5 in full.
 
     Commas separate the values of a sweep or a list. A leading `~` becomes the home directory, which shells expand at
-    the beginning of a word only. A value with `${...}` or one of Hydra's functions is left to Hydra, and so is a class
-    name with quotes or a backslash.
+    the beginning of a word only. A value with `${...}` or one of Hydra's functions is left to Hydra, and so is text
+    with a backslash that Hydra can read.
+
+    Args:
+        command: name of the command.
+        overrides: words of the command line.
+        dirs: folders with options of the user.
+        lists: whether brackets make a list of values also for keys that take one.
     """
-    key, equals, value = override.partition("=")
-    if not equals or "${" in value or value.strip().startswith(SWEEPS):
-        return override
-    if key in CLASS_KEYS:
-        return override if "\\" in value else f"{key}={_each(value, quoted)}"
-    if not KEY.fullmatch(key) or _readable(override):
-        return override
-    return f"{key}={_each(value, _quoted_if_rejected)}"
+    options = cache(lambda: chosen(command, overrides, dirs))
+
+    def types(key: str) -> list[Any]:
+        return types_of(command, key, options, dirs) or types_of(command, key, None, dirs)
+
+    return [_typed(text, types, lists) for text in overrides]
 
 
 def quoted(text: str) -> str:
@@ -40,10 +57,27 @@ def quoted(text: str) -> str:
 
 
 def as_text(key: str, value: str) -> str:
-    """Return the word for a shell that gives a key a text which Hydra would read otherwise."""
+    """Return the word, as it is written in a shell, that gives a key a text."""
+    if not SPECIAL.search(value) and not value.startswith(SWEEPS):
+        return shlex.quote(f"{key}={value}")
     return (
         f"""'{key}="{value}"'""" if not set(value) & set("'\"\\$") else shlex.quote(f"{key}={quoted(value)}")
     )
+
+
+def as_shown(override: str) -> str:
+    """Return an override without the quotes that `as_typed` added, for messages."""
+    key, equals, value = override.partition("=")
+    return (
+        f"{key}{equals}" + re.sub(r"'([^'\\]*)'", r"\1", value) if value[:1] in ("'", OPENING) else override
+    )
+
+
+def as_pasted(override: str) -> str:
+    """Return the word of a shell for an override."""
+    key, _, value = override.partition("=")
+    text = re.fullmatch(r"'([^'\\]*)'", value)
+    return as_text(key, text[1]) if text else shlex.quote(override)
 
 
 def separated(value: str) -> list[str]:
@@ -62,25 +96,58 @@ def separated(value: str) -> list[str]:
     return parts
 
 
-def _each(value: str, quote: Callable[[str], str]) -> str:
-    """Quote each of the values that commas separate, also within a list."""
-    return ",".join(_item(part, quote) for part in separated(value))
+def _typed(override: str, types: Callable[[str], list[Any]], lists: bool) -> str:
+    key, equals, value = override.partition("=")
+    if not equals or "${" in value or value.strip().startswith(SWEEPS) or not KEY.fullmatch(key):
+        return override
+    if key in CLASS_KEYS:
+        return override if "\\" in value else f"{key}={_each(value, quoted, quoted)}"
+    found = types(key)
+    if "\\" in value and readable(override):
+        return override
+    single, listed = (partial(_written, accepted=of(found)) for of in (kinds, item_kinds))
+    may_list = lists or list in kinds(found) or not _is_text(kinds(found))
+    return f"{key}={_each(value, single, listed if may_list else None)}"
 
 
-def _item(value: str, quote: Callable[[str], str]) -> str:
+def _each(value: str, single: Callable[[str], str], listed: Callable[[str], str] | None) -> str:
+    """Write each of the values that commas separate; without `listed`, brackets belong to a text."""
+    return ",".join(_item(part, single, listed) for part in separated(value))
+
+
+def _item(value: str, single: Callable[[str], str], listed: Callable[[str], str] | None) -> str:
     text = value.strip()
-    if text.startswith(OPENING) and text.endswith(CLOSING):
-        return f"[{_each(text[1:-1], quote)}]"
-    return value if not text or text[0] in "'\"" else quote(text)
+    if listed is not None and text.startswith(OPENING) and text.endswith(CLOSING):
+        return f"[{_each(text[1:-1], listed, listed)}]"
+    if not text or (text[0] in "'\"" and readable(f"key={text}")):
+        return value
+    return single(text)
 
 
-def _quoted_if_rejected(text: str) -> str:
-    if text[0] in "[{" or _readable(f"key={text}"):
+def _written(text: str, accepted: frozenset[Any]) -> str:
+    """Write one value of a key that accepts some kinds."""
+    if _is_text(accepted):
+        is_null = NoneType in accepted and text.lower() == "null"
+        return text if is_null else quoted(_with_home(text))
+    if int in accepted and float not in accepted and LARGE_NUMBER.fullmatch(text) and not text.isdecimal():
+        number = Decimal(text)
+        return str(int(number)) if number == int(number) else text
+    if text[0] in "[{" or readable(f"key={text}"):
         return text
-    return quoted(os.path.expanduser(text))  # noqa: PTH111 - Path would also normalize other text
+    return quoted(_with_home(text))
 
 
-def _readable(override: str) -> bool:
+def _with_home(text: str) -> str:
+    """Replace a leading `~` by the home directory; without such a user it is the name of a file."""
+    expanded = os.path.expanduser(text)  # noqa: PTH111 - Path would also normalize other text
+    return str(Path.cwd() / text) if expanded.startswith("~") else expanded
+
+
+def _is_text(kinds: frozenset[Any]) -> bool:
+    return str in kinds and not kinds & {int, float, bool}
+
+
+def readable(override: str) -> bool:
     """Whether Hydra's grammar accepts an override."""
     try:
         parse_override(override)

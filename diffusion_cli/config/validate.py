@@ -14,7 +14,6 @@ from pydantic import BaseModel, ValidationError, create_model
 from diffusion_cli.config.catalogue import CONF, PACKAGE, did_you_mean
 from diffusion_cli.config.recipe import DERIVED
 from diffusion_cli.config.signature import signature
-from diffusion_cli.config.typed import as_text
 from diffusion_cli.config.values import FORMS, STRICT
 from diffusion_cli.errors import Problem, UsageError, format_value
 
@@ -124,7 +123,7 @@ def _problem(key: str, value: Any, details: Sequence[Any], model: type[BaseModel
     if value == "":
         return f"no value; {problem}", ""
     if "string_type" in kinds and isinstance(value, int | float):
-        return problem, f"write {as_text(key, format_value(value))}"
+        return problem, f'quote it in its file: {key.rpartition(".")[2]}: "{format_value(value)}"'
     if "list_type" in kinds and not isinstance(value, Mapping):
         return problem, f"write {key}=[{format_value(value)}]"
     return problem, ""

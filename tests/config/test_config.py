@@ -250,7 +250,8 @@ def test_durations(text, value):
 def test_names_of_classes_are_read_as_they_are_typed(value, label):
     words = f"label={value}"
     assert load("sample", [words]).model_dump()["label"] == label
-    assert as_typed(as_typed(words)) == as_typed(words)
+    typed = as_typed("sample", [words])
+    assert as_typed("sample", typed) == typed
     if isinstance(label, str):
         edited = load("edit", ["edit=attribute", f"edit.source={value}"])
         assert edited.model_dump()["edit"]["source"] == label
@@ -261,5 +262,8 @@ def test_without_a_label_none_is_named():
 
 
 def test_names_of_classes_in_a_sweep_are_read_as_they_are_typed():
-    labels = [load("sample", words).model_dump()["label"] for words in expand(["label=1e3,1.0,[true,null]"])]
+    labels = [
+        load("sample", words).model_dump()["label"]
+        for words in expand("sample", ["label=1e3,1.0,[true,null]"]).jobs
+    ]
     assert labels == ["1e3", "1.0", ["true", "null"]]

@@ -1,8 +1,10 @@
 """Sweeps, their launchers and lists of values."""
 
 import pytest
+import yaml
 
 from diffusion_cli import config
+from diffusion_cli.cli import run
 from diffusion_cli.config import CONF, launcher, load, load_grid
 from diffusion_cli.config.schema import SlurmConfig
 from diffusion_cli.errors import UsageError
@@ -11,12 +13,71 @@ from diffusion_cli.errors import UsageError
 
 
 def test_sweeps_are_checked_value_by_value():
-    variants = config.expand(["seed=0,1", "schedule=linear,cosine", "batch_size=8"])
-    assert variants == [
+    sweep = config.expand("train", ["seed=0,1", "schedule=linear,cosine", "batch_size=8"])
+    assert sweep.variants == [
         ["seed=0", "schedule=linear", "batch_size=8"],
         ["seed=1", "schedule=linear", "batch_size=8"],
         ["seed=0", "schedule=cosine", "batch_size=8"],
     ]
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ("seed=glob(1*)", "seed=glob(1*): glob lists options of a group only; write seed=1,2,3"),
+        ("task=glob(z*)", "task=glob(z*): matches no option; choose from autoencoder, classifier, diffusion"),
+        (
+            "optimizer.lr=interval(1e-4,1e-3)",
+            "optimizer.lr=interval(1e-4,1e-3): an interval is not a list of values; write optimizer.lr=0.0001,0.001",
+        ),
+        (
+            "seed=0,1 name=x",
+            "name=x: jobs with other values of seed would train in the same folder; leave it out, and each job has "
+            "its own, or write 'name=x_${seed}'",
+        ),
+        (
+            "schedule=ve,edm name=x",
+            "name=x: jobs with other values of schedule would train in the same folder; leave it out, and each job "
+            "has its own",
+        ),
+        (
+            "seed=0,1 name=a,b",
+            "name=a,b: jobs with other values of seed would train in the same folder; leave it out, and each job has "
+            "its own",
+        ),
+    ],
+)
+def test_a_sweep_that_cannot_run_is_one_line(capsys, words, expected):
+    assert run(["train", "-m", *words.split()]) == 2
+    assert capsys.readouterr().err == f"diffuse: {expected}\n"
+
+
+@pytest.mark.parametrize(
+    "words", ["name=x max_steps=1,2", "name=x_${seed} seed=0,1", "name=null seed=0,1", "name=2023,2024"]
+)
+def test_names_that_distinguish_the_jobs_are_accepted(words):
+    config.load_sweep(config.expand("train", words.split()))
+
+
+@pytest.mark.parametrize(
+    ("words", "key", "values"),
+    [
+        ("seed=choice(1,2)", "seed", [1, 2]),
+        ("seed=range(3)", "seed", [0, 1, 2]),
+        ("name=x_${seed} seed=3,4", "name", ["x_3", "x_4"]),
+        ("output_dir=2024_05,a", "output_dir", ["2024_05", "a"]),
+    ],
+)
+def test_the_configurations_of_a_sweep_are_shown(capsys, words, key, values):
+    assert run(["train", "-m", *words.split(), "--cfg", "job"]) == 0
+    assert [shown[key] for shown in yaml.safe_load_all(capsys.readouterr().out)] == values
+
+
+def test_options_are_listed_by_a_pattern():
+    sweep = config.expand("train", ["task=glob(*i*)", "seed=0,1"])
+    assert [job[0] for job in sweep.jobs] == ["task=classifier"] * 2 + ["task=diffusion"] * 2
+    assert sweep.keys == ["task", "seed"]
+    assert sweep.values_of(sweep.jobs[1]) == ["classifier", "1"]
 
 
 # --- What runs the jobs of a sweep ------------------------------------------------------------

@@ -62,8 +62,8 @@ MISTAKES = {
     "sample @steps=10": "@steps=10: @ in a key is not supported; write key=value",
     "sample ++steps=10": "++steps=10: keys cannot be added or removed; write steps=10",
     "sample 'steps=${x}'": "steps=${x}: invalid reference ${...}; use the name of a key, such as ${seed}",
-    "sample 'output=[a'": (
-        "output=[a: unmatched bracket or quote; write output=[a,b] for a list, 'output=\"[a\"' for text"
+    "sample 'batch_size=[a'": (
+        "batch_size=[a: unmatched bracket or quote; write batch_size=[a,b] for a list, 'batch_size=\"[a\"' for text"
     ),
     "eval metric=FID": "metric=FID: unknown option; did you mean fid?",
     "eval metric=fid,kid": "metric=fid,kid: several values; write metric=[fid,kid]",
@@ -104,7 +104,6 @@ MISTAKES = {
     "train optimizer.learning_rate=1e-4": "optimizer.learning_rate=1e-4: unknown key; did you mean optimizer.lr?",
     "train compile=maybe": "compile=maybe: must be auto, true or false",
     "train ema=0.99": "ema=0.99: not a single value; set ema.decay or ema.warm_up",
-    "train dataset=folder dataset.path=123": "dataset.path=123: must be text; write 'dataset.path=\"123\"'",
     "train dataset=folder dataset.path=/a,b": (
         "dataset.path=/a,b: several values; write 'dataset.path=\"/a,b\"' for a path with a comma, "
         "or add -m for one run per value"

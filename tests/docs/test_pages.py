@@ -106,7 +106,7 @@ def check_diffuse(*words: str) -> None:
     sweep = [word for word in words if word in ("-m", "--multirun")]
     if sweep:
         launcher, overrides = config.split_launcher([word for word in words[1:] if word not in sweep])
-        jobs = [config.load(words[0], variant) for variant in config.expand(overrides)]
+        jobs = [config.load(words[0], variant) for variant in config.expand(words[0], overrides).variants]
         config.launch(launcher, jobs)
     elif mistakes := reported(*words):
         raise AssertionError("\n".join(mistakes))

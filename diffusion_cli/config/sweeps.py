@@ -1,0 +1,126 @@
+"""From words with several values each to the jobs of a sweep."""
+
+from collections.abc import Sequence
+from itertools import product
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+if TYPE_CHECKING:
+    from hydra.core.override_parser.types import Glob
+
+from diffusion_cli.config.catalogue import defaults, options
+from diffusion_cli.config.compose import load, parse
+from diffusion_cli.config.continued import may_change
+from diffusion_cli.config.schema import Config
+from diffusion_cli.config.seeds import shared_seeds
+from diffusion_cli.config.typed import as_shown, as_typed
+from diffusion_cli.errors import NO_VALUE, Problem, UsageError
+
+
+class Sweep(NamedTuple):
+    """The words of a sweep: for each of them, one override per value."""
+
+    command: str
+    words: list[list[str]]
+
+    @property
+    def jobs(self) -> list[list[str]]:
+        """The overrides of each job: all combinations of values, the last word's the fastest."""
+        return [list(job) for job in product(*self.words)]
+
+    @property
+    def variants(self) -> list[list[str]]:
+        """Jobs that have each value at least once: enough to check every one of them."""
+        first = [values[0] for values in self.words]
+        others = (
+            [*first[:place], value, *first[place + 1 :]]
+            for place, values in enumerate(self.words)
+            for value in values[1:]
+        )
+        return [first, *others]
+
+    @property
+    def keys(self) -> list[str]:
+        """The keys and groups with several values."""
+        return [_key(values[0]) for values in self.words if len(values) > 1]
+
+    def values_of(self, job: Sequence[str]) -> list[str]:
+        """The values of a job for `keys`, as a user writes them."""
+        return [
+            as_shown(text).partition("=")[2]
+            for text, values in zip(job, self.words, strict=True)
+            if len(values) > 1
+        ]
+
+
+def expand(command: str, overrides: Sequence[str], dirs: Sequence[Path] = ()) -> Sweep:
+    """Return the jobs of a sweep; UsageError for words that have no list of values."""
+    return Sweep(command, [_values(command, text, dirs) for text in as_typed(command, overrides, dirs)])
+
+
+def load_sweep(sweep: Sweep, dirs: Sequence[Path] = ()) -> list[Config]:
+    """Return the configurations of `sweep.variants`; UsageError with the problems of all of them."""
+    configs: list[Config] = []
+    mistakes: list[Problem] = []
+    for variant in sweep.variants:
+        try:
+            configs.append(load(sweep.command, variant, dirs))
+        except UsageError as found:
+            mistakes += found.problems
+    mistakes += [*_shared_name(sweep), *shared_seeds(configs)]
+    if mistakes:
+        raise UsageError.several(mistakes)
+    return configs
+
+
+def _key(text: str) -> str:
+    return text.partition("=")[0]
+
+
+def _values(command: str, text: str, dirs: Sequence[Path]) -> list[str]:
+    """An override for each value of a word."""
+    from hydra.core.override_parser.types import Glob
+
+    item, key = parse(text), _key(text)
+    if not item.is_sweep_override():
+        return [text]
+    value: Any = item.value()
+    if isinstance(value, Glob):
+        return [f"{key}={name}" for name in _matching(command, text, value, dirs)]
+    if item.is_interval_sweep():
+        remedy = f"write {key}={value.start:g},{value.end:g}"
+        raise UsageError(text, NO_VALUE, "an interval is not a list of values", remedy)
+    return [f"{key}={word}" for word in item.sweep_string_iterator()]
+
+
+def _matching(command: str, text: str, glob: "Glob", dirs: Sequence[Path]) -> list[str]:
+    """The options of a group that match `group=glob(pattern)`."""
+    key = _key(text)
+    if key not in defaults(command):
+        raise UsageError(text, NO_VALUE, "glob lists options of a group only", f"write {key}=1,2,3")
+    known = list(options(key, dirs))
+    if names := glob.filter(known):
+        return names
+    raise UsageError(text, NO_VALUE, "matches no option", f"choose from {', '.join(known)}")
+
+
+def _shared_name(sweep: Sweep) -> list[Problem]:
+    """The problem of a name that several trainings with different configurations have."""
+    names = next((words for words in reversed(sweep.words) if _key(words[0]) == "name"), None)
+    if sweep.command != "train" or names is None or names == ["name=null"]:
+        return []
+    swept = [key for key in sweep.keys if key != "name" and not may_change(key)]
+    missing = [key for key in swept if any(f"${{{key}}}" not in name for name in names)]
+    if not missing:
+        return []
+    name = ",".join(as_shown(text).partition("=")[2] for text in names)
+    each = (
+        "" if any(key in defaults("train") for key in missing) or len(names) > 1 else _numbered(name, missing)
+    )
+    problem = f"jobs with other values of {' and '.join(missing)} would train in the same folder"
+    return [Problem("name", name, problem, f"leave it out, and each job has its own{each}")]
+
+
+def _numbered(name: str, keys: Sequence[str]) -> str:
+    """The remedy that names each job by its values of keys."""
+    return f", or write 'name={name}_{'_'.join(f'${{{key}}}' for key in keys)}'"

@@ -1,10 +1,9 @@
 """`diffuse data`: pack a dataset into one file."""
 
-import shlex
 from pathlib import Path
 
 from diffusion_cli.commands.inputs import show_remarks
-from diffusion_cli.config import DataConfig, build
+from diffusion_cli.config import DataConfig, as_text, build
 from diffusion_cli.data import Dataset, Pack
 from diffusion_cli.errors import UsageError
 from diffusion_cli.system.files import atomic_write
@@ -30,7 +29,7 @@ def run(config: DataConfig) -> None:
         count = pack(dataset, temporary)
     flip = " dataset.flip=true" if dataset.flip else ""
     print(f"{count} images: {output}")
-    print(f"diffuse train dataset=array dataset.path={shlex.quote(str(output))}{flip}")
+    print(f"diffuse train dataset=array {as_text('dataset.path', str(output))}{flip}")
 
 
 def _path(config: DataConfig, dataset: Dataset) -> Path:

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from diffusion_cli.config import TrainConfig, differing, identity
+from diffusion_cli.config import TrainConfig, as_text, differing, identity
 from diffusion_cli.config.at_hand import gpu
 from diffusion_cli.config.recipe import BUDGETED, derived_in
 from diffusion_cli.data import ResolutionSchedule
@@ -79,7 +79,7 @@ def check_configuration(folder: Path, config: TrainConfig, stored: dict[str, Any
                     "name",
                     config.name,
                     "this run has another configuration",
-                    f"continue with: diffuse train run={run}, or choose another name",
+                    f"continue with: diffuse train {as_text('run', str(run))}, or choose another name",
                 ),
             ]
         )

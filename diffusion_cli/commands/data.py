@@ -1,11 +1,12 @@
-"""`diffuse data`: pack a dataset into one file."""
+"""`diffuse data`: pack a dataset into one file, or list and fetch published files."""
 
 from pathlib import Path
 
 from diffusion_cli.commands.inputs import show_remarks
-from diffusion_cli.config import DataConfig, as_text, build
-from diffusion_cli.data import Dataset, Pack
-from diffusion_cli.errors import UsageError
+from diffusion_cli.config import DataConfig, as_text, build, target
+from diffusion_cli.data import Dataset, Fetch, FilesAction, Pack
+from diffusion_cli.errors import NO_VALUE, UsageError
+from diffusion_cli.metrics import Metric
 from diffusion_cli.system.files import atomic_write
 from diffusion_cli.system.temporary_files import remove_abandoned
 
@@ -13,7 +14,45 @@ SUFFIX = ".npz"
 
 
 def run(config: DataConfig) -> None:
+    """Pack a dataset into a new file, atomically; or list or fetch published files."""
+    action: Pack | FilesAction = build(config.action)
+    if isinstance(action, FilesAction):
+        _fetch(action, config)
+    else:
+        _pack(action, config)
+
+
+def _fetch(action: FilesAction, config: DataConfig) -> None:
+    """Process the published files of the dataset, the features and the metrics of a configuration."""
+    if config.output is not None:
+        raise UsageError("output", config.output, "applies only to action=pack", "leave it out")
+    if config.dataset is config.features is None and not config.metric:
+        remedy = "name options, for example dataset=cifar10 features=inception metric=lpips"
+        raise UsageError("dataset", None, "no files are named", remedy)
+    dataset: Dataset | None = build(config.dataset, config.data_dir)
+    files = [] if dataset is None else [*dataset.downloads()]
+    if config.features is not None:
+        network = target(config.features)
+        if not isinstance(network, type):
+            raise UsageError(
+                "features", "auto", "depends on the images", "name a network, for example features=inception"
+            )
+        files += network.downloads(config.features)  # pyright: ignore[reportAttributeAccessIssue]
+    for metric in map(build, config.metric.values()):
+        files += metric.downloads() if isinstance(metric, Metric) else []
+    action([*dict.fromkeys(files)])
+    if not files:
+        print("These options need no published files; metrics of features take those of features=")
+    elif dataset is not None and dataset.downloads() and isinstance(action, Fetch):
+        counts = [len(dataset.load(split)) for split in ("train", "val")]  # reads and unpacks the files
+        print(f"{dataset.name}: {counts[0]} images for training, {counts[1]} for validation")
+
+
+def _pack(pack: Pack, config: DataConfig) -> None:
     """Pack a dataset into a new file, atomically."""
+    for key, node in {"features": config.features, "metric": config.metric}.items():
+        if node:
+            raise UsageError(key, NO_VALUE, "does not apply to action=pack", "leave it out")
     if config.dataset is None:
         raise UsageError(
             "dataset", None, "required", "choose one, for example dataset=folder dataset.path=..."
@@ -23,7 +62,6 @@ def run(config: DataConfig) -> None:
     if output.exists():
         raise UsageError("output", output, "already exists", "choose another name, or remove it")
     show_remarks(dataset.remarks())
-    pack: Pack = build(config.action)
     remove_abandoned(output.parent)
     with atomic_write(output) as temporary:
         count = pack(dataset, temporary)

@@ -232,6 +232,8 @@ class DataConfig(BaseModel):
     output_dir: str
     action: Node
     dataset: Node | None = None
+    features: Node | None = None
+    metric: dict[str, Node] = {}
 
 
 class SlurmConfig(BaseModel):

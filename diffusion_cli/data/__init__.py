@@ -14,6 +14,7 @@ from diffusion_cli.data.decoding import (
 )
 from diffusion_cli.data.digits import Digits
 from diffusion_cli.data.external import ExternalImages, given_images, relabelled, sample_files
+from diffusion_cli.data.fetching import Fetch, FilesAction, ListFiles
 from diffusion_cli.data.folder import Folder, file_names, with_rules
 from diffusion_cli.data.gaussian_mixture import GaussianMixture
 from diffusion_cli.data.labels import LABEL_COLUMNS, LABELS_CSV, composed
@@ -37,9 +38,12 @@ __all__ = [
     "Digits",
     "ExternalImages",
     "FashionMNIST",
+    "Fetch",
+    "FilesAction",
     "Folder",
     "GaussianMixture",
     "Images",
+    "ListFiles",
     "NoDataset",
     "NoResize",
     "Pack",

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from diffusion_cli.errors import UsageError
 from diffusion_cli.formats import SampleFormat, Shape, Uint8Image
+from diffusion_cli.system.downloads import PublishedFile
 from diffusion_cli.system.progress import ProgressBar
 from diffusion_cli.system.seeding import mix
 
@@ -156,6 +157,10 @@ class Dataset(ABC):
         Raises:
             UsageError: a file is missing or cannot be used; the message names it.
         """
+
+    def downloads(self) -> Sequence[PublishedFile]:
+        """Return the published files of the dataset; none by default."""
+        return []
 
     def remarks(self) -> list[str]:
         """Return remarks for the user about the files and how they are read, one line each."""

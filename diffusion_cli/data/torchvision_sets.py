@@ -12,9 +12,8 @@ from torch.nn.functional import pad
 from diffusion_cli.data.base import Dataset, Split
 from diffusion_cli.data.memory import MemoryImages
 from diffusion_cli.errors import UsageError
+from diffusion_cli.system.downloads import STALL, WebFile
 from diffusion_cli.system.locks import locked
-
-STALL = 30.0  # seconds without response until a download fails; the default waits forever
 
 
 class _Published(Dataset):
@@ -22,6 +21,8 @@ class _Published(Dataset):
 
     source: str
     """Name of the class in torchvision.datasets."""
+    sizes: tuple[int, ...]
+    """Bytes of the files that torchvision downloads."""
     files: str
     """Files to fetch by hand for use without a network."""
 
@@ -41,11 +42,22 @@ class _Published(Dataset):
                 "data_dir",
                 self.data_dir,
                 f"cannot read or download {self.name} ({reason})",
-                f"on a machine with a network, get {self.files} in {self.folder()}",
+                f"on a machine with a network, get {self.files} in {self.folder()}, or run diffuse data fetch "
+                f"dataset={self.name} data_dir={self.data_dir}",
             ) from error
         finally:
             socket.setdefaulttimeout(timeout)
         return MemoryImages(self.pixels(data.data), torch.as_tensor(data.targets, dtype=torch.int64))
+
+    def downloads(self) -> list[WebFile]:
+        return [
+            WebFile(url, self.folder() / url.rpartition("/")[2], f"md5 {md5}", size, self.folder() / unpacked)
+            for (url, md5, unpacked), size in zip(self.archives(), self.sizes, strict=True)
+        ]
+
+    @abstractmethod
+    def archives(self) -> list[tuple[str, str, str]]:
+        """Return URL, MD5 and the name once unpacked of each file that torchvision downloads."""
 
     @abstractmethod
     def folder(self) -> Path:
@@ -67,6 +79,7 @@ class MNIST(_Published):
 
     name = "mnist"
     source = "MNIST"
+    sizes = (9_912_422, 28_881, 1_648_877, 4_542)
     files = "the four *-ubyte.gz files of https://ossci-datasets.s3.amazonaws.com/mnist/ and gunzip them"
     class_names = tuple("0123456789")
 
@@ -74,6 +87,14 @@ class MNIST(_Published):
         super().__init__(data_dir)
         self.shape = (1, size, size)
         self.flip = flip
+
+    def archives(self) -> list[tuple[str, str, str]]:
+        from torchvision import datasets  # slow import
+
+        source = getattr(datasets, self.source)
+        return [
+            (f"{source.mirrors[0]}{name}", md5, name.removesuffix(".gz")) for name, md5 in source.resources
+        ]
 
     def folder(self) -> Path:
         return self.data_dir / self.source / "raw"
@@ -94,6 +115,7 @@ class FashionMNIST(MNIST):
 
     name = "fashion_mnist"
     source = "FashionMNIST"
+    sizes = (26_421_880, 29_515, 4_422_102, 5_148)
     files = (
         "the four *-ubyte.gz files of http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/ "
         "and gunzip them"
@@ -117,6 +139,7 @@ class CIFAR10(_Published):
 
     name = "cifar10"
     source = "CIFAR10"
+    sizes = (170_498_071,)
     files = "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz and unpack it"
     shape = (3, 32, 32)
     class_names = (
@@ -127,6 +150,12 @@ class CIFAR10(_Published):
     def __init__(self, data_dir: str, *, flip: bool = True) -> None:
         super().__init__(data_dir)
         self.flip = flip
+
+    def archives(self) -> list[tuple[str, str, str]]:
+        from torchvision import datasets  # slow import
+
+        source = datasets.CIFAR10
+        return [(source.url, source.tgz_md5, source.base_folder)]
 
     def folder(self) -> Path:
         return self.data_dir

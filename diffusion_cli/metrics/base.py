@@ -1,7 +1,7 @@
 """Base classes of metrics, which are computed in one pass over all samples."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,6 +17,7 @@ from diffusion_cli.metrics.reference import RealImages
 from diffusion_cli.metrics.rows import GrowingRows, Rows
 from diffusion_cli.metrics.samples import Samples
 from diffusion_cli.runs.load import LoadedDenoiser
+from diffusion_cli.system.downloads import PublishedFile
 
 
 class MetricPicture(NamedTuple):
@@ -113,6 +114,10 @@ class Metric(ABC):
     def network(self, networks: FeatureExtractors) -> Features:
         """Return the feature network: the one of the evaluation, unless the metric is defined on another."""
         return networks.chosen
+
+    def downloads(self) -> Sequence[PublishedFile]:
+        """Return the published files that the metric needs, apart from those of `features=`."""
+        return []
 
     @abstractmethod
     def check(self, count: int, seen: FeatureView, force: bool) -> list[str]:

@@ -6,6 +6,7 @@ from torch import Tensor
 
 from diffusion_cli.errors import UsageError
 from diffusion_cli.metrics.base import FeatureView, Metric, MetricState, MetricValue, SampleBatch
+from diffusion_cli.metrics.features import hub
 from diffusion_cli.metrics.features.base import Features
 from diffusion_cli.metrics.features.clip import CLIPFeatures
 from diffusion_cli.metrics.features.registry import FeatureExtractors
@@ -39,7 +40,10 @@ class CLIPScore(Metric):
         self.weights, self.prompt = weights, prompt
 
     def network(self, networks: FeatureExtractors) -> Features:
-        return networks.option("clip", weights=self.weights)
+        return networks.of_metric("clip_score", "clip", self.weights)
+
+    def downloads(self) -> list[hub.HubFile]:
+        return hub.files(self.weights, (*hub.NETWORK, *hub.TOKENIZER))
 
     def check(self, count: int, seen: FeatureView, force: bool) -> list[str]:
         if seen.samples.class_names is None or not seen.samples.labelled:

@@ -8,6 +8,7 @@ from torch import Tensor
 from diffusion_cli.data import spread
 from diffusion_cli.errors import UsageError
 from diffusion_cli.metrics.base import FeatureView, Metric, MetricState, MetricValue, SampleBatch
+from diffusion_cli.metrics.features import hub
 from diffusion_cli.metrics.features.base import Features
 from diffusion_cli.metrics.features.registry import FeatureExtractors
 from diffusion_cli.metrics.moments import Moments
@@ -152,7 +153,10 @@ class FrechetDistanceDINOv2(FrechetDistance):
         self.weights = weights
 
     def network(self, networks: FeatureExtractors) -> Features:
-        return networks.option("dinov2", weights=self.weights)
+        return networks.of_metric(self.key, "dinov2", self.weights)
+
+    def downloads(self) -> list[hub.HubFile]:
+        return hub.files(self.weights, hub.NETWORK)
 
 
 class SpatialFrechetDistance(FrechetDistance):

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from diffusion_cli.errors import UsageError
 from diffusion_cli.metrics.base import FeatureView, Metric, MetricState, MetricValue
+from diffusion_cli.metrics.features import hub
 from diffusion_cli.metrics.features.base import Features
 from diffusion_cli.metrics.features.registry import FeatureExtractors
 from diffusion_cli.metrics.rows import Rows
@@ -144,7 +145,10 @@ class CLIPDistance(Metric):
         self.weights, self.sigma, self.scale = weights, sigma, scale
 
     def network(self, networks: FeatureExtractors) -> Features:
-        return networks.option("clip", weights=self.weights)
+        return networks.of_metric("mmd", "clip", self.weights)
+
+    def downloads(self) -> list[hub.HubFile]:
+        return hub.files(self.weights, hub.NETWORK)
 
     def check(self, count: int, seen: FeatureView, force: bool) -> list[str]:
         return []

@@ -11,8 +11,9 @@ from diffusion_cli.data import Images, given_images
 from diffusion_cli.errors import UsageError
 from diffusion_cli.metrics.base import FeatureView, Metric, MetricState, MetricValue, SampleBatch
 from diffusion_cli.metrics.features.base import FeatureBatch, Features
-from diffusion_cli.metrics.features.lpips import LPIPSDistance
+from diffusion_cli.metrics.features.lpips import LPIPSDistance, published_backbone
 from diffusion_cli.metrics.features.registry import FeatureExtractors
+from diffusion_cli.system.downloads import WebFile
 
 
 class PairNetwork(Features):
@@ -64,6 +65,9 @@ class LPIPS(Metric):
                 LPIPSDistance(self.kind, self.weights, networks.device, "metric.lpips.weights")
             ),
         )
+
+    def downloads(self) -> list[WebFile]:
+        return [published_backbone(self.kind)] if self.weights is None else []
 
     def check(self, count: int, seen: FeatureView, force: bool) -> list[str]:
         originals = self._originals(seen)

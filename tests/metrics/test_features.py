@@ -151,9 +151,12 @@ def test_weights_that_are_nowhere_are_one_line(folders, monkeypatch, tmp_path, n
     import transformers
 
     monkeypatch.setattr(getattr(transformers, architecture), "from_pretrained", refuse)
+    monkeypatch.setattr(hub, "_connect", lambda: None)
     with pytest.raises(UsageError) as caught:
         made(name, "some/where")
-    assert str(caught.value).startswith("features.weights=some/where: no network; give a folder with")
+    assert str(caught.value).startswith(
+        "features.weights=some/where: no network; use another metric or features=classifier, give a folder with"
+    )
     assert "\n" not in str(caught.value)
     assert asked == [("some/where", True, True), ("some/where", False, True)]
 

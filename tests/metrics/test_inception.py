@@ -13,6 +13,7 @@ from torch import Tensor
 from diffusion_cli.errors import UsageError
 from diffusion_cli.metrics import FrechetDistance, InceptionFeatures, InceptionScore, inception_score
 from diffusion_cli.metrics.features.inception import prepared, resized
+from diffusion_cli.system import downloads
 from helpers.metrics import DATA, Held, measured, pixels
 
 CPU = torch.device("cpu")
@@ -58,7 +59,7 @@ def offline(tmp_path, monkeypatch) -> Path:
     def refuse(*args, **kwargs):
         raise urllib.error.URLError("no network")
 
-    monkeypatch.setattr(torch.hub, "download_url_to_file", refuse)
+    monkeypatch.setattr(downloads, "urlopen", refuse)
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
     return tmp_path / "checkpoints" / "weights-inception-2015-12-05-6726825d.pth"
 

@@ -25,6 +25,7 @@ from diffusion_cli.metrics import (
     LPIPSDistance,
     evaluate,
 )
+from diffusion_cli.system import downloads
 from helpers.features import made, pixels
 
 CPU = torch.device("cpu")
@@ -114,7 +115,7 @@ def test_lpips_without_network_says_what_to_put_where(tmp_path, monkeypatch) -> 
     def refuse(*args, **kwargs):
         raise OSError("no network")
 
-    monkeypatch.setattr(torch.hub, "download_url_to_file", refuse)
+    monkeypatch.setattr(downloads, "urlopen", refuse)
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
     with pytest.raises(UsageError, match=r"weights=null: .*alexnet-owt-7be5be79.pth.*no network"):
         LPIPSDistance("alex", None, CPU)

@@ -1,14 +1,16 @@
 """Base class of feature networks."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
-from typing import NamedTuple, Self
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor
 
 from diffusion_cli.data import Dataset
 from diffusion_cli.errors import NO_VALUE, UsageError
+from diffusion_cli.system.downloads import PublishedFile
 
 
 class FeatureBatch(NamedTuple):
@@ -56,6 +58,11 @@ class Features(ABC):
     """Accuracy on the real validation images if `knows_labels`, else None."""
     chunk: int = 1024
     """Images per forward pass."""
+
+    @classmethod
+    def downloads(cls, settings: Mapping[str, Any]) -> Sequence[PublishedFile]:
+        """Return the published files that a network with these settings of its option needs."""
+        return []
 
     def prepare(self) -> Self:
         """Load or train the weights if that takes long; sets `digest` and `note`, and returns the network.

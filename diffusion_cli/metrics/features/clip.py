@@ -1,5 +1,6 @@
 """CLIP features of images and prompts."""
 
+from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -60,6 +61,10 @@ class CLIPFeatures(Features):
         self.device = device
         self.network = network.to(device, torch.float32)
 
+    @classmethod
+    def downloads(cls, settings: Mapping[str, Any]) -> list[hub.HubFile]:
+        return hub.files(settings["weights"], hub.NETWORK)
+
     def extract(self, images: Tensor) -> FeatureBatch:
         pixels = hub.prepared(images, self.size, MEAN, STD, crop=True)
         seen = self.network.vision_model(pixels).pooler_output
@@ -89,5 +94,7 @@ class CLIPFeatures(Features):
             ):  # transformers creates an empty one if the files are missing
                 raise FormatError("has no tokenizer for this network")
         except (OSError, ValueError) as error:
-            raise hub.missing(self.weights, "vocab.json and merges.txt", error) from error
+            raise hub.missing(
+                self.weights, "vocab.json and merges.txt", "metric=clip_score", error
+            ) from error
         return tokenizer

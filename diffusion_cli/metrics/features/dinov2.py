@@ -1,6 +1,8 @@
 """DINOv2 features: their Frechet distance agrees better with human judgement than Inception's."""
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -55,6 +57,10 @@ class DINOv2Features(Features):
         embeddings.position_embeddings = nn.Parameter(places, requires_grad=False)
         self.device = device
         self.network = network.to(device, torch.float32)
+
+    @classmethod
+    def downloads(cls, settings: Mapping[str, Any]) -> list[hub.HubFile]:
+        return hub.files(settings["weights"], hub.NETWORK)
 
     def extract(self, images: Tensor) -> FeatureBatch:
         states = self.network(hub.prepared(images, SIZE, MEAN, STD, crop=False)).last_hidden_state

@@ -1,6 +1,9 @@
 """Networks of Hugging Face transformers: loading of weights and preprocessing of images."""
 
+import hashlib
 import importlib
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +12,14 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from diffusion_cli.errors import UsageError
+from diffusion_cli.errors import UsageError, first_line
+from diffusion_cli.system.downloads import STALL, DownloadError, NoConnectionError, PublishedFile, State
+from diffusion_cli.system.files import CANNOT_WRITE, file_digest
+
+NETWORK = ("config.json", "model.safetensors")
+"""Files of a network."""
+TOKENIZER = ("vocab.json", "merges.txt", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
+"""Files of the tokenizer of CLIP."""
 
 
 def load(name: str, architecture: str, weights: str) -> Any:
@@ -30,7 +40,7 @@ def load(name: str, architecture: str, weights: str) -> Any:
             getattr(transformers, architecture), weights, use_safetensors=True, output_loading_info=True
         )
     except OSError as error:
-        raise missing(weights, "config.json and model.safetensors", error) from error
+        raise missing(weights, " and ".join(NETWORK), f"features={name}", error) from error
     except Exception as error:  # damaged files raise errors of many types
         raise unfit(weights, architecture, str(error).partition("\n")[0]) from error
     if told["missing_keys"]:
@@ -56,17 +66,108 @@ def pretrained(kind: Any, weights: str, **options: Any) -> Any:
     try:
         return kind.from_pretrained(weights, local_files_only=True, **options)
     except OSError:
+        _connect()
         return kind.from_pretrained(weights, **options)
 
 
-def missing(weights: str, files: str, error: Exception) -> UsageError:
-    """Return the error that needed files are missing."""
+def _connect() -> None:
+    """Raise OSError at once if the hub cannot be reached: its own functions repeat their requests for half a minute."""
+    import huggingface_hub
+
+    try:
+        huggingface_hub.get_session().head(huggingface_hub.constants.ENDPOINT, timeout=STALL)
+    except Exception as error:  # the classes of the HTTP library, which differs between versions
+        raise OSError(
+            f"{huggingface_hub.constants.ENDPOINT} cannot be reached ({first_line(error)})"
+        ) from error
+
+
+def missing(weights: str, files: str, option: str, error: Exception) -> UsageError:
+    """Return the error that needed files are missing; `option` names them for `diffuse data fetch`."""
     return UsageError(
         "features.weights",
         weights,
-        str(error).partition("\n")[0].rstrip("."),
-        f"give a folder with {files} (not pickled), or a name on the hub if there is a network",
+        first_line(error).rstrip("."),
+        f"use another metric or features=classifier, give a folder with {files} (not pickled), or run "
+        f"diffuse data fetch {option} where there is a network and copy the cache",
     )
+
+
+@dataclass(frozen=True)
+class HubFile(PublishedFile):
+    """A file of a repository on the Hugging Face Hub, in the cache of huggingface_hub.
+
+    Args:
+        repository: name on the hub.
+        name: file name.
+    """
+
+    repository: str
+    name: str
+    size = None
+    checksum = "checked by the hub"
+
+    @property
+    def source(self) -> str:  # pyright: ignore[reportIncompatibleVariableOverride]
+        from huggingface_hub import constants
+
+        return f"{constants.ENDPOINT}/{self.repository}/resolve/main/{self.name}"
+
+    @property
+    def path(self) -> Path:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return self._cached() or self.to_copy / self.name
+
+    @property
+    def to_copy(self) -> Path:
+        from huggingface_hub import constants
+
+        return Path(constants.HF_HUB_CACHE, f"models--{self.repository.replace('/', '--')}")
+
+    def state(self) -> State:
+        path = self._cached()
+        if path is None:
+            return "missing"
+        return "present" if _has_its_checksum(path) else "damaged"
+
+    def fetch(self) -> None:
+        import huggingface_hub
+
+        try:
+            _connect()
+        except OSError as error:
+            raise NoConnectionError(str(error)) from error
+        try:
+            huggingface_hub.hf_hub_download(
+                self.repository, self.name, force_download=self.state() == "damaged"
+            )
+        except Exception as error:  # the classes of the HTTP library and of the hub
+            if isinstance(error, OSError) and error.errno in CANNOT_WRITE:
+                raise
+            raise DownloadError(first_line(error)) from error
+        if self.state() != "present":
+            raise DownloadError("the content does not have the checksum of the hub")
+
+    def _cached(self) -> Path | None:
+        import huggingface_hub
+
+        found = huggingface_hub.try_to_load_from_cache(self.repository, self.name)
+        return Path(found) if isinstance(found, str) else None
+
+
+def _has_its_checksum(path: Path) -> bool:
+    """Whether a file of the cache has the digest that names its blob: SHA-256, or SHA-1 as in git."""
+    digits = path.resolve().name
+    if len(digits) == 64:
+        return file_digest(path) == digits
+    if len(digits) == 40:
+        content = path.read_bytes()
+        return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest() == digits
+    return True  # a cache without links, on file systems that have none
+
+
+def files(weights: str, names: Sequence[str]) -> list[HubFile]:
+    """Return files of weights by name on the hub; none for a folder."""
+    return [] if Path(weights).expanduser().is_dir() else [HubFile(weights, name) for name in names]
 
 
 def unfit(weights: str, architecture: str, reason: str) -> UsageError:

@@ -2,6 +2,7 @@
 
 import hashlib
 import io
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,7 +13,8 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from diffusion_cli.data import Dataset
 from diffusion_cli.metrics.features.base import FeatureBatch, Features, check_channels
-from diffusion_cli.metrics.features.weights import content_of, locate, read, wrong_weights
+from diffusion_cli.metrics.features.weights import content_of, locate, published, read, wrong_weights
+from diffusion_cli.system.downloads import WebFile
 
 SIZE = 299
 Resize = Literal["tensorflow", "pytorch", "clean"]
@@ -61,10 +63,9 @@ class InceptionFeatures(Features):
         resize: Resize = "tensorflow",
         precision: Literal["fp32", "bf16"] = "fp32",
     ) -> None:
-        from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3
-
         check_channels(self.name, dataset)
-        path = locate(weights, URL_INCEPTION_V3, "features.weights")
+        instead = "" if dataset.num_classes is None else "features=classifier"
+        path = locate(weights, _published_weights(), "features.weights", "features=inception", instead)
         content = content_of(path, "features.weights")
         self.digest = hashlib.sha256(content).hexdigest()
         self.device, self.precision = device, precision
@@ -81,6 +82,10 @@ class InceptionFeatures(Features):
         self.lower, self.upper = nn.Sequential(*blocks[:below]), nn.Sequential(*blocks[below:])
         self.mixed_6_conv = network.Mixed_6d.branch1x1
 
+    @classmethod
+    def downloads(cls, settings: Mapping[str, Any]) -> list[WebFile]:
+        return [_published_weights()] if settings["weights"] is None else []
+
     def extract(self, images: Tensor) -> FeatureBatch:
         x = prepared(images, self.way).expand(-1, 3, -1, -1)
         x = self.lower(x.to(self.dtype, memory_format=torch.channels_last))
@@ -89,6 +94,13 @@ class InceptionFeatures(Features):
         )  # in the order of published statistics
         features = self.upper(x).float().mean(dim=(2, 3))
         return FeatureBatch(features, features @ self.head.T, spatial)
+
+
+def _published_weights() -> WebFile:
+    """Return the weights that torch-fidelity publishes."""
+    from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3
+
+    return published(URL_INCEPTION_V3, size=95_628_359)
 
 
 def prepared(images: Tensor, resize: Resize) -> Tensor:

@@ -9,14 +9,23 @@ from torch import Tensor
 
 from diffusion_cli.errors import UsageError
 from diffusion_cli.metrics.features.base import check_pixels, exact_convolutions
-from diffusion_cli.metrics.features.weights import content_of, locate, read, wrong_weights
+from diffusion_cli.metrics.features.weights import content_of, locate, published, read, wrong_weights
 from diffusion_cli.runs.weights import digest
 from diffusion_cli.system.compat import untrained_lpips
+from diffusion_cli.system.downloads import WebFile
 
 PUBLISHED = {"alex": "AlexNet_Weights", "vgg": "VGG16_Weights", "squeeze": "SqueezeNet1_1_Weights"}
 # Smaller images give empty feature maps, for which the reference implementation fails.
 LEAST_SIDE = {"alex": 31, "vgg": 16, "squeeze": 17}
 CHUNK = 256
+
+
+def published_backbone(network: Literal["alex", "vgg", "squeeze"]) -> WebFile:
+    """Return the weights of a backbone that torchvision publishes."""
+    from torchvision import models  # slow import
+
+    weights = getattr(models, PUBLISHED[network]).DEFAULT
+    return published(weights.url, round(weights.meta["_file_size"] * 2**20))
 
 
 class LPIPSDistance:
@@ -45,9 +54,9 @@ class LPIPSDistance:
         device: torch.device,
         key: str = "weights",
     ) -> None:
-        from torchvision import models  # slow import
-
-        path = locate(weights, getattr(models, PUBLISHED[network]).DEFAULT.url, key)
+        instead = "objective.perceptual=gradient" if key.startswith("objective.") else ""
+        options = f"metric=lpips metric.lpips.network={network}"
+        path = locate(weights, published_backbone(network), key, options, instead)
         self.name, self.device = network, device
         with torch.random.fork_rng(devices=[]):  # initialization draws random numbers
             self.network = untrained_lpips(network)

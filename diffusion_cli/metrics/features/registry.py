@@ -10,6 +10,7 @@ import yaml
 
 from diffusion_cli.config import build, options
 from diffusion_cli.data import Dataset
+from diffusion_cli.errors import UsageError
 from diffusion_cli.metrics.features.base import Features
 
 
@@ -35,6 +36,13 @@ class FeatureExtractors:
     def option(self, name: str, **changes: Any) -> Features:
         """Return the network `features=name`, with changed values."""
         return self._build(yaml.safe_load(options("features")[name].read_text()) | changes)
+
+    def of_metric(self, metric: str, name: str, weights: str) -> Features:
+        """Return the network `features=name` of a metric that has its own `weights`."""
+        try:
+            return self.option(name, weights=weights)
+        except UsageError as error:
+            raise error.renamed({"features.weights": f"metric.{metric}.weights"}) from error
 
     def classifier(self) -> Features:
         """Return a classifier of the dataset's classes: the chosen network if it is one."""

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from diffusion_cli.errors import UsageError
+from diffusion_cli.system.downloads import DownloadError, WebFile
 from diffusion_cli.system.untrusted import check_weights
 from diffusion_cli.system.untrusted import read as read_file
 
@@ -14,10 +15,22 @@ LARGEST = 2**32
 """Maximum size of a weights file in bytes."""
 
 
-def locate(weights: str | None, url: str, key: str) -> Path:
-    """Return the file of option `key`; for None, the file published at `url`, downloaded if necessary.
+def published(url: str, size: int | None = None) -> WebFile:
+    """Return weights `<name>-<start of their SHA-256>.pth` at a URL; their place is torch's download folder."""
+    name = url.rpartition("/")[2]
+    digits = Path(name).stem.rpartition("-")[2]
+    return WebFile(url, Path(torch.hub.get_dir(), "checkpoints", name), f"sha256 {digits}", size)
 
-    Downloads go to torch's download folder; if the name ends in `-<hash>.pth`, the SHA-256 must start with the hash.
+
+def locate(weights: str | None, file: WebFile, key: str, options: str, instead: str = "") -> Path:
+    """Return the file of option `key`; for None, the published file, downloaded if necessary.
+
+    Args:
+        weights: path of the file, or None.
+        file: published file.
+        key: configuration key of `weights`, for errors.
+        options: options of `diffuse data fetch` that name the file, for errors.
+        instead: option that needs no weights, for errors.
 
     Raises:
         UsageError: the file is missing, or cannot be downloaded.
@@ -27,21 +40,18 @@ def locate(weights: str | None, url: str, key: str) -> Path:
         if not path.is_file():
             raise UsageError(key, weights, "no such file", "use null to download the published one")
         return path
-    name = url.rpartition("/")[2]
-    path = Path(torch.hub.get_dir(), "checkpoints", name)
-    if not path.is_file():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        sha256_start = Path(name).stem.rpartition("-")[2]
+    if not file.path.is_file():
         try:
-            torch.hub.download_url_to_file(url, str(path), hash_prefix=sha256_start)
-        except (OSError, RuntimeError) as error:  # no network, or a wrong hash
+            file.fetch()
+        except DownloadError as error:
             raise UsageError(
                 key,
                 None,
-                f"the published weights are not at {path} and could not be downloaded ({error})",
-                f"get {name} from {url.removesuffix(f'/{name}')} and put it there, or set {key} to its path",
+                f"no published weights at {file.path}, and they cannot be downloaded ({error})",
+                f"{f'use {instead}, or ' if instead else ''}get {file.source} and put it there; "
+                f"where there is a network, diffuse data fetch {options} does",
             ) from error
-    return path
+    return file.path
 
 
 def content_of(path: Path, key: str) -> bytes:

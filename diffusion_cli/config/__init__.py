@@ -48,6 +48,7 @@ from diffusion_cli.config.schema import (
     TrainConfig,
     seconds,
 )
+from diffusion_cli.config.seeds import shared_seeds
 from diffusion_cli.config.signature import signature
 from diffusion_cli.config.sweeps import Sweep, expand, load_sweep
 from diffusion_cli.config.typed import as_pasted, as_text, as_typed, quoted
@@ -114,6 +115,7 @@ __all__ = [
     "overview",
     "quoted",
     "seconds",
+    "shared_seeds",
     "signature",
     "sort_words",
     "split_launcher",

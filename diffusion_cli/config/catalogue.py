@@ -89,12 +89,19 @@ def content(file: Path) -> dict[str, Any]:
     try:
         value = yaml.safe_load(file.read_text()) or {}
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        mark = getattr(error, "problem_mark", None)
-        place = f" at line {mark.line + 1}: {getattr(error, 'problem', None)}" if mark else ""
-        raise UsageError(file, NO_VALUE, f"not valid YAML{place}", "correct the file") from error
+        raise invalid_yaml(file, error) from error
     if not isinstance(value, dict):
         raise UsageError(file, NO_VALUE, "not a mapping", "write one key: value per line")
+    if not isinstance(value.get("defaults") or [], list):
+        raise UsageError(file, NO_VALUE, "defaults is not a list", "write defaults: [name]")
     return value
+
+
+def invalid_yaml(file: Path | str, error: Exception) -> UsageError:
+    """Return the error of a file that is not YAML, with the line if the parser named one."""
+    mark = getattr(error, "problem_mark", None)
+    place = f" at line {mark.line + 1}: {getattr(error, 'problem', None)}" if mark else ""
+    return UsageError(file, NO_VALUE, f"not valid YAML{place}", "correct the file")
 
 
 def chosen(command: str, overrides: Sequence[str], dirs: Sequence[Path]) -> dict[str, Choice]:

@@ -22,6 +22,7 @@ from diffusion_cli.config.continued import (
     without_processes,
 )
 from diffusion_cli.config.key_types import takes_list
+from diffusion_cli.config.own_options import composition_problems, incomplete_files
 from diffusion_cli.config.recipe import (
     AUTO,
     DERIVED,
@@ -41,7 +42,7 @@ from diffusion_cli.config.typed import KEY, SWEEPS, as_shown, as_text, as_typed,
 from diffusion_cli.config.validate import check_node, validate
 from diffusion_cli.config.values import Node
 from diffusion_cli.config.words import OTHER_NAMES, accepted, nearest_key, nearest_option
-from diffusion_cli.errors import NO_VALUE, Problem, UsageError, first_line
+from diffusion_cli.errors import NO_VALUE, Problem, UsageError
 from diffusion_cli.runs.migrate import migrated
 from diffusion_cli.system.compat import parse_override
 from diffusion_cli.system.trusted_paths import is_own_run
@@ -57,8 +58,8 @@ RUN_DATA = ("dataset.path", "dataset.masks")
 
 def load(command: str, overrides: Sequence[str], dirs: Sequence[Path] = ()) -> Config:
     """Compose and check the configuration of a command; raises UsageError with all of them at once."""
-    if renamed := renamed_in_files(command, overrides, dirs):
-        raise UsageError.several(renamed)
+    if wrong := renamed_in_files(command, overrides, dirs) or incomplete_files(command, overrides, dirs):
+        raise UsageError.several(wrong)
     choosing, setting, mistakes = _sort(command, as_typed(command, overrides, dirs), dirs)
     try:
         composed, unknown = (
@@ -73,7 +74,9 @@ def load(command: str, overrides: Sequence[str], dirs: Sequence[Path] = ()) -> C
     except Exception as error:  # Hydra and OmegaConf have no common base class
         if type(error).__module__.partition(".")[0] not in ("hydra", "omegaconf", "antlr4", "yaml"):
             raise
-        raise UsageError.several([*mistakes, *_composition_problems(command, overrides, error)]) from error
+        raise UsageError.several(
+            [*mistakes, *composition_problems(command, overrides, dirs, error)]
+        ) from error
     config, wrong = _check(command, composed)
     if any(
         problem.key == "max_steps" for problem in wrong
@@ -84,15 +87,6 @@ def load(command: str, overrides: Sequence[str], dirs: Sequence[Path] = ()) -> C
     if mistakes or config is None:
         raise UsageError.several(mistakes)
     return config
-
-
-def _composition_problems(command: str, overrides: Sequence[str], error: Exception) -> list[Problem]:
-    """The problems of overrides that Hydra cannot compose."""
-    references = [text for text in overrides if "${" in text]
-    if references:
-        remedy = "use the name of a key, such as ${seed}"
-        return [Problem(text, NO_VALUE, "invalid reference ${...}", remedy) for text in references]
-    return [Problem(command, NO_VALUE, f"cannot compose the configuration: {first_line(error)}")]
 
 
 def _composed(

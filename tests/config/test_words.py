@@ -191,3 +191,44 @@ def test_gpu_is_taken_as_cuda(word, capsys):
     command, *words = word.split()
     assert run([command, *words, "--cfg", "job"]) == 0
     assert re.search(r"(accelerator|device): cuda$", capsys.readouterr().out, re.MULTILINE)
+
+
+@pytest.mark.parametrize(
+    ("group", "text", "problem"),
+    [
+        ("sampler", "", "is empty; write one key: value per line"),
+        ("experiment", "# @package _global_\n", "is empty; write one key: value per line"),
+        (
+            "sampler",
+            "eta: 1",
+            "has no _target_; name the class, as _target_: diffusion_cli.samplers.DDIM",
+        ),
+        ("sampler", "defaults: 3", "defaults is not a list; write defaults: [name]"),
+        (
+            "sampler",
+            "_target_: x\na: 2\na: 3",
+            "not valid YAML at line 3: found duplicate key a; correct the file",
+        ),
+        ("sampler", "defaults: [x]\n_target_: y", "Could not load 'sampler/x'; correct its defaults"),
+        (
+            "experiment",
+            "# @package _global_\ndefaults: [override /modl: x]",
+            "Could not override 'modl'. No match in the defaults list; correct its defaults",
+        ),
+    ],
+)
+def test_an_option_file_that_cannot_be_used_is_named(capsys, tmp_path, group, text, problem):
+    file = Path(tmp_path, group, "mine.yaml")
+    file.parent.mkdir()
+    file.write_text(text)
+    assert run(["train", "--config-dir", str(tmp_path), f"{group}=mine"]) == 2
+    assert capsys.readouterr().err == f"diffuse: {file}: {problem}\n"
+
+
+def test_a_reference_to_no_key_names_the_key_that_has_it(capsys, tmp_path):
+    file = Path(tmp_path, "sampler", "mine.yaml")
+    file.parent.mkdir()
+    file.write_text("_target_: diffusion_cli.samplers.DDIM\neta: ${nowhere}\n")
+    assert run(["sample", "--config-dir", str(tmp_path), "sampler=mine"]) == 2
+    line = "sampler.eta: Interpolation key 'nowhere' not found; use the name of a key, such as ${seed}"
+    assert capsys.readouterr().err == f"diffuse: {line}\n"

@@ -105,7 +105,7 @@ def train(*overrides: str | Sequence[str]) -> "Model":
     Example:
         >>> model = train("dataset=digits", "max_steps=2", "name=two_steps")
         <BLANKLINE>
-        Trained 2 steps; ...
+        Trained 2 steps in ...
         >>> model.step
         2
     """

@@ -113,7 +113,7 @@ def _fit(
             except SystemExit as error:  # Lightning raises it at a second Ctrl-C
                 raise KeyboardInterrupt from error
         if main:
-            for line in train_report.last_lines(trainer.global_step, stop, periodic, model, folder):
+            for line in train_report.last_lines(progress, stop, periodic, model, folder):
                 print(f"\n{line}")
     return UNFINISHED if stop.stopping else 0
 

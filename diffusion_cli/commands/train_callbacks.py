@@ -100,6 +100,7 @@ def _preview(
         stages=setup.stages,
         space=setup.space,
         form=setup.dataset.form,
+        batch_size=config.batch_size,
         labels=None if counts is None else label_settings([min(count, 1) for count in counts])["labels"],
         names=setup.dataset.class_names,
     )

@@ -13,7 +13,7 @@ from diffusion_cli.data.labels import examples
 from diffusion_cli.diffusion.denoiser import Denoiser, NoisyClassifier
 from diffusion_cli.system.distributed import started
 from diffusion_cli.training.autoencoder_loss import Autoencoding
-from diffusion_cli.training.callbacks import GracefulStop, PeriodicCallback, ValidationAccuracy
+from diffusion_cli.training.callbacks import GracefulStop, PeriodicCallback, Progress, ValidationAccuracy
 from diffusion_cli.training.module import Trainable
 
 
@@ -35,17 +35,21 @@ def remarks(setup: TrainingSetup) -> list[str]:
 
 
 def last_lines(
-    step: int, stop: GracefulStop, callbacks: Sequence[PeriodicCallback], model: Trainable, folder: Path
+    progress: Progress,
+    stop: GracefulStop,
+    callbacks: Sequence[PeriodicCallback],
+    model: Trainable,
+    folder: Path,
 ) -> Iterator[str]:
-    """Yield the outcome of a run that ended at `step`, and the next command."""
+    """Yield the outcome of a run, and the next command."""
     for callback in callbacks:
         if isinstance(callback, ValidationAccuracy):
             yield ", ".join(f"validation {name} {value:.3f}" for name, value in callback.accuracy.items())
     if stop.stopping and stop.signal is not None:
         name = signal.Signals(stop.signal).name
-        yield f"{name}: saved {folder} at step {step}; the same command continues the run"
+        yield f"{name}: saved {folder} at step {progress.step}; the same command continues the run"
     else:
-        yield f"Trained {step} steps; the run is {folder}\nNext: {_next(model, folder)}"
+        yield f"{progress.outcome()}; the run is {folder}\nNext: {_next(model, folder)}"
 
 
 def time_spent(config: TrainConfig, folder: Path, step: int) -> str:

@@ -36,6 +36,7 @@ class ProgressBar(tqdm):
         self, *arguments: Any, desc: str | None = None, total: float | None = None, **options: Any
     ) -> None:
         self._estimated = False
+        self._first: tuple[float, float] | None = None
         on_terminal = sys.stderr.isatty()
         endless = total is None and not (arguments and hasattr(arguments[0], "__len__"))
         line = ENDLESS_LINE if endless else LINE
@@ -63,13 +64,16 @@ class ProgressBar(tqdm):
     def update(self, n: float | None = 1) -> bool | None:
         """Add n items; return whether the bar was drawn."""
         drawn = super().update(n)
+        if self._first is None:  # the time until then includes preparation
+            self._first = time.time(), self.n
         if drawn and not self._estimated:
             self._estimate()
         return drawn
 
     def _estimate(self) -> None:
         """Print the time that remains, once it is measured and if it is long."""
-        passed, done = time.time() - self.start_t, self.n - self.initial
+        assert self._first is not None
+        passed, done = time.time() - self._first[0], self.n - self._first[1]
         if passed < MEASURED or done <= 0 or not self.total:
             return
         self._estimated = True

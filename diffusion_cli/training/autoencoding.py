@@ -80,14 +80,18 @@ class AutoencodingModule(TrainingModule[Autoencoding, TermMeter]):
 
 
 class ReconstructionPreview(PeriodicCallback):
-    """Saves pictures of images, each row above its reconstructions by the EMA weights."""
+    """Saves pictures of images, each row above its reconstructions by the EMA weights.
+
+    It also runs at steps 1, 10, 100, ... and at the last step.
+    """
 
     stored_as = "Reconstructions"
+    at_end = True
 
     def __init__(
         self, every: int, ema: EMA, stop: GracefulStop, *, run: Path, images: Tensor, form: SampleFormat
     ) -> None:
-        super().__init__(every, ema, stop)
+        super().__init__(every, ema, stop, early=1)
         self.folder, self.images, self.form = run / "previews", images, form
 
     @torch.no_grad()

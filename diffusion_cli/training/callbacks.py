@@ -1,5 +1,6 @@
 """Callbacks of training: progress, logs, checkpoints, validation, previews and the stop at a signal."""
 
+import math
 import signal
 import sys
 import time
@@ -27,7 +28,7 @@ from diffusion_cli.generate import labels_of, sample
 from diffusion_cli.images import by_class, save_rows
 from diffusion_cli.metrics import EvaluationCancelled
 from diffusion_cli.runs.checkpoint import LAST, copy_checkpoint, numbered, save
-from diffusion_cli.samplers import Sampler
+from diffusion_cli.samplers import Sampler, reporting
 from diffusion_cli.system.distributed import Distributed
 from diffusion_cli.system.progress import ProgressBar
 from diffusion_cli.system.signals import handled, handling
@@ -48,12 +49,25 @@ class WholeFileIO(TorchCheckpointIO):
         save(checkpoint, Path(path))
 
 
-class StepCallback(Callback, ABC):
-    """A callback that acts after optimizer steps, not after the parts of an accumulated batch."""
+POWERS_OF_TEN = frozenset(10**power for power in range(10))
 
-    def __init__(self, every: int) -> None:
-        self.every = every
+
+class StepCallback(Callback, ABC):
+    """A callback that acts after optimizer steps, not after the parts of an accumulated batch.
+
+    Args:
+        every: steps between its actions.
+        early: with a number, it also acts at steps 1, 10, 100, ... from this one up to `every`.
+    """
+
+    def __init__(self, every: int, early: int | None = None) -> None:
+        self.every, self.early = every, early
         self._seen = -1
+
+    def due(self, step: int) -> bool:
+        """Return whether it acts at a step."""
+        is_early = self.early is not None and self.early <= step < self.every and step in POWERS_OF_TEN
+        return is_early or step % self.every == 0
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._seen = trainer.global_step
@@ -64,13 +78,13 @@ class StepCallback(Callback, ABC):
         step = trainer.global_step
         if step > self._seen:
             self._seen = step
-            if step % self.every == 0:
+            if self.due(step):
                 assert isinstance(pl_module, TrainingModule)
                 self.on_optimizer_step(trainer, pl_module, step)
 
     @abstractmethod
     def on_optimizer_step(self, trainer: Trainer, module: TrainingModule, step: int) -> None:
-        """Act after an optimizer step that is a multiple of `every`."""
+        """Act after an optimizer step that is due."""
 
 
 def stop_if_diverged(module: TrainingModule, last: Path, step: int | None = None) -> None:
@@ -97,7 +111,7 @@ def stop_if_diverged(module: TrainingModule, last: Path, step: int | None = None
 
 
 class Progress(StepCallback):
-    """Shows the progress bar and logs the losses."""
+    """Shows the progress bar and logs the losses: every `every` steps, early, and at the last step."""
 
     MEASURED = 20.0
     """Seconds of training over which the time of a step is measured."""
@@ -111,12 +125,13 @@ class Progress(StepCallback):
         stop: "GracefulStop",
         config: Node,
     ) -> None:
-        super().__init__(every)
+        super().__init__(every, early=1)
         self.run, self.stages, self.max_steps, self.stop = run, stages, max_steps, stop
         self.config, self.check = config, LossCheck(config)
         self._zero: float | None = None
         self._timed: tuple[int, float] | None = None
         self._estimated = False
+        self._loss = 0.0
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
@@ -127,7 +142,28 @@ class Progress(StepCallback):
             desc="train",
             disable=not trainer.is_global_zero,
         )
-        self._mark = (trainer.global_step, time.perf_counter())
+        self._mark = self._start = (trainer.global_step, time.perf_counter())
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._mark[0] < trainer.global_step:
+            assert isinstance(pl_module, TrainingModule)
+            self.on_optimizer_step(trainer, pl_module, trainer.global_step)
+
+    @property
+    def step(self) -> int:
+        """The last step of the training that has ended."""
+        return self._mark[0]
+
+    def outcome(self) -> str:
+        """Return the steps since the first start, and the time, speed and last loss of this start."""
+        (first, then), last = self._start, self.step
+        passed = time.perf_counter() - then
+        rate = (self.stages.images(last) - self.stages.images(first)) / passed
+        now = f", {last - first} of them now," if first else ""
+        return (
+            f"Trained {last} steps{now} in {ProgressBar.format_interval(passed)}, {rate:.0f} images/s, "
+            f"loss {self._loss:.4f}"
+        )
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -157,6 +193,7 @@ class Progress(StepCallback):
     def on_optimizer_step(self, trainer: Trainer, module: TrainingModule, step: int) -> None:
         stop_if_diverged(module, self.run / LAST)
         values = module.meter.read()
+        self._loss = values["loss"]
         (before, then), now = self._mark, time.perf_counter()
         self._mark = (step, now)
         rate = (self.stages.images(step) - self.stages.images(before)) / (now - then)
@@ -167,13 +204,15 @@ class Progress(StepCallback):
             size = f"size {values['size']}, "
         if self._zero is not None:
             values["relative_loss"] = values["loss"] / self._zero
-            self._warn(self.check.warning(values["loss"], step, self._zero))
+            if step % self.every == 0:  # a mean over fewer steps varies more
+                self._warn(self.check.warning(values["loss"], step, self._zero))
         for logger in trainer.loggers:
             logger.log_metrics(values, step=step)
         left = self.stop.seconds_left()
         limit = "" if left is None else f", {ProgressBar.format_interval(left)} of max_time left"
         self.bar.set_postfix_str(
-            f"{size}loss {values['loss']:.4f}, {rate:.0f} images/s{limit}", refresh=False
+            f"{size}loss {values['loss']:.4f}, {rate:.0f} images/s{limit}",
+            refresh=step < self.every and self.due(step),
         )
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -321,9 +360,11 @@ class PeriodicCallback(StepCallback):
 
     stored_as: ClassVar[str]
     """Key of its state in checkpoints, the same in all versions."""
+    at_end: ClassVar[bool] = False
+    """Whether it also runs at the last step, unless that comes before `early`."""
 
-    def __init__(self, every: int, ema: EMA, stop: GracefulStop) -> None:
-        super().__init__(every)
+    def __init__(self, every: int, ema: EMA, stop: GracefulStop, early: int | None = None) -> None:
+        super().__init__(every, early)
         self.ema, self.stop = ema, stop
         self.done = -1
         """Step of the last run."""
@@ -335,7 +376,13 @@ class PeriodicCallback(StepCallback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
         step = trainer.global_step
-        if step and step % self.every == 0 and 0 <= self.done < step:
+        if step and self.due(step) and 0 <= self.done < step:
+            assert isinstance(pl_module, TrainingModule)
+            self.on_optimizer_step(trainer, pl_module, step)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        step = trainer.global_step
+        if self.at_end and self.done != step and step >= (self.early or 0):
             assert isinstance(pl_module, TrainingModule)
             self.on_optimizer_step(trainer, pl_module, step)
 
@@ -381,6 +428,7 @@ class ValidationAccuracy(PeriodicCallback):
     """Logs the accuracy of the EMA weights on the validation split, in total and by quartile of the noise."""
 
     stored_as = "HeldOutAccuracy"
+    at_end = True
 
     def __init__(
         self, every: int, batches: Callable[[int], Iterable[Batch]], ema: EMA, stop: GracefulStop
@@ -389,11 +437,6 @@ class ValidationAccuracy(PeriodicCallback):
         self.batches = batches
         self.accuracy: dict[str, float] = {}
         """The last measured values."""
-
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self.done != trainer.global_step:
-            assert isinstance(pl_module, TrainingModule)
-            self.on_optimizer_step(trainer, pl_module, trainer.global_step)
 
     @torch.no_grad()
     def run(self, trainer: Trainer, module: TrainingModule, step: int) -> bool:
@@ -412,9 +455,16 @@ class ValidationAccuracy(PeriodicCallback):
 
 
 class Preview(PeriodicCallback):
-    """Saves a grid of samples of the EMA weights, with the same seeds every time, in the final resolution."""
+    """Saves a grid of samples of the EMA weights, with the same seeds every time, in the final resolution.
+
+    It also runs at steps 10, 100, ... and at the last step, once training has taken longer than a preview.
+
+    Args:
+        batch_size: images per optimizer step, to compare the times.
+    """
 
     stored_as = "Preview"
+    at_end = True
 
     SEEDS = range(64)
 
@@ -430,10 +480,12 @@ class Preview(PeriodicCallback):
         stages: ResolutionSchedule,
         space: Space,
         form: SampleFormat,
+        batch_size: int,
         labels: Sequence[int] | None = None,
         names: Sequence[str] | None = None,
     ) -> None:
-        super().__init__(every, ema, stop)
+        # A training step takes about three forward passes for each image.
+        super().__init__(every, ema, stop, early=math.ceil(len(self.SEEDS) * steps / (3 * batch_size)))
         self.labels = labels
         """Classes of consecutive samples, repeated; None: no labels."""
         self.names = names
@@ -447,12 +499,15 @@ class Preview(PeriodicCallback):
         if not trainer.is_global_zero:
             return True
         assert isinstance(denoiser, Denoiser)
-        labels = labels_of(self.SEEDS, self.labels, module.device)
-        with trainer.precision_plugin.forward_context():
+        labels, times = labels_of(self.SEEDS, self.labels, module.device), self.sampler.grid(self.steps)
+        denoise = self.space.clipped(lambda x, t: denoiser(x, t, labels), denoiser.schedule)
+        count = len(self.SEEDS)
+        bar = ProgressBar(total=count, desc="preview", unit="image", delay=1.0, leave=False)
+        with trainer.precision_plugin.forward_context(), bar, bar.batch(count) as advance:
             x = sample(
-                self.space.clipped(lambda x, t: denoiser(x, t, labels), denoiser.schedule),
+                reporting(denoise, times, advance),
                 self.sampler,
-                self.sampler.grid(self.steps),
+                times,
                 self.SEEDS,
                 self.stages.after(step).shape,
                 module.device,

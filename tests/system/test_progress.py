@@ -94,8 +94,8 @@ def test_a_failed_batch_does_not_count(monkeypatch, clock):
 @pytest.mark.parametrize(
     ("total", "line"),
     [
-        (4000, "diffuse: sample: about 17 minutes for the remaining 3,980 images\n"),
-        (100_000, "diffuse: sample: about 7 hours for the remaining 99,980 images\n"),
+        (4000, "diffuse: sample: about 17 minutes for the remaining 3,979 images\n"),
+        (100_000, "diffuse: sample: about 7 hours for the remaining 99,979 images\n"),
         (400, ""),
     ],
 )

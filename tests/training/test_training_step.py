@@ -269,7 +269,7 @@ def test_the_val_loss_and_previews_are_those_of_the_averaged_weights(tmp_path):
     sampler = DDIM(module.model.schedule, eta=0.0, spacing="time")
     preview = Preview(
         1, ema, stop, run=tmp_path, sampler=sampler, steps=2, stages=ResolutionSchedule([Stage(0, (1, 2, 2), 1)]),
-        space=Pixels((1, 2, 2)), form=Uint8Image(),
+        space=Pixels((1, 2, 2)), form=Uint8Image(), batch_size=1,
     )  # fmt: skip
     preview.run(log, module, 1)  # pyright: ignore[reportArgumentType]
     with Image.open(tmp_path / "previews" / "step_00000001.png") as picture:

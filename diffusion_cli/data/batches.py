@@ -2,6 +2,7 @@
 
 import signal
 import threading
+import warnings
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -193,6 +194,8 @@ def _from_thread(images: Images, rows: Iterable[Tensor], pin: bool) -> Iterator[
 def _from_workers(
     images: Images, rows: Iterable[Tensor], num_workers: int, pin: bool, key: str
 ) -> Iterator["Fetched"]:
+    # More workers than cores are no mistake: they wait for the disk.
+    warnings.filterwarnings("ignore", message="This DataLoader will create")
     loader: Iterable = DataLoader(
         _Fetcher(images, key=key),
         sampler=(these.tolist() for these in rows),  # lists: tensors would use shared memory

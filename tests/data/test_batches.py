@@ -118,6 +118,14 @@ def test_global_random_state_has_no_part_in_batches(tmp_path):
     assert_same(first, take(Batches(images, 4, 0, True), 3))
 
 
+def test_more_workers_than_cores_print_no_warning(tmp_path, monkeypatch, recwarn):
+    write_images(tmp_path, 6)
+    images = folder(tmp_path, in_memory=False).load("train")
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: {0})
+    take(Batches(images, 4, 0, False, num_workers=2), 1)
+    assert not recwarn.list
+
+
 def test_bytes_fill_the_range_exactly_and_come_back():
     values = torch.arange(256, dtype=torch.uint8)
     x = to_model_range(values)

@@ -4,6 +4,7 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from io import StringIO
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -11,6 +12,7 @@ from diffusion_cli.system.files import atomic_write
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.axis import Axis
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
 
@@ -20,6 +22,9 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#0
 DASHES = ((), (3.7, 1.6), (1, 1.65), (6.4, 1.6, 1, 1.6))
 FEW = 20  # curves with at most this number of points have markers
 WIDTH, HEIGHT = 3.8, 2.9  # of a panel in inches
+MOST_PLACES = 8  # values of a logarithmic axis that are labelled themselves
+APART = 1.4  # ratio of such values, so that their labels do not overlap
+DECADES = 200  # ratio of the ends of an axis, below which 2 and 5 are labelled beside 1
 WIDE = 5.2  # of a panel without legend in inches
 
 
@@ -129,6 +134,24 @@ def canvas(width: float, height: float, tolerance: float = 1 / 9) -> Iterator["F
         yield Figure(figsize=(width, height), dpi=200, layout="constrained")
 
 
+def _plain_numbers(axis: "Axis", values: Sequence[float]) -> None:
+    """Label a logarithmic axis with 20 and 0.05 instead of powers of ten, or with its values if few and whole."""
+    from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullFormatter, NullLocator
+
+    if axis.get_scale() != "log":
+        return
+    places = sorted({value for value in values if value > 0})
+    low, high = places[0], places[-1]
+    apart = all(after >= APART * before for before, after in pairwise(places))
+    if apart and len(places) <= MOST_PLACES and all(float(value).is_integer() for value in places):
+        axis.set_major_locator(FixedLocator(places))
+        axis.set_minor_locator(NullLocator())
+    else:
+        axis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < DECADES * low else (1,)))
+        axis.set_minor_formatter(NullFormatter())
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.4g}"))
+
+
 def draw_panel(axes: "Axes", panel: Panel, labels: Sequence[str]) -> list["Line2D"]:
     """Draw the curves of a panel, and return their lines in order."""
     lines = []
@@ -141,12 +164,14 @@ def draw_panel(axes: "Axes", panel: Panel, labels: Sequence[str]) -> list["Line2
             linestyle=(0, style.dashes or None),
             linewidth=1.5,
             marker="o" if len(curve.points) <= FEW else "",
-            markersize=3.5,
+            markersize=3.5 if len(curve.points) > 1 else 7,
         )
     for mark in panel.marks:
         axes.axvline(mark, color="#999999", linestyle=":", linewidth=1)
     axes.set_xscale("log" if panel.log_x else "linear")
     axes.set_yscale("log" if panel.log_y else "linear")
+    for axis, values in ((axes.xaxis, "x"), (axes.yaxis, "y")):
+        _plain_numbers(axis, [value for each in panel.curves for value in getattr(each, values)])
     axes.set_xlim(left=panel.x_min)
     axes.set_ylim(bottom=panel.y_min)
     axes.grid(which="both", color="#808080", alpha=0.2, linewidth=0.6)

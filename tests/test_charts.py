@@ -5,7 +5,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-from diffusion_cli.charts import COLOURS, DASHES, Curve, Panel, line_style, svg
+from diffusion_cli.charts import COLOURS, DASHES, Curve, Panel, canvas, draw_panel, line_style, svg
 from diffusion_cli.errors import FormatError
 from diffusion_cli.runs.curves import read_curves
 
@@ -38,6 +38,35 @@ def test_a_logarithmic_axis_places_values_by_their_ratio():
     curve = Curve("loss", [(0, 0.01), (1, 0.1), (2, 1.0)], 0)
     (_, y0), (_, y1), (_, y2) = path_of(Panel("", "", [curve], log_y=True))
     assert y1 == pytest.approx((y0 + y2) / 2, abs=1e-5)
+
+
+def labels_of(points: list[tuple[float, float]], name: str) -> list[str]:
+    """The labels on one of the logarithmic axes of a curve."""
+    with canvas(4, 3) as figure:
+        axes = figure.add_subplot()
+        draw_panel(axes, Panel("", "", [Curve("", points)], log_x=True, log_y=True), [""])
+        figure.draw_without_rendering()
+        axis = axes.xaxis if name == "x" else axes.yaxis
+        low, high = axis.get_view_interval()
+        ticks = zip(axis.get_ticklocs(), axis.get_ticklabels(), strict=True)
+        return [label.get_text() for place, label in ticks if low <= place <= high]
+
+
+def test_logarithmic_axes_have_plain_numbers():
+    points = [(5.0, 19.1), (10.0, 4.2), (20.0, 0.61), (50.0, 0.58)]
+    assert labels_of(points, "x") == ["5", "10", "20", "50"]
+    assert labels_of(points, "y") == ["0.5", "1", "2", "5", "10", "20"]
+    assert labels_of([(float(n), 0.5) for n in range(1, 10)], "x")[:3] == ["1", "2", "5"]
+    assert labels_of([(1.0, 1e-3), (2.0, 10.0)], "y") == ["0.001", "0.01", "0.1", "1", "10"]
+    assert labels_of([(7.0, 0.3)], "x") == ["7"]
+
+
+def test_a_single_point_is_a_large_mark():
+    with canvas(4, 3) as figure:
+        curves = [Curve("a", [(1, 1.0)]), Curve("b", [(1, 1.0), (2, 2.0)])]
+        one, two = draw_panel(figure.add_subplot(), Panel("", "", curves), ["a", "b"])
+    assert one.get_marker() == two.get_marker() == "o"
+    assert one.get_markersize() > two.get_markersize()
 
 
 def test_a_long_curve_is_small_and_keeps_its_extremes():

@@ -11,7 +11,7 @@ from lightning.pytorch import Trainer
 
 from diffusion_cli.commands import train_report
 from diffusion_cli.commands.inputs import show_remarks
-from diffusion_cli.commands.train_callbacks import periodic_callbacks
+from diffusion_cli.commands.train_callbacks import periodic_callbacks, save_real_images
 from diffusion_cli.commands.train_checks import check_configuration, check_devices, remark_on_machine
 from diffusion_cli.commands.train_setup import TrainingSetup, set_up, training_module
 from diffusion_cli.config import TrainConfig, build, seconds
@@ -128,7 +128,7 @@ def _check_resumable(before: Checkpoint, trainer: Trainer, module: TrainingModul
 
 
 def _begin(config: TrainConfig, setup: TrainingSetup, folder: Path, done: int) -> None:
-    """Write the configuration (and the autoencoder of a new run), and print a summary and remarks."""
+    """Write the configuration, real images and the autoencoder of a new run; print a summary and remarks."""
     if setup.latent is not None and not done:
         save_weights(setup.latent.latents.autoencoder, folder / AUTOENCODER)
     with atomic_write(folder / "config.yaml") as temporary:
@@ -136,6 +136,7 @@ def _begin(config: TrainConfig, setup: TrainingSetup, folder: Path, done: int) -
     remember_run(folder)  # only now, because an existing config.yaml may be untrusted
     print(train_report.first_line(config, setup, folder, done), file=sys.stderr)
     show_remarks(train_report.remarks(setup))
+    save_real_images(setup, folder)
 
 
 @contextmanager

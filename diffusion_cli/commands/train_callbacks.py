@@ -1,16 +1,21 @@
 """Build the callbacks of `diffuse train` that validate, evaluate and preview the EMA weights."""
 
+import math
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import torch
 
+from diffusion_cli.captions import Captions, class_name
 from diffusion_cli.commands.train_setup import AutoencoderTask, DenoisingTask, TrainingSetup
 from diffusion_cli.config import TrainConfig, build, fingerprint
 from diffusion_cli.data import (
     Batch,
     Images,
+    PicturedImages,
     ResolutionSchedule,
+    UnreadableError,
     pictured,
     reduced,
     spread,
@@ -20,6 +25,7 @@ from diffusion_cli.data import (
 from diffusion_cli.data.class_shares import label_settings, labels_in_turn
 from diffusion_cli.diffusion.denoiser import Denoiser, NoisyClassifier
 from diffusion_cli.errors import UsageError
+from diffusion_cli.images import PLAIN, save_rows
 from diffusion_cli.metrics import FeatureExtractors, Metric, Reference, cache_folder
 from diffusion_cli.training.autoencoding import ReconstructionPreview
 from diffusion_cli.training.callbacks import (
@@ -34,6 +40,8 @@ from diffusion_cli.training.evaluation import EvaluationCallback, TrainingSample
 
 PICTURES = 32
 """Number of reconstructions in a preview."""
+REAL_IMAGES = 36
+"""Number of real images in the picture of a run."""
 
 
 def periodic_callbacks(
@@ -83,6 +91,37 @@ def _reconstructions(
         images=to_model_range(shown),
         form=setup.dataset.form,
     )
+
+
+def save_real_images(setup: TrainingSetup, folder: Path) -> None:
+    """Write training images as `previews/real.png`, in rows as the previews; once per run.
+
+    An image that cannot be read leaves out the picture, because training itself names such an image.
+    """
+    path = folder / "previews" / "real.png"
+    if isinstance(setup.task, AutoencoderTask) or path.is_file():
+        return
+    images = setup.images if setup.latent is None else setup.dataset.stream("train")
+    groups = _real_rows(images, setup.label_counts)
+    if groups is None:
+        evenly = spread(len(images), min(len(images), REAL_IMAGES))
+        chosen, captions = [*evenly.split(math.isqrt(REAL_IMAGES))], PLAIN
+    else:
+        names = setup.dataset.class_names
+        chosen, captions = [*groups.values()], Captions([class_name(label, names) for label in groups])
+    shown = PicturedImages(images, setup.dataset.form)
+    with suppress(UnreadableError):
+        save_rows([shown[rows.to(images.device)] for rows in chosen], path, captions)
+
+
+def _real_rows(images: Images, counts: list[int] | None) -> dict[int, torch.Tensor] | None:
+    """Return some images of each class; None without classes, or with too many."""
+    labels = [] if counts is None else [label for label, count in enumerate(counts) if count]
+    if images.labels is None or not 0 < 2 * len(labels) <= REAL_IMAGES:
+        return None
+    found = {label: (images.labels == label).nonzero().flatten().cpu() for label in labels}
+    each = REAL_IMAGES // len(labels)
+    return {label: rows[spread(len(rows), min(len(rows), each))] for label, rows in found.items()}
 
 
 def _preview(

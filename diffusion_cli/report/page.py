@@ -11,10 +11,11 @@ import torch
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from diffusion_cli import __version__
-from diffusion_cli.charts import COLOURS, Curve, Panel, Points, line_style, svg
+from diffusion_cli.charts import COLOURS, FEW, Curve, Panel, Points, line_style, svg
 from diffusion_cli.config import flatten
 from diffusion_cli.errors import format_value
 from diffusion_cli.metrics import Report, Result, unlike
+from diffusion_cli.report.explanations import explained
 from diffusion_cli.report.record import Record
 from diffusion_cli.system.untrusted import regular
 
@@ -67,9 +68,14 @@ def page(records: Sequence[Record]) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"number": _number, "svg": _svg, "line_style": line_style}
+    environment.filters |= {"number": _number, "cell": _cell, "svg": _svg, "line_style": line_style}
     environment.tests["numeric"] = _is_numeric
-    environment.globals |= {"side_by_side": side_by_side, "measured_model": measured_model}
+    environment.globals |= {
+        "side_by_side": side_by_side,
+        "measured_model": measured_model,
+        "explained": explained,
+        "few": FEW,
+    }
     return environment.get_template("template.html").render(
         title=" · ".join(record.name for record in records),
         runs=records,
@@ -171,6 +177,11 @@ def _notes(reports: Sequence[Report]) -> list[str]:
 def _number(value: Any) -> str:
     """Return a number with five significant digits, as `diffuse eval` prints it."""
     return f"{value:.5g}" if isinstance(value, float) else format_value(value)
+
+
+def _cell(text: str) -> str:
+    """Return a cell of a table, rounded as `diffuse compare` prints it."""
+    return f"{float(text):.4g}" if _is_numeric(text) and "." in text else text
 
 
 def _svg(panel: Panel) -> str:

@@ -21,16 +21,25 @@ from diffusion_cli.system.untrusted import LONGEST_MANIFEST, MOST_IN_MANIFEST, r
 from diffusion_cli.system.untrusted import read as read_file
 
 MOST_PREVIEWS = 50  # embedded in a page
+MOST_EDITS = 10  # embedded in a page
 
 Content = TypeVar("Content")
 
 
 class SampleRecord(NamedTuple):
-    """A grid of samples and their settings."""
+    """A grid of samples, their denoising if it was drawn, and their settings."""
 
     name: str
     picture: str
     settings: dict[str, Any]
+    strip: str | None = None
+
+
+class EditRecord(NamedTuple):
+    """The picture of before and after of an edit."""
+
+    name: str
+    picture: str
 
 
 class Comparison(NamedTuple):
@@ -55,6 +64,10 @@ class Record:
     """Preview grids by step."""
     samples: SampleRecord | None
     """The newest samples."""
+    real: str | None
+    """Training images."""
+    edits: list[EditRecord]
+    """Edits, newest first."""
     reports: list[Report]
     """Reports of metrics.json, oldest first."""
     comparisons: list[Comparison]
@@ -81,6 +94,8 @@ def read_record(folder: Path, name: str) -> Record:
         reading.tried(read_curves, folder / "metrics.csv") or {},
         _previews(reading),
         _samples(reading),
+        reading.tried(_data_uri, folder / "previews" / "real.png"),
+        _edits(reading),
         reports,
         list(_comparisons(reading)),
         reading.remarks,
@@ -112,19 +127,26 @@ def _facts(folder: Path, checkpoint: Checkpoint) -> dict[str, str]:
     budget = f" of {info.config.max_steps:,}" if info.config.max_steps else ""
     # Includes the buffers, which are few.
     weights = sum(tensor.numel() for tensor in checkpoint.weights("ema").values())
-    dataset = info.config.dataset["_target_"].rpartition(".")[2]
     facts = {
         "step": f"{checkpoint.step:,}{budget}",
         "task": info.task,
         "shape": " × ".join(str(size) for size in info.shape),
         "parameters": f"{weights / 1e6:.2f}M",
-        "trained on": f"{info.num_images:,} images of {dataset}",
+        "trained on": f"{info.num_images:,} images of {data_name(info.config.dataset)}",
     }
     return (
         facts
         | ({"classes": ", ".join(info.class_names)} if info.class_names else {})
         | {"folder": str(folder)}
     )
+
+
+def data_name(dataset: Mapping[str, Any]) -> str:
+    """Return the name of a dataset as a user writes it: of its file or folder, or of its option."""
+    if dataset.get("path"):
+        return Path(str(dataset["path"])).name
+    kind = str(dataset["_target_"]).rpartition(".")[2]
+    return re.sub(r"(?<=[a-z])(?=[A-Z])", "_", kind).lower()
 
 
 def _environment(checkpoint: Checkpoint, reports: list[Report]) -> dict[str, str]:
@@ -164,7 +186,18 @@ def _samples(reading: _Reading) -> SampleRecord | None:
         return None
     settings = reading.tried(_settings, grids[-1].with_name("manifest.json"))
     picture = reading.tried(_data_uri, grids[-1])
-    return None if picture is None else SampleRecord(grids[-1].parent.name, picture, settings or {})
+    strip = reading.tried(_data_uri, grids[-1].with_name("strip.png"))
+    return None if picture is None else SampleRecord(grids[-1].parent.name, picture, settings or {}, strip)
+
+
+def _edits(reading: _Reading) -> list[EditRecord]:
+    grids = sorted(reading.folder.glob("edits/*/grid.png"), key=lambda path: path.stat().st_mtime)[::-1]
+    if len(grids) > MOST_EDITS:
+        reading.remarks.append(f"The newest {MOST_EDITS} of the {len(grids)} edits are shown.")
+    pictures = {grid: reading.tried(_data_uri, grid) for grid in grids[:MOST_EDITS]}
+    return [
+        EditRecord(grid.parent.name, picture) for grid, picture in pictures.items() if picture is not None
+    ]
 
 
 def _settings(path: Path) -> dict[str, Any]:

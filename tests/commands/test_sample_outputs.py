@@ -6,6 +6,7 @@ import torch
 from PIL import Image
 
 from diffusion_cli.cli import run
+from diffusion_cli.data import Digits
 from diffusion_cli.diffusion.denoiser import Denoiser
 from diffusion_cli.system.progress import ProgressBar
 from helpers.sampling import pngs, sample
@@ -181,3 +182,16 @@ def test_progress_advances_within_a_batch(sample_runs, tmp_path, monkeypatch, wo
     assert run([*words, *more, *output]) == 0
     assert len({n for n in shown if 0 < n < max(shown)}) >= 4
     assert max(shown) == (380 if words[0] == "eval" else 3)
+
+
+def test_a_run_keeps_a_picture_of_training_images_in_rows_of_classes(edit_runs):
+    images = Digits("data", val_fraction=0.2, flip=False).load("train")
+    assert images.labels is not None
+    with Image.open(edit_runs / "told" / "previews" / "real.png") as picture:
+        rows = np.array(picture)[:, -3 * 34 :].reshape(10, 34, 3, 34)
+    for label in range(10):
+        first = int((images.labels == label).nonzero()[0])
+        shown = rows[label, 1:33:4, 0, 1:33:4]
+        assert np.array_equal(shown, images[torch.tensor([first])][0, 0].numpy())
+    for name in ("plain", "judge"):
+        assert (edit_runs / name / "previews" / "real.png").is_file()

@@ -12,7 +12,9 @@ from diffusion_cli import config
 from diffusion_cli.charts import COLOURS, DASHES, line_style
 from diffusion_cli.cli import run as diffuse
 from diffusion_cli.metrics import Report, Result
+from diffusion_cli.report.explanations import explained
 from diffusion_cli.report.page import comparable, panels, side_by_side
+from diffusion_cli.report.record import data_name
 from helpers.reports import HOSTILE, make, picture, text_of, written
 
 
@@ -110,6 +112,47 @@ def test_the_newest_result_of_a_name_stands_for_it():
     ]
 
 
+@pytest.mark.parametrize(
+    ("name", "ratio", "samples", "said"),
+    [
+        ("fid", 0.59, 2000, "0.59 times the distance between two sets of real images, for training and for "
+         "validation; below 1 with more samples (2,000) than validation images (359)."),
+        ("fd_dinov2", 1.3, 2000, "for validation; 1 is as close as real images are."),
+        ("frechet_classifier", 0.9, 300, "below 1 if samples are nearer to the training images than new images are."),
+        ("frechet_classifier", None, 300, "Distance between the features of the samples and of real images"),
+        ("frechet_classifier", "<b>", 300, "Distance between the features of the samples and of real images"),
+        ("rfrechet_classifier", None, 300, "reconstructions and of their originals"),
+        ("precision_classifier", None, 300, "Share of the samples that are near real images"),
+        ("is", None, 300, "at least 1"),
+        ("my_own", None, 300, ""),
+    ],
+)  # fmt: skip
+def test_each_number_has_a_sentence(name, ratio, samples, said):
+    details = {} if ratio is None else {"ratio_to_reference": ratio, "reference_distance_images": 359}
+    sentence = explained(Result(name, 1.5, details, {"samples": samples}))
+    assert said in sentence
+    assert bool(said) == bool(sentence)
+
+
+def test_every_metric_of_this_program_has_a_sentence():
+    sources = "".join(file.read_text() for file in (config.HERE / "metrics").glob("*.py"))
+    written = re.findall(r'(?:NAME = |name = |MetricValue\(|named\(|_mean\()"(\w+)"', sources)
+    assert len(set(written)) > 10
+    assert [name for name in written if not explained(Result(name, 1.0, {}, {})) and name != "pixels"] == []
+
+
+@pytest.mark.parametrize(
+    ("node", "name"),
+    [
+        ({"_target_": "diffusion_cli.data.FashionMNIST"}, "fashion_mnist"),
+        ({"_target_": "diffusion_cli.data.CIFAR10", "path": None}, "cifar10"),
+        ({"_target_": "diffusion_cli.data.Folder", "path": "/home/me/my photos"}, "my photos"),
+    ],
+)
+def test_data_have_the_name_that_the_user_wrote(node, name):
+    assert data_name(node) == name
+
+
 def test_results_of_unlike_protocols_are_not_to_be_compared():
     first, steps = [report(result(steps=50))], [report(result(steps=10))]
     fewer = [report(result(samples=70))]
@@ -129,8 +172,13 @@ def test_a_page_says_what_the_folder_holds(tmp_path):
         "versions": {},
     }
     (folder / "samples" / "ddim-50-abc" / "manifest.json").write_text(json.dumps(manifest))
+    picture(folder / "samples" / "ddim-50-abc" / "strip.png", 97)
+    picture(folder / "previews" / "real.png", 96)
+    picture(folder / "edits" / "inpaint-abc" / "grid.png", 95)
     picture(folder / "comparisons" / "samplers" / "plot.png", 98)
-    (folder / "comparisons" / "samplers" / "table.csv").write_text('sampler,calls\n"ddim, eta 0",50\n')
+    (folder / "comparisons" / "samplers" / "table.csv").write_text(
+        'sampler,calls,seconds\n"ddim, eta 0",50,0.0012345678\n'
+    )
     history = [
         {"results": [result("fid", 9.125), result("is", 4.5)], "notes": ["an old note"]},
         {"results": [result("fid", 3.0625)], "notes": ["a new note"]},
@@ -139,11 +187,13 @@ def test_a_page_says_what_the_folder_holds(tmp_path):
     page = written(tmp_path)
     seen = text_of(page)
     for words in (
-        "1,200 of 2,400", "1 × 8 × 8", "0.15M", "1,438 images of Digits", "cat, dog", "sampler.eta 0.5", "images 3",
+        "1,200 of 2,400", "1 × 8 × 8", "0.15M", "1,438 images of digits", "cat, dog", "sampler.eta 0.5", "images 3",
         "lightning 2.88", "diffuse 0.0.7, torch 2.99, cpu", f"torch {torch.__version__} and Python",
-        "fid 3.0625 step 1200, DDIM, 50 steps, ClassifierFree of scale 1.5, 100 samples reference_distance 0.25",
-        "features.name inception", "a new note",
-        "sampler calls ddim, eta 0 50", "model.channels", "step 1000",
+        "fid 3.0625 step 1200, DDIM, 50 steps, ClassifierFree of scale 1.5, 100 samples",
+        "smaller is better. reference_distance 0.25",
+        "features.name inception", "a new note", "from noise to image", "real images", "inpaint-abc",
+        "Distance between the features of the samples and of real images; smaller is better.",
+        "sampler calls seconds ddim, eta 0 50 0.001235", "model.channels", "step 1000",
     ):  # fmt: skip
         assert words in seen, words
     values = re.findall(

@@ -1,0 +1,66 @@
+"""One sentence about each number of the report."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from diffusion_cli.metrics import Result
+
+FRECHET = ("fid", "sfid", "fd_dinov2", "frechet", "rfid", "rfrechet", "rfd_dinov2")
+SENTENCES = {
+    "fid": "Distance between the features of the samples and of real images; smaller is better.",
+    "rfid": "Distance between the features of reconstructions and of their originals; smaller is better.",
+    "kid": "Squared distance between the features of the samples and of real images; smaller is better, also below 0.",
+    "cmmd": "Distance between the CLIP features of the samples and of real images; smaller is better.",
+    "is": "How clear and how varied the classes of the samples are; at least 1, and larger is better.",
+    "precision": "Share of the samples that are near real images, 0 to 1; larger is better.",
+    "recall": "Share of the real images that are near samples, 0 to 1; larger is better.",
+    "density": "How many real images the samples are near to, relative to real data; about 1 is as dense as real data.",
+    "coverage": "Share of the real images with a sample in their neighbourhood, 0 to 1; larger is better.",
+    "clip_score": "Agreement of the samples with the text of their class; larger is better.",
+    "class_accuracy": "Share of the samples that a classifier assigns to their own class, 0 to 1; larger is better.",
+    "class_entropy": "Uncertainty of a classifier about the class of a sample, in nats; smaller is clearer.",
+    "memorization": "Share of the samples nearer to a training image than any validation image is; 0 is best.",
+    "lpips": "Perceptual distance between images and their originals; smaller is better.",
+    "lpips_diversity": "Perceptual distance between pairs of samples; larger is more varied.",
+    "psnr": "Difference of reconstructions from their originals, in decibels; larger is better.",
+    "ssim": "Similarity of reconstructions to their originals, at most 1; larger is better.",
+    "bits_per_dim_bound": "Upper bound of the bits per value that encode an image; smaller is better.",
+    "bits_per_dim_flow": "Bits per value that encode an image, by the probability flow; smaller is better.",
+    "inversion_rmse": "Error of images that are encoded to noise and decoded again; smaller is better.",
+    "latents_deviation": "Largest deviation of a latent channel from mean 0 and deviation 1; 0 is best.",
+}  # fmt: skip
+
+
+def explained(result: Result) -> str:
+    """Return a sentence about a result; empty for a metric that is not known here."""
+    metric = _metric(result.name)
+    sentence = SENTENCES.get({"rfrechet": "rfid", "rfd_dinov2": "rfid"}.get(metric, metric), "")
+    if metric not in FRECHET:
+        return sentence
+    return _beside_real(result.details, result.protocol) or sentence or SENTENCES["fid"]
+
+
+def _metric(name: str) -> str:
+    """Return the metric of a name such as kid_classifier, which ends with its features."""
+    known = {*SENTENCES, *FRECHET}
+    parts = name.split("_")
+    for count in range(len(parts), 0, -1):
+        if (metric := "_".join(parts[:count])) in known:
+            return metric
+    return name
+
+
+def _beside_real(details: Mapping[str, Any], protocol: Mapping[str, Any]) -> str:
+    """Return a Frechet distance relative to that of two sets of real images; empty if that is not known."""
+    ratio, images = details.get("ratio_to_reference"), details.get("reference_distance_images")
+    samples = protocol.get("samples")
+    if not isinstance(ratio, int | float) or not isinstance(images, int | float):
+        return ""
+    sentence = (
+        f"{ratio:.2g} times the distance between two sets of real images, for training and for validation"
+    )
+    if ratio >= 1:
+        return f"{sentence}; 1 is as close as real images are."
+    if isinstance(samples, int | float) and samples > images:
+        return f"{sentence}; below 1 with more samples ({samples:,}) than validation images ({images:,})."
+    return f"{sentence}; below 1 if samples are nearer to the training images than new images are."

@@ -3,6 +3,7 @@
 This module does not import torch, so help and error messages are fast.
 """
 
+import errno
 import importlib
 import os
 import signal
@@ -31,6 +32,15 @@ from diffusion_cli.system.signals import STOPPED, UNFINISHED, end, end_at_signal
 from diffusion_cli.system.terminal import guarded, lost_output, open_closed_streams
 from diffusion_cli.system.untrusted import printable
 
+REMEDIES = {
+    errno.EACCES: "check its permissions, or use another path",
+    errno.EPERM: "check its permissions, or use another path",
+    errno.EROFS: "use a writable folder",
+    errno.ENOSPC: "free some space, or use another disk",
+    errno.ENOTDIR: "use a path of which no part is a file",
+    errno.EEXIST: "use a path of which no part is a file",
+}
+"""Remedies for errors of the operating system."""
 USER_ERROR, INTERNAL_ERROR = 2, 1
 BUG = (
     f"this is an error in diffuse {__version__}, not in your command; please report it with the lines above, the "
@@ -195,7 +205,29 @@ def execute(command: str, checked: Config | list[Variant]) -> int:
     except OSError as error:
         if os.environ.get("DIFFUSE_TRACEBACK") or isinstance(error, MachineError) or not error.errno:
             raise
-        raise MachineError(str(error)) from error
+        raise _named(error, checked[0].config if isinstance(checked, list) else checked) from error
+
+
+def _named(error: OSError, checked: Config) -> MachineError:
+    """Return an error of the operating system as one line with the key that gave the path."""
+    if error.filename is None:
+        return MachineError(str(error))
+    place = Path(os.fsdecode(error.filename))
+    paths = {
+        key: value
+        for key, value in config.flatten(checked.model_dump()).items()
+        if isinstance(value, str) and _overlap(place, Path(value))
+    }
+    key = max(paths, key=lambda name: len(paths[name]), default=None)
+    reason = f"{error.strerror}: {place}" if key and str(place) != paths[key] else error.strerror
+    subject = f"{key}={paths[key]}" if key else place
+    remedy = REMEDIES.get(error.errno or 0, "use another path")
+    return MachineError(f"{subject}: cannot be used ({reason}); {remedy}")
+
+
+def _overlap(one: Path, other: Path) -> bool:
+    """Return whether one of two paths lies within the other; the working folder has no other path within it."""
+    return bool(one.parts and other.parts) and (one.is_relative_to(other) or other.is_relative_to(one))
 
 
 def _interrupt(number: int, frame: object) -> None:
@@ -230,6 +262,10 @@ def sweep(command: str, request: Request) -> int:
     folders = ",".join(config.quoted(f"file://{folder.resolve()}") for folder in request.dirs)
     output_dir = checked[0].output_dir
     logs = Path(output_dir, ".submitit")
+    try:
+        Path(output_dir).mkdir(parents=True, exist_ok=True)  # Hydra would do it with a traceback
+    except OSError as error:
+        raise _named(error, checked[0]) from error
     place = "" if f"{config.LAUNCHERS}=local" in launcher else f" with {launcher[0]}; logs: {logs}"
     print(f"Running {len(jobs)} jobs{place}", flush=True)
     sys.argv = [

@@ -354,3 +354,27 @@ def test_a_sweep_ends_with_a_table_of_its_jobs(tmp_path):
         ["not", "started"],
     ]
     assert "Traceback" not in failed.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        (
+            ["data", "pack", "dataset=digits", "output=a/x"],
+            "output=a/x: cannot be used (File exists: a); use a path of which no part is a file",
+        ),
+        (
+            ["train", "-m", "seed=0,1", "output_dir=a"],
+            "output_dir=a: cannot be used (File exists); use a path of which no part is a file",
+        ),
+        (
+            ["train", "-m", "seed=0,1", "output_dir=a/b"],
+            "output_dir=a/b: cannot be used (Not a directory); use a path of which no part is a file",
+        ),
+    ],
+)
+def test_an_error_of_the_system_names_key_and_remedy(capsys, monkeypatch, tmp_path, words, line):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a").touch()
+    assert run(words) == 2
+    assert capsys.readouterr().err == f"diffuse: {line}\n"

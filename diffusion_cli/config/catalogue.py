@@ -51,6 +51,7 @@ DESCRIBED = {
     "report": [],
     "plot": ["figure"],
     "data": ["action", "dataset"],
+    "runs": [],
 }
 """Groups that the help of a command lists first, with a description of each option."""
 

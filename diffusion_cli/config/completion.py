@@ -1,9 +1,12 @@
 """Shell completion of `diffuse`."""
 
 from collections.abc import Sequence
+from itertools import islice
+from pathlib import Path
 
 from diffusion_cli.config.catalogue import CONF, defaults, did_you_mean, documented, options
 from diffusion_cli.config.launcher import LAUNCHERS
+from diffusion_cli.config.runs import run_folders
 from diffusion_cli.config.schema import COMMANDS, FIRST_WORD
 from diffusion_cli.config.words import FLAGS
 from diffusion_cli.errors import NO_VALUE, UsageError
@@ -37,6 +40,17 @@ compdef _diffuse diffuse""",
 }
 
 
+RUN_KEYS = ("run", "compare", "latent.run", "guidance.run")
+"""Keys with a value that names a run."""
+PATH_KEYS = (
+    *("input", "output", "samples", "path", "masks", "mask", "weights", "lpips_weights", "stats"),
+    *("originals", "pretrained", "output_dir", "data_dir", "cache_dir"),
+)
+"""Last names of keys with a value that may be a path."""
+MOST_PATHS = 1000
+"""Most completions of a path."""
+
+
 def completion_script(shell: str) -> str:
     """Return the completion script of a shell; raises UsageError for an unknown shell."""
     if shell not in SCRIPTS:
@@ -56,9 +70,12 @@ def complete(words: Sequence[str]) -> list[str]:
     elif words[0] not in COMMANDS:
         return []
     elif "=" in last:
-        group = last.partition("=")[0]
-        folder = LAUNCHERS if group == "launcher" else group
-        candidates = [f"{group}={name}" for name in options(folder)]
+        key, _, value = last.partition("=")
+        names = [*options(LAUNCHERS if key == "launcher" else key)]
+        names += _runs(words) if key in RUN_KEYS else []
+        paths = _paths(value) if key in RUN_KEYS or key.rpartition(".")[2] in PATH_KEYS else []
+        names += [path for path in paths if path.endswith("/") or key not in RUN_KEYS]
+        candidates = [f"{key}={name}" for name in names]
     elif last.startswith("-"):
         candidates = FLAGS
     else:
@@ -71,3 +88,24 @@ def complete(words: Sequence[str]) -> list[str]:
         first = options(FIRST_WORD[words[0]]) if words[0] in FIRST_WORD and len(words) == 2 else ()
         candidates = [*first, *(f"{group}=" for group in groups), "launcher=", *keys]
     return [word for word in dict.fromkeys(candidates) if word.startswith(last)]
+
+
+def _runs(words: Sequence[str]) -> list[str]:
+    """The names of the runs in the `output_dir` of a command line."""
+    given = [word.partition("=")[2] for word in words if word.startswith("output_dir=")]
+    return [folder.name for folder in run_folders(Path(given[-1] if given else "outputs").expanduser())]
+
+
+def _paths(start: str) -> list[str]:
+    """The files and folders whose path begins with a text; folders end in a slash, and hidden ones need their dot."""
+    parent, slash, name = start.rpartition("/")
+    try:
+        found = [*islice(Path(f"{parent}{slash}" or ".").expanduser().iterdir(), MOST_PATHS)]
+    except OSError:
+        return []
+    shown = sorted(
+        path
+        for path in found
+        if path.name.startswith(name or "") and (name[:1] == "." or path.name[0] != ".")
+    )
+    return [f"{parent}{slash}{path.name}{'/' if path.is_dir() else ''}" for path in shown]

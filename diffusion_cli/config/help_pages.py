@@ -39,6 +39,7 @@ Commands
 Help
   diffuse <command> --help          groups, options and keys of a command
   diffuse <command> <group>=help    options of a group, such as diffuse train model=help
+  ... <group>=<option> --help       also the keys of an option: diffuse train dataset=folder --help
 
 Flags
   --cfg job           print the configuration and exit

@@ -62,6 +62,23 @@ def identity(config: Mapping[str, Any]) -> dict[str, Any]:
     return flat
 
 
+def run_folders(root: Path) -> list[Path]:
+    """Return the folders of the runs in a folder, sorted by name."""
+    return sorted(
+        {
+            path.parent.parent
+            for path in root.glob("*/checkpoints/*.ckpt")
+            if checkpoints_of(path.parent.parent)
+        }
+    )
+
+
+def checkpoints_of(run: Path) -> list[Path]:
+    """Return the checkpoints that a run can resume from."""
+    folder = run / "checkpoints"
+    return [file for file in (folder / "last.ckpt", *folder.glob("step_*.ckpt")) if file.is_file()]
+
+
 def flatten(node: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Nested mappings as one mapping of dotted keys."""
     flat: dict[str, Any] = {}

@@ -223,6 +223,14 @@ class PlotConfig(BaseModel):
     schedule: Node
 
 
+class RunsConfig(BaseModel):
+    """The keys of `conf/runs.yaml`."""
+
+    model_config = STRICT
+    format: Literal["table", "json"]
+    output_dir: str
+
+
 class DataConfig(BaseModel):
     """The keys of `conf/data.yaml`."""
 
@@ -266,6 +274,7 @@ Config = (
     | ReportConfig
     | PlotConfig
     | DataConfig
+    | RunsConfig
 )
 COMMANDS: dict[str, type[Config]] = {
     "train": TrainConfig,
@@ -276,6 +285,7 @@ COMMANDS: dict[str, type[Config]] = {
     "report": ReportConfig,
     "plot": PlotConfig,
     "data": DataConfig,
+    "runs": RunsConfig,
 }
 # Commands that take a list of values where one is due, and get the product of all lists.
 GRIDS = frozenset(["plot", "compare"])

@@ -32,6 +32,11 @@ def task_problems(choosing: Sequence[str], composed: Node, choices: Node) -> lis
     return [Problem(group, choices[group], f"is for task={tasks[group]}", remedy)]
 
 
+def task_of_classes(targets: Sequence[str]) -> str:
+    """Return the task of the classes of a model and an objective."""
+    return next((_tasks()[target] for target in targets if target in _tasks()), DENOISING)
+
+
 @cache
 def _tasks() -> dict[str, str]:
     """The task of each class that an option of `task` brings; all others are for denoising."""

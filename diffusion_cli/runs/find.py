@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
+from diffusion_cli.config.runs import checkpoints_of, run_folders
 from diffusion_cli.diffusion.denoiser import Denoiser
 from diffusion_cli.errors import NO_VALUE, UsageError
 from diffusion_cli.runs.checkpoint import BEST, LAST, Checkpoint, DamagedError, copy_checkpoint, read
@@ -74,9 +75,7 @@ def find_run(run: str | None, output_dir: str, key: str = "run") -> Path:
     """
     root = Path(output_dir)
     dates = {
-        folder: max(file.stat().st_mtime for file in _checkpoints(folder))
-        for folder in root.glob("*")
-        if _checkpoints(folder)
+        folder: max(file.stat().st_mtime for file in checkpoints_of(folder)) for folder in run_folders(root)
     }
     runs = sorted(dates, key=lambda folder: (dates[folder], folder.name))
     if run is None:
@@ -92,7 +91,7 @@ def find_run(run: str | None, output_dir: str, key: str = "run") -> Path:
                 return folder
         raise UsageError("output_dir", output_dir, "contains no runs", "train one with: diffuse train")
     for folder in (Path(run), root / run):
-        if _checkpoints(folder):
+        if checkpoints_of(folder):
             return folder
     raise UsageError(key, run, *_no_run(run, root, [folder.name for folder in reversed(runs)]))
 
@@ -117,7 +116,7 @@ def _no_run(run: str, root: Path, names: list[str]) -> tuple[str, str]:
 
 def is_run(folder: Path) -> bool:
     """Return whether a folder contains checkpoints, intact or damaged."""
-    return bool(_checkpoints(folder))
+    return bool(checkpoints_of(folder))
 
 
 def task_of(run: Path) -> str:
@@ -155,9 +154,3 @@ def recover(run: Path) -> None:
         kept = f"; the damaged file is now {set_aside(last).name}"
     copy_checkpoint(found.path, last)
     print(f"diffuse: {found.remark}{kept}", file=sys.stderr)
-
-
-def _checkpoints(run: Path) -> list[Path]:
-    """Return the checkpoints that a run can resume from."""
-    found = [run / LAST, *run.glob(str(LAST.with_name("step_*.ckpt")))]
-    return [file for file in found if file.is_file()]

@@ -15,8 +15,8 @@ from torch import Tensor
 from diffusion_cli.batch_size import advise_batch_size
 from diffusion_cli.captions import Captions, class_name
 from diffusion_cli.commands.guides import other_space
-from diffusion_cli.commands.inputs import Input, read_input, real_images, shortened
-from diffusion_cli.commands.masks import read_masks
+from diffusion_cli.commands.inputs import Complete, Input, read_input, real_images, shortened
+from diffusion_cli.commands.masks import completion, read_masks
 from diffusion_cli.commands.outputs import claim, keep_results, named_folder
 from diffusion_cli.commands.trained import LoadedModel, open_run, warn_of_untrained
 from diffusion_cli.config import EditConfig, build, fingerprint
@@ -27,7 +27,7 @@ from diffusion_cli.diffusion.latents import Latents
 from diffusion_cli.editing import Edit, EditProcess, EditResult, RestorationMethod
 from diffusion_cli.editing.restore import described
 from diffusion_cli.errors import NO_VALUE, UsageError
-from diffusion_cli.formats import SampleFormat
+from diffusion_cli.formats import HighDepthImage, SampleFormat
 from diffusion_cli.generate import NFECounter, SeededNoise, check_finite, guided, labels_of
 from diffusion_cli.images import (
     PLAIN,
@@ -39,11 +39,13 @@ from diffusion_cli.images import (
     save_rows,
     save_stored,
 )
+from diffusion_cli.runs.schema import check_dataset
 from diffusion_cli.runs.weights import digest
 from diffusion_cli.samplers import Advance, unreported
 from diffusion_cli.system.own_folder import own_folder
 from diffusion_cli.system.precision import autocast
 from diffusion_cli.system.progress import ProgressBar
+from diffusion_cli.system.trusted_paths import unnamed
 
 SHOWN = 10  # most rows of grid.png
 
@@ -313,10 +315,21 @@ def _inputs(config: EditConfig, trained: LoadedModel, edit: Edit) -> list[Input]
             config.fit,
             config.num_images,
             trained.model.info.form,
-            edit.mask_path,
+            mask_path=edit.mask_path,
+            complete=_completion(config, trained),
         )
     _check_count(given, edit)
     return given
+
+
+def _completion(config: EditConfig, trained: LoadedModel) -> Complete | None:
+    """Return the reader of photos and their masks for a model with a channel of masks, or None for others."""
+    info, shape = trained.model.info, trained.model.shape
+    node = info.config.dataset
+    if node.get("masks") is None or not isinstance(info.form, HighDepthImage) or check_dataset(node, shape):
+        return None
+    path = config.dataset.masks or (None if "masks" in unnamed(node) else node["masks"])
+    return completion(path, node, info.data_rules, info.form, shape, config.fit)
 
 
 def _check_count(given: Sequence[Input], edit: Edit) -> None:

@@ -41,6 +41,7 @@ from diffusion_cli.formats import (
     has_own_numbers,
 )
 from diffusion_cli.formats.files import flattened, is_gray, opened
+from diffusion_cli.formats.pixel_readers import read_numbers
 from diffusion_cli.formats.volume import read_volume
 from diffusion_cli.runs.migrate import result_name
 from diffusion_cli.system.distributed import Distributed
@@ -79,6 +80,10 @@ class Input(NamedTuple):
     """Its pixels before `fit`; None without a file."""
 
 
+Complete = Callable[[bytes, str], tuple[Tensor, SampleFormat, Grid]]
+"""Reads an image and its mask as channels, by the content and name of the image; returns what `Input` contains."""
+
+
 def show_remarks(lines: Iterable[str]) -> None:
     """Print remarks about data on rank 0."""
     for line in lines if Distributed().is_main else ():
@@ -102,7 +107,9 @@ def read_input(
     fit: bool,
     count: int | None,
     form: SampleFormat,
+    *,
     mask_path: str | None = None,
+    complete: Complete | None = None,
 ) -> list[Input]:
     """Return the images of a file, a folder, a ZIP archive or a list of files.
 
@@ -113,6 +120,7 @@ def read_input(
         count: largest number of images, or None.
         form: format of the samples of the model.
         mask_path: path of masks; files in a folder of masks below the given folder are no images.
+        complete: reads files that lack the channel of their masks; None for models without such a channel.
 
     Raises:
         UsageError: for images of another format or shape; it names each file.
@@ -124,20 +132,38 @@ def read_input(
         show_remarks(survey.remarks("input", found, len(names), own_numbers=has_own_numbers(form)))
     images: list[Input] = []
     lines: list[Problem] = []
+    erased: list[str] = []
     with contents(path) as content:
         for file, name in zip(names, _names([PurePosixPath(name) for name in names]), strict=True):
             try:
-                pixels, own, grid = _pixels(content(file), shapes, fit, form)
+                data = content(file)
+                if complete is not None and len(read_numbers(data)) < shapes[0][0]:
+                    pixels, own, grid = complete(data, file)
+                else:
+                    pixels, own, grid = _pixels(data, shapes, fit, form)
                 images.append(Input(name, pixels, own, file, grid))
+                erased += [file] if isinstance(form, Uint8Image) and _is_erased(data) else []
             except (ValueError, OSError) as error:
                 lines.append(Problem("input", path / file, reason(error)))
     raise_problems(lines)
+    if erased and mask_path is None:
+        place = path if path != Path() else erased[0]
+        named = ", ".join(erased[:3]) + (", ..." if len(erased) > 3 else "")
+        show_remarks(
+            [f"input: transparent parts become white in {named}; edit=inpaint edit.mask={place} paints them"]
+        )
     if len({image.pixels.shape for image in images}) > 1:
         sizes = " and ".join(dict.fromkeys(described(image.pixels.shape) for image in images))
         raise UsageError(
             "input", given, f"the images differ in size: {sizes}", "give images of one size, or set fit=true"
         )
     return images
+
+
+def _is_erased(data: bytes) -> bool:
+    """Return whether an image has pixels that are more transparent than opaque."""
+    image = opened(data)
+    return image.has_transparency_data and bool((np.asarray(image.convert("RGBA"))[..., 3] < 128).any())
 
 
 def raise_problems(lines: list[Problem]) -> None:
@@ -206,7 +232,7 @@ def _pixels(
     sample = form.decode(data)
     grid = Grid(tuple(sample.shape[1:]), central_part(sample.shape[1:], shapes[0][1:]))
     if tuple(sample.shape) not in shapes:
-        _refuse(tuple(sample.shape), shapes, fit and len(sample) == shapes[0][0], "crop and resize it")
+        refuse_shape(tuple(sample.shape), shapes, fit and len(sample) == shapes[0][0], "crop and resize it")
         sample = center_crop_resize(sample, form, shapes[0])
     return sample, form.of(data), grid
 
@@ -221,7 +247,7 @@ def _volume(
     if shape in shapes:
         sample = form.scaled(torch.from_numpy(held.values))
     else:
-        _refuse(shape, shapes, fit and len(held.values) == shapes[0][0], "crop and resize it")
+        refuse_shape(shape, shapes, fit and len(held.values) == shapes[0][0], "crop and resize it")
         if held.spacing is not None and form.file != ".npy":
             _check_proportions(held.spacing, form)
         sample = form.quantize(VolumeDecoder(form, shapes[0], None).decoded(held))
@@ -241,7 +267,7 @@ def _check_proportions(spacing: Sequence[float], form: Volume) -> None:
         )
 
 
-def _refuse(shape: Shape, shapes: list[Shape], fit: bool, remedy: str) -> None:
+def refuse_shape(shape: Shape, shapes: list[Shape], fit: bool, remedy: str) -> None:
     """Raise FormatError for an image of another shape, unless `fit` is true."""
     if not fit:
         wanted = " or ".join(map(described, shapes))
@@ -260,7 +286,7 @@ def _bytes(
     shape = (channels, image.height, image.width)
     grid = Grid(shape[1:], _fitted_part(shape[1:], shapes[0][1:]))
     if shape not in shapes:
-        _refuse(shape, shapes, fit, "crop, resize and convert it")
+        refuse_shape(shape, shapes, fit, "crop, resize and convert it")
         channels, height, width = shapes[0]
         image = ImageOps.fit(flattened(image, channels, "white"), (width, height), Image.Resampling.LANCZOS)
     pixels = torch.from_numpy(np.array(flattened(image, channels, "white")))

@@ -1,20 +1,31 @@
 """Masks of an edit: image files, volumes, or folders and ZIP archives of them, matched with the inputs by name."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePosixPath
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from diffusion_cli.commands.inputs import Grid, Input, contents, is_archive, raise_problems, show_remarks
-from diffusion_cli.data import file_names, resized_region
+from diffusion_cli.commands.inputs import (
+    Complete,
+    Grid,
+    Input,
+    contents,
+    is_archive,
+    raise_problems,
+    refuse_shape,
+    show_remarks,
+)
+from diffusion_cli.data import central_part, file_names, resized_region
 from diffusion_cli.data.folder import ends_in
-from diffusion_cli.data.masks import mask_files
+from diffusion_cli.data.labels import read as entry
+from diffusion_cli.data.masks import decoder_of_run, mask_files
 from diffusion_cli.editing.restore import described
 from diffusion_cli.errors import FormatError, Problem, UsageError
+from diffusion_cli.formats import HighDepthImage, SampleFormat, Shape
 from diffusion_cli.formats.files import SUFFIXES as PICTURES
 from diffusion_cli.formats.files import flattened, opened
 from diffusion_cli.formats.volume import SUFFIXES as VOLUMES
@@ -85,12 +96,51 @@ def _matched(path: Path, given: Sequence[Input], shown: str) -> tuple[Path, list
             "edit.mask", shown, "masks of a folder are matched with input files by name",
             "give input files, or one mask file",
         )  # fmt: skip
-    suffixes = (*PICTURES, *VOLUMES)
-    masks = [name for name in file_names(path, "edit.mask") if ends_in(PurePosixPath(name), suffixes)]
     try:
-        return path, mask_files(files, masks)
+        return path, mask_files(files, _files(path, "edit.mask", (*PICTURES, *VOLUMES)))
     except FormatError as error:
         raise UsageError("edit.mask", shown, str(error)) from error
+
+
+def completion(
+    path: str | None, node: Mapping[str, Any], rules: int, form: HighDepthImage, shape: Shape, fit: bool
+) -> Complete:
+    """Return a function that reads photos with their masks, for a model trained with `dataset.masks`.
+
+    Args:
+        path: folder or ZIP archive of masks with the names of the photos; None if unknown.
+        node: configuration node of the run's dataset.
+        rules: version of its rules.
+        form: format of photo and mask together.
+        shape: shape of the model's images, [C + 1, H, W].
+        fit: whether to crop and resize photos and masks of other sizes.
+    """
+    place = None if path is None else Path(path).expanduser()
+    masks = [] if place is None or not place.exists() else _files(place, "dataset.masks", PICTURES)
+
+    def complete(data: bytes, file: str) -> tuple[Tensor, SampleFormat, Grid]:
+        if place is None:
+            raise FormatError(
+                "has no mask channel, with which the model was trained; "
+                "set dataset.masks to a folder of masks with the names of the inputs"
+            )
+        try:
+            (name,) = mask_files([file], masks)
+        except FormatError as error:
+            raise FormatError(f"dataset.masks={place} {error}") from error
+        mask = entry(place, name)
+        decoder = decoder_of_run(node, rules, form, shape, data, mask)
+        sizes = decoder.image.size(data)
+        if sizes != shape[1:]:
+            refuse_shape((shape[0] - 1, *sizes), [decoder.image.shape], fit, "crop and resize it")
+        return torch.from_numpy(decoder(data, mask)), form, Grid(sizes, central_part(sizes, shape[1:]))
+
+    return complete
+
+
+def _files(path: Path, key: str, suffixes: tuple[str, ...]) -> list[str]:
+    """Return the names of the masks in a folder or archive."""
+    return [name for name in file_names(path, key) if ends_in(PurePosixPath(name), suffixes)]
 
 
 def read_mask(data: bytes, name: str, dimensions: int = 2) -> MaskFile:
@@ -154,6 +204,7 @@ def _fitted(mask: MaskFile, item: Input, sizes: Sequence[int]) -> Tensor:
     if not region.any():
         raise FormatError(
             f"has no {_marked(mask)}, so there is nothing to generate; mark the region to generate"
+            + (" in white (128 to 255)" if region.dim() == 2 else "")
         )
     if grid is not None and tuple(region.shape) == tuple(own[axes]):
         _check_position(mask, grid)

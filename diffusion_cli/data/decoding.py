@@ -287,6 +287,21 @@ def form_of_files(
     return form
 
 
+def image_decoder(
+    first: bytes,
+    shape: tuple[int, int, int],
+    given: Range | list[Range] | Literal["window"] | None,
+    depth: Literal["auto", 8],
+    background: Literal["white", "black"],
+    rules: int,
+) -> ImageDecoder | HighDepthDecoder:
+    """Return the decoder to `shape` of images like the file `first`; UsageError or FormatError as `form_of_files`."""
+    form = form_of_files(first, shape[0], given, depth, rules)
+    if isinstance(form, RangedImage):
+        return HighDepthDecoder(form, shape)
+    return ImageDecoder(shape, background, reduced=depth == 8, srgb=rules > 1)
+
+
 def _channels(form: RangedImage, data: bytes) -> int | None:
     try:
         return len(form.decode(data))
@@ -340,6 +355,21 @@ def resized_affine(affine: list[list[float]], given: Shape, sizes: list[int]) ->
     first = [_first(have, want, factor) for have, want in zip(given, sizes, strict=True)]
     origin = matrix @ [*reversed(first), 1.0]
     return np.column_stack([factor * matrix[:, :3], origin]).tolist()
+
+
+def order_remarks(given: Sequence[int], sizes: Sequence[int]) -> list[str]:
+    """Return a remark if `sizes` keep less than half of a volume, and the opposite order keeps twice as much."""
+    kept, opposite = (
+        math.prod(length for _, length in central_block(given, order)) / math.prod(given)
+        for order in (sizes, sizes[::-1])
+    )
+    if not (kept < 0.5 and 2 * kept <= opposite):
+        return []
+    shown, other = (f"[{','.join(map(str, order))}]" for order in (sizes, sizes[::-1]))
+    return [
+        f"dataset.resolution={shown}: keeps {100 * kept:.0f} % of the first volume, {' x '.join(map(str, given))} "
+        f"(depth x height x width); {other} keeps {100 * opposite:.0f} %"
+    ]
 
 
 def _voxels_each(given: Sequence[int], sizes: Sequence[int]) -> float:

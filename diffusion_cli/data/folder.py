@@ -32,8 +32,9 @@ from diffusion_cli.data.decoding import (
     ImageDecoder,
     NoResize,
     VolumeDecoder,
-    form_of_files,
+    image_decoder,
     key_text,
+    order_remarks,
     resized_affine,
 )
 from diffusion_cli.data.labels import class_labels, composed
@@ -53,8 +54,6 @@ from diffusion_cli.formats import (
     Dicom,
     HighDepthImage,
     Range,
-    RangedImage,
-    SampleFormat,
     Uint8Image,
     Volume,
     has_own_numbers,
@@ -151,6 +150,7 @@ class Folder(Dataset):
             raise UsageError("dataset.depth", depth, "not supported for volumes", "leave it out")
         self.rules = rules
         self.masks: list[str] | None = None
+        self._size_remarks: list[str] = []
         ignored: list[str] = []
         names = file_names(self.path, rules=rules)
         if len(sizes) == 3:
@@ -158,12 +158,13 @@ class Folder(Dataset):
             self.form, self.decoder = self._volumes(sizes, channels, range)
         elif masks is None:
             self.files = self._chosen(names)
-            self.form, self.decoder = self._images((channels, sizes[0], sizes[1]), range, depth, background)
+            self.decoder = self._images((channels, sizes[0], sizes[1]), range, depth, background)
+            self.form = self.decoder.form if isinstance(self.decoder, HighDepthDecoder) else Uint8Image()
         else:
             beside, names, ignored = mask_names(self.path, masks, names, self._pictures)
             self.files = self._chosen(names)
             own, labelled = divided(range, channels)
-            _, decoder = self._images((channels, sizes[0], sizes[1]), own, depth, background)
+            decoder = self._images((channels, sizes[0], sizes[1]), own, depth, background)
             self.decoder = self._masked(masks, beside, decoder, labelled)
             self.form = self.decoder.form
         read_too = VOLUMES if len(sizes) == 3 else (*self._pictures, *SCANS)
@@ -191,22 +192,19 @@ class Folder(Dataset):
         given: Range | list[Range] | Literal["window"] | None,
         depth: Literal["auto", 8],
         background: Literal["white", "black"],
-    ) -> tuple[SampleFormat, ImageDecoder | HighDepthDecoder]:
+    ) -> ImageDecoder | HighDepthDecoder:
         try:
             first = entry(self.path, self.files[0])
         except (ValueError, OSError):  # reported with the other broken files, where pixels are read
             first = b""
         try:
-            form = form_of_files(first, shape[0], given, depth, self.rules)
+            return image_decoder(first, shape, given, depth, background, self.rules)
         except UsageError:
             raise
         except ValueError as error:
             raise UsageError(
                 "dataset.path", self.path, f"cannot use {self.files[0]} ({reason(error)})"
             ) from error
-        if isinstance(form, RangedImage):
-            return form, HighDepthDecoder(form, shape)
-        return form, ImageDecoder(shape, background, reduced=depth == 8, srgb=self.rules > 1)
 
     def _masked(
         self,
@@ -247,6 +245,7 @@ class Folder(Dataset):
             held = read_volume(entry(self.path, self.files[0]))
         except ValueError as error:
             raise UsageError("dataset.path", self.path, f"{self.files[0]}: {reason(error)}") from error
+        self._size_remarks = order_remarks(held.values.shape[1:], sizes)
         affine = resized_affine(held.header.affine, held.values.shape[1:], sizes)
         form = Volume(low=float(low), high=float(high), **held.header._replace(affine=affine)._asdict())
         return form, VolumeDecoder(form, (channels, *sizes), held.spacing)
@@ -262,6 +261,7 @@ class Folder(Dataset):
     def remarks(self) -> list[str]:
         return [
             *self._passed_over,
+            *self._size_remarks,
             *self._class_remarks,
             *named_remarks(self.files, self.val_fraction),
             *self._header_remarks(),

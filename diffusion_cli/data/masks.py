@@ -1,15 +1,20 @@
 """Segmentation masks: label images beside the images, which become an additional channel."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import PurePosixPath
-from typing import Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 import torch
 from PIL import Image
 
-from diffusion_cli.data.decoding import HighDepthDecoder, ImageDecoder, center_crop_resize
+from diffusion_cli.data.decoding import (
+    HighDepthDecoder,
+    ImageDecoder,
+    center_crop_resize,
+    image_decoder,
+)
 from diffusion_cli.data.labels import common_depth, composed, examples
 from diffusion_cli.errors import FormatError
 from diffusion_cli.formats import HighDepthImage, Range, Shape, image_form
@@ -85,6 +90,29 @@ def masked_decoder(
     pairs = [list(pair) for pair in zip(own.low, own.high, strict=True)]
     pairs *= image.shape[0] // len(pairs)  # one pair per channel
     return MaskedDecoder(image, mask, _raster(both, [*pairs, [mask.low[0], mask.high[0]]]))
+
+
+def decoder_of_run(
+    node: Mapping[str, Any], rules: int, form: HighDepthImage, shape: Shape, image: bytes, mask: bytes
+) -> MaskedDecoder:
+    """Return the decoder of an image and its mask for a model trained with masks.
+
+    Args:
+        node: configuration node of the run's dataset.
+        rules: version of its rules.
+        form: format of image and mask together.
+        shape: shape of the model's images, [C + 1, H, W].
+        image: content of the image file.
+        mask: content of the mask file.
+
+    Raises:
+        UsageError or FormatError: for files of another kind than those of training.
+    """
+    channels, height, width = shape[0] - 1, *shape[1:]
+    own, _ = divided(node.get("range"), channels)
+    depth, background = node.get("depth", "auto"), node.get("background", "white")
+    decoder = image_decoder(image, (channels, height, width), own, depth, background, rules)
+    return MaskedDecoder(decoder, _raster(depth_of(mask), [[form.low[-1], form.high[-1]]]), form)
 
 
 def _raster(dtype: str, pairs: list[Range]) -> HighDepthImage:

@@ -125,7 +125,7 @@ def test_each_input_has_the_mask_of_its_name(edit_runs, tmp_path):
 def test_masks_of_a_folder_need_inputs_of_their_names(tmp_path):
     photo = save(tmp_path / "photo.png", np.zeros((8, 8), np.uint8))
     save(tmp_path / "masks" / "other.png", marked((8, 8), (0, 0)))
-    with pytest.raises(UsageError, match=r"masks: has no mask for '.*photo.png'; give each image one mask"):
+    with pytest.raises(UsageError, match=r"masks: has no mask for '.*'; give each image one mask"):
         regions(tmp_path / "masks", photo)
     with pytest.raises(UsageError, match="masks of a folder are matched with input files by name"):
         read_masks(str(tmp_path / "masks"), [Input("val_0", torch.zeros(GRAY_SHAPE))], [8, 8])
@@ -137,10 +137,15 @@ def test_a_photo_is_its_own_mask_where_it_is_erased(tmp_path, capsys):
     erased[4:8, 4:8, 3] = 0
     for name in "ab":
         save(tmp_path / "in" / f"{name}.png", erased)
-    given = read_input(str(tmp_path / "in"), [(3, 8, 8)], True, None, GRAY, str(tmp_path / "in"))
+    given = read_input(str(tmp_path / "in"), [(3, 8, 8)], True, None, GRAY, mask_path=str(tmp_path / "in"))
     (region,) = read_masks(str(tmp_path / "in"), given, [8, 8])[:, 0]
     assert region.nonzero().tolist() == [[2, 2], [2, 3], [3, 2], [3, 3]]
-    assert "the transparent part is painted, whatever its colours (2 masks)" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "the transparent part is painted, whatever its colours (2 masks)" in said
+    assert "become white" not in said
+    read_input(str(tmp_path / "in" / "a.png"), [(3, 8, 8)], True, None, GRAY)
+    said = capsys.readouterr().err
+    assert f"input: transparent parts become white in {tmp_path}/in/a.png; edit=inpaint edit.mask=" in said
 
 
 def test_an_edit_with_one_mask_is_continued_by_later_versions(edit_runs, tmp_path):

@@ -9,7 +9,10 @@ import torch
 from PIL import Image
 
 from diffusion_cli.cli import run
+from diffusion_cli.commands.inputs import read_input
+from diffusion_cli.commands.masks import completion
 from diffusion_cli.data import Folder
+from diffusion_cli.errors import UsageError
 from diffusion_cli.formats import HighDepthImage
 from diffusion_cli.formats.pixel_readers import read_numbers
 
@@ -158,3 +161,35 @@ def test_samples_are_image_and_mask_together(tmp_path, monkeypatch):
     made = read_numbers(Path("s/000000.tif").read_bytes())
     assert (made.shape, made.dtype) == ((4, 8, 8), np.uint8)
     assert made[3].max() <= 200
+
+
+def test_a_photo_is_an_input_with_its_mask(tmp_path):
+    """As training reads both, from a file, by the masks of its name; a file with all channels is used as it is."""
+    pairs(tmp_path)
+    node = {"range": [[0, 255], [0, 255], [0, 255], [0, 200]], "depth": "auto", "background": "white"}
+    dataset = folder(tmp_path / "images", tmp_path / "masks", resolution=8, range=node["range"])
+    seen, form, file = dataset.load("train")[torch.arange(4)], dataset.form, tmp_path / "images/0/2.png"
+    assert isinstance(form, HighDepthImage)
+
+    def read(masks, file, fit=True):
+        complete = completion(masks and str(masks), node, 2, form, dataset.shape, fit)
+        return read_input(str(file), [dataset.shape], fit, None, form, complete=complete)
+
+    (item,) = read(tmp_path / "masks", file)
+    assert torch.equal(item.pixels, seen[1])
+    assert torch.equal(
+        torch.stack([item.pixels for item in read(tmp_path / "masks", tmp_path / "images")]), seen
+    )
+    form.write(item.pixels, tmp_path / "whole.tif")
+    assert torch.equal(read(None, tmp_path / "whole.tif", fit=False)[0].pixels, item.pixels)
+    for masks, fit, expected in (
+        (None, True, "has no mask channel, with which the model was trained; set dataset.masks"),
+        (tmp_path / "masks/1", True, "has no mask for"),
+        (
+            tmp_path / "masks",
+            False,
+            "is 15 x 10 colour, but must be 8 x 8 colour; convert it, or set fit=true",
+        ),
+    ):
+        with pytest.raises(UsageError, match=rf"2\.png: .*{expected}"):
+            read(masks, file, fit)

@@ -129,6 +129,15 @@ def test_inputs_of_an_edit_are_volumes(tmp_path):
         read_input(str(tmp_path), [(1, 4, 4, 4)], False, None, data.form)
 
 
+def test_a_resolution_in_the_opposite_order_is_named(tmp_path):
+    path = str(folder(tmp_path, sizes=(16, 8, 4)))
+    remarks = Folder("", path=path, resolution=[16, 8, 4], **OPTIONS).remarks()
+    said = "dataset.resolution=[16,8,4]: keeps 2 % of the first volume, 4 x 8 x 16 (depth x height x width); "
+    assert remarks == [said + "[4,8,16] keeps 100 %"]
+    for right in ([4, 8, 16], [2, 4, 8], [4, 4, 4]):
+        assert not Folder("", path=path, resolution=right, **OPTIONS).remarks()
+
+
 def test_wrong_volumes_are_named(tmp_path):
     options: dict = OPTIONS | {"range": None}
     with pytest.raises(ValueError, match=r"dataset.range=null: volumes need the values \[low,high\]"):

@@ -206,8 +206,13 @@ class Model:
         self.folder = folder.resolve()
         """Folder of the run."""
         checked = _checked("sample", SampleConfig, as_overrides(weights=weights, step=step, device=device))
-        self._settings = {"run": str(self.folder), "weights": weights, "step": checked.step, "device": device}
-        self._loaded: LoadedDenoiser = load_model(folder, weights, device_of(device), checked.step)
+        self._settings = {
+            "run": str(self.folder),
+            "weights": weights,
+            "step": checked.step,
+            "device": checked.device,
+        }
+        self._loaded: LoadedDenoiser = load_model(folder, weights, device_of(checked.device), checked.step)
 
     def __repr__(self) -> str:
         return f"Model({str(self.folder)!r}, step={self.step}, shape={self.shape})"

@@ -107,6 +107,12 @@ def test_edits_equal_those_of_the_command(here):
     assert (edited[:, 0] != images[:, 0])[each].any()
 
 
+def test_the_device_of_a_model_has_the_words_of_the_command_line(here, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(diffuse.UsageError, match="device=cuda: torch sees no GPU here"):
+        diffuse.load("outputs/denoiser", device="gpu")
+
+
 def test_an_edit_with_many_results_has_an_axis_for_them(here):
     way = diffuse.load("outputs/denoiser").edit("interpolate", steps=2, overrides=["edit.seeds=[0,1]"])
     assert way.shape[0] == 1
@@ -173,7 +179,7 @@ def test_images_go_to_the_space_of_the_model_and_back(here):
         (lambda m: m.sample(1, overrides="eta=1"), "overrides=eta=1: must be a list"),
         (lambda m: m.evaluate("fid"), "metrics=fid: must be a list; write ['fid']"),
         (lambda m: diffuse.load("outputs/denoiser", step=-1), "step=-1: must be"),
-        (lambda m: diffuse.load("outputs/denoiser", device="gpu"), "device=gpu: must be auto, cpu or cuda"),
+        (lambda m: diffuse.load("outputs/denoiser", device="tpu"), "device=tpu: must be auto, cpu or cuda"),
         (lambda m: diffuse.train("task=classifier", "max_steps=1"), "task=classifier: trains no denoiser"),
         (lambda m: diffuse.option("task", "autoencoder"), "group=task: option autoencoder has no class"),
         (lambda m: diffuse.load("outputs/class_conditional").denoise(torch.zeros(1, 1, 8, 8), 0.5, [10]), "0 to 9"),

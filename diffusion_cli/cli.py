@@ -5,12 +5,15 @@ This module does not import torch, so help and error messages are fast.
 
 import errno
 import importlib
+import json
 import os
 import signal
 import subprocess
 import sys
+import time
 import traceback
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -96,8 +99,12 @@ def _lines(error: UsageError | MachineError) -> Sequence[str]:
 
 
 def _report(*lines: str, code: int = USER_ERROR) -> int:
-    for line in lines:
-        print(f"diffuse: {printable(line)}", file=sys.stderr)
+    """Print lines to stderr; torchrun repeats them at the end of its own report."""
+    shown = [f"diffuse: {printable(line)}" for line in lines]
+    print("\n".join(shown), file=sys.stderr)
+    if file := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+        with suppress(OSError):
+            Path(file).write_text(json.dumps({"message": "\n".join(shown), "timestamp": int(time.time())}))
     return code
 
 

@@ -4,6 +4,7 @@ import subprocess
 import sys
 
 import pytest
+from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
 from diffusion_cli import config
 from diffusion_cli.cli import run
@@ -317,6 +318,14 @@ def test_a_line_is_not_too_long_and_has_its_remedy(capsys, tmp_path):
     assert len(line) == len("diffuse: ") + 1000
     assert f"dataset.path={tmp_path}: cannot use 10 of the images; repair or remove 0x" in line
     assert line.endswith(")")
+
+
+def test_torchrun_gets_the_line_for_its_report(monkeypatch, tmp_path):
+    file = tmp_path / "error.json"
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(file))
+    assert run(["train", "max_steps=0"]) == 2
+    failure = ProcessFailure(local_rank=0, pid=1, exitcode=2, error_file=str(file))
+    assert failure.message == "diffuse: max_steps=0: must be greater than 0, auto or null"
 
 
 @pytest.mark.slow

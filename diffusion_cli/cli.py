@@ -86,9 +86,10 @@ def run(words: Sequence[str]) -> int:
             if os.environ.get("DIFFUSE_TRACEBACK"):
                 raise
             return _report(*_lines(error))
-        except Exception:
+        except Exception as error:
             traceback.print_exc()
-            return _report(BUG, code=INTERNAL_ERROR)
+            place = config.place_of(error)
+            return _report(f"{place}: error in a plugin, see above" if place else BUG, code=INTERNAL_ERROR)
         lost = lost_output()
         return _report(lost) if lost else code
 
@@ -173,7 +174,7 @@ def parse(command: str, words: Sequence[str]) -> Request:
     request = Request()
     problems: list[Problem] = []
     others: list[str] = []
-    rest = iter(words)
+    rest = iter(config.without_plugins(words))
     for word in rest:
         flag, _, value = word.partition("=")
         if word in ("--help", "-h"):

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from diffusion_cli import config as configuration
-from diffusion_cli import editing, networks
+from diffusion_cli import editing
 from diffusion_cli.arguments import (
     as_overrides,
     check_supplied,
@@ -71,6 +71,21 @@ OF_FILES = {
 """Keys about files, which have no effect on a loaded model."""
 
 
+def allow_plugins(*modules: str) -> None:
+    """Allow modules whose classes configurations and checkpoints may name, as `plugins=` does.
+
+    Args:
+        modules: names of modules, as "bars". Nothing of them is imported before it is needed.
+
+    Raises:
+        UsageError: a name is not that of a module.
+
+    Example:
+        >>> allow_plugins()
+    """
+    configuration.allow(modules)
+
+
 def load(run: str | Path, *, weights: Weights = "ema", step: Step = None, device: str = "auto") -> "Model":
     """Load the denoiser of a run.
 
@@ -109,8 +124,8 @@ def train(*overrides: str | Sequence[str]) -> "Model":
         >>> model.step
         2
     """
-    checked = _checked("train", TrainConfig, flat(overrides))
-    task = getattr(getattr(networks, checked.model["_target_"].rpartition(".")[2]), "task", Denoiser.task)
+    checked = _checked("train", TrainConfig, configuration.without_plugins(flat(overrides)))
+    task = getattr(configuration.target(checked.model), "task", Denoiser.task)
     if task != Denoiser.task:
         raise UsageError("task", task, "trains no denoiser", "use the command: diffuse train")
     if train_command.run(checked):

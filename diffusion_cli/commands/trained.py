@@ -17,7 +17,7 @@ from diffusion_cli.errors import NO_VALUE, UsageError
 from diffusion_cli.generate import SamplingPipeline
 from diffusion_cli.runs.find import find_run
 from diffusion_cli.runs.load import Loaded, LoadedDenoiser, load_model
-from diffusion_cli.runs.schema import check_dataset
+from diffusion_cli.runs.schema import check_dataset, not_built
 from diffusion_cli.samplers import Sampler
 from diffusion_cli.system.distributed import Distributed
 from diffusion_cli.system.precision import device_of, resolve
@@ -107,12 +107,7 @@ def dataset_of(folder: Path, trained: Loaded, data_dir: str, paths: Mapping[str,
             "if you trust the checkpoint, add the path to the command",
         )
     if problems := check_dataset(node, trained.shape):
-        raise UsageError(
-            folder,
-            NO_VALUE,
-            f"this version of diffuse cannot build its dataset ({problems[0].cause})",
-            "choose another run, or use the version that made it",
-        )
+        raise not_built(folder, "dataset", problems[0])
     node |= {key: value for key, value in FRUGAL.items() if key in node}
     dataset: Dataset = build(with_rules(node, trained.info.data_rules), data_dir)
     if dataset.shape != trained.shape:

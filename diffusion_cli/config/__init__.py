@@ -33,6 +33,7 @@ from diffusion_cli.config.evaluation import (
 from diffusion_cli.config.grid import Value, Variant, load_grid
 from diffusion_cli.config.help_pages import command_help, group_help, groups_asked, overview
 from diffusion_cli.config.launcher import LAUNCHERS, launch, split_launcher
+from diffusion_cli.config.plugins import allow, is_allowed, place_of, without_plugins
 from diffusion_cli.config.runs import differing, fingerprint, flatten, identity
 from diffusion_cli.config.sampling import SamplingSettings
 from diffusion_cli.config.schema import (
@@ -53,7 +54,7 @@ from diffusion_cli.config.seeds import shared_seeds
 from diffusion_cli.config.signature import signature
 from diffusion_cli.config.sweeps import Sweep, expand, load_sweep
 from diffusion_cli.config.typed import as_pasted, as_text, as_typed, quoted
-from diffusion_cli.config.validate import build, check_node, target
+from diffusion_cli.config.validate import NOT_ALLOWED, build, check_node, target
 from diffusion_cli.config.words import FLAGS, sort_words
 
 __all__ = [
@@ -67,6 +68,7 @@ __all__ = [
     "GROUPS",
     "HERE",
     "LAUNCHERS",
+    "NOT_ALLOWED",
     "CompareConfig",
     "Config",
     "DataConfig",
@@ -87,6 +89,7 @@ __all__ = [
     "TrainConfig",
     "Value",
     "Variant",
+    "allow",
     "as_pasted",
     "as_text",
     "as_typed",
@@ -109,12 +112,14 @@ __all__ = [
     "groups",
     "groups_asked",
     "identity",
+    "is_allowed",
     "launch",
     "load",
     "load_grid",
     "load_sweep",
     "options",
     "overview",
+    "place_of",
     "quoted",
     "seconds",
     "shared_seeds",
@@ -123,4 +128,5 @@ __all__ = [
     "split_launcher",
     "summary",
     "target",
+    "without_plugins",
 ]  # fmt: skip

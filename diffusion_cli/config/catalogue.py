@@ -9,6 +9,7 @@ from typing import Any
 
 import yaml
 
+from diffusion_cli.config import plugins
 from diffusion_cli.errors import NO_VALUE, UsageError
 
 PACKAGE = "diffusion_cli"
@@ -128,8 +129,10 @@ def chosen(command: str, overrides: Sequence[str], dirs: Sequence[Path]) -> dict
 
 
 def options(group: str, dirs: Sequence[Path] = ()) -> dict[str, Path]:
-    """Return the YAML file of each option of a group, including those in folders of the user."""
-    files = (file for root in (CONF, *dirs) for file in sorted((root / group).glob("*.yaml")))
+    """Return the YAML file of each option of a group, including those of plugins and in folders of the user."""
+    files = (
+        file for root in (CONF, *plugins.folders(), *dirs) for file in sorted((root / group).glob("*.yaml"))
+    )
     return dict(sorted((file.stem, file) for file in files if file.is_file()))
 
 

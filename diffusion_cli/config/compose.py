@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from hydra.core.override_parser.types import Override
 
+from diffusion_cli.config import plugins
 from diffusion_cli.config.at_hand import own_images
 from diffusion_cli.config.catalogue import CONF, defaults, documented, options
 from diffusion_cli.config.continued import (
@@ -269,8 +270,9 @@ def _paths_of_the_run(overrides: Sequence[str]) -> Node:
 
 def _compose(command: str, overrides: Sequence[str], dirs: Sequence[Path]) -> tuple[Node, Node]:
     """As `compose`, of the options of one file; each composition of this package's own is made once."""
+    dirs = (*plugins.folders(), *dirs)
     made = _compose_once if dirs else _compose_cached
-    return copy.deepcopy(made(command, tuple(overrides), tuple(dirs)))
+    return copy.deepcopy(made(command, tuple(overrides), dirs))
 
 
 def _compose_once(command: str, overrides: Sequence[str], dirs: Sequence[Path]) -> tuple[Node, Node]:

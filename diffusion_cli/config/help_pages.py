@@ -44,6 +44,7 @@ Help
 Flags
   --cfg job           print the configuration and exit
   --config-dir DIR    folder with options of your own: DIR/<group>/<option>.yaml
+  plugins=[MODULE]    modules with classes and options of your own
   -m, --multirun      one run for each combination of values: diffuse train -m seed=0,1,2
   --version           print the version and exit
 

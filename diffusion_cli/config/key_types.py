@@ -10,7 +10,7 @@ from pydantic import BaseModel
 from diffusion_cli.config.catalogue import Choice, chosen, content, defaults, lineage, options
 from diffusion_cli.config.runs import flatten
 from diffusion_cli.config.schema import COMMANDS, SlurmConfig
-from diffusion_cli.config.signature import signature
+from diffusion_cli.config.signature import arguments
 
 
 def takes_one(command: str, key: str, overrides: Sequence[str], dirs: Sequence[Path]) -> bool:
@@ -92,7 +92,7 @@ def _arguments(file: Path, node: str) -> dict[str, Any]:
     # Files of the global package write the key of a node in full, others from their group on.
     full = f"{node}._target_"
     target = values.get(full) or values.get(full.partition(".")[2], "")
-    return signature(target) or {}
+    return {name: kind for name, (kind, _) in arguments(target).items()}
 
 
 def _members(kind: Any) -> Iterator[tuple[Any, tuple[Any, ...]]]:

@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
+from diffusion_cli.config import plugins
 from diffusion_cli.config.catalogue import HERE, PACKAGE
 
 # The names that annotations of configurable arguments may use; a `Sequence` is a list in YAML.
@@ -87,3 +88,13 @@ def signature(target: str) -> dict[str, Any] | None:
         for argument in node.args.kwonlyargs
         if argument.annotation is not None
     }
+
+
+def arguments(target: str) -> dict[str, tuple[Any, Any]]:
+    """Return the configurable arguments of an allowed class: type and default by name, `...` for none.
+
+    An option of this package gives every argument, so the default of its class counts for nothing.
+    """
+    if plugins.is_allowed(target):
+        return plugins.parameters(target)
+    return {name: (kind, ...) for name, kind in (signature(target) or {}).items()}

@@ -3,19 +3,24 @@
 import difflib
 import importlib
 import re
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from types import NoneType
 from typing import Any, get_args
 
 import yaml
-from pydantic import BaseModel, ValidationError, create_model
+from pydantic import BaseModel, ConfigDict, ValidationError, create_model
 
+from diffusion_cli.config import plugins
 from diffusion_cli.config.catalogue import CONF, PACKAGE, did_you_mean
 from diffusion_cli.config.recipe import DERIVED
-from diffusion_cli.config.signature import signature
+from diffusion_cli.config.signature import arguments
 from diffusion_cli.config.values import FORMS, STRICT
 from diffusion_cli.errors import Problem, UsageError, format_value
+
+ANY_TYPE = STRICT | ConfigDict(arbitrary_types_allowed=True)
+NOT_ALLOWED = "is not a class of an allowed plugin"
 
 
 @cache
@@ -36,22 +41,30 @@ def _targets(node: Any) -> Iterator[str]:
 def check_node(key: str, node: Mapping[str, Any]) -> list[Problem]:
     """Check a node `{_target_: class, argument: value, ...}` of a group and return its problems.
 
-    Only `classes(group)` are allowed, so that an untrusted checkpoint cannot name any other class.
+    Only `classes(group)` and those of allowed plugins are built, so that an untrusted checkpoint cannot name another.
     """
-    arguments = {str(name): value for name, value in node.items() if name != "_target_"}
+    given = {str(name): value for name, value in node.items() if name != "_target_"}
     group, target = key.partition(".")[0], node.get("_target_")
-    types = signature(target) if isinstance(target, str) and target in classes(group) else None
-    if types is None:
-        return [
-            Problem(
-                f"{key}._target_",
-                format_value(target)[:80],
-                f"not a class of {PACKAGE} for {group}",
-                "use the _target_ of an option",
-            )
-        ]
-    fields: dict[str, Any] = {name: (kind, ...) for name, kind in types.items()}
-    return validate(create_model(key, __config__=STRICT, **fields), arguments, key)[1]
+    if not isinstance(target, str) or not (target in classes(group) or plugins.is_allowed(target)):
+        return [_not_built(f"{key}._target_", target, group)]
+    try:
+        if plugins.is_allowed(target) and (problem := plugins.suits(target, group)):
+            return [problem]
+        fields: dict[str, Any] = arguments(target)
+    except UsageError as error:
+        return list(error.problems)
+    model = create_model(key, __config__=ANY_TYPE, **fields)
+    return validate(model, given, key)[1]
+
+
+def _not_built(key: str, target: Any, group: str) -> Problem:
+    """The problem of a class that is neither one of ours nor of an allowed plugin."""
+    module = target.partition(".")[0] if isinstance(target, str) and "." in target else PACKAGE
+    if module == PACKAGE or module in sys.stdlib_module_names:
+        problem = f"not a class of {PACKAGE} for {group}"
+        return Problem(key, format_value(target)[:80], problem, "use the _target_ of an option")
+    remedy = f"add plugins=[{module[:80]}] if you trust this module"
+    return Problem(key, format_value(target)[:80], NOT_ALLOWED, remedy)
 
 
 def validate(
@@ -188,6 +201,8 @@ def _annotation(model: type[BaseModel], location: Sequence[int | str]) -> Any:
 
 def target(node: Mapping[str, Any]) -> Any:
     """Return the class, or the function, that a checked node names."""
+    if plugins.is_allowed(node["_target_"]):
+        return plugins.imported(node["_target_"])
     module, _, name = node["_target_"].rpartition(".")
     assert module.split(".")[0] == PACKAGE, node
     return getattr(importlib.import_module(module), name)

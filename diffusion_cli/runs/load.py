@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
-from diffusion_cli.config import build
+from diffusion_cli.config import build, is_allowed
 from diffusion_cli.config.values import Step, Weights
 from diffusion_cli.diffusion.denoiser import Denoiser, NoiseConditioned, NoisyClassifier
 from diffusion_cli.diffusion.latents import Latents, Pixels, Space
@@ -20,7 +20,7 @@ from diffusion_cli.formats import Shape
 from diffusion_cli.networks import AutoencoderKL
 from diffusion_cli.runs.checkpoint import BEST, LAST, Checkpoint, numbered, read
 from diffusion_cli.runs.find import newest
-from diffusion_cli.runs.schema import CheckpointInfo, check_built
+from diffusion_cli.runs.schema import CheckpointInfo, check_built, not_built
 from diffusion_cli.runs.weights import check_fit, digest, read_weights
 from diffusion_cli.system.distributed import Distributed
 from diffusion_cli.system.untrusted import reason
@@ -134,12 +134,7 @@ def _read_checkpoint(run: Path, step: Step, weights: Weights, task: str) -> tupl
     if info.task != task:
         raise UsageError(run, NO_VALUE, f"was trained with task={info.task}", f"give a run of task={task}")
     if problems := check_built(info):
-        raise UsageError(
-            path,
-            NO_VALUE,
-            f"this version of diffuse cannot build its model ({problems[0].cause})",
-            "choose another run, or use the version that made it",
-        )
+        raise not_built(path, "model", problems[0])
     if not checkpoint.has_weights(weights):
         raise UsageError(path, NO_VALUE, f"weights={weights} are missing or incomplete", "choose another run")
     _check_fit(path, info, checkpoint.weights(weights))
@@ -180,7 +175,9 @@ def _find_checkpoint(run: Path, step: Step) -> tuple[Path, Checkpoint]:
 def _check_fit(path: Path, info: CheckpointInfo, state: Mapping[str, Tensor]) -> None:
     """Raise UsageError unless the weights fit the model; the model is built on the meta device for this check."""
     try:
-        with torch.device("meta"), _limit_tensors(len(state)):
+        # A network of a plugin may compute with numbers, which tensors of the meta device do not have.
+        device = "cpu" if is_allowed(info.config.model["_target_"]) else "meta"
+        with torch.device(device), _limit_tensors(len(state)):
             network = build(info.config.model, info.network_shape, info.num_classes)
         wanted = {key: (value.shape, value.dtype) for key, value in network.state_dict().items()}
         if wanted != {key: (value.shape, value.dtype) for key, value in state.items()}:

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
@@ -17,7 +18,7 @@ from pydantic import (
 )
 
 from diffusion_cli.config.schema import LatentConfig
-from diffusion_cli.config.validate import check_node, validate
+from diffusion_cli.config.validate import NOT_ALLOWED, check_node, validate
 from diffusion_cli.data import ResolutionSchedule
 from diffusion_cli.data.progressive import Stage
 from diffusion_cli.diffusion.denoiser import Denoiser
@@ -223,6 +224,14 @@ def check_built(info: CheckpointInfo) -> list[Problem]:
     return problems + [
         Problem(words, NO_VALUE, f"is larger than {LARGEST_NUMBER}") for words in sorted(large)
     ]
+
+
+def not_built(where: Path, part: str, problem: Problem) -> UsageError:
+    """Return the error of a checkpoint whose model or dataset, its `part`, has a problem of `check_node`."""
+    if problem.problem == NOT_ALLOWED:
+        return UsageError(where, NO_VALUE, f"its {part} {problem.value} {NOT_ALLOWED}", problem.remedy)
+    problem_line = f"this version of diffuse cannot build its {part} ({problem.cause})"
+    return UsageError(where, NO_VALUE, problem_line, "choose another run, or use the version that made it")
 
 
 def check_dataset(node: Mapping[str, Any], shape: Sequence[int]) -> list[Problem]:

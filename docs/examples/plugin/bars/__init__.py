@@ -1,0 +1,1 @@
+"""A dataset and a network for diffuse."""

@@ -1,0 +1,209 @@
+"""Plugins: classes and options of the user's own modules, allowed by the user only."""
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from importlib.metadata import EntryPoint
+from pathlib import Path
+
+import pytest
+
+from diffusion_cli import config
+from diffusion_cli.cli import run
+from diffusion_cli.config import NOT_ALLOWED, check_node, load, plugins
+from diffusion_cli.errors import UsageError
+from diffusion_cli.runs.checkpoint import LAST
+from helpers import TINY
+
+EXAMPLE = Path(__file__).parents[2] / "docs" / "examples" / "plugin"
+FILES = {
+    "bars/extra.py": """
+from os import system
+from diffusion_cli.samplers import DDIM
+
+class Renamed(DDIM):
+    \"\"\"DDIM by another name.\"\"\"
+""",
+    "bars/conf/sampler/renamed.yaml": """# DDIM by another name.
+_target_: bars.extra.Renamed
+""",
+}
+
+
+def forget_modules() -> None:
+    """Let Python import the package anew."""
+    for name in [name for name in sys.modules if name.partition(".")[0] == "bars"]:
+        del sys.modules[name]
+
+
+@pytest.fixture
+def project(tmp_path, monkeypatch) -> Iterator[Path]:
+    """A working folder with the package of the docs and two more files, which nothing allows yet."""
+    shutil.copytree(EXAMPLE / "bars", tmp_path / "bars")
+    for name, text in FILES.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.setenv(plugins.VARIABLE, "")
+    plugins._conf.cache_clear()
+    plugins._file.cache_clear()
+    yield tmp_path
+    forget_modules()
+
+
+SMALL = ["plugins=[bars]", "dataset=bars", "model=convolutions", "output_dir=o", "name=run"]
+RUN = [word for word in TINY if not word.startswith(("model.", "name="))]
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_a_run_of_a_plugin_trains_continues_samples_and_is_evaluated(project, monkeypatch, capsys):
+    assert run([*RUN, *SMALL, "max_steps=3"]) == 0
+    assert run(["train", "plugins=bars", "run=run", "output_dir=o", "max_steps=5"]) == 0
+    assert run(["sample", "run=run", "output_dir=o", "sampler=renamed", "steps=2", "num_samples=3"]) == 0
+    evaluate = [
+        "metric=is",
+        "metric.is.splits=1",
+        "features=classifier",
+        "features.steps=5",
+        "num_samples=20",
+    ]
+    assert run(["eval", "run=run", "output_dir=o", "cache_dir=cache", "steps=2", *evaluate]) == 0
+    capsys.readouterr()
+    monkeypatch.setenv(plugins.VARIABLE, "")  # another person, who does not allow it
+    assert run(["sample", "run=run", "output_dir=o", "steps=2"]) == 2
+    line = "its model bars.network.Convolutions is not a class of an allowed plugin; add plugins=[bars]"
+    assert line in capsys.readouterr().err
+
+
+class Imports:
+    """Records the modules that Python looks for."""
+
+    def __init__(self) -> None:
+        self.names: set[str] = set()
+
+    def find_spec(self, name, path=None, target=None):
+        self.names.add(name.partition(".")[0])
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_a_checkpoint_imports_no_module_that_is_not_allowed(project, monkeypatch):
+    assert run([*RUN, *SMALL, "max_steps=1"]) == 0
+    monkeypatch.setenv(plugins.VARIABLE, "")
+    forget_modules()
+    hook = Imports()
+    monkeypatch.setattr(sys, "meta_path", [hook, *sys.meta_path])
+    for command in (["sample", "steps=1"], ["eval", "num_samples=20"], ["edit", "img2img", "input=."]):
+        assert run([*command, "run=run", "output_dir=o"]) == 2
+    assert run(["train", "run=run", "output_dir=o"]) == 2
+    assert "bars" not in hook.names
+    assert (project / "o" / "run" / LAST).is_file()
+
+
+@pytest.mark.parametrize("target", ["torch.nn.Linear", "bars.extra.system"])
+def test_functions_that_a_plugin_only_imports_are_not_built(project, target):
+    config.allow(["bars"])
+    (problem,) = check_node("dataset", {"_target_": target, "command": "true"})
+    in_plugin = target.startswith("bars")
+    assert problem.key == ("plugins" if in_plugin else "dataset._target_")
+    assert problem.problem == ("defines no class system" if in_plugin else NOT_ALLOWED)
+    (problem,) = check_node("dataset", {"_target_": "os.system", "command": "true"})
+    assert problem.problem == "not a class of diffusion_cli for dataset"
+
+
+def test_values_of_a_plugin_are_checked_by_its_types(project):
+    with pytest.raises(UsageError) as error:
+        load("train", config.without_plugins([*SMALL, "dataset.count=0", "dataset.ink=red", "model.width=a"]))
+    assert sorted(error.value.lines) == [
+        "dataset.count=0: must be greater than 0",
+        "dataset.ink=red: must be white or gray",
+        "model.width=a: must be an integer",
+    ]
+
+
+def test_a_class_suits_its_group(project):
+    config.allow(["bars"])
+    (problem,) = check_node("sampler", {"_target_": "bars.data.Bars"})
+    assert str(problem).endswith("not a class for sampler; derive it from diffusion_cli.samplers.Sampler")
+
+
+def test_options_of_a_plugin_are_in_the_help_and_in_suggestions(project, capsys):
+    assert run(["train", "plugins=[bars]", "dataset=help"]) == 0
+    assert "8x8 images of bars, 2 classes" in capsys.readouterr().out
+    assert "dataset=bars" in config.complete(["train", "dataset=b"])
+    assert run(["train", "dataset=barz"]) == 2
+    assert "did you mean bars?" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("how", ["file", "variable", "entry point"])
+def test_a_module_is_allowed_by(project, monkeypatch, how):
+    assert "bars" not in config.options("dataset")
+    if how == "file":
+        (project / "diffuse.yaml").write_text("plugins: [bars]\n")
+        plugins._file.cache_clear()
+    elif how == "variable":
+        monkeypatch.setenv(plugins.VARIABLE, "bars")
+    else:
+        point = EntryPoint("shapes", "bars", plugins.ENTRY_POINTS)
+        monkeypatch.setattr(plugins, "_installed", lambda: (point,))
+    assert "bars" in config.options("dataset")
+    assert load("train", ["dataset=bars"]).model_dump()["dataset"]["count"] == 400
+
+
+def test_a_folder_of_options_may_be_named_in_the_file(project):
+    (project / "mine" / "sampler").mkdir(parents=True)
+    (project / "mine" / "sampler" / "half.yaml").write_text(
+        "# Half the noise.\n_target_: diffusion_cli.samplers.DDIM\neta: 0.5  # noise\nspacing: trailing  # grid\n"
+    )
+    (project / "diffuse.yaml").write_text("config_dir: [mine]\n")
+    plugins._file.cache_clear()
+    assert load("sample", ["run=x", "sampler=half"]).model_dump()["sampler"]["eta"] == 0.5
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        ("plugins: [", "is not valid"),
+        ("plugin: [a]", "is not valid"),
+        (
+            "plugins: [no_such_module]",
+            "plugins=no_such_module: no such module; install it, or run diffuse in its folder",
+        ),
+    ],
+)
+def test_mistakes_in_the_file_are_one_line(project, capsys, text, line):
+    (project / "diffuse.yaml").write_text(text)
+    plugins._file.cache_clear()
+    assert run(["train", "max_steps=1"]) == 2
+    printed = capsys.readouterr().err
+    assert line in printed
+    assert printed.count("\n") == 1
+
+
+def test_errors_in_a_plugin_are_not_reported_as_ours(project, capsys):
+    file = project / "bars" / "data.py"
+    file.write_text(
+        file.read_text().replace("torch.zeros(self.count, 1, 8, 8", "torch.zeros(self.count, 1, 8, -8")
+    )
+    assert run([*RUN, *SMALL, "max_steps=1"]) == 1
+    assert f"{file}:" in (printed := capsys.readouterr().err.splitlines()[-1])
+    assert printed.endswith("error in a plugin, see above")
+    file.write_text("import nothing_of_this_name\n")
+    forget_modules()
+    assert run([*RUN, *SMALL, "max_steps=1"]) == 2
+    line = (
+        "cannot be imported (ModuleNotFoundError: No module named 'nothing_of_this_name'); correct the module"
+    )
+    assert line in capsys.readouterr().err
+    assert os.environ[plugins.VARIABLE] == "bars"
+
+
+@pytest.mark.slow
+def test_the_tests_of_the_example_pass(tmp_path):
+    shutil.copytree(EXAMPLE, tmp_path / "plugin")
+    words = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
+    done = subprocess.run(words, cwd=tmp_path / "plugin", capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+    assert "2 passed" in done.stdout

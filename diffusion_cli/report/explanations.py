@@ -62,5 +62,9 @@ def _beside_real(details: Mapping[str, Any], protocol: Mapping[str, Any]) -> str
     if ratio >= 1:
         return f"{sentence}; 1 is as close as real images are."
     if isinstance(samples, int | float) and samples > images:
-        return f"{sentence}; below 1 with more samples ({samples:,}) than validation images ({images:,})."
+        equal = details.get("equal_size_ratio")
+        same = f", and {equal:.2g} times with equal numbers" if isinstance(equal, int | float) else ""
+        return (
+            f"{sentence}; below 1 with more samples ({samples:,}) than validation images ({images:,}){same}."
+        )
     return f"{sentence}; below 1 if samples are nearer to the training images than new images are."

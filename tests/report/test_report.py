@@ -134,6 +134,12 @@ def test_each_number_has_a_sentence(name, ratio, samples, said):
     assert bool(said) == bool(sentence)
 
 
+def test_a_distance_of_more_samples_than_real_images_is_given_for_equal_numbers_too():
+    details = {"ratio_to_reference": 0.0848, "reference_distance_images": 359, "equal_size_ratio": 0.353}
+    sentence = explained(Result("fid", 0.05, details, {"samples": 1000}))
+    assert sentence.endswith("than validation images (359), and 0.35 times with equal numbers.")
+
+
 def test_every_metric_of_this_program_has_a_sentence():
     sources = "".join(file.read_text() for file in (config.HERE / "metrics").glob("*.py"))
     written = re.findall(r'(?:NAME = |name = |MetricValue\(|named\(|_mean\()"(\w+)"', sources)

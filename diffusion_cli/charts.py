@@ -8,6 +8,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+from diffusion_cli.captions import dejavu, font_file, readable
 from diffusion_cli.system.files import atomic_write
 
 if TYPE_CHECKING:
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     from matplotlib.axis import Axis
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
+    from matplotlib.text import Text
 
 # Okabe and Ito 2008, "Color Universal Design", without yellow, which is faint on white.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -92,12 +94,13 @@ def save_panels(panels: Sequence[Panel], path: Path) -> None:
         for place, panel in enumerate(panels, start=1):
             axes = figure.add_subplot(rows, columns, place)
             axes.set(xlabel=panel.x_label, ylabel=panel.y_label)
-            axes.set_title(panel.title, parse_math=False)
+            _with_letters(axes.set_title(panel.title, parse_math=False))
             for curve, line in zip(panel.curves, draw_panel(axes, panel, labels), strict=True):
                 drawn.setdefault(curve.label, line)
         legend = figure.legend(list(drawn.values()), labels, loc="outside right upper", frameon=False)
         for text in legend.get_texts():
             text.set_parse_math(False)
+            _with_letters(text)
         with atomic_write(path) as temporary:
             figure.savefig(temporary, format=path.suffix[1:])
 
@@ -132,6 +135,18 @@ def canvas(width: float, height: float, tolerance: float = 1 / 9) -> Iterator["F
         }
     ):
         yield Figure(figsize=(width, height), dpi=200, layout="constrained")
+
+
+def _with_letters(text: "Text") -> None:
+    """Choose a font with the letters of a text, or write them as escapes."""
+    from matplotlib.font_manager import FontProperties
+
+    words = text.get_text()
+    font = font_file(words)
+    if font is None:
+        text.set_text(readable(words))
+    elif font != dejavu():
+        text.set_fontproperties(FontProperties(fname=font))
 
 
 def _plain_numbers(axis: "Axis", values: Sequence[float]) -> None:

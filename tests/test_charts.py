@@ -1,11 +1,23 @@
 """Charts: styles of curves, SVG for the page, and the curves in a run's log."""
 
 import re
+import warnings
 from xml.etree import ElementTree
 
 import pytest
 
-from diffusion_cli.charts import COLOURS, DASHES, Curve, Panel, canvas, draw_panel, line_style, svg
+from diffusion_cli.captions import dejavu
+from diffusion_cli.charts import (
+    COLOURS,
+    DASHES,
+    Curve,
+    Panel,
+    canvas,
+    draw_panel,
+    line_style,
+    save_panels,
+    svg,
+)
 from diffusion_cli.errors import FormatError
 from diffusion_cli.runs.curves import read_curves
 
@@ -59,6 +71,17 @@ def test_logarithmic_axes_have_plain_numbers():
     assert labels_of([(float(n), 0.5) for n in range(1, 10)], "x")[:3] == ["1", "2", "5"]
     assert labels_of([(1.0, 1e-3), (2.0, 10.0)], "y") == ["0.001", "0.01", "0.1", "1", "10"]
     assert labels_of([(7.0, 0.3)], "x") == ["7"]
+
+
+def test_letters_without_a_font_are_escapes_in_a_legend(tmp_path, monkeypatch):
+    monkeypatch.setattr("diffusion_cli.charts.font_file", lambda text: None if "猫" in text else dejavu())
+    monkeypatch.setattr("diffusion_cli.captions.font_file", lambda text: None)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        save_panels([Panel("x", "y", [Curve("猫 1", [(0, 1.0)])], title="кошка")], tmp_path / "x.svg")
+    drawing = (tmp_path / "x.svg").read_text()
+    assert "\\u732b 1</text>" in drawing
+    assert ">кошка</text>" in drawing
 
 
 def test_a_single_point_is_a_large_mark():

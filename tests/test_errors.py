@@ -55,11 +55,17 @@ def test_a_mistake_is_one_line(monkeypatch, capsys):
 
 
 @pytest.mark.parametrize(
-    "error",
-    [MachineError("x: does not read back as it was written"), OSError(28, "No space left on device", "x")],
+    ("error", "line"),
+    [
+        (MachineError("x: does not read back as it was written"), "x: does not read back as it was written"),
+        (
+            OSError(28, "No space left on device", "x"),
+            "x: cannot be used (No space left on device); free some space, or use another disk",
+        ),
+    ],
 )
-def test_a_fault_of_the_machine_is_one_line(monkeypatch, capsys, error):
-    assert outcome(monkeypatch, capsys, error) == (2, f"diffuse: {error}\n")
+def test_a_fault_of_the_machine_is_one_line(monkeypatch, capsys, error, line):
+    assert outcome(monkeypatch, capsys, error) == (2, f"diffuse: {line}\n")
 
 
 @pytest.mark.parametrize(

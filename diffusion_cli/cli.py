@@ -219,7 +219,8 @@ def execute(command: str, checked: Config | list[Variant]) -> int:
 def _named(error: OSError, checked: Config) -> MachineError:
     """Return an error of the operating system as one line with the key that gave the path."""
     if error.filename is None:
-        return MachineError(str(error))
+        remedy = REMEDIES.get(error.errno or 0, "set DIFFUSE_TRACEBACK=1 to see where")
+        return MachineError(f"{error.strerror}; {remedy}")
     place = Path(os.fsdecode(error.filename))
     paths = {
         key: value

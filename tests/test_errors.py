@@ -62,6 +62,12 @@ def test_a_mistake_is_one_line(monkeypatch, capsys):
             OSError(28, "No space left on device", "x"),
             "x: cannot be used (No space left on device); free some space, or use another disk",
         ),
+        (
+            OSError(13, "Permission denied", "outputs/x"),
+            "output_dir=outputs: cannot be used (Permission denied: outputs/x); check its permissions, or use "
+            "another path",
+        ),
+        (OSError(5, "Input/output error"), "Input/output error; set DIFFUSE_TRACEBACK=1 to see where"),
     ],
 )
 def test_a_fault_of_the_machine_is_one_line(monkeypatch, capsys, error, line):

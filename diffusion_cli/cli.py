@@ -347,7 +347,10 @@ def _sweep_job(command: str, dirs: Sequence[Path], jobs: Sequence[Job], _: objec
     (number,) = (text.partition("=")[2] for text in HydraConfig.get().overrides.task if "job=" in text)
     job = jobs[int(number)]
     GlobalHydra.instance().clear()
-    print(f"\ndiffuse {command} {' '.join(map(config.as_pasted, job.overrides))}", flush=True)
+    print(
+        f"\ndiffuse {command} {' '.join(map(config.as_pasted, [*config.allowing_words(), *job.overrides]))}",
+        flush=True,
+    )
     on_cluster = "SUBMITIT_EXECUTOR" in os.environ
     with guarded():
         code = (_cluster_job if on_cluster else _local_job)(command, job, dirs)

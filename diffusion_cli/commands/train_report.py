@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from diffusion_cli.commands.train_setup import AutoencoderTask, TrainingSetup
-from diffusion_cli.config import TrainConfig, as_text, seconds
+from diffusion_cli.config import TrainConfig, allowing_words, as_pasted, as_text, seconds
 from diffusion_cli.data.labels import examples
 from diffusion_cli.diffusion.denoiser import Denoiser, NoisyClassifier
 from diffusion_cli.system.distributed import started
@@ -106,7 +106,7 @@ def _without_images(setup: TrainingSetup) -> Iterator[str]:
 
 def _next(model: Trainable, folder: Path) -> str:
     """Return the next command, as a shell reads it."""
-    run = as_text("run", str(folder))
+    run = " ".join([as_text("run", str(folder)), *map(as_pasted, allowing_words())])
     if isinstance(model, Autoencoding):
         return f"diffuse eval {run} 'metric=[reconstruction,rfid]'"  # zsh reads brackets as a pattern
     if isinstance(model, NoisyClassifier):

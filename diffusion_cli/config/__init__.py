@@ -33,7 +33,7 @@ from diffusion_cli.config.evaluation import (
 from diffusion_cli.config.grid import Value, Variant, load_grid
 from diffusion_cli.config.help_pages import command_help, group_help, groups_asked, overview
 from diffusion_cli.config.launcher import LAUNCHERS, launch, split_launcher
-from diffusion_cli.config.plugins import allow, is_allowed, place_of, without_plugins
+from diffusion_cli.config.plugins import allow, allowing_words, is_allowed, place_of, without_plugins
 from diffusion_cli.config.runs import differing, fingerprint, flatten, identity
 from diffusion_cli.config.sampling import SamplingSettings
 from diffusion_cli.config.schema import (
@@ -90,6 +90,7 @@ __all__ = [
     "Value",
     "Variant",
     "allow",
+    "allowing_words",
     "as_pasted",
     "as_text",
     "as_typed",

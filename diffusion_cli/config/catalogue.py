@@ -130,10 +130,15 @@ def chosen(command: str, overrides: Sequence[str], dirs: Sequence[Path]) -> dict
 
 def options(group: str, dirs: Sequence[Path] = ()) -> dict[str, Path]:
     """Return the YAML file of each option of a group, including those of plugins and in folders of the user."""
-    files = (
-        file for root in (CONF, *plugins.folders(), *dirs) for file in sorted((root / group).glob("*.yaml"))
-    )
-    return dict(sorted((file.stem, file) for file in files if file.is_file()))
+    found: dict[str, Path] = {}
+    for root in (CONF, *plugins.folders(), *dirs):
+        for file in sorted((root / group).glob("*.yaml")):
+            if file.is_file() and not file.samefile(found.setdefault(file.stem, file)):
+                remedy = "rename it, because Hydra would use the other one"
+                raise UsageError(
+                    file, NO_VALUE, f"{group}={file.stem} is an option of {found[file.stem]}", remedy
+                )
+    return dict(sorted(found.items()))
 
 
 def documented(file: Path, prefix: str = "") -> Iterator[tuple[str, str, str]]:

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
 
+from diffusion_cli.config import plugins
 from diffusion_cli.config.catalogue import CONF, defaults, did_you_mean, documented, options
 from diffusion_cli.config.launcher import LAUNCHERS
 from diffusion_cli.config.runs import run_folders
@@ -61,7 +62,15 @@ def completion_script(shell: str) -> str:
 
 
 def complete(words: Sequence[str]) -> list[str]:
-    """Return the completions of the last word: a command, `group=`, `key=`, or `group=option`."""
+    """Return the completions of the last word: a command, `group=`, `key=`, or `group=option`; none after an error."""
+    try:
+        plugins.allow(plugins.named(words[:-1]))
+        return _complete([word for word in words if not word.startswith(f"{plugins.KEY}=")])
+    except UsageError:
+        return []
+
+
+def _complete(words: Sequence[str]) -> list[str]:
     last = words[-1] if words else ""
     if len(words) <= 1:
         candidates = [*COMMANDS, "completion", "--help", "--version"]

@@ -1,19 +1,20 @@
 """Plugins: modules that the user allows, with classes to build and folders of options.
 
-A module is allowed by `plugins=[module]` on the command line, by `plugins: [module]` in `diffuse.yaml` of the working
-folder, by the environment variable DIFFUSE_PLUGINS, or by an entry point of an installed package in the group
-`diffuse.plugins`. Its options are the files `<group>/<option>.yaml` in the folder `conf` of the package, or beside the
-module. Nothing of a module is imported before a configuration names one of its classes.
+A module is allowed by `plugins=[module]` on the command line, by the environment variable DIFFUSE_PLUGINS, by an entry
+point of an installed package in the group `diffuse.plugins`, or by `plugins: [module]` in `diffuse.yaml` of the working
+folder once it was allowed there on a command line: the file may be that of another person. Its options are the files
+`<group>/<option>.yaml` in the folder `conf` of the package, or beside the module. Nothing of a module is imported
+before a configuration names one of its classes.
 """
 
 import importlib
-import importlib.util
 import inspect
 import os
 import sys
 import traceback
 from collections.abc import Sequence
 from functools import cache
+from importlib.machinery import ModuleSpec, PathFinder
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -22,6 +23,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from diffusion_cli.errors import NO_VALUE, Problem, UsageError, first_line
+from diffusion_cli.system.trusted_paths import is_own_plugin, remember_plugin
 
 VARIABLE = "DIFFUSE_PLUGINS"
 """Environment variable with the names of modules, separated by commas; child processes inherit it."""
@@ -62,29 +64,57 @@ def allow(names: Sequence[str]) -> None:
     Raises:
         UsageError: a name is not that of a module.
     """
-    known = _from_environment()
-    os.environ[VARIABLE] = ",".join([*known, *(name for name in names if name not in known)])
     for name in names:
         _conf(name)
+    os.environ[VARIABLE] = ",".join(dict.fromkeys([*_from_environment(), *names]))
+
+
+def named(words: Sequence[str]) -> list[str]:
+    """Return the modules of the words `plugins=module` and `plugins=[module,module]`."""
+    values = [word.partition("=")[2] for word in words if word.startswith(f"{KEY}=")]
+    return [name.strip(" '\"") for value in values for name in value.strip("[]").split(",") if name.strip()]
 
 
 def without_plugins(words: Sequence[str]) -> list[str]:
-    """Allow the modules of the words `plugins=module` and `plugins=[module,module]`, and return the other words."""
-    named = [word.partition("=")[2] for word in words if word.startswith(f"{KEY}=")]
-    allow([name.strip(" '\"") for value in named for name in value.strip("[]").split(",") if name.strip()])
+    """Allow the modules that words name, also for `diffuse.yaml` of this folder, and return the other words."""
+    names = named(words)
+    allow(names)
+    for name in names:
+        if name in _file().plugins:
+            remember_plugin(Path.cwd(), name)
     return [word for word in words if not word.startswith(f"{KEY}=")]
 
 
+def allowing_words() -> list[str]:
+    """Return the word of a command line that allows the modules of this process; none without such modules."""
+    names = _from_environment()
+    return [f"{KEY}=[{','.join(names)}]"] if names else []
+
+
 def allowed() -> list[str]:
-    """Return the names of the allowed modules."""
-    installed = [point.value.partition(":")[0] for point in _installed()]
-    return list(dict.fromkeys([*installed, *_file(Path.cwd()).plugins, *_from_environment()]))
+    """Return the names of the allowed modules.
+
+    Raises:
+        UsageError: `diffuse.yaml` names a module that was never allowed in this folder.
+    """
+    known = [point.value.partition(":")[0] for point in _installed()] + _from_environment()
+    for name in _file().plugins:
+        if name not in known and not is_own_plugin(Path.cwd(), name):
+            problem = "was never allowed in this folder"
+            raise UsageError(
+                f"{FILE}: {KEY}", name, problem, f"add {KEY}=[{name}] once if you trust its code"
+            )
+    return list(dict.fromkeys([*known, *_file().plugins]))
 
 
 def folders() -> list[Path]:
     """Return the folders of options: those of the allowed modules, and those that `diffuse.yaml` names."""
     found = [_conf(name) for name in allowed()]
-    found += [Path(path).expanduser() for path in _file(Path.cwd()).config_dir]
+    for path in _file().config_dir:
+        if not Path(path).expanduser().is_dir():
+            remedy = "give a folder with <group>/<option>.yaml files"
+            raise UsageError(f"{FILE}: config_dir", path, "no such folder", remedy)
+        found.append(Path(path).expanduser())
     return [folder for folder in found if folder is not None]
 
 
@@ -94,14 +124,14 @@ def is_allowed(target: str) -> bool:
 
 
 def imported(target: str) -> Any:
-    """Import a class or a function of an allowed module.
+    """Import a class of an allowed module.
 
     Raises:
-        UsageError: its module cannot be imported, or defines no class or function of this name.
+        UsageError: its module cannot be imported, or defines no class of this name.
     """
     assert is_allowed(target), target
     module, _, name = target.rpartition(".")
-    _find_in_working_folder()
+    _conf(module.partition(".")[0])  # finds the module, also in the working folder
     try:
         found = getattr(importlib.import_module(module), name, None)
     except Exception as error:  # code of the user
@@ -111,7 +141,7 @@ def imported(target: str) -> Any:
         remedy = "correct the module; DIFFUSE_TRACEBACK=1 shows the place"
         raise UsageError(KEY, module, problem, remedy) from error
     # A name that the module only imports, such as os.system, was not allowed.
-    if not (inspect.isclass(found) or inspect.isfunction(found)) or not is_allowed(f"{found.__module__}."):
+    if not inspect.isclass(found) or not is_allowed(f"{found.__module__}."):
         raise UsageError(KEY, module, f"defines no class {name}", f"correct _target_: {target}")
     return found
 
@@ -125,7 +155,7 @@ def suits(target: str, group: str) -> Problem | None:
         for base in BASES[group]
     ]
     found = imported(target)
-    if inspect.isclass(found) and issubclass(found, tuple(bases)):
+    if issubclass(found, tuple(bases)):
         return None
     return Problem(
         f"{group}._target_", target, f"not a class for {group}", f"derive it from {' or '.join(BASES[group])}"
@@ -135,7 +165,7 @@ def suits(target: str, group: str) -> Problem | None:
 def parameters(target: str) -> dict[str, tuple[Any, Any]]:
     """Return the keyword-only arguments of a class of an allowed module: type and default, `...` for none."""
     found = imported(target)
-    hints = get_type_hints(found.__init__ if inspect.isclass(found) else found, include_extras=True)
+    hints = get_type_hints(found.__init__, include_extras=True)
     return {
         name: (hints.get(name, Any), ... if parameter.default is parameter.empty else parameter.default)
         for name, parameter in inspect.signature(found).parameters.items()
@@ -162,10 +192,16 @@ def _installed() -> tuple[Any, ...]:
     return tuple(entry_points(group=ENTRY_POINTS))
 
 
-@cache
-def _file(folder: Path) -> _File:
+def _file() -> _File:
     """Read `diffuse.yaml` of the working folder."""
-    path = folder / FILE
+    try:
+        return _read(Path.cwd() / FILE)
+    except FileNotFoundError:  # the folder was removed
+        return _File()
+
+
+@cache
+def _read(path: Path) -> _File:
     if not path.is_file():
         return _File()
     try:
@@ -177,20 +213,24 @@ def _file(folder: Path) -> _File:
 
 @cache
 def _conf(name: str) -> Path | None:
-    """Return the folder of options of a module; None if it has none."""
-    _find_in_working_folder()
-    try:
-        spec = importlib.util.find_spec(name)
-    except (ImportError, ValueError):
-        spec = None
+    """Return the folder of options of a module; None if it has none. Imports nothing.
+
+    If only the working folder has the module, the folder joins the end of Python's path.
+    """
+    spec = _spec(name, None)
+    if spec is None and (spec := _spec(name, [str(Path.cwd())])) is not None:
+        sys.path.append(str(Path.cwd()))
     if spec is None:
         raise UsageError(KEY, name, "no such module", "install it, or run diffuse in its folder")
     places = spec.submodule_search_locations or [str(Path(spec.origin or "").parent)]
     return next((folder for place in places if (folder := Path(place, OPTIONS)).is_dir()), None)
 
 
-def _find_in_working_folder() -> None:
-    """Let Python find modules of the working folder, after all others."""
-    folder = str(Path.cwd())
-    if folder not in sys.path:
-        sys.path.append(folder)
+def _spec(name: str, path: Sequence[str] | None) -> ModuleSpec | None:
+    """Find a module without importing the packages that it is in; `path`: the folders of the first, None: Python's."""
+    first, *rest = name.split(".")
+    spec = PathFinder.find_spec(first, path)
+    for number in range(len(rest)):
+        inside = spec and spec.submodule_search_locations
+        spec = PathFinder.find_spec(".".join([first, *rest[: number + 1]]), inside) if inside else None
+    return spec

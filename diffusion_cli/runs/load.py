@@ -175,10 +175,7 @@ def _find_checkpoint(run: Path, step: Step) -> tuple[Path, Checkpoint]:
 def _check_fit(path: Path, info: CheckpointInfo, state: Mapping[str, Tensor]) -> None:
     """Raise UsageError unless the weights fit the model; the model is built on the meta device for this check."""
     try:
-        # A network of a plugin may compute with numbers, which tensors of the meta device do not have.
-        device = "cpu" if is_allowed(info.config.model["_target_"]) else "meta"
-        with torch.device(device), _limit_tensors(len(state)):
-            network = build(info.config.model, info.network_shape, info.num_classes)
+        network = _on_meta_device(info, len(state))
         wanted = {key: (value.shape, value.dtype) for key, value in network.state_dict().items()}
         if wanted != {key: (value.shape, value.dtype) for key, value in state.items()}:
             raise FormatError("the weights do not fit the model")
@@ -188,6 +185,18 @@ def _check_fit(path: Path, info: CheckpointInfo, state: Mapping[str, Tensor]) ->
         raise UsageError(
             path, NO_VALUE, f"its model cannot be built ({reason(error)})", "choose another run"
         ) from error
+
+
+def _on_meta_device(info: CheckpointInfo, tensors: int) -> nn.Module:
+    """Build the network without memory for its weights; a plugin's on the CPU if it computes with its tensors."""
+    arguments = (info.config.model, info.network_shape, info.num_classes)
+    try:
+        with torch.device("meta"), _limit_tensors(tensors):
+            return build(*arguments)
+    except (RuntimeError, NotImplementedError):
+        if not is_allowed(info.config.model["_target_"]):
+            raise
+        return build(*arguments)
 
 
 @contextlib.contextmanager

@@ -3,7 +3,7 @@
 A checkpoint stores the path of its data, and an untrusted checkpoint could name any folder of the user. A
 path in a checkpoint is therefore read only if this user has trained on it or named it before. Each such path
 leaves an empty file in `~/.local/state/diffuse/data` or `$XDG_STATE_HOME/diffuse/data`, named by the SHA-256
-of the full path. Run folders leave one in `runs` beside it.
+of the full path. Run folders leave one in `runs` beside it, and plugins one in `plugins`.
 """
 
 import hashlib
@@ -33,6 +33,17 @@ def remember_run(folder: Path) -> None:
 def is_own_run(folder: Path) -> bool:
     """Return whether this user has trained the run in a folder."""
     return _is_recorded(str(folder), "runs")
+
+
+def remember_plugin(folder: Path, name: str) -> None:
+    """Record a module as allowed by this user in a working folder, if the state folder is writable."""
+    with suppress(OSError, RuntimeError):
+        _touch(_record(f"{folder}/{name}", "plugins"))
+
+
+def is_own_plugin(folder: Path, name: str) -> bool:
+    """Return whether this user has allowed a module in a working folder."""
+    return _is_recorded(f"{folder}/{name}", "plugins")
 
 
 def unnamed(dataset: Mapping[str, Any]) -> dict[str, str]:

@@ -49,7 +49,7 @@ def project(tmp_path, monkeypatch) -> Iterator[Path]:
     monkeypatch.setattr(sys, "path", [*sys.path])
     monkeypatch.setenv(plugins.VARIABLE, "")
     plugins._conf.cache_clear()
-    plugins._file.cache_clear()
+    plugins._read.cache_clear()
     yield tmp_path
     forget_modules()
 
@@ -142,7 +142,9 @@ def test_a_module_is_allowed_by(project, monkeypatch, how):
     assert "bars" not in config.options("dataset")
     if how == "file":
         (project / "diffuse.yaml").write_text("plugins: [bars]\n")
-        plugins._file.cache_clear()
+        plugins._read.cache_clear()
+        config.without_plugins(["plugins=[bars]"])
+        monkeypatch.setenv(plugins.VARIABLE, "")
     elif how == "variable":
         monkeypatch.setenv(plugins.VARIABLE, "bars")
     else:
@@ -158,8 +160,63 @@ def test_a_folder_of_options_may_be_named_in_the_file(project):
         "# Half the noise.\n_target_: diffusion_cli.samplers.DDIM\neta: 0.5  # noise\nspacing: trailing  # grid\n"
     )
     (project / "diffuse.yaml").write_text("config_dir: [mine]\n")
-    plugins._file.cache_clear()
+    plugins._read.cache_clear()
     assert load("sample", ["run=x", "sampler=half"]).model_dump()["sampler"]["eta"] == 0.5
+
+
+def test_a_module_that_is_not_there_is_one_line_and_is_not_allowed(project, capsys):
+    assert run(["train", "plugins=[no_such_module]"]) == 2
+    line = "plugins=no_such_module: no such module; install it, or run diffuse in its folder"
+    assert line in capsys.readouterr().err
+    assert plugins.allowed() == []
+
+
+def test_no_package_is_imported_to_find_its_options(project):
+    (project / "bars" / "__init__.py").write_text("raise RuntimeError('imported')")
+    (project / "bars" / "inner").mkdir()
+    (project / "bars" / "inner" / "__init__.py").touch()
+    config.allow(["bars.inner", "bars"])
+    assert "bars" in config.options("dataset")
+    assert config.complete(["train", "plugins=[bars]", "dataset=ba"]) == ["dataset=bars"]
+    assert not [name for name in sys.modules if name.startswith("bars")]
+
+
+def test_an_installed_plugin_leaves_the_path_of_modules_alone(project, monkeypatch):
+    (project / "installed").mkdir()
+    (project / "bars").rename(project / "installed" / "bars")
+    monkeypatch.setattr(sys, "path", [str(project / "installed"), *sys.path])
+    before = [*sys.path]
+    config.allow(["bars"])
+    assert load("train", ["dataset=bars"]).model_dump()["dataset"]["count"] == 400
+    assert sys.path == before
+
+
+def test_an_option_with_a_name_of_ours_is_refused(project):
+    (project / "bars" / "conf" / "sampler" / "ddim.yaml").write_text("_target_: bars.extra.Renamed\n")
+    config.allow(["bars"])
+    with pytest.raises(UsageError, match=r"sampler=ddim is an option of .*rename it"):
+        load("sample", ["run=x", "sampler=ddim"])
+
+
+def test_a_folder_that_was_removed_has_no_plugins(tmp_path, monkeypatch, capsys):
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    assert run(["train", "--help"]) == 0
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_a_network_that_needs_its_numbers_to_be_built_is_loaded(project, capsys):
+    file = project / "bars" / "network.py"
+    text = file.read_text()
+    file.write_text(
+        text.replace(
+            "zeros_(self.last.weight)", "zeros_(self.last.weight)\n        self.last.weight.sum().item()"
+        )
+    )
+    assert run([*RUN, *SMALL, "max_steps=1"]) == 0
+    assert "Next: diffuse sample run=o/run 'plugins=[bars]'" in capsys.readouterr().out
+    assert run(["sample", "plugins=[bars]", "run=run", "output_dir=o", "steps=2", "num_samples=1"]) == 0
 
 
 @pytest.mark.parametrize(
@@ -168,14 +225,15 @@ def test_a_folder_of_options_may_be_named_in_the_file(project):
         ("plugins: [", "is not valid"),
         ("plugin: [a]", "is not valid"),
         (
-            "plugins: [no_such_module]",
-            "plugins=no_such_module: no such module; install it, or run diffuse in its folder",
+            "plugins: [bars]",
+            "diffuse.yaml: plugins=bars: was never allowed in this folder; add plugins=[bars] once",
         ),
+        ("config_dir: [nowhere]", "diffuse.yaml: config_dir=nowhere: no such folder"),
     ],
 )
 def test_mistakes_in_the_file_are_one_line(project, capsys, text, line):
     (project / "diffuse.yaml").write_text(text)
-    plugins._file.cache_clear()
+    plugins._read.cache_clear()
     assert run(["train", "max_steps=1"]) == 2
     printed = capsys.readouterr().err
     assert line in printed

@@ -77,7 +77,8 @@ def main() -> None:
 def run(words: Sequence[str]) -> int:
     """Run a command line and return its exit code.
 
-    0: done; 1: failed; 2: invalid setting or file, or a machine failure; 75: stopped by a signal.
+    0: done; 1: failed, or `data list` found a file missing or damaged; 2: invalid setting or file, or a machine
+    failure; 75: stopped by a signal.
     """
     with guarded():
         try:

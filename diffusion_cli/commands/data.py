@@ -13,17 +13,21 @@ from diffusion_cli.system.temporary_files import remove_abandoned
 SUFFIX = ".npz"
 
 
-def run(config: DataConfig) -> None:
-    """Pack a dataset into a new file, atomically; or list or fetch published files."""
+INCOMPLETE = 1
+"""Exit code of `diffuse data list` if a file is missing or damaged."""
+
+
+def run(config: DataConfig) -> int:
+    """Pack a dataset into a new file, atomically; or list or fetch published files. Return the exit code."""
     action: Pack | FilesAction = build(config.action)
     if isinstance(action, FilesAction):
-        _fetch(action, config)
-    else:
-        _pack(action, config)
+        return 0 if _process_files(action, config) else INCOMPLETE
+    _pack(action, config)
+    return 0
 
 
-def _fetch(action: FilesAction, config: DataConfig) -> None:
-    """Process the published files of the dataset, the features and the metrics of a configuration."""
+def _process_files(action: FilesAction, config: DataConfig) -> bool:
+    """Process the published files of a configuration's dataset, features and metrics; return whether all are here."""
     if config.output is not None:
         raise UsageError("output", config.output, "applies only to action=pack", "leave it out")
     if config.dataset is config.features is None and not config.metric:
@@ -40,12 +44,15 @@ def _fetch(action: FilesAction, config: DataConfig) -> None:
         files += network.downloads(config.features)  # pyright: ignore[reportAttributeAccessIssue]
     for metric in map(build, config.metric.values()):
         files += metric.downloads() if isinstance(metric, Metric) else []
-    action([*dict.fromkeys(files)])
-    if not files:
+    as_json = config.format == "json"
+    complete = action([*dict.fromkeys(files)], as_json)
+    if not files and not as_json:
         print("These options need no published files; metrics of features take those of features=")
     elif dataset is not None and dataset.downloads() and isinstance(action, Fetch):
         counts = [len(dataset.load(split)) for split in ("train", "val")]  # reads and unpacks the files
-        print(f"{dataset.name}: {counts[0]} images for training, {counts[1]} for validation")
+        if not as_json:
+            print(f"{dataset.name}: {counts[0]} images for training, {counts[1]} for validation")
+    return complete
 
 
 def _pack(pack: Pack, config: DataConfig) -> None:
@@ -53,6 +60,8 @@ def _pack(pack: Pack, config: DataConfig) -> None:
     for key, node in {"features": config.features, "metric": config.metric}.items():
         if node:
             raise UsageError(key, NO_VALUE, "does not apply to action=pack", "leave it out")
+    if config.format != "table":
+        raise UsageError("format", config.format, "does not apply to action=pack", "leave it out")
     if config.dataset is None:
         raise UsageError(
             "dataset", None, "required", "choose one, for example dataset=folder dataset.path=..."

@@ -235,6 +235,7 @@ class DataConfig(BaseModel):
     """The keys of `conf/data.yaml`."""
 
     model_config = STRICT
+    format: Literal["table", "json"]
     output: str | None
     data_dir: str
     output_dir: str

@@ -1,60 +1,86 @@
 """Listing and download of published files."""
 
+import json
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from typing import NamedTuple
 from urllib.parse import urlsplit
 
 from diffusion_cli.errors import NO_VALUE, Problem, UsageError
 from diffusion_cli.system.downloads import DownloadError, NoConnectionError, PublishedFile
 
 
+class FileState(NamedTuple):
+    """A published file on this machine, as programs read it."""
+
+    state: str
+    """present, unpacked, damaged, missing or fetched."""
+    path: str
+    size: int | None
+    """Size in bytes; None if unknown."""
+    checksum: str
+    source: str
+
+    def __str__(self) -> str:
+        size = "size unknown" if self.size is None else f"{self.size / 1e6:.1f} MB"
+        return f"{self.state:<8}  {self.path}\n          {size}, {self.checksum}, {self.source}"
+
+
 class FilesAction(ABC):
     """Base class of actions of `diffuse data` on the published files of a dataset, features and metrics."""
 
-    @abstractmethod
-    def __call__(self, files: Sequence[PublishedFile]) -> None:
-        """Process the files, and print one entry for each.
+    def __call__(self, files: Sequence[PublishedFile], as_json: bool = False) -> bool:
+        """Process the files, and print one entry for each; return whether all of them are here.
 
         Raises:
-            UsageError: with one problem for each file that cannot be downloaded, or for each unreachable server.
+            UsageError: with one problem for each file that cannot be downloaded, for each unreachable server, and for
+                each package that is not installed.
         """
+        found: list[FileState] = []
+        problems: list[Problem] = []
+        unreachable: set[str] = set()
+        for file in files:
+            try:
+                if urlsplit(file.source).netloc in unreachable and file.state() in ("missing", "damaged"):
+                    continue
+                state = self.process(file)
+            except UsageError as error:
+                problems += error.problems
+                continue
+            except DownloadError as error:
+                if isinstance(error, NoConnectionError):
+                    unreachable.add(urlsplit(file.source).netloc)
+                remedy = f"run this command on a machine with a network, and copy {file.to_copy}"
+                problems.append(Problem(file.source, NO_VALUE, f"cannot be downloaded ({error})", remedy))
+                continue
+            size = file.path.stat().st_size if file.path.is_file() else file.size
+            found.append(FileState(state, str(file.path), size, file.checksum, file.source))
+            if not as_json:
+                print(found[-1], flush=True)
+        if as_json:
+            print(json.dumps([each._asdict() for each in found], indent=2))
+        if problems:
+            raise UsageError.several(problems)
+        return all(each.state not in ("missing", "damaged") for each in found)
+
+    @abstractmethod
+    def process(self, file: PublishedFile) -> str:
+        """Process one file and return its state; DownloadError if it cannot be downloaded."""
 
 
 class ListFiles(FilesAction):
     """Prints whether each file is here, its size, checksum, path and URL. Needs no network."""
 
-    def __call__(self, files: Sequence[PublishedFile]) -> None:
-        for file in files:
-            print(_described(file, file.state()))
+    def process(self, file: PublishedFile) -> str:
+        return file.state()
 
 
 class Fetch(FilesAction):
     """Downloads the files that are missing or damaged, and verifies all of them."""
 
-    def __call__(self, files: Sequence[PublishedFile]) -> None:
-        problems: list[Problem] = []
-        unreachable: set[str] = set()
-        for file in files:
-            state, server = str(file.state()), urlsplit(file.source).netloc
-            if state in ("missing", "damaged"):
-                if server in unreachable:
-                    continue
-                try:
-                    file.fetch()
-                except DownloadError as error:
-                    if isinstance(error, NoConnectionError):
-                        unreachable.add(server)
-                    remedy = f"run this command on a machine with a network, and copy {file.to_copy}"
-                    problems.append(Problem(file.source, NO_VALUE, f"cannot be downloaded ({error})", remedy))
-                    continue
-                state = "fetched"
-            print(_described(file, state), flush=True)
-        if problems:
-            raise UsageError.several(problems)
-
-
-def _described(file: PublishedFile, state: str) -> str:
-    """Return two lines about a file."""
-    size = file.path.stat().st_size if file.path.is_file() else file.size
-    shown = "size unknown" if size is None else f"{size / 1e6:.1f} MB"
-    return f"{state:<8}  {file.path}\n          {shown}, {file.checksum}, {file.source}"
+    def process(self, file: PublishedFile) -> str:
+        state = file.state()
+        if state in ("missing", "damaged"):
+            file.fetch()
+            return "fetched"
+        return state

@@ -47,7 +47,10 @@ class PublishedFile(ABC):
 
     @abstractmethod
     def state(self) -> State:
-        """Return whether the file is here and has its checksum. Needs no network."""
+        """Return whether the file is here and has its checksum. Needs no network.
+
+        Raises UsageError, as the other members may, if a package is not installed that finds the file.
+        """
 
     @abstractmethod
     def fetch(self) -> None:

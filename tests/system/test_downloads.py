@@ -3,6 +3,7 @@
 import gzip
 import hashlib
 import json
+import sys
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -125,7 +126,7 @@ def small_mnist(monkeypatch, site) -> None:
 
 def test_datasets_are_listed_fetched_and_unpacked(small_mnist, site, tmp_path, capsys):
     words = ["dataset=mnist", f"data_dir={tmp_path}"]
-    assert run(["data", "list", *words]) == 0
+    assert run(["data", "list", *words]) == 1
     assert capsys.readouterr().out.count("missing ") == 4
     assert site.asked == []
     assert run(["data", "fetch", *words]) == 0
@@ -135,6 +136,7 @@ def test_datasets_are_listed_fetched_and_unpacked(small_mnist, site, tmp_path, c
     assert (tmp_path / "MNIST" / "raw" / "t10k-labels-idx1-ubyte").is_file()
     assert run(["data", "fetch", *words]) == 0
     assert capsys.readouterr().out.count("present ") == 4
+    assert run(["data", "list", *words]) == 0
     assert len(site.asked) == 4
 
 
@@ -184,6 +186,7 @@ def test_a_hub_that_cannot_be_reached_is_an_error_at_once(monkeypatch, closed, t
         ("fetch", "dataset=null: no files are named; name options, for example dataset=cifar10"),
         ("list features=auto", "features=auto: depends on the images; name a network"),
         ("fetch features=inception output=x", "output=x: applies only to action=pack; leave it out"),
+        ("pack dataset=digits format=json", "format=json: does not apply to action=pack; leave it out"),
         ("pack dataset=digits features=clip", "features: does not apply to action=pack; leave it out"),
     ],
 )
@@ -192,8 +195,46 @@ def test_words_that_name_no_files_are_refused(capsys, words, problem):
     assert capsys.readouterr().err.startswith(f"diffuse: {problem}")
 
 
-def test_weights_of_features_and_metrics_are_listed(capsys):
-    assert run(["data", "list", "features=inception", "metric=[lpips,fd_dinov2,clip_score,mmd,kid]"]) == 0
+def test_files_are_listed_as_json_for_programs(small_mnist, site, tmp_path, capsys):
+    words = ["dataset=mnist", f"data_dir={tmp_path}", "format=json"]
+    assert run(["data", "list", *words]) == 1
+    first, *others = json.loads(capsys.readouterr().out)
+    path, source = (
+        f"{tmp_path}/MNIST/raw/train-images-idx3-ubyte.gz",
+        f"{site.url}/train-images-idx3-ubyte.gz",
+    )
+    checksum = f"md5 {hashlib.md5(site.files['/train-images-idx3-ubyte.gz']).hexdigest()}"
+    assert first == {
+        "state": "missing",
+        "path": path,
+        "size": 9912422,
+        "checksum": checksum,
+        "source": source,
+    }
+    assert len(others) == 3
+    assert run(["data", "fetch", *words]) == 0
+    assert {file["state"] for file in json.loads(capsys.readouterr().out)} == {"fetched"}
+    assert run(["data", "list", "features=classifier", "format=json"]) == 0
+    assert json.loads(capsys.readouterr().out) == []
+
+
+@pytest.mark.parametrize("action", ["list", "fetch"])
+def test_without_huggingface_hub_other_files_are_processed(
+    small_mnist, monkeypatch, tmp_path, capsys, action
+):
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    words = ["dataset=mnist", f"data_dir={tmp_path}", "metric=fd_dinov2"]
+    assert run(["data", action, *words]) == 2
+    out, err = capsys.readouterr()
+    assert out.count("MNIST/raw") == 4
+    assert err == (
+        "diffuse: facebook/dinov2-large: needs transformers; install it: pip install 'diffuse-cli[transformers]'\n"
+    )
+
+
+def test_weights_of_features_and_metrics_are_listed(monkeypatch, tmp_path, capsys):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    assert run(["data", "list", "features=inception", "metric=[lpips,fd_dinov2,clip_score,mmd,kid]"]) == 1
     out = capsys.readouterr().out
     for part in (
         "weights-inception-2015-12-05-6726825d.pth\n          95.6 MB, sha256 6726825d, https://github.com/",

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from diffusion_cli.errors import UsageError, first_line
+from diffusion_cli.errors import NO_VALUE, UsageError, first_line
 from diffusion_cli.system.downloads import STALL, DownloadError, NoConnectionError, PublishedFile, State
 from diffusion_cli.system.files import CANNOT_WRITE, file_digest
 
@@ -20,6 +20,8 @@ NETWORK = ("config.json", "model.safetensors")
 """Files of a network."""
 TOKENIZER = ("vocab.json", "merges.txt", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 """Files of the tokenizer of CLIP."""
+NEEDS_TRANSFORMERS = ("needs transformers", "install it: pip install 'diffuse-cli[transformers]'")
+"""Problem and remedy without the optional dependency, which includes huggingface_hub."""
 
 
 def load(name: str, architecture: str, weights: str) -> Any:
@@ -53,9 +55,7 @@ def imported(name: str) -> Any:
     try:
         return importlib.import_module("transformers")
     except ImportError as error:
-        raise UsageError(
-            "features", name, "needs transformers", "install it: pip install 'diffuse-cli[transformers]'"
-        ) from error
+        raise UsageError("features", name, *NEEDS_TRANSFORMERS) from error
 
 
 def pretrained(kind: Any, weights: str, **options: Any) -> Any:
@@ -109,9 +109,7 @@ class HubFile(PublishedFile):
 
     @property
     def source(self) -> str:  # pyright: ignore[reportIncompatibleVariableOverride]
-        from huggingface_hub import constants
-
-        return f"{constants.ENDPOINT}/{self.repository}/resolve/main/{self.name}"
+        return f"{self._hub('constants').ENDPOINT}/{self.repository}/resolve/main/{self.name}"
 
     @property
     def path(self) -> Path:  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -119,9 +117,7 @@ class HubFile(PublishedFile):
 
     @property
     def to_copy(self) -> Path:
-        from huggingface_hub import constants
-
-        return Path(constants.HF_HUB_CACHE, f"models--{self.repository.replace('/', '--')}")
+        return Path(self._hub("constants").HF_HUB_CACHE, f"models--{self.repository.replace('/', '--')}")
 
     def state(self) -> State:
         path = self._cached()
@@ -130,16 +126,13 @@ class HubFile(PublishedFile):
         return "present" if _has_its_checksum(path) else "damaged"
 
     def fetch(self) -> None:
-        import huggingface_hub
-
+        hub = self._hub()
         try:
             _connect()
         except OSError as error:
             raise NoConnectionError(str(error)) from error
         try:
-            huggingface_hub.hf_hub_download(
-                self.repository, self.name, force_download=self.state() == "damaged"
-            )
+            hub.hf_hub_download(self.repository, self.name, force_download=self.state() == "damaged")
         except Exception as error:  # the classes of the HTTP library and of the hub
             if isinstance(error, OSError) and error.errno in CANNOT_WRITE:
                 raise
@@ -147,10 +140,16 @@ class HubFile(PublishedFile):
         if self.state() != "present":
             raise DownloadError("the content does not have the checksum of the hub")
 
-    def _cached(self) -> Path | None:
-        import huggingface_hub
+    def _hub(self, module: str = "") -> Any:
+        """Import huggingface_hub, or a module of it; UsageError if it is not installed."""
+        try:
+            hub = importlib.import_module("huggingface_hub")
+            return importlib.import_module(f"huggingface_hub.{module}") if module else hub
+        except ImportError as error:
+            raise UsageError(self.repository, NO_VALUE, *NEEDS_TRANSFORMERS) from error
 
-        found = huggingface_hub.try_to_load_from_cache(self.repository, self.name)
+    def _cached(self) -> Path | None:
+        found = self._hub().try_to_load_from_cache(self.repository, self.name)
         return Path(found) if isinstance(found, str) else None
 
 

@@ -16,7 +16,7 @@ from diffusion_cli.config import plugins
 from diffusion_cli.config.catalogue import CONF, PACKAGE, did_you_mean
 from diffusion_cli.config.recipe import DERIVED
 from diffusion_cli.config.signature import arguments
-from diffusion_cli.config.values import FORMS, STRICT
+from diffusion_cli.config.values import FORMS, NAME, STRICT
 from diffusion_cli.errors import Problem, UsageError, format_value
 
 ANY_TYPE = STRICT | ConfigDict(arbitrary_types_allowed=True)
@@ -135,6 +135,8 @@ def _problem(key: str, value: Any, details: Sequence[Any], model: type[BaseModel
         return problem, f"did you mean {near[0]}?"
     if value == "":
         return f"no value; {problem}", ""
+    if FORMS[NAME] in accepted and (name := re.sub(r"[^\w.+-]+", "_", str(value)).strip("._+-")):
+        return problem, f"write {key}={name}"
     if "string_type" in kinds and isinstance(value, int | float):
         return problem, f'quote it in its file: {key.rpartition(".")[2]}: "{format_value(value)}"'
     if "list_type" in kinds and not isinstance(value, Mapping):

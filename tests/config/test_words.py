@@ -70,6 +70,9 @@ MISTAKES = {
     "train progressive=8,16": "progressive=8,16: several values; write progressive=[8,16]",
     "train progressive=8": "progressive=8: must be a list or null; write progressive=[8]",
     "train seed=0,1": "seed=0,1: several values; give one, or add -m for one run per value",
+    "train 'name=été à la mer'": (
+        "name=été à la mer: must be a folder name of letters, digits and _ . + - or null; write name=été_à_la_mer"
+    ),
     "train max_time=10": "max_time=10: must be a duration (90s, 45m, 2h30m, 1d) or null",
     "train max_epochs=x": "max_epochs=x: must be an integer or null",
     "train optimizer.lr=": "optimizer.lr=: no value; must be a number or auto",

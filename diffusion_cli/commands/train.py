@@ -64,9 +64,9 @@ def train(config: TrainConfig) -> int:
         if setup.max_steps is None or done < setup.max_steps:
             return _fit(config, setup, folder, before, stop)
         if main:
-            print(
-                f"{folder} finished at step {done}; to continue, raise the budget, for example max_steps={2 * done}"
-            )
+            assert before is not None
+            assert setup.max_steps is not None
+            print(train_report.finished(folder, done, setup.max_steps, before.info.config.max_steps))
         return 0
 
 
@@ -97,7 +97,7 @@ def _fit(
     if config.compile is True or (config.compile == "auto" and setup.device.torch_device.type == "cuda"):
         model.network.compile()  # in place: torch.compile(network) would rename every weight
     if main:
-        _begin(config, setup, folder, done)
+        _begin(config, setup, folder, before)
     batches = ProgressiveBatches(
         setup.images, setup.stages, config.seed, setup.dataset.flip, start=done, parts=config.accumulate_grad_batches,
         rank=Distributed().rank, world_size=Distributed().world, device=setup.device.torch_device,
@@ -127,14 +127,17 @@ def _check_resumable(before: Checkpoint, trainer: Trainer, module: TrainingModul
     trainer.callbacks.append(StoredOptions(expected))  # pyright: ignore[reportAttributeAccessIssue]
 
 
-def _begin(config: TrainConfig, setup: TrainingSetup, folder: Path, done: int) -> None:
+def _begin(config: TrainConfig, setup: TrainingSetup, folder: Path, before: Checkpoint | None) -> None:
     """Write the configuration, real images and the autoencoder of a new run; print a summary and remarks."""
+    done = before.step if before else 0
     if setup.latent is not None and not done:
         save_weights(setup.latent.latents.autoencoder, folder / AUTOENCODER)
     with atomic_write(folder / "config.yaml") as temporary:
         temporary.write_text(yaml.safe_dump(config.model_dump(), sort_keys=False))
     remember_run(folder)  # only now, because an existing config.yaml may be untrusted
     print(train_report.first_line(config, setup, folder, done), file=sys.stderr)
+    if before and (line := train_report.other_budget(before.info.config.model_dump(), config)):
+        show_remarks([line])
     show_remarks(train_report.remarks(setup))
     save_real_images(setup, folder)
 

@@ -1,5 +1,6 @@
 """Checks of `diffuse train` before training: devices, configuration and data."""
 
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -7,7 +8,9 @@ import torch
 
 from diffusion_cli.config import TrainConfig, as_text, differing, identity
 from diffusion_cli.config.at_hand import gpu
+from diffusion_cli.config.catalogue import is_exactly, option_of
 from diffusion_cli.config.recipe import BUDGETED, derived_in
+from diffusion_cli.config.values import Node
 from diffusion_cli.data import ResolutionSchedule
 from diffusion_cli.errors import NO_VALUE, Problem, UsageError, format_value
 from diffusion_cli.runs.schema import CheckpointInfo
@@ -62,18 +65,22 @@ def remark_on_machine(config: TrainConfig) -> str | None:
 def check_configuration(folder: Path, config: TrainConfig, stored: dict[str, Any]) -> None:
     """Raise UsageError if the run in a folder has another configuration."""
     before, now = identity(stored), identity(config.model_dump())
-    keys_derived_from_budget = derived_in(stored) & set(config.derived) & BUDGETED.keys()
-    if keys := [key for key in differing(before, now) if key not in keys_derived_from_budget]:
+    derived = derived_in(stored) & set(config.derived)
+    keys = [key for key in differing(before, now) if key not in derived & BUDGETED.keys()]
+    if keys:
+        groups = list(_other_options(config.model_dump(), stored, {key.partition(".")[0] for key in keys}))
+        chosen = {problem.key for problem in groups}
+        if groups:  # values derived in both follow from other choices
+            keys = [key for key in keys if key not in derived and key.partition(".")[0] not in chosen]
         run = config.name if folder == Path("outputs", str(config.name)) else folder
         raise UsageError.several(
             [
                 *(
-                    Problem(
-                        key,
-                        format_value(now.get(key)),
-                        f"the run in {folder} has {format_value(before.get(key))}",
-                    )
-                    for key in keys
+                    problem._replace(problem=f"the run in {folder} has {problem.problem}")
+                    for problem in [
+                        *groups,
+                        *(Problem(key, now.get(key), format_value(before.get(key))) for key in keys),
+                    ]
                 ),
                 Problem(
                     "name",
@@ -83,6 +90,31 @@ def check_configuration(folder: Path, config: TrainConfig, stored: dict[str, Any
                 ),
             ]
         )
+
+
+def _other_options(now: Node, before: Node, names: Collection[str]) -> Iterator[Problem]:
+    """Yield a problem for each of some groups of which a run has another option, with that option.
+
+    An option of another class is named by its class if no option file has it. Options of one class are named only if
+    the run and the command have them unchanged.
+    """
+    for group in sorted(names):
+        ours, theirs = now.get(group), before.get(group)
+        if not isinstance(ours, Mapping) or not isinstance(theirs, Mapping):
+            continue
+        if "_target_" not in ours or "_target_" not in theirs:
+            continue
+        option, other = option_of(group, ours), option_of(group, theirs)
+        if ours["_target_"] == theirs["_target_"]:
+            if option is None or other is None or option == other:
+                continue
+            if not is_exactly(group, option, ours) or not is_exactly(group, other, theirs):
+                continue
+        names_of = [
+            name or str(node["_target_"]).rpartition(".")[2]
+            for name, node in ((option, ours), (other, theirs))
+        ]
+        yield Problem(group, names_of[0], f"{group}={names_of[1]}")
 
 
 def check_data(folder: Path, now: CheckpointInfo, before: CheckpointInfo) -> None:

@@ -8,7 +8,8 @@ import torch
 from torch import nn
 
 from diffusion_cli.commands.train_setup import AutoencoderTask, TrainingSetup
-from diffusion_cli.config import TrainConfig, allowing_words, as_pasted, as_text, seconds
+from diffusion_cli.config import TrainConfig, allowing_words, as_pasted, as_text, differing, flatten, seconds
+from diffusion_cli.config.values import Node
 from diffusion_cli.data.labels import examples
 from diffusion_cli.diffusion.denoiser import Denoiser, NoisyClassifier
 from diffusion_cli.system.distributed import started
@@ -49,14 +50,59 @@ def last_lines(
         name = signal.Signals(stop.signal).name
         yield f"{name}: saved {folder} at step {progress.step}; the same command continues the run"
     else:
-        yield f"{progress.outcome()}; the run is {folder}\nNext: {_next(model, folder)}"
+        stopped = ""
+        if stop.seconds_left() == 0 and progress.step != progress.max_steps:
+            of = "" if progress.max_steps is None else f" of {progress.max_steps}"
+            stopped = f"Stopped by max_time at step {progress.step}{of}; to continue, {_more_time(progress.config)}\n"
+        yield f"{progress.outcome()}; the run is {folder}\n{stopped}Next: {_next(model, folder)}"
 
 
 def time_spent(config: TrainConfig, folder: Path, step: int) -> str:
     """Return the line of a run whose `max_time` earlier starts have spent."""
     return (
         f"{folder} finished at step {step}, because earlier starts have spent max_time={config.max_time}; to continue, "
-        f"raise the budget, for example max_time={2 * int(seconds(config.max_time) or 0)}s"
+        f"{_more_time(config.model_dump())}"
+    )
+
+
+def _more_time(config: Node) -> str:
+    return f"raise the budget, for example max_time={2 * int(seconds(config['max_time']) or 0)}s"
+
+
+def finished(folder: Path, step: int, max_steps: int, before: int | None) -> str:
+    """Return the line of a run that has already trained all steps of a budget.
+
+    Args:
+        folder: the run.
+        step: its last step.
+        max_steps: the budget now, at most `step`.
+        before: the budget of its last start; None: unlimited.
+    """
+    state = (
+        f"finished at step {step}"
+        if max_steps == step
+        else f"is already past step {max_steps}, at step {step}"
+    )
+    larger = before if before is not None and before > step else 2 * step
+    return f"{folder} {state}; to continue, raise the budget, for example max_steps={larger}"
+
+
+def other_budget(before: Node, now: TrainConfig) -> str | None:
+    """Return a remark on a run that continues with another budget, if its weights depend on the budget; else None."""
+    changed = set(differing(flatten(before), flatten(now.model_dump())))
+    follow = {
+        "the learning-rate schedule": changed & {"optimizer.decay_steps", "optimizer.warm_up_steps"},
+        "the EMA": changed & {"ema.decay"},
+    }
+    if "max_steps" not in changed or not any(follow.values()):
+        return None
+    what = " and ".join(name for name, differs in follow.items() if differs)
+    steps = " -> ".join(
+        "unlimited" if steps is None else f"{steps}" for steps in (before["max_steps"], now.max_steps)
+    )
+    return (
+        f"max_steps {steps}: {what} {'follow' if all(follow.values()) else 'follows'} the new budget, so the weights "
+        "differ from those of one uninterrupted run"
     )
 
 

@@ -2,7 +2,7 @@
 
 import difflib
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -139,6 +139,32 @@ def options(group: str, dirs: Sequence[Path] = ()) -> dict[str, Path]:
                     file, NO_VALUE, f"{group}={file.stem} is an option of {found[file.stem]}", remedy
                 )
     return dict(sorted(found.items()))
+
+
+def option_of(group: str, node: Mapping[str, Any]) -> str | None:
+    """Return the option of a group with the class of a node and the most of its values; None if no option has it."""
+    equal: dict[str, int] = {}
+    for name, file in options(group).items():
+        values = _values(group, file)
+        if values.get("_target_") == node.get("_target_"):
+            equal[name] = sum(node.get(key) == value for key, value in values.items())
+    return max(equal, key=lambda name: equal[name]) if equal else None
+
+
+def is_exactly(group: str, option: str, node: Mapping[str, Any]) -> bool:
+    """Return whether a node has every value that an option states."""
+    values = _values(group, options(group)[option])
+    return all(node.get(key) == value for key, value in values.items() if value != "auto")
+
+
+def _values(group: str, file: Path) -> dict[str, Any]:
+    """Return the values of a group's node that an option file and the files that it includes state."""
+    found: dict[str, Any] = {}
+    for part in lineage(file):
+        value = content(part)
+        found |= value[group] if isinstance(value.get(group), Mapping) else value
+    found.pop("defaults", None)
+    return {key: value for key, value in found.items() if not str(value).startswith("${")}
 
 
 def documented(file: Path, prefix: str = "") -> Iterator[tuple[str, str, str]]:

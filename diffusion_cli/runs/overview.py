@@ -5,11 +5,10 @@ from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
-from functools import cache
 from pathlib import Path
 from typing import Any
 
-from diffusion_cli.config.catalogue import content, options
+from diffusion_cli.config.catalogue import option_of
 from diffusion_cli.config.runs import checkpoints_of, run_folders
 from diffusion_cli.config.tasks import task_of_classes
 from diffusion_cli.runs.curves import read_curves
@@ -73,15 +72,8 @@ def _dataset(node: Any) -> str | None:
     target = node.get("_target_") if isinstance(node, Mapping) else None
     if not isinstance(target, str):
         return None
-    name, path = _dataset_options().get(target, target.rpartition(".")[2]), node.get("path")
+    name, path = option_of("dataset", {"_target_": target}) or target.rpartition(".")[2], node.get("path")
     return name if path is None else f"{name} {path}"
-
-
-@cache
-def _dataset_options() -> dict[str, str]:
-    """Return the option of each class of datasets."""
-    values = {name: content(file) for name, file in options("dataset").items()}
-    return {value.get("dataset", value)["_target_"]: name for name, value in values.items()}
 
 
 def _task(config: Mapping[str, Any]) -> str | None:

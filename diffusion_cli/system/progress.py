@@ -30,12 +30,24 @@ class ProgressBar(tqdm):
 
     Where stderr is no terminal, it prints a line every 15 seconds. If the work takes long, it prints one line with
     the time that remains. Updates may be fractions of an item.
+
+    Args:
+        arguments: those of tqdm.
+        desc: name of the work.
+        total: number of items.
+        seconds_left: returns the seconds until `max_time` stops the work, or None without a limit.
+        options: those of tqdm.
     """
 
     def __init__(
-        self, *arguments: Any, desc: str | None = None, total: float | None = None, **options: Any
+        self,
+        *arguments: Any,
+        desc: str | None = None,
+        total: float | None = None,
+        seconds_left: Callable[[], float | None] = lambda: None,
+        **options: Any,
     ) -> None:
-        self._estimated = False
+        self._estimated, self._seconds_left = False, seconds_left
         self._first: tuple[float, float] | None = None
         on_terminal = sys.stderr.isatty()
         endless = total is None and not (arguments and hasattr(arguments[0], "__len__"))
@@ -78,7 +90,14 @@ class ProgressBar(tqdm):
             return
         self._estimated = True
         left = passed / done * (self.total - self.n)
-        if left > LONG:
+        limit = self._seconds_left()
+        if left > LONG and limit is not None and limit < left:
+            reached = int(self.n + limit * done / passed)
+            self.write(
+                f"diffuse: {self.desc}: max_time ends it at about {self.unit} {reached:,} of {self.total:,}",
+                file=sys.stderr,
+            )
+        elif left > LONG:
             count = self.total - int(self.n)
             self.write(
                 f"diffuse: {self.desc}: about {_in_words(left)} for the remaining {count:,} {self.unit}s",

@@ -141,6 +141,7 @@ class Progress(StepCallback):
             unit="step",
             desc="train",
             disable=not trainer.is_global_zero,
+            seconds_left=self.stop.seconds_left,
         )
         self._mark = self._start = (trainer.global_step, time.perf_counter())
 
@@ -183,7 +184,7 @@ class Progress(StepCallback):
         if passed < self.MEASURED or step < first + 2:
             return
         self._estimated = True
-        if self.max_steps is not None:
+        if self.max_steps is not None and self.stop.max_seconds is None:
             self._warn(duration.warning(self.config, passed / (step - first), self.max_steps - step))
 
     def _warn(self, line: str | None) -> None:

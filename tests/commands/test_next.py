@@ -13,7 +13,8 @@ from diffusion_cli.config import load
 
 @pytest.mark.parametrize("folder", ["outputs/demo", "my runs/x", "año/a,b", "it's (2)/x", "a=b/[1]"])
 def test_the_next_command_names_the_run(folder):
-    stop, progress = SimpleNamespace(stopping=False, signal=None), SimpleNamespace(outcome=lambda: "Trained")
+    stop = SimpleNamespace(stopping=False, signal=None, seconds_left=lambda: None)
+    progress = SimpleNamespace(outcome=lambda: "Trained")
     (text,) = last_lines(progress, stop, [], nn.Linear(1, 1), Path(folder))  # pyright: ignore[reportArgumentType]
     program, command, word = shlex.split(text.partition("Next: ")[2])
     assert (program, command) == ("diffuse", "sample")

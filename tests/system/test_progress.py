@@ -107,3 +107,13 @@ def test_long_work_is_estimated_once(monkeypatch, clock, total, line):
             bar.update()
     lines = [text for text in stream.getvalue().splitlines(keepends=True) if text.startswith("diffuse:")]
     assert "".join(lines) == line
+
+
+def test_a_limit_of_time_replaces_the_estimate(monkeypatch, clock):
+    stream = log(monkeypatch)
+    with ProgressBar(total=1000, desc="train", unit="step", seconds_left=lambda: 110.0) as bar:
+        for _ in range(20):
+            clock.now += 1
+            bar.update()
+    lines = [line for line in stream.getvalue().splitlines() if line.startswith("diffuse: ")]
+    assert lines == ["diffuse: train: max_time ends it at about step 125 of 1,000"]

@@ -2,6 +2,7 @@
 
 import csv
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ import yaml
 from PIL import Image
 
 from diffusion_cli.cli import run
+from diffusion_cli.commands.train_report import finished
 from diffusion_cli.runs.checkpoint import LAST
 from diffusion_cli.system.locks import run_lock
 from helpers import TINY, assert_same, state, train
@@ -55,6 +57,62 @@ def test_a_complete_run_is_left_alone(tmp_path, capsys):
     assert train(tmp_path, "max_steps=5") == 0
     assert "finished at step 5" in capsys.readouterr().out
     assert (tmp_path / "tiny" / LAST).stat().st_mtime_ns == before
+
+
+def test_a_budget_that_is_already_spent_names_a_larger_one(tmp_path, capsys):
+    assert train(tmp_path, "max_steps=3") == 0
+    for words, said in (
+        (["max_steps=3"], "finished at step 3; to continue, raise the budget, for example max_steps=6"),
+        (
+            ["max_steps=2"],
+            "is already past step 2, at step 3; to continue, raise the budget, for example max_steps=6",
+        ),
+    ):
+        capsys.readouterr()
+        assert train(tmp_path, *words) == 0
+        assert said in capsys.readouterr().out
+
+
+def test_the_budget_of_the_last_start_is_suggested():
+    folder = Path("outputs/demo")
+    assert finished(folder, 1855, 1000, 2400).endswith("for example max_steps=2400")
+    assert finished(folder, 2400, 2400, 2400).endswith("for example max_steps=4800")
+    assert finished(folder, 2400, 2400, None).endswith("for example max_steps=4800")
+
+
+@pytest.mark.parametrize(
+    ("words", "what"),
+    [
+        (["optimizer.decay_steps=${max_steps}"], "the learning-rate schedule and the EMA follow"),
+        ([], "the EMA follows"),
+        (["ema.decay=0.9"], None),
+    ],
+)
+def test_another_budget_is_named_if_the_weights_depend_on_it(tmp_path, capsys, words, what):
+    assert train(tmp_path, "max_steps=2", *words) == 0
+    assert train(tmp_path, "max_steps=3000", "max_time=1s", *words) == 0
+    said = capsys.readouterr().err
+    effect = "the weights differ from those of one uninterrupted run"
+    line = f"diffuse: max_steps 2 -> 3000: {what} the new budget, so {effect}"
+    assert (line in said) == ("max_steps 2 ->" in said) == (what is not None)
+
+
+def test_options_of_another_run_are_one_line_each(tmp_path, capsys):
+    run = tmp_path / "tiny"
+    assert train(tmp_path, "max_steps=1") == 0
+    for words, lines in (
+        (["schedule=linear"], [f"schedule=linear: the run in {run} has schedule=cosine"]),
+        (["schedule=linear", "schedule.beta_end=0.03"], [f"schedule=linear: the run in {run} has schedule=cosine"]),
+        (["schedule.offset=0.01"], [f"schedule.offset=0.01: the run in {run} has 0.008"]),
+        (["objective=min_snr", "seed=3"], [
+            f"objective=min_snr: the run in {run} has objective=simple", f"seed=3: the run in {run} has 0",
+        ]),
+    ):  # fmt: skip
+        capsys.readouterr()
+        assert train(tmp_path, "max_steps=2", *words) == 2
+        *said, remedy = capsys.readouterr().err.splitlines()
+        assert said == [f"diffuse: {line}" for line in lines]
+        assert "name=tiny: this run has another configuration; continue with: " in remedy
 
 
 def test_another_configuration_in_the_folder_is_refused(tmp_path, capsys):
@@ -112,7 +170,9 @@ def test_time_is_a_budget_over_all_starts(tmp_path, capsys):
     assert train(tmp_path, "max_steps=null", "max_time=1s") == 0
     first = state(tmp_path)
     assert first["callbacks"]["Stop"]["elapsed"] >= 1
-    capsys.readouterr()
+    remedy = "raise the budget, for example max_time=2s"
+    stopped = f"Stopped by max_time at step {first['global_step']}; to continue, {remedy}"
+    assert f"\n{stopped}\nNext: " in capsys.readouterr().out
     assert train(tmp_path, "max_steps=null", "max_time=1s") == 0
     step = first["global_step"]
     assert capsys.readouterr().out == (

@@ -22,6 +22,7 @@ from diffusion_cli.system.files import atomic_write
 from diffusion_cli.system.untrusted import read, reason
 
 PLAIN = Captions()
+LONGEST_ROW = 10  # most images of a class that stay in one row
 WRITERS = 4  # threads, which mostly wait for the disk
 
 
@@ -75,13 +76,27 @@ def grid(images: Tensor, columns: int | None = None, captions: Captions = PLAIN)
     return rows(images.split(columns), captions)
 
 
-def rows(images: Sequence[Tensor], captions: Captions = PLAIN) -> Tensor:
-    """Arrange rows of uint8 images, each [n, C, H, W] with any n, as `grid` does."""
+def stacked(groups: Sequence[tuple[Sequence[Tensor], Captions]]) -> Tensor:
+    """Arrange groups of rows below each other, each with its captions, as `rows` does; all are enlarged alike."""
+    words = [word for _, captions in groups for word in captions.columns]
+    pictures = [rows(images, captions, words) for images, captions in groups]
+    width = max(picture.shape[2] for picture in pictures)
+    return torch.cat([F.pad(one, (0, width - one.shape[2]), value=255) for one in pictures], dim=1)
+
+
+def rows(images: Sequence[Tensor], captions: Captions = PLAIN, words: Sequence[str] = ()) -> Tensor:
+    """Arrange rows of uint8 images, each [n, C, H, W] with any n, as `grid` does.
+
+    Args:
+        images: the rows.
+        captions: words in the margins.
+        words: words besides those of the columns to whose width the images are enlarged.
+    """
     columns = max(map(len, images))
     blanks = [row.new_full((columns - len(row), *row.shape[1:]), 255) for row in images]
     cells = torch.stack([torch.cat(pair) for pair in zip(images, blanks, strict=True)])
     scale = max(1, 32 // cells.shape[-1])
-    scale *= enlargement(captions.columns, scale * cells.shape[-1], scale * cells.shape[-2])
+    scale *= enlargement([*captions.columns, *words], scale * cells.shape[-1], scale * cells.shape[-2])
     cells = cells.repeat_interleave(scale, 3).repeat_interleave(scale, 4)
     framed = F.pad(cells, (1, 1, 1, 1), value=255)
     lines, columns, channels, height, width = framed.shape
@@ -112,8 +127,13 @@ def by_class(
         return list(images.split(columns)), PLAIN
     lines: list[Tensor] = []
     words: list[str] = []
-    for label in classes:
-        mine = [place for place, seed in enumerate(seeds) if labels[seed % len(labels)] == label]
+    members = {
+        label: [place for place, seed in enumerate(seeds) if labels[seed % len(labels)] == label]
+        for label in classes
+    }
+    most = max(map(len, members.values()))
+    columns = most if most <= LONGEST_ROW else columns
+    for label, mine in members.items():
         if mine:
             parts = images[mine].split(columns)
             lines += parts

@@ -6,7 +6,7 @@ from PIL import Image
 
 from diffusion_cli import captions
 from diffusion_cli.captions import Captions, class_name, font_file, readable
-from diffusion_cli.images import by_class, grid, rows, save_gif
+from diffusion_cli.images import by_class, grid, rows, save_gif, stacked
 
 WORDS = Captions(["a cat", "dogs"], ["1", "0.5", "0"], "t", "cosine schedule, DDIM, 50 steps")
 
@@ -86,10 +86,11 @@ def test_a_font_of_the_machine_with_the_letters_is_taken(monkeypatch):
     ("count", "labels", "lengths", "words"),
     [
         (9, None, [3, 3, 3], []),
-        (10, [4, 7], [4, 1, 4, 1], ["four", "", "seven", ""]),
-        (9, [7], [3, 3, 3], ["seven", "", ""]),
+        (10, [4, 7], [5, 5], ["four", "seven"]),
+        (42, [4, 7], [7, 7, 7, 7, 7, 7], ["four", "", "", "seven", "", ""]),
+        (9, [7], [9], ["seven"]),
         (20, [0, 7, 4, 1], [5, 5, 5, 5], ["class 0", "seven", "four", "class 1"]),
-        (12, [4, 7, 4], [4, 4, 4], ["four", "", "seven"]),
+        (12, [4, 7, 4], [8, 4], ["four", "seven"]),
         (3, [0, 7], [2, 1], []),
     ],
 )
@@ -111,6 +112,17 @@ def test_classes_that_were_asked_for_have_rows_even_of_one_image():
     found, said = by_class(noise(3, 1, 8, 8), [0, 1, 2], [3, 1, 2, 0], None, always=True)
     assert [len(row) for row in found] == [1, 1, 1]
     assert said.rows == ["class 3", "class 1", "class 2"]
+
+
+def test_groups_of_rows_are_enlarged_alike_and_keep_their_words():
+    words = [(["a"], ["1"]), (["a"], ["1234567"])]
+    groups = [([noise(2, 1, 32, 32)], Captions(*each)) for each in words]
+    picture = stacked(groups)
+    (first, one), (second, other) = groups
+    alone = rows(second, other)
+    assert picture.shape[1] == 2 * alone.shape[1]
+    assert torch.equal(picture[:, alone.shape[1] :], alone)
+    assert picture.shape[1] > rows(first, one).shape[1] + alone.shape[1]
 
 
 @pytest.mark.parametrize("names", [[], ["t = 1", "t = 0.5", "step 1,000,000"]])

@@ -8,6 +8,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from diffusion_cli import __version__
 from diffusion_cli.batch_size import advise_batch_size
 from diffusion_cli.captions import Captions
@@ -17,7 +19,7 @@ from diffusion_cli.commands.samples import ModelSamples
 from diffusion_cli.config import EvalConfig, HistoryComparison
 from diffusion_cli.errors import UsageError
 from diffusion_cli.generate import uncompiled
-from diffusion_cli.images import save_rows
+from diffusion_cli.images import save_png, stacked
 from diffusion_cli.metrics import (
     Evaluation,
     GivenSamples,
@@ -33,6 +35,7 @@ from diffusion_cli.metrics import (
     read_history,
     require,
 )
+from diffusion_cli.metrics.base import MetricPicture
 from diffusion_cli.system.distributed import Distributed, launch
 from diffusion_cli.system.own_folder import own_folder
 from diffusion_cli.system.precision import device_of
@@ -148,9 +151,21 @@ def _keep_pictures(evaluation: Evaluation, folder: Path, report: Report) -> None
         digest = evaluation.report.results[0].protocol["sampling"]["pixels_sha256"]
         path = own_folder(folder, "pictures") / f"{name}-{digest[:8]}.png"
         with _noting(report):
-            names = [*picture.names] * (len(picture.rows) // max(len(picture.names), 1))
-            save_rows(picture.rows, path, Captions(names))
+            save_png(_drawn(picture), path)
             report.notes.append(f"{name}: picture in {path}")
+
+
+def _drawn(picture: MetricPicture) -> Tensor:
+    """Return a figure of a metric with its words."""
+    each = max(len(picture.names), 1)
+    groups = [picture.rows[at : at + each] for at in range(0, len(picture.rows), each)]
+    words = picture.columns or [()] * len(groups)
+    return stacked(
+        [
+            (group, Captions(picture.names, columns, title="" if number else picture.title))
+            for number, (group, columns) in enumerate(zip(groups, words, strict=True))
+        ]
+    )
 
 
 @contextmanager

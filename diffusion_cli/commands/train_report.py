@@ -10,6 +10,7 @@ from torch import nn
 from diffusion_cli.commands.train_setup import AutoencoderTask, TrainingSetup
 from diffusion_cli.config import TrainConfig, allowing_words, as_pasted, as_text, differing, flatten, seconds
 from diffusion_cli.config.values import Node
+from diffusion_cli.data import FEW_VAL
 from diffusion_cli.data.labels import examples
 from diffusion_cli.diffusion.denoiser import Denoiser, NoisyClassifier
 from diffusion_cli.system.distributed import started
@@ -32,7 +33,12 @@ def first_line(config: TrainConfig, setup: TrainingSetup, folder: Path, done: in
 
 def remarks(setup: TrainingSetup) -> list[str]:
     """Return remarks on settings and data that are probably unintended."""
-    return [*_beyond_its_end(setup), *setup.dataset.remarks(), *_without_images(setup)]
+    return [
+        *_beyond_its_end(setup),
+        *setup.dataset.remarks(),
+        *_few_validation_images(len(setup.images), len(setup.val_images)),
+        *_without_images(setup),
+    ]
 
 
 def last_lines(
@@ -131,6 +137,15 @@ def _beyond_its_end(setup: TrainingSetup) -> Iterator[str]:
                 f"objective.discriminator_start={start}: is not reached, because the run ends at step {max_steps}; "
                 "train for more steps, or lower it"
             )
+
+
+def _few_validation_images(train: int, val: int) -> Iterator[str]:
+    """Yield a remark on a small validation split; the dataset's own remarks are about an empty one."""
+    if 0 < val < FEW_VAL:
+        yield (
+            f"dataset: {train} training and {val} validation images; validation losses, and metrics that compare with "
+            f"fewer than {FEW_VAL} validation images, are rough"
+        )
 
 
 def _without_images(setup: TrainingSetup) -> Iterator[str]:

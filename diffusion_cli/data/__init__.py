@@ -1,7 +1,7 @@
 """Datasets: images and labels from files, memory or closed-form distributions, and training batches of them."""
 
 from diffusion_cli.data.array import Array
-from diffusion_cli.data.base import Dataset, Images, NoDataset, PixelDigest, spread
+from diffusion_cli.data.base import FEW_VAL, Dataset, Images, NoDataset, PixelDigest, spread
 from diffusion_cli.data.batches import Batch, Batches, UnreadableError, to_model_range
 from diffusion_cli.data.decoding import (
     NoResize,
@@ -28,6 +28,7 @@ from diffusion_cli.data.torchvision_sets import CIFAR10, MNIST, FashionMNIST
 
 __all__ = [
     "CIFAR10",
+    "FEW_VAL",
     "LABELS_CSV",
     "LABEL_COLUMNS",
     "MNIST",

@@ -209,6 +209,10 @@ def spread(count: int, wanted: int) -> Tensor:
     return torch.arange(wanted) * count // max(wanted, 1)
 
 
+FEW_VAL = 20
+"""Number of validation images below which means over them are rough."""
+
+
 def shuffled_mask(count: int, val_fraction: float) -> np.ndarray:
     """Return which of `count` rows are for validation, bool [count]: a fixed random subset.
 

@@ -27,6 +27,9 @@ class MetricPicture(NamedTuple):
     """Rows of images, uint8 [n, C, H, W]."""
     names: tuple[str, ...] = ()
     """Names of the first rows, which repeat for the others."""
+    columns: tuple[tuple[str, ...], ...] = ()
+    """Words above the images of each group of `len(names)` rows."""
+    title: str = ""
 
 
 @dataclass(frozen=True)

@@ -6,11 +6,12 @@ from pydantic import NonNegativeInt
 from torch import Tensor
 
 from diffusion_cli.data import spread
-from diffusion_cli.errors import UsageError
+from diffusion_cli.errors import Problem, UsageError
 from diffusion_cli.metrics.base import FeatureView, Metric, MetricState, MetricValue, SampleBatch
 from diffusion_cli.metrics.features import hub
 from diffusion_cli.metrics.features.base import Features
 from diffusion_cli.metrics.features.registry import FeatureExtractors
+from diffusion_cli.metrics.kernel import suggested_subset
 from diffusion_cli.metrics.moments import Moments
 from diffusion_cli.metrics.reference import Stream
 from diffusion_cli.metrics.rows import Rows
@@ -75,6 +76,8 @@ class FrechetDistance(Metric):
 
     key = "fid"
     stream: Stream = "features"
+    has_kernel_distance = True
+    """Whether metric=kid evaluates the same samples, which needs fewer images."""
 
     def __init__(
         self, *, reference_distance: bool = True, infinity: NonNegativeInt = 0, bootstrap: NonNegativeInt = 0
@@ -105,22 +108,28 @@ class FrechetDistance(Metric):
                 f"needs subsets of at least {dim + 1} samples, but there are only {count} samples",
                 "raise num_samples, or set 0",
             )
-        sets = [("num_samples", count, "raise num_samples")]
+        sets: list[tuple[str, str | int, int, str]] = [("num_samples", count, count, "raise num_samples")]
         if reference.stats is None:
-            sets.append(("reference", len(reference.images), "use a larger split or dataset"))
-        warnings = []
-        for key, number, remedy in sets:
+            real = len(reference.images)
+            remedy = "use more images"
+            if self.has_kernel_distance:
+                size = suggested_subset(min(count, real))
+                remedy += f", or metric=kid metric.kid.subset_size={size} instead of {self.key}"
+            sets.append(("reference", reference.name, real, remedy))
+        problems, warnings = [], []
+        for key, value, number, remedy in sets:
             if number > dim:
                 continue
-            value = number if key == "num_samples" else reference.name
             wrong = (
                 f"{number} images are fewer than the {dim + 1} needed for the covariance of {dim} features of "
                 f"{seen.network.name}"
             )
             if number < 2 or not force:
                 forced = "" if number < 2 else ", or set force=true for a biased value"
-                raise UsageError(key, value, wrong, f"{remedy}{forced}")
+                problems.append(Problem(key, value, wrong, f"{remedy}{forced}"))
             warnings.append(f"{key}={value}: {wrong}, so the distance is biased and not comparable")
+        if problems:
+            raise UsageError.several(problems)
         return warnings
 
     def init_state(self, seen: FeatureView) -> MetricState:

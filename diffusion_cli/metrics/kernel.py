@@ -35,6 +35,11 @@ def polynomial_mmd(x: Tensor, y: Tensor) -> float:
     return float(within(x) + within(y) - 2 * kernel(x, y).mean())
 
 
+def suggested_subset(count: int) -> int:
+    """Return the subset size to suggest for the smaller set of images: half of it, so that subsets differ."""
+    return max(2, count // 2)
+
+
 class KernelDistance(Metric):
     """Kernel distance between samples and real images in feature space: KID with Inception features.
 
@@ -61,14 +66,15 @@ class KernelDistance(Metric):
         self.subsets, self.subset_size, self.seed = subsets, subset_size, seed
 
     def check(self, count: int, seen: FeatureView, force: bool) -> list[str]:
-        for name, number in (("samples", count), (seen.real.name(), len(seen.real.images()))):
-            if number < self.subset_size or self.subset_size < 2:
-                raise UsageError(
-                    "metric.kid.subset_size",
-                    self.subset_size,
-                    f"must be at least 2 and at most {number}, the number of images of {name}",
-                    "change it, or use more images",
-                )
+        sets = {"samples": count, seen.real.name(): len(seen.real.images())}
+        name = min(sets, key=lambda key: sets[key])
+        if sets[name] < self.subset_size or self.subset_size < 2:
+            raise UsageError(
+                "metric.kid.subset_size",
+                self.subset_size,
+                f"must be at least 2 and at most {sets[name]}, the number of images of {name}",
+                f"use {suggested_subset(sets[name])}, or more images",
+            )
         return []
 
     def init_state(self, seen: FeatureView) -> MetricState:

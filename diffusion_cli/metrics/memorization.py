@@ -4,11 +4,13 @@ import torch
 from pydantic import PositiveInt
 from torch import Tensor
 
+from diffusion_cli.data import FEW_VAL
 from diffusion_cli.errors import UsageError
 from diffusion_cli.metrics.base import FeatureView, Metric, MetricPicture, MetricState, MetricValue
 from diffusion_cli.metrics.neighbours import nearest
 from diffusion_cli.metrics.reference import DatasetReference
 
+COLUMNS = 16  # pairs in a row of the figure
 SAME = 1e-6  # relative to the mean squared norm of features; smaller distances are rounding errors of equal images
 
 
@@ -16,8 +18,9 @@ class Memorization(Metric):
     """Fraction of samples, 0 to 1, that are nearer to a training image than any real validation image is.
 
     Distances are between features. Validation images that also are training images are left out; samples that are
-    always count. Also reports the number of copies, the ratio of median distances (below 1 if samples concentrate
-    around training images), and a figure of the nearest samples with their training images.
+    always count. Also reports the number of copies, `median_distance_ratio`, and a figure of the nearest samples with
+    their training images and distances. The ratio divides the median distance of samples to their nearest training
+    image by that of validation images; it is below 1 if samples concentrate around training images.
 
     The reference must be the training split. If it has no other split, each of its images is compared with the others.
 
@@ -84,6 +87,11 @@ class MemorizationState(MetricState):
             notes.append(
                 f"memorization: {int(known.sum())} images of {beside} also are training images, and are left out"
             )
+        if len(apart) < FEW_VAL:
+            notes.append(f"memorization: rough, because only {len(apart)} real images are compared")
+        title = "feature distance of each pair"
+        if len(apart):
+            title += f"; smallest of real images: {float(apart.min().sqrt()):.3g}"
         order = distances.argsort(stable=True)[: self.pairs]
         return [
             MetricValue(
@@ -94,7 +102,13 @@ class MemorizationState(MetricState):
                 tuple(notes),
                 {
                     "memorization": MetricPicture(
-                        self._picture(order.tolist(), which[order, 0]), ("sample", "training")
+                        self._picture(order.tolist(), which[order, 0]),
+                        ("sample", "training"),
+                        tuple(
+                            tuple(f"{distance:.3g}" for distance in part.sqrt().tolist())
+                            for part in distances[order].split(COLUMNS)
+                        ),
+                        title,
                     )
                 },
             )
@@ -108,8 +122,8 @@ class MemorizationState(MetricState):
         return nearest(self.train, self.train, 2, device, "neighbours among training images")[0][:, 1]
 
     def _picture(self, samples: list[int], training: Tensor) -> list[Tensor]:
-        """Return samples above their training images, in rows of 16, nearest first."""
+        """Return samples above their training images, in rows of COLUMNS, nearest first."""
         images = self.seen.samples.batch(samples)[0].cpu()
         beneath = self.seen.real.images()[training].cpu()
-        lines = zip(images.split(16), beneath.split(16), strict=True)
+        lines = zip(images.split(COLUMNS), beneath.split(COLUMNS), strict=True)
         return [row for pair in lines for row in pair]

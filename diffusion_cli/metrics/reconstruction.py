@@ -194,6 +194,7 @@ class ReconstructionFrechetDistance(FrechetDistance):
     """
 
     key = "rfid"
+    has_kernel_distance = False
 
     def __init__(self, *, split: Split = "val") -> None:
         super().__init__(reference_distance=False, infinity=0, bootstrap=0)

@@ -31,9 +31,18 @@ SENTENCES = {
 }  # fmt: skip
 
 
+def _ratio_of_distances(ratio: float) -> str:
+    return (
+        f"The median distance of samples to their nearest training image is {ratio:.2g} times that of real images; far "
+        "below 1 is a sign of copies."
+    )
+
+
 def explained(result: Result) -> str:
     """Return a sentence about a result; empty for a metric that is not known here."""
     metric = _metric(result.name)
+    if metric == "memorization" and "median_distance_ratio" in result.details:
+        return f"{SENTENCES[metric]} {_ratio_of_distances(result.details['median_distance_ratio'])}"
     sentence = SENTENCES.get({"rfrechet": "rfid", "rfd_dinov2": "rfid"}.get(metric, metric), "")
     if metric not in FRECHET:
         return sentence

@@ -76,7 +76,7 @@ def test_what_a_process_refuses_is_one_line(eval_runs, images, capfd):
     lines = [line for line in capfd.readouterr().err.splitlines() if line.startswith("diffuse:")]
     assert lines == [
         "diffuse: metric.kid.subset_size=91: must be at least 2 and at most 90, the number of images of samples; "
-        "change it, or use more images"
+        "use 45, or more images"
     ]
 
 
@@ -137,7 +137,7 @@ def test_numbers_are_kept_or_shown_if_either_cannot_be_written(
         monkeypatch.setattr(sys, "stdout", SimpleNamespace(write=refuse, flush=lambda: None))
     else:
         monkeypatch.setattr("diffusion_cli.commands.eval.append_history", refuse)
-        monkeypatch.setattr("diffusion_cli.commands.eval.save_rows", refuse)
+        monkeypatch.setattr("diffusion_cli.commands.eval.save_png", refuse)
     shown = StringIO()
     if stream == "history":
         monkeypatch.setattr(sys, "stdout", shown)

@@ -7,8 +7,23 @@ from types import SimpleNamespace
 import pytest
 from torch import nn
 
-from diffusion_cli.commands.train_report import last_lines
+from diffusion_cli.commands.train_report import last_lines, remarks
 from diffusion_cli.config import load
+
+
+@pytest.mark.parametrize(("train", "val", "marked"), [(58, 2, True), (180, 20, False), (5, 0, False)])
+def test_a_small_validation_split_is_named_before_training(train, val, marked):
+    dataset = SimpleNamespace(remarks=list)
+    setup = SimpleNamespace(
+        dataset=dataset,
+        images=range(train),
+        val_images=range(val),
+        max_steps=None,
+        stages=None,
+        label_counts=None,
+    )
+    lines = remarks(setup)  # pyright: ignore[reportArgumentType]
+    assert any(f"{train} training and {val} validation images" in line for line in lines) == marked
 
 
 @pytest.mark.parametrize("folder", ["outputs/demo", "my runs/x", "año/a,b", "it's (2)/x", "a=b/[1]"])

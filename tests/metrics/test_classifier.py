@@ -287,6 +287,14 @@ def test_the_classifier_takes_other_sizes_and_colours(tmp_path) -> None:
     assert features.val_accuracy is None
 
 
+def test_an_accuracy_on_few_validation_images_is_marked(tmp_path) -> None:
+    images = pixels(60, 0)
+    for count, marked in ((19, True), (20, False)):
+        data = Held(images[count:], images[:count], classes=4)
+        features = ClassifierFeatures(data, tmp_path, CPU, **QUICK | {"steps": 1}).prepare()
+        assert (f" of only {count} images" in features.note) == marked
+
+
 # --- The choice of features ------------------------------------------------------------
 
 

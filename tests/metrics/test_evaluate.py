@@ -9,6 +9,7 @@ from torch import Tensor
 
 from diffusion_cli.data import ExternalImages, NoDataset, spread
 from diffusion_cli.data.memory import MemoryImages
+from diffusion_cli.errors import UsageError
 from diffusion_cli.metrics import (
     DatasetReference,
     FeatureBatch,
@@ -190,6 +191,22 @@ def test_a_reference_of_too_few_images_is_refused(tmp_path) -> None:
     tiny = Held(pixels(4, 0), pixels(3, 1))
     with pytest.raises(ValueError, match=r"reference=held/train: 4 images .* 6"):
         measured(METRICS, Projection(), pixels(50, 2), tiny, tmp_path)
+
+
+def test_too_few_samples_and_real_images_are_named_together_with_a_way_that_works(tmp_path) -> None:
+    tiny, samples = Held(pixels(4, 0), pixels(3, 1)), pixels(5, 2)
+    with pytest.raises(UsageError) as refused:
+        measured(METRICS, Projection(), samples, tiny, tmp_path)
+    few, small = refused.value.lines
+    assert few.startswith("num_samples=5: 5 images are fewer than the 6 ")
+    assert small.startswith("reference=held/train: 4 images are fewer than the 6 ")
+    assert "metric=kid metric.kid.subset_size=2 instead of fid, or set force=true" in small
+    with pytest.raises(
+        UsageError, match="must be at least 2 and at most 4, the number of images of held/train; use 2"
+    ):
+        measured({"kid": KernelDistance(subset_size=5)}, Projection(), samples, tiny, tmp_path)
+    report = measured({"kid": KernelDistance(subset_size=2)}, Projection(), samples, tiny, tmp_path)
+    assert "standard_error" in report.results[0].details
 
 
 def test_without_validation_images_there_is_no_floor_and_a_note(tmp_path) -> None:

@@ -115,6 +115,19 @@ def test_validation_copies_of_training_images_hide_no_copy(tmp_path) -> None:
     assert any("2 images of held/val also are training images" in note for note in report.notes)
 
 
+def test_the_picture_names_the_distance_of_each_pair_and_few_real_images_are_noted() -> None:
+    """On a line: 17 samples at 0.1, 0.2, ... from the only training images; real images are 2 apart at least."""
+    samples = column([number / 10 for number in range(1, 18)])
+    seen = AsSeen(samples, column([0.0, 100.0]), column([2.0, 3.0]))
+    (found,) = Memorization().init_state(seen).compute()
+    picture = found.pictures["memorization"]
+    assert [len(words) for words in picture.columns] == [16, 1]
+    assert picture.columns[0][:2] == ("0.1", "0.2")
+    assert picture.columns[1] == ("1.7",)
+    assert picture.title == "feature distance of each pair; smallest of real images: 2"
+    assert "memorization: rough, because only 2 real images are compared" in found.notes
+
+
 def column(values: list[float]) -> Tensor:
     return torch.tensor(values)[:, None]
 

@@ -268,3 +268,9 @@ def test_runs_of_one_name_are_told_apart_by_their_folders(tmp_path):
     page = text_of(written(tmp_path, f"run=[{folders[0]},{folders[1]},{folders[0]}]"))
     assert "2 runs side by side" in page, "the same folder twice is one run"
     assert f"{folders[0]} · {folders[1]}" in page
+
+
+def test_the_report_explains_the_ratio_of_distances():
+    sentence = explained(Result("memorization_classifier", 0.1, {"median_distance_ratio": 0.25}, {}))
+    assert sentence.startswith("Share of the samples nearer to a training image")
+    assert "0.25 times that of real images; far below 1 is a sign of copies." in sentence

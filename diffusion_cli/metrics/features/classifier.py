@@ -10,7 +10,7 @@ import torch
 from pydantic import NonNegativeInt, PositiveFloat, PositiveInt
 from torch import Tensor
 
-from diffusion_cli.data import Dataset, Images
+from diffusion_cli.data import FEW_VAL, Dataset, Images
 from diffusion_cli.errors import FormatError, UsageError
 from diffusion_cli.metrics.features.base import FeatureBatch, Features, check_pixels
 from diffusion_cli.metrics.features.classifier_training import FeatureClassifier, Recipe, accuracy
@@ -95,6 +95,8 @@ class ClassifierFeatures(Features):
             self.val_accuracy = accuracy(self.network, val, self.device)
         self.digest = digest(self.network.state_dict())
         known = "" if self.val_accuracy is None else f"; validation accuracy {self.val_accuracy:.4f}"
+        if known and len(val) < FEW_VAL:
+            known += f" of only {len(val)} images"
         self.note = (
             f"{self.choice}features are those of a classifier of {self.dataset_name}/train, {origin} (weights "
             f"{self.digest[:12]}{known}), not of Inception; compare only values with the same weights"

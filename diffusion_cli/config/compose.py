@@ -332,6 +332,8 @@ def _sort(
         elif item.is_sweep_override():
             as_list = takes_list(command, key, overrides, dirs)
             mistakes.append(Problem(shown, NO_VALUE, "several values", _one_value(command, shown, as_list)))
+        elif key in groups and isinstance(item.value(), list) and not isinstance(groups[key], list):
+            mistakes.append(Problem(shown, NO_VALUE, "takes one option", _listed_options(item)))
         elif key in groups:
             value = item.value()
             names = value if isinstance(value, list) else [value]
@@ -355,6 +357,12 @@ def _path_as_dataset(path: str) -> Problem:
     return Problem(
         "dataset", path, "unknown option", f"write dataset={option} {as_text('dataset.path', path)}"
     )
+
+
+def _listed_options(item: "Override") -> str:
+    """The remedy for a list of options of a group that takes one."""
+    key, listed = item.key_or_group, item.get_value_element_as_str()[1:-1]
+    return f"{'with -m ' if ',' in listed else ''}write {key}={listed or '<option>'}"
 
 
 def _one_value(command: str, text: str, as_list: bool) -> str:

@@ -16,6 +16,9 @@ from diffusion_cli.config.seeds import shared_seeds
 from diffusion_cli.config.typed import as_shown, as_typed
 from diffusion_cli.errors import NO_VALUE, Problem, UsageError
 
+IMAGES = ("run", "step", "steps", "sampler", "guidance", "label", "weights", "clip_x0", "edit", "restoration")
+"""Keys and groups that change the images of all seeds, so that a folder has images of one value."""
+
 
 class Sweep(NamedTuple):
     """The words of a sweep: for each of them, one override per value."""
@@ -67,7 +70,7 @@ def load_sweep(sweep: Sweep, dirs: Sequence[Path] = ()) -> list[Config]:
             configs.append(load(sweep.command, variant, dirs))
         except UsageError as found:
             mistakes += found.problems
-    mistakes += [*_shared_name(sweep), *shared_seeds(configs)]
+    mistakes += [*_shared_name(sweep), *_shared_output(sweep), *shared_seeds(configs)]
     if mistakes:
         raise UsageError.several(mistakes)
     return configs
@@ -114,13 +117,28 @@ def _shared_name(sweep: Sweep) -> list[Problem]:
     if not missing:
         return []
     name = ",".join(as_shown(text).partition("=")[2] for text in names)
-    each = (
-        "" if any(key in defaults("train") for key in missing) or len(names) > 1 else _numbered(name, missing)
-    )
     problem = f"jobs with other values of {' and '.join(missing)} would train in the same folder"
-    return [Problem("name", name, problem, f"leave it out, and each job has its own{each}")]
+    return [Problem("name", name, problem, _own_places("train", "name", names, missing))]
 
 
-def _numbered(name: str, keys: Sequence[str]) -> str:
-    """The remedy that names each job by its values of keys."""
-    return f", or write 'name={name}_{'_'.join(f'${{{key}}}' for key in keys)}'"
+def _shared_output(sweep: Sweep) -> list[Problem]:
+    """The problem of a folder for the images of several jobs that differ in more than their seeds."""
+    outputs = next((words for words in reversed(sweep.words) if _key(words[0]) == "output"), None)
+    if sweep.command not in ("sample", "edit") or outputs is None or outputs == ["output=null"]:
+        return []
+    swept = [key for key in sweep.keys if key.partition(".")[0] in IMAGES]
+    missing = [key for key in swept if any(f"${{{key}}}" not in output for output in outputs)]
+    if not missing:
+        return []
+    output = ",".join(as_shown(text).partition("=")[2] for text in outputs)
+    problem = f"images of other values of {' and '.join(missing)} would be in the same folder"
+    return [Problem("output", output, problem, _own_places(sweep.command, "output", outputs, missing))]
+
+
+def _own_places(command: str, key: str, words: Sequence[str], missing: Sequence[str]) -> str:
+    """The remedy for one folder of several jobs: no folder, or one named by the jobs' values of the missing keys."""
+    remedy = "leave it out, and each job has its own"
+    if len(words) > 1 or any(name in defaults(command) for name in missing):
+        return remedy
+    values = "_".join(f"${{{name}}}" for name in missing)
+    return f"{remedy}, or write '{as_shown(words[0])}_{values}'"

@@ -31,6 +31,12 @@ def test_sweeps_are_checked_value_by_value():
             "optimizer.lr=interval(1e-4,1e-3): an interval is not a list of values; write optimizer.lr=0.0001,0.001",
         ),
         (
+            "seed=0,1 schedule=[linear,cosine]",
+            "schedule=[linear,cosine]: takes one option; with -m write schedule=linear,cosine",
+        ),
+        ("schedule=[linear]", "schedule=[linear]: takes one option; write schedule=linear"),
+        ("schedule=[]", "schedule=[]: takes one option; write schedule=<option>"),
+        (
             "seed=0,1 name=x",
             "name=x: jobs with other values of seed would train in the same folder; leave it out, and each job has "
             "its own, or write 'name=x_${seed}'",
@@ -50,6 +56,31 @@ def test_sweeps_are_checked_value_by_value():
 def test_a_sweep_that_cannot_run_is_one_line(capsys, words, expected):
     assert run(["train", "-m", *words.split()]) == 2
     assert capsys.readouterr().err == f"diffuse: {expected}\n"
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (
+            "run=a,b output=same",
+            "output=same: images of other values of run would be in the same folder; leave it out, and each job has "
+            "its own, or write 'output=same_${run}'",
+        ),
+        (
+            "sampler=ddim,ddpm output=same",
+            "output=same: images of other values of sampler would be in the same folder; leave it out, and each job "
+            "has its own",
+        ),
+    ],
+)
+def test_a_folder_of_samples_of_several_models_is_refused_before_the_first_job(capsys, words, expected):
+    assert run(["sample", "-m", *words.split()]) == 2
+    assert capsys.readouterr().err == f"diffuse: {expected}\n"
+
+
+@pytest.mark.parametrize("words", ["run=a,b output=x_${run}", "seed=0,64 output=x", "run=a,b output=null"])
+def test_folders_that_distinguish_the_samples_are_accepted(words):
+    config.load_sweep(config.expand("sample", words.split()))
 
 
 @pytest.mark.parametrize(

@@ -137,6 +137,8 @@ def _command(command: str, request: Request) -> int:
     if request.help:
         print(config.command_help(command, request.overrides, request.dirs))
         return 0
+    for line in config.overridden(command, request.overrides):
+        print(f"diffuse: {printable(line)}", file=sys.stderr)
     if request.multirun and command in GRIDS:
         raise UsageError(
             "--multirun", NO_VALUE, f"{command} takes lists of values", "leave it out and write key=[...]"

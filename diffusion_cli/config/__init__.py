@@ -55,7 +55,7 @@ from diffusion_cli.config.signature import signature
 from diffusion_cli.config.sweeps import Sweep, expand, load_sweep
 from diffusion_cli.config.typed import as_pasted, as_text, as_typed, quoted
 from diffusion_cli.config.validate import NOT_ALLOWED, build, check_node, target
-from diffusion_cli.config.words import FLAGS, sort_words
+from diffusion_cli.config.words import FLAGS, overridden, sort_words
 
 __all__ = [
     "COMMANDS",
@@ -119,6 +119,7 @@ __all__ = [
     "load_grid",
     "load_sweep",
     "options",
+    "overridden",
     "overview",
     "place_of",
     "quoted",

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from diffusion_cli.config.catalogue import CONF, chosen, defaults, did_you_mean, documented, options
+from diffusion_cli.config.schema import GRIDS
 from diffusion_cli.errors import NO_VALUE, Problem
 
 FLAGS = ["--help", "--cfg", "--config-dir", "--multirun", "-h", "-m"]
@@ -75,6 +76,23 @@ def sort_words(command: str, words: Sequence[str]) -> tuple[list[str], list[Prob
     overrides = [group[0] for group in groups if _is_override(group[0]) and len(group) == 1]
     others = (group for group in groups if not _is_override(group[0]) or len(group) > 1)
     return overrides, [_problem(command, group, keys) for group in others]
+
+
+def overridden(command: str, words: Sequence[str]) -> list[str]:
+    """Return a line for each `key=value` that another value of the key follows, which replaces it."""
+    last = {word.partition("=")[0]: word for word in words if _is_override(word)}
+    lines = []
+    for word in words:
+        key, _, value = word.partition("=")
+        if last.get(key, word) != word:
+            other = last[key].partition("=")[2]
+            both = (
+                f"write {key}=[{value},{other}]"
+                if command in GRIDS
+                else f"with -m write {key}={value},{other}"
+            )
+            lines.append(f"{word}: ignored, because {last[key]} follows; for both {both}")
+    return lines
 
 
 def nearest_key(name: str, keys: Sequence[str], cutoff: float = 0.6, value: str = "") -> str | None:

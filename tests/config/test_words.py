@@ -235,3 +235,19 @@ def test_a_reference_to_no_key_names_the_key_that_has_it(capsys, tmp_path):
     assert run(["sample", "--config-dir", str(tmp_path), "sampler=mine"]) == 2
     line = "sampler.eta: Interpolation key 'nowhere' not found; use the name of a key, such as ${seed}"
     assert capsys.readouterr().err == f"diffuse: {line}\n"
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        (
+            "train -m seed=0 seed=1",
+            "seed=0: ignored, because seed=1 follows; for both with -m write seed=0,1",
+        ),
+        ("compare steps=5 steps=9", "steps=5: ignored, because steps=9 follows; for both write steps=[5,9]"),
+        ("train seed=1 seed=1", None),
+    ],
+)
+def test_a_value_that_another_one_replaces_is_named(capsys, words, line):
+    assert run([*words.split(), "--cfg", "job"]) == 0
+    assert capsys.readouterr().err == (f"diffuse: {line}\n" if line else "")

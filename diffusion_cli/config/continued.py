@@ -9,6 +9,7 @@ from diffusion_cli.config.recipe import BUDGETED, derived_in
 from diffusion_cli.config.runs import flatten, identity, replaced
 from diffusion_cli.errors import NO_VALUE, FormatError, UsageError
 from diffusion_cli.runs.migrate import migrated
+from diffusion_cli.system.locks import holder
 from diffusion_cli.system.trusted_paths import is_own_run, unnamed
 from diffusion_cli.system.untrusted import read_yaml
 
@@ -26,9 +27,14 @@ def may_change(key: str) -> bool:
 
 def folder_of(run: str, output_dir: str) -> Path:
     """The folder of a run, by path or by name in `output_dir`; UsageError if there is none."""
-    for folder in (Path(run).expanduser(), Path(output_dir, run)):
+    folders = (Path(run).expanduser(), Path(output_dir, run))
+    for folder in folders:
         if (folder / "checkpoints").is_dir():
             return folder if folder.name else folder.resolve()
+    for folder in folders:
+        if process := holder(folder):
+            problem = f"has no checkpoint yet, and is being trained by {process}"
+            raise UsageError("run", run, problem, "wait for its first checkpoint")
     raise UsageError(
         "run", run, f"no such run, here or in {output_dir}", "use the path of its folder, or set output_dir"
     )

@@ -113,6 +113,19 @@ def locked(path: Path, pace: Heartbeat = PACE) -> Iterator[None]:
         yield
 
 
+def holder(folder: Path) -> str | None:
+    """Describe the process that has the lock of a run folder; None without a lock, or if that process has ended.
+
+    A process of another machine may have ended without removing its lock.
+    """
+    try:
+        owner = _owner(folder / LOCK)
+    except OSError:
+        return None
+    ended = has_ended(owner.get("machine"), owner.get("pid"), owner.get("start"))
+    return None if not owner or ended else _described(owner)
+
+
 def _waited_for(path: Path, pace: Heartbeat) -> "_Lock":
     """Return a lock once its holder has released it; after a second, print the holder."""
     start, named = time.monotonic(), False
@@ -317,18 +330,7 @@ class _Lock:
                 said = True
 
     def _read(self) -> dict[str, Any]:
-        """Return the content of the lock; {} for an empty file."""
-        # Opened again, because network file systems update their cache on open.
-        descriptor = os.open(self.path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
-        try:
-            text = os.read(descriptor, LONGEST)
-        finally:
-            os.close(descriptor)
-        try:
-            owner = json.loads(text)
-        except (ValueError, RecursionError):
-            return {"text": text} if text else {}
-        return owner if isinstance(owner, dict) else {"text": text}
+        return _owner(self.path)
 
     def _write(self) -> None:
         text = json.dumps(self.mine).encode()
@@ -345,6 +347,21 @@ class _Lock:
             _descriptors.discard(self.descriptor)
             os.close(self.descriptor)
         self.descriptor = -1
+
+
+def _owner(path: Path) -> dict[str, Any]:
+    """Return the content of a lock; {} for an empty file."""
+    # Opened again, because network file systems update their cache on open.
+    descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+    try:
+        text = os.read(descriptor, LONGEST)
+    finally:
+        os.close(descriptor)
+    try:
+        owner = json.loads(text)
+    except (ValueError, RecursionError):
+        return {"text": text} if text else {}
+    return owner if isinstance(owner, dict) else {"text": text}
 
 
 def _whereabouts() -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """`diffuse train run=NAME`: a run continues from its folder alone, and as with its whole command."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from diffusion_cli.config import TrainConfig, complete, load
 from diffusion_cli.config.continued import may_change
 from diffusion_cli.errors import UsageError
 from diffusion_cli.runs.checkpoint import LAST, read
+from diffusion_cli.system.locks import run_lock
 from diffusion_cli.system.trusted_paths import remember_run
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -84,6 +86,17 @@ def test_the_keys_that_may_change_are_those_of_a_whole_command():
     assert not any(
         map(may_change, ["optimizer", "optimizer.lr", "dataset.path", "ema.decay", "name", "nonsense"])
     )
+
+
+def test_a_run_without_a_checkpoint_names_the_process_that_trains_it(tmp_path):
+    with run_lock(tmp_path / "two"):
+        with pytest.raises(UsageError) as error:
+            load("train", ["run=two", f"output_dir={tmp_path}"])
+        problem = "run=two: has no checkpoint yet, and is being trained by process"
+        assert str(error.value).startswith(f"{problem} {os.getpid()} on host ")
+        assert str(error.value).endswith("; wait for its first checkpoint")
+    with pytest.raises(UsageError, match="run=two: no such run"):
+        load("train", ["run=two", f"output_dir={tmp_path}"])
 
 
 def test_wrong_words_are_said_as_ever(folder):

@@ -84,6 +84,11 @@ def format_value(value: Any) -> str:
     return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 
 
+def counted(number: int, noun: str) -> str:
+    """Return a number with a noun in the singular or the plural, such as 1 image or 2 images."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
 def first_line(error: Exception) -> str:
     """Return the first line of an error's message, or its class name if the message is empty."""
     return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -227,6 +227,18 @@ def generate(
 
 
 @torch.inference_mode()
+def warm_up(pipeline: SamplingPipeline, count: int, batch_size: int) -> None:
+    """Call the network once on a batch of at most `count` images, because the first call is slower."""
+    model, device, times = pipeline.model, pipeline.device, pipeline.times
+    batch = next(_batches(range(count), pipeline.sampler, batch_size))
+    denoise = pipeline.denoise(labels_of(batch, pipeline.labels, device))
+    with autocast(device, pipeline.precision), compiled(model, len(batch) == batch_size):
+        denoise(torch.zeros(len(batch), *model.space.shape, device=device), times[0])
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+@torch.inference_mode()
 def trajectories(
     pipeline: SamplingPipeline,
     seeds: Sequence[int],

@@ -3,7 +3,7 @@
 import csv
 import json
 import sys
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,7 +22,7 @@ from diffusion_cli.config import (
     fingerprint,
     shared_seeds,
 )
-from diffusion_cli.errors import NO_VALUE, FormatError, Problem, UsageError, format_value
+from diffusion_cli.errors import NO_VALUE, FormatError, Problem, UsageError, counted, format_value
 from diffusion_cli.metrics import DEVIATION, Report, Result, parts, require, unlike
 from diffusion_cli.runs.find import find_run
 from diffusion_cli.runs.migrate import migrated
@@ -39,9 +39,18 @@ ELSEWHERE = {"output", "run", "processes", "device", "force", "data_dir", "cache
 CALLS, SECONDS = "network calls", "seconds an image"
 SPREAD = " (std)"  # suffix of the columns of standard deviations over repeats
 MARK = "comparison.json"
+FEW_SAMPLES = 1000
+"""Samples below which a note says that differences may be noise."""
 
 Point = dict[str, Any]
 """A row of the table: the settings, the results and their cost."""
+
+
+class RealDistance(NamedTuple):
+    """A distance of real images from the reference, and the number of these images."""
+
+    value: float
+    images: int
 
 
 class ComparisonJob(NamedTuple):
@@ -118,9 +127,7 @@ def compare(jobs: list[ComparisonJob], folder: Path, store: Path) -> None:
     if not Distributed().is_main:
         return
     points = [job.values | entry["row"] for job, entry in zip(jobs, entries, strict=True)]
-    notes = dict.fromkeys(
-        note for entry in entries for report in entry["reports"] for note in report["notes"]
-    )
+    notes = [*dict.fromkeys(note for entry in entries for note in _notes(entry)), *_on_noise(jobs, entries)]
     marks = _marks(jobs, entries)
     unlike_lines = [f"(*) {line}" for line in dict.fromkeys(marks.values())]
     lines = [
@@ -141,7 +148,7 @@ def compare(jobs: list[ComparisonJob], folder: Path, store: Path) -> None:
         writer.writerows(points)
     distances = [
         {
-            result["name"]: result["details"].get("reference_distance")
+            result["name"]: _distance_of_real(result["details"])
             for report in entry["reports"]
             for result in report["results"]
         }
@@ -152,6 +159,45 @@ def compare(jobs: list[ComparisonJob], folder: Path, store: Path) -> None:
     if panels:
         save_panels(panels, folder / "plot.png")
     print(f"{text}\n{'Table and plot' if panels else 'Table'}: {folder}")
+
+
+def _notes(entry: Mapping[str, Any]) -> Iterator[str]:
+    """Yield the notes of a combination, without those about details, which the table does not show."""
+    for report in entry["reports"]:
+        details = {name for result in report["results"] for name in result["details"]}
+        for note in report["notes"]:
+            subject = note.partition(":")[0].replace(" ", "_")
+            if not any(name.startswith(subject) for name in details):
+                yield note
+
+
+def _on_noise(jobs: Sequence[ComparisonJob], entries: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return a note if distances are of few samples without a measure of their noise."""
+    counts = [
+        result["protocol"].get("samples")
+        for job, entry in zip(jobs, entries, strict=True)
+        if job.config.repeats == 1
+        for report in entry["reports"]
+        for result in report["results"]
+    ]
+    fewest = min((count for count in counts if isinstance(count, int)), default=FEW_SAMPLES)
+    if fewest >= FEW_SAMPLES:
+        return []
+    return [
+        f"small differences may be noise with {counted(fewest, 'sample')}; raise num_samples, or set repeats=5 for "
+        "standard deviations"
+    ]
+
+
+def _distance_of_real(details: Mapping[str, Any]) -> RealDistance | None:
+    """Return the distance of real images for as many as there are samples, else for all; None without one."""
+    for distance, images in (
+        ("equal_size_reference", "equal_size_images"),
+        ("reference_distance", "reference_distance_images"),
+    ):
+        if distance in details and images in details:
+            return RealDistance(details[distance], details[images])
+    return None
 
 
 def _entry(place: str, job: ComparisonJob, store: Path) -> dict[str, Any] | None:
@@ -272,6 +318,8 @@ def _folders(jobs: Sequence[ComparisonJob], output: str | None) -> tuple[Path, P
 
 def _measure(plan: EvaluationPlan, facts: dict[str, Any], path: Path) -> dict[str, Any] | None:
     """Measure a combination and store its results; return None on other ranks than 0."""
+    if isinstance(plan.samples, ModelSamples):
+        plan.samples.warm_up()
     reports = assess(plan)
     if not Distributed().is_main:
         return None
@@ -307,7 +355,9 @@ def _cell(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else format_value(value)
 
 
-def _panels(points: Sequence[Point], distances: Sequence[dict[str, Any]], axes: Sequence[str]) -> list[Panel]:
+def _panels(
+    points: Sequence[Point], distances: Sequence[Mapping[str, RealDistance | None]], axes: Sequence[str]
+) -> list[Panel]:
     """Return plots of each result against its cost if steps differ, else against the last numeric axis."""
     numbers = [axis for axis in axes if all(isinstance(point[axis], int | float) for point in points)]
     names = [
@@ -315,13 +365,13 @@ def _panels(points: Sequence[Point], distances: Sequence[dict[str, Any]], axes: 
     ]
     costs = [CALLS, SECONDS] if "steps" in numbers or not numbers else [numbers[-1]]
     apart = [axis for axis in axes if axis not in ("steps", *costs)]
-    real = {
-        name: {distance[name] for distance in distances if distance.get(name) is not None} for name in names
-    }
+    real = {name: {found for each in distances if (found := each.get(name)) is not None} for name in names}
     return [_panel(points, name, x, apart, real[name]) for name in names for x in costs]
 
 
-def _panel(points: Sequence[Point], name: str, x: str, apart: Sequence[str], distances: set[float]) -> Panel:
+def _panel(
+    points: Sequence[Point], name: str, x: str, apart: Sequence[str], distances: set[RealDistance]
+) -> Panel:
     """Return a curve for each combination of the axes `apart`, and a line for a common reference distance."""
     lines: dict[str, list[tuple[float, float]]] = {}
     for point in points:
@@ -331,12 +381,9 @@ def _panel(points: Sequence[Point], name: str, x: str, apart: Sequence[str], dis
     curves = [Curve(label, sorted(line)) for label, line in lines.items()]
     places = [place for curve in curves for place in curve.x]
     if len(distances) == 1 and places:
-        curves.append(
-            Curve(
-                "real images",
-                [(place, distance) for distance in distances for place in (min(places), max(places))],
-            )
-        )
+        (real,) = distances
+        ends = [(place, real.value) for place in (min(places), max(places))]
+        curves.append(Curve(counted(real.images, "real image"), ends))
     values = [value for curve in curves for value in curve.y]
     spans = bool(values) and min(values) > 0 and max(values) > 3 * min(values)
     return Panel(x, name, curves, log_x=x in (CALLS, SECONDS), log_y=spans)

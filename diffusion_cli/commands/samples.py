@@ -21,7 +21,7 @@ from diffusion_cli.data.listing import MANIFEST
 from diffusion_cli.data.memory import MemoryImages
 from diffusion_cli.errors import UsageError
 from diffusion_cli.formats import SampleFormat, Shape, Uint8Image
-from diffusion_cli.generate import generate, labels_of
+from diffusion_cli.generate import generate, labels_of, warm_up
 from diffusion_cli.images import Writer, read_stored, save_stored
 from diffusion_cli.metrics import GivenSamples, Reference, Samples
 from diffusion_cli.runs.find import is_run
@@ -67,6 +67,10 @@ class ModelSamples(Samples):
     def seconds_per_image(self) -> float | None:
         """Mean seconds to generate an image in a batch; None if all images existed."""
         return self._seconds / self._made if self._made else None
+
+    def warm_up(self) -> None:
+        """Call the network once, so that `seconds_per_image` is without the start."""
+        warm_up(self.trained, len(self), self.batch_size)
 
     def batch(self, numbers: Sequence[int], advance: Advance = unreported) -> tuple[Tensor, Tensor | None]:
         seeds = [self.seeds[number] for number in numbers]

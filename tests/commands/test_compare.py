@@ -3,12 +3,16 @@
 import csv
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from diffusion_cli.cli import run
+from diffusion_cli.commands import compare
+from diffusion_cli.config import EvalConfig
+from diffusion_cli.diffusion.denoiser import Denoiser, Prediction
 from helpers import TINY
 from helpers.evaluation import WORDS, evaluate, other_forms
 
@@ -80,6 +84,60 @@ def test_a_comparison_without_costs_has_a_table_and_no_plot(eval_runs, capsys):
     folder = Path(out.strip().rpartition("\nTable: ")[2])
     assert (folder / "table.csv").is_file()
     assert not (folder / "plot.png").exists()
+
+
+def entry_of(details: dict[str, float], notes: list[str], samples: int = 500) -> dict:
+    result = {"name": "fid", "value": 2.0, "details": details, "protocol": {"samples": samples}}
+    return {"reports": [{"results": [result], "notes": notes}]}
+
+
+def test_notes_are_about_numbers_of_the_table():
+    about_details = [
+        "reference distance: 359 real images of val",
+        "equal_size: 359 samples, and 359 real images",
+    ]
+    details = {"reference_distance": 3.0, "equal_size_images": 359}
+    entry = entry_of(details, [*about_details, "class shares: those of digits/val"])
+    assert list(compare._notes(entry)) == ["class shares: those of digits/val"]
+
+
+@pytest.mark.parametrize(("samples", "repeats", "noted"), [(500, 1, True), (1000, 1, False), (500, 5, False)])
+def test_a_note_names_few_samples(samples, repeats, noted):
+    job = compare.ComparisonJob({}, EvalConfig.model_construct(repeats=repeats), None)  # pyright: ignore
+    notes = compare._on_noise([job], [entry_of({}, [], samples)])
+    assert bool(notes) == noted
+    assert all("with 500 samples; raise num_samples, or set repeats=5" in note for note in notes)
+
+
+def test_the_line_of_real_images_is_that_of_as_many_images():
+    details = {"reference_distance": 3.0, "reference_distance_images": 359}
+    equal = {"equal_size_reference": 4.0, "equal_size_images": 100}
+    for found, label, value in ((details, "359 real images", 3.0), (details | equal, "100 real images", 4.0)):
+        points = [{"steps": steps, compare.CALLS: steps, "fid": 5.0} for steps in (5, 10)]
+        panels = compare._panels(points, [{"fid": compare._distance_of_real(found)}], ["steps"])
+        line = panels[0].curves[-1]
+        assert (line.label, set(line.y)) == (label, {value})
+    assert compare._distance_of_real({}) is None
+
+
+def test_the_first_call_of_a_network_is_not_timed(eval_runs, monkeypatch):
+    """Times are those of a clock that counts network calls."""
+    calls, times, forward = [0], [], Denoiser.forward
+
+    def counting(*arguments: Any) -> Prediction:
+        calls[0] += 1
+        return forward(*arguments)
+
+    def clock() -> float:
+        times.append(calls[0])
+        return calls[0]
+
+    monkeypatch.setattr(Denoiser, "forward", counting)
+    monkeypatch.setattr("diffusion_cli.commands.samples.time.perf_counter", clock)
+    words = [f"output_dir={eval_runs}/o", f"cache_dir={eval_runs}/cache", *WORDS, "run=b", "metric=is"]
+    assert run(["compare", *words, "steps=[3]", "num_samples=12", "metric.is.splits=1"]) == 0
+    assert times[0] == 1
+    assert calls[0] == 1 + 3
 
 
 def test_memory_that_runs_out_names_the_batch_size(eval_runs, monkeypatch, capsys):

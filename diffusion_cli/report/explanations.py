@@ -60,20 +60,30 @@ def _metric(name: str) -> str:
 
 
 def _beside_real(details: Mapping[str, Any], protocol: Mapping[str, Any]) -> str:
-    """Return a Frechet distance relative to that of two sets of real images; empty if that is not known."""
+    """Return a Frechet distance relative to that of two sets of real images; empty if that is not known.
+
+    The distance depends on the number of images, so the ratio for equal numbers comes first.
+    """
+    equal, number = details.get("equal_size_ratio"), details.get("equal_size_images")
+    if isinstance(equal, int | float) and isinstance(number, int | float):
+        return (
+            f"With {number:,} images each, {equal:.2g} times as far from the reference as other real images are. "
+            f"{_beside_one(equal)}"
+        )
     ratio, images = details.get("ratio_to_reference"), details.get("reference_distance_images")
     samples = protocol.get("samples")
     if not isinstance(ratio, int | float) or not isinstance(images, int | float):
         return ""
-    sentence = (
-        f"{ratio:.2g} times the distance between two sets of real images, for training and for validation"
-    )
-    if ratio >= 1:
-        return f"{sentence}; 1 is as close as real images are."
-    if isinstance(samples, int | float) and samples > images:
-        equal = details.get("equal_size_ratio")
-        same = f", and {equal:.2g} times with equal numbers" if isinstance(equal, int | float) else ""
+    if isinstance(samples, int | float) and samples != images:
         return (
-            f"{sentence}; below 1 with more samples ({samples:,}) than validation images ({images:,}){same}."
+            f"{ratio:.2g} times the distance of {images:,} other real images from the reference. The ratio depends on "
+            f"the numbers of images, and there are {samples:,} samples."
         )
-    return f"{sentence}; below 1 if samples are nearer to the training images than new images are."
+    return f"{ratio:.2g} times as far from the reference as other real images are. {_beside_one(ratio)}"
+
+
+def _beside_one(ratio: float) -> str:
+    """Return the meaning of a ratio for equal numbers of images."""
+    if ratio >= 1:
+        return "1 is as close as real images."
+    return "1 is as close as real images; below 1 is chance, or samples that resemble training images."

@@ -115,10 +115,11 @@ def test_the_newest_result_of_a_name_stands_for_it():
 @pytest.mark.parametrize(
     ("name", "ratio", "samples", "said"),
     [
-        ("fid", 0.59, 2000, "0.59 times the distance between two sets of real images, for training and for "
-         "validation; below 1 with more samples (2,000) than validation images (359)."),
-        ("fd_dinov2", 1.3, 2000, "for validation; 1 is as close as real images are."),
-        ("frechet_classifier", 0.9, 300, "below 1 if samples are nearer to the training images than new images are."),
+        ("fid", 0.59, 2000, "0.59 times the distance of 359 other real images from the reference. The ratio depends on "
+         "the numbers of images, and there are 2,000 samples."),
+        ("fd_dinov2", 1.3, 359, "1.3 times as far from the reference as other real images are. 1 is as close as real "
+         "images."),
+        ("frechet_classifier", 0.9, 359, "below 1 is chance, or samples that resemble training images."),
         ("frechet_classifier", None, 300, "Distance between the features of the samples and of real images"),
         ("frechet_classifier", "<b>", 300, "Distance between the features of the samples and of real images"),
         ("rfrechet_classifier", None, 300, "reconstructions and of their originals"),
@@ -134,10 +135,14 @@ def test_each_number_has_a_sentence(name, ratio, samples, said):
     assert bool(said) == bool(sentence)
 
 
-def test_a_distance_of_more_samples_than_real_images_is_given_for_equal_numbers_too():
-    details = {"ratio_to_reference": 0.0848, "reference_distance_images": 359, "equal_size_ratio": 0.353}
+def test_the_distance_for_equal_numbers_of_images_comes_first():
+    details = {"ratio_to_reference": 0.0848, "reference_distance_images": 359}
+    details |= {"equal_size_ratio": 0.353, "equal_size_images": 359}
     sentence = explained(Result("fid", 0.05, details, {"samples": 1000}))
-    assert sentence.endswith("than validation images (359), and 0.35 times with equal numbers.")
+    assert sentence == (
+        "With 359 images each, 0.35 times as far from the reference as other real images are. 1 is as close as real "
+        "images; below 1 is chance, or samples that resemble training images."
+    )
 
 
 def test_every_metric_of_this_program_has_a_sentence():

@@ -18,9 +18,9 @@ from diffusion_cli.runs.schema import CheckpointInfo
 from diffusion_cli.system.distributed import Distributed
 from diffusion_cli.system.seeding import mix
 from diffusion_cli.training.autoencoder_loss import Autoencoding, ReconstructionLoss
-from diffusion_cli.training.callbacks import GracefulStop, PeriodicCallback
+from diffusion_cli.training.callbacks import GracefulStop, PreviewCallback
 from diffusion_cli.training.ema import EMA
-from diffusion_cli.training.module import MicroBatch, TermMeter, TrainingModule
+from diffusion_cli.training.module import MicroBatch, TermMeter, Trainable, TrainingModule
 from diffusion_cli.training.optimizers import OptimizerConfig
 
 ROW = 8  # images in a row of a preview
@@ -79,32 +79,28 @@ class AutoencodingModule(TrainingModule[Autoencoding, TermMeter]):
         super().configure_model()
 
 
-class ReconstructionPreview(PeriodicCallback):
+class ReconstructionPreview(PreviewCallback):
     """Saves pictures of images, each row above its reconstructions by the EMA weights.
 
     It also runs at steps 1, 10, 100, ... and at the last step.
     """
 
     stored_as = "Reconstructions"
-    at_end = True
 
     def __init__(
         self, every: int, ema: EMA, stop: GracefulStop, *, run: Path, images: Tensor, form: SampleFormat
     ) -> None:
-        super().__init__(every, ema, stop, early=1)
-        self.folder, self.images, self.form = run / "previews", images, form
+        super().__init__(every, ema, stop, run=run, early=1)
+        self.images, self.form = images, form
 
-    @torch.no_grad()
-    def run(self, trainer: Trainer, module: TrainingModule, step: int) -> bool:
-        model = self.ema.model(module)
-        if not trainer.is_global_zero:
-            return True
+    def save(
+        self, trainer: Trainer, model: Trainable, device: torch.device, step: int, path: Path
+    ) -> None:
         assert isinstance(model, Autoencoding)
         with trainer.precision_plugin.forward_context():
-            parts = self.images.to(module.device).split(max(1, PIXELS // math.prod(self.images.shape[2:])))
+            parts = self.images.to(device).split(max(1, PIXELS // math.prod(self.images.shape[2:])))
             images = torch.cat([model.network.reconstruct(part) for part in parts])
         pairs = zip(self.images.split(ROW), images.cpu().split(ROW), strict=True)
         rows = [self.form.to_rgb(self.form.quantize(row)) for pair in pairs for row in pair]
         captions = Captions(["given", "reconstructed"] * (len(rows) // 2))
-        save_rows(rows, self.folder / f"step_{step:08d}.png", captions)
-        return True
+        save_rows(rows, path, captions)

@@ -18,11 +18,12 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.nn.functional import interpolate
 
+from diffusion_cli.batch_size import ran_out
 from diffusion_cli.config.values import Node
 from diffusion_cli.data import Batch, ResolutionSchedule
 from diffusion_cli.diffusion.denoiser import Denoiser, NoisyClassifier, noised
 from diffusion_cli.diffusion.latents import Space
-from diffusion_cli.errors import NO_VALUE, UsageError
+from diffusion_cli.errors import NO_VALUE, UsageError, first_line
 from diffusion_cli.formats import SampleFormat
 from diffusion_cli.generate import labels_of, sample
 from diffusion_cli.images import by_class, save_rows
@@ -35,7 +36,7 @@ from diffusion_cli.system.signals import handled, handling
 from diffusion_cli.training import duration
 from diffusion_cli.training.ema import EMA
 from diffusion_cli.training.loss_check import LossCheck
-from diffusion_cli.training.module import DenoisingModule, LevelMeter, TermMeter, TrainingModule
+from diffusion_cli.training.module import DenoisingModule, LevelMeter, TermMeter, Trainable, TrainingModule
 
 
 class DivergedError(UsageError):
@@ -357,7 +358,10 @@ class GracefulStop(StepCallback):
 
 
 class PeriodicCallback(StepCallback):
-    """Runs every `every` steps on the EMA weights; if a stop signal interrupts it, it runs again on resume."""
+    """Runs every `every` steps on the EMA weights; if a stop signal interrupts it, it runs again on resume.
+
+    At the last step it runs after the checkpoint, if it is due only there or if `max_time` ends the run.
+    """
 
     stored_as: ClassVar[str]
     """Key of its state in checkpoints, the same in all versions."""
@@ -378,16 +382,19 @@ class PeriodicCallback(StepCallback):
         super().on_train_start(trainer, pl_module)
         step = trainer.global_step
         if step and self.due(step) and 0 <= self.done < step:
-            assert isinstance(pl_module, TrainingModule)
-            self.on_optimizer_step(trainer, pl_module, step)
-
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        step = trainer.global_step
-        if self.at_end and self.done != step and step >= (self.early or 0):
-            assert isinstance(pl_module, TrainingModule)
-            self.on_optimizer_step(trainer, pl_module, step)
+            self._run(trainer, pl_module, step)
 
     def on_optimizer_step(self, trainer: Trainer, module: TrainingModule, step: int) -> None:
+        if not trainer.should_stop:
+            self._run(trainer, module, step)
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        step = trainer.global_step  # which is saved: all `on_train_end` come first
+        if self.done != step and (self.due(step) or (self.at_end and step >= (self.early or 0))):
+            self._run(trainer, pl_module, step)
+
+    def _run(self, trainer: Trainer, module: LightningModule, step: int) -> None:
+        assert isinstance(module, TrainingModule)
         if not self.stop.stopping and self.run(trainer, module, step):
             self.done = step
 
@@ -455,17 +462,60 @@ class ValidationAccuracy(PeriodicCallback):
         return True
 
 
-class Preview(PeriodicCallback):
+class PreviewCallback(PeriodicCallback):
+    """Saves pictures of the EMA weights. Training continues without a picture that cannot be made.
+
+    Args:
+        run: folder of the run.
+    """
+
+    at_end = True
+
+    def __init__(self, every: int, ema: EMA, stop: GracefulStop, *, run: Path, early: int) -> None:
+        super().__init__(every, ema, stop, early)
+        self.folder = run / "previews"
+
+    def on_optimizer_step(self, trainer: Trainer, module: TrainingModule, step: int) -> None:
+        if step != trainer.max_steps:  # then `on_fit_end` follows
+            super().on_optimizer_step(trainer, module, step)
+
+    @torch.no_grad()
+    def run(self, trainer: Trainer, module: TrainingModule, step: int) -> bool:
+        averaged = self.ema.model(module)
+        if trainer.is_global_zero:
+            path = self.folder / f"step_{step:08d}.png"
+            try:
+                with self.stop.interrupting():
+                    self.save(trainer, averaged, module.device, step, path)
+            except EvaluationCancelled:
+                trainer.should_stop = True
+                return False
+            except (OSError, UsageError, RuntimeError, MemoryError) as error:
+                if isinstance(error, RuntimeError) and not ran_out(error):
+                    raise
+                ProgressBar.write(
+                    f"diffuse: no preview of step {step} ({first_line(error)}); training continues",
+                    file=sys.stderr,
+                )
+        return True
+
+    @abstractmethod
+    def save(
+        self, trainer: Trainer, model: Trainable, device: torch.device, step: int, path: Path
+    ) -> None:
+        """Write the picture of a step; called by rank 0 only."""
+
+
+class Preview(PreviewCallback):
     """Saves a grid of samples of the EMA weights, with the same seeds every time, in the final resolution.
 
-    It also runs at steps 10, 100, ... and at the last step, once training has taken longer than a preview.
+    It also runs at steps 1, 10, 100, ... and at the last step, once training has taken longer than a preview.
 
     Args:
         batch_size: images per optimizer step, to compare the times.
     """
 
     stored_as = "Preview"
-    at_end = True
 
     SEEDS = range(64)
 
@@ -486,22 +536,20 @@ class Preview(PeriodicCallback):
         names: Sequence[str] | None = None,
     ) -> None:
         # A training step takes about three forward passes for each image.
-        super().__init__(every, ema, stop, early=math.ceil(len(self.SEEDS) * steps / (3 * batch_size)))
+        early = math.ceil(len(self.SEEDS) * steps / (3 * batch_size))
+        super().__init__(every, ema, stop, run=run, early=early)
         self.labels = labels
         """Classes of consecutive samples, repeated; None: no labels."""
         self.names = names
         """Names of the classes, or None."""
-        self.folder, self.sampler, self.steps, self.stages = run / "previews", sampler, steps, stages
-        self.space, self.form = space, form
+        self.sampler, self.steps, self.stages, self.space, self.form = sampler, steps, stages, space, form
 
-    @torch.no_grad()
-    def run(self, trainer: Trainer, module: TrainingModule, step: int) -> bool:
-        denoiser = self.ema.model(module)
-        if not trainer.is_global_zero:
-            return True
-        assert isinstance(denoiser, Denoiser)
-        labels, times = labels_of(self.SEEDS, self.labels, module.device), self.sampler.grid(self.steps)
-        denoise = self.space.clipped(lambda x, t: denoiser(x, t, labels), denoiser.schedule)
+    def save(
+        self, trainer: Trainer, model: Trainable, device: torch.device, step: int, path: Path
+    ) -> None:
+        assert isinstance(model, Denoiser)
+        labels, times = labels_of(self.SEEDS, self.labels, device), self.sampler.grid(self.steps)
+        denoise = self.space.clipped(lambda x, t: model(x, t, labels), model.schedule)
         count = len(self.SEEDS)
         bar = ProgressBar(total=count, desc="preview", unit="image", delay=1.0, leave=False)
         with trainer.precision_plugin.forward_context(), bar, bar.batch(count) as advance:
@@ -511,12 +559,11 @@ class Preview(PeriodicCallback):
                 times,
                 self.SEEDS,
                 self.stages.after(step).shape,
-                module.device,
+                device,
             )
         images = self.space.decode(x)
         if self.stages.grow:
             images = interpolate(images, self.stages.last.shape[1:])
         pictures = self.form.to_rgb(self.form.quantize(images)).cpu()
         rows, captions = by_class(pictures, self.SEEDS, self.labels, self.names)
-        save_rows(rows, self.folder / f"step_{step:08d}.png", captions)
-        return True
+        save_rows(rows, path, captions)

@@ -87,7 +87,7 @@ def run(variants: list[Variant]) -> None:
     folder, store = _folders(jobs, first.output)
     _claim(folder)
     remove_abandoned(folder, store)
-    launch(compare, jobs, folder, store, processes=first.processes)
+    launch(compare, jobs, folder, store, processes=first.processes, device=first.device)
 
 
 def _job(values: dict[str, Value], config: CompareConfig) -> ComparisonJob:

@@ -50,7 +50,7 @@ def run(config: EvalConfig) -> None:
         histories = {name: read_history(_history(name, mode.output_dir)) for name in mode.compare}
         print(history_table(histories, mode.force))
     else:
-        launch(measure, mode, processes=mode.processes)
+        launch(measure, mode, processes=mode.processes, device=mode.device)
 
 
 def _history(name: str, output_dir: str) -> Path:

@@ -33,7 +33,7 @@ GIF_IMAGES = 64
 
 def run(config: SampleConfig) -> int:
     """Generate the missing images; write them, a grid, the manifest, and on request a strip or an animation."""
-    return launch(make, config, processes=config.processes)
+    return launch(make, config, processes=config.processes, device=config.device)
 
 
 def make(config: SampleConfig) -> None:

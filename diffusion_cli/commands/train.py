@@ -42,7 +42,8 @@ def run(config: TrainConfig) -> int:
         print(f"diffuse: {remark}", file=sys.stderr)
     return launch(
         train, config,
-        processes=None if place.world > 1 else trainer["devices"], timeout=timedelta(seconds=trainer["timeout"]),
+        processes=None if place.world > 1 else trainer["devices"], key="trainer.devices",
+        device=trainer["accelerator"], timeout=timedelta(seconds=trainer["timeout"]),
     )  # fmt: skip
 
 

@@ -14,11 +14,11 @@ from diffusion_cli.config.values import Node
 from diffusion_cli.data import ResolutionSchedule
 from diffusion_cli.errors import NO_VALUE, Problem, UsageError, format_value
 from diffusion_cli.runs.schema import CheckpointInfo
-from diffusion_cli.system.distributed import ProcessInfo, check_cores
+from diffusion_cli.system.distributed import ProcessInfo
 
 
 def check_devices(config: TrainConfig, place: ProcessInfo) -> None:
-    """Raise UsageError if the processes, nodes, GPUs or CPU cores differ from the configuration."""
+    """Raise UsageError if the processes, nodes or GPUs differ from the configuration."""
     devices, nodes = config.trainer["devices"], config.trainer["num_nodes"]
     there = 0 if config.trainer["accelerator"] == "cpu" else torch.cuda.device_count()
     if 0 < there < (devices or 1):
@@ -28,8 +28,6 @@ def check_devices(config: TrainConfig, place: ProcessInfo) -> None:
             f"GPUs found: {there}",
             f"use at most {there}, or trainer=cpu",
         )
-    if there == 0 and place.world == 1 and config.trainer["accelerator"] != "cuda":
-        check_cores("trainer.devices", devices or 1)
     if place.world > 1 and devices not in (None, place.local_world):
         raise UsageError(
             "trainer.devices",

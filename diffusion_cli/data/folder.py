@@ -64,7 +64,7 @@ from diffusion_cli.formats.files import SUFFIXES as PICTURES
 from diffusion_cli.formats.range_check import LOOKED_AT
 from diffusion_cli.formats.volume import SUFFIXES as VOLUMES
 from diffusion_cli.formats.volume import read_volume
-from diffusion_cli.system.distributed import usable_cores
+from diffusion_cli.system.cores import usable_cores
 from diffusion_cli.system.untrusted import LONGEST_MANIFEST, Archive, read, reason
 
 SUFFIXES = (*PICTURES, *SCANS)

@@ -28,6 +28,7 @@ from torch.multiprocessing.spawn import ProcessContext, ProcessException, start_
 
 from diffusion_cli.errors import NO_VALUE, MachineError, UsageError, first_line
 from diffusion_cli.system.compat import count_in_group
+from diffusion_cli.system.cores import check_cores
 from diffusion_cli.system.signals import STOPPING, end, handling
 from diffusion_cli.system.terminal import guarded, lost_output
 
@@ -165,38 +166,31 @@ class Distributed:
         return make() if made is None else made
 
 
-def usable_cores() -> int:
-    """Return the number of cores available to this process, respecting the CPU affinity set by batch systems."""
-    allowed = getattr(os, "sched_getaffinity", None)
-    return len(allowed(0)) if allowed else os.cpu_count() or 1
-
-
-def check_cores(key: str, processes: int) -> None:
-    """Raise UsageError, with the name of the key, if `processes` exceeds the cores available to this process."""
-    cores = usable_cores()
-    if processes > cores:
-        raise UsageError(key, processes, f"CPU cores found: {cores}", f"use at most {cores}")
-
-
 def launch(
-    work: Callable[..., int | None], *arguments: Any, processes: int | None, timeout: timedelta = FOREVER
+    work: Callable[..., int | None],
+    *arguments: Any,
+    processes: int | None,
+    device: str = "cpu",
+    key: str = "processes",
+    timeout: timedelta = FOREVER,
 ) -> int:
     """Call `work(*arguments)` in every process, and return the result of rank 0 (None: 0).
 
     The processes are those of torchrun or srun. Without a launcher, `processes` (None: 1) are started on this
     machine with an equal share of the CPU threads. GPUs are assigned in turn. An exception of a process is
-    raised here, once. Raises UsageError if torchrun or srun started another number than `processes`, or if this
-    machine has fewer CPU cores.
+    raised here, once.
+
+    Raises UsageError, about `key`, if torchrun or srun started another number than `processes`, or if `device` (cpu,
+    cuda or auto) means CPUs and this machine has fewer cores.
     """
     place = started()
     if place.world > 1:
         if processes not in (None, place.world):
-            raise UsageError(
-                "processes", processes, f"torchrun or srun started {place.world}", "leave it null"
-            )
+            raise UsageError(key, processes, f"torchrun or srun started {place.world}", "leave it null")
         return _as_one_of(place, timeout, work, arguments)
     if processes is not None and processes > 1:
-        check_cores("processes", processes)
+        if device == "cpu" or (device == "auto" and not torch.cuda.is_available()):
+            check_cores(key, processes)
         return _in_new_processes(processes, timeout, work, arguments)
     return work(*arguments) or 0
 

@@ -16,6 +16,7 @@ from diffusion_cli.runs.checkpoint import LAST, Checkpoint
 from diffusion_cli.runs.curves import read_curves
 from diffusion_cli.runs.find import newest
 from diffusion_cli.runs.manifest import merge, read_records
+from diffusion_cli.runs.overview import data_name
 from diffusion_cli.system.seeding import seed_ranges
 from diffusion_cli.system.untrusted import LONGEST_MANIFEST, MOST_IN_MANIFEST, read_csv, read_json, reason
 from diffusion_cli.system.untrusted import read as read_file
@@ -139,14 +140,6 @@ def _facts(folder: Path, checkpoint: Checkpoint) -> dict[str, str]:
         | ({"classes": ", ".join(info.class_names)} if info.class_names else {})
         | {"folder": str(folder)}
     )
-
-
-def data_name(dataset: Mapping[str, Any]) -> str:
-    """Return the name of a dataset as a user writes it: of its file or folder, or of its option."""
-    if dataset.get("path"):
-        return Path(str(dataset["path"])).name
-    kind = str(dataset["_target_"]).rpartition(".")[2]
-    return re.sub(r"(?<=[a-z])(?=[A-Z])", "_", kind).lower()
 
 
 def _environment(checkpoint: Checkpoint, reports: list[Report]) -> dict[str, str]:

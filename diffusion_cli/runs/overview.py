@@ -1,16 +1,19 @@
 """Summaries of runs from their small files, without reading checkpoints and without torch."""
 
 import os
+import re
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from diffusion_cli.config.catalogue import option_of
 from diffusion_cli.config.runs import checkpoints_of, run_folders
 from diffusion_cli.config.tasks import task_of_classes
+from diffusion_cli.errors import UsageError
 from diffusion_cli.runs.curves import read_curves
 from diffusion_cli.runs.migrate import migrated
 from diffusion_cli.system.untrusted import read_json, read_yaml
@@ -67,13 +70,27 @@ def _summary(folder: Path, date: float) -> RunSummary:
     )
 
 
+def data_name(dataset: Mapping[str, Any]) -> str:
+    """Return the name of a `dataset` node as a user writes it: of its file or folder, or its option."""
+    return Path(str(dataset["path"])).name if dataset.get("path") else _option(str(dataset["_target_"]))
+
+
 def _dataset(node: Any) -> str | None:
     """Return the option of a dataset's class, and the path in its node."""
     target = node.get("_target_") if isinstance(node, Mapping) else None
     if not isinstance(target, str):
         return None
-    name, path = option_of("dataset", {"_target_": target}) or target.rpartition(".")[2], node.get("path")
-    return name if path is None else f"{name} {path}"
+    path = node.get("path")
+    return _option(target) if path is None else f"{_option(target)} {path}"
+
+
+@cache
+def _option(target: str) -> str:
+    """Return the option of `dataset=` for a class; for a class without one, its name in the style of options."""
+    with suppress(UsageError):  # an option file that is not YAML
+        if option := option_of("dataset", {"_target_": target}):
+            return option
+    return re.sub(r"(?<=[a-z])(?=[A-Z])", "_", target.rpartition(".")[2]).lower()
 
 
 def _task(config: Mapping[str, Any]) -> str | None:

@@ -14,7 +14,7 @@ from diffusion_cli.cli import run as diffuse
 from diffusion_cli.metrics import Report, Result
 from diffusion_cli.report.explanations import explained
 from diffusion_cli.report.page import comparable, panels, side_by_side
-from diffusion_cli.report.record import data_name
+from diffusion_cli.runs.overview import data_name
 from helpers.reports import HOSTILE, make, picture, text_of, written
 
 

@@ -10,6 +10,7 @@ import yaml
 
 from diffusion_cli.cli import run
 from diffusion_cli.config import complete
+from diffusion_cli.runs import overview
 
 
 @pytest.fixture
@@ -69,6 +70,21 @@ def test_runs_are_listed_for_programs(root, capsys):
     assert json.loads(capsys.readouterr().out) == []
     assert run(["runs", f"output_dir={root / 'notes'}"]) == 2
     assert "contains no runs; train one with: diffuse train" in capsys.readouterr().err
+
+
+def test_option_files_without_a_class_of_their_own_do_not_end_the_list(root, tmp_path, monkeypatch, capsys):
+    parent = "# @package _global_\ndataset:\n  _target_: diffusion_cli.data.FashionMNIST\n"
+    files = {"garments": parent, "few": "defaults: [garments]\ndataset:\n  split: a\n", "damaged": "{", "empty": ""}
+    for name, text in files.items():
+        (tmp_path / f"{name}.yaml").write_text(text)
+    options = {name: tmp_path / f"{name}.yaml" for name in files}
+    monkeypatch.setattr("diffusion_cli.config.catalogue.options", lambda group: options)
+    overview._option.cache_clear()
+    assert run(["runs", f"output_dir={root}"]) == 0
+    overview._option.cache_clear()
+    out = capsys.readouterr().out
+    assert " fashion_mnist " in out  # by the name of the class
+    assert " folder my photos " in out
 
 
 def test_listing_runs_imports_no_torch(root):

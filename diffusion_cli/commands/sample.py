@@ -62,10 +62,10 @@ def _sample(config: SampleConfig) -> None:
         return
     keep_seeds(output, seeds)
     keep_labels(output, trained.model.info.class_names or (), form.suffix)
-    overview = _overview(trained, output, config.captions)
+    overview = _overview(trained, output, seeds, config.captions)
     made = f", {calls} network calls each" if todo else ""
     print(
-        f"{len(seeds)} images of step {trained.model.step}{made}, {trained.precision}, in {output}\nGrid: {overview}"
+        f"{len(seeds)} images of step {trained.model.step}{made}, {trained.precision}, in {output}\n{overview}"
     )
     if shown:
         bar = ProgressBar(total=len(shown), unit="image", desc="denoising steps", delay=1.0)
@@ -96,10 +96,18 @@ def _make(trained: LoadedModel, todo: list[int], output: Path, ranks: Distribute
     return most_calls
 
 
-def _overview(trained: LoadedModel, output: Path, named: bool) -> Path:
-    """Draw the first images of the folder as a grid, in rows of a class if each has two or `label=` is set."""
+def _overview(trained: LoadedModel, output: Path, seeds: range, named: bool) -> str:
+    """Draw a grid, in rows of a class if each has two or `label=` is set; return a line that names it.
+
+    The grid has the first images of the command if these fill it, else those of the folder.
+    """
     path = output / "grid.png"
-    first = list(islice(sampled_seeds(output, trained.model.info.form.suffix), GRID_IMAGES))
+    first = list(islice(sampled_seeds(output, trained.model.info.form.suffix), GRID_IMAGES + 1))
+    shown = "Grid"
+    if len(first) > GRID_IMAGES:
+        fills = len(seeds) >= GRID_IMAGES
+        first = [*(seeds if fills else first)[:GRID_IMAGES]]
+        shown += f" of the first {GRID_IMAGES} images of the {'command' if fills else 'folder'}"
     films = read_films(output, first, trained.model)
     if films.shape[1] > 1:
         save_gif(torch.stack([grid(images) for images in films.transpose(0, 1)]), output / "grid.gif")
@@ -111,7 +119,7 @@ def _overview(trained: LoadedModel, output: Path, named: bool) -> Path:
         always=trained.chosen_labels,
     )
     save_rows(rows, path, captions if named else PLAIN)
-    return path
+    return f"{shown}: {path}"
 
 
 def _draw(ways: Tensor, output: Path, config: SampleConfig, trained: LoadedModel) -> None:

@@ -69,6 +69,20 @@ def test_a_grid_shows_all_images_of_its_folder(sample_runs, tmp_path):
         assert grid.size > nine
 
 
+def test_a_grid_that_cannot_show_all_images_says_which_it_shows(sample_runs, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("diffusion_cli.commands.sample.GRID_IMAGES", 4)
+    grid, words = tmp_path / "grid.png", ["run=small", f"output={tmp_path}", "steps=1"]
+    pictures = []
+    cases = ((0, 4, ""), (4, 2, "folder"), (3, 5, "command"), (0, 1, "folder"), (3, 4, "command"))
+    for seed, count, whose in cases:
+        of = f" of the first 4 images of the {whose}" if whose else ""
+        assert sample(sample_runs, *words, f"seed={seed}", f"num_samples={count}") == 0
+        assert f"\nGrid{of}: {grid}\n" in capsys.readouterr().out
+        pictures.append(grid.read_bytes())
+    assert pictures[0] == pictures[1] == pictures[3]
+    assert pictures[2] == pictures[4] != pictures[0]
+
+
 @pytest.mark.parametrize(
     "command", ["sample", "edit edit=img2img input=val num_images=1", "compare steps=[1,2]"]
 )

@@ -8,7 +8,7 @@ from diffusion_cli.config.catalogue import defaults, documented, options
 from diffusion_cli.config.recipe import BUDGETED, derived_in
 from diffusion_cli.config.runs import flatten, identity, replaced
 from diffusion_cli.errors import NO_VALUE, FormatError, UsageError
-from diffusion_cli.runs.migrate import migrated
+from diffusion_cli.runs.migrate import migrated_config
 from diffusion_cli.system.locks import holder
 from diffusion_cli.system.trusted_paths import is_own_run, unnamed
 from diffusion_cli.system.untrusted import read_yaml
@@ -54,7 +54,7 @@ def stored_by(folder: Path) -> dict[str, Any]:
             str(reason),
             f"repeat its full training command with name={folder.name}",
         ) from error
-    return migrated(stored)
+    return migrated_config(stored)
 
 
 def without_processes(stored: Mapping[str, Any]) -> dict[str, Any]:

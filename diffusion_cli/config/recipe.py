@@ -13,7 +13,7 @@ from diffusion_cli.config.at_hand import OwnImages, gpu
 from diffusion_cli.config.catalogue import content, options
 from diffusion_cli.config.runs import flatten
 from diffusion_cli.config.values import Node
-from diffusion_cli.runs.migrate import migrated
+from diffusion_cli.runs.migrate import migrated_config
 from diffusion_cli.system.untrusted import read_yaml
 
 AUTO = "auto"
@@ -191,7 +191,7 @@ def started_with(run: Path) -> Node:
         value = read_yaml(run / "config.yaml")
     except (OSError, ValueError):
         return {}
-    return migrated(value) if isinstance(value, dict) else {}
+    return migrated_config(value) if isinstance(value, dict) else {}
 
 
 def _whole(value: Any, otherwise: Any) -> Any:

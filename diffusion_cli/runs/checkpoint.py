@@ -19,7 +19,7 @@ from torch import Tensor
 
 from diffusion_cli.config.values import Weights
 from diffusion_cli.errors import NO_VALUE, FormatError, MachineError, Problem, UsageError
-from diffusion_cli.runs.migrate import FORMAT, OLDEST, migrated
+from diffusion_cli.runs.migrate import FORMAT, OLDEST, migrated, migrated_config
 from diffusion_cli.runs.schema import CheckpointInfo, parse_info
 from diffusion_cli.system.files import atomic_write
 from diffusion_cli.system.untrusted import check_tensors, plain, reason, regular
@@ -182,7 +182,8 @@ def read(path: Path, sums: bool = True) -> Checkpoint:
             "upgrade diffuse",
         )
     try:
-        info = parse_info({**migrated(plain(entry), written), "format": FORMAT})
+        entry = migrated(plain(entry), written)
+        info = parse_info({**entry, "config": migrated_config(entry.get("config"), FORMAT), "format": FORMAT})
         checkpoint = Checkpoint(state, info, size)
         if problems := [*_problems(checkpoint)]:
             raise UsageError.several(problems)

@@ -4,6 +4,7 @@ Checkpoints have a format number. Configurations (`config.yaml`, option files of
 none, so all migrations are applied to them, and each migration leaves newer data unchanged.
 """
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -45,6 +46,10 @@ KEYS_OF_FORMAT_5 = {
 """Keys of configurations and results renamed after format 5."""
 SPLITS_OF_FORMAT_5 = {"held_out": "val"}
 """Dataset splits renamed after format 5."""
+ANCESTRAL = frozenset(
+    f"diffusion_cli.samplers.{name}" for name in ("DDIM", "DPM2", "DPMSolver2S", "DPMSolverSDE")
+)
+"""Samplers that took any `eta` up to version 0.2, and now one of at most 1."""
 
 
 def migrated(value: Any, written: int = OLDEST) -> Any:
@@ -57,6 +62,29 @@ def migrated(value: Any, written: int = OLDEST) -> Any:
     for number in range(written, FORMAT):
         value = MIGRATIONS[number](value)
     return value
+
+
+def migrated_config(config: Any, written: int = OLDEST) -> Any:
+    """Return the stored configuration of a training with the names and the ranges of values of this version.
+
+    Samplers clipped the share of noise of `eta` above 1 at each step, so that of 1 is the nearest. They added no noise
+    with `s_min` above `s_max`. Settings of finished images keep their values, because they describe these images.
+    """
+    config = migrated(config, written)
+    sampler = config.get("sampler") if isinstance(config, dict) else None
+    if not isinstance(sampler, dict):
+        return config
+    target, numbers = (
+        sampler.get("_target_"),
+        {k: v for k, v in sampler.items() if isinstance(v, int | float)},
+    )
+    if target in ANCESTRAL and numbers.get("eta", 0) > 1:
+        sampler = {**sampler, "eta": 1.0}
+    if target == "diffusion_cli.samplers.EDMSampler" and numbers.get("s_min", 0) > numbers.get(
+        "s_max", math.inf
+    ):
+        sampler = {**sampler, "s_churn": 0.0}
+    return {**config, "sampler": sampler}
 
 
 def as_of_format_4(value: Any) -> Any:

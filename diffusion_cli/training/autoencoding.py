@@ -93,9 +93,7 @@ class ReconstructionPreview(PreviewCallback):
         super().__init__(every, ema, stop, run=run, early=1)
         self.images, self.form = images, form
 
-    def save(
-        self, trainer: Trainer, model: Trainable, device: torch.device, step: int, path: Path
-    ) -> None:
+    def save(self, trainer: Trainer, model: Trainable, device: torch.device, step: int, path: Path) -> None:
         assert isinstance(model, Autoencoding)
         with trainer.precision_plugin.forward_context():
             parts = self.images.to(device).split(max(1, PIXELS // math.prod(self.images.shape[2:])))

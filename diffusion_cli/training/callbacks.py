@@ -500,9 +500,7 @@ class PreviewCallback(PeriodicCallback):
         return True
 
     @abstractmethod
-    def save(
-        self, trainer: Trainer, model: Trainable, device: torch.device, step: int, path: Path
-    ) -> None:
+    def save(self, trainer: Trainer, model: Trainable, device: torch.device, step: int, path: Path) -> None:
         """Write the picture of a step; called by rank 0 only."""
 
 
@@ -544,9 +542,7 @@ class Preview(PreviewCallback):
         """Names of the classes, or None."""
         self.sampler, self.steps, self.stages, self.space, self.form = sampler, steps, stages, space, form
 
-    def save(
-        self, trainer: Trainer, model: Trainable, device: torch.device, step: int, path: Path
-    ) -> None:
+    def save(self, trainer: Trainer, model: Trainable, device: torch.device, step: int, path: Path) -> None:
         assert isinstance(model, Denoiser)
         labels, times = labels_of(self.SEEDS, self.labels, device), self.sampler.grid(self.steps)
         denoise = self.space.clipped(lambda x, t: model(x, t, labels), model.schedule)

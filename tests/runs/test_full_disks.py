@@ -69,7 +69,10 @@ def test_a_full_disk_at_a_preview(disk, capsys):
     folder = disk("size=8k")
     assert train(folder, "max_steps=14", "preview_every=2", "preview_steps=2") == 2
     err = capsys.readouterr().err
-    assert f"diffuse: no preview of step 2 ({folder}/tiny/previews/step_00000002.png: cannot be written (No" in err
+    assert (
+        f"diffuse: no preview of step 2 ({folder}/tiny/previews/step_00000002.png: cannot be written (No"
+        in err
+    )
     assert "; training continues\n" in err
     assert err.splitlines()[-1].endswith("; the run is not saved yet")  # at the first checkpoint
 

@@ -74,7 +74,12 @@ def test_runs_are_listed_for_programs(root, capsys):
 
 def test_option_files_without_a_class_of_their_own_do_not_end_the_list(root, tmp_path, monkeypatch, capsys):
     parent = "# @package _global_\ndataset:\n  _target_: diffusion_cli.data.FashionMNIST\n"
-    files = {"garments": parent, "few": "defaults: [garments]\ndataset:\n  split: a\n", "damaged": "{", "empty": ""}
+    files = {
+        "garments": parent,
+        "few": "defaults: [garments]\ndataset:\n  split: a\n",
+        "damaged": "{",
+        "empty": "",
+    }
     for name, text in files.items():
         (tmp_path / f"{name}.yaml").write_text(text)
     options = {name: tmp_path / f"{name}.yaml" for name in files}

@@ -299,3 +299,28 @@ def test_a_checkpoint_of_a_newer_version_asks_for_an_upgrade(stored, capsys):
         f"is from a newer version of diffuse (format {FORMAT + 1}, not {FORMAT}); upgrade"
         in capsys.readouterr().err
     )
+
+
+@pytest.mark.parametrize(
+    ("sampler", "then", "now"),
+    [
+        ("ddim", {"eta": 1.5}, {"eta": 1.0}),
+        ("edm", {"s_min": 60.0, "s_churn": 40.0}, {"s_min": 60.0, "s_churn": 0.0}),
+    ],
+)
+def test_a_run_with_a_sampler_of_a_former_range_is_continued(tmp_path, one_thread, sampler, then, now):
+    words = ["train", "name=old", f"output_dir={tmp_path}", *BEGUN, *UNET, f"sampler={sampler}"]
+    assert run([*words, "max_steps=1"]) == 0
+    folder = tmp_path / "old"
+    config = yaml.safe_load((folder / "config.yaml").read_text())
+    config["sampler"] |= then
+    (folder / "config.yaml").write_text(yaml.safe_dump(config))
+    for path in (folder / "checkpoints").glob("*.ckpt"):
+        state = read(path).state
+        state["diffuse"]["config"]["sampler"] |= then
+        save(state, path)
+    assert run(["train", f"run={folder}", "max_steps=2"]) == 0
+    assert run([*words, *(f"sampler.{key}={value}" for key, value in now.items()), "max_steps=3"]) == 0
+    last = read(folder / "checkpoints" / "last.ckpt")
+    assert last.step == 3
+    assert last.info.config.model_dump()["sampler"].items() >= now.items()

@@ -46,7 +46,7 @@ def captioned(picture: Tensor, captions: Captions, cell: tuple[int, int]) -> Ten
     """
     height, width = cell
     size = _size(height)
-    names = [_cut(name, LONGEST) for name in captions.rows]
+    names = [_cut_in_the_middle(name, LONGEST) for name in captions.rows]
     left = max((_width(name, size) + 2 * GAP for name in [*names, captions.corner] if name), default=0)
     lines = _wrapped(captions.title, size, left + picture.shape[2] - 2 * GAP)
     line = size + GAP
@@ -144,6 +144,13 @@ def _cut(text: str, most: int) -> str:
     """Return a readable text of at most `most` letters."""
     text = readable(text)
     return text if len(text) <= most else f"{text[: most - 1]}…"
+
+
+def _cut_in_the_middle(text: str, most: int) -> str:
+    """Return a readable text of at most `most` letters with its beginning and its end, which tell files apart."""
+    text = readable(text)
+    end = (most - 1) // 2
+    return text if len(text) <= most else f"{text[: most - 1 - end]}…{text[-end:]}"
 
 
 def _fitted(text: str, size: int, width: int) -> str:

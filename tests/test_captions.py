@@ -43,6 +43,14 @@ def test_columns_are_as_wide_as_their_names():
     assert longest == 2 * (4 * 32 + 2), "a long name is cut"
 
 
+def test_names_of_rows_keep_their_beginning_and_end():
+    one, other = (
+        rows([noise(2, 1, 32, 32)], Captions([f"photo_of_{'x' * 60}_{end}"])) for end in ("01", "02")
+    )
+    assert one.shape == other.shape
+    assert not torch.equal(one, other)
+
+
 def test_long_words_do_not_move_the_images_far():
     picture = rows([noise(10, 3, 8, 8)], Captions(["a" * 1000], title="b" * 1000 + " c" * 300))
     assert picture.shape[2] < 10 * 34 + 300

@@ -106,7 +106,12 @@ def _run(config: EditConfig) -> None:
             file=sys.stderr,
         )
 
-    most_calls = _make(config, trained, edit, method, todo, output=output, results=results)
+    try:
+        most_calls = _make(config, trained, edit, method, todo, output=output, results=results)
+    except KeyboardInterrupt:
+        done = sum(job.name in results for job in jobs)
+        print(f"\n{output} has {done} of {len(jobs)} results", file=sys.stderr)
+        raise
     grid = output / "grid.png"
     rows = [
         _row(output, jobs[at : at + config.variations], form, edit.results)
@@ -117,9 +122,13 @@ def _run(config: EditConfig) -> None:
     # Results stay below each other, also if an input has no picture of its own size.
     rows = [torch.cat([row.new_full((most - len(row), *row.shape[1:]), 255), row]) for row in rows]
     save_rows(rows, grid, captions if config.captions else PLAIN)
-    calls = f", at most {most_calls} network calls each" if todo else ""
+    frames = f"{edit.results_each} frames in " if edit.results_each > 1 else ""
+    calls = f", {frames}at most {most_calls} network calls each" if todo else ""
+    inputs = len(jobs) // config.variations
+    first = f" (first {SHOWN} of {inputs})" if inputs > SHOWN else ""
     print(
-        f"{len(jobs)} results of {kind}{calls}, in {output}{_summary(results, jobs, form)}\nBefore and after: {grid}"
+        f"{len(jobs)} results of {kind}{calls}, in {output}{_summary(results, jobs, form)}\n"
+        f"Before and after: {grid}{first}"
     )
 
 
@@ -187,7 +196,7 @@ def edited(
                     f"must have shape {edit.accepts()[0]}",
                     "resize or convert them",
                 )
-        _check_count(inputs, edit)
+        _check_count(inputs, edit, _kind(config))
     given = _inputs(config, trained, edit) if inputs is None else inputs
     if edit.mask_path is not None:
         edit = edit.masked(read_masks(edit.mask_path, given, edit.shape[1:]) if mask is None else mask)
@@ -318,7 +327,7 @@ def _inputs(config: EditConfig, trained: LoadedModel, edit: Edit) -> list[Input]
             mask_path=edit.mask_path,
             complete=_completion(config, trained),
         )
-    _check_count(given, edit)
+    _check_count(given, edit, _kind(config))
     return given
 
 
@@ -332,14 +341,16 @@ def _completion(config: EditConfig, trained: LoadedModel) -> Complete | None:
     return completion(path, node, info.data_rules, info.form, shape, config.fit)
 
 
-def _check_count(given: Sequence[Input], edit: Edit) -> None:
+def _check_count(given: Sequence[Input], edit: Edit, kind: str) -> None:
     """Raise UsageError if the number of images is not a positive multiple of the edit's inputs."""
     if not given or len(given) % edit.inputs_each:
+        fewer = len(given) - len(given) % edit.inputs_each
+        more = fewer + edit.inputs_each
         raise UsageError(
             "input",
             NO_VALUE,
-            f"{len(given)} images were given, but this edit needs a multiple of {edit.inputs_each}",
-            "give more or fewer images",
+            f"{len(given)} images were given, but each result of edit={kind} needs {edit.inputs_each}",
+            f"give {f'{fewer} or {more}' if fewer else more} images",
         )
 
 

@@ -44,8 +44,8 @@ class MaskFile(NamedTuple):
     """Region to paint, bool [H, W] or [D, H, W]."""
     affine: list[list[float]] | None
     """Affine matrix of the voxel positions of a NIfTI file."""
-    remark: str | None
-    """How the mask was read, if its transparent part has a meaning."""
+    remark: str
+    """How the mask was read."""
 
 
 def read_masks(path: str, given: Sequence[Input], sizes: Sequence[int]) -> Tensor:
@@ -65,21 +65,24 @@ def read_masks(path: str, given: Sequence[Input], sizes: Sequence[int]) -> Tenso
     folder, names = _matched(Path(path).expanduser(), given, path)
     regions: list[Tensor] = []
     lines: list[Problem] = []
-    remarks: Counter[str] = Counter()
+    masks: Counter[str] = Counter()
+    shares: dict[str, list[float]] = {}
     last: tuple[str, MaskFile] | None = None
     with contents(folder) as content:
         for name, item in zip(names, given, strict=True):
             try:
                 if last is None or last[0] != name:
                     last = name, read_mask(content(name), name, len(sizes))
-                    remarks.update([last[1].remark] if last[1].remark else [])
+                    masks[last[1].remark] += 1
                 regions.append(_fitted(last[1], item, sizes))
+                shares.setdefault(last[1].remark, []).append(float(regions[-1].double().mean()))
             except (ValueError, OSError) as error:
                 lines.append(Problem("edit.mask", folder / name, reason(error)))
     raise_problems(list(dict.fromkeys(lines)))
-    for remark, count in remarks.items():
-        shown = f" ({count} masks)" if count > 1 else ""
-        show_remarks([f"edit.mask={path}: {remark}{shown}"])
+    for remark, found in shares.items():
+        shown = f" ({masks[remark]} masks)" if masks[remark] > 1 else ""
+        share = f"{100 * sum(found) / len(found):.3g} % of the {'voxels' if len(sizes) == 3 else 'pixels'}"
+        show_remarks([f"edit.mask={path}: {remark}{shown}, {share}"])
     stacked = torch.stack(regions)[:, None]
     return stacked[:1] if (stacked == stacked[:1]).all() else stacked
 
@@ -162,15 +165,15 @@ def read_mask(data: bytes, name: str, dimensions: int = 2) -> MaskFile:
         if len(held.values) > 1:
             raise FormatError(f"has {len(held.values)} channels; a mask has one")
         affine = None if held.spacing is None else held.header.affine
-        return MaskFile(torch.from_numpy(held.values[0] != 0), affine, None)
+        return MaskFile(torch.from_numpy(held.values[0] != 0), affine, "voxels other than 0 are painted")
     image = opened(data)
     white = np.array(flattened(image, 1, "black", srgb=False)) >= 128
     if not image.has_transparency_data:
-        return MaskFile(torch.from_numpy(white), None, None)
+        return MaskFile(torch.from_numpy(white), None, "white is painted")
     whole = np.array(image.convert("RGBA"))
     erased = whole[..., 3] < 128
     if erased.all() or not erased.any():
-        return MaskFile(torch.from_numpy(white), None, None)
+        return MaskFile(torch.from_numpy(white), None, "white is painted")
     opaque = whole[~erased][:, :3]
     if _is_white_on_black(opaque):
         return MaskFile(torch.from_numpy(white), None, "the white part is painted, not the transparent part")

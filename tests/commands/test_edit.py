@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 
 from diffusion_cli.cli import run
+from diffusion_cli.commands import edit as editing
 from diffusion_cli.commands.inputs import Input
 from diffusion_cli.commands.masks import read_masks
 from helpers.editing import edit, pixels
@@ -58,14 +59,14 @@ def mask_file(edit_runs, kind):
         ("black and white with a transparent border", "the white part is painted"),
         ("page with a hole", "the white part is painted"),
         ("photograph", "the transparent part is painted"),
-        ("opaque", None), ("without opacity", None),
+        ("opaque", "white is painted, 6.25 % of the pixels\n"),
+        ("without opacity", "white is painted, 6.25 % of the pixels\n"),
     ],
 )  # fmt: skip
 def test_a_mask_is_white_or_an_erased_part_of_a_photograph(tmp_path, capsys, kind, said):
     file, expected = mask_file(tmp_path, kind)
     assert (read_masks(str(file), [ANY], [16, 16])[0, 0].numpy() == expected).all()
-    remark = capsys.readouterr().err
-    assert remark.startswith(f"diffuse: edit.mask={file}: {said}") if said else not remark
+    assert capsys.readouterr().err.startswith(f"diffuse: edit.mask={file}: {said}")
 
 
 @pytest.mark.parametrize(
@@ -111,6 +112,32 @@ def test_edits_are_files_named_by_input_with_a_manifest(edit_runs, tmp_path, cap
     Image.fromarray(255 - mask).save(tmp_path / "mask.png")
     assert edit(edit_runs, *words, "variations=2") == 2
     assert "read_sha256.mask=" in capsys.readouterr().err
+
+
+def test_an_interrupted_edit_keeps_and_counts_its_finished_batches(edit_runs, tmp_path, capsys, monkeypatch):
+    compute, batches = editing._edit, []
+
+    def interrupted(*arguments):
+        batches.append(arguments)
+        if len(batches) == 3:
+            raise KeyboardInterrupt
+        return compute(*arguments)
+
+    words = ["edit=reconstruct", "input=val", "num_images=40", f"output={tmp_path}/out", "captions=false"]
+    with monkeypatch.context() as patch:
+        patch.setattr(editing, "_edit", interrupted)
+        assert edit(edit_runs, *words) == 75
+    assert f"{tmp_path}/out has 32 of 40 results\n" in capsys.readouterr().err
+    assert edit(edit_runs, *words) == 0
+    said = capsys.readouterr()
+    assert "has 32 of 40 results; computing the rest" in said.err
+    assert "grid.png (first 10 of 40)\n" in said.out
+
+
+def test_a_series_names_its_frames_and_calls(edit_runs, tmp_path, capsys):
+    words = ["edit=interpolate", "edit.frames=3", "num_images=2", "input=val", f"output={tmp_path}/out"]
+    assert edit(edit_runs, *words) == 0
+    assert "1 results of interpolate, 3 frames in at most " in capsys.readouterr().out
 
 
 def test_a_stopped_edit_is_completed_whatever_the_batch(edit_runs, tmp_path, capsys):

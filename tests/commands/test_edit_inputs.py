@@ -70,7 +70,10 @@ def test_files_of_one_name_do_not_overwrite_each_other(edit_runs, tmp_path):
         (["edit=colorize"], "edit=colorize: the model generates gray images"),
         (["edit=super_resolution", "edit.factor=3"], "edit.factor=3: does not divide 8 x 8"),
         (["edit=outpaint"], "edit.left=0: there is no side to extend"),
-        (["edit=interpolate", "num_images=3"], "3 images were given, but this edit needs a multiple of 2"),
+        (
+            ["edit=interpolate", "num_images=3"],
+            "3 images were given, but each result of edit=interpolate needs 2; give 2 or 4 images",
+        ),
         (["edit=interpolate", "edit.seeds=[1]"], "edit.seeds=[1]: must be pairs"),
         (["edit=attribute", "label=1", "variations=2"], "variations=2: edit=attribute is deterministic with"),
         (

@@ -24,6 +24,7 @@ from diffusion_cli.config import (
 )
 from diffusion_cli.errors import NO_VALUE, FormatError, Problem, UsageError, counted, format_value
 from diffusion_cli.metrics import DEVIATION, Report, Result, parts, require, unlike
+from diffusion_cli.metrics.frechet import IMAGES_NEEDED
 from diffusion_cli.runs.find import find_run
 from diffusion_cli.runs.migrate import migrated
 from diffusion_cli.system import cache
@@ -155,7 +156,11 @@ def compare(jobs: list[ComparisonJob], folder: Path, store: Path) -> None:
         for entry in entries
     ]
     # Metrics of the model itself have no sampling cost for the x axis.
-    panels = [panel for panel in _panels(points, distances, list(jobs[0].values)) if panel.curves]
+    panels = [
+        panel._replace(y_label=f"{panel.y_label}*") if panel.y_label in {name for _, name in marks} else panel
+        for panel in _panels(points, distances, list(jobs[0].values))
+        if panel.curves
+    ]
     if panels:
         save_panels(panels, folder / "plot.png")
     print(f"{text}\n{'Table and plot' if panels else 'Table'}: {folder}")
@@ -241,10 +246,11 @@ def _facts(config: EvalConfig, plan: EvaluationPlan) -> dict[str, Any]:
 
 
 def _marks(jobs: Sequence[ComparisonJob], entries: Sequence[dict[str, Any]]) -> dict[tuple[int, str], str]:
-    """Return the results, by row and name, with another protocol than the first run with the same settings.
+    """Return the results, by row and name, that are biased, or unlike those of the first run with the same settings.
 
-    Each value describes the difference. Protocols differ between runs if their datasets differ, because the reference
-    images and feature classifiers differ. Differences between other settings are columns of the table.
+    Each value describes the bias, or the difference of the protocols. Protocols differ between runs if their datasets
+    differ, because the reference images and feature classifiers differ. Differences between other settings are columns
+    of the table.
     """
     first: dict[tuple[str, str], tuple[str, Result]] = {}
     marks: dict[tuple[int, str], str] = {}
@@ -254,7 +260,10 @@ def _marks(jobs: Sequence[ComparisonJob], entries: Sequence[dict[str, Any]]) -> 
         for result in (result for report in entry["reports"] for result in Report.from_dict(report).results):
             other, wanted = first.setdefault((settings, result.name), (run, result))
             keys = unlike(wanted.protocol, result.protocol)
-            if keys:
+            if IMAGES_NEEDED in result.details:
+                needed = f"{result.details[IMAGES_NEEDED]:.0f} samples and real images"
+                marks[row, result.name] = f"{result.name}: biased, because it needs at least {needed}"
+            elif keys:
                 marks[row, result.name] = (
                     f"{result.name}: the protocols of run={run} and run={other} differ in {', '.join(keys)}"
                 )

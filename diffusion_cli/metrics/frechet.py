@@ -18,6 +18,8 @@ from diffusion_cli.metrics.rows import Rows
 from diffusion_cli.system.files import file_digest
 from diffusion_cli.system.progress import ProgressBar
 
+IMAGES_NEEDED = "images_needed"
+"""Detail of a biased distance: the least number of samples and of real images for one that is not."""
 MOST_SUBSETS = 10
 """Maximum number of disjoint subsets of samples; their mean distance is compared with the reference distance.
 
@@ -208,6 +210,8 @@ class FrechetState(MetricState):
             self.mean, self.covariance = seen.real.reference.published(metric.stream, dim)
         else:
             self.mean, self.covariance = moments.mean, moments.covariance
+        numbers = [len(seen.samples)] + ([] if moments is None else [moments.n])
+        self.biased = min(numbers) <= dim
         self.root = _root(self.covariance)  # reused for all distances
         other = seen.real.reference.other if metric.reference_distance and stats is None else None
         enough = other is not None and len(other) > dim
@@ -242,6 +246,8 @@ class FrechetState(MetricState):
             notes = ["no reference distance: the reference has statistics, not images"]
         elif self.metric.reference_distance:
             notes = [f"no reference distance: there are too few real images besides {self.real.name()}"]
+        if self.biased:
+            details |= {IMAGES_NEEDED: len(self.mean) + 1}
         protocol = {"reference": self._reference()}
         return [MetricValue(self.metric.title(self.seen.network), value, details, protocol, tuple(notes))]
 

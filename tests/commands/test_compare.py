@@ -91,6 +91,20 @@ def entry_of(details: dict[str, float], notes: list[str], samples: int = 500) ->
     return {"reports": [{"results": [result], "notes": notes}]}
 
 
+def test_biased_distances_are_marked_in_the_table_and_the_plot(eval_runs, tmp_path, capsys, monkeypatch):
+    panels = []
+    monkeypatch.setattr(compare, "save_panels", lambda drawn, path: panels.extend(drawn))
+    words = [f"output_dir={eval_runs}/o", f"cache_dir={eval_runs}/cache", f"output={tmp_path}/table", *WORDS]
+    few = ["metric=[fid,is]", "metric.is.splits=1", "num_samples=9", "force=true"]
+    assert run(["compare", "run=a", *words, *few, "steps=[1,2]"]) == 0
+    head, _, one, two, mark, *_ = capsys.readouterr().out.splitlines()
+    column = head.split(" | ").index("frechet_classifier")
+    for row in (one, two):
+        assert [place for place, cell in enumerate(row.split(" | ")) if cell.endswith("*")] == [column]
+    assert mark == "(*) frechet_classifier: biased, because it needs at least 65 samples and real images"
+    assert {panel.y_label for panel in panels} == {"frechet_classifier*", "is_classifier"}
+
+
 def test_notes_are_about_numbers_of_the_table():
     about_details = [
         "reference distance: 359 real images of val",

@@ -165,6 +165,7 @@ def test_too_few_samples_can_be_forced_with_a_warning(tmp_path) -> None:
     report = measured(metrics, Projection(), pixels(5, 2), DATA, tmp_path, force=True)
     assert any("num_samples=5" in note and "biased" in note for note in report.notes)
     assert "num_samples=5" in report.table()
+    assert report.results[0].details["images_needed"] == 6
     with pytest.raises(ValueError, match="num_samples=1"):
         measured(metrics, Projection(), pixels(1, 2), DATA, tmp_path, force=True)
 

@@ -16,13 +16,14 @@ from torch import Tensor
 
 from diffusion_cli.captions import Captions, captioned, class_name, enlargement
 from diffusion_cli.errors import NO_VALUE, UsageError
-from diffusion_cli.formats import SampleFormat, Shape, Uint8Image
+from diffusion_cli.formats import Completed, SampleFormat, Shape, Uint8Image
 from diffusion_cli.formats.files import is_gray, opened
 from diffusion_cli.system.files import atomic_write
 from diffusion_cli.system.untrusted import read, reason
 
 PLAIN = Captions()
 LONGEST_ROW = 10  # most images of a class that stay in one row
+SHORTEST, LARGEST = 32, 256  # pixels to which an image in a grid is enlarged, of its short and long side
 WRITERS = 4  # threads, which mostly wait for the disk
 
 
@@ -65,7 +66,8 @@ class Writer:
 def grid(images: Tensor, columns: int | None = None, captions: Captions = PLAIN) -> Tensor:
     """Arrange uint8 images [N, C, H, W] in a grid, one pixel apart, as [C, H', W'].
 
-    Small images are enlarged by an integer factor to at least 32 pixels, and to the width of the names of columns.
+    Small images are enlarged by an integer factor, to at least 32 pixels high and wide unless they are much longer, and
+    to the width of the names of columns.
 
     Args:
         images: the images.
@@ -95,7 +97,8 @@ def rows(images: Sequence[Tensor], captions: Captions = PLAIN, words: Sequence[s
     columns = max(map(len, images))
     blanks = [row.new_full((columns - len(row), *row.shape[1:]), 255) for row in images]
     cells = torch.stack([torch.cat(pair) for pair in zip(images, blanks, strict=True)])
-    scale = max(1, 32 // cells.shape[-1])
+    short, long = sorted(cells.shape[-2:])
+    scale = max(1, min(math.ceil(SHORTEST / short), LARGEST // long))
     scale *= enlargement([*captions.columns, *words], scale * cells.shape[-1], scale * cells.shape[-2])
     cells = cells.repeat_interleave(scale, 3).repeat_interleave(scale, 4)
     framed = F.pad(cells, (1, 1, 1, 1), value=255)
@@ -169,6 +172,12 @@ def save_stored(sample: Tensor, path: Path, form: SampleFormat) -> None:
     """Write a stored sample [*shape] in a format, atomically."""
     with atomic_write(path) as temporary:
         form.write(sample.cpu(), temporary)
+
+
+def save_completed(completed: Completed, path: Path) -> None:
+    """Write a result with the known values of its input, atomically."""
+    with atomic_write(path) as temporary:
+        completed.write(temporary)
 
 
 def save_png(image: Tensor, path: Path) -> None:

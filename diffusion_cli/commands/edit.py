@@ -7,8 +7,9 @@ import sys
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -17,28 +18,30 @@ from diffusion_cli.captions import Captions, class_name
 from diffusion_cli.commands.guides import other_space
 from diffusion_cli.commands.inputs import Complete, Input, read_input, real_images, shortened
 from diffusion_cli.commands.masks import completion, read_masks
-from diffusion_cli.commands.outputs import claim, keep_results, named_folder
+from diffusion_cli.commands.outputs import claim, keep_results, named_folder, read_manifest
 from diffusion_cli.commands.trained import LoadedModel, open_run, warn_of_untrained
 from diffusion_cli.config import EditConfig, build, fingerprint
 from diffusion_cli.data import to_model_range
 from diffusion_cli.diffusion.denoiser import Denoise
 from diffusion_cli.diffusion.guidance import NoGuidance
 from diffusion_cli.diffusion.latents import Latents
-from diffusion_cli.editing import Edit, EditProcess, EditResult, RestorationMethod
+from diffusion_cli.editing import Edit, EditProcess, EditResult, Restoration, RestorationMethod
 from diffusion_cli.editing.restore import described
 from diffusion_cli.errors import NO_VALUE, UsageError
-from diffusion_cli.formats import HighDepthImage, SampleFormat
+from diffusion_cli.formats import Completed, HighDepthImage, Original, SampleFormat, ValueFormat
 from diffusion_cli.generate import NFECounter, SeededNoise, check_finite, guided, labels_of
 from diffusion_cli.images import (
     PLAIN,
     Writer,
     read_images,
     read_stored,
+    save_completed,
     save_gif,
     save_png,
     save_rows,
     save_stored,
 )
+from diffusion_cli.runs.manifest import MANIFEST
 from diffusion_cli.runs.schema import check_dataset
 from diffusion_cli.runs.weights import digest
 from diffusion_cli.samplers import Advance, unreported
@@ -62,6 +65,24 @@ class EditJob(NamedTuple):
     """Images as stored, [C, H, W], or noise."""
     form: SampleFormat
     """Format of the file, including the spatial metadata of the input."""
+    original: Original | None = None
+    """Values of the input's file that the result keeps where they are known; None if those of `inputs` are the same."""
+
+
+class EditPlan(NamedTuple):
+    """Results of an edit, and their folder."""
+
+    jobs: list[EditJob]
+    settings: dict[str, Any]
+    """Settings of the manifest."""
+    output: Path
+
+    @property
+    def begun(self) -> bool:
+        """Whether the folder has results of the same inputs, with the same names."""
+        if not (self.output / MANIFEST).is_file():
+            return False
+        return read_manifest(self.output)["settings"].get("inputs") == self.settings["inputs"]
 
 
 def run(config: EditConfig) -> None:
@@ -76,25 +97,13 @@ def _run(config: EditConfig) -> None:
     given = _inputs(config, trained, edit)
     if edit.mask_path is not None:
         edit = edit.masked(read_masks(edit.mask_path, given, edit.shape[1:]))
-    form = trained.model.info.form
-    jobs = _jobs(config, edit, given, form)
-    kind = _kind(config)
-    settings = {
-        **trained.record,
-        "edit": config.edit,
-        "restoration": config.restoration,
-        "seed": config.seed,
-        "variations": config.variations,
-        "read_sha256": {key: digest({key: value}) for key, value in edit.content().items()},
-        "inputs": [[item.name, digest({"pixels": item.pixels})] for item in given],
-    }
-    if forms := {job.name: job.form.to_dict() for job in jobs if job.form != form}:
-        settings["forms"] = forms
-    output = (
-        named_folder(config.output)
-        if config.output
-        else own_folder(trained.folder, "edits", f"{kind}-{fingerprint(settings)}")
-    )
+    form, kind = trained.model.info.form, _kind(config)
+    plan = _plan(config, trained, edit, given)
+    if any(item.former_name for item in given):
+        former = [item._replace(name=item.former_name or item.name) for item in given]
+        earlier = _plan(config, trained, edit, former)
+        plan = earlier if earlier.begun else plan
+    jobs, settings, output = plan
     manifest = claim(output, settings, trained.model)
     results: dict[str, dict[str, float]] = manifest.get("results", {})
     todo = [
@@ -114,7 +123,7 @@ def _run(config: EditConfig) -> None:
         raise
     grid = output / "grid.png"
     rows = [
-        _row(output, jobs[at : at + config.variations], form, edit.results)
+        _row(output, jobs[at : at + config.variations], form, edit)
         for at in range(0, len(jobs), config.variations)[:SHOWN]
     ]
     most = max(map(len, rows), default=0)
@@ -127,9 +136,38 @@ def _run(config: EditConfig) -> None:
     inputs = len(jobs) // config.variations
     first = f" (first {SHOWN} of {inputs})" if inputs > SHOWN else ""
     print(
-        f"{len(jobs)} results of {kind}{calls}, in {output}{_summary(results, jobs, form)}\n"
-        f"Before and after: {grid}{first}"
+        f"{len(jobs)} results of {kind}{calls}, in {output}{_summary(results, jobs, form)}"
+        f"{_clipping(given, edit)}\nBefore and after: {grid}{first}"
     )
+
+
+def _plan(config: EditConfig, trained: LoadedModel, edit: Edit, given: list[Input]) -> EditPlan:
+    """Return the results of an edit of inputs, with their folder and its settings."""
+    form = trained.model.info.form
+    jobs = _jobs(config, edit, given, form)
+    settings = {
+        **trained.record,
+        "edit": config.edit,
+        "restoration": config.restoration,
+        "seed": config.seed,
+        "variations": config.variations,
+        "read_sha256": {key: digest({key: value}) for key, value in edit.content().items()},
+        "inputs": [[item.name, _input_digest(item, edit)] for item in given],
+    }
+    if forms := {job.name: job.form.to_dict() for job in jobs if job.form != form}:
+        settings["forms"] = forms
+    if config.output:
+        return EditPlan(jobs, settings, named_folder(config.output))
+    name = f"{_kind(config)}-{fingerprint(settings)}"
+    return EditPlan(jobs, settings, own_folder(trained.folder, "edits", name))
+
+
+def _input_digest(item: Input, edit: Edit) -> str:
+    """Return the SHA-256 of the content of an input on which its results depend."""
+    content = {"pixels": item.pixels}
+    if item.original is not None and edit.known is not None:
+        content["values"] = torch.from_numpy(item.original.values)
+    return digest(content)
 
 
 def _captions(
@@ -286,7 +324,7 @@ def _refuse(config: EditConfig, trained: LoadedModel, edit: Edit, method: Restor
 
 def _refuse_in_latents(space: Latents, kind: str, edit: Edit, method: RestorationMethod | None) -> None:
     """Raise UsageError if the edit is not possible in latent space."""
-    if method is not None and not (edit.masks or method.differentiates):
+    if method is not None and edit.known is None and not method.differentiates:
         name = f"restoration={type(method).__name__.lower()} with edit={kind}"
         raise other_space(name, "pixels", "use restoration=dps")
     factor = space.autoencoder.factor
@@ -363,7 +401,8 @@ def _jobs(config: EditConfig, edit: Edit, given: Sequence[Input], form: SampleFo
         for variation in range(config.variations):
             name = shortened("-".join(item.name for item in some))
             name += f"_{variation}" if config.variations > 1 else ""
-            jobs.append(EditJob(name, config.seed + len(jobs), place, inputs, own or form))
+            original = None if edit.known is None else some[0].original
+            jobs.append(EditJob(name, config.seed + len(jobs), place, inputs, own or form, original))
     if config.seed + len(jobs) > 2**32:
         raise UsageError(
             "seed", config.seed, f"the seed of the last result exceeds {2**32 - 1}", "use a smaller seed"
@@ -392,7 +431,9 @@ def _make(
     def keep(
         batch: list[EditJob], images: Tensor, before: list[Tensor], made: dict[str, dict[str, float]]
     ) -> None:
-        _save(output, batch, images, before, form, captions=config.captions)
+        completed = _completed(batch, images, edit)
+        _save(output, batch, images, completed, before, form, captions=config.captions)
+        made = {name: numbers | _errors(completed.get(name)) for name, numbers in made.items()}
         keep_results(output, made)
         results.update(made)
 
@@ -404,7 +445,7 @@ def _make(
                 edited = _edit(trained, edit, method, batch, advance)
                 most_calls = max(most_calls, calls.each(len(batch)))
                 images = form.quantize(edited.images)
-                before = [form.to_rgb(form.quantize(picture)).cpu() for picture in edited.before]
+                before = [_pictures(form, form.quantize(each), batch, edit) for each in edited.before]
                 writer(keep, batch, images.cpu(), before, _measured(batch, images, edited, form))
     return most_calls
 
@@ -449,6 +490,43 @@ def _edit(
     return edited
 
 
+def _completed(batch: list[EditJob], images: Tensor, edit: Edit) -> dict[str, Completed]:
+    """Return the results, [B, 1, C, *sizes] as stored, that keep known values of their files, by name."""
+    known = edit.of([job.place for job in batch]).known
+    if known is None:
+        return {}
+    regions = known.expand(len(batch), *known.shape[1:])
+    return {
+        job.name: job.form.completed(image, job.original, region)
+        for job, image, region in zip(batch, images[:, 0], regions, strict=True)
+        if job.original is not None and isinstance(job.form, ValueFormat)
+    }
+
+
+def _errors(completed: Completed | None) -> dict[str, float]:
+    """Return the errors of a result with the known values of its file; empty without."""
+    if completed is None:
+        return {}
+    errors = np.abs(completed.errors)
+    return {"rmse": float(np.sqrt(np.square(errors).mean())), "largest": float(errors.max())}
+
+
+def _pictures(form: SampleFormat, images: Tensor, batch: Sequence[EditJob], edit: Edit) -> Tensor:
+    """Return previews of images [B, C, *sizes], as stored, of volumes through the centre of the painted region."""
+    known = edit.of([job.place for job in batch]).known
+    places = [None] * len(batch) if known is None else [_centre(~region[0]) for region in known]
+    places = places * (len(batch) // len(places))
+    return torch.cat(
+        [form.slices(image[None], place) for image, place in zip(images, places, strict=True)]
+    ).cpu()
+
+
+def _centre(region: Tensor) -> list[int] | None:
+    """Return a place in the middle of a region, bool [*sizes]: the median along each axis; None for an empty region."""
+    found = [axis.sort().values for axis in region.nonzero(as_tuple=True)]
+    return [int(axis[len(axis) // 2]) for axis in found] if len(found[0]) else None
+
+
 def _files(output: Path, job: EditJob, form: SampleFormat) -> list[Path]:
     """Return the existing files of a result: one image, or a series."""
     single = output / f"{job.name}{form.suffix}"
@@ -459,6 +537,7 @@ def _save(
     output: Path,
     batch: list[EditJob],
     images: Tensor,
+    completed: dict[str, Completed],
     before: list[Tensor],
     form: SampleFormat,
     *,
@@ -468,8 +547,11 @@ def _save(
     for row, job in enumerate(batch):
         for place, picture in enumerate(before):
             save_png(picture[row], output / "before" / f"{job.name}.{place}.png")
-        if len(images[row]) == 1:
-            save_stored(images[row, 0], output / f"{job.name}{form.suffix}", job.form)
+        file = output / f"{job.name}{form.suffix}"
+        if job.name in completed:
+            save_completed(completed[job.name], file)
+        elif len(images[row]) == 1:
+            save_stored(images[row, 0], file, job.form)
         else:
             for place, image in enumerate(images[row]):
                 save_stored(image, output / job.name / f"{place:03d}{form.suffix}", form)
@@ -497,11 +579,33 @@ def _measured(
     }
 
 
-def _row(output: Path, jobs: Sequence[EditJob], form: SampleFormat, shape: tuple[int, ...]) -> Tensor:
+def _row(output: Path, jobs: Sequence[EditJob], form: SampleFormat, edit: Edit) -> Tensor:
     """Return the pictures of one input, followed by its results."""
-    before = sorted((output / "before").glob(f"{glob.escape(jobs[0].name)}.?.png"))
-    results = read_stored([file for job in jobs for file in _files(output, job, form)], form, shape)
-    return torch.cat([*(read_images([file]) for file in before), form.to_rgb(results)])
+    files = [file for job in jobs for file in _files(output, job, form)]
+    results = read_stored(files, form, edit.results)
+    if isinstance(edit, Restoration):  # earlier versions stored other slices of volumes
+        images = to_model_range(jobs[0].inputs[0][None])
+        before = [
+            _pictures(form, form.quantize(each), jobs[:1], edit)
+            for each in edit.of([jobs[0].place]).before(images)
+        ]
+    else:
+        stored = sorted((output / "before").glob(f"{glob.escape(jobs[0].name)}.?.png"))
+        before = [read_images([file]) for file in stored]
+    repeated = [jobs[0]] * len(results)
+    return torch.cat([*before, _pictures(form, results, repeated, edit)])
+
+
+def _clipping(given: Sequence[Input], edit: Edit) -> str:
+    """Return a line that counts the values of inputs that were clipped to the range; empty without any."""
+    counts = [item.clipped for item in given if edit.known is None or item.original is None]
+    total = sum(count for count, _ in counts)
+    if not total:
+        return ""
+    most = max(most for _, most in counts)
+    return (
+        f"\n{total} values of the inputs lie outside dataset.range and were clipped (by at most {most:.3g})"
+    )
 
 
 def _summary(results: dict[str, dict[str, float]], jobs: Sequence[EditJob], form: SampleFormat) -> str:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -29,14 +29,16 @@ from diffusion_cli.data import (
 )
 from diffusion_cli.data.folder import ignored_files
 from diffusion_cli.data.labels import read as entry
-from diffusion_cli.data.listing import MANIFEST, manifests
+from diffusion_cli.data.listing import MANIFEST, manifests, stem
 from diffusion_cli.errors import NO_VALUE, FormatError, Problem, UsageError
 from diffusion_cli.formats import (
     HighDepthImage,
+    Original,
     RangedImage,
     SampleFormat,
     Shape,
     Uint8Image,
+    ValueFormat,
     Volume,
     has_own_numbers,
 )
@@ -49,6 +51,7 @@ from diffusion_cli.system.untrusted import Archive, printable, read, reason
 
 MOST_LINES = 10
 LONGEST = 200  # bytes of a name
+ROUNDING = 1e-6  # half ranges by which a value may lie outside the range without being clipped
 OTHER_SPLITS = {"valid": "val", "validation": "val", "test": "val", "training": "train"}
 """Our splits by common names of splits."""
 RESERVED = ("grid", "grid.png", "strip", "strip.png")  # names that results must not have
@@ -78,10 +81,29 @@ class Input(NamedTuple):
     """Name of its file, relative to the folder or archive that was given; None without a file."""
     grid: Grid | None = None
     """Its pixels before `fit`; None without a file."""
+    original: Original | None = None
+    """Values of its file, if `pixels` lack some of them by clipping or rounding; None after resizing."""
+    clipped: tuple[int, float] = (0, 0.0)
+    """Number of values of its file outside the range, and the most by which they are outside."""
+    former_name: str | None = None
+    """Name for its output files in earlier versions; None if it is the same."""
 
 
-Complete = Callable[[bytes, str], tuple[Tensor, SampleFormat, Grid]]
-"""Reads an image and its mask as channels, by the content and name of the image; returns what `Input` contains."""
+class FileContent(NamedTuple):
+    """Content of an input file."""
+
+    pixels: Tensor
+    """Image as stored, [C, H, W]."""
+    form: SampleFormat
+    """Format of its result."""
+    grid: Grid | None = None
+    """Its pixels before `fit`."""
+    original: Original | None = None
+    """Values of the file before clipping and resizing; None if they are not clipped."""
+
+
+Complete = Callable[[bytes, str], FileContent]
+"""Reads an image and its mask as channels, by the content and name of the image."""
 
 
 def show_remarks(lines: Iterable[str]) -> None:
@@ -92,13 +114,30 @@ def show_remarks(lines: Iterable[str]) -> None:
 
 def real_images(dataset: Dataset, split: str, count: int | None) -> list[Input]:
     """Return `count` images spread evenly over the `train` or `val` split, or all for None."""
-    images = dataset.load("train" if split == "train" else "val")
+    images = dataset.stream("train" if split == "train" else "val")
+    if not len(images):
+        raise UsageError("input", split, f"{dataset.name} has no images in this split", "give image files")
+    if count is not None and count > len(images):
+        show_remarks([f"num_images={count}: input={split} has only {len(images)}"])
     count = len(images) if count is None else min(count, len(images))
     rows = spread(len(images), count)
-    if not count:
-        raise UsageError("input", split, f"{dataset.name} has no images in this split", "give image files")
     pixels = quantized(images[rows.to(images.device)].cpu(), dataset.form)
-    return [Input(result_name(split, row), image) for row, image in zip(rows.tolist(), pixels, strict=True)]
+    return [
+        Input(result_name(split, row), image, **_lost(image, dataset.form, images.original(row)))
+        for row, image in zip(rows.tolist(), pixels, strict=True)
+    ]
+
+
+def _lost(pixels: Tensor, form: SampleFormat, original: Original | None) -> dict[str, Any]:
+    """Return the fields `original` and `clipped` of an input."""
+    if original is None or not isinstance(form, ValueFormat):
+        return {}
+    beyond = form.beyond(original.values)
+    clipped = int((beyond > ROUNDING * form.half_range).sum()), float(beyond.max())
+    resized = original.values.shape != tuple(pixels.shape)
+    if resized or np.array_equal(form.rounded(form.values(pixels)), original.values):
+        return {"clipped": clipped}
+    return {"original": original, "clipped": clipped}
 
 
 def read_input(
@@ -134,14 +173,19 @@ def read_input(
     lines: list[Problem] = []
     erased: list[str] = []
     with contents(path) as content:
-        for file, name in zip(names, _names([PurePosixPath(name) for name in names]), strict=True):
+        paths = [PurePosixPath(name) for name in names]
+        for file, name, former in zip(
+            names, _names(paths, stem), _names(paths, lambda path: path.stem), strict=True
+        ):
             try:
                 data = content(file)
                 if complete is not None and len(read_numbers(data)) < shapes[0][0]:
-                    pixels, own, grid = complete(data, file)
+                    held = complete(data, file)
                 else:
-                    pixels, own, grid = _pixels(data, shapes, fit, form)
-                images.append(Input(name, pixels, own, file, grid))
+                    held = _decoded(data, shapes, fit, form)
+                lost = _lost(held.pixels, held.form, held.original)
+                own = None if former == name else former
+                images.append(Input(name, held.pixels, held.form, file, held.grid, **lost, former_name=own))
                 erased += [file] if isinstance(form, Uint8Image) and _is_erased(data) else []
             except (ValueError, OSError) as error:
                 lines.append(Problem("input", path / file, reason(error)))
@@ -219,14 +263,11 @@ def _content(file: Path) -> bytes:
     return read(file)
 
 
-def _pixels(
-    data: bytes, shapes: list[Shape], fit: bool, form: SampleFormat
-) -> tuple[Tensor, SampleFormat, Grid | None]:
-    """Return an input as stored, the format of its result, and its pixels before `fit`."""
+def _decoded(data: bytes, shapes: list[Shape], fit: bool, form: SampleFormat) -> FileContent:
     if isinstance(form, Volume):
         return _volume(data, shapes, fit, form)
     if not form.ordered:
-        return form.read(data, shapes[0]), form, None
+        return FileContent(form.read(data, shapes[0]), form)
     if not isinstance(form, RangedImage):
         return _bytes(data, shapes, fit, form)
     sample = form.decode(data)
@@ -234,12 +275,10 @@ def _pixels(
     if tuple(sample.shape) not in shapes:
         refuse_shape(tuple(sample.shape), shapes, fit and len(sample) == shapes[0][0], "crop and resize it")
         sample = center_crop_resize(sample, form, shapes[0])
-    return sample, form.of(data), grid
+    return FileContent(sample, form.of(data), grid, form.original(data))
 
 
-def _volume(
-    data: bytes, shapes: list[Shape], fit: bool, form: Volume
-) -> tuple[Tensor, SampleFormat, Grid | None]:
+def _volume(data: bytes, shapes: list[Shape], fit: bool, form: Volume) -> FileContent:
     held = read_volume(data)
     shape, (_, *wanted) = held.values.shape, shapes[0]
     affine = None if held.spacing is None else held.header.affine
@@ -252,7 +291,7 @@ def _volume(
             _check_proportions(held.spacing, form)
         sample = form.quantize(VolumeDecoder(form, shapes[0], None).decoded(held))
         affine = affine and resized_affine(affine, shape[1:], wanted)
-    return sample, replace(form, affine=affine) if affine else form, grid
+    return FileContent(sample, replace(form, affine=affine) if affine else form, grid, held.original)
 
 
 def _check_proportions(spacing: Sequence[float], form: Volume) -> None:
@@ -278,9 +317,7 @@ def refuse_shape(shape: Shape, shapes: list[Shape], fit: bool, remedy: str) -> N
         )
 
 
-def _bytes(
-    data: bytes, shapes: list[Shape], fit: bool, form: SampleFormat
-) -> tuple[Tensor, SampleFormat, Grid | None]:
+def _bytes(data: bytes, shapes: list[Shape], fit: bool, form: SampleFormat) -> FileContent:
     image = opened(data)
     channels = 1 if is_gray(image) else 3
     shape = (channels, image.height, image.width)
@@ -290,7 +327,8 @@ def _bytes(
         channels, height, width = shapes[0]
         image = ImageOps.fit(flattened(image, channels, "white"), (width, height), Image.Resampling.LANCZOS)
     pixels = torch.from_numpy(np.array(flattened(image, channels, "white")))
-    return (pixels[None] if channels == 1 else pixels.permute(2, 0, 1).contiguous()), form, grid
+    pixels = pixels[None] if channels == 1 else pixels.permute(2, 0, 1).contiguous()
+    return FileContent(pixels, form, grid)
 
 
 def _fitted_part(sizes: Sequence[int], wanted: Sequence[int]) -> list[tuple[float, float]]:
@@ -313,10 +351,10 @@ def _but_results(names: list[str]) -> list[str]:
     return [name for name in names if written.isdisjoint(PurePosixPath(name).parents)]
 
 
-def _names(files: Sequence[PurePosixPath]) -> list[str]:
+def _names(files: Sequence[PurePosixPath], stem: Callable[[PurePosixPath], str]) -> list[str]:
     """Return unique names of files: stems, or file names if stems are equal, with a number if these are equal too."""
-    stems = Counter(file.stem for file in files)
-    names = [file.stem if stems[file.stem] == 1 else file.name for file in files]
+    stems = Counter(map(stem, files))
+    names = [stem(file) if stems[stem(file)] == 1 else file.name for file in files]
     again = Counter([*names, *RESERVED])
     return [name if again[name] == 1 else f"{row:05d}_{name}" for row, name in enumerate(names)]
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from diffusion_cli.commands.inputs import (
     Complete,
+    FileContent,
     Grid,
     Input,
     contents,
@@ -25,7 +26,7 @@ from diffusion_cli.data.labels import read as entry
 from diffusion_cli.data.masks import decoder_of_run, mask_files
 from diffusion_cli.editing.restore import described
 from diffusion_cli.errors import FormatError, Problem, UsageError
-from diffusion_cli.formats import HighDepthImage, SampleFormat, Shape
+from diffusion_cli.formats import HighDepthImage, Shape
 from diffusion_cli.formats.files import SUFFIXES as PICTURES
 from diffusion_cli.formats.files import flattened, opened
 from diffusion_cli.formats.volume import SUFFIXES as VOLUMES
@@ -121,7 +122,7 @@ def completion(
     place = None if path is None else Path(path).expanduser()
     masks = [] if place is None or not place.exists() else _files(place, "dataset.masks", PICTURES)
 
-    def complete(data: bytes, file: str) -> tuple[Tensor, SampleFormat, Grid]:
+    def complete(data: bytes, file: str) -> FileContent:
         if place is None:
             raise FormatError(
                 "has no mask channel, with which the model was trained; "
@@ -136,7 +137,8 @@ def completion(
         sizes = decoder.image.size(data)
         if sizes != shape[1:]:
             refuse_shape((shape[0] - 1, *sizes), [decoder.image.shape], fit, "crop and resize it")
-        return torch.from_numpy(decoder(data, mask)), form, Grid(sizes, central_part(sizes, shape[1:]))
+        grid = Grid(sizes, central_part(sizes, shape[1:]))
+        return FileContent(torch.from_numpy(decoder(data, mask)), form, grid, decoder.original(data, mask))
 
     return complete
 

@@ -17,7 +17,16 @@ from diffusion_cli.data.base import Dataset, Images, Split, shuffled_mask, split
 from diffusion_cli.data.member_check import member_check
 from diffusion_cli.data.memory import MemoryImages, fits_in_memory, free_memory
 from diffusion_cli.errors import NO_VALUE, FormatError, UsageError
-from diffusion_cli.formats import Range, RangedImage, SampleFormat, Shape, Uint8Image, form_of, image_form
+from diffusion_cli.formats import (
+    Original,
+    Range,
+    RangedImage,
+    SampleFormat,
+    Shape,
+    Uint8Image,
+    form_of,
+    image_form,
+)
 from diffusion_cli.formats.range_check import LOOKED_AT
 from diffusion_cli.runs.migrate import SPLITS_OF_FORMAT_5
 from diffusion_cli.system.untrusted import Archive, from_json, reason, regular
@@ -210,6 +219,11 @@ class ArrayImages(Images):
             self._check.require()
         # Copying whole images before permuting the axes is four times faster than both at once.
         return _channels_first(np.ascontiguousarray(self._array[self.rows[index].numpy()]), self.layout)
+
+    def original(self, row: int) -> Original | None:
+        if not isinstance(self.form, RangedImage):
+            return None
+        return Original(self.form.to_values(self.numbers(torch.tensor([row]))[0]).astype(np.float64), {})
 
     def fingerprint(self) -> str:
         numbers = self.numbers(self._evenly())

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from diffusion_cli.errors import UsageError
-from diffusion_cli.formats import SampleFormat, Shape, Uint8Image
+from diffusion_cli.formats import Original, SampleFormat, Shape, Uint8Image
 from diffusion_cli.system.downloads import PublishedFile
 from diffusion_cli.system.progress import ProgressBar
 from diffusion_cli.system.seeding import mix
@@ -69,6 +69,10 @@ class Images(ABC):
     def lossy(self, index: Tensor) -> dict[str, int]:
         """Count the files with lossy compression among rows `index`, by the name of the compression."""
         return {}
+
+    def original(self, row: int) -> Original | None:
+        """Return the values of a row's file before clipping and resizing; None for images that are not clipped."""
+        return None
 
     def fingerprint(self) -> str:
         """Return a SHA-256 (hex) that identifies the images at the cost of reading only a few of them.

@@ -13,6 +13,7 @@ from torch import Tensor
 from diffusion_cli.errors import FormatError, UsageError
 from diffusion_cli.formats import (
     HighDepthImage,
+    Original,
     Range,
     RangedImage,
     SampleFormat,
@@ -215,6 +216,10 @@ class HighDepthDecoder(NamedTuple):
             raise FormatError(f"has {len(sample)} channels; expected {self.shape[0]}")
         return center_crop_resize(sample, self.form, self.shape).numpy()
 
+    def original(self, data: bytes) -> Original:
+        """Return the values of a file before clipping and resizing."""
+        return self.form.original(data)
+
 
 def center_crop_resize(
     sample: Tensor, form: RangedImage, shape: Shape, resample: Image.Resampling = Image.Resampling.LANCZOS
@@ -326,6 +331,10 @@ class VolumeDecoder(NamedTuple):
     def __call__(self, data: bytes) -> np.ndarray:
         """Return the decoded volume; FormatError if it cannot be decoded, or if channels or spacing (by 1 %) differ."""
         return self.decoded(read_volume(data)).numpy()
+
+    def original(self, data: bytes) -> Original:
+        """Return the values of a file before clipping and resizing."""
+        return self.form.original(data)
 
     def decoded(self, held: Held) -> Tensor:
         """Return the decoded volume of a file's content; FormatError as for a call."""

@@ -53,6 +53,7 @@ from diffusion_cli.errors import FormatError, UsageError
 from diffusion_cli.formats import (
     Dicom,
     HighDepthImage,
+    Original,
     Range,
     Uint8Image,
     Volume,
@@ -346,6 +347,11 @@ class FileImages(Images):
         if broken:
             raise self._error(broken)
         return pixels
+
+    def original(self, row: int) -> Original | None:
+        if isinstance(self.decoder, HighDepthDecoder | VolumeDecoder | MaskedDecoder):
+            return self.decoder.original(*self._contents(row))
+        return None
 
     def lossy(self, index: Tensor) -> dict[str, int]:
         if not isinstance(self.decoder, NoResize):  # other decoders change pixels anyway

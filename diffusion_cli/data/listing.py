@@ -92,6 +92,11 @@ def is_result(name: str, manifest: dict[str, Any]) -> bool:
     return not name.endswith(".gif") and any(name[: at.start()] in edited for at in re.finditer(r"\.", name))
 
 
+def stem(name: PurePosixPath) -> str:
+    """Return the last part of a name without its suffix, such as .png or .nii.gz."""
+    return name.name[: -len(".nii.gz")] if name.name.lower().endswith(".nii.gz") else name.stem
+
+
 def visible_name(name: PurePosixPath) -> bool:
     """Return whether no part of a name is hidden, or a metadata folder of macOS."""
     return not any(part.startswith(".") or part == "__MACOSX" for part in name.parts)

@@ -16,8 +16,9 @@ from diffusion_cli.data.decoding import (
     image_decoder,
 )
 from diffusion_cli.data.labels import common_depth, composed, examples
+from diffusion_cli.data.listing import stem
 from diffusion_cli.errors import FormatError
-from diffusion_cli.formats import HighDepthImage, Range, Shape, image_form
+from diffusion_cli.formats import HighDepthImage, Original, Range, Shape, image_form
 from diffusion_cli.formats.pixel_readers import depth_of
 from diffusion_cli.formats.ranged import Dtype
 from diffusion_cli.system.untrusted import reason
@@ -59,6 +60,13 @@ class MaskedDecoder(NamedTuple):
             raise FormatError(f"its mask has shape {found}; expected {wanted}")
         labels = center_crop_resize(labels, self.mask, self.shape, Image.Resampling.NEAREST)
         return self.form.quantize(torch.cat([x, labels])).numpy()
+
+    def original(self, data: bytes, mask: bytes) -> Original | None:
+        """Return the values of image and mask before clipping and resizing; None for images that are not clipped."""
+        if not isinstance(self.image, HighDepthDecoder):
+            return None
+        image, labels = self.image.original(data), self.mask.original(mask)
+        return Original(np.concatenate([image.values, labels.values]), {})
 
     def _labels(self, mask: bytes) -> torch.Tensor:
         """Return the labels of a mask file in [-1, 1]; FormatError for labels outside the range, never clipped."""
@@ -151,7 +159,6 @@ def mask_files(images: list[str], masks: Sequence[str]) -> list[str]:
 
 
 def _stem(name: str, top: int = 0) -> str:
-    """Return a name without its suffix, such as .png or .nii.gz, and first folders, in NFC form."""
+    """Return a name without its suffix and first folders, in NFC form."""
     path = PurePosixPath(*PurePosixPath(name).parts[top:])
-    path = path.with_suffix("") if path.name.lower().endswith(".nii.gz") else path
-    return composed(path.with_suffix("").as_posix())
+    return composed(path.with_name(stem(path)).as_posix())

@@ -3,7 +3,7 @@
 from diffusion_cli.editing.base import Edit, EditProcess, EditResult, RestorationMethod
 from diffusion_cli.editing.methods import DPS, RePaint, Replacement
 from diffusion_cli.editing.operators import BlockMean, LinearOperator, Luma, Mask
-from diffusion_cli.editing.restore import Colorize, Inpaint, Outpaint, SuperResolution
+from diffusion_cli.editing.restore import Colorize, Inpaint, Outpaint, Restoration, SuperResolution
 from diffusion_cli.editing.transform import Attribute, Img2Img, Interpolate, Reconstruct
 
 __all__ = [
@@ -24,6 +24,7 @@ __all__ = [
     "RePaint",
     "Reconstruct",
     "Replacement",
+    "Restoration",
     "RestorationMethod",
     "SuperResolution",
 ]  # fmt: skip

@@ -81,8 +81,6 @@ class Edit(ABC):
     """Number of input images per result."""
     restores = False
     """Whether it uses a restoration method."""
-    masks = False
-    """Whether the measurement is a mask of pixels."""
     starts_from_noise = False
     """Whether results depend on the seed even with a deterministic sampler."""
     deterministic = False
@@ -97,6 +95,9 @@ class Edit(ABC):
     """Seeds of noise that replaces input images, or None."""
     mask_path: str | None = None
     """Mask file, or folder or ZIP of masks, that must be read for `masked`; None if the edit needs none."""
+
+    known: Tensor | None = None
+    """Region of the results that does not change, bool [1 or N, 1, *sizes], if the measurement is a mask of pixels."""
 
     def __init__(self, shape: Shape) -> None:
         self.shape = shape

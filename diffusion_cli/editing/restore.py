@@ -33,9 +33,15 @@ class Restoration(Edit):
         assert process.method is not None
         (x,) = deque(process.method.restore(process, *known_of(process.space, operator, y)), maxlen=1)
         x = process.space.decode(x)
+        return EditResult(
+            operator.nearest_image(x, y)[:, None], self.before(images), lambda x: operator(x) - y, x
+        )
+
+    def before(self, images: Tensor) -> list[Tensor]:
+        """Return the images to show before the results: the input, if it has their size, and its measurement."""
+        operator, y = self.measure(images)
         known = operator.picture(y)
-        before = [images, known] if tuple(images.shape[1:]) == self.results else [known]
-        return EditResult(operator.nearest_image(x, y)[:, None], before, lambda x: operator(x) - y, x)
+        return [images, known] if tuple(images.shape[1:]) == self.results else [known]
 
 
 class Inpaint(Restoration):
@@ -50,16 +56,15 @@ class Inpaint(Restoration):
         UsageError: the box exceeds the image, or is empty.
     """
 
-    masks = True
-
     def __init__(self, shape: Shape, *, mask: str | list[NonNegativeInt] = "centre") -> None:
         super().__init__(shape)
         _, *sizes = shape
-        self.known = torch.ones(1, 1, *sizes, dtype=torch.bool)
+        known = torch.ones(1, 1, *sizes, dtype=torch.bool)
         if isinstance(mask, str) and mask not in ("centre", "center"):
             self.mask_path = mask
         else:
-            self.known[(..., *_box(mask, sizes))] = False
+            known[(..., *_box(mask, sizes))] = False
+        self.known = known
 
     def masked(self, painted: Tensor) -> Self:
         edit = copy(self)
@@ -67,12 +72,15 @@ class Inpaint(Restoration):
         return edit
 
     def of(self, places: list[int]) -> Self:
+        assert self.known is not None
         return self if len(self.known) == 1 else self.masked(~self.known[places])
 
     def content(self) -> dict[str, Tensor]:
+        assert self.known is not None
         return {"mask": self.known}
 
     def measure(self, images: Tensor) -> tuple[LinearOperator, Tensor]:
+        assert self.known is not None
         operator = Mask(self.known.to(images.device))
         return operator, operator(images)
 
@@ -124,8 +132,6 @@ class Outpaint(Restoration):
         UsageError: there is nothing to add, or nothing left.
     """
 
-    masks = True
-
     def __init__(
         self,
         shape: Shape,
@@ -154,6 +160,7 @@ class Outpaint(Restoration):
                     f"margins of {self.sides} leave nothing of {width} x {height} pixels",
                     "use smaller margins",
                 )
+        self.known = pad(torch.ones(1, 1, *self.inner[1:], dtype=torch.bool), self.sides)
 
     @property
     def results(self) -> Shape:
@@ -165,8 +172,8 @@ class Outpaint(Restoration):
         return list(dict.fromkeys([self.shape, self.inner]))
 
     def measure(self, images: Tensor) -> tuple[LinearOperator, Tensor]:
-        known = pad(torch.ones(1, 1, *self.inner[1:], dtype=torch.bool, device=images.device), self.sides)
-        operator = Mask(known)
+        assert self.known is not None
+        operator = Mask(self.known.to(images.device))
         whole = tuple(images.shape[1:]) == self.results
         return operator, operator(images) if whole else pad(images, self.sides)
 

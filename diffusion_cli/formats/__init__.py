@@ -1,6 +1,6 @@
 """Storage formats of samples: their files, values and previews."""
 
-from diffusion_cli.formats.base import SampleFormat, Shape, form_of
+from diffusion_cli.formats.base import Completed, Original, SampleFormat, Shape, ValueFormat, form_of
 from diffusion_cli.formats.dicom import Dicom
 from diffusion_cli.formats.high_depth import HighDepthImage, has_own_numbers, image_form
 from diffusion_cli.formats.point_cloud import PointCloud
@@ -9,14 +9,17 @@ from diffusion_cli.formats.uint8 import Uint8Image, to_bytes
 from diffusion_cli.formats.volume import Volume
 
 __all__ = [
+    "Completed",
     "Dicom",
     "HighDepthImage",
+    "Original",
     "PointCloud",
     "Range",
     "RangedImage",
     "SampleFormat",
     "Shape",
     "Uint8Image",
+    "ValueFormat",
     "Volume",
     "form_of",
     "has_own_numbers",

@@ -2,9 +2,9 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, NamedTuple, Self
 
 import numpy as np
 from pydantic import ConfigDict, ValidationError
@@ -97,6 +97,10 @@ class SampleFormat(ABC):
         """Return animated previews of stored samples, uint8 [B, F, 1 or 3, H, W]; one frame for still images."""
         return self.to_rgb(samples)[:, None]
 
+    def slices(self, samples: Tensor, place: Sequence[int] | None) -> Tensor:
+        """Return previews like `to_rgb`; those of volumes show the slices through a place along each axis, if given."""
+        return self.to_rgb(samples)
+
     @abstractmethod
     def picture_shape(self, shape: Shape) -> tuple[int, int, int]:
         """Return the shape of the preview of a sample."""
@@ -105,6 +109,77 @@ class SampleFormat(ABC):
     def note(self) -> str:
         """Description of the previews for metrics of them; empty if a preview is the whole sample."""
         return ""
+
+
+class Original(NamedTuple):
+    """Values of a file, before they were clipped to the range of a format and rounded."""
+
+    values: np.ndarray
+    """Values in the units of the file, float64 [C, *sizes]."""
+    numbers: dict[str, Any]
+    """Fields of the format by which the file stores its values, such as the dtype and the slope."""
+
+
+class ValueFormat(SampleFormat):
+    """Base class of formats that clip the values of files to a stated range [low, high]."""
+
+    @abstractmethod
+    def original(self, data: bytes) -> Original:
+        """Return the values of a file as they are; FormatError if it is malformed."""
+
+    @abstractmethod
+    def values(self, samples: Tensor) -> np.ndarray:
+        """Return the values, float64, of samples in about [-1, 1], clipped to the range."""
+
+    @abstractmethod
+    def beyond(self, values: np.ndarray) -> np.ndarray:
+        """Return how far values [C, *sizes] lie outside the range; 0 inside."""
+
+    @abstractmethod
+    def rounded(self, values: np.ndarray) -> np.ndarray:
+        """Return the nearest values, in the range or not, that a file can store."""
+
+    @abstractmethod
+    def write_values(self, values: np.ndarray, path: Path) -> None:
+        """Write values [C, *sizes], in the range or not, to a file."""
+
+    def write(self, sample: Tensor, path: Path) -> None:
+        self.write_values(self.values(sample), path)
+
+    def completed(self, sample: Tensor, original: Original, known: Tensor) -> "Completed":
+        """Return the values of a sample, with those of a file where they are known.
+
+        Their format is this one, or the same with the numbers of the file if this one cannot store the known values.
+
+        Args:
+            sample: sample in about [-1, 1], [C, *sizes].
+            original: values of the file: as many as the sample has, or as many as are known.
+            known: region of the known values, bool [1, *sizes].
+        """
+        values, region = self.values(sample), known.expand(sample.shape).numpy()
+        whole = original.values.shape == values.shape
+        wanted = original.values[region] if whole else original.values.ravel()
+        values[region] = wanted
+        form, stored = self, self.rounded(values)
+        if not np.array_equal(stored[region], wanted):
+            form = replace(self, **original.numbers)  # pyright: ignore[reportArgumentType]
+            stored = form.rounded(values)
+        return Completed(form, stored, np.where(region, stored - values, 0.0))
+
+
+class Completed(NamedTuple):
+    """Result with the known values of its input."""
+
+    form: ValueFormat
+    """Format to write them."""
+    values: np.ndarray
+    """Values in the units of the file, as the format stores them, float64 [C, *sizes]."""
+    errors: np.ndarray
+    """Differences from the known values, and 0 elsewhere, [C, *sizes]."""
+
+    def write(self, path: Path) -> None:
+        """Write the values to a file."""
+        self.form.write_values(self.values, path)
 
 
 def form_of(stored: Mapping[str, Any]) -> SampleFormat:

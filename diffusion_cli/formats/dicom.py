@@ -12,7 +12,7 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor
 
 from diffusion_cli.errors import FormatError, UsageError
-from diffusion_cli.formats.base import STRICT
+from diffusion_cli.formats.base import STRICT, Original
 from diffusion_cli.formats.ranged import Dtype, Finite, Range, RangedImage, ranges
 from diffusion_cli.system.untrusted import reason
 
@@ -69,18 +69,23 @@ class Dicom(RangedImage):
     def suffixes(self) -> tuple[str, ...]:
         return SUFFIXES
 
-    def numbers(self, samples: Tensor) -> np.ndarray:
-        numbers = np.rint((self.values(samples) - self.intercept) / self.slope)
+    def to_numbers(self, values: np.ndarray) -> np.ndarray:
+        numbers = np.rint((values - self.intercept) / self.slope)
         return numbers.clip(*limits(self.dtype, self.bits)).astype(self.dtype)
 
-    def from_numbers(self, numbers: np.ndarray) -> Tensor:
-        return self.samples(numbers * self.slope + self.intercept)
+    def to_values(self, numbers: np.ndarray) -> np.ndarray:
+        return numbers * self.slope + self.intercept
 
     def decode(self, data: bytes) -> Tensor:
         scan = read_scan(data)
         if [*self.low, *self.high] == whole(self.dtype, self.bits, self.slope, self.intercept):
             self._check_whole(scan)
-        return self.samples((scan.pixels * scan.slope + scan.intercept)[None])
+        return self.samples(scan.values)
+
+    def original(self, data: bytes) -> Original:
+        scan = read_scan(data)
+        numbers = {"dtype": scan.pixels.dtype.name, "bits": scan.bits, "slope": scan.slope}
+        return Original(scan.values, {**numbers, "intercept": scan.intercept})
 
     def lossy(self, data: bytes) -> str | None:
         from pydicom import dcmread
@@ -107,13 +112,13 @@ class Dicom(RangedImage):
                 f"has the range {low:g} to {high:g}, but the first file {self.low[0]:g} to {self.high[0]:g}; {remedy}"
             )
 
-    def write(self, sample: Tensor, path: Path) -> None:
+    def write_values(self, values: np.ndarray, path: Path) -> None:
         from pydicom import Dataset
         from pydicom.dataset import FileMetaDataset
         from pydicom.uid import UID
         from pydicom.valuerep import DSfloat
 
-        numbers = np.ascontiguousarray(self.numbers(sample)[0])
+        numbers = np.ascontiguousarray(self.to_numbers(values)[0])
         pixels = numbers.astype(numbers.dtype.newbyteorder("<")).tobytes()
         form = repr(asdict(self)).encode()  # pyright: ignore[reportArgumentType]
         image = Dataset()
@@ -161,6 +166,11 @@ class Scan(NamedTuple):
     intercept: float
     window: tuple[float, float] | None
     """Lowest and highest rescaled value to display."""
+
+    @property
+    def values(self) -> np.ndarray:
+        """Rescaled values, float64 [1, H, W]."""
+        return (self.pixels * self.slope + self.intercept)[None]
 
 
 def dicom_form(data: bytes, given: Range | list[Range] | Literal["window"] | None) -> Dicom:

@@ -9,7 +9,7 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor
 
 from diffusion_cli.errors import FormatError, UsageError
-from diffusion_cli.formats.base import STRICT, SampleFormat, Shape
+from diffusion_cli.formats.base import STRICT, Original, SampleFormat, Shape
 from diffusion_cli.formats.files import SUFFIXES
 from diffusion_cli.formats.lossy import lossy_format
 from diffusion_cli.formats.pixel_readers import read_numbers, read_with_opacity
@@ -52,18 +52,20 @@ class HighDepthImage(RangedImage):
     def suffixes(self) -> tuple[str, ...]:
         return SUFFIXES
 
-    def numbers(self, samples: Tensor) -> np.ndarray:
-        values = self.values(samples)
+    def to_numbers(self, values: np.ndarray) -> np.ndarray:
         if self.dtype == "float32":
             return values.astype(np.float32)
         limits = np.iinfo(self.dtype)
         return np.rint(values).clip(limits.min, limits.max).astype(self.dtype)
 
-    def from_numbers(self, numbers: np.ndarray) -> Tensor:
-        return self.samples(numbers)
+    def to_values(self, numbers: np.ndarray) -> np.ndarray:
+        return numbers
 
     def decode(self, data: bytes) -> Tensor:
         return self.samples(self.held(data))
+
+    def original(self, data: bytes) -> Original:
+        return Original(self.held(data).astype(np.float64), {})
 
     def held(self, data: bytes) -> np.ndarray:
         """Return the values [C, H, W] of a file; FormatError if it is malformed, or of another dtype."""
@@ -75,8 +77,8 @@ class HighDepthImage(RangedImage):
     def lossy(self, data: bytes) -> str | None:
         return lossy_format(data)
 
-    def write(self, sample: Tensor, path: Path) -> None:
-        numbers = np.ascontiguousarray(self.numbers(sample).transpose(1, 2, 0))
+    def write_values(self, values: np.ndarray, path: Path) -> None:
+        numbers = np.ascontiguousarray(self.to_numbers(values).transpose(1, 2, 0))
         channels = numbers.shape[2]
         numbers = numbers.squeeze(2) if channels == 1 else numbers
         if self.file == "png":

@@ -10,7 +10,7 @@ from pydantic import Field
 from torch import Tensor
 
 from diffusion_cli.errors import FormatError, UsageError
-from diffusion_cli.formats.base import SampleFormat, Shape
+from diffusion_cli.formats.base import Shape, ValueFormat
 from diffusion_cli.formats.range_check import disagreement
 from diffusion_cli.formats.uint8 import to_bytes
 
@@ -20,7 +20,7 @@ Range = Annotated[list[Finite], Field(min_length=2, max_length=2)]
 """[low, high]: the values that become -1 and 1."""
 
 
-class RangedImage(SampleFormat):
+class RangedImage(ValueFormat):
     """Images with any number of channels; their value range [low, high] becomes [-1, 1].
 
     `x = 2 (v - low) / (high - low) - 1`. Values outside the range are clipped; values that are not finite are refused.
@@ -63,6 +63,13 @@ class RangedImage(SampleFormat):
         low, half = self._scale(samples.shape[-3])
         return (samples.double().cpu().numpy().clip(-1, 1) + 1) * half + low
 
+    def beyond(self, values: np.ndarray) -> np.ndarray:
+        low, half = self._scale(len(values))
+        return np.maximum(np.abs(values - low - half) - half, 0)
+
+    def rounded(self, values: np.ndarray) -> np.ndarray:
+        return self.to_values(self.to_numbers(values))
+
     def _scale(self, channels: int) -> tuple[np.ndarray, np.ndarray]:
         low, high = np.array(self.low[:channels]), np.array(self.high[:channels])
         return low[:, None, None], (high - low)[:, None, None] / 2
@@ -77,12 +84,20 @@ class RangedImage(SampleFormat):
         return f"dataset.range={shown}: {found}; give dataset.range=[low,high] of all images if this is not intended"
 
     @abstractmethod
-    def numbers(self, samples: Tensor) -> np.ndarray:
-        """Return the file values nearest to samples in about [-1, 1], [..., C, H, W]."""
+    def to_numbers(self, values: np.ndarray) -> np.ndarray:
+        """Return the numbers in files, [..., C, H, W], nearest to values."""
 
     @abstractmethod
+    def to_values(self, numbers: np.ndarray) -> np.ndarray:
+        """Return the values of numbers in files, float64 [..., C, H, W]."""
+
+    def numbers(self, samples: Tensor) -> np.ndarray:
+        """Return the numbers in files nearest to samples in about [-1, 1], [..., C, H, W]."""
+        return self.to_numbers(self.values(samples))
+
     def from_numbers(self, numbers: np.ndarray) -> Tensor:
-        """Return file values [..., C, H, W] as stored samples."""
+        """Return numbers in files, [..., C, H, W], as stored samples."""
+        return self.samples(self.to_values(numbers))
 
     @abstractmethod
     def decode(self, data: bytes) -> Tensor:

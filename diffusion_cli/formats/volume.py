@@ -2,6 +2,7 @@
 
 import gzip
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 from io import BytesIO
 from pathlib import Path
@@ -16,10 +17,12 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor
 
 from diffusion_cli.errors import NO_VALUE, FormatError, UsageError
-from diffusion_cli.formats.base import STRICT, SampleFormat, Shape
+from diffusion_cli.formats.base import STRICT, Original, Shape, ValueFormat
 from diffusion_cli.formats.uint8 import to_bytes
 from diffusion_cli.system.untrusted import inflated, reason
 
+SYNTHETIC = b"synthetic, diffuse"
+"""Description in the header of written NIfTI files."""
 LAST_ROW = [0.0, 0.0, 0.0, 1.0]  # of an affine matrix
 SUFFIXES = (".nii", ".nii.gz", ".npy")
 Numbers = Literal["uint8", "int8", "uint16", "int16", "uint32", "int32", "float16", "float32", "float64"]
@@ -29,7 +32,7 @@ Affine = Annotated[list[Row], Field(min_length=3, max_length=3)]
 
 
 @dataclass(frozen=True, config=STRICT)
-class Volume(SampleFormat):
+class Volume(ValueFormat):
     """Volumes [C, D, H, W] as NIfTI or .npy; their value range [low, high] becomes [-1, 1].
 
     A file stores numbers n with values slope n + inter. The axes of a NIfTI are W, H, D and C, reoriented so that W
@@ -67,10 +70,22 @@ class Volume(SampleFormat):
         return "of the middle slices of volumes"
 
     def quantize(self, x: Tensor) -> Tensor:
-        return self.scaled(self._value(self._numbers(x)))
+        return self.scaled(self._rounded(self._values(x)))
 
-    def write(self, sample: Tensor, path: Path) -> None:
-        numbers = self._numbers(sample).numpy().astype(self.dtype)
+    def values(self, samples: Tensor) -> np.ndarray:
+        return self._values(samples).cpu().numpy()
+
+    def rounded(self, values: np.ndarray) -> np.ndarray:
+        return self._rounded(torch.from_numpy(values)).numpy()
+
+    def beyond(self, values: np.ndarray) -> np.ndarray:
+        return np.maximum(np.abs(values - self.low - self.half_range) - self.half_range, 0)
+
+    def original(self, data: bytes) -> Original:
+        return read_volume(data).original
+
+    def write_values(self, values: np.ndarray, path: Path) -> None:
+        numbers = self._numbers(torch.from_numpy(values)).numpy().astype(self.dtype)
         numbers = numbers[0] if len(numbers) == 1 else numbers
         if self.file == ".npy":
             with path.open("wb") as file:
@@ -78,6 +93,7 @@ class Volume(SampleFormat):
             return
         image = nibabel().Nifti1Image(numbers.T, np.array([*self.affine, LAST_ROW]), dtype=numbers.dtype)
         image.header.set_slope_inter(self.slope, self.inter)  # the numbers are scaled already
+        image.header["descrip"] = SYNTHETIC
         data = image.to_bytes()
         path.write_bytes(gzip.compress(data, mtime=0) if self.file == ".nii.gz" else data)
 
@@ -95,23 +111,28 @@ class Volume(SampleFormat):
         """Return values in the units of the data as float32 in [-1, 1], clipped to the range."""
         return ((values.double() - self.low) / self.half_range - 1).clamp(-1, 1).float()
 
-    def _numbers(self, x: Tensor) -> Tensor:
-        """Return the file numbers of samples in about [-1, 1], float64."""
-        value = self.low + (x.double().clamp(-1, 1) + 1) * self.half_range
-        numbers = (value - self.inter) / self.slope
+    def _values(self, x: Tensor) -> Tensor:
+        return self.low + (x.double().clamp(-1, 1) + 1) * self.half_range
+
+    def _numbers(self, values: Tensor) -> Tensor:
+        """Return the numbers in files nearest to values, float64."""
+        numbers = (values - self.inter) / self.slope
         kind = np.dtype(self.dtype)
         if kind.kind == "f":
             return numbers.to(getattr(torch, self.dtype)).double()
         limits = np.iinfo(kind)
         return numbers.round().clamp(int(limits.min), int(limits.max))
 
-    def _value(self, numbers: Tensor) -> Tensor:
-        return self.slope * numbers + self.inter
+    def _rounded(self, values: Tensor) -> Tensor:
+        return self.slope * self._numbers(values) + self.inter
 
     def to_rgb(self, samples: Tensor) -> Tensor:
         """Return the central slices across D, H and W side by side, of the first channel unless there are three."""
+        return self.slices(samples, None)
+
+    def slices(self, samples: Tensor, place: Sequence[int] | None) -> Tensor:
         shown = self._shown(samples)
-        depth, height, width = (size // 2 for size in shown.shape[2:])
+        depth, height, width = place or [size // 2 for size in shown.shape[2:]]
         slices = [shown[:, :, depth], shown[:, :, :, height], shown[..., width]]
         tallest = max(each.shape[2] for each in slices)
         padded = [torch.nn.functional.pad(each, (0, 0, 0, tallest - each.shape[2])) for each in slices]
@@ -144,6 +165,12 @@ class Held(NamedTuple):
     values: np.ndarray
     """float64 [C, D, H, W] in the units of the data."""
     header: VolumeHeader
+
+    @property
+    def original(self) -> Original:
+        """Values of the file, and how it stores them."""
+        header = self.header
+        return Original(self.values, {"dtype": header.dtype, "slope": header.slope, "inter": header.inter})
 
     @property
     def spacing(self) -> list[float] | None:

@@ -28,10 +28,18 @@ def run(config: RunsConfig) -> None:
 
 def _row(run: RunSummary) -> tuple[str, ...]:
     step = "?" if run.step is None else f"{run.step}" + (f"/{run.max_steps}" if run.max_steps else "")
-    results = ", ".join(f"{name} {value:.4g}" for name, value in [*run.results.items()][:SHOWN_RESULTS])
+    results = ", ".join(
+        f"{name} {value:.4g}{_earlier(run, name)}" for name, value in [*run.results.items()][:SHOWN_RESULTS]
+    )
     more = ", ..." if len(run.results) > SHOWN_RESULTS else ""
     size, date = f"{run.bytes / 1e6:.1f} MB", run.date.replace("T", " ")[:-3]
     return run.name, run.dataset or "?", run.task or "?", step, f"{results or '-'}{more}", size, date
+
+
+def _earlier(run: RunSummary, name: str) -> str:
+    """Return the step of a result that is not of the newest step."""
+    step = run.result_steps.get(name)
+    return "" if step is None or step == run.step else f" at step {step}"
 
 
 def _table(rows: Sequence[Sequence[str]]) -> str:

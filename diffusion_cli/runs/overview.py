@@ -32,6 +32,8 @@ class RunSummary:
     max_steps: int | None
     results: dict[str, float]
     """Newest value of each metric of `metrics.json`."""
+    result_steps: dict[str, int]
+    """Step of the model of each result, where it is recorded."""
     bytes: int
     """Size of all files in the folder."""
     date: str
@@ -58,13 +60,15 @@ def _summary(folder: Path, date: float) -> RunSummary:
     with suppress(OSError, ValueError):
         config = migrated(read_yaml(folder / "config.yaml"))
     config = config if isinstance(config, Mapping) else {}
+    results = _results(folder / "metrics.json")
     return RunSummary(
         name=folder.name,
         dataset=_dataset(config.get("dataset")),
         task=_task(config),
         step=_step(folder),
         max_steps=number if type(number := config.get("max_steps")) is int else None,
-        results=_results(folder / "metrics.json"),
+        results={name: value for name, (value, _) in results.items()},
+        result_steps={name: step for name, (_, step) in results.items() if step is not None},
         bytes=_size(folder),
         date=datetime.fromtimestamp(date).isoformat(timespec="seconds"),
     )
@@ -111,15 +115,24 @@ def _step(folder: Path) -> int | None:
     return int(max(steps)) if steps else None
 
 
-def _results(path: Path) -> dict[str, float]:
-    """Return the newest value of each metric; none for a missing or damaged file."""
-    found: dict[str, float] = {}
+def _results(path: Path) -> dict[str, tuple[float, int | None]]:
+    """Return the newest value of each metric with its step if known; none for a missing or damaged file."""
+    found: dict[str, tuple[float, int | None]] = {}
     with suppress(OSError, ValueError, LookupError, TypeError):
         for report in migrated(read_json(path)):
             for result in report["results"]:
                 if isinstance(result["name"], str) and isinstance(result["value"], int | float):
-                    found[result["name"]] = result["value"]
+                    found[result["name"]] = result["value"], _step_of(result.get("protocol"))
     return found
+
+
+def _step_of(protocol: Any) -> int | None:
+    """Return the step of the model in the protocol of a result."""
+    if not isinstance(protocol, Mapping):
+        return None
+    parts = (protocol.get(key) for key in ("sampling", "model"))
+    steps = (part.get("step") for part in parts if isinstance(part, Mapping))
+    return next((step for step in steps if type(step) is int), None)
 
 
 def _size(folder: Path) -> int:

@@ -61,6 +61,16 @@ def test_runs_are_listed_newest_first(root, capsys):
     assert rows[2].split()[1:4] == ["?", "?", "5"]
 
 
+def test_a_result_of_another_step_names_it(root, capsys):
+    parts = [{"sampling": {"step": 400}}, {"model": {"step": 900}}, {"sampling": "?"}]
+    results = [{"name": f"m{n}", "value": n, "protocol": part} for n, part in enumerate(parts)]
+    (root / "photos" / "metrics.json").write_text(json.dumps([{"results": results, "notes": []}]))
+    assert run(["runs", f"output_dir={root}"]) == 0
+    assert "  m0 0 at step 400, m1 1, m2 2  " in capsys.readouterr().out
+    assert run(["runs", f"output_dir={root}", "format=json"]) == 0
+    assert json.loads(capsys.readouterr().out)[0]["result_steps"] == {"m0": 400, "m1": 900}
+
+
 def test_runs_are_listed_for_programs(root, capsys):
     assert run(["runs", f"output_dir={root}", "format=json"]) == 0
     first, *_ = json.loads(capsys.readouterr().out)

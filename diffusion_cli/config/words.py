@@ -7,6 +7,7 @@ from typing import Any
 
 from diffusion_cli.config.catalogue import CONF, chosen, defaults, did_you_mean, documented, options
 from diffusion_cli.config.schema import GRIDS
+from diffusion_cli.config.typed import as_text
 from diffusion_cli.errors import NO_VALUE, Problem
 
 FLAGS = ["--help", "--cfg", "--config-dir", "--multirun", "-h", "-m"]
@@ -120,6 +121,8 @@ def nearest_key(name: str, keys: Sequence[str], cutoff: float = 0.6, value: str 
 
 def nearest_option(group: str, name: str, known: Sequence[str]) -> str:
     """Return the remedy for an unknown option of a group: the one that the name most likely stands for, or all."""
+    if group == "guidance" and re.fullmatch(r"\d+(\.\d*)?", name):
+        return f"write guidance=cfg guidance.scale={name}"
     spelt = re.sub(r"[^a-z0-9]", "", name.lower().replace("+", "p"))
     spelt = spelt.removeprefix("k") if name.lower().startswith("k_") else spelt
     plain = {option.replace("_", ""): option for option in known}
@@ -192,7 +195,12 @@ def _problem(command: str, group: Sequence[str], keys: Sequence[str]) -> Problem
         problem = "no = between key and value" if value else "no value"
         return Problem(shown, NO_VALUE, problem, f"write {_word(command, name, value, keys)}")
     choices = [f"{of}={name.lower()}" for of in defaults(command) if name.lower() in options(of)]
-    remedy = f"write {' or '.join(choices)}" if choices else f"see diffuse {command} --help"
+    if choices:
+        remedy = f"write {' or '.join(choices)}"
+    elif "run" in keys and command != "train":
+        remedy = f"did you mean {as_text('run', name)}?"
+    else:
+        remedy = f"see diffuse {command} --help"
     return Problem(shown, NO_VALUE, "not key=value", remedy)
 
 
@@ -200,7 +208,7 @@ def _flag_problem(command: str, group: Sequence[str], keys: Sequence[str]) -> Pr
     """The problem of an unknown flag, which may be a key or a group."""
     flag, _, value = "=".join(group).partition("=")
     name, near = flag.lstrip("-"), difflib.get_close_matches(flag, FLAGS, n=1, cutoff=0.75)
-    if not near and len(name) > 1 and nearest_key(name, keys, CLOSE) is not None:
+    if not near and (len(name) > 1 or name in OTHER_NAMES) and nearest_key(name, keys, CLOSE) is not None:
         return Problem(
             " ".join(group), NO_VALUE, "unknown flag", f"write {_word(command, name, value, keys)}"
         )

@@ -8,7 +8,7 @@ import pytest
 from diffusion_cli import cli
 from diffusion_cli.cli import run
 from diffusion_cli.commands import sample
-from diffusion_cli.errors import NO_VALUE, MachineError, Problem, UsageError
+from diffusion_cli.errors import NO_VALUE, MachineError, Problem, UsageError, counted
 
 ONE = Problem("steps", 0, "must be greater than 0")
 TWO = Problem(Path("a.png"), NO_VALUE, "is no image", "remove it")
@@ -89,3 +89,9 @@ def test_the_traceback_of_a_mistake_is_shown_on_request(monkeypatch, capsys):
     monkeypatch.setenv("DIFFUSE_TRACEBACK", "1")
     with pytest.raises(UsageError):
         outcome(monkeypatch, capsys, UsageError(*ONE))
+
+
+def test_one_thing_is_in_the_singular():
+    assert [counted(number, "network call") for number in (0, 1, 2)] == [
+        "0 network calls", "1 network call", "2 network calls",
+    ]  # fmt: skip

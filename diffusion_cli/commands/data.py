@@ -5,7 +5,7 @@ from pathlib import Path
 from diffusion_cli.commands.inputs import show_remarks
 from diffusion_cli.config import DataConfig, as_text, build, target
 from diffusion_cli.data import Dataset, Fetch, FilesAction, Pack
-from diffusion_cli.errors import NO_VALUE, UsageError
+from diffusion_cli.errors import NO_VALUE, UsageError, counted
 from diffusion_cli.metrics import Metric
 from diffusion_cli.system.files import atomic_write
 from diffusion_cli.system.temporary_files import remove_abandoned
@@ -75,7 +75,7 @@ def _pack(pack: Pack, config: DataConfig) -> None:
     with atomic_write(output) as temporary:
         count = pack(dataset, temporary)
     flip = " dataset.flip=true" if dataset.flip else ""
-    print(f"{count} images: {output}")
+    print(f"{counted(count, 'image')}: {output}")
     print(f"diffuse train dataset=array {as_text('dataset.path', str(output))}{flip}")
 
 

@@ -25,9 +25,9 @@ from diffusion_cli.data import to_model_range
 from diffusion_cli.diffusion.denoiser import Denoise
 from diffusion_cli.diffusion.guidance import NoGuidance
 from diffusion_cli.diffusion.latents import Latents
-from diffusion_cli.editing import Edit, EditProcess, EditResult, Restoration, RestorationMethod
+from diffusion_cli.editing import Edit, EditProcess, EditResult, RePaint, Restoration, RestorationMethod
 from diffusion_cli.editing.restore import described
-from diffusion_cli.errors import NO_VALUE, UsageError
+from diffusion_cli.errors import NO_VALUE, UsageError, counted
 from diffusion_cli.formats import Completed, HighDepthImage, Original, SampleFormat, ValueFormat
 from diffusion_cli.generate import NFECounter, SeededNoise, check_finite, guided, labels_of
 from diffusion_cli.images import (
@@ -132,12 +132,12 @@ def _run(config: EditConfig) -> None:
     rows = [torch.cat([row.new_full((most - len(row), *row.shape[1:]), 255), row]) for row in rows]
     save_rows(rows, grid, captions if config.captions else PLAIN)
     frames = f"{edit.results_each} frames in " if edit.results_each > 1 else ""
-    calls = f", {frames}at most {most_calls} network calls each" if todo else ""
+    calls = f", {frames}at most {counted(most_calls, 'network call')} each{_passes(trained, method)}"
     inputs = len(jobs) // config.variations
     first = f" (first {SHOWN} of {inputs})" if inputs > SHOWN else ""
     print(
-        f"{len(jobs)} results of {kind}{calls}, in {output}{_summary(results, jobs, form)}"
-        f"{_clipping(given, edit)}\nBefore and after: {grid}{first}"
+        f"{counted(len(jobs), 'result')} of {kind}{calls if todo else ' already there'}, in {output}"
+        f"{_summary(results, jobs, form)}{_clipping(given, edit)}\nBefore and after: {grid}{first}"
     )
 
 
@@ -168,6 +168,13 @@ def _input_digest(item: Input, edit: Edit) -> str:
     if item.original is not None and edit.known is not None:
         content["values"] = torch.from_numpy(item.original.values)
     return digest(content)
+
+
+def _passes(trained: LoadedModel, method: RestorationMethod | None) -> str:
+    """Return why there are more network calls than steps, if RePaint repeats the steps."""
+    if not isinstance(method, RePaint) or method.num_resamples == 1:
+        return ""
+    return f" (steps={trained.steps}, restoration.num_resamples={method.num_resamples})"
 
 
 def _captions(

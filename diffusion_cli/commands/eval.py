@@ -17,7 +17,7 @@ from diffusion_cli.commands.evaluation_plan import EvaluationMode, EvaluationPla
 from diffusion_cli.commands.outputs import claim, keep_labels, keep_seeds
 from diffusion_cli.commands.samples import ModelSamples
 from diffusion_cli.config import EvalConfig, HistoryComparison
-from diffusion_cli.errors import UsageError
+from diffusion_cli.errors import UsageError, counted
 from diffusion_cli.generate import uncompiled
 from diffusion_cli.images import save_png, stacked
 from diffusion_cli.metrics import (
@@ -180,7 +180,7 @@ def _noting(report: Report) -> Iterator[None]:
 def _described(plan: EvaluationPlan, samples: Samples) -> str:
     """Return a line that describes the evaluated samples."""
     if isinstance(samples, GivenSamples):
-        return f"{len(samples)} images of {plan.source}"
+        return f"{counted(len(samples), 'image')} of {plan.source}"
     protocol = samples.protocol()
     if not isinstance(samples, ModelSamples):
         return (
@@ -188,10 +188,14 @@ def _described(plan: EvaluationPlan, samples: Samples) -> str:
             f"{protocol['dataset']}/{protocol['split']}, {protocol['weights']} weights"
         )
     repeats = f"{plan.repeats} repeats of " if plan.repeats > 1 else ""
-    calls = "an unknown number of" if samples.calls is None else samples.calls
+    calls = (
+        "an unknown number of network calls"
+        if samples.calls is None
+        else counted(samples.calls, "network call")
+    )
     sampler = type(samples.trained.sampler).__name__
     return (
-        f"{plan.source}, {repeats}{len(samples) // plan.repeats} samples by {sampler} in {calls} network calls each, "
+        f"{plan.source}, {repeats}{counted(len(samples) // plan.repeats, 'sample')} by {sampler} in {calls} each, "
         f"{protocol['weights']} weights"
     )
 

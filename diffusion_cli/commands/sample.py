@@ -20,6 +20,7 @@ from diffusion_cli.commands.outputs import (
 from diffusion_cli.commands.samples import image_path, read_films, read_pictures
 from diffusion_cli.commands.trained import LoadedModel, open_run
 from diffusion_cli.config import SampleConfig, fingerprint
+from diffusion_cli.errors import counted
 from diffusion_cli.generate import frame_places, generate, trajectories
 from diffusion_cli.images import PLAIN, Writer, by_class, grid, save_gif, save_rows, save_stored
 from diffusion_cli.system.distributed import Distributed, launch
@@ -27,7 +28,7 @@ from diffusion_cli.system.own_folder import own_folder
 from diffusion_cli.system.progress import ProgressBar
 
 GRID_IMAGES = 100
-STRIP_IMAGES = 8
+STRIP_IMAGES, MOST_STRIP_IMAGES = 8, 20
 GIF_IMAGES = 64
 
 
@@ -55,7 +56,8 @@ def _sample(config: SampleConfig) -> None:
             f"{output} has {len(seeds) - len(todo)} of {len(seeds)} images; generating the rest",
             file=sys.stderr,
         )
-    shown = seeds[: max(STRIP_IMAGES * config.strip, GIF_IMAGES * config.gif)]
+    rows = _strip_rows(trained) if config.strip else 0
+    shown = seeds[: max(rows, GIF_IMAGES * config.gif)]
     size = trained.batch_size(max(len(todo), len(shown)))
     calls = max(ranks.all_gather(_make(trained, todo, output, ranks, size)))
     if not ranks.is_main:
@@ -63,15 +65,21 @@ def _sample(config: SampleConfig) -> None:
     keep_seeds(output, seeds)
     keep_labels(output, trained.model.info.class_names or (), form.suffix)
     overview = _overview(trained, output, seeds, config.captions)
-    made = f", {calls} network calls each" if todo else ""
+    made = f", {counted(calls, 'network call')} each" if todo else " already there"
     print(
-        f"{len(seeds)} images of step {trained.model.step}{made}, {trained.precision}, in {output}\n{overview}"
+        f"{counted(len(seeds), 'image')} of step {trained.model.step}{made}, {trained.precision}, in {output}\n"
+        f"{overview}"
     )
     if shown:
         bar = ProgressBar(total=len(shown), unit="image", desc="denoising steps", delay=1.0)
         with bar, bar.batch(len(shown)) as advance:
             ways = trajectories(trained, shown, size, frames=config.frames, advance=advance)
         _draw(ways, output, config, trained)
+
+
+def _strip_rows(trained: LoadedModel) -> int:
+    """Return the most rows of a strip: one for each class, within limits."""
+    return min(max(STRIP_IMAGES, len(set(trained.labels or ()))), MOST_STRIP_IMAGES)
 
 
 def _make(trained: LoadedModel, todo: list[int], output: Path, ranks: Distributed, size: int) -> int:
@@ -127,7 +135,7 @@ def _draw(ways: Tensor, output: Path, config: SampleConfig, trained: LoadedModel
     times = [f"{trained.times[place]:.2g}" for place in frame_places(len(trained.times), config.frames)]
     if config.strip:
         strip, labels, names = output / "strip.png", trained.labels, trained.model.info.class_names
-        rows = ways[:STRIP_IMAGES]
+        rows = ways[: _strip_rows(trained)]
         words = [
             f"seed {seed}" if labels is None else class_name(labels[seed % len(labels)], names)
             for seed in range(config.seed, config.seed + len(rows))
@@ -135,12 +143,17 @@ def _draw(ways: Tensor, output: Path, config: SampleConfig, trained: LoadedModel
         sampler = trained.sampler
         title = f"{sampler.schedule.name} schedule, {type(sampler).__name__}, {trained.steps} steps"
         save_rows(list(rows), strip, Captions(words, times, "t", title) if config.captions else PLAIN)
-        print(f"Strip: {strip}")
+        print(f"Strip: {strip}" + _part(len(rows), config.num_samples))
     if config.gif:
         animation = output / "denoising.gif"
         words = [f"t = {time}" for time in times] if config.captions else []
         save_gif(torch.stack([grid(images) for images in ways.transpose(0, 1)]), animation, names=words)
-        print(f"Animation: {animation}")
+        print(f"Animation: {animation}" + _part(len(ways), config.num_samples))
+
+
+def _part(shown: int, count: int) -> str:
+    """Return which of the images a picture shows; empty for all."""
+    return "" if shown == count else f" (first {shown} of {count} images)"
 
 
 def samples_folder(trained: LoadedModel) -> Path:

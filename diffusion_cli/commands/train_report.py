@@ -13,6 +13,7 @@ from diffusion_cli.config.values import Node
 from diffusion_cli.data import FEW_VAL
 from diffusion_cli.data.labels import examples
 from diffusion_cli.diffusion.denoiser import Denoiser, NoisyClassifier
+from diffusion_cli.errors import counted
 from diffusion_cli.system.distributed import started
 from diffusion_cli.training.autoencoder_loss import Autoencoding
 from diffusion_cli.training.callbacks import GracefulStop, PeriodicCallback, Progress, ValidationAccuracy
@@ -24,10 +25,10 @@ def first_line(config: TrainConfig, setup: TrainingSetup, folder: Path, done: in
     device, steps = setup.device.torch_device, setup.max_steps
     return (
         f"{'Continuing' if done else 'Training'} {folder}: {_describe(setup.task.model.network)} on "
-        f"{len(setup.images)} images of {setup.dataset.name} ({'x'.join(map(str, setup.dataset.shape))}), "
+        f"{counted(len(setup.images), 'image')} of {setup.dataset.name} ({'x'.join(map(str, setup.dataset.shape))}), "
         f"{f'{setup.stages}, ' if setup.stages.grow else ''}{_where(device)}, {setup.precision}, "
         f"learning rate {config.optimizer['lr']:g}, "
-        f"{'unlimited steps' if steps is None else f'{steps:,} steps'} of {config.batch_size}"
+        f"{'unlimited steps' if steps is None else f'{steps:,} step' + 's' * (steps > 1)} of {config.batch_size}"
     )
 
 

@@ -62,7 +62,7 @@ class ProgressBar(tqdm):
             mininterval=REDRAW if on_terminal else LINES,
             miniters=0,  # compare the time at each update, because updates take unequal times
             bar_format=bar if on_terminal else line,
-            **options,
+            **options | {"disable": options.get("disable", False) or total == 0},
         )
 
     @property

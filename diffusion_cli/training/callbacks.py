@@ -23,7 +23,7 @@ from diffusion_cli.config.values import Node
 from diffusion_cli.data import Batch, ResolutionSchedule
 from diffusion_cli.diffusion.denoiser import Denoiser, NoisyClassifier, noised
 from diffusion_cli.diffusion.latents import Space
-from diffusion_cli.errors import NO_VALUE, UsageError, first_line
+from diffusion_cli.errors import NO_VALUE, UsageError, counted, first_line
 from diffusion_cli.formats import SampleFormat
 from diffusion_cli.generate import labels_of, sample
 from diffusion_cli.images import by_class, save_rows
@@ -163,7 +163,7 @@ class Progress(StepCallback):
         rate = (self.stages.images(last) - self.stages.images(first)) / passed
         now = f", {last - first} of them now," if first else ""
         return (
-            f"Trained {last} steps{now} in {ProgressBar.format_interval(passed)}, {rate:.0f} images/s, "
+            f"Trained {counted(last, 'step')}{now} in {ProgressBar.format_interval(passed)}, {rate:.0f} images/s, "
             f"loss {self._loss:.4f}"
         )
 

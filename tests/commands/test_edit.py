@@ -137,7 +137,7 @@ def test_an_interrupted_edit_keeps_and_counts_its_finished_batches(edit_runs, tm
 def test_a_series_names_its_frames_and_calls(edit_runs, tmp_path, capsys):
     words = ["edit=interpolate", "edit.frames=3", "num_images=2", "input=val", f"output={tmp_path}/out"]
     assert edit(edit_runs, *words) == 0
-    assert "1 results of interpolate, 3 frames in at most " in capsys.readouterr().out
+    assert "1 result of interpolate, 3 frames in at most " in capsys.readouterr().out
 
 
 def test_a_stopped_edit_is_completed_whatever_the_batch(edit_runs, tmp_path, capsys):
@@ -284,3 +284,25 @@ def test_the_newest_run_is_that_of_a_denoiser(edit_runs, capsys):
 def test_a_classifier_run_shows_its_accuracy_by_noise_level(edit_runs):
     header = (edit_runs / "judge" / "metrics.csv").read_text().splitlines()[0].split(",")
     assert {"val_accuracy", "val_accuracy_q1", "val_accuracy_q4", "val_loss"} <= set(header)
+
+
+def test_an_edit_names_the_repetitions_of_steps_and_results_that_are_there(edit_runs, capsys):
+    words = [
+        "edit",
+        f"output_dir={edit_runs}",
+        "run=plain",
+        "edit=inpaint",
+        "input=val",
+        "num_images=1",
+        "steps=2",
+    ]
+    said = []
+    for _ in range(2):
+        capsys.readouterr()
+        assert run([*words, "restoration.num_resamples=3"]) == 0
+        out, err = capsys.readouterr()
+        said.append((out.partition(", in ")[0], "inpaint: 0%" in err))
+    assert said == [
+        ("1 result of inpaint, at most 6 network calls each (steps=2, restoration.num_resamples=3)", True),
+        ("1 result of inpaint already there", False),
+    ]

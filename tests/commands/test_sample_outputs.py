@@ -45,6 +45,19 @@ def test_strips_and_animations_change_no_image_and_are_made_afterwards_too(sampl
     assert "frames=1: must be at least 2" in capsys.readouterr().err
 
 
+def test_a_strip_has_a_row_for_each_class_and_its_part_is_named(edit_runs, tmp_path, capsys):
+    words = ["sample", f"output_dir={edit_runs}", "run=told", "steps=1", "label=all", "num_samples=20"]
+    for already in (False, True):
+        capsys.readouterr()
+        assert run([*words, f"output={tmp_path / 'all'}", "strip=true", "frames=2", "captions=false"]) == 0
+        out, err = capsys.readouterr()
+        assert "strip.png (first 10 of 20 images)\n" in out
+        assert ("20 images of step 20 already there, " in out) == already
+        assert ("sample: 0%" in err) != already
+    with Image.open(tmp_path / "all" / "strip.png") as strip:
+        assert strip.size == (2 * 34, 10 * 34)
+
+
 def test_a_strip_is_no_image_to_edit(sample_runs, tmp_path):
     words = ["run=small", f"output_dir={sample_runs}", "steps=2"]
     assert run(["sample", *words, "num_samples=2", "strip=true", f"output={tmp_path / 'some'}"]) == 0

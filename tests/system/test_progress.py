@@ -117,3 +117,10 @@ def test_a_limit_of_time_replaces_the_estimate(monkeypatch, clock):
             bar.update()
     lines = [line for line in stream.getvalue().splitlines() if line.startswith("diffuse: ")]
     assert lines == ["diffuse: train: max_time ends it at about step 125 of 1,000"]
+
+
+def test_no_work_has_no_bar(monkeypatch):
+    stream = log(monkeypatch)
+    with ProgressBar(total=0, desc="sample", unit="image") as bar:
+        bar.update(0)
+    assert stream.getvalue() == ""

@@ -14,7 +14,7 @@ class FileState(NamedTuple):
     """A published file on this machine, as programs read it."""
 
     state: str
-    """present, unpacked, damaged, missing or fetched."""
+    """present (and verified), unpacked (not verified), damaged, missing, fetched, or absent (optional)."""
     path: str
     size: int | None
     """Size in bytes; None if unknown."""
@@ -23,7 +23,8 @@ class FileState(NamedTuple):
 
     def __str__(self) -> str:
         size = "size unknown" if self.size is None else f"{self.size / 1e6:.1f} MB"
-        return f"{self.state:<8}  {self.path}\n          {size}, {self.checksum}, {self.source}"
+        checksum = f"{self.checksum} not verified" if self.state == "unpacked" else self.checksum
+        return f"{self.state:<8}  {self.path}\n          {size}, {checksum}, {self.source}"
 
 
 class FilesAction(ABC):
@@ -48,9 +49,10 @@ class FilesAction(ABC):
                 problems += error.problems
                 continue
             except DownloadError as error:
+                remedy = file.by_hand
                 if isinstance(error, NoConnectionError):
                     unreachable.add(urlsplit(file.source).netloc)
-                remedy = f"run this command on a machine with a network, and copy {file.to_copy}"
+                    remedy = f"run this command on a machine with a network, and copy {file.to_copy}"
                 problems.append(Problem(file.source, NO_VALUE, f"cannot be downloaded ({error})", remedy))
                 continue
             size = file.path.stat().st_size if file.path.is_file() else file.size
@@ -76,11 +78,11 @@ class ListFiles(FilesAction):
 
 
 class Fetch(FilesAction):
-    """Downloads the files that are missing or damaged, and verifies all of them."""
+    """Downloads the files that are missing or damaged, and verifies all but those that are unpacked."""
 
     def process(self, file: PublishedFile) -> str:
         state = file.state()
         if state in ("missing", "damaged"):
             file.fetch()
-            return "fetched"
+            return "absent" if file.state() == "absent" else "fetched"
         return state

@@ -43,7 +43,7 @@ class CLIPScore(Metric):
         return networks.of_metric("clip_score", "clip", self.weights)
 
     def downloads(self) -> list[hub.HubFile]:
-        return hub.files(self.weights, (*hub.NETWORK, *hub.TOKENIZER))
+        return hub.files(self.weights, (*hub.NETWORK, *hub.TOKENIZER), hub.OPTIONAL)
 
     def check(self, count: int, seen: FeatureView, force: bool) -> list[str]:
         if seen.samples.class_names is None or not seen.samples.labelled:

@@ -17,7 +17,8 @@ STALL = 15.0
 """Seconds without response until a download fails; the default waits forever."""
 BLOCK = 2**20
 """Bytes read at a time."""
-State = Literal["present", "unpacked", "damaged", "missing"]
+State = Literal["present", "unpacked", "damaged", "missing", "absent"]
+"""State of a file: verified, replaced by its content, with another checksum, not here, or optional and unpublished."""
 
 
 class DownloadError(Exception):
@@ -45,9 +46,14 @@ class PublishedFile(ABC):
         """File or folder to copy from a machine that has the file."""
         return self.path
 
+    @property
+    def by_hand(self) -> str:
+        """How to get the file if its server does not give it."""
+        return f"get the file by hand and put it at {self.path}"
+
     @abstractmethod
     def state(self) -> State:
-        """Return whether the file is here and has its checksum. Needs no network.
+        """Return whether the file is here and has its checksum, which unpacked files lack. Needs no network.
 
         Raises UsageError, as the other members may, if a package is not installed that finds the file.
         """

@@ -3,6 +3,7 @@
 import gzip
 import hashlib
 import json
+import re
 import sys
 import threading
 from collections.abc import Iterator
@@ -138,6 +139,23 @@ def test_datasets_are_listed_fetched_and_unpacked(small_mnist, site, tmp_path, c
     assert capsys.readouterr().out.count("present ") == 4
     assert run(["data", "list", *words]) == 0
     assert len(site.asked) == 4
+    capsys.readouterr()
+    for file in (tmp_path / "MNIST" / "raw").glob("*.gz"):
+        file.unlink()
+    assert run(["data", "fetch", *words]) == 0
+    assert len(re.findall(r"unpacked .*\n.*, md5 \w+ not verified, http", capsys.readouterr().out)) == 4
+
+
+def test_a_file_that_the_server_lacks_is_to_be_got_by_hand(small_mnist, site, tmp_path, capsys):
+    name = "train-images-idx3-ubyte.gz"
+    del site.files[f"/{name}"]
+    assert run(["data", "fetch", "dataset=mnist", f"data_dir={tmp_path}"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    problem = "cannot be downloaded (HTTP Error 404: Not Found)"
+    assert (
+        line
+        == f"diffuse: {site.url}/{name}: {problem}; get the file by hand and put it at {tmp_path}/MNIST/raw/{name}"
+    )
 
 
 def test_an_unreachable_server_is_named_once_with_what_to_copy(monkeypatch, closed, tmp_path, capsys):
@@ -170,6 +188,10 @@ def test_files_of_the_hub_are_fetched_to_its_cache_and_verified(monkeypatch, sit
     with pytest.raises(DownloadError, match="404"):
         hub.files("a/b", ["vocab.json"])[0].fetch()
     assert hub.files(str(tmp_path), ["config.json"]) == []
+    (optional,) = hub.files("a/b", [], ["tokenizer.json"])
+    assert optional.state() == "missing"
+    optional.fetch()
+    assert optional.state() == "absent"
 
 
 def test_a_hub_that_cannot_be_reached_is_an_error_at_once(monkeypatch, closed, tmp_path):

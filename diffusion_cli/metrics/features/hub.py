@@ -18,8 +18,10 @@ from diffusion_cli.system.files import CANNOT_WRITE, file_digest
 
 NETWORK = ("config.json", "model.safetensors")
 """Files of a network."""
-TOKENIZER = ("vocab.json", "merges.txt", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
+TOKENIZER = ("vocab.json", "merges.txt")
 """Files of the tokenizer of CLIP."""
+OPTIONAL = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
+"""Files of the tokenizer that some repositories have."""
 NEEDS_TRANSFORMERS = ("needs transformers", "install it: pip install 'diffuse-cli[transformers]'")
 """Problem and remedy without the optional dependency, which includes huggingface_hub."""
 
@@ -100,10 +102,12 @@ class HubFile(PublishedFile):
     Args:
         repository: name on the hub.
         name: file name.
+        required: whether it is an error if the repository has no such file.
     """
 
     repository: str
     name: str
+    required: bool = True
     size = None
     checksum = "checked by the hub"
 
@@ -116,13 +120,17 @@ class HubFile(PublishedFile):
         return self._cached() or self.to_copy / self.name
 
     @property
+    def by_hand(self) -> str:
+        return "get the files of the repository by hand into a folder, and set weights= to it"
+
+    @property
     def to_copy(self) -> Path:
         return Path(self._hub("constants").HF_HUB_CACHE, f"models--{self.repository.replace('/', '--')}")
 
     def state(self) -> State:
         path = self._cached()
         if path is None:
-            return "missing"
+            return "absent" if self._known_absent() else "missing"
         return "present" if _has_its_checksum(path) else "damaged"
 
     def fetch(self) -> None:
@@ -136,6 +144,8 @@ class HubFile(PublishedFile):
         except Exception as error:  # the classes of the HTTP library and of the hub
             if isinstance(error, OSError) and error.errno in CANNOT_WRITE:
                 raise
+            if self._known_absent():
+                return
             raise DownloadError(first_line(error)) from error
         if self.state() != "present":
             raise DownloadError("the content does not have the checksum of the hub")
@@ -149,8 +159,17 @@ class HubFile(PublishedFile):
             raise UsageError(self.repository, NO_VALUE, *NEEDS_TRANSFORMERS) from error
 
     def _cached(self) -> Path | None:
-        found = self._hub().try_to_load_from_cache(self.repository, self.name)
+        found = self._known()
         return Path(found) if isinstance(found, str) else None
+
+    def _known_absent(self) -> bool:
+        """Whether the file is optional, and the cache records that the repository has none."""
+        found = self._known()
+        return not (self.required or found is None or isinstance(found, str))
+
+    def _known(self) -> Any:
+        """Return what the cache knows of the file: its path, an object that stands for no such file, or None."""
+        return self._hub().try_to_load_from_cache(self.repository, self.name)
 
 
 def _has_its_checksum(path: Path) -> bool:
@@ -164,9 +183,11 @@ def _has_its_checksum(path: Path) -> bool:
     return True  # a cache without links, on file systems that have none
 
 
-def files(weights: str, names: Sequence[str]) -> list[HubFile]:
+def files(weights: str, names: Sequence[str], optional: Sequence[str] = ()) -> list[HubFile]:
     """Return files of weights by name on the hub; none for a folder."""
-    return [] if Path(weights).expanduser().is_dir() else [HubFile(weights, name) for name in names]
+    if Path(weights).expanduser().is_dir():
+        return []
+    return [HubFile(weights, name, name not in optional) for name in (*names, *optional)]
 
 
 def unfit(weights: str, architecture: str, reason: str) -> UsageError:

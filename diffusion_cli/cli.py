@@ -3,7 +3,6 @@
 This module does not import torch, so help and error messages are fast.
 """
 
-import errno
 import importlib
 import json
 import os
@@ -35,15 +34,6 @@ from diffusion_cli.system.signals import STOPPED, UNFINISHED, end, end_at_signal
 from diffusion_cli.system.terminal import guarded, lost_output, open_closed_streams
 from diffusion_cli.system.untrusted import printable
 
-REMEDIES = {
-    errno.EACCES: "check its permissions, or use another path",
-    errno.EPERM: "check its permissions, or use another path",
-    errno.EROFS: "use a writable folder",
-    errno.ENOSPC: "free some space, or use another disk",
-    errno.ENOTDIR: "use a path of which no part is a file",
-    errno.EEXIST: "use a path of which no part is a file",
-}
-"""Remedies for errors of the operating system."""
 USER_ERROR, INTERNAL_ERROR = 2, 1
 BUG = (
     f"this is an error in diffuse {__version__}, not in your command; please report it with the lines above, the "
@@ -216,30 +206,8 @@ def execute(command: str, checked: Config | list[Variant]) -> int:
     except OSError as error:
         if os.environ.get("DIFFUSE_TRACEBACK") or isinstance(error, MachineError) or not error.errno:
             raise
-        raise _named(error, checked[0].config if isinstance(checked, list) else checked) from error
-
-
-def _named(error: OSError, checked: Config) -> MachineError:
-    """Return an error of the operating system as one line with the key that gave the path."""
-    if error.filename is None:
-        remedy = REMEDIES.get(error.errno or 0, "set DIFFUSE_TRACEBACK=1 to see where")
-        return MachineError(f"{error.strerror}; {remedy}")
-    place = Path(os.fsdecode(error.filename))
-    paths = {
-        key: value
-        for key, value in config.flatten(checked.model_dump()).items()
-        if isinstance(value, str) and _overlap(place, Path(value))
-    }
-    key = max(paths, key=lambda name: len(paths[name]), default=None)
-    reason = f"{error.strerror}: {place}" if key and str(place) != paths[key] else error.strerror
-    subject = f"{key}={paths[key]}" if key else place
-    remedy = REMEDIES.get(error.errno or 0, "use another path")
-    return MachineError(f"{subject}: cannot be used ({reason}); {remedy}")
-
-
-def _overlap(one: Path, other: Path) -> bool:
-    """Return whether one of two paths lies within the other; the working folder has no other path within it."""
-    return bool(one.parts and other.parts) and (one.is_relative_to(other) or other.is_relative_to(one))
+        first = checked[0].config if isinstance(checked, list) else checked
+        raise config.system_error(error, first.model_dump()) from error
 
 
 def _interrupt(number: int, frame: object) -> None:
@@ -277,7 +245,7 @@ def sweep(command: str, request: Request) -> int:
     try:
         Path(output_dir).mkdir(parents=True, exist_ok=True)  # Hydra would do it with a traceback
     except OSError as error:
-        raise _named(error, checked[0]) from error
+        raise config.system_error(error, checked[0].model_dump()) from error
     place = "" if f"{config.LAUNCHERS}=local" in launcher else f" with {launcher[0]}; logs: {logs}"
     print(f"Running {len(jobs)} jobs{place}", flush=True)
     sys.argv = [

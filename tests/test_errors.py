@@ -44,7 +44,7 @@ def outcome(monkeypatch, capsys, error: Exception) -> tuple[int, str]:
         raise error
 
     monkeypatch.setattr(sample, "run", fails)
-    return run(["sample"]), capsys.readouterr().err
+    return run(["sample", "run=bf16"]), capsys.readouterr().err
 
 
 def test_a_mistake_is_one_line(monkeypatch, capsys):
@@ -67,6 +67,15 @@ def test_a_mistake_is_one_line(monkeypatch, capsys):
             "output_dir=outputs: cannot be used (Permission denied: outputs/x); check its permissions, or use "
             "another path",
         ),
+        (
+            OSError(13, "Permission denied", "bf16/x"),
+            "bf16/x: cannot be used (Permission denied); check its permissions, or use another path",
+        ),
+        (
+            OSError(13, "Permission denied", "."),
+            ".: cannot be used (Permission denied); check its permissions, or use another path",
+        ),
+        (OSError(9, "Bad file descriptor", 3), "Bad file descriptor; set DIFFUSE_TRACEBACK=1 to see where"),
         (OSError(5, "Input/output error"), "Input/output error; set DIFFUSE_TRACEBACK=1 to see where"),
     ],
 )

@@ -53,6 +53,7 @@ from diffusion_cli.config.schema import (
 from diffusion_cli.config.seeds import shared_seeds
 from diffusion_cli.config.signature import signature
 from diffusion_cli.config.sweeps import Sweep, expand, load_sweep
+from diffusion_cli.config.system_errors import system_error
 from diffusion_cli.config.typed import as_pasted, as_text, as_typed, quoted
 from diffusion_cli.config.validate import NOT_ALLOWED, build, check_node, target
 from diffusion_cli.config.words import FLAGS, overridden, sort_words
@@ -129,6 +130,7 @@ __all__ = [
     "sort_words",
     "split_launcher",
     "summary",
+    "system_error",
     "target",
     "without_plugins",
 ]  # fmt: skip

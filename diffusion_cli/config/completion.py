@@ -102,7 +102,11 @@ def _complete(words: Sequence[str]) -> list[str]:
 def _runs(words: Sequence[str]) -> list[str]:
     """The names of the runs in the `output_dir` of a command line."""
     given = [word.partition("=")[2] for word in words if word.startswith("output_dir=")]
-    return [folder.name for folder in run_folders(Path(given[-1] if given else "outputs").expanduser())]
+    try:
+        root = Path(given[-1] if given else "outputs").expanduser()
+    except RuntimeError:  # `~` of an unknown user
+        return []
+    return [folder.name for folder in run_folders(root)]
 
 
 def _paths(start: str) -> list[str]:
@@ -110,7 +114,7 @@ def _paths(start: str) -> list[str]:
     parent, slash, name = start.rpartition("/")
     try:
         found = [*islice(Path(f"{parent}{slash}" or ".").expanduser().iterdir(), MOST_PATHS)]
-    except OSError:
+    except (OSError, RuntimeError):  # `~` of an unknown user
         return []
     shown = sorted(
         path

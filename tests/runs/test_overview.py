@@ -126,3 +126,5 @@ def test_runs_and_paths_are_completed(root, monkeypatch):
     assert ".hidden" not in " ".join(complete(["edit", "input="]))
     assert complete(["edit", "input=nowhere/x"]) == []
     assert complete(["train", "batch_size=i"]) == []
+    assert complete(["sample", "run=~no_such_user/x"]) == []
+    assert complete(["sample", "output_dir=~no_such_user/x", "run=n"]) == ["run=notes/"]

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -92,7 +92,7 @@ def readable(text: str) -> str:
     )
 
 
-@cache
+@lru_cache(1000)
 def font_file(text: str) -> Path | None:
     """Return the file of a font with all letters of a text: DejaVu Sans, or one of this machine; None if none has."""
     letters = set(map(ord, text))
@@ -125,9 +125,13 @@ def _letters(font: Path) -> frozenset[int]:
         return frozenset()
 
 
-@cache
 def _font(text: str, size: int) -> ImageFont.FreeTypeFont:
-    return ImageFont.truetype(str(font_file(text) or dejavu()), size)
+    return _face(font_file(text) or dejavu(), size)
+
+
+@cache
+def _face(file: Path, size: int) -> ImageFont.FreeTypeFont:
+    return ImageFont.truetype(str(file), size)
 
 
 def _size(height: int) -> int:

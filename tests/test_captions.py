@@ -139,3 +139,8 @@ def test_frames_of_an_animation_have_one_size(tmp_path, names):
     with Image.open(tmp_path / "x.gif") as animation:
         assert getattr(animation, "n_frames", 1) == 4
         assert (animation.size == (34, 34)) == (not names)
+
+
+def test_words_share_a_font_of_a_size():
+    assert captions._font("one", 12) is captions._font("two", 12)
+    assert captions._font("one", 12) is not captions._font("one", 13)

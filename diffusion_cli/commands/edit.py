@@ -208,7 +208,8 @@ def _captions(
         after = ["result"]
     else:
         after = [f"result {number}" for number in range(1, config.variations + 1)]
-    before = edit.before_names[len(edit.before_names) - (columns - len(after)) :]
+    unnamed_columns = [""] * (columns - len(after))
+    before = [*unnamed_columns, *edit.before_names][len(edit.before_names) :]
     return Captions(rows, [*before, *after], "", ", ".join(title))
 
 

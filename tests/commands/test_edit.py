@@ -182,6 +182,19 @@ def test_every_kind_of_edit_of_real_images(edit_runs, tmp_path, words):
     assert all(more > less for more, less in zip(with_words.shape, grid.shape, strict=True))
 
 
+def test_images_before_an_edit_without_names_leave_the_names_of_results_above_these(
+    edit_runs, tmp_path, monkeypatch
+):
+    drawn = []
+    monkeypatch.setattr(
+        "diffusion_cli.commands.edit.save_rows", lambda rows, path, words: drawn.append(words)
+    )
+    monkeypatch.setattr("diffusion_cli.editing.transform.Img2Img.before_names", ("noised",))
+    words = ["edit=img2img", "input=val", "num_images=1", "steps=2", f"output={tmp_path}/out"]
+    assert edit(edit_runs, *words) == 0
+    assert drawn[0].columns == ["", "noised", "result"]
+
+
 def test_an_interpolation_is_a_strip_and_an_animation(edit_runs, tmp_path):
     words = ["edit=interpolate", "edit.seeds=[2,7]", "edit.frames=4", f"output={tmp_path}/out"]
     assert edit(edit_runs, *words) == 0

@@ -31,7 +31,7 @@ from diffusion_cli.config import (
 )
 from diffusion_cli.errors import NO_VALUE, MachineError, Problem, UsageError, first_line
 from diffusion_cli.system.signals import STOPPED, UNFINISHED, end, end_at_signals, handling
-from diffusion_cli.system.terminal import guarded, lost_output, open_closed_streams
+from diffusion_cli.system.terminal import guarded, lost_output, open_closed_streams, table
 from diffusion_cli.system.untrusted import printable
 
 USER_ERROR, INTERNAL_ERROR = 2, 1
@@ -282,9 +282,7 @@ def _table(keys: Sequence[str], jobs: Sequence[Job]) -> str:
     """Return a table of the jobs of a sweep."""
     rows = [["job", *keys, "result", "run"]]
     rows += [[str(number), *job.values, job.result, job.run] for number, job in enumerate(jobs)]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = ("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
-    return "\n".join(["", *lines])
+    return f"\n{table(rows)}"
 
 
 def _launch(command: str, dirs: Sequence[Path], jobs: Sequence[Job], logs: Path) -> int:

@@ -1,14 +1,13 @@
 """`diffuse runs`: list the runs in a folder. It does not import torch."""
 
 import json
-from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
 from diffusion_cli.config import RunsConfig
 from diffusion_cli.errors import UsageError
 from diffusion_cli.runs.overview import RunSummary, summaries
-from diffusion_cli.system.untrusted import escaped
+from diffusion_cli.system.terminal import table
 
 COLUMNS = ("run", "data", "task", "step", "newest results", "size", "date")
 SHOWN_RESULTS = 3
@@ -21,7 +20,7 @@ def run(config: RunsConfig) -> None:
     if config.format == "json":
         print(json.dumps([asdict(each) for each in runs], indent=2))
     elif runs:
-        print(_table([COLUMNS, *map(_row, runs)]))
+        print(table([COLUMNS, *map(_row, runs)]))
     else:
         raise UsageError("output_dir", config.output_dir, "contains no runs", "train one with: diffuse train")
 
@@ -40,13 +39,3 @@ def _earlier(run: RunSummary, name: str) -> str:
     """Return the step of a result that is not of the newest step."""
     step = run.result_steps.get(name)
     return "" if step is None or step == run.step else f" at step {step}"
-
-
-def _table(rows: Sequence[Sequence[str]]) -> str:
-    """Return rows of text in columns."""
-    cells = [[escaped(cell) for cell in row] for row in rows]
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    return "\n".join(
-        "  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip()
-        for row in cells
-    )

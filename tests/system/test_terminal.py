@@ -14,7 +14,7 @@ import pytest
 from diffusion_cli.cli import run
 from diffusion_cli.metrics import Report, Result
 from diffusion_cli.system.progress import ProgressBar
-from diffusion_cli.system.terminal import Output, guarded, lost_output
+from diffusion_cli.system.terminal import Output, guarded, lost_output, table
 
 LONG = "text\n" * 20_000  # more than a pipe or a buffer holds
 
@@ -119,3 +119,7 @@ def test_a_report_of_others_keeps_to_its_lines():
     report = Report([Result("fid\nis  1.0", 2.0, {"\x1b[2J": 1.0}, {})], ["first\nnote: second"])
     assert len(report.table().splitlines()) == 3
     assert report.table().replace("\n", "").isprintable()
+
+
+def test_a_table_has_columns_without_control_characters():
+    assert table([["a", "\x1b[2J", ""], ["long", "b", ""]]) == "a     \\x1b[2J\nlong  b"

@@ -175,7 +175,10 @@ def read_input(
     with contents(path) as content:
         paths = [PurePosixPath(name) for name in names]
         for file, name, former in zip(
-            names, _names(paths, stem), _names(paths, lambda path: path.stem), strict=True
+            names,
+            _names(paths, stem, _folders(paths, stem)),
+            _names(paths, lambda path: path.stem),
+            strict=True,
         ):
             try:
                 data = content(file)
@@ -351,10 +354,24 @@ def _but_results(names: list[str]) -> list[str]:
     return [name for name in names if written.isdisjoint(PurePosixPath(name).parents)]
 
 
-def _names(files: Sequence[PurePosixPath], stem: Callable[[PurePosixPath], str]) -> list[str]:
-    """Return unique names of files: stems, or file names if stems are equal, with a number if these are equal too."""
-    stems = Counter(map(stem, files))
-    names = [stem(file) if stems[stem(file)] == 1 else file.name for file in files]
+def _folders(files: Sequence[PurePosixPath], stem: Callable[[PurePosixPath], str]) -> list[str]:
+    """Return the beginnings of the names of files if stems are equal: their folders but common ones, as cats-."""
+    if len(set(map(stem, files))) == len(files):
+        return [""] * len(files)
+    inside = [file.parent.parts for file in files]
+    levels = [len(set(level)) > 1 for level in zip(*inside, strict=False)]
+    same = levels.index(True) if True in levels else len(levels)
+    return ["".join(f"{part}-" for part in parts[same:] if part not in ("/", "..")) for parts in inside]
+
+
+def _names(
+    files: Sequence[PurePosixPath], stem: Callable[[PurePosixPath], str], folders: Sequence[str] = ()
+) -> list[str]:
+    """Return unique names of files: folder and stem, or file name if equal, with a number if these are equal too."""
+    folders = folders or [""] * len(files)
+    pairs = [(folder + stem(file), folder + file.name) for folder, file in zip(folders, files, strict=True)]
+    stems = Counter(short for short, _ in pairs)
+    names = [short if stems[short] == 1 else long for short, long in pairs]
     again = Counter([*names, *RESERVED])
     return [name if again[name] == 1 else f"{row:05d}_{name}" for row, name in enumerate(names)]
 

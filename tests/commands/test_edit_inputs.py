@@ -1,6 +1,7 @@
 """`diffuse edit` with wrong inputs, clashing names and several processes."""
 
 import json
+from pathlib import Path, PurePosixPath
 
 import numpy as np
 import pytest
@@ -8,7 +9,9 @@ from PIL import Image
 
 from diffusion_cli.cli import run
 from diffusion_cli.commands import edit as editing
+from diffusion_cli.commands import inputs
 from diffusion_cli.commands.outputs import keep_results
+from diffusion_cli.data.listing import stem
 from helpers.editing import edit, pixels
 
 
@@ -31,7 +34,51 @@ def test_files_of_one_name_do_not_overwrite_each_other(edit_runs, tmp_path):
         (tmp_path / "in" / name).parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(np.full((8, 8), 7, dtype=np.uint8)).save(tmp_path / "in" / name)
     assert edit(edit_runs, "edit=reconstruct", f"input={tmp_path}/in", f"output={tmp_path}/out") == 0
-    assert len(list((tmp_path / "out").glob("*a*.png"))) == 3
+    assert sorted(path.name for path in (tmp_path / "out").glob("*a*.png")) == [
+        "a.png.png",
+        "a.tif.png",
+        "x-a.png",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("files", "expected"),
+    [
+        (["cats/1.jpg", "dogs/2.jpg"], ["1", "2"]),
+        (["cats/1.jpg", "dogs/1.jpg", "dogs/2.jpg"], ["cats-1", "dogs-1", "dogs-2"]),
+        (["set/cats/1.jpg", "set/dogs/1.jpg"], ["cats-1", "dogs-1"]),
+        (["1.jpg", "dogs/1.jpg"], ["1", "dogs-1"]),
+        (["/home/x/1.png", "../y/1.png"], ["home-x-1", "y-1"]),
+        (["a/1.jpg", "a/1.png", "a/2.png"], ["1.jpg", "1.png", "2"]),
+        (["a-b/1.jpg", "a/b-1.jpg", "a/1.jpg"], ["00000_a-b-1.jpg", "00001_a-b-1.jpg", "a-1"]),
+    ],
+)
+def test_results_of_files_with_one_name_begin_with_their_folders(files, expected):
+    paths = [PurePosixPath(file) for file in files]
+    assert inputs._names(paths, stem, inputs._folders(paths, stem)) == expected
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_a_folder_with_the_names_of_an_earlier_version_is_continued(
+    edit_runs, tmp_path, monkeypatch, capsys, named
+):
+    for place, level in (("cats", 7), ("dogs", 9)):
+        (tmp_path / "in" / place).mkdir(parents=True)
+        Image.fromarray(np.full((8, 8), level, dtype=np.uint8)).save(tmp_path / "in" / place / "1.png")
+    words = ["edit=reconstruct", f"input={tmp_path}/in", *([f"output={tmp_path}/out"] if named else [])]
+    with monkeypatch.context() as earlier:
+        earlier.setattr(inputs, "_folders", lambda paths, stem: [""] * len(paths))
+        assert edit(edit_runs, *words) == 0
+    folder = Path(capsys.readouterr().out.partition("Before and after: ")[2].splitlines()[0]).parent
+    (folder / "00001_1.png.png").unlink()
+    assert edit(edit_runs, *words) == 0
+    said = capsys.readouterr()
+    assert f"{folder} has 1 of 2 results; computing the rest" in said.err
+    assert sorted(path.name for path in folder.glob("*.png")) == [
+        "00000_1.png.png",
+        "00001_1.png.png",
+        "grid.png",
+    ]
 
 
 @pytest.mark.slow

@@ -60,6 +60,7 @@ from diffusion_cli.formats import (
     has_own_numbers,
 )
 from diffusion_cli.formats.dicom import SUFFIXES as SCANS
+from diffusion_cli.formats.dicom import is_dicom
 from diffusion_cli.formats.files import FIRST_SUFFIXES
 from diffusion_cli.formats.files import SUFFIXES as PICTURES
 from diffusion_cli.formats.range_check import LOOKED_AT
@@ -485,8 +486,28 @@ def image_files(
     """Return the names with a suffix of images, sorted; UsageError if there are none."""
     images = sorted(name for name in names if ends_in(PurePosixPath(name), suffixes))
     if not images:
-        raise UsageError(key, path, "has no images", f"expected files with {' '.join(suffixes)}")
+        expected = f"expected files with {' '.join(suffixes)}"
+        raise UsageError(key, path, "has no images", _other_kind(path, names, key) or expected)
     return images
+
+
+def _other_kind(path: Path, names: list[str], key: str) -> str | None:
+    """Return how to read a folder or archive of volumes, or of DICOM files without their suffix; None for others."""
+    volumes = Counter(
+        suffix for name in names for suffix in VOLUMES if ends_in(PurePosixPath(name), (suffix,))
+    )
+    if volumes and key == "dataset.path":
+        ((suffix, count),) = volumes.most_common(1)
+        return (
+            f"it has {count} volumes in {suffix} files: "
+            "set dataset.resolution=[depth,height,width] dataset.channels=1 dataset.range=[low,high]"
+        )
+    unknown = sorted(name for name in names if visible_name(PurePosixPath(name)))
+    for name in unknown[:LOOKED_AT]:
+        with suppress(ValueError, OSError):
+            if is_dicom(entry(path, name)):
+                return f"{name} is a DICOM file: rename the files, so that they end in .dcm"
+    return None
 
 
 def own_images(path: Path, names: list[str], key: str, suffixes: tuple[str, ...]) -> list[str]:

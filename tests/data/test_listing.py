@@ -12,12 +12,14 @@ from PIL import Image
 from diffusion_cli.cli import run
 from diffusion_cli.commands.inputs import read_input
 from diffusion_cli.data import Folder, Points, given_images, with_rules
+from diffusion_cli.data.folder import file_names, own_images
 from diffusion_cli.data.listing import passed_over
 from diffusion_cli.errors import UsageError
 from diffusion_cli.formats import Uint8Image, image_form
 from diffusion_cli.formats.files import FIRST_SUFFIXES, SUFFIXES
 from diffusion_cli.formats.pixel_readers import depth_of, read_numbers
 from diffusion_cli.system.untrusted import IMAGE_FORMATS
+from helpers.data import zipped
 
 RNG = np.random.default_rng(0)
 GRAY = RNG.integers(0, 256, (8, 8), dtype=np.uint8)
@@ -251,3 +253,30 @@ def test_pictures_beside_samples_of_another_form_are_not_counted(tmp_path):
 
 def test_a_form_of_numbers_reads_the_same_suffixes():
     assert image_form("uint16", 1, None).suffixes == Uint8Image().suffixes == SUFFIXES
+
+
+@pytest.mark.parametrize("pack", [False, True])
+def test_a_folder_of_another_kind_of_file_names_how_to_read_it(tmp_path, pack):
+    """Volumes without the keys that they need, and DICOM files without a suffix."""
+
+    def refused(folder):
+        path = zipped(folder, tmp_path / f"{folder.name}.zip") if pack else folder
+        with pytest.raises(UsageError, match=r"has no images; ") as error:
+            own_images(path, file_names(path), "dataset.path", SUFFIXES)
+        return str(error.value)
+
+    for place in ("scans", "slices"):
+        (tmp_path / place).mkdir()
+    for number in range(3):
+        (tmp_path / "scans" / f"{number}.nii.gz").write_bytes(b"")
+        (tmp_path / "slices" / f"IM000{number}").write_bytes(bytes(128) + b"DICM")
+    assert refused(tmp_path / "scans").endswith(
+        "it has 3 volumes in .nii.gz files: "
+        "set dataset.resolution=[depth,height,width] dataset.channels=1 dataset.range=[low,high]"
+    )
+    assert refused(tmp_path / "slices").endswith(
+        "IM0000 is a DICOM file: rename the files, so that they end in .dcm"
+    )
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "a.txt").write_text("x")
+    assert "expected files with .png" in refused(tmp_path / "notes")

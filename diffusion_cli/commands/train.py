@@ -140,7 +140,8 @@ def _begin(config: TrainConfig, setup: TrainingSetup, folder: Path, before: Chec
     if before and (line := train_report.other_budget(before.info.config.model_dump(), config)):
         show_remarks([line])
     show_remarks(train_report.remarks(setup))
-    save_real_images(setup, folder)
+    if config.preview_real:
+        save_real_images(setup, folder)
 
 
 @contextmanager

@@ -27,6 +27,7 @@ NOT_IDENTITY = frozenset(
         "log_every",
         "validate_every",
         "preview_every",
+        "preview_real",
         "preview_steps",
         "eval_every",
         "eval_samples",

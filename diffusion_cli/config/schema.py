@@ -57,6 +57,7 @@ class TrainConfig(BaseModel):
     log_every: PositiveInt
     validate_every: PositiveInt
     preview_every: PositiveInt
+    preview_real: bool = True
     preview_steps: PositiveInt
     eval_every: PositiveInt | None
     eval_samples: Annotated[int, Field(ge=2)]

@@ -90,7 +90,10 @@ class PerImage(ModelMetric):
         count = min(self.num_images or len(images), len(images))
         if count < 2:
             raise UsageError(
-                f"metric.{self.key}.split", self.split, f"has {count} images; a standard error needs 2"
+                f"metric.{self.key}.split",
+                self.split,
+                f"gives {count} image{'' if count == 1 else 's'}; a standard error needs 2",
+                f"set metric.{self.key}.split=train or a larger metric.{self.key}.num_images, or add validation data",
             )
         # The batch size is included because the images of a batch may share the steps of an ODE solver.
         settings = self.settings(subject) | {

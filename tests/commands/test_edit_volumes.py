@@ -42,6 +42,7 @@ def scans(tmp_path_factory):
     words = [
         "dataset=folder", f"dataset.path={root}/scans", "dataset.channels=1", "dataset.resolution=[8,8,8]",
         "dataset.range=[-1000,1000]", "model=unet3d_tiny", "batch_size=2", "max_steps=1", "name=t",
+        "preview_real=false",
     ]  # fmt: skip
     assert run([*TINY, *words, f"output_dir={root}/outputs"]) == 0
     return root
@@ -73,6 +74,19 @@ def test_known_voxels_outside_the_range_come_back_as_they_were(scans, capsys):
     assert "Error on the known values: root mean square 0, at most 0 of 2000" in said
     assert "clipped" not in said
     assert run([*EDIT, "edit=inpaint", *words]) == 0  # nothing is left to do
+
+
+def test_a_run_keeps_no_picture_of_training_scans_if_asked(scans):
+    assert (scans / "outputs" / "t" / "config.yaml").is_file()
+    assert not (scans / "outputs" / "t" / "previews" / "real.png").exists()
+
+
+def test_a_likelihood_of_one_scan_names_the_keys_that_give_more(capsys):
+    assert run(["eval", "run=t", "metric=flow_likelihood", "device=cpu", "cache_dir=cache"]) == 2
+    assert (
+        "metric.flow_likelihood.split=val: gives 1 image; a standard error needs 2; "
+        "set metric.flow_likelihood.split=train" in capsys.readouterr().err
+    )
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.uint8, np.int32, "scaled"])

@@ -11,11 +11,12 @@ import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -30,6 +31,8 @@ from diffusion_cli.config import (
     did_you_mean,
 )
 from diffusion_cli.errors import NO_VALUE, MachineError, Problem, UsageError, first_line
+from diffusion_cli.system.compat import watching_submissions
+from diffusion_cli.system.locks import locking_job
 from diffusion_cli.system.signals import STOPPED, UNFINISHED, end, end_at_signals, handling
 from diffusion_cli.system.terminal import guarded, lost_output, open_closed_streams, table
 from diffusion_cli.system.untrusted import printable
@@ -226,8 +229,8 @@ class Job:
     values: list[str]
     """Its values of the swept keys."""
     result: str = NOT_STARTED
-    run: str = ""
-    """Folder of the run that it trained."""
+    folder: str = ""
+    """Folder of the run that it trains, or of its other results if the command names it."""
 
 
 def sweep(command: str, request: Request) -> int:
@@ -246,8 +249,8 @@ def sweep(command: str, request: Request) -> int:
         Path(output_dir).mkdir(parents=True, exist_ok=True)  # Hydra would do it with a traceback
     except OSError as error:
         raise config.system_error(error, checked[0].model_dump()) from error
-    place = "" if f"{config.LAUNCHERS}=local" in launcher else f" with {launcher[0]}; logs: {logs}"
-    print(f"Running {len(jobs)} jobs{place}", flush=True)
+    on_slurm = f"{config.LAUNCHERS}=slurm" in launcher
+    print(f"{'Submitting' if on_slurm else 'Running'} {len(jobs)} jobs", flush=True)
     sys.argv = [
         "diffuse",
         f"+job=range({len(jobs)})",  # Hydra gets a number, and no word that its grammar might refuse
@@ -261,41 +264,86 @@ def sweep(command: str, request: Request) -> int:
         *([f"hydra.searchpath=[{folders}]"] if folders else []),
         "--multirun",
     ]
+    work = partial(_sweep_job, command, request.dirs, jobs)
     try:
-        code = _launch(command, request.dirs, jobs, logs)
-        for job in jobs if not code else ():  # those of a cluster ran in other processes
-            job.result = "done"
-            job.run = job.run or _run_folder(config.load(command, job.overrides, request.dirs))
+        if not on_slurm:
+            _launch(command, work)
+            for job in jobs:  # other launchers run them in processes of their own
+                job.result = "done"
+            return 0
+        for job in jobs:
+            job.folder = _folder(config.load(command, job.overrides, request.dirs))
+        _refuse_running(jobs)
+        return _submit(partial(_launch, command, work), jobs, logs, checked)
     finally:
         if any(job.result != NOT_STARTED for job in jobs):
             print(_table(swept.keys, jobs), flush=True)
-    return code
 
 
-def _run_folder(checked: Config) -> str:
-    """Return the folder of the run that a configuration trains; empty for other commands."""
-    trains = isinstance(checked, config.TrainConfig)
-    return str(Path(checked.output_dir, str(checked.name))) if trains else ""
+def _folder(checked: Config) -> str:
+    """Return the folder of the run that a configuration trains, or its `output`; empty if the command chooses it."""
+    if isinstance(checked, config.TrainConfig):
+        return str(Path(checked.output_dir, str(checked.name)))
+    return getattr(checked, "output", None) or ""
 
 
 def _table(keys: Sequence[str], jobs: Sequence[Job]) -> str:
     """Return a table of the jobs of a sweep."""
-    rows = [["job", *keys, "result", "run"]]
-    rows += [[str(number), *job.values, job.result, job.run] for number, job in enumerate(jobs)]
+    rows = [["job", *keys, "result", "folder" if any(job.folder for job in jobs) else ""]]
+    rows += [[str(number), *job.values, job.result, job.folder] for number, job in enumerate(jobs)]
     return f"\n{table(rows)}"
 
 
-def _launch(command: str, dirs: Sequence[Path], jobs: Sequence[Job], logs: Path) -> int:
-    """Run jobs with Hydra; report a failed cluster job in one line with its log folder."""
+def _launch(command: str, work: Callable[[object], object]) -> None:
+    """Let Hydra's launcher call a function for each job."""
     import hydra
 
     os.environ["HYDRA_FULL_ERROR"] = "1"  # let exceptions of jobs propagate unchanged
+    with handling(_interrupt):
+        hydra.main(config_path=str(CONF), config_name=command, version_base="1.3")(work)()
+
+
+def _refuse_running(jobs: Sequence[Job]) -> None:
+    """Raise UsageError if a job of SLURM that runs now trains in the folder of one of these jobs."""
+    held = {job.folder: number for job in jobs if job.folder and (number := locking_job(Path(job.folder)))}
+    command = ["squeue", "--noheader", "--format=%A"]
+    running = subprocess.run(command, capture_output=True, text=True).stdout.split() if held else []
+    problems = [
+        Problem(
+            "name",
+            Path(folder).name,
+            f"is being trained by job {number}",
+            f"wait for it, or scancel {number}",
+        )
+        for folder, number in held.items()
+        if number in running
+    ]
+    if problems:
+        raise UsageError.several(problems)
+
+
+def _submit(launch: Callable[[], None], jobs: Sequence[Job], logs: Path, checked: Sequence[Config]) -> int:
+    """Submit jobs to SLURM and wait for them; return the exit code.
+
+    Raises UsageError with the reasons of a refused submission, or of each job that failed.
+    """
+    submitted: list[Any] = []
+
+    def report(cluster_jobs: Sequence[Any]) -> None:
+        submitted.extend(cluster_jobs)
+        number, _, task = cluster_jobs[0].job_id.partition("_")
+        print(
+            f"Submitted as job {number}; logs: {logs / f'{number}_*' if task else logs / number}", flush=True
+        )
+        if (reason := _no_accounts(number)) is not None:
+            line = f"sacct fails ({reason}): this command waits forever for a job that is killed; see squeue"
+            print(f"diffuse: {line}", file=sys.stderr)
+
     try:
-        job = partial(_sweep_job, command, dirs, jobs)
-        with handling(_interrupt):
-            hydra.main(config_path=str(CONF), config_name=command, version_base="1.3")(job)()
+        with watching_submissions(report):
+            launch()
     except KeyboardInterrupt:
-        if "submitit" not in sys.modules:
+        if not submitted:
             raise
         print(
             f"diffuse: stopped waiting; the jobs continue: squeue lists them, scancel ends them; logs: {logs}",
@@ -305,11 +353,21 @@ def _launch(command: str, dirs: Sequence[Path], jobs: Sequence[Job], logs: Path)
     except Exception as error:
         if type(error).__module__.partition(".")[0] != "submitit":
             raise
+        if not submitted:
+            raise UsageError.several([config.submission_problem(str(error), checked)]) from error
         raise UsageError("launcher", "slurm", first_line(error), f"logs: {logs}") from error
+    problems: list[Problem] = []
+    for job, cluster_job in zip(jobs, submitted, strict=True):
+        reasons = next((lines for done in cluster_job.results() if (lines := done.return_value)), [])
+        job.result = "failed" if reasons else "done"
+        problems += [Problem(f"job {cluster_job.job_id}", NO_VALUE, reason) for reason in reasons]
+    if problems:
+        raise UsageError.several(problems)
     return 0
 
 
-def _sweep_job(command: str, dirs: Sequence[Path], jobs: Sequence[Job], _: object) -> None:
+def _sweep_job(command: str, dirs: Sequence[Path], jobs: Sequence[Job], _: object) -> Sequence[str]:
+    """Run one job of a sweep; return the reasons of a failure on a cluster."""
     from hydra.core.global_hydra import GlobalHydra
     from hydra.core.hydra_config import HydraConfig
 
@@ -320,11 +378,15 @@ def _sweep_job(command: str, dirs: Sequence[Path], jobs: Sequence[Job], _: objec
         f"\ndiffuse {command} {' '.join(map(config.as_pasted, [*config.allowing_words(), *job.overrides]))}",
         flush=True,
     )
-    on_cluster = "SUBMITIT_EXECUTOR" in os.environ
+    reasons: Sequence[str] = []
     with guarded():
-        code = (_cluster_job if on_cluster else _local_job)(command, job, dirs)
+        if "SUBMITIT_EXECUTOR" in os.environ:
+            code, reasons = _cluster_job(command, job, dirs)
+        else:
+            code = _local_job(command, job, dirs)
     if code:
         sys.exit(code)
+    return reasons
 
 
 def _local_job(command: str, job: Job, dirs: Sequence[Path]) -> int:
@@ -332,7 +394,7 @@ def _local_job(command: str, job: Job, dirs: Sequence[Path]) -> int:
     job.result = "failed"
     try:
         checked = config.load(command, job.overrides, dirs)
-        job.run = _run_folder(checked)
+        job.folder = _folder(checked)
         code = execute(command, checked)
     except (UsageError, MachineError) as error:
         return _report(*_lines(error))
@@ -340,25 +402,33 @@ def _local_job(command: str, job: Job, dirs: Sequence[Path]) -> int:
     return code
 
 
-def _cluster_job(command: str, job: Job, dirs: Sequence[Path]) -> int:
+def _cluster_job(command: str, job: Job, dirs: Sequence[Path]) -> tuple[int, Sequence[str]]:
     """Run one job of a sweep under submitit; a job that runs out of time saves and is requeued.
 
-    Raises UsageError with the reason of a failure, which the sweep reports. The log contains the traceback.
+    Returns the exit code, and the reasons of a failure, which the sweep reports. The log contains the traceback.
     """
     try:
         code = execute(command, config.load(command, job.overrides, dirs))
     except (UsageError, MachineError) as error:
-        reason = _lines(error)
-        _report(*reason)
+        reasons = _lines(error)
+        _report(*reasons)
+        return 0, reasons
     except Exception as error:
         traceback.print_exc()
-        reason = [f"{type(error).__name__}: {first_line(error)}"]
+        return 0, [f"{type(error).__name__}: {first_line(error)}"]
     else:
         if code == UNFINISHED and _still_wanted():
             signal.raise_signal(signal.SIGUSR2)  # makes submitit requeue the job
-        return code
-    number = importlib.import_module("submitit").JobEnvironment().job_id
-    raise UsageError.several(Problem(f"job {number}", NO_VALUE, line) for line in reason)
+        return code, []
+
+
+def _no_accounts(number: str) -> str | None:
+    """Return why sacct cannot show the state of a job; None if it can."""
+    try:
+        done = subprocess.run(["sacct", "--noheader", f"--jobs={number}"], capture_output=True, text=True)
+    except OSError as error:
+        return error.strerror
+    return (done.stderr.strip() or "no message").splitlines()[-1] if done.returncode else None
 
 
 def _still_wanted() -> bool:

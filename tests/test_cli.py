@@ -116,8 +116,12 @@ def test_every_mistake_at_once_one_line_each(capsys):
             "launcher.partitoin=gpu: unknown key; did you mean partition?",
         ),
         (
-            ["train", "-m", "launcher=slurm", "launcher.timeout_min=2h"],
-            "launcher.timeout_min=2h: must be an integer",
+            ["train", "-m", "launcher=slurm", "launcher.time=2h"],
+            "launcher.time=2h: unknown key; did you mean timeout_min?",
+        ),
+        (
+            ["train", "-m", "launcher=slurm", "launcher.timeout_min=2x"],
+            "launcher.timeout_min=2x: must be an integer or a duration (90s, 45m, 2h30m, 1d)",
         ),
         (["eval", "metric=[fid,iss]"], "metric=iss: unknown option; did you mean is?"),
         (
@@ -352,7 +356,7 @@ def test_a_sweep_ends_with_a_table_of_its_jobs(tmp_path):
     command = [sys.executable, "-m", "diffusion_cli", "train", *words]
     done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=folder)
     (*_, heading, first, second) = done.stdout.splitlines()
-    assert heading == "job  schedule  result  run"
+    assert heading == "job  schedule  result  folder"
     assert [line.split()[:3] for line in (first, second)] == [["0", "ve", "done"], ["1", "edm", "done"]]
     run = folder / first[first.index("it's") :]
     assert (run / "config.yaml").is_file()

@@ -32,7 +32,7 @@ from diffusion_cli.config.evaluation import (
 )
 from diffusion_cli.config.grid import Value, Variant, load_grid
 from diffusion_cli.config.help_pages import command_help, group_help, groups_asked, overview
-from diffusion_cli.config.launcher import LAUNCHERS, launch, split_launcher
+from diffusion_cli.config.launcher import LAUNCHERS, launch, split_launcher, submission_problem
 from diffusion_cli.config.plugins import allow, allowing_words, is_allowed, place_of, without_plugins
 from diffusion_cli.config.runs import differing, fingerprint, flatten, identity
 from diffusion_cli.config.sampling import SamplingSettings
@@ -129,6 +129,7 @@ __all__ = [
     "signature",
     "sort_words",
     "split_launcher",
+    "submission_problem",
     "summary",
     "system_error",
     "target",

@@ -204,7 +204,12 @@ def summary(file: Path) -> str:
 
 
 def did_you_mean(word: str, words: Sequence[str]) -> str:
-    """Return the remedy "did you mean X?" if a word is close, whatever its case; else "choose from" and all words."""
+    """Return the remedy "did you mean X?" if a word is close, whatever its case, or the beginning of one word.
+
+    Otherwise "choose from" and all words.
+    """
     spelt = {known.lower(): known for known in words}
     near = difflib.get_close_matches(word.lower(), spelt, n=1, cutoff=0.6)
+    begun = [known for known in spelt if len(word) > 2 and known.startswith(word.lower())]
+    near = near or (begun if len(begun) == 1 else [])
     return f"did you mean {spelt[near[0]]}?" if near else f"choose from {', '.join(words)}"

@@ -1,5 +1,6 @@
 """The launcher of a sweep: its option in `hydra/launcher`, its settings, and the resources of the jobs."""
 
+import math
 import shutil
 from collections.abc import Sequence
 from importlib.util import find_spec
@@ -8,7 +9,7 @@ from typing import Any
 
 from diffusion_cli.config.catalogue import content, did_you_mean, options
 from diffusion_cli.config.compose import LAUNCHER, parse
-from diffusion_cli.config.schema import Config, SlurmConfig, TrainConfig
+from diffusion_cli.config.schema import Config, SlurmConfig, TrainConfig, seconds
 from diffusion_cli.config.validate import validate
 from diffusion_cli.errors import NO_VALUE, Problem, UsageError
 
@@ -28,8 +29,10 @@ def launch(words: Sequence[str], jobs: Sequence[Config], dirs: Sequence[Path] = 
     if name not in files:
         raise UsageError("launcher", name, "unknown option", did_you_mean(name, list(files)))
     keys = {option: _keys(file) for option, file in files.items()}
+    checked: SlurmConfig | None = None
     if name == "slurm":
-        mistakes = validate(SlurmConfig, keys[name] | given, "launcher")[1] or _missing()
+        checked, mistakes = validate(SlurmConfig, keys[name] | given, "launcher")
+        mistakes = mistakes or _missing()
     else:
         having = {
             key: [option for option in keys if key in keys[option]] for key in given.keys() - keys[name]
@@ -48,8 +51,29 @@ def launch(words: Sequence[str], jobs: Sequence[Config], dirs: Sequence[Path] = 
     if mistakes:
         raise UsageError.several(mistakes)
     settings = [f"hydra.{text}" for text in words if not text.startswith("launcher=")]
-    asked = _resources(jobs, given) if name == "slurm" else []
-    return [f"{LAUNCHERS}={name}", *asked, *settings]
+    if checked is None:
+        return [f"{LAUNCHERS}={name}", *settings]
+    limit = f"hydra.launcher.timeout_min={_minutes(checked.timeout_min)}"  # Hydra takes minutes only
+    settings = [limit if text.startswith("hydra.launcher.timeout_min=") else text for text in settings]
+    return [f"{LAUNCHERS}={name}", *_resources(jobs, given), *settings]
+
+
+def _minutes(limit: int | str) -> int:
+    """Minutes of a time limit, rounded up."""
+    return limit if isinstance(limit, int) else math.ceil((seconds(limit) or 0) / 60)
+
+
+def submission_problem(messages: str, jobs: Sequence[Config]) -> Problem:
+    """Return the problem of jobs that sbatch refused, with its last message."""
+    reason = (messages.strip().splitlines() or ["sbatch failed without a message"])[-1]
+    if "Invalid generic resource" in reason:
+        on_cpu = "trainer=cpu" if isinstance(jobs[0], TrainConfig) else "device=cpu"
+        remedy = f"set launcher.gpus_per_node=0 or {on_cpu} if the nodes have no GPUs"
+    elif "configuration" in reason:
+        remedy = "sbatch cannot find a SLURM cluster; set SLURM_CONF, or run the command on a login node"
+    else:
+        remedy = "sbatch has refused the jobs; see diffuse train launcher=slurm --help for its settings"
+    return Problem("launcher", "slurm", reason, remedy)
 
 
 def _parsed(words: Sequence[str]) -> tuple[str, dict[str, Any]]:

@@ -4,6 +4,8 @@ Libraries are imported within the functions, so that importing this module costs
 """
 
 import atexit
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
@@ -88,3 +90,31 @@ def parse_override(text: str) -> "Override":
     from hydra.core.override_parser.overrides_parser import OverridesParser
 
     return OverridesParser.create().parse_override(text)
+
+
+@contextmanager
+def watching_submissions(submitted: Callable[[Sequence[Any]], None]) -> Iterator[None]:
+    """Context that calls a function with the jobs that submitit submits; tested with submitit 1.5.
+
+    Errors of sacct are dropped, because submitit repeats each of them on both streams at every poll.
+    """
+    import submitit
+    from submitit.slurm.slurm import SlurmInfoWatcher
+
+    submit, command = submitit.AutoExecutor.map_array, SlurmInfoWatcher._make_command
+
+    def reporting(self: Any, *arguments: Any) -> list[Any]:
+        jobs = submit(self, *arguments)
+        submitted(jobs)
+        return jobs
+
+    def quiet(self: Any) -> list[str] | None:
+        words = command(self)
+        return words and ["sh", "-c", '"$@" 2>/dev/null || true', "sh", *words]
+
+    executor: Any = submitit.AutoExecutor
+    executor.map_array, SlurmInfoWatcher._make_command = reporting, quiet
+    try:
+        yield
+    finally:
+        executor.map_array, SlurmInfoWatcher._make_command = submit, command

@@ -126,6 +126,15 @@ def holder(folder: Path) -> str | None:
     return None if not owner or ended else _described(owner)
 
 
+def locking_job(folder: Path) -> str | None:
+    """Return the number of the scheduler's job that locked a run folder, which may have ended; None without one."""
+    try:
+        job = _owner(folder / LOCK).get("job")
+    except OSError:
+        return None
+    return job if isinstance(job, str) else None
+
+
 def _waited_for(path: Path, pace: Heartbeat) -> "_Lock":
     """Return a lock once its holder has released it; after a second, print the holder."""
     start, named = time.monotonic(), False

@@ -185,13 +185,20 @@ def test_a_job_that_fails_is_one_line_of_the_sweep(cluster, tmp_path):
         f"output_dir={tmp_path}",
     ]
     sweep = cluster.diffuse("train", "-m", "launcher=slurm", *words)
-    _, said = sweep.communicate()
+    out, said = sweep.communicate()
     assert sweep.returncode == 2
-    (line,) = (line for line in said.splitlines() if line.startswith("diffuse: "))
+    (line,) = (line for line in said.splitlines() if line.startswith("diffuse: job "))
     assert re.match(
         r"diffuse: job \d+_0: preview_steps=2000: exceeds the 1000 timesteps of the schedule", line
     )
-    assert "Traceback" not in said
+    assert not any(words in said for words in ("Traceback", "Error executing", "Bypassing"))
+    (array,) = submitted(tmp_path)
+    assert f"Submitted as job {array}; logs: {tmp_path}/.submitit/{array}_*\n" in out
+    assert [line.split()[2:] for line in out.splitlines()[-2:]] == [
+        ["failed", f"{tmp_path}/p2000"],
+        ["done", f"{tmp_path}/p25"],
+    ]
+    assert said.count("sacct fails (Slurm accounting storage is disabled)") == 1
     assert steps(tmp_path / "p25") == 4  # the others are not touched by it
 
 
@@ -221,6 +228,11 @@ def test_a_job_of_a_sweep_that_is_preempted_or_runs_out_of_time_saves_and_goes_o
     for order in (preempt, end_of_time):
         before = steps(tmp_path / "run")
         until(lambda before=before: steps(tmp_path / "run") > before, "another checkpoint")
+        if order is end_of_time:  # it runs now
+            again = cluster.diffuse("train", "-m", "launcher=slurm", *words)
+            _, refusal = again.communicate()
+            problem = f"name=run: is being trained by job {job}; wait for it, or scancel {job}"
+            assert (again.returncode, refusal) == (2, f"diffuse: {problem}\n")
         cluster(*order)
         cluster.restart(job)
     assert 0 < steps(tmp_path / "run") < 250

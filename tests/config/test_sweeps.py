@@ -149,6 +149,31 @@ def test_the_processes_of_a_job_are_tasks_and_gpus_of_slurm(slurm):
     assert "hydra.launcher.tasks_per_node=4" in four
 
 
+@pytest.mark.parametrize(("limit", "minutes"), [("90", 90), ("4h", 240), ("1d2h", 1560), ("61s", 2)])
+def test_time_limits_are_minutes_or_durations(slurm, limit, minutes):
+    asked = told(["launcher=slurm", f"launcher.timeout_min={limit}"], ["trainer=cpu"])
+    assert asked[-1] == f"hydra.launcher.timeout_min={minutes}"
+
+
+@pytest.mark.parametrize(
+    ("messages", "line"),
+    [
+        (
+            "sbatch: error: Invalid generic resource (gres) specification",
+            "sbatch: error: Invalid generic resource (gres) specification; set launcher.gpus_per_node=0 or trainer=cpu "
+            "if the nodes have no GPUs",
+        ),
+        (
+            "sbatch: error: Unknown host\nsbatch: fatal: Could not establish a configuration source\n",
+            "sbatch: fatal: Could not establish a configuration source; sbatch cannot find a SLURM cluster; set "
+            "SLURM_CONF, or run the command on a login node",
+        ),
+    ],
+)
+def test_jobs_that_sbatch_refuses_have_a_remedy(messages, line):
+    assert str(launcher.submission_problem(messages, [load("train", [])])) == f"launcher=slurm: {line}"
+
+
 def test_the_jobs_of_one_array_take_the_same(slurm):
     with pytest.raises(UsageError, match="all jobs of an array need the same nodes x processes"):
         told(["launcher=slurm"], ["processes=1"], ["processes=2"], command="eval")

@@ -93,7 +93,7 @@ def _fit(
         stop.load_state_dict(before.state["callbacks"][stop.state_key])
         if stop.seconds_left() == 0:
             if main:
-                print(train_report.time_spent(config, folder, done))
+                print(train_report.time_spent(config, folder, done, stop.elapsed))
             return 0
     if config.compile is True or (config.compile == "auto" and setup.device.torch_device.type == "cuda"):
         model.network.compile()  # in place: torch.compile(network) would rename every weight

@@ -54,14 +54,14 @@ def periodic_callbacks(
     """
     callbacks = [*_validation(config, setup, ema, stop)]
     if isinstance(setup.task, AutoencoderTask):
-        return [*callbacks, _reconstructions(config, setup, folder, ema, stop)]
+        return [*callbacks, *_reconstructions(config, setup, folder, ema, stop)]
     if not isinstance(setup.task.model, Denoiser):
         if config.eval_every is not None:
             raise UsageError("eval_every", config.eval_every, "a classifier makes no samples", "leave it out")
         return callbacks
     if config.eval_every is not None:
         callbacks.append(_evaluation(config, setup, setup.task, folder, ema, stop))
-    return [*callbacks, _preview(config, setup, setup.task, folder, ema, stop)]
+    return [*callbacks, *_preview(config, setup, setup.task, folder, ema, stop)]
 
 
 def _validation(
@@ -79,11 +79,13 @@ def _validation(
 
 def _reconstructions(
     config: TrainConfig, setup: TrainingSetup, folder: Path, ema: EMA, stop: GracefulStop
-) -> ReconstructionPreview:
-    """Return the preview callback of an autoencoder."""
+) -> Iterator[ReconstructionPreview]:
+    """Yield the preview callback of an autoencoder, unless there are no previews."""
+    if config.preview_every is None:
+        return
     images = setup.val_images or setup.images
     shown = images[spread(len(images), min(len(images), PICTURES)).to(images.device)].cpu()
-    return ReconstructionPreview(
+    yield ReconstructionPreview(
         config.preview_every,
         ema,
         stop,
@@ -126,10 +128,12 @@ def _real_rows(images: Images, counts: list[int] | None) -> dict[int, torch.Tens
 
 def _preview(
     config: TrainConfig, setup: TrainingSetup, task: DenoisingTask, folder: Path, ema: EMA, stop: GracefulStop
-) -> Preview:
-    """Return the preview callback of a denoiser, with the classes that have training images."""
+) -> Iterator[Preview]:
+    """Yield the preview callback of a denoiser, with the classes that have training images, unless there are none."""
+    if config.preview_every is None:
+        return
     counts = setup.label_counts
-    return Preview(
+    yield Preview(
         config.preview_every,
         ema,
         stop,

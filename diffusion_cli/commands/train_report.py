@@ -60,20 +60,22 @@ def last_lines(
         stopped = ""
         if stop.seconds_left() == 0 and progress.step != progress.max_steps:
             of = "" if progress.max_steps is None else f" of {progress.max_steps}"
-            stopped = f"Stopped by max_time at step {progress.step}{of}; to continue, {_more_time(progress.config)}\n"
+            remedy = _more_time(progress.config, stop.elapsed)
+            stopped = f"Stopped by max_time at step {progress.step}{of}; to continue, {remedy}\n"
         yield f"{progress.outcome()}; the run is {folder}\n{stopped}Next: {_next(model, folder)}"
 
 
-def time_spent(config: TrainConfig, folder: Path, step: int) -> str:
-    """Return the line of a run whose `max_time` earlier starts have spent."""
+def time_spent(config: TrainConfig, folder: Path, step: int, elapsed: float) -> str:
+    """Return the line of a run of which earlier starts trained for `elapsed` seconds, `max_time` or more."""
     return (
-        f"{folder} finished at step {step}, because earlier starts have spent max_time={config.max_time}; to continue, "
-        f"{_more_time(config.model_dump())}"
+        f"{folder} finished at step {step}, because earlier starts took {elapsed:.0f} s and max_time="
+        f"{config.max_time}; to continue, {_more_time(config.model_dump(), elapsed)}"
     )
 
 
-def _more_time(config: Node) -> str:
-    return f"raise the budget, for example max_time={2 * int(seconds(config['max_time']) or 0)}s"
+def _more_time(config: Node, elapsed: float) -> str:
+    longer = 2 * int(max(seconds(config["max_time"]) or 0, elapsed))
+    return f"raise the budget, for example max_time={longer}s"
 
 
 def finished(folder: Path, step: int, max_steps: int, before: int | None) -> str:

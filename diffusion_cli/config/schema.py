@@ -56,7 +56,7 @@ class TrainConfig(BaseModel):
     keep_last: PositiveInt
     log_every: PositiveInt
     validate_every: PositiveInt
-    preview_every: PositiveInt
+    preview_every: PositiveInt | None
     preview_real: bool = True
     preview_steps: PositiveInt
     eval_every: PositiveInt | None
@@ -259,7 +259,7 @@ class SlurmConfig(BaseModel):
     gpus_per_node: NonNegativeInt | None
     cpus_per_task: PositiveInt | None
     mem_gb: PositiveInt | None
-    timeout_min: PositiveInt
+    timeout_min: PositiveInt | Duration
     signal_delay_s: NonNegativeInt
     max_num_timeout: NonNegativeInt
     array_parallelism: PositiveInt

@@ -14,6 +14,7 @@ from diffusion_cli.cli import run
 from diffusion_cli.commands.train_report import finished
 from diffusion_cli.runs.checkpoint import LAST
 from diffusion_cli.system.locks import run_lock
+from diffusion_cli.training.callbacks import GracefulStop
 from helpers import TINY, assert_same, state, train
 
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.slow]
@@ -170,18 +171,36 @@ def test_time_is_a_budget_over_all_starts(tmp_path, capsys):
     assert train(tmp_path, "max_steps=null", "max_time=1s") == 0
     first = state(tmp_path)
     assert first["callbacks"]["Stop"]["elapsed"] >= 1
-    remedy = "raise the budget, for example max_time=2s"
+    elapsed = first["callbacks"]["Stop"]["elapsed"]
+    remedy = f"raise the budget, for example max_time={2 * int(elapsed)}s"
     stopped = f"Stopped by max_time at step {first['global_step']}; to continue, {remedy}"
     assert f"\n{stopped}\nNext: " in capsys.readouterr().out
     assert train(tmp_path, "max_steps=null", "max_time=1s") == 0
     step = first["global_step"]
     assert capsys.readouterr().out == (
-        f"{tmp_path}/tiny finished at step {step}, because earlier starts have spent max_time=1s; to continue, raise "
-        "the budget, for example max_time=2s\n"
+        f"{tmp_path}/tiny finished at step {step}, because earlier starts took {elapsed:.0f} s and max_time=1s; to "
+        f"continue, {remedy}\n"
     )
     assert state(tmp_path)["global_step"] == step
     assert train(tmp_path, f"max_steps={step + 1}", "max_time=1h") == 0
     assert state(tmp_path)["global_step"] == step + 1
+
+
+def test_previews_may_be_turned_off_and_on_again(tmp_path):
+    assert train(tmp_path, "max_steps=2", "preview_every=null") == 0
+    assert not [*(tmp_path / "tiny" / "previews").glob("step_*")]
+    assert train(tmp_path, "max_steps=4", "preview_every=1", "preview_steps=1") == 0
+    assert [*(tmp_path / "tiny" / "previews").glob("step_*")]
+    assert train(tmp_path, "max_steps=6", "preview_every=null") == 0
+
+
+def test_a_smaller_time_budget_names_the_time_that_was_spent(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(GracefulStop, "state_dict", lambda stop: {"elapsed": 67.4})
+    assert train(tmp_path, "max_steps=1") == 0
+    capsys.readouterr()
+    assert train(tmp_path, "max_steps=2", "max_time=1s") == 0
+    line = "because earlier starts took 67 s and max_time=1s; to continue, raise the budget, for example max_time=134s"
+    assert capsys.readouterr().out == f"{tmp_path}/tiny finished at step 1, {line}\n"
 
 
 def test_a_larger_budget_goes_on_with_the_run_as_it_says(tmp_path):

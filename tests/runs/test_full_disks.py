@@ -67,6 +67,8 @@ def test_a_full_disk_at_a_checkpoint(disk, capsys, whole):
 
 def test_a_full_disk_at_a_preview(disk, capsys):
     folder = disk("size=8k")
+    (folder / "tiny" / "previews").mkdir(parents=True)
+    (folder / "tiny" / "previews" / "real.png").touch()  # the picture of training images needs no room
     assert train(folder, "max_steps=14", "preview_every=2", "preview_steps=2") == 2
     err = capsys.readouterr().err
     assert (

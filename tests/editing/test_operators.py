@@ -43,7 +43,9 @@ def test_a_box_of_a_volume_lies_along_width_height_and_depth():
     shape = (1, 4, 6, 8)
 
     def painted(mask):
-        return ~Inpaint(shape, mask=mask).known[0, 0]
+        known = Inpaint(shape, mask=mask).known
+        assert known is not None
+        return ~known[0, 0]
 
     box = torch.zeros(shape[1:], dtype=torch.bool)
     box[2:4, 1:5, 0:3] = True
@@ -66,7 +68,10 @@ def test_each_input_has_its_region():
     images = noise(2, *GRAY)
     _, y = edit.of([2, 0]).measure(images)
     assert torch.equal(y, images * ~painted[[2, 0]])
-    assert torch.equal(Inpaint(GRAY).of([2, 0]).known, Inpaint(GRAY).known)
+    one_for_all, known = Inpaint(GRAY).of([2, 0]).known, Inpaint(GRAY).known
+    assert one_for_all is not None
+    assert known is not None
+    assert torch.equal(one_for_all, known)
 
 
 def test_a_volume_is_continued_in_every_slice_and_enlarged_along_every_axis():

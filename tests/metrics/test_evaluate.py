@@ -20,6 +20,7 @@ from diffusion_cli.metrics import (
     PrecisionRecall,
     evaluate,
 )
+from diffusion_cli.samplers import unreported
 from helpers.metrics import DATA, METRICS, Held, Projection, Through, distance, measured, moments_of, pixels
 
 CPU = torch.device("cpu")
@@ -148,7 +149,7 @@ def test_published_statistics_take_the_place_of_the_images(tmp_path) -> None:
 
 def test_too_few_samples_are_refused_before_any_is_made(tmp_path) -> None:
     class Never(GivenSamples):
-        def batch(self, numbers):
+        def batch(self, numbers, advance=unreported):
             raise AssertionError("a sample was made although it could be known that they are too few")
 
     samples = Never(ExternalImages(MemoryImages(pixels(5, 2), None), None), None, {}, "samples")

@@ -91,7 +91,7 @@ def check_configuration(folder: Path, config: TrainConfig, stored: dict[str, Any
 
 
 def _other_options(now: Node, before: Node, names: Collection[str]) -> Iterator[Problem]:
-    """Yield a problem for each of some groups of which a run has another option, with that option.
+    """Yield a problem, with the run's option, for each of some groups with another option.
 
     An option of another class is named by its class if no option file has it. Options of one class are named only if
     the run and the command have them unchanged.

@@ -66,7 +66,7 @@ def last_lines(
 
 
 def time_spent(config: TrainConfig, folder: Path, step: int, elapsed: float) -> str:
-    """Return the line of a run of which earlier starts trained for `elapsed` seconds, `max_time` or more."""
+    """Return the line of a run that has trained for `elapsed` seconds, `max_time` or more."""
     return (
         f"{folder} finished at step {step}, because earlier starts took {elapsed:.0f} s and max_time="
         f"{config.max_time}; to continue, {_more_time(config.model_dump(), elapsed)}"

@@ -210,6 +210,6 @@ def did_you_mean(word: str, words: Sequence[str]) -> str:
     """
     spelt = {known.lower(): known for known in words}
     near = difflib.get_close_matches(word.lower(), spelt, n=1, cutoff=0.6)
-    begun = [known for known in spelt if len(word) > 2 and known.startswith(word.lower())]
-    near = near or (begun if len(begun) == 1 else [])
+    longer = [known for known in spelt if len(word) > 2 and known.startswith(word.lower())]
+    near = near or (longer if len(longer) == 1 else [])
     return f"did you mean {spelt[near[0]]}?" if near else f"choose from {', '.join(words)}"

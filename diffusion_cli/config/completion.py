@@ -9,6 +9,7 @@ from diffusion_cli.config.catalogue import CONF, defaults, did_you_mean, documen
 from diffusion_cli.config.launcher import LAUNCHERS
 from diffusion_cli.config.runs import run_folders
 from diffusion_cli.config.schema import COMMANDS, FIRST_WORD
+from diffusion_cli.config.values import PATH_KEYS
 from diffusion_cli.config.words import FLAGS
 from diffusion_cli.errors import NO_VALUE, UsageError
 
@@ -43,11 +44,6 @@ compdef _diffuse diffuse""",
 
 RUN_KEYS = ("run", "compare", "latent.run", "guidance.run")
 """Keys with a value that names a run."""
-PATH_KEYS = (
-    *("input", "output", "samples", "path", "masks", "mask", "weights", "lpips_weights", "stats"),
-    *("originals", "pretrained", "output_dir", "data_dir", "cache_dir"),
-)
-"""Last names of keys with a value that may be a path."""
 MOST_PATHS = 1000
 """Most completions of a path."""
 

@@ -5,9 +5,8 @@ import os
 from pathlib import Path
 from typing import Any
 
-from diffusion_cli.config.completion import PATH_KEYS
 from diffusion_cli.config.runs import flatten
-from diffusion_cli.config.values import Node
+from diffusion_cli.config.values import PATH_KEYS, Node
 from diffusion_cli.errors import MachineError
 
 THROUGH_A_FILE = (errno.ENOTDIR, errno.EEXIST)

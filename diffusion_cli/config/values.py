@@ -25,6 +25,11 @@ Step = int | Literal["best"] | None
 Class = int | str
 Label = Class | list[Class] | None
 CLASS_KEYS = ("label", "edit.source")  # keys that take names of classes, read as they are typed
+PATH_KEYS = (
+    *("input", "output", "samples", "path", "masks", "mask", "weights", "lpips_weights", "stats"),
+    *("originals", "pretrained", "output_dir", "data_dir", "cache_dir"),
+)
+"""Last names of keys with a value that may be a path."""
 # Lightning's names of the number formats, and those of `precision`.
 NUMBER_FORMATS = {32: "fp32", "32": "fp32", "bf16-mixed": "bf16", "16-mixed": "fp16"}
 Precision = Annotated[

@@ -3,17 +3,13 @@
 import os
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from hashlib import sha256
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, Literal
 
-import numpy as np
-import torch
 from pydantic import Field, NonNegativeInt, PositiveInt
 from torch import Tensor
-from torch.utils.data import get_worker_info
 
 from diffusion_cli.data import survey
 from diffusion_cli.data.base import (
@@ -22,7 +18,6 @@ from diffusion_cli.data.base import (
     Split,
     named_mask,
     named_remarks,
-    row_chunks,
     split_rows,
     spread,
 )
@@ -30,13 +25,12 @@ from diffusion_cli.data.decoding import (
     FileDecoder,
     HighDepthDecoder,
     ImageDecoder,
-    NoResize,
     VolumeDecoder,
     image_decoder,
-    key_text,
     order_remarks,
     resized_affine,
 )
+from diffusion_cli.data.encoded import EncodedImages, range_remarks
 from diffusion_cli.data.labels import class_labels, composed
 from diffusion_cli.data.labels import read as entry
 from diffusion_cli.data.listing import (
@@ -48,12 +42,9 @@ from diffusion_cli.data.listing import (
     without_pictures,
 )
 from diffusion_cli.data.masks import MaskedDecoder, divided, mask_files, masked_decoder
-from diffusion_cli.data.memory import MemoryImages, fits_in_memory
 from diffusion_cli.errors import FormatError, UsageError
 from diffusion_cli.formats import (
     Dicom,
-    HighDepthImage,
-    Original,
     Range,
     Uint8Image,
     Volume,
@@ -66,7 +57,6 @@ from diffusion_cli.formats.files import SUFFIXES as PICTURES
 from diffusion_cli.formats.range_check import LOOKED_AT
 from diffusion_cli.formats.volume import SUFFIXES as VOLUMES
 from diffusion_cli.formats.volume import read_volume
-from diffusion_cli.system.cores import usable_cores
 from diffusion_cli.system.untrusted import LONGEST_MANIFEST, Archive, read, reason
 
 SUFFIXES = (*PICTURES, *SCANS)
@@ -253,12 +243,7 @@ class Folder(Dataset):
         return form, VolumeDecoder(form, (channels, *sizes), held.spacing)
 
     def load(self, split: Split) -> Images:
-        images = self.stream(split)
-        in_memory = self.in_memory
-        if in_memory is None:
-            size = int(np.prod(self.shape)) * self.decoder.dtype.itemsize
-            in_memory = fits_in_memory(len(images) * size)
-        return images.in_memory() if in_memory else images
+        return self.stream(split).loaded(self.in_memory)
 
     def remarks(self) -> list[str]:
         return [
@@ -267,7 +252,7 @@ class Folder(Dataset):
             *self._class_remarks,
             *named_remarks(self.files, self.val_fraction),
             *self._header_remarks(),
-            *self._range_remarks(),
+            *range_remarks(self.decoder, self._few()),
         ]
 
     def _header_remarks(self) -> list[str]:
@@ -283,19 +268,11 @@ class Folder(Dataset):
             profiles=self.rules > 1,
         )
 
-    def _range_remarks(self) -> list[str]:
-        """Compare the values of a few images, without masks, with their range."""
-        decoder = self.decoder.image if isinstance(self.decoder, MaskedDecoder) else self.decoder
-        form = decoder.form if isinstance(decoder, HighDepthDecoder) else Uint8Image()
-        if isinstance(decoder, VolumeDecoder) or not isinstance(form, HighDepthImage | Uint8Image):
-            return []
-        images = []
+    def _few(self) -> Iterator[bytes]:
+        """Yield the readable ones of a few evenly spaced files."""
         for row in spread(len(self.files), min(len(self.files), LOOKED_AT)).tolist():
             with suppress(ValueError, OSError):  # reported with the other broken files, where pixels are read
-                data = entry(self.path, self.files[row])
-                images.append(form.held(data) if isinstance(form, HighDepthImage) else decoder(data))
-        remark = form.remark(images) if len({len(image) for image in images}) == 1 else None
-        return [remark] if remark else []
+                yield entry(self.path, self.files[row])
 
     def stream(self, split: Split) -> "FileImages":
         rows = split_rows(named_mask(self.files, self.val_fraction), self.val_fraction, split)
@@ -305,7 +282,7 @@ class Folder(Dataset):
         return FileImages(self.path, files, labels, self.decoder, masks=masks)
 
 
-class FileImages(Images):
+class FileImages(EncodedImages):
     """Image files in a folder or ZIP archive, decoded on access.
 
     Can be pickled, and used after a fork: each process opens the archive for itself.
@@ -328,13 +305,10 @@ class FileImages(Images):
         key: str = "dataset.path",
         masks: list[str] | None = None,
     ) -> None:
-        self.key = key
-        self.shape = decoder.shape
-        self.labels = labels
+        super().__init__(labels, decoder, (key, path))
         self.path = path
         self.names = names
         self.masks = masks
-        self.decoder = decoder
         self._archive: tuple[int, Archive] | None = None  # with the id of the process that opened it
 
     def __getstate__(self) -> dict[str, Any]:
@@ -343,90 +317,20 @@ class FileImages(Images):
     def __len__(self) -> int:
         return len(self.names)
 
-    def __getitem__(self, index: Tensor) -> Tensor:
-        pixels, broken = self._decode(index)
-        if broken:
-            raise self._error(broken)
-        return pixels
+    def title(self, row: int) -> str:
+        return self.names[row]
 
-    def original(self, row: int) -> Original | None:
-        if isinstance(self.decoder, HighDepthDecoder | VolumeDecoder | MaskedDecoder):
-            return self.decoder.original(*self._contents(row))
-        return None
+    def contents(self, row: int) -> list[bytes]:
+        names = [self.names[row]] if self.masks is None else [self.names[row], self.masks[row]]
+        archive = self._open()
+        return [archive.read(name) if archive else read(self.path / name) for name in names]
 
-    def lossy(self, index: Tensor) -> dict[str, int]:
-        if not isinstance(self.decoder, NoResize):  # other decoders change pixels anyway
-            return {}
-        found = Counter(self.decoder.form.lossy(self._content(self.names[row])) for row in index.tolist())
-        return {name: count for name, count in found.items() if name is not None}
-
-    def sources(self, index: Tensor) -> list[bytes]:
-        decoder = key_text(self.decoder).encode()
-        return [sha256(decoder + content).digest() for content in self._content_digests(index)]
+    def prepare(self) -> None:
+        self._open()
 
     def fingerprint(self) -> str:
-        # Of the bytes: versions of a decoder may give different pixels for the same JPEG.
         names = "\n".join(composed(name) for name in [*self.names, *(self.masks or [])])
-        return sha256(b"".join([names.encode(), *self._content_digests(self._evenly())])).hexdigest()
-
-    def _content_digests(self, index: Tensor) -> list[bytes]:
-        """Return the concatenated SHA-256 digests of the files of each row in `index`."""
-        digests: list[bytes] = []
-        broken: list[str] = []
-        for row in index.tolist():
-            try:
-                digests.append(b"".join(sha256(data).digest() for data in self._contents(row)))
-            except (ValueError, OSError) as error:
-                broken.append(f"{self.names[row]} ({reason(error)})")
-        if broken:
-            raise self._error(broken)
-        return digests
-
-    def in_memory(self) -> MemoryImages:
-        """Decode all images, with a progress bar; UsageError names all files that cannot be decoded."""
-        pixels = torch.from_numpy(np.empty((len(self), *self.shape), self.decoder.dtype))
-        broken: list[str] = []
-        for rows in row_chunks(len(self), f"reading {self.path.name}"):
-            pixels[rows], failures = self._decode(rows)
-            broken += failures
-        if broken:
-            raise self._error(broken)
-        return MemoryImages(pixels, self.labels, self.fingerprint())
-
-    def _decode(self, index: Tensor) -> tuple[Tensor, list[str]]:
-        """Return the images of the rows, and the name and error of each file that cannot be decoded."""
-        pixels = np.zeros((len(index), *self.shape), self.decoder.dtype)
-        self._open()  # once, before the threads start
-
-        def fill(slot: int, row: int) -> str | None:
-            name = self.names[row]
-            try:
-                pixels[slot] = self._decoded(row)
-            except (ValueError, OSError) as error:
-                return f"{name} ({reason(error)})"
-            return None
-
-        # Worker processes run in parallel already; elsewhere decode in threads.
-        threads = 1 if get_worker_info() else min(usable_cores(), len(index))
-        if threads <= 1:
-            outcomes = list(map(fill, range(len(index)), index.tolist()))
-        else:
-            with ThreadPoolExecutor(threads) as pool:
-                outcomes = list(pool.map(fill, range(len(index)), index.tolist()))
-        return torch.from_numpy(pixels), [outcome for outcome in outcomes if outcome]
-
-    def _decoded(self, row: int) -> np.ndarray:
-        return self.decoder(*self._contents(row))
-
-    def _contents(self, row: int) -> list[bytes]:
-        """Return the bytes of the file of a row, and of its mask if any."""
-        names = [self.names[row]] if self.masks is None else [self.names[row], self.masks[row]]
-        return [self._content(name) for name in names]
-
-    def _content(self, name: str) -> bytes:
-        """Return the bytes of a file; UsageError or OSError if it cannot be read."""
-        archive = self._open()
-        return archive.read(name) if archive else read(self.path / name)
+        return sha256(b"".join([names.encode(), *self.content_digests(self._evenly())])).hexdigest()
 
     def _open(self) -> Archive | None:
         """Return this process's own handle of the archive: a file position is shared across a fork."""
@@ -437,14 +341,9 @@ class FileImages(Images):
                 self._archive = (os.getpid(), Archive(self.path))
             except FormatError as error:  # it was readable when the images were listed
                 raise UsageError(
-                    self.key, self.path, f"is no longer a readable .zip ({error})", "restore it"
+                    *self.source, f"is no longer a readable .zip ({error})", "restore it"
                 ) from error
         return self._archive[1]
-
-    def _error(self, broken: list[str]) -> UsageError:
-        named = "; ".join(broken[:10]) + ("; ..." if len(broken) > 10 else "")
-        problem = f"cannot use {len(broken)} of the images; repair or remove {named}"
-        return UsageError(self.key, self.path, problem)
 
 
 def source_name(path: Path) -> str:

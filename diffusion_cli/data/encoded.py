@@ -1,0 +1,152 @@
+"""Images that are decoded on access from the bytes of image files, wherever these bytes are stored."""
+
+from abc import abstractmethod
+from collections import Counter
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from hashlib import sha256
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import get_worker_info
+
+from diffusion_cli.data.base import Images, row_chunks
+from diffusion_cli.data.decoding import FileDecoder, HighDepthDecoder, NoResize, VolumeDecoder, key_text
+from diffusion_cli.data.masks import MaskedDecoder
+from diffusion_cli.data.memory import MemoryImages, fits_in_memory
+from diffusion_cli.errors import UsageError
+from diffusion_cli.formats import HighDepthImage, Original, Uint8Image
+from diffusion_cli.system.cores import usable_cores
+from diffusion_cli.system.untrusted import reason
+
+
+class EncodedImages(Images):
+    """Images that are decoded on access. Subclasses return the bytes of each row's file, and can be pickled.
+
+    Args:
+        labels: class of each image, int64 [N], or None.
+        decoder: decoder of the files.
+        source: configuration key and value of the images, for errors.
+    """
+
+    threads = True
+    """Whether threads may read different rows at once."""
+
+    def __init__(
+        self, labels: Tensor | None, decoder: FileDecoder | MaskedDecoder, source: tuple[str, Any]
+    ) -> None:
+        self.shape = decoder.shape
+        self.labels = labels
+        self.decoder = decoder
+        self.source = source
+
+    @abstractmethod
+    def contents(self, row: int) -> list[bytes]:
+        """Return the bytes of the file of a row, and of its mask if any; UsageError, FormatError or OSError."""
+
+    @abstractmethod
+    def title(self, row: int) -> str:
+        """Return the name of a row in errors."""
+
+    def prepare(self) -> None:
+        """Open what the threads of this process share."""
+
+    def __getitem__(self, index: Tensor) -> Tensor:
+        pixels, broken = self._decode(index)
+        if broken:
+            raise self._error(broken)
+        return pixels
+
+    def original(self, row: int) -> Original | None:
+        if isinstance(self.decoder, HighDepthDecoder | VolumeDecoder | MaskedDecoder):
+            return self.decoder.original(*self.contents(row))
+        return None
+
+    def lossy(self, index: Tensor) -> dict[str, int]:
+        if not isinstance(self.decoder, NoResize):  # other decoders change pixels anyway
+            return {}
+        found = Counter(self.decoder.form.lossy(self.contents(row)[0]) for row in index.tolist())
+        return {name: count for name, count in found.items() if name is not None}
+
+    def sources(self, index: Tensor) -> list[bytes]:
+        decoder = key_text(self.decoder).encode()
+        return [sha256(decoder + content).digest() for content in self.content_digests(index)]
+
+    def fingerprint(self) -> str:
+        # Of the bytes: versions of a decoder may give different pixels for the same JPEG.
+        return sha256(b"".join([b"%d" % len(self), *self.content_digests(self._evenly())])).hexdigest()
+
+    def content_digests(self, index: Tensor) -> list[bytes]:
+        """Return the concatenated SHA-256 digests of the files of each row in `index`."""
+        digests: list[bytes] = []
+        broken: list[str] = []
+        for row in index.tolist():
+            try:
+                digests.append(b"".join(sha256(data).digest() for data in self.contents(row)))
+            except (ValueError, OSError) as error:
+                broken.append(f"{self.title(row)} ({reason(error)})")
+        if broken:
+            raise self._error(broken)
+        return digests
+
+    def loaded(self, in_memory: bool | None) -> Images:
+        """Return the images decoded in memory, or these, to decode on access; None: in memory if they fit."""
+        if in_memory is None:
+            in_memory = fits_in_memory(len(self) * int(np.prod(self.shape)) * self.decoder.dtype.itemsize)
+        return self.in_memory() if in_memory else self
+
+    def in_memory(self) -> MemoryImages:
+        """Decode all images, with a progress bar; UsageError names all files that cannot be decoded."""
+        pixels = torch.from_numpy(np.empty((len(self), *self.shape), self.decoder.dtype))
+        broken: list[str] = []
+        for rows in row_chunks(len(self), f"reading {str(self.source[1]).rpartition('/')[2]}"):
+            pixels[rows], failures = self._decode(rows)
+            broken += failures
+        if broken:
+            raise self._error(broken)
+        return MemoryImages(pixels, self.labels, self.fingerprint())
+
+    def _decode(self, index: Tensor) -> tuple[Tensor, list[str]]:
+        """Return the images of the rows, and the name and error of each file that cannot be decoded."""
+        pixels = np.zeros((len(index), *self.shape), self.decoder.dtype)
+        self.prepare()
+
+        def fill(slot: int, row: int) -> str | None:
+            try:
+                pixels[slot] = self.decoder(*self.contents(row))
+            except (ValueError, OSError) as error:
+                return f"{self.title(row)} ({reason(error)})"
+            return None
+
+        # Worker processes run in parallel already; elsewhere decode in threads.
+        threads = 1 if get_worker_info() or not self.threads else min(usable_cores(), len(index))
+        if threads <= 1:
+            outcomes = list(map(fill, range(len(index)), index.tolist()))
+        else:
+            with ThreadPoolExecutor(threads) as pool:
+                outcomes = list(pool.map(fill, range(len(index)), index.tolist()))
+        return torch.from_numpy(pixels), [outcome for outcome in outcomes if outcome]
+
+    def _error(self, broken: list[str]) -> UsageError:
+        named = "; ".join(broken[:10]) + ("; ..." if len(broken) > 10 else "")
+        problem = f"cannot use {len(broken)} of the images; repair or remove {named}"
+        return UsageError(*self.source, problem)
+
+
+def range_remarks(decoder: FileDecoder | MaskedDecoder, contents: Iterable[bytes]) -> list[str]:
+    """Compare the values of a few image files, without masks, with the range of their decoder."""
+    if isinstance(decoder, MaskedDecoder):
+        decoder = decoder.image
+    form = decoder.form if isinstance(decoder, HighDepthDecoder) else Uint8Image()
+    if isinstance(decoder, VolumeDecoder) or not isinstance(form, HighDepthImage | Uint8Image):
+        return []
+    images = []
+    for data in contents:
+        try:
+            images.append(form.held(data) if isinstance(form, HighDepthImage) else decoder(data))
+        except (ValueError, OSError):  # reported with the other broken files, where pixels are read
+            continue
+    remark = form.remark(images) if len({len(image) for image in images}) == 1 else None
+    return [remark] if remark else []

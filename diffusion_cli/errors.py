@@ -4,6 +4,9 @@ from collections.abc import Iterable, Mapping
 from enum import Enum
 from typing import Any, NamedTuple
 
+USER_ERROR, INTERNAL_ERROR = 2, 1
+"""Exit codes of a request or a machine that fails, and of a bug."""
+
 
 class Missing(Enum):
     """Marks a problem without a value, because None is a value."""
@@ -77,6 +80,11 @@ class FormatError(ValueError):
 
 class MachineError(OSError):
     """A failure of the disk, the data or another process, described in one line."""
+
+
+def lines_of(error: UsageError | MachineError) -> tuple[str, ...]:
+    """Return the lines to print for an error, one per problem."""
+    return error.lines if isinstance(error, UsageError) else (" ".join(str(error).split()),)
 
 
 def format_value(value: Any) -> str:

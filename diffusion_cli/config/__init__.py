@@ -32,7 +32,14 @@ from diffusion_cli.config.evaluation import (
 )
 from diffusion_cli.config.grid import Value, Variant, load_grid
 from diffusion_cli.config.help_pages import command_help, group_help, groups_asked, overview
-from diffusion_cli.config.launcher import LAUNCHERS, launch, split_launcher, submission_problem
+from diffusion_cli.config.launcher import (
+    LAUNCHERS,
+    job_number,
+    launch,
+    run_hydra,
+    split_launcher,
+    submission_problem,
+)
 from diffusion_cli.config.plugins import allow, allowing_words, is_allowed, place_of, without_plugins
 from diffusion_cli.config.runs import differing, fingerprint, flatten, identity
 from diffusion_cli.config.sampling import SamplingSettings
@@ -115,6 +122,7 @@ __all__ = [
     "groups_asked",
     "identity",
     "is_allowed",
+    "job_number",
     "launch",
     "load",
     "load_grid",
@@ -124,6 +132,7 @@ __all__ = [
     "overview",
     "place_of",
     "quoted",
+    "run_hydra",
     "seconds",
     "shared_seeds",
     "signature",

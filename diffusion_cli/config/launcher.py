@@ -1,13 +1,14 @@
 """The launcher of a sweep: its option in `hydra/launcher`, its settings, and the resources of the jobs."""
 
 import math
+import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from diffusion_cli.config.catalogue import content, did_you_mean, options
+from diffusion_cli.config.catalogue import CONF, content, did_you_mean, options
 from diffusion_cli.config.compose import LAUNCHER, parse
 from diffusion_cli.config.schema import Config, SlurmConfig, TrainConfig, seconds
 from diffusion_cli.config.validate import validate
@@ -56,6 +57,24 @@ def launch(words: Sequence[str], jobs: Sequence[Config], dirs: Sequence[Path] = 
     limit = f"hydra.launcher.timeout_min={_minutes(checked.timeout_min)}"  # Hydra takes minutes only
     settings = [limit if text.startswith("hydra.launcher.timeout_min=") else text for text in settings]
     return [f"{LAUNCHERS}={name}", *_resources(jobs, given), *settings]
+
+
+def run_hydra(command: str, work: Callable[[Any], object]) -> None:
+    """Let Hydra compose the configuration of `sys.argv`, and call a function for each job."""
+    import hydra
+
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # let exceptions of jobs propagate unchanged
+    hydra.main(config_path=str(CONF), config_name=command, version_base="1.3")(work)()
+
+
+def job_number() -> int:
+    """Return the number of the job that Hydra has started, and let this process compose configurations again."""
+    from hydra.core.global_hydra import GlobalHydra
+    from hydra.core.hydra_config import HydraConfig
+
+    (number,) = (text.partition("=")[2] for text in HydraConfig.get().overrides.task if "job=" in text)
+    GlobalHydra.instance().clear()
+    return int(number)
 
 
 def _minutes(limit: int | str) -> int:

@@ -1,14 +1,16 @@
 """Terminal output: control characters are escaped, and a full or closed output does not stop the work."""
 
+import json
 import os
 import re
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TextIO
 
-from diffusion_cli.system.untrusted import escaped
+from diffusion_cli.system.untrusted import escaped, printable
 
 LAYOUT = re.compile(r"(\r?\n|\t)")
 """Line breaks and tabs."""
@@ -75,6 +77,15 @@ def table(rows: Sequence[Sequence[str]]) -> str:
     cells = [[escaped(cell) for cell in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in cells)
+
+
+def report(*lines: str) -> None:
+    """Print lines to stderr, each after the name of the program; torchrun repeats them at the end of its own report."""
+    shown = [f"diffuse: {printable(line)}" for line in lines]
+    print("\n".join(shown), file=sys.stderr)
+    if file := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+        with suppress(OSError):
+            Path(file).write_text(json.dumps({"message": "\n".join(shown), "timestamp": int(time.time())}))
 
 
 def lost_output() -> str | None:

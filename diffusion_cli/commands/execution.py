@@ -1,0 +1,31 @@
+"""Run the module of a command."""
+
+import importlib
+import os
+import sys
+
+from diffusion_cli import config
+from diffusion_cli.config import Config, Variant
+from diffusion_cli.errors import MachineError
+from diffusion_cli.system.signals import STOPPED, UNFINISHED, handling
+
+
+def execute(command: str, checked: Config | list[Variant]) -> int:
+    """Run a command and return its exit code; MachineError if the disk, the network or the memory fails."""
+    try:
+        module = importlib.import_module(f"diffusion_cli.commands.{command}")
+        with handling(interrupt):
+            return module.run(checked) or 0
+    except KeyboardInterrupt:
+        print(STOPPED, file=sys.stderr)
+        return UNFINISHED
+    except OSError as error:
+        if os.environ.get("DIFFUSE_TRACEBACK") or isinstance(error, MachineError) or not error.errno:
+            raise
+        first = checked[0].config if isinstance(checked, list) else checked
+        raise config.system_error(error, first.model_dump()) from error
+
+
+def interrupt(number: int, frame: object) -> None:
+    """Treat scheduler signals like Ctrl-C. Training replaces this handler once it can save."""
+    raise KeyboardInterrupt

@@ -94,7 +94,7 @@ def test_every_mistake_at_once_one_line_each(capsys):
         (["train", "name=../x"], "name=../x: must be a folder name of letters"),
         (["train", "+extra=1"], "+extra=1: keys cannot be added or removed"),
         (["train", "seed=0,1"], "seed=0,1: several values; give one, or add -m for one run per value"),
-        (["eval", "metric=[]"], "metric=null: missing; add metric=<value>"),
+        (["eval", "metric=[]"], "metric: missing; add metric=<value>"),
         (["train", "no equals"], "no equals: not key=value"),
         (["train", "lr=1"], "lr=1: unknown key; did you mean optimizer.lr?"),
         (["train", "-m", "seed=0,x"], "seed=x: must be an integer"),

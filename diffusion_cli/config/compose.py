@@ -16,6 +16,7 @@ from diffusion_cli.config.at_hand import own_images
 from diffusion_cli.config.catalogue import CONF, defaults, documented, options
 from diffusion_cli.config.continued import (
     folder_of,
+    foreign_classes,
     foreign_paths,
     may_change,
     stored_by,
@@ -173,6 +174,10 @@ def _continuing(
                 remedy,
             )
         )
+    for key, target in foreign_classes(folder, stored, groups).items():
+        group = key.partition(".")[0]
+        problem = f"class from the config of {folder}, which you did not train on this machine"
+        mistakes.append(Problem(key, target, problem, f"add {group}=<option> to choose your own"))
     composed = {**usual, **stored, **{group: usual[group] for group in chosen}}
     known, unknown = _known("train", {key: text for key, text in keys.items() if may_change(key)}, composed)
     composed = with_values(composed, {item.key_or_group: item.value() for item in map(parse, known)})

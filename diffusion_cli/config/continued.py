@@ -4,7 +4,7 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from diffusion_cli.config.catalogue import defaults, documented, options
+from diffusion_cli.config.catalogue import PACKAGE, defaults, documented, options
 from diffusion_cli.config.recipe import BUDGETED, derived_in
 from diffusion_cli.config.runs import flatten, identity, replaced
 from diffusion_cli.errors import NO_VALUE, FormatError, UsageError
@@ -15,6 +15,8 @@ from diffusion_cli.system.untrusted import read_yaml
 
 PATHS = {"path", "masks", "run", "pretrained", "weights", "lpips_weights", "stats", "data_dir", "cache_dir"}
 """Last names of the keys that take files and folders of this machine."""
+OUTWARD = ("logger", "callback")
+"""Groups of classes that may act outside the folder of the run."""
 
 
 def may_change(key: str) -> bool:
@@ -94,6 +96,28 @@ def foreign_paths(
         for name in unnamed({key.removeprefix("dataset."): path for key, path in data.items()})
     }
     return {key: path for key, path in found.items() if key not in named | trained}
+
+
+def foreign_classes(folder: Path, stored: Mapping[str, Any], given: Collection[str]) -> dict[str, Any]:
+    """The loggers and callbacks of a run that may act outside its folder, such as send its numbers to a server.
+
+    Those are the classes of libraries and plugins, if the user did not train the run here and names no option of their
+    group now.
+
+    Args:
+        folder: the run's folder.
+        stored: its configuration.
+        given: the keys and groups on the command line.
+    """
+    if is_own_run(folder):
+        return {}
+    targets = {
+        f"{group}.{name}": node.get("_target_") if isinstance(node, Mapping) else node
+        for group in OUTWARD
+        if group not in given and isinstance(stored.get(group), Mapping)
+        for name, node in stored[group].items()
+    }
+    return {key: target for key, target in targets.items() if not str(target).startswith(f"{PACKAGE}.")}
 
 
 def with_values(config: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:

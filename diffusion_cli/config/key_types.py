@@ -7,6 +7,7 @@ from typing import Annotated, Any, Union, get_args, get_origin
 
 from pydantic import BaseModel
 
+from diffusion_cli.config import libraries
 from diffusion_cli.config.catalogue import Choice, chosen, content, defaults, lineage, options
 from diffusion_cli.config.runs import flatten
 from diffusion_cli.config.schema import COMMANDS, SlurmConfig
@@ -91,7 +92,12 @@ def _arguments(file: Path, node: str) -> dict[str, Any]:
         values |= flatten(content(part))
     # Files of the global package write the key of a node in full, others from their group on.
     full = f"{node}._target_"
-    target = values.get(full) or values.get(full.partition(".")[2], "")
+    inside = full if full in values else full.partition(".")[2]
+    target = values.get(inside, "")
+    if isinstance(target, str) and libraries.is_named(target):  # without an import: the types of its values
+        prefix = inside.removesuffix("_target_")
+        own = {key.removeprefix(prefix): value for key, value in values.items() if key.startswith(prefix)}
+        return {name: type(value) for name, value in own.items() if "." not in name and value is not None}
     return {name: kind for name, (kind, _) in arguments(target).items()}
 
 

@@ -17,11 +17,12 @@ from functools import cache
 from importlib.machinery import ModuleSpec, PathFinder
 from importlib.metadata import entry_points
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any
 
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from diffusion_cli.config import libraries
 from diffusion_cli.errors import NO_VALUE, Problem, UsageError, first_line
 from diffusion_cli.system.trusted_paths import is_own_plugin, remember_plugin
 
@@ -46,6 +47,7 @@ BASES = {
     "features": ["diffusion_cli.metrics.Features"],
     "reference": ["diffusion_cli.metrics.Reference"],
     "figure": ["diffusion_cli.figures.Figure"],
+    **{group: [f"{library.module}.{library.base}"] for group, library in libraries.LIBRARIES.items()},
 }
 """Base classes of the classes of each group that plugins extend."""
 
@@ -160,17 +162,6 @@ def suits(target: str, group: str) -> Problem | None:
     return Problem(
         f"{group}._target_", target, f"not a class for {group}", f"derive it from {' or '.join(BASES[group])}"
     )
-
-
-def parameters(target: str) -> dict[str, tuple[Any, Any]]:
-    """Return the keyword-only arguments of a class of an allowed module: type and default, `...` for none."""
-    found = imported(target)
-    hints = get_type_hints(found.__init__, include_extras=True)
-    return {
-        name: (hints.get(name, Any), ... if parameter.default is parameter.empty else parameter.default)
-        for name, parameter in inspect.signature(found).parameters.items()
-        if parameter.kind is parameter.KEYWORD_ONLY
-    }
 
 
 def place_of(error: BaseException) -> str | None:

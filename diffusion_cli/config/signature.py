@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
-from diffusion_cli.config import plugins
+from diffusion_cli.config import libraries, plugins
 from diffusion_cli.config.catalogue import HERE, PACKAGE
 
 # The names that annotations of configurable arguments may use; a `Sequence` is a list in YAML.
@@ -96,5 +96,7 @@ def arguments(target: str) -> dict[str, tuple[Any, Any]]:
     An option of this package gives every argument, so the default of its class counts for nothing.
     """
     if plugins.is_allowed(target):
-        return plugins.parameters(target)
+        return libraries.parameters(plugins.imported(target))
+    if libraries.is_named(target):
+        return libraries.parameters(libraries.imported(target))
     return {name: (kind, ...) for name, kind in (signature(target) or {}).items()}

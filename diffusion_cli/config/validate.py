@@ -12,12 +12,12 @@ from typing import Any, get_args
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError, create_model
 
-from diffusion_cli.config import plugins
+from diffusion_cli.config import libraries, plugins
 from diffusion_cli.config.catalogue import CONF, PACKAGE, did_you_mean
 from diffusion_cli.config.recipe import DERIVED
 from diffusion_cli.config.signature import arguments
 from diffusion_cli.config.values import FORMS, NAME, STRICT
-from diffusion_cli.errors import Problem, UsageError, format_value
+from diffusion_cli.errors import NO_VALUE, Problem, UsageError, format_value
 
 ANY_TYPE = STRICT | ConfigDict(arbitrary_types_allowed=True)
 NOT_ALLOWED = "is not a class of an allowed plugin"
@@ -41,20 +41,35 @@ def _targets(node: Any) -> Iterator[str]:
 def check_node(key: str, node: Mapping[str, Any]) -> list[Problem]:
     """Check a node `{_target_: class, argument: value, ...}` of a group and return its problems.
 
-    Only `classes(group)` and those of allowed plugins are built, so that an untrusted checkpoint cannot name another.
+    Only `classes(group)`, those of allowed plugins and those of the group's library are built, so that an untrusted
+    checkpoint cannot name another.
     """
     given = {str(name): value for name, value in node.items() if name != "_target_"}
     group, target = key.partition(".")[0], node.get("_target_")
-    if not isinstance(target, str) or not (target in classes(group) or plugins.is_allowed(target)):
+    if not isinstance(target, str):
         return [_not_built(f"{key}._target_", target, group)]
     try:
-        if plugins.is_allowed(target) and (problem := plugins.suits(target, group)):
+        if problem := _unsuitable(f"{key}._target_", target, group):
             return [problem]
         fields: dict[str, Any] = arguments(target)
     except UsageError as error:
         return list(error.problems)
-    model = create_model(key, __config__=ANY_TYPE, **fields)
+    open_ended = _is_foreign(target) and libraries.takes_others(_imported(target))
+    extra = ConfigDict(extra="allow") if open_ended else ConfigDict()
+    model = create_model(key, __config__=ANY_TYPE | extra, **fields)
     return validate(model, given, key)[1]
+
+
+def _unsuitable(key: str, target: str, group: str) -> Problem | None:
+    """Return the problem of a class that nodes of a group may not name; None for one that they may."""
+    if plugins.is_allowed(target):
+        return plugins.suits(target, group)
+    if libraries.is_named(target, group):
+        module, _, name = target.rpartition(".")
+        known = [*libraries.exported(module)]
+        problem = f"not a class of {module} for {group}"
+        return None if name in known else Problem(key, target, problem, did_you_mean(name, known))
+    return None if target in classes(group) else _not_built(key, target, group)
 
 
 def _not_built(key: str, target: Any, group: str) -> Problem:
@@ -84,9 +99,14 @@ def validate(
             path, value = _path(values, detail["loc"], prefix)
             details.setdefault(path, (value, []))[1].append(detail)
         return None, [
-            Problem(path, value, *_problem(path, value, found, model))
+            Problem(path, _shown(value, found), *_problem(path, value, found, model))
             for path, (value, found) in details.items()
         ] + problems
+
+
+def _shown(value: Any, details: Sequence[Any]) -> Any:
+    """Return the value of a key with errors; none for a missing key."""
+    return NO_VALUE if any(detail["type"] == "missing" for detail in details) else value
 
 
 def _path(values: Any, location: tuple[int | str, ...], prefix: str) -> tuple[str, Any]:
@@ -160,6 +180,7 @@ PLAIN = {
     "less_than": "less than {lt}",
     "less_than_equal": "at most {le}",
     "too_short": "a list of {min_length} or more values",
+    "too_long": "a list of at most {max_length} values",
 }
 """What a value must be, by the type of pydantic's error and with the fields of its context."""
 
@@ -203,11 +224,20 @@ def _annotation(model: type[BaseModel], location: Sequence[int | str]) -> Any:
 
 def target(node: Mapping[str, Any]) -> Any:
     """Return the class, or the function, that a checked node names."""
-    if plugins.is_allowed(node["_target_"]):
-        return plugins.imported(node["_target_"])
+    if _is_foreign(node["_target_"]):
+        return _imported(node["_target_"])
     module, _, name = node["_target_"].rpartition(".")
     assert module.split(".")[0] == PACKAGE, node
     return getattr(importlib.import_module(module), name)
+
+
+def _is_foreign(target: str) -> bool:
+    """Return whether a path names a class of an allowed plugin or of a library."""
+    return plugins.is_allowed(target) or libraries.is_named(target)
+
+
+def _imported(target: str) -> Any:
+    return plugins.imported(target) if plugins.is_allowed(target) else libraries.imported(target)
 
 
 def build(node: Mapping[str, Any] | None, *supplied: Any) -> Any:

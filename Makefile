@@ -4,13 +4,14 @@
 # make lint     style, format and types
 # make docs     the documentation as HTML
 # make mutants  make one mistake at a time, and check that a test fails
+# make matrix   the wheel in fresh environments: each Python of PATH, lowest and newest dependencies
 # make bench    times beside other packages
 # make clean    remove .venv and the HTML
 # All but clean create .venv if it is missing.
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: help demo test check lint docs mutants bench clean
+.PHONY: help demo test check lint docs mutants matrix bench clean
 
 help:
 	@sed -n 's/^# make/make/p' Makefile
@@ -42,6 +43,9 @@ docs: .venv/installed
 
 mutants: .venv/installed
 	$(BIN)/python scripts/mutate.py --table docs/results/mutants.md
+
+matrix: .venv/installed
+	$(BIN)/python scripts/matrix.py
 
 bench: .venv/installed
 	$(BIN)/python -m pip install --quiet --editable '.[bench]'

@@ -1,18 +1,23 @@
-"""The wheel: everything is in it, and it works from an empty folder."""
+"""The wheel: everything is in it, and it works from an empty folder; its dependencies are those that it imports."""
 
+import ast
 import os
 import re
 import subprocess
 import sys
 import tomllib
 import zipfile
+from collections.abc import Iterator
+from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import pytest
 import yaml
+from packaging.requirements import Requirement
 
 import diffusion_cli
 from diffusion_cli import config
+from matrix import COMMANDS, requirements
 
 ROOT = Path(__file__).parent.parent
 DIFFUSE = [sys.executable, "-c", "from diffusion_cli.cli import main; main()"]
@@ -50,18 +55,60 @@ def test_the_wheel_holds_the_package_and_its_configuration(wheel):
 
 
 @pytest.mark.slow
+def test_the_page_of_an_index_shows_the_readme_without_pictures_and_links_that_lead_nowhere(wheel):
+    with zipfile.ZipFile(wheel) as archive:
+        (file,) = [name for name in archive.namelist() if name.endswith("/METADATA")]
+        _, _, page = archive.read(file).decode().partition("\n\n")
+    readme = (ROOT / "README.md").read_text()
+    assert "![" in readme
+    assert "](" not in page
+    assert "*Samples of the model" not in page  # the caption of a picture
+    assert "pip install diffuse-cli\n" in page
+    assert "its own seed (docs/explanation/reproducibility.md)" in page
+    python, python_on_the_page = (
+        re.findall(r"```python\n.*?```", text, re.DOTALL) for text in (readme, page)
+    )
+    assert python == python_on_the_page
+
+
+@pytest.mark.slow
+def test_each_dependency_is_declared_and_used():
+    providers = packages_distributions()
+    imported = {
+        normal(providers[module][0])
+        for file in config.HERE.rglob("*.py")
+        for module in imports(file)
+        if module not in sys.stdlib_module_names and module != "diffusion_cli"
+    }
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    declared = {normal(requirement.name) for requirement in requirements(project)}
+    assert imported <= declared
+    always = {normal(Requirement(words).name) for words in project["dependencies"]}
+    assert always - imported == {"tensorboard"}  # which Lightning's logger imports
+
+
+def imports(file: Path) -> Iterator[str]:
+    """The first part of the name of each module that a file imports."""
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (name.name.partition(".")[0] for name in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            yield str(node.module).partition(".")[0]
+
+
+def normal(name: str) -> str:
+    """The normal form of the name of a distribution (PEP 503)."""
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+@pytest.mark.slow
 def test_the_wheel_trains_samples_and_evaluates_in_an_empty_folder(wheel, tmp_path):
     site, work = tmp_path / "site", tmp_path / "work"
     work.mkdir()
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(site)
     env = os.environ | {"PYTHONPATH": str(site), "PYTHONSAFEPATH": "1", "OMP_NUM_THREADS": "1"}
-    for words in (
-        ["train", "max_steps=10", "log_every=5", "preview_steps=2", "preview_every=10"],
-        ["sample", "steps=2", "num_samples=4"],
-        ["eval", "steps=2", "num_samples=70", f"cache_dir={work}/cache", "features.steps=20"],
-        ["report"],
-    ):
+    for words in COMMANDS:
         done = subprocess.run([*DIFFUSE, *words], cwd=work, env=env, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
     where = subprocess.run(
@@ -72,6 +119,7 @@ def test_the_wheel_trains_samples_and_evaluates_in_an_empty_folder(wheel, tmp_pa
     (run,) = (work / "outputs").iterdir()
     made = {"checkpoints", "config.yaml", "metrics.csv", "previews", "samples", "metrics.json", "report.html"}
     assert made <= {path.name for path in run.iterdir()}
+    assert len(list((work / "edits").glob("*.png"))) > 1
 
 
 @pytest.mark.parametrize(

@@ -1,26 +1,22 @@
-"""Locks on file systems that several machines share, with or without flock.
+"""Locks of run folders and of files, on this machine or on a file system that several machines share.
 
-A lock is a file, created atomically with its content (a hard link, else O_CREAT | O_EXCL), so that exactly
-one process creates it. Its JSON identifies the holder: host, machine, process id, start time and the
-scheduler's job. It also has a counter, `beat`, which the holder increments every `Heartbeat.beat` seconds. A
-process that finds the file tests, in this order:
+A lock is a lease of filelock: a file, created atomically, whose modification time the holder renews every
+`Heartbeat.beat` seconds. Its last line identifies the holder: host, machine, process id, start time and the
+scheduler's job. A process that finds the file tests, in this order:
 
-1. Another process has the flock of the file: the holder is alive.
-2. The holder runs on this machine: the process table shows whether it is alive.
-3. The scheduler has restarted the holder's job: the earlier process has ended.
-4. The counter changes within `Heartbeat.patience`: the holder is alive, otherwise it is dead.
+1. The holder runs on this machine: the process table shows whether it is alive.
+2. The scheduler has restarted the holder's job: the earlier process has ended.
+3. The file changes within `Heartbeat.patience`: the holder is alive, otherwise it is dead.
 
-A process overwrites the file of a dead holder. If neither flock nor the scheduler rules out that two
-processes do so at once, each waits `Heartbeat.settle` seconds, and has the lock if the file still contains
-its token. A holder that finds another token in its file ends at once and saves nothing. Clocks of different
-machines are never compared.
+A process removes the file of a dead holder, then creates its own. filelock itself takes over a file only where
+the file system can exchange two names, which NFS and Lustre cannot. A holder whose file was replaced ends at
+once and saves nothing. Clocks of different machines are never compared.
 """
 
 import contextlib
 import errno
 import json
 import os
-import secrets
 import socket
 import stat
 import sys
@@ -29,19 +25,18 @@ import time
 from collections.abc import Iterator
 from datetime import datetime
 from pathlib import Path
-from typing import Any, NamedTuple
-
-try:
-    import fcntl
-except ImportError:
-    fcntl = None
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from diffusion_cli.errors import NO_VALUE, UsageError
-from diffusion_cli.system.process_identity import boot_id, has_ended, is_running, machine_id, start_time
-from diffusion_cli.system.temporary_files import NO_LINKS, remove_abandoned, temporary_path
+from diffusion_cli.system.process_identity import has_ended, machine_id, start_time
+from diffusion_cli.system.temporary_files import create_linked, remove_abandoned, temporary_path
+
+if TYPE_CHECKING:
+    from filelock import LeaseCompromise
 
 LOCK = ".lock"
 LONGEST = 4096  # bytes read of a lock file, which is untrusted
+OURS = b"diffuse="  # start of the line that this program adds to the record of filelock
 
 
 class Heartbeat(NamedTuple):
@@ -51,11 +46,9 @@ class Heartbeat(NamedTuple):
     """Interval of the holder's heartbeat."""
     patience: float
     """Time without a heartbeat after which the holder counts as dead."""
-    settle: float
-    """Time in which a competing process would overwrite the lock."""
 
 
-PACE = Heartbeat(beat=10, patience=60, settle=2)
+PACE = Heartbeat(beat=10, patience=60)
 
 
 @contextlib.contextmanager
@@ -65,9 +58,6 @@ def run_lock(folder: Path, pace: Heartbeat = PACE) -> Iterator[None]:
     Raises UsageError, which names the holder, if another process has the lock, or if the folder cannot be
     written.
     """
-    if fcntl is None:  # Windows
-        yield
-        return
     with contextlib.ExitStack() as stack:
         stack.callback(_remove_if_empty, folder)
         try:
@@ -81,8 +71,6 @@ def run_lock(folder: Path, pace: Heartbeat = PACE) -> Iterator[None]:
                 "wait for that process, or end it",
             ) from held
         except OSError as error:
-            if error.errno == errno.ELOOP and (folder / LOCK).is_symlink():
-                raise UsageError(folder / LOCK, NO_VALUE, "is a link", "remove it") from error
             raise UsageError(
                 "output_dir",
                 folder.parent,
@@ -100,9 +88,6 @@ def locked(path: Path, pace: Heartbeat = PACE) -> Iterator[None]:
     In a read-only folder nothing is locked, because no process can change the file.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    if fcntl is None:  # Windows
-        yield
-        return
     try:
         lock = _waited_for(path.with_name(f".{path.name}{LOCK}"), pace)
     except OSError as error:
@@ -118,20 +103,13 @@ def holder(folder: Path) -> str | None:
 
     A process of another machine may have ended without removing its lock.
     """
-    try:
-        owner = _owner(folder / LOCK)
-    except OSError:
-        return None
-    ended = has_ended(owner.get("machine"), owner.get("pid"), owner.get("start"))
-    return None if not owner or ended else _described(owner)
+    owner = _owner(folder / LOCK)
+    return None if not owner or _is_over(owner) else _described(owner)
 
 
 def locking_job(folder: Path) -> str | None:
     """Return the number of the scheduler's job that locked a run folder, which may have ended; None without one."""
-    try:
-        job = _owner(folder / LOCK).get("job")
-    except OSError:
-        return None
+    job = _owner(folder / LOCK).get("job")
     return job if isinstance(job, str) else None
 
 
@@ -153,19 +131,6 @@ def _remove_if_empty(folder: Path) -> None:
         folder.rmdir()
 
 
-_descriptors: set[int] = set()
-
-
-def _leave_to_the_parent() -> None:
-    """Close the locks in a forked process, which could keep them longer than its parent."""
-    while _descriptors:
-        os.close(_descriptors.pop())
-
-
-if fcntl is not None:
-    os.register_at_fork(after_in_child=_leave_to_the_parent)
-
-
 class _Held(Exception):
     """Another process has the lock."""
 
@@ -174,215 +139,176 @@ class _Held(Exception):
         self.owner = owner
 
 
+class _Found(NamedTuple):
+    """A lock file that a process has found."""
+
+    state: tuple[int, int, int, int]
+    """Changes with each heartbeat, and with another file."""
+    owner: dict[str, Any]
+
+
 class _Lock:
     """A lock of this process; _Held if another process has it, UsageError if the path is not a file."""
 
     def __init__(self, path: Path, pace: Heartbeat, quiet: bool = False) -> None:
+        from filelock import SoftFileLease
+
         self.path, self.pace, self.quiet = path, pace, quiet
-        self.mine: dict[str, Any] = {
-            **_whereabouts(),
-            "since": datetime.now().astimezone().isoformat(" ", "seconds"),
-            "token": secrets.token_hex(8),
-            "beat": 0,
-        }
-        self.descriptor = -1
-        while not (self._take_over() if os.path.lexists(path) else self._create()):
-            pass
+        self.mine = _whereabouts()
         self.over = threading.Event()
-        self.thread = threading.Thread(target=self._beat, name="lock", daemon=True)
+        self.lease = SoftFileLease(
+            path, lease_duration=pace.patience, heartbeat_interval=pace.beat, on_compromise=self._lost,
+            thread_local=False, blocking=False,
+        )  # fmt: skip
+        while not self._take():
+            pass
+        remove_abandoned(path.parent)
 
     def __enter__(self) -> None:
-        self.thread.start()
+        pass
 
     def __exit__(self, *_: object) -> None:
         self.over.set()
-        self.thread.join()
-        with contextlib.suppress(OSError):  # the folder may have been removed
-            if self._read().get("token") == self.mine["token"]:
-                self.path.unlink()
-        self._close()
+        self.lease.release()
 
-    def _create(self) -> bool:
-        """Create the file with its content; return False if another process created it first."""
-        temporary = temporary_path(self.path)
-        try:
-            self._write_new(temporary)
-            os.link(temporary, self.path)
-            remove_abandoned(self.path.parent)
-        except FileExistsError:
-            self._close()
-            return False
-        except OSError as error:
-            self._close()
-            if error.errno in NO_LINKS:
-                return self._create_without_links()
-            error.filename, error.filename2 = str(self.path), None
-            raise
-        finally:
-            with contextlib.suppress(OSError):
-                temporary.unlink()
-        return True
+    def _take(self) -> bool:
+        """Create the file; if another process has created it, return False once that file is removed."""
+        from filelock import LeaseSettingsMismatch, Timeout
 
-    def _create_without_links(self) -> bool:
-        try:
-            self._write_new(self.path)
-        except FileExistsError:
-            return False
-        except OSError:
-            self._close()
-            self.path.unlink(missing_ok=True)
-            raise
-        return True
-
-    def _write_new(self, path: Path) -> None:
-        self._have(os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644))
-        self._flock()
-        self._write()
-
-    def _take_over(self) -> bool:
-        """Take over the file of a dead holder; return False if it is gone; _Held if the holder is alive."""
-        try:
-            # Not through a link, which may point to a user's file; without waiting on a pipe.
-            self._have(os.open(self.path, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK))
-            if not stat.S_ISREG(os.fstat(self.descriptor).st_mode):
-                raise UsageError(self.path, NO_VALUE, "is not a file", "remove it")
-            kernel = self._flock()
-            if not os.path.samestat(os.fstat(self.descriptor), self.path.lstat()):
-                raise FileNotFoundError(self.path)
-            alone = self._outlived(kernel)
-            self._write()
-            if not alone:
-                self._settle()
-        except FileNotFoundError:  # released meanwhile
-            self._close()
-            return False
-        except BaseException:
-            self._close()
-            raise
-        return True
-
-    def _flock(self) -> bool:
-        """Return whether flock succeeded, False if unsupported; _Held if another process has the flock."""
-        assert fcntl is not None
-        try:
-            fcntl.flock(self.descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise _Held(self._read()) from error
-        except OSError:  # file systems without flock
-            return False
-        return True
-
-    def _outlived(self, kernel: bool) -> bool:
-        """Wait until the holder is certainly dead; return whether no other process can take its file now."""
-        owner, here = self._read(), self.mine
-        identity = owner.get("machine"), owner.get("pid"), owner.get("start")
-        if is_running(*identity):
-            raise _Held(owner)
-        if kernel and all(owner.get(key) == here[key] for key in ("host", "boot")):
-            return True  # a live holder on this host would have the flock
-        if has_ended(*identity):
-            return kernel
-        requeued = here["job"] is not None and owner.get("job") == here["job"]
-        if requeued and owner.get("restart") != here["restart"]:
-            return True
-        self._watch(owner)
+        found = _look(self.path)
+        # filelock compares host names, which machines may share.
+        if found is None or found.owner.get("machine") == machine_id():
+            try:
+                self.lease.acquire()
+            except (Timeout, LeaseSettingsMismatch):
+                found = _look(self.path)
+            else:
+                self._sign()
+                return True
+        if found is not None:
+            if found.owner.get("machine") != machine_id():
+                self._watch(found)
+            elif not _is_over(found.owner):
+                raise _Held(found.owner)
+            _remove(self.path, found)
         return False
 
-    def _watch(self, owner: dict[str, Any]) -> None:
-        """Return if the file stays unchanged; _Held if it changes, FileNotFoundError if it is removed."""
-        # An empty file: an earlier version is creating it, or the disk was full.
-        patience = self.pace.patience if owner else self.pace.settle
-        if owner and not self.quiet:
-            print(
-                f"diffuse: {self.path}: locked by {_described(owner)}; waiting {patience:.0f} s for its heartbeat",
-                file=sys.stderr,
+    def _sign(self) -> None:
+        """Add the identity of this process to the record of filelock, which ignores other lines."""
+        try:
+            with self.path.open("ab") as file:
+                file.write(OURS + json.dumps(self.mine).encode() + b"\n")
+        except OSError:
+            self.lease.release()
+            raise
+
+    def _watch(self, found: _Found) -> None:
+        """Return if the file stays unchanged, at once if the scheduler has restarted its job; _Held if it changes."""
+        owner, mine = found.owner, self.mine
+        if (
+            mine["job"] is not None
+            and owner.get("job") == mine["job"]
+            and owner.get("restart") != mine["restart"]
+        ):
+            return
+        who, start, named = _described(owner), time.monotonic(), self.quiet
+        while time.monotonic() < start + self.pace.patience:
+            time.sleep(min(1.0, self.pace.patience / 10))
+            now = _look(self.path)
+            if now is None:
+                return
+            if now.state != found.state:
+                raise _Held(now.owner)
+            if not named:
+                print(
+                    f"diffuse: {self.path}: locked by {who}; waiting {self.pace.patience:.0f} s for its heartbeat",
+                    file=sys.stderr,
+                )
+                named = True
+        print(f"diffuse: {self.path}: taken over from {who}, which sent no heartbeat", file=sys.stderr)
+
+    def _lost(self, loss: "LeaseCompromise") -> None:
+        """End this process if another has replaced the file; without a file, or if it cannot be renewed, go on."""
+        if loss.reason != "owner-changed":
+            why = getattr(loss.error, "strerror", loss.error)
+            print(f"diffuse: {self.path}: heartbeat cannot be written ({why})", file=sys.stderr)
+            while self._renew():
+                if self.over.wait(self.pace.beat):
+                    return
+        # As after suspension of this machine. Save nothing: the folder is the other's.
+        owner = _described(_owner(self.path))
+        print(f"diffuse: {self.path}: taken over by {owner}; this process ends", file=sys.stderr)
+        os._exit(1)
+
+    def _renew(self) -> bool:
+        """Renew the file if it is still there; return whether no other process has it."""
+        owner = _owner(self.path)
+        if owner == self.mine:
+            with contextlib.suppress(OSError):
+                os.utime(self.path)
+        return owner in ({}, self.mine)
+
+
+def _look(path: Path) -> _Found | None:
+    """Return the lock file at a path, None without one; UsageError if there is something else."""
+    try:
+        if not stat.S_ISREG(path.lstat().st_mode):
+            raise UsageError(
+                path, NO_VALUE, "is a link" if path.is_symlink() else "is not a file", "remove it"
             )
-        start = time.monotonic()
-        while time.monotonic() < start + patience:
-            time.sleep(min(1.0, patience / 10))
-            now = self._read()
-            if now != owner:
-                raise _Held(now)
-        if owner:
-            print(
-                f"diffuse: {self.path}: taken over from {_described(owner)}, which sent no heartbeat",
-                file=sys.stderr,
-            )
+        with path.open("rb") as file:  # network file systems update their cache on open
+            status, text = os.fstat(file.fileno()), file.read(LONGEST)
+    except FileNotFoundError:
+        return None
+    state = status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
+    return _Found(state, _parsed(text))
 
-    def _settle(self) -> None:
-        """Raise _Held if another process took the lock at the same time."""
-        time.sleep(self.pace.settle)
-        owner = self._read()
-        if owner.get("token") != self.mine["token"]:
-            raise _Held(owner)
 
-    def _beat(self) -> None:
-        said = False
-        while not self.over.wait(self.pace.beat):
-            try:
-                owner = self._read()
-                if owner.get("token", self.mine["token"]) != self.mine["token"]:
-                    # As after suspension of this machine. Save nothing: the folder is the other's.
-                    print(
-                        f"diffuse: {self.path}: taken over by {_described(owner)}; this process ends",
-                        file=sys.stderr,
-                    )
-                    os._exit(1)
-                self.mine["beat"] += 1
-                self._write()
-            except OSError as error:  # no reason to stop a run
-                if not said:
-                    print(
-                        f"diffuse: {self.path}: heartbeat cannot be written ({error.strerror})",
-                        file=sys.stderr,
-                    )
-                said = True
-
-    def _read(self) -> dict[str, Any]:
-        return _owner(self.path)
-
-    def _write(self) -> None:
-        text = json.dumps(self.mine).encode()
-        os.pwrite(self.descriptor, text, 0)
-        os.ftruncate(self.descriptor, len(text))
-        os.fsync(self.descriptor)
-
-    def _have(self, descriptor: int) -> None:
-        self.descriptor = descriptor
-        _descriptors.add(descriptor)
-
-    def _close(self) -> None:
-        if self.descriptor in _descriptors:
-            _descriptors.discard(self.descriptor)
-            os.close(self.descriptor)
-        self.descriptor = -1
+def _parsed(text: bytes) -> dict[str, Any]:
+    """Return the identity of a holder in a lock file; {} without one. Earlier versions wrote nothing else."""
+    try:
+        owner = json.loads(text.partition(b"\n" + OURS)[2] or text)
+    except (ValueError, RecursionError):
+        return {}
+    return owner if isinstance(owner, dict) else {}
 
 
 def _owner(path: Path) -> dict[str, Any]:
-    """Return the content of a lock; {} for an empty file."""
-    # Opened again, because network file systems update their cache on open.
-    descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
-    try:
-        text = os.read(descriptor, LONGEST)
-    finally:
-        os.close(descriptor)
-    try:
-        owner = json.loads(text)
-    except (ValueError, RecursionError):
-        return {"text": text} if text else {}
-    return owner if isinstance(owner, dict) else {"text": text}
+    """Return the identity of the holder of a lock; {} without a readable lock file."""
+    with contextlib.suppress(OSError, UsageError):
+        if found := _look(path):
+            return found.owner
+    return {}
+
+
+def _remove(path: Path, found: _Found) -> None:
+    """Remove the lock file of a dead holder, but not one that another process has created meanwhile."""
+    now = _look(path)
+    if now is None or now.state != found.state:
+        return
+    aside = temporary_path(path)
+    with contextlib.suppress(FileNotFoundError):
+        path.rename(aside)  # of several processes, one gets the file
+        now = _look(aside)
+        if now is not None and now.state != found.state:
+            create_linked(aside, path)
+        aside.unlink()
+
+
+def _is_over(owner: dict[str, Any]) -> bool:
+    return has_ended(owner.get("machine"), owner.get("pid"), owner.get("start"))
 
 
 def _whereabouts() -> dict[str, Any]:
     """Return the identity of this process: machine, process id, start time, scheduler job and restarts."""
     return {
         "host": socket.gethostname(),
-        "boot": boot_id(),
         "machine": machine_id(),
         "pid": os.getpid(),
         "start": start_time(os.getpid()),
         "job": os.environ.get("SLURM_JOB_ID"),
         "restart": os.environ.get("SLURM_RESTART_COUNT"),
+        "since": datetime.now().astimezone().isoformat(" ", "seconds"),
     }
 
 

@@ -10,12 +10,6 @@ BOOT = Path("/proc/sys/kernel/random/boot_id")
 
 
 @cache
-def boot_id() -> str | None:
-    """Return the boot id of Linux, which changes at each boot; None on other systems."""
-    return BOOT.read_text().strip() if BOOT.is_file() else None
-
-
-@cache
 def machine_id() -> str:
     """Return eight hex digits that identify the host, its boot and its PID namespace.
 
@@ -25,7 +19,8 @@ def machine_id() -> str:
         namespace = str(Path("/proc/self/ns/pid").readlink())
     except OSError:
         namespace = ""
-    facts = "\n".join([socket.gethostname(), boot_id() or "", namespace])
+    boot = BOOT.read_text().strip() if BOOT.is_file() else ""  # changes at each boot of Linux
+    facts = "\n".join([socket.gethostname(), boot, namespace])
     return hashlib.sha256(facts.encode()).hexdigest()[:8]
 
 
@@ -59,8 +54,3 @@ def has_ended(machine: object, pid: object, start: object = None) -> bool:
     if now is None:
         return Path("/proc/self/stat").is_file()  # a zombie, where /proc shows it
     return start is not None and now != start
-
-
-def is_running(machine: object, pid: object, start: object) -> bool:
-    """Return whether a process certainly runs: on this machine, with this process id and start time."""
-    return machine == machine_id() and isinstance(pid, int) and start is not None and start_time(pid) == start

@@ -1,6 +1,5 @@
 """The lock of a run: its holder is named, and a dead holder is replaced."""
 
-import json
 import multiprocessing
 import os
 import shutil
@@ -14,30 +13,16 @@ from pathlib import Path
 import pytest
 
 from diffusion_cli.errors import UsageError
-from diffusion_cli.system import locks
-from diffusion_cli.system.locks import LOCK, Heartbeat, run_lock
+from diffusion_cli.system.locks import LOCK, Heartbeat, holder, run_lock
+from diffusion_cli.system.process_identity import machine_id, start_time
 from helpers import train
 from helpers.faults import assert_goes_on, said
+from helpers.locks import leave, owner
 
-QUICK = Heartbeat(beat=0.05, patience=0.5, settle=0.1)
+QUICK = Heartbeat(beat=0.05, patience=0.5)
 
 
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.slow]
-
-
-def leave(folder: Path, **changes) -> Path:
-    """A lock as a process of another machine has left it, or keeps it."""
-    folder.mkdir(exist_ok=True)
-    owner = {
-        "host": "n3",
-        "boot": "x",
-        "pid": 123,
-        "job": "45",
-        "restart": None,
-        "since": "2099-01-01 00:00:00+00:00",
-    }
-    (folder / LOCK).write_text(json.dumps(owner | {"token": "t", "beat": 0} | changes))
-    return folder / LOCK
 
 
 def test_the_holder_of_a_run_is_named(begun, whole, capsys):
@@ -66,43 +51,57 @@ def test_the_lock_ends_with_its_process_though_a_child_of_it_lives(tmp_path, cap
     process.wait()
     try:
         with run_lock(tmp_path / "run"):  # at once: on one machine there is nothing to wait for
-            assert json.loads((tmp_path / "run" / LOCK).read_text())["pid"] == os.getpid()
+            assert owner(tmp_path / "run")["pid"] == os.getpid()
     finally:
         os.kill(int(lines[0].split()[1]), signal.SIGKILL)
     assert capsys.readouterr().err == ""
 
 
-def test_a_silent_lock_of_another_machine_is_taken_over_whatever_its_clock(tmp_path, capsys):
-    lock = leave(tmp_path / "run")
+@pytest.mark.parametrize("earlier", [False, True], ids=["this version", "an earlier version"])
+@pytest.mark.parametrize("clock", [0, 2**32], ids=["1970", "2106"])
+def test_a_silent_lock_of_another_machine_is_taken_over_whatever_its_clock(tmp_path, capsys, clock, earlier):
+    lock = leave(tmp_path / "run", earlier)
+    os.utime(lock, (clock, clock))
     with run_lock(tmp_path / "run", QUICK):
-        assert json.loads(lock.read_text())["pid"] == os.getpid()
+        assert owner(tmp_path / "run")["pid"] == os.getpid()
     before, after = capsys.readouterr().err.splitlines()
     assert ": locked by process 123 on host n3 (job 45), since 2099-01-01 00:00:00+00:00; waiting" in before
     assert "taken over from process 123 on host n3 (job 45)" in after
     assert not (tmp_path / "run").exists()
 
 
-def test_a_lock_of_another_machine_that_shows_signs_of_life_is_respected(tmp_path):
-    lock = leave(tmp_path / "run")
-    threading.Timer(0.2, leave, [tmp_path / "run"], {"beat": 1}).start()
+@pytest.mark.parametrize("earlier", [False, True], ids=["this version", "an earlier version"])
+def test_a_lock_of_another_machine_that_shows_signs_of_life_is_respected(tmp_path, earlier):
+    lock = leave(tmp_path / "run", earlier)
+    threading.Timer(0.2, os.utime, [lock]).start()
     words = (
         r"is being trained by process 123 on host n3 \(job 45\), since .*; wait for that process, or end it"
     )
     with pytest.raises(UsageError, match=words), run_lock(tmp_path / "run", QUICK):
         pass
-    assert json.loads(lock.read_text())["token"] == "t"
+    assert owner(tmp_path / "run")["pid"] == 123
 
 
-def test_a_file_system_without_locks_is_watched(tmp_path, monkeypatch):
-    def refuse(*_):
-        raise OSError(95, "Operation not supported")
-
-    monkeypatch.setattr(locks.fcntl, "flock", refuse)
-    first, second = (run_lock(tmp_path / "run", QUICK._replace(patience=patience)) for patience in (0.5, 5))
-    with first, pytest.raises(UsageError, match=f"process {os.getpid()} on host"), second:
+def test_a_lock_of_an_earlier_version_is_that_of_its_process(tmp_path):
+    here = {"machine": machine_id(), "pid": os.getpid(), "start": start_time(os.getpid())}
+    leave(tmp_path / "run", True, **here)
+    assert (
+        holder(tmp_path / "run")
+        == f"process {os.getpid()} on host n3 (job 45), since 2099-01-01 00:00:00+00:00"
+    )
+    with pytest.raises(UsageError, match=f"process {os.getpid()} on host n3"), run_lock(tmp_path / "run"):
         pass
-    leave(tmp_path / "run")
-    with run_lock(tmp_path / "run", QUICK):
+    ended = subprocess.Popen(["true"])
+    ended.wait()
+    leave(tmp_path / "run", True, **here | {"pid": ended.pid, "start": "1"})
+    assert holder(tmp_path / "run") is None
+    with run_lock(tmp_path / "run"):  # at once
+        assert owner(tmp_path / "run")["pid"] == os.getpid()
+
+
+def test_a_process_has_a_lock_once(tmp_path):
+    first, second = run_lock(tmp_path / "run"), run_lock(tmp_path / "run", QUICK)
+    with first, pytest.raises(UsageError, match=f"process {os.getpid()} on host"), second:
         pass
 
 
@@ -117,35 +116,42 @@ def test_a_job_that_the_scheduler_began_again_waits_for_nobody(tmp_path, capsys,
 
 def test_of_two_that_take_one_lock_one_gives_way(tmp_path, monkeypatch):
     leave(tmp_path / "run")
-    real = locks._Lock._settle
 
-    def settle(self):
-        leave(tmp_path / "run", host="n4", token="other")
-        real(self)
+    def rename(path: Path, target: Path) -> None:  # another process was faster
+        leave(
+            tmp_path / "run", host="n4", machine=machine_id(), pid=os.getpid(), start=start_time(os.getpid())
+        )
+        path.replace(target)
 
-    monkeypatch.setattr(locks._Lock, "_settle", settle)
+    monkeypatch.setattr(Path, "rename", rename)
     with (
-        pytest.raises(UsageError, match="is being trained by process 123 on host n4"),
+        pytest.raises(UsageError, match=f"is being trained by process {os.getpid()} on host n4"),
         run_lock(tmp_path / "run", QUICK),
     ):
         pass
-    assert json.loads((tmp_path / "run" / LOCK).read_text())["token"] == "other"
+    assert owner(tmp_path / "run")["host"] == "n4"
+    assert [file.name for file in (tmp_path / "run").iterdir()] == [LOCK]
 
 
 def test_a_holder_that_was_taken_over_ends_at_once_and_saves_nothing(tmp_path, capfd):
-    def hold() -> None:
+    def hold(removed: bool) -> None:
         with run_lock(tmp_path / "run", QUICK):
+            if removed:
+                (tmp_path / "run" / LOCK).unlink()
+                time.sleep(0.5)
             leave(tmp_path / "run")
             time.sleep(30)
             (tmp_path / "saved").touch()
 
-    holder = multiprocessing.get_context("fork").Process(target=hold)
-    holder.start()
-    holder.join(20)
-    assert holder.exitcode == 1
-    assert not (tmp_path / "saved").exists()
-    assert ": taken over by process 123 on host n3" in capfd.readouterr().err
-    assert (tmp_path / "run" / LOCK).exists()  # which is the other's
+    for removed in (False, True):
+        process = multiprocessing.get_context("fork").Process(target=hold, args=[removed])
+        process.start()
+        process.join(20)
+        assert process.exitcode == 1
+        assert not (tmp_path / "saved").exists()
+        assert ": taken over by process 123 on host n3" in capfd.readouterr().err
+        assert owner(tmp_path / "run")["pid"] == 123  # the lock is the other's
+        (tmp_path / "run" / LOCK).unlink()
 
 
 def test_a_lock_that_cannot_be_kept_fresh_is_said_once_and_ends_nothing(tmp_path, capsys):
@@ -160,7 +166,7 @@ def test_the_lock_shows_that_its_holder_lives(tmp_path):
     with run_lock(tmp_path / "run", QUICK):
         beats = set()
         while len(beats) < 3:
-            beats.add(json.loads((tmp_path / "run" / LOCK).read_text())["beat"])
+            beats.add((tmp_path / "run" / LOCK).stat().st_mtime_ns)
 
 
 @pytest.mark.parametrize("text", [b"", b"{", b"[1]", b"\xff" * 9000, b"[" * 4000], ids=range(5))
@@ -168,7 +174,7 @@ def test_a_lock_that_says_nothing_is_taken_over_once_it_stands_still(tmp_path, t
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / LOCK).write_bytes(text)
     with run_lock(tmp_path / "run", QUICK):
-        assert json.loads((tmp_path / "run" / LOCK).read_text())["pid"] == os.getpid()
+        assert owner(tmp_path / "run")["pid"] == os.getpid()
 
 
 def test_a_lock_that_leads_elsewhere_is_not_written_through(tmp_path, capsys):

@@ -1,6 +1,7 @@
-"""Locks on shared file systems: flock that other nodes do not see, and file systems without flock or hard links."""
+"""Locks on file systems that several machines share, some without hard links and without exchange of names."""
 
-import json
+import errno
+import importlib
 import multiprocessing
 import os
 import signal
@@ -9,46 +10,55 @@ import time
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 
 from diffusion_cli.errors import UsageError
 from diffusion_cli.metrics.protocol import append_history, read_history
 from diffusion_cli.system import locks
-from diffusion_cli.system.locks import LOCK, Heartbeat, locked, run_lock
+from diffusion_cli.system.locks import Heartbeat, locked, run_lock
+from helpers.locks import leave, owner
 
-QUICK = Heartbeat(beat=0.05, patience=0.6, settle=0.1)
+QUICK = Heartbeat(beat=0.05, patience=0.6)
 FORK = multiprocessing.get_context("fork")
-pytestmark = pytest.mark.skipif(locks.fcntl is None, reason="takes fcntl")
 
 
-def no_flock(*_: Any) -> None:
-    raise OSError(38, "Function not implemented")
+def refused(*_: Any) -> Any:
+    raise OSError(errno.EOPNOTSUPP, "Operation not supported")
 
 
-def no_locks(*_: Any) -> None:
-    raise OSError(37, "No locks available")
+def as_on_nfs(*_: Any) -> bool:
+    """As renameat2 with RENAME_EXCHANGE on NFS."""
+    return False
 
 
-def local(*_: Any) -> None:
-    """As on another node, which does not see the lock."""
-
-
-FLOCKS = {"flock": None, "node-local flock": local, "ENOSYS": no_flock, "ENOLCK": no_locks}
-
-
-def as_node(flock: Any, node: str | None) -> None:
+def as_node(node: str | None) -> None:
     """Make this process one of another machine."""
-    if flock is not None:
-        locks.fcntl.flock = flock  # pyright: ignore[reportOptionalMemberAccess]
     if node is not None:
         locks.machine_id = lambda: node
-        locks.is_running = locks.has_ended = lambda *_: False
+        locks.has_ended = lambda *_: False
         locks.socket.gethostname = lambda: node
 
 
-def hold(folder: Path, flock: Any, node: str | None, seconds: float) -> None:
-    as_node(flock, node)
+FILE_SYSTEMS = {
+    "local": (),
+    "no links": ("os.link",),
+    "NFS": ("exchange",),
+    "neither": ("os.link", "exchange"),
+}
+
+
+@pytest.fixture(params=FILE_SYSTEMS.values(), ids=list(FILE_SYSTEMS))
+def file_system(request, monkeypatch):
+    """Take the calls from this process and its children that some file systems lack."""
+    if "os.link" in request.param:
+        monkeypatch.setattr(os, "link", refused)
+    if "exchange" in request.param:
+        for module in ("filelock._soft._exclusive._recovery", "filelock._filesystem._exchange"):
+            monkeypatch.setattr(importlib.import_module(module), "exchange_names", as_on_nfs)
+
+
+def hold(folder: Path, node: str | None, seconds: float) -> None:
+    as_node(node)
     with run_lock(folder, QUICK):
         (folder / f"held {os.getpid()}").touch()
         time.sleep(seconds)
@@ -68,8 +78,7 @@ def held(folder: Path, process: Any) -> bool:
 @pytest.fixture
 def unpatched(monkeypatch):
     """The names that `as_node` replaces, put back at the end."""
-    monkeypatch.setattr(locks.fcntl, "flock", locks.fcntl.flock)  # pyright: ignore[reportOptionalMemberAccess]
-    for name in ("machine_id", "is_running", "has_ended"):
+    for name in ("machine_id", "has_ended"):
         monkeypatch.setattr(locks, name, getattr(locks, name))
     monkeypatch.setattr(locks.socket, "gethostname", locks.socket.gethostname)
 
@@ -91,16 +100,13 @@ def start(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("unpatched")
+@pytest.mark.usefixtures("unpatched", "file_system")
 @pytest.mark.parametrize("nodes", [(None, None), ("n1", "n2")], ids=["one machine", "two machines"])
-@pytest.mark.parametrize("flock", FLOCKS.values(), ids=FLOCKS)
-def test_a_run_has_one_holder_who_is_named_and_a_killed_one_is_succeeded(tmp_path, start, flock, nodes):
-    if flock is None and nodes[0] is not None:
-        pytest.skip("the kernel decides there")
+def test_a_run_has_one_holder_who_is_named_and_a_killed_one_is_succeeded(tmp_path, start, nodes):
     run = tmp_path / "run"
-    first = start(hold, run, flock, nodes[0], 60)
+    first = start(hold, run, nodes[0], 60)
     assert held(run, first)
-    as_node(flock, nodes[1])
+    as_node(nodes[1])
     host = nodes[0] or locks.socket.gethostname()
     for _ in range(2):
         with (
@@ -111,23 +117,23 @@ def test_a_run_has_one_holder_who_is_named_and_a_killed_one_is_succeeded(tmp_pat
     os.kill(first.pid, signal.SIGKILL)
     first.join()
     with run_lock(run, QUICK):
-        assert json.loads((run / LOCK).read_text())["pid"] == os.getpid()
-    assert not (run / LOCK).exists()
+        assert owner(run)["pid"] == os.getpid()
+    assert [file.name for file in run.iterdir()] == [f"held {first.pid}"]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("links", [True, False], ids=["links", "no links"])
-@pytest.mark.parametrize("flock", FLOCKS.values(), ids=FLOCKS)
-def test_of_many_that_start_at_once_one_holds_the_run(tmp_path, start, flock, links):
+@pytest.mark.usefixtures("file_system")
+@pytest.mark.parametrize("stale", [False, True], ids=["free", "after a dead machine"])
+def test_of_many_that_start_at_once_one_holds_the_run(tmp_path, start, stale):
     def contend(number: int, gate: Any) -> None:
-        if not links:
-            os.link = no_links
         gate.wait()
         try:
-            hold(tmp_path / "run", flock, f"n{number}" if number % 2 else None, 3)
+            hold(tmp_path / "run", f"n{number}" if number % 2 else None, 3)
         except UsageError:
             sys.exit(2)
 
+    if stale:
+        leave(tmp_path / "run")
     gate = FORK.Barrier(6)
     children = [start(contend, number, gate) for number in range(6)]
     for child in children:
@@ -136,15 +142,11 @@ def test_of_many_that_start_at_once_one_holds_the_run(tmp_path, start, flock, li
     assert not (tmp_path / "run").exists()
 
 
-def no_links(*_: Any) -> None:
-    raise PermissionError(1, "Operation not permitted")
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize("flock", FLOCKS.values(), ids=FLOCKS)
-def test_a_file_that_many_change_loses_no_change(tmp_path, start, flock):
+@pytest.mark.usefixtures("file_system")
+def test_a_file_that_many_change_loses_no_change(tmp_path, start):
     def add(number: int) -> None:
-        as_node(flock, f"n{number}" if number % 2 else None)
+        as_node(f"n{number}" if number % 2 else None)
         for turn in range(3):
             append_history(
                 tmp_path / "metrics.json", {"made": {"n": [number, turn]}, "results": [], "notes": []}
@@ -180,21 +182,3 @@ def test_the_lock_of_a_file_that_another_process_has_is_waited_for_by_name(tmp_p
         assert (tmp_path / "data").exists()
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(f"diffuse: {tmp_path}/.data.lock: waiting for process {child.pid} on host ")
-
-
-def test_datasets_of_torchvision_are_read_without_flock(tmp_path, monkeypatch):
-    from torchvision import datasets
-
-    from diffusion_cli.data.torchvision_sets import MNIST
-
-    class Source:
-        def __init__(self, *_: Any, **__: Any) -> None:
-            self.data, self.targets = np.zeros((1, 28, 28), np.uint8), [3]
-            import torch
-
-            self.data = torch.from_numpy(self.data)
-
-    monkeypatch.setattr(locks.fcntl, "flock", no_flock)
-    monkeypatch.setattr(datasets, "MNIST", Source)
-    assert len(MNIST(str(tmp_path), size=28, flip=False).load("train")) == 1
-    assert list(tmp_path.iterdir()) == []

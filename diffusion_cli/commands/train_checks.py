@@ -9,6 +9,7 @@ import torch
 from diffusion_cli.config import TrainConfig, as_text, differing, identity
 from diffusion_cli.config.at_hand import gpu
 from diffusion_cli.config.catalogue import is_exactly, option_of
+from diffusion_cli.config.option_keys import completed
 from diffusion_cli.config.recipe import BUDGETED, derived_in
 from diffusion_cli.config.values import Node
 from diffusion_cli.data import ResolutionSchedule
@@ -62,7 +63,7 @@ def remark_on_machine(config: TrainConfig) -> str | None:
 
 def check_configuration(folder: Path, config: TrainConfig, stored: dict[str, Any]) -> None:
     """Raise UsageError if the run in a folder has another configuration."""
-    before, now = identity(stored), identity(config.model_dump())
+    before, now = identity(completed(stored)), identity(completed(config.model_dump()))
     derived = derived_in(stored) & set(config.derived)
     keys = [key for key in differing(before, now) if key not in derived & BUDGETED.keys()]
     if keys:

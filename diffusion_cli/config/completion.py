@@ -5,8 +5,9 @@ from itertools import islice
 from pathlib import Path
 
 from diffusion_cli.config import plugins
-from diffusion_cli.config.catalogue import CONF, defaults, did_you_mean, documented, options
+from diffusion_cli.config.catalogue import CONF, chosen, did_you_mean, documented, options
 from diffusion_cli.config.launcher import LAUNCHERS
+from diffusion_cli.config.option_keys import option_keys
 from diffusion_cli.config.runs import run_folders
 from diffusion_cli.config.schema import COMMANDS, FIRST_WORD
 from diffusion_cli.config.values import PATH_KEYS
@@ -84,12 +85,12 @@ def _complete(words: Sequence[str]) -> list[str]:
     elif last.startswith("-"):
         candidates = FLAGS
     else:
-        groups = defaults(words[0])
+        groups = chosen(words[0], words[1:-1], ())
         keys = [f"{key}=" for key, _, _ in documented(CONF / f"{words[0]}.yaml")]
         for group, option in groups.items():
             for name in option if isinstance(option, list) else [option]:
                 file = options(group).get(str(name))
-                keys += [f"{key}=" for key, _, _ in documented(file, group)] if file else []
+                keys += [f"{of.key}=" for of in option_keys(file, group)] if file else []
         first = options(FIRST_WORD[words[0]]) if words[0] in FIRST_WORD and len(words) == 2 else ()
         candidates = [*first, *(f"{group}=" for group in groups), "launcher=", *keys]
     return [word for word in dict.fromkeys(candidates) if word.startswith(last)]

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 from diffusion_cli.config import plugins
 from diffusion_cli.config.at_hand import own_images
-from diffusion_cli.config.catalogue import CONF, defaults, documented, options
+from diffusion_cli.config.catalogue import CONF, defaults, options
 from diffusion_cli.config.continued import (
     folder_of,
     foreign_classes,
@@ -24,6 +24,7 @@ from diffusion_cli.config.continued import (
     without_processes,
 )
 from diffusion_cli.config.key_types import takes_list
+from diffusion_cli.config.option_keys import defaults_left_out, option_keys
 from diffusion_cli.config.own_options import composition_problems, incomplete_files
 from diffusion_cli.config.recipe import (
     AUTO,
@@ -286,8 +287,10 @@ def _compose_once(command: str, overrides: Sequence[str], dirs: Sequence[Path]) 
 
     folders = ",".join(quoted(f"file://{folder.resolve()}") for folder in dirs)
     searchpath = [f"hydra.searchpath=[{folders}]"] if dirs else []
+    left_out = defaults_left_out(command, overrides, dirs) if dirs else []
     with hydra.initialize_config_dir(str(CONF), job_name="diffuse", version_base="1.3"):
-        composed = hydra.compose(command, overrides=[*overrides, *searchpath], return_hydra_config=True)
+        words = [*left_out, *overrides, *searchpath]
+        composed = hydra.compose(command, overrides=words, return_hydra_config=True)
     choices = OmegaConf.to_container(composed.hydra.runtime.choices)
     with flag_override(composed, ["struct", "readonly"], False):
         del composed["hydra"]
@@ -417,7 +420,7 @@ def _options_with(key: str, command: str) -> list[str]:
     return [
         f"{group}={name}"
         for name, file in options(group).items()
-        if any(other == key for other, _, _ in documented(file, group))
+        if any(of.key == key for of in option_keys(file, group))
     ]
 
 

@@ -1,7 +1,7 @@
 """The pages of `diffuse --help`, `diffuse <command> --help` and `diffuse <command> <group>=help`."""
 
 import textwrap
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,6 +17,7 @@ from diffusion_cli.config.catalogue import (
     summary,
 )
 from diffusion_cli.config.launcher import LAUNCHERS, split_launcher
+from diffusion_cli.config.option_keys import REQUIRED, option_keys, option_summary
 from diffusion_cli.config.schema import COMMANDS, FIRST_WORD, GRIDS
 from diffusion_cli.system.untrusted import escaped
 
@@ -66,12 +67,12 @@ def command_help(command: str, overrides: Sequence[str], dirs: Sequence[Path]) -
     for group, options_of_group in listed.items():
         lines += _entry(f"  {group}", GROUPS[group], 20)
         lines += (_described if group in DESCRIBED[command] else _named)(options_of_group)
-    lines += ["", "Keys", *_keys(file, "")]
+    lines += ["", "Keys", *_keys(documented(file))]
     for group, options_of_group in listed.items():
         for option in options_of_group:
             if option.selected:
-                heading = f"{group}={option.name}  {summary(option.file)}"
-                lines += ["", *_wrapped(heading), *_keys(option.file, group)]
+                heading = f"{group}={option.name}  {option.summary}"
+                lines += ["", *_wrapped(heading), *_keys(option_keys(option.file, group))]
     return "\n".join(lines)
 
 
@@ -95,11 +96,12 @@ def group_help(command: str, group: str, overrides: Sequence[str], dirs: Sequenc
 
 
 class _Option(NamedTuple):
-    """An option of a group, and whether a command line selects it."""
+    """An option of a group, whether a command line selects it, and its description."""
 
     name: str
     file: Path
     selected: bool
+    summary: str
 
 
 def _groups(command: str, overrides: Sequence[str], dirs: Sequence[Path]) -> dict[str, list[_Option]]:
@@ -112,7 +114,12 @@ def _groups(command: str, overrides: Sequence[str], dirs: Sequence[Path]) -> dic
         files["launcher"] = options(LAUNCHERS, dirs)
     return {
         group: [
-            _Option(name, file, name in (names if isinstance(names, list) else [names]))
+            _Option(
+                name,
+                file,
+                name in (names if isinstance(names, list) else [names]),
+                option_summary(file, group),
+            )
             for name, file in files[group].items()
             for names in [selected[group]]
         ]
@@ -124,9 +131,7 @@ def _described(listed: Sequence[_Option]) -> Iterator[str]:
     """Yield a line for each option of a group, with its description."""
     column = 6 + max(len(option.name) for option in listed)
     for option in listed:
-        yield from _entry(
-            f"{'   *' if option.selected else '    '}{option.name}", summary(option.file), column
-        )
+        yield from _entry(f"{'   *' if option.selected else '    '}{option.name}", option.summary, column)
 
 
 def _named(listed: Sequence[_Option]) -> list[str]:
@@ -136,10 +141,10 @@ def _named(listed: Sequence[_Option]) -> list[str]:
     )
 
 
-def _keys(file: Path, prefix: str) -> Iterator[str]:
-    """Yield a line for each key of a YAML file, with its value and comment."""
-    for key, value, comment in documented(file, prefix):
-        required = value == "???"
+def _keys(keys: Iterable[tuple[str, str, str]]) -> Iterator[str]:
+    """Yield a line for each key, with its value and comment."""
+    for key, value, comment in keys:
+        required = value == REQUIRED
         yield from _entry(f"  {key}={'' if required else value}", f"{comment}{'; required' * required}", 40)
 
 

@@ -62,8 +62,40 @@ def types_of(
     files = options(group, dirs)
     option = [*files] if chosen is None else chosen()[group]
     names = option if isinstance(option, list) else [option]
-    found = (_arguments(files[str(name)], node) for name in names if str(name) in files)
-    return [types[argument] for types in found if argument in types]
+    return [
+        kind
+        for name in names
+        if str(name) in files
+        for kind in _of_option(files[str(name)], group, node, argument)
+    ]
+
+
+def _of_option(file: Path, group: str, node: str, argument: str) -> list[Any]:
+    """The type of an argument of a node such as `metric.fid` in an option file."""
+    target = nodes(file, group).get(node, "")
+    if libraries.is_named(target):  # without an import: the type of its value
+        value = _values(file, group).get(f"{node}.{argument}")
+        return [] if value is None else [type(value)]
+    of = arguments(target)
+    return [of[argument][0]] if argument in of else []
+
+
+def nodes(file: Path, group: str) -> dict[str, str]:
+    """Return the class of each node of an option file of a group that names one, by the dotted key of the node."""
+    return {
+        key.rpartition(".")[0]: target
+        for key, target in _values(file, group).items()
+        if key.rpartition(".")[2] == "_target_" and isinstance(target, str)
+    }
+
+
+def _values(file: Path, group: str) -> dict[str, Any]:
+    """The values of an option file of a group and of the files that it includes, by dotted key."""
+    values: dict[str, Any] = {}
+    for part in lineage(file):
+        values |= flatten(content(part))
+    prefix = "" if "@package _global_" in file.read_text() else f"{group}."
+    return {f"{prefix}{key}": value for key, value in values.items()}
 
 
 def _types(command: str, key: str, overrides: Sequence[str], dirs: Sequence[Path]) -> list[Any]:
@@ -83,22 +115,6 @@ def _of_model(model: type[BaseModel], key: str) -> list[Any]:
         if isinstance(annotation, type) and issubclass(annotation, BaseModel)
         else []
     )
-
-
-def _arguments(file: Path, node: str) -> dict[str, Any]:
-    """The argument types, by name, of a node such as `metric.fid` in an option file."""
-    values: dict[str, Any] = {}
-    for part in lineage(file):
-        values |= flatten(content(part))
-    # Files of the global package write the key of a node in full, others from their group on.
-    full = f"{node}._target_"
-    inside = full if full in values else full.partition(".")[2]
-    target = values.get(inside, "")
-    if isinstance(target, str) and libraries.is_named(target):  # without an import: the types of its values
-        prefix = inside.removesuffix("_target_")
-        own = {key.removeprefix(prefix): value for key, value in values.items() if key.startswith(prefix)}
-        return {name: type(value) for name, value in own.items() if "." not in name and value is not None}
-    return {name: kind for name, (kind, _) in arguments(target).items()}
 
 
 def _members(kind: Any) -> Iterator[tuple[Any, tuple[Any, ...]]]:

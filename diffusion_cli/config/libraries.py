@@ -41,6 +41,11 @@ def is_named(target: str, group: str | None = None) -> bool:
     return target.rpartition(".")[0] in {library.module for library in libraries}
 
 
+def contains(module: str) -> bool:
+    """Return whether a module is one of `LIBRARIES` or inside one."""
+    return any(f"{module}.".startswith(f"{library.module}.") for library in LIBRARIES.values())
+
+
 def exported(module: str) -> dict[str, Any]:
     """Import a module of `LIBRARIES` and return its classes by name, without the base class and abstract ones."""
     library = next(library for library in LIBRARIES.values() if library.module == module)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import yaml
 
-from diffusion_cli.config.catalogue import chosen, content, invalid_yaml, lineage, options
+from diffusion_cli.config.catalogue import CONF, chosen, content, defaults, invalid_yaml, lineage, options
 from diffusion_cli.config.runs import flatten
 from diffusion_cli.errors import NO_VALUE, Problem, first_line
 
@@ -15,32 +15,45 @@ OF_SETTINGS = ("experiment", "task")
 
 
 def incomplete_files(command: str, overrides: Sequence[str], dirs: Sequence[Path]) -> list[Problem]:
-    """Return the problems of chosen options of the user that are empty, or name no class.
+    """Return the problems of chosen options of the user that are empty, or do not name a class as their group does.
 
     Args:
         command: name of the command.
         overrides: words of the command line.
-        dirs: the user's folders of options.
+        dirs: the user's folders of options, besides those of plugins.
 
     Raises:
         UsageError: for a file that is not a mapping in YAML.
     """
-    problems = []
-    for group, option in chosen(command, overrides, dirs).items() if dirs else ():
-        for name in option if isinstance(option, list) else [option]:
-            file = options(group, dirs).get(str(name))
-            if file is None or not any(file.is_relative_to(root) for root in dirs):
-                continue
-            contents = [content(part) for part in lineage(file) if part.is_file()]
-            names_class = any(
-                key.rpartition(".")[2] == "_target_" for found in contents for key in flatten(found)
-            )
-            if not any(contents):
-                problems.append(Problem(file, NO_VALUE, "is empty", "write one key: value per line"))
-            elif group not in OF_SETTINGS and not names_class:
-                remedy = f"name the class, as _target_: {_example(group)}"
-                problems.append(Problem(file, NO_VALUE, "has no _target_", remedy))
-    return problems
+    files = [
+        (group, file)
+        for group, option in chosen(command, overrides, dirs).items()
+        for name in (option if isinstance(option, list) else [option])
+        if (file := options(group, dirs).get(str(name))) is not None and not file.is_relative_to(CONF)
+    ]
+    several = {group for group, option in defaults(command).items() if isinstance(option, list)}
+    return [
+        Problem(file, NO_VALUE, *problem)
+        for group, file in files
+        if (problem := _incomplete(group, file, group in several)) is not None
+    ]
+
+
+def _incomplete(group: str, file: Path, named: bool) -> tuple[str, str] | None:
+    """Return the problem and the remedy of an option file; `named`: its group takes several options, each by name."""
+    contents = [content(part) for part in lineage(file) if part.is_file()]
+    if not any(contents):
+        return "is empty", "write one key: value per line"
+    if group in OF_SETTINGS:
+        return None
+    if not any(key.rpartition(".")[2] == "_target_" for found in contents for key in flatten(found)):
+        return "has no _target_", f"name the class, as _target_: {_example(group)}"
+    if named and any("_target_" in found for found in contents):
+        return (
+            "has no name above its _target_",
+            f"write {file.stem}: in a line above, and indent the other lines",
+        )
+    return None
 
 
 def _example(group: str) -> str:

@@ -8,6 +8,7 @@ before a configuration names one of its classes.
 """
 
 import importlib
+import importlib.util
 import inspect
 import os
 import sys
@@ -164,6 +165,21 @@ def suits(target: str, group: str) -> Problem | None:
     )
 
 
+def positional(target: str) -> list[str]:
+    """Return the arguments of a class of an allowed module that no configuration may set, as they are positional."""
+    found = imported(target)
+    names = inspect.signature(found).parameters.keys()
+    return [name for name in names if name not in libraries.parameters(found)]
+
+
+def source(module: str) -> Path | None:
+    """Return the source file of a module of a plugin or a library, found without importing it; None if it has none."""
+    if is_allowed(f"{module}."):
+        _conf(module.partition(".")[0])  # finds the module, also in the working folder
+    spec = _spec(module, None)
+    return Path(spec.origin) if spec and spec.origin and spec.origin.endswith(".py") else None
+
+
 def place_of(error: BaseException) -> str | None:
     """Return file and line of an error in the code of an allowed module; None if there is none."""
     frames = [
@@ -220,8 +236,17 @@ def _conf(name: str) -> Path | None:
 def _spec(name: str, path: Sequence[str] | None) -> ModuleSpec | None:
     """Find a module without importing the packages that it is in; `path`: the folders of the first, None: Python's."""
     first, *rest = name.split(".")
-    spec = PathFinder.find_spec(first, path)
+    spec = _top_spec(first) if path is None else PathFinder.find_spec(first, path)
     for number in range(len(rest)):
         inside = spec and spec.submodule_search_locations
         spec = PathFinder.find_spec(".".join([first, *rest[: number + 1]]), inside) if inside else None
     return spec
+
+
+def _top_spec(name: str) -> ModuleSpec | None:
+    """Find a top-level module in a file, also one of an editable installation with an import hook of its own."""
+    try:
+        spec = PathFinder.find_spec(name) or importlib.util.find_spec(name)
+    except ValueError:  # __main__, or an empty name
+        return None
+    return spec if spec is not None and (spec.has_location or spec.submodule_search_locations) else None

@@ -1,8 +1,10 @@
 """Constructor signatures, read from the source: checking a value against its annotation imports no class."""
 
 import ast
+import importlib.util
 from functools import cache
-from typing import Annotated, Any, Literal
+from pathlib import Path
+from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
@@ -18,29 +20,76 @@ VOCABULARY = {
 }  # fmt: skip
 
 
+class Argument(NamedTuple):
+    """An argument, as the source writes it."""
+
+    annotation: ast.expr | None
+    default: ast.expr | None
+    """None for a required argument."""
+
+
+class Constructor(NamedTuple):
+    """The source of a class, or of a function that makes an object."""
+
+    module: str
+    """Module that defines the arguments."""
+    keywords: dict[str, Argument]
+    """Keyword-only arguments."""
+    positional: dict[str, Argument]
+    """Positional arguments, without `self`."""
+    docstrings: tuple[str, ...]
+    """Those of the class and of its `__init__`, or of the function; the class first."""
+
+
+class _Imported(NamedTuple):
+    """A name that a module imports from another."""
+
+    module: str
+    name: str
+
+
 @cache
-def _definitions(module: str) -> dict[str, ast.AST]:
-    """Parse a module of the package: its top-level names and the syntax nodes that define them."""
-    path = HERE.joinpath(*module.split(".")[1:])
-    file = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
-    if not file.is_file():
+def _definitions(module: str) -> dict[str, ast.AST | _Imported]:
+    """Parse a module of the package or of a plugin: its top-level names and what defines them."""
+    file = _file(module)
+    if file is None:
         return {}
-    found: dict[str, ast.AST] = {}
-    for node in ast.parse(file.read_text()).body:
+    try:
+        tree = ast.parse(file.read_bytes())
+    except (
+        OSError,
+        SyntaxError,
+        ValueError,
+    ):  # a plugin's; Python names the place when it imports the module
+        return {}
+    package = module if file.name == "__init__.py" else module.rpartition(".")[0]
+    found: dict[str, ast.AST | _Imported] = {}
+    for node in tree.body:
         if isinstance(node, ast.ClassDef | ast.FunctionDef):
             found[node.name] = node
         elif isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
             found[node.targets[0].id] = node
-        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith(f"{PACKAGE}."):
-            found |= {alias.asname or alias.name: node for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            origin = importlib.util.resolve_name("." * node.level + (node.module or ""), package)
+            found |= {alias.asname or alias.name: _Imported(origin, alias.name) for alias in node.names}
     return found
 
 
+def _file(module: str) -> Path | None:
+    """Return the source file of a module of the package, a library or a plugin; None for any other module."""
+    if module.partition(".")[0] != PACKAGE:
+        readable = plugins.is_allowed(f"{module}.") or libraries.contains(module)
+        return plugins.source(module) if readable else None
+    path = HERE.joinpath(*module.split(".")[1:])
+    file = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
+    return file if file.is_file() else None
+
+
 def _find(module: str, name: str) -> tuple[str, ast.AST] | None:
-    """Find the module and syntax node that define a name, following imports within the package."""
+    """Find the module and syntax node that define a name, following imports within the package and plugins."""
     node = _definitions(module).get(name)
-    if isinstance(node, ast.ImportFrom):
-        return _find(node.module or "", name)
+    if isinstance(node, _Imported):
+        return _find(node.module, node.name)
     return None if node is None else (module, node)
 
 
@@ -65,27 +114,60 @@ def _type(annotation: ast.expr, module: str) -> Any:
     return eval(compile(ast.Expression(annotation), module, "eval"), {}, _Names(module))
 
 
+def constructor(target: str) -> Constructor | None:
+    """Read the constructor of a class of the package or of an allowed module, importing nothing.
+
+    Returns None for an unknown class, and for a class of a plugin whose constructor is not in such a module.
+    """
+    found = _find(*target.rpartition(".")[::2])
+    if found is None:
+        return None
+    module, node = found
+    if isinstance(node, ast.FunctionDef):
+        return Constructor(module, *_arguments(node), _docstrings(node))
+    if not isinstance(node, ast.ClassDef):
+        return None
+    inits = [item for item in node.body if isinstance(item, ast.FunctionDef) and item.name == "__init__"]
+    if inits:
+        return Constructor(module, *_arguments(inits[0]), _docstrings(node, inits[0]))
+    bases = (constructor(f"{module}.{base.id}") for base in node.bases if isinstance(base, ast.Name))
+    inherited = next((base for base in bases if base is not None), None)
+    if inherited is not None:
+        return inherited._replace(docstrings=(*_docstrings(node), *inherited.docstrings))
+    is_ours = module.partition(".")[0] == PACKAGE
+    return (
+        Constructor(module, {}, {}, _docstrings(node))
+        if is_ours or not (node.bases or node.decorator_list)
+        else None
+    )
+
+
+def _arguments(function: ast.FunctionDef) -> tuple[dict[str, Argument], dict[str, Argument]]:
+    """The keyword-only arguments and the positional ones of a function, without `self`."""
+    of = function.args
+    names = [*of.posonlyargs, *of.args]
+    defaults = [None] * (len(names) - len(of.defaults)) + of.defaults
+    positional = [*zip(names, defaults, strict=True)][function.name == "__init__" :]
+    keywords = zip(of.kwonlyargs, of.kw_defaults, strict=True)
+    return (
+        {item.arg: Argument(item.annotation, default) for item, default in keywords},
+        {item.arg: Argument(item.annotation, default) for item, default in positional},
+    )
+
+
+def _docstrings(*nodes: ast.ClassDef | ast.FunctionDef) -> tuple[str, ...]:
+    return tuple(text for node in nodes if (text := ast.get_docstring(node)))
+
+
 def signature(target: str) -> dict[str, Any] | None:
     """Read the configurable (keyword-only) arguments of a class of the package: their names and types.
 
     Returns None for an unknown class.
     """
-    found = _find(*target.rpartition(".")[::2]) if target.startswith(f"{PACKAGE}.") else None
-    if found is None:
-        return None
-    module, node = found
-    if isinstance(node, ast.Assign):
-        return None
-    if isinstance(node, ast.ClassDef):
-        inits = [item for item in node.body if isinstance(item, ast.FunctionDef) and item.name == "__init__"]
-        if not inits:
-            bases = (signature(f"{module}.{base.id}") for base in node.bases if isinstance(base, ast.Name))
-            return next((arguments for arguments in bases if arguments is not None), {})
-        node = inits[0]
-    assert isinstance(node, ast.FunctionDef)
-    return {
-        argument.arg: _type(argument.annotation, module)
-        for argument in node.args.kwonlyargs
+    found = constructor(target) if target.startswith(f"{PACKAGE}.") else None
+    return found and {
+        name: _type(argument.annotation, found.module)
+        for name, argument in found.keywords.items()
         if argument.annotation is not None
     }
 
@@ -93,10 +175,18 @@ def signature(target: str) -> dict[str, Any] | None:
 def arguments(target: str) -> dict[str, tuple[Any, Any]]:
     """Return the configurable arguments of an allowed class: type and default by name, `...` for none.
 
-    An option of this package gives every argument, so the default of its class counts for nothing.
+    A stored configuration gives every argument of this package's classes, so their defaults count for nothing.
     """
-    if plugins.is_allowed(target):
-        return libraries.parameters(plugins.imported(target))
-    if libraries.is_named(target):
-        return libraries.parameters(libraries.imported(target))
+    if is_foreign(target):
+        return libraries.parameters(imported(target))
     return {name: (kind, ...) for name, kind in (signature(target) or {}).items()}
+
+
+def is_foreign(target: str) -> bool:
+    """Return whether a path names a class of an allowed plugin or of a library."""
+    return plugins.is_allowed(target) or libraries.is_named(target)
+
+
+def imported(target: str) -> Any:
+    """Import a class of an allowed plugin or of a library."""
+    return plugins.imported(target) if plugins.is_allowed(target) else libraries.imported(target)

@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError, create_model
 from diffusion_cli.config import libraries, plugins
 from diffusion_cli.config.catalogue import CONF, PACKAGE, did_you_mean
 from diffusion_cli.config.recipe import DERIVED
-from diffusion_cli.config.signature import arguments
+from diffusion_cli.config.signature import arguments, imported, is_foreign
 from diffusion_cli.config.values import FORMS, NAME, STRICT
 from diffusion_cli.errors import NO_VALUE, Problem, UsageError, format_value
 
@@ -54,10 +54,18 @@ def check_node(key: str, node: Mapping[str, Any]) -> list[Problem]:
         fields: dict[str, Any] = arguments(target)
     except UsageError as error:
         return list(error.problems)
-    open_ended = _is_foreign(target) and libraries.takes_others(_imported(target))
+    open_ended = is_foreign(target) and libraries.takes_others(imported(target))
     extra = ConfigDict(extra="allow") if open_ended else ConfigDict()
     model = create_model(key, __config__=ANY_TYPE | extra, **fields)
-    return validate(model, given, key)[1]
+    # The default of a class is valid, even if its type does not say so (`depth: int = None`).
+    given = {name: value for name, value in given.items() if fields.get(name, (None, ...))[1] != value}
+    positional = plugins.positional(target) if plugins.is_allowed(target) else []
+    return [
+        problem._replace(problem="not keyword-only", remedy=f"write *, before it in __init__ of {target}")
+        if problem.key in {f"{key}.{name}" for name in positional}
+        else problem
+        for problem in validate(model, given, key)[1]
+    ]
 
 
 def _unsuitable(key: str, target: str, group: str) -> Problem | None:
@@ -224,20 +232,11 @@ def _annotation(model: type[BaseModel], location: Sequence[int | str]) -> Any:
 
 def target(node: Mapping[str, Any]) -> Any:
     """Return the class, or the function, that a checked node names."""
-    if _is_foreign(node["_target_"]):
-        return _imported(node["_target_"])
+    if is_foreign(node["_target_"]):
+        return imported(node["_target_"])
     module, _, name = node["_target_"].rpartition(".")
     assert module.split(".")[0] == PACKAGE, node
     return getattr(importlib.import_module(module), name)
-
-
-def _is_foreign(target: str) -> bool:
-    """Return whether a path names a class of an allowed plugin or of a library."""
-    return plugins.is_allowed(target) or libraries.is_named(target)
-
-
-def _imported(target: str) -> Any:
-    return plugins.imported(target) if plugins.is_allowed(target) else libraries.imported(target)
 
 
 def build(node: Mapping[str, Any] | None, *supplied: Any) -> Any:

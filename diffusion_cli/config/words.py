@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from diffusion_cli.config.catalogue import CONF, chosen, defaults, did_you_mean, documented, options
+from diffusion_cli.config.option_keys import option_keys
 from diffusion_cli.config.schema import GRIDS
 from diffusion_cli.config.typed import as_text
 from diffusion_cli.errors import NO_VALUE, Problem
@@ -157,7 +158,7 @@ def _keys(command: str, words: Sequence[str]) -> list[str]:
     for group, option in chosen(command, words, ()).items():
         for name in option if isinstance(option, list) else [option]:
             file = options(group).get(str(name))
-            keys += [key for key, _, _ in documented(file, group)] if file else []
+            keys += [of.key for of in option_keys(file, group)] if file else []
     return keys
 
 

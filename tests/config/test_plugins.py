@@ -4,9 +4,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
 from importlib.metadata import EntryPoint
-from pathlib import Path
 
 import pytest
 
@@ -16,43 +14,7 @@ from diffusion_cli.config import NOT_ALLOWED, check_node, load, plugins
 from diffusion_cli.errors import UsageError
 from diffusion_cli.runs.checkpoint import LAST
 from helpers import TINY
-
-EXAMPLE = Path(__file__).parents[2] / "docs" / "examples" / "plugin"
-FILES = {
-    "bars/extra.py": """
-from os import system
-from diffusion_cli.samplers import DDIM
-
-class Renamed(DDIM):
-    \"\"\"DDIM by another name.\"\"\"
-""",
-    "bars/conf/sampler/renamed.yaml": """# DDIM by another name.
-_target_: bars.extra.Renamed
-""",
-}
-
-
-def forget_modules() -> None:
-    """Let Python import the package anew."""
-    for name in [name for name in sys.modules if name.partition(".")[0] == "bars"]:
-        del sys.modules[name]
-
-
-@pytest.fixture
-def project(tmp_path, monkeypatch) -> Iterator[Path]:
-    """A working folder with the package of the docs and two more files, which nothing allows yet."""
-    shutil.copytree(EXAMPLE / "bars", tmp_path / "bars")
-    for name, text in FILES.items():
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).write_text(text)
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "path", [*sys.path])
-    monkeypatch.setenv(plugins.VARIABLE, "")
-    plugins._conf.cache_clear()
-    plugins._read.cache_clear()
-    yield tmp_path
-    forget_modules()
-
+from helpers.plugins import EXAMPLE, forget_modules
 
 SMALL = ["plugins=[bars]", "dataset=bars", "model=convolutions", "output_dir=o", "name=run"]
 RUN = [word for word in TINY if not word.startswith(("model.", "name="))]

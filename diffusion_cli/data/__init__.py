@@ -17,6 +17,7 @@ from diffusion_cli.data.external import ExternalImages, given_images, relabelled
 from diffusion_cli.data.fetching import Fetch, FilesAction, ListFiles
 from diffusion_cli.data.folder import Folder, file_names, with_rules
 from diffusion_cli.data.gaussian_mixture import GaussianMixture
+from diffusion_cli.data.huggingface import HuggingFace
 from diffusion_cli.data.labels import LABEL_COLUMNS, LABELS_CSV, composed
 from diffusion_cli.data.listing import manifests, visible_name
 from diffusion_cli.data.memory import to_device
@@ -43,6 +44,7 @@ __all__ = [
     "FilesAction",
     "Folder",
     "GaussianMixture",
+    "HuggingFace",
     "Images",
     "ListFiles",
     "NoDataset",

@@ -1,8 +1,8 @@
 """Remarks from the headers of image files: sizes, frames and colour profiles, without decoding pixels."""
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -34,6 +34,15 @@ def headers(path: Path, names: list[str]) -> list[ImageHeader]:
     """Return the headers of at most MOST image files in a folder or archive; broken files are skipped."""
     chosen = [names[row] for row in spread(len(names), min(len(names), MOST)).tolist()]
     return [*_headers(path, chosen)]
+
+
+def headers_of(contents: Iterable[tuple[str, bytes]]) -> list[ImageHeader]:
+    """Return the headers of image files, given by name and content; broken files are skipped."""
+    found = []
+    for name, data in contents:
+        with suppress(Exception):  # decoders raise errors of many types; reported where pixels are read
+            found.append(_header(name, parsed(data)))
+    return found
 
 
 def _headers(path: Path, names: Sequence[str]) -> Iterator[ImageHeader]:

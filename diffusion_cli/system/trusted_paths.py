@@ -3,7 +3,8 @@
 A checkpoint stores the path of its data, and an untrusted checkpoint could name any folder of the user. A
 path in a checkpoint is therefore read only if this user has trained on it or named it before. Each such path
 leaves an empty file in `~/.local/state/diffuse/data` or `$XDG_STATE_HOME/diffuse/data`, named by the SHA-256
-of the full path. Run folders leave one in `runs` beside it, and plugins one in `plugins`.
+of the full path. A dataset elsewhere, such as a URL, leaves one in `names` beside it, by its name alone. Run
+folders leave one in `runs`, and plugins one in `plugins`.
 """
 
 import hashlib
@@ -22,6 +23,8 @@ def remember(dataset: Mapping[str, Any]) -> None:
     with suppress(OSError, RuntimeError):  # no home folder, or a read-only one
         for path in _paths(dataset).values():
             _touch(_record(path))
+            if _is_elsewhere(path):
+                _touch(_record(path, "names"))
 
 
 def remember_run(folder: Path) -> None:
@@ -48,11 +51,22 @@ def is_own_plugin(folder: Path, name: str) -> bool:
 
 def unnamed(dataset: Mapping[str, Any]) -> dict[str, str]:
     """Return the paths of a dataset, by setting, that this user has not named before."""
-    return {key: path for key, path in _paths(dataset).items() if not _is_recorded(path)}
+    return {
+        key: path
+        for key, path in _paths(dataset).items()
+        if not _is_recorded(path) and not (_is_elsewhere(path) and _is_recorded(path, "names"))
+    }
 
 
 def _paths(dataset: Mapping[str, Any]) -> dict[str, str]:
     return {key: dataset[key] for key in PATHS if isinstance(dataset.get(key), str)}
+
+
+def _is_elsewhere(path: str) -> bool:
+    """Return whether a path means the same in all folders: a URL, or a name that is no file here."""
+    with suppress(OSError, RuntimeError, ValueError):  # too long, or no text for a path
+        return "://" in path or not Path(path).expanduser().exists()
+    return False
 
 
 def _is_recorded(path: str, kind: str = "data") -> bool:
@@ -67,6 +81,7 @@ def _touch(record: Path) -> None:
 
 
 def _record(path: str, kind: str = "data") -> Path:
-    name = hashlib.sha256(os.fsencode(Path(path).expanduser().resolve())).hexdigest()
+    text = path if kind == "names" else Path(path).expanduser().resolve()
+    name = hashlib.sha256(os.fsencode(text)).hexdigest()
     state = os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state"
     return Path(state, "diffuse", kind, name)

@@ -44,6 +44,20 @@ def test_a_path_is_remembered_in_full(tmp_path, stranger, monkeypatch):
     assert unnamed({"path": "here"}) == {"path": "here"}
 
 
+def test_the_name_of_a_dataset_elsewhere_is_the_same_in_all_folders(tmp_path, stranger, monkeypatch):
+    (tmp_path / "owner" / "name").mkdir(parents=True)
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    for path in ("owner/name", "s3://bucket/photos.zip"):
+        assert unnamed({"path": path}) == {"path": path}
+        remember({"path": path})
+        assert unnamed({"path": path}) == {}
+    monkeypatch.chdir("/")
+    assert unnamed({"path": "owner/name", "masks": "s3://bucket/photos.zip"}) == {}
+    monkeypatch.chdir(tmp_path)  # where the name is that of a folder, which was never named
+    assert unnamed({"path": "owner/name"}) == {"path": "owner/name"}
+
+
 def test_without_a_folder_to_write_to_nothing_is_remembered(tmp_path, monkeypatch):
     (tmp_path / "file").touch()
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "file"))

@@ -1,0 +1,162 @@
+"""Datasets of the Hugging Face library `datasets`: of the Hub, saved folders, Parquet, WebDataset, image folders."""
+
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Annotated, Literal
+
+import torch
+from pydantic import Field, NonNegativeInt, PositiveInt
+from torch import Tensor
+
+from diffusion_cli.data import survey
+from diffusion_cli.data.base import Dataset, Images, Split, shuffled_mask, split_rows, spread, too_few
+from diffusion_cli.data.decoding import HighDepthDecoder, ImageDecoder, image_decoder
+from diffusion_cli.data.encoded import EncodedImages, range_remarks
+from diffusion_cli.data.folder import RULES
+from diffusion_cli.data.tables import STREAMS, Source, Table
+from diffusion_cli.errors import UsageError
+from diffusion_cli.formats import Range, Uint8Image, has_own_numbers
+from diffusion_cli.formats.range_check import LOOKED_AT
+from diffusion_cli.system.untrusted import reason
+
+
+class HuggingFace(Dataset):
+    """Images of a dataset that the library `datasets` reads; no code of a dataset is run.
+
+    Images are the bytes of files, and are decoded, cropped and resized as by `Folder`. Classes are those of the only
+    `ClassLabel` column, or of the column `label`: its integers, or its texts in alphabetical order.
+
+    Args:
+        data_dir: folder of downloaded datasets, for streamed images; other downloads are in the library's own cache.
+        path: name on the Hub, folder of `save_to_disk`, folder of files, or a file or pattern such as `shards/*.tar`.
+        name: configuration of the dataset.
+        revision: branch, tag or commit on the Hub; None: the newest.
+        builder: reader of the files; None: by their suffix.
+        split: name of the training split, or a slice of it.
+        val_split: name of the validation split; None: `val_fraction` of `split`.
+        image: column of the images; None: the only one.
+        label: column of the classes; None: the only `ClassLabel` column.
+        streaming: whether to download only the first `max_images` images of each split, which are stored.
+        max_images: number of images of each split to use, from the first; None: all.
+        resolution: size N for NxN images, or [H, W].
+        channels: number of channels.
+        range: [low, high], the values that become -1 and 1, or one pair per channel; None: that of the dtype.
+        depth: `auto`: as in the first image; 8: reduce to 8 bits.
+        background: colour behind transparent pixels of 8-bit images.
+        flip: whether training may flip images horizontally.
+        val_fraction: fraction of the images for validation, in [0, 1), always the same rows; without `val_split`.
+        in_memory: whether to decode all images once and keep them in memory; None: if they fit.
+        num_workers: worker processes that decode images.
+
+    Raises:
+        UsageError: the dataset, a split or a column does not exist, cannot be read, or is ambiguous.
+    """
+
+    def __init__(
+        self,
+        data_dir: str,
+        *,
+        path: str,
+        name: str | None = None,
+        revision: str | None = None,
+        builder: Literal["imagefolder", "parquet", "webdataset", "arrow"] | None = None,
+        split: str = "train",
+        val_split: str | None = None,
+        image: str | None = None,
+        label: str | None = None,
+        streaming: bool = False,
+        max_images: PositiveInt | None = None,
+        resolution: PositiveInt | Annotated[list[PositiveInt], Field(min_length=2, max_length=2)],
+        channels: PositiveInt = 3,
+        range: Range | list[Range] | None = None,
+        depth: Literal["auto", 8] = "auto",
+        background: Literal["white", "black"] = "white",
+        flip: bool = True,
+        val_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.1,
+        in_memory: bool | None = None,
+        num_workers: NonNegativeInt = 4,
+    ) -> None:
+        super().__init__(data_dir)
+        if streaming and max_images is None:
+            problem = "needs the number of images to download"
+            raise UsageError("dataset.streaming", True, problem, "set dataset.max_images")
+        self.path, self.flip, self.val_fraction = path, flip, val_fraction
+        self.name = source_name(path)
+        self.in_memory, self.num_workers = in_memory, num_workers
+        streams = self.data_dir / STREAMS if streaming else None
+        source = Source(path, name, revision, builder, image, label, max_images, streams)
+        train = source.table("dataset.split", split)
+        self.class_names, self.missing_classes = train.class_names, train.missing_classes
+        if val_split is None:
+            is_val = shuffled_mask(len(train.data), val_fraction)
+            val, rows = train, split_rows(is_val, val_fraction, "val")
+            self._parts = {"train": (train, split_rows(is_val, val_fraction, "train")), "val": (val, rows)}
+        else:
+            val = source.table("dataset.val_split", val_split, train.class_names)
+            self._parts = {
+                "train": (train, torch.arange(len(train.data))),
+                "val": (val, torch.arange(len(val.data))),
+            }
+        height, width = resolution if isinstance(resolution, list) else (resolution, resolution)
+        try:
+            first = train.content(0)
+        except (ValueError, OSError):  # reported with the other broken files, where pixels are read
+            first = b""
+        try:
+            self.decoder = image_decoder(first, (channels, height, width), range, depth, background, RULES)
+        except UsageError:
+            raise
+        except ValueError as error:
+            raise UsageError("dataset.path", path, f"cannot use the first image ({reason(error)})") from error
+        self.form = self.decoder.form if isinstance(self.decoder, HighDepthDecoder) else Uint8Image()
+        self.shape = self.decoder.shape
+
+    def load(self, split: Split) -> Images:
+        return self.stream(split).loaded(self.in_memory)
+
+    def stream(self, split: Split) -> "TableImages":
+        table, rows = self._parts[split]
+        return TableImages(table, rows, self.decoder, self.path)
+
+    def remarks(self) -> list[str]:
+        count, (height, width) = len(self._parts["train"][0].data), self.shape[1:]
+        own = isinstance(self.decoder, HighDepthDecoder) and has_own_numbers(self.form)
+        headers = survey.headers_of(self._few(survey.MOST))
+        lines = survey.remarks(f"dataset.path={self.path}", headers, count, (height, width), own_numbers=own)
+        if self._parts["train"][0] is self._parts["val"][0] and self.val_fraction > 0:
+            lines += [] if len(self._parts["val"][1]) else [too_few(count, self.val_fraction)]
+        return [*lines, *range_remarks(self.decoder, (data for _, data in self._few(LOOKED_AT)))]
+
+    def _few(self, number: int) -> Iterator[tuple[str, bytes]]:
+        """Yield the readable ones of evenly spaced training images, with their names."""
+        table = self._parts["train"][0]
+        for row in spread(len(table.data), min(len(table.data), number)).tolist():
+            with suppress(ValueError, OSError):  # reported with the other broken files, where pixels are read
+                yield f"image {row}", table.content(row)
+
+
+class TableImages(EncodedImages):
+    """Rows of a table of the library, decoded on access; can be pickled."""
+
+    def __init__(
+        self, table: Table, rows: Tensor, decoder: ImageDecoder | HighDepthDecoder, path: str
+    ) -> None:
+        labels = None if table.labels is None else table.labels[rows]
+        super().__init__(labels, decoder, ("dataset.path", path))
+        self.table, self.rows = table, rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def contents(self, row: int) -> list[bytes]:
+        return [self.table.content(int(self.rows[row]))]
+
+    def title(self, row: int) -> str:
+        return f"image {int(self.rows[row])} of {self.table.split}"
+
+
+def source_name(path: str) -> str:
+    """Return the name of a dataset in tables and file names: of the last part of its path that has letters."""
+    parts = [part for part in Path(path).parts if not set(part) & set("*?[")]
+    return Path(parts[-1]).stem if parts else "images"

@@ -6,6 +6,8 @@ import importlib
 import inspect
 import re
 import shlex
+import shutil
+import sys
 import tomllib
 from collections.abc import Iterator
 from contextlib import redirect_stderr, redirect_stdout
@@ -19,7 +21,9 @@ import yaml
 
 import diffusion_cli
 from diffusion_cli import cli, config
+from diffusion_cli.config import plugins
 from diffusion_cli.errors import UsageError
+from helpers.plugins import EXAMPLE, forget_modules
 
 ROOT = Path(__file__).parent.parent.parent
 GENERATED = ("_build", "commands", "options")
@@ -75,15 +79,20 @@ def commands(text: str) -> Iterator[list[str]]:
 
 
 @pytest.fixture
-def run_folder(tmp_path, monkeypatch) -> Path:
-    """A folder to work in, where `outputs/demo` is a run; no command needs SLURM in it."""
+def run_folder(tmp_path, monkeypatch) -> Iterator[Path]:
+    """A folder to work in, where `outputs/demo` is a run and `bars` a plugin; no command needs SLURM in it."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv(plugins.VARIABLE, "")
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    shutil.copytree(EXAMPLE / "bars", tmp_path / "bars")
+    forget_modules()
     monkeypatch.setattr("diffusion_cli.config.launcher._missing", list)
     folder = tmp_path / "outputs" / "demo"
     (folder / "checkpoints").mkdir(parents=True)
     values = config.load("train", ["name=demo"]).model_dump()
     (folder / "config.yaml").write_text(yaml.safe_dump(values))
-    return tmp_path
+    yield tmp_path
+    forget_modules()
 
 
 def check_command(words: list[str]) -> None:

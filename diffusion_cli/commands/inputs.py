@@ -30,6 +30,7 @@ from diffusion_cli.data import (
 from diffusion_cli.data.folder import ignored_files
 from diffusion_cli.data.labels import read as entry
 from diffusion_cli.data.listing import MANIFEST, manifests, stem
+from diffusion_cli.data.series import series
 from diffusion_cli.errors import NO_VALUE, FormatError, Problem, UsageError
 from diffusion_cli.formats import (
     HighDepthImage,
@@ -44,7 +45,7 @@ from diffusion_cli.formats import (
 )
 from diffusion_cli.formats.files import flattened, is_gray, opened
 from diffusion_cli.formats.pixel_readers import read_numbers
-from diffusion_cli.formats.volume import read_volume
+from diffusion_cli.formats.volume import Held, read_volume
 from diffusion_cli.runs.migrate import result_name
 from diffusion_cli.system.distributed import Distributed
 from diffusion_cli.system.untrusted import Archive, printable, read, reason
@@ -164,7 +165,7 @@ def read_input(
     Raises:
         UsageError: for images of another format or shape; it names each file.
     """
-    path, names = _listed(given, form, mask_path)
+    path, names, parts = _listed(given, form, mask_path)
     names = names[:count]
     if isinstance(form, Uint8Image | HighDepthImage):
         found = survey.headers(path, names)
@@ -181,9 +182,11 @@ def read_input(
             strict=True,
         ):
             try:
-                data = content(file)
+                data, *slices = (content(part) for part in parts.get(file, [file]))
                 if complete is not None and len(read_numbers(data)) < shapes[0][0]:
                     held = complete(data, file)
+                elif isinstance(form, Volume):
+                    held = _volume(read_volume(data, *slices), shapes, fit, form)
                 else:
                     held = _decoded(data, shapes, fit, form)
                 lost = _lost(held.pixels, held.form, held.original)
@@ -236,17 +239,25 @@ def contents(path: Path) -> Iterator[Callable[[str], bytes]]:
             yield archive.read
 
 
-def _listed(given: str | list[str], form: SampleFormat, mask_path: str | None) -> tuple[Path, list[str]]:
-    """Return a folder or archive, and the names of the images in it; for a list of files, the working folder."""
+def _listed(
+    given: str | list[str], form: SampleFormat, mask_path: str | None
+) -> tuple[Path, list[str], dict[str, list[str]]]:
+    """Return a folder or archive, the names of the images in it, and the files of each DICOM series.
+
+    For a list of files, the folder is the working folder.
+    """
     files = [Path(file).expanduser() for file in ([given] if isinstance(given, str) else given)]
     path = files[0]
     if len(files) > 1 or not (path.is_dir() or is_archive(path)):
-        return Path(), [str(file) for file in files]
+        return Path(), [str(file) for file in files], {}
     inside = _but_results(file_names(path, "input"))
     if mask_path is not None and path.is_dir():
         masks = Path(mask_path).expanduser().resolve()
         if masks != path.resolve():
             inside = [name for name in inside if masks not in (path.resolve() / name).parents]
+    own = any(name.lower().endswith(form.suffixes) for name in inside)
+    if isinstance(form, Volume) and not own and (parts := series(path, inside)):
+        return path, [*parts], parts
     names = sample_files(path, inside, form, "input")
     if manifests([name for name in inside if name == MANIFEST], lambda name: entry(path, name)):
         names = [name for name in names if "/" not in name]
@@ -255,7 +266,7 @@ def _listed(given: str | list[str], form: SampleFormat, mask_path: str | None) -
                 "input", path, "contains only subfolders of image series", "give one of the subfolders"
             )
     show_remarks(ignored_files(path, inside, "input", form.suffixes))
-    return path, names
+    return path, names, {}
 
 
 def _content(file: Path) -> bytes:
@@ -267,8 +278,6 @@ def _content(file: Path) -> bytes:
 
 
 def _decoded(data: bytes, shapes: list[Shape], fit: bool, form: SampleFormat) -> FileContent:
-    if isinstance(form, Volume):
-        return _volume(data, shapes, fit, form)
     if not form.ordered:
         return FileContent(form.read(data, shapes[0]), form)
     if not isinstance(form, RangedImage):
@@ -278,11 +287,10 @@ def _decoded(data: bytes, shapes: list[Shape], fit: bool, form: SampleFormat) ->
     if tuple(sample.shape) not in shapes:
         refuse_shape(tuple(sample.shape), shapes, fit and len(sample) == shapes[0][0], "crop and resize it")
         sample = center_crop_resize(sample, form, shapes[0])
-    return FileContent(sample, form.of(data), grid, form.original(data))
+    return FileContent(sample, form, grid, form.original(data))
 
 
-def _volume(data: bytes, shapes: list[Shape], fit: bool, form: Volume) -> FileContent:
-    held = read_volume(data)
+def _volume(held: Held, shapes: list[Shape], fit: bool, form: Volume) -> FileContent:
     shape, (_, *wanted) = held.values.shape, shapes[0]
     affine = None if held.spacing is None else held.header.affine
     grid = Grid(shape[1:], central_block(shape[1:], wanted), affine)

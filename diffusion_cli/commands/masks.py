@@ -21,8 +21,8 @@ from diffusion_cli.commands.inputs import (
     show_remarks,
 )
 from diffusion_cli.data import central_part, file_names, resized_region
-from diffusion_cli.data.folder import ends_in
 from diffusion_cli.data.labels import read as entry
+from diffusion_cli.data.listing import ends_in
 from diffusion_cli.data.masks import decoder_of_run, mask_files
 from diffusion_cli.editing.restore import described
 from diffusion_cli.errors import FormatError, Problem, UsageError

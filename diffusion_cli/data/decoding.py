@@ -22,7 +22,8 @@ from diffusion_cli.formats import (
     Volume,
     image_form,
 )
-from diffusion_cli.formats.dicom import dicom_form, is_dicom
+from diffusion_cli.formats.dicom import dicom_form
+from diffusion_cli.formats.dicom_reader import is_dicom, is_gray_dicom
 from diffusion_cli.formats.files import DECODING, flattened, is_turned, parsed, upright
 from diffusion_cli.formats.pixel_readers import depth_of, is_cmyk, mode_with_opacity
 from diffusion_cli.formats.volume import Held, read_volume
@@ -265,11 +266,10 @@ def form_of_files(
                 "leave one of them out",
             )
         return Uint8Image()
-    if is_dicom(first):
+    if is_dicom(first) and (channels != 3 or is_gray_dicom(first)):
         if channels != 1:
-            raise UsageError(
-                "dataset.channels", channels, "DICOM images are grayscale", "set dataset.channels=1"
-            )
+            problem, remedy = "the first DICOM image is grayscale", "set dataset.channels=1"
+            raise UsageError("dataset.channels", channels, problem, remedy)
         return dicom_form(first, given)
     if given == "window":
         raise UsageError("dataset.range", "window", "applies to DICOM files only", "give [low,high]")
@@ -315,7 +315,7 @@ def _channels(form: RangedImage, data: bytes) -> int | None:
 
 
 class VolumeDecoder(NamedTuple):
-    """Decodes NIfTI and .npy volumes to float32 [C, D, H, W] in [-1, 1], by the value range of `form`.
+    """Decodes NIfTI, .npy and DICOM volumes to float32 [C, D, H, W] in [-1, 1], by the value range of `form`.
 
     The largest central block with the proportions of `shape` is resized with an antialiased trilinear filter. The
     filter is a triangle of two voxels of the result or of the file, whichever are larger. A volume of the right size
@@ -328,13 +328,13 @@ class VolumeDecoder(NamedTuple):
     """Voxel sides along W, H and D that all files must have; None for .npy, which has no spacing."""
     dtype = np.dtype(np.float32)
 
-    def __call__(self, data: bytes) -> np.ndarray:
+    def __call__(self, data: bytes, *slices: bytes) -> np.ndarray:
         """Return the decoded volume; FormatError if it cannot be decoded, or if channels or spacing (by 1 %) differ."""
-        return self.decoded(read_volume(data)).numpy()
+        return self.decoded(read_volume(data, *slices)).numpy()
 
-    def original(self, data: bytes) -> Original:
-        """Return the values of a file before clipping and resizing."""
-        return self.form.original(data)
+    def original(self, data: bytes, *slices: bytes) -> Original:
+        """Return the values of a volume before clipping and resizing."""
+        return read_volume(data, *slices).original
 
     def decoded(self, held: Held) -> Tensor:
         """Return the decoded volume of a file's content; FormatError as for a call."""

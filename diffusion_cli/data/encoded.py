@@ -17,7 +17,7 @@ from diffusion_cli.data.decoding import FileDecoder, HighDepthDecoder, NoResize,
 from diffusion_cli.data.masks import MaskedDecoder
 from diffusion_cli.data.memory import MemoryImages, fits_in_memory
 from diffusion_cli.errors import UsageError
-from diffusion_cli.formats import HighDepthImage, Original, Uint8Image
+from diffusion_cli.formats import Original, Uint8Image, ValueFormat
 from diffusion_cli.system.cores import usable_cores
 from diffusion_cli.system.untrusted import reason
 
@@ -44,7 +44,10 @@ class EncodedImages(Images):
 
     @abstractmethod
     def contents(self, row: int) -> list[bytes]:
-        """Return the bytes of the file of a row, and of its mask if any; UsageError, FormatError or OSError."""
+        """Return the bytes of the file of a row, then of its mask or further slices if any.
+
+        Raises UsageError, FormatError or OSError.
+        """
 
     @abstractmethod
     def title(self, row: int) -> str:
@@ -140,12 +143,12 @@ def range_remarks(decoder: FileDecoder | MaskedDecoder, contents: Iterable[bytes
     if isinstance(decoder, MaskedDecoder):
         decoder = decoder.image
     form = decoder.form if isinstance(decoder, HighDepthDecoder) else Uint8Image()
-    if isinstance(decoder, VolumeDecoder) or not isinstance(form, HighDepthImage | Uint8Image):
+    if isinstance(decoder, VolumeDecoder):  # large: `Folder` compares the first one
         return []
     images = []
     for data in contents:
         try:
-            images.append(form.held(data) if isinstance(form, HighDepthImage) else decoder(data))
+            images.append(form.original(data).values if isinstance(form, ValueFormat) else decoder(data))
         except (ValueError, OSError):  # reported with the other broken files, where pixels are read
             continue
     remark = form.remark(images) if len({len(image) for image in images}) == 1 else None

@@ -35,6 +35,7 @@ from diffusion_cli.data.labels import class_labels, composed
 from diffusion_cli.data.labels import read as entry
 from diffusion_cli.data.listing import (
     MANIFEST,
+    ends_in,
     is_result,
     manifests,
     passed_over,
@@ -42,6 +43,7 @@ from diffusion_cli.data.listing import (
     without_pictures,
 )
 from diffusion_cli.data.masks import MaskedDecoder, divided, mask_files, masked_decoder
+from diffusion_cli.data.series import dicom_files, series
 from diffusion_cli.errors import FormatError, UsageError
 from diffusion_cli.formats import (
     Dicom,
@@ -51,15 +53,16 @@ from diffusion_cli.formats import (
     has_own_numbers,
 )
 from diffusion_cli.formats.dicom import SUFFIXES as SCANS
-from diffusion_cli.formats.dicom import is_dicom
 from diffusion_cli.formats.files import FIRST_SUFFIXES
 from diffusion_cli.formats.files import SUFFIXES as PICTURES
 from diffusion_cli.formats.range_check import LOOKED_AT
 from diffusion_cli.formats.volume import SUFFIXES as VOLUMES
 from diffusion_cli.formats.volume import read_volume
-from diffusion_cli.system.untrusted import LONGEST_MANIFEST, Archive, read, reason
+from diffusion_cli.system.untrusted import LARGEST, LONGEST_MANIFEST, Archive, read, reason
 
 SUFFIXES = (*PICTURES, *SCANS)
+MOST_TOGETHER = 4 * LARGEST
+"""Bytes of the files of a volume, at most."""
 RULES = 2
 """Version of the rules that convert files to images.
 
@@ -141,12 +144,13 @@ class Folder(Dataset):
         if len(sizes) == 3 and depth != "auto":
             raise UsageError("dataset.depth", depth, "not supported for volumes", "leave it out")
         self.rules = rules
-        self.masks: list[str] | None = None
-        self._size_remarks: list[str] = []
+        self.parts: dict[str, list[str]] = {}  # files of a row, if it has several: image and mask, or slices
+        self._volume_remarks: list[str] = []
         ignored: list[str] = []
         names = file_names(self.path, rules=rules)
         if len(sizes) == 3:
-            self.files = volume_files(self.path, names)
+            self.parts = volume_files(self.path, names)
+            self.files = [*self.parts]
             self.form, self.decoder = self._volumes(sizes, channels, range)
         elif masks is None:
             self.files = self._chosen(names)
@@ -160,7 +164,9 @@ class Folder(Dataset):
             self.decoder = self._masked(masks, beside, decoder, labelled)
             self.form = self.decoder.form
         read_too = VOLUMES if len(sizes) == 3 else (*self._pictures, *SCANS)
-        self._passed_over = [*ignored_files(self.path, names, "dataset.path", read_too), *ignored]
+        chosen = {*self.files}.union(*self.parts.values())
+        rest = [name for name in names if name not in chosen]
+        self._passed_over = [*ignored_files(self.path, rest, "dataset.path", read_too), *ignored]
         self.shape = self.decoder.shape
         self.flip = (
             not isinstance(self.form, Dicom | Volume) if flip is None else flip
@@ -205,7 +211,7 @@ class Folder(Dataset):
         decoder: ImageDecoder | HighDepthDecoder,
         range: Range | None,
     ) -> MaskedDecoder:
-        """Return the decoder with masks, and set their files."""
+        """Return the decoder with masks, and set the files of images and masks."""
         if isinstance(decoder, HighDepthDecoder) and isinstance(decoder.form, Dicom):
             raise UsageError(
                 "dataset.masks",
@@ -214,8 +220,9 @@ class Folder(Dataset):
                 "leave it out, or convert the images to TIFF",
             )
         try:
-            self.masks = [beside[name] for name in mask_files(self.files, list(beside))]
-            first = entry(self.path, self.masks[0])
+            masks = [beside[name] for name in mask_files(self.files, list(beside))]
+            self.parts = {name: [name, mask] for name, mask in zip(self.files, masks, strict=True)}
+            first = entry(self.path, masks[0])
             return masked_decoder(decoder, first, range)
         except UsageError:
             raise
@@ -234,12 +241,13 @@ class Folder(Dataset):
                 "set it, as in [-1000,1000]",
             )
         try:
-            held = read_volume(entry(self.path, self.files[0]))
+            held = read_volume(*[entry(self.path, part) for part in self.parts[self.files[0]]])
         except ValueError as error:
             raise UsageError("dataset.path", self.path, f"{self.files[0]}: {reason(error)}") from error
-        self._size_remarks = order_remarks(held.values.shape[1:], sizes)
         affine = resized_affine(held.header.affine, held.values.shape[1:], sizes)
         form = Volume(low=float(low), high=float(high), **held.header._replace(affine=affine)._asdict())
+        clipped = form.remark([held.values])
+        self._volume_remarks = [*order_remarks(held.values.shape[1:], sizes), *([clipped] if clipped else [])]
         return form, VolumeDecoder(form, (channels, *sizes), held.spacing)
 
     def load(self, split: Split) -> Images:
@@ -248,7 +256,7 @@ class Folder(Dataset):
     def remarks(self) -> list[str]:
         return [
             *self._passed_over,
-            *self._size_remarks,
+            *self._volume_remarks,
             *self._class_remarks,
             *named_remarks(self.files, self.val_fraction),
             *self._header_remarks(),
@@ -278,8 +286,7 @@ class Folder(Dataset):
         rows = split_rows(named_mask(self.files, self.val_fraction), self.val_fraction, split)
         files = [self.files[row] for row in rows.tolist()]
         labels = None if self.labels is None else self.labels[rows]
-        masks = None if self.masks is None else [self.masks[row] for row in rows.tolist()]
-        return FileImages(self.path, files, labels, self.decoder, masks=masks)
+        return FileImages(self.path, files, labels, self.decoder, parts=self.parts)
 
 
 class FileImages(EncodedImages):
@@ -293,7 +300,7 @@ class FileImages(EncodedImages):
         labels: class of each file, int64 [N], or None.
         decoder: decoder of the files.
         key: configuration key of the path, for errors.
-        masks: for a `MaskedDecoder`, the mask of each file.
+        parts: files of each name that stands for several: an image and its mask, or the slices of a volume.
     """
 
     def __init__(
@@ -303,12 +310,12 @@ class FileImages(EncodedImages):
         labels: Tensor | None,
         decoder: FileDecoder | MaskedDecoder,
         key: str = "dataset.path",
-        masks: list[str] | None = None,
+        parts: Mapping[str, list[str]] | None = None,
     ) -> None:
         super().__init__(labels, decoder, (key, path))
         self.path = path
         self.names = names
-        self.masks = masks
+        self.parts = parts or {}
         self._archive: tuple[int, Archive] | None = None  # with the id of the process that opened it
 
     def __getstate__(self) -> dict[str, Any]:
@@ -321,15 +328,20 @@ class FileImages(EncodedImages):
         return self.names[row]
 
     def contents(self, row: int) -> list[bytes]:
-        names = [self.names[row]] if self.masks is None else [self.names[row], self.masks[row]]
-        archive = self._open()
-        return [archive.read(name) if archive else read(self.path / name) for name in names]
+        archive, name = self._open(), self.names[row]
+        contents: list[bytes] = []
+        for part in self.parts.get(name, [name]):
+            contents.append(archive.read(part) if archive else read(self.path / part))
+            if sum(map(len, contents)) > MOST_TOGETHER:
+                raise FormatError(f"has files of more than {MOST_TOGETHER} bytes together")
+        return contents
 
     def prepare(self) -> None:
         self._open()
 
     def fingerprint(self) -> str:
-        names = "\n".join(composed(name) for name in [*self.names, *(self.masks or [])])
+        parts = [part for name in self.names for part in self.parts.get(name, []) if part != name]
+        names = "\n".join(composed(name) for name in [*self.names, *parts])
         return sha256(b"".join([names.encode(), *self.content_digests(self._evenly())])).hexdigest()
 
     def _open(self) -> Archive | None:
@@ -382,8 +394,13 @@ def file_names(path: Path, key: str = "dataset.path", rules: int = RULES) -> lis
 def image_files(
     path: Path, names: list[str], key: str = "dataset.path", suffixes: tuple[str, ...] = SUFFIXES
 ) -> list[str]:
-    """Return the names with a suffix of images, sorted; UsageError if there are none."""
+    """Return the names with a suffix of images, sorted; if there are none, those of DICOM files if these are images.
+
+    Raises UsageError if there are none of them either.
+    """
     images = sorted(name for name in names if ends_in(PurePosixPath(name), suffixes))
+    if not images and SCANS[0] in suffixes:
+        images = dicom_files(path, names)
     if not images:
         expected = f"expected files with {' '.join(suffixes)}"
         raise UsageError(key, path, "has no images", _other_kind(path, names, key) or expected)
@@ -391,7 +408,7 @@ def image_files(
 
 
 def _other_kind(path: Path, names: list[str], key: str) -> str | None:
-    """Return how to read a folder or archive of volumes, or of DICOM files without their suffix; None for others."""
+    """Return how to read a folder or archive of volumes; None for others."""
     volumes = Counter(
         suffix for name in names for suffix in VOLUMES if ends_in(PurePosixPath(name), (suffix,))
     )
@@ -401,11 +418,6 @@ def _other_kind(path: Path, names: list[str], key: str) -> str | None:
             f"it has {count} volumes in {suffix} files: "
             "set dataset.resolution=[depth,height,width] dataset.channels=1 dataset.range=[low,high]"
         )
-    unknown = sorted(name for name in names if visible_name(PurePosixPath(name)))
-    for name in unknown[:LOOKED_AT]:
-        with suppress(ValueError, OSError):
-            if is_dicom(entry(path, name)):
-                return f"{name} is a DICOM file: rename the files, so that they end in .dcm"
     return None
 
 
@@ -455,12 +467,17 @@ def mask_names(
     return found, rest, passed_over(f"dataset.masks={masks}", inside, suffixes)
 
 
-def volume_files(path: Path, names: list[str]) -> list[str]:
-    """Return the names with a suffix of volumes, sorted; UsageError if there are none."""
+def volume_files(path: Path, names: list[str], key: str = "dataset.path") -> dict[str, list[str]]:
+    """Return the files of each volume by its name, sorted: NIfTI and .npy files, or else DICOM `series`.
+
+    Raises UsageError if there are none.
+    """
     volumes = sorted(n for n in names if n.lower().endswith(VOLUMES) and visible_name(PurePosixPath(n)))
-    if not volumes:
-        raise UsageError("dataset.path", path, "has no volumes", f"expected files with {' '.join(VOLUMES)}")
-    return volumes
+    found = {name: [name] for name in volumes} or series(path, names)
+    if not found:
+        expected = f"expected files with {' '.join(VOLUMES)}, or DICOM files"
+        raise UsageError(key, path, "has no volumes", expected)
+    return found
 
 
 def folder_names(path: Path) -> Iterator[str]:
@@ -480,8 +497,3 @@ def folder_names(path: Path) -> Iterator[str]:
 def _refuse(error: OSError) -> None:
     """Raise the error of an unreadable folder instead of silently skipping its images."""
     raise error
-
-
-def ends_in(name: PurePosixPath, suffixes: tuple[str, ...]) -> bool:
-    """Return whether a name has one of the suffixes and is not hidden."""
-    return name.name.lower().endswith(suffixes) and visible_name(name)

@@ -28,7 +28,7 @@ Read = Callable[[str], bytes]
 def passed_over(key: str, names: Iterable[str], suffixes: tuple[str, ...]) -> list[str]:
     """Return a remark that counts the names that may be images but have none of the suffixes; empty without any."""
     rest = (PurePosixPath(name) for name in names if not name.lower().endswith((*suffixes, "/")))
-    counts = Counter(path.suffix.lower() for path in rest if _may_be_image(path) and visible_name(path))
+    counts = Counter(path.suffix.lower() for path in rest if may_be_image(path))
     if not counts:
         return []
     by_count = sorted(counts.items(), key=lambda pair: (-pair[1], pair[0]))
@@ -39,8 +39,11 @@ def passed_over(key: str, names: Iterable[str], suffixes: tuple[str, ...]) -> li
     return [f"{key}: {files} skipped: {', '.join(shown)}; convert images among them to {suffixes[0]}"]
 
 
-def _may_be_image(path: PurePosixPath) -> bool:
-    return path.suffix.lower() not in NO_IMAGES if path.suffix else path.name.lower() not in NO_IMAGE_NAMES
+def may_be_image(path: PurePosixPath) -> bool:
+    """Return whether a name is visible, and not clearly that of another kind of file."""
+    if path.suffix:
+        return visible_name(path) and path.suffix.lower() not in NO_IMAGES
+    return visible_name(path) and path.name.lower() not in NO_IMAGE_NAMES
 
 
 def manifests(names: Iterable[str], read: Read) -> dict[str, dict[str, Any]]:
@@ -95,6 +98,11 @@ def is_result(name: str, manifest: dict[str, Any]) -> bool:
 def stem(name: PurePosixPath) -> str:
     """Return the last part of a name without its suffix, such as .png or .nii.gz."""
     return name.name[: -len(".nii.gz")] if name.name.lower().endswith(".nii.gz") else name.stem
+
+
+def ends_in(name: PurePosixPath, suffixes: tuple[str, ...]) -> bool:
+    """Return whether a name has one of the suffixes and is not hidden."""
+    return name.name.lower().endswith(suffixes) and visible_name(name)
 
 
 def visible_name(name: PurePosixPath) -> bool:

@@ -4,7 +4,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple, Self
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 from pydantic import ConfigDict, ValidationError
@@ -80,10 +80,6 @@ class SampleFormat(ABC):
     def lossy(self, data: bytes) -> str | None:
         """Return the name of a file's lossy compression; None if it is lossless or unreadable."""
         return None
-
-    def of(self, data: bytes) -> Self:
-        """Return the format for a result made from a file: this one, with the file's spatial position."""
-        return self
 
     def remark(self, images: Sequence[np.ndarray]) -> str | None:
         """Return a remark if the values of images [C, H, W] do not fit the value range of the format, else None."""

@@ -2,9 +2,8 @@
 
 from dataclasses import asdict
 from hashlib import sha256
-from io import BytesIO
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, NamedTuple
+from typing import Annotated, ClassVar, Literal
 
 import numpy as np
 from pydantic import Field
@@ -13,22 +12,14 @@ from torch import Tensor
 
 from diffusion_cli.errors import FormatError, UsageError
 from diffusion_cli.formats.base import STRICT, Original
+from diffusion_cli.formats.dicom_reader import Scan, limits, read_scan
+from diffusion_cli.formats.lossy import lossy_format
 from diffusion_cli.formats.ranged import Dtype, Finite, Range, RangedImage, ranges
-from diffusion_cli.system.untrusted import reason
 
-if TYPE_CHECKING:
-    from pydicom import Dataset
-
-UNCOMPRESSED = ("1.2.840.10008.1.2", "1.2.840.10008.1.2.1", "1.2.840.10008.1.2.2")
-"""Transfer syntaxes without compression. Some of the compressed ones inflate without bounds."""
 SUFFIXES = (".dcm", ".dicom")
+"""Suffixes of DICOM files, which may also have none."""
 SECONDARY_CAPTURE = "1.2.840.10008.5.1.4.1.1.7"
 LITTLE_ENDIAN = "1.2.840.10008.1.2.1"
-READ = [
-    "SamplesPerPixel", "PhotometricInterpretation", "NumberOfFrames", "Rows", "Columns", "BitsAllocated", "BitsStored",
-    "HighBit", "PixelRepresentation", "RescaleSlope", "RescaleIntercept", "ModalityLUTSequence", "WindowCenter",
-    "WindowWidth", "PixelData",
-]  # fmt: skip
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -88,15 +79,7 @@ class Dicom(RangedImage):
         return Original(scan.values, {**numbers, "intercept": scan.intercept})
 
     def lossy(self, data: bytes) -> str | None:
-        from pydicom import dcmread
-
-        try:
-            mark = dcmread(BytesIO(data), specific_tags=["LossyImageCompression"]).get(
-                "LossyImageCompression"
-            )
-        except Exception:  # pydicom raises errors of many types for broken data
-            return None
-        return "DICOM with lossy compression" if mark == "01" else None
+        return lossy_format(data)
 
     def _check_whole(self, scan: "Scan") -> None:
         """Raise FormatError if the range is the whole range of the first file, and this file has another one."""
@@ -155,24 +138,6 @@ class Dicom(RangedImage):
         image.save_as(path, enforce_file_format=True)
 
 
-class Scan(NamedTuple):
-    """Pixels and display properties of a DICOM file."""
-
-    pixels: np.ndarray
-    """Stored numbers [H, W], white highest."""
-    bits: int
-    """Number of bits of the stored numbers."""
-    slope: float
-    intercept: float
-    window: tuple[float, float] | None
-    """Lowest and highest rescaled value to display."""
-
-    @property
-    def values(self) -> np.ndarray:
-        """Rescaled values, float64 [1, H, W]."""
-        return (self.pixels * self.slope + self.intercept)[None]
-
-
 def dicom_form(data: bytes, given: Range | list[Range] | Literal["window"] | None) -> Dicom:
     """Return the format of images like a DICOM file: with a given range of rescaled values, its window or full range.
 
@@ -192,85 +157,9 @@ def dicom_form(data: bytes, given: Range | list[Range] | Literal["window"] | Non
     return Dicom(dtype, scan.bits, scan.slope, scan.intercept, [pair[0]], [pair[1]])  # pyright: ignore
 
 
-def is_dicom(data: bytes) -> bool:
-    """Return whether a file has the DICOM magic number."""
-    return data[128:132] == b"DICM"
-
-
-def limits(dtype: str, bits: int) -> tuple[int, int]:
-    """Return the lowest and the highest number with `bits` bits."""
-    return (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) if dtype == "int16" else (0, 2**bits - 1)
-
-
 def whole(dtype: str, bits: int, slope: float, intercept: float) -> list[float]:
     """Return the lowest and the highest rescaled value of numbers with `bits` bits."""
     return [end * slope + intercept for end in limits(dtype, bits)]
-
-
-def read_scan(data: bytes) -> Scan:
-    """Return the image of a DICOM file; FormatError if it is malformed, compressed or not grayscale."""
-    try:
-        from pydicom import config, dcmread
-        from pydicom.filereader import read_dataset
-    except ImportError as error:
-        raise FormatError("is DICOM, which needs pydicom; pip install 'diffuse-cli[medical]'") from error
-    if not is_dicom(data):
-        raise FormatError("is not a DICOM file")
-    config.settings.reading_validation_mode = config.IGNORE  # the fields in use are checked below
-    try:
-        head = BytesIO(data)
-        head.seek(132)
-        meta = read_dataset(head, False, True, stop_when=lambda tag, *_: tag >> 16 != 2)
-        syntax = str(meta.TransferSyntaxUID)
-        if syntax not in UNCOMPRESSED:
-            raise FormatError(f"is compressed ({syntax}); decompress it, for example with gdcmconv --raw")
-        return _scan(dcmread(BytesIO(data), specific_tags=READ), ">" if syntax == UNCOMPRESSED[2] else "<")
-    except Exception as error:  # pydicom raises errors of many types for broken data
-        raise FormatError(reason(error)) from error
-
-
-def _scan(file: "Dataset", order: Literal["<", ">"]) -> Scan:
-    what = str(file.PhotometricInterpretation)
-    if what not in ("MONOCHROME1", "MONOCHROME2") or int(file.get("SamplesPerPixel") or 1) != 1:
-        raise FormatError(f"is {what}; only MONOCHROME1 and MONOCHROME2 are supported")
-    if int(file.get("NumberOfFrames") or 1) != 1:
-        raise FormatError(f"has {file.NumberOfFrames} frames; only one is supported")
-    if file.get("ModalityLUTSequence"):
-        raise FormatError("has a lookup table of values; only slope and intercept are supported")
-    allocated, bits = int(file.BitsAllocated), int(file.BitsStored)
-    signed = int(file.PixelRepresentation) == 1
-    if allocated not in (8, 16) or not 0 < bits <= allocated or (signed and allocated == 8):
-        raise FormatError(f"has {bits} of {allocated} bits; up to 16 are supported, and 16 if signed")
-    if int(file.HighBit) != bits - 1:
-        raise FormatError(f"has its highest bit at {file.HighBit}; expected {bits - 1}")
-    rows, columns = int(file.Rows), int(file.Columns)
-    content: Any = file.PixelData
-    if min(rows, columns) < 1 or len(content) < rows * columns * allocated // 8:
-        raise FormatError(f"has {len(content)} bytes of pixels, too few for {columns} x {rows}")
-    # Some files have other data in the unused high bits.
-    unused = allocated - bits
-    pixels = np.frombuffer(content, f"{order}{'i' if signed else 'u'}{allocated // 8}", rows * columns)
-    pixels = (pixels.astype(pixels.dtype.newbyteorder("=")) << unused >> unused).reshape(rows, columns)
-    if what == "MONOCHROME1":
-        pixels = (sum(limits(pixels.dtype.name, bits)) - pixels.astype(np.int32)).astype(pixels.dtype)
-    slope, intercept = (
-        1.0 if file.get("RescaleSlope") is None else float(file.RescaleSlope),
-        float(file.get("RescaleIntercept") or 0),
-    )
-    if not (0 < slope < np.inf and abs(intercept) < np.inf):
-        raise FormatError(
-            f"has slope {slope} and intercept {intercept}; they must be finite, the slope positive"
-        )
-    return Scan(pixels, bits, slope, intercept, _window(file))
-
-
-def _window(file: "Dataset") -> tuple[float, float] | None:
-    """Return the range of a file's first window: [c - w / 2, c + w / 2 - 1] (DICOM PS3.3, C.11.2.1.2.1)."""
-    centre, width = (file.get(name) for name in ("WindowCenter", "WindowWidth"))
-    if centre is None or width is None:
-        return None
-    centre, width = (float(each if isinstance(each, float | int) else each[0]) for each in (centre, width))
-    return (centre - width / 2, centre + width / 2 - 1) if width > 1 else None
 
 
 def _identifier(*parts: bytes) -> str:

@@ -1,4 +1,4 @@
-"""Image files with 8 bits per channel, read by Pillow."""
+"""Image files with 8 bits per channel, read by Pillow, and DICOM in colour."""
 
 import warnings
 from collections.abc import Iterator
@@ -11,6 +11,7 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from diffusion_cli.errors import FormatError
+from diffusion_cli.formats.dicom_reader import MAGIC, colour_image, is_dicom
 from diffusion_cli.formats.profiles import to_srgb
 from diffusion_cli.system.untrusted import IMAGE_FORMATS, reason
 
@@ -70,7 +71,9 @@ def has_gray_palette(image: Image.Image) -> bool:
 
 
 def opened(data: bytes) -> Image.Image:
-    """Return the first frame of an image file in one of IMAGE_FORMATS, upright by its EXIF orientation.
+    """Return the first frame of an image file, upright by its EXIF orientation.
+
+    It is in one of IMAGE_FORMATS, or in colour in a DICOM file.
 
     Raises FormatError if it is malformed, or has more pixels than `PIL.Image.MAX_IMAGE_PIXELS`.
     """
@@ -78,9 +81,14 @@ def opened(data: bytes) -> Image.Image:
 
 
 def parsed(data: bytes | IO[bytes]) -> Image.Image:
-    """Return the image like `opened`, but not upright and without decoding pixels."""
+    """Return the image like `opened`, but not upright and, except for DICOM in colour, without decoding pixels."""
+    file = BytesIO(data) if isinstance(data, bytes) else data
+    start = file.read(MAGIC)
+    if is_dicom(start):
+        return colour_image(start + file.read())
+    file.seek(0)
     try:
-        image = Image.open(BytesIO(data) if isinstance(data, bytes) else data, formats=list(IMAGE_FORMATS))
+        image = Image.open(file, formats=list(IMAGE_FORMATS))
     except UnidentifiedImageError as error:  # its text contains a memory address
         raise FormatError(f"is not an image in {', '.join(IMAGE_FORMATS)}") from error
     except Exception as error:  # decoders raise errors of many types for broken data

@@ -1,7 +1,9 @@
 """Detection of lossy compression in image files, which changes pixels."""
 
+from diffusion_cli.formats.dicom_reader import is_dicom, is_lossy
 from diffusion_cli.formats.files import has_gray_palette, is_gray, parsed
 
+LOSSY_DICOM = "DICOM with lossy compression"
 CODESTREAM, CODING_STYLE = b"\xff\x4f\xff\x51", b"\xff\x52"  # markers of JPEG 2000
 TRANSFORM, IRREVERSIBLE = (
     13,
@@ -13,8 +15,8 @@ FRAME, FRAME_HEADER = b"ANMF", 16  # chunk of an animated WebP, and the size of 
 def lossy_format(data: bytes) -> str | None:
     """Return the name of the lossy format of an image file; None if it is lossless or unreadable.
 
-    Lossy are JPEG, WebP and TIFF with lossy compression, JPEG 2000 with the irreversible wavelet, and colour GIF of
-    more than 256 pixels, because it has at most 256 colours.
+    Lossy are JPEG, WebP and TIFF with lossy compression, JPEG 2000 with the irreversible wavelet, DICOM with a mark of
+    lossy compression, and colour GIF of more than 256 pixels, because it has at most 256 colours.
     """
     try:
         return _lossy_format(data)
@@ -23,6 +25,8 @@ def lossy_format(data: bytes) -> str | None:
 
 
 def _lossy_format(data: bytes) -> str | None:
+    if is_dicom(data):
+        return LOSSY_DICOM if is_lossy(data) else None
     image = parsed(data)
     match image.format:
         case "JPEG" | "MPO":  # MPO is JPEG with further images

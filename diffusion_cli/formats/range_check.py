@@ -7,6 +7,8 @@ import numpy as np
 LOOKED_AT = 8
 """Number of images of a dataset to check."""
 MOST_CUT = 0.01
+INTENDED = "give dataset.range=[low,high] of all images if this is not intended"
+"""Remedy of a disagreement."""
 LEAST_FILLED = 1 / 8
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from diffusion_cli.errors import FormatError, UsageError
 from diffusion_cli.formats.base import Shape, ValueFormat
-from diffusion_cli.formats.range_check import disagreement
+from diffusion_cli.formats.range_check import INTENDED, disagreement
 from diffusion_cli.formats.uint8 import to_bytes
 
 Dtype = Literal["uint8", "uint16", "int16", "float32"]
@@ -81,7 +81,7 @@ class RangedImage(ValueFormat):
             return None
         pairs = [f"[{low:g},{high:g}]" for low, high in zip(self.low, self.high, strict=True)]
         shown = pairs[0] if len(pairs) == 1 else f"[{','.join(pairs)}]"
-        return f"dataset.range={shown}: {found}; give dataset.range=[low,high] of all images if this is not intended"
+        return f"dataset.range={shown}: {found}; {INTENDED}"
 
     @abstractmethod
     def to_numbers(self, values: np.ndarray) -> np.ndarray:

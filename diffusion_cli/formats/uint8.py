@@ -14,7 +14,7 @@ from diffusion_cli.errors import FormatError
 from diffusion_cli.formats.base import STRICT, SampleFormat, Shape
 from diffusion_cli.formats.files import SUFFIXES, flattened, has_gray_palette, is_gray, opened
 from diffusion_cli.formats.lossy import lossy_format
-from diffusion_cli.formats.range_check import disagreement
+from diffusion_cli.formats.range_check import INTENDED, disagreement
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -58,8 +58,7 @@ class Uint8Image(SampleFormat):
         found = disagreement(images, [0.0], [255.0])
         if found is None:
             return None
-        remedy = "give dataset.range=[low,high] of all images if this is not intended"
-        return f"dataset.range=null: bytes have the range [0,255], and {found}; {remedy}"
+        return f"dataset.range=null: bytes have the range [0,255], and {found}; {INTENDED}"
 
     def to_rgb(self, samples: Tensor) -> Tensor:
         return samples

@@ -1,13 +1,12 @@
-"""Volumes in NIfTI and NumPy files."""
+"""Volumes in NIfTI, NumPy and DICOM files."""
 
 import gzip
 import math
 from collections.abc import Sequence
-from dataclasses import replace
 from io import BytesIO
 from pathlib import Path
 from types import ModuleType
-from typing import Annotated, ClassVar, Literal, NamedTuple, Self
+from typing import Annotated, ClassVar, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -18,6 +17,9 @@ from torch import Tensor
 
 from diffusion_cli.errors import NO_VALUE, FormatError, UsageError
 from diffusion_cli.formats.base import STRICT, Original, Shape, ValueFormat
+from diffusion_cli.formats.dicom_reader import is_dicom
+from diffusion_cli.formats.dicom_volume import read_series
+from diffusion_cli.formats.range_check import INTENDED, disagreement
 from diffusion_cli.formats.uint8 import to_bytes
 from diffusion_cli.system.untrusted import inflated, reason
 
@@ -33,7 +35,7 @@ Affine = Annotated[list[Row], Field(min_length=3, max_length=3)]
 
 @dataclass(frozen=True, config=STRICT)
 class Volume(ValueFormat):
-    """Volumes [C, D, H, W] as NIfTI or .npy; their value range [low, high] becomes [-1, 1].
+    """Volumes [C, D, H, W] as NIfTI or .npy, read from DICOM too; their value range [low, high] becomes [-1, 1].
 
     A file stores numbers n with values slope n + inter. The axes of a NIfTI are W, H, D and C, reoriented so that W
     points nearest to right, H to anterior and D to superior. Those of a .npy are [D, H, W] or [C, D, H, W].
@@ -84,6 +86,14 @@ class Volume(ValueFormat):
     def original(self, data: bytes) -> Original:
         return read_volume(data).original
 
+    def remark(self, images: Sequence[np.ndarray]) -> str | None:
+        found = disagreement(
+            [values.reshape(len(values), 1, -1) for values in images], [self.low], [self.high]
+        )
+        if found is None:
+            return None
+        return f"dataset.range=[{self.low:g},{self.high:g}]: {found}; {INTENDED}"
+
     def write_values(self, values: np.ndarray, path: Path) -> None:
         numbers = self._numbers(torch.from_numpy(values)).numpy().astype(self.dtype)
         numbers = numbers[0] if len(numbers) == 1 else numbers
@@ -102,10 +112,6 @@ class Volume(ValueFormat):
         if values.shape != tuple(shape):
             raise FormatError(f"has shape {values.shape}; expected {tuple(shape)}")
         return self.scaled(torch.from_numpy(values))
-
-    def of(self, data: bytes) -> Self:
-        header = read_volume(data).header
-        return self if header.file == ".npy" else replace(self, affine=header.affine)
 
     def scaled(self, values: Tensor) -> Tensor:
         """Return values in the units of the data as float32 in [-1, 1], clipped to the range."""
@@ -180,11 +186,16 @@ class Held(NamedTuple):
         return np.linalg.norm(np.array(self.header.affine)[:, :3], axis=0).tolist()
 
 
-def read_volume(data: bytes) -> Held:
-    """Return the volume of a NIfTI file, compressed or not, or of a .npy; FormatError if malformed or truncated."""
+def read_volume(data: bytes, *slices: bytes) -> Held:
+    """Return the volume of a NIfTI file, compressed or not, of a .npy, or of the DICOM files of a series.
+
+    Raises FormatError if they are malformed or truncated.
+    """
     try:
         if data.startswith(npy.MAGIC_PREFIX):
             return _read_npy(data)
+        if is_dicom(data):
+            return _read_dicom([data, *slices])
         packed = data.startswith(b"\x1f\x8b")
         return _read_nifti(inflated(data) if packed else data, ".nii.gz" if packed else ".nii")
     except UsageError:
@@ -211,16 +222,29 @@ def _read_nifti(data: bytes, file: str) -> Held:
     shape, dtype = image.shape, image.header.get_data_dtype()
     _check(shape, dtype, len(data))
     slope, inter = image.dataobj.slope, image.dataobj.inter
-    if not np.isfinite(image.affine).all() or np.linalg.matrix_rank(image.affine) < 4:
+    numbers = VolumeHeader(dtype.name, float(slope), float(inter), [], file)
+    return _oriented(np.asanyarray(image.dataobj), image.affine, numbers)
+
+
+def _read_dicom(files: Sequence[bytes]) -> Held:
+    series = read_series(files)
+    header = VolumeHeader(series.dtype, series.slope, series.intercept, np.eye(4)[:3].tolist(), ".npy")
+    if series.affine is None:  # such as the frames of a film
+        return Held(_finite(series.values[None]), header)
+    return _oriented(series.values.T, series.affine, header._replace(file=".nii.gz"))
+
+
+def _oriented(values: np.ndarray, affine: np.ndarray, header: VolumeHeader) -> Held:
+    """Return a volume of axes W, H, D and optionally C, turned so that W points nearest to right and so on."""
+    if not np.isfinite(affine).all() or np.linalg.matrix_rank(affine) < 4:
         raise FormatError("has an affine that is singular or not finite")
     orientations = nibabel().orientations
-    turned = orientations.io_orientation(image.affine)
-    values = orientations.apply_orientation(
-        np.asanyarray(image.dataobj), turned
-    ).T  # [C, D, H, W], from W, H, D, C
+    turned = orientations.io_orientation(affine)
+    shape = values.shape[:3]
+    values = orientations.apply_orientation(values, turned).T
     values = values[None] if values.ndim == 3 else values
-    affine = (image.affine @ orientations.inv_ornt_aff(turned, shape[:3]))[:3].tolist()
-    return Held(_finite(values), VolumeHeader(dtype.name, float(slope), float(inter), affine, file))
+    affine = (affine @ orientations.inv_ornt_aff(turned, shape))[:3]
+    return Held(_finite(values), header._replace(affine=affine.tolist()))
 
 
 def _check(shape: tuple[int, ...], dtype: np.dtype, size: int) -> None:

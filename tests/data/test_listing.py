@@ -256,8 +256,7 @@ def test_a_form_of_numbers_reads_the_same_suffixes():
 
 
 @pytest.mark.parametrize("pack", [False, True])
-def test_a_folder_of_another_kind_of_file_names_how_to_read_it(tmp_path, pack):
-    """Volumes without the keys that they need, and DICOM files without a suffix."""
+def test_volumes_without_their_keys_are_named_and_dicom_needs_no_suffix(tmp_path, pack):
 
     def refused(folder):
         path = zipped(folder, tmp_path / f"{folder.name}.zip") if pack else folder
@@ -274,9 +273,9 @@ def test_a_folder_of_another_kind_of_file_names_how_to_read_it(tmp_path, pack):
         "it has 3 volumes in .nii.gz files: "
         "set dataset.resolution=[depth,height,width] dataset.channels=1 dataset.range=[low,high]"
     )
-    assert refused(tmp_path / "slices").endswith(
-        "IM0000 is a DICOM file: rename the files, so that they end in .dcm"
-    )
+    slices = zipped(tmp_path / "slices", tmp_path / "s.zip") if pack else tmp_path / "slices"
+    found = own_images(slices, file_names(slices), "dataset.path", (*SUFFIXES, ".dcm"))
+    assert found == [f"IM000{number}" for number in range(3)]
     (tmp_path / "notes").mkdir()
     (tmp_path / "notes" / "a.txt").write_text("x")
     assert "expected files with .png" in refused(tmp_path / "notes")

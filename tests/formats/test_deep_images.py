@@ -16,7 +16,7 @@ from diffusion_cli.data import Array, Pack, given_images
 from diffusion_cli.data.decoding import ImageDecoder
 from diffusion_cli.errors import UsageError
 from diffusion_cli.formats import Dicom, HighDepthImage, image_form
-from diffusion_cli.formats.dicom import read_scan
+from diffusion_cli.formats.dicom_reader import read_scan
 from diffusion_cli.formats.pixel_readers import depth_of, read_numbers
 from helpers.formats import dicom, folder, images, saved
 

@@ -12,7 +12,8 @@ from PIL import Image
 from torch.testing import assert_close
 
 from diffusion_cli.formats import Dicom, HighDepthImage, Uint8Image, form_of, image_form
-from diffusion_cli.formats.dicom import dicom_form, read_scan
+from diffusion_cli.formats.dicom import dicom_form
+from diffusion_cli.formats.dicom_reader import read_scan
 from diffusion_cli.formats.pixel_readers import depth_of, read_numbers
 from helpers.formats import tiff, written
 

@@ -9,7 +9,7 @@ import tifffile
 import torch
 from PIL import Image
 from pydicom.encaps import encapsulate
-from pydicom.uid import JPEG2000
+from pydicom.uid import UID
 
 from diffusion_cli.data import Folder
 from diffusion_cli.formats import Dicom
@@ -44,8 +44,11 @@ def dicom(numbers: np.ndarray, **elements) -> bytes:
     """A file as a scanner may have made it, with a patient's name, and other elements."""
     buffer = io.BytesIO()
     wide = Dicom("int16", 16, 1.0, 0.0, [-32768.0], [32767.0])
-    wide.write(wide.from_numbers(numbers.astype(np.int16)[None]), buffer)  # pyright: ignore
+    wide.write(wide.from_numbers(numbers.reshape(1, -1, numbers.shape[-1]).astype(np.int16)), buffer)  # pyright: ignore
     image = pydicom.dcmread(io.BytesIO(buffer.getvalue()))
+    *frames, image.Rows, image.Columns = numbers.shape
+    if frames:
+        image.NumberOfFrames = frames[0]
     image.PatientName = "Doe^Jane"
     image.PixelRepresentation = int(numbers.dtype.kind == "i")
     image.BitsAllocated = 8 * numbers.itemsize
@@ -56,14 +59,25 @@ def dicom(numbers: np.ndarray, **elements) -> bytes:
         image.file_meta.TransferSyntaxUID = syntax
     for name, value in elements.items():
         setattr(image, name, value)
-    if syntax == JPEG2000:
+    if syntax is not None and UID(syntax).is_encapsulated:
         image.PixelData = encapsulate([image.PixelData])
         image["PixelData"].is_undefined_length = True
     fresh = pydicom.Dataset(image)  # which remembers no order of bytes
     fresh.file_meta = image.file_meta
-    out = io.BytesIO()
-    fresh.save_as(out, enforce_file_format=True)
-    return out.getvalue()
+    return dicom_bytes(fresh)
+
+
+def dicom_bytes(image: pydicom.Dataset) -> bytes:
+    buffer = io.BytesIO()
+    image.save_as(buffer, enforce_file_format=True)
+    return buffer.getvalue()
+
+
+def compressed(data: bytes, syntax: str) -> bytes:
+    """A DICOM file compressed by pydicom."""
+    image = pydicom.dcmread(io.BytesIO(data))
+    image.compress(syntax, generate_instance_uid=False)
+    return dicom_bytes(image)
 
 
 def saved(path: Path, pixels: np.ndarray, mode: str | None = None, **options) -> Path:

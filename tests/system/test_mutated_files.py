@@ -14,12 +14,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image, ImageCms
+from pydicom.uid import JPEG2000Lossless, JPEGLSLossless, RLELossless
 
 from diffusion_cli.data import given_images
 from diffusion_cli.data.decoding import ImageDecoder, form_of_files
 from diffusion_cli.formats import Dicom
-from diffusion_cli.formats.dicom import read_scan
+from diffusion_cli.formats.dicom_reader import colour_image, read_scan
 from diffusion_cli.formats.pixel_readers import depth_of, mode_with_opacity, read_numbers, read_with_opacity
+from diffusion_cli.formats.volume import read_volume
 from helpers.foreign import (
     COLOUR,
     FUZZ,
@@ -33,6 +35,7 @@ from helpers.foreign import (
     npy_file,
     png,
 )
+from helpers.formats import compressed, dicom
 
 pytestmark = pytest.mark.usefixtures("memory")
 
@@ -130,12 +133,19 @@ def test_mutated_deep_images(data, fix, channels):
     clean(form_of_files, data, channels, [0, 100], "auto", 2)
 
 
+WIDE = dicom(np.arange(32 * 32, dtype=np.int16).reshape(32, 32))
+SCANS = [scan(), *(compressed(WIDE, syntax) for syntax in (RLELossless, JPEGLSLossless, JPEG2000Lossless))]
+
+
 @FUZZ
-@given(mutated([scan()]))
+@given(mutated(SCANS))
 def test_mutated_scans(data):
     clean(read_scan, data)
     clean(SCAN.decode, data)
     clean(form_of_files, data, 1, "window", "auto", 2)
+    clean(form_of_files, data, 3, None, "auto", 2)
+    clean(colour_image, data)
+    clean(read_volume, data, scan())
 
 
 def archive(*entries: tuple[str, bytes], method: int = zipfile.ZIP_DEFLATED) -> bytes:

@@ -1,0 +1,68 @@
+"""DICOM files of a folder or archive: those without a suffix, and the series that form volumes."""
+
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from contextlib import nullcontext
+from pathlib import Path, PurePosixPath
+
+from diffusion_cli.data.base import row_chunks
+from diffusion_cli.data.listing import ends_in, may_be_image
+from diffusion_cli.formats.dicom import SUFFIXES
+from diffusion_cli.formats.dicom_reader import LONGEST_HEADER, MAGIC, is_dicom, read_header
+from diffusion_cli.system.untrusted import Archive, regular
+
+
+def dicom_files(path: Path, names: list[str]) -> list[str]:
+    """Return the names of DICOM files, sorted: by their suffix or, if no file has it, by their first bytes."""
+    files = [PurePosixPath(name) for name in sorted(names)]
+    if found := [str(file) for file in files if ends_in(file, SUFFIXES)]:
+        return found
+    others = [str(file) for file in files if may_be_image(file)]
+    return [name for name, data in _beginnings(path, others, MAGIC) if is_dicom(data)]
+
+
+def series(path: Path, names: list[str]) -> dict[str, list[str]]:
+    """Return the DICOM files of each volume by its name, sorted.
+
+    A series is named after its folder, or `folder/SeriesInstanceUID` if there are others; a file with several frames
+    has its own name. Files with a broken header are volumes of their own, so that reading reports them.
+    """
+    found: dict[tuple[str, str], list[str]] = {}
+    files = dicom_files(path, names)
+    for rows in row_chunks(len(files), f"reading headers of {path.name}"):
+        for name, data in _beginnings(path, (files[row] for row in rows.tolist()), LONGEST_HEADER):
+            folder = PurePosixPath(name).parent.as_posix()
+            found.setdefault((folder, _series_uid(data) or name), []).append(name)
+    several = Counter(folder for folder, _ in found)
+    named = {}
+    for (folder, uid), slices in found.items():
+        if uid == slices[0]:
+            named[uid] = slices
+        else:
+            alone = path.resolve().name if folder == "." else folder
+            named[alone if several[folder] == 1 else PurePosixPath(folder, uid).as_posix()] = slices
+    return dict(sorted(named.items()))
+
+
+def _series_uid(data: bytes) -> str:
+    """Return the UID of the series of a slice; empty for a file with several frames, or a broken one."""
+    try:
+        header = read_header(data)
+        frames = int(header.get("NumberOfFrames") or 1)
+    except ValueError:
+        return ""
+    return "" if frames > 1 else str(header.get("SeriesInstanceUID") or "")
+
+
+def _beginnings(path: Path, names: Iterable[str], size: int) -> Iterator[tuple[str, bytes]]:
+    """Yield each name and the first bytes of its file; none of a file that cannot be read."""
+    with nullcontext() if path.is_dir() else Archive(path) as archive:
+        for name in names:
+            try:
+                if archive is None:
+                    regular(path / name)
+                with (path / name).open("rb") if archive is None else archive.open(name) as file:
+                    data = file.read(size)
+            except Exception:  # of the file system, zlib or a damaged archive; reported where pixels are read
+                data = b""
+            yield name, data

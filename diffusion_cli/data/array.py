@@ -29,6 +29,7 @@ from diffusion_cli.formats import (
 )
 from diffusion_cli.formats.range_check import LOOKED_AT
 from diffusion_cli.runs.migrate import SPLITS_OF_FORMAT_5
+from diffusion_cli.system.remote import local_copy
 from diffusion_cli.system.untrusted import Archive, from_json, reason, regular
 
 IMAGE_KEYS = ("images", "arr_0", "x")
@@ -51,8 +52,8 @@ class Array(Dataset):
     - `form` (optional): JSON text with the value range of the images; used if `range` is None.
 
     Args:
-        data_dir: unused.
-        path: the file.
+        data_dir: folder of downloaded datasets, for the copy of a URL.
+        path: the file, or its URL.
         range: [low, high], the values that become -1 and 1, or one pair per channel; None: as stored in the file,
             or the whole range of an integer dtype.
         flip: whether training may flip images horizontally.
@@ -74,7 +75,7 @@ class Array(Dataset):
         in_memory: bool | None = None,
     ) -> None:
         super().__init__(data_dir)
-        self.path = Path(path).expanduser()
+        self.path = local_copy(path, self.data_dir)
         self.name = self.path.stem
         self.flip = flip
         if not self.path.is_file() or self.path.suffix not in (".npy", ".npz"):

@@ -58,6 +58,7 @@ from diffusion_cli.formats.files import SUFFIXES as PICTURES
 from diffusion_cli.formats.range_check import LOOKED_AT
 from diffusion_cli.formats.volume import SUFFIXES as VOLUMES
 from diffusion_cli.formats.volume import read_volume
+from diffusion_cli.system.remote import local_copy
 from diffusion_cli.system.untrusted import LARGEST, LONGEST_MANIFEST, Archive, read, reason
 
 SUFFIXES = (*PICTURES, *SCANS)
@@ -92,9 +93,9 @@ class Folder(Dataset):
     volumes and `MaskedDecoder` for masks. The first file determines the format.
 
     Args:
-        data_dir: unused.
+        data_dir: folder of downloaded datasets, for the copy of a URL.
         rules: version of the rules that convert files to images; a run keeps the version that it was started with.
-        path: folder or .zip file.
+        path: folder or .zip file, or its URL.
         masks: folder of masks (in an archive: a folder inside it), which become an additional channel; for 2D
             images except DICOM.
         resolution: size N for NxN images, or [H, W], or [D, H, W] for volumes.
@@ -133,7 +134,7 @@ class Folder(Dataset):
         num_workers: NonNegativeInt = 4,
     ) -> None:
         super().__init__(data_dir)
-        self.path = Path(path).expanduser()
+        self.path = local_copy(path, self.data_dir)
         self.name = source_name(self.path)
         self.val_fraction = val_fraction
         self.in_memory = in_memory

@@ -19,6 +19,7 @@ from diffusion_cli.data.shapes import SHAPES, shape_points
 from diffusion_cli.errors import FormatError, UsageError
 from diffusion_cli.formats.ply import read_ply
 from diffusion_cli.formats.point_cloud import PointCloud
+from diffusion_cli.system.remote import local_copy
 from diffusion_cli.system.untrusted import reason
 
 SUFFIXES = (".npy", ".ply")
@@ -32,9 +33,9 @@ class Points(Dataset):
     which are the classes, see `shape_points`. A hash of its name or number decides whether a cloud is for validation.
 
     Args:
-        data_dir: unused.
+        data_dir: folder of downloaded datasets, for the copy of a URL.
         rules: version of the rules that convert files to point clouds.
-        path: folder or .zip file; None: built-in shapes.
+        path: folder or .zip file, or its URL; None: built-in shapes.
         num_points: points per cloud.
         radius: coordinate that becomes 1; None: scale each cloud to the unit ball.
         labels: source of the classes, as in `Folder`; for built-in shapes `auto` or `none`.
@@ -66,7 +67,7 @@ class Points(Dataset):
         self.shape = self.decoder.shape
         self.form = PointCloud(radius=radius or 1.0)
         self.val_fraction = val_fraction
-        self.path = None if path is None else Path(path).expanduser()
+        self.path = None if path is None else local_copy(path, self.data_dir)
         self._remarks: list[str] = []
         if self.path is None:
             self.name, self.files = "shapes", [f"{number:06d}" for number in range(size)]

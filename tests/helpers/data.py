@@ -31,8 +31,9 @@ def assert_same(first: list, second: list) -> None:
             assert_close(getattr(one, name), getattr(other, name), rtol=0, atol=0)
 
 
-def folder(path: Path, **changes) -> Folder:
+def folder(path: Path | str, **changes) -> Folder:
     arguments = {
+        "data_dir": "",
         "masks": None,
         "resolution": 8,
         "channels": 3,
@@ -45,7 +46,7 @@ def folder(path: Path, **changes) -> Folder:
         "in_memory": True,
         "num_workers": 0,
     }
-    return Folder("", path=str(path), **(arguments | changes))
+    return Folder(path=str(path), **(arguments | changes))
 
 
 def save(path: Path, image: np.ndarray | Image.Image, **options) -> Path:
@@ -67,11 +68,6 @@ def zipped(source: Path, archive: Path) -> Path:
     return archive
 
 
-def array(path: Path, **changes) -> Array:
-    return Array(
-        "",
-        **(
-            {"path": str(path), "range": None, "flip": False, "val_fraction": 0.0, "in_memory": True}
-            | changes
-        ),
-    )
+def array(path: Path | str, **changes) -> Array:
+    arguments = {"data_dir": "", "range": None, "flip": False, "val_fraction": 0.0, "in_memory": True}
+    return Array(path=str(path), **(arguments | changes))

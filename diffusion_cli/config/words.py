@@ -88,9 +88,10 @@ def overridden(command: str, words: Sequence[str]) -> list[str]:
         key, _, value = word.partition("=")
         if last.get(key, word) != word:
             other = last[key].partition("=")[2]
+            as_list = command in GRIDS or isinstance(defaults(command).get(key), list)
             both = (
-                f"write {key}=[{value},{other}]"
-                if command in GRIDS
+                f"write {key}=[{value.strip('[]')},{other.strip('[]')}]"
+                if as_list
                 else f"with -m write {key}={value},{other}"
             )
             lines.append(f"{word}: ignored, because {last[key]} follows; for both {both}")

@@ -250,6 +250,10 @@ def test_a_reference_to_no_key_names_the_key_that_has_it(capsys, tmp_path):
             "train -m seed=0 seed=1",
             "seed=0: ignored, because seed=1 follows; for both with -m write seed=0,1",
         ),
+        (
+            "train logger=csv logger=[wandb]",
+            "logger=csv: ignored, because logger=[wandb] follows; for both write logger=[csv,wandb]",
+        ),
         ("compare steps=5 steps=9", "steps=5: ignored, because steps=9 follows; for both write steps=[5,9]"),
         ("train seed=1 seed=1", None),
     ],

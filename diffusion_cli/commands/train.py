@@ -12,9 +12,14 @@ from lightning.pytorch import Trainer
 from diffusion_cli.commands import train_report
 from diffusion_cli.commands.inputs import show_remarks
 from diffusion_cli.commands.train_callbacks import periodic_callbacks, save_real_images
-from diffusion_cli.commands.train_checks import check_configuration, check_devices, remark_on_machine
+from diffusion_cli.commands.train_checks import (
+    check_configuration,
+    check_devices,
+    check_loggers,
+    remark_on_machine,
+)
 from diffusion_cli.commands.train_setup import TrainingSetup, set_up, training_module
-from diffusion_cli.config import TrainConfig, build, seconds
+from diffusion_cli.config import TrainConfig, seconds
 from diffusion_cli.data import ProgressiveBatches, UnreadableError
 from diffusion_cli.errors import MachineError
 from diffusion_cli.runs.checkpoint import LAST, Checkpoint, read
@@ -28,6 +33,7 @@ from diffusion_cli.system.signals import UNFINISHED
 from diffusion_cli.system.trusted_paths import remember, remember_run
 from diffusion_cli.training.callbacks import CheckpointCallback, GracefulStop, Progress
 from diffusion_cli.training.ema import EMA
+from diffusion_cli.training.logs import make_loggers, run_loggers
 from diffusion_cli.training.module import TrainingModule
 from diffusion_cli.training.out_of_memory import advise_on_oom
 from diffusion_cli.training.stored_state import StoredOptions, check_state, expected_state, mend_state
@@ -38,6 +44,7 @@ def run(config: TrainConfig) -> int:
     """Train or continue a run in all processes; return the exit code."""
     place, trainer = started(), config.trainer
     check_devices(config, place)
+    check_loggers(config)
     if place.rank == 0 and (remark := remark_on_machine(config)):
         print(f"diffuse: {remark}", file=sys.stderr)
     return launch(
@@ -84,7 +91,7 @@ def _fit(
     trainer = make_trainer(
         setup.device, setup.precision, folder,
         max_steps=setup.max_steps, accumulate_grad_batches=config.accumulate_grad_batches, log_every=config.log_every,
-        loggers=[build(node).logger(folder, done) for node in config.logger.values()],
+        loggers=make_loggers(config.logger, folder, done),
         # EMA first, because others use its weights; checkpoints last, because they store the state of the others.
         callbacks=[ema, progress, stop, *periodic, checkpoints],
     )  # fmt: skip
@@ -99,6 +106,8 @@ def _fit(
         model.network.compile()  # in place: torch.compile(network) would rename every weight
     if main:
         _begin(config, setup, folder, before)
+        for logger in run_loggers(trainer):
+            logger.log_hyperparams(config.model_dump())
     batches = ProgressiveBatches(
         setup.images, setup.stages, config.seed, setup.dataset.flip, start=done, parts=config.accumulate_grad_batches,
         rank=Distributed().rank, world_size=Distributed().world, device=setup.device.torch_device,

@@ -1,12 +1,13 @@
 """Checks of `diffuse train` before training: devices, configuration and data."""
 
+import re
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from diffusion_cli.config import TrainConfig, as_text, differing, identity
+from diffusion_cli.config import TrainConfig, as_text, build, differing, flatten, identity
 from diffusion_cli.config.at_hand import gpu
 from diffusion_cli.config.catalogue import is_exactly, option_of
 from diffusion_cli.config.option_keys import completed
@@ -16,6 +17,11 @@ from diffusion_cli.data import ResolutionSchedule
 from diffusion_cli.errors import NO_VALUE, Problem, UsageError, format_value
 from diffusion_cli.runs.schema import CheckpointInfo
 from diffusion_cli.system.distributed import ProcessInfo
+from diffusion_cli.system.untrusted import reason
+from diffusion_cli.training.logs import LoggerConfig
+
+SECRET = re.compile(r"(api_?key|token|password|secret)$", re.IGNORECASE)
+"""End of the name of a setting that is a secret."""
 
 
 def check_devices(config: TrainConfig, place: ProcessInfo) -> None:
@@ -59,6 +65,25 @@ def remark_on_machine(config: TrainConfig) -> str | None:
         if assumed
         else "trainer=auto: the recipe is for a machine without GPU, but torch found one; add trainer=gpu name=NEW"
     )
+
+
+def check_loggers(config: TrainConfig) -> None:
+    """Raise UsageError for a logger that cannot be used, or has a secret that config.yaml would store."""
+    for name, node in config.logger.items():
+        key = f"logger.{name}"
+        for setting, value in flatten(node).items():
+            if SECRET.search(setting) and value is not None:
+                problem, remedy = "a secret, which config.yaml would store", "set the variable of its library"
+                raise UsageError(f"{key}.{setting}", NO_VALUE, problem, remedy)
+        try:
+            logger = build(node)
+        except UsageError:
+            raise
+        except Exception as error:  # libraries raise errors of many types
+            problem = f"{type(error).__name__}: {reason(error)}"
+            raise UsageError(key, NO_VALUE, problem, "correct its values, or leave it out") from error
+        if isinstance(logger, LoggerConfig):
+            logger.check(key)
 
 
 def check_configuration(folder: Path, config: TrainConfig, stored: dict[str, Any]) -> None:

@@ -17,6 +17,8 @@ PATHS = {"path", "masks", "run", "pretrained", "weights", "lpips_weights", "stat
 """Last names of the keys that take files and folders of this machine."""
 OUTWARD = ("logger", "callback")
 """Groups of classes that may act outside the folder of the run."""
+SERVICES = {f"{PACKAGE}.training.{name}" for name in ("MLflow", "Trackio", "WandB")}
+"""Loggers of the package that send a run to an account or an address."""
 
 
 def may_change(key: str) -> bool:
@@ -101,8 +103,8 @@ def foreign_paths(
 def foreign_classes(folder: Path, stored: Mapping[str, Any], given: Collection[str]) -> dict[str, Any]:
     """The loggers and callbacks of a run that may act outside its folder, such as send its numbers to a server.
 
-    Those are the classes of libraries and plugins, if the user did not train the run here and names no option of their
-    group now.
+    Those are the classes of libraries, plugins and `SERVICES`, if the user did not train the run here and names no
+    option of their group now.
 
     Args:
         folder: the run's folder.
@@ -117,7 +119,11 @@ def foreign_classes(folder: Path, stored: Mapping[str, Any], given: Collection[s
         if group not in given and isinstance(stored.get(group), Mapping)
         for name, node in stored[group].items()
     }
-    return {key: target for key, target in targets.items() if not str(target).startswith(f"{PACKAGE}.")}
+    return {
+        key: target
+        for key, target in targets.items()
+        if target in SERVICES or not str(target).startswith(f"{PACKAGE}.")
+    }
 
 
 def with_values(config: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:

@@ -3,5 +3,6 @@
 from diffusion_cli.training.device import Device
 from diffusion_cli.training.logs import CSV, TensorBoard
 from diffusion_cli.training.optimizers import Adam, AdamW
+from diffusion_cli.training.trackers import MLflow, Trackio, WandB
 
-__all__ = ["CSV", "Adam", "AdamW", "Device", "TensorBoard"]
+__all__ = ["CSV", "Adam", "AdamW", "Device", "MLflow", "TensorBoard", "Trackio", "WandB"]

@@ -35,6 +35,7 @@ from diffusion_cli.system.progress import ProgressBar
 from diffusion_cli.system.signals import handled, handling
 from diffusion_cli.training import duration
 from diffusion_cli.training.ema import EMA
+from diffusion_cli.training.logs import log_metrics, run_loggers
 from diffusion_cli.training.loss_check import LossCheck
 from diffusion_cli.training.module import DenoisingModule, LevelMeter, TermMeter, Trainable, TrainingModule
 
@@ -208,8 +209,7 @@ class Progress(StepCallback):
             values["relative_loss"] = values["loss"] / self._zero
             if step % self.every == 0:  # a mean over fewer steps varies more
                 self._warn(self.check.warning(values["loss"], step, self._zero))
-        for logger in trainer.loggers:
-            logger.log_metrics(values, step=step)
+        log_metrics(trainer, values, step)
         left = self.stop.seconds_left()
         limit = "" if left is None else f", {ProgressBar.format_interval(left)} of max_time left"
         self.bar.set_postfix_str(
@@ -427,8 +427,7 @@ class ValidationLoss(PeriodicCallback):
             for loss in module.val_losses(self.ema.model(module), self.batches(step)):
                 meter.add({"val_loss": loss}, step)
         values = meter.read()
-        for logger in trainer.loggers:
-            logger.log_metrics(values, step=step)
+        log_metrics(trainer, values, step)
         return True
 
 
@@ -457,8 +456,7 @@ class ValidationAccuracy(PeriodicCallback):
                 guess = model(noised(model.schedule, batch.images, t, eps), t).argmax(1)
             meter.add((guess == batch.labels).float(), quantile, step)
         self.accuracy = meter.read()
-        for logger in trainer.loggers:
-            logger.log_metrics({f"val_{name}": value for name, value in self.accuracy.items()}, step=step)
+        log_metrics(trainer, {f"val_{name}": value for name, value in self.accuracy.items()}, step)
         return True
 
 
@@ -497,6 +495,9 @@ class PreviewCallback(PeriodicCallback):
                     f"diffuse: no preview of step {step} ({first_line(error)}); training continues",
                     file=sys.stderr,
                 )
+            else:
+                for logger in run_loggers(trainer):
+                    logger.log_image("preview", path, step)
         return True
 
     @abstractmethod

@@ -29,6 +29,7 @@ from diffusion_cli.samplers import Advance, Sampler, reporting, unreported
 from diffusion_cli.system.distributed import Distributed
 from diffusion_cli.training.callbacks import GracefulStop, PeriodicCallback
 from diffusion_cli.training.ema import EMA
+from diffusion_cli.training.logs import log_metrics, run_loggers
 from diffusion_cli.training.module import TrainingModule
 from diffusion_cli.training.stored_state import MOST_STEPS, Maybe, Number
 
@@ -128,10 +129,10 @@ class EvaluationCallback(PeriodicCallback):
         except EvaluationCancelled:
             trainer.should_stop = True
             return False
-        values = {result.name: result.value for result in evaluation.report.results}
-        if Distributed().is_main:
-            for logger in trainer.loggers:
-                logger.log_metrics(values, step=step)
+        values = Distributed().broadcast({result.name: result.value for result in evaluation.report.results})
+        log_metrics(trainer, values, step)
+        for logger in run_loggers(trainer):
+            logger.log_evaluation(evaluation.report.to_dict(), step)
         if self.keep_best is not None:
             first = evaluation.first.get(self.keep_best)
             self._keep(trainer, step, Distributed().broadcast(first))

@@ -1,29 +1,48 @@
-"""Loggers of training: CSV and TensorBoard."""
+"""Loggers of training: their interface, CSV and TensorBoard."""
 
 import csv
+import json
 import sys
 import threading
 from abc import ABC, abstractmethod
 from argparse import Namespace
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from functools import partial
+from importlib.util import find_spec
 from io import StringIO
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
+import numpy as np
+import torch
+from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
+from PIL import Image
+from torch.utils.tensorboard.summary import hparams
 
+from diffusion_cli.config.runs import flatten
+from diffusion_cli.config.validate import build, target
+from diffusion_cli.config.values import Node
 from diffusion_cli.errors import NO_VALUE, FormatError, UsageError
 from diffusion_cli.runs.migrate import migrated_column
 from diffusion_cli.system.distributed import Distributed
 from diffusion_cli.system.files import atomic_write, set_aside, writing
-from diffusion_cli.system.untrusted import printable, read
+from diffusion_cli.system.progress import ProgressBar
+from diffusion_cli.system.untrusted import printable, read, reason
 
 
 class LoggerConfig(ABC):
     """Configuration of a logger."""
+
+    package: ClassVar[str | None] = None
+    """Package of an extra of the same name that the logger needs; None: it needs none."""
+
+    def check(self, key: str) -> None:
+        """Raise UsageError if the logger cannot be used; `key`: its key, such as logger.wandb."""
+        if self.package is not None and find_spec(self.package) is None:
+            remedy = f"install it: pip install 'diffuse-cli[{self.package}]'"
+            raise UsageError(key, NO_VALUE, f"needs {self.package}", remedy)
 
     @abstractmethod
     def logger(self, run: Path, step: int) -> Logger:
@@ -42,7 +61,7 @@ class TensorBoard(LoggerConfig):
 
     def logger(self, run: Path, step: int) -> Logger:
         threading.excepthook = partial(_on_thread_error, threading.excepthook)
-        return TensorBoardFiles(run, name="", version="tensorboard")
+        return RunLogger("tensorboard", lambda: TensorBoardFiles(run, step))
 
 
 def _on_thread_error(otherwise: Callable[[Any], Any], error: threading.ExceptHookArgs) -> None:
@@ -52,54 +71,139 @@ def _on_thread_error(otherwise: Callable[[Any], Any], error: threading.ExceptHoo
         otherwise(error)
 
 
-class TensorBoardFiles(TensorBoardLogger):
-    """Lightning's logger; if a write fails, it prints one line and stops, and training continues."""
+class RunLogger(Logger):
+    """Logs metrics, configuration, images and evaluations of a run by a logger of Lightning.
 
-    _ended = False
+    If that logger fails, it prints one line and logs no more, and training continues. Images are logged by loggers
+    with a method `log_image(key, images, step)`, as that of Lightning's WandbLogger, and evaluations by those with
+    `log_evaluation(report, step)`. Only the main process logs.
 
-    @rank_zero_only
+    Args:
+        option: name of the logger in `logger=`.
+        make: makes the logger at the first call; it may connect to a service.
+        remedy: what to do if the logger fails.
+    """
+
+    def __init__(self, option: str, make: Callable[[], Logger], remedy: str = "") -> None:
+        super().__init__()
+        self._option, self._make, self._remedy = option, make, remedy
+        self._logger: Logger | None = None
+        self._ended = not Distributed().is_main
+
+    @property
+    def name(self) -> str:
+        """Part of Lightning's interface."""
+        return self._option
+
+    @property
+    def version(self) -> str:
+        """Part of Lightning's interface."""
+        return ""
+
+    @property
+    def experiment(self) -> Any:
+        """The object of the library that logs, for callbacks of the user; None after a failure."""
+        found: list[Any] = []
+        self._attempt(lambda logger: found.append(getattr(logger, "experiment", None)))
+        return found[0] if found else None
+
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
         """Add a point to each curve."""
-        with self._attempt() as open_:
-            if open_:
-                super().log_metrics(metrics, step)
+        self._attempt(lambda logger: logger.log_metrics(dict(metrics), step))
+
+    def log_hyperparams(self, params: dict[str, Any] | Namespace, *args: Any, **kwargs: Any) -> None:
+        """Log the configuration of the run."""
+        self._attempt(lambda logger: logger.log_hyperparams(params, *args, **kwargs))
+
+    def log_image(self, key: str, path: Path, step: int) -> None:
+        """Log a PNG file as the image of a step."""
+        self._optional("log_image", key, [str(path)], step)
+
+    def log_evaluation(self, report: Mapping[str, Any], step: int) -> None:
+        """Log the results of an evaluation with their protocols, as plain data."""
+        self._optional("log_evaluation", report, step)
+
+    def save(self) -> None:
+        """Write pending points."""
+        self._attempt(lambda logger: logger.save())
+
+    def finalize(self, status: str) -> None:
+        """Write pending points, and close the logger."""
+        if self._logger is not None:
+            self._attempt(lambda logger: logger.finalize(status))
+
+    def _optional(self, method: str, *arguments: Any) -> None:
+        """Call a method that not every logger has."""
+        self._attempt(lambda logger: getattr(logger, method, lambda *_: None)(*arguments))
+
+    def _attempt(self, act: Callable[[Logger], Any]) -> None:
+        """Act on the logger unless it has failed; at its first failure, print one line."""
+        if self._ended:
+            return
+        try:
+            self._logger = self._logger or self._make()
+            act(self._logger)
+        except Exception as error:  # libraries of services raise errors of many types
+            self._ended = True
+            cause = error.__cause__ if isinstance(error.__cause__, OSError) else error
+            what = getattr(cause, "strerror", None) or f"{type(cause).__name__}: {reason(cause)}"
+            ending = f"training continues without it{self._remedy and f'; {self._remedy}'}"
+            ProgressBar.write(printable(f"diffuse: logger={self._option}: {what}; {ending}"), file=sys.stderr)
+
+
+class TensorBoardFiles(TensorBoardLogger):
+    """Lightning's logger, with images, evaluations and the table of hyperparameters.
+
+    Points after the step at which a run resumes are hidden from TensorBoard, because the run logs them again.
+    """
+
+    def __init__(self, run: Path, step: int) -> None:
+        super().__init__(run, name="", version="tensorboard", purge_step=step + 1 if step else None)
 
     @rank_zero_only
     def log_hyperparams(self, params: dict[str, Any] | Namespace, *args: Any, **kwargs: Any) -> None:
-        """Part of Lightning's interface."""
-        with self._attempt() as open_:
-            if open_:
-                super().log_hyperparams(params, *args, **kwargs)
+        """Add the run to the table of hyperparameters, with its losses."""
+        flat = self._sanitize_params(flatten(vars(params) if isinstance(params, Namespace) else params))
+        writer = self.experiment._get_file_writer()
+        for summary in hparams(
+            flat, {"loss": 0.0, "val_loss": 0.0}
+        ):  # names of curves; the values are not used
+            writer.add_summary(summary)
 
     @rank_zero_only
-    def save(self) -> None:
-        """Write pending points."""
-        with self._attempt() as open_:
-            if open_:
-                super().save()
+    def log_image(self, key: str, images: list[str], step: int) -> None:
+        """Add PNG files."""
+        for path in images:
+            with Image.open(path) as image:
+                self.experiment.add_image(key, np.asarray(image.convert("RGB")), step, dataformats="HWC")
 
     @rank_zero_only
-    def finalize(self, status: str) -> None:
-        """Write pending points, and close the files."""
-        with self._attempt() as open_:
-            if open_:
-                super().finalize(status)
+    def log_evaluation(self, report: Mapping[str, Any], step: int) -> None:
+        """Add the report as text."""
+        self.experiment.add_text("evaluation", f"```json\n{json.dumps(report, indent=1)}\n```", step)
 
-    @contextmanager
-    def _attempt(self) -> Iterator[bool]:
-        """Yield whether logging is active; on a failure, print one line and stop logging."""
-        try:
-            yield not self._ended
-        except (OSError, ValueError) as error:  # Lightning wraps the writer's error
-            cause = error if isinstance(error, OSError) else error.__cause__
-            if not isinstance(cause, OSError):
-                raise
-            self._ended = True
-            print(
-                f"diffuse: {printable(f'{self.log_dir}: cannot be written ({cause.strerror or cause})')}; training "
-                "continues without logger=tensorboard",
-                file=sys.stderr,
-            )
+
+def log_metrics(trainer: Trainer, values: Mapping[str, float], step: int) -> None:
+    """Log values with all loggers, and show them to callbacks in `trainer.callback_metrics`."""
+    trainer.callback_metrics.update({name: torch.tensor(value) for name, value in values.items()})
+    for logger in trainer.loggers:
+        logger.log_metrics(dict(values), step=step)
+
+
+def make_loggers(nodes: Mapping[str, Node], run: Path, step: int) -> list[Logger]:
+    """Return the loggers of a run that is at `step`, from checked nodes by name."""
+    loggers: list[Logger] = []
+    for name, node in nodes.items():
+        if issubclass(target(node), LoggerConfig):
+            loggers.append(build(node).logger(run, step))
+        else:  # a logger of Lightning
+            loggers.append(RunLogger(name, partial(build, node)))
+    return loggers
+
+
+def run_loggers(trainer: Trainer) -> list[RunLogger]:
+    """Return the loggers that also log images and evaluations."""
+    return [logger for logger in trainer.loggers if isinstance(logger, RunLogger)]
 
 
 class CSVFile(Logger):

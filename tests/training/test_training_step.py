@@ -246,7 +246,7 @@ class Log:
     precision_plugin = SimpleNamespace(forward_context=nullcontext)
 
     def __init__(self) -> None:
-        self.loggers, self.values = [self], {}
+        self.loggers, self.values, self.callback_metrics = [self], {}, {}
 
     def log_metrics(self, values, step):
         self.values |= values

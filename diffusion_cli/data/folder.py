@@ -64,9 +64,10 @@ from diffusion_cli.system.untrusted import LARGEST, LONGEST_MANIFEST, Archive, r
 SUFFIXES = (*PICTURES, *SCANS)
 MOST_TOGETHER = 4 * LARGEST
 """Bytes of the files of a volume, at most."""
-RULES = 2
-"""Version of the rules that convert files to images.
+RULES = 3
+"""Version of the rules that convert files to images or point clouds.
 
+Version 2 reads no meshes as point clouds.
 Version 1 reads only `FIRST_SUFFIXES` and DICOM, includes figures that this program wrote, has no modes with opacity,
 and ignores colour profiles. It treats split folders as classes, and backslashes in an archive as part of names.
 """

@@ -17,20 +17,24 @@ from diffusion_cli.data.listing import visible_name
 from diffusion_cli.data.memory import GENERATED, MemoryImages
 from diffusion_cli.data.shapes import SHAPES, shape_points
 from diffusion_cli.errors import FormatError, UsageError
+from diffusion_cli.formats.mesh import SUFFIXES as MESHES
+from diffusion_cli.formats.mesh import mesh_type, read_mesh
 from diffusion_cli.formats.ply import read_ply
 from diffusion_cli.formats.point_cloud import PointCloud
 from diffusion_cli.system.remote import local_copy
 from diffusion_cli.system.untrusted import reason
 
-SUFFIXES = (".npy", ".ply")
+FIRST_SUFFIXES = (".npy", ".ply")
+"""Suffixes that versions 1 and 2 of the data rules read."""
+SUFFIXES = (*FIRST_SUFFIXES, *MESHES)
 
 
 class Points(Dataset):
     """Point clouds [3, num_points]; the points have no order.
 
-    With a `path`, these are all .npy ([N, 3]) and .ply files in the folder or ZIP archive, at any depth, see
-    `PointDecoder`, with classes as in `Folder`. Without a path, they are `size` clouds on five kinds of surfaces,
-    which are the classes, see `shape_points`. A hash of its name or number decides whether a cloud is for validation.
+    With a `path`, these are all files of `SUFFIXES` in the folder or ZIP archive, at any depth, see `PointDecoder`,
+    with classes as in `Folder`. Without a path, they are `size` clouds on five kinds of surfaces, see `shape_points`,
+    which are the classes. A hash of its name or number decides whether a cloud is for validation.
 
     Args:
         data_dir: folder of downloaded datasets, for the copy of a URL.
@@ -74,8 +78,9 @@ class Points(Dataset):
             self.class_names, self.labels = _shape_labels(size, labels)
         else:
             self.name, names = source_name(self.path), file_names(self.path, rules=rules)
-            self.files = _point_files(self.path, names)
-            self._remarks = ignored_files(self.path, names, "dataset.path", SUFFIXES)
+            suffixes = FIRST_SUFFIXES if rules < 3 else SUFFIXES
+            self.files = _point_files(self.path, names, suffixes)
+            self._remarks = ignored_files(self.path, names, "dataset.path", suffixes)
             classes = class_labels(self.path, names, self.files, labels, rules)
             self.class_names, self.labels = classes.names, classes.labels
             self.missing_classes = classes.missing
@@ -96,7 +101,7 @@ class Points(Dataset):
 
 
 class PointDecoder(NamedTuple):
-    """Decodes point files, .npy [N, 3] and .ply, to float32 [3, num_points] in [-1, 1].
+    """Decodes .npy files of [N, 3], .ply files and the vertices of meshes to float32 [3, num_points] in [-1, 1].
 
     Of the N >= num_points points of a file, a hash of the file selects a random subset. Coordinates are divided by
     `radius`; with None, each cloud is shifted and scaled so that the centre of its bounding box is at 0 and the
@@ -118,7 +123,7 @@ class PointDecoder(NamedTuple):
 
     def __call__(self, data: bytes) -> np.ndarray:
         """Return the points; FormatError if the file is malformed, has too few points, or exceeds the radius."""
-        points = read_ply(data) if data.startswith(b"ply") else _rows(data)
+        points = _points(data)
         if len(points) < self.num_points:
             raise FormatError(f"has {len(points)} points, fewer than dataset.num_points={self.num_points}")
         taken = np.random.RandomState(zlib.crc32(data)).permutation(len(points))[: self.num_points]
@@ -137,6 +142,14 @@ class PointDecoder(NamedTuple):
         return points / self.radius
 
 
+def _points(data: bytes) -> np.ndarray:
+    """Return the points of a file, float64 [N, 3]."""
+    if data.startswith(b"ply"):
+        return read_ply(data)
+    kind = mesh_type(data)
+    return _rows(data) if kind is None else read_mesh(data, kind)
+
+
 def _rows(data: bytes) -> np.ndarray:
     try:
         points = array_of(data)
@@ -149,12 +162,12 @@ def _rows(data: bytes) -> np.ndarray:
     return points.astype(np.float64)
 
 
-def _point_files(path: Path, names: list[str]) -> list[str]:
+def _point_files(path: Path, names: list[str], suffixes: tuple[str, ...]) -> list[str]:
     files = [PurePosixPath(name) for name in sorted(names)]
-    points = [str(name) for name in files if name.suffix.lower() in SUFFIXES and visible_name(name)]
+    points = [str(name) for name in files if name.suffix.lower() in suffixes and visible_name(name)]
     if not points:
         raise UsageError(
-            "dataset.path", path, "has no point clouds", f"expected files with {' '.join(SUFFIXES)}"
+            "dataset.path", path, "has no point clouds", f"expected files with {' '.join(suffixes)}"
         )
     return points
 

@@ -229,7 +229,7 @@ def test_a_run_goes_on_with_the_files_that_it_was_begun_on(tmp_path, capsys):
     assert run([*words, "max_steps=1"]) == 0
     last = tmp_path / "o/a/checkpoints/last.ckpt"
     checkpoint = torch.load(last, weights_only=True)
-    assert checkpoint["diffuse"].pop("data_rules") == 2
+    assert checkpoint["diffuse"].pop("data_rules") == 3
     save(tmp_path / "data/x.bmp")
     assert run([*words, "max_steps=2"]) == 2
     assert "num_images=4: the run in" in capsys.readouterr().err

@@ -82,6 +82,15 @@ def started() -> ProcessInfo:
     return ProcessInfo(0, 1)
 
 
+def _publish(place: ProcessInfo) -> None:
+    """Set the variables that torchrun sets, which Lightning reads."""
+    here = {
+        "RANK": place.rank, "WORLD_SIZE": place.world, "LOCAL_RANK": place.local_rank,
+        "LOCAL_WORLD_SIZE": place.local_world, "GROUP_RANK": place.rank // place.local_world,
+    }  # fmt: skip
+    os.environ.update({key: str(value) for key, value in here.items()})
+
+
 def _counts(text: str) -> list[int]:
     """Parse SLURM's list of numbers: "2(x3),1" is 2, 2, 2, 1."""
     found = re.findall(r"(\d+)(?:\(x(\d+)\))?", text)
@@ -204,6 +213,7 @@ def _as_one_of(
         job, step = int(env["SLURM_JOB_ID"]), int(env["SLURM_STEP_ID"])
         env.setdefault("MASTER_ADDR", _address() if place.nodes > 1 else "127.0.0.1")
         env.setdefault("MASTER_PORT", str(15000 + (17 * job + step) % 15000))
+        _publish(place)
     with _group(place, "env://", timeout):
         try:
             return _finished(work(*arguments))
@@ -342,8 +352,7 @@ def _be_one(rank: int, start: _Start, work: Callable[..., int | None], arguments
     signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPPING)
     _end_with(parent)
     os.setpgid(0, 0)  # so that Ctrl-C arrives once, forwarded by the parent
-    here = {"RANK": rank, "WORLD_SIZE": count, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": count}
-    os.environ.update({key: str(value) for key, value in here.items()})  # as torchrun does
+    _publish(ProcessInfo(rank, count, rank, count))
     torch.set_num_threads(max(1, threads // count))
     try:
         with guarded(), _group(started(), (folder / "meeting").as_uri(), timeout):

@@ -1,16 +1,17 @@
 """The devices of training, on one node or several."""
 
-import os
 from typing import Annotated, Any, Literal
 
 import torch
 from lightning.fabric.plugins import ClusterEnvironment
+from lightning.fabric.plugins.environments.lightning import LightningEnvironment
+from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
 from lightning.pytorch.plugins import MixedPrecision, Precision
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Strategy
 from pydantic import Field, PositiveInt
 
 from diffusion_cli.errors import UsageError
-from diffusion_cli.system.distributed import ProcessInfo, started
+from diffusion_cli.system.distributed import started
 from diffusion_cli.system.precision import device_of
 
 
@@ -53,12 +54,16 @@ class Device:
                 "is not supported with trainer.strategy=fsdp",
                 "use bf16 or fp32, or trainer.strategy=ddp",
             )
+        # The processes run already; Lightning would detect those of a batch job too, and wait for them.
+        place: ClusterEnvironment = (
+            TorchElasticEnvironment() if started().world > 1 else LightningEnvironment()
+        )
         if precision == "fp32":
-            return [ExternalProcessGroup(started()), Precision()]
+            return [place, Precision()]
         kind = self.torch_device.type
         if precision == "bf16":
-            return [ExternalProcessGroup(started()), MixedPrecision("bf16-mixed", kind)]
-        return [ExternalProcessGroup(started()), MixedPrecision("16-mixed", kind, torch.amp.GradScaler(kind))]
+            return [place, MixedPrecision("bf16-mixed", kind)]
+        return [place, MixedPrecision("16-mixed", kind, torch.amp.GradScaler(kind))]
 
     def trainer_arguments(self) -> dict[str, Any]:
         """Return the arguments of Lightning's Trainer about devices."""
@@ -86,45 +91,3 @@ class Device:
             "num_nodes": place.nodes,
             "strategy": strategy,
         }
-
-
-class ExternalProcessGroup(ClusterEnvironment):
-    """Describes an existing process group to Lightning, so that it starts no processes."""
-
-    def __init__(self, place: ProcessInfo) -> None:
-        super().__init__()
-        self.place = place
-
-    @property
-    def creates_processes_externally(self) -> bool:
-        return True
-
-    @property
-    def main_address(self) -> str:
-        return os.environ.get("MASTER_ADDR", "127.0.0.1")
-
-    @property
-    def main_port(self) -> int:
-        return int(os.environ.get("MASTER_PORT", "0"))  # unused: the group exists
-
-    @staticmethod
-    def detect() -> bool:
-        return False  # passed to the Trainer, never detected
-
-    def world_size(self) -> int:
-        return self.place.world
-
-    def set_world_size(self, size: int) -> None:
-        assert size == self.place.world
-
-    def global_rank(self) -> int:
-        return self.place.rank
-
-    def set_global_rank(self, rank: int) -> None:
-        assert rank == self.place.rank
-
-    def local_rank(self) -> int:
-        return self.place.local_rank
-
-    def node_rank(self) -> int:
-        return self.place.rank // self.place.local_world

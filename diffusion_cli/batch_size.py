@@ -1,7 +1,6 @@
 """The automatic batch size of sampling: the largest that fits in memory and, on a CPU, raises the rate."""
 
 import math
-import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator
@@ -15,6 +14,7 @@ from diffusion_cli.diffusion.guidance import Guided
 from diffusion_cli.errors import UsageError
 from diffusion_cli.generate import SamplingPipeline, labels_of, uncompiled
 from diffusion_cli.system.distributed import started
+from diffusion_cli.system.machine import peak_memory
 from diffusion_cli.system.precision import autocast, device_of
 
 MOST = 512
@@ -104,12 +104,12 @@ def _help(call: Call, most: int) -> int:
     call(1)  # the first is slower
     size, seconds = 1, _seconds(call, 1)
     while 2 * size <= most and time.perf_counter() + 3 * seconds < end:
-        before = _most_held()
+        before = peak_memory()
         doubled = _seconds(call, 2 * size)
         if 2 * seconds < WORTH * doubled:
             break
         size, seconds = 2 * size, doubled
-        grown = _most_held() - before  # half of the call's memory; the next call needs 4 times this
+        grown = peak_memory() - before  # half of the call's memory; the next call needs 4 times this
         if 4 * grown * started().local_world > SHARE * free_memory():
             break
     return size
@@ -123,14 +123,6 @@ def _seconds(call: Call, count: int) -> float:
         call(count)
         found.append(time.perf_counter() - start)
     return min(found)
-
-
-def _most_held() -> int:
-    """Return the peak memory of this process, in bytes."""
-    import resource  # POSIX only
-
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def network_call(pipeline: SamplingPipeline, *, each: int, gradient: bool) -> Call:

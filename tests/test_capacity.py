@@ -20,7 +20,7 @@ class Clock:
         self.now, self.held, self.calls = 0.0, 0, []
         self.fixed, self.each, self.bytes_each = fixed, each, bytes_each
         monkeypatch.setattr(capacity.time, "perf_counter", lambda: self.now)
-        monkeypatch.setattr(capacity, "_most_held", lambda: self.held)
+        monkeypatch.setattr(capacity, "peak_memory", lambda: self.held)
         monkeypatch.setattr(capacity, "free_memory", lambda: free)
 
     def __call__(self, count: int) -> None:

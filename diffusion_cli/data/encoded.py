@@ -18,7 +18,7 @@ from diffusion_cli.data.masks import MaskedDecoder
 from diffusion_cli.data.memory import MemoryImages, fits_in_memory
 from diffusion_cli.errors import UsageError
 from diffusion_cli.formats import Original, Uint8Image, ValueFormat
-from diffusion_cli.system.cores import usable_cores
+from diffusion_cli.system.machine import usable_cores
 from diffusion_cli.system.untrusted import reason
 
 

@@ -1,6 +1,5 @@
 """Images held in memory, on the CPU or a GPU."""
 
-import os
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -11,6 +10,7 @@ from torch import Tensor
 
 from diffusion_cli.data.base import Images
 from diffusion_cli.system.distributed import started
+from diffusion_cli.system.machine import physical_memory
 
 GENERATED = "generated"
 """Fingerprint of generated images: the configuration identifies them, as their last digits depend on the machine."""
@@ -81,7 +81,7 @@ def free_memory(root: Path = Path("/")) -> int:
         lines = dict(line.split(":") for line in (root / "proc/meminfo").read_text().splitlines())
         free = int(lines["MemAvailable"].split()[0]) * 1024
     except (OSError, KeyError):
-        free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+        free = physical_memory() // 2
     return max(0, min([free, *_free_in_cgroups(root)]))
 
 

@@ -17,7 +17,7 @@ from diffusion_cli.data.base import Dataset, Images
 from diffusion_cli.data.batches import UnreadableError, fetched
 from diffusion_cli.errors import NO_VALUE, UsageError
 from diffusion_cli.formats import RangedImage
-from diffusion_cli.system.cores import usable_cores
+from diffusion_cli.system.machine import usable_cores
 from diffusion_cli.system.progress import ProgressBar
 
 CHUNK = 2**20  # bytes decoded at a time per process, little because /dev/shm may be small

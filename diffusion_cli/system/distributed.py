@@ -28,8 +28,8 @@ from torch.multiprocessing.spawn import ProcessContext, ProcessException, start_
 
 from diffusion_cli.errors import NO_VALUE, MachineError, UsageError, first_line
 from diffusion_cli.system.compat import count_in_group
-from diffusion_cli.system.cores import check_cores
-from diffusion_cli.system.signals import STOPPING, end, handling
+from diffusion_cli.system.machine import check_cores
+from diffusion_cli.system.signals import block, end, forward, handling, leave_group
 from diffusion_cli.system.terminal import guarded, lost_output
 
 T = TypeVar("T")
@@ -281,7 +281,7 @@ def _in_new_processes(
 ) -> int:
     with tempfile.TemporaryDirectory() as folder:
         outcome = Path(folder) / "outcome"
-        signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)  # until they can be forwarded
+        block(True)  # until they can be forwarded
         processes = start_processes(
             _be_one,
             (_Start(count, torch.get_num_threads(), os.getpid(), Path(folder), timeout), work, arguments),
@@ -309,14 +309,14 @@ def _forwarding(processes: ProcessContext) -> Iterator[list[int]]:
     """Context that forwards signals to the processes; yields a list of the forwarded signals."""
     forwarded: list[int] = []
 
-    def forward(number: int, frame: object) -> None:
+    def forward_to_all(number: int, frame: object) -> None:
         forwarded.append(number)
         for process in processes.processes:
             if process.is_alive():
-                os.kill(process.pid, number)
+                forward(number, process.pid)
 
-    with handling(forward):
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPPING)
+    with handling(forward_to_all):
+        block(False)
         yield forwarded
 
 
@@ -327,7 +327,7 @@ def _why(processes: ProcessContext) -> LostProcess:
     # Remaining processes are ended with SIGTERM, so a process with another signal failed first.
     rank, number = min(killed, key=lambda one: one[1] == signal.SIGTERM, default=(0, 0))
     how = f"was ended by {signal.Signals(number).name}" if number else "failed"
-    hint = " (possibly out of memory)" if number == signal.SIGKILL else ""
+    hint = " (possibly out of memory)" if how.endswith("SIGKILL") else ""
     return LostProcess(
         f"processes: rank {rank} of {len(codes)} {how}{hint}, so all stopped; run the same command again to continue"
     )
@@ -349,9 +349,9 @@ class _Start(NamedTuple):
 def _be_one(rank: int, start: _Start, work: Callable[..., int | None], arguments: tuple[Any, ...]) -> None:
     """Run the work in one of the new processes."""
     count, threads, parent, folder, timeout = start
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPPING)
+    block(False)
     _end_with(parent)
-    os.setpgid(0, 0)  # so that Ctrl-C arrives once, forwarded by the parent
+    leave_group()
     _publish(ProcessInfo(rank, count, rank, count))
     torch.set_num_threads(max(1, threads // count))
     try:

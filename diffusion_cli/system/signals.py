@@ -62,6 +62,26 @@ def end_at_signals(code: int = UNFINISHED, line: str = STOPPED) -> None:
         signal.signal(number, at_once)
 
 
+def block(blocked: bool) -> None:
+    """Block or unblock the stop signals in this thread and in processes that it starts; Windows cannot."""
+    if hasattr(signal, "pthread_sigmask"):
+        signal.pthread_sigmask(signal.SIG_BLOCK if blocked else signal.SIG_UNBLOCK, STOPPING)
+
+
+def leave_group() -> None:
+    """Leave the process group of the parent, which forwards signals, so that Ctrl-C arrives once."""
+    if hasattr(os, "setpgid"):  # not on Windows
+        os.setpgid(0, 0)
+
+
+def forward(number: int, pid: int) -> None:
+    """Send a signal to a process that has called `leave_group`."""
+    if hasattr(
+        os, "setpgid"
+    ):  # on Windows the console sends Ctrl-C to all, and os.kill would end the process
+        os.kill(pid, number)
+
+
 def end(code: int) -> NoReturn:
     """End one of several processes without finalising the interpreter, which network threads would abort."""
     run_exit_functions()

@@ -16,7 +16,7 @@ from diffusion_cli.data.decoding import ImageDecoder
 from diffusion_cli.data.memory import free_memory
 from diffusion_cli.formats.files import Room, upright
 from diffusion_cli.metrics.features.weights import content_of, read
-from diffusion_cli.system.cores import usable_cores
+from diffusion_cli.system.machine import usable_cores
 from diffusion_cli.system.untrusted import check_weights
 
 GIB = 2**30

@@ -51,7 +51,7 @@ def free_port() -> int:
 
 @pytest.fixture(autouse=True)
 def four_cores(monkeypatch):
-    monkeypatch.setattr("diffusion_cli.system.cores.usable_cores", lambda: 4)
+    monkeypatch.setattr("diffusion_cli.system.machine.usable_cores", lambda: 4)
 
 
 @pytest.fixture(scope="module")

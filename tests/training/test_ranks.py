@@ -84,13 +84,13 @@ def _collect(folder: Path) -> int:
 
 @pytest.mark.parametrize("count", [1, 3])
 def test_processes_work_together(monkeypatch, tmp_path, count):
-    monkeypatch.setattr("diffusion_cli.system.cores.usable_cores", lambda: 3)
+    monkeypatch.setattr("diffusion_cli.system.machine.usable_cores", lambda: 3)
     assert launch(_collect, tmp_path, processes=count) == 7
     assert sorted(file.name for file in tmp_path.iterdir()) == [str(rank) for rank in range(count)]
 
 
 def test_no_more_processes_start_than_there_are_cores(monkeypatch):
-    monkeypatch.setattr("diffusion_cli.system.cores.usable_cores", lambda: 2)
+    monkeypatch.setattr("diffusion_cli.system.machine.usable_cores", lambda: 2)
     monkeypatch.setattr("diffusion_cli.system.distributed.start_processes", None)
     with pytest.raises(UsageError) as refused:
         launch(_fail, 0, processes=99)
@@ -99,14 +99,14 @@ def test_no_more_processes_start_than_there_are_cores(monkeypatch):
 
 @pytest.mark.parametrize("device", ["auto", "cuda"])
 def test_processes_with_gpus_may_exceed_the_cores(monkeypatch, device):
-    monkeypatch.setattr("diffusion_cli.system.cores.usable_cores", lambda: 1)
+    monkeypatch.setattr("diffusion_cli.system.machine.usable_cores", lambda: 1)
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("diffusion_cli.system.distributed._in_new_processes", lambda count, *others: count)
     assert launch(_fail, 0, processes=8, device=device) == 8
 
 
 def test_the_error_about_processes_names_the_key_of_the_command(monkeypatch):
-    monkeypatch.setattr("diffusion_cli.system.cores.usable_cores", lambda: 2)
+    monkeypatch.setattr("diffusion_cli.system.machine.usable_cores", lambda: 2)
     with pytest.raises(UsageError, match=r"^trainer\.devices=3: CPU cores found: 2"):
         launch(_fail, 0, processes=3, key="trainer.devices")
 

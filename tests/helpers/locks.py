@@ -6,7 +6,7 @@ from typing import Any
 
 from diffusion_cli.system.locks import LOCK
 
-RECORD = "filelock/2\npid=123\nhost=n3\nmode=lease\ntoken=ab\nduration=60\nstart=7\n"
+RECORD = "filelock/2\npid={pid}\nhost={host}\nmode=lease\ntoken=ab\nduration=60\nstart=7\n"
 
 
 def leave(folder: Path, earlier: bool = False, **changes: Any) -> Path:
@@ -21,7 +21,9 @@ def leave(folder: Path, earlier: bool = False, **changes: Any) -> Path:
     } | changes
     lock = folder / LOCK
     lock.unlink(missing_ok=True)
-    lock.write_text(json.dumps(owner) if earlier else f"{RECORD}diffuse={json.dumps(owner)}\n")
+    lock.write_text(
+        json.dumps(owner) if earlier else f"{RECORD.format_map(owner)}diffuse={json.dumps(owner)}\n"
+    )
     return lock
 
 

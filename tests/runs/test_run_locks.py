@@ -4,6 +4,7 @@ import multiprocessing
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -11,6 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
+from filelock import SoftFileLease
 
 from diffusion_cli.errors import UsageError
 from diffusion_cli.system.locks import LOCK, Heartbeat, holder, run_lock
@@ -97,6 +99,16 @@ def test_a_lock_of_an_earlier_version_is_that_of_its_process(tmp_path):
     assert holder(tmp_path / "run") is None
     with run_lock(tmp_path / "run"):  # at once
         assert owner(tmp_path / "run")["pid"] == os.getpid()
+
+
+def test_another_machine_with_the_same_host_name_is_respected(tmp_path):
+    ended = subprocess.Popen(["true"])
+    ended.wait()
+    lock = leave(tmp_path / "run", host=socket.gethostname(), pid=ended.pid, machine="another")
+    threading.Timer(0.2, os.utime, [lock]).start()
+    with pytest.raises(UsageError, match=f"process {ended.pid} on host"), run_lock(tmp_path / "run", QUICK):
+        pass
+    SoftFileLease(lock, blocking=False).acquire().lock.release()  # which compares names of hosts
 
 
 def test_a_process_has_a_lock_once(tmp_path):

@@ -66,7 +66,16 @@ IN_MEMORY = "tensor"
 """Name of samples given as a tensor."""
 OF_FILES = {
     "sample": ("output", "strip", "gif", "frames"),
-    "edit": ("output", "input", "num_images", "fit", "data_dir", "dataset.path", "dataset.masks"),
+    "edit": (
+        "output",
+        "input",
+        "num_images",
+        "fit",
+        "data_dir",
+        "dataset.path",
+        "dataset.masks",
+        "dataset.factory",
+    ),
 }
 """Keys about files, which have no effect on a loaded model."""
 

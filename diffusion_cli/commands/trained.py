@@ -99,11 +99,12 @@ def dataset_of(folder: Path, trained: Loaded, data_dir: str, paths: Mapping[str,
     node = {**node, **paths}
     refused = {key: path for key, path in unnamed(node).items() if key not in paths}
     if refused:
+        arguments = f" with {node['arguments']}" if "factory" in refused and node.get("arguments") else ""
         named = " ".join(f"dataset.{key}={path}" for key, path in refused.items())
         raise UsageError(
             named,
             NO_VALUE,
-            f"this path comes from the checkpoint in {folder}, and you have never used it on this machine",
+            f"this path comes from the checkpoint in {folder}, and you have never used it{arguments} on this machine",
             "if you trust the checkpoint, add the path to the command",
         )
     if problems := check_dataset(node, trained.shape):
@@ -118,7 +119,7 @@ def dataset_of(folder: Path, trained: Loaded, data_dir: str, paths: Mapping[str,
             f"{min(dataset.shape[1:])}",
             "continue training, or choose a later step=",
         )
-    remember(paths)
+    remember({**paths, "arguments": node.get("arguments")})
     return dataset
 
 

@@ -55,8 +55,8 @@ LAUNCHER = re.compile(r"(hydra[/.])?launcher(?=[.=])")
 
 OF_RUNS = ("eval", "compare")
 """The commands that read the dataset of a run unless they name another."""
-RUN_DATA = ("dataset.path", "dataset.masks")
-"""The keys with the paths of a run's own dataset."""
+RUN_DATA = ("dataset.path", "dataset.masks", "dataset.factory")
+"""The keys with the places of a run's own dataset."""
 
 
 def load(command: str, overrides: Sequence[str], dirs: Sequence[Path] = ()) -> Config:

@@ -13,7 +13,18 @@ from diffusion_cli.system.locks import holder
 from diffusion_cli.system.trusted_paths import is_own_run, unnamed
 from diffusion_cli.system.untrusted import read_yaml
 
-PATHS = {"path", "masks", "run", "pretrained", "weights", "lpips_weights", "stats", "data_dir", "cache_dir"}
+PATHS = {
+    "path",
+    "masks",
+    "factory",
+    "run",
+    "pretrained",
+    "weights",
+    "lpips_weights",
+    "stats",
+    "data_dir",
+    "cache_dir",
+}
 """Last names of the keys that take files and folders of this machine."""
 OUTWARD = ("logger", "callback")
 """Groups of classes that may act outside the folder of the run."""
@@ -93,10 +104,8 @@ def foreign_paths(
     }
     named = {key for key in found if {key, key.partition(".")[0]} & set(given)}
     data = {key: path for key, path in found.items() if key.startswith("dataset.")}
-    trained = set(data) - {
-        f"dataset.{name}"
-        for name in unnamed({key.removeprefix("dataset."): path for key, path in data.items()})
-    }
+    node = stored.get("dataset")
+    trained = set(data) - {f"dataset.{name}" for name in unnamed(node if isinstance(node, Mapping) else {})}
     return {key: path for key, path in found.items() if key not in named | trained}
 
 

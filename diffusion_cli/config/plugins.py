@@ -13,11 +13,12 @@ import inspect
 import os
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from importlib.machinery import ModuleSpec, PathFinder
 from importlib.metadata import entry_points
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import yaml
@@ -134,19 +135,49 @@ def imported(target: str) -> Any:
     """
     assert is_allowed(target), target
     module, _, name = target.rpartition(".")
-    _conf(module.partition(".")[0])  # finds the module, also in the working folder
+    found = getattr(_module(module), name, None)
+    # A name that the module only imports, such as os.system, was not allowed.
+    if not inspect.isclass(found) or not is_allowed(f"{found.__module__}."):
+        raise UsageError(KEY, module, f"defines no class {name}", f"correct _target_: {target}")
+    return found
+
+
+def function(place: str, key: str) -> Callable[..., Any]:
+    """Import a function or class, as "module:name", of an allowed module.
+
+    Args:
+        place: module and name.
+        key: configuration key of the place, for errors.
+
+    Raises:
+        UsageError: the module is not allowed, cannot be imported, or defines no such function.
+    """
+    module, _, name = place.partition(":")
+    if not (module and name):
+        raise UsageError(key, place, "is not a module and a function", f"write {key}=module:function")
+    if not is_allowed(f"{module}."):
+        remedy = f"add plugins=[{module.partition('.')[0]}] if you trust this module"
+        raise UsageError(key, place, "is not a function of an allowed plugin", remedy)
+    found = getattr(_module(module), name, None)
+    if not callable(found):
+        raise UsageError(key, place, f"{module} defines no function {name}", "correct the name")
+    if not is_allowed(f"{getattr(found, '__module__', None)}."):  # as in `imported`
+        remedy = f"write a function in {module} that calls it, or allow its module"
+        raise UsageError(key, place, f"{module} only imports {name}", remedy)
+    return found
+
+
+def _module(name: str) -> ModuleType:
+    """Import an allowed module, also from the working folder; UsageError if its code fails."""
+    _conf(name.partition(".")[0])  # finds the module, also in the working folder
     try:
-        found = getattr(importlib.import_module(module), name, None)
+        return importlib.import_module(name)
     except Exception as error:  # code of the user
         if os.environ.get("DIFFUSE_TRACEBACK"):
             raise
         problem = f"cannot be imported ({type(error).__name__}: {first_line(error)})"
         remedy = "correct the module; DIFFUSE_TRACEBACK=1 shows the place"
-        raise UsageError(KEY, module, problem, remedy) from error
-    # A name that the module only imports, such as os.system, was not allowed.
-    if not inspect.isclass(found) or not is_allowed(f"{found.__module__}."):
-        raise UsageError(KEY, module, f"defines no class {name}", f"correct _target_: {target}")
-    return found
+        raise UsageError(KEY, name, problem, remedy) from error
 
 
 def suits(target: str, group: str) -> Problem | None:

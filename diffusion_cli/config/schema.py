@@ -174,6 +174,7 @@ class DataPaths(BaseModel):
     model_config = STRICT
     path: str | None
     masks: str | None
+    factory: str | None
 
 
 class EditConfig(Generation):

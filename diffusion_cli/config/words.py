@@ -55,6 +55,13 @@ OTHER_OPTIONS = {
         "npz": "array",
         "npy": "array",
         "cifar": "cifar10",
+        "hf": "huggingface",
+        "hub": "huggingface",
+        "datasets": "huggingface",
+        "parquet": "huggingface",
+        "webdataset": "huggingface",
+        "pytorch": "torch",
+        "torchvision": "torch",
     },
 }
 """Options of groups by their names in other programs, in lower case, with p for + and without other signs."""

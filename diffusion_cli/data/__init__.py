@@ -25,6 +25,7 @@ from diffusion_cli.data.packing import Pack
 from diffusion_cli.data.points import Points
 from diffusion_cli.data.previews import PicturedImages, pictured, quantized
 from diffusion_cli.data.progressive import ProgressiveBatches, ResolutionSchedule, reduced
+from diffusion_cli.data.torch_sets import TorchDataset
 from diffusion_cli.data.torchvision_sets import CIFAR10, MNIST, FashionMNIST
 
 __all__ = [
@@ -55,6 +56,7 @@ __all__ = [
     "Points",
     "ProgressiveBatches",
     "ResolutionSchedule",
+    "TorchDataset",
     "UnreadableError",
     "VolumeDecoder",
     "center_crop_resize",

@@ -129,6 +129,12 @@ class ImageDecoder(NamedTuple):
                 image = upright(_resized(self._flattened(image), target[::-1], size, size[0] / width))
         return np.asarray(image).reshape(*wanted, channels).transpose(2, 0, 1)
 
+    def picture(self, image: Image.Image) -> np.ndarray:
+        """Return an upright image of Pillow decoded; FormatError if its colours cannot be converted."""
+        channels, *wanted = self.shape
+        pixels = np.asarray(_resized(self._flattened(image), wanted))
+        return pixels.reshape(*wanted, channels).transpose(2, 0, 1)
+
     def _flattened(self, image: Image.Image) -> Image.Image:
         return flattened(image, self.shape[0], self.background, self.srgb)
 

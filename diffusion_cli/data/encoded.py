@@ -59,7 +59,7 @@ class EncodedImages(Images):
     def __getitem__(self, index: Tensor) -> Tensor:
         pixels, broken = self._decode(index)
         if broken:
-            raise self._error(broken)
+            raise unusable(self.source, broken)
         return pixels
 
     def original(self, row: int) -> Original | None:
@@ -91,7 +91,7 @@ class EncodedImages(Images):
             except (ValueError, OSError) as error:
                 broken.append(f"{self.title(row)} ({reason(error)})")
         if broken:
-            raise self._error(broken)
+            raise unusable(self.source, broken)
         return digests
 
     def loaded(self, in_memory: bool | None) -> Images:
@@ -108,7 +108,7 @@ class EncodedImages(Images):
             pixels[rows], failures = self._decode(rows)
             broken += failures
         if broken:
-            raise self._error(broken)
+            raise unusable(self.source, broken)
         return MemoryImages(pixels, self.labels, self.fingerprint())
 
     def _decode(self, index: Tensor) -> tuple[Tensor, list[str]]:
@@ -132,10 +132,16 @@ class EncodedImages(Images):
                 outcomes = list(pool.map(fill, range(len(index)), index.tolist()))
         return torch.from_numpy(pixels), [outcome for outcome in outcomes if outcome]
 
-    def _error(self, broken: list[str]) -> UsageError:
-        named = "; ".join(broken[:10]) + ("; ..." if len(broken) > 10 else "")
-        problem = f"cannot use {len(broken)} of the images; repair or remove {named}"
-        return UsageError(*self.source, problem)
+
+def unusable(source: tuple[str, Any], broken: list[str]) -> UsageError:
+    """Return the error that lists images that cannot be used.
+
+    Args:
+        source: configuration key and value of the images.
+        broken: name and error of each of them.
+    """
+    named = "; ".join(broken[:10]) + ("; ..." if len(broken) > 10 else "")
+    return UsageError(*source, f"cannot use {len(broken)} of the images; repair or remove {named}")
 
 
 def range_remarks(decoder: FileDecoder | MaskedDecoder, contents: Iterable[bytes]) -> list[str]:

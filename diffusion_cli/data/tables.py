@@ -15,7 +15,7 @@ from torch import Tensor
 
 from diffusion_cli.data.array import MOST_CLASSES
 from diffusion_cli.data.labels import examples, in_order
-from diffusion_cli.errors import FormatError, MachineError, UsageError
+from diffusion_cli.errors import FormatError, MachineError, UsageError, counted
 from diffusion_cli.system.files import CANNOT_WRITE
 from diffusion_cli.system.untrusted import LARGEST, read, reason
 
@@ -251,12 +251,12 @@ def numbered(
     if len(hidden) == len(values):
         return among or (), None
     if hidden:
-        raise FormatError(f"{len(hidden)} images have no class, for example image {hidden[0]}")
+        raise FormatError(f"has no class for {counted(len(hidden), 'image')}, for example image {hidden[0]}")
     if all(isinstance(value, str) for value in values):
         found = among or tuple(in_order(set(values)))
         number = {name: label for label, name in enumerate(found)}
         if other := sorted(set(values) - number.keys()):
-            raise FormatError(f"the validation split has other classes: {examples(other)}")
+            raise FormatError(f"has other classes in the validation split: {examples(other)}")
         return found, torch.tensor([number[value] for value in values])
     if not all(isinstance(value, int) for value in values):
         raise FormatError(f"has values such as {values[0]!r:.80}; classes are integers or texts")
@@ -265,8 +265,10 @@ def numbered(
             f"has the labels {min(values)} to {max(values)}; must be in 0 to {MOST_CLASSES - 1}"
         )
     found = tuple(names) if names is not None else among or tuple(map(str, range(max(values) + 1)))
-    if (among is not None and found != among) or max(values) >= len(found):
-        raise FormatError("the validation split has other classes")
+    if among is not None and found != among:
+        raise FormatError("has other classes in the validation split")
+    if max(values) >= len(found):
+        raise FormatError(f"has the value {max(values)}, and there are {len(found)} classes")
     return found, torch.tensor(values, dtype=torch.int64)
 
 

@@ -8,23 +8,25 @@ folders leave one in `runs`, and plugins one in `plugins`.
 """
 
 import hashlib
+import json
 import os
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-PATHS = ("path", "masks")
-"""Dataset settings that are paths."""
+PATHS = ("path", "masks", "factory")
+"""Dataset settings that are paths or functions."""
 
 
 def remember(dataset: Mapping[str, Any]) -> None:
     """Record the paths of a dataset as named by this user, if the state folder is writable."""
     with suppress(OSError, RuntimeError):  # no home folder, or a read-only one
-        for path in _paths(dataset).values():
-            _touch(_record(path))
+        for key, path in _paths(dataset).items():
+            text = _named(dataset, key)
+            _touch(_record(text))
             if _is_elsewhere(path):
-                _touch(_record(path, "names"))
+                _touch(_record(text, "names"))
 
 
 def remember_run(folder: Path) -> None:
@@ -54,12 +56,21 @@ def unnamed(dataset: Mapping[str, Any]) -> dict[str, str]:
     return {
         key: path
         for key, path in _paths(dataset).items()
-        if not _is_recorded(path) and not (_is_elsewhere(path) and _is_recorded(path, "names"))
+        if not _is_recorded(text := _named(dataset, key))
+        and not (_is_elsewhere(path) and _is_recorded(text, "names"))
     }
 
 
 def _paths(dataset: Mapping[str, Any]) -> dict[str, str]:
     return {key: dataset[key] for key in PATHS if isinstance(dataset.get(key), str)}
+
+
+def _named(dataset: Mapping[str, Any], key: str) -> str:
+    """Return what the user has named: a path, or a function with its arguments, which may be paths too."""
+    arguments = dataset.get("arguments") if key == "factory" else None
+    return (
+        f"{dataset[key]}{json.dumps(arguments, sort_keys=True, default=str)}" if arguments else dataset[key]
+    )
 
 
 def _is_elsewhere(path: str) -> bool:

@@ -230,7 +230,7 @@ def test_ambiguous_and_wrong_columns_are_mistakes(tmp_path):
         None,
         "the labels of dataset.split=train are hidden",
     )
-    with pytest.raises(UsageError, match=r"dataset.label=y: 1 images have no class, for example image 2"):
+    with pytest.raises(UsageError, match=r"dataset.label=y: has no class for 1 image, for example image 2"):
         hub(tables_of(tmp_path / "some", y=(classes, [0, 1, -1])))
     several = hub(tables_of(tmp_path / "several", y=(classes, [0, 1, 1]), z=(classes, [0, 1, 1])))
     assert several.missing_classes == "the columns y, z have classes; name one with dataset.label"

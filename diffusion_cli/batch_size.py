@@ -9,12 +9,11 @@ from typing import Literal
 
 import torch
 
-from diffusion_cli.data.memory import free_memory
 from diffusion_cli.diffusion.guidance import Guided
 from diffusion_cli.errors import UsageError
 from diffusion_cli.generate import SamplingPipeline, labels_of, uncompiled
 from diffusion_cli.system.distributed import started
-from diffusion_cli.system.machine import peak_memory
+from diffusion_cli.system.machine import free_memory, peak_memory
 from diffusion_cli.system.precision import autocast, device_of
 
 MOST = 512

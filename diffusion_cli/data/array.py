@@ -15,7 +15,7 @@ from torch import Tensor
 
 from diffusion_cli.data.base import Dataset, Images, Split, shuffled_mask, split_rows, spread, too_few
 from diffusion_cli.data.member_check import member_check
-from diffusion_cli.data.memory import MemoryImages, fits_in_memory, free_memory
+from diffusion_cli.data.memory import MemoryImages, fits_in_memory
 from diffusion_cli.errors import NO_VALUE, FormatError, UsageError
 from diffusion_cli.formats import (
     Original,
@@ -29,6 +29,7 @@ from diffusion_cli.formats import (
 )
 from diffusion_cli.formats.range_check import LOOKED_AT
 from diffusion_cli.runs.migrate import SPLITS_OF_FORMAT_5
+from diffusion_cli.system.machine import free_memory
 from diffusion_cli.system.remote import local_copy
 from diffusion_cli.system.untrusted import Archive, from_json, reason, regular
 

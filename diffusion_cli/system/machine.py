@@ -2,6 +2,10 @@
 
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import NamedTuple
 
 from diffusion_cli.errors import UsageError
 
@@ -19,13 +23,6 @@ def check_cores(key: str, processes: int) -> None:
         raise UsageError(key, processes, f"CPU cores found: {cores}", f"use at most {cores}")
 
 
-def physical_memory() -> int:
-    """Return the bytes of RAM of this machine; 8 GiB if the system does not report them."""
-    if not hasattr(os, "sysconf"):  # Windows
-        return 8 * 2**30
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-
-
 def peak_memory() -> int:
     """Return the peak memory of this process in bytes; 0 if the system does not report it."""
     try:
@@ -33,3 +30,65 @@ def peak_memory() -> int:
     except ImportError:  # Windows
         return 0
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def free_memory(root: Path = Path("/")) -> int:
+    """Return the bytes of RAM available to this process: free on the machine, and in the cgroups of its job.
+
+    Returns half of all RAM if the system reports no number, and 4 GiB on Windows. `root` is the folder of `proc`
+    and `sys`.
+    """
+    try:
+        lines = dict(line.split(":") for line in (root / "proc/meminfo").read_text().splitlines())
+        free = int(lines["MemAvailable"].split()[0]) * 1024
+    except (OSError, KeyError):
+        free = (
+            os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+            if hasattr(os, "sysconf")
+            else 4 * 2**30
+        )
+    return max(0, min([free, *_free_in_cgroups(root)]))
+
+
+class _Cgroups(NamedTuple):
+    """File and entry names of a cgroup version for the memory of a group."""
+
+    mounts: tuple[str, ...]
+    limit: str
+    usage: str
+    reclaimable: str
+    """Entry of `memory.stat` with the bytes of cached files that the kernel frees first."""
+
+
+VERSION_1 = _Cgroups(
+    ("sys/fs/cgroup/memory",), "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"
+)
+VERSION_2 = _Cgroups(
+    ("sys/fs/cgroup", "sys/fs/cgroup/unified"), "memory.max", "memory.current", "inactive_file"
+)
+
+
+def _free_in_cgroups(root: Path) -> Iterator[int]:
+    """Yield the free bytes of this process's cgroup, and of each above it."""
+    try:
+        lines = (root / "proc/self/cgroup").read_text().splitlines()
+    except OSError:
+        return
+    for line in lines:
+        number, controllers, path = line.split(":", 2)
+        if number != "0" and "memory" not in controllers.split(","):
+            continue
+        version = VERSION_2 if number == "0" else VERSION_1
+        for mount in (root / name for name in version.mounts):
+            group = mount / path.lstrip("/")
+            for folder in (group, *group.parents):
+                if folder.is_relative_to(mount):
+                    with suppress(OSError, ValueError):  # no such group, or "max": no limit
+                        yield _free_in(folder, version)
+
+
+def _free_in(folder: Path, version: _Cgroups) -> int:
+    limit = int((folder / version.limit).read_text())
+    used = int((folder / version.usage).read_text())
+    statistics = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+    return limit - used + int(statistics.get(version.reclaimable, 0))

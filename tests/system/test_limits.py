@@ -13,10 +13,9 @@ from PIL import Image
 
 from diffusion_cli.data import decoding
 from diffusion_cli.data.decoding import ImageDecoder
-from diffusion_cli.data.memory import free_memory
 from diffusion_cli.formats.files import Room, upright
 from diffusion_cli.metrics.features.weights import content_of, read
-from diffusion_cli.system.machine import usable_cores
+from diffusion_cli.system.machine import free_memory, usable_cores
 from diffusion_cli.system.untrusted import check_weights
 
 GIB = 2**30

@@ -291,9 +291,7 @@ def loaded_array(path: Path, key: str) -> np.ndarray:
         header = _header(archive, f"{key}.npy")
         if header.nbytes > free_memory() // 2:
             raise FormatError(f"needs {header.nbytes} bytes of memory for '{key}'; save it as .npy")
-        data = archive.read(f"{key}.npy", archive.entries[f"{key}.npy"].file_size)
-    numbers = np.frombuffer(data, header.dtype, math.prod(header.shape), header.start)
-    return numbers.reshape(header.shape, order=header.order)
+        return array_of(archive.read(f"{key}.npy", archive.entries[f"{key}.npy"].file_size))
 
 
 def array_of(data: bytes) -> np.ndarray:
@@ -310,14 +308,7 @@ def read_arrays(path: Path, *keys: str) -> list[np.ndarray]:
         missing = [key for key in keys if key not in held]
         if missing:
             raise FormatError(f"has the arrays {', '.join(held[:10])}, but not {' and '.join(missing)}")
-        headers = [_header(archive, f"{key}.npy") for key in keys]
-        contents = [archive.read(f"{key}.npy") for key in keys]
-    return [
-        np.frombuffer(content, header.dtype, math.prod(header.shape), header.start)
-        .reshape(header.shape, order=header.order)
-        .copy()
-        for header, content in zip(headers, contents, strict=True)
-    ]
+        return [array_of(archive.read(f"{key}.npy")).copy() for key in keys]
 
 
 def read_header(path: Path, key: str | None) -> ArrayHeader:

@@ -1,13 +1,14 @@
 """`diffuse train`: train a model in a run folder."""
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 from pathlib import Path
 
 import yaml
-from lightning.pytorch import Trainer
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import Callback, Trainer
 
 from diffusion_cli.commands import train_report
 from diffusion_cli.commands.inputs import show_remarks
@@ -15,13 +16,13 @@ from diffusion_cli.commands.train_callbacks import periodic_callbacks, save_real
 from diffusion_cli.commands.train_checks import (
     check_configuration,
     check_devices,
-    check_loggers,
+    check_libraries,
     remark_on_machine,
 )
 from diffusion_cli.commands.train_setup import TrainingSetup, set_up, training_module
-from diffusion_cli.config import TrainConfig, seconds
+from diffusion_cli.config import TrainConfig, build, seconds
 from diffusion_cli.data import ProgressiveBatches, UnreadableError
-from diffusion_cli.errors import MachineError
+from diffusion_cli.errors import NO_VALUE, MachineError, UsageError
 from diffusion_cli.runs.checkpoint import LAST, Checkpoint, read
 from diffusion_cli.runs.find import recover
 from diffusion_cli.runs.load import AUTOENCODER
@@ -31,6 +32,7 @@ from diffusion_cli.system.files import atomic_write
 from diffusion_cli.system.locks import run_lock
 from diffusion_cli.system.signals import UNFINISHED
 from diffusion_cli.system.trusted_paths import remember, remember_run
+from diffusion_cli.system.untrusted import reason
 from diffusion_cli.training.callbacks import CheckpointCallback, GracefulStop, Progress
 from diffusion_cli.training.ema import EMA
 from diffusion_cli.training.logs import make_loggers, run_loggers
@@ -38,13 +40,14 @@ from diffusion_cli.training.module import TrainingModule
 from diffusion_cli.training.out_of_memory import advise_on_oom
 from diffusion_cli.training.stored_state import StoredOptions, check_state, expected_state, mend_state
 from diffusion_cli.training.trainer import make_trainer
+from diffusion_cli.training.user_callbacks import PlainStates, check_monitors, check_states, stop_reason
 
 
 def run(config: TrainConfig) -> int:
     """Train or continue a run in all processes; return the exit code."""
     place, trainer = started(), config.trainer
     check_devices(config, place)
-    check_loggers(config)
+    check_libraries(config)
     if place.rank == 0 and (remark := remark_on_machine(config)):
         print(f"diffuse: {remark}", file=sys.stderr)
     return launch(
@@ -88,19 +91,26 @@ def _fit(
     periodic = periodic_callbacks(config, setup, folder, ema=ema, stop=stop)
     checkpoints = CheckpointCallback(config.checkpoint_every, folder, config.keep_last, stop)
     progress = Progress(config.log_every, folder, setup.stages, setup.max_steps, stop, config.model_dump())
+    users = {name: build(node) for name, node in config.callback.items()}
+    check_monitors(users, ["loss", *(name for callback in periodic for name in callback.measures)])
     trainer = make_trainer(
         setup.device, setup.precision, folder,
         max_steps=setup.max_steps, accumulate_grad_batches=config.accumulate_grad_batches, log_every=config.log_every,
+        validate_every=config.validate_every,
         loggers=make_loggers(config.logger, folder, done),
         # EMA first, because others use its weights; checkpoints last, because they store the state of the others.
-        callbacks=[ema, progress, stop, *periodic, checkpoints],
+        callbacks=[ema, progress, stop, *periodic, *users.values(), PlainStates(users), checkpoints],
     )  # fmt: skip
     if before:
-        _check_resumable(before, trainer, module, folder)
+        _check_resumable(before, trainer, module, folder, users)
         stop.load_state_dict(before.state["callbacks"][stop.state_key])
         if stop.seconds_left() == 0:
             if main:
                 print(train_report.time_spent(config, folder, done, stop.elapsed))
+            return 0
+        if stop.by_callback and before.info.config.model_dump().get("callback") == config.callback:
+            if main:
+                print(train_report.stopped(folder, done, stop_reason(users)))
             return 0
     if config.compile is True or (config.compile == "auto" and setup.device.torch_device.type == "cuda"):
         model.network.compile()  # in place: torch.compile(network) would rename every weight
@@ -122,17 +132,25 @@ def _fit(
                 trainer.fit(module, batches, ckpt_path=folder / LAST if done else None, weights_only=True)
             except SystemExit as error:  # Lightning raises it at a second Ctrl-C
                 raise KeyboardInterrupt from error
+            except MisconfigurationException as error:  # of a callback of the user
+                problem = f"callback={','.join(users)}"
+                raise UsageError(
+                    problem, NO_VALUE, reason(error), "correct its values, or leave it out"
+                ) from error
         if main:
-            for line in train_report.last_lines(progress, stop, periodic, model, folder):
+            for line in train_report.last_lines(progress, stop, periodic, stop_reason(users), model, folder):
                 print(f"\n{line}")
     return UNFINISHED if stop.stopping else 0
 
 
-def _check_resumable(before: Checkpoint, trainer: Trainer, module: TrainingModule, folder: Path) -> None:
+def _check_resumable(
+    before: Checkpoint, trainer: Trainer, module: TrainingModule, folder: Path, users: Mapping[str, Callback]
+) -> None:
     """Raise UsageError unless a checkpoint has the training state of this run; convert states of other versions."""
-    expected = expected_state(trainer, module, before.step)
+    expected = expected_state(trainer, module, before.step, [*users.values()])
     mend_state(before.state, expected)
     check_state(folder / LAST, before.state, expected)
+    check_states(users, before.state["callbacks"], folder / LAST)
     # Lightning reads the file again, so this callback repeats the conversion.
     trainer.callbacks.append(StoredOptions(expected))  # pyright: ignore[reportAttributeAccessIssue]
 

@@ -19,6 +19,7 @@ from diffusion_cli.runs.schema import CheckpointInfo
 from diffusion_cli.system.distributed import ProcessInfo
 from diffusion_cli.system.untrusted import reason
 from diffusion_cli.training.logs import LoggerConfig
+from diffusion_cli.training.user_callbacks import check_callbacks
 
 SECRET = re.compile(r"(api_?key|token|password|secret)$", re.IGNORECASE)
 """End of the name of a setting that is a secret."""
@@ -67,23 +68,28 @@ def remark_on_machine(config: TrainConfig) -> str | None:
     )
 
 
-def check_loggers(config: TrainConfig) -> None:
-    """Raise UsageError for a logger that cannot be used, or has a secret that config.yaml would store."""
-    for name, node in config.logger.items():
-        key = f"logger.{name}"
-        for setting, value in flatten(node).items():
-            if SECRET.search(setting) and value is not None:
-                problem, remedy = "a secret, which config.yaml would store", "set the variable of its library"
-                raise UsageError(f"{key}.{setting}", NO_VALUE, problem, remedy)
-        try:
-            logger = build(node)
-        except UsageError:
-            raise
-        except Exception as error:  # libraries raise errors of many types
-            problem = f"{type(error).__name__}: {reason(error)}"
-            raise UsageError(key, NO_VALUE, problem, "correct its values, or leave it out") from error
+def check_libraries(config: TrainConfig) -> None:
+    """Raise UsageError for a logger or callback that cannot be used, or has a secret that config.yaml would store."""
+    loggers = {name: _checked(f"logger.{name}", node) for name, node in config.logger.items()}
+    for name, logger in loggers.items():
         if isinstance(logger, LoggerConfig):
-            logger.check(key)
+            logger.check(f"logger.{name}")
+    check_callbacks({name: _checked(f"callback.{name}", node) for name, node in config.callback.items()})
+
+
+def _checked(key: str, node: Node) -> Any:
+    """Build a logger or callback, which may be of a library; UsageError for a secret or an error of its class."""
+    for setting, value in flatten(node).items():
+        if SECRET.search(setting) and value is not None:
+            problem, remedy = "a secret, which config.yaml would store", "set the variable of its library"
+            raise UsageError(f"{key}.{setting}", NO_VALUE, problem, remedy)
+    try:
+        return build(node)
+    except UsageError:
+        raise
+    except Exception as error:  # libraries raise errors of many types
+        problem = f"{type(error).__name__}: {reason(error)}"
+        raise UsageError(key, NO_VALUE, problem, "correct its values, or leave it out") from error
 
 
 def check_configuration(folder: Path, config: TrainConfig, stored: dict[str, Any]) -> None:

@@ -46,10 +46,11 @@ def last_lines(
     progress: Progress,
     stop: GracefulStop,
     callbacks: Sequence[PeriodicCallback],
+    cause: str,
     model: Trainable,
     folder: Path,
 ) -> Iterator[str]:
-    """Yield the outcome of a run, and the next command."""
+    """Yield the outcome of a run, and the next command; `cause`: the callback of the user that may have stopped it."""
     for callback in callbacks:
         if isinstance(callback, ValidationAccuracy):
             yield ", ".join(f"validation {name} {value:.3f}" for name, value in callback.accuracy.items())
@@ -62,7 +63,19 @@ def last_lines(
             of = "" if progress.max_steps is None else f" of {progress.max_steps}"
             remedy = _more_time(progress.config, stop.elapsed)
             stopped = f"Stopped by max_time at step {progress.step}{of}; to continue, {remedy}\n"
+        elif stop.by_callback:
+            of = "" if progress.max_steps is None else f" of {progress.max_steps}"
+            stopped = f"Stopped by {cause} at step {progress.step}{of}; to continue, {OTHER_CALLBACKS}\n"
         yield f"{progress.outcome()}; the run is {folder}\n{stopped}Next: {_next(model, folder)}"
+
+
+OTHER_CALLBACKS = "change its values, or set callback=[]"
+"""What to do to continue a run that a callback stopped."""
+
+
+def stopped(folder: Path, step: int, cause: str) -> str:
+    """Return the line of a run that a callback stopped at an earlier start."""
+    return f"{folder} finished at step {step}, stopped by {cause}; to continue, {OTHER_CALLBACKS}"
 
 
 def time_spent(config: TrainConfig, folder: Path, step: int, elapsed: float) -> str:

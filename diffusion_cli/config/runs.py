@@ -43,6 +43,7 @@ NOT_IDENTITY = frozenset(
         "sampler",
         "trainer",
         "logger",
+        "callback",
     ]
 )
 

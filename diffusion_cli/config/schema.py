@@ -81,6 +81,7 @@ class TrainConfig(BaseModel):
     features: Node
     reference: Node
     logger: dict[str, Node] = {}
+    callback: dict[str, Node] = {}
     derived: list[str] = []
     """Keys with values that a recipe derived, and `model=` with the chosen option; no key of a command line."""
 

@@ -5,11 +5,11 @@ import signal
 import sys
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from lightning.fabric.plugins import TorchCheckpointIO
@@ -38,6 +38,7 @@ from diffusion_cli.training.ema import EMA
 from diffusion_cli.training.logs import log_metrics, run_loggers
 from diffusion_cli.training.loss_check import LossCheck
 from diffusion_cli.training.module import DenoisingModule, LevelMeter, TermMeter, Trainable, TrainingModule
+from diffusion_cli.training.stored_state import Maybe, OfType
 
 
 class DivergedError(UsageError):
@@ -110,6 +111,44 @@ def stop_if_diverged(module: TrainingModule, last: Path, step: int | None = None
             f"not a finite number at step {step}, learning rate {rate:.3g}; {kept}",
             f"try a smaller optimizer.lr, a longer optimizer.warm_up_steps or precision=fp32{place}",
         )
+
+
+def on_measured(trainer: Trainer, module: LightningModule, values: Collection[str]) -> None:
+    """End a validation for the callbacks that monitor one of the values, given by name."""
+    for callback in trainer.callbacks:  # pyright: ignore[reportAttributeAccessIssue]
+        if getattr(callback, "monitor", None) in values:
+            callback.on_validation_epoch_end(trainer, module)
+            callback.on_validation_end(trainer, module)
+
+
+class Measured(NamedTuple):
+    """Values of a validation by name."""
+
+    values: dict[str, float]
+    """Those to log."""
+    aliases: dict[str, float]
+    """Values by further names, for callbacks only."""
+
+
+@contextmanager
+def validation(trainer: Trainer, module: LightningModule, step: int) -> Iterator[Measured]:
+    """Context that takes measured values, and logs them; it calls the validation hooks of the user's callbacks.
+
+    A validation ends only for callbacks that monitor no value or one of the measured ones, so that early stopping
+    counts each measurement once.
+    """
+    callbacks: list[Callback] = trainer.callbacks  # pyright: ignore[reportAttributeAccessIssue]
+    for callback in callbacks:
+        callback.on_validation_start(trainer, module)
+        callback.on_validation_epoch_start(trainer, module)
+    values, aliases = measured = Measured({}, {})
+    yield measured
+    log_metrics(trainer, values, step, aliases)
+    for callback in callbacks:
+        if getattr(callback, "monitor", None) is None:
+            callback.on_validation_epoch_end(trainer, module)
+            callback.on_validation_end(trainer, module)
+    on_measured(trainer, module, values | aliases)
 
 
 class Progress(StepCallback):
@@ -210,6 +249,7 @@ class Progress(StepCallback):
             if step % self.every == 0:  # a mean over fewer steps varies more
                 self._warn(self.check.warning(values["loss"], step, self._zero))
         log_metrics(trainer, values, step)
+        on_measured(trainer, module, values)
         left = self.stop.seconds_left()
         limit = "" if left is None else f", {ProgressBar.format_interval(left)} of max_time left"
         self.bar.set_postfix_str(
@@ -247,6 +287,7 @@ class CheckpointCallback(StepCallback):
         last = self.run / LAST
         stop_if_diverged(module, last, trainer.global_step)
         path = last.with_name(numbered(trainer.global_step))
+        self.stop.note_callbacks(trainer)
         trainer.save_checkpoint(path)
         if trainer.is_global_zero:
             copy_checkpoint(path, last)
@@ -273,6 +314,8 @@ class GracefulStop(StepCallback):
         super().__init__(every=1)
         self.max_seconds, self.checkpoint_seconds = max_seconds, checkpoint_seconds
         self.elapsed = 0.0
+        self.by_callback = False
+        """Whether a callback of the user ended the training."""
         self.signal: int | None = None
         """Number of the signal that this process received, or None."""
         self.stopping = False
@@ -289,6 +332,11 @@ class GracefulStop(StepCallback):
     def seconds_left(self) -> float | None:
         """Return the seconds until the time limit, or None without a limit."""
         return None if self.max_seconds is None else max(0.0, self.max_seconds - self.elapsed)
+
+    def note_callbacks(self, trainer: Trainer) -> None:
+        """Note whether training ends here by a callback of the user: not by a signal or a budget."""
+        budget = self.seconds_left() == 0 or trainer.global_step == trainer.max_steps
+        self.by_callback = trainer.should_stop and not self.stopping and not budget
 
     def called(self) -> bool:
         """Return whether any process received a signal; all processes must call this together."""
@@ -351,10 +399,14 @@ class GracefulStop(StepCallback):
             trainer.should_stop = True
 
     def state_dict(self) -> dict[str, Any]:
-        return {"elapsed": self.elapsed}
+        return {"elapsed": self.elapsed} | ({"by_callback": True} if self.by_callback else {})
+
+    def example_state(self) -> dict[str, Any]:
+        """Return the template of a stored state."""
+        return {"elapsed": self.elapsed, "by_callback": Maybe(OfType(bool))}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.elapsed = state_dict["elapsed"]
+        self.elapsed, self.by_callback = state_dict["elapsed"], state_dict.get("by_callback", False)
 
 
 class PeriodicCallback(StepCallback):
@@ -365,6 +417,8 @@ class PeriodicCallback(StepCallback):
 
     stored_as: ClassVar[str]
     """Key of its state in checkpoints, the same in all versions."""
+    measures: Collection[str] = ()
+    """Names of the values that callbacks of the user may monitor."""
     at_end: ClassVar[bool] = False
     """Whether it also runs at the last step, unless that comes before `early`."""
 
@@ -413,6 +467,7 @@ class ValidationLoss(PeriodicCallback):
     """Logs the loss of the EMA weights on the validation split, with the same noise every time."""
 
     stored_as = "HeldOutLoss"
+    measures = ("val_loss",)
 
     def __init__(
         self, every: int, batches: Callable[[int], Iterable[Batch]], ema: EMA, stop: GracefulStop
@@ -423,11 +478,11 @@ class ValidationLoss(PeriodicCallback):
     @torch.no_grad()
     def run(self, trainer: Trainer, module: TrainingModule, step: int) -> bool:
         meter = TermMeter()
-        with trainer.precision_plugin.forward_context():
-            for loss in module.val_losses(self.ema.model(module), self.batches(step)):
-                meter.add({"val_loss": loss}, step)
-        values = meter.read()
-        log_metrics(trainer, values, step)
+        with validation(trainer, module, step) as measured:
+            with trainer.precision_plugin.forward_context():
+                for loss in module.val_losses(self.ema.model(module), self.batches(step)):
+                    meter.add({"val_loss": loss}, step)
+            measured.values.update(meter.read())
         return True
 
 
@@ -435,6 +490,7 @@ class ValidationAccuracy(PeriodicCallback):
     """Logs the accuracy of the EMA weights on the validation split, in total and by quartile of the noise."""
 
     stored_as = "HeldOutAccuracy"
+    measures = ("val_accuracy",)
     at_end = True
 
     def __init__(
@@ -451,12 +507,13 @@ class ValidationAccuracy(PeriodicCallback):
         assert isinstance(model, NoisyClassifier)
         meter = LevelMeter("accuracy")
         assert isinstance(module, DenoisingModule)
-        for batch, t, eps, quantile in module.at_levels(self.batches(step)):
-            with trainer.precision_plugin.forward_context():
-                guess = model(noised(model.schedule, batch.images, t, eps), t).argmax(1)
-            meter.add((guess == batch.labels).float(), quantile, step)
-        self.accuracy = meter.read()
-        log_metrics(trainer, {f"val_{name}": value for name, value in self.accuracy.items()}, step)
+        with validation(trainer, module, step) as measured:
+            for batch, t, eps, quantile in module.at_levels(self.batches(step)):
+                with trainer.precision_plugin.forward_context():
+                    guess = model(noised(model.schedule, batch.images, t, eps), t).argmax(1)
+                meter.add((guess == batch.labels).float(), quantile, step)
+            self.accuracy = meter.read()
+            measured.values.update({f"val_{name}": value for name, value in self.accuracy.items()})
         return True
 
 

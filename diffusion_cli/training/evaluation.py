@@ -27,9 +27,9 @@ from diffusion_cli.metrics import (
 from diffusion_cli.runs.checkpoint import BEST
 from diffusion_cli.samplers import Advance, Sampler, reporting, unreported
 from diffusion_cli.system.distributed import Distributed
-from diffusion_cli.training.callbacks import GracefulStop, PeriodicCallback
+from diffusion_cli.training.callbacks import GracefulStop, PeriodicCallback, validation
 from diffusion_cli.training.ema import EMA
-from diffusion_cli.training.logs import log_metrics, run_loggers
+from diffusion_cli.training.logs import run_loggers
 from diffusion_cli.training.module import TrainingModule
 from diffusion_cli.training.stored_state import MOST_STEPS, Maybe, Number
 
@@ -112,6 +112,7 @@ class EvaluationCallback(PeriodicCallback):
         """Digest of the protocol; results of other protocols are not compared."""
         self.best: tuple[int, float] | None = None
         """Step and value of the best result."""
+        self.measures = tuple(metrics)
         require(metrics, networks, samples, reference, force=True)
 
     def run(self, trainer: Trainer, module: TrainingModule, step: int) -> bool:
@@ -121,16 +122,23 @@ class EvaluationCallback(PeriodicCallback):
         assert isinstance(denoiser, Denoiser)
         self.samples.denoiser, self.samples.precision = denoiser, trainer.precision_plugin.forward_context
         try:
-            with self.stop.interrupting():
-                evaluation = evaluate(
-                    self.metrics, self.networks, self.samples, self.reference,
-                    batch_size=self.batch_size, force=True, called_off=self.stop.called,
-                )  # fmt: skip
+            with validation(trainer, module, step) as measured:
+                with self.stop.interrupting():
+                    evaluation = evaluate(
+                        self.metrics, self.networks, self.samples, self.reference,
+                        batch_size=self.batch_size, force=True, called_off=self.stop.called,
+                    )  # fmt: skip
+                found = {result.name: result.value for result in evaluation.report.results}
+                first = {
+                    name: result.value
+                    for name, result in evaluation.first.items()
+                    if result.value is not None
+                }
+                for mine, those in zip(measured, Distributed().broadcast((found, first)), strict=True):
+                    mine.update(those)
         except EvaluationCancelled:
             trainer.should_stop = True
             return False
-        values = Distributed().broadcast({result.name: result.value for result in evaluation.report.results})
-        log_metrics(trainer, values, step)
         for logger in run_loggers(trainer):
             logger.log_evaluation(evaluation.report.to_dict(), step)
         if self.keep_best is not None:

@@ -183,9 +183,12 @@ class TensorBoardFiles(TensorBoardLogger):
         self.experiment.add_text("evaluation", f"```json\n{json.dumps(report, indent=1)}\n```", step)
 
 
-def log_metrics(trainer: Trainer, values: Mapping[str, float], step: int) -> None:
-    """Log values with all loggers, and show them to callbacks in `trainer.callback_metrics`."""
-    trainer.callback_metrics.update({name: torch.tensor(value) for name, value in values.items()})
+def log_metrics(
+    trainer: Trainer, values: Mapping[str, float], step: int, aliases: Mapping[str, float] | None = None
+) -> None:
+    """Log values with all loggers, and show them to callbacks in `trainer.callback_metrics`, there also by aliases."""
+    shown = {**values, **(aliases or {})}
+    trainer.callback_metrics.update({name: torch.tensor(value) for name, value in shown.items()})
     for logger in trainer.loggers:
         logger.log_metrics(dict(values), step=step)
 

@@ -7,7 +7,7 @@ versions of torch and Lightning store other options: `mend_state` drops unknown 
 
 import copy
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 
 from diffusion_cli.errors import NO_VALUE, UsageError
-from diffusion_cli.system.untrusted import plain
+from diffusion_cli.system.untrusted import DEEPEST, plain
 from diffusion_cli.training.module import TrainingModule
 from diffusion_cli.training.optimizers import OptimizerConfig
 
@@ -99,16 +99,52 @@ class StoredOptions(Callback):
             )
 
 
-def expected_state(trainer: Trainer, module: TrainingModule, step: int) -> dict[str, Any]:
-    """Return the template of this run's checkpoint at a step, before the strategy moves or shards the module."""
+@dataclass(frozen=True)
+class PlainState:
+    """The state of a callback of the user: plain values and plain tensors."""
+
+
+def problem_of_state(value: Any) -> str | None:
+    """Return why a state is not of plain values and tensors, or None if it is."""
+    try:
+        plain(_without_tensors(value, 0))
+    except ValueError as error:
+        return str(error)
+    return None
+
+
+def _without_tensors(value: Any, depth: int) -> Any:
+    """Return a state with 0 for each plain tensor and lists for tuples, to a bounded depth."""
+    if type(value) is Tensor and value.layout == torch.strided:
+        return 0
+    if depth > DEEPEST:
+        return value  # `plain` refuses it
+    if type(value) is dict:
+        return {key: _without_tensors(item, depth + 1) for key, item in value.items()}
+    if type(value) in (list, tuple):
+        return [_without_tensors(item, depth + 1) for item in value]
+    return value
+
+
+def expected_state(
+    trainer: Trainer, module: TrainingModule, step: int, users: Collection[Callback] = ()
+) -> dict[str, Any]:
+    """Return the template of this run's checkpoint at a step, before the strategy moves or shards the module.
+
+    Args:
+        trainer: trainer with all callbacks.
+        module: module to train.
+        step: step of the checkpoint.
+        users: callbacks of the user, with states of any plain values.
+    """
     optimizer, scheduler = _optimizer_state(module, step)
     # The run may have been saved with more or fewer callbacks.
     callbacks: list[Any] = trainer.callbacks  # pyright: ignore[reportAttributeAccessIssue]
     stored = {
         callback.state_key: Maybe(_alike(getattr(callback, "example_state", callback.state_dict)(), step))
         for callback in callbacks
-        if callback.state_dict()
-    }
+        if callback not in users and callback.state_dict()
+    } | {callback.state_key: Maybe(PlainState()) for callback in users}
     precision = trainer.precision_plugin
     return {
         "epoch": Number(0, MOST_STEPS, whole=True),
@@ -232,6 +268,9 @@ def _differences(stored: Any, expected: Any, key: str, owners: dict[int, str]) -
             return
         for number, (item, other) in enumerate(zip(stored, expected, strict=True)):
             yield from _differences(item, other, f"{key}.{number}", owners)
+    elif isinstance(expected, PlainState):
+        if problem := problem_of_state(stored):
+            yield f"{key}: {problem}"
     elif isinstance(expected, Like):
         yield from _tensor_differences(stored, expected, key, owners)
     elif not _is_as(stored, expected):

@@ -21,6 +21,7 @@ def make_trainer(
     max_steps: int | None,
     accumulate_grad_batches: int,
     log_every: int,
+    validate_every: int,
     loggers: Sequence[Logger],
     callbacks: Sequence[Callback],
 ) -> Trainer:
@@ -33,6 +34,7 @@ def make_trainer(
         max_steps: number of optimizer steps, or None for no limit.
         accumulate_grad_batches: number of parts of a batch.
         log_every: steps between log entries.
+        validate_every: steps between validations, which are those of a callback.
         loggers: loggers of the metrics.
         callbacks: in the order in which they run.
 
@@ -54,6 +56,9 @@ def make_trainer(
         enable_model_summary=False,
         use_distributed_sampler=False,
         log_every_n_steps=log_every,
+        # Tells callbacks such as EarlyStopping to act after validations, not after epochs.
+        val_check_interval=validate_every * accumulate_grad_batches,
+        check_val_every_n_epoch=None,
         **device.trainer_arguments(),
     )
     keep_signal_handlers(trainer)  # GracefulStop handles them

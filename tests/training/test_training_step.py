@@ -247,6 +247,7 @@ class Log:
 
     def __init__(self) -> None:
         self.loggers, self.values, self.callback_metrics = [self], {}, {}
+        self.callbacks = []
 
     def log_metrics(self, values, step):
         self.values |= values

@@ -4,10 +4,12 @@ This module does not import torch, so help and error messages are fast.
 """
 
 import os
+import re
 import sys
 import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import takewhile
 from pathlib import Path
 
 import yaml
@@ -15,7 +17,7 @@ import yaml
 from diffusion_cli import __version__, config
 from diffusion_cli.commands.execution import execute
 from diffusion_cli.commands.sweep import sweep
-from diffusion_cli.config import COMMANDS, FIRST_WORD, GRIDS, Config, did_you_mean
+from diffusion_cli.config import COMMANDS, FIRST_WORDS, GRIDS, UNSWEPT, Config, did_you_mean
 from diffusion_cli.errors import (
     INTERNAL_ERROR,
     NO_VALUE,
@@ -100,7 +102,7 @@ def _dispatch(words: list[str]) -> int:
             words[0], NO_VALUE, "unknown command", did_you_mean(words[0], [*COMMANDS, "completion"])
         )
     else:
-        return _command(words[0], parse(words[0], _with_first_option(words[0], words[1:])))
+        return _command(words[0], parse(words[0], _with_first_words(words[0], words[1:])))
     return 0
 
 
@@ -118,6 +120,8 @@ def _command(command: str, request: Request) -> int:
         raise UsageError(
             "--multirun", NO_VALUE, f"{command} takes lists of values", "leave it out and write key=[...]"
         )
+    if request.multirun and command in UNSWEPT:
+        raise UsageError("--multirun", NO_VALUE, f"{command} has no sweeps", "leave it out")
     if request.multirun and request.show:
         swept = config.expand(command, request.overrides, request.dirs)
         config.load_sweep(swept, request.dirs)
@@ -141,11 +145,14 @@ def _show(configs: Sequence[Config]) -> int:
     return 0
 
 
-def _with_first_option(command: str, words: list[str]) -> list[str]:
-    """Expand a bare first word after a command to `group=option`."""
-    group = FIRST_WORD.get(command)
-    bare = group and words and "=" not in words[0] and words[0] != group and not words[0].startswith("-")
-    return [f"{group}={words[0]}", *words[1:]] if bare else words
+def _with_first_words(command: str, words: list[str]) -> list[str]:
+    """Expand the bare first words after a command to `key=value`."""
+    keys = FIRST_WORDS.get(command, ())
+    pairs = takewhile(
+        lambda pair: not re.match(rf"-|{pair[0]}$|.*=", pair[1]), zip(keys, words, strict=False)
+    )
+    expanded = [f"{key}={word}" for key, word in pairs]
+    return [*expanded, *words[len(expanded) :]]
 
 
 def parse(command: str, words: Sequence[str]) -> Request:

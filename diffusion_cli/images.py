@@ -13,7 +13,6 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
-from torchvision.utils import make_grid
 
 from diffusion_cli.captions import Captions, captioned, class_name, enlargement
 from diffusion_cli.errors import NO_VALUE, UsageError
@@ -97,16 +96,14 @@ def rows(images: Sequence[Tensor], captions: Captions = PLAIN, words: Sequence[s
     """
     columns = max(map(len, images))
     blanks = [row.new_full((columns - len(row), *row.shape[1:]), 255) for row in images]
-    cells = torch.cat([each for pair in zip(images, blanks, strict=True) for each in pair])
+    cells = torch.stack([torch.cat(pair) for pair in zip(images, blanks, strict=True)])
     short, long = sorted(cells.shape[-2:])
     scale = max(1, min(math.ceil(SHORTEST / short), LARGEST // long))
     scale *= enlargement([*captions.columns, *words], scale * cells.shape[-1], scale * cells.shape[-2])
-    cells = cells.repeat_interleave(scale, 2).repeat_interleave(scale, 3)
+    cells = cells.repeat_interleave(scale, 3).repeat_interleave(scale, 4)
     framed = F.pad(cells, (1, 1, 1, 1), value=255)
-    picture = make_grid(framed, nrow=columns, padding=0)[
-        : cells.shape[1]
-    ]  # gray becomes three equal channels
-    height, width = framed.shape[2:]
+    lines, columns, channels, height, width = framed.shape
+    picture = framed.permute(2, 0, 3, 1, 4).reshape(channels, lines * height, columns * width)
     return captioned(picture, captions, (height, width)) if any(captions) else picture
 
 

@@ -16,7 +16,13 @@ LEVEL = {room: level for level, rooms in enumerate(ORDER) for room in rooms.spli
 COMPAT = "diffusion_cli.system.compat"
 """The home of private APIs, of Hydra too."""
 MATHEMATICS = {"diffusion", "networks", "samplers", "editing"}
-TREES = {file: ast.parse(file.read_text()) for file in sorted(HERE.rglob("*.py"))}
+SKELETONS = HERE / "skeletons"
+"""Files that `diffuse new` copies; no modules of the package."""
+TREES = {
+    file: ast.parse(file.read_text())
+    for file in sorted(HERE.rglob("*.py"))
+    if not file.is_relative_to(SKELETONS)
+}
 
 
 def dotted(file: Path) -> str:

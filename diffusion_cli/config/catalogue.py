@@ -54,6 +54,7 @@ DESCRIBED = {
     "plot": ["figure"],
     "data": ["action", "dataset"],
     "runs": [],
+    "new": [],
 }
 """Groups that the help of a command lists first, with a description of each option."""
 

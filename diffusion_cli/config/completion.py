@@ -3,13 +3,14 @@
 from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
+from typing import Literal, get_args, get_origin
 
 from diffusion_cli.config import plugins
 from diffusion_cli.config.catalogue import CONF, chosen, did_you_mean, documented, options
 from diffusion_cli.config.launcher import LAUNCHERS
 from diffusion_cli.config.option_keys import option_keys
 from diffusion_cli.config.runs import run_folders
-from diffusion_cli.config.schema import COMMANDS, FIRST_WORD
+from diffusion_cli.config.schema import COMMANDS, FIRST_WORDS
 from diffusion_cli.config.values import PATH_KEYS
 from diffusion_cli.config.words import FLAGS
 from diffusion_cli.errors import NO_VALUE, UsageError
@@ -77,7 +78,7 @@ def _complete(words: Sequence[str]) -> list[str]:
         return []
     elif "=" in last:
         key, _, value = last.partition("=")
-        names = [*options(LAUNCHERS if key == "launcher" else key)]
+        names = [*options(LAUNCHERS if key == "launcher" else key), *_values(words[0], key)]
         names += _runs(words) if key in RUN_KEYS else []
         paths = _paths(value) if key in RUN_KEYS or key.rpartition(".")[2] in PATH_KEYS else []
         names += [path for path in paths if path.endswith("/") or key not in RUN_KEYS]
@@ -91,9 +92,25 @@ def _complete(words: Sequence[str]) -> list[str]:
             for name in option if isinstance(option, list) else [option]:
                 file = options(group).get(str(name))
                 keys += [f"{of.key}=" for of in option_keys(file, group)] if file else []
-        first = options(FIRST_WORD[words[0]]) if words[0] in FIRST_WORD and len(words) == 2 else ()
+        first = _first_words(words)
         candidates = [*first, *(f"{group}=" for group in groups), "launcher=", *keys]
     return [word for word in dict.fromkeys(candidates) if word.startswith(last)]
+
+
+def _first_words(words: Sequence[str]) -> list[str]:
+    """The options or values of the key that the last word, if it is bare, is for."""
+    keys = FIRST_WORDS.get(words[0], ())[len(words) - 2 :]
+    return [*options(keys[0]), *_values(words[0], keys[0])] if keys else []
+
+
+def _values(command: str, key: str) -> list[str]:
+    """The values of a key that takes one of a few."""
+    field = COMMANDS[command].model_fields.get(key)
+    return (
+        [str(value) for value in get_args(field.annotation)]
+        if field and get_origin(field.annotation) is Literal
+        else []
+    )
 
 
 def _runs(words: Sequence[str]) -> list[str]:

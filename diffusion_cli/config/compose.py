@@ -24,7 +24,7 @@ from diffusion_cli.config.continued import (
     without_processes,
 )
 from diffusion_cli.config.key_types import takes_list
-from diffusion_cli.config.option_keys import defaults_left_out, option_keys
+from diffusion_cli.config.option_keys import REQUIRED, defaults_left_out, option_keys
 from diffusion_cli.config.own_options import composition_problems, incomplete_files
 from diffusion_cli.config.recipe import (
     AUTO,
@@ -39,7 +39,7 @@ from diffusion_cli.config.recipe import (
 )
 from diffusion_cli.config.renamed import renamed_in_files, renamed_keys, renamed_word
 from diffusion_cli.config.runs import flatten, identity, replaced, run_name
-from diffusion_cli.config.schema import COMMANDS, GRIDS, Config
+from diffusion_cli.config.schema import COMMANDS, GRIDS, UNSWEPT, Config
 from diffusion_cli.config.tasks import task_problems
 from diffusion_cli.config.typed import KEY, SWEEPS, as_shown, as_text, as_typed, quoted, separated
 from diffusion_cli.config.validate import check_node, validate
@@ -392,7 +392,7 @@ def _known(command: str, setting: Mapping[str, str], implied: Node) -> tuple[lis
     known, unknown = [], []
     for key, text in setting.items():
         shown = as_shown(text)
-        if LAUNCHER.match(text) and command not in GRIDS:
+        if LAUNCHER.match(text) and command not in UNSWEPT:
             unknown.append(Problem(shown, NO_VALUE, "applies to sweeps only", "add -m"))
             continue
         if key.startswith("hydra") or any(other == key or other.startswith(f"{key}.") for other in keys):
@@ -426,10 +426,11 @@ def _options_with(key: str, command: str) -> list[str]:
 
 def _check(command: str, composed: Node) -> tuple[Config | None, list[Problem]]:
     config, mistakes = validate(COMMANDS[command], composed)
+    mistakes = [problem for problem in mistakes if problem.value != REQUIRED]
     mistakes += [
         Problem(key, NO_VALUE, "missing", f"add {key}=<value>")
         for key, value in flatten(composed).items()
-        if value == "???"
+        if value == REQUIRED
     ]
     for key in defaults(command):
         node = composed.get(key)

@@ -18,7 +18,7 @@ from diffusion_cli.config.catalogue import (
 )
 from diffusion_cli.config.launcher import LAUNCHERS, split_launcher
 from diffusion_cli.config.option_keys import REQUIRED, option_keys, option_summary
-from diffusion_cli.config.schema import COMMANDS, FIRST_WORD, GRIDS
+from diffusion_cli.config.schema import COMMANDS, FIRST_WORDS, UNSWEPT
 from diffusion_cli.system.untrusted import escaped
 
 WIDTH = 100
@@ -59,7 +59,7 @@ def command_help(command: str, overrides: Sequence[str], dirs: Sequence[Path]) -
     """Return the page of `diffuse <command> --help`: groups, options, and keys with their comments."""
     listed = _groups(command, overrides, dirs)
     words = "[group=option ...] [key=value ...]" if groups(command) else "[key=value ...]"
-    words = f"[{FIRST_WORD[command]}] {words}" if command in FIRST_WORD else words
+    words = " ".join([*(f"[{key}]" for key in FIRST_WORDS.get(command, ())), words])
     file = CONF / f"{command}.yaml"
     lines = [*_wrapped(f"diffuse {command}: {summary(file)}"), "", f"Usage: diffuse {command} {words}"]
     if listed:
@@ -108,7 +108,7 @@ def _groups(command: str, overrides: Sequence[str], dirs: Sequence[Path]) -> dic
     """Return the options of each group of a command, in the order of the help; with `launcher` if it can sweep."""
     selected = chosen(command, overrides, dirs)
     files = {group: options(group, dirs) for group in groups(command)}
-    if command not in GRIDS:
+    if command not in UNSWEPT:
         words = (text.partition("=") for text in split_launcher(overrides)[0])
         selected["launcher"] = next((name for key, _, name in words if key == "launcher"), "local")
         files["launcher"] = options(LAUNCHERS, dirs)

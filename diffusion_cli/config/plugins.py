@@ -211,6 +211,11 @@ def source(module: str) -> Path | None:
     return Path(spec.origin) if spec and spec.origin and spec.origin.endswith(".py") else None
 
 
+def exists(name: str) -> bool:
+    """Return whether Python finds a module of this name without the working folder; imports nothing."""
+    return name in sys.stdlib_module_names or _spec(name, None) is not None
+
+
 def place_of(error: BaseException) -> str | None:
     """Return file and line of an error in the code of an allowed module; None if there is none."""
     frames = [

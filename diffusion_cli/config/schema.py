@@ -6,6 +6,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, Field, NonNegativeInt, PositiveInt, model_validator
 
+from diffusion_cli.config import plugins
 from diffusion_cli.config.evaluation import CompareConfig, EvalConfig
 from diffusion_cli.config.sampling import Generation, SamplingSettings
 from diffusion_cli.config.values import STRICT, Duration, Name, Node, Precision
@@ -248,6 +249,20 @@ class DataConfig(BaseModel):
     metric: dict[str, Node] = {}
 
 
+NEW = [group for group in plugins.BASES if group not in ("optimizer", "lr_schedule", "callback")]
+"""Groups with a skeleton."""
+
+
+class NewConfig(BaseModel):
+    """The keys of `conf/new.yaml`."""
+
+    model_config = STRICT
+    group: Literal[*NEW]  # pyright: ignore[reportInvalidTypeForm]
+    name: str
+    plugin: str | None
+    output: str
+
+
 class SlurmConfig(BaseModel):
     """The keys of `conf/hydra/launcher/slurm.yaml`."""
 
@@ -279,6 +294,7 @@ Config = (
     | PlotConfig
     | DataConfig
     | RunsConfig
+    | NewConfig
 )
 COMMANDS: dict[str, type[Config]] = {
     "train": TrainConfig,
@@ -290,11 +306,14 @@ COMMANDS: dict[str, type[Config]] = {
     "plot": PlotConfig,
     "data": DataConfig,
     "runs": RunsConfig,
+    "new": NewConfig,
 }
 # Commands that take a list of values where one is due, and get the product of all lists.
 GRIDS = frozenset(["plot", "compare"])
-# The group of a command from which a bare first word chooses: `diffuse plot loss` is `diffuse plot figure=loss`.
-FIRST_WORD = {"plot": "figure", "data": "action"}
+UNSWEPT = GRIDS | {"new"}
+"""Commands without `-m`."""
+FIRST_WORDS = {"plot": ("figure",), "data": ("action",), "new": ("group", "name")}
+"""Groups and keys of the bare first words of a command: `diffuse plot loss` is `diffuse plot figure=loss`."""
 
 
 def seconds(duration: str | None) -> float | None:

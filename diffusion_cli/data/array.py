@@ -291,7 +291,9 @@ def loaded_array(path: Path, key: str) -> np.ndarray:
         header = _header(archive, f"{key}.npy")
         if header.nbytes > free_memory() // 2:
             raise FormatError(f"needs {header.nbytes} bytes of memory for '{key}'; save it as .npy")
-        return array_of(archive.read(f"{key}.npy", archive.entries[f"{key}.npy"].file_size))
+        data = archive.read(f"{key}.npy", archive.entries[f"{key}.npy"].file_size)
+    numbers = np.frombuffer(data, header.dtype, math.prod(header.shape), header.start)
+    return numbers.reshape(header.shape, order=header.order)
 
 
 def array_of(data: bytes) -> np.ndarray:
@@ -308,7 +310,14 @@ def read_arrays(path: Path, *keys: str) -> list[np.ndarray]:
         missing = [key for key in keys if key not in held]
         if missing:
             raise FormatError(f"has the arrays {', '.join(held[:10])}, but not {' and '.join(missing)}")
-        return [array_of(archive.read(f"{key}.npy")).copy() for key in keys]
+        headers = [_header(archive, f"{key}.npy") for key in keys]
+        contents = [archive.read(f"{key}.npy") for key in keys]
+    return [
+        np.frombuffer(content, header.dtype, math.prod(header.shape), header.start)
+        .reshape(header.shape, order=header.order)
+        .copy()
+        for header, content in zip(headers, contents, strict=True)
+    ]
 
 
 def read_header(path: Path, key: str | None) -> ArrayHeader:

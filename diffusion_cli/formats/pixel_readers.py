@@ -20,8 +20,6 @@ if TYPE_CHECKING:
     from tifffile import TiffFile, TiffPage
 
 PNG = b"\x89PNG\r\n\x1a\n"
-ADAM7 = ((0, 0, 8, 8), (0, 4, 8, 8), (4, 0, 8, 4), (0, 2, 4, 4), (2, 0, 4, 2), (0, 1, 2, 2), (1, 0, 2, 1))
-"""First row and column, and distance of rows and columns, of each pass of an interlaced PNG."""
 TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 COLOURS = ("1", "L", "LA", "P", "PA", "RGB", "RGBA")  # Pillow modes that convert to RGBA without loss
 DEFLATE = (8, 32946)  # TIFF compression methods
@@ -163,24 +161,18 @@ def _deep_png(data: bytes) -> np.ndarray:
     """
     width, height, _, colour, _, _, interlaced = struct.unpack(">IIBBBBB", data[16:29])
     channels = {2: 3, 4: 2, 6: 4}[colour]
-    if height * width * channels > MOST_NUMBERS:
-        raise FormatError(f"has more than {MOST_NUMBERS} values")
-    parts = [
-        (len(range(row, height, down)), 1 + 2 * channels * len(range(column, width, across)))
-        for row, column, down, across in (ADAM7 if interlaced else ((0, 0, 1, 1),))
-    ]
-    sizes = [(lines, length) for lines, length in parts if lines and length > 1]
-    size = sum(lines * length for lines, length in sizes)
+    size = height * (1 + 2 * channels * width)
+    if interlaced or size > 2 * MOST_NUMBERS:
+        raise FormatError(f"is interlaced, or has more than {MOST_NUMBERS} values; save it as TIFF")
     content = zlib.decompressobj().decompress(b"".join(_parts(data)), size)
     if len(content) < size:
         raise FormatError("is truncated")
-    halves, start = (bytearray(), bytearray()), 0
-    for lines, length in sizes:
-        rows = np.frombuffer(content, np.uint8, lines * length, start).reshape(lines, length)
-        for half, each in enumerate(halves):  # the first byte of a row is its filter
-            each += np.hstack([rows[:, :1], rows[:, 1 + half :: 2]]).tobytes()
-        start += lines * length
-    high, low = (np.asarray(parsed(_png(data[16:24], colour, interlaced, bytes(half)))) for half in halves)
+    rows = np.frombuffer(content, np.uint8).reshape(height, -1)
+    halves = rows[:, 1:].reshape(height, channels * width, 2)
+    high, low = (
+        np.asarray(parsed(_png(width, height, colour, np.hstack([rows[:, :1], halves[..., half]]))))
+        for half in (0, 1)
+    )
     return (high.astype(np.uint16) << 8 | low).transpose(2, 0, 1)
 
 
@@ -194,10 +186,10 @@ def _parts(data: bytes) -> Iterator[bytes]:
         at += 12 + length
 
 
-def _png(size: bytes, colour: int, interlaced: int, rows: bytes) -> bytes:
-    """Return an 8-bit PNG of filtered rows."""
-    header = size + struct.pack(">BBBBB", 8, colour, 0, 0, interlaced)
-    chunks = (b"IHDR", header), (b"IDAT", zlib.compress(rows, 0)), (b"IEND", b"")
+def _png(width: int, height: int, colour: int, rows: np.ndarray) -> bytes:
+    """Return an 8-bit PNG of filtered rows, uint8 [height, 1 + ...]."""
+    header = struct.pack(">IIBBBBB", width, height, 8, colour, 0, 0, 0)
+    chunks = (b"IHDR", header), (b"IDAT", zlib.compress(rows.tobytes(), 0)), (b"IEND", b"")
     return PNG + b"".join(
         struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
         for kind, content in chunks

@@ -17,6 +17,7 @@ from pydantic import (
     model_validator,
 )
 
+from diffusion_cli.config.catalogue import PACKAGE
 from diffusion_cli.config.schema import LatentConfig
 from diffusion_cli.config.validate import NOT_ALLOWED, check_node, validate
 from diffusion_cli.data import ResolutionSchedule
@@ -155,7 +156,8 @@ class CheckpointInfo(BaseModel):
         for key, node in {"schedule": config.schedule, "parameterization": config.parameterization}.items():
             if (node is None) != (self.task == AutoencoderKL.task):
                 yield Problem(key, NO_VALUE, f"contradicts task={self.task}")
-        if self.task == Denoiser.task:
+        is_ours = str(config.objective.get("_target_")).startswith(f"{PACKAGE}.")
+        if self.task == Denoiser.task and (is_ours or "label_dropout" in config.objective):
             yield from validate(_Objective, config.objective, "objective")[1]
 
     @property
@@ -165,8 +167,8 @@ class CheckpointInfo(BaseModel):
 
     @property
     def label_dropout(self) -> float:
-        """Probability of training without the label, for classifier-free guidance."""
-        return self.config.objective["label_dropout"]
+        """Probability of training without the label, for classifier-free guidance; 0 for an objective without it."""
+        return self.config.objective.get("label_dropout", 0.0)
 
     @property
     def trained_classes(self) -> list[int]:

@@ -75,8 +75,7 @@ def compile_error() -> type[Exception]:
 def untrained_lpips(network: Literal["alex", "vgg", "squeeze"]) -> Any:
     """Return torchmetrics' LPIPS with trained linear layers and a random backbone.
 
-    The public class downloads a backbone from a fixed URL; the package `lpips` has not changed since 2021, and builds
-    its backbone by deprecated arguments of torchvision. Tested with torchmetrics 1.9.
+    The public class downloads a backbone from a fixed URL. Tested with torchmetrics 1.9.
     """
     from torchmetrics.functional.image.lpips import _NoTrainLpips
 

@@ -10,10 +10,10 @@ from sphinx.util.typing import ExtensionMetadata
 from diffusion_cli.config import (
     COMMANDS,
     CONF,
-    FIRST_WORD,
-    GRIDS,
+    FIRST_WORDS,
     GROUPS,
     LAUNCHERS,
+    UNSWEPT,
     defaults,
     documented,
     groups,
@@ -33,7 +33,7 @@ def folder(group: str) -> str:
 
 def command_page(command: str) -> str:
     """The page of one command: its usage, its groups, and all its keys."""
-    words = [f"[{FIRST_WORD[command]}]"] if command in FIRST_WORD else []
+    words = [f"[{key}]" for key in FIRST_WORDS.get(command, ())]
     chosen = defaults(command)
     words += ["[group=option ...]"] if chosen else []
     lines = [
@@ -65,7 +65,7 @@ def group_page(group: str) -> str:
     users = [
         command
         for command in COMMANDS
-        if group in defaults(command) or (group == "launcher" and command not in GRIDS)
+        if group in defaults(command) or (group == "launcher" and command not in UNSWEPT)
     ]
     links = ", ".join(f"[{command}](../commands/{command}.md)" for command in users)
     lines = [f"# {group}", "", f"Options of `{group}=`, for {links}.", ""]

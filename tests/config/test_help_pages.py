@@ -6,7 +6,7 @@ import pytest
 
 from diffusion_cli import config
 from diffusion_cli.cli import run
-from diffusion_cli.config import COMMANDS, CONF, GRIDS, GROUPS
+from diffusion_cli.config import COMMANDS, CONF, GROUPS, UNSWEPT
 from diffusion_cli.config.catalogue import DESCRIBED
 
 FRAGMENT = re.compile(
@@ -44,7 +44,7 @@ def test_help_lists_groups_by_need(page):
         _, lines = page(command, "--help")
         first = [line.split()[0] for line in lines[: lines.index("Keys")] if line[:3].strip()]
         listed = [word for word in first if word in GROUPS]
-        launcher = [] if command in GRIDS else ["launcher"]
+        launcher = [] if command in UNSWEPT else ["launcher"]
         assert listed == [*config.groups(command), *launcher]
         assert listed[: len(DESCRIBED[command])] == DESCRIBED[command]
     assert config.groups("train") == [

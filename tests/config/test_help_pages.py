@@ -33,7 +33,8 @@ def test_help_shows_every_group_and_every_key_with_its_comment(page):
         text, lines = page(command, "--help")
         for key, value, comment in config.documented(CONF / f"{command}.yaml"):
             assert comment
-            assert f"{key}={value} {comment}" in text
+            shown = f"{key}= {comment}; required" if value == "???" else f"{key}={value} {comment}"
+            assert shown in text
         for group in config.defaults(command):
             assert f"{group} {GROUPS[group]}" in text
         assert [line for line in lines if len(line) > 100] == []
@@ -130,10 +131,8 @@ def test_help_follows_the_chosen_options(page):
 
 def test_help_marks_required_keys(page):
     text, _ = page("train", "dataset=folder", "--help")
-    assert (
-        "dataset.path= folder or .zip archive of images, searched recursively; required dataset.masks=null"
-        in text
-    )
+    assert "dataset.path= folder" in text
+    assert "; required dataset.masks=null" in text
     assert "?" not in text
 
 

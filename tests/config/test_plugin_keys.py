@@ -246,7 +246,8 @@ def test_a_required_key_of_our_class_is_named(mine, capsys):
     assert load("train", ["dataset=mine", "dataset.path=."], [mine]).model_dump()["dataset"]["channels"] == 3
     assert run(["train", "--config-dir", str(mine), "dataset=mine", "sampler=mine", "--help"]) == 0
     text = " ".join(capsys.readouterr().out.split())
-    assert "dataset.path= folder or .zip archive of images, searched recursively; required" in text
+    assert "dataset.path= folder" in text
+    assert "; required dataset.masks=null" in text
     assert "sampler.eta=0.0 share of fresh noise" in text
 
 

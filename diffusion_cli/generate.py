@@ -180,16 +180,18 @@ def compiled(model: LoadedDenoiser, whole: bool = True) -> Iterator[None]:
     if not is_compiled(model.denoiser.network):
         yield
         return
-    with torch.compiler.set_stance("default" if whole else "force_eager"):
-        try:
-            yield
-        except compile_error() as error:
-            raise UsageError(
-                "compile",
-                True,
-                f"torch cannot compile the network here ({reason(error)})",
-                "set compile=false",
-            ) from error
+    with torch.compiler.set_stance("default" if whole else "force_eager"), naming_compile(True):
+        yield
+
+
+@contextmanager
+def naming_compile(value: bool | str) -> Iterator[None]:
+    """Turn an error of `torch.compile`, such as a missing C++ compiler, into a UsageError of `compile=value`."""
+    try:
+        yield
+    except compile_error() as error:
+        problem = f"torch cannot compile the network here ({reason(error)})"
+        raise UsageError("compile", value, problem, "set compile=false") from error
 
 
 def uncompiled(model: LoadedDenoiser) -> AbstractContextManager[None]:

@@ -23,6 +23,7 @@ from diffusion_cli.commands.train_setup import TrainingSetup, set_up, training_m
 from diffusion_cli.config import TrainConfig, build, seconds
 from diffusion_cli.data import ProgressiveBatches, UnreadableError
 from diffusion_cli.errors import NO_VALUE, MachineError, UsageError
+from diffusion_cli.generate import naming_compile
 from diffusion_cli.runs.checkpoint import LAST, Checkpoint, read
 from diffusion_cli.runs.find import recover
 from diffusion_cli.runs.load import AUTOENCODER
@@ -112,7 +113,10 @@ def _fit(
             if main:
                 print(train_report.stopped(folder, done, stop_reason(users)))
             return 0
-    if config.compile is True or (config.compile == "auto" and setup.device.torch_device.type == "cuda"):
+    compiled = config.compile is True or (
+        config.compile == "auto" and setup.device.torch_device.type == "cuda"
+    )
+    if compiled:
         model.network.compile()  # in place: torch.compile(network) would rename every weight
     if main:
         _begin(config, setup, folder, before)
@@ -125,6 +129,7 @@ def _fit(
     )  # fmt: skip
     with stop.listening():  # until here there is nothing to save, so a signal ends the command at once
         with (
+            naming_compile(config.compile) if compiled else nullcontext(),
             _naming_the_saved_step(checkpoints, done),
             advise_on_oom(module, setup.device.torch_device, setup.stages, trainer),
         ):

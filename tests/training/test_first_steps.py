@@ -5,6 +5,7 @@ import re
 import signal
 
 import pytest
+import torch
 
 from diffusion_cli.system.signals import UNFINISHED
 from diffusion_cli.training import callbacks
@@ -42,6 +43,20 @@ def test_the_outcome_of_a_start_is_that_of_its_steps(tmp_path, capsys):
     assert re.search(
         r"Trained 3 steps, 1 of them now, in 00:0\d, \d+ images/s, loss ", capsys.readouterr().out
     )
+
+
+def test_a_machine_without_a_compiler_is_one_line(tmp_path, monkeypatch, capsys):
+    from torch._dynamo.exc import TorchDynamoException
+
+    def failing(*arguments):
+        raise TorchDynamoException("No working C++ compiler found")
+
+    monkeypatch.setattr(
+        torch.nn.Module, "compile", lambda self: setattr(self, "_compiled_call_impl", failing)
+    )
+    assert train(tmp_path, "max_steps=2", "compile=true") == 2
+    message = "compile=true: torch cannot compile the network here (No working C++ compiler found); set compile=false"
+    assert f"diffuse: {message}\n" in capsys.readouterr().err
 
 
 @pytest.fixture

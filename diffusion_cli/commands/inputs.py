@@ -256,7 +256,7 @@ def _listed(
         if masks != path.resolve():
             inside = [name for name in inside if masks not in (path.resolve() / name).parents]
     own = any(name.lower().endswith(form.suffixes) for name in inside)
-    if isinstance(form, Volume) and not own and (parts := series(path, inside)):
+    if isinstance(form, Volume) and not own and (parts := series(path, inside).volumes):
         return path, [*parts], parts
     names = sample_files(path, inside, form, "input")
     if manifests([name for name in inside if name == MANIFEST], lambda name: entry(path, name)):

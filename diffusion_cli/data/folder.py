@@ -43,7 +43,7 @@ from diffusion_cli.data.listing import (
     without_pictures,
 )
 from diffusion_cli.data.masks import MaskedDecoder, divided, mask_files, masked_decoder
-from diffusion_cli.data.series import dicom_files, series
+from diffusion_cli.data.series import SeriesFiles, dicom_files, series
 from diffusion_cli.errors import FormatError, UsageError
 from diffusion_cli.formats import (
     Dicom,
@@ -149,10 +149,14 @@ class Folder(Dataset):
         self.parts: dict[str, list[str]] = {}  # files of a row, if it has several: image and mask, or slices
         self._volume_remarks: list[str] = []
         ignored: list[str] = []
+        localizers: list[str] = []
         names = file_names(self.path, rules=rules)
         if len(sizes) == 3:
-            self.parts = volume_files(self.path, names)
+            self.parts, localizers = volume_files(self.path, names)
             self.files = [*self.parts]
+            if localizers:
+                count = "1 localizer is" if len(localizers) == 1 else f"{len(localizers)} localizers are"
+                ignored = [f"dataset.path={path}: {count} skipped, such as {localizers[0]}"]
             self.form, self.decoder = self._volumes(sizes, channels, range)
         elif masks is None:
             self.files = self._chosen(names)
@@ -166,7 +170,7 @@ class Folder(Dataset):
             self.decoder = self._masked(masks, beside, decoder, labelled)
             self.form = self.decoder.form
         read_too = VOLUMES if len(sizes) == 3 else (*self._pictures, *SCANS)
-        chosen = {*self.files}.union(*self.parts.values())
+        chosen = {*self.files, *localizers}.union(*self.parts.values())
         rest = [name for name in names if name not in chosen]
         self._passed_over = [*ignored_files(self.path, rest, "dataset.path", read_too), *ignored]
         self.shape = self.decoder.shape
@@ -327,7 +331,9 @@ class FileImages(EncodedImages):
         return len(self.names)
 
     def title(self, row: int) -> str:
-        return self.names[row]
+        name = self.names[row]
+        first, *_ = self.parts.get(name, [name])
+        return name if first.startswith(name) else f"{name} with {first}"  # a series among others in a folder
 
     def contents(self, row: int) -> list[bytes]:
         archive, name = self._open(), self.names[row]
@@ -469,14 +475,14 @@ def mask_names(
     return found, rest, passed_over(f"dataset.masks={masks}", inside, suffixes)
 
 
-def volume_files(path: Path, names: list[str], key: str = "dataset.path") -> dict[str, list[str]]:
-    """Return the files of each volume by its name, sorted: NIfTI and .npy files, or else DICOM `series`.
+def volume_files(path: Path, names: list[str], key: str = "dataset.path") -> SeriesFiles:
+    """Return the files of each volume: NIfTI and .npy files, or else DICOM `series`.
 
     Raises UsageError if there are none.
     """
     volumes = sorted(n for n in names if n.lower().endswith(VOLUMES) and visible_name(PurePosixPath(n)))
-    found = {name: [name] for name in volumes} or series(path, names)
-    if not found:
+    found = SeriesFiles({name: [name] for name in volumes}, []) if volumes else series(path, names)
+    if not found.volumes:
         expected = f"expected files with {' '.join(VOLUMES)}, or DICOM files"
         raise UsageError(key, path, "has no volumes", expected)
     return found

@@ -4,6 +4,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
 from pathlib import Path, PurePosixPath
+from typing import NamedTuple
 
 from diffusion_cli.data.base import row_chunks
 from diffusion_cli.data.listing import ends_in, may_be_image
@@ -21,18 +22,31 @@ def dicom_files(path: Path, names: list[str]) -> list[str]:
     return [name for name, data in _beginnings(path, others, MAGIC) if is_dicom(data)]
 
 
-def series(path: Path, names: list[str]) -> dict[str, list[str]]:
-    """Return the DICOM files of each volume by its name, sorted.
+class SeriesFiles(NamedTuple):
+    """DICOM files that form volumes."""
+
+    volumes: dict[str, list[str]]
+    """Files of each volume by its name, sorted."""
+    localizers: list[str]
+    """Overview images, which show where the slices of other series are."""
+
+
+def series(path: Path, names: list[str]) -> SeriesFiles:
+    """Return the DICOM files of each volume.
 
     A series is named after its folder, or `folder/SeriesInstanceUID` if there are others; a file with several frames
     has its own name. Files with a broken header are volumes of their own, so that reading reports them.
     """
+    localizers: list[str] = []
     found: dict[tuple[str, str], list[str]] = {}
     files = dicom_files(path, names)
     for rows in row_chunks(len(files), f"reading headers of {path.name}"):
         for name, data in _beginnings(path, (files[row] for row in rows.tolist()), LONGEST_HEADER):
-            folder = PurePosixPath(name).parent.as_posix()
-            found.setdefault((folder, _series_uid(data) or name), []).append(name)
+            folder, uid = PurePosixPath(name).parent.as_posix(), _series_uid(data)
+            if uid is None:
+                localizers.append(name)
+            else:
+                found.setdefault((folder, uid or name), []).append(name)
     several = Counter(folder for folder, _ in found)
     named = {}
     for (folder, uid), slices in found.items():
@@ -41,16 +55,18 @@ def series(path: Path, names: list[str]) -> dict[str, list[str]]:
         else:
             alone = path.resolve().name if folder == "." else folder
             named[alone if several[folder] == 1 else PurePosixPath(folder, uid).as_posix()] = slices
-    return dict(sorted(named.items()))
+    return SeriesFiles(dict(sorted(named.items())), localizers)
 
 
-def _series_uid(data: bytes) -> str:
-    """Return the UID of the series of a slice; empty for a file with several frames, or a broken one."""
+def _series_uid(data: bytes) -> str | None:
+    """Return the UID of the series of a slice; empty for several frames or a broken file, None for a localizer."""
     try:
         header = read_header(data)
         frames = int(header.get("NumberOfFrames") or 1)
     except ValueError:
         return ""
+    if "LOCALIZER" in (header.get("ImageType") or []):
+        return None
     return "" if frames > 1 else str(header.get("SeriesInstanceUID") or "")
 
 

@@ -175,6 +175,17 @@ def test_two_series_of_one_folder_are_two_volumes(tmp_path):
     assert volumes(tmp_path / "y").files == ["film.dcm", "z/1.2", "z/1.3"]
 
 
+def test_localizers_are_skipped_and_a_broken_series_among_others_is_named_with_a_file(tmp_path):
+    overview = slices(VALUES[:1], uid="1.4", ImageType=["ORIGINAL", "PRIMARY", "LOCALIZER"])
+    write(tmp_path / "x", [*overview, *slices(uid="1.2"), *slices(uid="1.3")[:4]])
+    (tmp_path / "x" / "IM9.dcm").unlink()
+    data = volumes(tmp_path)
+    assert data.files == ["x/1.2", "x/1.3"]
+    assert f"dataset.path={tmp_path}: 1 localizer is skipped, such as x/IM0.dcm" in data.remarks()
+    with pytest.raises(ValueError, match=r"remove x/1\.3 with x/IM10\.dcm \(has gaps"):
+        data.load("train")
+
+
 def test_labels_of_series_are_by_their_folder(tmp_path):
     for name in ("one", "two"):
         write(tmp_path / name, slices())

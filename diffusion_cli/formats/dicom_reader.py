@@ -161,7 +161,7 @@ def _scan(data: bytes, header: "Dataset", start: int) -> Scan:
 
     what = str(header.PhotometricInterpretation)
     if what not in GRAY or int(header.get("SamplesPerPixel") or 1) != 1:
-        raise FormatError(f"is {what}, not grayscale; set dataset.channels=3 to read colours")
+        raise FormatError(f"is {what}, not grayscale; colours are read as images with dataset.channels=3")
     pixels, bits = _decoded(data, header, start), int(header.BitsStored)
     slope = 1.0 if header.get("RescaleSlope") is None else float(header.RescaleSlope)
     intercept = float(header.get("RescaleIntercept") or 0)

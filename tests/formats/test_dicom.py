@@ -99,7 +99,7 @@ def test_what_lies_above_the_stored_bits_does_not_count():
         ({"NumberOfFrames": 3}, "too few for 3 frames of 5 x 4"),
         (
             {"PhotometricInterpretation": "RGB", "SamplesPerPixel": 3},
-            "is RGB, not grayscale; set dataset.channels=3",
+            "is RGB, not grayscale; colours are read as images with dataset.channels=3",
         ),
         ({"Rows": 60_000, "Columns": 60_000}, "too few for 1 frames of 60000 x 60000"),
         ({"BitsAllocated": 32, "BitsStored": 32, "HighBit": 31, "Rows": 2}, "has 32 bits in int32; up to 16"),

@@ -64,7 +64,7 @@ def test_compressed_slices_are_a_dataset_and_resized_like_others(tmp_path):
 def test_a_missing_decoder_is_named_with_the_remedy(monkeypatch):
     monkeypatch.setattr(dicom_reader, "PLUGINS", ())
     with pytest.raises(
-        ValueError, match=r"is compressed \(JPEG Lossless.*\); pip install pylibjpeg-libjpeg to"
+        ValueError, match=r"is compressed \(JPEG Lossless\); pip install pylibjpeg-libjpeg to"
     ):
         read_scan(dicom(NUMBERS, syntax=JPEGLosslessSV1))
     with pytest.raises(ValueError, match=r"\(JPEG 2000.*\); pip install 'diffuse-cli\[medical\]' to read it"):
@@ -138,7 +138,7 @@ def test_grayscale_and_colours_are_told_apart():
         ValueError, match=r"dataset\.channels=3: the first DICOM image is grayscale; set .*=1"
     ):
         form_of_files(gray, 3, None, "auto", 2)
-    with pytest.raises(ValueError, match=r"is RGB, not grayscale; set dataset\.channels=3"):
+    with pytest.raises(ValueError, match=r"is RGB, not grayscale; colours are read as images with"):
         form_of_files(coloured(), 1, None, "auto", 2)
     decoder = image_decoder(coloured(), (3, 33, 37), None, "auto", "white", 2)
     with pytest.raises(ValueError, match=r"is a grayscale DICOM image"):

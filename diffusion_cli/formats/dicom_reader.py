@@ -258,10 +258,9 @@ def _plugin(decoder: "Decoder") -> str:
     """Return the name of the decoder to use; FormatError with the remedy if it is not installed."""
     found = next((name for name in PLUGINS if name in decoder.available_plugins), None)
     if found is None:
-        package = (
-            "pylibjpeg-libjpeg" if decoder.UID.name.startswith("JPEG Lossless") else "'diffuse-cli[medical]'"
-        )
-        raise FormatError(f"is compressed ({decoder.UID.name}); pip install {package} to read it")
+        name, *_ = decoder.UID.name.split(",")
+        package = "pylibjpeg-libjpeg" if name == "JPEG Lossless" else "'diffuse-cli[medical]'"
+        raise FormatError(f"is compressed ({name}); pip install {package} to read it")
     return found
 
 

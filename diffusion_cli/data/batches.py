@@ -7,6 +7,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import count, tee
+from pickle import PicklingError
 from typing import Any, NamedTuple
 
 import torch
@@ -205,7 +206,13 @@ def _from_workers(
         worker_init_fn=_leave_signals_to_the_parent,
         generator=torch.Generator(),  # the default would draw from the global generator
     )
-    iterator = _deaf_to_deaths(loader)
+    try:
+        iterator = _deaf_to_deaths(loader)
+    except (PicklingError, AttributeError, TypeError) as error:  # a dataset of the user, without fork
+        problem = f"the dataset cannot be sent to other processes ({' '.join(str(error).split())})"
+        raise UsageError(
+            key, num_workers, problem, "set 0, or define its functions at the top of a module"
+        ) from error
     while True:
         try:
             item = next(iterator, None)

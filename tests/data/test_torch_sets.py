@@ -1,5 +1,6 @@
 """Datasets of torch: items of each type are the images of a folder; what cannot be stored once is refused."""
 
+import multiprocessing
 import pickle
 import sys
 from collections.abc import Iterator
@@ -14,6 +15,7 @@ from diffusion_cli import config
 from diffusion_cli.cli import run
 from diffusion_cli.config import plugins
 from diffusion_cli.data import TorchDataset
+from diffusion_cli.data.batches import fetched
 from diffusion_cli.errors import UsageError
 from diffusion_cli.formats import HighDepthImage, Uint8Image
 from helpers import TINY
@@ -257,6 +259,17 @@ def test_classes_are_targets_names_or_labels_of_the_items():
 def test_images_can_be_sent_to_other_processes():
     images = made("names").load("train")
     assert_close(pickle.loads(pickle.dumps(images))[torch.tensor([3])], images[torch.tensor([3])])
+
+
+def test_a_set_that_cannot_be_sent_to_other_processes_is_named():
+    images = made("unlabelled").load("train")  # it has a lambda
+    method = multiprocessing.get_start_method()
+    multiprocessing.set_start_method("spawn", force=True)
+    try:
+        with pytest.raises(UsageError, match=r"dataset.num_workers=1: the dataset cannot be sent .*; set 0"):
+            next(fetched(images, [torch.arange(2)], 1))
+    finally:
+        multiprocessing.set_start_method(method, force=True)
 
 
 WRONG = {

@@ -53,6 +53,7 @@ def identity(config: Mapping[str, Any]) -> dict[str, Any]:
     flat = flatten({key: value for key, value in config.items() if key not in NOT_IDENTITY})
     # A budget too: a larger one stretches the learning-rate schedule over all its steps.
     flat.pop("optimizer.decay_steps", None)
+    flat.pop("dataset.unreadable", None)  # earlier versions lacked it; the images themselves are compared
     # Keys that trade time for memory and change only rounding: a run that lacks memory must be able to change them.
     for key in (
         "accumulate_grad_batches",

@@ -31,9 +31,6 @@ class EncodedImages(Images):
         source: configuration key and value of the images, for errors.
     """
 
-    threads = True
-    """Whether threads may read different rows at once."""
-
     def __init__(
         self, labels: Tensor | None, decoder: FileDecoder | MaskedDecoder, source: tuple[str, Any]
     ) -> None:
@@ -59,7 +56,7 @@ class EncodedImages(Images):
     def __getitem__(self, index: Tensor) -> Tensor:
         pixels, broken = self._decode(index)
         if broken:
-            raise unusable(self.source, broken)
+            raise self._unusable(broken)
         return pixels
 
     def original(self, row: int) -> Original | None:
@@ -84,14 +81,14 @@ class EncodedImages(Images):
     def content_digests(self, index: Tensor) -> list[bytes]:
         """Return the concatenated SHA-256 digests of the files of each row in `index`."""
         digests: list[bytes] = []
-        broken: list[str] = []
+        broken: dict[int, str] = {}
         for row in index.tolist():
             try:
                 digests.append(b"".join(sha256(data).digest() for data in self.contents(row)))
             except (ValueError, OSError) as error:
-                broken.append(f"{self.title(row)} ({reason(error)})")
+                broken[row] = reason(error)
         if broken:
-            raise unusable(self.source, broken)
+            raise self._unusable(broken)
         return digests
 
     def loaded(self, in_memory: bool | None) -> Images:
@@ -103,16 +100,28 @@ class EncodedImages(Images):
     def in_memory(self) -> MemoryImages:
         """Decode all images, with a progress bar; UsageError names all files that cannot be decoded."""
         pixels = torch.from_numpy(np.empty((len(self), *self.shape), self.decoder.dtype))
-        broken: list[str] = []
-        for rows in row_chunks(len(self), f"reading {str(self.source[1]).rpartition('/')[2]}"):
+        broken: dict[int, str] = {}
+        for rows in row_chunks(len(self), f"reading {self._name}"):
             pixels[rows], failures = self._decode(rows)
-            broken += failures
+            broken |= failures
         if broken:
-            raise unusable(self.source, broken)
+            raise self._unusable(broken)
         return MemoryImages(pixels, self.labels, self.fingerprint())
 
-    def _decode(self, index: Tensor) -> tuple[Tensor, list[str]]:
-        """Return the images of the rows, and the name and error of each file that cannot be decoded."""
+    def unreadable(self) -> dict[int, str]:
+        """Decode all images once, with a progress bar; return the reason for each row that cannot be decoded."""
+        chunks = row_chunks(len(self), f"checking {self._name}")
+        return {row: why for rows in chunks for row, why in self._decode(rows)[1].items()}
+
+    @property
+    def _name(self) -> str:
+        return str(self.source[1]).rpartition("/")[2]
+
+    def _unusable(self, broken: dict[int, str]) -> UsageError:
+        return unusable(self.source, [f"{self.title(row)} ({why})" for row, why in broken.items()])
+
+    def _decode(self, index: Tensor) -> tuple[Tensor, dict[int, str]]:
+        """Return the images of the rows, and the reason for each row that cannot be decoded."""
         pixels = np.zeros((len(index), *self.shape), self.decoder.dtype)
         self.prepare()
 
@@ -120,17 +129,19 @@ class EncodedImages(Images):
             try:
                 pixels[slot] = self.decoder(*self.contents(row))
             except (ValueError, OSError) as error:
-                return f"{self.title(row)} ({reason(error)})"
+                return reason(error)
             return None
 
         # Worker processes run in parallel already; elsewhere decode in threads.
-        threads = 1 if get_worker_info() or not self.threads else min(usable_cores(), len(index))
+        rows = index.tolist()
+        threads = 1 if get_worker_info() else min(usable_cores(), len(rows))
         if threads <= 1:
-            outcomes = list(map(fill, range(len(index)), index.tolist()))
+            outcomes = list(map(fill, range(len(rows)), rows))
         else:
             with ThreadPoolExecutor(threads) as pool:
-                outcomes = list(pool.map(fill, range(len(index)), index.tolist()))
-        return torch.from_numpy(pixels), [outcome for outcome in outcomes if outcome]
+                outcomes = list(pool.map(fill, range(len(rows)), rows))
+        broken = {row: outcome for row, outcome in zip(rows, outcomes, strict=True) if outcome is not None}
+        return torch.from_numpy(pixels), broken
 
 
 def unusable(source: tuple[str, Any], broken: list[str]) -> UsageError:

@@ -27,6 +27,7 @@ from diffusion_cli.data.decoding import (
     ImageDecoder,
     VolumeDecoder,
     image_decoder,
+    key_text,
     order_remarks,
     resized_affine,
 )
@@ -44,6 +45,7 @@ from diffusion_cli.data.listing import (
 )
 from diffusion_cli.data.masks import MaskedDecoder, divided, mask_files, masked_decoder
 from diffusion_cli.data.series import SeriesFiles, dicom_files, series
+from diffusion_cli.data.unreadable import Unreadable
 from diffusion_cli.errors import FormatError, UsageError
 from diffusion_cli.formats import (
     Dicom,
@@ -53,8 +55,10 @@ from diffusion_cli.formats import (
     has_own_numbers,
 )
 from diffusion_cli.formats.dicom import SUFFIXES as SCANS
+from diffusion_cli.formats.dicom_reader import is_dicom
 from diffusion_cli.formats.files import FIRST_SUFFIXES
 from diffusion_cli.formats.files import SUFFIXES as PICTURES
+from diffusion_cli.formats.pixel_readers import read_numbers
 from diffusion_cli.formats.range_check import LOOKED_AT
 from diffusion_cli.formats.volume import SUFFIXES as VOLUMES
 from diffusion_cli.formats.volume import read_volume
@@ -108,6 +112,8 @@ class Folder(Dataset):
         background: colour behind transparent pixels of 8-bit images.
         flip: whether training may flip images horizontally; None: yes, except for DICOM and volumes.
         val_fraction: fraction of the images for validation, in [0, 1).
+        unreadable: `error`, or `skip` files that cannot be decoded. They are found by decoding all images once, before
+            the first use, and listed in `data_dir`.
         in_memory: whether to decode all images once and keep them in memory; None: if they fit.
         num_workers: worker processes that read images from disk.
 
@@ -131,6 +137,7 @@ class Folder(Dataset):
         background: Literal["white", "black"] = "white",
         flip: bool | None = None,
         val_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.1,
+        unreadable: Literal["error", "skip"] = "error",
         in_memory: bool | None = None,
         num_workers: NonNegativeInt = 4,
     ) -> None:
@@ -146,6 +153,8 @@ class Folder(Dataset):
         if len(sizes) == 3 and depth != "auto":
             raise UsageError("dataset.depth", depth, "not supported for volumes", "leave it out")
         self.rules = rules
+        self.unreadable = unreadable
+        self._skipped: Unreadable | None = None
         self.parts: dict[str, list[str]] = {}  # files of a row, if it has several: image and mask, or slices
         self._volume_remarks: list[str] = []
         ignored: list[str] = []
@@ -180,6 +189,21 @@ class Folder(Dataset):
         classes = class_labels(self.path, names, self.files, labels, rules)
         self.class_names, self.labels = classes.names, classes.labels
         self.missing_classes, self._class_remarks = classes.missing, classes.remarks
+        if unreadable == "skip":
+            self._skip_unreadable()
+
+    def _skip_unreadable(self) -> None:
+        """Leave out the files that cannot be decoded; UsageError if none is left."""
+        images = FileImages(self.path, self.files, None, self.decoder, parts=self.parts)
+        self._skipped = Unreadable.of(images, self.data_dir, images.state())
+        kept = [row for row, name in enumerate(self.files) if name not in self._skipped.reasons]
+        if not kept:
+            first = f"{self.files[0]}: {self._skipped.reasons[self.files[0]]}"
+            raise UsageError(
+                "dataset.path", self.path, f"none of the {len(self.files)} files is readable ({first})"
+            )
+        self.files = [self.files[row] for row in kept]
+        self.labels = None if self.labels is None else self.labels[kept]
 
     def _chosen(self, names: list[str]) -> list[str]:
         """Return the names that are images by the rules, sorted."""
@@ -197,10 +221,12 @@ class Folder(Dataset):
         depth: Literal["auto", 8],
         background: Literal["white", "black"],
     ) -> ImageDecoder | HighDepthDecoder:
-        try:
-            first = entry(self.path, self.files[0])
-        except (ValueError, OSError):  # reported with the other broken files, where pixels are read
-            first = b""
+        first = b""  # unreadable files are reported together, where pixels are read
+        for name in self.files if self.unreadable == "skip" else self.files[:1]:
+            with suppress(ValueError, OSError):
+                first = entry(self.path, name)
+                if self.unreadable == "error" or _is_whole(first):
+                    break
         try:
             return image_decoder(first, shape, given, depth, background, self.rules)
         except UsageError:
@@ -261,6 +287,7 @@ class Folder(Dataset):
 
     def remarks(self) -> list[str]:
         return [
+            *(self._skipped.remarks(f"dataset.path={self.path}") if self._skipped else []),
             *self._passed_over,
             *self._volume_remarks,
             *self._class_remarks,
@@ -352,6 +379,15 @@ class FileImages(EncodedImages):
         names = "\n".join(composed(name) for name in [*self.names, *parts])
         return sha256(b"".join([names.encode(), *self.content_digests(self._evenly())])).hexdigest()
 
+    def state(self) -> str:
+        """Return a hash that changes with the files, by names, sizes and times, or with the decoder."""
+        files = [file for name in self.names for file in self.parts.get(name, [name])]
+        statuses = [(self.path / file if self.path.is_dir() else self.path).stat() for file in files]
+        entries = [(file, each.st_size, each.st_mtime_ns) for file, each in zip(files, statuses, strict=True)]
+        return sha256(repr((str(self.path.resolve()), key_text(self.decoder), entries)).encode()).hexdigest()[
+            :16
+        ]
+
     def _open(self) -> Archive | None:
         """Return this process's own handle of the archive: a file position is shared across a fork."""
         if self.path.is_dir():
@@ -364,6 +400,14 @@ class FileImages(EncodedImages):
                     *self.source, f"is no longer a readable .zip ({error})", "restore it"
                 ) from error
         return self._archive[1]
+
+
+def _is_whole(data: bytes) -> bool:
+    """Return whether the first frame of a picture can be decoded; of DICOM, whether it is such a file."""
+    try:
+        return is_dicom(data) or bool(read_numbers(data).size)
+    except ValueError:
+        return False
 
 
 def source_name(path: Path) -> str:

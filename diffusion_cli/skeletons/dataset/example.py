@@ -1,11 +1,10 @@
 """Images of bright squares."""
 
 import torch
-from pydantic import PositiveInt
-
 from diffusion_cli.data import Dataset
 from diffusion_cli.data.base import Split
 from diffusion_cli.data.memory import MemoryImages
+from pydantic import PositiveInt
 
 
 class Example(Dataset):

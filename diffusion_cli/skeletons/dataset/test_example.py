@@ -1,8 +1,7 @@
 """The images of the dataset `example` are as its classes and its splits say."""
 
-import torch
-
 import diffusion_cli as diffuse
+import torch
 
 diffuse.allow_plugins("example_package")
 

@@ -2,14 +2,13 @@
 
 from typing import Annotated
 
-from pydantic import Field
-from torch import Tensor
-
 from diffusion_cli.diffusion.denoiser import noised
 from diffusion_cli.editing import EditProcess, EditResult
 from diffusion_cli.editing.base import Shape
 from diffusion_cli.editing.transform import PartialNoising, Strength, decode
 from diffusion_cli.samplers import start_grid_at
+from pydantic import Field
+from torch import Tensor
 
 
 class Example(PartialNoising):

@@ -4,12 +4,11 @@ import hashlib
 from pathlib import Path
 
 import torch
+from diffusion_cli.data import Dataset
+from diffusion_cli.metrics.features.base import FeatureBatch, Features
 from pydantic import PositiveInt
 from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool2d
-
-from diffusion_cli.data import Dataset
-from diffusion_cli.metrics.features.base import FeatureBatch, Features
 
 
 class Example(Features):

@@ -2,9 +2,8 @@
 
 from pathlib import Path
 
-import torch
-
 import diffusion_cli as diffuse
+import torch
 
 diffuse.allow_plugins("example_package")
 

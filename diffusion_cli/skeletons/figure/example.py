@@ -4,11 +4,10 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from pydantic import PositiveInt
-
 from diffusion_cli.charts import Curve, Panel, save_panels
 from diffusion_cli.config import PlotConfig, build
 from diffusion_cli.figures import Figure
+from pydantic import PositiveInt
 
 
 class Example(Figure):

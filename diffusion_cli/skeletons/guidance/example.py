@@ -1,10 +1,9 @@
 """A wrapper of the denoiser."""
 
-from pydantic import PositiveFloat
-from torch import Tensor
-
 from diffusion_cli.diffusion.denoiser import Denoise, Denoiser, Prediction, per_image
 from diffusion_cli.diffusion.guidance import Guidance, Guides
+from pydantic import PositiveFloat
+from torch import Tensor
 
 
 class Example(Guidance):

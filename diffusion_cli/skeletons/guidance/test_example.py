@@ -1,10 +1,9 @@
 """The guidance `example` changes predictions as it says."""
 
-import torch
-from torch import Tensor, nn
-
 import diffusion_cli as diffuse
+import torch
 from diffusion_cli.diffusion.denoiser import Denoiser
+from torch import Tensor, nn
 
 diffuse.allow_plugins("example_package")
 

@@ -1,9 +1,8 @@
 """A metric of samples."""
 
 import torch
-from torch import Tensor
-
 from diffusion_cli.metrics.base import FeatureView, Metric, MetricState, MetricValue, SampleBatch
+from torch import Tensor
 
 
 class Example(Metric):

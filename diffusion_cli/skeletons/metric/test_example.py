@@ -3,9 +3,8 @@
 from types import SimpleNamespace
 from typing import Any
 
-import torch
-
 import diffusion_cli as diffuse
+import torch
 from diffusion_cli.data.memory import MemoryImages
 from diffusion_cli.metrics.base import SampleBatch
 

@@ -1,10 +1,9 @@
 """A small convolutional network."""
 
 import torch
+from diffusion_cli.networks.layers import timestep_embedding, zero_init
 from pydantic import PositiveInt
 from torch import Tensor, nn
-
-from diffusion_cli.networks.layers import timestep_embedding, zero_init
 
 
 class Example(nn.Module):

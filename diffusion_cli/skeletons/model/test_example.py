@@ -1,8 +1,7 @@
 """The network `example` keeps the shape of images and starts at zero."""
 
-import torch
-
 import diffusion_cli as diffuse
+import torch
 
 diffuse.allow_plugins("example_package")
 

@@ -1,11 +1,10 @@
 """A weighted loss."""
 
 import torch
-from pydantic import NonNegativeFloat, PositiveFloat
-from torch import Tensor
-
 from diffusion_cli.diffusion.objectives import Dropout, Weighted
 from diffusion_cli.diffusion.schedules import Schedule
+from pydantic import NonNegativeFloat, PositiveFloat
+from torch import Tensor
 
 
 class Example(Weighted):

@@ -1,8 +1,7 @@
 """The weights of `example` have the limits of the formula."""
 
-import torch
-
 import diffusion_cli as diffuse
+import torch
 
 diffuse.allow_plugins("example_package")
 

@@ -1,11 +1,10 @@
 """A parameterization with inputs and targets of unit variance."""
 
 import torch
-from pydantic import PositiveFloat
-from torch import Tensor
-
 from diffusion_cli.diffusion.parameterizations import Coefficients, Parameterization
 from diffusion_cli.diffusion.schedules import Schedule
+from pydantic import PositiveFloat
+from torch import Tensor
 
 
 class Example(Parameterization):

@@ -1,8 +1,7 @@
 """The inputs and the targets of the network have unit variance with `example`."""
 
-import torch
-
 import diffusion_cli as diffuse
+import torch
 
 diffuse.allow_plugins("example_package")
 

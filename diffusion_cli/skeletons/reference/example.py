@@ -3,11 +3,10 @@
 from functools import cached_property
 
 import torch
-from pydantic import PositiveInt
-
 from diffusion_cli.data import Dataset, ExternalImages, Images
 from diffusion_cli.data.memory import MemoryImages
 from diffusion_cli.metrics import Reference
+from pydantic import PositiveInt
 
 
 class Example(Reference):

@@ -1,8 +1,7 @@
 """The reference `example` has the images that it says."""
 
-import torch
-
 import diffusion_cli as diffuse
+import torch
 
 diffuse.allow_plugins("example_package")
 

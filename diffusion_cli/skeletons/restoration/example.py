@@ -3,12 +3,11 @@
 from collections.abc import Iterator
 from typing import Annotated
 
-from pydantic import Field
-from torch import Tensor
-
 from diffusion_cli.diffusion.denoiser import Prediction, per_image
 from diffusion_cli.editing import EditProcess, LinearOperator, RestorationMethod
 from diffusion_cli.samplers import integrate, reporting
+from pydantic import Field
+from torch import Tensor
 
 
 class Example(RestorationMethod):

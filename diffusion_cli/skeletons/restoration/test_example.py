@@ -3,13 +3,12 @@
 from collections import deque
 from typing import Any
 
-import torch
-from torch import Tensor
-
 import diffusion_cli as diffuse
+import torch
 from diffusion_cli.diffusion.denoiser import Prediction
 from diffusion_cli.diffusion.latents import Pixels
 from diffusion_cli.editing import EditProcess, Mask
+from torch import Tensor
 
 diffuse.allow_plugins("example_package")
 SCHEDULE: Any = diffuse.option("schedule", "rectified")

@@ -2,11 +2,10 @@
 
 from typing import Any
 
-from torch import Tensor
-
 from diffusion_cli.diffusion.denoiser import Denoise
 from diffusion_cli.diffusion.schedules import Schedule, Spacing
 from diffusion_cli.samplers.base import NoiseFn, Sampler
+from torch import Tensor
 
 
 class Example(Sampler):

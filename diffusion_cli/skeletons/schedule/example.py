@@ -4,10 +4,9 @@ import math
 from typing import Annotated
 
 import torch
+from diffusion_cli.diffusion.schedules import Schedule
 from pydantic import Field
 from torch import Tensor
-
-from diffusion_cli.diffusion.schedules import Schedule
 
 
 class Example(Schedule):

@@ -1,9 +1,8 @@
 """The laws of a schedule hold for `example`."""
 
+import diffusion_cli as diffuse
 import torch
 from torch.autograd.functional import jvp
-
-import diffusion_cli as diffuse
 
 diffuse.allow_plugins("example_package")
 TIMES = torch.linspace(0.01, 1, 50, dtype=torch.float64)

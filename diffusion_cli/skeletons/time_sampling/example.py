@@ -1,11 +1,10 @@
 """A distribution of training times."""
 
 import torch
-from pydantic import PositiveFloat
-from torch import Tensor
-
 from diffusion_cli.diffusion.schedules import Schedule
 from diffusion_cli.diffusion.time_sampling import TimeBatch, Times
+from pydantic import PositiveFloat
+from torch import Tensor
 
 
 class Example(Times):

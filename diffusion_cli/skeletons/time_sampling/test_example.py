@@ -1,8 +1,7 @@
 """The times of `example` have their distribution."""
 
-import torch
-
 import diffusion_cli as diffuse
+import torch
 
 diffuse.allow_plugins("example_package")
 U = torch.linspace(0, 0.99, 100, dtype=torch.float64)

@@ -22,6 +22,7 @@ NEXT = {
     "objective": ["train {} objective={name}"],
     "time_sampling": ["train {} time_sampling={name}"],
     "logger": ["train {} 'logger=[csv,{name}]'"],
+    "callback": ["train {} 'callback=[{name}]'"],
     "sampler": ["train", "sample {} sampler={name}"],
     "guidance": ["train", "sample {} guidance={name}"],
     "edit": ["train", "edit {} edit={name} input=val num_images=4"],

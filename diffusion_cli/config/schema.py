@@ -249,7 +249,7 @@ class DataConfig(BaseModel):
     metric: dict[str, Node] = {}
 
 
-NEW = [group for group in plugins.BASES if group not in ("optimizer", "lr_schedule", "callback")]
+NEW = [group for group in plugins.BASES if group not in ("optimizer", "lr_schedule")]
 """Groups with a skeleton."""
 
 

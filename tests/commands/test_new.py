@@ -37,7 +37,7 @@ def folder(tmp_path, monkeypatch) -> Iterator[Path]:
 
 
 def test_every_group_that_plugins_extend_has_a_skeleton():
-    assert set(NEXT) == {path.name for path in SKELETONS.iterdir() if path.is_dir()} == set(NEW)
+    assert set(NEXT) == {file.parent.name for file in SKELETONS.glob("*/*.py")} == set(NEW)
     for name in NEXT:
         files = {path.name for path in (SKELETONS / name).iterdir() if path.is_file()}
         assert files == {"example.py", "example.yaml", "test_example.py"}
@@ -78,7 +78,7 @@ def test_the_folder_of_the_output_is_made(folder, capsys):
     [
         ([], "group: missing; add group=<value>\ndiffuse: name: missing; add name=<value>"),
         (["dataset"], "name: missing; add name=<value>"),
-        (["datset", "mine"], "logger; did you mean dataset?"),
+        (["datset", "mine"], "callback; did you mean dataset?"),
         (["experiment", "mine"], "group=experiment: must be dataset, model,"),
         (["dataset", "My-Data"], "no word of Python; write name=my_data"),
         (["dataset", "class"], "name=class: must be lower-case letters, digits and _, and no word of Python"),

@@ -49,7 +49,10 @@ def test_the_wheel_holds_the_package_and_its_configuration(wheel):
         assert f"diffusion_cli/conf/{file.relative_to(config.CONF)}" in names
     weights = list((config.HERE / "metrics" / "features" / "classifiers").iterdir())
     assert weights
-    for file in [*config.HERE.rglob("*.py"), *config.HERE.rglob("*.html"), *weights]:
+    for file in [
+        *(path for kind in ("py", "html", "yaml") for path in config.HERE.rglob(f"*.{kind}")),
+        *weights,
+    ]:
         assert f"diffusion_cli/{file.relative_to(config.HERE)}" in names
     assert {name.split("/")[0].partition("-")[0] for name in names} == {"diffusion_cli", "diffuse_cli"}
 

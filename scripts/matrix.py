@@ -3,7 +3,7 @@
     python scripts/matrix.py                                  # each python3.11 to python3.14 of PATH
     python scripts/matrix.py --python python3.12 /opt/python  # these interpreters
     python scripts/matrix.py --dependencies lowest            # the lower bounds of pyproject.toml only
-    python scripts/matrix.py --extras hf wandb --tests        # with these extras; then also the fast tests
+    python scripts/matrix.py --extras hf wandb --tests        # with these extras; also the fast tests
 
 The first Python installs both the lowest and the newest versions; the others install the newest, because old releases
 have no wheels for a later Python. An environment takes up to 7 GB of disk (2 GB with the CPU build of torch), and is
@@ -19,7 +19,7 @@ import sys
 import tempfile
 import time
 import tomllib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -66,23 +66,27 @@ def works(python: str) -> bool:
     return path is not None and subprocess.run([path, "-c", ""], capture_output=True).returncode == 0
 
 
-def requirements(project: dict[str, Any]) -> list[Requirement]:
-    """Return the dependencies of a project and of its extras, but for the project itself."""
-    words = [
-        *project["dependencies"],
-        *(word for extra in project["optional-dependencies"].values() for word in extra),
-    ]
+def read_project() -> dict[str, Any]:
+    """Return the table `project` of pyproject.toml."""
+    return tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+
+
+def requirements(project: dict[str, Any], extras: Iterable[str] | None = None) -> list[Requirement]:
+    """Return the dependencies of a project and of some extras, or of all, but for the project itself."""
+    optional = project["optional-dependencies"]
+    chosen = optional if extras is None else extras
+    words = [*project["dependencies"], *(word for extra in chosen for word in optional[extra])]
     return [found for word in words if (found := Requirement(word)).name != project["name"]]
 
 
-def lower_bounds(project: dict[str, Any]) -> dict[str, str]:
-    """Return the lowest version that a project accepts of each package.
+def lower_bounds(project: dict[str, Any], extras: Iterable[str] | None = None) -> dict[str, str]:
+    """Return the lowest version that a project and some extras, or all, accept of each package.
 
     Raises:
         ValueError: a package has no lower bound, or two.
     """
     bounds: dict[str, str] = {}
-    for requirement in requirements(project):
+    for requirement in requirements(project, extras):
         lowest = [clause.version for clause in requirement.specifier if clause.operator == ">="]
         if len(lowest) != 1 or bounds.setdefault(requirement.name, lowest[0]) != lowest[0]:
             raise ValueError(f"{requirement}: a package needs one lower bound, the same in every extra")
@@ -118,13 +122,13 @@ def check(cell: Cell, wheel: Path, extras: Sequence[str], tests: bool, folder: P
     work.mkdir()
     call([cell.python, "-m", "venv", environment], folder)
     python = environment / "bin" / "python"
+    wanted = [*extras, *(["test"] if tests else [])]
     constraints = folder / "constraints.txt"
     if cell.dependencies == "lowest":
-        bounds = lower_bounds(tomllib.loads((ROOT / "pyproject.toml").read_text())["project"])
+        bounds = lower_bounds(read_project(), wanted)
         constraints.write_text("".join(f"{name}=={version}\n" for name, version in bounds.items()))
     else:
         constraints.touch()
-    wanted = [*extras, *(["dev"] if tests else [])]
     named = f"{wheel}[{','.join(wanted)}]" if wanted else wheel
     call([python, "-m", "pip", "install", "--quiet", "-c", constraints, named], folder)
     call([python, "-c", HELP], work)
@@ -159,8 +163,14 @@ def main(words: Sequence[str] | None = None) -> int:
         "--dependencies", nargs="+", choices=("lowest", "newest"), default=("lowest", "newest"),
         help="versions of the dependencies (default: both)",
     )  # fmt: skip
-    parser.add_argument("--extras", nargs="+", default=(), help="extras to install")
-    parser.add_argument("--tests", action="store_true", help="run of the fast tests, with the extra dev")
+    parser.add_argument(
+        "--extras",
+        nargs="+",
+        default=(),
+        choices=tuple(read_project()["optional-dependencies"]),
+        help="extras to install",
+    )
+    parser.add_argument("--tests", action="store_true", help="run of the fast tests, with the extra test")
     given = parser.parse_args(words)
     pythons = given.python or [name for name in PYTHONS if works(name)]
     if missing := [name for name in pythons if not works(name)]:

@@ -17,7 +17,7 @@ from packaging.requirements import Requirement
 
 import diffusion_cli
 from diffusion_cli import config
-from matrix import COMMANDS, requirements
+from matrix import COMMANDS, read_project, requirements
 
 ROOT = Path(__file__).parent.parent
 DIFFUSE = [sys.executable, "-c", "from diffusion_cli.cli import main; main()"]
@@ -83,7 +83,7 @@ def test_each_dependency_is_declared_and_used():
         for module in imports(file)
         if module not in sys.stdlib_module_names and module != "diffusion_cli"
     }
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    project = read_project()
     declared = {normal(requirement.name) for requirement in requirements(project)}
     assert imported <= declared
     always = {normal(Requirement(words).name) for words in project["dependencies"]}

@@ -1,15 +1,12 @@
 """The environments of scripts/matrix.py: which there are, and the versions in them."""
 
 import subprocess
-import tomllib
-from pathlib import Path
 
 import pytest
 
 import matrix
-from matrix import Cell, cells, lower_bounds, main, works
+from matrix import Cell, cells, lower_bounds, main, read_project, works
 
-ROOT = Path(__file__).parents[2]
 PROJECT = {
     "name": "p",
     "dependencies": ["a>=1.2,!=1.3"],
@@ -18,12 +15,13 @@ PROJECT = {
 
 
 def test_each_package_of_the_project_has_one_lower_bound():
-    bounds = lower_bounds(tomllib.loads((ROOT / "pyproject.toml").read_text())["project"])
+    bounds = lower_bounds(read_project())
     assert {"torch", "pyyaml", "transformers", "pytest"} <= set(bounds)
 
 
 def test_lower_bounds_are_read_from_dependencies_and_extras():
     assert lower_bounds(PROJECT) == {"a": "1.2", "b": "2"}
+    assert lower_bounds(PROJECT, ["y"]) == {"a": "1.2"}
 
 
 @pytest.mark.parametrize("words", ["a", "a<2", "a>=1.1"])
@@ -67,9 +65,9 @@ def test_each_environment_installs_the_wheel_and_runs_the_commands(called, capsy
     assert first.startswith("lowest dependencies, one: Python 3.99, torch 2.99, NumPy 1.99 (")
 
 
-def test_the_fast_tests_run_with_the_extra_of_developers(called):
+def test_the_fast_tests_run_with_the_extra_test(called):
     assert main(["--python", "one", "--dependencies", "newest", "--tests"]) == 0
-    assert [command.endswith(".whl[dev]") for command in called if " pip install " in command] == [True]
+    assert [command.endswith(".whl[test]") for command in called if " pip install " in command] == [True]
     assert sum("-m not slow" in command for command in called) == 1
 
 

@@ -4,6 +4,7 @@ from pathlib import Path
 
 from diffusion_cli.commands.inputs import show_remarks
 from diffusion_cli.config import DataConfig, as_text, build, target
+from diffusion_cli.config.values import Node
 from diffusion_cli.data import Dataset, Fetch, FilesAction, Pack
 from diffusion_cli.errors import NO_VALUE, UsageError, counted
 from diffusion_cli.metrics import Metric
@@ -33,7 +34,9 @@ def _process_files(action: FilesAction, config: DataConfig) -> bool:
     if config.dataset is config.features is None and not config.metric:
         remedy = "name options, for example dataset=cifar10 features=inception metric=lpips"
         raise UsageError("dataset", None, "no files are named", remedy)
-    dataset: Dataset | None = build(config.dataset, config.data_dir)
+    dataset: Dataset | None = None
+    if config.dataset is not None and (isinstance(action, Fetch) or _has_published_files(config.dataset)):
+        dataset = build(config.dataset, config.data_dir)  # may copy data of a URL
     files = [] if dataset is None else [*dataset.downloads()]
     if config.features is not None:
         network = target(config.features)
@@ -46,13 +49,19 @@ def _process_files(action: FilesAction, config: DataConfig) -> bool:
         files += metric.downloads() if isinstance(metric, Metric) else []
     as_json = config.format == "json"
     complete = action([*dict.fromkeys(files)], as_json)
-    if not files and not as_json:
-        print("These options need no published files; metrics of features take those of features=")
-    elif dataset is not None and dataset.downloads() and isinstance(action, Fetch):
-        counts = [len(dataset.load(split)) for split in ("train", "val")]  # reads and unpacks the files
+    if dataset is not None and isinstance(action, Fetch):
+        read = dataset.load if dataset.downloads() else dataset.stream  # the former unpacks files
+        counts = [len(read(split)) for split in ("train", "val")]
         if not as_json:
             print(f"{dataset.name}: {counts[0]} images for training, {counts[1]} for validation")
+    elif not files and not as_json:
+        print("These options need no published files; metrics of features take those of features=")
     return complete
+
+
+def _has_published_files(node: Node) -> bool:
+    """Return whether the class of a dataset lists published files."""
+    return target(node).downloads is not Dataset.downloads
 
 
 def _pack(pack: Pack, config: DataConfig) -> None:

@@ -197,7 +197,9 @@ class Source(NamedTuple):
         if isinstance(error, ConnectionError) or "Couldn't reach" in text:
             problem = "cannot reach the Hugging Face Hub, and no copy is in its cache"
             home = library().config.HF_CACHE_HOME
-            remedy = f"run once on a machine with a network and copy {home}, or give a folder of save_to_disk"
+            remedy = (
+                f"run diffuse data fetch with a network and copy {home}, or give a folder of save_to_disk"
+            )
             return UsageError("dataset.path", self.path, problem, remedy)
         named = ", ".join(re.findall(r"'([^']+)'", text.partition("[")[2]))
         if text.startswith("Unknown split"):

@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 from torch.testing import assert_close
 
+from diffusion_cli.cli import run
 from diffusion_cli.data import HuggingFace, tables
 from diffusion_cli.errors import UsageError
 from helpers.data import array, folder, labels_of, save, write_images
@@ -179,7 +180,7 @@ def test_unreadable_images_are_named(tmp_path):
 WRONG = {
     "owner/name": (
         {},
-        r"path=owner/name: cannot reach the Hugging Face Hub, .*; run once on a machine with a network",
+        r"path=owner/name: cannot reach the Hugging Face Hub, .*; run diffuse data fetch with a network and copy",
     ),
     "no/such/path": ({}, "no such file or folder; give one, or a name on the Hub: owner/name"),
     "saved": ({"split": "foo"}, r"dataset.split=foo: no such split; choose from train"),
@@ -255,3 +256,13 @@ def test_without_the_package_its_extra_is_named(monkeypatch):
         UsageError, match=r"needs the package datasets; install it: pip install 'diffuse-cli\[hf\]'"
     ):
         hub("owner/name")
+
+
+def test_fetch_downloads_a_set_and_list_does_not(saved, tmp_path, monkeypatch, capsys):
+    words = ["dataset=huggingface", f"dataset.path={saved}", f"data_dir={tmp_path}/data"]
+    assert run(["data", "fetch", *words, "dataset.streaming=true", "dataset.max_images=10"]) == 0
+    assert capsys.readouterr().out == "saved: 9 images for training, 1 for validation\n"
+    assert (tmp_path / "data" / tables.STREAMS).is_dir()
+    monkeypatch.setattr(tables.Source, "_opened", None)
+    assert run(["data", "list", *words]) == 0
+    assert capsys.readouterr().out.startswith("These options need no published files")

@@ -25,7 +25,7 @@ from diffusion_cli.runs.find import newest
 
 WORDS = [
     "train", "name=run", "model.channels=8", "model.norm_groups=4", "model.num_heads=1", "model.head_channels=null",
-    "batch_size=16", "optimizer.decay_steps=null", "optimizer.warm_up_steps=3", "ema.decay=0.99", "precision=fp32",
+    "batch_size=16", "lr_schedule=constant", "lr_schedule.warm_up_steps=3", "ema.decay=0.99", "precision=fp32",
     "trainer=cpu", "trainer.threads=1", "logger=csv",
     "checkpoint_every=3", "preview_every=100000", "validate_every=100000",
 ]  # fmt: skip

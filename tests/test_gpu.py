@@ -34,7 +34,7 @@ SMALLER = {
 }  # fmt: skip
 TINY = [
     "model.channels=8", "model.norm_groups=4", "model.num_heads=1", "model.head_channels=null", "batch_size=16",
-    "optimizer.decay_steps=null", "optimizer.lr=0.001", "optimizer.warm_up_steps=3", "ema.decay=0.9", "logger=csv",
+    "lr_schedule=constant", "optimizer.lr=0.001", "lr_schedule.warm_up_steps=3", "ema.decay=0.9", "logger=csv",
     "log_every=5", "checkpoint_every=5", "preview_every=1000", "validate_every=1000",
 ]  # fmt: skip
 
@@ -193,20 +193,11 @@ def test_an_evaluation_takes_place_on_the_gpu(trained):
 
 
 def test_the_fused_optimizer_takes_the_step_of_the_plain_one():
-    settings = AdamW(
-        lr=1e-3,
-        betas=[0.9, 0.99],
-        eps=1e-8,
-        weight_decay=0.01,
-        warm_up_steps=0,
-        decay_steps=None,
-        clip_norm=None,
-    )
     results = []
     for fused in (True, False):
         torch.manual_seed(0)
         weights = [nn.Parameter(torch.randn(33, 7, device="cuda")) for _ in range(3)]
-        optimizer = settings.optimizer(weights, fused=fused)
+        optimizer = AdamW(weights, fused, lr=1e-3, weight_decay=0.01)
         for _ in range(5):
             for weight in weights:
                 weight.grad = weight.detach().sin()

@@ -27,7 +27,7 @@ def first_line(config: TrainConfig, setup: TrainingSetup, folder: Path, done: in
         f"{'Continuing' if done else 'Training'} {folder}: {_describe(setup.task.model.network)} on "
         f"{counted(len(setup.images), 'image')} of {setup.dataset.name} ({'x'.join(map(str, setup.dataset.shape))}), "
         f"{f'{setup.stages}, ' if setup.stages.grow else ''}{_where(device)}, {setup.precision}, "
-        f"learning rate {config.optimizer['lr']:g}, "
+        f"{_learning_rate(config.optimizer)}"
         f"{'unlimited steps' if steps is None else f'{steps:,} step' + 's' * (steps > 1)} of {config.batch_size}"
     )
 
@@ -113,7 +113,7 @@ def other_budget(before: Node, now: TrainConfig) -> str | None:
     """Return a remark on a run that continues with another budget, if its weights depend on the budget; else None."""
     changed = set(differing(flatten(before), flatten(now.model_dump())))
     follow = {
-        "the learning-rate schedule": changed & {"optimizer.decay_steps", "optimizer.warm_up_steps"},
+        "the learning-rate schedule": changed & {"lr_schedule.decay_steps", "lr_schedule.warm_up_steps"},
         "the EMA": changed & {"ema.decay"},
     }
     if "max_steps" not in changed or not any(follow.values()):
@@ -126,6 +126,11 @@ def other_budget(before: Node, now: TrainConfig) -> str | None:
         f"max_steps {steps}: {what} {'follow' if all(follow.values()) else 'follows'} the new budget, so the weights "
         "differ from those of one uninterrupted run"
     )
+
+
+def _learning_rate(optimizer: Node) -> str:
+    """Return the peak learning rate; nothing if a class of a library or a plugin has its own."""
+    return f"learning rate {optimizer['lr']:g}, " if "lr" in optimizer else ""
 
 
 def _where(device: torch.device) -> str:

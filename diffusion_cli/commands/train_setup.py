@@ -37,7 +37,7 @@ from diffusion_cli.training.latent_data import (
     run_latents,
 )
 from diffusion_cli.training.module import DenoisingModule, TrainingModule
-from diffusion_cli.training.optimizers import OptimizerConfig
+from diffusion_cli.training.optimizers import Optimization
 
 
 class DenoisingTask(NamedTuple):
@@ -65,7 +65,7 @@ class TrainingSetup:
     """Dataset of the network's inputs: the images, or their latents."""
     latent: LatentSource | None
     task: DenoisingTask | AutoencoderTask
-    optimizer: OptimizerConfig
+    optimization: Optimization
     device: Device
     stages: ResolutionSchedule
     images: Images
@@ -136,7 +136,7 @@ def set_up(config: TrainConfig, folder: Path, before: CheckpointInfo | None) -> 
         train_data=train_data,
         latent=latent,
         task=task,
-        optimizer=build(config.optimizer),
+        optimization=Optimization(config.optimizer, config.lr_schedule, config.clip_norm),
         device=device,
         stages=stages,
         images=images,
@@ -150,9 +150,11 @@ def set_up(config: TrainConfig, folder: Path, before: CheckpointInfo | None) -> 
 def training_module(setup: TrainingSetup, seed: int) -> TrainingModule:
     """Return the LightningModule of the task."""
     if isinstance(setup.task, AutoencoderTask):
-        return AutoencodingModule(*setup.task, setup.optimizer, seed, setup.info)
+        return AutoencodingModule(*setup.task, setup.optimization, seed, setup.info)
     model, objective, times, _ = setup.task
-    return DenoisingModule(model, objective, times, setup.space, setup.optimizer, seed=seed, info=setup.info)
+    return DenoisingModule(
+        model, objective, times, setup.space, setup.optimization, seed=seed, info=setup.info
+    )
 
 
 def _latents(

@@ -37,8 +37,8 @@ from diffusion_cli.config.recipe import (
     started_with,
     with_recipe,
 )
-from diffusion_cli.config.renamed import renamed_in_files, renamed_keys, renamed_word
-from diffusion_cli.config.runs import flatten, identity, replaced, run_name
+from diffusion_cli.config.renamed import renamed_beside, renamed_in_files, renamed_keys, renamed_word
+from diffusion_cli.config.runs import flatten, identity, replaced, run_name, usual_options
 from diffusion_cli.config.schema import COMMANDS, GRIDS, UNSWEPT, Config
 from diffusion_cli.config.tasks import task_problems
 from diffusion_cli.config.typed import KEY, SWEEPS, as_shown, as_text, as_typed, quoted, separated
@@ -205,6 +205,13 @@ def _name(composed: Node, implied: Node, choices: Node, dirs: Sequence[Path], be
     runs = Path(str(composed["output_dir"]))
     if started_with(runs / name):
         return name
+    # In versions before format 7, the kind of the schedule followed from a value that no name had.
+    schedule = usual_options(choices, dirs)["lr_schedule"]
+    unnamed = run_name(composed, implied, {**choices, "lr_schedule": schedule}, dirs)
+    if unnamed != name and (former := identity(started_with(runs / unnamed))):
+        now = {key: value for key, value in identity(composed).items() if value != AUTO}
+        if all(former.get(key, value) == value for key, value in now.items()):
+            return unnamed
     now = identity(composed)
     stated = {key: now[key] for key in DERIVED if key in now and flatten(before)[key] == AUTO != now[key]}
     wanted = stated if choices["model"] == AUTO else stated | flatten({"model": composed["model"]})
@@ -303,7 +310,7 @@ def _compose_once(command: str, overrides: Sequence[str], dirs: Sequence[Path]) 
         plain["derived"] = [key for key, value in flatten(raw).items() if value == "${max_steps}"]
     assert isinstance(choices, dict)
     written = {str(key): value for key, value in plain.items()}
-    if renamed := renamed_keys(written):
+    if renamed := renamed_keys(written) + renamed_beside(written, overrides):
         raise UsageError.several(renamed)
     return (
         migrated(written),  # option files of users are of any version

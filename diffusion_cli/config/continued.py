@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from diffusion_cli.config.catalogue import PACKAGE, defaults, documented, options
-from diffusion_cli.config.recipe import BUDGETED, derived_in
+from diffusion_cli.config.recipe import BUDGETED, DECAY_STEPS, derived_in
 from diffusion_cli.config.runs import flatten, identity, replaced
 from diffusion_cli.errors import NO_VALUE, FormatError, UsageError
 from diffusion_cli.runs.migrate import migrated_config
@@ -142,14 +142,14 @@ def with_values(config: Mapping[str, Any], values: Mapping[str, Any]) -> dict[st
     """
     derived = derived_in(config)
     before = flatten(config)
-    decay_steps, max_steps = before.get("optimizer.decay_steps"), before["max_steps"]
+    decay_steps, max_steps = before.get(DECAY_STEPS), before["max_steps"]
     falls = (
-        "optimizer.decay_steps" in derived
+        DECAY_STEPS in derived
         if "derived" in config
         else decay_steps is not None and decay_steps == max_steps
     )
     max_steps = values.get("max_steps", max_steps)
     followed = {key: BUDGETED[key](max_steps) for key in derived & BUDGETED.keys()}
     if falls:
-        followed["optimizer.decay_steps"] = max_steps
+        followed[DECAY_STEPS] = max_steps
     return replaced(config, followed | dict(values))

@@ -49,7 +49,10 @@ BASES = {
     "features": ["diffusion_cli.metrics.Features"],
     "reference": ["diffusion_cli.metrics.Reference"],
     "figure": ["diffusion_cli.figures.Figure"],
-    **{group: [f"{library.module}.{library.base}"] for group, library in libraries.LIBRARIES.items()},
+    "optimizer": ["torch.optim.Optimizer"],
+    "lr_schedule": ["diffusion_cli.training.LRSchedule", "torch.optim.lr_scheduler.LRScheduler"],
+    "logger": ["lightning.pytorch.loggers.Logger"],
+    "callback": ["lightning.pytorch.callbacks.Callback"],
 }
 """Base classes of the classes of each group that plugins extend."""
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from diffusion_cli.config.at_hand import OwnImages, gpu
-from diffusion_cli.config.catalogue import content, options
+from diffusion_cli.config.catalogue import PACKAGE, content, options
 from diffusion_cli.config.runs import flatten
 from diffusion_cli.config.values import Node
 from diffusion_cli.runs.migrate import migrated_config
@@ -26,6 +26,8 @@ MODEL = "model="
 USUAL_SIZE = 64  # pixels, of own images on a GPU; the size of most published small-scale work
 USUAL_SIZE_ON_CPU = 32
 SMALLEST_SIZE = 8
+SHARES_OF_ADAM = {f"{PACKAGE}.training.Lion": 0.1}
+"""Learning rates over that of Adam: Lion's is 3 to 10 times smaller (Chen et al. 2023, Sec. 5)."""
 
 
 def learning_rate(width: int, batch_size: int) -> float:
@@ -95,11 +97,20 @@ def network_width(model: Mapping[str, Any]) -> int:
     return _whole(model.get("channels"), 256) * widest
 
 
+def usual_rate(config: Mapping[str, Any]) -> float:
+    """Return the learning rate of the recipe for the optimizer, the network and the batch size of a configuration."""
+    rate = learning_rate(network_width(config["model"]), _whole(config["batch_size"], 64))
+    share = SHARES_OF_ADAM.get(str(config["optimizer"].get("_target_")), 1.0)
+    return float(f"{rate * share:.2g}")
+
+
 BUDGETED: dict[str, Callable[[int | None], int | float]] = {
-    "optimizer.warm_up_steps": warm_up_steps,
+    "lr_schedule.warm_up_steps": warm_up_steps,
     "ema.decay": ema_decay,
 }
 """The values of a recipe that follow from `max_steps` alone."""
+DECAY_STEPS = "lr_schedule.decay_steps"
+"""The key that equals `max_steps` by default."""
 
 
 DERIVED = ("dataset.resolution", "max_steps", "optimizer.lr", *BUDGETED)
@@ -169,11 +180,11 @@ def with_recipe(composed: Node, stored: Node, images: Callable[[], OwnImages | N
     fill("dataset.resolution", lambda: resolution(images(), on_gpu))
     fill("max_steps", lambda: budget(images(), batch_size, on_gpu))
     steps = _whole(filled["max_steps"], None)
-    fill("optimizer.lr", lambda: learning_rate(network_width(filled["model"]), batch_size))
+    fill("optimizer.lr", lambda: usual_rate(filled))
     for key, derive in BUDGETED.items():
         fill(key, partial(derive, steps))
-    if flatten(filled).get("optimizer.decay_steps") == AUTO:  # it is interpolated from max_steps
-        filled["optimizer"]["decay_steps"] = filled["max_steps"]
+    if flatten(filled).get(DECAY_STEPS) == AUTO:  # it is interpolated from max_steps
+        filled["lr_schedule"]["decay_steps"] = filled["max_steps"]
     return filled | {"derived": sorted(derived)}
 
 

@@ -52,7 +52,7 @@ def identity(config: Mapping[str, Any]) -> dict[str, Any]:
     """The part of a training configuration that identifies a run, as flat dotted keys."""
     flat = flatten({key: value for key, value in config.items() if key not in NOT_IDENTITY})
     # A budget too: a larger one stretches the learning-rate schedule over all its steps.
-    flat.pop("optimizer.decay_steps", None)
+    flat.pop("lr_schedule.decay_steps", None)
     flat.pop("dataset.unreadable", None)  # earlier versions lacked it; the images themselves are compared
     # Keys that trade time for memory and change only rounding: a run that lacks memory must be able to change them.
     for key in (
@@ -113,6 +113,17 @@ def fingerprint(node: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(as_of_format_4(node), sort_keys=True).encode()).hexdigest()[:8]
 
 
+def usual_options(choices: Mapping[str, Any], dirs: Sequence[Path]) -> dict[str, Any]:
+    """Return the option of each group that the choices of dataset, task, optimizer and experiment bring, or default."""
+    usual: dict[str, Any] = {**defaults("train")}
+    for group in ("dataset", "task", "optimizer"):
+        usual |= brought_by(options(group, dirs)[choices[group]])
+    if choices.get("experiment"):
+        brought = brought_by(options("experiment", dirs)[choices["experiment"]])
+        usual |= {"lr_schedule": brought.get("lr_schedule", usual["lr_schedule"])}
+    return usual
+
+
 def run_name(
     config: Mapping[str, Any], implied: Mapping[str, Any], choices: Mapping[str, Any], dirs: Sequence[Path]
 ) -> str:
@@ -121,9 +132,7 @@ def run_name(
     `implied` is the configuration that the `choices` alone, an option for each group, make.
     """
     dataset = str(choices["dataset"])
-    usual: dict[str, Any] = {**defaults("train")}
-    for group in ("dataset", "task"):
-        usual |= brought_by(options(group, dirs)[choices[group]])
+    usual = usual_options(choices, dirs)
     words = [dataset] + [str(option) for option in (choices["schedule"],) if option is not None]
     words += [
         str(option)

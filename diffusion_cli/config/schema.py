@@ -4,7 +4,7 @@ import re
 from dataclasses import replace
 from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, Field, NonNegativeInt, PositiveInt, model_validator
+from pydantic import BaseModel, Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from diffusion_cli.config import plugins
 from diffusion_cli.config.evaluation import CompareConfig, EvalConfig
@@ -77,6 +77,8 @@ class TrainConfig(BaseModel):
     model: Node
     objective: Node
     optimizer: Node
+    lr_schedule: Node
+    clip_norm: PositiveFloat | None
     trainer: Node
     metric: dict[str, Node]
     features: Node

@@ -15,6 +15,12 @@ FLAGS = ["--help", "--cfg", "--config-dir", "--multirun", "-h", "-m"]
 OTHER_NAMES = {
     "learning_rate": "optimizer.lr",
     "optimizer.learning_rate": "optimizer.lr",
+    "lr_scheduler": "lr_schedule",
+    "warmup": "lr_schedule.warm_up_steps",
+    "warmup_steps": "lr_schedule.warm_up_steps",
+    "grad_clip": "clip_norm",
+    "gradient_clip_val": "clip_norm",
+    "max_grad_norm": "clip_norm",
     "steps": "max_steps",
     "epochs": "max_epochs",
     "gpus": "trainer.devices processes",
@@ -45,6 +51,12 @@ OTHER_OPTIONS = {
         "lmsdiscrete": "lms",
         "unipcmultistep": "unipc",
         "pndm": "plms",
+    },
+    "lr_schedule": {
+        "wsd": "warmup_stable_decay",
+        "invsqrt": "inverse_sqrt",
+        "rsqrt": "inverse_sqrt",
+        "none": "constant",
     },
     "dataset": {
         "photos": "folder",

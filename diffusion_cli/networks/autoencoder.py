@@ -41,6 +41,8 @@ class AutoencoderKL(nn.Module):
     """
 
     task = "autoencoder"
+    outer_layers = ("encoder.conv_in", "encoder.conv_out", "decoder.conv_in", "decoder.conv_out")
+    """Names of the input and output layers, which `optimizer=muon` leaves to AdamW."""
 
     def __init__(
         self,

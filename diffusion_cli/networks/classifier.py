@@ -24,6 +24,8 @@ class Classifier(UNetEncoder):
     """
 
     task = "classifier"
+    outer_layers = ("stem", "head")
+    """Names of the input and output layers, which `optimizer=muon` leaves to AdamW."""
 
     def __init__(
         self,

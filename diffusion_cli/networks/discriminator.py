@@ -53,6 +53,7 @@ class PatchDiscriminator(nn.Module):
                 nn.LeakyReLU(0.2),
             ]
         self.layers = nn.Sequential(*parts, nn.Conv2d(widths[-1], 1, 4, padding=1))
+        self.outer_layers = ("layers.0", f"layers.{len(self.layers) - 1}")  # as `UNet.outer_layers`
         for layer in self.layers:
             if isinstance(layer, nn.Conv2d):
                 nn.init.normal_(layer.weight, 0.0, INITIAL_STD)

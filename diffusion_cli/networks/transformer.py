@@ -155,6 +155,9 @@ class Transformer(Checkpointed):
         UsageError: the number of heads does not divide the number of features.
     """
 
+    outer_layers = ("x_embedder", "final_layer")
+    """Names of the input and output layers, which `optimizer=muon` leaves to AdamW."""
+
     def __init__(
         self,
         num_classes: int | None,

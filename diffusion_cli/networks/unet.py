@@ -52,6 +52,9 @@ class UNet(UNetEncoder):
     Appendix H (NCSN++ and DDPM++); Karras et al. 2022, Appendix F.
     """
 
+    outer_layers = ("stem", "out_conv")
+    """Names of the input and output layers, which `optimizer=muon` leaves to AdamW."""
+
     def __init__(
         self,
         shape: tuple[int, ...],

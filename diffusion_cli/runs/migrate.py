@@ -8,7 +8,7 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
-FORMAT = 6
+FORMAT = 7
 OLDEST = 4
 
 CLASSES_OF_FORMAT_4 = {
@@ -44,8 +44,16 @@ KEYS_OF_FORMAT_5 = {
     "times": "time_sampling",
 }
 """Keys of configurations and results renamed after format 5."""
+KEYS_OF_FORMAT_6 = {
+    "optimizer.clip_norm": "clip_norm",
+    "optimizer.decay_steps": "lr_schedule.decay_steps",
+    "optimizer.warm_up_steps": "lr_schedule.warm_up_steps",
+}
+"""Dotted keys of configurations moved after format 6."""
 SPLITS_OF_FORMAT_5 = {"held_out": "val"}
 """Dataset splits renamed after format 5."""
+CONSTANT_RATE, COSINE_DECAY = (f"diffusion_cli.training.{name}" for name in ("ConstantRate", "CosineDecay"))
+"""Schedules of the optimizers of format 6, without and with `decay_steps`."""
 ANCESTRAL = frozenset(
     f"diffusion_cli.samplers.{name}" for name in ("DDIM", "DPM2", "DPMSolver2S", "DPMSolverSDE")
 )
@@ -106,8 +114,9 @@ def as_of_format_4(value: Any) -> Any:
 
 def key_of_format_4(key: str) -> str:
     """Return a dotted key with the names of format 4, for names of runs that must not change."""
+    moved = {new: old for old, new in KEYS_OF_FORMAT_6.items()}
     former = {new: old for old, new in KEYS_OF_FORMAT_5.items()}
-    return ".".join(former.get(part, part) for part in key.split("."))
+    return ".".join(former.get(part, part) for part in moved.get(key, key).split("."))
 
 
 def migrated_column(name: str) -> str:
@@ -129,6 +138,40 @@ def _rename_classes(value: Any) -> Any:
 def _rename_words(value: Any) -> Any:
     """Convert format 5 to 6: keys and splits were renamed."""
     return _with_keys(_with_splits(value, SPLITS_OF_FORMAT_5), KEYS_OF_FORMAT_5)
+
+
+def _split_optimizer(value: Any) -> Any:
+    """Convert format 6 to 7: the learning-rate schedule and the gradient clipping left the optimizer."""
+    if isinstance(value, list | tuple):
+        return [_split_optimizer(item) for item in value]
+    if not isinstance(value, Mapping):
+        return value
+    config = {key: _split_optimizer(item) for key, item in value.items()}
+    node, schedule = config.get("optimizer"), config.get("lr_schedule")
+    former = {key.partition(".")[2]: key for key in KEYS_OF_FORMAT_6}
+    if not isinstance(node, Mapping) or not former.keys() & node.keys():
+        return config
+    derived = config.get("derived") if isinstance(config.get("derived"), list) else None
+    schedule = (
+        dict(schedule) if isinstance(schedule, Mapping) else {"_target_": CONSTANT_RATE, "warm_up_steps": 0}
+    )
+    if "decay_steps" in node:
+        follows = "optimizer.decay_steps" in (derived or ())
+        falls = node["decay_steps"] is not None or follows
+        schedule = {
+            "_target_": COSINE_DECAY if falls else CONSTANT_RATE,
+            "warm_up_steps": schedule.get("warm_up_steps", 0),
+        }
+        schedule |= {"decay_steps": node["decay_steps"]} if falls else {}
+        derived = None if derived is None else [key for key in derived if key != "lr_schedule.decay_steps"]
+    if "warm_up_steps" in node:
+        schedule["warm_up_steps"] = node["warm_up_steps"]
+    config["optimizer"] = {key: item for key, item in node.items() if key not in former}
+    config["lr_schedule"] = schedule
+    config["clip_norm"] = node.get("clip_norm", config.get("clip_norm"))
+    if derived is not None:
+        config["derived"] = sorted({KEYS_OF_FORMAT_6.get(str(key), str(key)) for key in derived})
+    return config
 
 
 def _with_targets(value: Any, rename: Callable[[Any], Any]) -> Any:
@@ -177,5 +220,5 @@ def _renamed(target: Any) -> Any:
     return f"{package}.{CLASSES_OF_FORMAT_4.get(path, path)}"
 
 
-MIGRATIONS: dict[int, Callable[[Any], Any]] = {4: _rename_classes, 5: _rename_words}
+MIGRATIONS: dict[int, Callable[[Any], Any]] = {4: _rename_classes, 5: _rename_words, 6: _split_optimizer}
 """The migration from each format to the next."""

@@ -2,7 +2,15 @@
 
 from diffusion_cli.training.device import Device
 from diffusion_cli.training.logs import CSV, TensorBoard
-from diffusion_cli.training.optimizers import Adam, AdamW
+from diffusion_cli.training.lr_schedules import (
+    ConstantRate,
+    CosineDecay,
+    InverseSqrtDecay,
+    LinearDecay,
+    LRSchedule,
+    WarmUpStableDecay,
+)
+from diffusion_cli.training.optimizers import Adam, AdamW, Lion, Muon
 from diffusion_cli.training.trackers import MLflow, Trackio, WandB
 from diffusion_cli.training.user_callbacks import EarlyStopping, LearningRateMonitor
 
@@ -10,11 +18,19 @@ __all__ = [
     "CSV",
     "Adam",
     "AdamW",
+    "ConstantRate",
+    "CosineDecay",
     "Device",
     "EarlyStopping",
+    "InverseSqrtDecay",
+    "LRSchedule",
     "LearningRateMonitor",
+    "LinearDecay",
+    "Lion",
     "MLflow",
+    "Muon",
     "TensorBoard",
     "Trackio",
     "WandB",
+    "WarmUpStableDecay",
 ]

@@ -21,7 +21,7 @@ from diffusion_cli.training.autoencoder_loss import Autoencoding, Reconstruction
 from diffusion_cli.training.callbacks import GracefulStop, PreviewCallback
 from diffusion_cli.training.ema import EMA
 from diffusion_cli.training.module import MicroBatch, TermMeter, Trainable, TrainingModule
-from diffusion_cli.training.optimizers import OptimizerConfig
+from diffusion_cli.training.optimizers import Optimization
 
 ROW = 8  # images in a row of a preview
 
@@ -33,11 +33,11 @@ class AutoencodingModule(TrainingModule[Autoencoding, TermMeter]):
         self,
         model: Autoencoding,
         objective: ReconstructionLoss,
-        optimizer: OptimizerConfig,
+        optimization: Optimization,
         seed: int,
         info: CheckpointInfo,
     ) -> None:
-        super().__init__(model, TermMeter(), optimizer, seed, info)
+        super().__init__(model, TermMeter(), optimization, seed, info)
         self.objective = objective
 
     def loss(self, batch: Batch, share: MicroBatch) -> Tensor:

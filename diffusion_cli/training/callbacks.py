@@ -101,7 +101,7 @@ def stop_if_diverged(module: TrainingModule, last: Path, step: int | None = None
         step = bad_loss
     if step is not None:
         what = "loss" if bad_loss is not None else "weights"
-        rate = module.optimizer_config.factor(step) * module.optimizer_config.lr
+        rate = module.trainer.optimizers[0].param_groups[0]["lr"]
         kept, place = "there is no checkpoint yet", ""
         if last.is_file():
             kept, place = f"the last good checkpoint is {last}", " with another name="
@@ -109,7 +109,7 @@ def stop_if_diverged(module: TrainingModule, last: Path, step: int | None = None
             what,
             NO_VALUE,
             f"not a finite number at step {step}, learning rate {rate:.3g}; {kept}",
-            f"try a smaller optimizer.lr, a longer optimizer.warm_up_steps or precision=fp32{place}",
+            f"try a smaller optimizer.lr, a longer lr_schedule.warm_up_steps or precision=fp32{place}",
         )
 
 

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from diffusion_cli.config.recipe import learning_rate, network_width
+from diffusion_cli.config.recipe import usual_rate
 from diffusion_cli.config.values import Node
 
 PATIENCE = 200
@@ -61,7 +61,7 @@ class LossCheck:
         return None
 
     def _remedy(self) -> str:
-        rate = self.config["optimizer"]["lr"]
-        recipe = learning_rate(network_width(self.config["model"]), self.config["batch_size"])
+        recipe = usual_rate(self.config)
+        rate = self.config["optimizer"].get("lr", recipe)
         better = rate / 10 if recipe / 10 < rate < 1.5 * recipe else recipe
         return f"stop (Ctrl-C) and train again with optimizer.lr={better:.2g} name=NEW"

@@ -10,12 +10,14 @@ from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 
 from diffusion_cli.data import Batch
 from diffusion_cli.diffusion.denoiser import Denoiser, NoiseConditioned, NoisyClassifier
 from diffusion_cli.diffusion.latents import Space
 from diffusion_cli.diffusion.objectives import Objective, drop_labels
 from diffusion_cli.diffusion.time_sampling import Times, Uniform
+from diffusion_cli.errors import NO_VALUE, UsageError, first_line
 from diffusion_cli.networks import BLOCKS
 from diffusion_cli.runs.schema import CheckpointInfo
 from diffusion_cli.system.compat import set_batch_progress
@@ -23,7 +25,7 @@ from diffusion_cli.system.distributed import Distributed
 from diffusion_cli.system.seeding import mix
 from diffusion_cli.training.autoencoder_loss import Autoencoding
 from diffusion_cli.training.loss_check import ZeroNetwork
-from diffusion_cli.training.optimizers import OptimizerConfig
+from diffusion_cli.training.optimizers import Optimization
 
 QUARTILES = 4
 ZERO_SAMPLES = 256
@@ -132,12 +134,12 @@ class TrainingModule(LightningModule, ABC, Generic[ModelT, MeterT]):
     """A model in training; `info` is stored in its checkpoints."""
 
     def __init__(
-        self, model: ModelT, meter: MeterT, optimizer: OptimizerConfig, seed: int, info: CheckpointInfo
+        self, model: ModelT, meter: MeterT, optimization: Optimization, seed: int, info: CheckpointInfo
     ) -> None:
         super().__init__()
         self.model = model
         self.meter = meter
-        self.optimizer_config = optimizer
+        self.optimization = optimization
         self.seed = seed
         self.info = info
 
@@ -172,8 +174,7 @@ class TrainingModule(LightningModule, ABC, Generic[ModelT, MeterT]):
         """Return the optimizer and its scheduler, which steps every optimizer step."""
         # A fused optimizer would unscale fp16 gradients only after clipping.
         scaled = self.trainer.precision_plugin.precision == "16-mixed"
-        optimizer = self.optimizer_config.optimizer(self.parameters(), fused=not scaled)
-        scheduler = self.optimizer_config.scheduler(optimizer)
+        optimizer, scheduler = self.optimization.make(self, fused=not scaled)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def configure_gradient_clipping(
@@ -183,9 +184,16 @@ class TrainingModule(LightningModule, ABC, Generic[ModelT, MeterT]):
         gradient_clip_algorithm: str | None = None,
     ) -> None:
         """Clip to the configured norm; Lightning's version rejects fused optimizers."""
-        if self.optimizer_config.clip_norm is not None:
+        if self.optimization.clip_norm is not None:
             for part in self.clipped():
-                nn.utils.clip_grad_norm_(part.parameters(), self.optimizer_config.clip_norm)
+                nn.utils.clip_grad_norm_(part.parameters(), self.optimization.clip_norm)
+
+    def lr_scheduler_step(self, scheduler: LRScheduler, metric: Any) -> None:
+        """Move the learning rate to the next step; UsageError at the end of a schedule of torch."""
+        try:
+            scheduler.step()
+        except ValueError as error:  # as OneCycleLR after its last step
+            raise UsageError("lr_schedule", NO_VALUE, first_line(error), "use a longer schedule") from error
 
     def clipped(self) -> list[nn.Module]:
         """Return the modules that have their gradients clipped separately."""
@@ -205,8 +213,13 @@ class TrainingModule(LightningModule, ABC, Generic[ModelT, MeterT]):
         set_batch_progress(checkpoint, checkpoint["global_step"] * self.trainer.accumulate_grad_batches)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add the information that rebuilds the model."""
+        """Add the information that rebuilds the model; dictionaries of schedulers become plain."""
         checkpoint["diffuse"] = self.info.model_dump()
+        # MultiStepLR has a Counter, which `weights_only` does not read.
+        checkpoint["lr_schedulers"] = [
+            {name: dict(value) if isinstance(value, dict) else value for name, value in state.items()}
+            for state in checkpoint["lr_schedulers"]
+        ]
 
 
 class DenoisingModule(TrainingModule[NoiseConditioned, LevelMeter]):
@@ -218,12 +231,12 @@ class DenoisingModule(TrainingModule[NoiseConditioned, LevelMeter]):
         objective: Objective[Any],
         times: Times,
         space: Space,
-        optimizer: OptimizerConfig,
+        optimization: Optimization,
         *,
         seed: int,
         info: CheckpointInfo,
     ) -> None:
-        super().__init__(model, LevelMeter(), optimizer, seed, info)
+        super().__init__(model, LevelMeter(), optimization, seed, info)
         self.objective = objective
         self.times = times
         self.space = space

@@ -6,6 +6,7 @@ versions of torch and Lightning store other options: `mend_state` drops unknown 
 """
 
 import copy
+import math
 import sys
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
@@ -14,17 +15,30 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from torch import Tensor, nn
+from torch import Tensor
 
 from diffusion_cli.errors import NO_VALUE, UsageError
 from diffusion_cli.system.untrusted import DEEPEST, plain
 from diffusion_cli.training.module import TrainingModule
-from diffusion_cli.training.optimizers import OptimizerConfig
 
 LARGEST = sys.float_info.max
 SMALLEST_SCALE = 2.0**-149
 """The smallest positive float32, the type of the fp16 gradient scale."""
 MOST_STEPS = 2**53
+AVERAGES_OF_SQUARES = frozenset(
+    [
+        "exp_avg_sq",
+        "max_exp_avg_sq",
+        "square_avg",
+        "acc_delta",
+        "sum",
+        "exp_inf",
+        "row_var",
+        "col_var",
+        "variance",
+    ]
+)
+"""State of optimizers of torch that cannot be negative."""
 LONGEST_TEXT = 1000
 MOST_NAMES = 3
 
@@ -162,32 +176,64 @@ def expected_state(
 
 
 def _optimizer_state(module: TrainingModule, step: int) -> tuple[dict[str, Any], Options]:
-    """Return templates of the states of the optimizer and its scheduler, from a step on meta tensors."""
-    config: OptimizerConfig = module.optimizer_config
-    parameters = [nn.Parameter(torch.empty_like(weight, device="meta")) for weight in module.parameters()]
-    optimizer = config.optimizer(parameters, fused=False)
-    scheduler = config.scheduler(optimizer)
-    for parameter in parameters:
-        parameter.grad = torch.zeros_like(parameter)
-    optimizer.step()
-    state = optimizer.state_dict()
-    ranges = {"step": (0, step), "exp_avg_sq": (0, LARGEST)}
+    """Return templates of the states of the optimizer and its scheduler, from a step on copies of the weights."""
+    optimizer, scheduler = module.optimization.trial(module)
+    state, peaks = (
+        optimizer.state_dict(),
+        [group.get("initial_lr", math.inf) for group in optimizer.param_groups],
+    )
     entries = {
-        number: Maybe({name: Like(tensor, *ranges.get(name, ())) for name, tensor in tensors.items()})
-        for number, tensors in state["state"].items()
+        number: Maybe({name: _of_optimizer(name, value, step) for name, value in values.items()})
+        for number, values in state["state"].items()
     }
-    rate = Number(0, config.lr)
+    changes = not module.optimization.is_plain
     groups = [
-        Options(
-            {**group, "lr": rate, "fused": OfType(bool)},
-            {name: value for name, value in group.items() if name not in ("params", "lr")},
-        )
-        for group in state["param_groups"]
+        _group_options(group, Number() if changes else Number(0, peak), changes)
+        for group, peak in zip(state["param_groups"], peaks, strict=True)
     ]
     moved = scheduler.state_dict()
+    if not module.optimization.has_own_schedule:
+        return {"state": entries, "param_groups": groups}, Options(_any_numbers(moved), moved)
     flags = {name: value for name, value in moved.items() if isinstance(value, bool)}
-    exact = {"base_lrs": scheduler.base_lrs, "_last_lr": [rate], "lr_lambdas": [Maybe({})]}
+    rates = [group.entries["lr"] for group in groups]
+    exact = {"base_lrs": scheduler.base_lrs, "_last_lr": rates, "lr_lambdas": [Maybe({})] * len(rates)}
     return {"state": entries, "param_groups": groups}, Options(_alike(moved, step + 1) | exact, flags)
+
+
+def _of_optimizer(name: str, value: Any, step: int) -> Any:
+    """Return the template of an entry of the state of a weight."""
+    if isinstance(value, Tensor):
+        low, high = (0, step) if name == "step" else (0 if name in AVERAGES_OF_SQUARES else -LARGEST, LARGEST)
+        return Like(value.to("meta") if value.dim() else value, low, high)
+    return _any_numbers(value)
+
+
+def _group_options(group: Mapping[str, Any], rate: Number, changes: bool) -> Options:
+    """Return the template of the options of a group of weights.
+
+    Args:
+        group: the options after one step.
+        rate: template of the learning rate.
+        changes: whether a scheduler or an optimizer of others may change any number.
+    """
+    entries = {
+        name: _any_numbers(value) if changes and name != "params" else value for name, value in group.items()
+    }
+    entries |= {"lr": rate} | ({"fused": Maybe(OfType(bool))} if "fused" in group else {})
+    return Options(entries, {name: value for name, value in group.items() if name not in ("params", "lr")})
+
+
+def _any_numbers(value: Any) -> Any:
+    """Return the template of plain data of the same structure, with any finite numbers."""
+    if isinstance(value, Mapping):
+        return {key: _any_numbers(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_any_numbers(item) for item in value]
+    if isinstance(value, Tensor):
+        return Like(value)
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        return Number(whole=isinstance(value, int))
+    return OfType(type(value)) if isinstance(value, bool | str) else value
 
 
 def _scaler_state(state: Mapping[str, Any]) -> dict[str, Any]:

@@ -12,13 +12,14 @@ from diffusion_cli.runs.load import LoadedDenoiser
 from diffusion_cli.runs.schema import CheckpointInfo, StoredConfig
 from diffusion_cli.system.seeding import mix
 from diffusion_cli.training.ema import EMA
+from diffusion_cli.training.optimizers import Optimization
 
 PARAMETERS = {"ddpm": 35_746_307, "small": 1_539_329}
 """Settings of each network that is compared with a peer, for 3 channels and for 1."""
 
 OF_DIFFUSERS = [
     "schedule=linear", "optimizer.lr=1e-4", "optimizer.betas=[0.95,0.999]", "optimizer.weight_decay=1e-6",
-    "optimizer.warm_up_steps=500", "max_steps=100000", "ema.decay=0.9999",
+    "lr_schedule.warm_up_steps=500", "max_steps=100000", "ema.decay=0.9999",
 ]  # fmt: skip
 """Settings of diffusers' training script for unconditional models."""
 
@@ -76,10 +77,9 @@ class Training:
         self.network = self.denoiser.network
         self.times, self.objective = build(checked.time_sampling), build(checked.objective)
         self.ema = EMA(self.network, checked.ema.decay, checked.ema.warm_up)
-        settings = build(checked.optimizer)
-        self.clip_norm = settings.clip_norm
-        self.optimizer = settings.optimizer(self.network.parameters(), fused=True)
-        self.scheduler = settings.scheduler(self.optimizer)
+        self.clip_norm = checked.clip_norm
+        made = Optimization(checked.optimizer, checked.lr_schedule, checked.clip_norm)
+        self.optimizer, self.scheduler = made.make(self.network, fused=True)
         if device.type == "cuda":
             self.network.compile()
 

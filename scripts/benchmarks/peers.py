@@ -67,12 +67,13 @@ class Diffusers:
         self.noising = imported("diffusers").DDPMScheduler(num_train_timesteps=1000)
         average = imported("diffusers.training_utils").EMAModel
         self.ema = average(self.network.parameters(), decay=0.9999, use_ema_warmup=True)
-        settings = configured(OF_DIFFUSERS).optimizer
+        checked = configured(OF_DIFFUSERS)
+        settings, schedule = checked.optimizer, checked.lr_schedule
         self.optimizer = torch.optim.AdamW(
             self.network.parameters(), settings["lr"], settings["betas"], settings["eps"], settings["weight_decay"]
         )  # fmt: skip
         cosine = imported("diffusers.optimization").get_cosine_schedule_with_warmup
-        self.scheduler = cosine(self.optimizer, settings["warm_up_steps"], settings["decay_steps"])
+        self.scheduler = cosine(self.optimizer, schedule["warm_up_steps"], schedule["decay_steps"])
 
     def step(self, x0: Tensor) -> None:
         """Train on images [B, C, H, W] on the device."""

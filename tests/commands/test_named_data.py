@@ -140,7 +140,7 @@ def test_what_one_trains_on_needs_no_word_later(tmp_path, stranger, photos, caps
     words = [f"output_dir={tmp_path}", "model=unet_tiny", "model.channels=4", "model.channel_mult=[1]",
              "model.num_res_blocks=1", "model.norm_groups=2", "model.num_heads=1", "model.head_channels=null",
              "model.attention_resolutions=[]", "batch_size=4", "max_steps=1", "trainer=cpu", "logger=csv",
-             "optimizer.decay_steps=null"]  # fmt: skip
+             "lr_schedule=constant"]  # fmt: skip
     data = ["dataset=folder", f"dataset.path={photos}", "dataset.resolution=8", "dataset.channels=1"]
     assert run(["train", "name=mine", *data, *words]) == 0
     edit = [

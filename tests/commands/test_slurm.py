@@ -36,7 +36,7 @@ pytestmark = [
 ]
 TINY = [
     "model.channels=8", "model.norm_groups=4", "model.num_heads=1", "model.head_channels=null", "batch_size=16",
-    "optimizer.decay_steps=null", "optimizer.lr=0.001", "optimizer.warm_up_steps=3", "precision=fp32", "trainer=cpu",
+    "lr_schedule=constant", "optimizer.lr=0.001", "lr_schedule.warm_up_steps=3", "precision=fp32", "trainer=cpu",
     "logger=csv", "log_every=10", "checkpoint_every=10", "preview_every=1000", "validate_every=1000",
 ]  # fmt: skip
 LONG = "max_steps=250"  # enough to be met in the middle

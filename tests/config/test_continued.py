@@ -58,13 +58,13 @@ def test_budgets_and_intervals_may_be_given_beside_it(folder):
     assert (config.max_steps, config.max_time, config.preview_every) == (90, "1h", 5)
     assert (config.trainer["accelerator"], config.trainer["devices"]) == ("cpu", 2)
     assert list(config.logger) == ["csv"]
-    assert config.optimizer["decay_steps"] == 90  # it was the whole budget
-    assert continued(f"run={folder}", "max_epochs=3").optimizer["decay_steps"] == 50
+    assert config.lr_schedule["decay_steps"] == 90  # it was the whole budget
+    assert continued(f"run={folder}", "max_epochs=3").lr_schedule["decay_steps"] == 50
 
 
 def test_a_constant_rate_stays_constant(tmp_path):
-    folder = written(tmp_path / "demo", ["optimizer.decay_steps=null", "max_steps=5"])
-    assert continued(f"run={folder}", "max_steps=9").optimizer["decay_steps"] is None
+    folder = written(tmp_path / "demo", ["lr_schedule=constant", "max_steps=5"])
+    assert continued(f"run={folder}", "max_steps=9").lr_schedule["_target_"].endswith("ConstantRate")
 
 
 @pytest.mark.parametrize(
@@ -81,7 +81,7 @@ def test_what_would_make_it_another_run_is_refused(folder, word):
 
 def test_the_keys_that_may_change_are_those_of_a_whole_command():
     assert all(
-        map(may_change, ["max_steps", "trainer.devices", "eval_every", "optimizer.decay_steps", "logger"])
+        map(may_change, ["max_steps", "trainer.devices", "eval_every", "lr_schedule.decay_steps", "logger"])
     )
     assert not any(
         map(may_change, ["optimizer", "optimizer.lr", "dataset.path", "ema.decay", "name", "nonsense"])

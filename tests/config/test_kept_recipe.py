@@ -32,30 +32,30 @@ def store(config: TrainConfig, run: Path, checkpoint: bool = True, recorded: boo
 
 def test_what_follows_from_the_budget_follows_from_a_larger_one(tmp_path):
     before, words = begin(tmp_path, "max_steps=24")
-    assert (before.optimizer["warm_up_steps"], before.ema.decay) == (1, 0.9)
+    assert (before.lr_schedule["warm_up_steps"], before.ema.decay) == (1, 0.9)
     after = train_config(*words, "max_steps=2400")
     assert after.name == before.name
-    assert (after.optimizer["warm_up_steps"], after.ema.decay, after.optimizer["lr"]) == (100, 0.998, 0.003)
-    assert after.optimizer["decay_steps"] == 2400
+    assert (after.lr_schedule["warm_up_steps"], after.ema.decay, after.optimizer["lr"]) == (100, 0.998, 0.003)
+    assert after.lr_schedule["decay_steps"] == 2400
     again = with_values(before.model_dump(), {"max_steps": 2400})  # as `diffuse train run=` does
     assert again == after.model_dump()
 
 
 def test_what_equals_a_derived_value_by_chance_stays(tmp_path):
-    stated = ["ema.decay=0.998", "optimizer.warm_up_steps=100"]  # as derived from 2,400 steps
+    stated = ["ema.decay=0.998", "lr_schedule.warm_up_steps=100"]  # as derived from 2,400 steps
     before, words = begin(tmp_path, *stated)
     after = with_values(before.model_dump(), {"max_steps": 24_000})
-    assert (after["optimizer"]["warm_up_steps"], after["ema"]["decay"]) == (100, 0.998)
+    assert (after["lr_schedule"]["warm_up_steps"], after["ema"]["decay"]) == (100, 0.998)
     assert after == train_config(*words, "max_steps=24000").model_dump()
     preset = train_config("experiment=ddpm_cifar10").model_dump()
     epochs = with_values(preset, {"max_steps": None, "max_epochs": 3000})
-    assert (epochs["optimizer"]["warm_up_steps"], epochs["ema"]["decay"]) == (5000, 0.9999)
+    assert (epochs["lr_schedule"]["warm_up_steps"], epochs["ema"]["decay"]) == (5000, 0.9999)
 
 
 @pytest.mark.parametrize(("optimizer", "falls"), [("adam", None), ("adamw", 300)])
 def test_a_budget_in_steps_after_one_in_epochs_keeps_the_kind_of_schedule(optimizer, falls):
     before = train_config(f"optimizer={optimizer}", "max_steps=null", "max_epochs=50").model_dump()
-    assert with_values(before, {"max_steps": 300})["optimizer"]["decay_steps"] == falls
+    assert with_values(before, {"max_steps": 300})["lr_schedule"].get("decay_steps") == falls
 
 
 def test_a_begun_run_keeps_its_budget_on_another_machine(tmp_path, monkeypatch):
@@ -87,9 +87,9 @@ def test_the_same_command_is_the_same_run_on_every_machine(tmp_path, monkeypatch
 
 
 def test_what_the_user_set_stays_with_a_larger_budget(tmp_path):
-    _, words = begin(tmp_path, "max_steps=24", "ema.decay=0.5", "optimizer.warm_up_steps=7", "name=mine")
+    _, words = begin(tmp_path, "max_steps=24", "ema.decay=0.5", "lr_schedule.warm_up_steps=7", "name=mine")
     after = train_config(*words[3:], "max_steps=2400")  # not repeated
-    assert (after.optimizer["warm_up_steps"], after.ema.decay) == (7, 0.5)
+    assert (after.lr_schedule["warm_up_steps"], after.ema.decay) == (7, 0.5)
 
 
 def test_a_folder_without_a_checkpoint_hands_on_no_recipe(tmp_path):
@@ -112,7 +112,12 @@ def test_a_run_keeps_its_network_on_another_machine_and_with_more_images(tmp_pat
 def test_a_run_of_an_earlier_version_keeps_what_it_has(tmp_path, on_cpu):
     """Before `auto`, a folder's network was unet_small at 64x64 with a learning rate of 0.003 and 100,000 steps."""
     folder = photos(tmp_path / "p", (90, 90))
-    then = ["dataset.resolution=64", "max_steps=100000", "optimizer.lr=0.003", "optimizer.warm_up_steps=100"]
+    then = [
+        "dataset.resolution=64",
+        "max_steps=100000",
+        "optimizer.lr=0.003",
+        "lr_schedule.warm_up_steps=100",
+    ]
     words = ["dataset=folder", f"dataset.path={folder}"]
     before = train_config(*words, "model=unet_small", *then, "ema.decay=0.9999")
     short = train_config(*words).name
@@ -121,17 +126,17 @@ def test_a_run_of_an_earlier_version_keeps_what_it_has(tmp_path, on_cpu):
     for said in ([], stated[:1], stated[1:3], stated):
         after = train_config(*words, *said, f"output_dir={tmp_path / 'runs'}")
         assert after.name == short
-        for key in ("model", "dataset", "optimizer", "ema", "max_steps"):
-            if key not in ("optimizer", "max_steps") or said != stated:
+        for key in ("model", "dataset", "optimizer", "lr_schedule", "ema", "max_steps"):
+            if key not in ("optimizer", "lr_schedule", "max_steps") or said != stated:
                 assert getattr(after, key) == getattr(before, key), key
     assert train_config(*words, "optimizer.lr=0.001", f"output_dir={tmp_path / 'runs'}").name != short
 
 
 @pytest.mark.parametrize(
-    "said", [["ema.decay=0.998"], ["optimizer.warm_up_steps=100"], ["optimizer.lr=0.001"]]
+    "said", [["ema.decay=0.998"], ["lr_schedule.warm_up_steps=100"], ["optimizer.lr=0.001"]]
 )
 def test_a_run_of_an_earlier_version_is_found_by_any_of_its_values(tmp_path, said):
-    then = ["optimizer.lr=0.001", "ema.decay=0.998", "optimizer.warm_up_steps=100"]
+    then = ["optimizer.lr=0.001", "ema.decay=0.998", "lr_schedule.warm_up_steps=100"]
     store(train_config(*then), tmp_path / "digits-cosine-lr_0.001", recorded=False)
     words = [*dict.fromkeys(["optimizer.lr=0.001", *said]), f"output_dir={tmp_path}"]
     assert train_config(*words).name == "digits-cosine-lr_0.001"

@@ -100,7 +100,7 @@ def test_own_photos_choose_size_network_and_budget(size, gpu, expected, channels
     assert config.dataset["resolution"] == expected
     assert config.model["channels"] == channels
     assert config.model["patch_size"] == (2 if expected == 32 and not gpu else 1)
-    assert config.max_steps == config.optimizer["decay_steps"] == 5000
+    assert config.max_steps == config.lr_schedule["decay_steps"] == 5000
     assert config.optimizer["lr"] == learning_rate(network_width(config.model), 64)
 
 

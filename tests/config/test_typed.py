@@ -90,12 +90,12 @@ def test_lists_of_text_are_read_as_they_are_typed():
 def test_counts_are_read_in_scientific_notation(text, count):
     assert read("train", f"max_steps={text}") == count
     assert read("train", f"stage_steps=[{text}]") == [count]
-    assert read("train", f"optimizer.warm_up_steps={text}") == count
+    assert read("train", f"lr_schedule.warm_up_steps={text}") == count
     assert read("sample", f"step={text}") == count
 
 
 def test_a_count_in_scientific_notation_arrives_where_others_follow_from_it():
-    assert value_of("train", ["max_steps=1e5"], "optimizer", "decay_steps") == 100_000
+    assert value_of("train", ["max_steps=1e5"], "lr_schedule", "decay_steps") == 100_000
 
 
 @pytest.mark.parametrize("text", ["1.5", "1e-3", "1e400", "1e"])

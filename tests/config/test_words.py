@@ -23,7 +23,7 @@ MISTAKES = {
     "train -m schedule cosine": "schedule cosine: no = between key and value; write schedule=cosine",
     "train --batch-size 8": "--batch-size 8: unknown flag; write batch_size=8",
     "train --version": "--version: unknown flag; choose from --help, --cfg, --config-dir, --multirun, -h, -m",
-    "train cosine": "cosine: not key=value; write schedule=cosine",
+    "train cosine": "cosine: not key=value; write schedule=cosine or lr_schedule=cosine",
     "train seed": "seed: no value; write seed=<value>",
     "train task": "task: no value; write task=<option>, one of autoencoder, classifier, diffusion",
     "train x": "x: not key=value; see diffuse train --help",

@@ -224,7 +224,7 @@ def test_a_run_goes_on_with_the_files_that_it_was_begun_on(tmp_path, capsys):
         "train", "name=a", f"output_dir={tmp_path}/o", "dataset=folder", f"dataset.path={tmp_path}/data", "logger=csv",
         "dataset.resolution=8", "dataset.channels=1", "dataset.val_fraction=0", "model=unet_tiny", "model.channels=8",
         "model.norm_groups=4", "model.num_heads=1", "model.head_channels=null", "batch_size=2", "preview_every=1000",
-        "optimizer.decay_steps=null", "trainer=cpu",
+        "lr_schedule=constant", "trainer=cpu",
     ]  # fmt: skip
     assert run([*words, "max_steps=1"]) == 0
     last = tmp_path / "o/a/checkpoints/last.ckpt"

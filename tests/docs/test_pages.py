@@ -190,6 +190,11 @@ def check(page: Path, block: Block) -> None:
             check_doctest(block.text, page, block.line)
         case "yaml":
             yaml.safe_load(block.text)
+            if named := re.match(
+                r"# (\w+/\w+/\w+\.yaml)\n", block.text
+            ):  # an option file for the commands below
+                Path(named[1]).parent.mkdir(parents=True, exist_ok=True)
+                Path(named[1]).write_text(block.text)
         case "text":
             assert not re.search(r"^\$? ?diffuse \w+( |$)", block.text, re.MULTILINE), (
                 "a command is a bash block"

@@ -31,7 +31,7 @@ def small(**changes) -> AutoencoderKL:
 
 RUN = [
     "train", "task=autoencoder", "dataset=digits", "name=tiny", "model.channels=8", "model.channel_mult=[1,2]",
-    "model.norm_groups=4", "batch_size=16", "optimizer.decay_steps=null", "optimizer.warm_up_steps=3",
+    "model.norm_groups=4", "batch_size=16", "lr_schedule=constant", "lr_schedule.warm_up_steps=3",
     "precision=fp32", "trainer=cpu", "logger=csv", "log_every=2", "checkpoint_every=50", "preview_every=50",
     "validate_every=50",
 ]  # fmt: skip

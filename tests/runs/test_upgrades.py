@@ -26,7 +26,7 @@ STORED = Path(__file__).parents[1] / "stored_runs"
 FAST = ["steps=3", "precision=fp32", "device=cpu"]
 BEGUN = [
     "trainer=cpu", "precision=fp32", "batch_size=8", "log_every=3", "validate_every=100", "preview_every=100",
-    "checkpoint_every=100", "keep_last=1", "optimizer.warm_up_steps=2", "optimizer.decay_steps=null",
+    "checkpoint_every=100", "keep_last=1", "lr_schedule.warm_up_steps=2", "lr_schedule=constant",
     "ema.decay=0.9", "logger=csv",
 ]  # fmt: skip
 UNET = [
@@ -147,9 +147,13 @@ def test_a_run_named_by_its_configuration_keeps_the_defaults_of_then(stored, cap
     assert run(["train", *([f"run={folder}"] if by_name else words), "max_steps=48"]) == 0
     assert "Continuing outputs/digits-cosine-" in capsys.readouterr().err.replace(f"{stored}/", "")
     config = yaml.safe_load((folder / "config.yaml").read_text())
-    optimizer = config["optimizer"]
-    assert (optimizer["lr"], optimizer["warm_up_steps"], config["ema"]["decay"]) == (0.003, 100, 0.998)
-    assert optimizer["decay_steps"] == 48
+    schedule = config["lr_schedule"]
+    assert (config["optimizer"]["lr"], schedule["warm_up_steps"], config["ema"]["decay"]) == (
+        0.003,
+        100,
+        0.998,
+    )
+    assert schedule["decay_steps"] == 48
 
 
 def test_samples_are_continued_in_the_folder_of_then(stored):
@@ -324,3 +328,19 @@ def test_a_run_with_a_sampler_of_a_former_range_is_continued(tmp_path, one_threa
     last = read(folder / "checkpoints" / "last.ckpt")
     assert last.step == 3
     assert last.info.config.model_dump()["sampler"].items() >= now.items()
+
+
+def test_a_run_of_then_without_a_name_is_found_by_its_new_words(stored, capsys):
+    """Its name has no word of a schedule, because none of its keys was part of the name."""
+    words = [*UNET, "batch_size=8", "precision=fp32", "trainer=cpu", "logger=csv"]
+    (folder,) = (stored / "outputs").glob("digits-cosine-*")
+    for path in [folder / "config.yaml"]:
+        config = yaml.safe_load(path.read_text())
+        config["optimizer"]["decay_steps"] = None
+        path.write_text(yaml.safe_dump(config))
+    config = load("train", [*words, "lr_schedule=constant"])
+    assert isinstance(config, TrainConfig)
+    assert config.name == folder.name
+    other = load("train", [*words, "lr_schedule=linear"])
+    assert isinstance(other, TrainConfig)
+    assert other.name != folder.name

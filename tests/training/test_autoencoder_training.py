@@ -22,7 +22,7 @@ from diffusion_cli.training.autoencoder_loss import (
     gradient_distance,
 )
 from diffusion_cli.training.autoencoding import AutoencodingModule
-from diffusion_cli.training.optimizers import Adam
+from diffusion_cli.training.optimizers import Optimization
 from helpers import assert_same, checkpoint_info
 from helpers.autoencoders import PUBLISHED, RUN, small, train
 
@@ -129,8 +129,9 @@ def test_before_its_start_the_discriminator_changes_nothing_and_learns_nothing(a
 
 def test_autoencoder_and_discriminator_are_clipped_apart(adversarial):
     made, model, _, _ = adversarial
-    settings = {"lr": 1.0, "betas": [0.9, 0.999], "eps": 1e-8, "warm_up_steps": 0, "decay_steps": None}
-    module = AutoencodingModule(model, made, Adam(**settings, clip_norm=1.0), 0, checkpoint_info())
+    node = {"_target_": "diffusion_cli.training.Adam", "lr": 1.0}
+    optimization = Optimization(node, {"_target_": "diffusion_cli.training.ConstantRate"}, 1.0)
+    module = AutoencodingModule(model, made, optimization, 0, checkpoint_info())
     for part, norm in ((model.network, 0.5), (model.discriminator, 40.0)):
         weights = list(part.parameters())
         count = sum(weight.numel() for weight in weights)

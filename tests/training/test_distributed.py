@@ -24,7 +24,7 @@ pytestmark = pytest.mark.slow
 
 TINY = [
     "train", "name=tiny", "model.channels=8", "model.norm_groups=4", "model.num_heads=1", "model.head_channels=null",
-    "batch_size=16", "optimizer.decay_steps=null", "optimizer.lr=0.001", "optimizer.warm_up_steps=3", "precision=fp32",
+    "batch_size=16", "lr_schedule=constant", "optimizer.lr=0.001", "lr_schedule.warm_up_steps=3", "precision=fp32",
     "trainer=cpu", "logger=csv", "log_every=5", "checkpoint_every=5", "preview_every=1000", "validate_every=25",
 ]  # fmt: skip
 ENV = os.environ | {"OMP_NUM_THREADS": "1"}

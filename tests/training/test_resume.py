@@ -84,7 +84,7 @@ def test_the_budget_of_the_last_start_is_suggested():
 @pytest.mark.parametrize(
     ("words", "what"),
     [
-        (["optimizer.decay_steps=${max_steps}"], "the learning-rate schedule and the EMA follow"),
+        (["lr_schedule=cosine"], "the learning-rate schedule and the EMA follow"),
         ([], "the EMA follows"),
         (["ema.decay=0.9"], None),
     ],
@@ -205,7 +205,7 @@ def test_a_smaller_time_budget_names_the_time_that_was_spent(tmp_path, monkeypat
 
 def test_a_larger_budget_goes_on_with_the_run_as_it_says(tmp_path):
     """Though the default learning rate falls over the budget."""
-    words = ["optimizer.decay_steps=${max_steps}"]
+    words = ["lr_schedule=cosine"]
     assert train(tmp_path, "max_steps=3", *words) == 0
     assert train(tmp_path, "max_steps=6", *words) == 0
     assert state(tmp_path)["global_step"] == 6

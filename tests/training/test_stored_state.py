@@ -26,7 +26,7 @@ from diffusion_cli.training.stored_state import (
 TINY = [
     "train", "name=tiny", "model.channels=4", "model.channel_mult=[1]", "model.num_res_blocks=1",
     "model.norm_groups=2", "model.num_heads=1", "model.head_channels=null", "model.attention_resolutions=[]",
-    "batch_size=8", "optimizer.decay_steps=null", "trainer=cpu", "logger=csv", "time_sampling=loss_second_moment",
+    "batch_size=8", "lr_schedule=constant", "trainer=cpu", "logger=csv", "time_sampling=loss_second_moment",
     "time_sampling.bins=4", "time_sampling.memory=3", "preview_every=1000", "validate_every=2",
 ]  # fmt: skip
 Change = Callable[[dict[str, Any]], Any]

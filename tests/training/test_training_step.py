@@ -26,7 +26,7 @@ from diffusion_cli.training import evaluation
 from diffusion_cli.training.callbacks import GracefulStop, Preview, ValidationAccuracy, ValidationLoss
 from diffusion_cli.training.ema import EMA
 from diffusion_cli.training.module import DenoisingModule, LevelMeter
-from diffusion_cli.training.optimizers import Adam, AdamW
+from diffusion_cli.training.optimizers import Optimization
 from helpers import checkpoint_info, state, train
 
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.slow]
@@ -77,16 +77,22 @@ class Weighing(Times):
         self.observed.append((bins, loss))
 
 
-def optimizer(**changes) -> Adam:
-    plain = {"lr": 1.0, "betas": [0.9, 0.999], "eps": 1e-8, "warm_up_steps": 0, "decay_steps": None}
-    return Adam(**{**plain, "clip_norm": None, **changes})
+def optimization(clip_norm: float | None = None) -> Optimization:
+    node = {"_target_": "diffusion_cli.training.Adam", "lr": 1.0}
+    return Optimization(node, {"_target_": "diffusion_cli.training.ConstantRate"}, clip_norm)
 
 
 def step_of(objective: Objective, times: Times, seed: int = 0, **place: int) -> DenoisingModule:
     """A module in the place of a process, as Lightning would have it; its images are 1 x 2 x 2."""
     denoiser = Denoiser(Constant(0.0), Rectified(), X0())
     module = DenoisingModule(
-        denoiser, objective, times, Pixels((1, 2, 2)), optimizer(), seed=seed, info=checkpoint_info((1, 2, 2))
+        denoiser,
+        objective,
+        times,
+        Pixels((1, 2, 2)),
+        optimization(),
+        seed=seed,
+        info=checkpoint_info((1, 2, 2)),
     )
     alone = {"accumulate_grad_batches": 1, "world_size": 1, "global_rank": 0, "global_step": 0}
     module.trainer = SimpleNamespace(**{**alone, **place})  # pyright: ignore[reportAttributeAccessIssue]
@@ -161,7 +167,7 @@ def test_gradients_are_scaled_down_to_the_norm():
     module = step_of(Recorded(), Uniform())
     module.model.network.bias = nn.Parameter(torch.zeros(()))
     for clip_norm, expected in ((1.0, (0.6, 0.8)), (10.0, (3.0, 4.0)), (None, (3.0, 4.0))):
-        module.optimizer_config = optimizer(clip_norm=clip_norm)
+        module.optimization = optimization(clip_norm)
         for weight, gradient in zip(module.model.parameters(), (3.0, 4.0), strict=True):
             weight.grad = torch.tensor(gradient)
         module.configure_gradient_clipping(torch.optim.SGD(module.parameters(), 1.0))
@@ -174,7 +180,7 @@ def test_a_run_clips_and_warms_up(tmp_path):
     weights = {}
     for clip_norm in ("null", "1e-12"):
         folder = tmp_path / clip_norm
-        assert train(folder, "max_steps=3", "log_every=1", f"optimizer.clip_norm={clip_norm}") == 0
+        assert train(folder, "max_steps=3", "log_every=1", f"clip_norm={clip_norm}") == 0
         weights[clip_norm] = state(folder)
     rates = [float(row["lr"]) for row in csv.DictReader((tmp_path / "null" / "tiny" / "metrics.csv").open())]
     assert rates == pytest.approx([0.001 * share for share in (2 / 3, 1, 1)])  # of the steps that come next
@@ -186,44 +192,6 @@ def test_a_run_clips_and_warms_up(tmp_path):
             for key, weight in found["state_dict"].items()
         )
     assert moved["1e-12"] < 1e-6 < 1e-4 < moved["null"]
-
-
-@pytest.mark.parametrize(
-    ("warm_up_steps", "decay_steps", "factors"),
-    [
-        (0, None, {0: 1, 1: 1, 1000: 1}),
-        (4, None, {0: 1 / 4, 1: 2 / 4, 2: 3 / 4, 3: 1, 4: 1, 99: 1}),
-        (0, 8, {0: 1, 2: (2 + 2**0.5) / 4, 4: 1 / 2, 6: (2 - 2**0.5) / 4, 8: 0, 9: 0, 99: 0}),
-        (4, 8, {0: 1 / 4, 2: 3 / 4 * (2 + 2**0.5) / 4, 4: 1 / 2, 8: 0}),
-    ],
-)
-def test_the_learning_rate_at_each_step(warm_up_steps, decay_steps, factors):
-    config = optimizer(lr=2.0, warm_up_steps=warm_up_steps, decay_steps=decay_steps)
-    assert {step: config.factor(step) for step in factors} == pytest.approx(factors, abs=1e-15)
-    steps = config.optimizer([nn.Parameter(torch.zeros(1))], fused=False)
-    scheduler = config.scheduler(steps)
-    for step in range(max(factors) + 1):
-        if step in factors:
-            assert steps.param_groups[0]["lr"] == pytest.approx(2 * factors[step], abs=1e-15)
-        steps.step()
-        scheduler.step()
-
-
-def test_adam_and_adamw_make_their_first_step():
-    """Of size lr along the sign of the gradient; with decoupled decay the weight shrinks by lr * decay before."""
-    settings = {
-        "lr": 0.1,
-        "betas": [0.9, 0.99],
-        "eps": 1e-12,
-        "warm_up_steps": 0,
-        "decay_steps": None,
-        "clip_norm": None,
-    }
-    for config, expected in ((Adam(**settings), 1.9), (AdamW(**settings, weight_decay=0.5), 1.8)):
-        weight = nn.Parameter(torch.tensor([2.0], dtype=torch.float64))
-        weight.grad = torch.tensor([7.0], dtype=torch.float64)
-        config.optimizer([weight], fused=False).step()
-        assert weight.item() == pytest.approx(expected)
 
 
 class Guess(nn.Module):

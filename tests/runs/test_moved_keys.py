@@ -1,0 +1,60 @@
+"""Keys that moved from the optimizer after format 6: on command lines, in option files and in stored runs."""
+
+import pytest
+
+from diffusion_cli.config import TrainConfig, load
+from diffusion_cli.errors import UsageError
+from diffusion_cli.runs.migrate import migrated
+
+ADAMW = {"_target_": "diffusion_cli.training.AdamW", "lr": 0.1}
+COSINE = {"_target_": "diffusion_cli.training.CosineDecay", "warm_up_steps": 3}
+CONSTANT = {"_target_": "diffusion_cli.training.ConstantRate", "warm_up_steps": 3}
+
+
+@pytest.mark.parametrize(
+    ("steps", "derived", "schedule", "after"),
+    [
+        (9, None, {**COSINE, "decay_steps": 9}, None),
+        (None, None, CONSTANT, None),
+        (None, ["ema.decay"], CONSTANT, ["ema.decay"]),
+        (None, ["optimizer.decay_steps"], {**COSINE, "decay_steps": None}, ["lr_schedule.decay_steps"]),
+        (9, ["optimizer.warm_up_steps"], {**COSINE, "decay_steps": 9}, ["lr_schedule.warm_up_steps"]),
+    ],
+)
+def test_an_optimizer_of_format_6_is_split(steps, derived, schedule, after):
+    then = {"optimizer": ADAMW | {"warm_up_steps": 3, "decay_steps": steps, "clip_norm": None}}
+    then |= {} if derived is None else {"derived": derived}
+    now = {"optimizer": ADAMW, "lr_schedule": schedule, "clip_norm": None}
+    now |= {} if after is None else {"derived": after}
+    assert migrated({"config": then}, 6) == {"config": now}
+    assert migrated({"config": now}) == {"config": now}
+
+
+def test_moved_keys_of_a_command_line_name_the_new_ones():
+    with pytest.raises(UsageError) as error:
+        load("train", ["optimizer.warm_up_steps=5", "optimizer.decay_steps=null", "optimizer.clip_norm=2"])
+    assert error.value.lines == (
+        "optimizer.warm_up_steps=5: renamed to lr_schedule.warm_up_steps; use lr_schedule.warm_up_steps=5",
+        "optimizer.decay_steps=null: renamed to lr_schedule.decay_steps; use lr_schedule=constant",
+        "optimizer.clip_norm=2: renamed to clip_norm; use clip_norm=2",
+    )
+
+
+@pytest.mark.parametrize(
+    ("steps", "kind"), [("null", "ConstantRate"), ("${max_steps}", "CosineDecay"), ("7", "CosineDecay")]
+)
+def test_moved_keys_of_an_option_file_are_migrated(tmp_path, steps, kind):
+    (tmp_path / "optimizer").mkdir()
+    lines = ["_target_: diffusion_cli.training.Adam", "lr: auto", "betas: [0.9, 0.999]", "eps: 1.0e-8",
+             "warm_up_steps: auto", f"decay_steps: {steps}", "clip_norm: 3.0"]  # fmt: skip
+    (tmp_path / "optimizer" / "mine.yaml").write_text("\n".join(lines))
+    config = load("train", ["optimizer=mine", "max_steps=240"], [tmp_path])
+    assert isinstance(config, TrainConfig)
+    assert config.lr_schedule["_target_"] == f"diffusion_cli.training.{kind}"
+    assert (config.lr_schedule["warm_up_steps"], config.clip_norm) == (10, 3.0)
+    assert config.lr_schedule.get("decay_steps") == {"null": None, "${max_steps}": 240, "7": 7}[steps]
+    assert ("lr_schedule.decay_steps" in config.derived) == (steps == "${max_steps}")
+    with pytest.raises(
+        UsageError, match=r"optimizer\.clip_norm=3.0: renamed to clip_norm; use clip_norm=3.0"
+    ):
+        load("train", ["optimizer=mine", "clip_norm=1"], [tmp_path])

@@ -64,7 +64,9 @@ def read_series(files: Sequence[bytes]) -> Series:
             raise FormatError(f"has slices of more than {LARGEST_SERIES} bytes together")
     affine, order = _affine(planes, len(files), thickness)
     planes = [planes[place] for place in order]
-    values = np.stack([plane.pixels * plane.slope + plane.intercept for plane in planes])
+    values = np.empty((len(planes), *planes[0].pixels.shape))
+    for place, plane in enumerate(planes):  # a list of them would double the memory
+        values[place] = plane.pixels * plane.slope + plane.intercept
     if len({(plane.slope, plane.intercept) for plane in planes}) > 1:
         return Series(values, "float32", 1.0, 0.0, affine)
     dtype = np.result_type(*{plane.pixels.dtype for plane in planes}).name

@@ -17,6 +17,7 @@ from diffusion_cli.data.array import MOST_CLASSES
 from diffusion_cli.data.labels import examples, in_order
 from diffusion_cli.errors import FormatError, MachineError, UsageError, counted
 from diffusion_cli.system.files import CANNOT_WRITE
+from diffusion_cli.system.locks import locked
 from diffusion_cli.system.untrusted import LARGEST, read, reason
 
 if TYPE_CHECKING:
@@ -73,29 +74,36 @@ class Source(NamedTuple):
         settings = repr((self.path, self.name, self.revision, self.builder, split, self.max_images))
         folder = self.streams / sha256(settings.encode()).hexdigest()[:16]
         if not _finished(folder):
-            stream = self._opened(key, split, streaming=True).take(self.max_images)
-            if stream.features is None:
-                raise UsageError(
-                    "dataset.streaming",
-                    True,
-                    "this dataset has no column types",
-                    "set dataset.streaming=false",
-                )
-            for name, feature in stream.features.items():
-                if isinstance(feature, library().Image):
-                    stream = stream.cast_column(name, library().Image(decode=False))
-            with self._reported(key, split):
-                library().Dataset.from_generator(
-                    _rows,
-                    features=stream.features,
-                    gen_kwargs={"stream": stream},
-                    cache_dir=str(folder),
-                    fingerprint=folder.name,
-                )
+            with locked(folder):  # one process downloads, the others wait
+                if not _finished(folder):
+                    self._download(folder, key, split)
         with self._reported(key, split):
             return library().concatenate_datasets(
                 [library().Dataset.from_file(str(file)) for file in _finished(folder)]
             )
+
+    def _download(self, folder: Path, key: str, split: str) -> None:
+        """Store the first rows of a split, with all columns, in a folder."""
+        features = self.stream(key, split).features
+        with self._reported(key, split):
+            # The library hashes the arguments, so they are plain data: it cannot hash every stream.
+            library().Dataset.from_generator(
+                _rows,
+                features=features,
+                gen_kwargs={"source": self, "key": key, "split": split},
+                cache_dir=str(folder),
+            )
+
+    def stream(self, key: str, split: str) -> Any:
+        """Return the first rows of a split as a stream, with the bytes or paths of images."""
+        stream = self._opened(key, split, streaming=True).take(self.max_images)
+        if stream.features is None:
+            problem = "this dataset has no column types"
+            raise UsageError("dataset.streaming", True, problem, "set dataset.streaming=false")
+        for name, feature in stream.features.items():
+            if isinstance(feature, library().Image):
+                stream = stream.cast_column(name, library().Image(decode=False))
+        return stream
 
     def _opened(self, key: str, split: str, streaming: bool) -> Any:
         where = Path(self.path).expanduser()
@@ -191,6 +199,8 @@ class Source(NamedTuple):
         first: BaseException = error
         while first.__cause__ is not None:  # the library wraps errors of files
             first = first.__cause__
+        if isinstance(first, UsageError):
+            return first
         if isinstance(first, OSError) and first.errno in CANNOT_WRITE:
             return MachineError(f"{first}; free some space, or set HF_HOME to a folder on another disk")
         text = str(error)
@@ -305,8 +315,9 @@ def library() -> ModuleType:
     return datasets
 
 
-def _rows(stream: Any) -> Iterator[dict[str, Any]]:
-    """Yield the rows of a stream with the bytes of all images."""
+def _rows(source: Source, key: str, split: str) -> Iterator[dict[str, Any]]:
+    """Yield the first rows of a split with the bytes of all images."""
+    stream = source.stream(key, split)
     images = [name for name, feature in stream.features.items() if isinstance(feature, library().Image)]
     for row in stream:
         yield row | {name: {"bytes": file_content(row[name]), "path": None} for name in images}

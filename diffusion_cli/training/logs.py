@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 import sys
 import threading
 from abc import ABC, abstractmethod
@@ -147,6 +148,7 @@ class RunLogger(Logger):
             self._ended = True
             cause = error.__cause__ if isinstance(error.__cause__, OSError) else error
             what = getattr(cause, "strerror", None) or f"{type(cause).__name__}: {reason(cause)}"
+            what = re.sub(r"://[^/@\s]*@", "://***@", what)  # user and password of an address
             ending = f"training continues without it{self._remedy and f'; {self._remedy}'}"
             ProgressBar.write(printable(f"diffuse: logger={self._option}: {what}; {ending}"), file=sys.stderr)
 

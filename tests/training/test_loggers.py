@@ -70,6 +70,12 @@ def test_a_logger_that_cannot_start_is_left_out(capsys):
     )
 
 
+def test_a_password_in_the_error_of_a_logger_is_hidden(capsys):
+    log = RunLogger("mine", lambda: Recorder(1, ValueError("request to https://me:s3cret@host/api failed")))
+    log.log_metrics({"loss": 1.0}, 0)
+    assert "ValueError: request to https://***@host/api failed;" in capsys.readouterr().err
+
+
 def test_a_logger_without_images_gets_metrics_and_configuration_only(tmp_path):
     inner = Recorder()
     log = RunLogger("mine", lambda: inner)

@@ -1,6 +1,7 @@
 """`diffuse train`: train a model in a run folder."""
 
 import sys
+import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from datetime import timedelta
@@ -35,6 +36,7 @@ from diffusion_cli.system.signals import UNFINISHED
 from diffusion_cli.system.trusted_paths import remember, remember_run
 from diffusion_cli.system.untrusted import reason
 from diffusion_cli.training.callbacks import CheckpointCallback, GracefulStop, Progress
+from diffusion_cli.training.device import naming_nondeterministic
 from diffusion_cli.training.ema import EMA
 from diffusion_cli.training.logs import make_loggers, run_loggers
 from diffusion_cli.training.module import TrainingModule
@@ -42,6 +44,9 @@ from diffusion_cli.training.out_of_memory import advise_on_oom
 from diffusion_cli.training.stored_state import StoredOptions, check_state, expected_state, mend_state
 from diffusion_cli.training.trainer import make_trainer
 from diffusion_cli.training.user_callbacks import PlainStates, check_monitors, check_states, stop_reason
+
+FAST_STEPS = 4
+"""Sampling steps of the previews of fast_dev_run."""
 
 
 def run(config: TrainConfig) -> int:
@@ -60,7 +65,37 @@ def run(config: TrainConfig) -> int:
 
 def train(config: TrainConfig) -> int:
     """Train as one of several processes; rank 0 writes files and prints."""
-    folder = Path(config.output_dir, str(config.name))
+    if config.trainer["fast_dev_run"]:
+        return _try(config)
+    return _train(config, Path(config.output_dir, str(config.name)))
+
+
+def _try(config: TrainConfig) -> int:
+    """Train one step in a folder that is removed afterwards."""
+    unset = ("max_epochs", "max_time", "progressive", "stage_steps", "stage_batch", "eval_every", "keep_best")
+    previews = {
+        "preview_every": config.preview_every and 1,
+        "preview_steps": min(config.preview_steps, FAST_STEPS),
+    }
+    short = config.model_copy(
+        update={
+            **dict.fromkeys(unset),
+            **previews,
+            "max_steps": 1,
+            "log_every": 1,
+            "validate_every": 1,
+            "logger": {},
+        }
+    )
+    with tempfile.TemporaryDirectory(prefix="diffuse-") as temporary:
+        _train(short, Path(Distributed().broadcast(temporary), str(config.name)))
+        Distributed().all_gather(None)  # before the folder of rank 0 is removed
+    if Distributed().is_main:
+        print("fast_dev_run: one step of training, validation and previews worked; nothing is kept")
+    return 0
+
+
+def _train(config: TrainConfig, folder: Path) -> int:
     main, last = Distributed().is_main, folder / LAST
     stop = GracefulStop(seconds(config.max_time), seconds(config.checkpoint_period))
     with run_lock(folder) if main else nullcontext():
@@ -97,7 +132,8 @@ def _fit(
     check_monitors(users, ["loss", *(name for callback in periodic for name in callback.measures)])
     trainer = make_trainer(
         setup.device, setup.precision, folder,
-        max_steps=setup.max_steps, accumulate_grad_batches=config.accumulate_grad_batches, log_every=config.log_every,
+        done=done, max_steps=setup.max_steps, log_every=config.log_every,
+        accumulate_grad_batches=config.accumulate_grad_batches,
         validate_every=config.validate_every,
         loggers=make_loggers(config.logger, folder, done),
         # EMA first, because others use its weights; checkpoints last, because they store the state of the others.
@@ -133,6 +169,7 @@ def _fit(
             naming_compile(config.compile) if compiled else nullcontext(),
             _naming_the_saved_step(checkpoints, done),
             advise_on_oom(module, setup.device.torch_device, setup.stages, trainer),
+            naming_nondeterministic(),
         ):
             try:
                 trainer.fit(module, batches, ckpt_path=folder / LAST if done else None, weights_only=True)
@@ -143,7 +180,7 @@ def _fit(
                 raise UsageError(
                     problem, NO_VALUE, reason(error), "correct its values, or leave it out"
                 ) from error
-        if main:
+        if main and not setup.device.fast_dev_run:
             for line in train_report.last_lines(progress, stop, periodic, stop_reason(users), model, folder):
                 print(f"\n{line}")
     return UNFINISHED if stop.stopping else 0
@@ -168,7 +205,8 @@ def _begin(config: TrainConfig, setup: TrainingSetup, folder: Path, before: Chec
         save_weights(setup.latent.latents.autoencoder, folder / AUTOENCODER)
     with atomic_write(folder / "config.yaml") as temporary:
         temporary.write_text(yaml.safe_dump(config.model_dump(), sort_keys=False))
-    remember_run(folder)  # only now, because an existing config.yaml may be untrusted
+    if not setup.device.fast_dev_run:
+        remember_run(folder)  # only now, because an existing config.yaml may be untrusted
     print(train_report.first_line(config, setup, folder, done), file=sys.stderr)
     if before and (line := train_report.other_budget(before.info.config.model_dump(), config)):
         show_remarks([line])

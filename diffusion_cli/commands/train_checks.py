@@ -36,6 +36,8 @@ def check_devices(config: TrainConfig, place: ProcessInfo) -> None:
             f"GPUs found: {there}",
             f"use at most {there}, or trainer=cpu",
         )
+    if (devices or place.local_world) > 1 and config.trainer["accelerator"] in ("gpu", "mps") and there == 0:
+        raise UsageError("trainer.devices", devices, "an Apple GPU is one device", "use trainer.devices=1")
     if place.world > 1 and devices not in (None, place.local_world):
         raise UsageError(
             "trainer.devices",

@@ -107,7 +107,7 @@ def _shape(file: IO[bytes]) -> tuple[int, ...]:
 def gpu(accelerator: str) -> bool:
     """Return whether training will use a GPU, by the devices that the operating system lists."""
     if accelerator != "auto":
-        return accelerator == "cuda"
+        return accelerator != "cpu"
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is not None and not re.match(r"\d|GPU-|MIG-", visible):  # SLURM writes NoDevFiles for none
         return False

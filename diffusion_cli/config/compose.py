@@ -179,6 +179,10 @@ def _continuing(
         group = key.partition(".")[0]
         problem = f"class from the config of {folder}, which you did not train on this machine"
         mistakes.append(Problem(key, target, problem, f"add {group}=<option> to choose your own"))
+    # A run of an earlier version has fewer keys of the trainer, which is no part of its identity.
+    stored = (
+        {**stored, "trainer": {**usual["trainer"], **stored["trainer"]}} if "trainer" in stored else stored
+    )
     composed = {**usual, **stored, **{group: usual[group] for group in chosen}}
     known, unknown = _known("train", {key: text for key, text in keys.items() if may_change(key)}, composed)
     composed = with_values(composed, {item.key_or_group: item.value() for item in map(parse, known)})

@@ -77,7 +77,7 @@ OTHER_OPTIONS = {
     },
 }
 """Options of groups by their names in other programs, in lower case, with p for + and without other signs."""
-OTHER_VALUES = {"device": {"gpu": "cuda"}, "trainer.accelerator": {"gpu": "cuda"}}
+OTHER_VALUES = {"device": {"gpu": "cuda"}}
 """Values of keys by their names in other programs, which are accepted too."""
 CLOSE = 0.85
 """Similarity from which a bare word or a flag is read as a misspelt key."""

@@ -144,7 +144,7 @@ def measured_scale(parts: Iterable[Tensor], channels: int) -> Scale:
     """Return the statistics of L channels from moments [B, 2L, h, w]; [B, 4L, h, w] counts as two images each."""
     count, sums, squares, drawn_squares = 0, *torch.zeros(3, channels).double()
     for part in parts:
-        mean, log_variance = part.double().unflatten(1, (-1, 2, channels)).movedim(2, 0)
+        mean, log_variance = part.cpu().double().unflatten(1, (-1, 2, channels)).movedim(2, 0)
         others = [dim for dim in range(mean.ndim) if dim != 2]
         sums += mean.sum(others)
         squares += mean.square().sum(others)

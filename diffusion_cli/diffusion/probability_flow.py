@@ -41,7 +41,7 @@ def velocity(schedule: Schedule, denoise: Denoise, dtype: torch.dtype) -> Callab
     """Return dz / dphi as a function of (phi, z [B, C, H, W]); the denoiser is evaluated in `dtype`."""
 
     def field(phi: Tensor, z: Tensor) -> Tensor:
-        phi = phi.double().cpu()
+        phi = phi.cpu().double()
         t = schedule.time_of(-2 * torch.log(torch.tan(phi.clamp(max=math.pi / 2))).clamp(max=80))
         prediction = denoise((z * scale(schedule, t)).to(dtype), t)
         return (torch.cos(phi) * prediction.eps - torch.sin(phi) * prediction.x0).to(z)
@@ -61,7 +61,7 @@ def solve(
     """
     from torchdiffeq import odeint
 
-    ends = ends.to(state[0].device)
+    ends = ends.to(state[0])
     # End a step exactly at the last time: the default steps beyond it, where the process may be undefined.
     options = {"max_num_steps": tolerances.max_steps, "step_t": ends[1:]}
     try:

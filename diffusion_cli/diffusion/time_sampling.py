@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from diffusion_cli.diffusion.schedules import Discrete, Schedule
 from diffusion_cli.errors import UsageError
+from diffusion_cli.system.precision import float64_device
 
 
 class TimeBatch(NamedTuple):
@@ -133,11 +134,12 @@ class LossSecondMoment(Times):
 
     def probabilities(self) -> Tensor:
         """Return the probability of each bin, float64 [bins]."""
-        uniform = torch.full((self.bins,), 1 / self.bins, dtype=torch.float64, device=self.history.device)
-        moments = self.history.double().square().mean(1).sqrt()
+        device = float64_device(self.history.device)
+        uniform = torch.full((self.bins,), 1 / self.bins, dtype=torch.float64, device=device)
+        moments = self.history.to(device).double().square().mean(1).sqrt()
         learned = moments / moments.sum() * (1 - self.uniform_share) + uniform * self.uniform_share
         # No branch on the host, which would synchronize with a GPU.
-        return torch.where((self.count >= self.memory).all(), learned, uniform)
+        return torch.where((self.count >= self.memory).all().to(device), learned, uniform)
 
     def forward(self, schedule: Schedule, u: Tensor) -> TimeBatch:
         p = self.probabilities()
@@ -150,6 +152,7 @@ class LossSecondMoment(Times):
 
     def observe(self, bins: Tensor, loss: Tensor) -> None:
         """Store the losses, each in place of the oldest of its bin."""
+        bins = bins.to(self.count.device)
         same = bins[:, None] == bins
         earlier, later = same.tril(-1).sum(1), same.triu(1).sum(1)  # number in the same bin in this batch
         places = (self.count[bins] + earlier) % self.memory

@@ -28,6 +28,7 @@ from torch.nn.functional import (
 from torch.utils.checkpoint import checkpoint
 
 from diffusion_cli.errors import UsageError
+from diffusion_cli.system.precision import widened
 
 # Operations of torch by number of dimensions.
 CONV = {1: conv1d, 2: conv2d, 3: conv3d}
@@ -61,7 +62,7 @@ def timestep_embedding(c_noise: Tensor, dim: int, layout: Literal["sin_cos", "co
         layout: `sin_cos`: [sin | cos], n = dim // 2 - 1 (code of Ho et al. 2020); `cos_sin`: [cos | sin],
             n = dim // 2 (code of Nichol and Dhariwal 2021).
     """
-    c_noise = _exact(c_noise)
+    c_noise = widened(c_noise)
     half = dim // 2
     n = half if layout == "cos_sin" else max(half - 1, 1)
     exponents = torch.arange(half, device=c_noise.device, dtype=c_noise.dtype) / n
@@ -79,13 +80,9 @@ def fourier_embedding(c_noise: Tensor, frequencies: Tensor) -> Tensor:
 
     Source: Tancik et al. 2020, Section 5; Song et al. 2021b, Appendix C.
     """
-    c_noise = _exact(c_noise)
+    c_noise = widened(c_noise)
     angles = 2 * math.pi * c_noise[:, None] * frequencies.to(c_noise.dtype)
     return torch.cat([angles.sin(), angles.cos()], dim=1)
-
-
-def _exact(x: Tensor) -> Tensor:
-    return x.to(torch.float32 if x.device.type == "mps" else torch.float64)  # MPS has no float64
 
 
 def zero_init(layer: nn.Module) -> None:

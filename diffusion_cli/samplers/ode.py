@@ -10,6 +10,7 @@ from diffusion_cli.diffusion.denoiser import Denoise
 from diffusion_cli.diffusion.probability_flow import angle, scale, solve, velocity
 from diffusion_cli.diffusion.schedules import Schedule
 from diffusion_cli.samplers.base import NoiseFn, Sampler
+from diffusion_cli.system.precision import widened
 
 
 class ODE(Sampler):
@@ -52,5 +53,5 @@ class ODE(Sampler):
             return self.euler_step(denoise(x, t), s), None
         ends = angle(self.schedule, torch.stack([t, s]))
         field = velocity(self.schedule, denoise, x.dtype)
-        (z,) = solve(lambda phi, z: (field(phi, z[0]),), (x.double() / scale(self.schedule, t),), ends, self)
+        (z,) = solve(lambda phi, z: (field(phi, z[0]),), (widened(x) / scale(self.schedule, t),), ends, self)
         return (z * scale(self.schedule, s)).to(x), None

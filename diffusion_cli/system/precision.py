@@ -4,6 +4,7 @@ from contextlib import AbstractContextManager
 from typing import Literal
 
 import torch
+from torch import Tensor
 
 from diffusion_cli.errors import UsageError
 from diffusion_cli.system.compat import cpu_has_bf16
@@ -13,9 +14,13 @@ FORMATS = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def device_of(name: str) -> torch.device:
-    """Return the device named auto, cpu or cuda; UsageError if it does not exist here."""
+    """Return the device named auto, cpu, cuda, mps or gpu (cuda or mps); UsageError if it does not exist here."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "gpu":
+        name = "mps" if torch.backends.mps.is_available() and not torch.cuda.is_available() else "cuda"
+    if name == "mps" and not torch.backends.mps.is_available():
+        raise UsageError("device", "mps", "torch sees no Apple GPU here", "use device=cpu")
     if name == "cuda" and not torch.cuda.is_available():
         raise UsageError(
             "device", "cuda", "torch sees no GPU here", "use device=cpu, or install torch with CUDA"
@@ -30,11 +35,21 @@ def resolve(precision: NumberFormat | Literal["auto"], device: torch.device) -> 
     return precision
 
 
+def float64_device(device: torch.device) -> torch.device:
+    """Return where the float64 numbers of a device are computed: on the CPU, if it has none, as MPS."""
+    return device if device.type in ("cpu", "cuda") else torch.device("cpu")
+
+
+def widened(x: Tensor) -> Tensor:
+    """Return a tensor in float64, or in float32 on a device without float64."""
+    return x.to(torch.float64 if float64_device(x.device) == x.device else torch.float32)
+
+
 def has_fast_bf16(device: torch.device) -> bool:
     """Return whether the hardware has bfloat16: Ampere and later GPUs, CPUs with AVX512-BF16 or AMX."""
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
-    return cpu_has_bf16()
+    return device.type == "cpu" and cpu_has_bf16()
 
 
 def autocast(device: torch.device, precision: str) -> AbstractContextManager[object]:

@@ -1,5 +1,9 @@
 """The devices of training, on one node or several."""
 
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
@@ -7,10 +11,11 @@ from lightning.fabric.plugins import ClusterEnvironment
 from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
 from lightning.pytorch.plugins import MixedPrecision, Precision
+from lightning.pytorch.profilers import Profiler, PyTorchProfiler, SimpleProfiler
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Strategy
 from pydantic import Field, PositiveInt
 
-from diffusion_cli.errors import UsageError
+from diffusion_cli.errors import UsageError, first_line
 from diffusion_cli.system.distributed import started
 from diffusion_cli.system.precision import device_of
 
@@ -19,19 +24,25 @@ class Device:
     """The devices of a run: `devices` on each of `num_nodes` nodes; null: as many as were started, or 1.
 
     "ddp" replicates the model, its EMA weights and the optimizer state on each device (Li et al. 2020);
-    "fsdp" shards them (Zhao et al. 2023). Raises UsageError if torch sees no such device.
+    "fsdp" shards them (Zhao et al. 2023). `deterministic` allows only algorithms with equal results on every call;
+    `profiler` measures the parts of training; `fast_dev_run` trains one step and keeps nothing.
+
+    Raises UsageError if torch sees no such device.
     """
 
     def __init__(
         self,
         *,
-        accelerator: Literal["auto", "cpu", "cuda"] = "auto",
+        accelerator: Literal["auto", "cpu", "gpu", "cuda", "mps"] = "auto",
         devices: PositiveInt | None = None,
         num_nodes: PositiveInt | None = None,
         strategy: Literal["ddp", "fsdp"] = "ddp",
         offload_ema: bool = False,
         timeout: Annotated[int, Field(ge=120, le=7 * 86400)] = 1800,
         threads: Annotated[int, Field(ge=1, le=4096)] | None = None,
+        deterministic: bool = False,
+        profiler: Literal["simple", "pytorch"] | None = None,
+        fast_dev_run: bool = False,
     ) -> None:
         try:
             self.torch_device: torch.device = device_of(accelerator)
@@ -41,6 +52,9 @@ class Device:
             ) from error
         if threads is not None:
             torch.set_num_threads(threads)
+        if deterministic:  # read when cuBLAS starts
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        self.deterministic, self.profiler, self.fast_dev_run = deterministic, profiler, fast_dev_run
         self.offload_ema = offload_ema
         self.strategy = strategy
         self.devices, self.num_nodes, self.timeout = devices, num_nodes, timeout
@@ -54,6 +68,8 @@ class Device:
                 "is not supported with trainer.strategy=fsdp",
                 "use bf16 or fp32, or trainer.strategy=ddp",
             )
+        if precision == "fp16" and self.torch_device.type == "mps":
+            raise UsageError("precision", "fp16", "is not supported on Apple GPUs", "use bf16 or fp32")
         # The processes run already; Lightning would detect those of a batch job too, and wait for them.
         place: ClusterEnvironment = (
             TorchElasticEnvironment() if started().world > 1 else LightningEnvironment()
@@ -90,4 +106,26 @@ class Device:
             "devices": 1 if place.world == 1 else "auto",  # the strategy has its own list
             "num_nodes": place.nodes,
             "strategy": strategy,
+            "deterministic": self.deterministic,
         }
+
+    def profile(self, folder: Path, step: int) -> Profiler | None:
+        """Return the profiler of a start at a step, which writes to `profile/` in the folder of the run; or None."""
+        if self.profiler is None:
+            return None
+        kind = SimpleProfiler if self.profiler == "simple" else PyTorchProfiler
+        return kind(dirpath=folder / "profile", filename=f"{self.profiler}-{step}")
+
+
+@contextmanager
+def naming_nondeterministic() -> Iterator[None]:
+    """Turn torch's error about an operation without a deterministic algorithm into a UsageError."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "does not have a deterministic implementation" not in str(error):
+            raise
+        problem = f"{first_line(error).partition(',')[0]} on this device"
+        raise UsageError(
+            "trainer.deterministic", True, problem, "leave it out, or use trainer=cpu"
+        ) from error

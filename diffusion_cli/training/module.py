@@ -22,6 +22,7 @@ from diffusion_cli.networks import BLOCKS
 from diffusion_cli.runs.schema import CheckpointInfo
 from diffusion_cli.system.compat import set_batch_progress
 from diffusion_cli.system.distributed import Distributed
+from diffusion_cli.system.precision import float64_device
 from diffusion_cli.system.seeding import mix
 from diffusion_cli.training.autoencoder_loss import Autoencoding
 from diffusion_cli.training.loss_check import ZeroNetwork
@@ -174,7 +175,9 @@ class TrainingModule(LightningModule, ABC, Generic[ModelT, MeterT]):
         """Return the optimizer and its scheduler, which steps every optimizer step."""
         # A fused optimizer would unscale fp16 gradients only after clipping.
         scaled = self.trainer.precision_plugin.precision == "16-mixed"
-        optimizer, scheduler = self.optimization.make(self, fused=not scaled)
+        optimizer, scheduler = self.optimization.make(
+            self, not scaled and self.device.type in ("cpu", "cuda")
+        )
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def configure_gradient_clipping(
@@ -244,8 +247,9 @@ class DenoisingModule(TrainingModule[NoiseConditioned, LevelMeter]):
     def loss(self, batch: Batch, share: MicroBatch) -> Tensor:
         # Except dropout masks, which each process and part draws: those of the global batch are too large.
         size, of_all, mine = share
-        drawn = self.times(self.model.schedule, torch.rand(size, device=self.device))
-        t, weight, quantile = drawn.t[mine], drawn.weight[mine], drawn.quantile[mine]
+        # Times stay where float64 is: coefficients that are computed from them move to the images.
+        drawn = self.times(self.model.schedule, torch.rand(size, device=float64_device(self.device)))
+        t, weight, quantile = drawn.t[mine], *(x[mine].to(self.device, torch.float32) for x in drawn[1:3])
         x0 = self.space.states(
             batch.images, lambda shape: torch.randn(size, *shape[1:], device=self.device)[mine]
         )
@@ -279,12 +283,14 @@ class DenoisingModule(TrainingModule[NoiseConditioned, LevelMeter]):
 
         # Stratified over all noise levels: the batch is noised at several of them.
         copies = -(-ZERO_SAMPLES // len(batch.images))
-        levels = (torch.randperm(copies * len(batch.images), generator=generator) + 0.5).to(self.device)
+        levels = torch.randperm(copies * len(batch.images), generator=generator) + 0.5
+        levels = levels.to(float64_device(self.device))
         losses = []
         for u in (levels / len(levels)).chunk(copies):
             drawn = self.times(self.model.schedule, u)
             x0 = self.space.states(batch.images, noise)
-            losses.append((drawn.weight * self.objective(zero, x0, None, drawn.t, noise(x0.shape))).mean())
+            weight = drawn.weight.to(self.device)
+            losses.append((weight * self.objective(zero, x0, None, drawn.t, noise(x0.shape))).mean())
         means = Distributed().all_gather(torch.stack(losses).mean().item())
         return sum(means) / len(means)
 
@@ -302,18 +308,20 @@ class DenoisingModule(TrainingModule[NoiseConditioned, LevelMeter]):
             u = (torch.arange(size) + torch.rand(size, generator=generator)) / size
             # Importance sampling estimates a mean over uniform times: validation draws them directly.
             times = Uniform() if self.times.uniform else self.times
-            drawn = times(self.model.schedule, u.to(self.device))
+            drawn = times(self.model.schedule, u.to(float64_device(self.device)))
             x0 = self.space.states(
                 batch.images, lambda shape, of=generator: torch.randn(shape, generator=of).to(self.device)
             )
             batch, eps = batch._replace(images=x0), torch.randn(x0.shape, generator=generator).to(self.device)
-            share = torch.arange(size, device=self.device).tensor_split(ranks.world)[ranks.rank]
+            of_times = torch.arange(size, device=drawn.t.device).tensor_split(ranks.world)[ranks.rank]
+            share = of_times.to(self.device)
             if len(share):
-                yield batch.part(share), drawn.t[share], eps[share], drawn.quantile[share]
+                quantile = drawn.quantile[of_times].to(self.device, torch.float32)
+                yield batch.part(share), drawn.t[of_times], eps[share], quantile
 
     def trial(self, images: Tensor) -> Tensor:
         labels = None
         if self.info.num_classes is not None:
             labels = torch.zeros(len(images), dtype=torch.int64, device=images.device)
-        t = self.model.schedule.time(torch.full((len(images),), 0.5, device=images.device))
+        t = self.model.schedule.time(torch.full((len(images),), 0.5, device=float64_device(images.device)))
         return self.objective(self.model, images, labels, t, torch.zeros_like(images)).mean()

@@ -18,6 +18,7 @@ def make_trainer(
     precision: str,
     folder: Path,
     *,
+    done: int,
     max_steps: int | None,
     accumulate_grad_batches: int,
     log_every: int,
@@ -31,6 +32,7 @@ def make_trainer(
         device: devices and strategy.
         precision: fp32, bf16 or fp16.
         folder: folder of the run.
+        done: optimizer steps of earlier starts.
         max_steps: number of optimizer steps, or None for no limit.
         accumulate_grad_batches: number of parts of a batch.
         log_every: steps between log entries.
@@ -59,6 +61,7 @@ def make_trainer(
         # Tells callbacks such as EarlyStopping to act after validations, not after epochs.
         val_check_interval=validate_every * accumulate_grad_batches,
         check_val_every_n_epoch=None,
+        profiler=device.profile(folder, done),
         **device.trainer_arguments(),
     )
     keep_signal_handlers(trainer)  # GracefulStop handles them

@@ -194,12 +194,17 @@ def test_an_option_file_that_is_not_yaml_is_named(capsys, tmp_path, text, proble
 
 
 @pytest.mark.parametrize(
-    "word", ["train trainer.accelerator=gpu", "sample device=gpu", "train -m trainer.accelerator=gpu"]
+    ("line", "name"),
+    [
+        ("train trainer.accelerator=gpu", "gpu"),
+        ("train -m trainer.accelerator=gpu", "gpu"),
+        ("sample device=gpu", "cuda"),
+    ],
 )
-def test_gpu_is_taken_as_cuda(word, capsys):
-    command, *words = word.split()
+def test_gpu_is_a_device(line, name, capsys):
+    command, *words = line.split()
     assert run([command, *words, "--cfg", "job"]) == 0
-    assert re.search(r"(accelerator|device): cuda$", capsys.readouterr().out, re.MULTILINE)
+    assert re.search(rf"(accelerator|device): {name}$", capsys.readouterr().out, re.MULTILINE)
 
 
 @pytest.mark.parametrize(

@@ -7,17 +7,16 @@ import os
 import re
 import sys
 import traceback
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import takewhile
 from pathlib import Path
 
-import yaml
-
 from diffusion_cli import __version__, config
 from diffusion_cli.commands.execution import execute
 from diffusion_cli.commands.sweep import sweep
-from diffusion_cli.config import COMMANDS, FIRST_WORDS, GRIDS, UNSWEPT, Config, did_you_mean
+from diffusion_cli.config import COMMANDS, FIRST_WORDS, GRIDS, UNSWEPT, did_you_mean
 from diffusion_cli.errors import (
     INTERNAL_ERROR,
     NO_VALUE,
@@ -44,8 +43,13 @@ class Request:
     overrides: list[str] = field(default_factory=list)
     dirs: list[Path] = field(default_factory=list)
     help: bool = False
-    show: bool = False
     multirun: bool = False
+    cfg: str | None = None
+    """Part of the configuration to print: a value of `--cfg`."""
+    resolve: bool = False
+    package: str | None = None
+    info: str | None = None
+    """Information of Hydra to print: a value of `--info`."""
 
 
 def main() -> None:
@@ -122,27 +126,21 @@ def _command(command: str, request: Request) -> int:
         )
     if request.multirun and command in UNSWEPT:
         raise UsageError("--multirun", NO_VALUE, f"{command} has no sweeps", "leave it out")
-    if request.multirun and request.show:
-        swept = config.expand(command, request.overrides, request.dirs)
-        config.load_sweep(swept, request.dirs)
-        return _show([config.load(command, job, request.dirs) for job in swept.jobs])
+    if request.info is not None:
+        print(config.info_text(command, request.overrides, request.dirs, request.info), end="")
+        return 0
+    if request.cfg is not None:
+        text = config.config_text(
+            command, request.overrides, request.dirs,
+            cfg=request.cfg, resolve=request.resolve, package=request.package, multirun=request.multirun,
+        )  # fmt: skip
+        print(text, end="")
+        return 0
     if request.multirun:
         return sweep(command, request.overrides, request.dirs)
     if command in GRIDS:
-        variants = config.load_grid(command, request.overrides, request.dirs)
-        return _show([variant.config for variant in variants]) if request.show else execute(command, variants)
-    checked = config.load(command, request.overrides, request.dirs)
-    return _show([checked]) if request.show else execute(command, checked)
-
-
-def _show(configs: Sequence[Config]) -> int:
-    print(
-        yaml.safe_dump_all(
-            [checked.model_dump() for checked in configs], sort_keys=False, allow_unicode=True
-        ),
-        end="",
-    )
-    return 0
+        return execute(command, config.load_grid(command, request.overrides, request.dirs)).code
+    return execute(command, config.load(command, request.overrides, request.dirs)).code
 
 
 def _with_first_words(command: str, words: list[str]) -> list[str]:
@@ -163,19 +161,28 @@ def parse(command: str, words: Sequence[str]) -> Request:
     request = Request()
     problems: list[Problem] = []
     others: list[str] = []
-    rest = iter(config.without_plugins(words))
-    for word in rest:
+    rest = deque(config.without_plugins(words))
+    while rest:
+        word = rest.popleft()
         flag, _, value = word.partition("=")
         if word in ("--help", "-h"):
             request.help = True
-        elif word in ("--multirun", "-m"):
+        elif word in ("--multirun", "-m", "hydra.mode=MULTIRUN"):
             request.multirun = True
-        elif flag == "--cfg":
-            request.show = True
-            if (value or next(rest, "")) != "job":
-                problems.append(Problem(word, NO_VALUE, "its only value is job", "write --cfg job"))
+        elif flag in ("--cfg", "-c"):
+            request.cfg = value or _following(rest)
+            problems += _not_among("--cfg", request.cfg, config.CFG)
+        elif flag in ("--info", "-i"):
+            request.info = value or _following(rest) or "all"
+            problems += _not_among("--info", request.info, config.INFO)
+        elif word == "--resolve":
+            request.resolve = True
+        elif flag in ("--package", "-p"):
+            request.package = value or _following(rest)
+            if not request.package:
+                problems.append(Problem(flag, NO_VALUE, "no key given", "write --package model"))
         elif flag in ("--config-dir", "-cd"):
-            given = value or next(rest, "")
+            given = value or (rest.popleft() if rest else "")
             request.dirs.append(Path(given).expanduser())
             if not given or not request.dirs[-1].is_dir():
                 problem = "no such folder" if given else "no folder given"
@@ -185,6 +192,23 @@ def parse(command: str, words: Sequence[str]) -> Request:
             others.append(word)
     request.overrides, misspelt = config.sort_words(command, others)
     problems += [] if request.help else misspelt
+    if request.cfg is None and (request.resolve or request.package is not None):
+        flag = "--resolve" if request.resolve else "--package"
+        problems.append(Problem(flag, NO_VALUE, "applies only with --cfg", "add --cfg job"))
     if problems:
         raise UsageError.several(problems)
     return request
+
+
+def _following(rest: deque[str]) -> str:
+    """Take the value of a flag from the words after it; empty if a flag or `key=value` follows."""
+    is_value = rest and "=" not in rest[0] and not rest[0].startswith("-")
+    return rest.popleft() if is_value else ""
+
+
+def _not_among(flag: str, value: str, values: Sequence[str]) -> list[Problem]:
+    """The problem of a flag with a value that it does not have."""
+    if value in values:
+        return []
+    shown = f"{flag} {value}".strip()
+    return [Problem(shown, NO_VALUE, "unknown value" if value else "no value", did_you_mean(value, values))]

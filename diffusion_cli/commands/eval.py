@@ -43,14 +43,15 @@ from diffusion_cli.system.precision import device_of
 SHOWN = 250  # smallest batch of the metrics with batch_size=auto
 
 
-def run(config: EvalConfig) -> None:
-    """Compute every metric, print the results and append them to metrics.json."""
+def run(config: EvalConfig) -> dict[str, float]:
+    """Compute every metric, print the results and append them to metrics.json; return the values by name."""
     mode = mode_of(config)
     if isinstance(mode, HistoryComparison):
         histories = {name: read_history(_history(name, mode.output_dir)) for name in mode.compare}
         print(history_table(histories, mode.force))
-    else:
-        launch(measure, mode, processes=mode.processes, device=mode.device)
+        return {}
+    values = launch(measure, mode, processes=mode.processes, device=mode.device)
+    return values if isinstance(values, dict) else {}
 
 
 def _history(name: str, output_dir: str) -> Path:
@@ -64,15 +65,15 @@ def _history(name: str, output_dir: str) -> Path:
     )
 
 
-def measure(mode: EvaluationMode) -> None:
-    """Run an evaluation, append its results to the history and print them."""
+def measure(mode: EvaluationMode) -> dict[str, float]:
+    """Run an evaluation, append its results to the history and print them; rank 0 returns the values by name."""
     with advise_batch_size(mode.batch_size, mode.device):
         plan = plan_of(mode)
         history = plan.folder / "metrics.json"
         earlier = read_history(history)  # a damaged history fails before the long evaluation
         reports = assess(plan)
     if not Distributed().is_main:
-        return
+        return {}
     for report in reports:
         report.notes.extend(notes_on_seeds(earlier, report))
     results = [report for report in reports if report.results]
@@ -86,6 +87,7 @@ def measure(mode: EvaluationMode) -> None:
             print(report.table())
     if results:
         print(f"Results and protocol: {history}")
+    return {result.name: result.value for report in results for result in report.results}
 
 
 def assess(plan: EvaluationPlan) -> list[Report]:

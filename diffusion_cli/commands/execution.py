@@ -3,6 +3,8 @@
 import importlib
 import os
 import sys
+from collections.abc import Mapping
+from typing import NamedTuple
 
 from diffusion_cli import config
 from diffusion_cli.config import Config, Variant
@@ -10,15 +12,25 @@ from diffusion_cli.errors import MachineError
 from diffusion_cli.system.signals import STOPPED, UNFINISHED, handling
 
 
-def execute(command: str, checked: Config | list[Variant]) -> int:
-    """Run a command and return its exit code; MachineError if the disk, the network or the memory fails."""
+class Outcome(NamedTuple):
+    """What a command ended with."""
+
+    code: int
+    """Exit code."""
+    values: Mapping[str, float] = {}
+    """What it measured, by name."""
+
+
+def execute(command: str, checked: Config | list[Variant]) -> Outcome:
+    """Run a command; MachineError if the disk, the network or the memory fails."""
     try:
         module = importlib.import_module(f"diffusion_cli.commands.{command}")
         with handling(interrupt):
-            return module.run(checked) or 0
+            result = module.run(checked)
+        return Outcome(0, result) if isinstance(result, Mapping) else Outcome(result or 0)
     except KeyboardInterrupt:
         print(STOPPED, file=sys.stderr)
-        return UNFINISHED
+        return Outcome(UNFINISHED)
     except OSError as error:
         if os.environ.get("DIFFUSE_TRACEBACK") or isinstance(error, MachineError) or not error.errno:
             raise

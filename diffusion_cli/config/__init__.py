@@ -32,14 +32,15 @@ from diffusion_cli.config.evaluation import (
 )
 from diffusion_cli.config.grid import Value, Variant, load_grid
 from diffusion_cli.config.help_pages import command_help, group_help, groups_asked, overview
+from diffusion_cli.config.introspection import CFG, INFO, config_text, info_text
 from diffusion_cli.config.launcher import (
     LAUNCHERS,
-    job_number,
     launch,
-    run_hydra,
+    launchers,
     split_launcher,
     submission_problem,
 )
+from diffusion_cli.config.objectives import higher_is_better, named_value, objectives
 from diffusion_cli.config.plugins import allow, allowing_words, is_allowed, place_of, without_plugins
 from diffusion_cli.config.runs import differing, fingerprint, flatten, identity
 from diffusion_cli.config.sampling import SamplingSettings
@@ -61,6 +62,7 @@ from diffusion_cli.config.schema import (
 )
 from diffusion_cli.config.seeds import shared_seeds
 from diffusion_cli.config.signature import signature
+from diffusion_cli.config.sweepers import SWEEPERS, SweepPlan, folder_of_sweep, plan_sweep
 from diffusion_cli.config.sweeps import Sweep, expand, load_sweep
 from diffusion_cli.config.system_errors import system_error
 from diffusion_cli.config.typed import as_pasted, as_text, as_typed, quoted
@@ -68,6 +70,7 @@ from diffusion_cli.config.validate import NOT_ALLOWED, build, check_node, target
 from diffusion_cli.config.words import FLAGS, overridden, sort_words
 
 __all__ = [
+    "CFG",
     "COMMANDS",
     "COMPLETION_HELP",
     "CONF",
@@ -77,8 +80,10 @@ __all__ = [
     "GRIDS",
     "GROUPS",
     "HERE",
+    "INFO",
     "LAUNCHERS",
     "NOT_ALLOWED",
+    "SWEEPERS",
     "UNSWEPT",
     "CompareConfig",
     "Config",
@@ -98,6 +103,7 @@ __all__ = [
     "SamplesEvaluation",
     "SamplingSettings",
     "Sweep",
+    "SweepPlan",
     "TrainConfig",
     "Value",
     "Variant",
@@ -114,6 +120,7 @@ __all__ = [
     "complete",
     "completion_script",
     "compose",
+    "config_text",
     "defaults",
     "did_you_mean",
     "differing",
@@ -121,22 +128,27 @@ __all__ = [
     "expand",
     "fingerprint",
     "flatten",
+    "folder_of_sweep",
     "group_help",
     "groups",
     "groups_asked",
+    "higher_is_better",
     "identity",
+    "info_text",
     "is_allowed",
-    "job_number",
     "launch",
+    "launchers",
     "load",
     "load_grid",
     "load_sweep",
+    "named_value",
+    "objectives",
     "options",
     "overridden",
     "overview",
     "place_of",
+    "plan_sweep",
     "quoted",
-    "run_hydra",
     "seconds",
     "shared_seeds",
     "signature",

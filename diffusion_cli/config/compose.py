@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from hydra.core.override_parser.types import Override
+    from omegaconf import DictConfig
 
 from diffusion_cli.config import plugins
 from diffusion_cli.config.at_hand import own_images
@@ -23,6 +24,7 @@ from diffusion_cli.config.continued import (
     with_values,
     without_processes,
 )
+from diffusion_cli.config.hydra_words import hydra_problem, is_of_hydra
 from diffusion_cli.config.key_types import takes_list
 from diffusion_cli.config.option_keys import REQUIRED, defaults_left_out, option_keys
 from diffusion_cli.config.own_options import composition_problems, incomplete_files
@@ -292,16 +294,46 @@ def _compose(command: str, overrides: Sequence[str], dirs: Sequence[Path]) -> tu
     return copy.deepcopy(made(command, tuple(overrides), dirs))
 
 
-def _compose_once(command: str, overrides: Sequence[str], dirs: Sequence[Path]) -> tuple[Node, Node]:
+def references(command: str, overrides: Sequence[str], dirs: Sequence[Path] = ()) -> dict[str, str]:
+    """Return the values `${...}` of a command's configuration, by dotted key; none for a run that continues."""
+    from omegaconf import OmegaConf
+
+    choosing, setting, _ = _sort(command, as_typed(command, overrides, dirs), dirs)
+    if command == "train" and setting.get("run", "run=null") != "run=null":
+        return {}
+    choosing = [text for text in choosing if command == "train" or not text.startswith("dataset=")]
+    plain = OmegaConf.to_container(_by_hydra(command, choosing, (*plugins.folders(), *dirs)))
+    assert isinstance(plain, dict)
+    written = flatten({str(key): value for key, value in plain.items() if key != "hydra"}) | {
+        key: as_shown(text).partition("=")[2] for key, text in setting.items()
+    }
+    return {key: value for key, value in written.items() if isinstance(value, str) and "${" in value}
+
+
+def choosing_words(command: str, overrides: Sequence[str], dirs: Sequence[Path] = ()) -> list[str]:
+    """Return the overrides that choose options; UsageError for wrong ones."""
+    choosing, _, mistakes = _sort(command, as_typed(command, overrides, dirs), dirs)
+    if mistakes:
+        raise UsageError.several(mistakes)
+    return choosing
+
+
+def _by_hydra(command: str, overrides: Sequence[str], dirs: Sequence[Path]) -> "DictConfig":
+    """Hydra's composition of a command's file, with its own settings."""
     import hydra
-    from omegaconf import OmegaConf, flag_override
 
     folders = ",".join(quoted(f"file://{folder.resolve()}") for folder in dirs)
     searchpath = [f"hydra.searchpath=[{folders}]"] if dirs else []
     left_out = defaults_left_out(command, overrides, dirs) if dirs else []
     with hydra.initialize_config_dir(str(CONF), job_name="diffuse", version_base="1.3"):
         words = [*left_out, *overrides, *searchpath]
-        composed = hydra.compose(command, overrides=words, return_hydra_config=True)
+        return hydra.compose(command, overrides=words, return_hydra_config=True)
+
+
+def _compose_once(command: str, overrides: Sequence[str], dirs: Sequence[Path]) -> tuple[Node, Node]:
+    from omegaconf import OmegaConf, flag_override
+
+    composed = _by_hydra(command, overrides, dirs)
     choices = OmegaConf.to_container(composed.hydra.runtime.choices)
     with flag_override(composed, ["struct", "readonly"], False):
         del composed["hydra"]
@@ -340,6 +372,9 @@ def _sort(
             mistakes += mistake.problems
             continue
         key, shown = item.key_or_group, as_shown(text)
+        if is_of_hydra(text) and not LAUNCHER.match(text):
+            mistakes += filter(None, [hydra_problem(command, text, sweeping=False)])
+            continue
         renamed = None if item.is_sweep_override() else renamed_word(command, key, item.value())
         if renamed is not None:
             mistakes.append(renamed)
@@ -350,7 +385,8 @@ def _sort(
             mistakes.append(Problem(shown, NO_VALUE, "@ in a key is not supported", "write key=value"))
         elif item.is_sweep_override():
             as_list = takes_list(command, key, overrides, dirs)
-            mistakes.append(Problem(shown, NO_VALUE, "several values", _one_value(command, shown, as_list)))
+            remedy = _one_value(command, shown, _listed_values(item, dirs), as_list)
+            mistakes.append(Problem(shown, NO_VALUE, "several values", remedy))
         elif key in groups and isinstance(item.value(), list) and not isinstance(groups[key], list):
             mistakes.append(Problem(shown, NO_VALUE, "takes one option", _listed_options(item)))
         elif key in groups:
@@ -384,12 +420,24 @@ def _listed_options(item: "Override") -> str:
     return f"{'with -m ' if ',' in listed else ''}write {key}={listed or '<option>'}"
 
 
-def _one_value(command: str, text: str, as_list: bool) -> str:
-    """The remedy for several values, separated by commas, of a key."""
+def _listed_values(item: "Override", dirs: Sequence[Path]) -> str:
+    """The values of an override with several, separated by commas; empty for an interval."""
+    from hydra.core.override_parser.types import Glob
+
+    value = item.value()
+    if isinstance(value, Glob):
+        return ",".join(value.filter([*options(item.key_or_group, dirs)]))
+    words = () if item.is_interval_sweep() else item.sweep_string_iterator()
+    return as_shown(f"=[{','.join(words)}]")[2:-1]
+
+
+def _one_value(command: str, text: str, listed: str, as_list: bool) -> str:
+    """The remedy for several values of a key, of which `listed` has those that can be listed."""
     key, _, value = text.partition("=")
-    listed = f"{key}=[{value}]"
     if command in GRIDS or as_list:
-        return f"write {listed}"
+        return f"write {key}=[{listed or '<value>'}]"
+    if not listed:
+        return "give one, or add -m" + " hydra/sweeper=optuna" * ("interval(" in value)
     if "/" in value:
         return f"write {as_text(key, value)} for a path with a comma, or add -m for one run per value"
     return "give one, or add -m for one run per value"
@@ -406,7 +454,7 @@ def _known(command: str, setting: Mapping[str, str], implied: Node) -> tuple[lis
         if LAUNCHER.match(text) and command not in UNSWEPT:
             unknown.append(Problem(shown, NO_VALUE, "applies to sweeps only", "add -m"))
             continue
-        if key.startswith("hydra") or any(other == key or other.startswith(f"{key}.") for other in keys):
+        if any(other == key or other.startswith(f"{key}.") for other in keys):
             known.append(text)
             continue
         having = _options_with(key, command)

@@ -83,6 +83,7 @@ class EvalConfig(EvaluationConfig):
     samples: str | None
     compare: Annotated[list[str], Field(min_length=2)] | None
     keep: bool
+    objective_metric: str | Annotated[list[str], Field(min_length=1)] | None
 
     @model_validator(mode="after")
     def _suits_its_mode(self) -> Self:

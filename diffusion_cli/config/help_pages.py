@@ -43,7 +43,10 @@ Help
   ... <group>=<option> --help       also the keys of an option: diffuse train dataset=folder --help
 
 Flags
-  --cfg job           print the configuration and exit
+  --cfg job           print the configuration and exit; hydra: Hydra's settings; all: both
+  --resolve           with --cfg: print values in place of references ${...}
+  -p, --package KEY   with --cfg: print a part, such as model
+  --info [WHAT]       print what Hydra composes: defaults, defaults-tree, searchpath, plugins, config or all
   --config-dir DIR    folder with options of your own: DIR/<group>/<option>.yaml
   plugins=[MODULE]    modules with classes and options of your own
   -m, --multirun      one run for each combination of values: diffuse train -m seed=0,1,2

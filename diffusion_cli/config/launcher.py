@@ -1,20 +1,30 @@
 """The launcher of a sweep: its option in `hydra/launcher`, its settings, and the resources of the jobs."""
 
 import math
-import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from diffusion_cli.config.catalogue import CONF, content, did_you_mean, options
+from diffusion_cli.config import plugins
+from diffusion_cli.config.catalogue import content, did_you_mean, options
 from diffusion_cli.config.compose import LAUNCHER, parse
 from diffusion_cli.config.schema import Config, SlurmConfig, TrainConfig, seconds
+from diffusion_cli.config.typed import quoted
 from diffusion_cli.config.validate import validate
 from diffusion_cli.errors import NO_VALUE, Problem, UsageError
 
 LAUNCHERS = "hydra/launcher"
+PACKAGES = {"joblib": "sweep", "submitit_local": "slurm"}
+"""Extras with launchers, by the option that each adds."""
+
+
+def search_path(dirs: Sequence[Path]) -> list[str]:
+    """Return Hydra's word for the folders of options of plugins and of the user."""
+    folders = (f"file://{folder.resolve()}" for folder in (*plugins.folders(), *dirs))
+    listed = ",".join(map(quoted, folders))
+    return [f"hydra.searchpath=[{listed}]"] if listed else []
 
 
 def split_launcher(overrides: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -27,28 +37,14 @@ def launch(words: Sequence[str], jobs: Sequence[Config], dirs: Sequence[Path] = 
     """Return Hydra's overrides for the launcher of these jobs; raises UsageError for invalid words."""
     name, given = _parsed(words)
     files = options(LAUNCHERS, dirs)
-    if name not in files:
-        raise UsageError("launcher", name, "unknown option", did_you_mean(name, list(files)))
-    keys = {option: _keys(file) for option, file in files.items()}
+    if name not in files and name not in (known := launchers(dirs)):
+        raise UsageError.several([_unknown(name, known)])
     checked: SlurmConfig | None = None
     if name == "slurm":
-        checked, mistakes = validate(SlurmConfig, keys[name] | given, "launcher")
+        checked, mistakes = validate(SlurmConfig, _keys(files[name]) | given, "launcher")
         mistakes = mistakes or _missing()
     else:
-        having = {
-            key: [option for option in keys if key in keys[option]] for key in given.keys() - keys[name]
-        }
-        mistakes = [
-            Problem(
-                f"launcher.{key}",
-                given[key],
-                f"applies only to launcher={' or '.join(names)}",
-                f"add launcher={names[0]}",
-            )
-            if names
-            else Problem(f"launcher.{key}", given[key], "unknown key")
-            for key, names in having.items()
-        ]
+        mistakes = _unknown_keys(name, given, dirs)
     if mistakes:
         raise UsageError.several(mistakes)
     settings = [f"hydra.{text}" for text in words if not text.startswith("launcher=")]
@@ -57,24 +53,6 @@ def launch(words: Sequence[str], jobs: Sequence[Config], dirs: Sequence[Path] = 
     limit = f"hydra.launcher.timeout_min={_minutes(checked.timeout_min)}"  # Hydra takes minutes only
     settings = [limit if text.startswith("hydra.launcher.timeout_min=") else text for text in settings]
     return [f"{LAUNCHERS}={name}", *_resources(jobs, given), *settings]
-
-
-def run_hydra(command: str, work: Callable[[Any], object]) -> None:
-    """Let Hydra compose the configuration of `sys.argv`, and call a function for each job."""
-    import hydra
-
-    os.environ["HYDRA_FULL_ERROR"] = "1"  # let exceptions of jobs propagate unchanged
-    hydra.main(config_path=str(CONF), config_name=command, version_base="1.3")(work)()
-
-
-def job_number() -> int:
-    """Return the number of the job that Hydra has started, and let this process compose configurations again."""
-    from hydra.core.global_hydra import GlobalHydra
-    from hydra.core.hydra_config import HydraConfig
-
-    (number,) = (text.partition("=")[2] for text in HydraConfig.get().overrides.task if "job=" in text)
-    GlobalHydra.instance().clear()
-    return int(number)
 
 
 def _minutes(limit: int | str) -> int:
@@ -102,10 +80,44 @@ def _parsed(words: Sequence[str]) -> tuple[str, dict[str, Any]]:
         if item.is_sweep_override():
             raise UsageError(text, NO_VALUE, "several values", "choose one launcher for the sweep")
         if item.key_or_group == "launcher":
-            name = str(item.value())
+            name = {"basic": "local"}.get(str(item.value()), str(item.value()))
         else:
             given[item.key_or_group.removeprefix("launcher.")] = item.value()
     return name, given
+
+
+def launchers(dirs: Sequence[Path] = ()) -> list[str]:
+    """Return the options of the launcher: files, and installed plugins of Hydra."""
+    from diffusion_cli.config.hydra_jobs import installed
+
+    return sorted({*options(LAUNCHERS, dirs), *installed(LAUNCHERS)} - {"basic", "submitit_slurm"})
+
+
+def _unknown(name: str, known: Sequence[str]) -> Problem:
+    """The problem of an option that is no launcher, is not installed, or stands behind one of `diffuse`."""
+    if name == "submitit_slurm":
+        return Problem("launcher", name, "requeues no jobs", "use launcher=slurm")
+    if name in PACKAGES:
+        return Problem("launcher", name, "is not installed", f"pip install 'diffuse-cli[{PACKAGES[name]}]'")
+    return Problem("launcher", name, "unknown option", did_you_mean(name, known))
+
+
+def _unknown_keys(name: str, given: dict[str, Any], dirs: Sequence[Path]) -> list[Problem]:
+    """The problems of keys that a launcher does not have."""
+    if not given:
+        return []
+    from diffusion_cli.config.hydra_jobs import hydra_config
+
+    words = [f"{LAUNCHERS}={name}", *search_path(dirs)]
+    known = [key for key in hydra_config(None, words).hydra.launcher if key != "_target_"]
+    of_slurm = SlurmConfig.model_fields
+    return [
+        Problem(f"launcher.{key}", value, "applies only to launcher=slurm", "add launcher=slurm")
+        if key in of_slurm
+        else Problem(f"launcher.{key}", value, "unknown key", did_you_mean(key, known) if known else "")
+        for key, value in given.items()
+        if key.partition(".")[0] not in known
+    ]
 
 
 def _keys(file: Path) -> dict[str, Any]:

@@ -33,6 +33,7 @@ NOT_IDENTITY = frozenset(
         "eval_samples",
         "eval_steps",
         "keep_best",
+        "objective_metric",
         "metric",
         "features",
         "reference",

@@ -64,6 +64,7 @@ class TrainConfig(BaseModel):
     eval_samples: Annotated[int, Field(ge=2)]
     eval_steps: PositiveInt
     keep_best: str | None
+    objective_metric: str | Annotated[list[str], Field(min_length=1)] = "val_loss"
     data_dir: str
     cache_dir: str | None
     output_dir: str

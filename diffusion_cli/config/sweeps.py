@@ -25,6 +25,8 @@ class Sweep(NamedTuple):
 
     command: str
     words: list[list[str]]
+    asked: list[str]
+    """The words as Hydra's sweeper expands them."""
 
     @property
     def jobs(self) -> list[list[str]]:
@@ -49,16 +51,33 @@ class Sweep(NamedTuple):
 
     def values_of(self, job: Sequence[str]) -> list[str]:
         """The values of a job for `keys`, as a user writes them."""
-        return [
-            as_shown(text).partition("=")[2]
-            for text, values in zip(job, self.words, strict=True)
-            if len(values) > 1
-        ]
+        values = {_key(text): as_shown(text).partition("=")[2] for text in job}
+        return [values.get(key, "") for key in self.keys]
 
 
-def expand(command: str, overrides: Sequence[str], dirs: Sequence[Path] = ()) -> Sweep:
-    """Return the jobs of a sweep; UsageError for words that have no list of values."""
-    return Sweep(command, [_values(command, text, dirs) for text in as_typed(command, overrides, dirs)])
+def expand(
+    command: str, overrides: Sequence[str], dirs: Sequence[Path] = (), *, intervals: bool = False
+) -> Sweep:
+    """Return the jobs of a sweep; of a key that is given twice, the last word counts.
+
+    Args:
+        command: name of the command.
+        overrides: words of the command line.
+        dirs: folders with options of the user.
+        intervals: whether the sweeper chooses values between the ends of an interval; jobs then have its ends.
+
+    Raises:
+        UsageError: for words that have no list of values.
+    """
+    last = {_key(text): text for text in as_typed(command, overrides, dirs)}
+    words = [_values(command, text, dirs, intervals) for text in last.values()]
+    asked = [
+        text
+        if intervals and "glob(" not in text
+        else f"{_key(text)}={','.join(_value(word) for word in values)}"
+        for text, values in zip(last.values(), words, strict=True)
+    ]
+    return Sweep(command, words, asked)
 
 
 def load_sweep(sweep: Sweep, dirs: Sequence[Path] = ()) -> list[Config]:
@@ -80,8 +99,12 @@ def _key(text: str) -> str:
     return text.partition("=")[0]
 
 
-def _values(command: str, text: str, dirs: Sequence[Path]) -> list[str]:
-    """An override for each value of a word."""
+def _value(text: str) -> str:
+    return text.partition("=")[2]
+
+
+def _values(command: str, text: str, dirs: Sequence[Path], intervals: bool) -> list[str]:
+    """An override for each value of a word, or for some of the values that the sweeper may choose."""
     from hydra.core.override_parser.types import Glob
 
     item, key = parse(text), _key(text)
@@ -91,9 +114,17 @@ def _values(command: str, text: str, dirs: Sequence[Path]) -> list[str]:
     if isinstance(value, Glob):
         return [f"{key}={name}" for name in _matching(command, text, value, dirs)]
     if item.is_interval_sweep():
-        remedy = f"write {key}={value.start:g},{value.end:g}"
-        raise UsageError(text, NO_VALUE, "an interval is not a list of values", remedy)
-    return [f"{key}={word}" for word in item.sweep_string_iterator()]
+        if not intervals:
+            remedy = f"add hydra/sweeper=optuna, or write {key}={value.start:g},{value.end:g}"
+            raise UsageError(text, NO_VALUE, "an interval is not a list of values", remedy)
+        inner = (
+            []
+            if isinstance(value.start, int) and isinstance(value.end, int)
+            else [(2 * value.start + value.end) / 3]
+        )
+        return [f"{key}={number}" for number in (value.start, *inner, value.end)]
+    words = [f"{key}={word}" for word in item.sweep_string_iterator()]
+    return [words[0], words[-1]] if intervals and item.is_range_sweep() else words
 
 
 def _matching(command: str, text: str, glob: "Glob", dirs: Sequence[Path]) -> list[str]:

@@ -11,7 +11,17 @@ from diffusion_cli.config.schema import GRIDS
 from diffusion_cli.config.typed import as_text
 from diffusion_cli.errors import NO_VALUE, Problem
 
-FLAGS = ["--help", "--cfg", "--config-dir", "--multirun", "-h", "-m"]
+FLAGS = ["--help", "--cfg", "--resolve", "--package", "--info", "--config-dir", "--multirun", "-h", "-m"]
+FLAGS_OF_HYDRA = {
+    "--config-name": ("the command names its configuration", "use --config-dir DIR for options of your own"),
+    "--config-path": ("the command names its configuration", "use --config-dir DIR for options of your own"),
+    "--run": ("a command runs without it", "leave it out"),
+    "--hydra-help": ("unknown flag", "use --help, or --cfg hydra"),
+    "--shell-completion": ("unknown flag", "run diffuse completion"),
+    "--experimental-rerun": ("unknown flag", "use run= to continue a run"),
+}
+"""Flags of Hydra's programs that `diffuse` does not have: problem and remedy."""
+SHORT_FLAGS = {"-cn": "--config-name", "-cp": "--config-path", "-r": "--run", "-sc": "--shell-completion"}
 OTHER_NAMES = {
     "learning_rate": "optimizer.lr",
     "optimizer.learning_rate": "optimizer.lr",
@@ -90,8 +100,9 @@ def sort_words(command: str, words: Sequence[str]) -> tuple[list[str], list[Prob
         command: name of the command.
         words: the words after it, without its flags; each other word that begins with `-` is an unknown flag.
     """
+    words = [word.removeprefix("++") if "=" in word else word for word in words]  # sets a key, as without it
     if all(map(_is_override, words)):
-        return list(words), []
+        return words, []
     keys = _keys(command, words)
     groups = list(_grouped(words, keys))
     overrides = [group[0] for group in groups if _is_override(group[0]) and len(group) == 1]
@@ -228,6 +239,8 @@ def _problem(command: str, group: Sequence[str], keys: Sequence[str]) -> Problem
 def _flag_problem(command: str, group: Sequence[str], keys: Sequence[str]) -> Problem:
     """The problem of an unknown flag, which may be a key or a group."""
     flag, _, value = "=".join(group).partition("=")
+    if found := FLAGS_OF_HYDRA.get(SHORT_FLAGS.get(flag, flag)):
+        return Problem(" ".join(group), NO_VALUE, *found)
     name, near = flag.lstrip("-"), difflib.get_close_matches(flag, FLAGS, n=1, cutoff=0.75)
     if not near and (len(name) > 1 or name in OTHER_NAMES) and nearest_key(name, keys, CLOSE) is not None:
         return Problem(

@@ -33,6 +33,7 @@ from diffusion_cli.system.signals import block, end, forward, handling, leave_gr
 from diffusion_cli.system.terminal import guarded, lost_output
 
 T = TypeVar("T")
+R = TypeVar("R")
 MESSAGES = (UsageError, OSError)
 PARENT_CHECK = 0.5  # seconds between checks of a new process that its parent is alive
 GRACE = 10.0  # seconds for processes to end by themselves after one has failed
@@ -176,13 +177,13 @@ class Distributed:
 
 
 def launch(
-    work: Callable[..., int | None],
+    work: Callable[..., R | None],
     *arguments: Any,
     processes: int | None,
     device: str = "cpu",
     key: str = "processes",
     timeout: timedelta = FOREVER,
-) -> int:
+) -> R | int:
     """Call `work(*arguments)` in every process, and return the result of rank 0 (None: 0).
 
     The processes are those of torchrun or srun. Without a launcher, `processes` (None: 1) are started on this
@@ -205,8 +206,8 @@ def launch(
 
 
 def _as_one_of(
-    place: ProcessInfo, timeout: timedelta, work: Callable[..., int | None], arguments: tuple[Any, ...]
-) -> int:
+    place: ProcessInfo, timeout: timedelta, work: Callable[..., R | None], arguments: tuple[Any, ...]
+) -> R | int:
     """Run the work as one of the processes of a launcher, which all call this."""
     env = os.environ
     if "SLURM_STEP_ID" in env:
@@ -271,14 +272,14 @@ def _group(place: ProcessInfo, meeting: str, timeout: timedelta) -> Iterator[Non
     distributed.destroy_process_group()
 
 
-def _finished(code: int | None) -> int:
-    """Return the code of rank 0 once all processes have finished."""
-    return Distributed().broadcast(code or 0)
+def _finished(result: R | None) -> R | int:
+    """Return the result of rank 0 once all processes have finished."""
+    return Distributed().broadcast(result or 0)
 
 
 def _in_new_processes(
-    count: int, timeout: timedelta, work: Callable[..., int | None], arguments: tuple[Any, ...]
-) -> int:
+    count: int, timeout: timedelta, work: Callable[..., R | None], arguments: tuple[Any, ...]
+) -> R | int:
     with tempfile.TemporaryDirectory() as folder:
         outcome = Path(folder) / "outcome"
         block(True)  # until they can be forwarded
@@ -384,7 +385,7 @@ def _end_with(parent: int) -> None:
     threading.Thread(target=watch, name="parent", daemon=True).start()
 
 
-def _leave(folder: Path, outcome: int | Exception) -> None:
+def _leave(folder: Path, outcome: Any) -> None:
     """Store the outcome for the parent, unless another process has stored one."""
     with suppress(Exception):  # an exception that cannot be pickled has been printed
         data = pickle.dumps(outcome)

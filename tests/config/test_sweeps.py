@@ -28,7 +28,8 @@ def test_sweeps_are_checked_value_by_value():
         ("task=glob(z*)", "task=glob(z*): matches no option; choose from autoencoder, classifier, diffusion"),
         (
             "optimizer.lr=interval(1e-4,1e-3)",
-            "optimizer.lr=interval(1e-4,1e-3): an interval is not a list of values; write optimizer.lr=0.0001,0.001",
+            "optimizer.lr=interval(1e-4,1e-3): an interval is not a list of values; add hydra/sweeper=optuna, or write "
+            "optimizer.lr=0.0001,0.001",
         ),
         (
             "seed=0,1 schedule=[linear,cosine]",
@@ -100,7 +101,7 @@ def test_names_that_distinguish_the_jobs_are_accepted(words):
     ],
 )
 def test_the_configurations_of_a_sweep_are_shown(capsys, words, key, values):
-    assert run(["train", "-m", *words.split(), "--cfg", "job"]) == 0
+    assert run(["train", "-m", *words.split(), "--cfg", "job", "--resolve"]) == 0
     assert [shown[key] for shown in yaml.safe_load_all(capsys.readouterr().out)] == values
 
 

@@ -22,7 +22,8 @@ MISTAKES = {
     "train --schedule=cosine": "--schedule=cosine: unknown flag; write schedule=cosine",
     "train -m schedule cosine": "schedule cosine: no = between key and value; write schedule=cosine",
     "train --batch-size 8": "--batch-size 8: unknown flag; write batch_size=8",
-    "train --version": "--version: unknown flag; choose from --help, --cfg, --config-dir, --multirun, -h, -m",
+    "train --version": "--version: unknown flag; choose from --help, --cfg, --resolve, --package, --info, "
+    "--config-dir, --multirun, -h, -m",
     "train cosine": "cosine: not key=value; write schedule=cosine or lr_schedule=cosine",
     "train seed": "seed: no value; write seed=<value>",
     "train task": "task: no value; write task=<option>, one of autoencoder, classifier, diffusion",
@@ -60,7 +61,7 @@ MISTAKES = {
     "train dataset=photos": "dataset=photos: unknown option; did you mean folder?",
     "sample device=tpu": "device=tpu: must be auto, cpu or cuda; did you mean cpu?",
     "sample @steps=10": "@steps=10: @ in a key is not supported; write key=value",
-    "sample ++steps=10": "++steps=10: keys cannot be added or removed; write steps=10",
+    "sample +steps=10": "+steps=10: keys cannot be added or removed; write steps=10",
     "sample 'steps=${x}'": "steps=${x}: invalid reference ${...}; use the name of a key, such as ${seed}",
     "sample 'batch_size=[a'": (
         "batch_size=[a: unmatched bracket or quote; write batch_size=[a,b] for a list, 'batch_size=\"[a\"' for text"

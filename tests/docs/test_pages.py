@@ -113,10 +113,8 @@ def check_command(words: list[str]) -> None:
 def check_diffuse(*words: str) -> None:
     """Raise AssertionError with the mistakes that `diffuse` reports, or UsageError for those of a sweep."""
     sweep = [word for word in words if word in ("-m", "--multirun")]
-    if sweep:
-        launcher, overrides = config.split_launcher([word for word in words[1:] if word not in sweep])
-        jobs = [config.load(words[0], variant) for variant in config.expand(words[0], overrides).variants]
-        config.launch(launcher, jobs)
+    if sweep and "--cfg" not in words:
+        config.plan_sweep(words[0], [word for word in words[1:] if word not in sweep])
     elif mistakes := reported(*words):
         raise AssertionError("\n".join(mistakes))
 

@@ -1,19 +1,20 @@
 """Shell completion of `diffuse`."""
 
-from collections.abc import Sequence
-from itertools import islice
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import islice, pairwise
 from pathlib import Path
-from typing import Literal, get_args, get_origin
 
 from diffusion_cli.config import plugins
-from diffusion_cli.config.catalogue import CONF, chosen, did_you_mean, documented, options
-from diffusion_cli.config.launcher import LAUNCHERS
+from diffusion_cli.config.catalogue import CONF, Choice, chosen, did_you_mean, documented, options
+from diffusion_cli.config.key_types import few_values, nodes, types_of
+from diffusion_cli.config.launcher import launchers
 from diffusion_cli.config.option_keys import option_keys
 from diffusion_cli.config.runs import run_folders
-from diffusion_cli.config.schema import COMMANDS, FIRST_WORDS
+from diffusion_cli.config.schema import COMMANDS, FIRST_WORDS, UNSWEPT
+from diffusion_cli.config.signature import is_foreign
 from diffusion_cli.config.values import PATH_KEYS
 from diffusion_cli.config.words import FLAGS
-from diffusion_cli.errors import NO_VALUE, UsageError
+from diffusion_cli.errors import NO_VALUE, UsageError, format_value
 
 COMPLETION_HELP = """diffuse completion: Print a completion script for bash, zsh or fish
 
@@ -78,39 +79,68 @@ def _complete(words: Sequence[str]) -> list[str]:
         return []
     elif "=" in last:
         key, _, value = last.partition("=")
-        names = [*options(LAUNCHERS if key == "launcher" else key), *_values(words[0], key)]
-        names += _runs(words) if key in RUN_KEYS else []
-        paths = _paths(value) if key in RUN_KEYS or key.rpartition(".")[2] in PATH_KEYS else []
-        names += [path for path in paths if path.endswith("/") or key not in RUN_KEYS]
-        candidates = [f"{key}={name}" for name in names]
+        candidates = [f"{key}={name}" for name in _after_equals(words, key, value)]
     elif last.startswith("-"):
         candidates = FLAGS
     else:
-        groups = chosen(words[0], words[1:-1], ())
+        dirs = _dirs(words)
+        groups = chosen(words[0], words[1:-1], dirs)
         keys = [f"{key}=" for key, _, _ in documented(CONF / f"{words[0]}.yaml")]
-        for group, option in groups.items():
-            for name in option if isinstance(option, list) else [option]:
-                file = options(group).get(str(name))
-                keys += [f"{of.key}=" for of in option_keys(file, group)] if file else []
-        first = _first_words(words)
-        candidates = [*first, *(f"{group}=" for group in groups), "launcher=", *keys]
+        for group, file in _files(groups, dirs):
+            keys += [f"{of.key}=" for of in option_keys(file, group)]
+        of_sweeps = () if words[0] in UNSWEPT else ("launcher=", "hydra/launcher=", "hydra/sweeper=")
+        candidates = [*_first_words(words), *(f"{group}=" for group in groups), *of_sweeps, *keys]
     return [word for word in dict.fromkeys(candidates) if word.startswith(last)]
+
+
+def _after_equals(words: Sequence[str], key: str, value: str) -> list[str]:
+    """The values of a key or a group; within brackets, or after commas, the rest of a list."""
+    dirs, brackets = _dirs(words), value[:1] == "["
+    before, comma, _ = value.rpartition(",")
+    start = f"{before}," if comma else "[" * brackets
+    given = before.removeprefix("[").split(",") if comma else []
+    if key.removeprefix("hydra/") == "launcher":
+        names = launchers(dirs)
+    elif key.startswith("hydra/"):
+        from diffusion_cli.config.hydra_jobs import installed
+
+        names = sorted({*installed(key), *options(key, dirs)})
+    else:
+        names = [*options(key, dirs), *_values(words, key, dirs)]
+    names = [f"{start}{name}" for name in names if name not in given]
+    names += _runs(words) if key in RUN_KEYS else []
+    paths = _paths(value) if key in RUN_KEYS or key.rpartition(".")[2] in PATH_KEYS else []
+    return names + [path for path in paths if path.endswith("/") or key not in RUN_KEYS]
+
+
+def _dirs(words: Sequence[str]) -> list[Path]:
+    """The folders of options that a command line names."""
+    given = [following for flag, following in pairwise(words) if flag in ("--config-dir", "-cd")]
+    given += [word.partition("=")[2] for word in words if word.startswith(("--config-dir=", "-cd="))]
+    return [path for text in given if (path := Path(text).expanduser()).is_dir()]
+
+
+def _files(groups: Mapping[str, Choice], dirs: Sequence[Path]) -> Iterator[tuple[str, Path]]:
+    """Yield the file of each chosen option, after its group."""
+    for group, option in groups.items():
+        for name in option if isinstance(option, list) else [option]:
+            if file := options(group, dirs).get(str(name)):
+                yield group, file
 
 
 def _first_words(words: Sequence[str]) -> list[str]:
     """The options or values of the key that the last word, if it is bare, is for."""
     keys = FIRST_WORDS.get(words[0], ())[len(words) - 2 :]
-    return [*options(keys[0]), *_values(words[0], keys[0])] if keys else []
+    return [*options(keys[0]), *_values(words, keys[0], ())] if keys else []
 
 
-def _values(command: str, key: str) -> list[str]:
-    """The values of a key that takes one of a few."""
-    field = COMMANDS[command].model_fields.get(key)
-    return (
-        [str(value) for value in get_args(field.annotation)]
-        if field and get_origin(field.annotation) is Literal
-        else []
-    )
+def _values(words: Sequence[str], key: str, dirs: Sequence[Path]) -> list[str]:
+    """The values of a key that takes one of a few; none for a class that would have to be imported."""
+    groups, group = chosen(words[0], words[1:-1], dirs), key.partition(".")[0]
+    of_key = _files({group: groups[group]} if group in groups else {}, dirs)
+    if any(is_foreign(target) for of, file in of_key for target in nodes(file, of).values()):
+        return []
+    return [format_value(value) for value in few_values(types_of(words[0], key, lambda: groups, dirs))]
 
 
 def _runs(words: Sequence[str]) -> list[str]:

@@ -2,8 +2,8 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from types import UnionType
-from typing import Annotated, Any, Union, get_args, get_origin
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic import BaseModel
 
@@ -115,6 +115,14 @@ def _of_model(model: type[BaseModel], key: str) -> list[Any]:
         if isinstance(annotation, type) and issubclass(annotation, BaseModel)
         else []
     )
+
+
+def few_values(types: Sequence[Any]) -> list[Any]:
+    """Return the values of the types that accept only a few: literals, true and false, and null beside them."""
+    members = [member for of in types for member in _members(of)]
+    found = [value for kind, values in members if kind is Literal for value in values]
+    found += [True, False] if any(kind is bool for kind, _ in members) else []
+    return [*found, None] if found and any(kind is NoneType for kind, _ in members) else found
 
 
 def _members(kind: Any) -> Iterator[tuple[Any, tuple[Any, ...]]]:

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Iterable, Mapping, Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -83,6 +84,8 @@ def plan_sweep(command: str, overrides: Sequence[str], dirs: Sequence[Path] = ()
     own += search_path(dirs)
     settings = [text for text in others if _is_experiment(text)]
     sweeper, node = _sweeper(command, own, settings, dirs)
+    if problem := _storage_problem(sweeper, node.get("storage")):
+        raise UsageError.several([problem])
     given = node.get("params") or {}
     others = [*(f"{key}={value}" for key, value in given.items()), *others]
     swept = expand(command, others, dirs, intervals=sweeper != BASIC)
@@ -148,6 +151,16 @@ def _plain(node: Any) -> dict[str, Any]:
     found = OmegaConf.to_container(node)
     assert isinstance(found, dict)
     return {str(key): value for key, value in found.items()}
+
+
+def _storage_problem(sweeper: str, storage: Any) -> Problem | None:
+    """The problem of a database for the study, which Optuna 2 cannot use by SQLAlchemy 2."""
+    if sweeper != "optuna" or not isinstance(storage, str) or int(version("optuna").partition(".")[0]) > 2:
+        return None
+    if storage.startswith("redis") or int(version("sqlalchemy").partition(".")[0]) < 2:
+        return None
+    problem = f"Optuna {version('optuna')} has no databases with SQLAlchemy {version('sqlalchemy')}"
+    return Problem("hydra.sweeper.storage", storage, problem, "leave it out")
 
 
 def _unknown(group: str, name: str, known: Sequence[str]) -> Problem:

@@ -163,6 +163,21 @@ def test_a_search_is_checked_before_its_first_job(words, line):
     assert error.value.lines[0] == line
 
 
+@pytest.mark.parametrize("sqlalchemy", ["1.4.54", "2.1.0"])
+def test_a_study_in_a_database_is_refused_where_optuna_cannot_open_it(monkeypatch, sqlalchemy):
+    pytest.importorskip("hydra_plugins.hydra_optuna_sweeper")
+    versions = {"optuna": "2.10.1", "sqlalchemy": sqlalchemy}
+    monkeypatch.setattr("diffusion_cli.config.sweepers.version", versions.__getitem__)
+    words = [SEARCH, "seed=range(0,3)", "hydra.sweeper.storage=sqlite:///study.db"]
+    if sqlalchemy.startswith("1"):
+        plan_sweep("train", words)
+        return
+    with pytest.raises(
+        UsageError, match=r"storage=sqlite:///study.db: Optuna 2.10.1 has no databases with SQLAlchemy 2"
+    ):
+        plan_sweep("train", words)
+
+
 def test_a_command_without_an_objective_is_not_searched():
     pytest.importorskip("hydra_plugins.hydra_optuna_sweeper")
     with pytest.raises(

@@ -33,7 +33,7 @@ PAGES = [
     *sorted(page for page in (ROOT / "docs").rglob("*.md") if page.parent.name not in GENERATED),
 ]
 WITH_OWN_TEST = ROOT / "docs" / "extending.md"  # test_extending.py
-FIRST_READ = {"README", "index", "start", "commands", "python"}
+FIRST_READ = {"README", "index", "start", "python"}
 """Pages with blocks that the fast tests check; a command takes a quarter of a second to compose."""
 FENCE = re.compile(r"^( *)```([^\n`]*)\n(.*?)^\1```$", re.MULTILINE | re.DOTALL)
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]

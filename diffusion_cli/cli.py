@@ -16,7 +16,7 @@ from pathlib import Path
 from diffusion_cli import __version__, config
 from diffusion_cli.commands.execution import execute
 from diffusion_cli.commands.sweep import sweep
-from diffusion_cli.config import COMMANDS, FIRST_WORDS, GRIDS, UNSWEPT, did_you_mean
+from diffusion_cli.config import COMMANDS, FIRST_WORDS, GRIDS, UNSWEPT, did_you_mean, plugins
 from diffusion_cli.errors import (
     INTERNAL_ERROR,
     NO_VALUE,
@@ -79,10 +79,18 @@ def run(words: Sequence[str]) -> int:
             return _report(*lines_of(error))
         except Exception as error:
             traceback.print_exc()
-            place = config.place_of(error)
-            return _report(f"{place}: error in a plugin, see above" if place else BUG, code=INTERNAL_ERROR)
+            return _report(_culprit(error), code=INTERNAL_ERROR)
         lost = lost_output()
         return _report(lost) if lost else code
+
+
+def _culprit(error: Exception) -> str:
+    """Return the line about an error that is no mistake of the command: it is one of ours, or of a plugin."""
+    if place := plugins.place_of(error):
+        return f"{place}: error in a plugin, see above"
+    if names := plugins.in_use():
+        return f"plugins=[{','.join(names)}] or diffuse {__version__}: error, see above; try it without the plugin"
+    return BUG
 
 
 def _report(*lines: str, code: int = USER_ERROR) -> int:

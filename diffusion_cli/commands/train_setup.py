@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from diffusion_cli.commands.plugin_checks import check_attributes, check_images, check_network
 from diffusion_cli.commands.train_checks import check_data, check_shares
 from diffusion_cli.config import TrainConfig, build
 from diffusion_cli.config.validate import validate
@@ -102,6 +103,7 @@ def set_up(config: TrainConfig, folder: Path, before: CheckpointInfo | None) -> 
     dataset: Dataset = build(
         with_rules(config.dataset, before.data_rules) if before else config.dataset, config.data_dir
     )
+    check_attributes(config.dataset, dataset)
     device: Device = build(config.trainer)
     objective: Objective[Any] | ReconstructionLoss = build(config.objective)
     latent = _latents(config, dataset, device.torch_device, folder, before)
@@ -109,6 +111,7 @@ def set_up(config: TrainConfig, folder: Path, before: CheckpointInfo | None) -> 
     if latent is not None:
         train_data = LatentDataset(dataset, latent.latents, cache_folder(config.cache_dir), latent.keys)
     network = _network(config, dataset, train_data, objective)
+    check_network(config.model, network, train_data.shape)
     if isinstance(objective, ReconstructionLoss):
         task = _autoencoder_task(config, network, objective, dataset)
     else:
@@ -119,6 +122,8 @@ def set_up(config: TrainConfig, folder: Path, before: CheckpointInfo | None) -> 
     precision = stored_precision or resolve(config.precision, device.torch_device)
     check_shares(stages, config.accumulate_grad_batches, Distributed().world)
     images, val_images = train_data.load("train"), train_data.load("val")
+    if latent is None:
+        check_images(config.dataset, dataset, [images, val_images])
     entries = _data_info(dataset, images, val_images) | {
         "task": task.model.task,
         "config": config.model_dump(),

@@ -41,7 +41,7 @@ from diffusion_cli.config.launcher import (
     submission_problem,
 )
 from diffusion_cli.config.objectives import higher_is_better, named_value, objectives
-from diffusion_cli.config.plugins import allow, allowing_words, is_allowed, place_of, without_plugins
+from diffusion_cli.config.plugins import allow, allowing_words, is_allowed, without_plugins
 from diffusion_cli.config.runs import differing, fingerprint, flatten, identity
 from diffusion_cli.config.sampling import SamplingSettings
 from diffusion_cli.config.schema import (
@@ -146,7 +146,6 @@ __all__ = [
     "options",
     "overridden",
     "overview",
-    "place_of",
     "plan_sweep",
     "quoted",
     "seconds",

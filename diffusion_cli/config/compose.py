@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 from diffusion_cli.config import plugins
 from diffusion_cli.config.at_hand import own_images
-from diffusion_cli.config.catalogue import CONF, defaults, options
+from diffusion_cli.config.catalogue import CONF, GROUPS, defaults, options
 from diffusion_cli.config.continued import (
     folder_of,
     foreign_classes,
@@ -397,7 +397,12 @@ def _sort(
             mistakes += [
                 _path_as_dataset(name)
                 if key == "dataset" and re.search("[/.]", name)
-                else Problem(key, name, "unknown option", nearest_option(key, name, list(known)))
+                else Problem(
+                    key,
+                    name,
+                    "unknown option",
+                    _misplaced(key, name, dirs) or nearest_option(key, name, list(known)),
+                )
                 for name in wrong
             ]
             choosing += [] if wrong else [text]
@@ -412,6 +417,14 @@ def _path_as_dataset(path: str) -> Problem:
     return Problem(
         "dataset", path, "unknown option", f"write dataset={option} {as_text('dataset.path', path)}"
     )
+
+
+def _misplaced(group: str, name: str, dirs: Sequence[Path]) -> str:
+    """The remedy for an option file of the user in a folder that is no group; empty if there is none."""
+    roots = (*plugins.folders(), *dirs)
+    found = [file for root in roots for file in root.glob("*/*.yaml") if file.stem == name]
+    lost = [file for file in found if file.parent.name not in GROUPS]
+    return f"move {lost[0]} to {lost[0].parent.with_name(group)}" if lost else ""
 
 
 def _listed_options(item: "Override") -> str:

@@ -13,7 +13,7 @@ import inspect
 import os
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from importlib.machinery import ModuleSpec, PathFinder
 from importlib.metadata import entry_points
@@ -25,7 +25,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from diffusion_cli.config import libraries
-from diffusion_cli.errors import NO_VALUE, Problem, UsageError, first_line
+from diffusion_cli.errors import NO_VALUE, Problem, UsageError, counted, first_line
 from diffusion_cli.system.trusted_paths import is_own_plugin, remember_plugin
 
 VARIABLE = "DIFFUSE_PLUGINS"
@@ -193,10 +193,24 @@ def suits(target: str, group: str) -> Problem | None:
     ]
     found = imported(target)
     if issubclass(found, tuple(bases)):
-        return None
+        lacking = sorted(getattr(found, "__abstractmethods__", ()))
+        remedy = f"define {' and '.join(lacking)} as {BASES[group][0]} describes"
+        return Problem(f"{group}._target_", target, "lacks methods", remedy) if lacking else None
     return Problem(
         f"{group}._target_", target, f"not a class for {group}", f"derive it from {' or '.join(BASES[group])}"
     )
+
+
+def check_call(target: str, supplied: Sequence[Any], given: Mapping[str, Any]) -> None:
+    """Raise UsageError unless a class of an allowed module takes what the program passes by position."""
+    try:
+        inspect.signature(imported(target)).bind(*supplied, **given)
+    except TypeError as error:
+        problem = (
+            f"its __init__ does not fit the {counted(len(supplied), 'positional argument')} of its group"
+        )
+        remedy = "see the table of groups in docs/howto/plugins.md"
+        raise UsageError(KEY, target, f"{problem} ({error})", remedy) from error
 
 
 def positional(target: str) -> list[str]:
@@ -226,7 +240,15 @@ def place_of(error: BaseException) -> str | None:
         for frame, line in traceback.walk_tb(error.__traceback__)
     ]
     places = [f"{file}:{line}" for module, file, line in frames if is_allowed(f"{module}.")]
+    owner = type(error.obj) if isinstance(error, AttributeError) else None
+    if owner is not None and is_allowed(f"{owner.__module__}."):
+        places.append(f"{owner.__module__}.{owner.__name__}")  # lacks an attribute that the program reads
     return places[-1] if places else None
+
+
+def in_use() -> list[str]:
+    """Return the names of the allowed modules that this process has imported."""
+    return [name for name in allowed() if name in sys.modules]
 
 
 def _from_environment() -> list[str]:

@@ -243,4 +243,7 @@ def build(node: Mapping[str, Any] | None, *supplied: Any) -> Any:
     """Build the object of a checked node, `target(*supplied, **arguments)`; None for no node."""
     if node is None:
         return None
-    return target(node)(*supplied, **{str(key): value for key, value in node.items() if key != "_target_"})
+    given = {str(key): value for key, value in node.items() if key != "_target_"}
+    if plugins.is_allowed(node["_target_"]):
+        plugins.check_call(node["_target_"], supplied, given)
+    return target(node)(*supplied, **given)

@@ -252,15 +252,11 @@ class DataConfig(BaseModel):
     metric: dict[str, Node] = {}
 
 
-NEW = [group for group in plugins.BASES if group not in ("optimizer", "lr_schedule")]
-"""Groups with a skeleton."""
-
-
 class NewConfig(BaseModel):
     """The keys of `conf/new.yaml`."""
 
     model_config = STRICT
-    group: Literal[*NEW]  # pyright: ignore[reportInvalidTypeForm]
+    group: Literal[*plugins.BASES]  # pyright: ignore[reportInvalidTypeForm]
     name: str
     plugin: str | None
     output: str

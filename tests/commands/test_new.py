@@ -13,7 +13,6 @@ from diffusion_cli import config
 from diffusion_cli.cli import run
 from diffusion_cli.commands.new import NEXT, SKELETONS
 from diffusion_cli.config import plugins
-from diffusion_cli.config.schema import NEW
 from helpers.plugins import forget_modules
 
 SHORT = {
@@ -37,13 +36,13 @@ def folder(tmp_path, monkeypatch) -> Iterator[Path]:
 
 
 def test_every_group_that_plugins_extend_has_a_skeleton():
-    assert set(NEXT) == {file.parent.name for file in SKELETONS.glob("*/*.py")} == set(NEW)
+    assert set(NEXT) == {file.parent.name for file in SKELETONS.glob("*/*.py")} == set(plugins.BASES)
     for name in NEXT:
         files = {path.name for path in (SKELETONS / name).iterdir() if path.is_file()}
         assert files == {"example.py", "example.yaml", "test_example.py"}
 
 
-@pytest.mark.parametrize("group", NEW)
+@pytest.mark.parametrize("group", plugins.BASES)
 def test_the_files_have_the_names_of_the_option(folder, capsys, group):
     assert run(["new", group, "mine"]) == 0
     paths = {path.relative_to(folder) for path in folder.rglob("*") if path.is_file()}
@@ -130,7 +129,7 @@ def test_every_skeleton_is_tidy_passes_its_test_and_is_used_by_the_printed_comma
     assert run(["train", *SHORT["train"]]) == 0
     (folder / "mine").mkdir()
     capsys.readouterr()
-    for group in NEW:
+    for group in plugins.BASES:
         assert run(["new", group, f"my_{group}", "plugin=mine"]) == 0
         commands = [line for line in capsys.readouterr().out.splitlines() if line.startswith("  diffuse ")]
         assert len(commands) == 1, "there is a run already"

@@ -14,12 +14,12 @@ import torch
 from diffusion_cli.runs.checkpoint import LAST
 
 PARTS = {
-    "dataset": "squares", "model": "stack", "sampler": "memory", "metric": "brightness",
+    "dataset": "squares", "model": "stack", "sampler": "memory", "metric": "brightness", "optimizer": "signs",
 }  # fmt: skip
 """The options of the package `squares`, by group."""
 TRAIN = [
-    "train", "dataset=squares", "model=stack", "model.width=8", "model.depth=1", "sampler=memory",
-    "batch_size=16", "trainer=cpu", "checkpoint_every=5", "preview_steps=2", "name=run",
+    "train", "dataset=squares", "model=stack", "model.width=8", "model.depth=1", "sampler=memory", "optimizer=signs",
+    "optimizer.lr=0.001",    "batch_size=16", "trainer=cpu", "checkpoint_every=5", "preview_steps=2", "name=run",
 ]  # fmt: skip
 AUDIT = """
 import sys

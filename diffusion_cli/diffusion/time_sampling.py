@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from diffusion_cli.diffusion.schedules import Discrete, Schedule
 from diffusion_cli.errors import UsageError
-from diffusion_cli.system.precision import float64_device
+from diffusion_cli.networks.layers import float64_device
 
 
 class TimeBatch(NamedTuple):

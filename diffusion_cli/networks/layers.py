@@ -28,7 +28,6 @@ from torch.nn.functional import (
 from torch.utils.checkpoint import checkpoint
 
 from diffusion_cli.errors import UsageError
-from diffusion_cli.system.precision import widened
 
 # Operations of torch by number of dimensions.
 CONV = {1: conv1d, 2: conv2d, 3: conv3d}
@@ -83,6 +82,16 @@ def fourier_embedding(c_noise: Tensor, frequencies: Tensor) -> Tensor:
     c_noise = widened(c_noise)
     angles = 2 * math.pi * c_noise[:, None] * frequencies.to(c_noise.dtype)
     return torch.cat([angles.sin(), angles.cos()], dim=1)
+
+
+def float64_device(device: torch.device) -> torch.device:
+    """Return where the float64 numbers of a device are computed: on the CPU, if it has none, as MPS."""
+    return device if device.type in ("cpu", "cuda") else torch.device("cpu")
+
+
+def widened(x: Tensor) -> Tensor:
+    """Return a tensor in float64, or in float32 on a device without float64."""
+    return x.to(torch.float64 if float64_device(x.device) == x.device else torch.float32)
 
 
 def zero_init(layer: nn.Module) -> None:

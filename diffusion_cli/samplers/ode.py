@@ -9,8 +9,8 @@ from torch import Tensor
 from diffusion_cli.diffusion.denoiser import Denoise
 from diffusion_cli.diffusion.probability_flow import angle, scale, solve, velocity
 from diffusion_cli.diffusion.schedules import Schedule
+from diffusion_cli.networks.layers import widened
 from diffusion_cli.samplers.base import NoiseFn, Sampler
-from diffusion_cli.system.precision import widened
 
 
 class ODE(Sampler):

@@ -4,7 +4,6 @@ from contextlib import AbstractContextManager
 from typing import Literal
 
 import torch
-from torch import Tensor
 
 from diffusion_cli.errors import UsageError
 from diffusion_cli.system.compat import cpu_has_bf16
@@ -33,16 +32,6 @@ def resolve(precision: NumberFormat | Literal["auto"], device: torch.device) -> 
     if precision == "auto":
         return "bf16" if has_fast_bf16(device) else "fp32"
     return precision
-
-
-def float64_device(device: torch.device) -> torch.device:
-    """Return where the float64 numbers of a device are computed: on the CPU, if it has none, as MPS."""
-    return device if device.type in ("cpu", "cuda") else torch.device("cpu")
-
-
-def widened(x: Tensor) -> Tensor:
-    """Return a tensor in float64, or in float32 on a device without float64."""
-    return x.to(torch.float64 if float64_device(x.device) == x.device else torch.float32)
 
 
 def has_fast_bf16(device: torch.device) -> bool:

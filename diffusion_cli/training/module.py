@@ -19,10 +19,10 @@ from diffusion_cli.diffusion.objectives import Objective, drop_labels
 from diffusion_cli.diffusion.time_sampling import Times, Uniform
 from diffusion_cli.errors import NO_VALUE, UsageError, first_line
 from diffusion_cli.networks import BLOCKS
+from diffusion_cli.networks.layers import float64_device
 from diffusion_cli.runs.schema import CheckpointInfo
 from diffusion_cli.system.compat import set_batch_progress
 from diffusion_cli.system.distributed import Distributed
-from diffusion_cli.system.precision import float64_device
 from diffusion_cli.system.seeding import mix
 from diffusion_cli.training.autoencoder_loss import Autoencoding
 from diffusion_cli.training.loss_check import ZeroNetwork

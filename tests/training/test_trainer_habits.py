@@ -20,7 +20,8 @@ from diffusion_cli.diffusion.denoiser import Denoiser
 from diffusion_cli.diffusion.latents import Pixels
 from diffusion_cli.errors import UsageError
 from diffusion_cli.networks import UNet
-from diffusion_cli.system.precision import device_of, float64_device, has_fast_bf16, widened
+from diffusion_cli.networks.layers import float64_device, widened
+from diffusion_cli.system.precision import device_of, has_fast_bf16
 from diffusion_cli.training.device import Device, naming_nondeterministic
 from diffusion_cli.training.module import DenoisingModule
 from diffusion_cli.training.optimizers import Optimization

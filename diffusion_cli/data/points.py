@@ -6,6 +6,7 @@ from typing import Annotated, Literal, NamedTuple
 
 import numpy as np
 import torch
+from numpy.lib.format import MAGIC_PREFIX
 from pydantic import Field, PositiveFloat
 from torch import Tensor
 
@@ -146,6 +147,8 @@ def _points(data: bytes) -> np.ndarray:
     """Return the points of a file, float64 [N, 3]."""
     if data.startswith(b"ply"):
         return read_ply(data)
+    if data.startswith(MAGIC_PREFIX):  # its numbers may contain the bytes of a mesh
+        return _rows(data)
     kind = mesh_type(data)
     return _rows(data) if kind is None else read_mesh(data, kind)
 

@@ -59,6 +59,16 @@ def test_meshes_are_a_dataset_of_new_runs_only(tmp_path):
     assert points(tmp_path, rules=2).files == ["b.ply"]
 
 
+@pytest.mark.parametrize("rules", [1, 2, 3])
+@pytest.mark.parametrize("start", [b"\nv ", b"\nv\t"])
+def test_an_array_with_the_bytes_of_a_mesh_is_an_array(tmp_path, rules, start):
+    cloud = np.random.RandomState(0).randn(100, 3)
+    cloud[50, :1] = np.frombuffer(start.ljust(8, b"?"))  # 0.0005
+    np.save(tmp_path / "a.npy", cloud)
+    assert start in (tmp_path / "a.npy").read_bytes()
+    assert points(tmp_path, rules).load("train").pixels.shape == (1, 3, 100)
+
+
 def test_materials_and_files_that_a_mesh_names_are_not_read(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "secret.mtl").write_text("newmtl a\n")

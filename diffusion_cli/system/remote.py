@@ -1,7 +1,10 @@
 """Files and folders at URLs of any protocol of fsspec, copied once to a folder of this machine."""
 
+import errno
 import re
 import shutil
+import socket
+import ssl
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime
@@ -26,6 +29,20 @@ AT_ONCE = 16
 """Files copied at the same time, because each request waits for the server."""
 VERSIONS = ("etag", "md5", "checksum", "sha256", "lastmodified", "mtime", "created")
 """Properties of a file that change with its content, in lower case without separators."""
+UNREACHABLE = (errno.ENETDOWN, errno.ENETUNREACH, errno.EHOSTDOWN, errno.EHOSTUNREACH)
+NETWORK_ERRORS = {
+    "aiohttp.ClientConnectionError",
+    "azure.ServiceRequestError",
+    "botocore.ConnectTimeoutError",
+    "botocore.ConnectionClosedError",
+    "botocore.EndpointConnectionError",
+    "botocore.ReadTimeoutError",
+    "httpx.NetworkError",
+    "httpx.TimeoutException",
+    "requests.ConnectionError",
+    "requests.Timeout",
+}
+"""Errors of a network by package and class, because only some of the packages are installed."""
 
 
 class _Listing(NamedTuple):
@@ -43,7 +60,8 @@ class _Listing(NamedTuple):
 def local_copy(path: str, data_dir: Path, key: str = "dataset.path") -> Path:
     """Return a local path: `path` itself, or the copy of the file or folder at this URL, copied if it has changed.
 
-    Copies are in `data_dir/remote`. Without a connection, the newest copy is used, with a line on stderr.
+    Copies are in `data_dir/remote`. If the network fails, the newest copy is used, with a line on stderr. Any other
+    failure is an error, such as an expired token: an old copy would hide that the data have changed.
 
     Args:
         path: path or URL.
@@ -62,9 +80,8 @@ def local_copy(path: str, data_dir: Path, key: str = "dataset.path") -> Path:
     except ImportError as error:
         raise UsageError(key, path, "needs another package", reason(error)) from error
     except Exception as error:  # file systems raise errors of many types
-        if not _no_answer(error):
-            problem = "does not exist" if isinstance(error, FileNotFoundError) else "cannot be read"
-            raise UsageError(key, path, f"{problem} ({reason(error)})", "correct the URL") from error
+        if not _is_network_failure(error):
+            raise UsageError(key, path, *_failure(error)) from error
         problem, copies = (
             f"cannot be reached ({reason(error.__cause__ or error)})",
             [*place.glob(f"*/{_name(path)}")],
@@ -152,11 +169,28 @@ def _copy_file(system: Any, path: str, size: int | None, target: Path, bar: Prog
         raise FormatError(f"{path} has other than the listed {size} bytes")
 
 
-def _no_answer(error: BaseException) -> bool:
-    """Return whether an error is that of a network or a server, not of a wrong URL."""
-    first = error.__cause__ or error  # fsspec reports any failure of HTTP as a missing file
-    refused = 400 <= getattr(first, "status", 0) < 500
-    return not refused and not isinstance(first, FileNotFoundError | ValueError | PermissionError)
+def _is_network_failure(error: BaseException) -> bool:
+    """Return whether an error, or the one that caused it, is that of a network, not of a server or a URL."""
+    names = {f"{kind.__module__.partition('.')[0]}.{kind.__name__}" for kind in type(error).__mro__}
+    if isinstance(error, ssl.SSLCertVerificationError):
+        return False
+    if isinstance(error, ConnectionError | TimeoutError | socket.gaierror) or names & NETWORK_ERRORS:
+        return True
+    if isinstance(error, OSError) and error.errno in UNREACHABLE:
+        return True
+    return error.__cause__ is not None and _is_network_failure(error.__cause__)
+
+
+def _failure(error: Exception) -> tuple[str, str]:
+    """Return the problem and the remedy for a URL that a server refuses, or that is wrong."""
+    first = error.__cause__ or error
+    status = getattr(first, "status", None)
+    # fsspec reports any failure of HTTP as a missing file.
+    is_http = type(first).__module__.startswith("aiohttp")
+    if status in (404, 410) if is_http else isinstance(error, FileNotFoundError):
+        return "does not exist", "correct the URL"
+    why = f"{status} {getattr(first, 'message', '')}".strip() if status else reason(first)
+    return f"cannot be read ({why})", "check the URL and your access to it"
 
 
 def _name(url: str) -> str:

@@ -1,16 +1,22 @@
 """Data at URLs: copied once, again after a change, atomically, and equal to the local data."""
 
+import errno
 import os
+import socket
+import ssl
 import threading
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import aiohttp
 import fsspec
 import numpy as np
 import pytest
 import torch
+from multidict import CIMultiDict, CIMultiDictProxy
 from torch.testing import assert_close
+from yarl import URL
 
 from diffusion_cli.cli import run
 from diffusion_cli.errors import MachineError, UsageError
@@ -99,7 +105,7 @@ def test_a_server_is_asked_for_a_file_once_and_not_needed_later(tmp_path, images
     assert local_copy(f"{url}/photos.zip?version=1", tmp_path / "data") == copy
     assert copy.name == "photos.zip"
     assert sum(line.startswith("GET") for line in asked) == 1
-    with pytest.raises(UsageError, match=r"absent.zip: does not exist \(.*\); correct the URL"):
+    with pytest.raises(UsageError, match=r"absent.zip: does not exist; correct the URL"):
         local_copy(f"{url}/absent.zip", tmp_path / "data")
     server.shutdown()
     server.server_close()
@@ -108,6 +114,65 @@ def test_a_server_is_asked_for_a_file_once_and_not_needed_later(tmp_path, images
     assert "); using the copy of 2" in line
     with pytest.raises(UsageError, match=r"other.zip: cannot be reached \(.*\); check the network"):
         local_copy(f"{url}/other.zip", tmp_path / "data")
+
+
+def http_error(status: int, message: str) -> Exception:
+    """The error of fsspec for an answer of an HTTP server."""
+    request = aiohttp.RequestInfo(URL("http://x/x.npy"), "HEAD", CIMultiDictProxy(CIMultiDict()))
+    error = FileNotFoundError("http://x/x.npy")
+    error.__cause__ = aiohttp.ClientResponseError(request, (), status=status, message=message)
+    return error
+
+
+def fails(memory, error: Exception, monkeypatch) -> None:
+    def info(*_, **__):
+        raise error
+
+    monkeypatch.setattr(memory, "info", info)
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (http_error(401, "Unauthorized"), r"cannot be read \(401 Unauthorized\); check the URL and your acc"),
+        (http_error(503, "Unavailable"), r"cannot be read \(503 Unavailable\)"),
+        (http_error(404, "Not Found"), "x.npy: does not exist; correct the URL$"),
+        (RuntimeError("expired token"), r"cannot be read \(expired token\)"),
+        (PermissionError("no"), r"cannot be read \(no\)"),
+        (ssl.SSLCertVerificationError("certificate has expired"), "cannot be read .*has expired"),
+    ],
+)
+def test_an_old_copy_does_not_hide_a_refusal(error, line, tmp_path, memory, monkeypatch):
+    memory.pipe("/b/x.npy", b"one")
+    local_copy("memory://b/x.npy", tmp_path)
+    fails(memory, error, monkeypatch)
+    with pytest.raises(UsageError, match=line):
+        local_copy("memory://b/x.npy", tmp_path)
+
+
+class EndpointConnectionError(Exception):
+    """As in botocore, which is not installed."""
+
+    __module__ = "botocore.exceptions"
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        ConnectionResetError("reset"),
+        TimeoutError("late"),
+        OSError(errno.ENETUNREACH, "no route"),
+        socket.gaierror("unknown host"),
+        aiohttp.ServerDisconnectedError(),
+        EndpointConnectionError("no endpoint"),
+    ],
+)
+def test_the_old_copy_is_used_if_the_network_fails(error, tmp_path, memory, monkeypatch, capsys):
+    memory.pipe("/b/x.npy", b"one")
+    copy = local_copy("memory://b/x.npy", tmp_path)
+    fails(memory, error, monkeypatch)
+    assert local_copy("memory://b/x.npy", tmp_path) == copy
+    assert "using the copy of" in capsys.readouterr().err
 
 
 def test_a_copy_goes_on_where_it_was_stopped(tmp_path, images, memory, monkeypatch):
@@ -138,7 +203,7 @@ def test_a_copy_goes_on_where_it_was_stopped(tmp_path, images, memory, monkeypat
 @pytest.mark.parametrize(
     ("url", "line"),
     [
-        ("memory://none/x.zip", r"dataset.path=memory://none/x.zip: does not exist \(.*\); correct the URL"),
+        ("memory://none/x.zip", r"dataset.path=memory://none/x.zip: does not exist; correct the URL"),
         ("nonsense://x", r"dataset.path=nonsense://x: cannot be read \(Protocol not known: nonsense\)"),
         ("memory://b/empty", r"dataset.path=memory://b/empty: cannot be read \(has 0 files; must have 1 to"),
     ],

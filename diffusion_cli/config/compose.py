@@ -39,7 +39,7 @@ from diffusion_cli.config.recipe import (
     started_with,
     with_recipe,
 )
-from diffusion_cli.config.renamed import renamed_beside, renamed_in_files, renamed_keys, renamed_word
+from diffusion_cli.config.renamed import moved, renamed_beside, renamed_in_files, renamed_keys, renamed_word
 from diffusion_cli.config.runs import flatten, identity, replaced, run_name, usual_options
 from diffusion_cli.config.schema import COMMANDS, GRIDS, UNSWEPT, Config
 from diffusion_cli.config.tasks import task_problems
@@ -48,7 +48,7 @@ from diffusion_cli.config.validate import check_node, validate
 from diffusion_cli.config.values import Node
 from diffusion_cli.config.words import OTHER_NAMES, accepted, nearest_key, nearest_option
 from diffusion_cli.errors import NO_VALUE, Problem, UsageError
-from diffusion_cli.runs.migrate import migrated
+from diffusion_cli.runs.migrate import KEYS_OF_FORMAT_6, migrated
 from diffusion_cli.system.compat import parse_override
 from diffusion_cli.system.trusted_paths import is_own_run
 
@@ -469,6 +469,9 @@ def _known(command: str, setting: Mapping[str, str], implied: Node) -> tuple[lis
             continue
         if any(other == key or other.startswith(f"{key}.") for other in keys):
             known.append(text)
+            continue
+        if key in KEYS_OF_FORMAT_6 and command == "train":
+            unknown.append(moved(key, parse(text).value()))
             continue
         having = _options_with(key, command)
         if having:

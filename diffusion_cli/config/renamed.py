@@ -8,7 +8,7 @@ from diffusion_cli.config.catalogue import brought_by, chosen, defaults, options
 from diffusion_cli.config.runs import flatten
 from diffusion_cli.config.schema import COMMANDS
 from diffusion_cli.errors import NO_VALUE, Problem, format_value
-from diffusion_cli.runs.migrate import KEYS_OF_FORMAT_5, KEYS_OF_FORMAT_6, SPLITS_OF_FORMAT_5
+from diffusion_cli.runs.migrate import KEYS_OF_FORMAT_5, KEYS_OF_FORMAT_6, SPLITS_OF_FORMAT_5, had_moved_keys
 
 NAMING_SPLITS = ("input", "split")
 """Last names of the keys that take splits of a dataset."""
@@ -23,8 +23,6 @@ def renamed_word(command: str, key: str, value: Any) -> Problem | None:
         value: option, or value.
     """
     new, last = _new_key(key), key.rpartition(".")[2]
-    if key in KEYS_OF_FORMAT_6 and command == "train":
-        return _moved(key, value)
     if last in NAMING_SPLITS and isinstance(value, str) and value in SPLITS_OF_FORMAT_5:
         split = SPLITS_OF_FORMAT_5[value]
         return Problem(key, value, f"renamed to {split}", f"use {key}={split}")
@@ -82,15 +80,17 @@ def renamed_beside(config: Mapping[str, Any], words: Sequence[str]) -> list[Prob
         config: a composed configuration, before it is migrated.
         words: words of the command line.
     """
-    moved = {key: value for key, value in flatten(config).items() if key in KEYS_OF_FORMAT_6}
+    if not had_moved_keys(config.get("optimizer")):
+        return []
+    values = {key: value for key, value in flatten(config).items() if key in KEYS_OF_FORMAT_6}
     said = {word.partition("=")[0].partition(".")[0] for word in words}
     return [
-        _moved(key, value) for key, value in moved.items() if KEYS_OF_FORMAT_6[key].partition(".")[0] in said
+        moved(key, value) for key, value in values.items() if KEYS_OF_FORMAT_6[key].partition(".")[0] in said
     ]
 
 
-def _moved(key: str, value: Any) -> Problem:
-    """The problem of a key that moved to another group."""
+def moved(key: str, value: Any) -> Problem:
+    """Return the problem of one of `KEYS_OF_FORMAT_6`."""
     new = KEYS_OF_FORMAT_6[key]
     constant = new == "lr_schedule.decay_steps" and value is None
     remedy = "use lr_schedule=constant" if constant else f"use {new}={format_value(value)}"

@@ -141,7 +141,12 @@ def run_name(
         if group not in NOT_IDENTITY | {"dataset", "schedule"} and option != usual[group]
     ]
     before, now = identity(implied), identity(config)
-    changed = {key_of_format_4(key): now[key] for key in now if before.get(key, ...) != now[key]}
+    former = {key: key_of_format_4(key) for key in now}
+    changed = {
+        key if former[key] in now else former[key]: now[key]  # a plugin may have the key of format 4 too
+        for key in now
+        if before.get(key, ...) != now[key]
+    }
     # Last parts of keys and paths only: the folder's config.yaml distinguishes runs with equal names.
     words += [
         f"{key.rpartition('.')[2]}_{Path(format_value(value)).name}" for key, value in sorted(changed.items())

@@ -6,7 +6,7 @@ none, so all migrations are applied to them, and each migration leaves newer dat
 
 import math
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, TypeGuard
 
 FORMAT = 7
 OLDEST = 4
@@ -50,6 +50,8 @@ KEYS_OF_FORMAT_6 = {
     "optimizer.warm_up_steps": "lr_schedule.warm_up_steps",
 }
 """Dotted keys of configurations moved after format 6."""
+OPTIMIZERS_OF_FORMAT_6 = frozenset(f"diffusion_cli.training.{name}" for name in ("Adam", "AdamW"))
+"""Optimizers that had these keys; an optimizer of a plugin may have arguments of the same names."""
 SPLITS_OF_FORMAT_5 = {"held_out": "val"}
 """Dataset splits renamed after format 5."""
 CONSTANT_RATE, COSINE_DECAY = (f"diffusion_cli.training.{name}" for name in ("ConstantRate", "CosineDecay"))
@@ -119,6 +121,11 @@ def key_of_format_4(key: str) -> str:
     return ".".join(former.get(part, part) for part in moved.get(key, key).split("."))
 
 
+def had_moved_keys(optimizer: Any) -> TypeGuard[Mapping[str, Any]]:
+    """Return whether the node of an optimizer has a class that had `KEYS_OF_FORMAT_6`."""
+    return isinstance(optimizer, Mapping) and optimizer.get("_target_") in OPTIMIZERS_OF_FORMAT_6
+
+
 def migrated_column(name: str) -> str:
     """Return the present name of a column of a `metrics.csv` of any version."""
     return f"val_{name.removeprefix('held_out_')}" if name.startswith("held_out_") else name
@@ -149,7 +156,7 @@ def _split_optimizer(value: Any) -> Any:
     config = {key: _split_optimizer(item) for key, item in value.items()}
     node, schedule = config.get("optimizer"), config.get("lr_schedule")
     former = {key.partition(".")[2]: key for key in KEYS_OF_FORMAT_6}
-    if not isinstance(node, Mapping) or not former.keys() & node.keys():
+    if not had_moved_keys(node) or not former.keys() & node.keys():
         return config
     derived = config.get("derived") if isinstance(config.get("derived"), list) else None
     schedule = (

@@ -1,10 +1,13 @@
 """Keys that moved from the optimizer after format 6: on command lines, in option files and in stored runs."""
 
+import sys
+
 import pytest
 
-from diffusion_cli.config import TrainConfig, load
+from diffusion_cli.config import TrainConfig, load, plugins
 from diffusion_cli.errors import UsageError
 from diffusion_cli.runs.migrate import migrated
+from helpers.plugins import forget_modules
 
 ADAMW = {"_target_": "diffusion_cli.training.AdamW", "lr": 0.1}
 COSINE = {"_target_": "diffusion_cli.training.CosineDecay", "warm_up_steps": 3}
@@ -58,3 +61,34 @@ def test_moved_keys_of_an_option_file_are_migrated(tmp_path, steps, kind):
         UsageError, match=r"optimizer\.clip_norm=3.0: renamed to clip_norm; use clip_norm=3.0"
     ):
         load("train", ["optimizer=mine", "clip_norm=1"], [tmp_path])
+
+
+PLUGIN = """
+import torch
+
+
+class MyOpt(torch.optim.SGD):
+    def __init__(self, params, *, lr: float = 0.1, clip_norm: float = 5.0, warm_up_steps: int = 7):
+        super().__init__(params, lr=lr)
+"""
+
+
+def test_an_optimizer_of_a_plugin_keeps_arguments_with_the_names_of_moved_keys(tmp_path, monkeypatch):
+    (tmp_path / "with_norm.py").write_text(PLUGIN)
+    (tmp_path / "optimizer").mkdir()
+    lines = "_target_: with_norm.MyOpt\nlr: 0.1\nclip_norm: 5.0\nwarm_up_steps: 7\n"
+    (tmp_path / "optimizer" / "mine.yaml").write_text(lines)
+    monkeypatch.setattr(sys, "path", [*sys.path, str(tmp_path)])
+    monkeypatch.setenv(plugins.VARIABLE, "with_norm")
+    for words, clip_norm in ([], 5.0), (["optimizer.clip_norm=3"], 3), (["clip_norm=3"], 5.0):
+        config = load("train", ["optimizer=mine", "max_steps=240", *words], [tmp_path])
+        assert isinstance(config, TrainConfig)
+        assert config.optimizer["clip_norm"] == clip_norm
+        assert config.optimizer["warm_up_steps"] == 7
+        assert config.clip_norm == (3.0 if words == ["clip_norm=3"] else 1.0)
+        assert config.lr_schedule["warm_up_steps"] == 10
+        assert migrated(config.model_dump()) == config.model_dump()
+    both = load("train", ["optimizer=mine", "optimizer.clip_norm=3", "clip_norm=2"], [tmp_path]).model_dump()
+    assert "clip_norm_3" in both["name"]
+    assert "clip_norm_2" in both["name"]
+    forget_modules("with_norm")

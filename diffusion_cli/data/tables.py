@@ -15,10 +15,11 @@ from torch import Tensor
 
 from diffusion_cli.data.array import MOST_CLASSES
 from diffusion_cli.data.labels import examples, in_order
+from diffusion_cli.data.table_files import Origin, origin
 from diffusion_cli.errors import FormatError, MachineError, UsageError, counted
 from diffusion_cli.system.files import CANNOT_WRITE
 from diffusion_cli.system.locks import locked
-from diffusion_cli.system.untrusted import LARGEST, read, reason
+from diffusion_cli.system.untrusted import reason
 
 if TYPE_CHECKING:
     import datasets
@@ -65,7 +66,17 @@ class Source(NamedTuple):
                 missing = f"the labels of {key}={split} are hidden"
         with self._reported(key, split):
             data = data.select_columns([image]).cast_column(image, library().Image(decode=False))
-        return Table(split, data, image, labels, names if labels is not None else None, missing)
+        return Table(
+            split, data, image, labels, names if labels is not None else None, missing, self.origin()
+        )
+
+    def origin(self) -> Origin:
+        """Return the places of the dataset's own files."""
+        from huggingface_hub import constants
+
+        config = library().config
+        caches = config.HF_DATASETS_CACHE, config.DOWNLOADED_DATASETS_PATH, config.EXTRACTED_DATASETS_PATH
+        return origin(self.path, map(Path, (*caches, constants.HF_HUB_CACHE)))
 
     def _read(self, key: str, split: str) -> "datasets.Dataset":
         """Return all rows and columns of a split."""
@@ -100,10 +111,9 @@ class Source(NamedTuple):
         if stream.features is None:
             problem = "this dataset has no column types"
             raise UsageError("dataset.streaming", True, problem, "set dataset.streaming=false")
-        for name, feature in stream.features.items():
-            if isinstance(feature, library().Image):
-                stream = stream.cast_column(name, library().Image(decode=False))
-        return stream
+        if isinstance(stream, library().Dataset):  # of save_to_disk
+            stream = stream.to_iterable_dataset()
+        return stream.decode(False)  # neither images nor sounds, which may name files elsewhere
 
     def _opened(self, key: str, split: str, streaming: bool) -> Any:
         where = Path(self.path).expanduser()
@@ -240,10 +250,12 @@ class Table(NamedTuple):
     """Class of each image, int64 [N], or None without classes."""
     class_names: tuple[str, ...] | None
     missing_classes: str
+    origin: Origin
+    """Places of image files that the table names."""
 
     def content(self, row: int) -> bytes:
         """Return the bytes of an image file; FormatError or OSError if it cannot be read."""
-        return file_content(self.data[row][self.image])
+        return self.origin.content(self.data[row][self.image])
 
 
 def numbered(
@@ -284,23 +296,6 @@ def numbered(
     return found, torch.tensor(values, dtype=torch.int64)
 
 
-def file_content(value: Any) -> bytes:
-    """Return the bytes of an image as the library stores it: in the table, in a file, or at a URL."""
-    if not isinstance(value, dict):
-        raise FormatError("has no image")
-    if value.get("bytes") is not None:
-        return value["bytes"]
-    path = value.get("path") or ""
-    if "://" not in path:
-        return read(Path(path))
-    files, name = fsspec.url_to_fs(path)
-    with files.open(name) as file:
-        content = file.read(LARGEST + 1)
-    if len(content) > LARGEST:
-        raise FormatError(f"is larger than {LARGEST} bytes")
-    return content
-
-
 def library() -> ModuleType:
     """Import `datasets`; UsageError with the install command if missing."""
     try:
@@ -319,8 +314,9 @@ def _rows(source: Source, key: str, split: str) -> Iterator[dict[str, Any]]:
     """Yield the first rows of a split with the bytes of all images."""
     stream = source.stream(key, split)
     images = [name for name, feature in stream.features.items() if isinstance(feature, library().Image)]
+    origin = source.origin()
     for row in stream:
-        yield row | {name: {"bytes": file_content(row[name]), "path": None} for name in images}
+        yield row | {name: {"bytes": origin.content(row[name]), "path": None} for name in images}
 
 
 def _finished(folder: Path) -> list[Path]:

@@ -17,6 +17,7 @@ from diffusion_cli.errors import UsageError
 from helpers.data import array, folder, labels_of, save, write_images
 
 library = pytest.importorskip("datasets")
+pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
 RNG = np.random.default_rng(0)
 
 
@@ -175,6 +176,22 @@ def test_unreadable_images_are_named(tmp_path):
         UsageError, match=r"cannot use 1 of the images; repair or remove image 1 of train \(is not"
     ):
         hub(tmp_path / "images").load("train")
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_files_elsewhere_that_a_table_names_are_not_read(images, tmp_path, streaming):
+    private, own = images / "a" / "0.png", tmp_path / "set" / "0.png"
+    save(own, np.zeros((8, 8, 3), np.uint8))
+    paths = [str(own), str(private), "http://localhost:1/a.png"]
+    for name, chosen in {"own": paths[:1], "all": paths}.items():
+        rows = [{"bytes": None, "path": path} for path in chosen]
+        table = pyarrow.table({"image": rows}, library.Features({"image": library.Image()}).arrow_schema)
+        parquet.write_table(table, tmp_path / "set" / f"{name}.parquet")
+    settings = {"streaming": streaming, "max_images": 3, "data_dir": str(tmp_path / "data")}
+    assert len(hub(tmp_path / "set" / "own.parquet", **settings).load("train")) == 1
+    with pytest.raises(UsageError, match=rf"{private}, outside of the dataset; store the images") as error:
+        hub(tmp_path / "set" / "all.parquet", **settings).load("train")
+    assert len(error.value.lines) == 1
 
 
 WRONG = {

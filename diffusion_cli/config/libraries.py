@@ -42,8 +42,9 @@ def is_named(target: str, group: str | None = None) -> bool:
 
 
 def contains(module: str) -> bool:
-    """Return whether a module is one of `LIBRARIES` or inside one."""
-    return any(f"{module}.".startswith(f"{library.module}.") for library in LIBRARIES.values())
+    """Return whether a module is one of `LIBRARIES`, inside one, or a package that may export its classes."""
+    pairs = ((f"{module}.", f"{library.module}.") for library in LIBRARIES.values())
+    return any(of.startswith(other) or other.startswith(of) for of, other in pairs)
 
 
 def exported(module: str) -> dict[str, Any]:

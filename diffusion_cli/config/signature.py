@@ -46,6 +46,7 @@ class _Imported(NamedTuple):
 
     module: str
     name: str
+    """Empty for the module itself."""
 
 
 @cache
@@ -72,6 +73,12 @@ def _definitions(module: str) -> dict[str, ast.AST | _Imported]:
         elif isinstance(node, ast.ImportFrom):
             origin = importlib.util.resolve_name("." * node.level + (node.module or ""), package)
             found |= {alias.asname or alias.name: _Imported(origin, alias.name) for alias in node.names}
+        elif isinstance(node, ast.Import):
+            found |= {
+                alias.asname or root: _Imported(alias.name if alias.asname else root, "")
+                for alias in node.names
+                for root in [alias.name.partition(".")[0]]
+            }
     return found
 
 
@@ -130,7 +137,8 @@ def constructor(target: str) -> Constructor | None:
     inits = [item for item in node.body if isinstance(item, ast.FunctionDef) and item.name == "__init__"]
     if inits:
         return Constructor(module, *_arguments(inits[0]), _docstrings(node, inits[0]))
-    bases = (constructor(f"{module}.{base.id}") for base in node.bases if isinstance(base, ast.Name))
+    paths = (_path(module, base) for base in node.bases)  # a base may have the name of the class
+    bases = (constructor(path) for path in paths if path != f"{module}.{node.name}")
     inherited = next((base for base in bases if base is not None), None)
     if inherited is not None:
         return inherited._replace(docstrings=(*_docstrings(node), *inherited.docstrings))
@@ -140,6 +148,15 @@ def constructor(target: str) -> Constructor | None:
         if is_ours or not (node.bases or node.decorator_list)
         else None
     )
+
+
+def _path(module: str, base: ast.expr) -> str:
+    """The path of a base class that a module writes as `Class` or as `module.Class`."""
+    root, _, rest = ast.unparse(base).partition(".")
+    origin = _definitions(module).get(root)
+    if rest and isinstance(origin, _Imported):
+        return ".".join(filter(None, (*origin, rest)))
+    return f"{module}.{root}"
 
 
 def _arguments(function: ast.FunctionDef) -> tuple[dict[str, Argument], dict[str, Argument]]:

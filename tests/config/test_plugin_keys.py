@@ -116,14 +116,47 @@ def test_comments_in_the_file_come_before_the_words_of_the_docstring(deep, capsy
 @pytest.mark.parametrize("words", [["--help"], ["model=help"]])
 def test_help_on_a_plugin_imports_neither_torch_nor_the_plugin(deep, words):
     (deep / "inner.yaml").write_text("_target_: bars.deep.Inner\n")
+    assert "inner" in printed_without_torch([*WORDS[:1], "model=inner", *words])
+
+
+def printed_without_torch(words: list[str]) -> str:
+    """The output of a training's command in a process that imports neither torch nor the plugin."""
     code = (
         "import sys; from diffusion_cli.cli import run; code = run(sys.argv[1:]);"
         "sys.exit(code or any(name.partition('.')[0] in ('torch', 'bars') for name in sys.modules))"
     )
-    command = [sys.executable, "-c", code, "train", "plugins=bars", *WORDS[:1], "model=inner", *words]
+    command = [sys.executable, "-c", code, "train", "plugins=bars", *words]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert "inner" in done.stdout
+    return done.stdout
+
+
+@pytest.mark.parametrize(
+    ("group", "line", "base", "key"),
+    [
+        ("optimizer", "import torch", "torch.optim.AdamW", "weight_decay=0.01"),
+        ("optimizer", "from torch import optim", "optim.AdamW", "weight_decay=0.01"),
+        ("callback", "import lightning", "lightning.Callback", ""),
+    ],
+)
+def test_help_on_a_class_of_a_library_without_an_own_constructor_reads_the_base(
+    project, group, line, base, key
+):
+    (project / "bars" / "sub.py").write_text(f'{line}\n\n\nclass Sub({base}):\n    """Of a plugin."""\n')
+    (project / "bars" / "conf" / group).mkdir(exist_ok=True)
+    node = "sub:\n  _target_: " if group == "callback" else "_target_: "
+    (project / "bars" / "conf" / group / "sub.yaml").write_text(f"{node}bars.sub.Sub\n")
+    assert f"{group}.{key}" in printed_without_torch([f"{group}=sub", "--help"]) or not key
+
+
+def test_a_class_may_have_the_name_of_its_base(project, capsys):
+    (project / "bars" / "sub.py").write_text(
+        "from torch.optim import AdamW\n\n\nclass AdamW(AdamW):\n    pass\n"
+    )
+    (project / "bars" / "conf" / "optimizer").mkdir()
+    (project / "bars" / "conf" / "optimizer" / "sub.yaml").write_text("_target_: bars.sub.AdamW\n")
+    assert run(["train", "plugins=bars", "optimizer=sub", "--help"]) == 0
+    assert "optimizer.weight_decay=0.01" in capsys.readouterr().out
 
 
 def test_a_constructor_without_source_is_imported_for_the_help(project, deep, capsys):

@@ -9,7 +9,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import Subset
+from torch.utils.data import IterableDataset, Subset
 
 from diffusion_cli.data.base import row_chunks, spread
 from diffusion_cli.data.decoding import ImageDecoder, center_crop_resize
@@ -160,8 +160,10 @@ def few_items(items: Any) -> Iterator[Item]:
 
 
 def is_iterable(items: Any) -> bool:
-    """Return whether a dataset can only be iterated over."""
-    return not (hasattr(items, "__getitem__") and hasattr(items, "__len__"))
+    """Return whether a dataset can only be iterated over, although an IterableDataset inherits `__getitem__`."""
+    return isinstance(items, IterableDataset) or not (
+        hasattr(items, "__getitem__") and hasattr(items, "__len__")
+    )
 
 
 def as_item(item: Any) -> Item:

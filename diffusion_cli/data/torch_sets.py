@@ -2,7 +2,7 @@
 
 import inspect
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Annotated, Any, Literal
 
 import numpy as np
@@ -91,7 +91,8 @@ class TorchDataset(Dataset):
         try:
             first = next(few_items(sets["train"]), None)
             if first is None:
-                raise FormatError("has no items")
+                problem = "returns a dataset without items"
+                raise UsageError(KEY, factory, problem, "return at least one image")
             self.decoder = item_decoder(first.image, size, channels, range, background)
         except FormatError as error:
             raise UsageError(KEY, factory, f"item 0 {error}") from error
@@ -155,6 +156,9 @@ class TorchDataset(Dataset):
             if is_iterable(items) and not hasattr(items, "__iter__"):
                 problem = f"returns {type(items).__name__}, which is no dataset of torch"
                 raise UsageError(KEY, self.factory, problem, "return a torch.utils.data.Dataset")
+            if is_iterable(items) and isinstance(items, Iterator):
+                problem = "returns an iterator, which can be read only once"
+                raise UsageError(KEY, self.factory, problem, "return an IterableDataset")
         return sets
 
     def _items(self, items: Any) -> Items:

@@ -54,6 +54,9 @@ class Stream(IterableDataset):
     def __init__(self, count=12):
         self.count = count
 
+    def __len__(self):
+        return self.count
+
     def __iter__(self):
         for number in range(self.count):
             yield PIXELS[number % 12], torch.tensor(number % 2)
@@ -104,6 +107,10 @@ def with_split(split):
 
 def stream(count=12):
     return Stream(count)
+
+
+def generator():
+    yield from Stream()
 
 
 def targets(targets):
@@ -281,7 +288,8 @@ WRONG = {
     "sets:fails": r"failed \(RuntimeError: no images\); correct it or dataset.arguments; DIFFUSE_TRACEBACK=1",
     "sets:targets": r"failed \(TypeError: .*missing 1 required positional argument: 'targets'\)",
     "sets:nothing": "returns NoneType, which is no dataset of torch; return a torch.utils.data.Dataset",
-    "sets:empty": "has no items",
+    "sets:empty": "dataset.factory=sets:empty: returns a dataset without items; return at least one image",
+    "sets:generator": "returns an iterator, which can be read only once; return an IterableDataset",
     "sets:random": "an item differs when it is read again; images must not be random; leave out",
     "sets:normalized": "item 0 .*has values from -1 to 1, beyond 0 to 1; set dataset.range",
     "sets:sizes": r"cannot use 1 of the images; .* item 5 \(has 6 x 8 pixels, and the first one 8 x 8; set",

@@ -123,7 +123,8 @@ def _fit(
     """Train from step 0 or from a checkpoint until the end or a signal; return the exit code."""
     main, done, model = Distributed().is_main, before.step if before else 0, setup.task.model
     module = training_module(setup, config.seed)
-    setup.optimization.check(module, setup.device.strategy == "fsdp" and started().world > 1)
+    sharded = setup.device.strategy == "fsdp" and started().world > 1
+    setup.optimization.check(module, sharded=sharded, max_steps=setup.max_steps)
     ema = EMA(model.network, config.ema.decay, config.ema.warm_up, setup.device.offload_ema)
     periodic = periodic_callbacks(config, setup, folder, ema=ema, stop=stop)
     checkpoints = CheckpointCallback(config.checkpoint_every, folder, config.keep_last, stop)

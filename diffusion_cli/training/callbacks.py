@@ -274,8 +274,14 @@ class CheckpointCallback(StepCallback):
         self.saved: int | None = None
 
     def on_optimizer_step(self, trainer: Trainer, module: TrainingModule, step: int) -> None:
-        if step % self.steps == 0 or self.stop.checkpoint_due:
+        ended = module.schedule_error
+        if step % self.steps == 0 or self.stop.checkpoint_due or ended:
             self.save(trainer, module)
+        if ended and step != trainer.max_steps:
+            problem = f"{first_line(ended)}; {self.run} is saved at step {step}"
+            raise UsageError(
+                "lr_schedule", NO_VALUE, problem, "use a longer schedule and another name="
+            ) from ended
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert isinstance(pl_module, TrainingModule)

@@ -17,7 +17,6 @@ from diffusion_cli.diffusion.denoiser import Denoiser, NoiseConditioned, NoisyCl
 from diffusion_cli.diffusion.latents import Space
 from diffusion_cli.diffusion.objectives import Objective, drop_labels
 from diffusion_cli.diffusion.time_sampling import Times, Uniform
-from diffusion_cli.errors import NO_VALUE, UsageError, first_line
 from diffusion_cli.networks import BLOCKS
 from diffusion_cli.networks.layers import float64_device
 from diffusion_cli.runs.schema import CheckpointInfo
@@ -143,6 +142,8 @@ class TrainingModule(LightningModule, ABC, Generic[ModelT, MeterT]):
         self.optimization = optimization
         self.seed = seed
         self.info = info
+        self.schedule_error: ValueError | None = None
+        """Error of a schedule of a library or a plugin that has no further step."""
 
     def training_step(self, batch: Batch, batch_index: int) -> Tensor:
         """Return the mean loss of a batch; its random numbers depend only on seed and step."""
@@ -192,11 +193,11 @@ class TrainingModule(LightningModule, ABC, Generic[ModelT, MeterT]):
                 nn.utils.clip_grad_norm_(part.parameters(), self.optimization.clip_norm)
 
     def lr_scheduler_step(self, scheduler: LRScheduler, metric: Any) -> None:
-        """Move the learning rate to the next step; UsageError at the end of a schedule of torch."""
+        """Move the learning rate to the next step; note an error, which ends training after a checkpoint."""
         try:
             scheduler.step()
         except ValueError as error:  # as OneCycleLR after its last step
-            raise UsageError("lr_schedule", NO_VALUE, first_line(error), "use a longer schedule") from error
+            self.schedule_error = error
 
     def clipped(self) -> list[nn.Module]:
         """Return the modules that have their gradients clipped separately."""

@@ -10,13 +10,13 @@ from typing import Annotated, Any
 import torch
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
 from torch import Tensor, nn, optim
-from torch.optim.lr_scheduler import LambdaLR, LRScheduler
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler, OneCycleLR
 
 from diffusion_cli.config.catalogue import PACKAGE
 from diffusion_cli.config.libraries import is_named
 from diffusion_cli.config.validate import target
 from diffusion_cli.config.values import Node
-from diffusion_cli.errors import UsageError, first_line
+from diffusion_cli.errors import NO_VALUE, UsageError, first_line
 from diffusion_cli.training.lr_schedules import LRSchedule
 
 Parameters = Iterable[nn.Parameter] | Iterable[dict[str, Any]]
@@ -254,19 +254,24 @@ class Optimization:
         optimizer = self._optimizer(self._groups(module), fused)
         return optimizer, self._scheduler(optimizer)
 
-    def check(self, module: nn.Module, sharded: bool) -> None:
+    def check(self, module: nn.Module, *, sharded: bool, max_steps: int | None) -> None:
         """Raise UsageError if the optimizer or the schedule cannot train a module.
 
         Args:
             module: the network in training.
             sharded: whether each process has a part of every weight.
+            max_steps: number of steps of the training, or None without a limit.
         """
         kind = target(self.optimizer)
         if sharded and not getattr(kind, "shards", True):
             problem = f"{kind.__name__} needs whole weight matrices, and fsdp shards them"
             remedy = "use trainer.strategy=ddp, or another optimizer"
             raise UsageError("trainer.strategy", "fsdp", problem, remedy)
-        self.trial(module)
+        _, scheduler = self.trial(module)
+        steps = scheduler.total_steps if isinstance(scheduler, OneCycleLR) else None
+        if steps is not None and max_steps is not None and steps < max_steps:
+            problem = f"{type(scheduler).__name__} ends at step {steps}, before max_steps={max_steps}"
+            raise UsageError("lr_schedule", NO_VALUE, problem, f"use lr_schedule.total_steps={max_steps}")
 
     def trial(self, module: nn.Module) -> tuple[optim.Optimizer, LRScheduler]:
         """Return an optimizer and a scheduler after one step on copies of the weights without values.

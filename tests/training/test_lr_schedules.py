@@ -1,11 +1,13 @@
 """Learning-rate schedules at exact points, alone and as the scheduler of an optimizer."""
 
 import math
+import sys
 
 import pytest
 import torch
 from torch import nn
 
+from diffusion_cli.cli import run
 from diffusion_cli.training import (
     ConstantRate,
     CosineDecay,
@@ -14,6 +16,8 @@ from diffusion_cli.training import (
     WarmUpStableDecay,
 )
 from diffusion_cli.training.optimizers import Optimization
+from helpers import TINY, state
+from helpers.plugins import forget_modules
 
 SCHEDULES = [
     (ConstantRate(), {0: 1, 1: 1, 1000: 1}),
@@ -61,3 +65,34 @@ def test_a_schedule_of_torch_is_used_as_it_is():
         assert optimizer.param_groups[0]["lr"] == pytest.approx(1 + math.cos(math.pi * step / 8))
         optimizer.step()
         scheduler.step()
+
+
+PLUGIN = """
+from torch.optim.lr_scheduler import LRScheduler
+
+
+class Short(LRScheduler):
+    def get_lr(self):
+        if self.last_epoch > 2:
+            raise ValueError("no rate after step 2")
+        return [0.001]
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("one_thread")
+def test_a_run_is_saved_where_its_schedule_ends(tmp_path, monkeypatch, capsys):
+    (tmp_path / "ending.py").write_text(PLUGIN)
+    (tmp_path / "conf" / "lr_schedule").mkdir(parents=True)
+    (tmp_path / "conf" / "lr_schedule" / "short.yaml").write_text("# Short\n_target_: ending.Short\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.setenv("DIFFUSE_PLUGINS", "ending")
+    words = [word for word in TINY if not word.startswith("lr_schedule")]
+    assert (
+        run([*words, "--config-dir=conf", "lr_schedule=short", f"output_dir={tmp_path}", "max_steps=8"]) == 2
+    )
+    line = f"lr_schedule: no rate after step 2; {tmp_path}/tiny is saved at step 3; use a longer schedule and another"
+    assert line in capsys.readouterr().err
+    assert state(tmp_path)["global_step"] == 3
+    forget_modules("ending")

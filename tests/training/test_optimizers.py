@@ -135,7 +135,7 @@ def test_every_optimizer_of_torch_trains_or_says_why_not(name):
         assert all(weight.grad is not None for group in optimizer.param_groups for weight in group["params"])
         return
     with pytest.raises(UsageError) as error:
-        made.check(NETWORK, sharded=False)
+        made.check(NETWORK, sharded=False, max_steps=8)
     (line,) = error.value.lines
     assert line.startswith(f"optimizer._target_=torch.optim.{name}: does not work here (")
     assert NOT_FOR_NETWORKS[name] in line
@@ -152,16 +152,21 @@ def test_a_wrong_value_of_torch_is_one_line():
             {"_target_": f"{schedules}.OneCycleLR", "max_lr": 1.0},
             f"lr_schedule._target_={schedules}.OneCycleLR",
         ),
+        (
+            sgd,
+            {"_target_": f"{schedules}.OneCycleLR", "max_lr": 1.0, "epochs": 1, "steps_per_epoch": 7},
+            "lr_schedule: OneCycleLR ends at step 7, before max_steps=8; use lr_schedule.total_steps=8",
+        ),
     ):
         with pytest.raises(UsageError) as error:
-            Optimization(optimizer, schedule, None).check(NETWORK, sharded=False)
+            Optimization(optimizer, schedule, None).check(NETWORK, sharded=False, max_steps=8)
         assert words in str(error.value)
 
 
 def test_muon_refuses_to_be_sharded():
     node = {"_target_": "diffusion_cli.training.Muon", "lr": 0.1}
     with pytest.raises(UsageError, match=r"trainer\.strategy=fsdp: Muon needs whole weight matrices"):
-        Optimization(node, CONSTANT, None).check(NETWORK, sharded=True)
+        Optimization(node, CONSTANT, None).check(NETWORK, sharded=True, max_steps=8)
 
 
 def test_one_kernel_is_used_where_there_is_one():
@@ -186,7 +191,7 @@ OPTIONS = {
     "optimizer/radam.yaml": "# RAdam\n_target_: torch.optim.RAdam\nlr: 0.002  # rate\nbetas: [0.9, 0.99]  # averages\n",
     "optimizer/adafactor.yaml": "# Adafactor\n_target_: torch.optim.Adafactor\nlr: 0.05  # rate\n",
     "lr_schedule/cycle.yaml": "# One cycle\n_target_: torch.optim.lr_scheduler.OneCycleLR\nmax_lr: 0.003  # rate\n"
-    "total_steps: 101  # steps\n",
+    "total_steps: 100  # steps\n",
     "lr_schedule/steps.yaml": "# Steps\n_target_: torch.optim.lr_scheduler.MultiStepLR\n"
     "milestones: [30, 60]  # steps\n",
 }

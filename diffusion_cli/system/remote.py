@@ -76,7 +76,9 @@ def local_copy(path: str, data_dir: Path, key: str = "dataset.path") -> Path:
         return Path(path).expanduser()
     place = data_dir.expanduser() / COPIES / sha256(path.encode()).hexdigest()[:16]
     try:
-        listing = _listing(path)
+        listing = _listing(path, key)
+    except UsageError:
+        raise
     except ImportError as error:
         raise UsageError(key, path, "needs another package", reason(error)) from error
     except Exception as error:  # file systems raise errors of many types
@@ -101,10 +103,13 @@ def local_copy(path: str, data_dir: Path, key: str = "dataset.path") -> Path:
     return copy
 
 
-def _listing(url: str) -> _Listing:
-    """Return the files at a URL; FormatError for names that lead out of a folder, ValueError for no files."""
+def _listing(url: str, key: str) -> _Listing:
+    """Return the files at a URL; UsageError for a web page, FormatError for no files or one outside of the folder."""
     system, root = fsspec.url_to_fs(url)
     info = system.info(root)
+    if info.get("mimetype") == "text/html":
+        remedy = "give the URL of a file, such as a .zip; HTTP has no folders"
+        raise UsageError(key, url, "is a web page", remedy)
     found = {root: info} if info["type"] == "file" else system.find(root, detail=True)
     paths, sizes, versions = {}, {}, []
     for path, entry in found.items():

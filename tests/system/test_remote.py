@@ -116,6 +116,18 @@ def test_a_server_is_asked_for_a_file_once_and_not_needed_later(tmp_path, images
         local_copy(f"{url}/other.zip", tmp_path / "data")
 
 
+def test_a_web_page_is_not_data(tmp_path, images, site):
+    url, *_ = site
+    (tmp_path / "page.html").write_text("<html></html>")
+    for place in (f"{url}/photos", f"{url}/photos/", f"{url}/page.html"):
+        with pytest.raises(
+            UsageError, match=f"{place}: is a web page; give the URL of a file, such as a .zip"
+        ):
+            local_copy(place, tmp_path / "data")
+    zipped(images, tmp_path / "photos_zip")
+    assert local_copy(f"{url}/photos_zip", tmp_path / "data").is_file()
+
+
 def http_error(status: int, message: str) -> Exception:
     """The error of fsspec for an answer of an HTTP server."""
     request = aiohttp.RequestInfo(URL("http://x/x.npy"), "HEAD", CIMultiDictProxy(CIMultiDict()))

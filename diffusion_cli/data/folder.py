@@ -2,11 +2,11 @@
 
 import os
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from hashlib import sha256
 from pathlib import Path, PurePosixPath
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import Field, NonNegativeInt, PositiveInt
 from torch import Tensor
@@ -61,13 +61,14 @@ from diffusion_cli.formats.files import SUFFIXES as PICTURES
 from diffusion_cli.formats.pixel_readers import read_numbers
 from diffusion_cli.formats.range_check import LOOKED_AT
 from diffusion_cli.formats.volume import SUFFIXES as VOLUMES
-from diffusion_cli.formats.volume import read_volume
+from diffusion_cli.formats.volume import Held, read_volume
 from diffusion_cli.system.remote import local_copy
 from diffusion_cli.system.untrusted import LARGEST, LONGEST_MANIFEST, Archive, read, reason
 
 SUFFIXES = (*PICTURES, *SCANS)
 MOST_TOGETHER = 4 * LARGEST
 """Bytes of the files of a volume, at most."""
+First = TypeVar("First")
 RULES = 3
 """Version of the rules that convert files to images or point clouds.
 
@@ -196,9 +197,10 @@ class Folder(Dataset):
         """Leave out the files that cannot be decoded; UsageError if none is left."""
         images = FileImages(self.path, self.files, None, self.decoder, parts=self.parts)
         self._skipped = Unreadable.of(images, self.data_dir, images.state())
-        kept = [row for row, name in enumerate(self.files) if name not in self._skipped.reasons]
+        titles = [images.title(row) for row in range(len(images))]
+        kept = [row for row, title in enumerate(titles) if title not in self._skipped.reasons]
         if not kept:
-            first = f"{self.files[0]}: {self._skipped.reasons[self.files[0]]}"
+            first = f"{titles[0]}: {self._skipped.reasons[titles[0]]}"
             raise UsageError(
                 "dataset.path", self.path, f"none of the {len(self.files)} files is readable ({first})"
             )
@@ -222,11 +224,8 @@ class Folder(Dataset):
         background: Literal["white", "black"],
     ) -> ImageDecoder | HighDepthDecoder:
         first = b""  # unreadable files are reported together, where pixels are read
-        for name in self.files if self.unreadable == "skip" else self.files[:1]:
-            with suppress(ValueError, OSError):
-                first = entry(self.path, name)
-                if self.unreadable == "error" or _is_whole(first):
-                    break
+        with suppress(ValueError, OSError):
+            first = self._first_readable(self.files, self._content)
         try:
             return image_decoder(first, shape, given, depth, background, self.rules)
         except UsageError:
@@ -254,8 +253,7 @@ class Folder(Dataset):
         try:
             masks = [beside[name] for name in mask_files(self.files, list(beside))]
             self.parts = {name: [name, mask] for name, mask in zip(self.files, masks, strict=True)}
-            first = entry(self.path, masks[0])
-            return masked_decoder(decoder, first, range)
+            return masked_decoder(decoder, self._first_readable(masks, self._content), range)
         except UsageError:
             raise
         except ValueError as error:
@@ -272,8 +270,12 @@ class Folder(Dataset):
                 "volumes need the values [low,high] that become -1 and 1",
                 "set it, as in [-1000,1000]",
             )
+
+        def volume(name: str) -> Held:
+            return read_volume(*[entry(self.path, part) for part in self.parts[name]])
+
         try:
-            held = read_volume(*[entry(self.path, part) for part in self.parts[self.files[0]]])
+            held = self._first_readable(self.files, volume)
         except ValueError as error:
             raise UsageError("dataset.path", self.path, f"{self.files[0]}: {reason(error)}") from error
         affine = resized_affine(held.header.affine, held.values.shape[1:], sizes)
@@ -281,6 +283,23 @@ class Folder(Dataset):
         clipped = form.remark([held.values])
         self._volume_remarks = [*order_remarks(held.values.shape[1:], sizes), *([clipped] if clipped else [])]
         return form, VolumeDecoder(form, (channels, *sizes), held.spacing)
+
+    def _content(self, name: str) -> bytes:
+        """Return the bytes of a picture; FormatError if it cannot be decoded and such files are skipped."""
+        data = entry(self.path, name)
+        if self.unreadable == "skip" and not _is_whole(data):
+            raise FormatError(f"{name} cannot be decoded")
+        return data
+
+    def _first_readable(self, names: list[str], read: Callable[[str], First]) -> First:
+        """Return what `read` makes of the first file; of the first that it can read, if unreadable ones are skipped.
+
+        If it can read none, its error is that of the first file.
+        """
+        for name in names if self.unreadable == "skip" else []:
+            with suppress(ValueError, OSError):
+                return read(name)
+        return read(names[0])
 
     def load(self, split: Split) -> Images:
         return self.stream(split).loaded(self.in_memory)
@@ -382,8 +401,7 @@ class FileImages(EncodedImages):
     def state(self) -> str:
         """Return a hash that changes with the files, by names, sizes and times, or with the decoder."""
         files = [file for name in self.names for file in self.parts.get(name, [name])]
-        statuses = [(self.path / file if self.path.is_dir() else self.path).stat() for file in files]
-        entries = [(file, each.st_size, each.st_mtime_ns) for file, each in zip(files, statuses, strict=True)]
+        entries = [(file, *_status(self.path / file if self.path.is_dir() else self.path)) for file in files]
         return sha256(repr((str(self.path.resolve()), key_text(self.decoder), entries)).encode()).hexdigest()[
             :16
         ]
@@ -400,6 +418,15 @@ class FileImages(EncodedImages):
                     *self.source, f"is no longer a readable .zip ({error})", "restore it"
                 ) from error
         return self._archive[1]
+
+
+def _status(path: Path) -> tuple[int, ...]:
+    """Return size and time of a file; nothing for a broken link, which is reported where pixels are read."""
+    try:
+        status = path.stat()
+    except OSError:
+        return ()
+    return status.st_size, status.st_mtime_ns
 
 
 def _is_whole(data: bytes) -> bool:

@@ -74,6 +74,43 @@ def test_a_folder_without_a_readable_file_is_a_mistake(tmp_path):
         folder(tmp_path, unreadable="skip", data_dir=str(tmp_path / "data"))
 
 
+def test_a_broken_link_is_an_unreadable_file(tmp_path):
+    path = write_images(tmp_path / "photos", 4)
+    (path / "a" / "0.png").unlink()
+    (path / "a" / "0.png").symlink_to(tmp_path / "gone.png")
+    settings = {"unreadable": "skip", "data_dir": str(tmp_path / "data")}
+    assert folder(path, **settings).files == ["a/2.png", "b/1.png", "b/3.png"]
+    save(tmp_path / "gone.png", np.zeros((8, 8, 3), np.uint8))
+    assert len(folder(path, **settings).files) == 4
+
+
+def test_a_broken_first_mask_is_skipped_with_its_image(tmp_path):
+    path = write_images(tmp_path / "photos", 4)
+    for image in path.rglob("*.png"):
+        save(tmp_path / "masks" / image.relative_to(path), np.zeros((8, 8), np.uint16))
+    (tmp_path / "masks" / "a" / "0.png").write_bytes(b"none")
+    settings = {"unreadable": "skip", "data_dir": str(tmp_path / "data"), "masks": str(tmp_path / "masks")}
+    dataset = folder(path, **settings)
+    assert dataset.files == ["a/2.png", "b/1.png", "b/3.png"]
+    assert dataset.load("train").shape == (4, 8, 8)
+
+
+def test_a_broken_first_volume_is_skipped(tmp_path):
+    for number in range(3):
+        np.save(tmp_path / f"{number}.npy", np.full((4, 8, 8), number, np.float32))
+    (tmp_path / "0.npy").write_bytes(b"none")
+    settings = {"resolution": [4, 8, 8], "channels": 1, "range": [0, 2], "data_dir": str(tmp_path / "data")}
+    with pytest.raises(UsageError, match=r"0.npy: Binary block is wrong size"):
+        folder(tmp_path, **settings)
+    dataset = folder(tmp_path, unreadable="skip", **settings)
+    assert dataset.files == ["1.npy", "2.npy"]
+    assert_close(dataset.load("train")[torch.arange(2)].mean((1, 2, 3, 4)), torch.tensor([0.0, 1.0]))
+    (tmp_path / "1.npy").write_bytes(b"none")
+    (tmp_path / "2.npy").unlink()
+    with pytest.raises(UsageError, match=r"0.npy: Binary block is wrong size"):
+        folder(tmp_path, unreadable="skip", **settings)
+
+
 def test_whole_files_give_no_remark(tmp_path):
     write_images(tmp_path / "photos", 4)
     dataset = folder(tmp_path / "photos", unreadable="skip", data_dir=str(tmp_path / "data"))

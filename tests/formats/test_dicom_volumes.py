@@ -206,6 +206,14 @@ def test_broken_series_are_named(tmp_path):
         data.load("train")
 
 
+def test_a_broken_series_beside_others_is_skipped(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # the list is written to the current folder
+    write(tmp_path / "scans", [data for number in range(3) for data in slices(uid=f"1.{number}")])
+    for name in ("IM3.dcm", "IM15.dcm"):  # of the first and the last series
+        (tmp_path / "scans" / name).unlink()
+    assert volumes(tmp_path / "scans", unreadable="skip").files == ["1.1"]
+
+
 def test_a_spacing_other_than_that_of_the_first_series_is_refused(tmp_path):
     write(tmp_path / "a", slices())
     write(tmp_path / "b", slices(step=(0, 0, 4)))

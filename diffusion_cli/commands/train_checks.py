@@ -1,13 +1,12 @@
 """Checks of `diffuse train` before training: devices, configuration and data."""
 
-import re
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from diffusion_cli.config import TrainConfig, as_text, build, differing, flatten, identity
+from diffusion_cli.config import TrainConfig, as_text, build, differing, identity
 from diffusion_cli.config.at_hand import gpu
 from diffusion_cli.config.catalogue import is_exactly, option_of
 from diffusion_cli.config.option_keys import completed
@@ -20,9 +19,6 @@ from diffusion_cli.system.distributed import ProcessInfo
 from diffusion_cli.system.untrusted import reason
 from diffusion_cli.training.logs import LoggerConfig
 from diffusion_cli.training.user_callbacks import check_callbacks
-
-SECRET = re.compile(r"(api_?key|token|password|secret)$", re.IGNORECASE)
-"""End of the name of a setting that is a secret."""
 
 
 def check_devices(config: TrainConfig, place: ProcessInfo) -> None:
@@ -71,7 +67,7 @@ def remark_on_machine(config: TrainConfig) -> str | None:
 
 
 def check_libraries(config: TrainConfig) -> None:
-    """Raise UsageError for a logger or callback that cannot be used, or has a secret that config.yaml would store."""
+    """Raise UsageError for a logger or callback that cannot be used."""
     loggers = {name: _checked(f"logger.{name}", node) for name, node in config.logger.items()}
     for name, logger in loggers.items():
         if isinstance(logger, LoggerConfig):
@@ -80,11 +76,7 @@ def check_libraries(config: TrainConfig) -> None:
 
 
 def _checked(key: str, node: Node) -> Any:
-    """Build a logger or callback, which may be of a library; UsageError for a secret or an error of its class."""
-    for setting, value in flatten(node).items():
-        if SECRET.search(setting) and value is not None:
-            problem, remedy = "a secret, which config.yaml would store", "set the variable of its library"
-            raise UsageError(f"{key}.{setting}", NO_VALUE, problem, remedy)
+    """Build a logger or callback, which may be of a library; UsageError for an error of its class."""
     try:
         return build(node)
     except UsageError:

@@ -42,6 +42,7 @@ from diffusion_cli.config.recipe import (
 from diffusion_cli.config.renamed import moved, renamed_beside, renamed_in_files, renamed_keys, renamed_word
 from diffusion_cli.config.runs import flatten, identity, replaced, run_name, usual_options
 from diffusion_cli.config.schema import COMMANDS, GRIDS, UNSWEPT, Config
+from diffusion_cli.config.secret_values import secrets_in
 from diffusion_cli.config.tasks import task_problems
 from diffusion_cli.config.typed import KEY, SWEEPS, as_shown, as_text, as_typed, quoted, separated
 from diffusion_cli.config.validate import check_node, validate
@@ -88,7 +89,11 @@ def load(command: str, overrides: Sequence[str], dirs: Sequence[Path] = ()) -> C
     ):  # what is derived from it is wrong only because of it
         wrong = [problem for problem in wrong if problem.key not in composed["derived"]]
     reported = {problem.key.partition("=")[0] for problem in mistakes if isinstance(problem.key, str)}
-    mistakes += [*unknown, *(problem for problem in wrong if problem.key not in reported)]
+    mistakes += [
+        *unknown,
+        *secrets_in(composed),
+        *(problem for problem in wrong if problem.key not in reported),
+    ]
     if mistakes or config is None:
         raise UsageError.several(mistakes)
     return config

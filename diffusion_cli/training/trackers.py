@@ -18,7 +18,6 @@ from typing import Any, Literal
 from lightning.pytorch.loggers import Logger, MLFlowLogger, WandbLogger
 
 from diffusion_cli.config.runs import flatten
-from diffusion_cli.errors import NO_VALUE, UsageError
 from diffusion_cli.system.files import atomic_write
 from diffusion_cli.training.logs import LoggerConfig, RunLogger
 
@@ -123,17 +122,6 @@ class MLflow(LoggerConfig):
     ) -> None:
         self.tracking_uri, self.experiment = tracking_uri, experiment
         self.artifact_location, self.tags = artifact_location, tags or {}
-
-    def check(self, key: str) -> None:
-        """Also refuse a password in the address, because config.yaml would contain it."""
-        super().check(key)
-        if re.match(r"[\w+]+://[^/@]*:[^/@]*@", self.tracking_uri or ""):
-            raise UsageError(
-                f"{key}.tracking_uri",
-                NO_VALUE,
-                "contains a password, which config.yaml would store",
-                "set the environment variable MLFLOW_TRACKING_URI instead",
-            )
 
     def logger(self, run: Path, step: int) -> Logger:
         return RunLogger(

@@ -130,8 +130,8 @@ def test_the_identity_of_a_run_is_kept_and_a_damaged_one_replaced(tmp_path):
     [
         (
             ["logger=mlflow", "logger.mlflow.tracking_uri=https://me:key@host/"],
-            ["logger.mlflow.tracking_uri: contains a password, which config.yaml would store; set the environment "
-             "variable MLFLOW_TRACKING_URI instead"],
+            ["logger.mlflow.tracking_uri: contains a password, which config.yaml would store; set the variable "
+             "of its library"],
         ),
         (
             ["logger=wandb", "logger.wandb.mode=ofline"],

@@ -1,16 +1,24 @@
 """DICOM files of a folder or archive: those without a suffix, and the series that form volumes."""
 
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from pathlib import Path, PurePosixPath
-from typing import NamedTuple
+from typing import IO, NamedTuple, TypeVar
 
 from diffusion_cli.data.base import row_chunks
 from diffusion_cli.data.listing import ends_in, may_be_image
+from diffusion_cli.errors import FormatError
 from diffusion_cli.formats.dicom import SUFFIXES
 from diffusion_cli.formats.dicom_reader import LONGEST_HEADER, MAGIC, is_dicom, read_header
 from diffusion_cli.system.untrusted import Archive, regular
+
+Found = TypeVar("Found")
+USUAL_HEADER = 2**16
+"""Bytes in front of the pixels, at most, in almost all files."""
+AT_ONCE = 8
+"""Files read at the same time."""
 
 
 def dicom_files(path: Path, names: list[str]) -> list[str]:
@@ -19,7 +27,8 @@ def dicom_files(path: Path, names: list[str]) -> list[str]:
     if found := [str(file) for file in files if ends_in(file, SUFFIXES)]:
         return found
     others = [str(file) for file in files if may_be_image(file)]
-    return [name for name, data in _beginnings(path, others, MAGIC) if is_dicom(data)]
+    found = _read_each(path, others, lambda file: is_dicom(file.read(MAGIC)), False)
+    return [name for name, is_scan in zip(others, found, strict=True) if is_scan]
 
 
 class SeriesFiles(NamedTuple):
@@ -40,13 +49,11 @@ def series(path: Path, names: list[str]) -> SeriesFiles:
     localizers: list[str] = []
     found: dict[tuple[str, str], list[str]] = {}
     files = dicom_files(path, names)
-    for rows in row_chunks(len(files), f"reading headers of {path.name}"):
-        for name, data in _beginnings(path, (files[row] for row in rows.tolist()), LONGEST_HEADER):
-            folder, uid = PurePosixPath(name).parent.as_posix(), _series_uid(data)
-            if uid is None:
-                localizers.append(name)
-            else:
-                found.setdefault((folder, uid or name), []).append(name)
+    for name, uid in zip(files, _read_each(path, files, _series_uid, ""), strict=True):
+        if uid is None:
+            localizers.append(name)
+        else:
+            found.setdefault((PurePosixPath(name).parent.as_posix(), uid or name), []).append(name)
     several = Counter(folder for folder, _ in found)
     named = {}
     for (folder, uid), slices in found.items():
@@ -58,10 +65,14 @@ def series(path: Path, names: list[str]) -> SeriesFiles:
     return SeriesFiles(dict(sorted(named.items())), localizers)
 
 
-def _series_uid(data: bytes) -> str | None:
+def _series_uid(file: IO[bytes]) -> str | None:
     """Return the UID of the series of a slice; empty for several frames or a broken file, None for a localizer."""
+    start = file.read(USUAL_HEADER)
     try:
-        header = read_header(data)
+        try:
+            header = read_header(start)
+        except FormatError:  # perhaps longer
+            header = read_header(start + file.read(LONGEST_HEADER - len(start)))
         frames = int(header.get("NumberOfFrames") or 1)
     except ValueError:
         return ""
@@ -70,15 +81,23 @@ def _series_uid(data: bytes) -> str | None:
     return "" if frames > 1 else str(header.get("SeriesInstanceUID") or "")
 
 
-def _beginnings(path: Path, names: Iterable[str], size: int) -> Iterator[tuple[str, bytes]]:
-    """Yield each name and the first bytes of its file; none of a file that cannot be read."""
+def _read_each(
+    path: Path, names: list[str], read: Callable[[IO[bytes]], Found], unreadable: Found
+) -> list[Found]:
+    """Return what `read` makes of each open file, or `unreadable`. Threads wait for a slow disk together."""
     with nullcontext() if path.is_dir() else Archive(path) as archive:
-        for name in names:
+
+        def one(name: str) -> Found:
             try:
                 if archive is None:
                     regular(path / name)
                 with (path / name).open("rb") if archive is None else archive.open(name) as file:
-                    data = file.read(size)
+                    return read(file)
             except Exception:  # of the file system, zlib or a damaged archive; reported where pixels are read
-                data = b""
-            yield name, data
+                return unreadable
+
+        with ThreadPoolExecutor(AT_ONCE) as pool:
+            chunks = row_chunks(len(names), f"reading headers of {path.name}")
+            return [
+                found for rows in chunks for found in pool.map(one, [names[row] for row in rows.tolist()])
+            ]

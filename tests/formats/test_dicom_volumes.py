@@ -12,8 +12,9 @@ import torch
 
 from diffusion_cli.cli import run
 from diffusion_cli.commands.inputs import read_input
-from diffusion_cli.data import Folder
+from diffusion_cli.data import Folder, series
 from diffusion_cli.formats import Volume
+from diffusion_cli.formats.dicom_reader import read_header
 from diffusion_cli.formats.volume import read_volume
 from helpers.data import zipped
 from helpers.formats import dicom
@@ -212,6 +213,22 @@ def test_a_broken_series_beside_others_is_skipped(tmp_path, monkeypatch):
     for name in ("IM3.dcm", "IM15.dcm"):  # of the first and the last series
         (tmp_path / "scans" / name).unlink()
     assert volumes(tmp_path / "scans", unreadable="skip").files == ["1.1"]
+
+
+@pytest.mark.parametrize("kind", ["folder", "zip"])
+def test_a_header_is_read_no_further_than_it_reaches(tmp_path, monkeypatch, kind):
+    long = {"ImageComments": "x" * 9000}
+    files = [*slices(np.zeros((2, 200, 200), np.int16), uid="1.1"), *slices(VALUES[:2], uid="1.2", **long)]
+    place = write(tmp_path / "scans", files)
+    place = zipped(place, tmp_path / "scans.zip") if kind == "zip" else place
+    sizes = []
+    monkeypatch.setattr(series, "read_header", lambda data: sizes.append(len(data)) or read_header(data))
+    monkeypatch.setattr(series, "USUAL_HEADER", 4000)
+    names = [f"IM{number}.dcm" for number in range(4)]
+    assert series.series(place, names).volumes == {"1.1": names[:2], "1.2": names[2:]}
+    assert sorted(sizes)[:4] == [4000] * 4
+    assert len(sizes) == 6
+    assert min(sorted(sizes)[4:]) > 9000
 
 
 def test_a_spacing_other_than_that_of_the_first_series_is_refused(tmp_path):

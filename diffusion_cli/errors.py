@@ -97,6 +97,6 @@ def counted(number: int, noun: str) -> str:
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
-def first_line(error: Exception) -> str:
+def first_line(error: BaseException) -> str:
     """Return the first line of an error's message, or its class name if the message is empty."""
     return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -24,7 +24,7 @@ from diffusion_cli.config.continued import (
     with_values,
     without_processes,
 )
-from diffusion_cli.config.hydra_words import hydra_problem, is_of_hydra
+from diffusion_cli.config.hydra_words import hydra_in_files, hydra_problem, is_of_hydra
 from diffusion_cli.config.key_types import takes_list
 from diffusion_cli.config.option_keys import REQUIRED, defaults_left_out, option_keys
 from diffusion_cli.config.own_options import composition_problems, incomplete_files
@@ -64,8 +64,9 @@ RUN_DATA = ("dataset.path", "dataset.masks", "dataset.factory")
 
 def load(command: str, overrides: Sequence[str], dirs: Sequence[Path] = ()) -> Config:
     """Compose and check the configuration of a command; raises UsageError with all of them at once."""
-    if wrong := renamed_in_files(command, overrides, dirs) or incomplete_files(command, overrides, dirs):
-        raise UsageError.several(wrong)
+    for problems_in in (renamed_in_files, incomplete_files, hydra_in_files):
+        if wrong := problems_in(command, overrides, dirs):
+            raise UsageError.several(wrong)
     choosing, setting, mistakes = _sort(command, as_typed(command, overrides, dirs), dirs)
     try:
         composed, unknown = (

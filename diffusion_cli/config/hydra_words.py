@@ -1,7 +1,10 @@
-"""Words of a command line that set keys and groups of Hydra: each has an effect, or one line with a remedy."""
+"""Keys and groups of Hydra, on a command line or in a file: each has an effect, or one line with a remedy."""
 
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 
+from diffusion_cli.config.catalogue import CONF, brought_by, chosen, content, lineage, options
+from diffusion_cli.config.runs import flatten
 from diffusion_cli.config.schema import UNSWEPT
 from diffusion_cli.config.typed import as_shown
 from diffusion_cli.errors import NO_VALUE, Problem, UsageError
@@ -51,10 +54,54 @@ def hydra_problem(command: str, text: str, *, sweeping: bool) -> Problem | None:
     if _within(name, OF_SWEEPS):
         remedy = "leave it out" if command in UNSWEPT else "add -m"
         return None if sweeping else Problem(shown, NO_VALUE, "applies to sweeps only", remedy)
+    return Problem(shown, NO_VALUE, *_refused(name))
+
+
+def hydra_in_files(command: str, overrides: Sequence[str], dirs: Sequence[Path]) -> list[Problem]:
+    """Return the problems of settings of Hydra in chosen option files of the user: those that have no effect.
+
+    Only an experiment may have settings of Hydra. Those of a sweep apply with `-m`, and are left out without it.
+
+    Args:
+        command: name of the command.
+        overrides: words of the command line.
+        dirs: the user's folders of options, besides those of plugins.
+    """
+    found = [
+        (group, file, name)
+        for group, option in chosen(command, overrides, dirs).items()
+        for choice in (option if isinstance(option, list) else [option])
+        if (file := options(group, dirs).get(str(choice))) is not None and not file.is_relative_to(CONF)
+        for name in _hydra_in(file)
+    ]
+    return [
+        Problem(file, NO_VALUE, f"{name}: {problem[0]}", problem[1])
+        for group, file, name in found
+        if (problem := _problem_in_file(group, name)) is not None
+    ]
+
+
+def _hydra_in(file: Path) -> list[str]:
+    """The groups and the keys of Hydra in an option file, to three parts: `hydra.callbacks.mine`."""
+    groups = [group for group in brought_by(file) if group.startswith("hydra/")]
+    keys = [key for part in lineage(file) for key in flatten(content(part)) if key.startswith("hydra.")]
+    return [*dict.fromkeys([*groups, *(".".join(key.split(".")[:3]) for key in keys)])]
+
+
+def _problem_in_file(group: str, name: str) -> tuple[str, str] | None:
+    """The problem and the remedy of a key or a group of Hydra in an option file of a group."""
+    name = name.removeprefix("hydra")[1:]
+    if group != "experiment":
+        return "applies in an experiment only", "move it to a file in experiment/"
+    if name == "mode":
+        return "a file starts no sweep", "leave it out, and add -m"
+    return None if _within(name, OF_SWEEPS) else _refused(name)
+
+
+def _refused(name: str) -> tuple[str, str]:
+    """The problem and the remedy of a key or a group of Hydra that this program does not use."""
     found = next((entry for other, entry in REFUSED.items() if _within(name, [other])), None)
-    return Problem(
-        shown, NO_VALUE, *(found or ("a setting of Hydra that has no effect here", "leave it out"))
-    )
+    return found or ("a setting of Hydra that has no effect here", "leave it out")
 
 
 def _addable(text: str) -> str:

@@ -6,7 +6,16 @@ from pathlib import Path
 
 import yaml
 
-from diffusion_cli.config.catalogue import CONF, chosen, content, defaults, invalid_yaml, lineage, options
+from diffusion_cli.config.catalogue import (
+    CONF,
+    chosen,
+    content,
+    defaults,
+    did_you_mean,
+    invalid_yaml,
+    lineage,
+    options,
+)
 from diffusion_cli.config.runs import flatten
 from diffusion_cli.errors import NO_VALUE, Problem, first_line
 
@@ -76,6 +85,11 @@ def composition_problems(
         dirs: the user's folders of options.
         error: what Hydra raised.
     """
+    reason = first_line(error)
+    place = re.match(r"In '([\w/]+)/([^/']+)':? (.*)", reason)
+    file = options(place[1], dirs).get(place[2]) if place else None
+    if place and file:
+        return [Problem(file, NO_VALUE, *_problem_in_file(error, place[3]))]
     references = [text for text in overrides if "${" in text]
     reference = "use the name of a key, such as ${seed}"
     if references:
@@ -83,11 +97,19 @@ def composition_problems(
     mark = getattr(error, "problem_mark", None)
     if isinstance(error, yaml.YAMLError) and mark is not None:
         return list(invalid_yaml(mark.name, error).problems)
-    reason = first_line(error)
     if key := getattr(error, "full_key", None):
         return [Problem(key, NO_VALUE, reason, reference)]
-    place = re.match(r"In '([\w/]+)/([^/']+)':? (.*)", reason)
-    file = options(place[1], dirs).get(place[2]) if place else None
-    if place and file:
-        return [Problem(file, NO_VALUE, place[3].rstrip("."), "correct its defaults")]
     return [Problem(command, NO_VALUE, f"cannot compose the configuration: {reason}")]
+
+
+def _problem_in_file(error: Exception, reason: str) -> tuple[str, str]:
+    """The problem and the remedy of an option file that Hydra refuses: for one of its keys, or its defaults."""
+    from omegaconf.errors import ConfigKeyError
+
+    cause = error.__context__
+    if cause is None or not (key := getattr(cause, "full_key", None)):
+        return reason.rstrip("."), "correct its defaults"
+    if not isinstance(cause, ConfigKeyError):
+        return f"{key}: {first_line(cause)}", "correct it"
+    known = [str(name) for name in cause.parent_node if name not in ("_target_", "defaults")]
+    return f"{key}: unknown key", did_you_mean(key.rpartition(".")[2], known)

@@ -10,9 +10,10 @@ if TYPE_CHECKING:
     from omegaconf import DictConfig
 
 from diffusion_cli.config.catalogue import did_you_mean, options
-from diffusion_cli.config.hydra_words import split_hydra
+from diffusion_cli.config.hydra_words import hydra_in_files, split_hydra
 from diffusion_cli.config.launcher import launch, search_path, split_launcher
 from diffusion_cli.config.objectives import objective_problems
+from diffusion_cli.config.own_options import composition_problems
 from diffusion_cli.config.runs import flatten
 from diffusion_cli.config.schema import Config
 from diffusion_cli.config.sweeps import Sweep, expand, load_sweep
@@ -83,6 +84,8 @@ def plan_sweep(command: str, overrides: Sequence[str], dirs: Sequence[Path] = ()
     own = [text if readable(text) else as_typed(command, [text], dirs)[0] for text in own]
     own += search_path(dirs)
     settings = [text for text in others if _is_experiment(text)]
+    if wrong := hydra_in_files(command, settings, dirs):
+        raise UsageError.several(wrong)
     sweeper, node = _sweeper(command, own, settings, dirs)
     if problem := _storage_problem(sweeper, node.get("storage")):
         raise UsageError.several([problem])
@@ -92,9 +95,8 @@ def plan_sweep(command: str, overrides: Sequence[str], dirs: Sequence[Path] = ()
     checked = load_sweep(swept, dirs)
     plan_launcher = launch(as_typed(command, words, dirs), checked, dirs)
     fixed = fixed_words(checked[0])
-    plan = SweepPlan(
-        command, dirs, swept, checked, _composed(command, [*own, *settings, *plan_launcher, *fixed])
-    )
+    words = [*own, *settings, *plan_launcher, *fixed]
+    plan = SweepPlan(command, dirs, swept, checked, _composed(command, words, dirs))
     if sweeper != BASIC and (problems := objective_problems(checked, plan.maximizes)):
         raise UsageError.several(problems)
     return plan
@@ -130,7 +132,7 @@ def _sweeper(
         if name not in known:
             raise UsageError.several([_unknown(group, name, known)])
     groups = [text for text in own if "/" in text.partition("=")[0] or text.startswith("hydra.searchpath=")]
-    base = _composed(command, [*groups, *settings])
+    base = _composed(command, [*groups, *settings], dirs)
     keys = flatten(_plain(base.hydra.sweeper))
     problems = []
     for key in (text.lstrip("+") for text in chosen if text.lstrip("+").startswith("hydra.sweeper.")):
@@ -140,7 +142,7 @@ def _sweeper(
             problems.append(Problem(key, NO_VALUE, "unknown key", did_you_mean(name, usual)))
     if problems:
         raise UsageError.several(problems)
-    node = OmegaConf.to_container(_composed(command, [*own, *settings]).hydra.sweeper)
+    node = OmegaConf.to_container(_composed(command, [*own, *settings], dirs).hydra.sweeper)
     assert isinstance(node, dict)
     return base.hydra.runtime.choices[SWEEPERS], {str(key): value for key, value in node.items()}
 
@@ -172,7 +174,7 @@ def _unknown(group: str, name: str, known: Sequence[str]) -> Problem:
     return Problem(group, name, "unknown option", did_you_mean(name, known))
 
 
-def _composed(command: str, words: Sequence[str]) -> "DictConfig":
+def _composed(command: str, words: Sequence[str], dirs: Sequence[Path]) -> "DictConfig":
     """Compose Hydra's settings; UsageError for words that it refuses."""
     from diffusion_cli.config.hydra_jobs import hydra_config
 
@@ -195,7 +197,9 @@ def _composed(command: str, words: Sequence[str]) -> "DictConfig":
             raise
         cause = error.__cause__ or error
         key = getattr(cause, "full_key", None)
-        text = next((text for text in words if key and text.lstrip("+").startswith(f"{key}=")), words[0])
+        text = next((text for text in words if key and text.lstrip("+").startswith(f"{key}=")), None)
+        if text is None:
+            raise UsageError.several(composition_problems(command, words, dirs, error)) from error
         raise UsageError(as_shown(text).lstrip("+"), NO_VALUE, str(cause).splitlines()[0]) from error
 
 

@@ -71,6 +71,45 @@ def test_a_word_that_has_no_effect_is_refused_with_a_remedy(capsys, words):
     assert line.startswith(f"diffuse: {(REFUSED | ONE_VALUE)[words]}")
 
 
+@pytest.mark.parametrize("flag", [[], ["-m"]])
+@pytest.mark.parametrize(
+    ("group", "text", "problem"),
+    [
+        ("experiment", "hydra: {callbacks: {x: {_target_: y, z: 1}}}", "hydra.callbacks.x: a setting of Hydra that "
+        "has no effect here; leave it out"),
+        ("experiment", "defaults: [override /hydra/job_logging: none]", "hydra/job_logging: there is no log of "
+        "messages; use logger= for the curves of training"),
+        ("experiment", "hydra: {job: {chdir: true}}", "hydra.job.chdir: jobs stay in the working folder; use "
+        "output_dir= for the place of results"),
+        ("experiment", "hydra: {mode: MULTIRUN}", "hydra.mode: a file starts no sweep; leave it out, and add -m"),
+        ("experiment", "hydra: {sweeper: {parms: {seed: 1}}}", "hydra.sweeper.parms: unknown key; did you mean "
+        "params?"),
+        ("experiment", "hydra: {sweeper: {max_batch_size: x}}", "hydra.sweeper.max_batch_size: Value 'x' of type "
+        "'str' could not be converted to Integer; correct it"),
+        ("sampler", "sampler: {_target_: diffusion_cli.samplers.DDIM}\nhydra: {sweeper: {params: {seed: 1}}}",
+        "hydra.sweeper.params: applies in an experiment only; move it to a file in experiment/"),
+    ],
+)  # fmt: skip
+def test_a_setting_of_hydra_in_a_file_that_has_no_effect_is_refused(
+    capsys, tmp_path, flag, group, text, problem
+):
+    file = tmp_path / group / "mine.yaml"
+    file.parent.mkdir()
+    file.write_text(f"# @package _global_\n{text}\n")
+    assert run(["train", *flag, "--config-dir", str(tmp_path), f"{group}=mine"]) == 2
+    assert capsys.readouterr().err == f"diffuse: {file}: {problem}\n"
+
+
+def test_an_experiment_with_settings_of_a_sweep_also_trains_one_run(capsys, tmp_path):
+    (tmp_path / "experiment").mkdir()
+    (tmp_path / "experiment" / "mine.yaml").write_text(
+        "# @package _global_\nseed: 5\nhydra: {sweeper: {params: {batch_size: '8,16'}}, job: {env_set: {A: b}}}\n"
+    )
+    words = f"--config-dir {tmp_path} experiment=mine --cfg job -p"
+    assert shown(capsys, f"train {words} seed") == "5\n"
+    assert shown(capsys, f"train -m {words} batch_size") == "8\n---\n16\n"
+
+
 def shown(capsys, words: str) -> str:
     assert run(shlex.split(words)) == 0
     return capsys.readouterr().out

@@ -100,7 +100,18 @@ def local_copy(path: str, data_dir: Path, key: str = "dataset.path") -> Path:
         with writing(copy), locked(copy):  # one process copies, the others wait
             if not copy.exists():
                 _copy(listing, copy, key, path)
+                _report_earlier(copy.parent, f"{key}={path}")
     return copy
+
+
+def _report_earlier(newest: Path, named: str) -> None:
+    """Print a line with the size of earlier copies. They are not removed: another process may still read them."""
+    earlier = [folder for folder in newest.parent.iterdir() if folder.is_dir() and folder != newest]
+    if not earlier:
+        return
+    size = sum(file.lstat().st_size for folder in earlier for file in folder.rglob("*") if file.is_file())
+    line = f"{named}: earlier copies take {size / 1e9:.1f} GB; remove them if no command uses them: "
+    print(f"diffuse: {printable(line + ' '.join(map(str, earlier)))}", file=sys.stderr)
 
 
 def _listing(url: str, key: str) -> _Listing:

@@ -116,6 +116,18 @@ def test_a_server_is_asked_for_a_file_once_and_not_needed_later(tmp_path, images
         local_copy(f"{url}/other.zip", tmp_path / "data")
 
 
+def test_a_new_copy_is_announced_with_the_size_of_earlier_ones(tmp_path, memory, capsys):
+    memory.pipe("/b/x.npy", b"1" * 10**8)
+    first = local_copy("memory://b/x.npy", tmp_path)
+    assert capsys.readouterr().err == ""
+    memory.pipe("/b/x.npy", b"2")
+    for _ in range(2):
+        assert local_copy("memory://b/x.npy", tmp_path).read_bytes() == b"2"
+    line = "diffuse: dataset.path=memory://b/x.npy: earlier copies take 0.1 GB; remove them if no command uses them: "
+    assert capsys.readouterr().err == f"{line}{first.parent}\n"
+    assert first.is_file()
+
+
 def test_a_web_page_is_not_data(tmp_path, images, site):
     url, *_ = site
     (tmp_path / "page.html").write_text("<html></html>")

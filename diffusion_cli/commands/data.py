@@ -90,8 +90,8 @@ def _pack(pack: Pack, config: DataConfig) -> None:
 
 def _path(config: DataConfig, dataset: Dataset) -> Path:
     if config.output is None:
-        _, height, width = dataset.shape
-        return Path(config.output_dir, "packed", f"{dataset.name}-{height}x{width}{SUFFIX}")
+        size = "x".join(map(str, dataset.shape[1:]))
+        return Path(config.output_dir, "packed", f"{dataset.name}-{size}{SUFFIX}")
     output = Path(config.output).expanduser()
     if output.suffix not in ("", SUFFIX):
         raise UsageError("output", output, "unsupported file format", f"use the suffix {SUFFIX}")

@@ -41,8 +41,12 @@ class Pack:
         """Write the file and return the number of images.
 
         Raises:
-            UsageError: files cannot be decoded, or the dataset has no image files.
+            UsageError: files cannot be decoded, or the dataset has no image files, such as points and volumes.
         """
+        if len(dataset.shape) != 3:
+            size = " x ".join(map(str, dataset.shape))
+            problem = f"{dataset.name} has samples of shape {size}, and only images can be packed"
+            raise UsageError("dataset", NO_VALUE, problem, "train without packing")
         if channel_order(dataset.shape) != "NCHW":
             raise UsageError(
                 "dataset",

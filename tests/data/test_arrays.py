@@ -154,6 +154,26 @@ def test_a_packed_file_is_the_same_from_any_number_of_processes(tmp_path, monkey
     assert files[0] == files[1] == files[2]
 
 
+@pytest.mark.parametrize(
+    ("words", "sizes"),
+    [
+        ("dataset=points dataset.num_points=16 dataset.size=4", "shapes has samples of shape 3 x 16"),
+        (
+            "dataset=folder dataset.path=v dataset.resolution=[2,8,8] dataset.channels=1 dataset.range=[0,1]",
+            "v has samples of shape 1 x 2 x 8 x 8",
+        ),
+    ],
+)
+def test_points_and_volumes_are_not_packed(tmp_path, monkeypatch, capsys, words, sizes):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "v").mkdir()
+    np.save(tmp_path / "v" / "0.npy", np.eye(8, dtype=np.float32)[None].repeat(2, 0))
+    assert run(["data", *words.split()]) == 2
+    line = f"diffuse: dataset: {sizes}, and only images can be packed; train without packing"
+    assert line in capsys.readouterr().err.splitlines()
+    assert not [*tmp_path.rglob("*.npz")]
+
+
 def test_what_cannot_be_packed_is_refused(tmp_path):
     source = write_images(tmp_path / "x", 4)
     (source / "a/0.png").write_bytes(b"nothing")

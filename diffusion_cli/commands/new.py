@@ -15,26 +15,28 @@ SKELETONS = HERE / "skeletons"
 NAME = re.compile(r"[a-z][a-z0-9_]*", re.ASCII)
 PLACEHOLDERS = re.compile(r"\b(example_package\b|example\b|Example(?=State\b|\b))")
 NEXT = {
-    "dataset": ["train {} dataset={name}"],
-    "model": ["train {} model={name}"],
-    "schedule": ["train {} schedule={name}"],
-    "parameterization": ["train {} parameterization={name}"],
-    "objective": ["train {} objective={name}"],
-    "time_sampling": ["train {} time_sampling={name}"],
-    "optimizer": ["train {} optimizer={name}"],
-    "lr_schedule": ["train {} lr_schedule={name}"],
-    "logger": ["train {} 'logger=[csv,{name}]'"],
-    "callback": ["train {} 'callback=[{name}]'"],
-    "sampler": ["train", "sample {} sampler={name}"],
-    "guidance": ["train", "sample {} guidance={name}"],
-    "edit": ["train", "edit {} edit={name} input=val num_images=4"],
-    "restoration": ["train", "edit {} edit=inpaint restoration={name} input=val num_images=4"],
-    "metric": ["train", "eval {} metric={name}"],
-    "features": ["train", "eval {} features={name}"],
-    "reference": ["train", "eval {} reference={name}"],
-    "figure": ["plot {} figure={name}"],
+    "dataset": "train {plugins} dataset={name}",
+    "model": "train {plugins} model={name}",
+    "schedule": "train {plugins} schedule={name}",
+    "parameterization": "train {plugins} parameterization={name}",
+    "objective": "train {plugins} objective={name}",
+    "time_sampling": "train {plugins} time_sampling={name}",
+    "optimizer": "train {plugins} optimizer={name}",
+    "lr_schedule": "train {plugins} lr_schedule={name}",
+    "logger": "train {plugins} 'logger=[csv,{name}]'",
+    "callback": "train {plugins} 'callback=[{name}]'",
+    "sampler": "sample {run}{plugins} sampler={name}",
+    "guidance": "sample {run}{plugins} guidance={name}",
+    "edit": "edit {run}{plugins} edit={name} input=val num_images=4",
+    "restoration": "edit {run}{plugins} edit=inpaint restoration={name} input=val num_images=4",
+    "metric": "eval {run}{plugins} metric={name}",
+    "features": "eval {run}{plugins} features={name}",
+    "reference": "eval {run}{plugins} reference={name}",
+    "figure": "plot {plugins} figure={name}",
 }
-"""The commands that use a new option; `{}` stands for the word that allows the package."""
+"""The command that uses a new option; `{plugins}` stands for the word that allows the package, `{run}` for a run that
+is trained first; where there are runs, the command uses the newest model."""
+DEMO = "demo"
 
 
 def run(config: NewConfig) -> None:
@@ -63,10 +65,12 @@ def run(config: NewConfig) -> None:
         print(f"  cd {shlex.quote(str(output))}")
     if exists("pytest"):
         print(f"  pytest test_{name}.py")
-    commands = [command.format(f"'plugins=[{package}]'", name=name) for command in NEXT[config.group]]
-    has_run = bool(run_folders(output / "outputs"))
-    for command in commands[1:] if has_run and len(commands) > 1 else commands:
-        print(f"  diffuse {command}")
+    command, trained = NEXT[config.group], ""
+    if "{run}" in command and not run_folders(output / "outputs"):
+        print(f"  diffuse train name={DEMO}")
+        trained = f"run={DEMO} "
+    words = command.format(run=trained, plugins=f"'plugins=[{package}]'", name=name)
+    print(f"  diffuse {words}")
 
 
 def _check_name(config: NewConfig, output: Path) -> None:

@@ -63,7 +63,20 @@ def test_another_option_joins_a_package(folder, capsys):
     assert run(["new", "sampler", "big_step", "plugin=mine"]) == 0
     assert "class BigStep(Sampler)" in (folder / "mine" / "big_step.py").read_text()
     assert (folder / "mine" / "conf" / "sampler" / "big_step.yaml").is_file()
-    assert "diffuse sample 'plugins=[mine]' sampler=big_step" in capsys.readouterr().out
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[-2:] == [
+        "  diffuse train name=demo",
+        "  diffuse sample run=demo 'plugins=[mine]' sampler=big_step",
+    ]
+
+
+def test_a_command_that_uses_a_run_names_the_one_that_is_trained_first(folder, capsys):
+    for number, group in enumerate(NEXT):
+        assert run(["new", group, f"mine_{number}", *["plugin=mine_0"] * (number > 0)]) == 0
+        *_, before, line = map(shlex.split, capsys.readouterr().out.splitlines())
+        trains = before[:2] == ["diffuse", "train"]
+        assert trains == (line[1] in ("sample", "edit", "eval"))
+        assert ("name=demo" in before, "run=demo" in line) == (trains, trains)
 
 
 def test_the_folder_of_the_output_is_made(folder, capsys):

@@ -17,11 +17,11 @@ from diffusion_cli.commands.train_callbacks import periodic_callbacks, save_real
 from diffusion_cli.commands.train_checks import (
     check_configuration,
     check_devices,
-    check_libraries,
+    check_loggers,
     remark_on_machine,
 )
 from diffusion_cli.commands.train_setup import TrainingSetup, set_up, training_module
-from diffusion_cli.config import TrainConfig, build, seconds
+from diffusion_cli.config import TrainConfig, seconds
 from diffusion_cli.data import ProgressiveBatches, UnreadableError
 from diffusion_cli.errors import NO_VALUE, MachineError, UsageError
 from diffusion_cli.generate import naming_compile
@@ -43,7 +43,13 @@ from diffusion_cli.training.module import TrainingModule
 from diffusion_cli.training.out_of_memory import advise_on_oom
 from diffusion_cli.training.stored_state import StoredOptions, check_state, expected_state, mend_state
 from diffusion_cli.training.trainer import make_trainer
-from diffusion_cli.training.user_callbacks import PlainStates, check_monitors, check_states, stop_reason
+from diffusion_cli.training.user_callbacks import (
+    PlainStates,
+    check_monitors,
+    check_states,
+    make_callbacks,
+    stop_reason,
+)
 
 FAST_STEPS = 4
 """Sampling steps of the previews of fast_dev_run."""
@@ -53,7 +59,7 @@ def run(config: TrainConfig) -> int:
     """Train or continue a run in all processes; return the exit code."""
     place, trainer = started(), config.trainer
     check_devices(config, place)
-    check_libraries(config)
+    check_loggers(config)
     if place.rank == 0 and (remark := remark_on_machine(config)):
         print(f"diffuse: {remark}", file=sys.stderr)
     return launch(
@@ -65,12 +71,13 @@ def run(config: TrainConfig) -> int:
 
 def train(config: TrainConfig) -> int:
     """Train as one of several processes; rank 0 writes files and prints."""
+    users = make_callbacks(config.callback)
     if config.trainer["fast_dev_run"]:
-        return _try(config)
-    return _train(config, Path(config.output_dir, str(config.name)))
+        return _try(config, users)
+    return _train(config, Path(config.output_dir, str(config.name)), users)
 
 
-def _try(config: TrainConfig) -> int:
+def _try(config: TrainConfig, users: Mapping[str, Callback]) -> int:
     """Train one step in a folder that is removed afterwards."""
     unset = ("max_epochs", "max_time", "progressive", "stage_steps", "stage_batch", "eval_every", "keep_best")
     previews = {
@@ -88,14 +95,14 @@ def _try(config: TrainConfig) -> int:
         }
     )
     with tempfile.TemporaryDirectory(prefix="diffuse-") as temporary:
-        _train(short, Path(Distributed().broadcast(temporary), str(config.name)))
+        _train(short, Path(Distributed().broadcast(temporary), str(config.name)), users)
         Distributed().all_gather(None)  # before the folder of rank 0 is removed
     if Distributed().is_main:
         print("fast_dev_run: one step of training, validation and previews worked; nothing is kept")
     return 0
 
 
-def _train(config: TrainConfig, folder: Path) -> int:
+def _train(config: TrainConfig, folder: Path, users: Mapping[str, Callback]) -> int:
     main, last = Distributed().is_main, folder / LAST
     stop = GracefulStop(seconds(config.max_time), seconds(config.checkpoint_period))
     with run_lock(folder) if main else nullcontext():
@@ -109,7 +116,7 @@ def _train(config: TrainConfig, folder: Path) -> int:
             remember(config.dataset)
         done = before.step if before else 0
         if setup.max_steps is None or done < setup.max_steps:
-            return _fit(config, setup, folder, before, stop)
+            return _fit(config, setup, folder, users, before=before, stop=stop)
         if main:
             assert before is not None
             assert setup.max_steps is not None
@@ -118,8 +125,9 @@ def _train(config: TrainConfig, folder: Path) -> int:
 
 
 def _fit(
-    config: TrainConfig, setup: TrainingSetup, folder: Path, before: Checkpoint | None, stop: GracefulStop
-) -> int:
+    config: TrainConfig, setup: TrainingSetup, folder: Path, users: Mapping[str, Callback],
+    *, before: Checkpoint | None, stop: GracefulStop,
+) -> int:  # fmt: skip
     """Train from step 0 or from a checkpoint until the end or a signal; return the exit code."""
     main, done, model = Distributed().is_main, before.step if before else 0, setup.task.model
     module = training_module(setup, config.seed)
@@ -129,7 +137,6 @@ def _fit(
     periodic = periodic_callbacks(config, setup, folder, ema=ema, stop=stop)
     checkpoints = CheckpointCallback(config.checkpoint_every, folder, config.keep_last, stop)
     progress = Progress(config.log_every, folder, setup.stages, setup.max_steps, stop, config.model_dump())
-    users = {name: build(node) for name, node in config.callback.items()}
     check_monitors(users, ["loss", *(name for callback in periodic for name in callback.measures)])
     trainer = make_trainer(
         setup.device, setup.precision, folder,

@@ -11,14 +11,13 @@ from diffusion_cli.config.at_hand import gpu
 from diffusion_cli.config.catalogue import is_exactly, option_of
 from diffusion_cli.config.option_keys import completed
 from diffusion_cli.config.recipe import BUDGETED, derived_in
+from diffusion_cli.config.validate import target
 from diffusion_cli.config.values import Node
 from diffusion_cli.data import ResolutionSchedule
 from diffusion_cli.errors import NO_VALUE, Problem, UsageError, format_value
 from diffusion_cli.runs.schema import CheckpointInfo
 from diffusion_cli.system.distributed import ProcessInfo
-from diffusion_cli.system.untrusted import reason
 from diffusion_cli.training.logs import LoggerConfig
-from diffusion_cli.training.user_callbacks import check_callbacks
 
 
 def check_devices(config: TrainConfig, place: ProcessInfo) -> None:
@@ -66,24 +65,14 @@ def remark_on_machine(config: TrainConfig) -> str | None:
     )
 
 
-def check_libraries(config: TrainConfig) -> None:
-    """Raise UsageError for a logger or callback that cannot be used."""
-    loggers = {name: _checked(f"logger.{name}", node) for name, node in config.logger.items()}
-    for name, logger in loggers.items():
-        if isinstance(logger, LoggerConfig):
-            logger.check(f"logger.{name}")
-    check_callbacks({name: _checked(f"callback.{name}", node) for name, node in config.callback.items()})
+def check_loggers(config: TrainConfig) -> None:
+    """Raise UsageError for a logger of this package that cannot be used.
 
-
-def _checked(key: str, node: Node) -> Any:
-    """Build a logger or callback, which may be of a library; UsageError for an error of its class."""
-    try:
-        return build(node)
-    except UsageError:
-        raise
-    except Exception as error:  # libraries raise errors of many types
-        problem = f"{type(error).__name__}: {reason(error)}"
-        raise UsageError(key, NO_VALUE, problem, "correct its values, or leave it out") from error
+    A class of a library or a plugin is built only where it is used, because its constructor may act.
+    """
+    for name, node in config.logger.items():
+        if issubclass(target(node), LoggerConfig):
+            build(node).check(f"logger.{name}")
 
 
 def check_configuration(folder: Path, config: TrainConfig, stored: dict[str, Any]) -> None:

@@ -18,6 +18,7 @@ from diffusion_cli.config.recipe import DERIVED
 from diffusion_cli.config.signature import arguments, imported, is_foreign
 from diffusion_cli.config.values import FORMS, NAME, STRICT
 from diffusion_cli.errors import NO_VALUE, Problem, UsageError, format_value
+from diffusion_cli.system.untrusted import reason
 
 ANY_TYPE = STRICT | ConfigDict(arbitrary_types_allowed=True)
 NOT_ALLOWED = "is not a class of an allowed plugin"
@@ -100,9 +101,9 @@ def validate(
         problems: list[Problem] = []
         details: dict[str, tuple[Any, list[Any]]] = {}
         for detail in error.errors(include_url=False):
-            reason = detail.get("ctx", {}).get("error")
-            if isinstance(reason, UsageError):
-                problems += reason.problems
+            cause = detail.get("ctx", {}).get("error")
+            if isinstance(cause, UsageError):
+                problems += cause.problems
                 continue
             path, value = _path(values, detail["loc"], prefix)
             details.setdefault(path, (value, []))[1].append(detail)
@@ -237,6 +238,17 @@ def target(node: Mapping[str, Any]) -> Any:
     module, _, name = node["_target_"].rpartition(".")
     assert module.split(".")[0] == PACKAGE, node
     return getattr(importlib.import_module(module), name)
+
+
+def build_user(key: str, node: Mapping[str, Any]) -> Any:
+    """Build the object of a node that a user chose; UsageError, about `key`, for an error of its class."""
+    try:
+        return build(node)
+    except UsageError:
+        raise
+    except Exception as error:  # libraries raise errors of many types
+        problem = f"{type(error).__name__}: {reason(error)}"
+        raise UsageError(key, NO_VALUE, problem, "correct its values, or leave it out") from error
 
 
 def build(node: Mapping[str, Any] | None, *supplied: Any) -> Any:

@@ -18,12 +18,13 @@ import numpy as np
 import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
+from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.utilities import rank_zero_only
 from PIL import Image
 from torch.utils.tensorboard.summary import hparams
 
 from diffusion_cli.config.runs import flatten
-from diffusion_cli.config.validate import build, target
+from diffusion_cli.config.validate import build, build_user, target
 from diffusion_cli.config.values import Node
 from diffusion_cli.errors import NO_VALUE, FormatError, UsageError
 from diffusion_cli.runs.migrate import migrated_column
@@ -201,9 +202,15 @@ def make_loggers(nodes: Mapping[str, Node], run: Path, step: int) -> list[Logger
     for name, node in nodes.items():
         if issubclass(target(node), LoggerConfig):
             loggers.append(build(node).logger(run, step))
-        else:  # a logger of Lightning
-            loggers.append(RunLogger(name, partial(build, node)))
+        else:
+            loggers.append(_user_logger(name, node))
     return loggers
+
+
+def _user_logger(name: str, node: Node) -> RunLogger:
+    """Return a logger of a library or a plugin; the main process builds it at once, so that a mistake is an error."""
+    made: Logger = build_user(f"logger.{name}", node) if Distributed().is_main else DummyLogger()
+    return RunLogger(name, lambda: made)
 
 
 def run_loggers(trainer: Trainer) -> list[RunLogger]:

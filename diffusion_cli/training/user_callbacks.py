@@ -10,6 +10,8 @@ import lightning.pytorch.callbacks as lightning_callbacks
 from lightning.pytorch import Callback, LightningModule, Trainer
 from pydantic import NonNegativeFloat, PositiveInt
 
+from diffusion_cli.config.validate import build_user
+from diffusion_cli.config.values import Node
 from diffusion_cli.errors import NO_VALUE, Problem, UsageError
 from diffusion_cli.system.distributed import Distributed
 from diffusion_cli.system.progress import ProgressBar
@@ -68,8 +70,12 @@ class LearningRateMonitor(lightning_callbacks.LearningRateMonitor):
         super().__init__("step", log_momentum, log_weight_decay)
 
 
-def check_callbacks(callbacks: Mapping[str, Callback]) -> None:
-    """Raise UsageError for callbacks that cannot work, or that share a state in checkpoints."""
+def make_callbacks(nodes: Mapping[str, Node]) -> dict[str, Callback]:
+    """Return the callbacks of checked nodes by name.
+
+    Raises UsageError for callbacks that cannot work, or that share a state in checkpoints.
+    """
+    callbacks = {name: build_user(f"callback.{name}", node) for name, node in nodes.items()}
     seen: dict[str, str] = {}
     for name, callback in callbacks.items():
         key = f"callback.{name}"
@@ -79,6 +85,7 @@ def check_callbacks(callbacks: Mapping[str, Callback]) -> None:
         other = seen.setdefault(callback.state_key, name)
         if other != name and type(callback).state_dict is not Callback.state_dict:
             raise UsageError(key, NO_VALUE, f"does the same as callback.{other}", "leave one of them out")
+    return callbacks
 
 
 def check_monitors(callbacks: Mapping[str, Callback], measured: Collection[str]) -> None:

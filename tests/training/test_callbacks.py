@@ -28,6 +28,7 @@ class Counts(Callback):
     """Counts validations, and stores what `kind` names."""
 
     def __init__(self, *, kind: str = "plain") -> None:
+        print("made", kind)
         self.kind, self.started, self.ended = kind, 0, 0
 
     def on_validation_start(self, trainer, pl_module):
@@ -117,9 +118,10 @@ def plugin(tmp_path, monkeypatch) -> Callable[[str], list[str]]:
 
 
 @pytest.mark.slow
-def test_a_callback_of_a_plugin_gets_validations_and_keeps_its_state(tmp_path, plugin):
+def test_a_callback_of_a_plugin_gets_validations_and_keeps_its_state(tmp_path, plugin, capsys):
     for steps, count in ((10, 2), (20, 4)):
         assert trained(tmp_path, *plugin("plain"), f"max_steps={steps}") == 0
+        assert capsys.readouterr().out.count("made plain") == 1
         assert state(tmp_path)["callbacks"]["Counts"] == {"started": count, "ended": count}
 
 

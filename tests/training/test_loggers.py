@@ -9,7 +9,8 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from diffusion_cli.cli import run
-from diffusion_cli.training.logs import RunLogger, TensorBoard
+from diffusion_cli.errors import UsageError
+from diffusion_cli.training.logs import RunLogger, TensorBoard, make_loggers
 from diffusion_cli.training.trackers import tracking_id
 from helpers import TINY
 
@@ -166,6 +167,26 @@ def test_a_secret_is_neither_stored_nor_shown(tmp_path, capsys):
         "diffuse: logger.mine.api_key: a secret, which config.yaml would store; set the variable of its library\n"
     )
     assert not (tmp_path / "o").exists()
+
+
+def test_a_logger_of_a_library_is_built_once_and_its_error_is_one_line(tmp_path, monkeypatch):
+    made = []
+
+    def init(self, save_dir: str) -> None:
+        made.append(save_dir)
+        if save_dir == "bad":
+            raise ValueError("no such folder")
+
+    monkeypatch.setattr("lightning.pytorch.loggers.CSVLogger.__init__", init)
+    node = {"_target_": "lightning.pytorch.loggers.CSVLogger", "save_dir": "good"}
+    (log,) = make_loggers({"mine": node}, tmp_path, 0)
+    for _ in range(3):
+        log.save()
+    assert made == ["good"]
+    with pytest.raises(
+        UsageError, match=r"logger\.mine: ValueError: no such folder; correct its values, or leave"
+    ):
+        make_loggers({"mine": {**node, "save_dir": "bad"}}, tmp_path, 0)
 
 
 @pytest.mark.slow

@@ -2,9 +2,11 @@
 
 import csv
 import json
+import math
 import re
 import sys
 import threading
+import time
 from abc import ABC, abstractmethod
 from argparse import Namespace
 from collections.abc import Callable, Mapping
@@ -32,6 +34,11 @@ from diffusion_cli.system.distributed import Distributed
 from diffusion_cli.system.files import atomic_write, set_aside, writing
 from diffusion_cli.system.progress import ProgressBar
 from diffusion_cli.system.untrusted import printable, read, reason
+
+PAUSES = (60.0, 300.0, 1800.0)
+"""Seconds without a logger after its first failure, the second one and each later one."""
+LARGEST_DELAY = 100
+"""Smallest pause in times of the failed call, so that a service without an answer takes 1 % of the training."""
 
 
 class LoggerConfig(ABC):
@@ -62,7 +69,8 @@ class TensorBoard(LoggerConfig):
     """TensorBoard event files."""
 
     def logger(self, run: Path, step: int) -> Logger:
-        threading.excepthook = partial(_on_thread_error, threading.excepthook)
+        if getattr(threading.excepthook, "func", None) is not _on_thread_error:
+            threading.excepthook = partial(_on_thread_error, threading.excepthook)
         return RunLogger("tensorboard", lambda: TensorBoardFiles(run, step))
 
 
@@ -76,21 +84,26 @@ def _on_thread_error(otherwise: Callable[[Any], Any], error: threading.ExceptHoo
 class RunLogger(Logger):
     """Logs metrics, configuration, images and evaluations of a run by a logger of Lightning.
 
-    If that logger fails, it prints one line and logs no more, and training continues. Images are logged by loggers
-    with a method `log_image(key, images, step)`, as that of Lightning's WandbLogger, and evaluations by those with
-    `log_evaluation(report, step)`. Only the main process logs.
+    If that logger fails, it prints one line, and training continues. After a pause the next call tries it again.
+    Images are logged by loggers with a method `log_image(key, images, step)`, as that of Lightning's WandbLogger, and
+    evaluations by those with `log_evaluation(report, step)`. Only the main process logs.
 
     Args:
         option: name of the logger in `logger=`.
         make: makes the logger at the first call; it may connect to a service.
-        remedy: what to do if the logger fails.
+        remedy: what to do if the logger fails; empty for nothing.
     """
 
     def __init__(self, option: str, make: Callable[[], Logger], remedy: str = "") -> None:
         super().__init__()
         self._option, self._make, self._remedy = option, make, remedy
         self._logger: Logger | None = None
-        self._ended = not Distributed().is_main
+        self._failures = 0
+        self._failed_at: float | None = None
+        """Time of the first failure since the logger last worked; None: it works."""
+        self._paused_until = 0.0 if Distributed().is_main else math.inf
+        self._configure: Callable[[Logger], Any] | None = None
+        """Logs the configuration, if it is not logged yet."""
 
     @property
     def name(self) -> str:
@@ -104,7 +117,7 @@ class RunLogger(Logger):
 
     @property
     def experiment(self) -> Any:
-        """The object of the library that logs, for callbacks of the user; None after a failure."""
+        """The object of the library that logs, for callbacks of the user; None while it fails."""
         found: list[Any] = []
         self._attempt(lambda logger: found.append(getattr(logger, "experiment", None)))
         return found[0] if found else None
@@ -115,7 +128,8 @@ class RunLogger(Logger):
 
     def log_hyperparams(self, params: dict[str, Any] | Namespace, *args: Any, **kwargs: Any) -> None:
         """Log the configuration of the run."""
-        self._attempt(lambda logger: logger.log_hyperparams(params, *args, **kwargs))
+        self._configure = lambda logger: logger.log_hyperparams(params, *args, **kwargs)
+        self._attempt(lambda logger: None)
 
     def log_image(self, key: str, path: Path, step: int) -> None:
         """Log a PNG file as the image of a step."""
@@ -139,19 +153,38 @@ class RunLogger(Logger):
         self._attempt(lambda logger: getattr(logger, method, lambda *_: None)(*arguments))
 
     def _attempt(self, act: Callable[[Logger], Any]) -> None:
-        """Act on the logger unless it has failed; at its first failure, print one line."""
-        if self._ended:
+        """Act on the logger unless it has just failed; print one line when it fails and when it works again."""
+        start = time.monotonic()
+        if start < self._paused_until:
             return
         try:
             self._logger = self._logger or self._make()
+            if self._configure is not None:
+                self._configure(self._logger)
+                self._configure = None
             act(self._logger)
         except Exception as error:  # libraries of services raise errors of many types
-            self._ended = True
+            now = time.monotonic()
+            pause = PAUSES[min(self._failures, len(PAUSES) - 1)]
+            self._paused_until = now + max(pause, LARGEST_DELAY * (now - start))
+            self._failures += 1
+            if self._failed_at is not None:
+                return
+            self._failed_at = start
             cause = error.__cause__ if isinstance(error.__cause__, OSError) else error
             what = getattr(cause, "strerror", None) or f"{type(cause).__name__}: {reason(cause)}"
             what = re.sub(r"://[^/@\s]*@", "://***@", what)  # user and password of an address
-            ending = f"training continues without it{self._remedy and f'; {self._remedy}'}"
-            ProgressBar.write(printable(f"diffuse: logger={self._option}: {what}; {ending}"), file=sys.stderr)
+            what = what.partition(" [SQL: ")[0]
+            ending = f"training continues without it until it works{self._remedy and f'; {self._remedy}'}"
+            self._print(f"{what}; {ending}")
+        else:
+            if self._failed_at is not None:
+                missing = ProgressBar.format_interval(time.monotonic() - self._failed_at)
+                self._print(f"works again; values of {missing} are missing")
+            self._failed_at = None
+
+    def _print(self, what: str) -> None:
+        ProgressBar.write(printable(f"diffuse: logger={self._option}: {what}"), file=sys.stderr)
 
 
 class TensorBoardFiles(TensorBoardLogger):

@@ -151,12 +151,9 @@ class MLflowRun(MLFlowLogger):
     ) -> None:
         from mlflow.tracking import MlflowClient
 
-        client, identity, found = MlflowClient(uri), tracking_id(run), []
-        if existing := client.get_experiment_by_name(experiment):
-            place = f"tags.`{TAG}` = '{identity}'"
-            found = client.search_runs([existing.experiment_id], place, max_results=1)
-        else:
-            client.create_experiment(experiment, artifacts)
+        client, identity = MlflowClient(uri), tracking_id(run)
+        experiment_id, place = _experiment(client, experiment, artifacts), f"tags.`{TAG}` = '{identity}'"
+        found = client.search_runs([experiment_id], place, max_results=1)
         run_id = found[0].info.run_id if found else None
         super().__init__(
             experiment,
@@ -187,6 +184,18 @@ class MLflowRun(MLFlowLogger):
     def log_evaluation(self, report: Mapping[str, Any], step: int) -> None:
         """Add the report as a file; one of a repeated step replaces the former one."""
         self.experiment.log_dict(str(self.run_id), dict(report), f"evaluation/step_{step:08d}.json")
+
+
+def _experiment(client: Any, name: str, artifacts: str | None) -> str:
+    """Return the identity of an experiment of MLflow, which is created if there is none."""
+    if found := client.get_experiment_by_name(name):
+        return found.experiment_id
+    try:
+        return client.create_experiment(name, artifacts)
+    except Exception:
+        if found := client.get_experiment_by_name(name):  # of a job that started at the same time
+            return found.experiment_id
+        raise
 
 
 class Trackio(LoggerConfig):

@@ -151,7 +151,7 @@ def test_training_continues_without_event_files_on_a_full_disk(tmp_path, capsys)
     file.unlink()
     file.symlink_to("/dev/full")
     assert logged(3) == [
-        "diffuse: logger=tensorboard: No space left on device; training continues without it"
+        "diffuse: logger=tensorboard: No space left on device; training continues without it until it works"
     ]
 
 

@@ -1,6 +1,8 @@
 """Loggers: what each writes, what a resumed run adds, and training without a logger that fails."""
 
 import json
+import threading
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,8 +12,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from diffusion_cli.cli import run
 from diffusion_cli.errors import UsageError
+from diffusion_cli.training import logs
 from diffusion_cli.training.logs import RunLogger, TensorBoard, make_loggers
-from diffusion_cli.training.trackers import tracking_id
+from diffusion_cli.training.trackers import _experiment, tracking_id
 from helpers import TINY
 
 WORDS = [word for word in TINY if not word.startswith("logger=")]
@@ -45,30 +48,86 @@ class Recorder(Logger):
         self.calls.append(params)
 
 
-def test_a_logger_that_fails_is_left_out_after_one_line(capsys):
-    inner = Recorder(2, RuntimeError("the service\nhas gone"))
+@pytest.fixture
+def clock(monkeypatch) -> list[float]:
+    """The time of the loggers in seconds, as a list of one number."""
+    now = [0.0]
+    monkeypatch.setattr(logs, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    return now
+
+
+def test_a_logger_that_fails_is_left_out_until_it_works(capsys, clock):
+    inner = Recorder(2, RuntimeError("the service\nhas gone [SQL: INSERT]"))
     log = RunLogger("mine", lambda: inner, "use logger.mine.mode=offline")
-    for step in range(5):
+    for step, clock[0] in enumerate((0, 30, 60, 89, 90, 100)):
         log.log_metrics({"loss": 1.0}, step)
     log.finalize("success")
-    assert len(inner.calls) == 2
+    assert [step for step, _ in inner.calls] == [0, 1, 4, 5]
     assert capsys.readouterr().err == (
-        "diffuse: logger=mine: RuntimeError: the service has gone; training continues without it; "
+        "diffuse: logger=mine: RuntimeError: the service has gone; training continues without it until it works; "
         "use logger.mine.mode=offline\n"
+        "diffuse: logger=mine: works again; values of 01:00 are missing\n"
     )
 
 
-def test_a_logger_that_cannot_start_is_left_out(capsys):
-    def fail() -> Logger:
-        raise OSError(101, "Network is unreachable")
+def test_a_logger_that_cannot_start_gets_the_configuration_later(capsys, clock):
+    inner, tried = Recorder(), []
 
-    log = RunLogger("mine", fail)
+    def start() -> Logger:
+        tried.append(clock[0])
+        if len(tried) < 5:
+            raise OSError(101, "Network is unreachable")
+        return inner
+
+    log = RunLogger("mine", start)
     log.log_hyperparams({"seed": 0})
-    log.log_metrics({"loss": 1.0}, 0)
     assert log.experiment is None
+    for clock[0] in range(0, 4000, 10):
+        log.log_metrics({"loss": 1.0}, clock[0])
+    assert tried == [0, 60, 360, 2160, 3960]
+    assert inner.calls[:2] == [{"seed": 0}, (3960, {"loss": 1.0})]
     assert capsys.readouterr().err == (
-        "diffuse: logger=mine: Network is unreachable; training continues without it\n"
+        "diffuse: logger=mine: Network is unreachable; training continues without it until it works\n"
+        "diffuse: logger=mine: works again; values of 1:06:00 are missing\n"
     )
+
+
+def test_a_service_without_an_answer_takes_one_percent_of_the_time(clock):
+    tried = []
+
+    def hang() -> Logger:
+        tried.append(clock[0])
+        clock[0] += 90
+        raise TimeoutError
+
+    log = RunLogger("mine", hang)
+    for clock[0] in (0, 9089, 9091):
+        log.log_metrics({"loss": 1.0}, 1)
+    assert tried == [0, 9091]
+
+
+def test_jobs_that_start_together_make_one_experiment():
+    class Client:
+        """A client of MLflow; another job creates the experiment between its calls."""
+
+        asked = 0
+
+        def get_experiment_by_name(self, name):
+            self.asked += 1
+            return SimpleNamespace(experiment_id="7") if self.asked > 1 else None
+
+        def create_experiment(self, name, artifacts):
+            raise ValueError(f"{name} already exists")
+
+    assert _experiment(Client(), "diffuse", None) == "7"
+
+
+def test_errors_of_threads_have_one_handler(tmp_path, monkeypatch):
+    monkeypatch.setattr(threading, "excepthook", threading.__excepthook__)
+    TensorBoard().logger(tmp_path, 0)
+    handler = threading.excepthook
+    TensorBoard().logger(tmp_path, 0)
+    assert threading.excepthook is handler
 
 
 def test_a_password_in_the_error_of_a_logger_is_hidden(capsys):

@@ -485,6 +485,8 @@ def _known(command: str, setting: Mapping[str, str], implied: Node) -> tuple[lis
             unknown.append(Problem(shown, NO_VALUE, f"applies only to {' or '.join(having)}", remedy))
             continue
         near = next((of for of in OTHER_NAMES.get(key, "").split() if _options_with(of, command)), None)
+        if command not in UNSWEPT and key.partition(".")[0] == "sweeper":
+            near = f"hydra/{shown}" if key == "sweeper" else f"hydra.{key}"
         near = near or nearest_key(key, keys, value=text.partition("=")[2])
         parent = f"{key.rpartition('.')[0]}."
         beside = [of for of in keys if of.startswith(parent) and not of.endswith("_target_")]

@@ -13,6 +13,8 @@ REFUSED = {
     "train +extra=1": "+extra=1: keys cannot be added or removed; write extra=1",
     "train ~seed": "~seed: keys cannot be added or removed; leave it out",
     "train ++nowhere=1": "nowhere=1: unknown key; see diffuse train --help",
+    "train -m sweeper=optuna seed=0,1": "sweeper=optuna: unknown key; did you mean hydra/sweeper=optuna?",
+    "train sweeper.n_trials=3": "sweeper.n_trials=3: unknown key; did you mean hydra.sweeper.n_trials?",
     "train --cfg": "--cfg: no value; choose from job, hydra, all",
     "train --cfg jobs": "--cfg jobs: unknown value; did you mean job?",
     "train --info list": "--info list: unknown value; choose from all, config, defaults, defaults-tree, plugins, "

@@ -143,7 +143,7 @@ class Folder(Dataset):
         num_workers: NonNegativeInt = 4,
     ) -> None:
         super().__init__(data_dir)
-        self.path = local_copy(path, self.data_dir)
+        self.given, self.path = path, local_copy(path, self.data_dir)
         self.name = source_name(self.path)
         self.val_fraction = val_fraction
         self.in_memory = in_memory
@@ -160,9 +160,9 @@ class Folder(Dataset):
         self._volume_remarks: list[str] = []
         ignored: list[str] = []
         localizers: list[str] = []
-        names = file_names(self.path, rules=rules)
+        names = file_names(self.path, rules=rules, given=path)
         if len(sizes) == 3:
-            self.parts, localizers = volume_files(self.path, names)
+            self.parts, localizers = volume_files(self.path, names, path)
             self.files = [*self.parts]
             if localizers:
                 count = "1 localizer is" if len(localizers) == 1 else f"{len(localizers)} localizers are"
@@ -202,7 +202,7 @@ class Folder(Dataset):
         if not kept:
             first = f"{titles[0]}: {self._skipped.reasons[titles[0]]}"
             raise UsageError(
-                "dataset.path", self.path, f"none of the {len(self.files)} files is readable ({first})"
+                "dataset.path", self.given, f"none of the {len(self.files)} files is readable ({first})"
             )
         self.files = [self.files[row] for row in kept]
         self.labels = None if self.labels is None else self.labels[kept]
@@ -210,7 +210,7 @@ class Folder(Dataset):
     def _chosen(self, names: list[str]) -> list[str]:
         """Return the names that are images by the rules, sorted."""
         choose = image_files if self.rules == 1 else own_images
-        return choose(self.path, names, "dataset.path", (*self._pictures, *SCANS))
+        return choose(self.path, names, "dataset.path", (*self._pictures, *SCANS), self.given)
 
     @property
     def _pictures(self) -> tuple[str, ...]:
@@ -232,7 +232,7 @@ class Folder(Dataset):
             raise
         except ValueError as error:
             raise UsageError(
-                "dataset.path", self.path, f"cannot use {self.files[0]} ({reason(error)})"
+                "dataset.path", self.given, f"cannot use {self.files[0]} ({reason(error)})"
             ) from error
 
     def _masked(
@@ -277,7 +277,7 @@ class Folder(Dataset):
         try:
             held = self._first_readable(self.files, volume)
         except ValueError as error:
-            raise UsageError("dataset.path", self.path, f"{self.files[0]}: {reason(error)}") from error
+            raise UsageError("dataset.path", self.given, f"{self.files[0]}: {reason(error)}") from error
         affine = resized_affine(held.header.affine, held.values.shape[1:], sizes)
         form = Volume(low=float(low), high=float(high), **held.header._replace(affine=affine)._asdict())
         clipped = form.remark([held.values])
@@ -448,16 +448,19 @@ def with_rules(node: Mapping[str, Any], rules: int) -> dict[str, Any]:
     return {**node, "rules": rules} if node["_target_"].endswith((".Folder", ".Points")) else dict(node)
 
 
-def file_names(path: Path, key: str = "dataset.path", rules: int = RULES) -> list[str]:
+def file_names(
+    path: Path, key: str = "dataset.path", rules: int = RULES, given: str | None = None
+) -> list[str]:
     """Return the names of all files below a folder or in a ZIP archive, relative, with `/`.
 
     Some Windows tools separate folders in an archive by backslashes; version 1 of the rules keeps these in names.
 
     Raises:
-        UsageError: `path` (configuration key `key`) is missing or not a readable archive.
+        UsageError: `path` is missing or not a readable archive. The error names the configuration key `key` with the
+            value `given`, such as the URL of a copy; None: `path`.
     """
     if not path.exists():
-        raise UsageError(key, path, "does not exist", "give a folder or .zip of images")
+        raise UsageError(key, given or path, "does not exist", "give a folder or .zip of images")
     if path.is_dir():
         return list(folder_names(path))
     try:
@@ -467,22 +470,26 @@ def file_names(path: Path, key: str = "dataset.path", rules: int = RULES) -> lis
                 names = [name.replace("\\", "/") for name in names if not name.endswith("\\")]
             return names
     except FormatError as error:
-        raise UsageError(key, path, f"is neither a folder nor a readable .zip ({error})") from error
+        raise UsageError(key, given or path, f"is neither a folder nor a readable .zip ({error})") from error
 
 
 def image_files(
-    path: Path, names: list[str], key: str = "dataset.path", suffixes: tuple[str, ...] = SUFFIXES
+    path: Path,
+    names: list[str],
+    key: str = "dataset.path",
+    suffixes: tuple[str, ...] = SUFFIXES,
+    given: str | None = None,
 ) -> list[str]:
     """Return the names with a suffix of images, sorted; if there are none, those of DICOM files if these are images.
 
-    Raises UsageError if there are none of them either.
+    Raises UsageError, as `file_names`, if there are none of them either.
     """
     images = sorted(name for name in names if ends_in(PurePosixPath(name), suffixes))
     if not images and SCANS[0] in suffixes:
         images = dicom_files(path, names)
     if not images:
         expected = f"expected files with {' '.join(suffixes)}"
-        raise UsageError(key, path, "has no images", _other_kind(path, names, key) or expected)
+        raise UsageError(key, given or path, "has no images", _other_kind(path, names, key) or expected)
     return images
 
 
@@ -500,9 +507,11 @@ def _other_kind(path: Path, names: list[str], key: str) -> str | None:
     return None
 
 
-def own_images(path: Path, names: list[str], key: str, suffixes: tuple[str, ...]) -> list[str]:
+def own_images(
+    path: Path, names: list[str], key: str, suffixes: tuple[str, ...], given: str | None = None
+) -> list[str]:
     """Return the names as `image_files`, without figures that this program wrote; UsageError if none is left."""
-    images = image_files(path, names, key, suffixes)
+    images = image_files(path, names, key, suffixes, given)
     kept = without_pictures(images, names, lambda name: entry(path, name, LONGEST_MANIFEST))
     if path.is_dir() and (path.parent / MANIFEST).is_file():  # a series inside the output of an edit
         manifest = manifests([MANIFEST], lambda name: entry(path.parent, name, LONGEST_MANIFEST)).get("", {})
@@ -510,7 +519,10 @@ def own_images(path: Path, names: list[str], key: str, suffixes: tuple[str, ...]
             kept = [name for name in kept if is_result(f"{path.name}/{name}", manifest)]
     if not kept:
         raise UsageError(
-            key, path, "is an output folder of diffuse without samples or results", "give another folder"
+            key,
+            given or path,
+            "is an output folder of diffuse without samples or results",
+            "give another folder",
         )
     return kept
 
@@ -546,7 +558,7 @@ def mask_names(
     return found, rest, passed_over(f"dataset.masks={masks}", inside, suffixes)
 
 
-def volume_files(path: Path, names: list[str], key: str = "dataset.path") -> SeriesFiles:
+def volume_files(path: Path, names: list[str], given: str | None = None) -> SeriesFiles:
     """Return the files of each volume: NIfTI and .npy files, or else DICOM `series`.
 
     Raises UsageError if there are none.
@@ -555,7 +567,7 @@ def volume_files(path: Path, names: list[str], key: str = "dataset.path") -> Ser
     found = SeriesFiles({name: [name] for name in volumes}, []) if volumes else series(path, names)
     if not found.volumes:
         expected = f"expected files with {' '.join(VOLUMES)}, or DICOM files"
-        raise UsageError(key, path, "has no volumes", expected)
+        raise UsageError("dataset.path", given or path, "has no volumes", expected)
     return found
 
 

@@ -1,7 +1,7 @@
 """Point clouds from files, or sampled from analytic surfaces."""
 
 import zlib
-from pathlib import Path, PurePosixPath
+from pathlib import PurePosixPath
 from typing import Annotated, Literal, NamedTuple
 
 import numpy as np
@@ -78,9 +78,9 @@ class Points(Dataset):
             self.name, self.files = "shapes", [f"{number:06d}" for number in range(size)]
             self.class_names, self.labels = _shape_labels(size, labels)
         else:
-            self.name, names = source_name(self.path), file_names(self.path, rules=rules)
+            self.name, names = source_name(self.path), file_names(self.path, rules=rules, given=path)
             suffixes = FIRST_SUFFIXES if rules < 3 else SUFFIXES
-            self.files = _point_files(self.path, names, suffixes)
+            self.files = _point_files(names, suffixes, path)
             self._remarks = ignored_files(self.path, names, "dataset.path", suffixes)
             classes = class_labels(self.path, names, self.files, labels, rules)
             self.class_names, self.labels = classes.names, classes.labels
@@ -165,12 +165,12 @@ def _rows(data: bytes) -> np.ndarray:
     return points.astype(np.float64)
 
 
-def _point_files(path: Path, names: list[str], suffixes: tuple[str, ...]) -> list[str]:
+def _point_files(names: list[str], suffixes: tuple[str, ...], given: str | None) -> list[str]:
     files = [PurePosixPath(name) for name in sorted(names)]
     points = [str(name) for name in files if name.suffix.lower() in suffixes and visible_name(name)]
     if not points:
         raise UsageError(
-            "dataset.path", path, "has no point clouds", f"expected files with {' '.join(suffixes)}"
+            "dataset.path", given, "has no point clouds", f"expected files with {' '.join(suffixes)}"
         )
     return points
 

@@ -19,6 +19,7 @@ from torch.testing import assert_close
 from yarl import URL
 
 from diffusion_cli.cli import run
+from diffusion_cli.data import Points
 from diffusion_cli.errors import MachineError, UsageError
 from diffusion_cli.system import remote
 from diffusion_cli.system.remote import COPIES, local_copy
@@ -238,6 +239,24 @@ def test_mistakes_have_one_line(url, line, tmp_path, memory):
         folder(url, data_dir=str(tmp_path))
     assert len(error.value.lines) == 1
     assert copies(tmp_path) == []
+
+
+def test_errors_name_the_url_and_not_its_copy(tmp_path, memory):
+    memory.pipe("/b/x.tar", b"no archive")
+    memory.pipe("/b/texts/x.txt", b"text")
+    memory.pipe("/b/broken/x.npy", b"none")
+    for read in (folder, Points):
+        with pytest.raises(
+            UsageError, match=r"^dataset.path=memory://b/x.tar: is neither a folder nor a readable"
+        ):
+            read(path="memory://b/x.tar", data_dir=str(tmp_path))
+        with pytest.raises(UsageError, match=r"^dataset.path=memory://b/texts: has no "):
+            read(path="memory://b/texts", data_dir=str(tmp_path))
+    volumes = {"resolution": [4, 8, 8], "channels": 1, "range": [0, 1], "data_dir": str(tmp_path)}
+    with pytest.raises(UsageError, match=r"^dataset.path=memory://b/broken: x.npy: "):
+        folder("memory://b/broken", **volumes)
+    with pytest.raises(UsageError, match=r"^dataset.path=memory://b/texts: has no volumes"):
+        folder("memory://b/texts", **volumes)
 
 
 def test_a_missing_package_is_named(tmp_path, monkeypatch):

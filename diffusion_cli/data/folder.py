@@ -162,7 +162,7 @@ class Folder(Dataset):
         localizers: list[str] = []
         names = file_names(self.path, rules=rules, given=path)
         if len(sizes) == 3:
-            self.parts, localizers = volume_files(self.path, names, path)
+            self.parts, localizers = volume_files(self.path, names, path, self.data_dir)
             self.files = [*self.parts]
             if localizers:
                 count = "1 localizer is" if len(localizers) == 1 else f"{len(localizers)} localizers are"
@@ -558,13 +558,15 @@ def mask_names(
     return found, rest, passed_over(f"dataset.masks={masks}", inside, suffixes)
 
 
-def volume_files(path: Path, names: list[str], given: str | None = None) -> SeriesFiles:
+def volume_files(
+    path: Path, names: list[str], given: str | None = None, data_dir: Path | None = None
+) -> SeriesFiles:
     """Return the files of each volume: NIfTI and .npy files, or else DICOM `series`.
 
     Raises UsageError if there are none.
     """
     volumes = sorted(n for n in names if n.lower().endswith(VOLUMES) and visible_name(PurePosixPath(n)))
-    found = SeriesFiles({name: [name] for name in volumes}, []) if volumes else series(path, names)
+    found = SeriesFiles({name: [name] for name in volumes}, []) if volumes else series(path, names, data_dir)
     if not found.volumes:
         expected = f"expected files with {' '.join(VOLUMES)}, or DICOM files"
         raise UsageError("dataset.path", given or path, "has no volumes", expected)

@@ -1,22 +1,27 @@
 """DICOM files of a folder or archive: those without a suffix, and the series that form volumes."""
 
+import os
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
+from hashlib import sha256
 from pathlib import Path, PurePosixPath
-from typing import IO, NamedTuple, TypeVar
+from typing import IO, Any, NamedTuple, TypeVar
 
 from diffusion_cli.data.base import row_chunks
 from diffusion_cli.data.listing import ends_in, may_be_image
 from diffusion_cli.errors import FormatError
 from diffusion_cli.formats.dicom import SUFFIXES
 from diffusion_cli.formats.dicom_reader import LONGEST_HEADER, MAGIC, is_dicom, read_header
-from diffusion_cli.system.untrusted import Archive, regular
+from diffusion_cli.system.cache import optional, parse_json, write_json
+from diffusion_cli.system.untrusted import LONGEST_MANIFEST, Archive, read, regular
 
 Found = TypeVar("Found")
 USUAL_HEADER = 2**16
 """Bytes in front of the pixels, at most, in almost all files."""
+LISTS = "series"
+"""Folder of the lists of files, below the folder of downloaded datasets."""
 AT_ONCE = 8
 """Files read at the same time."""
 
@@ -40,8 +45,10 @@ class SeriesFiles(NamedTuple):
     """Overview images, which show where the slices of other series are."""
 
 
-def series(path: Path, names: list[str]) -> SeriesFiles:
+def series(path: Path, names: list[str], data_dir: Path | None = None) -> SeriesFiles:
     """Return the DICOM files of each volume.
+
+    With a `data_dir`, the series of each file in a folder are listed there until its size or time changes.
 
     A series is named after its folder, or `folder/SeriesInstanceUID` if there are others; a file with several frames
     has its own name. Files with a broken header are volumes of their own, so that reading reports them.
@@ -49,7 +56,11 @@ def series(path: Path, names: list[str]) -> SeriesFiles:
     localizers: list[str] = []
     found: dict[tuple[str, str], list[str]] = {}
     files = dicom_files(path, names)
-    for name, uid in zip(files, _read_each(path, files, _series_uid, ""), strict=True):
+    if data_dir is not None and path.is_dir():
+        uids = _listed(path, files, data_dir)
+    else:
+        uids = _read_each(path, files, _series_uid, "")
+    for name, uid in zip(files, uids, strict=True):
         if uid is None:
             localizers.append(name)
         else:
@@ -63,6 +74,28 @@ def series(path: Path, names: list[str]) -> SeriesFiles:
             alone = path.resolve().name if folder == "." else folder
             named[alone if several[folder] == 1 else PurePosixPath(folder, uid).as_posix()] = slices
     return SeriesFiles(dict(sorted(named.items())), localizers)
+
+
+def _listed(path: Path, files: list[str], data_dir: Path) -> list[str | None]:
+    """Return `_series_uid` of each file in a folder, from its list if the file has not changed."""
+    place = data_dir / LISTS / f"{sha256(str(path.resolve()).encode()).hexdigest()[:16]}.json"
+    known: dict[str, list[Any]] = {}
+    with suppress(OSError, ValueError, LookupError):  # no list yet, or a damaged one
+        known = parse_json(read(place, LONGEST_MANIFEST))["files"]
+
+    def entry(file: IO[bytes]) -> list[Any]:
+        status = os.fstat(file.fileno())
+        stamp = [status.st_size, status.st_mtime_ns]
+        name = Path(file.name).relative_to(path).as_posix()
+        before = known.get(name, [])
+        # A file without a series may be readable now, for example by a newer pydicom.
+        return before if before[:2] == stamp and before[2] != "" else [*stamp, _series_uid(file)]
+
+    found = dict(zip(files, _read_each(path, files, entry, [None, None, ""]), strict=True))
+    if found != known:
+        with optional():
+            write_json(place, {"files": found})
+    return [uid for *_, uid in found.values()]
 
 
 def _series_uid(file: IO[bytes]) -> str | None:
@@ -82,9 +115,9 @@ def _series_uid(file: IO[bytes]) -> str | None:
 
 
 def _read_each(
-    path: Path, names: list[str], read: Callable[[IO[bytes]], Found], unreadable: Found
+    path: Path, names: list[str], use: Callable[[IO[bytes]], Found], unreadable: Found
 ) -> list[Found]:
-    """Return what `read` makes of each open file, or `unreadable`. Threads wait for a slow disk together."""
+    """Return what `use` makes of each open file, or `unreadable`. Threads wait for a slow disk together."""
     with nullcontext() if path.is_dir() else Archive(path) as archive:
 
         def one(name: str) -> Found:
@@ -92,7 +125,7 @@ def _read_each(
                 if archive is None:
                     regular(path / name)
                 with (path / name).open("rb") if archive is None else archive.open(name) as file:
-                    return read(file)
+                    return use(file)
             except Exception:  # of the file system, zlib or a damaged archive; reported where pixels are read
                 return unreadable
 

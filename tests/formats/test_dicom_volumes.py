@@ -13,6 +13,7 @@ import torch
 from diffusion_cli.cli import run
 from diffusion_cli.commands.inputs import read_input
 from diffusion_cli.data import Folder, series
+from diffusion_cli.errors import FormatError
 from diffusion_cli.formats import Volume
 from diffusion_cli.formats.dicom_reader import read_header
 from diffusion_cli.formats.volume import read_volume
@@ -229,6 +230,33 @@ def test_a_header_is_read_no_further_than_it_reaches(tmp_path, monkeypatch, kind
     assert sorted(sizes)[:4] == [4000] * 4
     assert len(sizes) == 6
     assert min(sorted(sizes)[4:]) > 9000
+
+
+def needs_pydicom(data: bytes):
+    raise FormatError("needs pydicom")
+
+
+def test_headers_of_a_folder_are_read_once_until_a_file_changes(tmp_path, monkeypatch):
+    place = write(tmp_path / "scans", [*slices(VALUES[:2], uid="1.1"), *slices(VALUES[:2], uid="1.2")])
+    names = [f"IM{number}.dcm" for number in range(4)]
+    sizes = []
+    monkeypatch.setattr(series, "read_header", lambda data: sizes.append(len(data)) or read_header(data))
+    first = series.series(place, names, tmp_path / "data")
+    assert first == series.series(place, names) == series.series(place, names, tmp_path / "data")
+    assert len(sizes) == 8
+    (place / "IM1.dcm").write_bytes(slices(VALUES[:1], uid="1.2.3")[0])
+    (place / "IM2.dcm").unlink()
+    changed = series.series(place, names, tmp_path / "data")
+    assert changed == series.series(place, names)
+    assert len(sizes) == 8 + 1 + 3
+    monkeypatch.setattr(series, "read_header", needs_pydicom)
+    (place / "IM0.dcm").touch()
+    assert series.series(place, names, tmp_path / "data") != changed
+    monkeypatch.setattr(series, "read_header", read_header)
+    assert series.series(place, names, tmp_path / "data") == changed
+    (listed,) = (tmp_path / "data" / series.LISTS).iterdir()
+    listed.write_text("damaged")
+    assert series.series(place, names, tmp_path / "data") == changed
 
 
 def test_a_spacing_other_than_that_of_the_first_series_is_refused(tmp_path):

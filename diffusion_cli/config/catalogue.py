@@ -39,7 +39,7 @@ GROUPS = {
     "metric": "metrics of evaluations; several as metric=[fid,kid]",
     "features": "feature extractor of the metrics",
     "logger": "training logs; several as logger=[csv,tensorboard]",
-    "callback": "callbacks of training; several as callback=[early_stopping,lr_monitor]",
+    "callback": "callbacks of training; several as callback=[a,b]",
     "reference": "real images that the metrics compare samples with",
     "time_sampling": "distribution of training times",
     "launcher": "launcher of the runs of a sweep (-m)",

@@ -509,12 +509,7 @@ def _options_with(key: str, command: str) -> list[str]:
 
 def _check(command: str, composed: Node) -> tuple[Config | None, list[Problem]]:
     config, mistakes = validate(COMMANDS[command], composed)
-    mistakes = [problem for problem in mistakes if problem.value != REQUIRED]
-    mistakes += [
-        Problem(key, NO_VALUE, "missing", f"add {key}=<value>")
-        for key, value in flatten(composed).items()
-        if value == REQUIRED
-    ]
+    of_nodes: list[Problem] = []
     for key in defaults(command):
         node = composed.get(key)
         if isinstance(node, dict):
@@ -522,5 +517,14 @@ def _check(command: str, composed: Node) -> tuple[Config | None, list[Problem]]:
                 {key: node} if "_target_" in node else {f"{key}.{name}": item for name, item in node.items()}
             )
             for path, item in nodes.items():
-                mistakes += check_node(path, item) if isinstance(item, dict) else []
-    return config, mistakes
+                of_nodes += check_node(path, item) if isinstance(item, dict) else []
+    mistakes, of_nodes = (
+        [problem for problem in found if problem.value != REQUIRED] for found in (mistakes, of_nodes)
+    )
+    explained = {problem.key for problem in of_nodes}
+    missing = [
+        Problem(key, NO_VALUE, "missing", f"add {key}=<value>")
+        for key, value in flatten(composed).items()
+        if value == REQUIRED and key not in explained
+    ]
+    return config, mistakes + missing + of_nodes

@@ -6,7 +6,7 @@ Only the classes that the module itself exports can be named. Nothing is importe
 import importlib
 import inspect
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import NoneType, SimpleNamespace, UnionType
 from typing import Annotated, Any, NamedTuple, Union, get_args, get_origin, get_type_hints
@@ -89,6 +89,13 @@ def takes_others(found: Any) -> bool:
     """Return whether a class with a base in `LIBRARIES` also takes arguments of any other name."""
     kinds = {item.kind for item in inspect.signature(found).parameters.values()}
     return _supplied(found) is not None and inspect.Parameter.VAR_KEYWORD in kinds
+
+
+def is_function(kind: Any) -> bool:
+    """Return whether all values of a type are functions, or lists of functions."""
+    if get_origin(kind) in (Union, UnionType, list):
+        return all(map(is_function, get_args(kind)))
+    return (get_origin(kind) or kind) is Callable
 
 
 def _supplied(found: Any) -> int | None:

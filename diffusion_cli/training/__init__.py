@@ -12,7 +12,7 @@ from diffusion_cli.training.lr_schedules import (
 )
 from diffusion_cli.training.optimizers import Adam, AdamW, Lion, Muon
 from diffusion_cli.training.trackers import MLflow, Trackio, WandB
-from diffusion_cli.training.user_callbacks import EarlyStopping, LearningRateMonitor
+from diffusion_cli.training.user_callbacks import EarlyStopping
 
 __all__ = [
     "CSV",
@@ -24,7 +24,6 @@ __all__ = [
     "EarlyStopping",
     "InverseSqrtDecay",
     "LRSchedule",
-    "LearningRateMonitor",
     "LinearDecay",
     "Lion",
     "MLflow",

@@ -63,13 +63,6 @@ class EarlyStopping(lightning_callbacks.EarlyStopping):
         super().load_state_dict({**state_dict, "patience": self.patience})
 
 
-class LearningRateMonitor(lightning_callbacks.LearningRateMonitor):
-    """Logs the learning rate of each parameter group, and its momentum and weight decay."""
-
-    def __init__(self, *, log_momentum: bool = True, log_weight_decay: bool = True) -> None:
-        super().__init__("step", log_momentum, log_weight_decay)
-
-
 def make_callbacks(nodes: Mapping[str, Node]) -> dict[str, Callback]:
     """Return the callbacks of checked nodes by name.
 

@@ -140,13 +140,6 @@ def test_a_state_that_is_not_plain_is_left_out_with_one_line(tmp_path, plugin, c
 
 
 @pytest.mark.slow
-def test_the_learning_rate_of_each_group_is_logged(tmp_path):
-    assert trained(tmp_path, "callback=lr_monitor", "max_steps=10") == 0
-    columns = (tmp_path / "tiny" / "metrics.csv").read_text().splitlines()[0].split(",")
-    assert {"lr-AdamW", "lr-AdamW-momentum", "lr-AdamW-weight_decay"} <= set(columns)
-
-
-@pytest.mark.slow
 def test_a_changed_state_of_a_callback_is_refused(tmp_path, capsys):
     assert trained(tmp_path, *STOPPING, "max_steps=5") == 0
     path = tmp_path / "tiny" / LAST
@@ -178,6 +171,11 @@ def test_a_changed_state_of_a_callback_is_refused(tmp_path, capsys):
             "  _target_: lightning.pytorch.callbacks.EarlyStopping\n  monitor: val_loss\n  mode: least\n",
             "callback.mine: MisconfigurationException: `mode` can be min, max, got least; correct its values, or "
             "leave it out",
+        ),
+        (
+            "  _target_: lightning.pytorch.callbacks.ThroughputMonitor\n",
+            "callback.mine.batch_size_fn: needs a function, which a configuration cannot give; derive a class in a "
+            "plugin",
         ),
     ],
 )

@@ -17,11 +17,12 @@ from diffusion_cli.formats import Dicom
 
 def folder(path: Path, **changes) -> Folder:
     arguments = {
+        "data_dir": str(path.parent / "data"),  # for lists of files
         "masks": None,
         "resolution": 8, "channels": 1, "range": None, "depth": "auto", "labels": "none", "background": "white",
         "flip": False, "val_fraction": 0.0, "in_memory": True, "num_workers": 0,
     }  # fmt: skip
-    return Folder("", path=str(path), **(arguments | changes))
+    return Folder(path=str(path), **(arguments | changes))
 
 
 def images(dataset) -> torch.Tensor:

@@ -99,6 +99,7 @@ def _job(values: dict[str, Value], config: CompareConfig) -> ComparisonJob:
         "samples": None,
         "compare": None,
         "keep": False,
+        "objective_metric": None,
     }
     asked = EvalConfig(**shared | own)
     mode = mode_of(asked)

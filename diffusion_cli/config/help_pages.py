@@ -44,7 +44,7 @@ Help
 
 Flags
   --cfg job           print the configuration and exit; hydra: Hydra's settings; all: both
-  --resolve           with --cfg: print values in place of references ${...}
+  --resolve           with --cfg: print values in place of references ${{...}}
   -p, --package KEY   with --cfg: print a part, such as model
   --info [WHAT]       print what Hydra composes: defaults, defaults-tree, searchpath, plugins, config or all
   --config-dir DIR    folder with options of your own: DIR/<group>/<option>.yaml

@@ -1,6 +1,7 @@
 """The metric that a sweep minimizes or maximizes."""
 
 from collections.abc import Iterator, Sequence
+from difflib import get_close_matches
 
 from diffusion_cli.config.catalogue import options
 from diffusion_cli.config.evaluation import EvalConfig
@@ -85,7 +86,18 @@ def _problems(config: Config) -> Iterator[Problem]:
             "logger", ",".join(config.logger) or None, "the objective is read from metrics.csv", "add csv"
         )
     for name in objectives(config):
-        yield from _training_problems(config, name)
+        if near := _meant(name, config):
+            yield Problem("objective_metric", name, "unknown metric", f"did you mean {near}?")
+        else:
+            yield from _training_problems(config, name)
+
+
+def _meant(name: str, config: TrainConfig) -> str | None:
+    """Return the column that a misspelt name means; None for others, which a metric of a plugin may add."""
+    columns = ["loss", "val_loss", "val_accuracy", *config.metric]
+    if name in columns or any(name.startswith(f"{column}_") for column in columns):
+        return None
+    return next(iter(get_close_matches(name, columns, n=1, cutoff=0.8)), None)
 
 
 def _training_problems(config: TrainConfig, name: str) -> Iterator[Problem]:

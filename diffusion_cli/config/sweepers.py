@@ -92,6 +92,9 @@ def plan_sweep(command: str, overrides: Sequence[str], dirs: Sequence[Path] = ()
     given = node.get("params") or {}
     others = [*(f"{key}={value}" for key, value in given.items()), *others]
     swept = expand(command, others, dirs, intervals=sweeper != BASIC)
+    if sweeper != BASIC and not swept.keys and not node.get("custom_search_space"):
+        remedy = "add values to a key, such as 'optimizer.lr=interval(1e-4,1e-2)'"
+        raise UsageError("hydra/sweeper", sweeper, "has no values to search", remedy)
     checked = load_sweep(swept, dirs)
     plan_launcher = launch(as_typed(command, words, dirs), checked, dirs)
     fixed = fixed_words(checked[0])

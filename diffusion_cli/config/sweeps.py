@@ -124,6 +124,8 @@ def _values(command: str, text: str, dirs: Sequence[Path], intervals: bool) -> l
         )
         return [f"{key}={number}" for number in (value.start, *inner, value.end)]
     words = [f"{key}={word}" for word in item.sweep_string_iterator()]
+    if not words:
+        raise UsageError(text, NO_VALUE, "has no values", "give a start below the end")
     return [words[0], words[-1]] if intervals and item.is_range_sweep() else words
 
 

@@ -184,6 +184,7 @@ SEARCH = "hydra/sweeper=optuna"
         ),
         ("hydra/sweeper/sampler=rand", "hydra/sweeper/sampler=rand: unknown option; did you mean random?"),
         ("logger=tensorboard", "logger=tensorboard: the objective is read from metrics.csv; add csv"),
+        ("objective_metric=val_los", "objective_metric=val_los: unknown metric; did you mean val_loss?"),
         ("objective_metric=fid", "objective_metric=fid: no evaluations during training; set eval_every"),
         ("max_steps=20", "validate_every=500: no validation within max_steps=20; use validate_every=20"),
         (
@@ -200,7 +201,7 @@ SEARCH = "hydra/sweeper=optuna"
 def test_a_search_is_checked_before_its_first_job(words, line):
     pytest.importorskip("hydra_plugins.hydra_optuna_sweeper")
     with pytest.raises(UsageError) as error:
-        plan_sweep("train", [SEARCH, *words.split()])
+        plan_sweep("train", [SEARCH, "seed=0,1", *words.split()])
     assert error.value.lines[0] == line
 
 
@@ -248,3 +249,17 @@ def test_the_objective_is_no_part_of_a_run():
     default, other = (load("train", words) for words in ([], ["objective_metric=[loss,fid]"]))
     assert identity(default.model_dump()) == identity(other.model_dump())
     assert default.model_dump()["name"] == other.model_dump()["name"]
+
+
+def test_a_search_without_values_is_refused(capsys):
+    pytest.importorskip("hydra_plugins.hydra_optuna_sweeper")
+    assert run(["train", "-m", "hydra/sweeper=optuna", "seed=1"]) == 2
+    assert capsys.readouterr().err == (
+        "diffuse: hydra/sweeper=optuna: has no values to search; add values to a key, such as "
+        "'optimizer.lr=interval(1e-4,1e-2)'\n"
+    )
+
+
+def test_the_help_shows_references_as_they_are_written(capsys):
+    assert run(["--help"]) == 0
+    assert "references ${...}" in capsys.readouterr().out

@@ -25,6 +25,7 @@ def test_sweeps_are_checked_value_by_value():
     ("words", "expected"),
     [
         ("seed=glob(1*)", "seed=glob(1*): glob lists options of a group only; write seed=1,2,3"),
+        ("seed=range(3,1)", "seed=range(3,1): has no values; give a start below the end"),
         ("task=glob(z*)", "task=glob(z*): matches no option; choose from autoencoder, classifier, diffusion"),
         (
             "optimizer.lr=interval(1e-4,1e-3)",

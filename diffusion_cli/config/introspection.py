@@ -1,5 +1,6 @@
 """What `--cfg` and `--info` print, as Hydra does."""
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import redirect_stdout
 from io import StringIO
@@ -93,7 +94,16 @@ def _jobs(
     for job, config in zip(words, configs, strict=True):
         dumped = config.model_dump()
         unresolved = {} if resolve else references(command, job, dirs)
-        yield replaced(dumped, {key: text for key, text in unresolved.items() if key in flatten(dumped)})
+        values = flatten(dumped)
+        yield replaced(dumped, {key: text for key, text in unresolved.items() if _applies(text, key, values)})
+
+
+def _applies(reference: str, key: str, values: Mapping[str, Any]) -> bool:
+    """Return whether a key has the value that its reference names; an earlier key of an option file may replace it."""
+    if key not in values:
+        return False
+    whole = re.fullmatch(r"\$\{([\w.]+)\}", reference)
+    return whole is None or values.get(whole[1], values[key]) == values[key]
 
 
 def _hydra(

@@ -131,6 +131,14 @@ def test_references_are_shown_unless_they_are_resolved(capsys):
     assert "${" not in str(resolved)
 
 
+def test_an_earlier_key_of_an_option_file_is_shown_in_place_of_a_reference(capsys, tmp_path):
+    (tmp_path / "experiment").mkdir()
+    file = tmp_path / "experiment" / "mine.yaml"
+    file.write_text("# @package _global_\nmax_steps: 500\noptimizer: {decay_steps: 200}\n")
+    words = f"train --config-dir {tmp_path} experiment=mine --cfg job -p lr_schedule.decay_steps"
+    assert shown(capsys, words) == "200\n"
+
+
 def test_a_part_of_the_configuration_is_shown_with_its_package(capsys):
     assert shown(capsys, "train --cfg job -p ema").startswith("# @package ema\ndecay: ")
     assert shown(capsys, "train --cfg job --package=batch_size") == "64\n"

@@ -17,7 +17,7 @@ from diffusion_cli import model as api
 from diffusion_cli.cli import run
 from diffusion_cli.metrics import read_history
 from diffusion_cli.samplers import DDIM, DPMSolverMultistep
-from diffusion_cli.training import AdamW
+from diffusion_cli.training import CosineDecay
 
 STORED = Path(__file__).parent / "stored_runs" / "format_4.zip"
 FP32 = ["precision=fp32"]
@@ -82,8 +82,8 @@ def test_a_sampler_made_of_its_class_is_the_one_of_the_command(here):
 
 
 def test_an_option_takes_what_only_a_command_has_as_arguments():
-    optimizer = diffuse.option("optimizer", "adamw", lr=1e-3, warm_up_steps=0, decay_steps=None)
-    assert vars(optimizer) == vars(AdamW(lr=1e-3))
+    schedule = diffuse.option("lr_schedule", "cosine", warm_up_steps=0, decay_steps=None)
+    assert vars(schedule) == vars(CosineDecay())
 
 
 def test_edits_equal_those_of_the_command(here):
@@ -186,7 +186,7 @@ def test_images_go_to_the_space_of_the_model_and_back(here):
         (lambda m: diffuse.load("outputs/classifier"), "was trained with task=classifier"),
         (lambda m: diffuse.option("samplr", "ddim"), "group=samplr: unknown group; did you mean sampler?"),
         (lambda m: diffuse.option("sampler", "ddmi"), "sampler=ddmi: unknown option; did you mean"),
-        (lambda m: diffuse.option("optimizer", "adamw", lr=1.0, warm_up_steps=0), "decay_steps: required"),
+        (lambda m: diffuse.option("lr_schedule", "cosine", warm_up_steps=0), "decay_steps: required"),
         (lambda m: diffuse.option("dataset", "array", "data"), "path: required; give path="),
         (lambda m: diffuse.option("optimizer", "adamw", lr=-1), "optimizer.lr=-1: must be greater than 0"),
         (lambda m: diffuse.option("sampler", "ddim", None, etta=1), "sampler.etta=1: unknown key; did you mean eta?"),

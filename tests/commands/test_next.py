@@ -28,9 +28,9 @@ def test_a_small_validation_split_is_named_before_training(train, val, marked):
 
 @pytest.mark.parametrize("folder", ["outputs/demo", "my runs/x", "año/a,b", "it's (2)/x", "a=b/[1]"])
 def test_the_next_command_names_the_run(folder):
-    stop = SimpleNamespace(stopping=False, signal=None, seconds_left=lambda: None)
+    stop = SimpleNamespace(stopping=False, signal=None, by_callback=False, seconds_left=lambda: None)
     progress = SimpleNamespace(outcome=lambda: "Trained")
-    (text,) = last_lines(progress, stop, [], nn.Linear(1, 1), Path(folder))  # pyright: ignore[reportArgumentType]
+    (text,) = last_lines(progress, stop, [], "", nn.Linear(1, 1), Path(folder))  # pyright: ignore[reportArgumentType]
     program, command, word = shlex.split(text.partition("Next: ")[2])
     assert (program, command) == ("diffuse", "sample")
     assert load("sample", [word]).model_dump()["run"] == folder

@@ -407,7 +407,9 @@ def _sort(
                     key,
                     name,
                     "unknown option",
-                    _misplaced(key, name, dirs) or nearest_option(key, name, list(known)),
+                    _empty_list(key, name, groups[key])
+                    or _misplaced(key, name, dirs)
+                    or nearest_option(key, name, list(known)),
                 )
                 for name in wrong
             ]
@@ -425,8 +427,17 @@ def _path_as_dataset(path: str) -> Problem:
     )
 
 
+def _empty_list(group: str, name: str, default: object) -> str:
+    """The remedy for null in place of no options; empty for others."""
+    return f"write {group}=[]" if name == "null" and isinstance(default, list) else ""
+
+
 def _misplaced(group: str, name: str, dirs: Sequence[Path]) -> str:
-    """The remedy for an option file of the user in a folder that is no group; empty if there is none."""
+    """The remedy for an option file of the user that is not read; empty if there is none."""
+    for folder in (Path(plugins.OPTIONS), *Path().glob(f"*/{plugins.OPTIONS}")):
+        if re.fullmatch(r"\w+", name) and (folder / group / f"{name}.yaml").is_file():
+            package = folder.parent.name
+            return f"add plugins=[{package}] if you trust it" if package else f"add --config-dir {folder}"
     roots = (*plugins.folders(), *dirs)
     found = [file for root in roots for file in root.glob("*/*.yaml") if file.stem == name]
     lost = [file for file in found if file.parent.name not in GROUPS]

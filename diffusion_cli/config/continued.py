@@ -50,6 +50,8 @@ def folder_of(run: str, output_dir: str) -> Path:
         if process := holder(folder):
             problem = f"has no checkpoint yet, and is being trained by {process}"
             raise UsageError("run", run, problem, "wait for its first checkpoint")
+        if (folder / "config.yaml").is_file():
+            raise UsageError("run", run, "has no checkpoint yet", "repeat the command that started it")
     raise UsageError(
         "run", run, f"no such run, here or in {output_dir}", "use the path of its folder, or set output_dir"
     )

@@ -19,13 +19,13 @@ from importlib.machinery import ModuleSpec, PathFinder
 from importlib.metadata import entry_points
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Annotated, Any
 
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
 
 from diffusion_cli.config import libraries
-from diffusion_cli.errors import NO_VALUE, Problem, UsageError, counted, first_line
+from diffusion_cli.errors import NO_VALUE, Problem, UsageError, counted, first_line, format_value
 from diffusion_cli.system.trusted_paths import is_own_plugin, remember_plugin
 
 VARIABLE = "DIFFUSE_PLUGINS"
@@ -57,12 +57,20 @@ BASES = {
 """Base classes of the classes of each group that plugins extend."""
 
 
+def _as_list(value: Any) -> Any:
+    return [value] if isinstance(value, str) else value
+
+
+Names = Annotated[list[str], BeforeValidator(_as_list)]
+"""A list of names; one name alone is a list of one, as on the command line."""
+
+
 class _File(BaseModel):
     """The content of `diffuse.yaml`."""
 
     model_config = ConfigDict(strict=True, extra="forbid")
-    plugins: list[str] = []
-    config_dir: list[str] = []
+    plugins: Names = []
+    config_dir: Names = []
 
 
 def allow(names: Sequence[str]) -> None:
@@ -274,9 +282,22 @@ def _read(path: Path) -> _File:
         return _File()
     try:
         return _File.model_validate(yaml.safe_load(path.read_text()) or {})
-    except (yaml.YAMLError, UnicodeDecodeError, ValidationError) as error:
+    except ValidationError as error:
+        problems = [_wrong_key(path, detail) for detail in error.errors(include_url=False)]
+        raise UsageError.several(problems) from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         remedy = "write plugins: [module] and config_dir: [folder]"
         raise UsageError(path, NO_VALUE, f"is not valid ({first_line(error)})", remedy) from error
+
+
+def _wrong_key(path: Path, detail: Any) -> Problem:
+    """Return the problem of a key of `diffuse.yaml`."""
+    name = ".".join(map(str, detail["loc"]))
+    place = f"{path.name}: {name}" if name else path.name
+    remedy = "write plugins: [module] and config_dir: [folder]"
+    if detail["type"] == "extra_forbidden":
+        return Problem(place, NO_VALUE, "unknown key", remedy)
+    return Problem(place, format_value(detail["input"]), "must be a list of names", remedy)
 
 
 @cache

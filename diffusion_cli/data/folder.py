@@ -494,10 +494,12 @@ def image_files(
 
 
 def _other_kind(path: Path, names: list[str], key: str) -> str | None:
-    """Return how to read a folder or archive of volumes; None for others."""
+    """Return how to read a folder or archive of volumes, or of the library datasets; None for others."""
     volumes = Counter(
         suffix for name in names for suffix in VOLUMES if ends_in(PurePosixPath(name), (suffix,))
     )
+    if key == "dataset.path" and {"dataset_info.json", "dataset_dict.json"} & {*names}:
+        return "it was saved by the library datasets; use dataset=huggingface"
     if volumes and key == "dataset.path":
         ((suffix, count),) = volumes.most_common(1)
         return (

@@ -215,7 +215,7 @@ class Source(NamedTuple):
             return MachineError(f"{first}; free some space, or set HF_HOME to a folder on another disk")
         text = str(error)
         if isinstance(error, ConnectionError) or "Couldn't reach" in text:
-            problem = "cannot reach the Hugging Face Hub, and no copy is in its cache"
+            problem = "no such file or folder here, and the Hugging Face Hub cannot be reached for a dataset"
             home = library().config.HF_CACHE_HOME
             remedy = (
                 f"run diffuse data fetch with a network and copy {home}, or give a folder of save_to_disk"

@@ -231,7 +231,8 @@ def check_built(info: CheckpointInfo) -> list[Problem]:
 def not_built(where: Path, part: str, problem: Problem) -> UsageError:
     """Return the error of a checkpoint whose model or dataset, its `part`, has a problem of `check_node`."""
     if problem.problem == NOT_ALLOWED:
-        return UsageError(where, NO_VALUE, f"its {part} {problem.value} {NOT_ALLOWED}", problem.remedy)
+        group = str(problem.key).partition(".")[0]
+        return UsageError(where, NO_VALUE, f"its {group} {problem.value} {NOT_ALLOWED}", problem.remedy)
     problem_line = f"this version of diffuse cannot build its {part} ({problem.cause})"
     return UsageError(where, NO_VALUE, problem_line, "choose another run, or use the version that made it")
 

@@ -99,7 +99,7 @@ def test_a_run_without_a_checkpoint_names_the_process_that_trains_it(tmp_path):
         load("train", ["run=two", f"output_dir={tmp_path}"])
 
 
-def test_wrong_words_are_said_as_ever(folder):
+def test_wrong_words_are_said_as_ever(folder, tmp_path):
     with pytest.raises(UsageError, match="max_stesp=3: "):
         load("train", [f"run={folder}", "max_stesp=3"])
     with pytest.raises(UsageError, match=r"trainer.device=3: unknown key; did you mean trainer.devices\?"):
@@ -108,6 +108,10 @@ def test_wrong_words_are_said_as_ever(folder):
         load("train", [f"run={folder}", "max_steps=0"])
     with pytest.raises(UsageError, match="run=nowhere: no such run, here or in outputs"):
         load("train", ["run=nowhere"])
+    (tmp_path / "early").mkdir()
+    (tmp_path / "early" / "config.yaml").write_text("seed: 1\n")
+    with pytest.raises(UsageError, match="has no checkpoint yet; repeat the command that started it"):
+        load("train", [f"run={tmp_path / 'early'}"])
     (folder / "config.yaml").unlink()
     with pytest.raises(UsageError, match="No such file or directory; repeat its full"):
         load("train", [f"run={folder}"])

@@ -185,7 +185,15 @@ def test_a_network_that_needs_its_numbers_to_be_built_is_loaded(project, capsys)
     ("text", "line"),
     [
         ("plugins: [", "is not valid"),
-        ("plugin: [a]", "is not valid"),
+        (
+            "plugin: [a]",
+            "diffuse.yaml: plugin: unknown key; write plugins: [module] and config_dir: [folder]",
+        ),
+        (
+            "plugins: 3",
+            "diffuse.yaml: plugins=3: must be a list of names; write plugins: [module] and config_dir",
+        ),
+        ("config_dir: nowhere", "diffuse.yaml: config_dir=nowhere: no such folder"),
         (
             "plugins: [bars]",
             "diffuse.yaml: plugins=bars: was never allowed in this folder; add plugins=[bars] once",
@@ -227,3 +235,19 @@ def test_the_tests_of_the_example_pass(tmp_path):
     done = subprocess.run(words, cwd=tmp_path / "plugin", capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
     assert "2 passed" in done.stdout
+
+
+def test_an_option_that_is_not_allowed_yet_is_named_with_its_plugin(project, capsys, monkeypatch):
+    monkeypatch.delenv(plugins.VARIABLE, raising=False)
+    name = next((project / "bars" / "conf" / "dataset").glob("*.yaml")).stem
+    assert run(["train", f"dataset={name}"]) == 2
+    assert f"dataset={name}: unknown option; add plugins=[bars] if you trust it" in capsys.readouterr().err
+    (project / "conf" / "dataset").mkdir(parents=True)
+    (project / "conf" / "dataset" / "own.yaml").write_text("_target_: diffusion_cli.data.Digits\n")
+    assert run(["train", "dataset=own"]) == 2
+    assert "dataset=own: unknown option; add --config-dir conf" in capsys.readouterr().err
+
+
+def test_no_option_of_a_list_is_an_empty_list(capsys):
+    assert run(["train", "callback=null"]) == 2
+    assert "callback=null: unknown option; write callback=[]" in capsys.readouterr().err

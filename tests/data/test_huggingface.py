@@ -197,7 +197,7 @@ def test_files_elsewhere_that_a_table_names_are_not_read(images, tmp_path, strea
 WRONG = {
     "owner/name": (
         {},
-        r"path=owner/name: cannot reach the Hugging Face Hub, .*; run diffuse data fetch with a network and copy",
+        r"path=owner/name: no such file or folder here, and the Hugging Face Hub .*; run diffuse data fetch with",
     ),
     "no/such/path": ({}, "no such file or folder; give one, or a name on the Hub: owner/name"),
     "saved": ({"split": "foo"}, r"dataset.split=foo: no such split; choose from train"),
@@ -283,3 +283,10 @@ def test_fetch_downloads_a_set_and_list_does_not(saved, tmp_path, monkeypatch, c
     monkeypatch.setattr(tables.Source, "_opened", None)
     assert run(["data", "list", *words]) == 0
     assert capsys.readouterr().out.startswith("These options need no published files")
+
+
+def test_a_saved_set_given_as_a_folder_names_its_option(saved):
+    with pytest.raises(
+        UsageError, match="has no images; it was saved by the library datasets; use dataset=hugg"
+    ):
+        folder(saved)

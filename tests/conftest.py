@@ -27,6 +27,12 @@ from diffusion_cli.diffusion.schedules import (
 REFERENCE = Path(__file__).parent / "reference"
 
 
+@pytest.fixture(autouse=True)
+def no_allowed_plugins(monkeypatch) -> None:
+    """Modules that one test allows are not those of the next; child processes inherit the variable."""
+    monkeypatch.setenv("DIFFUSE_PLUGINS", "")
+
+
 @pytest.fixture(scope="session")
 def reference() -> Callable[[str], dict[str, Tensor]]:
     """Arrays of independent implementations; see tests/reference/README.md."""

@@ -1,5 +1,6 @@
 """The manifest of a folder of images: tasks of several machines write it at once, and nothing is lost or refused."""
 
+import fcntl
 import json
 import multiprocessing
 import os
@@ -16,7 +17,6 @@ from diffusion_cli.commands.outputs import claim, keep_calls, keep_results, keep
 from diffusion_cli.errors import UsageError
 from diffusion_cli.report import record
 from diffusion_cli.runs.manifest import MANIFEST, RECORDS, add_record
-from diffusion_cli.system import locks
 from helpers import checkpoint_info
 
 SETTINGS = {"labels": None, "steps": 2}
@@ -28,7 +28,7 @@ def task(folder: Path, seeds: range, start: Any = None, flock: Any = None, links
     """What one task of an array does: claim the folder, write an image a seed, and keep the seeds."""
     outputs._adding = threading.Lock()  # the parent may have forked while it had it
     if flock is not None:
-        locks.fcntl.flock = flock
+        fcntl.flock = flock
     if not links:
         os.link = refuse
     if start is not None:

@@ -40,7 +40,7 @@ DEMO = "demo"
 
 
 def run(config: NewConfig) -> None:
-    """Write the files of a new option, none of which may exist, and print the next commands."""
+    """Write the files of a new option, replacing no file, and print the next commands."""
     output, name = Path(config.output).expanduser(), config.name
     _check_name(config, output)
     package = config.plugin or name

@@ -462,7 +462,7 @@ def _listed_values(item: "Override", dirs: Sequence[Path]) -> str:
 
 
 def _one_value(command: str, text: str, listed: str, as_list: bool) -> str:
-    """The remedy for several values of a key, of which `listed` has those that can be listed."""
+    """The remedy for several values of a key; `listed` has the values that a list can have."""
     key, _, value = text.partition("=")
     if command in GRIDS or as_list:
         return f"write {key}=[{listed or '<value>'}]"

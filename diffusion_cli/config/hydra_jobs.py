@@ -145,7 +145,7 @@ def run_jobs(
 
     Args:
         config: what `hydra_config` returned.
-        words: words of the jobs, of which some have several values.
+        words: words of the jobs; some have several values.
         work: called for each job, perhaps in another process.
         returned: called in this process after each batch of jobs.
     """

@@ -11,20 +11,18 @@ from diffusion_cli.errors import NO_VALUE, Problem
 VALIDATION = "val_"
 """Begins the columns that need validation images."""
 HIGHER_IS_BETTER = (
-    *(
-        "accuracy",
-        "class_accuracy",
-        "clip_score",
-        "coverage",
-        "density",
-        "is",
-        "precision",
-        "psnr",
-        "recall",
-        "ssim",
-    ),
+    "accuracy",
+    "class_accuracy",
+    "clip_score",
+    "coverage",
+    "density",
+    "is",
+    "precision",
+    "psnr",
+    "recall",
+    "ssim",
 )
-"""Names of values of which the highest is best, without the name of a feature network."""
+"""Names of metrics that a sweep maximizes, without the name of a feature network."""
 
 
 def objectives(config: Config) -> tuple[str, ...]:

@@ -11,6 +11,7 @@ from diffusion_cli.data import Points
 from diffusion_cli.errors import FormatError
 from diffusion_cli.formats import mesh
 from diffusion_cli.formats.mesh import mesh_type, read_mesh
+from helpers.data import damaged
 
 SOLID = trimesh.creation.icosphere(subdivisions=2)
 SOLID.vertices = (
@@ -126,11 +127,9 @@ def test_damaged_meshes_are_refused_in_a_line(tmp_path):
     assert decoder is not None
     for good in FILES.values():
         for _ in range(40):
-            data = bytearray(good[: draw.randint(1, len(good) + 1)])
-            for _ in range(draw.randint(4)):
-                data[draw.randint(len(data))] = draw.randint(256)
+            data = damaged(good, draw)
             try:
-                found = decoder(bytes(data))
+                found = decoder(data)
             except ValueError as error:
                 assert "\n" not in str(error)  # noqa: PT017
             else:

@@ -14,6 +14,7 @@ from diffusion_cli.data.shapes import SHAPES
 from diffusion_cli.formats import PointCloud, form_of
 from diffusion_cli.formats.ply import read_ply, write_ply
 from diffusion_cli.formats.point_cloud import AZIMUTH, ELEVATION, SIDE, projected
+from helpers.data import damaged
 
 POINTS = np.random.RandomState(0).uniform(-3, 5, (40, 3))
 
@@ -86,11 +87,9 @@ def test_damaged_files_are_refused_in_a_line(tmp_path):
     for file in ("a.ply", "b.npy"):
         good = (tmp_path / file).read_bytes()
         for _ in range(300):
-            data = bytearray(good[: draw.randint(1, len(good) + 1)])
-            for _ in range(draw.randint(4)):
-                data[draw.randint(len(data))] = draw.randint(256)
+            data = damaged(good, draw)
             try:
-                found = decoder(bytes(data))
+                found = decoder(data)
             except ValueError as error:
                 assert "\n" not in str(error)  # noqa: PT017
             else:

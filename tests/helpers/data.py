@@ -71,3 +71,11 @@ def zipped(source: Path, archive: Path) -> Path:
 def array(path: Path | str, **changes) -> Array:
     arguments = {"data_dir": "", "range": None, "flip": False, "val_fraction": 0.0, "in_memory": True}
     return Array(path=str(path), **(arguments | changes))
+
+
+def damaged(good: bytes, draw: np.random.RandomState) -> bytes:
+    """A random beginning of a file, with up to three other bytes."""
+    data = bytearray(good[: draw.randint(1, len(good) + 1)])
+    for _ in range(draw.randint(4)):
+        data[draw.randint(len(data))] = draw.randint(256)
+    return bytes(data)

@@ -109,14 +109,16 @@ class MetricState(ABC):
 class Metric(ABC):
     """Base class of metrics of samples."""
 
+    uses_features: bool = True
+    """Whether the metric uses a feature network; without such a metric, none is loaded or trained."""
     keeps_rows: bool = False
     """Whether the metric stores the features of all samples and real images."""
     split: Split | None = None
     """Split that a metric of autoencoders reconstructs; None for other metrics."""
 
     def network(self, networks: FeatureExtractors) -> Features:
-        """Return the feature network: the one of the evaluation, unless the metric is defined on another."""
-        return networks.chosen
+        """Return the feature network: the one of the evaluation, unless the metric is defined on another or none."""
+        return networks.chosen if self.uses_features else networks.pixels
 
     def downloads(self) -> Sequence[PublishedFile]:
         """Return the published files that the metric needs, apart from those of `features=`."""

@@ -21,8 +21,7 @@ from diffusion_cli.metrics.base import (
     MetricValue,
     SampleBatch,
 )
-from diffusion_cli.metrics.features.base import FeatureBatch, Features
-from diffusion_cli.metrics.features.registry import FeatureExtractors
+from diffusion_cli.metrics.features.base import Features
 from diffusion_cli.metrics.frechet import FrechetDistance
 from diffusion_cli.metrics.samples import Samples
 from diffusion_cli.networks import AutoencoderKL
@@ -66,21 +65,6 @@ class ReconstructedSamples(Samples):
         return self.record | {"images_sha256": self.images.digest()}
 
 
-class RawPixels(Features):
-    """Placeholder feature network of metrics that compare pixels."""
-
-    name = "pixels"
-    dim = classes = 0
-    digest = note = ""
-    resize = "none"
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-
-    def extract(self, images: Tensor) -> FeatureBatch:
-        return FeatureBatch(torch.empty(len(images), 0), None)
-
-
 class Reconstruction(Metric):
     """PSNR in dB and SSIM of reconstructions, as means over images with standard errors.
 
@@ -96,11 +80,10 @@ class Reconstruction(Metric):
     Source: Wang et al. 2004.
     """
 
+    uses_features = False
+
     def __init__(self, *, split: Split = "val") -> None:
         self.split = split
-
-    def network(self, networks: FeatureExtractors) -> Features:
-        return networks.once("pixels", lambda: RawPixels(networks.device))
 
     def check(self, count: int, seen: FeatureView, force: bool) -> list[str]:
         if count < 2:

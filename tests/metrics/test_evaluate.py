@@ -13,11 +13,16 @@ from diffusion_cli.errors import UsageError
 from diffusion_cli.metrics import (
     DatasetReference,
     FeatureBatch,
+    FeatureExtractors,
     FrechetDistance,
     GivenSamples,
     KernelDistance,
     Memorization,
+    Metric,
+    MetricState,
+    MetricValue,
     PrecisionRecall,
+    SampleBatch,
     evaluate,
 )
 from diffusion_cli.samplers import unreported
@@ -49,6 +54,38 @@ def test_one_pass_over_samples_and_real_images_serves_all_metrics(tmp_path) -> N
     for first, second in zip(report.results, again.results, strict=True):
         assert second.value == pytest.approx(first.value, rel=1e-6)
         assert second.protocol == first.protocol
+
+
+class Brightness(Metric, MetricState):
+    """The mean of all pixels, without features."""
+
+    uses_features = False
+
+    def check(self, count, seen, force) -> list[str]:
+        return []
+
+    def init_state(self, seen) -> MetricState:
+        self.values: list[Tensor] = []
+        return self
+
+    def update(self, batch: SampleBatch) -> None:
+        self.values.append(batch.images.double())
+
+    def compute(self) -> list[MetricValue]:
+        return [MetricValue("brightness", float(torch.cat(self.values).mean()))]
+
+
+def test_a_metric_without_features_builds_no_feature_network(tmp_path) -> None:
+    samples = GivenSamples(ExternalImages(MemoryImages(pixels(50, 2), None), None), None, {}, "samples")
+    # Building the network of an empty node would fail.
+    networks, reference = FeatureExtractors({}, DATA, tmp_path, CPU), DatasetReference(DATA)
+    (result,) = evaluate(
+        {"brightness": Brightness()}, networks, samples, reference, batch_size=33
+    ).report.results
+    assert result.value == pytest.approx(float(pixels(50, 2).double().mean()))
+    assert result.protocol["features"]["name"] == "pixels"
+    both = measured(METRICS | {"brightness": Brightness()}, Projection(), pixels(50, 2), DATA, tmp_path)
+    assert both.results[-1].value == result.value
 
 
 def test_the_numbers_beside_the_distance_are_what_their_names_say(tmp_path) -> None:

@@ -12,6 +12,7 @@ from diffusion_cli.config import build, options
 from diffusion_cli.data import Dataset
 from diffusion_cli.errors import UsageError
 from diffusion_cli.metrics.features.base import Features
+from diffusion_cli.metrics.features.pixels import RawPixels
 
 
 def cache_folder(cache_dir: str | None) -> Path:
@@ -32,6 +33,11 @@ class FeatureExtractors:
     def chosen(self) -> Features:
         """Network of `features=`."""
         return self._build(self.node)
+
+    @cached_property
+    def pixels(self) -> Features:
+        """Placeholder for metrics without features."""
+        return RawPixels(self.device)
 
     def option(self, name: str, **changes: Any) -> Features:
         """Return the network `features=name`, with changed values."""

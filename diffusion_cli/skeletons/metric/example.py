@@ -8,12 +8,14 @@ from torch import Tensor
 class Example(Metric):
     """Difference between the brightness of samples and of real images.
 
-    A metric has the settings; its state gets the samples, batch by batch, and returns the values. For features use
-    `seen.rows()` and `seen.real.rows()`, and set `keeps_rows = True`.
+    A metric has the settings; its state gets the samples, batch by batch, and returns the values. For features remove
+    `uses_features = False`, use `seen.rows()` and `seen.real.rows()`, and set `keeps_rows = True`.
 
     Args:
         absolute: report the absolute value of the difference
     """
+
+    uses_features = False
 
     def __init__(self, *, absolute: bool = True) -> None:
         self.absolute = absolute

@@ -35,12 +35,14 @@ from diffusion_cli.system.locks import run_lock
 from diffusion_cli.system.signals import UNFINISHED
 from diffusion_cli.system.trusted_paths import remember, remember_run
 from diffusion_cli.system.untrusted import reason
-from diffusion_cli.training.callbacks import CheckpointCallback, GracefulStop, Progress
+from diffusion_cli.training.callbacks import GracefulStop
+from diffusion_cli.training.checkpoints import CheckpointCallback
 from diffusion_cli.training.device import naming_nondeterministic
 from diffusion_cli.training.ema import EMA
 from diffusion_cli.training.logs import make_loggers, run_loggers
 from diffusion_cli.training.module import TrainingModule
 from diffusion_cli.training.out_of_memory import advise_on_oom
+from diffusion_cli.training.progress import Progress
 from diffusion_cli.training.stored_state import StoredOptions, check_state, expected_state, mend_state
 from diffusion_cli.training.trainer import make_trainer
 from diffusion_cli.training.user_callbacks import (

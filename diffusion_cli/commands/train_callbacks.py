@@ -28,15 +28,11 @@ from diffusion_cli.errors import UsageError
 from diffusion_cli.images import PLAIN, save_rows
 from diffusion_cli.metrics import FeatureExtractors, Metric, Reference, cache_folder
 from diffusion_cli.training.autoencoding import ReconstructionPreview
-from diffusion_cli.training.callbacks import (
-    GracefulStop,
-    PeriodicCallback,
-    Preview,
-    ValidationAccuracy,
-    ValidationLoss,
-)
+from diffusion_cli.training.callbacks import GracefulStop, PeriodicCallback
 from diffusion_cli.training.ema import EMA
 from diffusion_cli.training.evaluation import EvaluationCallback, TrainingSamples
+from diffusion_cli.training.previews import Preview
+from diffusion_cli.training.validation import ValidationAccuracy, ValidationLoss
 
 PICTURES = 32
 """Number of reconstructions in a preview."""

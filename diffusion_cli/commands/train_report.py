@@ -16,8 +16,10 @@ from diffusion_cli.diffusion.denoiser import Denoiser, NoisyClassifier
 from diffusion_cli.errors import counted
 from diffusion_cli.system.distributed import started
 from diffusion_cli.training.autoencoder_loss import Autoencoding
-from diffusion_cli.training.callbacks import GracefulStop, PeriodicCallback, Progress, ValidationAccuracy
+from diffusion_cli.training.callbacks import GracefulStop, PeriodicCallback
 from diffusion_cli.training.module import Trainable
+from diffusion_cli.training.progress import Progress
+from diffusion_cli.training.validation import ValidationAccuracy
 
 
 def first_line(config: TrainConfig, setup: TrainingSetup, folder: Path, done: int) -> str:

@@ -18,10 +18,11 @@ from diffusion_cli.runs.schema import CheckpointInfo
 from diffusion_cli.system.distributed import Distributed
 from diffusion_cli.system.seeding import mix
 from diffusion_cli.training.autoencoder_loss import Autoencoding, ReconstructionLoss
-from diffusion_cli.training.callbacks import GracefulStop, PreviewCallback
+from diffusion_cli.training.callbacks import GracefulStop
 from diffusion_cli.training.ema import EMA
 from diffusion_cli.training.module import MicroBatch, TermMeter, Trainable, TrainingModule
 from diffusion_cli.training.optimizers import Optimization
+from diffusion_cli.training.previews import PreviewCallback
 
 ROW = 8  # images in a row of a preview
 

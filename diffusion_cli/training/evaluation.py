@@ -27,11 +27,12 @@ from diffusion_cli.metrics import (
 from diffusion_cli.runs.checkpoint import BEST
 from diffusion_cli.samplers import Advance, Sampler, reporting, unreported
 from diffusion_cli.system.distributed import Distributed
-from diffusion_cli.training.callbacks import GracefulStop, PeriodicCallback, validation
+from diffusion_cli.training.callbacks import GracefulStop, PeriodicCallback
 from diffusion_cli.training.ema import EMA
 from diffusion_cli.training.logs import run_loggers
 from diffusion_cli.training.module import TrainingModule
 from diffusion_cli.training.stored_state import MOST_STEPS, Maybe, Number
+from diffusion_cli.training.validation import validation
 
 
 class TrainingSamples(Samples):

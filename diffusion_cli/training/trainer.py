@@ -9,7 +9,7 @@ from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.loggers import Logger
 
 from diffusion_cli.system.compat import keep_signal_handlers
-from diffusion_cli.training.callbacks import WholeFileIO
+from diffusion_cli.training.checkpoints import WholeFileIO
 from diffusion_cli.training.device import Device
 
 

@@ -14,7 +14,7 @@ from diffusion_cli.data import Batch
 from diffusion_cli.diffusion.denoiser import Denoiser
 from diffusion_cli.diffusion.latents import Pixels
 from diffusion_cli.diffusion.time_sampling import Uniform
-from diffusion_cli.training import callbacks, duration, loss_check
+from diffusion_cli.training import duration, loss_check, progress
 from diffusion_cli.training.loss_check import LossCheck, ZeroNetwork
 from diffusion_cli.training.module import DenoisingModule
 from helpers.recipes import photos, train_config
@@ -113,7 +113,7 @@ def test_training_names_a_stuck_loss(tmp_path, monkeypatch, capsys):
 
 def test_training_names_a_time_of_days(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(duration, "LONG", 0.0)
-    monkeypatch.setattr(callbacks.Progress, "MEASURED", 0.0)
+    monkeypatch.setattr(progress.Progress, "MEASURED", 0.0)
     words = ["train", *TINY, "max_steps=5", "batch_size=16", "preview_every=100", "trainer=cpu", "logger=csv"]
     assert run([*words, f"output_dir={tmp_path}", "precision=fp32"]) == 0
     assert capsys.readouterr().err.count("s per step without a GPU: 2 steps take about 0 hours; ") == 1

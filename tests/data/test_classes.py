@@ -18,7 +18,7 @@ from diffusion_cli.data import Array
 from diffusion_cli.errors import UsageError
 from diffusion_cli.runs.checkpoint import LAST, read
 from diffusion_cli.runs.schema import parse_info
-from diffusion_cli.training import callbacks, evaluation
+from diffusion_cli.training import evaluation, previews
 from helpers import checkpoint_info
 from helpers.classes import TINY, folder, write
 
@@ -171,7 +171,7 @@ def test_classes_without_a_training_image_are_neither_drawn_nor_measured_in_trai
             write(tmp_path / "data" / name / f"{image}.png", image)
     write(tmp_path / "data" / "c" / "3.png")  # for validation by its name
     seen: list[Any] = []
-    for module in (callbacks, evaluation):
+    for module in (previews, evaluation):
         labels_of = module.labels_of
         monkeypatch.setattr(
             module, "labels_of", lambda *given, own=labels_of: seen.append(given[1]) or own(*given)

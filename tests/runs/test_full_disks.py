@@ -16,7 +16,7 @@ from PIL import Image
 from diffusion_cli.cli import run
 from diffusion_cli.commands.outputs import claim
 from diffusion_cli.runs.load import LoadedDenoiser, load_model
-from diffusion_cli.training.callbacks import CheckpointCallback
+from diffusion_cli.training.checkpoints import CheckpointCallback
 from diffusion_cli.training.logs import CSVFile, TensorBoard
 from helpers import TINY, assert_same, state, train
 from helpers.faults import assert_goes_on, said

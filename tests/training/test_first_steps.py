@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from diffusion_cli.system.signals import UNFINISHED
-from diffusion_cli.training import callbacks
+from diffusion_cli.training import previews
 from helpers import assert_same, state, train
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -70,7 +70,7 @@ def saving(monkeypatch):
             act()
 
         pictures: list[tuple[int, bool]] = []
-        monkeypatch.setattr(callbacks, "save_rows", save_rows)
+        monkeypatch.setattr(previews, "save_rows", save_rows)
         return pictures
 
     return replace

@@ -23,10 +23,12 @@ from diffusion_cli.formats import Uint8Image
 from diffusion_cli.metrics import EvaluationCancelled
 from diffusion_cli.samplers import DDIM
 from diffusion_cli.training import evaluation
-from diffusion_cli.training.callbacks import GracefulStop, Preview, ValidationAccuracy, ValidationLoss
+from diffusion_cli.training.callbacks import GracefulStop
 from diffusion_cli.training.ema import EMA
 from diffusion_cli.training.module import DenoisingModule, LevelMeter
 from diffusion_cli.training.optimizers import Optimization
+from diffusion_cli.training.previews import Preview
+from diffusion_cli.training.validation import ValidationAccuracy, ValidationLoss
 from helpers import checkpoint_info, state, train
 
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.slow]

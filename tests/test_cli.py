@@ -309,10 +309,12 @@ def test_what_a_file_is_called_and_holds_does_not_command_the_terminal(capsys, t
 
 
 def test_a_line_is_not_too_long_and_has_its_remedy(capsys, tmp_path):
+    folder = tmp_path / ("d" * 200)
+    folder.mkdir()
     for number in range(10):
-        (tmp_path / f"{number}{'x' * 200}.png").touch()
+        (folder / f"{number}{'x' * 200}.png").touch()
     words = [
-        f"dataset.path={tmp_path}",
+        f"dataset.path={folder}",
         "dataset.resolution=8",
         "model=unet_tiny",
         f"output_dir={tmp_path}/o",
@@ -320,7 +322,7 @@ def test_a_line_is_not_too_long_and_has_its_remedy(capsys, tmp_path):
     assert run(["train", "dataset=folder", "dataset.labels=none", "dataset.val_fraction=0", *words]) == 2
     (line,) = (line for line in capsys.readouterr().err.splitlines() if line.startswith("diffuse: "))
     assert len(line) == len("diffuse: ") + 1000
-    assert f"dataset.path={tmp_path}: cannot use 10 of the images; repair or remove 0x" in line
+    assert f"dataset.path={folder}: cannot use 10 of the images; repair or remove 0x" in line
     assert line.endswith(")")
 
 

@@ -2,7 +2,7 @@
 
 from abc import abstractmethod
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from hashlib import sha256
 from typing import Any
@@ -20,6 +20,11 @@ from diffusion_cli.errors import UsageError
 from diffusion_cli.formats import Original, Uint8Image, ValueFormat
 from diffusion_cli.system.machine import usable_cores
 from diffusion_cli.system.untrusted import reason
+
+NOUNS = {2: "point clouds", 3: "images", 4: "volumes"}
+"""What a dataset consists of, by the dimensions of its samples."""
+NAMED = 3
+"""Number of names that a message lists for one reason."""
 
 
 class EncodedImages(Images):
@@ -118,7 +123,8 @@ class EncodedImages(Images):
         return str(self.source[1]).rpartition("/")[2]
 
     def _unusable(self, broken: dict[int, str]) -> UsageError:
-        return unusable(self.source, [f"{self.title(row)} ({why})" for row, why in broken.items()])
+        named = {self.title(row): why for row, why in broken.items()}
+        return unusable(self.source, NOUNS[len(self.shape)], named)
 
     def _decode(self, index: Tensor) -> tuple[Tensor, dict[int, str]]:
         """Return the images of the rows, and the reason for each row that cannot be decoded."""
@@ -144,15 +150,37 @@ class EncodedImages(Images):
         return torch.from_numpy(pixels), broken
 
 
-def unusable(source: tuple[str, Any], broken: list[str]) -> UsageError:
-    """Return the error that lists images that cannot be used.
+def unusable(source: tuple[str, Any], noun: str, broken: Mapping[str, str]) -> UsageError:
+    """Return the error that lists what cannot be used of a dataset.
 
     Args:
-        source: configuration key and value of the images.
-        broken: name and error of each of them.
+        source: configuration key and value of the dataset.
+        noun: what the dataset consists of, in the plural.
+        broken: reason for each unusable element, by name.
     """
-    named = "; ".join(broken[:10]) + ("; ..." if len(broken) > 10 else "")
-    return UsageError(*source, f"cannot use {len(broken)} of the images; repair or remove {named}")
+    return UsageError(
+        *source, f"cannot use {len(broken)} of the {noun}; repair or remove {by_reason(broken)}"
+    )
+
+
+def by_reason(broken: Mapping[str, str], most: int = 10) -> str:
+    """Return the names of unusable files with the reasons, as "a.png, b.png (REASON); c.png and 8 more (REASON)".
+
+    Args:
+        broken: reason for each file, by name.
+        most: number of reasons to list.
+    """
+    groups: dict[str, list[str]] = {}
+    for name, why in broken.items():
+        groups.setdefault(why, []).append(name)
+    shown = [f"{_named(names)} ({why})" for why, names in [*groups.items()][:most]]
+    return "; ".join([*shown, "..."] if len(groups) > most else shown)
+
+
+def _named(names: list[str]) -> str:
+    """Return the first names of a group, and the number of the others."""
+    rest = len(names) - NAMED
+    return ", ".join(names) if rest <= 0 else f"{', '.join(names[:NAMED])} and {rest} more"
 
 
 def range_remarks(decoder: FileDecoder | MaskedDecoder, contents: Iterable[bytes]) -> list[str]:

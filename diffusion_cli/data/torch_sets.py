@@ -210,14 +210,14 @@ class ItemImages(Images):
 
     def __getitem__(self, index: Tensor) -> Tensor:
         pixels = np.zeros((len(index), *self.shape), self.decoder.dtype)
-        broken = []
+        broken: dict[str, str] = {}
         for slot, row in enumerate(self.rows[index].tolist()):
             try:
                 pixels[slot] = self.items.image(row, self.decoder)
             except FormatError as error:
-                broken.append(f"item {row} ({error})")
+                broken[f"item {row}"] = str(error)
         if broken:
-            raise unusable((KEY, self.factory), broken)
+            raise unusable((KEY, self.factory), "items", broken)
         return torch.from_numpy(pixels)
 
     def original(self, row: int) -> Original | None:

@@ -4,14 +4,14 @@ from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
-from diffusion_cli.data.encoded import EncodedImages
+from diffusion_cli.data.encoded import EncodedImages, by_reason
 from diffusion_cli.system.cache import optional, parse_json, write_json
 from diffusion_cli.system.untrusted import LONGEST_MANIFEST, read
 
 LISTS = "unreadable"
 """Folder of the lists, below the folder of downloaded datasets."""
-NAMED = 5
-"""Number of files that a remark names."""
+MOST = 5
+"""Number of reasons that a remark lists."""
 
 
 class Unreadable(NamedTuple):
@@ -44,7 +44,7 @@ class Unreadable(NamedTuple):
         """Return a remark that counts and names the files; none without such files."""
         if not self.reasons:
             return []
-        shown = [f"{name} ({reason})" for name, reason in [*self.reasons.items()][:NAMED]]
-        shown += ["..."] if len(self.reasons) > NAMED else []
         count = "1 file is" if len(self.reasons) == 1 else f"{len(self.reasons)} files are"
-        return [f"{key}: {count} unreadable and skipped, as listed in {self.place}: {'; '.join(shown)}"]
+        return [
+            f"{key}: {count} unreadable and skipped, as listed in {self.place}: {by_reason(self.reasons, MOST)}"
+        ]

@@ -241,7 +241,8 @@ def test_a_radius_is_one_scale_for_all_and_comes_back(folder):
     np.testing.assert_allclose(np.sort(x[0].flatten().numpy()), np.sort(POINTS.flatten() / 8), atol=1e-6)
     assert dataset.form == PointCloud(radius=8.0)
     with pytest.raises(
-        ValueError, match=r"a\.ply \(has coordinates up to 4\.\d+, beyond dataset\.radius=2; increase it"
+        ValueError,
+        match=r"a\.ply, .*\.PLY \(has coordinates up to 4\.\d+, beyond dataset\.radius=2; increase it",
     ):
         points(folder, radius=2.0, val_fraction=0.0).load("train")
 
@@ -262,7 +263,7 @@ def test_files_that_cannot_be_used_are_named(folder):
     np.save(folder / "chairs" / "f.npy", POINTS[:, :2])
     np.save(folder / "chairs" / "g.npy", POINTS[:5])
     np.save(folder / "chairs" / "h.npy", np.full((40, 3), np.inf))
-    with pytest.raises(ValueError, match="cannot use 4 of the images") as caught:
+    with pytest.raises(ValueError, match="cannot use 4 of the point clouds") as caught:
         points(folder, val_fraction=0.0).load("train")
     for words in [
         "chairs/e.ply (", "f.npy (has shape (40, 2); expected (N, 3))",

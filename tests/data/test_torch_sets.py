@@ -292,7 +292,7 @@ WRONG = {
     "sets:generator": "returns an iterator, which can be read only once; return an IterableDataset",
     "sets:random": "an item differs when it is read again; images must not be random; leave out",
     "sets:normalized": "item 0 .*has values from -1 to 1, beyond 0 to 1; set dataset.range",
-    "sets:sizes": r"cannot use 1 of the images; .* item 5 \(has 6 x 8 pixels, and the first one 8 x 8; set",
+    "sets:sizes": r"cannot use 1 of the items; .* item 5 \(has 6 x 8 pixels, and the first one 8 x 8; set",
     "sets:broken": r"cannot read item 5 \(KeyError: 'x'\)",
 }
 

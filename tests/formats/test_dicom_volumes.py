@@ -203,7 +203,7 @@ def test_broken_series_are_named(tmp_path):
     (tmp_path / "c" / "IM5.dcm").write_bytes(slices()[5][:-50])
     data = volumes(tmp_path)
     with pytest.raises(
-        ValueError, match=r"cannot use 2 of the images; .* b \(has gaps of 3 to 6 mm.*; c \(file 6"
+        ValueError, match=r"cannot use 2 of the volumes; .* b \(has gaps of 3 to 6 mm.*; c \(file 6"
     ):
         data.load("train")
 

@@ -43,6 +43,8 @@ class Request:
     overrides: list[str] = field(default_factory=list)
     dirs: list[Path] = field(default_factory=list)
     help: bool = False
+    ignored: list[Problem] = field(default_factory=list)
+    """Problems of the words that a page of help leaves out."""
     multirun: bool = False
     cfg: str | None = None
     """Part of the configuration to print: a value of `--cfg`."""
@@ -119,12 +121,12 @@ def _dispatch(words: list[str]) -> int:
 
 
 def _command(command: str, request: Request) -> int:
-    if asked := config.groups_asked(command, request.overrides, request.dirs):
-        pages = (config.group_help(command, group, request.overrides, request.dirs) for group in asked)
-        print("\n\n".join(pages))
-        return 0
-    if request.help:
-        print(config.command_help(command, request.overrides, request.dirs))
+    asked = config.groups_asked(command, request.overrides, request.dirs)
+    if asked or request.help:
+        pages = [config.group_help(command, group, request.overrides, request.dirs) for group in asked]
+        print("\n\n".join(pages or [config.command_help(command, request.overrides, request.dirs)]))
+        for problem in (*request.ignored, *config.ignored_words(command, request.overrides, request.dirs)):
+            print(f"diffuse: {printable(str(problem))}", file=sys.stderr)
         return 0
     for line in config.overridden(command, request.overrides):
         print(f"diffuse: {printable(line)}", file=sys.stderr)
@@ -199,7 +201,7 @@ def parse(command: str, words: Sequence[str]) -> Request:
         else:
             others.append(word)
     request.overrides, misspelt = config.sort_words(command, others)
-    problems += [] if request.help else misspelt
+    (request.ignored if request.help else problems).extend(misspelt)
     if request.cfg is None and (request.resolve or request.package is not None):
         flag = "--resolve" if request.resolve else "--package"
         problems.append(Problem(flag, NO_VALUE, "applies only with --cfg", "add --cfg job"))

@@ -31,7 +31,7 @@ from diffusion_cli.config.evaluation import (
     SamplesEvaluation,
 )
 from diffusion_cli.config.grid import Value, Variant, load_grid
-from diffusion_cli.config.help_pages import command_help, group_help, groups_asked, overview
+from diffusion_cli.config.help_pages import command_help, group_help, groups_asked, ignored_words, overview
 from diffusion_cli.config.introspection import CFG, INFO, config_text, info_text
 from diffusion_cli.config.launcher import (
     LAUNCHERS,
@@ -134,6 +134,7 @@ __all__ = [
     "groups_asked",
     "higher_is_better",
     "identity",
+    "ignored_words",
     "info_text",
     "is_allowed",
     "launch",

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 from diffusion_cli.config import plugins
 from diffusion_cli.config.at_hand import own_images
-from diffusion_cli.config.catalogue import CONF, GROUPS, defaults, options
+from diffusion_cli.config.catalogue import CONF, defaults, options
 from diffusion_cli.config.continued import (
     folder_of,
     foreign_classes,
@@ -26,7 +26,7 @@ from diffusion_cli.config.continued import (
 )
 from diffusion_cli.config.hydra_words import hydra_in_files, hydra_problem, is_of_hydra
 from diffusion_cli.config.key_types import takes_list
-from diffusion_cli.config.option_keys import REQUIRED, defaults_left_out, option_keys
+from diffusion_cli.config.option_keys import REQUIRED, defaults_left_out
 from diffusion_cli.config.own_options import composition_problems, incomplete_files
 from diffusion_cli.config.recipe import (
     AUTO,
@@ -45,9 +45,10 @@ from diffusion_cli.config.schema import COMMANDS, GRIDS, UNSWEPT, Config
 from diffusion_cli.config.secret_values import secrets_in
 from diffusion_cli.config.tasks import task_problems
 from diffusion_cli.config.typed import KEY, SWEEPS, as_shown, as_text, as_typed, quoted, separated
+from diffusion_cli.config.unknown import unknown_key, unknown_option
 from diffusion_cli.config.validate import check_node, validate
 from diffusion_cli.config.values import Node
-from diffusion_cli.config.words import OTHER_NAMES, accepted, nearest_key, nearest_option
+from diffusion_cli.config.words import accepted
 from diffusion_cli.errors import NO_VALUE, Problem, UsageError
 from diffusion_cli.runs.migrate import KEYS_OF_FORMAT_6, migrated
 from diffusion_cli.system.compat import parse_override
@@ -400,48 +401,11 @@ def _sort(
             names = value if isinstance(value, list) else [value]
             known = options(key, dirs)
             wrong = ["null" if name is None else str(name) for name in names if str(name) not in known]
-            mistakes += [
-                _path_as_dataset(name)
-                if key == "dataset" and re.search("[/.]", name)
-                else Problem(
-                    key,
-                    name,
-                    "unknown option",
-                    _empty_list(key, name, groups[key])
-                    or _misplaced(key, name, dirs)
-                    or nearest_option(key, name, list(known)),
-                )
-                for name in wrong
-            ]
+            mistakes += [unknown_option(command, key, name, dirs) for name in wrong]
             choosing += [] if wrong else [text]
         else:
             setting[key] = f"{key}={ours}" if (ours := accepted(key, item.value())) else text
     return choosing, setting, mistakes
-
-
-def _path_as_dataset(path: str) -> Problem:
-    """The problem of a path in place of an option of `dataset`."""
-    option = "array" if path.endswith((".npy", ".npz")) else "folder"
-    return Problem(
-        "dataset", path, "unknown option", f"write dataset={option} {as_text('dataset.path', path)}"
-    )
-
-
-def _empty_list(group: str, name: str, default: object) -> str:
-    """The remedy for null in place of no options; empty for others."""
-    return f"write {group}=[]" if name == "null" and isinstance(default, list) else ""
-
-
-def _misplaced(group: str, name: str, dirs: Sequence[Path]) -> str:
-    """The remedy for an option file of the user that is not read; empty if there is none."""
-    for folder in (Path(plugins.OPTIONS), *Path().glob(f"*/{plugins.OPTIONS}")):
-        if re.fullmatch(r"\w+", name) and (folder / group / f"{name}.yaml").is_file():
-            package = folder.parent.name
-            return f"add plugins=[{package}] if you trust it" if package else f"add --config-dir {folder}"
-    roots = (*plugins.folders(), *dirs)
-    found = [file for root in roots for file in root.glob("*/*.yaml") if file.stem == name]
-    lost = [file for file in found if file.parent.name not in GROUPS]
-    return f"move {lost[0]} to {lost[0].parent.with_name(group)}" if lost else ""
 
 
 def _listed_options(item: "Override") -> str:
@@ -490,32 +454,8 @@ def _known(command: str, setting: Mapping[str, str], implied: Node) -> tuple[lis
         if key in KEYS_OF_FORMAT_6 and command == "train":
             unknown.append(moved(key, parse(text).value()))
             continue
-        having = _options_with(key, command)
-        if having:
-            remedy = f"add {having[0]}" if len(having) == 1 else "choose one of them"
-            unknown.append(Problem(shown, NO_VALUE, f"applies only to {' or '.join(having)}", remedy))
-            continue
-        near = next((of for of in OTHER_NAMES.get(key, "").split() if _options_with(of, command)), None)
-        if command not in UNSWEPT and key.partition(".")[0] == "sweeper":
-            near = f"hydra/{shown}" if key == "sweeper" else f"hydra.{key}"
-        near = near or nearest_key(key, keys, value=text.partition("=")[2])
-        parent = f"{key.rpartition('.')[0]}."
-        beside = [of for of in keys if of.startswith(parent) and not of.endswith("_target_")]
-        hint = f"see diffuse {command} --help" if not beside else f"choose from {', '.join(beside)}"
-        unknown.append(Problem(shown, NO_VALUE, "unknown key", f"did you mean {near}?" if near else hint))
+        unknown.append(unknown_key(command, shown, keys))
     return known, unknown
-
-
-def _options_with(key: str, command: str) -> list[str]:
-    """The options, as `group=option`, that have a key: the group's own ones."""
-    group = key.partition(".")[0]
-    if group == key or group not in defaults(command):
-        return []
-    return [
-        f"{group}={name}"
-        for name, file in options(group).items()
-        if any(of.key == key for of in option_keys(file, group))
-    ]
 
 
 def _check(command: str, composed: Node) -> tuple[Config | None, list[Problem]]:

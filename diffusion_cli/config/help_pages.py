@@ -11,14 +11,22 @@ from diffusion_cli.config.catalogue import (
     DESCRIBED,
     GROUPS,
     chosen,
+    defaults,
     documented,
     groups,
     options,
     summary,
 )
+from diffusion_cli.config.compose import OF_RUNS, RUN_DATA
+from diffusion_cli.config.hydra_words import is_of_hydra
 from diffusion_cli.config.launcher import LAUNCHERS, split_launcher
 from diffusion_cli.config.option_keys import REQUIRED, option_keys, option_summary
+from diffusion_cli.config.renamed import renamed_word
 from diffusion_cli.config.schema import COMMANDS, FIRST_WORDS, UNSWEPT
+from diffusion_cli.config.typed import SWEEPS
+from diffusion_cli.config.unknown import unknown_key, unknown_option
+from diffusion_cli.config.words import known_keys
+from diffusion_cli.errors import Problem
 from diffusion_cli.system.untrusted import escaped
 
 WIDTH = 100
@@ -88,6 +96,25 @@ def groups_asked(command: str, overrides: Sequence[str], dirs: Sequence[Path]) -
         for group, options_of_group in (_groups(command, (), dirs) if asked else {}).items()
         if group in asked and all(option.name != "help" for option in options_of_group)
     ]
+
+
+def ignored_words(command: str, overrides: Sequence[str], dirs: Sequence[Path]) -> list[Problem]:
+    """Return the problems of unknown keys and options, which a page of help leaves out."""
+    given = [
+        text for text in split_launcher(overrides)[1] if not (is_of_hydra(text) or text.endswith("=help"))
+    ]
+    keys = [*known_keys(command, given, dirs), *(RUN_DATA if command in OF_RUNS else ())]
+    problems = []
+    for key, _, value in (text.partition("=") for text in given):
+        if key not in defaults(command):
+            found = any(other == key or other.startswith(f"{key}.") for other in keys)
+            renamed = renamed_word(command, key, value)
+            problems += [] if found else [renamed or unknown_key(command, f"{key}={value}", keys)]
+        elif not value.startswith(SWEEPS):
+            names = [name for name in value.strip("[]").split(",") if name not in ("", "null")]
+            known = options(key, dirs)
+            problems += [unknown_option(command, key, name, dirs) for name in names if name not in known]
+    return problems
 
 
 def group_help(command: str, group: str, overrides: Sequence[str], dirs: Sequence[Path]) -> str:

@@ -3,6 +3,7 @@
 import difflib
 import re
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 from diffusion_cli.config.catalogue import CONF, chosen, defaults, did_you_mean, documented, options
@@ -103,7 +104,7 @@ def sort_words(command: str, words: Sequence[str]) -> tuple[list[str], list[Prob
     words = [word.removeprefix("++") if "=" in word else word for word in words]  # sets a key, as without it
     if all(map(_is_override, words)):
         return words, []
-    keys = _keys(command, words)
+    keys = known_keys(command, words)
     groups = list(_grouped(words, keys))
     overrides = [group[0] for group in groups if _is_override(group[0]) and len(group) == 1]
     others = (group for group in groups if not _is_override(group[0]) or len(group) > 1)
@@ -126,6 +127,22 @@ def overridden(command: str, words: Sequence[str]) -> list[str]:
             )
             lines.append(f"{word}: ignored, because {last[key]} follows; for both {both}")
     return lines
+
+
+def known_keys(command: str, words: Sequence[str], dirs: Sequence[Path] = ()) -> list[str]:
+    """Return the groups and keys of a command with the options that its words choose.
+
+    Args:
+        command: name of the command.
+        words: words of the command line.
+        dirs: the user's folders of options, besides those of plugins.
+    """
+    keys = [*defaults(command), *(key for key, _, _ in documented(CONF / f"{command}.yaml"))]
+    for group, option in chosen(command, words, dirs).items():
+        for name in option if isinstance(option, list) else [option]:
+            file = options(group, dirs).get(str(name))
+            keys += [of.key for of in option_keys(file, group)] if file else []
+    return keys
 
 
 def nearest_key(name: str, keys: Sequence[str], cutoff: float = 0.6, value: str = "") -> str | None:
@@ -181,16 +198,6 @@ def _is_bare(word: str) -> bool:
 def _is_key(word: str, keys: Sequence[str]) -> bool:
     """Whether a bare word is a key, or nearly one."""
     return _is_bare(word) and nearest_key(word, keys, CLOSE) is not None
-
-
-def _keys(command: str, words: Sequence[str]) -> list[str]:
-    """The groups and keys of a command with the options that its words choose."""
-    keys = [*defaults(command), *(key for key, _, _ in documented(CONF / f"{command}.yaml"))]
-    for group, option in chosen(command, words, ()).items():
-        for name in option if isinstance(option, list) else [option]:
-            file = options(group).get(str(name))
-            keys += [of.key for of in option_keys(file, group)] if file else []
-    return keys
 
 
 def _grouped(words: Sequence[str], keys: Sequence[str]) -> Iterator[list[str]]:

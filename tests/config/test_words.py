@@ -171,9 +171,32 @@ def test_a_tilde_is_the_home_directory(monkeypatch):
     assert load("report", ["run=[~/a,b]"]).model_dump()["run"] == ["/home/ö/a", "b"]
 
 
-def test_help_is_shown_whatever_the_other_words_are(capsys):
-    assert run(["train", "--help", "schedule", "cosine"]) == 0
-    assert capsys.readouterr().out.startswith("diffuse train: ")
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        ("schedule cosine", "schedule cosine: no = between key and value; write schedule=cosine"),
+        ("modle=dit_tiny", "modle=dit_tiny: unknown key; did you mean model?"),
+        ("model=dit_tin", "model=dit_tin: unknown option; did you mean dit_tiny?"),
+        ("metric=[fid,kdi]", "metric=kdi: unknown option; did you mean kid?"),
+        (
+            "model=dit_tiny model.hiden_size=3",
+            "model.hiden_size=3: unknown key; did you mean model.hidden_size?",
+        ),
+        ("times=uniform", "times=uniform: renamed to time_sampling; use time_sampling=uniform"),
+        ("model=dit_tiny model.hidden_size=3 ema.decay=1 metric=[] seed=0,1 -m launcher=slurm", None),
+        ("sampler=glob(dd*) hydra/sweeper=optuna experiment=null", None),
+    ],
+)
+def test_help_is_shown_whatever_the_other_words_are_and_names_the_wrong_ones(capsys, words, line):
+    assert run(["train", "--help", *words.split()]) == 0
+    out, err = capsys.readouterr()
+    assert out.startswith("diffuse train: ")
+    assert err == (f"diffuse: {line}\n" if line else "")
+
+
+def test_help_of_a_group_names_the_wrong_words(capsys):
+    assert run(["eval", "sampler=help", "stps=3", "dataset.path=x"]) == 0
+    assert capsys.readouterr().err == "diffuse: stps=3: unknown key; did you mean steps?\n"
 
 
 @pytest.mark.parametrize(

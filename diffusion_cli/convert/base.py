@@ -1,8 +1,12 @@
 """Descriptions of the models of other programs. This module does not import torch."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from pydantic import BaseModel, ValidationError
+
+from diffusion_cli.errors import FormatError, format_value
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -45,8 +49,10 @@ class Autoencoder:
     network: Network
     weights: Callable[[], Weights]
     """Reads its weights, by the names of the network."""
-    scale: float = 1.0
-    """Factor between its latents and those of the denoiser."""
+    mean: tuple[float, ...]
+    """Mean per channel of its latents z; the latents of the denoiser are (z - mean) / std."""
+    std: tuple[float, ...]
+    """Standard deviation per channel of its latents."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,3 +71,24 @@ class PretrainedModel:
     class_names: tuple[str, ...] | None = None
     files: tuple[str, ...] = field(default=())
     """Names of the files with weights, for messages."""
+
+
+ConfigT = TypeVar("ConfigT", bound=BaseModel)
+
+
+def parse(model: type[ConfigT], config: Mapping[str, Any]) -> ConfigT:
+    """Return the fields of a configuration as a pydantic model; FormatError, about the first that is invalid.
+
+    Args:
+        model: strict model with bounds, because the configuration is untrusted.
+        config: content of a config.json.
+    """
+    try:
+        return model.model_validate(dict(config))
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        key = ".".join(map(str, first["loc"]))
+        if first["type"] == "missing":
+            raise FormatError(f"{key} is missing") from error
+        problem = first["msg"].replace("Input should be", "must be", 1).removeprefix("Value error, ")
+        raise FormatError(f"{key}={format_value(first['input'])[:80]}: {problem}") from error

@@ -90,15 +90,28 @@ def load(command: str, overrides: Sequence[str], dirs: Sequence[Path] = ()) -> C
         problem.key == "max_steps" for problem in wrong
     ):  # what is derived from it is wrong only because of it
         wrong = [problem for problem in wrong if problem.key not in composed["derived"]]
-    reported = {problem.key.partition("=")[0] for problem in mistakes if isinstance(problem.key, str)}
-    mistakes += [
-        *unknown,
-        *secrets_in(composed),
-        *(problem for problem in wrong if problem.key not in reported),
-    ]
+    unknown = _without_consequences(unknown, mistakes)
+    mistakes += [*unknown, *secrets_in(composed), *_without_consequences(wrong, [*mistakes, *unknown])]
     if mistakes or config is None:
         raise UsageError.several(mistakes)
     return config
+
+
+def _without_consequences(problems: Sequence[Problem], words: Sequence[Problem]) -> list[Problem]:
+    """The problems of keys without those that follow from wrong words: a group that has no option, a misspelt key."""
+    wrong = {_key_of(problem) for problem in words}
+    meant = {problem.remedy for problem in words}
+    return [
+        problem
+        for problem in problems
+        if not {_key_of(problem), _key_of(problem).partition(".")[0]} & wrong
+        and f"did you mean {problem.key}?" not in meant
+    ]
+
+
+def _key_of(problem: Problem) -> str:
+    """The key of a problem with a word or a key."""
+    return str(problem.key).partition("=")[0].lstrip("+")
 
 
 def _composed(

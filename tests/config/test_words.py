@@ -93,6 +93,12 @@ MISTAKES = {
     "train max_steps=0": "max_steps=0: must be greater than 0, auto or null",
     "train max_steps=ten": "max_steps=ten: must be an integer, auto or null",
     "train dataset=a.zip": "dataset=a.zip: unknown option; write dataset=folder dataset.path=a.zip",
+    "train dataset=foldr dataset.path=a": "dataset=foldr: unknown option; did you mean folder?",
+    "train dataset=folder dataset.pth=a": "dataset.pth=a: unknown key; did you mean dataset.path?",
+    "train dataset=folder +dataset.path=a": (
+        "+dataset.path=a: keys cannot be added or removed; write dataset.path=a"
+    ),
+    "eval run=a metric=[fid,iss] metric.fid.bootstrap=9": "metric=iss: unknown option; did you mean is?",
     "train dataset=./a.npy": "dataset=./a.npy: unknown option; write dataset=array dataset.path=./a.npy",
     "train model=kl_tiny": "model=kl_tiny: is for task=autoencoder; set task=autoencoder, or choose another model",
     "train objective=cross_entropy": (

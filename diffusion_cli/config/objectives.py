@@ -10,8 +10,7 @@ from diffusion_cli.errors import NO_VALUE, Problem
 
 VALIDATION = "val_"
 """Begins the columns that need validation images."""
-HIGHER_IS_BETTER = (
-    "accuracy",
+HIGHER_IS_BETTER_OF_SAMPLES = (
     "class_accuracy",
     "clip_score",
     "coverage",
@@ -22,7 +21,9 @@ HIGHER_IS_BETTER = (
     "recall",
     "ssim",
 )
-"""Names of metrics that a sweep maximizes, without the name of a feature network."""
+"""Values that evaluations measure and a sweep maximizes, without the name of a feature network."""
+HIGHER_IS_BETTER = ("accuracy", *HIGHER_IS_BETTER_OF_SAMPLES)
+"""All values that a sweep maximizes: also the accuracy of a classifier, which training itself measures."""
 
 
 def objectives(config: Config) -> tuple[str, ...]:
@@ -110,7 +111,7 @@ def _training_problems(config: TrainConfig, name: str) -> Iterator[Problem]:
             yield Problem("validate_every", every, problem, f"use validate_every={last}")
     elif any(
         name == option or name.startswith(f"{option}_")
-        for option in (*options("metric"), *HIGHER_IS_BETTER[1:])
+        for option in (*options("metric"), *HIGHER_IS_BETTER_OF_SAMPLES)
     ):
         every = config.eval_every
         if every is None:

@@ -108,7 +108,7 @@ def dataset_of(folder: Path, trained: Loaded, data_dir: str, paths: Mapping[str,
             "if you trust the checkpoint, add the path to the command",
         )
     if problems := check_dataset(node, trained.shape):
-        raise not_built(folder, "dataset", problems[0])
+        raise not_built(folder, problems[0])
     node |= {key: value for key, value in FRUGAL.items() if key in node}
     dataset: Dataset = build(with_rules(node, trained.info.data_rules), data_dir)
     if dataset.shape != trained.shape:

@@ -134,7 +134,7 @@ def _read_checkpoint(run: Path, step: Step, weights: Weights, task: str) -> tupl
     if info.task != task:
         raise UsageError(run, NO_VALUE, f"was trained with task={info.task}", f"give a run of task={task}")
     if problems := check_built(info):
-        raise not_built(path, "model", problems[0])
+        raise not_built(path, problems[0])
     if not checkpoint.has_weights(weights):
         raise UsageError(path, NO_VALUE, f"weights={weights} are missing or incomplete", "choose another run")
     _check_fit(path, info, checkpoint.weights(weights))

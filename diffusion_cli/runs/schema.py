@@ -222,17 +222,17 @@ def check_built(info: CheckpointInfo) -> list[Problem]:
     nodes += [] if info.latent is None else [("model", info.latent.autoencoder)]
     problems = [problem for key, node in nodes for problem in check_node(key, node)]
     # An untrusted checkpoint can ask for a table or network of any size.
-    large = {f"{key}={number}" for key, node in nodes for number in _numbers(node) if number > LARGEST_NUMBER}
+    large = {(key, number) for key, node in nodes for number in _numbers(node) if number > LARGEST_NUMBER}
     return problems + [
-        Problem(words, NO_VALUE, f"is larger than {LARGEST_NUMBER}") for words in sorted(large)
+        Problem(key, number, f"is larger than {LARGEST_NUMBER}") for key, number in sorted(large)
     ]
 
 
-def not_built(where: Path, part: str, problem: Problem) -> UsageError:
-    """Return the error of a checkpoint whose model or dataset, its `part`, has a problem of `check_node`."""
+def not_built(where: Path, problem: Problem) -> UsageError:
+    """Return the error of a checkpoint with a problem of `check_built` or `check_dataset`."""
+    part = str(problem.key).partition(".")[0]
     if problem.problem == NOT_ALLOWED:
-        group = str(problem.key).partition(".")[0]
-        return UsageError(where, NO_VALUE, f"its {group} {problem.value} {NOT_ALLOWED}", problem.remedy)
+        return UsageError(where, NO_VALUE, f"its {part} {problem.value} {NOT_ALLOWED}", problem.remedy)
     problem_line = f"this version of diffuse cannot build its {part} ({problem.cause})"
     return UsageError(where, NO_VALUE, problem_line, "choose another run, or use the version that made it")
 

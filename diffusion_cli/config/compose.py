@@ -39,7 +39,13 @@ from diffusion_cli.config.recipe import (
     started_with,
     with_recipe,
 )
-from diffusion_cli.config.renamed import moved, renamed_beside, renamed_in_files, renamed_keys, renamed_word
+from diffusion_cli.config.renamed import (
+    renamed_beside,
+    renamed_in_files,
+    renamed_key,
+    renamed_keys,
+    renamed_split,
+)
 from diffusion_cli.config.runs import flatten, identity, replaced, run_name, usual_options
 from diffusion_cli.config.schema import COMMANDS, GRIDS, UNSWEPT, Config
 from diffusion_cli.config.secret_values import secrets_in
@@ -50,7 +56,7 @@ from diffusion_cli.config.validate import check_node, validate
 from diffusion_cli.config.values import Node
 from diffusion_cli.config.words import accepted
 from diffusion_cli.errors import NO_VALUE, Problem, UsageError
-from diffusion_cli.runs.migrate import KEYS_OF_FORMAT_6, migrated
+from diffusion_cli.runs.migrate import migrated
 from diffusion_cli.system.compat import parse_override
 from diffusion_cli.system.trusted_paths import is_own_run
 
@@ -395,7 +401,7 @@ def _sort(
         if is_of_hydra(text) and not LAUNCHER.match(text):
             mistakes += filter(None, [hydra_problem(command, text, sweeping=False)])
             continue
-        renamed = None if item.is_sweep_override() else renamed_word(command, key, item.value())
+        renamed = None if item.is_sweep_override() else renamed_split(key, item.value())
         if renamed is not None:
             mistakes.append(renamed)
         elif item.is_force_add() or item.is_add() or item.is_delete():
@@ -464,8 +470,8 @@ def _known(command: str, setting: Mapping[str, str], implied: Node) -> tuple[lis
         if any(other == key or other.startswith(f"{key}.") for other in keys):
             known.append(text)
             continue
-        if key in KEYS_OF_FORMAT_6 and command == "train":
-            unknown.append(moved(key, parse(text).value()))
+        if renamed := renamed_key(command, key, parse(text).value()):
+            unknown.append(renamed)
             continue
         unknown.append(unknown_key(command, shown, keys))
     return known, unknown

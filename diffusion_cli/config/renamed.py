@@ -8,25 +8,37 @@ from diffusion_cli.config.catalogue import brought_by, chosen, defaults, options
 from diffusion_cli.config.runs import flatten
 from diffusion_cli.config.schema import COMMANDS
 from diffusion_cli.errors import NO_VALUE, Problem, format_value
-from diffusion_cli.runs.migrate import KEYS_OF_FORMAT_5, KEYS_OF_FORMAT_6, SPLITS_OF_FORMAT_5, had_moved_keys
+from diffusion_cli.runs.migrate import (
+    KEYS_OF_FORMAT_5,
+    KEYS_OF_FORMAT_6,
+    SPLITS_OF_FORMAT_5,
+    had_moved_keys,
+    is_ours,
+)
 
 NAMING_SPLITS = ("input", "split")
 """Last names of the keys that take splits of a dataset."""
 
 
-def renamed_word(command: str, key: str, value: Any) -> Problem | None:
-    """Return the problem of a word `key=value` of an earlier version, or None if it is none.
+def renamed_split(key: str, value: Any) -> Problem | None:
+    """Return the problem of a word `key=value` with a split of an earlier version, or None if it has none."""
+    if key.rpartition(".")[2] in NAMING_SPLITS and isinstance(value, str) and value in SPLITS_OF_FORMAT_5:
+        split = SPLITS_OF_FORMAT_5[value]
+        return Problem(key, value, f"renamed to {split}", f"use {key}={split}")
+    return None
+
+
+def renamed_key(command: str, key: str, value: Any) -> Problem | None:
+    """Return the problem of a word `key=value` with a key of an earlier version, or None if it has none.
 
     Args:
         command: name of the command.
-        key: group, or dotted key.
+        key: group or dotted key that the chosen options lack.
         value: option, or value.
     """
-    new, last = _new_key(key), key.rpartition(".")[2]
-    if last in NAMING_SPLITS and isinstance(value, str) and value in SPLITS_OF_FORMAT_5:
-        split = SPLITS_OF_FORMAT_5[value]
-        return Problem(key, value, f"renamed to {split}", f"use {key}={split}")
-    known = {*defaults(command), *COMMANDS[command].model_fields}
+    if key in KEYS_OF_FORMAT_6 and command == "train":
+        return _moved(key, value)
+    new, known = _new_key(key), {*defaults(command), *COMMANDS[command].model_fields}
     return _problem(key, value) if new != key and new.partition(".")[0] in known else None
 
 
@@ -64,7 +76,7 @@ def renamed_keys(config: Mapping[str, Any], parent: str = "") -> list[Problem]:
     """
     problems = []
     for name, item in config.items():
-        if KEYS_OF_FORMAT_5.get(name) in config:
+        if KEYS_OF_FORMAT_5.get(name) in config and is_ours(config):
             problems += [_problem(parent + key, value) for key, value in flatten({name: item}).items()]
         elif isinstance(item, Mapping):
             problems += renamed_keys(item, f"{parent}{name}.")
@@ -85,11 +97,11 @@ def renamed_beside(config: Mapping[str, Any], words: Sequence[str]) -> list[Prob
     values = {key: value for key, value in flatten(config).items() if key in KEYS_OF_FORMAT_6}
     said = {word.partition("=")[0].partition(".")[0] for word in words}
     return [
-        moved(key, value) for key, value in values.items() if KEYS_OF_FORMAT_6[key].partition(".")[0] in said
+        _moved(key, value) for key, value in values.items() if KEYS_OF_FORMAT_6[key].partition(".")[0] in said
     ]
 
 
-def moved(key: str, value: Any) -> Problem:
+def _moved(key: str, value: Any) -> Problem:
     """Return the problem of one of `KEYS_OF_FORMAT_6`."""
     new = KEYS_OF_FORMAT_6[key]
     constant = new == "lr_schedule.decay_steps" and value is None

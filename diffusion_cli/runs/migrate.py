@@ -143,7 +143,7 @@ def _rename_classes(value: Any) -> Any:
 
 
 def _rename_words(value: Any) -> Any:
-    """Convert format 5 to 6: keys and splits were renamed."""
+    """Convert format 5 to 6: keys and splits were renamed, but not arguments of other packages."""
     return _with_keys(_with_splits(value, SPLITS_OF_FORMAT_5), KEYS_OF_FORMAT_5)
 
 
@@ -211,11 +211,25 @@ def _with_splits(value: Any, names: Mapping[str, str]) -> Any:
     return _mapped(value, entry)
 
 
-def _mapped(value: Any, entry: Callable[[Any, Any], tuple[Any, Any]]) -> Any:
-    """Return plain data with each key and value of all mappings replaced by `entry`."""
-    if isinstance(value, Mapping):
-        return dict(entry(key, _mapped(item, entry)) for key, item in value.items())
-    return [_mapped(item, entry) for item in value] if isinstance(value, list | tuple) else value
+def is_ours(node: Mapping[Any, Any], around: bool = True) -> bool:
+    """Return whether the keys of a mapping are those of this package, not arguments of a class of another one.
+
+    Args:
+        node: a mapping; without `_target_` it is like the mapping around it.
+        around: the answer for the mapping around it.
+    """
+    return str(node["_target_"]).startswith("diffusion_cli.") if "_target_" in node else around
+
+
+def _mapped(value: Any, entry: Callable[[Any, Any], tuple[Any, Any]], around: bool = True) -> Any:
+    """Return plain data with each key and value replaced by `entry`, except in mappings that are not `is_ours`."""
+    if isinstance(value, list | tuple):
+        return [_mapped(item, entry, around) for item in value]
+    if not isinstance(value, Mapping):
+        return value
+    ours = is_ours(value, around)
+    items = {key: _mapped(item, entry, ours) for key, item in value.items()}
+    return dict(entry(key, item) for key, item in items.items()) if ours else items
 
 
 def _renamed(target: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Keys that moved from the optimizer after format 6: on command lines, in option files and in stored runs."""
+"""Keys of earlier versions, of the optimizer and of plugins: on command lines, in option files and in stored runs."""
 
 import sys
 
@@ -92,3 +92,40 @@ def test_an_optimizer_of_a_plugin_keeps_arguments_with_the_names_of_moved_keys(t
     assert "clip_norm_3" in both["name"]
     assert "clip_norm_2" in both["name"]
     forget_modules("with_norm")
+
+
+def test_arguments_of_other_packages_are_not_renamed():
+    plugin = {
+        "_target_": "plugin.Part",
+        "method": 1,
+        "times": None,
+        "split": "held_out",
+        "more": {"floor": 2},
+    }
+    ours = {"_target_": "diffusion_cli.data.Digits"}
+    config = {"model": plugin | {"data": ours | {"held_out": 0.1}}, "accumulate": 2}
+    now = {"model": plugin | {"data": ours | {"val_fraction": 0.1}}, "accumulate_grad_batches": 2}
+    assert migrated(config) == migrated(now) == now
+
+
+ODE = """
+from diffusion_cli.samplers import DDIM
+
+
+class Solver(DDIM):
+    def __init__(self, schedule, *, method: str = "rk4", restoration: int = 0):
+        super().__init__(schedule)
+"""
+
+
+def test_a_plugin_may_have_arguments_with_the_names_of_renamed_keys(tmp_path, monkeypatch):
+    (tmp_path / "with_method.py").write_text(ODE)
+    (tmp_path / "sampler").mkdir()
+    lines = "_target_: with_method.Solver\nmethod: rk4\nrestoration: 1\n"
+    (tmp_path / "sampler" / "mine.yaml").write_text(lines)
+    monkeypatch.setattr(sys, "path", [*sys.path, str(tmp_path)])
+    monkeypatch.setenv(plugins.VARIABLE, "with_method")
+    for words, method in ([], "rk4"), (["sampler.method=euler"], "euler"):
+        config = load("sample", ["sampler=mine", *words], [tmp_path]).model_dump()
+        assert config["sampler"] == {"_target_": "with_method.Solver", "method": method, "restoration": 1}
+    forget_modules("with_method")

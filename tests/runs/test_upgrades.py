@@ -23,6 +23,7 @@ from diffusion_cli.training.logs import CSVFile
 
 STORED = Path(__file__).parents[1] / "stored_runs"
 """How they were made is in the README.md there."""
+DIGITS, FID = {"_target_": "diffusion_cli.data.Digits"}, {"_target_": "diffusion_cli.metrics.FID"}
 FAST = ["steps=3", "precision=fp32", "device=cpu"]
 BEGUN = [
     "trainer=cpu", "precision=fp32", "batch_size=8", "log_every=3", "validate_every=100", "preview_every=100",
@@ -194,7 +195,7 @@ def test_names_of_classes_come_forward_and_go_back(target):
     [
         ({"accumulate": 2}, {"accumulate_grad_batches": 2}),
         ({"method": {"_target_": "DPS"}}, {"restoration": {"_target_": "DPS"}}),
-        ({"held_out": 0.2, "_target_": "Digits"}, {"val_fraction": 0.2, "_target_": "Digits"}),
+        (DIGITS | {"held_out": 0.2}, DIGITS | {"val_fraction": 0.2}),
         ({"split": "held_out"}, {"split": "val"}),
         ({"reference": {"name": "digits/held_out"}}, {"reference": {"name": "digits/val"}}),
         ({"name": "held_out"}, {"name": "held_out"}),
@@ -204,7 +205,7 @@ def test_names_of_classes_come_forward_and_go_back(target):
             {"details": {"floor": 0.5, "ratio_to_floor": 2.0}},
             {"details": {"reference_distance": 0.5, "ratio_to_reference": 2.0}},
         ),
-        ({"_target_": "FID", "floor": True}, {"_target_": "FID", "reference_distance": True}),
+        (FID | {"floor": True}, FID | {"reference_distance": True}),
         ({"times": None}, {"time_sampling": None}),
         ({"times": {"_target_": "Uniform"}}, {"time_sampling": {"_target_": "Uniform"}}),
     ],

@@ -200,10 +200,17 @@ def _run(plan: SweepPlan, jobs: list[Job], submitted: list[Any], logs: Path) -> 
             job.failure for job in jobs
         ):  # an error of the sweeper, such as in its settings
             remedy = "DIFFUSE_TRACEBACK=1 shows the place"
-            raise UsageError(config.SWEEPERS, plan.sweeper, first_line(error), remedy) from error
+            raise UsageError(config.SWEEPERS, plan.sweeper, first_line(_reason(error)), remedy) from error
     _add_failures(jobs, submitted)
     allowed = plan.searches and not stopped  # the sweeper went on in spite of them
     return 0 if allowed else min((job.failure.code for job in jobs if job.failure), default=0)
+
+
+def _reason(error: BaseException) -> BaseException:
+    """Return the error behind those by which Hydra names what it made."""
+    while type(error).__module__.startswith("hydra.") and error.__cause__ is not None:
+        error = error.__cause__
+    return error
 
 
 @contextmanager

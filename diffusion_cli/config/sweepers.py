@@ -2,7 +2,6 @@
 
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -16,6 +15,7 @@ from diffusion_cli.config.objectives import objective_problems
 from diffusion_cli.config.own_options import composition_problems
 from diffusion_cli.config.runs import flatten
 from diffusion_cli.config.schema import Config
+from diffusion_cli.config.searches import OPTUNA, is_grid, search_problems
 from diffusion_cli.config.sweeps import Sweep, expand, load_sweep
 from diffusion_cli.config.typed import as_shown, as_typed, quoted, readable
 from diffusion_cli.errors import NO_VALUE, Problem, UsageError
@@ -24,7 +24,7 @@ SWEEPERS = "hydra/sweeper"
 BASIC = "basic"
 """Hydra's sweeper of all combinations of values."""
 PACKAGES = {
-    "optuna": "diffuse-cli[sweep]",
+    OPTUNA: "diffuse-cli[sweep]",
     "ax": "hydra-ax-sweeper",
     "nevergrad": "hydra-nevergrad-sweeper",
     "orion": "hydra-orion-sweeper",
@@ -87,11 +87,12 @@ def plan_sweep(command: str, overrides: Sequence[str], dirs: Sequence[Path] = ()
     if wrong := hydra_in_files(command, settings, dirs):
         raise UsageError.several(wrong)
     sweeper, node = _sweeper(command, own, settings, dirs)
-    if problem := _storage_problem(sweeper, node.get("storage")):
-        raise UsageError.several([problem])
     given = node.get("params") or {}
     others = [*(f"{key}={value}" for key, value in given.items()), *others]
-    swept = expand(command, others, dirs, intervals=sweeper != BASIC)
+    if sweeper == OPTUNA and (wrong := search_problems(node, others)):
+        raise UsageError.several(wrong)
+    searches = sweeper != BASIC and not (sweeper == OPTUNA and is_grid(node))
+    swept = expand(command, others, dirs, intervals=searches, closed_ranges=sweeper == OPTUNA)
     if sweeper != BASIC and not swept.keys and not node.get("custom_search_space"):
         remedy = "add values to a key, such as 'optimizer.lr=interval(1e-4,1e-2)'"
         raise UsageError("hydra/sweeper", sweeper, "has no values to search", remedy)
@@ -156,16 +157,6 @@ def _plain(node: Any) -> dict[str, Any]:
     found = OmegaConf.to_container(node)
     assert isinstance(found, dict)
     return {str(key): value for key, value in found.items()}
-
-
-def _storage_problem(sweeper: str, storage: Any) -> Problem | None:
-    """The problem of a database for the study, which Optuna 2 cannot use by SQLAlchemy 2."""
-    if sweeper != "optuna" or not isinstance(storage, str) or int(version("optuna").partition(".")[0]) > 2:
-        return None
-    if storage.startswith("redis") or int(version("sqlalchemy").partition(".")[0]) < 2:
-        return None
-    problem = f"Optuna {version('optuna')} has no databases with SQLAlchemy {version('sqlalchemy')}"
-    return Problem("hydra.sweeper.storage", storage, problem, "leave it out")
 
 
 def _unknown(group: str, name: str, known: Sequence[str]) -> Problem:

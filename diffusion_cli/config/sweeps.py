@@ -1,6 +1,7 @@
 """From words with several values each to the jobs of a sweep."""
 
 from collections.abc import Sequence
+from decimal import Decimal
 from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -12,6 +13,7 @@ from diffusion_cli.config.catalogue import defaults, options
 from diffusion_cli.config.compose import load, parse
 from diffusion_cli.config.continued import may_change
 from diffusion_cli.config.schema import Config
+from diffusion_cli.config.searches import tag_problem
 from diffusion_cli.config.seeds import shared_seeds
 from diffusion_cli.config.typed import as_shown, as_typed
 from diffusion_cli.errors import NO_VALUE, Problem, UsageError
@@ -56,7 +58,12 @@ class Sweep(NamedTuple):
 
 
 def expand(
-    command: str, overrides: Sequence[str], dirs: Sequence[Path] = (), *, intervals: bool = False
+    command: str,
+    overrides: Sequence[str],
+    dirs: Sequence[Path] = (),
+    *,
+    intervals: bool = False,
+    closed_ranges: bool = False,
 ) -> Sweep:
     """Return the jobs of a sweep; of a key that is given twice, the last word counts.
 
@@ -64,13 +71,18 @@ def expand(
         command: name of the command.
         overrides: words of the command line.
         dirs: folders with options of the user.
-        intervals: whether the sweeper chooses values between the ends of an interval; jobs then have its ends.
+        intervals: whether the sweeper chooses values between the ends of an interval or a range; jobs then have its
+            ends.
+        closed_ranges: whether such a range includes its end, unlike Hydra's own.
 
     Raises:
         UsageError: for words that have no list of values.
     """
     last = {_key(text): text for text in as_typed(command, overrides, dirs)}
-    words = [_values(command, text, dirs, intervals) for text in last.values()]
+    words = [
+        _values(command, text, dirs, intervals=intervals, closed_ranges=closed_ranges)
+        for text in last.values()
+    ]
     asked = [
         text
         if intervals and "glob(" not in text
@@ -103,7 +115,9 @@ def _value(text: str) -> str:
     return text.partition("=")[2]
 
 
-def _values(command: str, text: str, dirs: Sequence[Path], intervals: bool) -> list[str]:
+def _values(
+    command: str, text: str, dirs: Sequence[Path], *, intervals: bool, closed_ranges: bool
+) -> list[str]:
     """An override for each value of a word, or for some of the values that the sweeper may choose."""
     from hydra.core.override_parser.types import Glob
 
@@ -123,10 +137,15 @@ def _values(command: str, text: str, dirs: Sequence[Path], intervals: bool) -> l
             else [(2 * value.start + value.end) / 3]
         )
         return [f"{key}={number}" for number in (value.start, *inner, value.end)]
+    if value.tags and not intervals:
+        raise UsageError.several([tag_problem(text, value.tags, interval=False)])
     words = [f"{key}={word}" for word in item.sweep_string_iterator()]
     if not words:
         raise UsageError(text, NO_VALUE, "has no values", "give a start below the end")
-    return [words[0], words[-1]] if intervals and item.is_range_sweep() else words
+    if not (intervals and item.is_range_sweep()) or value.shuffle:
+        return words
+    start, stop, step = (Decimal(str(number)) for number in (value.start, value.stop, value.step))
+    return [words[0], f"{key}={stop - (stop - start) % step}" if closed_ranges else words[-1]]
 
 
 def _matching(command: str, text: str, glob: "Glob", dirs: Sequence[Path]) -> list[str]:

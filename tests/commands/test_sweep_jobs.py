@@ -156,9 +156,9 @@ def test_a_column_that_is_missing_is_named_with_those_there_are(trained, capsys)
 
 def test_an_error_of_the_sweeper_is_one_line(trained, capsys):
     pytest.importorskip("hydra_plugins.hydra_optuna_sweeper")
-    words = ["hydra/sweeper=optuna", "hydra/sweeper/sampler=grid", LR]
-    assert run(["train", "-m", *words]) == 2
-    problem = "GridSampler only supports discrete distributions."
+    words = ["hydra/sweeper=optuna", "hydra/sweeper/sampler=nsgaii", "hydra.sweeper.sampler.mutation_prob=2"]
+    assert run(["train", "-m", *words, LR]) == 2
+    problem = "`mutation_prob` must be None or a float value within the range [0.0, 1.0]."
     remedy = "DIFFUSE_TRACEBACK=1 shows the place"
     assert capsys.readouterr().err == f"diffuse: hydra/sweeper=optuna: {problem}; {remedy}\n"
 

@@ -217,7 +217,7 @@ def test_a_search_is_checked_before_its_first_job(words, line):
 def test_a_study_in_a_database_is_refused_where_optuna_cannot_open_it(monkeypatch, sqlalchemy):
     pytest.importorskip("hydra_plugins.hydra_optuna_sweeper")
     versions = {"optuna": "2.10.1", "sqlalchemy": sqlalchemy}
-    monkeypatch.setattr("diffusion_cli.config.sweepers.version", versions.__getitem__)
+    monkeypatch.setattr("diffusion_cli.config.searches.version", versions.__getitem__)
     words = [SEARCH, "seed=range(0,3)", "hydra.sweeper.storage=sqlite:///study.db"]
     if sqlalchemy.startswith("1"):
         plan_sweep("train", words)

@@ -21,7 +21,7 @@ from diffusion_cli.config.compose import OF_RUNS, RUN_DATA
 from diffusion_cli.config.hydra_words import is_of_hydra
 from diffusion_cli.config.launcher import LAUNCHERS, split_launcher
 from diffusion_cli.config.option_keys import REQUIRED, option_keys, option_summary
-from diffusion_cli.config.renamed import renamed_word
+from diffusion_cli.config.renamed import renamed_key
 from diffusion_cli.config.schema import COMMANDS, FIRST_WORDS, UNSWEPT
 from diffusion_cli.config.typed import SWEEPS
 from diffusion_cli.config.unknown import unknown_key, unknown_option
@@ -108,7 +108,7 @@ def ignored_words(command: str, overrides: Sequence[str], dirs: Sequence[Path]) 
     for key, _, value in (text.partition("=") for text in given):
         if key not in defaults(command):
             found = any(other == key or other.startswith(f"{key}.") for other in keys)
-            renamed = renamed_word(command, key, value)
+            renamed = renamed_key(command, key, value)
             problems += [] if found else [renamed or unknown_key(command, f"{key}={value}", keys)]
         elif not value.startswith(SWEEPS):
             names = [name for name in value.strip("[]").split(",") if name not in ("", "null")]

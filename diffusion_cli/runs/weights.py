@@ -1,7 +1,6 @@
 """Read and write weights as safetensors, and compute their digests."""
 
 import hashlib
-import re
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -9,16 +8,12 @@ import torch
 from torch import Tensor, nn
 
 from diffusion_cli.errors import FormatError
-from diffusion_cli.networks import AutoencoderKL
 from diffusion_cli.system.files import atomic_write
 from diffusion_cli.system.untrusted import reason, regular
 
-# Attention layers renamed by diffusers: old name to new name.
-RENAMED = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
-
 
 def read_weights(path: Path) -> dict[str, Tensor]:
-    """Return the tensors of a safetensors file in float32, by their present names.
+    """Return the tensors of a safetensors file in float32.
 
     Raises FormatError for pickled weights, a special file, or a file that is not safetensors.
     """
@@ -35,11 +30,10 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         state = load_file(path)
     except SafetensorError as error:
         raise FormatError(f"{path.name}: {reason(error)}") from error
-    old = re.compile(rf"(?<=\.attentions\.0\.)({'|'.join(RENAMED)})(?=\.)")
-    return {old.sub(lambda match: RENAMED[match[0]], name): tensor.float() for name, tensor in state.items()}
+    return {name: tensor.float() for name, tensor in state.items()}
 
 
-def check_fit(path: Path, network: AutoencoderKL, state: Mapping[str, Tensor]) -> None:
+def check_fit(path: Path, network: nn.Module, state: Mapping[str, Tensor]) -> None:
     """Raise FormatError unless the tensors of a file match the weights of a network in name and shape."""
     wanted = network.state_dict()
     for name in sorted(wanted.keys() ^ state.keys()):

@@ -55,10 +55,9 @@ def resumed_latents(folder: Path, info: CheckpointInfo, device: torch.device) ->
 
 def pretrained_latents(folder: str, dataset: Dataset, device: torch.device) -> LatentSource:
     """Return the latents of an autoencoder in diffusers format; UsageError if it does not fit."""
-    network, channels, options = from_diffusers(Path(folder).expanduser(), "latent.pretrained")
-    node = {"_target_": "diffusion_cli.networks.AutoencoderKL", **options}
-    _check_images("latent.pretrained", folder, network, channels, dataset)
-    return _unscaled(network.to(device), node, folder, dataset)
+    network, description = from_diffusers(Path(folder).expanduser(), "latent.pretrained")
+    _check_images("latent.pretrained", folder, network, description.shape[0], dataset)
+    return _unscaled(network.to(device), description.node, folder, dataset)
 
 
 def run_latents(run: Path, named: str, dataset: Dataset, device: torch.device) -> LatentSource:

@@ -37,35 +37,6 @@ def test_encodes_and_decodes_as_diffusers_does():
     np.testing.assert_allclose(decoded.numpy(), expected["decoded"], rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize(
-    ("widths", "layers", "latents", "groups", "quant_conv"),
-    [((8, 16), 1, 3, 4, True), ((8,), 2, 1, 2, False), ((4, 8, 8), 2, 4, 4, True)],
-)
-def test_what_diffusers_saves_is_loaded_and_agrees(tmp_path, widths, layers, latents, groups, quant_conv):
-    torch.manual_seed(0)
-    diffusers = pytest.importorskip("diffusers")
-    options = {
-        "down_block_types": ["DownEncoderBlock2D"] * len(widths),
-        "up_block_types": ["UpDecoderBlock2D"] * len(widths),
-        "block_out_channels": widths,
-        "layers_per_block": layers,
-        "latent_channels": latents,
-        "norm_num_groups": groups,
-        "use_quant_conv": quant_conv,
-        "use_post_quant_conv": quant_conv,
-    }
-    theirs = diffusers.AutoencoderKL(**options).eval()
-    theirs.save_pretrained(tmp_path)
-    ours = from_diffusers(tmp_path, "key").network
-    side = 2 ** (len(widths) - 1)
-    x, z = torch.randn(2, 3, 4 * side, 6 * side), torch.randn(2, latents, 4, 6)
-    with torch.no_grad():
-        torch.testing.assert_close(
-            ours.moments(x), theirs.encode(x).latent_dist.parameters, rtol=0, atol=1e-5
-        )
-        torch.testing.assert_close(ours.decode(z), theirs.decode(z).sample, rtol=0, atol=1e-5)
-
-
 def test_its_weights_have_the_names_of_diffusers_so_that_they_go_back_as_they_came():
     network, published = from_diffusers(PUBLISHED, "key").network, load_file(PUBLISHED / WEIGHTS)
     assert {name: tensor.shape for name, tensor in network.state_dict().items()} == {
@@ -80,18 +51,6 @@ def test_the_published_sizes_have_the_published_number_of_parameters(name, param
     with torch.device("meta"):
         network = AutoencoderKL((3, 256, 256), None, **option(name))
     assert sum(parameter.numel() for parameter in network.parameters()) == parameters
-
-
-def test_the_attention_of_older_files_is_found_by_its_older_names(folder):
-    names = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
-    state = {}
-    for name, tensor in load_file(folder / WEIGHTS).items():
-        for new, old in names.items():
-            name = name.replace(f"attentions.0.{new}.", f"attentions.0.{old}.")
-        state[name] = tensor
-    save_file(state, folder / WEIGHTS)
-    old, new = (from_diffusers(path, "key").network.state_dict() for path in (folder, PUBLISHED))
-    assert all(torch.equal(old[name], tensor) for name, tensor in new.items())
 
 
 def test_the_autoencoder_of_a_pipeline_is_found(folder, tmp_path):
@@ -121,17 +80,11 @@ def change(folder: Path, **fields: object) -> None:
 @pytest.mark.parametrize(
     ("fields", "words"),
     [
-        ({"act_fn": "gelu"}, "act_fn=gelu: must be silu"),
-        ({"_class_name": "VQModel"}, "_class_name=VQModel: must be AutoencoderKL"),
-        ({"mid_block_add_attention": False}, "mid_block_add_attention=false: must be true"),
-        ({"use_quant_conv": False}, "use_post_quant_conv=true contradicts the other fields"),
-        ({"down_block_types": ["AttnDownEncoderBlock2D"] * 2}, "must be DownEncoderBlock2D"),
-        ({"down_block_types": ["DownEncoderBlock2D"]}, "down_block_types=.* contradicts the other fields"),
+        ({"act_fn": "gelu"}, "config.json: act_fn=gelu: must be 'silu'"),
         ({"block_out_channels": [8, 12]}, "must be multiples of the first"),
-        ({"norm_num_groups": 3}, "norm_groups=3: does not divide"),
         ({"block_out_channels": [8, 32]}, r"has shape \[\d+.*\], not \["),
         ({"layers_per_block": 2}, "is missing"),
-        ({"layers_per_block": 10**9}, "layers_per_block=1000000000: must be at most"),
+        ({"layers_per_block": 10**9}, "layers_per_block=1000000000: must be less than"),
     ],
 )
 def test_another_network_is_refused_in_a_line(folder, fields, words):

@@ -1,0 +1,168 @@
+"""Autoencoders of diffusers, both ways."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from diffusion_cli.convert import diffusers_autoencoder as convert
+from diffusion_cli.convert.base import Network
+from diffusion_cli.errors import FormatError
+from diffusion_cli.runs.pretrained import from_diffusers
+from helpers.convert import agree, built, same_bytes
+from helpers.networks import randomised
+
+diffusers = pytest.importorskip("diffusers")
+
+LAYOUTS: list[dict[str, Any]] = [
+    {"block_out_channels": [8, 16], "layers_per_block": 1, "latent_channels": 3},
+    {
+        "block_out_channels": [8],
+        "layers_per_block": 2,
+        "latent_channels": 1,
+        "in_channels": 1,
+        "out_channels": 1,
+    },
+    {"block_out_channels": [4, 8, 8], "layers_per_block": 1, "latent_channels": 4, "quant_conv": False},
+]
+
+
+def kl(block_out_channels: list[int], quant_conv: bool = True, **options: Any) -> Any:
+    levels = len(block_out_channels)
+    network = diffusers.AutoencoderKL(
+        block_out_channels=block_out_channels,
+        down_block_types=["DownEncoderBlock2D"] * levels,
+        up_block_types=["UpDecoderBlock2D"] * levels,
+        norm_num_groups=4,
+        use_quant_conv=quant_conv,
+        use_post_quant_conv=quant_conv,
+        **options,
+    )
+    return randomised(network).eval().requires_grad_(False)
+
+
+def examples(network: Any) -> tuple[Tensor, Tensor]:
+    """Random images and latents."""
+    side = 4 * 2 ** (len(network.config.block_out_channels) - 1)
+    return (
+        torch.randn(2, network.config.in_channels, side, 2 * side),
+        torch.randn(2, network.config.latent_channels, 4, 8),
+    )
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_encodes_and_decodes_as_diffusers(layout, tmp_path):
+    theirs = kl(**layout)
+    theirs.save_pretrained(tmp_path)
+    network = from_diffusers(tmp_path, "key").network
+    x, z = examples(theirs)
+    with torch.no_grad():
+        agree(network.moments(x), theirs.encode(x).latent_dist.parameters)
+        agree(network.decode(z), theirs.decode(z).sample)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_returns_to_diffusers_unchanged(layout):
+    theirs = kl(**layout)
+    network = convert.read(dict(theirs.config) | {"_class_name": "AutoencoderKL"})
+    written = convert.write(network, 0.18215)
+    assert dict(theirs.config) | written | {"sample_size": 32} == dict(theirs.config) | {
+        "_class_name": "AutoencoderKL"
+    }
+    assert convert.read(written) == network
+    state = convert.state(network, convert.weights(network, theirs.state_dict()))
+    diffusers.AutoencoderKL.from_config(written).load_state_dict(state)
+    same_bytes(state, theirs.state_dict())
+
+
+def test_old_names_of_attention_layers_are_renamed():
+    network, new = Network(node={}, shape=(1,)), "encoder.mid_block.attentions.0.{}.weight"
+    for old, name in {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}.items():
+        tensor = torch.zeros(1)
+        assert convert.weights(network, {new.format(old): tensor}) == {new.format(name): tensor}
+
+
+# --- statistics of the latents ---
+
+
+@pytest.mark.parametrize(
+    ("fields", "mean", "std"),
+    [
+        ({}, (0.0, 0.0), (1 / 0.18215, 1 / 0.18215)),
+        ({"scaling_factor": 0.5, "shift_factor": 0.25}, (0.25, 0.25), (2.0, 2.0)),
+        (
+            {"scaling_factor": 0.5, "latents_mean": [1.0, 2.0], "latents_std": [3.0, 4.0]},
+            (1.0, 2.0),
+            (6.0, 8.0),
+        ),
+    ],
+)
+def test_statistics_of_latents(fields, mean, std):
+    assert convert.statistics({"_class_name": "AutoencoderKL", "latent_channels": 2, **fields}) == (mean, std)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_folded_statistics_encode_and_decode_the_latents_of_the_denoiser(layout):
+    theirs = kl(**layout)
+    network = convert.read(dict(theirs.config) | {"_class_name": "AutoencoderKL"})
+    channels = network.node["latent_channels"]
+    mean, std = [0.5 * c - 0.3 for c in range(channels)], [0.25 + 0.5 * c for c in range(channels)]
+    folded = convert.normalized(network, theirs.state_dict(), mean, std)
+    assert folded.scaling_factor == 1
+    exported = diffusers.AutoencoderKL.from_config(convert.write(folded.network, folded.scaling_factor))
+    exported.load_state_dict(folded.weights)
+    centre, scale = (torch.tensor(values)[:, None, None] for values in (mean, std))
+    (x, states), before = examples(theirs), built(network, theirs.state_dict())
+    with torch.no_grad():
+        moments, posterior = before.moments(x), exported.eval().encode(x).latent_dist
+        centres, log_variance = moments.chunk(2, dim=1)
+        agree(posterior.mean, (centres - centre) / scale)
+        agree(posterior.std, torch.exp(0.5 * log_variance) / scale)
+        agree(exported.decode(states).sample, before.decode(states * scale + centre))
+
+
+def test_a_common_scale_leaves_the_weights_unchanged():
+    theirs = kl(**LAYOUTS[2])
+    network = convert.read(dict(theirs.config) | {"_class_name": "AutoencoderKL"})
+    for scale in (1.0, 4.0):
+        found = convert.normalized(network, theirs.state_dict(), [0.0] * 4, [scale] * 4)
+        assert (found.network, found.scaling_factor) == (network, 1 / scale)
+        same_bytes(found.weights, theirs.state_dict())
+
+
+# --- refusals ---
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"_class_name": "UNet2DModel"}, "_class_name=UNet2DModel: must be 'AutoencoderKL'"),
+        ({"act_fn": "gelu"}, "act_fn=gelu: must be 'silu'"),
+        ({"mid_block_add_attention": False}, "mid_block_add_attention=false: must be True"),
+        ({"use_quant_conv": False}, "use_post_quant_conv=true contradicts"),
+        ({"down_block_types": ["AttnDownEncoderBlock2D"]}, "must be 'DownEncoderBlock2D'"),
+        ({"down_block_types": ["DownEncoderBlock2D"] * 2}, "down_block_types=.* contradicts"),
+        ({"block_out_channels": [8, 12]}, "contradicts|multiples of the first"),
+        ({"norm_num_groups": 3}, "norm_num_groups=3 does not divide 64"),
+        ({"layers_per_block": 10**9}, "layers_per_block=1000000000: must be less than"),
+        ({"latent_channels": "4"}, "latent_channels=4: must be a valid integer"),
+        ({"block_out_channels": [2**40]}, r"block_out_channels\.0=.*: must be less than"),
+    ],
+)
+def test_other_networks_are_refused(fields, words):
+    with pytest.raises(FormatError, match=words):
+        convert.read({"_class_name": "AutoencoderKL", **fields})
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"latents_std": [1.0]}, "latents_std has 1 values for 4 latent channels"),
+        ({"latents_std": [1.0, 1.0, 1.0, 0.0]}, r"latents_std\.3=0.0: must be greater than 0"),
+        ({"scaling_factor": 0.0}, "scaling_factor=0.0: must be greater than 0"),
+    ],
+)
+def test_invalid_statistics_are_refused(fields, words):
+    with pytest.raises(FormatError, match=words):
+        convert.statistics({"_class_name": "AutoencoderKL", **fields})

@@ -1,0 +1,30 @@
+"""Comparison of networks with those of other programs."""
+
+from typing import Any
+
+from torch import Tensor
+
+from diffusion_cli.config import build
+from diffusion_cli.convert.base import Network, Weights
+
+
+def built(network: Network, weights: Weights) -> Any:
+    """The network with its weights, in evaluation mode."""
+    module = build(network.node, network.shape, network.num_classes)
+    module.load_state_dict(weights)
+    return module.eval().requires_grad_(False)
+
+
+def agree(ours: Tensor, theirs: Tensor) -> None:
+    """Check outputs to 1e-5 of the largest value of theirs, which must not be constant."""
+    assert ours.shape == theirs.shape
+    assert theirs.std() > 0
+    assert (ours - theirs).abs().max() <= 1e-5 * theirs.abs().max()
+
+
+def same_bytes(ours: Weights, theirs: Weights) -> None:
+    """Check that weights have the same names, types and bytes."""
+    assert ours.keys() == theirs.keys()
+    for name, tensor in theirs.items():
+        assert ours[name].dtype == tensor.dtype, name
+        assert ours[name].equal(tensor), name

@@ -40,6 +40,10 @@ class Process:
     objective: Node
     sampler: Node
     """Sampler with the settings of the other program, such as `spacing` and `variance`."""
+    clip: bool = True
+    """Whether its sampler clips predicted images to [-1, 1]."""
+    remarks: tuple[str, ...] = ()
+    """Settings with which its sampler makes other images than `sampler`."""
 
 
 @dataclass(frozen=True, kw_only=True)

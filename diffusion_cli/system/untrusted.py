@@ -264,23 +264,35 @@ def plain(value: Any, most: int = MOST_VALUES) -> Any:
     return value
 
 
-def from_json(data: bytes, limit: int = LONGEST_TEXT, most: int = MOST_VALUES) -> Any:
-    """Return plain data from JSON of at most `limit` bytes and `most` values, with finite numbers."""
+def from_json(
+    data: bytes, limit: int = LONGEST_TEXT, most: int = MOST_VALUES, *, infinite: bool = False
+) -> Any:
+    """Return plain data from JSON of at most `limit` bytes and `most` values.
+
+    Numbers are finite, unless `infinite` allows `Infinity` and `-Infinity`, which Python writes.
+    """
     _bounded(len(data), limit)
+    constants = _infinite if infinite else _refuse
     try:
-        value = json.loads(data, parse_constant=_refuse, parse_float=_finite)
+        value = json.loads(data, parse_constant=constants, parse_float=_finite)
     except (ValueError, RecursionError) as error:
         raise FormatError(f"is not JSON ({reason(error)})") from error
     return plain(value, most)
 
 
-def read_json(path: Path, limit: int = LONGEST_TEXT, most: int = MOST_VALUES) -> Any:
+def read_json(
+    path: Path, limit: int = LONGEST_TEXT, most: int = MOST_VALUES, *, infinite: bool = False
+) -> Any:
     """Return plain data of a JSON file, as `from_json`."""
-    return from_json(read(path, limit), limit, most)
+    return from_json(read(path, limit), limit, most, infinite=infinite)
 
 
 def _refuse(name: str) -> float:
     raise FormatError(f"{name} is not allowed")
+
+
+def _infinite(name: str) -> float:
+    return _refuse(name) if name == "NaN" else float(name)
 
 
 def _finite(text: str) -> float:

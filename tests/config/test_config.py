@@ -144,10 +144,14 @@ def test_parts_of_every_supplied_group_are_built():
     assert set(SUPPLIED) <= {group for options in USUAL.values() for group, _ in options}
 
 
+LISTS = {"betas": [0.1, 0.2]}
+"""Values of arguments without a default that are not text."""
+
+
 @pytest.mark.parametrize("target", [target for target in USUAL if USUAL[target][0][0] in SUPPLIED])
 def test_a_part_is_built_without_naming_an_argument(target):
     group, node = next(option for option in USUAL[target] if not differences(*option))
-    given = {name: "x" for name in left_open(group, node) if node[name] == "???"}
+    given = {name: LISTS.get(name, "x") for name in left_open(group, node) if node[name] == "???"}
     supplied = ((3, 16), None) if target.endswith(".SetTransformer") else SUPPLIED[group]
     states = []
     for make in (lambda: found(target)(*supplied, **given), lambda: build(node | given, *supplied)):
@@ -179,7 +183,8 @@ def test_every_option_composes_into_a_valid_configuration(file):
     first = option == min(config.options(group))
     tasks = [f"task={task}" for name, task in OF_OTHER_TASKS.items() if f"{group}/{option}".startswith(name)]
     for command in commands if first else commands[:1]:
-        extra = [f"{key}=x" for key, value, _ in config.documented(file, group) if value == "???"]
+        unset = [key for key, value, _ in config.documented(file, group) if value == "???"]
+        extra = [f"{key}={LISTS.get(key.rpartition('.')[2], 'x')}" for key in unset]
         named = ["run=x"] if command == "eval" else []  # which may be an autoencoder, for its metrics
         load(command, [f"{group}={option}", *extra, *named, *tasks])
 

@@ -10,8 +10,10 @@ from diffusion_cli.diffusion.posterior import posterior
 from diffusion_cli.diffusion.schedules import (
     VE,
     VP,
+    Betas,
     Cosine,
     EDMSchedule,
+    FlowMatching,
     Linear,
     ScaledLinear,
     Sigmoid,
@@ -328,3 +330,16 @@ def test_a_table_travels_and_hands_out_levels_of_its_own():
     schedule.log_alpha_bar(t).add_(1)
     assert schedule.log_alpha_bar(t).item() == before
     assert pickle.loads(pickle.dumps(schedule)).log_alpha_bar(t).item() == before
+
+
+def test_given_betas_are_those_of_the_schedule(schedules):
+    linear = schedules["linear"]
+    given = Betas(betas=torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64).tolist())
+    t = torch.linspace(0.001, 1, 777, dtype=torch.float64)
+    assert torch.equal(given.log_snr(t), linear.log_snr(t))
+
+
+def test_networks_of_flow_matching_get_timesteps_up_to_their_number(schedules):
+    t = torch.linspace(0, 1, 5, dtype=torch.float64)
+    assert FlowMatching(num_timesteps=50).timestep(t).tolist() == [0, 12.5, 25, 37.5, 50]
+    assert torch.equal(FlowMatching().log_snr(t), schedules["rectified"].log_snr(t))

@@ -4,7 +4,7 @@ import math
 from typing import Annotated
 
 import torch
-from pydantic import Field, PositiveFloat
+from pydantic import Field, PositiveFloat, PositiveInt
 from torch import Tensor
 
 from diffusion_cli.diffusion.schedules.base import RHO, Schedule
@@ -205,3 +205,19 @@ class Rectified(Schedule):
 
     def timestep(self, t: Tensor) -> Tensor:
         return LAST_TIMESTEP * t
+
+
+class FlowMatching(Rectified):
+    """The schedule `Rectified` with other timesteps: the network gets num_timesteps t, as those of diffusers.
+
+    Args:
+        num_timesteps: timestep of the network at t = 1.
+        grid_t_min: smallest positive time of a sampling grid, in (0, 1).
+    """
+
+    def __init__(self, *, num_timesteps: PositiveInt = 1000, grid_t_min: Fraction = 0.001) -> None:
+        super().__init__(grid_t_min=grid_t_min)
+        self.num_timesteps = num_timesteps
+
+    def timestep(self, t: Tensor) -> Tensor:
+        return self.num_timesteps * t

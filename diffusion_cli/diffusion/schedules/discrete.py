@@ -152,6 +152,20 @@ class Discrete(Schedule):
         return torch.cat([entries.flip(0) / T, torch.zeros(1, dtype=torch.float64)])
 
 
+class Betas(Discrete):
+    """Given betas, as `trained_betas` of diffusers.
+
+    Args:
+        betas: the betas of the timesteps 1..T, each in (0, 1).
+        zero_terminal_snr: see `Discrete`.
+    """
+
+    def __init__(
+        self, *, betas: Annotated[list[Fraction], Field(min_length=1)], zero_terminal_snr: bool = False
+    ) -> None:
+        super().__init__(torch.tensor(betas, dtype=torch.float64), zero_terminal_snr)
+
+
 class Linear(Discrete):
     """Betas that increase linearly (Ho et al. 2020, Sec. 4).
 

@@ -32,6 +32,7 @@ from diffusion_cli.runs.weights import save_weights
 from diffusion_cli.system.distributed import Distributed, launch, started
 from diffusion_cli.system.files import atomic_write
 from diffusion_cli.system.locks import run_lock
+from diffusion_cli.system.precision import emulated_format
 from diffusion_cli.system.signals import UNFINISHED
 from diffusion_cli.system.trusted_paths import remember, remember_run
 from diffusion_cli.system.untrusted import reason
@@ -219,6 +220,8 @@ def _begin(config: TrainConfig, setup: TrainingSetup, folder: Path, before: Chec
         remember_run(folder)  # only now, because an existing config.yaml may be untrusted
     print(train_report.first_line(config, setup, folder, done), file=sys.stderr)
     if before and (line := train_report.other_budget(before.info.config.model_dump(), config)):
+        show_remarks([line])
+    if not before and (line := emulated_format(setup.precision, setup.device.torch_device)):
         show_remarks([line])
     show_remarks(train_report.remarks(setup))
     if config.preview_real:

@@ -10,6 +10,7 @@ from typing import Any, Literal
 from diffusion_cli.batch_size import images_that_fit, network_call
 from diffusion_cli.commands.class_labels import class_number, is_null, labels_named, warn_of_untrained
 from diffusion_cli.commands.guides import GuidanceRuns, other_space
+from diffusion_cli.commands.inputs import show_remarks
 from diffusion_cli.config import SamplingSettings, build
 from diffusion_cli.data import Dataset, with_rules
 from diffusion_cli.diffusion.guidance import Guidance, Guided
@@ -20,7 +21,7 @@ from diffusion_cli.runs.load import Loaded, LoadedDenoiser, load_model
 from diffusion_cli.runs.schema import check_dataset, not_built
 from diffusion_cli.samplers import Sampler
 from diffusion_cli.system.distributed import Distributed
-from diffusion_cli.system.precision import device_of, resolve
+from diffusion_cli.system.precision import device_of, emulated_format, resolve
 from diffusion_cli.system.trusted_paths import remember, unnamed
 
 FRUGAL = {"in_memory": None, "num_workers": 0}
@@ -138,6 +139,8 @@ def prepare(settings: SamplingSettings, folder: Path, model: LoadedDenoiser) -> 
     """Build the sampler, guidance and labels for the model of a run; UsageError if they are incompatible."""
     device = device_of(settings.device)
     precision = resolve(settings.precision, device)
+    if line := emulated_format(precision, device):
+        show_remarks([line])
     sampler: Sampler = build(settings.sampler, model.denoiser.schedule)
     guides = GuidanceRuns(
         model, folder, output_dir=settings.output_dir, weights=settings.weights, device=device

@@ -41,6 +41,14 @@ def has_fast_bf16(device: torch.device) -> bool:
     return device.type == "cpu" and cpu_has_bf16()
 
 
+def emulated_format(precision: NumberFormat, device: torch.device) -> str | None:
+    """Return a warning about a precision that a CPU without its instructions emulates; None for others."""
+    if device.type != "cpu" or precision == "fp32" or (precision == "bf16" and has_fast_bf16(device)):
+        return None
+    better = resolve("auto", device)
+    return f"precision={precision}: this CPU emulates it, which is slower than fp32; use precision={better}"
+
+
 def autocast(device: torch.device, precision: str) -> AbstractContextManager[object]:
     """Context in which a network computes in fp32, bf16 or fp16; weights and images stay float32."""
     if precision == "fp32":

@@ -21,7 +21,7 @@ from diffusion_cli.diffusion.latents import Pixels
 from diffusion_cli.errors import UsageError
 from diffusion_cli.networks import UNet
 from diffusion_cli.networks.layers import float64_device, widened
-from diffusion_cli.system.precision import device_of, has_fast_bf16
+from diffusion_cli.system.precision import device_of, emulated_format, has_fast_bf16
 from diffusion_cli.training.device import Device, naming_nondeterministic
 from diffusion_cli.training.module import DenoisingModule
 from diffusion_cli.training.optimizers import Optimization
@@ -118,6 +118,34 @@ def test_names_of_devices(monkeypatch, cuda, mps):
                 device_of(name)
     assert float64_device(torch.device("mps")).type == "cpu"
     assert not has_fast_bf16(torch.device("mps"))
+
+
+@pytest.mark.parametrize(
+    ("precision", "has_bf16", "better"),
+    [
+        ("fp32", False, None),
+        ("bf16", True, None),
+        ("bf16", False, "fp32"),
+        ("fp16", True, "bf16"),
+        ("fp16", False, "fp32"),
+    ],
+)
+def test_a_precision_that_the_cpu_emulates_names_a_faster_one(monkeypatch, precision, has_bf16, better):
+    monkeypatch.setattr("diffusion_cli.system.precision.cpu_has_bf16", lambda: has_bf16)
+    line = emulated_format(precision, torch.device("cpu"))
+    assert line is None if better is None else str(line).endswith(f"; use precision={better}")
+    assert emulated_format(precision, torch.device("cuda")) is None
+
+
+def test_training_and_sampling_name_an_emulated_precision(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("diffusion_cli.system.precision.cpu_has_bf16", lambda: False)
+    words = [word for word in TINY if not word.startswith("precision=")]
+    for command in (
+        [*words, "precision=bf16-mixed", "max_steps=1", f"output_dir={tmp_path}"],
+        ["sample", f"run={tmp_path / 'tiny'}", "precision=bf16", "steps=1", "num_samples=1", "device=cpu"],
+    ):
+        assert run(command) == 0
+        assert capsys.readouterr().err.count("precision=bf16: this CPU emulates it") == 1
 
 
 def test_an_apple_gpu_has_its_own_limits(monkeypatch):

@@ -4,22 +4,24 @@ import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
+from io import BytesIO
 from itertools import islice
 from pathlib import Path, PurePosixPath
 from statistics import median_low
-from typing import IO, Any, NamedTuple
+from typing import IO, Any, NamedTuple, TypeVar
+from warnings import catch_warnings
 
+from diffusion_cli.config.tables_at_hand import IMAGES, MOST_OPENED, READERS, images_in
 from diffusion_cli.system.untrusted import IMAGE_FORMATS, Archive, regular
 
+Place = TypeVar("Place", str, bytes)
 MOST_COUNTED = 1_000_000
 """Maximum number of files to look at."""
-MOST_OPENED = 16
-"""Maximum number of images to read the size of."""
 OTHER_SUFFIXES = (".dcm", ".dicom", ".nii", ".nii.gz", ".npy")
 """Suffixes of scans and volumes, which are counted too."""
 
 LARGEST_HEADER = 2**16
-"""Bytes of a `.npy` header."""
+"""Bytes of a header, at most."""
 
 
 class OwnImages(NamedTuple):
@@ -41,12 +43,38 @@ def own_images(dataset: Mapping[str, Any]) -> OwnImages | None:
         return None
     with suppress(OSError, ValueError):
         target = Path(path).expanduser()
+        if str(dataset.get("_target_")).endswith(".HuggingFace") and (tables := _tables(target, dataset)):
+            return _tabled(tables, dataset)
         if target.suffix in (".npy", ".npz"):
             return _array(target)
         if target.is_dir():
             return _measured([*islice(_files(target), MOST_COUNTED)], _opened)
         with Archive(target) as archive:
             return _measured([*archive.entries][:MOST_COUNTED], archive.open)
+    return None
+
+
+def _tables(target: Path, dataset: Mapping[str, Any]) -> list[Path]:
+    """The tables or tars that a path or a pattern names; empty for other files."""
+    if target.is_dir():
+        files = [Path(name) for name in islice(_files(target), MOST_COUNTED)]
+        split = str(dataset.get("split")).partition("[")[0]
+        files = [file for file in files if file.parent.name == split] or files
+    else:
+        files = sorted(Path(target.anchor).glob(str(target.relative_to(target.anchor))))
+    # The library caches what it computes beside its own files.
+    files = [file for file in files if not file.name.startswith("cache-")]
+    kinds = ([file for file in files if file.suffix.lower() == suffix] for suffix in READERS)
+    return next(filter(None, kinds), [])
+
+
+def _tabled(files: Sequence[Path], dataset: Mapping[str, Any]) -> OwnImages | None:
+    """The images in tables or tars."""
+    column, most = dataset.get("image"), dataset.get("max_images")
+    with suppress(Exception):  # pyarrow and tarfile have errors of many kinds; pyarrow may be missing
+        number, contents = images_in(files, column if isinstance(column, str) else None)
+        number = min(number, most) if isinstance(most, int) else number
+        return OwnImages(number, _short_side(contents, BytesIO))
     return None
 
 
@@ -64,18 +92,45 @@ def _opened(path: str) -> IO[bytes]:
 
 def _measured(names: Sequence[str], opened: Callable[[str], IO[bytes]]) -> OwnImages | None:
     """The images among files; the headers of a few of them are read."""
+    visible = [name for name in names if PurePosixPath(name).name[0] != "."]
+    images = [name for name in visible if name.lower().endswith((*IMAGES, *OTHER_SUFFIXES))]
+    scans = images or [name for name in visible if not PurePosixPath(name).suffix]
+    few = scans[:: max(1, len(scans) // MOST_OPENED)][:MOST_OPENED]
+    side = _short_side(few, opened)
+    found = images if side is None else scans
+    return OwnImages(len(found), side) if found else None
+
+
+def _short_side(places: Sequence[Place], opened: Callable[[Place], IO[bytes]]) -> int | None:
+    """The median of the short sides of images; None if no header shows one."""
+    sides = []
+    for place in places:
+        # Pillow and pydicom have errors of many kinds; volumes are no pictures, and pydicom may be missing.
+        with suppress(Exception), opened(place) as file:
+            sides.append(_side(file))
+    return median_low(sides) if sides else None
+
+
+def _side(file: IO[bytes]) -> int:
     from PIL import Image
 
-    suffixes = (*(suffix for suffixes in IMAGE_FORMATS.values() for suffix in suffixes), *OTHER_SUFFIXES)
-    images = [
-        name for name in names if name.lower().endswith(suffixes) and PurePosixPath(name).name[0] != "."
-    ]
-    sides = []
-    for name in images[:: max(1, len(images) // MOST_OPENED)][:MOST_OPENED]:
-        # Pillow's own errors are of many kinds; scans and volumes are no pictures.
-        with suppress(Exception), opened(name) as file, Image.open(file, formats=[*IMAGE_FORMATS]) as image:
-            sides.append(min(image.size))
-    return OwnImages(len(images), median_low(sides) if sides else None) if images else None
+    is_scan = file.read(132).endswith(b"DICM")
+    file.seek(0)
+    if is_scan:
+        return _side_of_scan(file.read(LARGEST_HEADER))
+    with Image.open(file, formats=[*IMAGE_FORMATS]) as image:
+        return min(image.size)
+
+
+def _side_of_scan(start: bytes) -> int:
+    """The short side by the first bytes of a DICOM file: pydicom inflates some files as a whole."""
+    from pydicom.filereader import read_partial
+    from pydicom.tag import Tag
+
+    rows, columns = Tag("Rows"), Tag("Columns")
+    with catch_warnings(action="ignore"):
+        header = read_partial(BytesIO(start), lambda tag, *_: tag > columns, specific_tags=[rows, columns])
+        return min(int(header.Rows), int(header.Columns))
 
 
 def _array(path: Path) -> OwnImages | None:

@@ -316,7 +316,7 @@ class Folder(Dataset):
         ]
 
     def _header_remarks(self) -> list[str]:
-        if isinstance(self.form, Dicom | Volume):
+        if isinstance(self.form, Volume):
             return []
         decoder = self.decoder.image if isinstance(self.decoder, MaskedDecoder) else self.decoder
         return survey.remarks(

@@ -11,15 +11,12 @@ from typing import IO, Any, NamedTuple, TypeVar
 
 from diffusion_cli.data.base import row_chunks
 from diffusion_cli.data.listing import ends_in, may_be_image
-from diffusion_cli.errors import FormatError
 from diffusion_cli.formats.dicom import SUFFIXES
-from diffusion_cli.formats.dicom_reader import LONGEST_HEADER, MAGIC, is_dicom, read_header
+from diffusion_cli.formats.dicom_reader import MAGIC, header_of, is_dicom
 from diffusion_cli.system.cache import optional, parse_json, write_json
 from diffusion_cli.system.untrusted import LONGEST_MANIFEST, Archive, read, regular
 
 Found = TypeVar("Found")
-USUAL_HEADER = 2**16
-"""Bytes in front of the pixels, at most, in almost all files."""
 LISTS = "series"
 """Folder of the lists of files, below the folder of downloaded datasets."""
 AT_ONCE = 8
@@ -100,12 +97,8 @@ def _listed(path: Path, files: list[str], data_dir: Path) -> list[str | None]:
 
 def _series_uid(file: IO[bytes]) -> str | None:
     """Return the UID of the series of a slice; empty for several frames or a broken file, None for a localizer."""
-    start = file.read(USUAL_HEADER)
     try:
-        try:
-            header = read_header(start)
-        except FormatError:  # perhaps longer
-            header = read_header(start + file.read(LONGEST_HEADER - len(start)))
+        header = header_of(file)
         frames = int(header.get("NumberOfFrames") or 1)
     except ValueError:
         return ""

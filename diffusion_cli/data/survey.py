@@ -3,12 +3,14 @@
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import nullcontext, suppress
+from io import BytesIO
 from pathlib import Path
-from typing import NamedTuple
+from typing import IO, NamedTuple
 
 from PIL import Image
 
 from diffusion_cli.data.base import spread
+from diffusion_cli.formats.dicom_reader import MAGIC, header_of, is_dicom
 from diffusion_cli.formats.files import is_turned, parsed
 from diffusion_cli.formats.profiles import conversion
 from diffusion_cli.system.untrusted import LARGEST, Archive, regular
@@ -31,7 +33,10 @@ class ImageHeader(NamedTuple):
 
 
 def headers(path: Path, names: list[str]) -> list[ImageHeader]:
-    """Return the headers of at most MOST image files in a folder or archive; broken files are skipped."""
+    """Return the headers of at most MOST image files in a folder or archive; broken files are skipped.
+
+    Includes DICOM files, with the size of a slice.
+    """
     chosen = [names[row] for row in spread(len(names), min(len(names), MOST)).tolist()]
     return [*_headers(path, chosen)]
 
@@ -41,7 +46,7 @@ def headers_of(contents: Iterable[tuple[str, bytes]]) -> list[ImageHeader]:
     found = []
     for name, data in contents:
         with suppress(Exception):  # decoders raise errors of many types; reported where pixels are read
-            found.append(_header(name, parsed(data)))
+            found.append(_header(name, BytesIO(data)))
     return found
 
 
@@ -50,17 +55,23 @@ def _headers(path: Path, names: Sequence[str]) -> Iterator[ImageHeader]:
         for name in names:
             try:
                 if archive is not None:
-                    yield _header(name, parsed(archive.read(name)))
+                    yield _header(name, BytesIO(archive.read(name)))
                 elif regular(path / name) <= LARGEST:
                     with (path / name).open("rb") as file:
-                        yield _header(name, parsed(file))
+                        yield _header(name, file)
             except (
                 Exception
             ):  # decoders raise errors of many types for broken data; reported where pixels are read
                 continue
 
 
-def _header(name: str, image: Image.Image) -> ImageHeader:
+def _header(name: str, file: IO[bytes]) -> ImageHeader:
+    is_scan = is_dicom(file.read(MAGIC))
+    file.seek(0)
+    if is_scan:
+        header = header_of(file)
+        return ImageHeader(name, (int(header.Rows), int(header.Columns)), False, False, None)
+    image = parsed(file)
     # For a PNG without "exif" in its header, Pillow would decode all pixels to look for the orientation.
     turned = (image.format != "PNG" or "exif" in image.info) and is_turned(image)
     size = image.size if turned else image.size[::-1]

@@ -5,7 +5,7 @@ import warnings
 from functools import cache
 from io import BytesIO
 from struct import unpack_from
-from typing import TYPE_CHECKING, NamedTuple
+from typing import IO, TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 MAGIC = 132  # length of the preamble and the magic number
 PIXELS = (b"\xe0\x7f\x10\0", b"\x7f\xe0\0\x10")  # tag of the pixel data, little and big endian
+USUAL_HEADER = 2**16
+"""Bytes in front of the pixels, at most, in almost all files."""
 LONGEST_HEADER = 2**23  # bytes; nested elements take up to 30 times as much memory
 LARGEST_RLE = 2**24  # bytes of a frame: two bytes of a run may inflate to 128
 PLUGINS = ("pydicom", "pyjpegls", "pylibjpeg", "pillow")
@@ -95,6 +97,18 @@ def read_header(data: bytes) -> "Dataset":
     Raises FormatError if the file is malformed or has no pixels there, or if pydicom is not installed.
     """
     return _header(data)[0]
+
+
+def header_of(file: IO[bytes]) -> "Dataset":
+    """Return the elements of an open DICOM file, from the usual length of a header or, if it is longer, from more.
+
+    Raises FormatError as `read_header`.
+    """
+    start = file.read(USUAL_HEADER)
+    try:
+        return read_header(start)
+    except FormatError:  # perhaps longer
+        return read_header(start + file.read(LONGEST_HEADER - len(start)))
 
 
 @cache

@@ -9,6 +9,7 @@ import yaml
 from diffusion_cli.config import at_hand, load, options, recipe
 from diffusion_cli.config.at_hand import OwnImages, own_images
 from diffusion_cli.config.recipe import budget, ema_decay, learning_rate, network_width, warm_up_steps
+from helpers.formats import dicom
 from helpers.recipes import photos, picture, train_config
 
 # --- The numbers ------------------------------------------------------------
@@ -139,7 +140,18 @@ def test_archives_and_arrays_are_counted_and_measured(tmp_path):
     assert own_images({"path": str(tmp_path / "d.npz")}) == OwnImages(4, 28)
 
 
-def test_scans_and_volumes_are_counted(tmp_path):
+@pytest.mark.parametrize("suffix", [".dcm", ""])
+@pytest.mark.parametrize("kind", ["folder", "zip"])
+def test_scans_are_counted_and_measured(tmp_path, suffix, kind):
+    with zipfile.ZipFile(tmp_path / "scans.zip", "w") as file:
+        for number in range(3):
+            file.writestr(f"IM{number}{suffix}", dicom(np.zeros((40, 50), np.int16)))
+    zipfile.ZipFile(tmp_path / "scans.zip").extractall(tmp_path / "scans")
+    path = tmp_path / ("scans.zip" if kind == "zip" else "scans")
+    assert own_images({"path": str(path)}) == OwnImages(3, 40)
+
+
+def test_volumes_are_counted(tmp_path):
     for name in ("a.dcm", "b.nii.gz", "c.NPY", ".hidden.png", "notes.txt"):
         (tmp_path / name).write_bytes(b"x")
     assert own_images({"path": str(tmp_path)}) == OwnImages(3, None)

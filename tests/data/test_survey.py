@@ -15,6 +15,8 @@ from diffusion_cli.formats import Uint8Image
 from diffusion_cli.formats.files import has_gray_palette, parsed
 from diffusion_cli.formats.lossy import lossy_format
 from helpers import SRGB, WIDE
+from helpers.data import zipped
+from helpers.formats import dicom
 
 ENLARGED = "smaller and enlarged (smallest: "
 
@@ -52,6 +54,24 @@ def test_images_smaller_than_they_are_read_are_counted(tmp_path):
     assert remarks(tmp_path / "turned", resolution=[30, 20]) == []
     (line,) = remarks(tmp_path / "turned", resolution=[20, 30])
     assert line.startswith("dataset.resolution=[20,30]: 1 image is")
+
+
+@pytest.mark.parametrize("kind", ["folder", "zip"])
+@pytest.mark.parametrize(("shape", "settings"), [((24, 30), {"channels": 1}), ((24, 30, 3), {})])
+def test_scans_smaller_than_they_are_read_are_counted(tmp_path, kind, shape, settings):
+    colour = {"SamplesPerPixel": 3, "PhotometricInterpretation": "RGB", "PlanarConfiguration": 0}
+    (tmp_path / "x").mkdir()
+    data = dicom(np.zeros((24, 30), np.int16))
+    if len(shape) == 3:
+        data = dicom(np.zeros((24, 90), np.uint8), Columns=30, **colour)
+    for number in range(2):
+        (tmp_path / "x" / f"{number}.dcm").write_bytes(data)
+    path = tmp_path / "x" if kind == "folder" else zipped(tmp_path / "x", tmp_path / "x.zip")
+    assert [line for line in remarks(path, resolution=24, **settings) if ENLARGED in line] == []
+    (line,) = (line for line in remarks(path, resolution=64, **settings) if ENLARGED in line)
+    assert line.endswith(
+        f"2 images are {ENLARGED}30 x 24 pixels); set dataset.resolution to at most 24 to avoid this"
+    )
 
 
 def test_of_many_files_some_are_looked_at(tmp_path, monkeypatch):

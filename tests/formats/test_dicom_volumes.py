@@ -14,7 +14,7 @@ from diffusion_cli.cli import run
 from diffusion_cli.commands.inputs import read_input
 from diffusion_cli.data import Folder, series
 from diffusion_cli.errors import FormatError
-from diffusion_cli.formats import Volume
+from diffusion_cli.formats import Volume, dicom_reader
 from diffusion_cli.formats.dicom_reader import read_header
 from diffusion_cli.formats.volume import read_volume
 from helpers.data import zipped
@@ -223,8 +223,10 @@ def test_a_header_is_read_no_further_than_it_reaches(tmp_path, monkeypatch, kind
     place = write(tmp_path / "scans", files)
     place = zipped(place, tmp_path / "scans.zip") if kind == "zip" else place
     sizes = []
-    monkeypatch.setattr(series, "read_header", lambda data: sizes.append(len(data)) or read_header(data))
-    monkeypatch.setattr(series, "USUAL_HEADER", 4000)
+    monkeypatch.setattr(
+        dicom_reader, "read_header", lambda data: sizes.append(len(data)) or read_header(data)
+    )
+    monkeypatch.setattr(dicom_reader, "USUAL_HEADER", 4000)
     names = [f"IM{number}.dcm" for number in range(4)]
     assert series.series(place, names).volumes == {"1.1": names[:2], "1.2": names[2:]}
     assert sorted(sizes)[:4] == [4000] * 4
@@ -240,7 +242,9 @@ def test_headers_of_a_folder_are_read_once_until_a_file_changes(tmp_path, monkey
     place = write(tmp_path / "scans", [*slices(VALUES[:2], uid="1.1"), *slices(VALUES[:2], uid="1.2")])
     names = [f"IM{number}.dcm" for number in range(4)]
     sizes = []
-    monkeypatch.setattr(series, "read_header", lambda data: sizes.append(len(data)) or read_header(data))
+    monkeypatch.setattr(
+        dicom_reader, "read_header", lambda data: sizes.append(len(data)) or read_header(data)
+    )
     first = series.series(place, names, tmp_path / "data")
     assert first == series.series(place, names) == series.series(place, names, tmp_path / "data")
     assert len(sizes) == 8
@@ -249,10 +253,10 @@ def test_headers_of_a_folder_are_read_once_until_a_file_changes(tmp_path, monkey
     changed = series.series(place, names, tmp_path / "data")
     assert changed == series.series(place, names)
     assert len(sizes) == 8 + 1 + 3
-    monkeypatch.setattr(series, "read_header", needs_pydicom)
+    monkeypatch.setattr(dicom_reader, "read_header", needs_pydicom)
     (place / "IM0.dcm").touch()
     assert series.series(place, names, tmp_path / "data") != changed
-    monkeypatch.setattr(series, "read_header", read_header)
+    monkeypatch.setattr(dicom_reader, "read_header", read_header)
     assert series.series(place, names, tmp_path / "data") == changed
     (listed,) = (tmp_path / "data" / series.LISTS).iterdir()
     listed.write_text("damaged")

@@ -50,7 +50,7 @@ from diffusion_cli.config.runs import flatten, identity, replaced, run_name, usu
 from diffusion_cli.config.schema import COMMANDS, GRIDS, UNSWEPT, Config
 from diffusion_cli.config.secret_values import secrets_in
 from diffusion_cli.config.tasks import task_problems
-from diffusion_cli.config.typed import KEY, SWEEPS, as_shown, as_text, as_typed, quoted, separated
+from diffusion_cli.config.typed import KEY, SWEEPS, as_shown, as_text, as_typed, misspelt_function, quoted, separated
 from diffusion_cli.config.unknown import unknown_key, unknown_option
 from diffusion_cli.config.validate import check_node, validate
 from diffusion_cli.config.values import Node
@@ -278,6 +278,8 @@ def _syntax_problem(text: str) -> tuple[str, str]:
         return "not key=value", "write key=value"
     if not KEY.fullmatch(key):
         return "invalid key", "use letters, digits, _ and . in keys"
+    if (function := misspelt_function(value)) is not None:
+        return f"unknown function {value.partition('(')[0]}", f"did you mean {function}?"
     if "${" in value:
         return "invalid reference ${...}", "use the name of a key, such as ${seed}"
     parts = separated(value)

@@ -9,6 +9,7 @@ import re
 import shlex
 from collections.abc import Callable, Sequence
 from decimal import Decimal
+from difflib import get_close_matches
 from functools import cache, partial
 from pathlib import Path
 from types import NoneType
@@ -96,6 +97,15 @@ def separated(value: str) -> list[str]:
     return parts
 
 
+def misspelt_function(value: str) -> str | None:
+    """Return the function of a sweep that a value such as `choise(1,2)` misspells; None for other values."""
+    called = re.fullmatch(r"(\w+)\(.*\)", value.strip())
+    if called is None or value.strip().startswith(SWEEPS) or readable(f"key={value}"):
+        return None
+    functions = [function.removesuffix("(") for function in SWEEPS]
+    return next(iter(get_close_matches(called[1].lower(), functions, n=1, cutoff=0.7)), None)
+
+
 def _typed(override: str, types: Callable[[str], list[Any]], lists: bool) -> str:
     key, equals, value = override.partition("=")
     if not equals or "${" in value or value.strip().startswith(SWEEPS) or not KEY.fullmatch(key):
@@ -103,6 +113,8 @@ def _typed(override: str, types: Callable[[str], list[Any]], lists: bool) -> str
     if key in CLASS_KEYS:
         return override if "\\" in value else f"{key}={_each(value, quoted, quoted)}"
     found = types(key)
+    if misspelt_function(value) and ("," in value or not _is_text(kinds(found))):
+        return override  # so that Hydra's grammar refuses it
     if "\\" in value and readable(override):
         return override
     single, listed = (partial(_written, accepted=of(found)) for of in (kinds, item_kinds))

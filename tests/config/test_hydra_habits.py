@@ -59,6 +59,10 @@ ONE_VALUE = {
     "train optimizer.lr=tag(log,interval(1e-4,1))": "optimizer.lr=tag(log,interval(1e-4,1)): several values; give "
     "one, or add -m hydra/sweeper=optuna",
     "train seed=choice()": "seed=choice(): not a list of values; write seed=1,2,3 or seed=range(1,4)",
+    "train seed=choise(1,2)": "seed=choise(1,2): unknown function choise; did you mean choice?",
+    "train -m seed=rnage(3)": "seed=rnage(3): unknown function rnage; did you mean range?",
+    "train name=choices(a,b)": "name=choices(a,b): unknown function choices; did you mean choice?",
+    "eval steps=Choice(5,10)": "steps=Choice(5,10): unknown function Choice; did you mean choice?",
     "train progressive=range(8,17,8)": "progressive=range(8,17,8): several values; write progressive=[8,16]",
     "plot image=range(3)": "image=range(3): several values; write image=[0,1,2]",
     "plot schedule=glob(c*)": "schedule=glob(c*): several values; write schedule=[cosine]",
@@ -115,6 +119,10 @@ def test_an_experiment_with_settings_of_a_sweep_also_trains_one_run(capsys, tmp_
 def shown(capsys, words: str) -> str:
     assert run(shlex.split(words)) == 0
     return capsys.readouterr().out
+
+
+def test_text_that_resembles_a_function_is_text(capsys):
+    assert shown(capsys, "train 'data_dir=ranger(1)' --cfg job -p data_dir") == "ranger(1)\n"
 
 
 def test_two_plus_signs_set_a_key(capsys):

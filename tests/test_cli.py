@@ -110,7 +110,10 @@ def test_every_mistake_at_once_one_line_each(capsys):
             ["train", "-m", "launcher.partition=gpu"],
             "launcher.partition=gpu: applies only to launcher=slurm; add launcher=slurm",
         ),
-        (["train", "-m", "launcher.nodes=2"], "launcher.nodes=2: unknown key"),
+        (
+            ["train", "-m", "launcher.nodes=2"],
+            "launcher.nodes=2: follows from the jobs; set trainer.num_nodes of train, or processes of other commands",
+        ),
         (
             ["train", "-m", "hydra/launcher=slurm", "hydra.launcher.partitoin=gpu"],
             "launcher.partitoin=gpu: unknown key; did you mean partition?",

@@ -2,7 +2,8 @@
 
 import math
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from difflib import get_close_matches
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,8 @@ from diffusion_cli.config.validate import validate
 from diffusion_cli.errors import NO_VALUE, Problem, UsageError
 
 LAUNCHERS = "hydra/launcher"
+OF_JOBS = {"nodes": "trainer.num_nodes", "tasks_per_node": "trainer.devices"}
+"""Keys of a training that decide the value of a key of the launcher."""
 PACKAGES = {"joblib": "sweep", "submitit_local": "slurm"}
 """Extras with launchers, by the option that each adds."""
 
@@ -104,20 +107,40 @@ def _unknown(name: str, known: Sequence[str]) -> Problem:
 
 def _unknown_keys(name: str, given: dict[str, Any], dirs: Sequence[Path]) -> list[Problem]:
     """The problems of keys that a launcher does not have."""
-    if not given:
-        return []
+    known = launcher_keys(name, dirs) if given else []
+    unknown = {key: value for key, value in given.items() if key.partition(".")[0] not in known}
+    settings = {other: launcher_keys(other, dirs) for other in launchers(dirs)} if unknown else {}
+    return [
+        Problem(f"launcher.{key}", value, *_unknown_key(name, key, settings))
+        for key, value in unknown.items()
+    ]
+
+
+def _unknown_key(name: str, key: str, settings: Mapping[str, Sequence[str]]) -> tuple[str, str]:
+    """The problem and the remedy of a key that a launcher lacks; `settings`: the keys of each launcher."""
+    if key in OF_JOBS:
+        return "follows from the jobs", f"set {OF_JOBS[key]} of train, or processes of other commands"
+    if having := [other for other, keys in settings.items() if key in keys]:
+        several = len(having) > 1
+        remedy = "choose one of them" if several else f"add launcher={having[0]}"
+        return f"applies only to {' or '.join(f'launcher={other}' for other in having)}", remedy
+    if settings[name]:
+        return "unknown key", did_you_mean(key, settings[name])
+    near = get_close_matches(key, dict.fromkeys(key for keys in settings.values() for key in keys), n=1)
+    if not near:
+        return f"launcher={name} has no keys", "leave it out, or choose another launcher"
+    of = " or ".join(f"launcher={other}" for other, keys in settings.items() if near[0] in keys)
+    return "unknown key", f"did you mean launcher.{near[0]} of {of}?"
+
+
+def launcher_keys(name: str, dirs: Sequence[Path] = ()) -> list[str]:
+    """Return the keys of an option of the launcher."""
     from diffusion_cli.config.hydra_jobs import hydra_config
 
+    if name == "slurm":
+        return [*SlurmConfig.model_fields]
     words = [f"{LAUNCHERS}={name}", *search_path(dirs)]
-    known = [key for key in hydra_config(None, words).hydra.launcher if key != "_target_"]
-    of_slurm = SlurmConfig.model_fields
-    return [
-        Problem(f"launcher.{key}", value, "applies only to launcher=slurm", "add launcher=slurm")
-        if key in of_slurm
-        else Problem(f"launcher.{key}", value, "unknown key", did_you_mean(key, known) if known else "")
-        for key, value in given.items()
-        if key.partition(".")[0] not in known
-    ]
+    return [str(key) for key in hydra_config(None, words).hydra.launcher if key != "_target_"]
 
 
 def _keys(file: Path) -> dict[str, Any]:

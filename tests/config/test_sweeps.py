@@ -190,6 +190,31 @@ def test_what_submitting_needs_is_said_before_anything_is_submitted(monkeypatch)
         told(["launcher=slurm"], [])
 
 
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        (
+            "launcher.njobs=2",
+            "launcher.njobs=2: unknown key; did you mean launcher.n_jobs of launcher=joblib?",
+        ),
+        ("launcher=joblib launcher.njobs=2", "launcher.njobs=2: unknown key; did you mean n_jobs?"),
+        (
+            "hydra.launcher.n_jobs=2",
+            "launcher.n_jobs=2: applies only to launcher=joblib; add launcher=joblib",
+        ),
+        (
+            "launcher.x=1",
+            "launcher.x=1: launcher=local has no keys; leave it out, or choose another launcher",
+        ),
+    ],
+)
+def test_a_key_that_the_launcher_lacks_is_one_line_with_a_remedy(words, line):
+    pytest.importorskip("hydra_plugins.hydra_joblib_launcher")
+    with pytest.raises(UsageError) as error:
+        config.plan_sweep("train", ["seed=0,1", *words.split()])
+    assert error.value.lines == (line,)
+
+
 @pytest.mark.parametrize("file", sorted(CONF.glob("hydra/launcher/*.yaml")), ids=lambda file: file.stem)
 def test_every_key_of_a_launcher_is_explained_and_checked(file):
     documented = {key: comment for key, _, comment in config.documented(file)}

@@ -105,9 +105,13 @@ def _keep_best_values(folder: Path) -> None:
 
 
 def _folder(checked: Config) -> str:
-    """Return the folder of the run that a configuration trains, or its `output`; empty if the command chooses it."""
+    """Return the folder of the run that a configuration trains, or its `output`.
+
+    Empty if nothing is kept, or if the command chooses the folder.
+    """
     if isinstance(checked, config.TrainConfig):
-        return str(Path(checked.output_dir, str(checked.name)))
+        trial = checked.trainer["fast_dev_run"]
+        return "" if trial else str(Path(checked.output_dir, str(checked.name)))
     return getattr(checked, "output", None) or ""
 
 
@@ -327,7 +331,9 @@ def _objectives(checked: Config, measured: Mapping[str, float], needed: bool) ->
         return ()  # the first process returns them
     source, steps = "the results", {}
     if isinstance(checked, config.TrainConfig):
-        source = str(Path(_folder(checked), "metrics.csv"))
+        if not (folder := _folder(checked)):
+            return ()
+        source = str(Path(folder, "metrics.csv"))
         try:
             steps = last_values(Path(source))
         except (OSError, FormatError) as error:

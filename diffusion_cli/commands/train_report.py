@@ -25,8 +25,9 @@ from diffusion_cli.training.validation import ValidationAccuracy
 def first_line(config: TrainConfig, setup: TrainingSetup, folder: Path, done: int) -> str:
     """Return a summary of the network, data, device and budget of a run that starts at step `done`."""
     device, steps = setup.device.torch_device, setup.max_steps
+    run = f"{'Continuing' if done else 'Training'} {folder}"
     return (
-        f"{'Continuing' if done else 'Training'} {folder}: {_describe(setup.task.model.network)} on "
+        f"{'Trial run, not kept' if setup.device.fast_dev_run else run}: {_describe(setup.task.model.network)} on "
         f"{counted(len(setup.images), 'image')} of {setup.dataset.name} ({'x'.join(map(str, setup.dataset.shape))}), "
         f"{f'{setup.stages}, ' if setup.stages.grow else ''}{_where(device)}, {setup.precision}, "
         f"{_learning_rate(config.optimizer)}"

@@ -50,7 +50,16 @@ from diffusion_cli.config.runs import flatten, identity, replaced, run_name, usu
 from diffusion_cli.config.schema import COMMANDS, GRIDS, UNSWEPT, Config
 from diffusion_cli.config.secret_values import secrets_in
 from diffusion_cli.config.tasks import task_problems
-from diffusion_cli.config.typed import KEY, SWEEPS, as_shown, as_text, as_typed, misspelt_function, quoted, separated
+from diffusion_cli.config.typed import (
+    KEY,
+    SWEEPS,
+    as_shown,
+    as_text,
+    as_typed,
+    misspelt_function,
+    quoted,
+    separated,
+)
 from diffusion_cli.config.unknown import unknown_key, unknown_option
 from diffusion_cli.config.validate import check_node, validate
 from diffusion_cli.config.values import Node

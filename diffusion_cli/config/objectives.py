@@ -80,6 +80,9 @@ def _problems(config: Config) -> Iterator[Problem]:
             "use hydra/sweeper=basic",
         )
         return
+    if config.trainer["fast_dev_run"]:
+        problem = "measures no objective, because nothing is kept"
+        yield Problem("trainer.fast_dev_run", True, problem, "use hydra/sweeper=basic")
     if "csv" not in config.logger:
         yield Problem(
             "logger", ",".join(config.logger) or None, "the objective is read from metrics.csv", "add csv"

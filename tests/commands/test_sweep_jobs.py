@@ -196,6 +196,14 @@ def test_all_jobs_run_although_one_fails(trained, monkeypatch, capsys):
     assert "Best val_loss: 0 by diffuse train seed=1 optimizer.lr=1e-3\n" in out
 
 
+def test_trial_runs_have_no_folders(trained, capsys):
+    Path("metrics.csv").write_text("step,loss,val_loss\n1,2,3\n")  # of no job
+    assert run(["train", "-m", "seed=0,1", "trainer.fast_dev_run=true"]) == 0
+    assert rows(capsys.readouterr().out) == [
+        ["job", "seed", "result"], ["0", "0", "done"], ["1", "1", "done"],
+    ]  # fmt: skip
+
+
 def test_a_bug_in_a_job_has_its_traceback_and_exit_code(trained, monkeypatch, capsys):
     failing(monkeypatch, lambda config: ZeroDivisionError("oh") if config.seed == 0 else None)
     assert run(["train", "-m", "seed=0,1"]) == 1

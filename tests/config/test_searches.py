@@ -18,6 +18,10 @@ LR = "optimizer.lr="
             "hydra.sweeper.direction=[maximize,mini]",
             "hydra.sweeper.direction=mini: unknown value; did you mean minimize?",
         ),
+        (
+            "trainer.fast_dev_run=true",
+            "trainer.fast_dev_run=true: measures no objective, because nothing is kept; use hydra/sweeper=basic",
+        ),
         ("hydra.sweeper.n_trials=0", "hydra.sweeper.n_trials=0: must be at least 1"),
         ("hydra.sweeper.n_jobs=-1", "hydra.sweeper.n_jobs=-1: must be at least 1"),
         ("hydra.sweeper.max_failure_rate=2", "hydra.sweeper.max_failure_rate=2.0: must be between 0 and 1"),

@@ -193,7 +193,10 @@ def test_a_trial_run_keeps_nothing_and_leaves_a_run_of_its_name_alone(tmp_path, 
     (tmp_path / "temporary").mkdir()
     words = [*TINY, f"output_dir={tmp_path / 'o'}", "max_steps=500", "preview_every=100", "preview_steps=50"]
     assert run([*words, "trainer.fast_dev_run=true"]) == 0
-    assert "one step of training, validation and previews worked; nothing is kept" in capsys.readouterr().out
+    out, err = capsys.readouterr()
+    assert "one step of training, validation and previews worked; nothing is kept" in out
+    assert "\nTrial run, not kept: UNet of " in err
+    assert str(tmp_path / "temporary") not in out + err
     assert not (tmp_path / "o").exists()
     assert run([*TINY, f"output_dir={tmp_path / 'o'}", "max_steps=1"]) == 0
     before = contents(tmp_path / "o")

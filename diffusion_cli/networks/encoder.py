@@ -1,5 +1,6 @@
 """Encoder and configuration of U-Nets."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -11,20 +12,28 @@ from torch.nn.functional import silu
 from diffusion_cli.errors import NO_VALUE, UsageError, format_value
 from diffusion_cli.networks.layers import (
     CONV,
+    NORM_EPS,
     Attention,
     Checkpointed,
     Conv,
     Downsample,
+    FirPadding,
+    InputSkip,
+    OutputSkip,
     ProgressiveInput,
     ResBlock,
     Upsample,
     fourier_embedding,
+    halve,
     pad_to_multiple,
     timestep_embedding,
     to_patches,
+    widened,
 )
 
 EmbeddingLayout = Literal["sin_cos", "cos_sin", "fourier"]
+ProgressiveIn = Literal["none", "residual", "input_skip"]
+ProgressiveOut = Literal["none", "output_skip"]
 Resample = Literal["conv", "conv_same", "block", "block_proj"]
 
 
@@ -63,9 +72,10 @@ class UNetEncoder(Checkpointed):
         if num_classes is not None:
             self.class_embedding = nn.Embedding(num_classes + 1, 4 * channels)
         self.stem = Conv(in_channels, channels, ndim=config.ndim)
-        self.down, self.skip_widths = config.down_path(
-            in_channels if config.progressive_input == "residual" else None
-        )
+        self.fir = config.fir
+        self.fir_padding: FirPadding = config.fir_padding
+        self.noise_shift = 0.0 if config.centered else -math.log(2)
+        self.down, self.skip_widths = config.down_path(in_channels)
         self.middle = config.middle()
 
     def encode(self, x: Tensor, emb: Tensor) -> list[Tensor]:
@@ -76,6 +86,9 @@ class UNetEncoder(Checkpointed):
         for block in self.down:
             if isinstance(block, ProgressiveInput):
                 h = skips[-1] = pyramid = self.run(block, h, pyramid)
+            elif isinstance(block, InputSkip):
+                pyramid = halve(pyramid, fir=self.fir, padding=self.fir_padding)
+                h = skips[-1] = self.run(block, h, pyramid)
             else:
                 h = self.run(block, h, emb)
                 skips.append(h)
@@ -86,7 +99,7 @@ class UNetEncoder(Checkpointed):
         # Not in bfloat16: its 8 bits do not distinguish neighbouring timesteps.
         with torch.autocast(c_noise.device.type, enabled=False):
             if self.embedding_layout == "fourier":
-                features = fourier_embedding(c_noise, self.frequencies)
+                features = fourier_embedding(widened(c_noise) + self.noise_shift, self.frequencies)
             else:
                 features = timestep_embedding(c_noise, self.channels, self.embedding_layout)
             emb = self.time_mlp(features.to(self.stem.weight.dtype))
@@ -123,8 +136,14 @@ class UNetConfig:
     dropout: float
     gradient_checkpointing: bool
     fir: bool = False
-    progressive_input: Literal["none", "residual"] = "none"
+    fir_padding: FirPadding = "edge"
+    progressive_input: ProgressiveIn = "none"
+    progressive_output: ProgressiveOut = "none"
     up_attention: Literal["all", "last"] = "all"
+    middle_attention: bool = True
+    norm_eps: float = NORM_EPS
+    scale_by_sigma: bool = False
+    centered: bool = True
     skip_rescale: bool = False
     patch_size: int = 1
 
@@ -149,6 +168,14 @@ class UNetConfig:
                 f"needs resampling in blocks, not resample={self.resample}",
                 "use resample=block or block_proj, or fir=false",
             )
+        for key, value in (("scale_by_sigma", self.scale_by_sigma), ("centered", not self.centered)):
+            if value and self.embedding_layout != "fourier":
+                raise UsageError(
+                    key,
+                    getattr(self, key),
+                    f"needs the noise level log sigma, not embedding_layout={self.embedding_layout}",
+                    f"use embedding_layout=fourier or {key}={format_value(not getattr(self, key))}",
+                )
         unreached = [r for r in self.attention_resolutions if r not in self.resolutions]
         if unreached:
             raise UsageError(
@@ -181,12 +208,12 @@ class UNetConfig:
         finest = self.height + -self.height % 2 ** (levels - 1)
         return [finest >> level for level in range(levels)]
 
-    def down_path(self, pyramid: int | None) -> tuple[nn.ModuleList, list[int]]:
+    def down_path(self, in_channels: int) -> tuple[nn.ModuleList, list[int]]:
         """Return the encoder blocks and the widths of the skip connections, starting with that of the stem.
 
-        `pyramid` is the number of input channels for progressive input, or None.
+        `in_channels` is the number of channels of the image, for progressive input.
         """
-        blocks, skips = nn.ModuleList(), [self.channels]
+        blocks, skips, pyramid = nn.ModuleList(), [self.channels], in_channels
         for level, width in enumerate(self.widths):
             for _ in range(self.num_res_blocks):
                 blocks.append(self._stage(skips[-1], level, attended=self._attended(level)))
@@ -194,19 +221,30 @@ class UNetConfig:
             if level < len(self.widths) - 1:
                 blocks.append(Block([self._resampling(width, "down")]))
                 skips.append(width)
-                if pyramid is not None:
+                if self.progressive_input == "residual":
                     join = ProgressiveInput(
-                        pyramid, width, fir=self.fir, skip_rescale=self.skip_rescale, ndim=self.ndim
-                    )
+                        pyramid, width, fir=self.fir, fir_padding=self.fir_padding,
+                        skip_rescale=self.skip_rescale, ndim=self.ndim,
+                    )  # fmt: skip
                     blocks.append(join)
                     pyramid = width
+                elif self.progressive_input == "input_skip":
+                    blocks.append(InputSkip(pyramid, width, ndim=self.ndim))
         return blocks, skips
 
     def middle(self) -> Block:
         width = self.widths[-1]
-        return Block([self._res(width, width), self._attention(width), self._res(width, width)])
+        block = Block([self._res(width, width)])
+        if self.middle_attention:
+            block.append(self._attention(width))
+        block.append(self._res(width, width))
+        return block
 
-    def up_path(self, skips: list[int]) -> nn.ModuleList:
+    def up_path(self, skips: list[int], out_channels: int) -> nn.ModuleList:
+        """Return the decoder blocks for skip connections of these widths.
+
+        `out_channels` is the number of channels of the output, for progressive output.
+        """
         blocks, width = nn.ModuleList(), self.widths[-1]
         for level in reversed(range(len(self.widths))):
             for i in range(self.num_res_blocks + 1):
@@ -214,9 +252,15 @@ class UNetConfig:
                 attended = self._attended(level) and (last or self.up_attention == "all")
                 block = self._stage(width + skips.pop(), level, attended=attended)
                 width = self.widths[level]
-                if level and last:
+                if level and last and self.progressive_output == "none":
                     block.append(self._resampling(width, "up"))
                 blocks.append(block)
+            if level and self.progressive_output == "output_skip":
+                skip = OutputSkip(
+                    width, out_channels, up=Block([self._resampling(width, "up")]),
+                    norm_groups=self.norm_groups, norm_eps=self.norm_eps, ndim=self.ndim,
+                )  # fmt: skip
+                blocks.append(skip)
         return blocks
 
     def _stage(self, in_channels: int, level: int, *, attended: bool) -> Block:
@@ -231,14 +275,15 @@ class UNetConfig:
     def _res(self, in_channels: int, out_channels: int, **resampling: Any) -> ResBlock:
         return ResBlock(
             in_channels, out_channels, emb_channels=4 * self.channels, norm_groups=self.norm_groups,
-            dropout=self.dropout, scale_shift=self.time_embedding == "scale_shift",
+            norm_eps=self.norm_eps, dropout=self.dropout, scale_shift=self.time_embedding == "scale_shift",
             skip_rescale=self.skip_rescale, ndim=self.ndim, **resampling,
         )  # fmt: skip
 
     def _attention(self, width: int) -> Attention:
         return Attention(
-            width, num_heads=self._heads(width), norm_groups=self.norm_groups, skip_rescale=self.skip_rescale
-        )
+            width, num_heads=self._heads(width), norm_groups=self.norm_groups, norm_eps=self.norm_eps,
+            skip_rescale=self.skip_rescale,
+        )  # fmt: skip
 
     def _heads(self, width: int) -> int:
         """Return the number of attention heads for a number of feature maps."""
@@ -259,7 +304,9 @@ class UNetConfig:
     def _resampling(self, width: int, direction: Literal["up", "down"]) -> nn.Module:
         if self.resample in ("block", "block_proj"):
             project = self.resample == "block_proj"
-            return self._res(width, width, resample=direction, fir=self.fir, project=project)
+            return self._res(
+                width, width, resample=direction, fir=self.fir, fir_padding=self.fir_padding, project=project
+            )
         if direction == "up":
             return Upsample(width, ndim=self.ndim)
         return Downsample(width, same=self.resample == "conv_same", ndim=self.ndim)

@@ -35,6 +35,7 @@ CONV_TRANSPOSE = {1: conv_transpose1d, 2: conv_transpose2d, 3: conv_transpose3d}
 AVG_POOL = {1: avg_pool1d, 2: avg_pool2d, 3: avg_pool3d}
 
 NORM_EPS = 1e-6  # Ho et al. 2020
+FirPadding = Literal["edge", "zeros"]
 SMALL = 2**24  # elements of all attention matrices of a layer: 32 MB in bfloat16
 
 
@@ -170,36 +171,37 @@ def crop(x: Tensor, sizes: Sequence[int]) -> Tensor:
     return x if tuple(x.shape[2:]) == tuple(sizes) else x[(..., *(slice(size) for size in sizes))]
 
 
-def halve(x: Tensor, *, fir: bool) -> Tensor:
+def halve(x: Tensor, *, fir: bool, padding: FirPadding = "edge") -> Tensor:
     """Halve the resolution: [B, C, *sizes] to [B, C, *sizes / 2], for even sizes.
 
-    Averages pairs of pixels, or with `fir` applies the anti-aliasing filter (1, 3, 3, 1) / 8 along each axis. Edge
-    pixels are repeated, which preserves constants; the published code pads with zeros.
+    Averages pairs of pixels, or with `fir` applies the anti-aliasing filter (1, 3, 3, 1) / 8 along each axis. The
+    filter repeats `edge` pixels, which preserves constants, or pads with `zeros` as the published code.
 
     Source: Karras et al. 2020; Song et al. 2021b, Appendix H.
     """
     if not fir:
         return AVG_POOL[x.dim() - 2](x, 2)
-    return _along_axes(x, [_fir_matrix(size, x) for size in x.shape[2:]])
+    return _along_axes(x, [_fir_matrix(size, x, padding) for size in x.shape[2:]])
 
 
-def double(x: Tensor, *, fir: bool) -> Tensor:
+def double(x: Tensor, *, fir: bool, padding: FirPadding = "edge") -> Tensor:
     """Double the resolution: [B, C, *sizes] to [B, C, *2 sizes], 2^ndim times the adjoint of `halve`.
 
-    Uses nearest neighbours, or with `fir` linear interpolation with weights 3/4 and 1/4.
+    Uses nearest neighbours, or with `fir` linear interpolation with weights 3/4 and 1/4, with `padding` as in `halve`.
     """
     if not fir:
         return interpolate(x, scale_factor=2.0)
-    return _along_axes(x, [2 * _fir_matrix(2 * size, x).T for size in x.shape[2:]])
+    return _along_axes(x, [2 * _fir_matrix(2 * size, x, padding).T for size in x.shape[2:]])
 
 
-def _fir_matrix(size: int, like: Tensor) -> Tensor:
+def _fir_matrix(size: int, like: Tensor, padding: FirPadding) -> Tensor:
     # [size / 2, size]; the product handles edges, and has deterministic gradients.
     pixels = torch.arange(size, device=like.device, dtype=torch.float32)
     distance = (pixels - (pixels[::2, None] + 0.5)).abs()  # 0.5, 1.5, ... from the centre of an output
     matrix = (2 - distance).clamp(min=0) / 4
-    matrix[0, 0] += 1 / 8
-    matrix[-1, -1] += 1 / 8
+    if padding == "edge":
+        matrix[0, 0] += 1 / 8
+        matrix[-1, -1] += 1 / 8
     return matrix.to(like.dtype)
 
 
@@ -237,15 +239,68 @@ class ProgressiveInput(nn.Module):
     """
 
     def __init__(
-        self, pyramid_channels: int, channels: int, *, fir: bool, skip_rescale: bool, ndim: int = 2
+        self,
+        pyramid_channels: int,
+        channels: int,
+        *,
+        fir: bool,
+        fir_padding: FirPadding = "edge",
+        skip_rescale: bool,
+        ndim: int = 2,
     ) -> None:
         super().__init__()
         self.fir = fir
+        self.fir_padding: FirPadding = fir_padding
         self.skip_rescale = skip_rescale
         self.conv = Conv(pyramid_channels, channels, ndim=ndim)
 
     def forward(self, h: Tensor, pyramid: Tensor) -> Tensor:
-        return residual_sum(h, self.conv(halve(pyramid, fir=self.fir)), rescale=self.skip_rescale)
+        smaller = halve(pyramid, fir=self.fir, padding=self.fir_padding)
+        return residual_sum(h, self.conv(smaller), rescale=self.skip_rescale)
+
+
+class InputSkip(nn.Module):
+    """Progressive input: adds a smaller copy of the image to a coarser level, `h + conv(pyramid)`.
+
+    This is the "input skip" of Song et al. 2021b, Appendix H. The pyramid is the image, halved for each level.
+
+    Maps h [B, channels, *sizes] and pyramid [B, pyramid_channels, *sizes] to the shape of h.
+    """
+
+    def __init__(self, pyramid_channels: int, channels: int, *, ndim: int = 2) -> None:
+        super().__init__()
+        self.conv = Pointwise(pyramid_channels, channels, ndim=ndim)
+
+    def forward(self, h: Tensor, pyramid: Tensor) -> Tensor:
+        return h + self.conv(pyramid)
+
+
+class OutputSkip(nn.Module):
+    """Progressive output: image of a level, `conv(silu(norm(h)))`, before the layer `up` to the finer level.
+
+    This is the "output skip" of Song et al. 2021b, Appendix H. The network doubles the images and adds them.
+
+    Maps h [B, channels, *sizes] to [B, out_channels, *sizes].
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        out_channels: int,
+        *,
+        up: nn.Module,
+        norm_groups: int,
+        norm_eps: float = NORM_EPS,
+        ndim: int = 2,
+    ) -> None:
+        super().__init__()
+        self.norm = nn.GroupNorm(norm_groups, channels, eps=norm_eps)
+        self.conv = Conv(channels, out_channels, ndim=ndim)
+        zero_init(self.conv)
+        self.up = up
+
+    def forward(self, h: Tensor) -> Tensor:
+        return self.conv(silu(self.norm(h)))
 
 
 class Downsample(Conv):
@@ -336,12 +391,18 @@ class Attention(nn.Module):
     """
 
     def __init__(
-        self, channels: int, *, num_heads: int, norm_groups: int, skip_rescale: bool = False
+        self,
+        channels: int,
+        *,
+        num_heads: int,
+        norm_groups: int,
+        norm_eps: float = NORM_EPS,
+        skip_rescale: bool = False,
     ) -> None:
         super().__init__()
         self.num_heads = num_heads
         self.skip_rescale = skip_rescale
-        self.norm = nn.GroupNorm(norm_groups, channels, eps=NORM_EPS)
+        self.norm = nn.GroupNorm(norm_groups, channels, eps=norm_eps)
         self.qkv = nn.Linear(channels, 3 * channels)
         self.proj = nn.Linear(channels, channels)
         zero_init(self.proj)
@@ -374,11 +435,13 @@ class ResBlock(nn.Module):
         *,
         emb_channels: int,
         norm_groups: int,
+        norm_eps: float = NORM_EPS,
         dropout: float,
         scale_shift: bool,
         skip_rescale: bool = False,
         resample: Literal["up", "down"] | None = None,
         fir: bool = False,
+        fir_padding: FirPadding = "edge",
         project: bool = False,
         ndim: int = 2,
     ) -> None:
@@ -387,10 +450,11 @@ class ResBlock(nn.Module):
         self.skip_rescale = skip_rescale
         self.resample = resample
         self.fir = fir
-        self.norm1 = nn.GroupNorm(norm_groups, in_channels, eps=NORM_EPS)
+        self.fir_padding: FirPadding = fir_padding
+        self.norm1 = nn.GroupNorm(norm_groups, in_channels, eps=norm_eps)
         self.conv1 = Conv(in_channels, out_channels, ndim=ndim)
         self.emb = nn.Linear(emb_channels, 2 * out_channels if scale_shift else out_channels)
-        self.norm2 = nn.GroupNorm(norm_groups, out_channels, eps=NORM_EPS)
+        self.norm2 = nn.GroupNorm(norm_groups, out_channels, eps=norm_eps)
         self.dropout = Dropout(dropout)
         self.conv2 = Conv(out_channels, out_channels, ndim=ndim)
         zero_init(self.conv2)
@@ -411,4 +475,5 @@ class ResBlock(nn.Module):
         return residual_sum(self.skip(x), self.conv2(self.dropout(silu(h))), rescale=self.skip_rescale)
 
     def _resample(self, x: Tensor) -> Tensor:
-        return halve(x, fir=self.fir) if self.resample == "down" else double(x, fir=self.fir)
+        change = halve if self.resample == "down" else double
+        return change(x, fir=self.fir, padding=self.fir_padding)

@@ -7,15 +7,33 @@ from pydantic import Field, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 from torch.nn.functional import silu
 
-from diffusion_cli.networks.encoder import EmbeddingLayout, Resample, UNetConfig, UNetEncoder
-from diffusion_cli.networks.layers import NORM_EPS, Conv, conditioning_classes, crop, from_patches, zero_init
+from diffusion_cli.errors import UsageError
+from diffusion_cli.networks.encoder import (
+    EmbeddingLayout,
+    ProgressiveIn,
+    ProgressiveOut,
+    Resample,
+    UNetConfig,
+    UNetEncoder,
+)
+from diffusion_cli.networks.layers import (
+    NORM_EPS,
+    Conv,
+    FirPadding,
+    OutputSkip,
+    conditioning_classes,
+    crop,
+    double,
+    from_patches,
+    zero_init,
+)
 
 
 class UNet(UNetEncoder):
     """U-Net F(x, c_noise, y) of residual blocks with self-attention, for signals, images and volumes.
 
-    Level l works at 1 / (patch_size 2^l) of each size. The middle block always has attention. The last layer of each
-    branch and of the network is initially zero, so that F = 0 before training.
+    Level l works at 1 / (patch_size 2^l) of each size. The last layer of each branch and of the network is initially
+    zero, so that F = 0 before training.
 
     A class-conditional network has classes 0..num_classes - 1 and the null class num_classes; otherwise its
     attribute `num_classes` is None.
@@ -36,9 +54,16 @@ class UNet(UNetEncoder):
         fourier_scale: standard deviation of the random frequencies.
         resample: resampling by convolutions (`conv`, `conv_same`) or in residual blocks (`block`, `block_proj`).
         fir: whether resampling in blocks uses an anti-aliasing filter.
-        progressive_input: `residual` adds the downsampled input to each coarser level.
+        fir_padding: pixels beyond the border for this filter: those of the `edge` again, or `zeros`.
+        progressive_input: adds the downsampled input to each coarser level: `residual` with the features of the
+            level above, `input_skip` without them.
+        progressive_output: `output_skip` sums an output of each level, upsampled to the resolution of the input.
         up_attention: whether `all` residual blocks of a level of the decoder have attention, or only the `last`.
+        middle_attention: whether the middle block has attention.
+        norm_eps: constant that group norms add to the variance.
         skip_rescale: whether to divide residual sums by sqrt(2).
+        scale_by_sigma: whether to divide the output by sigma = exp(c_noise), so that it is a score.
+        centered: whether sigma refers to data in [-1, 1]; false: in [0, 1], and the time embedding gets sigma / 2.
         dropout: dropout probability in residual blocks.
         class_conditional: whether to condition on classes.
         learn_variance: whether to also predict the variance of a step.
@@ -49,7 +74,7 @@ class UNet(UNetEncoder):
         UsageError: arguments contradict each other.
 
     Source: Ho et al. 2020, Appendix B; Nichol and Dhariwal 2021, Section 3 and Appendix A; Song et al. 2021b,
-    Appendix H (NCSN++ and DDPM++); Karras et al. 2022, Appendix F.
+    Appendix H and code (NCSN++ and DDPM++); Karras et al. 2022, Appendix F.
     """
 
     outer_layers = ("stem", "out_conv")
@@ -72,9 +97,15 @@ class UNet(UNetEncoder):
         fourier_scale: PositiveFloat = 16.0,
         resample: Resample = "conv",
         fir: bool = False,
-        progressive_input: Literal["none", "residual"] = "none",
+        fir_padding: FirPadding = "edge",
+        progressive_input: ProgressiveIn = "none",
+        progressive_output: ProgressiveOut = "none",
         up_attention: Literal["all", "last"] = "all",
+        middle_attention: bool = True,
+        norm_eps: PositiveFloat = NORM_EPS,
         skip_rescale: bool = False,
+        scale_by_sigma: bool = False,
+        centered: bool = True,
         dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0,
         class_conditional: bool = False,
         learn_variance: bool = False,
@@ -87,14 +118,21 @@ class UNet(UNetEncoder):
             attention_resolutions=attention_resolutions, num_heads=num_heads, head_channels=head_channels,
             norm_groups=norm_groups, time_embedding=time_embedding, embedding_layout=embedding_layout,
             fourier_scale=fourier_scale, resample=resample, dropout=dropout,
-            gradient_checkpointing=gradient_checkpointing, fir=fir, progressive_input=progressive_input,
-            up_attention=up_attention, skip_rescale=skip_rescale, patch_size=patch_size,
+            gradient_checkpointing=gradient_checkpointing, fir=fir, fir_padding=fir_padding,
+            progressive_input=progressive_input, progressive_output=progressive_output, up_attention=up_attention,
+            middle_attention=middle_attention, norm_eps=norm_eps, skip_rescale=skip_rescale,
+            scale_by_sigma=scale_by_sigma, centered=centered, patch_size=patch_size,
         )  # fmt: skip
+        if scale_by_sigma and learn_variance:
+            raise UsageError(
+                "scale_by_sigma", True, "would divide the learned variance too", "use learn_variance=false"
+            )
         super().__init__(config, num_classes)
         self.learn_variance = learn_variance
-        self.up = config.up_path(self.skip_widths)
-        self.out_norm = nn.GroupNorm(norm_groups, config.widths[0], eps=NORM_EPS)
+        self.scale_by_sigma = scale_by_sigma
         out_channels = (2 if learn_variance else 1) * shape[0] * patch_size**config.ndim
+        self.up = config.up_path(self.skip_widths, out_channels)
+        self.out_norm = nn.GroupNorm(norm_groups, config.widths[0], eps=norm_eps)
         self.out_conv = Conv(config.widths[0], out_channels, ndim=config.ndim)
         zero_init(self.out_conv)
 
@@ -108,12 +146,21 @@ class UNet(UNetEncoder):
         """
         emb = self.embed(c_noise, y)
         *skips, h = self.encode(x, emb)
+        coarser = None
         for block in self.up:
-            h = self.run(block, h, emb, skips.pop())
-        h = self.out_conv(silu(self.out_norm(h)))
+            if isinstance(block, OutputSkip):
+                coarser = self._add_doubled(self.run(block, h), coarser)
+                h = self.run(block.up, h, emb)
+            else:
+                h = self.run(block, h, emb, skips.pop())
+        h = self._add_doubled(self.out_conv(silu(self.out_norm(h))), coarser)
         if self.patch_size > 1:
             h = from_patches(h, self.patch_size)
-        return crop(h, x.shape[2:]).to(x.dtype)
+        h = crop(h, x.shape[2:]).to(x.dtype)
+        return h / c_noise.exp().to(h.dtype).view(-1, *[1] * (h.dim() - 1)) if self.scale_by_sigma else h
+
+    def _add_doubled(self, image: Tensor, coarser: Tensor | None) -> Tensor:
+        return image if coarser is None else image + double(coarser, fir=self.fir, padding=self.fir_padding)
 
     def check_labels(self, y: Tensor) -> None:
         """Raise ValueError for labels y [B] that are not classes; synchronizes with a GPU."""

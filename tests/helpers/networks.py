@@ -34,6 +34,11 @@ NCSNPP: dict = {
     "up_attention": "last",
     "skip_rescale": True,
 }
+SKIPS: dict = NCSNPP | {
+    "progressive_input": "input_skip",
+    "progressive_output": "output_skip",
+    "fir_padding": "zeros",
+}
 
 
 def option(name: str, **changes) -> dict:

@@ -11,6 +11,8 @@ from diffusion_cli.networks.layers import (
     CONV,
     Attention,
     Downsample,
+    InputSkip,
+    OutputSkip,
     ProgressiveInput,
     ResBlock,
     Upsample,
@@ -19,7 +21,7 @@ from diffusion_cli.networks.layers import (
     residual_sum,
     zero_init,
 )
-from helpers.networks import NCSNPP, close, inputs, randomised, small
+from helpers.networks import NCSNPP, SKIPS, close, inputs, randomised, small
 
 
 @pytest.mark.parametrize("sizes", [(5,), (3, 5), (2, 3, 4)])
@@ -83,6 +85,20 @@ def test_filtered_resampling_equals_convolution_and_linear_interpolation(size):
     extended = pad(x, (1, 1) * ndim, mode="replicate")
     close(halve(x, fir=True), CONV[ndim](extended, kernel[None, None], stride=2))
     close(double(x, fir=True), interpolate(x, scale_factor=2.0, mode=LINEAR[ndim]))
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_the_filter_of_the_published_code_sees_zeros_beyond_the_border(size):
+    x = torch.randn(2, 1, *size, dtype=torch.float64, requires_grad=True)
+    ndim, taps = len(size), torch.tensor([1.0, 3, 3, 1], dtype=torch.float64) / 8
+    kernel = taps
+    for _ in range(ndim - 1):
+        kernel = kernel[..., None] * taps
+    half = halve(x, fir=True, padding="zeros")
+    close(half, CONV[ndim](x, kernel[None, None], stride=2, padding=1))
+    y = torch.randn_like(half)
+    (gradient,) = torch.autograd.grad(half, x, y)
+    close(double(y, fir=True, padding="zeros"), 2**ndim * gradient)
 
 
 @pytest.mark.parametrize("axis", [2, 3])
@@ -156,8 +172,56 @@ def test_progressive_input_equals_its_formula(fir):
     close(layer(h, image), expected)
 
 
+def images(network: nn.Module, kind: type[nn.Module]) -> list:
+    """The images that a network's layers of a kind read or write, in their order."""
+    seen = []
+    for module in network.modules():
+        if isinstance(module, InputSkip) and kind is InputSkip:
+            module.register_forward_pre_hook(lambda module, args: seen.append(args[1]))
+        elif isinstance(module, OutputSkip) and kind is OutputSkip:
+            module.register_forward_hook(lambda module, args, output: seen.append(output))
+    return seen
+
+
+@pytest.mark.parametrize("fir", [False, True])
+def test_input_skips_see_the_image_in_each_size(fir):
+    network = small(channel_mult=[1, 1, 2], **SKIPS | {"fir": fir})
+    seen = images(network, InputSkip)
+    x, c_noise = inputs()
+    network(x, c_noise)
+    half = halve(x, fir=fir, padding="zeros")
+    close(seen[0], half)
+    close(seen[1], halve(half, fir=fir, padding="zeros"))
+
+
+@pytest.mark.parametrize("fir", [False, True])
+def test_output_skips_add_up_in_the_size_of_the_image(fir):
+    network = small(channel_mult=[1, 1, 2], **SKIPS | {"fir": fir})
+    levels = images(network, OutputSkip)
+    network.out_conv.register_forward_hook(lambda module, args, output: levels.append(output))
+    x, c_noise = inputs()
+    out = network(x, c_noise)
+    assert [level.shape[-1] for level in levels] == [2, 4, 8]
+    total = torch.zeros_like(levels[0][..., ::2, ::2])
+    for level in levels:
+        total = level + double(total, fir=fir, padding="zeros")
+    close(out, total)
+
+
+def test_output_skips_stop_no_gradient():
+    network = small(channel_mult=[1, 1, 2], **SKIPS).train()
+    thrifty = small(channel_mult=[1, 1, 2], gradient_checkpointing=True, **SKIPS).train()
+    x, c_noise = inputs()
+    plain, recomputed = (
+        torch.autograd.grad(each(x, c_noise).square().sum(), list(each.parameters()))
+        for each in (network, thrifty)
+    )
+    assert all(gradient.any() for gradient in plain)
+    assert all(map(torch.equal, plain, recomputed))
+
+
 @pytest.mark.parametrize("resample", ["conv", "block"])
-@pytest.mark.parametrize("progressive_input", ["none", "residual"])
+@pytest.mark.parametrize("progressive_input", ["none", "residual", "input_skip"])
 def test_progressive_input_takes_the_image_past_the_stem_to_every_coarser_level(progressive_input, resample):
     network = small(channel_mult=[1, 1, 2], progressive_input=progressive_input, resample=resample)
     zero_init(network.stem)
@@ -168,7 +232,7 @@ def test_progressive_input_takes_the_image_past_the_stem_to_every_coarser_level(
     outputs = [network(image, c_noise[:2]) for image in (x, x.flip(0))]
     first, second = seen[: len(seen) // 2], seen[len(seen) // 2 :]
     levels = {a.shape[-1] for a, b in zip(first, second, strict=True) if (a - b).abs().max() > 1e-6}
-    reached = progressive_input == "residual"
+    reached = progressive_input != "none"
     assert levels == ({4, 2} if reached else set())
     assert ((outputs[0] - outputs[1]).abs().max() > 1e-6) == reached
 

@@ -1,5 +1,6 @@
 """The U-Net: published counts, attention, labels, sizes and data types."""
 
+import math
 from itertools import pairwise
 
 import pytest
@@ -282,11 +283,45 @@ def test_bfloat16_weights_work_too():
         ({"fir": True}, "fir=true: .* resample=conv; use resample=block or block_proj, or fir=false"),
         ({"fir": True, "resample": "conv_same"}, "fir=true: .* resample=conv_same; use resample=block"),
         ({"class_conditional": True}, "class_conditional=true: the dataset has no classes"),
+        (
+            {"scale_by_sigma": True},
+            "scale_by_sigma=true: needs the noise level .* use embedding_layout=fourier",
+        ),
+        (
+            {"centered": False},
+            "centered=false: needs the noise level .* embedding_layout=fourier or centered=true",
+        ),
+        (
+            {"embedding_layout": "fourier", "scale_by_sigma": True, "learn_variance": True},
+            "scale_by_sigma=true: would divide the learned variance too",
+        ),
     ],
 )
 def test_arguments_that_do_not_go_together_are_named(changes, message):
     with pytest.raises(ValueError, match=message):
         UNet((2, 8, 8), None, **(SMALL | changes))
+
+
+def test_the_output_divided_by_sigma_is_a_score():
+    x, c_noise = inputs()[0], torch.tensor([-1.0, 0.5, 2.0], dtype=torch.float64)
+    plain, score = (small(**NCSNPP, scale_by_sigma=scaled)(x, c_noise) for scaled in (False, True))
+    close(score * c_noise.exp()[:, None, None, None], plain)
+
+
+def test_sigma_of_data_between_0_and_1_is_half_of_that_between_minus_1_and_1():
+    x, c_noise = inputs()[0], torch.tensor([-1.0, 0.5, 2.0], dtype=torch.float64)
+    shifted = small(**NCSNPP, centered=False)(x, c_noise)
+    close(shifted, small(**NCSNPP)(x, c_noise - math.log(2)))
+
+
+def test_every_norm_has_the_constant_of_the_option():
+    network = small(norm_eps=0.5, progressive_output="output_skip")
+    assert {module.eps for module in network.modules() if isinstance(module, nn.GroupNorm)} == {0.5}
+
+
+def test_the_middle_block_has_attention_on_request():
+    kinds = [[type(layer) for layer in small(middle_attention=wanted).middle] for wanted in (True, False)]
+    assert kinds == [[ResBlock, Attention, ResBlock], [ResBlock, ResBlock]]
 
 
 def test_head_channels_and_num_heads_say_the_same():

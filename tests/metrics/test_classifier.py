@@ -71,6 +71,17 @@ def test_a_trained_classifier_is_taken_from_the_cache(digits, tmp_path, untraine
 INDEX = json.loads(shipped.INDEX.read_text())
 
 
+def test_an_interrupted_classifier_says_that_it_starts_again(digits, tmp_path, monkeypatch, capsys) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Recipe, "train", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        ClassifierFeatures(digits, tmp_path, CPU, **QUICK).prepare()
+    line = "the feature classifier is saved once it is trained; its training starts again"
+    assert capsys.readouterr().err == f"diffuse: {line}\n"
+
+
 def test_shipped_classifiers_are_small_accurate_and_intact() -> None:
     assert [row["file"] for row in INDEX] == [
         "digits-0.safetensors", "digits-1.safetensors", "digits-2.safetensors", "mnist-0.safetensors"

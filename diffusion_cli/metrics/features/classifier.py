@@ -19,6 +19,7 @@ from diffusion_cli.runs.migrate import migrated
 from diffusion_cli.runs.weights import digest
 from diffusion_cli.system.cache import optional, report_damage
 from diffusion_cli.system.files import atomic_write
+from diffusion_cli.system.terminal import report
 from diffusion_cli.system.untrusted import check_tensors
 
 FORMAT = 2  # weights of format 1 depended on the number of threads
@@ -114,7 +115,11 @@ class ClassifierFeatures(Features):
         path = self.cache_dir / f"classifier-{self.dataset_name}-{key[:16]}.pt"
         found = restored(path, self.network)
         if found is None:
-            network = self.recipe.train(train, self.device)
+            try:
+                network = self.recipe.train(train, self.device)
+            except KeyboardInterrupt:
+                report("the feature classifier is saved once it is trained; its training starts again")
+                raise
             found = Weights(network.state_dict(), accuracy(network, val, self.device))
             save(path, found)
         return found

@@ -83,11 +83,11 @@ class Recipe:
         optimizer = torch.optim.AdamW(network.parameters(), lr=self.learning_rate)
         cycle = torch.optim.lr_scheduler.OneCycleLR(optimizer, self.learning_rate, total_steps=self.steps)
         progress = ProgressBar(
-            range(self.steps), desc="training the feature classifier", unit="step", delay=1.0
+            total=self.steps, desc="training the feature classifier", unit="step", delay=1.0
         )
         batches = Batches(images, self.batch_size, self.seed, self.flip, device=device)
-        with one_thread(), exact_convolutions():
-            for step, batch in zip(progress, batches, strict=False):
+        with one_thread(), exact_convolutions(), progress:
+            for step, batch in zip(range(self.steps), batches, strict=False):
                 _, logits = network(shifted(batch.images, self.shift, mix(self.seed, "shift", step)))
                 assert batch.labels is not None
                 loss = nn.functional.cross_entropy(logits, batch.labels)
@@ -95,6 +95,7 @@ class Recipe:
                 loss.backward()
                 optimizer.step()
                 cycle.step()
+                progress.update()
         return network.eval()
 
 

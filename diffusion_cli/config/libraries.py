@@ -3,6 +3,7 @@
 Only the classes that the module itself exports can be named. Nothing is imported before a configuration names one.
 """
 
+import collections.abc
 import importlib
 import inspect
 import sys
@@ -108,11 +109,15 @@ def _supplied(found: Any) -> int | None:
 
 
 def _types(function: Any) -> Iterator[tuple[str, Any]]:
-    """Yield the type of each argument; `Any` for one with names that exist for type checkers only."""
+    """Yield the type of each argument; `Any` for one with names that exist for type checkers only.
+
+    Of these names, those of `collections.abc` are found.
+    """
+    names = vars(collections.abc) | getattr(function, "__globals__", {})
     for name, annotation in getattr(function, "__annotations__", {}).items():
         alone = SimpleNamespace(__annotations__={name: annotation})
         try:
-            yield name, _in_yaml(get_type_hints(alone, function.__globals__, include_extras=True)[name])
+            yield name, _in_yaml(get_type_hints(alone, names, include_extras=True)[name])
         except NameError:
             yield name, Any
 

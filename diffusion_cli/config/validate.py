@@ -59,7 +59,8 @@ def check_node(key: str, node: Mapping[str, Any]) -> list[Problem]:
         name for name, (kind, value) in fields.items() if value is ... and libraries.is_function(kind)
     ]
     if functions:
-        problem, remedy = "needs a function, which a configuration cannot give", "derive a class in a plugin"
+        problem = "needs a function, which a configuration cannot give"
+        remedy = f"derive a class in a plugin, or use another {group}"
         return [Problem(f"{key}.{name}", NO_VALUE, problem, remedy) for name in functions]
     open_ended = is_foreign(target) and libraries.takes_others(imported(target))
     extra = ConfigDict(extra="allow") if open_ended else ConfigDict()

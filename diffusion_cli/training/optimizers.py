@@ -3,8 +3,8 @@
 import inspect
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
 from typing import Annotated, Any
 
 import torch
@@ -263,6 +263,11 @@ class Optimization:
             max_steps: number of steps of the training, or None without a limit.
         """
         kind = target(self.optimizer)
+        closure = inspect.signature(kind.step).parameters.get("closure")
+        if closure is not None and closure.default is closure.empty:
+            problem = "computes the loss several times per step (a closure), but training computes it once"
+            remedy = "use another optimizer=, such as adamw"
+            raise UsageError("optimizer._target_", self.optimizer["_target_"], problem, remedy)
         if sharded and not getattr(kind, "shards", True):
             problem = f"{kind.__name__} needs whole weight matrices, and fsdp shards them"
             remedy = "use trainer.strategy=ddp, or another optimizer"
@@ -284,14 +289,21 @@ class Optimization:
             return self._stepped(module, "cpu")
 
     def _stepped(self, module: nn.Module, device: str) -> tuple[optim.Optimizer, LRScheduler]:
-        groups = [
-            {**group, "params": [_copy(weight, device) for weight in group["params"]]}
-            for group in self._groups(module)
-        ]
-        with _naming("optimizer", self.optimizer):
-            optimizer = self._optimizer(groups, fused=False)
-        with _naming("lr_schedule", self.lr_schedule):
-            scheduler = self._scheduler(optimizer)
+        def new_optimizer(node: Node) -> optim.Optimizer:
+            groups = [
+                {**group, "params": [_copy(weight, device) for weight in group["params"]]}
+                for group in self._groups(module)
+            ]
+            return replace(self, optimizer=node)._optimizer(groups, fused=False)
+
+        with _naming("optimizer", self.optimizer, new_optimizer):
+            optimizer = new_optimizer(self.optimizer)
+
+        def new_scheduler(node: Node) -> LRScheduler:
+            return replace(self, lr_schedule=node)._scheduler(optimizer)
+
+        with _naming("lr_schedule", self.lr_schedule, new_scheduler):
+            scheduler = new_scheduler(self.lr_schedule)
         with _naming("optimizer", self.optimizer):
             optimizer.step()
         with _naming("lr_schedule", self.lr_schedule):
@@ -327,14 +339,35 @@ def _copy(weight: nn.Parameter, device: str) -> nn.Parameter:
     return copy
 
 
+LIBRARY_ERRORS = (RuntimeError, TypeError, ValueError, AttributeError, ArithmeticError)
+
+
 @contextmanager
-def _naming(key: str, node: Node) -> Iterator[None]:
-    """Turn an error of a class of a library into a UsageError that names the class."""
+def _naming(key: str, node: Node, make: Callable[[Node], object] | None = None) -> Iterator[None]:
+    """Turn an error of a class of a library into a UsageError about its wrong value, or about the class.
+
+    Args:
+        key: key of the node.
+        node: class and arguments.
+        make: builds a node, to find the argument for which the default avoids the error; None: the class is named.
+    """
     try:
         yield
-    except (RuntimeError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
+    except LIBRARY_ERRORS as error:
         if isinstance(error, UsageError) or not is_named(node["_target_"]):
             raise
+        if wrong := make and _wrong_argument(node, make):
+            problem, remedy = f"{node['_target_']} refuses it ({first_line(error)})", "use another value"
+            raise UsageError(f"{key}.{wrong}", node[wrong], problem, remedy) from error
         problem = f"does not work here ({first_line(error)})"
         remedy = f"correct its values, or use another {key}="
         raise UsageError(f"{key}._target_", node["_target_"], problem, remedy) from error
+
+
+def _wrong_argument(node: Node, make: Callable[[Node], object]) -> str | None:
+    """Return the first argument without which a node can be built; None if there is none."""
+    for name in _options(node):
+        with suppress(*LIBRARY_ERRORS):
+            make({key: value for key, value in node.items() if key != name})
+            return name
+    return None

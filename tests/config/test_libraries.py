@@ -12,7 +12,7 @@ from diffusion_cli.config.libraries import LIBRARIES, exported
 from diffusion_cli.errors import UsageError
 from diffusion_cli.system.trusted_paths import remember_run
 
-FUNCTION = "needs a function, which a configuration cannot give; derive a class in a plugin"
+FUNCTION = "needs a function, which a configuration cannot give; derive a class in a plugin, or use another"
 
 
 def lines(group: str, node: dict[str, object]) -> list[str]:
@@ -31,8 +31,8 @@ def test_every_exported_class_is_found_and_is_derived_from_the_base(group):
         needed = [item.name for item in [*inspect.signature(kind).parameters.values()][library.supplied :]
                   if item.default is item.empty and item.kind is item.POSITIONAL_OR_KEYWORD]  # fmt: skip
         assert lines(group, {"_target_": path}) == [
-            f"{group}.{key}: {FUNCTION}"
-            if key == "batch_size_fn"
+            f"{group}.{key}: {FUNCTION} {group}"
+            if key in ("batch_size_fn", "lr_lambda")
             else f"{group}.{key}: missing; add {group}.{key}=<value>"
             for key in needed
         ]

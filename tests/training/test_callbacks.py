@@ -175,7 +175,7 @@ def test_a_changed_state_of_a_callback_is_refused(tmp_path, capsys):
         (
             "  _target_: lightning.pytorch.callbacks.ThroughputMonitor\n",
             "callback.mine.batch_size_fn: needs a function, which a configuration cannot give; derive a class in a "
-            "plugin",
+            "plugin, or use another callback",
         ),
     ],
 )

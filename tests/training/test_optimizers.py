@@ -123,7 +123,11 @@ def test_a_network_of_a_plugin_leaves_its_first_and_last_layer_to_adamw():
     assert len(others["params"]) == 5
 
 
-NOT_FOR_NETWORKS = {"LBFGS": "closure", "SparseAdam": "dense gradients", "Muon": "2D parameters"}
+NOT_FOR_NETWORKS = {
+    "LBFGS": "(a closure), but training computes it once; use another optimizer=, such as adamw",
+    "SparseAdam": "dense gradients",
+    "Muon": "2D parameters",
+}
 """Optimizers of torch that refuse these weights, with a word of the reason."""
 
 
@@ -137,15 +141,17 @@ def test_every_optimizer_of_torch_trains_or_says_why_not(name):
     with pytest.raises(UsageError) as error:
         made.check(NETWORK, sharded=False, max_steps=8)
     (line,) = error.value.lines
-    assert line.startswith(f"optimizer._target_=torch.optim.{name}: does not work here (")
+    assert line.startswith(f"optimizer._target_=torch.optim.{name}: ")
     assert NOT_FOR_NETWORKS[name] in line
 
 
 def test_a_wrong_value_of_torch_is_one_line():
     sgd, schedules = {"_target_": "torch.optim.SGD"}, "torch.optim.lr_scheduler"
-    rate = "optimizer._target_=torch.optim.SGD: does not work here (Invalid learning rate: -1.0)"
+    rate = "optimizer.lr=-1.0: torch.optim.SGD refuses it (Invalid learning rate: -1.0); use another value"
+    cycle = {"_target_": f"{schedules}.CyclicLR", "base_lr": 0.1, "max_lr": 0.2}
     for optimizer, schedule, words in (
-        ({**sgd, "lr": -1.0}, CONSTANT, rate),
+        ({**sgd, "momentum": 0.9, "lr": -1.0}, CONSTANT, rate),
+        (sgd, {**cycle, "mode": "flat"}, f"lr_schedule.mode=flat: {schedules}.CyclicLR refuses it ("),
         (sgd, {"_target_": f"{schedules}.ReduceLROnPlateau"}, "'metrics')"),
         (
             sgd,

@@ -10,13 +10,14 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from diffusion_cli.networks.layers import (
+    NORM_EPS,
     Conv,
     crop,
     from_patches,
     pad_to_multiple,
     timestep_embedding,
 )
-from diffusion_cli.networks.transformer import SelfAttention, Transformer
+from diffusion_cli.networks.transformer import SelfAttention, TimestepLayout, Transformer
 
 
 class DiT(Transformer):
@@ -37,6 +38,9 @@ class DiT(Transformer):
         num_heads: attention heads, a divisor of `hidden_size`.
         mlp_ratio: hidden features of the MLPs relative to `hidden_size`.
         patch_size: pixels per side of a patch.
+        embedding_layout: layout and frequencies of the timestep features, see `timestep_embedding`; diffusers has
+            those of `sin_cos`.
+        mlp_norm_eps: constant that the normalization before each MLP adds to the variance; 1e-5 in diffusers.
         dropout: dropout probability in the MLPs; the published network has none.
         class_conditional: whether to condition on classes.
         learn_variance: whether to also predict the variance of a step.
@@ -58,6 +62,8 @@ class DiT(Transformer):
         num_heads: PositiveInt = 4,
         mlp_ratio: PositiveFloat = 4.0,
         patch_size: PositiveInt = 2,
+        embedding_layout: TimestepLayout = "cos_sin",
+        mlp_norm_eps: PositiveFloat = NORM_EPS,
         dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0,
         class_conditional: bool = False,
         learn_variance: bool = False,
@@ -66,6 +72,7 @@ class DiT(Transformer):
         channels, axes = shape[0], len(shape) - 1
         super().__init__(
             num_classes, SelfAttention, channels * patch_size**axes,
+            embedding_layout=embedding_layout, mlp_norm_eps=mlp_norm_eps,
             hidden_size=hidden_size, depth=depth, num_heads=num_heads, mlp_ratio=mlp_ratio, dropout=dropout,
             class_conditional=class_conditional, learn_variance=learn_variance,
             gradient_checkpointing=gradient_checkpointing,

@@ -1,6 +1,7 @@
 """Building blocks of transformers: embeddings, attention, and blocks conditioned on time and class."""
 
 from collections.abc import Callable
+from typing import Literal
 
 import torch
 from pydantic import PositiveFloat, PositiveInt
@@ -20,6 +21,8 @@ from diffusion_cli.networks.layers import (
 TIME_FEATURES = 256  # Peebles and Xie 2023
 EMBEDDING_STD = 0.02
 
+TimestepLayout = Literal["sin_cos", "cos_sin"]
+
 
 class XavierLinear(nn.Linear):
     """Linear layer with Xavier initialization (Glorot and Bengio 2010) and zero bias."""
@@ -33,15 +36,16 @@ class XavierLinear(nn.Linear):
 class TimeEmbedding(nn.Module):
     """MLP of sinusoidal embeddings of c_noise: [B] to [B, width]."""
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, width: int, layout: TimestepLayout) -> None:
         super().__init__()
+        self.layout: TimestepLayout = layout
         first, last = XavierLinear(TIME_FEATURES, width), XavierLinear(width, width)
         for layer in (first, last):
             nn.init.normal_(layer.weight, std=EMBEDDING_STD)
         self.mlp = nn.Sequential(first, nn.SiLU(), last)
 
     def forward(self, c_noise: Tensor) -> Tensor:
-        features = timestep_embedding(c_noise, TIME_FEATURES, "cos_sin")
+        features = timestep_embedding(c_noise, TIME_FEATURES, self.layout)
         return self.mlp(features.to(next(self.parameters()).dtype))
 
 
@@ -113,11 +117,19 @@ class TransformerBlock(nn.Module):
     Inputs are tokens x [B, N, width] and the condition c [B, width].
     """
 
-    def __init__(self, width: int, attention: nn.Module, *, mlp_ratio: float, dropout: float) -> None:
+    def __init__(
+        self,
+        width: int,
+        attention: nn.Module,
+        *,
+        mlp_ratio: float,
+        dropout: float,
+        mlp_norm_eps: float = NORM_EPS,
+    ) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(width, elementwise_affine=False, eps=NORM_EPS)
         self.attn = attention
-        self.norm2 = nn.LayerNorm(width, elementwise_affine=False, eps=NORM_EPS)
+        self.norm2 = nn.LayerNorm(width, elementwise_affine=False, eps=mlp_norm_eps)
         self.mlp = MLP(width, round(mlp_ratio * width), dropout)
         self.adaLN_modulation = Modulation(width, 6)
 
@@ -149,6 +161,8 @@ class Transformer(Checkpointed):
         num_classes: number of classes of the data, or None.
         attention: factory of the attention of a block from features and heads.
         outputs: outputs per token, doubled with `learn_variance`.
+        embedding_layout: layout of the timestep features, see `timestep_embedding`.
+        mlp_norm_eps: constant that the normalization before each MLP adds to the variance.
         hidden_size: see `DiT`, likewise the others.
 
     Raises:
@@ -164,6 +178,8 @@ class Transformer(Checkpointed):
         attention: Callable[[int, int], nn.Module],
         outputs: int,
         *,
+        embedding_layout: TimestepLayout = "cos_sin",
+        mlp_norm_eps: float = NORM_EPS,
         hidden_size: PositiveInt,
         depth: PositiveInt,
         num_heads: PositiveInt,
@@ -181,12 +197,16 @@ class Transformer(Checkpointed):
         self.num_classes = conditioning_classes(num_classes, class_conditional)
         self.learn_variance = learn_variance
         self.gradient_checkpointing = gradient_checkpointing
-        self.t_embedder = TimeEmbedding(hidden_size)
+        self.t_embedder = TimeEmbedding(hidden_size, embedding_layout)
         if self.num_classes is not None:
             self.y_embedder = ClassEmbedding(self.num_classes, hidden_size)
         self.blocks = nn.ModuleList(
             TransformerBlock(
-                hidden_size, attention(hidden_size, num_heads), mlp_ratio=mlp_ratio, dropout=dropout
+                hidden_size,
+                attention(hidden_size, num_heads),
+                mlp_ratio=mlp_ratio,
+                dropout=dropout,
+                mlp_norm_eps=mlp_norm_eps,
             )
             for _ in range(depth)
         )

@@ -8,7 +8,7 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any, TypeGuard
 
-FORMAT = 7
+FORMAT = 8
 OLDEST = 4
 
 CLASSES_OF_FORMAT_4 = {
@@ -52,6 +52,18 @@ KEYS_OF_FORMAT_6 = {
 """Dotted keys of configurations moved after format 6."""
 OPTIMIZERS_OF_FORMAT_6 = frozenset(f"diffusion_cli.training.{name}" for name in ("Adam", "AdamW"))
 """Optimizers that had these keys; an optimizer of a plugin may have arguments of the same names."""
+OPTIONS_SINCE_FORMAT_8 = {
+    "diffusion_cli.networks.UNet": {
+        "fir_padding": "edge",
+        "progressive_output": "none",
+        "middle_attention": True,
+        "norm_eps": 1e-6,
+        "scale_by_sigma": False,
+        "centered": True,
+    },
+    "diffusion_cli.networks.DiT": {"embedding_layout": "cos_sin", "mlp_norm_eps": 1e-6},
+}
+"""Options added after format 7, by class, with the values that its code had."""
 SPLITS_OF_FORMAT_5 = {"held_out": "val"}
 """Dataset splits renamed after format 5."""
 CONSTANT_RATE, COSINE_DECAY = (f"diffusion_cli.training.{name}" for name in ("ConstantRate", "CosineDecay"))
@@ -181,6 +193,17 @@ def _split_optimizer(value: Any) -> Any:
     return config
 
 
+def _add_options(value: Any) -> Any:
+    """Convert format 7 to 8: networks gained options."""
+
+    def entry(key: Any, item: Any) -> tuple[Any, Any]:
+        target = item.get("_target_") if isinstance(item, Mapping) else None
+        added = OPTIONS_SINCE_FORMAT_8.get(target, {}) if isinstance(target, str) else {}
+        return key, {**added, **item} if added else item
+
+    return _mapped(value, entry)
+
+
 def _with_targets(value: Any, rename: Callable[[Any], Any]) -> Any:
     """Return plain data with class names renamed."""
     return _mapped(value, lambda key, item: (key, rename(item) if key == "_target_" else item))
@@ -241,5 +264,10 @@ def _renamed(target: Any) -> Any:
     return f"{package}.{CLASSES_OF_FORMAT_4.get(path, path)}"
 
 
-MIGRATIONS: dict[int, Callable[[Any], Any]] = {4: _rename_classes, 5: _rename_words, 6: _split_optimizer}
+MIGRATIONS: dict[int, Callable[[Any], Any]] = {
+    4: _rename_classes,
+    5: _rename_words,
+    6: _split_optimizer,
+    7: _add_options,
+}
 """The migration from each format to the next."""

@@ -13,12 +13,19 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from diffusion_cli.cli import run
-from diffusion_cli.config import TrainConfig, load
+from diffusion_cli.config import CONF, TrainConfig, load
 from diffusion_cli.data import Array
 from diffusion_cli.errors import UsageError
 from diffusion_cli.runs.checkpoint import read, save
 from diffusion_cli.runs.curves import read_curves
-from diffusion_cli.runs.migrate import FORMAT, MIGRATIONS, MODULES_OF_FORMAT_4, as_of_format_4, migrated
+from diffusion_cli.runs.migrate import (
+    FORMAT,
+    MIGRATIONS,
+    MODULES_OF_FORMAT_4,
+    OPTIONS_SINCE_FORMAT_8,
+    as_of_format_4,
+    migrated,
+)
 from diffusion_cli.training.logs import CSVFile
 
 STORED = Path(__file__).parents[1] / "stored_runs"
@@ -219,6 +226,16 @@ def test_keys_of_format_5_come_forward_and_go_back(then, now):
 def test_a_file_of_the_user_may_have_the_name_of_a_key():
     results = {"results": {"accumulate": {"residual": 0.5}}}
     assert migrated(results) == results
+
+
+@pytest.mark.parametrize("name", ["unet_tiny", "dit_tiny"])
+def test_networks_of_format_7_have_the_later_options_with_the_values_of_then(name):
+    node = yaml.safe_load((CONF / "model" / f"{name}.yaml").read_text())
+    added = OPTIONS_SINCE_FORMAT_8[node["_target_"]]
+    then = {key: value for key, value in node.items() if key not in added}
+    assert migrated({"model": then}, 7) == {"model": node}
+    changed = {"model": node | dict.fromkeys(added, "other")}
+    assert migrated(changed, 7) == changed
 
 
 def test_a_checkpoint_of_format_5_is_read(stored):

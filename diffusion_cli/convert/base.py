@@ -22,7 +22,7 @@ class Network:
     """A network of this package."""
 
     node: Node
-    """Class of `diffusion_cli.networks` and its options."""
+    """Class of `diffusion_cli.networks` and all of its options."""
     shape: tuple[int, ...]
     """Shape [C, *sizes] of its inputs."""
     num_classes: int | None = None

@@ -1,5 +1,6 @@
 """Groups, options and keys of the commands, as the YAML files under `conf` define them."""
 
+import copy
 import difflib
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -92,7 +93,7 @@ def _entries(file: Path) -> list[Any]:
 def content(file: Path) -> dict[str, Any]:
     """Return the keys of an option file; UsageError if it is not YAML, as a file of a user may be."""
     try:
-        value = yaml.safe_load(file.read_text()) or {}
+        value = copy.deepcopy(_parsed(file.read_text())) or {}
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise invalid_yaml(file, error) from error
     if not isinstance(value, dict):
@@ -100,6 +101,12 @@ def content(file: Path) -> dict[str, Any]:
     if not isinstance(value.get("defaults") or [], list):
         raise UsageError(file, NO_VALUE, "defaults is not a list", "write defaults: [name]")
     return value
+
+
+@cache
+def _parsed(text: str) -> Any:
+    """Parse YAML; a command reads most option files several times, and parsing takes far longer than reading."""
+    return yaml.safe_load(text)
 
 
 def invalid_yaml(file: Path | str, error: Exception) -> UsageError:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
     from hydra.core.override_parser.types import Override
+    from omegaconf import DictConfig
     from torch import nn
 
 
@@ -90,6 +91,16 @@ def parse_override(text: str) -> "Override":
     from hydra.core.override_parser.overrides_parser import OverridesParser
 
     return OverridesParser.create().parse_override(text)
+
+
+def apply_overrides(config: "DictConfig", overrides: Sequence[str]) -> None:
+    """Set keys of a composed configuration as `hydra.compose` does; Hydra has no public way. Tested with Hydra 1.3.
+
+    Raises exceptions of Hydra for keys that the configuration lacks and values that it does not take.
+    """
+    from hydra._internal.config_loader_impl import ConfigLoaderImpl
+
+    ConfigLoaderImpl._apply_overrides_to_config([parse_override(text) for text in overrides], config)
 
 
 @contextmanager

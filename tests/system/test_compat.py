@@ -145,3 +145,15 @@ def test_overrides_are_parsed_as_hydra_composes_them(tmp_path):
     with pytest.raises(Exception, match="EQUAL") as caught:
         compat.parse_override("a")
     assert type(caught.value).__module__.partition(".")[0] == "hydra"
+
+
+def test_keys_are_set_as_hydra_composes_them(tmp_path):
+    (tmp_path / "c.yaml").write_text("a: {b: 0, c: ${d}}\nd: 1\n")
+    words = ["a.b=[1,{x: 2.5}]", "d='2'"]
+    with hydra.initialize_config_dir(str(tmp_path), version_base="1.3"):
+        composed, changed = hydra.compose("c", overrides=words), hydra.compose("c")
+        compat.apply_overrides(changed, words)
+        assert changed == composed
+        assert changed.a.c == "2"
+        with pytest.raises(Exception, match=r"Could not override 'a\.e'"):
+            compat.apply_overrides(changed, ["a.e=1"])

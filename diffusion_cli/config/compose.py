@@ -24,6 +24,7 @@ from diffusion_cli.config.continued import (
     with_values,
     without_processes,
 )
+from diffusion_cli.config.experiments import experiment_problems, named_by_file
 from diffusion_cli.config.hydra_words import hydra_in_files, hydra_problem, is_of_hydra
 from diffusion_cli.config.key_types import takes_list
 from diffusion_cli.config.option_keys import REQUIRED, defaults_left_out
@@ -80,7 +81,15 @@ RUN_DATA = ("dataset.path", "dataset.masks", "dataset.factory")
 
 def load(command: str, overrides: Sequence[str], dirs: Sequence[Path] = ()) -> Config:
     """Compose and check the configuration of a command; raises UsageError with all of them at once."""
-    for problems_in in (renamed_in_files, incomplete_files, hydra_in_files):
+    try:
+        return _load(command, overrides, dirs)
+    except UsageError as error:
+        raise UsageError.several(named_by_file(command, overrides, dirs, error.problems)) from error
+
+
+def _load(command: str, overrides: Sequence[str], dirs: Sequence[Path]) -> Config:
+    """As `load`, with errors that do not name the file of an experiment."""
+    for problems_in in (renamed_in_files, incomplete_files, experiment_problems, hydra_in_files):
         if wrong := problems_in(command, overrides, dirs):
             raise UsageError.several(wrong)
     choosing, setting, mistakes = _sort(command, as_typed(command, overrides, dirs), dirs)

@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from omegaconf import DictConfig
 
 from diffusion_cli.config.catalogue import did_you_mean, options
+from diffusion_cli.config.experiments import experiment_problems
 from diffusion_cli.config.hydra_words import hydra_in_files, split_hydra
 from diffusion_cli.config.launcher import launch, search_path, split_launcher
 from diffusion_cli.config.objectives import objective_problems
@@ -84,8 +85,9 @@ def plan_sweep(command: str, overrides: Sequence[str], dirs: Sequence[Path] = ()
     own = [text if readable(text) else as_typed(command, [text], dirs)[0] for text in own]
     own += search_path(dirs)
     settings = [text for text in others if _is_experiment(text)]
-    if wrong := hydra_in_files(command, settings, dirs):
-        raise UsageError.several(wrong)
+    for problems_in in (experiment_problems, hydra_in_files):
+        if wrong := problems_in(command, settings, dirs):
+            raise UsageError.several(wrong)
     sweeper, node = _sweeper(command, own, settings, dirs)
     given = node.get("params") or {}
     others = [*(f"{key}={value}" for key, value in given.items()), *others]

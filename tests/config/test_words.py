@@ -257,7 +257,7 @@ def test_gpu_is_a_device(line, name, capsys):
         (
             "experiment",
             "# @package _global_\ndefaults: [override /modl: x]",
-            "Could not override 'modl'. No match in the defaults list; correct its defaults",
+            "defaults: modl: unknown group; did you mean model?",
         ),
     ],
 )

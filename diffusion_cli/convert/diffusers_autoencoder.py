@@ -1,18 +1,15 @@
 """Autoencoders of diffusers: AutoencoderKL. This module does not import torch."""
 
-import re
 from collections.abc import Sequence
 from typing import Annotated, Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from diffusion_cli.convert.base import Network, Node, Weights, parse
+from diffusion_cli.convert.diffusers_names import present_name
 from diffusion_cli.errors import FormatError, format_value
 
 KL = "diffusion_cli.networks.AutoencoderKL"
-RENAMED = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
-"""Attention layers that diffusers renamed: old name to new name."""
-OLD = re.compile(rf"(?<=\.attentions\.0\.)({'|'.join(RENAMED)})(?=\.)")
 
 Width = Annotated[int, Field(gt=0, le=2**14)]
 
@@ -102,7 +99,7 @@ def statistics(config: Node) -> Statistics:
 
 def weights(network: Network, state: Weights) -> Weights:
     """Return the weights of a file by the names of the network, which are the present ones of diffusers."""
-    return {OLD.sub(lambda match: RENAMED[match[0]], name): tensor for name, tensor in state.items()}
+    return {present_name(name): tensor for name, tensor in state.items()}
 
 
 def write(network: Network, scaling_factor: float = 1.0) -> Node:

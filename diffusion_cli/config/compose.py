@@ -102,7 +102,7 @@ def _load(command: str, overrides: Sequence[str], dirs: Sequence[Path]) -> Confi
             else _composed(command, choosing, setting, dirs)
         )
     except UsageError as error:
-        raise UsageError.several([*mistakes, *error.problems]) from error
+        raise UsageError.several(_one_per_plugin([*mistakes, *error.problems])) from error
     except Exception as error:  # Hydra and OmegaConf have no common base class
         if type(error).__module__.partition(".")[0] not in ("hydra", "omegaconf", "antlr4", "yaml"):
             raise
@@ -117,8 +117,18 @@ def _load(command: str, overrides: Sequence[str], dirs: Sequence[Path]) -> Confi
     unknown = _without_consequences(unknown, mistakes)
     mistakes += [*unknown, *secrets_in(composed), *_without_consequences(wrong, [*mistakes, *unknown])]
     if mistakes or config is None:
-        raise UsageError.several(mistakes)
+        raise UsageError.several(_one_per_plugin(mistakes))
     return config
+
+
+def _one_per_plugin(problems: Sequence[Problem]) -> list[Problem]:
+    """The problems with only the first of those that end by allowing the same plugin."""
+    first = {problem.remedy: problem for problem in reversed(problems)}
+    return [
+        problem
+        for problem in problems
+        if not problem.remedy.startswith(f"add {plugins.KEY}=") or first[problem.remedy] is problem
+    ]
 
 
 def _without_consequences(problems: Sequence[Problem], words: Sequence[Problem]) -> list[Problem]:

@@ -51,7 +51,7 @@ class Imports:
 
 
 @pytest.mark.usefixtures("one_thread")
-def test_a_checkpoint_imports_no_module_that_is_not_allowed(project, monkeypatch):
+def test_a_checkpoint_imports_no_module_that_is_not_allowed(project, monkeypatch, capsys):
     assert run([*RUN, *SMALL, "max_steps=1"]) == 0
     monkeypatch.setenv(plugins.VARIABLE, "")
     forget_modules()
@@ -59,9 +59,19 @@ def test_a_checkpoint_imports_no_module_that_is_not_allowed(project, monkeypatch
     monkeypatch.setattr(sys, "meta_path", [hook, *sys.meta_path])
     for command in (["sample", "steps=1"], ["eval", "num_samples=20"], ["edit", "img2img", "input=."]):
         assert run([*command, "run=run", "output_dir=o"]) == 2
+    capsys.readouterr()
     assert run(["train", "run=run", "output_dir=o"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()  # for the dataset and the model
+    assert "is not a class of an allowed plugin; add plugins=[bars] if you trust this module" in line
     assert "bars" not in hook.names
     assert (project / "o" / "run" / LAST).is_file()
+
+
+def test_options_of_a_plugin_that_is_not_allowed_are_one_line(project, capsys):
+    assert run(["train", "dataset=bars", "model=convolutions", "max_steps=0"]) == 2
+    option, steps = capsys.readouterr().err.splitlines()
+    assert option == "diffuse: dataset=bars: unknown option; add plugins=[bars] if you trust it"
+    assert steps.startswith("diffuse: max_steps=0: must be")
 
 
 @pytest.mark.parametrize("target", ["torch.nn.Linear", "bars.extra.system"])

@@ -4,7 +4,7 @@ import copy
 import re
 from collections.abc import Mapping, Sequence
 from functools import cache, partial
-from itertools import combinations
+from itertools import chain, combinations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -47,7 +47,7 @@ from diffusion_cli.config.renamed import (
     renamed_keys,
     renamed_split,
 )
-from diffusion_cli.config.runs import flatten, identity, replaced, run_name, usual_options
+from diffusion_cli.config.runs import flatten, identity, replaced, run_names, usual_options
 from diffusion_cli.config.schema import COMMANDS, GRIDS, UNSWEPT, Config
 from diffusion_cli.config.secret_values import secrets_in
 from diffusion_cli.config.tasks import task_problems
@@ -261,14 +261,14 @@ def _name(composed: Node, implied: Node, choices: Node, dirs: Sequence[Path], be
     In versions without `auto` derived values were defaults, so that names lack them, and `before` is the configuration
     that the choices implied. The network of a later run may have been chosen by `auto`.
     """
-    name = run_name(composed, implied, choices, dirs)
+    names = run_names(composed, implied, choices, dirs)
     runs = Path(str(composed["output_dir"]))
-    if started_with(runs / name):
-        return name
+    if same := next((name for name in names if started_with(runs / name)), None):
+        return same
     # In versions before format 7, the kind of the schedule followed from a value that no name had.
     schedule = usual_options(choices, dirs)["lr_schedule"]
-    unnamed = run_name(composed, implied, {**choices, "lr_schedule": schedule}, dirs)
-    if unnamed != name and (former := identity(started_with(runs / unnamed))):
+    _, unnamed = run_names(composed, implied, {**choices, "lr_schedule": schedule}, dirs)
+    if unnamed not in names and (former := identity(started_with(runs / unnamed))):
         now = {key: value for key, value in identity(composed).items() if value != AUTO}
         if all(former.get(key, value) == value for key, value in now.items()):
             return unnamed
@@ -278,8 +278,10 @@ def _name(composed: Node, implied: Node, choices: Node, dirs: Sequence[Path], be
     for number in range(len(stated) + 1):
         for left_out in combinations(stated, number):
             usual = replaced(before, {key: now[key] for key in left_out})
-            for chosen in (choices, {**choices, "model": AUTO}):
-                shorter = run_name(composed, usual, chosen, dirs)
+            both = [
+                run_names(composed, usual, chosen, dirs) for chosen in (choices, {**choices, "model": AUTO})
+            ]
+            for shorter in chain(*both):
                 existing = started_with(runs / shorter)
                 same_network = f"{MODEL}{choices['model']}" in derived_in(existing)
                 if (
@@ -288,7 +290,7 @@ def _name(composed: Node, implied: Node, choices: Node, dirs: Sequence[Path], be
                     and wanted.items() <= flatten(existing).items()
                 ):
                     return shorter
-    return name
+    return names[0]
 
 
 def parse(text: str) -> "Override":

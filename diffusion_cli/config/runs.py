@@ -5,6 +5,7 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping, Sequence
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,10 @@ NOT_IDENTITY = frozenset(
         "callback",
     ]
 )
+
+
+LONGEST = 120
+"""Letters in the longest name of a run."""
 
 
 def identity(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -125,12 +130,18 @@ def usual_options(choices: Mapping[str, Any], dirs: Sequence[Path]) -> dict[str,
     return usual
 
 
-def run_name(
+def run_names(
     config: Mapping[str, Any], implied: Mapping[str, Any], choices: Mapping[str, Any], dirs: Sequence[Path]
-) -> str:
-    """A folder name that follows from the configuration: its main choices, then all that they do not imply.
+) -> tuple[str, str]:
+    """Folder names that follow from the configuration: its main choices, then all that they do not imply.
 
-    `implied` is the configuration that the `choices` alone, an option for each group, make.
+    The first has four digits of long numbers, as a search proposes them; the second, of earlier versions, has all.
+
+    Args:
+        config: configuration of a training.
+        implied: the configuration that the `choices` alone make.
+        choices: the option of each group.
+        dirs: the user's folders of options, besides those of plugins.
     """
     dataset = str(choices["dataset"])
     usual = usual_options(choices, dirs)
@@ -148,10 +159,24 @@ def run_name(
         if before.get(key, ...) != now[key]
     }
     # Last parts of keys and paths only: the folder's config.yaml distinguishes runs with equal names.
-    words += [
-        f"{key.rpartition('.')[2]}_{Path(format_value(value)).name}" for key, value in sorted(changed.items())
-    ]
-    name = re.sub(r"[^\w.+-]+", "_", "-".join(words))
-    if len(name) > 120:
-        name = f"{name[:100]}-{hashlib.sha256(name.encode()).hexdigest()[:10]}"
-    return name
+    named = [(key.rpartition(".")[2], value) for key, value in sorted(changed.items())]
+    exact, rounded = (
+        re.sub(
+            r"[^\w.+-]+",
+            "_",
+            "-".join([*words, *(f"{key}_{Path(write(value)).name}" for key, value in named)]),
+        )
+        for write in (format_value, _rounded)
+    )
+    digest = hashlib.sha256(exact.encode()).hexdigest()
+    full = exact if len(exact) <= LONGEST else f"{exact[:100]}-{digest[:10]}"
+    if rounded == exact:
+        return full, full
+    short = f"{rounded}-{digest[:6]}"
+    return short if len(short) <= LONGEST else f"{rounded[:100]}-{digest[:10]}", full
+
+
+def _rounded(value: Any) -> str:
+    """A value in the syntax of the command line, with four digits if it is a number with more than six."""
+    many = isinstance(value, float) and len(Decimal(repr(value)).as_tuple().digits) > 6
+    return f"{value:.4g}" if many else format_value(value)

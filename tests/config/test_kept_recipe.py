@@ -1,5 +1,6 @@
 """A run keeps its recipe on other machines and with a larger budget."""
 
+import re
 from pathlib import Path
 
 import numpy as np
@@ -178,3 +179,26 @@ def test_mistakes_stay_readable(capsys):
     assert "max_steps=-3: must be greater than 0, auto or null" in err
     assert "model.channels=wide: must be an integer" in err
     assert err.count("auto") == 1
+
+
+LONG = "optimizer.lr=0.0034210987654321"
+
+
+def test_long_numbers_have_four_digits_in_a_name_that_stays_unique():
+    names = [train_config(LONG).name, train_config(LONG.replace("54321", "54322")).name]
+    assert all(re.fullmatch(r"digits-cosine-lr_0\.003421-[0-9a-f]{6}", str(name)) for name in names)
+    assert names[0] != names[1]
+    assert names[0] == train_config(LONG).name
+    assert train_config("optimizer.lr=0.00342109").name == "digits-cosine-lr_0.00342109"
+    longest = [f"{key}={1 / 3}" for key in ("ema.decay", "dataset.val_fraction", "optimizer.lr", "clip_norm")]
+    name = str(train_config("experiment=iddpm_digits", "dataset.flip=true", "seed=123456789", *longest).name)
+    assert len(name) <= 120
+
+
+def test_a_run_with_all_digits_in_its_name_is_found(tmp_path):
+    before, words = train_config(LONG), [LONG, f"output_dir={tmp_path}"]
+    assert train_config(*words).name == before.name
+    store(before, tmp_path / "digits-cosine-lr_0.0034210987654321", recorded=True)
+    assert train_config(*words).name == "digits-cosine-lr_0.0034210987654321"
+    store(before, tmp_path / str(before.name), recorded=True)
+    assert train_config(*words).name == before.name

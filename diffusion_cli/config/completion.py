@@ -1,19 +1,22 @@
 """Shell completion of `diffuse`."""
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice, pairwise
 from pathlib import Path
 
 from diffusion_cli.config import plugins
 from diffusion_cli.config.catalogue import CONF, Choice, chosen, did_you_mean, documented, options
+from diffusion_cli.config.introspection import CFG, INFO
 from diffusion_cli.config.key_types import few_values, nodes, types_of
-from diffusion_cli.config.launcher import launchers
+from diffusion_cli.config.launcher import launcher_keys, launchers, split_launcher
 from diffusion_cli.config.option_keys import option_keys
 from diffusion_cli.config.runs import run_folders
 from diffusion_cli.config.schema import COMMANDS, FIRST_WORDS, UNSWEPT
 from diffusion_cli.config.signature import is_foreign
+from diffusion_cli.config.sweepers import sweeper_keys
 from diffusion_cli.config.values import PATH_KEYS
-from diffusion_cli.config.words import FLAGS
+from diffusion_cli.config.words import FLAGS, known_keys
 from diffusion_cli.errors import NO_VALUE, UsageError, format_value
 
 COMPLETION_HELP = """diffuse completion: Print a completion script for bash, zsh or fish
@@ -45,6 +48,15 @@ compdef _diffuse diffuse""",
 }
 
 
+SWEEP_WORDS = (
+    "launcher=",
+    "launcher.",
+    "hydra/launcher=",
+    "hydra.launcher.",
+    "hydra/sweeper=",
+    "hydra.sweeper.",
+)
+"""Groups and beginnings of keys that a sweep has."""
 RUN_KEYS = ("run", "compare", "latent.run", "guidance.run")
 """Keys with a value that names a run."""
 MOST_PATHS = 1000
@@ -61,7 +73,8 @@ def completion_script(shell: str) -> str:
 
 
 def complete(words: Sequence[str]) -> list[str]:
-    """Return the completions of the last word: a command, `group=`, `key=`, or `group=option`; none after an error."""
+    """Return the completions of the last word: a command, a group, key, flag, or a value; none after an error."""
+    words = [re.sub(r"^[\"']|[\"']$", "", word) for word in words]  # as in 'plugins=[x]'
     try:
         plugins.allow(plugins.named(words[:-1]))
         return _complete([word for word in words if not word.startswith(f"{plugins.KEY}=")])
@@ -77,6 +90,10 @@ def _complete(words: Sequence[str]) -> list[str]:
         candidates = list(SCRIPTS)
     elif words[0] not in COMMANDS:
         return []
+    elif last.startswith("++"):
+        return [f"++{word}" for word in _complete([*words[:-1], last.removeprefix("++")])]
+    elif (values := _of_flag(words)) is not None:
+        candidates = values
     elif "=" in last:
         key, _, value = last.partition("=")
         candidates = [f"{key}={name}" for name in _after_equals(words, key, value)]
@@ -88,9 +105,40 @@ def _complete(words: Sequence[str]) -> list[str]:
         keys = [f"{key}=" for key, _, _ in documented(CONF / f"{words[0]}.yaml")]
         for group, file in _files(groups, dirs):
             keys += [f"{of.key}=" for of in option_keys(file, group)]
-        of_sweeps = () if words[0] in UNSWEPT else ("launcher=", "hydra/launcher=", "hydra/sweeper=")
-        candidates = [*_first_words(words), *(f"{group}=" for group in groups), *of_sweeps, *keys]
+        keys += [] if words[0] in UNSWEPT else [*SWEEP_WORDS, *_keys_of_sweep(words, dirs)]
+        candidates = [*_first_words(words), *(f"{group}=" for group in groups), *keys]
     return [word for word in dict.fromkeys(candidates) if word.startswith(last)]
+
+
+def _of_flag(words: Sequence[str]) -> list[str] | None:
+    """The completions of a value after a flag, or after its equals sign; None where no flag takes one."""
+    last = words[-1]
+    flag, equals, value = last.partition("=") if last.startswith("-") else (words[-2], "", last)
+    if (last.startswith("-") and not equals) or "=" in value:
+        return None
+    if flag in ("--cfg", "-c"):
+        values = list(CFG)
+    elif flag in ("--info", "-i"):
+        values = list(INFO)
+    elif flag in ("--package", "-p"):
+        values = known_keys(words[0], words[1:-1], _dirs(words))
+    elif flag in ("--config-dir", "-cd"):
+        values = [path for path in _paths(value) if path.endswith("/")]
+    else:
+        return None
+    return [f"{flag}={name}" if equals else name for name in values]
+
+
+def _keys_of_sweep(words: Sequence[str], dirs: Sequence[Path]) -> list[str]:
+    """The keys of the chosen sweeper or launcher, if the last word begins with its name."""
+    if words[-1].startswith("hydra.sweeper."):
+        return [f"hydra.sweeper.{key}=" for key in sweeper_keys(words[1:-1], dirs)]
+    prefix = re.match(r"(hydra\.)?launcher\.", words[-1])
+    if prefix is None:
+        return []
+    given = (text.partition("=") for text in split_launcher(words[1:-1])[0])
+    name = next((option for key, _, option in given if key == "launcher"), "local")
+    return [f"{prefix[0]}{key}=" for key in (launcher_keys(name, dirs) if name in launchers(dirs) else ())]
 
 
 def _after_equals(words: Sequence[str], key: str, value: str) -> list[str]:

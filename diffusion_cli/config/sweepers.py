@@ -124,6 +124,13 @@ def fixed_words(config: Config) -> list[str]:
     ]
 
 
+def sweeper_keys(overrides: Sequence[str], dirs: Sequence[Path]) -> list[str]:
+    """Return the keys of the sweeper that a command line chooses; UsageError for an unknown option."""
+    own = [text for text in overrides if text.startswith(SWEEPERS)]
+    settings = _plain(_composed("train", [*own, *search_path(dirs)], dirs).hydra.sweeper)
+    return [key for key in flatten(settings) if not key.endswith("_target_")]
+
+
 def _sweeper(
     command: str, own: Sequence[str], settings: Sequence[str], dirs: Sequence[Path]
 ) -> tuple[str, Mapping[str, Any]]:

@@ -119,7 +119,7 @@ class _Config(BaseModel):
     up_block_types: list[UpType] = ["AttnUpBlock2D", "AttnUpBlock2D", "AttnUpBlock2D", "UpBlock2D"]
     block_out_channels: Annotated[list[Width], Field(min_length=1, max_length=10)] = [224, 448, 672, 896]
     layers_per_block: Count = 2
-    mid_block_scale_factor: float = 1
+    mid_block_scale_factor: Annotated[float, Field(allow_inf_nan=False)] = 1
     downsample_padding: Literal[0, 1] = 1
     downsample_type: Literal["conv", "resnet"] = "conv"
     upsample_type: Literal["conv", "resnet"] = "conv"

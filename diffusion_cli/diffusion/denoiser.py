@@ -60,7 +60,8 @@ class NoiseConditioned(nn.Module):
         parameterization: meaning of F.
 
     Raises:
-        UsageError: the parameterization is undefined for the schedule, or the network is for another task.
+        UsageError: the parameterization is undefined for the schedule, or the network is for another task or needs
+            other noise levels.
     """
 
     task: str
@@ -77,6 +78,8 @@ class NoiseConditioned(nn.Module):
                 f"is for task={made_for}",
                 f"use one for task={self.task}, or another objective",
             )
+        if getattr(network, "scale_by_sigma", False):
+            _check_gets_sigma(schedule, parameterization)
         self.network = network
         self.schedule = schedule
         self.parameterization = parameterization
@@ -95,6 +98,20 @@ class NoiseConditioned(nn.Module):
         c_noise = c_noise.to(x_t) if c_noise.ndim else x_t.new_full((len(x_t),), c_noise.item())
         output = self.network(per_image(coefficients.c_in, x_t) * x_t, c_noise, *labels)
         return output.to(x_t.dtype), coefficients
+
+
+def _check_gets_sigma(schedule: Schedule, parameterization: Parameterization) -> None:
+    """Raise UsageError if the network does not get log sigma, with which it divides by sigma."""
+    t = torch.tensor([0.5, 1.0], dtype=torch.float64)
+    _, sigma = schedule(t)
+    if not torch.allclose(parameterization(schedule, t).c_noise, sigma.log()):
+        raise UsageError(
+            "model.scale_by_sigma",
+            True,
+            f"the network gets log sigma neither from the {schedule.name} schedule nor from "
+            f"the parameterization {type(parameterization).__name__}",
+            "use schedule=ve and parameterization=score, or model.scale_by_sigma=false",
+        )
 
 
 class Denoiser(NoiseConditioned):

@@ -192,6 +192,7 @@ def test_other_tensors_are_refused(change, words):
         ({"layers_per_block": 10**9}, "layers_per_block=1000000000: must be less than"),
         ({"layers_per_block": "2"}, "layers_per_block=2: must be a valid integer"),
         ({"mid_block_scale_factor": 2}, "mid_block_scale_factor=2.*: must be 1, as in the other blocks"),
+        ({"mid_block_scale_factor": float("nan")}, "mid_block_scale_factor=nan: must be a finite number"),
         ({"downsample_padding": 2}, "downsample_padding=2: must be 0 or 1"),
         ({"act_fn": "gelu"}, "act_fn=gelu: must be 'silu' or 'swish'"),
         ({"attention_head_dim": 5}, "attention_head_dim=5: does not divide the 16 channels"),

@@ -1,12 +1,16 @@
 """The denoiser's linear map, and the objective on top of it."""
 
+import pytest
 import torch
 from torch import nn
 
 from diffusion_cli.diffusion.denoiser import Denoiser, clip_x0
 from diffusion_cli.diffusion.objectives import Simple
-from diffusion_cli.diffusion.parameterizations import Eps
+from diffusion_cli.diffusion.parameterizations import EDMPreconditioning, Eps, Score
+from diffusion_cli.diffusion.schedules import VE
 from diffusion_cli.diffusion.time_sampling import Uniform
+from diffusion_cli.errors import UsageError
+from diffusion_cli.networks import UNet
 
 F64 = torch.float64
 
@@ -62,6 +66,14 @@ def test_variance_head_is_split_off(schedules):
     prediction = denoiser(torch.zeros(3, 1, 4, 4), torch.tensor(0.5, dtype=F64))
     torch.testing.assert_close(prediction.eps, eps)
     assert torch.equal(prediction.variance, variance)
+
+
+def test_a_network_that_divides_by_sigma_must_get_its_logarithm(schedules):
+    network = UNet((1, 8, 8), None, embedding_layout="fourier", scale_by_sigma=True)
+    Denoiser(network, VE(), Score())
+    for schedule, parameterization in ((schedules["linear"], Score()), (VE(), EDMPreconditioning())):
+        with pytest.raises(UsageError, match=r"model.scale_by_sigma=true: .* use schedule=ve and param"):
+            Denoiser(network, schedule, parameterization)
 
 
 def test_clipped_pair_stays_consistent(schedules):

@@ -115,6 +115,12 @@ class Source(NamedTuple):
             stream = stream.to_iterable_dataset()
         return stream.decode(False)  # neither images nor sounds, which may name files elsewhere
 
+    def _is_remote(self) -> bool:
+        """Whether the dataset is a URL or on the Hub."""
+        return "://" in self.path or not (
+            Path(self.path).expanduser().exists() or set(self.path) & set("*?[")
+        )
+
     def _opened(self, key: str, split: str, streaming: bool) -> Any:
         where = Path(self.path).expanduser()
         is_pattern = "://" not in self.path and bool(set(self.path) & set("*?["))
@@ -195,6 +201,9 @@ class Source(NamedTuple):
         levels = [logger.level for logger in loggers]
         for logger in loggers:
             logger.setLevel(logging.CRITICAL)
+        bars = not library().are_progress_bars_disabled()
+        if bars and not self._is_remote():  # downloads show their progress
+            library().disable_progress_bars()
         try:
             yield
         except UsageError:
@@ -204,6 +213,8 @@ class Source(NamedTuple):
         finally:
             for logger, level in zip(loggers, levels, strict=True):
                 logger.setLevel(level)
+            if bars:
+                library().enable_progress_bars()
 
     def _reason(self, error: Exception, key: str, split: str) -> Exception:
         first: BaseException = error

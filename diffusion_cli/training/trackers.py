@@ -7,10 +7,12 @@ import logging
 import os
 import re
 import secrets
+import shlex
 import sys
 from argparse import Namespace
 from collections.abc import Mapping
 from contextlib import redirect_stdout
+from io import StringIO
 from json import dumps
 from pathlib import Path
 from typing import Any, Literal
@@ -19,6 +21,8 @@ from lightning.pytorch.loggers import Logger, MLFlowLogger, WandbLogger
 
 from diffusion_cli.config.runs import flatten
 from diffusion_cli.system.files import atomic_write
+from diffusion_cli.system.progress import ProgressBar
+from diffusion_cli.system.untrusted import printable
 from diffusion_cli.training.logs import LoggerConfig, RunLogger
 
 PROJECT = "diffuse"
@@ -31,6 +35,10 @@ STEP = "trainer/global_step"
 """Name of the step in Lightning's logger for W&B, the axis of all curves."""
 RETRIES = "3"
 """Number of repeated requests to an MLflow server, about 12 s in total, instead of several minutes."""
+PLACE = re.compile(r"https?://|trackio show")
+"""An address or a command for the curves, in what Trackio prints; it has no setting for less output."""
+STYLE = re.compile(r"\x1b\[[\d;]*m")
+"""Colours and fonts of a terminal."""
 TAG = "diffuse.tracking_id"
 """Tag that identifies a run in MLflow."""
 
@@ -82,7 +90,7 @@ class WandB(LoggerConfig):
             id=tracking_id(run),
             resume="allow",
             project=self.project or os.environ.get("WANDB_PROJECT", PROJECT),
-            settings=wandb.Settings(console="off", finish_timeout=FINISH_SECONDS),
+            settings=wandb.Settings(console="off", quiet=True, finish_timeout=FINISH_SECONDS),
             **self.settings,
         )
         started.define_metric(STEP)
@@ -104,7 +112,15 @@ class WandBRun(WandbLogger):
     def finalize(self, status: str) -> None:
         """End the run, so that another run of this process is not added to it."""
         super().finalize(status)
-        self.experiment.finish(exit_code=0 if status == "success" else 1)
+        run = self.experiment
+        run.finish(exit_code=0 if status == "success" else 1)
+        if run.offline:  # a quiet run does not print it
+            _show("wandb", f"to upload this run: wandb sync {shlex.quote(run.sync_dir)}")
+
+
+def _show(logger: str, line: str) -> None:
+    """Print a line of a service above the progress bars."""
+    ProgressBar.write(f"diffuse: logger={logger}: {printable(line)}", file=sys.stderr)
 
 
 class MLflow(LoggerConfig):
@@ -248,10 +264,13 @@ class TrackioRun(Logger):
     def _start(self, config: dict[str, Any]) -> Any:
         import trackio
 
-        with redirect_stdout(sys.stderr):
+        with redirect_stdout(StringIO()) as printed:
             self._run = trackio.init(
                 self._project, self._name, config=config, resume="allow", embed=False, **self._settings
             )
+        for line in printed.getvalue().splitlines():
+            if PLACE.search(line):
+                _show("trackio", STYLE.sub("", line).removeprefix("* "))
         return self._run
 
     def log_hyperparams(self, params: dict[str, Any] | Namespace, *args: Any, **kwargs: Any) -> None:
@@ -280,5 +299,5 @@ class TrackioRun(Logger):
         """Write pending points, and end the run."""
         import trackio
 
-        with redirect_stdout(sys.stderr):
+        with redirect_stdout(StringIO()):
             trackio.finish()

@@ -145,6 +145,14 @@ def test_columns_of_integers_and_texts_are_classes_if_named(tmp_path):
     assert_close(hub(path, label="word").load("train").labels, torch.tensor([1, 0, 1]))
 
 
+@pytest.mark.parametrize("settings", [{}, {"streaming": True, "max_images": 3}])
+def test_the_library_shows_no_bars_for_local_files(images, tmp_path, capfd, settings):
+    library.enable_progress_bars()
+    hub(images, data_dir=str(tmp_path / "data"), **settings)
+    assert capfd.readouterr() == ("", "")
+    assert not library.are_progress_bars_disabled()
+
+
 def test_web_datasets_have_images_and_classes(tmp_path):
     pattern = shards(tmp_path)
     whole = hub(pattern, label="cls")

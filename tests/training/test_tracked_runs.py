@@ -65,6 +65,10 @@ def place(tmp_path_factory) -> Path:
     )
     assert done.returncode == 0, done.stderr
     assert "training continues without it" not in done.stderr
+    assert "diffuse: logger=wandb: to upload this run: wandb sync " in done.stderr
+    assert 'diffuse: logger=trackio: trackio show --project "diffuse"\n' in done.stderr
+    assert "Run summary" not in done.stderr
+    assert "* " not in done.stderr + done.stdout
     return folder
 
 

@@ -3,13 +3,13 @@
 import json
 import re
 import shutil
-import subprocess
-import sys
 import tomllib
 import zipfile
 from pathlib import Path
 
 import pytest
+
+from helpers.wheels import build_wheel
 
 ROOT = Path(__file__).parent.parent
 
@@ -61,17 +61,4 @@ def test_the_copied_files_suffice_for_the_wheel(tmp_path):
 
 
 def names_in_wheel(source: Path, folder: Path) -> list[str]:
-    command = [
-        sys.executable,
-        "-m",
-        "pip",
-        "wheel",
-        "-q",
-        "--no-deps",
-        "--no-build-isolation",
-        "-w",
-        str(folder),
-    ]
-    subprocess.run([*command, str(source)], check=True)
-    (wheel,) = folder.glob("*.whl")
-    return sorted(zipfile.ZipFile(wheel).namelist())
+    return sorted(zipfile.ZipFile(build_wheel(source, folder)).namelist())

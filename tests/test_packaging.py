@@ -17,6 +17,7 @@ from packaging.requirements import Requirement
 
 import diffusion_cli
 from diffusion_cli import config
+from helpers.wheels import build_wheel
 from matrix import COMMANDS, read_project, requirements
 
 ROOT = Path(__file__).parent.parent
@@ -25,21 +26,7 @@ DIFFUSE = [sys.executable, "-c", "from diffusion_cli.cli import main; main()"]
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("wheel")
-    command = [
-        sys.executable,
-        "-m",
-        "pip",
-        "wheel",
-        "-q",
-        "--no-deps",
-        "--no-build-isolation",
-        "-w",
-        str(folder),
-    ]
-    subprocess.run([*command, str(ROOT)], check=True)
-    (file,) = folder.glob("*.whl")
-    return file
+    return build_wheel(ROOT, tmp_path_factory.mktemp("wheel"))
 
 
 @pytest.mark.slow

@@ -2,16 +2,14 @@
 
 import os
 import shutil
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
 
-from diffusion_cli.runs.checkpoint import LAST
+from helpers.training import kill_training
 
 PARTS = {
     "dataset": "squares", "model": "stack", "sampler": "memory", "metric": "brightness", "optimizer": "signs",
@@ -68,18 +66,8 @@ def project(tmp_path_factory) -> Path:
     for group, name in PARTS.items():
         diffuse(folder, "new", group, name, *(["plugin=squares"] if name != "squares" else []))
     (folder / "diffuse.yaml").write_text("plugins: [squares]\n")
-    last = folder / "outputs" / "run" / LAST
-    command = [sys.executable, "-m", "diffusion_cli", *TRAIN, "plugins=[squares]", "max_steps=100000"]
-    with (folder / "log").open("w") as log:
-        process = subprocess.Popen(command, cwd=folder, stdout=log, stderr=log)
-        end = time.monotonic() + 300
-        while not last.is_file():
-            assert process.poll() is None, (folder / "log").read_text()
-            assert time.monotonic() < end
-            time.sleep(0.2)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-    reached = max(int(file.stem.removeprefix("step_")) for file in last.parent.glob("step_*.ckpt"))
+    words = [*TRAIN, "plugins=[squares]", "max_steps=100000"]
+    reached = kill_training(words, folder / "outputs" / "run", folder / "log")
     printed = diffuse(folder, *TRAIN, f"max_steps={reached + 10}")
     assert "10 of them now" in printed
     return folder

@@ -2,18 +2,16 @@
 
 import json
 import os
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
-from diffusion_cli.runs.checkpoint import LAST
 from helpers import TINY
+from helpers.training import kill_training
 from helpers.wandb_files import config, history, run_id
 
 pytest.importorskip("wandb")
@@ -42,23 +40,14 @@ def place(tmp_path_factory) -> Path:
     W&B writes an offline run every 15 s, so the kill comes after the first write.
     """
     folder = tmp_path_factory.mktemp("tracked")
-    command = [sys.executable, "-m", "diffusion_cli", *WORDS, f"output_dir={folder}"]
-    last = folder / "tiny" / LAST
-    with (folder / "log").open("w") as log:
-        process = subprocess.Popen(
-            [*command, "max_steps=5000"], env=environment(folder), stdout=log, stderr=log
-        )
-        deadline = time.monotonic() + 300
-        while not (last.is_file() and any(map(history, folder.glob("tiny/wandb/offline-run-*/*.wandb")))):
-            assert process.poll() is None, (folder / "log").read_text()
-            assert time.monotonic() < deadline
-            time.sleep(0.2)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-    reached = max(int(file.stem.removeprefix("step_")) for file in last.parent.glob("step_*.ckpt"))
+    words, env = [*WORDS, f"output_dir={folder}"], environment(folder)
+    reached = kill_training(
+        [*words, "max_steps=5000"], folder / "tiny", folder / "log", env=env,
+        ready=lambda: any(map(history, folder.glob("tiny/wandb/offline-run-*/*.wandb"))),
+    )  # fmt: skip
     done = subprocess.run(
-        [*command, f"max_steps={10 * (reached // 10) + 20}"],
-        env=environment(folder),
+        [sys.executable, "-m", "diffusion_cli", *words, f"max_steps={10 * (reached // 10) + 20}"],
+        env=env,
         capture_output=True,
         text=True,
         timeout=300,

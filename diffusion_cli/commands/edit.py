@@ -2,7 +2,6 @@
 
 import glob
 import math
-import re
 import sys
 from collections import Counter
 from collections.abc import Sequence
@@ -15,19 +14,17 @@ from torch import Tensor
 
 from diffusion_cli.batch_size import advise_batch_size
 from diffusion_cli.captions import Captions, class_name
-from diffusion_cli.commands.guides import other_space
+from diffusion_cli.commands.edit_checks import check_count, check_edit, check_seeds, check_shapes, check_split
 from diffusion_cli.commands.inputs import Complete, Input, read_input, real_images, shortened
 from diffusion_cli.commands.masks import completion, read_masks
 from diffusion_cli.commands.outputs import claim, keep_results, named_folder, read_manifest
-from diffusion_cli.commands.trained import LoadedModel, open_run, warn_of_untrained
+from diffusion_cli.commands.trained import LoadedModel, open_run
 from diffusion_cli.config import EditConfig, build, fingerprint
 from diffusion_cli.data import to_model_range
 from diffusion_cli.diffusion.denoiser import Denoise
 from diffusion_cli.diffusion.guidance import NoGuidance
-from diffusion_cli.diffusion.latents import Latents
 from diffusion_cli.editing import Edit, EditProcess, EditResult, RePaint, Restoration, RestorationMethod
-from diffusion_cli.editing.restore import described
-from diffusion_cli.errors import NO_VALUE, UsageError, counted
+from diffusion_cli.errors import counted
 from diffusion_cli.formats import Completed, HighDepthImage, Original, SampleFormat, ValueFormat
 from diffusion_cli.generate import NFECounter, SeededNoise, check_finite, guided, labels_of
 from diffusion_cli.images import (
@@ -97,7 +94,7 @@ def _run(config: EditConfig) -> None:
     given = _inputs(config, trained, edit)
     if edit.mask_path is not None:
         edit = edit.masked(read_masks(edit.mask_path, given, edit.shape[1:]))
-    form, kind = trained.model.info.form, _kind(config)
+    form = trained.model.info.form
     plan = _plan(config, trained, edit, given)
     if any(item.former_name for item in given):
         former = [item._replace(name=item.former_name or item.name) for item in given]
@@ -136,7 +133,7 @@ def _run(config: EditConfig) -> None:
     inputs = len(jobs) // config.variations
     first = f" (first {SHOWN} of {inputs})" if inputs > SHOWN else ""
     print(
-        f"{counted(len(jobs), 'result')} of {kind}{calls if todo else ' already there'}, in {output}"
+        f"{counted(len(jobs), 'result')} of {config.edit_name}{calls if todo else ' already there'}, in {output}"
         f"{_summary(results, jobs, form)}{_clipping(given, edit)}\nBefore and after: {grid}{first}"
     )
 
@@ -158,7 +155,7 @@ def _plan(config: EditConfig, trained: LoadedModel, edit: Edit, given: list[Inpu
         settings["forms"] = forms
     if config.output:
         return EditPlan(jobs, settings, named_folder(config.output))
-    name = f"{_kind(config)}-{fingerprint(settings)}"
+    name = f"{config.edit_name}-{fingerprint(settings)}"
     return EditPlan(jobs, settings, own_folder(trained.folder, "edits", name))
 
 
@@ -190,7 +187,7 @@ def _captions(
         columns: number of images in a row.
     """
     rows = [job.name.removesuffix("_0") if config.variations > 1 else job.name for job in first[:SHOWN]]
-    title = [_kind(config).replace("_", " ")]
+    title = [config.edit_name.replace("_", " ")]
     if config.restoration is not None:
         title.append(config.restoration["_target_"].rpartition(".")[2])
     if trained.labels is not None and trained.chosen_labels:
@@ -234,15 +231,8 @@ def edited(
     """
     edit, method = _parts(config, trained)
     if inputs is not None:
-        for image in inputs:
-            if tuple(image.pixels.shape) not in edit.accepts():
-                raise UsageError(
-                    "images",
-                    tuple(image.pixels.shape),
-                    f"must have shape {edit.accepts()[0]}",
-                    "resize or convert them",
-                )
-        _check_count(inputs, edit, _kind(config))
+        check_shapes(inputs, edit)
+        check_count(len(inputs), edit, config.edit_name)
     given = _inputs(config, trained, edit) if inputs is None else inputs
     if edit.mask_path is not None:
         edit = edit.masked(read_masks(edit.mask_path, given, edit.shape[1:]) if mask is None else mask)
@@ -262,87 +252,8 @@ def _parts(config: EditConfig, trained: LoadedModel) -> tuple[Edit, RestorationM
     trained.check()
     edit: Edit = build(config.edit, trained.model.shape)
     method: RestorationMethod | None = None if config.restoration is None else build(config.restoration)
-    _refuse(config, trained, edit, method)
+    check_edit(config, trained, edit, method)
     return edit, method
-
-
-def _kind(config: EditConfig) -> str:
-    """Return the option name of an edit, such as super_resolution for SuperResolution."""
-    return re.sub(r"(?<=[a-z])(?=[A-Z])", "_", config.edit["_target_"].rpartition(".")[2]).lower()
-
-
-def _refuse(config: EditConfig, trained: LoadedModel, edit: Edit, method: RestorationMethod | None) -> None:
-    """Raise UsageError for options that the edit does not support."""
-    kind = _kind(config)
-    if edit.restores and not trained.model.info.form.ordered:
-        raise UsageError(
-            "edit",
-            kind,
-            "not supported for point clouds",
-            "use img2img, interpolate, attribute or reconstruct",
-        )
-    if edit.restores and method is None:
-        raise UsageError("restoration", None, f"required for edit={kind}", "use replacement, repaint or dps")
-    if not edit.restores and method is not None:
-        raise UsageError("restoration", NO_VALUE, f"not used by edit={kind}", "leave it out")
-    if isinstance(trained.model.space, Latents):
-        _refuse_in_latents(trained.model.space, kind, edit, method)
-    if edit.deterministic and trained.sampler.stochastic:
-        raise UsageError(
-            "sampler",
-            NO_VALUE,
-            f"edit={kind} requires a deterministic sampler",
-            "use one such as ddim, heun or dpmpp_2m",
-        )
-    if config.variations > 1 and not (edit.starts_from_noise or trained.sampler.stochastic):
-        raise UsageError(
-            "variations",
-            config.variations,
-            f"edit={kind} is deterministic with this sampler, so all variations would be the same",
-            "use variations=1, or a stochastic sampler such as ddpm",
-        )
-
-    def source(name: int | str | None) -> int | None:
-        number = trained.number(name, "edit.source")
-        warn_of_untrained(
-            "edit.source",
-            [] if number is None else [number],
-            trained.model.info.trained_classes,
-            trained.model,
-        )
-        return number
-
-    edit.check(trained.labels is not None, source)
-    if edit.seeds is not None:
-        if config.input is not None or config.num_images is not None or config.fit:
-            raise UsageError(
-                "edit.seeds",
-                NO_VALUE,
-                "cannot be combined with input, num_images or fit",
-                "leave one of them out",
-            )
-    elif config.input is None:
-        raise UsageError(
-            "input",
-            None,
-            "required",
-            "give an image file, a folder, or val for the validation split of the run's dataset",
-        )
-
-
-def _refuse_in_latents(space: Latents, kind: str, edit: Edit, method: RestorationMethod | None) -> None:
-    """Raise UsageError if the edit is not possible in latent space."""
-    if method is not None and edit.known is None and not method.differentiates:
-        name = f"restoration={type(method).__name__.lower()} with edit={kind}"
-        raise other_space(name, "pixels", "use restoration=dps")
-    factor = space.autoencoder.factor
-    if any(side % factor for side in edit.results[1:]):
-        raise UsageError(
-            "edit",
-            kind,
-            f"its results have {described(edit.results[1:])} pixels, but the autoencoder downsamples by {factor}",
-            f"use margins that are multiples of {factor}",
-        )
 
 
 def _inputs(config: EditConfig, trained: LoadedModel, edit: Edit) -> list[Input]:
@@ -352,13 +263,7 @@ def _inputs(config: EditConfig, trained: LoadedModel, edit: Edit) -> list[Input]
         ).noise()
         return [Input(f"seed_{seed}", image) for seed, image in zip(edit.seeds, noise, strict=True)]
     if config.input in ("val", "train"):
-        if Path(config.input).exists():
-            raise UsageError(
-                "input",
-                config.input,
-                "ambiguous, because a file or folder has this name",
-                f"write ./{config.input} for that file or folder, or rename it to use the run's dataset",
-            )
+        check_split(config.input)
         given = real_images(
             trained.dataset(config.data_dir, config.data_paths), config.input, config.num_images
         )
@@ -373,7 +278,7 @@ def _inputs(config: EditConfig, trained: LoadedModel, edit: Edit) -> list[Input]
             mask_path=edit.mask_path,
             complete=_completion(config, trained),
         )
-    _check_count(given, edit, _kind(config))
+    check_count(len(given), edit, config.edit_name)
     return given
 
 
@@ -387,19 +292,6 @@ def _completion(config: EditConfig, trained: LoadedModel) -> Complete | None:
     return completion(path, node, info.data_rules, info.form, shape, config.fit)
 
 
-def _check_count(given: Sequence[Input], edit: Edit, kind: str) -> None:
-    """Raise UsageError if the number of images is not a positive multiple of the edit's inputs."""
-    if not given or len(given) % edit.inputs_each:
-        fewer = len(given) - len(given) % edit.inputs_each
-        more = fewer + edit.inputs_each
-        raise UsageError(
-            "input",
-            NO_VALUE,
-            f"{len(given)} images were given, but each result of edit={kind} needs {edit.inputs_each}",
-            f"give {f'{fewer} or {more}' if fewer else more} images",
-        )
-
-
 def _jobs(config: EditConfig, edit: Edit, given: Sequence[Input], form: SampleFormat) -> list[EditJob]:
     jobs: list[EditJob] = []
     for at in range(0, len(given), edit.inputs_each):
@@ -411,10 +303,7 @@ def _jobs(config: EditConfig, edit: Edit, given: Sequence[Input], form: SampleFo
             name += f"_{variation}" if config.variations > 1 else ""
             original = None if edit.known is None else some[0].original
             jobs.append(EditJob(name, config.seed + len(jobs), place, inputs, own or form, original))
-    if config.seed + len(jobs) > 2**32:
-        raise UsageError(
-            "seed", config.seed, f"the seed of the last result exceeds {2**32 - 1}", "use a smaller seed"
-        )
+    check_seeds(config.seed, len(jobs))
     times = Counter(job.name for job in jobs)  # different inputs can give the same joined name
     return [
         job if times[job.name] == 1 else job._replace(name=f"{number:05d}_{job.name}")
@@ -445,7 +334,7 @@ def _make(
         keep_results(output, made)
         results.update(made)
 
-    with ProgressBar(total=len(todo), unit="image", desc=_kind(config)) as bar, Writer(2) as writer:
+    with ProgressBar(total=len(todo), unit="image", desc=config.edit_name) as bar, Writer(2) as writer:
         for first in range(0, len(todo), batch_size):
             batch = todo[first : first + batch_size]
             calls = NFECounter(trained.model.denoiser, trained.guidance)

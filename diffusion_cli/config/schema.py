@@ -198,6 +198,11 @@ class EditConfig(Generation):
     restoration: Node | None = None
 
     @property
+    def edit_name(self) -> str:
+        """The option name of the edit, such as super_resolution for SuperResolution."""
+        return re.sub(r"(?<=[a-z])(?=[A-Z])", "_", self.edit["_target_"].rpartition(".")[2]).lower()
+
+    @property
     def sampling(self) -> SamplingSettings:
         return replace(super().sampling, null_label="none")
 

@@ -1,0 +1,133 @@
+"""Checks of `diffuse edit` before it computes anything: options, inputs and seeds."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from diffusion_cli.commands.guides import other_space
+from diffusion_cli.commands.inputs import Input
+from diffusion_cli.commands.trained import LoadedModel, warn_of_untrained
+from diffusion_cli.config import EditConfig
+from diffusion_cli.diffusion.latents import Latents
+from diffusion_cli.editing import Edit, RestorationMethod
+from diffusion_cli.editing.restore import described
+from diffusion_cli.errors import NO_VALUE, UsageError
+
+
+def check_edit(
+    config: EditConfig, trained: LoadedModel, edit: Edit, method: RestorationMethod | None
+) -> None:
+    """Raise UsageError for options that the edit does not support."""
+    name = config.edit_name
+    if edit.restores and not trained.model.info.form.ordered:
+        raise UsageError(
+            "edit",
+            name,
+            "not supported for point clouds",
+            "use img2img, interpolate, attribute or reconstruct",
+        )
+    if edit.restores and method is None:
+        raise UsageError("restoration", None, f"required for edit={name}", "use replacement, repaint or dps")
+    if not edit.restores and method is not None:
+        raise UsageError("restoration", NO_VALUE, f"not used by edit={name}", "leave it out")
+    if isinstance(trained.model.space, Latents):
+        _check_in_latents(trained.model.space, name, edit, method)
+    if edit.deterministic and trained.sampler.stochastic:
+        raise UsageError(
+            "sampler",
+            NO_VALUE,
+            f"edit={name} requires a deterministic sampler",
+            "use one such as ddim, heun or dpmpp_2m",
+        )
+    if config.variations > 1 and not (edit.starts_from_noise or trained.sampler.stochastic):
+        raise UsageError(
+            "variations",
+            config.variations,
+            f"edit={name} is deterministic with this sampler, so all variations would be the same",
+            "use variations=1, or a stochastic sampler such as ddpm",
+        )
+
+    def source(label: int | str | None) -> int | None:
+        number = trained.number(label, "edit.source")
+        warn_of_untrained(
+            "edit.source",
+            [] if number is None else [number],
+            trained.model.info.trained_classes,
+            trained.model,
+        )
+        return number
+
+    edit.check(trained.labels is not None, source)
+    if edit.seeds is not None:
+        if config.input is not None or config.num_images is not None or config.fit:
+            raise UsageError(
+                "edit.seeds",
+                NO_VALUE,
+                "cannot be combined with input, num_images or fit",
+                "leave one of them out",
+            )
+    elif config.input is None:
+        raise UsageError(
+            "input",
+            None,
+            "required",
+            "give an image file, a folder, or val for the validation split of the run's dataset",
+        )
+
+
+def _check_in_latents(space: Latents, name: str, edit: Edit, method: RestorationMethod | None) -> None:
+    """Raise UsageError if the edit is not possible in latent space."""
+    if method is not None and edit.known is None and not method.differentiates:
+        words = f"restoration={type(method).__name__.lower()} with edit={name}"
+        raise other_space(words, "pixels", "use restoration=dps")
+    factor = space.autoencoder.factor
+    if any(side % factor for side in edit.results[1:]):
+        raise UsageError(
+            "edit",
+            name,
+            f"its results have {described(edit.results[1:])} pixels, but the autoencoder downsamples by {factor}",
+            f"use margins that are multiples of {factor}",
+        )
+
+
+def check_split(split: str) -> None:
+    """Raise UsageError if a file or folder has the name of the dataset's split."""
+    if Path(split).exists():
+        raise UsageError(
+            "input",
+            split,
+            "ambiguous, because a file or folder has this name",
+            f"write ./{split} for that file or folder, or rename it to use the run's dataset",
+        )
+
+
+def check_shapes(images: Sequence[Input], edit: Edit) -> None:
+    """Raise UsageError for images with another shape than the edit accepts."""
+    for image in images:
+        if tuple(image.pixels.shape) not in edit.accepts():
+            raise UsageError(
+                "images",
+                tuple(image.pixels.shape),
+                f"must have shape {edit.accepts()[0]}",
+                "resize or convert them",
+            )
+
+
+def check_count(count: int, edit: Edit, name: str) -> None:
+    """Raise UsageError if the number of images is not a positive multiple of the edit's inputs."""
+    if not count or count % edit.inputs_each:
+        fewer = count - count % edit.inputs_each
+        more = fewer + edit.inputs_each
+        raise UsageError(
+            "input",
+            NO_VALUE,
+            f"{count} images were given, but each result of edit={name} needs {edit.inputs_each}",
+            f"give {f'{fewer} or {more}' if fewer else more} images",
+        )
+
+
+def check_seeds(first: int, count: int) -> None:
+    """Raise UsageError if the seeds of `count` results exceed 32 bits."""
+    if first + count > 2**32:
+        raise UsageError(
+            "seed", first, f"the seed of the last result exceeds {2**32 - 1}", "use a smaller seed"
+        )

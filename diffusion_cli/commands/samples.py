@@ -117,9 +117,11 @@ def model_record(trained: LoadedModel) -> dict[str, Any]:
 
 def weights_record(folder: Path, model: Loaded, weights: str) -> dict[str, Any]:
     """Return the identity of the evaluated weights, as plain data."""
+    init = model.info.init
+    origin = {} if init is None else {"init": init.model_dump(exclude={"taken", "total", "fresh"})}
     return {
         "run": folder.name, "step": model.step, "ema": model.info.config.ema, "weights": weights,
-        "weights_sha256": model.digest,
+        "weights_sha256": model.digest, **origin,
     }  # fmt: skip
 
 

@@ -219,6 +219,8 @@ def _begin(config: TrainConfig, setup: TrainingSetup, folder: Path, before: Chec
     if not setup.device.fast_dev_run:
         remember_run(folder)  # only now, because an existing config.yaml may be untrusted
     print(train_report.first_line(config, setup, folder, done), file=sys.stderr)
+    if not before and (line := train_report.first_weights_line(setup)):
+        print(line, file=sys.stderr)
     if before and (line := train_report.other_budget(before.info.config.model_dump(), config)):
         show_remarks([line])
     if not before and (line := emulated_format(setup.precision, setup.device.torch_device)):

@@ -35,6 +35,16 @@ def first_line(config: TrainConfig, setup: TrainingSetup, folder: Path, done: in
     )
 
 
+def first_weights_line(setup: TrainingSetup) -> str | None:
+    """Return a line about the source of the first weights; None if they are random."""
+    if setup.info.init is None:
+        return None
+    parameters = [*setup.task.model.network.parameters()]
+    frozen = sum(parameter.numel() for parameter in parameters if not parameter.requires_grad)
+    trained = sum(parameter.numel() for parameter in parameters) - frozen
+    return f"{setup.info.init}" + (f"; {trained:,} parameters trained, {frozen:,} frozen" if frozen else "")
+
+
 def remarks(setup: TrainingSetup) -> list[str]:
     """Return remarks on settings and data that are probably unintended."""
     return [

@@ -21,7 +21,8 @@ from diffusion_cli.errors import NO_VALUE, UsageError
 from diffusion_cli.metrics import cache_folder
 from diffusion_cli.networks import AutoencoderKL
 from diffusion_cli.runs.find import find_run
-from diffusion_cli.runs.schema import CheckpointInfo, LatentInfo, StageInfo
+from diffusion_cli.runs.load import load_weights
+from diffusion_cli.runs.schema import CheckpointInfo, InitInfo, LatentInfo, StageInfo
 from diffusion_cli.runs.weights import digest
 from diffusion_cli.samplers import Sampler
 from diffusion_cli.system.distributed import Distributed
@@ -30,6 +31,7 @@ from diffusion_cli.system.seeding import mix
 from diffusion_cli.training.autoencoder_loss import Autoencoding, ReconstructionLoss
 from diffusion_cli.training.autoencoding import AutoencodingModule
 from diffusion_cli.training.device import Device
+from diffusion_cli.training.initialization import InitialWeights, fit, freeze
 from diffusion_cli.training.latent_data import (
     LatentDataset,
     LatentSource,
@@ -116,6 +118,10 @@ def set_up(config: TrainConfig, folder: Path, before: CheckpointInfo | None) -> 
         task = _autoencoder_task(config, network, objective, dataset)
     else:
         task = _denoising_task(config, network, objective)
+    init = before.init if before else _first_weights(config, network, task.model.task, train_data)
+    if config.init.freeze is not None:
+        freeze(network, config.init.freeze)
+        _check_last_layer(task)
     # A resumed run uses the stages and the precision of its start, even if the budget or the machine has changed.
     stages = (before and before.resolution_schedule) or resolution_schedule(config, train_data)
     stored_precision = before.precision if before and config.precision == "auto" else None
@@ -130,6 +136,7 @@ def set_up(config: TrainConfig, folder: Path, before: CheckpointInfo | None) -> 
         "latent": _latent_info(latent, train_data),
         "stages": [StageInfo(**stage._asdict()) for stage in stages.all] if stages.grow else None,
         "precision": precision,
+        "init": init,
     }
     info, problems = validate(CheckpointInfo, entries)
     if problems:
@@ -201,6 +208,43 @@ def _network(
             "use model=set_tiny with task=diffusion",
         )
     return network
+
+
+def _first_weights(
+    config: TrainConfig, network: nn.Module, task: str, train_data: Dataset
+) -> InitInfo | None:
+    """Replace the random weights of a network by those of `init.run`, where they fit; None without a source.
+
+    Raises UsageError if there is no such run, it was trained for another task, or none of its weights fits.
+    """
+    init, named = config.init, config.init.key
+    if init.run is None:
+        return None
+    run = find_run(init.run, config.output_dir, "init.run")
+    try:
+        source = load_weights(run, init.weights, init.step, task)
+    except UsageError as error:
+        raise error.renamed({run: f"{named}", "step": "init.step"}) from error
+    weights = InitialWeights(
+        state=source.state, channels=source.info.network_shape[0],
+        learns_variance=bool(source.info.config.model.get("learn_variance")), class_names=source.info.class_names,
+    )  # fmt: skip
+    fitted = fit(network, weights, train_data.shape[0], train_data.class_names)
+    if not fitted.taken:
+        problem = "none of its weights fits this network"
+        raise UsageError(named, NO_VALUE, problem, "leave out model= to use the network of the run")
+    return InitInfo(
+        source=init.run, kind="run", step=source.step, weights=init.weights, sha256=source.digest, **fitted._asdict()
+    )  # fmt: skip
+
+
+def _check_last_layer(task: DenoisingTask | AutoencoderTask) -> None:
+    """Raise UsageError if a discriminator needs gradients of a layer that `init.freeze` leaves unchanged."""
+    if isinstance(task, DenoisingTask) or task.model.discriminator is None:
+        return
+    if not task.model.network.decoder.conv_out.weight.requires_grad:
+        problem = "objective.discriminator_start needs gradients of this layer"
+        raise UsageError("init.freeze", "decoder.conv_out", problem, "do not freeze it")
 
 
 def _autoencoder_task(

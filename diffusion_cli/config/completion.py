@@ -57,7 +57,7 @@ SWEEP_WORDS = (
     "hydra.sweeper.",
 )
 """Groups and beginnings of keys that a sweep has."""
-RUN_KEYS = ("run", "compare", "latent.run", "guidance.run")
+RUN_KEYS = ("run", "compare", "init.run", "latent.run", "guidance.run")
 """Keys with a value that names a run."""
 MOST_PATHS = 1000
 """Most completions of a path."""

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from functools import cache, partial
 from itertools import chain, combinations
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from hydra.core.override_parser.types import Override
@@ -26,6 +26,7 @@ from diffusion_cli.config.continued import (
 )
 from diffusion_cli.config.experiments import experiment_problems, named_by_file
 from diffusion_cli.config.hydra_words import hydra_in_files, hydra_problem, is_of_hydra
+from diffusion_cli.config.initial import INITIAL, open_groups, parts_of_run, set_by_experiment
 from diffusion_cli.config.key_types import takes_list
 from diffusion_cli.config.option_keys import REQUIRED, defaults_left_out
 from diffusion_cli.config.own_options import composition_problems, incomplete_files
@@ -166,6 +167,8 @@ def _training(
 ) -> tuple[Node, list[Problem]]:
     """The configuration of a training, named and with its recipe, and a line for each unknown key."""
     implied, choices = compose("train", choosing, dirs)
+    if _value("init.run", setting, implied) is not None:
+        return _from_weights(choosing, setting, dirs)
     if choices["model"] != AUTO:
         composed, unknown = _with_keys(choosing, setting, implied, dirs)
         name = composed["name"] or _name(composed, implied, choices, dirs, implied)
@@ -193,6 +196,85 @@ def _training(
     unknown += task_problems(choosing, composed, choices)
     derived = [*composed["derived"], f"{MODEL}{option}"]
     return with_recipe(composed | {"name": name, "derived": derived}, stored, images), unknown
+
+
+def _from_weights(
+    choosing: Sequence[str], setting: Mapping[str, str], dirs: Sequence[Path]
+) -> tuple[Node, list[Problem]]:
+    """The configuration of a training that starts from the weights of `init.run`, and its problems.
+
+    A run that has started keeps its network and process, even if those of the source have changed.
+    """
+    implied, choices = compose("train", choosing, dirs)
+    groups = open_groups(choosing, choices, setting, dirs)
+    on_top = {key for key in setting if key.partition(".")[0] in groups}
+    composed, _ = _with_keys(
+        choosing, {key: text for key, text in setting.items() if key not in on_top}, implied, dirs
+    )
+    before, now = ({key: node for key, node in of.items() if key not in groups} for of in (implied, composed))
+    name = composed["name"] or _name_by_words(
+        now, before, choices, {key: setting[key] for key in on_top}, dirs
+    )
+    stored = started_with(Path(str(composed["output_dir"]), str(name)))
+    if stored.get("init", {}).get("run") == (run := composed["init"]["run"]):
+        parts, problems = stored, []
+    else:
+        source = parts_of_run(
+            run,
+            str(composed["output_dir"]),
+            implied,
+            [word.partition("=")[0] for word in choosing] + [*setting],
+        )
+        source.check_task(choices["task"])
+        parts, problems = source.nodes, [*source.problems]
+    composed |= {group: parts[group] for group in groups if parts.get(group) is not None}
+    preset = {key: flatten(implied)[key] for key in set_by_experiment(choices, groups, dirs)}
+    for key in sorted(preset.keys() - flatten(composed).keys()):
+        remedy = f"choose {key.partition('.')[0]}= too"
+        problems.append(
+            Problem(
+                f"experiment={choices['experiment']}",
+                NO_VALUE,
+                f"sets {key}, which init.run={run} lacks",
+                remedy,
+            )
+        )
+    known, unknown = _known("train", setting, composed)
+    own = {item.key_or_group: item.value() for item in map(parse, known) if item.key_or_group in on_top}
+    composed = replaced(
+        composed,
+        {key: value for key, value in (preset | own).items() if key in flatten(composed) or key in own},
+    )
+    problems += unknown + task_problems(choosing, composed, choices)
+    return with_recipe(
+        composed | {"name": name}, stored, cache(partial(own_images, composed["dataset"]))
+    ), problems
+
+
+def _name_by_words(
+    now: Node, before: Node, choices: Node, on_top: Mapping[str, str], dirs: Sequence[Path]
+) -> str:
+    """The name of a training that starts from weights: it does not follow from the source, which may change.
+
+    Args:
+        now: the configuration without the groups that come from the source.
+        before: what the choices alone imply of it.
+        choices: the option of each group.
+        on_top: words that set a key of these groups, by key.
+        dirs: folders with options of the user.
+    """
+    usual = usual_options(choices, dirs)
+    stated = {key: parse(text).value() for key, text in on_top.items() if not may_change(key)}
+    for group in INITIAL:  # a default option is a choice here
+        if group in now and group != "schedule" and choices[group] == usual[group] and not may_change(group):
+            stated[f"{group}.{group}"] = choices[group]
+    named = choices if "schedule" in now else {**choices, "schedule": None}
+    return run_names({**now, **stated}, before, named, dirs)[0]
+
+
+def _value(key: str, setting: Mapping[str, str], implied: Node) -> Any:
+    """The value of a key, on the command line or in the options that it chooses."""
+    return parse(setting[key]).value() if key in setting else flatten(implied).get(key)
 
 
 def _continuing(

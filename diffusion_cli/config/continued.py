@@ -103,6 +103,7 @@ def foreign_paths(
         key: value
         for key, value in flatten(stored).items()
         if key.rpartition(".")[2] in PATHS and isinstance(value, str) and value not in shipped
+        if not key.startswith("init.")  # read at the start of the run only
     }
     named = {key for key in found if {key, key.partition(".")[0]} & set(given)}
     data = {key: path for key, path in found.items() if key.startswith("dataset.")}

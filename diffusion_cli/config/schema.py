@@ -9,7 +9,7 @@ from pydantic import BaseModel, Field, NonNegativeInt, PositiveFloat, PositiveIn
 from diffusion_cli.config import plugins
 from diffusion_cli.config.evaluation import CompareConfig, EvalConfig
 from diffusion_cli.config.sampling import Generation, SamplingSettings
-from diffusion_cli.config.values import STRICT, Duration, Name, Node, Precision
+from diffusion_cli.config.values import STRICT, Duration, Name, Node, Precision, Step, Weights
 from diffusion_cli.errors import NO_VALUE, UsageError
 
 
@@ -19,6 +19,35 @@ class EMAConfig(BaseModel):
     model_config = STRICT
     decay: Annotated[float, Field(ge=0, lt=1)]
     warm_up: bool
+
+
+class InitConfig(BaseModel):
+    """`init.*`: the weights that training starts from, and those that it leaves unchanged."""
+
+    model_config = STRICT
+    run: str | None = None
+    step: Step = None
+    weights: Weights = "ema"
+    freeze: Annotated[list[str], Field(min_length=1)] | None = None
+
+    @property
+    def key(self) -> str | None:
+        """The source, as on the command line; None for random weights."""
+        return None if self.run is None else f"init.run={self.run}"
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.run is not None:
+            return self
+        if self.freeze is not None:
+            problem = "would freeze random weights"
+            raise UsageError(
+                "init.freeze", f"[{','.join(self.freeze)}]", problem, "set init.run, or leave it out"
+            )
+        for key, default in {"step": None, "weights": "ema"}.items():
+            if (value := getattr(self, key)) != default:
+                raise UsageError(f"init.{key}", value, "applies only with init.run=", "set init.run")
+        return self
 
 
 class LatentConfig(BaseModel):
@@ -68,6 +97,7 @@ class TrainConfig(BaseModel):
     data_dir: str
     cache_dir: str | None
     output_dir: str
+    init: InitConfig = InitConfig()
     latent: LatentConfig
     ema: EMAConfig
     dataset: Node

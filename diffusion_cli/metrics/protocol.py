@@ -130,7 +130,7 @@ def _sampling(protocol: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _is_of_model(key: str) -> bool:
-    return key.endswith("sha256") or key.partition(".")[0] in ("run", "step", "ema", "samples")
+    return key.endswith("sha256") or key.partition(".")[0] in ("run", "step", "ema", "init", "samples")
 
 
 def _brief(text: str) -> str:

@@ -172,6 +172,9 @@ class Transformer(Checkpointed):
     outer_layers = ("x_embedder", "final_layer")
     """Names of the input and output layers, which `optimizer=muon` leaves to AdamW."""
 
+    pixels_first = True
+    """Whether the outputs of a patch are ordered by pixel, then channel; those of other networks by channel first."""
+
     def __init__(
         self,
         num_classes: int | None,

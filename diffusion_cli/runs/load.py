@@ -72,6 +72,14 @@ class LoadedAutoencoder(Loaded):
     network: AutoencoderKL
 
 
+@dataclass(frozen=True)
+class LoadedWeights(Loaded):
+    """The weights of the network of a run, which is not built."""
+
+    state: dict[str, Tensor]
+    """Tensors by name."""
+
+
 def load_model(run: Path, weights: Weights, device: torch.device, step: Step = None) -> LoadedDenoiser:
     """Load the denoiser of a run from its newest checkpoint, or that of a step, in evaluation mode."""
     checkpoint, loaded = _read_checkpoint(run, step, weights, Denoiser.task)
@@ -99,6 +107,12 @@ def load_autoencoder(
         raise UsageError(run, NO_VALUE, "its model is not an autoencoder", "give a run of task=autoencoder")
     network = network.to(device).eval().requires_grad_(False)
     return LoadedAutoencoder(checkpoint.info, loaded.step, loaded.digest, network)
+
+
+def load_weights(run: Path, weights: Weights, step: Step, task: str) -> LoadedWeights:
+    """Load the weights of a run of a task from its newest checkpoint, or that of a step."""
+    checkpoint, loaded = _read_checkpoint(run, step, weights, task)
+    return LoadedWeights(checkpoint.info, loaded.step, loaded.digest, checkpoint.weights(weights))
 
 
 def load_latents(run: Path, info: CheckpointInfo, device: torch.device) -> Latents:

@@ -20,6 +20,7 @@ from pydantic import (
 from diffusion_cli.config.catalogue import PACKAGE
 from diffusion_cli.config.schema import LatentConfig
 from diffusion_cli.config.validate import NOT_ALLOWED, check_node, validate
+from diffusion_cli.config.values import Weights
 from diffusion_cli.data import ResolutionSchedule
 from diffusion_cli.data.progressive import Stage
 from diffusion_cli.diffusion.denoiser import Denoiser
@@ -34,6 +35,8 @@ LARGEST_NUMBER = 10**6
 MOST_PIXELS = 2**28
 MOST_MADE = 2**27
 """Most values of a generated dataset; in float64 they take 1 GiB."""
+MOST_FRESH = 6
+"""Most names of new tensors in a line."""
 BUILT = ("schedule", "parameterization", "model")
 STRICT = ConfigDict(strict=True, extra="forbid", frozen=True)
 OPEN = ConfigDict(strict=True, extra="allow", frozen=True)
@@ -80,6 +83,37 @@ class LatentInfo(BaseModel):
         return self
 
 
+class InitInfo(BaseModel):
+    """The source of the first weights of a run."""
+
+    model_config = STRICT
+    source: str
+    """Run or folder, as the user named it."""
+    kind: str
+    """`run`, or class and program of another model."""
+    step: NonNegativeInt | None
+    """Step of the run; None for another model."""
+    weights: Weights | None
+    """Weights of the run; None for another model."""
+    sha256: str
+    """SHA-256 of all weights of the source."""
+    taken: PositiveInt
+    """Number of tensors of the network that come from the source."""
+    total: PositiveInt
+    """Number of tensors of the network."""
+    fresh: list[str]
+    """Names of the other tensors, which have random values, and of classes that the source lacks."""
+
+    def __str__(self) -> str:
+        key = "init.run" if self.kind == "run" else "init.pretrained"
+        origin = f"step {self.step}, {self.weights}" if self.kind == "run" else self.kind
+        named = ", ".join(self.fresh[:MOST_FRESH])
+        more = f" and {len(self.fresh) - MOST_FRESH} more" if len(self.fresh) > MOST_FRESH else ""
+        return f"{key}={self.source} ({origin}): {self.taken} of {self.total} tensors" + (
+            f"; new: {named}{more}" if self.fresh else ""
+        )
+
+
 class StageInfo(BaseModel):
     """One stage of progressive resolution."""
 
@@ -120,6 +154,8 @@ class CheckpointInfo(BaseModel):
     num_classes: PositiveInt | None = None
     class_names: Annotated[tuple[str, ...], AS_TUPLE, PlainSerializer(list)] | None = None
     """Class names, in the order of the labels."""
+    init: InitInfo | None = None
+    """None for random first weights."""
     class_counts: list[NonNegativeInt] | None = None
     """Training images per class; None without classes, or for early versions."""
     stages: Annotated[list[StageInfo], Field(min_length=1)] | None = None

@@ -15,7 +15,8 @@ from diffusion_cli.data.base import Split
 from diffusion_cli.diffusion.latents import Latents, measured_scale
 from diffusion_cli.errors import NO_VALUE, UsageError
 from diffusion_cli.networks import AutoencoderKL
-from diffusion_cli.runs.load import load_autoencoder, load_latents
+from diffusion_cli.runs.find import newest
+from diffusion_cli.runs.load import load_autoencoder, load_latents, load_weights
 from diffusion_cli.runs.pretrained import from_diffusers
 from diffusion_cli.runs.schema import CheckpointInfo, LatentInfo
 from diffusion_cli.runs.weights import digest
@@ -36,7 +37,7 @@ class LatentSource(NamedTuple):
     source: str
     """Its origin as the user named it: a run, or a folder in diffusers format."""
     keys: dict[Split, str] | None
-    """Cache keys by split (see `LatentDataset`), if the run resumes."""
+    """Known cache keys by split (see `LatentDataset`); None if the scale of the latents must be measured."""
 
     def info(self, dataset: "LatentDataset") -> LatentInfo:
         """Return the entry of a checkpoint; the scale of the latents must be measured."""
@@ -61,9 +62,33 @@ def pretrained_latents(folder: str, dataset: Dataset, device: torch.device) -> L
 
 
 def run_latents(run: Path, named: str, dataset: Dataset, device: torch.device) -> LatentSource:
-    """Return the latents of an autoencoder run, which the user `named`; UsageError if it does not fit."""
+    """Return the latents of a run of an autoencoder, which the user `named`; UsageError if it does not fit.
+
+    A run of latent diffusion has the scale of its latents too.
+    """
+    found = newest(run, sums=False)
+    if found is not None and found.checkpoint.info.latent is not None:
+        return _shared_latents(run, named, dataset, device, found.checkpoint.info.task)
     trained = load_autoencoder(run, torch.device("cpu"))
-    if difference := trained.info.form.difference(dataset.form):
+    _check_form(named, trained.info, dataset)
+    _check_images("latent.run", named, trained.network, trained.shape[0], dataset)
+    return _unscaled(trained.network.to(device), trained.info.config.model, named, dataset)
+
+
+def _shared_latents(run: Path, named: str, dataset: Dataset, device: torch.device, task: str) -> LatentSource:
+    """Return the latents of a run of latent diffusion with their scale."""
+    info = load_weights(run, "ema", None, task).info
+    assert info.latent is not None
+    _check_form(named, info, dataset)
+    network = load_latents(run, info, device).autoencoder
+    _check_images("latent.run", named, network, info.shape[0], dataset)
+    latents = Latents(network, dataset.shape, info.latent.mean, info.latent.std)
+    return LatentSource(latents, info.latent.autoencoder, named, {})
+
+
+def _check_form(named: str, info: CheckpointInfo, dataset: Dataset) -> None:
+    """Raise UsageError unless the images of a dataset are of the kind that an autoencoder was trained on."""
+    if difference := info.form.difference(dataset.form):
         key, theirs, ours = difference
         raise UsageError(
             "latent.run",
@@ -71,8 +96,6 @@ def run_latents(run: Path, named: str, dataset: Dataset, device: torch.device) -
             f"was trained on images with {key}={theirs}, but those of {dataset.name} have {key}={ours}",
             f"use an autoencoder trained on {dataset.name}",
         )
-    _check_images("latent.run", named, trained.network, trained.shape[0], dataset)
-    return _unscaled(trained.network.to(device), trained.info.config.model, named, dataset)
 
 
 def _unscaled(network: AutoencoderKL, node: dict[str, Any], source: str, dataset: Dataset) -> LatentSource:
@@ -107,7 +130,7 @@ class LatentDataset(Dataset):
 
     `keys` are the cache keys by split of a resumed run, which need not hash the images again. If training
     flips images, the mirrored images are encoded too. The scale of `latents` is measured on the training
-    images, unless the run resumes.
+    images, unless `keys` is given.
 
     `load` raises UnreadableError for unreadable images, and UsageError if the images of a resumed run have
     changed, or if latents are not finite or constant in a channel.

@@ -311,8 +311,14 @@ class Optimization:
         return optimizer, scheduler
 
     def _groups(self, module: nn.Module) -> list[dict[str, Any]]:
+        """Return the groups of weights that are trained."""
         grouped = getattr(target(self.optimizer), "parameter_groups", None)
-        return [{"params": [*module.parameters()]}] if grouped is None else grouped(module)
+        groups = [{"params": module.parameters()}] if grouped is None else grouped(module)
+        trained = [
+            {**group, "params": [weight for weight in group["params"] if weight.requires_grad]}
+            for group in groups
+        ]
+        return [group for group in trained if group["params"]]
 
     def _optimizer(self, groups: list[dict[str, Any]], fused: bool) -> optim.Optimizer:
         kind, options = target(self.optimizer), _options(self.optimizer)

@@ -1,0 +1,207 @@
+"""First weights of a training from those of another network, and weights that training leaves unchanged."""
+
+import difflib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from itertools import accumulate
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from diffusion_cli.diffusion.denoiser import NoisyClassifier
+from diffusion_cli.errors import UsageError
+
+GRAY, RGB = 1, 3
+
+
+@dataclass(frozen=True, kw_only=True)
+class InitialWeights:
+    """The weights of a trained network, with the meaning of its channels and classes."""
+
+    state: Mapping[str, Tensor]
+    """Tensors by name."""
+    channels: int
+    """Channels of its data."""
+    learns_variance: bool
+    """Whether its outputs have as many channels again for the variance."""
+    class_names: Sequence[str] | None
+    """Names of its classes; None if they have none."""
+
+
+class Fitted(NamedTuple):
+    """The result of `fit`."""
+
+    taken: int
+    """Number of tensors that come from the source, in whole or in part."""
+    total: int
+    """Number of tensors of the network."""
+    fresh: list[str]
+    """Names of the tensors with random values; if only rows of classes have them, with the number of these classes."""
+
+
+@torch.no_grad()
+def fit(
+    network: nn.Module, source: InitialWeights, channels: int, class_names: Sequence[str] | None
+) -> Fitted:
+    """Copy weights into a network, each tensor to that of its name.
+
+    * Tensors of the same shape are copied.
+    * Input layer: weights of new channels are 0. From gray to RGB, weights are divided among the channels; from RGB to
+      gray, they are added.
+    * Output layer: weights of new channels and of a new variance are 0. From gray to RGB, weights are repeated; from
+      RGB to gray, averaged.
+    * Rows of classes: those of classes of the same name, and that of the null class. Without names all rows are
+      copied, if there are as many.
+    * Other tensors keep their random values.
+
+    Args:
+        network: network with random weights.
+        source: weights of another network.
+        channels: channels of the data of `network`.
+        class_names: names of its classes; None without classes.
+    """
+    first, *_, last = getattr(network, "outer_layers", ()) or ("", "")
+    changes = _Channels(
+        source.channels,
+        channels,
+        source.learns_variance,
+        bool(getattr(network, "learn_variance", False)),
+        bool(getattr(network, "pixels_first", False)),
+    )
+    rows = _class_tensors(network, len(class_names or ()))
+    state, taken, fresh = network.state_dict(), 0, []
+    for name, mine in state.items():
+        theirs, lacking = source.state.get(name), 0
+        if theirs is None:
+            pass
+        elif name in rows:
+            theirs, lacking = _class_rows(mine, theirs, source.class_names, class_names or (), rows[name])
+        elif theirs.shape != mine.shape and name.startswith(f"{first}."):
+            theirs = changes.of_input(theirs)
+        elif theirs.shape != mine.shape and name.startswith(f"{last}."):
+            theirs = changes.of_output(theirs)
+        if theirs is None or theirs.shape != mine.shape:
+            fresh.append(name)
+            continue
+        mine.copy_(theirs)
+        taken += 1
+        fresh += [f"{name} of {lacking} class{'es' * (lacking > 1)}"] if lacking else []
+    return Fitted(taken, len(state), fresh)
+
+
+class _Channels(NamedTuple):
+    """Numbers of channels of the data of a source and of a network, and the layout of their outputs."""
+
+    before: int
+    now: int
+    variance_before: bool
+    variance_now: bool
+    pixels_first: bool
+
+    def of_input(self, weight: Tensor) -> Tensor | None:
+        """Return the weights [width, C * pixels, ...] of an input layer for other channels; None if nothing fits."""
+        if weight.ndim < 2 or weight.shape[1] % self.before:
+            return None
+        parts = weight.unflatten(1, (self.before, -1)).movedim(1, 0)
+        if (self.before, self.now) == (GRAY, RGB):
+            parts = parts.expand(RGB, *parts.shape[1:]) / RGB
+        elif (self.before, self.now) == (RGB, GRAY):
+            parts = parts.sum(0, keepdim=True)
+        else:
+            parts = self._extended(parts)
+        return None if parts is None else parts.movedim(0, 1).flatten(1, 2)
+
+    def of_output(self, weight: Tensor) -> Tensor | None:
+        """Return the weights or biases [outputs, ...] of an output layer for other channels; None if nothing fits."""
+        kinds = 1 + self.variance_before
+        if weight.shape[0] % (kinds * self.before):
+            return None
+        if self.pixels_first:
+            parts = weight.unflatten(0, (-1, kinds, self.before)).movedim(0, 2)
+        else:
+            parts = weight.unflatten(0, (kinds, self.before, -1))
+        parts = parts.movedim(1, 0)  # [C, kinds, pixels, ...]
+        if (self.before, self.now) == (GRAY, RGB):
+            parts = parts.expand(RGB, *parts.shape[1:])
+        elif (self.before, self.now) == (RGB, GRAY):
+            parts = parts.mean(0, keepdim=True)
+        elif (parts := self._extended(parts)) is None:
+            return None
+        parts = parts.movedim(0, 1)  # [kinds, C, pixels, ...]
+        if self.variance_now:
+            parts = parts if self.variance_before else torch.cat([parts, torch.zeros_like(parts)])
+        else:
+            parts = parts[:1]
+        return (parts.movedim(2, 0) if self.pixels_first else parts).flatten(0, 2)
+
+    def _extended(self, parts: Tensor) -> Tensor | None:
+        """Return parts [C, ...] with zeros for new channels; None for fewer channels."""
+        if self.now < self.before:
+            return None
+        return torch.cat([parts, parts.new_zeros(self.now - self.before, *parts.shape[1:])])
+
+
+def _class_tensors(network: nn.Module, classes: int) -> dict[str, bool]:
+    """Return the names of the tensors with a row for each class, and whether a row of the null class follows."""
+    if not classes:
+        return {}
+    embeddings = {
+        f"{name}.weight": True
+        for name, module in network.named_modules()
+        if isinstance(module, nn.Embedding) and module.num_embeddings == classes + 1
+    }
+    if getattr(network, "task", None) != NoisyClassifier.task:
+        return embeddings
+    (*_, last) = getattr(network, "outer_layers", ("",))
+    return embeddings | {name: False for name in network.state_dict() if name.startswith(f"{last}.")}
+
+
+def _class_rows(
+    mine: Tensor, theirs: Tensor, source_names: Sequence[str] | None, names: Sequence[str], null: bool
+) -> tuple[Tensor | None, int]:
+    """Return `mine` with the rows of a source, or None if no row fits, and the number of classes without a row."""
+    if theirs.shape[1:] != mine.shape[1:]:
+        return None, 0
+    if source_names is None or len(theirs) != len(source_names) + null:
+        pairs = {row: row for row in range(len(names))} if len(theirs) == len(mine) else {}
+    else:
+        of = {name: row for row, name in enumerate(source_names)}
+        pairs = {row: of[name] for row, name in enumerate(names) if name in of}
+    lacking = len(names) - len(pairs)
+    if null:
+        pairs[len(names)] = len(theirs) - 1
+    if not pairs:
+        return None, 0
+    rows = mine.clone()
+    rows[[*pairs]] = theirs[[*pairs.values()]].to(rows)
+    return rows, lacking
+
+
+def freeze(network: nn.Module, patterns: Sequence[str]) -> None:
+    """Exclude parameters from training: those with a name, or a module around them, that matches a pattern.
+
+    Args:
+        network: network to train.
+        patterns: names as in the state dict, where `*` stands for any text: `time_mlp`, `down.*`, `*.bias`.
+
+    Raises:
+        UsageError: a pattern matches nothing, or all parameters match.
+    """
+    names = {name: [*accumulate(name.split("."), "{}.{}".format)] for name, _ in network.named_parameters()}
+    places = list(dict.fromkeys(place for found in names.values() for place in found))
+    for pattern in patterns:
+        if not any(fnmatchcase(place, pattern) for place in places):
+            near = difflib.get_close_matches(pattern, places, n=3)
+            parts = dict.fromkeys(found[0] for found in names.values())
+            remedy = f"did you mean {' or '.join(near)}?" if near else f"choose from {', '.join(parts)}"
+            raise UsageError("init.freeze", pattern, "matches no parameter", remedy)
+    frozen = {
+        name for name, found in names.items() for place in found for pattern in patterns
+        if fnmatchcase(place, pattern)
+    }  # fmt: skip
+    if len(frozen) == len(names):
+        raise UsageError("init.freeze", f"[{','.join(patterns)}]", "leaves nothing to train", "freeze less")
+    for name, parameter in network.named_parameters():
+        parameter.requires_grad_(name not in frozen)

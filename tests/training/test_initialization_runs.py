@@ -1,0 +1,143 @@
+"""`diffuse train init.run=RUN init.freeze=[...]`: the weights before, during and after training."""
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from diffusion_cli.cli import run
+from diffusion_cli.commands.samples import weights_record
+from diffusion_cli.commands.train_setup import TrainingSetup, set_up
+from diffusion_cli.runs.checkpoint import LAST, Checkpoint, read
+from diffusion_cli.runs.load import load_model
+from helpers import TINY, assert_same
+from helpers.latents import refused
+from helpers.recipes import train_config
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+CPU = torch.device("cpu")
+SHORT = [word for word in TINY[1:] if not word.startswith(("name=", "model."))]
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory) -> Path:
+    """The folder of a run `tiny` of five steps, class-conditional."""
+    folder = tmp_path_factory.mktemp("source")
+    assert run([*TINY, f"output_dir={folder}", "max_steps=5", "model.class_conditional=true"]) == 0
+    return folder
+
+
+@pytest.fixture
+def runs(source, tmp_path) -> Path:
+    """A folder with a copy of the run."""
+    shutil.copytree(source, tmp_path, dirs_exist_ok=True)
+    return tmp_path
+
+
+def start(runs: Path, *words: str) -> TrainingSetup:
+    config = train_config(*SHORT, f"output_dir={runs}", "init.run=tiny", *words)
+    return set_up(config, runs / str(config.name), None)
+
+
+def checkpoint(runs: Path, name: str) -> Checkpoint:
+    return read(runs / name / LAST)
+
+
+@pytest.mark.parametrize("kind", ["ema", "raw"])
+def test_training_starts_from_exactly_the_weights_of_the_run(runs, kind):
+    setup = start(runs, f"init.weights={kind}", "init.step=5")
+    stored = checkpoint(runs, "tiny")
+    assert_same(dict(setup.task.model.network.state_dict()), dict(stored.weights(kind)))
+    init = setup.info.init
+    assert init is not None
+    assert (init.source, init.kind, init.step, init.weights) == ("tiny", "run", 5, kind)
+    assert (init.taken, init.fresh) == (init.total, [])
+    assert str(init) == f"init.run=tiny (step 5, {kind}): {init.total} of {init.total} tensors"
+
+
+def test_other_data_keep_what_fits(runs):
+    np.save(runs / "colour.npy", np.random.default_rng(0).integers(0, 256, (20, 8, 8, 3), dtype=np.uint8))
+    setup = start(runs, "dataset=array", f"dataset.path={runs}/colour.npy", "model.class_conditional=false")
+    init, network = setup.info.init, setup.task.model.network
+    assert init is not None
+    assert init.fresh == []
+    stem = checkpoint(runs, "tiny").weights("ema")["stem.weight"]
+    assert torch.equal(network.get_parameter("stem.weight"), stem.expand(-1, 3, 3, 3) / 3)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon", "lion"])
+def test_frozen_weights_stay_equal_also_after_a_resume_without_the_source(runs, optimizer, capsys):
+    words = [*SHORT, f"output_dir={runs}", "init.run=tiny", "init.freeze=[time_mlp,'down.*']", "name=tuned"]
+    words += [f"optimizer={optimizer}", "optimizer.weight_decay=0.1"]
+    before = checkpoint(runs, "tiny").weights("ema")
+    assert run(["train", *words, "max_steps=3"]) == 0
+    assert " parameters trained, " in capsys.readouterr().err
+    shutil.rmtree(runs / "tiny")
+    assert run(["train", *words, "max_steps=5"]) == 0
+    assert run(["train", f"run={runs}/tuned", "max_steps=6"]) == 0
+    stored = checkpoint(runs, "tuned")
+    assert stored.info.init is not None
+    assert (stored.step, stored.info.init.source) == (6, "tiny")
+    for kind in ("raw", "ema"):
+        now = stored.weights(kind)
+        equal = {name for name, weight in before.items() if torch.equal(weight, now[name])}
+        assert equal == {name for name in before if name.startswith(("time_mlp.", "down."))}
+    (state,) = stored.state["optimizer_states"]
+    assert len(state["state"]) == sum(len(group["params"]) for group in state["param_groups"])
+    assert len(state["state"]) == len(before) - len(equal)
+    record = weights_record(runs / "tuned", load_model(runs / "tuned", "ema", CPU), "ema")
+    assert record["init"] == stored.info.init.model_dump(exclude={"taken", "total", "fresh"})
+
+
+def test_another_source_is_another_run(runs, capsys):
+    words = [*SHORT, f"output_dir={runs}", "init.run=tiny", "name=tuned", "max_steps=1"]
+    assert run(["train", *words]) == 0
+    shutil.copytree(runs / "tiny", runs / "other")
+    assert run(["train", *words, "init.run=other"]) == 2
+    refused(capsys, f"init.run=other: the run in {runs}/tuned has tiny")
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        (["model=dit_tiny"], "init.run=tiny: none of its weights fits this network; leave out model="),
+        (["init.step=3"], "init.step=3: {runs}/tiny has no such checkpoint; choose a step from: 5"),
+        (["init.step=best"], "init.step=best: {runs}/tiny has no best checkpoint"),
+        (["init.freeze=[steam]"], "init.freeze=steam: matches no parameter; did you mean stem"),
+        (["init.freeze=[time_mlp,'*']"], "init.freeze=[time_mlp,*]: leaves nothing to train; freeze less"),
+    ],
+)
+def test_what_cannot_start_is_refused_in_one_line(runs, words, line, capsys):
+    assert run(["train", *SHORT, f"output_dir={runs}", "init.run=tiny", "name=new", *words]) == 2
+    refused(capsys, line.format(runs=runs))
+    assert not (runs / "new" / "config.yaml").exists()
+
+
+def test_latents_and_their_scale_come_along(latent_runs, tmp_path, capsys):
+    words = [
+        *SHORT,
+        f"output_dir={latent_runs}/o",
+        f"cache_dir={latent_runs}/cache",
+        "init.run=a",
+        "name=tuned",
+    ]
+    assert run(["train", *words, "max_steps=2", "seed=3"]) == 0
+    assert run(["train", *words, "max_steps=3", "seed=3"]) == 0
+    theirs, ours = (checkpoint(latent_runs / "o", name).info.latent for name in ("a", "tuned"))
+    assert theirs is not None
+    assert ours is not None
+    assert ours.source == "a"
+    assert ours.model_copy(update={"source": theirs.source}) == theirs
+    assert run(["train", *words, "name=new", "latent.run=pixels"]) == 2
+    refused(capsys, "latent.run=pixels: was trained with task=diffusion; give a run of task=autoencoder")
+
+
+def test_a_discriminator_needs_its_layer(latent_runs, capsys):
+    words = [*SHORT, f"output_dir={latent_runs}/o", "init.run=ae", "task=autoencoder"]
+    words += ["objective.discriminator_start=0", "objective.discriminator_layers=1"]
+    assert run(["train", *words, "init.freeze=[decoder]", "name=new"]) == 2
+    refused(
+        capsys, "init.freeze=decoder.conv_out: objective.discriminator_start needs gradients of this layer"
+    )

@@ -23,6 +23,7 @@ from diffusion_cli.diffusion.schedules import (
     Sigmoid,
     SubVP,
 )
+from helpers.forked import start_forked
 
 REFERENCE = Path(__file__).parent / "reference"
 
@@ -87,6 +88,12 @@ def state_home(tmp_path_factory) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_STATE_HOME", str(tmp_path_factory.mktemp("state")))
         yield
+
+
+@pytest.fixture
+def forked(monkeypatch) -> None:
+    """Fork the processes of a command from a server; their output is not captured."""
+    monkeypatch.setattr("diffusion_cli.system.distributed.start_processes", start_forked)
 
 
 @pytest.fixture

@@ -56,6 +56,7 @@ def test_the_same_images_have_the_same_numbers_in_any_form_and_batch(eval_runs, 
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("forked")
 def test_two_processes_find_the_same_numbers(eval_runs, images, tmp_path, monkeypatch):
     words = [*METRICS, "batch_size=7"]
     assert evaluate(eval_runs, f"samples={images}", "dataset=digits", *words) == 0

@@ -106,6 +106,7 @@ def test_the_frechet_distance_is_between_reconstructions_and_their_originals(run
     assert result["value"] == pytest.approx(expected, rel=1e-3)
 
 
+@pytest.mark.usefixtures("forked")
 def test_reconstructions_do_not_depend_on_the_number_of_processes(runs):
     values = []
     for count in (1, 2):

@@ -164,6 +164,7 @@ def test_a_run_too_short_for_its_discriminator_says_so(tmp_path, capsys):
 
 
 # The discriminator's weight is measured on one part of an accumulated batch: without one, all parts agree.
+@pytest.mark.usefixtures("forked")
 @pytest.mark.parametrize(
     ("extra", "words"),
     [pytest.param("trainer.devices=2", ADVERSARY, marks=pytest.mark.slow), ("accumulate_grad_batches=2", [])],

@@ -342,6 +342,7 @@ def test_an_autoencoder_for_other_values_is_refused_with_the_values(tmp_path, mo
         latent_data.run_latents(tmp_path, "ae", data, torch.device("cpu"))
 
 
+@pytest.mark.usefixtures("forked")
 def test_processes_change_neither_the_latents_nor_what_is_learned(latent_runs, tmp_path):
     alone, shared = (tmp_path / name for name in ("one", "two"))
     for folder, more in ((alone, []), (shared, ["trainer.devices=2"])):

@@ -3,6 +3,7 @@
 import ast
 import os
 import re
+import shlex
 import subprocess
 import sys
 import tomllib
@@ -21,7 +22,14 @@ from helpers.wheels import build_wheel
 from matrix import COMMANDS, read_project, requirements
 
 ROOT = Path(__file__).parent.parent
-DIFFUSE = [sys.executable, "-c", "from diffusion_cli.cli import main; main()"]
+DIFFUSE = """
+import shlex, sys
+import diffusion_cli
+from diffusion_cli.cli import run
+for line in sys.argv[1:]:
+    assert run(shlex.split(line)) == 0, line
+print(diffusion_cli.__file__)
+"""
 
 
 @pytest.fixture(scope="module")
@@ -98,14 +106,12 @@ def test_the_wheel_trains_samples_and_evaluates_in_an_empty_folder(wheel, tmp_pa
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(site)
     env = os.environ | {"PYTHONPATH": str(site), "PYTHONSAFEPATH": "1", "OMP_NUM_THREADS": "1"}
-    for words in COMMANDS:
-        done = subprocess.run([*DIFFUSE, *words], cwd=work, env=env, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-    where = subprocess.run(
-        [sys.executable, "-c", "import diffusion_cli; print(diffusion_cli.__file__)"],
-        cwd=work, env=env, capture_output=True, text=True, check=True,
+    done = subprocess.run(
+        [sys.executable, "-c", DIFFUSE, *map(shlex.join, COMMANDS)],
+        cwd=work, env=env, capture_output=True, text=True,
     )  # fmt: skip
-    assert Path(where.stdout.strip()).is_relative_to(site)
+    assert done.returncode == 0, done.stderr
+    assert Path(done.stdout.splitlines()[-1]).is_relative_to(site)
     (run,) = (work / "outputs").iterdir()
     made = {"checkpoints", "config.yaml", "metrics.csv", "previews", "samples", "metrics.json", "report.html"}
     assert made <= {path.name for path in run.iterdir()}

@@ -40,6 +40,13 @@ assert end(GradientEstimation(schedule, gamma=1), 10) == end(DDIM(schedule), 10)
 for steps in (10, 20, 40):
     assert abs(end(GradientEstimation(schedule), steps) - 0.5) < abs(end(DDIM(schedule), steps) - 0.5)
 """
+COMMANDS = """
+import shlex, sys
+from diffusion_cli.cli import run
+for line in sys.argv[1:]:
+    print("command:", line, flush=True)
+    assert run(shlex.split(line)) == 0, line
+"""
 
 
 def test_the_sampler_of_the_readme_is_that_of_the_page() -> None:
@@ -84,9 +91,9 @@ def test_every_command_of_the_page_runs(extended: Path) -> None:
         for line in block.splitlines()
     ]
     assert len(commands) == 7
-    outputs = [
-        run(extended, "-m", "diffusion_cli", *words, *SHORT[words[0]]).stdout for _, *words in commands
-    ]
+    lines = [shlex.join([*words, *SHORT[words[0]]]) for _, *words in commands]
+    _, *outputs = run(extended, "-c", COMMANDS, *lines).stdout.split("command: ")
+    assert len(outputs) == len(commands)
     assert "gradient_estimation" in outputs[1]
     assert re.search(r"sliced_wasserstein_classifier +\d", outputs[-1])
 

@@ -46,8 +46,9 @@ def diffuse(*words: str, code: str = "", nohup: bool = False) -> subprocess.Pope
 
 @LINUX
 @pytest.mark.slow
-@pytest.mark.parametrize("number", ALL)
-@pytest.mark.parametrize("after", [0, 0.3, 1.5])
+@pytest.mark.parametrize(
+    ("number", "after"), [*((number, 0.3) for number in ALL), (signal.SIGTERM, 0), (signal.SIGINT, 1.5)]
+)
 def test_a_signal_while_a_command_starts_ends_it_with_one_line(tmp_path, number, after):
     process = diffuse("train", *TINY[1:], f"output_dir={tmp_path}")
     wait_until(lambda: catches(process.pid, signal.SIGUSR2), process)

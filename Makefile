@@ -28,9 +28,10 @@ demo: .venv/installed
 test: .venv/installed
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow"
 
-# Some slow tests wait for batch jobs and killed processes: three workers fill two cores.
+# Some slow tests wait for batch jobs and killed processes: three workers fill two cores. Their order is that of
+# tests/conftest.py.
 check: lint test
-	$(BIN)/python -m pytest -n 3 --dist loadfile -m slow
+	$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder -m slow
 
 lint: .venv/installed
 	$(BIN)/ruff check

@@ -26,6 +26,16 @@ from diffusion_cli.diffusion.schedules import (
 from helpers.forked import start_forked
 
 REFERENCE = Path(__file__).parent / "reference"
+LONGEST = (
+    "test_slurm.py", "test_distributed.py", "test_tracked_runs.py", "test_site.py", "test_plugin_project.py",
+    "test_resume.py", "test_new.py", "test_damaged_checkpoints.py",
+)  # fmt: skip
+"""Files that take longest, by their waiting for processes; with few tests, `loadfile` would start them last."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with the longest files, so that none keeps one worker busy at the end."""
+    items.sort(key=lambda item: item.path.name not in LONGEST)
 
 
 @pytest.fixture(autouse=True)

@@ -37,13 +37,17 @@ print(json.dumps([run, config, logs], default=str))
 def place(tmp_path_factory) -> Path:
     """A folder with a run that was killed and continued for 20 steps, and with the database of Trackio.
 
-    W&B writes an offline run every 15 s, so the kill comes after the first write.
+    W&B writes an offline run every 15 s, so the kill comes after a write with the loss of step 15.
     """
     folder = tmp_path_factory.mktemp("tracked")
     words, env = [*WORDS, f"output_dir={folder}"], environment(folder)
     reached = kill_training(
         [*words, "max_steps=5000"], folder / "tiny", folder / "log", env=env,
-        ready=lambda: any(map(history, folder.glob("tiny/wandb/offline-run-*/*.wandb"))),
+        ready=lambda: any(
+            "loss" in row and row["trainer/global_step"] >= 15
+            for file in folder.glob("tiny/wandb/offline-run-*/*.wandb")
+            for row in history(file)
+        ),
     )  # fmt: skip
     done = subprocess.run(
         [sys.executable, "-m", "diffusion_cli", *words, f"max_steps={10 * (reached // 10) + 20}"],

@@ -253,13 +253,13 @@ def test_a_checkpoint_of_format_5_is_read(stored):
 
 def test_an_earlier_key_in_an_option_file_gives_its_new_name(tmp_path):
     (tmp_path / "experiment").mkdir()
-    option = "# @package _global_\naccumulate: 2\ntimes:\n  bins: 4\n"
-    (tmp_path / "experiment" / "mine.yaml").write_text(option)
+    file = tmp_path / "experiment" / "mine.yaml"
+    file.write_text("# @package _global_\naccumulate: 2\ntimes:\n  bins: 4\n")
     with pytest.raises(UsageError) as error:
         load("train", ["experiment=mine"], [tmp_path])
     assert error.value.lines == (
-        "accumulate=2: renamed to accumulate_grad_batches; use accumulate_grad_batches=2",
-        "times.bins=4: renamed to time_sampling; use time_sampling.bins=4",
+        f"{file}: accumulate=2: renamed to accumulate_grad_batches; use accumulate_grad_batches=2",
+        f"{file}: times.bins=4: renamed to time_sampling; use time_sampling.bins=4",
     )
 
 

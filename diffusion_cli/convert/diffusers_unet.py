@@ -204,14 +204,16 @@ def weights(network: Network, state: Weights) -> Weights:
     for ours, theirs in layers.attentions:
         for kind in KINDS:
             parts = [take(f"{theirs}.{name}.{kind}") for name in PROJECTIONS]
-            if len({part.shape for part in parts}) > 1:
-                raise FormatError(f"{theirs}: the shapes of {', '.join(PROJECTIONS)} differ")
+            if len({part.shape for part in parts}) > 1 or not parts[0].ndim:
+                raise FormatError(f"{theirs}: the shapes of {', '.join(PROJECTIONS)} differ or are empty")
             found[f"{ours}.{kind}"] = torch.cat(parts)
     if layers.fourier:
         stored = [left.pop(name) for name in FREQUENCIES if name in left]
         found["frequencies"] = stored[0] if stored else take(FREQUENCIES[0])
     if layers.classes:
         rows = take(CLASSES)
+        if not rows.ndim:
+            raise FormatError(f"{CLASSES} has no rows")
         found[CLASSES] = rows if network.null_class else torch.cat([rows, torch.zeros_like(rows[:1])])
     for name in left:
         raise FormatError(f"{name} is not part of the network")

@@ -140,6 +140,16 @@ def test_shapes_alone_are_enough(fields):
             lambda state: state.update({"mid_block.attentions.0.to_v.bias": torch.zeros(3)}),
             "mid_block.attentions.0: the shapes of to_q, to_k, to_v differ",
         ),
+        (
+            lambda state: state.update(
+                {f"mid_block.attentions.0.to_{name}.bias": torch.zeros(()) for name in "qkv"}
+            ),
+            "mid_block.attentions.0: the shapes of .* are empty",
+        ),
+        (
+            lambda state: state.update({"class_embedding.weight": torch.zeros(())}),
+            "class_embedding.weight has no",
+        ),
     ],
 )
 def test_other_tensors_are_refused(change, words):

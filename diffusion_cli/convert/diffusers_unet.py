@@ -29,6 +29,13 @@ SKIP_GROUPS = 32
 """Groups of the group norms of NCSN++ at each level of at least `SKIP_WIDTH` channels."""
 SKIP_WIDTH = 128
 SQRT_2 = math.sqrt(2)
+LAYOUTS = {
+    "cos_sin": (True, 0),
+    "sin_cos": (False, 1),
+    "cos_sin_inclusive": (True, 1),
+    "sin_cos_exclusive": (False, 0),
+}
+"""Layouts of the timestep features, by their `flip_sin_to_cos` and `freq_shift`."""
 PLAIN: dict[str, Any] = {
     "fir": False,
     "progressive_input": "none",
@@ -240,6 +247,7 @@ def write(network: Network) -> Node:
     attended_down, attended_up = (f"Attn{'Skip' if skips else ''}{way}Block2D" for way in ("Down", "Up"))
     attended = options.attended(sides[0])
     scale_shift = options.time_embedding == "scale_shift"
+    flip_sin_to_cos, freq_shift = LAYOUTS.get(options.embedding_layout, (True, 0))
     return {
         "_class_name": "UNet2DModel",
         "sample_size": sides[0] if sides[0] == sides[1] else sides,
@@ -248,8 +256,8 @@ def write(network: Network) -> Node:
         "center_input_sample": not options.centered,
         "time_embedding_type": "fourier" if options.embedding_layout == "fourier" else "positional",
         "time_embedding_dim": None,
-        "freq_shift": 1 if options.embedding_layout == "sin_cos" else 0,
-        "flip_sin_to_cos": options.embedding_layout != "sin_cos",
+        "freq_shift": freq_shift,
+        "flip_sin_to_cos": flip_sin_to_cos,
         "down_block_types": [attended_down if each else down for each in attended],
         "mid_block_type": "UNetMidBlock2D",
         "up_block_types": [attended_up if each else up for each in reversed(attended)],
@@ -389,11 +397,7 @@ def _layout(fields: _Config) -> str:
         return "fourier"
     if fields.center_input_sample:
         _refuse("center_input_sample", True, "has no equivalent with time_embedding_type=positional")
-    layouts = {(True, 0): "cos_sin", (False, 1): "sin_cos"}
-    if (found := (fields.flip_sin_to_cos, fields.freq_shift)) not in layouts:
-        reason = f"with flip_sin_to_cos={format_value(found[0])}, these timestep features have no equivalent"
-        _refuse("freq_shift", found[1], reason)
-    return layouts[found]
+    return next(name for name, each in LAYOUTS.items() if each == (fields.flip_sin_to_cos, fields.freq_shift))
 
 
 def _check_sides(key: str, sides: Sequence[int], levels: int) -> None:

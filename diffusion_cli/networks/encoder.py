@@ -22,6 +22,7 @@ from diffusion_cli.networks.layers import (
     OutputSkip,
     ProgressiveInput,
     ResBlock,
+    SinusoidalLayout,
     Upsample,
     fourier_embedding,
     halve,
@@ -31,7 +32,7 @@ from diffusion_cli.networks.layers import (
     widened,
 )
 
-EmbeddingLayout = Literal["sin_cos", "cos_sin", "fourier"]
+EmbeddingLayout = SinusoidalLayout | Literal["fourier"]
 ProgressiveIn = Literal["none", "residual", "input_skip"]
 ProgressiveOut = Literal["none", "output_skip"]
 Resample = Literal["conv", "conv_same", "block", "block_proj"]

@@ -36,6 +36,7 @@ AVG_POOL = {1: avg_pool1d, 2: avg_pool2d, 3: avg_pool3d}
 
 NORM_EPS = 1e-6  # Ho et al. 2020
 FirPadding = Literal["edge", "zeros"]
+SinusoidalLayout = Literal["sin_cos", "cos_sin", "cos_sin_inclusive", "sin_cos_exclusive"]
 SMALL = 2**24  # elements of all attention matrices of a layer: 32 MB in bfloat16
 
 
@@ -51,7 +52,7 @@ class Checkpointed(nn.Module):
         return block(*inputs)
 
 
-def timestep_embedding(c_noise: Tensor, dim: int, layout: Literal["sin_cos", "cos_sin"]) -> Tensor:
+def timestep_embedding(c_noise: Tensor, dim: int, layout: SinusoidalLayout) -> Tensor:
     """Return sinusoidal embeddings of c_noise, [B, dim] in [-1, 1], computed in float64.
 
     angle[b, i] = c_noise[b] * 10000^(-i / n) for i = 0..dim // 2 - 1. An odd `dim` ends in a zero.
@@ -60,14 +61,15 @@ def timestep_embedding(c_noise: Tensor, dim: int, layout: Literal["sin_cos", "co
         c_noise: noise levels [B], usually timesteps 0..T-1, may be fractional.
         dim: number of features.
         layout: `sin_cos`: [sin | cos], n = dim // 2 - 1 (code of Ho et al. 2020); `cos_sin`: [cos | sin],
-            n = dim // 2 (code of Nichol and Dhariwal 2021).
+            n = dim // 2 (code of Nichol and Dhariwal 2021); `cos_sin_inclusive`, `sin_cos_exclusive`: the same
+            frequencies in the other order, where the last one is 1 / 10000 or not.
     """
     c_noise = widened(c_noise)
     half = dim // 2
-    n = half if layout == "cos_sin" else max(half - 1, 1)
+    n = half if layout in ("cos_sin", "sin_cos_exclusive") else max(half - 1, 1)
     exponents = torch.arange(half, device=c_noise.device, dtype=c_noise.dtype) / n
     angles = c_noise[:, None] * torch.exp(-math.log(10000.0) * exponents)
-    halves = (angles.sin(), angles.cos()) if layout == "sin_cos" else (angles.cos(), angles.sin())
+    halves = (angles.sin(), angles.cos()) if layout.startswith("sin") else (angles.cos(), angles.sin())
     return pad(torch.cat(halves, dim=1), (0, dim % 2))
 
 

@@ -49,7 +49,7 @@ class UNet(UNetEncoder):
         head_channels: channels per attention head; None: by `num_heads`.
         norm_groups: groups of the group norms, a divisor of `channels`.
         time_embedding: `additive`, or `scale_shift` modulation of group norms.
-        embedding_layout: time embedding: sinusoidal (`sin_cos`, `cos_sin`) with `channels` features, or `fourier`
+        embedding_layout: time embedding: sinusoidal with `channels` features, see `timestep_embedding`, or `fourier`
             with 2 * channels random Fourier features.
         fourier_scale: standard deviation of the random frequencies.
         resample: resampling by convolutions (`conv`, `conv_same`) or in residual blocks (`block`, `block_proj`).

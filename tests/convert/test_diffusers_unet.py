@@ -7,8 +7,11 @@ import pytest
 import torch
 
 from diffusion_cli.convert import diffusers_unet as convert
+from diffusion_cli.diffusion.denoiser import Denoiser
+from diffusion_cli.diffusion.parameterizations import Score
+from diffusion_cli.diffusion.schedules import VE
 from helpers.convert import agree, same_bytes
-from helpers.unets import ALL, CONDITIONAL, config_of, imported, unet
+from helpers.unets import ALL, CONDITIONAL, NCSNPP_NARROW, config_of, imported, unet
 
 diffusers = pytest.importorskip("diffusers")
 
@@ -59,3 +62,16 @@ def test_diffusers_loads_what_is_written(tmp_path):
     x, labels = torch.randn(2, 1, 8, 16), torch.tensor([0, 4])
     with torch.no_grad():
         assert torch.equal(loaded(x, 3, labels).sample, theirs(x, 3, labels).sample)
+
+
+def test_a_model_of_data_between_0_and_1_denoises_data_between_minus_1_and_1():
+    fields = NCSNPP_NARROW | {"time_embedding_type": "fourier", "center_input_sample": True}
+    theirs = unet(fields)
+    denoiser = Denoiser(imported(theirs), VE(sigma_min=0.02, sigma_max=20.0), Score())
+    t = torch.tensor([0.3, 0.5], dtype=torch.float64)
+    sigma = denoiser.schedule(t)[1].float()[:, None, None, None]
+    x = torch.randn(2, 3, 8, 8)
+    with torch.no_grad():
+        score = theirs((x + 1) / 2, sigma.flatten() / 2).sample
+        expected = (x + 1) / 2 + (sigma / 2) ** 2 * score
+        agree(denoiser(x, t).x0, 2 * expected - 1)

@@ -60,10 +60,12 @@ CONDITIONAL = {
     "up_block_types": ["AttnUpBlock2D", "UpBlock2D"],
     "norm_num_groups": 4,
     "num_class_embeds": 5,
+    "flip_sin_to_cos": False,
 }
 FOURIER = CONDITIONAL | {
     "num_class_embeds": None,
     "add_attention": False,
+    "flip_sin_to_cos": True,
     "time_embedding_type": "fourier",
     "down_block_types": ["DownBlock2D"] * 2,
     "up_block_types": ["UpBlock2D"] * 2,
@@ -75,6 +77,7 @@ ONE_LEVEL = {
     "down_block_types": ["AttnDownBlock2D"],
     "up_block_types": ["AttnUpBlock2D"],
     "norm_num_groups": 2,
+    "freq_shift": 1,
 }
 NCSNPP = {
     "sample_size": 256,

@@ -34,6 +34,15 @@ from diffusion_cli.networks.layers import (
 from helpers.networks import NCSNPP, SMALL, close, inputs, randomised, small
 
 
+@pytest.mark.parametrize(
+    ("layout", "published"), [("cos_sin_inclusive", "sin_cos"), ("sin_cos_exclusive", "cos_sin")]
+)
+def test_timestep_embedding_has_the_published_frequencies_in_both_orders(layout, published):
+    c_noise = torch.tensor([0.0, 3.0, 999.0])
+    other, features = timestep_embedding(c_noise, 8, layout), timestep_embedding(c_noise, 8, published)
+    assert torch.equal(other, torch.cat([features[:, 4:], features[:, :4]], dim=1))
+
+
 @pytest.mark.parametrize(("layout", "source"), [("cos_sin", "guided"), ("sin_cos", "scoresde")])
 @pytest.mark.parametrize("dim", [32, 33, 128])
 def test_timestep_embedding_equals_published(reference, layout, source, dim):

@@ -285,7 +285,7 @@ def _inputs(config: EditConfig, trained: LoadedModel, edit: Edit) -> list[Input]
 def _completion(config: EditConfig, trained: LoadedModel) -> Complete | None:
     """Return the reader of photos and their masks for a model with a channel of masks, or None for others."""
     info, shape = trained.model.info, trained.model.shape
-    node = info.config.dataset
+    node = info.config.dataset or {}
     if node.get("masks") is None or not isinstance(info.form, HighDepthImage) or check_dataset(node, shape):
         return None
     path = config.dataset.masks or (None if "masks" in unnamed(node) else node["masks"])

@@ -215,6 +215,8 @@ def _dataset(mode: Measuring, folder: Path, model: LoadedDenoiser | LoadedAutoen
     """Return the dataset of the configuration, or else the training dataset of a run."""
     if mode.other_dataset is not None:
         return build(mode.other_dataset, mode.data_dir)
+    if model.info.config.dataset is None and not mode.data_paths:
+        return NoDataset(folder.name, model.shape)
     return dataset_of(folder, model, mode.data_dir, mode.data_paths)
 
 

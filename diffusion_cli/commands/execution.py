@@ -11,6 +11,9 @@ from diffusion_cli.config import Config, Variant
 from diffusion_cli.errors import MachineError
 from diffusion_cli.system.signals import STOPPED, UNFINISHED, handling
 
+MODULES = {"import": "import_run"}
+"""Modules of the commands with a name that Python reserves."""
+
 
 class Outcome(NamedTuple):
     """What a command ended with."""
@@ -24,7 +27,7 @@ class Outcome(NamedTuple):
 def execute(command: str, checked: Config | list[Variant]) -> Outcome:
     """Run a command; MachineError if the disk, the network or the memory fails."""
     try:
-        module = importlib.import_module(f"diffusion_cli.commands.{command}")
+        module = importlib.import_module(f"diffusion_cli.commands.{MODULES.get(command, command)}")
         with handling(interrupt):
             result = module.run(checked)
         return Outcome(0, result) if isinstance(result, Mapping) else Outcome(result or 0)

@@ -213,7 +213,7 @@ def _begin(config: TrainConfig, setup: TrainingSetup, folder: Path, before: Chec
     """Write the configuration, real images and the autoencoder of a new run; print a summary and remarks."""
     done = before.step if before else 0
     if setup.latent is not None and not done:
-        save_weights(setup.latent.latents.autoencoder, folder / AUTOENCODER)
+        save_weights(setup.latent.latents.autoencoder.state_dict(), folder / AUTOENCODER)
     with atomic_write(folder / "config.yaml") as temporary:
         temporary.write_text(yaml.safe_dump(config.model_dump(), sort_keys=False))
     if not setup.device.fast_dev_run:

@@ -89,6 +89,10 @@ def dataset_of(folder: Path, trained: Loaded, data_dir: str, paths: Mapping[str,
     be built, or if progressive resolution has not reached its last stage.
     """
     node = trained.info.config.dataset
+    if node is None:
+        raise UsageError(
+            folder, NO_VALUE, "was imported without a dataset", "import it again with dataset=, or give files"
+        )
     unknown = [key for key in paths if node.get(key) is None]
     if unknown:
         raise UsageError(

@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 
 from diffusion_cli.config import plugins
-from diffusion_cli.errors import NO_VALUE, UsageError
+from diffusion_cli.errors import NO_VALUE, UsageError, format_value
 
 PACKAGE = "diffusion_cli"
 HERE = Path(__file__).resolve().parent.parent
@@ -57,6 +57,7 @@ DESCRIBED = {
     "data": ["action", "dataset"],
     "runs": [],
     "new": [],
+    "import": ["dataset"],
 }
 """Groups that the help of a command lists first, with a description of each option."""
 
@@ -159,6 +160,18 @@ def option_of(group: str, node: Mapping[str, Any]) -> str | None:
         if values.get("_target_") == node.get("_target_"):
             equal[name] = sum(node.get(key) == value for key, value in values.items())
     return max(equal, key=lambda name: equal[name]) if equal else None
+
+
+def option_words(group: str, node: Mapping[str, Any]) -> list[str]:
+    """Return the words of a command line that choose a node of this package: its option, and other values."""
+    option = option_of(group, node)
+    if option is None:
+        return []
+    usual = _values(group, options(group)[option])
+    others = [
+        f"{group}.{key}={format_value(value)}" for key, value in node.items() if usual.get(key) != value
+    ]
+    return [f"{group}={option}", *others]
 
 
 def is_exactly(group: str, option: str, node: Mapping[str, Any]) -> bool:

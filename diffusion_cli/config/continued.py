@@ -26,6 +26,8 @@ PATHS = {
     "cache_dir",
 }
 """Last names of the keys that take files and folders of this machine."""
+IMPORTED = "imported"
+"""Key of the source of an imported model, in place of the keys of a training."""
 OUTWARD = ("logger", "callback")
 """Groups of classes that may act outside the folder of the run."""
 SERVICES = {f"{PACKAGE}.training.{name}" for name in ("MLflow", "Trackio", "WandB")}
@@ -71,6 +73,10 @@ def stored_by(folder: Path) -> dict[str, Any]:
             str(reason),
             f"repeat its full training command with name={folder.name}",
         ) from error
+    if IMPORTED in stored:
+        problem = f"was imported from {stored[IMPORTED]}, so it has no training to continue"
+        remedy = f"start from its weights with: diffuse train init.run={folder.name} name=<new>"
+        raise UsageError("run", folder.name, problem, remedy)
     return migrated_config(stored)
 
 

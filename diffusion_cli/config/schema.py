@@ -297,6 +297,19 @@ class NewConfig(BaseModel):
     output: str
 
 
+class ImportConfig(BaseModel):
+    """The keys of `conf/import.yaml`."""
+
+    model_config = STRICT
+    source: str
+    name: Name | None
+    data_dir: str
+    output_dir: str
+    dataset: Node | None = None
+    schedule: Node | None = None
+    parameterization: Node | None = None
+
+
 class SlurmConfig(BaseModel):
     """The keys of `conf/hydra/launcher/slurm.yaml`."""
 
@@ -329,6 +342,7 @@ Config = (
     | DataConfig
     | RunsConfig
     | NewConfig
+    | ImportConfig
 )
 COMMANDS: dict[str, type[Config]] = {
     "train": TrainConfig,
@@ -341,10 +355,11 @@ COMMANDS: dict[str, type[Config]] = {
     "data": DataConfig,
     "runs": RunsConfig,
     "new": NewConfig,
+    "import": ImportConfig,
 }
 # Commands that take a list of values where one is due, and get the product of all lists.
 GRIDS = frozenset(["plot", "compare"])
-UNSWEPT = GRIDS | {"new"}
+UNSWEPT = GRIDS | {"new", "import"}
 """Commands without `-m`."""
 FIRST_WORDS = {"plot": ("figure",), "data": ("action",), "new": ("group", "name")}
 """Groups and keys of the bare first words of a command: `diffuse plot loss` is `diffuse plot figure=loss`."""

@@ -2,3 +2,39 @@
 
 Each module maps one architecture or file format: configurations without torch, weights with it.
 """
+
+from pathlib import Path
+
+from diffusion_cli.convert.base import PretrainedModel
+from diffusion_cli.convert.diffusers_folder import read_folder
+from diffusion_cli.errors import FormatError, UsageError
+from diffusion_cli.system.hub import snapshot
+from diffusion_cli.system.untrusted import reason
+
+__all__ = ["HUB", "REMEDY", "read_source"]
+
+HUB = "hub:"
+"""Prefix of a source that is a repository of the Hugging Face Hub."""
+REMEDY = (
+    "give a folder written by save_pretrained of diffusers, with safe_serialization=True, or hub:OWNER/NAME"
+)
+
+
+def read_source(source: str, key: str) -> PretrainedModel:
+    """Return the model that another program wrote; its weights are read when they are needed.
+
+    Args:
+        source: folder, or `hub:` and the name of a repository, whose files are downloaded once.
+        key: option that names it, for errors.
+
+    Raises:
+        UsageError: the source has no model that can be read.
+    """
+    try:
+        is_remote = source.startswith(HUB)
+        folder = snapshot(source.removeprefix(HUB)) if is_remote else Path(source).expanduser()
+        if not folder.is_dir():
+            raise FormatError("is not a folder" if folder.exists() else "does not exist")
+        return read_folder(folder)
+    except (FormatError, OSError) as error:
+        raise UsageError(key, source, reason(error), REMEDY) from error

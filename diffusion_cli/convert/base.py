@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
@@ -73,8 +74,10 @@ class PretrainedModel:
     autoencoder: Autoencoder | None = None
     """None for a model of pixels."""
     class_names: tuple[str, ...] | None = None
-    files: tuple[str, ...] = field(default=())
-    """Names of the files with weights, for messages."""
+    files: Mapping[str, Path] = field(default_factory=dict)
+    """Files with weights, by their path in the source."""
+    licence: str | None = None
+    """Licence that its model card states."""
 
 
 ConfigT = TypeVar("ConfigT", bound=BaseModel)

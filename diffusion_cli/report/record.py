@@ -17,6 +17,7 @@ from diffusion_cli.runs.curves import read_curves
 from diffusion_cli.runs.find import newest
 from diffusion_cli.runs.manifest import merge, read_records
 from diffusion_cli.runs.overview import data_name
+from diffusion_cli.runs.schema import CheckpointInfo
 from diffusion_cli.system.seeding import seed_ranges
 from diffusion_cli.system.untrusted import LONGEST_MANIFEST, MOST_IN_MANIFEST, read_csv, read_json, reason
 from diffusion_cli.system.untrusted import read as read_file
@@ -133,13 +134,22 @@ def _facts(folder: Path, checkpoint: Checkpoint) -> dict[str, str]:
         "task": info.task,
         "shape": " × ".join(str(size) for size in info.shape),
         "parameters": f"{weights / 1e6:.2f}M",
-        "trained on": f"{info.num_images:,} images of {data_name(info.config.dataset)}",
+        "trained on": _data(info),
     }
     return (
         facts
         | ({"classes": ", ".join(info.class_names)} if info.class_names else {})
         | {"folder": str(folder)}
     )
+
+
+def _data(info: CheckpointInfo) -> str:
+    """Return the data that a model was trained on, or the source that it was imported from."""
+    if info.origin is not None:
+        licence = f", licence {info.origin.licence}" if info.origin.licence else ""
+        return f"unknown data; imported from {info.origin.source}, a {info.origin.kind}{licence}"
+    assert info.config.dataset is not None
+    return f"{info.num_images:,} images of {data_name(info.config.dataset)}"
 
 
 def _environment(checkpoint: Checkpoint, reports: list[Report]) -> dict[str, str]:

@@ -21,8 +21,9 @@ from diffusion_cli.networks import AutoencoderKL
 from diffusion_cli.runs.checkpoint import BEST, LAST, Checkpoint, numbered, read
 from diffusion_cli.runs.find import newest
 from diffusion_cli.runs.schema import CheckpointInfo, check_built, not_built
-from diffusion_cli.runs.weights import check_fit, digest, read_weights
+from diffusion_cli.runs.weights import check_fit, digest
 from diffusion_cli.system.distributed import Distributed
+from diffusion_cli.system.tensors import read_tensors
 from diffusion_cli.system.untrusted import reason
 
 AUTOENCODER = "autoencoder.safetensors"
@@ -120,9 +121,9 @@ def load_latents(run: Path, info: CheckpointInfo, device: torch.device) -> Laten
     path, shape, latent = run / AUTOENCODER, info.shape, info.latent
     assert latent is not None
     try:
-        state = read_weights(path)
+        state = read_tensors(path)
         # Check the size on the meta device first, because an untrusted configuration can ask for any size.
-        with torch.device("meta"), _limit_tensors(len(state)):
+        with torch.device("meta"), limit_tensors(len(state)):
             network = build(latent.autoencoder, shape, None)
             if not isinstance(network, AutoencoderKL) or network.latent_shape(shape) != latent.shape:
                 raise FormatError("its latents have another shape than the model's")
@@ -205,7 +206,7 @@ def _on_meta_device(info: CheckpointInfo, tensors: int) -> nn.Module:
     """Build the network without memory for its weights; a plugin's on the CPU if it computes with its tensors."""
     arguments = (info.config.model, info.network_shape, info.num_classes)
     try:
-        with torch.device("meta"), _limit_tensors(tensors):
+        with torch.device("meta"), limit_tensors(tensors):
             return build(*arguments)
     except (RuntimeError, NotImplementedError):
         if not is_allowed(info.config.model["_target_"]):
@@ -214,7 +215,7 @@ def _on_meta_device(info: CheckpointInfo, tensors: int) -> nn.Module:
 
 
 @contextlib.contextmanager
-def _limit_tensors(tensors: int) -> Iterator[None]:
+def limit_tensors(tensors: int) -> Iterator[None]:
     """Raise FormatError if a network with more tensors is built, because untrusted options can ask for any number."""
     built = 0
 

@@ -10,7 +10,8 @@ from diffusion_cli.convert import diffusers_autoencoder
 from diffusion_cli.convert.base import Network
 from diffusion_cli.errors import FormatError, UsageError
 from diffusion_cli.networks import AutoencoderKL
-from diffusion_cli.runs.weights import check_fit, read_weights
+from diffusion_cli.runs.weights import check_fit
+from diffusion_cli.system.tensors import read_tensors
 from diffusion_cli.system.untrusted import read_json, reason
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -36,7 +37,7 @@ def from_diffusers(folder: Path, key: str) -> Pretrained:
         folder = folder / "vae" if (folder / "vae" / "config.json").is_file() else folder
         description = _read_config(folder / "config.json")
         arguments = (description.node, description.shape, None)
-        state = diffusers_autoencoder.weights(description, read_weights(folder / WEIGHTS))
+        state = diffusers_autoencoder.weights(description, read_tensors(folder / WEIGHTS))
         # Check the size on the meta device first, because an untrusted config.json can ask for any size.
         with torch.device("meta"):
             check_fit(folder / WEIGHTS, build(*arguments), state)

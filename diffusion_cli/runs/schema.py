@@ -123,13 +123,28 @@ class StageInfo(BaseModel):
     batch_size: PositiveInt
 
 
+class OriginInfo(BaseModel):
+    """The program and the files that an imported model comes from."""
+
+    model_config = STRICT
+    kind: str
+    """Class and program, such as "DDPMPipeline of diffusers"."""
+    source: str
+    """Folder or repository, as the user named it."""
+    sha256: dict[str, str]
+    """SHA-256 of the files with weights, by their path in the source."""
+    licence: str | None = None
+    """Licence that its model card states."""
+
+
 class StoredConfig(BaseModel):
     """The training configuration in a checkpoint, with types for the keys that `diffuse` reads."""
 
     model_config = OPEN
     max_steps: PositiveInt | None
     ema: dict[str, Any]
-    dataset: dict[str, Any]
+    dataset: dict[str, Any] | None
+    """None for an imported model without a dataset."""
     objective: dict[str, Any]
     schedule: dict[str, Any] | None
     parameterization: dict[str, Any] | None
@@ -167,6 +182,8 @@ class CheckpointInfo(BaseModel):
     labels_sha256: str | None = None
     precision: NumberFormat | None = None
     """Number format of the training; None for early versions."""
+    origin: OriginInfo | None = None
+    """Where an imported model comes from; None for a trained one."""
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -185,7 +202,7 @@ class CheckpointInfo(BaseModel):
             yield Problem("num_classes", self.num_classes, "is not the number of class_names")
         if counts is not None and (len(counts) != self.num_classes or not any(counts)):
             yield Problem("class_counts", NO_VALUE, "must be one number per class, not all 0")
-        if "_target_" not in config.dataset:
+        if "_target_" not in (config.dataset or {}) and (config.dataset is not None or self.origin is None):
             yield Problem("dataset", NO_VALUE, "has no _target_")
         if (self.latent is None) != (config.latent.key is None):
             yield Problem("latent", NO_VALUE, "contradicts latent.run and latent.pretrained")

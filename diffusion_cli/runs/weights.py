@@ -1,4 +1,4 @@
-"""Read and write weights as safetensors, and compute their digests."""
+"""Write weights as safetensors, compare them with networks, and compute their digests."""
 
 import hashlib
 from collections.abc import Mapping
@@ -9,28 +9,6 @@ from torch import Tensor, nn
 
 from diffusion_cli.errors import FormatError
 from diffusion_cli.system.files import atomic_write
-from diffusion_cli.system.untrusted import reason, regular
-
-
-def read_weights(path: Path) -> dict[str, Tensor]:
-    """Return the tensors of a safetensors file in float32.
-
-    Raises FormatError for pickled weights, a special file, or a file that is not safetensors.
-    """
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    pickled = [
-        file.name for file in path.parent.glob(f"{path.stem}*") if file.suffix in (".bin", ".pt", ".ckpt")
-    ]
-    if not path.is_file() and pickled:
-        raise FormatError(f"{pickled[0]} is pickled and could run code")
-    regular(path)
-    try:
-        state = load_file(path)
-    except SafetensorError as error:
-        raise FormatError(f"{path.name}: {reason(error)}") from error
-    return {name: tensor.float() for name, tensor in state.items()}
 
 
 def check_fit(path: Path, network: nn.Module, state: Mapping[str, Tensor]) -> None:
@@ -46,13 +24,13 @@ def check_fit(path: Path, network: nn.Module, state: Mapping[str, Tensor]) -> No
             )
 
 
-def save_weights(network: nn.Module, path: Path) -> None:
+def save_weights(state: Mapping[str, Tensor], path: Path) -> None:
     """Write the weights of a network as safetensors; OSError as `atomic_write`."""
     from safetensors.torch import save as packed
 
-    state = {key: value.detach().cpu().contiguous() for key, value in network.state_dict().items()}
+    plain = {key: value.detach().cpu().contiguous() for key, value in state.items()}
     with atomic_write(path) as temporary:
-        temporary.write_bytes(packed(state))
+        temporary.write_bytes(packed(plain))
 
 
 def digest(state: Mapping[str, Tensor]) -> str:

@@ -4,6 +4,7 @@ import contextlib
 import errno
 import hashlib
 import os
+import shutil
 from collections.abc import Iterator
 from itertools import count
 from pathlib import Path
@@ -44,6 +45,24 @@ def atomic_write(path: Path) -> Iterator[Path]:
     finally:
         with contextlib.suppress(OSError):  # such as a disk that became read-only
             temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """Context that yields a temporary folder beside `path`, which becomes `path` at the end, or is removed.
+
+    Raises FileExistsError if `path` exists by then, OSError as `writing`.
+    """
+    temporary = temporary_path(path)
+    try:
+        with writing(path):
+            temporary.mkdir(parents=True)
+            yield temporary
+            if path.exists():
+                raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path))
+            temporary.rename(path)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def set_aside(path: Path) -> Path:

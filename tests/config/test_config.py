@@ -185,7 +185,8 @@ def test_every_option_composes_into_a_valid_configuration(file):
     for command in commands if first else commands[:1]:
         unset = [key for key, value, _ in config.documented(file, group) if value == "???"]
         extra = [f"{key}={LISTS.get(key.rpartition('.')[2], 'x')}" for key in unset]
-        named = ["run=x"] if command == "eval" else []  # which may be an autoencoder, for its metrics
+        # A run may be an autoencoder, for its metrics.
+        named = {"eval": ["run=x"], "import": ["source=x"]}.get(command, [])
         load(command, [f"{group}={option}", *extra, *named, *tasks])
 
 

@@ -151,7 +151,7 @@ def test_weights_that_are_nowhere_are_one_line(folders, monkeypatch, tmp_path, n
     import transformers
 
     monkeypatch.setattr(getattr(transformers, architecture), "from_pretrained", refuse)
-    monkeypatch.setattr(hub, "_connect", lambda: None)
+    monkeypatch.setattr(hub, "connect", lambda: None)
     with pytest.raises(UsageError) as caught:
         made(name, "some/where")
     assert str(caught.value).startswith(

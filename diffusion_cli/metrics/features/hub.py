@@ -13,8 +13,9 @@ from PIL import Image
 from torch import Tensor
 
 from diffusion_cli.errors import NO_VALUE, UsageError, first_line
-from diffusion_cli.system.downloads import STALL, DownloadError, NoConnectionError, PublishedFile, State
+from diffusion_cli.system.downloads import DownloadError, NoConnectionError, PublishedFile, State
 from diffusion_cli.system.files import CANNOT_WRITE, file_digest
+from diffusion_cli.system.hub import connect
 
 NETWORK = ("config.json", "model.safetensors")
 """Files of a network."""
@@ -68,20 +69,8 @@ def pretrained(kind: Any, weights: str, **options: Any) -> Any:
     try:
         return kind.from_pretrained(weights, local_files_only=True, **options)
     except OSError:
-        _connect()
+        connect()
         return kind.from_pretrained(weights, **options)
-
-
-def _connect() -> None:
-    """Raise OSError at once if the hub cannot be reached: its own functions repeat their requests for half a minute."""
-    import huggingface_hub
-
-    try:
-        huggingface_hub.get_session().head(huggingface_hub.constants.ENDPOINT, timeout=STALL)
-    except Exception as error:  # the classes of the HTTP library, which differs between versions
-        raise OSError(
-            f"{huggingface_hub.constants.ENDPOINT} cannot be reached ({first_line(error)})"
-        ) from error
 
 
 def missing(weights: str, files: str, option: str, error: Exception) -> UsageError:
@@ -136,7 +125,7 @@ class HubFile(PublishedFile):
     def fetch(self) -> None:
         hub = self._hub()
         try:
-            _connect()
+            connect()
         except OSError as error:
             raise NoConnectionError(str(error)) from error
         try:

@@ -1,0 +1,120 @@
+"""`diffuse import`: write a pretrained model of another program as a run."""
+
+import re
+import shlex
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from diffusion_cli.commands.inputs import show_remarks
+from diffusion_cli.config import ImportConfig, build
+from diffusion_cli.config.catalogue import option_of, option_words
+from diffusion_cli.convert import REMEDY, read_source
+from diffusion_cli.convert.base import Node, PretrainedModel, Process
+from diffusion_cli.data import Dataset
+from diffusion_cli.errors import FormatError, UsageError, counted
+from diffusion_cli.formats import Uint8Image
+from diffusion_cli.runs.imported import ImportedDenoiser, image_shape
+from diffusion_cli.system.trusted_paths import remember, remember_run
+from diffusion_cli.system.untrusted import reason
+
+
+def run(config: ImportConfig) -> None:
+    """Write the run, and print what was read and the next commands.
+
+    Raises UsageError if the run exists, the source cannot be read, or the dataset does not fit the model.
+    """
+    name = config.name or _name(config.source)
+    folder = Path(config.output_dir, name)
+    if folder.exists():
+        raise UsageError("name", name, f"{folder} exists already", "choose another name")
+    model = read_source(config.source, "source")
+    if model.process is None:
+        problem = f"is an autoencoder, a {model.kind}, without a denoiser"
+        remedy = f"train on its latents with: diffuse train latent.pretrained={config.source}"
+        raise UsageError("source", config.source, problem, remedy)
+    process = _process(config, model.process)
+    imported = _with_dataset(config, model, process)
+    try:
+        info = imported.write(folder)
+    except FormatError as error:
+        raise UsageError("source", config.source, reason(error), REMEDY) from error
+    except FileExistsError as error:
+        raise UsageError("name", name, f"{folder} exists already", "choose another name") from error
+    remember_run(folder)
+    remember(config.dataset or {})
+    show_remarks(f"its own sampler differs: {remark}" for remark in process.remarks)
+    print(f"{folder}: {model.kind}, {_summary(info.shape, info.num_classes, process)}")
+    print("Next:")
+    for words in _next(config, name, process):
+        print(f"  diffuse {words}")
+
+
+def _name(source: str) -> str:
+    """Return the name of a run for the last part of a source."""
+    last = re.split(r"[/\\:]", source.rstrip("/\\"))[-1]
+    name = re.sub(r"[^\w.+-]+", "_", last).lstrip(".+-")
+    if not name:
+        raise UsageError("source", source, "gives the run no name", "add name=")
+    return name
+
+
+def _process(config: ImportConfig, process: Process) -> Process:
+    """Return the process of a source, with the schedule and parameterization of the command if it names them."""
+    chosen: dict[str, Node] = {
+        key: node for key in ("schedule", "parameterization") if (node := getattr(config, key)) is not None
+    }
+    if not chosen:
+        return process
+    try:
+        build(chosen.get("parameterization", process.parameterization)).check(
+            build(chosen.get("schedule", process.schedule))
+        )
+    except UsageError as error:
+        raise UsageError.several(error.problems) from error
+    return replace(process, remarks=(), **chosen)
+
+
+def _with_dataset(config: ImportConfig, model: PretrainedModel, process: Process) -> ImportedDenoiser:
+    """Return the model with the class names and the format of the dataset of the command, or its own ones.
+
+    Raises UsageError unless the dataset has the images and the classes of the model.
+    """
+    classes, shape = model.network.num_classes, image_shape(model)
+    names = None if classes is None else model.class_names or tuple(map(str, range(classes)))
+    parts: dict[str, Any] = {"model": model, "process": process, "source": config.source}
+    if config.dataset is None:
+        if shape[0] not in (1, 3):
+            problem = f"its images have {counted(shape[0], 'channel')}, and 8-bit images have 1 or 3"
+            raise UsageError("source", config.source, problem, "name their dataset with dataset=")
+        return ImportedDenoiser(**parts, form=Uint8Image(), class_names=names)
+    dataset: Dataset = build(config.dataset, config.data_dir)
+    if dataset.shape != shape:
+        problem = f"its images have shape {list(dataset.shape)}, but those of the model have {list(shape)}"
+        remedy = f"set dataset.resolution={shape[1]}, or choose another dataset"
+        raise UsageError("dataset", dataset.name, problem, remedy)
+    if classes is not None and model.class_names is None and dataset.class_names is not None:
+        names = tuple(dataset.class_names)
+    if names is not None and len(names) != classes:
+        problem = f"has {len(names)} classes, but the model has {classes}"
+        raise UsageError("dataset", dataset.name, problem, "choose another dataset")
+    return ImportedDenoiser(
+        **parts, form=dataset.form, class_names=names, dataset=config.dataset, data_rules=dataset.rules
+    )
+
+
+def _summary(shape: Sequence[int], num_classes: int | None, process: Process) -> str:
+    """Return the main facts of a model in one line."""
+    classes = "no classes" if num_classes is None else f"number of classes: {num_classes}"
+    nodes = {"schedule": process.schedule, "parameterization": process.parameterization}
+    parts = [f"{group}={option_of(group, node)}" for group, node in nodes.items()]
+    return ", ".join([f"images {'x'.join(map(str, shape))}", classes, *parts])
+
+
+def _next(config: ImportConfig, name: str, process: Process) -> Iterator[str]:
+    """Yield commands for the new run."""
+    root = [] if config.output_dir == "outputs" else [f"output_dir={shlex.quote(config.output_dir)}"]
+    clip = [] if process.clip else ["clip_x0=false"]
+    yield " ".join(["sample", f"run={name}", *option_words("sampler", process.sampler), *clip, *root])
+    yield " ".join(["train", f"init.run={name}", "dataset=<option>", "name=<new>", *root])

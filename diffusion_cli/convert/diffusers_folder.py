@@ -1,0 +1,218 @@
+"""Folders that diffusers writes: a pipeline with its parts, or a model alone; weights as safetensors only."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from importlib import import_module
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from diffusion_cli.convert import diffusers_scheduler
+from diffusion_cli.convert.base import Autoencoder, Network, Node, PretrainedModel, Process, Weights
+from diffusion_cli.errors import FormatError, format_value
+from diffusion_cli.system.tensors import read_tensors, refuse_pickled
+from diffusion_cli.system.untrusted import read, read_json, reason
+
+INDEX = "model_index.json"
+CONFIG = "config.json"
+SCHEDULER = "scheduler_config.json"
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+DENOISERS = {
+    "UNet2DModel": "diffusers_unet",
+    "DiTTransformer2DModel": "diffusers_dit",
+    "Transformer2DModel": "diffusers_dit",
+}
+"""Module of each class of denoisers."""
+AUTOENCODERS = {"AutoencoderKL": "diffusers_autoencoder"}
+"""Module of each class of autoencoders."""
+PARTS = {"unet": DENOISERS, "transformer": DENOISERS, "vae": AUTOENCODERS, "vqvae": AUTOENCODERS}
+"""Parts of a pipeline with weights, by the name of their folder."""
+UNIT_RANGE = ("ScoreSdeVePipeline",)
+"""Pipelines of models with pixels in [0, 1]."""
+ASSUMED = {"_class_name": "DDPMScheduler"}
+"""Scheduler of a model without one: that of Ho et al. 2020."""
+LICENCE = "license:"
+
+
+@dataclass(frozen=True)
+class _Part:
+    """A model of a folder."""
+
+    module: ModuleType
+    kind: str
+    config: Node
+    files: tuple[Path, ...]
+    """Files with weights."""
+
+    def network(self) -> Network:
+        return self.module.read(self.config)
+
+    def weights(self, network: Network) -> Weights:
+        """Return the weights by the names of the network; FormatError for other weights."""
+        state: Weights = {}
+        for path in self.files:
+            tensors = read_tensors(path)
+            if repeated := state.keys() & tensors.keys():
+                raise FormatError(f"{path.name}: {min(repeated)} is also in another file")
+            state |= tensors
+        return self.module.weights(network, state)
+
+
+def read_folder(folder: Path) -> PretrainedModel:
+    """Return the model in a folder of diffusers; its weights are read when they are needed.
+
+    Raises:
+        FormatError: the folder has no model with an equivalent, or has pickled weights.
+        OSError: a file cannot be read.
+    """
+    if (folder / INDEX).is_file():
+        return _pipeline(folder)
+    if (folder / CONFIG).is_file():
+        return _alone(folder)
+    raise FormatError(f"contains neither {INDEX} nor {CONFIG}")
+
+
+def _alone(folder: Path) -> PretrainedModel:
+    """Return the model of a folder without a pipeline."""
+    part = _part(folder, DENOISERS | AUTOENCODERS)
+    network = part.network()
+    process = None
+    if part.kind in DENOISERS:
+        process = _process(ASSUMED, network)
+        remark = "the source has no scheduler: assumed is that of DDPM, linear betas and noise prediction"
+        process = replace(process, remarks=(remark,))
+    return PretrainedModel(
+        kind=f"{part.kind} of diffusers",
+        network=network,
+        weights=lambda: part.weights(network),
+        process=process,
+        files=_named(folder, [part]),
+        licence=_licence(folder),
+    )
+
+
+def _pipeline(folder: Path) -> PretrainedModel:
+    """Return the denoiser of a pipeline, with its scheduler and its autoencoder if it has one."""
+    index = _json(folder / INDEX)
+    kind = index.get("_class_name")
+    names = {
+        name
+        for name, value in index.items()
+        if isinstance(value, list) and any(item is not None for item in value)
+    }
+    for name in sorted(names - PARTS.keys() - {"scheduler"}):
+        raise FormatError(f"{INDEX}: {name} of a {format_value(kind)[:80]} has no equivalent")
+    parts = {name: _part(folder / name, PARTS[name]) for name in sorted(names & PARTS.keys())}
+    denoisers = [part for part in parts.values() if part.kind in DENOISERS]
+    autoencoders = [part for part in parts.values() if part.kind in AUTOENCODERS]
+    if len(denoisers) != 1 or len(autoencoders) > 1 or "scheduler" not in names:
+        raise FormatError(f"{INDEX}: must name a denoiser, a scheduler, and at most one autoencoder")
+    (denoiser,) = denoisers
+    if kind in UNIT_RANGE:
+        raise FormatError(f"the pixels of a {kind} lie in [0, 1], and those of models here in [-1, 1]")
+    network = denoiser.network()
+    process = _process(_json(folder / "scheduler" / SCHEDULER), network)
+    return PretrainedModel(
+        kind=f"{format_value(kind)[:80]} of diffusers",
+        network=network,
+        weights=lambda: denoiser.weights(network),
+        process=process,
+        autoencoder=_autoencoder(autoencoders[0], network) if autoencoders else None,
+        class_names=_class_names(index.get("id2label"), network),
+        files=_named(folder, [*parts.values()]),
+        licence=_licence(folder),
+    )
+
+
+def _process(config: Node, network: Network) -> Process:
+    """Return the process of a scheduler for a network; FormatError, which names the file."""
+    try:
+        return diffusers_scheduler.read(
+            config,
+            learns_variance=bool(network.node.get("learn_variance")),
+            label_dropout=0.1 if network.num_classes is not None and network.null_class else 0.0,
+        )
+    except FormatError as error:
+        raise FormatError(f"{SCHEDULER}: {reason(error)}") from error
+
+
+def _autoencoder(part: _Part, denoiser: Network) -> Autoencoder:
+    """Return the autoencoder of a denoiser, for the images of its latents."""
+    smallest = part.network()
+    mean, std = part.module.statistics(part.config)
+    channels, *sizes = denoiser.shape
+    if len(mean) != channels:
+        raise FormatError(f"{CONFIG}: its {len(mean)} latent channels are not the {channels} of the denoiser")
+    factor = math.prod(smallest.shape[1:2])  # it describes the smallest image, of one latent
+    network = replace(smallest, shape=(smallest.shape[0], *(factor * size for size in sizes)))
+    return Autoencoder(network=network, weights=lambda: part.weights(network), mean=mean, std=std)
+
+
+def _class_names(names: Any, network: Network) -> tuple[str, ...] | None:
+    """Return the names of `id2label` in the order of the classes; None without them."""
+    if names is None or network.num_classes is None:
+        return None
+    labels = [str(label) for label in range(network.num_classes)]
+    if not isinstance(names, Mapping) or sorted(names) != sorted(labels):
+        raise FormatError(f"{INDEX}: id2label does not name the {network.num_classes} classes of the network")
+    return tuple(str(names[label]) for label in labels)
+
+
+def _part(folder: Path, modules: Mapping[str, str]) -> _Part:
+    """Return the model of a folder with its files; FormatError for a class without an equivalent."""
+    config = _json(folder / CONFIG)
+    kind = config.get("_class_name")
+    if not isinstance(kind, str) or kind not in modules:
+        shown, known = format_value(kind)[:80], ", ".join(modules)
+        raise FormatError(f"{folder.name}/{CONFIG}: the class {shown} has no equivalent; read are {known}")
+    module = import_module(f"{__package__}.{modules[kind]}")
+    return _Part(module, kind, config, _files(folder))
+
+
+def _files(folder: Path) -> tuple[Path, ...]:
+    """Return the files with the weights of a model: one, the parts that an index names, or one of a variant."""
+    whole, index = folder / WEIGHTS, folder / f"{WEIGHTS}.index.json"
+    if whole.is_file():
+        return (whole,)
+    if index.is_file():
+        named = _json(index).get("weight_map")
+        names = set(named.values()) if isinstance(named, Mapping) else set()
+        if not names or not all(isinstance(name, str) and Path(name).name == name for name in names):
+            raise FormatError(f"{index.name}: weight_map must name files of its folder")
+        return tuple(folder / name for name in sorted(names))
+    variants = sorted(folder.glob(f"{whole.stem}.*{whole.suffix}"))
+    if len(variants) == 1:
+        return (variants[0],)
+    refuse_pickled(whole)
+    raise FormatError(f"{folder.name} contains no {WEIGHTS}")
+
+
+def _named(folder: Path, parts: list[_Part]) -> dict[str, Path]:
+    """Return the files of some models by their path in the folder."""
+    return {path.relative_to(folder).as_posix(): path for part in parts for path in part.files}
+
+
+def _json(path: Path) -> Node:
+    """Return a JSON object; FormatError, which names the file, for other content."""
+    try:
+        value = read_json(path, infinite=True)
+    except FileNotFoundError as error:
+        raise FormatError(f"contains no {path.parent.name}/{path.name}") from error
+    except FormatError as error:
+        raise FormatError(f"{path.name} {reason(error)}") from error
+    if not isinstance(value, dict):
+        raise FormatError(f"{path.name} is not a JSON object")
+    return value
+
+
+def _licence(folder: Path) -> str | None:
+    """Return the licence that the model card, README.md, states in its first lines."""
+    try:
+        lines = read(folder / "README.md", 2**20).decode(errors="replace").splitlines()
+    except (OSError, FormatError):
+        return None
+    if not lines or lines[0].strip() != "---":
+        return None
+    stated = (line.removeprefix(LICENCE).strip(" '\"") for line in lines[1:100] if line.startswith(LICENCE))
+    return next((name[:80] for name in stated if name), None)

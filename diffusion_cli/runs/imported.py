@@ -1,0 +1,149 @@
+"""Runs of models that other programs trained."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from diffusion_cli.config import build
+from diffusion_cli.config.continued import IMPORTED
+from diffusion_cli.convert.base import Network, Node, PretrainedModel, Process, Weights
+from diffusion_cli.diffusion.denoiser import Denoiser
+from diffusion_cli.errors import FormatError
+from diffusion_cli.formats import SampleFormat, Shape
+from diffusion_cli.runs.checkpoint import LAST, save
+from diffusion_cli.runs.load import AUTOENCODER, limit_tensors
+from diffusion_cli.runs.schema import CheckpointInfo, LatentInfo, OriginInfo, check_built, parse_info
+from diffusion_cli.runs.weights import check_fit, digest, save_weights
+from diffusion_cli.system.files import atomic_write, file_digest, new_folder
+from diffusion_cli.system.untrusted import reason
+
+SPARE = 1000
+"""Tensors beyond those of a file with which a network is still built, to name one that is missing."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImportedDenoiser:
+    """A pretrained denoiser and what a run stores beside its weights."""
+
+    model: PretrainedModel
+    process: Process
+    source: str
+    """Source, as the user named it."""
+    form: SampleFormat
+    """Format of its images."""
+    class_names: Sequence[str] | None
+    """Names of the classes; None if it is unconditional."""
+    dataset: Node | None = None
+    """Dataset for class names and as reference; None for none."""
+    data_rules: int = 1
+    """Version of the rules of the dataset."""
+
+    def write(self, folder: Path) -> CheckpointInfo:
+        """Write the folder of a run at step 0, which is created complete or not at all, and return its information.
+
+        The weights are checked before: they are untrusted, and a small file can describe a network of any size.
+
+        Raises:
+            FormatError: the weights do not fit the network, or the network cannot be built.
+            FileExistsError: the folder exists.
+        """
+        model, (first, *_) = self.model, [Path(name) for name in self.model.files]
+        state = _checked(first, model.network, model.weights())
+        latent = None
+        if model.autoencoder is not None:
+            latent = _checked(first, model.autoencoder.network, model.autoencoder.weights())
+        info = self._info(latent)
+        with new_folder(folder) as temporary:
+            if latent is not None:
+                save_weights(latent, temporary / AUTOENCODER)
+            with atomic_write(temporary / "config.yaml") as file:
+                file.write_text(yaml.safe_dump(info.config.model_dump(), sort_keys=False))
+            save(_lightning_checkpoint(info, state), temporary / LAST)
+        return info
+
+    def _info(self, autoencoder: Weights | None) -> CheckpointInfo:
+        """Return the entry of the checkpoint; FormatError for parts that this version cannot build."""
+        model, process = self.model, self.process
+        config = {
+            IMPORTED: self.source,
+            "max_steps": None,
+            "ema": {},
+            "dataset": self.dataset,
+            "schedule": process.schedule,
+            "parameterization": process.parameterization,
+            "objective": process.objective,
+            "sampler": process.sampler,
+            "model": model.network.node,
+            "latent": {"run": None, "pretrained": None if autoencoder is None else self.source},
+        }
+        origin = OriginInfo(
+            kind=model.kind,
+            source=self.source,
+            sha256={name: file_digest(path) for name, path in model.files.items()},
+            licence=model.licence,
+        )
+        info = parse_info(
+            {
+                "task": Denoiser.task,
+                "num_images": 0,
+                "config": config,
+                "shape": list(image_shape(model)),
+                "form": self.form.to_dict(),
+                "latent": _latent(model, autoencoder, self.source),
+                "num_classes": model.network.num_classes,
+                "class_names": None if self.class_names is None else list(self.class_names),
+                "data_rules": self.data_rules,
+                "origin": origin.model_dump(),
+            }
+        )
+        if problems := check_built(info):
+            raise FormatError(problems[0].cause)
+        return info
+
+
+def image_shape(model: PretrainedModel) -> Shape:
+    """Return the shape of the images of a model, which its autoencoder decodes if it has one."""
+    return (model.network if model.autoencoder is None else model.autoencoder.network).shape
+
+
+def _latent(model: PretrainedModel, autoencoder: Weights | None, source: str) -> dict[str, Any] | None:
+    """Return the entry of the latent space, whose statistics are those of the source."""
+    if model.autoencoder is None or autoencoder is None:
+        return None
+    return LatentInfo(
+        shape=model.network.shape,
+        mean=list(model.autoencoder.mean),
+        std=list(model.autoencoder.std),
+        autoencoder=model.autoencoder.network.node,
+        sha256=digest(autoencoder),
+        source=source,
+        cache={},
+    ).model_dump()
+
+
+def _checked(path: Path, network: Network, state: Weights) -> Weights:
+    """Return weights; FormatError unless they fit the network, which is built on the meta device for this check."""
+    try:
+        with torch.device("meta"), limit_tensors(len(state) + SPARE):
+            built = build(network.node, network.shape, network.num_classes)
+    except Exception as error:  # untrusted sizes cause many types of errors
+        raise FormatError(f"its network cannot be built ({reason(error)})") from error
+    check_fit(path, built, state)
+    return state
+
+
+def _lightning_checkpoint(info: CheckpointInfo, state: Weights) -> dict[str, Any]:
+    """Return a checkpoint at step 0, whose average is equal to its weights."""
+    return {
+        "epoch": 0,
+        "global_step": 0,
+        "pytorch-lightning_version": version("lightning"),
+        "state_dict": {f"model.network.{name}": tensor for name, tensor in state.items()},
+        "callbacks": {"EMA": {"network": state, "updates": 0}},
+        "diffuse": info.model_dump(),
+    }

@@ -407,8 +407,12 @@ def _check_sides(key: str, sides: Sequence[int], levels: int) -> None:
 
 def _check_expressible(options: UNetOptions, channels: int, *, attended: bool) -> None:
     """Raise FormatError for options that UNet2DModel lacks."""
+    if options.channel_mult[0] != 1:
+        _refuse("channel_mult", list(options.channel_mult), "must begin with 1 in UNet2DModel")
+    if options.patch_size != 1:
+        _refuse("patch_size", options.patch_size, "must be 1 in UNet2DModel")
     fourier = options.embedding_layout == "fourier"
-    needed = {"patch_size": 1, "scale_by_sigma": fourier} | (SKIPS if options.skips else PLAIN)
+    needed = {"scale_by_sigma": fourier} | (SKIPS if options.skips else PLAIN)
     if options.skips:
         needed |= {"norm_groups": SKIP_GROUPS, "learn_variance": False}
         if channels != 3:

@@ -24,11 +24,16 @@ ANY_TYPE = STRICT | ConfigDict(arbitrary_types_allowed=True)
 NOT_ALLOWED = "is not a class of an allowed plugin"
 
 
+IMPORTED = {"model": f"{PACKAGE}.networks.VQModel"}
+"""Class without an option file, by group, because a run has it only as part of an imported model."""
+
+
 @cache
 def classes(group: str) -> frozenset[str]:
-    """The classes that nodes of a group may name: those of the group's option files."""
+    """The classes that nodes of a group may name: those of the group's option files, and `IMPORTED`."""
     contents = (yaml.safe_load(file.read_text()) for file in (CONF / group).glob("*.yaml"))
-    return frozenset(target for content in contents for target in _targets(content))
+    named = {target for content in contents for target in _targets(content)}
+    return frozenset(named | ({IMPORTED[group]} if group in IMPORTED else set()))
 
 
 def _targets(node: Any) -> Iterator[str]:

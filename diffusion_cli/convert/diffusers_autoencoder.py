@@ -1,4 +1,4 @@
-"""Autoencoders of diffusers: AutoencoderKL. This module does not import torch."""
+"""Autoencoders of diffusers, AutoencoderKL and VQModel. This module imports torch only to change tensors."""
 
 from collections.abc import Sequence
 from typing import Annotated, Literal, NamedTuple
@@ -10,6 +10,7 @@ from diffusion_cli.convert.diffusers_names import present_name
 from diffusion_cli.errors import FormatError, format_value
 
 KL = "diffusion_cli.networks.AutoencoderKL"
+VQ = "diffusion_cli.networks.VQModel"
 
 Width = Annotated[int, Field(gt=0, le=2**14)]
 
@@ -21,10 +22,10 @@ Finite = Annotated[float, Field(allow_inf_nan=False)]
 
 
 class _Config(BaseModel):
-    """Fields of config.json that the network depends on, with the defaults of diffusers."""
+    """Fields of both kinds of config.json that the network depends on, with the defaults of diffusers."""
 
     model_config = ConfigDict(strict=True, extra="ignore")
-    class_name: Literal["AutoencoderKL"] = Field(alias="_class_name")
+    class_name: Literal["AutoencoderKL", "VQModel"] = Field(alias="_class_name")
     in_channels: Count = 3
     out_channels: Count = 3
     down_block_types: list[Literal["DownEncoderBlock2D"]] = ["DownEncoderBlock2D"]
@@ -32,24 +33,38 @@ class _Config(BaseModel):
     block_out_channels: Annotated[list[Width], Field(min_length=1, max_length=10)] = [64]
     layers_per_block: Count = 1
     act_fn: Literal["silu"] = "silu"
-    latent_channels: Count = 4
     norm_num_groups: Width = 32
-    use_quant_conv: bool = True
-    use_post_quant_conv: bool = True
     mid_block_add_attention: Literal[True] = True
     scaling_factor: Positive = 0.18215
+
+
+class _KLConfig(_Config):
+    latent_channels: Count = 4
+    use_quant_conv: bool = True
+    use_post_quant_conv: bool = True
     shift_factor: Finite | None = None
     latents_mean: list[Finite] | None = None
     latents_std: list[Positive] | None = None
 
 
+class _VQConfig(_Config):
+    latent_channels: Count = 3
+    vq_embed_dim: Count | None = None
+    num_vq_embeddings: Annotated[int, Field(gt=0, le=2**20)] = 256
+    norm_type: Literal["group"] = "group"
+
+
+def _parsed(config: Node) -> _KLConfig | _VQConfig:
+    return parse(_VQConfig if config.get("_class_name") == "VQModel" else _KLConfig, config)
+
+
 def read(config: Node) -> Network:
     """Return the network of a config.json; FormatError, naming the key, for one without an equivalent."""
-    fields = parse(_Config, config)
+    fields = _parsed(config)
     widths = fields.block_out_channels
     same = {
         "out_channels": fields.in_channels,
-        "use_post_quant_conv": fields.use_quant_conv,
+        **({"use_post_quant_conv": fields.use_quant_conv} if isinstance(fields, _KLConfig) else {}),
         "down_block_types": ["DownEncoderBlock2D"] * len(widths),
         "up_block_types": ["UpDecoderBlock2D"] * len(widths),
     }
@@ -60,16 +75,28 @@ def read(config: Node) -> Network:
         raise FormatError(f"block_out_channels={widths} must be multiples of the first")
     if widths[0] % fields.norm_num_groups:
         raise FormatError(f"norm_num_groups={fields.norm_num_groups} does not divide {widths[0]} channels")
-    node = {
-        "_target_": KL,
+    common = {
         "channels": widths[0],
         "channel_mult": [width // widths[0] for width in widths],
         "num_res_blocks": fields.layers_per_block,
-        "latent_channels": fields.latent_channels,
         "norm_groups": fields.norm_num_groups,
-        "quant_conv": fields.use_quant_conv,
         "gradient_checkpointing": False,
     }
+    if isinstance(fields, _VQConfig):
+        node = {
+            "_target_": VQ,
+            **common,
+            "latent_channels": fields.vq_embed_dim or fields.latent_channels,
+            "feature_channels": fields.latent_channels,
+            "codebook_size": fields.num_vq_embeddings,
+        }
+    else:
+        node = {
+            "_target_": KL,
+            **common,
+            "latent_channels": fields.latent_channels,
+            "quant_conv": fields.use_quant_conv,
+        }
     side = 2 ** (len(widths) - 1)
     return Network(node=node, shape=(fields.in_channels, side, side))
 
@@ -87,7 +114,10 @@ def statistics(config: Node) -> Statistics:
     `(z - latents_mean) / latents_std * scaling_factor`, or `(z - shift_factor) * scaling_factor`, is the input of the
     denoiser.
     """
-    fields = parse(_Config, config)
+    fields = _parsed(config)
+    if isinstance(fields, _VQConfig):
+        channels = fields.vq_embed_dim or fields.latent_channels
+        return Statistics((0.0,) * channels, (1 / fields.scaling_factor,) * channels)
     channels = fields.latent_channels
     mean = fields.latents_mean or [fields.shift_factor or 0.0] * channels
     std = fields.latents_std or [1.0] * channels
@@ -105,8 +135,22 @@ def weights(network: Network, state: Weights) -> Weights:
 def write(network: Network, scaling_factor: float = 1.0) -> Node:
     """Return the config.json of a network, for latents that the denoiser multiplies by `scaling_factor`."""
     node, levels = network.node, len(network.node["channel_mult"])
-    return {
-        "_class_name": "AutoencoderKL",
+    if node["_target_"] == VQ:
+        own = {
+            "_class_name": "VQModel",
+            "latent_channels": node["feature_channels"],
+            "vq_embed_dim": node["latent_channels"],
+            "num_vq_embeddings": node["codebook_size"],
+            "norm_type": "group",
+        }
+    else:
+        own = {
+            "_class_name": "AutoencoderKL",
+            "latent_channels": node["latent_channels"],
+            "use_quant_conv": node["quant_conv"],
+            "use_post_quant_conv": node["quant_conv"],
+        }
+    return own | {
         "in_channels": network.shape[0],
         "out_channels": network.shape[0],
         "down_block_types": ["DownEncoderBlock2D"] * levels,
@@ -114,12 +158,9 @@ def write(network: Network, scaling_factor: float = 1.0) -> Node:
         "block_out_channels": [mult * node["channels"] for mult in node["channel_mult"]],
         "layers_per_block": node["num_res_blocks"],
         "act_fn": "silu",
-        "latent_channels": node["latent_channels"],
         "norm_num_groups": node["norm_groups"],
         "sample_size": network.shape[1],
         "scaling_factor": scaling_factor,
-        "use_quant_conv": node["quant_conv"],
-        "use_post_quant_conv": node["quant_conv"],
         "mid_block_add_attention": True,
     }
 
@@ -149,15 +190,20 @@ def normalized(network: Network, weights: Weights, mean: Sequence[float], std: S
     and in the decoder z = std x + mean. This is exact up to rounding, and to the limits of the log variance.
 
     Args:
-        network: an AutoencoderKL with L latent channels.
+        network: an autoencoder with L latent channels.
         weights: its weights.
         mean: mean of each channel of z, [L].
         std: standard deviation of each channel of z, [L].
+
+    Raises:
+        FormatError: a VQModel has other statistics than a common factor.
     """
     import torch
 
     if not any(mean) and len(set(std)) == 1:
         return Normalized(network, dict(weights), 1 / std[0])
+    if network.node["_target_"] == VQ:
+        raise FormatError("a VQModel in diffusers has one factor for all latents, without a mean")
     centre, scale = (torch.tensor(values, dtype=torch.float64) for values in (mean, std))
     (dtype,) = {tensor.dtype for name, tensor in weights.items() if name.endswith("conv_in.weight")}
     convolutions = {}

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from diffusion_cli.diffusion.denoiser import Denoise, clip_x0
 from diffusion_cli.diffusion.schedules import Schedule
-from diffusion_cli.networks import AutoencoderKL
+from diffusion_cli.networks import ImageAutoencoder
 from diffusion_cli.networks.autoencoder import drawn
 
 PIXELS = 2**18  # per forward pass of the autoencoder: four images of 256x256
@@ -86,7 +86,11 @@ class Latents(Space):
     bounded = False
 
     def __init__(
-        self, autoencoder: AutoencoderKL, image: tuple[int, ...], mean: Sequence[float], std: Sequence[float]
+        self,
+        autoencoder: ImageAutoencoder,
+        image: tuple[int, ...],
+        mean: Sequence[float],
+        std: Sequence[float],
     ) -> None:
         self.autoencoder = autoencoder.eval().requires_grad_(False)
         self.shape = autoencoder.latent_shape(image)

@@ -1,6 +1,6 @@
 """Networks: denoising networks F(x, c_noise, y), classifiers of noisy images, and autoencoders."""
 
-from diffusion_cli.networks.autoencoder import AutoencoderKL, Level, Middle
+from diffusion_cli.networks.autoencoder import AutoencoderKL, ImageAutoencoder, Level, Middle, VQModel
 from diffusion_cli.networks.classifier import Classifier
 from diffusion_cli.networks.discriminator import PatchDiscriminator
 from diffusion_cli.networks.dit import DiT
@@ -12,4 +12,14 @@ from diffusion_cli.networks.unet import UNet
 BLOCKS = (Block, TransformerBlock, Level, Middle)
 """Modules that contain most of a network's weights, the units of sharding and checkpointing."""
 
-__all__ = ["BLOCKS", "AutoencoderKL", "Classifier", "DiT", "PatchDiscriminator", "SetTransformer", "UNet"]
+__all__ = [
+    "BLOCKS",
+    "AutoencoderKL",
+    "Classifier",
+    "DiT",
+    "ImageAutoencoder",
+    "PatchDiscriminator",
+    "SetTransformer",
+    "UNet",
+    "VQModel",
+]

@@ -1,5 +1,6 @@
-"""Autoencoder of latent diffusion models."""
+"""Autoencoders of latent diffusion models."""
 
+from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -16,7 +17,85 @@ LOG_VARIANCE = (-30.0, 20.0)
 """Limits of the log variance of latents, as published."""
 
 
-class AutoencoderKL(nn.Module):
+class ImageAutoencoder(nn.Module, ABC):
+    """Base class of convolutional autoencoders of images, with latents [L, H / factor, W / factor].
+
+    Level l works at H / 2^l with channels * channel_mult[l] feature maps, and factor = 2^(levels - 1). Encoder and
+    decoder have self-attention at the lowest resolution. State dicts have the names and shapes of diffusers.
+
+    Args:
+        shape: image shape [C, H, W].
+        latent_channels: channels L of the latents.
+        encoded: channels of the encoder's output.
+        decoded: channels of the decoder's input.
+        channels: see `AutoencoderKL`, likewise the others.
+
+    Raises:
+        UsageError: arguments contradict each other, or `factor` does not divide the image size.
+    """
+
+    task = "autoencoder"
+    outer_layers = ("encoder.conv_in", "encoder.conv_out", "decoder.conv_in", "decoder.conv_out")
+    """Names of the input and output layers, which `optimizer=muon` leaves to AdamW."""
+
+    def __init__(
+        self,
+        shape: tuple[int, ...],
+        latent_channels: int,
+        *,
+        encoded: int,
+        decoded: int,
+        channels: PositiveInt,
+        channel_mult: Sequence[PositiveInt],
+        num_res_blocks: PositiveInt,
+        norm_groups: PositiveInt,
+        gradient_checkpointing: bool,
+    ) -> None:
+        super().__init__()
+        if len(shape) != 3:
+            raise UsageError(
+                "model",
+                type(self).__name__,
+                f"needs images [C, H, W], not shape {list(shape)}",
+                "use a dataset of images",
+            )
+        if not channel_mult:
+            raise UsageError("channel_mult", "[]", "must have at least one level", "use for example [1,2]")
+        if channels % norm_groups:
+            raise UsageError(
+                "norm_groups", norm_groups, f"does not divide channels={channels}", "use a divisor"
+            )
+        self.latent_channels = latent_channels
+        self.factor = 2 ** (len(channel_mult) - 1)
+        """Pixels per latent along each side."""
+        self.latent_shape(shape)  # validates the image size
+        widths = [mult * channels for mult in channel_mult]
+        parts = (widths, num_res_blocks, norm_groups, gradient_checkpointing)
+        self.encoder = Encoder(shape[0], encoded, *parts)
+        self.decoder = Decoder(decoded, shape[0], *parts)
+
+    def latent_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """Return the latent shape [L, h, w] of images [C, H, W]; UsageError if `factor` does not divide the size."""
+        if any(side % self.factor for side in shape[1:]):
+            sides = "x".join(str(side) for side in shape[1:])
+            raise UsageError(
+                "model",
+                type(self).__name__,
+                f"image sizes must be multiples of {self.factor}, but images are {sides}",
+                "use fewer levels in model.channel_mult, or images of another size",
+            )
+        return (self.latent_channels, *(side // self.factor for side in shape[1:]))
+
+    @abstractmethod
+    def moments(self, x: Tensor) -> Tensor:
+        """Return mean and log variance of the latents, [B, 2L, h, w], of images x [B, C, H, W]."""
+
+    @abstractmethod
+    def decode(self, z: Tensor) -> Tensor:
+        """Return images [B, C, H, W] of latents z [B, L, h, w], not clipped to [-1, 1]."""
+
+
+class AutoencoderKL(ImageAutoencoder):
     """Convolutional variational autoencoder with encoder `q(z | x) = N(mean, variance)` and decoder p(x | z).
 
     Level l works at H / 2^l with channels * channel_mult[l] feature maps. Encoder and decoder have self-attention at
@@ -40,10 +119,6 @@ class AutoencoderKL(nn.Module):
     Source: Rombach et al. 2022, Sec. 3.1 and Appendix G; Esser et al. 2021.
     """
 
-    task = "autoencoder"
-    outer_layers = ("encoder.conv_in", "encoder.conv_out", "decoder.conv_in", "decoder.conv_out")
-    """Names of the input and output layers, which `optimizer=muon` leaves to AdamW."""
-
     def __init__(
         self,
         shape: tuple[int, ...],
@@ -57,51 +132,20 @@ class AutoencoderKL(nn.Module):
         quant_conv: bool = True,
         gradient_checkpointing: bool = False,
     ) -> None:
-        super().__init__()
-        if len(shape) != 3:
-            raise UsageError(
-                "model",
-                "AutoencoderKL",
-                f"needs images [C, H, W], not shape {list(shape)}",
-                "use a dataset of images",
-            )
-        if not channel_mult:
-            raise UsageError("channel_mult", "[]", "must have at least one level", "use for example [1,2]")
-        if channels % norm_groups:
-            raise UsageError(
-                "norm_groups", norm_groups, f"does not divide channels={channels}", "use a divisor"
-            )
-        self.latent_channels = latent_channels
-        self.factor = 2 ** (len(channel_mult) - 1)
-        """Pixels per latent along each side."""
-        self.latent_shape(shape)  # validates the image size
-        widths = [mult * channels for mult in channel_mult]
-        parts = (widths, num_res_blocks, norm_groups, gradient_checkpointing)
-        self.encoder = Encoder(shape[0], 2 * latent_channels, *parts)
-        self.decoder = Decoder(latent_channels, shape[0], *parts)
+        super().__init__(
+            shape, latent_channels, encoded=2 * latent_channels, decoded=latent_channels, channels=channels,
+            channel_mult=channel_mult, num_res_blocks=num_res_blocks, norm_groups=norm_groups,
+            gradient_checkpointing=gradient_checkpointing,
+        )  # fmt: skip
         self.quant_conv = nn.Conv2d(2 * latent_channels, 2 * latent_channels, 1) if quant_conv else None
         self.post_quant_conv = nn.Conv2d(latent_channels, latent_channels, 1) if quant_conv else None
 
-    def latent_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """Return the latent shape [L, h, w] of images [C, H, W]; UsageError if `factor` does not divide the size."""
-        if any(side % self.factor for side in shape[1:]):
-            sides = "x".join(str(side) for side in shape[1:])
-            raise UsageError(
-                "model",
-                "AutoencoderKL",
-                f"image sizes must be multiples of {self.factor}, but images are {sides}",
-                "use fewer levels in model.channel_mult, or images of another size",
-            )
-        return (self.latent_channels, *(side // self.factor for side in shape[1:]))
-
     def moments(self, x: Tensor) -> Tensor:
-        """Return mean and log variance of the latents, [B, 2L, h, w], of images x [B, C, H, W]."""
         h = self.encoder(x)
         mean, log_variance = (h if self.quant_conv is None else self.quant_conv(h)).chunk(2, dim=1)
         return torch.cat([mean, log_variance.clamp(*LOG_VARIANCE)], dim=1).to(x.dtype)
 
     def decode(self, z: Tensor) -> Tensor:
-        """Return images [B, C, H, W] of latents z [B, L, h, w], not clipped to [-1, 1]."""
         return self.decoder(z if self.post_quant_conv is None else self.post_quant_conv(z)).to(z.dtype)
 
     def forward(self, x: Tensor, eps: Tensor) -> tuple[Tensor, Tensor]:
@@ -123,6 +167,78 @@ class AutoencoderKL(nn.Module):
         self.encoder.compile(*args, **kwargs)
         for block in (self.decoder.mid_block, *self.decoder.up_blocks):
             block.compile(*args, **kwargs)
+
+
+class VQModel(ImageAutoencoder):
+    """Autoencoder whose decoder replaces each latent vector by the nearest vector of a codebook.
+
+    A denoiser works on the vectors before this step. The codebook is not trained here: runs have this network as part
+    of an imported model.
+
+    Args:
+        shape: image shape [C, H, W].
+        num_classes: unused.
+        channels: feature maps of the first level.
+        channel_mult: multiplier of `channels` per level.
+        num_res_blocks: residual blocks per level of the encoder; the decoder has one more.
+        latent_channels: channels L of the latents and of the codebook.
+        feature_channels: channels of the encoder's output and the decoder's input, which 1x1 convolutions map to L.
+        codebook_size: number of vectors in the codebook.
+        norm_groups: groups of the group norms, a divisor of `channels`.
+        gradient_checkpointing: whether to recompute activations in the backward pass to save memory.
+
+    Raises:
+        UsageError: arguments contradict each other, or `factor` does not divide the image size.
+
+    Source: van den Oord et al. 2017; Rombach et al. 2022, Sec. 3.1.
+    """
+
+    def __init__(
+        self,
+        shape: tuple[int, ...],
+        num_classes: int | None,
+        *,
+        channels: PositiveInt = 128,
+        channel_mult: Sequence[PositiveInt] = (1, 2, 4),
+        num_res_blocks: PositiveInt = 2,
+        latent_channels: PositiveInt = 3,
+        feature_channels: PositiveInt = 3,
+        codebook_size: PositiveInt = 8192,
+        norm_groups: PositiveInt = 32,
+        gradient_checkpointing: bool = False,
+    ) -> None:
+        super().__init__(
+            shape, latent_channels, encoded=feature_channels, decoded=feature_channels, channels=channels,
+            channel_mult=channel_mult, num_res_blocks=num_res_blocks, norm_groups=norm_groups,
+            gradient_checkpointing=gradient_checkpointing,
+        )  # fmt: skip
+        self.quant_conv = nn.Conv2d(feature_channels, latent_channels, 1)
+        self.quantize = Codebook(codebook_size, latent_channels)
+        self.post_quant_conv = nn.Conv2d(latent_channels, feature_channels, 1)
+
+    def moments(self, x: Tensor) -> Tensor:
+        """Return the latents, which are not random: their log variance is the least."""
+        mean = self.quant_conv(self.encoder(x))
+        return torch.cat([mean, torch.full_like(mean, LOG_VARIANCE[0])], dim=1).to(x.dtype)
+
+    def decode(self, z: Tensor) -> Tensor:
+        return self.decoder(self.post_quant_conv(self.quantize(z))).to(z.dtype)
+
+
+class Codebook(nn.Module):
+    """Replaces vectors z [B, L, h, w] by the nearest of `size` vectors; gradients pass as through the identity."""
+
+    def __init__(self, size: int, channels: int) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(size, channels)
+
+    def forward(self, z: Tensor) -> Tensor:
+        # Image by image, because the distances to all vectors need much memory.
+        nearest = [
+            torch.cdist(image.flatten(1).T, self.embedding.weight).argmin(dim=1) for image in z.detach()
+        ]
+        codes = self.embedding(torch.stack(nearest)).transpose(1, 2).view_as(z)
+        return z + (codes - z).detach()
 
 
 def drawn(moments: Tensor, eps: Tensor) -> Tensor:

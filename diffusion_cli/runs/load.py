@@ -17,7 +17,7 @@ from diffusion_cli.diffusion.denoiser import Denoiser, NoiseConditioned, NoisyCl
 from diffusion_cli.diffusion.latents import Latents, Pixels, Space
 from diffusion_cli.errors import NO_VALUE, FormatError, UsageError
 from diffusion_cli.formats import Shape
-from diffusion_cli.networks import AutoencoderKL
+from diffusion_cli.networks import AutoencoderKL, ImageAutoencoder
 from diffusion_cli.runs.checkpoint import BEST, LAST, Checkpoint, numbered, read
 from diffusion_cli.runs.find import newest
 from diffusion_cli.runs.schema import CheckpointInfo, check_built, not_built
@@ -125,7 +125,7 @@ def load_latents(run: Path, info: CheckpointInfo, device: torch.device) -> Laten
         # Check the size on the meta device first, because an untrusted configuration can ask for any size.
         with torch.device("meta"), limit_tensors(len(state)):
             network = build(latent.autoencoder, shape, None)
-            if not isinstance(network, AutoencoderKL) or network.latent_shape(shape) != latent.shape:
+            if not isinstance(network, ImageAutoencoder) or network.latent_shape(shape) != latent.shape:
                 raise FormatError("its latents have another shape than the model's")
             check_fit(path, network, state)
         if digest(state) != latent.sha256:

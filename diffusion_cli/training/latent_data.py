@@ -14,7 +14,7 @@ from diffusion_cli.data import Dataset, Images
 from diffusion_cli.data.base import Split
 from diffusion_cli.diffusion.latents import Latents, measured_scale
 from diffusion_cli.errors import NO_VALUE, UsageError
-from diffusion_cli.networks import AutoencoderKL
+from diffusion_cli.networks import ImageAutoencoder
 from diffusion_cli.runs.find import newest
 from diffusion_cli.runs.load import load_autoencoder, load_latents, load_weights
 from diffusion_cli.runs.pretrained import from_diffusers
@@ -98,14 +98,14 @@ def _check_form(named: str, info: CheckpointInfo, dataset: Dataset) -> None:
         )
 
 
-def _unscaled(network: AutoencoderKL, node: dict[str, Any], source: str, dataset: Dataset) -> LatentSource:
+def _unscaled(network: ImageAutoencoder, node: dict[str, Any], source: str, dataset: Dataset) -> LatentSource:
     """Return latents before their scale is measured."""
     channels = network.latent_channels
     latents = Latents(network, dataset.shape, [0.0] * channels, [1.0] * channels)
     return LatentSource(latents, node, source, None)
 
 
-def _check_images(key: str, named: str, network: AutoencoderKL, channels: int, dataset: Dataset) -> None:
+def _check_images(key: str, named: str, network: ImageAutoencoder, channels: int, dataset: Dataset) -> None:
     """Raise UsageError unless an autoencoder for images with `channels` channels fits those of a dataset."""
     sides = "x".join(map(str, dataset.shape[1:]))
     if channels != dataset.shape[0] or len(dataset.shape) != 3:

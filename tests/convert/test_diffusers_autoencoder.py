@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from diffusion_cli.config.validate import check_node
 from diffusion_cli.convert import diffusers_autoencoder as convert
 from diffusion_cli.convert.base import Network
 from diffusion_cli.errors import FormatError
@@ -42,6 +43,22 @@ def kl(block_out_channels: list[int], quant_conv: bool = True, **options: Any) -
     return randomised(network).eval().requires_grad_(False)
 
 
+def vq(block_out_channels: list[int], **options: Any) -> Any:
+    levels = len(block_out_channels)
+    network = diffusers.VQModel(
+        block_out_channels=block_out_channels,
+        down_block_types=["DownEncoderBlock2D"] * levels,
+        up_block_types=["UpDecoderBlock2D"] * levels,
+        norm_num_groups=4,
+        **options,
+    )
+    return randomised(network).eval().requires_grad_(False)
+
+
+def config_of(network: Any) -> dict[str, Any]:
+    return dict(network.config) | {"_class_name": type(network).__name__}
+
+
 def examples(network: Any) -> tuple[Tensor, Tensor]:
     """Random images and latents."""
     side = 4 * 2 ** (len(network.config.block_out_channels) - 1)
@@ -65,7 +82,7 @@ def test_encodes_and_decodes_as_diffusers(layout, tmp_path):
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_returns_to_diffusers_unchanged(layout):
     theirs = kl(**layout)
-    network = convert.read(dict(theirs.config) | {"_class_name": "AutoencoderKL"})
+    network = convert.read(config_of(theirs))
     written = convert.write(network, 0.18215)
     assert dict(theirs.config) | written | {"sample_size": 32} == dict(theirs.config) | {
         "_class_name": "AutoencoderKL"
@@ -81,6 +98,53 @@ def test_old_names_of_attention_layers_are_renamed():
     for old, name in {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}.items():
         tensor = torch.zeros(1)
         assert convert.weights(network, {new.format(old): tensor}) == {new.format(name): tensor}
+
+
+# --- VQModel ---
+
+CODEBOOKS: list[dict[str, Any]] = [
+    {"block_out_channels": [8, 16], "num_vq_embeddings": 20, "vq_embed_dim": 3},
+    {"block_out_channels": [8], "num_vq_embeddings": 5, "latent_channels": 4, "vq_embed_dim": 2},
+]
+
+
+@pytest.mark.parametrize("layout", CODEBOOKS)
+def test_a_codebook_encodes_and_decodes_as_in_diffusers(layout, tmp_path):
+    theirs = vq(**layout)
+    theirs.save_pretrained(tmp_path / "vqvae")
+    network = from_diffusers(tmp_path, "key").network
+    side = 4 * network.factor
+    x, z = torch.randn(2, 3, side, 2 * side), torch.randn(2, layout["vq_embed_dim"], 4, 8)
+    with torch.no_grad():
+        mean, log_variance = network.moments(x).chunk(2, dim=1)
+        agree(mean, theirs.encode(x).latents)
+        agree(network.decode(z), theirs.decode(z).sample)
+    assert log_variance.unique().tolist() == [-30]
+
+
+@pytest.mark.parametrize("layout", CODEBOOKS)
+def test_a_codebook_returns_to_diffusers_unchanged(layout):
+    theirs = vq(**layout)
+    network = convert.read(config_of(theirs))
+    written = convert.write(network, 0.18215)
+    assert config_of(theirs) | written | {"sample_size": 32} == config_of(theirs)
+    assert convert.read(written) == network
+    same_bytes(convert.state(network, convert.weights(network, theirs.state_dict())), theirs.state_dict())
+
+
+def test_a_codebook_has_one_factor_of_its_latents():
+    theirs = vq(**CODEBOOKS[0], scaling_factor=0.5)
+    network = convert.read(config_of(theirs))
+    assert convert.statistics(config_of(theirs)) == ((0.0, 0.0, 0.0), (2.0, 2.0, 2.0))
+    assert convert.normalized(network, theirs.state_dict(), [0.0] * 3, [2.0] * 3).scaling_factor == 0.5
+    for mean, std in (([1.0, 1.0, 1.0], [2.0, 2.0, 2.0]), ([0.0, 0.0, 0.0], [1.0, 1.0, 2.0])):
+        with pytest.raises(FormatError, match="a VQModel in diffusers has one factor"):
+            convert.normalized(network, theirs.state_dict(), mean, std)
+
+
+def test_runs_may_have_an_imported_codebook():
+    network = convert.read(config_of(vq(**CODEBOOKS[0])))
+    assert check_node("model", network.node) == []
 
 
 # --- statistics of the latents ---
@@ -105,7 +169,7 @@ def test_statistics_of_latents(fields, mean, std):
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_folded_statistics_encode_and_decode_the_latents_of_the_denoiser(layout):
     theirs = kl(**layout)
-    network = convert.read(dict(theirs.config) | {"_class_name": "AutoencoderKL"})
+    network = convert.read(config_of(theirs))
     channels = network.node["latent_channels"]
     mean, std = [0.5 * c - 0.3 for c in range(channels)], [0.25 + 0.5 * c for c in range(channels)]
     folded = convert.normalized(network, theirs.state_dict(), mean, std)
@@ -124,7 +188,7 @@ def test_folded_statistics_encode_and_decode_the_latents_of_the_denoiser(layout)
 
 def test_a_common_scale_leaves_the_weights_unchanged():
     theirs = kl(**LAYOUTS[2])
-    network = convert.read(dict(theirs.config) | {"_class_name": "AutoencoderKL"})
+    network = convert.read(config_of(theirs))
     for scale in (1.0, 4.0):
         found = convert.normalized(network, theirs.state_dict(), [0.0] * 4, [scale] * 4)
         assert (found.network, found.scaling_factor) == (network, 1 / scale)
@@ -137,7 +201,12 @@ def test_a_common_scale_leaves_the_weights_unchanged():
 @pytest.mark.parametrize(
     ("fields", "words"),
     [
-        ({"_class_name": "UNet2DModel"}, "_class_name=UNet2DModel: must be 'AutoencoderKL'"),
+        ({"_class_name": "UNet2DModel"}, "_class_name=UNet2DModel: must be 'AutoencoderKL' or 'VQModel'"),
+        ({"_class_name": "VQModel", "norm_type": "spatial"}, "norm_type=spatial: must be 'group'"),
+        (
+            {"_class_name": "VQModel", "num_vq_embeddings": 10**9},
+            "num_vq_embeddings=1000000000: must be less",
+        ),
         ({"act_fn": "gelu"}, "act_fn=gelu: must be 'silu'"),
         ({"mid_block_add_attention": False}, "mid_block_add_attention=false: must be True"),
         ({"use_quant_conv": False}, "use_post_quant_conv=true contradicts"),

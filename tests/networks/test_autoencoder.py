@@ -102,7 +102,7 @@ def test_damaged_missing_and_pickled_weights_are_refused_in_a_line(folder):
         ValueError, match=r"\.bin is pickled and could run code\); give .* safe_serialization=True$"
     ):
         from_diffusers(folder, "key")
-    with pytest.raises(ValueError, match=r"^key=nowhere: contains no readable AutoencoderKL \("):
+    with pytest.raises(ValueError, match=r"^key=nowhere: contains no readable autoencoder \("):
         from_diffusers(Path("nowhere"), "key")
 
 

@@ -23,7 +23,7 @@ from diffusion_cli.diffusion.guidance import NoGuidance
 from diffusion_cli.diffusion.latents import Latents, measured_scale
 from diffusion_cli.formats import HighDepthImage, Uint8Image
 from diffusion_cli.generate import SamplingPipeline, generate
-from diffusion_cli.networks import AutoencoderKL
+from diffusion_cli.networks import AutoencoderKL, VQModel
 from diffusion_cli.runs.checkpoint import LAST, read
 from diffusion_cli.runs.load import AUTOENCODER, load_model
 from diffusion_cli.runs.pretrained import WEIGHTS
@@ -271,6 +271,19 @@ def test_published_weights_give_the_space_and_training_measures_on_the_way(laten
     assert train(latent_runs, "name=published", f"latent.pretrained={folder}", *words, "max_steps=3") == 0
 
 
+def test_a_codebook_of_diffusers_gives_the_space(latent_runs, tmp_path):
+    diffusers = pytest.importorskip("diffusers")
+    torch.manual_seed(0)
+    diffusers.VQModel(1, 1, block_out_channels=[8], norm_num_groups=4, num_vq_embeddings=7).save_pretrained(
+        tmp_path / "vqvae"
+    )
+    assert train(latent_runs, "name=codebook", f"latent.pretrained={tmp_path}", "max_steps=1") == 0
+    model = load_model(latent_runs / "o" / "codebook", "ema", torch.device("cpu"))
+    assert isinstance(model.space, Latents)
+    assert isinstance(model.space.autoencoder, VQModel)
+    assert model.space.decode(torch.randn(2, *model.space.shape)).shape == (2, 1, 8, 8)
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [
@@ -306,7 +319,7 @@ def test_a_run_without_its_own_autoencoder_is_refused_in_a_line(latent_runs, tmp
             [f"latent.pretrained={PUBLISHED}"],
             "encodes images with 2 channels, but those of digits have 1 (size 8x8); use another",
         ),
-        (["latent.pretrained=nowhere"], "latent.pretrained=nowhere: contains no readable AutoencoderKL"),
+        (["latent.pretrained=nowhere"], "latent.pretrained=nowhere: contains no readable autoencoder"),
         (["latent.run=ae", "progressive=[4,8]"], "progressive=[4, 8]: latents have one fixed size"),
         (["name=a", "model.class_conditional=true"], "latent.run=null: the run in"),
         (["name=a", "model.class_conditional=true", "latent.run=other"], "latent.run=other: the run in"),

@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 DIT = "diffusion_cli.networks.DiT"
 POSITIONS = "pos_embed.pos_embed"
 """Table of positions, which early versions of diffusers stored."""
-TIMESTEP = "t_embedder.mlp.0.weight"
+LAYOUT = "cos_sin_inclusive"
+"""Layout of the timestep features in diffusers."""
 CLASSES = "y_embedder.embedding_table.weight"
 EMBEDDER = {
     "timestep_embedder.linear_1": "t_embedder.mlp.0",
@@ -86,7 +87,7 @@ def read(config: Node) -> Network:
         "num_heads": fields.num_attention_heads,
         "mlp_ratio": 4.0,
         "patch_size": fields.patch_size,
-        "embedding_layout": "sin_cos",
+        "embedding_layout": LAYOUT,
         "mlp_norm_eps": fields.norm_eps,
         "dropout": fields.dropout,
         "class_conditional": num_classes is not None,
@@ -117,8 +118,9 @@ def weights(network: Network, state: Weights) -> Weights:
     for block in range(network.node["depth"]):
         for kind in ("weight", "bias"):
             parts = [take(f"transformer_blocks.{block}.attn1.{name}.{kind}") for name in PROJECTIONS]
-            if len({part.shape for part in parts}) > 1:
-                raise FormatError(f"transformer_blocks.{block}.attn1: the shapes of {PROJECTIONS} differ")
+            if len({part.shape for part in parts}) > 1 or not parts[0].ndim:
+                shapes = ", ".join(str(list(part.shape)) for part in parts)
+                raise FormatError(f"transformer_blocks.{block}.attn1: to_q, to_k, to_v have shapes {shapes}")
             found[f"blocks.{block}.attn.qkv.{kind}"] = torch.cat(parts)
     for theirs, ours in _embedder(network):
         for block in range(network.node["depth"]):
@@ -127,7 +129,6 @@ def weights(network: Network, state: Weights) -> Weights:
                 raise FormatError(f"transformer_blocks.{block}.norm1.emb.{theirs} differs between blocks")
     for name in left:
         raise FormatError(f"{name} is not part of the network")
-    found[TIMESTEP] = _swapped(found[TIMESTEP])
     if network.num_classes is None:
         # The only class is always given, so that its embedding is constant.
         constant = found.pop(CLASSES).flatten()
@@ -145,10 +146,8 @@ def write(network: Network) -> Node:
         raise FormatError(f"shape={list(network.shape)}: DiT in diffusers needs square images")
     if sizes[0] % patch:
         raise FormatError(f"patch_size={patch} does not divide the image size {sizes[0]}")
-    if node["embedding_layout"] != "sin_cos":
-        raise FormatError(
-            f"embedding_layout={node['embedding_layout']}: DiT in diffusers has the timestep features of sin_cos"
-        )
+    if node["embedding_layout"] != LAYOUT:
+        raise FormatError(f"embedding_layout={node['embedding_layout']}: DiT in diffusers has {LAYOUT}")
     if round(node["mlp_ratio"] * width) != 4 * width:
         raise FormatError(f"mlp_ratio={format_value(node['mlp_ratio'])}: DiT in diffusers has mlp_ratio=4")
     if width % 4:
@@ -181,7 +180,6 @@ def state(network: Network, weights: Weights) -> Weights:
 
     written = {theirs: weights[ours] for theirs, ours in _renamed(network)}
     embedder = dict(weights)
-    embedder[TIMESTEP] = _swapped(weights[TIMESTEP])
     if network.num_classes is None:
         embedder[CLASSES] = torch.zeros_like(weights["t_embedder.mlp.2.bias"])[None]
     for block in range(network.node["depth"]):
@@ -211,15 +209,6 @@ def _embedder(network: Network) -> Iterator[tuple[str, str]]:
         for kind in ("weight", "bias"):
             yield f"{theirs}.{kind}", f"{ours}.{kind}"
     yield "class_embedder.embedding_table.weight", CLASSES
-
-
-def _swapped(weight: "Tensor") -> "Tensor":
-    """Exchange the halves of the columns: here the sines come first, and in diffusers the cosines."""
-    import torch
-
-    if weight.ndim != 2:
-        raise FormatError(f"the timestep embedding has shape {list(weight.shape)}, not two axes")
-    return torch.cat(weight.chunk(2, dim=1)[::-1], dim=1)
 
 
 def _check_positions(network: Network, stored: "Tensor") -> None:

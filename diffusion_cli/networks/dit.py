@@ -12,12 +12,13 @@ from torch.nn.functional import pad
 from diffusion_cli.networks.layers import (
     NORM_EPS,
     Conv,
+    SinusoidalLayout,
     crop,
     from_patches,
     pad_to_multiple,
     timestep_embedding,
 )
-from diffusion_cli.networks.transformer import SelfAttention, TimestepLayout, Transformer
+from diffusion_cli.networks.transformer import SelfAttention, Transformer
 
 
 class DiT(Transformer):
@@ -38,8 +39,7 @@ class DiT(Transformer):
         num_heads: attention heads, a divisor of `hidden_size`.
         mlp_ratio: hidden features of the MLPs relative to `hidden_size`.
         patch_size: pixels per side of a patch.
-        embedding_layout: layout and frequencies of the timestep features, see `timestep_embedding`; diffusers has
-            those of `sin_cos`.
+        embedding_layout: layout of the timestep features, see `timestep_embedding`; diffusers has `cos_sin_inclusive`.
         mlp_norm_eps: constant that the normalization before each MLP adds to the variance; 1e-5 in diffusers.
         dropout: dropout probability in the MLPs; the published network has none.
         class_conditional: whether to condition on classes.
@@ -62,7 +62,7 @@ class DiT(Transformer):
         num_heads: PositiveInt = 4,
         mlp_ratio: PositiveFloat = 4.0,
         patch_size: PositiveInt = 2,
-        embedding_layout: TimestepLayout = "cos_sin",
+        embedding_layout: SinusoidalLayout = "cos_sin",
         mlp_norm_eps: PositiveFloat = NORM_EPS,
         dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0,
         class_conditional: bool = False,

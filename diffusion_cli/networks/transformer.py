@@ -1,7 +1,6 @@
 """Building blocks of transformers: embeddings, attention, and blocks conditioned on time and class."""
 
 from collections.abc import Callable
-from typing import Literal
 
 import torch
 from pydantic import PositiveFloat, PositiveInt
@@ -12,6 +11,7 @@ from diffusion_cli.networks.layers import (
     NORM_EPS,
     Checkpointed,
     Dropout,
+    SinusoidalLayout,
     attend,
     conditioning_classes,
     timestep_embedding,
@@ -20,8 +20,6 @@ from diffusion_cli.networks.layers import (
 
 TIME_FEATURES = 256  # Peebles and Xie 2023
 EMBEDDING_STD = 0.02
-
-TimestepLayout = Literal["sin_cos", "cos_sin"]
 
 
 class XavierLinear(nn.Linear):
@@ -36,9 +34,9 @@ class XavierLinear(nn.Linear):
 class TimeEmbedding(nn.Module):
     """MLP of sinusoidal embeddings of c_noise: [B] to [B, width]."""
 
-    def __init__(self, width: int, layout: TimestepLayout) -> None:
+    def __init__(self, width: int, layout: SinusoidalLayout) -> None:
         super().__init__()
-        self.layout: TimestepLayout = layout
+        self.layout: SinusoidalLayout = layout
         first, last = XavierLinear(TIME_FEATURES, width), XavierLinear(width, width)
         for layer in (first, last):
             nn.init.normal_(layer.weight, std=EMBEDDING_STD)
@@ -181,7 +179,7 @@ class Transformer(Checkpointed):
         attention: Callable[[int, int], nn.Module],
         outputs: int,
         *,
-        embedding_layout: TimestepLayout = "cos_sin",
+        embedding_layout: SinusoidalLayout = "cos_sin",
         mlp_norm_eps: float = NORM_EPS,
         hidden_size: PositiveInt,
         depth: PositiveInt,

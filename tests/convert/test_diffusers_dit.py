@@ -134,20 +134,20 @@ def test_other_networks_are_refused(fields, words):
         (lambda state: state.update(other=torch.zeros(1)), "other is not part of the network"),
         (
             lambda state: state.update({"transformer_blocks.1.attn1.to_k.bias": torch.zeros(1)}),
-            r"transformer_blocks\.1\.attn1: the shapes of .* differ",
+            r"transformer_blocks\.1\.attn1: to_q, to_k, to_v have shapes \[16\], \[1\], \[16\]",
         ),
         (
             lambda state: state["transformer_blocks.1.norm1.emb.timestep_embedder.linear_1.bias"].add_(1),
             r"transformer_blocks\.1\.norm1\.emb\.timestep_embedder\.linear_1\.bias differs between blocks",
         ),
         (
-            lambda state: [
-                state.update(
-                    {f"transformer_blocks.{n}.norm1.emb.timestep_embedder.linear_1.weight": torch.zeros(3)}
-                )
-                for n in range(2)
-            ],
-            r"timestep embedding has shape \[3\]",
+            lambda state: state.update(
+                {
+                    f"transformer_blocks.1.attn1.{name}.bias": torch.zeros(())
+                    for name in ("to_q", "to_k", "to_v")
+                }
+            ),
+            r"transformer_blocks\.1\.attn1: to_q, to_k, to_v have shapes \[\], \[\], \[\]",
         ),
     ],
 )

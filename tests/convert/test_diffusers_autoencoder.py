@@ -9,6 +9,8 @@ from torch import Tensor
 from diffusion_cli.config.validate import check_node
 from diffusion_cli.convert import diffusers_autoencoder as convert
 from diffusion_cli.convert.base import Network
+from diffusion_cli.convert.diffusers_folder import read_folder
+from diffusion_cli.diffusion.latents import Latents
 from diffusion_cli.errors import FormatError
 from diffusion_cli.runs.pretrained import from_diffusers
 from helpers.convert import agree, built, same_bytes
@@ -140,6 +142,24 @@ def test_a_codebook_has_one_factor_of_its_latents():
     for mean, std in (([1.0, 1.0, 1.0], [2.0, 2.0, 2.0]), ([0.0, 0.0, 0.0], [1.0, 1.0, 2.0])):
         with pytest.raises(FormatError, match="a VQModel in diffusers has one factor"):
             convert.normalized(network, theirs.state_dict(), mean, std)
+
+
+def test_the_codebook_of_a_pipeline_decodes_the_latents_of_its_denoiser(tmp_path):
+    theirs = vq(**CODEBOOKS[0], scaling_factor=0.5)
+    unet = diffusers.UNet2DModel(
+        4, 3, 3, block_out_channels=[8], norm_num_groups=4,
+        down_block_types=["DownBlock2D"], up_block_types=["UpBlock2D"], add_attention=False,
+    )  # fmt: skip
+    diffusers.LDMPipeline(vqvae=theirs, unet=unet, scheduler=diffusers.DDIMScheduler()).save_pretrained(
+        tmp_path
+    )
+    found = read_folder(tmp_path).autoencoder
+    assert found is not None
+    assert found.network.shape == (3, 8, 8)
+    space = Latents(built(found.network, found.weights()), found.network.shape, found.mean, found.std)
+    x = torch.randn(2, 3, 4, 4)
+    with torch.no_grad():
+        agree(space.decode(x), theirs.decode(x / 0.5).sample)
 
 
 def test_runs_may_have_an_imported_codebook():

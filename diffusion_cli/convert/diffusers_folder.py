@@ -28,8 +28,8 @@ AUTOENCODERS = {"AutoencoderKL": "diffusers_autoencoder", "VQModel": "diffusers_
 """Module of each class of autoencoders."""
 PARTS = {"unet": DENOISERS, "transformer": DENOISERS, "vae": AUTOENCODERS, "vqvae": AUTOENCODERS}
 """Parts of a pipeline with weights, by the name of their folder."""
-UNIT_RANGE = ("ScoreSdeVePipeline",)
-"""Pipelines of models with pixels in [0, 1]."""
+UNIT_RANGE = "ScoreSdeVeScheduler"
+"""Scheduler of models with pixels in [0, 1], and not in [-1, 1]."""
 ASSUMED = {"_class_name": "DDPMScheduler"}
 """Scheduler of a model without one: that of Ho et al. 2020."""
 LICENCE = "license:"
@@ -39,6 +39,8 @@ LICENCE = "license:"
 class _Part:
     """A model of a folder."""
 
+    name: str
+    """Name of its folder."""
     module: ModuleType
     kind: str
     config: Node
@@ -46,7 +48,11 @@ class _Part:
     """Files with weights."""
 
     def network(self) -> Network:
-        return self.module.read(self.config)
+        """Return the network of the configuration; FormatError, which names the file."""
+        try:
+            return self.module.read(self.config)
+        except FormatError as error:
+            raise FormatError(f"{self.name}/{CONFIG}: {reason(error)}") from error
 
     def weights(self, network: Network) -> Weights:
         """Return the weights by the names of the network; FormatError for other weights."""
@@ -109,8 +115,6 @@ def _pipeline(folder: Path) -> PretrainedModel:
     if len(denoisers) != 1 or len(autoencoders) > 1 or "scheduler" not in names:
         raise FormatError(f"{INDEX}: must name a denoiser, a scheduler, and at most one autoencoder")
     (denoiser,) = denoisers
-    if kind in UNIT_RANGE:
-        raise FormatError(f"the pixels of a {kind} lie in [0, 1], and those of models here in [-1, 1]")
     network = denoiser.network()
     process = _process(_json(folder / "scheduler" / SCHEDULER), network)
     return PretrainedModel(
@@ -126,15 +130,27 @@ def _pipeline(folder: Path) -> PretrainedModel:
 
 
 def _process(config: Node, network: Network) -> Process:
-    """Return the process of a scheduler for a network; FormatError, which names the file."""
+    """Return the process of a scheduler for a network, for pixels in [-1, 1]; FormatError, which names the file.
+
+    In this range, the noise of a model with pixels in [0, 1] has twice the standard deviation.
+    """
     try:
-        return diffusers_scheduler.read(
+        process = diffusers_scheduler.read(
             config,
             learns_variance=bool(network.node.get("learn_variance")),
             label_dropout=0.1 if network.num_classes is not None and network.null_class else 0.0,
         )
     except FormatError as error:
         raise FormatError(f"{SCHEDULER}: {reason(error)}") from error
+    centers = network.node.get("centered") is False
+    if centers != (config.get("_class_name") == UNIT_RANGE):
+        raise FormatError(
+            f"{CONFIG}: center_input_sample={format_value(centers)} does not fit a {config.get('_class_name')}"
+        )
+    if not centers:
+        return process
+    wider = {key: 2 * process.schedule[key] for key in ("sigma_min", "sigma_max")}
+    return replace(process, schedule=process.schedule | wider)
 
 
 def _autoencoder(part: _Part, denoiser: Network) -> Autoencoder:
@@ -167,7 +183,7 @@ def _part(folder: Path, modules: Mapping[str, str]) -> _Part:
         shown, known = format_value(kind)[:80], ", ".join(modules)
         raise FormatError(f"{folder.name}/{CONFIG}: the class {shown} has no equivalent; read are {known}")
     module = import_module(f"{__package__}.{modules[kind]}")
-    return _Part(module, kind, config, _files(folder))
+    return _Part(folder.name, module, kind, config, _files(folder))
 
 
 def _files(folder: Path) -> tuple[Path, ...]:

@@ -418,6 +418,7 @@ def write(
     alpha_bar: Sequence[float] = (),
     clip: bool = True,
     learns_variance: bool = False,
+    unit_range: bool = False,
 ) -> Node:
     """Return scheduler_config.json of a scheduler with the noise of a schedule.
 
@@ -428,6 +429,7 @@ def write(
         alpha_bar: alpha_bar of the network's timesteps 0, 1, ..., for a schedule that has no `beta_schedule`.
         clip: whether samples are clipped to [-1, 1] where the scheduler can, as for pixels.
         learns_variance: whether the network has a variance head.
+        unit_range: whether the written network is for pixels in [0, 1], whose sigma is half of that here.
 
     Raises:
         FormatError: the scheduler has no such process.
@@ -444,8 +446,9 @@ def write(
     if noise == "VE" or kind is _VarianceExploding:
         if noise != "VE" or prediction != "Score" or kind is not _VarianceExploding:
             raise FormatError(_other(noise, prediction, "ScoreSdeVeScheduler", "score"))
-        names = {"sigma_min": "sigma_min", "sigma_max": "sigma_max", "grid_t_min": "sampling_eps"}
-        return config | {theirs: schedule[ours] for ours, theirs in names.items()}
+        part = 0.5 if unit_range else 1.0
+        config |= {key: part * schedule[key] for key in ("sigma_min", "sigma_max")}
+        return config | {"sampling_eps": schedule["grid_t_min"]}
     if kind is _VariancePreserving:
         if noise != "VP" or prediction != "Eps":
             raise FormatError(_other(noise, prediction, "ScoreSdeVpScheduler", "eps"))

@@ -10,7 +10,7 @@ from diffusion_cli.system.downloads import STALL
 
 SAFE_FILES = ("*.json", "*.safetensors", "README.md")
 """Files of a repository that are downloaded: no pickles, which could run code."""
-REPOSITORY = re.compile(r"[\w.-]{1,96}/[\w.-]{1,96}", re.ASCII)
+REPOSITORY = re.compile(r"\w[\w.-]{0,95}/\w[\w.-]{0,95}", re.ASCII)
 
 
 def connect() -> None:

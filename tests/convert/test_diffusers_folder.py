@@ -1,0 +1,186 @@
+"""Folders of diffusers: what is read, and what is refused in one line."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from diffusion_cli.cli import run
+from diffusion_cli.convert import read_source
+from diffusion_cli.errors import UsageError
+from helpers.pipelines import UNET, ddim_pipeline, dit_pipeline
+from helpers.unets import unet
+
+pytest.importorskip("diffusers")
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+
+
+@pytest.fixture(scope="module")
+def pipelines(tmp_path_factory) -> Path:
+    """Saved pipelines: `ddim` of pixels and `dit` of latents."""
+    folder = tmp_path_factory.mktemp("pipelines")
+    ddim_pipeline(folder / "ddim")
+    dit_pipeline(folder / "dit")
+    return folder
+
+
+@pytest.fixture
+def copied(pipelines, tmp_path, monkeypatch) -> Path:
+    """A folder with copies of the pipelines, which is the working folder."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(pipelines, tmp_path, dirs_exist_ok=True)
+    return tmp_path
+
+
+def test_a_pipeline_is_read_with_its_parts(pipelines):
+    model = read_source(str(pipelines / "dit"), "source")
+    assert model.kind == "DiTPipeline of diffusers"
+    assert model.class_names == ("cat", "dog", "red fox")
+    assert model.network.shape == (2, 8, 8)
+    assert model.autoencoder is not None
+    assert model.autoencoder.network.shape == (3, 16, 16)
+    assert model.autoencoder.std == (2.0, 2.0)
+    assert model.process is not None
+    assert model.process.objective["_target_"].endswith(".Hybrid")
+    assert model.process.objective["label_dropout"] > 0
+    assert sorted(model.files) == [f"transformer/{WEIGHTS}", f"vae/{WEIGHTS}"]
+
+
+def test_a_model_alone_has_the_process_of_ddpm(tmp_path, capsys, monkeypatch):
+    unet(UNET).save_pretrained(tmp_path / "x")
+    monkeypatch.chdir(tmp_path)
+    assert run(["import", "source=x"]) == 0
+    shown = capsys.readouterr()
+    assert "UNet2DModel of diffusers" in shown.out
+    assert "the source has no scheduler: assumed is that of DDPM" in shown.err
+    assert run(["import", "source=x", "name=y", "schedule=cosine"]) == 0
+    assert "assumed" not in capsys.readouterr().err
+
+
+def test_weights_in_several_files_and_in_half_precision_are_read(copied):
+    folder = copied / "ddim" / "unet"
+    whole = read_source("ddim", "source").weights()
+    unet(UNET).save_pretrained(folder, max_shard_size="10KB")
+    (folder / WEIGHTS).unlink()
+    assert (folder / f"{WEIGHTS}.index.json").is_file()
+    parts = read_source("ddim", "source")
+    assert len(parts.files) > 1
+    assert all(torch.equal(tensor, whole[name]) for name, tensor in parts.weights().items())
+    shutil.rmtree(folder)
+    unet(UNET).half().save_pretrained(folder, variant="fp16")
+    half = read_source("ddim", "source").weights()
+    assert all(tensor.dtype is torch.float32 for tensor in half.values())
+    torch.testing.assert_close(half, whole, rtol=1e-3, atol=1e-3)
+
+
+def test_the_licence_of_a_model_card_is_read(copied):
+    assert read_source("ddim", "source").licence is None
+    (copied / "ddim" / "README.md").write_text(
+        "---\ntags:\n- x\nlicense: apache-2.0\n---\n# A\nlicense: other\n"
+    )
+    assert read_source("ddim", "source").licence == "apache-2.0"
+
+
+def edited(path: str, change: Callable[[Any], Any]) -> Callable[[], None]:
+    """Changes a JSON file."""
+
+    def edit() -> None:
+        file = Path(path)
+        file.write_text(json.dumps(change(json.loads(file.read_text()))))
+
+    return edit
+
+
+def reshaped() -> None:
+    file = f"ddim/unet/{WEIGHTS}"
+    state = load_file(file)
+    save_file(state | {"conv_in.weight": torch.zeros(9, 3, 3, 3)}, file)
+
+
+def pickled() -> None:
+    torch.save({}, "ddim/unet/diffusion_pytorch_model.bin")
+    Path(f"ddim/unet/{WEIGHTS}").unlink()
+
+
+def cut() -> None:
+    file = Path(f"ddim/unet/{WEIGHTS}")
+    file.write_bytes(file.read_bytes()[:-100])
+
+
+UNET_CONFIG, DDIM_INDEX = "ddim/unet/config.json", "ddim/model_index.json"
+WRONG: dict[str, tuple[Callable[[], object], str]] = {
+    "pickled weights": (pickled, "diffusion_pytorch_model.bin is pickled and could run code"),
+    "no weights": (Path(f"ddim/unet/{WEIGHTS}").unlink, f"unet contains no {WEIGHTS}"),
+    "no part": (lambda: shutil.rmtree("ddim/scheduler"), "contains no scheduler/scheduler_config.json"),
+    "no config": (Path(UNET_CONFIG).unlink, "contains no unet/config.json"),
+    "cut weights": (cut, f"{WEIGHTS}: "),
+    "other shapes": (reshaped, "has shape"),
+    "other class": (
+        edited(UNET_CONFIG, lambda value: value | {"_class_name": "UNet2DConditionModel"}),
+        "unet/config.json: the class UNet2DConditionModel has no equivalent",
+    ),
+    "other part": (
+        edited(DDIM_INDEX, lambda value: value | {"text_encoder": ["transformers", "CLIPTextModel"]}),
+        "model_index.json: text_encoder of a DDIMPipeline has no equivalent",
+    ),
+    "no denoiser": (
+        edited(DDIM_INDEX, lambda value: {key: part for key, part in value.items() if key != "unet"}),
+        "model_index.json: must name a denoiser",
+    ),
+    "other scheduler": (
+        edited("ddim/scheduler/scheduler_config.json", lambda value: value | {"_class_name": "LCMScheduler"}),
+        "scheduler_config.json: the scheduler LCMScheduler has no equivalent",
+    ),
+    "not an object": (edited(UNET_CONFIG, lambda _: [1]), "config.json is not a JSON object"),
+    "not JSON": (lambda: Path(UNET_CONFIG).write_text("{"), "config.json is not JSON"),
+    "huge size": (
+        edited(UNET_CONFIG, lambda value: value | {"block_out_channels": [10**9]}),
+        "unet/config.json: block_out_channels",
+    ),
+    "many layers": (
+        edited(UNET_CONFIG, lambda value: value | {"layers_per_block": 64}),
+        "is missing",
+    ),
+    "text for a number": (edited(UNET_CONFIG, lambda value: value | {"sample_size": "8"}), "sample_size"),
+    "path in an index": (
+        lambda: (
+            Path(f"ddim/unet/{WEIGHTS}").unlink(),
+            Path(f"ddim/unet/{WEIGHTS}.index.json").write_text(
+                '{"weight_map": {"a": "../../x.safetensors"}}'
+            ),
+        ),
+        "weight_map must name files of its folder",
+    ),
+    "other class names": (
+        edited("dit/model_index.json", lambda value: value | {"id2label": {"0": "cat"}}),
+        "id2label does not name the 3 classes",
+    ),
+    "other latents": (
+        edited("dit/vae/config.json", lambda value: value | {"latent_channels": 4}),
+        "its 4 latent channels are not the 2 of the denoiser",
+    ),
+}
+"""A change of the pipelines, and what is said about it."""
+
+
+@pytest.mark.parametrize("what", WRONG)
+def test_a_wrong_source_is_refused_in_one_line_and_leaves_nothing(what, copied, capsys):
+    change, line = WRONG[what]
+    change()
+    source = "dit" if what.startswith("other") and what.endswith(("names", "latents")) else "ddim"
+    assert run(["import", f"source={source}"]) == 2
+    (shown,) = capsys.readouterr().err.splitlines()
+    assert shown.startswith(f"diffuse: source={source}: ")
+    assert line in shown
+    assert not Path("outputs").exists()
+
+
+def test_a_folder_without_a_model_is_refused(tmp_path):
+    for folder, reason in ((tmp_path, "contains neither"), (tmp_path / "none", "does not exist")):
+        with pytest.raises(UsageError, match=reason):
+            read_source(str(folder), "source")

@@ -1,0 +1,67 @@
+"""Repositories of the Hugging Face Hub: safe files only, and one line without a network."""
+
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from diffusion_cli.errors import FormatError
+from diffusion_cli.system import hub
+
+
+class Library:
+    """A huggingface_hub that knows the repository `a/b`, in its cache or only on its server."""
+
+    def __init__(self, monkeypatch: Any, *, online: bool, cached: bool) -> None:
+        self.online, self.cached, self.calls = online, cached, []
+        monkeypatch.setitem(sys.modules, "huggingface_hub", self)
+        self.constants = SimpleNamespace(ENDPOINT="https://hub.example")
+
+    def get_session(self) -> Any:
+        return self
+
+    def head(self, *_: Any, **__: Any) -> None:
+        if not self.online:
+            raise ConnectionError("no route")
+
+    def snapshot_download(self, name: str, **options: Any) -> str:
+        self.calls.append(options)
+        if name != "a/b" or (options.get("local_files_only") and not self.cached):
+            raise ValueError("no such repository\nmore lines")
+        return "/cache/a/b"
+
+
+def test_only_safe_files_are_downloaded(monkeypatch):
+    library = Library(monkeypatch, online=True, cached=False)
+    assert hub.snapshot("a/b") == Path("/cache/a/b")
+    (options,) = library.calls
+    assert options == {"allow_patterns": ["*.json", "*.safetensors", "README.md"]}
+
+
+def test_a_repository_in_the_cache_needs_no_network(monkeypatch):
+    library = Library(monkeypatch, online=False, cached=True)
+    assert hub.snapshot("a/b") == Path("/cache/a/b")
+    assert library.calls == [{"local_files_only": True}]
+
+
+@pytest.mark.parametrize(
+    ("name", "online", "reason"),
+    [
+        ("a/b", False, r"is not in the cache, and https://hub.example cannot be reached \(no route\)"),
+        ("a/c", True, r"cannot be downloaded \(no such repository\)"),
+        ("../etc", True, "is not the name of a repository"),
+        ("a/b/c", True, "is not the name of a repository"),
+    ],
+)
+def test_another_repository_is_refused_in_one_line(monkeypatch, name, online, reason):
+    Library(monkeypatch, online=online, cached=False)
+    with pytest.raises(FormatError, match=f"^{reason}$|^{reason}, owner/name$"):
+        hub.snapshot(name)
+
+
+def test_the_library_is_named_if_it_is_missing(monkeypatch):
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    with pytest.raises(FormatError, match=r"^needs huggingface_hub: pip install 'diffuse-cli\[hub\]'$"):
+        hub.snapshot("a/b")

@@ -340,15 +340,18 @@ def _betas(scheduler: _Discrete) -> Node:
         if len(scheduler.trained_betas) != T:
             raise FormatError(f"trained_betas has {len(scheduler.trained_betas)} numbers, not {T}")
         return _schedule("Betas", betas=scheduler.trained_betas, **rescaled)
+    unscaled = {"rescale_timesteps": False}
     if scheduler.beta_schedule == "squaredcos_cap_v2":
-        return _schedule("Cosine", num_timesteps=T, **ORIGINAL_COSINE, **rescaled)
+        return _schedule("Cosine", num_timesteps=T, **ORIGINAL_COSINE, **rescaled, **unscaled)
     if scheduler.beta_schedule == "sigmoid":
         first, last = scheduler.beta_start, scheduler.beta_end
         places = (6 * (2 * step / max(1, T - 1) - 1) for step in range(T))
         betas = [first + (last - first) / (1 + math.exp(-place)) for place in places]
         return _schedule("Betas", betas=betas, **rescaled)
     ends = {key: getattr(scheduler, key) * T / OF_1000 for key in ("beta_start", "beta_end")}
-    return _schedule(NAMED_BETAS[scheduler.beta_schedule], num_timesteps=T, **ends, **rescaled)
+    if scheduler.beta_schedule == "scaled_linear":
+        return _schedule("ScaledLinear", num_timesteps=T, **ends, **rescaled)
+    return _schedule("Linear", num_timesteps=T, **ends, **rescaled, **unscaled)
 
 
 def _flow_match(scheduler: Any) -> tuple[Node, Node, Node]:
@@ -480,6 +483,10 @@ def _written_betas(
     types = {ours: theirs for theirs, ours in PREDICTIONS.items()}
     if prediction not in types or prediction == "Flow":
         raise FormatError(f"parameterization {prediction} has no prediction_type in diffusers")
+    if schedule.get("rescale_timesteps") and schedule["num_timesteps"] != OF_1000:
+        raise FormatError(
+            f"rescale_timesteps=true with {schedule['num_timesteps']} timesteps has no equivalent in diffusers"
+        )
     named = {ours: theirs for theirs, ours in NAMED_BETAS.items()}.get(_name_of(schedule))
     if named == "squaredcos_cap_v2" and any(schedule[key] != value for key, value in ORIGINAL_COSINE.items()):
         named = None

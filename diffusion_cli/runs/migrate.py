@@ -62,6 +62,8 @@ OPTIONS_SINCE_FORMAT_8 = {
         "centered": True,
     },
     "diffusion_cli.networks.DiT": {"embedding_layout": "cos_sin", "mlp_norm_eps": 1e-6},
+    "diffusion_cli.diffusion.schedules.Linear": {"rescale_timesteps": False},
+    "diffusion_cli.diffusion.schedules.Cosine": {"rescale_timesteps": False},
 }
 """Options added after format 7, by class, with the values that its code had."""
 SPLITS_OF_FORMAT_5 = {"held_out": "val"}
@@ -194,7 +196,7 @@ def _split_optimizer(value: Any) -> Any:
 
 
 def _add_options(value: Any) -> Any:
-    """Convert format 7 to 8: networks gained options."""
+    """Convert format 7 to 8: networks and schedules gained options."""
 
     def entry(key: Any, item: Any) -> tuple[Any, Any]:
         target = item.get("_target_") if isinstance(item, Mapping) else None

@@ -246,6 +246,13 @@ def test_named_betas_are_written_by_name():
     assert names == ["linear", "scaled_linear", "squaredcos_cap_v2", None, None, None]
 
 
+def test_rescaled_timesteps_are_refused_where_they_differ():
+    of_1000 = WRITTEN[0] | {"num_timesteps": 1000, "rescale_timesteps": True}
+    assert scheduler.write(of_1000, kind("Eps"))["num_train_timesteps"] == 1000
+    with pytest.raises(FormatError, match="rescale_timesteps=true with 100 timesteps has no equivalent"):
+        scheduler.write(WRITTEN[0] | {"rescale_timesteps": True}, kind("Eps"))
+
+
 def test_zero_terminal_snr_is_written():
     schedule = WRITTEN[0] | {"zero_terminal_snr": True}
     theirs = diffusers.DDIMScheduler.from_config(scheduler.write(schedule, kind("V")))

@@ -76,6 +76,14 @@ def test_laws(schedules, tag):
     torch.testing.assert_close(log_snr[1:], 2 * (alpha / sigma)[1:].log(), rtol=1e-11, atol=1e-9)
 
 
+@pytest.mark.parametrize("kind", [Linear, Cosine])
+def test_rescaled_timesteps_are_those_of_1000(kind):
+    t = torch.arange(1, 4001, dtype=torch.float64) / 4000
+    plain, rescaled = kind(num_timesteps=4000), kind(num_timesteps=4000, rescale_timesteps=True)
+    torch.testing.assert_close(rescaled.timestep(t), plain.timestep(t) / 4, rtol=1e-15, atol=0)
+    assert rescaled.equals(plain)
+
+
 @pytest.mark.parametrize("tag", ["linear", "scaled_linear", "cosine"])
 def test_transitions_compose(schedules, tag):
     """q(x_t | x_r) is q(x_t | x_s) after q(x_s | x_r), for any r < s < t, on the table or off it."""

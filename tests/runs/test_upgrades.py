@@ -228,13 +228,16 @@ def test_a_file_of_the_user_may_have_the_name_of_a_key():
     assert migrated(results) == results
 
 
-@pytest.mark.parametrize("name", ["unet_tiny", "dit_tiny"])
-def test_networks_of_format_7_have_the_later_options_with_the_values_of_then(name):
-    node = yaml.safe_load((CONF / "model" / f"{name}.yaml").read_text())
+@pytest.mark.parametrize(
+    "option", ["model/unet_tiny", "model/dit_tiny", "schedule/linear", "schedule/cosine"]
+)
+def test_parts_of_format_7_have_the_later_options_with_the_values_of_then(option):
+    group = option.partition("/")[0]
+    node = yaml.safe_load((CONF / f"{option}.yaml").read_text())
     added = OPTIONS_SINCE_FORMAT_8[node["_target_"]]
     then = {key: value for key, value in node.items() if key not in added}
-    assert migrated({"model": then}, 7) == {"model": node}
-    changed = {"model": node | dict.fromkeys(added, "other")}
+    assert migrated({group: then}, 7) == {group: node}
+    changed = {group: node | dict.fromkeys(added, "other")}
     assert migrated(changed, 7) == changed
 
 

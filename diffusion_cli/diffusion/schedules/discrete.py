@@ -24,12 +24,13 @@ class Discrete(Schedule):
         betas: the T betas, each in (0, 1).
         zero_terminal_snr: whether to shift and scale sqrt(alpha_bar) such that the last entry is 0 and the first is
             unchanged (Lin et al. 2024, Alg. 1); the last interval is then linear in sqrt(alpha_bar).
+        rescale_timesteps: whether networks get timesteps times 1000 / T, as in the code of Nichol and Dhariwal 2021.
 
     Raises:
         UsageError: a beta is outside (0, 1).
     """
 
-    def __init__(self, betas: Tensor, zero_terminal_snr: bool) -> None:
+    def __init__(self, betas: Tensor, zero_terminal_snr: bool, rescale_timesteps: bool = False) -> None:
         if not (betas.gt(0).all() and betas.lt(1).all()):
             raise UsageError(
                 "schedule.num_timesteps",
@@ -44,6 +45,7 @@ class Discrete(Schedule):
             roots = alpha_bar.sqrt()
             alpha_bar = ((roots - roots[-1]) * (roots[0] / (roots[0] - roots[-1]))) ** 2
         self.num_timesteps = len(betas)
+        self._timestep_scale = 1000 / len(betas) if rescale_timesteps else 1
         self.t_min = self.grid_t_min = 1 / len(betas)
         self.zero_terminal_snr = zero_terminal_snr
         table = torch.cat([torch.ones(1, dtype=torch.float64), alpha_bar]).log()
@@ -115,7 +117,7 @@ class Discrete(Schedule):
         return ((u.double() * self.num_timesteps).floor() + 1) / self.num_timesteps
 
     def timestep(self, t: Tensor) -> Tensor:
-        return t * self.num_timesteps - 1
+        return (t * self.num_timesteps - 1) * self._timestep_scale
 
     def grid(self, steps: int, spacing: Spacing) -> Tensor:
         """Return the decreasing times of `steps` steps of the T-step process, and then 0.
@@ -174,6 +176,7 @@ class Linear(Discrete):
         beta_start: first beta, for T = 1000.
         beta_end: last beta, for T = 1000.
         zero_terminal_snr: see `Discrete`.
+        rescale_timesteps: see `Discrete`.
     """
 
     def __init__(
@@ -183,10 +186,11 @@ class Linear(Discrete):
         beta_start: PositiveFloat = 0.0001,
         beta_end: PositiveFloat = 0.02,
         zero_terminal_snr: bool = False,
+        rescale_timesteps: bool = False,
     ) -> None:
         scale = 1000 / num_timesteps
         betas = torch.linspace(scale * beta_start, scale * beta_end, num_timesteps, dtype=torch.float64)
-        super().__init__(betas, zero_terminal_snr)
+        super().__init__(betas, zero_terminal_snr, rescale_timesteps)
 
 
 class ScaledLinear(Discrete):
@@ -220,6 +224,7 @@ class Cosine(Discrete):
         offset: the paper's s, which keeps the first betas from being tiny.
         max_beta: largest beta, in (0, 1).
         zero_terminal_snr: see `Discrete`.
+        rescale_timesteps: see `Discrete`.
     """
 
     def __init__(
@@ -229,10 +234,13 @@ class Cosine(Discrete):
         offset: PositiveFloat = 0.008,
         max_beta: Fraction = 0.999,
         zero_terminal_snr: bool = False,
+        rescale_timesteps: bool = False,
     ) -> None:
         t = torch.arange(num_timesteps + 1, dtype=torch.float64) / num_timesteps
         alpha_bar = torch.cos((t + offset) / (1 + offset) * math.pi / 2) ** 2
-        super().__init__((1 - alpha_bar[1:] / alpha_bar[:-1]).clamp(max=max_beta), zero_terminal_snr)
+        super().__init__(
+            (1 - alpha_bar[1:] / alpha_bar[:-1]).clamp(max=max_beta), zero_terminal_snr, rescale_timesteps
+        )
 
 
 class Sigmoid(Discrete):

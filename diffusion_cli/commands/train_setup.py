@@ -8,10 +8,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from diffusion_cli.commands.inputs import show_remarks
 from diffusion_cli.commands.plugin_checks import check_attributes, check_images, check_network
 from diffusion_cli.commands.train_checks import check_data, check_shares
 from diffusion_cli.config import TrainConfig, build
 from diffusion_cli.config.validate import validate
+from diffusion_cli.convert import read_source
 from diffusion_cli.data import Dataset, Images, ResolutionSchedule, with_rules
 from diffusion_cli.diffusion.denoiser import Denoiser, NoiseConditioned, NoisyClassifier
 from diffusion_cli.diffusion.latents import Pixels, Space
@@ -21,6 +23,7 @@ from diffusion_cli.errors import NO_VALUE, UsageError
 from diffusion_cli.metrics import cache_folder
 from diffusion_cli.networks import AutoencoderKL
 from diffusion_cli.runs.find import find_run
+from diffusion_cli.runs.imported import weights_of
 from diffusion_cli.runs.load import load_weights
 from diffusion_cli.runs.schema import CheckpointInfo, InitInfo, LatentInfo, StageInfo
 from diffusion_cli.runs.weights import digest
@@ -35,6 +38,7 @@ from diffusion_cli.training.initialization import InitialWeights, fit, freeze
 from diffusion_cli.training.latent_data import (
     LatentDataset,
     LatentSource,
+    bundled_latents,
     pretrained_latents,
     resumed_latents,
     run_latents,
@@ -177,6 +181,8 @@ def _latents(
         return None
     if before is not None:
         return resumed_latents(folder, before, device)
+    if config.latent.pretrained is not None and config.latent.pretrained == config.init.pretrained:
+        return bundled_latents(config.latent.pretrained, dataset, device)
     if config.latent.pretrained is not None:
         return pretrained_latents(config.latent.pretrained, dataset, device)
     run = find_run(config.latent.run, config.output_dir, "latent.run")
@@ -213,29 +219,57 @@ def _network(
 def _first_weights(
     config: TrainConfig, network: nn.Module, task: str, train_data: Dataset
 ) -> InitInfo | None:
-    """Replace the random weights of a network by those of `init.run`, where they fit; None without a source.
+    """Replace the random weights of a network by those of the source, where they fit; None without a source.
 
-    Raises UsageError if there is no such run, it was trained for another task, or none of its weights fits.
+    Raises UsageError if the source cannot be read, was trained for another task, or none of its weights fits.
     """
-    init, named = config.init, config.init.key
-    if init.run is None:
+    init = config.init
+    if init.run is not None:
+        key, named = "init.run", init.run
+        weights, origin = _weights_of_run(named, config, task)
+    elif init.pretrained is not None:
+        key, named = "init.pretrained", init.pretrained
+        weights, origin = _weights_of_other_program(named, key)
+    else:
         return None
-    run = find_run(init.run, config.output_dir, "init.run")
+    fitted = fit(network, weights, train_data.shape[0], train_data.class_names)
+    if not fitted.taken:
+        problem, remedy = (
+            "none of its weights fits this network",
+            "leave out model= to use the network of the source",
+        )
+        raise UsageError(key, named, problem, remedy)
+    return InitInfo(source=named, **origin, **fitted._asdict())
+
+
+def _weights_of_run(named: str, config: TrainConfig, task: str) -> tuple[InitialWeights, dict[str, Any]]:
+    """Return the weights of a run, and their origin as entries of `InitInfo`."""
+    init, key = config.init, "init.run"
+    run = find_run(named, config.output_dir, key)
     try:
         source = load_weights(run, init.weights, init.step, task)
     except UsageError as error:
-        raise error.renamed({run: f"{named}", "step": "init.step"}) from error
+        raise error.renamed({run: f"{key}={named}", "step": "init.step"}) from error
     weights = InitialWeights(
-        state=source.state, channels=source.info.network_shape[0],
-        learns_variance=bool(source.info.config.model.get("learn_variance")), class_names=source.info.class_names,
-    )  # fmt: skip
-    fitted = fit(network, weights, train_data.shape[0], train_data.class_names)
-    if not fitted.taken:
-        problem = "none of its weights fits this network"
-        raise UsageError(named, NO_VALUE, problem, "leave out model= to use the network of the run")
-    return InitInfo(
-        source=init.run, kind="run", step=source.step, weights=init.weights, sha256=source.digest, **fitted._asdict()
-    )  # fmt: skip
+        state=source.state,
+        channels=source.info.network_shape[0],
+        learns_variance=bool(source.info.config.model.get("learn_variance")),
+        class_names=source.info.class_names,
+    )
+    return weights, {"kind": "run", "step": source.step, "weights": init.weights, "sha256": source.digest}
+
+
+def _weights_of_other_program(named: str, key: str) -> tuple[InitialWeights, dict[str, Any]]:
+    """Return the weights of a model of another program, and their origin as entries of `InitInfo`."""
+    model = read_source(named, key)
+    show_remarks(f"{key}={named}: {remark}" for remark in (model.process.remarks if model.process else ()))
+    weights = InitialWeights(
+        state=weights_of(model, named, key),
+        channels=model.network.shape[0],
+        learns_variance=bool(model.network.node.get("learn_variance")),
+        class_names=model.class_names,
+    )
+    return weights, {"kind": model.kind, "step": None, "weights": None, "sha256": digest(weights.state)}
 
 
 def _check_last_layer(task: DenoisingTask | AutoencoderTask) -> None:

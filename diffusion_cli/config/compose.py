@@ -26,7 +26,14 @@ from diffusion_cli.config.continued import (
 )
 from diffusion_cli.config.experiments import experiment_problems, named_by_file
 from diffusion_cli.config.hydra_words import hydra_in_files, hydra_problem, is_of_hydra
-from diffusion_cli.config.initial import INITIAL, open_groups, parts_of_run, set_by_experiment
+from diffusion_cli.config.initial import (
+    INITIAL,
+    SOURCES,
+    open_groups,
+    parts_of_pretrained,
+    parts_of_run,
+    set_by_experiment,
+)
 from diffusion_cli.config.key_types import takes_list
 from diffusion_cli.config.option_keys import REQUIRED, defaults_left_out
 from diffusion_cli.config.own_options import composition_problems, incomplete_files
@@ -49,7 +56,7 @@ from diffusion_cli.config.renamed import (
     renamed_split,
 )
 from diffusion_cli.config.runs import flatten, identity, replaced, run_names, usual_options
-from diffusion_cli.config.schema import COMMANDS, GRIDS, UNSWEPT, Config
+from diffusion_cli.config.schema import COMMANDS, GRIDS, UNSWEPT, Config, InitConfig
 from diffusion_cli.config.secret_values import secrets_in
 from diffusion_cli.config.tasks import task_problems
 from diffusion_cli.config.typed import (
@@ -167,7 +174,7 @@ def _training(
 ) -> tuple[Node, list[Problem]]:
     """The configuration of a training, named and with its recipe, and a line for each unknown key."""
     implied, choices = compose("train", choosing, dirs)
-    if _value("init.run", setting, implied) is not None:
+    if any(_value(f"init.{name}", setting, implied) is not None for name in SOURCES):
         return _from_weights(choosing, setting, dirs)
     if choices["model"] != AUTO:
         composed, unknown = _with_keys(choosing, setting, implied, dirs)
@@ -201,7 +208,7 @@ def _training(
 def _from_weights(
     choosing: Sequence[str], setting: Mapping[str, str], dirs: Sequence[Path]
 ) -> tuple[Node, list[Problem]]:
-    """The configuration of a training that starts from the weights of `init.run`, and its problems.
+    """The configuration of a training that starts from weights, and its problems.
 
     A run that has started keeps its network and process, even if those of the source have changed.
     """
@@ -216,29 +223,28 @@ def _from_weights(
         now, before, choices, {key: setting[key] for key in on_top}, dirs
     )
     stored = started_with(Path(str(composed["output_dir"]), str(name)))
-    if stored.get("init", {}).get("run") == (run := composed["init"]["run"]):
-        parts, problems = stored, []
+    init, output_dir = composed["init"], str(composed["output_dir"])
+    if problems := validate(InitConfig, init, "init")[1]:
+        raise UsageError.several(problems)
+    if all(flatten(stored).get(f"init.{key}") == init[key] for key in SOURCES):
+        parts = stored
     else:
-        source = parts_of_run(
-            run,
-            str(composed["output_dir"]),
-            implied,
-            [word.partition("=")[0] for word in choosing] + [*setting],
+        given = [*(word.partition("=")[0] for word in choosing), *setting]
+        source = (
+            parts_of_run(init["run"], output_dir, implied, given)
+            if init["run"]
+            else parts_of_pretrained(init["pretrained"])
         )
         source.check_task(choices["task"])
         parts, problems = source.nodes, [*source.problems]
     composed |= {group: parts[group] for group in groups if parts.get(group) is not None}
     preset = {key: flatten(implied)[key] for key in set_by_experiment(choices, groups, dirs)}
     for key in sorted(preset.keys() - flatten(composed).keys()):
-        remedy = f"choose {key.partition('.')[0]}= too"
-        problems.append(
-            Problem(
-                f"experiment={choices['experiment']}",
-                NO_VALUE,
-                f"sets {key}, which init.run={run} lacks",
-                remedy,
-            )
+        problem, remedy = (
+            f"sets {key}, which the source of the weights lacks",
+            f"choose {key.partition('.')[0]}= too",
         )
+        problems.append(Problem(f"experiment={choices['experiment']}", NO_VALUE, problem, remedy))
     known, unknown = _known("train", setting, composed)
     own = {item.key_or_group: item.value() for item in map(parse, known) if item.key_or_group in on_top}
     composed = replaced(

@@ -13,12 +13,17 @@ from diffusion_cli.config.catalogue import brought_by, content, lineage, options
 from diffusion_cli.config.continued import folder_of, foreign_paths, stored_by
 from diffusion_cli.config.recipe import AUTO, MODEL
 from diffusion_cli.config.runs import flatten
-from diffusion_cli.config.tasks import task_of_classes
+from diffusion_cli.config.tasks import AUTOENCODER, DENOISING, task_of_classes
 from diffusion_cli.config.values import Node
+from diffusion_cli.convert import read_source
 from diffusion_cli.errors import NO_VALUE, Problem, UsageError
 
+SOURCES = ("run", "pretrained")
+"""Keys of `init` that name a source."""
 INITIAL = ("model", "schedule", "parameterization", "objective", "time_sampling", "sampler")
 """Groups with options that come from a source."""
+PROCESS = ("schedule", "parameterization", "objective", "sampler")
+"""Those of `INITIAL` that other programs have too."""
 LATENT = "latent"
 
 
@@ -65,6 +70,18 @@ def set_by_experiment(choices: Node, groups: Collection[str], dirs: Sequence[Pat
         return set()
     files = lineage(options("experiment", dirs)[experiment])
     return {key for file in files for key in flatten(content(file)) if key.partition(".")[0] in groups}
+
+
+def parts_of_pretrained(source: str) -> InitialParts:
+    """Return the parts of a model of another program; UsageError if it cannot be read."""
+    key = "init.pretrained"
+    model = read_source(source, key)
+    nodes: Node = {"model": model.network.node}
+    if model.process is not None:
+        nodes |= {group: getattr(model.process, group) for group in PROCESS}
+    if model.autoencoder is not None:
+        nodes[LATENT] = {"run": None, "pretrained": source}
+    return InitialParts(f"{key}={source}", AUTOENCODER if model.process is None else DENOISING, nodes)
 
 
 def parts_of_run(run: str, output_dir: str, usual: Node, given: Sequence[str]) -> InitialParts:

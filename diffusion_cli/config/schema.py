@@ -26,26 +26,22 @@ class InitConfig(BaseModel):
 
     model_config = STRICT
     run: str | None = None
+    pretrained: str | None = None
     step: Step = None
     weights: Weights = "ema"
     freeze: Annotated[list[str], Field(min_length=1)] | None = None
 
-    @property
-    def key(self) -> str | None:
-        """The source, as on the command line; None for random weights."""
-        return None if self.run is None else f"init.run={self.run}"
-
     @model_validator(mode="after")
     def _consistent(self) -> Self:
-        if self.run is not None:
-            return self
-        if self.freeze is not None:
-            problem = "would freeze random weights"
+        if self.run is not None and self.pretrained is not None:
             raise UsageError(
-                "init.freeze", f"[{','.join(self.freeze)}]", problem, "set init.run, or leave it out"
+                "init.pretrained", self.pretrained, "conflicts with init.run", "leave one of them out"
             )
+        if self.freeze is not None and self.run is self.pretrained is None:
+            patterns, remedy = f"[{','.join(self.freeze)}]", "set init.run, or leave it out"
+            raise UsageError("init.freeze", patterns, "would freeze random weights", remedy)
         for key, default in {"step": None, "weights": "ema"}.items():
-            if (value := getattr(self, key)) != default:
+            if self.run is None and (value := getattr(self, key)) != default:
                 raise UsageError(f"init.{key}", value, "applies only with init.run=", "set init.run")
         return self
 

@@ -11,9 +11,10 @@ import yaml
 
 from diffusion_cli.config import build
 from diffusion_cli.config.continued import IMPORTED
-from diffusion_cli.convert.base import Network, Node, PretrainedModel, Process, Weights
+from diffusion_cli.convert import REMEDY
+from diffusion_cli.convert.base import Autoencoder, Network, Node, PretrainedModel, Process, Weights
 from diffusion_cli.diffusion.denoiser import Denoiser
-from diffusion_cli.errors import FormatError
+from diffusion_cli.errors import FormatError, UsageError
 from diffusion_cli.formats import SampleFormat, Shape
 from diffusion_cli.runs.checkpoint import LAST, save
 from diffusion_cli.runs.load import AUTOENCODER, limit_tensors
@@ -53,10 +54,10 @@ class ImportedDenoiser:
             FileExistsError: the folder exists.
         """
         model, (first, *_) = self.model, [Path(name) for name in self.model.files]
-        state = _checked(first, model.network, model.weights())
+        state = checked_weights(first, model.network, model.weights())
         latent = None
         if model.autoencoder is not None:
-            latent = _checked(first, model.autoencoder.network, model.autoencoder.weights())
+            latent = checked_weights(first, model.autoencoder.network, model.autoencoder.weights())
         info = self._info(latent)
         with new_folder(folder) as temporary:
             if latent is not None:
@@ -126,7 +127,15 @@ def _latent(model: PretrainedModel, autoencoder: Weights | None, source: str) ->
     ).model_dump()
 
 
-def _checked(path: Path, network: Network, state: Weights) -> Weights:
+def weights_of(model: PretrainedModel | Autoencoder, source: str, key: str) -> Weights:
+    """Return the weights of a model of another program; UsageError, about `key`, unless they fit its network."""
+    try:
+        return checked_weights(Path(source), model.network, model.weights())
+    except (FormatError, OSError) as error:
+        raise UsageError(key, source, reason(error), REMEDY) from error
+
+
+def checked_weights(path: Path, network: Network, state: Weights) -> Weights:
     """Return weights; FormatError unless they fit the network, which is built on the meta device for this check."""
     try:
         with torch.device("meta"), limit_tensors(len(state) + SPARE):

@@ -10,12 +10,15 @@ from typing import Any, NamedTuple
 
 import torch
 
+from diffusion_cli.config import build
+from diffusion_cli.convert import read_source
 from diffusion_cli.data import Dataset, Images
 from diffusion_cli.data.base import Split
 from diffusion_cli.diffusion.latents import Latents, measured_scale
 from diffusion_cli.errors import NO_VALUE, UsageError
 from diffusion_cli.networks import ImageAutoencoder
 from diffusion_cli.runs.find import newest
+from diffusion_cli.runs.imported import weights_of
 from diffusion_cli.runs.load import load_autoencoder, load_latents, load_weights
 from diffusion_cli.runs.pretrained import from_diffusers
 from diffusion_cli.runs.schema import CheckpointInfo, LatentInfo
@@ -59,6 +62,20 @@ def pretrained_latents(folder: str, dataset: Dataset, device: torch.device) -> L
     network, description = from_diffusers(Path(folder).expanduser(), "latent.pretrained")
     _check_images("latent.pretrained", folder, network, description.shape[0], dataset)
     return _unscaled(network.to(device), description.node, folder, dataset)
+
+
+def bundled_latents(source: str, dataset: Dataset, device: torch.device) -> LatentSource:
+    """Return the latents of the model of `init.pretrained` with their scale; UsageError if they do not fit."""
+    key = "init.pretrained"
+    parts = read_source(source, key).autoencoder
+    if parts is None:
+        raise UsageError("latent.pretrained", source, "is a model of pixels", "leave it out")
+    network, state = parts.network, weights_of(parts, source, key)
+    autoencoder = build(network.node, network.shape, None)
+    autoencoder.load_state_dict(state)
+    _check_images(key, source, autoencoder, network.shape[0], dataset)
+    latents = Latents(autoencoder.to(device), dataset.shape, parts.mean, parts.std)
+    return LatentSource(latents, network.node, source, {})
 
 
 def run_latents(run: Path, named: str, dataset: Dataset, device: torch.device) -> LatentSource:

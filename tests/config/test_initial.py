@@ -76,7 +76,7 @@ def test_values_of_an_experiment_that_the_source_lacks_are_named(runs, tmp_path)
     with pytest.raises(UsageError) as error:
         load("train", ["init.run=dit", "experiment=wide"], [tmp_path / "own"])
     assert error.value.lines == (
-        "experiment=wide: sets model.channels, which init.run=dit lacks; choose model= too",
+        "experiment=wide: sets model.channels, which the source of the weights lacks; choose model= too",
     )
 
 

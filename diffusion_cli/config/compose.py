@@ -20,7 +20,7 @@ from diffusion_cli.config.continued import (
     foreign_classes,
     foreign_paths,
     may_change,
-    stored_by,
+    trained_by,
     with_values,
     without_processes,
 )
@@ -304,7 +304,7 @@ def _continuing(
     usual = compose("train", list(chosen.values()), dirs)[0]
     output_dir = str(parse(keys.pop("output_dir")).value()) if "output_dir" in keys else usual["output_dir"]
     folder = folder_of(run, output_dir)
-    stored = stored_by(folder) if is_own_run(folder) else without_processes(stored_by(folder))
+    stored = trained_by(folder) if is_own_run(folder) else without_processes(trained_by(folder))
     for key, path in foreign_paths(folder, stored, usual, {*groups, *keys}).items():
         remedy = (
             f"add {key}=<path>"

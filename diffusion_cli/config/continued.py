@@ -73,11 +73,17 @@ def stored_by(folder: Path) -> dict[str, Any]:
             str(reason),
             f"repeat its full training command with name={folder.name}",
         ) from error
+    return migrated_config(stored)
+
+
+def trained_by(folder: Path) -> dict[str, Any]:
+    """The configuration of a run that training can continue; UsageError as `stored_by`, and for an imported model."""
+    stored = stored_by(folder)
     if IMPORTED in stored:
         problem = f"was imported from {stored[IMPORTED]}, so it has no training to continue"
         remedy = f"start from its weights with: diffuse train init.run={folder.name} name=<new>"
         raise UsageError("run", folder.name, problem, remedy)
-    return migrated_config(stored)
+    return stored
 
 
 def without_processes(stored: Mapping[str, Any]) -> dict[str, Any]:

@@ -24,7 +24,7 @@ DENOISERS = {
     "Transformer2DModel": "diffusers_dit",
 }
 """Module of each class of denoisers."""
-AUTOENCODERS = {"AutoencoderKL": "diffusers_autoencoder", "VQModel": "diffusers_autoencoder"}
+AUTOENCODERS = dict.fromkeys(("AutoencoderKL", "VQModel"), "diffusers_autoencoder")
 """Module of each class of autoencoders."""
 PARTS = {"unet": DENOISERS, "transformer": DENOISERS, "vae": AUTOENCODERS, "vqvae": AUTOENCODERS}
 """Parts of a pipeline with weights, by the name of their folder."""

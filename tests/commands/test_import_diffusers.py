@@ -12,7 +12,7 @@ from torch import Tensor
 from diffusion_cli.cli import run
 from diffusion_cli.generate import SeededNoise
 from diffusion_cli.runs.load import load_model
-from helpers.pipelines import ddim_pipeline, dit_pipeline, scheduler
+from helpers.pipelines import ddim_pipeline, dit_pipeline, ldm_pipeline, scheduler
 from helpers.unets import unet
 
 diffusers: Any = pytest.importorskip("diffusers")
@@ -113,6 +113,35 @@ def test_images_of_a_latent_pipeline_with_guidance_are_at_most_one_gray_level_ap
     theirs = to_bytes(pipeline.vae.decode(latents).sample)
     words = ["sampler=ddim", "sampler.spacing=leading", "guidance=cfg", "guidance.scale=3", "label=red fox"]
     one_gray_level(sampled(*words), theirs)
+
+
+def test_images_of_a_pipeline_with_a_codebook_are_at_most_one_gray_level_apart():
+    pipeline = ldm_pipeline(Path("x"))
+    assert run(["import", "source=x"]) == 0
+    latents = looped(lambda x, t: pipeline.unet(x, t).sample, pipeline.scheduler, (3, 8, 8))
+    theirs = to_bytes(pipeline.vqvae.decode(latents / pipeline.vqvae.config.scaling_factor).sample)
+    one_gray_level(sampled("sampler=ddim", "sampler.spacing=leading"), theirs)
+
+
+def test_a_training_starts_from_an_imported_model():
+    ddim_pipeline(Path("x"), {"in_channels": 1, "out_channels": 1}, beta_schedule="squaredcos_cap_v2")
+    assert run(["import", "source=x"]) == 0
+    small = [
+        "max_steps=1",
+        "batch_size=4",
+        "preview_every=null",
+        "logger=csv",
+        "trainer=cpu",
+        "dataset=digits",
+    ]
+    assert run(["train", "init.run=x", "name=y", *small]) == 0
+    trained = load_model(Path("outputs/y"), "ema", CPU)
+    assert trained.info.init is not None
+    assert trained.info.init.taken == trained.info.init.total
+    assert (
+        trained.info.config.parameterization
+        == load_model(Path("outputs/x"), "ema", CPU).info.config.parameterization
+    )
 
 
 def test_a_variance_exploding_pipeline_has_its_score_in_our_range():

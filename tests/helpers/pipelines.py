@@ -50,6 +50,29 @@ def autoencoder() -> Any:
     return randomised(network).eval().requires_grad_(False)
 
 
+def ldm_pipeline(folder: Path) -> Any:
+    """An LDMPipeline with a codebook that is saved in a folder."""
+    diffusers = import_module("diffusers")
+    codebook = diffusers.VQModel(
+        block_out_channels=[8, 16],
+        down_block_types=["DownEncoderBlock2D"] * 2,
+        up_block_types=["UpDecoderBlock2D"] * 2,
+        latent_channels=3,
+        num_vq_embeddings=32,
+        norm_num_groups=4,
+        scaling_factor=0.5,
+    )
+    pipeline = diffusers.LDMPipeline(
+        vqvae=randomised(codebook).eval().requires_grad_(False),
+        unet=unet(UNET),
+        scheduler=scheduler(
+            "DDIMScheduler", clip_sample=False, beta_schedule="scaled_linear", beta_end=0.0195
+        ),
+    )
+    pipeline.save_pretrained(folder)
+    return pipeline
+
+
 def dit_pipeline(folder: Path) -> Any:
     """A DiTPipeline of three classes with an autoencoder that is saved in a folder."""
     diffusers = import_module("diffusers")

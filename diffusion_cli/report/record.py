@@ -138,6 +138,7 @@ def _facts(folder: Path, checkpoint: Checkpoint) -> dict[str, str]:
     }
     return (
         facts
+        | ({} if info.init is None else {"first weights": str(info.init)})
         | ({"classes": ", ".join(info.class_names)} if info.class_names else {})
         | {"folder": str(folder)}
     )

@@ -13,7 +13,7 @@ from diffusion_cli.commands.train_setup import TrainingSetup, set_up
 from diffusion_cli.convert import read_source
 from diffusion_cli.diffusion.latents import Latents
 from diffusion_cli.runs.checkpoint import LAST, read
-from helpers import TINY
+from helpers import TINY, assert_same
 from helpers.latents import refused
 from helpers.networks import randomised
 from helpers.recipes import train_config
@@ -141,3 +141,13 @@ def test_wrong_sources_are_refused_in_one_line(pixels, latents, tmp_path, words,
     assert run(["train", *SHORT, f"output_dir={tmp_path}", "name=new", *words]) == 2
     refused(capsys, line.format(**places))
     assert not (tmp_path / "new" / "config.yaml").exists()
+
+
+def test_an_imported_run_is_a_source_too(latents, tmp_path):
+    assert run(["import", f"source={latents}", f"output_dir={tmp_path}", "name=dit"]) == 0
+    words = [*SHORT, f"output_dir={tmp_path}", f"cache_dir={tmp_path}/cache", "init.run=dit", "name=new"]
+    setup = set_up(train_config(*words), tmp_path / "new", None)
+    direct = start(tmp_path, latents)
+    assert direct.info.latent is not None
+    assert setup.info.latent == direct.info.latent.model_copy(update={"source": "dit"})
+    assert_same(dict(network_of(setup).state_dict()), dict(network_of(direct).state_dict()))

@@ -91,9 +91,11 @@ def test_frozen_weights_stay_equal_also_after_a_resume_without_the_source(runs, 
     assert record["init"] == stored.info.init.model_dump(exclude={"taken", "total", "fresh"})
 
 
-def test_another_source_is_another_run(runs, capsys):
+def test_the_report_has_the_source_and_another_source_is_another_run(runs, capsys):
     words = [*SHORT, f"output_dir={runs}", "init.run=tiny", "name=tuned", "max_steps=1"]
     assert run(["train", *words]) == 0
+    assert run(["report", f"run={runs}/tuned"]) == 0
+    assert "init.run=tiny (step 5, ema): " in (runs / "tuned" / "report.html").read_text()
     shutil.copytree(runs / "tiny", runs / "other")
     assert run(["train", *words, "init.run=other"]) == 2
     refused(capsys, f"init.run=other: the run in {runs}/tuned has tiny")

@@ -112,6 +112,9 @@ def _train(config: TrainConfig, folder: Path, users: Mapping[str, Callback]) -> 
         if main:
             recover(folder)
         before = read(last) if Distributed().broadcast(last.is_file()) else None
+        if before and before.info.origin is not None:
+            problem, remedy = "is an imported model", "choose another name; init.run= starts from its weights"
+            raise UsageError("name", config.name, problem, remedy)
         if before:
             check_configuration(folder, config, before.info.config.model_dump())
         setup = set_up(config, folder, before.info if before else None)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from diffusion_cli.config.catalogue import option_of
+from diffusion_cli.config.continued import IMPORTED
 from diffusion_cli.config.runs import checkpoints_of, run_folders
 from diffusion_cli.config.tasks import task_of_classes
 from diffusion_cli.errors import UsageError
@@ -25,7 +26,7 @@ class RunSummary:
 
     name: str
     dataset: str | None
-    """Option of `dataset=`, with the path of the user's own data."""
+    """Option of `dataset=`, with the path of the user's own data; or the source of an imported model."""
     task: str | None
     step: int | None
     """Optimizer steps of the newest checkpoint."""
@@ -63,9 +64,9 @@ def _summary(folder: Path, date: float) -> RunSummary:
     results = _results(folder / "metrics.json")
     return RunSummary(
         name=folder.name,
-        dataset=_dataset(config.get("dataset")),
+        dataset=_dataset(config.get("dataset")) or _origin(config),
         task=_task(config),
-        step=_step(folder),
+        step=0 if _origin(config) else _step(folder),
         max_steps=number if type(number := config.get("max_steps")) is int else None,
         results={name: value for name, (value, _) in results.items()},
         result_steps={name: step for name, (_, step) in results.items() if step is not None},
@@ -86,6 +87,11 @@ def _dataset(node: Any) -> str | None:
         return None
     path = node.get("path")
     return _option(target) if path is None else f"{_option(target)} {path}"
+
+
+def _origin(config: Mapping[str, Any]) -> str | None:
+    """Return the source of an imported model; None for a training."""
+    return f"imported {config[IMPORTED]}" if isinstance(config.get(IMPORTED), str) else None
 
 
 @cache

@@ -92,7 +92,7 @@ def test_every_command_reads_an_imported_run(source, tmp_path, capsys):
     assert run(["eval", "run=cats", *words, *small]) == 0
     assert run(["report", "run=cats"]) == 0
     assert run(["runs"]) == 0
-    assert "cats" in capsys.readouterr().out
+    assert "cats  imported cats  diffusion  0" in capsys.readouterr().out
     (report,) = json.loads(Path("outputs/cats/metrics.json").read_text())
     protocol = report["results"][0]["protocol"]
     assert protocol["sampling"]["origin"]["source"] == "cats"
@@ -119,6 +119,8 @@ def test_what_needs_a_dataset_or_a_training_answers_in_one_line(source, capsys):
     line = refused(capsys, "train", "run=cats")
     assert line.startswith("run=cats: was imported from cats, so it has no training to continue")
     assert "diffuse train init.run=cats" in line
+    line = refused(capsys, "train", "name=cats", "trainer=cpu")
+    assert line == "name=cats: is an imported model; choose another name; init.run= starts from its weights"
     line = refused(capsys, "import", "source=cats")
     assert line == "name=cats: outputs/cats exists already; choose another name"
     assert sorted(Path("outputs").rglob("*")) == before

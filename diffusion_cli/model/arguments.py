@@ -4,7 +4,7 @@ import inspect
 from collections.abc import Sequence
 from numbers import Real
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any, TypeVar, get_type_hints
 
 import torch
 from pydantic import ConfigDict, TypeAdapter, ValidationError
@@ -13,6 +13,7 @@ from torch import Tensor
 from diffusion_cli import config
 from diffusion_cli.errors import NO_VALUE, UsageError, format_value
 
+ConfigT = TypeVar("ConfigT", config.SampleConfig, config.EditConfig, config.EvalConfig, config.TrainConfig)
 LONGEST = 60
 """Characters of a value in a message."""
 
@@ -135,3 +136,10 @@ def _word(key: str, value: Any) -> str:
         kind = "the name of an option" if key in config.GROUPS else "a number or text"
         raise UsageError(key, shown(value), f"must be {kind}")
     return format_value(value)
+
+
+def checked_config(command: str, kind: type[ConfigT], words: Sequence[str]) -> ConfigT:
+    """Return the configuration of a command; UsageError for a mistake in its arguments."""
+    checked = config.load(command, words)
+    assert isinstance(checked, kind)
+    return checked

@@ -1,69 +1,51 @@
-"""The Python API: the commands, on tensors.
-
-    import diffusion_cli as diffuse
-
-    model = diffuse.load("outputs/demo")
-    images = model.sample(64, sampler="ddim", steps=50)
-
-Settings have the names and the defaults of the command line. A mistake in one is a `UsageError`.
-"""
+"""A trained denoiser in Python: the commands, on tensors."""
 
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from diffusion_cli import config as configuration
 from diffusion_cli import editing
-from diffusion_cli.arguments import (
-    as_overrides,
-    check_supplied,
-    described,
-    flat,
-    given,
-    mask_regions,
-    shown,
-    tensor,
-    texts,
-)
 from diffusion_cli.batch_size import advise_batch_size
 from diffusion_cli.commands import edit as edit_command
-from diffusion_cli.commands import train as train_command
 from diffusion_cli.commands.class_labels import class_number
 from diffusion_cli.commands.eval import assess
 from diffusion_cli.commands.evaluation_plan import plan_of
 from diffusion_cli.commands.inputs import Input
 from diffusion_cli.commands.trained import prepare
 from diffusion_cli.config import (
-    COMMANDS,
     EditConfig,
     EvalConfig,
     HistoryComparison,
     SampleConfig,
-    TrainConfig,
-    build,
-    check_node,
-    recipe,
 )
 from diffusion_cli.config.values import Step, Weights
 from diffusion_cli.data import to_model_range
 from diffusion_cli.diffusion.denoiser import Denoiser, Prediction
-from diffusion_cli.errors import NO_VALUE, Problem, UsageError
+from diffusion_cli.errors import NO_VALUE, UsageError
 from diffusion_cli.generate import generate
 from diffusion_cli.metrics.protocol import Result
-from diffusion_cli.runs.find import find_run
+from diffusion_cli.model.arguments import (
+    ConfigT,
+    as_overrides,
+    checked_config,
+    described,
+    given,
+    mask_regions,
+    shown,
+    tensor,
+    texts,
+)
 from diffusion_cli.runs.load import LoadedDenoiser, load_model
 from diffusion_cli.samplers import Sampler
 from diffusion_cli.system.precision import autocast, device_of
 
-ConfigT = TypeVar("ConfigT", SampleConfig, EditConfig, EvalConfig, TrainConfig)
 Label = int | str | Sequence[int | str] | None
-IN_MEMORY = "tensor"
-"""Name of samples given as a tensor."""
 OF_FILES = {
     "sample": ("output", "strip", "gif", "frames"),
     "edit": (
@@ -80,145 +62,6 @@ OF_FILES = {
 """Keys about files, which have no effect on a loaded model."""
 
 
-def allow_plugins(*modules: str) -> None:
-    """Allow modules whose classes configurations and checkpoints may name, as `plugins=` does.
-
-    Args:
-        modules: names of modules, as "bars". Nothing of them is imported before it is needed.
-
-    Raises:
-        UsageError: a name is not that of a module.
-
-    Example:
-        >>> allow_plugins()
-    """
-    configuration.allow(modules)
-
-
-def load(run: str | Path, *, weights: Weights = "ema", step: Step = None, device: str = "auto") -> "Model":
-    """Load the denoiser of a run.
-
-    Args:
-        run: folder of a run, or its name in `outputs`; for another output_dir give the folder.
-        weights: "ema" (averaged) or "raw".
-        step: a step with a checkpoint, "best", or None for the newest.
-        device: "auto", "cpu" or "cuda".
-
-    Raises:
-        UsageError: without such a run, checkpoint or device, or for a run that trained no denoiser.
-
-    Example:
-        >>> model = load("outputs/demo")
-        >>> model.shape
-        (1, 8, 8)
-    """
-    return Model(find_run(str(run), "outputs"), weights, step, device)
-
-
-def train(*overrides: str | Sequence[str]) -> "Model":
-    """Train as `diffuse train` does, and load the result.
-
-    Args:
-        overrides: arguments of the command, as "dataset=digits" and "max_steps=100", or a list of them. A script that
-            trains in several processes (trainer.devices=2) needs `if __name__ == "__main__":`, because they import it.
-
-    Raises:
-        UsageError: for a mistake in the overrides.
-        KeyboardInterrupt: if a signal stopped the training; the same call continues it.
-
-    Example:
-        >>> model = train("dataset=digits", "max_steps=2", "name=two_steps")
-        <BLANKLINE>
-        Trained 2 steps in ...
-        >>> model.step
-        2
-    """
-    checked = _checked("train", TrainConfig, configuration.without_plugins(flat(overrides)))
-    task = getattr(configuration.target(checked.model), "task", Denoiser.task)
-    if task != Denoiser.task:
-        raise UsageError("task", task, "trains no denoiser", "use the command: diffuse train")
-    if train_command.run(checked):
-        raise KeyboardInterrupt
-    folder = Path(checked.output_dir, str(checked.name))
-    return load(folder)
-
-
-def evaluate(
-    samples: str | Path | Tensor, metrics: Sequence[str], *overrides: str | Sequence[str]
-) -> dict[str, Result]:
-    """Measure images made by any program, as `diffuse eval samples=` does.
-
-    Args:
-        samples: folder, ZIP, .npz or .npy file; or images, uint8 [N, C, H, W] with C 1 or 3.
-        metrics: names of metrics, as "fid" and "kid".
-        overrides: further arguments of `diffuse eval`, as "dataset=cifar10", or a list of them.
-
-    Returns:
-        Results by name, each with details and protocol. They are not added to metrics.json.
-
-    Raises:
-        UsageError: for a mistake in the overrides, or images that do not fit the metrics.
-
-    Example:
-        >>> results = evaluate("pictures", ["fid"], "dataset=digits", "features=classifier", "force=true")
-        >>> results["frechet_classifier"].protocol["samples"]
-        20
-    """
-    path, images = IN_MEMORY, None
-    if isinstance(samples, str | Path):
-        path = str(samples)
-    else:
-        images = tensor("samples", samples, "a path, or uint8 [N, C, H, W]")
-    named = as_overrides(samples=path, metric=texts("metrics", metrics))
-    return _evaluated(_checked("eval", EvalConfig, [*named, *flat(overrides)]), None, images)
-
-
-def option(group: str, name: str, *supplied: Any, **arguments: Any) -> Any:
-    """Build an option of a group of the configuration.
-
-    Args:
-        group: "schedule", "parameterization", "model", "sampler", "guidance", "objective", ...
-        name: name of its option, as "dpmpp_2m".
-        supplied: positional arguments of its class: a schedule for a sampler, shape and number of classes for a model.
-        arguments: values in place of those in the option's file; needed where only a command has one, as for the `lr`
-            of "adamw".
-
-    Raises:
-        UsageError: for an unknown group, option or argument, a missing value, or one of the wrong type.
-
-    Example:
-        >>> schedule = option("schedule", "cosine")
-        >>> sampler = option("sampler", "dpmpp_2m", schedule, spacing="karras")
-        >>> len(sampler.grid(10))
-        11
-    """
-    group, name = str(group), str(name)
-    command = next((each for each in COMMANDS if group in configuration.defaults(each)), None)
-    if command is None:
-        known = sorted({known for each in COMMANDS for known in configuration.defaults(each)})
-        raise UsageError("group", group, "unknown group", configuration.did_you_mean(group, known))
-    options = configuration.options(group)
-    if name not in options:
-        raise UsageError(group, name, "unknown option", configuration.did_you_mean(name, list(options)))
-    node = configuration.compose(command, [f"{group}={name}"])[0].get(group)
-    if isinstance(node, dict) and "_target_" not in node:
-        node = node.get(name)  # a group with several options at once
-    if not isinstance(node, dict) or "_target_" not in node:
-        raise UsageError("group", group, f"option {name} has no class to build", "use it in a command")
-    written = {key: text for key, text, _ in configuration.documented(options[name], group)}
-    node |= arguments
-    mistakes = {str(mistake.key): mistake for mistake in check_node(group, node)}
-    for argument, value in node.items():
-        key = f"{group}.{argument}"
-        interpolated = argument not in arguments and written.get(key, "").startswith("${")
-        if interpolated or value == "???" or (value == recipe.AUTO and key in mistakes):
-            mistakes[key] = Problem(argument, NO_VALUE, "required", f"give {argument}=")
-    if mistakes:
-        raise UsageError.several(mistakes.values())
-    check_supplied(group, name, configuration.target(node), supplied)
-    return build(node, *supplied)
-
-
 class Model:
     """A trained denoiser with the images, classes and sizes of its run; `load` makes one.
 
@@ -229,7 +72,9 @@ class Model:
     def __init__(self, folder: Path, weights: Weights, step: Step, device: str) -> None:
         self.folder = folder.resolve()
         """Folder of the run."""
-        checked = _checked("sample", SampleConfig, as_overrides(weights=weights, step=step, device=device))
+        checked = checked_config(
+            "sample", SampleConfig, as_overrides(weights=weights, step=step, device=device)
+        )
         self._settings = {
             "run": str(self.folder),
             "weights": weights,
@@ -466,7 +311,7 @@ class Model:
             batch_size=batch_size,
             **given(num_samples=num_samples, label=label, **{"guidance.scale": guidance_scale}),
         )  # fmt: skip
-        return _evaluated(self._checked("eval", EvalConfig, settings, overrides), self._loaded)
+        return evaluated(self._checked("eval", EvalConfig, settings, overrides), self._loaded)
 
     @property
     def _device(self) -> torch.device:
@@ -538,18 +383,13 @@ class Model:
         for key in (*self._settings, "output_dir", "processes", "compile", *OF_FILES.get(command, ())):
             if any(word.startswith(f"{key}=") for word in more):
                 raise UsageError("overrides", key, "cannot be set for a loaded model", "leave it out")
-        return _checked(command, kind, [*settings, *more]).model_copy(update=self._settings)
+        return checked_config(command, kind, [*settings, *more]).model_copy(update=self._settings)
 
 
-def _checked(command: str, kind: type[ConfigT], words: Sequence[str]) -> ConfigT:
-    checked = configuration.load(command, words)
-    assert isinstance(checked, kind)
-    return checked
-
-
-def _evaluated(
+def evaluated(
     checked: EvalConfig, model: LoadedDenoiser | None, images: Tensor | None = None
 ) -> dict[str, Result]:
+    """Return the results of an evaluation by name, of a model or of images in memory [N, C, H, W]."""
     mode = checked.mode()
     if isinstance(mode, HistoryComparison):
         raise UsageError("overrides", "compare", "is not supported here", "leave it out")

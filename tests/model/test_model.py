@@ -13,13 +13,13 @@ import torch
 from PIL import Image
 
 import diffusion_cli as diffuse
-from diffusion_cli import model as api
 from diffusion_cli.cli import run
 from diffusion_cli.metrics import read_history
+from diffusion_cli.model import functions, loaded
 from diffusion_cli.samplers import DDIM, DPMSolverMultistep
 from diffusion_cli.training import CosineDecay
 
-STORED = Path(__file__).parent / "stored_runs" / "format_4.zip"
+STORED = Path(__file__).parents[1] / "stored_runs" / "format_4.zip"
 FP32 = ["precision=fp32"]
 
 
@@ -359,6 +359,9 @@ def test_the_examples_run(here, monkeypatch):
     (here / "pictures").mkdir()
     for number, image in enumerate(diffuse.load("outputs/demo").sample(20, steps=2)):
         Image.fromarray(image[0].numpy()).save(here / "pictures" / f"{number:02d}.png")
-    results = doctest.testmod(api, optionflags=doctest.ELLIPSIS)
-    assert results.attempted > 12
-    assert results.failed == 0
+    results = [
+        doctest.testmod(module, extraglobs={"load": diffuse.load}, optionflags=doctest.ELLIPSIS)
+        for module in (functions, loaded)
+    ]
+    assert sum(result.attempted for result in results) > 12
+    assert sum(result.failed for result in results) == 0

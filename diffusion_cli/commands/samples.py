@@ -118,7 +118,9 @@ def model_record(trained: LoadedModel) -> dict[str, Any]:
 def weights_record(folder: Path, model: Loaded, weights: str) -> dict[str, Any]:
     """Return the identity of the evaluated weights, as plain data."""
     init, origin = model.info.init, model.info.origin
-    sources = {} if init is None else {"init": init.model_dump(exclude={"taken", "total", "fresh"})}
+    sources = (
+        {} if init is None else {"init": init.model_dump(exclude={"taken", "total", "fresh", "adapted"})}
+    )
     sources |= {} if origin is None else {"origin": origin.model_dump()}
     return {
         "run": folder.name, "step": model.step, "ema": model.info.config.ema, "weights": weights,

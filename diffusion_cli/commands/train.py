@@ -28,6 +28,7 @@ from diffusion_cli.generate import naming_compile
 from diffusion_cli.runs.checkpoint import LAST, Checkpoint, read
 from diffusion_cli.runs.find import recover
 from diffusion_cli.runs.load import AUTOENCODER
+from diffusion_cli.runs.lora import BASE
 from diffusion_cli.runs.weights import save_weights
 from diffusion_cli.system.distributed import Distributed, launch, started
 from diffusion_cli.system.files import atomic_write
@@ -41,6 +42,7 @@ from diffusion_cli.training.checkpoints import CheckpointCallback
 from diffusion_cli.training.device import naming_nondeterministic
 from diffusion_cli.training.ema import EMA
 from diffusion_cli.training.logs import make_loggers, run_loggers
+from diffusion_cli.training.lora import frozen_weights
 from diffusion_cli.training.module import TrainingModule
 from diffusion_cli.training.out_of_memory import advise_on_oom
 from diffusion_cli.training.progress import Progress
@@ -213,10 +215,12 @@ def _check_resumable(
 
 
 def _begin(config: TrainConfig, setup: TrainingSetup, folder: Path, before: Checkpoint | None) -> None:
-    """Write the configuration, real images and the autoencoder of a new run; print a summary and remarks."""
+    """Write the first files of a run, with the autoencoder and the frozen weights; print a summary and remarks."""
     done = before.step if before else 0
     if setup.latent is not None and not done:
         save_weights(setup.latent.latents.autoencoder.state_dict(), folder / AUTOENCODER)
+    if setup.info.lora is not None and not done:
+        save_weights(frozen_weights(setup.task.model.network), folder / BASE)
     with atomic_write(folder / "config.yaml") as temporary:
         temporary.write_text(yaml.safe_dump(config.model_dump(), sort_keys=False))
     if not setup.device.fast_dev_run:

@@ -40,9 +40,12 @@ def first_weights_line(setup: TrainingSetup) -> str | None:
     if setup.info.init is None:
         return None
     parameters = [*setup.task.model.network.parameters()]
-    frozen = sum(parameter.numel() for parameter in parameters if not parameter.requires_grad)
-    trained = sum(parameter.numel() for parameter in parameters) - frozen
-    return f"{setup.info.init}" + (f"; {trained:,} parameters trained, {frozen:,} frozen" if frozen else "")
+    total = sum(parameter.numel() for parameter in parameters)
+    trained = sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
+    if setup.info.lora is not None:
+        return f"{setup.info.init}\nlora: {trained:,} of {total:,} parameters trained"
+    changed = f"; {trained:,} parameters trained, {total - trained:,} frozen" if trained < total else ""
+    return f"{setup.info.init}{changed}"
 
 
 def remarks(setup: TrainingSetup) -> list[str]:

@@ -1,5 +1,6 @@
 """Build the model, data and objective of `diffuse train` from its configuration."""
 
+from contextlib import suppress
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -25,7 +26,8 @@ from diffusion_cli.networks import AutoencoderKL
 from diffusion_cli.runs.find import find_run
 from diffusion_cli.runs.imported import weights_of
 from diffusion_cli.runs.load import load_weights
-from diffusion_cli.runs.schema import CheckpointInfo, InitInfo, LatentInfo, StageInfo
+from diffusion_cli.runs.lora import BASE, read_base
+from diffusion_cli.runs.schema import CheckpointInfo, InitInfo, LatentInfo, LoraInfo, StageInfo
 from diffusion_cli.runs.weights import digest
 from diffusion_cli.samplers import Sampler
 from diffusion_cli.system.distributed import Distributed
@@ -43,6 +45,7 @@ from diffusion_cli.training.latent_data import (
     resumed_latents,
     run_latents,
 )
+from diffusion_cli.training.lora import add_adapters
 from diffusion_cli.training.module import DenoisingModule, TrainingModule
 from diffusion_cli.training.optimizers import Optimization
 
@@ -126,6 +129,7 @@ def set_up(config: TrainConfig, folder: Path, before: CheckpointInfo | None) -> 
     if config.init.freeze is not None:
         freeze(network, config.init.freeze)
         _check_last_layer(task)
+    lora = None if config.lora.rank is None else _add_adapters(config, network, init, folder, before)
     # A resumed run uses the stages and the precision of its start, even if the budget or the machine has changed.
     stages = (before and before.resolution_schedule) or resolution_schedule(config, train_data)
     stored_precision = before.precision if before and config.precision == "auto" else None
@@ -141,6 +145,7 @@ def set_up(config: TrainConfig, folder: Path, before: CheckpointInfo | None) -> 
         "stages": [StageInfo(**stage._asdict()) for stage in stages.all] if stages.grow else None,
         "precision": precision,
         "init": init,
+        "lora": lora,
     }
     info, problems = validate(CheckpointInfo, entries)
     if problems:
@@ -270,6 +275,31 @@ def _weights_of_other_program(named: str, key: str) -> tuple[InitialWeights, dic
         class_names=model.class_names,
     )
     return weights, {"kind": model.kind, "step": None, "weights": None, "sha256": digest(weights.state)}
+
+
+def _add_adapters(
+    config: TrainConfig,
+    network: nn.Module,
+    init: InitInfo | None,
+    folder: Path,
+    before: CheckpointInfo | None,
+) -> LoraInfo:
+    """Add low-rank adapters to a network; a resumed run gets its frozen weights.
+
+    Raises UsageError if the frozen weights cannot be read, and as `add_adapters`.
+    """
+    rank, alpha, targets = config.lora.rank, config.lora.alpha, config.lora.targets
+    assert rank is not None
+    assert init is not None
+    if before is not None and before.lora is not None:
+        with suppress(RuntimeError):  # of other shapes, which the comparison below finds
+            network.load_state_dict(read_base(folder, before.lora), strict=False)
+    torch.manual_seed(mix(config.seed, "lora"))
+    lora = add_adapters(network, rank, alpha, targets, init.new)
+    if before is not None and before.lora != lora:
+        problem = "has other frozen weights than this run"
+        raise UsageError(folder / BASE, NO_VALUE, problem, "restore it, or start again with another name=")
+    return lora
 
 
 def _check_last_layer(task: DenoisingTask | AutoencoderTask) -> None:

@@ -60,8 +60,9 @@ def identity(config: Mapping[str, Any]) -> dict[str, Any]:
     # A budget too: a larger one stretches the learning-rate schedule over all its steps.
     flat.pop("lr_schedule.decay_steps", None)
     flat.pop("dataset.unreadable", None)  # earlier versions lacked it; the images themselves are compared
-    if flat.get("init.weights") == "ema":
-        del flat["init.weights"]  # the default; earlier versions lacked it
+    for key, default in {"init.weights": "ema", "lora.targets": "auto"}.items():
+        if flat.get(key) == default:
+            del flat[key]  # earlier versions lacked it
     # Keys that trade time for memory and change only rounding: a run that lacks memory must be able to change them.
     for key in (
         "accumulate_grad_batches",

@@ -46,6 +46,26 @@ class InitConfig(BaseModel):
         return self
 
 
+class LoraConfig(BaseModel):
+    """`lora.*`: low-rank adapters, which train a few weights beside the frozen ones of `init`."""
+
+    model_config = STRICT
+    rank: PositiveInt | None = None
+    alpha: PositiveFloat | None = None
+    targets: Literal["auto"] | Annotated[list[str], Field(min_length=1)] = "auto"
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        set_without_effect = {
+            "alpha": self.alpha,
+            "targets": None if self.targets == "auto" else f"[{','.join(self.targets)}]",
+        }
+        for key, value in set_without_effect.items():
+            if self.rank is None and value is not None:
+                raise UsageError(f"lora.{key}", value, "applies only with lora.rank=", "set lora.rank")
+        return self
+
+
 class LatentConfig(BaseModel):
     """`latent.*`: the autoencoder that makes the latents of a denoiser."""
 
@@ -94,6 +114,7 @@ class TrainConfig(BaseModel):
     cache_dir: str | None
     output_dir: str
     init: InitConfig = InitConfig()
+    lora: LoraConfig = LoraConfig()
     latent: LatentConfig
     ema: EMAConfig
     dataset: Node
@@ -156,6 +177,23 @@ class TrainConfig(BaseModel):
                         f"does not divide {key}={size}",
                         "use a divisor",
                     )
+        return self
+
+    @model_validator(mode="after")
+    def _adapters(self) -> Self:
+        if (rank := self.lora.rank) is None:
+            return self
+        if self.init == InitConfig():
+            raise UsageError("lora.rank", rank, "adapters change trained weights", "set init.run")
+        if self.init.freeze is not None:
+            problem = "conflicts with lora.rank, which freezes all weights of the source"
+            patterns = f"[{','.join(self.init.freeze)}]"
+            raise UsageError("init.freeze", patterns, problem, "leave one of them out")
+        if self.schedule is None:
+            raise UsageError("lora.rank", rank, "does not apply to task=autoencoder", "leave it out")
+        if self.trainer.get("strategy") == "fsdp":
+            problem = "not supported with lora.rank, which trains few weights"
+            raise UsageError("trainer.strategy", "fsdp", problem, "use trainer.strategy=ddp")
         return self
 
     @model_validator(mode="after")

@@ -129,11 +129,14 @@ def _facts(folder: Path, checkpoint: Checkpoint) -> dict[str, str]:
     budget = f" of {info.config.max_steps:,}" if info.config.max_steps else ""
     # Includes the buffers, which are few.
     weights = sum(tensor.numel() for tensor in checkpoint.weights("ema").values())
+    number = f"{weights / 1e6:.2f}M"
+    if info.lora is not None:
+        number = f"{number} trained of {(weights + info.lora.frozen) / 1e6:.2f}M"
     facts = {
         "step": f"{checkpoint.step:,}{budget}",
         "task": info.task,
         "shape": " × ".join(str(size) for size in info.shape),
-        "parameters": f"{weights / 1e6:.2f}M",
+        "parameters": number,
         "trained on": _data(info),
     }
     return (

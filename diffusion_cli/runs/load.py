@@ -20,6 +20,7 @@ from diffusion_cli.formats import Shape
 from diffusion_cli.networks import AutoencoderKL, ImageAutoencoder
 from diffusion_cli.runs.checkpoint import BEST, LAST, Checkpoint, numbered, read
 from diffusion_cli.runs.find import newest
+from diffusion_cli.runs.lora import merged, read_base
 from diffusion_cli.runs.schema import CheckpointInfo, check_built, not_built
 from diffusion_cli.runs.weights import check_fit, digest
 from diffusion_cli.system.distributed import Distributed
@@ -75,7 +76,7 @@ class LoadedAutoencoder(Loaded):
 
 @dataclass(frozen=True)
 class LoadedWeights(Loaded):
-    """The weights of the network of a run, which is not built."""
+    """The weights of the network of a run, which is not built; adapters are merged."""
 
     state: dict[str, Tensor]
     """Tensors by name."""
@@ -83,37 +84,62 @@ class LoadedWeights(Loaded):
 
 def load_model(run: Path, weights: Weights, device: torch.device, step: Step = None) -> LoadedDenoiser:
     """Load the denoiser of a run from its newest checkpoint, or that of a step, in evaluation mode."""
-    checkpoint, loaded = _read_checkpoint(run, step, weights, Denoiser.task)
-    denoiser = _rebuild(Denoiser, checkpoint, weights, device)
-    space = (
-        Pixels(loaded.shape) if checkpoint.info.latent is None else load_latents(run, checkpoint.info, device)
-    )
-    return LoadedDenoiser(checkpoint.info, loaded.step, loaded.digest, denoiser, space)
+    loaded = load_weights(run, weights, step, Denoiser.task)
+    denoiser = _rebuild(Denoiser, loaded, device)
+    space = Pixels(loaded.shape) if loaded.info.latent is None else load_latents(run, loaded.info, device)
+    return LoadedDenoiser(loaded.info, loaded.step, loaded.digest, denoiser, space)
 
 
 def load_classifier(run: Path, device: torch.device) -> LoadedClassifier:
     """Load the classifier of a run with its EMA weights, in evaluation mode."""
-    checkpoint, loaded = _read_checkpoint(run, None, "ema", NoisyClassifier.task)
-    classifier = _rebuild(NoisyClassifier, checkpoint, "ema", device)
-    return LoadedClassifier(checkpoint.info, loaded.step, loaded.digest, classifier)
+    loaded = load_weights(run, "ema", None, NoisyClassifier.task)
+    classifier = _rebuild(NoisyClassifier, loaded, device)
+    return LoadedClassifier(loaded.info, loaded.step, loaded.digest, classifier)
 
 
 def load_autoencoder(
     run: Path, device: torch.device, weights: Weights = "ema", step: Step = None
 ) -> LoadedAutoencoder:
     """Load the autoencoder of a run from its newest checkpoint, or that of a step, in evaluation mode."""
-    checkpoint, loaded = _read_checkpoint(run, step, weights, AutoencoderKL.task)
-    network = _build_network(checkpoint, weights)
+    loaded = load_weights(run, weights, step, AutoencoderKL.task)
+    network = _build_network(loaded)
     if not isinstance(network, AutoencoderKL):
         raise UsageError(run, NO_VALUE, "its model is not an autoencoder", "give a run of task=autoencoder")
     network = network.to(device).eval().requires_grad_(False)
-    return LoadedAutoencoder(checkpoint.info, loaded.step, loaded.digest, network)
+    return LoadedAutoencoder(loaded.info, loaded.step, loaded.digest, network)
 
 
 def load_weights(run: Path, weights: Weights, step: Step, task: str) -> LoadedWeights:
-    """Load the weights of a run of a task from its newest checkpoint, or that of a step."""
-    checkpoint, loaded = _read_checkpoint(run, step, weights, task)
-    return LoadedWeights(checkpoint.info, loaded.step, loaded.digest, checkpoint.weights(weights))
+    """Load the weights of a run of a task from its newest checkpoint, or that of a step.
+
+    Adapters are merged into the weights. The digest is of what is stored, because a sum can round otherwise elsewhere.
+
+    Raises UsageError if there is no such checkpoint, it is of another task, or its weights do not fit its model.
+    """
+    path, checkpoint = _find_checkpoint(run, step)
+    info = checkpoint.info
+    if info.task != task:
+        raise UsageError(run, NO_VALUE, f"was trained with task={info.task}", f"give a run of task={task}")
+    if problems := check_built(info):
+        raise not_built(path, problems[0])
+    if not checkpoint.has_weights(weights):
+        raise UsageError(path, NO_VALUE, f"weights={weights} are missing or incomplete", "choose another run")
+    stored = state = checkpoint.weights(weights)
+    if info.lora is not None:
+        base = read_base(run, info.lora)
+        try:
+            stored, state = {**base, **state}, merged(state, base, info.lora)
+        except FormatError as error:
+            raise _not_buildable(path, error) from error
+    _check_fit(path, info, state)
+    loaded = LoadedWeights(info, checkpoint.step, digest(stored), state)
+    if loaded.shape != info.shape and Distributed().is_main:
+        print(
+            f"diffuse: {path}: progressive resolution has reached size {min(loaded.shape[1:])} of "
+            f"{min(info.shape[1:])}",
+            file=sys.stderr,
+        )
+    return loaded
 
 
 def load_latents(run: Path, info: CheckpointInfo, device: torch.device) -> Latents:
@@ -140,27 +166,6 @@ def load_latents(run: Path, info: CheckpointInfo, device: torch.device) -> Laten
             f"the autoencoder of the run cannot be read ({reason(error)})",
             "restore it, or choose another run",
         ) from error
-
-
-def _read_checkpoint(run: Path, step: Step, weights: Weights, task: str) -> tuple[Checkpoint, Loaded]:
-    """Read a checkpoint of a run, and check its task and the shapes of its weights."""
-    path, checkpoint = _find_checkpoint(run, step)
-    info = checkpoint.info
-    if info.task != task:
-        raise UsageError(run, NO_VALUE, f"was trained with task={info.task}", f"give a run of task={task}")
-    if problems := check_built(info):
-        raise not_built(path, problems[0])
-    if not checkpoint.has_weights(weights):
-        raise UsageError(path, NO_VALUE, f"weights={weights} are missing or incomplete", "choose another run")
-    _check_fit(path, info, checkpoint.weights(weights))
-    loaded = Loaded(info, checkpoint.step, digest(checkpoint.weights(weights)))
-    if loaded.shape != info.shape and Distributed().is_main:
-        print(
-            f"diffuse: {path}: progressive resolution has reached size {min(loaded.shape[1:])} of "
-            f"{min(info.shape[1:])}",
-            file=sys.stderr,
-        )
-    return checkpoint, loaded
 
 
 def _find_checkpoint(run: Path, step: Step) -> tuple[Path, Checkpoint]:
@@ -197,9 +202,11 @@ def _check_fit(path: Path, info: CheckpointInfo, state: Mapping[str, Tensor]) ->
         build(info.config.schedule)
         build(info.config.parameterization)
     except Exception as error:  # untrusted sizes cause many types of errors
-        raise UsageError(
-            path, NO_VALUE, f"its model cannot be built ({reason(error)})", "choose another run"
-        ) from error
+        raise _not_buildable(path, error) from error
+
+
+def _not_buildable(path: Path, error: Exception) -> UsageError:
+    return UsageError(path, NO_VALUE, f"its model cannot be built ({reason(error)})", "choose another run")
 
 
 def _on_meta_device(info: CheckpointInfo, tensors: int) -> nn.Module:
@@ -235,15 +242,15 @@ def limit_tensors(tensors: int) -> Iterator[None]:
 ModelT = TypeVar("ModelT", bound=NoiseConditioned)
 
 
-def _rebuild(kind: type[ModelT], checkpoint: Checkpoint, weights: Weights, device: torch.device) -> ModelT:
-    config = checkpoint.info.config
-    model = kind(_build_network(checkpoint, weights), build(config.schedule), build(config.parameterization))
+def _rebuild(kind: type[ModelT], loaded: LoadedWeights, device: torch.device) -> ModelT:
+    config = loaded.info.config
+    model = kind(_build_network(loaded), build(config.schedule), build(config.parameterization))
     return model.to(device).eval().requires_grad_(False)
 
 
-def _build_network(checkpoint: Checkpoint, weights: Weights) -> nn.Module:
+def _build_network(loaded: LoadedWeights) -> nn.Module:
     """Return the network of a checkpoint, with its weights."""
-    info = checkpoint.info
+    info = loaded.info
     network = build(info.config.model, info.network_shape, info.num_classes)
-    network.load_state_dict(checkpoint.weights(weights))
+    network.load_state_dict(loaded.state)
     return network

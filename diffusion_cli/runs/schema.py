@@ -103,6 +103,13 @@ class InitInfo(BaseModel):
     """Number of tensors of the network."""
     fresh: list[str]
     """Names of the other tensors, which have random values, and of classes that the source lacks."""
+    adapted: list[str] = []
+    """Names of the tensors that come from tensors of another shape, as for other channels."""
+
+    @property
+    def new(self) -> set[str]:
+        """Names of the tensors that the source does not have as a whole."""
+        return {name.partition(" ")[0] for name in self.fresh} | {*self.adapted}
 
     def __str__(self) -> str:
         key = "init.run" if self.kind == "run" else "init.pretrained"
@@ -112,6 +119,18 @@ class InitInfo(BaseModel):
         return f"{key}={self.source} ({origin}): {self.taken} of {self.total} tensors" + (
             f"; new: {named}{more}" if self.fresh else ""
         )
+
+
+class LoraInfo(BaseModel):
+    """The low-rank adapters of a run; its checkpoints have them in place of the weights that they change."""
+
+    model_config = STRICT
+    rank: PositiveInt
+    alpha: Annotated[Finite, Field(gt=0)]
+    frozen: PositiveInt
+    """Number of frozen parameters, which are in a file of the run folder."""
+    sha256: str
+    """SHA-256 of the frozen parameters."""
 
 
 class StageInfo(BaseModel):
@@ -171,6 +190,8 @@ class CheckpointInfo(BaseModel):
     """Class names, in the order of the labels."""
     init: InitInfo | None = None
     """None for random first weights."""
+    lora: LoraInfo | None = None
+    """None for weights without adapters."""
     class_counts: list[NonNegativeInt] | None = None
     """Training images per class; None without classes, or for early versions."""
     stages: Annotated[list[StageInfo], Field(min_length=1)] | None = None

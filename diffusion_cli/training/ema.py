@@ -1,6 +1,7 @@
 """Exponential moving average (EMA) of the weights."""
 
 import copy
+from itertools import compress
 from typing import Any, NamedTuple
 
 import torch
@@ -15,6 +16,8 @@ from diffusion_cli.training.module import Trainable, TrainingModule
 class EMA(Callback):
     """Updates a frozen copy of the network, `w <- d w + (1 - d) w_network`, after each optimizer step.
 
+    Weights that training does not change are not averaged.
+
     With warm-up the decay at update n = 1, 2, ... is d = min(decay, (1 + n) / (10 + n)), as in the code of
     Song et al. 2021b, so that the influence of the first weights fades quickly.
 
@@ -22,7 +25,10 @@ class EMA(Callback):
     """
 
     def __init__(self, network: nn.Module, decay: float, warm_up: bool, offload: bool = False) -> None:
-        self.network = copy.deepcopy(network).requires_grad_(False).eval()
+        # Weights that no checkpoint has, as those below adapters, never change: they need no copy.
+        stored = network.state_dict().keys()
+        shared = {id(weight): weight for name, weight in network.named_parameters() if name not in stored}
+        self.network = copy.deepcopy(network, shared).requires_grad_(False).eval()
         self.decay, self.warm_up, self.offload = decay, warm_up, offload
         self.updates = 0
         self._parts: dict[str, _Part] = {}
@@ -42,7 +48,9 @@ class EMA(Callback):
         """Update the average with the current weights."""
         self.updates += 1
         averages = [part.mine for part in self._parts.values()] or list(self.network.parameters())
-        weights = [_local(weight) for weight in network.parameters()]
+        trained = [weight.requires_grad for weight in network.parameters()]
+        averages = [*compress(averages, trained)]
+        weights = [_local(weight) for weight in network.parameters() if weight.requires_grad]
         if self.offload:
             weights = [weight.to("cpu") for weight in weights]
         get_ema_multi_avg_fn(self.decay_at(self.updates))(averages, weights, self.updates)

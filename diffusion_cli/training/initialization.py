@@ -39,6 +39,8 @@ class Fitted(NamedTuple):
     """Number of tensors of the network."""
     fresh: list[str]
     """Names of the tensors with random values; if only rows of classes have them, with the number of these classes."""
+    adapted: list[str]
+    """Names of the tensors that come from tensors of another shape."""
 
 
 @torch.no_grad()
@@ -71,7 +73,7 @@ def fit(
         bool(getattr(network, "pixels_first", False)),
     )
     rows = _class_tensors(network, len(class_names or ()))
-    state, taken, fresh = network.state_dict(), 0, []
+    state, taken, fresh, adapted = network.state_dict(), 0, [], []
     for name, mine in state.items():
         theirs, lacking = source.state.get(name), 0
         if theirs is None:
@@ -87,8 +89,9 @@ def fit(
             continue
         mine.copy_(theirs)
         taken += 1
+        adapted += [name] if source.state[name].shape != mine.shape else []
         fresh += [f"{name} of {lacking} class{'es' * (lacking > 1)}"] if lacking else []
-    return Fitted(taken, len(state), fresh)
+    return Fitted(taken, len(state), fresh, adapted)
 
 
 class _Channels(NamedTuple):
@@ -189,19 +192,35 @@ def freeze(network: nn.Module, patterns: Sequence[str]) -> None:
     Raises:
         UsageError: a pattern matches nothing, or all parameters match.
     """
-    names = {name: [*accumulate(name.split("."), "{}.{}".format)] for name, _ in network.named_parameters()}
-    places = list(dict.fromkeys(place for found in names.values() for place in found))
-    for pattern in patterns:
-        if not any(fnmatchcase(place, pattern) for place in places):
-            near = difflib.get_close_matches(pattern, places, n=3)
-            parts = dict.fromkeys(found[0] for found in names.values())
-            remedy = f"did you mean {' or '.join(near)}?" if near else f"choose from {', '.join(parts)}"
-            raise UsageError("init.freeze", pattern, "matches no parameter", remedy)
-    frozen = {
-        name for name, found in names.items() for place in found for pattern in patterns
-        if fnmatchcase(place, pattern)
-    }  # fmt: skip
+    names = [name for name, _ in network.named_parameters()]
+    frozen = matching(names, patterns, "init.freeze", "parameter")
     if len(frozen) == len(names):
         raise UsageError("init.freeze", f"[{','.join(patterns)}]", "leaves nothing to train", "freeze less")
     for name, parameter in network.named_parameters():
         parameter.requires_grad_(name not in frozen)
+
+
+def matching(names: Sequence[str], patterns: Sequence[str], key: str, kind: str) -> set[str]:
+    """Return the dotted names that match a pattern, or lie in a module that does.
+
+    Args:
+        names: names of parameters or modules.
+        patterns: names, where `*` stands for any text.
+        key: option with the patterns, for errors.
+        kind: word for what has a name, for errors.
+
+    Raises:
+        UsageError: a pattern matches nothing.
+    """
+    places_of = {name: [*accumulate(name.split("."), "{}.{}".format)] for name in names}
+    places = list(dict.fromkeys(place for found in places_of.values() for place in found))
+    for pattern in patterns:
+        if not any(fnmatchcase(place, pattern) for place in places):
+            near = difflib.get_close_matches(pattern, places, n=3)
+            parts = dict.fromkeys(found[0] for found in places_of.values())
+            remedy = f"did you mean {' or '.join(near)}?" if near else f"choose from {', '.join(parts)}"
+            raise UsageError(key, pattern, f"matches no {kind}", remedy)
+    return {
+        name for name, found in places_of.items() for place in found for pattern in patterns
+        if fnmatchcase(place, pattern)
+    }  # fmt: skip

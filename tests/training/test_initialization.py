@@ -48,7 +48,7 @@ def images(channels: int, seed: int = 5) -> Tensor:
 def test_equal_networks_compute_the_same_to_the_bit(name):
     source, target = network(name, 2), network(name, 2, seed=1)
     result = fitted(target, source, (2, 2))
-    assert result == (len(source.state_dict()), len(source.state_dict()), [])
+    assert result == (len(source.state_dict()), len(source.state_dict()), [], [])
     assert torch.equal(output(target, images(2)), output(source, images(2)))
 
 
@@ -75,10 +75,13 @@ def test_colour_networks_average_their_outputs_for_gray_images(name, variance):
 @pytest.mark.parametrize("name", NETWORKS)
 def test_more_channels_change_nothing_for_the_first_ones(name):
     source, target = network(name, 2), network(name, 4, seed=1)
-    assert fitted(target, source, (2, 4)).fresh == []
-    result = output(target, images(4))
-    close(result[:, :2], output(source, images(4)[:, :2]))
-    assert not result[:, 2:].any()
+    result = fitted(target, source, (2, 4))
+    assert result.fresh == []
+    first, last = {"dit": ("x_embedder.proj", "final_layer.linear")}.get(name, ("stem", "out_conv"))
+    assert {*result.adapted} == {f"{first}.weight", f"{last}.weight", f"{last}.bias"}
+    outputs = output(target, images(4))
+    close(outputs[:, :2], output(source, images(4)[:, :2]))
+    assert not outputs[:, 2:].any()
 
 
 @pytest.mark.parametrize("name", NETWORKS)

@@ -67,7 +67,9 @@ def test_other_data_keep_what_fits(runs):
     assert torch.equal(network.get_parameter("stem.weight"), stem.expand(-1, 3, 3, 3) / 3)
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "muon", "lion"])
+@pytest.mark.parametrize(
+    "optimizer", ["lion", *(pytest.param(name, marks=pytest.mark.slow) for name in ("adamw", "muon"))]
+)
 def test_frozen_weights_stay_equal_also_after_a_resume_without_the_source(runs, optimizer, capsys):
     words = [*SHORT, f"output_dir={runs}", "init.run=tiny", "init.freeze=[time_mlp,'down.*']", "name=tuned"]
     words += [f"optimizer={optimizer}", "optimizer.weight_decay=0.1"]

@@ -3,15 +3,16 @@
 Each module maps one architecture or file format: configurations without torch, weights with it.
 """
 
+from collections.abc import Callable
 from pathlib import Path
 
 from diffusion_cli.convert.base import PretrainedModel
-from diffusion_cli.convert.diffusers_folder import read_folder
+from diffusion_cli.convert.diffusers_folder import read_autoencoder_folder, read_folder
 from diffusion_cli.errors import FormatError, UsageError
 from diffusion_cli.system.hub import snapshot
 from diffusion_cli.system.untrusted import reason
 
-__all__ = ["HUB", "REMEDY", "read_source"]
+__all__ = ["HUB", "REMEDY", "read_autoencoder", "read_source"]
 
 HUB = "hub:"
 """Prefix of a source that is a repository of the Hugging Face Hub."""
@@ -30,11 +31,20 @@ def read_source(source: str, key: str) -> PretrainedModel:
     Raises:
         UsageError: the source has no model that can be read.
     """
+    return _read(source, key, read_folder)
+
+
+def read_autoencoder(source: str, key: str) -> PretrainedModel:
+    """Return an autoencoder that another program wrote, or that of a pipeline, as `read_source`."""
+    return _read(source, key, read_autoencoder_folder)
+
+
+def _read(source: str, key: str, reader: Callable[[Path], PretrainedModel]) -> PretrainedModel:
     try:
         is_remote = source.startswith(HUB)
         folder = snapshot(source.removeprefix(HUB)) if is_remote else Path(source).expanduser()
         if not folder.is_dir():
             raise FormatError("is not a folder" if folder.exists() else "does not exist")
-        return read_folder(folder)
+        return reader(folder)
     except (FormatError, OSError) as error:
         raise UsageError(key, source, reason(error), REMEDY) from error

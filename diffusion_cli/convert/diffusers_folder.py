@@ -24,7 +24,7 @@ DENOISERS = {
     "Transformer2DModel": "diffusers_dit",
 }
 """Module of each class of denoisers."""
-AUTOENCODERS = dict.fromkeys(("AutoencoderKL", "VQModel"), "diffusers_autoencoder")
+AUTOENCODERS: dict[str, str] = dict.fromkeys(("AutoencoderKL", "VQModel"), "diffusers_autoencoder")
 """Module of each class of autoencoders."""
 PARTS = {"unet": DENOISERS, "transformer": DENOISERS, "vae": AUTOENCODERS, "vqvae": AUTOENCODERS}
 """Parts of a pipeline with weights, by the name of their folder."""
@@ -77,6 +77,21 @@ def read_folder(folder: Path) -> PretrainedModel:
     if (folder / CONFIG).is_file():
         return _alone(folder)
     raise FormatError(f"contains neither {INDEX} nor {CONFIG}")
+
+
+def read_autoencoder_folder(folder: Path) -> PretrainedModel:
+    """Return the autoencoder in a folder, or that of a pipeline with any other parts; errors as `read_folder`."""
+    names = [name for name, kinds in PARTS.items() if kinds == AUTOENCODERS]
+    inner = next((folder / name for name in names if (folder / name / CONFIG).is_file()), folder)
+    part = _part(inner, AUTOENCODERS)
+    network = part.network()
+    return PretrainedModel(
+        kind=f"{part.kind} of diffusers",
+        network=network,
+        weights=lambda: part.weights(network),
+        process=None,
+        files=_named(folder, [part]),
+    )
 
 
 def _alone(folder: Path) -> PretrainedModel:

@@ -11,7 +11,8 @@ from typing import Any, NamedTuple
 import torch
 
 from diffusion_cli.config import build
-from diffusion_cli.convert import read_source
+from diffusion_cli.convert import read_autoencoder, read_source
+from diffusion_cli.convert.base import Autoencoder, PretrainedModel
 from diffusion_cli.data import Dataset, Images
 from diffusion_cli.data.base import Split
 from diffusion_cli.diffusion.latents import Latents, measured_scale
@@ -20,7 +21,6 @@ from diffusion_cli.networks import ImageAutoencoder
 from diffusion_cli.runs.find import newest
 from diffusion_cli.runs.imported import weights_of
 from diffusion_cli.runs.load import load_autoencoder, load_latents, load_weights
-from diffusion_cli.runs.pretrained import from_diffusers
 from diffusion_cli.runs.schema import CheckpointInfo, LatentInfo
 from diffusion_cli.runs.weights import digest
 from diffusion_cli.system.distributed import Distributed
@@ -57,25 +57,32 @@ def resumed_latents(folder: Path, info: CheckpointInfo, device: torch.device) ->
     return LatentSource(latents, info.latent.autoencoder, info.latent.source, dict(info.latent.cache))
 
 
-def pretrained_latents(folder: str, dataset: Dataset, device: torch.device) -> LatentSource:
-    """Return the latents of an autoencoder in diffusers format; UsageError if it does not fit."""
-    network, description = from_diffusers(Path(folder).expanduser(), "latent.pretrained")
-    _check_images("latent.pretrained", folder, network, description.shape[0], dataset)
-    return _unscaled(network.to(device), description.node, folder, dataset)
+def pretrained_latents(source: str, dataset: Dataset, device: torch.device) -> LatentSource:
+    """Return the latents of the autoencoder of `latent.pretrained`; UsageError if it does not fit."""
+    model = read_autoencoder(source, "latent.pretrained")
+    network = _pretrained(model, source, "latent.pretrained", dataset)
+    return _unscaled(network.to(device), model.network.node, source, dataset)
 
 
 def bundled_latents(source: str, dataset: Dataset, device: torch.device) -> LatentSource:
     """Return the latents of the model of `init.pretrained` with their scale; UsageError if they do not fit."""
-    key = "init.pretrained"
-    parts = read_source(source, key).autoencoder
+    parts = read_source(source, "init.pretrained").autoencoder
     if parts is None:
         raise UsageError("latent.pretrained", source, "is a model of pixels", "leave it out")
-    network, state = parts.network, weights_of(parts, source, key)
-    autoencoder = build(network.node, network.shape, None)
-    autoencoder.load_state_dict(state)
-    _check_images(key, source, autoencoder, network.shape[0], dataset)
-    latents = Latents(autoencoder.to(device), dataset.shape, parts.mean, parts.std)
-    return LatentSource(latents, network.node, source, {})
+    network = _pretrained(parts, source, "init.pretrained", dataset)
+    latents = Latents(network.to(device), dataset.shape, parts.mean, parts.std)
+    return LatentSource(latents, parts.network.node, source, {})
+
+
+def _pretrained(
+    model: PretrainedModel | Autoencoder, source: str, key: str, dataset: Dataset
+) -> ImageAutoencoder:
+    """Return an autoencoder of another program with its weights; UsageError, about `key`, if it does not fit."""
+    state = weights_of(model, source, key)
+    network = build(model.network.node, model.network.shape, None)
+    network.load_state_dict(state)
+    _check_images(key, source, network, model.network.shape[0], dataset)
+    return network
 
 
 def run_latents(run: Path, named: str, dataset: Dataset, device: torch.device) -> LatentSource:

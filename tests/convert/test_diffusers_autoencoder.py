@@ -12,8 +12,7 @@ from diffusion_cli.convert.base import Network
 from diffusion_cli.convert.diffusers_folder import read_folder
 from diffusion_cli.diffusion.latents import Latents
 from diffusion_cli.errors import FormatError
-from diffusion_cli.runs.pretrained import from_diffusers
-from helpers.convert import agree, built, same_bytes
+from helpers.convert import agree, autoencoder_of, built, same_bytes
 from helpers.networks import randomised
 
 diffusers = pytest.importorskip("diffusers")
@@ -74,7 +73,7 @@ def examples(network: Any) -> tuple[Tensor, Tensor]:
 def test_encodes_and_decodes_as_diffusers(layout, tmp_path):
     theirs = kl(**layout)
     theirs.save_pretrained(tmp_path)
-    network = from_diffusers(tmp_path, "key").network
+    network = autoencoder_of(tmp_path)
     x, z = examples(theirs)
     with torch.no_grad():
         agree(network.moments(x), theirs.encode(x).latent_dist.parameters)
@@ -114,7 +113,7 @@ CODEBOOKS: list[dict[str, Any]] = [
 def test_a_codebook_encodes_and_decodes_as_in_diffusers(layout, tmp_path):
     theirs = vq(**layout)
     theirs.save_pretrained(tmp_path / "vqvae")
-    network = from_diffusers(tmp_path, "key").network
+    network = autoencoder_of(tmp_path)
     side = 4 * network.factor
     x, z = torch.randn(2, 3, side, 2 * side), torch.randn(2, layout["vq_embed_dim"], 4, 8)
     with torch.no_grad():

@@ -1,11 +1,14 @@
 """Comparison of networks with those of other programs."""
 
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from diffusion_cli.config import build
+from diffusion_cli.convert import read_autoencoder
 from diffusion_cli.convert.base import Network, Weights
+from diffusion_cli.runs.imported import weights_of
 
 
 def built(network: Network, weights: Weights) -> Any:
@@ -13,6 +16,12 @@ def built(network: Network, weights: Weights) -> Any:
     module = build(network.node, network.shape, network.num_classes)
     module.load_state_dict(weights)
     return module.eval().requires_grad_(False)
+
+
+def autoencoder_of(source: Path | str, key: str = "key") -> Any:
+    """The autoencoder of a folder of diffusers with its weights, in evaluation mode."""
+    model = read_autoencoder(str(source), key)
+    return built(model.network, weights_of(model, str(source), key))
 
 
 def agree(ours: Tensor, theirs: Tensor, tolerance: float = 1e-5) -> None:

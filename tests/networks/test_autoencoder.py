@@ -12,10 +12,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from diffusion_cli.config import CONF
+from diffusion_cli.convert.diffusers_folder import WEIGHTS
 from diffusion_cli.networks import AutoencoderKL
-from diffusion_cli.runs.pretrained import WEIGHTS, from_diffusers
 from helpers import assert_same
 from helpers.autoencoders import PUBLISHED, SMALL, small
+from helpers.convert import autoencoder_of
 
 
 @pytest.fixture
@@ -30,7 +31,7 @@ def option(name: str) -> dict:
 
 
 def test_encodes_and_decodes_as_diffusers_does():
-    network, expected = from_diffusers(PUBLISHED, "key").network, np.load(PUBLISHED / "expected.npz")
+    network, expected = autoencoder_of(PUBLISHED), np.load(PUBLISHED / "expected.npz")
     moments = network.moments(torch.from_numpy(expected["x"]))
     decoded = network.decode(torch.from_numpy(expected["z"]))
     np.testing.assert_allclose(moments.numpy(), expected["moments"], rtol=0, atol=1e-5)
@@ -38,7 +39,7 @@ def test_encodes_and_decodes_as_diffusers_does():
 
 
 def test_its_weights_have_the_names_of_diffusers_so_that_they_go_back_as_they_came():
-    network, published = from_diffusers(PUBLISHED, "key").network, load_file(PUBLISHED / WEIGHTS)
+    network, published = autoencoder_of(PUBLISHED), load_file(PUBLISHED / WEIGHTS)
     assert {name: tensor.shape for name, tensor in network.state_dict().items()} == {
         name: tensor.shape for name, tensor in published.items()
     }
@@ -55,7 +56,7 @@ def test_the_published_sizes_have_the_published_number_of_parameters(name, param
 
 def test_the_autoencoder_of_a_pipeline_is_found(folder, tmp_path):
     folder.rename(tmp_path / "vae")
-    found, given = (from_diffusers(path, "key").network.state_dict() for path in (tmp_path, PUBLISHED))
+    found, given = (autoencoder_of(path).state_dict() for path in (tmp_path, PUBLISHED))
     assert_same(found, given, "weights")
 
 
@@ -63,7 +64,7 @@ def test_without_convolutions_beside_the_latents(folder):
     change(folder, use_quant_conv=False, use_post_quant_conv=False)
     state = {name: tensor for name, tensor in load_file(folder / WEIGHTS).items() if "quant_conv" not in name}
     save_file(state, folder / WEIGHTS)
-    network, with_them = (from_diffusers(path, "key").network for path in (folder, PUBLISHED))
+    network, with_them = (autoencoder_of(path) for path in (folder, PUBLISHED))
     x = torch.randn(1, 2, 8, 8)
     inner = with_them.encoder(x)
     assert torch.equal(network.encoder(x), inner)
@@ -90,20 +91,20 @@ def change(folder: Path, **fields: object) -> None:
 def test_another_network_is_refused_in_a_line(folder, fields, words):
     change(folder, **fields)
     with pytest.raises(ValueError, match=rf"^latent.pretrained=[^;]*{words}[^;]*; give a folder[^;]*$"):
-        from_diffusers(folder, "latent.pretrained")
+        autoencoder_of(folder, "latent.pretrained")
 
 
 def test_damaged_missing_and_pickled_weights_are_refused_in_a_line(folder):
     (folder / WEIGHTS).write_bytes((folder / WEIGHTS).read_bytes()[:1000])
     with pytest.raises(ValueError, match=rf"{WEIGHTS}: .*give a folder"):
-        from_diffusers(folder, "key")
+        autoencoder_of(folder)
     (folder / WEIGHTS).rename(folder / "diffusion_pytorch_model.bin")
     with pytest.raises(
-        ValueError, match=r"\.bin is pickled and could run code\); give .* safe_serialization=True$"
+        ValueError, match=r"\.bin is pickled and could run code; give .* safe_serialization=True"
     ):
-        from_diffusers(folder, "key")
-    with pytest.raises(ValueError, match=r"^key=nowhere: contains no readable autoencoder \("):
-        from_diffusers(Path("nowhere"), "key")
+        autoencoder_of(folder)
+    with pytest.raises(ValueError, match=r"^key=nowhere: does not exist; give a folder"):
+        autoencoder_of("nowhere")
 
 
 def test_the_log_variance_stays_within_its_published_bounds():

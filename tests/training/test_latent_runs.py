@@ -18,6 +18,7 @@ from diffusion_cli.batch_size import network_call
 from diffusion_cli.cli import run
 from diffusion_cli.commands.guides import _same_latents
 from diffusion_cli.config import CONF, build
+from diffusion_cli.convert.diffusers_folder import WEIGHTS
 from diffusion_cli.data import Digits
 from diffusion_cli.diffusion.guidance import NoGuidance
 from diffusion_cli.diffusion.latents import Latents, measured_scale
@@ -26,7 +27,6 @@ from diffusion_cli.generate import SamplingPipeline, generate
 from diffusion_cli.networks import AutoencoderKL, VQModel
 from diffusion_cli.runs.checkpoint import LAST, read
 from diffusion_cli.runs.load import AUTOENCODER, load_model
-from diffusion_cli.runs.pretrained import WEIGHTS
 from diffusion_cli.runs.schema import LatentInfo
 from diffusion_cli.samplers import DDIM
 from diffusion_cli.training import latent_data
@@ -309,7 +309,7 @@ def test_a_run_without_its_own_autoencoder_is_refused_in_a_line(latent_runs, tmp
 @pytest.mark.parametrize(
     ("words", "line"),
     [
-        (["latent.run=a"], "was trained with task=diffusion; give a run of task=autoencoder"),
+        (["latent.run=pixels"], "was trained with task=diffusion; give a run of task=autoencoder"),
         (["latent.run=none"], "latent.run=none: does not exist"),
         (
             ["latent.run=ae", "latent.pretrained=b"],
@@ -319,7 +319,7 @@ def test_a_run_without_its_own_autoencoder_is_refused_in_a_line(latent_runs, tmp
             [f"latent.pretrained={PUBLISHED}"],
             "encodes images with 2 channels, but those of digits have 1 (size 8x8); use another",
         ),
-        (["latent.pretrained=nowhere"], "latent.pretrained=nowhere: contains no readable autoencoder"),
+        (["latent.pretrained=nowhere"], "latent.pretrained=nowhere: does not exist; give a folder"),
         (["latent.run=ae", "progressive=[4,8]"], "progressive=[4, 8]: latents have one fixed size"),
         (["name=a", "model.class_conditional=true"], "latent.run=null: the run in"),
         (["name=a", "model.class_conditional=true", "latent.run=other"], "latent.run=other: the run in"),

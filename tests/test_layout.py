@@ -8,7 +8,7 @@ from diffusion_cli.config import HERE
 
 ORDER = [
     "errors", "system", "convert", "runs.migrate", "config", "formats", "data networks", "diffusion", "samplers",
-    "runs captions images charts", "generate editing", "metrics batch_size", "figures", "report", "training",
+    "runs captions images charts", "generate editing export", "metrics batch_size", "figures", "report", "training",
     "commands", "model cli",
 ]  # fmt: skip
 """Rooms from the lowest; a room imports only from those before it, and from those beside it."""

@@ -24,6 +24,7 @@ GROUPS = {
     "action": "operation on a dataset",
     "figure": "figure to draw",
     "edit": "edit to apply",
+    "format": "files to write",
     "dataset": "dataset, with training settings that suit it; eval and compare default to that of the run",
     "model": "network architecture",
     "schedule": "noise schedule",
@@ -58,6 +59,7 @@ DESCRIBED = {
     "runs": [],
     "new": [],
     "import": ["dataset"],
+    "export": ["format"],
 }
 """Groups that the help of a command lists first, with a description of each option."""
 

@@ -344,6 +344,20 @@ class ImportConfig(BaseModel):
     parameterization: Node | None = None
 
 
+class ExportConfig(BaseModel):
+    """The keys of `conf/export.yaml`."""
+
+    model_config = STRICT
+    run: str | None
+    step: Step
+    weights: Weights
+    license: Annotated[str, Field(pattern=r"^[\w.+-]{1,60}$")] | None
+    output: str | None
+    force: bool
+    output_dir: str
+    format: Node
+
+
 class SlurmConfig(BaseModel):
     """The keys of `conf/hydra/launcher/slurm.yaml`."""
 
@@ -377,6 +391,7 @@ Config = (
     | RunsConfig
     | NewConfig
     | ImportConfig
+    | ExportConfig
 )
 COMMANDS: dict[str, type[Config]] = {
     "train": TrainConfig,
@@ -390,10 +405,11 @@ COMMANDS: dict[str, type[Config]] = {
     "runs": RunsConfig,
     "new": NewConfig,
     "import": ImportConfig,
+    "export": ExportConfig,
 }
 # Commands that take a list of values where one is due, and get the product of all lists.
 GRIDS = frozenset(["plot", "compare"])
-UNSWEPT = GRIDS | {"new", "import"}
+UNSWEPT = GRIDS | {"new", "import", "export"}
 """Commands without `-m`."""
 FIRST_WORDS = {"plot": ("figure",), "data": ("action",), "new": ("group", "name")}
 """Groups and keys of the bare first words of a command: `diffuse plot loss` is `diffuse plot figure=loss`."""

@@ -32,6 +32,8 @@ UNIT_RANGE = "ScoreSdeVeScheduler"
 """Scheduler of models with pixels in [0, 1], and not in [-1, 1]."""
 ASSUMED = {"_class_name": "DDPMScheduler"}
 """Scheduler of a model without one: that of Ho et al. 2020."""
+LABELS = "id2label"
+"""Names of the classes by number: of DiTPipeline, and with an underscore of denoisers that were exported here."""
 LICENCE = "license:"
 
 
@@ -73,7 +75,10 @@ def read_folder(folder: Path) -> PretrainedModel:
         OSError: a file cannot be read.
     """
     if (folder / INDEX).is_file():
-        return _pipeline(folder)
+        return _pipeline(folder, _json(folder / INDEX))
+    if (folder / "scheduler" / SCHEDULER).is_file():
+        parts = [name for name in (*PARTS, "scheduler") if (folder / name).is_dir()]
+        return _pipeline(folder, {"_class_name": "parts", **{name: ["diffusers"] for name in parts}})
     if (folder / CONFIG).is_file():
         return _alone(folder)
     raise FormatError(f"contains neither {INDEX} nor {CONFIG}")
@@ -113,9 +118,8 @@ def _alone(folder: Path) -> PretrainedModel:
     )
 
 
-def _pipeline(folder: Path) -> PretrainedModel:
+def _pipeline(folder: Path, index: Node) -> PretrainedModel:
     """Return the denoiser of a pipeline, with its scheduler and its autoencoder if it has one."""
-    index = _json(folder / INDEX)
     kind = index.get("_class_name")
     names = {
         name
@@ -138,7 +142,7 @@ def _pipeline(folder: Path) -> PretrainedModel:
         weights=lambda: denoiser.weights(network),
         process=process,
         autoencoder=_autoencoder(autoencoders[0], network) if autoencoders else None,
-        class_names=_class_names(index.get("id2label"), network),
+        class_names=_class_names(index.get(LABELS, denoiser.config.get(f"_{LABELS}")), network),
         files=_named(folder, [*parts.values()]),
         licence=_licence(folder),
     )
@@ -181,12 +185,12 @@ def _autoencoder(part: _Part, denoiser: Network) -> Autoencoder:
 
 
 def _class_names(names: Any, network: Network) -> tuple[str, ...] | None:
-    """Return the names of `id2label` in the order of the classes; None without them."""
+    """Return the names of `LABELS` in the order of the classes; None without them."""
     if names is None or network.num_classes is None:
         return None
     labels = [str(label) for label in range(network.num_classes)]
     if not isinstance(names, Mapping) or sorted(names) != sorted(labels):
-        raise FormatError(f"{INDEX}: id2label does not name the {network.num_classes} classes of the network")
+        raise FormatError(f"{INDEX}: {LABELS} does not name the {network.num_classes} classes of the network")
     return tuple(str(names[label]) for label in labels)
 
 

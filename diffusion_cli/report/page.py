@@ -68,7 +68,7 @@ def page(records: Sequence[Record]) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"number": _number, "cell": _cell, "svg": _svg, "line_style": line_style}
+    environment.filters |= {"number": number, "cell": _cell, "svg": _svg, "line_style": line_style}
     environment.tests["numeric"] = _is_numeric
     environment.globals |= {
         "side_by_side": side_by_side,
@@ -174,7 +174,7 @@ def _notes(reports: Sequence[Report]) -> list[str]:
     return notes
 
 
-def _number(value: Any) -> str:
+def number(value: Any) -> str:
     """Return a number with five significant digits, as `diffuse eval` prints it."""
     return f"{value:.5g}" if isinstance(value, float) else format_value(value)
 

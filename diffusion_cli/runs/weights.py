@@ -24,13 +24,13 @@ def check_fit(path: Path, network: nn.Module, state: Mapping[str, Tensor]) -> No
             )
 
 
-def save_weights(state: Mapping[str, Tensor], path: Path) -> None:
+def save_weights(state: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str] | None = None) -> None:
     """Write the weights of a network as safetensors; OSError as `atomic_write`."""
     from safetensors.torch import save as packed
 
     plain = {key: value.detach().cpu().contiguous() for key, value in state.items()}
     with atomic_write(path) as temporary:
-        temporary.write_bytes(packed(plain))
+        temporary.write_bytes(packed(plain, {"format": "pt", **(metadata or {})}))
 
 
 def digest(state: Mapping[str, Tensor]) -> str:

@@ -48,21 +48,24 @@ def atomic_write(path: Path) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def new_folder(path: Path) -> Iterator[Path]:
+def new_folder(path: Path, replace: bool = False) -> Iterator[Path]:
     """Context that yields a temporary folder beside `path`, which becomes `path` at the end, or is removed.
 
-    Raises FileExistsError if `path` exists by then, OSError as `writing`.
+    Raises FileExistsError if `path` exists by then and is not to be replaced, OSError as `writing`.
     """
-    temporary = temporary_path(path)
+    temporary, former = temporary_path(path), None
     try:
         with writing(path):
             temporary.mkdir(parents=True)
             yield temporary
-            if path.exists():
+            if path.exists() and replace:
+                path.rename(former := temporary_path(path))
+            elif path.exists():
                 raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path))
             temporary.rename(path)
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        for left in filter(None, (temporary, former)):
+            shutil.rmtree(left, ignore_errors=True)
 
 
 def set_aside(path: Path) -> Path:

@@ -1,0 +1,65 @@
+"""`diffuse export`: write the model of a run in the format of another program, with a model card."""
+
+from pathlib import Path
+
+from diffusion_cli.config import ExportConfig, build
+from diffusion_cli.config.values import Step, Weights
+from diffusion_cli.diffusion.denoiser import Denoiser, NoisyClassifier
+from diffusion_cli.errors import UsageError
+from diffusion_cli.export import Exportable, ExportFormat
+from diffusion_cli.report.card import is_export, model_card
+from diffusion_cli.runs.find import find_run, task_of
+from diffusion_cli.runs.load import load_autoencoder, load_model
+from diffusion_cli.system.files import new_folder
+from diffusion_cli.system.precision import device_of
+
+EXPORTS = "exports"
+"""Folder of the exports in the folder of a run."""
+
+
+def run(config: ExportConfig) -> None:
+    """Write the folder, and print its files.
+
+    Raises UsageError if the format cannot express the model, or the folder exists.
+    """
+    folder = find_run(config.run, config.output_dir)
+    form: ExportFormat = build(config.format)
+    output = Path(config.output) if config.output else folder / EXPORTS / form.name
+    check_output(output, config.force)
+    model = load(folder, config.weights, config.step)
+    form.check(model)
+    card = model_card(
+        folder, model, form, weights=config.weights, source=output.resolve().name, license=config.license
+    )
+    with new_folder(output, replace=config.force) as temporary:
+        form.write(model, temporary)
+        card.write(temporary)
+    for line in listed(output):
+        print(line)
+    print(f"{form.name} of {folder.name}, step {model.step}, {config.weights} weights: {output}")
+
+
+def load(folder: Path, weights: Weights, step: Step) -> Exportable:
+    """Return the denoiser or the autoencoder of a run; UsageError for a classifier."""
+    task = task_of(folder)
+    if task == NoisyClassifier.task:
+        remedy = "give a run of a denoiser or an autoencoder"
+        raise UsageError("run", folder.name, "is a classifier, which is not exported", remedy)
+    load_run = load_model if task == Denoiser.task else load_autoencoder
+    return load_run(folder, weights=weights, step=step, device=device_of("cpu"))
+
+
+def check_output(output: Path, force: bool) -> None:
+    """Raise UsageError if a folder exists, unless `force` may replace it."""
+    if not output.exists():
+        return
+    if not force:
+        raise UsageError("output", output, "exists already", "choose another folder, or set force=true")
+    if not is_export(output):
+        raise UsageError("output", output, "is no export of diffuse", "choose another folder")
+
+
+def listed(folder: Path) -> list[str]:
+    """Return a line for each file in a folder, with its size."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return [f"{path.stat().st_size:>12,}  {path.relative_to(folder).as_posix()}" for path in files]

@@ -1,0 +1,7 @@
+"""Trained models in the formats of other programs: one class and one YAML file a format."""
+
+from diffusion_cli.export.base import Exportable, ExportFormat
+from diffusion_cli.export.diffusers import Diffusers
+from diffusion_cli.export.safetensors import Safetensors
+
+__all__ = ["Diffusers", "ExportFormat", "Exportable", "Safetensors"]

@@ -1,0 +1,35 @@
+"""Base class of export formats."""
+
+from abc import ABC, abstractmethod
+from pathlib import Path
+from typing import ClassVar
+
+from diffusion_cli.errors import UsageError
+from diffusion_cli.runs.load import LoadedAutoencoder, LoadedDenoiser
+
+Exportable = LoadedDenoiser | LoadedAutoencoder
+
+
+class ExportFormat(ABC):
+    """Base class of the formats of `diffuse export`; the options of a format are arguments of its class."""
+
+    name: ClassVar[str]
+    """Option of `format=`."""
+    library: ClassVar[str]
+    """Program that loads the files, as model cards name it."""
+
+    @abstractmethod
+    def check(self, model: Exportable) -> None:
+        """Raise UsageError, with the reason, for a model that the format cannot express."""
+
+    @abstractmethod
+    def write(self, model: Exportable, folder: Path) -> None:
+        """Write a model that `check` accepts into an empty folder; OSError as `writing`."""
+
+    @abstractmethod
+    def example(self, model: Exportable, source: str) -> str:
+        """Return Python code that loads the files from a folder or repository `source`, for the model card."""
+
+    def refusal(self, reason: str, remedy: str) -> UsageError:
+        """Return the error of a model that the format cannot express."""
+        return UsageError("format", self.name, reason, remedy)

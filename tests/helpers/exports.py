@@ -1,0 +1,98 @@
+"""Small models to export, as loaded from a run, with random weights."""
+
+from typing import Any
+
+import torch
+import yaml
+from torch import Tensor
+
+from diffusion_cli.config import CONF, build
+from diffusion_cli.convert.base import Node
+from diffusion_cli.diffusion.denoiser import Denoiser
+from diffusion_cli.diffusion.guidance import NoGuidance
+from diffusion_cli.diffusion.latents import Latents, Pixels, Space
+from diffusion_cli.generate import guided
+from diffusion_cli.networks import AutoencoderKL
+from diffusion_cli.runs.load import LoadedAutoencoder, LoadedDenoiser
+from diffusion_cli.runs.schema import LatentInfo
+from diffusion_cli.runs.weights import digest
+from diffusion_cli.samplers import Sampler, integrate
+from helpers import checkpoint_info
+from helpers.networks import randomised
+
+
+def option(group: str, name: str, **values: Any) -> Node:
+    """The node of an option, with other values."""
+    return yaml.safe_load((CONF / group / f"{name}.yaml").read_text()) | values
+
+
+UNET = option(
+    "model", "unet_tiny", channels=8, channel_mult=[1, 2], norm_groups=4, num_heads=1, head_channels=None
+)
+DIT = option("model", "dit_tiny", hidden_size=16, depth=1, num_heads=2, embedding_layout="cos_sin_inclusive")
+KL = option("model", "kl_tiny", channels=8, channel_mult=[1, 2], latent_channels=2, norm_groups=4)
+MEAN, STD = [0.5, -0.2], [1.5, 0.7]
+"""Statistics of the latents."""
+
+
+def denoiser(
+    model: Node = UNET,
+    shape: tuple[int, ...] = (1, 8, 8),
+    classes: int | None = None,
+    *,
+    schedule: Node | None = None,
+    parameterization: str = "eps",
+    latent: Node | None = None,
+    **changes: Any,
+) -> LoadedDenoiser:
+    """A denoiser of pixels, or of the latents of the autoencoder `latent`."""
+    schedule = schedule or option("schedule", "linear")
+    parameters = option("parameterization", parameterization)
+    names = None if classes is None else tuple(f"class {number}" for number in range(classes))
+    model = model | {"class_conditional": classes is not None}
+    info = checkpoint_info(
+        shape, model=model, schedule=schedule, parameterization=parameters, class_names=names, **changes
+    )
+    space: Space = Pixels(shape)
+    if latent is not None:
+        autoencoder = randomised(build(latent, shape, None)).eval()
+        assert isinstance(autoencoder, AutoencoderKL)
+        space = Latents(autoencoder, shape, MEAN, STD)
+        described = LatentInfo(
+            shape=space.shape,
+            mean=MEAN,
+            std=STD,
+            autoencoder=latent,
+            sha256="",
+            source="/private/ae",
+            cache={},
+        )
+        info = info.model_copy(update={"latent": described})
+    network = randomised(build(model, space.shape, classes)).eval().requires_grad_(False)
+    module = Denoiser(network, build(schedule), build(parameters)).eval()
+    return LoadedDenoiser(info, 7, digest(network.state_dict()), module, space)
+
+
+def autoencoder(shape: tuple[int, ...] = (1, 8, 8)) -> LoadedAutoencoder:
+    """A trained autoencoder."""
+    network = randomised(build(KL, shape, None)).eval().requires_grad_(False)
+    assert isinstance(network, AutoencoderKL)
+    info = checkpoint_info(shape, task="autoencoder", model=KL, schedule=None, parameterization=None)
+    return LoadedAutoencoder(info, 7, digest(network.state_dict()), network)
+
+
+def sampled(
+    model: LoadedDenoiser,
+    noise: Tensor,
+    steps: int = 5,
+    labels: Tensor | None = None,
+    *,
+    clip: bool = True,
+    **settings: Any,
+) -> Tensor:
+    """The images of a model for noise, as `diffuse sample` makes them, before they are rounded."""
+    method: Sampler = build(option("sampler", "ddim", **settings), model.denoiser.schedule)
+    denoise = guided(model, NoGuidance(), labels, clip)
+    with torch.no_grad():
+        *_, x = integrate(method, denoise, noise, method.grid(steps), lambda: torch.randn_like(noise))
+        return model.space.decode(x).clamp(-1, 1)

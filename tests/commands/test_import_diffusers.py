@@ -158,6 +158,7 @@ def test_a_variance_exploding_pipeline_has_its_score_in_our_range():
     (folder / "model_index.json").write_text(index + '"scheduler": ["diffusers", "ScoreSdeVeScheduler"]}')
     assert run(["import", "source=x"]) == 0
     denoiser = load_model(Path("outputs/x"), "ema", CPU).denoiser
+    assert denoiser.schedule(torch.ones(()))[1].item() == pytest.approx(10.0)
     x = torch.rand(2, 3, 8, 8)
     sigma = torch.tensor(0.7)
     theirs = network(x, sigma.expand(2)).sample  # the score of pixels in [0, 1]

@@ -156,6 +156,12 @@ WRONG: dict[str, tuple[Callable[[], object], str]] = {
         ),
         "weight_map must name files of its folder",
     ),
+    "pixels in [0, 1] for a network of [-1, 1]": (
+        lambda: Path("ddim/scheduler/scheduler_config.json").write_text(
+            '{"_class_name": "ScoreSdeVeScheduler"}'
+        ),
+        "config.json: center_input_sample=false does not fit a ScoreSdeVeScheduler",
+    ),
     "other class names": (
         edited("dit/model_index.json", lambda value: value | {"id2label": {"0": "cat"}}),
         "id2label does not name the 3 classes",

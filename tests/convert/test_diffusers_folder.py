@@ -78,6 +78,14 @@ def test_weights_in_several_files_and_in_half_precision_are_read(copied):
     torch.testing.assert_close(half, whole, rtol=1e-3, atol=1e-3)
 
 
+def test_a_repository_of_the_hub_is_read_and_names_the_run(copied, monkeypatch, capsys):
+    asked = []
+    monkeypatch.setattr("diffusion_cli.convert.snapshot", lambda name: asked.append(name) or copied / "ddim")
+    assert run(["import", "source=hub:owner/cats"]) == 0
+    assert asked == ["owner/cats"]
+    assert "outputs/cats: DDIMPipeline of diffusers" in capsys.readouterr().out
+
+
 def test_the_licence_of_a_model_card_is_read(copied):
     assert read_source("ddim", "source").licence is None
     (copied / "ddim" / "README.md").write_text(

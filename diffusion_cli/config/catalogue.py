@@ -60,6 +60,7 @@ DESCRIBED = {
     "new": [],
     "import": ["dataset"],
     "export": ["format"],
+    "push": ["format"],
 }
 """Groups that the help of a command lists first, with a description of each option."""
 

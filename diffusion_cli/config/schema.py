@@ -344,6 +344,9 @@ class ImportConfig(BaseModel):
     parameterization: Node | None = None
 
 
+License = Annotated[str, Field(pattern=r"^[\w.+-]{1,60}$")]
+
+
 class ExportConfig(BaseModel):
     """The keys of `conf/export.yaml`."""
 
@@ -351,9 +354,24 @@ class ExportConfig(BaseModel):
     run: str | None
     step: Step
     weights: Weights
-    license: Annotated[str, Field(pattern=r"^[\w.+-]{1,60}$")] | None
+    license: License | None
     output: str | None
     force: bool
+    output_dir: str
+    format: Node
+
+
+class PushConfig(BaseModel):
+    """The keys of `conf/push.yaml`."""
+
+    model_config = STRICT
+    run: str | None
+    step: Step
+    weights: Weights
+    repo: str
+    private: bool
+    license: License | None
+    dry_run: bool
     output_dir: str
     format: Node
 
@@ -392,6 +410,7 @@ Config = (
     | NewConfig
     | ImportConfig
     | ExportConfig
+    | PushConfig
 )
 COMMANDS: dict[str, type[Config]] = {
     "train": TrainConfig,
@@ -406,10 +425,11 @@ COMMANDS: dict[str, type[Config]] = {
     "new": NewConfig,
     "import": ImportConfig,
     "export": ExportConfig,
+    "push": PushConfig,
 }
 # Commands that take a list of values where one is due, and get the product of all lists.
 GRIDS = frozenset(["plot", "compare"])
-UNSWEPT = GRIDS | {"new", "import", "export"}
+UNSWEPT = GRIDS | {"new", "import", "export", "push"}
 """Commands without `-m`."""
 FIRST_WORDS = {"plot": ("figure",), "data": ("action",), "new": ("group", "name")}
 """Groups and keys of the bare first words of a command: `diffuse plot loss` is `diffuse plot figure=loss`."""

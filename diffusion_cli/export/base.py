@@ -17,6 +17,8 @@ class ExportFormat(ABC):
     """Option of `format=`."""
     library: ClassVar[str]
     """Program that loads the files, as model cards name it."""
+    loads_repositories: ClassVar[bool] = False
+    """Whether `example` takes repositories of the Hugging Face Hub too."""
 
     @abstractmethod
     def check(self, model: Exportable) -> None:

@@ -121,6 +121,7 @@ class Diffusers(ExportFormat):
 
     name = "diffusers"
     library = "diffusers"
+    loads_repositories = True
 
     def __init__(self, *, scheduler: Scheduler | None = None) -> None:
         self.scheduler: Scheduler | None = scheduler

@@ -1,4 +1,4 @@
-"""Files of the Hugging Face Hub: its server, and copies of repositories in the cache of huggingface_hub."""
+"""The Hugging Face Hub: its server, copies of repositories in the cache of huggingface_hub, and uploads."""
 
 import importlib
 import re
@@ -25,18 +25,28 @@ def connect() -> None:
         ) from error
 
 
+def check_name(repository: str) -> None:
+    """Raise FormatError unless a text is the name of a repository, owner/name."""
+    if not REPOSITORY.fullmatch(repository):
+        raise FormatError("is not the name of a repository, owner/name")
+
+
+def _library() -> Any:
+    """Return huggingface_hub; FormatError if it is not installed."""
+    try:
+        return importlib.import_module("huggingface_hub")
+    except ImportError as error:
+        raise FormatError("needs huggingface_hub: pip install 'diffuse-cli[hub]'") from error
+
+
 def snapshot(repository: str) -> Path:
     """Return the folder with the safe files of a repository, downloaded once into the cache of huggingface_hub.
 
     Raises:
         FormatError: huggingface_hub is not installed, or the repository cannot be downloaded and is not in the cache.
     """
-    if not REPOSITORY.fullmatch(repository):
-        raise FormatError("is not the name of a repository, owner/name")
-    try:
-        hub: Any = importlib.import_module("huggingface_hub")
-    except ImportError as error:
-        raise FormatError("needs huggingface_hub: pip install 'diffuse-cli[hub]'") from error
+    check_name(repository)
+    hub = _library()
     try:
         connect()
     except OSError as offline:
@@ -48,3 +58,39 @@ def snapshot(repository: str) -> Path:
         return Path(hub.snapshot_download(repository, allow_patterns=[*SAFE_FILES]))
     except Exception as error:  # the classes of the HTTP library and of the hub
         raise FormatError(f"cannot be downloaded ({first_line(error)})") from error
+
+
+def check_login() -> None:
+    """Raise FormatError unless the hub can be reached and huggingface_hub has a valid login, which it stores itself."""
+    hub = _library()
+    if not hub.get_token():
+        raise FormatError("needs a login to the Hugging Face Hub: hf auth login")
+    try:
+        connect()
+    except OSError as error:
+        raise FormatError(first_line(error)) from error
+    try:
+        hub.HfApi().whoami()
+    except Exception as error:  # the classes of the HTTP library and of the hub
+        raise FormatError(f"the login to the Hugging Face Hub is refused ({first_line(error)})") from error
+
+
+def upload(folder: Path, repository: str, message: str, private: bool) -> str:
+    """Upload the files of a folder to a repository in one commit, and return the address of the repository.
+
+    Args:
+        folder: folder with files.
+        repository: owner/name; created if it does not exist.
+        message: message of the commit.
+        private: whether a new repository is visible to its owner only.
+
+    Raises:
+        FormatError: the repository cannot be created, or the upload fails.
+    """
+    api = _library().HfApi()
+    try:
+        address = api.create_repo(repository, private=private, exist_ok=True)
+        api.upload_folder(repo_id=repository, folder_path=folder, commit_message=message)
+    except Exception as error:  # the classes of the HTTP library and of the hub
+        raise FormatError(f"cannot be written ({first_line(error)})") from error
+    return str(address)

@@ -14,10 +14,9 @@ from PIL import Image
 
 from diffusion_cli.cli import run
 from diffusion_cli.config import build
-from diffusion_cli.export import Diffusers
 from diffusion_cli.generate import SeededNoise
 from diffusion_cli.runs.load import load_model
-from helpers.exports import DIT, KL, UNET, denoiser, option
+from helpers.exports import DIT, KL, UNET, denoiser, imported, option
 
 CPU = torch.device("cpu")
 SKIPS = {
@@ -34,15 +33,6 @@ MODELS = {
         UNET | SKIPS, (3, 8, 8), schedule=option("schedule", "ve"), parameterization="score"
     ),
 }
-
-
-def imported(model, name: str = "x") -> Path:
-    """A run with the weights of a model."""
-    folder = Path("sources", name)
-    folder.mkdir(parents=True)
-    Diffusers().write(model, folder)
-    assert run(["import", f"source={folder}", f"name={name}"]) == 0
-    return Path("outputs", name)
 
 
 @pytest.fixture(autouse=True)

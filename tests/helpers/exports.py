@@ -1,16 +1,19 @@
 """Small models to export, as loaded from a run, with random weights."""
 
+from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
 from torch import Tensor
 
+from diffusion_cli.cli import run
 from diffusion_cli.config import CONF, build
 from diffusion_cli.convert.base import Node
 from diffusion_cli.diffusion.denoiser import Denoiser
 from diffusion_cli.diffusion.guidance import NoGuidance
 from diffusion_cli.diffusion.latents import Latents, Pixels, Space
+from diffusion_cli.export import Diffusers
 from diffusion_cli.generate import guided
 from diffusion_cli.networks import AutoencoderKL
 from diffusion_cli.runs.load import LoadedAutoencoder, LoadedDenoiser
@@ -96,3 +99,12 @@ def sampled(
     with torch.no_grad():
         *_, x = integrate(method, denoise, noise, method.grid(steps), lambda: torch.randn_like(noise))
         return model.space.decode(x).clamp(-1, 1)
+
+
+def imported(model: LoadedDenoiser, name: str = "x") -> Path:
+    """A run with the weights of a model, in the working folder."""
+    folder = Path("sources", name)
+    folder.mkdir(parents=True)
+    Diffusers().write(model, folder)
+    assert run(["import", f"source={folder}", f"name={name}"]) == 0
+    return Path("outputs", name)

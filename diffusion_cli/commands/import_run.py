@@ -10,7 +10,7 @@ from typing import Any
 from diffusion_cli.commands.inputs import show_remarks
 from diffusion_cli.config import ImportConfig, build
 from diffusion_cli.config.catalogue import option_of, option_words
-from diffusion_cli.convert import REMEDY, read_source
+from diffusion_cli.convert import REMEDY, REMEDY_WITH_PRESET, read_source
 from diffusion_cli.convert.base import Node, PretrainedModel, Process
 from diffusion_cli.data import Dataset
 from diffusion_cli.errors import FormatError, UsageError, counted
@@ -29,7 +29,7 @@ def run(config: ImportConfig) -> None:
     folder = Path(config.output_dir, name)
     if folder.exists():
         raise UsageError("name", name, f"{folder} exists already", "choose another name")
-    model = read_source(config.source, "source")
+    model = read_source(config.source, "source", build(config.preset))
     if model.process is None:
         problem = f"is an autoencoder, a {model.kind}, without a denoiser"
         remedy = f"train on its latents with: diffuse train latent.pretrained={config.source}"
@@ -39,7 +39,8 @@ def run(config: ImportConfig) -> None:
     try:
         info = imported.write(folder)
     except FormatError as error:
-        raise UsageError("source", config.source, reason(error), REMEDY) from error
+        remedy = REMEDY if config.preset is None else REMEDY_WITH_PRESET
+        raise UsageError("source", config.source, reason(error), remedy) from error
     except FileExistsError as error:
         raise UsageError("name", name, f"{folder} exists already", "choose another name") from error
     remember_run(folder)
@@ -54,6 +55,7 @@ def run(config: ImportConfig) -> None:
 def _name(source: str) -> str:
     """Return the name of a run for the last part of a source."""
     last = re.split(r"[/\\:]", source.rstrip("/\\"))[-1]
+    last = re.sub(r"\.(pt|pth|safetensors)$", "", last)
     name = re.sub(r"[^\w.+-]+", "_", last).lstrip(".+-")
     if not name:
         raise UsageError("source", source, "gives the run no name", "add name=")

@@ -25,6 +25,7 @@ GROUPS = {
     "figure": "figure to draw",
     "edit": "edit to apply",
     "format": "files to write",
+    "preset": "published model, for a file of weights of improved-diffusion or guided-diffusion",
     "dataset": "dataset, with training settings that suit it; eval and compare default to that of the run",
     "model": "network architecture",
     "schedule": "noise schedule",
@@ -58,7 +59,7 @@ DESCRIBED = {
     "data": ["action", "dataset"],
     "runs": [],
     "new": [],
-    "import": ["dataset"],
+    "import": ["preset", "dataset"],
     "export": ["format"],
     "push": ["format"],
 }

@@ -339,6 +339,7 @@ class ImportConfig(BaseModel):
     name: Name | None
     data_dir: str
     output_dir: str
+    preset: Node | None = None
     dataset: Node | None = None
     schedule: Node | None = None
     parameterization: Node | None = None

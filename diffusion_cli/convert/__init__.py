@@ -8,29 +8,43 @@ from pathlib import Path
 
 from diffusion_cli.convert.base import PretrainedModel
 from diffusion_cli.convert.diffusers_folder import read_autoencoder_folder, read_folder
+from diffusion_cli.convert.guided_diffusion import GuidedDiffusion
 from diffusion_cli.errors import FormatError, UsageError
 from diffusion_cli.system.hub import snapshot
 from diffusion_cli.system.untrusted import reason
 
-__all__ = ["HUB", "REMEDY", "read_autoencoder", "read_source"]
+__all__ = ["HUB", "REMEDY", "REMEDY_WITH_PRESET", "read_autoencoder", "read_source"]
 
 HUB = "hub:"
 """Prefix of a source that is a repository of the Hugging Face Hub."""
 REMEDY = (
     "give a folder written by save_pretrained of diffusers, with safe_serialization=True, or hub:OWNER/NAME"
 )
+REMEDY_WITH_PRESET = "give a file of weights that its authors published, and the preset of its command"
 
 
-def read_source(source: str, key: str) -> PretrainedModel:
+def read_source(source: str, key: str, preset: GuidedDiffusion | None = None) -> PretrainedModel:
     """Return the model that another program wrote; its weights are read when they are needed.
 
     Args:
         source: folder, or `hub:` and the name of a repository, whose files are downloaded once.
         key: option that names it, for errors.
+        preset: flags of the network, for a source that is a file of weights.
 
     Raises:
-        UsageError: the source has no model that can be read.
+        UsageError: the source has no model that can be read, or its weights contradict a flag.
     """
+    path = Path(source).expanduser()
+    if preset is not None:
+        try:
+            if not path.exists():
+                raise FormatError("does not exist")
+            return preset.read(path)
+        except (FormatError, OSError) as error:
+            raise UsageError(key, source, reason(error), REMEDY_WITH_PRESET) from error
+    if path.is_file():
+        remedy = f"name the flags of its network: diffuse import source={source} preset=<option>"
+        raise UsageError(key, source, "is a file, which does not describe its network", remedy)
     return _read(source, key, read_folder)
 
 

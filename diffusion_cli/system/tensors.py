@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from diffusion_cli.errors import FormatError
-from diffusion_cli.system.untrusted import reason, regular
+from diffusion_cli.system.untrusted import check_sums, check_tensors, reason, regular
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -29,6 +29,37 @@ def read_tensors(path: Path) -> "dict[str, Tensor]":
     except SafetensorError as error:
         raise FormatError(f"{path.name}: {reason(error)}") from error
     return {name: tensor.float() for name, tensor in state.items()}
+
+
+def read_state_dict(path: Path) -> "dict[str, Tensor]":
+    """Return the tensors of a `torch.save` or safetensors file in float32; those of the former are memory-mapped.
+
+    Raises FormatError, before code could run, for a pickle of other objects, a damaged file, or one that is neither.
+    """
+    import torch
+
+    if path.suffix == ".safetensors":
+        return read_tensors(path)
+    size = regular(path)
+    try:
+        check_tensors(path)
+        check_sums(path)
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except OSError:
+        raise
+    except Exception as error:  # the ZIP and pickle parsers raise many types of errors for damaged files
+        raise FormatError(f"is not a file of tensors that torch.save wrote ({reason(error)})") from error
+    if not isinstance(state, dict) or not all(
+        type(name) is str and isinstance(value, torch.Tensor) for name, value in state.items()
+    ):
+        raise FormatError("is not a state dict, which contains only tensors by their names")
+    # In an untrusted file, tensors of any size and number can share a few bytes.
+    if sum(value.numel() * value.element_size() for value in state.values()) > size:
+        raise FormatError("has tensors larger than the file")
+    for name, value in state.items():
+        if not value.is_floating_point() or value.is_neg():
+            raise FormatError(f"{name} has no floating-point numbers")
+    return {name: value.float() for name, value in state.items()}
 
 
 def refuse_pickled(path: Path) -> None:

@@ -131,7 +131,7 @@ def _facts(folder: Path, checkpoint: Checkpoint) -> dict[str, str]:
     weights = sum(tensor.numel() for tensor in checkpoint.weights("ema").values())
     number = f"{weights / 1e6:.2f}M"
     if info.lora is not None:
-        number = f"{number} trained of {(weights + info.lora.frozen) / 1e6:.2f}M"
+        number = f"{weights:,} trained of {(weights + info.lora.frozen) / 1e6:.2f}M"
     facts = {
         "step": f"{checkpoint.step:,}{budget}",
         "task": info.task,

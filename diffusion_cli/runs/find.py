@@ -141,7 +141,13 @@ def recover(run: Path) -> None:
     """
     for name in WRITTEN:
         own_folder(run, name)
-    unfinished = ("checkpoints/.*.tmp", "previews/.*.tmp", ".config.yaml.*.tmp", ".metrics.csv.*.tmp")
+    unfinished = (
+        "checkpoints/.*.tmp",
+        "previews/.*.tmp",
+        ".config.yaml.*.tmp",
+        ".metrics.csv.*.tmp",
+        ".*.safetensors.*.tmp",
+    )
     for pattern in unfinished:  # only the process with the lock writes these files
         for left in run.glob(pattern):
             left.unlink(missing_ok=True)

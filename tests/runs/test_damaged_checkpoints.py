@@ -145,7 +145,8 @@ def test_a_checkpoint_that_does_not_read_back_replaces_nothing(begun, whole, cap
 
 def test_what_a_killed_process_had_begun_to_write_is_removed_and_no_more(begun, whole):
     run = begun / "tiny"
-    ours = [run / LAST.parent / ".last.ckpt.123-0a.tmp", run / ".metrics.csv.123-0a.tmp"]
+    names = (".metrics.csv.123-0a.tmp", ".base.safetensors.123-0a.tmp")
+    ours = [run / LAST.parent / ".last.ckpt.123-0a.tmp", *(run / name for name in names)]
     other = run / ".metrics.json.123-0a.tmp"  # of an evaluation that may be at work
     for file in (*ours, other):
         file.write_text("half")

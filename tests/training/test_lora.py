@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from diffusion_cli.errors import FormatError, UsageError
 from diffusion_cli.networks import DiT, UNet
 from diffusion_cli.runs.lora import DOWN, UP, merged
-from diffusion_cli.runs.schema import LoraInfo
+from diffusion_cli.runs.schema import InitInfo, LoraInfo
 from diffusion_cli.training.ema import EMA
 from diffusion_cli.training.lora import add_adapters, frozen_weights
 from helpers.networks import SMALL, randomised
@@ -93,6 +93,14 @@ def test_new_layers_are_trained_as_a_whole_and_stored():
     of = network()
     adapted(of, new=["time_mlp.2.bias"])
     assert f"time_mlp.2{DOWN}" not in of.state_dict()
+
+
+def test_tensors_that_come_in_part_from_the_source_count_as_new():
+    info = InitInfo(
+        source="a", kind="run", step=1, weights="ema", sha256="0", taken=2, total=4,
+        fresh=["head.bias", f"{EMBEDDING} of 2 classes"], adapted=["stem.weight"],
+    )  # fmt: skip
+    assert info.new == {"head.bias", EMBEDDING, "stem.weight"}
 
 
 def test_buffers_are_stored_because_training_may_change_them():

@@ -95,6 +95,17 @@ def test_a_killed_run_ends_with_the_same_bits_and_without_its_source(made, runs)
     for entry in ("state_dict", "optimizer_states", "lr_schedulers"):
         assert_same(checkpoint(runs).state[entry], whole.state[entry])
     assert_same(checkpoint(runs).state["callbacks"]["EMA"], whole.state["callbacks"]["EMA"])
+    assert run(["train", f"run={runs}/tuned", "max_steps=5"]) == 0
+    assert checkpoint(runs).step == 5
+
+
+def test_the_report_counts_what_is_trained(runs):
+    assert run(["report", f"run={runs}/tuned"]) == 0
+    stored = checkpoint(runs)
+    assert stored.info.lora is not None
+    small = sum(weight.numel() for weight in stored.weights("ema").values())
+    whole = (small + stored.info.lora.frozen) / 1e6
+    assert f"{small:,} trained of {whole:.2f}M" in (runs / "tuned" / "report.html").read_text()
 
 
 @pytest.mark.parametrize("weights", ["ema", "raw"])

@@ -380,7 +380,7 @@ class Pointwise(Conv):
     def forward(self, x: Tensor) -> Tensor:
         if x.device.type != "cpu" or math.prod(x.shape[2:]) < 256:
             return super().forward(x)
-        weight = self.weight.flatten(1).expand(len(x), -1, -1)
+        weight = self.weight.flatten(1).expand(x.shape[0], -1, -1)
         return torch.baddbmm(self.bias[:, None], weight, x.flatten(2)).unflatten(2, x.shape[2:])
 
 

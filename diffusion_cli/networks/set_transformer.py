@@ -103,7 +103,7 @@ class InducedAttention(nn.Module):
         self.spread = CrossAttention(width, num_heads)
 
     def forward(self, x: Tensor) -> Tensor:
-        inducing = self.inducing.expand(len(x), -1, -1)
+        inducing = self.inducing.expand(x.shape[0], -1, -1)
         return self.spread(x, self.norm(inducing + self.gather(inducing, x)))
 
 

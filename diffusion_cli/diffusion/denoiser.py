@@ -92,7 +92,9 @@ class NoiseConditioned(nn.Module):
 
     def show(self, x_t: Tensor, t: Tensor, *labels: Tensor | None) -> tuple[Tensor, Coefficients]:
         """Return the network's output for x_t [B, C, H, W] at times t, 0-d or [B], and the coefficients."""
-        if not torch.compiler.is_exporting():  # an exported program has no counter, and len() would fix its batch size
+        if (
+            not torch.compiler.is_exporting()
+        ):  # an exported program has no counter, and len() would fix its batch size
             self.evaluations += len(x_t)
         coefficients = self.parameterization(self.schedule, t)
         c_noise = coefficients.c_noise

@@ -2,6 +2,7 @@
 
 from diffusion_cli.export.base import Exportable, ExportFormat
 from diffusion_cli.export.diffusers import Diffusers
+from diffusion_cli.export.programs import Onnx, Torch
 from diffusion_cli.export.safetensors import Safetensors
 
-__all__ = ["Diffusers", "ExportFormat", "Exportable", "Safetensors"]
+__all__ = ["Diffusers", "ExportFormat", "Exportable", "Onnx", "Safetensors", "Torch"]

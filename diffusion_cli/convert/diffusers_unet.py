@@ -409,6 +409,9 @@ def _check_expressible(options: UNetOptions, channels: int, *, attended: bool) -
     """Raise FormatError for options that UNet2DModel lacks."""
     if options.channel_mult[0] != 1:
         _refuse("channel_mult", list(options.channel_mult), "must begin with 1 in UNet2DModel")
+    if options.embedding_channels not in (None, options.channels):
+        reason = f"must be {options.channels}, as the channels, in UNet2DModel"
+        _refuse("embedding_channels", options.embedding_channels, reason)
     if options.patch_size != 1:
         _refuse("patch_size", options.patch_size, "must be 1 in UNet2DModel")
     fourier = options.embedding_layout == "fourier"

@@ -33,6 +33,7 @@ class UNetOptions(BaseModel):
     norm_groups: int = 8
     time_embedding: str = "scale_shift"
     embedding_layout: str = "cos_sin"
+    embedding_channels: int | None = None
     fourier_scale: float = 16.0
     resample: str = "conv"
     fir: bool = False

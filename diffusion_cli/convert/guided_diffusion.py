@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 
-from pydantic import Field, PositiveInt
+from pydantic import Field, PositiveFloat, PositiveInt
 
 from diffusion_cli.convert.base import Network, Node, PretrainedModel, Process, Weights
 from diffusion_cli.convert.diffusers_unet import UNET
@@ -19,7 +19,13 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 KIND = "UNetModel of improved-diffusion or guided-diffusion"
-MULTIPLES = {32: [1, 2, 2, 2], 64: [1, 2, 3, 4], 128: [1, 1, 2, 3, 4], 256: [1, 1, 2, 2, 4, 4]}
+MULTIPLES: dict[int, list[float]] = {
+    32: [1, 2, 2, 2],
+    64: [1, 2, 3, 4],
+    128: [1, 1, 2, 3, 4],
+    256: [1, 1, 2, 2, 4, 4],
+    512: [0.5, 1, 1, 2, 2, 4, 4],
+}
 """Published `channel_mult` by `image_size`."""
 GROUPS = 32
 """Groups of each group norm."""
@@ -58,8 +64,8 @@ class GuidedDiffusion:
 
     Args:
         image_size: height and width of the images, in pixels.
-        num_channels: feature maps of the first level, a multiple of 32.
-        channel_mult: multiplier of `num_channels` per level, the first 1; None: as published for this `image_size`.
+        num_channels: feature maps of a level with multiplier 1, and features of the time embedding.
+        channel_mult: multiplier of `num_channels` per level; None: as published for this `image_size`.
         num_res_blocks: residual blocks per level of the encoder.
         attention_resolutions: heights of the levels with attention; other heights have no effect.
         num_heads: attention heads, unless `num_head_channels` is set.
@@ -89,7 +95,7 @@ class GuidedDiffusion:
         *,
         image_size: Annotated[int, Field(gt=0, le=4096)] = 64,
         num_channels: Annotated[int, Field(gt=0, le=2**14)] = 128,
-        channel_mult: Annotated[list[PositiveInt], Field(min_length=1, max_length=10)] | None = None,
+        channel_mult: Annotated[list[PositiveFloat], Field(min_length=1, max_length=10)] | None = None,
         num_res_blocks: Annotated[int, Field(gt=0, le=64)] = 2,
         attention_resolutions: Sequence[PositiveInt] = (16, 8),
         num_heads: PositiveInt = 4,
@@ -114,15 +120,18 @@ class GuidedDiffusion:
                 f"is null, but only image_size={', '.join(map(str, MULTIPLES))} have published multiples"
             )
             _refuse("channel_mult", channel_mult, problem, "set it, such as [1,2,3,4]")
-        if multiples[0] != 1:
-            _refuse(
-                "channel_mult", multiples, "must begin with 1, because model=unet begins with num_channels"
-            )
         if image_size % 2 ** (len(multiples) - 1):
             problem = f"must be a multiple of {2 ** (len(multiples) - 1)} for {len(multiples)} levels"
             _refuse("image_size", image_size, problem)
-        if num_channels % GROUPS:
-            _refuse("num_channels", num_channels, f"must be a multiple of {GROUPS}")
+        first, *others = widths = [int(multiple * num_channels) for multiple in multiples]
+        if first == 0 or first % GROUPS:
+            _refuse(
+                "num_channels", num_channels, f"must give the first level a multiple of {GROUPS} channels"
+            )
+        if any(width % first for width in others):
+            problem = f"gives {_shown(widths)} channels, which are not multiples of the first"
+            _refuse("channel_mult", _shown(multiples), problem)
+        self.channel_mult = multiples
         self.image_size = image_size
         self.use_new_attention_order = use_new_attention_order
         self.noise = (noise_schedule, diffusion_steps, rescale_timesteps)
@@ -131,8 +140,9 @@ class GuidedDiffusion:
         # Published networks ignore resolutions that no level has.
         strides = {image_size // resolution for resolution in attention_resolutions}
         self.options = UNetOptions(
-            channels=num_channels,
-            channel_mult=multiples,
+            channels=first,
+            channel_mult=[width // first for width in widths],
+            embedding_channels=None if first == num_channels else num_channels,
             num_res_blocks=num_res_blocks,
             attention_resolutions=[
                 image_size >> level for level in range(len(multiples)) if 2**level in strides
@@ -194,12 +204,13 @@ class GuidedDiffusion:
 
     def _check(self, state: Weights, learns_sigma: bool) -> None:
         """Raise UsageError for the first flag that contradicts the weights."""
-        options, multiples = self.options, self.options.channel_mult
+        options, multiples = self.options, self.channel_mult
+        features = options.embedding_channels or options.channels
         first, modulated = (f"input_blocks.1.0.{layer}.weight" for layer in ("in_layers.2", "emb_layers.1"))
         scaled = _size(state, modulated, 0) == 2 * _size(state, first, 0)
         op = next((name for name in state if name.endswith(".op.weight")), None)
         facts = [
-            ("num_channels", options.channels, _size(state, "time_embed.0.weight", 1), "time_embed.0.weight"),
+            ("num_channels", features, _size(state, "time_embed.0.weight", 1), "time_embed.0.weight"),
             ("class_cond", options.class_conditional, CLASSES in state, CLASSES),
             ("learn_sigma", options.learn_variance, learns_sigma, "out.2.weight"),
             ("use_scale_shift_norm", options.time_embedding == "scale_shift", scaled, modulated),
@@ -227,7 +238,7 @@ class GuidedDiffusion:
     def _check_attention(self, state: Weights) -> None:
         """Raise UsageError unless the levels of the encoder with attention are those of the weights."""
         stride = self.options.num_res_blocks + 1
-        sides = [self.image_size >> level for level in range(len(self.options.channel_mult))]
+        sides = [self.image_size >> level for level in range(len(self.channel_mult))]
         tensors = [f"input_blocks.{stride * level + 1}.1.qkv.weight" for level in range(len(sides))]
         found = [side for side, tensor in zip(sides, tensors, strict=True) if tensor in state]
         if (given := list(self.options.attention_resolutions)) != found:

@@ -58,21 +58,21 @@ class UNetEncoder(Checkpointed):
         super().__init__()
         in_channels = config.shape[0] * config.patch_size**config.ndim
         self.num_classes = num_classes
-        self.channels = channels = config.channels
+        self.embedding_channels = width = config.embedding_width
         self.embedding_layout: EmbeddingLayout = config.embedding_layout
         self.gradient_checkpointing = config.gradient_checkpointing
         self.patch_size = config.patch_size
         self.multiple = config.patch_size * 2 ** (len(config.widths) - 1)
-        features = channels
+        features = width
         if self.embedding_layout == "fourier":
-            features = 2 * channels
-            self.register_buffer("frequencies", config.fourier_scale * torch.randn(channels))
+            features = 2 * width
+            self.register_buffer("frequencies", config.fourier_scale * torch.randn(width))
         self.time_mlp = nn.Sequential(
-            nn.Linear(features, 4 * channels), nn.SiLU(), nn.Linear(4 * channels, 4 * channels)
+            nn.Linear(features, 4 * width), nn.SiLU(), nn.Linear(4 * width, 4 * width)
         )
         if num_classes is not None:
-            self.class_embedding = nn.Embedding(num_classes + 1, 4 * channels)
-        self.stem = Conv(in_channels, channels, ndim=config.ndim)
+            self.class_embedding = nn.Embedding(num_classes + 1, 4 * width)
+        self.stem = Conv(in_channels, config.channels, ndim=config.ndim)
         self.fir = config.fir
         self.fir_padding: FirPadding = config.fir_padding
         self.noise_shift = 0.0 if config.centered else -math.log(2)
@@ -96,13 +96,13 @@ class UNetEncoder(Checkpointed):
         return [*skips, self.run(self.middle, h, emb)]
 
     def embed(self, c_noise: Tensor, y: Tensor | None = None) -> Tensor:
-        """Return the embedding of time and class, [B, 4 channels]."""
+        """Return the embedding of time and class, [B, 4 embedding_channels]."""
         # Not in bfloat16: its 8 bits do not distinguish neighbouring timesteps.
         with torch.autocast(c_noise.device.type, enabled=False):
             if self.embedding_layout == "fourier":
                 features = fourier_embedding(widened(c_noise) + self.noise_shift, self.frequencies)
             else:
-                features = timestep_embedding(c_noise, self.channels, self.embedding_layout)
+                features = timestep_embedding(c_noise, self.embedding_channels, self.embedding_layout)
             emb = self.time_mlp(features.to(self.stem.weight.dtype))
             if self.num_classes is not None:
                 if y is None:
@@ -140,6 +140,7 @@ class UNetConfig:
     fir_padding: FirPadding = "edge"
     progressive_input: ProgressiveIn = "none"
     progressive_output: ProgressiveOut = "none"
+    embedding_channels: int | None = None
     up_attention: Literal["all", "last"] = "all"
     middle_attention: bool = True
     norm_eps: float = NORM_EPS
@@ -196,6 +197,11 @@ class UNetConfig:
     def widths(self) -> list[int]:
         """Feature maps per level."""
         return [mult * self.channels for mult in self.channel_mult]
+
+    @property
+    def embedding_width(self) -> int:
+        """Features of the time embedding."""
+        return self.channels if self.embedding_channels is None else self.embedding_channels
 
     @property
     def height(self) -> int:
@@ -275,7 +281,7 @@ class UNetConfig:
 
     def _res(self, in_channels: int, out_channels: int, **resampling: Any) -> ResBlock:
         return ResBlock(
-            in_channels, out_channels, emb_channels=4 * self.channels, norm_groups=self.norm_groups,
+            in_channels, out_channels, emb_channels=4 * self.embedding_width, norm_groups=self.norm_groups,
             norm_eps=self.norm_eps, dropout=self.dropout, scale_shift=self.time_embedding == "scale_shift",
             skip_rescale=self.skip_rescale, ndim=self.ndim, **resampling,
         )  # fmt: skip

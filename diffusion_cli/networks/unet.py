@@ -51,6 +51,7 @@ class UNet(UNetEncoder):
         time_embedding: `additive`, or `scale_shift` modulation of group norms.
         embedding_layout: time embedding: sinusoidal with `channels` features, see `timestep_embedding`, or `fourier`
             with 2 * channels random Fourier features.
+        embedding_channels: features of the time embedding, in place of `channels`; its width is four times as many.
         fourier_scale: standard deviation of the random frequencies.
         resample: resampling by convolutions (`conv`, `conv_same`) or in residual blocks (`block`, `block_proj`).
         fir: whether resampling in blocks uses an anti-aliasing filter.
@@ -94,6 +95,7 @@ class UNet(UNetEncoder):
         norm_groups: PositiveInt = 8,
         time_embedding: Literal["additive", "scale_shift"] = "scale_shift",
         embedding_layout: EmbeddingLayout = "cos_sin",
+        embedding_channels: PositiveInt | None = None,
         fourier_scale: PositiveFloat = 16.0,
         resample: Resample = "conv",
         fir: bool = False,
@@ -117,7 +119,7 @@ class UNet(UNetEncoder):
             shape, channels=channels, channel_mult=channel_mult, num_res_blocks=num_res_blocks,
             attention_resolutions=attention_resolutions, num_heads=num_heads, head_channels=head_channels,
             norm_groups=norm_groups, time_embedding=time_embedding, embedding_layout=embedding_layout,
-            fourier_scale=fourier_scale, resample=resample, dropout=dropout,
+            embedding_channels=embedding_channels, fourier_scale=fourier_scale, resample=resample, dropout=dropout,
             gradient_checkpointing=gradient_checkpointing, fir=fir, fir_padding=fir_padding,
             progressive_input=progressive_input, progressive_output=progressive_output, up_attention=up_attention,
             middle_attention=middle_attention, norm_eps=norm_eps, skip_rescale=skip_rescale,

@@ -58,6 +58,7 @@ OPTIONS_SINCE_FORMAT_8 = {
         "progressive_output": "none",
         "middle_attention": True,
         "norm_eps": 1e-6,
+        "embedding_channels": None,
         "scale_by_sigma": False,
         "centered": True,
     },

@@ -248,6 +248,7 @@ def test_other_networks_with_skips_are_refused(changes, words):
         (SMALL, (3, 9, 8), r"shape=\[9, 8\]: sizes must be multiples of 2 for 2 levels"),
         (SMALL | {"channel_mult": [2, 2]}, (3, 8, 8), r"channel_mult=\[2, 2\]: must begin with 1 in UNet2DModel"),
         (SMALL | {"patch_size": 2}, (3, 8, 8), "patch_size=2: must be 1 in UNet2DModel"),
+        (SMALL | {"embedding_channels": 7}, (3, 8, 8), "embedding_channels=7: must be 8, as the channels"),
         (SMALL | {"skip_rescale": True}, (3, 8, 8), "skip_rescale=true: with progressive_output=none"),
         (SMALL | {"resample": "block", "fir": True}, (3, 8, 8), "fir=true: .*UNet2DModel has fir=false"),
         (SMALL | {"resample": "block_proj"}, (3, 8, 8), "resample=block_proj: UNet2DModel has resample=conv"),

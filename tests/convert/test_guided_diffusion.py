@@ -39,6 +39,13 @@ NETWORKS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
             "resblock_updown": True, "learn_sigma": True,
         },
     ),
+    "guided, narrower first level": (
+        {"multiples": (0.5, 0.5, 1), "channels": 64, "strides": (4,), "updown": True, "classes": 5},
+        {
+            "num_channels": 64, "channel_mult": [0.5, 0.5, 1], "num_res_blocks": 1, "attention_resolutions": [2],
+            "num_heads": 2, "resblock_updown": True, "class_cond": True, "learn_sigma": True,
+        },
+    ),
     "additive": (
         {"multiples": (1, 1, 2), "strides": (4,), "heads": 1, "scale_shift": False, "outputs": 3},
         {
@@ -55,7 +62,7 @@ def test_output_equals_that_of_the_restated_network(name, tmp_path):
     settings, flags = NETWORKS[name]
     theirs = PublishedUNet(**settings)
     torch.save(theirs.state, tmp_path / "model.pt")
-    model = GuidedDiffusion(**SMALL, **flags).read(tmp_path / "model.pt")
+    model = GuidedDiffusion(**SMALL | flags).read(tmp_path / "model.pt")
     ours = built(model.network, model.weights())
     x, timesteps = torch.randn(3, 3, 8, 8), torch.tensor([0.25, 17.0, 731.0])
     y = torch.tensor([0, 4, 2]) if theirs.classes else None
@@ -81,6 +88,7 @@ def preset(name: str, *words: str) -> GuidedDiffusion:
         ("guided_imagenet64", 1000, 296),
         ("guided_imagenet128", 1000, 422),
         ("guided_imagenet256", 1000, 554),
+        ("guided_imagenet512", 1000, 559),
         ("improved_cifar10", None, 52.5),
         ("improved_imagenet64_cond", 1000, 270),
     ],
@@ -145,9 +153,15 @@ def test_a_flag_that_contradicts_the_weights_is_named(change):
 @pytest.mark.parametrize(
     ("flags", "line"),
     [
-        ({"image_size": 512}, "preset.channel_mult=null: is null, but only image_size=32, 64, 128, 256 have"),
-        ({"channel_mult": [2, 4]}, "preset.channel_mult=[2, 4]: must begin with 1"),
-        ({"num_channels": 48}, "preset.num_channels=48: must be a multiple of 32"),
+        (
+            {"image_size": 96},
+            "preset.channel_mult=null: is null, but only image_size=32, 64, 128, 256, 512 have",
+        ),
+        (
+            {"channel_mult": [2, 3]},
+            "preset.channel_mult=[2,3]: gives [256,384] channels, which are not multiples",
+        ),
+        ({"num_channels": 48}, "preset.num_channels=48: must give the first level a multiple of 32 channels"),
     ],
 )
 def test_flags_without_an_equivalent_are_refused(flags, line):

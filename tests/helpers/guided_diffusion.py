@@ -12,7 +12,7 @@ from torch.nn.functional import avg_pool2d, conv1d, conv2d, group_norm, interpol
 class PublishedUNet:
     """A network with the published names of its tensors, which get random values when they are first used."""
 
-    multiples: tuple[int, ...] = (1, 2)
+    multiples: tuple[float, ...] = (1, 2)
     blocks: int = 1
     strides: tuple[int, ...] = (2,)
     heads: int | None = 2
@@ -38,23 +38,22 @@ class PublishedUNet:
         if self.classes:
             assert y is not None
             emb = emb + self.tensor("label_emb.weight", self.classes, 4 * width)[y]
-        skips = [self.conv("input_blocks.0.0", x, width)]
-        for level, multiple in enumerate(self.multiples):
+        widths = [int(multiple * width) for multiple in self.multiples]
+        skips = [self.conv("input_blocks.0.0", x, widths[0])]
+        for level, channels in enumerate(widths):
             for _ in range(self.blocks):
-                skips.append(
-                    self.stage(f"input_blocks.{len(skips)}", skips[-1], emb, multiple * width, level)
-                )
+                skips.append(self.stage(f"input_blocks.{len(skips)}", skips[-1], emb, channels, level))
             if level < len(self.multiples) - 1:
                 name = f"input_blocks.{len(skips)}.0"
                 if self.updown:
-                    skips.append(self.res(name, skips[-1], emb, multiple * width, "down"))
+                    skips.append(self.res(name, skips[-1], emb, channels, "down"))
                 else:
-                    skips.append(self.conv(f"{name}.op", skips[-1], multiple * width, stride=2))
+                    skips.append(self.conv(f"{name}.op", skips[-1], channels, stride=2))
         h = self.res("middle_block.0", skips[-1], emb, skips[-1].shape[1])
         h = self.res("middle_block.2", self.attention("middle_block.1", h), emb, h.shape[1])
         number = 0
         for level in reversed(range(len(self.multiples))):
-            channels = self.multiples[level] * width
+            channels = widths[level]
             for block in range(self.blocks + 1):
                 name = f"output_blocks.{number}"
                 h = self.stage(name, torch.cat([h, skips.pop()], dim=1), emb, channels, level)

@@ -314,6 +314,13 @@ def test_sigma_of_data_between_0_and_1_is_half_of_that_between_minus_1_and_1():
     close(shifted, small(**NCSNPP)(x, c_noise - math.log(2)))
 
 
+@pytest.mark.parametrize("layout", ["cos_sin", "fourier"])
+def test_the_time_embedding_is_as_wide_as_asked(layout):
+    network = small(embedding_channels=6, embedding_layout=layout)
+    assert [layer.in_features for layer in network.time_mlp[::2]] == [6 if layout == "cos_sin" else 12, 24]
+    assert network(*inputs()).shape == inputs()[0].shape
+
+
 def test_every_norm_has_the_constant_of_the_option():
     network = small(norm_eps=0.5, progressive_output="output_skip")
     assert {module.eps for module in network.modules() if isinstance(module, nn.GroupNorm)} == {0.5}

@@ -1,5 +1,6 @@
 """`diffuse import preset=`: a run from a file of weights."""
 
+from collections import OrderedDict
 from pathlib import Path
 
 import pytest
@@ -19,8 +20,11 @@ FLAGS = [
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
+    """A folder with a file of weights, as `torch.save(network.state_dict())` writes it."""
     monkeypatch.chdir(tmp_path)
-    torch.save(PublishedUNet().state, "model.pt")
+    state = OrderedDict(PublishedUNet().state)
+    vars(state)["_metadata"] = OrderedDict({"": {"version": 1}})
+    torch.save(state, "model.pt")
     return tmp_path
 
 

@@ -9,7 +9,7 @@ from pydantic import BaseModel, Field, NonNegativeInt, PositiveFloat, PositiveIn
 from diffusion_cli.config import plugins
 from diffusion_cli.config.evaluation import CompareConfig, EvalConfig
 from diffusion_cli.config.sampling import Generation, SamplingSettings
-from diffusion_cli.config.values import STRICT, Duration, Name, Node, Precision, Step, Weights
+from diffusion_cli.config.values import STRICT, Duration, License, Name, Node, Precision, Step, Weights
 from diffusion_cli.errors import NO_VALUE, UsageError
 
 
@@ -343,9 +343,6 @@ class ImportConfig(BaseModel):
     dataset: Node | None = None
     schedule: Node | None = None
     parameterization: Node | None = None
-
-
-License = Annotated[str, Field(pattern=r"^[\w.+-]{1,60}$")]
 
 
 class ExportConfig(BaseModel):

@@ -8,15 +8,18 @@ STRICT = ConfigDict(strict=True, extra="forbid", frozen=True, regex_engine="pyth
 Node = dict[str, Any]
 DURATION = r"^(?=.*[1-9])(\d+d)?(\d+h)?(\d+m)?(\d+s)?$"
 NAME = r"^\w[\w.+-]*$"
+LICENSE = r"^[a-zA-Z0-9][a-zA-Z0-9.+-]{0,59}$"
 Duration = Annotated[
     str,
     Field(pattern=DURATION),
     BeforeValidator(lambda value: str(value) if isinstance(value, int) else value),  # a number has no unit
 ]
 Name = Annotated[str, Field(pattern=NAME)]
+License = Annotated[str, Field(pattern=LICENSE)]
 # Description of each pattern, for error messages.
 FORMS = {
     DURATION: "a duration (90s, 45m, 2h30m, 1d)",
+    LICENSE: "an identifier of a licence (apache-2.0, cc-by-4.0, other)",
     NAME: "a folder name of letters, digits and _ . + -",
 }
 Weights = Literal["ema", "raw"]

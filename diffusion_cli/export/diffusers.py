@@ -160,8 +160,10 @@ class Diffusers(ExportFormat):
             raise FormatError(
                 f"an autoencoder has no scheduler, so format.scheduler={self.scheduler} does not apply"
             )
-        network = _autoencoder_network(model.info.config.model, model.shape)
-        return _Model("", "AutoencoderKL", diffusers_autoencoder.write(network), model.network.state_dict)
+        network = Network(node=model.info.config.model, shape=model.shape)
+        return _autoencoder_model(
+            "", diffusers_autoencoder.Normalized(network, model.network.state_dict(), 1.0)
+        )
 
     def _pipeline(self, model: LoadedDenoiser) -> _Pipeline:
         """Return the parts of a denoiser; FormatError, with the reason, for one that diffusers cannot express."""
@@ -170,10 +172,13 @@ class Diffusers(ExportFormat):
         if architecture is None:
             name = type(denoiser.network).__name__
             raise FormatError(f"its network {name} is neither a UNet nor a DiT")
+        if model.shape != info.shape:
+            reached, whole = ("x".join(map(str, shape)) for shape in (model.shape, info.shape))
+            raise FormatError(f"its progressive resolution has reached {reached} of {whole}")
         latent = model.space if isinstance(model.space, Latents) else None
         network = Network(
             node=info.config.model,
-            shape=tuple(model.shape if latent is None else latent.shape),
+            shape=info.network_shape,
             num_classes=model.num_classes,
             null_class=info.label_dropout > 0,
         )
@@ -247,25 +252,27 @@ def _alpha_bar(schedule: Schedule) -> list[float]:
     return schedule(t)[0].square().tolist()
 
 
-def _autoencoder_network(node: Node, shape: tuple[int, ...]) -> Network:
-    """Return the description of an autoencoder; FormatError for another class than AutoencoderKL."""
-    if node["_target_"] != diffusers_autoencoder.KL:
-        raise FormatError(f"its autoencoder {node['_target_']} is not an AutoencoderKL")
-    return Network(node=node, shape=shape)
+def _autoencoder_model(folder: str, autoencoder: diffusers_autoencoder.Normalized) -> _Model:
+    """Return an autoencoder as part of a pipeline; FormatError for a class of a plugin."""
+    target = str(autoencoder.network.node["_target_"])
+    if target not in (diffusers_autoencoder.KL, diffusers_autoencoder.VQ):
+        raise FormatError(f"its autoencoder {target} is neither AutoencoderKL nor VQModel")
+    config = diffusers_autoencoder.write(autoencoder.network, autoencoder.scaling_factor)
+    return _Model(
+        folder,
+        config["_class_name"],
+        config,
+        lambda: diffusers_autoencoder.state(autoencoder.network, autoencoder.weights),
+    )
 
 
 def _latent_part(model: LoadedDenoiser, latent: Latents, architecture: _Architecture) -> _Model:
     """Return the autoencoder of a denoiser, with the normalized latents that it works on."""
     assert model.info.latent is not None
-    network = _autoencoder_network(model.info.latent.autoencoder, model.info.shape)
+    network = Network(node=model.info.latent.autoencoder, shape=model.info.shape)
     state = latent.autoencoder.state_dict()
-    same = diffusers_autoencoder.normalized(network, state, latent.mean, latent.std)
-    return _Model(
-        "vqvae" if architecture is UNET else "vae",
-        "AutoencoderKL",
-        diffusers_autoencoder.write(same.network, same.scaling_factor),
-        lambda: diffusers_autoencoder.state(same.network, same.weights),
-    )
+    normalized = diffusers_autoencoder.normalized(network, state, latent.mean, latent.std)
+    return _autoencoder_model("vqvae" if architecture is UNET else "vae", normalized)
 
 
 def _write_model(model: _Model, folder: Path) -> None:

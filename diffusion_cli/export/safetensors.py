@@ -58,7 +58,7 @@ def describe(model: Exportable) -> dict[str, Any]:
         "task": info.task,
         "step": model.step,
         "shape": list(model.shape),
-        "network_shape": list(model.shape if latent is None else latent.shape),
+        "network_shape": list(info.network_shape),
         "num_classes": info.num_classes,
         "class_names": None if info.class_names is None else list(info.class_names),
         "sample_format": info.form.to_dict(),

@@ -123,6 +123,12 @@ def test_the_card_has_metadata_a_picture_of_these_weights_and_the_licence():
     assert yaml.safe_load(card("again").split("---")[1])["license"] == "apache-2.0"
 
 
+def test_a_wrong_licence_is_refused(capsys):
+    assert run(["export", "license=a b"]) == 2
+    line = "license=a b: must be an identifier of a licence (apache-2.0, cc-by-4.0, other) or null"
+    assert capsys.readouterr().err == f"diffuse: {line}\n"
+
+
 def test_names_of_a_run_cannot_write_markdown():
     model = denoiser(classes=2)
     names = ("<script>alert(1)</script>", "a|b](http://x)\n# c")

@@ -8,7 +8,8 @@ import torch
 
 from diffusion_cli.errors import UsageError
 from diffusion_cli.export import Diffusers
-from helpers.exports import DIT, KL, UNET, autoencoder, denoiser, option, sampled
+from diffusion_cli.runs.schema import StageInfo
+from helpers.exports import DIT, KL, UNET, VQ, autoencoder, denoiser, option, sampled
 
 diffusers: Any = pytest.importorskip("diffusers")
 
@@ -87,6 +88,26 @@ def test_the_latents_of_a_unet_are_those_of_its_autoencoder(tmp_path):
     pipeline = diffusers.LDMPipeline.from_pretrained(tmp_path / "out")
     theirs = images_of(pipeline, batch_size=2, generator=torch.Generator().manual_seed(0))
     close(sampled(model, noise(2, 2, 4, 4)), theirs)
+
+
+def test_latents_of_a_codebook_have_one_factor(tmp_path):
+    model = denoiser(latent=VQ, mean=[0.0, 0.0], std=[0.5, 0.5])
+    written(model, tmp_path / "out")
+    pipeline = diffusers.LDMPipeline.from_pretrained(tmp_path / "out")
+    assert type(pipeline.vqvae).__name__ == "VQModel"
+    theirs = images_of(pipeline, batch_size=2, generator=torch.Generator().manual_seed(0))
+    close(sampled(model, noise(2, 2, 4, 4)), theirs)
+    with pytest.raises(UsageError, match="one factor for all latents"):
+        Diffusers().check(denoiser(latent=VQ))
+
+
+def test_an_unfinished_progressive_resolution_is_refused():
+    stages = [
+        StageInfo(first=0, shape=(1, 4, 4), batch_size=1),
+        StageInfo(first=9, shape=(1, 8, 8), batch_size=1),
+    ]
+    with pytest.raises(UsageError, match="its progressive resolution has reached 1x4x4 of 1x8x8"):
+        Diffusers().check(denoiser(stages=stages))
 
 
 def test_a_dit_pipeline_makes_images_of_its_classes(tmp_path):

@@ -1,5 +1,6 @@
 """Small models to export, as loaded from a run, with random weights."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from diffusion_cli.diffusion.guidance import NoGuidance
 from diffusion_cli.diffusion.latents import Latents, Pixels, Space
 from diffusion_cli.export import Diffusers
 from diffusion_cli.generate import guided
-from diffusion_cli.networks import AutoencoderKL
+from diffusion_cli.networks import AutoencoderKL, ImageAutoencoder
 from diffusion_cli.runs.load import LoadedAutoencoder, LoadedDenoiser
 from diffusion_cli.runs.schema import LatentInfo
 from diffusion_cli.runs.weights import digest
@@ -34,8 +35,13 @@ UNET = option(
 )
 DIT = option("model", "dit_tiny", hidden_size=16, depth=1, num_heads=2, embedding_layout="cos_sin_inclusive")
 KL = option("model", "kl_tiny", channels=8, channel_mult=[1, 2], latent_channels=2, norm_groups=4)
+VQ = {
+    "_target_": "diffusion_cli.networks.VQModel", "channels": 8, "channel_mult": [1, 2], "num_res_blocks": 1,
+    "latent_channels": 2, "feature_channels": 2, "codebook_size": 16, "norm_groups": 4,
+    "gradient_checkpointing": False,
+}  # fmt: skip
 MEAN, STD = [0.5, -0.2], [1.5, 0.7]
-"""Statistics of the latents."""
+"""Usual statistics of the latents."""
 
 
 def denoiser(
@@ -46,6 +52,8 @@ def denoiser(
     schedule: Node | None = None,
     parameterization: str = "eps",
     latent: Node | None = None,
+    mean: Sequence[float] = MEAN,
+    std: Sequence[float] = STD,
     **changes: Any,
 ) -> LoadedDenoiser:
     """A denoiser of pixels, or of the latents of the autoencoder `latent`."""
@@ -59,12 +67,12 @@ def denoiser(
     space: Space = Pixels(shape)
     if latent is not None:
         autoencoder = randomised(build(latent, shape, None)).eval()
-        assert isinstance(autoencoder, AutoencoderKL)
-        space = Latents(autoencoder, shape, MEAN, STD)
+        assert isinstance(autoencoder, ImageAutoencoder)
+        space = Latents(autoencoder, shape, mean, std)
         described = LatentInfo(
             shape=space.shape,
-            mean=MEAN,
-            std=STD,
+            mean=list(mean),
+            std=list(std),
             autoencoder=latent,
             sha256="",
             source="/private/ae",

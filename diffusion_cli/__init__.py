@@ -8,10 +8,20 @@ from typing import TYPE_CHECKING, Any
 from diffusion_cli.errors import UsageError
 
 if TYPE_CHECKING:
-    from diffusion_cli.model import Model, allow_plugins, evaluate, load, option, train
+    from diffusion_cli.model import Model, allow_plugins, evaluate, import_weights, load, option, train
 
 __version__ = "0.2.0"
-__all__ = ["Model", "UsageError", "__version__", "allow_plugins", "evaluate", "load", "option", "train"]
+__all__ = [
+    "Model",
+    "UsageError",
+    "__version__",
+    "allow_plugins",
+    "evaluate",
+    "import_weights",
+    "load",
+    "option",
+    "train",
+]
 
 
 def __getattr__(name: str) -> Any:

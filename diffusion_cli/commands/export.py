@@ -23,20 +23,47 @@ def run(config: ExportConfig) -> None:
     Raises UsageError if the format cannot express the model, or the folder exists.
     """
     folder = find_run(config.run, config.output_dir)
-    form: ExportFormat = build(config.format)
-    output = Path(config.output) if config.output else folder / EXPORTS / form.name
-    check_output(output, config.force)
+    export = Export(config, folder)
     model = load(folder, config.weights, config.step)
-    form.check(model)
-    card = model_card(
-        folder, model, form, weights=config.weights, source=output.resolve().name, license=config.license
-    )
-    with new_folder(output, replace=config.force) as temporary:
-        form.write(model, temporary)
-        card.write(temporary)
-    for line in listed(output):
+    export.write(model)
+    for line in listed(export.output):
         print(line)
-    print(f"{form.name} of {folder.name}, step {model.step}, {config.weights} weights: {output}")
+    print(
+        f"{export.form.name} of {folder.name}, step {model.step}, {config.weights} weights: {export.output}"
+    )
+
+
+class Export:
+    """An export of a run, without its model.
+
+    Args:
+        config: settings of the command.
+        folder: run folder.
+
+    Raises:
+        UsageError: the output folder exists.
+    """
+
+    def __init__(self, config: ExportConfig, folder: Path) -> None:
+        self.config, self.folder = config, folder
+        self.form: ExportFormat = build(config.format)
+        self.output = Path(config.output) if config.output else folder / EXPORTS / self.form.name
+        check_output(self.output, config.force)
+
+    def write(self, model: Exportable) -> None:
+        """Write the folder for the model of the run, on the CPU; UsageError if the format cannot express it."""
+        self.form.check(model)
+        card = model_card(
+            self.folder,
+            model,
+            self.form,
+            weights=self.config.weights,
+            source=self.output.resolve().name,
+            license=self.config.license,
+        )
+        with new_folder(self.output, replace=self.config.force) as temporary:
+            self.form.write(model, temporary)
+            card.write(temporary)
 
 
 def load(folder: Path, weights: Weights, step: Step) -> Exportable:

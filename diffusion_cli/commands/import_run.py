@@ -25,8 +25,8 @@ def run(config: ImportConfig) -> None:
 
     Raises UsageError if the run exists, the source cannot be read, or the dataset does not fit the model.
     """
-    name = config.name or _name(config.source)
-    folder = Path(config.output_dir, name)
+    folder = run_folder(config)
+    name = folder.name
     if folder.exists():
         raise UsageError("name", name, f"{folder} exists already", "choose another name")
     model = read_source(config.source, "source", build(config.preset))
@@ -50,6 +50,11 @@ def run(config: ImportConfig) -> None:
     print("Next:")
     for words in _next(config, name, process):
         print(f"  diffuse {words}")
+
+
+def run_folder(config: ImportConfig) -> Path:
+    """Return the folder of the new run; UsageError for a source that gives it no name."""
+    return Path(config.output_dir, config.name or _name(config.source))
 
 
 def _name(source: str) -> str:

@@ -1,8 +1,8 @@
 """Trained models in the formats of other programs: one class and one YAML file a format."""
 
 from diffusion_cli.export.base import Exportable, ExportFormat
-from diffusion_cli.export.diffusers import Diffusers
+from diffusion_cli.export.diffusers import Diffusers, diffusers_pipeline
 from diffusion_cli.export.programs import Onnx, Torch
 from diffusion_cli.export.safetensors import Safetensors
 
-__all__ = ["Diffusers", "ExportFormat", "Exportable", "Onnx", "Safetensors", "Torch"]
+__all__ = ["Diffusers", "ExportFormat", "Exportable", "Onnx", "Safetensors", "Torch", "diffusers_pipeline"]

@@ -3,12 +3,13 @@
 The files are written here, so that diffusers is not needed.
 """
 
+import importlib
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 
@@ -362,3 +363,34 @@ def _loop_example(pipeline: _Pipeline, source: str) -> list[str]:
         if autoencoder is None
         else "    images = autoencoder.decode(x / autoencoder.config.scaling_factor).sample.clamp(-1, 1)",
     ]
+
+
+def diffusers_pipeline(form: Diffusers, model: LoadedDenoiser) -> Any:
+    """Return a denoiser as an object of diffusers, with copies of its weights.
+
+    Args:
+        form: format with the scheduler.
+        model: model on the CPU.
+
+    Returns:
+        A pipeline; where diffusers has none for the model, its denoiser.
+
+    Raises:
+        UsageError: diffusers is missing, or cannot express the model.
+    """
+    form.check(model)
+    try:
+        library = importlib.import_module("diffusers")
+    except ImportError as error:
+        raise form.refusal("needs diffusers", "install it: pip install diffusers") from error
+    pipeline = form._pipeline(model)
+    parts = {}
+    for part in pipeline.models:
+        module = getattr(library, part.kind).from_config(part.config)
+        module.load_state_dict(part.state())
+        parts[part.folder] = module.eval()
+    if pipeline.kind is None:
+        return parts[pipeline.denoiser.folder]
+    scheduler = getattr(library, pipeline.scheduler["_class_name"]).from_config(pipeline.scheduler)
+    labels = {} if pipeline.labels is None else {LABELS: pipeline.labels}
+    return getattr(library, pipeline.kind)(**parts, scheduler=scheduler, **labels)

@@ -13,7 +13,15 @@ from torch import Tensor
 from diffusion_cli import config
 from diffusion_cli.errors import NO_VALUE, UsageError, format_value
 
-ConfigT = TypeVar("ConfigT", config.SampleConfig, config.EditConfig, config.EvalConfig, config.TrainConfig)
+ConfigT = TypeVar(
+    "ConfigT",
+    config.SampleConfig,
+    config.EditConfig,
+    config.EvalConfig,
+    config.TrainConfig,
+    config.ExportConfig,
+    config.ImportConfig,
+)
 LONGEST = 60
 """Characters of a value in a message."""
 

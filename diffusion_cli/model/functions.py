@@ -7,13 +7,22 @@ from typing import Any
 from torch import Tensor
 
 from diffusion_cli import config as configuration
+from diffusion_cli.commands import import_run as import_command
 from diffusion_cli.commands import train as train_command
-from diffusion_cli.config import COMMANDS, EvalConfig, TrainConfig, build, check_node, recipe
+from diffusion_cli.config import COMMANDS, EvalConfig, ImportConfig, TrainConfig, build, check_node, recipe
 from diffusion_cli.config.values import Step, Weights
 from diffusion_cli.diffusion.denoiser import Denoiser
 from diffusion_cli.errors import NO_VALUE, Problem, UsageError
 from diffusion_cli.metrics.protocol import Result
-from diffusion_cli.model.arguments import as_overrides, check_supplied, checked_config, flat, tensor, texts
+from diffusion_cli.model.arguments import (
+    as_overrides,
+    check_supplied,
+    checked_config,
+    flat,
+    given,
+    tensor,
+    texts,
+)
 from diffusion_cli.model.loaded import Model, evaluated
 from diffusion_cli.runs.find import find_run
 
@@ -81,6 +90,30 @@ def train(*overrides: str | Sequence[str]) -> Model:
     if train_command.run(checked):
         raise KeyboardInterrupt
     folder = Path(checked.output_dir, str(checked.name))
+    return load(folder)
+
+
+def import_weights(source: str | Path, *overrides: str | Sequence[str], name: str | None = None) -> Model:
+    """Make a run of a pretrained model as `diffuse import` does, and load it.
+
+    Args:
+        source: a folder that diffusers wrote, a file of weights with a preset, or "hub:OWNER/NAME".
+        overrides: further arguments of `diffuse import`, as "dataset=digits", or a list of them.
+        name: name of the run; None is the last part of the source.
+
+    Raises:
+        UsageError: for a source that cannot be read, or a run that exists.
+
+    Example:
+        >>> folder = load("outputs/demo").export("demo_diffusers")
+        >>> import_weights(folder, name="copy").shape
+        outputs/copy: ...
+        (1, 8, 8)
+    """
+    named = as_overrides(source=str(source), **given(name=name))
+    checked = checked_config("import", ImportConfig, [*named, *flat(overrides)])
+    folder = import_command.run_folder(checked)
+    import_command.run(checked)
     return load(folder)
 
 

@@ -16,18 +16,22 @@ from diffusion_cli.commands import edit as edit_command
 from diffusion_cli.commands.class_labels import class_number
 from diffusion_cli.commands.eval import assess
 from diffusion_cli.commands.evaluation_plan import plan_of
+from diffusion_cli.commands.export import Export
 from diffusion_cli.commands.inputs import Input
 from diffusion_cli.commands.trained import prepare
 from diffusion_cli.config import (
     EditConfig,
     EvalConfig,
+    ExportConfig,
     HistoryComparison,
     SampleConfig,
+    build,
 )
 from diffusion_cli.config.values import Step, Weights
 from diffusion_cli.data import to_model_range
 from diffusion_cli.diffusion.denoiser import Denoiser, Prediction
 from diffusion_cli.errors import NO_VALUE, UsageError
+from diffusion_cli.export import diffusers_pipeline
 from diffusion_cli.generate import generate
 from diffusion_cli.metrics.protocol import Result
 from diffusion_cli.model.arguments import (
@@ -313,6 +317,62 @@ class Model:
         )  # fmt: skip
         return evaluated(self._checked("eval", EvalConfig, settings, overrides), self._loaded)
 
+    def export(
+        self,
+        folder: str | Path | None = None,
+        format: str = "diffusers",
+        *,
+        license: str | None = None,
+        force: bool = False,
+        overrides: Sequence[str] = (),
+    ) -> Path:
+        """Write the model for other programs, with a model card, as `diffuse export` does.
+
+        Args:
+            folder: output folder; None is exports/<format> in the run's folder.
+            format: "diffusers", "safetensors", "onnx" or "torch".
+            license: licence of the weights in the model card, as "apache-2.0".
+            force: whether to replace an earlier export.
+            overrides: further arguments of `diffuse export`, as "format.scheduler=ddpm".
+
+        Returns:
+            The output folder.
+
+        Raises:
+            UsageError: the format cannot express the model, or the folder exists.
+
+        Example:
+            >>> load("outputs/demo").export("demo_weights", "safetensors").name
+            'demo_weights'
+        """
+        output = None if folder is None else str(folder)
+        settings = as_overrides(format=format, force=force, **given(output=output, license=license))
+        export = Export(self._checked("export", ExportConfig, settings, overrides), self.folder)
+        export.write(self._loaded.on_cpu())
+        return export.output
+
+    def to_diffusers(self, scheduler: str | None = None) -> Any:
+        """Return the model as a pipeline of diffusers, on the CPU.
+
+        Args:
+            scheduler: as `format.scheduler` of `diffuse export`, for example "dpm_solver"; None for one that suits
+                the run.
+
+        Returns:
+            The pipeline; where diffusers has none, as for a U-Net with classes, its denoiser.
+
+        Raises:
+            UsageError: diffusers is missing, or cannot express the model.
+
+        Example:
+            >>> pipeline = load("outputs/demo").to_diffusers()
+            >>> type(pipeline).__name__
+            'DDIMPipeline'
+        """
+        settings = as_overrides(format="diffusers", **given(**{"format.scheduler": scheduler}))
+        form = build(self._checked("export", ExportConfig, settings, ()).format)
+        return diffusers_pipeline(form, self._loaded.on_cpu())
+
     @property
     def _device(self) -> torch.device:
         return next(self._loaded.denoiser.parameters()).device
@@ -383,7 +443,9 @@ class Model:
         for key in (*self._settings, "output_dir", "processes", "compile", *OF_FILES.get(command, ())):
             if any(word.startswith(f"{key}=") for word in more):
                 raise UsageError("overrides", key, "cannot be set for a loaded model", "leave it out")
-        return checked_config(command, kind, [*settings, *more]).model_copy(update=self._settings)
+        checked = checked_config(command, kind, [*settings, *more])
+        own = {key: value for key, value in self._settings.items() if key in kind.model_fields}
+        return checked.model_copy(update=own)
 
 
 def evaluated(

@@ -3,6 +3,7 @@
 import contextlib
 import sys
 from collections.abc import Iterator, Mapping
+from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -58,6 +59,16 @@ class LoadedDenoiser(Loaded):
     def num_classes(self) -> int | None:
         """Number of classes of a conditional denoiser; None for an unconditional one."""
         return self.denoiser.num_classes
+
+    def on_cpu(self) -> "LoadedDenoiser":
+        """Return the model on the CPU: itself, or a copy."""
+        if next(self.denoiser.parameters()).device.type == "cpu":
+            return self
+        copy = deepcopy(self)
+        copy.denoiser.cpu()
+        if isinstance(copy.space, Latents):
+            copy.space.autoencoder.cpu()
+        return copy
 
 
 @dataclass(frozen=True)

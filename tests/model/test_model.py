@@ -4,7 +4,6 @@ import doctest
 import shutil
 import subprocess
 import sys
-import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -19,24 +18,7 @@ from diffusion_cli.model import functions, loaded
 from diffusion_cli.samplers import DDIM, DPMSolverMultistep
 from diffusion_cli.training import CosineDecay
 
-STORED = Path(__file__).parents[1] / "stored_runs" / "format_4.zip"
 FP32 = ["precision=fp32"]
-
-
-@pytest.fixture(scope="module")
-def unpacked(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("runs")
-    with zipfile.ZipFile(STORED) as archive:
-        archive.extractall(folder)
-    return folder
-
-
-@pytest.fixture
-def here(unpacked, tmp_path, monkeypatch, one_thread) -> Path:
-    """A folder with tiny runs, which is the current one."""
-    shutil.copytree(unpacked / "outputs", tmp_path / "outputs")
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
 
 
 def files(folder: Path) -> np.ndarray:

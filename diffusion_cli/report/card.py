@@ -152,7 +152,11 @@ def _data(info: CheckpointInfo) -> str:
     if info.origin is not None:
         return f"The training data is unknown: the weights were imported, as a {info.origin.kind}."
     assert info.config.dataset is not None
-    return f"{info.num_images} training images of {data_name(info.config.dataset)}, of shape {_sizes(info.shape)}."
+    images = f"{info.num_images} training images of {data_name(info.config.dataset)}, of shape {_sizes(info.shape)}."
+    if info.init is None:
+        return images
+    source = "another run" if info.init.kind == "run" else f"a {info.init.kind}"
+    return f"{images} The training started from the weights of {source}, which had data of its own."
 
 
 def _recipe(info: CheckpointInfo) -> Iterator[tuple[str, str]]:

@@ -7,10 +7,12 @@ from abc import abstractmethod
 from collections.abc import Callable, Iterator
 from functools import partial
 from importlib.util import find_spec
+from io import BytesIO, StringIO
 from pathlib import Path
 from typing import ClassVar
 
 import torch
+from torch.export import ExportedProgram
 
 from diffusion_cli.diffusion.latents import Latents
 from diffusion_cli.errors import first_line
@@ -72,7 +74,7 @@ class Torch(_Programs):
         """Accept any model, because only tracing shows which models can be expressed."""
 
     def _convert(self, graph: Graph) -> Callable[[Path], None]:
-        return partial(torch.export.save, graph.program)
+        return partial(_save, graph.program)
 
     def _reconstruction(self, source: str) -> list[str]:
         return [
@@ -100,6 +102,12 @@ class Torch(_Programs):
             "    x = alpha[n + 1] * x0 + sigma[n + 1] / sigma[n] * (x - alpha[n] * x0)",
             "images = decoder(x)" if "decoder" in names else "images = x",
         ]
+
+
+def _save(program: ExportedProgram, path: Path) -> None:
+    buffer = BytesIO()  # on a full disk, torch would end the process
+    torch.export.save(program, buffer)
+    path.write_bytes(buffer.getbuffer())
 
 
 class Onnx(_Programs):
@@ -165,11 +173,11 @@ def _clipped(model: LoadedDenoiser, method: str) -> str:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Context without the warnings of the exporters, which are about their own work."""
+    """Context without the warnings of the exporters, and the graphs that they print when they fail."""
     disabled = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
-        with warnings.catch_warnings():
+        with contextlib.redirect_stderr(StringIO()), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from diffusion_cli.errors import UsageError
+from diffusion_cli.errors import MachineError, UsageError
 from diffusion_cli.export import ExportFormat, Onnx, Torch
 from diffusion_cli.runs.load import LoadedDenoiser
 from helpers.exports import KL, UNET, autoencoder, denoiser, option
@@ -158,7 +158,7 @@ class Undecided(torch.nn.Module):
 
 
 @pytest.mark.parametrize("form", [Torch(), Onnx()], ids=["torch", "onnx"])
-def test_a_network_that_cannot_be_traced_is_refused_in_a_line(tmp_path, form):
+def test_a_network_that_cannot_be_traced_is_refused_in_a_line(tmp_path, form, capsys):
     model = denoiser()
     model.denoiser.network = Undecided()
     with pytest.raises(UsageError) as caught:
@@ -166,7 +166,19 @@ def test_a_network_that_cannot_be_traced_is_refused_in_a_line(tmp_path, form):
     assert str(caught.value).startswith(f"format={form.name}: cannot express this model: ")
     assert str(caught.value).endswith("; choose format=safetensors, which takes any model")
     assert len(caught.value.lines) == 1
+    assert capsys.readouterr() == ("", "")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+@pytest.mark.parametrize(
+    "form", [Torch(), pytest.param(Onnx(), marks=pytest.mark.slow)], ids=["torch", "onnx"]
+)
+def test_a_full_disk_is_named(tmp_path, form):
+    file = tmp_path / f"denoiser.{form.ending}"
+    file.symlink_to("/dev/full")
+    with pytest.raises(MachineError, match=r"denoiser.* cannot be written .No space left on device"):
+        form.write(MODELS["points"](), tmp_path)
 
 
 def test_packages_that_onnx_lacks_are_named(monkeypatch):

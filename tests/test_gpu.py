@@ -3,6 +3,7 @@
 import csv
 import json
 from collections.abc import Callable
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,13 @@ from torch import Tensor, nn
 from diffusion_cli.cli import run
 from diffusion_cli.config import build, options
 from diffusion_cli.diffusion.denoiser import Denoiser
+from diffusion_cli.diffusion.latents import Latents
 from diffusion_cli.diffusion.objectives import Simple
 from diffusion_cli.diffusion.parameterizations import Eps
 from diffusion_cli.diffusion.schedules import Cosine
 from diffusion_cli.runs.checkpoint import LAST, read
 from diffusion_cli.training.optimizers import AdamW
+from helpers.exports import KL, denoiser
 
 pytestmark = [
     pytest.mark.gpu,
@@ -204,3 +207,15 @@ def test_the_fused_optimizer_takes_the_step_of_the_plain_one():
             optimizer.step()
         results.append(torch.cat([weight.detach().flatten() for weight in weights]))
     assert torch.allclose(*results, rtol=1e-5, atol=1e-6)
+
+
+def test_the_copy_of_a_model_on_the_cpu_is_the_same_model():
+    model = denoiser(latent=KL)
+    on_gpu = deepcopy(model)
+    on_gpu.denoiser.cuda()
+    assert isinstance(on_gpu.space, Latents)
+    on_gpu.space.autoencoder.cuda()
+    copy, x, t = on_gpu.on_cpu(), torch.randn(2, *model.space.shape), torch.full((2,), 0.5)
+    assert torch.equal(copy.denoiser(x, t).x0, model.denoiser(x, t).x0)
+    assert torch.equal(copy.space.decode(x), model.space.decode(x))
+    assert on_gpu.space.device.type == "cuda"

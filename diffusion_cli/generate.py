@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from diffusion_cli.config.values import Clip
 from diffusion_cli.diffusion.denoiser import Denoise, Denoiser, per_image
 from diffusion_cli.diffusion.guidance import Guidance
 from diffusion_cli.diffusion.schedules import Schedule
@@ -142,8 +143,8 @@ class SamplingPipeline:
     guidance: Guidance
     labels: Sequence[int] | None
     """Classes of consecutive images, repeated; None: no labels."""
-    clip: bool
-    """Whether to clip predicted images to [-1, 1]."""
+    clip: Clip
+    """Whether to clip predicted images to [-1, 1]; "keep_eps": without the matching change of eps."""
     precision: str
     """Precision of the network: fp32, bf16 or fp16."""
 
@@ -287,10 +288,12 @@ def _batches(seeds: Sequence[int], sampler: Sampler, batch_size: int) -> Iterato
         yield list(seeds[first : first + size])
 
 
-def guided(model: LoadedDenoiser, guidance: Guidance, y: Tensor | None, clip: bool) -> Denoise:
-    """Return the guided denoiser for classes y, int64 [B]; with `clip`, predicted images are clipped to [-1, 1]."""
+def guided(model: LoadedDenoiser, guidance: Guidance, y: Tensor | None, clip: Clip) -> Denoise:
+    """Return the guided denoiser for classes y, int64 [B]; `clip` as in `SamplingPipeline`."""
     denoise = guidance(model.denoiser, y)
-    return model.space.clipped(denoise, model.denoiser.schedule) if clip else denoise
+    if not clip:
+        return denoise
+    return model.space.clipped(denoise, model.denoiser.schedule, keep_eps=clip == "keep_eps")
 
 
 def frame_places(count: int, most: int) -> list[int]:

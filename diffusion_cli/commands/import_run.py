@@ -13,7 +13,7 @@ from diffusion_cli.config.catalogue import option_of, option_words
 from diffusion_cli.convert import REMEDY, REMEDY_WITH_PRESET, read_source
 from diffusion_cli.convert.base import Node, PretrainedModel, Process
 from diffusion_cli.data import Dataset
-from diffusion_cli.errors import FormatError, UsageError, counted
+from diffusion_cli.errors import FormatError, UsageError, counted, format_value
 from diffusion_cli.formats import Uint8Image
 from diffusion_cli.runs.imported import ImportedDenoiser, image_shape
 from diffusion_cli.system.trusted_paths import remember, remember_run
@@ -122,6 +122,6 @@ def _summary(shape: Sequence[int], num_classes: int | None, process: Process) ->
 def _next(config: ImportConfig, name: str, process: Process) -> Iterator[str]:
     """Yield commands for the new run."""
     root = [] if config.output_dir == "outputs" else [f"output_dir={shlex.quote(config.output_dir)}"]
-    clip = [] if process.clip else ["clip_x0=false"]
+    clip = [] if process.clip is True else [f"clip_x0={format_value(process.clip)}"]
     yield " ".join(["sample", f"run={name}", *option_words("sampler", process.sampler), *clip, *root])
     yield " ".join(["train", f"init.run={name}", "dataset=<option>", "name=<new>", *root])

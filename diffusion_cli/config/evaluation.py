@@ -14,7 +14,7 @@ from pydantic import BaseModel, Field, PositiveInt, model_validator
 from diffusion_cli.config.catalogue import CONF, content, defaults, lineage, options
 from diffusion_cli.config.runs import flatten
 from diffusion_cli.config.sampling import ComputeKeys, Generation, RunWeights
-from diffusion_cli.config.values import STRICT, Node
+from diffusion_cli.config.values import STRICT, Clip, Node
 from diffusion_cli.errors import NO_VALUE, Problem, UsageError
 
 NUM_SAMPLES = 2000  # samples of an evaluation for num_samples=null
@@ -210,7 +210,7 @@ class ModelEvaluation(Mode, Measuring, RunWeights):
 
     reference: Node
     seed: int
-    clip_x0: bool
+    clip_x0: Clip
 
     def reason(self) -> str:
         return f"applies only to samples, and metric={metric_options(self.metric)} uses none"

@@ -5,7 +5,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, Field, PositiveInt, model_validator
 
-from diffusion_cli.config.values import STRICT, Device, Label, Node, Precision, Step, Weights
+from diffusion_cli.config.values import STRICT, Clip, Device, Label, Node, Precision, Step, Weights
 from diffusion_cli.errors import UsageError
 
 
@@ -26,7 +26,7 @@ class SamplingSettings:
     label: Label
     null_label: Literal["all", "none"] = "all"
     """Meaning of a label of None."""
-    clip_x0: bool
+    clip_x0: Clip
     precision: Precision
     compile: bool = False
     batch_size: int | Literal["auto"]
@@ -59,7 +59,7 @@ class Generation(RunWeights, ComputeKeys):
     guidance: Node
     label: Label
     seed: Annotated[int, Field(ge=0, lt=2**32)]
-    clip_x0: bool
+    clip_x0: Clip
 
     @property
     def seeds(self) -> range:

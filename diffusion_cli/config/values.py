@@ -39,4 +39,6 @@ Precision = Annotated[
     Literal["auto", "fp32", "bf16", "fp16"],
     BeforeValidator(lambda name: NUMBER_FORMATS.get(name, name) if isinstance(name, int | str) else name),
 ]
+Clip = bool | Literal["keep_eps"]
+"""Values of `clip_x0`."""
 Device = Literal["auto", "cpu", "cuda"]

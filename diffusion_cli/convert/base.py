@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
@@ -41,8 +41,8 @@ class Process:
     objective: Node
     sampler: Node
     """Sampler with the settings of the other program, such as `spacing` and `variance`."""
-    clip: bool = True
-    """Whether its sampler clips predicted images to [-1, 1]."""
+    clip: bool | Literal["keep_eps"] = True
+    """Whether its sampler clips predicted images to [-1, 1]; "keep_eps": without the matching change of eps."""
     remarks: tuple[str, ...] = ()
     """Settings with which its sampler makes other images than `sampler`."""
 

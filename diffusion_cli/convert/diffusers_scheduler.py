@@ -69,6 +69,10 @@ class _Thresholding(_Discrete):
         if self.thresholding and self.sample_max_value > 1:
             yield f"thresholding=true clips each image at its quantile {self.dynamic_thresholding_ratio}"
 
+    def clip(self) -> bool | Literal["keep_eps"]:
+        """Return the value of `clip_x0`."""
+        return self.thresholding
+
 
 class _Clipping(_Thresholding):
     clip_sample: bool = True
@@ -78,6 +82,9 @@ class _Clipping(_Thresholding):
         yield from super().remarks()
         if self.clip_sample and self.clip_sample_range != 1:
             yield f"clip_sample_range={self.clip_sample_range} is not 1"
+
+    def clip(self) -> bool | Literal["keep_eps"]:
+        return self.thresholding or self.clip_sample
 
 
 class _DDPM(_Clipping):
@@ -102,8 +109,10 @@ class _DDIM(_Clipping):
         yield from super().remarks()
         if not self.set_alpha_to_one:
             yield "set_alpha_to_one=false ends its last step at the first noise level"
-        if self.clip_sample:
-            yield "use_clipped_model_output=false keeps its noise prediction where it clips the image"
+
+    def clip(self) -> bool | Literal["keep_eps"]:
+        # Its step has a flag use_clipped_model_output, which is false by default.
+        return super().clip() and "keep_eps"
 
 
 class _PNDM(_Discrete):
@@ -310,8 +319,7 @@ def read(config: Mapping[str, Any], *, learns_variance: bool = False, label_drop
         parameterization=parameterization,
         objective=_objective(parameterization, learns_variance, label_dropout),
         sampler=sampler,
-        clip=isinstance(scheduler, _Thresholding)
-        and (scheduler.thresholding or getattr(scheduler, "clip_sample", False)),
+        clip=scheduler.clip() if isinstance(scheduler, _Thresholding) else False,
         remarks=tuple(scheduler.remarks()),
     )
 

@@ -190,12 +190,16 @@ def with_x0(prediction: Prediction, x0: Tensor, schedule: Schedule, x_t: Tensor,
     return prediction._replace(x0=x0, eps=(x_t - alpha * x0) / sigma)
 
 
-def clip_x0(denoise: Denoise, schedule: Schedule) -> Denoise:
-    """Wrap a denoiser to clip x_0 to [-1, 1], with eps consistent (as in the code of Ho et al. 2020)."""
+def clip_x0(denoise: Denoise, schedule: Schedule, *, keep_eps: bool = False) -> Denoise:
+    """Wrap a denoiser to clip x_0 to [-1, 1], with eps consistent (as in the code of Ho et al. 2020).
+
+    With `keep_eps`, eps is that of the network, as in the code of Song et al. 2021a and in diffusers by default.
+    """
 
     def clipped(x_t: Tensor, t: Tensor) -> Prediction:
         prediction = denoise(x_t, t)
-        return with_x0(prediction, prediction.x0.clamp(-1, 1), schedule, x_t, t)
+        x0 = prediction.x0.clamp(-1, 1)
+        return prediction._replace(x0=x0) if keep_eps else with_x0(prediction, x0, schedule, x_t, t)
 
     return clipped
 

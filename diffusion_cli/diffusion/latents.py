@@ -28,9 +28,9 @@ class Space(ABC):
     bounded: bool
     """Whether noise-free states lie in [-1, 1]."""
 
-    def clipped(self, denoise: Denoise, schedule: Schedule) -> Denoise:
+    def clipped(self, denoise: Denoise, schedule: Schedule, *, keep_eps: bool = False) -> Denoise:
         """Wrap a denoiser by `clip_x0` if states are bounded."""
-        return clip_x0(denoise, schedule) if self.bounded else denoise
+        return clip_x0(denoise, schedule, keep_eps=keep_eps) if self.bounded else denoise
 
     @abstractmethod
     def shape_of(self, image: tuple[int, ...]) -> tuple[int, ...]:

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from diffusion_cli.config.values import Clip
 from diffusion_cli.data import Dataset, Images
 from diffusion_cli.data.base import Split
 from diffusion_cli.metrics.features.base import FeatureBatch, Features
@@ -147,7 +148,7 @@ class EvaluatedModel:
     device: torch.device
     seed: int
     batch_size: int
-    clip: bool
+    clip: Clip
     """Whether predicted images are clipped to [-1, 1]."""
     precision: str
 

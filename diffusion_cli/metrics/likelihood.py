@@ -247,7 +247,7 @@ class VariationalBound(PerImage):
         x_0 = to_model_range(images).double()
         denoise = _in_float32(partial(subject.model.denoiser, y=labels))
         if subject.clip:
-            denoise = clip_x0(denoise, schedule)
+            denoise = clip_x0(denoise, schedule, keep_eps=subject.clip == "keep_eps")
         variances = self._variances(subject)
         terms = []
         with torch.inference_mode():

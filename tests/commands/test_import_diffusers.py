@@ -64,13 +64,15 @@ def test_ddim_images_of_a_pipeline_are_at_most_one_gray_level_apart(prediction):
     one_gray_level(ours, to_bytes(theirs))
 
 
-def test_clipped_images_are_those_with_a_clipped_noise_prediction():
+@pytest.mark.parametrize(("clip", "both"), [("true", True), ("keep_eps", False)])
+def test_clipped_images_are_those_of_the_scheduler(clip, both, capsys):
     pipeline = ddim_pipeline(Path("x"), beta_schedule="squaredcos_cap_v2", timestep_spacing="trailing")
     assert run(["import", "source=x"]) == 0
-    ours = sampled("sampler=ddim", "sampler.spacing=trailing")
+    assert "sampler=ddim clip_x0=keep_eps" in capsys.readouterr().out
+    ours = sampled("sampler=ddim", "sampler.spacing=trailing", f"clip_x0={clip}")
     network = pipeline.unet
     theirs = looped(
-        lambda x, t: network(x, t).sample, pipeline.scheduler, (3, 8, 8), use_clipped_model_output=True
+        lambda x, t: network(x, t).sample, pipeline.scheduler, (3, 8, 8), use_clipped_model_output=both
     )
     one_gray_level(ours, to_bytes(theirs))
 

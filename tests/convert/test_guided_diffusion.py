@@ -82,6 +82,13 @@ def preset(name: str, *words: str) -> GuidedDiffusion:
     return build(load("import", ["source=x", f"preset={name}", *words]).model_dump()["preset"])
 
 
+def test_the_class_conditional_model_of_improved_diffusion_gets_plain_timesteps():
+    """Its published flags have --rescale_timesteps False; the other models use the default, true."""
+    names = ("improved_imagenet64_cond", "improved_imagenet64", "improved_cifar10", "improved_lsun_bedroom")
+    rescaled = [preset(name).process().schedule.get("rescale_timesteps", False) for name in names]
+    assert rescaled == [False, True, True, False]
+
+
 @pytest.mark.parametrize(
     ("name", "classes", "millions"),
     [

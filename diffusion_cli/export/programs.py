@@ -1,6 +1,7 @@
 """Export as programs that run without this package: ONNX models and programs of torch.export."""
 
 import contextlib
+import json
 import logging
 import warnings
 from abc import abstractmethod
@@ -52,6 +53,10 @@ class _Programs(ExportFormat):
         )
         return "\n".join([*lines, ""])
 
+    def _path(self, source: str, name: str) -> str:
+        """Return the path of a program in a folder `source`, as text in Python."""
+        return json.dumps(f"{source}/{name}.{self.ending}")
+
     @abstractmethod
     def _convert(self, graph: Graph) -> Callable[[Path], None]:
         """Return a function that saves a program in this format."""
@@ -93,7 +98,7 @@ class Torch(_Programs):
         return [
             "import torch",
             "",
-            *(f'{name} = torch.export.load("{source}/{name}.pt2").module()' for name in names),
+            *(f"{name} = torch.export.load({self._path(source, name)}).module()" for name in names),
             "times = torch.linspace(1, 0, 51)",
             "alpha, sigma = schedule(times)",
             f"x = sigma[0].clamp(min=1) * torch.randn(4, {_sizes(model)})",
@@ -133,7 +138,7 @@ class Onnx(_Programs):
         return [
             "from onnxruntime import InferenceSession",
             "",
-            *(f'{name} = InferenceSession("{source}/{name}.onnx")' for name in ("encoder", "decoder")),
+            *(f"{name} = InferenceSession({self._path(source, name)})" for name in ("encoder", "decoder")),
             'x = encoder.run(None, {"images": images})[0]  # float32 [B, C, H, W] in [-1, 1]',
             'images = decoder.run(None, {"x": x})[0]',
         ]
@@ -145,7 +150,7 @@ class Onnx(_Programs):
             "import numpy as np",
             "from onnxruntime import InferenceSession",
             "",
-            *(f'{name} = InferenceSession("{source}/{name}.onnx")' for name in names),
+            *(f"{name} = InferenceSession({self._path(source, name)})" for name in names),
             "times = np.linspace(1, 0, 51, dtype=np.float32)",
             'alpha, sigma = schedule.run(None, {"t": times})',
             f"x = sigma[0].clip(1) * np.random.randn(4, {_sizes(model)}).astype(np.float32)",

@@ -181,6 +181,12 @@ def test_a_full_disk_is_named(tmp_path, form):
         form.write(MODELS["points"](), tmp_path)
 
 
+@pytest.mark.parametrize("form", [Torch(), Onnx()], ids=["torch", "onnx"])
+def test_the_name_of_a_folder_is_text_in_an_example(form):
+    for model in (denoiser(), autoencoder()):
+        compile(form.example(model, 'a "quoted" name\\'), "card", "exec")
+
+
 def test_packages_that_onnx_lacks_are_named(monkeypatch):
     monkeypatch.setattr("diffusion_cli.export.programs.find_spec", lambda name: None)
     with pytest.raises(UsageError) as caught:

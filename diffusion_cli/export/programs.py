@@ -86,7 +86,7 @@ class Torch(_Programs):
             "import torch",
             "",
             *(
-                f'{name} = torch.export.load("{source}/{name}.pt2").module()'
+                f"{name} = torch.export.load({self._path(source, name)}).module()"
                 for name in ("encoder", "decoder")
             ),
             "images = decoder(encoder(images))  # float [B, C, H, W] in [-1, 1]",

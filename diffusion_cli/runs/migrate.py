@@ -52,7 +52,7 @@ KEYS_OF_FORMAT_6 = {
 """Dotted keys of configurations moved after format 6."""
 OPTIMIZERS_OF_FORMAT_6 = frozenset(f"diffusion_cli.training.{name}" for name in ("Adam", "AdamW"))
 """Optimizers that had these keys; an optimizer of a plugin may have arguments of the same names."""
-OPTIONS_SINCE_FORMAT_8 = {
+ADDED_OPTIONS = {
     "diffusion_cli.networks.UNet": {
         "fir_padding": "edge",
         "progressive_output": "none",
@@ -66,7 +66,10 @@ OPTIONS_SINCE_FORMAT_8 = {
     "diffusion_cli.diffusion.schedules.Linear": {"rescale_timesteps": False},
     "diffusion_cli.diffusion.schedules.Cosine": {"rescale_timesteps": False},
 }
-"""Options added after format 7, by class, with the values that its code had."""
+"""Options added after format 7, by class, with the values that its code had.
+
+They are added to data of any format: an option may be newer than the last format.
+"""
 SPLITS_OF_FORMAT_5 = {"held_out": "val"}
 """Dataset splits renamed after format 5."""
 CONSTANT_RATE, COSINE_DECAY = (f"diffusion_cli.training.{name}" for name in ("ConstantRate", "CosineDecay"))
@@ -84,9 +87,10 @@ def migrated(value: Any, written: int = OLDEST) -> Any:
         value: mappings, lists, text, numbers; not modified.
         written: format number of the version that wrote it, from OLDEST to FORMAT.
     """
-    for number in range(written, FORMAT):
-        value = MIGRATIONS[number](value)
-    return value
+    for number, migration in MIGRATIONS.items():
+        if number >= written:
+            value = migration(value)
+    return _with_options(value)
 
 
 def migrated_config(config: Any, written: int = OLDEST) -> Any:
@@ -196,12 +200,12 @@ def _split_optimizer(value: Any) -> Any:
     return config
 
 
-def _add_options(value: Any) -> Any:
-    """Convert format 7 to 8: networks and schedules gained options."""
+def _with_options(value: Any) -> Any:
+    """Return plain data with the options that its classes gained."""
 
     def entry(key: Any, item: Any) -> tuple[Any, Any]:
         target = item.get("_target_") if isinstance(item, Mapping) else None
-        added = OPTIONS_SINCE_FORMAT_8.get(target, {}) if isinstance(target, str) else {}
+        added = ADDED_OPTIONS.get(target, {}) if isinstance(target, str) else {}
         return key, {**added, **item} if added else item
 
     return _mapped(value, entry)
@@ -271,6 +275,5 @@ MIGRATIONS: dict[int, Callable[[Any], Any]] = {
     4: _rename_classes,
     5: _rename_words,
     6: _split_optimizer,
-    7: _add_options,
 }
-"""The migration from each format to the next."""
+"""The migration from each format to the next, in order; formats 7 and 8 differ by options only."""

@@ -19,10 +19,10 @@ from diffusion_cli.errors import UsageError
 from diffusion_cli.runs.checkpoint import read, save
 from diffusion_cli.runs.curves import read_curves
 from diffusion_cli.runs.migrate import (
+    ADDED_OPTIONS,
     FORMAT,
     MIGRATIONS,
     MODULES_OF_FORMAT_4,
-    OPTIONS_SINCE_FORMAT_8,
     as_of_format_4,
     migrated,
 )
@@ -231,14 +231,15 @@ def test_a_file_of_the_user_may_have_the_name_of_a_key():
 @pytest.mark.parametrize(
     "option", ["model/unet_tiny", "model/dit_tiny", "schedule/linear", "schedule/cosine"]
 )
-def test_parts_of_format_7_have_the_later_options_with_the_values_of_then(option):
+@pytest.mark.parametrize("written", [7, FORMAT])
+def test_parts_of_then_have_the_later_options_with_the_values_of_then(option, written):
     group = option.partition("/")[0]
     node = yaml.safe_load((CONF / f"{option}.yaml").read_text())
-    added = OPTIONS_SINCE_FORMAT_8[node["_target_"]]
+    added = ADDED_OPTIONS[node["_target_"]]
     then = {key: value for key, value in node.items() if key not in added}
-    assert migrated({group: then}, 7) == {group: node}
+    assert migrated({group: then}, written) == {group: node}
     changed = {group: node | dict.fromkeys(added, "other")}
-    assert migrated(changed, 7) == changed
+    assert migrated(changed, written) == changed
 
 
 def test_a_checkpoint_of_format_5_is_read(stored):
@@ -252,6 +253,16 @@ def test_a_checkpoint_of_format_5_is_read(stored):
     config = info.config.model_dump()
     assert config["accumulate_grad_batches"] == 1
     assert "accumulate" not in config
+
+
+def test_a_checkpoint_of_this_format_without_a_later_option_is_read(stored):
+    path = stored / "outputs" / "denoiser" / "checkpoints" / "last.ckpt"
+    state, info = read(path).state, read(path).info.model_dump(mode="json")
+    del info["config"]["model"]["embedding_channels"]
+    state["diffuse"] = info
+    assert info["format"] == FORMAT
+    save(state, path)
+    assert read(path).info.config.model["embedding_channels"] is None
 
 
 def test_an_earlier_key_in_an_option_file_gives_its_new_name(tmp_path):

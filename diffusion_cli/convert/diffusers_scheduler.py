@@ -23,6 +23,7 @@ OF_1000 = 1000
 
 Count = Annotated[int, Field(gt=0, le=10**5)]
 Fraction = Annotated[float, Field(gt=0, lt=1)]
+Beta = Annotated[float, Field(gt=0, le=1)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Spacing = Literal["leading", "trailing", "linspace"]
 
@@ -44,7 +45,7 @@ class _Discrete(_Scheduler):
     beta_start: Fraction = 0.0001
     beta_end: Fraction = 0.02
     beta_schedule: Literal["linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid"] = "linear"
-    trained_betas: Annotated[list[Fraction], Field(min_length=1, max_length=10**5)] | None = None
+    trained_betas: Annotated[list[Beta], Field(min_length=1, max_length=10**5)] | None = None
     rescale_betas_zero_snr: bool = False
     prediction_type: Literal["epsilon", "sample", "v_prediction", "flow_prediction"] = "epsilon"
     timestep_spacing: Spacing = "leading"
@@ -53,6 +54,10 @@ class _Discrete(_Scheduler):
     def spacing(self) -> str:
         """Return the spacing of the times."""
         return self.timestep_spacing
+
+    def zero_terminal_snr(self) -> bool:
+        """Return whether the last timestep is pure noise."""
+        return self.rescale_betas_zero_snr or (self.trained_betas is not None and self.trained_betas[-1] == 1)
 
     def remarks(self) -> Iterator[str]:
         if self.steps_offset and self.spacing() == "leading":
@@ -333,20 +338,22 @@ def _discrete(scheduler: Any) -> tuple[Node, Node, Node]:
     parameterization = _parameterization(PREDICTIONS[scheduler.prediction_type])
     if flow:
         return _straight_paths(scheduler.num_train_timesteps), parameterization, scheduler.sampler()
-    if scheduler.rescale_betas_zero_snr and scheduler.prediction_type == "epsilon":
+    if scheduler.zero_terminal_snr() and scheduler.prediction_type == "epsilon":
+        cause = "rescale_betas_zero_snr=true" if scheduler.rescale_betas_zero_snr else "a last beta of 1"
         raise FormatError(
-            "prediction_type=epsilon is undefined with rescale_betas_zero_snr=true, where the last timestep is pure "
-            "noise"
+            f"prediction_type=epsilon is undefined with {cause}, where the last timestep is pure noise"
         )
     return _betas(scheduler), parameterization, scheduler.sampler()
 
 
 def _betas(scheduler: _Discrete) -> Node:
     """Return the schedule with the betas of a scheduler."""
-    T, rescaled = scheduler.num_train_timesteps, {"zero_terminal_snr": scheduler.rescale_betas_zero_snr}
+    T, rescaled = scheduler.num_train_timesteps, {"zero_terminal_snr": scheduler.zero_terminal_snr()}
     if scheduler.trained_betas is not None:
         if len(scheduler.trained_betas) != T:
             raise FormatError(f"trained_betas has {len(scheduler.trained_betas)} numbers, not {T}")
+        if 1 in scheduler.trained_betas[:-1]:
+            raise FormatError("trained_betas: only the last may be 1")
         return _schedule("Betas", betas=scheduler.trained_betas, **rescaled)
     unscaled = {"rescale_timesteps": False}
     if scheduler.beta_schedule == "squaredcos_cap_v2":
@@ -500,8 +507,12 @@ def _written_betas(
         named = None
     rescaled = bool(schedule.get("zero_terminal_snr"))
     if rescaled and kind is _PNDM:
-        named = None  # it has no rescale_betas_zero_snr
+        raise FormatError("PNDMScheduler divides by alpha, which is 0 with zero_terminal_snr=true")
     config: Node = {"prediction_type": types[prediction]}
+    if (
+        rescaled
+    ):  # it keeps betas that are rescaled already, and schedulers in sigma avoid an infinite one with it
+        config["rescale_betas_zero_snr"] = True
     if named is None:
         if not alpha_bar:
             raise FormatError(
@@ -512,7 +523,6 @@ def _written_betas(
     else:
         T = schedule["num_timesteps"]
         config |= {"num_train_timesteps": T, "beta_schedule": named}
-        config |= {"rescale_betas_zero_snr": True} if rescaled else {}
         ends = {key: schedule[key] * OF_1000 / T for key in ("beta_start", "beta_end") if key in schedule}
         config |= ends
     return config

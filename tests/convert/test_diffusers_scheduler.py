@@ -251,12 +251,40 @@ def test_rescaled_timesteps_are_refused_where_they_differ():
         scheduler.write(WRITTEN[0] | {"rescale_timesteps": True}, kind("Eps"))
 
 
-def test_zero_terminal_snr_is_written():
+@pytest.mark.parametrize("name", [name for name in TABLES if name != "PNDMScheduler"])
+@pytest.mark.parametrize("schedule", WRITTEN, ids=str)
+def test_zero_terminal_snr_is_written_and_sampled_from(name, schedule):
+    schedule = schedule | {"zero_terminal_snr": True}
+    ours: Discrete = build(schedule)
+    config = scheduler.write(schedule, kind("V"), name, alpha_bar=alpha_bar_of(ours))
+    theirs = getattr(diffusers, name).from_config(json.loads(json.dumps(config)))
+    assert theirs.alphas_cumprod[-1] <= 2**-24
+    theirs.set_timesteps(3)
+    x = torch.linspace(-2, 2, 16).reshape(1, 1, 4, 4) * theirs.init_noise_sigma
+    for timestep in theirs.timesteps:
+        v = torch.sin(3 * theirs.scale_model_input(x, timestep))
+        x = theirs.step(v, timestep, x, return_dict=False)[0]
+    assert x.isfinite().all()
+    again = scheduler.read(config)
+    assert check_node("schedule", again.schedule) == []
+    t = torch.arange(1, ours.num_timesteps + 1, dtype=torch.float64) / ours.num_timesteps
+    torch.testing.assert_close(build(again.schedule).log_snr(t), ours.log_snr(t), rtol=1e-9, atol=1e-9)
+
+
+def test_pndm_is_refused_with_zero_terminal_snr():
     schedule = WRITTEN[0] | {"zero_terminal_snr": True}
-    theirs = diffusers.DDIMScheduler.from_config(scheduler.write(schedule, kind("V")))
-    assert theirs.alphas_cumprod[-1] == 0
-    given = scheduler.write(schedule, kind("V"), "PNDMScheduler", alpha_bar=alpha_bar_of(build(schedule)))
-    assert given["trained_betas"][-1] == 1
+    with pytest.raises(FormatError, match="PNDMScheduler divides by alpha, which is 0"):
+        scheduler.write(schedule, kind("V"), "PNDMScheduler", alpha_bar=[0.5, 0.0])
+
+
+def test_a_last_beta_of_1_is_zero_terminal_snr():
+    config = {"_class_name": "DDIMScheduler", "trained_betas": [0.1, 0.4, 1.0], "num_train_timesteps": 3}
+    schedule = build(scheduler.read(config | {"prediction_type": "v_prediction"}).schedule)
+    torch.testing.assert_close(torch.tensor(alpha_bar_of(schedule)), torch.tensor([0.9, 0.54, 0.0]))
+    with pytest.raises(FormatError, match="prediction_type=epsilon is undefined with a last beta of 1"):
+        scheduler.read(config)
+    with pytest.raises(FormatError, match="trained_betas: only the last may be 1"):
+        scheduler.read(config | {"prediction_type": "sample", "trained_betas": [0.1, 1.0, 1.0]})
 
 
 def test_flows_and_variance_exploding_processes_are_written():

@@ -19,6 +19,7 @@ from diffusion_cli.diffusion.schedules import (
     Sigmoid,
     Spacing,
 )
+from diffusion_cli.errors import UsageError
 
 SPACINGS = ["leading", "trailing", "linspace", "quadratic"]
 
@@ -345,6 +346,9 @@ def test_given_betas_are_those_of_the_schedule(schedules):
     given = Betas(betas=torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64).tolist())
     t = torch.linspace(0.001, 1, 777, dtype=torch.float64)
     assert torch.equal(given.log_snr(t), linear.log_snr(t))
+    for betas, terminal in (([0.1, 1.0], False), ([1.0, 0.1], True)):
+        with pytest.raises(UsageError, match=r"schedule\.betas=1: only the last beta may be 1"):
+            Betas(betas=betas, zero_terminal_snr=terminal)
 
 
 def test_networks_of_flow_matching_get_timesteps_up_to_their_number(schedules):

@@ -11,6 +11,7 @@ from diffusion_cli.diffusion.schedules.base import Schedule, Spacing
 from diffusion_cli.errors import UsageError
 
 Fraction = Annotated[float, Field(gt=0, lt=1)]
+Beta = Annotated[float, Field(gt=0, le=1)]
 KNOWN = 8  # times with cached levels
 
 
@@ -21,7 +22,7 @@ class Discrete(Schedule):
     the published process exactly; entry i is timestep i - 1 of DDPM's code.
 
     Args:
-        betas: the T betas, each in (0, 1).
+        betas: the T betas, each in (0, 1); the last may be 1 with zero_terminal_snr.
         zero_terminal_snr: whether to shift and scale sqrt(alpha_bar) such that the last entry is 0 and the first is
             unchanged (Lin et al. 2024, Alg. 1); the last interval is then linear in sqrt(alpha_bar).
         rescale_timesteps: whether networks get timesteps times 1000 / T, as in the code of Nichol and Dhariwal 2021.
@@ -31,7 +32,8 @@ class Discrete(Schedule):
     """
 
     def __init__(self, betas: Tensor, zero_terminal_snr: bool, rescale_timesteps: bool = False) -> None:
-        if not (betas.gt(0).all() and betas.lt(1).all()):
+        below_one = betas[:-1] if zero_terminal_snr else betas
+        if not (betas.gt(0).all() and betas.le(1).all() and below_one.lt(1).all()):
             raise UsageError(
                 "schedule.num_timesteps",
                 len(betas),
@@ -158,13 +160,15 @@ class Betas(Discrete):
     """Given betas, as `trained_betas` of diffusers.
 
     Args:
-        betas: the betas of the timesteps 1..T, each in (0, 1).
+        betas: the betas of the timesteps 1..T, each in (0, 1); the last may be 1 with zero_terminal_snr.
         zero_terminal_snr: see `Discrete`.
     """
 
     def __init__(
-        self, *, betas: Annotated[list[Fraction], Field(min_length=1)], zero_terminal_snr: bool = False
+        self, *, betas: Annotated[list[Beta], Field(min_length=1)], zero_terminal_snr: bool = False
     ) -> None:
+        if 1 in (betas[:-1] if zero_terminal_snr else betas):
+            raise UsageError("schedule.betas", 1, "only the last beta may be 1, with zero_terminal_snr=true")
         super().__init__(torch.tensor(betas, dtype=torch.float64), zero_terminal_snr)
 
 

@@ -51,20 +51,24 @@ def atomic_write(path: Path) -> Iterator[Path]:
 def new_folder(path: Path, replace: bool = False) -> Iterator[Path]:
     """Context that yields a temporary folder beside `path`, which becomes `path` at the end, or is removed.
 
+    A folder that is replaced stays as it was if this fails or is interrupted.
+
     Raises FileExistsError if `path` exists by then and is not to be replaced, OSError as `writing`.
     """
-    temporary, former = temporary_path(path), None
+    temporary, former = temporary_path(path), temporary_path(path)
     try:
         with writing(path):
             temporary.mkdir(parents=True)
             yield temporary
-            if path.exists() and replace:
-                path.rename(former := temporary_path(path))
-            elif path.exists():
-                raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path))
+            if os.path.lexists(path):
+                if not replace:
+                    raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path))
+                path.rename(former)
             temporary.rename(path)
     finally:
-        for left in filter(None, (temporary, former)):
+        if former.exists() and not os.path.lexists(path):
+            former.rename(path)  # nothing is removed if this fails too
+        for left in (temporary, former):
             shutil.rmtree(left, ignore_errors=True)
 
 

@@ -7,7 +7,7 @@ from diffusion_cli.config.values import Step, Weights
 from diffusion_cli.diffusion.denoiser import Denoiser, NoisyClassifier
 from diffusion_cli.errors import UsageError
 from diffusion_cli.export import Exportable, ExportFormat
-from diffusion_cli.report.card import is_export, model_card
+from diffusion_cli.report.card import CARD, exported_files, files_in, model_card
 from diffusion_cli.runs.find import find_run, task_of
 from diffusion_cli.runs.load import load_autoencoder, load_model
 from diffusion_cli.system.files import new_folder
@@ -41,7 +41,7 @@ class Export:
         folder: run folder.
 
     Raises:
-        UsageError: the output folder exists.
+        UsageError: the output folder exists, and is not to be replaced.
     """
 
     def __init__(self, config: ExportConfig, folder: Path) -> None:
@@ -61,7 +61,7 @@ class Export:
             source=self.output.resolve().name,
             license=self.config.license,
         )
-        with new_folder(self.output, replace=self.config.force) as temporary:
+        with new_folder(self.output.resolve(), replace=self.config.force) as temporary:
             self.form.write(model, temporary)
             card.write(temporary)
 
@@ -77,13 +77,19 @@ def load(folder: Path, weights: Weights, step: Step) -> Exportable:
 
 
 def check_output(output: Path, force: bool) -> None:
-    """Raise UsageError if a folder exists, unless `force` may replace it."""
+    """Raise UsageError if a folder exists, unless `force` is set and it has only the files of an export."""
+    if output.is_symlink():
+        raise UsageError("output", output, "is a link", "choose the folder that it points to")
     if not output.exists():
         return
     if not force:
         raise UsageError("output", output, "exists already", "choose another folder, or set force=true")
-    if not is_export(output):
+    written = exported_files(output / CARD)
+    if written is None:
         raise UsageError("output", output, "is no export of diffuse", "choose another folder")
+    if others := [name for name in files_in(output) if name not in written]:
+        problem = f"has {others[0]}, which the export did not write"
+        raise UsageError("output", output, problem, "move this file, or choose another folder")
 
 
 def listed(folder: Path) -> list[str]:

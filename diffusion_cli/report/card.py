@@ -21,8 +21,10 @@ from diffusion_cli.system.untrusted import LONGEST_MANIFEST, MOST_IN_MANIFEST, e
 
 CARD = "README.md"
 PICTURE = "samples.png"
-MARK = "<!-- diffuse"
-"""Start of the line by which a later export knows a card of ours."""
+MARK = re.compile(r"^<!-- diffuse \d\S*: (.+) -->\r?$", re.MULTILINE)
+"""Last line of a card, with the files of its export."""
+MOST_BYTES = 2**24
+"""Size of a card beyond which it is none of ours."""
 NODES = (
     "model", "schedule", "parameterization", "objective", "time_sampling", "optimizer", "lr_schedule",
 )  # fmt: skip
@@ -42,25 +44,37 @@ class MeasuredValue(NamedTuple):
 
 
 class ModelCard(NamedTuple):
-    """The page, and the picture of samples beside it."""
+    """The page without the list of files, and the picture of samples beside it."""
 
     text: str
     picture: bytes | None
     """PNG file; None without samples of these weights."""
 
     def write(self, folder: Path) -> None:
-        """Write the page and its picture; OSError of the file system."""
-        (folder / CARD).write_text(self.text, encoding="utf-8")
+        """Write the page, with the files of the folder, and its picture; OSError of the file system."""
         if self.picture is not None:
             (folder / PICTURE).write_bytes(self.picture)
+        names = ", ".join(sorted({CARD, *files_in(folder)}))
+        page = f"{self.text}\n<!-- diffuse {__version__}: {names} -->\n"
+        (folder / CARD).write_text(page, encoding="utf-8")
 
 
-def is_export(folder: Path) -> bool:
-    """Return whether a folder has a model card of ours, so that an export may replace it."""
+def files_in(folder: Path) -> list[str]:
+    """Return the paths of all files and links in a folder, sorted."""
+    found = (path for path in folder.rglob("*") if path.is_symlink() or not path.is_dir())
+    return sorted(path.relative_to(folder).as_posix() for path in found)
+
+
+def exported_files(card: Path) -> frozenset[str] | None:
+    """Return the paths of the files that an export wrote with a model card; None for a card of another program.
+
+    An export may replace these files, and no others.
+    """
     try:
-        return MARK.encode() in read(folder / CARD, 2**24)
+        mark = MARK.search(read(card, MOST_BYTES).decode())
     except (OSError, ValueError):
-        return False
+        return None
+    return None if mark is None else frozenset(mark[1].split(", "))
 
 
 def model_card(
@@ -100,7 +114,6 @@ def model_card(
     environment.filters |= {"text": _text, "number": number}
     text = environment.get_template("card.jinja").render(
         front_matter=_front_matter(model, form, license),
-        mark=f"{MARK} {__version__} -->",
         name=run.resolve().name,
         summary=_summary(model),
         picture=None if picture is None else PICTURE,

@@ -155,15 +155,61 @@ def test_a_folder_is_replaced_only_if_it_is_an_export(capsys):
         f"output={output}: exists already; choose another folder, or set force=true"
         in capsys.readouterr().err
     )
-    (output / "left").write_text("")
+    (output / "unet/config.json").write_text("")
     assert run(["export", "run=x", "force=true"]) == 0
-    assert not (output / "left").exists()
-    Path("mine").mkdir()
-    Path("mine/photo.png").write_text("x")
-    assert run(["export", "run=x", "output=mine", "force=true"]) == 2
-    assert "output=mine: is no export of diffuse; choose another folder" in capsys.readouterr().err
-    assert Path("mine/photo.png").read_text() == "x"
+    assert (output / "unet/config.json").stat().st_size > 0
+    assert run(["export", "run=x", f"output={output}", "format=safetensors", "force=true"]) == 0
+    assert list(files(output)) == ["model.safetensors"]
     assert [path.name for path in output.parent.iterdir()] == ["diffusers"]
+
+
+def test_a_folder_of_another_program_is_not_replaced(capsys):
+    imported(denoiser())
+    Path("mine").mkdir()
+    Path("mine/thesis.txt").write_text("x")
+    Path("mine/README.md").write_text("<!-- diffusers docs -->")
+    capsys.readouterr()
+    assert run(["export", "run=x", "output=mine", "force=true"]) == 2
+    line = "diffuse: output=mine: is no export of diffuse; choose another folder\n"
+    assert capsys.readouterr().err == line
+    assert Path("mine/thesis.txt").read_text() == "x"
+
+
+@pytest.mark.parametrize("name", ["notes.txt", ".git/HEAD", "unet/notes.txt"])
+def test_an_export_with_other_files_is_not_replaced(name, capsys):
+    imported(denoiser())
+    assert run(["export", "run=x", "output=out"]) == 0
+    Path("out", name).parent.mkdir(exist_ok=True)
+    Path("out", name).write_text("x")
+    capsys.readouterr()
+    assert run(["export", "run=x", "output=out", "force=true"]) == 2
+    problem = f"has {name}, which the export did not write; move this file, or choose another folder"
+    assert capsys.readouterr().err == f"diffuse: output=out: {problem}\n"
+    assert Path("out", name).read_text() == "x"
+
+
+@pytest.mark.parametrize("target", ["out", "missing", "link"])
+def test_a_link_is_not_replaced(target, capsys):
+    imported(denoiser())
+    assert run(["export", "run=x", "output=out"]) == 0
+    Path("link").symlink_to(target)
+    before = sorted(path.name for path in Path().iterdir())
+    capsys.readouterr()
+    assert run(["export", "run=x", "output=link", "force=true"]) == 2
+    line = "diffuse: output=link: is a link; choose the folder that it points to\n"
+    assert capsys.readouterr().err == line
+    assert Path("link").is_symlink()
+    assert sorted(path.name for path in Path().iterdir()) == before
+
+
+def test_the_working_folder_is_replaced_by_its_own_name(monkeypatch):
+    imported(denoiser())
+    assert run(["export", "run=x", "output=out"]) == 0
+    root = Path().resolve()
+    monkeypatch.chdir("out")
+    words = [f"run={root}/outputs/x", "output=.", "format=safetensors", "force=true"]
+    assert run(["export", *words]) == 0
+    assert list(files(root / "out")) == ["model.safetensors"]
 
 
 def test_nothing_is_left_of_an_export_that_fails(monkeypatch, capsys):

@@ -1,7 +1,9 @@
 """Model cards of models in memory: what they state of the data, and what they leave out."""
 
+import pytest
+
 from diffusion_cli.export import Diffusers
-from diffusion_cli.report.card import is_export, model_card
+from diffusion_cli.report.card import exported_files, model_card
 from diffusion_cli.runs.schema import InitInfo
 from helpers.exports import KL, autoencoder, denoiser
 
@@ -27,7 +29,23 @@ def test_the_source_of_the_first_weights_is_named_without_its_path(tmp_path):
 
 
 def test_the_card_of_an_autoencoder_marks_an_export(tmp_path):
-    assert not is_export(tmp_path)
+    assert exported_files(tmp_path / "README.md") is None
+    (tmp_path / "config.json").write_text("{}")
     model_card(tmp_path, autoencoder(), Diffusers(), weights="raw", source="x").write(tmp_path)
-    assert is_export(tmp_path)
+    assert exported_files(tmp_path / "README.md") == {"README.md", "config.json"}
     assert "Autoencoder for samples of shape 1x8x8." in (tmp_path / "README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "# Mine",
+        "<!-- diffusers docs -->",
+        "<!-- diffuse 1.0 is great -->",
+        "see <!-- diffuse 1.0: a -->",
+        "\xff",
+    ],
+)
+def test_a_card_of_another_program_marks_no_export(tmp_path, text):
+    (tmp_path / "README.md").write_text(text, encoding="latin-1")
+    assert exported_files(tmp_path / "README.md") is None

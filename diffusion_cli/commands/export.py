@@ -7,10 +7,11 @@ from diffusion_cli.config.values import Step, Weights
 from diffusion_cli.diffusion.denoiser import Denoiser, NoisyClassifier
 from diffusion_cli.errors import UsageError
 from diffusion_cli.export import Exportable, ExportFormat
-from diffusion_cli.report.card import CARD, exported_files, files_in, model_card
+from diffusion_cli.report.card import exported_files, files_in, model_card
 from diffusion_cli.runs.find import find_run, task_of
 from diffusion_cli.runs.load import load_autoencoder, load_model
 from diffusion_cli.system.files import new_folder
+from diffusion_cli.system.hub import CARD
 from diffusion_cli.system.precision import device_of
 
 EXPORTS = "exports"

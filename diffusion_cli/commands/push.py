@@ -7,16 +7,19 @@ from diffusion_cli.commands.export import listed, load
 from diffusion_cli.config import PushConfig, build
 from diffusion_cli.errors import FormatError, UsageError
 from diffusion_cli.export import ExportFormat
-from diffusion_cli.report.card import CARD, model_card
+from diffusion_cli.report.card import exported_files, model_card
 from diffusion_cli.runs.find import find_run
-from diffusion_cli.system.hub import check_login, check_name, upload
+from diffusion_cli.system.hub import CARD, check_login, check_name, published, upload
 from diffusion_cli.system.untrusted import reason
+
+GIT_ATTRIBUTES = ".gitattributes"
+"""The only file of a new repository."""
 
 
 def run(config: PushConfig) -> None:
     """Upload the files, or print them with the model card for `dry_run`.
 
-    Raises UsageError if the format cannot express the model, or the repository cannot be written.
+    Raises UsageError if the format cannot express the model, or the repository cannot be written or has other files.
     """
     try:
         check_name(config.repo)
@@ -24,9 +27,11 @@ def run(config: PushConfig) -> None:
         raise UsageError("repo", config.repo, reason(error), "write for example repo=me/digits") from error
     try:
         folder = find_run(config.run, config.output_dir)
+        outdated: frozenset[str] = frozenset()
         if not config.dry_run:
             check_login()
-        address = _push(config, folder)
+            outdated = _outdated(config)
+        address = _push(config, folder, outdated)
     except FormatError as error:
         raise UsageError(
             "repo", config.repo, reason(error), "dry_run=true shows the files without it"
@@ -38,7 +43,27 @@ def run(config: PushConfig) -> None:
     )
 
 
-def _push(config: PushConfig, folder: Path) -> str | None:
+def _outdated(config: PushConfig) -> frozenset[str]:
+    """Return the files of an earlier export in the repository.
+
+    Raises UsageError if a private repository is wanted and it is public, or another program wrote its files.
+    """
+    repository = published(config.repo)
+    if repository is None:
+        return frozenset()
+    if config.private and not repository.private:
+        problem = f"{config.repo} exists and is public"
+        remedy = "make it private in its settings on the Hub, or choose another repository"
+        raise UsageError("private", True, problem, remedy)
+    written = None if repository.card is None else exported_files(repository.card)
+    others = sorted(repository.files - {GIT_ATTRIBUTES})
+    if written is None and others and not config.force:
+        problem = f"has {others[0]}, which diffuse did not write"
+        raise UsageError("repo", config.repo, problem, "choose another repository, or set force=true")
+    return repository.files & (written or frozenset())
+
+
+def _push(config: PushConfig, folder: Path, outdated: frozenset[str]) -> str | None:
     """Write the export of a run, upload it, and return the address of the repository; None for `dry_run`."""
     form: ExportFormat = build(config.format)
     model = load(folder, config.weights, config.step)
@@ -58,4 +83,6 @@ def _push(config: PushConfig, folder: Path) -> str | None:
             print(f"\n{CARD}:\n{card.text}")
             return None
         message = f"Weights of step {model.step}, {config.weights}"
-        return upload(Path(temporary), config.repo, message, config.private)
+        return upload(
+            Path(temporary), config.repo, message, private=config.private, outdated=sorted(outdated)
+        )

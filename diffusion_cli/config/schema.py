@@ -369,6 +369,7 @@ class PushConfig(BaseModel):
     repo: str
     private: bool
     license: License | None
+    force: bool
     dry_run: bool
     output_dir: str
     format: Node

@@ -17,9 +17,9 @@ from diffusion_cli.report.page import measured_model, number
 from diffusion_cli.runs.load import LoadedDenoiser
 from diffusion_cli.runs.overview import data_name
 from diffusion_cli.runs.schema import CheckpointInfo
+from diffusion_cli.system.hub import CARD
 from diffusion_cli.system.untrusted import LONGEST_MANIFEST, MOST_IN_MANIFEST, escaped, read, read_json
 
-CARD = "README.md"
 PICTURE = "samples.png"
 MARK = re.compile(r"^<!-- diffuse \d\S*: (.+) -->\r?$", re.MULTILINE)
 """Last line of a card, with the files of its export."""

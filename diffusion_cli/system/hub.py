@@ -1,16 +1,31 @@
 """The Hugging Face Hub: its server, copies of repositories in the cache of huggingface_hub, and uploads."""
 
+import glob
 import importlib
 import re
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from diffusion_cli.errors import FormatError, first_line
 from diffusion_cli.system.downloads import STALL
 
-SAFE_FILES = ("*.json", "*.safetensors", "README.md")
+CARD = "README.md"
+"""File with the model card of a repository."""
+SAFE_FILES = ("*.json", "*.safetensors", CARD)
 """Files of a repository that are downloaded: no pickles, which could run code."""
 REPOSITORY = re.compile(r"\w[\w.-]{0,95}/\w[\w.-]{0,95}", re.ASCII)
+
+
+class Repository(NamedTuple):
+    """A repository that exists on the hub."""
+
+    private: bool
+    """Whether only its owner can see it."""
+    files: frozenset[str]
+    """Paths of its files."""
+    card: Path | None
+    """Copy of its model card; None without one."""
 
 
 def connect() -> None:
@@ -75,14 +90,34 @@ def check_login() -> None:
         raise FormatError(f"the login to the Hugging Face Hub is refused ({first_line(error)})") from error
 
 
-def upload(folder: Path, repository: str, message: str, private: bool) -> str:
-    """Upload the files of a folder to a repository in one commit, and return the address of the repository.
+def published(name: str) -> Repository | None:
+    """Return a repository that exists on the hub; None if there is none.
+
+    Raises FormatError if it cannot be read.
+    """
+    api = _library().HfApi()
+    try:
+        if not api.repo_exists(name):
+            return None
+        info = api.repo_info(name)
+        files = frozenset(file.rfilename for file in info.siblings or ())
+        card = Path(api.hf_hub_download(name, CARD, revision=info.sha)) if CARD in files else None
+    except Exception as error:  # the classes of the HTTP library and of the hub
+        raise FormatError(f"cannot be read ({first_line(error)})") from error
+    return Repository(bool(info.private), files, card)
+
+
+def upload(
+    folder: Path, repository: str, message: str, *, private: bool, outdated: Iterable[str] = ()
+) -> str:
+    """Upload the files of a folder to a repository, and return the address of the repository.
 
     Args:
         folder: folder with files.
         repository: owner/name; created if it does not exist.
         message: message of the commit.
         private: whether a new repository is visible to its owner only.
+        outdated: paths of files of the repository that are removed, unless the folder has them too.
 
     Raises:
         FormatError: the repository cannot be created, or the upload fails.
@@ -90,7 +125,10 @@ def upload(folder: Path, repository: str, message: str, private: bool) -> str:
     api = _library().HfApi()
     try:
         address = api.create_repo(repository, private=private, exist_ok=True)
-        api.upload_folder(repo_id=repository, folder_path=folder, commit_message=message)
+        api.upload_folder(
+            repo_id=repository, folder_path=folder, commit_message=message,
+            delete_patterns=[glob.escape(path) for path in outdated],
+        )  # fmt: skip
     except Exception as error:  # the classes of the HTTP library and of the hub
         raise FormatError(f"cannot be written ({first_line(error)})") from error
     return str(address)

@@ -5,11 +5,13 @@ The library of the hub is a stand-in: its protocol of uploads is its own affair,
 
 import sys
 from importlib import import_module
+from inspect import signature
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from huggingface_hub.utils import filter_repo_objects
 
 from diffusion_cli.cli import run
 from helpers.exports import denoiser, imported
@@ -19,11 +21,18 @@ class Hub:
     """A huggingface_hub that keeps what is uploaded."""
 
     def __init__(
-        self, *, token: str | None = "secret", refusal: str | None = None, online: bool = True
+        self,
+        *,
+        token: str | None = "secret",
+        refusal: str | None = None,
+        online: bool = True,
+        files: dict[str, bytes] | None = None,
+        private: bool = False,
     ) -> None:
         self.token, self.refusal, self.online = token, refusal, online
+        self.exists, self.private = files is not None, private
         self.created: list[Any] = []
-        self.files: dict[str, bytes] = {}
+        self.files: dict[str, bytes] = dict(files or {})
         self.constants = SimpleNamespace(ENDPOINT="https://hub.example")
 
     def get_token(self) -> str | None:
@@ -43,16 +52,35 @@ class Hub:
         if self.refusal == "login":
             raise ValueError("Invalid token\nmore lines")
 
+    def repo_exists(self, repository: str) -> bool:
+        if self.refusal == "reading":
+            raise ValueError("502 Bad Gateway\nmore lines")
+        return self.exists
+
+    def repo_info(self, repository: str) -> Any:
+        files = [SimpleNamespace(rfilename=name) for name in self.files]
+        return SimpleNamespace(private=self.private, siblings=files, sha="0" * 40)
+
+    def hf_hub_download(self, repository: str, name: str, *, revision: str) -> str:
+        assert revision == "0" * 40
+        Path("download").write_bytes(self.files[name])
+        return "download"
+
     def create_repo(self, repository: str, *, private: bool, exist_ok: bool) -> str:
         if self.refusal == "repository":
             raise ValueError("403 Forbidden: no rights\nmore lines")
         self.created.append((repository, private, exist_ok))
+        self.exists = True
         return f"https://hub.example/{repository}"
 
-    def upload_folder(self, *, repo_id: str, folder_path: Path, commit_message: str) -> None:
+    def upload_folder(
+        self, *, repo_id: str, folder_path: Path, commit_message: str, delete_patterns: list[str]
+    ) -> None:
         assert commit_message == "Weights of step 0, ema"
         found = (path for path in Path(folder_path).rglob("*") if path.is_file())
-        self.files = {path.relative_to(folder_path).as_posix(): path.read_bytes() for path in found}
+        for name in [*filter_repo_objects(list(self.files), allow_patterns=delete_patterns)]:
+            del self.files[name]
+        self.files |= {path.relative_to(folder_path).as_posix(): path.read_bytes() for path in found}
 
 
 @pytest.fixture(autouse=True)
@@ -100,11 +128,67 @@ def test_a_dry_run_shows_the_files_and_the_card_without_the_library(monkeypatch,
     assert "x: nothing was uploaded to me/digits" in out
 
 
+def test_files_of_an_earlier_export_are_removed_and_others_stay(monkeypatch):
+    imported(denoiser())
+    hub = Hub(files={".gitattributes": b"", "model[1].bin": b""})
+    use(monkeypatch, hub)
+    assert run(["push", "run=x", "repo=me/digits", "force=true"]) == 0
+    assert "unet/config.json" in hub.files
+    hub.files["LICENSE"] = b"mine"
+    assert run(["push", "run=x", "repo=me/digits", "format=safetensors"]) == 0
+    assert sorted(hub.files) == [
+        ".gitattributes",
+        "LICENSE",
+        "README.md",
+        "model.safetensors",
+        "model[1].bin",
+    ]
+
+
+@pytest.mark.parametrize("card", [{}, {"README.md": b"# Mine"}], ids=["no card", "card"])
+def test_a_repository_of_another_program_needs_force(monkeypatch, capsys, card):
+    imported(denoiser())
+    hub = Hub(files={".gitattributes": b"", "model.bin": b"mine"} | card)
+    before = dict(hub.files)
+    use(monkeypatch, hub)
+    capsys.readouterr()
+    assert run(["push", "run=x", "repo=me/digits"]) == 2
+    problem = f"has {min(set(before) - {'.gitattributes'})}, which diffuse did not write"
+    remedy = "choose another repository, or set force=true"
+    assert capsys.readouterr().err == f"diffuse: repo=me/digits: {problem}; {remedy}\n"
+    assert hub.files == before
+    assert run(["push", "run=x", "repo=me/digits", "force=true"]) == 0
+    assert hub.files["model.bin"] == b"mine"
+    assert "unet/config.json" in hub.files
+
+
+def test_an_empty_repository_needs_no_force(monkeypatch):
+    imported(denoiser())
+    hub = Hub(files={".gitattributes": b""}, private=True)
+    use(monkeypatch, hub)
+    assert run(["push", "run=x", "repo=me/digits", "private=true"]) == 0
+    assert "unet/config.json" in hub.files
+
+
+def test_a_public_repository_is_refused_with_private(monkeypatch, capsys):
+    imported(denoiser())
+    hub = Hub(files={})
+    use(monkeypatch, hub)
+    capsys.readouterr()
+    assert run(["push", "run=x", "repo=me/digits", "private=true"]) == 2
+    remedy = "make it private in its settings on the Hub, or choose another repository"
+    problem = f"private=true: me/digits exists and is public; {remedy}"
+    assert capsys.readouterr().err == f"diffuse: {problem}\n"
+    assert not hub.created
+    assert not hub.files
+
+
 REFUSED = [
     (None, "needs huggingface_hub: pip install 'diffuse-cli[hub]'"),
     (Hub(token=None), "needs a login to the Hugging Face Hub: hf auth login"),
     (Hub(online=False), "https://hub.example cannot be reached (no route)"),
     (Hub(refusal="login"), "the login to the Hugging Face Hub is refused (Invalid token)"),
+    (Hub(refusal="reading"), "cannot be read (502 Bad Gateway)"),
     (Hub(refusal="repository"), "cannot be written (403 Forbidden: no rights)"),
 ]
 
@@ -132,9 +216,13 @@ def test_a_wrong_repository_is_named(capsys):
 
 def test_the_library_has_these_functions():
     library = import_module("huggingface_hub")
-    arguments = import_module("inspect").signature(library.HfApi.upload_folder).parameters
-    assert {"repo_id", "folder_path", "commit_message"} <= set(arguments)
-    assert {"private", "exist_ok"} <= set(
-        import_module("inspect").signature(library.HfApi.create_repo).parameters
-    )
+    used = {
+        "upload_folder": {"repo_id", "folder_path", "commit_message", "delete_patterns"},
+        "create_repo": {"private", "exist_ok"},
+        "repo_exists": {"repo_id"},
+        "repo_info": {"repo_id"},
+        "hf_hub_download": {"repo_id", "filename", "revision"},
+    }
+    for name, arguments in used.items():
+        assert arguments <= set(signature(getattr(library.HfApi, name)).parameters)
     assert callable(library.get_token)

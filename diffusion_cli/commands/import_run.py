@@ -29,13 +29,15 @@ def run(config: ImportConfig) -> None:
     name = folder.name
     if folder.exists():
         raise UsageError("name", name, f"{folder} exists already", "choose another name")
-    model = read_source(config.source, "source", build(config.preset))
+    dataset: Dataset | None = None if config.dataset is None else build(config.dataset, config.data_dir)
+    sizes = None if dataset is None else dataset.shape[1:]
+    model = read_source(config.source, "source", build(config.preset), sizes)
     if model.process is None:
         problem = f"is an autoencoder, a {model.kind}, without a denoiser"
         remedy = f"train on its latents with: diffuse train latent.pretrained={config.source}"
         raise UsageError("source", config.source, problem, remedy)
     process = _process(config, model.process)
-    imported = _with_dataset(config, model, process)
+    imported = _with_dataset(config, dataset, model, process)
     try:
         info = imported.write(folder)
     except FormatError as error:
@@ -83,7 +85,9 @@ def _process(config: ImportConfig, process: Process) -> Process:
     return replace(process, remarks=(), **chosen)
 
 
-def _with_dataset(config: ImportConfig, model: PretrainedModel, process: Process) -> ImportedDenoiser:
+def _with_dataset(
+    config: ImportConfig, dataset: Dataset | None, model: PretrainedModel, process: Process
+) -> ImportedDenoiser:
     """Return the model with the class names and the format of the dataset of the command, or its own ones.
 
     Raises UsageError unless the dataset has the images and the classes of the model.
@@ -91,12 +95,11 @@ def _with_dataset(config: ImportConfig, model: PretrainedModel, process: Process
     classes, shape = model.network.num_classes, image_shape(model)
     names = None if classes is None else model.class_names or tuple(map(str, range(classes)))
     parts: dict[str, Any] = {"model": model, "process": process, "source": config.source}
-    if config.dataset is None:
+    if dataset is None:
         if shape[0] not in (1, 3):
             problem = f"its images have {counted(shape[0], 'channel')}, and 8-bit images have 1 or 3"
             raise UsageError("source", config.source, problem, "name their dataset with dataset=")
         return ImportedDenoiser(**parts, form=Uint8Image(), class_names=names)
-    dataset: Dataset = build(config.dataset, config.data_dir)
     if dataset.shape != shape:
         problem = f"its images have shape {list(dataset.shape)}, but those of the model have {list(shape)}"
         remedy = f"set dataset.resolution={shape[1]}, or choose another dataset"

@@ -3,10 +3,10 @@
 Each module maps one architecture or file format: configurations without torch, weights with it.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from diffusion_cli.convert.base import PretrainedModel
+from diffusion_cli.convert.base import PretrainedModel, UnknownSize
 from diffusion_cli.convert.diffusers_folder import read_autoencoder_folder, read_folder
 from diffusion_cli.convert.guided_diffusion import GuidedDiffusion
 from diffusion_cli.errors import FormatError, UsageError
@@ -23,13 +23,16 @@ REMEDY = (
 REMEDY_WITH_PRESET = "give a file of weights that its authors published, and the preset of its command"
 
 
-def read_source(source: str, key: str, preset: GuidedDiffusion | None = None) -> PretrainedModel:
+def read_source(
+    source: str, key: str, preset: GuidedDiffusion | None = None, sizes: Sequence[int] | None = None
+) -> PretrainedModel:
     """Return the model that another program wrote; its weights are read when they are needed.
 
     Args:
         source: folder, or `hub:` and the name of a repository, whose files are downloaded once.
         key: option that names it, for errors.
         preset: flags of the network, for a source that is a file of weights.
+        sizes: sizes of its images, for a network of diffusers that does not state them.
 
     Raises:
         UsageError: the source has no model that can be read, or its weights contradict a flag.
@@ -45,7 +48,7 @@ def read_source(source: str, key: str, preset: GuidedDiffusion | None = None) ->
     if path.is_file():
         remedy = f"name the flags of its network: diffuse import source={source} preset=<option>"
         raise UsageError(key, source, "is a file, which does not describe its network", remedy)
-    return _read(source, key, read_folder)
+    return _read(source, key, lambda folder: read_folder(folder, sizes))
 
 
 def read_autoencoder(source: str, key: str) -> PretrainedModel:
@@ -60,5 +63,8 @@ def _read(source: str, key: str, reader: Callable[[Path], PretrainedModel]) -> P
         if not folder.is_dir():
             raise FormatError("is not a folder" if folder.exists() else "does not exist")
         return reader(folder)
+    except UnknownSize as error:
+        remedy = f"diffuse import source={source} dataset=<option> takes the size of a dataset"
+        raise UsageError(key, source, reason(error), remedy) from error
     except (FormatError, OSError) as error:
         raise UsageError(key, source, reason(error), REMEDY) from error

@@ -80,6 +80,10 @@ class PretrainedModel:
     """Licence that its model card states."""
 
 
+class UnknownSize(FormatError):
+    """The source does not state the size of its images."""
+
+
 ConfigT = TypeVar("ConfigT", bound=BaseModel)
 
 

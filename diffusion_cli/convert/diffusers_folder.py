@@ -1,7 +1,7 @@
 """Folders that diffusers writes: a pipeline with its parts, or a model alone; weights as safetensors only."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib import import_module
 from pathlib import Path
@@ -49,12 +49,19 @@ class _Part:
     files: tuple[Path, ...]
     """Files with weights."""
 
-    def network(self) -> Network:
-        """Return the network of the configuration; FormatError, which names the file."""
+    def network(self, sizes: Sequence[int] | None = None) -> Network:
+        """Return the network of the configuration; FormatError, which names the file.
+
+        Args:
+            sizes: sizes of its images, for a configuration without them.
+        """
+        config = self.config
+        if sizes is not None and config.get("sample_size") is None:
+            config = config | {"sample_size": [*sizes]}
         try:
-            return self.module.read(self.config)
+            return self.module.read(config)
         except FormatError as error:
-            raise FormatError(f"{self.name}/{CONFIG}: {reason(error)}") from error
+            raise type(error)(f"{self.name}/{CONFIG}: {reason(error)}") from error
 
     def weights(self, network: Network) -> Weights:
         """Return the weights by the names of the network; FormatError for other weights."""
@@ -67,20 +74,25 @@ class _Part:
         return self.module.weights(network, state)
 
 
-def read_folder(folder: Path) -> PretrainedModel:
+def read_folder(folder: Path, sizes: Sequence[int] | None = None) -> PretrainedModel:
     """Return the model in a folder of diffusers; its weights are read when they are needed.
 
+    Args:
+        folder: folder of a pipeline, of its parts, or of a model alone.
+        sizes: sizes of its images, for a denoiser that does not state them.
+
     Raises:
+        UnknownSize: neither the folder nor `sizes` states them.
         FormatError: the folder has no model with an equivalent, or has pickled weights.
         OSError: a file cannot be read.
     """
     if (folder / INDEX).is_file():
-        return _pipeline(folder, _json(folder / INDEX))
+        return _pipeline(folder, _json(folder / INDEX), sizes)
     if (folder / "scheduler" / SCHEDULER).is_file():
         parts = [name for name in (*PARTS, "scheduler") if (folder / name).is_dir()]
-        return _pipeline(folder, {"_class_name": "parts", **{name: ["diffusers"] for name in parts}})
+        return _pipeline(folder, {"_class_name": "parts", **{name: ["diffusers"] for name in parts}}, sizes)
     if (folder / CONFIG).is_file():
-        return _alone(folder)
+        return _alone(folder, sizes)
     raise FormatError(f"contains neither {INDEX} nor {CONFIG}")
 
 
@@ -99,10 +111,10 @@ def read_autoencoder_folder(folder: Path) -> PretrainedModel:
     )
 
 
-def _alone(folder: Path) -> PretrainedModel:
+def _alone(folder: Path, sizes: Sequence[int] | None) -> PretrainedModel:
     """Return the model of a folder without a pipeline."""
     part = _part(folder, DENOISERS | AUTOENCODERS)
-    network = part.network()
+    network = part.network(sizes if part.kind in DENOISERS else None)
     process = None
     if part.kind in DENOISERS:
         process = _process(ASSUMED, network)
@@ -118,7 +130,7 @@ def _alone(folder: Path) -> PretrainedModel:
     )
 
 
-def _pipeline(folder: Path, index: Node) -> PretrainedModel:
+def _pipeline(folder: Path, index: Node, sizes: Sequence[int] | None) -> PretrainedModel:
     """Return the denoiser of a pipeline, with its scheduler and its autoencoder if it has one."""
     kind = index.get("_class_name")
     names = {
@@ -128,14 +140,16 @@ def _pipeline(folder: Path, index: Node) -> PretrainedModel:
     }
     for name in sorted(names - PARTS.keys() - {"scheduler"}):
         raise FormatError(f"{INDEX}: {name} of a {format_value(kind)[:80]} has no equivalent")
-    parts = {name: _part(folder / name, PARTS[name]) for name in sorted(names & PARTS.keys())}
+    parts = {name: _part(_inner(folder, name, CONFIG), PARTS[name]) for name in sorted(names & PARTS.keys())}
     denoisers = [part for part in parts.values() if part.kind in DENOISERS]
     autoencoders = [part for part in parts.values() if part.kind in AUTOENCODERS]
     if len(denoisers) != 1 or len(autoencoders) > 1 or "scheduler" not in names:
         raise FormatError(f"{INDEX}: must name a denoiser, a scheduler, and at most one autoencoder")
     (denoiser,) = denoisers
-    network = denoiser.network()
-    process = _process(_json(folder / "scheduler" / SCHEDULER), network)
+    if sizes is not None and autoencoders:
+        sizes = [size // _factor(autoencoders[0].network()) for size in sizes]
+    network = denoiser.network(sizes)
+    process = _process(_json(_inner(folder, "scheduler", SCHEDULER) / SCHEDULER), network)
     return PretrainedModel(
         kind=f"{format_value(kind)[:80]} of diffusers",
         network=network,
@@ -179,9 +193,14 @@ def _autoencoder(part: _Part, denoiser: Network) -> Autoencoder:
     channels, *sizes = denoiser.shape
     if len(mean) != channels:
         raise FormatError(f"{CONFIG}: its {len(mean)} latent channels are not the {channels} of the denoiser")
-    factor = math.prod(smallest.shape[1:2])  # it describes the smallest image, of one latent
-    network = replace(smallest, shape=(smallest.shape[0], *(factor * size for size in sizes)))
+    images = tuple(_factor(smallest) * size for size in sizes)
+    network = replace(smallest, shape=(smallest.shape[0], *images))
     return Autoencoder(network=network, weights=lambda: part.weights(network), mean=mean, std=std)
+
+
+def _factor(autoencoder: Network) -> int:
+    """Return how many pixels a latent has per dimension; the network is that of the smallest image, of one latent."""
+    return math.prod(autoencoder.shape[1:2])
 
 
 def _class_names(names: Any, network: Network) -> tuple[str, ...] | None:
@@ -192,6 +211,12 @@ def _class_names(names: Any, network: Network) -> tuple[str, ...] | None:
     if not isinstance(names, Mapping) or sorted(names) != sorted(labels):
         raise FormatError(f"{INDEX}: {LABELS} does not name the {network.num_classes} classes of the network")
     return tuple(str(names[label]) for label in labels)
+
+
+def _inner(folder: Path, name: str, file: str) -> Path:
+    """Return the folder of a part of a pipeline: early versions of diffusers wrote all files in one."""
+    inner = folder / name
+    return folder if (folder / file).is_file() and not inner.is_dir() else inner
 
 
 def _part(folder: Path, modules: Mapping[str, str]) -> _Part:

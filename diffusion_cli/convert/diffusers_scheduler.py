@@ -291,6 +291,10 @@ KNOWN = frozenset(name for kind in CLASSES.values() for name in kind.model_field
     "time_shift_type",
 }
 """Settings of any scheduler; a class ignores those of others, which stay in files that were converted."""
+PREDICTS_NOISE = "predict_epsilon"
+"""Early setting in place of `prediction_type`: epsilon if true, sample if false."""
+DEAD = frozenset({"tensor_format", "timestep_values", PREDICTS_NOISE})
+"""Settings of early versions without an effect today."""
 
 
 def read(config: Mapping[str, Any], *, learns_variance: bool = False, label_dropout: float = 0.0) -> Process:
@@ -310,9 +314,11 @@ def read(config: Mapping[str, Any], *, learns_variance: bool = False, label_drop
         raise FormatError(
             f"the scheduler {format_value(name)[:80]} has no equivalent; read are {', '.join(CLASSES)}"
         )
-    settings = {key: value for key, value in config.items() if not key.startswith("_")}
-    if unknown := settings.keys() - KNOWN:
+    settings = {key: value for key, value in config.items() if not key.startswith("_") and key not in DEAD}
+    if unknown := {key for key, value in settings.items() if key not in KNOWN and value is not None}:
         raise FormatError(f"{min(unknown)[:80]} is not a known setting of a scheduler")
+    if config.get(PREDICTS_NOISE) is False:
+        settings.setdefault("prediction_type", "sample")
     if kind is _PNDM:
         settings.pop("rescale_betas_zero_snr", None)  # which it does not have
     scheduler = parse(kind, settings)

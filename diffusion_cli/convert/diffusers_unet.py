@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, NoReturn
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
-from diffusion_cli.convert.base import Network, Node, Weights, parse
+from diffusion_cli.convert.base import Network, Node, UnknownSize, Weights, parse
 from diffusion_cli.convert.diffusers_names import present_name
 from diffusion_cli.convert.diffusers_unet_layers import UNetOptions, layers_of
 from diffusion_cli.errors import FormatError, format_value
@@ -146,10 +146,13 @@ class _Config(BaseModel):
 def read(config: Node) -> Network:
     """Return the network of a config.json; FormatError, naming the key, for one without an equivalent.
 
+    UnknownSize is raised for one without a size of images, which diffusers does not require.
     With Fourier features, c_noise is the logarithm of the timestep of UNet2DModel, and both divide the output by it.
     With `center_input_sample`, for data in [0, 1], the network is for data x in [-1, 1] and twice the sigma, so that
     UNet2DModel((x + 1) / 2, sigma / 2) / 2 is its output.
     """
+    if config.get("sample_size") is None:
+        raise UnknownSize("sample_size is missing")
     fields = parse(_Config, config)
     widths, levels = fields.block_out_channels, len(fields.block_out_channels)
     _check(fields)

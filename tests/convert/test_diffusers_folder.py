@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from diffusion_cli.cli import run
 from diffusion_cli.convert import read_source
 from diffusion_cli.errors import UsageError
+from helpers.data import write_images
 from helpers.pipelines import UNET, ddim_pipeline, dit_pipeline
 from helpers.unets import unet
 
@@ -84,6 +85,34 @@ def test_a_repository_of_the_hub_is_read_and_names_the_run(copied, monkeypatch, 
     assert run(["import", "source=hub:owner/cats"]) == 0
     assert asked == ["owner/cats"]
     assert "outputs/cats: DDIMPipeline of diffusers" in capsys.readouterr().out
+
+
+def test_files_of_early_versions_in_one_folder_are_read(copied):
+    whole = read_source("ddim", "source")
+    for part in ("unet", "scheduler"):
+        for file in (copied / "ddim" / part).iterdir():
+            file.rename(copied / "ddim" / file.name)
+        (copied / "ddim" / part).rmdir()
+    flat = read_source("ddim", "source")
+    assert (flat.network, flat.process, [*flat.files]) == (whole.network, whole.process, [WEIGHTS])
+
+
+def test_images_without_a_size_have_that_of_the_dataset(copied, capsys):
+    sized = {source: read_source(source, "source").network for source in ("ddim", "dit")}
+    edited(UNET_CONFIG, lambda value: value | {"sample_size": None})()
+    with pytest.raises(UsageError) as refused:
+        read_source("ddim", "source")
+    assert refused.value.lines == (
+        "source=ddim: unet/config.json: sample_size is missing; diffuse import source=ddim dataset=<option> takes "
+        "the size of a dataset",
+    )
+    assert read_source("ddim", "source", None, (8, 8)).network == sized["ddim"]
+    assert read_source("dit", "source", None, (64, 64)).network == sized["dit"]  # which states its own
+    assert (
+        run(["import", "source=ddim", "dataset=folder", f"dataset.path={write_images(copied / 'photos', 3)}"])
+        == 0
+    )
+    assert "images 3x8x8" in capsys.readouterr().out
 
 
 def test_the_licence_of_a_model_card_is_read(copied):

@@ -185,6 +185,17 @@ def test_settings_without_an_equivalent_are_refused(config, reason):
         scheduler.read(config)
 
 
+def test_settings_of_early_versions_are_read():
+    early = {
+        "_class_name": "DDPMScheduler",
+        "tensor_format": "pt",
+        "timestep_values": None,
+        "new_trick": None,
+    }
+    assert scheduler.read(early | {"predict_epsilon": True}) == scheduler.read(config_of("DDPMScheduler"))
+    assert scheduler.read(early | {"predict_epsilon": False}).parameterization == kind("X0")
+
+
 def test_a_variance_head_gives_the_hybrid_loss_and_a_null_class_its_dropout():
     config = {"_class_name": "DDPMScheduler", "variance_type": "learned_range"}
     process = scheduler.read(config, learns_variance=True, label_dropout=0.1)

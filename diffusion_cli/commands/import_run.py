@@ -93,7 +93,7 @@ def _with_dataset(
     Raises UsageError unless the dataset has the images and the classes of the model.
     """
     classes, shape = model.network.num_classes, image_shape(model)
-    names = None if classes is None else model.class_names or tuple(map(str, range(classes)))
+    names = None if classes is None else model.class_names
     parts: dict[str, Any] = {"model": model, "process": process, "source": config.source}
     if dataset is None:
         if shape[0] not in (1, 3):
@@ -104,7 +104,7 @@ def _with_dataset(
         problem = f"its images have shape {list(dataset.shape)}, but those of the model have {list(shape)}"
         remedy = f"set dataset.resolution={shape[1]}, or choose another dataset"
         raise UsageError("dataset", dataset.name, problem, remedy)
-    if classes is not None and model.class_names is None and dataset.class_names is not None:
+    if classes is not None and names is None and dataset.class_names is not None:
         names = tuple(dataset.class_names)
     if names is not None and len(names) != classes:
         problem = f"has {len(names)} classes, but the model has {classes}"

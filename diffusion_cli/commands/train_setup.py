@@ -259,7 +259,7 @@ def _weights_of_run(named: str, config: TrainConfig, task: str) -> tuple[Initial
         state=source.state,
         channels=source.info.network_shape[0],
         learns_variance=bool(source.info.config.model.get("learn_variance")),
-        class_names=source.info.class_names,
+        class_names=source.info.stated_class_names,
     )
     return weights, {"kind": "run", "step": source.step, "weights": init.weights, "sha256": source.digest}
 

@@ -91,8 +91,10 @@ class _Pipeline:
     autoencoder: _Model | None
     kind: str | None
     """Pipeline of diffusers that samples this model; None if there is none."""
+    num_classes: int | None
+    """Number of classes; None if it has none."""
     labels: Node | None
-    """Names of the classes by number; None if it has no classes."""
+    """Names of the classes by number; None if it has no names."""
 
     @property
     def models(self) -> list[_Model]:
@@ -189,8 +191,8 @@ class Diffusers(ExportFormat):
             noise = {key: schedule[key] / 2 for key in ("sigma_min", "sigma_max")}
         config = architecture.module.write(network)
         labels = None
-        if network.num_classes is not None:
-            labels = {str(number): name for number, name in enumerate(info.class_names or ())}
+        if network.num_classes is not None and info.stated_class_names is not None:
+            labels = {str(number): name for number, name in enumerate(info.stated_class_names)}
         if kind is None and labels is not None:
             config |= {f"_{LABELS}": labels}
         return _Pipeline(
@@ -211,6 +213,7 @@ class Diffusers(ExportFormat):
             ),
             autoencoder=None if latent is None else _latent_part(model, latent, architecture),
             kind=kind,
+            num_classes=network.num_classes,
             labels=labels,
         )
 
@@ -335,7 +338,7 @@ def _loop_example(pipeline: _Pipeline, source: str) -> list[str]:
     kinds = [part.kind for part in pipeline.models] + [pipeline.scheduler["_class_name"]]
     channels, size = config["in_channels"], config["sample_size"]
     height, width = size if isinstance(size, list) else (size, size)
-    labelled = pipeline.labels is not None or pipeline.denoiser.kind == DIT.kind
+    labelled = pipeline.num_classes is not None or pipeline.denoiser.kind == DIT.kind
     learned = pipeline.denoiser.kind == DIT.kind and config["out_channels"] > channels
     flows = pipeline.scheduler["_class_name"] == SCHEDULERS["flow_match"]
     consistent = ", use_clipped_model_output=True" if _clips(pipeline) else ""
@@ -353,7 +356,7 @@ def _loop_example(pipeline: _Pipeline, source: str) -> list[str]:
         ),
         f'scheduler = {pipeline.scheduler["_class_name"]}.from_pretrained({json.dumps(source)}, subfolder="scheduler")',
         "scheduler.set_timesteps(50)",
-        *([f"labels = torch.arange(4) % {len(pipeline.labels or [0])}"] if labelled else []),
+        *([f"labels = torch.arange(4) % {pipeline.num_classes or 1}"] if labelled else []),
         f"x = torch.randn(4, {channels}, {height}, {width}){noise}",
         "with torch.no_grad():",
         "    for t in scheduler.timesteps:",

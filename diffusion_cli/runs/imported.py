@@ -38,7 +38,7 @@ class ImportedDenoiser:
     form: SampleFormat
     """Format of its images."""
     class_names: Sequence[str] | None
-    """Names of the classes; None if it is unconditional."""
+    """Names of the classes; None if they have none, or if it is unconditional."""
     dataset: Node | None = None
     """Dataset for class names and as reference; None for none."""
     data_rules: int = 1
@@ -69,7 +69,10 @@ class ImportedDenoiser:
 
     def _info(self, autoencoder: Weights | None) -> CheckpointInfo:
         """Return the entry of the checkpoint; FormatError for parts that this version cannot build."""
-        model, process = self.model, self.process
+        model, process, names = self.model, self.process, self.class_names
+        classes = model.network.num_classes
+        if classes is not None and names is None:
+            names = [str(number) for number in range(classes)]
         config = {
             IMPORTED: self.source,
             "max_steps": None,
@@ -87,6 +90,7 @@ class ImportedDenoiser:
             source=self.source,
             sha256={name: file_digest(path) for name, path in model.files.items()},
             licence=model.licence,
+            numbered_classes=classes is not None and self.class_names is None,
         )
         info = parse_info(
             {
@@ -96,8 +100,8 @@ class ImportedDenoiser:
                 "shape": list(image_shape(model)),
                 "form": self.form.to_dict(),
                 "latent": _latent(model, autoencoder, self.source),
-                "num_classes": model.network.num_classes,
-                "class_names": None if self.class_names is None else list(self.class_names),
+                "num_classes": classes,
+                "class_names": None if names is None else list(names),
                 "data_rules": self.data_rules,
                 "origin": origin.model_dump(),
             }

@@ -154,6 +154,8 @@ class OriginInfo(BaseModel):
     """SHA-256 of the files with weights, by their path in the source."""
     licence: str | None = None
     """Licence that its model card states."""
+    numbered_classes: bool = False
+    """Whether the names of the classes are only their numbers, because the source has none."""
 
 
 class StoredConfig(BaseModel):
@@ -205,6 +207,11 @@ class CheckpointInfo(BaseModel):
     """Number format of the training; None for early versions."""
     origin: OriginInfo | None = None
     """Where an imported model comes from; None for a trained one."""
+
+    @property
+    def stated_class_names(self) -> tuple[str, ...] | None:
+        """Class names that the data or an imported model state; None if they are only numbers."""
+        return None if self.origin is not None and self.origin.numbered_classes else self.class_names
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:

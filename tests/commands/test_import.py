@@ -136,6 +136,16 @@ def test_the_dataset_gives_the_names_of_the_classes(source, tmp_path, capsys):
     assert run(["edit", "run=digits", "edit=inpaint", "input=val", "label=all", *words]) == 0
 
 
+def test_classes_without_names_are_numbered(source, tmp_path):
+    source(pretrained(tmp_path / "file", classes=3))
+    assert run(["import", "source=x", "name=x"]) == 0
+    info = load_model(Path("outputs/x"), "ema", CPU).info
+    assert (info.class_names, info.stated_class_names) == (("0", "1", "2"), None)
+    source(pretrained(tmp_path / "file", classes=3, class_names=("a", "b", "c")))
+    assert run(["import", "source=x", "name=named"]) == 0
+    assert load_model(Path("outputs/named"), "ema", CPU).info.stated_class_names == ("a", "b", "c")
+
+
 @pytest.mark.parametrize(
     ("shape", "classes", "line"),
     [

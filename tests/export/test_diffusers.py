@@ -8,7 +8,7 @@ import torch
 
 from diffusion_cli.errors import UsageError
 from diffusion_cli.export import Diffusers
-from diffusion_cli.runs.schema import StageInfo
+from diffusion_cli.runs.schema import OriginInfo, StageInfo
 from helpers.exports import DIT, KL, UNET, VQ, autoencoder, denoiser, option, sampled
 
 diffusers: Any = pytest.importorskip("diffusers")
@@ -121,8 +121,10 @@ def test_a_dit_pipeline_makes_images_of_its_classes(tmp_path):
     close(sampled(model, noise(2, 2, 4, 4), labels=torch.tensor([0, 2])), theirs)
 
 
+UNNAMED = OriginInfo(kind="test", source="test", sha256={}, numbered_classes=True)
 WITHOUT_PIPELINE = {
     "classes": lambda: denoiser(classes=3),
+    "unnamed classes": lambda: denoiser(classes=3, origin=UNNAMED),
     "pixels of DiT": lambda: denoiser(DIT),
     "learned variance of DiT": lambda: denoiser(DIT | {"learn_variance": True}),
     "rectangle": lambda: denoiser(shape=(1, 8, 16), latent=KL),
@@ -142,6 +144,13 @@ def test_the_example_of_a_model_without_a_pipeline_samples(tmp_path, monkeypatch
     if scheduler == "ddim":
         labels = None if model.num_classes is None else torch.arange(4) % model.num_classes
         close(sampled(model, noise(4, *model.space.shape), labels=labels), found["images"])
+
+
+def test_only_stated_names_of_classes_are_written(tmp_path):
+    for name, changes in {"named": {}, "unnamed": {"origin": UNNAMED}}.items():
+        written(denoiser(DIT, classes=3, latent=KL, **changes), tmp_path / name)
+        index = json.loads((tmp_path / name / "model_index.json").read_text())
+        assert ("id2label" in index) == (name == "named")
 
 
 def test_an_autoencoder_is_a_model_alone(tmp_path):

@@ -14,6 +14,7 @@ from diffusion_cli.convert import read_source
 from diffusion_cli.diffusion.latents import Latents
 from diffusion_cli.runs.checkpoint import LAST, read
 from helpers import TINY, assert_same
+from helpers.data import write_images
 from helpers.latents import refused
 from helpers.networks import randomised
 from helpers.recipes import train_config
@@ -151,3 +152,24 @@ def test_an_imported_run_is_a_source_too(latents, tmp_path):
     assert direct.info.latent is not None
     assert setup.info.latent == direct.info.latent.model_copy(update={"source": "dit"})
     assert_same(dict(network_of(setup).state_dict()), dict(network_of(direct).state_dict()))
+
+
+def test_unnamed_classes_of_an_imported_run_are_matched_by_number(latents, tmp_path):
+    source = shutil.copytree(latents, tmp_path / "unnamed")
+    index = source / "model_index.json"
+    index.write_text(json.dumps(json.loads(index.read_text()) | {"id2label": None}))
+    for name in "abcdefghij":
+        write_images(tmp_path / "images" / name, 2)
+    words = [
+        *SHORT, f"output_dir={tmp_path}", f"cache_dir={tmp_path}/cache", "dataset=folder", "dataset.channels=1",
+        f"dataset.path={tmp_path}/images", "dataset.resolution=8", "dataset.val_fraction=0", "name=new",
+    ]  # fmt: skip
+    assert run(["import", f"source={source}", f"output_dir={tmp_path}", "name=dit"]) == 0
+    ours, direct = (
+        set_up(train_config(*words, word), tmp_path / "new", None)
+        for word in ("init.run=dit", f"init.pretrained={source}")
+    )
+    assert ours.info.class_names == tuple("abcdefghij")
+    assert ours.info.init is not None
+    assert ours.info.init.fresh == []
+    assert_same(dict(network_of(ours).state_dict()), dict(network_of(direct).state_dict()))

@@ -75,7 +75,16 @@ class UsageError(ValueError):
 
 
 class FormatError(ValueError):
-    """Malformed content of a file or a value. The caller adds the name of the file or key."""
+    """Malformed content of a file or a value. The caller adds the name of the file or key.
+
+    Args:
+        problem: what is wrong with it.
+        remedy: what to do instead, if only the place of the problem can name it.
+    """
+
+    def __init__(self, problem: str, remedy: str = "") -> None:
+        super().__init__(problem)
+        self.remedy = remedy
 
 
 class MachineError(OSError):

@@ -10,14 +10,13 @@ from typing import Any
 from diffusion_cli.commands.inputs import show_remarks
 from diffusion_cli.config import ImportConfig, build
 from diffusion_cli.config.catalogue import option_of, option_words
-from diffusion_cli.convert import REMEDY, REMEDY_WITH_PRESET, read_source
+from diffusion_cli.convert import PUBLISHED, read_source, refusal
 from diffusion_cli.convert.base import Node, PretrainedModel, Process
 from diffusion_cli.data import Dataset
 from diffusion_cli.errors import FormatError, UsageError, counted, format_value
 from diffusion_cli.formats import Uint8Image
 from diffusion_cli.runs.imported import ImportedDenoiser, image_shape
 from diffusion_cli.system.trusted_paths import remember, remember_run
-from diffusion_cli.system.untrusted import reason
 
 
 def run(config: ImportConfig) -> None:
@@ -41,8 +40,8 @@ def run(config: ImportConfig) -> None:
     try:
         info = imported.write(folder)
     except FormatError as error:
-        remedy = REMEDY if config.preset is None else REMEDY_WITH_PRESET
-        raise UsageError("source", config.source, reason(error), remedy) from error
+        usual = () if config.preset is None else (PUBLISHED,)
+        raise refusal("source", config.source, error, *usual) from error
     except FileExistsError as error:
         raise UsageError("name", name, f"{folder} exists already", "choose another name") from error
     remember_run(folder)

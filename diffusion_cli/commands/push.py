@@ -9,7 +9,7 @@ from diffusion_cli.errors import FormatError, UsageError
 from diffusion_cli.export import ExportFormat
 from diffusion_cli.report.card import exported_files, model_card
 from diffusion_cli.runs.find import find_run
-from diffusion_cli.system.hub import CARD, check_login, check_name, published, upload
+from diffusion_cli.system.hub import CARD, check_login, check_name, published, repository_in, upload
 from diffusion_cli.system.untrusted import reason
 
 GIT_ATTRIBUTES = ".gitattributes"
@@ -24,7 +24,9 @@ def run(config: PushConfig) -> None:
     try:
         check_name(config.repo)
     except FormatError as error:
-        raise UsageError("repo", config.repo, reason(error), "write for example repo=me/digits") from error
+        name = repository_in(config.repo)
+        remedy = "write for example repo=me/digits" if name is None else f"write repo={name}"
+        raise UsageError("repo", config.repo, reason(error), remedy) from error
     try:
         folder = find_run(config.run, config.output_dir)
         outdated: frozenset[str] = frozenset()

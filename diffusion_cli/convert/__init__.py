@@ -7,20 +7,26 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from diffusion_cli.convert.base import PretrainedModel, UnknownSize
-from diffusion_cli.convert.diffusers_folder import read_autoencoder_folder, read_folder
+from diffusion_cli.convert.diffusers_folder import SAVED, folder_around, read_autoencoder_folder, read_folder
 from diffusion_cli.convert.guided_diffusion import GuidedDiffusion
 from diffusion_cli.errors import FormatError, UsageError
-from diffusion_cli.system.hub import snapshot
+from diffusion_cli.system.hub import repository_in, snapshot
 from diffusion_cli.system.untrusted import reason
 
-__all__ = ["HUB", "REMEDY", "REMEDY_WITH_PRESET", "read_autoencoder", "read_source"]
+__all__ = ["HUB", "PUBLISHED", "read_autoencoder", "read_source", "refusal"]
 
 HUB = "hub:"
 """Prefix of a source that is a repository of the Hugging Face Hub."""
-REMEDY = (
-    "give a folder written by save_pretrained of diffusers, with safe_serialization=True, or hub:OWNER/NAME"
-)
-REMEDY_WITH_PRESET = "give a file of weights that its authors published, and the preset of its command"
+PUBLISHED = "give a file of weights that its authors published, and the preset of its command"
+"""Usual remedy of a file with a preset."""
+
+
+def refusal(
+    key: str, source: str, error: FormatError | OSError, usual: str = "choose another model"
+) -> UsageError:
+    """Return the error of a source that cannot be read, with the remedy of its cause or else the usual one."""
+    remedy = error.remedy if isinstance(error, FormatError) else "check that its files can be read"
+    return UsageError(key, source, reason(error), remedy or usual)
 
 
 def read_source(
@@ -38,13 +44,15 @@ def read_source(
         UsageError: the source has no model that can be read, or its weights contradict a flag.
     """
     path = Path(source).expanduser()
+    if path.is_file() and (folder := folder_around(path)) is not None:
+        raise UsageError(key, source, "is a file of a folder that describes a model", f"give {key}={folder}")
     if preset is not None:
         try:
             if not path.exists():
                 raise FormatError("does not exist")
             return preset.read(path)
         except (FormatError, OSError) as error:
-            raise UsageError(key, source, reason(error), REMEDY_WITH_PRESET) from error
+            raise refusal(key, source, error, PUBLISHED) from error
     if path.is_file():
         remedy = f"name the flags of its network: diffuse import source={source} preset=<option>"
         raise UsageError(key, source, "is a file, which does not describe its network", remedy)
@@ -61,10 +69,12 @@ def _read(source: str, key: str, reader: Callable[[Path], PretrainedModel]) -> P
         is_remote = source.startswith(HUB)
         folder = snapshot(source.removeprefix(HUB)) if is_remote else Path(source).expanduser()
         if not folder.is_dir():
-            raise FormatError("is not a folder" if folder.exists() else "does not exist")
+            problem = "is not a folder" if folder.exists() else "does not exist"
+            name = None if folder.exists() else repository_in(source)
+            raise FormatError(problem, SAVED if name is None else f"give {key}={HUB}{name}")
         return reader(folder)
     except UnknownSize as error:
         remedy = f"diffuse import source={source} dataset=<option> takes the size of a dataset"
         raise UsageError(key, source, reason(error), remedy) from error
     except (FormatError, OSError) as error:
-        raise UsageError(key, source, reason(error), REMEDY) from error
+        raise refusal(key, source, error) from error

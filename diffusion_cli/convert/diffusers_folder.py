@@ -11,7 +11,7 @@ from typing import Any
 from diffusion_cli.convert import diffusers_scheduler
 from diffusion_cli.convert.base import Autoencoder, Network, Node, PretrainedModel, Process, Weights
 from diffusion_cli.errors import FormatError, format_value
-from diffusion_cli.system.tensors import read_tensors, refuse_pickled
+from diffusion_cli.system.tensors import AGAIN, read_tensors, refuse_pickled
 from diffusion_cli.system.untrusted import read, read_json, reason
 
 INDEX = "model_index.json"
@@ -28,6 +28,8 @@ AUTOENCODERS: dict[str, str] = dict.fromkeys(("AutoencoderKL", "VQModel"), "diff
 """Module of each class of autoencoders."""
 PARTS = {"unet": DENOISERS, "transformer": DENOISERS, "vae": AUTOENCODERS, "vqvae": AUTOENCODERS}
 """Parts of a pipeline with weights, by the name of their folder."""
+TEXT = "UNet2DConditionModel"
+"""Networks that are conditioned on text."""
 UNIT_RANGE = "ScoreSdeVeScheduler"
 """Scheduler of models with pixels in [0, 1], and not in [-1, 1]."""
 ASSUMED = {"_class_name": "DDPMScheduler"}
@@ -35,6 +37,12 @@ ASSUMED = {"_class_name": "DDPMScheduler"}
 LABELS = "id2label"
 """Names of the classes by number: of DiTPipeline, and with an underscore of denoisers that were exported here."""
 LICENCE = "license:"
+SAVED = "give a folder written by save_pretrained of diffusers, or hub:OWNER/NAME"
+WHOLE = "copy the whole folder, as save_pretrained wrote it"
+OTHER_SCHEDULER = (
+    "give the folder of its network alone with schedule= and parameterization=, or save another scheduler"
+)
+NO_TEXT = "models with text are not supported: choose one with classes, or without conditions"
 
 
 @dataclass(frozen=True)
@@ -93,7 +101,16 @@ def read_folder(folder: Path, sizes: Sequence[int] | None = None) -> PretrainedM
         return _pipeline(folder, {"_class_name": "parts", **{name: ["diffusers"] for name in parts}}, sizes)
     if (folder / CONFIG).is_file():
         return _alone(folder, sizes)
-    raise FormatError(f"contains neither {INDEX} nor {CONFIG}")
+    raise FormatError(f"contains neither {INDEX} nor {CONFIG}", SAVED)
+
+
+def folder_around(file: Path) -> Path | None:
+    """Return the folder to read in place of a file that diffusers wrote: that of its pipeline; None for others."""
+    if not file.name.startswith((INDEX, CONFIG, SCHEDULER, Path(WEIGHTS).stem)):
+        return None
+    outer = file.parent.parent
+    inside = file.name != INDEX and ((outer / INDEX).is_file() or (outer / "scheduler" / SCHEDULER).is_file())
+    return outer if inside else file.parent
 
 
 def read_autoencoder_folder(folder: Path) -> PretrainedModel:
@@ -139,7 +156,8 @@ def _pipeline(folder: Path, index: Node, sizes: Sequence[int] | None) -> Pretrai
         if isinstance(value, list) and any(item is not None for item in value)
     }
     for name in sorted(names - PARTS.keys() - {"scheduler"}):
-        raise FormatError(f"{INDEX}: {name} of a {format_value(kind)[:80]} has no equivalent")
+        remedy = NO_TEXT if name.startswith(("text", "token")) else ""
+        raise FormatError(f"{INDEX}: {name} of a {format_value(kind)[:80]} has no equivalent", remedy)
     parts = {name: _part(_inner(folder, name, CONFIG), PARTS[name]) for name in sorted(names & PARTS.keys())}
     denoisers = [part for part in parts.values() if part.kind in DENOISERS]
     autoencoders = [part for part in parts.values() if part.kind in AUTOENCODERS]
@@ -174,7 +192,7 @@ def _process(config: Node, network: Network) -> Process:
             label_dropout=0.1 if network.num_classes is not None and network.null_class else 0.0,
         )
     except FormatError as error:
-        raise FormatError(f"{SCHEDULER}: {reason(error)}") from error
+        raise FormatError(f"{SCHEDULER}: {reason(error)}", OTHER_SCHEDULER) from error
     centers = network.node.get("centered") is False
     if centers != (config.get("_class_name") == UNIT_RANGE):
         raise FormatError(
@@ -225,7 +243,8 @@ def _part(folder: Path, modules: Mapping[str, str]) -> _Part:
     kind = config.get("_class_name")
     if not isinstance(kind, str) or kind not in modules:
         shown, known = format_value(kind)[:80], ", ".join(modules)
-        raise FormatError(f"{folder.name}/{CONFIG}: the class {shown} has no equivalent; read are {known}")
+        remedy = NO_TEXT if shown == TEXT else f"choose a model of {known}"
+        raise FormatError(f"{folder.name}/{CONFIG}: the class {shown} has no equivalent", remedy)
     module = import_module(f"{__package__}.{modules[kind]}")
     return _Part(folder.name, module, kind, config, _files(folder))
 
@@ -245,7 +264,7 @@ def _files(folder: Path) -> tuple[Path, ...]:
     if len(variants) == 1:
         return (variants[0],)
     refuse_pickled(whole)
-    raise FormatError(f"{folder.name} contains no {WEIGHTS}")
+    raise FormatError(f"{folder.name} contains no {WEIGHTS}", WHOLE)
 
 
 def _named(folder: Path, parts: list[_Part]) -> dict[str, Path]:
@@ -258,9 +277,9 @@ def _json(path: Path) -> Node:
     try:
         value = read_json(path, infinite=True)
     except FileNotFoundError as error:
-        raise FormatError(f"contains no {path.parent.name}/{path.name}") from error
+        raise FormatError(f"contains no {path.parent.name}/{path.name}", WHOLE) from error
     except FormatError as error:
-        raise FormatError(f"{path.name} {reason(error)}") from error
+        raise FormatError(f"{path.name} {reason(error)}", AGAIN) from error
     if not isinstance(value, dict):
         raise FormatError(f"{path.name} is not a JSON object")
     return value

@@ -185,6 +185,9 @@ class GuidedDiffusion:
 
     def network(self, state: Weights) -> Network:
         """Return the network of the flags, with the number of classes of the weights; errors as `read`."""
+        if any(name.startswith("down_blocks.") for name in state):
+            remedy = "load it in diffusers, save it there with save_pretrained, and give that folder without preset="
+            raise FormatError("has the tensor names of diffusers", remedy)
         if POOLING in state:
             raise FormatError(
                 "is a classifier with attention pooling, but task=classifier has average pooling"

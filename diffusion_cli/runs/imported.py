@@ -11,10 +11,10 @@ import yaml
 
 from diffusion_cli.config import build
 from diffusion_cli.config.continued import IMPORTED
-from diffusion_cli.convert import REMEDY
+from diffusion_cli.convert import refusal
 from diffusion_cli.convert.base import Autoencoder, Network, Node, PretrainedModel, Process, Weights
 from diffusion_cli.diffusion.denoiser import Denoiser
-from diffusion_cli.errors import FormatError, UsageError
+from diffusion_cli.errors import FormatError
 from diffusion_cli.formats import SampleFormat, Shape
 from diffusion_cli.runs.checkpoint import LAST, save
 from diffusion_cli.runs.load import AUTOENCODER, limit_tensors
@@ -136,7 +136,7 @@ def weights_of(model: PretrainedModel | Autoencoder, source: str, key: str) -> W
     try:
         return checked_weights(Path(source), model.network, model.weights())
     except (FormatError, OSError) as error:
-        raise UsageError(key, source, reason(error), REMEDY) from error
+        raise refusal(key, source, error) from error
 
 
 def checked_weights(path: Path, network: Network, state: Weights) -> Weights:

@@ -43,7 +43,13 @@ def connect() -> None:
 def check_name(repository: str) -> None:
     """Raise FormatError unless a text is the name of a repository, owner/name."""
     if not REPOSITORY.fullmatch(repository):
-        raise FormatError("is not the name of a repository, owner/name")
+        raise FormatError("is not the name of a repository, owner/name", "write for example hub:me/digits")
+
+
+def repository_in(text: str) -> str | None:
+    """Return the repository, owner/name, in its address or after `hub:`; None if there is none."""
+    name = re.sub(r"^(hub:|https?://[^/]+/)", "", text).rstrip("/")
+    return name if name != text and REPOSITORY.fullmatch(name) else None
 
 
 def _library() -> Any:
@@ -51,7 +57,9 @@ def _library() -> Any:
     try:
         return importlib.import_module("huggingface_hub")
     except ImportError as error:
-        raise FormatError("needs huggingface_hub: pip install 'diffuse-cli[hub]'") from error
+        raise FormatError(
+            "needs huggingface_hub: pip install 'diffuse-cli[hub]'", "or give a folder"
+        ) from error
 
 
 def snapshot(repository: str) -> Path:
@@ -68,11 +76,14 @@ def snapshot(repository: str) -> Path:
         try:
             return Path(hub.snapshot_download(repository, local_files_only=True))
         except Exception as error:  # the classes of the hub
-            raise FormatError(f"is not in the cache, and {offline}") from error
+            remedy = "connect to the network, or give a folder"
+            raise FormatError(f"is not in the cache, and {offline}", remedy) from error
     try:
         return Path(hub.snapshot_download(repository, allow_patterns=[*SAFE_FILES]))
     except Exception as error:  # the classes of the HTTP library and of the hub
-        raise FormatError(f"cannot be downloaded ({first_line(error)})") from error
+        raise FormatError(
+            f"cannot be downloaded ({first_line(error)})", "check its name, and your login"
+        ) from error
 
 
 def check_login() -> None:

@@ -9,6 +9,8 @@ from diffusion_cli.system.untrusted import check_sums, check_tensors, reason, re
 if TYPE_CHECKING:
     from torch import Tensor
 
+AGAIN = "copy or download it again"
+"""Remedy of a damaged file."""
 PICKLED = (".bin", ".pt", ".pth", ".ckpt")
 """Suffixes of files that may run code when they are loaded."""
 
@@ -27,7 +29,7 @@ def read_tensors(path: Path) -> "dict[str, Tensor]":
     try:
         state = load_file(path)
     except SafetensorError as error:
-        raise FormatError(f"{path.name}: {reason(error)}") from error
+        raise FormatError(f"{path.name}: {reason(error)}", AGAIN) from error
     return {name: tensor.float() for name, tensor in state.items()}
 
 
@@ -66,4 +68,5 @@ def refuse_pickled(path: Path) -> None:
     """Raise FormatError if there is a pickled file in place of a safetensors file."""
     pickled = [file.name for file in path.parent.glob(f"{path.stem}*") if file.suffix in PICKLED]
     if pickled:
-        raise FormatError(f"{pickled[0]} is pickled and could run code")
+        remedy = "save the model again with safe_serialization=True"
+        raise FormatError(f"{pickled[0]} is pickled and could run code", remedy)

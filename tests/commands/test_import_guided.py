@@ -83,6 +83,10 @@ class Harmful:
         ({"state": {"a": torch.zeros(1)}}, "is not a state dict, which contains only tensors by their names"),
         ({"a": torch.zeros(1).expand(10**9)}, "has tensors larger than the file"),
         ({"a": torch.zeros(1, dtype=torch.int64)}, "a has no floating-point numbers"),
+        (
+            {"down_blocks.0.resnets.0.conv1.weight": torch.zeros(1)},
+            "has the tensor names of diffusers; load it in diffusers, save it there with save_pretrained",
+        ),
         ({"a": torch.zeros(1)}, "out.2.weight is missing, so it has no weights of a UNetModel"),
     ],
 )

@@ -214,6 +214,12 @@ def test_a_wrong_repository_is_named(capsys):
     )
 
 
+@pytest.mark.parametrize("repo", ["hub:me/digits", "https://hub.example/me/digits"])
+def test_the_right_form_of_a_repository_is_suggested(repo, capsys):
+    assert run(["push", f"repo={repo}"]) == 2
+    assert capsys.readouterr().err.endswith("owner/name; write repo=me/digits\n")
+
+
 def test_the_library_has_these_functions():
     library = import_module("huggingface_hub")
     used = {

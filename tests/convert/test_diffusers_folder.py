@@ -223,6 +223,47 @@ def test_a_wrong_source_is_refused_in_one_line_and_leaves_nothing(what, copied, 
     assert not Path("outputs").exists()
 
 
+REMEDIES = {
+    "pickled weights": "save the model again with safe_serialization=True",
+    "no config": "copy the whole folder, as save_pretrained wrote it",
+    "cut weights": "copy or download it again",
+    "not JSON": "copy or download it again",
+    "other class": "models with text are not supported: choose one with classes, or without conditions",
+    "other part": "models with text are not supported: choose one with classes, or without conditions",
+    "other scheduler": "with schedule= and parameterization=, or save another scheduler",
+    "huge size": "choose another model",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", REMEDIES)
+def test_each_cause_has_its_own_remedy(what, copied, capsys):
+    WRONG[what][0]()
+    assert run(["import", "source=ddim"]) == 2
+    assert capsys.readouterr().err.endswith(f"{REMEDIES[what]}\n")
+
+
+@pytest.mark.parametrize(
+    ("file", "folder"),
+    [
+        (f"ddim/unet/{WEIGHTS}", "ddim"),
+        (DDIM_INDEX, "ddim"),
+        ("ddim/scheduler/scheduler_config.json", "ddim"),
+        ("alone/config.json", "alone"),
+    ],
+)
+@pytest.mark.parametrize("words", [[], ["preset=guided"]])
+def test_a_file_of_a_folder_leads_to_the_folder(file, folder, words, copied, capsys):
+    shutil.copytree("ddim/unet", "alone")
+    assert run(["import", f"source={file}", *words]) == 2
+    line = f"source={file}: is a file of a folder that describes a model; give source={folder}"
+    assert capsys.readouterr().err == f"diffuse: {line}\n"
+
+
+def test_the_address_of_a_repository_leads_to_its_name(copied, capsys):
+    assert run(["import", "source=https://hub.example/me/digits"]) == 2
+    assert capsys.readouterr().err.endswith("does not exist; give source=hub:me/digits\n")
+
+
 def test_a_folder_without_a_model_is_refused(tmp_path):
     for folder, reason in ((tmp_path, "contains neither"), (tmp_path / "none", "does not exist")):
         with pytest.raises(UsageError, match=reason):

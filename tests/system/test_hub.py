@@ -57,8 +57,21 @@ def test_a_repository_in_the_cache_needs_no_network(monkeypatch):
 )
 def test_another_repository_is_refused_in_one_line(monkeypatch, name, online, reason):
     Library(monkeypatch, online=online, cached=False)
-    with pytest.raises(FormatError, match=f"^{reason}$|^{reason}, owner/name$"):
+    with pytest.raises(FormatError, match=f"^{reason}$|^{reason}, owner/name$") as refused:
         hub.snapshot(name)
+    assert ("connect to the network" in refused.value.remedy) == (not online)
+
+
+@pytest.mark.parametrize(
+    "text", ["hub:me/digits", "https://hub.example/me/digits", "https://hub.example/me/digits/"]
+)
+def test_the_repository_of_an_address_is_found(text):
+    assert hub.repository_in(text) == "me/digits"
+
+
+@pytest.mark.parametrize("text", ["me/digits", "https://hub.example", "hub:digits", "a/b/c"])
+def test_other_texts_have_no_repository(text):
+    assert hub.repository_in(text) is None
 
 
 def test_the_library_is_named_if_it_is_missing(monkeypatch):

@@ -3,7 +3,6 @@
 import re
 import shlex
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ from diffusion_cli.config import ImportConfig, build
 from diffusion_cli.config.catalogue import option_of, option_words
 from diffusion_cli.convert import PUBLISHED, read_source, refusal
 from diffusion_cli.convert.base import Node, PretrainedModel, Process
+from diffusion_cli.convert.diffusers_scheduler import changed
 from diffusion_cli.data import Dataset
 from diffusion_cli.errors import FormatError, UsageError, counted, format_value
 from diffusion_cli.formats import Uint8Image
@@ -46,7 +46,9 @@ def run(config: ImportConfig) -> None:
         raise UsageError("name", name, f"{folder} exists already", "choose another name") from error
     remember_run(folder)
     remember(config.dataset or {})
-    show_remarks(f"its own sampler differs: {remark}" for remark in process.remarks)
+    show_remarks(
+        (*process.assumptions, *(f"its own sampler differs: {remark}" for remark in process.remarks))
+    )
     print(f"{folder}: {model.kind}, {_summary(info.shape, info.num_classes, process)}")
     print("Next:")
     for words in _next(config, name, process):
@@ -69,7 +71,7 @@ def _name(source: str) -> str:
 
 
 def _process(config: ImportConfig, process: Process) -> Process:
-    """Return the process of a source, with the schedule and parameterization of the command if it names them."""
+    """Return the process of a source, changed for the schedule and parameterization that the command names."""
     chosen: dict[str, Node] = {
         key: node for key in ("schedule", "parameterization") if (node := getattr(config, key)) is not None
     }
@@ -81,7 +83,7 @@ def _process(config: ImportConfig, process: Process) -> Process:
         )
     except UsageError as error:
         raise UsageError.several(error.problems) from error
-    return replace(process, remarks=(), **chosen)
+    return changed(process, **chosen)
 
 
 def _with_dataset(

@@ -267,7 +267,9 @@ def _weights_of_run(named: str, config: TrainConfig, task: str) -> tuple[Initial
 def _weights_of_other_program(named: str, key: str) -> tuple[InitialWeights, dict[str, Any]]:
     """Return the weights of a model of another program, and their origin as entries of `InitInfo`."""
     model = read_source(named, key)
-    show_remarks(f"{key}={named}: {remark}" for remark in (model.process.remarks if model.process else ()))
+    if model.process is not None:
+        remarks = (*model.process.assumptions, *model.process.remarks)
+        show_remarks(f"{key}={named}: {remark}" for remark in remarks)
     weights = InitialWeights(
         state=weights_of(model, named, key),
         channels=model.network.shape[0],

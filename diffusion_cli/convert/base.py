@@ -45,6 +45,8 @@ class Process:
     """Whether its sampler clips predicted images to [-1, 1]; "keep_eps": without the matching change of eps."""
     remarks: tuple[str, ...] = ()
     """Settings with which its sampler makes other images than `sampler`."""
+    assumptions: tuple[str, ...] = ()
+    """What is assumed, for a source that does not state its process."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -135,8 +135,8 @@ def _alone(folder: Path, sizes: Sequence[int] | None) -> PretrainedModel:
     process = None
     if part.kind in DENOISERS:
         process = _process(ASSUMED, network)
-        remark = "the source has no scheduler: assumed is that of DDPM, linear betas and noise prediction"
-        process = replace(process, remarks=(remark,))
+        assumption = "the source has no scheduler: assumed is that of DDPM, linear betas and noise prediction"
+        process = replace(process, assumptions=(assumption,))
     return PretrainedModel(
         kind=f"{part.kind} of diffusers",
         network=network,

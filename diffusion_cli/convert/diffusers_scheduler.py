@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -15,6 +16,10 @@ OBJECTIVES = "diffusion_cli.diffusion.objectives"
 SAMPLERS = "diffusion_cli.samplers"
 PREDICTIONS = {"epsilon": "Eps", "sample": "X0", "v_prediction": "V", "flow_prediction": "Flow"}
 """Class of the parameterization for each `prediction_type`."""
+TABLES = ("Betas", "Cosine", "Linear", "ScaledLinear", "Sigmoid")
+"""Classes of the schedules with a table of betas, which have the same samplers."""
+FLOWS = ("FlowMatching", "Rectified")
+"""Classes of the schedules with straight paths."""
 NAMED_BETAS = {"linear": "Linear", "scaled_linear": "ScaledLinear", "squaredcos_cap_v2": "Cosine"}
 """Class of the schedule for each `beta_schedule` that has one."""
 ORIGINAL_COSINE = {"offset": 0.008, "max_beta": 0.999}
@@ -434,6 +439,24 @@ def _objective(parameterization: Node, learns_variance: bool, label_dropout: flo
     }
 
 
+def changed(process: Process, schedule: Node | None = None, parameterization: Node | None = None) -> Process:
+    """Return a process with another schedule or parameterization, and the objective and sampler that suit them.
+
+    A loss with a learned variance or of the likelihood stays, and so does a sampler that suits both schedules.
+    """
+    schedule, parameterization = schedule or process.schedule, parameterization or process.parameterization
+    objective, before, now = process.objective, _name_of(process.schedule), _name_of(schedule)
+    if _name_of(objective) in ("Simple", "Target"):
+        objective = _objective(parameterization, False, objective["label_dropout"])
+    process = replace(
+        process, schedule=schedule, parameterization=parameterization, objective=objective, assumptions=()
+    )
+    if now == before or any(before in group and now in group for group in (TABLES, FLOWS)):
+        return process
+    sampler = _sampler("DDIM", eta=0.0, spacing="linspace" if now in FLOWS else "trailing")
+    return replace(process, sampler=sampler, clip=now not in FLOWS and process.clip, remarks=())
+
+
 def write(
     schedule: Node,
     parameterization: Node,
@@ -462,8 +485,8 @@ def write(
         raise FormatError(f"the scheduler {scheduler} is unknown; choose from {', '.join(CLASSES)}")
     kind, noise, prediction = CLASSES[scheduler], _name_of(schedule), _name_of(parameterization)
     config: Node = {"_class_name": scheduler}
-    if noise in ("Rectified", "FlowMatching") or kind is _FlowMatch:
-        if noise not in ("Rectified", "FlowMatching") or prediction != "Flow" or kind is not _FlowMatch:
+    if noise in FLOWS or kind is _FlowMatch:
+        if noise not in FLOWS or prediction != "Flow" or kind is not _FlowMatch:
             raise FormatError(_other(noise, prediction, "FlowMatchEulerDiscreteScheduler", "flow"))
         # Networks of the rectified schedule get 999 t.
         return config | {"num_train_timesteps": schedule.get("num_timesteps", 999), "shift": 1.0}

@@ -42,7 +42,6 @@ VERSION = "0.30.0"
 """Earliest version of diffusers that reads these files."""
 VP_TIMESTEPS = 1000
 """Timesteps 0, 1, ..., 999 of networks of the continuous VP schedule, which get 999 t."""
-FLOWS = ("Rectified", "FlowMatching")
 ALL_CLASSES = 1000
 """Number of the null class in DiTPipeline, whatever the number of classes."""
 PIPELINES: dict[tuple[str, bool], dict[str, list[Scheduler]]] = {
@@ -225,7 +224,7 @@ class Diffusers(ExportFormat):
         learned, square = _learns_variance(network, architecture), len(set(network.shape[1:])) == 1
         usual: Scheduler = "ddpm" if learned else "ddim"
         chosen = self.scheduler or (
-            "flow_match" if name in FLOWS else "score_sde_ve" if name == "VE" else usual
+            "flow_match" if name in diffusers_scheduler.FLOWS else "score_sde_ve" if name == "VE" else usual
         )
         if learned and chosen != "ddpm":
             raise FormatError(f"format.scheduler={chosen} has no learned variance, and ddpm has")

@@ -58,9 +58,11 @@ def test_a_model_alone_has_the_process_of_ddpm(tmp_path, capsys, monkeypatch):
     assert run(["import", "source=x"]) == 0
     shown = capsys.readouterr()
     assert "UNet2DModel of diffusers" in shown.out
-    assert "the source has no scheduler: assumed is that of DDPM" in shown.err
+    assert shown.err.startswith("diffuse: the source has no scheduler: assumed is that of DDPM")
     assert run(["import", "source=x", "name=y", "schedule=cosine"]) == 0
     assert "assumed" not in capsys.readouterr().err
+    assert run(["import", "source=x", "name=z", "schedule=flow_matching", "parameterization=flow"]) == 0
+    assert "sample run=z sampler=ddim sampler.spacing=linspace clip_x0=false" in capsys.readouterr().out
 
 
 def test_weights_in_several_files_and_in_half_precision_are_read(copied):

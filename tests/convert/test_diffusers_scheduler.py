@@ -196,6 +196,19 @@ def test_settings_of_early_versions_are_read():
     assert scheduler.read(early | {"predict_epsilon": False}).parameterization == kind("X0")
 
 
+def test_another_process_has_the_objective_and_the_sampler_that_suit_it():
+    process = scheduler.read(config_of("DDPMScheduler", clip_sample_range=2.0))
+    flow = scheduler.changed(process, node("FlowMatching"), kind("Flow"))
+    suited = scheduler.read(config_of("FlowMatchEulerDiscreteScheduler"))
+    assert (flow.objective, flow.sampler, flow.clip) == (suited.objective, suited.sampler, suited.clip)
+    assert flow.remarks == ()
+    cosine = scheduler.changed(process, node("Cosine"))
+    assert (cosine.objective, cosine.sampler) == (process.objective, process.sampler)
+    assert cosine.remarks == process.remarks != ()
+    learned = scheduler.read({"_class_name": "DDPMScheduler"}, learns_variance=True)
+    assert scheduler.changed(learned, parameterization=kind("V")).objective == learned.objective
+
+
 def test_a_variance_head_gives_the_hybrid_loss_and_a_null_class_its_dropout():
     config = {"_class_name": "DDPMScheduler", "variance_type": "learned_range"}
     process = scheduler.read(config, learns_variance=True, label_dropout=0.1)

@@ -147,7 +147,10 @@ def write(network: Network) -> Node:
     if sizes[0] % patch:
         raise FormatError(f"patch_size={patch} does not divide the image size {sizes[0]}")
     if node["embedding_layout"] != LAYOUT:
-        raise FormatError(f"embedding_layout={node['embedding_layout']}: DiT in diffusers has {LAYOUT}")
+        given = node["embedding_layout"]
+        raise FormatError(
+            f"embedding_layout={given} is not that of DiT in diffusers: train with model.embedding_layout={LAYOUT}"
+        )
     if round(node["mlp_ratio"] * width) != 4 * width:
         raise FormatError(f"mlp_ratio={format_value(node['mlp_ratio'])}: DiT in diffusers has mlp_ratio=4")
     if width % 4:

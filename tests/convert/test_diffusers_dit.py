@@ -162,7 +162,7 @@ def test_other_weights_are_refused(change, words):
 @pytest.mark.parametrize(
     ("changes", "shape", "words"),
     [
-        ({"embedding_layout": "cos_sin"}, (2, 4, 4), "embedding_layout=cos_sin: DiT in diffusers has"),
+        ({"embedding_layout": "cos_sin"}, (2, 4, 4), "train with model.embedding_layout=cos_sin_inclusive$"),
         ({"mlp_ratio": 2.0}, (2, 4, 4), "mlp_ratio=2.0: DiT in diffusers has mlp_ratio=4"),
         ({"patch_size": 3}, (2, 4, 4), "patch_size=3 does not divide the image size 4"),
         ({"hidden_size": 6}, (2, 4, 4), "hidden_size=6: DiT in diffusers needs a multiple of 4"),

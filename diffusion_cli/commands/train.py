@@ -120,6 +120,7 @@ def _train(config: TrainConfig, folder: Path, users: Mapping[str, Callback]) -> 
         if before:
             check_configuration(folder, config, before.info.config.model_dump())
         setup = set_up(config, folder, before.info if before else None)
+        config = setup.config
         if main:  # also for a finished run
             remember(config.dataset)
         done = before.step if before else 0

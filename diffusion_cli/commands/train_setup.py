@@ -9,12 +9,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from diffusion_cli.commands.inputs import show_remarks
+from diffusion_cli.commands.first_weights import read_weights
 from diffusion_cli.commands.plugin_checks import check_attributes, check_images, check_network
 from diffusion_cli.commands.train_checks import check_data, check_shares
 from diffusion_cli.config import TrainConfig, build
 from diffusion_cli.config.validate import validate
-from diffusion_cli.convert import read_source
 from diffusion_cli.data import Dataset, Images, ResolutionSchedule, with_rules
 from diffusion_cli.diffusion.denoiser import Denoiser, NoiseConditioned, NoisyClassifier
 from diffusion_cli.diffusion.latents import Pixels, Space
@@ -24,8 +23,6 @@ from diffusion_cli.errors import NO_VALUE, UsageError
 from diffusion_cli.metrics import cache_folder
 from diffusion_cli.networks import AutoencoderKL
 from diffusion_cli.runs.find import find_run
-from diffusion_cli.runs.imported import weights_of
-from diffusion_cli.runs.load import load_weights
 from diffusion_cli.runs.lora import BASE, read_base
 from diffusion_cli.runs.schema import CheckpointInfo, InitInfo, LatentInfo, LoraInfo, StageInfo
 from diffusion_cli.runs.weights import digest
@@ -36,7 +33,7 @@ from diffusion_cli.system.seeding import mix
 from diffusion_cli.training.autoencoder_loss import Autoencoding, ReconstructionLoss
 from diffusion_cli.training.autoencoding import AutoencodingModule
 from diffusion_cli.training.device import Device
-from diffusion_cli.training.initialization import InitialWeights, fit, freeze
+from diffusion_cli.training.initialization import freeze
 from diffusion_cli.training.latent_data import (
     LatentDataset,
     LatentSource,
@@ -70,6 +67,8 @@ class AutoencoderTask(NamedTuple):
 class TrainingSetup:
     """The objects built from a training configuration, and the information stored in checkpoints."""
 
+    config: TrainConfig
+    """The configuration, with the values that follow from the data."""
     dataset: Dataset
     train_data: Dataset
     """Dataset of the network's inputs: the images, or their latents."""
@@ -119,13 +118,17 @@ def set_up(config: TrainConfig, folder: Path, before: CheckpointInfo | None) -> 
     train_data = dataset
     if latent is not None:
         train_data = LatentDataset(dataset, latent.latents, cache_folder(config.cache_dir), latent.keys)
+    trains = Autoencoding if isinstance(objective, ReconstructionLoss) else objective.trains
+    source = None if before else read_weights(config, trains.task)
+    if source is not None:
+        config = source.with_its_levels(config, train_data.shape)
     network = _network(config, dataset, train_data, objective)
     check_network(config.model, network, train_data.shape)
     if isinstance(objective, ReconstructionLoss):
         task = _autoencoder_task(config, network, objective, dataset)
     else:
         task = _denoising_task(config, network, objective)
-    init = before.init if before else _first_weights(config, network, task.model.task, train_data)
+    init = before.init if before else source and source.fill(config, network, train_data)
     if config.init.freeze is not None:
         freeze(network, config.init.freeze)
         _check_last_layer(task)
@@ -153,6 +156,7 @@ def set_up(config: TrainConfig, folder: Path, before: CheckpointInfo | None) -> 
     if before:
         check_data(folder, info, before)
     return TrainingSetup(
+        config=config,
         dataset=dataset,
         train_data=train_data,
         latent=latent,
@@ -219,64 +223,6 @@ def _network(
             "use model=set_tiny with task=diffusion",
         )
     return network
-
-
-def _first_weights(
-    config: TrainConfig, network: nn.Module, task: str, train_data: Dataset
-) -> InitInfo | None:
-    """Replace the random weights of a network by those of the source, where they fit; None without a source.
-
-    Raises UsageError if the source cannot be read, was trained for another task, or none of its weights fits.
-    """
-    init = config.init
-    if init.run is not None:
-        key, named = "init.run", init.run
-        weights, origin = _weights_of_run(named, config, task)
-    elif init.pretrained is not None:
-        key, named = "init.pretrained", init.pretrained
-        weights, origin = _weights_of_other_program(named, key)
-    else:
-        return None
-    fitted = fit(network, weights, train_data.shape[0], train_data.class_names)
-    if not fitted.taken:
-        problem, remedy = (
-            "none of its weights fits this network",
-            "leave out model= to use the network of the source",
-        )
-        raise UsageError(key, named, problem, remedy)
-    return InitInfo(source=named, **origin, **fitted._asdict())
-
-
-def _weights_of_run(named: str, config: TrainConfig, task: str) -> tuple[InitialWeights, dict[str, Any]]:
-    """Return the weights of a run, and their origin as entries of `InitInfo`."""
-    init, key = config.init, "init.run"
-    run = find_run(named, config.output_dir, key)
-    try:
-        source = load_weights(run, init.weights, init.step, task)
-    except UsageError as error:
-        raise error.renamed({run: f"{key}={named}", "step": "init.step"}) from error
-    weights = InitialWeights(
-        state=source.state,
-        channels=source.info.network_shape[0],
-        learns_variance=bool(source.info.config.model.get("learn_variance")),
-        class_names=source.info.stated_class_names,
-    )
-    return weights, {"kind": "run", "step": source.step, "weights": init.weights, "sha256": source.digest}
-
-
-def _weights_of_other_program(named: str, key: str) -> tuple[InitialWeights, dict[str, Any]]:
-    """Return the weights of a model of another program, and their origin as entries of `InitInfo`."""
-    model = read_source(named, key)
-    if model.process is not None:
-        remarks = (*model.process.assumptions, *model.process.remarks)
-        show_remarks(f"{key}={named}: {remark}" for remark in remarks)
-    weights = InitialWeights(
-        state=weights_of(model, named, key),
-        channels=model.network.shape[0],
-        learns_variance=bool(model.network.node.get("learn_variance")),
-        class_names=model.class_names,
-    )
-    return weights, {"kind": model.kind, "step": None, "weights": None, "sha256": digest(weights.state)}
 
 
 def _add_adapters(

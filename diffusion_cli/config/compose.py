@@ -27,8 +27,10 @@ from diffusion_cli.config.continued import (
 from diffusion_cli.config.experiments import experiment_problems, named_by_file
 from diffusion_cli.config.hydra_words import hydra_in_files, hydra_problem, is_of_hydra
 from diffusion_cli.config.initial import (
+    ATTENTION,
     INITIAL,
     SOURCES,
+    follows_levels,
     open_groups,
     parts_of_pretrained,
     parts_of_run,
@@ -252,8 +254,11 @@ def _from_weights(
         {key: value for key, value in (preset | own).items() if key in flatten(composed) or key in own},
     )
     problems += unknown + task_problems(choosing, composed, choices)
+    derived = [*composed["derived"]]
+    if "model" in groups and follows_levels(composed["model"], preset.keys() | own.keys()):
+        derived.append(ATTENTION)
     return with_recipe(
-        composed | {"name": name}, stored, cache(partial(own_images, composed["dataset"]))
+        composed | {"name": name, "derived": derived}, stored, cache(partial(own_images, composed["dataset"]))
     ), problems
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from diffusion_cli.config.catalogue import brought_by, content, lineage, options
+from diffusion_cli.config.catalogue import PACKAGE, brought_by, content, lineage, options
 from diffusion_cli.config.continued import folder_of, foreign_paths, stored_by
 from diffusion_cli.config.recipe import AUTO, MODEL
 from diffusion_cli.config.runs import flatten
@@ -25,6 +25,8 @@ INITIAL = ("model", "schedule", "parameterization", "objective", "time_sampling"
 PROCESS = ("schedule", "parameterization", "objective", "sampler")
 """Those of `INITIAL` that other programs have too."""
 LATENT = "latent"
+ATTENTION = "model.attention_resolutions"
+"""Sizes of the levels of a U-Net with attention, which follow from the size of the data."""
 
 
 @dataclass(frozen=True)
@@ -62,6 +64,17 @@ def open_groups(
     if experiment := choices.get("experiment"):
         given |= brought_by(options("experiment", dirs)[experiment]).keys()
     return {*INITIAL, LATENT} - given
+
+
+def follows_levels(model: Mapping[str, Any], given: Collection[str]) -> bool:
+    """Return whether attention stays at the levels of the source: in a U-Net of this package, unless it is given.
+
+    Args:
+        model: class and options of the network of the source.
+        given: the dotted keys that the user sets.
+    """
+    ours = str(model.get("_target_")).startswith(f"{PACKAGE}.")
+    return ours and {"attention_resolutions", "channel_mult"} <= model.keys() and ATTENTION not in given
 
 
 def set_by_experiment(choices: Node, groups: Collection[str], dirs: Sequence[Path]) -> set[str]:

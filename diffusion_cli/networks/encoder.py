@@ -114,6 +114,26 @@ class UNetEncoder(Checkpointed):
         return to_patches(x, self.patch_size) if self.patch_size > 1 else x
 
 
+def level_sizes(height: int, levels: int) -> list[int]:
+    """Return the first size of each level of a U-Net, from that of the data in patches, which is padded."""
+    finest = height + -height % 2 ** (levels - 1)
+    return [finest >> level for level in range(levels)]
+
+
+def attention_at_levels(
+    resolutions: Sequence[int], before: tuple[int, int], now: tuple[int, int]
+) -> list[int]:
+    """Return the `attention_resolutions` of a U-Net that has attention at the same levels as another one.
+
+    Args:
+        resolutions: `attention_resolutions` of the other U-Net.
+        before: first size of its data in patches, and its number of levels.
+        now: the same of the U-Net; attention at levels that it lacks is left out.
+    """
+    sizes = zip(level_sizes(*before), level_sizes(*now), strict=False)
+    return [size for former, size in sizes if former in resolutions]
+
+
 @dataclass(frozen=True)
 class UNetConfig:
     """Configuration of a U-Net for data of a shape [C, *sizes], and its layers; see `UNet` for the fields.
@@ -211,9 +231,7 @@ class UNetConfig:
     @property
     def resolutions(self) -> list[int]:
         """First size per level."""
-        levels = len(self.channel_mult)
-        finest = self.height + -self.height % 2 ** (levels - 1)
-        return [finest >> level for level in range(levels)]
+        return level_sizes(self.height, len(self.channel_mult))
 
     def down_path(self, in_channels: int) -> tuple[nn.ModuleList, list[int]]:
         """Return the encoder blocks and the widths of the skip connections, starting with that of the stem.

@@ -4,6 +4,7 @@ import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -27,7 +28,7 @@ SHORT = [word for word in TINY[1:] if not word.startswith(("name=", "model."))]
 @pytest.fixture(scope="module")
 def pixels(tmp_path_factory) -> Path:
     """A pipeline of gray 8x8 images."""
-    down, up = ("DownBlock2D", "DownBlock2D"), ("UpBlock2D", "UpBlock2D")
+    down, up = ("DownBlock2D", "AttnDownBlock2D"), ("AttnUpBlock2D", "UpBlock2D")
     network = diffusers.UNet2DModel(
         sample_size=8, in_channels=1, out_channels=1, block_out_channels=(8, 16), layers_per_block=1,
         down_block_types=down, up_block_types=up, norm_num_groups=4, attention_head_dim=8,
@@ -88,6 +89,14 @@ def test_a_pipeline_gives_network_weights_and_process(pixels, tmp_path):
     assert init is not None
     assert (init.kind, init.step, init.fresh) == ("DDIMPipeline of diffusers", None, [])
     assert str(init).startswith(f"init.pretrained={pixels} (DDIMPipeline of diffusers): ")
+
+
+def test_images_of_another_size_keep_the_attention(pixels, tmp_path):
+    np.save(tmp_path / "large.npy", np.zeros((20, 16, 16), dtype=np.uint8))
+    setup = start(tmp_path, pixels, "dataset=array", f"dataset.path={tmp_path}/large.npy")
+    assert setup.config.model["attention_resolutions"] == [8]
+    assert setup.info.init is not None
+    assert setup.info.init.fresh == []
 
 
 def test_latents_have_the_scale_of_the_source_and_classes_are_matched_by_name(latents, tmp_path):

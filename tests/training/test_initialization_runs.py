@@ -6,9 +6,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import yaml
 
 from diffusion_cli.cli import run
 from diffusion_cli.commands.samples import weights_record
+from diffusion_cli.commands.train import train
 from diffusion_cli.commands.train_setup import TrainingSetup, set_up
 from diffusion_cli.runs.checkpoint import LAST, Checkpoint, read
 from diffusion_cli.runs.load import load_model
@@ -65,6 +67,43 @@ def test_other_data_keep_what_fits(runs):
     assert init.fresh == []
     stem = checkpoint(runs, "tiny").weights("ema")["stem.weight"]
     assert torch.equal(network.get_parameter("stem.weight"), stem.expand(-1, 3, 3, 3) / 3)
+
+
+def test_attention_stays_at_its_level_for_images_of_another_size(runs, capsys):
+    np.save(runs / "large.npy", np.zeros((20, 16, 16), dtype=np.uint8))
+    words = [*SHORT, f"output_dir={runs}", "max_steps=1"]
+    assert run(["train", *words, "name=seen", "model.attention_resolutions=[4]"]) == 0
+    words += ["init.run=seen", "name=large", "dataset=array", f"dataset.path={runs}/large.npy"]
+    capsys.readouterr()
+    assert run(["train", *words]) == 0
+    assert "of the weights come from it" not in capsys.readouterr().err
+    stored = checkpoint(runs, "large").info
+    assert stored.init is not None
+    assert (stored.init.taken, stored.init.fresh) == (stored.init.total, [])
+    assert stored.config.model["attention_resolutions"] == [8]
+    assert yaml.safe_load((runs / "large" / "config.yaml").read_text())["model"] == stored.config.model
+    assert run(["train", *words, "max_steps=2"]) == 0
+    chosen = train_config(*words, "name=other", "model.attention_resolutions=[16]")
+    assert set_up(chosen, runs / "other", None).config.model["attention_resolutions"] == [16]
+
+
+def test_another_number_of_levels_keeps_those_that_both_have(runs):
+    config = train_config(
+        *SHORT, f"output_dir={runs}", "name=seen", "max_steps=1", "model.attention_resolutions=[8,4]"
+    )
+    assert train(config) == 0
+    fewer = train_config(*SHORT, f"output_dir={runs}", "init.run=seen", "name=few", "model.channel_mult=[1]")
+    assert set_up(fewer, runs / "few", None).config.model["attention_resolutions"] == [8]
+
+
+def test_few_weights_of_the_source_are_a_warning_with_the_key(runs, capsys):
+    start(runs, "name=wide", "model.channels=16")
+    lines = [line for line in capsys.readouterr().err.splitlines() if "weights come" in line]
+    assert len(lines) == 1
+    assert lines[0].startswith("diffuse: init.run=tiny: only ")
+    assert lines[0].endswith("% of the weights come from it; model.channels=16, the source has 8")
+    start(runs, "name=dropout", "model.dropout=0.1")
+    assert "of the weights come from it" not in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

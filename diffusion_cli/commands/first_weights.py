@@ -1,0 +1,146 @@
+"""First weights of `diffuse train`: those of a run, or of a model of another program."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from diffusion_cli.commands.inputs import show_remarks
+from diffusion_cli.config import TrainConfig
+from diffusion_cli.config.initial import ATTENTION
+from diffusion_cli.convert import read_source
+from diffusion_cli.data import Dataset
+from diffusion_cli.errors import UsageError, format_value
+from diffusion_cli.formats import Shape
+from diffusion_cli.networks.encoder import attention_at_levels
+from diffusion_cli.runs.find import find_run
+from diffusion_cli.runs.imported import weights_of
+from diffusion_cli.runs.load import load_weights
+from diffusion_cli.runs.schema import InitInfo
+from diffusion_cli.runs.weights import digest
+from diffusion_cli.training.initialization import InitialWeights, fit
+
+FEW = 0.5
+"""Smallest part of the weights that comes from a source without a warning."""
+MOST_KEYS = 3
+"""Most keys in this warning."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class WeightSource:
+    """The source that `init.run` or `init.pretrained` names, with its weights."""
+
+    key: str
+    named: str
+    """The source, as the user named it."""
+    origin: Mapping[str, Any]
+    """Entries of `InitInfo`."""
+    model: Mapping[str, Any]
+    """Class and options of its network."""
+    shape: Shape
+    """Shape of the inputs of its network."""
+    weights: InitialWeights
+
+    def with_its_levels(self, config: TrainConfig, shape: Shape) -> TrainConfig:
+        """Return a configuration with attention at the levels of the source, unless the user chose the sizes.
+
+        Args:
+            config: configuration of the training.
+            shape: shape of the inputs of its network.
+        """
+        if ATTENTION not in config.derived:
+            return config
+        *_, name = ATTENTION.split(".")
+        levels = attention_at_levels(
+            self.model[name], _levels(self.model, self.shape), _levels(config.model, shape)
+        )
+        return config.model_copy(update={"model": config.model | {name: levels}})
+
+    def fill(self, config: TrainConfig, network: nn.Module, train_data: Dataset) -> InitInfo:
+        """Replace the random weights of a network by those of the source, where they fit.
+
+        Raises UsageError if none of them fits.
+        """
+        fitted = fit(network, self.weights, train_data.shape[0], train_data.class_names)
+        if not fitted.taken:
+            problem, remedy = (
+                "none of its weights fits this network",
+                "leave out model= to use the network of the source",
+            )
+            raise UsageError(self.key, self.named, problem, remedy)
+        numbers = {name: tensor.numel() for name, tensor in network.state_dict().items()}
+        part = 1 - sum(numbers.get(name, 0) for name in fitted.fresh) / sum(numbers.values())
+        if part < FEW:
+            problem = f"only {100 * part:.2g}% of the weights come from it"
+            show_remarks(["; ".join([f"{self.key}={self.named}: {problem}", *self._differences(config)])])
+        return InitInfo(source=self.named, **self.origin, **fitted._asdict())
+
+    def _differences(self, config: TrainConfig) -> Iterator[str]:
+        """Yield the options of the network that differ from those of the source; its class if that differs."""
+        ours, theirs = config.model, self.model
+        if ours["_target_"] != theirs["_target_"]:
+            classes = (str(node["_target_"]).rpartition(".")[2] for node in (ours, theirs))
+            yield "the network is a {}, that of the source a {}".format(*classes)
+            return
+        differing = [
+            key for key in ours
+            if key in theirs and ours[key] != theirs[key] and f"model.{key}" not in config.derived
+        ]  # fmt: skip
+        for key in differing[:MOST_KEYS]:
+            value, other = format_value(ours[key]), format_value(theirs[key])
+            yield f"model.{key}={value}, the source has {other}"
+
+
+def read_weights(config: TrainConfig, task: str) -> WeightSource | None:
+    """Return the source of the first weights; None without one.
+
+    Raises UsageError if it cannot be read, or was trained for another task.
+    """
+    if (named := config.init.run) is not None:
+        return _run(named, config, task)
+    if (named := config.init.pretrained) is not None:
+        return _other_program(named)
+    return None
+
+
+def _levels(model: Mapping[str, Any], shape: Shape) -> tuple[int, int]:
+    """Return the first size of the data of a U-Net in patches, and its number of levels."""
+    return -(-shape[1] // model.get("patch_size", 1)), len(model["channel_mult"])
+
+
+def _run(named: str, config: TrainConfig, task: str) -> WeightSource:
+    """Return the weights of a run."""
+    init, key = config.init, "init.run"
+    run = find_run(named, config.output_dir, key)
+    try:
+        source = load_weights(run, init.weights, init.step, task)
+    except UsageError as error:
+        raise error.renamed({run: f"{key}={named}", "step": "init.step"}) from error
+    model, shape = source.info.config.model, source.info.network_shape
+    weights = InitialWeights(
+        state=source.state,
+        channels=shape[0],
+        learns_variance=bool(model.get("learn_variance")),
+        class_names=source.info.stated_class_names,
+    )
+    origin = {"kind": "run", "step": source.step, "weights": init.weights, "sha256": source.digest}
+    return WeightSource(key=key, named=named, origin=origin, model=model, shape=shape, weights=weights)
+
+
+def _other_program(named: str) -> WeightSource:
+    """Return the weights of a model of another program."""
+    key = "init.pretrained"
+    source = read_source(named, key)
+    if source.process is not None:
+        remarks = (*source.process.assumptions, *source.process.remarks)
+        show_remarks(f"{key}={named}: {remark}" for remark in remarks)
+    model, shape = source.network.node, source.network.shape
+    weights = InitialWeights(
+        state=weights_of(source, named, key),
+        channels=shape[0],
+        learns_variance=bool(model.get("learn_variance")),
+        class_names=source.class_names,
+    )
+    origin = {"kind": source.kind, "step": None, "weights": None, "sha256": digest(weights.state)}
+    return WeightSource(key=key, named=named, origin=origin, model=model, shape=shape, weights=weights)

@@ -170,6 +170,9 @@ class Transformer(Checkpointed):
     outer_layers = ("x_embedder", "final_layer")
     """Names of the input and output layers, which `optimizer=muon` leaves to AdamW."""
 
+    output_layers = ("final_layer.linear",)
+    """Names of the layers with a row for each output."""
+
     pixels_first = True
     """Whether the outputs of a patch are ordered by pixel, then channel; those of other networks by channel first."""
 

@@ -138,6 +138,12 @@ class UNet(UNetEncoder):
         self.out_conv = Conv(config.widths[0], out_channels, ndim=config.ndim)
         zero_init(self.out_conv)
 
+    @property
+    def output_layers(self) -> tuple[str, ...]:
+        """Names of the layers with a row for each output: the last one, and those of progressive output."""
+        skips = (f"up.{i}.conv" for i, block in enumerate(self.up) if isinstance(block, OutputSkip))
+        return (*skips, "out_conv")
+
     def forward(self, x: Tensor, c_noise: Tensor, y: Tensor | None = None) -> Tensor:
         """Return F [B, C, *sizes], or [B, 2C, *sizes] with the variance output last, in the dtype of x.
 

@@ -40,7 +40,7 @@ class Fitted(NamedTuple):
     fresh: list[str]
     """Names of the tensors with random values; if only rows of classes have them, with the number of these classes."""
     adapted: list[str]
-    """Names of the tensors that come from tensors of another shape."""
+    """Names of the tensors that come from tensors of other channels or numbers of classes."""
 
 
 @torch.no_grad()
@@ -65,6 +65,7 @@ def fit(
         class_names: names of its classes; None without classes.
     """
     first, *_, last = getattr(network, "outer_layers", ()) or ("", "")
+    outputs = tuple(f"{layer}." for layer in getattr(network, "output_layers", (last,)))
     changes = _Channels(
         source.channels,
         channels,
@@ -75,21 +76,23 @@ def fit(
     rows = _class_tensors(network, len(class_names or ()))
     state, taken, fresh, adapted = network.state_dict(), 0, [], []
     for name, mine in state.items():
-        theirs, lacking = source.state.get(name), 0
+        theirs, lacking, changed = source.state.get(name), 0, False
         if theirs is None:
             pass
         elif name in rows:
+            changed = theirs.shape != mine.shape
             theirs, lacking = _class_rows(mine, theirs, source.class_names, class_names or (), rows[name])
-        elif theirs.shape != mine.shape and name.startswith(f"{first}."):
-            theirs = changes.of_input(theirs)
-        elif theirs.shape != mine.shape and name.startswith(f"{last}."):
-            theirs = changes.of_output(theirs)
+        # Equal shapes can have other meanings: C channels with a variance, and 2C without.
+        elif changes.in_inputs and name.startswith(f"{first}.") and theirs.ndim > 1:
+            theirs, changed = changes.of_input(theirs), True
+        elif changes.in_outputs and name.startswith(outputs):
+            theirs, changed = changes.of_output(theirs), True
         if theirs is None or theirs.shape != mine.shape:
             fresh.append(name)
             continue
         mine.copy_(theirs)
         taken += 1
-        adapted += [name] if source.state[name].shape != mine.shape else []
+        adapted += [name] if changed else []
         fresh += [f"{name} of {lacking} class{'es' * (lacking > 1)}"] if lacking else []
     return Fitted(taken, len(state), fresh, adapted)
 
@@ -103,9 +106,19 @@ class _Channels(NamedTuple):
     variance_now: bool
     pixels_first: bool
 
+    @property
+    def in_inputs(self) -> bool:
+        """Whether input layers differ."""
+        return self.before != self.now
+
+    @property
+    def in_outputs(self) -> bool:
+        """Whether output layers differ."""
+        return (self.before, self.variance_before) != (self.now, self.variance_now)
+
     def of_input(self, weight: Tensor) -> Tensor | None:
         """Return the weights [width, C * pixels, ...] of an input layer for other channels; None if nothing fits."""
-        if weight.ndim < 2 or weight.shape[1] % self.before:
+        if weight.shape[1] % self.before:
             return None
         parts = weight.unflatten(1, (self.before, -1)).movedim(1, 0)
         if (self.before, self.now) == (GRAY, RGB):

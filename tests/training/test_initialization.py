@@ -19,10 +19,11 @@ NETWORKS = {
     "unet_patch2": (UNet, {**SMALL, "attention_resolutions": [], "patch_size": 2}),
     "dit": (DiT, TRANSFORMER),
 }
+NCSNPP = {"ncsnpp": (UNet, {**SMALL, "progressive_output": "output_skip"})}
 
 
 def network(name: str, channels: int, classes: int | None = None, seed: int = 0, **changes) -> nn.Module:
-    kind, options = NETWORKS[name]
+    kind, options = (NETWORKS | NCSNPP)[name]
     options = {**options, "class_conditional": classes is not None, **changes}
     return randomised(kind((channels, 8, 8), classes, **options), seed).double().eval()
 
@@ -92,6 +93,19 @@ def test_a_variance_is_added_as_zero_and_removed(name):
     learned = network(name, 2, seed=3, learn_variance=True)
     assert fitted(plain, learned, (2, 2)).fresh == []
     close(output(plain, images(2)), output(learned, images(2))[:, :2])
+
+
+@pytest.mark.parametrize("name", [*NETWORKS, *NCSNPP])
+def test_a_variance_is_not_taken_for_more_channels(name):
+    """The output layers of 2 channels with a variance, and of 4 channels without, have the same shape."""
+    source, target = network(name, 2, learn_variance=True), network(name, 4, seed=1)
+    assert fitted(target, source, (2, 4)).fresh == []
+    outputs = output(target, images(4))
+    close(outputs[:, :2], output(source, images(4)[:, :2])[:, :2])
+    assert not outputs[:, 2:].any()
+    last = {"dit": "final_layer.linear"}.get(name, "out_conv")
+    fresh = fitted(network(name, 2, seed=1, learn_variance=True), network(name, 4), (4, 2)).fresh
+    assert {f"{last}.weight", f"{last}.bias"} < {*fresh}
 
 
 @pytest.mark.parametrize("name", NETWORKS)

@@ -169,6 +169,7 @@ class _NoiseGrids(_Discrete):
 
 class _DPMSolver(_NoiseGrids, _Thresholding):
     solver_order: Literal[1, 2, 3] = 2
+    lower_order_final: bool = True
     algorithm_type: Literal["dpmsolver", "dpmsolver++", "sde-dpmsolver", "sde-dpmsolver++"] = "dpmsolver++"
     solver_type: Literal["midpoint", "heun"] = "midpoint"
     euler_at_final: bool = False
@@ -188,6 +189,10 @@ class _DPMSolver(_NoiseGrids, _Thresholding):
         yield from super().remarks()
         if not self.algorithm_type.endswith("++"):
             yield f"algorithm_type={self.algorithm_type} is not DPM-Solver++"
+        if self.lower_order_final and self.solver_order == 3:
+            yield "lower_order_final=true lowers the order of its second last step, with fewer than 15 steps"
+        if not self.lower_order_final and self.final_sigmas_type != "zero":
+            yield "lower_order_final=false keeps the order of its last step"
         if self.euler_at_final:
             yield "euler_at_final=true makes its last step one of Euler's method"
         if self.lambda_min_clipped > -math.inf:
@@ -197,6 +202,7 @@ class _DPMSolver(_NoiseGrids, _Thresholding):
 class _UniPC(_NoiseGrids, _Thresholding):
     solver_order: Literal[1, 2, 3] = 2
     solver_type: Literal["bh1", "bh2"] = "bh2"
+    lower_order_final: bool = True
     predict_x0: bool = True
     disable_corrector: list[int] = []
 
@@ -205,6 +211,10 @@ class _UniPC(_NoiseGrids, _Thresholding):
 
     def remarks(self) -> Iterator[str]:
         yield from super().remarks()
+        if not self.lower_order_final:
+            yield "lower_order_final=false keeps the order of its last steps"
+        elif self.solver_order == 3:
+            yield "lower_order_final=true lowers the order of its second last step"
         if not self.predict_x0:
             yield "predict_x0=false predicts the noise"
         if self.disable_corrector:
@@ -289,7 +299,6 @@ CLASSES: dict[str, type[_Scheduler]] = {
 KNOWN = frozenset(name for kind in CLASSES.values() for name in kind.model_fields) | {
     "base_image_seq_len",
     "base_shift",
-    "lower_order_final",  # our samplers end in the same way
     "max_image_seq_len",
     "max_shift",
     "solver_p",

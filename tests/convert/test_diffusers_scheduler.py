@@ -105,11 +105,24 @@ def test_the_sampler_has_the_settings_of_the_scheduler(name, settings, words):
         ("EulerDiscreteScheduler", {"final_sigmas_type": "sigma_min"}, "final_sigmas_type=sigma_min"),
         ("DPMSolverMultistepScheduler", {"lambda_min_clipped": -5.1}, "lambda_min_clipped=-5.1"),
         ("FlowMatchEulerDiscreteScheduler", {"shift": 3.0}, "shift=3.0"),
+        ("UniPCMultistepScheduler", {"lower_order_final": False}, "lower_order_final=false"),
+        ("UniPCMultistepScheduler", {"solver_order": 3}, "lower_order_final=true"),
+        ("DPMSolverMultistepScheduler", {"solver_order": 3}, "lower_order_final=true"),
+        (
+            "DPMSolverMultistepScheduler",
+            {"lower_order_final": False, "final_sigmas_type": "sigma_min"},
+            "lower_order_final=false",
+        ),
     ],
 )
 def test_settings_that_change_images_are_named(name, settings, remark):
     (found,) = (text for text in scheduler.read(config_of(name, **settings)).remarks if remark in text)
     assert found.startswith(remark)
+
+
+def test_settings_without_an_effect_are_not_named():
+    config = config_of("DPMSolverMultistepScheduler", lower_order_final=False)
+    assert scheduler.read(config).remarks == ()
 
 
 def test_clipping_is_that_of_the_scheduler():

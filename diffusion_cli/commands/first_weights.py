@@ -132,9 +132,10 @@ def _other_program(named: str) -> WeightSource:
     """Return the weights of a model of another program."""
     key = "init.pretrained"
     source = read_source(named, key)
+    remarks = source.remarks
     if source.process is not None:
-        remarks = (*source.process.assumptions, *source.process.remarks)
-        show_remarks(f"{key}={named}: {remark}" for remark in remarks)
+        remarks += (*source.process.assumptions, *source.process.remarks)
+    show_remarks(f"{key}={named}: {remark}" for remark in remarks)
     model, shape = source.network.node, source.network.shape
     weights = InitialWeights(
         state=weights_of(source, named, key),

@@ -46,9 +46,8 @@ def run(config: ImportConfig) -> None:
         raise UsageError("name", name, f"{folder} exists already", "choose another name") from error
     remember_run(folder)
     remember(config.dataset or {})
-    show_remarks(
-        (*process.assumptions, *(f"its own sampler differs: {remark}" for remark in process.remarks))
-    )
+    differences = (f"its own sampler differs: {remark}" for remark in process.remarks)
+    show_remarks((*model.remarks, *process.assumptions, *differences))
     print(f"{folder}: {model.kind}, {_summary(info.shape, info.num_classes, process)}")
     print("Next:")
     for words in _next(config, name, process):

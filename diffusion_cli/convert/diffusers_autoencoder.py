@@ -127,6 +127,20 @@ def statistics(config: Node) -> Statistics:
     return Statistics(tuple(mean), tuple(value / fields.scaling_factor for value in std))
 
 
+def shifts(config: Node) -> list[str]:
+    """Return the settings in a config.json that change latents by more than one factor."""
+    fields = _parsed(config)
+    if isinstance(fields, _VQConfig):
+        return []
+    std = fields.latents_std or [1.0]
+    changes = {
+        "shift_factor": bool(fields.shift_factor) and not fields.latents_mean,
+        "latents_mean": any(fields.latents_mean or ()),
+        "latents_std": any(value != 1 for value in std),
+    }
+    return [name for name, changed in changes.items() if changed]
+
+
 def weights(network: Network, state: Weights) -> Weights:
     """Return the weights of a file by the names of the network, which are the present ones of diffusers."""
     return {present_name(name): tensor for name, tensor in state.items()}

@@ -36,6 +36,8 @@ ASSUMED = {"_class_name": "DDPMScheduler"}
 """Scheduler of a model without one: that of Ho et al. 2020."""
 LABELS = "id2label"
 """Names of the classes by number: of DiTPipeline, and with an underscore of denoisers that were exported here."""
+FACTOR_ONLY = ("DiTPipeline", "LDMPipeline")
+"""Pipelines that divide latents by scaling_factor, and have no other statistics."""
 LICENCE = "license:"
 SAVED = "give a folder written by save_pretrained of diffusers, or hub:OWNER/NAME"
 WHOLE = "copy the whole folder, as save_pretrained wrote it"
@@ -177,6 +179,12 @@ def _pipeline(folder: Path, index: Node, sizes: Sequence[int] | None) -> Pretrai
         class_names=_class_names(index.get(LABELS, denoiser.config.get(f"_{LABELS}")), network),
         files=_named(folder, [*parts.values()]),
         licence=_licence(folder),
+        remarks=tuple(
+            f"{kind} leaves out {name} of its autoencoder, which is applied here"
+            for part in autoencoders
+            if kind in FACTOR_ONLY
+            for name in part.module.shifts(part.config)
+        ),
     )
 
 

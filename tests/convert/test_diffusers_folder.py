@@ -52,6 +52,17 @@ def test_a_pipeline_is_read_with_its_parts(pipelines):
     assert sorted(model.files) == [f"transformer/{WEIGHTS}", f"vae/{WEIGHTS}"]
 
 
+def test_statistics_that_the_pipeline_leaves_out_are_named(copied, capsys):
+    assert read_source("dit", "source").remarks == ()
+    edited("dit/vae/config.json", lambda value: value | {"shift_factor": 0.1, "latents_std": [2.0, 1.0]})()
+    assert run(["import", "source=dit"]) == 0
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[:2] == [
+        f"diffuse: DiTPipeline leaves out {name} of its autoencoder, which is applied here"
+        for name in ("shift_factor", "latents_std")
+    ]
+
+
 def test_a_model_alone_has_the_process_of_ddpm(tmp_path, capsys, monkeypatch):
     unet(UNET).save_pretrained(tmp_path / "x")
     monkeypatch.chdir(tmp_path)

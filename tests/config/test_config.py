@@ -186,7 +186,7 @@ def test_every_option_composes_into_a_valid_configuration(file):
         unset = [key for key, value, _ in config.documented(file, group) if value == "???"]
         extra = [f"{key}={LISTS.get(key.rpartition('.')[2], 'x')}" for key in unset]
         # A run may be an autoencoder, for its metrics.
-        named = {"eval": ["run=x"], "import": ["source=x"]}.get(command, [])
+        named = {"eval": ["run=x"], "import": ["source=x"], "push": ["repo=me/x"]}.get(command, [])
         load(command, [f"{group}={option}", *extra, *named, *tasks])
 
 

@@ -3,6 +3,7 @@
     python scripts/mutate.py                                  # every mutant of scripts/mutants.toml
     python scripts/mutate.py --only likelihood                # mutants with this word in their file or description
     python scripts/mutate.py --table docs/results/mutants.md  # then write the table into a page
+    python scripts/mutate.py --table docs/results/mutants.md --new  # only mutants that the page lacks
 
 A mutant is a text that occurs once in a file, its replacement, a description, and tests. The tests must pass on the
 unchanged code, which is checked first. Results are stored in outputs/mutants.json: an interrupted run resumes, and
@@ -260,21 +261,33 @@ def measure(root: Path, table: Table, mutants: Sequence[Mutant], results: Result
                 print(f"{done}/{len(left)} {name} ({result['seconds']} s)", flush=True)
 
 
-def rows(mutants: Sequence[Mutant], results: Results) -> list[str]:
-    """Return the lines of the Markdown table."""
+def description(mutant: Mutant) -> str:
+    """Return the first cells of the row of a mutant."""
+    change = f"{_code(mutant.text)} | {_code(mutant.becomes)}"
+    return f"| {mutant.mistake} | {_code(mutant.file)} | {change} | "
 
-    def code(text: str) -> str:
-        words = " ".join(text.split())
-        return f"`{words}`".replace("|", "\\|") if words else "nothing"
 
+def _code(text: str) -> str:
+    words = " ".join(text.split())
+    return f"`{words}`".replace("|", "\\|") if words else "nothing"
+
+
+def shown(page: Path, mutant: Mutant) -> str | None:
+    """Return the row of a mutant in a Markdown page; None if the page lacks it or describes it otherwise."""
+    lines = page.read_text().splitlines()
+    return next((line for line in lines if line.startswith(description(mutant))), None)
+
+
+def rows(mutants: Sequence[Mutant], results: Results, page: Path) -> list[str]:
+    """Return the lines of the Markdown table; mutants that did not run keep their row of the page."""
     lines = ["| mistake | file | right | wrong | outcome | first test to fail |", "|---|---|---|---|---|---|"]
     for mutant in mutants:
-        result = results.found[Job(mutant.tests, mutant).key]
+        result = results.found.get(Job(mutant.tests, mutant).key)
+        if result is None:
+            lines.append(shown(page, mutant) or "")
+            continue
         test = (result["by"] or "").split("::")[-1].split("[")[0]
-        change = f"{code(mutant.text)} | {code(mutant.becomes)}"
-        lines.append(
-            f"| {mutant.mistake} | {code(mutant.file)} | {change} | {result['outcome']} | {code(test)} |"
-        )
+        lines.append(f"{description(mutant)}{result['outcome']} | {_code(test)} |")
     return lines
 
 
@@ -299,12 +312,19 @@ def main(words: Sequence[str] | None = None) -> int:
     parser.add_argument("--only", default="", help="text in the file or description of the mutants to run")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="number of processes")
     parser.add_argument("--table", type=Path, default=None, help="Markdown page to update")
+    parser.add_argument(
+        "--new", action="store_true", help="run only mutants without a row in the page of --table"
+    )
     given = parser.parse_args(words)
     if given.only and given.table:
         parser.error("--table: needs the results of all mutants; leave out --only")
+    if given.new and not given.table:
+        parser.error("--new: needs the page of --table")
     root = given.root.resolve()
     table = read_table(given.mutants or root / "scripts" / "mutants.toml")
     mutants = [m for m in table.mutants if given.only.lower() in f"{m.file} {m.mistake}".lower()]
+    if given.new:
+        mutants = [mutant for mutant in mutants if shown(given.table, mutant) is None]
     results = Results(given.results or root / "outputs" / "mutants.json", digest(root, table.copied))
     try:
         measure(root, table, mutants, results, given.workers)
@@ -319,7 +339,7 @@ def main(words: Sequence[str] | None = None) -> int:
             print(f"{outcome}: {mutant.file}: {mutant.mistake}")
     print(", ".join(f"{counts[name]} {name}" for name in (CAUGHT, SURVIVED, STALE, UNCLEAR)))
     if given.table is not None:
-        write_table(given.table, rows(mutants, results))
+        write_table(given.table, rows(table.mutants, results, given.table))
     return int(counts[CAUGHT] < len(mutants))
 
 

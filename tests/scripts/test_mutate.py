@@ -128,6 +128,22 @@ def test_a_stopped_run_continues_and_other_code_starts_anew(program):
     assert "1/1 caught: The sum is a difference." in mutate(program, [MINUS]).stdout
 
 
+def test_only_new_mutants_run_and_the_others_keep_their_rows(program):
+    page = program / "page.md"
+    page.write_text("# Mutants\n")
+    assert mutate(program, [MINUS], f"--table={page}").returncode == 0
+    (program / "outputs" / "mutants.json").unlink()
+    half = row("Half is the number.", "a / 2", "a + 1", "test_half")
+    done = mutate(program, [half, MINUS], f"--table={page}", "--new")
+    assert done.stdout.splitlines()[-1] == "1 caught, 0 survived, 0 stale, 0 unclear"
+    assert [line.split(" | ")[0] for line in page.read_text().splitlines()[4:]] == [
+        "| Half is the number.",
+        "| The sum is a difference.",
+    ]
+    changed = row("The sum is a difference.", "a + b", "b - a", "test_plus")
+    assert "1/1 caught: The sum" in mutate(program, [half, changed], f"--table={page}", "--new").stdout
+
+
 def test_tests_that_fail_without_a_mistake_prove_nothing(program):
     wrong = row("The sum is a difference.", "a + b", "a - b", "test_wrong")
     done = mutate(program, [wrong])

@@ -25,7 +25,7 @@ from diffusion_cli.config import (
 )
 from diffusion_cli.data import Dataset, NoDataset, pictured
 from diffusion_cli.data.base import Split
-from diffusion_cli.errors import UsageError
+from diffusion_cli.errors import NO_VALUE, UsageError
 from diffusion_cli.metrics import (
     DatasetReference,
     EvaluatedModel,
@@ -156,12 +156,19 @@ def _of_autoencoder(mode: ReconstructionEvaluation) -> EvaluationPlan:
     folder = find_run(mode.run, mode.output_dir)
     trained = load_autoencoder(folder, device_of(mode.device), mode.weights, mode.step)
     dataset = _dataset(mode, folder, trained)
+    if isinstance(dataset, NoDataset):
+        problem = f"{folder.name} was imported without images to reconstruct"
+        raise UsageError(
+            "dataset", NO_VALUE, problem, "choose some, such as dataset=folder dataset.path=photos"
+        )
     if dataset.shape != trained.shape:
         raise UsageError(
             "dataset",
             dataset.name,
             f"its images have shape {dataset.shape}, but the autoencoder expects {trained.shape}",
-            "use the dataset that it was trained on",
+            "use the dataset that it was trained on"
+            if trained.info.origin is None
+            else f"set dataset.resolution={trained.shape[1]}, or import it again with this dataset",
         )
     metric = next(iter(mode.metric))
     split = mode.splits[metric]

@@ -3,19 +3,20 @@
 import re
 import shlex
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from diffusion_cli.commands.inputs import show_remarks
 from diffusion_cli.config import ImportConfig, build
 from diffusion_cli.config.catalogue import option_of, option_words
-from diffusion_cli.convert import PUBLISHED, read_source, refusal
+from diffusion_cli.convert import PUBLISHED, diffusers_autoencoder, read_source, refusal
 from diffusion_cli.convert.base import Node, PretrainedModel, Process
 from diffusion_cli.convert.diffusers_scheduler import changed
 from diffusion_cli.data import Dataset
 from diffusion_cli.errors import FormatError, UsageError, counted, format_value
 from diffusion_cli.formats import Uint8Image
-from diffusion_cli.runs.imported import ImportedDenoiser, image_shape
+from diffusion_cli.runs.imported import ImportedModel, image_shape
 from diffusion_cli.system.trusted_paths import remember, remember_run
 
 
@@ -31,14 +32,9 @@ def run(config: ImportConfig) -> None:
     dataset: Dataset | None = None if config.dataset is None else build(config.dataset, config.data_dir)
     sizes = None if dataset is None else dataset.shape[1:]
     model = read_source(config.source, "source", build(config.preset), sizes)
-    if model.process is None:
-        problem = f"is an autoencoder, a {model.kind}, without a denoiser"
-        remedy = f"train on its latents with: diffuse train latent.pretrained={config.source}"
-        raise UsageError("source", config.source, problem, remedy)
-    process = _process(config, model.process)
-    imported = _with_dataset(config, dataset, model, process)
+    model = replace(model, process=_process(config, model.process))
     try:
-        info = imported.write(folder)
+        info = _with_dataset(config, dataset, model).write(folder)
     except FormatError as error:
         usual = () if config.preset is None else (PUBLISHED,)
         raise refusal("source", config.source, error, *usual) from error
@@ -46,12 +42,19 @@ def run(config: ImportConfig) -> None:
         raise UsageError("name", name, f"{folder} exists already", "choose another name") from error
     remember_run(folder)
     remember(config.dataset or {})
-    differences = (f"its own sampler differs: {remark}" for remark in process.remarks)
-    show_remarks((*model.remarks, *process.assumptions, *differences))
-    print(f"{folder}: {model.kind}, {_summary(info.shape, info.num_classes, process)}")
+    show_remarks(_remarks(model))
+    print(f"{folder}: {model.kind}, {_summary(info.shape, info.num_classes, model.process)}")
     print("Next:")
-    for words in _next(config, name, process):
+    for words in _next(config, name, model.process):
         print(f"  diffuse {words}")
+
+
+def _remarks(model: PretrainedModel) -> Iterator[str]:
+    """Yield what was assumed about a model, and where its own sampler differs."""
+    yield from model.remarks
+    if model.process is not None:
+        yield from model.process.assumptions
+        yield from (f"its own sampler differs: {remark}" for remark in model.process.remarks)
 
 
 def run_folder(config: ImportConfig) -> Path:
@@ -69,13 +72,20 @@ def _name(source: str) -> str:
     return name
 
 
-def _process(config: ImportConfig, process: Process) -> Process:
-    """Return the process of a source, changed for the schedule and parameterization that the command names."""
+def _process(config: ImportConfig, process: Process | None) -> Process | None:
+    """Return the process of a source, changed for the schedule and parameterization that the command names.
+
+    Raises UsageError if it names one for an autoencoder, or both contradict each other.
+    """
     chosen: dict[str, Node] = {
         key: node for key in ("schedule", "parameterization") if (node := getattr(config, key)) is not None
     }
     if not chosen:
         return process
+    if process is None:
+        key, node = next(iter(chosen.items()))
+        problem = f"is for denoisers, and {config.source} is an autoencoder"
+        raise UsageError(key, option_of(key, node), problem, "leave it out")
     try:
         build(chosen.get("parameterization", process.parameterization)).check(
             build(chosen.get("schedule", process.schedule))
@@ -85,22 +95,24 @@ def _process(config: ImportConfig, process: Process) -> Process:
     return changed(process, **chosen)
 
 
-def _with_dataset(
-    config: ImportConfig, dataset: Dataset | None, model: PretrainedModel, process: Process
-) -> ImportedDenoiser:
+def _with_dataset(config: ImportConfig, dataset: Dataset | None, model: PretrainedModel) -> ImportedModel:
     """Return the model with the class names and the format of the dataset of the command, or its own ones.
+
+    An autoencoder takes images of any size, so it gets that of the dataset.
 
     Raises UsageError unless the dataset has the images and the classes of the model.
     """
     classes, shape = model.network.num_classes, image_shape(model)
     names = None if classes is None else model.class_names
-    parts: dict[str, Any] = {"model": model, "process": process, "source": config.source}
+    parts: dict[str, Any] = {"model": model, "source": config.source}
     if dataset is None:
         if shape[0] not in (1, 3):
             problem = f"its images have {counted(shape[0], 'channel')}, and 8-bit images have 1 or 3"
             raise UsageError("source", config.source, problem, "name their dataset with dataset=")
-        return ImportedDenoiser(**parts, form=Uint8Image(), class_names=names)
-    if dataset.shape != shape:
+        return ImportedModel(**parts, form=Uint8Image(), class_names=names)
+    if model.process is None:
+        parts["model"] = _for_images(model, dataset)
+    elif dataset.shape != shape:
         problem = f"its images have shape {list(dataset.shape)}, but those of the model have {list(shape)}"
         remedy = f"set dataset.resolution={shape[1]}, or choose another dataset"
         raise UsageError("dataset", dataset.name, problem, remedy)
@@ -109,22 +121,43 @@ def _with_dataset(
     if names is not None and len(names) != classes:
         problem = f"has {len(names)} classes, but the model has {classes}"
         raise UsageError("dataset", dataset.name, problem, "choose another dataset")
-    return ImportedDenoiser(
+    return ImportedModel(
         **parts, form=dataset.form, class_names=names, dataset=config.dataset, data_rules=dataset.rules
     )
 
 
-def _summary(shape: Sequence[int], num_classes: int | None, process: Process) -> str:
+def _for_images(model: PretrainedModel, dataset: Dataset) -> PretrainedModel:
+    """Return an autoencoder for the images of a dataset; UsageError unless it can encode them."""
+    factor, channels = diffusers_autoencoder.factor(model.network.node), model.network.shape[0]
+    fits = len(dataset.shape) == 3 and dataset.shape[0] == channels
+    if not fits or any(side % factor for side in dataset.shape[1:]):
+        taken = f"{counted(channels, 'channel')}, and sizes that are multiples of {factor}"
+        problem = f"its images have shape {list(dataset.shape)}, but the autoencoder takes {taken}"
+        raise UsageError(
+            "dataset", dataset.name, problem, "set dataset.resolution=, or choose another dataset"
+        )
+    return replace(model, network=replace(model.network, shape=dataset.shape))
+
+
+def _summary(shape: Sequence[int], num_classes: int | None, process: Process | None) -> str:
     """Return the main facts of a model in one line."""
+    images = f"images {'x'.join(map(str, shape))}"
+    if process is None:
+        return images
     classes = "no classes" if num_classes is None else f"number of classes: {num_classes}"
     nodes = {"schedule": process.schedule, "parameterization": process.parameterization}
     parts = [f"{group}={option_of(group, node)}" for group, node in nodes.items()]
-    return ", ".join([f"images {'x'.join(map(str, shape))}", classes, *parts])
+    return ", ".join([images, classes, *parts])
 
 
-def _next(config: ImportConfig, name: str, process: Process) -> Iterator[str]:
+def _next(config: ImportConfig, name: str, process: Process | None) -> Iterator[str]:
     """Yield commands for the new run."""
     root = [] if config.output_dir == "outputs" else [f"output_dir={shlex.quote(config.output_dir)}"]
+    if process is None:
+        data = [] if config.dataset else ["dataset=<option>"]
+        yield " ".join(["eval", f"run={name}", "'metric=[reconstruction,rfid]'", *data, *root])
+        yield " ".join(["train", f"latent.run={name}", "dataset=<option>", "name=<new>", *root])
+        return
     clip = [] if process.clip is True else [f"clip_x0={format_value(process.clip)}"]
     yield " ".join(["sample", f"run={name}", *option_words("sampler", process.sampler), *clip, *root])
     yield " ".join(["train", f"init.run={name}", "dataset=<option>", "name=<new>", *root])

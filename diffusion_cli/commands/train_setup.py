@@ -268,7 +268,11 @@ def _autoencoder_task(
         raise UsageError(
             "progressive", config.progressive, "not supported for task=autoencoder", "leave it out"
         )
-    assert isinstance(network, AutoencoderKL)
+    if not isinstance(network, AutoencoderKL):
+        problem = "has a codebook, which is not trained here"
+        raise UsageError(
+            "model", type(network).__name__, problem, "use model=kl_tiny, or another AutoencoderKL"
+        )
     return AutoencoderTask(objective.model(network, dataset.shape), objective)
 
 

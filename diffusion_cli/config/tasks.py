@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from functools import cache
 
 from diffusion_cli.config.catalogue import brought_by, content, options
+from diffusion_cli.config.validate import IMPORTED
 from diffusion_cli.config.values import Node
 from diffusion_cli.errors import Problem
 
@@ -39,8 +40,8 @@ def task_of_classes(targets: Sequence[str]) -> str:
 
 @cache
 def _tasks() -> dict[str, str]:
-    """The task of each class that an option of `task` brings; all others are for denoising."""
-    return {
+    """The task of each class that an option of `task` brings, and of imported ones; all others are for denoising."""
+    return {IMPORTED["model"]: AUTOENCODER} | {
         content(options(group)[str(option)])["_target_"]: task
         for task, file in options("task").items()
         for group, option in brought_by(file).items()

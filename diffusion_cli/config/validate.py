@@ -25,7 +25,7 @@ NOT_ALLOWED = "is not a class of an allowed plugin"
 
 
 IMPORTED = {"model": f"{PACKAGE}.networks.VQModel"}
-"""Class without an option file, by group, because a run has it only as part of an imported model."""
+"""Class without an option file, by group, because only imported models have it."""
 
 
 @cache

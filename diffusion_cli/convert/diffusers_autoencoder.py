@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Annotated, Literal, NamedTuple
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from diffusion_cli.convert.base import Network, Node, Weights, parse
 from diffusion_cli.convert.diffusers_names import present_name
@@ -13,6 +13,12 @@ KL = "diffusion_cli.networks.AutoencoderKL"
 VQ = "diffusion_cli.networks.VQModel"
 
 Width = Annotated[int, Field(gt=0, le=2**14)]
+
+Sides = Annotated[
+    list[Width],
+    Field(min_length=2, max_length=2),
+    BeforeValidator(lambda value: [value, value] if isinstance(value, int) else value),
+]
 
 Count = Annotated[int, Field(gt=0, le=64)]
 
@@ -28,6 +34,7 @@ class _Config(BaseModel):
     class_name: Literal["AutoencoderKL", "VQModel"] = Field(alias="_class_name")
     in_channels: Count = 3
     out_channels: Count = 3
+    sample_size: Sides | None = [32, 32]
     down_block_types: list[Literal["DownEncoderBlock2D"]] = ["DownEncoderBlock2D"]
     up_block_types: list[Literal["UpDecoderBlock2D"]] = ["UpDecoderBlock2D"]
     block_out_channels: Annotated[list[Width], Field(min_length=1, max_length=10)] = [64]
@@ -59,7 +66,10 @@ def _parsed(config: Node) -> _KLConfig | _VQConfig:
 
 
 def read(config: Node) -> Network:
-    """Return the network of a config.json; FormatError, naming the key, for one without an equivalent."""
+    """Return the network of a config.json; FormatError, naming the key, for one without an equivalent.
+
+    Its images have `sample_size`, or the smallest size if that is unknown or no multiple of `factor`.
+    """
     fields = _parsed(config)
     widths = fields.block_out_channels
     same = {
@@ -97,8 +107,15 @@ def read(config: Node) -> Network:
             "latent_channels": fields.latent_channels,
             "quant_conv": fields.use_quant_conv,
         }
-    side = 2 ** (len(widths) - 1)
-    return Network(node=node, shape=(fields.in_channels, side, side))
+    sides, least = fields.sample_size, factor(node)
+    if sides is None or any(side % least for side in sides):
+        sides = [least, least]
+    return Network(node=node, shape=(fields.in_channels, *sides))
+
+
+def factor(node: Node) -> int:
+    """Return the number of pixels per latent along each side."""
+    return 2 ** (len(node["channel_mult"]) - 1)
 
 
 class Statistics(NamedTuple):
@@ -149,6 +166,7 @@ def weights(network: Network, state: Weights) -> Weights:
 def write(network: Network, scaling_factor: float = 1.0) -> Node:
     """Return the config.json of a network, for latents that the denoiser multiplies by `scaling_factor`."""
     node, levels = network.node, len(network.node["channel_mult"])
+    height, width = network.shape[1:]
     if node["_target_"] == VQ:
         own = {
             "_class_name": "VQModel",
@@ -173,7 +191,7 @@ def write(network: Network, scaling_factor: float = 1.0) -> Node:
         "layers_per_block": node["num_res_blocks"],
         "act_fn": "silu",
         "norm_num_groups": node["norm_groups"],
-        "sample_size": network.shape[1],
+        "sample_size": height if height == width else [height, width],
         "scaling_factor": scaling_factor,
         "mid_block_add_attention": True,
     }

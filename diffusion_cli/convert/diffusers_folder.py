@@ -1,6 +1,5 @@
 """Folders that diffusers writes: a pipeline with its parts, or a model alone; weights as safetensors only."""
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib import import_module
@@ -72,6 +71,11 @@ class _Part:
             return self.module.read(config)
         except FormatError as error:
             raise type(error)(f"{self.name}/{CONFIG}: {reason(error)}") from error
+
+    @property
+    def factor(self) -> int:
+        """Pixels per latent along each side, of an autoencoder."""
+        return self.module.factor(self.network().node)
 
     def weights(self, network: Network) -> Weights:
         """Return the weights by the names of the network; FormatError for other weights."""
@@ -167,7 +171,7 @@ def _pipeline(folder: Path, index: Node, sizes: Sequence[int] | None) -> Pretrai
         raise FormatError(f"{INDEX}: must name a denoiser, a scheduler, and at most one autoencoder")
     (denoiser,) = denoisers
     if sizes is not None and autoencoders:
-        sizes = [size // _factor(autoencoders[0].network()) for size in sizes]
+        sizes = [size // autoencoders[0].factor for size in sizes]
     network = denoiser.network(sizes)
     process = _process(_json(_inner(folder, "scheduler", SCHEDULER) / SCHEDULER), network)
     return PretrainedModel(
@@ -214,19 +218,13 @@ def _process(config: Node, network: Network) -> Process:
 
 def _autoencoder(part: _Part, denoiser: Network) -> Autoencoder:
     """Return the autoencoder of a denoiser, for the images of its latents."""
-    smallest = part.network()
+    network = part.network()
     mean, std = part.module.statistics(part.config)
     channels, *sizes = denoiser.shape
     if len(mean) != channels:
         raise FormatError(f"{CONFIG}: its {len(mean)} latent channels are not the {channels} of the denoiser")
-    images = tuple(_factor(smallest) * size for size in sizes)
-    network = replace(smallest, shape=(smallest.shape[0], *images))
+    network = replace(network, shape=(network.shape[0], *(part.factor * size for size in sizes)))
     return Autoencoder(network=network, weights=lambda: part.weights(network), mean=mean, std=std)
-
-
-def _factor(autoencoder: Network) -> int:
-    """Return how many pixels a latent has per dimension; the network is that of the smallest image, of one latent."""
-    return math.prod(autoencoder.shape[1:2])
 
 
 def _class_names(names: Any, network: Network) -> tuple[str, ...] | None:

@@ -151,7 +151,7 @@ class Diffusers(ExportFormat):
 
     def example(self, model: Exportable, source: str) -> str:
         lines = (
-            _autoencoder_example(source)
+            _autoencoder_example(self._autoencoder(model).kind, source)
             if isinstance(model, LoadedAutoencoder)
             else _denoiser_example(self._pipeline(model), source)
         )
@@ -294,12 +294,13 @@ def _denoiser_example(pipeline: _Pipeline, source: str) -> list[str]:
     return example(pipeline, source)
 
 
-def _autoencoder_example(source: str) -> list[str]:
+def _autoencoder_example(kind: str, source: str) -> list[str]:
+    latents = "latents" if kind == "VQModel" else "latent_dist.mean"
     return [
-        "from diffusers import AutoencoderKL",
+        f"from diffusers import {kind}",
         "",
-        f"autoencoder = AutoencoderKL.from_pretrained({json.dumps(source)})",
-        "latents = autoencoder.encode(images).latent_dist.mean  # images [B, C, H, W] in [-1, 1]",
+        f"autoencoder = {kind}.from_pretrained({json.dumps(source)})",
+        f"latents = autoencoder.encode(images).{latents}  # images [B, C, H, W] in [-1, 1]",
         "images = autoencoder.decode(latents).sample",
     ]
 

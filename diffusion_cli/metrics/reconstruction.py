@@ -24,7 +24,7 @@ from diffusion_cli.metrics.base import (
 from diffusion_cli.metrics.features.base import Features
 from diffusion_cli.metrics.frechet import FrechetDistance
 from diffusion_cli.metrics.samples import Samples
-from diffusion_cli.networks import AutoencoderKL
+from diffusion_cli.networks import ImageAutoencoder
 from diffusion_cli.samplers import Advance, unreported
 
 RANGE = 255.0  # of uint8 pixels
@@ -41,7 +41,7 @@ class ReconstructedSamples(Samples):
     class_names = None
 
     def __init__(
-        self, network: AutoencoderKL, images: Images, form: SampleFormat, record: dict[str, Any]
+        self, network: ImageAutoencoder, images: Images, form: SampleFormat, record: dict[str, Any]
     ) -> None:
         self.network, self.images, self.form, self.record = network, images, form, record
         self.shape = form.picture_shape(images.shape)

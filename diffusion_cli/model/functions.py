@@ -102,7 +102,7 @@ def import_weights(source: str | Path, *overrides: str | Sequence[str], name: st
         name: name of the run; None is the last part of the source.
 
     Raises:
-        UsageError: for a source that cannot be read, or a run that exists.
+        UsageError: for a source that cannot be read, a run that exists, or an autoencoder, whose run is not loaded.
 
     Example:
         >>> folder = load("outputs/demo").export("demo_diffusers")

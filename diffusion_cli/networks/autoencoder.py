@@ -94,6 +94,10 @@ class ImageAutoencoder(nn.Module, ABC):
     def decode(self, z: Tensor) -> Tensor:
         """Return images [B, C, H, W] of latents z [B, L, h, w], not clipped to [-1, 1]."""
 
+    def reconstruct(self, x: Tensor) -> Tensor:
+        """Return reconstructions [B, C, H, W] of images x [B, C, H, W] from mean latents."""
+        return self.decode(self.moments(x).chunk(2, dim=1)[0])
+
 
 class AutoencoderKL(ImageAutoencoder):
     """Convolutional variational autoencoder with encoder `q(z | x) = N(mean, variance)` and decoder p(x | z).
@@ -158,10 +162,6 @@ class AutoencoderKL(ImageAutoencoder):
         moments = self.moments(x)
         return self.decode(drawn(moments, eps)), moments
 
-    def reconstruct(self, x: Tensor) -> Tensor:
-        """Return reconstructions [B, C, H, W] of images x [B, C, H, W] from mean latents."""
-        return self.decode(self.moments(x).chunk(2, dim=1)[0])
-
     def compile(self, *args: Any, **kwargs: Any) -> None:
         """Compile all but the decoder's last layer: its gradients determine the weight of the discriminator."""
         self.encoder.compile(*args, **kwargs)
@@ -172,8 +172,8 @@ class AutoencoderKL(ImageAutoencoder):
 class VQModel(ImageAutoencoder):
     """Autoencoder whose decoder replaces each latent vector by the nearest vector of a codebook.
 
-    A denoiser works on the vectors before this step. The codebook is not trained here: runs have this network as part
-    of an imported model.
+    A denoiser works on the vectors before this step. The codebook is not trained here: only imported models have this
+    network.
 
     Args:
         shape: image shape [C, H, W].

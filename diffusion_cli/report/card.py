@@ -16,7 +16,7 @@ from diffusion_cli.metrics import Report, Result, read_history
 from diffusion_cli.report.page import measured_model, number
 from diffusion_cli.runs.load import LoadedDenoiser
 from diffusion_cli.runs.overview import data_name
-from diffusion_cli.runs.schema import CheckpointInfo
+from diffusion_cli.runs.schema import BUILT, CheckpointInfo
 from diffusion_cli.system.hub import CARD
 from diffusion_cli.system.untrusted import LONGEST_MANIFEST, MOST_IN_MANIFEST, escaped, read, read_json
 
@@ -163,19 +163,19 @@ def _sizes(shape: tuple[int, ...]) -> str:
 
 def _data(info: CheckpointInfo) -> str:
     if info.origin is not None:
-        return f"The training data is unknown: the weights were imported, as a {info.origin.kind}."
+        return f"The training data is unknown: the weights were imported: {info.origin.kind}."
     assert info.config.dataset is not None
     images = f"{info.num_images} training images of {data_name(info.config.dataset)}, of shape {_sizes(info.shape)}."
     if info.init is None:
         return images
-    source = "another run" if info.init.kind == "run" else f"a {info.init.kind}"
+    source = "another run" if info.init.kind == "run" else f"another program ({info.init.kind})"
     return f"{images} The training started from the weights of {source}, which had data of its own."
 
 
 def _recipe(info: CheckpointInfo) -> Iterator[tuple[str, str]]:
     """Yield the main settings of the training."""
     config = info.config.model_dump()
-    for name in NODES:
+    for name in NODES if info.origin is None else BUILT:  # an import chooses an objective for later trainings
         if isinstance(node := config.get(name), Mapping) and "_target_" in node:
             options = (f"{key}={format_value(value)}" for key, value in node.items() if key != "_target_")
             yield name, ", ".join([str(node["_target_"]).rpartition(".")[2], *options])

@@ -10,12 +10,14 @@ import torch
 import yaml
 
 from diffusion_cli.config import build
+from diffusion_cli.config.catalogue import content, options
 from diffusion_cli.config.continued import IMPORTED
 from diffusion_cli.convert import refusal
 from diffusion_cli.convert.base import Autoencoder, Network, Node, PretrainedModel, Process, Weights
 from diffusion_cli.diffusion.denoiser import Denoiser
 from diffusion_cli.errors import FormatError
 from diffusion_cli.formats import SampleFormat, Shape
+from diffusion_cli.networks import ImageAutoencoder
 from diffusion_cli.runs.checkpoint import LAST, save
 from diffusion_cli.runs.load import AUTOENCODER, limit_tensors
 from diffusion_cli.runs.schema import CheckpointInfo, LatentInfo, OriginInfo, check_built, parse_info
@@ -23,16 +25,17 @@ from diffusion_cli.runs.weights import check_fit, digest, save_weights
 from diffusion_cli.system.files import atomic_write, file_digest, new_folder
 from diffusion_cli.system.untrusted import reason
 
+AUTOENCODING = "autoencoder"
+"""Option of `objective=` that continues the training of an autoencoder."""
 SPARE = 1000
 """Tensors beyond those of a file with which a network is still built, to name one that is missing."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class ImportedDenoiser:
-    """A pretrained denoiser and what a run stores beside its weights."""
+class ImportedModel:
+    """A pretrained model and what a run stores beside its weights."""
 
     model: PretrainedModel
-    process: Process
     source: str
     """Source, as the user named it."""
     form: SampleFormat
@@ -69,7 +72,7 @@ class ImportedDenoiser:
 
     def _info(self, autoencoder: Weights | None) -> CheckpointInfo:
         """Return the entry of the checkpoint; FormatError for parts that this version cannot build."""
-        model, process, names = self.model, self.process, self.class_names
+        model, names = self.model, self.class_names
         classes = model.network.num_classes
         if classes is not None and names is None:
             names = [str(number) for number in range(classes)]
@@ -78,10 +81,7 @@ class ImportedDenoiser:
             "max_steps": None,
             "ema": {},
             "dataset": self.dataset,
-            "schedule": process.schedule,
-            "parameterization": process.parameterization,
-            "objective": process.objective,
-            "sampler": process.sampler,
+            **_process(model.process),
             "model": model.network.node,
             "latent": {"run": None, "pretrained": None if autoencoder is None else self.source},
         }
@@ -94,7 +94,7 @@ class ImportedDenoiser:
         )
         info = parse_info(
             {
-                "task": Denoiser.task,
+                "task": ImageAutoencoder.task if model.process is None else Denoiser.task,
                 "num_images": 0,
                 "config": config,
                 "shape": list(image_shape(model)),
@@ -109,6 +109,14 @@ class ImportedDenoiser:
         if problems := check_built(info):
             raise FormatError(problems[0].cause)
         return info
+
+
+def _process(process: Process | None) -> dict[str, Any]:
+    """Return the nodes of a denoiser's process; of an autoencoder, for None, its objective alone."""
+    if process is None:
+        nothing = {"schedule": None, "parameterization": None, "sampler": None}
+        return {**nothing, "objective": content(options("objective")[AUTOENCODING])}
+    return {name: getattr(process, name) for name in ("schedule", "parameterization", "objective", "sampler")}
 
 
 def image_shape(model: PretrainedModel) -> Shape:

@@ -18,7 +18,7 @@ from diffusion_cli.diffusion.denoiser import Denoiser, NoiseConditioned, NoisyCl
 from diffusion_cli.diffusion.latents import Latents, Pixels, Space
 from diffusion_cli.errors import NO_VALUE, FormatError, UsageError
 from diffusion_cli.formats import Shape
-from diffusion_cli.networks import AutoencoderKL, ImageAutoencoder
+from diffusion_cli.networks import ImageAutoencoder
 from diffusion_cli.runs.checkpoint import BEST, LAST, Checkpoint, numbered, read
 from diffusion_cli.runs.find import newest
 from diffusion_cli.runs.lora import merged, read_base
@@ -82,7 +82,7 @@ class LoadedClassifier(Loaded):
 class LoadedAutoencoder(Loaded):
     """A trained autoencoder."""
 
-    network: AutoencoderKL
+    network: ImageAutoencoder
 
 
 @dataclass(frozen=True)
@@ -112,9 +112,9 @@ def load_autoencoder(
     run: Path, device: torch.device, weights: Weights = "ema", step: Step = None
 ) -> LoadedAutoencoder:
     """Load the autoencoder of a run from its newest checkpoint, or that of a step, in evaluation mode."""
-    loaded = load_weights(run, weights, step, AutoencoderKL.task)
+    loaded = load_weights(run, weights, step, ImageAutoencoder.task)
     network = _build_network(loaded)
-    if not isinstance(network, AutoencoderKL):
+    if not isinstance(network, ImageAutoencoder):
         raise UsageError(run, NO_VALUE, "its model is not an autoencoder", "give a run of task=autoencoder")
     network = network.to(device).eval().requires_grad_(False)
     return LoadedAutoencoder(loaded.info, loaded.step, loaded.digest, network)

@@ -205,13 +205,6 @@ def test_a_network_of_any_size_takes_no_memory(source, tmp_path, capsys):
     assert "cannot be built" in refused(capsys, "import", "source=x")
 
 
-def test_an_autoencoder_alone_is_refused(source, tmp_path, capsys):
-    source(replace(pretrained(tmp_path / "file"), process=None))
-    line = refused(capsys, "import", "source=x")
-    assert "is an autoencoder" in line
-    assert line.endswith("train on its latents with: diffuse train latent.pretrained=x")
-
-
 def test_a_failure_while_writing_leaves_nothing(source, monkeypatch):
     def full(*_: Any) -> None:
         raise OSError(28, "No space left on device", "x")

@@ -85,13 +85,21 @@ def test_returns_to_diffusers_unchanged(layout):
     theirs = kl(**layout)
     network = convert.read(config_of(theirs))
     written = convert.write(network, 0.18215)
-    assert dict(theirs.config) | written | {"sample_size": 32} == dict(theirs.config) | {
-        "_class_name": "AutoencoderKL"
-    }
+    assert config_of(theirs) | written == config_of(theirs)
     assert convert.read(written) == network
     state = convert.state(network, convert.weights(network, theirs.state_dict()))
     diffusers.AutoencoderKL.from_config(written).load_state_dict(state)
     same_bytes(state, theirs.state_dict())
+
+
+@pytest.mark.parametrize(
+    ("size", "sides"), [(24, (24, 24)), ([16, 24], (16, 24)), (None, (4, 4)), (30, (4, 4))]
+)
+def test_images_have_the_stated_size_or_the_smallest(size, sides):
+    config = config_of(kl([4, 8, 8])) | {"sample_size": size}
+    network = convert.read(config)
+    assert network.shape == (3, *sides)
+    assert convert.read(convert.write(network)) == network
 
 
 def test_old_names_of_attention_layers_are_renamed():
@@ -128,7 +136,7 @@ def test_a_codebook_returns_to_diffusers_unchanged(layout):
     theirs = vq(**layout)
     network = convert.read(config_of(theirs))
     written = convert.write(network, 0.18215)
-    assert config_of(theirs) | written | {"sample_size": 32} == config_of(theirs)
+    assert config_of(theirs) | written == config_of(theirs)
     assert convert.read(written) == network
     same_bytes(convert.state(network, convert.weights(network, theirs.state_dict())), theirs.state_dict())
 
@@ -235,6 +243,8 @@ def test_a_common_scale_leaves_the_weights_unchanged():
         ({"norm_num_groups": 3}, "norm_num_groups=3 does not divide 64"),
         ({"layers_per_block": 10**9}, "layers_per_block=1000000000: must be less than"),
         ({"latent_channels": "4"}, "latent_channels=4: must be a valid integer"),
+        ({"sample_size": 2**40}, "sample_size.*: must be less than"),
+        ({"sample_size": [8, 8, 8]}, "sample_size=.*: .* at most 2 items"),
         ({"block_out_channels": [2**40]}, r"block_out_channels\.0=.*: must be less than"),
     ],
 )

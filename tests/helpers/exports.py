@@ -14,9 +14,9 @@ from diffusion_cli.convert.base import Node
 from diffusion_cli.diffusion.denoiser import Denoiser
 from diffusion_cli.diffusion.guidance import NoGuidance
 from diffusion_cli.diffusion.latents import Latents, Pixels, Space
-from diffusion_cli.export import Diffusers
+from diffusion_cli.export import Diffusers, Exportable
 from diffusion_cli.generate import guided
-from diffusion_cli.networks import AutoencoderKL, ImageAutoencoder
+from diffusion_cli.networks import ImageAutoencoder
 from diffusion_cli.runs.load import LoadedAutoencoder, LoadedDenoiser
 from diffusion_cli.runs.schema import LatentInfo
 from diffusion_cli.runs.weights import digest
@@ -84,11 +84,11 @@ def denoiser(
     return LoadedDenoiser(info, 7, digest(network.state_dict()), module, space)
 
 
-def autoencoder(shape: tuple[int, ...] = (1, 8, 8)) -> LoadedAutoencoder:
+def autoencoder(shape: tuple[int, ...] = (1, 8, 8), model: Node = KL) -> LoadedAutoencoder:
     """A trained autoencoder."""
-    network = randomised(build(KL, shape, None)).eval().requires_grad_(False)
-    assert isinstance(network, AutoencoderKL)
-    info = checkpoint_info(shape, task="autoencoder", model=KL, schedule=None, parameterization=None)
+    network = randomised(build(model, shape, None)).eval().requires_grad_(False)
+    assert isinstance(network, ImageAutoencoder)
+    info = checkpoint_info(shape, task="autoencoder", model=model, schedule=None, parameterization=None)
     return LoadedAutoencoder(info, 7, digest(network.state_dict()), network)
 
 
@@ -109,7 +109,7 @@ def sampled(
         return model.space.decode(x).clamp(-1, 1)
 
 
-def imported(model: LoadedDenoiser, name: str = "x") -> Path:
+def imported(model: Exportable, name: str = "x") -> Path:
     """A run with the weights of a model, in the working folder."""
     folder = Path("sources", name)
     folder.mkdir(parents=True)

@@ -18,10 +18,8 @@ def test_the_source_of_the_first_weights_is_named_without_its_path(tmp_path):
         latent=KL, init=INIT, dataset={"_target_": "diffusion_cli.data.Folder", "path": "/private/cats"}
     )
     card = model_card(tmp_path, model, Diffusers(), weights="ema", source="x")
-    assert (
-        "1 training images of cats, of shape 1x8x8. The training started from the weights of a DDPMP"
-        in card.text
-    )
+    started = "The training started from the weights of another program (DDPMPipeline of diffusers)"
+    assert f"1 training images of cats, of shape 1x8x8. {started}" in card.text
     assert "in latents of shape 2x4x4" in card.text
     assert "private" not in card.text
     assert "No evaluation of these weights is stored" in card.text

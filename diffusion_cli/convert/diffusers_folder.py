@@ -1,5 +1,6 @@
 """Folders that diffusers writes: a pipeline with its parts, or a model alone; weights as safetensors only."""
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib import import_module
@@ -17,6 +18,8 @@ INDEX = "model_index.json"
 CONFIG = "config.json"
 SCHEDULER = "scheduler_config.json"
 WEIGHTS = "diffusion_pytorch_model.safetensors"
+PART = re.compile(r"[\w.-]{1,200}\.safetensors", re.ASCII)
+"""Names of the files of weights that an index may name; a path would lead out of the folder."""
 DENOISERS = {
     "UNet2DModel": "diffusers_unet",
     "DiTTransformer2DModel": "diffusers_dit",
@@ -165,10 +168,11 @@ def _pipeline(folder: Path, index: Node, sizes: Sequence[int] | None) -> Pretrai
         remedy = NO_TEXT if name.startswith(("text", "token")) else ""
         raise FormatError(f"{INDEX}: {name} of a {format_value(kind)[:80]} has no equivalent", remedy)
     parts = {name: _part(_inner(folder, name, CONFIG), PARTS[name]) for name in sorted(names & PARTS.keys())}
+    described = INDEX if (folder / INDEX).is_file() else folder.name
     denoisers = [part for part in parts.values() if part.kind in DENOISERS]
     autoencoders = [part for part in parts.values() if part.kind in AUTOENCODERS]
     if len(denoisers) != 1 or len(autoencoders) > 1 or "scheduler" not in names:
-        raise FormatError(f"{INDEX}: must name a denoiser, a scheduler, and at most one autoencoder")
+        raise FormatError(f"{described}: must have a denoiser, a scheduler, and at most one autoencoder")
     (denoiser,) = denoisers
     if sizes is not None and autoencoders:
         sizes = [size // autoencoders[0].factor for size in sizes]
@@ -262,10 +266,10 @@ def _files(folder: Path) -> tuple[Path, ...]:
         return (whole,)
     if index.is_file():
         named = _json(index).get("weight_map")
-        names = set(named.values()) if isinstance(named, Mapping) else set()
-        if not names or not all(isinstance(name, str) and Path(name).name == name for name in names):
-            raise FormatError(f"{index.name}: weight_map must name files of its folder")
-        return tuple(folder / name for name in sorted(names))
+        names = [*named.values()] if isinstance(named, Mapping) else []
+        if not names or not all(isinstance(name, str) and PART.fullmatch(name) for name in names):
+            raise FormatError(f"{index.name}: weight_map must name .safetensors files of its folder")
+        return tuple(folder / name for name in sorted({*names}))
     variants = sorted(folder.glob(f"{whole.stem}.*{whole.suffix}"))
     if len(variants) == 1:
         return (variants[0],)

@@ -162,6 +162,17 @@ def cut() -> None:
     file.write_bytes(file.read_bytes()[:-100])
 
 
+def indexed(name: object) -> Callable[[], None]:
+    """Replaces the weights by an index that names a file."""
+
+    def write() -> None:
+        Path(f"ddim/unet/{WEIGHTS}").unlink()
+        Path(f"ddim/unet/{WEIGHTS}.index.json").write_text(json.dumps({"weight_map": {"a": name}}))
+
+    return write
+
+
+PLAIN = "weight_map must name .safetensors files of its folder"
 UNET_CONFIG, DDIM_INDEX = "ddim/unet/config.json", "ddim/model_index.json"
 WRONG: dict[str, tuple[Callable[[], object], str]] = {
     "pickled weights": (pickled, "diffusion_pytorch_model.bin is pickled and could run code"),
@@ -180,7 +191,11 @@ WRONG: dict[str, tuple[Callable[[], object], str]] = {
     ),
     "no denoiser": (
         edited(DDIM_INDEX, lambda value: {key: part for key, part in value.items() if key != "unet"}),
-        "model_index.json: must name a denoiser",
+        "model_index.json: must have a denoiser",
+    ),
+    "no denoiser and no index": (
+        lambda: (Path(DDIM_INDEX).unlink(), shutil.rmtree("ddim/unet")),
+        "ddim: must have a denoiser, a scheduler, and at most one autoencoder",
     ),
     "other scheduler": (
         edited("ddim/scheduler/scheduler_config.json", lambda value: value | {"_class_name": "LCMScheduler"}),
@@ -197,15 +212,13 @@ WRONG: dict[str, tuple[Callable[[], object], str]] = {
         "is missing",
     ),
     "text for a number": (edited(UNET_CONFIG, lambda value: value | {"sample_size": "8"}), "sample_size"),
-    "path in an index": (
-        lambda: (
-            Path(f"ddim/unet/{WEIGHTS}").unlink(),
-            Path(f"ddim/unet/{WEIGHTS}.index.json").write_text(
-                '{"weight_map": {"a": "../../x.safetensors"}}'
-            ),
-        ),
-        "weight_map must name files of its folder",
-    ),
+    "path in an index": (indexed("../../x.safetensors"), PLAIN),
+    "folder in an index": (indexed(".."), PLAIN),
+    "null byte in an index": (indexed("a\0b"), PLAIN),
+    "null byte in a name of an index": (indexed("a\0.safetensors"), PLAIN),
+    "number in an index": (indexed(1), PLAIN),
+    "list in an index": (indexed(["a"]), PLAIN),
+    "pickle in an index": (indexed("a.bin"), PLAIN),
     "pixels in [0, 1] for a network of [-1, 1]": (
         lambda: Path("ddim/scheduler/scheduler_config.json").write_text(
             '{"_class_name": "ScoreSdeVeScheduler"}'

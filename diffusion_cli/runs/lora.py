@@ -29,10 +29,11 @@ def read_base(run: Path, lora: LoraInfo) -> dict[str, Tensor]:
         if digest(state) != lora.sha256:
             raise FormatError("has other weights than those that the run was trained with")
     except (OSError, ValueError) as error:
+        why = error.strerror if isinstance(error, OSError) and error.strerror else reason(error)
         raise UsageError(
             path,
             NO_VALUE,
-            f"the frozen weights of the run cannot be read ({reason(error)})",
+            f"the frozen weights of the run cannot be read ({why})",
             "restore it, or choose another run",
         ) from error
     return state

@@ -117,7 +117,7 @@ def test_a_checkpoint_of_an_older_version_is_no_damage(begun, capsys):
     torch.save(checkpoint, last)
     before = last.read_bytes()
     assert train(begun, "max_steps=14") == 2
-    assert "last.ckpt: has format 1, and this version reads formats 4 to 7; train the run again" in said(
+    assert "last.ckpt: has format 1, and this version reads formats 4 to 8; train the run again" in said(
         capsys
     )
     assert last.read_bytes() == before

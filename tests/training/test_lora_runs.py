@@ -158,7 +158,7 @@ def replaced(path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "why"),
     [
-        (Path.unlink, "No such file"),
+        (Path.unlink, "cannot be read (No such file or directory); restore it"),
         (damaged, BASE),
         (replaced, "has other weights than those that the run was trained with"),
     ],

@@ -9,7 +9,7 @@ import torch
 from diffusion_cli.config import TrainConfig, as_text, build, differing, identity
 from diffusion_cli.config.at_hand import gpu
 from diffusion_cli.config.catalogue import is_exactly, option_of
-from diffusion_cli.config.option_keys import completed
+from diffusion_cli.config.option_keys import as_word, completed
 from diffusion_cli.config.recipe import BUDGETED, derived_in
 from diffusion_cli.config.validate import target
 from diffusion_cli.config.values import Node
@@ -92,7 +92,7 @@ def check_configuration(folder: Path, config: TrainConfig, stored: dict[str, Any
                     problem._replace(problem=f"the run in {folder} has {problem.problem}")
                     for problem in [
                         *groups,
-                        *(Problem(key, now.get(key), format_value(before.get(key))) for key in keys),
+                        *(Problem(key, _shown(now.get(key)), _shown(before.get(key))) for key in keys),
                     ]
                 ),
                 Problem(
@@ -103,6 +103,11 @@ def check_configuration(folder: Path, config: TrainConfig, stored: dict[str, Any
                 ),
             ]
         )
+
+
+def _shown(value: Any) -> str:
+    """Return a value in the syntax of the command line, a list too."""
+    return as_word(value) or format_value(value)
 
 
 def _other_options(now: Node, before: Node, names: Collection[str]) -> Iterator[Problem]:

@@ -98,7 +98,7 @@ def completed(config: Mapping[str, Any]) -> dict[str, Any]:
             return {}
         found = {name: value for name, (_, value) in arguments(node["_target_"]).items() if name not in node}
         return {
-            name: json.loads(json.dumps(value)) for name, value in found.items() if _word(value) is not None
+            name: json.loads(json.dumps(value)) for name, value in found.items() if as_word(value) is not None
         }
 
     return {key: {**node, **new} if (new := missing(node)) else node for key, node in config.items()}
@@ -121,7 +121,7 @@ def _defaults(group: str, target: str) -> dict[str, str | None]:
         except (UsageError, KeyError):  # reported where the node is checked
             return {}
         return {
-            name: REQUIRED if value is ... else _word(value, quoted) for name, (_, value) in found.items()
+            name: REQUIRED if value is ... else as_word(value, quoted) for name, (_, value) in found.items()
         }
     return {name: setting.value for name, setting in _own_settings(group, target, quoted).items()}
 
@@ -131,7 +131,7 @@ def _own_settings(group: str, target: str, text: Callable[[str], str]) -> dict[s
     found = constructor(target) if target.startswith(f"{PACKAGE}.") else None
     ours, settings = _own_keys(group).get(target, {}), {}
     for name, argument in (found.keywords if found else {}).items():
-        value = REQUIRED if argument.default is None else _word(ast.literal_eval(argument.default), text)
+        value = REQUIRED if argument.default is None else as_word(ast.literal_eval(argument.default), text)
         listed = ours.get(name, OptionKey(name, "", ""))
         if value in (REQUIRED, "null", "0") and (listed.value == AUTO or listed.value.startswith("${")):
             value = listed.value  # a whole command resolves it
@@ -183,7 +183,7 @@ def _written(found: Mapping[str, Argument]) -> Iterator[tuple[str, tuple[str, st
             yield name, (kind, REQUIRED)
             continue
         try:
-            value = _word(ast.literal_eval(default))
+            value = as_word(ast.literal_eval(default))
         except ValueError:  # an expression
             value = None
         yield name, (kind, ast.unparse(default) if value is None else value)
@@ -198,21 +198,21 @@ def _inspected(target: str) -> tuple[list[str], dict[str, tuple[str, str]]]:
     return [docstring or ""], {
         name: (
             "" if kind is Any else inspect.formatannotation(kind),
-            REQUIRED if value is ... else _word(value) or repr(value),
+            REQUIRED if value is ... else as_word(value) or repr(value),
         )
         for name, (kind, value) in found.items()
     }
 
 
-def _word(value: Any, text: Callable[[str], str] = str) -> str | None:
-    """Write plain data in the syntax of a command line, with `text` for texts; None for other values."""
+def as_word(value: Any, text: Callable[[str], str] = str) -> str | None:
+    """Return plain data in the syntax of a command line, with `text` for texts; None for other values."""
     if isinstance(value, str):
         return text(value)
     if isinstance(value, list | tuple):
-        items = [_word(item, text) for item in value]
+        items = [as_word(item, text) for item in value]
         return None if None in items else f"[{','.join(map(str, items))}]"
     if isinstance(value, Mapping):
-        pairs = {str(key): _word(item, text) for key, item in value.items()}
+        pairs = {str(key): as_word(item, text) for key, item in value.items()}
         return (
             None
             if None in pairs.values()

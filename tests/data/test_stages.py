@@ -192,7 +192,7 @@ def test_an_epoch_is_a_pass_over_the_images_whatever_the_batches(tmp_path):
 def test_other_stages_are_another_run(tmp_path, capsys):
     assert train(tmp_path, "max_steps=2") == 0
     assert train(tmp_path, "max_steps=4", "stage_steps=[4,6]") == 2
-    assert "stage_steps=[4, 6]: the run in" in capsys.readouterr().err
+    assert "stage_steps=[4,6]: the run in" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

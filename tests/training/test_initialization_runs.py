@@ -140,6 +140,8 @@ def test_the_report_has_the_source_and_another_source_is_another_run(runs, capsy
     shutil.copytree(runs / "tiny", runs / "other")
     assert run(["train", *words, "init.run=other"]) == 2
     refused(capsys, f"init.run=other: the run in {runs}/tuned has tiny")
+    assert run(["train", *words, "init.freeze=[time_mlp,down.*]"]) == 2
+    refused(capsys, f"init.freeze=[time_mlp,down.*]: the run in {runs}/tuned has null")
 
 
 @pytest.mark.parametrize(

@@ -143,5 +143,7 @@ def _other_program(named: str) -> WeightSource:
         learns_variance=bool(model.get("learn_variance")),
         class_names=source.class_names,
     )
-    origin = {"kind": source.kind, "step": None, "weights": None, "sha256": digest(weights.state)}
+    origin = {
+        "kind": source.kind, "step": None, "weights": None, "sha256": digest(weights.state), "commit": source.commit,
+    }  # fmt: skip
     return WeightSource(key=key, named=named, origin=origin, model=model, shape=shape, weights=weights)

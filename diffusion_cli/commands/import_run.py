@@ -10,7 +10,7 @@ from typing import Any
 from diffusion_cli.commands.inputs import show_remarks
 from diffusion_cli.config import ImportConfig, build
 from diffusion_cli.config.catalogue import option_of, option_words
-from diffusion_cli.convert import PUBLISHED, diffusers_autoencoder, read_source, refusal
+from diffusion_cli.convert import HUB, PUBLISHED, diffusers_autoencoder, read_source, refusal
 from diffusion_cli.convert.base import Node, PretrainedModel, Process
 from diffusion_cli.convert.diffusers_scheduler import changed
 from diffusion_cli.data import Dataset
@@ -64,7 +64,8 @@ def run_folder(config: ImportConfig) -> Path:
 
 def _name(source: str) -> str:
     """Return the name of a run for the last part of a source."""
-    last = re.split(r"[/\\:]", source.rstrip("/\\"))[-1]
+    named = source.partition("@")[0] if source.startswith(HUB) else source
+    last = re.split(r"[/\\:]", named.rstrip("/\\"))[-1]
     last = re.sub(r"\.(pt|pth|safetensors)$", "", last)
     name = re.sub(r"[^\w.+-]+", "_", last).lstrip(".+-")
     if not name:

@@ -3,14 +3,22 @@
 Each module maps one architecture or file format: configurations without torch, weights with it.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from diffusion_cli.convert.base import PretrainedModel, UnknownSize
-from diffusion_cli.convert.diffusers_folder import SAVED, folder_around, read_autoencoder_folder, read_folder
+from diffusion_cli.convert.diffusers_folder import (
+    SAVED,
+    autoencoder_files,
+    folder_around,
+    model_files,
+    read_autoencoder_folder,
+    read_folder,
+)
 from diffusion_cli.convert.guided_diffusion import GuidedDiffusion
 from diffusion_cli.errors import FormatError, UsageError
-from diffusion_cli.system.hub import repository_in, snapshot
+from diffusion_cli.system.hub import commit_of, repository_in, snapshot
 from diffusion_cli.system.untrusted import reason
 
 __all__ = ["HUB", "PUBLISHED", "read_autoencoder", "read_source", "refusal"]
@@ -35,7 +43,8 @@ def read_source(
     """Return the model that another program wrote; its weights are read when they are needed.
 
     Args:
-        source: folder, or `hub:` and the name of a repository, whose files are downloaded once.
+        source: folder, or `hub:` and the name of a repository, whose files are downloaded once; `@` and a branch, a
+            tag or a commit may follow.
         key: option that names it, for errors.
         preset: flags of the network, for a source that is a file of weights.
         sizes: sizes of its images, for a network of diffusers that does not state them.
@@ -61,18 +70,23 @@ def read_source(
 
 def read_autoencoder(source: str, key: str) -> PretrainedModel:
     """Return an autoencoder that another program wrote, or that of a pipeline, as `read_source`."""
-    return _read(source, key, read_autoencoder_folder)
+    return _read(source, key, read_autoencoder_folder, autoencoder_files)
 
 
-def _read(source: str, key: str, reader: Callable[[Path], PretrainedModel]) -> PretrainedModel:
+def _read(
+    source: str,
+    key: str,
+    reader: Callable[[Path], PretrainedModel],
+    chosen: Callable[[Collection[str]], list[str]] = model_files,
+) -> PretrainedModel:
     try:
         is_remote = source.startswith(HUB)
-        folder = snapshot(source.removeprefix(HUB)) if is_remote else Path(source).expanduser()
+        folder = snapshot(source.removeprefix(HUB), chosen) if is_remote else Path(source).expanduser()
         if not folder.is_dir():
             problem = "is not a folder" if folder.exists() else "does not exist"
             name = None if folder.exists() else repository_in(source)
             raise FormatError(problem, SAVED if name is None else f"give {key}={HUB}{name}")
-        return reader(folder)
+        return replace(reader(folder), commit=commit_of(folder) if is_remote else None)
     except UnknownSize as error:
         remedy = f"diffuse import source={source} dataset=<option> takes the size of a dataset"
         raise UsageError(key, source, reason(error), remedy) from error

@@ -80,6 +80,8 @@ class PretrainedModel:
     """Files with weights, by their path in the source."""
     licence: str | None = None
     """Licence that its model card states."""
+    commit: str | None = None
+    """Commit of the Hugging Face Hub; None for a folder."""
     remarks: tuple[str, ...] = ()
     """Settings with which its pipeline makes other images than the same parts here."""
 

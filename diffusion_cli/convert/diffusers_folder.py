@@ -1,7 +1,7 @@
 """Folders that diffusers writes: a pipeline with its parts, or a model alone; weights as safetensors only."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib import import_module
 from pathlib import Path
@@ -11,14 +11,16 @@ from typing import Any
 from diffusion_cli.convert import diffusers_scheduler
 from diffusion_cli.convert.base import Autoencoder, Network, Node, PretrainedModel, Process, Weights
 from diffusion_cli.errors import FormatError, format_value
+from diffusion_cli.system.hub import CARD
 from diffusion_cli.system.tensors import AGAIN, read_tensors, refuse_pickled
 from diffusion_cli.system.untrusted import read, read_json, reason
 
 INDEX = "model_index.json"
 CONFIG = "config.json"
 SCHEDULER = "scheduler_config.json"
-WEIGHTS = "diffusion_pytorch_model.safetensors"
-PART = re.compile(r"[\w.-]{1,200}\.safetensors", re.ASCII)
+SAFE = ".safetensors"
+WEIGHTS = f"diffusion_pytorch_model{SAFE}"
+PART = re.compile(rf"[\w.-]{{1,200}}\{SAFE}", re.ASCII)
 """Names of the files of weights that an index may name; a path would lead out of the folder."""
 DENOISERS = {
     "UNet2DModel": "diffusers_unet",
@@ -277,6 +279,35 @@ def _files(folder: Path) -> tuple[Path, ...]:
     raise FormatError(f"{folder.name} contains no {WEIGHTS}", WHOLE)
 
 
+def model_files(paths: Collection[str]) -> list[str]:
+    """Return the files of a repository that `read_folder` reads: no pickles, and no second copy of weights.
+
+    Args:
+        paths: paths of all files of the repository.
+    """
+    described = [path for path in paths if path.endswith(".json") or path == CARD]
+    return described + [path for path in paths if _is_read(path, paths)]
+
+
+def autoencoder_files(paths: Collection[str]) -> list[str]:
+    """Return the files of a repository that `read_autoencoder_folder` reads, as `model_files`."""
+    names = [name for name, kinds in PARTS.items() if kinds == AUTOENCODERS]
+    inner = next((name for name in names if f"{name}/{CONFIG}" in paths), "")
+    return [path for path in model_files(paths) if path.rpartition("/")[0] == inner]
+
+
+def _is_read(path: str, paths: Collection[str]) -> bool:
+    """Return whether a path is that of weights which `_files` chooses."""
+    folder, slash, name = path.rpartition("/")
+    whole, stem = f"{folder}{slash}{WEIGHTS}", WEIGHTS.removesuffix(SAFE)
+    if whole in paths:
+        return path == whole
+    is_part = name.startswith(f"{stem}-")
+    return name.endswith(SAFE) and (
+        is_part if f"{whole}.index.json" in paths else name.startswith(f"{stem}.")
+    )
+
+
 def _named(folder: Path, parts: list[_Part]) -> dict[str, Path]:
     """Return the files of some models by their path in the folder."""
     return {path.relative_to(folder).as_posix(): path for part in parts for path in part.files}
@@ -298,7 +329,7 @@ def _json(path: Path) -> Node:
 def _licence(folder: Path) -> str | None:
     """Return the licence that the model card, README.md, states in its first lines."""
     try:
-        lines = read(folder / "README.md", 2**20).decode(errors="replace").splitlines()
+        lines = read(folder / CARD, 2**20).decode(errors="replace").splitlines()
     except (OSError, FormatError):
         return None
     if not lines or lines[0].strip() != "---":

@@ -151,7 +151,8 @@ def _data(info: CheckpointInfo) -> str:
     """Return the data that a model was trained on, or the source that it was imported from."""
     if info.origin is not None:
         licence = f", licence {info.origin.licence}" if info.origin.licence else ""
-        return f"unknown data; imported from {info.origin.source}: {info.origin.kind}{licence}"
+        commit = f" at commit {info.origin.commit}" if info.origin.commit else ""
+        return f"unknown data; imported from {info.origin.source}{commit}: {info.origin.kind}{licence}"
     assert info.config.dataset is not None
     return f"{info.num_images:,} images of {data_name(info.config.dataset)}"
 

@@ -90,6 +90,7 @@ class ImportedModel:
             source=self.source,
             sha256={name: file_digest(path) for name, path in model.files.items()},
             licence=model.licence,
+            commit=model.commit,
             numbered_classes=classes is not None and self.class_names is None,
         )
         info = parse_info(

@@ -105,6 +105,8 @@ class InitInfo(BaseModel):
     """Names of the other tensors, which have random values, and of classes that the source lacks."""
     adapted: list[str] = []
     """Names of the tensors that come from tensors of another shape, as for other channels."""
+    commit: str | None = None
+    """Commit of the source, if it is a repository."""
 
     @property
     def new(self) -> set[str]:
@@ -114,6 +116,7 @@ class InitInfo(BaseModel):
     def __str__(self) -> str:
         key = "init.run" if self.kind == "run" else "init.pretrained"
         origin = f"step {self.step}, {self.weights}" if self.kind == "run" else self.kind
+        origin += f", commit {self.commit}" if self.commit else ""
         named = ", ".join(self.fresh[:MOST_FRESH])
         more = f" and {len(self.fresh) - MOST_FRESH} more" if len(self.fresh) > MOST_FRESH else ""
         return f"{key}={self.source} ({origin}): {self.taken} of {self.total} tensors" + (
@@ -154,6 +157,8 @@ class OriginInfo(BaseModel):
     """SHA-256 of the files with weights, by their path in the source."""
     licence: str | None = None
     """Licence that its model card states."""
+    commit: str | None = None
+    """Commit of a repository; None for a folder."""
     numbered_classes: bool = False
     """Whether the names of the classes are only their numbers, because the source has none."""
 

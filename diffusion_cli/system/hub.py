@@ -3,7 +3,8 @@
 import glob
 import importlib
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Collection, Iterable
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,8 +13,8 @@ from diffusion_cli.system.downloads import STALL
 
 CARD = "README.md"
 """File with the model card of a repository."""
-SAFE_FILES = ("*.json", "*.safetensors", CARD)
-"""Files of a repository that are downloaded: no pickles, which could run code."""
+COMMIT = re.compile(r"[0-9a-f]{40}")
+REVISION = re.compile(r"\w[\w./-]{0,199}", re.ASCII)
 REPOSITORY = re.compile(r"\w[\w.-]{0,95}/\w[\w.-]{0,95}", re.ASCII)
 
 
@@ -62,28 +63,47 @@ def _library() -> Any:
         ) from error
 
 
-def snapshot(repository: str) -> Path:
-    """Return the folder with the safe files of a repository, downloaded once into the cache of huggingface_hub.
+@cache
+def snapshot(named: str, chosen: Callable[[Collection[str]], list[str]]) -> Path:
+    """Return the folder with files of a repository, downloaded once into the cache of huggingface_hub.
+
+    A process gets the same commit each time, even if the repository changes.
+
+    Args:
+        named: owner/name, the newest commit of its main branch; or owner/name@revision: a branch, a tag or a commit.
+        chosen: returns the files to download among the paths of all.
 
     Raises:
         FormatError: huggingface_hub is not installed, or the repository cannot be downloaded and is not in the cache.
     """
+    repository, at, version = named.partition("@")
     check_name(repository)
+    if at and not REVISION.fullmatch(version):
+        raise FormatError("names no revision after @", "give a branch, a tag or a commit")
+    revision = version or None
     hub = _library()
     try:
         connect()
     except OSError as offline:
         try:
-            return Path(hub.snapshot_download(repository, local_files_only=True))
+            return Path(hub.snapshot_download(repository, revision=revision, local_files_only=True))
         except Exception as error:  # the classes of the hub
             remedy = "connect to the network, or give a folder"
             raise FormatError(f"is not in the cache, and {offline}", remedy) from error
     try:
-        return Path(hub.snapshot_download(repository, allow_patterns=[*SAFE_FILES]))
+        info = hub.HfApi().repo_info(repository, revision=revision)
+        files = chosen([file.rfilename for file in info.siblings or ()])
+        patterns = [glob.escape(path) for path in files]
+        return Path(hub.snapshot_download(repository, revision=revision, allow_patterns=patterns))
     except Exception as error:  # the classes of the HTTP library and of the hub
         raise FormatError(
-            f"cannot be downloaded ({first_line(error)})", "check its name, and your login"
+            f"cannot be downloaded ({first_line(error)})", "check its name, its revision, and your login"
         ) from error
+
+
+def commit_of(folder: Path) -> str | None:
+    """Return the commit of a snapshot; None for another folder."""
+    return folder.name if COMMIT.fullmatch(folder.name) and folder.parent.name == "snapshots" else None
 
 
 def check_login() -> None:
@@ -142,4 +162,5 @@ def upload(
         )  # fmt: skip
     except Exception as error:  # the classes of the HTTP library and of the hub
         raise FormatError(f"cannot be written ({first_line(error)})") from error
+    snapshot.cache_clear()
     return str(address)

@@ -12,7 +12,9 @@ from safetensors.torch import load_file, save_file
 
 from diffusion_cli.cli import run
 from diffusion_cli.convert import read_source
+from diffusion_cli.convert.diffusers_folder import autoencoder_files, model_files
 from diffusion_cli.errors import UsageError
+from diffusion_cli.runs.load import load_weights
 from helpers.data import write_images
 from helpers.pipelines import UNET, ddim_pipeline, dit_pipeline
 from helpers.unets import unet
@@ -93,11 +95,30 @@ def test_weights_in_several_files_and_in_half_precision_are_read(copied):
 
 
 def test_a_repository_of_the_hub_is_read_and_names_the_run(copied, monkeypatch, capsys):
-    asked = []
-    monkeypatch.setattr("diffusion_cli.convert.snapshot", lambda name: asked.append(name) or copied / "ddim")
-    assert run(["import", "source=hub:owner/cats"]) == 0
-    assert asked == ["owner/cats"]
+    folder, asked = copied / "snapshots" / ("0a" * 20), []
+    (copied / "ddim").rename(folder.parent.mkdir() or folder)
+    monkeypatch.setattr("diffusion_cli.convert.snapshot", lambda name, _: asked.append(name) or folder)
+    assert run(["import", "source=hub:owner/cats@v1.0"]) == 0
+    assert asked == ["owner/cats@v1.0"]
     assert "outputs/cats: DDIMPipeline of diffusers" in capsys.readouterr().out
+    origin = load_weights(Path("outputs/cats"), "ema", None, "diffusion").info.origin
+    assert origin is not None
+    assert (origin.source, origin.commit) == ("hub:owner/cats@v1.0", "0a" * 20)
+
+
+def test_no_file_of_a_repository_is_downloaded_in_vain():
+    stem = "diffusion_pytorch_model"
+    unet = ["unet/config.json", f"unet/{stem}-1-of-1.safetensors", f"unet/{stem}.safetensors.index.json"]
+    vae = ["vae/config.json", f"vae/{WEIGHTS}"]
+    vain = [
+        "whole.safetensors", "images.png", f"unet/{stem}.fp16-1-of-1.safetensors", f"vae/{stem}.fp16.safetensors",
+        f"vae/{stem}.bin", "text_encoder/model.safetensors",
+    ]  # fmt: skip
+    paths = ["README.md", "model_index.json", *unet, *vae]
+    assert sorted(model_files([*paths, *vain])) == sorted(paths)
+    assert autoencoder_files([*paths, *vain]) == vae
+    half = ["config.json", f"{stem}.fp16.safetensors"]
+    assert model_files(half) == autoencoder_files(half) == half
 
 
 def test_files_of_early_versions_in_one_folder_are_read(copied):

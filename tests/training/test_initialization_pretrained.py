@@ -10,10 +10,12 @@ import torch
 from torch import nn
 
 from diffusion_cli.cli import run
+from diffusion_cli.commands.first_weights import read_weights
 from diffusion_cli.commands.train_setup import TrainingSetup, set_up
 from diffusion_cli.convert import read_source
 from diffusion_cli.diffusion.latents import Latents
 from diffusion_cli.runs.checkpoint import LAST, read
+from diffusion_cli.runs.schema import InitInfo
 from helpers import TINY, assert_same
 from helpers.data import write_images
 from helpers.latents import refused
@@ -89,6 +91,18 @@ def test_a_pipeline_gives_network_weights_and_process(pixels, tmp_path):
     assert init is not None
     assert (init.kind, init.step, init.fresh) == ("DDIMPipeline of diffusers", None, [])
     assert str(init).startswith(f"init.pretrained={pixels} (DDIMPipeline of diffusers): ")
+
+
+def test_the_commit_of_a_repository_is_stored(pixels, tmp_path, monkeypatch):
+    copy = shutil.copytree(pixels, tmp_path / "snapshots" / ("0a" * 20))
+    monkeypatch.setattr("diffusion_cli.convert.snapshot", lambda *_: copy)
+    config = train_config(*SHORT, "init.pretrained=hub:me/cats@v1.0")
+    assert "@" not in str(config.name)
+    source = read_weights(config, "diffusion")
+    assert source is not None
+    assert source.origin["commit"] == "0a" * 20
+    info = InitInfo(source=source.named, **source.origin, taken=1, total=1, fresh=[])
+    assert str(info).startswith("init.pretrained=hub:me/cats@v1.0 (DDIMPipeline of diffusers, commit 0a0a")
 
 
 def test_images_of_another_size_keep_the_attention(pixels, tmp_path):

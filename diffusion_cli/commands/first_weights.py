@@ -81,7 +81,7 @@ class WeightSource:
         ours, theirs = config.model, self.model
         if ours["_target_"] != theirs["_target_"]:
             classes = (str(node["_target_"]).rpartition(".")[2] for node in (ours, theirs))
-            yield "the network is a {}, that of the source a {}".format(*classes)
+            yield "the class of the network is {}, that of the source {}".format(*classes)
             return
         differing = [
             key for key in ours

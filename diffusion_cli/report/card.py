@@ -163,7 +163,7 @@ def _sizes(shape: tuple[int, ...]) -> str:
 
 def _data(info: CheckpointInfo) -> str:
     if info.origin is not None:
-        return f"The training data is unknown: the weights were imported: {info.origin.kind}."
+        return f"The training data is unknown: the weights were imported ({info.origin.kind})."
     assert info.config.dataset is not None
     images = f"{info.num_images} training images of {data_name(info.config.dataset)}, of shape {_sizes(info.shape)}."
     if info.init is None:

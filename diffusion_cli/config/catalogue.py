@@ -230,13 +230,15 @@ def summary(file: Path) -> str:
     return comments[0] if comments else ""
 
 
-def did_you_mean(word: str, words: Sequence[str]) -> str:
+def did_you_mean(word: str, words: Sequence[str], prefix: str = "") -> str:
     """Return the remedy "did you mean X?" if a word is close, whatever its case, or the beginning of one word.
 
-    Otherwise "choose from" and all words.
+    Otherwise "choose from" and all words. Each word has a prefix in the remedy.
     """
     spelt = {known.lower(): known for known in words}
     near = difflib.get_close_matches(word.lower(), spelt, n=1, cutoff=0.6)
     longer = [known for known in spelt if len(word) > 2 and known.startswith(word.lower())]
     near = near or (longer if len(longer) == 1 else [])
-    return f"did you mean {spelt[near[0]]}?" if near else f"choose from {', '.join(words)}"
+    if near:
+        return f"did you mean {prefix}{spelt[near[0]]}?"
+    return f"choose from {', '.join(f'{prefix}{known}' for known in words)}"

@@ -155,7 +155,9 @@ def _problem(key: str, value: Any, details: Sequence[Any], model: type[BaseModel
     if "missing" in kinds:
         return "missing", f"add {key}=<value>"
     if detail := kinds.get("extra_forbidden"):
-        return "unknown key", did_you_mean(str(detail["loc"][-1]), list(model.model_fields))
+        *parents, name = map(str, detail["loc"])
+        fields = getattr(_annotation(model, parents), "model_fields", {})
+        return "unknown key", did_you_mean(name, list(fields), key.removesuffix(name))
     if detail := kinds.get("value_error"):
         return str(detail["ctx"]["error"]), ""
     location = details[0]["loc"]

@@ -70,11 +70,16 @@ def test_an_option_outside_of_the_defaults_is_named(tmp_path):
 
 
 def test_wrong_keys_and_values_are_those_of_the_file(tmp_path):
-    text = f"{HEADER}batch_sise: 3\nmax_steps: x\noptimizer: {{lr: -3}}\nema: {{decay: 2}}\n"
+    text = (
+        f"{HEADER}batch_sise: 3\nmax_steps: x\noptimizer: {{lr: -3}}\nema: {{decay: 2}}\nlora: {{rnak: 4}}\n"
+    )
+    text += "latent: {dim: 4}\n"
     assert set(refused(tmp_path, text, "ema.decay=3", "seed=-1")) == {
         "batch_sise=3: unknown key; did you mean batch_size?",
         "max_steps=x: must be an integer, auto or null",
         "optimizer.lr=-3: must be greater than 0 or auto",
+        "lora.rnak=4: unknown key; did you mean lora.rank?",
+        "latent.dim=4: unknown key; choose from latent.run, latent.pretrained",
         "ema.decay=3: must be less than 1 or auto",
         "seed=-1: must be at least 0",
     }

@@ -92,7 +92,7 @@ def check_configuration(folder: Path, config: TrainConfig, stored: dict[str, Any
                     problem._replace(problem=f"the run in {folder} has {problem.problem}")
                     for problem in [
                         *groups,
-                        *(Problem(key, _shown(now.get(key)), _shown(before.get(key))) for key in keys),
+                        *(Problem(key, _shown(now.get(key)), _stored(key, before.get(key))) for key in keys),
                     ]
                 ),
                 Problem(
@@ -108,6 +108,11 @@ def check_configuration(folder: Path, config: TrainConfig, stored: dict[str, Any
 def _shown(value: Any) -> str:
     """Return a value in the syntax of the command line, a list too."""
     return as_word(value) or format_value(value)
+
+
+def _stored(key: str, value: Any) -> str:
+    """Return what a run has for a key."""
+    return f"no {key}" if value is None else _shown(value)
 
 
 def _other_options(now: Node, before: Node, names: Collection[str]) -> Iterator[Problem]:

@@ -299,8 +299,11 @@ def _continuing(
         Problem(
             as_shown(text),
             NO_VALUE,
-            f"cannot change for run={run}",
-            "leave it out, or start a new run with name=",
+            *(
+                (f"conflicts with run={run}, which continues that run", "leave one of them out")
+                if key in (f"init.{name}" for name in SOURCES)
+                else (f"cannot change for run={run}", "leave it out, or start a new run with name=")
+            ),
         )
         for key, text in {**groups, **keys}.items()
         if not may_change(key)

@@ -7,6 +7,7 @@ from typing import Any
 from diffusion_cli.config.catalogue import PACKAGE, defaults, documented, options
 from diffusion_cli.config.recipe import BUDGETED, DECAY_STEPS, derived_in
 from diffusion_cli.config.runs import flatten, identity, replaced
+from diffusion_cli.convert import is_model
 from diffusion_cli.errors import NO_VALUE, FormatError, UsageError
 from diffusion_cli.runs.migrate import migrated_config
 from diffusion_cli.system.locks import holder
@@ -54,6 +55,10 @@ def folder_of(run: str, output_dir: str) -> Path:
             raise UsageError("run", run, problem, "wait for its first checkpoint")
         if (folder / "config.yaml").is_file():
             raise UsageError("run", run, "has no checkpoint yet", "repeat the command that started it")
+        if is_model(folder):
+            raise UsageError(
+                "run", run, "is a model of diffusers, not a run", f"use init.pretrained={folder}"
+            )
     raise UsageError(
         "run", run, f"no such run, here or in {output_dir}", "use the path of its folder, or set output_dir"
     )

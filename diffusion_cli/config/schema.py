@@ -38,7 +38,10 @@ class InitConfig(BaseModel):
                 "init.pretrained", self.pretrained, "conflicts with init.run", "leave one of them out"
             )
         if self.freeze is not None and self.run is self.pretrained is None:
-            patterns, remedy = f"[{','.join(self.freeze)}]", "set init.run, or leave it out"
+            patterns, remedy = (
+                f"[{','.join(self.freeze)}]",
+                "set init.run or init.pretrained, or leave it out",
+            )
             raise UsageError("init.freeze", patterns, "would freeze random weights", remedy)
         for key, default in {"step": None, "weights": "ema"}.items():
             if self.run is None and (value := getattr(self, key)) != default:
@@ -184,7 +187,9 @@ class TrainConfig(BaseModel):
         if (rank := self.lora.rank) is None:
             return self
         if self.init == InitConfig():
-            raise UsageError("lora.rank", rank, "adapters change trained weights", "set init.run")
+            raise UsageError(
+                "lora.rank", rank, "adapters change trained weights", "set init.run or init.pretrained"
+            )
         if self.init.freeze is not None:
             problem = "conflicts with lora.rank, which freezes all weights of the source"
             patterns = f"[{','.join(self.init.freeze)}]"

@@ -12,16 +12,17 @@ from diffusion_cli.convert.diffusers_folder import (
     SAVED,
     autoencoder_files,
     folder_around,
+    is_model,
     model_files,
     read_autoencoder_folder,
     read_folder,
 )
 from diffusion_cli.convert.guided_diffusion import GuidedDiffusion
 from diffusion_cli.errors import FormatError, UsageError
-from diffusion_cli.system.hub import commit_of, repository_in, snapshot
+from diffusion_cli.system.hub import commit_of, may_be_repository, repository_in, snapshot
 from diffusion_cli.system.untrusted import reason
 
-__all__ = ["HUB", "PUBLISHED", "read_autoencoder", "read_source", "refusal"]
+__all__ = ["HUB", "PUBLISHED", "is_model", "read_autoencoder", "read_source", "refusal", "refuse_run"]
 
 HUB = "hub:"
 """Prefix of a source that is a repository of the Hugging Face Hub."""
@@ -35,6 +36,14 @@ def refusal(
     """Return the error of a source that cannot be read, with the remedy of its cause or else the usual one."""
     remedy = error.remedy if isinstance(error, FormatError) else "check that its files can be read"
     return UsageError(key, source, reason(error), remedy or usual)
+
+
+def refuse_run(key: str, source: str) -> None:
+    """Raise UsageError, about the option `key`, if a source is a run of this package."""
+    if any(Path(source).expanduser().glob("checkpoints/*.ckpt")):
+        other = "latent.run" if key == "latent.pretrained" else "init.run"
+        command = "diffuse train " if key == "source" else ""
+        raise UsageError(key, source, "is a run of diffuse already", f"use {command}{other}={source}")
 
 
 def read_source(
@@ -79,12 +88,15 @@ def _read(
     reader: Callable[[Path], PretrainedModel],
     chosen: Callable[[Collection[str]], list[str]] = model_files,
 ) -> PretrainedModel:
+    refuse_run(key, source)
     try:
         is_remote = source.startswith(HUB)
         folder = snapshot(source.removeprefix(HUB), chosen) if is_remote else Path(source).expanduser()
         if not folder.is_dir():
             problem = "is not a folder" if folder.exists() else "does not exist"
             name = None if folder.exists() else repository_in(source)
+            # A missing folder, whose parent is missing too, is more likely a repository.
+            name = name or (source if may_be_repository(source) and not folder.parent.exists() else None)
             raise FormatError(problem, SAVED if name is None else f"give {key}={HUB}{name}")
         return replace(reader(folder), commit=commit_of(folder) if is_remote else None)
     except UnknownSize as error:

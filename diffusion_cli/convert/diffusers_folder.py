@@ -115,6 +115,11 @@ def read_folder(folder: Path, sizes: Sequence[int] | None = None) -> PretrainedM
     raise FormatError(f"contains neither {INDEX} nor {CONFIG}", SAVED)
 
 
+def is_model(folder: Path) -> bool:
+    """Return whether a folder has the files of a pipeline or a model of diffusers."""
+    return any((folder / file).is_file() for file in (INDEX, Path("scheduler", SCHEDULER), CONFIG))
+
+
 def folder_around(file: Path) -> Path | None:
     """Return the folder to read in place of a file that diffusers wrote: that of its pipeline; None for others."""
     if not file.name.startswith((INDEX, CONFIG, SCHEDULER, Path(WEIGHTS).stem)):

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from diffusion_cli.config.runs import checkpoints_of, run_folders
+from diffusion_cli.convert import is_model
 from diffusion_cli.diffusion.denoiser import Denoiser
 from diffusion_cli.errors import NO_VALUE, UsageError
 from diffusion_cli.runs.checkpoint import BEST, LAST, Checkpoint, DamagedError, copy_checkpoint, read
@@ -18,6 +19,8 @@ from diffusion_cli.system.own_folder import own_folder
 WRITTEN = ("checkpoints", "previews", "tensorboard")
 """Folders of a run that training writes to."""
 
+PRETRAINED = {"init.run": "init.pretrained", "latent.run": "latent.pretrained"}
+"""Keys that take a model of another program in place of a run."""
 MOST_NAMED = 5
 """Largest number of runs in an error message."""
 
@@ -90,9 +93,14 @@ def find_run(run: str | None, output_dir: str, key: str = "run") -> Path:
                     )
                 return folder
         raise UsageError("output_dir", output_dir, "contains no runs", "train one with: diffuse train")
-    for folder in (Path(run), root / run):
+    folders = (Path(run), root / run)
+    for folder in folders:
         if checkpoints_of(folder):
             return folder
+    for folder in folders:
+        if is_model(folder):
+            command = PRETRAINED.get(key, "diffuse import source")
+            raise UsageError(key, run, "is a model of diffusers, not a run", f"use {command}={folder}")
     raise UsageError(key, run, *_no_run(run, root, [folder.name for folder in reversed(runs)]))
 
 

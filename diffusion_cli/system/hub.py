@@ -43,14 +43,19 @@ def connect() -> None:
 
 def check_name(repository: str) -> None:
     """Raise FormatError unless a text is the name of a repository, owner/name."""
-    if not REPOSITORY.fullmatch(repository):
+    if not may_be_repository(repository):
         raise FormatError("is not the name of a repository, owner/name", "write for example hub:me/digits")
+
+
+def may_be_repository(text: str) -> bool:
+    """Return whether a text has the form of the name of a repository, owner/name."""
+    return REPOSITORY.fullmatch(text) is not None
 
 
 def repository_in(text: str) -> str | None:
     """Return the repository, owner/name, in its address or after `hub:`; None if there is none."""
     name = re.sub(r"^(hub:|https?://[^/]+/)", "", text).rstrip("/")
-    return name if name != text and REPOSITORY.fullmatch(name) else None
+    return name if name != text and may_be_repository(name) else None
 
 
 def _library() -> Any:

@@ -14,6 +14,8 @@ from diffusion_cli.diffusion.denoiser import NoisyClassifier
 from diffusion_cli.errors import UsageError
 
 GRAY, RGB = 1, 3
+MOST_CLASSES = 5
+"""Most names of classes in a line."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,7 +40,7 @@ class Fitted(NamedTuple):
     total: int
     """Number of tensors of the network."""
     fresh: list[str]
-    """Names of the tensors with random values; if only rows of classes have them, with the number of these classes."""
+    """Names of the tensors with random values; if only rows of classes have them, with the other classes."""
     adapted: list[str]
     """Names of the tensors that come from tensors of other channels or numbers of classes."""
 
@@ -76,12 +78,12 @@ def fit(
     rows = _class_tensors(network, len(class_names or ()))
     state, taken, fresh, adapted = network.state_dict(), 0, [], []
     for name, mine in state.items():
-        theirs, lacking, changed = source.state.get(name), 0, False
+        theirs, partly, changed = source.state.get(name), "", False
         if theirs is None:
             pass
         elif name in rows:
             changed = theirs.shape != mine.shape
-            theirs, lacking = _class_rows(mine, theirs, source.class_names, class_names or (), rows[name])
+            theirs, partly = _class_rows(mine, theirs, source.class_names, class_names or (), rows[name])
         # Equal shapes can have other meanings: C channels with a variance, and 2C without.
         elif changes.in_inputs and name.startswith(f"{first}.") and theirs.ndim > 1:
             theirs, changed = changes.of_input(theirs), True
@@ -93,7 +95,7 @@ def fit(
         mine.copy_(theirs)
         taken += 1
         adapted += [name] if changed else []
-        fresh += [f"{name} of {lacking} class{'es' * (lacking > 1)}"] if lacking else []
+        fresh += [f"{name} ({partly})"] if partly else []
     return Fitted(taken, len(state), fresh, adapted)
 
 
@@ -176,23 +178,26 @@ def _class_tensors(network: nn.Module, classes: int) -> dict[str, bool]:
 
 def _class_rows(
     mine: Tensor, theirs: Tensor, source_names: Sequence[str] | None, names: Sequence[str], null: bool
-) -> tuple[Tensor | None, int]:
-    """Return `mine` with the rows of a source, or None if no row fits, and the number of classes without a row."""
+) -> tuple[Tensor | None, str]:
+    """Return `mine` with the rows of a source, or None if no row fits; and which ones, if some classes have none."""
     if theirs.shape[1:] != mine.shape[1:]:
-        return None, 0
+        return None, ""
     if source_names is None or len(theirs) != len(source_names) + null:
         pairs = {row: row for row in range(len(names))} if len(theirs) == len(mine) else {}
     else:
         of = {name: row for row, name in enumerate(source_names)}
         pairs = {row: of[name] for row, name in enumerate(names) if name in of}
-    lacking = len(names) - len(pairs)
+    shared = [names[row] for row in pairs]
     if null:
         pairs[len(names)] = len(theirs) - 1
     if not pairs:
-        return None, 0
+        return None, ""
     rows = mine.clone()
     rows[[*pairs]] = theirs[[*pairs.values()]].to(rows)
-    return rows, lacking
+    if len(shared) == len(names):
+        return rows, ""
+    some = ", ".join(shared[:MOST_CLASSES]) + ", ..." * (len(shared) > MOST_CLASSES)
+    return rows, f"{len(shared)} of {len(names)} classes taken by name" + f": {some}" * bool(shared)
 
 
 def freeze(network: nn.Module, patterns: Sequence[str]) -> None:
@@ -232,6 +237,8 @@ def matching(names: Sequence[str], patterns: Sequence[str], key: str, kind: str)
             near = difflib.get_close_matches(pattern, places, n=3)
             parts = dict.fromkeys(found[0] for found in places_of.values())
             remedy = f"did you mean {' or '.join(near)}?" if near else f"choose from {', '.join(parts)}"
+            if any(fnmatchcase(place, f"*.{pattern}") for place in places):
+                remedy = f"write *.{pattern}, because a pattern is for the whole name"
             raise UsageError(key, pattern, f"matches no {kind}", remedy)
     return {
         name for name, found in places_of.items() for place in found for pattern in patterns

@@ -205,6 +205,13 @@ def test_a_network_of_any_size_takes_no_memory(source, tmp_path, capsys):
     assert "cannot be built" in refused(capsys, "import", "source=x")
 
 
+def test_a_run_is_no_source(source, tmp_path, capsys):
+    assert run(["import", "source=x"]) == 0
+    capsys.readouterr()
+    line = refused(capsys, "import", "source=outputs/x")
+    assert line == "source=outputs/x: is a run of diffuse already; use diffuse train init.run=outputs/x"
+
+
 def test_a_failure_while_writing_leaves_nothing(source, monkeypatch):
     def full(*_: Any) -> None:
         raise OSError(28, "No space left on device", "x")

@@ -6,7 +6,10 @@ import pytest
 import yaml
 
 from diffusion_cli.config import load
+from diffusion_cli.convert import read_autoencoder
+from diffusion_cli.convert.diffusers_folder import SAVED
 from diffusion_cli.errors import UsageError
+from diffusion_cli.runs.find import find_run
 from helpers.recipes import train_config
 
 CLASS = "_target_"
@@ -124,18 +127,57 @@ def test_a_latent_source_shares_its_latents(runs):
         (["init.run=ae"], "init.run=ae: was trained with task=autoencoder; set task=autoencoder"),
         (["init.step=3"], "init.step=3: applies only with init.run=; set init.run"),
         (["init.weights=raw"], "init.weights=raw: applies only with init.run=; set init.run"),
-        (["init.freeze=[stem]"], "init.freeze=[stem]: would freeze random weights; set init.run, or leave it out"),
+        (["init.freeze=[stem]"], "init.freeze=[stem]: would freeze random weights; "
+         "set init.run or init.pretrained, or leave it out"),
         (["init.freeze=[]", "init.run=demo"], "init.freeze=[]: must be a list of 1 or more values or null"),
         (["init.weigths=raw"], "init.weigths=raw: unknown key; did you mean init.weights?"),
-        (["run=demo", "init.run=ae"], "init.run=ae: cannot change for run=demo; leave it out, "
-         "or start a new run with name="),
+        (["run=demo", "init.run=ae"], "init.run=ae: conflicts with run=demo, which continues that run; "
+         "leave one of them out"),
+        (["init.run=model"], "init.run=model: is a model of diffusers, not a run; use init.pretrained=model"),
+        (["run=model"], "run=model: is a model of diffusers, not a run; use init.pretrained=model"),
+        (["init.pretrained=outputs/demo"], "init.pretrained=outputs/demo: is a run of diffuse already; "
+         "use init.run=outputs/demo"),
+        (["init.pretrained=google/ddpm-cat-256"], "init.pretrained=google/ddpm-cat-256: does not exist; "
+         "give init.pretrained=hub:google/ddpm-cat-256"),
+        (["init.pretrained=outputs/dem"], "init.pretrained=outputs/dem: does not exist; " + SAVED),
     ],
 )  # fmt: skip
 def test_wrong_sources_are_refused_in_one_line(runs, words, line):
     written(runs / "ae", ["task=autoencoder"])
+    Path("model").mkdir()
+    Path("model", "config.json").touch()
     with pytest.raises(UsageError) as error:
         load("train", words)
     assert [found for found in error.value.lines if "init" in found or "model" in found] == [line]
+
+
+def test_a_run_comes_before_a_model_of_the_same_name(runs):
+    Path("demo").mkdir()
+    Path("demo", "config.json").touch()
+    assert train_config("init.run=demo").model["channels"] == 48
+    assert find_run("demo", "outputs") == Path("outputs", "demo")
+
+
+@pytest.mark.parametrize(
+    ("key", "remedy"),
+    [
+        ("run", "diffuse import source=model"),
+        ("guidance.run", "diffuse import source=model"),
+        ("latent.run", "latent.pretrained=model"),
+    ],
+)
+def test_a_model_in_place_of_a_run_is_named(tmp_path, monkeypatch, key, remedy):
+    monkeypatch.chdir(tmp_path)
+    Path("model").mkdir()
+    Path("model", "model_index.json").touch()
+    with pytest.raises(UsageError) as error:
+        find_run("model", "outputs", key)
+    assert str(error.value) == f"{key}=model: is a model of diffusers, not a run; use {remedy}"
+
+
+def test_an_autoencoder_of_a_run_is_named_too(runs):
+    with pytest.raises(UsageError, match=r"is a run of diffuse already; use latent\.run=outputs/demo"):
+        read_autoencoder("outputs/demo", "latent.pretrained")
 
 
 def test_a_stranger_names_no_class_and_no_path(runs, tmp_path):

@@ -20,7 +20,7 @@ def test_a_run_of_a_version_without_adapters_stays_the_same_run():
 @pytest.mark.parametrize(
     ("words", "line"),
     [
-        (["lora.rank=2"], "lora.rank=2: adapters change trained weights; set init.run"),
+        (["lora.rank=2"], "lora.rank=2: adapters change trained weights; set init.run or init.pretrained"),
         (["lora.rank=0"], "lora.rank=0: must be greater than 0 or null"),
         (["lora.alpha=3"], "lora.alpha=3.0: applies only with lora.rank=; set lora.rank"),
         (["lora.targets=[*.qkv,up]"], "lora.targets=[*.qkv,up]: applies only with lora.rank=; set lora.rank"),

@@ -121,7 +121,7 @@ def test_classes_are_matched_by_name(name):
     embedding = {"dit": "y_embedder.embedding_table"}.get(name, "class_embedding")
     row = target.state_dict()[f"{embedding}.weight"][1].clone()
     result = fitted(target, source, (2, 2), (["cat", "dog", "owl"], ["owl", "newt", "cat", "eel"]))
-    assert result.fresh == [f"{embedding}.weight of 2 classes"]
+    assert result.fresh == [f"{embedding}.weight (2 of 4 classes taken by name: owl, cat)"]
     assert result.taken == result.total
     theirs = torch.tensor([2, 0])
     assert torch.equal(output(target, images(2), torch.tensor([0, 2])), output(source, images(2), theirs))
@@ -137,7 +137,7 @@ def test_classes_without_names_are_matched_by_number():
     )
     target = network("unet", 2, classes=4, seed=1)
     result = fitted(target, source, (2, 2), (None, list("abcd")))
-    assert result.fresh == ["class_embedding.weight of 4 classes"]
+    assert result.fresh == ["class_embedding.weight (0 of 4 classes taken by name)"]
     assert torch.equal(output(target, images(2)), output(source, images(2)))
 
 
@@ -154,7 +154,7 @@ def test_classifiers_keep_the_scores_of_known_classes():
     source = randomised(Classifier((2, 8, 8), 3, **options)).double().eval()
     target = randomised(Classifier((2, 8, 8), 2, **options), 1).double().eval()
     result = fitted(target, source, (2, 2), (["cat", "dog", "owl"], ["owl", "eel"]))
-    assert result.fresh == ["head.weight of 1 class", "head.bias of 1 class"]
+    assert result.fresh == [f"head.{part} (1 of 2 classes taken by name: owl)" for part in ("weight", "bias")]
     close(output(target, images(2))[:, 0], output(source, images(2))[:, 2])
 
 
@@ -216,6 +216,7 @@ def test_patterns_name_single_parameters():
             ["encoder"],
             "init.freeze=encoder: matches no parameter; choose from time_mlp, stem, down, middle, up",
         ),
+        (["norm1.bias"], "init.freeze=norm1.bias: matches no parameter; write *.norm1.bias, because "),
         (["*"], "init.freeze=[*]: leaves nothing to train; freeze less"),
     ],
 )

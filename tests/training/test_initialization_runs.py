@@ -141,7 +141,9 @@ def test_the_report_has_the_source_and_another_source_is_another_run(runs, capsy
     assert run(["train", *words, "init.run=other"]) == 2
     refused(capsys, f"init.run=other: the run in {runs}/tuned has tiny")
     assert run(["train", *words, "init.freeze=[time_mlp,down.*]"]) == 2
-    refused(capsys, f"init.freeze=[time_mlp,down.*]: the run in {runs}/tuned has null")
+    refused(capsys, f"init.freeze=[time_mlp,down.*]: the run in {runs}/tuned has no init.freeze")
+    assert run(["train", *words, "name=tiny"]) == 2
+    assert f"init.run=tiny: the run in {runs}/tiny has no init.run\n" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

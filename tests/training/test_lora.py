@@ -98,7 +98,7 @@ def test_new_layers_are_trained_as_a_whole_and_stored():
 def test_tensors_that_come_in_part_from_the_source_count_as_new():
     info = InitInfo(
         source="a", kind="run", step=1, weights="ema", sha256="0", taken=2, total=4,
-        fresh=["head.bias", f"{EMBEDDING} of 2 classes"], adapted=["stem.weight"],
+        fresh=["head.bias", f"{EMBEDDING} (1 of 3 classes taken by name: 3)"], adapted=["stem.weight"],
     )  # fmt: skip
     assert info.new == {"head.bias", EMBEDDING, "stem.weight"}
 
@@ -161,6 +161,10 @@ def test_targets_name_layers(targets, layers):
         (
             {"targets": ["stem"]},
             "lora.targets=stem: matches no linear layer with trained weights; choose from time_mlp, down, middle, up",
+        ),
+        (
+            {"targets": ["qkv"]},
+            "lora.targets=qkv: matches no linear layer with trained weights; write *.qkv, because a pattern is for",
         ),
         ({"targets": ["midle"]}, "did you mean middle or "),
         ({"rank": 33}, "lora.rank=33: is larger than the rank of each layer; use at most 32"),

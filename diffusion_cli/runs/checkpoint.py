@@ -21,6 +21,7 @@ from diffusion_cli.errors import NO_VALUE, FormatError, MachineError, Problem, U
 from diffusion_cli.runs.migrate import FORMAT, OLDEST, migrated, migrated_config
 from diffusion_cli.runs.schema import CheckpointInfo, parse_info
 from diffusion_cli.system.files import atomic_write
+from diffusion_cli.system.tensors import load_checked
 from diffusion_cli.system.untrusted import check_sums, check_tensors, plain, reason, regular
 
 LAST = Path("checkpoints", "last.ckpt")
@@ -152,7 +153,7 @@ def read(path: Path, sums: bool = True) -> Checkpoint:
         check_tensors(path)
         if sums:
             _check_sums(path)
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        state = load_checked(path, mmap=True)
     except DamagedError:
         raise
     except Exception as error:  # the ZIP and pickle parsers raise many types of errors for damaged files

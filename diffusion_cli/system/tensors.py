@@ -1,7 +1,8 @@
 """Safe reading of tensors from files of other programs."""
 
+import pickle
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import IO, TYPE_CHECKING, Any
 
 from diffusion_cli.errors import FormatError
 from diffusion_cli.system.untrusted import check_sums, check_tensors, reason, regular
@@ -33,6 +34,23 @@ def read_tensors(path: Path) -> "dict[str, Tensor]":
     return {name: tensor.float() for name, tensor in state.items()}
 
 
+def load_checked(file: Path | IO[bytes], *, mmap: bool = False) -> Any:
+    """Return the content of a `torch.save` file that `check_tensors` or `check_weights` accepts, on the CPU.
+
+    Args:
+        file: the file.
+        mmap: whether its tensors are memory-mapped.
+
+    Raises FormatError for objects that torch refuses; its own message advises to run the code of the file.
+    """
+    import torch
+
+    try:
+        return torch.load(file, map_location="cpu", weights_only=True, mmap=mmap)
+    except pickle.UnpicklingError as error:
+        raise FormatError("has other objects than tensors and plain data") from error
+
+
 def read_state_dict(path: Path) -> "dict[str, Tensor]":
     """Return the tensors of a `torch.save` or safetensors file in float32; those of the former are memory-mapped.
 
@@ -46,7 +64,7 @@ def read_state_dict(path: Path) -> "dict[str, Tensor]":
     try:
         check_tensors(path)
         check_sums(path)
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        state = load_checked(path, mmap=True)
     except OSError:
         raise
     except Exception as error:  # the ZIP and pickle parsers raise many types of errors for damaged files

@@ -146,6 +146,17 @@ NAMES = re.compile(r"collections OrderedDict|torch\._utils _rebuild_tensor_v2|to
 WEIGHT_NAMES = re.compile(
     rf"{NAMES.pattern}|torch\._utils _rebuild_(?:tensor|parameter)|torch\.nn\.parameter Parameter"
 )
+PROTOCOL = 2
+"""Version of pickles, which torch.save writes unless it is given another."""
+OPERATIONS = frozenset(
+    [
+        "PROTO", "STOP", "MARK", "GLOBAL", "REDUCE", "BUILD", "NEWOBJ", "BINPERSID", "BINPUT", "LONG_BINPUT", "BINGET",
+        "LONG_BINGET", "NONE", "NEWTRUE", "NEWFALSE", "BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT",
+        "BINUNICODE", "SHORT_BINSTRING", "EMPTY_LIST", "APPEND", "APPENDS", "EMPTY_DICT", "SETITEM", "SETITEMS",
+        "EMPTY_TUPLE", "TUPLE", "TUPLE1", "TUPLE2", "TUPLE3",
+    ]
+)  # fmt: skip
+"""Operations of these pickles that torch reads. Others are refused: some import a class by a name on the stack."""
 TUPLES = ("EMPTY_TUPLE", "TUPLE", "TUPLE1", "TUPLE2", "TUPLE3")
 
 
@@ -195,10 +206,14 @@ def check_weights(content: bytes) -> None:
 
 
 def _check_pickle(file: IO[bytes], names: re.Pattern[str]) -> None:
-    """Raise FormatError for a pickle with other globals, or with tuples nested too deeply to hash."""
+    """Raise FormatError for a pickle with other globals or operations, or with tuples nested too deeply to hash."""
     stack: list[int | None] = []  # nesting depth of the tuple in each place, None for a mark
     memo: dict[Any, int] = {}
     for operation, argument, _ in pickletools.genops(file):
+        if operation.name == "PROTO" and argument != PROTOCOL:
+            raise FormatError(f"has pickle protocol {argument}, and only protocol {PROTOCOL} is read")
+        if operation.name not in OPERATIONS:
+            raise FormatError(f"has the pickle operation {operation.name}, which torch.save does not write")
         if operation.name == "GLOBAL" and not names.fullmatch(str(argument)):
             raise FormatError(f"names {argument}")
         if "PUT" in operation.name:

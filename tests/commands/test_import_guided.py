@@ -97,6 +97,16 @@ def test_other_files_are_refused_and_run_no_code(folder, capsys, content, reason
     assert not Path("harmed").exists()
 
 
+@pytest.mark.parametrize("protocol", [0, 1, 3, 4, 5])
+def test_other_protocols_of_pickle_are_refused_without_the_advice_of_torch(folder, capsys, protocol):
+    torch.save(PublishedUNet().state | {"a": Harmful()}, "other.pt", pickle_protocol=protocol)
+    line = refused(capsys, "import", "source=other.pt", *FLAGS)
+    assert line.startswith("source=other.pt: is not a file of tensors that torch.save wrote (has ")
+    assert "pickle" in line
+    assert "weights_only" not in line
+    assert not Path("harmed").exists()
+
+
 def test_damaged_files_are_refused(folder, capsys):
     whole = Path("model.pt").read_bytes()
     place = whole.index(PublishedUNet().state["out.2.weight"].numpy().tobytes())

@@ -112,9 +112,17 @@ def pickled(path: Path, program: bytes, method: int = zipfile.ZIP_STORED) -> Pat
         (b"\x80\x02}" + b")" + b"q\x00\x85h\x00\x86" * 10**6 + b"Ns.", "tuples nested deeper"),
         (b"\x80\x02" + b"]" * 10 + b"a" * 9 + b".", "is not a checkpoint that diffuse can read"),
         (b"\x80\x02s.", "damaged checkpoint"),
+        (b"\x80\x04\x8c\x02os\x8c\x06system\x93\x8c\x01x\x85R.", "has pickle protocol 4, and only protocol 2 is read"),
+        (b"\x80\x02\x8c\x02os\x8c\x06system\x93.", "operation SHORT_BINUNICODE, which torch.save does not write"),
+        (b"\x80\x02X\x02\x00\x00\x00osX\x06\x00\x00\x00system\x93.", "has the pickle operation STACK_GLOBAL"),
+        (b"(X\x01\x00\x00\x00xios\nsystem\n.", "has the pickle operation INST"),
+        (b"\x80\x02ccollections\nOrderedDict\n)N\x92.", "has the pickle operation NEWOBJ_EX"),
+        (b"\x80\x02\x82\x01.", "has the pickle operation EXT1"),
+        (b"\x80\x02]N\x85b.", r"\(has other objects than tensors and plain data\)"),
         (b"", "damaged checkpoint"),
     ],
-    ids=["bytearray", "tensor", "tuples", "tuples again", "list", "empty stack", "nothing"],
+    ids=["bytearray", "tensor", "tuples", "tuples again", "list", "empty stack", "protocol 4", "name of protocol 4",
+         "global from the stack", "instance", "arguments by name", "extension", "state", "nothing"],
 )  # fmt: skip
 def test_a_pickle_takes_no_memory_and_no_stack(tmp_path, program, message):
     with pytest.raises(ValueError, match=rf"x\.ckpt: .*{message}"):

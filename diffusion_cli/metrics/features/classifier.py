@@ -19,6 +19,7 @@ from diffusion_cli.runs.migrate import migrated
 from diffusion_cli.runs.weights import digest
 from diffusion_cli.system.cache import optional, report_damage
 from diffusion_cli.system.files import atomic_write
+from diffusion_cli.system.tensors import load_checked
 from diffusion_cli.system.terminal import report
 from diffusion_cli.system.untrusted import check_tensors
 
@@ -139,7 +140,7 @@ def restored(path: Path, network: FeatureClassifier) -> Weights | None:
         return None
     try:
         check_tensors(path)
-        saved = torch.load(path, map_location="cpu", weights_only=True)
+        saved = load_checked(path)
         state, wanted = saved["state"], network.state_dict()
         # Shapes first: a short file can declare a tensor of any size.
         if {key: value.shape for key, value in state.items()} != {

@@ -8,6 +8,7 @@ import torch
 
 from diffusion_cli.errors import UsageError
 from diffusion_cli.system.downloads import DownloadError, WebFile
+from diffusion_cli.system.tensors import load_checked
 from diffusion_cli.system.untrusted import check_weights
 from diffusion_cli.system.untrusted import read as read_file
 
@@ -66,7 +67,7 @@ def read(content: bytes, path: Path, key: str) -> Any:
     """Return the content of a weights file; UsageError about option `key` if it has anything but tensors."""
     try:
         check_weights(content)
-        return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+        return load_checked(io.BytesIO(content))
     except Exception as error:  # the parsers of ZIP and pickle raise errors of many types
         raise wrong_weights(path, key, error) from error
 

@@ -70,7 +70,7 @@ class PretrainedModel:
     """Class and program, for messages: "UNet2DModel of diffusers"."""
     network: Network
     weights: Callable[[], Weights]
-    """Reads the weights, by the names of the network."""
+    """Reads the weights, by the names of the network, with the number format of the files."""
     process: Process | None
     """None for an autoencoder."""
     autoencoder: Autoencoder | None = None

@@ -149,14 +149,17 @@ def weights_of(model: PretrainedModel | Autoencoder, source: str, key: str) -> W
 
 
 def checked_weights(path: Path, network: Network, state: Weights) -> Weights:
-    """Return weights; FormatError unless they fit the network, which is built on the meta device for this check."""
+    """Return weights in float32; FormatError, before they are copied, unless they fit the network.
+
+    The network is built on the meta device for this check.
+    """
     try:
         with torch.device("meta"), limit_tensors(len(state) + SPARE):
             built = build(network.node, network.shape, network.num_classes)
     except Exception as error:  # untrusted sizes cause many types of errors
         raise FormatError(f"its network cannot be built ({reason(error)})") from error
     check_fit(path, built, state)
-    return state
+    return {name: tensor.float() for name, tensor in state.items()}
 
 
 def _lightning_checkpoint(info: CheckpointInfo, state: Weights) -> dict[str, Any]:

@@ -17,7 +17,7 @@ PICKLED = (".bin", ".pt", ".pth", ".ckpt")
 
 
 def read_tensors(path: Path) -> "dict[str, Tensor]":
-    """Return the tensors of a safetensors file in float32.
+    """Return the tensors of a safetensors file with their own number format, memory-mapped.
 
     Raises FormatError for a missing file beside pickled weights, a special file, or a file that is not safetensors.
     """
@@ -28,10 +28,9 @@ def read_tensors(path: Path) -> "dict[str, Tensor]":
         refuse_pickled(path)
     regular(path)
     try:
-        state = load_file(path)
+        return load_file(path)
     except SafetensorError as error:
         raise FormatError(f"{path.name}: {reason(error)}", AGAIN) from error
-    return {name: tensor.float() for name, tensor in state.items()}
 
 
 def load_checked(file: Path | IO[bytes], *, mmap: bool = False) -> Any:
@@ -52,7 +51,7 @@ def load_checked(file: Path | IO[bytes], *, mmap: bool = False) -> Any:
 
 
 def read_state_dict(path: Path) -> "dict[str, Tensor]":
-    """Return the tensors of a `torch.save` or safetensors file in float32; those of the former are memory-mapped.
+    """Return the tensors of a `torch.save` or safetensors file, as `read_tensors`.
 
     Raises FormatError, before code could run, for a pickle of other objects, a damaged file, or one that is neither.
     """
@@ -79,7 +78,7 @@ def read_state_dict(path: Path) -> "dict[str, Tensor]":
     for name, value in state.items():
         if not value.is_floating_point() or value.is_neg():
             raise FormatError(f"{name} has no floating-point numbers")
-    return {name: value.float() for name, value in state.items()}
+    return state
 
 
 def refuse_pickled(path: Path) -> None:

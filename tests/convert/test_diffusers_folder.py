@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from diffusion_cli.cli import run
 from diffusion_cli.convert import read_source
 from diffusion_cli.convert.diffusers_folder import autoencoder_files, model_files
 from diffusion_cli.errors import UsageError
+from diffusion_cli.runs.imported import weights_of
 from diffusion_cli.runs.load import load_weights
 from helpers.data import write_images
 from helpers.pipelines import UNET, ddim_pipeline, dit_pipeline
@@ -78,7 +80,7 @@ def test_a_model_alone_has_the_process_of_ddpm(tmp_path, capsys, monkeypatch):
     assert "sample run=z sampler=ddim sampler.spacing=linspace clip_x0=false" in capsys.readouterr().out
 
 
-def test_weights_in_several_files_and_in_half_precision_are_read(copied):
+def test_weights_in_several_files_and_in_half_precision_are_read(copied, monkeypatch):
     folder = copied / "ddim" / "unet"
     whole = read_source("ddim", "source").weights()
     unet(UNET).save_pretrained(folder, max_shard_size="10KB")
@@ -89,9 +91,14 @@ def test_weights_in_several_files_and_in_half_precision_are_read(copied):
     assert all(torch.equal(tensor, whole[name]) for name, tensor in parts.weights().items())
     shutil.rmtree(folder)
     unet(UNET).half().save_pretrained(folder, variant="fp16")
-    half = read_source("ddim", "source").weights()
+    model = read_source("ddim", "source")
+    half = weights_of(model, "ddim", "source")
     assert all(tensor.dtype is torch.float32 for tensor in half.values())
     torch.testing.assert_close(half, whole, rtol=1e-3, atol=1e-3)
+    monkeypatch.setattr(torch.Tensor, "float", lambda _: pytest.fail("copied before the comparison"))
+    other = replace(model, network=replace(model.network, node=model.network.node | {"channels": 16}))
+    with pytest.raises(UsageError, match="has shape"):
+        weights_of(other, "ddim", "source")
 
 
 def test_a_repository_of_the_hub_is_read_and_names_the_run(copied, monkeypatch, capsys):

@@ -15,8 +15,8 @@ from diffusion_cli.convert.base import Node, PretrainedModel, Process
 from diffusion_cli.convert.diffusers_scheduler import changed
 from diffusion_cli.data import Dataset
 from diffusion_cli.errors import FormatError, UsageError, counted, format_value
-from diffusion_cli.formats import Uint8Image
-from diffusion_cli.runs.imported import ImportedModel, image_shape
+from diffusion_cli.formats import SampleFormat, Uint8Image, form_of
+from diffusion_cli.runs.imported import ImportedModel, check_nodes, image_shape
 from diffusion_cli.system.trusted_paths import remember, remember_run
 
 
@@ -33,6 +33,10 @@ def run(config: ImportConfig) -> None:
     dataset: Dataset | None = None if config.dataset is None else build(config.dataset, config.data_dir)
     sizes = None if dataset is None else dataset.shape[1:]
     model = read_source(config.source, "source", build(config.preset), sizes)
+    try:
+        check_nodes(model)
+    except FormatError as error:
+        raise refusal("source", config.source, error) from error
     model = replace(model, process=_process(config, model.process))
     try:
         info = _with_dataset(config, dataset, model).write(folder)
@@ -107,17 +111,22 @@ def _with_dataset(config: ImportConfig, dataset: Dataset | None, model: Pretrain
     classes, shape = model.network.num_classes, image_shape(model)
     names = None if classes is None else model.class_names
     parts: dict[str, Any] = {"model": model, "source": config.source}
+    form = _form(config.source, model)
     if dataset is None:
-        if shape[0] not in (1, 3):
+        if form is None and shape[0] not in (1, 3):
             problem = f"its images have {counted(shape[0], 'channel')}, and 8-bit images have 1 or 3"
             raise UsageError("source", config.source, problem, "name their dataset with dataset=")
-        return ImportedModel(**parts, form=Uint8Image(), class_names=names)
-    if model.process is None:
+        return ImportedModel(**parts, form=form or Uint8Image(), class_names=names)
+    if model.process is None and form is None:
         parts["model"] = _for_images(model, dataset)
     elif dataset.shape != shape:
         problem = f"its images have shape {list(dataset.shape)}, but those of the model have {list(shape)}"
         remedy = f"set dataset.resolution={shape[1]}, or choose another dataset"
         raise UsageError("dataset", dataset.name, problem, remedy)
+    if form is not None and (difference := form.difference(dataset.form)) is not None:
+        key, theirs, ours = difference
+        problem = f"its images have {key}={ours}, but those of the model have {key}={theirs}"
+        raise UsageError("dataset", dataset.name, problem, "choose another dataset")
     if classes is not None and names is None and dataset.class_names is not None:
         names = tuple(dataset.class_names)
     if names is not None and len(names) != classes:
@@ -126,6 +135,14 @@ def _with_dataset(config: ImportConfig, dataset: Dataset | None, model: Pretrain
     return ImportedModel(
         **parts, form=dataset.form, class_names=names, dataset=config.dataset, data_rules=dataset.rules
     )
+
+
+def _form(source: str, model: PretrainedModel) -> SampleFormat | None:
+    """Return the format of the images that a source states; UsageError if it is invalid."""
+    try:
+        return None if model.form is None else form_of(model.form)
+    except UsageError as error:
+        raise UsageError("source", source, error.problems[0].cause, "choose another model") from error
 
 
 def _for_images(model: PretrainedModel, dataset: Dataset) -> PretrainedModel:

@@ -8,6 +8,13 @@ from dataclasses import replace
 from pathlib import Path
 
 from diffusion_cli.convert.base import PretrainedModel, UnknownSize
+from diffusion_cli.convert.diffuse_folder import (
+    export_files,
+    is_described,
+    is_export,
+    read_export,
+    read_exported_autoencoder,
+)
 from diffusion_cli.convert.diffusers_folder import (
     SAVED,
     autoencoder_files,
@@ -52,8 +59,8 @@ def read_source(
     """Return the model that another program wrote; its weights are read when they are needed.
 
     Args:
-        source: folder, or `hub:` and the name of a repository, whose files are downloaded once; `@` and a branch, a
-            tag or a commit may follow.
+        source: folder of diffusers or of our export as safetensors; or `hub:` and the name of a repository, whose files
+            are downloaded once, where `@` and a branch, a tag or a commit may follow.
         key: option that names it, for errors.
         preset: flags of the network, for a source that is a file of weights.
         sizes: sizes of its images, for a network of diffusers that does not state them.
@@ -62,7 +69,8 @@ def read_source(
         UsageError: the source has no model that can be read, or its weights contradict a flag.
     """
     path = Path(source).expanduser()
-    if path.is_file() and (folder := folder_around(path)) is not None:
+    folder = path.parent if is_described(path) else folder_around(path)
+    if path.is_file() and folder is not None:
         raise UsageError(key, source, "is a file of a folder that describes a model", f"give {key}={folder}")
     if preset is not None:
         try:
@@ -74,20 +82,35 @@ def read_source(
     if path.is_file():
         remedy = f"name the flags of its network: diffuse import source={source} preset=<option>"
         raise UsageError(key, source, "is a file, which does not describe its network", remedy)
-    return _read(source, key, lambda folder: read_folder(folder, sizes))
+    return _read(source, key, lambda folder: read_folder(folder, sizes), read_export)
 
 
 def read_autoencoder(source: str, key: str) -> PretrainedModel:
     """Return an autoencoder that another program wrote, or that of a pipeline, as `read_source`."""
-    return _read(source, key, read_autoencoder_folder, autoencoder_files)
+    return _read(source, key, read_autoencoder_folder, read_exported_autoencoder, _autoencoder_files)
+
+
+def _model_files(paths: Collection[str]) -> list[str]:
+    """Return the files of a repository that `read_source` reads."""
+    return export_files(paths) if is_export(paths) else model_files(paths)
+
+
+def _autoencoder_files(paths: Collection[str]) -> list[str]:
+    """Return the files of a repository that `read_autoencoder` reads."""
+    return export_files(paths) if is_export(paths) else autoencoder_files(paths)
+
+
+Reader = Callable[[Path], PretrainedModel]
 
 
 def _read(
     source: str,
     key: str,
-    reader: Callable[[Path], PretrainedModel],
-    chosen: Callable[[Collection[str]], list[str]] = model_files,
+    reader: Reader,
+    own: Reader,
+    chosen: Callable[[Collection[str]], list[str]] = _model_files,
 ) -> PretrainedModel:
+    """Return the model of a folder by one of two readers; `own` is that of our export."""
     refuse_run(key, source)
     try:
         is_remote = source.startswith(HUB)
@@ -98,7 +121,8 @@ def _read(
             # A missing folder, whose parent is missing too, is more likely a repository.
             name = name or (source if may_be_repository(source) and not folder.parent.exists() else None)
             raise FormatError(problem, SAVED if name is None else f"give {key}={HUB}{name}")
-        return replace(reader(folder), commit=commit_of(folder) if is_remote else None)
+        model = (own if is_export([path.name for path in folder.iterdir()]) else reader)(folder)
+        return replace(model, commit=commit_of(folder) if is_remote else None)
     except UnknownSize as error:
         remedy = f"diffuse import source={source} dataset=<option> takes the size of a dataset"
         raise UsageError(key, source, reason(error), remedy) from error

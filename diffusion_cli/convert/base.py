@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 from pydantic import BaseModel, ValidationError
 
 from diffusion_cli.errors import FormatError, format_value
+from diffusion_cli.system.hub import CARD
+from diffusion_cli.system.untrusted import read
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -16,6 +18,7 @@ Node = dict[str, Any]
 """`_target_`, the dotted name of a class, and its arguments."""
 Weights = dict[str, "Tensor"]
 """Tensors by the names of a state dict."""
+LICENCE = "license:"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,6 +87,8 @@ class PretrainedModel:
     """Commit of the Hugging Face Hub; None for a folder."""
     remarks: tuple[str, ...] = ()
     """Settings with which its pipeline makes other images than the same parts here."""
+    form: Mapping[str, Any] | None = None
+    """Format of its images, as `SampleFormat.to_dict`; None if the source does not state it."""
 
 
 class UnknownSize(FormatError):
@@ -109,3 +114,15 @@ def parse(model: type[ConfigT], config: Mapping[str, Any]) -> ConfigT:
             raise FormatError(f"{key} is missing") from error
         problem = first["msg"].replace("Input should be", "must be", 1).removeprefix("Value error, ")
         raise FormatError(f"{key}={format_value(first['input'])[:80]}: {problem}") from error
+
+
+def licence(folder: Path) -> str | None:
+    """Return the licence that the model card, README.md, states in its first lines."""
+    try:
+        lines = read(folder / CARD, 2**20).decode(errors="replace").splitlines()
+    except (OSError, FormatError):
+        return None
+    if not lines or lines[0].strip() != "---":
+        return None
+    stated = (line.removeprefix(LICENCE).strip(" '\"") for line in lines[1:100] if line.startswith(LICENCE))
+    return next((name[:80] for name in stated if name), None)

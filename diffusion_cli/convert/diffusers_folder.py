@@ -9,11 +9,19 @@ from types import ModuleType
 from typing import Any
 
 from diffusion_cli.convert import diffusers_scheduler
-from diffusion_cli.convert.base import Autoencoder, Network, Node, PretrainedModel, Process, Weights
+from diffusion_cli.convert.base import (
+    Autoencoder,
+    Network,
+    Node,
+    PretrainedModel,
+    Process,
+    Weights,
+    licence,
+)
 from diffusion_cli.errors import FormatError, format_value
 from diffusion_cli.system.hub import CARD
 from diffusion_cli.system.tensors import AGAIN, read_tensors, refuse_pickled
-from diffusion_cli.system.untrusted import read, read_json, reason
+from diffusion_cli.system.untrusted import read_json, reason
 
 INDEX = "model_index.json"
 CONFIG = "config.json"
@@ -42,7 +50,6 @@ LABELS = "id2label"
 """Names of the classes by number: of DiTPipeline, and with an underscore of denoisers that were exported here."""
 FACTOR_ONLY = ("DiTPipeline", "LDMPipeline")
 """Pipelines that divide latents by scaling_factor, and have no other statistics."""
-LICENCE = "license:"
 SAVED = "give a folder written by save_pretrained of diffusers, or hub:OWNER/NAME"
 WHOLE = "copy the whole folder, as save_pretrained wrote it"
 OTHER_SCHEDULER = (
@@ -159,7 +166,7 @@ def _alone(folder: Path, sizes: Sequence[int] | None) -> PretrainedModel:
         weights=lambda: part.weights(network),
         process=process,
         files=_named(folder, [part]),
-        licence=_licence(folder),
+        licence=licence(folder),
     )
 
 
@@ -193,7 +200,7 @@ def _pipeline(folder: Path, index: Node, sizes: Sequence[int] | None) -> Pretrai
         autoencoder=_autoencoder(autoencoders[0], network) if autoencoders else None,
         class_names=_class_names(index.get(LABELS, denoiser.config.get(f"_{LABELS}")), network),
         files=_named(folder, [*parts.values()]),
-        licence=_licence(folder),
+        licence=licence(folder),
         remarks=tuple(
             f"{kind} leaves out {name} of its autoencoder, which is applied here"
             for part in autoencoders
@@ -329,15 +336,3 @@ def _json(path: Path) -> Node:
     if not isinstance(value, dict):
         raise FormatError(f"{path.name} is not a JSON object")
     return value
-
-
-def _licence(folder: Path) -> str | None:
-    """Return the licence that the model card, README.md, states in its first lines."""
-    try:
-        lines = read(folder / CARD, 2**20).decode(errors="replace").splitlines()
-    except (OSError, FormatError):
-        return None
-    if not lines or lines[0].strip() != "---":
-        return None
-    stated = (line.removeprefix(LICENCE).strip(" '\"") for line in lines[1:100] if line.startswith(LICENCE))
-    return next((name[:80] for name in stated if name), None)

@@ -456,7 +456,7 @@ def changed(process: Process, schedule: Node | None = None, parameterization: No
     schedule, parameterization = schedule or process.schedule, parameterization or process.parameterization
     objective, before, now = process.objective, _name_of(process.schedule), _name_of(schedule)
     if _name_of(objective) in ("Simple", "Target"):
-        objective = _objective(parameterization, False, objective["label_dropout"])
+        objective = _objective(parameterization, False, objective.get("label_dropout", 0.0))
     process = replace(
         process, schedule=schedule, parameterization=parameterization, objective=objective, assumptions=()
     )

@@ -6,16 +6,13 @@ from typing import Any
 
 from torch import nn
 
+from diffusion_cli.convert.diffuse_folder import AUTOENCODER, ENTRY, NODES, WEIGHTS
+from diffusion_cli.diffusion.denoiser import Denoiser
 from diffusion_cli.diffusion.latents import Latents
 from diffusion_cli.export.base import Exportable, ExportFormat
-from diffusion_cli.runs.load import AUTOENCODER, LoadedDenoiser
+from diffusion_cli.runs.load import LoadedDenoiser
 from diffusion_cli.runs.weights import save_weights
 
-WEIGHTS = "model.safetensors"
-ENTRY = "diffuse"
-"""Entry of the metadata with the description of the model, as JSON."""
-NODES = ("model", "schedule", "parameterization", "objective")
-"""Parts of the configuration that are published: others contain paths of this machine."""
 EXAMPLE = """import json
 from safetensors import safe_open
 from diffusion_cli.config import build
@@ -54,13 +51,14 @@ def describe(model: Exportable) -> dict[str, Any]:
     """Return the description of a model as plain data, without paths."""
     info = model.info
     latent = info.latent
+    names = info.stated_class_names
+    parts = NODES if info.task == Denoiser.task else NODES[:1]
     return {
         "task": info.task,
-        "step": model.step,
         "shape": list(model.shape),
         "network_shape": list(info.network_shape),
         "num_classes": info.num_classes,
-        "class_names": None if info.class_names is None else list(info.class_names),
+        "class_names": None if names is None else list(names),
         "sample_format": info.form.to_dict(),
         "latent": None
         if latent is None
@@ -70,9 +68,9 @@ def describe(model: Exportable) -> dict[str, Any]:
             "std": latent.std,
             "autoencoder": latent.autoencoder,
         },
-        "config": {name: node for name in NODES if (node := getattr(info.config, name)) is not None},
+        "config": {name: node for name in parts if (node := getattr(info.config, name)) is not None},
     }
 
 
 def _save(network: nn.Module, path: Path, description: dict[str, Any]) -> None:
-    save_weights(network.state_dict(), path, {ENTRY: json.dumps(description)})
+    save_weights(network.state_dict(), path, (ENTRY, json.dumps(description, sort_keys=True)))

@@ -12,6 +12,8 @@ import yaml
 from diffusion_cli.config import build
 from diffusion_cli.config.catalogue import content, options
 from diffusion_cli.config.continued import IMPORTED
+from diffusion_cli.config.initial import PROCESS
+from diffusion_cli.config.validate import check_node
 from diffusion_cli.convert import refusal
 from diffusion_cli.convert.base import Autoencoder, Network, Node, PretrainedModel, Process, Weights
 from diffusion_cli.diffusion.denoiser import Denoiser
@@ -56,6 +58,7 @@ class ImportedModel:
             FormatError: the weights do not fit the network, or the network cannot be built.
             FileExistsError: the folder exists.
         """
+        check_nodes(self.model)
         model, (first, *_) = self.model, [Path(name) for name in self.model.files]
         state = checked_weights(first, model.network, model.weights())
         latent = None
@@ -148,11 +151,24 @@ def weights_of(model: PretrainedModel | Autoencoder, source: str, key: str) -> W
         raise refusal(key, source, error) from error
 
 
+def check_nodes(model: PretrainedModel) -> None:
+    """Raise FormatError for the first invalid node of a model: our own exports contain untrusted ones."""
+    nodes = [("model", model.network.node)]
+    nodes += [] if model.autoencoder is None else [("model", model.autoencoder.network.node)]
+    if model.process is not None:
+        nodes += [(key, getattr(model.process, key)) for key in PROCESS]
+    for key, node in nodes:
+        for problem in check_node(key, node):
+            raise FormatError(problem.cause, problem.remedy)
+
+
 def checked_weights(path: Path, network: Network, state: Weights) -> Weights:
     """Return weights in float32; FormatError, before they are copied, unless they fit the network.
 
     The network is built on the meta device for this check.
     """
+    for problem in check_node("model", network.node):
+        raise FormatError(problem.cause, problem.remedy)
     try:
         with torch.device("meta"), limit_tensors(len(state) + SPARE):
             built = build(network.node, network.shape, network.num_classes)

@@ -29,10 +29,8 @@ from diffusion_cli.formats import SampleFormat, Shape, form_of
 from diffusion_cli.networks import AutoencoderKL
 from diffusion_cli.runs.migrate import FORMAT
 from diffusion_cli.system.precision import NumberFormat
-from diffusion_cli.system.untrusted import plain
+from diffusion_cli.system.untrusted import LARGEST_NUMBER, MOST_PIXELS, plain, whole_numbers
 
-LARGEST_NUMBER = 10**6
-MOST_PIXELS = 2**28
 MOST_MADE = 2**27
 """Most values of a generated dataset; in float64 they take 1 GiB."""
 MOST_FRESH = 6
@@ -308,7 +306,9 @@ def check_built(info: CheckpointInfo) -> list[Problem]:
     nodes += [] if info.latent is None else [("model", info.latent.autoencoder)]
     problems = [problem for key, node in nodes for problem in check_node(key, node)]
     # An untrusted checkpoint can ask for a table or network of any size.
-    large = {(key, number) for key, node in nodes for number in _numbers(node) if number > LARGEST_NUMBER}
+    large = {
+        (key, number) for key, node in nodes for number in whole_numbers(node) if number > LARGEST_NUMBER
+    }
     return problems + [
         Problem(key, number, f"is larger than {LARGEST_NUMBER}") for key, number in sorted(large)
     ]
@@ -332,12 +332,3 @@ def check_dataset(node: Mapping[str, Any], shape: Sequence[int]) -> list[Problem
             Problem("dataset.size", node["size"], f"needs more than {MOST_MADE} numbers in total")
         )
     return mistakes
-
-
-def _numbers(node: Any) -> Iterator[int]:
-    """Yield the integers in plain data."""
-    if isinstance(node, int):
-        yield node
-    elif isinstance(node, Mapping | list):
-        for item in node.values() if isinstance(node, Mapping) else node:
-            yield from _numbers(item)

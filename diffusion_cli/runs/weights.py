@@ -24,13 +24,19 @@ def check_fit(path: Path, network: nn.Module, state: Mapping[str, Tensor]) -> No
             )
 
 
-def save_weights(state: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str] | None = None) -> None:
-    """Write the weights of a network as safetensors; OSError as `atomic_write`."""
+def save_weights(state: Mapping[str, Tensor], path: Path, entry: tuple[str, str] = ("format", "pt")) -> None:
+    """Write the weights of a network as safetensors; OSError as `atomic_write`.
+
+    Args:
+        state: tensors by name.
+        path: file to write.
+        entry: key and text of the metadata. There is one, because safetensors writes several in random order.
+    """
     from safetensors.torch import save as packed
 
     plain = {key: value.detach().cpu().contiguous() for key, value in state.items()}
     with atomic_write(path) as temporary:
-        temporary.write_bytes(packed(plain, {"format": "pt", **(metadata or {})}))
+        temporary.write_bytes(packed(plain, dict([entry])))
 
 
 def digest(state: Mapping[str, Tensor]) -> str:

@@ -50,6 +50,18 @@ def load_checked(file: Path | IO[bytes], *, mmap: bool = False) -> Any:
         raise FormatError("has other objects than tensors and plain data") from error
 
 
+def read_metadata(path: Path) -> dict[str, str]:
+    """Return the texts of a safetensors file beside its tensors; FormatError as `read_tensors`."""
+    from safetensors import SafetensorError, safe_open
+
+    regular(path)
+    try:
+        with safe_open(path, "np") as file:
+            return file.metadata() or {}
+    except SafetensorError as error:
+        raise FormatError(f"{path.name}: {reason(error)}", AGAIN) from error
+
+
 def read_state_dict(path: Path) -> "dict[str, Tensor]":
     """Return the tensors of a `torch.save` or safetensors file, as `read_tensors`.
 

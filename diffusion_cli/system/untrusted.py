@@ -12,6 +12,7 @@ import re
 import stat
 import zipfile
 import zlib
+from collections.abc import Iterator, Mapping
 from io import BytesIO, StringIO
 from pathlib import Path
 from typing import IO, Any
@@ -48,6 +49,9 @@ excluded because it has no signature, so that damaged files would count as TGA. 
 frames may be larger than declared.
 """
 MOST_VALUES = 10**6
+LARGEST_NUMBER = 10**6
+"""Largest whole number in the configuration of a model, which could ask for a table or network of any size."""
+MOST_PIXELS = 2**28
 MOST_IN_MANIFEST = 10**7
 
 
@@ -293,6 +297,15 @@ def plain(value: Any, most: int = MOST_VALUES) -> Any:
             raise FormatError(f"has more than {most} values")
         todo += [(part, depth + 1) for part in parts]
     return value
+
+
+def whole_numbers(node: Any) -> Iterator[int]:
+    """Yield the integers in plain data."""
+    if isinstance(node, int):
+        yield node
+    elif isinstance(node, Mapping | list):
+        for item in node.values() if isinstance(node, Mapping) else node:
+            yield from whole_numbers(item)
 
 
 def from_json(

@@ -157,7 +157,7 @@ def _problem(key: str, value: Any, details: Sequence[Any], model: type[BaseModel
     if detail := kinds.get("extra_forbidden"):
         *parents, name = map(str, detail["loc"])
         fields = getattr(_annotation(model, parents), "model_fields", {})
-        return "unknown key", did_you_mean(name, list(fields), key.removesuffix(name))
+        return "unknown key", did_you_mean(name, list(fields), "".join(f"{parent}." for parent in parents))
     if detail := kinds.get("value_error"):
         return str(detail["ctx"]["error"]), ""
     location = details[0]["loc"]

@@ -12,8 +12,8 @@ from torch import Tensor
 from diffusion_cli.cli import run
 from diffusion_cli.generate import SeededNoise
 from diffusion_cli.runs.load import load_model
-from helpers.pipelines import ddim_pipeline, dit_pipeline, ldm_pipeline, scheduler
-from helpers.unets import unet
+from helpers.pipelines import UNET, ddim_pipeline, dit_pipeline, ldm_pipeline, scheduler
+from helpers.unets import CONDITIONAL, DDPM, IMPROVED, LSUN, NCSNPP_NARROW, unet
 
 diffusers: Any = pytest.importorskip("diffusers")
 CPU = torch.device("cpu")
@@ -62,6 +62,31 @@ def test_ddim_images_of_a_pipeline_are_at_most_one_gray_level_apart(prediction):
     ours = sampled("sampler=ddim", "sampler.spacing=leading", "clip_x0=false")
     theirs = looped(lambda x, t: pipeline.unet(x, t).sample, pipeline.scheduler, (3, 8, 8))
     one_gray_level(ours, to_bytes(theirs))
+
+
+@pytest.mark.parametrize(
+    ("network", "shape", "words"),
+    [
+        (DDPM, (3, 32, 32), []),
+        (LSUN | {"sample_size": 64}, (3, 64, 64), []),
+        (IMPROVED | {"out_channels": 3}, (3, 16, 16), []),
+        (IMPROVED, (3, 16, 16), []),
+        (CONDITIONAL, (1, 8, 16), ["label=3"]),
+        (NCSNPP_NARROW, (3, 8, 8), []),
+    ],
+    ids=["ddpm", "lsun", "scale_shift", "learned_variance", "classes", "ncsnpp"],
+)
+def test_ddim_images_of_published_networks_are_at_most_one_gray_level_apart(network, shape, words):
+    pipeline = ddim_pipeline(Path("x"), network, clip_sample=False)
+    assert run(["import", "source=x"]) == 0
+    ours = sampled("sampler=ddim", "sampler.spacing=leading", "clip_x0=false", *words)
+    labels = torch.tensor([3, 3]) if words else None
+
+    def noise_of(x: Tensor, t: Tensor) -> Tensor:
+        return pipeline.unet(x, t, labels).sample[:, : shape[0]]  # before the outputs of the variance
+
+    theirs = to_bytes(looped(noise_of, pipeline.scheduler, shape))
+    one_gray_level(ours.view(theirs.shape), theirs)
 
 
 @pytest.mark.parametrize(("clip", "both"), [("true", True), ("keep_eps", False)])
@@ -126,7 +151,7 @@ def test_images_of_a_pipeline_with_a_codebook_are_at_most_one_gray_level_apart()
 
 
 def test_a_training_starts_from_an_imported_model():
-    ddim_pipeline(Path("x"), {"in_channels": 1, "out_channels": 1}, beta_schedule="squaredcos_cap_v2")
+    ddim_pipeline(Path("x"), UNET | {"in_channels": 1, "out_channels": 1}, beta_schedule="squaredcos_cap_v2")
     assert run(["import", "source=x"]) == 0
     small = [
         "max_steps=1",

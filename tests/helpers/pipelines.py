@@ -27,10 +27,10 @@ def scheduler(name: str, **settings: Any) -> Any:
     return getattr(import_module("diffusers"), name)(**settings)
 
 
-def ddim_pipeline(folder: Path, network: dict[str, Any] | None = None, **settings: Any) -> Any:
+def ddim_pipeline(folder: Path, network: dict[str, Any] = UNET, **settings: Any) -> Any:
     """A DDIMPipeline that is saved in a folder."""
     pipeline = import_module("diffusers").DDIMPipeline(
-        unet=unet(UNET | (network or {})), scheduler=scheduler("DDIMScheduler", **settings)
+        unet=unet(network), scheduler=scheduler("DDIMScheduler", **settings)
     )
     pipeline.save_pretrained(folder)
     return pipeline

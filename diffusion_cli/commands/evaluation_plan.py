@@ -223,7 +223,9 @@ def _dataset(mode: Measuring, folder: Path, model: LoadedDenoiser | LoadedAutoen
     if mode.other_dataset is not None:
         return build(mode.other_dataset, mode.data_dir)
     if model.info.config.dataset is None and not mode.data_paths:
-        return NoDataset(folder.name, model.shape)
+        remedy = "set dataset=, or import it again with dataset="
+        missing = UsageError(folder, NO_VALUE, "was imported without a dataset", remedy)
+        return NoDataset(folder.name, model.shape, missing)
     return dataset_of(folder, model, mode.data_dir, mode.data_paths)
 
 

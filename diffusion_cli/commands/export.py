@@ -31,6 +31,7 @@ def run(config: ExportConfig) -> None:
         print(line)
     print(
         f"{export.form.name} of {folder.name}, step {model.step}, {config.weights} weights: {export.output}"
+        f"{export.form.remark(export.output)}"
     )
 
 

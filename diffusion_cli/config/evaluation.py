@@ -216,8 +216,8 @@ class ModelEvaluation(Mode, Measuring, RunWeights):
         return f"applies only to samples, and metric={metric_options(self.metric)} uses none"
 
     def remedy_for(self, key: str) -> str:
-        images = " and ".join(f"metric.{name}.num_images" for name in self.model_metrics)
-        return f"{self.remedy}, or set {images}" if key == "num_samples" else self.remedy
+        images = " ".join(f"metric.{name}.num_images=<number>" for name in self.model_metrics)
+        return f"replace it by: {images}" if key == "num_samples" else self.remedy
 
     def problems(self) -> Iterator[Problem]:
         yield from _without_batch_size(self)

@@ -159,6 +159,9 @@ def _alone(folder: Path, sizes: Sequence[int] | None) -> PretrainedModel:
     if part.kind in DENOISERS:
         process = _process(ASSUMED, network)
         assumption = "the source has no scheduler: assumed is that of DDPM, linear betas and noise prediction"
+        whole = folder.resolve().parent
+        if (whole / "scheduler" / SCHEDULER).is_file():
+            assumption += f"; source={whole.name}, the folder around it, has its scheduler"
         process = replace(process, assumptions=(assumption,))
     return PretrainedModel(
         kind=f"{part.kind} of diffusers",

@@ -181,17 +181,18 @@ class NoDataset(Dataset):
     Args:
         name: name of the images in tables.
         shape: shape of every image.
+        missing: error for a use of its images; None for the usual one.
     """
 
     class_names = None
     flip = False
 
-    def __init__(self, name: str, shape: Shape) -> None:
+    def __init__(self, name: str, shape: Shape, missing: UsageError | None = None) -> None:
         super().__init__("")
-        self.name, self.shape = name, shape
+        self.name, self.shape, self.missing = name, shape, missing
 
     def load(self, split: Split) -> Images:
-        raise UsageError(
+        raise self.missing or UsageError(
             "reference",
             "dataset",
             f"no real images to compare {self.name} with",

@@ -32,6 +32,10 @@ class ExportFormat(ABC):
     def example(self, model: Exportable, source: str) -> str:
         """Return Python code that loads the files from a folder or repository `source`, for the model card."""
 
+    def remark(self, folder: Path) -> str:
+        """Return what to note about an exported folder, after its path in a line; empty for nothing."""
+        return ""
+
     def refusal(self, reason: str, remedy: str) -> UsageError:
         """Return the error of a model that the format cannot express."""
         return UsageError("format", self.name, reason, remedy)

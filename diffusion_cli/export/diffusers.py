@@ -149,6 +149,10 @@ class Diffusers(ExportFormat):
         if pipeline.kind is not None:
             _write_json(folder / INDEX, pipeline.index)
 
+    def remark(self, folder: Path) -> str:
+        whole = any((folder / name).is_file() for name in (INDEX, CONFIG))
+        return "" if whole else " (parts only, see README.md in the folder)"
+
     def example(self, model: Exportable, source: str) -> str:
         lines = (
             _autoencoder_example(self._autoencoder(model).kind, source)

@@ -59,8 +59,8 @@ from helpers.evaluation import other_forms
         (
             ["run=a", "metric=bits_per_dim", "num_samples=100"],
             "num_samples=100: applies only to samples, and metric=bits_per_dim uses none; "
-            "leave it out, or set "
-            "metric.bound.num_images and metric.flow_likelihood.num_images",
+            "replace it by: "
+            "metric.bound.num_images=<number> metric.flow_likelihood.num_images=<number>",
         ),
         (
             ["run=a", "metric=bound", "steps=9"],

@@ -50,7 +50,10 @@ def files(folder: Path) -> dict[str, bytes]:
 def test_an_export_that_is_imported_is_exported_with_the_same_bytes(kind, capsys):
     folder = imported(MODELS[kind]())
     assert run(["export", "run=x", "output=out"]) == 0
-    assert "diffusers of x, step 0, ema weights: out" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "diffusers of x, step 0, ema weights: out" in shown
+    has_pipeline = Path("out/model_index.json").is_file()
+    assert ("out (parts only, see README.md in the folder)" in shown) == (not has_pipeline)
     assert files(Path("out")) == files(Path("sources", "x"))
     names = load_model(folder, "ema", CPU).info.class_names
     assert names == (("class 0", "class 1", "class 2") if kind in ("classes", "latents") else None)

@@ -115,7 +115,9 @@ def test_what_needs_a_dataset_or_a_training_answers_in_one_line(source, capsys):
         line == "outputs/cats: was imported without a dataset; import it again with dataset=, or give files"
     )
     line = refused(capsys, "eval", "run=cats", "metric=bits_per_dim", "device=cpu", "cache_dir=cache")
-    assert line.startswith("reference=dataset: no real images to compare cats with; set dataset=")
+    assert line == (
+        "outputs/cats: was imported without a dataset; set dataset=, or import it again with dataset="
+    )
     line = refused(capsys, "train", "run=cats")
     assert line.startswith("run=cats: was imported from cats, so it has no training to continue")
     assert "diffuse train init.run=cats" in line

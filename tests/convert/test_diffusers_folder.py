@@ -277,6 +277,11 @@ def test_a_wrong_source_is_refused_in_one_line_and_leaves_nothing(what, copied, 
     assert not Path("outputs").exists()
 
 
+def test_a_part_leads_to_the_pipeline_with_its_scheduler(copied, capsys):
+    assert run(["import", "source=ddim/unet", "name=x"]) == 0
+    assert "; source=ddim, the folder around it, has its scheduler" in capsys.readouterr().err
+
+
 REMEDIES = {
     "pickled weights": "save the model again with safe_serialization=True",
     "no config": "copy the whole folder, as save_pretrained wrote it",

@@ -59,7 +59,9 @@ def _remarks(model: PretrainedModel) -> Iterator[str]:
     yield from model.remarks
     if model.process is not None:
         yield from model.process.assumptions
-        yield from (f"its own sampler differs: {remark}" for remark in model.process.remarks)
+        yield from (
+            f"images of {model.kind} differ from those here: {remark}" for remark in model.process.remarks
+        )
 
 
 def run_folder(config: ImportConfig) -> Path:
@@ -166,6 +168,7 @@ def _summary(shape: Sequence[int], num_classes: int | None, process: Process | N
     classes = "no classes" if num_classes is None else f"number of classes: {num_classes}"
     nodes = {"schedule": process.schedule, "parameterization": process.parameterization}
     parts = [f"{group}={option_of(group, node)}" for group, node in nodes.items()]
+    parts.append(f"sampled there by {option_of('sampler', process.sampler)}")
     return ", ".join([images, classes, *parts])
 
 

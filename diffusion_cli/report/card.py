@@ -16,7 +16,7 @@ from diffusion_cli.metrics import Report, Result, read_history
 from diffusion_cli.report.page import measured_model, number
 from diffusion_cli.runs.load import LoadedDenoiser
 from diffusion_cli.runs.overview import data_name
-from diffusion_cli.runs.schema import BUILT, CheckpointInfo
+from diffusion_cli.runs.schema import CheckpointInfo
 from diffusion_cli.system.hub import CARD
 from diffusion_cli.system.untrusted import LONGEST_MANIFEST, MOST_IN_MANIFEST, escaped, read, read_json
 
@@ -26,9 +26,11 @@ MARK = re.compile(r"^<!-- diffuse \d\S*: (.+) -->\r?$", re.MULTILINE)
 MOST_BYTES = 2**24
 """Size of a card beyond which it is none of ours."""
 NODES = (
-    "model", "schedule", "parameterization", "objective", "time_sampling", "optimizer", "lr_schedule",
+    "schedule", "parameterization", "objective", "time_sampling", "optimizer", "lr_schedule",
 )  # fmt: skip
 """Parts of the recipe: a class and its options. Others contain paths of this machine."""
+SIZES = ("channels", "channel_mult", "hidden_size", "depth", "patch_size", "latent_channels")
+"""Options of networks that describe their size."""
 VALUES = ("batch_size", "max_steps", "precision", "seed")
 
 
@@ -122,7 +124,8 @@ def model_card(
         example=form.example(model, source).rstrip("\n"),
         class_names=_class_names(model),
         data=_data(info),
-        recipe=dict(_recipe(info)),
+        recipe={"model": _network(model), **dict(_recipe(info))},
+        options={key: format_value(value) for key, value in info.config.model.items() if key != "_target_"},
         results=[_measured(result) for result in results],
         notes=_notes(reports, results),
         origin=f"Written by diffuse {__version__} from step {model.step} of a run, {weights} weights, SHA-256 "
@@ -172,10 +175,22 @@ def _data(info: CheckpointInfo) -> str:
     return f"{images} The training started from the weights of {source}, which had data of its own."
 
 
+def _network(model: Exportable) -> str:
+    """Return class, size and input of a network in short."""
+    network = model.denoiser.network if isinstance(model, LoadedDenoiser) else model.network
+    parameters = sum(weight.numel() for weight in network.parameters())
+    node = model.info.config.model
+    sizes = [f"{key}={format_value(node[key])}" for key in SIZES if node.get(key) is not None]
+    facts = [f"{parameters:,} parameters", f"input {_sizes(model.info.network_shape)}", *sizes]
+    return ", ".join([str(node["_target_"]).rpartition(".")[2], *facts])
+
+
 def _recipe(info: CheckpointInfo) -> Iterator[tuple[str, str]]:
     """Yield the main settings of the training."""
     config = info.config.model_dump()
-    for name in NODES if info.origin is None else BUILT:  # an import chooses an objective for later trainings
+    for name in (
+        NODES if info.origin is None else NODES[:2]
+    ):  # an import chooses an objective for later trainings
         if isinstance(node := config.get(name), Mapping) and "_target_" in node:
             options = (f"{key}={format_value(value)}" for key, value in node.items() if key != "_target_")
             yield name, ", ".join([str(node["_target_"]).rpartition(".")[2], *options])

@@ -115,6 +115,9 @@ def test_the_card_has_metadata_a_picture_of_these_weights_and_the_licence():
     assert "no licence yet" not in card()
     assert "class 0, class 1, class 2" in card()
     assert "unknown: the weights were imported" in card()
+    (row,) = [line for line in card().splitlines() if line.startswith("| model |")]
+    assert re.match(r"\| model \| UNet, [\d,]+ parameters, input 1x8x8, channels=8, ", row)
+    assert r"| norm\_groups | 4 |" in card()
     code = re.search("```python\n(.*?)```", card(), re.DOTALL)
     assert code is not None
     compile(code[1], "card", "exec")

@@ -148,7 +148,7 @@ def test_overrides_are_parsed_as_hydra_composes_them(tmp_path):
 
 
 def test_keys_are_set_as_hydra_composes_them(tmp_path):
-    (tmp_path / "c.yaml").write_text("a: {b: 0, c: ${d}}\nd: 1\n")
+    (tmp_path / "c.yaml").write_text("a:\n  b: 0\n  c: ${d}\nd: 1\n")
     words = ["a.b=[1,{x: 2.5}]", "d='2'"]
     with hydra.initialize_config_dir(str(tmp_path), version_base="1.3"):
         composed, changed = hydra.compose("c", overrides=words), hydra.compose("c")

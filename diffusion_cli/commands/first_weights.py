@@ -122,6 +122,7 @@ def _run(named: str, config: TrainConfig, task: str) -> WeightSource:
         state=source.state,
         channels=shape[0],
         learns_variance=bool(model.get("learn_variance")),
+        num_classes=source.info.num_classes,
         class_names=source.info.stated_class_names,
     )
     origin = {"kind": "run", "step": source.step, "weights": init.weights, "sha256": source.digest}
@@ -141,6 +142,7 @@ def _other_program(named: str) -> WeightSource:
         state=weights_of(source, named, key),
         channels=shape[0],
         learns_variance=bool(model.get("learn_variance")),
+        num_classes=source.network.num_classes,
         class_names=source.class_names,
     )
     origin = {

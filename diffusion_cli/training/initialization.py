@@ -28,6 +28,8 @@ class InitialWeights:
     """Channels of its data."""
     learns_variance: bool
     """Whether its outputs have as many channels again for the variance."""
+    num_classes: int | None
+    """Number of its classes, without the null class; None for an unconditional network."""
     class_names: Sequence[str] | None
     """Names of its classes; None if they have none."""
 
@@ -57,7 +59,7 @@ def fit(
     * Output layer: weights of new channels and of a new variance are 0. From gray to RGB, weights are repeated; from
       RGB to gray, averaged.
     * Rows of classes: those of classes of the same name, and that of the null class. Without names all rows are
-      copied, if there are as many.
+      copied, if the numbers of classes are equal.
     * Other tensors keep their random values.
 
     Args:
@@ -81,9 +83,11 @@ def fit(
         theirs, partly, changed = source.state.get(name), "", False
         if theirs is None:
             pass
-        elif name in rows:
+        elif name in rows and source.num_classes is not None:
             changed = theirs.shape != mine.shape
-            theirs, partly = _class_rows(mine, theirs, source.class_names, class_names or (), rows[name])
+            theirs, partly = _class_rows(
+                mine, theirs, source.num_classes, source.class_names, class_names or (), null=rows[name]
+            )
         # Equal shapes can have other meanings: C channels with a variance, and 2C without.
         elif changes.in_inputs and name.startswith(f"{first}.") and theirs.ndim > 1:
             theirs, changed = changes.of_input(theirs), True
@@ -177,13 +181,20 @@ def _class_tensors(network: nn.Module, classes: int) -> dict[str, bool]:
 
 
 def _class_rows(
-    mine: Tensor, theirs: Tensor, source_names: Sequence[str] | None, names: Sequence[str], null: bool
+    mine: Tensor,
+    theirs: Tensor,
+    classes: int,
+    source_names: Sequence[str] | None,
+    names: Sequence[str],
+    *,
+    null: bool,
 ) -> tuple[Tensor | None, str]:
     """Return `mine` with the rows of a source, or None if no row fits; and which ones, if some classes have none."""
-    if theirs.shape[1:] != mine.shape[1:]:
+    # In a source without a row of the null class, the last row is that of a class.
+    if theirs.shape[1:] != mine.shape[1:] or len(theirs) != classes + null:
         return None, ""
-    if source_names is None or len(theirs) != len(source_names) + null:
-        pairs = {row: row for row in range(len(names))} if len(theirs) == len(mine) else {}
+    if source_names is None:
+        pairs = {row: row for row in range(len(names))} if classes == len(names) else {}
     else:
         of = {name: row for row, name in enumerate(source_names)}
         pairs = {row: of[name] for row, name in enumerate(names) if name in of}

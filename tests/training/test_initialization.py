@@ -31,7 +31,8 @@ def network(name: str, channels: int, classes: int | None = None, seed: int = 0,
 def fitted(target: nn.Module, source: nn.Module, channels: tuple[int, int], names=(None, None)):
     weights = InitialWeights(
         state=source.state_dict(), channels=channels[0],
-        learns_variance=bool(getattr(source, "learn_variance", False)), class_names=names[0],
+        learns_variance=bool(getattr(source, "learn_variance", False)),
+        num_classes=len(names[0]) if names[0] else getattr(source, "num_classes", None), class_names=names[0],
     )  # fmt: skip
     return fit(target, weights, channels[1], names[1])
 
@@ -139,6 +140,21 @@ def test_classes_without_names_are_matched_by_number():
     result = fitted(target, source, (2, 2), (None, list("abcd")))
     assert result.fresh == ["class_embedding.weight (0 of 4 classes taken by name)"]
     assert torch.equal(output(target, images(2)), output(source, images(2)))
+
+
+def test_a_last_class_is_not_taken_for_the_null_class():
+    """4 classes without a null class have as many rows as 3 classes with one."""
+    target, name = network("unet", 2, classes=3), "class_embedding.weight"
+    before = target.state_dict()[name].clone()
+    weights = InitialWeights(
+        state={name: torch.ones_like(before)},
+        channels=2,
+        learns_variance=False,
+        num_classes=4,
+        class_names=None,
+    )
+    assert name in fit(target, weights, 2, list("abc")).fresh
+    assert torch.equal(target.state_dict()[name], before)
 
 
 def test_an_unconditional_source_leaves_classes_new():

@@ -117,7 +117,7 @@ def _read(
         folder = snapshot(source.removeprefix(HUB), chosen) if is_remote else Path(source).expanduser()
         if not folder.is_dir():
             problem = "is not a folder" if folder.exists() else "does not exist"
-            name = None if folder.exists() else repository_in(source)
+            name = None if folder.exists() or is_remote else repository_in(source)
             # A missing folder, whose parent is missing too, is more likely a repository.
             name = name or (source if may_be_repository(source) and not folder.parent.exists() else None)
             raise FormatError(problem, SAVED if name is None else f"give {key}={HUB}{name}")

@@ -4,7 +4,7 @@ import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib import import_module
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from types import ModuleType
 from typing import Any
 
@@ -290,7 +290,7 @@ def _files(folder: Path) -> tuple[Path, ...]:
     variants = sorted(folder.glob(f"{whole.stem}.*{whole.suffix}"))
     if len(variants) == 1:
         return (variants[0],)
-    refuse_pickled(whole)
+    refuse_pickled(whole, folder.glob("*"))
     raise FormatError(f"{folder.name} contains no {WEIGHTS}", WHOLE)
 
 
@@ -299,16 +299,31 @@ def model_files(paths: Collection[str]) -> list[str]:
 
     Args:
         paths: paths of all files of the repository.
+
+    Raises:
+        FormatError: the weights of a part are pickled only.
     """
-    described = [path for path in paths if path.endswith(".json") or path == CARD]
-    return described + [path for path in paths if _is_read(path, paths)]
+    inner = [name for name in PARTS if any(path.startswith(f"{name}/") for path in paths)]
+    return _chosen(paths, inner or [""])
 
 
 def autoencoder_files(paths: Collection[str]) -> list[str]:
     """Return the files of a repository that `read_autoencoder_folder` reads, as `model_files`."""
     names = [name for name, kinds in PARTS.items() if kinds == AUTOENCODERS]
     inner = next((name for name in names if f"{name}/{CONFIG}" in paths), "")
-    return [path for path in model_files(paths) if path.rpartition("/")[0] == inner]
+    return [path for path in _chosen(paths, [inner]) if path.rpartition("/")[0] == inner]
+
+
+def _chosen(paths: Collection[str], folders: Collection[str]) -> list[str]:
+    """Return descriptions and weights among the paths; FormatError if one of some folders has pickled weights only.
+
+    Pickled weights are not downloaded, so `_files` cannot find them.
+    """
+    weights = [path for path in paths if _is_read(path, paths)]
+    for folder in folders:
+        if not any(path.rpartition("/")[0] == folder for path in weights):
+            refuse_pickled(PurePosixPath(folder, WEIGHTS), map(PurePosixPath, paths))
+    return [path for path in paths if path.endswith(".json") or path == CARD] + weights
 
 
 def _is_read(path: str, paths: Collection[str]) -> bool:

@@ -76,10 +76,11 @@ def snapshot(named: str, chosen: Callable[[Collection[str]], list[str]]) -> Path
 
     Args:
         named: owner/name, the newest commit of its main branch; or owner/name@revision: a branch, a tag or a commit.
-        chosen: returns the files to download among the paths of all.
+        chosen: returns the files to download among the paths of all, or raises FormatError.
 
     Raises:
-        FormatError: huggingface_hub is not installed, or the repository cannot be downloaded and is not in the cache.
+        FormatError: huggingface_hub is not installed, the repository has none of these files, or it cannot be
+            downloaded and is not in the cache.
     """
     repository, at, version = named.partition("@")
     check_name(repository)
@@ -98,8 +99,12 @@ def snapshot(named: str, chosen: Callable[[Collection[str]], list[str]]) -> Path
     try:
         info = hub.HfApi().repo_info(repository, revision=revision)
         files = chosen([file.rfilename for file in info.siblings or ()])
+        if not files:  # the library would return a folder that does not exist
+            raise FormatError("has no model that can be read", "choose another repository")
         patterns = [glob.escape(path) for path in files]
         return Path(hub.snapshot_download(repository, revision=revision, allow_patterns=patterns))
+    except FormatError:
+        raise
     except Exception as error:  # the classes of the HTTP library and of the hub
         raise FormatError(
             f"cannot be downloaded ({first_line(error)})", "check its name, its revision, and your login"

@@ -1,7 +1,8 @@
 """Safe reading of tensors from files of other programs."""
 
 import pickle
-from pathlib import Path
+from collections.abc import Iterable
+from pathlib import Path, PurePath
 from typing import IO, TYPE_CHECKING, Any
 
 from diffusion_cli.errors import FormatError
@@ -25,7 +26,7 @@ def read_tensors(path: Path) -> "dict[str, Tensor]":
     from safetensors.torch import load_file
 
     if not path.is_file():
-        refuse_pickled(path)
+        refuse_pickled(path, path.parent.glob("*"))
     regular(path)
     try:
         return load_file(path)
@@ -93,9 +94,15 @@ def read_state_dict(path: Path) -> "dict[str, Tensor]":
     return state
 
 
-def refuse_pickled(path: Path) -> None:
-    """Raise FormatError if there is a pickled file in place of a safetensors file."""
-    pickled = [file.name for file in path.parent.glob(f"{path.stem}*") if file.suffix in PICKLED]
+def refuse_pickled(path: PurePath, files: Iterable[PurePath]) -> None:
+    """Raise FormatError if there is a pickled file in place of a safetensors file.
+
+    Args:
+        path: the safetensors file, which is missing.
+        files: files of its folder, and of others.
+    """
+    beside = (file for file in files if file.parent == path.parent and file.name.startswith(path.stem))
+    pickled = sorted(file.name for file in beside if file.suffix in PICKLED)
     if pickled:
         remedy = "save the model again with safe_serialization=True"
         raise FormatError(f"{pickled[0]} is pickled and could run code", remedy)

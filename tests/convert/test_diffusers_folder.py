@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from diffusion_cli.cli import run
 from diffusion_cli.convert import read_source
 from diffusion_cli.convert.diffusers_folder import autoencoder_files, model_files
-from diffusion_cli.errors import UsageError
+from diffusion_cli.errors import FormatError, UsageError
 from diffusion_cli.runs.imported import weights_of
 from diffusion_cli.runs.load import load_weights
 from helpers.data import write_images
@@ -126,6 +126,19 @@ def test_no_file_of_a_repository_is_downloaded_in_vain():
     assert autoencoder_files([*paths, *vain]) == vae
     half = ["config.json", f"{stem}.fp16.safetensors"]
     assert model_files(half) == autoencoder_files(half) == half
+
+
+def test_pickled_weights_of_a_repository_are_refused_before_the_download():
+    whole = ["config.json", "diffusion_pytorch_model.bin"]
+    unet, vae = ([f"{part}/{name}" for name in whole] for part in ("unet", "vae"))
+    safe = ["vae/config.json", f"vae/{WEIGHTS}"]
+    for paths in (whole, [*unet, *safe], [*vae, "transformer/config.json"]):
+        with pytest.raises(FormatError, match=r"^diffusion_pytorch_model\.bin is pickled") as refused:
+            model_files(paths)
+        assert "safe_serialization=True" in refused.value.remedy
+    with pytest.raises(FormatError, match="is pickled"):
+        autoencoder_files(vae)
+    assert autoencoder_files([*unet, *safe]) == safe
 
 
 def test_files_of_early_versions_in_one_folder_are_read(copied):
@@ -321,6 +334,13 @@ def test_a_file_of_a_folder_leads_to_the_folder(file, folder, words, copied, cap
 def test_the_address_of_a_repository_leads_to_its_name(copied, capsys):
     assert run(["import", "source=https://hub.example/me/digits"]) == 2
     assert capsys.readouterr().err.endswith("does not exist; give source=hub:me/digits\n")
+
+
+def test_a_repository_without_a_folder_does_not_lead_to_itself(tmp_path, monkeypatch):
+    monkeypatch.setattr("diffusion_cli.convert.snapshot", lambda *_: tmp_path / "none")
+    with pytest.raises(UsageError, match="does not exist") as refused:
+        read_source("hub:me/x", "source")
+    assert "give source=" not in str(refused.value)
 
 
 def test_a_folder_without_a_model_is_refused(tmp_path):

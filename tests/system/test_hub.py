@@ -93,6 +93,21 @@ def test_another_repository_is_refused_in_one_line(monkeypatch, name, online, re
     assert ("connect to the network" in refused.value.remedy) == (not online)
 
 
+def test_a_repository_without_files_of_a_model_is_refused(monkeypatch):
+    Library(monkeypatch, online=True, cached=False)
+    with pytest.raises(FormatError, match=r"^has no model that can be read$"):
+        hub.snapshot("a/b", lambda _: [])
+
+
+def test_the_reason_of_the_choice_of_files_is_given(monkeypatch):
+    def refusing(_: Collection[str]) -> list[str]:
+        raise FormatError("is pickled")
+
+    Library(monkeypatch, online=True, cached=False)
+    with pytest.raises(FormatError, match=r"^is pickled$"):
+        hub.snapshot("a/b", refusing)
+
+
 @pytest.mark.parametrize(
     "text", ["hub:me/digits", "https://hub.example/me/digits", "https://hub.example/me/digits/"]
 )

@@ -60,10 +60,11 @@ class ImportedModel:
         """
         check_nodes(self.model)
         model, (first, *_) = self.model, [Path(name) for name in self.model.files]
-        state = checked_weights(first, model.network, model.weights())
+        state = checked_weights(first, model.network, model.weights(), _task(model))
         latent = None
         if model.autoencoder is not None:
-            latent = checked_weights(first, model.autoencoder.network, model.autoencoder.weights())
+            autoencoder = model.autoencoder
+            latent = checked_weights(first, autoencoder.network, autoencoder.weights(), _task(autoencoder))
         info = self._info(latent)
         with new_folder(folder) as temporary:
             if latent is not None:
@@ -98,7 +99,7 @@ class ImportedModel:
         )
         info = parse_info(
             {
-                "task": ImageAutoencoder.task if model.process is None else Denoiser.task,
+                "task": _task(model),
                 "num_images": 0,
                 "config": config,
                 "shape": list(image_shape(model)),
@@ -121,6 +122,12 @@ def _process(process: Process | None) -> dict[str, Any]:
         nothing = {"schedule": None, "parameterization": None, "sampler": None}
         return {**nothing, "objective": content(options("objective")[AUTOENCODING])}
     return {name: getattr(process, name) for name in ("schedule", "parameterization", "objective", "sampler")}
+
+
+def _task(model: PretrainedModel | Autoencoder) -> str:
+    """Return the task of a model."""
+    encodes = isinstance(model, Autoencoder) or model.process is None
+    return ImageAutoencoder.task if encodes else Denoiser.task
 
 
 def image_shape(model: PretrainedModel) -> Shape:
@@ -146,7 +153,7 @@ def _latent(model: PretrainedModel, autoencoder: Weights | None, source: str) ->
 def weights_of(model: PretrainedModel | Autoencoder, source: str, key: str) -> Weights:
     """Return the weights of a model of another program; UsageError, about `key`, unless they fit its network."""
     try:
-        return checked_weights(Path(source), model.network, model.weights())
+        return checked_weights(Path(source), model.network, model.weights(), _task(model))
     except (FormatError, OSError) as error:
         raise refusal(key, source, error) from error
 
@@ -162,8 +169,8 @@ def check_nodes(model: PretrainedModel) -> None:
             raise FormatError(problem.cause, problem.remedy)
 
 
-def checked_weights(path: Path, network: Network, state: Weights) -> Weights:
-    """Return weights in float32; FormatError, before they are copied, unless they fit the network.
+def checked_weights(path: Path, network: Network, state: Weights, task: str) -> Weights:
+    """Return weights in float32; FormatError, before they are copied, unless they fit the network of the task.
 
     The network is built on the meta device for this check.
     """
@@ -174,6 +181,8 @@ def checked_weights(path: Path, network: Network, state: Weights) -> Weights:
             built = build(network.node, network.shape, network.num_classes)
     except Exception as error:  # untrusted sizes cause many types of errors
         raise FormatError(f"its network cannot be built ({reason(error)})") from error
+    if (found := getattr(built, "task", Denoiser.task)) != task:
+        raise FormatError(f"its network is for task={found}, but its description has task={task}")
     check_fit(path, built, state)
     return {name: tensor.float() for name, tensor in state.items()}
 

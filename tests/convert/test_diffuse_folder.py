@@ -132,6 +132,7 @@ WRONG: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "another size of pixels": (lambda value: value | {"shape": [1, 4, 4]}, "progressive resolution was not finished"),
     "no object": (lambda _: [1], "its description is not a JSON object"),
     "an unknown format": (lambda value: value | {"sample_format": {"kind": "x"}}, "form.kind=x: no such format"),
+    "another task": (configured(model=KL), "is for task=autoencoder, but its description has task=diffusion"),
     "other classes": (lambda value: value | {"num_classes": 3, "class_names": ["a"]}, "does not name as many classes"),
 }  # fmt: skip
 
@@ -146,6 +147,14 @@ def test_a_hostile_description_is_refused_in_one_line_and_leaves_nothing(what, c
     assert shown.startswith("diffuse: source=st: ")
     assert line in shown
     assert sorted(path.name for path in Path().iterdir()) == ["st"]
+
+
+def test_a_denoiser_is_no_autoencoder(capsys):
+    described(exported(denoiser(objective=OBJECTIVE)), lambda value: value | {"task": "autoencoder"})
+    assert run(["import", "source=st"]) == 2
+    line = "its network is for task=diffusion, but its description has task=autoencoder; choose another model"
+    assert capsys.readouterr().err == f"diffuse: source=st: {line}\n"
+    assert not Path("outputs").exists()
 
 
 def test_weights_without_a_description_are_refused(capsys):

@@ -56,9 +56,7 @@ def folder_of(run: str, output_dir: str) -> Path:
         if (folder / "config.yaml").is_file():
             raise UsageError("run", run, "has no checkpoint yet", "repeat the command that started it")
         if is_model(folder):
-            raise UsageError(
-                "run", run, "is a model of diffusers, not a run", f"use init.pretrained={folder}"
-            )
+            raise UsageError("run", run, "is a model, not a run", f"use init.pretrained={folder}")
     raise UsageError(
         "run", run, f"no such run, here or in {output_dir}", "use the path of its folder, or set output_dir"
     )

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from diffusion_cli.convert.base import PretrainedModel, UnknownSize
 from diffusion_cli.convert.diffuse_folder import (
+    WEIGHTS,
     export_files,
     is_described,
     is_export,
@@ -19,7 +20,7 @@ from diffusion_cli.convert.diffusers_folder import (
     SAVED,
     autoencoder_files,
     folder_around,
-    is_model,
+    is_diffusers,
     model_files,
     read_autoencoder_folder,
     read_folder,
@@ -43,6 +44,11 @@ def refusal(
     """Return the error of a source that cannot be read, with the remedy of its cause or else the usual one."""
     remedy = error.remedy if isinstance(error, FormatError) else "check that its files can be read"
     return UsageError(key, source, reason(error), remedy or usual)
+
+
+def is_model(folder: Path) -> bool:
+    """Return whether a folder has the files of a model that `read_source` reads."""
+    return is_diffusers(folder) or (folder / WEIGHTS).is_file()
 
 
 def refuse_run(key: str, source: str) -> None:

@@ -122,7 +122,7 @@ def read_folder(folder: Path, sizes: Sequence[int] | None = None) -> PretrainedM
     raise FormatError(f"contains neither {INDEX} nor {CONFIG}", SAVED)
 
 
-def is_model(folder: Path) -> bool:
+def is_diffusers(folder: Path) -> bool:
     """Return whether a folder has the files of a pipeline or a model of diffusers."""
     return any((folder / file).is_file() for file in (INDEX, Path("scheduler", SCHEDULER), CONFIG))
 

@@ -100,7 +100,7 @@ def find_run(run: str | None, output_dir: str, key: str = "run") -> Path:
     for folder in folders:
         if is_model(folder):
             command = PRETRAINED.get(key, "diffuse import source")
-            raise UsageError(key, run, "is a model of diffusers, not a run", f"use {command}={folder}")
+            raise UsageError(key, run, "is a model, not a run", f"use {command}={folder}")
     raise UsageError(key, run, *_no_run(run, root, [folder.name for folder in reversed(runs)]))
 
 

@@ -6,6 +6,7 @@ import pytest
 import yaml
 
 from diffusion_cli.config import load
+from diffusion_cli.config.continued import folder_of
 from diffusion_cli.convert import read_autoencoder
 from diffusion_cli.convert.diffusers_folder import SAVED
 from diffusion_cli.errors import UsageError
@@ -133,8 +134,8 @@ def test_a_latent_source_shares_its_latents(runs):
         (["init.weigths=raw"], "init.weigths=raw: unknown key; did you mean init.weights?"),
         (["run=demo", "init.run=ae"], "init.run=ae: conflicts with run=demo, which continues that run; "
          "leave one of them out"),
-        (["init.run=model"], "init.run=model: is a model of diffusers, not a run; use init.pretrained=model"),
-        (["run=model"], "run=model: is a model of diffusers, not a run; use init.pretrained=model"),
+        (["init.run=model"], "init.run=model: is a model, not a run; use init.pretrained=model"),
+        (["run=model"], "run=model: is a model, not a run; use init.pretrained=model"),
         (["init.pretrained=outputs/demo"], "init.pretrained=outputs/demo: is a run of diffuse already; "
          "use init.run=outputs/demo"),
         (["init.pretrained=google/ddpm-cat-256"], "init.pretrained=google/ddpm-cat-256: does not exist; "
@@ -158,6 +159,7 @@ def test_a_run_comes_before_a_model_of_the_same_name(runs):
     assert find_run("demo", "outputs") == Path("outputs", "demo")
 
 
+@pytest.mark.parametrize("file", ["model_index.json", "model.safetensors"])
 @pytest.mark.parametrize(
     ("key", "remedy"),
     [
@@ -166,13 +168,19 @@ def test_a_run_comes_before_a_model_of_the_same_name(runs):
         ("latent.run", "latent.pretrained=model"),
     ],
 )
-def test_a_model_in_place_of_a_run_is_named(tmp_path, monkeypatch, key, remedy):
+def test_a_model_in_place_of_a_run_is_named(tmp_path, monkeypatch, key, remedy, file):
     monkeypatch.chdir(tmp_path)
     Path("model").mkdir()
-    Path("model", "model_index.json").touch()
+    Path("model", file).touch()
     with pytest.raises(UsageError) as error:
         find_run("model", "outputs", key)
-    assert str(error.value) == f"{key}=model: is a model of diffusers, not a run; use {remedy}"
+    assert str(error.value) == f"{key}=model: is a model, not a run; use {remedy}"
+
+
+def test_an_export_in_place_of_a_run_to_continue_is_named(tmp_path):
+    Path(tmp_path, "model.safetensors").touch()
+    with pytest.raises(UsageError, match=r"is a model, not a run; use init\.pretrained="):
+        folder_of(str(tmp_path), "outputs")
 
 
 def test_an_autoencoder_of_a_run_is_named_too(runs):

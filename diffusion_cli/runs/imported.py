@@ -13,11 +13,11 @@ from diffusion_cli.config import build
 from diffusion_cli.config.catalogue import content, options
 from diffusion_cli.config.continued import IMPORTED
 from diffusion_cli.config.initial import PROCESS
-from diffusion_cli.config.validate import check_node
+from diffusion_cli.config.validate import NOT_ALLOWED, check_node
 from diffusion_cli.convert import refusal
 from diffusion_cli.convert.base import Autoencoder, Network, Node, PretrainedModel, Process, Weights
 from diffusion_cli.diffusion.denoiser import Denoiser
-from diffusion_cli.errors import FormatError
+from diffusion_cli.errors import FormatError, UsageError
 from diffusion_cli.formats import SampleFormat, Shape
 from diffusion_cli.networks import ImageAutoencoder
 from diffusion_cli.runs.checkpoint import LAST, save
@@ -97,20 +97,22 @@ class ImportedModel:
             commit=model.commit,
             numbered_classes=classes is not None and self.class_names is None,
         )
-        info = parse_info(
-            {
-                "task": _task(model),
-                "num_images": 0,
-                "config": config,
-                "shape": list(image_shape(model)),
-                "form": self.form.to_dict(),
-                "latent": _latent(model, autoencoder, self.source),
-                "num_classes": classes,
-                "class_names": None if names is None else list(names),
-                "data_rules": self.data_rules,
-                "origin": origin.model_dump(),
-            }
-        )
+        entry = {
+            "task": _task(model),
+            "num_images": 0,
+            "config": config,
+            "shape": list(image_shape(model)),
+            "form": self.form.to_dict(),
+            "latent": _latent(model, autoencoder, self.source),
+            "num_classes": classes,
+            "class_names": None if names is None else list(names),
+            "data_rules": self.data_rules,
+            "origin": origin.model_dump(),
+        }
+        try:
+            info = parse_info(entry)
+        except UsageError as error:  # its keys and remedies are those of a training
+            raise FormatError(error.problems[0].cause) from error
         if problems := check_built(info):
             raise FormatError(problems[0].cause)
         return info
@@ -165,8 +167,13 @@ def check_nodes(model: PretrainedModel) -> None:
     if model.process is not None:
         nodes += [(key, getattr(model.process, key)) for key in PROCESS]
     for key, node in nodes:
-        for problem in check_node(key, node):
-            raise FormatError(problem.cause, problem.remedy)
+        _check_node(key, node)
+
+
+def _check_node(key: str, node: Node) -> None:
+    """Raise FormatError for the first problem of a node. The user can allow a plugin, but not change the node."""
+    for problem in check_node(key, node):
+        raise FormatError(problem.cause, problem.remedy if problem.problem == NOT_ALLOWED else "")
 
 
 def checked_weights(path: Path, network: Network, state: Weights, task: str) -> Weights:
@@ -174,8 +181,7 @@ def checked_weights(path: Path, network: Network, state: Weights, task: str) -> 
 
     The network is built on the meta device for this check.
     """
-    for problem in check_node("model", network.node):
-        raise FormatError(problem.cause, problem.remedy)
+    _check_node("model", network.node)
     try:
         with torch.device("meta"), limit_tensors(len(state) + SPARE):
             built = build(network.node, network.shape, network.num_classes)

@@ -132,6 +132,14 @@ WRONG: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "another size of pixels": (lambda value: value | {"shape": [1, 4, 4]}, "progressive resolution was not finished"),
     "no object": (lambda _: [1], "its description is not a JSON object"),
     "an unknown format": (lambda value: value | {"sample_format": {"kind": "x"}}, "form.kind=x: no such format"),
+    "no label dropout": (
+        configured(objective={key: value for key, value in OBJECTIVE.items() if key != "label_dropout"}),
+        "objective.label_dropout: missing; choose another model",
+    ),
+    "the objective of an autoencoder": (
+        configured(objective=option("objective", "autoencoder")),
+        "objective.label_dropout: missing; choose another model",
+    ),
     "another task": (configured(model=KL), "is for task=autoencoder, but its description has task=diffusion"),
     "other classes": (lambda value: value | {"num_classes": 3, "class_names": ["a"]}, "does not name as many classes"),
 }  # fmt: skip

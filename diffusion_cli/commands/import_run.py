@@ -19,6 +19,9 @@ from diffusion_cli.formats import SampleFormat, Uint8Image, form_of
 from diffusion_cli.runs.imported import ImportedModel, check_nodes, image_shape
 from diffusion_cli.system.trusted_paths import remember, remember_run
 
+OTHER_PROCESS = "choose another model, or set schedule= and parameterization= as in its training"
+"""Remedy of a source with a contradictory process."""
+
 
 def run(config: ImportConfig) -> None:
     """Write the run, and print what was read and the next commands.
@@ -83,14 +86,14 @@ def _name(source: str) -> str:
 def _process(config: ImportConfig, process: Process | None) -> Process | None:
     """Return the process of a source, changed for the schedule and parameterization that the command names.
 
-    Raises UsageError if it names one for an autoencoder, or both contradict each other.
+    Raises UsageError if it names one for an autoencoder, or both contradict each other, also those of the source.
     """
     chosen: dict[str, Node] = {
         key: node for key in ("schedule", "parameterization") if (node := getattr(config, key)) is not None
     }
-    if not chosen:
-        return process
     if process is None:
+        if not chosen:
+            return None
         key, node = next(iter(chosen.items()))
         problem = f"is for denoisers, and {config.source} is an autoencoder"
         raise UsageError(key, option_of(key, node), problem, "leave it out")
@@ -99,8 +102,10 @@ def _process(config: ImportConfig, process: Process | None) -> Process | None:
             build(chosen.get("schedule", process.schedule))
         )
     except UsageError as error:
+        if not chosen:
+            raise UsageError("source", config.source, error.problems[0].cause, OTHER_PROCESS) from error
         raise UsageError.several(error.problems) from error
-    return changed(process, **chosen)
+    return changed(process, **chosen) if chosen else process
 
 
 def _with_dataset(config: ImportConfig, dataset: Dataset | None, model: PretrainedModel) -> ImportedModel:

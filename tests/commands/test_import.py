@@ -183,6 +183,21 @@ def test_schedule_and_parameterization_of_the_command_replace_those_of_the_sourc
     assert config["parameterization"]["_target_"].endswith(".V")
 
 
+def test_a_process_that_contradicts_itself_is_refused_unless_the_command_changes_it(source, tmp_path, capsys):
+    model = pretrained(tmp_path / "file")
+    assert model.process is not None
+    betas = {
+        "_target_": "diffusion_cli.diffusion.schedules.Betas",
+        "betas": [0.1, 1.0],
+        "zero_terminal_snr": True,
+    }
+    source(replace(model, process=replace(model.process, schedule=betas)))
+    line = refused(capsys, "import", "source=x")
+    assert line.startswith("source=x: parameterization=eps: undefined where alpha = 0: ")
+    assert not Path("outputs").exists()
+    assert run(["import", "source=x", "parameterization=v"]) == 0
+
+
 @pytest.mark.parametrize(
     ("change", "reason"),
     [

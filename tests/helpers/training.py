@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from diffusion_cli.runs.checkpoint import LAST
+from diffusion_cli.runs.checkpoint import LAST, read
 
 
 def kill_training(
@@ -18,7 +18,7 @@ def kill_training(
     env: Mapping[str, str] = os.environ,
     ready: Callable[[], bool] = lambda: True,
 ) -> int:
-    """Train in the folder of `log`, kill the process once there is a checkpoint, and return its newest step.
+    """Train in the folder of `log`, kill the process once there is a checkpoint, and return the step of the last one.
 
     Args:
         words: command line after `diffuse`.
@@ -38,5 +38,4 @@ def kill_training(
         finally:
             process.kill()
             process.wait()
-    numbered = (run / LAST).parent.glob("step_*.ckpt")
-    return max(int(file.stem.removeprefix("step_")) for file in numbered)
+    return read(run / LAST).step  # a numbered checkpoint may be newer, if the kill came between the two

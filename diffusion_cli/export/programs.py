@@ -24,6 +24,8 @@ from diffusion_cli.system.files import writing
 
 PACKAGES = ("onnx", "onnxscript")
 """Packages with which torch writes ONNX."""
+DDIM_STEP = "    x = alpha[n + 1] * x0 + sigma[n + 1] / sigma[n] * (x - alpha[n] * x0)"
+"""Last line of the sampling loop in a model card, from time n to n + 1 (Song et al. 2021a, Eq. 12)."""
 
 
 class _Programs(ExportFormat):
@@ -104,7 +106,7 @@ class Torch(_Programs):
             f"x = sigma[0].clamp(min=1) * torch.randn(4, {_sizes(model)})",
             "for n in range(50):  # DDIM",
             f"    x0 = denoiser(x, times[n].expand(4){y})[0]{_clipped(model, 'clamp')}",
-            "    x = alpha[n + 1] * x0 + sigma[n + 1] / sigma[n] * (x - alpha[n] * x0)",
+            DDIM_STEP,
             "images = decoder(x)" if "decoder" in names else "images = x",
         ]
 
@@ -157,7 +159,7 @@ class Onnx(_Programs):
             "for n in range(50):  # DDIM",
             f'    inputs = {{"x": x, "t": np.repeat(times[n], 4){y}}}',
             f'    x0 = denoiser.run(["x0"], inputs)[0]{_clipped(model, "clip")}',
-            "    x = alpha[n + 1] * x0 + sigma[n + 1] / sigma[n] * (x - alpha[n] * x0)",
+            DDIM_STEP,
             'images = decoder.run(None, {"x": x})[0]' if "decoder" in names else "images = x",
         ]
 

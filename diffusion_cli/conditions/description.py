@@ -1,0 +1,95 @@
+"""Descriptions of conditions: plain data that builds a network, explains values to users, and is stored in runs."""
+
+from collections.abc import Sequence
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, PlainSerializer, PositiveInt
+
+from diffusion_cli.conditions.condition import LABEL
+
+PLAIN = ConfigDict(strict=True, extra="forbid", frozen=True)
+Texts = Annotated[
+    tuple[str, ...],
+    BeforeValidator(lambda value: tuple(value) if isinstance(value, list) else value),
+    PlainSerializer(list),
+]
+
+
+class AttributeDescription(BaseModel):
+    """One attribute of images: a category, yes or no, or a real number."""
+
+    model_config = PLAIN
+    name: str
+    kind: Literal["category", "yes_no", "number"]
+    values: Texts = ()
+    """Names of the categories, in the order of their numbers; "no" and "yes"; empty for a number."""
+    low: float = 0.0
+    """Smallest value of a number in the training images."""
+    high: float = 0.0
+    """Largest value of a number in the training images."""
+
+    def __str__(self) -> str:
+        if self.kind == "number":
+            return f"{self.name}: number, {self.low:.6g} to {self.high:.6g}"
+        return f"{self.name}: yes/no" if self.kind == "yes_no" else f"{self.name}: {len(self.values)} classes"
+
+
+class TextDescription(BaseModel):
+    """The form of encoded texts: tokens of a vocabulary, or features of a frozen encoder."""
+
+    model_config = PLAIN
+    length: PositiveInt
+    """Most tokens of a text."""
+    vocabulary: PositiveInt | None = None
+    """Number of tokens; None for features."""
+    features: PositiveInt | None = None
+    """Features of each token; None for tokens."""
+
+
+class Conditions(BaseModel):
+    """What a network is told beside the noised image."""
+
+    model_config = PLAIN
+    attributes: Annotated[
+        tuple[AttributeDescription, ...],
+        BeforeValidator(lambda value: tuple(value) if isinstance(value, list) else value),
+        PlainSerializer(lambda value: [attribute.model_dump() for attribute in value]),
+    ] = ()
+    """Attributes of the images; a category named "label" is the class."""
+    image: PositiveInt | None = None
+    """Channels of the condition image; None without one."""
+    text: TextDescription | None = None
+
+    @classmethod
+    def of(cls, conditions: "Conditions | int | None") -> "Conditions":
+        """Return a description as it is, or one of a number of classes; None describes an unconditional network."""
+        if isinstance(conditions, Conditions):
+            return conditions
+        return cls() if conditions is None else cls.of_classes([str(number) for number in range(conditions)])
+
+    @classmethod
+    def of_classes(cls, names: Sequence[str]) -> "Conditions":
+        """Return the description of class labels with these names."""
+        return cls(attributes=(AttributeDescription(name=LABEL, kind="category", values=tuple(names)),))
+
+    @property
+    def num_classes(self) -> int | None:
+        """Number of classes; None without class labels."""
+        found = next((attribute for attribute in self.attributes if attribute.name == LABEL), None)
+        return None if found is None or found.kind != "category" else len(found.values)
+
+    @property
+    def only_classes(self) -> bool:
+        """Whether there are no conditions, or only class labels."""
+        others = [attribute for attribute in self.attributes if attribute.name != LABEL]
+        has_other_label = bool(self.attributes) and self.num_classes is None
+        return not others and not has_other_label and self.image is None and self.text is None
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of the values of a `Condition`."""
+        others = {"image": self.image, "text": self.text}
+        return (
+            *(attribute.name for attribute in self.attributes),
+            *(name for name, given in others.items() if given is not None),
+        )

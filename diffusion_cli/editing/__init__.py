@@ -1,8 +1,8 @@
 """Image editing with a trained model, any sampler and any guidance."""
 
+from diffusion_cli.conditions.operators import BlockMean, LinearOperator, Luma, Mask
 from diffusion_cli.editing.base import Edit, EditProcess, EditResult, RestorationMethod
 from diffusion_cli.editing.methods import DPS, RePaint, Replacement
-from diffusion_cli.editing.operators import BlockMean, LinearOperator, Luma, Mask
 from diffusion_cli.editing.restore import Colorize, Inpaint, Outpaint, Restoration, SuperResolution
 from diffusion_cli.editing.transform import Attribute, Img2Img, Interpolate, Reconstruct
 

@@ -7,9 +7,9 @@ from typing import Self
 
 from torch import Tensor
 
+from diffusion_cli.conditions.operators import LinearOperator
 from diffusion_cli.diffusion.denoiser import Denoise
 from diffusion_cli.diffusion.latents import Space
-from diffusion_cli.editing.operators import LinearOperator
 from diffusion_cli.samplers import Advance, NoiseFn, Sampler, unreported
 
 Shape = tuple[int, ...]

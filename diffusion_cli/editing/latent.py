@@ -3,8 +3,8 @@
 from torch import Tensor
 from torch.nn.functional import max_pool2d
 
+from diffusion_cli.conditions.operators import LinearOperator, Mask
 from diffusion_cli.diffusion.latents import Pixels, Space
-from diffusion_cli.editing.operators import LinearOperator, Mask
 
 
 def known_of(space: Space, operator: LinearOperator, y: Tensor) -> tuple[LinearOperator, Tensor]:

@@ -7,9 +7,9 @@ import torch
 from pydantic import PositiveFloat, PositiveInt
 from torch import Tensor
 
+from diffusion_cli.conditions.operators import LinearOperator
 from diffusion_cli.diffusion.denoiser import Prediction, noised
 from diffusion_cli.editing.base import EditProcess, RestorationMethod
-from diffusion_cli.editing.operators import LinearOperator
 from diffusion_cli.samplers import reporting
 
 

@@ -11,9 +11,9 @@ from pydantic import Field, NonNegativeInt
 from torch import Tensor
 from torch.nn.functional import pad
 
+from diffusion_cli.conditions.operators import BlockMean, LinearOperator, Luma, Mask
 from diffusion_cli.editing.base import Edit, EditProcess, EditResult, Shape
 from diffusion_cli.editing.latent import known_of
-from diffusion_cli.editing.operators import BlockMean, LinearOperator, Luma, Mask
 from diffusion_cli.errors import UsageError
 
 

@@ -9,13 +9,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from diffusion_cli.conditions.operators import Mask
 from diffusion_cli.data import Dataset, Images
 from diffusion_cli.data.base import Split
 from diffusion_cli.data.batches import Batches
 from diffusion_cli.data.memory import MemoryImages
 from diffusion_cli.diffusion.latents import Latents, Pixels, measured_scale
 from diffusion_cli.editing.latent import known_of
-from diffusion_cli.editing.operators import Mask
 from diffusion_cli.networks import AutoencoderKL
 from diffusion_cli.networks.autoencoder import drawn
 from diffusion_cli.training import latent_cache

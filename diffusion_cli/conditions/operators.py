@@ -1,4 +1,4 @@
-"""Linear measurements of images, and projections onto them."""
+"""Linear measurements of images, and projections onto them, for conditions and for restoration."""
 
 from abc import ABC, abstractmethod
 

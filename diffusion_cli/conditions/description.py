@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, PlainSerializer, PositiveInt
+from pydantic import BaseModel, BeforeValidator, ConfigDict, NonNegativeInt, PlainSerializer, PositiveInt
 
 from diffusion_cli.conditions.condition import LABEL
 
@@ -44,6 +44,12 @@ class TextDescription(BaseModel):
     """Number of tokens; None for features."""
     features: PositiveInt | None = None
     """Features of each token; None for tokens."""
+    width: PositiveInt = 128
+    """Features of each token within the network."""
+    depth: NonNegativeInt = 2
+    """Blocks of the transformer that reads tokens; unused for features."""
+    heads: PositiveInt = 4
+    """Attention heads of these blocks, a divisor of the width."""
 
 
 class Conditions(BaseModel):

@@ -18,7 +18,8 @@ from diffusion_cli.networks.layers import (
     pad_to_multiple,
     timestep_embedding,
 )
-from diffusion_cli.networks.transformer import SelfAttention, Transformer
+from diffusion_cli.networks.token_layers import SelfAttention
+from diffusion_cli.networks.transformer import Transformer
 
 
 class DiT(Transformer):

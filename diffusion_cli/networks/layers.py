@@ -345,14 +345,19 @@ def _kronecker(left: list[list[float]], right: list[list[float]]) -> list[list[f
     return [[a * b for a in one for b in other] for one in left for other in right]
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Return `softmax(q k^T / sqrt(d)) v` for q [B, heads, N, d] and k, v [B, heads, M, d], in their dtype."""
+def attend(q: Tensor, k: Tensor, v: Tensor, given: Tensor | None = None) -> Tensor:
+    """Return `softmax(q k^T / sqrt(d)) v` for q [B, heads, N, d] and k, v [B, heads, M, d], in their dtype.
+
+    `given`, bool [B, M], excludes keys from the softmax, at most M - 1 of each row; None includes all.
+    """
+    given = None if given is None else given[:, None, None]
     # On CPUs in bfloat16, the fused kernel is up to seven times slower than matrix products if the N x M matrices
     # are small.
     small = q.shape[0] * q.shape[1] * q.shape[2] * k.shape[2] <= SMALL
     if q.device.type == "cpu" and q.dtype == torch.bfloat16 and small:
-        return (q * q.shape[3] ** -0.5 @ k.transpose(2, 3)).softmax(3) @ v
-    return scaled_dot_product_attention(q, k, v)
+        logits = q * q.shape[3] ** -0.5 @ k.transpose(2, 3)
+        return (logits if given is None else logits.masked_fill(~given, -torch.inf)).softmax(3) @ v
+    return scaled_dot_product_attention(q, k, v, given)
 
 
 class Dropout(nn.Dropout):

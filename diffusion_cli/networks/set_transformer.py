@@ -8,8 +8,9 @@ from pydantic import Field, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
 from diffusion_cli.errors import UsageError
-from diffusion_cli.networks.layers import NORM_EPS, attend
-from diffusion_cli.networks.transformer import SelfAttention, Transformer, XavierLinear
+from diffusion_cli.networks.layers import NORM_EPS
+from diffusion_cli.networks.token_layers import CrossAttention, SelfAttention, XavierLinear
+from diffusion_cli.networks.transformer import Transformer
 
 
 class SetTransformer(Transformer):
@@ -105,21 +106,3 @@ class InducedAttention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         inducing = self.inducing.expand(x.shape[0], -1, -1)
         return self.spread(x, self.norm(inducing + self.gather(inducing, x)))
-
-
-class CrossAttention(nn.Module):
-    """Attention from tokens x [B, N, width] to others [B, M, width]: [B, N, width]."""
-
-    def __init__(self, width: int, num_heads: int) -> None:
-        super().__init__()
-        self.num_heads = num_heads
-        self.q = XavierLinear(width, width)
-        self.kv = XavierLinear(width, 2 * width)
-        self.proj = XavierLinear(width, width)
-
-    def forward(self, x: Tensor, others: Tensor) -> Tensor:
-        q = self.q(x).unflatten(2, (self.num_heads, -1)).transpose(1, 2)  # [B, heads, N, d]
-        kv = self.kv(others).unflatten(2, (2, self.num_heads, -1)).transpose(1, 3)  # [B, heads, 2, M, d]
-        with torch.autocast(x.device.type, enabled=False):
-            out = attend(q, *kv.unbind(2))
-        return self.proj(out.transpose(1, 2).flatten(2))

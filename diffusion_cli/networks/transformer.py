@@ -10,25 +10,15 @@ from diffusion_cli.errors import UsageError
 from diffusion_cli.networks.layers import (
     NORM_EPS,
     Checkpointed,
-    Dropout,
     SinusoidalLayout,
-    attend,
     conditioning_classes,
     timestep_embedding,
     zero_init,
 )
+from diffusion_cli.networks.token_layers import MLP, XavierLinear
 
 TIME_FEATURES = 256  # Peebles and Xie 2023
 EMBEDDING_STD = 0.02
-
-
-class XavierLinear(nn.Linear):
-    """Linear layer with Xavier initialization (Glorot and Bengio 2010) and zero bias."""
-
-    def reset_parameters(self) -> None:
-        nn.init.xavier_uniform_(self.weight)
-        if self.bias is not None:
-            nn.init.zeros_(self.bias)
 
 
 class TimeEmbedding(nn.Module):
@@ -57,36 +47,6 @@ class ClassEmbedding(nn.Module):
 
     def forward(self, y: Tensor) -> Tensor:
         return self.embedding_table(y)
-
-
-class SelfAttention(nn.Module):
-    """Self-attention over all tokens, at cost O(N^2): [B, N, width] to the same shape."""
-
-    def __init__(self, width: int, num_heads: int) -> None:
-        super().__init__()
-        self.num_heads = num_heads
-        self.qkv = XavierLinear(width, 3 * width)
-        self.proj = XavierLinear(width, width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        qkv = self.qkv(x).unflatten(2, (3, self.num_heads, -1)).transpose(1, 3)  # [B, heads, 3, N, d]
-        with torch.autocast(x.device.type, enabled=False):
-            out = attend(*qkv.unbind(2))
-        return self.proj(out.transpose(1, 2).flatten(2))
-
-
-class MLP(nn.Module):
-    """Two linear layers with a GELU (tanh approximation) in between, applied per token."""
-
-    def __init__(self, width: int, hidden: int, dropout: float) -> None:
-        super().__init__()
-        self.fc1 = XavierLinear(width, hidden)
-        self.act = nn.GELU(approximate="tanh")
-        self.dropout = Dropout(dropout)
-        self.fc2 = XavierLinear(hidden, width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(self.dropout(self.act(self.fc1(x))))
 
 
 class Modulation(nn.Sequential):

@@ -11,8 +11,9 @@ from torch.nn.functional import pad
 from diffusion_cli.networks import BLOCKS, DiT, SetTransformer
 from diffusion_cli.networks.dit import position_embedding
 from diffusion_cli.networks.layers import zero_init
-from diffusion_cli.networks.set_transformer import CrossAttention, InducedAttention
-from diffusion_cli.networks.transformer import SelfAttention, TransformerBlock
+from diffusion_cli.networks.set_transformer import InducedAttention
+from diffusion_cli.networks.token_layers import CrossAttention, SelfAttention
+from diffusion_cli.networks.transformer import TransformerBlock
 
 CONF = Path(__file__).parents[2] / "conf" / "model"
 CPU = torch.device("cpu")

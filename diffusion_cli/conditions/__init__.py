@@ -2,5 +2,6 @@
 
 from diffusion_cli.conditions.condition import Condition
 from diffusion_cli.conditions.description import AttributeDescription, Conditions, TextDescription
+from diffusion_cli.conditions.image import ImageCondition, NoImage
 
-__all__ = ["AttributeDescription", "Condition", "Conditions", "TextDescription"]
+__all__ = ["AttributeDescription", "Condition", "Conditions", "ImageCondition", "NoImage", "TextDescription"]

@@ -1,6 +1,7 @@
 """Linear measurements of images, and projections onto them, for conditions and for restoration."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -92,3 +93,8 @@ class BlockMean(LinearOperator):
 
     def pseudo_inverse(self, y: Tensor) -> Tensor:
         return interpolate(y, scale_factor=float(self.factor), mode="nearest")
+
+
+def middle_half(sizes: Sequence[int]) -> list[slice]:
+    """Return the middle half of each axis."""
+    return [slice(size // 4, size - size // 4) for size in sizes]

@@ -11,7 +11,7 @@ from pydantic import Field, NonNegativeInt
 from torch import Tensor
 from torch.nn.functional import pad
 
-from diffusion_cli.conditions.operators import BlockMean, LinearOperator, Luma, Mask
+from diffusion_cli.conditions.operators import BlockMean, LinearOperator, Luma, Mask, middle_half
 from diffusion_cli.editing.base import Edit, EditProcess, EditResult, Shape
 from diffusion_cli.editing.latent import known_of
 from diffusion_cli.errors import UsageError
@@ -88,9 +88,9 @@ class Inpaint(Restoration):
 def _box(mask: str | list[int], sizes: list[int]) -> list[slice]:
     """Return the slices of a box, given with the last axis first; the middle half of each axis for the centre."""
     ndim = len(sizes)
-    starts, ends = [size // 4 for size in sizes], [size - size // 4 for size in sizes]
-    if isinstance(mask, list):
-        starts, ends = ([*map(int, reversed(part))] for part in (mask[:ndim], mask[ndim:]))
+    if isinstance(mask, str):
+        return middle_half(sizes)
+    starts, ends = ([*map(int, reversed(part))] for part in (mask[:ndim], mask[ndim:]))
     if not _lies_within(starts, ends, sizes):
         names, order = "[left,top,right,bottom] in pixels", ""
         if ndim == 3:

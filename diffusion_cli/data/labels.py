@@ -2,6 +2,7 @@
 
 import csv
 from collections import Counter
+from collections.abc import Sequence
 from io import StringIO
 from pathlib import Path, PurePosixPath
 from typing import Literal, NamedTuple
@@ -138,18 +139,23 @@ def _measured(labels: list[str]) -> str:
     if not parts:
         return ""
     some = examples(parts)
-    return f"has labels such as {some}; set dataset.labels=csv to make each number a class, or none"
+    return (
+        f"has labels such as {some}; set dataset.label=label for a number, or dataset.labels=csv to make each number "
+        "a class, or none"
+    )
 
 
 def _few(path: Path, labels: list[str]) -> tuple[str, ...]:
+    """Return the remark of `few_images` on the classes of a path."""
+    return few_images(f"dataset.path={path}", len(set(labels)), len(labels), ", or set dataset.labels=none")
+
+
+def few_images(key: str, classes: int, images: int, remedy: str = "") -> tuple[str, ...]:
     """Return a remark if there are more than `MANY` classes and fewer than two images per class on average."""
-    number = len(set(labels))
-    if number <= MANY or len(labels) >= 2 * number:
+    if classes <= MANY or images >= 2 * classes:
         return ()
-    line = (
-        f"{number} classes for {len(labels)} images are too many to learn; check that the labels are classes"
-    )
-    return (f"dataset.path={path}: {line}, or set dataset.labels=none",)
+    line = f"{classes} classes for {images} images are too many to learn; check that the labels are classes"
+    return (f"{key}: {line}{remedy}",)
 
 
 def _no_classes(images: list[str]) -> str:
@@ -202,10 +208,16 @@ def common_depth(folders: list[tuple[str, ...]]) -> int:
 
 def find_csv(names: list[str], images: list[str]) -> str | None:
     """Return the name of the topmost `labels.csv` in a folder that contains all images, or None."""
+    return find_table(names, images, (LABELS_CSV,))
+
+
+def find_table(names: list[str], images: list[str], tables: Sequence[str]) -> str | None:
+    """Return the topmost of some tables in a folder that contains all images, the first of a folder; None without."""
     folders = [PurePosixPath(image).parts[:-1] for image in images]
     levels = range(common_depth(folders) + 1)
-    places = [str(PurePosixPath(*folders[0][:depth], LABELS_CSV)) for depth in levels]
-    return next((place for place in places if place in names), None)
+    there = set(names)
+    places = (str(PurePosixPath(*folders[0][:depth], table)) for depth in levels for table in tables)
+    return next((place for place in places if place in there), None)
 
 
 def read(path: Path, name: str, limit: int = foreign.LARGEST) -> bytes:
@@ -224,56 +236,87 @@ def csv_rows(data: bytes) -> list[tuple[str, str]]:
     """Return the columns `file` and `label` of a CSV file, stripped of blanks; empty lines are skipped.
 
     Raises:
-        FormatError: the data are not UTF-8 (with or without a byte-order mark) or not CSV, the header lacks one of
-            the columns or repeats it, or a row is longer than the header.
+        FormatError: as `csv_lines` and `padded`, or the header lacks one of the columns or repeats it.
     """
-    try:
-        text = data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = error.object.count(b"\n", 0, error.start) + 1
-        raise FormatError(f"is not UTF-8 (line {line}: {error.reason}); save it as UTF-8") from error
-    reader = csv.reader(StringIO(text, newline=""), skipinitialspace=True, strict=True)
+    header, rows = csv_lines(data)
+    if not header.count("file") == header.count("label") == 1:
+        others = [name for name in header if name and name != "file"]
+        choose = (
+            f", or choose columns with dataset.label=[{','.join(others)[:80]}]" if "file" in header else ""
+        )
+        raise FormatError(
+            f"needs a header line with one column file and one column label, but begins with "
+            f"{','.join(header)[:80]!r}; add 'file,label', or set dataset.labels=folders or none{choose}"
+        )
+    file, label = header.index("file"), header.index("label")
+    return [(row[file], row[label]) for row in padded(header, rows)]
+
+
+def csv_lines(data: bytes) -> tuple[list[str], list[list[str]]]:
+    """Return the header and the rows of a CSV file, stripped of blanks; empty lines are skipped.
+
+    Raises FormatError for data that are not CSV in UTF-8, with or without a byte-order mark.
+    """
+    reader = csv.reader(StringIO(decoded(data), newline=""), skipinitialspace=True, strict=True)
     try:
         fields = [[field.strip() for field in row] for row in reader]
     except csv.Error as error:
         raise FormatError(f"is not valid CSV (line {reader.line_num}: {error}); repair it") from error
     header, *rows = [row for row in fields if any(row)] or [[]]
-    if not header.count("file") == header.count("label") == 1:
-        raise FormatError(
-            f"needs a header line with one column file and one column label, but begins with "
-            f"{','.join(header)[:80]!r}; add 'file,label', or set dataset.labels=folders or none"
-        )
+    return header, rows
+
+
+def decoded(data: bytes) -> str:
+    """Return text in UTF-8, with or without a byte-order mark; FormatError that names the line of other bytes."""
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = error.object.count(b"\n", 0, error.start) + 1
+        raise FormatError(f"is not UTF-8 (line {line}: {error.reason}); save it as UTF-8") from error
+
+
+def padded(header: list[str], rows: list[list[str]]) -> list[list[str]]:
+    """Return the rows of a table as long as its header; FormatError for longer ones."""
     long = [",".join(row)[:80] for row in rows if any(row[len(header) :])]
     if long:
         raise FormatError(
             f"has more fields than its header in {examples(long)}; quote fields that contain commas"
         )
-    padded = [row + [""] * len(header) for row in rows]
-    return [(row[header.index("file")], row[header.index("label")]) for row in padded]
+    return [row + [""] * (len(header) - len(row)) for row in rows]
 
 
 def csv_classes(rows: list[tuple[str, str]], table: str, images: list[str]) -> list[str]:
     """Return the label of every image by the rows of `table`, which name images relative to its folder.
 
-    Raises FormatError unless the rows name every image exactly once, nothing else, and give each a label.
+    Raises FormatError as `image_rows`, and for an image without a label.
     """
-    files = [image.removeprefix(table.removesuffix(LABELS_CSV)) for image in images]
+    chosen = image_rows([file for file, _ in rows], table, images)
+    if empty := [file for file, label in (rows[row] for row in chosen) if not label]:
+        raise FormatError(f"has no label for {examples(empty)}; complete the column label")
+    return [rows[row][1] for row in chosen]
+
+
+def image_rows(named: list[str], table: str, images: list[str]) -> list[int]:
+    """Return the row of every image in a table, by the files that its rows name, relative to the folder of `table`.
+
+    Raises FormatError unless the rows name every image exactly once and nothing else.
+    """
+    name = PurePosixPath(table).name
+    files = [image.removeprefix(table.removesuffix(name)) for image in images]
     exact = set(files)
     one_form = {composed(file): file for file in files}
-    rows = [(file if file in exact else one_form.get(composed(file), file), label) for file, label in rows]
-    label_of = dict(rows)
-    if unknown := [file for file, _ in rows if file not in exact]:
+    named = [file if file in exact else one_form.get(composed(file), file) for file in named]
+    row_of = {file: row for row, file in enumerate(named)}
+    if unknown := [file for file in named if file not in exact]:
         raise FormatError(
             f"names files that do not exist: {examples(unknown)}; remove these rows, or name images relative to the "
-            f"folder of {LABELS_CSV}, with /"
+            f"folder of {name}, with /"
         )
-    if repeated := [file for file, count in Counter(file for file, _ in rows).items() if count > 1]:
+    if repeated := [file for file, count in Counter(named).items() if count > 1]:
         raise FormatError(f"has more than one row for {examples(repeated)}; keep one row per image")
-    if empty := [file for file, label in rows if not label]:
-        raise FormatError(f"has no label for {examples(empty)}; complete the column label")
-    if missing := [file for file in files if file not in label_of]:
+    if missing := [file for file in files if file not in row_of]:
         raise FormatError(f"has no row for {examples(missing)}; add rows for them, or remove the images")
-    return [label_of[file] for file in files]
+    return [row_of[file] for file in files]
 
 
 def examples(names: list[str]) -> str:

@@ -109,7 +109,10 @@ def test_measured_numbers_are_no_classes_unless_asked_for(tmp_path):
     path = table(tmp_path / "x", "0.5", "37.2", "1", "nan")
     found = folder(path)
     assert found.class_names is None
-    assert "labels.csv has labels such as '0.5', '37.2'; set dataset.labels=csv" in found.remarks()[0]
+    assert (
+        "labels.csv has labels such as '0.5', '37.2'; set dataset.label=label for a number"
+        in found.remarks()[0]
+    )
     assert folder(path, labels="csv").class_names == ("0.5", "1", "37.2", "nan")
     assert folder(table(tmp_path / "whole", "1.0", "2.0", "10")).class_names == ("1.0", "10", "2.0")
     assert folder(table(tmp_path / "mixed", "0.5", "half")).class_names == ("0.5", "half")

@@ -24,8 +24,8 @@ from diffusion_cli.config import CONF, build
 from diffusion_cli.data import Dataset
 from diffusion_cli.metrics.features.classifier_training import Recipe, accuracy
 from diffusion_cli.metrics.features.shipped import FOLDER, INDEX
-from diffusion_cli.runs.weights import digest
 from diffusion_cli.system.files import atomic_write
+from diffusion_cli.system.tensors import digest
 
 CPU = torch.device("cpu")
 LEAST_ACCURACY = 0.99

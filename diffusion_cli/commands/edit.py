@@ -40,11 +40,11 @@ from diffusion_cli.images import (
 )
 from diffusion_cli.runs.manifest import MANIFEST
 from diffusion_cli.runs.schema import check_dataset
-from diffusion_cli.runs.weights import digest
 from diffusion_cli.samplers import Advance, unreported
 from diffusion_cli.system.own_folder import own_folder
 from diffusion_cli.system.precision import autocast
 from diffusion_cli.system.progress import ProgressBar
+from diffusion_cli.system.tensors import digest
 from diffusion_cli.system.trusted_paths import unnamed
 
 SHOWN = 10  # most rows of grid.png

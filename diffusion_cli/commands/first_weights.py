@@ -18,7 +18,7 @@ from diffusion_cli.runs.find import find_run
 from diffusion_cli.runs.imported import weights_of
 from diffusion_cli.runs.load import load_weights
 from diffusion_cli.runs.schema import InitInfo
-from diffusion_cli.runs.weights import digest
+from diffusion_cli.system.tensors import digest
 from diffusion_cli.training.initialization import InitialWeights, fit
 
 FEW = 0.5

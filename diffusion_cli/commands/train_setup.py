@@ -25,11 +25,11 @@ from diffusion_cli.networks import AutoencoderKL
 from diffusion_cli.runs.find import find_run
 from diffusion_cli.runs.lora import BASE, read_base
 from diffusion_cli.runs.schema import CheckpointInfo, InitInfo, LatentInfo, LoraInfo, StageInfo
-from diffusion_cli.runs.weights import digest
 from diffusion_cli.samplers import Sampler
 from diffusion_cli.system.distributed import Distributed
 from diffusion_cli.system.precision import NumberFormat, resolve
 from diffusion_cli.system.seeding import mix
+from diffusion_cli.system.tensors import digest
 from diffusion_cli.training.autoencoder_loss import Autoencoding, ReconstructionLoss
 from diffusion_cli.training.autoencoding import AutoencodingModule
 from diffusion_cli.training.device import Device

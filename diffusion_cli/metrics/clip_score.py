@@ -6,10 +6,10 @@ from torch import Tensor
 
 from diffusion_cli.errors import UsageError
 from diffusion_cli.metrics.base import FeatureView, Metric, MetricState, MetricValue, SampleBatch
-from diffusion_cli.metrics.features import hub
 from diffusion_cli.metrics.features.base import Features
 from diffusion_cli.metrics.features.clip import CLIPFeatures
 from diffusion_cli.metrics.features.registry import FeatureExtractors
+from diffusion_cli.system import pretrained
 
 
 class CLIPScore(Metric):
@@ -42,8 +42,10 @@ class CLIPScore(Metric):
     def network(self, networks: FeatureExtractors) -> Features:
         return networks.of_metric("clip_score", "clip", self.weights)
 
-    def downloads(self) -> list[hub.HubFile]:
-        return hub.files(self.weights, (*hub.NETWORK, *hub.TOKENIZER), hub.OPTIONAL)
+    def downloads(self) -> list[pretrained.HubFile]:
+        return pretrained.files(
+            self.weights, (*pretrained.NETWORK, *pretrained.TOKENIZER), pretrained.OPTIONAL
+        )
 
     def check(self, count: int, seen: FeatureView, force: bool) -> list[str]:
         if seen.samples.class_names is None or not seen.samples.labelled:

@@ -8,13 +8,13 @@ from torch import Tensor
 from diffusion_cli.data import spread
 from diffusion_cli.errors import Problem, UsageError
 from diffusion_cli.metrics.base import FeatureView, Metric, MetricState, MetricValue, SampleBatch
-from diffusion_cli.metrics.features import hub
 from diffusion_cli.metrics.features.base import Features
 from diffusion_cli.metrics.features.registry import FeatureExtractors
 from diffusion_cli.metrics.kernel import suggested_subset
 from diffusion_cli.metrics.moments import Moments
 from diffusion_cli.metrics.reference import Stream
 from diffusion_cli.metrics.rows import Rows
+from diffusion_cli.system import pretrained
 from diffusion_cli.system.files import file_digest
 from diffusion_cli.system.progress import ProgressBar
 
@@ -166,8 +166,8 @@ class FrechetDistanceDINOv2(FrechetDistance):
     def network(self, networks: FeatureExtractors) -> Features:
         return networks.of_metric(self.key, "dinov2", self.weights)
 
-    def downloads(self) -> list[hub.HubFile]:
-        return hub.files(self.weights, hub.NETWORK)
+    def downloads(self) -> list[pretrained.HubFile]:
+        return pretrained.files(self.weights, pretrained.NETWORK)
 
 
 class SpatialFrechetDistance(FrechetDistance):

@@ -9,10 +9,10 @@ from torch import Tensor
 
 from diffusion_cli.errors import UsageError
 from diffusion_cli.metrics.base import FeatureView, Metric, MetricState, MetricValue
-from diffusion_cli.metrics.features import hub
 from diffusion_cli.metrics.features.base import Features
 from diffusion_cli.metrics.features.registry import FeatureExtractors
 from diffusion_cli.metrics.rows import Rows
+from diffusion_cli.system import pretrained
 from diffusion_cli.system.progress import ProgressBar
 
 
@@ -153,8 +153,8 @@ class CLIPDistance(Metric):
     def network(self, networks: FeatureExtractors) -> Features:
         return networks.of_metric("mmd", "clip", self.weights)
 
-    def downloads(self) -> list[hub.HubFile]:
-        return hub.files(self.weights, hub.NETWORK)
+    def downloads(self) -> list[pretrained.HubFile]:
+        return pretrained.files(self.weights, pretrained.NETWORK)
 
     def check(self, count: int, seen: FeatureView, force: bool) -> list[str]:
         return []

@@ -23,8 +23,9 @@ from diffusion_cli.networks import ImageAutoencoder
 from diffusion_cli.runs.checkpoint import LAST, save
 from diffusion_cli.runs.load import AUTOENCODER, limit_tensors
 from diffusion_cli.runs.schema import CheckpointInfo, LatentInfo, OriginInfo, check_built, parse_info
-from diffusion_cli.runs.weights import check_fit, digest, save_weights
+from diffusion_cli.runs.weights import check_fit, save_weights
 from diffusion_cli.system.files import atomic_write, file_digest, new_folder
+from diffusion_cli.system.tensors import digest
 from diffusion_cli.system.untrusted import reason
 
 AUTOENCODING = "autoencoder"

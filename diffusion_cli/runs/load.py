@@ -23,9 +23,9 @@ from diffusion_cli.runs.checkpoint import BEST, LAST, Checkpoint, numbered, read
 from diffusion_cli.runs.find import newest
 from diffusion_cli.runs.lora import merged, read_base
 from diffusion_cli.runs.schema import CheckpointInfo, check_built, not_built
-from diffusion_cli.runs.weights import check_fit, digest
+from diffusion_cli.runs.weights import check_fit
 from diffusion_cli.system.distributed import Distributed
-from diffusion_cli.system.tensors import read_tensors
+from diffusion_cli.system.tensors import digest, read_tensors
 from diffusion_cli.system.untrusted import reason
 
 AUTOENCODER = "autoencoder.safetensors"

@@ -12,8 +12,7 @@ from torch import Tensor
 
 from diffusion_cli.errors import NO_VALUE, FormatError, UsageError
 from diffusion_cli.runs.schema import LoraInfo
-from diffusion_cli.runs.weights import digest
-from diffusion_cli.system.tensors import read_tensors
+from diffusion_cli.system.tensors import digest, read_tensors
 from diffusion_cli.system.untrusted import reason
 
 BASE = "base.safetensors"

@@ -1,10 +1,8 @@
-"""Write weights as safetensors, compare them with networks, and compute their digests."""
+"""Write weights as safetensors, and compare them with networks."""
 
-import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 
-import torch
 from torch import Tensor, nn
 
 from diffusion_cli.errors import FormatError
@@ -37,12 +35,3 @@ def save_weights(state: Mapping[str, Tensor], path: Path, entry: tuple[str, str]
     plain = {key: value.detach().cpu().contiguous() for key, value in state.items()}
     with atomic_write(path) as temporary:
         temporary.write_bytes(packed(plain, dict([entry])))
-
-
-def digest(state: Mapping[str, Tensor]) -> str:
-    """Return the SHA-256 of named tensors: of their names, dtypes, shapes and bytes."""
-    sha = hashlib.sha256()
-    for key, value in sorted(state.items()):
-        sha.update(f"{key} {value.dtype} {tuple(value.shape)}".encode())
-        sha.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-    return sha.hexdigest()

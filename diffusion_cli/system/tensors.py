@@ -1,7 +1,8 @@
-"""Safe reading of tensors from files of other programs."""
+"""Safe reading of tensors from files of other programs, and digests of tensors."""
 
+import hashlib
 import pickle
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path, PurePath
 from typing import IO, TYPE_CHECKING, Any
 
@@ -106,3 +107,14 @@ def refuse_pickled(path: PurePath, files: Iterable[PurePath]) -> None:
     if pickled:
         remedy = "save the model again with safe_serialization=True"
         raise FormatError(f"{pickled[0]} is pickled and could run code", remedy)
+
+
+def digest(state: "Mapping[str, Tensor]") -> str:
+    """Return the SHA-256 of named tensors: of their names, dtypes, shapes and bytes."""
+    import torch
+
+    sha = hashlib.sha256()
+    for key, value in sorted(state.items()):
+        sha.update(f"{key} {value.dtype} {tuple(value.shape)}".encode())
+        sha.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return sha.hexdigest()

@@ -22,9 +22,9 @@ from diffusion_cli.runs.find import newest
 from diffusion_cli.runs.imported import weights_of
 from diffusion_cli.runs.load import load_autoencoder, load_latents, load_weights
 from diffusion_cli.runs.schema import CheckpointInfo, LatentInfo
-from diffusion_cli.runs.weights import digest
 from diffusion_cli.system.distributed import Distributed
 from diffusion_cli.system.progress import ProgressBar
+from diffusion_cli.system.tensors import digest
 from diffusion_cli.training.latent_cache import ENCODED, LatentImages, encoded
 
 LEAST = 1e-6  # smallest standard deviation of a channel

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from diffusion_cli.errors import UsageError
 from diffusion_cli.runs.lora import DOWN
 from diffusion_cli.runs.schema import LoraInfo
-from diffusion_cli.runs.weights import digest
+from diffusion_cli.system.tensors import digest
 from diffusion_cli.training.initialization import matching
 
 

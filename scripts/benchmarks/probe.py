@@ -23,8 +23,8 @@ from benchmarks.ours import configured
 from diffusion_cli.commands.train import train
 from diffusion_cli.config import TrainConfig
 from diffusion_cli.runs.checkpoint import LAST, read
-from diffusion_cli.runs.weights import digest
 from diffusion_cli.system.distributed import Distributed, launch
+from diffusion_cli.system.tensors import digest
 from diffusion_cli.training.callbacks import GracefulStop
 from diffusion_cli.training.module import TrainingModule
 

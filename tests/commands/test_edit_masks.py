@@ -14,7 +14,7 @@ from diffusion_cli.commands.masks import read_masks
 from diffusion_cli.data import Folder, resized_region
 from diffusion_cli.errors import UsageError
 from diffusion_cli.formats import HighDepthImage, PointCloud, Uint8Image, Volume
-from diffusion_cli.runs.weights import digest
+from diffusion_cli.system.tensors import digest
 from helpers.data import zipped
 from helpers.editing import edit, pixels
 

@@ -19,8 +19,8 @@ from diffusion_cli.generate import guided
 from diffusion_cli.networks import ImageAutoencoder
 from diffusion_cli.runs.load import LoadedAutoencoder, LoadedDenoiser
 from diffusion_cli.runs.schema import LatentInfo
-from diffusion_cli.runs.weights import digest
 from diffusion_cli.samplers import Sampler, integrate
+from diffusion_cli.system.tensors import digest
 from helpers import checkpoint_info
 from helpers.networks import randomised
 

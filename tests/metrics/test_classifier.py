@@ -27,7 +27,7 @@ from diffusion_cli.metrics import (
 )
 from diffusion_cli.metrics.features import shipped
 from diffusion_cli.metrics.features.classifier_training import FeatureClassifier, Recipe, accuracy
-from diffusion_cli.runs.weights import digest
+from diffusion_cli.system.tensors import digest
 from helpers.metrics import DATA, METRICS, Held, Projection, measured, option, pixels
 
 CPU = torch.device("cpu")

@@ -14,6 +14,7 @@ from diffusion_cli.errors import UsageError
 from diffusion_cli.metrics import CLIPFeatures
 from diffusion_cli.metrics.features import clip, hub
 from diffusion_cli.metrics.features.dinov2 import resampled
+from diffusion_cli.system import pretrained
 from helpers.features import NETWORKS, made, pixels
 
 CPU = torch.device("cpu")
@@ -151,7 +152,7 @@ def test_weights_that_are_nowhere_are_one_line(folders, monkeypatch, tmp_path, n
     import transformers
 
     monkeypatch.setattr(getattr(transformers, architecture), "from_pretrained", refuse)
-    monkeypatch.setattr(hub, "connect", lambda: None)
+    monkeypatch.setattr(pretrained, "connect", lambda: None)
     with pytest.raises(UsageError) as caught:
         made(name, "some/where")
     assert str(caught.value).startswith(

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from diffusion_cli.cli import run
-from diffusion_cli.metrics.features import hub
+from diffusion_cli.system import pretrained
 from diffusion_cli.system.downloads import DownloadError, NoConnectionError, WebFile
 
 CONTENT = b"weights" * 1000
@@ -177,7 +177,7 @@ def test_files_of_the_hub_are_fetched_to_its_cache_and_verified(monkeypatch, sit
         constants, "HUGGINGFACE_CO_URL_TEMPLATE", site.url + "/{repo_id}/resolve/{revision}/{filename}"
     )
     site.files["/a/b/resolve/main/config.json"] = json.dumps({"size": 1}).encode()
-    (file,) = hub.files("a/b", ["config.json"])
+    (file,) = pretrained.files("a/b", ["config.json"])
     assert (file.state(), file.to_copy) == ("missing", tmp_path / "models--a--b")
     file.fetch()
     assert (file.state(), json.loads(file.path.read_text())) == ("present", {"size": 1})
@@ -186,9 +186,9 @@ def test_files_of_the_hub_are_fetched_to_its_cache_and_verified(monkeypatch, sit
     file.fetch()
     assert file.state() == "present"
     with pytest.raises(DownloadError, match="404"):
-        hub.files("a/b", ["vocab.json"])[0].fetch()
-    assert hub.files(str(tmp_path), ["config.json"]) == []
-    (optional,) = hub.files("a/b", [], ["tokenizer.json"])
+        pretrained.files("a/b", ["vocab.json"])[0].fetch()
+    assert pretrained.files(str(tmp_path), ["config.json"]) == []
+    (optional,) = pretrained.files("a/b", [], ["tokenizer.json"])
     assert optional.state() == "missing"
     optional.fetch()
     assert optional.state() == "absent"
@@ -197,7 +197,7 @@ def test_files_of_the_hub_are_fetched_to_its_cache_and_verified(monkeypatch, sit
 def test_a_hub_that_cannot_be_reached_is_an_error_at_once(monkeypatch, closed, tmp_path):
     constants = pytest.importorskip("huggingface_hub.constants")
     monkeypatch.setattr(constants, "ENDPOINT", closed)
-    (file,) = hub.files("a/b", ["config.json"])
+    (file,) = pretrained.files("a/b", ["config.json"])
     with pytest.raises(NoConnectionError, match=f"{closed} cannot be reached"):
         file.fetch()
 

@@ -16,10 +16,9 @@ from diffusion_cli.metrics.features.base import FeatureBatch, Features, check_pi
 from diffusion_cli.metrics.features.classifier_training import FeatureClassifier, Recipe, accuracy
 from diffusion_cli.metrics.features.shipped import Weights, shipped
 from diffusion_cli.runs.migrate import migrated
-from diffusion_cli.runs.weights import digest
 from diffusion_cli.system.cache import optional, report_damage
 from diffusion_cli.system.files import atomic_write
-from diffusion_cli.system.tensors import load_checked
+from diffusion_cli.system.tensors import digest, load_checked
 from diffusion_cli.system.terminal import report
 from diffusion_cli.system.untrusted import check_tensors
 

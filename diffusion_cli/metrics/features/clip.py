@@ -13,7 +13,8 @@ from diffusion_cli.data import Dataset
 from diffusion_cli.errors import FormatError
 from diffusion_cli.metrics.features import hub
 from diffusion_cli.metrics.features.base import FeatureBatch, Features, check_channels, exact_convolutions
-from diffusion_cli.runs.weights import digest
+from diffusion_cli.system import pretrained
+from diffusion_cli.system.tensors import digest
 
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
@@ -50,8 +51,8 @@ class CLIPFeatures(Features):
         weights: str = "openai/clip-vit-large-patch14-336",
     ) -> None:
         check_channels(self.name, dataset)
-        network = hub.load(self.name, "CLIPModel", weights)
-        self.weights = weights
+        self.weights = hub.weights_of(self.name, weights)
+        network = self.weights.network("CLIPModel")
         self.digest = digest(network.state_dict())
         self.dim = network.config.projection_dim
         self.size = network.config.vision_config.image_size
@@ -62,8 +63,8 @@ class CLIPFeatures(Features):
         self.network = network.to(device, torch.float32)
 
     @classmethod
-    def downloads(cls, settings: Mapping[str, Any]) -> list[hub.HubFile]:
-        return hub.files(settings["weights"], hub.NETWORK)
+    def downloads(cls, settings: Mapping[str, Any]) -> list[pretrained.HubFile]:
+        return pretrained.files(settings["weights"], pretrained.NETWORK)
 
     def extract(self, images: Tensor) -> FeatureBatch:
         pixels = hub.prepared(images, self.size, MEAN, STD, crop=True)
@@ -88,13 +89,11 @@ class CLIPFeatures(Features):
     def tokenizer(self) -> Any:
         """Tokenizer, loaded only for prompts."""
         try:
-            tokenizer = hub.pretrained(hub.imported(self.name).AutoTokenizer, self.weights)
+            tokenizer = self.weights.read(self.weights.transformers().AutoTokenizer)
             if (
                 len(tokenizer) != self.network.config.text_config.vocab_size
             ):  # transformers creates an empty one if the files are missing
                 raise FormatError("has no tokenizer for this network")
         except (OSError, ValueError) as error:
-            raise hub.missing(
-                self.weights, "vocab.json and merges.txt", "metric=clip_score", error
-            ) from error
+            raise self.weights.missing("vocab.json and merges.txt", error, "metric=clip_score") from error
         return tokenizer

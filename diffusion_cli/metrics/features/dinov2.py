@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from diffusion_cli.data import Dataset
 from diffusion_cli.metrics.features import hub
 from diffusion_cli.metrics.features.base import FeatureBatch, Features, check_channels
-from diffusion_cli.runs.weights import digest
+from diffusion_cli.system import pretrained
+from diffusion_cli.system.tensors import digest
 
 SIZE = 224
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet
@@ -49,7 +50,7 @@ class DINOv2Features(Features):
         weights: str = "facebook/dinov2-large",
     ) -> None:
         check_channels(self.name, dataset)
-        network = hub.load(self.name, "Dinov2Model", weights)
+        network = hub.weights_of(self.name, weights).network("Dinov2Model")
         self.digest = digest(network.state_dict())
         self.dim = network.config.hidden_size
         embeddings = network.embeddings
@@ -59,8 +60,8 @@ class DINOv2Features(Features):
         self.network = network.to(device, torch.float32)
 
     @classmethod
-    def downloads(cls, settings: Mapping[str, Any]) -> list[hub.HubFile]:
-        return hub.files(settings["weights"], hub.NETWORK)
+    def downloads(cls, settings: Mapping[str, Any]) -> list[pretrained.HubFile]:
+        return pretrained.files(settings["weights"], pretrained.NETWORK)
 
     def extract(self, images: Tensor) -> FeatureBatch:
         states = self.network(hub.prepared(images, SIZE, MEAN, STD, crop=False)).last_hidden_state

@@ -10,9 +10,9 @@ from torch import Tensor
 from diffusion_cli.errors import UsageError
 from diffusion_cli.metrics.features.base import check_pixels, exact_convolutions
 from diffusion_cli.metrics.features.weights import content_of, locate, published, read, wrong_weights
-from diffusion_cli.runs.weights import digest
 from diffusion_cli.system.compat import untrained_lpips
 from diffusion_cli.system.downloads import WebFile
+from diffusion_cli.system.tensors import digest
 
 PUBLISHED = {"alex": "AlexNet_Weights", "vgg": "VGG16_Weights", "squeeze": "SqueezeNet1_1_Weights"}
 # Smaller images give empty feature maps, for which the reference implementation fails.

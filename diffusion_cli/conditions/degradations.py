@@ -47,7 +47,7 @@ class Degradation(ABC):
         return degraded
 
 
-class Downsample(Degradation):
+class ReducedSize(Degradation):
     """Means of blocks of `factor` pixels per axis; the condition image repeats each mean over its block."""
 
     def __init__(self, factor: int) -> None:

@@ -9,13 +9,13 @@ from torch import Tensor
 
 from diffusion_cli.conditions.degradations import (
     Degradation,
-    Downsample,
     Edges,
     GaussianBlur,
     GaussianNoise,
     Gray,
     HiddenPart,
     Labels,
+    ReducedSize,
     Shape,
     uniform,
     white_noise,
@@ -30,7 +30,7 @@ OWN: dict[str, dict[str, Any]] = {
 }
 """Arguments of each way to derive condition images, with the values that null stands for."""
 MAKERS: dict[str, Callable[..., Degradation]] = {
-    "downsample": lambda factor: Downsample(factor),
+    "downsample": lambda factor: ReducedSize(factor),
     "gray": Gray,
     "mask": lambda mask, ratio: HiddenPart(mask, ratio),
     "edges": Edges,

@@ -35,6 +35,7 @@ from diffusion_cli.metrics.frechet import (
 from diffusion_cli.metrics.inception_score import InceptionScore, inception_score
 from diffusion_cli.metrics.inversion import Inversion
 from diffusion_cli.metrics.kernel import CLIPDistance, KernelDistance, gaussian_mmd, polynomial_mmd
+from diffusion_cli.metrics.label_error import LabelError
 from diffusion_cli.metrics.latents import LatentMoments
 from diffusion_cli.metrics.likelihood import FlowLikelihood, VariationalBound
 from diffusion_cli.metrics.lpips import LPIPS
@@ -90,6 +91,7 @@ __all__ = [
     "Inversion",
     "KernelDistance",
     "LPIPSDistance",
+    "LabelError",
     "LatentMoments",
     "Memorization",
     "Metric",

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from diffusion_cli.conditions import Condition
 from diffusion_cli.config.values import Clip
 from diffusion_cli.data import Dataset, Images
 from diffusion_cli.data.base import Split
@@ -59,6 +60,8 @@ class SampleBatch(NamedTuple):
     labels: Tensor | None
     """Class labels of the samples, int64 [B], or None."""
     seen: FeatureBatch
+    condition: Condition | None = None
+    """Conditions by which the samples were made, on the CPU; with class labels alone, these; None without any."""
 
 
 class FeatureView:
@@ -71,7 +74,7 @@ class FeatureView:
         self, network: Features, real: RealImages, samples: Samples, dataset: Dataset, cache_dir: Path
     ) -> None:
         self.network, self.real, self.samples, self.cache_dir = network, real, samples, cache_dir
-        self.class_names = dataset.class_names
+        self.dataset, self.class_names = dataset, dataset.class_names
         self._rows: GrowingRows | None = None
         self._logits: GrowingRows | None = None
 

@@ -4,6 +4,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from diffusion_cli.conditions import Condition
 from diffusion_cli.data import PixelDigest
 from diffusion_cli.data.class_shares import differing_shares
 from diffusion_cli.errors import UsageError
@@ -225,7 +226,11 @@ def _look(
     images, labels = samples.batch(numbers, advance)
     said = [network(images) for network in networks]
     images, labels = images.cpu(), None if labels is None else labels.cpu()
-    return [SampleBatch(images, labels, batch if ranks.world == 1 else batch.cpu()) for batch in said]
+    condition = samples.condition(numbers) or (None if labels is None else Condition.of(labels))
+    condition = None if condition is None else condition.to("cpu")
+    return [
+        SampleBatch(images, labels, batch if ranks.world == 1 else batch.cpu(), condition) for batch in said
+    ]
 
 
 def _result(finding: MetricValue, protocol: Mapping[str, Any]) -> list[Result]:

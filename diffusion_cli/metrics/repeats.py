@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
+from diffusion_cli.conditions import Condition
 from diffusion_cli.metrics.protocol import Report, Result
 from diffusion_cli.metrics.samples import Samples
 from diffusion_cli.samplers import Advance, unreported
@@ -21,12 +22,16 @@ class Part(Samples):
     def __init__(self, samples: Samples, first: int, count: int) -> None:
         self.samples, self.rows = samples, range(first, first + count)
         self.shape, self.class_names, self.labelled = samples.shape, samples.class_names, samples.labelled
+        self.attributes = samples.attributes
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def batch(self, numbers: Sequence[int], advance: Advance = unreported) -> tuple[Tensor, Tensor | None]:
         return self.samples.batch([self.rows[number] for number in numbers], advance)
+
+    def condition(self, numbers: Sequence[int]) -> Condition | None:
+        return self.samples.condition([self.rows[number] for number in numbers])
 
     def protocol(self) -> dict[str, Any]:
         return self.samples.protocol()

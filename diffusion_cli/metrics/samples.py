@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
+from diffusion_cli.conditions import AttributeDescription, Condition
 from diffusion_cli.data import ExternalImages, relabelled, spread
 from diffusion_cli.errors import UsageError
 from diffusion_cli.samplers import Advance, unreported
@@ -21,6 +22,8 @@ class Samples(ABC):
     """Names of the classes, or None."""
     labelled: bool
     """Whether samples have class labels."""
+    attributes: tuple[AttributeDescription, ...] = ()
+    """Meaning of the values of `condition`; empty if they are only class labels."""
 
     @abstractmethod
     def __len__(self) -> int:
@@ -32,6 +35,10 @@ class Samples(ABC):
 
         `advance` takes each share of the work that is done, if it takes long.
         """
+
+    def condition(self, numbers: Sequence[int]) -> Condition | None:
+        """Return the conditions by which samples were made, by index; None for only class labels, or none."""
+        return None
 
     @abstractmethod
     def protocol(self) -> dict[str, Any]:

@@ -2,9 +2,10 @@
 
 import hashlib
 import json
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import torch
 from pydantic import NonNegativeInt, PositiveFloat, PositiveInt
@@ -111,18 +112,35 @@ class ClassifierFeatures(Features):
     def _cached(self, train: Images, val: Images) -> Weights:
         """Return the cached weights; train the network and cache it if there are none."""
         facts = {"format": FORMAT, **asdict(self.recipe), "data": [train.digest(), val.digest()]}
-        key = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
-        path = self.cache_dir / f"classifier-{self.dataset_name}-{key[:16]}.pt"
-        found = restored(path, self.network)
-        if found is None:
-            try:
-                network = self.recipe.train(train, self.device)
-            except KeyboardInterrupt:
-                report("the feature classifier is saved once it is trained; its training starts again")
-                raise
-            found = Weights(network.state_dict(), accuracy(network, val, self.device))
-            save(path, found)
-        return found
+
+        def made() -> Weights:
+            network = self.recipe.train(train, self.device)
+            return Weights(network.state_dict(), accuracy(network, val, self.device))
+
+        path = cache_file(self.cache_dir, f"classifier-{self.dataset_name}", facts)
+        return cached(path, self.network, made, "the feature classifier")
+
+
+def cache_file(cache_dir: Path, name: str, facts: Mapping[str, Any]) -> Path:
+    """Return the file of the cache for weights that depend on these facts, plain data."""
+    key = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+    return cache_dir / f"{name}-{key[:16]}.pt"
+
+
+def cached(path: Path, network: FeatureClassifier, make: Callable[[], Weights], named: str) -> Weights:
+    """Return the weights in a file of the cache for a network like `network`; else make and save them.
+
+    `named` names the network in the line for an interrupted training.
+    """
+    found = restored(path, network)
+    if found is None:
+        try:
+            found = make()
+        except KeyboardInterrupt:
+            report(f"{named} is saved once it is trained; its training starts again")
+            raise
+        save(path, found)
+    return found
 
 
 def save(path: Path, weights: Weights) -> None:

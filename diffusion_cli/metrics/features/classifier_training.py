@@ -1,13 +1,13 @@
-"""Network and training of `features=classifier`, independent of the number of threads."""
+"""Network and training of `features=classifier` and `metric=label_error`, independent of the number of threads."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from diffusion_cli.data import Batches, Images, to_model_range
+from diffusion_cli.data import Batch, Batches, Images, to_model_range
 from diffusion_cli.metrics.features.base import exact_convolutions
 from diffusion_cli.system.progress import ProgressBar
 from diffusion_cli.system.seeding import mix
@@ -15,16 +15,23 @@ from diffusion_cli.system.seeding import mix
 CHUNK = 1024  # images per forward pass
 
 
+def class_loss(outputs: Tensor, batch: Batch) -> Tensor:
+    """Return the cross-entropy of class scores [B, classes]."""
+    assert batch.labels is not None
+    return nn.functional.cross_entropy(outputs, batch.labels)
+
+
 class FeatureClassifier(nn.Module):
     """Six convolutions with batch norm and ReLU, global average pooling, and a linear layer.
 
-    Maps images, float32 [B, channels, H, W] in [-1, 1], to features [B, dim] >= 0 and logits [B, classes].
+    Maps images, float32 [B, channels, H, W] in [-1, 1], to features [B, dim] >= 0 and outputs [B, classes]: the class
+    scores, or those of `AttributeHeads`.
 
     Args:
         channels: image channels.
         width: channels of the first convolution.
         dim: number of features.
-        classes: number of classes.
+        classes: number of outputs.
     """
 
     def __init__(self, channels: int, width: int, dim: int, classes: int) -> None:
@@ -55,6 +62,7 @@ class Recipe:
     width: int
     """Channels of the first convolution."""
     classes: int
+    """Number of outputs: classes, or those of `AttributeHeads`."""
     steps: int
     """Training steps."""
     batch_size: int
@@ -73,24 +81,33 @@ class Recipe:
             torch.default_generator.manual_seed(mix(self.seed, "classifier"))
             return FeatureClassifier(channels, self.width, self.dim, self.classes)
 
-    def train(self, images: Images, device: torch.device) -> FeatureClassifier:
-        """Train a network by cross-entropy with AdamW and a one-cycle learning rate; return it in evaluation mode.
+    def train(
+        self,
+        images: Images,
+        device: torch.device,
+        loss_of: Callable[[Tensor, Batch], Tensor] = class_loss,
+        task: str = "feature classifier",
+    ) -> FeatureClassifier:
+        """Train a network with AdamW and a one-cycle learning rate; return it in evaluation mode.
 
         Uses one CPU thread, or deterministic GPU convolutions, so that the weights depend on this recipe, the images
         and the type of processor, but not on the number of threads or processes.
+
+        Args:
+            images: the training images.
+            device: device of the network.
+            loss_of: loss of the outputs for a batch, 0-d; by default the cross-entropy of the labels.
+            task: name of the network for the progress bar.
         """
         network = self.initial(images.shape[0]).to(device)
         optimizer = torch.optim.AdamW(network.parameters(), lr=self.learning_rate)
         cycle = torch.optim.lr_scheduler.OneCycleLR(optimizer, self.learning_rate, total_steps=self.steps)
-        progress = ProgressBar(
-            total=self.steps, desc="training the feature classifier", unit="step", delay=1.0
-        )
+        progress = ProgressBar(total=self.steps, desc=f"training the {task}", unit="step", delay=1.0)
         batches = Batches(images, self.batch_size, self.seed, self.flip, device=device)
         with one_thread(), exact_convolutions(), progress:
             for step, batch in zip(range(self.steps), batches, strict=False):
-                _, logits = network(shifted(batch.images, self.shift, mix(self.seed, "shift", step)))
-                assert batch.labels is not None
-                loss = nn.functional.cross_entropy(logits, batch.labels)
+                _, outputs = network(shifted(batch.images, self.shift, mix(self.seed, "shift", step)))
+                loss = loss_of(outputs, batch)
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()

@@ -12,6 +12,8 @@ from diffusion_cli.config import build, options
 from diffusion_cli.data import Dataset
 from diffusion_cli.errors import UsageError
 from diffusion_cli.metrics.features.base import Features
+from diffusion_cli.metrics.features.classifier_training import Recipe
+from diffusion_cli.metrics.features.judge import AttributeJudge
 from diffusion_cli.metrics.features.pixels import RawPixels
 
 
@@ -54,6 +56,13 @@ class FeatureExtractors:
         """Return a classifier of the dataset's classes: the chosen network if it is one."""
         names_classes = "auto" not in self.node["_target_"] and "Classifier" not in self.node["_target_"]
         return self.option("classifier") if names_classes or not self.chosen.knows_labels else self.chosen
+
+    def judge(self, recipe: Recipe) -> Features:
+        """Return the network of the dataset's attributes with these settings."""
+        return self.once(
+            f"judge {recipe}",
+            lambda: AttributeJudge(self.dataset, self.cache_dir, self.device, recipe),
+        )
 
     def once(self, key: str, make: Callable[[], Features]) -> Features:
         """Return the network of a key, created by `make` on first use."""

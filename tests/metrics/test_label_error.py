@@ -1,0 +1,140 @@
+"""metric=label_error: attributes of samples, judged by a network of the dataset."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from diffusion_cli.conditions import AttributeDescription, Condition
+from diffusion_cli.data import Dataset, ExternalImages, Images
+from diffusion_cli.data.memory import MemoryImages
+from diffusion_cli.errors import UsageError
+from diffusion_cli.metrics import (
+    DatasetReference,
+    FeatureExtractors,
+    GivenSamples,
+    LabelError,
+    Report,
+    evaluate,
+)
+from diffusion_cli.metrics.features.classifier_training import Recipe
+from helpers.metrics import CPU, DATA
+
+NAMES = ("dark", "middle", "bright")
+QUICK = LabelError(width=4, dim=8, steps=60, batch_size=64, learning_rate=0.01)
+
+
+class Shaded(Dataset):
+    """Gray images with their shade as the class."""
+
+    def __init__(self) -> None:
+        super().__init__("")
+        self.name, self.flip, self.shape, self.class_names = "shaded", False, (1, 8, 8), NAMES
+
+    def load(self, split) -> Images:
+        return shaded(*((300, 0) if split == "train" else (90, 1)))
+
+
+def shaded(count: int, seed: int) -> MemoryImages:
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.randint(3, (count,), generator=generator)
+    noise = torch.randint(40, (count, 1, 8, 8), generator=generator)
+    return MemoryImages((80 * labels.view(-1, 1, 1, 1) + noise).to(torch.uint8), labels)
+
+
+class Labelled(GivenSamples):
+    """Images with the conditions that they were made with."""
+
+    def __init__(
+        self, images: Tensor, condition: Condition, attributes: tuple[AttributeDescription, ...]
+    ) -> None:
+        super().__init__(ExternalImages(MemoryImages(images, None), None), None, {}, "samples")
+        self.values, self.attributes = condition, attributes
+
+    def condition(self, numbers):
+        return self.values.rows(torch.tensor(list(numbers)))
+
+
+def judged(samples: GivenSamples, dataset: Dataset, cache_dir) -> Report:
+    networks = FeatureExtractors({}, dataset, cache_dir, CPU)
+    reference = DatasetReference(dataset, split="train", stats=None)
+    return evaluate({"label_error": QUICK}, networks, samples, reference, batch_size=32).report
+
+
+def of_classes(images: MemoryImages, labels: Tensor, names: tuple[str, ...] | None = NAMES) -> GivenSamples:
+    given = ExternalImages(MemoryImages(images.pixels, labels), names)
+    return GivenSamples(given, names, {}, "samples")
+
+
+def test_real_images_have_the_accuracy_of_the_judge_and_wrong_labels_the_rest(tmp_path):
+    real = shaded(90, 1)
+    assert real.labels is not None
+    (right,) = judged(of_classes(real, real.labels), Shaded(), tmp_path).results
+    assert right.name == "label_accuracy_label"
+    assert right.value == right.details["on_real_val"] > 0.95
+    assert right.details["images"] == 90
+    wrong = real.labels.clone()
+    wrong[:30] = (wrong[:30] + 1) % 3
+    (result,) = judged(of_classes(real, wrong), Shaded(), tmp_path).results
+    assert result.value == pytest.approx(right.value * 2 / 3, abs=0.05)
+    assert result.details["on_real_val"] == right.value
+    assert result.protocol["features"]["digest"] == right.protocol["features"]["digest"]
+
+
+def test_the_judge_is_trained_once_for_each_data_and_settings(tmp_path, monkeypatch):
+    asked = []
+    train = Recipe.train
+
+    def counted(recipe: Recipe, *arguments):
+        asked.append(recipe)
+        return train(recipe, *arguments)
+
+    monkeypatch.setattr(Recipe, "train", counted)
+    real, dataset = shaded(90, 1), Shaded()
+    assert real.labels is not None
+    for _ in range(2):
+        judged(of_classes(real, real.labels), dataset, tmp_path)
+    assert len(asked) == 1
+
+    changed = shaded(300, 0)
+    assert changed.labels is not None
+    changed.labels[0] = (changed.labels[0] + 1) % 3
+    monkeypatch.setattr(dataset, "load", lambda split: changed if split == "train" else real)
+    judged(of_classes(real, real.labels), dataset, tmp_path)
+    assert len(asked) == 2
+    assert len(list(tmp_path.glob("judge-shaded-*.pt"))) == 2
+
+
+def test_labels_of_other_classes_and_no_labels_are_refused(tmp_path):
+    real = shaded(9, 1)
+    assert real.labels is not None
+    unlabelled = GivenSamples(ExternalImages(MemoryImages(real.pixels, None), None), None, {}, "samples")
+    for samples in (of_classes(real, real.labels, ("a", "b", "c")), unlabelled):
+        with pytest.raises(
+            UsageError, match=r"^metric=label_error: the samples have no labels of shaded; use a model with"
+        ):
+            judged(samples, Shaded(), tmp_path)
+    with pytest.raises(
+        UsageError, match=r"^metric=label_error: held has neither attributes nor classes; choose columns"
+    ):
+        judged(unlabelled, DATA, tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_samples_without_a_value_are_left_out(tmp_path):
+    """Also samples whose attribute has the name of that of the dataset, but other values."""
+    real = shaded(90, 1)
+    assert real.labels is not None
+    label = AttributeDescription(name="label", kind="category", values=NAMES)
+    labels = real.labels.clone()
+    labels[:60] = -1
+    (result,) = judged(Labelled(real.pixels, Condition.of(labels), (label,)), Shaded(), tmp_path).results
+    assert result.details["images"] == 30
+    assert result.value > 0.9
+
+    nothing = judged(Labelled(real.pixels, Condition.of(torch.full((90,), -1)), (label,)), Shaded(), tmp_path)
+    assert nothing.results == []
+    assert "no label_accuracy_label: no sample has a value of label" in nothing.notes
+
+    other = label.model_copy(update={"values": NAMES[::-1]})
+    with pytest.raises(UsageError, match="the samples have no labels of shaded"):
+        judged(Labelled(real.pixels, Condition.of(labels), (other,)), Shaded(), tmp_path)

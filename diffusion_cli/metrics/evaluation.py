@@ -226,7 +226,7 @@ def _look(
     images, labels = samples.batch(numbers, advance)
     said = [network(images) for network in networks]
     images, labels = images.cpu(), None if labels is None else labels.cpu()
-    condition = samples.condition(numbers) or (None if labels is None else Condition.of(labels))
+    condition = samples.condition_of(numbers) or (None if labels is None else Condition.of(labels))
     condition = None if condition is None else condition.to("cpu")
     return [
         SampleBatch(images, labels, batch if ranks.world == 1 else batch.cpu(), condition) for batch in said

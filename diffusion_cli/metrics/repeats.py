@@ -30,8 +30,8 @@ class Part(Samples):
     def batch(self, numbers: Sequence[int], advance: Advance = unreported) -> tuple[Tensor, Tensor | None]:
         return self.samples.batch([self.rows[number] for number in numbers], advance)
 
-    def condition(self, numbers: Sequence[int]) -> Condition | None:
-        return self.samples.condition([self.rows[number] for number in numbers])
+    def condition_of(self, numbers: Sequence[int]) -> Condition | None:
+        return self.samples.condition_of([self.rows[number] for number in numbers])
 
     def protocol(self) -> dict[str, Any]:
         return self.samples.protocol()

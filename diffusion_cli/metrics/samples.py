@@ -23,7 +23,7 @@ class Samples(ABC):
     labelled: bool
     """Whether samples have class labels."""
     attributes: tuple[AttributeDescription, ...] = ()
-    """Meaning of the values of `condition`; empty if they are only class labels."""
+    """Meaning of the values of `condition_of`; empty if they are only class labels."""
 
     @abstractmethod
     def __len__(self) -> int:
@@ -36,7 +36,7 @@ class Samples(ABC):
         `advance` takes each share of the work that is done, if it takes long.
         """
 
-    def condition(self, numbers: Sequence[int]) -> Condition | None:
+    def condition_of(self, numbers: Sequence[int]) -> Condition | None:
         """Return the conditions by which samples were made, by index; None for only class labels, or none."""
         return None
 

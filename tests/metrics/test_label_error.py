@@ -50,7 +50,7 @@ class Labelled(GivenSamples):
         super().__init__(ExternalImages(MemoryImages(images, None), None), None, {}, "samples")
         self.values, self.attributes = condition, attributes
 
-    def condition(self, numbers):
+    def condition_of(self, numbers):
         return self.values.rows(torch.tensor(list(numbers)))
 
 

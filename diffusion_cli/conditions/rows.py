@@ -1,0 +1,130 @@
+"""Conditions as plain data: one mapping of names to values for each image, as users write and files store them."""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from diffusion_cli.conditions.condition import Condition
+from diffusion_cli.conditions.description import AttributeDescription, Conditions
+
+TEXT = "text"
+"""Name of the text among the values of a condition."""
+LONGEST_NAME = 28  # characters of a text in the name of a row
+FEWEST_SPREAD = 100
+"""Fewest rows of `spread_rows`."""
+Row = dict[str, Any]
+"""Values of one image: the name of a category, "yes" or "no", a number, or a text. A name that is absent is missing."""
+Encode = Callable[[Sequence[str]], Tensor]
+"""Encodes texts as tokens, int64 [B, L], or as features, float32 [B, L, D]."""
+
+
+def encoded_rows(rows: Sequence[Row], conditions: Conditions, encode: Encode | None = None) -> Condition:
+    """Return the condition of some rows.
+
+    Args:
+        rows: values of the B images.
+        conditions: description of the values.
+        encode: encoder of texts; needed if a row has a text.
+
+    Returns:
+        The condition with all described attributes, and with the text if one is described. The image is left out.
+    """
+    values = {attribute.name: _column(rows, attribute) for attribute in conditions.attributes}
+    if conditions.text is not None and encode is not None:
+        values[TEXT] = _texts([row.get(TEXT) for row in rows], encode)
+    return Condition(values)
+
+
+def spread_rows(attributes: Sequence[AttributeDescription]) -> list[Row]:
+    """Return rows that have the values of all attributes evenly.
+
+    The first category has its values in turn. Other attribute number j of d has in row r the fraction
+    `(1/2 + r / g^j) mod 1` of its range, where `g^(d+1) = g + 1`: a Kronecker sequence with low discrepancy.
+
+    Args:
+        attributes: descriptions of the attributes.
+
+    Returns:
+        At least 100 rows, a multiple of the number of values in turn.
+    """
+    turn = next((attribute for attribute in attributes if attribute.kind == "category"), None)
+    others = [attribute for attribute in attributes if attribute is not turn]
+    period = 1 if turn is None else len(turn.values)
+    count = period * (math.ceil(FEWEST_SPREAD / period) if others else 1)
+    ratio = _ratio(len(others))
+    rows: list[Row] = [{} for _ in range(count)]
+    for number, row in enumerate(rows):
+        if turn is not None:
+            row[turn.name] = turn.values[number % period]
+        for place, attribute in enumerate(others, start=1):
+            row[attribute.name] = _at(attribute, (0.5 + number / ratio**place) % 1)
+    return rows
+
+
+def row_name(row: Row, attributes: Sequence[AttributeDescription]) -> str:
+    """Return the name of a row, such as "frog, age 20, no glasses"; a long text is cut."""
+    names = [_named(attribute, row[attribute.name]) for attribute in attributes if attribute.name in row]
+    text = str(row.get(TEXT, ""))
+    names += (
+        [text if len(text) <= LONGEST_NAME else f"{text[: LONGEST_NAME - 3].rstrip()}..."] if text else []
+    )
+    return ", ".join(names) or "none"
+
+
+def are_rows(value: Any) -> bool:
+    """Return whether plain data, possibly from an untrusted file, are rows."""
+    return (
+        isinstance(value, list)
+        and len(value) > 0
+        and all(isinstance(row, Mapping) and all(map(_is_value, row.items())) for row in value)
+    )
+
+
+def _is_value(item: tuple[Any, Any]) -> bool:
+    name, value = item
+    is_number = type(value) in (int, float) and math.isfinite(value)
+    return isinstance(name, str) and (isinstance(value, str) or is_number)
+
+
+def _column(rows: Sequence[Row], attribute: AttributeDescription) -> Tensor:
+    """Return the values of an attribute in some rows, [B]."""
+    found = [row.get(attribute.name) for row in rows]
+    if attribute.kind == "number":
+        return torch.tensor([math.nan if value is None else float(value) for value in found])
+    places = {name: place for place, name in enumerate(attribute.values)}
+    return torch.tensor([-1 if value is None else places[value] for value in found])
+
+
+def _texts(texts: Sequence[str | None], encode: Encode) -> Tensor:
+    """Return encoded texts; those that are None are missing."""
+    given = list(dict.fromkeys(text for text in texts if text is not None)) or [""]
+    found = encode(given)
+    value = found[torch.tensor([given.index(text) if text is not None else 0 for text in texts])]
+    missing = torch.tensor([text is None for text in texts])
+    return Condition({TEXT: value}).dropped(where=missing).values[TEXT]
+
+
+def _ratio(count: int) -> float:
+    """Return the root g > 1 of g^(count + 1) = g + 1."""
+    ratio = 2.0
+    for _ in range(64):
+        ratio = (1 + ratio) ** (1 / (count + 1))
+    return ratio
+
+
+def _at(attribute: AttributeDescription, fraction: float) -> str | float:
+    """Return the value of an attribute at a fraction of its range."""
+    if attribute.kind == "number":
+        return attribute.low + fraction * (attribute.high - attribute.low)
+    return attribute.values[int(fraction * len(attribute.values))]
+
+
+def _named(attribute: AttributeDescription, value: Any) -> str:
+    if attribute.kind == "number":
+        return f"{attribute.name} {value:.4g}"
+    if attribute.kind == "yes_no":
+        return attribute.name if value == attribute.values[1] else f"no {attribute.name}"
+    return str(value)

@@ -6,10 +6,12 @@ from typing import Literal
 
 from diffusion_cli.commands.inputs import show_remarks
 from diffusion_cli.config import did_you_mean
+from diffusion_cli.config.mapping_words import LABEL
+from diffusion_cli.config.values import Attributes, Class, Label
 from diffusion_cli.data import composed
 from diffusion_cli.data.labels import examples
 from diffusion_cli.diffusion.guidance import Guidance
-from diffusion_cli.errors import UsageError
+from diffusion_cli.errors import NO_VALUE, UsageError
 from diffusion_cli.runs.load import Loaded, LoadedDenoiser
 
 INDEX = re.compile(r"0|[1-9][0-9]{0,8}")
@@ -17,7 +19,7 @@ NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?")
 
 
 def labels_named(
-    label: int | str | list[int | str] | None,
+    label: Label,
     model: LoadedDenoiser,
     guidance: Guidance,
     trained_classes: list[int],
@@ -41,14 +43,28 @@ def labels_named(
             "train one with model.class_conditional=true, or guide it with guidance=classifier",
         )
     assert names is not None
-    if not isinstance(label, list) and (label is None or _place(label, names) is None):
+    if not isinstance(label, list | dict) and (label is None or _place(label, names) is None):
         word = null_label if label in (None, "null") else label
         if word == "none":
             return None
         if word == "all":
             return trained_classes
-    wanted = label if isinstance(label, list) else [str(label)]
-    return [class_number(one, names) for one in wanted] or None
+    wanted = label if isinstance(label, list) else [label if isinstance(label, dict) else str(label)]
+    return [class_number(one, names) for item in wanted for one in _classes(item)] or None
+
+
+def _classes(item: Class | Attributes | None) -> list[Class]:
+    """Return the classes of one item of `label=`: a class, or a mapping of the name `label` to one or several."""
+    if not isinstance(item, dict):
+        return [str(item)]
+    if unknown := [name for name in item if name != LABEL]:
+        problem = "the model is conditioned on classes only"
+        raise UsageError(f"{LABEL}.{unknown[0]}", NO_VALUE, problem, f"write {LABEL}=<class>")
+    values = item.get(LABEL)
+    listed = values if isinstance(values, list) else [values]
+    if None in listed or not listed:
+        raise UsageError(LABEL, None, "some images have no class", "name one, or use label=none for all")
+    return [str(value) for value in listed]
 
 
 def warn_of_untrained(key: str, labels: Sequence[int], trained_classes: Sequence[int], model: Loaded) -> None:
@@ -82,12 +98,12 @@ def class_number(label: int | str, names: Sequence[str], key: str = "label") -> 
     raise UsageError(key, label, "unknown class", remedy)
 
 
-def is_null(label: int | str | list[int | str], names: Sequence[str] | None) -> bool:
+def is_null(label: Label, names: Sequence[str] | None) -> bool:
     """Return whether a label is the word `null` and no class has that name."""
     return label == "null" and _place("null", names or ()) is None
 
 
-def _place(label: int | str, names: Sequence[str]) -> int | None:
+def _place(label: Label, names: Sequence[str]) -> int | None:
     """Return the index of the class with a name, or None if no class has it."""
     for form in (str, composed):
         wanted, known = form(str(label)), list(map(form, names))
@@ -103,5 +119,5 @@ def _spellings(number: str, names: Sequence[str]) -> list[str]:
     return [name for name in names if NUMBER.fullmatch(name) and float(name) == float(number)]
 
 
-def _shown(label: int | str | list[int | str]) -> str:
+def _shown(label: Label) -> str:
     return str(label).replace("'", "").replace(" ", "")

@@ -141,6 +141,7 @@ def open_run(settings: SamplingSettings, model: LoadedDenoiser | None = None) ->
 
 def prepare(settings: SamplingSettings, folder: Path, model: LoadedDenoiser) -> LoadedModel:
     """Build the sampler, guidance and labels for the model of a run; UsageError if they are incompatible."""
+    _refuse_texts(settings)
     device = device_of(settings.device)
     precision = resolve(settings.precision, device)
     if line := emulated_format(precision, device):
@@ -185,6 +186,15 @@ def prepare(settings: SamplingSettings, folder: Path, model: LoadedDenoiser) -> 
         batch_limit=settings.batch_size,
         chosen_labels=settings.label is not None and not is_null(settings.label, model.info.class_names),
     )
+
+
+def _refuse_texts(settings: SamplingSettings) -> None:
+    """Raise UsageError for texts, which describe images for models that are trained with them."""
+    for key in ("prompt", "prompts", "negative_prompt"):
+        value = getattr(settings, key)
+        if value is not None:
+            shown = value if key == "prompts" else NO_VALUE
+            raise UsageError(key, shown, "the model has no text condition", "train one with text=learned")
 
 
 def _refuse_untrained_null(model: LoadedDenoiser, key: str) -> None:

@@ -37,6 +37,7 @@ from diffusion_cli.config.initial import (
     set_by_experiment,
 )
 from diffusion_cli.config.key_types import takes_list
+from diffusion_cli.config.mapping_words import LABEL, decoded, with_one_label
 from diffusion_cli.config.option_keys import REQUIRED, defaults_left_out
 from diffusion_cli.config.own_options import composition_problems, incomplete_files
 from diffusion_cli.config.recipe import (
@@ -102,7 +103,9 @@ def _load(command: str, overrides: Sequence[str], dirs: Sequence[Path]) -> Confi
     for problems_in in (renamed_in_files, incomplete_files, experiment_problems, hydra_in_files):
         if wrong := problems_in(command, overrides, dirs):
             raise UsageError.several(wrong)
-    choosing, setting, mistakes = _sort(command, as_typed(command, overrides, dirs), dirs)
+    words, mistakes = _with_one_label(command, as_typed(command, overrides, dirs))
+    choosing, setting, wrong_words = _sort(command, words, dirs)
+    mistakes += wrong_words
     try:
         composed, unknown = (
             _continuing(choosing, setting, dirs)
@@ -129,6 +132,11 @@ def _load(command: str, overrides: Sequence[str], dirs: Sequence[Path]) -> Confi
     if mistakes or config is None:
         raise UsageError.several(_one_per_plugin(mistakes))
     return config
+
+
+def _with_one_label(command: str, words: Sequence[str]) -> tuple[list[str], list[Problem]]:
+    """Words with one `label=` for all `label.<name>=`, where a command has the key, and the conflicts."""
+    return with_one_label(words) if LABEL in COMMANDS[command].model_fields else ([*words], [])
 
 
 def _one_per_plugin(problems: Sequence[Problem]) -> list[Problem]:
@@ -452,7 +460,8 @@ def references(command: str, overrides: Sequence[str], dirs: Sequence[Path] = ()
     """Return the values `${...}` of a command's configuration, by dotted key; none for a run that continues."""
     from omegaconf import OmegaConf
 
-    choosing, setting, _ = _sort(command, as_typed(command, overrides, dirs), dirs)
+    words, _ = _with_one_label(command, as_typed(command, overrides, dirs))
+    choosing, setting, _ = _sort(command, words, dirs)
     if command == "train" and setting.get("run", "run=null") != "run=null":
         return {}
     choosing = [text for text in choosing if command == "train" or not text.startswith("dataset=")]
@@ -514,7 +523,7 @@ def _compose_once(command: str, overrides: Sequence[str], dirs: Sequence[Path]) 
         assert isinstance(unresolved, dict)
         raw = {str(key): value for key, value in unresolved.items()}
         plain["derived"] = [key for key, value in flatten(raw).items() if value == "${max_steps}"]
-    written = {str(key): value for key, value in plain.items()}
+    written = {str(key): decoded(value) for key, value in plain.items()}
     if renamed := renamed_keys(written) + renamed_beside(written, overrides):
         raise UsageError.several(renamed)
     return migrated(written), choices  # option files of users are of any version

@@ -14,7 +14,7 @@ from pydantic import BaseModel, Field, PositiveInt, model_validator
 from diffusion_cli.config.catalogue import CONF, content, defaults, lineage, options
 from diffusion_cli.config.runs import flatten
 from diffusion_cli.config.sampling import ComputeKeys, Generation, RunWeights
-from diffusion_cli.config.values import STRICT, Clip, Node
+from diffusion_cli.config.values import STRICT, Clip, Node, Prompt
 from diffusion_cli.errors import NO_VALUE, Problem, UsageError
 
 NUM_SAMPLES = 2000  # samples of an evaluation for num_samples=null
@@ -108,6 +108,8 @@ class EvalConfig(EvaluationConfig):
 class CompareConfig(EvaluationConfig):
     """The keys of `conf/compare.yaml`."""
 
+    # A list is an axis.
+    prompt: Prompt | None = None  # pyright: ignore[reportIncompatibleVariableOverride]
     output: str | None
 
 

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 from diffusion_cli.config.compose import load, parse
 from diffusion_cli.config.key_types import takes_one
+from diffusion_cli.config.mapping_words import NUMBER, is_of_label
 from diffusion_cli.config.schema import Config
 from diffusion_cli.config.typed import as_shown, as_typed
 from diffusion_cli.errors import NO_VALUE, Problem, UsageError, format_value
@@ -73,7 +74,15 @@ def _axis(text: str) -> _Axis | None:
     listed = item.get_value_element_as_str()[1:-1]
     several = len(values) > 1
     words = parse(f"{key}={listed}").sweep_string_iterator() if several else [listed] * len(values)
-    return _Axis(key, values, [f"{key}={word}" for word in words])
+    overrides = [f"{key}={word}" for word in words]
+    return _Axis(key, list(map(_number, values)) if is_of_label(key) else values, overrides)
+
+
+def _number(value: Value) -> Value:
+    """A value of an attribute, which is text on a command line, as a number if it spells one."""
+    if not isinstance(value, str) or not NUMBER.fullmatch(value):
+        return value
+    return int(value) if value.lstrip("+-").isdecimal() else float(value)
 
 
 def _wrong(axis: _Axis, overrides: Sequence[str]) -> list[Problem]:

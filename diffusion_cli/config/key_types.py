@@ -9,9 +9,11 @@ from pydantic import BaseModel
 
 from diffusion_cli.config import libraries
 from diffusion_cli.config.catalogue import Choice, chosen, content, defaults, lineage, options
+from diffusion_cli.config.mapping_words import LABEL, is_of_label
 from diffusion_cli.config.runs import flatten
-from diffusion_cli.config.schema import COMMANDS, SlurmConfig
+from diffusion_cli.config.schema import COMMANDS, GRIDS, SlurmConfig
 from diffusion_cli.config.signature import arguments
+from diffusion_cli.config.values import Class
 
 
 def takes_one(command: str, key: str, overrides: Sequence[str], dirs: Sequence[Path]) -> bool:
@@ -56,6 +58,8 @@ def types_of(
     group, _, rest = key.partition(".")
     if group == "launcher":
         return _of_model(SlurmConfig, rest)
+    if is_of_label(key) and LABEL in COMMANDS[command].model_fields:
+        return [Class | None] if command in GRIDS else [Class | list[Class] | None]
     if group not in defaults(command) or not rest:
         return _of_model(COMMANDS[command], key)
     node, _, argument = key.rpartition(".")

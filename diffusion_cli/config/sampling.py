@@ -5,8 +5,8 @@ from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, Field, PositiveInt, model_validator
 
-from diffusion_cli.config.values import STRICT, Clip, Device, Label, Node, Precision, Step, Weights
-from diffusion_cli.errors import UsageError
+from diffusion_cli.config.values import STRICT, Clip, Device, Label, Node, Precision, Prompt, Step, Weights
+from diffusion_cli.errors import NO_VALUE, UsageError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,6 +26,12 @@ class SamplingSettings:
     label: Label
     null_label: Literal["all", "none"] = "all"
     """Meaning of a label of None."""
+    prompt: str | list[str] | None = None
+    """Texts of the images in turn."""
+    prompts: str | None = None
+    """File with a text in each line, instead of `prompt`."""
+    negative_prompt: str | None = None
+    """Text from which guidance leads away."""
     clip_x0: Clip
     precision: Precision
     compile: bool = False
@@ -58,6 +64,9 @@ class Generation(RunWeights, ComputeKeys):
     steps: PositiveInt
     guidance: Node
     label: Label
+    prompt: Prompt | Annotated[list[Prompt], Field(min_length=1)] | None = None
+    prompts: str | None = None
+    negative_prompt: Prompt | None = None
     seed: Annotated[int, Field(ge=0, lt=2**32)]
     clip_x0: Clip
 
@@ -71,6 +80,16 @@ class Generation(RunWeights, ComputeKeys):
         """Settings of the run's model and its sampler."""
         names = {field.name for field in fields(SamplingSettings)}
         return SamplingSettings(**{name: value for name, value in self if name in names})
+
+    @model_validator(mode="after")
+    def _consistent_prompts(self) -> Self:
+        texts = {"prompt": self.prompt, "negative_prompt": self.negative_prompt}
+        for key, value in texts.items():
+            if any(not text.strip() for text in ([value] if isinstance(value, str) else value or [])):
+                raise UsageError(key, NO_VALUE, "contains an empty text", "leave it out for no text")
+        if self.prompt is not None and self.prompts is not None:
+            raise UsageError("prompts", self.prompts, "conflicts with prompt=", "leave one of them out")
+        return self
 
     @model_validator(mode="after")
     def _seeds_in_range(self) -> Self:

@@ -17,7 +17,15 @@ from typing import Any
 
 from diffusion_cli.config.catalogue import chosen
 from diffusion_cli.config.key_types import item_kinds, kinds, types_of
-from diffusion_cli.config.values import CLASS_KEYS
+from diffusion_cli.config.mapping_words import (
+    MARK,
+    as_mapping,
+    has_mapping,
+    is_of_label,
+    quoted,
+    with_mappings,
+)
+from diffusion_cli.config.values import CLASS_KEYS, TEXT_KEYS
 from diffusion_cli.system.compat import parse_override
 
 OPENING, CLOSING = "[", "]"
@@ -52,11 +60,6 @@ def as_typed(
     return [_typed(text, types, lists) for text in overrides]
 
 
-def quoted(text: str) -> str:
-    """A text in quotes. Hydra reads backslashes as they are, unless a quote follows them."""
-    return "'" + re.sub(r"(\\*)('|$)", lambda match: 2 * match[1] + match[2].replace("'", r"\'"), text) + "'"
-
-
 def as_text(key: str, value: str) -> str:
     """Return the word, as it is written in a shell, that gives a key a text."""
     if not SPECIAL.search(value) and not value.startswith(SWEEPS):
@@ -69,9 +72,9 @@ def as_text(key: str, value: str) -> str:
 def as_shown(override: str) -> str:
     """Return an override without the quotes that `as_typed` added, for messages."""
     key, equals, value = override.partition("=")
-    return (
-        f"{key}{equals}" + re.sub(r"'([^'\\]*)'", r"\1", value) if value[:1] in ("'", OPENING) else override
-    )
+    if value[:1] not in ("'", OPENING):
+        return override
+    return f"{key}{equals}" + re.sub(r"'([^'\\]*)'", lambda text: as_mapping(text[1]), value)
 
 
 def as_pasted(override: str) -> str:
@@ -110,9 +113,16 @@ def _typed(override: str, types: Callable[[str], list[Any]], lists: bool) -> str
     key, equals, value = override.partition("=")
     if not equals or "${" in value or value.strip().startswith(SWEEPS) or not KEY.fullmatch(key):
         return override
-    if key in CLASS_KEYS:
+    if value.startswith((f"'{MARK}", f"['{MARK}")):
+        return override  # as this function wrote it
+    if key in TEXT_KEYS and value[:1] not in ("'", '"', OPENING):
+        return override if "\\" in value and readable(override) else f"{key}={_whole_text(value)}"
+    of_classes = key in CLASS_KEYS or is_of_label(key)
+    found = [] if of_classes else types(key)
+    if (of_classes or dict in kinds(found)) and has_mapping(value):
+        return f"{key}={with_mappings(key, value, as_text=of_classes)}"
+    if of_classes:
         return override if "\\" in value else f"{key}={_each(value, quoted, quoted)}"
-    found = types(key)
     if misspelt_function(value) and ("," in value or not _is_text(kinds(found))):
         return override  # so that Hydra's grammar refuses it
     if "\\" in value and readable(override):
@@ -120,6 +130,11 @@ def _typed(override: str, types: Callable[[str], list[Any]], lists: bool) -> str
     single, listed = (partial(_written, accepted=of(found)) for of in (kinds, item_kinds))
     may_list = lists or list in kinds(found) or not _is_text(kinds(found))
     return f"{key}={_each(value, single, listed if may_list else None)}"
+
+
+def _whole_text(value: str) -> str:
+    """Write a text with its commas; `null` stays as it is."""
+    return value if value.strip().lower() == "null" else quoted(value)
 
 
 def _each(value: str, single: Callable[[str], str], listed: Callable[[str], str] | None) -> str:

@@ -6,6 +6,8 @@ from pydantic import BeforeValidator, ConfigDict, Field
 
 STRICT = ConfigDict(strict=True, extra="forbid", frozen=True, regex_engine="python-re")
 Node = dict[str, Any]
+LONGEST_PROMPT = 100_000
+"""Characters of a prompt."""
 DURATION = r"^(?=.*[1-9])(\d+d)?(\d+h)?(\d+m)?(\d+s)?$"
 NAME = r"^\w[\w.+-]*$"
 LICENSE = r"^[a-zA-Z0-9][a-zA-Z0-9.+-]{0,59}$"
@@ -26,11 +28,15 @@ Weights = Literal["ema", "raw"]
 Step = int | Literal["best"] | None
 """Checkpoint of a run: the one of a step, the best, or None for the newest."""
 Class = int | str
-Label = Class | list[Class] | None
+Attributes = dict[str, Class | float | bool | list[Class | float | bool | None] | None]
+"""Values of attributes by name, as a user gives them; of a list, each in turn."""
+Label = Class | Attributes | list[Class | Attributes] | None
 CLASS_KEYS = ("label", "edit.source")  # keys that take names of classes, read as they are typed
+TEXT_KEYS = ("prompt", "negative_prompt")  # keys that take sentences, with their commas
+Prompt = Annotated[str, Field(max_length=LONGEST_PROMPT)]
 PATH_KEYS = (
     *("input", "output", "samples", "path", "masks", "mask", "weights", "lpips_weights", "stats"),
-    *("originals", "pretrained", "output_dir", "data_dir", "cache_dir"),
+    *("originals", "pretrained", "prompts", "output_dir", "data_dir", "cache_dir"),
 )
 """Last names of keys with a value that may be a path."""
 # Lightning's names of the number formats, and those of `precision`.

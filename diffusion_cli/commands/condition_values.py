@@ -1,0 +1,165 @@
+"""Read the conditions of samples from `label=`, `prompt=` and `prompts=`: one row of values for each image in turn."""
+
+import math
+from collections.abc import Mapping, Sequence
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+from diffusion_cli.commands.class_labels import class_number
+from diffusion_cli.conditions.description import AttributeDescription
+from diffusion_cli.conditions.rows import TEXT, Row, spread_rows
+from diffusion_cli.config import did_you_mean
+from diffusion_cli.config.mapping_words import NUMBER
+from diffusion_cli.config.values import LONGEST_PROMPT, Label
+from diffusion_cli.data.labels import examples
+from diffusion_cli.errors import NO_VALUE, FormatError, UsageError, counted, format_value
+from diffusion_cli.system.untrusted import read, reason
+
+MOST_ROWS = 100_000
+"""Most rows of values that a command takes."""
+LONGEST_FILE = 2**26  # bytes of a file of prompts
+YES = ("yes", "true", "1")
+NO = ("no", "false", "0")
+
+
+def attribute_rows(label: Label, attributes: Sequence[AttributeDescription]) -> list[Row]:
+    """Return the rows that `label=` asks for; no rows for no label.
+
+    A mapping with lists gives all combinations, the last name the fastest. `all` gives the values of all attributes
+    evenly. A value without a name is the class, or the only attribute.
+
+    Args:
+        label: value of `label=`; not null.
+        attributes: descriptions of the attributes of the model.
+
+    Raises:
+        UsageError: for an unknown attribute or value, or too many rows.
+    """
+    if label == "none" or label == []:
+        return []
+    if label == "all":
+        return spread_rows(attributes)
+    rows: list[Row] = []
+    for item in label if isinstance(label, list) else [label]:
+        named = item if isinstance(item, Mapping) else {_only(item, attributes): item}
+        rows += _combinations(named, attributes)
+        if len(rows) > MOST_ROWS:
+            raise UsageError("label", NO_VALUE, f"gives more than {MOST_ROWS} rows", "use fewer values")
+    return rows
+
+
+def read_prompts(path: str) -> list[str]:
+    """Return the prompts in the lines of a file; empty lines are left out.
+
+    Raises UsageError for a file that is missing, too large, empty or not UTF-8, or has too many or too long lines.
+    """
+    file = Path(path).expanduser()
+    try:
+        text = read(file, LONGEST_FILE).decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = error.object.count(b"\n", 0, error.start) + 1
+        raise UsageError("prompts", path, f"not UTF-8 in line {line}", "save it as UTF-8") from error
+    except (FormatError, OSError) as error:
+        why = getattr(error, "strerror", None) or reason(error)
+        raise UsageError("prompts", path, why, "give a text file with one prompt in each line") from error
+    prompts = [line.strip() for line in text.splitlines() if line.strip()]
+    if not prompts:
+        raise UsageError("prompts", path, "has no text", "write one prompt in each line")
+    if len(prompts) > MOST_ROWS:
+        raise UsageError("prompts", path, f"has more than {MOST_ROWS} prompts", "split it into several files")
+    if any(len(prompt) > LONGEST_PROMPT for prompt in prompts):
+        raise UsageError(
+            "prompts", path, f"has a line of more than {LONGEST_PROMPT} characters", "shorten it"
+        )
+    return prompts
+
+
+def with_prompts(rows: Sequence[Row], prompts: Sequence[str]) -> list[Row]:
+    """Return rows of attributes together with prompts, each in turn.
+
+    Raises UsageError if one number is not a multiple of the other.
+    """
+    if not rows or not prompts:
+        return [*rows] or [{TEXT: prompt} for prompt in prompts]
+    count = max(len(rows), len(prompts))
+    if count % len(rows) or count % len(prompts):
+        problem = f"{counted(len(prompts), 'prompt')} for {counted(len(rows), 'row')} of label="
+        raise UsageError("prompt", NO_VALUE, problem, "make one number a multiple of the other")
+    return [rows[at % len(rows)] | {TEXT: prompts[at % len(prompts)]} for at in range(count)]
+
+
+def outside_of_training(rows: Sequence[Row], attributes: Sequence[AttributeDescription]) -> list[str]:
+    """Return a remark for each number that has values outside the range of the training images."""
+    remarks: list[str] = []
+    for attribute in attributes:
+        found = {row[attribute.name] for row in rows if attribute.name in row}
+        if attribute.kind != "number":
+            continue
+        outside = sorted(value for value in found if not attribute.low <= value <= attribute.high)
+        if outside:
+            shown = examples([f"{value:.6g}" for value in outside]).replace("'", "")
+            remarks.append(
+                f"label.{attribute.name}={shown}: outside the range of the training images, "
+                f"{attribute.low:.6g} to {attribute.high:.6g}; the samples are arbitrary"
+            )
+    return remarks
+
+
+def _only(value: Any, attributes: Sequence[AttributeDescription]) -> str:
+    """Return the attribute that a value without a name is for."""
+    names = [attribute.name for attribute in attributes]
+    if len(names) == 1 or "label" in names:
+        return names[0] if len(names) == 1 else "label"
+    shown = ", ".join(names)
+    raise UsageError(
+        "label",
+        value,
+        f"the model has the attributes {shown}",
+        f"write label={{{names[0]}: {format_value(value)}}}",
+    )
+
+
+def _combinations(named: Mapping[str, Any], attributes: Sequence[AttributeDescription]) -> list[Row]:
+    """Return the rows of a mapping: all combinations of the values in its lists."""
+    known = {attribute.name: attribute for attribute in attributes}
+    unknown = [name for name in named if name not in known]
+    if unknown:
+        remedy = did_you_mean(unknown[0], [*known])
+        raise UsageError(f"label.{unknown[0]}", NO_VALUE, "the model has no such attribute", remedy)
+    columns = [
+        [_value(known[name], value) for value in (values if isinstance(values, list) else [values])]
+        for name, values in named.items()
+    ]
+    if empty := [name for name, column in zip(named, columns, strict=True) if not column]:
+        raise UsageError(f"label.{empty[0]}", "[]", "has no values", "give one, or leave it out")
+    if math.prod(map(len, columns)) > MOST_ROWS:
+        raise UsageError("label", NO_VALUE, f"gives more than {MOST_ROWS} rows", "use fewer values")
+    return [
+        {name: value for name, value in zip(named, values, strict=True) if value is not None}
+        for values in product(*columns)
+    ]
+
+
+def _value(attribute: AttributeDescription, value: Any) -> str | float | None:
+    """Return a value of an attribute: a category or "yes" or "no" by name, or a number; None for a missing one."""
+    key = "label" if attribute.name == "label" else f"label.{attribute.name}"
+    if value is None or (value == "null" and "null" not in attribute.values):
+        return None
+    if attribute.kind == "number":
+        return _number(key, value)
+    if attribute.kind == "yes_no":
+        word = format_value(value).lower()
+        if word not in YES + NO:
+            raise UsageError(key, value, "must be yes or no")
+        return attribute.values[word in YES]
+    return attribute.values[class_number(format_value(value), attribute.values, key)]
+
+
+def _number(key: str, value: Any) -> float:
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not is_number and not (isinstance(value, str) and NUMBER.fullmatch(value.strip())):
+        raise UsageError(key, value, "must be a number")
+    if not abs(float(value)) < 3e38:
+        raise UsageError(key, value, "must be a finite number")
+    return float(value)
